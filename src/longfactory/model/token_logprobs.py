@@ -1,0 +1,275 @@
+"""Log-probabilities of the labels straight from hidden states: the [T, vocab] logits never exist.
+
+The forward of the model's output layer is replaced on the *instance*. It still runs inside `lm_head.__call__`, so whatever hooks are on
+the layer (FSDP2's unshard, ZeRO-3's gather, PEFT's wrapper) see an ordinary call, and the weight found here is whole. Logits are made
+for a chunk of tokens at a time, in the forward for the log-sum-exp and again in the backward: two chunk buffers of `chunk * V` numbers are all that
+the vocabulary costs. Letters: T local tokens, N trained local tokens, H hidden size, V vocabulary.
+
+The idea is that of the fused linear cross-entropies (Liger Kernel; Cut Your Losses, arXiv 2411.09009), kept to a value per token so that
+every loss, not only cross-entropy, can be made from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from longfactory.model.outputs import TokenOutputs
+
+# Numbers in a chunk of logits: 2^28 is 1 GiB in fp32.
+CHUNK_NUMBERS = 2**28
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to its logits after the output layer: `cap * tanh(scale * z / cap)`."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, z: Tensor) -> Tensor:
+        z = z * self.scale if self.scale != 1.0 else z
+        return self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
+
+
+# Configuration key -> the factor that it puts on logits.
+_SCALES = {
+    "logit_scale": lambda v: v,  # Cohere
+    "lm_head_multiplier": lambda v: v,  # Falcon-H1
+    "logits_scaling": lambda v: 1 / v,  # Granite
+}
+
+
+def logit_transform(config: Any) -> LogitTransform:
+    """The transform that a transformers configuration describes. `check_head` proves it on the model before training."""
+    text = config.get_text_config()
+    scale = 1.0
+    for key, factor in _SCALES.items():
+        value = getattr(text, key, None)
+        if value:
+            scale = float(factor(value))
+            break
+    if getattr(text, "model_type", "") == "hyperclovax" and getattr(text, "logits_scaling", None):
+        scale = float(text.logits_scaling)  # this family multiplies
+    return LogitTransform(scale, getattr(text, "final_logit_softcapping", None))
+
+
+class _ChunkedLogps(torch.autograd.Function):
+    """[N, H] hidden, [V, H] weight, [N] labels -> [N] log-probabilities in fp32 (fp64 for fp64) and [N] whether the label is the top token."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform, chunk: int, grad_dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.float64 if h.dtype == torch.float64 else torch.float32
+        logps = torch.empty(h.shape[0], dtype=wide, device=h.device)
+        lse = torch.empty_like(logps)
+        top1 = torch.empty(h.shape[0], dtype=torch.bool, device=h.device)
+        for i in range(0, h.shape[0], chunk):
+            s = slice(i, i + chunk)
+            z = transform(F.linear(h[s], weight, bias).to(wide))
+            label = z.gather(1, labels[s, None])[:, 0]
+            lse[s] = z.logsumexp(1)
+            logps[s] = label - lse[s]
+            top1[s] = label >= z.amax(1)
+            del z
+        ctx.save_for_backward(h, weight, bias, labels, lse)
+        ctx.transform, ctx.chunk, ctx.grad_dtype = transform, chunk, grad_dtype
+        ctx.mark_non_differentiable(top1)
+        return logps, top1
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        h, weight, bias, labels, lse = ctx.saved_tensors
+        transform, wide = ctx.transform, lse.dtype
+        needs_h, needs_w, needs_b = ctx.needs_input_grad[:3]
+        gh = torch.empty_like(h) if needs_h else None
+        # The weight's gradient is a sum over chunks: kept in fp32, else its error would grow with length.
+        gw = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs_w else None
+        gb = torch.zeros(bias.shape, dtype=wide, device=weight.device) if needs_b else None
+        for i in range(0, h.shape[0], ctx.chunk):
+            s = slice(i, i + ctx.chunk)
+            z = F.linear(h[s], weight, bias).to(wide)
+            slope = transform.scale
+            if transform.softcap:
+                t = torch.tanh(z * (transform.scale / transform.softcap))
+                z = transform.softcap * t
+                slope = transform.scale * (1 - t * t)
+            elif transform.scale != 1.0:
+                z = z * transform.scale
+            # d logp / dz = onehot(label) - softmax(z)
+            p = z.sub_(lse[s, None]).exp_().neg_()
+            p.scatter_add_(1, labels[s, None], torch.ones_like(lse[s, None]))
+            p *= g[s, None]
+            if transform.softcap or transform.scale != 1.0:
+                p *= slope
+            if gb is not None:
+                gb += p.sum(0)
+            p = p.to(h.dtype)
+            if gh is not None:
+                torch.mm(p, weight, out=gh[s])
+            if gw is not None:
+                gw += _mm_wide(p.t(), h[s], wide)
+            del z, p
+        return (
+            gh,
+            gw.to(ctx.grad_dtype) if gw is not None else None,
+            gb.to(ctx.grad_dtype) if gb is not None else None,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _mm_wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """`a @ b` accumulated and returned in `dtype`. On CUDA the matrix units do that from bf16 inputs."""
+    if a.dtype == dtype:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
+
+
+class TokenLogprobs:
+    """Takes over a model's output layer. Outside `labels(...)` the layer behaves as before.
+
+    Args:
+        model: a transformers model with an output embedding (possibly wrapped by PEFT, not yet by FSDP, DDP or DeepSpeed).
+        chunk: tokens whose logits exist at a time; by default as many as make `CHUNK_NUMBERS` numbers.
+    """
+
+    def __init__(self, model: Any, chunk: int | None = None):
+        head = model.get_output_embeddings()
+        if head is None:
+            raise ValueError(
+                f"{type(model).__name__} has no output layer (get_output_embeddings() is None): there is nothing to take token "
+                "log-probabilities from. Use a causal language model."
+            )
+        self.head = head
+        self.transform = logit_transform(model.config)
+        self.chunk = chunk
+        self._forward = head.forward
+        self._plain = type(head) is nn.Linear
+        self._labels: Tensor | None = None
+        self._trained: Tensor | None = None
+        self._out: TokenOutputs | None = None
+        head.forward = self._fused
+
+    def release(self) -> None:
+        """Gives the layer its own forward back."""
+        self.head.__dict__.pop("forward", None)
+        if self.head.forward != self._forward:
+            self.head.forward = self._forward
+
+    @contextlib.contextmanager
+    def labels(self, labels: Tensor) -> Iterator[TokenLogprobs]:
+        """While open, a forward of the model computes the log-probabilities of `labels`.
+
+        Args:
+            labels: [T] on the host, -100 where nothing is predicted. On the host so that the trained positions are known without
+                waiting for the device; untrained positions then cost nothing.
+        """
+        trained = torch.nonzero(labels >= 0)[:, 0]
+        self._trained, self._labels, self._out = trained, labels[trained], None
+        try:
+            yield self
+        finally:
+            self._trained = self._labels = self._out = None
+
+    def outputs(self, model_logits: Tensor | None = None) -> TokenOutputs:
+        """The result of the last forward: [T] log-probabilities (0 where nothing is predicted) and whether each label was the top token.
+
+        `model_logits` (what the model returned in place of logits) is tied in with weight zero, so that wrappers that watch a module's
+        outputs see them used.
+        """
+        if self._out is None:
+            raise RuntimeError("The model's forward did not call its output layer, so no log-probabilities were made.")
+        out = self._out
+        if model_logits is not None and model_logits.requires_grad:
+            out = dataclasses.replace(out, logps=out.logps + 0.0 * model_logits.float().sum().to(out.logps.dtype))
+        return out
+
+    def _fused(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._labels is None or self._trained is None:
+            return self._forward(hidden, *args, **kwargs)
+        h = hidden.reshape(-1, hidden.shape[-1])
+        trained, labels = self._trained, self._labels
+        nothing = trained.numel() == 0
+        if nothing:
+            # A rank without a trained token still takes part in the graph and in every collective of the layer: one token, weight zero.
+            trained, labels = trained.new_zeros(1), labels.new_zeros(1)
+        trained = trained.to(h.device, non_blocking=True)
+        labels = labels.to(h.device, non_blocking=True)
+        logps, top1 = self._logps(h if trained.numel() == h.shape[0] else h.index_select(0, trained), labels)
+        if nothing:
+            logps = logps * 0.0
+            top1 = torch.zeros_like(top1)
+        full = logps.new_zeros(h.shape[0]).index_copy(0, trained, logps)
+        self._out = TokenOutputs(logps=full, top1=top1.new_zeros(h.shape[0]).index_copy(0, trained, top1))
+        return full.view(*hidden.shape[:-1], 1)
+
+    def _logps(self, h: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        vocab = self._vocabulary()
+        chunk = self.chunk or max(128, CHUNK_NUMBERS // vocab)
+        if self._plain:
+            weight, bias = self.head.weight, self.head.bias
+            dtype = weight.dtype
+            # Autocast is off in a backward; so the cast that it would make is made here, once.
+            if torch.is_autocast_enabled(h.device.type):
+                low = torch.get_autocast_dtype(h.device.type)
+                h, weight, bias = h.to(low), weight.to(low), None if bias is None else bias.to(low)
+            elif h.dtype != dtype:
+                h = h.to(dtype)
+            with torch.autocast(h.device.type, enabled=False):
+                return _ChunkedLogps.apply(h, weight, bias, labels, self.transform, chunk, weight.dtype)
+        # LoRA on the head, modules_to_save, quantised weights: the layer's own forward, a chunk at a time, recomputed in the backward.
+        parts = [
+            checkpoint(self._generic, h[i : i + chunk], labels[i : i + chunk], use_reentrant=False, preserve_rng_state=True)
+            for i in range(0, h.shape[0], chunk)
+        ]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    def _generic(self, h: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        z = self._forward(h)
+        z = self.transform(z.to(torch.float64 if z.dtype == torch.float64 else torch.float32))
+        label = z.gather(1, labels[:, None])[:, 0]
+        return label - z.logsumexp(1), label.detach() >= z.detach().amax(1)
+
+    def _vocabulary(self) -> int:
+        out = getattr(self.head, "out_features", None)
+        return int(out) if out else int(self.head.weight.shape[0])
+
+
+@torch.no_grad()
+def check_head(model: Any, head: TokenLogprobs, inputs: dict[str, Any], labels: Tensor, tolerance: float = 2e-2) -> float:
+    """Compares the chunked log-probabilities with those of the model's own logits on a few tokens.
+
+    Args:
+        inputs: what the model's forward takes, [1, T].
+        labels: [T] on the host.
+    Returns:
+        The largest difference.
+    Raises:
+        ValueError: they differ by more than `tolerance`: the model does something to its logits that is not known here.
+    """
+    logits = model(**inputs).logits[0].float()
+    trained = torch.nonzero(labels >= 0)[:, 0].to(logits.device)
+    want = torch.log_softmax(logits[trained], -1).gather(1, labels.to(logits.device)[trained][:, None])[:, 0]
+    with head.labels(labels):
+        result = model(**inputs)
+        got = head.outputs(result.logits).logps.float()[trained]
+    error = (want - got).abs().max().item() if want.numel() else 0.0
+    if not error <= tolerance:
+        raise ValueError(
+            f"{type(model).__name__} does more to its logits than LongFactory knows of: log-probabilities differ by {error:.3g} from the model's "
+            "own on a short text. This model cannot be trained exactly here; please report its name."
+        )
+    return error
