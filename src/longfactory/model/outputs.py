@@ -15,3 +15,9 @@ class TokenOutputs:
     """[T] log-probability of the label, fp32 (fp64 for fp64)."""
     top1: Tensor | None = None
     """[T] bool: the label was the most probable token."""
+    entropy: Tensor | None = None
+    """[T] entropy in nats of the 20 most probable tokens, renormalised; carries no gradient. Made only for a stage that asks."""
+    reference_kl: Tensor | None = None
+    """[T] KL(reference || policy) over the vocabulary, differentiable in the policy. Made only for a stage that asks."""
+    reference: Tensor | None = None
+    """[T] the reference model's log-probability of the label; carries no gradient."""
