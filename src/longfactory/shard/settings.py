@@ -1,0 +1,117 @@
+"""Settings of FSDP2, DeepSpeed and DDP that keep the gradient exact. Each closes a trap that a default leaves open.
+
+- accelerate's FSDP2 policy for bf16 reduces gradients in bf16 and rounds module outputs to bf16: here gradients are reduced in fp32.
+- Its `no_sync` during gradient accumulation keeps whole, unsharded gradients on every rank: here every micro-batch is reduced.
+- `SHARDED_STATE_DICT` makes `save_model` write nothing: here the final weights are gathered and written as safetensors (`shard/export.py`).
+- DeepSpeed clips at 1.0 where `gradient_clipping` is absent, and reduces in bf16 where `communication_data_type` is.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from longfactory.errors import UserError
+
+# Below this share of one device's memory for weights, gradients and Adam's moments (16 bytes a parameter), copies are simpler and as good.
+SMALL_SHARE = 0.2
+
+
+def choose_sharding(wanted: str, *, world: int, cuda: bool, deepspeed: bool, quantized: bool, state_bytes: int, device_bytes: int) -> str:
+    """`auto | fsdp2 | ddp` -> "none", "ddp", "fsdp2" or "deepspeed".
+
+    Args:
+        state_bytes: weights, gradients and optimizer state of the whole model.
+        device_bytes: memory of one device.
+    Raises:
+        UserError: FSDP2 without GPUs, or together with DeepSpeed.
+    """
+    if deepspeed:
+        if wanted == "fsdp2":
+            raise UserError("sharding: fsdp2 and a deepspeed: file were both given. Keep one of them.")
+        return "deepspeed"
+    if world == 1:
+        return "none"
+    if wanted == "fsdp2":
+        if not cuda:
+            raise UserError("sharding: fsdp2 needs GPUs: on CPU, accelerate would quietly train copies (DDP). Use sharding: ddp.")
+        return "fsdp2"
+    if wanted == "ddp" or not cuda or quantized or state_bytes < SMALL_SHARE * device_bytes:
+        return "ddp"
+    return "fsdp2"
+
+
+def fsdp2_arguments(*, cpu_offload: bool = False, efficient_loading: bool = True) -> dict[str, Any]:
+    """Keyword arguments for transformers' TrainingArguments that turn FSDP2 on."""
+    return {
+        "fsdp": True,
+        "fsdp_config": {
+            "version": 2,
+            "reshard_after_forward": True,
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "cpu_ram_efficient_loading": efficient_loading,
+            "state_dict_type": "SHARDED_STATE_DICT",
+            "cpu_offload": cpu_offload,
+        },
+        # CPU offload reduces on the host: the process group then needs a host backend as well.
+        **({"ddp_backend": "cuda:nccl,cpu:gloo"} if cpu_offload else {}),
+    }
+
+
+def accelerator_arguments() -> dict[str, Any]:
+    """`accelerator_config` for TrainingArguments: gradients are reduced after every micro-batch."""
+    return {"gradient_accumulation_kwargs": {"sync_each_batch": True}, "even_batches": False, "dispatch_batches": False}
+
+
+def wrap_classes(model: Any) -> list[str]:
+    """Names of the decoder layer classes that are in the model. `_no_split_modules` may also name classes that are absent."""
+    named = getattr(model, "_no_split_modules", None) or getattr(getattr(model, "base_model", None), "_no_split_modules", None) or []
+    present = {type(m).__name__ for m in model.modules()}
+    found = sorted(set(named) & present)
+    if not found:
+        from longfactory.model.adapters import decoder_layers
+
+        found = sorted({type(layer).__name__ for layer in decoder_layers(model)[1]})
+    return found
+
+
+def fix_fsdp2_plugin(accelerator: Any, model: Any) -> None:
+    """After the Trainer exists and before the model is wrapped: the mixed-precision policy and the layers to wrap."""
+    import torch
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    plugin = accelerator.state.fsdp_plugin
+    plugin.transformer_cls_names_to_wrap = wrap_classes(model)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    if dtype is not None:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=None)
+
+
+def deepspeed_config(path_or_dict: str | dict[str, Any], *, bf16: bool) -> dict[str, Any]:
+    """The user's DeepSpeed JSON with what it leaves open filled in. What the user wrote is never changed.
+
+    Raises:
+        UserError: the file is missing or is not JSON.
+    """
+    if isinstance(path_or_dict, dict):
+        config = copy.deepcopy(path_or_dict)
+    else:
+        path = Path(path_or_dict)
+        if not path.is_file():
+            raise UserError(f"deepspeed: the file {path} does not exist. Ready-made ones are in examples/deepspeed/.")
+        try:
+            config = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"deepspeed: {path} is not valid JSON (line {error.lineno}: {error.msg}).") from error
+    config.setdefault("gradient_clipping", "auto")
+    config.setdefault("train_batch_size", "auto")
+    config.setdefault("train_micro_batch_size_per_gpu", "auto")
+    config.setdefault("gradient_accumulation_steps", "auto")
+    if bf16:
+        config.setdefault("communication_data_type", "fp32")
+    zero = config.get("zero_optimization")
+    if isinstance(zero, dict) and zero.get("stage") == 3:
+        zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
+    return config

@@ -1,0 +1,78 @@
+"""What a run tells while it goes: the LLaMA-Factory log file, the start-up proof, the data order's epoch."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+LOG_FILE = "trainer_log.jsonl"
+
+
+class LogFile(TrainerCallback):
+    """`trainer_log.jsonl`: one line a log event, with LLaMA-Factory's field names; boards read it while the run goes.
+
+    Fields without a value are left out; times are H:MM:SS; `accuracy` is the share of pairs ranked right (or of tokens, for sft).
+    """
+
+    def __init__(self, output_dir: str, overwrite: bool):
+        self.path = Path(output_dir) / LOG_FILE
+        self.overwrite = overwrite
+        self.started = time.time()
+        self.first_step = 0
+        self.first_tokens = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started, self.first_step, self.first_tokens = time.time(), state.global_step, state.num_input_tokens_seen
+        if state.is_world_process_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.overwrite and self.path.exists() and state.global_step == 0:
+                self.path.unlink()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        if not state.is_world_process_zero or "train_runtime" in logs:
+            return
+        elapsed = time.time() - self.started
+        done = state.global_step - self.first_step
+        remaining = elapsed / done * (state.max_steps - state.global_step) if done > 0 else 0.0
+        tokens = logs.get("num_input_tokens_seen")
+        line = {
+            "current_steps": state.global_step,
+            "total_steps": state.max_steps,
+            "loss": logs.get("loss"),
+            "eval_loss": logs.get("eval_loss"),
+            "reward": logs.get("reward"),
+            "accuracy": logs.get("rewards/accuracies", logs.get("accuracy")),
+            "eval_accuracy": logs.get("eval_rewards/accuracies", logs.get("eval_accuracy")),
+            "grad_norm": logs.get("grad_norm"),
+            "lr": logs.get("learning_rate"),
+            "epoch": logs.get("epoch"),
+            "percentage": round(state.global_step / state.max_steps * 100, 2) if state.max_steps else 100,
+            "elapsed_time": str(timedelta(seconds=int(elapsed))),
+            "remaining_time": str(timedelta(seconds=int(remaining))),
+        }
+        if tokens is not None and elapsed > 0:
+            line["throughput"] = round((tokens - self.first_tokens) / elapsed, 2)
+            line["total_tokens"] = tokens
+        if os.environ.get("RECORD_VRAM", "0").lower() in ("1", "true") and torch.cuda.is_available():
+            line["vram_allocated"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            line["vram_reserved"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps({k: v for k, v in line.items() if v is not None}) + "\n")
+
+
+class AtStart(TrainerCallback):
+    """Calls a function once, when the model is wrapped and before the first step. Every rank calls it: it may communicate."""
+
+    def __init__(self, function: Any):
+        self.function = function
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.function()

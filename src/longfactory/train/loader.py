@@ -1,0 +1,133 @@
+"""Which samples a data-parallel group reads, and when: integer arithmetic that does not know the sequence-parallel size.
+
+An optimizer step t takes the samples [t * G, (t + 1) * G) of the epoch's order, G the total batch. How the G samples are spread over groups and
+micro-batches does not matter to the gradient, so a run with another `sequence_parallel_size` and the same G takes the same steps, and a
+checkpoint resumes at the exact sample. Every rank of a sequence-parallel group reads the same samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+
+from longfactory.data.row import Row
+
+
+class RowSampler(Sampler[list[int]]):
+    """Lists of sample indices, one list for each micro-batch of this data-parallel group.
+
+    Every group gets the same number of lists, as collectives need; at the end of an epoch some lists are short or empty (an
+    empty one becomes a row without labels). Nothing is repeated and nothing is dropped.
+
+    Args:
+        length: number of samples.
+        batch: samples in a micro-batch.
+        groups, group: number of data-parallel groups and the place of this one.
+        seed: of the shuffle; None for the data's own order.
+        lengths: token counts; given, samples of like length come together (`group_by_length`), in shuffled order.
+        window: samples in a stretch that is sorted by length.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch: int,
+        *,
+        groups: int = 1,
+        group: int = 0,
+        seed: int | None = None,
+        lengths: Sequence[int] | None = None,
+        window: int = 0,
+        drop_last: bool = False,
+    ):
+        self.length, self.batch, self.groups, self.group = length, batch, groups, group
+        self.seed, self.lengths, self.window, self.drop_last = seed, lengths, window, drop_last
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        per_round = self.batch * self.groups
+        return self.length // per_round if self.drop_last else -(-self.length // per_round)
+
+    def order(self) -> list[int]:
+        """The epoch's order of samples: a function of seed and epoch alone."""
+        if self.seed is None:
+            return list(range(self.length))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.length, generator=generator).tolist()
+        if self.lengths is None or self.window <= 1:
+            return order
+        lengths = self.lengths
+        return [i for s in range(0, self.length, self.window) for i in sorted(order[s : s + self.window], key=lambda i: -lengths[i])]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self.order()
+        for j in range(len(self)):
+            start = (j * self.groups + self.group) * self.batch
+            yield order[start : start + self.batch]
+
+
+class RowStream(IterableDataset):
+    """A stream of samples -> lists of samples for this data-parallel group. Every rank reads the whole stream and keeps its turn."""
+
+    def __init__(self, source: Any, batch: int, *, groups: int, group: int):
+        self.source, self.batch, self.groups, self.group = source, batch, groups, group
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.source, "set_epoch"):
+            self.source.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        turn: list[list[Any]] = [[]]
+        for sample in self.source:
+            if len(turn[-1]) == self.batch:
+                turn.append([])
+            turn[-1].append(sample)
+            if len(turn) == self.groups and len(turn[-1]) == self.batch:
+                yield turn[self.group]
+                turn = [[]]
+        if turn[0]:
+            turn += [[] for _ in range(self.groups - len(turn))]
+            yield turn[self.group]
+
+
+class Collate:
+    """Samples -> {"row": Row}, in a worker process. No samples give a row that trains nothing."""
+
+    def __init__(self, collate: Callable[[list[Any], int, int], Row], multiple: int, pad_id: int, empty: Callable[[int, int], Row]):
+        self.collate, self.multiple, self.pad_id, self.empty = collate, multiple, pad_id, empty
+
+    def __call__(self, samples: list[Any]) -> dict[str, Row]:
+        if not samples:
+            return {"row": self.empty(self.multiple, self.pad_id)}
+        return {"row": self.collate(samples, self.multiple, self.pad_id)}
+
+
+def empty_row(multiple: int, pad_id: int) -> Row:
+    """A row of padding alone: it takes part in every collective and changes nothing."""
+    from longfactory.data.row import IGNORE, Document
+
+    return Row(
+        input_ids=torch.full((multiple,), pad_id),
+        labels=torch.full((multiple,), IGNORE),
+        position_ids=torch.arange(multiple),
+        document_ids=torch.zeros(multiple, dtype=torch.int64),
+        documents=(Document(0, multiple, role="pad"),),
+    )
+
+
+def make_loader(
+    dataset: Any, sampler: RowSampler | None, collate: Collate, *, batch: int, groups: int, group: int, workers: int, pin: bool, prefetch: int | None
+) -> DataLoader:
+    """A plain DataLoader: indexable data sets go by `sampler`, streams take turns."""
+    common: dict[str, Any] = {"num_workers": workers, "pin_memory": pin, "collate_fn": collate}
+    if workers:
+        common.update(persistent_workers=True, prefetch_factor=prefetch or 2)
+    if sampler is None:
+        return DataLoader(RowStream(dataset, batch, groups=groups, group=group), batch_size=None, **common)
+    return DataLoader(dataset, batch_sampler=sampler, **common)

@@ -1,0 +1,261 @@
+"""Assembles a run, top to bottom: process group, data, model, memory, stage, trainer; then trains, evaluates and writes what is promised."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from longfactory import sp
+from longfactory.config import RunConfig
+from longfactory.data import module as data
+from longfactory.errors import UserError
+from longfactory.model import adapters, load
+from longfactory.model.token_logprobs import TokenLogprobs, check_head
+from longfactory.model.value_head import TokenValues
+from longfactory.shard import settings as shard
+from longfactory.sp import hf
+from longfactory.train import output
+from longfactory.train.callbacks import AtStart, LogFile
+from longfactory.train.stages import Stage, make_stage
+from longfactory.train.trainer import RowTrainer
+
+log = logging.getLogger("longfactory")
+
+
+def run(cfg: RunConfig) -> dict[str, float]:
+    """The whole of `longfactory train`. Every process calls it. Returns the metrics that were written.
+
+    Raises:
+        UserError: something that the user can put right; nothing half-written is left behind.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    cuda = torch.cuda.is_available() and not cfg.hf.get("use_cpu", False)
+    size = cfg.parallel.sequence_parallel_size
+    if world % size:
+        raise UserError(f"sequence_parallel_size: {size} does not divide the {world} processes. Start a multiple of {size} processes, or lower it.")
+
+    model_config = load.load_config(cfg.model, cfg.data.cutoff_len)
+    sharding = choose_sharding(cfg, model_config, world, cuda)
+    args = training_arguments(cfg, sharding)
+    main = args.process_index == 0
+    logging.getLogger("longfactory").setLevel(logging.INFO if main else logging.WARNING)
+    set_seed(args.seed)  # adapters and value heads begin the same on every rank
+    ctx = sp.SequenceParallel.create(
+        size,
+        mode=cfg.parallel.sequence_parallel_mode,
+        ulysses_degree=cfg.parallel.sequence_parallel_ulysses_degree,
+        ring_degree=cfg.parallel.sequence_parallel_ring_degree,
+        backend=cfg.parallel.attention_backend,
+        device_type=args.device.type,
+    )
+
+    tokenizer = load.load_tokenizer(cfg.model)
+    stage = make_stage(cfg.method.stage, cfg.method)
+    datasets = data.load_datasets(cfg, tokenizer=tokenizer, seed=args.seed, log=log.info)
+    if main:
+        for line in describe(cfg, ctx, args, sharding, datasets):
+            log.info(line)
+
+    model, head, vocabulary_grew = build_model(cfg, model_config, tokenizer, ctx, args, stage)
+    trainer = make_trainer(cfg, args, ctx, stage, model, head, tokenizer, datasets)
+    if sharding == "fsdp2":
+        shard.fix_fsdp2_plugin(trainer.accelerator, model)
+
+    metrics: dict[str, float] = {}
+    if args.do_train:
+        if datasets.train is None:
+            raise UserError("do_train needs training data. Set dataset: to names in dataset_info.json.")
+        checkpoint = cfg.resume_checkpoint()
+        if checkpoint:
+            trainer.check_resume(checkpoint)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        metrics.update(result.metrics)
+        output.save_trained(trainer, cfg, tokenizer, result)
+    if args.do_eval and datasets.eval:
+        metrics.update(output.evaluate(trainer, cfg, datasets))
+    if args.do_predict:
+        from longfactory.train.predict import predict
+
+        metrics.update(predict(trainer, cfg, tokenizer, datasets))
+    if main:
+        output.write_model_card(cfg, args.output_dir)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return metrics
+
+
+def choose_sharding(cfg: RunConfig, model_config: Any, world: int, cuda: bool) -> str:
+    """How parameters are spread; see `shard.settings`."""
+    full = cfg.method.finetuning_type == "full"
+    return shard.choose_sharding(
+        cfg.parallel.sharding,
+        world=world,
+        cuda=cuda,
+        deepspeed=bool(cfg.hf.get("deepspeed")),
+        quantized=bool(cfg.model.quantization_bit),
+        state_bytes=parameter_count(model_config) * (16 if full else 4),
+        device_bytes=torch.cuda.get_device_properties(0).total_memory if cuda else 0,
+    )
+
+
+def parameter_count(model_config: Any) -> int:
+    """Parameters of a causal language model with this configuration, without making them."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(model_config).parameters())
+
+
+def training_arguments(cfg: RunConfig, sharding: str) -> Any:
+    """transformers' TrainingArguments with the settings that keep gradients exact. Opens the process group."""
+    extra: dict[str, Any] = {
+        "accelerator_config": shard.accelerator_arguments(),
+        "ddp_find_unused_parameters": False,
+        "remove_unused_columns": False,
+        "label_names": [],
+    }
+    if sharding == "fsdp2":
+        extra |= shard.fsdp2_arguments(
+            # Random weights are made on each device; loading them by rank 0 alone would only send them round.
+            efficient_loading=not cfg.model.train_from_scratch and not cfg.model.quantization_bit,
+        )
+    if sharding == "deepspeed":
+        extra["deepspeed"] = shard.deepspeed_config(cfg.hf["deepspeed"], bf16=bool(cfg.hf.get("bf16")))
+    args = cfg.training_arguments(**extra)
+    args.device  # noqa: B018  opens the process group
+    return args
+
+
+def build_model(cfg: RunConfig, model_config: Any, tokenizer: Any, ctx: sp.SequenceParallel, args: Any, stage: Stage) -> tuple[Any, Any, bool]:
+    """The model with the engine's attention, what is trained of it, its output layer taken over, and its memory plan."""
+    dtype = load.compute_dtype(args) if not cfg.method.pure_bf16 else torch.bfloat16
+    quantization = load.quantization_config(cfg.model, dtype)
+    on_device = args.device if cfg.model.train_from_scratch else None
+    model = load.load_model(cfg.model, model_config, dtype, attention=hf.ATTENTION, device=on_device, quantization=quantization)
+    grew = load.resize_vocabulary(model, tokenizer) if cfg.model.resize_vocab else False
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        raise UserError(
+            f"The tokenizer has {len(tokenizer)} tokens, the model's embedding {model.get_input_embeddings().weight.shape[0]}. Set resize_vocab: true."
+        )
+    hf.prepare(model, ctx)
+    model = adapters.apply_finetuning(model, cfg.method, cfg.model, resized=grew)
+    head = TokenValues(model) if stage.output == "values" else TokenLogprobs(model, None if cfg.memory.logprob_chunk == "auto" else cfg.memory.logprob_chunk)
+    zero3 = bool(args.deepspeed) and args.hf_deepspeed_config is not None and args.hf_deepspeed_config.is_zero3()
+    if not cfg.method.pure_bf16 and not zero3:
+        adapters.cast_trainable(model)
+    trainable, total = adapters.count_parameters(model)
+    log.info("Trainable parameters: %s of %s (%.2f %%)", f"{trainable:,}", f"{total:,}", 100 * trainable / max(total, 1))
+    apply_memory(cfg, model, ctx)
+    return model, head, grew
+
+
+def apply_memory(cfg: RunConfig, model: Any, ctx: sp.SequenceParallel) -> None:
+    """Activation checkpointing on every decoder layer unless the user turned it off."""
+    if not cfg.memory.disable_gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": True})
+        if hasattr(model, "enable_input_require_grads") and not any(p.requires_grad for p in model.get_input_embeddings().parameters()):
+            model.enable_input_require_grads()
+
+
+def make_trainer(
+    cfg: RunConfig, args: Any, ctx: sp.SequenceParallel, stage: Stage, model: Any, head: Any, tokenizer: Any, datasets: Any
+) -> RowTrainer:
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    eval_sets = datasets.eval or None
+    if eval_sets is not None and len(eval_sets) == 1:
+        eval_sets = next(iter(eval_sets.values()))
+    trainer = RowTrainer(
+        model,
+        args,
+        ctx=ctx,
+        stage=stage,
+        head=head,
+        collate=data.collate,
+        pad_id=pad_id,
+        shuffle=not cfg.method.disable_shuffling,
+        make_optimizer=optimizer_factory(cfg),
+        log_tokens=cfg.log_tokens,
+        train_dataset=datasets.train,
+        eval_dataset=eval_sets,
+        processing_class=tokenizer,
+        callbacks=[LogFile(args.output_dir, overwrite=cfg.output.overwrite_output_dir)],
+    )
+    trainer.add_callback(AtStart(lambda: prove_exact(trainer)))
+    if cfg.method.early_stopping_steps is not None:
+        from transformers import EarlyStoppingCallback
+
+        trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=cfg.method.early_stopping_steps))
+    return trainer
+
+
+def prove_exact(trainer: RowTrainer) -> None:
+    """Before the first step, on the wrapped model: the guard of the attention, and the check of the output layer. Every rank calls it.
+
+    Raises:
+        UserError: the model cannot be trained exactly; the message names the reason.
+    """
+    model = trainer.model_wrapped
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            hf.guard(model, trainer.ctx)
+            if isinstance(trainer.head, TokenLogprobs):
+                length = sp.alignment(trainer.ctx)
+                while length < 16:
+                    length *= 2
+                plan = sp.plan(length, (sp.Segment(0, length),), trainer.ctx)
+                ids = torch.arange(length) % 97 + 3
+                inputs = hf.inputs({"input_ids": ids, "position_ids": torch.arange(length)}, plan, device=trainer.args.device)
+                check_head(model, trainer.head, inputs, ids[plan.index.cpu()])
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    finally:
+        model.train(was_training)
+
+
+def optimizer_factory(cfg: RunConfig) -> Callable[[Any, Any], torch.optim.Optimizer] | None:
+    """LoRA+ needs two learning rates; everything else is the Trainer's own choice."""
+    ratio = cfg.method.loraplus_lr_ratio
+    if ratio is None:
+        return None
+
+    def make(model: Any, trainer: Any) -> torch.optim.Optimizer:
+        from peft.optimizers import create_loraplus_optimizer
+
+        cls, kwargs = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
+        return create_loraplus_optimizer(
+            model,
+            optimizer_cls=cls,
+            loraplus_lr_ratio=ratio,
+            loraplus_lr_embedding=cfg.method.loraplus_lr_embedding,
+            loraplus_weight_decay=trainer.args.weight_decay,
+            **kwargs,
+        )
+
+    return make
+
+
+def describe(cfg: RunConfig, ctx: sp.SequenceParallel, args: Any, sharding: str, datasets: Any) -> list[str]:
+    """What a person checks before leaving a run alone, as arithmetic."""
+    b, ga = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    lines = [
+        f"Processes: {ctx.size} (sequence) x {ctx.dp_size} (data) = {ctx.size * ctx.dp_size}; parameters: {sharding}; "
+        f"sequence parallel: {cfg.parallel.sequence_parallel_mode if ctx.size > 1 else 'off'}",
+        f"Samples in an optimizer step: {b} (micro-batch) x {ga} (accumulation) x {ctx.dp_size} (data) = {b * ga * ctx.dp_size}",
+    ]
+    if datasets.train is not None and hasattr(datasets.train, "__len__"):
+        lengths = datasets.train.lengths
+        longest = int(max(lengths)) if len(lengths) else 0
+        lines.append(f"Training data: {len(datasets.train)} rows, {int(sum(lengths)):,} tokens, longest {longest:,} ({-(-longest // ctx.size):,} a device)")
+    return lines
+
+
+def output_dir(cfg: RunConfig) -> Path:
+    return Path(cfg.hf["output_dir"])

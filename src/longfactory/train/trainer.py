@@ -1,0 +1,271 @@
+"""transformers' Trainer on rows: loaders, the count of items, the loss, evaluation and saving under sequence parallelism.
+
+The gradient rule. N counts the items (tokens, pairs, samples) of all data-parallel groups and all micro-batches of the optimizer step. Every rank of
+group d differentiates DP * S_d / N, S_d the sum over the group's items, made from log-probabilities that were gathered by a collective
+whose backward is its exact adjoint. DDP, FSDP2 and ZeRO average over all W = DP * SP ranks:
+(1/W) * sum_d SP * DP * S_d / N = S / N, whatever the split. There is no division by accumulation steps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from longfactory import sp
+from longfactory.data.row import Row
+from longfactory.errors import UserError
+from longfactory.model.outputs import TokenOutputs
+from longfactory.shard import export
+from longfactory.sp import hf
+from longfactory.train.metrics import MetricSums, Metrics
+from longfactory.train.loader import Collate, RowSampler, empty_row, make_loader
+
+STATE_FILE = "longfactory_state.json"
+
+
+class RowTrainer(Trainer):
+    """A Trainer whose batches are rows and whose loss is a stage's.
+
+    Args:
+        model: prepared by `sp.hf.prepare`; its output layer taken over by `head`.
+        args: transformers' TrainingArguments.
+        ctx: the place in the sequence-parallel and data-parallel axes.
+        stage: counts items and sums the loss (`train/stages.py`).
+        head: TokenLogprobs or TokenValues.
+        collate: samples -> Row.
+        pad_id: token of the padding document.
+        shuffle: whether training samples are shuffled.
+        make_optimizer: builds the optimizer in place of the Trainer's own (LoRA+, optimizer on the host), or None.
+        log_tokens: count input tokens and log throughput.
+    """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by N: the Trainer must not divide by accumulation steps
+
+    def __init__(
+        self,
+        model: Any,
+        args: Any,
+        *,
+        ctx: sp.SequenceParallel,
+        stage: Any,
+        head: Any,
+        collate: Callable[[list[Any], int, int], Row],
+        pad_id: int,
+        shuffle: bool = True,
+        make_optimizer: Callable[[nn.Module, Any], torch.optim.Optimizer] | None = None,
+        log_tokens: bool = False,
+        **kwargs: Any,
+    ):
+        self.ctx, self.stage, self.head = ctx, stage, head
+        self.shuffle, self.make_optimizer, self.log_tokens = shuffle, make_optimizer, log_tokens
+        self.collate_rows = Collate(collate, sp.alignment(ctx), pad_id, empty_row)
+        self._train_metrics, self._eval_metrics = MetricSums(), MetricSums()
+        super().__init__(model, args, **kwargs)
+        # transformers before 5.19 has no loss_is_scaled_for_ga; it does not divide where the model takes the count itself.
+        self.model_accepts_loss_kwargs = True
+        self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
+
+    # ---- data -----------------------------------------------------------------------------------------------------------------------
+
+    def _loader(self, dataset: Any, batch: int, shuffle: bool) -> DataLoader:
+        ctx, args = self.ctx, self.args
+        sampler = None
+        if hasattr(dataset, "__len__"):
+            by_length = shuffle and getattr(args, "train_sampling_strategy", "random") == "group_by_length"
+            sampler = RowSampler(
+                len(dataset),
+                batch,
+                groups=ctx.dp_size,
+                group=ctx.dp_rank,
+                seed=(args.data_seed if args.data_seed is not None else args.seed) if shuffle else None,
+                lengths=list(dataset.lengths) if by_length else None,
+                window=50 * self.get_total_train_batch_size(args) if by_length else 0,
+                drop_last=shuffle and args.dataloader_drop_last,
+            )
+        return make_loader(
+            dataset,
+            sampler,
+            self.collate_rows,
+            batch=batch,
+            groups=ctx.dp_size,
+            group=ctx.dp_rank,
+            workers=args.dataloader_num_workers,
+            pin=args.dataloader_pin_memory and args.device.type == "cuda",
+            prefetch=args.dataloader_prefetch_factor,
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = self._loader(self.train_dataset, self._train_batch_size, self.shuffle)
+        loader.set_epoch = (loader.batch_sampler or loader.dataset).set_epoch  # type: ignore[attr-defined]
+        return loader
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]  # type: ignore[index]
+        return self._loader(eval_dataset if eval_dataset is not None else self.eval_dataset, self.args.eval_batch_size, False)
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        return self._train_batch_size * args.gradient_accumulation_steps * self.ctx.dp_size
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Tensor]:
+        """The micro-batches of an optimizer step and N, counted on the host and summed over data-parallel groups."""
+        batches = []
+        for _ in range(num_batches):
+            try:
+                batches.append(next(epoch_iterator))
+            except StopIteration:
+                break
+        rows = [b["row"] for b in batches]
+        counts = torch.tensor([sum(self.stage.count_items(r) for r in rows), sum(r.real_tokens for r in rows)], dtype=torch.float64)
+        counts = self._sum_over_groups(counts.to(device, non_blocking=True))
+        self._tokens += counts[1].long()
+        return batches, counts[0].clamp(min=1)
+
+    def _sum_over_groups(self, x: Tensor) -> Tensor:
+        """Sum over the data-parallel axis (detached): once for each sequence-parallel group."""
+        x = x.detach().clone()
+        if self.ctx.dp_size > 1:
+            dist.all_reduce(x, group=self.ctx.dp_group)
+        return x
+
+    # ---- loss -----------------------------------------------------------------------------------------------------------------------
+
+    def token_outputs(self, model: nn.Module, row: Row) -> TokenOutputs:
+        """[T] log-probabilities of the whole row (or values), the same on every rank of the group. `row` is on the host."""
+        plan = sp.plan(len(row), row.segments, self.ctx)
+        device = self.args.device
+        inputs = hf.inputs({"input_ids": row.input_ids, "position_ids": row.position_ids}, plan, device=device)
+        with self.head.labels(row.labels[plan.index.cpu()]):
+            out = model(**inputs)
+            local = self.head.outputs(out.logits)
+        gathered = {
+            name: sp.gather(value if value.is_floating_point() else value.to(torch.uint8), plan).to(value.dtype)
+            for name, value in vars(local).items()
+            if value is not None
+        }
+        return TokenOutputs(**gathered)
+
+    def stage_loss(self, model: nn.Module, row: Row) -> tuple[Tensor, Metrics]:
+        """Sum of the loss over this group's items and the stage's metrics."""
+        outputs = self.token_outputs(model, row)
+        ctx = self.ctx
+        loss_sum, metrics = self.stage.loss_sum(
+            outputs, row.to(self.args.device), dp_sum=self._sum_over_groups, dp_rank=ctx.dp_rank, dp_size=ctx.dp_size
+        )
+        return loss_sum.to(outputs.logps.dtype), metrics
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        loss_sum, metrics = self.stage_loss(model, inputs["row"])
+        if num_items_in_batch is None:
+            raise RuntimeError("compute_loss needs the number of items of the whole optimizer step (get_batch_samples gives it).")
+        self._train_metrics.add(metrics)
+        loss = loss_sum * (self.ctx.dp_size / num_items_in_batch.to(loss_sum))
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 6 * (len(inputs["row"]) // self.ctx.size) * self._parameter_count()
+
+    def _parameter_count(self) -> int:
+        if not hasattr(self, "_parameters"):
+            self._parameters = self.model.num_parameters(exclude_embeddings=True) if hasattr(self.model, "num_parameters") else 0
+        return self._parameters
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.make_optimizer is not None:
+            self.optimizer = self.make_optimizer(self.model if model is None else model, self)
+        return super().create_optimizer() if model is None else super().create_optimizer(model)
+
+    # ---- evaluation -----------------------------------------------------------------------------------------------------------------
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, None, None]:
+        row = inputs["row"]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss_sum, metrics = self.stage_loss(model, row)
+        items = torch.tensor(float(self.stage.count_items(row)), dtype=torch.float64, device=loss_sum.device)
+        self._eval_metrics.add({"loss": (loss_sum, items), **metrics})
+        return (loss_sum / items.clamp(min=1)).float(), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """The Trainer's loop, with the loss and metrics as sums over items divided by counts: no sample repeated, dropped or weighted wrong."""
+        self._eval_metrics = MetricSums()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        assert output.metrics is not None
+        for name, value in self._eval_metrics.means(self._sum_over_groups).items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
+
+    # ---- logging --------------------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self._train_metrics.means(self._sum_over_groups))
+        if self.log_tokens:
+            self.state.num_input_tokens_seen = int(self._tokens)
+            logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
+        super().log(logs, start_time)
+
+    # ---- saving and resuming ----------------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Plain Hugging Face safetensors, whole, whatever the sharding. Collective: every rank calls it."""
+        output_dir = output_dir or self.args.output_dir
+        if self.is_fsdp_enabled:
+            self._save(output_dir, state_dict=export.full_state_dict(self.model))
+            if self.args.push_to_hub and not _internal_call:
+                self.push_to_hub(commit_message="Model save")
+        else:
+            super().save_model(output_dir, _internal_call)
+        if _internal_call and self.args.should_save:
+            os.makedirs(output_dir, exist_ok=True)
+            path = os.path.join(output_dir, STATE_FILE)
+            with open(path + ".part", "w") as f:
+                json.dump(self.run_state(), f, indent=1)
+            os.replace(path + ".part", path)
+
+    def run_state(self) -> dict[str, Any]:
+        """What decides which samples a step takes. A checkpoint resumes only where this is the same."""
+        return {
+            "total_batch_size": self.get_total_train_batch_size(self.args),
+            "samples": len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,  # type: ignore[arg-type]
+            "data_seed": self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            "shuffle": self.shuffle,
+            "sequence_parallel_size": self.ctx.size,
+        }
+
+    def check_resume(self, checkpoint: str) -> None:
+        """Refuses a checkpoint whose steps took other samples than this run's would.
+
+        Raises:
+            UserError: with what differs and how to make it agree.
+        """
+        path = os.path.join(checkpoint, STATE_FILE)
+        if not os.path.isfile(path) or self.args.ignore_data_skip:
+            return
+        with open(path) as f:
+            then = json.load(f)
+        now = self.run_state()
+        if then["total_batch_size"] != now["total_batch_size"]:
+            raise UserError(
+                f"The checkpoint {checkpoint} was made with {then['total_batch_size']} samples an optimizer step; this run takes "
+                f"{now['total_batch_size']} (per_device_train_batch_size x gradient_accumulation_steps x data-parallel groups = "
+                f"{self._train_batch_size} x {self.args.gradient_accumulation_steps} x {self.ctx.dp_size}). Change "
+                "gradient_accumulation_steps so that they agree, or set ignore_data_skip: true to start the epoch's data again."
+            )
+        for key in ("samples", "data_seed", "shuffle"):
+            if then[key] != now[key]:
+                raise UserError(
+                    f"The checkpoint {checkpoint} was made with {key} = {then[key]}, this run has {now[key]}: it would go on with other "
+                    "samples. Use the same data and seed, or set ignore_data_skip: true."
+                )
+
