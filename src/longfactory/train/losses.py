@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longfactory.errors import UserError
 from longfactory.train.pairs import PairLogps
 
 
@@ -181,7 +182,7 @@ def aot(p: PairLogps, o: LossOptions, dp: DataParallel) -> Tensor:
     """Distributional alignment by optimal transport (arXiv 2406.05882): the batch's sorted chosen - rejected of the policy against
     the sorted ones of the reference."""
     if p.chosen_reference is None or p.rejected_reference is None:
-        raise ValueError("pref_loss: aot needs reference log-probabilities.")
+        raise UserError("pref_loss: aot needs reference log-probabilities.")
     return _transport(p.chosen - p.rejected, p.chosen_reference - p.rejected_reference, o, dp)
 
 

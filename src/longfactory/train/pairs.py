@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from longfactory.data.row import IGNORE, Row
+from longfactory.errors import UserError
 
 
 def document_sums(x: Tensor, row: Row) -> Tensor:
@@ -51,16 +52,16 @@ def find_pairs(row: Row) -> list[tuple[int, int]]:
     """Indices (chosen, rejected) into `row.documents`, one tuple a pair: the documents of one sample with these two roles.
 
     Raises:
-        ValueError: a sample with a chosen document and no rejected one, or the reverse.
+        UserError: a sample with a chosen document and no rejected one, or the reverse.
     """
     sides: dict[int, tuple[list[int], list[int]]] = {}
     for i, d in enumerate(row.documents):
         if d.role in ("chosen", "rejected"):
             sides.setdefault(d.sample, ([], []))[d.role == "rejected"].append(i)
-    found = []
+    found: list[tuple[int, int]] = []
     for sample, (chosen, rejected) in sides.items():
         if len(chosen) != len(rejected):
-            raise ValueError(
+            raise UserError(
                 f"Sample {sample} has {len(chosen)} chosen and {len(rejected)} rejected answers in its row. A preference stage needs one "
                 "of each; for single answers with a label use `stage: kto`."
             )
@@ -83,14 +84,14 @@ def reference_logps(reference: Tensor | None, row: Row, indices: Sequence[int], 
     this row where they were computed, else from the numbers that the documents carry.
 
     Raises:
-        ValueError: there is neither.
+        UserError: there is neither.
     """
     if reference is not None:
         return pick(document_logps(reference.detach(), row, ld_alpha), indices)
     numbers = [row.documents[i].reference_logp for i in indices]
     if None in numbers:
         document = row.documents[indices[numbers.index(None)]]
-        raise ValueError(
+        raise UserError(
             f"The {document.role} answer of sample {document.sample} has no reference log-probability, and no reference model was run. "
             "Set `precompute_ref_log_probs: true`, name a `ref_model`, or train with LoRA (its reference is the model without adapter)."
         )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longfactory.data.row import IGNORE, Row
+from longfactory.errors import ConfigError, UserError
 from longfactory.model.outputs import TokenOutputs
 from longfactory.train import losses
 from longfactory.train.losses import DataParallel, LossOptions
@@ -109,7 +110,7 @@ class TokenStage:
         out = as_outputs(x)
         missing = [name for name in sorted(self.needs) if getattr(out, name) is None]
         if missing:
-            raise ValueError(f"The {self.loss} loss needs {', '.join(missing)} from the output layer, which did not make it.")
+            raise UserError(f"The {self.loss} loss needs {', '.join(missing)} from the output layer, which did not make it.")
         trained = row.labels != IGNORE
         losses_ = -out.logps
         if self.loss in ("dft", "asft"):
@@ -145,21 +146,21 @@ class PreferenceStage:
     def __post_init__(self) -> None:
         o = self.options
         if self.pref_loss not in losses.PREFERENCE_LOSSES:
-            raise ValueError(f"pref_loss: {self.pref_loss} is not known. Choose one of {', '.join(losses.PREFERENCE_LOSSES)}.")
+            raise ConfigError(f"pref_loss: {self.pref_loss} is not known. Choose one of {', '.join(losses.PREFERENCE_LOSSES)}.")
         if o.beta <= 0:
-            raise ValueError(f"pref_beta must be above 0, not {o.beta}.")
+            raise ConfigError(f"pref_beta must be above 0, not {o.beta}.")
         if o.label_smoothing and self.pref_loss not in losses.SMOOTHED:
-            raise ValueError(
+            raise ConfigError(
                 f"dpo_label_smoothing means nothing to pref_loss: {self.pref_loss}. It is read by {', '.join(sorted(losses.SMOOTHED))}."
             )
         if not 0 <= o.label_smoothing < 0.5:
-            raise ValueError(f"dpo_label_smoothing must lie in [0, 0.5), not {o.label_smoothing}.")
+            raise ConfigError(f"dpo_label_smoothing must lie in [0, 0.5), not {o.label_smoothing}.")
         if self.pref_loss == "exo_pair" and o.label_smoothing == 0:
-            raise ValueError("pref_loss: exo_pair needs dpo_label_smoothing above 0 (its paper uses 0.001): at 0 the loss is infinite.")
+            raise ConfigError("pref_loss: exo_pair needs dpo_label_smoothing above 0 (its paper uses 0.001): at 0 the loss is infinite.")
         if self.bco_weight and not self.needs_reference:
-            raise ValueError(f"pref_bco_weight compares with a reference, and pref_loss: {self.pref_loss} has none. Remove one of them.")
+            raise ConfigError(f"pref_bco_weight compares with a reference, and pref_loss: {self.pref_loss} has none. Remove one of them.")
         if self.ld_alpha is not None and self.pref_loss == "sft":
-            raise ValueError("ld_alpha means nothing to pref_loss: sft. Remove it.")
+            raise ConfigError("ld_alpha means nothing to pref_loss: sft. Remove it.")
 
     @property
     def needs_reference(self) -> bool:
@@ -334,12 +335,12 @@ def make_stage(stage: str, args: Any) -> Stage:
             kto_chosen_weight, kto_rejected_weight, use_dft_loss, use_asft_loss, asft_alpha, use_eaft_loss, eaft_alpha, compute_accuracy
             (and, optionally, discopop_tau).
     Raises:
-        ValueError: an unknown stage or loss, or options that contradict each other.
+        ConfigError: an unknown stage or loss, or options that contradict each other.
     """
     if stage in ("pt", "sft"):
         chosen = [name for name in ("dft", "asft", "eaft") if stage == "sft" and getattr(args, f"use_{name}_loss")]
         if len(chosen) > 1:
-            raise ValueError(f"use_{chosen[0]}_loss and use_{chosen[1]}_loss are both set. A run has one loss: keep one of them.")
+            raise ConfigError(f"use_{chosen[0]}_loss and use_{chosen[1]}_loss are both set. A run has one loss: keep one of them.")
         loss: Any = chosen[0] if chosen else "nll"
         alpha = {"asft": args.asft_alpha, "eaft": args.eaft_alpha}.get(loss, 0.0)
         return TokenStage(loss, alpha, accuracy=bool(args.compute_accuracy))
@@ -350,4 +351,4 @@ def make_stage(stage: str, args: Any) -> Stage:
         return KTOStage(args.pref_beta, args.kto_chosen_weight, args.kto_rejected_weight, args.pref_ftx)
     if stage == "rm":
         return RewardStage()
-    raise ValueError(f"stage: {stage} is not known. Choose one of pt, sft, rm, dpo, kto.")
+    raise ConfigError(f"stage: {stage} is not known. Choose one of pt, sft, rm, dpo, kto.")
