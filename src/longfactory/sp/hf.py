@@ -1,0 +1,259 @@
+"""Hugging Face models under sequence parallelism: through transformers' own attention registry, by name, without patching a module.
+
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation=hf.ATTENTION)
+    hf.prepare(model, ctx)                  # before FSDP2, DDP, ZeRO or PEFT wrap it (PEFT may also come first)
+    ...wrap...
+    hf.guard(wrapped, ctx)                  # every rank
+    logits = wrapped(**hf.inputs(row, plan)).logits
+
+The plan travels with the call, as a keyword argument and on the `position_ids` tensor: a layer that is computed again in the backward
+pass receives the plan of its own forward pass, whatever ran in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from . import hybrid, probe, rope
+from .attention import attention as engine
+from .collectives import shard
+from .context import SequenceParallel
+from .plan import RowPlan
+
+ATTENTION = "longfactory"
+"""The registered name. Pass it as `attn_implementation`."""
+
+# Arguments that models pass to their attention function and that change nothing here.
+_WITHOUT_EFFECT = frozenset(
+    {"position_ids", "position_embeddings", "cache_position", "logits_to_keep", "num_items_in_batch", "layer_idx", "return_dict"}
+)
+_DROPOUT_KEYS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
+ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+"""Layer types of transformers' configurations that the attention function computes."""
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    sp_plan: RowPlan | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls: query [1, H, T/n, D], key and value [1, Hkv, T/n, D] -> ([1, T/n, H, Dv], None).
+
+    Raises:
+        ValueError: the call asks for something that the engine does not compute, or was not given a plan.
+    """
+    name = type(module).__name__
+    plan = sp_plan if sp_plan is not None else _carried(module, kwargs)
+    if plan is None:
+        raise ValueError(f"{name}: no sp_plan reached the attention function. Call the model with hf.inputs(row, plan).")
+    if query.shape[0] != 1:
+        raise ValueError(f"{name}: a batch of {query.shape[0]} rows; the engine takes one flat row. Lay the samples end to end in it.")
+    local = plan.local_length
+    if query.shape[2] != local or key.shape[2] != local:
+        raise ValueError(
+            f"{name}: {query.shape[2]} queries and {key.shape[2]} keys, the plan has {local} tokens on this rank. "
+            "Cross-attention, caches and prefix tokens are not supported; call the model with hf.inputs(row, plan)."
+        )
+    if attention_mask is not None:
+        raise ValueError(f"{name}: an attention mask would be lost. The plan's documents are the mask: pass attention_mask=None.")
+    if dropout and module.training:
+        raise ValueError(
+            f"{name}: dropout of attention weights ({dropout}) is not computed. Set attention_dropout: 0 in the model's config."
+        )
+    if is_causal is False or getattr(module, "is_causal", True) is False:
+        raise ValueError(f"{name}: attention to later tokens (is_causal=False) is not supported.")
+    if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
+        raise ValueError(f"{name}: a cache of keys and values is not supported. Call the model with use_cache=False.")
+    for argument, given in kwargs.items():
+        if argument not in _WITHOUT_EFFECT and given is not None and given is not False:
+            raise ValueError(f"{name}: the argument {argument} of its attention is not implemented under sequence parallelism.")
+    chunk = _chunk(module)
+    if (seen := probe.current()) is not None:
+        seen.calls += 1
+        seen.modules.add(id(module))
+        seen.heads.add((query.shape[1], key.shape[1]))
+        seen.dtypes.add(query.dtype)
+        if sliding_window is not None:
+            seen.windows.add(sliding_window)
+    if (scales := _temperature(module, plan, query.device)) is not None:
+        query = (query * scales[:, None]).to(query.dtype)
+    # [1, H, T/n, D] -> [T/n, H, D]
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    out = engine(q, k, v, plan, scale=scaling, window=sliding_window, chunk=chunk, softcap=softcap or None, sinks=s_aux)
+    return out[None], None
+
+
+def _carried(module: nn.Module, kwargs: Mapping[str, Any]) -> RowPlan | None:
+    """For models that keep only the arguments they know: `position_ids` is one of them, and carries the plan."""
+    return getattr(kwargs.get("position_ids"), "sp_plan", None)
+
+
+def _chunk(module: nn.Module) -> int | None:
+    """Llama 4: no argument of the attention function says that a layer attends inside chunks only."""
+    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    types = getattr(config, "layer_types", None)
+    if types is None or layer is None or layer >= len(types) or types[layer] != "chunked_attention":
+        return None
+    return config.attention_chunk_size
+
+
+def mask(
+    *args: Any, mask_function: Callable | None = None, attention_mask: Tensor | None = None, config: Any = None, **kwargs: Any
+) -> None:
+    """The mask function that transformers calls. Builds nothing; refuses a mask that the plan does not say.
+
+    transformers reads documents from jumps of `position_ids`. A shard's position ids jump between chunks too, so what it reads is
+    wrong and is ignored: the plan knows the documents.
+    """
+    model = getattr(config, "model_type", "the model")
+    if attention_mask is not None:
+        raise ValueError(
+            f"{model}: a padding mask would be lost under sequence parallelism. Padding is a document of the row; pass attention_mask=None."
+        )
+    found: set[tuple[str, int]] = set()
+    if mask_function is None or (reason := _lost(mask_function, found)):
+        raise ValueError(f"{model}: its mask is not causal attention inside documents ({reason if mask_function else 'no mask function'}).")
+    if (seen := probe.current()) is not None:
+        seen.masks |= found
+
+
+def _lost(function: Callable, found: set[tuple[str, int]]) -> str | None:
+    """Why a mask function of transformers.masking_utils cannot be replaced by the plan, or None. Adds windows and chunks to `found`."""
+    maker = function.__qualname__.split(".")[0]
+    if function.__module__ != "transformers.masking_utils":
+        return f"a mask function of its own, {function.__module__}.{function.__qualname__}"
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    held = {name: cell.cell_contents for name, cell in cells}
+    match maker:
+        case "causal_mask_function" | "packed_sequence_mask_function":
+            return None
+        case "sliding_window_overlay":
+            found.add(("window", held["sliding_window"]))
+            return None
+        case "chunked_overlay":
+            found.add(("chunk", held["chunk_size"]))
+            return None
+        case "and_masks":
+            return next((reason for f in held["mask_functions"] if (reason := _lost(f, found))), None)
+        case "remap_positions_for_packed_sequence":
+            return _lost(held["mask_function"], found)
+    names = {"bidirectional_mask_function": "bidirectional attention", "or_masks": "blocks of tokens that see each other"}
+    return names.get(maker, maker)
+
+
+AttentionInterface.register(ATTENTION, attention)
+AttentionMaskInterface.register(ATTENTION, mask)
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside DDP, DeepSpeed, PEFT or nothing.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise ValueError(f"{type(model).__name__} holds no transformers model.")
+
+
+def inputs(row: Mapping[str, Tensor], plan: RowPlan) -> dict[str, Any]:
+    """Keyword arguments for the model: this rank's tokens of a row of `input_ids` [T] and `position_ids` [T].
+
+    Any order of ranks' tokens is right: positions travel with the tokens. Logits come back as [1, T/n, V] in the order of
+    `plan.index`.
+    """
+    ids = shard(row["input_ids"], plan)[None]
+    positions = shard(row["position_ids"], plan)[None]
+    positions.sp_plan = plan  # type: ignore[attr-defined]
+    return {"input_ids": ids, "position_ids": positions, "sp_plan": plan, "use_cache": False}
+
+
+def prepare(model: PreTrainedModel, ctx: SequenceParallel) -> None:
+    """Routes the model's attention through the engine. Once, before it is wrapped; needed at every size, 1 too.
+
+    Sets the attention implementation, and hooks what depends on the length of the row: rotary embeddings with longrope or dynamic
+    frequencies, the temperature of Llama 4, and the linear attention of hybrids.
+
+    Raises:
+        ValueError: the model has layers that the engine cannot compute exactly, or its attention is not reached by the registry.
+            Names the model type and what to do.
+    """
+    inner = unwrap(model)
+    config = inner.config.get_text_config()
+    if reason := unsupported(inner):
+        raise ValueError(f"Models of type {config.model_type} cannot be trained here: {reason}.")
+    for key in _DROPOUT_KEYS:
+        if getattr(config, key, None):
+            raise ValueError(
+                f"{config.model_type}: dropout of attention weights is not computed, and {key} is {getattr(config, key)}. "
+                f"Load the model with {key}=0."
+            )
+    inner.set_attn_implementation(ATTENTION)
+    if config._attn_implementation != ATTENTION:
+        raise ValueError(
+            f"Models of type {config.model_type} cannot be trained here: their attention does not pass through transformers' registry."
+        )
+    for module in inner.modules():
+        if getattr(module, "attn_temperature_tuning", False) and hasattr(module, "floor_scale") and not hasattr(module, "sp_tuned"):
+            module.sp_tuned = True
+            module.register_forward_pre_hook(_tuning_off, with_kwargs=True)
+            module.register_forward_hook(_tuning_on, always_call=True)
+    rope.prepare(inner)
+    hybrid.prepare(inner, ctx)
+    if ctx.heads is None and (heads := getattr(config, "num_attention_heads", None)):
+        ctx.set_heads(heads, getattr(config, "num_key_value_heads", None))
+
+
+def unsupported(model: PreTrainedModel) -> str | None:
+    """Why the engine cannot compute this model, as far as its configuration tells, or None."""
+    config = model.config.get_text_config()
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder with a decoder"
+    if getattr(config, "is_causal", True) is False:
+        return "its attention sees later tokens (is_causal is false)"
+    if reason := hybrid.unsupported(model):
+        return reason
+    if not model._can_set_attn_implementation():
+        return "its attention does not pass through transformers' attention registry"
+    return None
+
+
+def layer_types(config: Any) -> list[str]:
+    """The kind of each layer, "full_attention" where the configuration does not say."""
+    given = getattr(config, "layer_types", None)
+    return list(given) if given else ["full_attention"] * config.num_hidden_layers
+
+
+def _tuning_off(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    """Llama 4 scales queries by their index in the tensor, which in a shard is not their position: `attention` does it instead."""
+    if kwargs.get("sp_plan") is not None:
+        module.attn_temperature_tuning = False  # type: ignore[assignment]
+
+
+def _tuning_on(module: nn.Module, args: Any, output: Any) -> None:
+    module.attn_temperature_tuning = True  # type: ignore[assignment]
+
+
+def _temperature(module: nn.Module, plan: RowPlan, device: torch.device) -> Tensor | None:
+    """[T/n] factors of the queries, from positions in the document; None where the layer has none."""
+    if not getattr(module, "sp_tuned", False) or module.use_rope:
+        return None
+    steps = torch.floor((rope.positions(plan, device).float() + 1.0) / module.floor_scale)
+    return torch.log1p(steps) * module.attn_scale + 1.0
