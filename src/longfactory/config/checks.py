@@ -1,0 +1,246 @@
+"""Keys that contradict each other, or ask for what is not there. Each problem is one sentence with its remedy."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from longfactory.config.run import RunConfig
+
+SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")
+"""Preference losses that read dpo_label_smoothing."""
+REFERENCE_FREE = ("orpo", "simpo", "sft")
+"""Preference losses that have no reference model."""
+
+
+def training(cfg: RunConfig, world_size: int | None) -> Iterator[str]:
+    """The problems of a training run; without any, it can start as far as its keys go."""
+    yield from _needed(cfg)
+    yield from _data(cfg)
+    yield from _method(cfg)
+    yield from adapters(cfg)
+    yield from _parallel(cfg)
+    if world_size is not None:
+        yield from processes(cfg, world_size)
+
+
+def inference(cfg: RunConfig, command: str) -> Iterator[str]:
+    """The problems of an export or a chat."""
+    if cfg.model.model_name_or_path is None:
+        yield "model_name_or_path is missing: a folder, or a model's name on the hub."
+    if command == "export":
+        if cfg.output.export_dir is None:
+            yield "export_dir is missing: the folder to write the merged model to."
+        if cfg.model.quantization_bit is not None and cfg.model.adapter_name_or_path:
+            yield "Adapters cannot be merged into quantised weights. Leave quantization_bit out: they are merged into the full weights."
+    yield from adapters(cfg)
+
+
+def _needed(cfg: RunConfig) -> Iterator[str]:
+    if cfg.model.model_name_or_path is None:
+        yield "model_name_or_path is missing: a folder, or a model's name on the hub."
+    if cfg.hf.get("output_dir") is None:
+        yield "output_dir is missing: the folder for checkpoints and results."
+    if cfg.trainer("do_train") and not cfg.data.dataset and cfg.data.tokenized_path is None:
+        yield "dataset is missing: one or more names from dataset_info.json, or tokenized_path."
+
+
+def _data(cfg: RunConfig) -> Iterator[str]:
+    data = cfg.data
+    if data.train_on_prompt and data.mask_history:
+        yield "train_on_prompt trains every token, mask_history the last answer alone. Keep one of them."
+    if cfg.method.stage != "sft":
+        for name in ("train_on_prompt", "mask_history"):
+            if getattr(data, name):
+                yield f"{name} is for stage: sft; this run's stage is {cfg.method.stage}. Leave it out."
+    if data.packing is False and data.neat_packing:
+        yield "packing: false and neat_packing: true contradict each other. Keep packing: true; packed documents are always isolated."
+    if data.eval_dataset and data.val_size > 0:
+        yield "eval_dataset and val_size were both given. Keep one: other data, or a part of the training data."
+    wants_eval = cfg.trainer("do_eval") or cfg.trainer("eval_strategy") != "no"
+    if wants_eval and not data.eval_dataset and data.val_size == 0 and data.tokenized_path is None:
+        yield "Evaluation was asked for and there are no data for it. Give eval_dataset, or val_size above 0."
+    if data.val_size > 1 and data.val_size != int(data.val_size):
+        yield f"val_size: {data.val_size} is neither a share below 1 nor a whole number of samples."
+    if data.streaming:
+        if cfg.trainer("max_steps") <= 0:
+            yield "streaming does not know how long the data are. Give max_steps."
+        if data.max_samples is not None:
+            yield "max_samples and streaming cannot be used together. Leave max_samples out; max_steps ends the run."
+        if 0 < data.val_size < 1:
+            yield "streaming needs val_size as a number of samples, since the length of the data is unknown."
+    if data.interleave_probs:
+        if data.mix_strategy == "concat":
+            yield "interleave_probs is for mixing. Set mix_strategy: interleave_under (or _over, _once), or leave it out."
+        elif len(data.interleave_probs) != len(data.dataset):
+            yield f"interleave_probs has {len(data.interleave_probs)} numbers for {len(data.dataset)} data sets. Give one for each."
+        elif abs(sum(data.interleave_probs) - 1) > 1e-6:
+            yield f"interleave_probs sum to {sum(data.interleave_probs):g}. They are probabilities: make them sum to 1."
+
+
+def _method(cfg: RunConfig) -> Iterator[str]:
+    m = cfg.method
+    if m.dpo_label_smoothing > 0 and m.stage == "dpo" and m.pref_loss not in SMOOTHED:
+        yield f"dpo_label_smoothing means nothing to pref_loss: {m.pref_loss}. It is read by {', '.join(SMOOTHED)}."
+    if m.stage == "dpo" and m.pref_loss == "exo_pair" and m.dpo_label_smoothing == 0:
+        yield "pref_loss: exo_pair is infinite without dpo_label_smoothing. Give one, for example 0.001."
+    losses = [name for name in ("use_dft_loss", "use_asft_loss", "use_eaft_loss") if getattr(m, name)]
+    if len(losses) > 1:
+        yield f"{' and '.join(losses)} were given. A run has one loss: keep one."
+    if m.stage == "rm" and cfg.trainer("load_best_model_at_end"):
+        yield "load_best_model_at_end is not supported with stage: rm. Leave it out and choose the checkpoint by its evaluation."
+    if m.early_stopping_steps is not None and cfg.trainer("eval_strategy") == "no":
+        yield "early_stopping_steps counts evaluations. Set eval_strategy and eval_steps."
+    if cfg.trainer("bf16") and cfg.trainer("fp16"):
+        yield "bf16 and fp16 were both given. Keep one of them."
+    if m.pure_bf16 and cfg.trainer("fp16"):
+        yield "pure_bf16 and fp16 contradict each other. Keep one of them."
+    steps, strategy = cfg.trainer("eval_steps"), cfg.trainer("eval_strategy")
+    if strategy == "steps" and steps is not None and steps <= 0:
+        yield f"eval_steps: {steps:g} was given, a number above 0 is needed."
+
+
+def adapters(cfg: RunConfig) -> Iterator[str]:
+    """Contradictions about LoRA and quantised weights."""
+    model, m = cfg.model, cfg.method
+    lora = m.finetuning_type == "lora"
+    if model.adapter_name_or_path and not lora:
+        yield f"adapter_name_or_path is for finetuning_type: lora; this run's is {m.finetuning_type}. Merge it first (longfactory export)."
+    for name in ("loraplus_lr_ratio", "pissa_init", "use_dora", "use_rslora"):
+        if getattr(m, name) and not lora:
+            yield f"{name} is for finetuning_type: lora; this run's is {m.finetuning_type}. Leave it out."
+    if model.quantization_bit is None:
+        return
+    if not lora:
+        yield f"quantization_bit is for finetuning_type: lora; this run's is {m.finetuning_type}. Use lora, or leave quantization_bit out."
+    if m.pissa_init:
+        yield "pissa_init decomposes the full weights and cannot read quantised ones. Leave one of the two out."
+    if model.resize_vocab:
+        yield "resize_vocab cannot enlarge a quantised embedding. Resize the model first, or leave quantization_bit out."
+    if model.adapter_name_or_path and m.create_new_adapter:
+        yield "create_new_adapter merges the given adapters, which quantised weights do not allow. Merge them first (longfactory export)."
+    if len(model.adapter_name_or_path) > 1:
+        yield "A quantised model takes one adapter. Merge the others first (longfactory export)."
+
+
+def _parallel(cfg: RunConfig) -> Iterator[str]:
+    p = cfg.parallel
+    ulysses, ring = p.sequence_parallel_ulysses_degree, p.sequence_parallel_ring_degree
+    if p.sequence_parallel_mode == "usp":
+        if ulysses is not None and ring is not None and ulysses * ring != p.sequence_parallel_size:
+            yield (
+                f"usp: sequence_parallel_ulysses_degree {ulysses} x sequence_parallel_ring_degree {ring} = {ulysses * ring}, and "
+                f"sequence_parallel_size is {p.sequence_parallel_size}. Make them equal, or give one degree alone."
+            )
+        for name, degree in (("ulysses", ulysses), ("ring", ring)):
+            if degree is not None and p.sequence_parallel_size % degree:
+                yield f"sequence_parallel_{name}_degree: {degree} does not divide sequence_parallel_size: {p.sequence_parallel_size}."
+    elif (ulysses or 1) > 1 or (ring or 1) > 1:
+        yield f"The degrees are for sequence_parallel_mode: usp; this run's is {p.sequence_parallel_mode}. Set usp, or leave them out."
+    if cfg.trainer("neftune_noise_alpha") and p.sequence_parallel_size > 1:
+        yield "neftune_noise_alpha scales its noise by the length it sees, which is a part of the sequence here. Leave it out."
+    deepspeed = cfg.trainer("deepspeed")
+    if deepspeed is not None:
+        if p.sharding != "auto":
+            yield f"deepspeed and sharding: {p.sharding} were both given. Keep one of them."
+        yield from _deepspeed(deepspeed, cfg)
+
+
+def _deepspeed(given: str | dict, cfg: RunConfig) -> Iterator[str]:
+    config = given
+    if isinstance(given, str):
+        path = Path(given)
+        if not path.is_file():
+            yield f"deepspeed: there is no file {path}. Ready-made ones are in examples/deepspeed/."
+            return
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as e:
+            yield f"deepspeed: {path} is not valid JSON ({e})."
+            return
+    if not isinstance(config, dict):
+        yield f"deepspeed: {given} holds no mapping; DeepSpeed's own JSON is needed."
+        return
+    zero = config.get("zero_optimization")
+    if isinstance(zero, dict) and zero.get("stage") == 3:
+        if cfg.model.quantization_bit is not None:
+            yield "ZeRO-3 cannot shard quantised weights. Use a ZeRO-2 JSON, or leave quantization_bit out."
+        if cfg.method.pure_bf16:
+            yield "pure_bf16 and ZeRO-3 cannot be used together: ZeRO-3 keeps float32 master weights. Use bf16: true."
+        if cfg.method.pissa_init:
+            yield "pissa_init needs whole weights, which ZeRO-3 never has. Use a ZeRO-2 JSON or sharding: fsdp2."
+
+
+def processes(cfg: RunConfig, world_size: int) -> Iterator[str]:
+    """Whether the run fits so many processes."""
+    size = cfg.parallel.sequence_parallel_size
+    if world_size % size == 0:
+        return
+    if world_size < size:
+        yield (
+            f"sequence_parallel_size: {size} needs {size} processes or a multiple, and {world_size} would start. "
+            f"Set sequence_parallel_size: {world_size}, or nproc_per_node: {size} (on a machine without GPUs)."
+        )
+    else:
+        fit = max(d for d in range(1, size + 1) if world_size % d == 0)
+        near = world_size - world_size % size
+        yield f"sequence_parallel_size: {size} does not divide the {world_size} processes. Use {fit}, or {near} processes."
+
+
+def extras(cfg: RunConfig) -> Iterator[str]:
+    """Packages that the run needs and that are not installed."""
+
+    def missing(module: str) -> bool:
+        return importlib.util.find_spec(module) is None
+
+    if cfg.trainer("deepspeed") is not None and missing("deepspeed"):
+        yield 'deepspeed: the package is not installed. Run: pip install "longfactory[deepspeed]"'
+    if cfg.model.quantization_bit is not None and missing("bitsandbytes"):
+        yield 'quantization_bit: bitsandbytes is not installed. Run: pip install "longfactory[quantization]"'
+    if cfg.model.enable_liger_kernel and missing("liger_kernel"):
+        yield 'enable_liger_kernel: the package is not installed. Run: pip install "longfactory[liger]"'
+    backend = cfg.parallel.attention_backend
+    if backend == "fa4" and missing("flash_attn"):
+        yield 'attention_backend: fa4 is not installed. Run: pip install "longfactory[fa4]", or use attention_backend: auto.'
+    if (backend == "fa2" and missing("flash_attn")) or (backend == "fa3" and missing("flash_attn_interface")):
+        yield f"attention_backend: {backend} is not installed. Use attention_backend: auto, which needs nothing beside torch."
+
+
+def idle(cfg: RunConfig, given: set[str]) -> list[str]:
+    """Keys that were given and that this stage or method never reads, in a sentence each."""
+    stage, kind = cfg.method.stage, cfg.method.finetuning_type
+    reference = stage == "kto" or (stage == "dpo" and cfg.method.pref_loss not in REFERENCE_FREE) or cfg.method.use_asft_loss
+    rules: list[tuple[Callable[[str], bool], bool, str]] = [
+        (lambda k: k in ("pref_beta", "pref_ftx", "pref_share_prompt"), stage in ("dpo", "kto", "rm"), f"stage is {stage}"),
+        (lambda k: k in ("pref_loss", "pref_bco_weight", "dpo_label_smoothing", "ld_alpha"), stage == "dpo", f"stage is {stage}"),
+        (lambda k: k == "simpo_gamma", stage == "dpo" and cfg.method.pref_loss == "simpo", "it is read by pref_loss: simpo alone"),
+        (lambda k: k == "discopop_tau", stage == "dpo" and cfg.method.pref_loss == "discopop", "it is read by pref_loss: discopop alone"),
+        (lambda k: k.startswith("kto_"), stage == "kto", f"stage is {stage}"),
+        (lambda k: k.startswith("ref_model") or k == "precompute_ref_log_probs", reference, "this run has no reference model"),
+        (
+            lambda k: k in ("use_dft_loss", "use_asft_loss", "use_eaft_loss", "asft_alpha", "eaft_alpha"),
+            stage == "sft",
+            f"stage is {stage}",
+        ),
+        (lambda k: k == "compute_accuracy", stage in ("pt", "sft"), f"stage is {stage}"),
+        (lambda k: k.startswith(("lora_", "pissa_", "loraplus_")), kind == "lora", f"finetuning_type is {kind}"),
+        (lambda k: k == "additional_target", kind == "lora", f"finetuning_type is {kind}"),
+        (lambda k: k.startswith("freeze_"), kind == "freeze", f"finetuning_type is {kind}"),
+        (lambda k: k == "buffer_size", cfg.data.streaming, "streaming is off"),
+    ]
+    return [
+        f"{name} has no effect: {why}."
+        for name in sorted(given)
+        for applies, read, why in rules
+        if applies(name) and not read and not _is_default(cfg, name)
+    ]
+
+
+def _is_default(cfg: RunConfig, name: str) -> bool:
+    from longfactory.config.translate import OWN_KEYS
+
+    return next((getattr(g, name) for g in (cfg.model, cfg.data, cfg.method) if hasattr(g, name)), None) == OWN_KEYS[name].default

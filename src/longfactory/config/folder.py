@@ -1,0 +1,97 @@
+"""The output folder before a run: empty, an earlier part of the same run, or another run's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longfactory.errors import ConfigError
+
+if TYPE_CHECKING:
+    from longfactory.config.run import RunConfig
+
+RUN_FILE = "longfactory.yaml"
+"""Written beside the checkpoints: the resolved run. `longfactory train <output_dir>/longfactory.yaml` runs it again."""
+
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)
+IDENTITY = ("stage", "finetuning_type", "model_name_or_path", "dataset", "template", "lora_rank", "lora_target")
+"""Runs that differ in one of these are different runs; the rest (length, learning rate, sequence_parallel_size) may change on resuming."""
+
+REMEDY = "Choose another folder, or set overwrite_output_dir: true."
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The `checkpoint-N` with the greatest N, or None."""
+    found = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if p.is_dir() and (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    return max(found)[1] if found else None
+
+
+def settle(cfg: RunConfig) -> list[str]:
+    """Sets `resume_from_checkpoint` as LLaMA-Factory does: what was asked for, else the last checkpoint of the output folder.
+
+    Raises:
+        ConfigError: the checkpoint does not exist, or the folder holds another run.
+    """
+    asked = cfg.hf.pop("resume_from_checkpoint", None)
+    out = cfg.output_dir
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"output_dir: {out} is a file; a folder is needed.")
+    if isinstance(asked, str):
+        if not Path(asked).is_dir():
+            raise ConfigError(f"resume_from_checkpoint: there is no folder {asked}.")
+        cfg.hf["resume_from_checkpoint"] = asked
+        return []
+    if not cfg.trainer("do_train") or asked is False:
+        return []
+    last = last_checkpoint(out) if out.is_dir() else None
+    if asked is True and last is None:
+        raise ConfigError(f"resume_from_checkpoint: there is no checkpoint in {out}. Give the folder of one, or leave the key out.")
+    if cfg.output.overwrite_output_dir and asked is not True:
+        return []
+    other = _differences(cfg, out)
+    if other:
+        raise ConfigError(
+            f"output_dir: {out} holds another run ({'; '.join(other)}). Choose another folder, or set overwrite_output_dir: true."
+        )
+    if last is not None:
+        cfg.hf["resume_from_checkpoint"] = str(last)
+        return [f"The run goes on from {last}. To begin anew: {REMEDY}"]
+    if any((out / name).is_file() for name in WEIGHTS):
+        raise ConfigError(
+            f"output_dir: {out} holds a finished run without checkpoints. Choose another folder, or set overwrite_output_dir: true."
+        )
+    return []
+
+
+def _differences(cfg: RunConfig, out: Path) -> list[str]:
+    """In what the run that wrote the folder differs from this one; empty where there is none, or none that wrote its file."""
+    path = out / RUN_FILE
+    if not path.is_file() or (last_checkpoint(out) is None and not any((out / name).is_file() for name in WEIGHTS)):
+        return []
+    from longfactory.config.read import read_file
+
+    old = read_file(path)
+    found = []
+    for name in IDENTITY:
+        if name.startswith("lora_") and cfg.method.finetuning_type != "lora":
+            continue
+        new = next((getattr(g, name) for g in (cfg.model, cfg.data, cfg.method) if hasattr(g, name)), None)
+        if name in old and _plain(old[name]) != _plain(new):
+            found.append(f"its {name} is {_words(old[name])}, this run's {_words(new)}")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return sorted(str(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def _words(value: Any) -> str:
+    return ", ".join(str(v) for v in value) if isinstance(value, (list, tuple)) else str(value)

@@ -1,0 +1,266 @@
+"""Keys that people's YAML files carry and that are not arguments here: other names, keys with no effect, and keys that are refused.
+
+Every key that LLaMA-Factory 0.9.5, its 360 fork or transformers 4 knows is an argument, or stands in one of these tables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+ALIASES: dict[str, str] = {
+    "image_dir": "media_dir",
+    "image_resolution": "image_max_pixels",
+    "video_resolution": "video_max_pixels",
+    "new_special_tokens": "add_special_tokens",
+    "use_cache": "use_kv_cache",
+    "evaluation_strategy": "eval_strategy",
+    "group_by_length": "train_sampling_strategy",
+    "include_tokens_per_second": "include_num_input_tokens_seen",
+    "no_cuda": "use_cpu",
+    "use_liger_kernel": "enable_liger_kernel",
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "push_to_hub_token": "hub_token",
+    "push_to_hub_model_id": "hub_model_id",
+    "context_parallel_size": "sequence_parallel_size",
+    "hyper_parallel_cp_size": "sequence_parallel_size",
+    "cp_size": "sequence_parallel_size",
+    "cp_mode": "sequence_parallel_mode",
+    "dpo_beta": "pref_beta",
+    "dpo_loss": "pref_loss",
+    "dpo_ftx": "pref_ftx",
+}
+"""Other name -> name here. The value keeps its meaning, but for those in `translate.rename`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Other:
+    """`harmless` values pass without a word, since people copy defaults. Anything else earns the sentence."""
+
+    harmless: tuple[Any, ...]
+    sentence: str
+
+
+NO_EFFECT: dict[str, Other] = {
+    "flash_attn": Other(("auto",), "attention always goes through LongFactory's own kernels; attention_backend chooses among them"),
+    "use_reentrant_gc": Other((True, False), "recomputation is done by LongFactory itself"),
+    "low_cpu_mem_usage": Other((True,), "weights are always loaded without a second copy"),
+    "use_kv_cache": Other((True,), "training never keeps keys and values, generation always does"),
+    "print_param_status": Other((False,), "the number of trained parameters is printed at the start"),
+    "ignore_pad_token_for_loss": Other((True,), "there are no padding tokens inside a row"),
+    "data_shared_file_system": Other((False,), "data are tokenised once and no process waits for them behind a barrier"),
+    "shuffle_for_sequence_parallel": Other((True,), "the data are shuffled each epoch"),
+    "fsdp_transformer_layer_cls_to_wrap": Other((None,), "the layers to shard are found from the model"),
+    "fsdp_min_num_params": Other((0,), "the layers to shard are found from the model"),
+    "save_safetensors": Other((True,), "files are always written as safetensors"),
+    "remove_unused_columns": Other((True, False), "columns are chosen by the data format"),
+    "label_names": Other((None, "labels", ["labels"]), "labels are part of the row"),
+    "prediction_loss_only": Other((True, False), "evaluation never keeps logits"),
+    "eval_accumulation_steps": Other((None,), "evaluation never keeps logits"),
+    "eval_use_gather_object": Other((False,), "evaluation never gathers logits"),
+    "eval_do_concat_batches": Other((True,), "evaluation never gathers logits"),
+    "dataloader_in_order": Other((True,), "rows always come in their order"),
+    "local_rank": Other((None,), "the launcher's environment tells each process its rank"),
+    "image_max_pixels": Other((768 * 768,), "LongFactory trains on text"),
+    "image_min_pixels": Other((32 * 32,), "LongFactory trains on text"),
+    "image_do_pan_and_scan": Other((False,), "LongFactory trains on text"),
+    "crop_to_patches": Other((False,), "LongFactory trains on text"),
+    "video_max_pixels": Other((256 * 256,), "LongFactory trains on text"),
+    "video_min_pixels": Other((16 * 16,), "LongFactory trains on text"),
+    "video_fps": Other((2.0,), "LongFactory trains on text"),
+    "video_maxlen": Other((128,), "LongFactory trains on text"),
+    "use_audio_in_video": Other((False,), "LongFactory trains on text"),
+    "audio_sampling_rate": Other((16000,), "LongFactory trains on text"),
+    "freeze_vision_tower": Other((True,), "LongFactory trains the text model alone"),
+    "freeze_multi_modal_projector": Other((True,), "LongFactory trains the text model alone"),
+}
+"""Keys whose value changes nothing here. A value that is not harmless is noted at the start of the run."""
+
+_GALORE = "use optim: galore_adamw with optim_target_modules, transformers' own GaLore, or finetuning_type: lora"
+_APOLLO = "use optim: apollo_adamw with optim_target_modules, transformers' own APOLLO, or finetuning_type: lora"
+_BADAM = "BAdam is not supported; use finetuning_type: freeze or lora, or optimizer_placement: host"
+_VLLM = "LongFactory trains; serve the exported model with vLLM or SGLang themselves"
+_EXPORT_Q = "export writes full precision; quantise the exported folder with a tool made for it (llm-compressor, GPTQModel)"
+_KT = "KTransformers is not supported; use optimizer_placement: host or a DeepSpeed offload JSON"
+_PPO = "ppo is not supported; use stage: dpo or kto, or stage: rm for a reward model alone"
+_SWAN = "set report_to: swanlab and SwanLab's environment variables (SWANLAB_PROJECT, SWANLAB_WORKSPACE, SWANLAB_API_KEY, ...)"
+_RAY = "Ray is not supported; start with longfactory train (NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT) or torchrun"
+_PROF = "the profiler is not built in; wrap the run in nsys, or use torch.profiler in a callback"
+_FP8 = "fp8 training is not supported; use bf16: true"
+_MCA = "Megatron back ends are not supported; use sequence_parallel_size and sharding: fsdp2"
+_LOGITS = "it needs the logits of every token, which are never materialised here"
+_HUB = "use a local folder, or a model on the Hugging Face hub"
+
+REFUSED: dict[str, Other] = {
+    # model
+    "adapter_folder": Other((None,), "write the adapter's own path in adapter_name_or_path"),
+    "new_special_tokens_config": Other((None,), "list the tokens in add_special_tokens"),
+    "init_special_tokens": Other(("noise_init",), "new tokens start as the mean of the embedding with noise; edit the model beforehand"),
+    "shift_attn": Other((False,), "S2-Attn approximates; use sequence_parallel_size, which is exact"),
+    "mixture_of_depths": Other((None,), "mixture of depths is not supported; train the model as it is"),
+    "use_unsloth": Other((False,), "Unsloth replaces the model's layers and cannot share a sequence; leave it out"),
+    "moe_aux_loss_coef": Other((None,), "the routers' auxiliary loss is not computed; train with router weights frozen, or leave it out"),
+    "upcast_lmhead_output": Other((False,), "log-probabilities are always computed in float32; leave it out"),
+    "offload_folder": Other(("offload",), "weights are not offloaded to disk; use optimizer_placement: host or a DeepSpeed JSON"),
+    "use_v1_kernels": Other((False, None), "leave it out; enable_liger_kernel: true has fused kernels"),
+    "ms_hub_token": Other((None,), _HUB),
+    "om_hub_token": Other((None,), _HUB),
+    "quantization_device_map": Other((None,), "a quantised model is placed on one device by each process; leave it out"),
+    "infer_backend": Other(("huggingface", "hf"), _VLLM),
+    "train_mm_proj_only": Other((False,), "LongFactory trains the text model alone"),
+    "freeze_language_model": Other((False,), "LongFactory trains the text model; use finetuning_type: freeze to train a part of it"),
+    # export and serving
+    "export_legacy_format": Other((False,), "export writes safetensors"),
+    "export_quantization_bit": Other((None,), _EXPORT_Q),
+    "export_quantization_dataset": Other((None,), _EXPORT_Q),
+    "export_quantization_nsamples": Other((128,), _EXPORT_Q),
+    "export_quantization_maxlen": Other((1024,), _EXPORT_Q),
+    "vllm_maxlen": Other((4096,), _VLLM),
+    "vllm_gpu_util": Other((0.7,), _VLLM),
+    "vllm_enforce_eager": Other((False,), _VLLM),
+    "vllm_max_lora_rank": Other((32,), _VLLM),
+    "vllm_config": Other((None,), _VLLM),
+    "sglang_maxlen": Other((4096,), _VLLM),
+    "sglang_mem_fraction": Other((0.7,), _VLLM),
+    "sglang_tp_size": Other((-1,), _VLLM),
+    "sglang_config": Other((None,), _VLLM),
+    "sglang_lora_backend": Other(("triton",), _VLLM),
+    # KTransformers
+    "use_kt": Other((False,), _KT),
+    "kt_cpu_activation": Other((None,), _KT),
+    "kt_weight_path": Other((None,), _KT),
+    "kt_non_expert_weight_path": Other((None,), _KT),
+    "kt_expert_checkpoint_path": Other((None,), _KT),
+    "kt_use_lora_experts": Other((None,), _KT),
+    "kt_lora_expert_num": Other((None,), _KT),
+    "kt_lora_expert_intermediate_size": Other((None,), _KT),
+    # adapters
+    "pissa_convert": Other((False,), "the adapter is saved as it is trained; merge it with longfactory export"),
+    "module_dropout": Other((0.0,), "oft is not supported; use finetuning_type: lora"),
+    "oft_rank": Other((0,), "oft is not supported; use finetuning_type: lora"),
+    "oft_block_size": Other((32,), "oft is not supported; use finetuning_type: lora"),
+    "oft_target": Other(("all",), "oft is not supported; use finetuning_type: lora"),
+    "use_llama_pro": Other((False,), "block expansion is not supported; use finetuning_type: freeze with freeze_trainable_layers"),
+    # reinforcement learning
+    "ppo_buffer_size": Other((1,), _PPO),
+    "ppo_epochs": Other((4,), _PPO),
+    "ppo_score_norm": Other((False,), _PPO),
+    "ppo_target": Other((6.0,), _PPO),
+    "ppo_whiten_rewards": Other((False,), _PPO),
+    "reward_model": Other((None,), _PPO),
+    "reward_model_adapters": Other((None,), _PPO),
+    "reward_model_quantization_bit": Other((None,), _PPO),
+    "reward_model_type": Other(("lora",), _PPO),
+    # losses
+    "label_smoothing_factor": Other((0.0,), f"{_LOGITS}; for pairs use dpo_label_smoothing"),
+    # optimizers
+    "use_galore": Other((False,), _GALORE),
+    "galore_target": Other(("all",), _GALORE),
+    "galore_rank": Other((16,), _GALORE),
+    "galore_update_interval": Other((200,), _GALORE),
+    "galore_scale": Other((2.0,), _GALORE),
+    "galore_proj_type": Other(("std",), _GALORE),
+    "galore_layerwise": Other((False,), _GALORE),
+    "use_apollo": Other((False,), _APOLLO),
+    "apollo_target": Other(("all",), _APOLLO),
+    "apollo_rank": Other((16,), _APOLLO),
+    "apollo_update_interval": Other((200,), _APOLLO),
+    "apollo_scale": Other((32.0,), _APOLLO),
+    "apollo_proj": Other(("random",), _APOLLO),
+    "apollo_proj_type": Other(("std",), _APOLLO),
+    "apollo_scale_type": Other(("channel",), _APOLLO),
+    "apollo_layerwise": Other((False,), _APOLLO),
+    "apollo_scale_front": Other((False,), _APOLLO),
+    "use_badam": Other((False,), _BADAM),
+    "badam_mode": Other(("layer",), _BADAM),
+    "badam_start_block": Other((None,), _BADAM),
+    "badam_switch_mode": Other(("ascending",), _BADAM),
+    "badam_switch_interval": Other((50,), _BADAM),
+    "badam_update_ratio": Other((0.05,), _BADAM),
+    "badam_mask_mode": Other(("adjacent",), _BADAM),
+    "badam_verbose": Other((0,), _BADAM),
+    "use_adam_mini": Other((False,), "Adam-mini is not supported; use optim: adamw_8bit, or finetuning_type: lora"),
+    "use_muon": Other((False,), "Muon is not supported; use optim: adamw_torch_fused"),
+    # other systems
+    "use_mca": Other((False,), _MCA),
+    "use_megatron_bridge": Other((False,), _MCA),
+    "use_hyper_parallel": Other((False,), _MCA),
+    "hyper_parallel_args": Other((None,), _MCA),
+    "ray_num_workers": Other((1,), _RAY),
+    "ray_init_kwargs": Other((None,), _RAY),
+    "ray_run_name": Other((None,), _RAY),
+    "ray_storage_path": Other((None,), _RAY),
+    "ray_scope": Other(("last",), _RAY),
+    "placement_strategy": Other(("PACK",), _RAY),
+    "resources_per_worker": Other((None,), _RAY),
+    "master_addr": Other((None,), "set the environment variable MASTER_ADDR"),
+    "master_port": Other((None,), "set the environment variable MASTER_PORT"),
+    "fp8": Other((False,), _FP8),
+    "fp8_backend": Other(("auto",), _FP8),
+    "fp8_enable_fsdp_float8_all_gather": Other((False,), _FP8),
+    "enable_torch_profiler": Other((False,), _PROF),
+    "profiler_output_dir": Other((None,), _PROF),
+    "profiler_wait_steps": Other((1,), _PROF),
+    "profiler_warmup_steps": Other((1,), _PROF),
+    "profiler_active_steps": Other((1,), _PROF),
+    "profiler_repeat": Other((1,), _PROF),
+    "profiler_record_shapes": Other((True,), _PROF),
+    "profiler_profile_memory": Other((True,), _PROF),
+    "profiler_with_stack": Other((True,), _PROF),
+    "profile_modules": Other((None,), _PROF),
+    "use_swanlab": Other((False,), _SWAN),
+    "swanlab_project": Other(("llamafactory", None), _SWAN),
+    "swanlab_workspace": Other((None,), _SWAN),
+    "swanlab_run_name": Other((None,), _SWAN),
+    "swanlab_mode": Other(("cloud",), _SWAN),
+    "swanlab_api_key": Other((None,), _SWAN),
+    "swanlab_logdir": Other((None,), _SWAN),
+    "swanlab_lark_webhook_url": Other((None,), _SWAN),
+    "swanlab_lark_secret": Other((None,), _SWAN),
+    # transformers' keys that fight with rows, sharding or the head
+    "fsdp_config": Other((None, "", {}), "FSDP2's settings are made here so that gradients stay exact; use sharding: fsdp2"),
+    "parallelism_config": Other((None,), "use sequence_parallel_size and sharding"),
+    "accelerator_config": Other((None, "", {}), "loading and accumulation are LongFactory's own; use the dataloader_* keys"),
+    "auto_find_batch_size": Other((False,), "processes would disagree on the batch; set per_device_train_batch_size"),
+    "average_tokens_across_devices": Other((True,), "the loss is always the mean over every token of the step, on all devices"),
+    "torch_compile": Other((False,), "hand-written backward passes are not traced by torch.compile; enable_liger_kernel has fused kernels"),
+    "torch_compile_backend": Other((None,), "hand-written backward passes are not traced by torch.compile; leave it out"),
+    "torch_compile_mode": Other((None,), "hand-written backward passes are not traced by torch.compile; leave it out"),
+    "liger_kernel_config": Other((None,), "use enable_liger_kernel: true"),
+    "include_for_metrics": Other((None, "", []), "metrics are computed from log-probabilities; use compute_accuracy"),
+    "include_inputs_for_metrics": Other((False,), "metrics are computed from log-probabilities; use compute_accuracy"),
+    "batch_eval_metrics": Other((False,), "metrics are computed from log-probabilities; use compute_accuracy"),
+    "length_column_name": Other(("length",), "lengths are those of the tokenised rows; leave it out"),
+    "do_predict": Other((False,), "generate from the exported model (longfactory export, then chat or a serving engine)"),
+    "predict_with_generate": Other((False,), "generate from the exported model (longfactory export, then chat or a serving engine)"),
+    "generation_max_length": Other((None,), "only predict_with_generate reads it, which is not supported"),
+    "generation_num_beams": Other((None,), "only predict_with_generate reads it, which is not supported"),
+    "generation_config": Other((None,), "only predict_with_generate reads it, which is not supported"),
+    "eval_num_beams": Other((None,), "only predict_with_generate reads it, which is not supported"),
+    "sortish_sampler": Other((False,), "use train_sampling_strategy: group_by_length"),
+    # transformers 4 alone
+    "half_precision_backend": Other(("auto",), "leave it out; bf16: true or fp16: true says it all"),
+    "fp16_backend": Other(("auto",), "leave it out; bf16: true or fp16: true says it all"),
+    "fp16_opt_level": Other(("O1",), "apex is not supported; use bf16: true"),
+    "past_index": Other((-1,), "leave it out"),
+    "jit_mode_eval": Other((False,), "leave it out"),
+    "use_ipex": Other((False,), "leave it out"),
+    "use_mps_device": Other((False,), "leave it out; the device is found"),
+    "tpu_num_cores": Other((None,), "TPUs are not supported"),
+    "tpu_metrics_debug": Other((False,), "TPUs are not supported"),
+    "mp_parameters": Other(("",), "SageMaker's model parallelism is not supported; use sharding: fsdp2"),
+    "push_to_hub_organization": Other((None,), "write organisation/name in hub_model_id"),
+    "dispatch_batches": Other((None,), "loading is LongFactory's own; leave it out"),
+    "split_batches": Other((None, False), "loading is LongFactory's own; leave it out"),
+    "torchdynamo": Other((None,), "leave it out"),
+    "use_legacy_prediction_loop": Other((False,), "leave it out"),
+    # rewritten engine of LLaMA-Factory
+    "dist_config": Other((None,), "use sharding: fsdp2, or deepspeed: with a JSON"),
+    "micro_batch_size": Other((None,), "use per_device_train_batch_size"),
+    "global_batch_size": Other((None,), "use per_device_train_batch_size and gradient_accumulation_steps"),
+    "batching_strategy": Other((None,), "use packing: true"),
+}
+"""Keys that are refused unless harmless, with what to use instead."""

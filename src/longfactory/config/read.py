@@ -1,0 +1,104 @@
+"""From the command line to one flat mapping of keys: a YAML or JSON file with `key=value` behind it, or `--key value` flags."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from longfactory.errors import ConfigError
+
+FILES = (".yaml", ".yml", ".json")
+OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
+
+
+def read(argv: Sequence[str], is_switch: Callable[[str], bool]) -> dict[str, Any]:
+    """Keys and values as written; what stands further right wins.
+
+    Args:
+        argv: what follows the command's name.
+        is_switch: whether a key is a boolean, so that `--key` alone means true.
+
+    Raises:
+        ConfigError: a file that is missing or cannot be read, or a word that is neither a file, `key=value` nor a flag.
+    """
+    words = list(argv)
+    values: dict[str, Any] = {}
+    if words and words[0].lower().endswith(FILES) and "=" not in words[0] and not words[0].startswith("-"):
+        values = read_file(Path(words.pop(0)))
+    while words:
+        word = words.pop(0)
+        if word.startswith("--") and len(word) > 2:
+            values |= _flag(word[2:], words, is_switch)
+        elif OVERRIDE.match(word):
+            _deep_update(values, _override(word))
+        else:
+            raise ConfigError(f"{word!r} is neither a YAML file in first place, nor key=value, nor --key value.")
+    return values
+
+
+def _flag(name: str, words: list[str], is_switch: Callable[[str], bool]) -> dict[str, Any]:
+    """One `--key value`, `--key=value`, `--key value value`, `--switch` or `--no_switch`; takes its values off the front of `words`."""
+    name, equals, value = name.partition("=")
+    key = name.replace("-", "_")
+    if equals:
+        return {key: value}
+    if key.startswith("no_") and is_switch(key[3:]) and not is_switch(key):
+        return {key[3:]: False}
+    taken: list[str] = []
+    while words and not words[0].startswith("--"):
+        if OVERRIDE.match(words[0]) and (taken or is_switch(key)):
+            break
+        if taken and is_switch(key):
+            break
+        taken.append(words.pop(0))
+    if not taken:
+        if is_switch(key):
+            return {key: True}
+        raise ConfigError(f"--{name} needs a value.")
+    return {key: taken[0] if len(taken) == 1 else taken}
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if not path.is_file():
+        raise ConfigError(f"There is no file {path}.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        loaded = OmegaConf.create(json.loads(text)) if path.suffix == ".json" else OmegaConf.create(text)
+        content = OmegaConf.to_container(loaded, resolve=True)
+    except (YAMLError, OmegaConfBaseException, ValueError, OSError) as e:
+        raise ConfigError(f"{path} cannot be read: {str(e).strip()}") from e
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds a list; a mapping of keys to values is needed.")
+    bad = [k for k in content if not isinstance(k, str)]
+    if bad:
+        raise ConfigError(f"{path}: the key {bad[0]!r} is not text.")
+    return {str(k): v for k, v in content.items()}
+
+
+def _override(word: str) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        content = OmegaConf.to_container(OmegaConf.from_dotlist([word]), resolve=True)
+    except (YAMLError, OmegaConfBaseException, ValueError) as e:
+        raise ConfigError(f"{word} cannot be read: {str(e).strip()}") from e
+    assert isinstance(content, dict)
+    return {str(k): v for k, v in content.items()}
+
+
+def _deep_update(base: dict[str, Any], new: dict[str, Any]) -> None:
+    for key, value in new.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            _deep_update(base[key], value)
+        else:
+            base[key] = value

@@ -1,0 +1,72 @@
+"""The resolved run as YAML that can be read again."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from longfactory.config.arguments import GROUPS
+from longfactory.config.fields import keys_of
+
+if TYPE_CHECKING:
+    from longfactory.config.run import RunConfig
+
+SECRET = ("hf_hub_token", "hub_token")
+OURS = ("remove_unused_columns", "gradient_checkpointing", "label_names", "resume_from_checkpoint")
+"""Trainer keys that are settled here: written by nobody, so left out of the YAML."""
+
+
+def show(cfg: RunConfig, world_size: int | None = None) -> str:
+    """The arithmetic as comments, the keys that differ from their defaults, then the defaults."""
+    chosen: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
+    for group, cls in GROUPS.items():
+        for name, key in keys_of(cls).items():
+            value = getattr(getattr(cfg, group), name)
+            if name in SECRET or name == "dry_run":
+                continue
+            (defaults if value == key.default else chosen)[name] = list(value) if isinstance(value, tuple) else value
+    for name, value in cfg.hf.items():
+        if name not in SECRET and name not in OURS:
+            chosen[name] = value
+    parts = ["\n".join(f"# {line}" for line in arithmetic(cfg, world_size))]
+    parts += [yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True, width=120).rstrip()]
+    parts += ["# Defaults", yaml.safe_dump(defaults, sort_keys=False, allow_unicode=True, width=120).rstrip()]
+    return "\n\n".join(parts) + "\n"
+
+
+def processes(cfg: RunConfig) -> int | None:
+    """Number of processes where the keys or the environment say it, else None."""
+    if "LOCAL_RANK" in os.environ:
+        return int(os.environ.get("WORLD_SIZE", "1"))
+    local = cfg.parallel.nproc_per_node or os.environ.get("NPROC_PER_NODE")
+    return int(local) * int(os.environ.get("NNODES", "1")) if local is not None else None
+
+
+def arithmetic(cfg: RunConfig, world_size: int | None = None) -> list[str]:
+    """What follows from the numbers: groups, samples a step, tokens a device."""
+    p, length = cfg.parallel, cfg.data.cutoff_len
+    batch, steps = cfg.trainer("per_device_train_batch_size"), cfg.trainer("gradient_accumulation_steps")
+    world = world_size if world_size is not None else processes(cfg)
+    lines = [f"{cfg.method.stage}, {cfg.method.finetuning_type}, {cfg.model.model_name_or_path}"]
+    row = length * batch if not cfg.packing else length
+    what = f"{batch} x cutoff_len {length}" if batch > 1 and not cfg.packing else f"cutoff_len {length}"
+    if p.sequence_parallel_size > 1:
+        lines.append(
+            f"tokens of a row on each device: {what} / sequence_parallel_size {p.sequence_parallel_size} "
+            f"= {-(-row // p.sequence_parallel_size)} ({p.sequence_parallel_mode})"
+        )
+    kind = "packed rows" if cfg.packing else "pairs" if cfg.method.stage in ("dpo", "rm") else "samples"
+    if world is None:
+        lines.append(
+            f"{kind} a step: (processes / sequence_parallel_size {p.sequence_parallel_size}) x "
+            f"per_device_train_batch_size {batch} x gradient_accumulation_steps {steps}"
+        )
+    else:
+        groups = world // p.sequence_parallel_size
+        lines.append(f"processes: {world} = {groups} groups x sequence_parallel_size {p.sequence_parallel_size}")
+        total = groups * batch * steps
+        lines.append(f"{kind} a step: {groups} groups x batch {batch} x accumulation {steps} = {total}, at most {total * length:,} tokens")
+    return lines

@@ -1,0 +1,169 @@
+"""From what people write to what is run: other names for keys, and the keys that transformers 5 renamed or dropped."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from longfactory.config.arguments import GROUPS
+from longfactory.config.fields import Key, coerce, keys_of
+from longfactory.config.other_keys import ALIASES, NO_EFFECT, REFUSED, Other
+from longfactory.config.trainer_keys import TRAINER_KEYS
+from longfactory.errors import ConfigError
+
+# Keys that are read and turned into other keys below.
+TURNED: dict[str, Key] = {
+    "warmup_ratio": Key("warmup_ratio", float, 0.0, "Share of the steps in which the learning rate rises.", 0.0, 1.0),
+    "gradient_checkpointing": Key("gradient_checkpointing", bool | None, None, "On by default; false keeps every activation."),
+    "gradient_checkpointing_kwargs": Key("gradient_checkpointing_kwargs", dict | str | None, None, "Recomputation is LongFactory's own."),
+    "fsdp": Key("fsdp", str | list | bool | None, None, "full_shard means sharding: fsdp2."),
+    "adafactor": Key("adafactor", bool, False, "The same as optim: adafactor."),
+}
+
+OWN_KEYS: dict[str, Key] = {name: key for group in GROUPS.values() for name, key in keys_of(group).items()}
+KNOWN: frozenset[str] = frozenset({*OWN_KEYS, *TRAINER_KEYS, *TURNED, *ALIASES, *NO_EFFECT, *REFUSED})
+
+
+def is_switch(name: str) -> bool:
+    """Whether `--name` alone means true."""
+    name = ALIASES.get(name, name)
+    key = OWN_KEYS.get(name) or TRAINER_KEYS.get(name) or TURNED.get(name)
+    if key is not None:
+        return key.kind is bool or key.kind == (bool | None) or bool in getattr(key.kind, "__args__", ())
+    other = NO_EFFECT.get(name) or REFUSED.get(name)
+    return other is not None and any(isinstance(h, bool) for h in other.harmless)
+
+
+def rename(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Every other name replaced by ours.
+
+    Raises:
+        ConfigError: a key was given under two names, with different values.
+    """
+    out: dict[str, Any] = {}
+    came_from: dict[str, str] = {}
+    for name, value in values.items():
+        new = ALIASES.get(name, name)
+        if name == "group_by_length":
+            value = "group_by_length" if coerce(value, bool, name) else "random"
+        elif name == "cp_mode" or (new == "sequence_parallel_mode" and value in ("zigzag", "ring")):
+            value = {"zigzag": "zigzag-ring", "ring": "zigzag-ring"}.get(str(value), value)
+        elif name == "quantization_method" and value == "bitsandbytes":
+            value = "bnb"
+        elif name == "shuffle_for_sequence_parallel" and value is not None and not coerce(value, bool, name):
+            new, value = "disable_shuffling", True
+        if new in out and out[new] != value:
+            raise ConfigError(f"{came_from[new]} and {name} are the same key with different values ({out[new]!r}, {value!r}). Keep one.")
+        out[new] = value
+        came_from[new] = name
+    return out
+
+
+def check_known(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The values without unknown keys.
+
+    Raises:
+        ConfigError: an unknown key, with the nearest known one; ALLOW_EXTRA_ARGS=1 turns it into a note.
+    """
+    unknown = [k for k in values if k not in KNOWN]
+    if not unknown:
+        return dict(values), []
+    lines = []
+    for name in unknown:
+        near = difflib.get_close_matches(name, sorted(KNOWN), n=1, cutoff=0.6)
+        lines.append(f"There is no key {name}." + (f" Did you mean {near[0]}?" if near else ""))
+    if os.environ.get("ALLOW_EXTRA_ARGS", "0").lower() in ("1", "true", "y"):
+        return {k: v for k, v in values.items() if k not in unknown}, [f"{line} It is left out (ALLOW_EXTRA_ARGS)." for line in lines]
+    raise ConfigError("\n".join(lines))
+
+
+def drop_others(values: dict[str, Any]) -> list[str]:
+    """Takes the keys of `other_keys` out of `values`; returns what the user should know.
+
+    Raises:
+        ConfigError: a key that is refused has a value other than its default.
+    """
+    notes: list[str] = []
+    refusals: list[str] = []
+    for name in [k for k in values if k in NO_EFFECT or k in REFUSED]:
+        value = values.pop(name)
+        other = NO_EFFECT.get(name) or REFUSED[name]
+        if _harmless(value, other):
+            continue
+        shown = str(value).lower() if isinstance(value, bool) else value
+        if name in NO_EFFECT:
+            notes.append(f"{name}: {shown} has no effect: {other.sentence}.")
+        else:
+            refusals.append(f"{name}: {shown} is refused: {other.sentence}.")
+    if refusals:
+        raise ConfigError("\n".join(refusals))
+    return notes
+
+
+def _harmless(value: Any, other: Other) -> bool:
+    if value in (None, ""):
+        return True
+    for harmless in other.harmless:
+        if harmless is None:
+            if isinstance(value, str) and value.lower() in ("none", "null"):
+                return True
+        elif isinstance(harmless, (bool, int, float)):
+            try:
+                if coerce(value, type(harmless), "") == harmless:
+                    return True
+            except ConfigError:
+                pass
+        elif value == harmless or (isinstance(harmless, str) and str(value).lower() == harmless.lower()):
+            return True
+    return False
+
+
+def turn(values: dict[str, Any]) -> list[str]:
+    """Takes the keys of `TURNED` out of `values` and puts in what they mean; returns what the user should know.
+
+    Raises:
+        ConfigError: they contradict another key, or ask for what there is not.
+    """
+    notes: list[str] = []
+    given = {name: TURNED[name].parse(values.pop(name)) for name in list(TURNED) if name in values}
+
+    ratio = given.get("warmup_ratio")
+    if ratio:
+        steps = coerce(values.get("warmup_steps") or 0, float, "warmup_steps")
+        if steps > 0:
+            # transformers 4 let the steps win.
+            notes.append(f"warmup_ratio: {ratio} has no effect: warmup_steps: {steps:g} is given too.")
+        else:
+            # A number below 1 is a share of the steps; the whole run cannot be written as 1.
+            values["warmup_steps"] = min(ratio, 1.0 - 1e-9)
+
+    checkpointing = given.get("gradient_checkpointing")
+    if checkpointing is False:
+        values.setdefault("disable_gradient_checkpointing", True)
+    elif checkpointing and coerce(values.get("disable_gradient_checkpointing", False), bool, "disable_gradient_checkpointing"):
+        raise ConfigError("gradient_checkpointing: true and disable_gradient_checkpointing: true contradict each other. Keep one of them.")
+    kwargs = given.get("gradient_checkpointing_kwargs") or {}
+    if isinstance(kwargs, dict):
+        kwargs = {k: v for k, v in kwargs.items() if k != "use_reentrant"}
+    if kwargs:
+        raise ConfigError(f"gradient_checkpointing_kwargs: {kwargs} is refused: recomputation is LongFactory's own; see memory:")
+
+    fsdp = given.get("fsdp")
+    words = str(fsdp).lower().replace(",", " ").split() if not isinstance(fsdp, list) else [str(w).lower() for w in fsdp]
+    if fsdp not in (None, "", False, []):
+        if "offload" in words:
+            raise ConfigError("fsdp: offload is refused. Use optimizer_placement: host, or a DeepSpeed offload JSON.")
+        if set(words) <= {"full_shard", "auto_wrap", "hybrid_shard", "shard_grad_op", "true", "full_shard_auto_wrap"} and words:
+            values.setdefault("sharding", "fsdp2")
+            if set(words) & {"hybrid_shard", "shard_grad_op"}:
+                notes.append(f"fsdp: {fsdp} is run as full sharding over all devices.")
+        elif set(words) == {"no_shard"}:
+            values.setdefault("sharding", "ddp")
+        else:
+            raise ConfigError(f"fsdp: {fsdp!r} is not a choice. Use sharding: fsdp2 or sharding: ddp.")
+
+    if given.get("adafactor"):
+        values.setdefault("optim", "adafactor")
+    return notes
