@@ -1,0 +1,212 @@
+"""Attention of a sharded row: exact, differentiable, with a hand-written backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import replay
+from .kernels import Call
+from .plan import RowPlan
+from .schedules import gather, ring, ulysses
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: RowPlan,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    chunk: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """softmax(scale * q k^T + mask) v over the whole row, for this rank's queries. Collective over the sequence-parallel group.
+
+    Args:
+        q: [T/n, H, D]. k: [T/n, Hk, D]. v: [T/n, Hk, Dv]. One dtype; H a multiple of Hk. Rows in the plan's local order.
+        scale: 1 / sqrt(D) by default.
+        window: keys that a query sees, itself included, counted in positions of its document (transformers' `sliding_window`).
+        chunk: a query sees only keys in its own chunk of so many positions (Llama 4's `attention_chunk_size`).
+        softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
+        sinks: [H], one more score for each head that takes probability and gives nothing (gpt-oss).
+        dropout_p: only 0.
+
+    Returns:
+        [T/n, H, Dv], in q's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or head counts that do not fit, before any message is sent.
+        NotImplementedError: attention dropout.
+    """
+    call = _check(q, k, v, plan, scale, window, chunk, softcap, sinks, dropout_p)
+    return _Attention.apply(q, k, v, sinks, call)
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: RowPlan,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    chunk: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """`attention` without autograd, and the log-sum-exp that `attention_backward` needs.
+
+    lse is float32 (float64 for float64) with T/n * H elements, laid out as the schedule computes: [H/u, u * T/n] where u ranks share
+    the heads, so [H, T/n] without ulysses. It includes the sinks.
+    """
+    call = _check(q, k, v, plan, scale, window, chunk, softcap, sinks, dropout_p)
+    with torch.no_grad():
+        out, lse, _ = _forward(q, k, v, sinks, call)
+    return out, lse
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: RowPlan,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    chunk: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv, dsinks of `attention_forward`, in the inputs' dtypes. dsinks is this rank's share: the gradient is its sum over ranks."""
+    call = _check(q, k, v, plan, scale, window, chunk, softcap, sinks, dropout_p)
+    with torch.no_grad():
+        return _backward(dout, _to_heads(q, k, v, out, call), lse, sinks, call, (q.shape[1], k.shape[1]))
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """out [T/n, H, Dv], lse, and (q, k, v, out) as the schedule holds them between its exchanges of heads."""
+    plan = call.plan
+    schedule = gather if plan.choice.exchange == "gather" else ring
+    hq, hk, hv, _ = _to_heads(q, k, v, None, call)
+    total, lse = schedule.forward(hq, hk, hv, call)
+    if sinks is not None:
+        # One more score with no value: it changes the sum of exponentials only. P and rowsum(dout * out) of the backward stay exact.
+        mine = _own_sinks(sinks, call).to(lse.dtype).unsqueeze(1)
+        total = total * torch.sigmoid(lse - mine).t().unsqueeze(-1).to(total.dtype)
+        lse = torch.logaddexp(lse, mine)
+    held = total.to(q.dtype)
+    out = ulysses.to_rows(held, plan.axes.ulysses)
+    return out, lse, (hq, hk, hv, held)
+
+
+def _backward(
+    dout: Tensor, held: tuple[Tensor, ...], lse: Tensor, sinks: Tensor | None, call: Call, heads: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    plan = call.plan
+    group = plan.axes.ulysses
+    schedule = gather if plan.choice.exchange == "gather" else ring
+    q, k, v, out = held
+    dout = ulysses.to_heads(dout, group)
+    dq, dk, dv = schedule.backward(dout, q, k, v, out, lse, call)
+    dsinks = None
+    if sinks is not None:
+        mine = _own_sinks(sinks, call).to(lse.dtype).unsqueeze(1)
+        delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).t()
+        dsinks = torch.zeros_like(sinks)
+        _own_sinks(dsinks, call).copy_(-(torch.exp(mine - lse) * delta).sum(1))
+    repeat = _copies(*heads, call)
+    if repeat == 1:  # final sums, so no more is lost by rounding before they travel
+        dk, dv = dk.to(k.dtype), dv.to(v.dtype)
+    dq = ulysses.to_rows(dq.to(q.dtype), group)
+    dk, dv = (ulysses.to_rows(g, group, repeat) for g in (dk, dv))
+    return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks
+
+
+def _to_heads(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, call: Call) -> tuple[Tensor, ...]:
+    group = call.plan.axes.ulysses
+    repeat = _copies(q.shape[1], k.shape[1], call)
+    held = (ulysses.to_heads(q, group), ulysses.to_heads(k, group, repeat), ulysses.to_heads(v, group, repeat))
+    return (*held, ulysses.to_heads(out, group) if out is not None else q)
+
+
+def _copies(heads: int, kv_heads: int, call: Call) -> int:
+    return ulysses.copies(heads, kv_heads, call.plan.choice.ulysses)
+
+
+def _own_sinks(sinks: Tensor, call: Call) -> Tensor:
+    degree = call.plan.choice.ulysses
+    return sinks.view(degree, -1)[call.plan.ctx.rank % degree]
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call) -> Tensor:
+        replayed = replay.kept()
+        if replayed is not None:
+            out, lse = replayed
+            if out.shape != (*q.shape[:2], v.shape[2]):
+                raise RuntimeError(f"sp.keep: the recompute asks for {tuple(q.shape)}, the forward pass kept {tuple(out.shape)}.")
+        else:
+            out, lse, held = _forward(q, k, v, sinks, call)
+            replay.record(out, lse)
+        # A recompute must save what the first pass saved, and a replay has exchanged no heads.
+        ctx.local = replay.active()
+        if ctx.local:
+            held = (q, k, v, out)
+        ctx.call, ctx.heads = call, (q.shape[1], k.shape[1])
+        ctx.save_for_backward(*held, lse, sinks)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, sinks = ctx.saved_tensors
+        held = _to_heads(q, k, v, out, ctx.call) if ctx.local else (q, k, v, out)
+        dq, dk, dv, dsinks = _backward(dout, held, lse, sinks, ctx.call, ctx.heads)
+        return dq, dk, dv, dsinks, None
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: RowPlan,
+    scale: float | None,
+    window: int | None,
+    chunk: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dropout_p: float,
+) -> Call:
+    """Everything that could fail on one rank only, or in the middle of an exchange, fails here."""
+    if dropout_p:
+        raise NotImplementedError(
+            f"Attention dropout ({dropout_p}) has no exact form when a row is spread over ranks. Set attention_dropout: 0."
+        )
+    if not (q.dim() == k.dim() == v.dim() == 3 and q.shape[2] == k.shape[2] and k.shape[:2] == v.shape[:2]):
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: needed [T/n, H, D], [T/n, Hk, D], [T/n, Hk, Dv].")
+    if q.shape[0] != plan.local_length or k.shape[0] != plan.local_length:
+        raise ValueError(f"The plan gives this rank {plan.local_length} tokens, q has {q.shape[0]} and k {k.shape[0]}.")
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} key heads.")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}. Attention needs one dtype.")
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"sinks have shape {tuple(sinks.shape)}, needed ({heads},).")
+    for name, size in (("window", window), ("chunk", chunk)):
+        if size is not None and size < 1:
+            raise ValueError(f"{name} is {size}: needed a positive number of tokens, or None.")
+    ulysses.check(heads, kv_heads, plan.choice.ulysses)
+    return Call(plan, q.shape[2] ** -0.5 if scale is None else float(scale), window, chunk, softcap or None)

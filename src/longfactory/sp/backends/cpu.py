@@ -1,0 +1,87 @@
+"""PyTorch's CPU attention operator: float64, float32, bfloat16 and float16, native grouped heads, exact log-sum-exp."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from ..tiles import Tile
+from .request import Request
+
+aten = torch.ops.aten
+
+
+def refuses(request: Request) -> str | None:
+    if request.device_type != "cpu":
+        return "runs on CPUs"
+    if request.head_dim != request.v_head_dim:
+        return "needs equal head dims of keys and values"
+    if request.softcap:
+        return "has no soft-cap"
+    return None
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    if tile.kind == "varlen":
+        parts = [forward(q[a:b], k[a:b], v[a:b], t, scale, softcap) for (a, b), t in _documents(tile)]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts], 1)
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        _bhsd(q), _bhsd(k), _bhsd(v), 0.0, _causal(tile), attn_mask=_additive(tile, q.dtype), scale=scale
+    )
+    return out[0].transpose(0, 1), lse[0]
+
+
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tile: Tile, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if tile.kind == "varlen":
+        parts = [backward(dout[a:b], q[a:b], k[a:b], v[a:b], out[a:b], lse[:, a:b], t, scale, softcap) for (a, b), t in _documents(tile)]
+        dq, dk, dv = (torch.cat(x) for x in zip(*parts, strict=True))
+        return dq, dk, dv
+    grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        _bhsd(dout),
+        _bhsd(q),
+        _bhsd(k),
+        _bhsd(v),
+        _bhsd(out),
+        lse.unsqueeze(0),
+        0.0,
+        _causal(tile),
+        attn_mask=_additive(tile, q.dtype),
+        scale=scale,
+    )
+    dq, dk, dv = (g[0].transpose(0, 1) for g in grads)
+    return dq, dk, dv
+
+
+def _bhsd(x: Tensor) -> Tensor:
+    # [S, H, D] -> [1, H, S, D]
+    return x.transpose(0, 1).unsqueeze(0)
+
+
+def _documents(tile: Tile) -> list[tuple[tuple[int, int], Tile]]:
+    assert tile.cu_seqlens is not None
+    out = []
+    for a, b in zip(tile.cu_seqlens, tile.cu_seqlens[1:], strict=False):
+        window = tile.window if tile.window is not None and tile.window < b - a - 1 else None
+        out.append(((a, b), Tile(slice(0, b - a), slice(0, b - a), "causal", window=window)))
+    return out
+
+
+def _causal(tile: Tile) -> bool:
+    return tile.kind == "causal" and tile.window is None
+
+
+def _additive(tile: Tile, dtype: torch.dtype) -> Tensor | None:
+    if tile.window is None:
+        return None
+    return _window_mask(tile.q_len, tile.k_len, tile.kind, tile.window, dtype)
+
+
+@functools.lru_cache(maxsize=16)  # the same few shapes come again in every layer
+def _window_mask(q_len: int, k_len: int, kind: str, window: int, dtype: torch.dtype) -> Tensor:
+    seen = Tile(slice(0, q_len), slice(0, k_len), kind, window=window).mask()  # type: ignore[arg-type]
+    return torch.zeros(q_len, k_len, dtype=dtype).masked_fill_(~seen, -math.inf)

@@ -1,0 +1,19 @@
+"""What a tile needs of a kernel."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Request(NamedTuple):
+    device_type: str
+    dtype: torch.dtype
+    head_dim: int
+    v_head_dim: int
+    kind: str
+    window: bool
+    softcap: bool
+    aligned: bool
+    """Both sides are multiples of 128 rows, so that shapes are few."""

@@ -1,0 +1,139 @@
+"""The place of this process: its sequence-parallel group, its data-parallel group, and the groups that the schedules use."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+Mode = Literal["zigzag-ring", "ulysses", "llama3", "usp", "auto"]
+MODES: tuple[Mode, ...] = ("zigzag-ring", "ulysses", "llama3", "usp", "auto")
+
+
+class Axes(NamedTuple):
+    """A split of the sequence-parallel group: `ulysses` exchanges heads among consecutive ranks, `ring` exchanges keys and values."""
+
+    ulysses: dist.ProcessGroup | None
+    ring: dist.ProcessGroup | None
+
+
+@dataclasses.dataclass(eq=False)
+class SequenceParallel:
+    """Sequence-parallel rank `rank` of `size`, data-parallel rank `dp_rank` of `dp_size`. A group of one process is None.
+
+    Sequence-parallel groups are consecutive ranks of the world: world rank = dp_rank * size + rank.
+    """
+
+    size: int = 1
+    rank: int = 0
+    group: dist.ProcessGroup | None = None
+    dp_size: int = 1
+    dp_rank: int = 0
+    dp_group: dist.ProcessGroup | None = None
+    mode: Mode = "zigzag-ring"
+    ulysses_degree: int | None = None
+    backend: str = "auto"
+    device_type: str = "cpu"
+    heads: int | None = None
+    kv_heads: int | None = None
+    axes: dict[int, Axes] = dataclasses.field(default_factory=dict, repr=False)
+    """By ulysses degree. The ring's groups are its own, so that its messages do not queue behind other collectives."""
+
+    @classmethod
+    def create(
+        cls,
+        size: int = 1,
+        mode: Mode = "zigzag-ring",
+        ulysses_degree: int | None = None,
+        ring_degree: int | None = None,
+        backend: str = "auto",
+        heads: int | None = None,
+        kv_heads: int | None = None,
+        device_type: str | None = None,
+    ) -> SequenceParallel:
+        """Makes the process groups. Collective: every process of the world calls it with the same arguments.
+
+        Args:
+            size: processes that share one row. Divides the world size.
+            mode: the schedule. `usp` is ulysses inside a ring; `auto` chooses for each row.
+            ulysses_degree, ring_degree: for `usp`, their product is `size`. One given is enough.
+            backend: the attention kernel, or `auto` (see `sp.backends`).
+            heads, kv_heads: query and key heads of the model, for `auto` and for `usp` without a degree. See `set_heads`.
+            device_type: where tensors live; by default `cuda` where the process group speaks NCCL.
+
+        Raises:
+            ValueError: a size that does not divide the world, an unknown mode, or degrees whose product is not `size`.
+        """
+        if mode not in MODES:
+            raise ValueError(f"Unknown sequence-parallel mode {mode!r}. Choose one of: {', '.join(MODES)}.")
+        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if size < 1 or world % size:
+            raise ValueError(
+                f"sequence_parallel_size {size} does not divide the {world} processes. Start a multiple of {size}, or lower the size."
+            )
+        degree = _ulysses_degree(size, mode, ulysses_degree, ring_degree)
+        if device_type is None:
+            nccl = world > 1 and "nccl" in str(dist.get_backend())
+            device_type = "cuda" if nccl or (world == 1 and torch.cuda.is_available()) else "cpu"
+        me = dist.get_rank() if world > 1 else 0
+        dp_rank, rank = divmod(me, size)
+        ctx = cls(size, rank, None, world // size, dp_rank, None, mode, degree, backend, device_type, heads, kv_heads)
+        if world > 1:
+            ctx.group = _group([[d * size + r for r in range(size)] for d in range(world // size)])
+            ctx.dp_group = _group([[d * size + r for d in range(world // size)] for r in range(size)])
+        degrees = [degree] if degree is not None else [u for u in range(1, size + 1) if size % u == 0]
+        for u in degrees:
+            blocks = [d * size + p * u for d in range(world // size) for p in range(size // u)]
+            inner = _group([[b + i for i in range(u)] for b in blocks])
+            outer = _group([[d * size + p * u + i for p in range(size // u)] for d in range(world // size) for i in range(u)])
+            ctx.axes[u] = Axes(inner, outer)
+        return ctx
+
+    def set_heads(self, heads: int, kv_heads: int | None = None) -> None:
+        """Tells `auto` and `usp` the model's head counts. With several counts among the layers, their greatest common divisor."""
+        self.heads, self.kv_heads = heads, kv_heads if kv_heads is not None else heads
+
+
+def alignment(ctx: SequenceParallel) -> int:
+    """A row's length must be a multiple of this.
+
+    Two equal chunks for every rank. On GPUs a chunk is a multiple of 128 tokens: cuDNN builds its kernels for a shape, and the
+    fewer shapes, the fewer builds.
+    """
+    unit = 128 if ctx.device_type == "cuda" else 1
+    return unit if ctx.size == 1 else 2 * ctx.size * unit
+
+
+def largest_ulysses_degree(size: int, heads: int) -> int:
+    """The largest number of ranks, dividing `size`, that can share `heads` query heads evenly."""
+    return math.gcd(size, heads)
+
+
+def _ulysses_degree(size: int, mode: str, ulysses: int | None, ring: int | None) -> int | None:
+    if mode != "usp":
+        fixed = {"zigzag-ring": 1, "llama3": 1, "ulysses": size}.get(mode)
+        for name, given, must in (("ulysses", ulysses, fixed), ("ring", ring, size // fixed if fixed else None)):
+            if given is not None and given != must:
+                raise ValueError(f"Mode {mode} has no {name} degree of {given}. Use sequence_parallel_mode: usp to set degrees.")
+        return fixed
+    if ulysses is None and ring is None:
+        return None
+    if ring is not None and (ring < 1 or size % ring):
+        raise ValueError(f"A ring degree of {ring} does not divide sequence_parallel_size {size}.")
+    if ulysses is None and ring is not None:
+        ulysses = size // ring
+    assert ulysses is not None
+    if ulysses < 1 or size % ulysses or (ring is not None and ulysses * ring != size):
+        raise ValueError(f"ulysses degree {ulysses} x ring degree {ring or '?'} is not sequence_parallel_size {size}.")
+    return ulysses
+
+
+def _group(partition: list[list[int]]) -> dist.ProcessGroup | None:
+    """The group of this process among `partition`, None where it is alone. All processes make all groups, in the same order."""
+    if all(len(ranks) == 1 for ranks in partition):
+        return None
+    mine, _ = dist.new_subgroups_by_enumeration(partition)
+    return mine

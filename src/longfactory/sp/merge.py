@@ -1,0 +1,82 @@
+"""Attention over a union of key sets from attention over each: the running softmax merge, in float32 or float64.
+
+    lse = logaddexp(lse_a, lse_b);  out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
+
+Accumulators are float32 whatever the inputs: with them the error of bfloat16 inputs does not grow with the number of tiles.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
+    """Adds a block to (out [S, H, D] float32, lse [H, S]) in place. Rows that saw nothing have lse -inf, on either side."""
+    # With x = block_lse - lse: the block's weight is sigmoid(x). Both -inf gives nan, which means: nothing on either side.
+    weight = torch.sigmoid(block_lse - lse).nan_to_num_(0.0).t().unsqueeze(-1)
+    out.lerp_(block_out.to(out.dtype), weight.to(out.dtype))
+    torch.logaddexp(lse, block_lse, out=lse)
+
+
+class Output:
+    """The running (out, lse) of a rank's queries. A single tile that covers all of them is kept as it is, without a copy."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.out: Tensor | None = None
+        self.lse: Tensor | None = None
+        self._owned = False
+
+    def add(self, rows: slice, out: Tensor, lse: Tensor) -> None:
+        if self.out is None or self.lse is None:
+            if rows.stop - rows.start != self.rows:
+                raise AssertionError("the first tile covers every query")
+            self.out, self.lse = out, lse
+            return
+        if not self._owned:
+            self.out = self.out.to(accumulator_dtype(self.out.dtype), memory_format=torch.contiguous_format, copy=True)
+            self.lse = self.lse.contiguous().clone()
+            self._owned = True
+        merge_(self.out[rows], self.lse[:, rows], out, lse)
+
+
+class Sum:
+    """A running sum of row blocks in float32, from nothing. The first block that covers all rows is kept as it is."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.total: Tensor | None = None
+        self._owned = False
+
+    def add(self, rows: slice, x: Tensor) -> None:
+        if self.total is None and rows.stop - rows.start == self.like.shape[0]:
+            self.total = x
+            return
+        self._own(x)
+        assert self.total is not None
+        self.total[rows] += x
+
+    def add_rows(self, index: Tensor, x: Tensor) -> None:
+        """Adds to the rows `index`, each named at most once, so that the order of addition is fixed."""
+        self._own(x)
+        assert self.total is not None
+        self.total.index_add_(0, index, x.to(self.total.dtype))
+
+    def _own(self, x: Tensor) -> None:
+        dtype = accumulator_dtype(x.dtype)
+        if self.total is None:
+            self.total = torch.zeros(self.like.shape, dtype=dtype, device=x.device)
+        elif not self._owned:
+            self.total = self.total.to(dtype, memory_format=torch.contiguous_format, copy=True)
+        self._owned = True
+
+    def result(self) -> Tensor:
+        """What was added so far, in the dtype in which it is held; zeros if nothing."""
+        if self.total is None:
+            return torch.zeros(self.like.shape, dtype=self.like.dtype, device=self.like.device)
+        return self.total

@@ -1,0 +1,254 @@
+"""The mask as a list of tiles: dense rectangles, causal squares, squares of several documents. Host integers only."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .layout import Interval, Segment, ancestors_length, join
+
+Kind = Literal["full", "causal", "varlen"]
+
+
+@dataclasses.dataclass(eq=False)
+class Tile:
+    """One kernel call: rows `q` of the queries against rows `k` of the keys, both in the order in which they lie in memory.
+
+    full: every pair. causal: a square, key <= query. varlen: a square made of causal squares, with boundaries `cu_seqlens`
+    (first 0, last the number of rows). `window`, where given, keeps the pairs with
+
+        query - key <= window + len(q) - len(k)        (indices inside the tile)
+
+    which is the left bound that attention kernels call bottom-right aligned. Every query of a tile sees at least one key of it.
+    """
+
+    q: slice
+    k: slice
+    kind: Kind
+    cu_seqlens: tuple[int, ...] | None = None
+    window: int | None = None
+    _device: dict[torch.device, Tensor] = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def q_len(self) -> int:
+        return self.q.stop - self.q.start
+
+    @property
+    def k_len(self) -> int:
+        return self.k.stop - self.k.start
+
+    @property
+    def max_seqlen(self) -> int:
+        assert self.cu_seqlens is not None
+        return max(b - a for a, b in itertools.pairwise(self.cu_seqlens))
+
+    def cu_seqlens_on(self, device: torch.device) -> Tensor:
+        """int32 boundaries on the device. Copied once for all layers."""
+        if device not in self._device:
+            host = torch.tensor(self.cu_seqlens, dtype=torch.int32)
+            if device.type == "cuda":
+                host = host.pin_memory()
+            self._device[device] = host.to(device, non_blocking=True)
+        return self._device[device]
+
+    def mask(self) -> Tensor:
+        """[len(q), len(k)] bool: what this tile computes. For tests and for the plain mathematics."""
+        i, j = torch.arange(self.q_len).unsqueeze(1), torch.arange(self.k_len).unsqueeze(0)
+        seen = torch.ones(self.q_len, self.k_len, dtype=torch.bool)
+        if self.kind != "full":
+            seen &= j <= i
+        if self.cu_seqlens is not None:
+            document = torch.bucketize(torch.arange(self.q_len), torch.tensor(self.cu_seqlens[1:]), right=True)
+            seen &= document.unsqueeze(1) == document.unsqueeze(0)
+        if self.window is not None:
+            seen &= i - j <= self.window + self.q_len - self.k_len
+        return seen
+
+
+class Run(NamedTuple):
+    """Rows [start, stop) of the row, which lie in memory from `offset` on."""
+
+    offset: int
+    start: int
+    stop: int
+
+
+def runs(intervals: Sequence[Interval]) -> tuple[Run, ...]:
+    """Intervals laid end to end in memory."""
+    out, offset = [], 0
+    for start, stop in intervals:
+        out.append(Run(offset, start, stop))
+        offset += stop - start
+    return tuple(out)
+
+
+class Mask:
+    """Who sees whom: the segments, cut further by chunked attention, with an optional sliding window.
+
+    A query at position p of its document sees the keys of its segment and of the segment's ancestors at positions
+    p - window + 1 ... p. Chunked attention (Llama 4) keeps the keys in the query's own chunk of `chunk` positions.
+    """
+
+    def __init__(self, segments: Sequence[Segment], window: int | None = None, chunk: int | None = None) -> None:
+        first = ancestors_length(segments)
+        if chunk is not None:
+            segments, first = _cut(segments, first, chunk)
+        self.window = window
+        # Position of a token is its row index plus the shift of its segment.
+        self._shift = [p - s.start for p, s in zip(first, segments, strict=True)]
+        self._ancestors: list[list[int]] = []
+        for s in segments:
+            self._ancestors.append([] if s.parent < 0 else [s.parent, *self._ancestors[s.parent]])
+        self.segments = tuple(segments)
+        self._order = [i for i, s in enumerate(segments) if s.stop > s.start]
+        self._starts = [segments[i].start for i in self._order]
+
+    def pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """(segment, start, stop) of the segments cut to the rows [start, stop)."""
+        out = []
+        i = bisect.bisect_right(self._starts, start) - 1
+        while i < len(self._order) and self._starts[i] < stop:
+            s = self.segments[self._order[i]]
+            out.append((self._order[i], max(s.start, start), min(s.stop, stop)))
+            i += 1
+        return out
+
+    def before(self, segment: int, start: int) -> list[tuple[int, Interval]]:
+        """(segment, rows) that the query at row `start` sees, without what begins at `start` itself. Rows may be empty."""
+        out = []
+        for s in (segment, *self._ancestors[segment]):
+            lo = self.segments[s].start
+            if self.window is not None:
+                lo = max(lo, start + self._shift[segment] - self.window + 1 - self._shift[s])
+            out.append((s, (lo, start if s == segment else self.segments[s].stop)))
+        return out
+
+    def needed(self, queries: Sequence[Interval]) -> tuple[Interval, ...]:
+        """Rows that some query sees, besides the queries' own rows."""
+        seen = [rows for a, b in queries for s, lo, _ in self.pieces(a, b) for _, rows in self.before(s, lo)]
+        return subtract(join(seen), queries)
+
+    def tiles(self, queries: Sequence[Run], keys: Sequence[Run], same: bool) -> tuple[Tile, ...]:
+        """The mask between rows in memory. `same`: keys are the queries' own rows; else they are disjoint from them.
+
+        With `same`, the first tile covers every query exactly once.
+        """
+        pieces = [(s, a, b, run.offset + a - run.start) for run in queries for s, a, b in self.pieces(run.start, run.stop)]
+        out = self._diagonal(pieces) if same else []
+        starts = [run.start for run in keys]
+        full: list[tuple[int, int, int, int]] = []
+        for segment, a, b, at in pieces:
+            for s, (lo, hi) in self.before(segment, a):
+                if same and s == segment and self.window is None:
+                    continue  # inside the diagonal tile
+                for run in keys[max(0, bisect.bisect_right(starts, lo) - 1) :]:
+                    if run.start >= hi:
+                        break
+                    c, d = max(lo, run.start), min(hi, run.stop)
+                    if c >= d:
+                        continue
+                    k0 = run.offset + c - run.start
+                    distance = a + self._shift[segment] - c - self._shift[s]  # from the first query to the first key
+                    n, m = b - a, d - c
+                    if self.window is None or distance + n - 1 < self.window:
+                        full.append((at, at + n, k0, k0 + m))
+                        continue
+                    n = min(n, self.window - distance + m - 1)  # later queries see no key of this run
+                    if n > 0:
+                        left = self.window - 1 - distance + m - n
+                        out.append(Tile(slice(at, at + n), slice(k0, k0 + m), "full", window=left))
+        out.extend(Tile(slice(a, b), slice(c, d), "full") for a, b, c, d in merge_rectangles(full))
+        return tuple(out)
+
+    def _diagonal(self, pieces: list[tuple[int, int, int, int]]) -> list[Tile]:
+        """Own rows against own rows of the same segment. Rows ascend in memory, so order in memory is causal order: pieces of one
+        segment are one square, unless a window measures the gap between them."""
+        cuts: list[int] = []
+        last = -1
+        for s, _, _, at in pieces:
+            if s != last or self.window is not None:
+                cuts.append(at)
+            last = s
+        if not pieces:
+            return []
+        end = pieces[-1][3] + pieces[-1][2] - pieces[-1][1]
+        cuts.append(end)
+        longest = max(b - a for a, b in itertools.pairwise(cuts))
+        window = self.window - 1 if self.window is not None and self.window < longest else None
+        rows = slice(0, end)
+        if len(cuts) == 2:
+            return [Tile(rows, rows, "causal", window=window)]
+        return [Tile(rows, rows, "varlen", tuple(cuts), window)]
+
+
+def merge_rectangles(rectangles: Sequence[tuple[int, int, int, int]]) -> list[tuple[int, int, int, int]]:
+    """(q0, q1, k0, k1): those that touch side by side become one, first along the keys, then along the queries."""
+    out: list[tuple[int, int, int, int]] = []
+    for a, b, c, d in sorted(rectangles):
+        if out and out[-1][:2] == (a, b) and out[-1][3] == c:
+            out[-1] = (a, b, out[-1][2], d)
+        else:
+            out.append((a, b, c, d))
+    rows: list[tuple[int, int, int, int]] = []
+    for a, b, c, d in sorted(out, key=lambda r: (r[2], r[3], r[0])):
+        if rows and rows[-1][2:] == (c, d) and rows[-1][1] == a:
+            rows[-1] = (rows[-1][0], b, c, d)
+        else:
+            rows.append((a, b, c, d))
+    return rows
+
+
+def subtract(a: Sequence[Interval], b: Sequence[Interval]) -> tuple[Interval, ...]:
+    """Sorted disjoint intervals `a` without the rows of `b`."""
+    out = []
+    b = join(b)
+    for start, stop in a:
+        for lo, hi in b:
+            if hi <= start:
+                continue
+            if lo >= stop:
+                break
+            if lo > start:
+                out.append((start, lo))
+            start = max(start, hi)
+        if start < stop:
+            out.append((start, stop))
+    return tuple(out)
+
+
+def intersect(a: Sequence[Interval], b: Sequence[Interval]) -> tuple[Interval, ...]:
+    """Rows in both of two sorted disjoint lists."""
+    out, j = [], 0
+    for start, stop in a:
+        while j < len(b) and b[j][1] <= start:
+            j += 1
+        i = j
+        while i < len(b) and b[i][0] < stop:
+            out.append((max(start, b[i][0]), min(stop, b[i][1])))
+            i += 1
+    return tuple(out)
+
+
+def _cut(segments: Sequence[Segment], first: list[int], chunk: int) -> tuple[list[Segment], list[int]]:
+    """Segments cut where the position is a multiple of `chunk`. A branch that begins inside a chunk keeps the parent's last piece."""
+    out: list[Segment] = []
+    position: list[int] = []
+    last: list[int] = []  # the last piece of each segment
+    for s, p in zip(segments, first, strict=True):
+        parent = last[s.parent] if s.parent >= 0 and p % chunk else -1
+        start = s.start
+        while True:
+            stop = min(s.stop, start + chunk - p % chunk)
+            out.append(Segment(start, stop, parent))
+            position.append(p)
+            p, start, parent = p + stop - start, stop, -1
+            if start >= s.stop:
+                break
+        last.append(len(out) - 1)
+    return out, position
