@@ -3,68 +3,21 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from oracles import ALONE, AT_START, Accelerator, Groups, example, smoothing, trl_dpo_loss
 
 from longfactory.train import losses
 from longfactory.train.losses import DataParallel, LossOptions
 from longfactory.train.pairs import PairLogps
 
-ALONE = DataParallel()
-LENGTHS = torch.tensor([[7, 3], [12, 12], [1, 5], [4, 9], [30, 2]])  # chosen, rejected
-WITH_REFERENCE = sorted(losses.PREFERENCE_LOSSES.keys() - losses.REFERENCE_FREE)
-
-
-def smoothing(name: str) -> float:
-    return 0.2 if name in losses.SMOOTHED and name != "sigmoid" else 0.0
-
-
-def example(seed: int = 0, scale: float = 0.3) -> tuple[PairLogps, torch.Tensor, torch.Tensor]:
-    """Five pairs: as our losses take them, and as padded token log-probabilities [10, 30] with a mask, as TRL has them."""
-    g = torch.Generator().manual_seed(seed)
-    n = LENGTHS.t().reshape(-1)
-    mask = torch.arange(30) < n[:, None]
-    policy = -torch.rand(10, 30, generator=g, dtype=torch.float64) * 3 * mask
-    reference = ((policy + scale * torch.randn(10, 30, generator=g, dtype=torch.float64)) * mask).sum(1)
-    sums = policy.sum(1)
-    pairs = PairLogps(sums[:5], sums[5:], reference[:5], reference[5:], n[:5].double(), n[5:].double())
-    return pairs, policy, mask
-
-
-class Accelerator:
-    device = torch.device("cpu")
-
-    def gather(self, x):
-        return x
-
-    gather_for_metrics = gather
-
-
-def trl_dpo_loss(name: str, policy: torch.Tensor, mask: torch.Tensor, pairs: PairLogps, beta: float, e: float, ld_alpha=None) -> torch.Tensor:
-    """TRL's DPOTrainer._compute_loss, its model replaced by one that returns these token log-probabilities."""
-    from trl.trainer.dpo_trainer import DPOTrainer
-
-    self = SimpleNamespace(
-        model=SimpleNamespace(training=True), accelerator=Accelerator(), aux_loss_enabled=False, ld_alpha=ld_alpha, precompute_ref_logps=True,
-        f_divergence_type="reverse_kl", loss_types=[name], loss_weights=[1.0], beta=beta, label_smoothing=e, use_weighting=False,
-        args=SimpleNamespace(discopop_tau=0.05), _metrics={"train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,
-    )  # fmt: skip
-    completion = F.pad(mask.long(), (1, 0))  # one prompt token; token t is predicted at t - 1
-    inputs = {
-        "input_ids": torch.ones_like(completion), "attention_mask": torch.ones_like(completion), "completion_mask": completion,
-        "ref_chosen_logps": pairs.chosen_reference, "ref_rejected_logps": pairs.rejected_reference,
-    }  # fmt: skip
-    zeros = torch.zeros_like(policy)
-    out = SimpleNamespace(log_probs=policy, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
-    return DPOTrainer._compute_loss(self, lambda **_: out, inputs, False)
-
-
-TRL_DPO = "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop sft sigmoid_norm".split()
+TRL_DPO = (
+    "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop sft sigmoid_norm".split()
+)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -78,8 +31,9 @@ def test_equals_trl(name: str, seed: int) -> None:
         torch.testing.assert_close(got.mean(), want.double(), rtol=1e-6, atol=1e-6)
 
 
-def test_names_are_all_of_them() -> None:
-    assert set(TRL_DPO) | {"kto_pair", "orpo", "simpo"} == set(losses.PREFERENCE_LOSSES)
+def test_names_are_those_of_llama_factory_and_trl() -> None:
+    theirs = {"sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot"}
+    assert theirs | {"aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"} == set(losses.PREFERENCE_LOSSES)
 
 
 def test_orpo_equals_trl() -> None:
@@ -114,7 +68,9 @@ def test_kto_pair_equals_its_formula() -> None:
             return 1 / (1 + math.exp(-z))
 
         want = [((1 - s(b * (c - k_r))) + (1 - s(b * (k_c - r)))) / 2 for c, r in zip(r_c, r_r, strict=True)]
-        torch.testing.assert_close(losses.kto_pair(p, LossOptions(b), ALONE), torch.tensor(want, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            losses.kto_pair(p, LossOptions(b), ALONE), torch.tensor(want, dtype=torch.float64), rtol=1e-12, atol=1e-12
+        )
 
 
 def test_conservative_dpo_equals_its_formula() -> None:
@@ -146,16 +102,33 @@ def test_kto_equals_trl(labels: list[int]) -> None:
     zeros = torch.zeros_like(policy)
 
     self = SimpleNamespace(
-        model=SimpleNamespace(training=True), accelerator=Accelerator(), aux_loss_enabled=False, precompute_ref_logps=True, calculate_KL=True,
-        loss_type="kto", beta=0.3, desirable_weight=1.3, undesirable_weight=0.7, _metrics={"train": defaultdict(list)}, _total_train_tokens=0,
-        _tp_size=1, _compute_kl_logps=lambda model, batch: kl_policy.sum(1),
-    )  # fmt: skip
+        model=SimpleNamespace(training=True),
+        accelerator=Accelerator(),
+        aux_loss_enabled=False,
+        precompute_ref_logps=True,
+        calculate_KL=True,
+        loss_type="kto",
+        beta=0.3,
+        desirable_weight=1.3,
+        undesirable_weight=0.7,
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+        _compute_kl_logps=lambda model, batch: kl_policy.sum(1),
+    )
     completion = F.pad(mask.long(), (1, 0))
     ones = torch.ones_like(completion)
     inputs = {
-        "input_ids": ones, "attention_mask": ones, "completion_mask": completion, "KL_input_ids": ones, "KL_attention_mask": ones,
-        "KL_completion_mask": completion, "label": torch.tensor(labels), "ref_logps": reference, "ref_KL_logps": kl_reference,
-    }  # fmt: skip
+        "input_ids": ones,
+        "attention_mask": ones,
+        "completion_mask": completion,
+        "KL_input_ids": ones,
+        "KL_attention_mask": ones,
+        "KL_completion_mask": completion,
+        "label": torch.tensor(labels),
+        "ref_logps": reference,
+        "ref_KL_logps": kl_reference,
+    }
     out = SimpleNamespace(log_probs=policy, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
     want = KTOTrainer._compute_loss(self, lambda **_: out, inputs, False)
 
@@ -188,13 +161,6 @@ def test_gradient_by_finite_differences(name: str) -> None:
     assert torch.autograd.gradcheck(f, (p.chosen.clone().requires_grad_(), p.rejected.clone().requires_grad_()), eps=1e-6, atol=1e-7)
 
 
-LOG2 = math.log(2)
-AT_START = {
-    "sigmoid": LOG2, "hinge": 1.0, "ipo": 25.0, "kto_pair": 0.5, "nca_pair": 2 * LOG2, "robust": LOG2, "bco_pair": 2 * LOG2, "sppo_hard": 50.0,
-    "aot": LOG2, "aot_unpaired": LOG2, "apo_zero": 1.0, "apo_down": 1.0, "discopop": 0.5 * LOG2 + 0.5, "sigmoid_norm": LOG2,
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("name", sorted(AT_START))
 def test_policy_equal_to_reference(name: str) -> None:
     """Where the two models are equal every log-ratio is 0, and the loss a known number to the last bit (robust: up to its divisions)."""
@@ -216,41 +182,6 @@ def test_log_odds_near_both_ends() -> None:
     torch.testing.assert_close(g, -1 / torch.expm1(logp.detach()), rtol=1e-9, atol=0)
     certain = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     assert torch.isfinite(torch.autograd.grad(losses.log_odds(certain).sum(), certain)[0]).all()
-
-
-class Groups:
-    """Data-parallel groups as threads: `sum` adds up what all of them bring."""
-
-    def __init__(self, size: int):
-        self.size, self.barrier, self.brought = size, threading.Barrier(size), [torch.zeros(())] * size
-
-    def of(self, rank: int) -> DataParallel:
-        def add(x: torch.Tensor) -> torch.Tensor:
-            self.brought[rank] = x.detach()
-            self.barrier.wait(20)
-            total = torch.stack(self.brought).sum(0)
-            self.barrier.wait(20)
-            return total
-
-        return DataParallel(add, rank, self.size)
-
-    def run(self, f) -> list:
-        results: list = [None] * self.size
-
-        def work(rank: int) -> None:
-            try:
-                results[rank] = f(rank, self.of(rank))
-            except BaseException as e:
-                results[rank] = e
-                self.barrier.abort()
-
-        threads = [threading.Thread(target=work, args=(r,)) for r in range(self.size)]
-        [t.start() for t in threads]
-        [t.join() for t in threads]
-        for r in results:
-            if isinstance(r, BaseException):
-                raise r
-        return results
 
 
 def cut(p: PairLogps, s: slice) -> PairLogps:
