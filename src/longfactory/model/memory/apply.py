@@ -1,0 +1,60 @@
+"""Puts the memory engine into a model."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from longfactory.errors import ConfigError
+from longfactory.model.adapters import decoder_layers
+from longfactory.model.memory import chunked
+from longfactory.model.memory.checkpointed import CheckpointedLayer
+from longfactory.model.memory.settings import MemorySettings
+from longfactory.model.memory.waiting import Activations
+
+log = logging.getLogger(__name__)
+
+
+def apply_memory(model: nn.Module, settings: MemorySettings, device: torch.device | str | None = None) -> Activations:
+    """Installs checkpointing, kept attention, offload and layer pieces on every decoder layer. Once a model.
+
+    Call it after PEFT has added its adapters and after `sp.hf.prepare`, before or after FSDP2 and DDP wrap the model (it replaces the `forward` of
+    instances, inside their hooks), and before DeepSpeed does (it marks layers as units whose parameters ZeRO-3 gathers together).
+    transformers' own gradient checkpointing must stay off.
+
+    Args:
+        device: where the model computes; by default where its parameters are.
+
+    Raises:
+        ConfigError: settings that this model cannot have; says which and what to change.
+    """
+    _, layers = decoder_layers(model)
+    device = torch.device(device) if device is not None else next(model.parameters()).device
+    store = Activations(settings, len(layers), device)
+    if settings.checkpoint == "none":
+        return store
+    config: Any = getattr(model, "config", None)
+    moe = not getattr(config, "output_router_logits", False)
+    for index, layer in enumerate(layers):
+        if isinstance(layer.forward, CheckpointedLayer):
+            raise ConfigError("The memory engine is already in this model. Call apply_memory once.")
+        checkpointed = CheckpointedLayer(layer, index, store)
+        if checkpointed.random and settings.segment_layers > 1:
+            raise ConfigError(
+                f"segment_layers: {settings.segment_layers} runs layers again with other random numbers, and this model has dropout. "
+                "Set the model's dropout to 0 or segment_layers to 1."
+            )
+        chunked.install(layer, settings.mlp_chunk, moe)
+        layer.forward = checkpointed
+    _final_norm(model, layers, settings)
+    return store
+
+
+def _final_norm(model: nn.Module, layers: nn.ModuleList, settings: MemorySettings) -> None:
+    """The norm after the last layer works on the whole sequence too, in fp32."""
+    for parent in model.modules():
+        if any(child is layers for child in parent.children()):
+            chunked.install(parent, settings.mlp_chunk, norms_only=True)

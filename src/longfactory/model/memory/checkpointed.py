@@ -1,0 +1,114 @@
+"""Any Hugging Face decoder layer, recomputed in backward without running its attention kernel a second time.
+
+`CheckpointedLayer` takes the place of a layer's `forward` on the instance. So it runs inside `layer.__call__`: the hooks of FSDP2 and
+ZeRO gather the layer's parameters around it, in whatever version of transformers, and it may be installed before or after they wrap the model.
+It is torch's checkpointing, with three things added: the layer's one stored tensor, its input, goes where `Activations` sends it; what
+attention returned is recorded in the first pass and replayed in the recompute; and a segment's inner layers store nothing at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from longfactory.model.memory.waiting import Activations, LayerInput, Pair
+from longfactory.sp import keep
+
+
+class CheckpointedLayer:
+    """Takes the place of `layer.forward`.
+
+    Args:
+        layer: the decoder layer. Its own checkpointing flag is turned off: it would checkpoint a second time.
+        index: its place among the model's layers.
+    """
+
+    def __init__(self, layer: nn.Module, index: int, store: Activations) -> None:
+        self.forward = layer.forward
+        self.layer = layer
+        self.index = index
+        self.store = store
+        self.random = any(isinstance(m, nn.Dropout) and m.p > 0 for m in layer.modules())
+        if hasattr(layer, "gradient_checkpointing"):
+            layer.gradient_checkpointing = False  # type: ignore[assignment]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        store = self.store
+        if store.record is not None:  # a segment is being run forward again
+            with keep(store.record):
+                return self.forward(*args, **kwargs)
+        if not (self.layer.training and torch.is_grad_enabled()):
+            return self.forward(*args, **kwargs)
+        if args:
+            x, rest = args[0], args[1:]
+        else:
+            x, rest = kwargs.pop("hidden_states"), ()
+        return self.checkpointed(x, rest, kwargs)
+
+    def checkpointed(self, x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = _Call(self, x, rest, kwargs)
+        with saved_tensors_hooks(call.pack, call.unpack):
+            return checkpoint(call.run, x, use_reentrant=False, preserve_rng_state=self.random, context_fn=call.contexts)
+
+
+class _Call:
+    """One call of a layer: what its forward gives to its backward."""
+
+    def __init__(self, owner: CheckpointedLayer, x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.owner, self.rest, self.kwargs = owner, rest, kwargs
+        self.pairs: list[Pair] = []
+        self.handle: LayerInput | None = None
+        self.about = (x.data_ptr(), x.shape)
+
+    def run(self, x: Tensor) -> Any:
+        return self.owner.forward(x, *self.rest, **self.kwargs)
+
+    def again(self, x: Tensor) -> Tensor:
+        """For segments: through `layer.__call__`, so that hooks gather the parameters. Recording is on (see `Activations.recording`)."""
+        y = self.owner.layer(x, *self.rest, **self.kwargs)
+        return y[0] if isinstance(y, tuple) else y
+
+    # What checkpointing stores: the layer's input, once.
+
+    def pack(self, t: Tensor) -> Any:
+        if (t.data_ptr(), t.shape) != self.about or self.handle is not None:
+            return t
+        self.handle = self.owner.store.layer_input(self.owner.index, t.detach(), self.again)
+        return self.handle
+
+    def unpack(self, held: Any) -> Tensor:
+        return held.input() if isinstance(held, LayerInput) else held
+
+    # Around the two passes.
+
+    def contexts(self) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+        return self.first_pass(), self.recompute()
+
+    @contextlib.contextmanager
+    def first_pass(self) -> Iterator[None]:
+        owner, handle = self.owner, self.handle
+        if handle is None or not owner.store.keeps(owner.index) or not handle.last_in_segment:
+            yield
+            return
+        with keep(self.pairs):
+            yield
+        handle.keep(owner.store.wait_attention(owner.index, self.pairs))
+        self.pairs = []
+
+    @contextlib.contextmanager
+    def recompute(self) -> Iterator[None]:
+        store = self.owner.store
+        pairs = self.handle.attention() if self.handle is not None else None
+        if not store.settings.late_prefetch:
+            store.prefetch()
+        # An empty list would record what the recompute computes.
+        with keep(pairs) if pairs else contextlib.nullcontext():
+            yield
+        if store.settings.late_prefetch:
+            store.prefetch()

@@ -1,0 +1,192 @@
+"""A module run in pieces of the sequence: the same values, with the intermediates of one piece at a time.
+
+`run_in_chunks(fn, x, params, chunk)` computes `fn(x)` piece by piece and stores nothing but `x`. Its backward runs each piece again with
+gradients and differentiates it there, so a piece is recomputed once. It is two autograd functions on purpose. The first stores `x`, the
+second computes and stores nothing: inside a checkpointed layer the recompute stops when everything that was stored exists again,
+that is before the second one, and so the module is not computed a third time (unless a later module of the layer stores its output).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type in which sums over tokens are kept: fp32 for 16-bit types, else the type itself."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+class GradientSum:
+    """The gradient of a parameter, summed over pieces. Wide if there is more than one piece; one rounding at the end."""
+
+    def __init__(self, pieces: int) -> None:
+        self._pieces = pieces
+        self._sum: Tensor | None = None
+
+    def add(self, g: Tensor | None) -> None:
+        if g is None:
+            return
+        if self._sum is None:
+            self._sum = g if self._pieces == 1 else g.to(wide(g.dtype))
+        else:
+            self._sum += g
+
+    def total(self, like: Tensor) -> Tensor | None:
+        total, self._sum = self._sum, None
+        return None if total is None else total.to(like.dtype).view(like.shape)
+
+
+@dataclasses.dataclass
+class _Call:
+    fn: Callable[[Tensor], Tensor]
+    params: Callable[[], Sequence[Tensor]]  # asked again in backward: sharding swaps parameters between the passes
+    chunk: int
+    dim: int
+    autocast: tuple[str, bool, torch.dtype] | None = None
+    dtype: torch.dtype | None = None  # of the output
+
+    def amp(self) -> torch.autocast:
+        assert self.autocast is not None
+        device, enabled, dtype = self.autocast
+        return torch.autocast(device, dtype=dtype, enabled=enabled)
+
+
+class _Store(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: _Call, x: Tensor, *params: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.call = call
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """`dy` is the gradient of what `_Compute` returned."""
+        call: _Call = ctx.call
+        (x,) = ctx.saved_tensors
+        needs_x, needs_p = ctx.needs_input_grad[1], ctx.needs_input_grad[2:]
+        params = list(call.params())
+        wanted = [p for p, needs in zip(params, needs_p, strict=True) if needs]
+        length = x.shape[call.dim]
+        sums = [GradientSum(-(-length // call.chunk)) for _ in wanted]
+        dx = torch.empty_like(x) if needs_x else None
+        if call.dtype is not None:
+            dy = dy.to(call.dtype)
+        for i in range(0, length, call.chunk):
+            n = min(call.chunk, length - i)
+            with torch.enable_grad(), call.amp():
+                piece = x.narrow(call.dim, i, n).detach().requires_grad_(needs_x)
+                y = call.fn(piece)
+            inputs = [piece, *wanted] if needs_x else wanted
+            grads = list(torch.autograd.grad(y, inputs, dy.narrow(call.dim, i, n), allow_unused=True))
+            if dx is not None:
+                g = grads.pop(0)
+                target = dx.narrow(call.dim, i, n)
+                target.zero_() if g is None else target.copy_(g)
+            for total, g in zip(sums, grads, strict=True):
+                total.add(g)
+            del piece, y, grads
+        done = iter(zip(sums, wanted, strict=True))
+        return None, dx, *(next(done)[0].total(p) if needs else None for p, needs in zip(params, needs_p, strict=True))
+
+
+class _Compute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: _Call, x: Tensor) -> Tensor:  # type: ignore[override]
+        with call.amp():
+            y = _pieces(call.fn, x, call.chunk, call.dim)
+        call.dtype = y.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        return None, dy
+
+
+def _pieces(fn: Callable[[Tensor], Tensor], x: Tensor, chunk: int, dim: int) -> Tensor:
+    length = x.shape[dim]
+    if length <= chunk:
+        return fn(x)
+    out: Tensor | None = None
+    for i in range(0, length, chunk):
+        n = min(chunk, length - i)
+        y = fn(x.narrow(dim, i, n))
+        if out is None:
+            out = torch.empty(x.shape, dtype=y.dtype, device=y.device)
+        out.narrow(dim, i, n).copy_(y)
+    assert out is not None
+    return out
+
+
+def run_in_chunks(
+    fn: Callable[[Tensor], Tensor], x: Tensor, params: Callable[[], Sequence[Tensor]], chunk: int | None, dim: int = -2
+) -> Tensor:
+    """`fn(x)`, where each position along `dim` depends on the same position of `x` alone and the shape does not change.
+
+    Args:
+        params: gives the parameters that `fn` uses. They become inputs of the autograd function, so that hooks on their gradients
+            (DDP, FSDP2, ZeRO) see one gradient a call.
+        chunk: positions in a piece; None for all at once (still: only `x` is stored).
+    """
+    chunk = chunk or x.shape[dim]
+    if not torch.is_grad_enabled():
+        return _pieces(fn, x, chunk, dim)
+    device = x.device.type
+    call = _Call(fn, params, chunk, dim, (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)))
+    return _Compute.apply(call, _Store.apply(call, x, *params()))
+
+
+# Direct children of a decoder layer that work on each token alone.
+_MLP_NAMES = frozenset({"mlp", "feed_forward", "ffn", "block_sparse_moe", "moe"})
+
+
+def install(layer: nn.Module, chunk: int | None, moe: bool = True, norms_only: bool = False) -> list[str]:
+    """Run the MLP and the norms of a decoder layer in pieces. Returns the names of the children that will be.
+
+    A child is left as it is if it has active dropout (a recompute would draw again) or, with `moe=False`, if it is a mixture of experts
+    (whose router's outputs are being recorded, one record a call). The first call proves on a few tokens that the child treats tokens alone.
+    """
+    names = []
+    for name, child in layer.named_children():
+        is_norm = type(child).__name__.endswith("Norm")
+        if not (is_norm or (name in _MLP_NAMES and not norms_only)) or any(isinstance(m, nn.Dropout) and m.p > 0 for m in child.modules()):
+            continue
+        if not moe and any("router" in n or "experts" in n for n, _ in child.named_modules()):
+            continue
+        child.forward = _Chunked(child, chunk)
+        names.append(name)
+    return names
+
+
+class _Chunked:
+    """Takes the place of a module's `forward`."""
+
+    def __init__(self, module: nn.Module, chunk: int | None) -> None:
+        self.forward = module.forward
+        self.module = module
+        self.chunk = chunk
+        self.fits: bool | None = None
+
+    def params(self) -> list[Tensor]:
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        plain = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and args[0].dim() == 3
+        if plain and self.fits is None and args[0].shape[1] > 1:
+            self.fits = self._token_wise(args[0])
+        if not plain or not self.fits:
+            return self.forward(*args, **kwargs)
+        return run_in_chunks(self.forward, args[0], self.params, self.chunk)
+
+    @torch.no_grad()
+    def _token_wise(self, x: Tensor) -> bool:
+        head = x[:, : min(16, x.shape[1])]
+        whole, half = self.forward(head), self.forward(head[:, : head.shape[1] // 2])
+        if not isinstance(whole, Tensor) or whole.shape != head.shape:
+            return False
+        # Matrix products of another shape may round differently.
+        return torch.allclose(whole[:, : half.shape[1]].float(), half.float(), rtol=5e-2, atol=1e-2 * float(whole.float().abs().max()))

@@ -1,0 +1,173 @@
+"""Where a layer's tensors wait between its forward and its backward: on the device, on the host, or nowhere (computed again).
+
+`Activations` serves one model. Each layer call gives it the layer's input and, if it is kept, its attention's output, and gets a handle
+whose `get()` in backward returns them. Which of the three places it is, is decided here and known to nobody else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longfactory.model.memory.host_pool import HostPool, Parked
+from longfactory.model.memory.settings import MemorySettings
+
+Pair = tuple[Tensor, Tensor]  # attention output and log-sum-exp
+
+
+class Here:
+    """Tensors that stay on the device."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = list(tensors)
+
+    def fetch(self) -> list[Tensor]:
+        return list(self._tensors)
+
+
+Waiting = Here | Parked
+
+
+class LayerInput:
+    """The input of one layer call and, after `keep`, what its attention returned."""
+
+    def __init__(self, waiting: Waiting | None, segment: Segment | None = None, position: int = 0) -> None:
+        self._waiting = waiting
+        self._segment = segment
+        self._position = position
+        self._kept: Waiting | None = None
+
+    @property
+    def last_in_segment(self) -> bool:
+        return self._segment is None or self._segment.is_last(self._position)
+
+    def input(self) -> Tensor:
+        """The layer's input. It may be written to if `owned`."""
+        if self._segment is not None:
+            return self._segment.input(self._position)
+        assert self._waiting is not None
+        return self._waiting.fetch()[0]
+
+    def attention(self) -> list[Pair] | None:
+        """What the layer's attention calls returned, in their order; None if it was not kept. Ask after `input()`."""
+        kept = self._kept
+        if self._segment is not None:
+            kept = self._segment.attention(self._position) or kept
+        if kept is None:
+            return None
+        tensors = kept.fetch()
+        return list(zip(tensors[::2], tensors[1::2], strict=True))
+
+    def keep(self, kept: Waiting | None) -> None:
+        self._kept = kept
+
+
+class Segment:
+    """Consecutive layer calls of which only the first one's input waits. Backward runs them forward once more, all but the last."""
+
+    def __init__(self, store: Activations) -> None:
+        self._store = store
+        self._first: Waiting | None = None
+        self._calls: list[tuple[int, Callable[[Tensor], Tensor]]] = []
+        self._inputs: dict[int, Waiting] = {}
+        self._kept: dict[int, Waiting | None] = {}
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def is_last(self, position: int) -> bool:
+        return position == self._store.settings.segment_layers - 1
+
+    def add(self, index: int, x: Tensor, call: Callable[[Tensor], Tensor]) -> LayerInput:
+        if not self._calls:
+            self._first = self._store.wait(index, [x])
+        self._calls.append((index, call))
+        return LayerInput(None, self, len(self._calls) - 1)
+
+    def input(self, position: int) -> Tensor:
+        if position not in self._inputs:
+            self._forward(position)
+        return self._inputs.pop(position).fetch()[0]
+
+    def attention(self, position: int) -> Waiting | None:
+        return self._kept.pop(position, None)
+
+    @torch.no_grad()
+    def _forward(self, position: int) -> None:
+        if self._first is None:
+            raise RuntimeError("A second backward through checkpointed layers is not possible.")
+        (x,) = self._first.fetch()
+        self._first = None
+        for p, (index, call) in enumerate(self._calls[:position]):
+            self._inputs[p] = self._store.wait(index, [x])
+            pairs: list[Pair] = []
+            with self._store.recording(pairs):
+                x = call(x)
+            self._kept[p] = self._store.wait_attention(index, pairs)
+        self._inputs[position] = Here([x])
+
+
+class Activations:
+    """Decides where the tensors of `layers` decoder layers wait."""
+
+    def __init__(self, settings: MemorySettings, layers: int, device: torch.device | str) -> None:
+        self.settings = settings
+        self.layers = layers
+        self.pool: HostPool | None = None
+        if settings.offload != "none":
+            parked = max(1, layers - settings.last_layers_on_gpu)
+            expect = -(-parked // settings.segment_layers) + (settings.segment_layers - 1 if settings.segment_layers > 1 else 0)
+            if settings.offload == "inputs+attention":
+                expect += round(settings.keep_attention * layers)
+            self.pool = HostPool(device, settings.pool_bytes, expect)
+        self.record: list[Pair] | None = None  # a segment is being run forward again, and these are its attention outputs
+        self._segment: Segment | None = None
+
+    def keeps(self, index: int) -> bool:
+        """Whether the attention of this layer is kept in the first pass."""
+        return index >= self.layers - round(self.settings.keep_attention * self.layers)
+
+    def layer_input(self, index: int, x: Tensor, call: Callable[[Tensor], Tensor]) -> LayerInput:
+        """`call(x)` runs the layer again, for segments; it is used under `torch.no_grad()`."""
+        k = self.settings.segment_layers
+        if k == 1:
+            return LayerInput(self.wait(index, [x]))
+        if index % k == 0 or self._segment is None:
+            self._segment = Segment(self)
+        handle = self._segment.add(index, x, call)
+        if index % k == k - 1 or index == self.layers - 1:
+            self._segment = None
+        return handle
+
+    def wait(self, index: int, tensors: Sequence[Tensor]) -> Waiting:
+        if self.pool is None or index >= self.layers - self.settings.last_layers_on_gpu:
+            return Here(tensors)
+        return self.pool.park(tensors)
+
+    def wait_attention(self, index: int, pairs: Sequence[Pair]) -> Waiting | None:
+        if not pairs:
+            return None
+        flat = [t for pair in pairs for t in pair]
+        return self.wait(index, flat) if self.settings.offload == "inputs+attention" else Here(flat)
+
+    def prefetch(self) -> None:
+        """Start the way back of the layer below."""
+        if self.pool is not None:
+            both = self.settings.offload == "inputs+attention" and self.settings.keep_attention > 0
+            self.pool.prefetch(2 if both else 1)
+
+    @contextlib.contextmanager
+    def recording(self, pairs: list[Pair]) -> Iterator[None]:
+        before, self.record = self.record, pairs
+        try:
+            yield
+        finally:
+            self.record = before
+
+
+def detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
