@@ -101,6 +101,9 @@ class FinetuningArguments:
 
     freeze_trainable_layers: int = arg(2, "freeze: train the last n layers; negative: the first n.")
     freeze_trainable_modules: tuple[str, ...] = arg(("all",), "freeze: modules trained in those layers.")
+    use_llama_pro: bool = arg(
+        False, "freeze: train every (layers / freeze_trainable_layers)th layer, those that block expansion has added."
+    )
     freeze_extra_modules: tuple[str, ...] = arg((), "freeze: modules outside the layers that are trained too.")
 
     pref_loss: Literal[
@@ -126,9 +129,7 @@ class FinetuningArguments:
     pref_beta: float = arg(0.1, "dpo, kto: the beta of the loss.", low=0.0)
     pref_ftx: float = arg(0.0, "dpo, kto: weight of the chosen answer's own sft loss.", low=0.0)
     pref_bco_weight: float = arg(0.0, "dpo: weight of the BCO loss beside the chosen loss.", low=0.0)
-    pref_share_prompt: bool | Literal["auto"] = arg(
-        "auto", "Compute the prompt that chosen and rejected share once. The result is the same."
-    )
+    pref_share_prompt: bool | Literal["auto"] = arg("auto", "Compute a prompt that both answers share once; exact.")
     dpo_label_smoothing: float = arg(0.0, "dpo: probability that a pair is labelled the wrong way round.", low=0.0, high=0.5)
     simpo_gamma: float = arg(0.5, "simpo: target margin.")
     ld_alpha: float | None = arg(None, "dpo: weight of the tokens beyond the shorter answer's length.", low=0.0, high=1.0)
@@ -175,11 +176,13 @@ class MemoryArguments:
 
     memory: Literal["auto", "fast", "long"] = arg("auto", "What fits best, what is fastest, or what reaches the longest sequence.")
     disable_gradient_checkpointing: bool = arg(False, "Keep every activation instead of recomputing layers in the backward pass.")
-    use_unsloth_gc: bool = arg(False, "The same as offload_activations: true.")
+    use_unsloth_gc: bool = arg(False, "The same as offload_activations: inputs.")
     keep_attention: float | Literal["auto"] = arg(
         "auto", "Share of each layer's attention output kept, so that attention is not computed twice.", low=0.0, high=1.0
     )
-    offload_activations: bool | Literal["auto"] = arg("auto", "Move layer inputs to host memory until the backward pass needs them.")
+    offload_activations: Literal["auto", "none", "inputs", "inputs+attention"] = arg(
+        "auto", "What waits in host memory for the backward pass: nothing, layer inputs, or attention's outputs too; true means inputs."
+    )
     mlp_chunk: int | Literal["auto"] = arg("auto", "Tokens of a sequence that pass an MLP at once; 0 for all.", low=0)
     segment_layers: int | Literal["auto"] = arg("auto", "Layers between two checkpoints.", low=1)
     optimizer_placement: Literal["auto", "gpu", "host"] = arg("auto", "Where the optimizer's state lives.")
@@ -215,7 +218,7 @@ class OutputArguments:
     export_hub_model_id: str | None = arg(None, "export: name on the hub to push to.")
 
 
-GROUPS: dict[str, type[Any]] = {
+GROUPS: dict[str, Any] = {
     "model": ModelArguments,
     "data": DataArguments,
     "method": FinetuningArguments,

@@ -61,7 +61,7 @@ def _data(cfg: RunConfig) -> Iterator[str]:
         yield "packing: false and neat_packing: true contradict each other. Keep packing: true; packed documents are always isolated."
     if data.eval_dataset and data.val_size > 0:
         yield "eval_dataset and val_size were both given. Keep one: other data, or a part of the training data."
-    wants_eval = cfg.trainer("do_eval") or cfg.trainer("eval_strategy") != "no"
+    wants_eval = cfg.trainer("do_eval") or cfg.trainer("eval_strategy") != "no" or cfg.trainer("do_predict")
     if wants_eval and not data.eval_dataset and data.val_size == 0 and data.tokenized_path is None:
         yield "Evaluation was asked for and there are no data for it. Give eval_dataset, or val_size above 0."
     if data.val_size > 1 and data.val_size != int(data.val_size):
@@ -91,6 +91,15 @@ def _method(cfg: RunConfig) -> Iterator[str]:
     losses = [name for name in ("use_dft_loss", "use_asft_loss", "use_eaft_loss") if getattr(m, name)]
     if len(losses) > 1:
         yield f"{' and '.join(losses)} were given. A run has one loss: keep one."
+    predicts = cfg.trainer("predict_with_generate")
+    if predicts and m.stage != "sft":
+        yield f"predict_with_generate is for stage: sft; this run's stage is {m.stage}. Leave it out."
+    if cfg.trainer("do_predict") and not predicts:
+        yield "do_predict writes generated answers. Set predict_with_generate: true."
+    if predicts and m.compute_accuracy:
+        yield "predict_with_generate and compute_accuracy cannot be used together. Keep one of them."
+    if predicts and cfg.parallel.sequence_parallel_size > 1:
+        yield "predict_with_generate generates on one device. Set sequence_parallel_size: 1, or generate from the exported model."
     if m.stage == "rm" and cfg.trainer("load_best_model_at_end"):
         yield "load_best_model_at_end is not supported with stage: rm. Leave it out and choose the checkpoint by its evaluation."
     if m.early_stopping_steps is not None and cfg.trainer("eval_strategy") == "no":
@@ -167,6 +176,8 @@ def _deepspeed(given: str | dict, cfg: RunConfig) -> Iterator[str]:
         return
     zero = config.get("zero_optimization")
     if isinstance(zero, dict) and zero.get("stage") == 3:
+        if cfg.trainer("predict_with_generate"):
+            yield "predict_with_generate cannot run under ZeRO-3. Use a ZeRO-2 JSON, or generate from the exported model."
         if cfg.model.quantization_bit is not None:
             yield "ZeRO-3 cannot shard quantised weights. Use a ZeRO-2 JSON, or leave quantization_bit out."
         if cfg.method.pure_bf16:

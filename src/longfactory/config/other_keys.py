@@ -143,7 +143,6 @@ REFUSED: dict[str, Other] = {
     "oft_rank": Other((0,), "oft is not supported; use finetuning_type: lora"),
     "oft_block_size": Other((32,), "oft is not supported; use finetuning_type: lora"),
     "oft_target": Other(("all",), "oft is not supported; use finetuning_type: lora"),
-    "use_llama_pro": Other((False,), "block expansion is not supported; use finetuning_type: freeze with freeze_trainable_layers"),
     # reinforcement learning
     "ppo_buffer_size": Other((1,), _PPO),
     "ppo_epochs": Other((4,), _PPO),
@@ -234,12 +233,7 @@ REFUSED: dict[str, Other] = {
     "include_inputs_for_metrics": Other((False,), "metrics are computed from log-probabilities; use compute_accuracy"),
     "batch_eval_metrics": Other((False,), "metrics are computed from log-probabilities; use compute_accuracy"),
     "length_column_name": Other(("length",), "lengths are those of the tokenised rows; leave it out"),
-    "do_predict": Other((False,), "generate from the exported model (longfactory export, then chat or a serving engine)"),
-    "predict_with_generate": Other((False,), "generate from the exported model (longfactory export, then chat or a serving engine)"),
-    "generation_max_length": Other((None,), "only predict_with_generate reads it, which is not supported"),
-    "generation_num_beams": Other((None,), "only predict_with_generate reads it, which is not supported"),
-    "generation_config": Other((None,), "only predict_with_generate reads it, which is not supported"),
-    "eval_num_beams": Other((None,), "only predict_with_generate reads it, which is not supported"),
+    "generation_config": Other((None,), "use the generation keys (max_new_tokens, temperature, ...)"),
     "sortish_sampler": Other((False,), "use train_sampling_strategy: group_by_length"),
     # transformers 4 alone
     "half_precision_backend": Other(("auto",), "leave it out; bf16: true or fp16: true says it all"),

@@ -60,6 +60,16 @@ class RunConfig:
             return self.data.neat_packing or self.method.stage == "pt"
         return self.data.packing
 
+    def resume_checkpoint(self) -> str | None:
+        """The checkpoint to go on from: the one that was asked for, else the last one of the output folder."""
+        return self.hf.get("resume_from_checkpoint")
+
+    @property
+    def log_tokens(self) -> bool:
+        """Whether the number of tokens and their rate are logged."""
+        seen = self.trainer("include_num_input_tokens_seen")
+        return seen not in (False, "no") or self.method.include_effective_tokens_per_second
+
     @property
     def gradient_checkpointing(self) -> bool:
         """Whether layers are recomputed in the backward pass."""
@@ -165,7 +175,7 @@ def from_mapping(written: Mapping[str, Any], *, command: Command = "train", worl
 def _finish_training(cfg: RunConfig) -> None:
     """Fills in what follows from other keys, and what LongFactory settles itself."""
     hf = cfg.hf
-    if not hf.get("do_train") and not hf.get("do_eval"):
+    if not any(hf.get(name) for name in ("do_train", "do_eval", "do_predict")):
         hf["do_train"] = True
     if cfg.trainer("eval_strategy") != "no":
         hf["do_eval"] = True

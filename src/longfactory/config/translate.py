@@ -19,6 +19,7 @@ TURNED: dict[str, Key] = {
     "gradient_checkpointing": Key("gradient_checkpointing", bool | None, None, "On by default; false keeps every activation."),
     "gradient_checkpointing_kwargs": Key("gradient_checkpointing_kwargs", dict | str | None, None, "Recomputation is LongFactory's own."),
     "fsdp": Key("fsdp", str | list | bool | None, None, "full_shard means sharding: fsdp2."),
+    "eval_num_beams": Key("eval_num_beams", int | None, None, "The same as generation_num_beams."),
     "adafactor": Key("adafactor", bool, False, "The same as optim: adafactor."),
 }
 
@@ -54,6 +55,8 @@ def rename(values: Mapping[str, Any]) -> dict[str, Any]:
             value = "bnb"
         elif name == "shuffle_for_sequence_parallel" and value is not None and not coerce(value, bool, name):
             new, value = "disable_shuffling", True
+        elif name == "offload_activations" and str(value).lower() in ("true", "false"):
+            value = "inputs" if coerce(value, bool, name) else "none"
         if new in out and out[new] != value:
             raise ConfigError(f"{came_from[new]} and {name} are the same key with different values ({out[new]!r}, {value!r}). Keep one.")
         out[new] = value
@@ -164,6 +167,8 @@ def turn(values: dict[str, Any]) -> list[str]:
         else:
             raise ConfigError(f"fsdp: {fsdp!r} is not a choice. Use sharding: fsdp2 or sharding: ddp.")
 
+    if given.get("eval_num_beams") is not None:
+        values["generation_num_beams"] = given["eval_num_beams"]
     if given.get("adafactor"):
         values.setdefault("optim", "adafactor")
     return notes

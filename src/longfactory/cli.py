@@ -1,0 +1,153 @@
+"""The command `longfactory`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from longfactory import __version__, launch
+from longfactory.errors import UserError
+
+USAGE = """\
+LongFactory {version}: post-train language models on sequences of any length.
+
+  longfactory train  run.yaml [key=value ...]    train, evaluate
+  longfactory export run.yaml [key=value ...]    merge LoRA adapters, write a plain model, push it
+  longfactory chat   run.yaml [key=value ...]    talk to a model
+  longfactory env                                what is installed, for a bug report
+  longfactory version
+
+  longfactory train run.yaml --dry_run           resolve and check a run, print it, stop
+  longfactory train --help [word]                every key, or those that match a word
+
+Keys have LLaMA-Factory's names; --key value works as well as key=value. One line makes a sequence span devices:
+  sequence_parallel_size: 8
+"""
+
+
+def train(argv: list[str]) -> int:
+    from longfactory.config import load_config
+    from longfactory.config.checks import processes
+    from longfactory.config.show import processes as planned_processes
+
+    worker = launch.is_worker()
+    cfg = load_config(argv)
+    if not worker or _rank() == 0:
+        for note in cfg.notes:
+            print(f"note: {note}", file=sys.stderr)
+    if cfg.output.dry_run:
+        known = planned_processes(cfg)
+        problems = list(processes(cfg, known)) if known is not None else []
+        if problems:
+            raise UserError("\n".join(problems))
+        if _rank() == 0:
+            print(cfg.resolved(), end="")
+        return 0
+    if not worker:
+        local = launch.local_processes(cfg)
+        nodes = launch.number("NNODES", 1)
+        elastic = "RDZV_ID" in os.environ
+        problems = [] if elastic else list(processes(cfg, local * nodes))
+        if problems:
+            raise UserError("\n".join(problems))
+        launch.set_environment(local)
+        if launch.needs_torchrun(cfg, local):
+            return launch.torchrun(launch.torchrun_arguments(local, "longfactory.cli", ["train", *argv]))
+    else:
+        launch.set_environment(launch.number("LOCAL_WORLD_SIZE", 1))
+    from longfactory.train.run import run
+
+    run(cfg)
+    return 0
+
+
+def export(argv: list[str]) -> int:
+    from longfactory.config import load_config
+
+    cfg = load_config(argv, command="export")
+    from longfactory.output.export import export as merge
+
+    print(f"The model is in {merge(cfg)}.")
+    return 0
+
+
+def chat(argv: list[str]) -> int:
+    from longfactory.config import load_config
+
+    cfg = load_config(argv, command="chat")
+    from longfactory.output.chat import chat as talk
+
+    talk(cfg)
+    return 0
+
+
+def env(argv: list[str]) -> int:
+    from longfactory.output.environment import report
+
+    print(report())
+    return 0
+
+
+def version(argv: list[str]) -> int:
+    print(__version__)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "export": export, "chat": chat, "env": env, "version": version}
+READS_KEYS = ("train", "export", "chat")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status: 0, 2 where the user can put something right, another where the program failed."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("help", "-h", "--help"):
+        print(USAGE.format(version=__version__), end="")
+        return 0
+    if words[0] in ("-v", "--version"):
+        words[0] = "version"
+    command, rest = words[0], words[1:]
+    if command not in COMMANDS:
+        print(f"longfactory has no command {command!r}. It has {', '.join(COMMANDS)}.", file=sys.stderr)
+        return launch.USER_ERROR
+    if rest and rest[0] in ("-h", "--help", "help"):
+        if command in READS_KEYS:
+            from longfactory.config.help import help_text
+
+            print(help_text(rest[1] if len(rest) > 1 else None), end="")
+        else:
+            print(USAGE.format(version=__version__), end="")
+        return 0
+    if launch.is_worker():
+        launch.die_with_parent()
+    try:
+        return COMMANDS[command](rest)
+    except UserError as e:
+        if launch.is_on("LONGFACTORY_DEBUG"):
+            raise
+        _tell(str(e))
+        return launch.USER_ERROR
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has gone: nothing is left to say, and Python must not complain while closing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _rank() -> int:
+    return launch.number("RANK", 0) if launch.is_worker() else 0
+
+
+def _tell(message: str) -> None:
+    """Prints an error once for the whole run: the first process speaks, and another only where the first has stayed silent."""
+    if _rank() != 0:
+        # When the first process fails too, the launcher ends this one during the wait.
+        time.sleep(3)
+        message = f"Process {_rank()}: {message}"
+    print(f"longfactory: {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
