@@ -1,0 +1,208 @@
+"""A tokenised data set: entries of stores, cut, packed, and handed out as samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from longfactory.data import assemble
+from longfactory.data.assemble import Rules
+from longfactory.data.collate import Sample
+from longfactory.data.errors import DataError
+from longfactory.data.packing import pack
+from longfactory.data.row import TokenizedDocument
+from longfactory.data.store import DESIRED, LACKS_THOUGHT, LAST_ONLY, SECOND_LACKS_THOUGHT, Store
+
+
+@dataclasses.dataclass
+class Report:
+    """What became of the rows. `lost_tokens` are tokens cut away (or dropped with their sample); `efficiency` is the share of the
+    packed rows' room that holds tokens. `bad_rows` holds for each data set the count, the reasons and the first places."""
+
+    rows_read: int = 0
+    bad_rows: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    samples: int = 0
+    tokens: int = 0
+    truncated: int = 0
+    lost_tokens: int = 0
+    dropped: int = 0
+    untrained: int = 0
+    last_answer_only: int = 0
+    packed_rows: int = 0
+    efficiency: float | None = None
+
+    @property
+    def bad(self) -> int:
+        return sum(b["count"] for b in self.bad_rows.values())
+
+    def describe(self) -> str:
+        """One line for the log."""
+        text = f"{self.samples} samples, {self.tokens} tokens"
+        if self.bad:
+            text += f"; {self.bad} of {self.rows_read} rows were bad"
+        if self.truncated:
+            text += f"; {self.truncated} samples were cut at cutoff_len and lost {self.lost_tokens} tokens"
+        if self.dropped:
+            text += f"; {self.dropped} samples longer than cutoff_len were dropped ({self.lost_tokens} tokens)"
+        if self.untrained:
+            text += f"; {self.untrained} samples have no trained token left"
+        if self.last_answer_only:
+            text += f"; in {self.last_answer_only} conversations only the last answer is trained"
+        if self.efficiency is not None:
+            text += f"; packed into {self.packed_rows} rows, {100 * self.efficiency:.1f} % full"
+        return text
+
+
+class TokenizedDataset:
+    """Map-style data set of samples, read from memory-mapped stores. Picklable.
+
+    `entries` is [n, 2] (store, sample in it); for packed pre-training [n, 4] with the range of tokens too, for kto [n, 4] with the
+    sample whose answer is borrowed for the KL estimate (the entry before). `lengths` is the number of tokens of each item.
+    """
+
+    def __init__(self, stores: Sequence[Store], entries: np.ndarray, kind: str, rules: Rules, packed: bool, report: Report | None = None):
+        self.stores = list(stores)
+        self.kind = kind
+        self.rules = rules
+        self.report = report or Report()
+        self.bins: list[np.ndarray] | None = None
+        if kind == "pt" and packed:
+            entries = self._split_texts(entries)
+            sizes = entries[:, 3] - entries[:, 2]
+        else:
+            entries, sizes = self._cut(entries)
+        self.entries = entries
+        self.report.samples = len(entries)
+        self.report.tokens = int(sizes.sum())
+        self.lengths = sizes
+        if packed and len(entries):
+            done = pack(sizes, rules.cutoff)
+            self.bins = done.bins
+            self.lengths = np.array([sizes[b].sum() for b in done.bins], dtype=np.int64)
+            self.report.packed_rows, self.report.efficiency = len(done.bins), done.efficiency
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, i: int) -> Sample:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"Item {i} of a data set of {len(self)} items.")
+        i %= len(self)
+        if self.bins is None:
+            return self._sample(i)
+        return [d for e in self.bins[i].tolist() for d in self._sample(e)]
+
+    # -- one sample --------------------------------------------------------------------------------------------------------------
+
+    def _sample(self, e: int) -> list[TokenizedDocument]:
+        store, i = self.stores[self.entries[e, 0]], int(self.entries[e, 1])
+        parts = store.parts(i)
+        flags = int(store.flags[i])
+        match self.kind:
+            case "pt":
+                if self.entries.shape[1] == 4:
+                    start, stop = self.entries[e, 2:].tolist()
+                    return [assemble.plain(parts[0][start:stop], e)]
+                return [assemble.plain(assemble.cut(parts[0], self.rules.cutoff, self.rules, self.rules.prefix), e)]
+            case "sft":
+                return [assemble.sft(parts, self.rules, e, bool(flags & LAST_ONLY))]
+            case "pair":
+                return assemble.pair(parts, self.rules, e, (bool(flags & LACKS_THOUGHT), bool(flags & SECOND_LACKS_THOUGHT)))
+            case _:
+                s, j = self.entries[e, 2:].tolist()
+                other, other_flags = self.stores[s].parts(j)[1], int(self.stores[s].flags[j])
+                lacks, other_lacks = bool(flags & LACKS_THOUGHT), bool(other_flags & LACKS_THOUGHT)
+                return assemble.kto(parts[0], parts[1], other, self.rules, e, bool(flags & DESIRED), lacks, other_lacks)
+
+    # -- lengths, cutting ----------------------------------------------------------------------------------------------------------
+
+    def _split_texts(self, entries: np.ndarray) -> np.ndarray:
+        """Texts longer than the cutoff become consecutive documents; nothing is lost."""
+        totals = self._totals(entries)
+        pieces = np.maximum(-(-totals // self.rules.cutoff), 1)
+        out = np.repeat(entries, pieces, axis=0)
+        first = np.repeat(np.cumsum(pieces) - pieces, pieces)
+        start = (np.arange(len(out)) - first) * self.rules.cutoff
+        stop = np.minimum(start + self.rules.cutoff, np.repeat(totals, pieces))
+        return np.column_stack([out, start, stop])[stop > start]
+
+    def _totals(self, entries: np.ndarray) -> np.ndarray:
+        out = np.zeros(len(entries), np.int64)
+        for s, store in enumerate(self.stores):
+            here = entries[:, 0] == s
+            out[here] = store.totals()[entries[here, 1]]
+        return out
+
+    def _cut(self, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Entries that stay, and their lengths after truncation. Most samples fit and cost nothing; the others are looked at one by
+        one."""
+        rules, report = self.rules, self.report
+        if self.kind == "kto":
+            entries = np.column_stack([entries, np.roll(entries, 1, axis=0)])
+        before, after, untrained = self._sizes(entries)
+        cut = before > after
+        if cut.any() and rules.strategy == "error":
+            e = int(np.flatnonzero(cut)[0])
+            store, i = self.stores[entries[e, 0]], int(entries[e, 1])
+            raise DataError(
+                f"{int(cut.sum())} samples are longer than cutoff_len ({rules.cutoff}), first row {int(store.rows[i]) + 1} of data set "
+                f"{store.meta.get('name')!r}. Raise cutoff_len, or set cutoff_strategy to llamafactory, keep_tail or drop."
+            )
+        report.lost_tokens = int((before - after)[cut].sum())
+        keep = after > 0
+        if rules.strategy == "drop":
+            report.dropped = int(cut.sum())
+            report.lost_tokens = int(before[cut].sum())
+            keep &= ~cut
+        else:
+            report.truncated = int(cut.sum())
+            report.untrained = int(untrained[keep].sum())
+        for s, store in enumerate(self.stores):
+            here = keep & (entries[:, 0] == s)
+            report.last_answer_only += int(((store.flags[entries[here, 1]] & LAST_ONLY) > 0).sum())
+        return entries[keep], after[keep]
+
+    def _sizes(self, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens of each entry before and after truncation, and whether it has no trained token afterwards."""
+        rules = self.rules
+        untrained = np.zeros(len(entries), bool)
+        if self.kind in ("pt", "sft"):
+            before = self._totals(entries) + (rules.eos is not None and self.kind == "sft")
+            after = np.minimum(before, rules.cutoff)
+            if self.kind == "sft":
+                for e in np.flatnonzero(before > rules.cutoff).tolist():
+                    lengths = self._lengths(entries[e])
+                    kept = assemble.cut_turns(lengths, rules)
+                    after[e] = sum(s + t for _, s, t in kept) + (rules.eos is not None)
+                    untrained[e] = not rules.train_on_prompt and rules.eos is None and not any(t for _, _, t in kept)
+            return before, after, untrained
+        before, after = np.zeros((2, len(entries)), np.int64)
+        end = int(rules.eos is not None)
+        thought = len(rules.thought)
+        for e in range(len(entries)):
+            flags = int(self.stores[entries[e, 0]].flags[entries[e, 1]])
+            prompt, *answers = self._lengths(entries[e])
+            lacks = [bool(flags & LACKS_THOUGHT), bool(flags & SECOND_LACKS_THOUGHT)]
+            if self.kind == "kto":
+                answers.append(self._lengths(entries[e, 2:])[1])
+                lacks[1] = bool(int(self.stores[entries[e, 2]].flags[entries[e, 3]]) & LACKS_THOUGHT)
+            prompts = [prompt + (thought if lack and not rules.thought_trained else 0) for lack in lacks]
+            answers = [a + end + (thought if lack and rules.thought_trained else 0) for a, lack in zip(answers, lacks, strict=True)]
+            if self.kind == "kto":
+                cuts = [assemble.cut_pair(p, a, rules.cutoff) for p, a in zip(prompts, answers, strict=True)]
+                before[e], after[e] = sum(prompts) + sum(answers), sum(s + t for s, t in cuts)
+                untrained[e] = cuts[0][1] == 0
+            else:
+                source, *kept = assemble.pair_lengths(prompts[0], answers[0], answers[1], rules)
+                # A shared prompt stands once in the row, and its last token once more at the head of each branch.
+                shared = rules.share_prompt and source > 1
+                full = prompts[0] + 1 if rules.share_prompt and prompts[0] > 1 else 2 * prompts[0]
+                before[e], after[e] = full + sum(answers), (source + 1 if shared else 2 * source) + sum(kept)
+                untrained[e] = min(kept) == 0
+        return before, after, untrained
+
+    def _lengths(self, entry: np.ndarray) -> list[int]:
+        return self.stores[entry[0]].lengths(int(entry[1]))

@@ -1,0 +1,291 @@
+"""Data sets of a run: read, tokenised once, mixed, split, cut and packed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longfactory.data import prepare, store
+from longfactory.data.arguments import DataArguments, names, option, packs, probabilities
+from longfactory.data.assemble import Rules
+from longfactory.data.collate import Sample, collate
+from longfactory.data.dataset import Report, TokenizedDataset
+from longfactory.data.errors import DataError
+from longfactory.data.prepare import Preparer
+from longfactory.data.readers import Raw, read
+from longfactory.data.row import IGNORE
+from longfactory.data.sources import Source, read_sources
+from longfactory.data.store import DESIRED, Store
+from longfactory.data.templates import AnyTemplate
+from longfactory.data.tokens import PieceTokenizer
+
+__all__ = ["Datasets", "Report", "Sample", "TokenizedDataset", "collate", "describe_sample", "load_datasets"]
+
+_STRATEGIES = {
+    "interleave_under": "first_exhausted",
+    "interleave_over": "all_exhausted",
+    "interleave_once": "all_exhausted_without_replacement",
+}
+
+
+@dataclasses.dataclass
+class Datasets:
+    """`eval` holds one data set under the name "eval", or with `eval_on_each_dataset` each under its own name."""
+
+    train: TokenizedDataset | None
+    eval: dict[str, TokenizedDataset]
+
+
+def cache_root() -> Path:
+    """Where tokenised data sets are kept: $LONGFACTORY_CACHE, else ~/.cache/longfactory."""
+    home = os.environ.get("LONGFACTORY_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "longfactory")
+    return Path(home).expanduser() / "tokens"
+
+
+def kind_of(stage: str) -> prepare.Kind:
+    """The kind of samples that a stage trains on."""
+    kinds = {"pt": "pt", "sft": "sft", "rm": "pair", "dpo": "pair", "kto": "kto"}
+    if stage not in kinds:
+        raise DataError(f"Stage {stage!r} has no data set of its own; known are {', '.join(kinds)}.")
+    return kinds[stage]
+
+
+def load_datasets(
+    args: DataArguments, *, stage: str, tokenizer: Any, template: AnyTemplate | None, seed: int, log: logging.Logger | None = None
+) -> Datasets:
+    """The training and evaluation data of a run.
+
+    The same on every process; one of them tokenises while the others wait. `template` comes from `templates.get_template` (it may be
+    None for pt).
+
+    Raises:
+        DataError: a data set is missing, broken, of the wrong kind for the stage, or empty once bad rows are skipped.
+    """
+    log = log or logging.getLogger("longfactory.data")
+    kind = kind_of(stage)
+    train_names, eval_names = names(args.dataset), names(args.eval_dataset)
+    if not train_names and not eval_names:
+        raise DataError("No data set: name one with `dataset:` (or `eval_dataset:`).")
+    if eval_names and args.val_size > 1e-6:
+        raise DataError("val_size and eval_dataset exclude each other: keep one.")
+    if args.mask_history and args.train_on_prompt:
+        raise DataError("mask_history and train_on_prompt exclude each other: keep one.")
+    warn = functools.lru_cache(maxsize=None)(log.warning)
+    pieces = PieceTokenizer(tokenizer)
+    rules = make_rules(args, template, pieces)
+    packed = packs(args, stage)
+    if (args.packing or args.neat_packing) and not packed:
+        log.warning(f"packing has no effect in stage {stage}: a row already holds every document of a batch.")
+
+    def load(wanted: list[str]) -> list[tuple[Store, np.ndarray]]:
+        out = []
+        for source in read_sources(wanted, args.dataset_dir, warn):
+            check_kind(source, kind, stage)
+            out.append(_tokenised(source, args, kind, template, pieces, seed, log))
+        return out
+
+    def finish(parts: list[tuple[Store, np.ndarray]], entries: np.ndarray, what: str) -> TokenizedDataset:
+        report = _report(parts)
+        data = TokenizedDataset([s for s, _ in parts], entries, kind, rules, packed, report)
+        if not len(data):
+            first = next((f" First: {p[0]}: {p[1]}." for b in report.bad_rows.values() for p in b["places"]), "")
+            raise DataError(
+                f"The {what} data are empty: of {report.rows_read} rows {report.bad} were bad and {report.dropped} dropped.{first}"
+            )
+        log.info(f"{what}: {report.describe()}.")
+        if report.truncated or report.untrained:
+            log.warning(
+                f"{report.truncated} {what} samples are longer than cutoff_len ({rules.cutoff}) and lost {report.lost_tokens} tokens"
+                + (" (the end of long prompts)." if rules.strategy == "llamafactory" else ".")
+                + (f" {report.untrained} of them have no trained token left." if report.untrained else "")
+            )
+        if kind == "kto":
+            _check_labels(data, log)
+        return data
+
+    train: TokenizedDataset | None = None
+    evaluation: dict[str, TokenizedDataset] = {}
+    parts = load(train_names)
+    if parts:
+        entries = _mix(parts, args, seed)
+        if args.val_size > 1e-6:
+            entries, held_out = _split(entries, args.val_size, seed)
+            evaluation["eval"] = finish(parts, held_out, "evaluation")
+        train = finish(parts, entries, "training")
+        log.info("training example:\n" + describe_sample(train[0], tokenizer))
+    parts = load(eval_names)
+    if parts and option(args, "eval_on_each_dataset"):
+        for name, part in zip(eval_names, parts, strict=True):
+            evaluation[name] = finish([part], _mix([part], args, seed), f"evaluation ({name})")
+    elif parts:
+        evaluation["eval"] = finish(parts, _mix(parts, args, seed), "evaluation")
+    return Datasets(train, evaluation)
+
+
+def make_rules(args: DataArguments, template: AnyTemplate | None, pieces: PieceTokenizer) -> Rules:
+    """How this run cuts and masks."""
+    if args.cutoff_len < 1:
+        raise DataError(f"cutoff_len must be at least 1; found {args.cutoff_len}.")
+    rules = Rules(
+        cutoff=args.cutoff_len,
+        strategy=option(args, "cutoff_strategy"),
+        train_on_prompt=args.train_on_prompt,
+        mask_history=args.mask_history,
+        share_prompt=bool(option(args, "pref_share_prompt")),
+    )
+    if template is None:
+        return rules
+    thought, prefix = pieces.pieces([[template.thought()], list(template.prefix)])
+    return dataclasses.replace(
+        rules,
+        eos=pieces.tokenizer.eos_token_id if template.eos_after_answer else None,
+        eos_label_on_first_turn=template.eos_label_on_first_turn,
+        thought=tuple(thought.tolist()) if template.thinking else (),
+        thought_trained=bool(template.enable_thinking),
+        prefix=len(prefix),
+    )
+
+
+def check_kind(source: Source, kind: str, stage: str) -> None:
+    """Raises DataError for a data set that another stage needs."""
+    if source.ranking != (kind == "pair"):
+        need = "needs pairs (ranking: true, with chosen and rejected)" if kind == "pair" else "cannot use pairs (ranking: true)"
+        raise DataError(f"Stage {stage} {need}; data set {source.name!r} says otherwise in dataset_info.json.")
+    if kind == "kto" and not source.kto_tag:
+        raise DataError(f"Stage kto needs the column kto_tag; data set {source.name!r} does not name it in dataset_info.json.")
+
+
+def make_preparer(source: Source, args: DataArguments, kind: str, template: AnyTemplate | None, pieces: PieceTokenizer) -> Preparer:
+    """What tokenises the rows of one data set."""
+    preparer = Preparer(kind, source, template, pieces)
+    preparer.strict = option(args, "on_bad_row") == "error"
+    preparer.quirks = option(args, "template_compat") == "0.9.5"
+    if kind == "pt":
+        t = pieces.tokenizer
+        preparer.template = None
+        preparer.text_end = "<|end_of_text|>" if args.template == "llama3" else t.eos_token or ""
+        preparer.text_begin = t.bos_token if getattr(t, "add_bos_token", False) and t.bos_token else ""
+        return preparer
+    if template is None:
+        raise DataError("This stage needs a template.")
+    preparer.last_only = bool(args.mask_history and kind == "sft" and template.thinking)
+    return preparer
+
+
+def _tokenised(
+    source: Source, args: DataArguments, kind: str, template: AnyTemplate | None, pieces: PieceTokenizer, seed: int, log: logging.Logger
+) -> tuple[Store, np.ndarray]:
+    """The store of one data set, and which of its samples are used, in order."""
+    preparer = make_preparer(source, args, kind, template, pieces)
+    limit = args.max_samples if source.num_samples is None else None
+    path = cache_root() / prepare.key(preparer, limit)
+    rank = int(os.environ.get("RANK" if option(args, "data_shared_file_system") else "LOCAL_RANK", "0"))
+
+    def build(path: Path) -> None:
+        from tqdm import tqdm
+
+        count = [0]
+
+        def rows() -> Iterator[tuple[str, Raw]]:
+            for item in read(source, option(args, "hf_hub_token")):
+                if limit is not None and count[0] >= limit:
+                    return
+                count[0] += 1
+                yield item
+
+        meta: dict[str, Any] = {"name": source.name, "kind": kind}
+        with tqdm(desc=f"Tokenising {source.name}", unit=" rows", disable=rank != 0, mininterval=1.0) as bar:
+            chunks = prepare.run(preparer, rows(), args.preprocessing_num_workers, args.preprocessing_batch_size, bar)
+            store.write(path, _with_count(chunks, meta, count), meta)
+
+    opened = store.open_or_build(path, build, rebuild=args.overwrite_cache and rank == 0, first=rank == 0, log=log.info)
+    if opened.bad.count:
+        log.warning(f"Data set {source.name!r}: {opened.bad.describe()}")
+        if preparer.strict:
+            place, reason = opened.bad.places[0]
+            raise DataError(f"Data set {source.name!r}, {place}: {reason}. Repair it, or set on_bad_row: skip.")
+    chosen = np.arange(len(opened))
+    if source.num_samples is not None and len(opened):
+        rng = np.random.default_rng(seed)
+        chosen = rng.permutation(len(opened))[: source.num_samples]
+        if source.num_samples > len(chosen):
+            chosen = np.concatenate([chosen, rng.choice(len(opened), source.num_samples - len(chosen))])
+        chosen = chosen[: args.max_samples]
+    return opened, chosen
+
+
+def _with_count(chunks: Iterator[store.Chunk], meta: dict[str, Any], count: list[int]) -> Iterator[store.Chunk]:
+    yield from chunks
+    meta["rows"] = count[0]
+
+
+def _mix(parts: Sequence[tuple[Store, np.ndarray]], args: DataArguments, seed: int) -> np.ndarray:
+    """[n, 2] entries (store, sample): the data sets joined or interleaved, in the order that `datasets` gives rows."""
+    each = [np.column_stack([np.full(len(chosen), s), chosen]).astype(np.int64) for s, (_, chosen) in enumerate(parts)]
+    if len(each) == 1 or args.mix_strategy == "concat":
+        return np.concatenate(each)
+    if args.mix_strategy not in _STRATEGIES:
+        raise DataError(f"mix_strategy is {args.mix_strategy!r}; known are concat, {', '.join(_STRATEGIES)}.")
+    import datasets
+
+    chances = probabilities(args)
+    if chances is not None and len(chances) != len(each):
+        raise DataError(f"interleave_probs has {len(chances)} numbers for {len(each)} data sets.")
+    for (opened, _), e in zip(parts, each, strict=True):
+        if not len(e):
+            raise DataError(f"Data set {opened.meta['name']!r} has no usable row, so it cannot be interleaved.")
+    starts = np.cumsum([0, *(len(e) for e in each)])
+    numbered = [datasets.Dataset.from_dict({"e": np.arange(a, b)}) for a, b in zip(starts, starts[1:], strict=False)]
+    mixed = datasets.interleave_datasets(
+        numbered, probabilities=chances, seed=seed, stopping_strategy=_STRATEGIES[args.mix_strategy]  # type: ignore[arg-type]
+    )  # fmt: skip
+    return np.concatenate(each)[np.asarray(mixed["e"][:], dtype=np.int64)]
+
+
+def _split(entries: np.ndarray, val_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Training and held-out entries; `val_size` above 1 is a count, else a share."""
+    import datasets
+
+    size = int(val_size) if val_size > 1 else float(val_size)
+    if size >= len(entries) if val_size > 1 else size >= 1:
+        raise DataError(f"val_size {val_size:g} leaves nothing to train on: there are {len(entries)} samples.")
+    split = datasets.Dataset.from_dict({"e": np.arange(len(entries))}).train_test_split(test_size=size, seed=seed)
+    return entries[np.asarray(split["train"]["e"][:])], entries[np.asarray(split["test"]["e"][:])]
+
+
+def _report(parts: Sequence[tuple[Store, np.ndarray]]) -> Report:
+    report = Report()
+    for opened, _ in parts:
+        report.rows_read += opened.meta["rows"]
+        if opened.bad.count:
+            report.bad_rows[opened.meta["name"]] = opened.bad.to_json()
+    return report
+
+
+def _check_labels(data: TokenizedDataset, log: logging.Logger) -> None:
+    good = sum(int(((s.flags[data.entries[data.entries[:, 0] == i, 1]] & DESIRED) > 0).sum()) for i, s in enumerate(data.stores))
+    if good in (0, len(data)):
+        log.warning(f"All {len(data)} KTO samples are {'desired' if good else 'undesired'}: KTO learns from both kinds.")
+
+
+def describe_sample(sample: Sample, tokenizer: Any, limit: int = 2000) -> str:
+    """A sample for the eye: ids, text, labels and trained text of its documents; long ones are shown in part."""
+    out = []
+    for d in sample[:3]:
+        ids, labels = [int(i) for i in d.input_ids], [int(i) for i in d.labels]
+        trained = [i for i in labels if i != IGNORE]
+        more = f" ... ({len(ids)} tokens)" if len(ids) > limit else ""
+        out.append(
+            f"{d.role}\ninput_ids:\n{ids[:limit]}{more}\ninputs:\n{tokenizer.decode(ids[:limit], skip_special_tokens=False)}{more}\n"
+            f"label_ids:\n{labels[:limit]}{more}\nlabels:\n{tokenizer.decode(trained[:limit], skip_special_tokens=False)}"
+        )
+    if len(sample) > 3:
+        out.append(f"... {len(sample) - 3} more documents")
+    return "\n".join(out)

@@ -1,0 +1,216 @@
+"""Rows to stored parts: conversion and tokenisation, a chunk of rows at a time, in one process or in several."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from longfactory.data.errors import BadRow, BadRows, DataError
+from longfactory.data.formats import Conversation, convert
+from longfactory.data.readers import Raw, parse_line
+from longfactory.data.sources import Source
+from longfactory.data.store import DESIRED, FORMAT, LACKS_THOUGHT, LAST_ONLY, SECOND_LACKS_THOUGHT, Chunk
+from longfactory.data.template import Piece
+from longfactory.data.tokens import PieceTokenizer
+
+# pt: text; sft: conversations; pair: rm, dpo; kto.
+Kind = str
+
+
+@dataclasses.dataclass
+class Preparer:
+    """Everything that turns rows of one data set into parts. Made once and handed to the tokenising processes."""
+
+    kind: Kind
+    source: Source
+    template: Any
+    tokenizer: PieceTokenizer
+    text_end: str = ""
+    text_begin: str = ""
+    last_only: bool = False
+    quirks: bool = False
+    strict: bool = False
+
+    def chunk(self, rows: list[tuple[int, str, Raw]]) -> Chunk:
+        """[(row number, place, raw row)] -> the stored parts.
+
+        Raises:
+            DataError: a bad row, where bad rows are errors.
+        """
+        groups: list[list[Piece]] = []
+        counts, flags, numbers = [], [], []
+        bad = BadRows()
+        for number, place, raw in rows:
+            try:
+                if isinstance(raw, BadRow):
+                    raise raw
+                conversation = convert(parse_line(raw) if isinstance(raw, bytes) else raw, self.source, self.quirks)
+                parts, flag = self._parts(conversation)
+            except BadRow as e:
+                if self.strict:
+                    raise DataError(f"Data set {self.source.name!r}, {place}: {e}. Repair it, or set on_bad_row: skip.") from None
+                bad.add(place, str(e))
+                continue
+            groups += parts
+            counts.append(len(parts))
+            flags.append(flag)
+            numbers.append(number)
+        ids = self.tokenizer.pieces(groups)
+        tokens = np.concatenate(ids) if ids else np.zeros(0, np.int32)
+        return (
+            tokens,
+            np.array([len(x) for x in ids], np.int64),
+            np.array(counts, np.int64),
+            np.array(flags, np.uint8),
+            np.array(numbers, np.int64),
+            bad,
+        )
+
+    def _parts(self, c: Conversation) -> tuple[list[list[Piece]], int]:
+        if self.kind == "pt":
+            text = c.prompt[0].content
+            if not text.strip():
+                raise BadRow("empty text")
+            return [[self.text_begin + text + self.text_end]], 0
+        if self.kind == "sft":
+            if c.desired is not None or len(c.answers) != 1:
+                raise BadRow("no answer: the row has no text to learn")
+            if not c.answers[0].content.strip():
+                raise BadRow("empty answer")
+            pieces, last_only = self.template.turns([*c.prompt, *c.answers], c.system, c.tools, self.last_only)
+            return pieces, LAST_ONLY if last_only else 0
+        if self.kind == "pair":
+            if len(c.answers) != 2:
+                raise BadRow("no pair: the row has no chosen and rejected answer")
+            chosen, rejected = c.answers
+            if not chosen.content.strip() or not rejected.content.strip():
+                raise BadRow(f"empty answer: the {'chosen' if not chosen.content.strip() else 'rejected'} side")
+            if chosen == rejected:
+                raise BadRow("equal pair: chosen and rejected are the same")
+            source, targets, lacks = self.template.one_turn(c.prompt, c.answers, c.system, c.tools)
+            return [source, *targets], LACKS_THOUGHT * lacks[0] + SECOND_LACKS_THOUGHT * lacks[1]
+        if c.desired is None or len(c.answers) != 1:
+            raise BadRow("no label: KTO needs an answer and kto_tag")
+        if not c.answers[0].content.strip():
+            raise BadRow("empty answer")
+        source, targets, lacks = self.template.one_turn(c.prompt, c.answers, c.system, c.tools)
+        return [source, *targets], DESIRED * c.desired + LACKS_THOUGHT * lacks[0]
+
+
+def run(preparer: Preparer, rows: Iterable[tuple[str, Raw]], workers: int | None, batch: int, progress: Any = None) -> Iterator[Chunk]:
+    """The chunks of all rows, in order. With `workers` > 1, that many processes tokenise while this one reads and writes."""
+
+    def batches() -> Iterator[list[tuple[int, str, Raw]]]:
+        numbered = ((i, place, raw) for i, (place, raw) in enumerate(rows))
+        while True:
+            some = _take(numbered, batch)
+            if not some:
+                return
+            yield some
+
+    if not workers or workers < 2:
+        for some in batches():
+            yield preparer.chunk(some)
+            if progress is not None:
+                progress.update(len(some))
+        return
+    # fork: the tokenizer travels without being written; the children touch no device and no process group.
+    context = multiprocessing.get_context("fork")
+    with context.Pool(workers, initializer=_set, initargs=(preparer,)) as pool:
+        for chunk, n in pool.imap(_work, _throttled(batches(), workers), chunksize=1):
+            _released()
+            yield chunk
+            if progress is not None:
+                progress.update(n)
+
+
+def _take(rows: Iterator[tuple[int, str, Raw]], batch: int, size: int = 1 << 23) -> list[tuple[int, str, Raw]]:
+    """Up to `batch` rows, fewer where they are long (about 8 MB of raw lines)."""
+    out: list[tuple[int, str, Raw]] = []
+    seen = 0
+    for row in islice(rows, batch):
+        out.append(row)
+        seen += _weight(row[2])
+        if seen > size:
+            break
+    return out
+
+
+def _weight(raw: Raw) -> int:
+    if isinstance(raw, bytes):
+        return len(raw)
+    return sum(len(v) for v in raw.values() if isinstance(v, (str, list))) if isinstance(raw, dict) else 0
+
+
+_preparer: Preparer | None = None
+_slots: Any = None
+
+
+def _set(preparer: Preparer) -> None:
+    """In a child: one thread for the tokenizer, as there are other children."""
+    global _preparer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _preparer = preparer
+
+
+def _work(rows: list[tuple[int, str, Raw]]) -> tuple[Chunk, int]:
+    assert _preparer is not None
+    return _preparer.chunk(rows), len(rows)
+
+
+def _throttled(batches: Iterator[list[tuple[int, str, Raw]]], workers: int) -> Iterator[list[tuple[int, str, Raw]]]:
+    """Not more than a few batches ahead of the writer: the data set may be larger than memory."""
+    import threading
+
+    global _slots
+    _slots = threading.Semaphore(4 * workers)
+    for some in batches:
+        _slots.acquire()
+        yield some
+
+
+def _released() -> None:
+    if _slots is not None:
+        _slots.release()
+
+
+def fingerprint(source: Source) -> str:
+    """A digest of the data set's content: of its files' bytes where it is local, else of its name."""
+    import xxhash
+
+    if source.load_from != "file":
+        return f"{source.load_from}:{source.location}:{source.subset}:{source.folder}:{source.split}"
+    digest = xxhash.xxh3_128()
+    for path in source.files():
+        digest.update(path.name.encode())
+        with path.open("rb") as f:
+            while block := f.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def key(preparer: Preparer, limit: int | None) -> str:
+    """The name of the store: a digest of all that its content depends on."""
+    source = dataclasses.asdict(preparer.source)
+    for unimportant in ("name", "location", "dataset_dir", "load_from", "num_samples", "split", "subset", "folder"):
+        source.pop(unimportant)
+    tokenizer = preparer.tokenizer.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, type(tokenizer).__name__]
+    template = preparer.template
+    facts = [
+        *(FORMAT, preparer.kind, fingerprint(preparer.source), source, special),
+        dataclasses.asdict(template) if dataclasses.is_dataclass(template) else repr(template),
+        *(preparer.text_end, preparer.text_begin, preparer.last_only, preparer.quirks, limit),
+        hashlib.sha256(vocabulary.encode()).hexdigest(),
+    ]
+    return hashlib.sha256(json.dumps(facts, ensure_ascii=False, default=str).encode()).hexdigest()[:32]

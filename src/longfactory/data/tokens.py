@@ -1,0 +1,66 @@
+"""Strings to token ids, many at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from longfactory.data.template import Piece, Special
+
+Ids = np.ndarray  # int32, one-dimensional
+
+_PROBES = ("Hello, world", "\n", " a b\n\nc", "<|im_start|>user\nx", "«é» 漢字 🙂", "<s>[INST] x </s>")
+
+
+class PieceTokenizer:
+    """Token ids of pieces, equal to `tokenizer.encode(piece, add_special_tokens=False)` for each of them.
+
+    A fast tokenizer encodes a batch of strings at once, without the offsets that its usual call computes (about half the time).
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.backend = getattr(tokenizer, "backend_tokenizer", None)
+        if self.backend is not None:
+            self.backend.no_truncation()
+            self.backend.no_padding()
+            expected = [tokenizer.encode(p, add_special_tokens=False) for p in _PROBES]
+            if [e.ids for e in self.backend.encode_batch_fast(list(_PROBES), add_special_tokens=False)] != expected:
+                self.backend = None
+
+    def strings(self, texts: Iterable[str]) -> dict[str, Ids]:
+        """Ids of each different string."""
+        unique = list(dict.fromkeys(texts))
+        if self.backend is None:
+            found = [self.tokenizer.encode(t, add_special_tokens=False) for t in unique]
+        else:
+            found = [e.ids for e in self.backend.encode_batch_fast(unique, add_special_tokens=False)]
+        return {t: np.array(ids, dtype=np.int32) for t, ids in zip(unique, found, strict=True)}
+
+    def special(self, piece: Special) -> list[int]:
+        """The id of a special token; nothing where the tokenizer has no such token."""
+        t = self.tokenizer
+        found = {"bos": t.bos_token_id, "eos": t.eos_token_id, "token": None}[piece.kind]
+        if piece.kind == "token":
+            found = t.convert_tokens_to_ids(piece.text)
+        return [] if found is None else [found]
+
+    def pieces(self, groups: Sequence[Sequence[Piece]]) -> list[Ids]:
+        """[groups of pieces] -> the ids of each group, its pieces laid end to end."""
+        texts = self.strings(p for g in groups for p in g if isinstance(p, str) and p)
+        empty = np.zeros(0, dtype=np.int32)
+        specials: dict[Special, Ids] = {}
+        out = []
+        for group in groups:
+            parts = []
+            for p in group:
+                if isinstance(p, Special):
+                    if p not in specials:
+                        specials[p] = np.array(self.special(p), dtype=np.int32)
+                    parts.append(specials[p])
+                elif p:
+                    parts.append(texts[p])
+            out.append(parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else empty)
+        return out
