@@ -13,14 +13,10 @@ Sample = list[TokenizedDocument]
 def collate(samples: Sequence[Sample], multiple: int, pad_id: int) -> Row:
     """One row of all documents of the samples, padded at its end to a multiple of `multiple` tokens.
 
-    Sample numbers are counted anew inside the row (0, 1, ...; documents of one sample keep together), and parents point into it.
+    Documents keep the number of their sample in the data set (reference log-probabilities are looked up by it); parents point into the row.
     """
     documents: list[TokenizedDocument] = []
-    numbers: dict[tuple[int, int], int] = {}
-    for s, sample in enumerate(samples):
+    for sample in samples:
         first = len(documents)
-        for d in sample:
-            number = numbers.setdefault((s, d.sample), len(numbers))
-            parent = d.parent + first if d.parent >= 0 else -1
-            documents.append(dataclasses.replace(d, sample=number, parent=parent))
+        documents += [dataclasses.replace(d, parent=d.parent + first) if d.parent >= 0 else d for d in sample]
     return make_row(documents).padded(multiple, pad_id)

@@ -94,9 +94,8 @@ def _alpaca(row: dict[str, Any], source: Source) -> Conversation:
             if not column or column not in row:
                 raise BadRow(f"missing column: {column!r} is not among {sorted(row)}")
             answers += (Message("assistant", _text(row[column], f"column {column!r}")),)
-    elif source.response:
-        if row.get(source.response) is not None:
-            answers = (Message("assistant", _text(row[source.response], f"column {source.response!r}")),)
+    elif source.response and row.get(source.response) is not None:
+        answers = (Message("assistant", _text(row[source.response], f"column {source.response!r}")),)
     return Conversation(tuple(messages), answers, _system(row, source), _tools(row, source), desired)
 
 

@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +243,7 @@ def _mix(parts: Sequence[tuple[Store, np.ndarray]], args: DataArguments, seed: i
         if not len(e):
             raise DataError(f"Data set {opened.meta['name']!r} has no usable row, so it cannot be interleaved.")
     starts = np.cumsum([0, *(len(e) for e in each)])
-    numbered = [datasets.Dataset.from_dict({"e": np.arange(a, b)}) for a, b in zip(starts, starts[1:], strict=False)]
+    numbered = [datasets.Dataset.from_dict({"e": np.arange(a, b)}) for a, b in pairwise(starts)]
     mixed = datasets.interleave_datasets(
         numbered, probabilities=chances, seed=seed, stopping_strategy=_STRATEGIES[args.mix_strategy]  # type: ignore[arg-type]
     )  # fmt: skip

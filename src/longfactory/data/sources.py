@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from longfactory.data.errors import DataError
 
-COLUMNS = (
-    "prompt query response history messages system tools images videos audios chosen rejected kto_tag".split()
-)  # fmt: skip
-TAGS = "role_tag content_tag user_tag assistant_tag observation_tag function_tag system_tag".split()
+COLUMNS = [
+    *("prompt", "query", "response", "history", "messages", "system", "tools"),
+    *("images", "videos", "audios", "chosen", "rejected", "kto_tag"),
+]
+TAGS = ["role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag"]
 FILE_TYPES = {"json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet", "arrow": "arrow", "txt": "text"}
 _KNOWN = {
     *("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name", "file_name", "formatting", "ranking", "subset"),

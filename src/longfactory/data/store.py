@@ -16,6 +16,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class Store:
     def parts(self, i: int) -> list[np.ndarray]:
         """The parts of sample i, as views of the map."""
         bounds = self.part_start[self.first_part[i] : self.first_part[i + 1] + 1].tolist()
-        return [self.tokens[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+        return [self.tokens[a:b] for a, b in pairwise(bounds)]
 
     def lengths(self, i: int) -> list[int]:
         """The lengths of sample i's parts."""
