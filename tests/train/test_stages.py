@@ -333,8 +333,8 @@ def test_kto_loss_and_gradient(labels: list[int], seeds: tuple[int, int]) -> Non
     sums = MetricSums()
     sums.add(metrics)
     means = sums.means()
-    chosen = [float(b * x) for x, y in zip(ratio, labels, strict=True) if y]
-    rejected = [float(b * x) for x, y in zip(ratio, labels, strict=True) if not y]
+    chosen = [b * x.item() for x, y in zip(ratio, labels, strict=True) if y]
+    rejected = [b * x.item() for x, y in zip(ratio, labels, strict=True) if not y]
     assert means.get("rewards/chosen") == (pytest.approx(sum(chosen) / len(chosen)) if chosen else None)
     assert means.get("rewards/rejected") == (pytest.approx(sum(rejected) / len(rejected)) if rejected else None)
     if chosen and rejected:
@@ -373,7 +373,7 @@ def test_reward_model_loss_and_gradient(shared: bool) -> None:
     assert_same(model, got, -torch.log(s(c - r)).sum())
     assert RewardStage().count_items(row) == 4
     assert float(metrics["accuracy"][0]) == float((c > r).sum())
-    assert float(metrics["rewards/margins"][0] / metrics["rewards/margins"][1]) == pytest.approx(float((c - r).mean()))
+    assert float(metrics["rewards/margins"][0] / metrics["rewards/margins"][1]) == pytest.approx((c - r).mean().item())
 
 
 def sft_row() -> Row:
