@@ -9,6 +9,7 @@ import pytest
 from memory_models import assert_same_gradients, gradients, make_model, run
 
 from longfactory.model.memory.apply import apply_memory
+from longfactory.model.memory.decoder_layer import _Layer
 from longfactory.model.memory.settings import MemorySettings
 
 engine = importlib.import_module("longfactory.sp.attention")  # the package has a function of this name
@@ -47,6 +48,31 @@ def test_gradients_equal_those_without_checkpointing(kind, name, monkeypatch):
         again = run(model)
         assert float((again - loss).abs()) < 1e-12
         assert_same_gradients(gradients(model), wanted)
+
+
+WRITTEN = {
+    **SETTINGS,
+    "groups": MemorySettings(keep_attention=1.0, attention_groups=2, mlp_chunk=9),
+    "groups, recomputed": MemorySettings(attention_groups=2),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_written_layer_gives_the_same_gradients(kind, name, monkeypatch):
+    changes = {"mlp_bias": True, "attention_bias": True} if kind == "llama" else {}
+    model = make_model(kind, monkeypatch, **changes)
+    loss = run(model)
+    wanted = gradients(model)
+    apply(model, WRITTEN[name], "auto")
+    layers = []
+    monkeypatch.setattr(_Layer, "backward", staticmethod(lambda ctx, dy, backward=_Layer.backward: layers.append(1) or backward(ctx, dy)))
+    for _ in range(2):
+        model.zero_grad()
+        again = run(model)
+        assert float((again - loss).abs()) < 1e-12
+        assert_same_gradients(gradients(model), wanted)
+    assert len(layers) == 8
 
 
 @pytest.mark.parametrize(("keep", "runs"), [(0.0, 8), (0.5, 6), (1.0, 4)])

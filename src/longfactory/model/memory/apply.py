@@ -12,6 +12,7 @@ from longfactory.errors import ConfigError
 from longfactory.model.adapters import decoder_layers
 from longfactory.model.memory import chunked
 from longfactory.model.memory.checkpointed import CheckpointedLayer
+from longfactory.model.memory.decoder_layer import Chain, DecoderLayer, unknown_shape
 from longfactory.model.memory.settings import MemorySettings
 from longfactory.model.memory.waiting import Activations
 
@@ -38,10 +39,13 @@ def apply_memory(model: nn.Module, settings: MemorySettings, device: torch.devic
         return store
     config: Any = getattr(model, "config", None)
     moe = not getattr(config, "output_router_logits", False)
+    chain, reason, reasons = Chain(), None, set()
     for index, layer in enumerate(layers):
         if isinstance(layer.forward, CheckpointedLayer):
             raise ConfigError("The memory engine is already in this model. Call apply_memory once.")
-        checkpointed = CheckpointedLayer(layer, index, store)
+        known = settings.layer == "auto" and (reason := unknown_shape(layer)) is None
+        reasons |= {reason} if not known and reason else set()
+        checkpointed = DecoderLayer(layer, index, store, chain) if known else CheckpointedLayer(layer, index, store)
         if checkpointed.random and settings.segment_layers > 1:
             raise ConfigError(
                 f"segment_layers: {settings.segment_layers} runs layers again with other random numbers, and this model has dropout. "
@@ -50,6 +54,8 @@ def apply_memory(model: nn.Module, settings: MemorySettings, device: torch.devic
         chunked.install(layer, settings.mlp_chunk, moe)
         layer.forward = checkpointed
     _final_norm(model, layers, settings)
+    if reasons:
+        log.info("Layers run as transformers wrote them, in pieces: %s.", "; ".join(sorted(reasons)))
     return store
 
 

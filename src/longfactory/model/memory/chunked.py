@@ -15,10 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The type in which sums over tokens are kept: fp32 for 16-bit types, else the type itself."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+from longfactory.model.memory.layer_ops import wide
 
 
 class GradientSum:

@@ -1,0 +1,414 @@
+"""One hand-written autograd function for a whole decoder layer of the Llama shape (Llama, Mistral, Qwen2, Qwen3).
+
+    x2 = x + attention(norm(x)) Wo        y = x2 + mlp(norm(x2))
+
+Everything but attention works on each token alone and is done in pieces of the sequence, in both directions. Stored between them: the layer's
+input, and attention's output and log-sum-exp if they are kept. What backward computes again: q, k, v, Wo, the norms and two of the MLP's three
+products; nothing twice. In bytes a local token, h = 2 * hidden (bf16), a = 2 * heads * D, kv = 2 * key heads * D:
+
+    forward   x, q, k, v, out, then y in the room of q, k, v          2 h + 2 a + 2 kv
+    backward  x, dx (written over dy), out, then dq over out,
+              k, v, dk, dv, and of one group of heads q, dq, dout     2 h + a + 4 kv + 3 a / groups + the kernel's own fp32 dq / groups
+
+A gradient of a weight is a sum over pieces, kept in fp32 and rounded once. Parameters are inputs of the function: whatever hangs on their gradients
+(DDP, FSDP2, accumulation) sees one gradient a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longfactory import sp
+from longfactory.model.memory.checkpointed import CheckpointedLayer
+from longfactory.model.memory.chunked import GradientSum
+from longfactory.model.memory.layer_ops import (
+    add_rms_norm_backward,
+    gated_silu,
+    gated_silu_backward,
+    rms_norm,
+    rms_norm_backward,
+    rotate,
+    rotate_backward,
+)
+from longfactory.model.memory.waiting import Activations, LayerInput
+from longfactory.sp import probe
+
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Weights(NamedTuple):
+    norm1: Any
+    q: Any
+    q_bias: Any
+    k: Any
+    k_bias: Any
+    v: Any
+    v_bias: Any
+    q_norm: Any
+    k_norm: Any
+    o: Any
+    o_bias: Any
+    norm2: Any
+    gate: Any
+    gate_bias: Any
+    up: Any
+    up_bias: Any
+    down: Any
+    down_bias: Any
+
+
+def unknown_shape(layer: nn.Module) -> str | None:
+    """Why this layer is not one that the function computes, or None."""
+    name = type(layer).__name__.removeprefix("FSDP")
+    origin = [c.__module__ for c in type(layer).__mro__]
+    if not any(f"transformers.models.{f}.modeling_{f}" in origin for f in _FAMILIES):
+        return f"{name} is not of the Llama shape"
+    if {n for n, _ in layer.named_children()} != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
+        return f"{name} has other parts than expected"
+    attention, mlp = layer.self_attn, layer.mlp
+    for part in _LINEARS:
+        linear = getattr(attention, part, None) or getattr(mlp, part, None)
+        if type(linear) is not nn.Linear:
+            return f"its {part} is a {type(linear).__name__}"
+    if attention.config.hidden_act not in ("silu", "swish"):
+        return f"its activation is {attention.config.hidden_act}"
+    return None
+
+
+class DecoderLayer(CheckpointedLayer):
+    """Takes the place of `layer.forward`, for layers where `unknown_shape` is None.
+
+    It steps aside for torch's checkpointing of the Hugging Face layer (`CheckpointedLayer`) in calls that it cannot compute: under
+    autocast, with mixed types, or with hooks on the layer's parts.
+    """
+
+    def __init__(self, layer: nn.Module, index: int, store: Activations, chain: Chain) -> None:
+        super().__init__(layer, index, store)
+        self.chain = chain
+        attention = layer.self_attn
+        config = attention.config
+        self.head_dim: int = attention.head_dim
+        self.scale: float = attention.scaling
+        # transformers passes the module's window where layers differ and the configuration's where they do not.
+        self.window: int | None = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
+        if config.model_type == "llama":
+            self.window = None
+        self.eps: float = layer.input_layernorm.variance_epsilon
+        self.inner = [m for m in layer.modules() if m is not layer]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs.get("hidden_states")
+        plan = kwargs.get("sp_plan")
+        embedding = kwargs.get("position_embeddings")
+        if plan is None or embedding is None or probe.current() is not None or not isinstance(x, Tensor) or not self._fits(x, embedding[0]):
+            return super().__call__(*args, **kwargs)
+        cos, sin = (t.view(-1, t.shape[-1]).detach() for t in embedding)
+        call = LayerCall(self, plan, cos, sin, self.weights())
+        record = self.store.record
+        if not torch.is_grad_enabled():
+            y, out, lse = forward(x[0], call)
+            if record is not None:  # a segment is being run forward again
+                record.append((out, lse))
+            return y[None]
+        if not self.layer.training:
+            return super().__call__(*args, **kwargs)
+        rest = args[1:]
+        kwargs.pop("hidden_states", None)
+
+        def again(x: Tensor) -> Tensor:
+            return self.layer(x, *rest, **kwargs)
+
+        return _Layer.apply(call, again, x, *call.weights)
+
+    def _fits(self, x: Tensor, cos: Tensor) -> bool:
+        layer = self.layer
+        return (
+            x.dim() == 3
+            and x.shape[0] == 1
+            and cos.shape[-1] == self.head_dim
+            and cos.numel() == x.shape[1] * self.head_dim
+            and layer.self_attn.q_proj.weight.dtype == x.dtype == layer.input_layernorm.weight.dtype
+            and not torch.is_autocast_enabled(x.device.type)
+            and not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in self.inner)
+            and not hasattr(layer.self_attn.q_proj.weight, "ds_id")
+        )
+
+    def weights(self) -> Weights:
+        a, m, layer = self.layer.self_attn, self.layer.mlp, self.layer
+        q_norm, k_norm = getattr(a, "q_norm", None), getattr(a, "k_norm", None)
+        return Weights(
+            norm1=layer.input_layernorm.weight,
+            q=a.q_proj.weight,
+            q_bias=a.q_proj.bias,
+            k=a.k_proj.weight,
+            k_bias=a.k_proj.bias,
+            v=a.v_proj.weight,
+            v_bias=a.v_proj.bias,
+            q_norm=q_norm.weight if q_norm is not None else None,
+            k_norm=k_norm.weight if k_norm is not None else None,
+            o=a.o_proj.weight,
+            o_bias=a.o_proj.bias,
+            norm2=layer.post_attention_layernorm.weight,
+            gate=m.gate_proj.weight,
+            gate_bias=m.gate_proj.bias,
+            up=m.up_proj.weight,
+            up_bias=m.up_proj.bias,
+            down=m.down_proj.weight,
+            down_bias=m.down_proj.bias,
+        )
+
+
+class Chain:
+    """Knows when the gradient that reaches a layer is the very tensor that the layer above made for it alone: then it may be overwritten."""
+
+    def __init__(self) -> None:
+        self.output = (-1, 0)  # forward: the layer that ran last, and the address of its output
+        self.gradient = (-1, 0)  # backward: the layer that gets the last input gradient, and its address
+
+
+class LayerCall:
+    """What one call's forward and backward share besides tensors to differentiate."""
+
+    def __init__(self, owner: DecoderLayer, plan: Any, cos: Tensor, sin: Tensor, weights: Weights) -> None:
+        self.owner, self.plan, self.cos, self.sin, self.weights = owner, plan, cos, sin, weights
+        self.head_dim, self.eps = owner.head_dim, owner.eps
+        self.heads = weights.q.shape[0] // self.head_dim
+        self.kv_heads = weights.k.shape[0] // self.head_dim
+        self.options = {"scale": owner.scale, "window": owner.window}
+        settings = owner.store.settings
+        self.chunk = settings.mlp_chunk
+        # Groups of heads cut the key heads; ulysses deals with heads itself.
+        groups = settings.attention_groups if plan.choice.ulysses == 1 else 1
+        self.groups = max(g for g in range(1, min(groups, self.kv_heads) + 1) if self.kv_heads % g == 0)
+
+    def pieces(self, length: int) -> Iterator[slice]:
+        chunk = self.chunk or length
+        for i in range(0, length, chunk):
+            yield slice(i, min(i + chunk, length))
+
+    def count(self, length: int) -> int:
+        return -(-length // (self.chunk or length))
+
+
+def _rotated(n: Tensor, s: slice, c: LayerCall, weight: Tensor, bias: Tensor | None, norm: Tensor | None) -> Tensor:
+    """[C, H] normed hidden -> [C, heads, D] queries or keys."""
+    y = F.linear(n, weight, bias).view(n.shape[0], -1, c.head_dim)
+    if norm is not None:
+        y = rms_norm(y, norm, c.eps)
+    return rotate(y, c.cos[s], c.sin[s])
+
+
+def _rotated_backward(
+    g: Tensor, n: Tensor, s: slice, c: LayerCall, weight: Tensor, bias: Tensor | None, norm: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient of the projection's output [C, heads * D], and of the norm's weight."""
+    g, dnorm = rotate_backward(g, c.cos[s], c.sin[s]), None
+    if norm is not None:
+        g, dnorm = rms_norm_backward(g, F.linear(n, weight, bias).view_as(g), norm, c.eps)
+    return g.reshape(g.shape[0], -1), dnorm
+
+
+def _qkv(x: Tensor, c: LayerCall, queries: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    w, T = c.weights, x.shape[0]
+    q = x.new_empty(T if queries else 0, c.heads, c.head_dim)
+    k, v = (x.new_empty(T, c.kv_heads, c.head_dim) for _ in range(2))
+    for s in c.pieces(T):
+        n = rms_norm(x[s], w.norm1, c.eps)
+        if queries:
+            q[s] = _rotated(n, s, c, w.q, w.q_bias, w.q_norm)
+        k[s] = _rotated(n, s, c, w.k, w.k_bias, w.k_norm)
+        v[s] = F.linear(n, w.v, w.v_bias).view(-1, c.kv_heads, c.head_dim)
+    return q, k, v
+
+
+@torch.no_grad()
+def forward(x: Tensor, c: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
+    """[T, H] -> y [T, H], and attention's out [T, heads, D] and log-sum-exp."""
+    w, T = c.weights, x.shape[0]
+    q, k, v = _qkv(x, c)
+    out, lse = sp.attention_forward(q, k, v, c.plan, **c.options)
+    del q, k, v
+    flat = out.view(T, -1)
+    y = torch.empty_like(x)
+    for s in c.pieces(T):
+        x2 = x[s] + F.linear(flat[s], w.o, w.o_bias)
+        n = rms_norm(x2, w.norm2, c.eps)
+        hidden = gated_silu(F.linear(n, w.gate, w.gate_bias), F.linear(n, w.up, w.up_bias))
+        torch.add(x2, F.linear(hidden, w.down, w.down_bias), out=y[s])
+        del hidden, n, x2
+    return y, out, lse
+
+
+class _Sums:
+    """Gradients of the weights that need one."""
+
+    def __init__(self, weights: Weights, needed: tuple[bool, ...], pieces: int) -> None:
+        self._sums = {name: GradientSum(pieces) for name, n in zip(Weights._fields, needed, strict=True) if n}
+        self._weights = weights
+        self._done: dict[str, Tensor] = {}
+
+    def outer(self, name: str, g: Tensor, x: Tensor, bias: str | None = None) -> None:
+        """`name` += g^T x, the gradient of a linear; and of its bias."""
+        if name in self._sums:
+            self._sums[name].add(g.t() @ x)
+        if bias in self._sums:
+            self._sums[bias].add(g.sum(0, dtype=torch.float64 if g.dtype == torch.float64 else torch.float32))
+
+    def add(self, name: str, g: Tensor | None) -> None:
+        if name in self._sums:
+            self._sums[name].add(g)
+
+    def settle(self) -> None:
+        """Round what is complete: the fp32 sums of the MLP need not outlive it."""
+        for name in list(self._sums):
+            total = self._sums[name].total(getattr(self._weights, name))
+            if total is not None:
+                self._done[name] = total
+                del self._sums[name]
+
+    def result(self) -> list[Tensor | None]:
+        self.settle()
+        return [self._done.get(name) for name in Weights._fields]
+
+
+def _mlp_backward(x: Tensor, out: Tensor, dy: Tensor, dx2: Tensor, c: LayerCall, sums: _Sums) -> None:
+    """dx2 := gradient at x + attention(x) Wo. It may be dy itself."""
+    w = c.weights
+    for s in c.pieces(x.shape[0]):
+        x2 = x[s] + F.linear(out[s], w.o, w.o_bias)
+        n = rms_norm(x2, w.norm2, c.eps)
+        dhidden = dy[s] @ w.down
+        hidden, dgate, dup = gated_silu_backward(dhidden, F.linear(n, w.gate, w.gate_bias), F.linear(n, w.up, w.up_bias))
+        del dhidden
+        sums.outer("down", dy[s], hidden, "down_bias")
+        del hidden
+        sums.outer("gate", dgate, n, "gate_bias")
+        dn = dgate @ w.gate
+        del dgate
+        sums.outer("up", dup, n, "up_bias")
+        dn.addmm_(dup, w.up)
+        del dup, n
+        total, dnorm = add_rms_norm_backward(dn, x2, w.norm2, c.eps, dy[s])
+        dx2[s] = total
+        del dn, x2, total
+        sums.add("norm2", dnorm)
+        sums.outer("o", dx2[s], out[s], "o_bias")
+
+
+def _attention_backward(
+    x: Tensor, out: Tensor, lse: Tensor, dx2: Tensor, q: Tensor | None, k: Tensor, v: Tensor, c: LayerCall
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq [T, heads, D] (with several groups: written over out), dk, dv."""
+    w, T, D = c.weights, x.shape[0], c.head_dim
+    if c.groups == 1:
+        assert q is not None
+        dout = (dx2 @ w.o).view(T, -1, D)
+        dq, dk, dv, _ = sp.attention_backward(dout, q, k, v, out.view(T, -1, D), lse, c.plan, **c.options)
+        return dq, dk, dv
+    heads, kv = c.heads // c.groups, c.kv_heads // c.groups
+    out3 = out.view(T, c.heads, D)
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    for group in range(c.groups):
+        mine, keys = slice(group * heads, (group + 1) * heads), slice(group * kv, (group + 1) * kv)
+        rows = slice(mine.start * D, mine.stop * D)
+        qg = x.new_empty(T, heads, D)
+        for s in c.pieces(T):
+            n = rms_norm(x[s], w.norm1, c.eps)
+            qg[s] = _rotated(n, s, c, w.q[rows], w.q_bias[rows] if w.q_bias is not None else None, w.q_norm)
+        dout = (dx2 @ w.o[:, rows]).view(T, heads, D)
+        kg, vg = k[:, keys].contiguous(), v[:, keys].contiguous()
+        dq, dkg, dvg, _ = sp.attention_backward(dout, qg, kg, vg, out3[:, mine].contiguous(), lse[mine].contiguous(), c.plan, **c.options)
+        del qg, dout, kg, vg
+        out3[:, mine], dk[:, keys], dv[:, keys] = dq, dkg, dvg
+        del dq, dkg, dvg
+    return out3, dk, dv
+
+
+def _qkv_backward(x: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, dx: Tensor, c: LayerCall, sums: _Sums) -> None:
+    """dx += gradient through the norm and the projections."""
+    w = c.weights
+    for s in c.pieces(x.shape[0]):
+        n = rms_norm(x[s], w.norm1, c.eps)
+        g, dnorm = _rotated_backward(dq[s], n, s, c, w.q, w.q_bias, w.q_norm)
+        sums.add("q_norm", dnorm)
+        sums.outer("q", g, n, "q_bias")
+        dn = g @ w.q
+        g, dnorm = _rotated_backward(dk[s], n, s, c, w.k, w.k_bias, w.k_norm)
+        sums.add("k_norm", dnorm)
+        sums.outer("k", g, n, "k_bias")
+        dn.addmm_(g, w.k)
+        g = dv[s].reshape(g.shape)
+        sums.outer("v", g, n, "v_bias")
+        dn.addmm_(g, w.v)
+        del g, n
+        total, dnorm = add_rms_norm_backward(dn, x[s], w.norm1, c.eps, dx[s])
+        sums.add("norm1", dnorm)
+        dx[s] = total
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: LayerCall, again: Any, x: Tensor, *weights: Tensor | None) -> Tensor:  # type: ignore[override]
+        owner = call.owner
+        store, chain = owner.store, owner.chain
+        handle = store.layer_input(owner.index, x.detach(), again)
+        y, out, lse = forward(x.detach()[0], call)
+        if store.keeps(owner.index) and handle.last_in_segment:
+            handle.keep(store.wait_attention(owner.index, [(out, lse)]))
+        ctx.save_for_backward(*weights)
+        call.weights = None  # type: ignore[assignment]  # saved by autograd, which knows when they change
+        ctx.call, ctx.handle = call, handle
+        ctx.chained = chain.output == (owner.index - 1, x.data_ptr())
+        chain.output = (owner.index, y.data_ptr())
+        return y[None]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        call: LayerCall = ctx.call
+        handle: LayerInput | None = ctx.handle
+        if handle is None:
+            raise RuntimeError("A second backward through a checkpointed layer is not possible.")
+        ctx.handle = None
+        owner = call.owner
+        store, chain = owner.store, owner.chain
+        call.weights = w = Weights(*ctx.saved_tensors)
+        x = handle.input()[0]
+        kept = handle.attention()
+        if not store.settings.late_prefetch:
+            store.prefetch()
+        T = x.shape[0]
+        sums = _Sums(w, ctx.needs_input_grad[3:], call.count(T))
+        q = k = v = None
+        if kept is None:
+            q, k, v = _qkv(x, call)
+            out, lse = sp.attention_forward(q, k, v, call.plan, **call.options)
+            if call.groups > 1:
+                q = None
+        else:
+            ((out, lse),) = kept
+        del kept
+        own = chain.gradient == (owner.index, dy.data_ptr()) and dy.is_contiguous()
+        dy = dy[0]
+        dx = dy if own else torch.empty_like(x)
+        flat = out.view(T, -1)
+        _mlp_backward(x, flat, dy, dx, call, sums)
+        sums.settle()
+        if k is None or v is None:
+            q, k, v = _qkv(x, call, queries=call.groups == 1)
+            if call.groups > 1:
+                q = None
+        dq, dk, dv = _attention_backward(x, flat, lse, dx, q, k, v, call)
+        del q, k, v, out, flat, lse
+        if store.settings.late_prefetch:
+            store.prefetch()
+        _qkv_backward(x, dq, dk, dv, dx, call, sums)
+        call.weights = None  # type: ignore[assignment]
+        chain.gradient = (owner.index - 1, dx.data_ptr()) if ctx.chained else (-1, 0)
+        return None, None, dx[None] if ctx.needs_input_grad[2] else None, *sums.result()
