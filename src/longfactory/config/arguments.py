@@ -101,9 +101,7 @@ class FinetuningArguments:
 
     freeze_trainable_layers: int = arg(2, "freeze: train the last n layers; negative: the first n.")
     freeze_trainable_modules: tuple[str, ...] = arg(("all",), "freeze: modules trained in those layers.")
-    use_llama_pro: bool = arg(
-        False, "freeze: train every (layers / freeze_trainable_layers)th layer, those that block expansion has added."
-    )
+    use_llama_pro: bool = arg(False, "freeze: train only the layers that block expansion has added.")
     freeze_extra_modules: tuple[str, ...] = arg((), "freeze: modules outside the layers that are trained too.")
 
     pref_loss: Literal[

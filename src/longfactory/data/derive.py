@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from longfactory.data.errors import BadRow
+from longfactory.data.errors import BadRow, DataError
 from longfactory.data.template import Message, Piece
 from longfactory.data.tokens import PieceTokenizer
 
@@ -125,7 +125,7 @@ def check(template: ChatTemplate) -> list[str]:
         whole = template.render(_PROBE, None, None, False)
         pieces, last_only = template.turns(_PROBE, None, None)
     except BadRow as e:
-        raise ValueError(f"The model's chat template cannot be used for training: {e}. Name a template with `template:`.") from None
+        raise DataError(f"The model's chat template cannot be used for training: {e}. Name a template with `template:`.") from None
     found = []
     if last_only:
         found.append(

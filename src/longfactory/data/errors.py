@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from longfactory.errors import UserError
 
-class DataError(ValueError):
+
+class DataError(UserError, ValueError):
     """A data set that cannot be used, told in one sentence or two."""
 
 

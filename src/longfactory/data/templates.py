@@ -10,6 +10,7 @@ from typing import Any
 from longfactory.data import tool_formats
 from longfactory.data.arguments import DataArguments, option
 from longfactory.data.derive import ChatTemplate, check
+from longfactory.data.errors import DataError
 from longfactory.data.template import EOS, Template, fix_tokenizer
 from longfactory.data.template_table import COMPAT_0_9_1, TABLE
 
@@ -22,14 +23,14 @@ def get_template(args: DataArguments, tokenizer: Any, log: logging.Logger | None
     Without a name it is the model's own chat template; without that, "empty".
 
     Raises:
-        ValueError: no template of that name, or an option that this template cannot follow.
+        DataError: no template of that name, or an option that this template cannot follow.
     """
     log = log or logging.getLogger("longfactory.data")
     if args.template is None and tokenizer.chat_template is not None:
         return _derived(args, tokenizer, log)
     template = _named(args, log)
     if args.train_on_prompt and template.eos_after_answer:
-        raise ValueError(f"Template {template.name!r} uses eos as a label inside prompts: it cannot be used with train_on_prompt.")
+        raise DataError(f"Template {template.name!r} uses eos as a label inside prompts: it cannot be used with train_on_prompt.")
     if args.tool_format is not None:
         tool_formats.check_form(args.tool_format)
         slot = ("{{content}}",) if template.eos_after_answer else ("{{content}}", EOS)
@@ -54,13 +55,13 @@ def _named(args: DataArguments, log: logging.Logger) -> Template:
         name = "empty"
     compat = option(args, "template_compat")
     if compat not in (None, "", "0.9.1", "0.9.5"):
-        raise ValueError(f"template_compat is {compat!r}; known are 0.9.1 (the tokens of 360-LLaMA-Factory) and 0.9.5.")
+        raise DataError(f"template_compat is {compat!r}; known are 0.9.1 (the tokens of 360-LLaMA-Factory) and 0.9.5.")
     if compat == "0.9.1" and name in COMPAT_0_9_1:
         return COMPAT_0_9_1[name]
     if name not in TABLE:
         near = difflib.get_close_matches(name, TABLE, n=3)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"Template {name!r} is not known.{hint} Without `template:` the model's own chat template is used.")
+        raise DataError(f"Template {name!r} is not known.{hint} Without `template:` the model's own chat template is used.")
     if compat == "0.9.1":
         log.warning(f"template_compat 0.9.1: template {name!r} has the tokens of 0.9.5.")
     return TABLE[name]
@@ -69,9 +70,9 @@ def _named(args: DataArguments, log: logging.Logger) -> Template:
 def _derived(args: DataArguments, tokenizer: Any, log: logging.Logger) -> ChatTemplate:
     template = ChatTemplate(tokenizer, args.default_system or "", args.enable_thinking)
     if args.tool_format is not None:
-        raise ValueError("tool_format needs a named template; without `template:` tools are written by the model's chat template.")
+        raise DataError("tool_format needs a named template; without `template:` tools are written by the model's chat template.")
     if tokenizer.eos_token_id is None:
-        raise ValueError("The tokenizer has no eos token. Name a template with `template:`, which brings one.")
+        raise DataError("The tokenizer has no eos token. Name a template with `template:`, which brings one.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     log.info("`template` is not set: the model's own chat template is used.")

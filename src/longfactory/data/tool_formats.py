@@ -10,7 +10,7 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
-from longfactory.data.errors import BadRow
+from longfactory.data.errors import BadRow, DataError
 
 Tools = list[dict[str, Any]]
 Call = tuple[str, Any]  # name, arguments
@@ -53,7 +53,7 @@ def write_calls(form: str, calls: Any) -> str:
 def check_form(form: str) -> None:
     """Raises ValueError for a tool format that does not exist."""
     if form not in FORMS:
-        raise ValueError(f"tool_format {form!r} is not known. Known are: {', '.join(sorted(FORMS))}.")
+        raise DataError(f"tool_format {form!r} is not known. Known are: {', '.join(sorted(FORMS))}.")
 
 
 def _json(value: Any, indent: int | None = None) -> str:

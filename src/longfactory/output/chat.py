@@ -1,0 +1,85 @@
+"""`longfactory chat`: a conversation with a model in the terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from longfactory.errors import UserError
+from longfactory.output.load import load
+
+if TYPE_CHECKING:
+    from longfactory.config import RunConfig
+
+WELCOME = "Type a message. `clear` forgets the conversation, `exit` ends it."
+
+
+def chat(cfg: RunConfig) -> None:
+    """Reads messages until `exit` or the end of the input, and prints the model's answers as they come."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    model, tokenizer = load(cfg, device or torch.device("cpu"))
+    if tokenizer.chat_template is None:
+        raise UserError(f"{cfg.model.model_name_or_path} has no chat template. Name one, for example template: chatml.")
+    print(WELCOME)
+    start: list[dict[str, str]] = [{"role": "system", "content": cfg.data.default_system}] if cfg.data.default_system else []
+    messages = list(start)
+    while True:
+        try:
+            text = input("\nUser: ").strip()
+        except EOFError:
+            print()
+            return
+        if text == "exit":
+            return
+        if text == "clear":
+            messages = list(start)
+            print("The conversation is forgotten.")
+            continue
+        if not text:
+            continue
+        messages.append({"role": "user", "content": text})
+        print("Assistant: ", end="", flush=True)
+        messages.append({"role": "assistant", "content": answer(cfg, model, tokenizer, messages)})
+
+
+def answer(cfg: RunConfig, model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    """The model's next message, printed while it is made."""
+    from transformers import TextStreamer
+
+    extra = {} if cfg.data.enable_thinking is None else {"enable_thinking": cfg.data.enable_thinking}
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True, **extra)
+    inputs = inputs.to(model.device)
+    skip = cfg.generating.skip_special_tokens
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=skip)
+    length = inputs["input_ids"].shape[1]
+    with torch.inference_mode():
+        # A streamer prints one sequence; beams are compared first and printed at the end.
+        beams = cfg.generating.num_beams > 1
+        out = model.generate(**inputs, **generation_arguments(cfg, tokenizer, length), streamer=None if beams else streamer)
+    text = tokenizer.decode(out[0, length:], skip_special_tokens=skip)
+    if beams:
+        print(text)
+    return text.strip()
+
+
+def generation_arguments(cfg: RunConfig, tokenizer: Any, prompt_length: int) -> dict[str, Any]:
+    """Keyword arguments of `generate` from the generation keys."""
+    g = cfg.generating
+    out: dict[str, Any] = {
+        "do_sample": g.do_sample and g.temperature > 0,
+        "num_beams": g.num_beams,
+        "repetition_penalty": g.repetition_penalty,
+        "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    }
+    if g.max_new_tokens > 0:
+        out["max_new_tokens"] = g.max_new_tokens
+    else:
+        if prompt_length >= g.max_length:
+            raise UserError(f"max_length: {g.max_length} leaves no room after {prompt_length} tokens. Raise it, or set max_new_tokens.")
+        out["max_length"] = g.max_length
+    if out["do_sample"]:
+        out |= {"temperature": g.temperature, "top_p": g.top_p, "top_k": g.top_k}
+    if g.num_beams > 1:
+        out["length_penalty"] = g.length_penalty
+    return out

@@ -1,0 +1,75 @@
+"""A trained model for use: base weights, adapters merged, the tokenizer that training saved."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from longfactory.errors import UserError
+
+if TYPE_CHECKING:
+    from longfactory.config import RunConfig
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def load(cfg: RunConfig, device: torch.device) -> tuple[Any, Any]:
+    """The model in evaluation mode, its adapters merged, and the tokenizer.
+
+    Raises:
+        UserError: a model or adapter that cannot be loaded, or an adapter of another model.
+    """
+    from longfactory.model import load as models
+
+    tokenizer = load_tokenizer(cfg)
+    config = models.load_config(cfg.model, cfg.data.cutoff_len)
+    dtype = DTYPES.get(cfg.model.infer_dtype) or getattr(config, "dtype", None) or torch.float32
+    quantization = models.quantization_config(cfg.model, dtype)
+    model = models.load_model(cfg.model, config, dtype, attention="sdpa", quantization=quantization)
+    if cfg.model.resize_vocab or (cfg.model.adapter_name_or_path and len(tokenizer) > model.get_input_embeddings().weight.shape[0]):
+        models.resize_vocabulary(model, tokenizer)
+    if quantization is None:
+        model = model.to(device)
+    for path in cfg.model.adapter_name_or_path:
+        model = merge(model, path)
+    model.config.use_cache = True
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(cfg: RunConfig) -> Any:
+    """The tokenizer that was saved with the last adapter, which has the template's tokens; else the model's own."""
+    import dataclasses
+
+    from longfactory.model import load as models
+
+    args = cfg.model
+    if args.adapter_name_or_path and (Path(args.adapter_name_or_path[-1]) / "tokenizer_config.json").is_file():
+        args = dataclasses.replace(args, model_name_or_path=args.adapter_name_or_path[-1], model_revision="main")
+    tokenizer = models.load_tokenizer(args)
+    if cfg.data.template is not None or tokenizer.chat_template is None:
+        from longfactory.data.templates import get_template
+
+        quiet = logging.getLogger("longfactory.output")
+        get_template(cfg.data, tokenizer, quiet)  # gives the tokenizer what the template needs
+    return tokenizer
+
+
+def merge(model: Any, path: str) -> Any:
+    """The model with one adapter's product added to its weights.
+
+    Raises:
+        UserError: there is no adapter in the folder, or it was trained on another model.
+    """
+    from peft import PeftModel
+
+    folder = Path(path)
+    if folder.exists() and not (folder / "adapter_config.json").is_file():
+        raise UserError(f"adapter_name_or_path: {path} holds no adapter_config.json. Give the folder that a LoRA run has written.")
+    try:
+        return PeftModel.from_pretrained(model, path).merge_and_unload(safe_merge=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as e:
+        lines = str(e).strip().splitlines() or [type(e).__name__]
+        raise UserError(f"adapter_name_or_path: {path} does not fit {model.config.name_or_path}: {' '.join(lines[:2])}") from e
