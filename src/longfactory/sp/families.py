@@ -32,7 +32,7 @@ from .plan import plan as make_plan
 Verdict = Literal["exact", "refused", "wrong", "not built"]
 DOCUMENTS = (21, 38)
 """Lengths. With the padding, 64 tokens on 2 or 4 ranks."""
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4}
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}
 """Of the largest difference over the largest value. transformers computes norms and rotary angles in float32, whatever the model's type."""
 
 
@@ -85,6 +85,9 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
         "no_rope_layers": [1, 1, 0, 0],
         "layer_types": ["chunked_attention", "full_attention", "chunked_attention", "full_attention"],
     },
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "git": {"vision_config": {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}},
     "ministral3": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.3, "original_max_position_embeddings": 8}
     },
@@ -100,27 +103,34 @@ def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
     kind = CONFIG_MAPPING[family]
     default = kind()
     text = default.get_text_config()
+    fields = {**_OVERRIDES.get(text.model_type, {}), **overrides}
     if text is default:
-        return _shrunk(kind, default, {**_OVERRIDES.get(family, {}), **overrides})
-    name = next(key for key in kind.sub_configs if getattr(default, key, None) is text)
-    small = _shrunk(type(text), text, {**_OVERRIDES.get(text.model_type, {}), **overrides})
-    return kind(**{name: small.to_dict()})
+        return _shrunk(kind, default, fields)
+    parts = {}
+    for key in kind.sub_configs:
+        part = getattr(default, key, None)
+        if isinstance(part, PreTrainedConfig):
+            parts[key] = _shrunk(type(part), part, fields if part is text else {}).to_dict()
+    return kind(**parts)
 
 
 def _shrunk(kind: type[PreTrainedConfig], default: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:
-    has = set(default.to_dict()) | set(kind.attribute_map)
+    values = default.to_dict()
+    has = set(values) | set(kind.attribute_map)
     fields = {k: v for k, v in _TINY.items() if k in has and k not in kind.attribute_map}
-    for key, value in default.to_dict().items():
+    for key, value in values.items():
         if isinstance(value, float) and ("drop" in key or "jitter" in key):
             fields[key] = 0.0
-    if getattr(default, "qk_rope_head_dim", None) and "head_dim" in fields:
-        fields["head_dim"] = 8  # of latent attention: the rotated part
+    if getattr(default, "qk_rope_head_dim", None):
+        fields["num_key_value_heads"] = 4
+        if "head_dim" in fields:
+            fields["head_dim"] = 8  # of latent attention: the rotated part
     types = getattr(default, "layer_types", None)
-    if types and "layer_types" in has:
+    if types and "layer_types" in has and not isinstance(getattr(kind, "layer_types", None), property):
         kinds = list(dict.fromkeys(types))
+        if kinds == ["full_attention"] and "sliding_window" in has:
+            kinds = ["sliding_attention", "full_attention"]
         fields["layer_types"] = [kinds[i % len(kinds)] for i in range(4)]
-        if fields.get("use_sliding_window") and kinds == ["full_attention"]:
-            del fields["layer_types"]
     fields.update(overrides)
     return kind(**fields)
 

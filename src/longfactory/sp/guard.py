@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,13 +42,18 @@ def guard(model: nn.Module, ctx: SequenceParallel) -> None:
     model.eval()
     try:
         with torch.no_grad():
-            with probe() as seen:
+            with probe() as seen, _Executed(inner) as executed:
                 sharded = _sharded(model, inner, documents, ctx)
             with _own_attention(inner):
                 alone = [_scores(model, inner, {"input_ids": ids[None], "use_cache": False}, ids.roll(-1)) for ids in documents]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model does without the mask, the cache or the arguments that it expects
+        what = str(error) if isinstance(error, ValueError) else f"its forward pass fails with {type(error).__name__}: {error}"
+        raise ValueError(f"Models of type {config.model_type} cannot be trained here: {what}") from error
     finally:
         model.train(training)
-    reason = _not_reached(inner, seen) or _different(sharded, alone, seen)
+    reason = _not_reached(inner, seen, executed) or _different(sharded, alone, seen)
     if _anyone(reason is not None, device):
         raise ValueError(
             f"Models of type {config.model_type} cannot be trained here: {reason or 'another rank refused it'}. "
@@ -105,14 +111,52 @@ def _own_attention(model: PreTrainedModel) -> Iterator[None]:
             c._attn_implementation_internal = hf.ATTENTION
 
 
-def _not_reached(model: PreTrainedModel, seen: Probe) -> str | None:
+class _Executed:
+    """Attention modules, by their class name, that ran inside the block."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.modules: dict[int, tuple[str, nn.Module]] = {}
+        self._candidates = [(n, m) for n, m in model.named_modules() if type(m).__name__.endswith("Attention")]
+
+    def __enter__(self) -> _Executed:
+        self._hooks = [m.register_forward_pre_hook(self._note(n)) for n, m in self._candidates]
+        return self
+
+    def _note(self, name: str) -> Callable[[nn.Module, Any], None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            self.modules[id(module)] = (name, module)
+
+        return hook
+
+    def __exit__(self, *error: object) -> None:
+        for h in self._hooks:
+            h.remove()
+
+    def missed(self, reached: set[int]) -> list[str]:
+        """Names of those that neither called the attention function nor hold or belong to a module that did."""
+        names = [n for i, (n, _) in self.modules.items() if i in reached]
+        return [
+            name
+            for i, (name, module) in self.modules.items()
+            if not any(id(m) in reached for m in module.modules()) and not any(name.startswith(n + ".") for n in names)
+        ]
+
+
+def _not_reached(model: PreTrainedModel, seen: Probe, executed: _Executed) -> str | None:
     """A layer or a window that did not arrive at the engine."""
+    if not seen.calls:
+        return "none of its layers pass through transformers' attention registry"
+    if missed := executed.missed(seen.modules):
+        return f"{len(missed)} of its attention layers do not pass through transformers' attention registry ({missed[0]})"
     types = hf.layer_types(model.config.get_text_config())
-    expected = sum(t in hf.ATTENTION_LAYERS for t in types)
-    if len(seen.modules) < expected:
-        return f"{len(seen.modules)} of its {expected} attention layers pass through transformers' attention registry"
-    if len(seen.linear) < sum(t in hybrid.LAYERS for t in types):
-        return f"{len(seen.linear)} of its {sum(t in hybrid.LAYERS for t in types)} linear-attention layers are computed over the whole row"
+    linear = sum(t in hybrid.LAYERS for t in types)
+    if len(seen.linear) < linear:
+        return f"{len(seen.linear)} of its {linear} linear-attention layers are computed over the whole row"
+    asked = {size for kind, size in seen.masks if kind == "window"}
+    if wrong := seen.windows - asked:
+        return f"its attention names a sliding window of {min(wrong)} tokens that its own mask does not have"
+    if asked - seen.windows and not set(types) <= {"full_attention", *hybrid.LAYERS}:
+        return f"its sliding window of {min(asked - seen.windows)} tokens does not reach the attention function"
     if rope.depends_on_length(model) and not seen.rows:
         return "its rotary frequencies depend on the length of the row, which does not reach them"
     return None

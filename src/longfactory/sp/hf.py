@@ -12,6 +12,7 @@ pass receives the plan of its own forward pass, whatever ran in between.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,6 +38,10 @@ ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_at
 """Layer types of transformers' configurations that the attention function computes."""
 
 
+class _Absent(enum.Enum):
+    ABSENT = enum.auto()
+
+
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -46,7 +51,7 @@ def attention(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
+    sliding_window: int | None | _Absent = _Absent.ABSENT,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
@@ -83,19 +88,20 @@ def attention(
     for argument, given in kwargs.items():
         if argument not in _WITHOUT_EFFECT and given is not None and given is not False:
             raise ValueError(f"{name}: the argument {argument} of its attention is not implemented under sequence parallelism.")
+    window = _window(module) if sliding_window is _Absent.ABSENT else sliding_window
     chunk = _chunk(module)
     if (seen := probe.current()) is not None:
         seen.calls += 1
         seen.modules.add(id(module))
         seen.heads.add((query.shape[1], key.shape[1]))
         seen.dtypes.add(query.dtype)
-        if sliding_window is not None:
-            seen.windows.add(sliding_window)
+        if window:
+            seen.windows.add(window)
     if (scales := _temperature(module, plan, query.device)) is not None:
         query = (query * scales[:, None]).to(query.dtype)
     # [1, H, T/n, D] -> [T/n, H, D]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    out = engine(q, k, v, plan, scale=scaling, window=sliding_window, chunk=chunk, softcap=softcap or None, sinks=s_aux)
+    out = engine(q, k, v, plan, scale=scaling, window=window or None, chunk=chunk, softcap=softcap or None, sinks=s_aux)
     return out[None], None
 
 
@@ -104,13 +110,23 @@ def _carried(module: nn.Module, kwargs: Mapping[str, Any]) -> RowPlan | None:
     return getattr(kwargs.get("position_ids"), "sp_plan", None)
 
 
-def _chunk(module: nn.Module) -> int | None:
-    """Llama 4: no argument of the attention function says that a layer attends inside chunks only."""
+def _layer_type(module: nn.Module) -> str | None:
     config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
     types = getattr(config, "layer_types", None)
-    if types is None or layer is None or layer >= len(types) or types[layer] != "chunked_attention":
-        return None
-    return config.attention_chunk_size
+    return types[layer] if types is not None and layer is not None and layer < len(types) else None
+
+
+def _window(module: nn.Module) -> int | None:
+    """Of models that give their window to the mask alone, which is not built here: Qwen2-MoE by layer type, PhiMoE for all layers."""
+    config = getattr(module, "config", None)
+    if _layer_type(module) == "sliding_attention" or getattr(config, "model_type", None) == "phimoe":
+        return getattr(config, "sliding_window", None)
+    return None
+
+
+def _chunk(module: nn.Module) -> int | None:
+    """Llama 4: no argument of the attention function says that a layer attends inside chunks only."""
+    return module.config.attention_chunk_size if _layer_type(module) == "chunked_attention" else None
 
 
 def mask(
@@ -122,7 +138,8 @@ def mask(
     wrong and is ignored: the plan knows the documents.
     """
     model = getattr(config, "model_type", "the model")
-    if attention_mask is not None:
+    # Models of the BART family make a mask of ones themselves. Reading it waits for the device; others pass none.
+    if attention_mask is not None and not bool(attention_mask.all()):
         raise ValueError(
             f"{model}: a padding mask would be lost under sequence parallelism. Padding is a document of the row; pass attention_mask=None."
         )
@@ -228,7 +245,7 @@ def unsupported(model: PreTrainedModel) -> str | None:
         return "it is an encoder with a decoder"
     if getattr(config, "is_causal", True) is False:
         return "its attention sees later tokens (is_causal is false)"
-    if reason := hybrid.unsupported(model):
+    if reason := hybrid.unsupported(config):
         return reason
     if not model._can_set_attn_implementation():
         return "its attention does not pass through transformers' attention registry"
