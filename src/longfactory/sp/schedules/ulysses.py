@@ -47,5 +47,5 @@ def to_rows(x: Tensor, group: dist.ProcessGroup | None, repeat: int = 1) -> Tens
     if repeat > 1:
         x = x.to(accumulator_dtype(x.dtype))
     # [n * m, h, D] -> [n, m, h, D] -> [m, n * h, D]
-    parts = raw_all_to_all(x.unflatten(0, (n, -1)), group).movedim(0, 1).flatten(1, 2)
+    parts = raw_all_to_all(x.unflatten(0, (n, -1)), group).movedim(0, 1).flatten(1, 2).contiguous()
     return parts.unflatten(1, (-1, repeat)).sum(2) if repeat > 1 else parts

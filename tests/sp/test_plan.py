@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from longfactory import sp
+from longfactory.sp import Segment, SequenceParallel
+from longfactory.testing import run_ranks
+
+
+def ranks(size: int, mode: str, **kwargs: object) -> list[SequenceParallel]:
+    return [SequenceParallel(size=size, rank=r, mode=mode, **kwargs) for r in range(size)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("segments", "message"),
+    [
+        ([Segment(0, 4)], "Segments end at 4, the row at 8"),
+        ([Segment(0, 4), Segment(5, 8)], "Segment 1 is"),
+        ([Segment(0, 5), Segment(4, 8)], "Segment 1 is"),
+        ([Segment(0, 4, 0), Segment(4, 8)], "a parent comes before"),
+    ],
+)
+def test_segments_that_do_not_cover_the_row_are_refused(segments: list[Segment], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sp.plan(8, segments, SequenceParallel())
+
+
+def test_a_length_that_is_not_aligned_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"sp.alignment\(ctx\) = 8"):
+        sp.plan(12, None, SequenceParallel(size=4))
+
+
+def test_alignment() -> None:
+    assert sp.alignment(SequenceParallel()) == 1
+    assert sp.alignment(SequenceParallel(size=4)) == 8
+    assert sp.alignment(SequenceParallel(size=4, device_type="cuda")) == 1024
+
+
+@pytest.mark.parametrize("mode", ["llama3", "zigzag-ring"])
+@pytest.mark.parametrize("window", [None, 6])
+def test_what_one_rank_sends_another_expects(mode: str, window: int | None) -> None:
+    segments = [Segment(0, 17), Segment(17, 20, 0), Segment(20, 44), Segment(44, 64)]
+    plans = [sp.plan(64, segments, ctx) for ctx in ranks(4, mode)]
+    halos = [p.mask(window).halo for p in plans]
+    for source in range(4):
+        for to in range(4):
+            assert halos[source].send_counts[to] == halos[to].receive_counts[source]
+    # Simulated exchange: every rank ends with its rows in natural order.
+    for to in range(4):
+        received = []
+        for source in range(4):
+            at = sum(halos[source].send_counts[:to])
+            received.append(plans[source].index[halos[source].send_index[at : at + halos[source].send_counts[to]]])
+        rows = torch.cat(received)[halos[to].order]
+        assert rows.tolist() == [t for a, b in halos[to].fetched for t in range(a, b)]
+
+
+def test_choice_of_schedule() -> None:
+    one, packed = [Segment(0, 512)], [Segment(0, 300), Segment(300, 310), Segment(310, 512)]
+    ctx = SequenceParallel(size=4, mode="llama3")
+    assert sp.plan(512, one, ctx).choice.layout == "zigzag"
+    assert sp.plan(512, packed, ctx).choice.layout == "balanced"
+    usp = SequenceParallel(size=8, mode="usp")
+    usp.set_heads(28, 4)
+    assert sp.plan(512, one, usp).choice.ulysses == 4
+    with pytest.raises(ValueError, match="head count"):
+        sp.plan(512, one, SequenceParallel(size=8, mode="usp"))
+
+
+def test_masks_are_made_once() -> None:
+    plan = sp.plan(16, None, SequenceParallel())
+    assert plan.mask(4) is plan.mask(4)
+    assert plan.mask(16) is plan.mask(None), "a window as wide as the row is none"
+
+
+def create(size: int, mode: str, ulysses: int | None, ring: int | None) -> tuple[int, ...] | str:
+    try:
+        ctx = SequenceParallel.create(size, mode, ulysses, ring)  # type: ignore[arg-type]
+    except ValueError as error:
+        return str(error)
+    return (ctx.rank, ctx.size, ctx.dp_rank, ctx.dp_size, ctx.group is None, ctx.dp_group is None)
+
+
+def test_groups_are_consecutive_ranks() -> None:
+    assert run_ranks(4, create, 2, "zigzag-ring", None, None) == [
+        (0, 2, 0, 2, False, False),
+        (1, 2, 0, 2, False, False),
+        (0, 2, 1, 2, False, False),
+        (1, 2, 1, 2, False, False),
+    ]
+    assert run_ranks(4, create, 1, "zigzag-ring", None, None)[3] == (0, 1, 3, 4, True, False)
+    assert run_ranks(4, create, 4, "usp", 2, None)[3] == (3, 4, 0, 1, False, True)
+
+
+@pytest.mark.parametrize(
+    ("size", "mode", "ulysses", "ring", "message"),
+    [
+        (3, "zigzag-ring", None, None, "sequence_parallel_size 3 does not divide the 4 processes"),
+        (4, "striped", None, None, "Unknown sequence-parallel mode 'striped'"),
+        (4, "usp", 3, None, "ulysses degree 3"),
+        (4, "usp", 2, 4, "is not sequence_parallel_size 4"),
+        (4, "usp", None, 3, "ring degree of 3"),
+        (4, "ulysses", 2, None, "Use sequence_parallel_mode: usp"),
+        (4, "zigzag-ring", None, 2, "Use sequence_parallel_mode: usp"),
+    ],
+)
+def test_impossible_groups_are_refused(size: int, mode: str, ulysses: int | None, ring: int | None, message: str) -> None:
+    for answer in run_ranks(4, create, size, mode, ulysses, ring):
+        assert message in answer
