@@ -6,7 +6,12 @@ import dataclasses
 import importlib
 
 import pytest
-from memory_models import assert_same_gradients, gradients, make_model, run
+import torch
+from memory_models import SEGMENTS, assert_same_gradients, gradients, make_model, run
+from memory_ranks import with_lora
+
+from longfactory import sp
+from longfactory.sp import hf
 
 from longfactory.model.memory.apply import apply_memory
 from longfactory.model.memory.decoder_layer import _Layer
@@ -100,3 +105,72 @@ def test_mlp_is_recomputed_once(kind, passes, monkeypatch):
 
 
 LENGTH_PIECES = 10
+
+
+@pytest.mark.parametrize("layer", ["auto", "generic"])
+@pytest.mark.parametrize("what", ["lora", "freeze", "last layer alone"])
+def test_some_parameters_frozen(what, layer, monkeypatch):
+    def make():
+        model = make_model("qwen2", monkeypatch)
+        if what == "lora":
+            return with_lora(model)
+        for name, p in model.named_parameters():
+            free = any(
+                part in name for part in (("layers.3",) if what == "last layer alone" else ("layers.1.mlp.up", "layers.2", "lm_head"))
+            )
+            p.requires_grad_(free)
+        return model
+
+    model = make()
+    run(model)
+    wanted = gradients(model)
+    model = make()
+    apply(model, WRITTEN["segments of 3, offload, kept" if what == "freeze" else "offload all"], layer)
+    run(model)
+    assert_same_gradients(gradients(model), wanted)
+
+
+@pytest.mark.parametrize("layer", ["auto", "generic"])
+def test_hidden_states_that_are_also_used_elsewhere(layer, monkeypatch):
+    """The gradient of a layer's output then has a second reader: writing over it would be wrong."""
+
+    def grads(model):
+        hooks = [block.register_forward_pre_hook(lambda m, args: (args[0] + extra, *args[1:])) for block in model.model.layers[1:3]]
+        extra = torch.full((1, 44, 32), 0.1, dtype=torch.float64, requires_grad=True)
+        run(model)
+        for hook in hooks:
+            hook.remove()
+        return gradients(model) | {"extra": extra.grad}
+
+    model = make_model("llama", monkeypatch)
+    wanted = grads(model)
+    model.zero_grad()
+    apply(model, WRITTEN["groups"], layer)
+    assert_same_gradients(grads(model), wanted)
+
+
+def test_second_backward_is_refused(monkeypatch):
+    model = make_model("llama", monkeypatch)
+    apply(model, WRITTEN["offload all"], "auto")
+    ctx = sp.SequenceParallel.create(1)
+    plan = sp.plan(8, None, ctx)
+    ids = torch.arange(8)
+    out = model(**hf.inputs({"input_ids": ids, "position_ids": ids}, plan)).logits.sum()
+    out.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        out.backward()
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2"])
+def test_evaluation_is_the_same(kind, monkeypatch):
+    model = make_model(kind, monkeypatch).eval()
+    ctx = sp.SequenceParallel.create(1)
+    plan = sp.plan(44, SEGMENTS, ctx)
+    ids = torch.arange(44)
+    inputs = hf.inputs({"input_ids": ids, "position_ids": ids}, plan)
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+        apply(model, MemorySettings(mlp_chunk=7), "auto")
+        found = model(**inputs).logits
+    assert float((found - wanted).abs().max()) < 1e-13
+    assert model(**inputs).logits.requires_grad  # evaluation mode with gradients keeps its graph

@@ -1,0 +1,66 @@
+"""What the ranks of tests/model/test_memory_parallel.py run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from memory_models import gradients, make_model, run
+from torch import Tensor, nn
+
+from longfactory import sp
+from longfactory.model.adapters import decoder_layers
+from longfactory.model.memory.apply import apply_memory
+from longfactory.model.memory.settings import MemorySettings
+from longfactory.sp import hf
+
+
+def shard(model: nn.Module) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in decoder_layers(model)[1]:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def sharded_gradients(kind: str, settings: MemorySettings, engine: str, first: str, size: int, lora: bool = False) -> dict[str, Tensor]:
+    """Gradients of the whole row's loss after one step, whole, from `size` ranks a sequence-parallel group."""
+    ctx = sp.SequenceParallel.create(size)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        model = make_model(kind, monkeypatch)
+        hf.prepare(model, ctx)
+        if lora:
+            model = with_lora(model)
+        if first == "memory":
+            apply_memory(model, settings)
+        wrapped = model
+        if engine == "fsdp2":
+            shard(model)
+        if first == "wrap":
+            apply_memory(model, settings)
+        if engine == "ddp":
+            wrapped = nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):
+            model.zero_grad()
+            run(wrapped, ctx)
+        world = dist.get_world_size()
+        # Sharding engines average over ranks; the loss of the row is the sum of its ranks' losses, once for each group.
+        scale = world / (world // size)
+        found = {}
+        for name, g in gradients(model).items():
+            g = g.full_tensor() if hasattr(g, "full_tensor") else g
+            found[name] = g * scale
+        return found
+
+
+def with_lora(model: nn.Module) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    model = get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj", "v_proj", "gate_proj", "down_proj"]))
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(std=0.1)
+    return model.double().train()

@@ -1,0 +1,45 @@
+"""The memory engine under FSDP2, DDP and sequence parallelism gives the gradients of one process without it."""
+
+from __future__ import annotations
+
+import memory_ranks
+import pytest
+from memory_models import assert_same_gradients, gradients, make_model, run
+
+from longfactory.model.memory.settings import MemorySettings
+from longfactory.testing import run_ranks
+
+MiB = 2**20
+ALL = MemorySettings(
+    keep_attention=1.0, offload="inputs+attention", pool_bytes=64 * MiB, last_layers_on_gpu=1, mlp_chunk=5, attention_groups=2
+)
+SEGMENTS = MemorySettings(segment_layers=2, keep_attention=0.5, offload="inputs", pool_bytes=64 * MiB, mlp_chunk=8)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "settings", "engine", "first"),
+    [
+        ("llama", ALL, "fsdp2", "memory"),
+        ("qwen3", ALL, "fsdp2", "wrap"),
+        ("qwen2", SEGMENTS, "fsdp2", "memory"),
+        ("gemma2", ALL, "fsdp2", "memory"),
+        ("gemma2", SEGMENTS, "fsdp2", "wrap"),
+        ("qwen3_moe", ALL, "fsdp2", "memory"),
+        ("qwen2", ALL, "ddp", "memory"),
+    ],
+)
+def test_two_ranks(kind, settings, engine, first, size, monkeypatch):
+    model = make_model(kind, monkeypatch)
+    run(model)
+    wanted = gradients(model)
+    for found in run_ranks(2, memory_ranks.sharded_gradients, kind, settings, engine, first, size):
+        assert_same_gradients(found, wanted)
+
+
+def test_lora_on_two_ranks(monkeypatch):
+    model = memory_ranks.with_lora(make_model("qwen2", monkeypatch))
+    run(model)
+    wanted = gradients(model)
+    for found in run_ranks(2, memory_ranks.sharded_gradients, "qwen2", ALL, "fsdp2", "memory", 2, lora=True):
+        assert_same_gradients(found, wanted)
