@@ -70,7 +70,7 @@ def main() -> None:
     write("manual_sft", sft[:64])
     write("manual_sft_eval", sft[64:])
 
-    write("manual_pt", [{"text": topics[name].strip()} for name in sorted(topics) if len(topics[name]) > 1000][:48])
+    write("manual_pt", [{"text": topics[name].strip()} for name in sorted(topics) if len(topics[name]) > 1000][:38])
 
     dpo, kto = [], []
     for i in range(64):

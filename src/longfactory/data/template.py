@@ -54,6 +54,7 @@ class Template:
 
     `eos_after_answer`: the last answer is closed by eos, and eos is also the label (not the input) at the first token of each later
     turn; the sample's budget is one token smaller. `system_in_user`: the system text is put inside the first user message.
+    `call_by_call`: of several tool calls each fills the function slot, else one fill holds them all.
     `thinking`: answers without a thought get an empty one: trained when `enable_thinking` is true, else masked.
     """
 
@@ -76,6 +77,7 @@ class Template:
     replace_eos: bool = False
     replace_chat_template: bool = False
     system_in_user: bool = False
+    call_by_call: bool = False
     thinking: bool = False
     empty_thought: str | None = None
     enable_thinking: bool | None = True
@@ -167,10 +169,11 @@ class Template:
             case "observation":
                 return fill(self.user if self.observation is None else self.observation, message.content)
             case "function":
-                return fill(self.assistant if self.function is None else self.function, self._call_text(message.content))
+                slot = self.assistant if self.function is None else self.function
+                return [piece for text in self._call_texts(message.content) for piece in fill(slot, text)]
 
-    def _call_text(self, content: str) -> str:
-        """Text of a tool call. A thought around the JSON is kept in front of the call."""
+    def _call_texts(self, content: str) -> list[str]:
+        """Texts of a message's tool calls. A thought around the JSON is kept in front of the first."""
         before, text = "", content
         if not self.system_in_user:
             opening, closing = map(re.escape, self.call_words)
@@ -186,7 +189,12 @@ class Template:
             calls = json.loads(text)
         except json.JSONDecodeError as e:
             raise BadRow(f"a tool call is not JSON: {e.msg} at character {e.pos}") from None
-        return before + tool_formats.write_calls(self.calls, calls)
+        calls = calls if isinstance(calls, list) else [calls]
+        if not calls:
+            raise BadRow("a tool call is empty: the message lists no call")
+        groups = [[call] for call in calls] if self.call_by_call else [calls]
+        first, *rest = [tool_formats.write_calls(self.calls, group) for group in groups]
+        return [before + first, *rest]
 
 
 def stop_token_ids(template: Template, tokenizer: Any) -> list[int]:

@@ -12,7 +12,8 @@ from longfactory.data.arguments import DataArguments, option
 from longfactory.data.derive import ChatTemplate, check
 from longfactory.data.errors import DataError
 from longfactory.data.template import EOS, Template, fix_tokenizer
-from longfactory.data.template_table import COMPAT_0_9_1, TABLE
+from longfactory.data.template_compat import COMPAT_0_9_1
+from longfactory.data.template_table import TABLE
 
 AnyTemplate = Template | ChatTemplate
 

@@ -38,14 +38,14 @@ def describe_tools(form: str, tools: str) -> str:
         raise BadRow(f"a tool has not the expected fields: {type(e).__name__} {e}") from None
 
 
-def write_calls(form: str, calls: Any) -> str:
+def write_calls(form: str, calls: list[Any]) -> str:
     """Text of one or several calls, each {"name": ..., "arguments": ...}.
 
     Raises:
         BadRow: a call lacks a field, or the family cannot write several calls at once.
     """
     try:
-        return FORMS[form][1]([(c["name"], c["arguments"]) for c in (calls if isinstance(calls, list) else [calls])])
+        return FORMS[form][1]([(c["name"], c["arguments"]) for c in calls])
     except (KeyError, TypeError, AttributeError) as e:
         raise BadRow(f"a tool call needs a name and arguments: {type(e).__name__} {e}") from None
 
