@@ -44,6 +44,8 @@ class Other:
     sentence: str
 
 
+_RAY = "processes are started by longfactory train (NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT) or torchrun, not by Ray"
+
 NO_EFFECT: dict[str, Other] = {
     "flash_attn": Other(("auto",), "attention always goes through LongFactory's own kernels; attention_backend chooses among them"),
     "use_reentrant_gc": Other((True, False), "recomputation is done by LongFactory itself"),
@@ -64,6 +66,13 @@ NO_EFFECT: dict[str, Other] = {
     "eval_do_concat_batches": Other((True,), "evaluation never gathers logits"),
     "dataloader_in_order": Other((True,), "rows always come in their order"),
     "local_rank": Other((None,), "the launcher's environment tells each process its rank"),
+    "ray_num_workers": Other((1,), _RAY),
+    "ray_init_kwargs": Other((None,), _RAY),
+    "ray_run_name": Other((None,), _RAY),
+    "ray_storage_path": Other((None,), _RAY),
+    "ray_scope": Other(("last",), _RAY),
+    "placement_strategy": Other(("PACK",), _RAY),
+    "resources_per_worker": Other((None,), _RAY),
     "image_max_pixels": Other((768 * 768,), "LongFactory trains on text"),
     "image_min_pixels": Other((32 * 32,), "LongFactory trains on text"),
     "image_do_pan_and_scan": Other((False,), "LongFactory trains on text"),
@@ -87,7 +96,6 @@ _EXPORT_Q = "export writes full precision; quantise the exported folder with a t
 _KT = "KTransformers is not supported; use optimizer_placement: host or a DeepSpeed offload JSON"
 _PPO = "ppo is not supported; use stage: dpo or kto, or stage: rm for a reward model alone"
 _SWAN = "set report_to: swanlab and SwanLab's environment variables (SWANLAB_PROJECT, SWANLAB_WORKSPACE, SWANLAB_API_KEY, ...)"
-_RAY = "Ray is not supported; start with longfactory train (NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT) or torchrun"
 _PROF = "the profiler is not built in; wrap the run in nsys, or use torch.profiler in a callback"
 _FP8 = "fp8 training is not supported; use bf16: true"
 _MCA = "Megatron back ends are not supported; use sequence_parallel_size and sharding: fsdp2"
@@ -136,6 +144,13 @@ REFUSED: dict[str, Other] = {
     "kt_expert_checkpoint_path": Other((None,), _KT),
     "kt_use_lora_experts": Other((None,), _KT),
     "kt_lora_expert_num": Other((None,), _KT),
+    "kt_optimize_rule": Other((None,), _KT),
+    "kt_maxlen": Other((4096,), _KT),
+    "kt_use_cuda_graph": Other((True,), _KT),
+    "kt_mode": Other(("normal",), _KT),
+    "kt_force_think": Other((False,), _KT),
+    "cpu_infer": Other((32,), _KT),
+    "chunk_size": Other((8192,), _KT),
     "kt_lora_expert_intermediate_size": Other((None,), _KT),
     # adapters
     "pissa_convert": Other((False,), "the adapter is saved as it is trained; merge it with longfactory export"),
@@ -188,13 +203,6 @@ REFUSED: dict[str, Other] = {
     "use_megatron_bridge": Other((False,), _MCA),
     "use_hyper_parallel": Other((False,), _MCA),
     "hyper_parallel_args": Other((None,), _MCA),
-    "ray_num_workers": Other((1,), _RAY),
-    "ray_init_kwargs": Other((None,), _RAY),
-    "ray_run_name": Other((None,), _RAY),
-    "ray_storage_path": Other((None,), _RAY),
-    "ray_scope": Other(("last",), _RAY),
-    "placement_strategy": Other(("PACK",), _RAY),
-    "resources_per_worker": Other((None,), _RAY),
     "master_addr": Other((None,), "set the environment variable MASTER_ADDR"),
     "master_port": Other((None,), "set the environment variable MASTER_PORT"),
     "fp8": Other((False,), _FP8),
@@ -258,3 +266,12 @@ REFUSED: dict[str, Other] = {
     "batching_strategy": Other((None,), "use packing: true"),
 }
 """Keys that are refused unless harmless, with what to use instead."""
+
+_OTHER_QUANTISER = "only bitsandbytes quantises while loading (quantization_method: bnb); a model that is already quantised needs no key"
+
+REFUSED_VALUES: dict[str, dict[str, str]] = {
+    "stage": {"ppo": _PPO},
+    "finetuning_type": {"oft": "oft is not supported; use finetuning_type: lora"},
+    "quantization_method": {name: _OTHER_QUANTISER for name in ("gptq", "awq", "aqlm", "quanto", "eetq", "hqq", "mxfp4", "fp8")},
+}
+"""Values of our own keys that LLaMA-Factory knows and that are refused, with what to use instead."""

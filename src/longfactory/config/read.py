@@ -11,6 +11,8 @@ from typing import Any
 from longfactory.errors import ConfigError
 
 FILES = (".yaml", ".yml", ".json")
+EXPONENT = re.compile(r"[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+")
+"""Numbers like 1e-4, which YAML 1.1 takes for text."""
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
 
@@ -62,25 +64,59 @@ def _flag(name: str, words: list[str], is_switch: Callable[[str], bool]) -> dict
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file."""
+    """The mapping in a YAML or JSON file. `${oc.env:NAME}` and the like are resolved as OmegaConf does.
+
+    Raises:
+        ConfigError: the file is missing, is not valid, or gives a key twice with different values.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     if not path.is_file():
         raise ConfigError(f"There is no file {path}.")
     try:
         text = path.read_text(encoding="utf-8")
-        loaded = OmegaConf.create(json.loads(text)) if path.suffix == ".json" else OmegaConf.create(text)
-        content = OmegaConf.to_container(loaded, resolve=True)
-    except (YAMLError, OmegaConfBaseException, ValueError, OSError) as e:
+        content = json.loads(text) if path.suffix.lower() == ".json" else _yaml(text, path)
+        if content is None:
+            content = {}
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path} holds no keys; a mapping of keys to values is needed.")
+        bad = [k for k in content if not isinstance(k, str)]
+        if bad:
+            raise ConfigError(f"{path}: the key {bad[0]!r} is not text.")
+        resolved = OmegaConf.to_container(OmegaConf.create(content), resolve=True)
+    except ConfigError:
+        raise
+    except (OmegaConfBaseException, ValueError, OSError) as e:
         raise ConfigError(f"{path} cannot be read: {str(e).strip()}") from e
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds a list; a mapping of keys to values is needed.")
-    bad = [k for k in content if not isinstance(k, str)]
-    if bad:
-        raise ConfigError(f"{path}: the key {bad[0]!r} is not text.")
-    return {str(k): v for k, v in content.items()}
+    assert isinstance(resolved, dict)
+    return {str(k): v for k, v in resolved.items()}
+
+
+def _yaml(text: str, path: Path) -> Any:
+    """YAML with 1e-4 as a number. A key may stand twice if it says the same thing."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen: dict[Any, Any] = {}
+            for key_node, value_node in node.value:
+                if key_node.tag == "tag:yaml.org,2002:merge":
+                    continue
+                key, value = self.construct_object(key_node, deep=True), self.construct_object(value_node, deep=True)
+                if not isinstance(key, (str, int, float, bool, type(None))):
+                    raise ConfigError(f"{path}, line {key_node.start_mark.line + 1}: a key must be text.")
+                if key in seen and seen[key] != value:
+                    line = key_node.start_mark.line + 1
+                    raise ConfigError(f"{path}, line {line}: {key} stands twice, as {seen[key]!r} and {value!r}. Keep one.")
+                seen[key] = value
+            return super().construct_mapping(node, deep)
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789."))
+    try:
+        return yaml.load(text, Loader=Loader)  # a SafeLoader
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from e
 
 
 def _override(word: str) -> dict[str, Any]:

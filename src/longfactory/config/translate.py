@@ -9,7 +9,7 @@ from typing import Any
 
 from longfactory.config.arguments import GROUPS
 from longfactory.config.fields import Key, coerce, keys_of
-from longfactory.config.other_keys import ALIASES, NO_EFFECT, REFUSED, Other
+from longfactory.config.other_keys import ALIASES, NO_EFFECT, REFUSED, REFUSED_VALUES, Other
 from longfactory.config.trainer_keys import TRAINER_KEYS
 from longfactory.errors import ConfigError
 
@@ -100,6 +100,10 @@ def drop_others(values: dict[str, Any]) -> list[str]:
             notes.append(f"{name}: {shown} has no effect: {other.sentence}.")
         else:
             refusals.append(f"{name}: {shown} is refused: {other.sentence}.")
+    for name, sentences in REFUSED_VALUES.items():
+        sentence = sentences.get(str(values.get(name)).lower())
+        if sentence is not None:
+            refusals.append(f"{name}: {values[name]} is refused: {sentence}.")
     if refusals:
         raise ConfigError("\n".join(refusals))
     return notes

@@ -53,7 +53,8 @@ def load_tokenizer(cfg: RunConfig) -> Any:
         from longfactory.data.templates import get_template
 
         quiet = logging.getLogger("longfactory.output")
-        get_template(cfg.data, tokenizer, quiet)  # gives the tokenizer what the template needs
+        data: Any = cfg.data
+        get_template(data, tokenizer, quiet)  # gives the tokenizer what the template needs
     return tokenizer
 
 
