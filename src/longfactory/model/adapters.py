@@ -64,7 +64,11 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The name and list of the decoder layers: the longest ModuleList of one layer type outside vision parts."""
     best: tuple[str, nn.ModuleList] | None = None
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not re.search(r"vision|visual|audio|experts|lora", name) and (best is None or len(module) > len(best[1])):
+        if (
+            isinstance(module, nn.ModuleList)
+            and not re.search(r"vision|visual|audio|experts|lora", name)
+            and (best is None or len(module) > len(best[1]))
+        ):
             best = (name, module)
     if best is None:
         raise UserError(f"{type(model).__name__} has no list of decoder layers; finetuning_type: freeze cannot be applied to it.")
@@ -76,7 +80,9 @@ def _freeze(model: nn.Module, method: Any) -> None:
     n, count = len(layers), method.freeze_trainable_layers
     if method.use_llama_pro:
         if n % count:
-            raise UserError(f"use_llama_pro trains every ({n}/{count})th layer: {n} layers are not divisible by freeze_trainable_layers: {count}.")
+            raise UserError(
+                f"use_llama_pro trains every ({n}/{count})th layer: {n} layers are not divisible by freeze_trainable_layers: {count}."
+            )
         stride = n // count
         chosen = range(stride - 1, n, stride)
     else:
@@ -85,12 +91,16 @@ def _freeze(model: nn.Module, method: Any) -> None:
     layer_names = {part for layer in layers for name, _ in layer.named_parameters() for part in name.split(".")}
     unknown = [m for m in names if m != "all" and m not in layer_names]
     if unknown:
-        raise UserError(f"freeze_trainable_modules: {', '.join(unknown)} not found in a decoder layer. It has: {', '.join(sorted(layer_names))}.")
+        raise UserError(
+            f"freeze_trainable_modules: {', '.join(unknown)} not found in a decoder layer. It has: {', '.join(sorted(layer_names))}."
+        )
     extra = _names(method.freeze_extra_modules)
     others = {part for name, _ in model.named_parameters() if not name.startswith(prefix + ".") for part in name.split(".")}
     unknown = [m for m in extra if m not in others]
     if unknown:
-        raise UserError(f"freeze_extra_modules: {', '.join(unknown)} not found outside the decoder layers. There are: {', '.join(sorted(others))}.")
+        raise UserError(
+            f"freeze_extra_modules: {', '.join(unknown)} not found outside the decoder layers. There are: {', '.join(sorted(others))}."
+        )
     picked = {f"{prefix}.{i}." for i in chosen}
     for name, p in model.named_parameters():
         in_layer = any(name.startswith(s) for s in picked) and ("all" in names or any(m in name.split(".") for m in names))
@@ -135,7 +145,9 @@ def _lora(model: Any, method: Any, adapters: list[str], is_trainable: bool, resi
     leaves = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     unknown = [t for t in [*targets, *(saved or [])] if t not in leaves and not any(n.endswith(t) for n, _ in model.named_modules())]
     if unknown:
-        raise UserError(f"lora_target or additional_target: {', '.join(unknown)} not found in the model. Linear layers: {', '.join(linear_names(model))}.")
+        raise UserError(
+            f"lora_target or additional_target: {', '.join(unknown)} not found in the model. Linear layers: {', '.join(linear_names(model))}."
+        )
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         inference_mode=False,

@@ -55,7 +55,12 @@ def load_tokenizer(args: Any) -> Any:
     path, extra = resolve(args.model_name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            path, use_fast=args.use_fast_tokenizer, split_special_tokens=args.split_special_tokens, padding_side="right", **_hub_arguments(args), **extra
+            path,
+            use_fast=args.use_fast_tokenizer,
+            split_special_tokens=args.split_special_tokens,
+            padding_side="right",
+            **_hub_arguments(args),
+            **extra,
         )
     except OSError as error:
         raise UserError(f"No tokenizer could be loaded from {args.model_name_or_path}: {_first_line(error)}") from error
@@ -147,6 +152,8 @@ def load_model(
         # The weights are ordinary numbers now; saved as such, the folder must not claim to be quantised.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
+        for name in ("is_quantized", "hf_quantizer", "quantization_method"):
+            model.__dict__.pop(name, None)
         model.config.name_or_path = EMBEDDED
         model.name_or_path = EMBEDDED
     model.config.use_cache = False

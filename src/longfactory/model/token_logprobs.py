@@ -66,7 +66,14 @@ class _ChunkedLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform, chunk: int, grad_dtype: torch.dtype
+        ctx: Any,
+        h: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        transform: LogitTransform,
+        chunk: int,
+        grad_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.float64 if h.dtype == torch.float64 else torch.float32
         logps = torch.empty(h.shape[0], dtype=wide, device=h.device)

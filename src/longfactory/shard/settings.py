@@ -89,6 +89,21 @@ def fix_fsdp2_plugin(accelerator: Any, model: Any) -> None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=None)
 
 
+def check_sharding(accelerator: Any, sharding: str, world: int) -> None:
+    """Refuses a run in which accelerate quietly chose something else: then each process would train alone, on its own part.
+
+    Raises:
+        UserError: with what was asked for and what accelerate made of it.
+    """
+    got = str(accelerator.distributed_type).rsplit(".", 1)[-1]
+    fits = {"none": ("NO",), "ddp": ("MULTI_CPU", "MULTI_GPU"), "fsdp2": ("FSDP",), "deepspeed": ("DEEPSPEED",)}[sharding]
+    if got not in fits or accelerator.num_processes != world:
+        raise UserError(
+            f"{world} processes were started to train with sharding {sharding}, but accelerate runs {accelerator.num_processes} as {got}. "
+            "Check that use_cpu, the launcher and the accelerate configuration agree with the machine."
+        )
+
+
 def deepspeed_config(path_or_dict: str | dict[str, Any], *, bf16: bool) -> dict[str, Any]:
     """The user's DeepSpeed JSON with what it leaves open filled in. What the user wrote is never changed.
 

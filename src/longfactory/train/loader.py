@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from longfactory.data.row import Row
+from longfactory.train.reference import ReferenceCache
 
 
 class RowSampler(Sampler[list[int]]):
@@ -97,15 +98,27 @@ class RowStream(IterableDataset):
 
 
 class Collate:
-    """Samples -> {"row": Row}, in a worker process. No samples give a row that trains nothing."""
+    """Samples -> {"row": Row}, in a worker process. No samples give a row that trains nothing.
 
-    def __init__(self, collate: Callable[[list[Any], int, int], Row], multiple: int, pad_id: int, empty: Callable[[int, int], Row]):
-        self.collate, self.multiple, self.pad_id, self.empty = collate, multiple, pad_id, empty
+    `reference` gives the cache of the reference's log-probabilities that are attached to the documents, or None.
+    """
+
+    def __init__(
+        self,
+        collate: Callable[[list[Any], int, int], Row],
+        multiple: int,
+        pad_id: int,
+        empty: Callable[[int, int], Row],
+        reference: Callable[[], ReferenceCache | None] = lambda: None,
+    ):
+        self.collate, self.multiple, self.pad_id, self.empty, self.reference = collate, multiple, pad_id, empty, reference
 
     def __call__(self, samples: list[Any]) -> dict[str, Row]:
         if not samples:
             return {"row": self.empty(self.multiple, self.pad_id)}
-        return {"row": self.collate(samples, self.multiple, self.pad_id)}
+        row = self.collate(samples, self.multiple, self.pad_id)
+        cache = self.reference()
+        return {"row": row if cache is None else cache.attach(row)}
 
 
 def empty_row(multiple: int, pad_id: int) -> Row:
@@ -122,7 +135,16 @@ def empty_row(multiple: int, pad_id: int) -> Row:
 
 
 def make_loader(
-    dataset: Any, sampler: RowSampler | None, collate: Collate, *, batch: int, groups: int, group: int, workers: int, pin: bool, prefetch: int | None
+    dataset: Any,
+    sampler: RowSampler | None,
+    collate: Collate,
+    *,
+    batch: int,
+    groups: int,
+    group: int,
+    workers: int,
+    pin: bool,
+    prefetch: int | None,
 ) -> DataLoader:
     """A plain DataLoader: indexable data sets go by `sampler`, streams take turns."""
     common: dict[str, Any] = {"num_workers": workers, "pin_memory": pin, "collate_fn": collate}

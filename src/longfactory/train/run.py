@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
+import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,16 +15,19 @@ from transformers import set_seed
 from longfactory import sp
 from longfactory.config import RunConfig
 from longfactory.data import module as data
+from longfactory.data.templates import get_template
 from longfactory.errors import UserError
 from longfactory.model import adapters, load
-from longfactory.model.token_logprobs import TokenLogprobs, check_head
+from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.model.value_head import TokenValues
 from longfactory.shard import settings as shard
 from longfactory.sp import hf
 from longfactory.train import output
 from longfactory.train.callbacks import AtStart, LogFile
+from longfactory.train.prove import prove_exact
 from longfactory.train.stages import Stage, make_stage
 from longfactory.train.trainer import RowTrainer
+from longfactory.train.with_reference import attach_reference
 
 log = logging.getLogger("longfactory")
 
@@ -38,13 +42,15 @@ def run(cfg: RunConfig) -> dict[str, float]:
     cuda = torch.cuda.is_available() and not cfg.hf.get("use_cpu", False)
     size = cfg.parallel.sequence_parallel_size
     if world % size:
-        raise UserError(f"sequence_parallel_size: {size} does not divide the {world} processes. Start a multiple of {size} processes, or lower it.")
+        raise UserError(
+            f"sequence_parallel_size: {size} does not divide the {world} processes. Start a multiple of {size} processes, or lower it."
+        )
 
     model_config = load.load_config(cfg.model, cfg.data.cutoff_len)
     sharding = choose_sharding(cfg, model_config, world, cuda)
     args = training_arguments(cfg, sharding)
     main = args.process_index == 0
-    logging.getLogger("longfactory").setLevel(logging.INFO if main else logging.WARNING)
+    _set_up_log(main)
     set_seed(args.seed)  # adapters and value heads begin the same on every rank
     ctx = sp.SequenceParallel.create(
         size,
@@ -57,13 +63,15 @@ def run(cfg: RunConfig) -> dict[str, float]:
 
     tokenizer = load.load_tokenizer(cfg.model)
     stage = make_stage(cfg.method.stage, cfg.method)
-    datasets = data.load_datasets(cfg, tokenizer=tokenizer, seed=args.seed, log=log.info)
+    datasets = load_data(cfg, tokenizer, args)
     if main:
-        for line in describe(cfg, ctx, args, sharding, datasets):
-            log.info(line)
+        cfg.write()
+    for line in describe(cfg, ctx, args, sharding, datasets):
+        log.info(line)
 
-    model, head, vocabulary_grew = build_model(cfg, model_config, tokenizer, ctx, args, stage)
+    model, head = build_model(cfg, model_config, tokenizer, ctx, args, stage)
     trainer = make_trainer(cfg, args, ctx, stage, model, head, tokenizer, datasets)
+    shard.check_sharding(trainer.accelerator, sharding, world)
     if sharding == "fsdp2":
         shard.fix_fsdp2_plugin(trainer.accelerator, model)
 
@@ -88,6 +96,29 @@ def run(cfg: RunConfig) -> dict[str, float]:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return metrics
+
+
+def _set_up_log(main: bool) -> None:
+    """One process speaks; the others keep to errors."""
+    logger = logging.getLogger("longfactory")
+    logger.setLevel(logging.INFO if main else logging.ERROR)
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
+        logger.propagate = False
+
+
+def load_data(cfg: RunConfig, tokenizer: Any, args: Any) -> data.Datasets:
+    """The tokenised data of the run."""
+    share = cfg.method.pref_share_prompt
+    options = types.SimpleNamespace(
+        **{f.name: getattr(cfg.data, f.name) for f in dataclasses.fields(cfg.data)},
+        pref_share_prompt=True if share == "auto" else share,
+        hf_hub_token=cfg.model.hf_hub_token,
+    )
+    template = None if cfg.method.stage == "pt" else get_template(options, tokenizer, log)
+    return data.load_datasets(options, stage=cfg.method.stage, tokenizer=tokenizer, template=template, seed=args.seed, log=log)
 
 
 def choose_sharding(cfg: RunConfig, model_config: Any, world: int, cuda: bool) -> str:
@@ -127,12 +158,14 @@ def training_arguments(cfg: RunConfig, sharding: str) -> Any:
         )
     if sharding == "deepspeed":
         extra["deepspeed"] = shard.deepspeed_config(cfg.hf["deepspeed"], bf16=bool(cfg.hf.get("bf16")))
+    if not torch.cuda.is_available() and sharding != "deepspeed":
+        extra["use_cpu"] = True  # without it accelerate opens no process group on a machine without GPUs, and every process trains alone
     args = cfg.training_arguments(**extra)
     args.device  # noqa: B018  opens the process group
     return args
 
 
-def build_model(cfg: RunConfig, model_config: Any, tokenizer: Any, ctx: sp.SequenceParallel, args: Any, stage: Stage) -> tuple[Any, Any, bool]:
+def build_model(cfg: RunConfig, model_config: Any, tokenizer: Any, ctx: sp.SequenceParallel, args: Any, stage: Stage) -> tuple[Any, Any]:
     """The model with the engine's attention, what is trained of it, its output layer taken over, and its memory plan."""
     dtype = load.compute_dtype(args) if not cfg.method.pure_bf16 else torch.bfloat16
     quantization = load.quantization_config(cfg.model, dtype)
@@ -145,14 +178,18 @@ def build_model(cfg: RunConfig, model_config: Any, tokenizer: Any, ctx: sp.Seque
         )
     hf.prepare(model, ctx)
     model = adapters.apply_finetuning(model, cfg.method, cfg.model, resized=grew)
-    head = TokenValues(model) if stage.output == "values" else TokenLogprobs(model, None if cfg.memory.logprob_chunk == "auto" else cfg.memory.logprob_chunk)
+    head = (
+        TokenValues(model)
+        if stage.output == "values"
+        else TokenLogprobs(model, None if cfg.memory.logprob_chunk == "auto" else cfg.memory.logprob_chunk)
+    )
     zero3 = bool(args.deepspeed) and args.hf_deepspeed_config is not None and args.hf_deepspeed_config.is_zero3()
     if not cfg.method.pure_bf16 and not zero3:
         adapters.cast_trainable(model)
     trainable, total = adapters.count_parameters(model)
     log.info("Trainable parameters: %s of %s (%.2f %%)", f"{trainable:,}", f"{total:,}", 100 * trainable / max(total, 1))
     apply_memory(cfg, model, ctx)
-    return model, head, grew
+    return model, head
 
 
 def apply_memory(cfg: RunConfig, model: Any, ctx: sp.SequenceParallel) -> None:
@@ -187,37 +224,12 @@ def make_trainer(
         callbacks=[LogFile(args.output_dir, overwrite=cfg.output.overwrite_output_dir)],
     )
     trainer.add_callback(AtStart(lambda: prove_exact(trainer)))
+    trainer.add_callback(AtStart(lambda: attach_reference(trainer, cfg)))
     if cfg.method.early_stopping_steps is not None:
         from transformers import EarlyStoppingCallback
 
         trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=cfg.method.early_stopping_steps))
     return trainer
-
-
-def prove_exact(trainer: RowTrainer) -> None:
-    """Before the first step, on the wrapped model: the guard of the attention, and the check of the output layer. Every rank calls it.
-
-    Raises:
-        UserError: the model cannot be trained exactly; the message names the reason.
-    """
-    model = trainer.model_wrapped
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), trainer.compute_loss_context_manager():
-            hf.guard(model, trainer.ctx)
-            if isinstance(trainer.head, TokenLogprobs):
-                length = sp.alignment(trainer.ctx)
-                while length < 16:
-                    length *= 2
-                plan = sp.plan(length, (sp.Segment(0, length),), trainer.ctx)
-                ids = torch.arange(length) % 97 + 3
-                inputs = hf.inputs({"input_ids": ids, "position_ids": torch.arange(length)}, plan, device=trainer.args.device)
-                check_head(model, trainer.head, inputs, ids[plan.index.cpu()])
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    finally:
-        model.train(was_training)
 
 
 def optimizer_factory(cfg: RunConfig) -> Callable[[Any, Any], torch.optim.Optimizer] | None:
@@ -253,9 +265,7 @@ def describe(cfg: RunConfig, ctx: sp.SequenceParallel, args: Any, sharding: str,
     if datasets.train is not None and hasattr(datasets.train, "__len__"):
         lengths = datasets.train.lengths
         longest = int(max(lengths)) if len(lengths) else 0
-        lines.append(f"Training data: {len(datasets.train)} rows, {int(sum(lengths)):,} tokens, longest {longest:,} ({-(-longest // ctx.size):,} a device)")
+        lines.append(
+            f"Training data: {len(datasets.train)} rows, {int(sum(lengths)):,} tokens, longest {longest:,} ({-(-longest // ctx.size):,} a device)"
+        )
     return lines
-
-
-def output_dir(cfg: RunConfig) -> Path:
-    return Path(cfg.hf["output_dir"])

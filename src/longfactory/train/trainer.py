@@ -8,6 +8,7 @@ whose backward is its exact adjoint. DDP, FSDP2 and ZeRO average over all W = DP
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -26,8 +27,9 @@ from longfactory.errors import UserError
 from longfactory.model.outputs import TokenOutputs
 from longfactory.shard import export
 from longfactory.sp import hf
-from longfactory.train.metrics import MetricSums, Metrics
 from longfactory.train.loader import Collate, RowSampler, empty_row, make_loader
+from longfactory.train.metrics import Metrics, MetricSums
+from longfactory.train.reference import ReferenceCache, as_reference
 
 STATE_FILE = "longfactory_state.json"
 
@@ -67,7 +69,10 @@ class RowTrainer(Trainer):
     ):
         self.ctx, self.stage, self.head = ctx, stage, head
         self.shuffle, self.make_optimizer, self.log_tokens = shuffle, make_optimizer, log_tokens
-        self.collate_rows = Collate(collate, sp.alignment(ctx), pad_id, empty_row)
+        self.collate, self.pad_id = collate, pad_id
+        # By data set: the reference's log-probabilities, computed before training; and whether the adapter is switched off to get them.
+        self.reference_caches: dict[int, ReferenceCache] = {}
+        self.reference_by_adapter = False
         self._train_metrics, self._eval_metrics = MetricSums(), MetricSums()
         super().__init__(model, args, **kwargs)
         # transformers before 5.19 has no loss_is_scaled_for_ga; it does not divide where the model takes the count itself.
@@ -76,8 +81,11 @@ class RowTrainer(Trainer):
 
     # ---- data -----------------------------------------------------------------------------------------------------------------------
 
-    def _loader(self, dataset: Any, batch: int, shuffle: bool) -> DataLoader:
+    def loader(self, dataset: Any, batch: int, shuffle: bool) -> DataLoader:
+        """Rows of a data set for this data-parallel group."""
         ctx, args = self.ctx, self.args
+        # The cache is looked up when the loader starts, not now: it is made after the training loader.
+        collate = Collate(self.collate, sp.alignment(ctx), self.pad_id, empty_row, lambda: self.reference_caches.get(id(dataset)))
         sampler = None
         if hasattr(dataset, "__len__"):
             by_length = shuffle and getattr(args, "train_sampling_strategy", "random") == "group_by_length"
@@ -94,7 +102,7 @@ class RowTrainer(Trainer):
         return make_loader(
             dataset,
             sampler,
-            self.collate_rows,
+            collate,
             batch=batch,
             groups=ctx.dp_size,
             group=ctx.dp_rank,
@@ -104,14 +112,14 @@ class RowTrainer(Trainer):
         )
 
     def get_train_dataloader(self) -> DataLoader:
-        loader = self._loader(self.train_dataset, self._train_batch_size, self.shuffle)
+        loader = self.loader(self.train_dataset, self._train_batch_size, self.shuffle)
         loader.set_epoch = (loader.batch_sampler or loader.dataset).set_epoch  # type: ignore[attr-defined]
         return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]  # type: ignore[index]
-        return self._loader(eval_dataset if eval_dataset is not None else self.eval_dataset, self.args.eval_batch_size, False)
+        return self.loader(eval_dataset if eval_dataset is not None else self.eval_dataset, self.args.eval_batch_size, False)
 
     def get_total_train_batch_size(self, args: Any) -> int:
         return self._train_batch_size * args.gradient_accumulation_steps * self.ctx.dp_size
@@ -143,8 +151,9 @@ class RowTrainer(Trainer):
         """[T] log-probabilities of the whole row (or values), the same on every rank of the group. `row` is on the host."""
         plan = sp.plan(len(row), row.segments, self.ctx)
         device = self.args.device
-        inputs = hf.inputs({"input_ids": row.input_ids, "position_ids": row.position_ids}, plan, device=device)
-        with self.head.labels(row.labels[plan.index.cpu()]):
+        ids, positions = (x.to(device, non_blocking=True) for x in (row.input_ids, row.position_ids))
+        inputs = hf.inputs({"input_ids": ids, "position_ids": positions}, plan)
+        with self.head.labels(row.labels[plan.index]):
             out = model(**inputs)
             local = self.head.outputs(out.logits)
         gathered = {
@@ -156,7 +165,13 @@ class RowTrainer(Trainer):
 
     def stage_loss(self, model: nn.Module, row: Row) -> tuple[Tensor, Metrics]:
         """Sum of the loss over this group's items and the stage's metrics."""
+        reference = None
+        if self.reference_by_adapter:
+            with as_reference(model, adapter_off=True):
+                reference = self.token_outputs(model, row).logps
         outputs = self.token_outputs(model, row)
+        if reference is not None:
+            outputs = dataclasses.replace(outputs, reference=reference)
         ctx = self.ctx
         loss_sum, metrics = self.stage.loss_sum(
             outputs, row.to(self.args.device), dp_sum=self._sum_over_groups, dp_rank=ctx.dp_rank, dp_size=ctx.dp_size
@@ -268,4 +283,3 @@ class RowTrainer(Trainer):
                     f"The checkpoint {checkpoint} was made with {key} = {then[key]}, this run has {now[key]}: it would go on with other "
                     "samples. Use the same data and seed, or set ignore_data_skip: true."
                 )
-

@@ -1,0 +1,185 @@
+"""Gives a preference run its reference: the adapter switched off, or numbers computed once before the first step and kept on disk.
+
+Without `ref_model` the reference is the model as it is before the first step, so the pass is made with the very model that is trained, wrapped
+and sharded as it is: no second model is ever held. With `ref_model` that model is loaded for the pass and dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longfactory.data.module import cache_root
+from longfactory.data.row import Row
+from longfactory.errors import UserError
+from longfactory.model import adapters, load
+from longfactory.model.token_logprobs import TokenLogprobs
+from longfactory.sp import hf
+from longfactory.train import reference
+from longfactory.train.trainer import RowTrainer
+
+
+def attach_reference(trainer: RowTrainer, cfg: Any) -> None:
+    """Called once the model is wrapped and before the first step; every rank calls it. Does nothing for losses without a reference.
+
+    Raises:
+        UserError: the run resumes and the numbers of its beginning are gone; or the reference model does not fit.
+    """
+    if not trainer.stage.needs_reference:
+        return
+    reference.disable_dropout(trainer.model_wrapped)
+    by_adapter = cfg.method.finetuning_type == "lora" and cfg.method.ref_model is None
+    if by_adapter and not cfg.method.precompute_ref_log_probs:
+        trainer.reference_by_adapter = True
+        return
+    datasets: list[tuple[Any, int, bool]] = []
+    if trainer.train_dataset is not None:
+        datasets.append((trainer.train_dataset, trainer._train_batch_size, trainer.shuffle))
+    evaluation = trainer.eval_dataset or {}
+    for d in evaluation.values() if isinstance(evaluation, dict) else [evaluation]:
+        datasets.append((d, trainer.args.eval_batch_size, False))
+    if any(not hasattr(d, "__len__") for d, _, _ in datasets):
+        raise UserError("Reference log-probabilities are computed before training, which a stream does not allow. Set streaming: false.")
+
+    if cfg.method.ref_model is not None:
+        logps_of, close = _other_model(trainer, cfg)
+        started = False
+    else:
+        model = trainer.model_wrapped
+
+        def logps_of(row: Row) -> Tensor:
+            with reference.as_reference(model, adapter_off=by_adapter), trainer.compute_loss_context_manager():
+                return trainer.token_outputs(model, row).logps
+
+        started = trainer.state.global_step > 0 and not by_adapter
+
+        def close() -> None:
+            return None
+
+    try:
+        for dataset, batch, shuffle in datasets:
+            parts = _parts(cfg, dataset)
+            folder = cache_root().parent / "reference"
+            if started and not _everywhere(trainer)(_file(folder, parts, trainer).exists()):
+                raise UserError(
+                    "The run resumes, and the reference log-probabilities of its beginning are not in the cache "
+                    f"({folder}): the model is no longer the reference. Begin anew (overwrite_output_dir: true), or name a ref_model."
+                )
+            cache, _ = reference.load_or_precompute(
+                folder,
+                parts,
+                lambda dataset=dataset, batch=batch, shuffle=shuffle: _rows(trainer, dataset, batch, shuffle),
+                logps_of,
+                len(dataset),
+                ld_alpha=trainer.stage.ld_alpha,
+                dp_sum=trainer._sum_over_groups,
+                everywhere=_everywhere(trainer),
+                write=trainer.args.local_process_index == 0,
+            )
+            trainer.reference_caches[id(dataset)] = cache
+    finally:
+        close()
+
+
+def _rows(trainer: RowTrainer, dataset: Any, batch: int, shuffle: bool) -> Iterator[Row]:
+    """The rows of the first epoch, as training will see them: the numbers are then the same to the last bit."""
+    from tqdm import tqdm
+
+    loader = trainer.loader(dataset, batch, shuffle)
+    for item in tqdm(loader, desc="Reference log-probabilities", disable=not trainer.is_world_process_zero()):
+        yield item["row"]
+
+
+def _file(folder: Path, parts: dict[str, Any], trainer: RowTrainer) -> Path:
+    return reference.cache_file(folder, {**parts, "ld_alpha": trainer.stage.ld_alpha})
+
+
+def _everywhere(trainer: RowTrainer) -> Callable[[bool], bool]:
+    """Whether every rank says yes."""
+
+    def agree(mine: bool) -> bool:
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return mine
+        flag = torch.tensor(float(mine), device=trainer.args.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        return bool(flag.item())
+
+    return agree
+
+
+def _parts(cfg: Any, dataset: Any) -> dict[str, Any]:
+    """What the numbers depend on. The tokens themselves are checked document by document when they are used."""
+    name = cfg.method.ref_model or cfg.model.model_name_or_path
+    lengths = hashlib.sha256(str(list(map(int, dataset.lengths))).encode()).hexdigest()[:16]
+    return {
+        "model": load.fingerprint(name),
+        "adapters": list(cfg.method.ref_model_adapters if cfg.method.ref_model else cfg.model.adapter_name_or_path),
+        "stage": cfg.method.stage,
+        "data": [*cfg.data.dataset, *cfg.data.eval_dataset],
+        "lengths": lengths,
+        "template": cfg.data.template,
+        "cutoff_len": cfg.data.cutoff_len,
+        "bf16": bool(cfg.hf.get("bf16")),
+        "pure_bf16": cfg.method.pure_bf16,
+        "from_scratch": [cfg.model.train_from_scratch, cfg.trainer("seed")] if cfg.model.train_from_scratch else False,
+    }
+
+
+def _other_model(trainer: RowTrainer, cfg: Any) -> tuple[Callable[[Row], Tensor], Callable[[], None]]:
+    """`ref_model` for one pass: sharded like the policy where that is sharded by FSDP2, else whole on each device."""
+    import copy
+    import dataclasses
+
+    args = trainer.args
+    named = dataclasses.replace(
+        cfg.model,
+        model_name_or_path=cfg.method.ref_model,
+        adapter_name_or_path=cfg.method.ref_model_adapters,
+        quantization_bit=cfg.method.ref_model_quantization_bit,
+        train_from_scratch=False,
+    )
+    config = load.load_config(named, cfg.data.cutoff_len)
+    reference.check_reference(trainer.accelerator.unwrap_model(trainer.model_wrapped).config, config)
+    dtype = load.compute_dtype(args)
+    model = load.load_model(named, config, dtype, attention=hf.ATTENTION, quantization=load.quantization_config(named, dtype))
+    for path in cfg.method.ref_model_adapters:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, path).merge_and_unload()
+    model.requires_grad_(False)
+    hf.prepare(model, copy.copy(trainer.ctx))
+    head = TokenLogprobs(model, trainer.head.chunk)
+    if trainer.is_fsdp_enabled and args.device.type == "cuda":
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in adapters.decoder_layers(model)[1]:
+            fully_shard(layer)
+        fully_shard(model)
+    elif not named.quantization_bit:
+        model.to(args.device)
+    model.eval()
+
+    def logps_of(row: Row) -> Tensor:
+        own, trainer.head = trainer.head, head
+        try:
+            with torch.no_grad(), trainer.compute_loss_context_manager():
+                return trainer.token_outputs(model, row).logps
+        finally:
+            trainer.head = own
+
+    def close() -> None:
+        nonlocal model
+        del model
+        if args.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    return logps_of, close
+
+
+__all__ = ["attach_reference"]

@@ -1,0 +1,56 @@
+"""Makes accelerate honour FSDP2 and DeepSpeed on a CPU over gloo. Without this a Trainer on CPU silently trains copies (DDP)."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+def install_fsdp() -> None:
+    import accelerate.state as state
+    from accelerate.utils import DistributedType
+
+    original = state.AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        first = not self._shared_state.get("_fsdp_on_cpu", False)
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and first and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+            self._fsdp_on_cpu = True
+            state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+
+    state.AcceleratorState.__init__ = init
+
+
+def install_deepspeed() -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import accelerate.state as state
+    import deepspeed
+    from accelerate.utils import DistributedType
+
+    deepspeed.init_distributed("gloo")
+    original = state.PartialState._prepare_backend
+
+    def prepare(self: Any, cpu: bool = False, *args: Any, **kwargs: Any) -> Any:
+        backend, kind = original(self, cpu, *args, **kwargs)
+        if backend is None and int(os.environ.get("LOCAL_RANK", -1)) != -1:
+            return "gloo", DistributedType.MULTI_CPU
+        return backend, kind
+
+    state.PartialState._prepare_backend = prepare
+
+
+def reset() -> None:
+    """Forgets accelerate's singletons, so that one process can hold several trainers one after the other."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # else the next model is made already partitioned
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+    GradientState._reset_state()

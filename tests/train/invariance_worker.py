@@ -1,0 +1,254 @@
+"""Runs the trainer on many cases in one set of processes and compares each with a plain single-process loop.
+
+    torchrun --nproc_per_node 4 invariance_worker.py ddp|fsdp2|zero3 result.json ["case ..." ...]
+
+A case is "sp=2 mode=ulysses rows=packed ga=3 tune=lora family=llama".
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+import tempfile
+import traceback
+
+import cpu_sharding
+import torch
+import torch.distributed as dist
+import transformers
+from torch import nn
+
+from longfactory.data.row import IGNORE, Row, TokenizedDocument, make_row
+
+STEPS = 3
+CLIP = 0.5
+RATE = 0.5
+VOCAB = 97
+
+
+def tiny(family: str) -> nn.Module:
+    torch.manual_seed(7)
+    common = dict(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=VOCAB,
+        head_dim=8,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    special = {
+        "llama": dict(tie_word_embeddings=True, num_key_value_heads=1),  # tied head, fewer kv heads than ranks
+        "gemma2": dict(sliding_window=11, final_logit_softcapping=5.0, attn_logit_softcapping=7.0),  # soft-caps, a window
+        "qwen3": {},
+    }[family]
+    config = transformers.AutoConfig.for_model(family, **{**common, **special})
+    config.use_cache = False
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+
+
+def add_lora(model: nn.Module) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(11)
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"]))
+    for name, p in model.named_parameters():  # B = 0 would hide the gradient of A
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.05)
+    return model
+
+
+def samples(rows: str, total: int) -> list[list[TokenizedDocument]]:
+    """`total` samples. Labels are uneven: sample 0 is trained in its first quarter alone (a rank has nothing), sample 1 nowhere."""
+    g = torch.Generator().manual_seed(3)
+    out = []
+    for i in range(total):
+        lengths = (
+            [int(n) for n in torch.randint(5, 40, (4,), generator=g)]
+            if rows == "packed"
+            else [int(torch.randint(30, 70, (1,), generator=g))]
+        )
+        docs = []
+        for n in lengths:
+            ids = torch.randint(3, VOCAB, (n,), generator=g)
+            labels = ids.clone()
+            labels[: int(torch.randint(0, n // 2 + 1, (1,), generator=g))] = IGNORE
+            if i == 0:
+                labels = ids.clone()
+                labels[n // 4 :] = IGNORE
+            if i == 1:
+                labels[:] = IGNORE
+            docs.append(TokenizedDocument(ids.tolist(), labels.tolist(), sample=i))
+        out.append(docs)
+    return out
+
+
+def collate(samples: list[list[TokenizedDocument]], multiple: int, pad_id: int) -> Row:
+    return make_row([d for s in samples for d in s]).padded(multiple, pad_id)
+
+
+class Samples(list):
+    @property
+    def lengths(self) -> list[int]:
+        return [sum(len(d.input_ids) for d in s) for s in self]
+
+
+def reference(model: nn.Module, data: list, order: list[int], batch: int) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """The specification: each document by itself through the model, one process, plain SGD on the mean over the step's trained tokens."""
+    model = copy.deepcopy(model).double()
+    params = [p for p in model.parameters() if p.requires_grad]
+    losses, norms = [], []
+    for step in range(STEPS):
+        model.zero_grad()
+        total, count = 0.0, 0
+        for i in order[step * batch : (step + 1) * batch]:
+            for d in data[i]:
+                ids, labels = torch.tensor(d.input_ids), torch.tensor(d.labels)
+                logits = model(input_ids=ids[None]).logits[0, :-1].double()
+                target = labels[1:]
+                keep = target != IGNORE
+                logp = torch.log_softmax(logits, -1).gather(1, target.clamp(min=0)[:, None])[:, 0]
+                total = total - (logp * keep).sum()
+                count += int(keep.sum())
+        loss = total / max(count, 1)
+        loss.backward()
+        norms.append(nn.utils.clip_grad_norm_(params, CLIP).item())
+        losses.append(loss.item())
+        with torch.no_grad():
+            for p in params:
+                p -= RATE * p.grad
+    return losses, norms, {n: p.detach().float() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def run_case(sharding: str, case: dict[str, str]) -> dict[str, float | str]:
+    from longfactory import sp
+    from longfactory.model.token_logprobs import TokenLogprobs
+    from longfactory.shard import settings
+    from longfactory.shard.export import full_state_dict
+    from longfactory.sp import hf
+    from longfactory.train.stages import TokenStage
+    from longfactory.train.trainer import RowTrainer
+
+    world = int(os.environ["WORLD_SIZE"])
+    size, ga = int(case["sp"]), int(case["ga"])
+    groups = world // size
+    batch = 2 if case["rows"] == "batch2" else 1
+    total = batch * ga * groups
+    data = Samples(samples(case["rows"], total * STEPS))
+
+    model = tiny(case["family"])
+    if case["tune"] == "lora":
+        model = add_lora(model)
+    plain = model
+    model = copy.deepcopy(model)
+    model.set_attn_implementation(hf.ATTENTION) if hasattr(
+        model, "set_attn_implementation"
+    ) else model.base_model.model.set_attn_implementation(hf.ATTENTION)
+
+    cpu_sharding.reset()
+    extra: dict = {"accelerator_config": settings.accelerator_arguments(), "ddp_find_unused_parameters": False, "label_names": []}
+    if sharding == "fsdp2":
+        extra |= settings.fsdp2_arguments(efficient_loading=False)
+    if sharding == "zero3":
+        extra["deepspeed"] = settings.deepspeed_config(
+            {
+                "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 10000},
+                "zero_allow_untested_optimizer": True,
+            },
+            bf16=False,
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        args = transformers.TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=ga,
+            max_steps=STEPS,
+            learning_rate=RATE,
+            optim="sgd",
+            lr_scheduler_type="constant",
+            max_grad_norm=CLIP,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=5,
+            remove_unused_columns=False,
+            use_cpu=sharding != "zero3",
+            dataloader_num_workers=0,
+            **extra,
+        )
+        args.device  # noqa: B018
+        ctx = sp.SequenceParallel.create(size, mode=case["mode"])
+        hf.prepare(model, ctx)
+        head = TokenLogprobs(model, chunk=13)
+        trainer = RowTrainer(
+            model, args, ctx=ctx, stage=TokenStage(), head=head, collate=collate, pad_id=0, train_dataset=data, eval_dataset=data
+        )
+        if sharding == "fsdp2":
+            settings.fix_fsdp2_plugin(trainer.accelerator, model)
+        want_type = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}[sharding]
+        assert trainer.accelerator.distributed_type == want_type, (trainer.accelerator.distributed_type, want_type)
+        if case.get("prove"):
+            from longfactory.train.callbacks import AtStart
+            from longfactory.train.prove import prove_exact
+
+            trainer.add_callback(AtStart(lambda: prove_exact(trainer)))
+        sampler = trainer.get_train_dataloader().batch_sampler
+        trainer.train()
+        logs = [h for h in trainer.state.log_history if "loss" in h]
+        evaluated = trainer.evaluate()["eval_loss"]
+        if sharding == "fsdp2":
+            state = full_state_dict(trainer.model)
+        elif sharding == "zero3":
+            import deepspeed
+
+            unwrapped = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+            state = {}
+            for n, p in unwrapped.named_parameters():
+                with deepspeed.zero.GatheredParameters([p]):
+                    state[n] = p.detach().clone()
+        else:
+            state = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+    if dist.get_rank() != 0:
+        return {}
+    losses, norms, params = reference(plain, data, sampler.order(), total)
+    return {
+        "loss": max(abs(a["loss"] - b) for a, b in zip(logs, losses, strict=True)),
+        "grad_norm": max(abs(a["grad_norm"] - b) for a, b in zip(logs, norms, strict=True)),
+        "param": max((state[n].float().cpu() - p).abs().max().item() for n, p in params.items()),
+        "moved": max((dict(plain.named_parameters())[n].detach() - p).abs().max().item() for n, p in params.items()),
+        "eval": evaluated,
+    }
+
+
+def main() -> None:
+    sharding, path, cases = sys.argv[1], sys.argv[2], sys.argv[3:]
+    torch.set_num_threads(1)
+    if sharding == "fsdp2":
+        cpu_sharding.install_fsdp()
+    if sharding == "zero3":
+        cpu_sharding.install_deepspeed()
+    elif not dist.is_initialized():
+        dist.init_process_group("gloo")
+    results = {}
+    for text in cases:
+        case = dict(part.split("=") for part in text.split())
+        try:
+            results[text] = run_case(sharding, case)
+        except BaseException:
+            results[text] = {"error": traceback.format_exc()}
+            if dist.get_rank() == 0:
+                json.dump(results, open(path, "w"))
+            raise
+    if dist.get_rank() == 0:
+        json.dump(results, open(path, "w"))
+
+
+if __name__ == "__main__":
+    main()
