@@ -1,4 +1,4 @@
-"""What the tests of losses and stages share: TRL's loss on given log-probabilities, and data-parallel groups as threads."""
+"""What the tests of losses and stages share: small samples, formulas written plainly, TRL's loss, data-parallel groups as threads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from longfactory.data.row import IGNORE, Row, TokenizedDocument, make_row
 from longfactory.train import losses
 from longfactory.train.losses import DataParallel
 from longfactory.train.pairs import PairLogps
@@ -131,3 +133,104 @@ class Groups:
             if isinstance(r, BaseException):
                 raise r
         return results
+
+
+VOCAB = 23
+
+
+def texts(seed: int, count: int, longest: int = 7) -> list[list[int]]:
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, VOCAB, (n,), generator=g).tolist() for n in torch.randint(1, longest + 1, (count,), generator=g).tolist()]
+
+
+PROMPTS, CHOSEN, REJECTED = texts(0, 4), texts(1, 4), texts(2, 4)
+
+
+def whole(prompt: list[int], answer: list[int], **kw) -> TokenizedDocument:
+    return TokenizedDocument(prompt + answer, [IGNORE] * len(prompt) + answer, **kw)
+
+
+def pair_documents(samples: list[int], shared: bool, reference: dict | None = None) -> list[TokenizedDocument]:
+    docs: list[TokenizedDocument] = []
+    for i in samples:
+        parent = -1
+        prompt = PROMPTS[i]
+        if shared and len(prompt) > 1:
+            docs.append(TokenizedDocument(prompt[:-1], [IGNORE] * (len(prompt) - 1), role="prompt", sample=i))
+            parent, prompt = len(docs) - 1, prompt[-1:]
+        for role, answers in (("rejected", REJECTED), ("chosen", CHOSEN)):  # the order of documents does not matter
+            ref = None if reference is None else reference[role, i]
+            docs.append(whole(prompt, answers[i], role=role, sample=i, parent=parent, reference_logp=ref))
+    return docs
+
+
+def pair_row(samples: list[int], shared: bool, reference: dict | None = None) -> Row:
+    return make_row(pair_documents(samples, shared, reference)).padded(8, 0)
+
+
+def kto_documents(labels: list[int], kl: bool = True) -> list[TokenizedDocument]:
+    docs = []
+    for i, label in enumerate(labels):
+        docs.append(whole(PROMPTS[i], CHOSEN[i], role="chosen" if label else "rejected", sample=i))
+        if kl:
+            docs.append(whole(PROMPTS[i], REJECTED[i - 1], role="kl", sample=i))
+    return docs
+
+
+def s(x: Tensor) -> Tensor:
+    return 1 / (1 + torch.exp(-x))
+
+
+def naive(name: str, pi: list[Tensor], ref: list[Tensor], n: list[Tensor], b: float, e: float, gamma: float) -> Tensor:
+    """The formulas once more, as plainly as they can be written: pi, ref, n are (chosen, rejected), each [P]."""
+    (c, r), (fc, fr), (nc, nr) = pi, ref, n
+    h = (c - fc) - (r - fr)
+    h_mean = (c - fc) / nc - (r - fr) / nr
+    log = torch.log
+
+    def odds(x: Tensor) -> Tensor:
+        return log(torch.exp(x) / (1 - torch.exp(x)))
+
+    def smooth(z: Tensor) -> Tensor:
+        return -(1 - e) * log(s(b * z)) - e * log(s(-b * z))
+
+    match name:
+        case "sigmoid":
+            return -log(s(b * h))
+        case "hinge":
+            return torch.stack([torch.clamp(1 - b * x, min=0) for x in h])
+        case "ipo":
+            return (h_mean - 1 / (2 * b)) ** 2
+        case "sigmoid_norm":
+            return -log(s(b * h_mean))
+        case "kto_pair":
+            kc, kr = max(0.0, (c - fc).mean().item()), max(0.0, (r - fr).mean().item())
+            return 0.5 * (1 - s(b * (c - fc - kr))) + 0.5 * (1 - s(b * (kc - (r - fr))))
+        case "orpo":
+            return -c / nc - b * log(s(odds(c / nc) - odds(r / nr)))
+        case "simpo":
+            return -log(s(b * (c / nc - r / nr) - gamma))
+        case "exo_pair":
+            return s(b * h) * log(s(b * h) / (1 - e)) + s(-b * h) * log(s(-b * h) / e)
+        case "nca_pair":
+            return -log(s(b * (c - fc))) - 0.5 * log(s(-b * (c - fc))) - 0.5 * log(s(-b * (r - fr)))
+        case "robust":
+            return (-(1 - e) * log(s(b * h)) + e * log(s(-b * h))) / (1 - 2 * e)
+        case "bco_pair":
+            return -log(s(b * (c - fc))) - log(s(-b * (r - fr)))
+        case "sppo_hard":
+            return (c - fc - 0.5 / b) ** 2 + (r - fr + 0.5 / b) ** 2
+        case "aot":
+            return smooth((c - r).sort()[0] - (fc - fr).sort()[0])
+        case "aot_unpaired":
+            return smooth((c - fc).sort()[0] - (r - fr).sort()[0])
+        case "apo_zero":
+            return 1 - s(b * (c - fc)) + s(b * (r - fr))
+        case "apo_down":
+            return s(b * (c - fc)) + 1 - s(b * h)
+        case "discopop":
+            m = s(b * h / 0.05)
+            return (1 - m) * -log(s(b * h)) + m * torch.exp(-b * h)
+        case "sft":
+            return (-c.sum() / nc.sum()).expand(len(c))
+    raise AssertionError(name)

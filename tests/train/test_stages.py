@@ -8,7 +8,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import AT_START, Groups, smoothing, trl_dpo_loss
+from oracles import (
+    AT_START,
+    CHOSEN,
+    PROMPTS,
+    REJECTED,
+    VOCAB,
+    Groups,
+    kto_documents,
+    naive,
+    pair_row,
+    s,
+    smoothing,
+    trl_dpo_loss,
+    whole,
+)
 from torch import Tensor, nn
 
 from longfactory.data.row import IGNORE, Row, TokenizedDocument, make_row
@@ -19,7 +33,7 @@ from longfactory.train.metrics import MetricSums
 from longfactory.train.pairs import document_logps, find_pairs
 from longfactory.train.stages import KTOStage, PreferenceStage, RewardStage, TokenStage, make_stage
 
-VOCAB, WIDTH = 23, 12
+WIDTH = 12
 
 
 class Tiny(nn.Module):
@@ -61,36 +75,6 @@ class Tiny(nn.Module):
         return lp[len(prompt) - 1 :].gather(1, torch.tensor(answer)[:, None])[:, 0]
 
 
-def texts(seed: int, count: int, longest: int = 7) -> list[list[int]]:
-    g = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, VOCAB, (n,), generator=g).tolist() for n in torch.randint(1, longest + 1, (count,), generator=g).tolist()]
-
-
-PROMPTS, CHOSEN, REJECTED = texts(0, 4), texts(1, 4), texts(2, 4)
-
-
-def whole(prompt: list[int], answer: list[int], **kw) -> TokenizedDocument:
-    return TokenizedDocument(prompt + answer, [IGNORE] * len(prompt) + answer, **kw)
-
-
-def pair_documents(samples: list[int], shared: bool, reference: dict | None = None) -> list[TokenizedDocument]:
-    docs: list[TokenizedDocument] = []
-    for i in samples:
-        parent = -1
-        prompt = PROMPTS[i]
-        if shared and len(prompt) > 1:
-            docs.append(TokenizedDocument(prompt[:-1], [IGNORE] * (len(prompt) - 1), role="prompt", sample=i))
-            parent, prompt = len(docs) - 1, prompt[-1:]
-        for role, answers in (("rejected", REJECTED), ("chosen", CHOSEN)):  # the order of documents does not matter
-            ref = None if reference is None else reference[role, i]
-            docs.append(whole(prompt, answers[i], role=role, sample=i, parent=parent, reference_logp=ref))
-    return docs
-
-
-def pair_row(samples: list[int], shared: bool, reference: dict | None = None) -> Row:
-    return make_row(pair_documents(samples, shared, reference)).padded(8, 0)
-
-
 def gradients(model: Tiny, loss: Tensor) -> dict[str, Tensor]:
     grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, retain_graph=True)
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(model.named_parameters(), grads, strict=True)}
@@ -102,65 +86,6 @@ def assert_same(model: Tiny, got: Tensor, want: Tensor) -> None:
     assert max(g.abs().max() for g in theirs.values()) > 1e-4, "the comparison is of zeros"
     for name in theirs:
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
-
-
-def s(x: Tensor) -> Tensor:
-    return 1 / (1 + torch.exp(-x))
-
-
-def naive(name: str, pi: list[Tensor], ref: list[Tensor], n: list[Tensor], b: float, e: float, gamma: float) -> Tensor:
-    """The formulas once more, as plainly as they can be written: pi, ref, n are (chosen, rejected), each [P]."""
-    (c, r), (fc, fr), (nc, nr) = pi, ref, n
-    h = (c - fc) - (r - fr)
-    h_mean = (c - fc) / nc - (r - fr) / nr
-    log = torch.log
-
-    def odds(x: Tensor) -> Tensor:
-        return log(torch.exp(x) / (1 - torch.exp(x)))
-
-    def smooth(z: Tensor) -> Tensor:
-        return -(1 - e) * log(s(b * z)) - e * log(s(-b * z))
-
-    match name:
-        case "sigmoid":
-            return -log(s(b * h))
-        case "hinge":
-            return torch.stack([torch.clamp(1 - b * x, min=0) for x in h])
-        case "ipo":
-            return (h_mean - 1 / (2 * b)) ** 2
-        case "sigmoid_norm":
-            return -log(s(b * h_mean))
-        case "kto_pair":
-            kc, kr = max(0.0, (c - fc).mean().item()), max(0.0, (r - fr).mean().item())
-            return 0.5 * (1 - s(b * (c - fc - kr))) + 0.5 * (1 - s(b * (kc - (r - fr))))
-        case "orpo":
-            return -c / nc - b * log(s(odds(c / nc) - odds(r / nr)))
-        case "simpo":
-            return -log(s(b * (c / nc - r / nr) - gamma))
-        case "exo_pair":
-            return s(b * h) * log(s(b * h) / (1 - e)) + s(-b * h) * log(s(-b * h) / e)
-        case "nca_pair":
-            return -log(s(b * (c - fc))) - 0.5 * log(s(-b * (c - fc))) - 0.5 * log(s(-b * (r - fr)))
-        case "robust":
-            return (-(1 - e) * log(s(b * h)) + e * log(s(-b * h))) / (1 - 2 * e)
-        case "bco_pair":
-            return -log(s(b * (c - fc))) - log(s(-b * (r - fr)))
-        case "sppo_hard":
-            return (c - fc - 0.5 / b) ** 2 + (r - fr + 0.5 / b) ** 2
-        case "aot":
-            return smooth((c - r).sort()[0] - (fc - fr).sort()[0])
-        case "aot_unpaired":
-            return smooth((c - fc).sort()[0] - (r - fr).sort()[0])
-        case "apo_zero":
-            return 1 - s(b * (c - fc)) + s(b * (r - fr))
-        case "apo_down":
-            return s(b * (c - fc)) + 1 - s(b * h)
-        case "discopop":
-            m = s(b * h / 0.05)
-            return (1 - m) * -log(s(b * h)) + m * torch.exp(-b * h)
-        case "sft":
-            return (-c.sum() / nc.sum()).expand(len(c))
-    raise AssertionError(name)
 
 
 def naive_pairs(model: Tiny, samples: list[int]) -> tuple[list[Tensor], list[Tensor]]:
@@ -299,15 +224,6 @@ def test_bco_weight_keeps_a_running_mean() -> None:
     again = PreferenceStage("sigmoid", bco_weight=w)
     again.load_state_dict(stage.state_dict())
     assert again.state_dict() == stage.state_dict() and stage.state_dict()["rewards"][1] == 10
-
-
-def kto_documents(labels: list[int], kl: bool = True) -> list[TokenizedDocument]:
-    docs = []
-    for i, label in enumerate(labels):
-        docs.append(whole(PROMPTS[i], CHOSEN[i], role="chosen" if label else "rejected", sample=i))
-        if kl:
-            docs.append(whole(PROMPTS[i], REJECTED[i - 1], role="kl", sample=i))
-    return docs
 
 
 @pytest.mark.parametrize("labels", [[1, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0], [1], [0]])
