@@ -142,6 +142,7 @@ def run_case(sharding: str, case: dict[str, str]) -> dict[str, float | str]:
     total = batch * ga * groups
     data = Samples(samples(case["rows"], total * STEPS))
 
+    cpu_sharding.reset()
     model = tiny(case["family"])
     if case["tune"] == "lora":
         model = add_lora(model)
@@ -151,7 +152,6 @@ def run_case(sharding: str, case: dict[str, str]) -> dict[str, float | str]:
         model, "set_attn_implementation"
     ) else model.base_model.model.set_attn_implementation(hf.ATTENTION)
 
-    cpu_sharding.reset()
     extra: dict = {"accelerator_config": settings.accelerator_arguments(), "ddp_find_unused_parameters": False, "label_names": []}
     if sharding == "fsdp2":
         extra |= settings.fsdp2_arguments(efficient_loading=False)

@@ -1,0 +1,81 @@
+"""One process is the specification: the trainer's loss, grad_norm and every parameter after three clipped steps equal it.
+
+sequence_parallel_size x mode x sharding x rows x accumulation x {full, LoRA}, on four processes over gloo, in float32. The data have uneven
+label masks, a sample without any trained token, and one whose trained tokens all lie on one rank.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+SHARDINGS = ("ddp", "fsdp2", "zero3")
+# llama: a tied head and one key head for all ranks; gemma2: soft-caps of logits and attention and a sliding window; qwen3: q and k norms.
+FAMILIES = ("llama", "gemma2", "qwen3")
+GRID = [
+    f"sp={sp} mode={mode} rows={rows} ga={ga} tune={tune} family={FAMILIES[i % 3]}"
+    for i, (sp, mode, rows, ga, tune) in enumerate(
+        itertools.product((1, 2, 4), ("zigzag-ring", "ulysses"), ("single", "packed", "batch2"), (1, 3), ("full", "lora"))
+    )
+]
+# A fifth of the grid by default, in which every value and most pairs of values occur; the whole grid with `make test-all`.
+QUICK = {s: [c + " prove=1" if i == k else c for i, c in enumerate(GRID[k::5])] for k, s in enumerate(SHARDINGS)}
+REST = {s: [c for c in GRID if c not in GRID[k::5]] for k, s in enumerate(SHARDINGS)}
+
+
+def run(sharding: str, cases: list[str], path: Path) -> dict:
+    if sharding == "zero3":
+        pytest.importorskip("deepspeed")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [*command, str(HERE / "invariance_worker.py"), sharding, str(path), *cases], env=env, cwd=HERE, capture_output=True, text=True
+    )
+    results = json.loads(path.read_text()) if path.exists() else {}
+    for case in cases:
+        results.setdefault(case, {"error": done.stderr[-3000:]})
+    return results
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """Results by sharding; each sharding runs once, when its first case is asked for."""
+    folder = tmp_path_factory.mktemp("invariance")
+    cache: dict[str, dict] = {}
+
+    class Lazy(dict):
+        def __missing__(self, sharding: str) -> dict:
+            self[sharding] = run(sharding, QUICK[sharding], folder / f"{sharding}.json")
+            return self[sharding]
+
+    return Lazy(cache)
+
+
+def check(result: dict) -> None:
+    assert "error" not in result, result["error"]
+    assert result["moved"] > 1e-3, "the parameters did not move: the comparison would prove nothing"
+    assert result["loss"] < 1e-5
+    assert result["grad_norm"] < 1e-5
+    assert result["param"] < 1e-5
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("sharding", "case"), [(s, c) for s in SHARDINGS for c in QUICK[s]])
+def test_invariance(quick: dict[str, dict], sharding: str, case: str) -> None:
+    check(quick[sharding][case])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_invariance_whole_grid(sharding: str, tmp_path: Path) -> None:
+    for case, result in run(sharding, REST[sharding], tmp_path / "rest.json").items():
+        print(sharding, case, result)
+        check(result)
