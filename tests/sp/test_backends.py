@@ -58,8 +58,9 @@ def test_selection() -> None:
     assert backends.select("auto", t, q, v, 30.0) is backends.math
     assert backends.select("auto", t, q, v[..., :4], None) is backends.math
     assert backends.select("math", t, q, v, None) is backends.math
-    with pytest.raises(ValueError, match="cpu has no soft-cap"):
-        backends.select("cpu", t, q, v, 30.0)
+    assert backends.select("cpu", t, q, v, 30.0) is backends.math, "what the named backend cannot do goes to one that can"
+    with pytest.raises(ValueError, match="flash runs on GPUs"):
+        backends.select("flash", t, q, v, None)
     with pytest.raises(ValueError, match="Choose one of: auto"):
         backends.select("fast", t, q, v, None)
 
@@ -80,3 +81,47 @@ def test_error_does_not_grow_with_the_number_of_ranks(ranks: int) -> None:
     one = relative_rms(simulated_ring(1, q, k, v, dout), exact)
     many = relative_rms(simulated_ring(ranks, q, k, v, dout), exact)
     assert all(m <= 1.2 * o for m, o in zip(many, one, strict=True)), (many, one)
+
+
+FORWARD_ARGS = (
+    "(Tensor query, Tensor key, Tensor value, Tensor? cum_seq_q, Tensor? cum_seq_k, SymInt max_q, SymInt max_k, float dropout_p, "
+    "bool is_causal, bool return_debug_mask, *, float? scale=None, SymInt? window_size_left=None, SymInt? window_size_right=None, "
+    "Tensor? seqused_k=None, Tensor? alibi_slopes=None"
+)
+FORWARD_RESULTS = ") -> (Tensor output, Tensor softmax_logsumexp, Tensor rng_state, Tensor unused, Tensor debug_attn_mask)"
+SCHEMAS = {
+    "_flash_attention_forward": [
+        FORWARD_ARGS + FORWARD_RESULTS,
+        FORWARD_ARGS + ", Tensor? block_table=None, int? num_splits=None" + FORWARD_RESULTS,  # from torch 2.13 on
+    ],
+    "_flash_attention_backward": [
+        "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, Tensor cum_seq_q, Tensor cum_seq_k, "
+        "SymInt max_q, SymInt max_k, float dropout_p, bool is_causal, Tensor rng_state, Tensor unused, *, float? scale=None, "
+        "SymInt? window_size_left=None, SymInt? window_size_right=None) -> (Tensor, Tensor, Tensor)"
+    ],
+    "_scaled_dot_product_cudnn_attention": [
+        "(Tensor query, Tensor key, Tensor value, Tensor? attn_bias, bool compute_log_sumexp, float dropout_p=0., bool is_causal=False, "
+        "bool return_debug_mask=False, *, float? scale=None) -> (Tensor output, Tensor logsumexp, Tensor cum_seq_q, Tensor cum_seq_k, "
+        "SymInt max_q, SymInt max_k, Tensor philox_seed, Tensor philox_offset, Tensor debug_attn_mask)"
+    ],
+    "_scaled_dot_product_cudnn_attention_backward": [
+        "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, Tensor philox_seed, "
+        "Tensor philox_offset, Tensor attn_bias, Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, SymInt max_k, float dropout_p, "
+        "bool is_causal, *, float? scale=None) -> (Tensor, Tensor, Tensor)"
+    ],
+    "_scaled_dot_product_flash_attention_for_cpu": [
+        "(Tensor query, Tensor key, Tensor value, float dropout_p=0., bool is_causal=False, *, Tensor? attn_mask=None, "
+        "float? scale=None) -> (Tensor output, Tensor logsumexp)"
+    ],
+    "_scaled_dot_product_flash_attention_for_cpu_backward": [
+        "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, float dropout_p, bool is_causal, *, "
+        "Tensor? attn_mask=None, float? scale=None) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
+    ],
+}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_private_operators_have_the_known_schema(name: str) -> None:
+    """A change here means: read the operator's new contract before trusting it."""
+    found = str(getattr(torch.ops.aten, name).default._schema)
+    assert found.removeprefix(f"aten::{name}") in SCHEMAS[name]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,7 +22,7 @@ def segmented_rows(draw: st.DrawFn) -> tuple[int, int, int, list[Segment]]:
     cuts = sorted(draw(st.lists(st.integers(0, length), max_size=6)))
     edges = [0, *cuts, length]
     segments: list[Segment] = []
-    for i, (a, b) in enumerate(zip(edges, edges[1:], strict=False)):
+    for i, (a, b) in enumerate(itertools.pairwise(edges)):
         parent = draw(st.integers(-1, i - 1)) if i and draw(st.booleans()) else -1
         segments.append(Segment(a, b, parent))
     return ranks, ulysses, length, segments

@@ -209,4 +209,4 @@ def _check(
         if size is not None and size < 1:
             raise ValueError(f"{name} is {size}: needed a positive number of tokens, or None.")
     ulysses.check(heads, kv_heads, plan.choice.ulysses)
-    return Call(plan, q.shape[2] ** -0.5 if scale is None else float(scale), window, chunk, softcap or None)
+    return Call(plan, q.shape[2] ** -0.5 if scale is None else float(scale), window, chunk, softcap or None, sinks is not None)

@@ -23,6 +23,8 @@ class Call:
     window: int | None = None
     chunk: int | None = None
     softcap: float | None = None
+    sinks: bool = False
+    """The output is scaled after the merge, so it is not rounded before."""
 
     @functools.cached_property
     def mask(self) -> MaskPlan:

@@ -2,13 +2,22 @@
 
     lse = logaddexp(lse_a, lse_b);  out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
 
-Accumulators are float32 whatever the inputs: with them the error of bfloat16 inputs does not grow with the number of tiles.
+The sums are rounded to the inputs' dtype once, at the end, so the error of bfloat16 inputs does not grow with the number of tiles. A
+row that is merged only once is written in place in its own dtype: that is the same single rounding, without float32 copies.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+merge_rows: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None
+try:
+    from .merge_kernel import merge_rows
+except ImportError:  # Triton comes with CUDA builds of PyTorch
+    merge_rows = None
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -16,21 +25,28 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
-    """Adds a block to (out [S, H, D] float32, lse [H, S]) in place. Rows that saw nothing have lse -inf, on either side."""
+    """Adds a block to (out [S, H, D], lse [H, S]) in place. Rows that saw nothing have lse -inf, on either side."""
+    if merge_rows is not None and out.is_cuda and lse.dtype == torch.float32:
+        merge_rows(out, lse, block_out, block_lse)
+        return
     # With x = block_lse - lse: the block's weight is sigmoid(x). Both -inf gives nan, which means: nothing on either side.
     weight = torch.sigmoid(block_lse - lse).nan_to_num_(0.0).t().unsqueeze(-1)
-    out.lerp_(block_out.to(out.dtype), weight.to(out.dtype))
-    torch.logaddexp(lse, block_lse, out=lse)
+    wide = accumulator_dtype(out.dtype)
+    out.copy_(torch.lerp(out.to(wide), block_out.to(wide), weight.to(wide)))
+    lse.copy_(torch.logaddexp(lse, block_lse))
 
 
 class Output:
-    """The running (out, lse) of a rank's queries. A single tile that covers all of them is kept as it is, without a copy."""
+    """The running (out, lse) of a rank's queries. A single tile that covers all of them is kept as it is, without a copy.
 
-    def __init__(self, rows: int) -> None:
+    `once`: no row is merged more than once, and nothing is computed from `out` before it is rounded.
+    """
+
+    def __init__(self, rows: int, once: bool = False) -> None:
         self.rows = rows
         self.out: Tensor | None = None
         self.lse: Tensor | None = None
-        self._owned = False
+        self._owned = once
 
     def add(self, rows: slice, out: Tensor, lse: Tensor) -> None:
         if self.out is None or self.lse is None:
@@ -40,22 +56,25 @@ class Output:
             return
         if not self._owned:
             self.out = self.out.to(accumulator_dtype(self.out.dtype), memory_format=torch.contiguous_format, copy=True)
-            self.lse = self.lse.contiguous().clone()
             self._owned = True
         merge_(self.out[rows], self.lse[:, rows], out, lse)
 
 
 class Sum:
-    """A running sum of row blocks in float32, from nothing. The first block that covers all rows is kept as it is."""
+    """A running sum of row blocks, from nothing. The first block that covers all rows is kept as it is.
 
-    def __init__(self, like: Tensor) -> None:
+    `once`: no row is added to more than once, so that the sum may be rounded as it is made.
+    """
+
+    def __init__(self, like: Tensor, once: bool = False) -> None:
         self.like = like
+        self.once = once
         self.total: Tensor | None = None
         self._owned = False
 
     def add(self, rows: slice, x: Tensor) -> None:
         if self.total is None and rows.stop - rows.start == self.like.shape[0]:
-            self.total = x
+            self.total, self._owned = x, self.once
             return
         self._own(x)
         assert self.total is not None

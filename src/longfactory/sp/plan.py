@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -99,6 +100,16 @@ class MaskPlan:
         return last
 
     @functools.cached_property
+    def ring_merges_once(self) -> bool:
+        """No query is in more than two tiles of the ring: the first one, which covers all, and another."""
+        return _at_most_two([t for step in range(self.last_step + 1) for t in self.tiles((self.rank - step) % self.layout.ranks)])
+
+    @functools.cached_property
+    def halo_merges_once(self) -> bool:
+        """The same for fetched rows."""
+        return _at_most_two([*self.tiles(self.rank), *self.halo_tiles])
+
+    @functools.cached_property
     def halo(self) -> Halo:
         return Halo.make(self.mask, self.layout, self.rank)
 
@@ -170,6 +181,11 @@ def plan(length: int, segments: Sequence[Segment] | None, ctx: SequenceParallel)
     if end != length:
         raise ValueError(f"Segments end at {end}, the row at {length}. Give the padding a segment of its own.")
     return RowPlan(length, segments, ctx, choose(ctx, length, segments))
+
+
+def _at_most_two(tiles: Sequence[Tile]) -> bool:
+    events = sorted([(t.q.start, 1) for t in tiles] + [(t.q.stop, -1) for t in tiles])
+    return max(itertools.accumulate(change for _, change in events)) <= 2
 
 
 def _positions(intervals: Sequence[Interval]) -> Tensor:

@@ -14,40 +14,61 @@ from __future__ import annotations
 
 import functools
 import logging
-from types import ModuleType
+from typing import Any
 
 import torch
 
 from ..tiles import Tile
-from . import cpu, math
+from . import cpu, cudnn, fa4, flash, math
+from .installed import flash2, flash3
 from .request import Request
 
 log = logging.getLogger(__name__)
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "math": math}
+BACKENDS: dict[str, Any] = {
+    "fa4": fa4,
+    "flash3": flash3,
+    "cudnn": cudnn,
+    "flash2": flash2,
+    "flash": flash,
+    "cpu": cpu,
+    "math": math,
+}
 """In order of preference."""
 
 
-def select(name: str, tile: Tile, q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> ModuleType:
+def select(name: str, tile: Tile, q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> Any:
     """The backend for a tile. `name` is a backend's name or "auto".
 
+    A backend that is asked for by name gets every tile that it can do; the others go where "auto" would send them.
+
     Raises:
-        ValueError: no backend can do it, or the one that was asked for cannot.
+        ValueError: no backend can do it, or the one that was asked for cannot be used here at all.
     """
-    aligned = tile.q_len % 128 == 0 and tile.k_len % 128 == 0
+    # Kernels with 32-bit offsets stop at 2^31 elements.
+    aligned = tile.q_len % 128 == 0 and tile.k_len % 128 == 0 and q.numel() < 2**31
     request = Request(q.device.type, q.dtype, q.shape[-1], v.shape[-1], tile.kind, tile.window is not None, softcap is not None, aligned)
     return _select(name, request)
 
 
 @functools.cache
-def _select(name: str, request: Request) -> ModuleType:
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"Unknown attention_backend {name!r}. Choose one of: auto, {', '.join(BACKENDS)}.")
+def _select(name: str, request: Request) -> Any:
+    if name != "auto":
+        if name not in BACKENDS:
+            raise ValueError(f"Unknown attention_backend {name!r}. Choose one of: auto, {', '.join(BACKENDS)}.")
+        easiest = Request(request.device_type, request.dtype, 64, 64, "full", False, False, True)
+        reason = BACKENDS[name].refuses(easiest)
+        if reason is not None:
+            raise ValueError(f"attention_backend: {name} {reason}. Use attention_backend: auto.")
+        reason = BACKENDS[name].refuses(request)
+        if reason is None:
+            return BACKENDS[name]
+        log.warning("attention_backend %s %s: another one does these tiles (%s)", name, reason, request)
     refusals: list[str] = []
-    for candidate in BACKENDS if name == "auto" else [name]:
-        reason = BACKENDS[candidate].refuses(request)
+    for candidate, backend in BACKENDS.items():
+        reason = backend.refuses(request)
         if reason is None:
             log.info("attention backend %s for %s%s", candidate, request, f" ({'; '.join(refusals)})" if refusals else "")
-            return BACKENDS[candidate]
+            return backend
         refusals.append(f"{candidate} {reason}")
     raise ValueError(f"No attention backend for {request}: {'; '.join(refusals)}.")

@@ -18,7 +18,7 @@ from ..merge import Output, Sum, accumulator_dtype
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """out (in the dtype in which it was accumulated) and lse."""
     mask = call.mask
-    total = Output(q.shape[0])
+    total = Output(q.shape[0], once=mask.halo_merges_once and not call.sinks)
     fetch = Fetch(k, v, call)
     for tile in mask.tiles(mask.rank):
         kernels.forward(q, k, v, tile, call, total)
@@ -33,7 +33,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
 def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv as accumulated."""
     mask = call.mask
-    dq, dk, dv = Sum(q), Sum(k), Sum(v)
+    dq, dk, dv = Sum(q, once=mask.halo_merges_once), Sum(k), Sum(v)
     fetch = Fetch(k, v, call)
     for tile in mask.tiles(mask.rank):
         kernels.backward(dout, q, k, v, out, lse, tile, call, dq, dk, dv)

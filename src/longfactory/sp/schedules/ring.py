@@ -18,7 +18,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     """out (in the dtype in which it was accumulated) and lse."""
     plan, mask = call.plan, call.mask
     n, rank, group = plan.ring_size, plan.ring_rank, plan.axes.ring
-    total = Output(q.shape[0])
+    total = Output(q.shape[0], once=mask.ring_merges_once and not call.sinks)
     travelling = _pack(k, v) if mask.last_step else None
     for step in range(mask.last_step + 1):
         moving = None
@@ -35,10 +35,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
 
 
 def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv as accumulated. The gradients of keys travel with them, in float32, and go home in one step at the end."""
+    """dq, dk, dv as accumulated. Gradients of keys travel with them, in float32, and go home in one step at the end."""
     plan, mask = call.plan, call.mask
     n, rank, group = plan.ring_size, plan.ring_rank, plan.axes.ring
-    dq = Sum(q)
+    dq = Sum(q, once=mask.ring_merges_once)
+    own_dk, own_dv = Sum(k), Sum(v)
     own_k, own_v = k, v
     travelling = _pack(k, v) if mask.last_step else None
     carried: Exchange | None = None
@@ -47,22 +48,24 @@ def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Te
         if step < mask.last_step:
             assert travelling is not None
             moving = Exchange(travelling, rank + 1, rank - 1, group)
-        dk, dv = Sum(k), Sum(v)
+        dk, dv = (Sum(k), Sum(v)) if step else (own_dk, own_dv)
         for tile in mask.tiles((rank - step) % n):
             kernels.backward(dout, q, k, v, out, lse, tile, call, dq, dk, dv)
-        if not mask.last_step:
-            return dq.result(), dk.result(), dv.result()
-        flat = _pack(dk.result(), dv.result(), accumulator_dtype(k.dtype))
-        if carried is not None:
-            flat += carried.wait()
-        to = rank + 1 if step < mask.last_step else rank - step
-        carried = Exchange(flat, to, 2 * rank - to, group)
+        if step:
+            flat = _pack(dk.result(), dv.result(), accumulator_dtype(k.dtype))
+            if carried is not None:
+                flat += carried.wait()
+            to = rank + 1 if step < mask.last_step else rank - step
+            carried = Exchange(flat, to, 2 * rank - to, group)
         if moving is not None:
             travelling = moving.wait()
             k, v = _unpack(travelling, own_k, own_v)
-    assert carried is not None
-    dk_home, dv_home = _unpack(carried.wait(), own_k, own_v)
-    return dq.result(), dk_home, dv_home
+    if carried is not None:
+        home_dk, home_dv = _unpack(carried.wait(), own_k, own_v)
+        home_dk += own_dk.result()
+        home_dv += own_dv.result()
+        return dq.result(), home_dk, home_dv
+    return dq.result(), own_dk.result(), own_dv.result()
 
 
 class Exchange:

@@ -1,0 +1,110 @@
+"""PyTorch's own FlashAttention 2 operators: any GPU since A100, documents, windows, head dims up to 256. No build step.
+
+Head dims are padded to one multiple of 8 for keys and values alike. The operator marks a row that saw nothing with lse +inf; here it
+is -inf, as in every other backend.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..tiles import Tile
+from .padding import cut_head, pad_head
+from .request import Request
+
+aten = torch.ops.aten
+
+
+def refuses(request: Request) -> str | None:
+    if request.device_type != "cuda":
+        return "runs on GPUs"
+    if request.dtype not in (torch.float16, torch.bfloat16):
+        return "needs float16 or bfloat16"
+    if max(request.head_dim, request.v_head_dim) > 256:
+        return "needs head dims up to 256"
+    if request.softcap:
+        return "has no soft-cap"
+    if torch.cuda.get_device_capability()[0] < 8:
+        return "needs an Ampere GPU or newer"
+    return None
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    dim = v.shape[-1]
+    q, k, v = _padded(q, k, v)
+    cu, q_len, k_len = _lengths(tile, q.device)
+    if cu is None:
+        q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+    out, lse, *_ = aten._flash_attention_forward(
+        q,
+        k,
+        v,
+        cu,
+        cu,
+        q_len,
+        k_len,
+        0.0,
+        tile.kind != "full",
+        False,
+        scale=scale,
+        window_size_left=-1 if tile.window is None else tile.window,
+        window_size_right=_right(tile),
+    )
+    if cu is None:
+        out, lse = out[0], lse[0]
+    return cut_head(out, dim), torch.where(lse == math.inf, -math.inf, lse)
+
+
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tile: Tile, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    dims = q.shape[-1], k.shape[-1], v.shape[-1]
+    q, k, v, out, dout = _padded(q, k, v, out, dout)
+    lse = torch.where(lse == -math.inf, math.inf, lse).contiguous()
+    out, dout = out.contiguous(), dout.contiguous()
+    cu, q_len, k_len = _lengths(tile, q.device)
+    if cu is None:
+        dout, q, k, v, out, lse = (x.unsqueeze(0) for x in (dout, q, k, v, out, lse))
+    # Without dropout these two are never read, but the operator wants them.
+    rng = torch.empty(2, dtype=torch.uint64, device=q.device)
+    unused = torch.empty((), dtype=torch.uint64, device=q.device)
+    grads = aten._flash_attention_backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        cu,
+        cu,
+        q_len,
+        k_len,
+        0.0,
+        tile.kind != "full",
+        rng,
+        unused,
+        scale=scale,
+        window_size_left=-1 if tile.window is None else tile.window,
+        window_size_right=_right(tile),
+    )
+    dq, dk, dv = (cut_head(g if cu is not None else g[0], d) for g, d in zip(grads, dims, strict=True))
+    return dq, dk, dv
+
+
+def _padded(*tensors: Tensor) -> tuple[Tensor, ...]:
+    widest = max(x.shape[-1] for x in tensors)
+    return tuple(pad_head(x, 8, widest) for x in tensors)
+
+
+def _lengths(tile: Tile, device: torch.device) -> tuple[Tensor | None, int, int]:
+    if tile.kind == "varlen":
+        return tile.cu_seqlens_on(device), tile.max_seqlen, tile.max_seqlen
+    return None, tile.q_len, tile.k_len
+
+
+def _right(tile: Tile) -> int:
+    # Causal with a window is the local window (left, 0); a rectangle has no right bound.
+    return 0 if tile.window is not None and tile.kind != "full" else -1
