@@ -64,3 +64,27 @@ def with_lora(model: nn.Module) -> nn.Module:
         if "lora_B" in name:
             p.data.normal_(std=0.1)
     return model.double().train()
+
+
+def split_adamw_on_shards() -> tuple[Tensor, Tensor]:
+    """The weight after three steps, from a whole parameter and from one that FSDP2 sharded."""
+    from longfactory.model.memory.optimizer import SplitAdamW
+
+    results = []
+    for sharded in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(6, 10, bias=False, dtype=torch.bfloat16)
+        if sharded:
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        optimizer = SplitAdamW(model.parameters(), lr=1e-2)
+        g = torch.Generator().manual_seed(1)
+        for _ in range(3):
+            model(torch.randn(4, 6, generator=g).bfloat16()).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        w = model.weight.detach()
+        results.append(w.full_tensor() if hasattr(w, "full_tensor") else w)
+    return results[0], results[1]
