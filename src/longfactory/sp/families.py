@@ -9,16 +9,22 @@ alone, unsharded, with its own eager attention.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import copy
 import dataclasses
+import itertools
 import math
-from collections.abc import Mapping
+import pathlib
+import sys
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -28,6 +34,7 @@ from .collectives import shard
 from .context import SequenceParallel, alignment
 from .layout import Segment
 from .plan import plan as make_plan
+from .tiny_models import OVERRIDES, tiny_model
 
 Verdict = Literal["exact", "refused", "wrong", "not built"]
 DOCUMENTS = (21, 38)
@@ -52,110 +59,15 @@ def families() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-# Field of a configuration -> its tiny value. Only fields that the configuration has are set.
-_TINY: dict[str, Any] = {
-    "vocab_size": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 512, "n_positions": 512,
-    "hidden_size": 64, "n_embd": 64, "d_model": 64, "dim": 64, "word_embed_proj_dim": 64, "embedding_size": 64, "embed_dim": 64,
-    "num_hidden_layers": 4, "n_layer": 4, "n_layers": 4, "num_layers": 4, "decoder_layers": 4, "encoder_layers": 2,
-    "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "decoder_attention_heads": 4, "encoder_attention_heads": 4,
-    "num_key_value_heads": 2, "num_kv_heads": 2, "head_dim": 16, "d_kv": 16, "kv_channels": 16, "attention_head_dim": 16,
-    "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16, "swa_v_head_dim": 16, "global_head_dim": 16,
-    "num_global_key_value_heads": 2, "intermediate_size": 96, "ffn_dim": 96, "decoder_ffn_dim": 96, "encoder_ffn_dim": 96, "n_inner": 96,
-    "ffn_hidden_size": 96, "dff": 96, "intermediate_size_mlp": 96, "shared_intermediate_size": 32, "dense_intermediate_size": 96,
-    "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32, "shared_expert_intermediate_size": 32, "expert_ffn_hidden_size": 32,
-    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2, "moe_top_k": 2, "moe_topk": 2,
-    "moe_k": 2, "num_experts_per_token": 2, "top_k_experts": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "num_shared_experts": 1, "zero_expert_num": 2,
-    "first_k_dense_replace": 1, "num_dense_layers": 1, "moe_layer_start_index": 1, "first_k_dense": 1,
-    "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "o_lora_rank": 16,
-    "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2, "attention_chunk_size": 8, "window_size": 8, "swa_window": 8,
-    "sliding_window_size": 8, "local_window_size": 8, "local_attention": 8, "attention_window_size": 8,
-    "floor_scale": 4, "rotary_dim": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 256, "num_kv_shared_layers": 0,
-    "linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-    "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_d_ssm": 128, "mamba_chunk_size": 16, "mamba_expand": 2,
-    "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 8, "mamba_state_dim": 8, "n_mamba_heads": 2, "chunk_size": 16,
-    "conv_dim": 64, "block_dim": 64, "block_ff_dim": 96, "lru_width": 64, "state_size": 8, "num_nextn_predict_layers": 0, "num_mtp_layers": 0,
-    "block_auto_adjust_ff_dim": False, "use_cache": False, "tie_word_embeddings": False, "max_seq_len": 512, "activation_sparsity_pattern": None,
-    "laurel_rank": 8, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 8, "mup_base_width": 64, "dim_model_base": 64, "hidden_dim": 64,
-    "ngram_vocab_size_ratio": 1, "emb_neighbor_num": 0, "cross_attention_hidden_size": None, "audio_vocab_size": 32, "num_codebooks": 2,
-}  # fmt: skip
+def check(family: str, ctx: SequenceParallel, reference: Literal["documents", "row"] = "documents", **overrides: Any) -> Result:
+    """Builds a family and compares. Collective over the world. Never raises for what the family does.
 
-# What the rules above do not reach.
-_OVERRIDES: dict[str, dict[str, Any]] = {
-    "llama4_text": {
-        "no_rope_layers": [1, 1, 0, 0],
-        "layer_types": ["chunked_attention", "full_attention", "chunked_attention", "full_attention"],
-    },
-    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
-    "git": {"vision_config": {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}},
-    "ministral3": {
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.3, "original_max_position_embeddings": 8}
-    },
-}
-
-
-def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
-    """A configuration of a few thousand parameters. `overrides` are fields of its text part.
-
-    Raises:
-        Exception: whatever the configuration's own checks raise where the rules do not fit it.
+    `reference`: the model on each document alone, or on the whole row, where rotary frequencies depend on the row.
     """
-    kind = CONFIG_MAPPING[family]
-    default = kind()
-    text = default.get_text_config()
-    fields = {**_OVERRIDES.get(text.model_type, {}), **overrides}
-    if text is default:
-        return _shrunk(kind, default, fields)
-    parts = {}
-    for key in kind.sub_configs:
-        part = getattr(default, key, None)
-        if isinstance(part, PreTrainedConfig):
-            parts[key] = _shrunk(type(part), part, fields if part is text else {}).to_dict()
-    return kind(**parts)
-
-
-def _shrunk(kind: type[PreTrainedConfig], default: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:
-    values = default.to_dict()
-    has = set(values) | set(kind.attribute_map)
-    fields = {k: v for k, v in _TINY.items() if k in has and k not in kind.attribute_map}
-    for key, value in values.items():
-        if isinstance(value, float) and ("drop" in key or "jitter" in key):
-            fields[key] = 0.0
-    if getattr(default, "qk_rope_head_dim", None):
-        fields["num_key_value_heads"] = 4
-        if "head_dim" in fields:
-            fields["head_dim"] = 8  # of latent attention: the rotated part
-    types = getattr(default, "layer_types", None)
-    if types and "layer_types" in has and not isinstance(getattr(kind, "layer_types", None), property):
-        kinds = list(dict.fromkeys(types))
-        if kinds == ["full_attention"] and "sliding_window" in has:
-            kinds = ["sliding_attention", "full_attention"]
-        fields["layer_types"] = [kinds[i % len(kinds)] for i in range(4)]
-    fields.update(overrides)
-    return kind(**fields)
-
-
-def tiny_model(family: str, dtype: torch.dtype = torch.float64, **overrides: Any) -> PreTrainedModel:
-    """Random weights, large enough that attention changes the logits by more than a rounding error. The same on every rank."""
-    config = tiny_config(family, **overrides)
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    if size > 20_000_000:
-        raise ValueError(f"the tiny model has {size / 1e6:.0f} million parameters")
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() >= 2:
-                p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) / math.sqrt(min(p.shape[-1], 64)))
-            else:
-                p.add_(0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
-    return model
-
-
-def check(family: str, ctx: SequenceParallel, **overrides: Any) -> Result:
-    """Builds a family and compares. Collective over the world. Never raises for what the family does."""
+    with contextlib.suppress(Exception):  # the default configuration of some families is not valid
+        kinds = {"layer_types": OVERRIDES[family]["layer_types"]} if "layer_types" in OVERRIDES.get(family, {}) else {}
+        if reason := hf.unsupported(CONFIG_MAPPING[family](**kinds)):
+            return Result(family, "refused", reason)
     last = ""
     for dtype in (torch.float64, torch.float32):
         try:
@@ -163,7 +75,7 @@ def check(family: str, ctx: SequenceParallel, **overrides: Any) -> Result:
         except Exception as error:  # a family that the rules do not fit is reported, not hidden
             return Result(family, "not built", _line(error))
         try:
-            alone = _alone(copy.deepcopy(model))
+            alone = _alone(copy.deepcopy(model), reference)
         except Exception as error:
             last = _line(error)
             continue
@@ -174,7 +86,7 @@ def check(family: str, ctx: SequenceParallel, **overrides: Any) -> Result:
 def _compare(
     family: str, model: PreTrainedModel, alone: tuple[Tensor, dict[str, Tensor]], ctx: SequenceParallel, dtype: torch.dtype
 ) -> Result:
-    aux = hasattr(model.config.get_text_config(), "router_aux_loss_coef") or hasattr(model.config.get_text_config(), "output_router_logits")
+    aux = "load_balancing_loss_func" in vars(sys.modules[type(model).__module__])
     try:
         hf.prepare(model, ctx)
         start_guard.guard(model, ctx)
@@ -208,29 +120,33 @@ def _vocabulary(model: PreTrainedModel) -> int:
     return min(model.get_input_embeddings().num_embeddings, 200)
 
 
-def _alone(model: PreTrainedModel) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits [T, V] of the documents one after another, and the gradients of the sum of their losses."""
-    outputs = []
-    for ids in _documents(_vocabulary(model)):
-        logits = model(input_ids=ids[None], use_cache=False).logits[0]
-        _loss(logits, _shifted(ids)).backward()
-        outputs.append(logits.detach())
-    return torch.cat(outputs), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+def _alone(model: PreTrainedModel, reference: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits [T, V] of the documents one after another, and the gradients of the sum of their losses. Unsharded."""
+    documents = _documents(_vocabulary(model))
+    labels = torch.cat([_shifted(ids) for ids in documents])
+    if reference == "row":
+        positions = torch.cat([torch.arange(len(ids)) for ids in documents])
+        logits = model(input_ids=torch.cat(documents)[None], position_ids=positions[None], use_cache=False).logits[0]
+    else:
+        logits = torch.cat([model(input_ids=ids[None], use_cache=False).logits[0] for ids in documents])
+    _loss(logits, labels).backward()
+    return logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
 def _sharded(model: PreTrainedModel, ctx: SequenceParallel) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same from one row of the documents and some padding, spread over the ranks."""
     documents = _documents(_vocabulary(model))
+    labels = [_shifted(ids) for ids in documents]
     used = sum(DOCUMENTS)
-    pad = -used % max(alignment(ctx), 8)
-    documents.append(documents[0].new_zeros(pad))
-    lengths = [len(d) for d in documents if len(d)]
-    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
-    row = {"input_ids": torch.cat(documents), "position_ids": torch.cat([torch.arange(n) for n in lengths])}
-    labels = torch.cat([_shifted(d) for d in documents[:2]] + [torch.full((pad,), -100)])
-    plan = make_plan(ends[-1], [Segment(e - n, e) for n, e in zip(lengths, ends, strict=True)], ctx)
+    if pad := -used % max(alignment(ctx), 8):
+        documents.append(documents[0].new_zeros(pad))
+        labels.append(documents[0].new_full((pad,), -100))
+    ends = list(itertools.accumulate(len(ids) for ids in documents))
+    plan = make_plan(ends[-1], [Segment(end - len(ids), end) for ids, end in zip(documents, ends, strict=True)], ctx)
+    row = {"input_ids": torch.cat(documents), "position_ids": torch.cat([torch.arange(len(ids)) for ids in documents])}
     logits = model(**hf.inputs(row, plan)).logits[0]
-    loss = _loss(logits, shard(labels, plan)) + 0.0 * logits.sum()
-    loss.backward()
+    # A rank without a label stays attached to the graph.
+    (_loss(logits, shard(torch.cat(labels), plan)) + 0.0 * logits.sum()).backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     whole = logits.new_zeros(ends[-1], logits.shape[1])
     whole[plan.index] = logits.detach()
@@ -266,3 +182,136 @@ def _features(model: PreTrainedModel) -> str:
 def _line(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text[:300] if text else type(error).__name__
+
+
+_SHORT, _LONG = [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7], [2.0, 2.2, 2.4, 2.6, 2.8, 3.0, 3.2, 3.4]
+
+
+def _rope(kind: str, **fields: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **fields}}
+
+
+_ORIGINAL = {"original_max_position_embeddings": 32}
+_LONGROPE: dict[str, Any] = {"short_factor": _SHORT, "long_factor": _LONG, **_ORIGINAL}
+
+VARIANTS: dict[str, tuple[str, Literal["documents", "row"], dict[str, Any]]] = {
+    "phi3 with longrope": ("phi3", "row", _rope("longrope", **_LONGROPE) | _ORIGINAL),
+    "phimoe with longrope": ("phimoe", "row", _rope("longrope", short_mscale=1.1, long_mscale=1.3, **_LONGROPE)),
+    "llama with dynamic NTK": ("llama", "row", _rope("dynamic", factor=2.0) | {"max_position_embeddings": 32}),
+    "llama with YaRN": ("llama", "documents", _rope("yarn", factor=4.0, **_ORIGINAL)),
+    "llama 3 frequencies": ("llama", "documents", _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, **_ORIGINAL)),
+    "llama with 1 key head": ("llama", "documents", {"num_key_value_heads": 1}),
+    "qwen3 with 5 heads": ("qwen3", "documents", {"num_attention_heads": 5, "num_key_value_heads": 5}),
+    "gemma2 with tied embeddings": ("gemma2", "documents", {"tie_word_embeddings": True}),
+}
+"""Settings that a family's default configuration leaves out: name -> (family, reference, fields)."""
+
+_contexts: dict[int, SequenceParallel] = {}
+
+
+def check_on_rank(name: str, size: int) -> Result:
+    """`check` of a family or a variant, on every rank of a pool. The process groups are made once."""
+    transformers.logging.set_verbosity_error()
+    if size not in _contexts:
+        _contexts[size] = SequenceParallel.create(size)
+    ctx = _contexts[size]
+    ctx.heads = ctx.kv_heads = None
+    family, reference, fields = VARIANTS.get(name, (name, "documents", {}))
+    return dataclasses.replace(check(family, ctx, reference, **fields), family=name)
+
+
+def sweep(names: Sequence[str], size: int, seconds: float = 60.0) -> list[Result]:
+    """Checks each on a pool of `size` processes. A family that fails, hangs or takes longer than `seconds` is reported as not built."""
+    from longfactory.testing import RankError, RankPool
+
+    pool, results = RankPool(size), []
+    try:
+        for name in names:
+            try:
+                answers = pool.run(check_on_rank, name, size, timeout=seconds)
+                result = next((r for r in answers if r.verdict == "wrong"), answers[0])
+            except RankError as error:
+                result = Result(name, "not built", str(error).strip().splitlines()[-1][:200])
+            results.append(result)
+            print(f"{result.verdict:10} {name:28} {result.logits:8.1e} {result.gradients:8.1e}  {result.detail[:160]}", flush=True)
+    finally:
+        pool.stop()
+    return results
+
+
+def table(results: Sequence[Result], size: int) -> str:
+    """docs/models.md."""
+    by = {v: [r for r in results if r.verdict == v] for v in ("exact", "wrong", "refused", "not built")}
+    rows = {v: "\n".join(_row(r) for r in by[v]) for v in by}
+    lengths = " and ".join(map(str, DOCUMENTS))
+    head = f"""# Models
+
+Written by `python -m longfactory.sp.families --write docs/models.md` with transformers {transformers.__version__} and
+torch {torch.__version__.split("+")[0]}: every family that `AutoModelForCausalLM` knows.
+
+A family is built tiny, with random weights, and with windows, chunks and lengths short enough to matter. A row of two documents
+({lengths} tokens) is spread over {size} processes. Logits and the gradient of every parameter are compared with those of the
+unsharded model with its own eager attention, on each document alone (on the whole row where rotary frequencies depend on the row's
+length: longrope and dynamic NTK). The errors are the largest difference over the largest value, in float64; what is left comes from
+the models' own float32 norms and rotary angles. At the start of every run the guard makes the same comparison for the model at hand,
+on a few tokens.
+
+{len(by["exact"])} exact, {len(by["wrong"])} wrong, {len(by["refused"])} refused, {len(by["not built"])} not checked.
+
+## Exact
+
+| model type | checked with | logits | gradients |
+|---|---|---|---|
+{rows["exact"]}
+
+"""
+    if by["wrong"]:
+        head += f"## Wrong\n\n| model type | checked with | logits | gradients |\n|---|---|---|---|\n{rows['wrong']}\n\n"
+    aux = ", ".join(r.family for r in by["exact"] if r.aux_loss)
+    return f"""{head}## Refused
+
+Before training, with this reason.
+
+| model type | reason |
+|---|---|
+{rows["refused"]}
+
+## Not checked
+
+The sweep could not build a tiny one. The guard decides when a run starts.
+
+| model type | why |
+|---|---|
+{rows["not built"]}
+
+## Router losses
+
+These compute an auxiliary loss of their routers when `output_router_logits` is set, from the tokens that they are given, which under
+sequence parallelism are a part of the row: {aux}.
+"""
+
+
+def _row(r: Result) -> str:
+    detail = r.detail.replace("|", "\\|")
+    return (
+        f"| {r.family} | {detail} | {r.logits:.0e} | {r.gradients:.0e} |"
+        if r.verdict in ("exact", "wrong")
+        else f"| {r.family} | {detail} |"
+    )
+
+
+def main() -> int:
+    """Returns 1 where a family is wrong: neither exact nor refused."""
+    parser = argparse.ArgumentParser(description="Which families of the installed transformers are exact under sequence parallelism.")
+    parser.add_argument("families", nargs="*", help="model types or variants; all of them by default")
+    parser.add_argument("--size", type=int, default=2, help="processes that share the row")
+    parser.add_argument("--write", type=pathlib.Path, help="write the table to this file")
+    args = parser.parse_args()
+    results = sweep(args.families or [*families(), *VARIANTS], args.size)
+    if args.write:
+        args.write.write_text(table(results, args.size))
+    return int(any(r.verdict == "wrong" for r in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from . import hybrid, probe, rope
 from .attention import attention as engine
@@ -33,6 +33,7 @@ ATTENTION = "longfactory"
 _WITHOUT_EFFECT = frozenset(
     {"position_ids", "position_embeddings", "cache_position", "logits_to_keep", "num_items_in_batch", "layer_idx", "return_dict"}
 )
+_NOT_ROUTED = "its attention does not pass through transformers' attention registry"
 _DROPOUT_KEYS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
 ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Layer types of transformers' configurations that the attention function computes."""
@@ -51,7 +52,7 @@ def attention(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None | _Absent = _Absent.ABSENT,
+    sliding_window: int | _Absent | None = _Absent.ABSENT,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
@@ -214,7 +215,10 @@ def prepare(model: PreTrainedModel, ctx: SequenceParallel) -> None:
     """
     inner = unwrap(model)
     config = inner.config.get_text_config()
-    if reason := unsupported(inner):
+    reason = unsupported(inner.config)
+    if reason is None and not inner._can_set_attn_implementation():
+        reason = _NOT_ROUTED
+    if reason:
         raise ValueError(f"Models of type {config.model_type} cannot be trained here: {reason}.")
     for key in _DROPOUT_KEYS:
         if getattr(config, key, None):
@@ -224,9 +228,7 @@ def prepare(model: PreTrainedModel, ctx: SequenceParallel) -> None:
             )
     inner.set_attn_implementation(ATTENTION)
     if config._attn_implementation != ATTENTION:
-        raise ValueError(
-            f"Models of type {config.model_type} cannot be trained here: their attention does not pass through transformers' registry."
-        )
+        raise ValueError(f"Models of type {config.model_type} cannot be trained here: {_NOT_ROUTED}.")
     for module in inner.modules():
         if getattr(module, "attn_temperature_tuning", False) and hasattr(module, "floor_scale") and not hasattr(module, "sp_tuned"):
             module.sp_tuned = True
@@ -238,18 +240,12 @@ def prepare(model: PreTrainedModel, ctx: SequenceParallel) -> None:
         ctx.set_heads(heads, getattr(config, "num_key_value_heads", None))
 
 
-def unsupported(model: PreTrainedModel) -> str | None:
-    """Why the engine cannot compute this model, as far as its configuration tells, or None."""
-    config = model.config.get_text_config()
-    if getattr(config, "is_encoder_decoder", False):
-        return "it is an encoder with a decoder"
-    if getattr(config, "is_causal", True) is False:
+def unsupported(config: PreTrainedConfig) -> str | None:
+    """Why no model of this configuration can be computed, as far as the configuration tells, or None."""
+    text = config.get_text_config()
+    if getattr(text, "is_causal", True) is False:
         return "its attention sees later tokens (is_causal is false)"
-    if reason := hybrid.unsupported(config):
-        return reason
-    if not model._can_set_attn_implementation():
-        return "its attention does not pass through transformers' attention registry"
-    return None
+    return hybrid.unsupported(text)
 
 
 def layer_types(config: Any) -> list[str]:
