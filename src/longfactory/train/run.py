@@ -7,6 +7,7 @@ import logging
 import os
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from longfactory.data import module as data
 from longfactory.data.templates import get_template
 from longfactory.errors import UserError
 from longfactory.model import adapters, load
+from longfactory.model.memory.apply import apply_memory
+from longfactory.model.memory.settings import MemorySettings
 from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.model.value_head import TokenValues
 from longfactory.shard import settings as shard
@@ -188,16 +191,39 @@ def build_model(cfg: RunConfig, model_config: Any, tokenizer: Any, ctx: sp.Seque
         adapters.cast_trainable(model)
     trainable, total = adapters.count_parameters(model)
     log.info("Trainable parameters: %s of %s (%.2f %%)", f"{trainable:,}", f"{total:,}", 100 * trainable / max(total, 1))
-    apply_memory(cfg, model, ctx)
+    apply_memory(model, memory_settings(cfg, args), args.device)
     return model, head
 
 
-def apply_memory(cfg: RunConfig, model: Any, ctx: sp.SequenceParallel) -> None:
-    """Activation checkpointing on every decoder layer unless the user turned it off."""
-    if not cfg.memory.disable_gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": True})
-        if hasattr(model, "enable_input_require_grads") and not any(p.requires_grad for p in model.get_input_embeddings().parameters()):
-            model.enable_input_require_grads()
+def memory_settings(cfg: RunConfig, args: Any) -> MemorySettings:
+    """The user's keys, with what they leave open."""
+    m = cfg.memory
+    if m.disable_gradient_checkpointing:
+        return MemorySettings(checkpoint="none")
+    cuda = args.device.type == "cuda"
+    offload = m.offload_activations is True or (m.offload_activations == "auto" and m.memory == "long")
+    local = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return MemorySettings(
+        checkpoint="full",
+        keep_attention=m.keep_attention if m.keep_attention != "auto" else float(m.memory != "long"),
+        offload=("inputs" if m.memory == "long" else "inputs+attention") if offload else "none",
+        pool_bytes=int(host_bytes() * HOST_SHARE) // local if offload else 0,
+        mlp_chunk=(m.mlp_chunk or None) if m.mlp_chunk != "auto" else (8192 if cuda else None),
+        segment_layers=1 if m.segment_layers == "auto" else m.segment_layers,
+    )
+
+
+# Share of host memory that offloaded activations may page-lock: the rest is for data, optimizer states and the system.
+HOST_SHARE = 0.6
+
+
+def host_bytes() -> int:
+    """Memory of this machine, or of this container where that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, int(text))
+    return total
 
 
 def make_trainer(
