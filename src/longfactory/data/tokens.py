@@ -40,11 +40,18 @@ class PieceTokenizer:
         return {t: np.array(ids, dtype=np.int32) for t, ids in zip(unique, found, strict=True)}
 
     def special(self, piece: Special) -> list[int]:
-        """The id of a special token; nothing where the tokenizer has no such token."""
+        """The id of a special token; nothing where the tokenizer has no bos or eos.
+
+        Raises:
+            ValueError: the tokenizer lacks a token that the template names.
+        """
         t = self.tokenizer
-        found = {"bos": t.bos_token_id, "eos": t.eos_token_id, "token": None}[piece.kind]
         if piece.kind == "token":
             found = t.convert_tokens_to_ids(piece.text)
+            if found is None or found == t.unk_token_id:
+                raise ValueError(f"The template needs the token {piece.text!r}, which this tokenizer lacks. Choose the model's template.")
+        else:
+            found = t.bos_token_id if piece.kind == "bos" else t.eos_token_id
         return [] if found is None else [found]
 
     def pieces(self, groups: Sequence[Sequence[Piece]]) -> list[Ids]:

@@ -184,7 +184,8 @@ def _seed_calls(calls: list[Call]) -> str:
     texts = []
     for name, arguments in calls:
         body = "".join(f"\n<parameter={k}>{_value(v)}</parameter>" for k, v in arguments.items())
-        texts.append(f"\n<seed:tool_call>\n<function={name}>{body}\n</function>\n</seed:tool_call>")
+        # The bracket after the name is missing in 0.9.5 too.
+        texts.append(f"\n<seed:tool_call>\n<function={name}{body}\n</function>\n</seed:tool_call>")
     return "\n".join(texts)
 
 
