@@ -137,7 +137,7 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float64, **overrides: Any
         size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if size > 20_000_000:
         raise ValueError(f"the tiny model has {size / 1e6:.0f} million parameters")
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager").to(dtype).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():

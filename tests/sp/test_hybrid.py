@@ -1,0 +1,66 @@
+"""Gated delta nets over an exchange of heads: branches, documents, and what is refused."""
+
+import copy
+
+import pytest
+import torch
+
+from longfactory import sp
+from longfactory.sp import hf
+from longfactory.sp.guard import guard
+from longfactory.sp.tiny_models import tiny_model
+from longfactory.testing import run_ranks
+
+
+def branches(size: int) -> tuple[float, float]:
+    """A shared prompt with two branches, and a document beside it: the error of the logits and of the gradients."""
+    ctx = sp.SequenceParallel.create(size)
+    model = tiny_model("qwen3_5_text")
+    plain = copy.deepcopy(model)
+    hf.prepare(model, ctx)
+    ids = torch.randint(3, 200, (64,), generator=torch.Generator().manual_seed(5))
+    segments = [sp.Segment(0, 19), sp.Segment(19, 33, 0), sp.Segment(33, 50, 0), sp.Segment(50, 64)]
+    positions = torch.cat([torch.arange(19), torch.arange(19, 33), torch.arange(19, 36), torch.arange(14)])
+    plan = sp.plan(64, segments, ctx)
+    logits = model(**hf.inputs({"input_ids": ids, "position_ids": positions}, plan)).logits[0]
+    whole = sp.gather(logits, plan)
+    (whole.pow(2).sum() / size).backward()
+    prompt, a, b, other = ids[:19], ids[19:33], ids[33:50], ids[50:]
+
+    def alone(x: torch.Tensor) -> torch.Tensor:
+        return plain(input_ids=x[None], use_cache=False).logits[0]
+
+    reference = torch.cat([alone(prompt), alone(torch.cat([prompt, a]))[19:], alone(torch.cat([prompt, b]))[19:], alone(other)])
+    reference.pow(2).sum().backward()
+    scale = max(p.grad.abs().max() for p in plain.parameters())
+    worst = 0.0
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        grad = p.grad.clone()
+        if size > 1:
+            torch.distributed.all_reduce(grad)
+        worst = max(worst, ((grad - q.grad).abs().max() / scale).item())
+    return ((whole - reference).abs().max() / reference.abs().max()).item(), worst
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_branches_start_from_their_parents_state(size: int) -> None:
+    for logits, gradients in run_ranks(size, branches, size):
+        assert logits < 1e-5 and gradients < 1e-4
+
+
+def test_refuses_heads_that_do_not_divide() -> None:
+    model = tiny_model("qwen3_next", linear_num_key_heads=3, linear_num_value_heads=6)
+    ctx = sp.SequenceParallel(size=2)
+    with pytest.raises(ValueError, match="3 key heads, which do not divide over sequence_parallel_size 2"):
+        hf.prepare(model, ctx)
+
+
+def test_guard_counts_linear_layers() -> None:
+    model = tiny_model("qwen3_next")
+    ctx = sp.SequenceParallel.create(1)
+    hf.prepare(model, ctx)
+    guard(model, ctx)
+    layer = next(m for m in model.modules() if hasattr(m, "sp_forward"))
+    layer.forward = layer.sp_forward
+    with pytest.raises(ValueError, match="1 of its 2 linear-attention layers"):
+        guard(model, ctx)
