@@ -84,8 +84,8 @@ def unknown_shape(layer: nn.Module) -> str | None:
 class DecoderLayer(CheckpointedLayer):
     """Takes the place of `layer.forward`, for layers where `unknown_shape` is None.
 
-    It steps aside for torch's checkpointing of the Hugging Face layer (`CheckpointedLayer`) in calls that it cannot compute: under
-    autocast, with mixed types, or with hooks on the layer's parts.
+    It steps aside for torch's checkpointing of the Hugging Face layer (`CheckpointedLayer`) in calls that it cannot compute: with weights of
+    another type than the hidden states, or with hooks on the layer's parts.
     """
 
     def __init__(self, layer: nn.Module, index: int, store: Activations, chain: Chain) -> None:
@@ -134,7 +134,7 @@ class DecoderLayer(CheckpointedLayer):
             and cos.shape[-1] == self.head_dim
             and cos.numel() == x.shape[1] * self.head_dim
             and layer.self_attn.q_proj.weight.dtype == x.dtype == layer.input_layernorm.weight.dtype
-            and not torch.is_autocast_enabled(x.device.type)
+            and (not torch.is_autocast_enabled(x.device.type) or torch.get_autocast_dtype(x.device.type) == x.dtype)
             and not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in self.inner)
             and not hasattr(layer.self_attn.q_proj.weight, "ds_id")
         )
@@ -227,9 +227,14 @@ def _qkv(x: Tensor, c: LayerCall, queries: bool = True) -> tuple[Tensor, Tensor,
     return q, k, v
 
 
-@torch.no_grad()
 def forward(x: Tensor, c: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
     """[T, H] -> y [T, H], and attention's out [T, heads, D] and log-sum-exp."""
+    # Types are chosen here; what autocast would add is a cast of every fp32 sum.
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        return _forward(x, c)
+
+
+def _forward(x: Tensor, c: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
     w, T = c.weights, x.shape[0]
     q, k, v = _qkv(x, c)
     out, lse = sp.attention_forward(q, k, v, c.plan, **c.options)
