@@ -36,7 +36,6 @@ class ModelArguments:
     quantization_method: Literal["bnb"] = arg("bnb", "Which library quantises: bitsandbytes.")
     quantization_type: Literal["nf4", "fp4"] = arg("nf4", "Number format of 4-bit weights.")
     double_quantization: bool = arg(True, "Quantise the quantisation constants too.")
-    upcast_layernorm: bool = arg(False, "Keep the weights of the norms in float32.")
     infer_dtype: Literal["auto", "float16", "bfloat16", "float32"] = arg("auto", "Number format for chat and export.")
 
 
@@ -47,7 +46,6 @@ class DataArguments:
     dataset: tuple[str, ...] = arg((), "Names in dataset_info.json, comma separated.")
     eval_dataset: tuple[str, ...] = arg((), "Data sets to evaluate on, comma separated. Not together with val_size.")
     dataset_dir: str = arg("data", "Folder of dataset_info.json, or ONLINE (names on the hub), or REMOTE:<data set on the hub>.")
-    media_dir: str | None = arg(None, "Folder of images, videos and audio; default dataset_dir.")
     template: str | None = arg(None, "Chat template by name; default the one derived from the tokenizer's own.")
     template_compat: Literal["0.9.5", "0.9.1"] = arg("0.9.5", "Whose tokens: LLaMA-Factory 0.9.5, or 0.9.1 (and its 360 fork).")
     cutoff_len: int = arg(2048, "Longest sample, or length of a packed row, in tokens.", low=1)
@@ -174,7 +172,6 @@ class MemoryArguments:
 
     memory: Literal["auto", "fast", "long"] = arg("auto", "What fits best, what is fastest, or what reaches the longest sequence.")
     disable_gradient_checkpointing: bool = arg(False, "Keep every activation instead of recomputing layers in the backward pass.")
-    use_unsloth_gc: bool = arg(False, "The same as offload_activations: inputs.")
     keep_attention: float | Literal["auto"] = arg(
         "auto", "Share of each layer's attention output kept, so that attention is not computed twice.", low=0.0, high=1.0
     )
@@ -208,6 +205,7 @@ class OutputArguments:
     """What is written."""
 
     overwrite_output_dir: bool = arg(False, "Begin anew in an output folder that has checkpoints, instead of resuming.")
+    save_final_model: bool = arg(True, "Write the model to output_dir at the end of training; false for a trial run.")
     dry_run: bool = arg(False, "Print the resolved run and stop.")
     logging_dir: str | None = arg(None, "Folder for TensorBoard.")
     export_dir: str | None = arg(None, "export: folder to write the merged model to.")

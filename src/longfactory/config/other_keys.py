@@ -49,12 +49,12 @@ _RAY = "processes are started by longfactory train (NNODES, NODE_RANK, MASTER_AD
 NO_EFFECT: dict[str, Other] = {
     "flash_attn": Other(("auto",), "attention always goes through LongFactory's own kernels; attention_backend chooses among them"),
     "use_reentrant_gc": Other((True, False), "recomputation is done by LongFactory itself"),
+    "upcast_layernorm": Other((False,), "norms are computed in float32 whatever the format of their weights"),
     "low_cpu_mem_usage": Other((True,), "weights are always loaded without a second copy"),
     "use_kv_cache": Other((True,), "training never keeps keys and values, generation always does"),
     "print_param_status": Other((False,), "the number of trained parameters is printed at the start"),
     "ignore_pad_token_for_loss": Other((True,), "there are no padding tokens inside a row"),
     "data_shared_file_system": Other((False,), "data are tokenised once and no process waits for them behind a barrier"),
-    "shuffle_for_sequence_parallel": Other((True,), "the data are shuffled each epoch"),
     "fsdp_transformer_layer_cls_to_wrap": Other((None,), "the layers to shard are found from the model"),
     "fsdp_min_num_params": Other((0,), "the layers to shard are found from the model"),
     "save_safetensors": Other((True,), "files are always written as safetensors"),
@@ -73,6 +73,7 @@ NO_EFFECT: dict[str, Other] = {
     "ray_scope": Other(("last",), _RAY),
     "placement_strategy": Other(("PACK",), _RAY),
     "resources_per_worker": Other((None,), _RAY),
+    "media_dir": Other((None,), "LongFactory trains on text"),
     "image_max_pixels": Other((768 * 768,), "LongFactory trains on text"),
     "image_min_pixels": Other((32 * 32,), "LongFactory trains on text"),
     "image_do_pan_and_scan": Other((False,), "LongFactory trains on text"),
@@ -261,7 +262,7 @@ REFUSED: dict[str, Other] = {
     "use_legacy_prediction_loop": Other((False,), "leave it out"),
     # rewritten engine of LLaMA-Factory
     "dist_config": Other((None,), "use sharding: fsdp2, or deepspeed: with a JSON"),
-    "micro_batch_size": Other((None,), "use per_device_train_batch_size"),
+    "micro_batch_size": Other((None,), "use per_device_train_batch_size instead"),
     "global_batch_size": Other((None,), "use per_device_train_batch_size and gradient_accumulation_steps"),
     "batching_strategy": Other((None,), "use packing: true"),
 }

@@ -18,8 +18,10 @@ TURNED: dict[str, Key] = {
     "warmup_ratio": Key("warmup_ratio", float, 0.0, "Share of the steps in which the learning rate rises.", 0.0, 1.0),
     "gradient_checkpointing": Key("gradient_checkpointing", bool | None, None, "On by default; false keeps every activation."),
     "gradient_checkpointing_kwargs": Key("gradient_checkpointing_kwargs", dict | str | None, None, "Recomputation is LongFactory's own."),
-    "fsdp": Key("fsdp", str | list | bool | None, None, "full_shard means sharding: fsdp2."),
+    "use_unsloth_gc": Key("use_unsloth_gc", bool, False, "The same as offload_activations: inputs."),
+    "fsdp": Key("fsdp", bool | tuple[str, ...] | None, None, "full_shard means sharding: fsdp2."),
     "eval_num_beams": Key("eval_num_beams", int | None, None, "The same as generation_num_beams."),
+    "shuffle_for_sequence_parallel": Key("shuffle_for_sequence_parallel", bool, True, "false is the same as disable_shuffling: true."),
     "adafactor": Key("adafactor", bool, False, "The same as optim: adafactor."),
 }
 
@@ -53,8 +55,6 @@ def rename(values: Mapping[str, Any]) -> dict[str, Any]:
             value = {"zigzag": "zigzag-ring", "ring": "zigzag-ring"}.get(str(value), value)
         elif name == "quantization_method" and value == "bitsandbytes":
             value = "bnb"
-        elif name == "shuffle_for_sequence_parallel" and value is not None and not coerce(value, bool, name):
-            new, value = "disable_shuffling", True
         elif name == "offload_activations" and str(value).lower() in ("true", "false"):
             value = "inputs" if coerce(value, bool, name) else "none"
         if new in out and out[new] != value:
@@ -157,20 +157,24 @@ def turn(values: dict[str, Any]) -> list[str]:
     if kwargs:
         raise ConfigError(f"gradient_checkpointing_kwargs: {kwargs} is refused: recomputation is LongFactory's own; see memory:")
 
-    fsdp = given.get("fsdp")
-    words = str(fsdp).lower().replace(",", " ").split() if not isinstance(fsdp, list) else [str(w).lower() for w in fsdp]
-    if fsdp not in (None, "", False, []):
-        if "offload" in words:
-            raise ConfigError("fsdp: offload is refused. Use optimizer_placement: host, or a DeepSpeed offload JSON.")
-        if set(words) <= {"full_shard", "auto_wrap", "hybrid_shard", "shard_grad_op", "true", "full_shard_auto_wrap"} and words:
-            values.setdefault("sharding", "fsdp2")
-            if set(words) & {"hybrid_shard", "shard_grad_op"}:
-                notes.append(f"fsdp: {fsdp} is run as full sharding over all devices.")
-        elif set(words) == {"no_shard"}:
-            values.setdefault("sharding", "ddp")
-        else:
-            raise ConfigError(f"fsdp: {fsdp!r} is not a choice. Use sharding: fsdp2 or sharding: ddp.")
+    if given.get("use_unsloth_gc"):
+        values.setdefault("offload_activations", "inputs")
 
+    fsdp = given.get("fsdp") or ()
+    words = {"full_shard"} if fsdp is True else set(" ".join(fsdp).lower().split())
+    if "offload" in words:
+        raise ConfigError("fsdp: offload is refused. Use optimizer_placement: host, or a DeepSpeed offload JSON.")
+    if words and words <= {"full_shard", "auto_wrap", "hybrid_shard", "hybrid_shard_zero2", "shard_grad_op"}:
+        values.setdefault("sharding", "fsdp2")
+        if words - {"full_shard", "auto_wrap"}:
+            notes.append(f"fsdp: {' '.join(sorted(words))} is run as full sharding over all devices.")
+    elif words == {"no_shard"}:
+        values.setdefault("sharding", "ddp")
+    elif words:
+        raise ConfigError(f"fsdp: {' '.join(sorted(words))!r} is not a choice. Use sharding: fsdp2 or sharding: ddp.")
+
+    if given.get("shuffle_for_sequence_parallel") is False:
+        values.setdefault("disable_shuffling", True)
     if given.get("eval_num_beams") is not None:
         values["generation_num_beams"] = given["eval_num_beams"]
     if given.get("adafactor"):

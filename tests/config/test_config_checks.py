@@ -1,0 +1,225 @@
+"""Every contradiction has its sentence, and the sentence says what to do."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longfactory.config import ConfigError, from_mapping, load_config
+
+BASE: dict[str, Any] = {"model_name_or_path": "m", "dataset": "d", "output_dir": "nowhere/out"}
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOCAL_RANK", "WORLD_SIZE", "ALLOW_EXTRA_ARGS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def problem(world_size: int | None = None, **keys: Any) -> str:
+    with pytest.raises(ConfigError) as e:
+        from_mapping({**BASE, **keys}, world_size=world_size)
+    return str(e.value)
+
+
+REFUSALS: list[tuple[dict[str, Any], str]] = [
+    ({"model_name_or_path": None}, "model_name_or_path is missing"),
+    ({"dataset": None}, "dataset is missing"),
+    ({"output_dir": None}, "output_dir is missing"),
+    ({"train_on_prompt": True, "mask_history": True}, "Keep one of them"),
+    ({"stage": "dpo", "train_on_prompt": True}, "train_on_prompt is for stage: sft; this run's stage is dpo"),
+    ({"stage": "kto", "mask_history": True}, "mask_history is for stage: sft"),
+    ({"packing": False, "neat_packing": True}, "contradict"),
+    ({"val_size": 0.1, "eval_dataset": "e"}, "eval_dataset and val_size were both given"),
+    ({"eval_strategy": "steps"}, "Give eval_dataset, or val_size above 0"),
+    ({"do_eval": True, "do_train": True}, "Give eval_dataset, or val_size above 0"),
+    ({"val_size": 2.5}, "whole number of samples"),
+    ({"streaming": True}, "Give max_steps"),
+    ({"streaming": True, "max_steps": 5, "max_samples": 3}, "max_samples and streaming"),
+    ({"streaming": True, "max_steps": 5, "val_size": 0.1}, "val_size as a number of samples"),
+    ({"interleave_probs": "0.5,0.5"}, "mix_strategy: interleave_under"),
+    ({"interleave_probs": "0.5,0.5", "mix_strategy": "interleave_over"}, "2 numbers for 1 data sets"),
+    ({"dataset": "a,b", "interleave_probs": "0.5,0.4", "mix_strategy": "interleave_over"}, "sum to 0.9"),
+    ({"stage": "dpo", "pref_loss": "ipo", "dpo_label_smoothing": 0.1}, "means nothing to pref_loss: ipo"),
+    ({"stage": "dpo", "pref_loss": "exo_pair"}, "Give one, for example 0.001"),
+    ({"use_dft_loss": True, "use_asft_loss": True}, "A run has one loss"),
+    ({"stage": "rm", "load_best_model_at_end": True}, "not supported with stage: rm"),
+    ({"early_stopping_steps": 2}, "Set eval_strategy"),
+    ({"bf16": True, "fp16": True}, "Keep one of them"),
+    ({"pure_bf16": True, "fp16": True}, "contradict"),
+    ({"finetuning_type": "full", "adapter_name_or_path": "a"}, "longfactory export"),
+    ({"finetuning_type": "full", "use_dora": True}, "use_dora is for finetuning_type: lora"),
+    ({"finetuning_type": "freeze", "loraplus_lr_ratio": 16}, "loraplus_lr_ratio is for finetuning_type: lora"),
+    ({"finetuning_type": "full", "quantization_bit": 4}, "Use lora, or leave quantization_bit out"),
+    ({"quantization_bit": 4, "pissa_init": True}, "pissa_init decomposes"),
+    ({"quantization_bit": 4, "resize_vocab": True}, "resize_vocab cannot"),
+    ({"quantization_bit": 4, "adapter_name_or_path": "a", "create_new_adapter": True}, "Merge them first"),
+    ({"quantization_bit": 4, "adapter_name_or_path": "a,b"}, "takes one adapter"),
+    (
+        {
+            "sequence_parallel_mode": "usp",
+            "sequence_parallel_size": 8,
+            "sequence_parallel_ulysses_degree": 2,
+            "sequence_parallel_ring_degree": 2,
+        },
+        "2 x sequence_parallel_ring_degree 2 = 4, and sequence_parallel_size is 8",
+    ),
+    ({"sequence_parallel_mode": "usp", "sequence_parallel_size": 8, "sequence_parallel_ring_degree": 3}, "3 does not divide"),
+    ({"sequence_parallel_size": 8, "sequence_parallel_ulysses_degree": 4}, "Set usp, or leave them out"),
+    ({"sequence_parallel_size": 2, "neftune_noise_alpha": 5}, "neftune_noise_alpha"),
+    ({"deepspeed": "absent.json"}, "there is no file absent.json"),
+    ({"deepspeed": {"zero_optimization": {"stage": 2}}, "sharding": "fsdp2"}, "deepspeed and sharding: fsdp2"),
+    ({"deepspeed": {"zero_optimization": {"stage": 3}}, "pure_bf16": True}, "Use bf16: true"),
+    ({"deepspeed": {"zero_optimization": {"stage": 3}}, "quantization_bit": 4}, "ZeRO-2"),
+    ({"deepspeed": {"zero_optimization": {"stage": 3}}, "pissa_init": True}, "ZeRO-2"),
+    ({"predict_with_generate": True, "stage": "dpo"}, "is for stage: sft"),
+    ({"do_predict": True, "eval_dataset": "e"}, "Set predict_with_generate: true"),
+    ({"predict_with_generate": True, "compute_accuracy": True}, "Keep one of them"),
+    ({"predict_with_generate": True, "sequence_parallel_size": 2}, "Set sequence_parallel_size: 1"),
+    ({"gradient_checkpointing": True, "disable_gradient_checkpointing": True}, "contradict"),
+    ({"gradient_checkpointing_kwargs": {"determinism_check": "none"}}, "LongFactory's own"),
+    ({"fsdp": "full_shard offload"}, "optimizer_placement: host"),
+    ({"fsdp": "sideways"}, "Use sharding: fsdp2"),
+    ({"eval_strategy": "steps", "val_size": 5, "eval_steps": 0}, "eval_steps: 0"),
+    ({"cutoff_len": 0}, "cutoff_len: 0 was given, at least 1 is needed"),
+    ({"stage": "ppo"}, "ppo is not supported; use stage: dpo or kto"),
+    ({"finetuning_type": "oft"}, "use finetuning_type: lora"),
+    ({"quantization_bit": 4, "quantization_method": "hqq"}, "quantization_method: bnb"),
+    ({"label_smoothing_factor": 0.1}, "logits"),
+    ({"train_sampling_strategy": "batch_rebalance"}, "Choose from random, sequential, group_by_length"),
+]
+
+
+@pytest.mark.parametrize(("keys", "words"), REFUSALS, ids=[" ".join(k) for k, _ in REFUSALS])
+def test_refused(keys: dict[str, Any], words: str) -> None:
+    assert words in problem(**keys)
+
+
+def test_each_problem_is_named_at_once() -> None:
+    text = problem(stage="sftt", learning_rate="fast", logging_steps="often")
+    assert [line.split(":")[0] for line in text.splitlines()] == ["stage", "learning_rate", "logging_steps"]
+
+
+@pytest.mark.parametrize(
+    ("written", "near"),
+    [
+        ("lerning_rate", "learning_rate"),
+        ("sequence_paralel_size", "sequence_parallel_size"),
+        ("datasets", "dataset"),
+        ("lora_ranks", "lora_rank"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(written: str, near: str) -> None:
+    assert problem(**{written: 1}) == f"There is no key {written}. Did you mean {near}?"
+
+
+def test_unknown_keys_pass_where_the_environment_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALLOW_EXTRA_ARGS", "1")
+    cfg = from_mapping({**BASE, "something_else": 1})
+    assert cfg.notes == ("There is no key something_else. It is left out (ALLOW_EXTRA_ARGS).",)
+
+
+def test_one_key_under_two_names() -> None:
+    assert "are the same key with different values" in problem(eval_strategy="steps", evaluation_strategy="epoch")
+    assert (
+        from_mapping({**BASE, "val_size": 5, "eval_strategy": "steps", "evaluation_strategy": "steps"}).trainer("eval_strategy") == "steps"
+    )
+
+
+@pytest.mark.parametrize(("world", "size"), [(1, 1), (8, 8), (8, 2), (6, 3)])
+def test_sequence_parallel_size_divides_the_processes(world: int, size: int) -> None:
+    from_mapping({**BASE, "sequence_parallel_size": size}, world_size=world)
+
+
+def test_sequence_parallel_size_that_does_not_divide() -> None:
+    assert "needs 4 processes or a multiple, and 1 would start" in problem(1, sequence_parallel_size=4)
+    assert "does not divide the 8 processes. Use 2, or 6 processes" in problem(8, sequence_parallel_size=3)
+
+
+def test_the_launcher_s_environment_tells_the_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "does not divide the 3 processes" in problem(sequence_parallel_size=2)
+
+
+def test_lengths_need_not_divide() -> None:
+    """The row is padded at its end: any length goes with any size, packed or not."""
+    from_mapping({**BASE, "cutoff_len": 1001, "sequence_parallel_size": 8, "neat_packing": True}, world_size=8)
+
+
+def test_deepspeed_files(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.json"
+    bad.write_text("{")
+    assert "is not valid JSON" in problem(deepspeed=str(bad))
+    bad.write_text("[]")
+    assert "holds no mapping" in problem(deepspeed=str(bad))
+
+
+@pytest.mark.parametrize("name", ["z0", "z2", "z2_offload", "z3", "z3_offload"])
+def test_the_deepspeed_files_that_everyone_quotes(name: str) -> None:
+    path = Path(__file__).parents[2] / "examples" / "deepspeed" / f"ds_{name}_config.json"
+    config = json.loads(path.read_text())
+    zero = config["zero_optimization"]
+    assert zero["stage"] == int(name[1])
+    assert ("offload_optimizer" in zero) == name.endswith("offload")
+    # Left to DeepSpeed these mean clipping at 1.0 and sums in bf16.
+    assert config["gradient_clipping"] == "auto" and config["communication_data_type"] == "fp32"
+    assert name[1] != "3" or zero["stage3_gather_16bit_weights_on_model_save"] is True
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, 'pip install "longfactory[deepspeed]"'),
+        ({"quantization_bit": 4}, 'pip install "longfactory[quantization]"'),
+        ({"enable_liger_kernel": True}, 'pip install "longfactory[liger]"'),
+        ({"attention_backend": "fa4"}, 'pip install "longfactory[fa4]"'),
+        ({"attention_backend": "fa2"}, "Use attention_backend: auto"),
+    ],
+)
+def test_missing_packages(keys: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert words in problem(**keys)
+    # A file can be looked at where the packages are not.
+    assert any(words in note for note in from_mapping({**BASE, **keys, "dry_run": True}).notes)
+
+
+@pytest.mark.parametrize(
+    ("keys", "note"),
+    [
+        ({"flash_attn": "fa2"}, "flash_attn: fa2 has no effect"),
+        ({"image_max_pixels": 262144}, "LongFactory trains on text"),
+        ({"pref_beta": 0.3}, "pref_beta has no effect: stage is sft"),
+        ({"finetuning_type": "full", "lora_rank": 16}, "lora_rank has no effect: finetuning_type is full"),
+        ({"stage": "dpo", "pref_loss": "orpo", "ref_model": "r"}, "ref_model has no effect: this run has no reference model"),
+        ({"stage": "dpo", "simpo_gamma": 1.0}, "simpo_gamma has no effect"),
+        ({"warmup_ratio": 0.1, "warmup_steps": 10}, "warmup_ratio: 0.1 has no effect"),
+        ({"fsdp": "hybrid_shard"}, "full sharding over all devices"),
+        ({"buffer_size": 5}, "buffer_size has no effect: streaming is off"),
+    ],
+)
+def test_what_has_no_effect_is_said(keys: dict[str, Any], note: str) -> None:
+    assert any(note in n for n in from_mapping({**BASE, **keys}).notes)
+
+
+def test_defaults_pass_without_a_word() -> None:
+    copied = {
+        "use_galore": False,
+        "flash_attn": "auto",
+        "vllm_maxlen": "4096",
+        "swanlab_project": "llamafactory",
+        "export_quantization_bit": None,
+    }
+    assert from_mapping({**BASE, **copied, "label_smoothing_factor": 0, "pref_beta": 0.1, "reward_model": None}).notes == ()
+
+
+def test_export_and_chat_ask_for_what_they_need() -> None:
+    with pytest.raises(ConfigError, match="export_dir is missing"):
+        load_config(["model_name_or_path=m"], command="export")
+    with pytest.raises(ConfigError, match="cannot be merged into quantised weights"):
+        load_config(["model_name_or_path=m", "adapter_name_or_path=a", "export_dir=e", "quantization_bit=4"], command="export")
+    assert load_config(["model_name_or_path=m"], command="chat").generating.top_p == 0.7

@@ -1,0 +1,109 @@
+"""The output folder: begin, go on, or refuse to mix two runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longfactory.config import RUN_FILE, ConfigError, RunConfig, from_mapping, last_checkpoint
+
+
+@pytest.fixture
+def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "out"
+
+
+def run(out: Path, **keys: Any) -> RunConfig:
+    return from_mapping({"model_name_or_path": "m", "dataset": "a,b", "output_dir": str(out), **keys})
+
+
+def leave_checkpoints(out: Path, *steps: int) -> None:
+    for step in steps:
+        (out / f"checkpoint-{step}").mkdir(parents=True)
+
+
+def test_an_absent_or_empty_folder_begins(out: Path) -> None:
+    assert run(out).resume_checkpoint() is None
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    assert run(out).resume_checkpoint() is None
+
+
+def test_the_last_checkpoint_goes_on(out: Path) -> None:
+    leave_checkpoints(out, 9, 100, 20)
+    (out / "checkpoint-900.tmp").mkdir()
+    (out / "checkpoint-1000").write_text("a file")
+    cfg = run(out)
+    assert cfg.resume_checkpoint() == str(out / "checkpoint-100") == str(last_checkpoint(out))
+    assert any("goes on from" in n for n in cfg.notes)
+
+
+def test_overwriting_begins_anew(out: Path) -> None:
+    leave_checkpoints(out, 5)
+    assert run(out, overwrite_output_dir=True).resume_checkpoint() is None
+    assert run(out, resume_from_checkpoint=False).resume_checkpoint() is None
+    assert run(out, overwrite_output_dir=True, resume_from_checkpoint=True).resume_checkpoint() == str(out / "checkpoint-5")
+
+
+def test_a_finished_run_without_checkpoints_is_not_written_over(out: Path) -> None:
+    out.mkdir()
+    (out / "adapter_model.safetensors").write_text("")
+    with pytest.raises(ConfigError, match="holds a finished run"):
+        run(out)
+    assert run(out, overwrite_output_dir=True).resume_checkpoint() is None
+
+
+def test_the_same_run_may_change_what_does_not_make_it_another(out: Path) -> None:
+    run(out).write()
+    leave_checkpoints(out, 5)
+    cfg = run(out, num_train_epochs=9, sequence_parallel_size=2, learning_rate=1e-6, dataset="b,a", cutoff_len=4096)
+    assert cfg.resume_checkpoint() == str(out / "checkpoint-5")
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"stage": "dpo"}, "its stage is sft, this run's dpo"),
+        ({"dataset": "c"}, "its dataset is a, b, this run's c"),
+        ({"lora_rank": 16}, "its lora_rank is 8, this run's 16"),
+        ({"finetuning_type": "full"}, "its finetuning_type is lora"),
+        ({"model_name_or_path": "other"}, "its model_name_or_path is m, this run's other"),
+    ],
+)
+def test_another_run_s_folder_is_refused(out: Path, keys: dict[str, Any], words: str) -> None:
+    run(out).write()
+    leave_checkpoints(out, 5)
+    with pytest.raises(ConfigError) as e:
+        run(out, **keys)
+    assert words in str(e.value) and "overwrite_output_dir: true" in str(e.value)
+    run(out, **keys, overwrite_output_dir=True)
+
+
+def test_a_run_that_never_saved_does_not_hold_its_folder(out: Path) -> None:
+    run(out).write()
+    assert (out / RUN_FILE).is_file()
+    assert run(out, stage="kto").resume_checkpoint() is None
+
+
+def test_checkpoints_that_are_asked_for(out: Path) -> None:
+    leave_checkpoints(out, 5)
+    assert run(out, resume_from_checkpoint=str(out / "checkpoint-5")).resume_checkpoint() == str(out / "checkpoint-5")
+    with pytest.raises(ConfigError, match="there is no folder"):
+        run(out, resume_from_checkpoint=str(out / "checkpoint-6"))
+    with pytest.raises(ConfigError, match="there is no checkpoint in"):
+        run(out.parent / "empty", resume_from_checkpoint=True)
+
+
+def test_a_file_in_the_folder_s_place(out: Path) -> None:
+    out.write_text("")
+    with pytest.raises(ConfigError, match="is a file; a folder is needed"):
+        run(out)
+
+
+def test_evaluation_alone_never_resumes(out: Path) -> None:
+    leave_checkpoints(out, 5)
+    assert run(out, do_eval=True, eval_dataset="a", dataset=None).resume_checkpoint() is None

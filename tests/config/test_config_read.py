@@ -1,0 +1,101 @@
+"""Files, overrides and flags become one mapping; what stands further right wins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longfactory.config.read import read, read_file
+from longfactory.config.translate import is_switch
+from longfactory.errors import ConfigError
+
+
+def written(tmp_path: Path, text: str, name: str = "run.yaml") -> str:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_yaml_then_overrides_then_flags(tmp_path: Path) -> None:
+    path = written(tmp_path, "learning_rate: 1e-4\nstage: sft\nlr_scheduler_kwargs: {min_lr: 1e-6, power: 2}\n")
+    values = read([path, "stage=dpo", "lr_scheduler_kwargs.min_lr=1e-7", "--bf16", "--dataset", "a,b"], is_switch)
+    assert values == {
+        "learning_rate": 1e-4,
+        "stage": "dpo",
+        "lr_scheduler_kwargs": {"min_lr": 1e-7, "power": 2},
+        "bf16": True,
+        "dataset": "a,b",
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--do_train", "--stage", "sft"], {"do_train": True, "stage": "sft"}),
+        (["--do_train", "True"], {"do_train": "True"}),
+        (["--learning-rate=1e-5"], {"learning_rate": "1e-5"}),
+        (["--no_use_fast_tokenizer"], {"use_fast_tokenizer": False}),
+        (["--lora_target", "q_proj", "v_proj"], {"lora_target": ["q_proj", "v_proj"]}),
+        (["--dry_run", "seed=1"], {"dry_run": True, "seed": 1}),
+        (["--output_dir", "a=b"], {"output_dir": "a=b"}),
+        (["--local_rank=0"], {"local_rank": "0"}),
+        (["lora_target=[q,v]"], {"lora_target": ["q", "v"]}),
+        (["report_to=none"], {"report_to": "none"}),
+        (["max_samples=null"], {"max_samples": None}),
+        (["model_name_or_path=/a/b=c"], {"model_name_or_path": "/a/b=c"}),
+    ],
+)
+def test_words(words: list[str], expected: dict[str, Any]) -> None:
+    assert read(words, is_switch) == expected
+
+
+def test_json_file(tmp_path: Path) -> None:
+    assert read([written(tmp_path, '{"seed": 3}', "run.json")], is_switch) == {"seed": 3}
+
+
+def test_environment_in_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAVES", "/data")
+    assert read_file(Path(written(tmp_path, "output_dir: ${oc.env:SAVES}/run\n"))) == {"output_dir": "/data/run"}
+
+
+def test_a_key_twice(tmp_path: Path) -> None:
+    assert read_file(Path(written(tmp_path, "template: qwen\ntemplate: qwen\n"))) == {"template": "qwen"}
+    with pytest.raises(ConfigError, match=r"line 2: template stands twice, as 'qwen' and 'llama3'"):
+        read_file(Path(written(tmp_path, "template: qwen\ntemplate: llama3\n")))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [1\n", "not valid YAML"),
+        ("- a\n- b\n", "holds no keys"),
+        ("1: a\n", "the key 1 is not text"),
+        ("a: ${nowhere}\n", "cannot be read"),
+        ("a: 1\n  b: 2\n", "line 2"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(ConfigError) as e:
+        read([written(tmp_path, text)], is_switch)
+    assert words in str(e.value)
+
+
+def test_bad_words(tmp_path: Path) -> None:
+    for words, expected in (
+        (["absent.yaml"], "There is no file absent.yaml"),
+        (["learning_rate"], "'learning_rate' is neither"),
+        (["--learning_rate"], "--learning_rate needs a value"),
+        (["a=[1"], "a=[1 cannot be read"),
+    ):
+        with pytest.raises(ConfigError) as e:
+            read(words, is_switch)
+        assert expected in str(e.value)
+
+
+def test_bytes_that_are_not_text(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"a: \xff\xfe\n")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_file(path)

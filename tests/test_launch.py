@@ -1,0 +1,134 @@
+"""Starting processes: what is asked of torchrun, and that one worker's end is every worker's end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from longfactory import launch
+from longfactory.config import RunConfig, from_mapping
+from longfactory.errors import UserError
+
+VARIABLES = ("NNODES", "NODE_RANK", "NPROC_PER_NODE", "MASTER_ADDR", "MASTER_PORT", "RDZV_ID", "MIN_NNODES", "MAX_NNODES", "MAX_RESTARTS")
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*VARIABLES, "FORCE_TORCHRUN", "LOCAL_RANK", "WORLD_SIZE", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def config(**keys: object) -> RunConfig:
+    return from_mapping({"model_name_or_path": "m", "dataset": "d", "output_dir": "nowhere/out", **keys})
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, local: int = 2, **env: str) -> list[str]:
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    return launch.torchrun_arguments(local, "module", ["x.yaml"])
+
+
+def test_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert asked(monkeypatch) == ["--nproc-per-node=2", "--max-restarts=0", "--standalone", "--module", "module", "x.yaml"]
+    assert "--master-port=29777" in asked(monkeypatch, MASTER_PORT="29777")
+
+
+def test_several_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="set MASTER_ADDR"):
+        asked(monkeypatch, NNODES="2")
+    words = asked(monkeypatch, 8, NNODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.1", MASTER_PORT="29501")
+    assert {"--nnodes=2", "--node-rank=1", "--master-addr=10.0.0.1", "--master-port=29501", "--nproc-per-node=8"} <= set(words)
+    with pytest.raises(UserError, match="it runs from 0 to 1"):
+        asked(monkeypatch, NODE_RANK="2")
+    with pytest.raises(UserError, match="NNODES is 'two'; a whole number is needed"):
+        asked(monkeypatch, NNODES="two")
+
+
+def test_elastic(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = asked(monkeypatch, RDZV_ID="job", MIN_NNODES="1", MAX_NNODES="4", MAX_RESTARTS="3", MASTER_ADDR="a", MASTER_PORT="1")
+    assert {"--nnodes=1:4", "--rdzv-id=job", "--rdzv-backend=c10d", "--rdzv-endpoint=a:1", "--max-restarts=3"} <= set(words)
+
+
+def test_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "device_count", lambda: 0)
+    assert launch.local_processes(config()) == 1
+    assert launch.local_processes(config(nproc_per_node=2)) == 2
+    monkeypatch.setenv("NPROC_PER_NODE", "3")
+    assert launch.local_processes(config()) == 3
+    monkeypatch.delenv("NPROC_PER_NODE")
+    monkeypatch.setattr(launch, "device_count", lambda: 8)
+    assert launch.local_processes(config()) == 8
+    assert launch.local_processes(config(use_cpu=True)) == 1
+    with pytest.raises(UserError, match="this machine shows 8"):
+        launch.local_processes(config(nproc_per_node=9))
+
+
+def test_when_torchrun_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not launch.needs_torchrun(config(), 1)
+    assert launch.needs_torchrun(config(), 2)
+    assert launch.needs_torchrun(config(deepspeed={"zero_optimization": {"stage": 0}}, dry_run=True), 1)
+    monkeypatch.setenv("FORCE_TORCHRUN", "1")
+    assert launch.needs_torchrun(config(), 1)
+    monkeypatch.delenv("FORCE_TORCHRUN")
+    monkeypatch.setenv("NNODES", "2")
+    assert launch.needs_torchrun(config(), 1)
+
+
+def test_environment_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch.set_environment(1)
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "mine")
+    launch.set_environment(2)
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "mine"
+
+
+WORKER = """
+import os, sys, time
+rank = int(os.environ["RANK"])
+open(os.path.join({folder!r}, f"pid{{rank}}"), "w").write(str(os.getpid()))
+if rank == 1:
+    while not os.path.exists(os.path.join({folder!r}, "pid0")):
+        time.sleep(0.05)
+    {end}
+time.sleep(120)
+"""
+
+
+def start(folder: Path, end: str) -> subprocess.CompletedProcess[str]:
+    (folder / "worker_module.py").write_text(WORKER.format(folder=str(folder), end=end))
+    code = "import sys; from longfactory import launch; sys.exit(launch.torchrun(launch.torchrun_arguments(2, 'worker_module', [])))"
+    env = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=100)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(")")[-1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "words"),
+    [
+        ("sys.exit(2)", 2, ""),
+        ("sys.exit(7)", 7, "Process 1 ended with status 7; the others were stopped"),
+        ("os.kill(os.getpid(), 9)", 137, "Process 1 was ended by signal 9 (killed: often the machine ran out of memory)"),
+    ],
+    ids=["told the user", "failed", "killed"],
+)
+def test_one_worker_s_end_is_every_worker_s(tmp_path: Path, end: str, status: int, words: str) -> None:
+    done = start(tmp_path, end)
+    assert done.returncode == status, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    deadline = time.time() + 5
+    pids = [int((tmp_path / f"pid{r}").read_text()) for r in (0, 1)]
+    while any(is_alive(p) for p in pids) and time.time() < deadline:
+        time.sleep(0.1)
+    assert not any(is_alive(p) for p in pids)
