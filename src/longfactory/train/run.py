@@ -150,9 +150,10 @@ def training_arguments(cfg: RunConfig, sharding: str) -> Any:
     """transformers' TrainingArguments with the settings that keep gradients exact. Opens the process group."""
     extra: dict[str, Any] = {
         "accelerator_config": shard.accelerator_arguments(),
-        "ddp_find_unused_parameters": False,
+        "ddp_find_unused_parameters": bool(cfg.hf.get("ddp_find_unused_parameters")),
         "remove_unused_columns": False,
         "label_names": [],
+        "include_num_input_tokens_seen": "no",  # the Trainer would count a row once for each rank that holds a part of it
     }
     if sharding == "fsdp2":
         extra |= shard.fsdp2_arguments(
@@ -251,6 +252,7 @@ def make_trainer(
         processing_class=tokenizer,
         callbacks=[LogFile(args.output_dir, overwrite=cfg.output.overwrite_output_dir)],
     )
+    trainer.add_callback(AtStart(trainer.continue_counting))
     trainer.add_callback(AtStart(lambda: prove_exact(trainer)))
     trainer.add_callback(AtStart(lambda: attach_reference(trainer, cfg)))
     if cfg.method.early_stopping_steps is not None:
