@@ -37,7 +37,7 @@ class LogFile(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
-        if not state.is_world_process_zero or "train_runtime" in logs:
+        if not state.is_world_process_zero or "train_loss" in logs:
             return
         elapsed = time.time() - self.started
         done = state.global_step - self.first_step
@@ -56,6 +56,7 @@ class LogFile(TrainerCallback):
             "epoch": logs.get("epoch"),
             "percentage": round(state.global_step / state.max_steps * 100, 2) if state.max_steps else 100,
             "elapsed_time": str(timedelta(seconds=int(elapsed))),
+            "elapsed_seconds": round(elapsed, 3),
             "remaining_time": str(timedelta(seconds=int(remaining))),
         }
         if tokens is not None and elapsed > 0:

@@ -17,8 +17,9 @@ CURVES = ("loss", "eval_loss", "eval_accuracy", "rewards/accuracies")
 
 def save_trained(trainer: Any, cfg: Any, tokenizer: Any, result: Any) -> None:
     """Weights as plain safetensors, tokenizer, `train_results.json`, `trainer_state.json`, curves. Collective."""
-    trainer.save_model()
-    if trainer.stage.output == "values":
+    if cfg.output.save_final_model:
+        trainer.save_model()
+    if cfg.output.save_final_model and trainer.stage.output == "values":
         save_value_head(trainer, trainer.args.output_dir)
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)

@@ -222,6 +222,10 @@ class RowTrainer(Trainer):
 
     # ---- logging --------------------------------------------------------------------------------------------------------------------
 
+    def continue_counting(self) -> None:
+        """At the start: tokens are counted on from what the checkpoint had seen."""
+        self._tokens.fill_(self.state.num_input_tokens_seen)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self._train_metrics.means(self._sum_over_groups))
