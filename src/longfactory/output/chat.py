@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from longfactory.errors import UserError
+from longfactory.model.generate import generation_arguments
 from longfactory.output.load import load
 
 if TYPE_CHECKING:
@@ -56,30 +57,8 @@ def answer(cfg: RunConfig, model: Any, tokenizer: Any, messages: list[dict[str, 
     with torch.inference_mode():
         # A streamer prints one sequence; beams are compared first and printed at the end.
         beams = cfg.generating.num_beams > 1
-        out = model.generate(**inputs, **generation_arguments(cfg, tokenizer, length), streamer=None if beams else streamer)
+        out = model.generate(**inputs, **generation_arguments(cfg.generating, tokenizer, length), streamer=None if beams else streamer)
     text = tokenizer.decode(out[0, length:], skip_special_tokens=skip)
     if beams:
         print(text)
     return text.strip()
-
-
-def generation_arguments(cfg: RunConfig, tokenizer: Any, prompt_length: int) -> dict[str, Any]:
-    """Keyword arguments of `generate` from the generation keys."""
-    g = cfg.generating
-    out: dict[str, Any] = {
-        "do_sample": g.do_sample and g.temperature > 0,
-        "num_beams": g.num_beams,
-        "repetition_penalty": g.repetition_penalty,
-        "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-    }
-    if g.max_new_tokens > 0:
-        out["max_new_tokens"] = g.max_new_tokens
-    else:
-        if prompt_length >= g.max_length:
-            raise UserError(f"max_length: {g.max_length} leaves no room after {prompt_length} tokens. Raise it, or set max_new_tokens.")
-        out["max_length"] = g.max_length
-    if out["do_sample"]:
-        out |= {"temperature": g.temperature, "top_p": g.top_p, "top_k": g.top_k}
-    if g.num_beams > 1:
-        out["length_penalty"] = g.length_penalty
-    return out

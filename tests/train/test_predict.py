@@ -1,0 +1,151 @@
+"""Generated answers: the same from a batch as one by one, from two processes as from one; files and scores."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from longfactory import sp
+from longfactory.data.row import IGNORE, TokenizedDocument
+from longfactory.errors import UserError
+from longfactory.sp import hf
+from longfactory.testing import run_ranks, tiny_model
+from longfactory.train import predict as module
+from longfactory.train.predict import generate, predict, rouge, split_last_answer
+
+GREEDY = SimpleNamespace(
+    do_sample=False, temperature=1.0, top_p=1.0, top_k=50, num_beams=1, max_length=64, max_new_tokens=6, repetition_penalty=1.0,
+    length_penalty=1.0, skip_special_tokens=True,
+)  # fmt: skip
+
+
+def make_tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, 97)}}, unk_token="<pad>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", bos_token="<s>")
+
+
+def prepared_model(ctx: sp.SequenceParallel) -> Any:
+    model = tiny_model("qwen2", seed=4)
+    hf.prepare(model, ctx)
+    return model
+
+
+DOCUMENTS = [
+    TokenizedDocument([3 + i, 4, 5, *range(20, 20 + i), 9, 2], [IGNORE] * (3 + i) + [9, 2], sample=i) for i in range(5)
+]  # prompts of 3 to 7 tokens
+
+
+def make_trainer(folder: Path, ctx: sp.SequenceParallel, batch: int = 2) -> Any:
+    model = prepared_model(ctx)
+    saved: dict[str, Any] = {}
+    return SimpleNamespace(
+        ctx=ctx,
+        args=SimpleNamespace(eval_batch_size=batch, device=torch.device("cpu"), output_dir=str(folder)),
+        model_wrapped=model,
+        accelerator=SimpleNamespace(unwrap_model=lambda m: m),
+        compute_loss_context_manager=nullcontext,
+        is_world_process_zero=lambda: ctx.dp_rank == 0,
+        log_metrics=lambda *_: None,
+        save_metrics=lambda kind, m: saved.update(m),
+        saved=saved,
+    )
+
+
+def run(folder: Path, ctx: sp.SequenceParallel, sets: dict[str, list[list[TokenizedDocument]]], batch: int = 2) -> dict[str, float]:
+    trainer = make_trainer(folder, ctx, batch)
+    trainer.model_wrapped.train()
+    metrics = predict(trainer, SimpleNamespace(generating=GREEDY), make_tokenizer(), SimpleNamespace(eval=sets))
+    assert trainer.model_wrapped.training and trainer.model_wrapped.config._attn_implementation == hf.ATTENTION
+    assert trainer.saved == metrics
+    return metrics
+
+
+def read(folder: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (folder / module.FILE).read_text().splitlines()]
+
+
+def greedy_by_hand(prompt: list[int]) -> list[int]:
+    """Without cache, batch or padding: the most probable token, again and again."""
+    model, ids = tiny_model("qwen2", seed=4).eval(), list(prompt)
+    for _ in range(GREEDY.max_new_tokens):
+        with torch.no_grad():
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == 2:
+            break
+    return ids[len(prompt) :]
+
+
+def test_files_of_one_process(tmp_path: Path) -> None:
+    samples = [[d] for d in DOCUMENTS[:3]] + [DOCUMENTS[3:]]  # the last sample is a packed row of two conversations
+    metrics = run(tmp_path, sp.SequenceParallel.create(1), {"eval": samples})
+    tokenizer = make_tokenizer()
+    lines = read(tmp_path)
+    assert len(lines) == metrics["predict_samples"] == 5
+    for d, line in zip(DOCUMENTS, lines, strict=True):
+        prompt = list(d.input_ids[:-2])
+        assert line["prompt"] == tokenizer.decode(prompt)
+        assert line["label"] == "w9"
+        assert line["predict"] == tokenizer.decode(greedy_by_hand(prompt), skip_special_tokens=True)
+    assert len({line["predict"] for line in lines}) > 1
+    assert 0 <= metrics["predict_rouge-1"] <= 100
+
+
+def on_two_ranks(folder: str) -> dict[str, float]:
+    return run(Path(folder), sp.SequenceParallel.create(1), {"eval": [[d] for d in DOCUMENTS]}, batch=2)
+
+
+def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
+    """Five questions over two processes with batches of two: one process has a round with nothing of its own."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(one, sp.SequenceParallel.create(1), {"eval": [[d] for d in DOCUMENTS]})
+    metrics = run_ranks(2, on_two_ranks, str(two))
+    assert read(one) == read(two)
+    assert metrics[0]["predict_rouge-l"] == metrics[1]["predict_rouge-l"]
+
+
+def test_several_sets_have_their_own_names(tmp_path: Path) -> None:
+    metrics = run(tmp_path, sp.SequenceParallel.create(1), {"a": [[DOCUMENTS[0]]], "b": [[DOCUMENTS[1]], [DOCUMENTS[2]]]})
+    assert metrics["predict_a_samples"] == 1 and metrics["predict_b_samples"] == 2
+    assert len((tmp_path / f"predict_b_{module.FILE}").read_text().splitlines()) == 2
+
+
+def test_refusals(tmp_path: Path) -> None:
+    one = sp.SequenceParallel.create(1)
+    trainer = make_trainer(tmp_path, one)
+    trainer.ctx = SimpleNamespace(size=2)
+    with pytest.raises(UserError, match=r"not split over 2 processes\. Set sequence_parallel_size: 1"):
+        predict(trainer, None, None, SimpleNamespace(eval={}))
+    with pytest.raises(UserError, match="Set eval_dataset or val_size"):
+        predict(make_trainer(tmp_path, one), None, None, SimpleNamespace(eval={}))
+    with pytest.raises(UserError, match="max_length: 4 leaves no room after 5 tokens"):
+        generate(None, make_tokenizer(), [[3] * 5], SimpleNamespace(**{**vars(GREEDY), "max_new_tokens": 0, "max_length": 4}), "cpu", False)
+
+
+def test_the_last_answer_is_split_off() -> None:
+    two_turns = TokenizedDocument([3, 4, 5, 6, 7, 8], [IGNORE, 4, IGNORE, IGNORE, 7, 8])
+    assert split_last_answer(two_turns) == ([3, 4, 5, 6], [7, 8])
+    eos_as_label_only = TokenizedDocument([3, 4, 5, 6, 7], [IGNORE, 4, 2, IGNORE, 7])
+    assert split_last_answer(eos_as_label_only) == ([3, 4, 5, 6], [7])
+    for labels in ([IGNORE, IGNORE], [3, 4]):
+        with pytest.raises(UserError, match="no prompt and answer"):
+            split_last_answer(TokenizedDocument([3, 4], labels))
+
+
+def test_rouge() -> None:
+    assert rouge("the cat sat", "the cat sat") == {"rouge-1": 100.0, "rouge-2": 100.0, "rouge-l": 100.0}
+    assert rouge("", "the cat") == {"rouge-1": 0.0, "rouge-2": 0.0, "rouge-l": 0.0}
+    scores = rouge("The cat, sat on a mat", "a cat sat on the mat")  # 6 and 6 words; bigrams shared: "cat sat", "sat on"
+    assert scores["rouge-1"] == pytest.approx(100.0)
+    assert scores["rouge-2"] == pytest.approx(100 * 2 * 2 / 10)
+    assert scores["rouge-l"] == pytest.approx(100 * 2 * 4 / 12)  # cat sat on mat
+    assert rouge("你好吗", "你好")["rouge-1"] == pytest.approx(100 * 2 * 2 / 5)
