@@ -15,11 +15,20 @@ from transformers import PreTrainedTokenizerFast
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. A row is one flat sequence of tokens made of documents.\n\nHello, how are you?",
-    "def f(x):\n    return x + 1\n\nprint(f(41))  # forty-two\n{\"name\": \"get_weather\", \"arguments\": {\"city\": \"Paris\"}}",
+    'def f(x):\n    return x + 1\n\nprint(f(41))  # forty-two\n{"name": "get_weather", "arguments": {"city": "Paris"}}',
     "Question: what is it? Answer: it is what it is. System user assistant human tool observation think </think> response",
     "Grüße aus Köln, 漢字とかな, данные и слова, 🙂🙃 and so on and so forth, again and again.",
 ] * 4
-SPECIAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>", "<|user|>"]
+SPECIAL = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|eot_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<start_of_turn>",
+    "<|user|>",
+]
 SPECIAL += ["[gMASK]", "sop", "<|system|>", "<|assistant|>", "<|observation|>", "<sep>"]
 
 
@@ -28,7 +37,9 @@ def byte_level() -> PreTrainedTokenizerFast:
     t = Tokenizer(models.BPE())
     t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     t.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     t.train_from_iterator(CORPUS, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=t, eos_token="<|endoftext|>")
 

@@ -1,7 +1,7 @@
 """Writes golden_0_9_1.json: the tokens of LLaMA-Factory 0.9.1 for a few conversations, one token a character.
 
-    pip download llamafactory==0.9.1 --no-deps && unzip llamafactory-0.9.1-*.whl
-    python tests/data/make_golden_0_9_1.py ./llamafactory
+pip download llamafactory==0.9.1 --no-deps && unzip llamafactory-0.9.1-*.whl
+python tests/data/make_golden_0_9_1.py ./llamafactory
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ CASES: list[dict[str, Any]] = [
     {"messages": [["user", "Q1" * 20], ["assistant", "A1" * 9], ["user", "Q2" * 9], ["assistant", "A2" * 9]], "cutoff_len": 60},
     {"messages": [["user", "Q1" * 20], ["assistant", "A1" * 9], ["user", "Q2" * 9], ["assistant", "A2" * 9]], "mask_history": True},
 ]
-NAMES = (
-    "alpaca chatml deepseek deepseekcoder default empty exaone falcon fewshot gemma llama2 llama2_zh llama3 mistral openchat phi qwen qwen2_vl "
-    "solar vicuna yi zephyr"
-).split()
+NAMES = [
+    *("alpaca", "chatml", "deepseek", "deepseekcoder", "default", "empty", "exaone", "falcon", "fewshot", "gemma", "llama2", "llama2_zh"),
+    *("llama3", "mistral", "openchat", "phi", "qwen", "qwen2_vl", "solar", "vicuna", "yi", "zephyr"),
+]
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>"]
 
 

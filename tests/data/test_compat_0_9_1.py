@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from conftest import make_args
+from make_golden_0_9_1 import CASES, NAMES, characters
+
 from longfactory.data.module import load_datasets
 from longfactory.data.templates import get_template
-from make_golden_0_9_1 import CASES, NAMES, characters
 
 GOLDEN = json.loads(Path(__file__).with_name("golden_0_9_1.json").read_text())
 ROLES = {"user": "human", "assistant": "gpt", "function": "function_call", "observation": "observation"}

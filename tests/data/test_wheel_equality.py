@@ -10,6 +10,7 @@ from typing import Any
 import lf_oracle
 import pytest
 from conftest import make_args
+
 from longfactory.data.module import load_datasets
 from longfactory.data.row import IGNORE
 from longfactory.data.template_table import TABLE
@@ -17,11 +18,26 @@ from longfactory.data.templates import get_template
 
 ORACLE = lf_oracle.Oracle()
 # The families of the promise get the wide grid in every run; all others get it with -m slow.
-FAMILIES = (
-    "qwen qwen3 qwen3_nothink qwen3_5 qwen3_5_nothink qwen2_vl llama2 llama3 llama4 mistral ministral gemma gemma2 gemma3 gemma4 phi phi4 "
-    "phi4_mini deepseek deepseek3 deepseekr1 glm4 glm4_moe glm4_7 glmz1 yi chatml vicuna zephyr alpaca default empty fewshot seed_oss "
-    "minimax1 minimax2 lfm2 bailing_v2 chatglm3 gpt_oss smollm2"
-).split()
+FAMILIES = [
+    *("qwen", "qwen3", "qwen3_nothink", "qwen3_5", "qwen3_5_nothink", "qwen2_vl", "llama2", "llama3", "llama4", "mistral", "ministral"),
+    *(
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "gemma4",
+        "phi",
+        "phi4",
+        "phi4_mini",
+        "deepseek",
+        "deepseek3",
+        "deepseekr1",
+        "glm4",
+        "glm4_moe",
+        "glm4_7",
+    ),
+    *("glmz1", "yi", "chatml", "vicuna", "zephyr", "alpaca", "default", "empty", "fewshot", "seed_oss", "minimax1", "minimax2", "lfm2"),
+    *("bailing_v2", "chatglm3", "gpt_oss", "smollm2"),
+]
 
 TOOLS = json.dumps(
     [
@@ -171,7 +187,12 @@ def pair_rows(name: str, n: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_pairs(name: str, tokenizers: dict[str, Any], write_data: Any) -> None:
-    for options in ({}, {"cutoff_len": 70}, {"cutoff_len": 24, "enable_thinking": False}, {"enable_thinking": None, "preserve_thinking": True}):
+    for options in (
+        {},
+        {"cutoff_len": 70},
+        {"cutoff_len": 24, "enable_thinking": False},
+        {"enable_thinking": None, "preserve_thinking": True},
+    ):
         rows = pair_rows(name, 10)
         args = make_args(template=name, **options)
         expected = ORACLE.encode("rm", rows, PAIRS, copy.deepcopy(tokenizers["meta"]), args)
@@ -219,7 +240,7 @@ def test_unpacked_pretraining(name: str, kind: str, cutoff: int, tokenizers: dic
 
 
 def test_openai_rows_with_the_quirks_of_0_9_5(tokenizers: dict[str, Any], write_data: Any) -> None:
-    """The system texts that the wheel adds to openai rows: kept under template_compat 0.9.5, left out otherwise."""
+    """The system texts that the wheel adds to openai rows: kept with `openai_quirks`, left out otherwise."""
     call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": json.loads(CALL)}]}
     result = {"role": "tool", "content": "sunny"}
     base = [{"role": "user", "content": "Weather?"}, {"role": "assistant", "content": "Which city?"}]
@@ -237,9 +258,9 @@ def test_openai_rows_with_the_quirks_of_0_9_5(tokenizers: dict[str, Any], write_
         "columns": {"messages": "messages", "tools": "tools"},
         "tags": dict(zip(keys, tags, strict=True)),
     }
-    args = make_args(template="qwen", template_compat="0.9.5")
+    args = make_args(template="qwen")
     expected = ORACLE.encode("sft", rows, info, copy.deepcopy(tokenizers["byte"]), args)
-    data = ours("sft", rows, info, copy.deepcopy(tokenizers["byte"]), args, write_data)
+    data = ours("sft", rows, info | {"openai_quirks": True}, copy.deepcopy(tokenizers["byte"]), args, write_data)
     assert [list(data[i][0].input_ids) for i in range(5)] == expected["input_ids"]
     assert [list(data[i][0].labels) for i in range(5)] == expected["labels"]
     tokenizer = copy.deepcopy(tokenizers["byte"])

@@ -13,7 +13,7 @@ from longfactory.data.assemble import Rules
 from longfactory.data.collate import Sample
 from longfactory.data.errors import DataError
 from longfactory.data.packing import pack
-from longfactory.data.row import TokenizedDocument
+from longfactory.data.row import Role, TokenizedDocument
 from longfactory.data.store import DESIRED, LACKS_THOUGHT, LAST_ONLY, SECOND_LACKS_THOUGHT, Store
 
 
@@ -60,16 +60,30 @@ class TokenizedDataset:
     """Map-style data set of samples, read from memory-mapped stores. Picklable.
 
     `entries` is [n, 2] (store, sample in it); for packed pre-training [n, 4] with the range of tokens too, for kto [n, 4] with the
-    sample whose answer is borrowed for the KL estimate (the entry before). `lengths` is the number of tokens of each item.
+    sample whose answer is borrowed for the KL estimate (the entry before). `lengths` is the number of tokens of each item. Kind "made":
+    documents saved with their labels, for the stage kind `made`.
     """
 
-    def __init__(self, stores: Sequence[Store], entries: np.ndarray, kind: str, rules: Rules, packed: bool, report: Report | None = None):
+    def __init__(
+        self,
+        stores: Sequence[Store],
+        entries: np.ndarray,
+        kind: str,
+        rules: Rules,
+        packed: bool,
+        report: Report | None = None,
+        made: str = "",
+    ):
         self.stores = list(stores)
         self.kind = kind
+        self.made = made
         self.rules = rules
         self.report = report or Report()
         self.bins: list[np.ndarray] | None = None
-        if kind == "pt" and packed:
+        if kind == "made":
+            sizes = self._totals(entries) // 2
+            packed = False
+        elif kind == "pt" and packed:
             entries = self._split_texts(entries)
             sizes = entries[:, 3] - entries[:, 2]
         else:
@@ -109,6 +123,8 @@ class TokenizedDataset:
                 return [assemble.plain(assemble.cut(parts[0], self.rules.cutoff, self.rules, self.rules.prefix), e)]
             case "sft":
                 return [assemble.sft(parts, self.rules, e, bool(flags & LAST_ONLY))]
+            case "made":
+                return self._made(parts, e, flags)
             case "pair":
                 return assemble.pair(parts, self.rules, e, (bool(flags & LACKS_THOUGHT), bool(flags & SECOND_LACKS_THOUGHT)))
             case _:
@@ -116,6 +132,17 @@ class TokenizedDataset:
                 other, other_flags = self.stores[s].parts(j)[1], int(self.stores[s].flags[j])
                 lacks, other_lacks = bool(flags & LACKS_THOUGHT), bool(other_flags & LACKS_THOUGHT)
                 return assemble.kto(parts[0], parts[1], other, self.rules, e, bool(flags & DESIRED), lacks, other_lacks)
+
+    def _made(self, parts: list[np.ndarray], e: int, flags: int) -> list[TokenizedDocument]:
+        """Documents that were saved with their labels."""
+        roles: list[Role] = ["text"] * (len(parts) // 2)
+        if self.made in ("pair", "kto"):
+            roles = ["chosen", "rejected"] if self.made == "pair" else ["chosen" if flags & DESIRED else "rejected", "kl"]
+        whole = self.made in ("pair", "kto")
+        return [
+            TokenizedDocument(ids.astype(np.int64), labels.astype(np.int64), role, e if whole else e * 1_000_000 + k)
+            for k, (ids, labels, role) in enumerate(zip(parts[::2], parts[1::2], roles, strict=True))
+        ]
 
     # -- lengths, cutting ----------------------------------------------------------------------------------------------------------
 
@@ -196,12 +223,12 @@ class TokenizedDataset:
                 before[e], after[e] = sum(prompts) + sum(answers), sum(s + t for s, t in cuts)
                 untrained[e] = cuts[0][1] == 0
             else:
-                source, *kept = assemble.pair_lengths(prompts[0], answers[0], answers[1], rules)
+                source, chosen, rejected = assemble.pair_lengths(prompts[0], answers[0], answers[1], rules)
                 # A shared prompt stands once in the row, and its last token once more at the head of each branch.
                 shared = rules.share_prompt and source > 1
                 full = prompts[0] + 1 if rules.share_prompt and prompts[0] > 1 else 2 * prompts[0]
-                before[e], after[e] = full + sum(answers), (source + 1 if shared else 2 * source) + sum(kept)
-                untrained[e] = min(kept) == 0
+                before[e], after[e] = full + sum(answers), (source + 1 if shared else 2 * source) + chosen + rejected
+                untrained[e] = not chosen or not rejected
         return before, after, untrained
 
     def _lengths(self, entry: np.ndarray) -> list[int]:

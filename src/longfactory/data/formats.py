@@ -23,8 +23,8 @@ class Conversation:
     desired: bool | None = None
 
 
-def convert(row: dict[str, Any], source: Source, quirks: bool = False) -> Conversation:
-    """The conversation of a row. `quirks`: the system texts that LLaMA-Factory 0.9.5 adds to rows in the openai format.
+def convert(row: dict[str, Any], source: Source) -> Conversation:
+    """The conversation of a row.
 
     Raises:
         BadRow: the row lacks a column, has a content that is not text, has roles in a wrong order, or carries media.
@@ -34,7 +34,7 @@ def convert(row: dict[str, Any], source: Source, quirks: bool = False) -> Conver
             raise BadRow(f"media: the row has {column}, and only text is trained")
     if source.formatting == "alpaca":
         return _alpaca(row, source)
-    return _messages(row, source, quirks)
+    return _messages(row, source)
 
 
 def _text(value: Any, what: str) -> str:
@@ -99,7 +99,7 @@ def _alpaca(row: dict[str, Any], source: Source) -> Conversation:
     return Conversation(tuple(messages), answers, _system(row, source), _tools(row, source), desired)
 
 
-def _messages(row: dict[str, Any], source: Source, quirks: bool) -> Conversation:
+def _messages(row: dict[str, Any], source: Source) -> Conversation:
     if not source.messages or source.messages not in row:
         raise BadRow(f"missing column: {source.messages!r} is not among {sorted(row)}")
     rows = row[source.messages]
@@ -109,7 +109,7 @@ def _messages(row: dict[str, Any], source: Source, quirks: bool) -> Conversation
     system = _system(row, source)
     if rows and source.system_tag and isinstance(rows[0], dict) and rows[0].get(source.role_tag) == source.system_tag:
         system = _content(rows.pop(0), source)
-    found = [_message(m, source, quirks) for m in rows]
+    found = [_message(m, source) for m in rows]
     if source.formatting == "openai":
         found = _join_tool_results(found)
     for i, message in enumerate(found):
@@ -124,7 +124,7 @@ def _messages(row: dict[str, Any], source: Source, quirks: bool) -> Conversation
         for column in (source.chosen, source.rejected):
             if not column or not isinstance(row.get(column), dict):
                 raise BadRow(f"missing column: {column!r} must hold a message")
-            answers.append(_message(row[column], source, quirks))
+            answers.append(_message(row[column], source))
             if answers[-1].role not in ("assistant", "function"):
                 raise BadRow(f"wrong role order: {column!r} is from {answers[-1].role}")
     else:
@@ -132,12 +132,12 @@ def _messages(row: dict[str, Any], source: Source, quirks: bool) -> Conversation
             raise BadRow("wrong role order: the conversation must end with an answer" if found else "no message: the conversation is empty")
         prompt, answers = found[:-1], found[-1:]
     tools = _tools(row, source)
-    if quirks and source.formatting == "openai":
+    if source.openai_quirks and source.formatting == "openai":
         system = _detailed_thinking(system, tools)
     return Conversation(tuple(prompt), tuple(answers), system, tools, desired)
 
 
-def _message(message: Any, source: Source, quirks: bool) -> Message:
+def _message(message: Any, source: Source) -> Message:
     if not isinstance(message, dict):
         raise BadRow(f"not a message: found a {type(message).__name__}")
     tag = message.get(source.role_tag)
@@ -155,7 +155,7 @@ def _message(message: Any, source: Source, quirks: bool) -> Message:
         hint = ' (add "system_tag": "system" to the tags)' if tag == "system" and source.system_tag is None else ""
         raise BadRow(f"unknown role: {tag!r} is not among {known}{hint}")
     if source.formatting == "openai" and role in ("assistant", "function") and message.get("tool_calls"):
-        return Message("function", _openai_calls(message["tool_calls"], quirks))
+        return Message("function", _openai_calls(message["tool_calls"], source.openai_quirks))
     return Message(role, _content(message, source))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from longfactory.data import prepare, store
+from longfactory.data import prepare, saved, store
 from longfactory.data.arguments import DataArguments, names, option, packs, probabilities
 from longfactory.data.assemble import Rules
 from longfactory.data.collate import Sample, collate
@@ -24,10 +24,13 @@ from longfactory.data.readers import Raw, read
 from longfactory.data.row import IGNORE
 from longfactory.data.sources import Source, read_sources
 from longfactory.data.store import DESIRED, Store
+from longfactory.data.stream import StreamedDataset
 from longfactory.data.templates import AnyTemplate
 from longfactory.data.tokens import PieceTokenizer
 
 __all__ = ["Datasets", "Report", "Sample", "TokenizedDataset", "collate", "describe_sample", "load_datasets"]
+
+Part = tuple[Store, np.ndarray]  # a store, and which of its samples are used, in order
 
 _STRATEGIES = {
     "interleave_under": "first_exhausted",
@@ -38,9 +41,10 @@ _STRATEGIES = {
 
 @dataclasses.dataclass
 class Datasets:
-    """`eval` holds one data set under the name "eval", or with `eval_on_each_dataset` each under its own name."""
+    """`train` is a `StreamedDataset` with `streaming`. `eval` holds one data set under the name "eval", or with `eval_on_each_dataset`
+    each under its own name."""
 
-    train: TokenizedDataset | None
+    train: TokenizedDataset | StreamedDataset | None
     eval: dict[str, TokenizedDataset]
 
 
@@ -72,7 +76,7 @@ def load_datasets(
     log = log or logging.getLogger("longfactory.data")
     kind = kind_of(stage)
     train_names, eval_names = names(args.dataset), names(args.eval_dataset)
-    if not train_names and not eval_names:
+    if not train_names and not eval_names and not saved.is_saved(args.tokenized_path):
         raise DataError("No data set: name one with `dataset:` (or `eval_dataset:`).")
     if eval_names and args.val_size > 1e-6:
         raise DataError("val_size and eval_dataset exclude each other: keep one.")
@@ -85,16 +89,15 @@ def load_datasets(
     if (args.packing or args.neat_packing) and not packed:
         log.warning(f"packing has no effect in stage {stage}: a row already holds every document of a batch.")
 
-    def load(wanted: list[str]) -> list[tuple[Store, np.ndarray]]:
-        out = []
-        for source in read_sources(wanted, args.dataset_dir, warn):
+    def load(wanted: list[str]) -> list[Part]:
+        sources = read_sources(wanted, args.dataset_dir, warn)
+        for source in sources:
             check_kind(source, kind, stage)
-            out.append(_tokenised(source, args, kind, template, pieces, seed, log))
-        return out
+        return [_tokenised(source, args, kind, template, pieces, seed, log) for source in sources]
 
-    def finish(parts: list[tuple[Store, np.ndarray]], entries: np.ndarray, what: str) -> TokenizedDataset:
-        report = _report(parts)
-        data = TokenizedDataset([s for s, _ in parts], entries, kind, rules, packed, report)
+    def finish(stores: Sequence[Store], entries: np.ndarray, what: str) -> TokenizedDataset:
+        report = _report(stores)
+        data = TokenizedDataset(stores, entries, kind, rules, packed, report)
         if not len(data):
             first = next((f" First: {p[0]}: {p[1]}." for b in report.bad_rows.values() for p in b["places"]), "")
             raise DataError(
@@ -111,23 +114,110 @@ def load_datasets(
             _check_labels(data, log)
         return data
 
-    train: TokenizedDataset | None = None
+    if saved.is_saved(args.tokenized_path):
+        assert args.tokenized_path is not None
+        return _load_saved(Path(args.tokenized_path), kind, rules, packed, tokenizer, log)
+
     evaluation: dict[str, TokenizedDataset] = {}
-    parts = load(train_names)
-    if parts:
-        entries = _mix(parts, args, seed)
+    train: TokenizedDataset | StreamedDataset | None = None
+    splits: dict[str, np.ndarray] = {}
+    stores: list[Store] = []
+
+    if train_names and args.streaming:
+        if args.tokenized_path is not None:
+            raise DataError("streaming does not tokenise beforehand, so it cannot fill tokenized_path: turn one of them off.")
+        train = stream_dataset(args, stage, template, pieces, rules, packed, seed, log)
         if args.val_size > 1e-6:
-            entries, held_out = _split(entries, args.val_size, seed)
-            evaluation["eval"] = finish(parts, held_out, "evaluation")
-        train = finish(parts, entries, "training")
-        log.info("training example:\n" + describe_sample(train[0], tokenizer))
-    parts = load(eval_names)
-    if parts and option(args, "eval_on_each_dataset"):
-        for name, part in zip(eval_names, parts, strict=True):
-            evaluation[name] = finish([part], _mix([part], args, seed), f"evaluation ({name})")
-    elif parts:
-        evaluation["eval"] = finish(parts, _mix(parts, args, seed), "evaluation")
+            if args.val_size < 1 or int(args.val_size) != args.val_size:
+                raise DataError(f"With streaming, val_size is a number of rows; found {args.val_size:g}.")
+            train.skip = int(args.val_size)
+            evaluation["eval"] = train.held_out(train.skip)
+    elif train_names:
+        parts = load(train_names)
+        stores += [s for s, _ in parts]
+        splits["train"] = _mix(parts, args, seed)
+        if args.val_size > 1e-6:
+            splits["train"], splits["eval"] = _split(splits["train"], args.val_size, seed)
+    if eval_names:
+        parts = load(eval_names)
+        each = bool(option(args, "eval_on_each_dataset"))
+        for name, group in zip(eval_names, [[p] for p in parts], strict=True) if each else [("eval", parts)]:
+            entries = _mix(group, args, seed)
+            entries[:, 0] += len(stores)
+            stores += [s for s, _ in group]
+            splits[name] = entries
+
+    for name, entries in splits.items():
+        used = {int(s) for s in np.unique(entries[:, 0])}
+        own = [s for i, s in enumerate(stores) if i in used] or stores
+        renumber = {old: new for new, old in enumerate(sorted(used))}
+        local = entries.copy()
+        local[:, 0] = [renumber[int(s)] for s in entries[:, 0]]
+        what = {"train": "training", "eval": "evaluation"}.get(name, f"evaluation ({name})")
+        data = finish(own, local, what)
+        if name == "train":
+            train = data
+            log.info("training example:\n" + describe_sample(data[0], tokenizer))
+        else:
+            evaluation[name] = data
+    if args.tokenized_path is not None and splits:
+        _save(Path(args.tokenized_path), stores, splits, kind, rules, log, args)
     return Datasets(train, evaluation)
+
+
+def stream_dataset(
+    args: DataArguments,
+    stage: str,
+    template: AnyTemplate | None,
+    pieces: PieceTokenizer,
+    rules: Rules,
+    packed: bool,
+    seed: int,
+    log: logging.Logger,
+) -> StreamedDataset:
+    """The training data as a stream."""
+    if args.max_samples is not None:
+        raise DataError("max_samples has no meaning with streaming: set max_steps.")
+    kind = kind_of(stage)
+    sources = read_sources(names(args.dataset), args.dataset_dir, log.warning)
+    for source in sources:
+        check_kind(source, kind, stage)
+    return StreamedDataset(
+        preparers=[make_preparer(source, args, kind, template, pieces) for source in sources],
+        readers=[functools.partial(read, source, option(args, "hf_hub_token")) for source in sources],
+        rules=rules,
+        packed=packed,
+        window=args.preprocessing_batch_size,
+        buffer_size=1 if getattr(args, "disable_shuffling", False) else args.buffer_size,
+        mix=args.mix_strategy,
+        probabilities=probabilities(args),
+        seed=seed,
+        log=log,
+    )
+
+
+def _load_saved(path: Path, kind: str, rules: Rules, packed: bool, tokenizer: Any, log: logging.Logger) -> Datasets:
+    log.warning(f"The data are read from tokenized_path ({path}): dataset, template and their kin have no effect.")
+    found = saved.load(path, kind, cache_root())
+    rules = found.apply(rules)
+    made = {}
+    for name, entries in found.splits.items():
+        made[name] = TokenizedDataset(found.stores, entries, found.kind, rules, packed, _report(found.stores), made=kind)
+        if not len(made[name]):
+            raise DataError(f"The data at {path} ({name}) are empty.")
+        log.info(f"{name}: {made[name].report.describe()}.")
+    train = made.pop("train", None)
+    if train is not None:
+        log.info("training example:\n" + describe_sample(train[0], tokenizer))
+    return Datasets(train, made)
+
+
+def _save(
+    path: Path, stores: list[Store], splits: dict[str, np.ndarray], kind: str, rules: Rules, log: logging.Logger, args: DataArguments
+) -> None:
+    if _rank(args) == 0 and not saved.is_saved(str(path)):
+        saved.save(path, stores, splits, kind, rules)
+        log.info(f"The tokenised data are saved at {path}.")
 
 
 def make_rules(args: DataArguments, template: AnyTemplate | None, pieces: PieceTokenizer) -> Rules:
@@ -167,7 +257,6 @@ def make_preparer(source: Source, args: DataArguments, kind: str, template: AnyT
     """What tokenises the rows of one data set."""
     preparer = Preparer(kind, source, template, pieces)
     preparer.strict = option(args, "on_bad_row") == "error"
-    preparer.quirks = option(args, "template_compat") == "0.9.5"
     if kind == "pt":
         t = pieces.tokenizer
         preparer.template = None
@@ -182,12 +271,12 @@ def make_preparer(source: Source, args: DataArguments, kind: str, template: AnyT
 
 def _tokenised(
     source: Source, args: DataArguments, kind: str, template: AnyTemplate | None, pieces: PieceTokenizer, seed: int, log: logging.Logger
-) -> tuple[Store, np.ndarray]:
+) -> Part:
     """The store of one data set, and which of its samples are used, in order."""
     preparer = make_preparer(source, args, kind, template, pieces)
     limit = args.max_samples if source.num_samples is None else None
     path = cache_root() / prepare.key(preparer, limit)
-    rank = int(os.environ.get("RANK" if option(args, "data_shared_file_system") else "LOCAL_RANK", "0"))
+    rank = _rank(args)
 
     def build(path: Path) -> None:
         from tqdm import tqdm
@@ -222,12 +311,17 @@ def _tokenised(
     return opened, chosen
 
 
+def _rank(args: DataArguments) -> int:
+    """0 in the process that goes first: on each node, or with `data_shared_file_system` in the whole run."""
+    return int(os.environ.get("RANK" if option(args, "data_shared_file_system") else "LOCAL_RANK", "0"))
+
+
 def _with_count(chunks: Iterator[store.Chunk], meta: dict[str, Any], count: list[int]) -> Iterator[store.Chunk]:
     yield from chunks
     meta["rows"] = count[0]
 
 
-def _mix(parts: Sequence[tuple[Store, np.ndarray]], args: DataArguments, seed: int) -> np.ndarray:
+def _mix(parts: Sequence[Part], args: DataArguments, seed: int) -> np.ndarray:
     """[n, 2] entries (store, sample): the data sets joined or interleaved, in the order that `datasets` gives rows."""
     each = [np.column_stack([np.full(len(chosen), s), chosen]).astype(np.int64) for s, (_, chosen) in enumerate(parts)]
     if len(each) == 1 or args.mix_strategy == "concat":
@@ -261,9 +355,9 @@ def _split(entries: np.ndarray, val_size: float, seed: int) -> tuple[np.ndarray,
     return entries[np.asarray(split["train"]["e"][:])], entries[np.asarray(split["test"]["e"][:])]
 
 
-def _report(parts: Sequence[tuple[Store, np.ndarray]]) -> Report:
+def _report(stores: Sequence[Store]) -> Report:
     report = Report()
-    for opened, _ in parts:
+    for opened in stores:
         report.rows_read += opened.meta["rows"]
         if opened.bad.count:
             report.bad_rows[opened.meta["name"]] = opened.bad.to_json()

@@ -18,7 +18,7 @@ from longfactory.data.formats import Conversation, convert
 from longfactory.data.readers import Raw, parse_line
 from longfactory.data.sources import Source
 from longfactory.data.store import DESIRED, FORMAT, LACKS_THOUGHT, LAST_ONLY, SECOND_LACKS_THOUGHT, Chunk
-from longfactory.data.template import Piece
+from longfactory.data.template import Piece, Template
 from longfactory.data.tokens import PieceTokenizer
 
 # pt: text; sft: conversations; pair: rm, dpo; kto.
@@ -36,7 +36,6 @@ class Preparer:
     text_end: str = ""
     text_begin: str = ""
     last_only: bool = False
-    quirks: bool = False
     strict: bool = False
 
     def chunk(self, rows: list[tuple[int, str, Raw]]) -> Chunk:
@@ -52,7 +51,7 @@ class Preparer:
             try:
                 if isinstance(raw, BadRow):
                     raise raw
-                conversation = convert(parse_line(raw) if isinstance(raw, bytes) else raw, self.source, self.quirks)
+                conversation = convert(parse_line(raw) if isinstance(raw, bytes) else raw, self.source)
                 parts, flag = self._parts(conversation)
             except BadRow as e:
                 if self.strict:
@@ -209,8 +208,8 @@ def key(preparer: Preparer, limit: int | None) -> str:
     template = preparer.template
     facts = [
         *(FORMAT, preparer.kind, fingerprint(preparer.source), source, special),
-        dataclasses.asdict(template) if dataclasses.is_dataclass(template) else repr(template),
-        *(preparer.text_end, preparer.text_begin, preparer.last_only, preparer.quirks, limit),
+        dataclasses.asdict(template) if isinstance(template, Template) else repr(template),
+        *(preparer.text_end, preparer.text_begin, preparer.last_only, limit),
         hashlib.sha256(vocabulary.encode()).hexdigest(),
     ]
     return hashlib.sha256(json.dumps(facts, ensure_ascii=False, default=str).encode()).hexdigest()[:32]

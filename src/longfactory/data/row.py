@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,8 +30,8 @@ class TokenizedDocument:
     continues: it sees all of the parent, and its positions go on where the parent ends.
     """
 
-    input_ids: Sequence[int]
-    labels: Sequence[int]
+    input_ids: Sequence[int] | np.ndarray
+    labels: Sequence[int] | np.ndarray
     role: Role = "text"
     sample: int = -1
     parent: int = -1

@@ -19,13 +19,17 @@ TAGS = ["role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag
 FILE_TYPES = {"json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet", "arrow": "arrow", "txt": "text"}
 _KNOWN = {
     *("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name", "file_name", "formatting", "ranking", "subset"),
-    *("split", "folder", "num_samples", "columns", "tags", "file_sha1"),
+    *("split", "folder", "num_samples", "columns", "tags", "file_sha1", "openai_quirks"),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a data set is and how its rows are written. Columns and tags that a data set does not have are None."""
+    """Where a data set is and how its rows are written. Columns and tags that a data set does not have are None.
+
+    `openai_quirks` (a key of our own) asks for what LLaMA-Factory 0.9.5 does to rows in the openai format: it adds "detailed thinking
+    off" to the system text of rows without tools, and writes arguments that are JSON strings as strings.
+    """
 
     name: str
     load_from: Literal["file", "hub", "cloud"]
@@ -56,6 +60,7 @@ class Source:
     observation_tag: str | None = "observation"
     function_tag: str | None = "function_call"
     system_tag: str | None = "system"
+    openai_quirks: bool = False
     dataset_dir: str = ""
 
     def files(self) -> list[Path]:
@@ -135,7 +140,7 @@ def _source(name: str, info: dict[str, Any], folder: str, warn: Any) -> Source:
     formatting = entry.get("formatting", "alpaca")
     if formatting not in ("alpaca", "sharegpt", "openai"):
         raise DataError(f"Data set {name!r}: formatting is {formatting!r}; known are alpaca, sharegpt, openai.")
-    fields: dict[str, Any] = {k: entry[k] for k in ("subset", "folder", "num_samples") if k in entry}
+    fields: dict[str, Any] = {k: entry[k] for k in ("subset", "folder", "num_samples", "openai_quirks") if k in entry}
     fields |= {"ranking": bool(entry.get("ranking", False)), "split": entry.get("split") or "train", "formatting": formatting}
     # As in LLaMA-Factory, naming one column (or tag) unsets all others: a file is described wholly or not at all.
     for group, keys in (("columns", COLUMNS), ("tags", TAGS)):

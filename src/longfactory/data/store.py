@@ -29,6 +29,11 @@ FORMAT = 1
 DESIRED, LACKS_THOUGHT, SECOND_LACKS_THOUGHT, LAST_ONLY = 1, 2, 4, 8  # flags of a sample
 
 
+# One piece of work that a tokenising process hands over: tokens of all parts laid end to end, lengths of the parts, number of parts,
+# flags and row numbers of the samples, and the rows that were bad.
+Chunk = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, BadRows]
+
+
 class Store:
     """Read access. Picklable: a worker process opens the files anew.
 
@@ -70,15 +75,25 @@ class Store:
         return np.diff(self.part_start[self.first_part])
 
 
+class MemoryStore(Store):
+    """A store in memory, made of one chunk."""
+
+    def __init__(self, chunk: Chunk, name: str):
+        self.tokens, lengths, counts, self.flags, self.rows, self.bad = chunk
+        self.part_start, self.first_part = _starts([lengths]), _starts([counts])
+        self.meta = {"name": name}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
 def _open(path: Path, dtype: type) -> np.ndarray:
     if path.stat().st_size == 0:
         return np.zeros(0, dtype)
     return np.memmap(path, dtype=dtype, mode="r")
-
-
-# One piece of work that a tokenising process hands over: tokens of all parts laid end to end, lengths of the parts, number of parts,
-# flags and row numbers of the samples, and the rows that were bad.
-Chunk = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, BadRows]
 
 
 def write(path: Path, chunks: Iterable[Chunk], meta: dict[str, Any]) -> None:

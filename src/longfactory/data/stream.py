@@ -1,0 +1,157 @@
+"""Streaming: samples made while they are read, for data that are not to be tokenised beforehand.
+
+The samples are those of the map-style data set: rows pass in windows through the same tokenising, cutting and packing. Packing sees one
+window at a time. Every process reads the whole stream and keeps its own items, so all ranks agree on the order without talking.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch.utils.data
+
+from longfactory.data.assemble import Rules
+from longfactory.data.collate import Sample
+from longfactory.data.dataset import TokenizedDataset
+from longfactory.data.errors import DataError
+from longfactory.data.prepare import Preparer
+from longfactory.data.readers import Raw
+from longfactory.data.store import MemoryStore, Store
+
+# (source, place, raw row)
+Row = tuple[int, str, Raw]
+Reader = Callable[[], Iterator[tuple[str, Raw]]]
+
+
+@dataclasses.dataclass
+class StreamedDataset(torch.utils.data.IterableDataset):
+    """Iterable data set of samples.
+
+    `skip` rows of the shuffled stream are held out for evaluation. `shard(index, count)` keeps every count-th item; worker processes of
+    a loader share the items of their shard among them. `set_epoch` changes the order.
+    """
+
+    preparers: Sequence[Preparer]
+    readers: Sequence[Reader]
+    rules: Rules
+    packed: bool
+    window: int
+    buffer_size: int
+    mix: str = "concat"
+    probabilities: Sequence[float] | None = None
+    seed: int = 0
+    skip: int = 0
+    epoch: int = 0
+    index: int = 0
+    count: int = 1
+    log: logging.Logger = dataclasses.field(default_factory=lambda: logging.getLogger("longfactory.data"))
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def shard(self, index: int, count: int) -> StreamedDataset:
+        """The items index, index + count, index + 2 count, ... of this stream."""
+        return dataclasses.replace(self, index=self.index + index * self.count, count=self.count * count)
+
+    def __iter__(self) -> Iterator[Sample]:
+        worker = torch.utils.data.get_worker_info()
+        index, count = self.index, self.count
+        if worker is not None:
+            index, count = index + worker.id * count, count * worker.num_workers
+        number = 0
+        for data in self._windows(self._rows(self.skip)):
+            for i in range(len(data)):
+                if number % count == index:
+                    yield data[i]
+                number += 1
+        if number == 0:
+            raise DataError("The stream holds no usable row. The warnings above say what is wrong with its rows.")
+
+    def held_out(self, rows: int) -> TokenizedDataset:
+        """The first rows of the shuffled stream, as a map-style data set."""
+        taken = [row for row, _ in zip(self._rows(0, first_order=True), range(rows), strict=False)]
+        return self._data(taken)
+
+    # -- rows --------------------------------------------------------------------------------------------------------------------
+
+    def _rows(self, skip: int, first_order: bool = False) -> Iterator[Row]:
+        rng = np.random.default_rng([self.seed, 0])
+        rows = _shuffled(self._mixed(), self.buffer_size, rng)
+        for _ in zip(range(skip), rows, strict=False):
+            pass
+        if first_order or self.epoch == 0:
+            yield from rows
+        else:
+            # The held-out rows are the same in every epoch; the rest is shuffled anew.
+            yield from _shuffled(rows, self.buffer_size, np.random.default_rng([self.seed, self.epoch]))
+
+    def _mixed(self) -> Iterator[Row]:
+        if self.mix == "concat" or len(self.readers) == 1:
+            for s, reader in enumerate(self.readers):
+                for place, raw in reader():
+                    yield s, place, raw
+            return
+        rng = np.random.default_rng([self.seed, 1])
+        streams = [reader() for reader in self.readers]
+        ended = [False] * len(streams)
+        chances = np.array(self.probabilities or [1.0] * len(streams), dtype=float)
+        turn = 0
+        while True:
+            open_ = np.array([1.0 if self.mix != "interleave_once" or not e else 0.0 for e in ended]) * chances
+            if self.probabilities is None:
+                s = turn % len(streams)
+                turn += 1
+                if not open_[s]:
+                    continue
+            else:
+                s = int(rng.choice(len(streams), p=open_ / open_.sum()))
+            item = next(streams[s], None)
+            if item is None:
+                ended[s] = True
+                if self.mix == "interleave_under" or all(ended):
+                    return
+                if self.mix == "interleave_over":
+                    streams[s] = self.readers[s]()
+                    item = next(streams[s], None)
+                if item is None:
+                    continue
+            yield s, *item
+
+    # -- windows -----------------------------------------------------------------------------------------------------------------
+
+    def _windows(self, rows: Iterator[Row]) -> Iterator[TokenizedDataset]:
+        while True:
+            some = [row for _, row in zip(range(self.window), rows, strict=False)]
+            if not some:
+                return
+            yield self._data(some)
+
+    def _data(self, rows: list[Row]) -> TokenizedDataset:
+        stores: list[Store] = []
+        where: dict[int, tuple[int, int]] = {}
+        for s, preparer in enumerate(self.preparers):
+            chunk = preparer.chunk([(n, place, raw) for n, (source, place, raw) in enumerate(rows) if source == s])
+            if chunk[-1].count:
+                self.log.warning(f"Data set {preparer.source.name!r}: {chunk[-1].describe()}")
+            stores.append(MemoryStore(chunk, preparer.source.name))
+            where |= {int(n): (s, i) for i, n in enumerate(stores[-1].rows)}
+        entries = np.array([where[n] for n in sorted(where)], dtype=np.int64).reshape(-1, 2)
+        return TokenizedDataset(stores, entries, self.preparers[0].kind, self.rules, self.packed)
+
+
+def _shuffled(rows: Iterator[Row], size: int, rng: np.random.Generator) -> Iterator[Row]:
+    """Rows in a random order, each at most about `size` rows later than it was read. Size 1 keeps the order."""
+    held: list[Row] = []
+    for row in rows:
+        if len(held) < size:
+            held.append(row)
+        else:
+            i = int(rng.integers(size))
+            held[i], row = row, held[i]
+            yield row
+    if size > 1:
+        rng.shuffle(held)  # type: ignore[arg-type]
+    yield from held
