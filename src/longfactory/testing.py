@@ -33,14 +33,15 @@ class RankError(RuntimeError):
 
 
 class RankPool:
-    """`size` processes with a gloo process group. The first call costs seconds (imports), later ones milliseconds.
+    """`size` processes with a process group, gloo on CPUs or nccl with one GPU each. The first call costs seconds (imports), later ones milliseconds.
 
     A rank that died, hung or raised in the middle of a collective leaves the group unusable: the pool then starts afresh at the next
     call. The group meets through a file, so no port is needed.
     """
 
-    def __init__(self, size: int, threads: int = 1) -> None:
+    def __init__(self, size: int, threads: int = 1, backend: str = "gloo") -> None:
         self.size = size
+        self.backend = backend
         self.threads = threads
         self._processes: list[Any] = []
         self._tasks: list[Any] = []
@@ -52,7 +53,7 @@ class RankPool:
         self._results = context.Queue()
         self._tasks = [context.Queue() for _ in range(self.size)]
         # Workers find the same modules as this process: test modules are not installed anywhere.
-        args = (self.size, os.path.join(self._folder.name, "rendezvous"), self.threads, list(sys.path), self._results)
+        args = (self.size, self.backend, os.path.join(self._folder.name, "rendezvous"), self.threads, list(sys.path), self._results)
         self._processes = [context.Process(target=_serve, args=(rank, *args, self._tasks[rank]), daemon=True) for rank in range(self.size)]
         for p in self._processes:
             p.start()
@@ -112,22 +113,27 @@ class RankPool:
         raise RankError(f"{function.__qualname__} failed on {self.size} ranks\n{report}")
 
 
-_pools: dict[int, RankPool] = {}
+_pools: dict[tuple[int, str], RankPool] = {}
 
 
-def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0, **kwargs: Any) -> list[Any]:
-    """`RankPool.run` on a pool of `size` processes that lives as long as this process."""
-    if size not in _pools:
-        _pools[size] = RankPool(size)
-        atexit.register(_pools[size].stop)
-    return _pools[size].run(function, *args, timeout=timeout, **kwargs)
+def run_ranks(
+    size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0, process_group: str = "gloo", **kwargs: Any
+) -> list[Any]:
+    """`RankPool.run` on a pool of `size` processes that lives as long as this process. `process_group`: gloo, or nccl for GPUs."""
+    key = (size, process_group)
+    if key not in _pools:
+        _pools[key] = RankPool(size, backend=process_group)
+        atexit.register(_pools[key].stop)
+    return _pools[key].run(function, *args, timeout=timeout, **kwargs)
 
 
-def _serve(rank: int, size: int, rendezvous: str, threads: int, path: list[str], results: Any, tasks: Any) -> None:
+def _serve(rank: int, size: int, backend: str, rendezvous: str, threads: int, path: list[str], results: Any, tasks: Any) -> None:
     sys.path[:] = path
     torch.set_num_threads(threads)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=datetime.timedelta(seconds=100))
+    dist.init_process_group(
+        backend, init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=datetime.timedelta(seconds=100)
+    )
     while True:
         module, name, args, kwargs = tasks.get()
         try:

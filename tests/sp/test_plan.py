@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -66,6 +68,36 @@ def test_choice_of_schedule() -> None:
     assert sp.plan(512, one, usp).choice.ulysses == 4
     with pytest.raises(ValueError, match="head count"):
         sp.plan(512, one, SequenceParallel(size=8, mode="usp"))
+
+
+@pytest.mark.parametrize(
+    ("size", "heads", "kv_heads", "length", "documents", "node", "expected"),
+    [
+        (8, 28, 4, 65536, 1, 8, (1, "ring")),  # long: hidden behind the tiles
+        (8, 32, 32, 2048, 1, 8, (8, "ring")),  # short, as many key heads as query heads: ulysses sends least
+        (8, 28, 4, 2048, 1, 8, (1, "ring")),  # 28 heads do not divide by 8
+        (8, 28, 4, 65536, 3, 8, (1, "gather")),
+        (16, 32, 8, 65536, 1, 8, (8, "ring")),  # two nodes
+        (16, 28, 4, 65536, 3, 8, (1, "gather")),
+    ],
+)
+def test_auto(
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    heads: int,
+    kv_heads: int,
+    length: int,
+    documents: int,
+    node: int,
+    expected: tuple[int, str],
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(node))
+    edges = [length * i // documents for i in range(documents + 1)]
+    segments = [Segment(a, b) for a, b in itertools.pairwise(edges)]
+    ctx = SequenceParallel(size=size, mode="auto", heads=heads, kv_heads=kv_heads)
+    choice = sp.plan(length, segments, ctx).choice
+    assert (choice.ulysses, choice.exchange) == expected, choice.reason
+    assert ctx.said == {choice.reason}
 
 
 def test_masks_are_made_once() -> None:

@@ -40,7 +40,10 @@ class SequenceParallel:
     heads: int | None = None
     kv_heads: int | None = None
     axes: dict[int, Axes] = dataclasses.field(default_factory=dict, repr=False)
-    """By ulysses degree. The ring's groups are its own, so that its messages do not queue behind other collectives."""
+    """Process groups by ulysses degree. The ring's groups are its own, so that its messages do not queue behind other collectives."""
+
+    said: set[str] = dataclasses.field(default_factory=set, repr=False)
+    """What `auto` has already given as its reason in the log."""
 
     @classmethod
     def create(

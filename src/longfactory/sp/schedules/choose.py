@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from ..context import SequenceParallel, largest_ulysses_degree
 from ..layout import Segment, chunk_work
 
+log = logging.getLogger(__name__)
+
 Exchange = Literal["ring", "gather"]
+
+HIDDEN = 4000
+"""Local tokens times query heads per key head from which a key's message takes less time than the work on it, within a node.
+
+Work on a key and value: 4 * D * s * g / 2 FLOP for each key head, with s local queries and g query heads a key head; message: 4 * D
+bytes. At 600 TFLOP/s and 300 GB/s they are equal at s * g = 4000.
+"""
 
 
 class Choice(NamedTuple):
@@ -42,15 +53,40 @@ def choose(ctx: SequenceParallel, length: int, segments: Sequence[Segment]) -> C
                 raise ValueError("usp needs ulysses_degree, ring_degree or the model's head count (ctx.set_heads) to choose its degrees.")
             degree = largest_ulysses_degree(n, ctx.heads)
         return Choice(degree, "ring", "zigzag", f"usp, ulysses {degree} x ring {n // degree}")
-    return _auto(ctx, length, segments)
+    choice = _auto(ctx, length, segments, min(n, int(os.environ.get("LOCAL_WORLD_SIZE", n))))
+    if choice.reason not in ctx.said:
+        ctx.said.add(choice.reason)
+        if ctx.rank == 0 and ctx.dp_rank == 0:
+            log.info("sequence parallelism, rows like this one of %d tokens: %s", length, choice.reason)
+    return choice
 
 
-def _auto(ctx: SequenceParallel, length: int, segments: Sequence[Segment]) -> Choice:
+def _auto(ctx: SequenceParallel, length: int, segments: Sequence[Segment], node: int) -> Choice:
+    """`node`: ranks of the group that share a node."""
     n = ctx.size
-    layout = _layout(n, length, segments)
-    if layout == "balanced":
-        return Choice(1, "gather", layout, "packed row: chunks dealt by work, only the needed keys travel")
-    return Choice(1, "ring", "zigzag", "one long document: the ring hides its messages behind the tiles")
+    heads, kv_heads = ctx.heads, ctx.kv_heads or ctx.heads
+    documents = sum(s.stop > s.start for s in segments)
+    if heads is None or kv_heads is None:
+        if documents > 1:
+            return Choice(1, "gather", _layout(n, length, segments), "llama3: packed row, head counts not known")
+        return Choice(1, "ring", "zigzag", "zigzag-ring: one document, head counts not known")
+    group = heads // kv_heads
+    if documents > 1 and n <= node:
+        # Only the keys of documents that cross a chunk's edge travel; chunks are dealt by work.
+        return Choice(1, "gather", _layout(n, length, segments), "llama3: packed row, only needed keys travel")
+    if n > node and n % node == 0 and heads % node == 0:
+        reason = f"usp: ulysses {node} inside a node, ring {n // node} between nodes"
+        return Choice(node, "ring", "zigzag", reason)
+    # Elements that a rank sends in the forward pass, for each local token and head dim.
+    ring = 2 * kv_heads * (n - 1)
+    ulysses = (2 * heads + 2 * max(kv_heads, n)) * (n - 1) / n
+    hidden = length // n * group >= HIDDEN
+    if heads % n == 0 and ulysses < ring and not hidden:
+        return Choice(n, "ring", "zigzag", f"ulysses: {heads} heads over {n} ranks send less than {kv_heads} key heads in a ring")
+    if documents > 1:
+        return Choice(1, "gather", _layout(n, length, segments), "llama3: packed row over several nodes")
+    why = "messages are hidden behind the tiles" if hidden else "fewest elements to send"
+    return Choice(1, "ring", "zigzag", f"zigzag-ring: one document, {why}")
 
 
 def _layout(n: int, length: int, segments: Sequence[Segment]) -> Literal["zigzag", "balanced"]:

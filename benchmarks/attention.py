@@ -1,0 +1,464 @@
+"""Speed and error of the attention engine: every schedule against one GPU's kernel, against the ring on FlashAttention 2, packed and not.
+
+    python benchmarks/attention.py --out results          # one or two GPUs: starts one process for each
+    python benchmarks/attention.py --smoke --out /tmp/x   # two CPU processes, tiny shapes: does it run?
+
+Prints one table; writes attention.json and attention.md into --out. A row that fails is reported and the others go on. Figures are
+TFLOP/s for each GPU: 4 * pairs * heads * head_dim forward and 2.5 times that backward, where the mask lets so many pairs see each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import random
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from per_document_zigzag import PerDocumentZigzag, attention_pairs
+from torch import Tensor
+
+from longfactory import sp
+from longfactory.sp import backends, kernels
+from longfactory.sp.kernels import Call
+from longfactory.sp.layout import balanced, chunk_work
+from longfactory.sp.merge import Output, Sum
+from longfactory.sp.tiles import Tile
+
+
+@dataclasses.dataclass
+class Setting:
+    device: torch.device
+    dtype: torch.dtype
+    ranks: int
+    rank: int
+    lengths: tuple[int, ...]
+    heads: tuple[tuple[int, int], ...]
+    dim: int
+    packed_length: int
+    check_length: int
+    repeats: int
+    smoke: bool
+
+    @property
+    def one(self) -> sp.SequenceParallel:
+        return sp.SequenceParallel(device_type=self.device.type)
+
+
+Row = dict[str, str | float | None]
+rows: list[Row] = []
+contexts: dict[tuple[str, str], sp.SequenceParallel] = {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmark_results"))
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--only", default="", help="sections by name, comma separated: " + ", ".join(SECTIONS))
+    args = parser.parse_args()
+    if "RANK" not in os.environ:
+        count = 2 if args.smoke else min(args.gpus, torch.cuda.device_count())
+        if count == 0:
+            raise SystemExit("No GPU here. --smoke runs tiny shapes on CPUs.")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", *sys.argv]
+        os.execv(sys.executable, command)
+    setting = start(args.smoke)
+    began = time.perf_counter()
+    for name, section in SECTIONS.items():
+        if not args.only or name in args.only.split(","):
+            section(setting)
+    if setting.rank == 0:
+        report(setting, args.out, time.perf_counter() - began)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def start(smoke: bool) -> Setting:
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if smoke:
+        dist.init_process_group("gloo")
+        device, dtype = torch.device("cpu"), torch.float32
+        return Setting(device, dtype, ranks, rank, (256, 512), ((4, 2),), 16, 512, 128, 1, True)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+    return Setting(device, torch.bfloat16, ranks, rank, (65536, 131072), ((28, 4), (32, 8)), 128, 131072, 2048, 3, False)
+
+
+def context(setting: Setting, mode: str, backend: str = "auto") -> sp.SequenceParallel:
+    if (mode, backend) not in contexts:
+        contexts[mode, backend] = sp.SequenceParallel.create(setting.ranks, mode=mode, backend=backend, device_type=setting.device.type)
+    return contexts[mode, backend]
+
+
+def attempt(setting: Setting, name: str, body: Callable[[], Row | None]) -> Row | None:
+    """A row, or the reason why there is none. Whether it failed anywhere is agreed on by all ranks."""
+    row, problem = None, ""
+    try:
+        row = body()
+    except Exception as error:
+        problem = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}" if str(error) else type(error).__name__
+        if setting.rank == 0:
+            traceback.print_exc()
+    failed = torch.tensor(float(bool(problem)), device=setting.device)
+    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+    if failed.item():
+        row = {"row": name, "failed": problem or "on another rank"}
+    if setting.device.type == "cuda":
+        torch.cuda.empty_cache()
+    if row is not None:
+        row = {"row": name, **row}
+        rows.append(row)
+        if setting.rank == 0:
+            print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" for k, v in row.items()), flush=True)
+    return row
+
+
+def inputs(length: int, heads: int, kv_heads: int, dim: int, setting: Setting, seed: int = 0) -> list[Tensor]:
+    """q, k, v, dout of so many rows. The same on every rank for the same seed."""
+    g = torch.Generator(setting.device).manual_seed(seed)
+    shape = {"device": setting.device, "dtype": setting.dtype, "generator": g}
+    return [torch.randn(length, h, dim, **shape) for h in (heads, kv_heads, kv_heads, heads)]
+
+
+def timed(setting: Setting, step: Callable[[], object]) -> float:
+    """Seconds of the slowest rank, median of the repeats, after one step to warm up."""
+    times = []
+    for i in range(setting.repeats + 1):
+        dist.barrier()
+        if setting.device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        step()
+        if setting.device.type == "cuda":
+            torch.cuda.synchronize()
+        if i:
+            times.append(time.perf_counter() - began)
+    worst = torch.tensor(statistics.median(times), device=setting.device, dtype=torch.float64)
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    return worst.item()
+
+
+def forward_backward(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, plan: sp.RowPlan) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = sp.attention(*leaves, plan)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+def speed(setting: Setting, plan: sp.RowPlan, shape: tuple[int, int], pairs: int) -> Row:
+    q, k, v, dout = inputs(plan.local_length, *shape, setting.dim, setting)
+    with torch.no_grad():
+        forward = timed(setting, lambda: sp.attention_forward(q, k, v, plan))
+    both = timed(setting, lambda: forward_backward(q, k, v, dout, plan))
+    return figures(setting, pairs, shape, forward, both, plan.ctx.size)
+
+
+def figures(setting: Setting, pairs: int, shape: tuple[int, int], forward: float, both: float, gpus: int) -> Row:
+    flop = 4.0 * pairs * shape[0] * setting.dim / gpus / 1e12
+    return {"forward": flop / forward, "both": 3.5 * flop / both, "ms": both * 1e3}
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------------------
+
+
+def relative(found: list[Tensor], exact: list[Tensor]) -> list[float]:
+    return [((a.double() - b.double()).norm() / b.double().norm()).item() for a, b in zip(found, exact, strict=True)]
+
+
+def errors(setting: Setting) -> None:
+    """Root mean square error from float64, of each kernel alone and of each schedule over what one GPU's kernel has."""
+    n, shape = setting.check_length, setting.heads[0]
+    square = slice(0, n)
+    tiles = {
+        "causal": Tile(square, square, "causal"),
+        "full": Tile(slice(0, n // 2), square, "full"),
+        "documents": Tile(square, square, "varlen", (0, n // 5, n // 5 + 1, n)),
+        "window": Tile(square, square, "causal", window=n // 7),
+        "rectangle in a window": Tile(slice(0, n // 2), square, "full", window=n // 3),
+    }
+    for name in ("fa4", "flash3", "cudnn", "flash2", "flash", "cpu", "math"):
+        for kind, tile in tiles.items():
+            backend = backends.BACKENDS[name]
+            q, k, v, dout = inputs(n, *shape, setting.dim, setting)
+            q, dout = q[tile.q].contiguous(), dout[tile.q].contiguous()
+            request = backends.Request(q.device.type, q.dtype, setting.dim, setting.dim, tile.kind, tile.window is not None, False, True)
+            reason = backend.refuses(request)
+            if reason is not None:
+                if kind == "causal":
+                    rows.append({"row": f"error {name}", "note": reason})
+                continue
+            attempt(setting, f"error {name}, {kind}", lambda: kernel_error(backend, tile, q, k, v, dout, setting.dim**-0.5))  # noqa: B023
+    if setting.ranks == 1:
+        return
+    for packed in (False, True):
+        segments = [sp.Segment(0, n // 3), sp.Segment(n // 3, n)] if packed else None
+        for mode in ("zigzag-ring", "ulysses", "llama3"):
+            name = f"error {mode}, {'two documents' if packed else 'one document'}"
+            attempt(setting, name, lambda: schedule_error(setting, mode, n, segments))  # noqa: B023
+
+
+def kernel_error(backend: object, tile: Tile, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, scale: float) -> Row:
+    plain = backends.BACKENDS["math"]
+    wide = [x.double() for x in (q, k, v)]
+    out, lse = backend.forward(q, k, v, tile, scale, None)  # type: ignore[attr-defined]
+    exact, exact_lse = plain.forward(*wide, tile, scale, None)
+    # A tile of a larger mask: half of the probability is elsewhere.
+    whole, whole_out = lse + 0.6931, (out * 0.5)
+    found = [out, *backend.backward(dout, q, k, v, whole_out, whole, tile, scale, None)]  # type: ignore[attr-defined]
+    grads = plain.backward(dout.double(), *wide, whole_out.double(), exact_lse + 0.6931, tile, scale, None)
+    names = ("out", "dq", "dk", "dv")
+    values = dict(zip(names, relative(found, [exact, *grads]), strict=True))
+    return {**values, "lse": (lse - exact_lse).abs().max().item()}
+
+
+def schedule_error(setting: Setting, mode: str, length: int, segments: list[sp.Segment] | None) -> Row:
+    plan, alone = sp.plan(length, segments, context(setting, mode)), sp.plan(length, segments, setting.one)
+    tensors = inputs(length, *setting.heads[0], setting.dim, setting)
+    q, k, v, dout = tensors
+    exact = forward_backward(*(x.double() for x in tensors), sp.plan(length, segments, setting.one))  # type: ignore[arg-type]
+    single = relative(forward_backward(q, k, v, dout, alone), exact)
+    shared = [sp.gather(x, plan) for x in forward_backward(*(sp.shard(x, plan) for x in tensors), plan)]  # type: ignore[arg-type]
+    again = [sp.gather(x, plan) for x in forward_backward(*(sp.shard(x, plan) for x in tensors), plan)]  # type: ignore[arg-type]
+    many = relative(shared, exact)
+    worst = max(a / b for a, b in zip(many, single, strict=True))
+    names = ("out", "dq", "dk", "dv")
+    return {**dict(zip(names, many, strict=True)), "over one GPU": worst, "same twice": str(torch.equal(shared[0], again[0]))}
+
+
+# --- one long document ----------------------------------------------------------------------------------------------------------
+
+
+def dense(setting: Setting) -> None:
+    for shape in setting.heads:
+        for length in setting.lengths:
+            pairs, label = length * (length + 1) // 2, f"{shape[0]}/{shape[1]} heads, {length // 1024}k"
+            one = attempt(setting, f"one GPU, {label}", lambda: speed(setting, sp.plan(length, None, setting.one), shape, pairs))  # noqa: B023
+            if setting.ranks == 1:
+                continue
+            found: list[Row] = []
+            for mode in ("zigzag-ring", "ulysses", "llama3", "auto"):
+                ctx = context(setting, mode)
+                ctx.set_heads(*shape)
+                row = attempt(setting, f"{mode}, {label}", lambda: speed(setting, sp.plan(length, None, ctx), shape, pairs))  # noqa: B023
+                if row is not None and "both" in row:
+                    found.append(row)
+                    if mode == "auto":
+                        row["note"] = sp.plan(length, None, ctx).choice.reason
+            if setting.device.type == "cuda":
+                plan = sp.plan(length, None, context(setting, "zigzag-ring", "flash"))
+                slow = attempt(setting, f"zigzag ring on FlashAttention 2, {label}", lambda: speed(setting, plan, shape, pairs))  # noqa: B023
+                ratio(found, slow, "over FA2 ring")
+                if shape == setting.heads[0]:
+                    torch_cp = attempt(setting, f"torch context_parallel, {label}", lambda: torch_context_parallel(setting, length, shape))  # noqa: B023
+                    ratio([r for r in [torch_cp] if r], one, "over one GPU")
+            ratio(found, one, "over one GPU")
+
+
+def ratio(found: list[Row], base: Row | None, name: str) -> None:
+    if base is not None and "both" in base:
+        for row in found:
+            if "both" in row:
+                row[name] = row["both"] / base["both"]  # type: ignore[operator]
+
+
+def torch_context_parallel(setting: Setting, length: int, shape: tuple[int, int]) -> Row:
+    """PyTorch's own ring, with the kernel that its scaled_dot_product_attention prefers here; key heads are repeated, as it needs."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.experimental import context_parallel
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    mesh = init_device_mesh("cuda", (setting.ranks,))
+    times: list[list[float]] = [[], []]
+    for i in range(setting.repeats + 1):
+        q, k, v, _ = inputs(length, shape[0], shape[0], setting.dim, setting)
+        q, k, v = (x.transpose(0, 1).unsqueeze(0).contiguous() for x in (q, k, v))
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]), context_parallel(mesh, buffers=[q, k, v], buffer_seq_dims=[2, 2, 2]):
+            for x in (q, k, v):
+                x.requires_grad_()
+            dist.barrier()
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            out = scaled_dot_product_attention(q, k, v, is_causal=True)
+            torch.cuda.synchronize()
+            middle = time.perf_counter()
+            out.backward(torch.ones_like(out))
+            torch.cuda.synchronize()
+            if i:
+                times[0].append(middle - began)
+                times[1].append(time.perf_counter() - began)
+            for x in (q, k, v):
+                x.requires_grad_(False)
+    return figures(setting, length * (length + 1) // 2, shape, *(statistics.median(t) for t in times), setting.ranks)
+
+
+# --- packed rows ----------------------------------------------------------------------------------------------------------------
+
+
+def documents(length: int, median: int, sigma: float, cap: int, seed: int) -> list[int]:
+    rng = random.Random(seed)
+    out: list[int] = []
+    while sum(out) < length:
+        out.append(min(length - sum(out), int(min(cap, max(16, median * rng.lognormvariate(0, sigma))))))
+    return out
+
+
+MIXES = {"long mix, median 8k": (8192, 1.0, 65536), "chat mix, median 1k": (1024, 1.2, 32768)}
+
+
+def packed(setting: Setting) -> None:
+    for mix, (median, sigma, cap) in MIXES.items():
+        length, shape = setting.packed_length, setting.heads[0]
+        if setting.smoke:
+            median, cap = median // 128, cap // 128
+        sizes = documents(length, median, sigma, cap, seed=1)
+        edges = [0]
+        for x in sizes:
+            edges.append(edges[-1] + x)
+        segments = [sp.Segment(a, b) for a, b in itertools.pairwise(edges)]
+        pairs, label = attention_pairs(sizes), f"{mix}, {len(sizes)} documents, {length // 1024}k"
+        one = attempt(setting, f"one GPU, {label}", lambda: speed(setting, sp.plan(length, segments, setting.one), shape, pairs))  # noqa: B023
+        if setting.ranks == 1:
+            continue
+        found: list[Row] = []
+        for mode in ("zigzag-ring", "ulysses", "llama3", "auto"):
+            ctx = context(setting, mode)
+            ctx.set_heads(*shape)
+            row = attempt(setting, f"{mode}, {label}", lambda: speed(setting, sp.plan(length, segments, ctx), shape, pairs))  # noqa: B023
+            if row is not None and "both" in row:
+                found.append(row)
+                if mode == "auto":
+                    row["note"] = sp.plan(length, segments, ctx).choice.reason
+        ratio(found, one, "over one GPU")
+        usual = attempt(setting, f"per-document zigzag ring, {label}", lambda: per_document(setting, sizes, shape, pairs))  # noqa: B023
+        ratio(found, usual, "over per-document ring")
+
+
+def per_document(setting: Setting, sizes: list[int], shape: tuple[int, int], pairs: int) -> Row:
+    square = Tile(slice(0, 256), slice(0, 256), "varlen", (0, 100, 256))
+    q, _, v, _ = inputs(256, *shape, setting.dim, setting)
+    chosen = backends.select("auto", square, q, v, None)
+    kernel = "fa4" if chosen is backends.fa4 else "flash" if setting.device.type == "cuda" else "math"
+    group = context(setting, "zigzag-ring").axes[1].ring
+    assert group is not None
+    ring = PerDocumentZigzag(sizes, group, kernel, setting.device)
+    q, k, v, dout = inputs(ring.local_length, *shape, setting.dim, setting)
+    scale = setting.dim**-0.5
+
+    def both() -> None:
+        out, lse = ring.forward(q, k, v, scale)
+        ring.backward(dout, q, k, v, out, lse, scale)
+
+    forward = timed(setting, lambda: ring.forward(q, k, v, scale))
+    return {**figures(setting, pairs, shape, forward, timed(setting, both), setting.ranks), "note": f"kernel {kernel}"}
+
+
+def balance(setting: Setting) -> None:
+    """Work of the busiest of 8 ranks over the mean, for 40 packs of each mix. Counted, not timed."""
+    for mix, (median, sigma, cap) in MIXES.items():
+        ratios = []
+        for seed in range(40):
+            length, ranks = 131072, 8
+            edges = [0]
+            for x in documents(length, median, sigma, cap, seed):
+                edges.append(edges[-1] + x)
+            segments = [sp.Segment(a, b) for a, b in itertools.pairwise(edges)]
+            work = chunk_work(length, 512, segments)
+            layout = balanced(length, ranks, segments, 512)
+            load = [sum(work[c] for a, b in i for c in range(a // 256, b // 256)) for i in layout.intervals]
+            ratios.append(max(load) * ranks / sum(load))
+        row: Row = {"row": f"work of the busiest of 8 ranks over the mean, {mix}"}
+        rows.append({**row, "mean": statistics.mean(ratios), "worst of 40": max(ratios)})
+
+
+def bookkeeping(setting: Setting) -> None:
+    """Share of the time that is not inside the kernels, without messages: merges, sums, casts, Python."""
+    length = 32768 if not setting.smoke else 256
+    attempt(setting, f"merge and bookkeeping, {length // 2048}k local tokens", lambda: bookkeeping_row(setting, length))
+
+
+def bookkeeping_row(setting: Setting, length: int) -> Row:
+    """One rank of two, its keys of the other rank already here. Queries, keys: as zigzag deals them."""
+    shape, scale = setting.heads[0], setting.dim**-0.5
+    fake = sp.SequenceParallel(2, 0, device_type=setting.device.type)
+    call = Call(sp.plan(length, None, fake), scale)
+    mask = call.mask
+    q, k, v, dout = inputs(length // 2, *shape, setting.dim, setting)
+    _, far_k, far_v, _ = inputs(length // 2, *shape, setting.dim, setting, seed=1)
+    work = [(t, kk, vv) for s, kk, vv in ((0, k, v), (1, far_k, far_v)) for t in mask.tiles(s)]
+
+    def merged() -> None:
+        total, dq, dk, dv = Output(q.shape[0], once=True), Sum(q, once=True), Sum(k), Sum(v)
+        for t, kk, vv in work:
+            kernels.forward(q, kk, vv, t, call, total)
+        assert total.out is not None and total.lse is not None
+        out = total.out.to(q.dtype)
+        for t, kk, vv in work:
+            kernels.backward(dout, q, kk, vv, out, total.lse, t, call, dq, dk, dv)
+
+    parts = []
+    for t, kk, vv in work:
+        args = (q[t.q], kk[t.k], vv[t.k])
+        backend = backends.select("auto", t, args[0], args[2], None)
+        out, lse = backend.forward(*args, t, scale, None)
+        parts.append((backend, args, t, dout[t.q], out.contiguous(), lse.contiguous()))
+
+    def bare() -> None:
+        for backend, args, t, _, _, _ in parts:
+            backend.forward(*args, t, scale, None)
+        for backend, args, t, d, out, lse in parts:
+            backend.backward(d, *args, out, lse, t, scale, None)
+
+    inside, whole = timed(setting, bare), timed(setting, merged)
+    return {"kernels ms": inside * 1e3, "all ms": whole * 1e3, "share": 1 - inside / whole}
+
+
+SECTIONS: dict[str, Callable[[Setting], None]] = {
+    "errors": errors,
+    "bookkeeping": bookkeeping,
+    "dense": dense,
+    "packed": packed,
+    "balance": balance,
+}
+
+
+def report(setting: Setting, folder: Path, seconds: float) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    cuda = setting.device.type == "cuda"
+    about = {
+        "device": torch.cuda.get_device_name() if cuda else "CPU",
+        "processes": setting.ranks,
+        "dtype": str(setting.dtype),
+        "head dim": setting.dim,
+        "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "command": "python benchmarks/attention.py" + (" --smoke" if setting.smoke else ""),
+        "seconds": round(seconds, 1),
+    }
+    (folder / "attention.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    lines = ["# Attention", "", ", ".join(f"{k}: {v}" for k, v in about.items() if v is not None), ""]
+    lines += ["Speeds are TFLOP/s for each GPU: forward alone, and forward with backward.", ""]
+    for prefix, title in (("error", "Errors (relative root mean square, from float64)"), ("", "Speed")):
+        chosen = [r for r in rows if str(r["row"]).startswith("error") == bool(prefix)]
+        columns = list(dict.fromkeys(k for r in chosen for k in r))
+        lines += [f"## {title}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+        for r in chosen:
+            cells = [r.get(c, "") for c in columns]
+            lines.append("| " + " | ".join(f"{x:.3g}" if isinstance(x, float) else str(x) for x in cells) + " |")
+        lines.append("")
+    (folder / "attention.md").write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
