@@ -85,6 +85,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"fsdp": "full_shard offload"}, "optimizer_placement: host"),
     ({"fsdp": "sideways"}, "Use sharding: fsdp2"),
     ({"eval_strategy": "steps", "val_size": 5, "eval_steps": 0}, "eval_steps: 0"),
+    ({"disable_gradient_checkpointing": True, "use_unsloth_gc": True}, "offload_activations is a part of checkpointing"),
     ({"cutoff_len": 0}, "cutoff_len: 0 was given, at least 1 is needed"),
     ({"stage": "ppo"}, "ppo is not supported; use stage: dpo or kto"),
     ({"finetuning_type": "oft"}, "use finetuning_type: lora"),

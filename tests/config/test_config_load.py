@@ -45,7 +45,7 @@ def test_an_example_resolves_and_its_resolution_is_the_same_run(path: Path, tmp_
 
 @pytest.mark.parametrize("path", sorted((FIXTURES / "refused").glob("*.yaml")), ids=lambda p: p.stem)
 def test_what_is_not_supported_is_refused_with_an_alternative(path: Path) -> None:
-    with pytest.raises(ConfigError, match="is refused: .*; use"):
+    with pytest.raises(ConfigError, match=r"is refused: .*; use"):
         load_config([str(path)])
 
 
@@ -131,6 +131,7 @@ def test_keys_of_transformers(written: dict[str, Any], expected: dict[str, Any])
         ({"context_parallel_size": 4}, "parallel", {"sequence_parallel_size": 4}),
         ({"cp_size": 2, "cp_mode": "ulysses"}, "parallel", {"sequence_parallel_size": 2, "sequence_parallel_mode": "ulysses"}),
         ({"shuffle_for_sequence_parallel": False}, "method", {"disable_shuffling": True}),
+        ({"train_sampling_strategy": "sequential"}, "method", {"disable_shuffling": True}),
         ({"use_liger_kernel": False}, "model", {"enable_liger_kernel": False}),
         ({"gradient_checkpointing": False}, "memory", {"disable_gradient_checkpointing": True}),
         ({"gradient_checkpointing": True}, "memory", {"disable_gradient_checkpointing": False}),

@@ -24,6 +24,7 @@ def training(cfg: RunConfig, world_size: int | None) -> Iterator[str]:
     yield from _method(cfg)
     yield from adapters(cfg)
     yield from _parallel(cfg)
+    yield from _memory(cfg)
     if world_size is not None:
         yield from processes(cfg, world_size)
 
@@ -111,6 +112,15 @@ def _method(cfg: RunConfig) -> Iterator[str]:
     steps, strategy = cfg.trainer("eval_steps"), cfg.trainer("eval_strategy")
     if strategy == "steps" and steps is not None and steps <= 0:
         yield f"eval_steps: {steps:g} was given, a number above 0 is needed."
+
+
+def _memory(cfg: RunConfig) -> Iterator[str]:
+    m = cfg.memory
+    if not m.disable_gradient_checkpointing:
+        return
+    for name, idle in (("keep_attention", 0.0), ("offload_activations", "none"), ("segment_layers", 1), ("mlp_chunk", 0)):
+        if getattr(m, name) not in ("auto", idle):
+            yield f"{name} is a part of checkpointing, and disable_gradient_checkpointing: true turns that off. Leave one of them out."
 
 
 def adapters(cfg: RunConfig) -> Iterator[str]:

@@ -116,9 +116,7 @@ _TABLE: dict[str, tuple[Any, Any]] = {
     "dataloader_drop_last": (bool, False),
     "dataloader_num_workers": (int, 0),
     "dataloader_pin_memory": (bool, True),
-    "dataloader_persistent_workers": (bool, False),
     "dataloader_prefetch_factor": (_OptInt, None),
-    "dataloader_multiprocessing_context": (_OptStr, None),
     "train_sampling_strategy": (Literal["random", "sequential", "group_by_length"], "random"),
     # processes
     "ddp_timeout": (int, 1800),

@@ -173,6 +173,8 @@ def turn(values: dict[str, Any]) -> list[str]:
     elif words:
         raise ConfigError(f"fsdp: {' '.join(sorted(words))!r} is not a choice. Use sharding: fsdp2 or sharding: ddp.")
 
+    if str(values.get("train_sampling_strategy")).lower() == "sequential":
+        values.setdefault("disable_shuffling", True)
     if given.get("shuffle_for_sequence_parallel") is False:
         values.setdefault("disable_shuffling", True)
     if given.get("eval_num_beams") is not None:

@@ -19,6 +19,7 @@ from longfactory.data import module as data
 from longfactory.data.templates import get_template
 from longfactory.errors import UserError
 from longfactory.model import adapters, load
+from longfactory.model.liger import apply_liger
 from longfactory.model.memory.apply import apply_memory
 from longfactory.model.memory.settings import MemorySettings
 from longfactory.model.token_logprobs import TokenLogprobs
@@ -175,6 +176,8 @@ def build_model(cfg: RunConfig, model_config: Any, tokenizer: Any, ctx: sp.Seque
     quantization = load.quantization_config(cfg.model, dtype)
     on_device = args.device if cfg.model.train_from_scratch else None
     model = load.load_model(cfg.model, model_config, dtype, attention=hf.ATTENTION, device=on_device, quantization=quantization)
+    if cfg.model.enable_liger_kernel:
+        apply_liger(model)
     grew = load.resize_vocabulary(model, tokenizer) if cfg.model.resize_vocab else False
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         raise UserError(
