@@ -33,7 +33,9 @@ class RankError(RuntimeError):
 
 
 class RankPool:
-    """`size` processes with a process group, gloo on CPUs or nccl with one GPU each. The first call costs seconds (imports), later ones milliseconds.
+    """`size` processes with a process group, gloo on CPUs or nccl with one GPU each.
+
+    The first call costs seconds (imports), later ones milliseconds.
 
     A rank that died, hung or raised in the middle of a collective leaves the group unusable: the pool then starts afresh at the next
     call. The group meets through a file, so no port is needed.

@@ -63,12 +63,13 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """`attention` without autograd, and the log-sum-exp that `attention_backward` needs.
 
-    lse is float32 (float64 for float64) with T/n * H elements, laid out as the schedule computes: [H/u, u * T/n] where u ranks share
-    the heads, so [H, T/n] without ulysses. It includes the sinks.
+    Returns out [T/n, H, Dv] and lse [H, T/n], natural logarithm, float32 (float64 for float64), the sinks included.
     """
     call = _check(q, k, v, plan, scale, window, chunk, softcap, sinks, dropout_p)
     with torch.no_grad():
         out, lse, _ = _forward(q, k, v, sinks, call)
+        # [H/u, u * T/n] -> [H, T/n]
+        lse = ulysses.to_rows(lse.t().unsqueeze(-1), plan.axes.ulysses).squeeze(-1).t().contiguous()
     return out, lse
 
 
@@ -88,9 +89,15 @@ def attention_backward(
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv, dsinks of `attention_forward`, in the inputs' dtypes. dsinks is this rank's share: the gradient is its sum over ranks."""
+    """dq, dk, dv, dsinks of `attention_forward`, in the inputs' dtypes. dsinks is this rank's share: the gradient is its sum over ranks.
+
+    Heads are independent: a call with some of the heads, their share of out and lse, and their key heads gives those heads' gradients.
+    """
     call = _check(q, k, v, plan, scale, window, chunk, softcap, sinks, dropout_p)
+    if lse.shape != (q.shape[1], q.shape[0]) or out.shape != (*q.shape[:2], v.shape[2]) or dout.shape != out.shape:
+        raise ValueError(f"out {tuple(out.shape)}, dout {tuple(dout.shape)}, lse {tuple(lse.shape)} do not belong to q {tuple(q.shape)}.")
     with torch.no_grad():
+        lse = ulysses.to_heads(lse.t().unsqueeze(-1), plan.axes.ulysses).squeeze(-1).t().contiguous()
         return _backward(dout, _to_heads(q, k, v, out, call), lse, sinks, call, (q.shape[1], k.shape[1]))
 
 
