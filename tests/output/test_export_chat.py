@@ -1,0 +1,167 @@
+"""What is exported is the model that was trained, as plain Hugging Face files; and it can be talked to."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from longfactory import cli
+from longfactory.config import load_config
+from longfactory.errors import UserError
+from longfactory.output.chat import chat
+from longfactory.output.export import export
+
+WORDS = ["<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "user", "assistant", "system", "hello", "world", "be", "short", "again"]
+TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>")
+    made.chat_template = TEMPLATE
+    return made
+
+
+def tiny(hidden: int = 16, seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), hidden_size=hidden, max_position_embeddings=64, **sizes))
+
+
+def adapt(model: Any, path: Path, seed: int, target: str = "q_proj") -> None:
+    torch.manual_seed(seed)
+    get_peft_model(model, LoraConfig(r=2, target_modules=[target, "down_proj"], init_lora_weights=False)).save_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    tiny().save_pretrained(root / "base")
+    tokenizer().save_pretrained(root / "base")
+    adapt(tiny(), root / "a", 1)
+    adapt(tiny(), root / "b", 2, "v_proj")
+    adapt(tiny(hidden=32), root / "wider", 3)
+    return root
+
+
+def words(folder: Path, **keys: Any) -> list[str]:
+    return [f"model_name_or_path={folder / 'base'}", *(f"{k}={v}" for k, v in keys.items())]
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.arange(len(WORDS))[None]).logits
+
+
+def test_exported_weights_are_the_merged_ones(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert cli.main(["export", *words(folder, adapter_name_or_path=f"{folder / 'a'},{folder / 'b'}", export_dir=out)]) == 0
+    want = PeftModel.from_pretrained(tiny(), folder / "a").merge_and_unload()
+    want = PeftModel.from_pretrained(want, folder / "b")
+    got = AutoModelForCausalLM.from_pretrained(out)
+    assert torch.allclose(logits(got), logits(want), atol=1e-6)
+    assert not torch.allclose(logits(got), logits(tiny()), atol=1e-3)
+    assert AutoTokenizer.from_pretrained(out).chat_template == TEMPLATE
+    assert not (tmp_path / "out.part").exists()
+
+
+def test_format_and_template(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()  # an empty folder is as good as none
+    out = export(load_config(words(folder, export_dir=tmp_path / "out", infer_dtype="bfloat16", template="chatml"), command="export"))
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    saved = AutoTokenizer.from_pretrained(out)
+    assert saved.eos_token == "<|im_end|>" and "<|im_start|>" in saved.chat_template and saved.padding_side == "left"
+
+
+def test_value_head_goes_along(folder: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapt(tiny(), adapter, 1)
+    save_file({"v_head.summary.weight": torch.ones(1, 16)}, adapter / "value_head.safetensors")
+    out = export(load_config(words(folder, adapter_name_or_path=adapter, export_dir=tmp_path / "out"), command="export"))
+    assert (out / "value_head.safetensors").is_file()
+
+
+def test_a_generation_config_that_transformers_would_not_save(folder: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    tiny().save_pretrained(base)
+    tokenizer().save_pretrained(base)
+    (base / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.6, "top_p": 0.9}))
+    out = export(load_config([f"model_name_or_path={base}", f"export_dir={tmp_path / 'out'}"], command="export"))
+    assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.6
+
+
+def test_refused(folder: Path, tmp_path: Path) -> None:
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "something").write_text("")
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"export_dir": folder / "base"}, "is the folder that the model is read from"),
+        ({"export_dir": used}, "exists and is not empty"),
+        ({"export_dir": tmp_path / "o", "adapter_name_or_path": folder / "base"}, "holds no adapter_config.json"),
+        ({"export_dir": tmp_path / "o", "adapter_name_or_path": folder / "wider"}, "does not fit"),
+        ({"export_dir": tmp_path / "o", "adapter_name_or_path": folder / "absent" / "x"}, "x"),
+    ]
+    for keys, expected in cases:
+        with pytest.raises(UserError) as e:
+            export(load_config(words(folder, **keys), command="export"))
+        assert expected in str(e.value)
+    assert not (tmp_path / "o").exists() and not (tmp_path / "o.part").exists()
+
+
+def test_nothing_is_half_written(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+    with pytest.raises(OSError):
+        export(load_config(words(folder, export_dir=tmp_path / "out"), command="export"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def talk(folder: Path, monkeypatch: pytest.MonkeyPatch, lines: list[str], **keys: Any) -> None:
+    said: Iterator[str] = iter(lines)
+
+    def line(prompt: str = "") -> str:
+        try:
+            return next(said)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr(builtins, "input", line)
+    chat(load_config(words(folder, **{"max_new_tokens": 4, "do_sample": "false", **keys}), command="chat"))
+
+
+def test_a_conversation(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    talk(folder, monkeypatch, ["hello", "", "world", "clear", "hello", "exit", "never said"], adapter_name_or_path=folder / "a")
+    out = capsys.readouterr().out
+    answers = [part.split("\n")[0] for part in out.split("Assistant: ")[1:]]
+    assert len(answers) == 3 and "forgotten" in out
+    # After `clear` the first question has its first answer again, and that is the merged model's own.
+    assert answers[0] == answers[2]
+    model = PeftModel.from_pretrained(tiny(), folder / "a").merge_and_unload()
+    ids = tokenizer().apply_chat_template([{"role": "user", "content": "hello"}], add_generation_prompt=True, return_tensors="pt")[
+        "input_ids"
+    ]
+    want = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=1)
+    assert answers[0].strip() == tokenizer().decode(want[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_beams_system_and_end_of_input(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    talk(folder, monkeypatch, ["hello"], num_beams=2, default_system="be short", template="chatml")
+    assert capsys.readouterr().out.count("Assistant: ") == 1
+
+
+def test_no_room_for_an_answer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="leaves no room"):
+        talk(folder, monkeypatch, ["hello world hello world"], max_length=3, max_new_tokens=0)
