@@ -51,7 +51,7 @@ def run(model: Path, data: Path, out: Path, length: int, size: int, mode: str, w
         "dataset": "long",
         "dataset_dir": data,
         "cutoff_len": length,
-        "packing": "null",
+        "packing": "false",
         "sequence_parallel_size": size,
         "sequence_parallel_mode": mode,
         "nproc_per_node": world,

@@ -133,6 +133,8 @@ def _serve(rank: int, size: int, backend: str, rendezvous: str, threads: int, pa
     sys.path[:] = path
     torch.set_num_threads(threads)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
+    if backend == "nccl":
+        torch.cuda.set_device(rank)  # else every rank sits on the first GPU
     dist.init_process_group(
         backend, init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=datetime.timedelta(seconds=100)
     )

@@ -168,6 +168,7 @@ class TokenLogprobs:
         self._labels: Tensor | None = None
         self._trained: Tensor | None = None
         self._out: TokenOutputs | None = None
+        self._logits_too = False
         head.forward = self._fused
 
     def release(self) -> None:
@@ -221,6 +222,8 @@ class TokenLogprobs:
             top1 = torch.zeros_like(top1)
         full = logps.new_zeros(h.shape[0]).index_copy(0, trained, logps)
         self._out = TokenOutputs(logps=full, top1=top1.new_zeros(h.shape[0]).index_copy(0, trained, top1))
+        if self._logits_too:
+            return self._forward(hidden, *args, **kwargs)
         return full.view(*hidden.shape[:-1], 1)
 
     def _logps(self, h: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,27 +259,32 @@ class TokenLogprobs:
 
 
 @torch.no_grad()
-def check_head(model: Any, head: TokenLogprobs, inputs: dict[str, Any], labels: Tensor, tolerance: float = 2e-2) -> float:
-    """Compares the chunked log-probabilities with those of the model's own logits on a few tokens.
+def check_head(model: Any, head: TokenLogprobs, inputs: dict[str, Any], labels: Tensor) -> float:
+    """Compares the chunked log-probabilities with those of the model's own logits, in one forward over a few tokens.
 
     Args:
         inputs: what the model's forward takes, [1, T].
         labels: [T] on the host.
     Returns:
-        The largest difference.
+        The median difference, in nats.
     Raises:
-        ValueError: they differ by more than `tolerance`: the model does something to its logits that is not known here.
+        ValueError: they differ: the model does something to its logits that is not known here.
     """
-    logits = model(**inputs).logits[0].float()
+    head._logits_too = True
+    try:
+        with head.labels(labels):
+            logits = model(**inputs).logits[0]
+            got = head.outputs().logps
+    finally:
+        head._logits_too = False
     trained = torch.nonzero(labels >= 0)[:, 0].to(logits.device)
-    want = torch.log_softmax(logits[trained], -1).gather(1, labels.to(logits.device)[trained][:, None])[:, 0]
-    with head.labels(labels):
-        result = model(**inputs)
-        got = head.outputs(result.logits).logps.float()[trained]
-    error = (want - got).abs().max().item() if want.numel() else 0.0
-    if not error <= tolerance:
+    want = torch.log_softmax(logits[trained].float(), -1).gather(1, labels.to(logits.device)[trained][:, None])[:, 0]
+    error = (want - got[trained].float()).abs().median().item() if want.numel() else 0.0
+    # A model that caps or scales its logits in bfloat16 rounds them (8 bits of up to 30); the chunks do it in float32.
+    low = torch.is_autocast_enabled(logits.device.type) or logits.dtype in (torch.bfloat16, torch.float16)
+    if not error <= (5e-2 if low else 1e-3):
         raise ValueError(
-            f"{type(model).__name__} does more to its logits than LongFactory knows of: log-probabilities differ by {error:.3g} from the model's "
-            "own on a short text. This model cannot be trained exactly here; please report its name."
+            f"{type(model).__name__} does more to its logits than LongFactory knows of: log-probabilities differ by {error:.3g} from the "
+            "model's own on a short text. This model cannot be trained exactly here; please report its name."
         )
     return error
