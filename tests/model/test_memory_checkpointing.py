@@ -11,12 +11,11 @@ from memory_models import SEGMENTS, assert_same_gradients, gradients, make_model
 from memory_ranks import with_lora
 
 from longfactory import sp
-from longfactory.sp import hf
-from longfactory.sp.layout import Segment
-
 from longfactory.model.memory.apply import apply_memory
 from longfactory.model.memory.decoder_layer import _Layer
 from longfactory.model.memory.settings import MemorySettings
+from longfactory.sp import hf
+from longfactory.sp.layout import Segment
 
 engine = importlib.import_module("longfactory.sp.attention")  # the package has a function of this name
 

@@ -65,7 +65,13 @@ def test_twenty_steps_equal_torch(dtype, placement, monkeypatch):
 def test_bf16_weights_alone_would_not_pass():
     """The test above is sharp: without the remainder the weights are off by a thousand times its tolerance."""
     reference, ours, _ = trajectories(torch.bfloat16, "host")
-    assert max(float(((q.detach().float() - p.detach()).abs() / p.detach().abs().clamp(min=1e-3)).max()) for p, q in zip(reference, ours, strict=True)) > 1e-3
+    assert (
+        max(
+            float(((q.detach().float() - p.detach()).abs() / p.detach().abs().clamp(min=1e-3)).max())
+            for p, q in zip(reference, ours, strict=True)
+        )
+        > 1e-3
+    )
 
 
 def test_resumes_exactly():

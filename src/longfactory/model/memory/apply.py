@@ -22,9 +22,9 @@ log = logging.getLogger(__name__)
 def apply_memory(model: nn.Module, settings: MemorySettings, device: torch.device | str | None = None) -> Activations:
     """Installs checkpointing, kept attention, offload and layer pieces on every decoder layer. Once a model.
 
-    Call it after PEFT has added its adapters and after `sp.hf.prepare`, before or after FSDP2 and DDP wrap the model (it replaces the `forward` of
-    instances, inside their hooks), and before DeepSpeed does (it marks layers as units whose parameters ZeRO-3 gathers together).
-    transformers' own gradient checkpointing must stay off.
+    Call it after PEFT has added its adapters and after `sp.hf.prepare`, before or after FSDP2 and DDP wrap the model (it replaces the
+    `forward` of instances, inside their hooks), and before DeepSpeed does (it marks layers as units whose parameters ZeRO-3 gathers
+    together). transformers' own gradient checkpointing must stay off.
 
     Args:
         device: where the model computes; by default where its parameters are.

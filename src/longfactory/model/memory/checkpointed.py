@@ -1,9 +1,9 @@
 """Any Hugging Face decoder layer, recomputed in backward without running its attention kernel a second time.
 
 `CheckpointedLayer` takes the place of a layer's `forward` on the instance. So it runs inside `layer.__call__`: the hooks of FSDP2 and
-ZeRO gather the layer's parameters around it, in whatever version of transformers, and it may be installed before or after they wrap the model.
-It is torch's checkpointing, with three things added: the layer's one stored tensor, its input, goes where `Activations` sends it; what
-attention returned is recorded in the first pass and replayed in the recompute; and a segment's inner layers store nothing at all.
+ZeRO gather the layer's parameters around it, in whatever version of transformers, and it may be installed before or after they wrap the
+model. It is torch's checkpointing, with three things added: the layer's one stored tensor, its input, goes where `Activations` sends it;
+what attention returned is recorded in the first pass and replayed in the recompute; and a segment's inner layers store nothing at all.
 """
 
 from __future__ import annotations

@@ -145,7 +145,8 @@ def install(layer: nn.Module, chunk: int | None, moe: bool = True, norms_only: b
     """Run the MLP and the norms of a decoder layer in pieces. Returns the names of the children that will be.
 
     A child is left as it is if it has active dropout (a recompute would draw again) or, with `moe=False`, if it is a mixture of experts
-    (whose router's outputs are being recorded, one record a call). The first call proves on a few tokens that the child treats tokens alone.
+    (whose router's outputs are being recorded, one record a call). The first call proves on a few tokens that the child treats tokens
+    alone.
     """
     names = []
     for name, child in layer.named_children():

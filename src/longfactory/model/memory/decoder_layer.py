@@ -2,16 +2,16 @@
 
     x2 = x + attention(norm(x)) Wo        y = x2 + mlp(norm(x2))
 
-Everything but attention works on each token alone and is done in pieces of the sequence, in both directions. Stored between them: the layer's
-input, and attention's output and log-sum-exp if they are kept. What backward computes again: q, k, v, Wo, the norms and two of the MLP's three
-products; nothing twice. In bytes a local token, h = 2 * hidden (bf16), a = 2 * heads * D, kv = 2 * key heads * D:
+Everything but attention works on each token alone and is done in pieces of the sequence, in both directions. Stored between them: the
+layer's input, and attention's output and log-sum-exp if they are kept. What backward computes again: q, k, v, Wo, the norms and two of
+the MLP's three products; nothing twice. In bytes a local token, h = 2 * hidden (bf16), a = 2 * heads * D, kv = 2 * key heads * D:
 
     forward   x, q, k, v, out, then y in the room of q, k, v          2 h + 2 a + 2 kv
     backward  x, dx (written over dy), out, then dq over out,
               k, v, dk, dv, and of one group of heads q, dq, dout     2 h + a + 4 kv + 3 a / groups + the kernel's own fp32 dq / groups
 
-A gradient of a weight is a sum over pieces, kept in fp32 and rounded once. Parameters are inputs of the function: whatever hangs on their gradients
-(DDP, FSDP2, accumulation) sees one gradient a call.
+A gradient of a weight is a sum over pieces, kept in fp32 and rounded once. Parameters are inputs of the function: whatever hangs on their
+gradients (DDP, FSDP2, accumulation) sees one gradient a call.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def unknown_shape(layer: nn.Module) -> str | None:
 class DecoderLayer(CheckpointedLayer):
     """Takes the place of `layer.forward`, for layers where `unknown_shape` is None.
 
-    It steps aside for torch's checkpointing of the Hugging Face layer (`CheckpointedLayer`) in calls that it cannot compute: with weights of
-    another type than the hidden states, or with hooks on the layer's parts.
+    It steps aside for torch's checkpointing of the Hugging Face layer (`CheckpointedLayer`) in calls that it cannot compute: with weights
+    of another type than the hidden states, or with hooks on the layer's parts.
     """
 
     def __init__(self, layer: nn.Module, index: int, store: Activations, chain: Chain) -> None:
@@ -165,7 +165,7 @@ class DecoderLayer(CheckpointedLayer):
 
 
 class Chain:
-    """Knows when the gradient that reaches a layer is the very tensor that the layer above made for it alone: then it may be overwritten."""
+    """Knows when the gradient that reaches a layer is the tensor that the layer above made for it alone: then it may be overwritten."""
 
     def __init__(self) -> None:
         self.output = (-1, 0)  # forward: the layer that ran last, and the address of its output
@@ -180,7 +180,7 @@ class LayerCall:
         self.head_dim, self.eps = owner.head_dim, owner.eps
         self.heads = weights.q.shape[0] // self.head_dim
         self.kv_heads = weights.k.shape[0] // self.head_dim
-        self.options = {"scale": owner.scale, "window": owner.window}
+        self.options: dict[str, Any] = {"scale": owner.scale, "window": owner.window}
         settings = owner.store.settings
         self.chunk = settings.mlp_chunk
         # Groups of heads cut the key heads; ulysses deals with heads itself.

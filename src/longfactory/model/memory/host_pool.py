@@ -2,8 +2,8 @@
 
 A tensor is *parked*: copied to a page-locked slot on a side stream while the GPU goes on computing, and fetched back the same way, a
 layer before backward needs it. The stream waits are the whole synchronisation, no kernel waits for the CPU. Slots are locked once
-and reused in every step, because locking memory is slow (about 2 GB/s) and because an allocator that rounds up to powers of two would double
-what is locked. Hiding the copies needs about 13 GB/s a GPU at 32k tokens and less above (bytes grow with T, attention with T^2).
+and reused in every step, because locking memory is slow (about 2 GB/s) and because an allocator that rounds up to powers of two would
+double what is locked. Hiding the copies needs about 13 GB/s a GPU at 32k tokens and less above (bytes grow with T, attention with T^2).
 
 On a CPU device the same code copies to plain memory at once, so that tests see exactly this bookkeeping.
 """
@@ -183,7 +183,7 @@ class HostPool:
         self._free.append(slot)
 
     def _grow(self, nbytes: int) -> None:
-        """Lock as many slots of this size as the step expects and the limit allows, in place of free ones that are too small or too large."""
+        """Lock as many slots of this size as the step expects and the limit allows, in place of free ones of other sizes."""
         size = -(-nbytes // PAGE) * PAGE
         want = max(1, self.expect - sum(s.numel() >= nbytes for s in self._slots))
         if self.locked_bytes + want * size > self.limit and self._free:

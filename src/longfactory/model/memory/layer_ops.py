@@ -1,8 +1,8 @@
 """The elementwise mathematics of a Llama-shaped decoder layer, forward and backward: RMS norm, rotary embedding, gated SiLU.
 
 Plain functions of tensors. On a GPU each is compiled into one or two kernels at its first use (5 to 7 s in all, once a process); where the
-compiler is missing or fails they run as they are, three to four times slower, which is some 10 % of a step at 32k tokens. Sums and squares are fp32 for
-16-bit types (float64 for float64), rounded once at the end.
+compiler is missing or fails they run as they are, three to four times slower, which is some 10 % of a step at 32k tokens. Sums and
+squares are fp32 for 16-bit types (float64 for float64), rounded once at the end.
 """
 
 from __future__ import annotations

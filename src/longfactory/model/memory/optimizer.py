@@ -8,8 +8,8 @@ So master = join(bf16, low) without loss, and the model computes with a correctl
 2 + 4 + 4 bytes a parameter, where fp32 master weights take 12. The update itself is torch's fused AdamW in fp32 on blocks.
 
 On the host the blocks of gradient and weight come over on a side stream while the block before is computed, and go back likewise; about
-28 bytes of host memory traffic a parameter, which is 2 to 4 s for 7 billion parameters: a few per cent of a step above 100k tokens. For fp32 or
-fp64 parameters (FSDP2's sharded masters) there is no split: the parameter is the master, and the moments live where asked.
+28 bytes of host memory traffic a parameter, which is 2 to 4 s for 7 billion parameters: a few per cent of a step above 100k tokens. For
+fp32 or fp64 parameters (FSDP2's sharded masters) there is no split: the parameter is the master, and the moments live where asked.
 """
 
 from __future__ import annotations
@@ -161,9 +161,7 @@ class SplitAdamW(torch.optim.Optimizer):
 class _Block:
     """Flat pieces, of equal length, of one parameter and what belongs to it."""
 
-    def __init__(
-        self, weight: Tensor, grad: Tensor, low: Tensor | None, m: Tensor, v: Tensor, step: Tensor, group: dict[str, Any]
-    ) -> None:
+    def __init__(self, weight: Tensor, grad: Tensor, low: Tensor | None, m: Tensor, v: Tensor, step: Tensor, group: dict[str, Any]) -> None:
         self.weight, self.grad, self.low, self.m, self.v, self.step, self.group = weight, grad, low, m, v, step, group
 
     def cut(self, a: int, b: int) -> _Block:

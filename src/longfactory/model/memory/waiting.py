@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,7 +79,8 @@ class Segment:
         return len(self._calls)
 
     def is_last(self, position: int) -> bool:
-        return position == self._store.settings.segment_layers - 1
+        index, _ = self._calls[position]
+        return position == self._store.settings.segment_layers - 1 or index == self._store.layers - 1
 
     def add(self, index: int, x: Tensor, call: Callable[[Tensor], Tensor]) -> LayerInput:
         if not self._calls:
@@ -167,7 +167,3 @@ class Activations:
             yield
         finally:
             self.record = before
-
-
-def detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value

@@ -1,0 +1,55 @@
+"""`longfactory plan`: what a run would need, before it is started."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from longfactory.errors import UserError
+from longfactory.plan.model import Job, choose, longest
+from longfactory.plan.report import table
+from longfactory.plan.shapes import GPUS, ModelShape, machine
+
+GiB = 2**30
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the budget of the settings that `memory:` would choose, and the longest row that fits. Needs no GPU and no weights."""
+    parser = argparse.ArgumentParser(prog="longfactory plan", description=main.__doc__)
+    parser.add_argument("model", help="a folder or hub id with a config.json")
+    parser.add_argument("--tokens", type=int, default=131072, help="tokens of the longest row (default 131072)")
+    parser.add_argument("--gpu", default="H100", help=f"kind of GPU: {', '.join(GPUS)} (default H100)")
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs of the run (default 8)")
+    parser.add_argument("--gpus-per-host", type=int, default=None, help="GPUs of one host (default: up to 8)")
+    parser.add_argument("--gpu-gib", type=float, default=None, help="memory of one GPU in GiB, where it is not the kind's usual one")
+    parser.add_argument("--host-gib", type=float, default=1024, help="memory of one host in GiB (default 1024)")
+    parser.add_argument("--sequence-parallel-size", type=int, default=None, help="GPUs that share a row (default: all)")
+    parser.add_argument("--memory", choices=["auto", "fast", "long"], default="auto")
+    parser.add_argument("--lora", type=int, metavar="RANK", default=0, help="train adapters of this rank on all linear layers")
+    a = parser.parse_args(argv)
+    sp = a.sequence_parallel_size or a.gpus
+    if a.gpus % sp:
+        raise UserError(f"--sequence-parallel-size {sp} does not divide the {a.gpus} GPUs.")
+
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(a.model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"No model configuration could be read from {a.model}: {str(error).strip().splitlines()[0]}") from error
+    shape = ModelShape.of(config)
+    if a.lora:
+        s = shape
+        wide = s.hidden + (s.heads + 2 * s.kv_heads) * s.head_dim
+        adapters = s.layers * a.lora * (2 * s.hidden + 2 * s.heads * s.head_dim + wide + 3 * (s.hidden + s.ffn))
+        shape = ModelShape.of(config, trainable=adapters, lora=True)
+    kind = machine(a.gpu, a.gpus, int(a.host_gib * GiB), a.gpus_per_host, int(a.gpu_gib * GiB) if a.gpu_gib else None)
+    job = Job(shape, kind, a.tokens, sp, a.gpus > 1, 4 if a.gpus > 1 else 2)
+    choice, budget, ok = choose(job, a.memory)
+    print(table(job, choice, budget, ok, a.memory))
+    print(f"  longest row that fits: {longest(job, a.memory):,} tokens (predicted)")
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,312 @@
+"""Bytes and seconds of one step for given memory settings, and the settings that are fastest among those that fit.
+
+Everything is for one GPU and its t = T / n tokens of a row. Letters: h = hidden bytes of a token (2 * hidden), a = attention output bytes
+(2 * heads * D), kv = bytes of keys (2 * key heads * D). Bytes of the layer's working set come from reading the code in
+`model/memory/decoder_layer.py` (and its docstring) and, for other layers, from what autograd stores while one layer is recomputed.
+
+Time counts products at the machine's measured rates: a token's linear layers cost 2 FLOP a parameter forward and 4 backward, causal
+attention 2 * T * heads * D forward and 2.5 times that backward. What is recomputed is added; what is copied counts where it takes longer
+than what hides it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from longfactory.plan.shapes import Machine, ModelShape
+
+HEAD_CHUNK_NUMBERS = 2**28  # logits that exist at once (model/token_logprobs.py)
+CONTEXT = 1.5e9  # CUDA context, cuBLAS and NCCL workspaces
+MARGIN = 0.92  # of the GPU's memory may be planned for: the rest is fragmentation
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is trained, and on what.
+
+    Args:
+        tokens: T, tokens of the longest row.
+        sp: GPUs that share a row.
+        sharded: parameters, gradients and states are spread over all GPUs (FSDP2, ZeRO-3), else each GPU has all.
+        master: bytes of a trained weight as it is stored: 4 for fp32 masters (FSDP2), 2 for bf16 with a split master.
+    """
+
+    shape: ModelShape
+    machine: Machine
+    tokens: int
+    sp: int = 1
+    sharded: bool = True
+    master: int = 4
+
+    @property
+    def local(self) -> int:
+        return -(-self.tokens // self.sp)
+
+    @property
+    def shards(self) -> int:
+        return self.machine.gpus if self.sharded else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The keys of MemorySettings that bytes and seconds depend on."""
+
+    keep_attention: float = 1.0
+    offload: str = "none"  # none, inputs, inputs+attention
+    last_layers_on_gpu: int = 1
+    mlp_chunk: int | None = None
+    attention_groups: int = 1
+    segment_layers: int = 1
+    late_prefetch: bool = False
+    optimizer: str = "gpu"
+    checkpoint: str = "full"
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Bytes by item on one GPU and, for all GPUs of a host, on the host; seconds of a step."""
+
+    gpu: dict[str, float]
+    host: dict[str, float]
+    seconds: float
+
+    @property
+    def gpu_total(self) -> float:
+        return sum(self.gpu.values())
+
+    @property
+    def host_total(self) -> float:
+        return sum(self.host.values())
+
+
+def hidden_bytes(s: ModelShape) -> int:
+    return 2 * s.hidden
+
+
+def kept_bytes(s: ModelShape) -> int:
+    """Attention's output and log-sum-exp, for one token and layer."""
+    return 2 * s.heads * s.head_dim + 4 * s.heads
+
+
+def working_set(s: ModelShape, c: Choice) -> float:
+    """Bytes a local token while one layer is in its backward, beyond what waits for other layers."""
+    h, a, kv = hidden_bytes(s), 2 * s.heads * s.head_dim, 2 * s.kv_heads * s.head_dim
+    if s.written_layer:
+        g = c.attention_groups
+        attention = 3 * a / g + 2 * a / g  # q, dq, dout of a group; the kernel's fp32 dq
+        peak = 2 * h + a + 4 * kv + attention
+        after = 2 * h + a + 2 * kv  # the pieces after attention, with the next layer's tensors on their way
+    else:
+        # x, norms' outputs, x2, dy, dx and temporaries; q, k, v and their gradients; out, dout; the kernel's fp32 dq
+        peak = 6 * h + 4 * a + 6 * kv + 2 * a
+        after = 4 * h + 2 * a
+    coming = 0 if c.offload == "none" else h + (kept_bytes(s) if c.offload == "inputs+attention" and c.keep_attention > 0 else 0)
+    working = max(peak, after + coming) if c.late_prefetch else peak + coming
+    if c.segment_layers > 1:
+        working = max(working, 2 * h + 2 * a + 2 * kv + h)
+    return working + 4 * s.head_dim + 64  # cos and sin; ids, labels, positions, log-probabilities
+
+
+def chunk_bytes(s: ModelShape, c: Choice, tokens: int) -> float:
+    """Temporaries of one piece of the layer: six MLP-wide and eight hidden-wide numbers."""
+    return min(c.mlp_chunk or tokens, tokens) * (6 * 2 * s.ffn + 8 * hidden_bytes(s))
+
+
+def waiting(job: Job, c: Choice) -> tuple[float, float]:
+    """Bytes of all layers' inputs and kept attention outputs on the GPU and on the host, for one GPU."""
+    s, t = job.shape, job.local
+    h, o, k = hidden_bytes(s), kept_bytes(s), c.segment_layers
+    stays = s.layers - c.last_layers_on_gpu if c.offload != "none" else 0  # layers from here on stay on the GPU
+    gpu = host = 0.0
+    for i in range(0, s.layers, k):
+        last = min(i + k, s.layers) - 1
+        kept = o if last >= s.layers - round(c.keep_attention * s.layers) else 0
+        there = i < stays
+        host += h if there else 0
+        gpu += 0 if there else h
+        if there and c.offload == "inputs+attention":
+            host += kept
+        else:
+            gpu += kept
+    if k > 1:  # the segment that is open
+        inner_gpu = min(k - 1, s.layers - stays)
+        gpu += inner_gpu * (h + o)
+        if inner_gpu < k - 1:
+            host += (k - 1) * (h + (o if c.offload == "inputs+attention" else 0))
+            gpu += (k - 1 - inner_gpu) * (0 if c.offload == "inputs+attention" else o)
+    return gpu * t, host * t
+
+
+def states(job: Job, c: Choice) -> tuple[dict[str, float], float]:
+    """Bytes of weights, gradients and optimizer on one GPU, and of the optimizer on the host for each GPU."""
+    s, n = job.shape, job.shards
+    frozen = s.parameters - s.trainable
+    weights = (2 * frozen + job.master * s.trainable) / n
+    gradients = job.master * s.trainable / n
+    optimizer = (10 if job.master == 2 else 8) * s.trainable / n
+    gpu = {"weights": weights, "gradients": gradients}
+    if c.optimizer == "gpu":
+        gpu["optimizer"] = optimizer
+        return gpu, 0.0
+    return gpu, optimizer
+
+
+def fixed(job: Job, c: Choice) -> dict[str, float]:
+    s = job.shape
+    full = s.trainable == s.parameters
+    one = 2 * s.layer_parameters
+    # Gradients of one layer: fp32 sums of pieces, and the bf16 result; under sharding two gathered layers and the fp32 reduction as well.
+    layer = (3 * one if full else 0) + (2 * one + (2 * one if full else 0) if job.shards > 1 else 0)
+    head = 2 * s.head_parameters * (2 if job.shards > 1 else 0) + (6 * s.head_parameters if full else 0)
+    logits = min(HEAD_CHUNK_NUMBERS, job.local * s.vocab) * 10
+    return {"one layer's parameters and gradients": layer, "output layer": head + logits, "runtime": CONTEXT}
+
+
+def budget(job: Job, c: Choice, timed: bool = True) -> Budget:
+    s, m = job.shape, job.machine
+    gpu, host_optimizer = states(job, c)
+    gpu |= fixed(job, c)
+    gpu_waiting, host_waiting = waiting(job, c)
+    if c.checkpoint == "none":
+        gpu["activations"] = job.local * s.layers * (34 * s.hidden + 2 * 2 * 4 * s.ffn + 12 * s.heads * s.head_dim)
+    else:
+        gpu["layer inputs and kept attention"] = gpu_waiting
+        gpu["working set of a layer"] = job.local * working_set(s, c)
+        gpu["pieces of a layer"] = chunk_bytes(s, c, job.local)
+    host = {"optimizer": host_optimizer * m.on_host, "layer inputs and kept attention": host_waiting * m.on_host}
+    return Budget(gpu, {k: v for k, v in host.items() if v}, seconds(job, c) if timed else 0.0)
+
+
+def seconds(job: Job, c: Choice) -> float:
+    """One step, one row a sequence-parallel group."""
+    s, m, t = job.shape, job.machine, job.local
+    full = s.trainable == s.parameters
+    mlp = s.active_layer_parameters - s.attention_parameters
+    backward = 2.0 if full else 1.2
+    again = 0.0 if c.checkpoint == "none" else 1.0
+    extra = (c.segment_layers - 1) / c.segment_layers if c.segment_layers > 1 else 0.0
+    recomputed_mlp = again * (2 / 3 if s.written_layer else 1.0)
+    linear = 2.0 * s.layers * (s.attention_parameters * (1 + again + backward + extra) + mlp * (1 + recomputed_mlp + backward + extra))
+    linear += 2.0 * s.head_parameters * (2 + backward)
+    attention = 2.0 * job.tokens * s.heads * s.head_dim * s.layers
+    if c.checkpoint == "none":
+        runs = 1.0
+    elif c.segment_layers > 1:
+        runs = 2.0 - c.keep_attention / c.segment_layers
+    else:
+        runs = 2.0 - c.keep_attention
+    penalty = 1.0 + 0.01 * (c.attention_groups.bit_length() - 1) + (0.01 if c.late_prefetch else 0.0)
+    penalty += (0.004 if c.offload != "none" else 0.0) + (0.002 if c.offload == "inputs+attention" else 0.0)
+    penalty += min(0.05, 40.0 / c.mlp_chunk) if c.mlp_chunk and c.mlp_chunk < t else 0.0
+    compute = t * (linear / m.gemm * penalty + attention * (runs / m.attention_forward + 2.5 / m.attention_backward))
+    compute /= 0.92  # norms, rotary, launches: measured 0.88 to 0.92 of the products alone
+    _, host_waiting = waiting(job, c)
+    copied = host_waiting / m.copies
+    gathered = (2 * 3 * s.parameters / m.links) if job.shards > 1 else 0.0
+    forward = compute * 0.3
+    step = max(forward, copied, gathered / 3) + max(compute - forward, copied, gathered * 2 / 3)
+    if c.optimizer == "host":
+        step += 28.0 * s.trainable / job.shards * m.on_host / m.host_memory + 4.0 * s.trainable / job.shards / m.copies
+    else:
+        step += 28.0 * s.trainable / job.shards / 2e12
+    return step
+
+
+def roofline(job: Job) -> float:
+    """Seconds of a step that keeps attention, recomputes two thirds of the MLP and does nothing but products, at the machine's rates."""
+    s, m = job.shape, job.machine
+    mlp = s.active_layer_parameters - s.attention_parameters
+    linear = 2.0 * (s.layers * (4 * s.attention_parameters + 3.67 * mlp) + 3 * s.head_parameters)
+    attention = 2.0 * job.tokens * s.heads * s.head_dim * s.layers
+    return job.local * (linear / m.gemm + attention * (1 / m.attention_forward + 2.5 / m.attention_backward))
+
+
+def choices(job: Job, mode: str) -> Iterator[Choice]:
+    """Settings to consider. `fast`: nothing leaves the GPU. `long`: the leanest layer. `auto`: all."""
+    s = job.shape
+    groups = [g for g in (1, 2, 4, 8) if s.kv_heads % g == 0 and (g == 1 or s.written_layer)]
+    chunks: list[int | None] = [None, 32768, 16384, 8192, 4096, 2048]
+    segments = [1, 2, 4, 6]
+    offloads = ["none", "inputs+attention", "inputs"]
+    optimizers = ["gpu", "host"]
+    if mode == "fast":
+        segments, offloads, optimizers = [1], ["none"], ["gpu"]
+    if mode == "long":
+        groups, chunks, offloads = groups[-1:], [4096], ["inputs+attention", "inputs"]
+    chunks = [c for c in chunks if c is None or c < job.local] or [None]
+    if mode == "auto":
+        yield Choice(checkpoint="none", keep_attention=0.0, mlp_chunk=None)
+    for k, off, g, chunk, place in itertools.product(segments, offloads, groups, chunks, optimizers):
+        for late in (False, True) if off != "none" and mode != "fast" else (False,):
+            if mode == "long" and not late:
+                continue
+            for keep in (1.0, 0.75, 0.5, 0.25, 0.0):
+                if off == "inputs+attention" and keep == 0.0:
+                    continue
+                stays = (1,) if off == "none" else (1, s.layers // 8, s.layers // 4, s.layers // 2, 3 * s.layers // 4)
+                for stay in sorted({x for x in stays if 1 <= x < s.layers}) or [1]:
+                    yield Choice(keep, off, stay, chunk, g, k, late, place)
+
+
+def fits(job: Job, b: Budget, host_share: float) -> bool:
+    return b.gpu_total <= MARGIN * job.machine.gpu_bytes and b.host_total <= host_share * job.machine.host_bytes
+
+
+def choose(job: Job, mode: str = "auto", host_share: float = 0.85, fixed_keys: dict[str, Any] | None = None) -> tuple[Choice, Budget, bool]:
+    """The fastest choice that fits and agrees with `fixed_keys` (what the user set; offload: "any" is any but none), its budget, and True.
+
+    Where none fits: the one that needs the least of what is short, and False.
+    """
+    if mode not in ("auto", "fast", "long"):
+        raise ValueError(f"memory: {mode!r} is not a mode; it must be auto, fast or long.")
+    best: tuple[float, Choice, Budget] | None = None
+    least: tuple[float, Choice, Budget] | None = None
+    for c in choices(job, mode):
+        if fixed_keys:
+            keys = dict(fixed_keys)
+            if keys.get("offload") == "any":
+                if c.offload == "none" and mode != "fast":
+                    continue
+                keys["offload"] = c.offload if c.offload != "none" else "inputs"
+            c = dataclasses.replace(c, **keys)
+            if c.checkpoint == "none" and (c.keep_attention or c.offload != "none" or c.segment_layers > 1):
+                continue
+        b = budget(job, c)
+        if fits(job, b, host_share):
+            # Of equals, the one that leaves more room.
+            key = b.seconds * (1 + 0.002 * b.gpu_total / job.machine.gpu_bytes)
+            if best is None or key < best[0]:
+                best = (key, c, b)
+        else:
+            short = max(
+                b.gpu_total / (MARGIN * job.machine.gpu_bytes),
+                b.host_total / (host_share * job.machine.host_bytes) if job.machine.host_bytes else 0,
+            )
+            if least is None or short < least[0]:
+                least = (short, c, b)
+    if best is not None:
+        return best[1], best[2], True
+    assert least is not None
+    return least[1], least[2], False
+
+
+def longest(job: Job, mode: str = "auto", host_share: float = 0.85, unit: int = 8192) -> int:
+    """Tokens of the longest row, in multiples of `unit`, for which some choice fits. 0 if none does."""
+
+    def fit(tokens: int) -> bool:
+        if tokens == 0:
+            return True
+        longer = dataclasses.replace(job, tokens=tokens)
+        # The leanest come last.
+        return any(fits(longer, budget(longer, c, timed=False), host_share) for c in reversed(list(choices(longer, mode))))
+
+    low, high = 0, 1
+    while high < 2**14 and fit(high * unit):
+        low, high = high, high * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fit(middle * unit) else (low, middle)
+    return low * unit

@@ -1,0 +1,82 @@
+"""The budget as a table, and what to change when memory runs out: text for people."""
+
+from __future__ import annotations
+
+from longfactory.plan.model import MARGIN, Budget, Choice, Job, roofline
+
+GiB = 2**30
+
+
+def describe(c: Choice) -> str:
+    """One line: what is done, in the words of the configuration."""
+    if c.checkpoint == "none":
+        return f"every activation stored; optimizer on the {c.optimizer}"
+    parts = ["every layer recomputed" if c.segment_layers == 1 else f"a checkpoint every {c.segment_layers} layers"]
+    parts.append(f"attention kept in {c.keep_attention:.0%} of layers" if c.keep_attention else "attention recomputed")
+    if c.offload != "none":
+        what = "layer inputs and kept attention" if c.offload == "inputs+attention" else "layer inputs"
+        parts.append(f"{what} on the host except the last {c.last_layers_on_gpu} layers'")
+    if c.mlp_chunk:
+        parts.append(f"pieces of {c.mlp_chunk:,} tokens")
+    if c.attention_groups > 1:
+        parts.append(f"attention's backward in {c.attention_groups} groups of heads")
+    parts.append(f"optimizer on the {c.optimizer}")
+    return "; ".join(parts)
+
+
+def table(job: Job, c: Choice, b: Budget, ok: bool, mode: str) -> str:
+    """The budget, a line an item, in GiB."""
+    m, s = job.machine, job.shape
+    lines = [
+        f"Memory plan (memory: {mode}): {s.parameters / 1e9:.2f} B parameters ({s.trainable / 1e9:.2f} B trained), "
+        f"rows of {job.tokens:,} tokens, "
+        f"{job.local:,} on each of {job.sp} GPU{'s' if job.sp > 1 else ''} of a group, {m.gpus} in all",
+        f"  {describe(c)}",
+        f"  {'one GPU':<44}{'GiB':>8}",
+    ]
+    lines += [f"    {name:<42}{value / GiB:>8.1f}" for name, value in b.gpu.items() if value > 0]
+    lines.append(f"    {'total':<42}{b.gpu_total / GiB:>8.1f}   of {m.gpu_bytes / GiB:.1f}, {MARGIN:.0%} of which may be planned")
+    if b.host:
+        lines.append(f"  {f'host, {m.on_host} GPU(s)':<44}{'GiB':>8}")
+        lines += [f"    {name:<42}{value / GiB:>8.1f}" for name, value in b.host.items()]
+        lines.append(f"    {'total':<42}{b.host_total / GiB:>8.1f}   of {m.host_bytes / GiB:.1f}")
+    rate = job.local / b.seconds
+    lines.append(f"  predicted: {b.seconds:.1f} s a row, {rate:,.0f} tokens/s a GPU ({roofline(job) / b.seconds:.0%} of the roofline)")
+    if not ok:
+        lines.append("  " + does_not_fit(job, c, b))
+    return "\n".join(lines)
+
+
+def does_not_fit(job: Job, c: Choice, b: Budget) -> str:
+    """Which resource is short and what to change."""
+    m = job.machine
+    short = []
+    if b.gpu_total > MARGIN * m.gpu_bytes:
+        short.append(f"{(b.gpu_total - MARGIN * m.gpu_bytes) / GiB:.1f} GiB a GPU")
+    if b.host_total > 0.85 * m.host_bytes:
+        short.append(f"{(b.host_total - 0.85 * m.host_bytes) / GiB:.1f} GiB of host memory")
+    missing = f"It is short of {' and '.join(short)}." if short else "It is at the limit of this machine."
+    return f"This does not fit. {missing} {advice(job, c)}"
+
+
+def advice(job: Job, c: Choice) -> str:
+    """What makes room, strongest first, of what is not yet in use."""
+    ways = []
+    if job.sp < job.machine.gpus:
+        ways.append(f"sequence_parallel_size: {2 * job.sp}")
+    if c.checkpoint == "none":
+        ways.append("disable_gradient_checkpointing: false")
+    if c.offload == "none":
+        ways.append("offload_activations: true")
+    if job.shape.trainable == job.shape.parameters and c.optimizer == "gpu":
+        ways.append("optimizer_placement: host")
+    if c.mlp_chunk is None or c.mlp_chunk > 4096:
+        ways.append("mlp_chunk: 4096")
+    if c.keep_attention > 0:
+        ways.append("keep_attention: 0")
+    if c.segment_layers == 1 and c.offload != "none":
+        ways.append("segment_layers: 4")
+    if job.shape.trainable == job.shape.parameters:
+        ways.append("finetuning_type: lora")
+    ways.append("a smaller cutoff_len")
+    return "What makes room: " + ", ".join(ways) + "."

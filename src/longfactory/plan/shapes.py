@@ -1,0 +1,117 @@
+"""Numbers that describe a model and the machines it runs on."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelShape:
+    """A decoder model. Counts of parameters are whole numbers; `ffn` is the width of what one token's MLP computes at once."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    parameters: int
+    layer_parameters: int  # all parameters of one layer
+    active_layer_parameters: int  # those that one token passes: fewer in a mixture of experts
+    trainable: int
+    written_layer: bool  # the decoder layer has a hand-written function (see docs/memory.md)
+
+    @property
+    def attention_parameters(self) -> int:
+        return self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
+
+    @property
+    def head_parameters(self) -> int:
+        return self.vocab * self.hidden
+
+    @classmethod
+    def of(cls, config: Any, trainable: int | None = None, parameters: int | None = None, lora: bool = False) -> ModelShape:
+        """From a transformers configuration.
+
+        Args:
+            trainable: parameters that are trained; all by default.
+            parameters: all parameters, where known; else counted from the configuration.
+            lora: adapters sit in the layers, so that the hand-written layer is not used.
+        """
+        c = config.get_text_config() if hasattr(config, "get_text_config") else config
+        heads = c.num_attention_heads
+        kv = getattr(c, "num_key_value_heads", None) or heads
+        dim = getattr(c, "head_dim", None) or c.hidden_size // heads
+        ffn = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
+        attention = c.hidden_size * dim * 2 * (heads + kv)
+        experts = getattr(c, "num_experts", None) or getattr(c, "num_local_experts", None) or 0
+        if experts:
+            ffn = getattr(c, "moe_intermediate_size", None) or ffn
+            used = getattr(c, "num_experts_per_tok", None) or 1
+            layer, active, ffn = attention + 3 * experts * c.hidden_size * ffn, attention + 3 * used * c.hidden_size * ffn, ffn * used
+        else:
+            layer = active = attention + 3 * c.hidden_size * ffn
+        tied = bool(getattr(c, "tie_word_embeddings", False))
+        total = parameters or c.num_hidden_layers * layer + c.vocab_size * c.hidden_size * (1 if tied else 2)
+        written = c.model_type in ("llama", "mistral", "qwen2", "qwen3") and not lora
+        return cls(
+            c.num_hidden_layers,
+            c.hidden_size,
+            ffn,
+            heads,
+            kv,
+            dim,
+            c.vocab_size,
+            total,
+            layer,
+            active,
+            total if trainable is None else trainable,
+            written,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """One kind of GPU, how many of them share a host, and measured rates.
+
+    Rates are what long sequences reach, in FLOP/s and bytes/s: matrix products, attention forward and backward, page-locked copies each
+    way, host memory as the optimizer uses it, and gathering parameters over the links between GPUs.
+    """
+
+    gpu_bytes: int
+    host_bytes: int
+    gpus: int = 1  # of the run
+    gpus_per_host: int = 1
+    gemm: float = 650e12
+    attention_forward: float = 570e12
+    attention_backward: float = 530e12
+    copies: float = 50e9
+    host_memory: float = 60e9
+    links: float = 200e9
+
+    @property
+    def on_host(self) -> int:
+        """GPUs of the run that share one host's memory."""
+        return min(self.gpus, self.gpus_per_host)
+
+
+# name -> (bytes of memory, GEMM, attention forward, attention backward, pinned copies). Hopper: measured; others: the vendor's peak times
+# 0.65.
+GPUS: dict[str, tuple[float, float, float, float, float]] = {
+    "H100": (80e9, 650e12, 570e12, 530e12, 50e9),
+    "H200": (141e9, 650e12, 570e12, 530e12, 50e9),
+    "B200": (180e9, 1450e12, 900e12, 800e12, 50e9),
+    "A100": (80e9, 220e12, 190e12, 160e12, 20e9),
+    "A800": (80e9, 220e12, 190e12, 160e12, 20e9),
+    "L40": (48e9, 120e12, 110e12, 100e12, 20e9),
+    "4090": (24e9, 120e12, 110e12, 100e12, 20e9),
+}
+
+
+def machine(gpu: str, gpus: int, host_bytes: float, gpus_per_host: int | None = None, gpu_bytes: float | None = None) -> Machine:
+    """The machine with `gpus` of a kind whose name contains one of `GPUS`; rates of an A100 where the kind is unknown."""
+    known = next((rates for name, rates in GPUS.items() if name.lower() in gpu.lower()), GPUS["A100"])
+    memory, gemm, forward, backward, copies = known
+    return Machine(int(gpu_bytes or memory), int(host_bytes), gpus, gpus_per_host or min(gpus, 8), gemm, forward, backward, copies)

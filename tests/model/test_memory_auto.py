@@ -1,0 +1,80 @@
+"""`memory: auto`: from a configuration and a machine to settings, a table, a correction and a letter when memory runs out."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from transformers import AutoConfig
+
+from longfactory.config.arguments import MemoryArguments
+from longfactory.model.memory.auto import HOST_SHARE, choose_memory, corrected, explain_out_of_memory, host_memory, user_keys
+
+GiB = 2**30
+
+
+def config():
+    return AutoConfig.for_model(
+        "qwen2",
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        vocab_size=152064,
+    )
+
+
+def plan(tokens=524288, **kw):
+    given = {"gpu_bytes": 140 * GiB, "host_bytes": 256 * GiB, "gpu_name": "NVIDIA H200", "world": 2, "sp": 2, **kw}
+    return choose_memory(config(), tokens, **given)
+
+
+def test_table_adds_up():
+    p = plan()
+    assert p.fits
+    lines = p.table.splitlines()
+    at = next(i for i, line in enumerate(lines) if "one GPU" in line)
+    end = next(i for i, line in enumerate(lines) if line.strip().startswith("total"))
+    items = [float(line.split()[-1]) for line in lines[at + 1 : end]]
+    assert sum(items) == pytest.approx(float(lines[end].split()[1]), abs=0.06 * len(items))
+
+
+def test_host_memory_share_is_not_exceeded():
+    for tokens in (262144, 524288, 786432):
+        p = plan(tokens)
+        assert 2 * p.settings.pool_bytes <= HOST_SHARE * 256 * GiB
+
+
+def test_user_keys_are_kept():
+    args = MemoryArguments(keep_attention=0.5, offload_activations=True, mlp_chunk=2048, segment_layers=2, optimizer_placement="host")
+    s = plan(user=user_keys(args)).settings
+    assert (s.keep_attention, s.mlp_chunk, s.segment_layers, s.optimizer) == (0.5, 2048, 2, "host")
+    assert s.offload != "none" and s.pool_bytes > 0
+    assert user_keys(MemoryArguments()) == {}
+    assert plan(user=user_keys(MemoryArguments(mlp_chunk=0))).settings.mlp_chunk is None
+    none = plan(4096, user=user_keys(MemoryArguments(disable_gradient_checkpointing=True))).settings
+    assert none.checkpoint == "none"
+
+
+def test_without_a_gpu_nothing_leaves_memory():
+    s = choose_memory(config(), 4096, gpu_bytes=0, host_bytes=16 * GiB, user={"offload": "any"}).settings
+    assert s.checkpoint == "full" and s.offload == "none" and s.keep_attention == 1.0
+
+
+def test_correction_after_the_first_step():
+    p = plan()
+    near, line = corrected(p, int(139 * GiB))
+    assert line is not None and near.attention_groups > p.settings.attention_groups and near.mlp_chunk < p.settings.mlp_chunk
+    far, line = corrected(p, int(60 * GiB))
+    assert line is not None and far.last_layers_on_gpu > p.settings.last_layers_on_gpu
+    assert corrected(p, int(126 * GiB)) == (p.settings, None) or corrected(p, int(126 * GiB))[0].last_layers_on_gpu >= 1
+    same, line = corrected(p, int(0.93 * 140 * GiB))
+    assert line is None and same == p.settings
+
+
+def test_out_of_memory_says_what_to_change():
+    p = plan(8192, world=1, sp=1)
+    text = explain_out_of_memory(dataclasses.replace(p), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore"))
+    assert "What makes room" in text and "Tried to allocate" in text and "more" not in text.splitlines()[-2]
+    assert host_memory() > GiB

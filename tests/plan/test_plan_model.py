@@ -1,0 +1,124 @@
+"""The memory and time model: its arithmetic, its choices, and what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+
+import pytest
+
+from longfactory.plan import main
+from longfactory.plan.model import Choice, Job, budget, choose, fits, kept_bytes, longest, seconds, states, waiting, working_set
+from longfactory.plan.shapes import ModelShape, machine
+
+GiB = 2**30
+QWEN_7B = types.SimpleNamespace(
+    model_type="qwen2",
+    num_hidden_layers=28,
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    vocab_size=152064,
+    tie_word_embeddings=False,
+)
+SHAPE = ModelShape.of(QWEN_7B)
+TWO = Job(SHAPE, machine("H200", 2, 256 * GiB), 131072, sp=2)
+ONE = Job(SHAPE, machine("H100", 1, 128 * GiB), 262144, sp=1, sharded=False, master=2)
+
+
+def test_parameters_of_the_shape():
+    assert SHAPE.parameters == pytest.approx(7.6153e9, rel=1e-4)
+    assert SHAPE.layer_parameters == 3584 * 128 * 2 * 32 + 3 * 3584 * 18944
+
+
+def test_states_of_one_and_of_two_gpus():
+    gpu, host = states(TWO, Choice())
+    assert sum(gpu.values()) == pytest.approx(16 * SHAPE.parameters / 2) and host == 0
+    gpu, host = states(ONE, Choice(optimizer="host"))
+    assert sum(gpu.values()) == pytest.approx(4 * SHAPE.parameters)
+    assert host == pytest.approx(10 * SHAPE.parameters)
+
+
+def test_checkpoints_of_every_layer():
+    """200.7 KB of layer inputs and 203.8 KB of attention a token, wherever they wait."""
+    for choice in (Choice(), Choice(offload="inputs"), Choice(offload="inputs+attention", last_layers_on_gpu=5)):
+        gpu, host = waiting(TWO, choice)
+        assert (gpu + host) / TWO.local == 28 * (7168 + kept_bytes(SHAPE))
+    gpu, host = waiting(TWO, Choice(keep_attention=0.0, offload="inputs", last_layers_on_gpu=4))
+    assert gpu / TWO.local == 4 * 7168
+    assert host / TWO.local == 24 * 7168
+
+
+def test_segments_of_four_take_less_than_half():
+    gpu, host = waiting(TWO, Choice(keep_attention=0.0, segment_layers=4, offload="inputs+attention", last_layers_on_gpu=0))
+    assert (gpu + host) / TWO.local < 0.5 * 28 * 7168
+
+
+def test_groups_of_heads_shrink_the_working_set():
+    lean = working_set(SHAPE, Choice(attention_groups=4))
+    assert lean < 40_000 < working_set(SHAPE, Choice())
+    generic = dataclasses.replace(SHAPE, written_layer=False)
+    assert working_set(generic, Choice()) > working_set(SHAPE, Choice())
+
+
+def test_keeping_attention_saves_one_of_its_forwards():
+    saved = seconds(TWO, Choice(keep_attention=0.0)) - seconds(TWO, Choice(keep_attention=1.0))
+    attention = TWO.local * 2.0 * TWO.tokens * 28 * 128 * 28 / TWO.machine.attention_forward
+    assert saved == pytest.approx(attention / 0.92, rel=1e-6)
+
+
+@pytest.mark.parametrize("job", [TWO, ONE])
+@pytest.mark.parametrize("mode", ["auto", "fast", "long"])
+def test_what_is_chosen_fits(job, mode):
+    choice, found, ok = choose(job, mode)
+    assert ok == fits(job, found, 0.85)
+    if mode == "fast":
+        assert choice.offload == "none" and choice.segment_layers == 1 and choice.optimizer == "gpu"
+    if mode != "fast":
+        assert ok
+
+
+def test_short_rows_stay_on_the_gpu_and_long_ones_leave_it():
+    short, _, _ = choose(dataclasses.replace(TWO, tokens=16384))
+    assert short.offload == "none" and short.keep_attention in (0.0, 1.0)
+    long, _, ok = choose(dataclasses.replace(TWO, tokens=786432))
+    assert ok and long.offload == "inputs+attention" and long.mlp_chunk is not None
+
+
+def test_what_the_user_set_is_kept():
+    choice, _, _ = choose(TWO, "auto", 0.85, {"keep_attention": 0.5, "offload": "any", "mlp_chunk": 1000, "segment_layers": 2})
+    assert (choice.keep_attention, choice.mlp_chunk, choice.segment_layers) == (0.5, 1000, 2)
+    assert choice.offload != "none"
+
+
+def test_longest_grows_with_each_mode_and_is_tight():
+    one = {mode: longest(ONE, mode) for mode in ("fast", "auto", "long")}
+    assert one["fast"] < one["auto"]
+    assert one["auto"] >= 262144
+    best = one["auto"]
+    assert choose(dataclasses.replace(ONE, tokens=best))[2]
+    assert not choose(dataclasses.replace(ONE, tokens=best + 8192))[2]
+
+
+def test_mixture_of_experts_computes_less_than_it_stores():
+    moe = ModelShape.of(
+        types.SimpleNamespace(
+            **{**vars(QWEN_7B), "model_type": "qwen3_moe"}, num_experts=64, num_experts_per_tok=4, moe_intermediate_size=768, head_dim=128
+        )
+    )
+    assert moe.layer_parameters > 4 * moe.active_layer_parameters
+    assert not moe.written_layer
+    assert budget(dataclasses.replace(TWO, shape=moe), Choice()).seconds > 0
+
+
+def test_command(tmp_path, capsys):
+    from transformers import AutoConfig
+
+    AutoConfig.for_model("qwen2", **{k: v for k, v in vars(QWEN_7B).items() if k != "model_type"}).save_pretrained(tmp_path)
+    assert main([str(tmp_path), "--gpu", "H200", "--gpus", "2", "--host-gib", "256", "--tokens", "131072"]) == 0
+    out = capsys.readouterr().out
+    assert "7.62 B parameters" in out and "longest row that fits" in out
+    assert main([str(tmp_path), "--gpu", "4090", "--gpus", "1", "--host-gib", "32", "--tokens", "131072"]) == 1
+    out = capsys.readouterr().out
+    assert "does not fit" in out and "finetuning_type: lora" in out
