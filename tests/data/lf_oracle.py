@@ -6,8 +6,9 @@ Its package imports vision and audio libraries; a module in place of `mm_plugin`
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
-import importlib.util
+import importlib.metadata
 import sys
 import types
 from pathlib import Path
@@ -28,13 +29,13 @@ class _TextOnly:
         return ids, labels
 
 
-def load(name: str = "llamafactory", root: Path | None = None) -> SimpleNamespace:
+@functools.cache
+def load() -> SimpleNamespace:
     """The wheel's template, formatter, converter and processor modules."""
-    if root is None:
-        spec = importlib.util.find_spec("llamafactory")
-        if spec is None or spec.origin is None:
-            pytest.skip("the llamafactory wheel is not installed")
-        root = Path(spec.origin).parent
+    try:
+        root = Path(str(importlib.metadata.distribution("llamafactory").locate_file("llamafactory")))
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the llamafactory wheel is not installed", allow_module_level=True)
     for package in ("", ".extras", ".data", ".data.processor"):
         module = types.ModuleType("llamafactory" + package)
         module.__path__ = [str(root.joinpath(*package.split(".")[1:]))]

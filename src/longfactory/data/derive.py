@@ -64,7 +64,7 @@ class ChatTemplate:
             return self.tokenizer.apply_chat_template(
                 shown, tools=described or None, add_generation_prompt=answer_next, tokenize=False, **self.options
             )
-        except (jinja2.TemplateError, TypeError, KeyError) as e:
+        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as e:
             raise BadRow(f"the chat template refuses the conversation: {e}") from None
 
     def turns(

@@ -90,7 +90,7 @@ def _from_llamafactory(path: Path, kind: str, cache: Path) -> Saved:
     stores: list[Store] = []
     splits: dict[str, np.ndarray] = {}
     for name, data in parts.items():
-        target = cache / f"llamafactory-{data._fingerprint}"
+        target = cache / f"llamafactory-{kind}-{data._fingerprint}"
         stores.append(store.open_or_build(target, functools.partial(_convert, data=data, kind=kind, name=os.fspath(path))))
         n = len(stores[-1])
         split = "eval" if name == "validation" else name.removeprefix("validation_")

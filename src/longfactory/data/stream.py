@@ -61,12 +61,14 @@ class StreamedDataset(torch.utils.data.IterableDataset):
         index, count = self.index, self.count
         if worker is not None:
             index, count = index + worker.id * count, count * worker.num_workers
-        number = 0
+        number = before = 0
         for data in self._windows(self._rows(self.skip)):
             for i in range(len(data)):
                 if number % count == index:
-                    yield data[i]
+                    # Sample numbers go on from window to window: a row may hold samples of two windows.
+                    yield [dataclasses.replace(d, sample=d.sample + before) for d in data[i]]
                 number += 1
+            before += data.report.samples
         if number == 0:
             raise DataError("The stream holds no usable row. The warnings above say what is wrong with its rows.")
 

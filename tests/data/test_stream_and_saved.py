@@ -1,0 +1,164 @@
+"""Streaming and tokenized_path give the samples of the map-style data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lf_oracle
+import numpy as np
+import pytest
+import torch
+from conftest import make_args
+
+from longfactory.data.errors import DataError
+from longfactory.data.module import load_datasets
+from longfactory.data.row import IGNORE
+from longfactory.data.stream import StreamedDataset
+from longfactory.data.templates import get_template
+
+ROWS = [{"instruction": f"Question {i}?", "input": "", "output": f"Answer {i}. " * (i % 5 + 1)} for i in range(50)]
+OTHER = [{"instruction": f"Other {i}?", "input": "", "output": "Yes."} for i in range(9)]
+
+
+def load(tokenizer: Any, folder: Path, stage: str = "sft", seed: int = 0, **options: Any) -> Any:
+    args = make_args(dataset_dir=str(folder), **({"template": "chatml", "dataset": "d"} | options))
+    return load_datasets(args, stage=stage, tokenizer=tokenizer, template=get_template(args, tokenizer), seed=seed)
+
+
+def plain(samples: Any) -> list[list[tuple[list[int], list[int], str]]]:
+    return [[(list(d.input_ids), list(d.labels), d.role) for d in s] for s in samples]
+
+
+def every(data: Any) -> list[Any]:
+    return plain(data[i] for i in range(len(data)))
+
+
+# -- streaming ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_stream_in_order_equals_the_map(tokenizer: Any, write_data: Any) -> None:
+    folder = write_data(d=({"file_name": "d.jsonl"}, ROWS), o=({}, OTHER))
+    expected = load(tokenizer, folder, dataset="d,o", cutoff_len=40).train
+    stream = load(tokenizer, folder, dataset="d,o", cutoff_len=40, streaming=True, buffer_size=1, preprocessing_batch_size=7).train
+    assert isinstance(stream, StreamedDataset)
+    assert plain(stream) == every(expected) == plain(stream)
+
+
+def test_shuffled_packed_and_held_out(tokenizer: Any, write_data: Any) -> None:
+    folder = write_data(d=({"file_name": "d.jsonl"}, ROWS))
+    whole = sorted(map(str, every(load(tokenizer, folder).train)))
+    found = load(tokenizer, folder, streaming=True, val_size=8, buffer_size=20)
+    first, again = plain(found.train), plain(found.train)
+    found.train.set_epoch(1)
+    second = plain(found.train)
+    held_out = every(found.eval["eval"])
+    assert first == again != second and sorted(map(str, first)) == sorted(map(str, second))
+    assert len(held_out) == 8 and sorted(map(str, first + held_out)) == whole
+    assert first != every(load(tokenizer, folder).train)[: len(first)]
+    packed = plain(load(tokenizer, folder, streaming=True, packing=True, cutoff_len=256, preprocessing_batch_size=25).train)
+    assert sorted(str([d]) for row in packed for d in row) == whole and any(len(row) > 1 for row in packed)
+    numbers = [d.sample for s in load(tokenizer, folder, streaming=True, preprocessing_batch_size=6).train for d in s]
+    assert numbers == list(range(50))
+
+
+def test_shards_and_workers_share_the_stream(tokenizer: Any, write_data: Any) -> None:
+    stream = load(tokenizer, write_data(d=({"file_name": "d.jsonl"}, ROWS)), streaming=True).train
+    whole = plain(stream)
+    assert [plain(stream.shard(r, 3)) for r in range(3)] == [whole[r::3] for r in range(3)]
+    nested = stream.shard(1, 2).shard(1, 2)
+    assert plain(nested) == whole[3::4]
+    loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=2, collate_fn=list)
+    assert sorted(map(str, plain(loader))) == sorted(map(str, whole))
+
+
+@pytest.mark.parametrize("probs", [None, "0.5,0.5"])
+def test_interleaved_streams(probs: str | None, tokenizer: Any, write_data: Any) -> None:
+    folder = write_data(d=({"file_name": "d.jsonl"}, ROWS), o=({}, OTHER))
+
+    def texts(mix: str) -> list[str]:
+        stream = load(tokenizer, folder, dataset="d,o", streaming=True, mix_strategy=mix, interleave_probs=probs, buffer_size=1).train
+        return [tokenizer.decode(s[0].input_ids) for s in stream]
+
+    once, under, over = (texts(f"interleave_{m}") for m in ("once", "under", "over"))
+    assert sorted(once) == sorted({*once}) and len(once) == 59
+    assert len(under) < 59 and len({*under}) == len(under)
+    assert len({*over}) == 59 and len(over) > 59
+    assert any("Other" in t for t in under[:8]) and any("Question" in t for t in under[:8])
+
+
+def test_what_a_stream_refuses(tokenizer: Any, write_data: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_data(d=({}, ROWS), bad=({}, [{"instruction": "Q", "input": "", "output": ""}]))
+    for options, message in (
+        ({"max_samples": 3}, "set max_steps"),
+        ({"val_size": 0.1}, "number of rows"),
+        ({"tokenized_path": str(tmp_path / "t")}, "turn one of them off"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load(tokenizer, folder, streaming=True, **options)
+    with pytest.raises(DataError, match="no usable row"):
+        list(load(tokenizer, folder, dataset="bad", streaming=True).train)
+    assert "bad.json row 1: empty answer" in caplog.text
+
+
+# -- tokenized_path ----------------------------------------------------------------------------------------------------------------
+
+
+def test_saved_data_are_read_without_the_files(tokenizer: Any, write_data: Any, tmp_path: Path) -> None:
+    folder = write_data(d=({}, ROWS), o=({}, OTHER))
+    path = tmp_path / "saved"
+    made = load(tokenizer, folder, dataset="d,o", val_size=6, tokenized_path=str(path))
+    for f in folder.iterdir():
+        f.unlink()
+    read = load(tokenizer, folder, dataset=None, tokenized_path=str(path))
+    assert every(read.train) == every(made.train) and every(read.eval["eval"]) == every(made.eval["eval"])
+    assert load(tokenizer, folder, tokenized_path=str(path), cutoff_len=20).train.lengths.max() == 20
+    with pytest.raises(DataError, match="tokenised for sft; this stage needs pair"):
+        load(tokenizer, folder, "dpo", tokenized_path=str(path))
+
+
+def test_a_folder_of_other_things_is_not_overwritten(tokenizer: Any, write_data: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(DataError, match="holds no tokenised data"):
+        load(tokenizer, write_data(d=({}, ROWS)), tokenized_path=str(tmp_path / "mine"))
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
+
+
+@pytest.mark.parametrize("neat", [None, False, True])
+def test_data_that_llamafactory_saved(neat: bool | None, tokenizer: Any, write_data: Any, tmp_path: Path) -> None:
+    """Its tokens and labels are taken as they are; packed rows are cut into their documents again, without their padding."""
+    lf = lf_oracle.Oracle()
+    args = make_args(template="chatml", cutoff_len=200, packing=neat is not None, neat_packing=bool(neat))
+    columns = lf.encode("sft", ROWS, {}, tokenizer, args)
+    if neat is not None:
+        processor = lf.lf.supervised.PackedSupervisedDatasetProcessor(lf.template(tokenizer, args), tokenizer, None, args)
+        columns = dict(processor.preprocess_dataset(lf.aligned(ROWS, {}, args)))
+        columns.pop("packing_params", None)
+    keep = {k: v for k, v in columns.items() if k in ("input_ids", "labels", "attention_mask", "position_ids")}
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict(keep)}).save_to_disk(str(tmp_path / "theirs"))
+    read = load(tokenizer, tmp_path, tokenized_path=str(tmp_path / "theirs")).train
+    expected = every(load(tokenizer, write_data(d=({}, ROWS)), cutoff_len=200).train)
+    assert sorted(d for s in every(read) for d in s) == sorted(d for s in expected for d in s)
+    assert len(read) == len(keep["input_ids"])
+    assert read.lengths.tolist() == [sum(len(d.input_ids) for d in read[i]) for i in range(len(read))]
+
+
+def test_packed_rows_of_0_9_1_cannot_be_told_apart(tokenizer: Any, tmp_path: Path) -> None:
+    row = {"input_ids": [[1, 2, 3, 4]], "labels": [[IGNORE, 2, 3, IGNORE]], "position_ids": [list(range(4))]}
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict(row)}).save_to_disk(str(tmp_path / "old"))
+    with pytest.raises(DataError, match="packed without a mark"):
+        load(tokenizer, tmp_path, tokenized_path=str(tmp_path / "old"))
+
+
+def test_pairs_and_pretraining_that_llamafactory_saved(tokenizer: Any, tmp_path: Path) -> None:
+    pair = {f"{s}_{k}": [[1, 2, 3]] for s in ("chosen", "rejected") for k in ("input_ids", "labels", "attention_mask")}
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict(pair)}).save_to_disk(str(tmp_path / "pairs"))
+    assert [d.role for d in load(tokenizer, tmp_path, "dpo", tokenized_path=str(tmp_path / "pairs")).train[0]] == ["chosen", "rejected"]
+    with pytest.raises(DataError, match="another stage than sft"):
+        load(tokenizer, tmp_path, tokenized_path=str(tmp_path / "pairs"))
+    text = datasets.Dataset.from_dict({"input_ids": [[5, 6, 7]], "attention_mask": [[1, 1, 1]]})
+    datasets.DatasetDict({"train": text, "validation": text}).save_to_disk(str(tmp_path / "pt"))
+    found = load(tokenizer, tmp_path, "pt", tokenized_path=str(tmp_path / "pt"))
+    assert np.array_equal(found.train[0][0].labels, [5, 6, 7]) and len(found.eval["eval"]) == 1
