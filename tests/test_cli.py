@@ -49,9 +49,23 @@ def test_version_and_env(capsys: pytest.CaptureFixture[str]) -> None:
     assert "- torch " in out and "- transformers " in out and "cpu cores" in out
 
 
+def test_a_run_s_file_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model_name_or_path: m\ndataset: d\noutput_dir: o\ncutoff_len: 4096\nsequence_parallel_size: 4\nlora_rank: 16\n")
+    words = cli.plan_arguments([str(path), "per_device_train_batch_size=2", "memory=long", "--gpus", "8"])
+    assert " ".join(words) == "m --tokens 8192 --sequence-parallel-size 4 --memory long --lora 16 --gpus 8"
+    given: list[list[str]] = []
+    monkeypatch.setattr("longfactory.plan.command.main", lambda argv: given.append(argv) or 0)
+    assert cli.main(["plan", str(path), "finetuning_type=full", "packing=true"]) == 0
+    assert cli.main(["plan", "m", "--gpus", "2"]) == 0
+    assert cli.main(["plan", "--help"]) == 0
+    whole = ["m", "--tokens", "4096", "--sequence-parallel-size", "4", "--memory", "auto"]
+    assert given == [whole, ["m", "--gpus", "2"], ["--help"]]
+
+
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["trian"]) == 2
-    assert "no command 'trian'. It has train, export" in capsys.readouterr().err
+    assert "no command 'trian'. It has train, plan, export" in capsys.readouterr().err
 
 
 def test_dry_run_prints_the_run_and_stops(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ USAGE = """\
 LongFactory {version}: post-train language models on sequences of any length.
 
   longfactory train  run.yaml [key=value ...]    train, evaluate
+  longfactory plan   run.yaml [--gpus 8 ...]     predict the memory and time of a run, without a GPU
   longfactory export run.yaml [key=value ...]    merge LoRA adapters, write a plain model, push it
   longfactory chat   run.yaml [key=value ...]    talk to a model
   longfactory env                                what is installed, for a bug report
@@ -63,6 +64,31 @@ def train(argv: list[str]) -> int:
     return 0
 
 
+def plan(argv: list[str]) -> int:
+    from longfactory.config.read import FILES
+    from longfactory.plan.command import main as predict
+
+    words = [word for word in argv if word not in ("-h", "--help", "help")]
+    if len(words) < len(argv) or not words or not words[0].lower().endswith(FILES):
+        return predict(argv if len(words) == len(argv) else ["--help"])
+    return predict(plan_arguments(words))
+
+
+def plan_arguments(words: list[str]) -> list[str]:
+    """A run's file and key=value words as arguments of the prediction; its own options (--gpus and the like) go along."""
+    from longfactory.config import load_config
+
+    first = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
+    cfg = load_config([*words[:first], "--dry_run"])
+    batch = 1 if cfg.packing else cfg.trainer("per_device_train_batch_size")
+    assert cfg.model.model_name_or_path is not None
+    out = [cfg.model.model_name_or_path, "--tokens", str(cfg.data.cutoff_len * batch)]
+    out += ["--sequence-parallel-size", str(cfg.parallel.sequence_parallel_size), "--memory", cfg.memory.memory]
+    if cfg.method.finetuning_type == "lora":
+        out += ["--lora", str(cfg.method.lora_rank)]
+    return [*out, *words[first:]]
+
+
 def export(argv: list[str]) -> int:
     from longfactory.config import load_config
 
@@ -95,7 +121,14 @@ def version(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "export": export, "chat": chat, "env": env, "version": version}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "plan": plan,
+    "export": export,
+    "chat": chat,
+    "env": env,
+    "version": version,
+}
 READS_KEYS = ("train", "export", "chat")
 
 
@@ -111,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"longfactory has no command {command!r}. It has {', '.join(COMMANDS)}.", file=sys.stderr)
         return launch.USER_ERROR
-    if rest and rest[0] in ("-h", "--help", "help"):
+    if rest and rest[0] in ("-h", "--help", "help") and command != "plan":
         if command in READS_KEYS:
             from longfactory.config.help import help_text
 

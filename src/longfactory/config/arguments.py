@@ -175,8 +175,8 @@ class MemoryArguments:
     keep_attention: float | Literal["auto"] = arg(
         "auto", "Share of each layer's attention output kept, so that attention is not computed twice.", low=0.0, high=1.0
     )
-    offload_activations: Literal["auto", "none", "inputs", "inputs+attention"] = arg(
-        "auto", "What waits in host memory for the backward pass: nothing, layer inputs, or attention's outputs too; true means inputs."
+    offload_activations: bool | Literal["auto"] = arg(
+        "auto", "Move layer inputs (and kept attention, where it helps) to host memory until the backward pass needs them."
     )
     mlp_chunk: int | Literal["auto"] = arg("auto", "Tokens of a sequence that pass an MLP at once; 0 for all.", low=0)
     segment_layers: int | Literal["auto"] = arg("auto", "Layers between two checkpoints.", low=1)

@@ -118,7 +118,7 @@ def _memory(cfg: RunConfig) -> Iterator[str]:
     m = cfg.memory
     if not m.disable_gradient_checkpointing:
         return
-    for name, idle in (("keep_attention", 0.0), ("offload_activations", "none"), ("segment_layers", 1), ("mlp_chunk", 0)):
+    for name, idle in (("keep_attention", 0.0), ("offload_activations", False), ("segment_layers", 1), ("mlp_chunk", 0)):
         if getattr(m, name) not in ("auto", idle):
             yield f"{name} is a part of checkpointing, and disable_gradient_checkpointing: true turns that off. Leave one of them out."
 

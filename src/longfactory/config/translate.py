@@ -18,7 +18,7 @@ TURNED: dict[str, Key] = {
     "warmup_ratio": Key("warmup_ratio", float, 0.0, "Share of the steps in which the learning rate rises.", 0.0, 1.0),
     "gradient_checkpointing": Key("gradient_checkpointing", bool | None, None, "On by default; false keeps every activation."),
     "gradient_checkpointing_kwargs": Key("gradient_checkpointing_kwargs", dict | str | None, None, "Recomputation is LongFactory's own."),
-    "use_unsloth_gc": Key("use_unsloth_gc", bool, False, "The same as offload_activations: inputs."),
+    "use_unsloth_gc": Key("use_unsloth_gc", bool, False, "The same as offload_activations: true."),
     "fsdp": Key("fsdp", bool | tuple[str, ...] | None, None, "full_shard means sharding: fsdp2."),
     "eval_num_beams": Key("eval_num_beams", int | None, None, "The same as generation_num_beams."),
     "shuffle_for_sequence_parallel": Key("shuffle_for_sequence_parallel", bool, True, "false is the same as disable_shuffling: true."),
@@ -55,8 +55,6 @@ def rename(values: Mapping[str, Any]) -> dict[str, Any]:
             value = {"zigzag": "zigzag-ring", "ring": "zigzag-ring"}.get(str(value), value)
         elif name == "quantization_method" and value == "bitsandbytes":
             value = "bnb"
-        elif name == "offload_activations" and str(value).lower() in ("true", "false"):
-            value = "inputs" if coerce(value, bool, name) else "none"
         if new in out and out[new] != value:
             raise ConfigError(f"{came_from[new]} and {name} are the same key with different values ({out[new]!r}, {value!r}). Keep one.")
         out[new] = value
@@ -158,7 +156,7 @@ def turn(values: dict[str, Any]) -> list[str]:
         raise ConfigError(f"gradient_checkpointing_kwargs: {kwargs} is refused: recomputation is LongFactory's own; see memory:")
 
     if given.get("use_unsloth_gc"):
-        values.setdefault("offload_activations", "inputs")
+        values.setdefault("offload_activations", True)
 
     fsdp = given.get("fsdp") or ()
     words = {"full_shard"} if fsdp is True else set(" ".join(fsdp).lower().split())

@@ -205,15 +205,13 @@ def memory_settings(cfg: RunConfig, args: Any) -> MemorySettings:
     if m.disable_gradient_checkpointing:
         return MemorySettings(checkpoint="none")
     cuda = args.device.type == "cuda"
-    offload = m.offload_activations
-    if offload == "auto":
-        offload = "inputs" if m.memory == "long" else "none"
+    offload = m.offload_activations is True or (m.offload_activations == "auto" and m.memory == "long")
     local = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return MemorySettings(
         checkpoint="full",
         keep_attention=m.keep_attention if m.keep_attention != "auto" else float(m.memory != "long"),
-        offload=offload,
-        pool_bytes=int(host_bytes() * HOST_SHARE) // local if offload != "none" else 0,
+        offload=("inputs" if m.memory == "long" else "inputs+attention") if offload else "none",
+        pool_bytes=int(host_bytes() * HOST_SHARE) // local if offload else 0,
         mlp_chunk=(m.mlp_chunk or None) if m.mlp_chunk != "auto" else (8192 if cuda else None),
         segment_layers=1 if m.segment_layers == "auto" else m.segment_layers,
     )
