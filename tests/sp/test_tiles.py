@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from plain_attention import plain_mask
 
 from longfactory.sp.layout import Segment, balanced, contiguous, zigzag
-from longfactory.sp.plan import MaskPlan
+from longfactory.sp.plan import HALO, MaskPlan
 from longfactory.sp.tiles import Mask, Run, intersect, merge_rectangles, subtract
 
 
@@ -54,7 +54,7 @@ def test_tiles_of_all_ranks_are_the_plain_mask(
         plan = MaskPlan(mask, layout, rank)
         rows = _rows(layout.intervals[rank])
         own = plan.tiles(rank)
-        assert own[0].q == slice(0, len(rows)), "the first tile covers every query"
+        assert own[0].q == slice(0, len(rows)) and own[0].first, "the first tile covers every query"
         for step in range(ring):
             source = (rank - step) % ring
             tiles = plan.tiles(source)
@@ -62,7 +62,7 @@ def test_tiles_of_all_ranks_are_the_plain_mask(
             if tiles:
                 last_work = max(last_work, step)
         _add(by_gather, own, rows, rows)
-        _add(by_gather, plan.halo_tiles, rows, _rows(plan.halo.fetched))
+        _add(by_gather, plan.tiles(HALO), rows, _rows(plan.halo.fetched))
         assert plan.halo.anyone == (ring > 1 and bool(plan.last_step))
     assert torch.equal(by_ring, expected)
     assert torch.equal(by_gather, expected)
@@ -91,7 +91,7 @@ def test_a_zigzag_rank_has_three_tiles_at_most() -> None:
             if source != rank:
                 (tile,) = plan.tiles(source)
                 assert tile.kind == "full" and tile.q_len * tile.k_len == 128
-        assert [t.kind for t in plan.halo_tiles] == ["full"] * (1 if rank in (0, 3) else 2)
+        assert [t.kind for t in plan.tiles(HALO)] == ["full"] * (1 if rank in (0, 3) else 2)
 
 
 def test_one_rank_has_one_tile_whatever_the_documents() -> None:

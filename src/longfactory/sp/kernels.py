@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -31,11 +32,18 @@ class Call:
         return self.plan.mask(self.window, self.chunk)
 
 
+def bulk(q: Tensor, v: Tensor, call: Call) -> bool:
+    """Whether large tiles are cut to few shapes: there is a faster kernel that wants that."""
+    return backends.wants_bulk(call.plan.ctx.backend, q, v, call.softcap)
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile, call: Call, total: Output) -> None:
     q, k, v = q[tile.q], k[tile.k], v[tile.k]
     backend = backends.select(call.plan.ctx.backend, tile, q, v, call.softcap)
     out, lse = backend.forward(q, k, v, tile, call.scale, call.softcap)
-    total.add(tile.q, out, lse)
+    if tile.valid is not None:
+        out, lse = out[tile.valid], lse[:, tile.valid]
+    total.add(tile.rows, out, lse, tile.first)
 
 
 def backward(
@@ -43,7 +51,12 @@ def backward(
 ) -> None:
     q, k, v = q[tile.q], k[tile.k], v[tile.k]
     backend = backends.select(call.plan.ctx.backend, tile, q, v, call.softcap)
-    grads = backend.backward(dout[tile.q], q, k, v, out[tile.q], lse[:, tile.q], tile, call.scale, call.softcap)
-    dq.add(tile.q, grads[0])
+    lse = lse[:, tile.q]
+    if tile.valid is not None:
+        lse = lse.clone()
+        lse[:, : tile.valid.start] = math.inf
+        lse[:, tile.valid.stop :] = math.inf
+    grads = backend.backward(dout[tile.q], q, k, v, out[tile.q], lse, tile, call.scale, call.softcap)
+    dq.add(tile.rows, grads[0] if tile.valid is None else grads[0][tile.valid])
     dk.add(tile.k, grads[1])
     dv.add(tile.k, grads[2])

@@ -48,12 +48,20 @@ class Output:
         self.lse: Tensor | None = None
         self._owned = once
 
-    def add(self, rows: slice, out: Tensor, lse: Tensor) -> None:
-        if self.out is None or self.lse is None:
-            if rows.stop - rows.start != self.rows:
-                raise AssertionError("the first tile covers every query")
-            self.out, self.lse = out, lse
+    def add(self, rows: slice, out: Tensor, lse: Tensor, first: bool) -> None:
+        """`first`: nothing was added to these rows before. Every row has such a tile before any other."""
+        if first:
+            if rows.stop - rows.start == self.rows:
+                self.out, self.lse = out, lse
+                return
+            if self.out is None or self.lse is None:
+                dtype = out.dtype if self._owned else accumulator_dtype(out.dtype)
+                self.out = torch.empty((self.rows, *out.shape[1:]), dtype=dtype, device=out.device)
+                self.lse = torch.empty((lse.shape[0], self.rows), dtype=lse.dtype, device=lse.device)
+                self._owned = True
+            self.out[rows], self.lse[:, rows] = out, lse
             return
+        assert self.out is not None and self.lse is not None
         if not self._owned:
             self.out = self.out.to(accumulator_dtype(self.out.dtype), memory_format=torch.contiguous_format, copy=True)
             self._owned = True

@@ -10,10 +10,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .bulk import bulk_tiles
 from .context import Axes, SequenceParallel, alignment
 from .layout import Interval, Layout, Segment, balanced, contiguous, zigzag
 from .schedules.choose import Choice, choose
 from .tiles import Mask, Run, Tile, intersect, runs
+
+HALO = -1
+"""In place of a ring position: the rows that a rank fetches of all others, in natural order."""
 
 
 class RowPlan:
@@ -80,15 +84,33 @@ class MaskPlan:
         self.layout = layout
         self.rank = rank
         self.queries = runs(layout.intervals[rank])
-        self._tiles: dict[int, tuple[Tile, ...]] = {}
+        self._tiles: dict[tuple[int, bool], tuple[Tile, ...]] = {}
+        self._once: dict[tuple[tuple[int, ...], bool], bool] = {}
         self._device: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
-    def tiles(self, source: int) -> tuple[Tile, ...]:
-        """This rank's queries against the keys of ring position `source`, keys in that rank's local order."""
-        if source not in self._tiles:
-            keys = runs(self.layout.intervals[source])
-            self._tiles[source] = self.mask.tiles(self.queries, keys, source == self.rank)
-        return self._tiles[source]
+    def tiles(self, source: int, bulk: bool = False) -> tuple[Tile, ...]:
+        """This rank's queries against the keys of ring position `source`, keys in that rank's local order. `bulk`: see bulk.py."""
+        if (source, bulk) not in self._tiles:
+            if source == HALO:
+                tiles = self.mask.tiles(self.queries, runs(self.halo.fetched), same=False)
+            else:
+                tiles = self.mask.tiles(self.queries, runs(self.layout.intervals[source]), source == self.rank)
+            self._tiles[source, bulk] = bulk_tiles(tiles, self.layout.local_length) if bulk else tiles
+        return self._tiles[source, bulk]
+
+    def merges_once(self, sources: tuple[int, ...], bulk: bool = False) -> bool:
+        """No query is in more than two tiles: a first one, and another."""
+        key = (sources, bulk)
+        if key not in self._once:
+            tiles = [t for s in sources for t in self.tiles(s, bulk)]
+            events = sorted([(t.rows.start, 1) for t in tiles] + [(t.rows.stop, -1) for t in tiles])
+            self._once[key] = max(itertools.accumulate(change for _, change in events)) <= 2
+        return self._once[key]
+
+    @functools.cached_property
+    def ring_order(self) -> tuple[int, ...]:
+        """The ring position whose keys are here, step by step."""
+        return tuple((self.rank - step) % self.layout.ranks for step in range(self.last_step + 1))
 
     @functools.cached_property
     def last_step(self) -> int:
@@ -100,23 +122,8 @@ class MaskPlan:
         return last
 
     @functools.cached_property
-    def ring_merges_once(self) -> bool:
-        """No query is in more than two tiles of the ring: the first one, which covers all, and another."""
-        return _at_most_two([t for step in range(self.last_step + 1) for t in self.tiles((self.rank - step) % self.layout.ranks)])
-
-    @functools.cached_property
-    def halo_merges_once(self) -> bool:
-        """The same for fetched rows."""
-        return _at_most_two([*self.tiles(self.rank), *self.halo_tiles])
-
-    @functools.cached_property
     def halo(self) -> Halo:
         return Halo.make(self.mask, self.layout, self.rank)
-
-    @functools.cached_property
-    def halo_tiles(self) -> tuple[Tile, ...]:
-        """This rank's queries against the rows that it fetched, in natural order."""
-        return self.mask.tiles(self.queries, runs(self.halo.fetched), same=False)
 
     def halo_index(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(rows to send, order of the received rows) on the device. Copied once for all layers."""
@@ -181,11 +188,6 @@ def plan(length: int, segments: Sequence[Segment] | None, ctx: SequenceParallel)
     if end != length:
         raise ValueError(f"Segments end at {end}, the row at {length}. Give the padding a segment of its own.")
     return RowPlan(length, segments, ctx, choose(ctx, length, segments))
-
-
-def _at_most_two(tiles: Sequence[Tile]) -> bool:
-    events = sorted([(t.q.start, 1) for t in tiles] + [(t.q.stop, -1) for t in tiles])
-    return max(itertools.accumulate(change for _, change in events)) <= 2
 
 
 def _positions(intervals: Sequence[Interval]) -> Tensor:

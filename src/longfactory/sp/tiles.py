@@ -26,6 +26,8 @@ class Tile:
         query - key <= window + len(q) - len(k)        (indices inside the tile)
 
     which is the left bound that attention kernels call bottom-right aligned. Every query of a tile sees at least one key of it.
+
+    `first`: no tile before this one has its queries. `valid`: only these of its queries count, the others only fill a shape.
     """
 
     q: slice
@@ -33,6 +35,8 @@ class Tile:
     kind: Kind
     cu_seqlens: tuple[int, ...] | None = None
     window: int | None = None
+    first: bool = False
+    valid: slice | None = None
     _device: dict[torch.device, Tensor] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
@@ -42,6 +46,13 @@ class Tile:
     @property
     def k_len(self) -> int:
         return self.k.stop - self.k.start
+
+    @property
+    def rows(self) -> slice:
+        """The queries that count."""
+        if self.valid is None:
+            return self.q
+        return slice(self.q.start + self.valid.start, self.q.start + self.valid.stop)
 
     @property
     def max_seqlen(self) -> int:
@@ -68,6 +79,8 @@ class Tile:
             seen &= document.unsqueeze(1) == document.unsqueeze(0)
         if self.window is not None:
             seen &= i - j <= self.window + self.q_len - self.k_len
+        if self.valid is not None:
+            seen &= (i >= self.valid.start) & (i < self.valid.stop)
         return seen
 
 
@@ -137,7 +150,7 @@ class Mask:
     def tiles(self, queries: Sequence[Run], keys: Sequence[Run], same: bool) -> tuple[Tile, ...]:
         """The mask between rows in memory. `same`: keys are the queries' own rows; else they are disjoint from them.
 
-        With `same`, the first tile covers every query exactly once.
+        With `same`, the first tile covers every query.
         """
         pieces = [(s, a, b, run.offset + a - run.start) for run in queries for s, a, b in self.pieces(run.start, run.stop)]
         out = self._diagonal(pieces) if same else []
@@ -183,8 +196,8 @@ class Mask:
         window = self.window - 1 if self.window is not None and self.window < longest else None
         rows = slice(0, end)
         if len(cuts) == 2:
-            return [Tile(rows, rows, "causal", window=window)]
-        return [Tile(rows, rows, "varlen", tuple(cuts), window)]
+            return [Tile(rows, rows, "causal", window=window, first=True)]
+        return [Tile(rows, rows, "varlen", tuple(cuts), window, first=True)]
 
 
 def merge_rectangles(rectangles: Sequence[tuple[int, int, int, int]]) -> list[tuple[int, int, int, int]]:

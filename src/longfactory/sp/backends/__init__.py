@@ -51,6 +51,15 @@ def select(name: str, tile: Tile, q: torch.Tensor, v: torch.Tensor, softcap: flo
     return _select(name, request)
 
 
+def wants_bulk(name: str, q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> bool:
+    """Whether tiles of packed documents should be cut to few shapes: cuDNN does those, and only FlashAttention 2 the others."""
+    if q.device.type != "cuda":
+        return False
+    any_shape = Request(q.device.type, q.dtype, q.shape[-1], v.shape[-1], "varlen", False, softcap is not None, False)
+    few_shapes = any_shape._replace(kind="causal", aligned=True)
+    return _select(name, few_shapes) is cudnn and _select(name, any_shape) in (flash, flash2)
+
+
 @functools.cache
 def _select(name: str, request: Request) -> Any:
     if name != "auto":

@@ -13,18 +13,20 @@ from torch import Tensor
 from .. import kernels
 from ..kernels import Call
 from ..merge import Output, Sum, accumulator_dtype
+from ..plan import HALO
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """out (in the dtype in which it was accumulated) and lse."""
     mask = call.mask
-    total = Output(q.shape[0], once=mask.halo_merges_once and not call.sinks)
+    bulk = kernels.bulk(q, v, call)
+    total = Output(q.shape[0], once=mask.merges_once((mask.rank, HALO), bulk) and not call.sinks)
     fetch = Fetch(k, v, call)
-    for tile in mask.tiles(mask.rank):
+    for tile in mask.tiles(mask.rank, bulk):
         kernels.forward(q, k, v, tile, call, total)
     if fetch.posted:
         k, v = fetch.wait()
-        for tile in mask.halo_tiles:
+        for tile in mask.tiles(HALO, bulk):
             kernels.forward(q, k, v, tile, call, total)
     assert total.out is not None and total.lse is not None
     return total.out, total.lse
@@ -33,14 +35,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
 def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv as accumulated."""
     mask = call.mask
-    dq, dk, dv = Sum(q, once=mask.halo_merges_once), Sum(k), Sum(v)
+    bulk = kernels.bulk(q, v, call)
+    dq, dk, dv = Sum(q, once=mask.merges_once((mask.rank, HALO), bulk)), Sum(k), Sum(v)
     fetch = Fetch(k, v, call)
-    for tile in mask.tiles(mask.rank):
+    for tile in mask.tiles(mask.rank, bulk):
         kernels.backward(dout, q, k, v, out, lse, tile, call, dq, dk, dv)
     if fetch.posted:
         far_k, far_v = fetch.wait()
         far_dk, far_dv = Sum(far_k), Sum(far_v)
-        for tile in mask.halo_tiles:
+        for tile in mask.tiles(HALO, bulk):
             kernels.backward(dout, q, far_k, far_v, out, lse, tile, call, dq, far_dk, far_dv)
         for index, rows_k, rows_v in fetch.give_back(far_dk.result(), far_dv.result()):
             dk.add_rows(index, rows_k)

@@ -17,15 +17,16 @@ from ..merge import Output, Sum, accumulator_dtype
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """out (in the dtype in which it was accumulated) and lse."""
     plan, mask = call.plan, call.mask
-    n, rank, group = plan.ring_size, plan.ring_rank, plan.axes.ring
-    total = Output(q.shape[0], once=mask.ring_merges_once and not call.sinks)
+    rank, group = plan.ring_rank, plan.axes.ring
+    bulk = kernels.bulk(q, v, call)
+    total = Output(q.shape[0], once=mask.merges_once(mask.ring_order, bulk) and not call.sinks)
     travelling = _pack(k, v) if mask.last_step else None
-    for step in range(mask.last_step + 1):
+    for step, source in enumerate(mask.ring_order):
         moving = None
         if step < mask.last_step:
             assert travelling is not None
             moving = Exchange(travelling, rank + 1, rank - 1, group)  # under way while this step computes
-        for tile in mask.tiles((rank - step) % n):
+        for tile in mask.tiles(source, bulk):
             kernels.forward(q, k, v, tile, call, total)
         if moving is not None:
             travelling = moving.wait()
@@ -37,19 +38,20 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
 def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv as accumulated. Gradients of keys travel with them, in float32, and go home in one step at the end."""
     plan, mask = call.plan, call.mask
-    n, rank, group = plan.ring_size, plan.ring_rank, plan.axes.ring
-    dq = Sum(q, once=mask.ring_merges_once)
+    rank, group = plan.ring_rank, plan.axes.ring
+    bulk = kernels.bulk(q, v, call)
+    dq = Sum(q, once=mask.merges_once(mask.ring_order, bulk))
     own_dk, own_dv = Sum(k), Sum(v)
     own_k, own_v = k, v
     travelling = _pack(k, v) if mask.last_step else None
     carried: Exchange | None = None
-    for step in range(mask.last_step + 1):
+    for step, source in enumerate(mask.ring_order):
         moving = None
         if step < mask.last_step:
             assert travelling is not None
             moving = Exchange(travelling, rank + 1, rank - 1, group)
         dk, dv = (Sum(k), Sum(v)) if step else (own_dk, own_dv)
-        for tile in mask.tiles((rank - step) % n):
+        for tile in mask.tiles(source, bulk):
             kernels.backward(dout, q, k, v, out, lse, tile, call, dq, dk, dv)
         if step:
             flat = _pack(dk.result(), dv.result(), accumulator_dtype(k.dtype))

@@ -1,0 +1,81 @@
+"""Tiles cut to few shapes compute the same mask, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_attention import BRANCHES, PACKED, compare
+from test_tiles import segmented_rows
+
+from longfactory.sp import Segment, bulk, kernels
+from longfactory.sp.bulk import bulk_tiles
+from longfactory.sp.layout import balanced
+from longfactory.sp.plan import HALO, MaskPlan
+from longfactory.sp.tiles import Mask, Tile
+from longfactory.testing import run_ranks
+
+
+def count(tiles: tuple[Tile, ...], rows: int, cols: int) -> torch.Tensor:
+    out = torch.zeros(rows, cols, dtype=torch.int32)
+    for tile in tiles:
+        assert tile.q_len > 0 and tile.k_len > 0, "kernels die on empty tiles"
+        out[tile.q, tile.k] += tile.mask().int()
+    return out
+
+
+@settings(max_examples=150, deadline=None)
+@given(row=segmented_rows(), unit=st.integers(1, 5), window=st.none() | st.integers(1, 9))
+def test_cut_tiles_are_the_same_mask(row: tuple[int, int, int, list[Segment]], unit: int, window: int | None) -> None:
+    ranks, _, length, segments = row
+    layout = balanced(length, ranks, segments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bulk, "SMALLEST", 3)
+        patch.setattr(bulk, "unit", lambda length, shapes: unit)
+        for rank in range(ranks):
+            plan = MaskPlan(Mask(segments, window), layout, rank)
+            for source, cols in ((rank, layout.local_length), (HALO, sum(b - a for a, b in plan.halo.fetched))):
+                whole, cut = plan.tiles(source), plan.tiles(source, bulk=True)
+                assert torch.equal(count(cut, layout.local_length, cols), count(whole, layout.local_length, cols))
+            touched = torch.zeros(layout.local_length, dtype=torch.int32)
+            for tile in plan.tiles(rank, bulk=True):
+                assert tile.first == bool((touched[tile.rows] == 0).all()), "first tiles come first"
+                touched[tile.rows] += 1
+            assert (touched > 0).all()
+
+
+def test_shapes_are_few() -> None:
+    """Documents of 4096 to 32768 tokens, each length once: squares and rectangles have some dozen shapes."""
+    squares, rectangles = set(), set()
+    for length in range(4096, 32768, 61):
+        for t in bulk_tiles([Tile(slice(0, length), slice(0, length), "causal", first=True)], 65536):
+            squares.add(t.q_len)
+        for t in bulk_tiles([Tile(slice(100, 8292), slice(0, length), "full")], 8192 * 2):
+            if t.k_len >= 4096:
+                rectangles.add((t.q_len, t.k_len))
+    assert len(squares) <= 60 and len(rectangles) <= 30
+    assert max(x % 128 for x in squares) == 0
+
+
+def test_additional_queries_never_leave_the_rank() -> None:
+    (tile, spare) = bulk_tiles([Tile(slice(3000, 8000), slice(0, 6000), "full")], 8000)
+    assert tile.q.stop <= 8000 and tile.rows == slice(3000, 8000) and spare.rows == slice(3000, 8000)
+    assert (spare.k.stop, tile.k.stop) == (tile.k.start, 6000)
+
+
+def compare_in_bulk(*args: object, **kwargs: object) -> dict[str, float]:
+    originals = bulk.SMALLEST, bulk.unit, kernels.bulk
+    bulk.SMALLEST, bulk.unit, kernels.bulk = 3, lambda length, shapes: 4, lambda *a: True  # type: ignore[assignment]
+    try:
+        return compare(*args, **kwargs)  # type: ignore[arg-type]
+    finally:
+        bulk.SMALLEST, bulk.unit, kernels.bulk = originals  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("segments", [PACKED, BRANCHES], ids=["packed", "branches"])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("mode", ["zigzag-ring", "ulysses", "llama3"])
+def test_output_and_gradients(mode: str, segments: tuple[Segment, ...], sinks: bool) -> None:
+    for errors in run_ranks(4, compare_in_bulk, mode, None, segments, sinks=sinks):
+        assert max(errors.values()) <= 1e-12, errors
