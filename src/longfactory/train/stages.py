@@ -67,6 +67,23 @@ class Stage(Protocol):
         ...
 
 
+    def state_dict(self) -> dict[str, list[float]]:
+        """What the stage has learnt of the run so far, for a checkpoint; the same on every rank."""
+        ...
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None: ...
+
+
+class Stateless:
+    """A stage that remembers nothing between rows."""
+
+    def state_dict(self) -> dict[str, list[float]]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        return None
+
+
 def as_outputs(x: Tensor | TokenOutputs) -> TokenOutputs:
     return x if isinstance(x, TokenOutputs) else TokenOutputs(logps=x)
 
@@ -76,7 +93,7 @@ def _sum(x: Tensor) -> Tensor:
 
 
 @dataclasses.dataclass
-class TokenStage:
+class TokenStage(Stateless):
     """Pretraining and supervised fine-tuning. An item is a trained token.
 
     `loss` is one of nll: -logp; dft: -p logp with p constant (arXiv 2508.05629); asft: dft + alpha KL(reference || policy)
@@ -233,7 +250,7 @@ class PreferenceStage:
 
 
 @dataclasses.dataclass
-class KTOStage:
+class KTOStage(Stateless):
     """KTO. An item is a labelled answer; documents of role "kl" (a prompt with another prompt's answer) only estimate the KL term.
 
     kl = max(0, mean over the micro-batch of all data-parallel groups of log policy - log reference of the kl documents), constant. A
@@ -292,7 +309,7 @@ class KTOStage:
 
 
 @dataclasses.dataclass
-class RewardStage:
+class RewardStage(Stateless):
     """Reward model (Bradley-Terry): -log s(v_c - v_r), v the value head at an answer's last token. An item is a pair."""
 
     output: Literal["logps", "values"] = "values"

@@ -164,7 +164,7 @@ class RowTrainer(Trainer):
         return TokenOutputs(**gathered)
 
     def stage_loss(self, model: nn.Module, row: Row) -> tuple[Tensor, Metrics]:
-        """Sum of the loss over this group's items and the stage's metrics."""
+        """Sum of the loss over this group's items, in float64, and the stage's metrics."""
         reference = None
         if self.reference_by_adapter:
             with as_reference(model, adapter_off=True):
@@ -176,14 +176,15 @@ class RowTrainer(Trainer):
         loss_sum, metrics = self.stage.loss_sum(
             outputs, row.to(self.args.device), dp_sum=self._sum_over_groups, dp_rank=ctx.dp_rank, dp_size=ctx.dp_size
         )
-        return loss_sum.to(outputs.logps.dtype), metrics
+        return loss_sum, metrics
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         loss_sum, metrics = self.stage_loss(model, inputs["row"])
         if num_items_in_batch is None:
             raise RuntimeError("compute_loss needs the number of items of the whole optimizer step (get_batch_samples gives it).")
         self._train_metrics.add(metrics)
-        loss = loss_sum * (self.ctx.dp_size / num_items_in_batch.to(loss_sum))
+        # Divided in float64: the mean of n times log 2 is then log 2. The cast costs the gradient nothing.
+        loss = (loss_sum * (self.ctx.dp_size / num_items_in_batch.to(loss_sum))).float()
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -249,7 +250,7 @@ class RowTrainer(Trainer):
             os.makedirs(output_dir, exist_ok=True)
             path = os.path.join(output_dir, STATE_FILE)
             with open(path + ".part", "w") as f:
-                json.dump(self.run_state(), f, indent=1)
+                json.dump({**self.run_state(), "stage": self.stage.state_dict()}, f, indent=1)
             os.replace(path + ".part", path)
 
     def run_state(self) -> dict[str, Any]:
@@ -263,16 +264,19 @@ class RowTrainer(Trainer):
         }
 
     def check_resume(self, checkpoint: str) -> None:
-        """Refuses a checkpoint whose steps took other samples than this run's would.
+        """Refuses a checkpoint whose steps took other samples than this run's would; gives the stage its state back.
 
         Raises:
             UserError: with what differs and how to make it agree.
         """
         path = os.path.join(checkpoint, STATE_FILE)
-        if not os.path.isfile(path) or self.args.ignore_data_skip:
+        if not os.path.isfile(path):
             return
         with open(path) as f:
             then = json.load(f)
+        self.stage.load_state_dict(then.get("stage", {}))
+        if self.args.ignore_data_skip:
+            return
         now = self.run_state()
         if then["total_batch_size"] != now["total_batch_size"]:
             raise UserError(
