@@ -110,7 +110,7 @@ class PerDocumentZigzag:
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, q_rows: str, k_rows: str, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         (cu_q, max_q), (cu_k, max_k) = self._lengths(q_rows), self._lengths(k_rows)
-        if self.kernel == "flash":
+        if self.kernel.startswith("flash"):
             out, lse, *_ = aten._flash_attention_forward(q, k, v, cu_q, cu_k, max_q, max_k, 0.0, causal, False, scale=scale)
             return out, lse
         if self.kernel == "fa4":
@@ -134,7 +134,7 @@ class PerDocumentZigzag:
     ) -> tuple[Tensor, ...]:
         (cu_q, max_q), (cu_k, max_k) = self._lengths(q_rows), self._lengths(k_rows)
         lse = lse.contiguous()
-        if self.kernel == "flash":
+        if self.kernel.startswith("flash"):
             rng = torch.empty(2, dtype=torch.uint64, device=q.device)
             unused = torch.empty((), dtype=torch.uint64, device=q.device)
             settings = (cu_q, cu_k, max_q, max_k, 0.0, causal, rng, unused)
