@@ -128,6 +128,19 @@ def test_a_layer_computed_again_has_the_plan_of_its_own_forward(family: str) -> 
         torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-6 * expected[name].abs().max().item())
 
 
+@pytest.mark.parametrize("family", ["stablelm", "phi3 with longrope"])
+def test_inputs_that_were_copied_on_the_way_still_carry_the_plan(family: str) -> None:
+    family, _, fields = families.VARIANTS.get(family, (family, None, {}))
+    model = tiny_model(family, **fields)
+    hf.prepare(model, ONE)
+    r, segments = row([9, 40])
+    given = hf.inputs(r, sp.plan(49, segments, ONE))
+    copied = {**given, "position_ids": given["position_ids"].clone()}
+    assert not hasattr(copied["position_ids"], "sp_plan")
+    with torch.no_grad():
+        assert torch.equal(model(**copied).logits, model(**given).logits)
+
+
 def test_guard_refuses_a_layer_outside_the_registry() -> None:
     model = tiny_model("llama")
     hf.prepare(model, ONE)

@@ -16,6 +16,7 @@ import dataclasses
 import itertools
 import math
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -180,7 +181,9 @@ def _features(model: PreTrainedModel) -> str:
 
 
 def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    """The message in one line, without what every refusal begins and ends with."""
+    text = re.sub(r"^Models of type \S+ cannot be trained here: ", "", " ".join(str(error).split()))
+    text = text.removesuffix(" Choose a model type that docs/models.md marks exact.").removesuffix(".")
     return text[:300] if text else type(error).__name__
 
 

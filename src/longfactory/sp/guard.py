@@ -19,8 +19,10 @@ from .layout import Segment
 from .plan import plan as make_plan
 from .probe import Probe, probe
 
-_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
-"""Of |log-probability - reference|, median over the last half of a document, in units of max(1, |reference|)."""
+_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
+"""Nats, of the median over the last half of a document of |log-probability - reference|; for hidden states, relative. In bfloat16 exact
+models are within 0.04, with experts 0.11 (tokens that change experts); a document that sees the one before it is off by 0.3 in a model
+with fresh random weights, and more in a trained one."""
 
 
 def guard(model: nn.Module, ctx: SequenceParallel) -> None:
@@ -81,7 +83,7 @@ def _sharded(model: nn.Module, inner: PreTrainedModel, documents: list[Tensor], 
 
 
 def _scores(model: nn.Module, inner: PreTrainedModel, inputs: dict, labels: Tensor) -> Tensor:
-    """[S, 1] log-probabilities of the labels, or [S, h] last hidden states of a model without a language head."""
+    """[S, 1] log-probabilities of the labels; of a model without a language head [S, h] last hidden states, or [S, 1] values."""
     hidden: list[Tensor] = []
     hook = None
     if inner.get_output_embeddings() is None:
@@ -95,13 +97,16 @@ def _scores(model: nn.Module, inner: PreTrainedModel, inputs: dict, labels: Tens
         return hidden[0][0].float()
     logits = output.logits[0]
     logits = logits if logits.dtype == torch.float64 else logits.float()
+    if logits.shape[-1] == 1:
+        return logits  # a value head
     return logits.log_softmax(-1).gather(1, labels[:, None])
 
 
 @contextlib.contextmanager
 def _own_attention(model: PreTrainedModel) -> Iterator[None]:
     """Inside the block the model computes its attention itself."""
-    configs = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "_attn_implementation", None) == hf.ATTENTION}
+    held: list[Any] = [m.config for m in model.modules() if getattr(m, "config", None) is not None]
+    configs = {id(c): c for c in held if getattr(c, "_attn_implementation", None) == hf.ATTENTION}
     try:
         for c in configs.values():
             c._attn_implementation_internal = "eager"
@@ -165,7 +170,9 @@ def _not_reached(model: PreTrainedModel, seen: Probe, executed: _Executed) -> st
 def _different(sharded: list[Tensor], alone: list[Tensor], seen: Probe) -> str | None:
     tolerance = max(_TOLERANCE.get(t, 0.05) for t in seen.dtypes)
     for i, (a, b) in enumerate(zip(sharded, alone, strict=True)):
-        error = (a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=1.0)
+        error = (a - b).norm(dim=-1)
+        if a.shape[-1] > 1:
+            error = error / b.norm(dim=-1).clamp(min=1e-6)
         worst = error[len(error) // 2 :].median().item()
         if not worst <= tolerance:  # also NaN
             return f"sharded and unsharded log-probabilities of document {i + 1} differ by {worst:.1e}, tolerated are {tolerance:.0e}"

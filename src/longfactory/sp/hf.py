@@ -77,7 +77,7 @@ def attention(
             "Cross-attention, caches and prefix tokens are not supported; call the model with hf.inputs(row, plan)."
         )
     if attention_mask is not None:
-        raise ValueError(f"{name}: an attention mask would be lost. The plan's documents are the mask: pass attention_mask=None.")
+        raise ValueError(f"{name}: an attention mask would be lost: the plan's documents are the mask.")
     if dropout and module.training:
         raise ValueError(
             f"{name}: dropout of attention weights ({dropout}) is not computed. Set attention_dropout: 0 in the model's config."
@@ -230,6 +230,9 @@ def prepare(model: PreTrainedModel, ctx: SequenceParallel) -> None:
     if config._attn_implementation != ATTENTION:
         raise ValueError(f"Models of type {config.model_type} cannot be trained here: {_NOT_ROUTED}.")
     for module in inner.modules():
+        if isinstance(module, PreTrainedModel) and not hasattr(module, "sp_attached"):
+            module.sp_attached = True  # type: ignore[assignment]
+            module.register_forward_pre_hook(_attach, with_kwargs=True)
         if getattr(module, "attn_temperature_tuning", False) and hasattr(module, "floor_scale") and not hasattr(module, "sp_tuned"):
             module.sp_tuned = True
             module.register_forward_pre_hook(_tuning_off, with_kwargs=True)
@@ -252,6 +255,13 @@ def layer_types(config: Any) -> list[str]:
     """The kind of each layer, "full_attention" where the configuration does not say."""
     given = getattr(config, "layer_types", None)
     return list(given) if given else ["full_attention"] * config.num_hidden_layers
+
+
+def _attach(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    """A wrapper that moved the inputs to its device has lost what was on them."""
+    positions, plan = kwargs.get("position_ids"), kwargs.get("sp_plan")
+    if isinstance(positions, Tensor) and plan is not None:
+        positions.sp_plan = plan  # type: ignore[attr-defined]
 
 
 def _tuning_off(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
