@@ -153,13 +153,16 @@ class Halo:
         needed = [mask.needed(q) for q in layout.intervals]
         mine = runs(layout.intervals[rank])
         sends = [_local_rows(mine, intersect(needed[d], layout.intervals[rank])) for d in range(layout.ranks)]
-        received = [_positions(intersect(needed[rank], layout.intervals[s])) for s in range(layout.ranks)]
+        received = [runs(intersect(needed[rank], intervals)) for intervals in layout.intervals]
+        counts = [sum(r.stop - r.start for r in rows) for rows in received]
+        begin = itertools.accumulate(counts, initial=0)
+        arrived = sorted((r.start, at + r.offset, r.stop - r.start) for at, rows in zip(begin, received, strict=False) for r in rows)
         return cls(
             fetched=needed[rank],
             send_counts=tuple(len(s) for s in sends),
-            receive_counts=tuple(len(r) for r in received),
+            receive_counts=tuple(counts),
             send_index=torch.cat(sends),
-            order=torch.argsort(torch.cat(received)),
+            order=_positions([(at, at + count) for _, at, count in arrived]),
             anyone=any(needed),
         )
 
