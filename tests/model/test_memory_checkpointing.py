@@ -11,6 +11,7 @@ from memory_models import SEGMENTS, assert_same_gradients, gradients, make_model
 from memory_ranks import with_lora
 
 from longfactory import sp
+from longfactory.errors import ConfigError
 from longfactory.model.memory.apply import apply_memory
 from longfactory.model.memory.decoder_layer import _Layer
 from longfactory.model.memory.settings import MemorySettings
@@ -201,3 +202,17 @@ def test_bfloat16_is_no_worse_than_the_plain_layer(autocast, monkeypatch):
 
 
 LONG = (Segment(0, 128),)
+
+
+def test_settings_change_between_steps(monkeypatch):
+    model = make_model("qwen2", monkeypatch)
+    run(model)
+    wanted = gradients(model)
+    store = apply_memory(model, MemorySettings())
+    for settings in (WRITTEN["offload all"], WRITTEN["groups"], WRITTEN["segments"], WRITTEN["offload"]):
+        store.change(settings)
+        model.zero_grad()
+        run(model)
+        assert_same_gradients(gradients(model), wanted)
+    with pytest.raises(ConfigError, match="fixed"):
+        store.change(MemorySettings(checkpoint="none"))

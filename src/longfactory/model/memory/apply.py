@@ -51,16 +51,16 @@ def apply_memory(model: nn.Module, settings: MemorySettings, device: torch.devic
                 f"segment_layers: {settings.segment_layers} runs layers again with other random numbers, and this model has dropout. "
                 "Set the model's dropout to 0 or segment_layers to 1."
             )
-        chunked.install(layer, settings.mlp_chunk, moe)
+        chunked.install(layer, store.chunk, moe)
         layer.forward = checkpointed
-    _final_norm(model, layers, settings)
+    _final_norm(model, layers, store)
     if reasons:
         log.info("Layers run as transformers wrote them, in pieces: %s.", "; ".join(sorted(reasons)))
     return store
 
 
-def _final_norm(model: nn.Module, layers: nn.ModuleList, settings: MemorySettings) -> None:
+def _final_norm(model: nn.Module, layers: nn.ModuleList, store: Activations) -> None:
     """The norm after the last layer works on the whole sequence too, in fp32."""
     for parent in model.modules():
         if any(child is layers for child in parent.children()):
-            chunked.install(parent, settings.mlp_chunk, norms_only=True)
+            chunked.install(parent, store.chunk, norms_only=True)

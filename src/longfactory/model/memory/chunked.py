@@ -141,8 +141,8 @@ def run_in_chunks(
 _MLP_NAMES = frozenset({"mlp", "feed_forward", "ffn", "block_sparse_moe", "moe"})
 
 
-def install(layer: nn.Module, chunk: int | None, moe: bool = True, norms_only: bool = False) -> list[str]:
-    """Run the MLP and the norms of a decoder layer in pieces. Returns the names of the children that will be.
+def install(layer: nn.Module, chunk: Callable[[], int | None], moe: bool = True, norms_only: bool = False) -> list[str]:
+    """Run the MLP and the norms of a decoder layer in pieces of `chunk()` tokens. Returns the names of the children that will be.
 
     A child is left as it is if it has active dropout (a recompute would draw again) or, with `moe=False`, if it is a mixture of experts
     (whose router's outputs are being recorded, one record a call). The first call proves on a few tokens that the child treats tokens
@@ -163,7 +163,7 @@ def install(layer: nn.Module, chunk: int | None, moe: bool = True, norms_only: b
 class _Chunked:
     """Takes the place of a module's `forward`."""
 
-    def __init__(self, module: nn.Module, chunk: int | None) -> None:
+    def __init__(self, module: nn.Module, chunk: Callable[[], int | None]) -> None:
         self.forward = module.forward
         self.module = module
         self.chunk = chunk
@@ -178,7 +178,7 @@ class _Chunked:
             self.fits = self._token_wise(args[0])
         if not plain or not self.fits:
             return self.forward(*args, **kwargs)
-        return run_in_chunks(self.forward, args[0], self.params, self.chunk)
+        return run_in_chunks(self.forward, args[0], self.params, self.chunk())
 
     @torch.no_grad()
     def _token_wise(self, x: Tensor) -> bool:

@@ -70,11 +70,12 @@ class Parked:
 
     def fetch(self) -> list[Tensor]:
         """The tensors, on the device. The caller owns them (may write to them); a second call is refused."""
-        if self._pool._leaving is self:  # still on its way out: it never really left
-            self._pool._settle()
-        self.prefetch()
-        if self._there is None:
+        if self._there is None and self._slot is None:
             raise RuntimeError("These activations were fetched before: a second backward through a checkpointed layer is not possible.")
+        if self._pool._leaving is self:  # it never really left; whoever writes to it must wait until it is read
+            self._pool._leaving, self._back = None, self._pool._left
+        self.prefetch()
+        assert self._there is not None
         if self._back is not None:
             torch.cuda.current_stream(self._pool.device).wait_event(self._back)
         tensors, self._there, self._layout = self._there, None, []
@@ -141,6 +142,10 @@ class HostPool:
             parked = ref()
             if parked is not None and parked is not self._leaving:
                 parked.prefetch()
+
+    def reserve(self, nbytes: int) -> None:
+        """Lock the slots of a step for tensors (or groups of tensors parked together) of `nbytes`, now."""
+        self._grow(_padded(nbytes))
 
     @property
     def locked_bytes(self) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from longfactory.errors import ConfigError
 from longfactory.model.memory.host_pool import HostPool, Parked
 from longfactory.model.memory.settings import MemorySettings
 
@@ -117,15 +118,45 @@ class Activations:
     def __init__(self, settings: MemorySettings, layers: int, device: torch.device | str) -> None:
         self.settings = settings
         self.layers = layers
+        self.device = torch.device(device)
         self.pool: HostPool | None = None
-        if settings.offload != "none":
-            parked = max(1, layers - settings.last_layers_on_gpu)
-            expect = -(-parked // settings.segment_layers) + (settings.segment_layers - 1 if settings.segment_layers > 1 else 0)
-            if settings.offload == "inputs+attention":
-                expect += round(settings.keep_attention * layers)
-            self.pool = HostPool(device, settings.pool_bytes, expect)
+        self._open_pool()
         self.record: list[Pair] | None = None  # a segment is being run forward again, and these are its attention outputs
         self._segment: Segment | None = None
+
+    def _open_pool(self) -> None:
+        s = self.settings
+        if s.offload == "none":
+            return
+        there = [i for i in range(0, self.layers, s.segment_layers) if i < self.layers - s.last_layers_on_gpu]
+        kept = [i for i in range(self.layers - s.last_layers_on_gpu) if self.keeps(i) and (i + 1) % s.segment_layers == 0]
+        inner = (s.segment_layers - 1) * (2 if s.offload == "inputs+attention" else 1) if s.segment_layers > 1 else 0
+        expect = max(1, len(there) + (len(kept) if s.offload == "inputs+attention" else 0) + inner)
+        if self.pool is None:
+            self.pool = HostPool(self.device, s.pool_bytes, expect)
+        self.pool.limit, self.pool.expect = s.pool_bytes, expect
+
+    def change(self, settings: MemorySettings) -> None:
+        """Other settings from the next step on. Whether layers are recomputed at all, and which layer it is, cannot change any more.
+
+        Raises:
+            ConfigError: they would.
+        """
+        if (settings.checkpoint, settings.layer) != (self.settings.checkpoint, self.settings.layer):
+            raise ConfigError("memory: checkpoint and layer are fixed once the engine is in the model.")
+        self.settings = settings
+        if settings.offload == "none" and self.pool is not None:
+            self.pool.close()
+            self.pool = None
+        self._open_pool()
+
+    def reserve(self, nbytes: int) -> None:
+        """Lock the host memory of a whole step now, for tensors of `nbytes` each, instead of in its first forward pass."""
+        if self.pool is not None:
+            self.pool.reserve(nbytes)
+
+    def chunk(self) -> int | None:
+        return self.settings.mlp_chunk
 
     def keeps(self, index: int) -> bool:
         """Whether the attention of this layer is kept in the first pass."""

@@ -1,0 +1,95 @@
+"""The pool of host memory: its bound, its reuse, and what happens when there is no room."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from memory_models import LENGTH, make_model, run
+
+from longfactory.model.memory.apply import apply_memory
+from longfactory.model.memory.host_pool import PAGE, HostPool
+from longfactory.model.memory.settings import MemorySettings
+
+
+def tensors(n, numbers=5000):
+    return [torch.randn(numbers) for _ in range(n)]
+
+
+def test_what_is_fetched_is_what_was_parked():
+    pool = HostPool("cpu", 2**20, expect=3)
+    given = [[a, b.double()] for a, b in zip(tensors(3), tensors(3, 77), strict=True)]
+    parked = [pool.park(g) for g in given]
+    kept = [[t.clone() for t in g] for g in given]
+    for g in given:
+        for t in g:
+            t.zero_()  # the copy does not share memory with what was given
+    for p, k in zip(reversed(parked), reversed(kept), strict=True):
+        pool.prefetch(2)
+        for found, wanted in zip(p.fetch(), k, strict=True):
+            assert torch.equal(found, wanted) and found.dtype == wanted.dtype
+    with pytest.raises(RuntimeError, match="second backward"):
+        parked[0].fetch()
+
+
+def test_slots_are_locked_once_and_reused():
+    pool = HostPool("cpu", 2**22, expect=4)
+    for step in range(3):
+        parked = [pool.park([t]) for t in tensors(4)]
+        locked = pool.locked_bytes
+        if step % 2:
+            for p in reversed(parked):
+                p.fetch()
+        del parked  # a forward without a backward gives its slots back as well
+    assert pool.locked_bytes == locked == 4 * 5 * PAGE
+    # A slot in use is never handed out a second time.
+    first = pool.park([torch.ones(5000)])
+    others = [pool.park([torch.zeros(5000)]) for _ in range(3)]
+    assert float(first.fetch()[0].sum()) == 5000 and len(others) == 3
+
+
+def test_other_lengths_take_the_place_of_idle_slots():
+    pool = HostPool("cpu", 20 * PAGE, expect=4)
+    [pool.park([t]).fetch() for t in tensors(4)]
+    assert pool.locked_bytes == 20 * PAGE
+    longer = [pool.park([t]) for t in tensors(2, 10000)]
+    assert pool.locked_bytes <= 20 * PAGE and all(p.on_host for p in longer)
+
+
+def test_bound_is_kept_and_the_rest_stays(caplog):
+    pool = HostPool("cpu", 11 * PAGE, expect=6)
+    with caplog.at_level(logging.WARNING):
+        parked = [pool.park([t]) for t in tensors(6)]
+    assert pool.locked_bytes <= 11 * PAGE
+    assert [p.on_host for p in parked] == [True, True, False, False, False, False]
+    assert len(caplog.records) == 1 and "stays on the GPU" in caplog.text
+    for p in reversed(parked):
+        assert p.fetch()[0].shape == (5000,)
+
+
+def test_refused_memory_is_a_warning(monkeypatch, caplog):
+    pool = HostPool("cpu", 2**30, expect=2)
+    monkeypatch.setattr(pool, "_lock", lambda size: (None, True))
+    with caplog.at_level(logging.WARNING):
+        p = pool.park(tensors(1))
+    assert not p.on_host and "refused" in caplog.text
+    assert p.fetch()[0].shape == (5000,)
+
+
+@pytest.mark.parametrize("layer", ["auto", "generic"])
+def test_a_step_parks_every_layer_but_the_last(layer):
+    model = make_model("qwen2")
+    store = apply_memory(
+        model, MemorySettings(keep_attention=1.0, offload="inputs+attention", pool_bytes=2**24, last_layers_on_gpu=1, layer=layer)
+    )
+    run(model)
+    assert store.pool is not None
+    inputs = LENGTH * 32 * 8
+    attention = LENGTH * (32 + 4) * 8
+    assert 3 * (inputs + attention) <= store.pool.parked_bytes <= 3 * (inputs + attention + 3 * 256)
+    locked = store.pool.locked_bytes
+    run(model)
+    assert store.pool.locked_bytes == locked
+    store.pool.close()
+    assert store.pool.locked_bytes == 0
