@@ -180,6 +180,7 @@ def test_the_deepspeed_files_that_everyone_quotes(name: str) -> None:
         ({"enable_liger_kernel": True}, 'pip install "longfactory[liger]"'),
         ({"attention_backend": "fa4"}, 'pip install "longfactory[fa4]"'),
         ({"attention_backend": "fa2"}, "Use attention_backend: auto"),
+        ({"use_swanlab": True}, "pip install swanlab"),
     ],
 )
 def test_missing_packages(keys: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,6 +143,26 @@ def test_values_that_are_refused_say_what_to_use(name: str, value: str) -> None:
         from_mapping({**BASE, name: value})
 
 
+def test_the_migration_page_has_the_tables() -> None:
+    """`python -m longfactory.config.help` prints what belongs at the end of docs/migrating.md."""
+    from longfactory.config.help import tables
+
+    page = (SOURCE.parents[1] / "docs" / "migrating.md").read_text(encoding="utf-8")
+    assert page.endswith(tables())
+
+
+def test_every_new_key_is_on_the_migration_page() -> None:
+    """Keys of ours that LLaMA-Factory does not know."""
+    spec = importlib.util.find_spec("llamafactory")
+    if spec is None or spec.origin is None:
+        pytest.skip("llamafactory is not installed")
+    theirs = "".join(p.read_text() for p in (Path(spec.origin).parent / "hparams").glob("*_args.py"))
+    page = (SOURCE.parents[1] / "docs" / "migrating.md").read_text(encoding="utf-8")
+    fork = {"sequence_parallel_ulysses_degree", "sequence_parallel_ring_degree"}
+    new = [k for k in OWN_KEYS if f"    {k}: " not in theirs and k not in fork]
+    assert [k for k in new if f"`{k}`" not in page] == []
+
+
 def _mentioned() -> set[str]:
     """Names that the program reads anywhere outside the declarations: attributes, and strings for getattr."""
     names: set[str] = set()

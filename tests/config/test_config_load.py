@@ -109,7 +109,6 @@ def test_yaml_flags_and_overrides_are_one_language(tmp_path: Path) -> None:
         ({"no_cuda": True}, {"use_cpu": True}),
         ({"adafactor": True}, {"optim": "adafactor"}),
         ({"include_tokens_per_second": True}, {"include_num_input_tokens_seen": True}),
-        ({"eval_num_beams": 4}, {"generation_num_beams": 4}),
         ({"report_to": "none"}, {"report_to": "none"}),
         ({"report_to": "wandb, tensorboard"}, {"report_to": ["wandb", "tensorboard"]}),
         (
@@ -132,6 +131,8 @@ def test_keys_of_transformers(written: dict[str, Any], expected: dict[str, Any])
         ({"cp_size": 2, "cp_mode": "ulysses"}, "parallel", {"sequence_parallel_size": 2, "sequence_parallel_mode": "ulysses"}),
         ({"shuffle_for_sequence_parallel": False}, "method", {"disable_shuffling": True}),
         ({"train_sampling_strategy": "sequential"}, "method", {"disable_shuffling": True}),
+        ({"eval_num_beams": 4, "max_new_tokens": 8}, "generating", {"num_beams": 4}),
+        ({"eval_num_beams": None}, "generating", {"num_beams": 1}),
         ({"use_liger_kernel": False}, "model", {"enable_liger_kernel": False}),
         ({"gradient_checkpointing": False}, "memory", {"disable_gradient_checkpointing": True}),
         ({"gradient_checkpointing": True}, "memory", {"disable_gradient_checkpointing": False}),
@@ -175,6 +176,16 @@ def test_arithmetic_of_a_run() -> None:
 def test_secrets_are_not_written() -> None:
     text = from_mapping({**BASE, "hub_token": "hf_secret", "hf_hub_token": "hf_other"}).resolved()
     assert "hf_secret" not in text and "hf_other" not in text
+
+
+def test_swanlab() -> None:
+    keys = {"use_swanlab": True, "swanlab_run_name": "mine", "swanlab_api_key": "secret", "report_to": "none", "dry_run": True}
+    cfg = from_mapping({**BASE, **keys})
+    assert cfg.hf["report_to"] == ["swanlab"] and cfg.hf["run_name"] == "mine"
+    want = {"SWANLAB_PROJECT": "llamafactory", "SWANLAB_MODE": "cloud", "SWANLAB_API_KEY": "secret"}
+    assert cfg.reporting_environment() == want
+    assert "secret" not in cfg.resolved()
+    assert from_mapping({**BASE, "logging_dir": "tb"}).reporting_environment() == {"TENSORBOARD_LOGGING_DIR": "tb"}
 
 
 def test_training_arguments_of_transformers() -> None:

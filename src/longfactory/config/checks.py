@@ -224,6 +224,8 @@ def extras(cfg: RunConfig) -> Iterator[str]:
         yield 'quantization_bit: bitsandbytes is not installed. Run: pip install "longfactory[quantization]"'
     if cfg.model.enable_liger_kernel and missing("liger_kernel"):
         yield 'enable_liger_kernel: the package is not installed. Run: pip install "longfactory[liger]"'
+    if "swanlab" in (cfg.hf.get("report_to") or ()) and missing("swanlab"):
+        yield "SwanLab is not installed. Run: pip install swanlab"
     backend = cfg.parallel.attention_backend
     if backend == "fa4" and missing("flash_attn"):
         yield 'attention_backend: fa4 is not installed. Run: pip install "longfactory[fa4]", or use attention_backend: auto.'

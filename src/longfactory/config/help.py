@@ -6,7 +6,7 @@ import textwrap
 
 from longfactory.config.arguments import GROUPS
 from longfactory.config.fields import Key, describe, keys_of
-from longfactory.config.other_keys import ALIASES, NO_EFFECT, REFUSED
+from longfactory.config.other_keys import ALIASES, NO_EFFECT, REFUSED, REFUSED_VALUES
 from longfactory.config.trainer_keys import TRAINER_KEYS
 from longfactory.config.translate import TURNED
 
@@ -34,6 +34,21 @@ def help_text(word: str | None = None) -> str:
     return "\n".join(out).rstrip() + "\n"
 
 
+def tables() -> str:
+    """The tables of docs/migrating.md: other names, keys without effect, refused keys. `python -m longfactory.config.help` prints them."""
+    parts = ["### Other names", "", "| written | read as |", "|---|---|"]
+    parts += [f"| `{name}` | `{new}` |" for name, new in ALIASES.items()]
+    parts += [f"| `{key.name}` | {key.help.rstrip('.')} |" for key in TURNED.values()]
+    for title, table in (("Keys without effect", NO_EFFECT), ("Keys that are refused", REFUSED)):
+        by_sentence: dict[str, list[str]] = {}
+        for name, other in table.items():
+            by_sentence.setdefault(other.sentence, []).append(f"`{name}`")
+        parts += ["", f"### {title}", "", "| key | " + ("why" if table is NO_EFFECT else "instead") + " |", "|---|---|"]
+        parts += [f"| {' '.join(names)} | {sentence} |" for sentence, names in by_sentence.items()]
+    parts += [f"| `{name}: {'`, `'.join(values)}` | {next(iter(values.values()))} |" for name, values in REFUSED_VALUES.items()]
+    return "\n".join(parts) + "\n"
+
+
 def _line(key: Key) -> str:
     default = key.default
     if default is None or default == ():
@@ -49,3 +64,7 @@ def _line(key: Key) -> str:
         textwrap.fill(part.strip(), width=110, initial_indent=" " * 6, subsequent_indent=" " * 6) for part in text.strip().splitlines()
     )
     return f"{head}\n{body}"
+
+
+if __name__ == "__main__":
+    print(tables(), end="")

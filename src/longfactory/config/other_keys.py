@@ -29,6 +29,8 @@ ALIASES: dict[str, str] = {
     "hyper_parallel_cp_size": "sequence_parallel_size",
     "cp_size": "sequence_parallel_size",
     "cp_mode": "sequence_parallel_mode",
+    "eval_num_beams": "num_beams",
+    "generation_num_beams": "num_beams",
     "dpo_beta": "pref_beta",
     "dpo_loss": "pref_loss",
     "dpo_ftx": "pref_ftx",
@@ -97,7 +99,7 @@ _VLLM = "LongFactory trains; serve the exported model with vLLM or SGLang themse
 _EXPORT_Q = "export writes full precision; quantise the exported folder with a tool made for it (llm-compressor, GPTQModel)"
 _KT = "KTransformers is not supported; use optimizer_placement: host or a DeepSpeed offload JSON"
 _PPO = "ppo is not supported; use stage: dpo or kto, or stage: rm for a reward model alone"
-_SWAN = "set report_to: swanlab and SwanLab's environment variables (SWANLAB_PROJECT, SWANLAB_WORKSPACE, SWANLAB_API_KEY, ...)"
+_SWAN = "messages to Lark are not sent; register SwanLab's own Lark callback in a script"
 _PROF = "the profiler is not built in; wrap the run in nsys, or use torch.profiler in a callback"
 _FP8 = "fp8 training is not supported; use bf16: true"
 _MCA = "Megatron back ends are not supported; use sequence_parallel_size and sharding: fsdp2"
@@ -220,13 +222,6 @@ REFUSED: dict[str, Other] = {
     "profiler_profile_memory": Other((True,), _PROF),
     "profiler_with_stack": Other((True,), _PROF),
     "profile_modules": Other((None,), _PROF),
-    "use_swanlab": Other((False,), _SWAN),
-    "swanlab_project": Other(("llamafactory", None), _SWAN),
-    "swanlab_workspace": Other((None,), _SWAN),
-    "swanlab_run_name": Other((None,), _SWAN),
-    "swanlab_mode": Other(("cloud",), _SWAN),
-    "swanlab_api_key": Other((None,), _SWAN),
-    "swanlab_logdir": Other((None,), _SWAN),
     "swanlab_lark_webhook_url": Other((None,), _SWAN),
     "swanlab_lark_secret": Other((None,), _SWAN),
     # transformers' keys that fight with rows, sharding or the head
@@ -244,6 +239,7 @@ REFUSED: dict[str, Other] = {
     "batch_eval_metrics": Other((False,), "metrics are computed from log-probabilities; use compute_accuracy"),
     "dataloader_multiprocessing_context": Other((None,), "loading processes start in torch's own way; leave it out"),
     "length_column_name": Other(("length",), "lengths are those of the tokenised rows; leave it out"),
+    "generation_max_length": Other((None,), "use max_new_tokens, or max_length with max_new_tokens: 0"),
     "generation_config": Other((None,), "use the generation keys (max_new_tokens, temperature, ...)"),
     "sortish_sampler": Other((False,), "use train_sampling_strategy: group_by_length"),
     # transformers 4 alone

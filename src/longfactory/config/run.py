@@ -83,8 +83,7 @@ class RunConfig:
         """
         from transformers import Seq2SeqTrainingArguments
 
-        if self.output.logging_dir is not None:
-            os.environ["TENSORBOARD_LOGGING_DIR"] = self.output.logging_dir
+        os.environ.update(self.reporting_environment())
         known = {f.name for f in dataclasses.fields(Seq2SeqTrainingArguments)}
         given = {**self.hf, **extra}
         missing = sorted(set(given) - known)
@@ -94,6 +93,14 @@ class RunConfig:
             return Seq2SeqTrainingArguments(**given)
         except (ValueError, ImportError) as e:
             raise ConfigError(f"transformers refuses the training arguments: {e}") from e
+
+    def reporting_environment(self) -> dict[str, str]:
+        """Environment variables by which transformers' reporting integrations learn what their keys say."""
+        out, o = {"TENSORBOARD_LOGGING_DIR": self.output.logging_dir}, self.output
+        if o.use_swanlab or "swanlab" in (self.hf.get("report_to") or ()):
+            out |= {"SWANLAB_PROJECT": o.swanlab_project, "SWANLAB_WORKSPACE": o.swanlab_workspace, "SWANLAB_MODE": o.swanlab_mode}
+            out |= {"SWANLAB_API_KEY": o.swanlab_api_key, "SWANLAB_LOG_DIR": o.swanlab_logdir}
+        return {name: value for name, value in out.items() if value is not None}
 
     def resolved(self, world_size: int | None = None) -> str:
         """The run as YAML that can be run again: first the arithmetic as comments, then what was chosen, then every default."""
@@ -186,6 +193,11 @@ def _finish_training(cfg: RunConfig) -> None:
     for name in ("report_to", "optim_target_modules"):
         if hf.get(name) is not None:
             hf[name] = list(hf[name])
+    if cfg.output.use_swanlab:
+        others = [name for name in hf.get("report_to") or [] if name not in ("none", "swanlab")]
+        hf["report_to"] = [*others, "swanlab"]
+        if cfg.output.swanlab_run_name is not None:
+            hf.setdefault("run_name", cfg.output.swanlab_run_name)
     if not hf.get("report_to", True):
         hf["report_to"] = "none"
     if cfg.method.finetuning_type == "lora":

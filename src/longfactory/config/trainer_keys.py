@@ -36,8 +36,6 @@ _TABLE: dict[str, tuple[Any, Any]] = {
     "do_eval": (bool, False),
     "do_predict": (bool, False),
     "predict_with_generate": (bool, False),
-    "generation_max_length": (_OptInt, None),
-    "generation_num_beams": (_OptInt, None),
     "resume_from_checkpoint": (bool | str | None, None),
     # batch, length of the run
     "per_device_train_batch_size": (int, 8),

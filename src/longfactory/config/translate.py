@@ -20,7 +20,6 @@ TURNED: dict[str, Key] = {
     "gradient_checkpointing_kwargs": Key("gradient_checkpointing_kwargs", dict | str | None, None, "Recomputation is LongFactory's own."),
     "use_unsloth_gc": Key("use_unsloth_gc", bool, False, "The same as offload_activations: true."),
     "fsdp": Key("fsdp", bool | tuple[str, ...] | None, None, "full_shard means sharding: fsdp2."),
-    "eval_num_beams": Key("eval_num_beams", int | None, None, "The same as generation_num_beams."),
     "shuffle_for_sequence_parallel": Key("shuffle_for_sequence_parallel", bool, True, "false is the same as disable_shuffling: true."),
     "adafactor": Key("adafactor", bool, False, "The same as optim: adafactor."),
 }
@@ -49,6 +48,8 @@ def rename(values: Mapping[str, Any]) -> dict[str, Any]:
     came_from: dict[str, str] = {}
     for name, value in values.items():
         new = ALIASES.get(name, name)
+        if new != name and value is None:
+            continue
         if name == "group_by_length":
             value = "group_by_length" if coerce(value, bool, name) else "random"
         elif name == "cp_mode" or (new == "sequence_parallel_mode" and value in ("zigzag", "ring")):
@@ -175,8 +176,6 @@ def turn(values: dict[str, Any]) -> list[str]:
         values.setdefault("disable_shuffling", True)
     if given.get("shuffle_for_sequence_parallel") is False:
         values.setdefault("disable_shuffling", True)
-    if given.get("eval_num_beams") is not None:
-        values["generation_num_beams"] = given["eval_num_beams"]
     if given.get("adafactor"):
         values.setdefault("optim", "adafactor")
     return notes
