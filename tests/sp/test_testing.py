@@ -1,0 +1,52 @@
+"""The pool of ranks survives what tests do to it."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from longfactory.testing import RankError, RankPool, assert_matches_single_process
+
+
+def rank() -> int:
+    total = torch.tensor(1)
+    dist.all_reduce(total)
+    return dist.get_rank() * 10 + int(total)
+
+
+def die_on_one() -> None:
+    if dist.get_rank() == 1:
+        os._exit(3)
+    dist.barrier()
+
+
+def sleep() -> None:
+    time.sleep(60)
+
+
+def test_a_pool_goes_on_after_every_failure() -> None:
+    pool = RankPool(2)
+    try:
+        assert pool.run(rank) == [2, 12]
+        with pytest.raises(RankError, match="exit code 3"):
+            pool.run(die_on_one)
+        assert pool.run(rank) == [2, 12]
+        with pytest.raises(RankError, match=r"no answer from ranks \[0, 1\]"):
+            pool.run(sleep, timeout=0.5)
+    finally:
+        pool.stop()
+
+
+def test_difference_names_the_tensor() -> None:
+    a = {"x": torch.zeros(2), "y": torch.ones(2)}
+    assert_matches_single_process(a, {"x": torch.zeros(2), "y": torch.ones(2) + 1e-7}, 1e-6)
+    with pytest.raises(AssertionError, match="y differs"):
+        assert_matches_single_process(a, {"x": torch.zeros(2), "y": torch.ones(2) + 1e-3}, 1e-6)
+    with pytest.raises(AssertionError, match="x differs"):
+        assert_matches_single_process({**a, "x": torch.full((2,), float("nan"))}, a, 1e-6)
+    with pytest.raises(AssertionError, match="z differs"):
+        assert_matches_single_process(a, {**a, "z": torch.zeros(1)}, 1e-6)
