@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 
+import fake_cuda
 import pytest
 import torch
-from memory_models import LENGTH, make_model, run
+from memory_models import LENGTH, assert_same_gradients, gradients, make_model, run
 
 from longfactory.model.memory.apply import apply_memory
 from longfactory.model.memory.host_pool import PAGE, HostPool
@@ -93,3 +94,34 @@ def test_a_step_parks_every_layer_but_the_last(layer):
     assert store.pool.locked_bytes == locked
     store.pool.close()
     assert store.pool.locked_bytes == 0
+
+
+@pytest.mark.parametrize("refuse", [False, True])
+@pytest.mark.parametrize("layer", ["auto", "generic"])
+@pytest.mark.parametrize("late", [False, True])
+def test_the_path_for_gpus_in_order(late, layer, refuse, monkeypatch, caplog):
+    """With streams and page-locking replaced by stand-ins: the same gradients, every slot locked, and given back."""
+    model = make_model("qwen2", monkeypatch)
+    run(model)
+    wanted = gradients(model)
+    locked = fake_cuda.install(monkeypatch, refuse)
+    settings = MemorySettings(
+        keep_attention=1.0,
+        offload="inputs+attention",
+        pool_bytes=2**24,
+        last_layers_on_gpu=1,
+        layer=layer,
+        late_prefetch=late,
+        attention_groups=2,
+    )
+    store = apply_memory(model, settings)
+    store.pool.stream = fake_cuda.Stream()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            model.zero_grad()
+            run(model)
+            assert_same_gradients(gradients(model), wanted)
+    assert sum(locked.values()) == (0 if refuse else store.pool.locked_bytes)
+    assert ("page-locking failed" in caplog.text) == refuse
+    store.pool.close()
+    assert not locked and store.pool.locked_bytes == 0

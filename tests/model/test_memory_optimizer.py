@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fake_cuda
 import memory_ranks
 import pytest
 import torch
@@ -97,3 +98,29 @@ def test_resumes_exactly():
 def test_sharded_parameters():
     whole, sharded = run_ranks(2, memory_ranks.split_adamw_on_shards)[0]
     assert torch.equal(whole, sharded)
+
+
+def test_streaming_blocks_of_gpu_parameters(monkeypatch):
+    """The path for parameters on a GPU and states on the host, with stand-ins for streams: bitwise what the direct path computes."""
+    fake_cuda.install(monkeypatch)
+    monkeypatch.setattr(optimizer, "BLOCK", 100)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
+    results = []
+    for streamed in (False, True):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(n).bfloat16()) for n in (370, 60, 100)]
+        opt = SplitAdamW(params, lr=1e-2)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            if streamed:
+                for p in params:
+                    opt._prepare(p)
+                    opt.state[p]["step"] += 1
+                with torch.no_grad():
+                    opt._stream([w.cut(a, a + 100) for w in opt._work() for a in range(0, w.weight.numel(), 100)])
+            else:
+                opt.step()
+        results.append(torch.cat([opt.master(p) for p in params]))
+    assert torch.equal(*results)
