@@ -40,6 +40,8 @@ _REASONS = {
     "hybrid_sliding": _STATE,
     "conv": "its short convolutions read tokens of another rank at the ends of a shard",
     "indexed_attention": _INDEXER,
+    "deepseek_sparse_attention": _INDEXER,  # older names of it
+    "qwen_sparse_attention": _INDEXER,
     "minimax_m3_sparse": _INDEXER,
     "compressed_sparse_attention": "its attention reads a compressed copy of the keys of the whole row",
     "heavily_compressed_attention": "its attention reads a compressed copy of the keys of the whole row",
