@@ -48,6 +48,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def make_model(shape: str, folder: str | Path, vocabulary: int = 1000) -> Path:
     """Writes config.json and a tokenizer with a chat template. Returns the folder."""
     import pydoc_data.topics
+
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

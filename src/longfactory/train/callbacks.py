@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,11 @@ class LogFile(TrainerCallback):
 
 
 class AtStart(TrainerCallback):
-    """Calls a function once, when the model is wrapped and before the first step. Every rank calls it: it may communicate."""
+    """Calls functions once, in order, when the model is wrapped and before the first step. Every rank calls them: they may communicate."""
 
-    def __init__(self, function: Any):
-        self.function = function
+    def __init__(self, *functions: Callable[[], Any]):
+        self.functions = functions
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.function()
+        for function in self.functions:
+            function()

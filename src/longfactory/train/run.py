@@ -253,9 +253,9 @@ def make_trainer(
         processing_class=tokenizer,
         callbacks=[LogFile(args.output_dir, overwrite=cfg.output.overwrite_output_dir)],
     )
-    trainer.add_callback(AtStart(trainer.continue_counting))
-    trainer.add_callback(AtStart(lambda: prove_exact(trainer)))
-    trainer.add_callback(AtStart(lambda: attach_reference(trainer, cfg)))
+    trainer.add_callback(
+        AtStart(trainer.continue_counting, lambda: prove_exact(trainer), lambda: attach_reference(trainer, cfg)),
+    )
     if cfg.method.early_stopping_steps is not None:
         from transformers import EarlyStoppingCallback
 

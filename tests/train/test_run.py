@@ -1,0 +1,174 @@
+"""Whole runs, as the command line makes them, on a tiny model: every stage with and without sequence parallelism, resume, saved files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "tests" / "train"))
+from make_model import make_model
+
+from longfactory.errors import UserError
+from longfactory.testing import RankError, run_ranks
+
+DATA = {"sft": "manual_sft", "pt": "manual_pt", "dpo": "manual_dpo", "rm": "manual_dpo", "kto": "manual_kto"}
+
+
+def train(keys: dict[str, Any]) -> list[dict[str, float]]:
+    """Body of a rank: one run; the lines of the trainer's log."""
+    import os
+
+    import cpu_sharding
+
+    from longfactory.config import from_mapping
+    from longfactory.train import run as module
+
+    os.environ["LONGFACTORY_CACHE"] = keys["cache"]
+    cpu_sharding.reset()
+    torch.manual_seed(0)
+    seen: list[Any] = []
+    make = module.make_trainer
+    module.make_trainer = lambda *a, **k: seen.append(make(*a, **k)) or seen[-1]
+    try:
+        module.run(from_mapping({k: v for k, v in keys.items() if k != "cache"}))
+    finally:
+        module.make_trainer = make
+    return seen[0].state.log_history
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("runs")
+    return {
+        "cache": str(folder / "cache"),
+        "model_name_or_path": str(make_model("tiny", folder / "model", vocabulary=600)),
+        "train_from_scratch": True,
+        "template": "chatml",
+        "dataset_dir": str(ROOT / "data"),
+        "cutoff_len": 300,
+        "max_samples": 24,
+        "finetuning_type": "full",
+        "per_device_train_batch_size": 1,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "max_steps": 3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "overwrite_output_dir": True,
+    }
+
+
+def losses(log: list[dict[str, float]]) -> list[float]:
+    return [h["loss"] for h in log if "loss" in h]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("stage", list(DATA))
+def test_a_stage_gives_the_same_curves_with_and_without_sequence_parallelism(stage: str, base: dict[str, Any], tmp_path: Path) -> None:
+    keys = {**base, "stage": stage, "dataset": DATA[stage], "output_dir": str(tmp_path / "out")}
+    split = run_ranks(2, train, {**keys, "sequence_parallel_size": 2, "gradient_accumulation_steps": 2}, timeout=300)[0]
+    # A cache of its own: reference log-probabilities of another sequence_parallel_size agree up to rounding, these to the last bit.
+    keys["cache"] += "1"
+    whole = run_ranks(2, train, {**keys, "sequence_parallel_size": 1, "gradient_accumulation_steps": 1}, timeout=300)[0]
+    assert len(losses(split)) == 3
+    for a, b in zip(split, whole, strict=True):
+        for name in a:
+            # The KL term of kto is a mean over the micro-batch, which accumulation makes another one.
+            if name.startswith(("loss", "grad_norm", "rewards", "logps", "accuracy")) and stage != "kto":
+                assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
+    if stage in ("dpo",):
+        assert losses(split)[0] == losses(whole)[0] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-7)
+    moved = split[0]["grad_norm"] if "grad_norm" in split[0] else 0.0
+    assert moved > 0
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("resumed_size", [2, 1])
+def test_resume_goes_on_at_the_exact_sample(resumed_size: int, base: dict[str, Any], tmp_path: Path) -> None:
+    # 24 samples, 4 a step: an epoch has 6 steps. The checkpoint lies in its middle, the run ends in the next one.
+    keys = {**base, "stage": "sft", "dataset": "manual_sft", "max_steps": 8, "save_strategy": "steps", "save_steps": 4, "packing": False}
+    through = {**keys, "output_dir": str(tmp_path / "a"), "sequence_parallel_size": 2, "gradient_accumulation_steps": 4}
+    log = run_ranks(2, train, through, timeout=300)[0]
+    checkpoint = tmp_path / "b" / "checkpoint-4"
+    shutil.copytree(tmp_path / "a" / "checkpoint-4", checkpoint)
+    resumed = {
+        **keys,
+        "output_dir": str(tmp_path / "b"),
+        "resume_from_checkpoint": str(checkpoint),
+        "sequence_parallel_size": resumed_size,
+        "gradient_accumulation_steps": 4 * resumed_size // 2,
+    }
+    again = run_ranks(2, train, resumed, timeout=300)[0]
+    tolerance = {"abs": 0, "rel": 0} if resumed_size == 2 else {"abs": 1e-6, "rel": 1e-5}
+    assert losses(again) == pytest.approx(losses(log), **tolerance)
+    assert [h["epoch"] for h in again if "loss" in h] == [h["epoch"] for h in log if "loss" in h]
+
+
+def test_resume_with_another_batch_is_refused(base: dict[str, Any], tmp_path: Path) -> None:
+    keys = {**base, "stage": "sft", "dataset": "manual_sft", "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    keys |= {"output_dir": str(tmp_path / "a"), "sequence_parallel_size": 2}
+    run_ranks(2, train, keys, timeout=300)
+    keys |= {"resume_from_checkpoint": str(tmp_path / "a" / "checkpoint-1"), "gradient_accumulation_steps": 3}
+    with pytest.raises(RankError, match=r"made with 1 samples an optimizer step; this run takes 3"):
+        run_ranks(2, train, keys, timeout=300)
+
+
+def test_the_saved_folder_is_a_plain_checkpoint(base: dict[str, Any], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    keys = {**base, "stage": "sft", "dataset": "manual_sft", "eval_dataset": "manual_sft_eval", "output_dir": str(tmp_path / "out")}
+    keys |= {"sequence_parallel_size": 2, "do_train": True, "do_eval": True, "plot_loss": True, "include_num_input_tokens_seen": True}
+    run_ranks(2, train, keys, timeout=300)
+    out = tmp_path / "out"
+    expected = {"model.safetensors", "config.json", "tokenizer.json", "train_results.json", "eval_results.json", "all_results.json"}
+    expected |= {"trainer_log.jsonl", "trainer_state.json", "training_loss.png", "README.md", "longfactory.yaml"}
+    assert expected <= {p.name for p in out.iterdir()}
+    lines = [json.loads(line) for line in (out / "trainer_log.jsonl").read_text().splitlines()]
+    assert {"current_steps", "total_steps", "loss", "lr", "epoch", "percentage", "elapsed_time", "remaining_time", "total_tokens"} <= set(lines[0])
+
+    # The evaluation under sequence parallelism is the token mean that plain transformers computes.
+    from longfactory.config import from_mapping
+    from longfactory.train.run import load_data
+
+    cfg = from_mapping({k: v for k, v in keys.items() if k != "cache"})
+    model = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    data = load_data(cfg, tokenizer, cfg.training_arguments(use_cpu=True)).eval["eval"]
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for i in range(len(data)):
+            for d in data[i]:
+                ids, labels = torch.tensor(list(d.input_ids)), torch.tensor(list(d.labels))
+                logp = torch.log_softmax(model(ids[None]).logits[0, :-1].double(), -1)
+                keep = labels[1:] >= 0
+                total -= logp.gather(1, labels[1:].clamp(min=0)[:, None])[:, 0][keep].sum().item()
+                count += int(keep.sum())
+    assert json.loads((out / "eval_results.json").read_text())["eval_loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_name_or_path": "./no/such/folder"}, "does not exist"),
+        ({"dataset": "nothing"}, "nothing"),
+        ({"max_samples": 1, "cutoff_len": 4, "cutoff_strategy": "drop"}, "empty"),
+    ],
+)
+def test_a_wrong_input_is_one_clear_message(change: dict[str, Any], message: str, base: dict[str, Any], tmp_path: Path) -> None:
+    keys = {**base, "stage": "sft", "dataset": "manual_sft", "output_dir": str(tmp_path / "out"), **change, "train_from_scratch": False}
+    if "model_name_or_path" not in change:
+        keys["train_from_scratch"] = True
+    with pytest.raises(RankError, match=message) as error:
+        run_ranks(1, train, keys, timeout=100)
+    assert UserError.__name__ in str(error.value) or "DataError" in str(error.value)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
