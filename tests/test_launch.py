@@ -87,6 +87,15 @@ def test_environment_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "mine"
 
 
+def test_one_process_has_the_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(launch.TOLD, raising=False)
+    assert launch.claim_the_word() and launch.claim_the_word()
+    monkeypatch.setenv(launch.TOLD, str(tmp_path / "told"))
+    assert [launch.claim_the_word() for _ in range(3)] == [True, False, False]
+    monkeypatch.setenv(launch.TOLD, str(tmp_path / "absent" / "told"))
+    assert launch.claim_the_word()
+
+
 WORKER = """
 import os, sys, time
 rank = int(os.environ["RANK"])

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from longfactory import __version__, launch
 from longfactory.errors import UserError
@@ -176,11 +177,22 @@ def _rank() -> int:
 def _tell(message: str) -> None:
     """Prints an error once for the whole run: the first process speaks, and another only where the first has stayed silent."""
     if _rank() != 0:
-        # When the first process fails too, the launcher ends this one during the wait.
+        # When the first process fails too, it speaks during the wait, or the launcher ends this one.
         time.sleep(3)
         message = f"Process {_rank()}: {message}"
-    print(f"longfactory: {message}", file=sys.stderr, flush=True)
+    if launch.claim_the_word():
+        print(f"longfactory: {message}", file=sys.stderr, flush=True)
+
+
+def run() -> NoReturn:
+    """`main` as a process. A worker that fails leaves at once: closing down could wait for processes that wait for it."""
+    status = main()
+    if status and launch.is_worker():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

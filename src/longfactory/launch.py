@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -103,7 +104,33 @@ def torchrun_arguments(local: int, module: str, argv: Sequence[str]) -> list[str
     return [*head, "--module", module, *argv]
 
 
+TOLD = "LONGFACTORY_TOLD"
+"""Environment variable of the workers: a path that the one who tells the user of an error creates."""
+
+
+def claim_the_word() -> bool:
+    """Whether this process is the one that tells the user: the first of a launch that asks, or any where there is no launch of ours."""
+    path = os.environ.get(TOLD)
+    if path is None:
+        return True
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except OSError as e:
+        return not isinstance(e, FileExistsError)
+    return True
+
+
 def torchrun(arguments: list[str]) -> int:
+    """`_torchrun`, with a word that one of the workers may take."""
+    with tempfile.TemporaryDirectory(prefix="longfactory-") as folder:
+        os.environ[TOLD] = os.path.join(folder, "told")
+        try:
+            return _torchrun(arguments)
+        finally:
+            del os.environ[TOLD]
+
+
+def _torchrun(arguments: list[str]) -> int:
     """Runs torchrun in this process, and returns an exit status. When one worker ends with an error, the others are ended too."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run

@@ -186,9 +186,8 @@ def _finish_training(cfg: RunConfig) -> None:
         hf["do_train"] = True
     if cfg.trainer("eval_strategy") != "no":
         hf["do_eval"] = True
-    # Rows are made by our own collator; layers are recomputed by our own checkpointing.
+    # Rows are made by our own collator.
     hf["remove_unused_columns"] = False
-    hf["gradient_checkpointing"] = False
     hf["label_names"] = ["labels"]
     for name in ("report_to", "optim_target_modules"):
         if hf.get(name) is not None:

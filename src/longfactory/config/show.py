@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from longfactory.config.run import RunConfig
 
 SECRET = ("hf_hub_token", "hub_token", "swanlab_api_key")
-OURS = ("remove_unused_columns", "gradient_checkpointing", "label_names", "resume_from_checkpoint")
+OURS = ("remove_unused_columns", "label_names", "resume_from_checkpoint")
 """Trainer keys that are settled here: written by nobody, so left out of the YAML."""
 
 

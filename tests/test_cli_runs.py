@@ -1,0 +1,84 @@
+"""`longfactory train` in processes of its own, from the command to the files, with and against the user."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from make_model import make_model  # noqa: E402
+
+EXAMPLES = sorted(p for p in (ROOT / "examples").glob("*_*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What makes any example small: a tiny model, short texts, two steps."""
+    model = make_model("tiny", tmp_path_factory.mktemp("model") / "model", vocabulary=600)
+    sizes = "cutoff_len=256 max_samples=12 max_steps=2 gradient_accumulation_steps=1 logging_steps=1 disable_tqdm=true"
+    return [f"model_name_or_path={model}", f"dataset_dir={ROOT / 'data'}", "train_from_scratch=true", *sizes.split()]
+
+
+def longfactory(*words: str, cache: Path) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
+    env |= {"LONGFACTORY_CACHE": str(cache), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, "-m", "longfactory.cli", *words], capture_output=True, text=True, env=env, timeout=280, cwd=cache.parent
+    )
+
+
+@pytest.mark.timeout(600)
+def test_train_resume_and_refuse(small: list[str], tmp_path: Path) -> None:
+    cache, out = tmp_path / "cache", tmp_path / "out"
+    words = ["train", str(ROOT / "examples" / "sft_full.yaml"), *small, f"output_dir={out}", "overwrite_output_dir=false", "save_steps=1"]
+    words += ["eval_steps=2", "sequence_parallel_size=2", "nproc_per_node=2", "save_total_limit=1"]
+    done = longfactory(*words, cache=cache)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (out / "trainer_log.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines if "loss" in line] and lines[-1]["current_steps"] == 2
+    assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-2"]
+    for name in ("model.safetensors", "tokenizer.json", "longfactory.yaml", "train_results.json", "eval_results.json", "training_loss.png"):
+        assert (out / name).is_file(), name
+
+    again = longfactory(*words, "max_steps=3", "sequence_parallel_size=1", "nproc_per_node=1", cache=cache)
+    assert again.returncode == 0, again.stderr
+    assert "The run goes on from" in again.stderr
+    assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 3
+
+    other = longfactory(*words, "stage=pt", "dataset=manual_pt", cache=cache)
+    assert other.returncode == 2
+    assert other.stderr.count("holds another run (its stage is sft, this run's pt") == 1
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (["dataset=manual_sfd"], "'manual_sfd' is not in dataset_info.json"),
+        (["model_name_or_path=./absent"], "the folder ./absent does not exist"),
+    ],
+    ids=["data", "model"],
+)
+def test_what_only_the_workers_can_find_is_told_once(change: list[str], expected: str, small: list[str], tmp_path: Path) -> None:
+    words = ["train", str(ROOT / "examples" / "sft_lora.yaml"), *small, f"output_dir={tmp_path / 'out'}", "nproc_per_node=2"]
+    done = longfactory(*words, "sequence_parallel_size=2", *change, cache=tmp_path / "cache")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count(expected) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+def test_every_example_runs(path: Path, small: list[str], tmp_path: Path) -> None:
+    words = ["train", str(path), *small, f"output_dir={tmp_path / 'out'}", "sequence_parallel_size=2", "nproc_per_node=2", "eval_steps=2"]
+    done = longfactory(*words, cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "train_results.json").is_file()
