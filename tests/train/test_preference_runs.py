@@ -1,0 +1,194 @@
+"""Whole runs of the preference stages, from a configuration to saved files: one process against two, cached references, resuming."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from longfactory.testing import RankError, RankPool, tiny_model
+
+POOLS = {1: RankPool(1), 2: RankPool(2)}
+LOG2 = torch.tensor(math.log(2)).item()
+STEPS = 4
+
+
+def run_on_ranks(argv: list[str], cache: str) -> None:
+    os.environ["LONGFACTORY_CACHE"] = cache
+    os.environ["TQDM_DISABLE"] = "1"
+    if dist.is_initialized() and dist.get_world_size() == 1:
+        dist.destroy_process_group()  # a run of one process has no group and was not started by torchrun
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
+    from longfactory.config import load_config
+    from longfactory.train.run import run
+
+    run(load_config(argv))
+
+
+def write_tokenizer(folder: Path) -> int:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE({c: i for i, c in enumerate([*special, *letters])}, []))
+    raw.add_special_tokens(special)
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A tiny model with a tokenizer, another one to refer to, and data for every stage."""
+    home = tmp_path_factory.mktemp("runs")
+    for name, seed in (("model", 0), ("other", 1)):
+        vocabulary = write_tokenizer(home / name)
+        tiny_model("llama", seed=seed, vocab_size=vocabulary).save_pretrained(home / name)
+    random.seed(0)
+
+    def text(n: int) -> str:
+        return "".join(random.choice("abcdefgh ") for _ in range(n))
+
+    pairs = [{"prompt": text(12 + i), "chosen": text(6 + 3 * i), "rejected": text(20 - i)} for i in range(12)]
+    ktos = [{"prompt": text(9), "answer": text(5 + i), "label": i % 3 != 0} for i in range(12)]
+    (home / "pairs.json").write_text(json.dumps(pairs))
+    (home / "kto.json").write_text(json.dumps(ktos))
+    info = {
+        "pairs": {"file_name": "pairs.json", "ranking": True, "columns": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}},
+        "kto": {"file_name": "kto.json", "columns": {"prompt": "prompt", "response": "answer", "kto_tag": "label"}},
+    }
+    (home / "dataset_info.json").write_text(json.dumps(info))
+    yield home
+    for pool in POOLS.values():
+        pool.stop()
+
+
+def train(home: Path, name: str, size: int, **changes: Any) -> list[dict[str, float]]:
+    """The log of a run; its output folder is `home / name`."""
+    keys: dict[str, Any] = {
+        "model_name_or_path": home / "model",
+        "stage": "dpo",
+        "do_train": True,
+        "finetuning_type": "full",
+        "dataset": "pairs",
+        "dataset_dir": home,
+        "template": "chatml",
+        "cutoff_len": 128,
+        "output_dir": home / name,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "sequence_parallel_size": size,
+        "overwrite_output_dir": True,
+        "preprocessing_num_workers": 1,
+        "precompute_ref_log_probs": True,
+        "optim": "sgd",
+    }
+    keys |= changes
+    cache = keys.pop("cache", home / "cache")
+    POOLS[size].run(run_on_ranks, [f"{k}={v}" for k, v in keys.items() if v is not None], str(cache))
+    return [h for h in json.loads((home / name / "trainer_state.json").read_text())["log_history"] if "loss" in h]
+
+
+def losses_of(log: list[dict[str, float]]) -> list[float]:
+    return [h["loss"] for h in log]
+
+
+def test_reference_numbers_are_computed_once_for_all_sizes(home: Path) -> None:
+    cache = home / "cache_once"
+    one = train(home, "one", 1, cache=cache)
+    (file,) = (cache / "reference").iterdir()
+    before = file.stat().st_mtime_ns
+    two = train(home, "two", 2, cache=cache)
+    own = train(home, "own", 2, cache=home / "cache_own")
+    assert list((cache / "reference").iterdir()) == [file] and file.stat().st_mtime_ns == before
+    assert one[0]["loss"] == LOG2 and own[0]["loss"] == LOG2  # to the last bit
+    assert two[0]["loss"] == pytest.approx(LOG2, abs=1e-6)  # numbers made by one process, read by two: up to rounding
+    assert one[0]["rewards/margins"] == 0.0
+    for other in (two, own):
+        assert losses_of(other) == pytest.approx(losses_of(one), rel=2e-5)
+        assert [h["grad_norm"] for h in other] == pytest.approx([h["grad_norm"] for h in one], rel=1e-4)
+        assert [h["rewards/margins"] for h in other] == pytest.approx([h["rewards/margins"] for h in one], abs=1e-4)
+    assert losses_of(one)[-1] != LOG2
+
+
+LORA = {"finetuning_type": "lora", "lora_target": "all", "lora_rank": 4, "learning_rate": 0.1}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_adapter_off_needs_no_second_pass_over_the_data(home: Path, size: int) -> None:
+    off = train(home, f"off{size}", size, **LORA, precompute_ref_log_probs=False, cache=home / f"cache_off{size}")
+    kept = train(home, f"kept{size}", size, **LORA, cache=home / f"cache_kept{size}")
+    assert off[0]["loss"] == LOG2 and kept[0]["loss"] == LOG2
+    assert losses_of(off) == pytest.approx(losses_of(kept), rel=1e-6)
+    assert losses_of(off)[-1] != LOG2
+    assert not (home / f"cache_off{size}" / "reference").exists()
+
+
+def test_another_reference_model(home: Path) -> None:
+    other = [train(home, f"other{size}", size, ref_model=home / "other") for size in (1, 2)]
+    assert abs(other[0][0]["loss"] - LOG2) > 1e-4
+    assert losses_of(other[0]) == pytest.approx(losses_of(other[1]), rel=2e-5)
+
+
+STAGES: dict[str, dict[str, Any]] = {
+    "orpo": {"pref_loss": "orpo"},
+    "simpo": {"pref_loss": "simpo"},
+    "ipo": {"pref_loss": "ipo", "pref_ftx": 0.1},
+    "aot": {"pref_loss": "aot"},
+    "kto": {"stage": "kto", "dataset": "kto"},
+    "rm": {"stage": "rm", "precompute_ref_log_probs": None},
+}
+
+
+@pytest.mark.parametrize("name", sorted(STAGES))
+def test_two_processes_train_what_one_trains(home: Path, name: str) -> None:
+    """Losses, norms and metrics; in training and in evaluation on held-out pairs."""
+    changes = {"val_size": 3, "eval_strategy": "steps", "eval_steps": STEPS, "per_device_eval_batch_size": 2, **STAGES[name]}
+    # References of their own: a log-ratio of 0 against one of 1e-7 would be another reward accuracy.
+    one, two = (train(home, f"{name}{n}", n, **changes, cache=home / f"cache_{name}{n}") for n in (1, 2))
+    assert len(one) == STEPS and one[0].keys() == two[0].keys()
+    for a, b in zip(one, two, strict=True):
+        for key in a:
+            assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-4), key
+    evaluated = [
+        [h for h in json.loads((home / f"{name}{n}" / "trainer_state.json").read_text())["log_history"] if "eval_loss" in h][-1]
+        for n in (1, 2)
+    ]
+    wanted = "eval_accuracy" if name == "rm" else "eval_kl" if name == "kto" else "eval_rewards/accuracies"
+    for key in ("eval_loss", wanted):
+        assert evaluated[0][key] == pytest.approx(evaluated[1][key], rel=1e-3, abs=1e-4)
+    if name == "rm":
+        assert (home / "rm2" / "value_head.safetensors").is_file()
+
+
+def test_a_run_goes_on_at_another_size(home: Path) -> None:
+    """Two steps on one process, then two on two: the steps of an unbroken run, with the stored reference and the running mean of bco."""
+    cache, bco = home / "cache_resume", {"pref_bco_weight": 0.5, "save_strategy": "steps", "save_steps": 2}
+    whole = train(home, "whole", 1, cache=cache, **bco)
+    shutil.rmtree(home / "whole" / f"checkpoint-{STEPS}")
+    resumed = {"overwrite_output_dir": None, "resume_from_checkpoint": home / "whole" / "checkpoint-2"}
+    rest = train(home, "rest", 2, cache=cache, **bco, **resumed)
+    assert losses_of(rest) == pytest.approx(losses_of(whole), rel=2e-5)  # the log of a resumed run holds the steps before it
+    state = json.loads((home / "rest" / f"checkpoint-{STEPS}" / "longfactory_state.json").read_text())
+    assert state["stage"]["rewards"][1] == 2 * 3 * STEPS  # rewards of all pairs seen, not only of those since
+    with pytest.raises(RankError, match="the reference log-probabilities of its beginning are not in the cache"):
+        train(home, "late", 1, cache=home / "cache_gone", **bco, **resumed)
