@@ -143,7 +143,7 @@ def test_the_saved_folder_is_a_plain_checkpoint(base: dict[str, Any], tmp_path: 
     cfg = from_mapping({k: v for k, v in keys.items() if k != "cache"})
     model = AutoModelForCausalLM.from_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(out)
-    data = load_data(cfg, tokenizer, cfg.training_arguments(use_cpu=True)).eval["eval"]
+    data = load_data(cfg, tokenizer).eval["eval"]
     total, count = 0.0, 0
     with torch.no_grad():
         for i in range(len(data)):

@@ -77,14 +77,17 @@ def wrap_classes(model: Any) -> list[str]:
     return found
 
 
-def fix_fsdp2_plugin(accelerator: Any, model: Any) -> None:
-    """After the Trainer exists and before the model is wrapped: the mixed-precision policy and the layers to wrap."""
+def fix_fsdp2_plugin(accelerator: Any, model: Any, split: bool = False) -> None:
+    """After the Trainer exists and before the model is wrapped: the mixed-precision policy and the layers to wrap.
+
+    `split`: the weights are bf16 by themselves (split masters); their gradients are reduced in fp32 all the same.
+    """
     import torch
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     plugin = accelerator.state.fsdp_plugin
     plugin.transformer_cls_names_to_wrap = wrap_classes(model)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get("bf16" if split else accelerator.mixed_precision)
     if dtype is not None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=None)
 

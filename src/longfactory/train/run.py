@@ -6,8 +6,6 @@ import dataclasses
 import logging
 import os
 import types
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,13 +19,15 @@ from longfactory.errors import UserError
 from longfactory.model import adapters, load
 from longfactory.model.liger import apply_liger
 from longfactory.model.memory.apply import apply_memory
-from longfactory.model.memory.settings import MemorySettings
+from longfactory.model.memory.auto import explain_out_of_memory
 from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.model.value_head import TokenValues
 from longfactory.shard import settings as shard
 from longfactory.sp import hf
 from longfactory.train import output
 from longfactory.train.callbacks import AtStart, LogFile
+from longfactory.train.memory_plan import FitMemory, Memory, plan_memory
+from longfactory.train.optimizers import optimizer_factory
 from longfactory.train.prove import prove_exact
 from longfactory.train.stages import Stage, make_stage
 from longfactory.train.trainer import RowTrainer
@@ -52,9 +52,15 @@ def run(cfg: RunConfig) -> dict[str, float]:
 
     model_config = load.load_config(cfg.model, cfg.data.cutoff_len)
     sharding = choose_sharding(cfg, model_config, world, cuda)
-    args = training_arguments(cfg, sharding)
-    main = args.process_index == 0
+    main = os.environ.get("RANK", "0") == "0"
     _set_up_log(main)
+    tokenizer = load.load_tokenizer(cfg.model)
+    stage = make_stage(cfg.method.stage, cfg.method)
+    datasets = load_data(cfg, tokenizer)
+    memory = plan_memory(cfg, model_config, datasets, size, sharding, world, cuda)
+    log.info(memory.plan.table)
+
+    args = training_arguments(cfg, sharding, memory)
     set_seed(args.seed)  # adapters and value heads begin the same on every rank
     ctx = sp.SequenceParallel.create(
         size,
@@ -65,19 +71,18 @@ def run(cfg: RunConfig) -> dict[str, float]:
         device_type=args.device.type,
     )
 
-    tokenizer = load.load_tokenizer(cfg.model)
-    stage = make_stage(cfg.method.stage, cfg.method)
-    datasets = load_data(cfg, tokenizer, args)
     if main:
         cfg.write()
     for line in describe(cfg, ctx, args, sharding, datasets):
         log.info(line)
 
-    model, head = build_model(cfg, model_config, tokenizer, ctx, args, stage)
-    trainer = make_trainer(cfg, args, ctx, stage, model, head, tokenizer, datasets)
+    model, head = build_model(cfg, model_config, tokenizer, ctx, args, stage, memory.split)
+    activations = apply_memory(model, memory.plan.settings, args.device)
+    trainer = make_trainer(cfg, args, ctx, stage, model, head, tokenizer, datasets, memory)
+    trainer.add_callback(FitMemory(memory.plan, activations))
     shard.check_sharding(trainer.accelerator, sharding, world)
     if sharding == "fsdp2":
-        shard.fix_fsdp2_plugin(trainer.accelerator, model)
+        shard.fix_fsdp2_plugin(trainer.accelerator, model, split=memory.split)
 
     metrics: dict[str, float] = {}
     if args.do_train:
@@ -86,7 +91,10 @@ def run(cfg: RunConfig) -> dict[str, float]:
         checkpoint = cfg.resume_checkpoint()
         if checkpoint:
             trainer.check_resume(checkpoint)
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            result = trainer.train(resume_from_checkpoint=checkpoint)
+        except torch.OutOfMemoryError as error:
+            raise UserError(explain_out_of_memory(memory.plan, error)) from error
         metrics.update(result.metrics)
         output.save_trained(trainer, cfg, tokenizer, result)
     if args.do_eval and datasets.eval:
@@ -113,7 +121,7 @@ def _set_up_log(main: bool) -> None:
         logger.propagate = False
 
 
-def load_data(cfg: RunConfig, tokenizer: Any, args: Any) -> data.Datasets:
+def load_data(cfg: RunConfig, tokenizer: Any) -> data.Datasets:
     """The tokenised data of the run."""
     share = cfg.method.pref_share_prompt
     options = types.SimpleNamespace(
@@ -122,7 +130,7 @@ def load_data(cfg: RunConfig, tokenizer: Any, args: Any) -> data.Datasets:
         hf_hub_token=cfg.model.hf_hub_token,
     )
     template = None if cfg.method.stage == "pt" else get_template(options, tokenizer, log)
-    return data.load_datasets(options, stage=cfg.method.stage, tokenizer=tokenizer, template=template, seed=args.seed, log=log)
+    return data.load_datasets(options, stage=cfg.method.stage, tokenizer=tokenizer, template=template, seed=cfg.trainer("seed"), log=log)
 
 
 def choose_sharding(cfg: RunConfig, model_config: Any, world: int, cuda: bool) -> str:
@@ -147,7 +155,7 @@ def parameter_count(model_config: Any) -> int:
         return sum(p.numel() for p in AutoModelForCausalLM.from_config(model_config).parameters())
 
 
-def training_arguments(cfg: RunConfig, sharding: str) -> Any:
+def training_arguments(cfg: RunConfig, sharding: str, memory: Memory) -> Any:
     """transformers' TrainingArguments with the settings that keep gradients exact. Opens the process group."""
     extra: dict[str, Any] = {
         "accelerator_config": shard.accelerator_arguments(),
@@ -156,6 +164,8 @@ def training_arguments(cfg: RunConfig, sharding: str) -> Any:
         "label_names": [],
         "include_num_input_tokens_seen": "no",  # the Trainer would count a row once for each rank that holds a part of it
     }
+    if memory.split:
+        extra["bf16"] = False  # the weights themselves are bf16: nothing is cast, and no fp32 copy is made of them
     if sharding == "fsdp2":
         extra |= shard.fsdp2_arguments(
             # Random weights are made on each device; loading them by rank 0 alone would only send them round.
@@ -170,9 +180,11 @@ def training_arguments(cfg: RunConfig, sharding: str) -> Any:
     return args
 
 
-def build_model(cfg: RunConfig, model_config: Any, tokenizer: Any, ctx: sp.SequenceParallel, args: Any, stage: Stage) -> tuple[Any, Any]:
-    """The model with the engine's attention, what is trained of it, its output layer taken over, and its memory plan."""
-    dtype = load.compute_dtype(args) if not cfg.method.pure_bf16 else torch.bfloat16
+def build_model(
+    cfg: RunConfig, model_config: Any, tokenizer: Any, ctx: sp.SequenceParallel, args: Any, stage: Stage, split: bool
+) -> tuple[Any, Any]:
+    """The model with the engine's attention, what is trained of it, and its output layer taken over."""
+    dtype = torch.bfloat16 if cfg.method.pure_bf16 or split else load.compute_dtype(args)
     quantization = load.quantization_config(cfg.model, dtype)
     on_device = args.device if cfg.model.train_from_scratch else None
     model = load.load_model(cfg.model, model_config, dtype, attention=hf.ATTENTION, device=on_device, quantization=quantization)
@@ -191,47 +203,15 @@ def build_model(cfg: RunConfig, model_config: Any, tokenizer: Any, ctx: sp.Seque
         else TokenLogprobs(model, None if cfg.memory.logprob_chunk == "auto" else cfg.memory.logprob_chunk)
     )
     zero3 = bool(args.deepspeed) and args.hf_deepspeed_config is not None and args.hf_deepspeed_config.is_zero3()
-    if not cfg.method.pure_bf16 and not zero3:
+    if not cfg.method.pure_bf16 and not zero3 and not split:
         adapters.cast_trainable(model)
     trainable, total = adapters.count_parameters(model)
     log.info("Trainable parameters: %s of %s (%.2f %%)", f"{trainable:,}", f"{total:,}", 100 * trainable / max(total, 1))
-    apply_memory(model, memory_settings(cfg, args), args.device)
     return model, head
 
 
-def memory_settings(cfg: RunConfig, args: Any) -> MemorySettings:
-    """The user's keys, with what they leave open."""
-    m = cfg.memory
-    if m.disable_gradient_checkpointing:
-        return MemorySettings(checkpoint="none")
-    cuda = args.device.type == "cuda"
-    offload = m.offload_activations is True or (m.offload_activations == "auto" and m.memory == "long")
-    local = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return MemorySettings(
-        checkpoint="full",
-        keep_attention=m.keep_attention if m.keep_attention != "auto" else float(m.memory != "long"),
-        offload=("inputs" if m.memory == "long" else "inputs+attention") if offload else "none",
-        pool_bytes=int(host_bytes() * HOST_SHARE) // local if offload else 0,
-        mlp_chunk=(m.mlp_chunk or None) if m.mlp_chunk != "auto" else (8192 if cuda else None),
-        segment_layers=1 if m.segment_layers == "auto" else m.segment_layers,
-    )
-
-
-# Share of host memory that offloaded activations may page-lock: the rest is for data, optimizer states and the system.
-HOST_SHARE = 0.6
-
-
-def host_bytes() -> int:
-    """Memory of this machine, or of this container where that is less."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        total = min(total, int(text))
-    return total
-
-
 def make_trainer(
-    cfg: RunConfig, args: Any, ctx: sp.SequenceParallel, stage: Stage, model: Any, head: Any, tokenizer: Any, datasets: Any
+    cfg: RunConfig, args: Any, ctx: sp.SequenceParallel, stage: Stage, model: Any, head: Any, tokenizer: Any, datasets: Any, memory: Memory
 ) -> RowTrainer:
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     eval_sets = datasets.eval or None
@@ -246,7 +226,7 @@ def make_trainer(
         collate=data.collate,
         pad_id=pad_id,
         shuffle=not cfg.method.disable_shuffling,
-        make_optimizer=optimizer_factory(cfg),
+        make_optimizer=optimizer_factory(cfg, memory),
         log_tokens=cfg.log_tokens,
         train_dataset=datasets.train,
         eval_dataset=eval_sets,
@@ -261,28 +241,6 @@ def make_trainer(
 
         trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=cfg.method.early_stopping_steps))
     return trainer
-
-
-def optimizer_factory(cfg: RunConfig) -> Callable[[Any, Any], torch.optim.Optimizer] | None:
-    """LoRA+ needs two learning rates; everything else is the Trainer's own choice."""
-    ratio = cfg.method.loraplus_lr_ratio
-    if ratio is None:
-        return None
-
-    def make(model: Any, trainer: Any) -> torch.optim.Optimizer:
-        from peft.optimizers import create_loraplus_optimizer
-
-        cls, kwargs = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
-        return create_loraplus_optimizer(
-            model,
-            optimizer_cls=cls,
-            loraplus_lr_ratio=ratio,
-            loraplus_lr_embedding=cfg.method.loraplus_lr_embedding,
-            loraplus_weight_decay=trainer.args.weight_decay,
-            **kwargs,
-        )
-
-    return make
 
 
 def describe(cfg: RunConfig, ctx: sp.SequenceParallel, args: Any, sharding: str, datasets: Any) -> list[str]:
