@@ -1,0 +1,460 @@
+"""One row of the throughput and length tables: complete training steps of one system, at several lengths, in processes of its own.
+
+Run by `throughput.py` and `length.py`, one process a GPU, with a job as JSON (see `Job`). Every process builds the model on its device with random
+weights, trains at each length in turn, and prints a line `RESULT {...}` for each, so that what was measured before memory ran out is not lost.
+
+Rows:
+    ours            longfactory: memory: auto (the keys of `settings` on top), its own layer function
+    ours-generic    the same with Hugging Face's layer code in pieces
+    ours-recompute  the same with attention computed twice
+    hf              Hugging Face layers and checkpointing, zigzag ring, full fp32 logits; the same sharding and optimizer as ours
+    ulysses, alst   DeepSpeed: UlyssesSPAttentionHF and ZeRO-3; alst adds TiledMLP and the tiled loss. Need the package deepspeed
+    rates           this GPU's rates: matrix products of the model's shapes, attention forward and backward at each length
+    slope           some layers only, no optimizer: how peak memory grows with length
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+GiB = 2**30
+SHAPES: dict[str, dict[str, Any]] = {
+    "7b": {  # Qwen2.5-7B
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+    },
+    "14b": {  # Qwen2.5-14B
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "vocab_size": 152064,
+    },
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+    },
+}
+
+
+@dataclasses.dataclass
+class Job:
+    row: str
+    tokens: list[int]
+    shape: str = "7b"
+    layers: int | None = None  # fewer layers than the shape has; said in the result
+    kernel: str = "auto"  # attention backend: auto (cuDNN on Hopper), flash (FlashAttention 2), cpu
+    steps: int = 2  # timed steps at each length; the fastest counts
+    warm: bool = True  # one more step at each length before them
+    memory: str = "auto"  # auto, fast, long
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    optimizer: bool = True
+    host_share: float = 1.0  # of the host's memory, as if the machine had less
+    mode: str = "zigzag-ring"
+
+
+class Bench:
+    """The process: its device, its group, and how it reports."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if self.cuda else torch.device("cpu")
+        if self.cuda:
+            torch.cuda.set_device(self.device)
+        self.tokens = 0
+        self.begun = time.time()
+
+    def open_group(self) -> None:
+        if self.world > 1:
+            dist.init_process_group("nccl" if self.cuda else "gloo", device_id=self.device if self.cuda else None)
+
+    def say(self, **facts: Any) -> None:
+        facts = {"row": self.job.row, "kernel": self.job.kernel, "tokens": self.tokens, "gpus": self.world, **facts}
+        if self.job.layers is not None:
+            facts["layers"] = self.job.layers
+        print("RESULT " + json.dumps(facts), flush=True)
+
+    def log(self, text: str) -> None:
+        if self.rank == 0:
+            print(f"[{time.time() - self.begun:6.1f} s] {text}", flush=True)
+
+    def sync(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.time()
+
+    def config(self) -> Any:
+        from transformers import AutoConfig
+
+        shape = dict(SHAPES[self.job.shape])
+        if self.job.layers is not None:
+            shape["num_hidden_layers"] = self.job.layers
+        config = AutoConfig.for_model("qwen2", **shape, max_position_embeddings=1 << 22, tie_word_embeddings=False, rope_theta=1e6)
+        config.use_cache = False
+        return config
+
+    def model(self, attention: str) -> Any:
+        """Random bf16 weights, made on the device."""
+        from transformers import AutoModelForCausalLM
+
+        torch.manual_seed(0)
+        torch.set_default_device(self.device)
+        try:
+            model = AutoModelForCausalLM.from_config(self.config(), dtype=torch.bfloat16, attn_implementation=attention)
+        finally:
+            torch.set_default_device(None)
+        self.log(f"model made: {sum(p.numel() for p in model.parameters()) / 1e9:.2f} B parameters")
+        return model.train()
+
+    def row(self, tokens: int, vocab: int) -> tuple[Tensor, Tensor]:
+        """ids [T], and the labels of the next token; -100 at the end."""
+        g = torch.Generator().manual_seed(tokens)
+        ids = torch.randint(0, vocab, (tokens,), generator=g)
+        return ids, torch.cat([ids[1:], torch.tensor([-100])])
+
+    def measure(self, step: Callable[[int], tuple[float, dict[str, float]]], before: Callable[[int], dict[str, Any]] | None = None) -> None:
+        """Runs the steps at every length and reports each. `step` returns the loss and the seconds of its parts."""
+        for tokens in self.job.tokens:
+            self.tokens = tokens
+            facts = before(tokens) if before is not None else {}
+            if self.cuda:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            times, loss = [], math.nan
+            for i in range(self.job.steps + self.job.warm):
+                if self.world > 1:
+                    dist.barrier()
+                start = self.sync()
+                loss, parts = step(tokens)
+                times.append((self.sync() - start, parts))
+                self.log(f"{self.job.row} {tokens} tokens, step {i}: {times[-1][0]:.2f} s, loss {loss:.4f}, {parts}")
+            seconds, parts = min(times[1:] if self.job.warm else times, key=lambda t: t[0])
+            peak = torch.cuda.max_memory_allocated() if self.cuda else 0
+            reserved = torch.cuda.max_memory_reserved() if self.cuda else 0
+            if self.rank == 0:
+                self.say(seconds=seconds, first=times[0][0], loss=loss, peak=peak, reserved=reserved, parts=parts, **facts)
+
+
+def shard(bench: Bench, model: Any) -> None:
+    """FSDP2 with fp32 masters, bf16 compute, gradients reduced in fp32: a unit a layer, and one of everything else."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(bench.device.type, (bench.world,))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in model.model.layers:
+        fully_shard(layer.float(), mesh=mesh, mp_policy=policy)
+    for part in (model.model.embed_tokens, model.model.norm, model.lm_head):
+        part.float()
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def make_optimizer(bench: Bench, model: Any, placement: str) -> torch.optim.Optimizer:
+    """AdamW with exact fp32 weights and states: torch's on fp32 shards, the split master on one GPU's bf16 weights."""
+    from longfactory.model.memory.optimizer import SplitAdamW
+
+    if bench.world > 1 and placement == "gpu":
+        return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=bench.cuda)
+    return SplitAdamW(model.parameters(), lr=1e-5, placement=placement)  # type: ignore[arg-type]
+
+
+def finish_step(bench: Bench, model: Any, optimizer: torch.optim.Optimizer | None, loss: Tensor, start: float) -> tuple[float, dict[str, float]]:
+    """Backward, clipping, update. Returns the row's loss and the seconds of the parts."""
+    value = loss.detach().float()
+    forward = bench.sync()
+    loss.backward()
+    backward = bench.sync()
+    if optimizer is not None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+    end = bench.sync()
+    return float(value), {"forward": forward - start, "backward": backward - forward, "update": end - backward}
+
+
+def ours(bench: Bench) -> None:
+    from longfactory import sp
+    from longfactory.model.memory.apply import apply_memory
+    from longfactory.model.memory.auto import choose_memory, host_memory
+    from longfactory.model.token_logprobs import TokenLogprobs
+    from longfactory.sp import hf
+
+    job = bench.job
+    ctx = sp.SequenceParallel.create(bench.world, mode=job.mode, backend=job.kernel, device_type=bench.device.type)
+    model = bench.model(hf.ATTENTION)
+    hf.prepare(model, ctx)
+    head = TokenLogprobs(model)
+    config = model.config
+    gpu_bytes = torch.cuda.mem_get_info()[1] if bench.cuda else 0
+    name = torch.cuda.get_device_name() if bench.cuda else "cpu"
+    user: dict[str, Any] = {k: v for k, v in job.settings.items() if k not in ("layer", "pool_bytes")}
+    if job.row == "ours-recompute":
+        user["keep_attention"] = 0.0
+    layer = "generic" if job.row == "ours-generic" else "auto"
+
+    def settings(tokens: int) -> Any:
+        plan = choose_memory(
+            config,
+            tokens,
+            gpu_bytes=gpu_bytes,
+            host_bytes=int(host_memory() * job.host_share),
+            gpu_name=name,
+            world=bench.world,
+            sp=bench.world,
+            mode=job.memory,
+            split_master=bench.world == 1,
+            user=user,
+            lora=layer == "generic",  # the layer's own bytes
+        )
+        bench.log(plan.table)
+        return plan, dataclasses.replace(plan.settings, layer=layer)
+
+    first = settings(max(job.tokens))[1]
+    store = apply_memory(model, first, bench.device)
+    if bench.world > 1:
+        shard(bench, model)
+    optimizer = make_optimizer(bench, model, first.optimizer) if job.optimizer else None
+    bench.log("sharded, optimizer made")
+
+    def before(tokens: int) -> dict[str, Any]:
+        plan, new = settings(tokens)
+        new = dataclasses.replace(new, optimizer=first.optimizer)
+        store.change(new)
+        local, start = tokens // bench.world, time.time()
+        store.reserve(local * (2 * config.num_attention_heads * plan.job.shape.head_dim + 4 * config.num_attention_heads) + 512)
+        locked = store.pool.locked_bytes if store.pool is not None else 0
+        bench.log(f"{locked / GiB:.1f} GiB page-locked in {time.time() - start:.1f} s")
+        return {
+            "settings": dataclasses.asdict(new),
+            "locked": locked,
+            "host_states": plan.budget.host.get("optimizer", 0.0),
+            "predicted_seconds": plan.budget.seconds,
+            "predicted_peak": plan.budget.gpu_total,
+        }
+
+    def step(tokens: int) -> tuple[float, dict[str, float]]:
+        start = bench.sync()
+        ids, labels = bench.row(tokens, config.vocab_size)
+        plan = sp.plan(tokens, None, ctx)
+        row = {"input_ids": ids.to(bench.device), "position_ids": torch.arange(tokens, device=bench.device)}
+        with head.labels(labels[plan.index]):
+            out = model(**hf.inputs(row, plan))
+            local = head.outputs(out.logits)
+        # Every rank differentiates the row's loss; the sharding engine averages over ranks.
+        loss = -sp.gather(local.logps, plan).sum() / (tokens - 1)
+        del out, local
+        return finish_step(bench, model, optimizer, loss, start)
+
+    if bench.cuda and job.warm is False:
+        store.change(dataclasses.replace(settings(16384)[1], optimizer=first.optimizer))
+        step(16384)  # kernels are compiled once a process
+    bench.measure(step, before)
+
+
+def hf_recipe(bench: Bench) -> None:
+    from longfactory import sp
+    from longfactory.sp import hf
+
+    job = bench.job
+    ctx = sp.SequenceParallel.create(bench.world, mode=job.mode, backend=job.kernel, device_type=bench.device.type)
+    model = bench.model(hf.ATTENTION)
+    hf.prepare(model, ctx)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if bench.world > 1:
+        shard(bench, model)
+    optimizer = make_optimizer(bench, model, job.settings.get("optimizer", "gpu")) if job.optimizer else None
+
+    def step(tokens: int) -> tuple[float, dict[str, float]]:
+        start = bench.sync()
+        ids, labels = bench.row(tokens, model.config.vocab_size)
+        plan = sp.plan(tokens, None, ctx)
+        row = {"input_ids": ids.to(bench.device), "position_ids": torch.arange(tokens, device=bench.device)}
+        logits = model(**hf.inputs(row, plan)).logits[0].float()
+        mine = labels[plan.index].to(bench.device)
+        loss = F.cross_entropy(logits, mine, reduction="sum", ignore_index=-100) * bench.world / (tokens - 1)
+        del logits
+        value, parts = finish_step(bench, model, optimizer, loss, start)
+        total = torch.tensor(value / bench.world, device=bench.device)
+        if bench.world > 1:
+            dist.all_reduce(total)
+        return float(total), parts
+
+    bench.measure(step)
+
+
+def deepspeed_row(bench: Bench) -> None:
+    """DeepSpeed's ALST as its documentation composes it, or (row ulysses) its sequence parallelism alone with full logits."""
+    try:
+        import deepspeed
+        from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss, TiledMLP, UlyssesSPAttentionHF
+    except Exception as error:
+        bench.tokens = bench.job.tokens[0]
+        if bench.rank == 0:
+            bench.say(error=f"deepspeed cannot be imported: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+        return
+    from transformers import AutoModelForCausalLM
+    from transformers.models.qwen2 import modeling_qwen2
+
+    job, world = bench.job, bench.world
+    tiled = job.row == "alst"
+    if not bench.cuda:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    deepspeed.init_distributed("nccl" if bench.cuda else "gloo")
+    if bench.cuda and job.kernel == "flash":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    if tiled:
+
+        def mlp(self: Any, x: Tensor) -> Tensor:
+            def compute(self: Any, x: Tensor) -> Tensor:
+                return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+            shards = max(1, math.ceil(x.shape[-2] / self.hidden_size))
+            return TiledMLP.apply(compute, self, x, shards, [self.down_proj.weight, self.gate_proj.weight, self.up_proj.weight])
+
+        modeling_qwen2.Qwen2MLP.forward = mlp
+    zero = {"stage": 3, "overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": 5e8, "stage3_prefetch_bucket_size": 5e8}
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "bf16": {"enabled": True},
+        "gradient_clipping": 1.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero | ({} if job.shape != "tiny" else {"reduce_bucket_size": 1e5, "stage3_prefetch_bucket_size": 1e5}),
+        "sequence_parallel_size": world,
+    }
+    torch.manual_seed(0)
+    config = bench.config()
+    with deepspeed.zero.Init(config_dict_or_path=settings, dtype=torch.bfloat16):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    mpu = UlyssesSPAttentionHF.register_with_transformers(
+        model_name_or_path=model,
+        core_attn_implementation="sdpa",
+        sequence_parallel_size=world,
+        micro_batch_size=1,
+        seq_length_is_variable=True,
+    )
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": tiled})  # TiledMLP needs the reentrant kind
+    model.enable_input_require_grads()
+    model.train()
+    adam = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=bench.cuda)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=settings, mpu=mpu)
+    bench.log("DeepSpeed engine made")
+
+    def head_loss(self: Any, h: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.lm_head(h).float().view(-1, config.vocab_size), y.view(-1), reduction="sum", ignore_index=-100)
+
+    def step(tokens: int) -> tuple[float, dict[str, float]]:
+        start = bench.sync()
+        ids, labels = bench.row(tokens, config.vocab_size)
+        mine = slice(bench.rank * tokens // world, (bench.rank + 1) * tokens // world)
+        x, y = ids[None, mine].to(bench.device), labels[None, mine].to(bench.device)
+        positions = torch.arange(mine.start, mine.stop, device=bench.device)[None]
+        if tiled:
+            h = engine.module.model(input_ids=x, position_ids=positions).last_hidden_state
+            shards = max(1, math.ceil(x.shape[1] * config.vocab_size * 4 / GiB))
+            total = TiledFusedLogitsLoss.apply(head_loss, engine.module, h, y, None, shards, [engine.module.lm_head.weight], "sum")
+            loss = total / (tokens - 1)
+        else:
+            logits = engine(input_ids=x, position_ids=positions).logits.float()
+            loss = F.cross_entropy(logits.view(-1, config.vocab_size), y.view(-1), reduction="sum", ignore_index=-100) / (tokens - 1)
+            del logits
+        value = loss.detach().clone()
+        forward = bench.sync()
+        engine.backward(loss * world)
+        backward = bench.sync()
+        engine.step()
+        end = bench.sync()
+        dist.all_reduce(value)
+        return float(value), {"forward": forward - start, "backward": backward - forward, "update": end - backward}
+
+    bench.measure(step)
+
+
+def rates(bench: Bench) -> None:
+    """What this GPU's kernels reach: the roofline is made of these."""
+    from longfactory import sp
+
+    shape = SHAPES[bench.job.shape]
+    h, f, heads, kv = (shape[k] for k in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"))
+    dim, dtype = h // heads, torch.bfloat16
+    ctx = sp.SequenceParallel.create(1, backend=bench.job.kernel, device_type=bench.device.type)
+
+    def timed(work: Callable[[], Any], repeats: int) -> float:
+        work()
+        start = bench.sync()
+        for _ in range(repeats):
+            work()
+        return (bench.sync() - start) / repeats
+
+    rows = 8192 if bench.cuda else 64
+    flops = seconds = 0.0
+    for n, m in ((h, h), (h, f), (f, h)):
+        a, b = torch.randn(rows, n, device=bench.device, dtype=dtype), torch.randn(n, m, device=bench.device, dtype=dtype)
+        seconds += timed(lambda a=a, b=b: a @ b, 20 if bench.cuda else 1)
+        flops += 2.0 * rows * n * m
+    gemm = flops / seconds
+    for tokens in bench.job.tokens:
+        bench.tokens = tokens
+        # Rates are the same above this length, and one call takes seconds.
+        measured = min(tokens, 131072)
+        plan = sp.plan(measured, None, ctx)
+        q = torch.randn(measured, heads, dim, device=bench.device, dtype=dtype)
+        k, v = (torch.randn(measured, kv, dim, device=bench.device, dtype=dtype) for _ in range(2))
+        out, lse = sp.attention_forward(q, k, v, plan)
+        repeats = max(1, int(3e14 / (2.0 * measured**2 * heads * dim))) if bench.cuda else 1
+        forward = timed(lambda: sp.attention_forward(q, k, v, plan), min(repeats, 20))  # noqa: B023
+        backward = timed(lambda: sp.attention_backward(out, q, k, v, out, lse, plan), min(repeats, 20))  # noqa: B023
+        area = 2.0 * measured**2 * heads * dim
+        bench.say(gemm=gemm, attention_forward=area / forward, attention_backward=2.5 * area / backward, measured_at=measured)
+
+
+def main() -> int:
+    job = Job(**json.loads(sys.argv[1]))
+    bench = Bench(job)
+    rows = {"ours": ours, "ours-generic": ours, "ours-recompute": ours, "slope": ours, "hf": hf_recipe, "rates": rates}
+    rows |= {"alst": deepspeed_row, "ulysses": deepspeed_row}
+    try:
+        if job.row not in ("alst", "ulysses"):
+            bench.open_group()
+        rows[job.row](bench)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        bench.say(error="out of memory", detail=str(error).splitlines()[0][:300])
+        sys.stdout.flush()
+        os._exit(3)  # others may wait in a collective: leaving at once lets the launcher end them
+    except BaseException as error:
+        traceback.print_exc()
+        bench.say(error=f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}")
+        sys.stdout.flush()
+        os._exit(4)
+    sys.stdout.flush()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
