@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -13,14 +14,18 @@ from longfactory import sp
 from longfactory.sp import Segment
 from longfactory.testing import RankError, run_ranks
 
+plans: Any = sys.modules["longfactory.sp.plan"]  # sp.plan itself is the function
 LENGTH = 96
 ONE = (Segment(0, LENGTH),)
 PACKED = (Segment(0, 30), Segment(30, 30), Segment(30, 31), Segment(31, 70), Segment(70, LENGTH))
+# One document over the first two chunks of eight, the others inside chunks: the ring stops after one step of three.
+EARLY = (Segment(0, 24), *(Segment(12 * c, 12 * c + 12) for c in range(2, 8)))
 BRANCHES = (Segment(0, 40), Segment(40, 52, 0), Segment(52, 75, 0), Segment(75, 80, 2), Segment(80, LENGTH))
 
 MASKS: dict[str, dict[str, Any]] = {
     "one document": {"segments": ONE},
     "packed": {"segments": PACKED},
+    "early end": {"segments": EARLY},
     "branches": {"segments": BRANCHES},
     "window": {"segments": ONE, "window": 11},
     "packed window": {"segments": PACKED, "window": 7},
@@ -56,8 +61,10 @@ def compare(
     softcap: float | None = None,
     sinks: bool = False,
     auto_heads: bool = False,
+    fetch: bool = False,
 ) -> dict[str, float]:
-    """Largest difference from plain attention, by tensor. Runs on every rank."""
+    """Largest difference from plain attention, by tensor. Runs on every rank. `fetch`: a ring may give way to a fetch."""
+    plans.FETCH_BELOW = 0.5 if fetch else -1.0
     ctx = context(mode, ulysses, heads=heads if auto_heads else None, kv=kv_heads if auto_heads else None)
     length = segments[-1].stop
     plan = sp.plan(length, segments, ctx)
@@ -87,6 +94,13 @@ def compare(
 @pytest.mark.parametrize(("ranks", "mode", "ulysses"), SCHEDULES)
 def test_schedule_and_mask(ranks: int, mode: str, ulysses: int | None, mask: str) -> None:
     for errors in run_ranks(ranks, compare, mode, ulysses, **MASKS[mask]):
+        assert max(errors.values()) <= 1e-12, errors
+
+
+@pytest.mark.parametrize("mask", ["early end", "packed window sinks", "branches window"])
+@pytest.mark.parametrize(("mode", "ulysses"), [("zigzag-ring", None), ("usp", 2)])
+def test_ring_gives_way_to_a_fetch(mode: str, ulysses: int | None, mask: str) -> None:
+    for errors in run_ranks(4, compare, mode, ulysses, **MASKS[mask], fetch=True):
         assert max(errors.values()) <= 1e-12, errors
 
 

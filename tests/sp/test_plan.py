@@ -100,6 +100,13 @@ def test_auto(
     assert ctx.said == {choice.reason}
 
 
+def test_ring_gives_way_where_little_is_needed() -> None:
+    for ctx in ranks(4, "zigzag-ring"):
+        plan = sp.plan(64, None, ctx)
+        assert not plan.mask().fetch_is_smaller, "the last chunk needs all that the ring brings"
+        assert plan.mask(window=5).fetch_is_smaller
+
+
 def test_masks_are_made_once() -> None:
     plan = sp.plan(16, None, SequenceParallel())
     assert plan.mask(4) is plan.mask(4)

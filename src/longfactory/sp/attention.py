@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ def attention_backward(
 def _forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """out [T/n, H, Dv], lse, and (q, k, v, out) as the schedule holds them between its exchanges of heads."""
     plan = call.plan
-    schedule = gather if plan.choice.exchange == "gather" else ring
+    schedule = _schedule(call)
     hq, hk, hv, _ = _to_heads(q, k, v, None, call)
     total, lse = schedule.forward(hq, hk, hv, call)
     if sinks is not None:
@@ -122,7 +123,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     plan = call.plan
     group = plan.axes.ulysses
-    schedule = gather if plan.choice.exchange == "gather" else ring
+    schedule = _schedule(call)
     q, k, v, out = held
     dout = ulysses.to_heads(dout, group)
     dq, dk, dv = schedule.backward(dout, q, k, v, out, lse, call)
@@ -138,6 +139,11 @@ def _backward(
     dq = ulysses.to_rows(dq.to(q.dtype), group)
     dk, dv = (ulysses.to_rows(g, group, repeat) for g in (dk, dv))
     return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks
+
+
+def _schedule(call: Call) -> ModuleType:
+    """A ring passes everything to everyone; where windows or documents leave little to pass, the little is fetched."""
+    return gather if call.plan.choice.exchange == "gather" or call.mask.fetch_is_smaller else ring
 
 
 def _to_heads(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, call: Call) -> tuple[Tensor, ...]:

@@ -16,6 +16,9 @@ from .layout import Interval, Layout, Segment, balanced, contiguous, zigzag
 from .schedules.choose import Choice, choose
 from .tiles import Mask, Run, Tile, intersect, runs
 
+FETCH_BELOW = 0.5
+"""A ring gives way to a fetch of needed rows where the busiest rank needs less than this share of what the ring would bring it."""
+
 HALO = -1
 """In place of a ring position: the rows that a rank fetches of all others, in natural order."""
 
@@ -120,6 +123,12 @@ class MaskPlan:
             needed = self.mask.needed(queries)
             last = max([last, *(s for s in range(1, n) if intersect(needed, self.layout.intervals[(r - s) % n]))])
         return last
+
+    @functools.cached_property
+    def fetch_is_smaller(self) -> bool:
+        """Whether fetching what is needed moves much less than passing everything round the ring. The same on every rank."""
+        most = max(sum(b - a for a, b in self.mask.needed(queries)) for queries in self.layout.intervals)
+        return most <= FETCH_BELOW * self.last_step * self.layout.local_length
 
     @functools.cached_property
     def halo(self) -> Halo:
