@@ -200,6 +200,18 @@ def test_explicit_functions_agree_with_autograd(mode: str) -> None:
     assert max(run_ranks(2, forward_and_backward_by_hand, mode)) <= 1e-14
 
 
+def test_autocast_is_followed() -> None:
+    plan = sp.plan(32, None, sp.SequenceParallel())
+    q, k, v, dout = random_inputs(32, 4, 2, 8, dtype=torch.float32)
+    leaves = [x.requires_grad_() for x in (q, k, v.bfloat16())]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = sp.attention(*leaves, plan)
+        out.backward(dout.bfloat16())
+    assert out.dtype == torch.bfloat16 and [x.grad.dtype for x in leaves] == [torch.float32, torch.float32, torch.bfloat16]
+    again = sp.attention(*(x.detach().bfloat16() for x in leaves), plan)
+    assert torch.equal(out, again)
+
+
 def refused(mode: str, change: str) -> str:
     plan = sp.plan(LENGTH, ONE, context(mode))
     q, k, v, _ = (sp.shard(x, plan) for x in random_inputs(LENGTH, 6, 2, 8))

@@ -39,14 +39,19 @@ def attention(
         dropout_p: only 0.
 
     Returns:
-        [T/n, H, Dv], in q's dtype.
+        [T/n, H, Dv], in q's dtype; under autocast in autocast's.
 
     Raises:
         ValueError: shapes, dtypes or head counts that do not fit, before any message is sent.
         NotImplementedError: attention dropout.
     """
+    kind = q.device.type
+    if torch.is_autocast_enabled(kind) and q.dtype != torch.float64:
+        # As PyTorch's own attention under autocast: rotary embeddings may have left queries and keys in float32.
+        q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
     call = _check(q, k, v, plan, scale, window, chunk, softcap, sinks, dropout_p)
-    return _Attention.apply(q, k, v, sinks, call)
+    with torch.autocast(kind, enabled=False):
+        return _Attention.apply(q, k, v, sinks, call)
 
 
 def attention_forward(
@@ -186,7 +191,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, sinks = ctx.saved_tensors
         held = _to_heads(q, k, v, out, ctx.call) if ctx.local else (q, k, v, out)
-        dq, dk, dv, dsinks = _backward(dout, held, lse, sinks, ctx.call, ctx.heads)
+        with torch.autocast(q.device.type, enabled=False):
+            dq, dk, dv, dsinks = _backward(dout, held, lse, sinks, ctx.call, ctx.heads)
         return dq, dk, dv, dsinks, None
 
 

@@ -47,7 +47,17 @@ def select(name: str, tile: Tile, q: torch.Tensor, v: torch.Tensor, softcap: flo
     """
     # Kernels with 32-bit offsets stop at 2^31 elements.
     aligned = tile.q_len % 128 == 0 and tile.k_len % 128 == 0 and q.numel() < 2**31
-    request = Request(q.device.type, q.dtype, q.shape[-1], v.shape[-1], tile.kind, tile.window is not None, softcap is not None, aligned)
+    request = Request(
+        q.device.type,
+        q.dtype,
+        q.shape[-1],
+        v.shape[-1],
+        tile.kind,
+        tile.window is not None,
+        softcap is not None,
+        aligned,
+        torch.are_deterministic_algorithms_enabled(),
+    )
     return _select(name, request)
 
 
@@ -56,6 +66,7 @@ def wants_bulk(name: str, q: torch.Tensor, v: torch.Tensor, softcap: float | Non
     if q.device.type != "cuda":
         return False
     any_shape = Request(q.device.type, q.dtype, q.shape[-1], v.shape[-1], "varlen", False, softcap is not None, False)
+    any_shape = any_shape._replace(deterministic=torch.are_deterministic_algorithms_enabled())
     few_shapes = any_shape._replace(kind="causal", aligned=True)
     return _select(name, few_shapes) is cudnn and _select(name, any_shape) in (flash, flash2)
 

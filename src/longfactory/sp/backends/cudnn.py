@@ -24,6 +24,8 @@ def refuses(request: Request) -> str | None:
         return "is slow on packed documents"
     if request.window or request.softcap:
         return "has no window and no soft-cap"
+    if request.deterministic:
+        return "adds gradients in any order"
     if not request.aligned:
         return "needs sides that are multiples of 128"
     dims = request.head_dim, request.v_head_dim

@@ -73,7 +73,9 @@ def backward(
     dense = tile.kind != "varlen"
     if dense:
         tensors = tuple(x.unsqueeze(0) for x in tensors)
-    grads = _interface()._flash_attn_bwd(*tensors, softmax_scale=scale, softcap=softcap or 0.0, **_mask(tile, q.device))[:3]
+    ordered = torch.are_deterministic_algorithms_enabled()
+    settings = {"softmax_scale": scale, "softcap": softcap or 0.0, "deterministic": ordered, **_mask(tile, q.device)}
+    grads = _interface()._flash_attn_bwd(*tensors, **settings)[:3]
     dq, dk, dv = (cut_head(g[0] if dense else g, d) for g, d in zip(grads, dims, strict=True))
     return dq, dk, dv
 

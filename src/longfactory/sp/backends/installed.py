@@ -103,7 +103,7 @@ class Installed:
             "softcap": softcap or 0.0,
             "alibi_slopes": None,
             "return_softmax": False,
-            "deterministic": False,
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
         }
         if tile.kind == "varlen":
             cu, longest = tile.cu_seqlens_on(device), tile.max_seqlen

@@ -17,3 +17,5 @@ class Request(NamedTuple):
     softcap: bool
     aligned: bool
     """Both sides are multiples of 128 rows, so that shapes are few."""
+    deterministic: bool = False
+    """The backward pass adds in the same order every time (torch.use_deterministic_algorithms)."""
