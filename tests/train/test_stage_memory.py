@@ -1,0 +1,92 @@
+"""A preference step's memory has no term in vocabulary times length: counted tensor by tensor, not by the clock of an allocator."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from longfactory import sp
+from longfactory.data.row import IGNORE, Row, TokenizedDocument, make_row
+from longfactory.model.outputs import TokenOutputs
+from longfactory.model.token_logprobs import TokenLogprobs
+from longfactory.sp import hf
+from longfactory.testing import tiny_model
+from longfactory.train.reference import as_reference
+from longfactory.train.stages import KTOStage, PreferenceStage, Stage
+
+CHUNK = 8
+
+
+class Peak(TorchDispatchMode):
+    """The largest number of bytes of tensors that were made inside and alive at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in tree_leaves(out):
+            if not isinstance(t, torch.Tensor):
+                continue
+            storage = t.untyped_storage()
+            if storage._cdata in known or storage._cdata in self.seen:
+                continue
+            self.seen.add(storage._cdata)
+            self.live += storage.nbytes()
+            weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def free(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.live -= size
+
+
+def a_row(kind: str, length: int) -> Row:
+    roles = ("chosen", "rejected") if kind == "dpo" else ("chosen", "kl")
+    half = length // 2
+    return make_row([TokenizedDocument([3] * half, [IGNORE] + [5] * (half - 1), role=r, sample=0) for r in roles])
+
+
+def peak(kind: str, stage: Stage, vocabulary: int, length: int) -> int:
+    from peft import LoraConfig, get_peft_model
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = tiny_model(vocab_size=vocabulary, **sizes)
+    ctx = sp.SequenceParallel.create(1)
+    hf.prepare(model, ctx)
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2))
+    head = TokenLogprobs(model, chunk=CHUNK)
+    row = a_row(kind, length)
+    plan = sp.plan(len(row), row.segments, ctx)
+
+    def logps() -> torch.Tensor:
+        with head.labels(row.labels[plan.index]):
+            out = model(**hf.inputs({"input_ids": row.input_ids, "position_ids": row.position_ids}, plan))
+            return sp.gather(head.outputs(out.logits).logps, plan)
+
+    with Peak() as memory:
+        with as_reference(model, adapter_off=True):
+            reference = logps()
+        loss, _ = stage.loss_sum(TokenOutputs(logps(), reference=reference), row)
+        loss.backward()
+    return memory.peak
+
+
+@pytest.mark.parametrize(("kind", "stage"), [("dpo", PreferenceStage()), ("kto", KTOStage())], ids=["dpo", "kto"])
+def test_slope_over_length_does_not_know_the_vocabulary(kind: str, stage: Stage) -> None:
+    # Lengths at which the peak is in the layers: below, the chunk itself is the peak and the slope is of another moment.
+    peaks = {(v, n): peak(kind, stage, v, n) for v in (1024, 2048) for n in (1024, 1536)}
+    slope = {v: (peaks[v, 1536] - peaks[v, 1024]) / 512 for v in (1024, 2048)}
+    assert slope[1024] > 16 * 4  # activations are counted: at least a hidden state a token
+    # Logits of one token would be 4 * 1024 bytes more for the larger vocabulary.
+    assert abs(slope[2048] - slope[1024]) < 4 * 1024 / 100
+    assert peaks[2048, 1024] - peaks[1024, 1024] < 1024 * 4 * (4 * CHUNK)  # a few chunks of logits
