@@ -131,8 +131,8 @@ def run(preparer: Preparer, rows: Iterable[tuple[str, Raw]], workers: int | None
                 progress.update(n)
 
 
-def _take(rows: Iterator[tuple[int, str, Raw]], batch: int, size: int = 1 << 23) -> list[tuple[int, str, Raw]]:
-    """Up to `batch` rows, fewer where they are long (about 8 MB of raw lines)."""
+def _take(rows: Iterator[tuple[int, str, Raw]], batch: int, size: int = 1 << 20) -> list[tuple[int, str, Raw]]:
+    """Up to `batch` rows, fewer where they are long (about 1 MB of raw lines)."""
     out: list[tuple[int, str, Raw]] = []
     seen = 0
     for row in islice(rows, batch):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from longfactory.data.template import Piece, Special
+from longfactory.data.words import LONG, words_of
 
 Ids = np.ndarray  # int32, one-dimensional
 
@@ -29,15 +30,24 @@ class PieceTokenizer:
             expected = [tokenizer.encode(p, add_special_tokens=False) for p in _PROBES]
             if [e.ids for e in self.backend.encode_batch_fast(list(_PROBES), add_special_tokens=False)] != expected:
                 self.backend = None
+        self.words = None if self.backend is None or getattr(tokenizer, "split_special_tokens", False) else words_of(self.backend)
 
     def strings(self, texts: Iterable[str]) -> dict[str, Ids]:
         """Ids of each different string."""
-        unique = list(dict.fromkeys(texts))
+        out: dict[str, Ids] = {}
+        rest: list[str] = []
+        for text in dict.fromkeys(texts):
+            ids = self.words.ids(text) if self.words is not None and len(text) >= LONG else None
+            if ids is None:
+                rest.append(text)
+            else:
+                out[text] = ids
         if self.backend is None:
-            found = [self.tokenizer.encode(t, add_special_tokens=False) for t in unique]
+            found = [self.tokenizer.encode(t, add_special_tokens=False) for t in rest]
         else:
-            found = [e.ids for e in self.backend.encode_batch_fast(unique, add_special_tokens=False)]
-        return {t: np.array(ids, dtype=np.int32) for t, ids in zip(unique, found, strict=True)}
+            found = [e.ids for e in self.backend.encode_batch_fast(rest, add_special_tokens=False)]
+        out.update((t, np.array(ids, dtype=np.int32)) for t, ids in zip(rest, found, strict=True))
+        return out
 
     def special(self, piece: Special) -> list[int]:
         """The id of a special token; nothing where the tokenizer has no bos or eos.
