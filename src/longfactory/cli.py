@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -186,7 +187,13 @@ def _tell(message: str) -> None:
 
 def run() -> NoReturn:
     """`main` as a process. A worker that fails leaves at once: closing down could wait for processes that wait for it."""
-    status = main()
+    try:
+        status = main()
+    except Exception:
+        if not launch.is_worker():
+            raise
+        traceback.print_exc()
+        status = 1
     if status and launch.is_worker():
         sys.stdout.flush()
         sys.stderr.flush()

@@ -66,6 +66,7 @@ def test_reads(value: Any, kind: Any, expected: Any) -> None:
         (2, bool, "true or false"),
         ("sgd", Literal["adam", "lion"], "Choose from adam, lion"),
         (True, str, "text"),
+        (1e5, str, "Put it in quotes"),
         ([1], str, "text"),
         ({"a": 1}, tuple[str, ...], "a list"),
         ("{bad", dict, "not valid JSON"),

@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+import types
+import typing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from longfactory.config import ConfigError, RunConfig, from_mapping, load_config
+from longfactory.config.fields import Key
+from longfactory.config.trainer_keys import TRAINER_KEYS
+from longfactory.config.translate import OWN_KEYS
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -148,6 +153,48 @@ def test_keys_of_transformers(written: dict[str, Any], expected: dict[str, Any])
 def test_other_names(written: dict[str, Any], group: str, expected: dict[str, Any]) -> None:
     cfg = from_mapping({**BASE, **written})
     assert {k: getattr(getattr(cfg, group), k) for k in expected} == expected
+
+
+def _another(key: Key) -> Any:
+    """A value of the key's type that is not its default."""
+    union = typing.get_origin(key.kind) in (types.UnionType, typing.Union)
+    kind = next(k for k in (typing.get_args(key.kind) if union else (key.kind,)) if k is not type(None))
+    if typing.get_origin(kind) is typing.Literal:
+        return next((c for c in typing.get_args(kind) if c != key.default), key.default)
+    if typing.get_origin(kind) is tuple:
+        return [0.25, 0.75] if typing.get_args(kind)[0] is float else ["x", "y"]
+    if kind is bool:
+        return key.default is not True
+    return {int: 3, float: 0.375, str: "1e5", dict: {"a": {"b": 1e-7}}}[kind]
+
+
+@pytest.mark.parametrize("name", sorted({**OWN_KEYS, **TRAINER_KEYS}))
+def test_every_key_arrives_and_survives_being_written(name: str) -> None:
+    key = (OWN_KEYS | TRAINER_KEYS)[name]
+    value = _another(key)
+    try:
+        cfg = from_mapping({**BASE, name: value, "dry_run": True})
+    except ConfigError as e:
+        assert name in str(e)
+        return
+    groups = [getattr(cfg, g) for g in GROUPS if hasattr(getattr(cfg, g), name)]
+    got = getattr(groups[0], name) if groups else cfg.hf.get(name)
+    assert got == key.parse(value) or got == value or name == "resume_from_checkpoint"
+    if name in ("dry_run", "hub_token", "hf_hub_token", "swanlab_api_key"):
+        return
+    again = from_mapping({**_yaml(cfg.resolved()), "dry_run": True})
+    assert same(again, cfg)
+
+
+def _yaml(text: str) -> dict[str, Any]:
+    import tempfile
+
+    from longfactory.config.read import read_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return read_file(path)
 
 
 def test_packing_follows_the_stage() -> None:

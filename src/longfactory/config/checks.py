@@ -64,7 +64,7 @@ def _data(cfg: RunConfig) -> Iterator[str]:
         yield "eval_dataset and val_size were both given. Keep one: other data, or a part of the training data."
     wants_eval = cfg.trainer("do_eval") or cfg.trainer("eval_strategy") != "no" or cfg.trainer("do_predict")
     if wants_eval and not data.eval_dataset and data.val_size == 0 and data.tokenized_path is None:
-        yield "Evaluation was asked for and there are no data for it. Give eval_dataset, or val_size above 0."
+        yield "do_eval, do_predict or eval_strategy asks for an evaluation without data. Give eval_dataset, or val_size above 0."
     if data.val_size > 1 and data.val_size != int(data.val_size):
         yield f"val_size: {data.val_size} is neither a share below 1 nor a whole number of samples."
     if data.streaming:
@@ -159,7 +159,10 @@ def _parallel(cfg: RunConfig) -> Iterator[str]:
             if degree is not None and p.sequence_parallel_size % degree:
                 yield f"sequence_parallel_{name}_degree: {degree} does not divide sequence_parallel_size: {p.sequence_parallel_size}."
     elif (ulysses or 1) > 1 or (ring or 1) > 1:
-        yield f"The degrees are for sequence_parallel_mode: usp; this run's is {p.sequence_parallel_mode}. Set usp, or leave them out."
+        yield (
+            f"sequence_parallel_ulysses_degree and sequence_parallel_ring_degree are for sequence_parallel_mode: usp; "
+            f"this run's is {p.sequence_parallel_mode}. Set usp, or leave them out."
+        )
     if cfg.trainer("neftune_noise_alpha") and p.sequence_parallel_size > 1:
         yield "neftune_noise_alpha scales its noise by the length it sees, which is a part of the sequence here. Leave it out."
     deepspeed = cfg.trainer("deepspeed")

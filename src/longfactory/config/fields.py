@@ -183,8 +183,11 @@ def _float(value: Any, name: str, needed: str = "a number") -> float:
 def _str(value: Any, name: str) -> str:
     if isinstance(value, str):
         return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
+    if isinstance(value, float):
+        # 1e5 and 1.10 would come back as other texts.
+        raise ConfigError(f"{name}: {value!r} was read as a number, text is needed. Put it in quotes.")
     raise _wrong(name, value, "text")
 
 

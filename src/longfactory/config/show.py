@@ -9,6 +9,7 @@ import yaml
 
 from longfactory.config.arguments import GROUPS
 from longfactory.config.fields import keys_of
+from longfactory.config.read import EXPONENT
 
 if TYPE_CHECKING:
     from longfactory.config.run import RunConfig
@@ -16,6 +17,17 @@ if TYPE_CHECKING:
 SECRET = ("hf_hub_token", "hub_token", "swanlab_api_key")
 OURS = ("remove_unused_columns", "label_names", "resume_from_checkpoint")
 """Trainer keys that are settled here: written by nobody, so left out of the YAML."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that our reader would take for a number."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789."))
+
+
+def _dump(values: dict[str, Any]) -> str:
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120).rstrip()
 
 
 def show(cfg: RunConfig, world_size: int | None = None) -> str:
@@ -32,8 +44,8 @@ def show(cfg: RunConfig, world_size: int | None = None) -> str:
         if name not in SECRET and name not in OURS:
             chosen[name] = value
     parts = ["\n".join(f"# {line}" for line in arithmetic(cfg, world_size))]
-    parts += [yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True, width=120).rstrip()]
-    parts += ["# Defaults", yaml.safe_dump(defaults, sort_keys=False, allow_unicode=True, width=120).rstrip()]
+    parts += [_dump(chosen)]
+    parts += ["# Defaults", _dump(defaults)]
     return "\n\n".join(parts) + "\n"
 
 
