@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from longfactory.errors import UserError
 from longfactory.model.outputs import TokenOutputs
 
 # Numbers in a chunk of logits: 2^28 is 1 GiB in fp32.
@@ -151,9 +152,20 @@ class TokenLogprobs:
     Args:
         model: a transformers model with an output embedding (possibly wrapped by PEFT, not yet by FSDP, DDP or DeepSpeed).
         chunk: tokens whose logits exist at a time; by default as many as make `CHUNK_NUMBERS` numbers.
+        needs: fields of TokenOutputs that a loss reads beside the log-probabilities (`Stage.needs`).
+
+    Raises:
+        UserError: a need that is not made here.
+        ValueError: the model has no output layer.
     """
 
-    def __init__(self, model: Any, chunk: int | None = None):
+    def __init__(self, model: Any, chunk: int | None = None, needs: frozenset[str] = frozenset()):
+        if unknown := sorted(needs - {"top1", "entropy"}):
+            raise UserError(
+                f"This loss needs {', '.join(unknown)}, which the output layer does not make: use_asft_loss compares whole distributions "
+                "with the reference's. Use use_dft_loss, which is asft without that term."
+            )
+        self.needs = needs
         head = model.get_output_embeddings()
         if head is None:
             raise ValueError(
@@ -221,7 +233,10 @@ class TokenLogprobs:
             logps = logps * 0.0
             top1 = torch.zeros_like(top1)
         full = logps.new_zeros(h.shape[0]).index_copy(0, trained, logps)
-        self._out = TokenOutputs(logps=full, top1=top1.new_zeros(h.shape[0]).index_copy(0, trained, top1))
+        entropy = None
+        if "entropy" in self.needs:
+            entropy = full.new_zeros(h.shape[0]).index_copy(0, trained, self._entropy(h.detach().index_select(0, trained)).to(full.dtype))
+        self._out = TokenOutputs(logps=full, top1=top1.new_zeros(h.shape[0]).index_copy(0, trained, top1), entropy=entropy)
         if self._logits_too:
             return self._forward(hidden, *args, **kwargs)
         return full.view(*hidden.shape[:-1], 1)
@@ -252,6 +267,18 @@ class TokenLogprobs:
         z = self.transform(z.to(torch.float64 if z.dtype == torch.float64 else torch.float32))
         label = z.gather(1, labels[:, None])[:, 0]
         return label - z.logsumexp(1), label.detach() >= z.detach().amax(1)
+
+    @torch.no_grad()
+    def _entropy(self, h: Tensor) -> Tensor:
+        """[N, H] -> [N] entropy of the 20 most probable tokens, renormalised. One more pass of the output layer, a chunk at a time."""
+        chunk = self.chunk or max(128, CHUNK_NUMBERS // self._vocabulary())
+        parts = []
+        for part in h.split(chunk):
+            z = self._forward(part)
+            z = self.transform(z.to(torch.float64 if z.dtype == torch.float64 else torch.float32))
+            top = z.topk(min(20, z.shape[1])).values.log_softmax(1)
+            parts.append(-(top.exp() * top).sum(1))
+        return torch.cat(parts)
 
     def _vocabulary(self) -> int:
         out = getattr(self.head, "out_features", None)
