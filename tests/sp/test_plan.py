@@ -33,6 +33,11 @@ def test_a_length_that_is_not_aligned_is_refused() -> None:
         sp.plan(12, None, SequenceParallel(size=4))
 
 
+def test_an_unknown_backend_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="Unknown attention_backend 'sdpa'"):
+        SequenceParallel.create(1, backend="sdpa")
+
+
 def test_alignment() -> None:
     assert sp.alignment(SequenceParallel()) == 1
     assert sp.alignment(SequenceParallel(size=4)) == 8

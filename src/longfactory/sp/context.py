@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
+from .backends import BACKENDS
+
 Mode = Literal["zigzag-ring", "ulysses", "llama3", "usp", "auto"]
 MODES: tuple[Mode, ...] = ("zigzag-ring", "ulysses", "llama3", "usp", "auto")
 
@@ -68,10 +70,12 @@ class SequenceParallel:
             device_type: where tensors live; by default `cuda` where the process group speaks NCCL.
 
         Raises:
-            ValueError: a size that does not divide the world, an unknown mode, or degrees whose product is not `size`.
+            ValueError: a size that does not divide the world, an unknown mode or backend, or degrees whose product is not `size`.
         """
         if mode not in MODES:
             raise ValueError(f"Unknown sequence-parallel mode {mode!r}. Choose one of: {', '.join(MODES)}.")
+        if backend != "auto" and backend not in BACKENDS:
+            raise ValueError(f"Unknown attention_backend {backend!r}. Choose one of: auto, {', '.join(BACKENDS)}.")
         world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         if size < 1 or world % size:
             raise ValueError(
