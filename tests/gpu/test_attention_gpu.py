@@ -96,6 +96,22 @@ def test_fused_merge_is_the_plain_one(dtype: torch.dtype, dim: int) -> None:
     torch.testing.assert_close(fused_lse.cpu(), lse, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_merge_is_repeatable(dtype: torch.dtype) -> None:
+    """Many blocks at once, many times: a write that overtakes another warp's read shows as a different bit now and then."""
+    g = torch.Generator(device="cuda").manual_seed(0)
+    out = torch.randn(16384, 28, 128, device="cuda", generator=g).to(dtype)
+    block = torch.randn(16384, 28, 128, device="cuda", generator=g).bfloat16()
+    lse, block_lse = torch.randn(2, 28, 16384, device="cuda", generator=g) * 3
+    weight = torch.sigmoid(block_lse - lse).t()[..., None]
+    expected = torch.lerp(out.float(), block.float(), weight)
+    for _ in range(20):
+        fused, fused_lse = out.clone(), lse.clone()
+        merge_(fused, fused_lse, block, block_lse)
+        torch.testing.assert_close(fused.float(), expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 4e-2)
+        torch.testing.assert_close(fused_lse, torch.logaddexp(lse, block_lse), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("ranks", [2, 32])
 def test_error_of_a_ring_simulated_on_one_gpu(ranks: int) -> None:
     q, k, v, dout = (x.cuda() for x in random_inputs(8192, 8, 2, 128, dtype=torch.bfloat16))

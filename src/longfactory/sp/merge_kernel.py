@@ -37,6 +37,8 @@ def _merge(  # type: ignore[no-untyped-def]
     share = tl.exp(b - top)
     total = tl.exp(a - top) + share
     weight = tl.where(total > 0, share / total, 0.0)
+    # Every warp reads the row's log-sum-exp, one of them writes it: none may write before all have read.
+    tl.debug_barrier()
     tl.store(lse + head * lse_head + row * lse_row, top + tl.log(total), mask=valid)
     both = valid[:, None] & (col < dim)[None, :]
     at = out + row[:, None] * out_row + head * out_head + col[None, :]
