@@ -44,7 +44,8 @@ def test_the_last_checkpoint_goes_on(out: Path) -> None:
 
 def test_overwriting_begins_anew(out: Path) -> None:
     leave_checkpoints(out, 5)
-    assert run(out, overwrite_output_dir=True).resume_checkpoint() is None
+    cfg = run(out, overwrite_output_dir=True)
+    assert cfg.resume_checkpoint() is None and "keeps the checkpoints of an earlier run" in cfg.notes[0]
     assert run(out, resume_from_checkpoint=False).resume_checkpoint() is None
     assert run(out, overwrite_output_dir=True, resume_from_checkpoint=True).resume_checkpoint() == str(out / "checkpoint-5")
 

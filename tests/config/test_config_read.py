@@ -40,7 +40,7 @@ def test_yaml_then_overrides_then_flags(tmp_path: Path) -> None:
         (["--lora_target", "q_proj", "v_proj"], {"lora_target": ["q_proj", "v_proj"]}),
         (["--dry_run", "seed=1"], {"dry_run": True, "seed": 1}),
         (["--output_dir", "a=b"], {"output_dir": "a=b"}),
-        (["--local_rank=0"], {"local_rank": "0"}),
+        (["--seed=1", "--local_rank=0"], {"seed": "1", "local_rank": "0"}),
         (["lora_target=[q,v]"], {"lora_target": ["q", "v"]}),
         (["report_to=none"], {"report_to": "none"}),
         (["max_samples=null"], {"max_samples": None}),
@@ -49,6 +49,10 @@ def test_yaml_then_overrides_then_flags(tmp_path: Path) -> None:
 )
 def test_words(words: list[str], expected: dict[str, Any]) -> None:
     assert read(words, is_switch) == expected
+
+
+def test_deepspeed_s_launcher_writes_before_the_file(tmp_path: Path) -> None:
+    assert read(["--local_rank=3", written(tmp_path, "seed: 2\n"), "stage=pt"], is_switch) == {"seed": 2, "stage": "pt"}
 
 
 def test_json_file(tmp_path: Path) -> None:

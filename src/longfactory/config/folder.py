@@ -55,7 +55,11 @@ def settle(cfg: RunConfig) -> list[str]:
     if asked is True and last is None:
         raise ConfigError(f"resume_from_checkpoint: there is no checkpoint in {out}. Give the folder of one, or leave the key out.")
     if cfg.output.overwrite_output_dir and asked is not True:
-        return []
+        if last is None:
+            return []
+        return [
+            f"{out} keeps the checkpoints of an earlier run, the last of them {last.name}. Remove them, lest a later start resumes from one."
+        ]
     other = _differences(cfg, out)
     if other:
         raise ConfigError(

@@ -28,6 +28,9 @@ def read(argv: Sequence[str], is_switch: Callable[[str], bool]) -> dict[str, Any
     """
     words = list(argv)
     values: dict[str, Any] = {}
+    # DeepSpeed's launcher puts this before what the user wrote; the environment says the same.
+    if words and words[0].startswith("--local_rank="):
+        words.pop(0)
     if words and words[0].lower().endswith(FILES) and "=" not in words[0] and not words[0].startswith("-"):
         values = read_file(Path(words.pop(0)))
     while words:
