@@ -42,7 +42,10 @@ def make_data(folder: Path, rows: int, characters: int) -> None:
     (folder / "dataset_info.json").write_text(json.dumps(info))
 
 
-def run(model: Path, data: Path, out: Path, length: int, size: int, mode: str, world: int, steps: int, extra: list[str]) -> dict[str, Any]:
+def run(
+    model: Path, data: Path, out: Path, length: int, size: int, mode: str, world: int, steps: int, extra: list[str]
+) -> dict[str, Any]:
+    """One run of `longfactory train`; what its log says."""
     keys = {
         "model_name_or_path": model,
         "train_from_scratch": "true",
@@ -95,7 +98,8 @@ def run(model: Path, data: Path, out: Path, length: int, size: int, mode: str, w
 
 
 def table(rows: list[dict[str, Any]], header: str) -> str:
-    out = [header, "", "| length | SP | mode | tokens/s a GPU | peak GiB | losses | largest relative difference to SP=1 |", "|" + "---|" * 7]
+    names = "| length | SP | mode | tokens/s a GPU | peak GiB | losses | largest relative difference to SP=1 |"
+    out = [header, "", names, "|" + "---|" * 7]
     base = {r["length"]: r["losses"] for r in rows if r["sp"] == 1}
     for r in rows:
         if "error" in r:
@@ -104,7 +108,8 @@ def table(rows: list[dict[str, Any]], header: str) -> str:
         same = base.get(r["length"], [])
         difference = max((abs(a - b) / abs(b) for a, b in zip(r["losses"], same, strict=False)), default=float("nan"))
         losses = ", ".join(f"{x:.4f}" for x in r["losses"])
-        out.append(f"| {r['length']:,} | {r['sp']} | {r['mode']} | {r.get('tokens_per_s_gpu')} | {r.get('peak_gib')} | {losses} | {difference:.1e} |")
+        numbers = [f"{r['length']:,}", r["sp"], r["mode"], r.get("tokens_per_s_gpu"), r.get("peak_gib"), losses, f"{difference:.1e}"]
+        out.append("| " + " | ".join(map(str, numbers)) + " |")
     return "\n".join(out) + "\n"
 
 
@@ -112,8 +117,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--shape", default="qwen2.5-7b")
-    parser.add_argument("--runs", nargs="*", default=["65536:1:-:5", "65536:2:zigzag-ring:5", "65536:2:ulysses:5", "32768:1:-:4", "32768:2:zigzag-ring:4"],
-                        help="length:sp:mode:steps")  # fmt: skip
+    runs = ["65536:1:-:5", "65536:2:zigzag-ring:5", "65536:2:ulysses:5", "32768:1:-:4", "32768:2:zigzag-ring:4"]
+    parser.add_argument("--runs", nargs="*", default=runs, help="length:sp:mode:steps")
     parser.add_argument("--world", type=int, default=2)
     args, extra = parser.parse_known_args()
     rows = []

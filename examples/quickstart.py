@@ -1,7 +1,7 @@
 """The main job in one command: fine-tune a pretrained model on long documents that are split over two processes.
 
-Trains with sequence_parallel_size 2, trains again with 1, draws both loss curves into one picture, checks that they are the same line, and asks
-the saved model a question with plain transformers. Needs no GPU and no model hub.
+Trains with sequence_parallel_size 2, trains again with 1, draws both loss curves into one picture, checks that they are the same line,
+and asks the saved model a question with plain transformers. Needs no GPU and no model hub.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def main() -> int:
     print(f"Picture           {picture.relative_to(ROOT)}")
 
     question = "What does the \"assert\" statement do in Python?"
-    print(f"\nThe saved model, read by plain transformers from {(OUT / 'sp2').relative_to(ROOT)}:\n  Q: {question}\n  A: {ask(OUT / 'sp2', question)}")
+    print(f"\nThe saved model, read by plain transformers from {(OUT / 'sp2').relative_to(ROOT)}:")
+    print(f"  Q: {question}\n  A: {ask(OUT / 'sp2', question)}")
     print(f"\nDone in {time.time() - started:.0f} s.")
     problems = []
     if difference > TOLERANCE[dtype]:

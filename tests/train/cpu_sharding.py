@@ -47,7 +47,6 @@ def install_deepspeed() -> None:
 def reset() -> None:
     """Forgets accelerate's singletons, so that one process can hold several trainers one after the other."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
-
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()  # else the next model is made already partitioned

@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 import traceback
+from pathlib import Path
 
 import cpu_sharding
 import torch
@@ -244,10 +245,10 @@ def main() -> None:
         except BaseException:
             results[text] = {"error": traceback.format_exc()}
             if dist.get_rank() == 0:
-                json.dump(results, open(path, "w"))
+                Path(path).write_text(json.dumps(results))
             raise
     if dist.get_rank() == 0:
-        json.dump(results, open(path, "w"))
+        Path(path).write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

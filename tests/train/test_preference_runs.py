@@ -192,3 +192,13 @@ def test_a_run_goes_on_at_another_size(home: Path) -> None:
     assert state["stage"]["rewards"][1] == 2 * 3 * STEPS  # rewards of all pairs seen, not only of those since
     with pytest.raises(RankError, match="the reference log-probabilities of its beginning are not in the cache"):
         train(home, "late", 1, cache=home / "cache_gone", **bco, **resumed)
+
+
+def test_other_weights_at_the_same_path_are_noticed(home: Path) -> None:
+    """The reference numbers of an adapter are not used for one that was trained again into the same folder."""
+    cache, adapter = home / "cache_adapter", home / "adapter"
+    for learning_rate in (0.1, 0.2):
+        train(home, "adapter", 1, **LORA | {"learning_rate": learning_rate}, precompute_ref_log_probs=False)
+        log = train(home, "after", 1, finetuning_type="full", ref_model=home / "model", ref_model_adapters=adapter, cache=cache)
+        assert abs(log[0]["loss"] - LOG2) > 1e-4
+    assert len(list((cache / "reference").iterdir())) == 2

@@ -146,7 +146,8 @@ def _lora(model: Any, method: Any, adapters: list[str], is_trainable: bool, resi
     unknown = [t for t in [*targets, *(saved or [])] if t not in leaves and not any(n.endswith(t) for n, _ in model.named_modules())]
     if unknown:
         raise UserError(
-            f"lora_target or additional_target: {', '.join(unknown)} not found in the model. Linear layers: {', '.join(linear_names(model))}."
+            f"lora_target or additional_target: {', '.join(unknown)} not found in the model. "
+            f"Linear layers: {', '.join(linear_names(model))}."
         )
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,

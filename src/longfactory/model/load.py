@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -195,12 +194,3 @@ def resize_vocabulary(model: Any, tokenizer: Any) -> bool:
         return False
     model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
     return True
-
-
-def fingerprint(model_name: str) -> str:
-    """Names a model's weights well enough for a cache: the path or id and, for local folders, sizes and times of the weight files."""
-    path, _ = resolve(model_name)
-    if not os.path.isdir(path):
-        return model_name
-    files = sorted(p for p in Path(path).iterdir() if p.suffix in (".safetensors", ".bin", ".gguf", ".json"))
-    return model_name + "|" + ";".join(f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)

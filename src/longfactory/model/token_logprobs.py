@@ -2,8 +2,8 @@
 
 The forward of the model's output layer is replaced on the *instance*. It still runs inside `lm_head.__call__`, so whatever hooks are on
 the layer (FSDP2's unshard, ZeRO-3's gather, PEFT's wrapper) see an ordinary call, and the weight found here is whole. Logits are made
-for a chunk of tokens at a time, in the forward for the log-sum-exp and again in the backward: two chunk buffers of `chunk * V` numbers are all that
-the vocabulary costs. Letters: T local tokens, N trained local tokens, H hidden size, V vocabulary.
+for a chunk of tokens at a time, in the forward for the log-sum-exp and again in the backward: two chunk buffers of `chunk * V` numbers
+are all that the vocabulary costs. Letters: T local tokens, N trained local tokens, H hidden size, V vocabulary.
 
 The idea is that of the fused linear cross-entropies (Liger Kernel; Cut Your Losses, arXiv 2411.09009), kept to a value per token so that
 every loss, not only cross-entropy, can be made from it.
@@ -63,7 +63,7 @@ def logit_transform(config: Any) -> LogitTransform:
 
 
 class _ChunkedLogps(torch.autograd.Function):
-    """[N, H] hidden, [V, H] weight, [N] labels -> [N] log-probabilities in fp32 (fp64 for fp64) and [N] whether the label is the top token."""
+    """[N, H] hidden, [V, H] weight, [N] labels -> [N] log-probabilities in fp32 (fp64 for fp64), [N] whether the label is the top token."""
 
     @staticmethod
     def forward(  # type: ignore[override]

@@ -1,1 +1,1 @@
-"""How parameters are spread over devices: FSDP2, DeepSpeed ZeRO or copies (DDP), with settings that are exact under sequence parallelism."""
+"""How parameters are spread over devices (FSDP2, DeepSpeed ZeRO, copies), with settings that are exact under sequence parallelism."""

@@ -1,8 +1,8 @@
 """Which samples a data-parallel group reads, and when: integer arithmetic that does not know the sequence-parallel size.
 
-An optimizer step t takes the samples [t * G, (t + 1) * G) of the epoch's order, G the total batch. How the G samples are spread over groups and
-micro-batches does not matter to the gradient, so a run with another `sequence_parallel_size` and the same G takes the same steps, and a
-checkpoint resumes at the exact sample. Every rank of a sequence-parallel group reads the same samples.
+An optimizer step t takes the samples [t * G, (t + 1) * G) of the epoch's order, G the total batch. How the G samples are spread over
+groups and micro-batches does not matter to the gradient, so a run with another `sequence_parallel_size` and the same G takes the same
+steps, and a checkpoint resumes at the exact sample. Every rank of a sequence-parallel group reads the same samples.
 """
 
 from __future__ import annotations

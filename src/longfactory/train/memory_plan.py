@@ -20,7 +20,7 @@ log = logging.getLogger("longfactory")
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What is kept where. `split`: trained weights are bf16 with a 16-bit remainder (exact fp32 masters in 10 bytes with AdamW's states)."""
+    """What is kept where. `split`: trained weights are bf16 with a 16-bit remainder (exact fp32 masters; see SplitAdamW)."""
 
     plan: MemoryPlan
     split: bool

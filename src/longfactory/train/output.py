@@ -67,7 +67,8 @@ def write_model_card(cfg: Any, folder: str) -> None:
             "",
             f"# {Path(folder).name}",
             "",
-            f"{cfg.model.model_name_or_path}, trained by LongFactory: stage {cfg.method.stage}, {cfg.method.finetuning_type}, data {', '.join(cfg.data.dataset)}.",
+            f"{cfg.model.model_name_or_path}, trained by LongFactory: stage {cfg.method.stage}, {cfg.method.finetuning_type}, "
+            f"data {', '.join(cfg.data.dataset)}.",
             "",
             "## Configuration",
             "",

@@ -1,4 +1,4 @@
-"""Assembles a run, top to bottom: process group, data, model, memory, stage, trainer; then trains, evaluates and writes what is promised."""
+"""Assembles a run, top to bottom: data, memory plan, process group, model, trainer; then trains, evaluates and writes the results."""
 
 from __future__ import annotations
 
@@ -129,7 +129,8 @@ def load_data(cfg: RunConfig, tokenizer: Any) -> data.Datasets:
         pref_share_prompt=True if share == "auto" else share,
         hf_hub_token=cfg.model.hf_hub_token,
     )
-    template = None if cfg.method.stage == "pt" else get_template(options, tokenizer, log)
+    # In pre-training a template gives the token that ends a text; without its name there is none to give.
+    template = None if cfg.method.stage == "pt" and cfg.data.template is None else get_template(options, tokenizer, log)
     return data.load_datasets(options, stage=cfg.method.stage, tokenizer=tokenizer, template=template, seed=cfg.trainer("seed"), log=log)
 
 
@@ -193,14 +194,15 @@ def build_model(
     grew = load.resize_vocabulary(model, tokenizer) if cfg.model.resize_vocab else False
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         raise UserError(
-            f"The tokenizer has {len(tokenizer)} tokens, the model's embedding {model.get_input_embeddings().weight.shape[0]}. Set resize_vocab: true."
+            f"The tokenizer has {len(tokenizer)} tokens, the model's embedding {model.get_input_embeddings().weight.shape[0]}. "
+            "Set resize_vocab: true."
         )
     hf.prepare(model, ctx)
     model = adapters.apply_finetuning(model, cfg.method, cfg.model, resized=grew)
     head = (
         TokenValues(model)
         if stage.output == "values"
-        else TokenLogprobs(model, None if cfg.memory.logprob_chunk == "auto" else cfg.memory.logprob_chunk)
+        else TokenLogprobs(model, None if cfg.memory.logprob_chunk == "auto" else cfg.memory.logprob_chunk, stage.needs)
     )
     zero3 = bool(args.deepspeed) and args.hf_deepspeed_config is not None and args.hf_deepspeed_config.is_zero3()
     if not cfg.method.pure_bf16 and not zero3 and not split:
@@ -255,6 +257,7 @@ def describe(cfg: RunConfig, ctx: sp.SequenceParallel, args: Any, sharding: str,
         lengths = datasets.train.lengths
         longest = int(max(lengths)) if len(lengths) else 0
         lines.append(
-            f"Training data: {len(datasets.train)} rows, {int(sum(lengths)):,} tokens, longest {longest:,} ({-(-longest // ctx.size):,} a device)"
+            f"Training data: {len(datasets.train)} rows, {int(sum(lengths)):,} tokens, longest {longest:,} "
+            f"({-(-longest // ctx.size):,} a device)"
         )
     return lines

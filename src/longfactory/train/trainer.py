@@ -1,8 +1,8 @@
 """transformers' Trainer on rows: loaders, the count of items, the loss, evaluation and saving under sequence parallelism.
 
-The gradient rule. N counts the items (tokens, pairs, samples) of all data-parallel groups and all micro-batches of the optimizer step. Every rank of
-group d differentiates DP * S_d / N, S_d the sum over the group's items, made from log-probabilities that were gathered by a collective
-whose backward is its exact adjoint. DDP, FSDP2 and ZeRO average over all W = DP * SP ranks:
+The gradient rule. N counts the items (tokens, pairs, samples) of all data-parallel groups and all micro-batches of the optimizer step.
+Every rank of group d differentiates DP * S_d / N, S_d the sum over the group's items, made from log-probabilities that were gathered by
+a collective whose backward is its exact adjoint. DDP, FSDP2 and ZeRO average over all W = DP * SP ranks:
 (1/W) * sum_d SP * DP * S_d / N = S / N, whatever the split. There is no division by accumulation steps.
 """
 
@@ -196,7 +196,7 @@ class RowTrainer(Trainer):
         return self._parameters
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if self.optimizer is None and self.make_optimizer is not None:
+        if self.optimizer is None and self.make_optimizer is not None:  # type: ignore[has-type]
             self.optimizer = self.make_optimizer(self.model if model is None else model, self)
         return super().create_optimizer() if model is None else super().create_optimizer(model)
 
@@ -213,7 +213,7 @@ class RowTrainer(Trainer):
         return (loss_sum / items.clamp(min=1)).float(), None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """The Trainer's loop, with the loss and metrics as sums over items divided by counts: no sample repeated, dropped or weighted wrong."""
+        """The Trainer's loop, with loss and metrics as sums divided by counts: no sample is repeated, dropped or weighted wrong."""
         self._eval_metrics = MetricSums()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         assert output.metrics is not None

@@ -1,12 +1,14 @@
 """Gives a preference run its reference: the adapter switched off, or numbers computed once before the first step and kept on disk.
 
-Without `ref_model` the reference is the model as it is before the first step, so the pass is made with the very model that is trained, wrapped
-and sharded as it is: no second model is ever held. With `ref_model` that model is loaded for the pass and dropped.
+Without `ref_model` the reference is the model as it is before the first step, so the pass is made with the very model that is trained,
+wrapped and sharded as it is: no second model is ever held. With `ref_model` that model is loaded for the pass and dropped.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -74,7 +76,7 @@ def attach_reference(trainer: RowTrainer, cfg: Any) -> None:
             cache, _ = reference.load_or_precompute(
                 folder,
                 parts,
-                lambda dataset=dataset, batch=batch, shuffle=shuffle: _rows(trainer, dataset, batch, shuffle),
+                functools.partial(_rows, trainer, dataset, batch, shuffle),
                 logps_of,
                 len(dataset),
                 ld_alpha=trainer.stage.ld_alpha,
@@ -116,10 +118,13 @@ def _everywhere(trainer: RowTrainer) -> Callable[[bool], bool]:
 def _parts(cfg: Any, dataset: Any) -> dict[str, Any]:
     """What the numbers depend on. The tokens themselves are checked document by document when they are used."""
     name = cfg.method.ref_model or cfg.model.model_name_or_path
+    paths = cfg.method.ref_model_adapters if cfg.method.ref_model else cfg.model.adapter_name_or_path
+    scratch = cfg.model.train_from_scratch and not cfg.method.ref_model
     lengths = hashlib.sha256(str(list(map(int, dataset.lengths))).encode()).hexdigest()[:16]
     return {
-        "model": load.fingerprint(name),
-        "adapters": list(cfg.method.ref_model_adapters if cfg.method.ref_model else cfg.model.adapter_name_or_path),
+        "model": name,
+        "weights": _weights(cfg, name, "config.json", scratch),
+        "adapters": [[path, _weights(cfg, path, "adapter_config.json")] for path in paths],
         "stage": cfg.method.stage,
         "data": [*cfg.data.dataset, *cfg.data.eval_dataset],
         "lengths": lengths,
@@ -127,8 +132,21 @@ def _parts(cfg: Any, dataset: Any) -> dict[str, Any]:
         "cutoff_len": cfg.data.cutoff_len,
         "bf16": bool(cfg.hf.get("bf16")),
         "pure_bf16": cfg.method.pure_bf16,
-        "from_scratch": [cfg.model.train_from_scratch, cfg.trainer("seed")] if cfg.model.train_from_scratch else False,
+        "from_scratch": cfg.trainer("seed") if scratch else None,
+        "rope_scaling": cfg.model.rope_scaling,
+        "quantization_bit": cfg.method.ref_model_quantization_bit if cfg.method.ref_model else cfg.model.quantization_bit,
     }
+
+
+def _weights(cfg: Any, name: str, config: str, config_only: bool = False) -> str:
+    """What tells weights of one name apart: a hash of local files, the commit of a hub id (as far as it is in the hub's cache)."""
+    path, extra = load.resolve(name)
+    if os.path.isdir(path):
+        return reference.weights_fingerprint([os.path.join(path, config if config_only else extra.get("gguf_file", ""))])
+    from huggingface_hub import try_to_load_from_cache
+
+    file = try_to_load_from_cache(path, config, cache_dir=cfg.model.cache_dir, revision=cfg.model.model_revision)
+    return Path(file).parent.name if isinstance(file, str) else "unknown"
 
 
 def _other_model(trainer: RowTrainer, cfg: Any) -> tuple[Callable[[Row], Tensor], Callable[[], None]]:
