@@ -58,7 +58,7 @@ def settle(cfg: RunConfig) -> list[str]:
         if last is None:
             return []
         return [
-            f"{out} keeps the checkpoints of an earlier run, the last of them {last.name}. Remove them, lest a later start resumes from one."
+            f"{out} keeps the checkpoints of an earlier run, up to {last.name}. Remove them, lest a later start resumes there."
         ]
     other = _differences(cfg, out)
     if other:
