@@ -32,7 +32,10 @@ class ModelArguments:
     )
     train_from_scratch: bool = arg(False, "Random weights instead of the pretrained ones.")
     attention_dropout: float | None = arg(
-        None, "Dropout of attention weights, in place of the model's own. Only 0 can be trained: the engine computes none.", low=0.0, high=1.0
+        None,
+        "Dropout of attention weights, in place of the model's own. Only 0 can be trained: the engine computes none.",
+        low=0.0,
+        high=1.0,
     )
     enable_liger_kernel: bool = arg(False, "Liger's kernels for norms, rotary embedding and MLP (extra: liger).")
     quantization_bit: Literal[4, 8] | None = arg(None, "Load the frozen weights in so many bits (QLoRA; extra: quantization).")

@@ -57,9 +57,7 @@ def settle(cfg: RunConfig) -> list[str]:
     if cfg.output.overwrite_output_dir and asked is not True:
         if last is None:
             return []
-        return [
-            f"{out} keeps the checkpoints of an earlier run, up to {last.name}. Remove them, lest a later start resumes there."
-        ]
+        return [f"{out} keeps the checkpoints of an earlier run, up to {last.name}. Remove them, lest a later start resumes there."]
     other = _differences(cfg, out)
     if other:
         raise ConfigError(
