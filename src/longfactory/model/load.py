@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from longfactory.errors import UserError
+from longfactory.sp import hf
 
 # The embedded default: a pretrained model that a package carries, so that a first run needs no model hub.
 EMBEDDED = "smollm2-135m-instruct"
@@ -87,6 +88,10 @@ def load_config(args: Any, cutoff_len: int) -> Any:
         config = AutoConfig.from_pretrained(path, **_hub_arguments(args), **extra)
     except (OSError, ValueError) as error:
         raise UserError(f"No model configuration could be loaded from {args.model_name_or_path}: {_first_line(error)}") from error
+    if args.attention_dropout is not None:
+        for key in hf.DROPOUT_KEYS:
+            if hasattr(config.get_text_config(), key):
+                setattr(config.get_text_config(), key, args.attention_dropout)
     if args.rope_scaling:
         _scale_rope(config, args.rope_scaling, cutoff_len)
     return config
@@ -108,9 +113,9 @@ def _scale_rope(config: Any, kind: str, cutoff_len: int) -> None:
     text.max_position_embeddings = int(trained * rope["factor"])
 
 
-def compute_dtype(hf: Any) -> torch.dtype:
+def compute_dtype(args: Any) -> torch.dtype:
     """The dtype that matrices are multiplied in: bf16, fp16 or fp32 by the training arguments."""
-    return torch.bfloat16 if hf.bf16 else torch.float16 if hf.fp16 else torch.float32
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
 def load_model(
