@@ -7,7 +7,6 @@ wrapped and sharded as it is: no second model is ever held. With `ref_model` tha
 from __future__ import annotations
 
 import functools
-import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterator
