@@ -1,7 +1,8 @@
 """One row of the throughput and length tables: complete training steps of one system, at several lengths, in processes of its own.
 
-Run by `throughput.py` and `length.py`, one process a GPU, with a job as JSON (see `Job`). Every process builds the model on its device with random
-weights, trains at each length in turn, and prints a line `RESULT {...}` for each, so that what was measured before memory ran out is not lost.
+Run by `throughput.py` and `length.py`, one process a GPU, with a job as JSON (see `Job`). Every process builds the model on its device
+with random weights, trains at each length in turn, and prints a line `RESULT {...}` for each, so that what was measured before memory ran
+out is not lost.
 
 Rows:
     ours            longfactory: memory: auto (the keys of `settings` on top), its own layer function
@@ -75,6 +76,18 @@ class Job:
     mode: str = "zigzag-ring"
 
 
+def make_config(shape: str, layers: int | None = None) -> Any:
+    """The transformers configuration of a shape, with another number of layers if asked."""
+    from transformers import AutoConfig
+
+    keys = dict(SHAPES[shape])
+    if layers is not None:
+        keys["num_hidden_layers"] = layers
+    config = AutoConfig.for_model("qwen2", **keys, max_position_embeddings=1 << 22, tie_word_embeddings=False, rope_theta=1e6)
+    config.use_cache = False
+    return config
+
+
 class Bench:
     """The process: its device, its group, and how it reports."""
 
@@ -107,16 +120,6 @@ class Bench:
             torch.cuda.synchronize()
         return time.time()
 
-    def config(self) -> Any:
-        from transformers import AutoConfig
-
-        shape = dict(SHAPES[self.job.shape])
-        if self.job.layers is not None:
-            shape["num_hidden_layers"] = self.job.layers
-        config = AutoConfig.for_model("qwen2", **shape, max_position_embeddings=1 << 22, tie_word_embeddings=False, rope_theta=1e6)
-        config.use_cache = False
-        return config
-
     def model(self, attention: str) -> Any:
         """Random bf16 weights, made on the device."""
         from transformers import AutoModelForCausalLM
@@ -124,7 +127,8 @@ class Bench:
         torch.manual_seed(0)
         torch.set_default_device(self.device)
         try:
-            model = AutoModelForCausalLM.from_config(self.config(), dtype=torch.bfloat16, attn_implementation=attention)
+            model = AutoModelForCausalLM.from_config(make_config(self.job.shape, self.job.layers), dtype=torch.bfloat16,
+            attn_implementation=attention)
         finally:
             torch.set_default_device(None)
         self.log(f"model made: {sum(p.numel() for p in model.parameters()) / 1e9:.2f} B parameters")
@@ -182,7 +186,9 @@ def make_optimizer(bench: Bench, model: Any, placement: str) -> torch.optim.Opti
     return SplitAdamW(model.parameters(), lr=1e-5, placement=placement)  # type: ignore[arg-type]
 
 
-def finish_step(bench: Bench, model: Any, optimizer: torch.optim.Optimizer | None, loss: Tensor, start: float) -> tuple[float, dict[str, float]]:
+def finish_step(
+    bench: Bench, model: Any, optimizer: torch.optim.Optimizer | None, loss: Tensor, start: float
+) -> tuple[float, dict[str, float]]:
     """Backward, clipping, update. Returns the row's loss and the seconds of the parts."""
     value = loss.detach().float()
     forward = bench.sync()
@@ -347,7 +353,7 @@ def deepspeed_row(bench: Bench) -> None:
         "sequence_parallel_size": world,
     }
     torch.manual_seed(0)
-    config = bench.config()
+    config = make_config(job.shape, job.layers)
     with deepspeed.zero.Init(config_dict_or_path=settings, dtype=torch.bfloat16):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     mpu = UlyssesSPAttentionHF.register_with_transformers(

@@ -29,7 +29,7 @@ class Clock:
 
 
 def run_row(job: dict[str, Any], gpus: int, clock: Clock, log: Path) -> list[dict[str, Any]]:
-    """The results of one row; an entry with `error` for what did not run. Its output goes to `log`, its results to the screen as they come."""
+    """The results of one row; an entry with `error` for what did not run. Its output goes to `log`, its results to the screen as they come."""  # noqa: E501
     if clock.left < 15:
         return [{**_about(job, gpus), "error": "not started: the time of this command is up"}]
     command = [sys.executable, "-u"]
@@ -62,7 +62,11 @@ def run_row(job: dict[str, Any], gpus: int, clock: Clock, log: Path) -> list[dic
         done = {f["tokens"] for f in found}
         missing = next((t for t in job["tokens"] if t not in done), None)
         if missing is not None:
-            why = "stopped: the time of this command is up" if clock.left <= 1 else f"the process ended with {process.returncode}, see the log"
+            why = (
+                "stopped: the time of this command is up"
+                if clock.left <= 1
+                else f"the process ended with {process.returncode}, see the log"
+            )
             found.append({**_about(job, gpus), "tokens": missing, "error": why})
             print("    " + _short(found[-1]), flush=True)
     print(f"    took {time.time() - begun:.0f} s", flush=True)
@@ -90,7 +94,9 @@ def _short(f: dict[str, Any]) -> str:
             f"{k} {f[k] / 1e12:.0f} TFLOP/s" for k in ("gemm", "attention_forward", "attention_backward")
         )
     rate = f["tokens"] / f["gpus"] / f["seconds"]
-    return f"{f['tokens']:>9,} tokens: {f['seconds']:.2f} s, {rate:,.0f} tokens/s a GPU, peak {f['peak'] / GiB:.1f} GiB, loss {f['loss']:.4f}"
+    return (
+        f"{f['tokens']:>9,} tokens: {f['seconds']:.2f} s, {rate:,.0f} tokens/s a GPU, peak {f['peak'] / GiB:.1f} GiB, loss {f['loss']:.4f}"
+    )
 
 
 def machine_name() -> str:
@@ -130,5 +136,3 @@ def log_file(name: str) -> Path:
 
 def job(row: str, tokens: list[int], **keys: Any) -> dict[str, Any]:
     return {"row": row, "tokens": tokens, **keys}
-
-

@@ -3,10 +3,10 @@
     python benchmarks/throughput.py --gpus 2 --tokens 32768 131072 --out benchmarks/results
     python benchmarks/throughput.py --smoke          # two CPU processes, a tiny model: does it run?
 
-Qwen2.5-7B's shape, random weights, all parameters, AdamW with exact fp32 weights and states, one row of random tokens split over the GPUs; a step is
-forward, backward, clipping and update. Rows (`--rows`): see `_peers.py`; NAME:KERNEL asks for an attention kernel (flash is
-FlashAttention 2). Every row is a process group of its own; one that runs out of memory or time leaves the others alone. `--limit` bounds the
-command. The share of the roofline is that of a step which keeps attention, recomputes two thirds of the MLP and does nothing but
+Qwen2.5-7B's shape, random weights, all parameters, AdamW with exact fp32 weights and states, one row of random tokens split over the
+GPUs; a step is forward, backward, clipping and update. Rows (`--rows`): see `_peers.py`; NAME:KERNEL asks for an attention kernel (flash is
+FlashAttention 2). Every row is a process group of its own; one that runs out of memory or time leaves the others alone. `--limit` bounds
+the command. The share of the roofline is that of a step which keeps attention, recomputes two thirds of the MLP and does nothing but
 products at this GPU's own measured rates (row `rates`).
 """
 
@@ -20,12 +20,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-from _peers import SHAPES, Bench, Job  # noqa: E402
-from _table import Clock, GiB, job, log_file, machine_name, run_row, settings_line, write  # noqa: E402
+from _peers import SHAPES, make_config
+from _table import Clock, GiB, job, log_file, machine_name, run_row, settings_line, write
 
-from longfactory.plan.model import Job as PlanJob  # noqa: E402
-from longfactory.plan.model import roofline  # noqa: E402
-from longfactory.plan.shapes import ModelShape, machine  # noqa: E402
+from longfactory.plan.model import Job as PlanJob
+from longfactory.plan.model import roofline
+from longfactory.plan.shapes import ModelShape, machine
 
 NAMES = {
     "ours": "LongFactory",
@@ -48,7 +48,7 @@ def render(results: list[dict[str, Any]], shape: ModelShape, gpus: int, lengths:
     rates = {r["tokens"]: r for r in results if r["row"] == "rates" and "gemm" in r}
     ours = {r["tokens"]: r for r in results if r["row"] == "ours" and "seconds" in r}
     lines = [
-        "| tokens | system | step, s | tokens/s a GPU | LongFactory is | share of roofline | MFU of 989 | peak, GiB a GPU | memory settings |",
+        "| tokens | system | step, s | tokens/s a GPU | LongFactory is | share of roofline | MFU of 989 | peak, GiB a GPU | memory settings |",  # noqa: E501
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for tokens in lengths:
@@ -65,13 +65,16 @@ def render(results: list[dict[str, Any]], shape: ModelShape, gpus: int, lengths:
             if tokens in rates:
                 m = rates[tokens]
                 kind = dataclasses.replace(
-                    machine("H100", gpus, 1), gemm=m["gemm"], attention_forward=m["attention_forward"], attention_backward=m["attention_backward"]
+                    machine("H100", gpus, 1),
+                    gemm=m["gemm"],
+                    attention_forward=m["attention_forward"],
+                    attention_backward=m["attention_backward"],
                 )
                 share = f"{roofline(PlanJob(shape, kind, tokens, gpus)) / r['seconds']:.2f}"
             mfu = model_flops(shape, tokens) / gpus / r["seconds"] / 989e12
             settings = settings_line(r["settings"]) if "settings" in r else ""
             lines.append(
-                f"| {tokens:,} | {name} | {r['seconds']:.2f} | {rate:,.0f} | {times} | {share} | {mfu:.1%} | {r['peak'] / GiB:.1f} | {settings} |"
+                f"| {tokens:,} | {name} | {r['seconds']:.2f} | {rate:,.0f} | {times} | {share} | {mfu:.1%} | {r['peak'] / GiB:.1f} | {settings} |"  # noqa: E501
             )
     for r in rates.values():
         lines.append(
@@ -99,7 +102,7 @@ def main() -> int:
     clock = Clock(a.limit)
     log = log_file("throughput")
     where = machine_name()
-    shape = ModelShape.of(Bench(Job("ours", a.tokens, shape=a.shape)).config())
+    shape = ModelShape.of(make_config(a.shape))
     title = f"# Training throughput: {a.gpus} x {where}, {a.shape} shape ({shape.parameters / 1e9:.2f} B parameters)"
     results: list[dict[str, Any]] = []
     table = ""
