@@ -1,0 +1,151 @@
+"""Which samples are read, when, and by whom: sets of integers, for any number of groups and any micro-batch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import IterableDataset
+
+from longfactory.data.row import IGNORE, TokenizedDocument, make_row
+from longfactory.train.loader import Collate, RowSampler, RowStream, empty_row, make_loader
+
+
+def lists_of_all_groups(length: int, batch: int, groups: int, epoch: int = 0, **kwargs: object) -> list[list[list[int]]]:
+    """[group][micro-batch] -> samples."""
+    out = []
+    for group in range(groups):
+        sampler = RowSampler(length, batch, groups=groups, group=group, **kwargs)
+        sampler.set_epoch(epoch)
+        lists = list(sampler)
+        assert len(lists) == len(sampler)
+        out.append(lists)
+    return out
+
+
+def steps(lists: list[list[list[int]]], accumulation: int) -> list[set[int]]:
+    """The samples of each optimizer step, over all groups."""
+    count = len(lists[0])
+    return [{i for group in lists for micro in group[s : s + accumulation] for i in micro} for s in range(0, count, accumulation)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    length=st.integers(0, 60), batch=st.integers(1, 5), groups=st.integers(1, 5), seed=st.one_of(st.none(), st.integers(0, 9)),
+    epoch=st.integers(0, 3), by_length=st.booleans(),
+)  # fmt: skip
+def test_every_sample_is_read_once_in_an_epoch_and_every_group_gets_as_many_lists(
+    length: int, batch: int, groups: int, seed: int | None, epoch: int, by_length: bool
+) -> None:
+    extra = {"lengths": [(7 * i) % 11 for i in range(length)], "window": 8} if by_length else {}
+    lists = lists_of_all_groups(length, batch, groups, epoch, seed=seed, **extra)
+    assert sorted(i for group in lists for micro in group for i in micro) == list(range(length))
+    assert len({len(group) for group in lists}) == 1
+    assert all(len(micro) <= batch for group in lists for micro in group)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("length", [24, 29])
+def test_a_step_takes_the_same_samples_however_they_are_spread(length: int, seed: int | None) -> None:
+    total, want = 8, None
+    for batch, groups in itertools.product((1, 2, 4, 8), (1, 2, 4, 8)):
+        if batch * groups > total:
+            continue
+        got = steps(lists_of_all_groups(length, batch, groups, seed=seed), total // (batch * groups))
+        want = want or got
+        assert got == want, (batch, groups)
+    assert want is not None and len(want) == -(-length // total)
+    order = RowSampler(length, 1, seed=seed).order()
+    assert want[0] == set(order[:total])
+
+
+def test_the_order_is_a_function_of_seed_and_epoch() -> None:
+    def order(seed: int | None, epoch: int) -> list[int]:
+        sampler = RowSampler(50, 2, seed=seed)
+        sampler.set_epoch(epoch)
+        return sampler.order()
+
+    orders = [tuple(order(seed, epoch)) for seed in (0, 1, 2) for epoch in (0, 1, 2)]
+    assert len(set(orders)) == len(orders)
+    assert order(1, 2) == order(1, 2)
+    assert order(None, 1) == list(range(50))
+
+
+def test_group_by_length_sorts_windows_of_the_shuffled_order() -> None:
+    lengths = [(13 * i) % 37 for i in range(40)]
+    shuffled = RowSampler(40, 2, seed=5).order()
+    grouped = RowSampler(40, 2, seed=5, lengths=lengths, window=12).order()
+    for start in range(0, 40, 12):
+        part = grouped[start : start + 12]
+        assert sorted(part) == sorted(shuffled[start : start + 12])
+        assert [lengths[i] for i in part] == sorted((lengths[i] for i in part), reverse=True)
+    assert grouped != shuffled
+
+
+def test_drop_last_drops_less_than_one_round() -> None:
+    lists = lists_of_all_groups(29, 2, 4, drop_last=True)
+    assert [len(group) for group in lists] == [3] * 4
+    assert sorted(i for group in lists for micro in group for i in micro) == list(range(24))
+
+
+@settings(max_examples=60, deadline=None)
+@given(length=st.integers(0, 30), batch=st.integers(1, 4), groups=st.integers(1, 4))
+def test_a_stream_is_dealt_like_an_indexable_set(length: int, batch: int, groups: int) -> None:
+    dealt = [list(RowStream(range(length), batch, groups=groups, group=g)) for g in range(groups)]
+    assert dealt == lists_of_all_groups(length, batch, groups)
+
+
+def test_a_stream_passes_the_epoch_on() -> None:
+    class Source(list):
+        def set_epoch(self, epoch: int) -> None:
+            self[:] = [epoch]
+
+    stream = RowStream(Source(), 1, groups=1, group=0)
+    stream.set_epoch(4)
+    assert list(stream) == [[4]]
+
+
+def collate(samples: list[int], multiple: int, pad_id: int) -> object:
+    return make_row([TokenizedDocument([i + 5] * (i + 1), [i + 5] * (i + 1), sample=i) for i in samples]).padded(multiple, pad_id)
+
+
+def test_no_samples_make_a_row_that_trains_nothing() -> None:
+    rows = Collate(collate, 8, 3, empty_row)
+    row = rows([])["row"]
+    assert len(row) == 8 and row.trained_tokens == 0 and row.real_tokens == 0
+    assert row.input_ids.tolist() == [3] * 8 and (row.labels == IGNORE).all()
+    assert [d.role for d in row.documents] == ["pad"]
+    assert len(rows([0, 2])["row"]) == 8 and rows([0, 2])["row"].real_tokens == 4
+
+
+def test_a_reference_cache_made_after_the_loader_is_used() -> None:
+    class Cache:
+        def attach(self, row: object) -> str:
+            return "attached"
+
+    caches: list[Cache] = []
+    rows = Collate(collate, 8, 3, empty_row, lambda: caches[0] if caches else None)
+    assert rows([1])["row"] != "attached"
+    caches.append(Cache())
+    assert rows([1])["row"] == "attached"
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(7))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_loader_gives_rows(stream: bool, workers: int) -> None:
+    data = Stream() if stream else list(range(7))
+    common = {"batch": 2, "groups": 2, "group": 1, "workers": workers, "pin": False, "prefetch": None}
+    sampler = None if stream else RowSampler(7, 2, groups=2, group=1)
+    loader = make_loader(data, sampler, Collate(collate, 4, 0, empty_row), **common)
+    rows = [item["row"] for item in loader]
+    assert [[d.sample for d in row.documents if d.role != "pad"] for row in rows] == [[2, 3], [6]]
+    assert all(len(row) % 4 == 0 and isinstance(row.input_ids, torch.Tensor) for row in rows)
