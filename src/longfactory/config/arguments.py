@@ -33,7 +33,7 @@ class ModelArguments:
     train_from_scratch: bool = arg(False, "Random weights instead of the pretrained ones.")
     attention_dropout: float | None = arg(
         None,
-        "Dropout of attention weights, in place of the model's own. Only 0 can be trained: the engine computes none.",
+        "In place of the model's own dropout of attention weights; 0 is what can be trained.",
         low=0.0,
         high=1.0,
     )

@@ -34,7 +34,7 @@ _WITHOUT_EFFECT = frozenset(
     {"position_ids", "position_embeddings", "cache_position", "logits_to_keep", "num_items_in_batch", "layer_idx", "return_dict"}
 )
 _NOT_ROUTED = "its attention does not pass through transformers' attention registry"
-_DROPOUT_KEYS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
+DROPOUT_KEYS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
 ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Layer types of transformers' configurations that the attention function computes."""
 
@@ -220,11 +220,11 @@ def prepare(model: PreTrainedModel, ctx: SequenceParallel) -> None:
         reason = _NOT_ROUTED
     if reason:
         raise ValueError(f"Models of type {config.model_type} cannot be trained here: {reason}.")
-    for key in _DROPOUT_KEYS:
+    for key in DROPOUT_KEYS:
         if getattr(config, key, None):
             raise ValueError(
                 f"{config.model_type}: dropout of attention weights is not computed, and {key} is {getattr(config, key)}. "
-                f"Load the model with {key}=0."
+                f"Load the model with {key}=0 (in a run's file: attention_dropout: 0)."
             )
     inner.set_attn_implementation(ATTENTION)
     if config._attn_implementation != ATTENTION:
