@@ -1,0 +1,235 @@
+"""Log-probabilities made in chunks equal those of whole logits, with every gradient, and cost no [T, vocabulary] memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from longfactory.model.token_logprobs import LogitTransform, TokenLogprobs, check_head, logit_transform
+from longfactory.testing import tiny_model
+
+T = 23
+IDS = torch.randint(3, 97, (1, T), generator=torch.Generator().manual_seed(0))
+
+
+def some_labels() -> Tensor:
+    labels = torch.cat([IDS[0, 1:], torch.tensor([-100])])
+    labels[4:9] = -100
+    return labels
+
+
+def lora(model: Any, **kwargs: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(model, LoraConfig(r=3, **kwargs))
+    generator = torch.Generator().manual_seed(2)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data = torch.randn(p.shape, generator=generator).to(p) * 0.1
+    return model.double()
+
+
+def with_bias(model: Any) -> Any:
+    head = model.get_output_embeddings()
+    head.bias = nn.Parameter(torch.linspace(-1, 1, head.out_features, dtype=torch.float64))
+    return model
+
+
+def f64(family: str, **overrides: Any) -> Any:
+    return tiny_model(family, dtype=torch.float64, **overrides)
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "plain": lambda: f64("llama", tie_word_embeddings=False),
+    "bias": lambda: with_bias(f64("llama", tie_word_embeddings=False)),
+    "tied": lambda: f64("llama", tie_word_embeddings=True),
+    "softcap": lambda: f64("gemma2", final_logit_softcapping=2.0),
+    "multiplied": lambda: f64("cohere", logit_scale=0.3),
+    "divided": lambda: f64("granite", logits_scaling=3.0),
+    "lora on the head": lambda: lora(f64("llama", tie_word_embeddings=False), target_modules=["q_proj", "lm_head"]),
+    "modules to save": lambda: lora(f64("llama", tie_word_embeddings=False), target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "lora elsewhere": lambda: lora(f64("llama", tie_word_embeddings=True), target_modules=["q_proj"]),
+    "lora, softcap": lambda: lora(f64("gemma2", final_logit_softcapping=2.0, tie_word_embeddings=False), target_modules=["lm_head"]),
+}
+
+
+def of_logits(model: Any, labels: Tensor) -> Tensor:
+    """The specification: whole logits, log-softmax, pick."""
+    logps = model(input_ids=IDS).logits[0].log_softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    return torch.where(labels >= 0, logps, 0.0)
+
+
+def gradients(model: Any) -> dict[str, Tensor | None]:
+    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("chunk", [5, None])
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_values_and_gradients_are_those_of_whole_logits(kind: str, chunk: int | None) -> None:
+    model = MODELS[kind]()
+    labels = some_labels()
+    weights = torch.randn(T, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    want = of_logits(model, labels)
+    (want * weights).sum().backward()
+    expected = gradients(model)
+    model.zero_grad()
+
+    head = TokenLogprobs(model, chunk)
+    with head.labels(labels):
+        out = model(input_ids=IDS)
+        got = head.outputs(out.logits)
+    assert out.logits.shape == (1, T, 1)
+    torch.testing.assert_close(got.logps, want, rtol=1e-11, atol=1e-11)
+    (got.logps * weights).sum().backward()
+    found = gradients(model)
+    assert {n for n, g in found.items() if g is not None} == {n for n, g in expected.items() if g is not None}
+    assert any(g is not None and g.abs().max() > 1e-3 for g in found.values())
+    for name, g in expected.items():
+        if g is not None:
+            torch.testing.assert_close(found[name], g, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_whether_a_label_was_the_most_probable_token() -> None:
+    model = f64("llama")
+    best = model(input_ids=IDS).logits[0].argmax(-1)
+    labels = best.clone()
+    labels[::3] = (labels[::3] + 1) % 97
+    labels[5] = -100
+    head = TokenLogprobs(model, 4)
+    with head.labels(labels):
+        model(input_ids=IDS)
+        assert head.outputs().top1.tolist() == (labels == best).tolist()
+
+
+@pytest.mark.parametrize("kind", ["plain", "tied", "lora on the head", "modules to save"])
+def test_a_rank_without_a_trained_token_stays_in_the_graph_with_zero_gradients(kind: str) -> None:
+    model = MODELS[kind]()
+    head = TokenLogprobs(model, 5)
+    with head.labels(torch.full((T,), -100)):
+        logps = head.outputs(model(input_ids=IDS).logits).logps
+    assert logps.tolist() == [0.0] * T
+    logps.sum().backward()
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    assert all(p.grad is not None for _, p in trained), [n for n, p in trained if p.grad is None]
+    assert all((p.grad == 0).all() for _, p in trained)
+
+
+def test_the_layer_is_itself_outside_of_labels_and_after_release() -> None:
+    model = f64("llama")
+    want = model(input_ids=IDS).logits
+    head = TokenLogprobs(model)
+    assert torch.equal(model(input_ids=IDS).logits, want)
+    with pytest.raises(RuntimeError, match="did not call its output layer"):
+        head.outputs()
+    head.release()
+    assert "forward" not in vars(model.get_output_embeddings()) or torch.equal(model(input_ids=IDS).logits, want)
+    with head.labels(some_labels()):
+        assert model(input_ids=IDS).logits.shape == want.shape
+
+
+def test_autocast_multiplies_in_bf16_and_sums_in_fp32() -> None:
+    model = tiny_model("llama", tie_word_embeddings=False)
+    other = copy.deepcopy(model)
+    labels = some_labels()
+    head = TokenLogprobs(model, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        with head.labels(labels):
+            got = head.outputs(model(input_ids=IDS).logits).logps
+        want = of_logits(other, labels)
+    got.sum().backward()
+    want.float().sum().backward()
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want.float(), rtol=0, atol=5e-2)
+    a, b = model.lm_head.weight.grad, other.lm_head.weight.grad
+    assert a.dtype == torch.float32
+    assert (a - b).norm() / b.norm() < 0.02
+
+
+class LargestTensor(TorchDispatchMode):
+    """Numbers of the largest tensor that any operator makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, Tensor):
+                self.numel = max(self.numel, t.numel())
+        return out
+
+
+def largest(vocabulary: int, tokens: int, chunk: int, kind: str) -> int:
+    """Of one forward and backward of the output layer with `tokens` trained tokens."""
+    model = tiny_model("llama", vocab_size=vocabulary, hidden_size=8, num_attention_heads=2, tie_word_embeddings=False)
+    if kind == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"]))
+    head = TokenLogprobs(model, chunk)
+    hidden = torch.randn(1, tokens, 8, requires_grad=True)
+    with LargestTensor() as seen, head.labels(torch.arange(tokens) % 90):
+        layer = model.get_output_embeddings()
+        head.outputs(layer(hidden)).logps.sum().backward()
+    assert hidden.grad is not None
+    return seen.numel
+
+
+@pytest.mark.parametrize("kind", ["plain", "lora"])
+def test_no_tensor_has_a_number_for_each_token_and_vocabulary_entry(kind: str) -> None:
+    chunk = 16
+    for vocabulary in (512, 1024):
+        sizes = {tokens: largest(vocabulary, tokens, chunk, kind) for tokens in (256, 512)}
+        assert sizes[256] == sizes[512] == chunk * vocabulary, sizes  # flat in length; a chunk of logits is the largest there is
+    # Were the chunk as long as the row, the same count would see the whole logits: the measure measures.
+    assert largest(512, 256, 256, kind) == 256 * 512
+
+
+def test_the_chunk_follows_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    import longfactory.model.token_logprobs as module
+
+    monkeypatch.setattr(module, "CHUNK_NUMBERS", 128 * 512)
+    assert largest(512, 600, None, "plain") == 128 * 512  # type: ignore[arg-type]
+    assert largest(256, 600, None, "plain") == 256 * 256  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "want"),
+    [
+        ("llama", {}, LogitTransform()),
+        ("gemma2", {"final_logit_softcapping": 30.0}, LogitTransform(1.0, 30.0)),
+        ("cohere", {"logit_scale": 0.25}, LogitTransform(0.25)),
+        ("granite", {"logits_scaling": 8.0}, LogitTransform(0.125)),
+    ],
+)
+def test_the_transform_is_read_from_the_configuration(family: str, fields: dict[str, Any], want: LogitTransform) -> None:
+    assert logit_transform(tiny_model(family, **fields).config) == want
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_check_head_accepts_what_is_exact(kind: str) -> None:
+    model = MODELS[kind]()
+    head = TokenLogprobs(model, 5)
+    assert check_head(model, head, {"input_ids": IDS}, some_labels()) < 1e-5
+    assert model(input_ids=IDS).logits.shape[-1] == 97
+
+
+def test_check_head_refuses_an_unknown_transform() -> None:
+    model = f64("gemma2", final_logit_softcapping=0.2)
+    model.config.final_logit_softcapping = None  # not known to the head
+    head = TokenLogprobs(model, 5)
+    model.config.final_logit_softcapping = 0.2  # but done by the model
+    with pytest.raises(ValueError, match="does more to its logits than LongFactory knows of"):
+        check_head(model, head, {"input_ids": IDS}, some_labels())
+
+
+def test_a_model_without_an_output_layer_is_refused() -> None:
+    with pytest.raises(ValueError, match="has no output layer"):
+        TokenLogprobs(tiny_model("llama").model)
