@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import types
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,7 +56,10 @@ def run(cfg: RunConfig) -> dict[str, float]:
     main = os.environ.get("RANK", "0") == "0"
     _set_up_log(main)
     tokenizer = load.load_tokenizer(cfg.model)
-    stage = make_stage(cfg.method.stage, cfg.method)
+    try:
+        stage = make_stage(cfg.method.stage, cfg.method)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     datasets = load_data(cfg, tokenizer)
     memory = plan_memory(cfg, model_config, datasets, size, sharding, world, cuda)
     log.info(memory.plan.table)
@@ -89,6 +93,7 @@ def run(cfg: RunConfig) -> dict[str, float]:
         if datasets.train is None:
             raise UserError("do_train needs training data. Set dataset: to names in dataset_info.json.")
         checkpoint = cfg.resume_checkpoint()
+        same_on_every_rank(checkpoint)
         if checkpoint:
             trainer.check_resume(checkpoint)
         try:
@@ -108,6 +113,23 @@ def run(cfg: RunConfig) -> dict[str, float]:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return metrics
+
+
+def same_on_every_rank(checkpoint: str | None) -> None:
+    """Refuses a run whose machines would resume from different places: they would wait for each other for ever.
+
+    Raises:
+        UserError: on every rank.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    names: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(names, Path(checkpoint).name if checkpoint else None)
+    if len(set(names)) > 1:
+        raise UserError(
+            f"The machines do not agree on the checkpoint to go on from: {', '.join(sorted({str(n) for n in names}))}. output_dir must be on a "
+            "file system that all machines share, or resume_from_checkpoint must name a checkpoint that each of them has."
+        )
 
 
 def _set_up_log(main: bool) -> None:
