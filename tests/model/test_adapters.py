@@ -1,0 +1,195 @@
+"""What is trained: everything, some layers, or adapters that begin where earlier ones ended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from longfactory.config.arguments import FinetuningArguments, ModelArguments
+from longfactory.errors import UserError
+from longfactory.model.adapters import apply_finetuning, cast_trainable, count_parameters, decoder_layers, linear_names
+from longfactory.testing import tiny_model
+
+IDS = torch.randint(3, 97, (1, 9), generator=torch.Generator().manual_seed(0))
+LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def apply(model: Any, kind: str, adapters: tuple[str, ...] = (), *, resized: bool = False, is_trainable: bool = True, **keys: Any) -> Any:
+    method = FinetuningArguments(finetuning_type=kind, **keys)  # type: ignore[arg-type]
+    return apply_finetuning(model, method, ModelArguments(adapter_name_or_path=adapters), resized=resized, is_trainable=is_trainable)
+
+
+def trained(model: nn.Module) -> set[str]:
+    return {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+def logits(model: Any) -> Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def test_full_trains_everything() -> None:
+    model = tiny_model()
+    model.requires_grad_(False)
+    assert trained(apply(model, "full")) == {n for n, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("keys", "layers"),
+    [
+        ({"freeze_trainable_layers": 2}, {4, 5}),
+        ({"freeze_trainable_layers": -1}, {0}),
+        ({"freeze_trainable_layers": 99}, set(range(6))),
+        ({"freeze_trainable_layers": 2, "use_llama_pro": True}, {2, 5}),
+    ],
+)
+def test_freeze_trains_whole_layers(keys: dict[str, Any], layers: set[int]) -> None:
+    model = apply(tiny_model(num_hidden_layers=6), "freeze", **keys)
+    want = {n for n, _ in model.named_parameters() if any(n.startswith(f"model.layers.{i}.") for i in layers)}
+    assert trained(model) == want and want
+
+
+def test_freeze_trains_named_modules_and_others_beside_the_layers() -> None:
+    model = apply(
+        tiny_model(tie_word_embeddings=False),
+        "freeze",
+        freeze_trainable_layers=1,
+        freeze_trainable_modules=("mlp", "q_proj"),
+        freeze_extra_modules=("embed_tokens", "norm"),
+    )
+    want = {f"model.layers.1.mlp.{n}_proj.weight" for n in ("gate", "up", "down")} | {"model.layers.1.self_attn.q_proj.weight"}
+    assert trained(model) == want | {"model.embed_tokens.weight", "model.norm.weight"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"freeze_trainable_modules": ("attn",)}, r"freeze_trainable_modules: attn not found in a decoder layer. It has: .*self_attn"),
+        ({"freeze_extra_modules": ("head",)}, r"freeze_extra_modules: head not found outside the decoder layers. There are: .*lm_head"),
+        ({"use_llama_pro": True, "freeze_trainable_layers": 4}, "6 layers are not divisible by freeze_trainable_layers: 4"),
+    ],
+)
+def test_freeze_refuses_what_is_not_there(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        apply(tiny_model(num_hidden_layers=6, tie_word_embeddings=False), "freeze", **keys)
+
+
+def test_the_decoder_layers_are_found() -> None:
+    name, layers = decoder_layers(tiny_model(num_hidden_layers=3))
+    assert name == "model.layers" and len(layers) == 3
+    with pytest.raises(UserError, match="has no list of decoder layers"):
+        decoder_layers(nn.Linear(2, 2))
+
+
+def test_lora_on_every_linear_layer_but_the_output() -> None:
+    model = tiny_model(tie_word_embeddings=False)
+    assert set(linear_names(model)) == LINEAR
+    model = apply(model, "lora", lora_rank=4)
+    names = trained(model)
+    assert all("lora_" in n for n in names) and len(names) == 2 * 7 * 2
+    assert not any("lm_head" in n for n in names)
+    config = model.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 8, 0.0)
+    assert torch.equal(logits(model), logits(tiny_model(tie_word_embeddings=False)))  # B begins at zero
+
+
+def test_lora_keys_reach_peft() -> None:
+    model = apply(
+        tiny_model(), "lora", lora_target=("q_proj", "mlp.down_proj"), lora_alpha=5, lora_rank=3, lora_dropout=0.25,
+        use_rslora=True, use_dora=True, additional_target=("embed_tokens",),
+    )  # fmt: skip
+    config = model.peft_config["default"]
+    assert (config.lora_alpha, config.r, config.lora_dropout, config.use_rslora, config.use_dora) == (5, 3, 0.25, True, True)
+    names = trained(model)
+    assert {n.split(".lora_")[0].rsplit(".", 1)[-1] for n in names if ".lora_" in n} == {"q_proj", "down_proj"}
+    assert any("embed_tokens.modules_to_save" in n for n in names)
+
+
+def test_pissa_begins_as_the_principal_part() -> None:
+    model = apply(tiny_model(), "lora", lora_target=("q_proj",), lora_rank=4, pissa_init=True, pissa_iter=-1)
+    assert any(p.abs().max() > 0 for n, p in model.named_parameters() if "lora_B" in n)
+    torch.testing.assert_close(logits(model), logits(tiny_model()), rtol=1e-3, atol=1e-4)
+
+
+def test_a_grown_vocabulary_is_trained_and_saved() -> None:
+    model = apply(tiny_model(tie_word_embeddings=False), "lora", resized=True)
+    assert set(model.peft_config["default"].modules_to_save) == {"embed_tokens", "lm_head"}
+    assert any("lm_head.modules_to_save" in n for n in trained(model))
+
+
+@pytest.mark.parametrize("keys", [{"lora_target": ("q_prj",)}, {"additional_target": ("embeddings",)}])
+def test_an_unknown_target_is_refused_with_those_that_there_are(keys: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"(q_prj|embeddings) not found in the model. Linear layers: down_proj, gate_proj"):
+        apply(tiny_model(), "lora", **keys)
+
+
+def test_an_adapter_needs_lora() -> None:
+    with pytest.raises(UserError, match="adapter_name_or_path needs finetuning_type: lora, not full"):
+        apply(tiny_model(), "full", ("somewhere",))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two adapters that change the model."""
+    paths = []
+    for i in range(2):
+        model = apply(tiny_model(), "lora", lora_target=("q_proj", "up_proj"), lora_rank=2 + i)
+        generator = torch.Generator().manual_seed(i)
+        for n, p in model.named_parameters():
+            if "lora_B" in n:
+                p.data = torch.randn(p.shape, generator=generator) * 0.1
+        paths.append(str(tmp_path_factory.mktemp("adapter")))
+        model.save_pretrained(paths[-1])
+    return paths
+
+
+def merged(paths: list[str]) -> Any:
+    from peft import PeftModel
+
+    model: Any = tiny_model()
+    for path in paths:
+        model = PeftModel.from_pretrained(model, path).merge_and_unload()
+    return model
+
+
+def test_the_last_adapter_is_trained_on_and_those_before_it_are_merged(saved: list[str]) -> None:
+    one = apply(tiny_model(), "lora", (saved[0],))
+    assert one.peft_config["default"].r == 2 and all("lora_" in n for n in trained(one)) and trained(one)
+    torch.testing.assert_close(logits(one), logits(merged(saved[:1])), rtol=1e-4, atol=1e-5)
+    both = apply(tiny_model(), "lora", tuple(saved))
+    assert both.peft_config["default"].r == 3 and trained(both)
+    torch.testing.assert_close(logits(both), logits(merged(saved)), rtol=1e-4, atol=1e-5)
+    assert (logits(both) - logits(one)).abs().max() > 1e-3
+
+
+def test_create_new_adapter_merges_all_and_begins_anew(saved: list[str]) -> None:
+    model = apply(tiny_model(), "lora", tuple(saved), create_new_adapter=True, lora_rank=5, lora_target=("v_proj",))
+    assert model.peft_config["default"].r == 5
+    assert all("v_proj.lora_" in n for n in trained(model)) and trained(model)
+    torch.testing.assert_close(logits(model), logits(merged(saved)), rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_of_a_model_that_is_not_trained_are_merged(saved: list[str]) -> None:
+    model = apply(tiny_model(), "lora", tuple(saved), is_trainable=False)
+    assert not any("lora_" in n for n, _ in model.named_parameters())
+    torch.testing.assert_close(logits(model), logits(merged(saved)), rtol=1e-4, atol=1e-5)
+
+
+def test_trained_weights_become_fp32_and_frozen_ones_stay() -> None:
+    model = apply(tiny_model(dtype=torch.bfloat16), "lora", lora_target=("q_proj",))
+    cast_trainable(model)
+    for p in model.parameters():
+        assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
+    tied = tiny_model(dtype=torch.bfloat16, tie_word_embeddings=True)
+    cast_trainable(tied)
+    assert tied.lm_head.weight is tied.get_input_embeddings().weight and tied.lm_head.weight.dtype == torch.float32
+
+
+def test_counts() -> None:
+    model = apply(tiny_model(), "lora", lora_target=("q_proj",), lora_rank=2)
+    base = sum(p.numel() for p in tiny_model().parameters())
+    assert count_parameters(model) == (2 * 2 * (64 + 64), base + 2 * 2 * (64 + 64))

