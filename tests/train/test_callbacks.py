@@ -1,0 +1,126 @@
+"""The log file that boards read, functions at the start, and the pictures of curves."""
+
+from __future__ import annotations
+
+import json
+import re
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainerState
+
+from longfactory.train.callbacks import LOG_FILE, AtStart, LogFile
+from longfactory.train.output import read_log
+from longfactory.train.plots import overlay, plot_history, smooth
+
+
+def state(step: int, total: int = 8, tokens: int = 0, main: bool = True) -> TrainerState:
+    return TrainerState(global_step=step, max_steps=total, num_input_tokens_seen=tokens, is_world_process_zero=main)
+
+
+def clock(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    import longfactory.train.callbacks as module
+
+    now = types.SimpleNamespace(t=1000.0)
+    monkeypatch.setattr(module, "time", types.SimpleNamespace(time=lambda: now.t))
+    return now
+
+
+def test_a_line_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = clock(monkeypatch)
+    log = LogFile(str(tmp_path), overwrite=True)
+    log.on_train_begin(None, state(0), None)
+    now.t += 4000
+    logs = {"loss": 1.5, "grad_norm": 0.25, "learning_rate": 1e-5, "epoch": 0.5, "num_input_tokens_seen": 6000}
+    log.on_log(None, state(2), None, logs=logs)
+    (line,) = read_log(tmp_path)
+    assert line == {
+        "current_steps": 2,
+        "total_steps": 8,
+        "loss": 1.5,
+        "grad_norm": 0.25,
+        "lr": 1e-5,
+        "epoch": 0.5,
+        "percentage": 25.0,
+        "elapsed_time": "1:06:40",
+        "elapsed_seconds": 4000.0,
+        "remaining_time": "3:20:00",
+        "throughput": 1.5,
+        "total_tokens": 6000,
+    }
+    assert all(re.fullmatch(r"\d+:\d\d:\d\d", line[k]) for k in ("elapsed_time", "remaining_time"))
+
+
+@pytest.mark.parametrize(
+    ("logs", "fields"),
+    [
+        ({"loss": 1.0, "rewards/accuracies": 0.75}, {"loss": 1.0, "accuracy": 0.75}),
+        ({"loss": 1.0, "accuracy": 0.5}, {"loss": 1.0, "accuracy": 0.5}),
+        ({"eval_loss": 2.0, "eval_rewards/accuracies": 0.25}, {"eval_loss": 2.0, "eval_accuracy": 0.25}),
+        ({"eval_loss": 2.0, "eval_accuracy": 0.125}, {"eval_loss": 2.0, "eval_accuracy": 0.125}),
+    ],
+)
+def test_names_of_the_measures(logs: dict[str, float], fields: dict[str, float], tmp_path: Path) -> None:
+    log = LogFile(str(tmp_path), overwrite=True)
+    log.on_train_begin(None, state(0), None)
+    log.on_log(None, state(1), None, logs=logs)
+    (line,) = read_log(tmp_path)
+    measures = {"loss", "eval_loss", "accuracy", "eval_accuracy", "lr", "grad_norm", "reward", "throughput", "total_tokens"}
+    assert {k: v for k, v in line.items() if k in measures} == fields
+
+
+def test_a_resumed_run_reckons_from_where_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = clock(monkeypatch)
+    (tmp_path / LOG_FILE).write_text('{"current_steps": 6}\n')
+    log = LogFile(str(tmp_path), overwrite=True)
+    log.on_train_begin(None, state(6, tokens=6000), None)
+    now.t += 10
+    log.on_log(None, state(7), None, logs={"loss": 1.0, "num_input_tokens_seen": 7000})
+    first, line = read_log(tmp_path)
+    assert first == {"current_steps": 6}  # the lines of the first part stay
+    assert (line["remaining_time"], line["throughput"], line["total_tokens"]) == ("0:00:10", 100.0, 7000)
+
+
+@pytest.mark.parametrize(("overwrite", "lines"), [(True, 1), (False, 2)])
+def test_an_old_file_is_replaced_only_where_that_is_asked_for(overwrite: bool, lines: int, tmp_path: Path) -> None:
+    (tmp_path / LOG_FILE).write_text('{"current_steps": 6}\n')
+    log = LogFile(str(tmp_path), overwrite=overwrite)
+    log.on_train_begin(None, state(0), None)
+    log.on_log(None, state(1), None, logs={"loss": 1.0})
+    assert len(read_log(tmp_path)) == lines
+
+
+def test_other_processes_and_the_closing_summary_write_nothing(tmp_path: Path) -> None:
+    log = LogFile(str(tmp_path), overwrite=True)
+    log.on_train_begin(None, state(0, main=False), None)
+    log.on_log(None, state(1, main=False), None, logs={"loss": 1.0})
+    log.on_log(None, state(1), None, logs={"train_loss": 1.0})
+    assert not (tmp_path / LOG_FILE).exists()
+
+
+def test_functions_at_the_start_run_in_order() -> None:
+    seen: list[int] = []
+    AtStart(lambda: seen.append(1), lambda: seen.append(2)).on_train_begin(None, None, None)
+    assert seen == [1, 2]
+
+
+def test_curves_become_pictures(tmp_path: Path) -> None:
+    history: list[dict[str, Any]] = [{"step": i, "loss": 2.0 - i / 10, "rewards/accuracies": i / 10} for i in range(5)]
+    history.append({"step": 4, "train_runtime": 1.0})
+    files = plot_history(history, tmp_path, ("loss", "eval_loss", "rewards/accuracies"))
+    assert [f.name for f in files] == ["training_loss.png", "training_rewards_accuracies.png"]
+    assert all(f.read_bytes().startswith(b"\x89PNG") and f.stat().st_size > 2000 for f in files)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f.name for f in files)
+    overlay({"a": [(0, 1.0), (1, 0.5)], "b": [(0, 1.0), (1, 0.5)]}, tmp_path / "both.png", title="t")
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_smoothing() -> None:
+    assert smooth([]) == [] and smooth([3.0]) == [3.0]
+    assert smooth([2.0] * 9) == pytest.approx([2.0] * 9)
+    noisy = [float(i % 2) for i in range(200)]
+    late = smooth(noisy)[100:]
+    assert all(0.4 < v < 0.6 for v in late)
+    assert json.dumps(smooth([1.0, 2.0]))  # plain numbers
