@@ -31,6 +31,13 @@ def test_cut_pair_is_the_rule_of_the_wheel(source: int, target: int, cutoff: int
         assert cut_pair(source, target, cutoff) == lf_oracle.load().utils.infer_seqlen(source, target, cutoff)
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(LENGTH, LENGTH), max_size=30), st.integers(1, 6000))
+def test_cut_pairs_is_cut_pair(lengths: list[tuple[int, int]], cutoff: int) -> None:
+    source, target = assemble.cut_pairs(*np.array(lengths, np.int64).reshape(-1, 2).T, cutoff)
+    assert list(zip(source.tolist(), target.tolist(), strict=True)) == [cut_pair(s, t, cutoff) if s + t else (0, 0) for s, t in lengths]
+
+
 @pytest.mark.parametrize(
     ("source", "target", "cutoff", "expected"),
     [(3000, 2000, 1000, (600, 400)), (1000, 100, 1000, (900, 100)), (100, 1000, 1000, (100, 900)), (600, 499, 1000, (501, 499))],

@@ -304,3 +304,37 @@ def test_the_first_sample_is_shown(tokenizer: Any, write_data: Any, caplog: pyte
     data = load(tokenizer, write_data(d=({}, ALPACA)), dataset="d").train
     assert "training example:" in caplog.text and "label_ids:" in caplog.text and "Question 0?" in caplog.text
     assert "... (" in describe_sample(data[6], tokenizer, limit=5)
+
+
+@pytest.mark.parametrize("cutoff", [2048, 60, 12, 3, 1])
+@pytest.mark.parametrize("template", ["chatml", "qwen3", "glm4"])
+def test_lengths_of_pairs_and_kto_are_those_of_their_documents(cutoff: int, template: str, tokenizer: Any, write_data: Any) -> None:
+    rows = [
+        {"q": "word " * (i % 9), "good": ("<think>\nx\n</think>\n\n" if i % 2 else "") + "good " * (i % 5 + 1), "bad": "bad " * (i % 7 + 1)}
+        for i in range(20)
+    ]
+    kto_rows = [{"q": r["q"], "a": r["good"], "t": i % 3 == 0} for i, r in enumerate(rows)]
+    folder = write_data(
+        p=({"ranking": True, "columns": {"prompt": "q", "chosen": "good", "rejected": "bad"}}, rows),
+        k=({"columns": {"prompt": "q", "response": "a", "kto_tag": "t"}}, kto_rows),
+    )
+    for stage, name, options in (("dpo", "p", {}), ("dpo", "p", {"pref_share_prompt": True}), ("kto", "k", {})):
+        for thinking in (True, False, None):
+            data = load(
+                tokenizer, folder, stage, dataset=name, template=template, cutoff_len=cutoff, enable_thinking=thinking, **options
+            ).train
+            assert data.lengths.tolist() == [sum(len(d.input_ids) for d in data[i]) for i in range(len(data))]
+            assert all(len(d.input_ids) <= cutoff for i in range(len(data)) for d in data[i]) or options
+
+
+def test_the_data_sets_of_the_project_load(tokenizer: Any) -> None:
+    folder = Path(__file__).parents[2] / "data"
+    for stage, name in (
+        ("sft", "manual_sft"),
+        ("sft", "manual_sft_eval"),
+        ("pt", "manual_pt"),
+        ("dpo", "manual_dpo"),
+        ("kto", "manual_kto"),
+    ):
+        data = load(tokenizer, folder, stage, dataset=name, cutoff_len=65536).train
+        assert data.report.bad == 0 and data.report.truncated == 0 and len(data) > 0

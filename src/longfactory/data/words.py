@@ -96,10 +96,10 @@ def words_of(backend: Any) -> Words | None:
         case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
             pattern = GPT2
         case [
-            {"type": "Split", "pattern": {"Regex": str() as pattern}, "behavior": "Isolated", "invert": False},
+            {"type": "Split", "pattern": {"Regex": found}, "behavior": "Isolated", "invert": False},
             {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
         ]:
-            pass
+            pattern = str(found)
     if pattern is None:
         return None
     added = about["added_tokens"]
