@@ -143,6 +143,12 @@ def test_adapter_off_needs_no_second_pass_over_the_data(home: Path, size: int) -
     assert not (home / f"cache_off{size}" / "reference").exists()
 
 
+def test_pissa_starts_from_its_reference(home: Path) -> None:
+    """Its base weights are not the model's: the reference is the model with the adapter, before the first step."""
+    log = train(home, "pissa", 1, **LORA, pissa_init=True, precompute_ref_log_probs=None, cache=home / "cache_pissa")
+    assert log[0]["loss"] == LOG2 and log[-1]["loss"] != LOG2
+
+
 def test_another_reference_model(home: Path) -> None:
     other = [train(home, f"other{size}", size, ref_model=home / "other") for size in (1, 2)]
     assert abs(other[0][0]["loss"] - LOG2) > 1e-4

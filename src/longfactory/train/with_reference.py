@@ -36,7 +36,8 @@ def attach_reference(trainer: RowTrainer, cfg: Any) -> None:
     if not trainer.stage.needs_reference:
         return
     reference.disable_dropout(trainer.model_wrapped)
-    by_adapter = cfg.method.finetuning_type == "lora" and cfg.method.ref_model is None
+    # PiSSA moves a part of the weights into the adapter: without it the model is not the one that training starts from, with it, it is.
+    by_adapter = cfg.method.finetuning_type == "lora" and cfg.method.ref_model is None and not cfg.method.pissa_init
     if by_adapter and not cfg.method.precompute_ref_log_probs:
         trainer.reference_by_adapter = True
         return
