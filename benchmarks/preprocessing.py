@@ -64,11 +64,11 @@ def write_documents(path: Path, documents: int, tokens: int, tokenizer: Any) -> 
             f.write(json.dumps({"conversations": turns}, ensure_ascii=False) + "\n")
 
 
-def arguments(folder: Path, cutoff: int, workers: int) -> SimpleNamespace:
+def arguments(folder: Path, cutoff: int, workers: int, batch: int = 1000) -> SimpleNamespace:
     return SimpleNamespace(
         **{"dataset": ["d"], "eval_dataset": None, "dataset_dir": str(folder), "media_dir": str(folder), "template": "chatml"},
         **{"cutoff_len": cutoff, "train_on_prompt": False, "mask_history": False, "streaming": False, "buffer_size": 1},
-        **{"mix_strategy": "concat", "interleave_probs": None, "overwrite_cache": False, "preprocessing_batch_size": 1000},
+        **{"mix_strategy": "concat", "interleave_probs": None, "overwrite_cache": False, "preprocessing_batch_size": batch},
         **{"preprocessing_num_workers": workers, "max_samples": None, "val_size": 0.0, "packing": False, "neat_packing": False},
         **{"tool_format": None, "default_system": None, "enable_thinking": True, "preserve_thinking": False, "tokenized_path": None},
         **{"eval_on_each_dataset": False, "data_shared_file_system": False, "cutoff_strategy": "llamafactory", "on_bad_row": "skip"},
@@ -94,13 +94,12 @@ class Watch:
         return time.perf_counter() - self.start[0], cpu_seconds() - self.start[1]
 
 
-def ours(folder: Path, tokenizer: Any, cutoff: int, workers: int, cache: Path) -> tuple[Seconds, int, Seconds]:
+def ours(tokenizer: Any, args: SimpleNamespace, cache: Path) -> tuple[Seconds, int, Seconds]:
     """Seconds of the first run, tokens, seconds of a run that finds the cache with other seed and sequence-parallel size."""
     from longfactory.data.module import load_datasets
     from longfactory.data.templates import get_template
 
     os.environ["LONGFACTORY_CACHE"] = str(cache)
-    args = arguments(folder, cutoff, workers)
     template = get_template(args, tokenizer)
     seconds = []
     for seed in (0, 1):
@@ -133,7 +132,7 @@ def wheel() -> Any:
     return importlib.import_module("llamafactory.data.loader")
 
 
-def theirs(folder: Path, tokenizer: Any, cutoff: int, workers: int, cache: Path) -> tuple[Seconds, int, Any]:
+def theirs(tokenizer: Any, args: SimpleNamespace, cache: Path) -> tuple[Seconds, int, Any]:
     """Seconds, tokens, and the tokenised data set."""
     loader = wheel()
 
@@ -150,7 +149,6 @@ def theirs(folder: Path, tokenizer: Any, cutoff: int, workers: int, cache: Path)
         predict_with_generate=False,
     )
     model = SimpleNamespace(cache_dir=str(cache), hf_hub_token=None)
-    args = arguments(folder, cutoff, workers)
     template = importlib.import_module("llamafactory.data.template")
     chosen = template.get_template_and_fix_tokenizer(tokenizer, args)
     watch = Watch()
@@ -181,8 +179,8 @@ def fork_passes(data: Any, cutoff: int, shares: int, workers: int, pad: int) -> 
 
     watch = Watch()
     columns = data.column_names
-    padded = data.map(pad_batch, batched=True, batch_size=100, num_proc=workers, remove_columns=columns, load_from_cache_file=False)
-    padded.map(cut_batch, batched=True, batch_size=100, num_proc=workers, remove_columns=padded.column_names, load_from_cache_file=False)
+    padded = data.map(pad_batch, batched=True, batch_size=10, num_proc=workers, remove_columns=columns, load_from_cache_file=False)
+    padded.map(cut_batch, batched=True, batch_size=10, num_proc=workers, remove_columns=padded.column_names, load_from_cache_file=False)
     return watch()
 
 
@@ -234,12 +232,21 @@ def main(argv: list[str] | None = None) -> str:
                 write_chats(folder / "d.jsonl", chats)
             else:
                 write_documents(folder / "d.jsonl", o.documents, o.document_tokens, tokenizer)
-            mine, tokens, again = ours(folder, copy.deepcopy(tokenizer), cutoff, o.workers, Path(tmp, "ours"))
-            other, other_tokens, data = theirs(folder, copy.deepcopy(tokenizer), cutoff, o.workers, Path(tmp, "theirs"))
+            # Documents in small batches: the wheel keeps a batch as Python lists, 100 bytes a token.
+            args = arguments(folder, cutoff, o.workers, 1000 if chats else 10)
+            mine, tokens, again = ours(copy.deepcopy(tokenizer), args, Path(tmp, "ours"))
+            other, other_tokens, data = theirs(copy.deepcopy(tokenizer), args, Path(tmp, "theirs"))
             assert tokens == other_tokens, f"{tokens} tokens here, {other_tokens} there"
-            fork = None if o.without_fork else fork_passes(data, cutoff, 8, o.workers, tokenizer.eos_token_id)
+            part = data if chats else data.select(range(min(len(data), 50)))
+            fork = None if o.without_fork else fork_passes(part, cutoff, 8, o.workers, tokenizer.eos_token_id)
             ratio = " / ".join(f"{b / a:.1f} x" for a, b in zip(mine, other, strict=True))
-            shown = [show(mine), show(other), ratio, show(again), "-" if fork is None else show(fork)]
+            shown = [
+                show(mine),
+                show(other),
+                ratio,
+                show(again),
+                "-" if fork is None else show(fork) + ("" if len(part) == len(data) else f" for {len(part)} of them"),
+            ]
             lines.append(f"| {name} | {tokens:,} | " + " | ".join(shown) + " |")
             print(lines[-1], flush=True)
     table = "\n".join(lines)
