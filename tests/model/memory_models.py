@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -64,7 +65,14 @@ def stay_in_float64(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def run(model: nn.Module, ctx: sp.SequenceParallel | None = None, seed: int = 1, length: int = LENGTH, segments: Any = SEGMENTS) -> Tensor:
+def run(
+    model: nn.Module,
+    ctx: sp.SequenceParallel | None = None,
+    seed: int = 1,
+    length: int = LENGTH,
+    segments: Any = SEGMENTS,
+    backward: Callable[[Tensor], Any] = torch.Tensor.backward,
+) -> Tensor:
     """A loss with another weight for each token; its gradients are added to the parameters. Returns the loss of the whole row."""
     ctx = ctx or sp.SequenceParallel.create(1)
     g = torch.Generator().manual_seed(seed)
@@ -74,7 +82,7 @@ def run(model: nn.Module, ctx: sp.SequenceParallel | None = None, seed: int = 1,
     plan = sp.plan(length, segments, ctx)
     logits = model(**hf.inputs({"input_ids": ids, "position_ids": positions}, plan)).logits[0]
     loss = (torch.log_softmax(logits, -1) * sp.shard(weight, plan)).sum() / length
-    loss.backward()
+    backward(loss)
     return loss.detach()
 
 

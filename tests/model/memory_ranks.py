@@ -88,3 +88,41 @@ def split_adamw_on_shards() -> tuple[Tensor, Tensor]:
         w = model.weight.detach()
         results.append(w.full_tensor() if hasattr(w, "full_tensor") else w)
     return results[0], results[1]
+
+
+def zero_gradients(kind: str, settings: MemorySettings, stage: int, lora: bool) -> dict[str, Tensor]:
+    """Gradients in fp32 as DeepSpeed applies them: the change of each weight in a step of SGD with learning rate 1."""
+    import os
+
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    def whole(p: Tensor) -> Tensor:
+        if stage < 3:
+            return p.detach().clone()
+        with deepspeed.zero.GatheredParameters([p]):
+            return p.detach().clone()
+
+    deepspeed.init_distributed("gloo")
+    world = dist.get_world_size()
+    ctx = sp.SequenceParallel.create(world)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        model = make_model(kind, monkeypatch)
+        hf.prepare(model, ctx)
+        model = (with_lora(model) if lora else model).float()
+        apply_memory(model, settings)
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 10},
+        }
+        sgd = torch.optim.SGD(trained.values(), lr=1.0)
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=list(trained.values()), optimizer=sgd, config=config)
+        before = {n: whole(p) for n, p in trained.items()}
+        # The engine averages over ranks; the loss of the row is the sum of its ranks' losses.
+        run(engine, ctx, backward=lambda loss: engine.backward(loss.float() * world))
+        engine.step()
+        return {n: before[n] - whole(p) for n, p in trained.items()}

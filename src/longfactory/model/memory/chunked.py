@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from longfactory.model.memory.layer_ops import wide
 
@@ -178,7 +179,16 @@ class _Chunked:
             self.fits = self._token_wise(args[0])
         if not plain or not self.fits:
             return self.forward(*args, **kwargs)
+        if any(hasattr(p, "ds_id") for p in self.module.parameters()):
+            return self._under_zero3(args[0])
         return run_in_chunks(self.forward, args[0], self.params, self.chunk())
+
+    def _under_zero3(self, x: Tensor) -> Tensor:
+        """ZeRO-3 gathers a linear's weight only while that linear runs, so its backward has to be autograd's own: pieces are checkpointed."""
+        chunk = self.chunk()
+        if chunk is None or x.shape[1] <= chunk or not torch.is_grad_enabled() or type(self.module).__name__.endswith("Norm"):
+            return self.forward(x)
+        return torch.cat([checkpoint(self.forward, piece, use_reentrant=False) for piece in x.split(chunk, 1)], 1)
 
     @torch.no_grad()
     def _token_wise(self, x: Tensor) -> bool:

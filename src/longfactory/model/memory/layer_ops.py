@@ -25,25 +25,26 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 _failed: set[str] = set()
+_compiled: dict[str, Callable[..., Any]] = {}
 
 
 def fused(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles `fn` where its first argument is on a GPU. LONGFACTORY_COMPILE=0 turns it off."""
-    compiled = torch.compile(fn) if os.environ.get("LONGFACTORY_COMPILE", "1") != "0" else None
 
     @functools.wraps(fn)
     def call(first: Tensor, *rest: Any) -> Any:
-        if compiled is None or not first.is_cuda or fn.__name__ in _failed:
+        if not first.is_cuda or fn.__name__ in _failed or os.environ.get("LONGFACTORY_COMPILE", "1") == "0":
             return fn(first, *rest)
+        if fn.__name__ not in _compiled:
+            _compiled[fn.__name__] = torch.compile(fn)
         try:
-            return compiled(first, *rest)
+            return _compiled[fn.__name__](first, *rest)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the compiler's many errors have no common type
             _failed.add(fn.__name__)
-            log.warning(
-                "%s runs uncompiled: %s", fn.__name__, str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            )
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            log.warning("%s runs uncompiled: %s", fn.__name__, reason)
             return fn(first, *rest)
 
     return call
