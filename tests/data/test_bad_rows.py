@@ -173,3 +173,13 @@ def test_images_are_named(tokenizer: Any, write_data: Any, caplog: pytest.LogCap
     info = {"columns": {"prompt": "instruction", "response": "output", "images": "images"}}
     data = load(tokenizer, write_data(d=(info, [GOOD, GOOD | {"images": ["a.png"]}])))
     assert data.report.bad_rows["d"]["reasons"] == {"media": 1}
+
+
+@pytest.mark.timeout(60)
+def test_an_error_in_a_worker_ends_the_run(tokenizer: Any, write_data: Any) -> None:
+    """The reader, far ahead of the error, is not left waiting."""
+    rows = [GOOD, GOOD | {"output": ""}, *[GOOD] * 200]
+    folder = write_data(d=({"file_name": "d.jsonl"}, rows))
+    with pytest.raises(DataError, match=r"d\.jsonl:2: empty answer"):
+        load(tokenizer, folder, on_bad_row="error", preprocessing_num_workers=2, preprocessing_batch_size=1)
+    assert len(load(tokenizer, folder, preprocessing_num_workers=2, preprocessing_batch_size=1)) == 201

@@ -7,6 +7,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -121,14 +122,29 @@ def run(preparer: Preparer, rows: Iterable[tuple[str, Raw]], workers: int | None
             if progress is not None:
                 progress.update(len(some))
         return
+    # Not more than a few batches ahead of the writer: the data set may be larger than memory.
+    room = threading.Semaphore(4 * workers)
+    stop = threading.Event()
+
+    def throttled() -> Iterator[list[tuple[int, str, Raw]]]:
+        """Runs in the pool's feeding thread, which must not be left waiting when the pool ends."""
+        for some in batches():
+            while not room.acquire(timeout=0.2):
+                if stop.is_set():
+                    return
+            yield some
+
     # fork: the tokenizer travels without being written; the children touch no device and no process group.
     context = multiprocessing.get_context("fork")
     with context.Pool(workers, initializer=_set, initargs=(preparer,)) as pool:
-        for chunk, n in pool.imap(_work, _throttled(batches(), workers), chunksize=1):
-            _released()
-            yield chunk
-            if progress is not None:
-                progress.update(n)
+        try:
+            for chunk, n in pool.imap(_work, throttled()):
+                room.release()
+                yield chunk
+                if progress is not None:
+                    progress.update(n)
+        finally:
+            stop.set()
 
 
 def _take(rows: Iterator[tuple[int, str, Raw]], batch: int, size: int = 1 << 20) -> list[tuple[int, str, Raw]]:
@@ -150,7 +166,6 @@ def _weight(raw: Raw) -> int:
 
 
 _preparer: Preparer | None = None
-_slots: Any = None
 
 
 def _set(preparer: Preparer) -> None:
@@ -163,22 +178,6 @@ def _set(preparer: Preparer) -> None:
 def _work(rows: list[tuple[int, str, Raw]]) -> tuple[Chunk, int]:
     assert _preparer is not None
     return _preparer.chunk(rows), len(rows)
-
-
-def _throttled(batches: Iterator[list[tuple[int, str, Raw]]], workers: int) -> Iterator[list[tuple[int, str, Raw]]]:
-    """Not more than a few batches ahead of the writer: the data set may be larger than memory."""
-    import threading
-
-    global _slots
-    _slots = threading.Semaphore(4 * workers)
-    for some in batches:
-        _slots.acquire()
-        yield some
-
-
-def _released() -> None:
-    if _slots is not None:
-        _slots.release()
 
 
 def fingerprint(source: Source) -> str:
