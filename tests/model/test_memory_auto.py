@@ -78,3 +78,9 @@ def test_out_of_memory_says_what_to_change():
     text = explain_out_of_memory(dataclasses.replace(p), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore"))
     assert "What makes room" in text and "Tried to allocate" in text and "more" not in text.splitlines()[-2]
     assert host_memory() > GiB
+
+
+def test_adapters_need_no_states_of_the_whole_model():
+    full, lora = (plan(131072, gpu_bytes=80 * GiB, world=1, sp=1, lora=x) for x in (False, True))
+    assert lora.budget.gpu["weights"] < 2.1 * full.job.shape.parameters
+    assert lora.fits and lora.budget.gpu.get("optimizer", 0) < 0.02 * 8 * full.job.shape.parameters

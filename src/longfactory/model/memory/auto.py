@@ -72,12 +72,14 @@ def choose_memory(
         gpu_name: for its measured rates.
         world: GPUs of the run; sp of them share a row; gpus_per_host of them a host.
         sharded: parameters are spread over all GPUs; by default with more than one.
-        trainable, parameters: counts, where known. lora: the trained ones are adapters.
+        trainable, parameters: counts, where known. lora: the trained ones are adapters (a hundredth, if not counted).
         split_master: trained weights are bf16 with a 16-bit remainder (`SplitAdamW`), not fp32.
         user: keys that the user set, as in `plan.model.Choice`; they are kept.
     """
     user = dict(user or {})
     shape = ModelShape.of(model_config, trainable, parameters, lora)
+    if lora and trainable is None:
+        shape = dataclasses.replace(shape, trainable=shape.parameters // 100)
     sharded = world > 1 if sharded is None else sharded
     if gpu_bytes == 0:
         user = {k: v for k, v in user.items() if k != "optimizer"} | ({"offload": "none"} if user.get("offload") == "any" else {})

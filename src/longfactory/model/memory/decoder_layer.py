@@ -6,7 +6,7 @@ Everything but attention works on each token alone and is done in pieces of the 
 layer's input, and attention's output and log-sum-exp if they are kept. What backward computes again: q, k, v, Wo, the norms and two of
 the MLP's three products; nothing twice. In bytes a local token, h = 2 * hidden (bf16), a = 2 * heads * D, kv = 2 * key heads * D:
 
-    forward   x, q, k, v, out, then y in the room of q, k, v          2 h + 2 a + 2 kv
+    forward   x, k, v, out, and q of one group of heads; then y       2 h + a + 2 kv + a / groups
     backward  x, dx (written over dy), out, then dq over out,
               k, v, dk, dv, and of one group of heads q, dq, dout     2 h + a + 4 kv + 3 a / groups + the kernel's own fp32 dq / groups
 
@@ -192,6 +192,12 @@ class LayerCall:
         for i in range(0, length, chunk):
             yield slice(i, min(i + chunk, length))
 
+    def group_slices(self) -> Iterator[tuple[slice, slice]]:
+        """Query heads and key heads of each group."""
+        heads, kv = self.heads // self.groups, self.kv_heads // self.groups
+        for g in range(self.groups):
+            yield slice(g * heads, (g + 1) * heads), slice(g * kv, (g + 1) * kv)
+
     def count(self, length: int) -> int:
         return -(-length // (self.chunk or length))
 
@@ -214,17 +220,38 @@ def _rotated_backward(
     return g.reshape(g.shape[0], -1), dnorm
 
 
-def _qkv(x: Tensor, c: LayerCall, queries: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+def _queries(x: Tensor, c: LayerCall, heads: slice) -> Tensor:
+    """[T, H] -> [T, heads, D] rotated queries of some heads."""
+    w = c.weights
+    rows = slice(heads.start * c.head_dim, heads.stop * c.head_dim)
+    bias = w.q_bias[rows] if w.q_bias is not None else None
+    q = x.new_empty(x.shape[0], heads.stop - heads.start, c.head_dim)
+    for s in c.pieces(x.shape[0]):
+        q[s] = _rotated(rms_norm(x[s], w.norm1, c.eps), s, c, w.q[rows], bias, w.q_norm)
+    return q
+
+
+def _keys_values(x: Tensor, c: LayerCall) -> tuple[Tensor, Tensor]:
+    """[T, H] -> rotated keys and values, [T, key heads, D]."""
     w, T = c.weights, x.shape[0]
-    q = x.new_empty(T if queries else 0, c.heads, c.head_dim)
     k, v = (x.new_empty(T, c.kv_heads, c.head_dim) for _ in range(2))
     for s in c.pieces(T):
         n = rms_norm(x[s], w.norm1, c.eps)
-        if queries:
-            q[s] = _rotated(n, s, c, w.q, w.q_bias, w.q_norm)
         k[s] = _rotated(n, s, c, w.k, w.k_bias, w.k_norm)
         v[s] = F.linear(n, w.v, w.v_bias).view(-1, c.kv_heads, c.head_dim)
-    return q, k, v
+    return k, v
+
+
+def _attention(x: Tensor, k: Tensor, v: Tensor, c: LayerCall) -> tuple[Tensor, Tensor]:
+    """out [T, heads, D] and its log-sum-exp, a group of heads at a time."""
+    if c.groups == 1:
+        return sp.attention_forward(_queries(x, c, slice(0, c.heads)), k, v, c.plan, **c.options)
+    out, lses = x.new_empty(x.shape[0], c.heads, c.head_dim), []
+    for mine, keys in c.group_slices():
+        kg, vg = k[:, keys].contiguous(), v[:, keys].contiguous()
+        out[:, mine], lse = sp.attention_forward(_queries(x, c, mine), kg, vg, c.plan, **c.options)
+        lses.append(lse)
+    return out, torch.cat(lses)
 
 
 def forward(x: Tensor, c: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -236,9 +263,9 @@ def forward(x: Tensor, c: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
 
 def _forward(x: Tensor, c: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
     w, T = c.weights, x.shape[0]
-    q, k, v = _qkv(x, c)
-    out, lse = sp.attention_forward(q, k, v, c.plan, **c.options)
-    del q, k, v
+    k, v = _keys_values(x, c)
+    out, lse = _attention(x, k, v, c)
+    del k, v
     flat = out.view(T, -1)
     y = torch.empty_like(x)
     for s in c.pieces(T):
@@ -307,32 +334,25 @@ def _mlp_backward(x: Tensor, out: Tensor, dy: Tensor, dx2: Tensor, c: LayerCall,
 
 
 def _attention_backward(
-    x: Tensor, out: Tensor, lse: Tensor, dx2: Tensor, q: Tensor | None, k: Tensor, v: Tensor, c: LayerCall
+    x: Tensor, out: Tensor, lse: Tensor, dx2: Tensor, k: Tensor, v: Tensor, c: LayerCall
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq [T, heads, D] (with several groups: written over out), dk, dv."""
     w, T, D = c.weights, x.shape[0], c.head_dim
+    out = out.view(T, c.heads, D)
     if c.groups == 1:
-        assert q is not None
-        dout = (dx2 @ w.o).view(T, -1, D)
-        dq, dk, dv, _ = sp.attention_backward(dout, q, k, v, out.view(T, -1, D), lse, c.plan, **c.options)
+        dout = (dx2 @ w.o).view(T, c.heads, D)
+        dq, dk, dv, _ = sp.attention_backward(dout, _queries(x, c, slice(0, c.heads)), k, v, out, lse, c.plan, **c.options)
         return dq, dk, dv
-    heads, kv = c.heads // c.groups, c.kv_heads // c.groups
-    out3 = out.view(T, c.heads, D)
     dk, dv = torch.empty_like(k), torch.empty_like(v)
-    for group in range(c.groups):
-        mine, keys = slice(group * heads, (group + 1) * heads), slice(group * kv, (group + 1) * kv)
-        rows = slice(mine.start * D, mine.stop * D)
-        qg = x.new_empty(T, heads, D)
-        for s in c.pieces(T):
-            n = rms_norm(x[s], w.norm1, c.eps)
-            qg[s] = _rotated(n, s, c, w.q[rows], w.q_bias[rows] if w.q_bias is not None else None, w.q_norm)
-        dout = (dx2 @ w.o[:, rows]).view(T, heads, D)
-        kg, vg = k[:, keys].contiguous(), v[:, keys].contiguous()
-        dq, dkg, dvg, _ = sp.attention_backward(dout, qg, kg, vg, out3[:, mine].contiguous(), lse[mine].contiguous(), c.plan, **c.options)
-        del qg, dout, kg, vg
-        out3[:, mine], dk[:, keys], dv[:, keys] = dq, dkg, dvg
+    for mine, keys in c.group_slices():
+        dout = (dx2 @ w.o[:, mine.start * D : mine.stop * D]).view(T, -1, D)
+        kg, vg, og, lg = k[:, keys].contiguous(), v[:, keys].contiguous(), out[:, mine].contiguous(), lse[mine].contiguous()
+        q = _queries(x, c, mine)
+        dq, dkg, dvg, _ = sp.attention_backward(dout, q, kg, vg, og, lg, c.plan, **c.options)
+        del q, dout, kg, vg, og, lg
+        out[:, mine], dk[:, keys], dv[:, keys] = dq, dkg, dvg
         del dq, dkg, dvg
-    return out3, dk, dv
+    return out, dk, dv
 
 
 def _qkv_backward(x: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, dx: Tensor, c: LayerCall, sums: _Sums) -> None:
@@ -390,12 +410,10 @@ class _Layer(torch.autograd.Function):
             store.prefetch()
         T = x.shape[0]
         sums = _Sums(w, ctx.needs_input_grad[3:], call.count(T))
-        q = k = v = None
+        k = v = None
         if kept is None:
-            q, k, v = _qkv(x, call)
-            out, lse = sp.attention_forward(q, k, v, call.plan, **call.options)
-            if call.groups > 1:
-                q = None
+            k, v = _keys_values(x, call)
+            out, lse = _attention(x, k, v, call)
         else:
             ((out, lse),) = kept
         del kept
@@ -406,11 +424,9 @@ class _Layer(torch.autograd.Function):
         _mlp_backward(x, flat, dy, dx, call, sums)
         sums.settle()
         if k is None or v is None:
-            q, k, v = _qkv(x, call, queries=call.groups == 1)
-            if call.groups > 1:
-                q = None
-        dq, dk, dv = _attention_backward(x, flat, lse, dx, q, k, v, call)
-        del q, k, v, out, flat, lse
+            k, v = _keys_values(x, call)
+        dq, dk, dv = _attention_backward(x, flat, lse, dx, k, v, call)
+        del k, v, out, flat, lse
         if store.settings.late_prefetch:
             store.prefetch()
         _qkv_backward(x, dq, dk, dv, dx, call, sums)
