@@ -184,7 +184,7 @@ class _Chunked:
         return run_in_chunks(self.forward, args[0], self.params, self.chunk())
 
     def _under_zero3(self, x: Tensor) -> Tensor:
-        """ZeRO-3 gathers a linear's weight only while that linear runs, so its backward has to be autograd's own: pieces are checkpointed."""  # noqa: E501
+        """ZeRO-3 gathers a linear's weight only while it runs: its backward has to be autograd's own, and pieces are checkpointed."""
         chunk = self.chunk()
         if chunk is None or x.shape[1] <= chunk or not torch.is_grad_enabled() or type(self.module).__name__.endswith("Norm"):
             return self.forward(x)

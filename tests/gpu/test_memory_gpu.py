@@ -1,0 +1,142 @@
+"""The memory engine on a GPU: offload through page-locked memory, accuracy in bf16, the optimizer on the host, bytes a token."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "model"))
+
+from longfactory import sp
+from longfactory.model.memory.apply import apply_memory
+from longfactory.model.memory.optimizer import SplitAdamW
+from longfactory.model.memory.settings import MemorySettings
+from longfactory.sp import hf
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+GiB = 2**30
+SIZES = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 1024}
+ALL = MemorySettings(
+    keep_attention=1.0, offload="inputs+attention", pool_bytes=8 * GiB, last_layers_on_gpu=1, mlp_chunk=1024, attention_groups=2
+)
+SETTINGS = {
+    "all": ALL,
+    "late": dataclasses.replace(ALL, late_prefetch=True, last_layers_on_gpu=0),
+    "recomputed": MemorySettings(offload="inputs", pool_bytes=8 * GiB),
+    "segments": dataclasses.replace(ALL, segment_layers=2),
+    "no room": dataclasses.replace(ALL, pool_bytes=12 * 2**20),
+}
+
+
+def make(layers=6, dtype=torch.bfloat16, **changes) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("qwen2", **{**SIZES, **changes}, num_hidden_layers=layers, use_cache=False, tie_word_embeddings=False)
+    torch.set_default_device("cuda")
+    try:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=hf.ATTENTION)
+    finally:
+        torch.set_default_device(None)
+    return model.to(dtype).train()
+
+
+def run(model: nn.Module, length: int, logits: bool = True) -> float:
+    ctx = sp.SequenceParallel.create(1, device_type="cuda")
+    plan = sp.plan(length, None, ctx)
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, SIZES["vocab_size"], (length,), generator=g).cuda()
+    inputs = hf.inputs({"input_ids": ids, "position_ids": torch.arange(length, device="cuda")}, plan)
+    if logits:
+        z = model(**inputs).logits[0].float()
+        loss = nn.functional.cross_entropy(z[:-1], ids[1:])
+    else:
+        loss = model.model(**inputs).last_hidden_state.float().square().mean()
+    loss.backward()
+    return float(loss)
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.grad.float().clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def errors(found, exact):
+    return {n: float((found[n] - exact[n]).norm() / exact[n].norm()) for n in exact}
+
+
+@pytest.mark.parametrize("layer", ["auto", "generic"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_gradients_are_as_accurate_as_plain_bf16(name, layer):
+    length = 4096
+    exact_model = make(dtype=torch.float32)
+    run(exact_model, length)
+    exact = gradients(exact_model)
+    del exact_model
+    plain_model = make()
+    run(plain_model, length)
+    plain = errors(gradients(plain_model), exact)
+    del plain_model
+    model = make()
+    store = apply_memory(model, dataclasses.replace(SETTINGS[name], layer=layer))
+    for _ in range(3):  # slots are reused from the second step on
+        model.zero_grad()
+        run(model, length)
+        ours = errors(gradients(model), exact)
+        assert sum(ours.values()) <= 1.1 * sum(plain.values())
+        assert all(ours[n] <= 1.5 * plain[n] + 1e-3 for n in exact)
+    assert store.pool is not None and store.pool.parked_bytes > 0
+    assert store.pool.locked_bytes <= store.settings.pool_bytes
+
+
+def test_page_locking_works_here():
+    model = make()
+    store = apply_memory(model, ALL)
+    run(model, 2048)
+    assert store.pool is not None
+    assert len(store.pool._locked) == len(store.pool._slots) > 0
+    store.pool.close()
+
+
+def test_optimizer_on_the_host_equals_the_one_on_the_gpu(monkeypatch):
+    from longfactory.model.memory import optimizer
+
+    monkeypatch.setattr(optimizer, "BLOCK", 1 << 20)
+    masters = []
+    for placement in ("gpu", "host"):
+        model = make(layers=2)
+        opt = SplitAdamW(model.parameters(), lr=1e-3, placement=placement)
+        g = torch.Generator("cuda").manual_seed(2)
+        for _ in range(20):
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=g, device="cuda").bfloat16()
+            opt.step()
+        masters.append(torch.cat([opt.master(p).flatten() for p in model.parameters()]))
+        assert opt.state[next(model.parameters())]["exp_avg"].is_cuda == (placement == "gpu")
+    a, b = masters
+    assert float(((a - b).abs() / a.abs().clamp(min=1e-3)).max()) < 1e-6
+
+
+@pytest.mark.parametrize(("settings", "most"), [(dataclasses.replace(ALL, mlp_chunk=2048, attention_groups=4, late_prefetch=True), 60_000)])
+def test_bytes_a_token_of_the_7b_layer(settings, most):
+    """Growth of the peak with length through three layers of Qwen2.5-7B's shape, less what waits for the last layer."""
+    model = make(
+        layers=3, hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4, max_position_embeddings=1 << 20
+    )
+    store = apply_memory(model, dataclasses.replace(settings, pool_bytes=16 * GiB))
+    peaks = []
+    for length in (16384, 16384, 32768, 65536):
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        run(model, length, logits=False)
+        peaks.append(torch.cuda.max_memory_allocated())
+    waiting = 2 * 3584 + 2 * 3584 + 4 * 28
+    slope = (peaks[3] - peaks[2]) / 32768 - waiting
+    print(f"working set {slope:.0f} bytes a token; pool {store.pool.locked_bytes / GiB:.1f} GiB")
+    assert slope <= most
