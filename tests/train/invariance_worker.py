@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 4 invariance_worker.py ddp|fsdp2|zero3 result.json ["case ..." ...]
 
-A case is "sp=2 mode=ulysses rows=packed ga=3 tune=lora family=llama".
+A case is "sp=2 mode=ulysses rows=packed ga=3 tune=lora family=llama". Among those of zero3 a case may name another way that DeepSpeed
+has: "sharding=zero1", "zero2" or "zero3-file".
 """
 
 from __future__ import annotations
@@ -127,6 +128,21 @@ def reference(model: nn.Module, data: list, order: list[int], batch: int) -> tup
     return losses, norms, {n: p.detach().float() for n, p in model.named_parameters() if p.requires_grad}
 
 
+def deepspeed_json(sharding: str) -> dict | str:
+    """What a user would write: "zero3-file" is the ready-made file, with its "auto" values; the others say what forces communication."""
+    if sharding == "zero3-file":
+        return str(Path(__file__).resolve().parents[2] / "examples" / "deepspeed" / "ds_z3_config.json")
+    stage = int(sharding[-1])
+    return {
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": 10000,
+            **({"stage3_param_persistence_threshold": 0} if stage == 3 else {"allgather_bucket_size": 10000}),
+        },
+        "zero_allow_untested_optimizer": True,
+    }
+
+
 def run_case(sharding: str, case: dict[str, str]) -> dict[str, float | str]:
     from longfactory import sp
     from longfactory.model.token_logprobs import TokenLogprobs
@@ -156,14 +172,9 @@ def run_case(sharding: str, case: dict[str, str]) -> dict[str, float | str]:
     extra: dict = {"accelerator_config": settings.accelerator_arguments(), "ddp_find_unused_parameters": False, "label_names": []}
     if sharding == "fsdp2":
         extra |= settings.fsdp2_arguments(efficient_loading=False)
-    if sharding == "zero3":
-        extra["deepspeed"] = settings.deepspeed_config(
-            {
-                "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 10000},
-                "zero_allow_untested_optimizer": True,
-            },
-            bf16=False,
-        )
+    zero = sharding.startswith("zero")
+    if zero:
+        extra["deepspeed"] = settings.deepspeed_config(deepspeed_json(sharding), bf16=False)
     with tempfile.TemporaryDirectory() as folder:
         args = transformers.TrainingArguments(
             output_dir=folder,
@@ -180,7 +191,7 @@ def run_case(sharding: str, case: dict[str, str]) -> dict[str, float | str]:
             disable_tqdm=True,
             seed=5,
             remove_unused_columns=False,
-            use_cpu=sharding != "zero3",
+            use_cpu=not zero,
             dataloader_num_workers=0,
             **extra,
         )
@@ -193,7 +204,7 @@ def run_case(sharding: str, case: dict[str, str]) -> dict[str, float | str]:
         )
         if sharding == "fsdp2":
             settings.fix_fsdp2_plugin(trainer.accelerator, model)
-        want_type = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}[sharding]
+        want_type = "DEEPSPEED" if zero else {"ddp": "MULTI_CPU", "fsdp2": "FSDP"}[sharding]
         assert trainer.accelerator.distributed_type == want_type, (trainer.accelerator.distributed_type, want_type)
         if case.get("prove"):
             from longfactory.train.callbacks import AtStart
@@ -202,11 +213,13 @@ def run_case(sharding: str, case: dict[str, str]) -> dict[str, float | str]:
             trainer.add_callback(AtStart(lambda: prove_exact(trainer)))
         sampler = trainer.get_train_dataloader().batch_sampler
         trainer.train()
+        if zero:  # the stage that was asked for is the one that trained
+            assert trainer.model_wrapped.zero_optimization_stage() == int(sharding[4]), trainer.model_wrapped.zero_optimization_stage()
         logs = [h for h in trainer.state.log_history if "loss" in h]
         evaluated = trainer.evaluate()["eval_loss"]
         if sharding == "fsdp2":
             state = full_state_dict(trainer.model)
-        elif sharding == "zero3":
+        elif sharding.startswith("zero3"):
             import deepspeed
 
             unwrapped = trainer.accelerator.unwrap_model(trainer.model_wrapped)
@@ -241,7 +254,7 @@ def main() -> None:
     for text in cases:
         case = dict(part.split("=") for part in text.split())
         try:
-            results[text] = run_case(sharding, case)
+            results[text] = run_case(case.get("sharding", sharding), case)
         except BaseException:
             results[text] = {"error": traceback.format_exc()}
             if dist.get_rank() == 0:

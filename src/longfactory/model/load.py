@@ -141,13 +141,11 @@ def load_model(
             return AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention, trust_remote_code=bool(args.trust_remote_code)
             )
-    kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, **_hub_arguments(args), **extra}
+    kwargs: dict[str, Any] = {"config": config, "dtype": dtype, "attn_implementation": attention, **_hub_arguments(args), **extra}
     if quantization is not None:
         kwargs["quantization_config"] = quantization
         if torch.cuda.is_available():
             kwargs["device_map"] = {"": torch.cuda.current_device()}
-    if not extra:
-        kwargs["config"] = config
     try:
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     except (OSError, ValueError, ImportError) as error:
