@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from longfactory import __version__, launch
 from longfactory.errors import UserError
+
+if TYPE_CHECKING:
+    from longfactory.config import RunConfig
 
 USAGE = """\
 LongFactory {version}: post-train language models on sequences of any length.
 
   longfactory train  run.yaml [key=value ...]    train, evaluate
   longfactory plan   run.yaml [--gpus 8 ...]     predict the memory and time of a run, without a GPU
+  longfactory verify run.yaml [key=value ...]    prove on the run's own model and data that splitting changes no gradient
   longfactory export run.yaml [key=value ...]    merge LoRA adapters, write a plain model, push it
   longfactory chat   run.yaml [key=value ...]    talk to a model
   longfactory env                                what is installed, for a bug report
@@ -48,7 +53,19 @@ def train(argv: list[str]) -> int:
         if _rank() == 0:
             print(cfg.resolved(), end="")
         return 0
-    if not worker:
+    if (status := _start("train", cfg, argv)) is not None:
+        return status
+    from longfactory.train.run import run
+
+    run(cfg)
+    return 0
+
+
+def _start(command: str, cfg: RunConfig, argv: list[str]) -> int | None:
+    """Starts the run's processes with `command` and returns their exit status; None in a process that is to do the work itself."""
+    from longfactory.config.checks import processes
+
+    if not launch.is_worker():
         local = launch.local_processes(cfg)
         nodes = launch.number("NNODES", 1)
         elastic = "RDZV_ID" in os.environ
@@ -57,13 +74,35 @@ def train(argv: list[str]) -> int:
             raise UserError("\n".join(problems))
         launch.set_environment(local)
         if launch.needs_torchrun(cfg, local):
-            return launch.torchrun(launch.torchrun_arguments(local, "longfactory.cli", ["train", *argv]))
+            return launch.torchrun(launch.torchrun_arguments(local, "longfactory.cli", [command, *argv]))
     else:
         launch.set_environment(launch.number("LOCAL_WORLD_SIZE", 1))
-    from longfactory.train.run import run
+    return None
 
-    run(cfg)
-    return 0
+
+def verify(argv: list[str]) -> int:
+    """Exit status 0 where every gradient is the same, 1 where one is not."""
+    from longfactory.config import load_config
+
+    words, numbers = [], {"rows": 2, "tokens": 2048}
+    for word in argv:
+        key, _, value = word.removeprefix("--").partition("=")
+        if key not in ("verify_rows", "verify_tokens"):
+            words.append(word)
+        elif not value.isdigit() or int(value) < 1:
+            raise UserError(f"{word}: write {key}=N with a whole number of at least 1.")
+        else:
+            numbers[key.removeprefix("verify_")] = int(value)
+    # Nothing is written there, and what is there is not looked at.
+    cfg = load_config([*words, f"output_dir={os.path.join(tempfile.gettempdir(), 'longfactory-verify')}"])
+    if (status := _start("verify", cfg, argv)) is not None:
+        return status
+    from longfactory.train.verify import verify as compare
+
+    report = compare(cfg, **numbers)
+    if _rank() == 0:
+        print(report.table(), flush=True)
+    return 0 if report.exact else 1
 
 
 def plan(argv: list[str]) -> int:
@@ -126,12 +165,13 @@ def version(argv: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "plan": plan,
+    "verify": verify,
     "export": export,
     "chat": chat,
     "env": env,
     "version": version,
 }
-READS_KEYS = ("train", "export", "chat")
+READS_KEYS = ("train", "verify", "export", "chat")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
