@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,9 +27,11 @@ def shard(model: nn.Module) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def sharded_gradients(kind: str, settings: MemorySettings, engine: str, first: str, size: int, lora: bool = False) -> dict[str, Tensor]:
+def sharded_gradients(
+    kind: str, settings: MemorySettings, engine: str, first: str, size: int, lora: bool = False, mode: Any = "zigzag-ring"
+) -> dict[str, Tensor]:
     """Gradients of the whole row's loss after one step, whole, from `size` ranks a sequence-parallel group."""
-    ctx = sp.SequenceParallel.create(size)
+    ctx = sp.SequenceParallel.create(size, mode=mode)
     with pytest.MonkeyPatch.context() as monkeypatch:
         model = make_model(kind, monkeypatch)
         hf.prepare(model, ctx)

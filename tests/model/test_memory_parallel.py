@@ -43,3 +43,13 @@ def test_lora_on_two_ranks(monkeypatch):
     wanted = gradients(model)
     for found in run_ranks(2, memory_ranks.sharded_gradients, "qwen2", ALL, "fsdp2", "memory", 2, lora=True):
         assert_same_gradients(found, wanted)
+
+
+@pytest.mark.parametrize("mode", ["ulysses", "llama3"])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2"])
+def test_other_schedules(kind, mode, monkeypatch):
+    model = make_model(kind, monkeypatch)
+    run(model)
+    wanted = gradients(model)
+    for found in run_ranks(2, memory_ranks.sharded_gradients, kind, ALL, "fsdp2", "memory", 2, mode=mode):
+        assert_same_gradients(found, wanted)
