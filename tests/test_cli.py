@@ -65,7 +65,7 @@ def test_a_run_s_file_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["trian"]) == 2
-    assert "no command 'trian'. It has train, plan, export" in capsys.readouterr().err
+    assert "no command 'trian'. It has train, plan, verify, export" in capsys.readouterr().err
 
 
 def test_dry_run_prints_the_run_and_stops(capsys: pytest.CaptureFixture[str]) -> None:
