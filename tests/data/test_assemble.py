@@ -38,6 +38,14 @@ def test_cut_pairs_is_cut_pair(lengths: list[tuple[int, int]], cutoff: int) -> N
     assert list(zip(source.tolist(), target.tolist(), strict=True)) == [cut_pair(s, t, cutoff) if s + t else (0, 0) for s, t in lengths]
 
 
+def test_cut_pair_at_every_border() -> None:
+    theirs = lf_oracle.load().utils.infer_seqlen
+    for source in range(15):
+        for target in range(1, 15):
+            for cutoff in range(1, 30):
+                assert cut_pair(source, target, cutoff) == theirs(source, target, cutoff), (source, target, cutoff)
+
+
 @pytest.mark.parametrize(
     ("source", "target", "cutoff", "expected"),
     [(3000, 2000, 1000, (600, 400)), (1000, 100, 1000, (900, 100)), (100, 1000, 1000, (100, 900)), (600, 499, 1000, (501, 499))],

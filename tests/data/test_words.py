@@ -48,7 +48,7 @@ TEXT = st.lists(
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(text=TEXT)
 def test_equal_or_declined(name: str, text: str) -> None:
     words = words_of(BACKENDS[name])
