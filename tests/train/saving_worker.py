@@ -1,0 +1,120 @@
+"""Trains two steps with sequence_parallel_size 2, saves, and goes on from the first step's checkpoint with size 1.
+
+    torchrun --nproc_per_node 2 saving_worker.py fsdp2|zero3 folder
+
+Writes `folder/result.json`, and the trained weights as they are in memory to `folder/trained.pt`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import cpu_sharding
+import torch
+import torch.distributed as dist
+import transformers
+from invariance_worker import Samples, collate, samples, tiny
+from torch import Tensor
+
+from longfactory import sp
+from longfactory.model.token_logprobs import TokenLogprobs
+from longfactory.shard import settings
+from longfactory.sp import hf
+from longfactory.train.stages import TokenStage
+from longfactory.train.trainer import RowTrainer
+
+
+def make(sharding: str, folder: Path, size: int) -> RowTrainer:
+    cpu_sharding.reset()
+    extra: dict[str, Any] = {"accelerator_config": settings.accelerator_arguments(), "label_names": []}
+    if sharding == "fsdp2":
+        extra |= settings.fsdp2_arguments(efficient_loading=False)
+    else:
+        zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 10000}
+        extra["deepspeed"] = settings.deepspeed_config({"zero_optimization": zero, "zero_allow_untested_optimizer": True}, bf16=False)
+    args = transformers.TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=size,  # two samples a step, with either size
+        max_steps=2,
+        learning_rate=0.05,
+        optim="adamw_torch",
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        seed=5,
+        remove_unused_columns=False,
+        use_cpu=sharding != "zero3",
+        **extra,
+    )
+    args.device  # noqa: B018
+    model = tiny("llama")
+    model.set_attn_implementation(hf.ATTENTION)
+    ctx = sp.SequenceParallel.create(size, mode="zigzag-ring")
+    hf.prepare(model, ctx)
+    head = TokenLogprobs(model, chunk=13)
+    data = Samples(samples("single", 6))
+    trainer = RowTrainer(model, args, ctx=ctx, stage=TokenStage(), head=head, collate=collate, pad_id=0, train_dataset=data)
+    if sharding == "fsdp2":
+        settings.fix_fsdp2_plugin(trainer.accelerator, model)
+    return trainer
+
+
+def whole(trainer: RowTrainer) -> dict[str, Tensor]:
+    """Every parameter as it is in memory, gathered one by one: not the way in which checkpoints are written."""
+    out = {}
+    for name, p in trainer.accelerator.unwrap_model(trainer.model_wrapped).named_parameters():
+        if hasattr(p, "full_tensor"):
+            out[name] = p.detach().full_tensor().clone()
+        else:
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([p]):
+                out[name] = p.detach().clone()
+    return out
+
+
+def main() -> None:
+    sharding, folder = sys.argv[1], Path(sys.argv[2])
+    torch.set_num_threads(1)
+    if sharding == "fsdp2":
+        cpu_sharding.install_fsdp()
+        dist.init_process_group("gloo")
+    else:
+        cpu_sharding.install_deepspeed()
+    first = make(sharding, folder / "out", 2)
+    kind = str(first.accelerator.distributed_type)
+    first.train()
+    first.save_model()
+    trained = whole(first)
+    if dist.get_rank() == 0:
+        torch.save(trained, folder / "trained.pt")
+    again = make(sharding, folder / "again", 1)
+    checkpoint = str(folder / "out" / "checkpoint-1")
+    again.check_resume(checkpoint)
+    again.train(resume_from_checkpoint=checkpoint)
+    resumed = whole(again)
+    if dist.get_rank() == 0:
+        result = {
+            "kind": kind,
+            "losses": [[h["loss"] for h in t.state.log_history if "loss" in h] for t in (first, again)],
+            "resumed": max((resumed[n] - trained[n]).abs().max().item() for n in trained),
+            "sharded": any(n != t.numel() for n, t in zip(_held(first), trained.values(), strict=True)),
+        }
+        (folder / "result.json").write_text(json.dumps(result))
+
+
+def _held(trainer: RowTrainer) -> list[int]:
+    """Numbers of each parameter that this rank holds by itself."""
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    return [p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in model.parameters()]
+
+
+if __name__ == "__main__":
+    main()
