@@ -186,6 +186,18 @@ def test_two_processes_train_what_one_trains(home: Path, name: str) -> None:
         assert (home / "rm2" / "value_head.safetensors").is_file()
 
 
+@pytest.mark.parametrize("cutoff", [128, 40], ids=["whole", "cut"])
+@pytest.mark.parametrize("stage", ["dpo", "kto", "rm"])
+def test_a_shared_prompt_changes_nothing(home: Path, stage: str, cutoff: int) -> None:
+    """The same losses and norms from rows in which the prompt stands once; `cut`: answers are cut too, and not always alike."""
+    keys = {"stage": stage, "dataset": "kto" if stage == "kto" else "pairs", "cutoff_len": cutoff, "include_num_input_tokens_seen": True}
+    keys |= {"precompute_ref_log_probs": None}
+    logs = [train(home, f"{stage}{share}", 1, **keys, pref_share_prompt=share, cache=home / "cache_share") for share in (False, True)]
+    for key in ("loss", "grad_norm"):
+        assert [h[key] for h in logs[1]] == pytest.approx([h[key] for h in logs[0]], rel=1e-4, abs=1e-6)
+    assert logs[1][-1]["num_input_tokens_seen"] < logs[0][-1]["num_input_tokens_seen"]
+
+
 def test_a_run_goes_on_at_another_size(home: Path) -> None:
     """Two steps on one process, then two on two: the steps of an unbroken run, with the stored reference and the running mean of bco."""
     cache, bco = home / "cache_resume", {"pref_bco_weight": 0.5, "save_strategy": "steps", "save_steps": 2}
@@ -208,3 +220,30 @@ def test_other_weights_at_the_same_path_are_noticed(home: Path) -> None:
         log = train(home, "after", 1, finetuning_type="full", ref_model=home / "model", ref_model_adapters=adapter, cache=cache)
         assert abs(log[0]["loss"] - LOG2) > 1e-4
     assert len(list((cache / "reference").iterdir())) == 2
+
+
+def test_lengths_are_those_of_the_documents(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What batches are planned by is what the rows will hold, whichever prompts can be shared after truncation."""
+    from longfactory.config import load_config
+    from longfactory.model import load
+    from longfactory.train import run
+
+    monkeypatch.setenv("LONGFACTORY_CACHE", str(home / "cache_lengths"))
+    shared = 0
+    for cutoff in (128, 44, 40, 36, 20):
+        argv = [
+            "stage=kto",
+            "do_train=true",
+            "dataset=kto",
+            "template=chatml",
+            "use_cpu=true",
+            f"cutoff_len={cutoff}",
+            "finetuning_type=full",
+        ]
+        cfg = load_config([*argv, f"model_name_or_path={home / 'model'}", f"dataset_dir={home}", f"output_dir={home / 'none'}"])
+        data = run.load_data(cfg, load.load_tokenizer(cfg.model)).train
+        assert data is not None
+        for i in range(len(data)):
+            assert int(data.lengths[i]) == sum(len(d.input_ids) for d in data[i])
+            shared += len(data[i]) == 3
+    assert shared > 20

@@ -171,24 +171,32 @@ def pair(parts: Sequence[Ids], rules: Rules, sample: int, lacks: Sequence[bool] 
     answers = [a[:n] for a, n in zip(answers, lengths, strict=True)]
     roles: tuple[Role, Role] = ("chosen", "rejected")
     if rules.share_prompt and source > 1:
-        head, last = prompt[:-1], prompt[-1:]
-        documents = [_document([head], [_masked(len(head))], "prompt", sample)]
-        for role, a in zip(roles, answers, strict=True):
-            documents.append(_document([last, a], [_masked(1), a], role, sample, parent=0))
-        return documents
+        return _branches(prompt, roles, answers, sample)
     return [_document([prompt, a], [_masked(source), a], role, sample) for role, a in zip(roles, answers, strict=True)]
 
 
 def kto(
     prompt: Ids, answer: Ids, other: Ids, rules: Rules, sample: int, desired: bool, lacks: bool = False, other_lacks: bool = False
 ) -> list[TokenizedDocument]:
-    """[the answer (role chosen or rejected), the prompt with another sample's answer (role kl)]."""
-    documents = []
+    """[the answer (role chosen or rejected), the prompt with another sample's answer (role kl)].
+
+    With `share_prompt`, and where truncation leaves both the same prompt, [prompt, answer branch, kl branch], cut as for a pair.
+    """
     roles: tuple[Role, Role] = ("chosen" if desired else "rejected", "kl")
-    for role, a, lack in zip(roles, (answer, other), (lacks, other_lacks), strict=True):
+    prompts, answers = [], []
+    for a, lack in zip((answer, other), (lacks, other_lacks), strict=True):
         shown, a = _with_thought(prompt, a, lack, rules)
         a = _closed(a, rules)
         source, target = cut_pair(len(shown), len(a), rules.cutoff)
-        shown, a = cut(shown, source, rules, rules.prefix), a[:target]
-        documents.append(_document([shown, a], [_masked(source), a], role, sample))
-    return documents
+        prompts.append(cut(shown, source, rules, rules.prefix))
+        answers.append(a[:target])
+    if rules.share_prompt and len(prompts[0]) > 1 and np.array_equal(prompts[0], prompts[1]):
+        return _branches(prompts[0], roles, answers, sample)
+    return [_document([p, a], [_masked(len(p)), a], role, sample) for p, role, a in zip(prompts, roles, answers, strict=True)]
+
+
+def _branches(prompt: Ids, roles: tuple[Role, Role], answers: Sequence[Ids], sample: int) -> list[TokenizedDocument]:
+    """A prompt without its last token, and two answers that each begin with that token."""
+    head, last = prompt[:-1], prompt[-1:]
+    branches = [_document([last, a], [_masked(1), a], role, sample, parent=0) for role, a in zip(roles, answers, strict=True)]
+    return [_document([head], [_masked(len(head))], "prompt", sample), *branches]

@@ -215,8 +215,11 @@ class TokenizedDataset:
         if self.kind == "kto":
             source, target = assemble.cut_pairs(prompt, first, rules.cutoff)
             other_source, other_target = assemble.cut_pairs(other_prompt, second, rules.cutoff)
-            before = prompt + first + other_prompt + second
-            return before, source + target + other_source + other_target, target == 0
+            # Where both keep the same prompt it stands once in the row, and its last token once more at the head of each branch.
+            shared = (prompt == other_prompt) & (source == other_source) & (source > 1) & rules.share_prompt
+            before = first + second + np.where(shared, prompt + 1, prompt + other_prompt)
+            after = target + other_target + np.where(shared, source + 1, source + other_source)
+            return before, after, target == 0
         source, longest = assemble.cut_pairs(prompt, np.maximum(first, second), rules.cutoff)
         chosen, rejected = np.minimum(first, longest), np.minimum(second, longest)
 
