@@ -88,7 +88,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 131072])
-    parser.add_argument("--rows", nargs="+", default=["rates", "ours", "hf:flash", "hf", "alst", "alst:flash", "ours-generic", "ulysses"])
+    parser.add_argument("--rows", nargs="+", default=["rates", "ours", "alst", "hf:flash", "alst:flash", "hf", "ours-generic", "ulysses"])
     parser.add_argument("--shape", choices=[s for s in SHAPES if s != "tiny"], default="7b")
     parser.add_argument("--memory", choices=["auto", "fast", "long"], default="auto")
     parser.add_argument("--mode", default="zigzag-ring", help="sequence-parallel mode of our rows")
