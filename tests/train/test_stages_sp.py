@@ -201,9 +201,17 @@ def check(kind: str, size: int, mode: str, world: int, shared: bool, source: str
                 torch.testing.assert_close(grads[n], g, rtol=1e-9, atol=1e-9, msg=lambda m, name=name, n=n: f"{name}, {n}: {m}")
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("shared", [False, True], ids=["two-documents", "shared-prompt"])
-@pytest.mark.parametrize(("size", "mode", "world"), CASES)
+def whole_grid() -> list[Any]:
+    """size x schedule x shared prompt x source; by default a half in which all values occur, with `make test-all` all."""
+    grid = [(*case, shared, source) for case in CASES for shared in (False, True) for source in SOURCES]
+    quick = [
+        (size == 2 and shared) or source == SOURCES[(CASES.index((size, mode, world)) + shared) % 3]
+        for size, mode, world, shared, source in grid
+    ]
+    return [pytest.param(*values, marks=[] if q else [pytest.mark.slow]) for values, q in zip(grid, quick, strict=True)]
+
+
+@pytest.mark.parametrize(("size", "mode", "world", "shared", "source"), whole_grid())
 def test_preference_losses(size: int, mode: str, world: int, shared: bool, source: str) -> None:
     check("dpo", size, mode, world, shared, source)
 
