@@ -259,8 +259,8 @@ def main(argv: list[str] | None = None) -> str:
             f"seconds on the clock / seconds of the processors, and the second is the one to compare. {versions}.\n"
             "Both give the same number of tokens (checked); equality of the tokens themselves: `tests/data/test_wheel_equality.py`.\n"
             "A run with another seed, cutoff_len, packing, sequence_parallel_size or number of GPUs reads the cache, and no row is\n"
-            "tokenised again. The documents are paragraphs of one book in random order: their words repeat more than those of 500 unrelated\n"
-            f"documents would, which favours the word lookup of LongFactory (`data/words.py`).\n\n{table}\n"
+            "tokenised again. The documents are paragraphs of one book in random order: their words repeat more than those of unrelated\n"
+            f"documents would, which favours the word lookup of LongFactory (`src/longfactory/data/words.py`).\n\n{table}\n"
         )
     return table
 
