@@ -33,7 +33,7 @@ TILES = {
     "causal window": Tile(SQUARE, SQUARE, "causal", window=100),
     "varlen window": Tile(SQUARE, SQUARE, "varlen", (0, 100, 512), window=60),
     "window, more keys": Tile(slice(0, 256), SQUARE, "full", window=70),
-    "window, more queries": Tile(SQUARE, slice(0, 256), "full", window=300),
+    "window, equal sides": Tile(slice(0, 256), slice(0, 256), "full", window=0),
     "odd rectangle": Tile(slice(0, 77), slice(0, 333), "full"),
 }
 SHAPES = {

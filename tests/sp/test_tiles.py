@@ -77,6 +77,8 @@ def _add(count: torch.Tensor, tiles: tuple, q_rows: torch.Tensor, k_rows: torch.
     for tile in tiles:
         seen = tile.mask()
         assert tile.q_len > 0 and tile.k_len > 0
+        if tile.kind == "full" and tile.window is not None:
+            assert tile.q_len <= tile.k_len, "FlashAttention 2 cannot compute a rectangle in a window with more queries than keys"
         assert seen.any(1).all(), "every query of a tile sees a key: kernels disagree about rows that see nothing"
         count[q_rows[tile.q].unsqueeze(1), k_rows[tile.k].unsqueeze(0)] += seen.int()
 

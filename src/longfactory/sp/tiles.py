@@ -173,9 +173,19 @@ class Mask:
                         full.append((at, at + n, k0, k0 + m))
                         continue
                     n = min(n, self.window - distance + m - 1)  # later queries see no key of this run
-                    if n > 0:
-                        left = self.window - 1 - distance + m - n
-                        out.append(Tile(slice(at, at + n), slice(k0, k0 + m), "full", window=left))
+                    if n <= 0:
+                        continue
+                    first = at
+                    if n > m:
+                        # FlashAttention 2 cannot say that the first of more queries than keys see every key: its right bound ends at
+                        # the number of keys. Those queries are a plain rectangle; the others are fewer than the keys.
+                        whole = max(0, self.window - distance)
+                        full.append((at, at + whole, k0, k0 + m))
+                        first, n, distance = at + whole, n - whole, distance + whole
+                        if n == 0:
+                            continue
+                    left = self.window - 1 - distance + m - n
+                    out.append(Tile(slice(first, first + n), slice(k0, k0 + m), "full", window=left))
         out.extend(Tile(slice(a, b), slice(c, d), "full") for a, b, c, d in merge_rectangles(full))
         return tuple(out)
 
