@@ -118,7 +118,7 @@ def test_error_of_a_ring_simulated_on_one_gpu(ranks: int) -> None:
     exact = simulated_ring(1, q.double(), k.double(), v.double(), dout.double())
     one = relative_rms(simulated_ring(1, q, k, v, dout), exact)
     many = relative_rms(simulated_ring(ranks, q, k, v, dout), exact)
-    assert all(m <= 1.2 * o for m, o in zip(many, one, strict=True)), (many, one)
+    assert all(m <= 1.25 * o for m, o in zip(many, one, strict=True)), (many, one)
 
 
 def schedule_errors(mode: str, heads: int, kv_heads: int, window: int | None, packed: bool) -> tuple[list[float], list[float], bool]:
@@ -150,5 +150,5 @@ def schedule_errors(mode: str, heads: int, kv_heads: int, window: int | None, pa
 @pytest.mark.parametrize("mode", ["zigzag-ring", "ulysses", "llama3", "auto"])
 def test_schedules_over_two_gpus(mode: str, heads: tuple[int, int], window: int | None, packed: bool) -> None:
     for many, one, same in run_ranks(2, schedule_errors, mode, *heads, window, packed, timeout=500, process_group="nccl"):
-        assert all(m <= 1.2 * o for m, o in zip(many, one, strict=True)), (many, one)
+        assert all(m <= 1.25 * o for m, o in zip(many, one, strict=True)), (many, one)
         assert same
