@@ -71,6 +71,19 @@ def wants_bulk(name: str, q: torch.Tensor, v: torch.Tensor, softcap: float | Non
     return _select(name, few_shapes) is cudnn and _select(name, any_shape) in (flash, flash2)
 
 
+_told: set[tuple[str, str, bool]] = set()
+
+
+def _tell(name: str, request: Request, refusals: tuple[str, ...]) -> None:
+    """One line for each backend and kind of tile, with the reasons against those before it."""
+    key = (name, request.kind, request.window)
+    if key in _told:
+        return
+    _told.add(key)
+    tiles = f"{request.kind} tiles{' in a window' if request.window else ''}, {request.dtype}, head dim {request.head_dim}"
+    log.info("attention backend %s for %s%s", name, tiles, f" ({'; '.join(refusals)})" if refusals else "")
+
+
 @functools.cache
 def _select(name: str, request: Request) -> Any:
     if name != "auto":
@@ -88,7 +101,7 @@ def _select(name: str, request: Request) -> Any:
     for candidate, backend in BACKENDS.items():
         reason = backend.refuses(request)
         if reason is None:
-            log.info("attention backend %s for %s%s", candidate, request, f" ({'; '.join(refusals)})" if refusals else "")
+            _tell(candidate, request, tuple(refusals))
             return backend
         refusals.append(f"{candidate} {reason}")
     raise ValueError(f"No attention backend for {request}: {'; '.join(refusals)}.")
