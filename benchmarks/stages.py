@@ -15,7 +15,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -93,33 +92,36 @@ STAGES: dict[str, dict[str, Any]] = {
 }
 
 
-def train(name: str, size: int) -> dict[str, Any]:
+def train(name: str, size: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         keys = COMMON | STAGES[name] | {"sequence_parallel_size": size, "nproc_per_node": size, "output_dir": folder}
-        started = time.time()
         command = [sys.executable, "-m", "longfactory.cli", "train", *(f"{k}={v}" for k, v in keys.items())]
         # One thread a process, so that the two runs differ in nothing but the split.
         subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        history = json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
-    return {"history": history, "seconds": round(time.time() - started)}
+        return json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
 
 
-def series(run: dict[str, Any], key: str) -> list[float]:
-    return [h[key] for h in run["history"] if key in h]
+Curves = dict[str, list[tuple[int, float]]]
 
 
-def picture(name: str, runs: dict[int, dict[str, Any]], path: Path) -> None:
+def curves_of(history: list[dict[str, Any]]) -> Curves:
+    """metric -> (step, value). A metric is missing where nothing was counted: a step of KTO with answers of one label has no margin."""
+    unwanted = ("epoch", "step", "learning_rate", "total_flos", "train_", "eval_runtime", "eval_samples", "eval_steps")
+    names = sorted({k for h in history for k in h if not k.startswith(unwanted)})
+    return {k: [(h["step"], h[k]) for h in history if k in h] for k in names}
+
+
+def picture(name: str, runs: dict[str, Curves], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    right = next((k for k in ("rewards/margins", "accuracy") if series(runs[1], k)), None)
+    right = next((k for k in ("rewards/margins", "accuracy") if k in runs["sp1"]), None)
     figure, axes = plt.subplots(1, 2 if right else 1, figsize=(9 if right else 5, 3.2), squeeze=False)
     for ax, key in zip(axes[0], ["loss", right] if right else ["loss"], strict=True):
         for size, style in ((1, {"color": "#f5b041", "linewidth": 6, "alpha": 0.7}), (2, {"color": "#1a5276", "linewidth": 1.4})):
-            y = series(runs[size], key)
-            ax.plot(range(1, len(y) + 1), y, label=f"sequence_parallel_size: {size}", **style)
+            ax.plot(*zip(*runs[f"sp{size}"][key], strict=True), label=f"sequence_parallel_size: {size}", **style)
         ax.set_xlabel("step")
         ax.set_ylabel(key)
         ax.grid(alpha=0.3)
@@ -131,18 +133,18 @@ def picture(name: str, runs: dict[int, dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def summary(runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
+def summary(runs: dict[str, Curves]) -> dict[str, Any]:
     """First and last loss (means of four steps), accuracies, and how far the two curves are apart."""
-    loss = {size: series(run, "loss") for size, run in runs.items()}
+    values = {size: {k: [v for _, v in points] for k, points in curves.items()} for size, curves in runs.items()}
+    one, two = values["sp1"], values["sp2"]
     out: dict[str, Any] = {
-        "first": sum(loss[1][:4]) / 4,
-        "last": sum(loss[1][-4:]) / 4,
-        "largest_difference": max(abs(a - b) for a, b in zip(loss[1], loss[2], strict=True)),
+        "first": sum(one["loss"][:4]) / 4,
+        "last": sum(one["loss"][-4:]) / 4,
+        "largest_difference": max(abs(a - b) for a, b in zip(one["loss"], two["loss"], strict=True)),
     }
-    for key in ("accuracy", "rewards/accuracies", "eval_accuracy"):
-        values = series(runs[2], key)
-        if values:
-            out[key] = {"first": values[0], "last": sum(values[-4:]) / len(values[-4:]) if key != "eval_accuracy" else values[-1]}
+    for key in {"accuracy", "rewards/accuracies", "eval_accuracy"} & two.keys():
+        last = two[key][-1:] if key == "eval_accuracy" else two[key][-4:]
+        out[key] = {"first": two[key][0], "last": sum(last) / len(last)}
     return out
 
 
@@ -153,10 +155,9 @@ def main() -> int:
     results = ROOT / "benchmarks" / "results" / "stages.json"
     known = json.loads(results.read_text()) if results.exists() else {}
     for name in names:
-        runs = {size: train(name, size) for size in (1, 2)}
+        runs = {f"sp{size}": curves_of(train(name, size)) for size in (1, 2)}
         picture(name, runs, ROOT / "docs" / "images" / f"stage_{name}.png")
-        curves = {f"sp{size}": {k: series(run, k) for k in sorted({k for h in run["history"] for k in h})} for size, run in runs.items()}
-        known[name] = {"settings": COMMON | STAGES[name], "summary": summary(runs), "curves": curves}
+        known[name] = {"settings": COMMON | STAGES[name], "summary": summary(runs), "curves": runs}
         results.parent.mkdir(parents=True, exist_ok=True)
         results.write_text(json.dumps(known, indent=1) + "\n")
         print(f"{name}: {json.dumps(known[name]['summary'])}", flush=True)
