@@ -1,7 +1,7 @@
 """Speed and error of the attention engine: every schedule against one GPU's kernel, against the ring on FlashAttention 2, packed and not.
 
     python benchmarks/attention.py --out results          # one or two GPUs: starts one process for each
-    python benchmarks/attention.py --smoke --out /tmp/x   # two CPU processes, tiny shapes: does it run?
+    python benchmarks/attention.py --smoke --out results  # two CPU processes, tiny shapes: does it run?
 
 Prints one table; writes attention.json and attention.md into --out. A row that fails is reported and the others go on. Figures are
 TFLOP/s for each GPU: 4 * pairs * heads * head_dim forward and 2.5 times that backward, where the mask lets so many pairs see each other.

@@ -133,7 +133,8 @@ def main() -> None:
         gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
         import transformers
 
-        header = f"{args.shape} shape, random weights, {args.world} x {gpu}, torch {torch.__version__}, transformers {transformers.__version__}"
+        versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+        header = f"{args.shape} shape, random weights, {args.world} x {gpu}, {versions}"
         for length, size, mode, steps in parsed:
             mode = "zigzag-ring" if mode == "-" else mode
             row = run(model, folder / "data", folder / "out", int(length), int(size), mode, args.world, int(steps), extra)

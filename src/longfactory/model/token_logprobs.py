@@ -63,7 +63,10 @@ def logit_transform(config: Any) -> LogitTransform:
 
 
 class _ChunkedLogps(torch.autograd.Function):
-    """[N, H] hidden, [V, H] weight, [N] labels -> [N] log-probabilities in fp32 (fp64 for fp64), [N] whether the label is the top token."""
+    """[T, H] hidden, [V, H] weight, [N] labels -> [N] log-probabilities in fp32 (fp64 for fp64), [N] whether the label is the top token.
+
+    `rows` [N] are the rows of the hidden states that have a label, None for all: they are picked a chunk at a time, without a copy of all.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -72,39 +75,41 @@ class _ChunkedLogps(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
+        rows: Tensor | None,
         transform: LogitTransform,
         chunk: int,
         grad_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.float64 if h.dtype == torch.float64 else torch.float32
-        logps = torch.empty(h.shape[0], dtype=wide, device=h.device)
+        logps = torch.empty(labels.shape[0], dtype=wide, device=h.device)
         lse = torch.empty_like(logps)
-        top1 = torch.empty(h.shape[0], dtype=torch.bool, device=h.device)
-        for i in range(0, h.shape[0], chunk):
+        top1 = torch.empty(labels.shape[0], dtype=torch.bool, device=h.device)
+        for i in range(0, labels.shape[0], chunk):
             s = slice(i, i + chunk)
-            z = transform(F.linear(h[s], weight, bias).to(wide))
+            z = transform(F.linear(h[s] if rows is None else h[rows[s]], weight, bias).to(wide))
             label = z.gather(1, labels[s, None])[:, 0]
             lse[s] = z.logsumexp(1)
             logps[s] = label - lse[s]
             top1[s] = label >= z.amax(1)
             del z
-        ctx.save_for_backward(h, weight, bias, labels, lse)
+        ctx.save_for_backward(h, weight, bias, labels, lse, rows)
         ctx.transform, ctx.chunk, ctx.grad_dtype = transform, chunk, grad_dtype
         ctx.mark_non_differentiable(top1)
         return logps, top1
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        h, weight, bias, labels, lse = ctx.saved_tensors
+        h, weight, bias, labels, lse, rows = ctx.saved_tensors
         transform, wide = ctx.transform, lse.dtype
         needs_h, needs_w, needs_b = ctx.needs_input_grad[:3]
-        gh = torch.empty_like(h) if needs_h else None
+        gh = (torch.empty_like(h) if rows is None else torch.zeros_like(h)) if needs_h else None
         # The weight's gradient is a sum over chunks: kept in fp32, else its error would grow with length.
         gw = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs_w else None
         gb = torch.zeros(bias.shape, dtype=wide, device=weight.device) if needs_b else None
-        for i in range(0, h.shape[0], ctx.chunk):
+        for i in range(0, labels.shape[0], ctx.chunk):
             s = slice(i, i + ctx.chunk)
-            z = F.linear(h[s], weight, bias).to(wide)
+            hs = h[s] if rows is None else h[rows[s]]
+            z = F.linear(hs, weight, bias).to(wide)
             slope = transform.scale
             if transform.softcap:
                 t = torch.tanh(z * (transform.scale / transform.softcap))
@@ -121,15 +126,18 @@ class _ChunkedLogps(torch.autograd.Function):
             if gb is not None:
                 gb += p.sum(0)
             p = p.to(h.dtype)
-            if gh is not None:
+            if gh is not None and rows is None:
                 torch.mm(p, weight, out=gh[s])
+            elif gh is not None:
+                gh[rows[s]] = p @ weight
             if gw is not None:
-                gw += _mm_wide(p.t(), h[s], wide)
-            del z, p
+                gw += _mm_wide(p.t(), hs, wide)
+            del z, p, hs
         return (
             gh,
             gw.to(ctx.grad_dtype) if gw is not None else None,
             gb.to(ctx.grad_dtype) if gb is not None else None,
+            None,
             None,
             None,
             None,
@@ -228,7 +236,7 @@ class TokenLogprobs:
             trained, labels = trained.new_zeros(1), labels.new_zeros(1)
         trained = trained.to(h.device, non_blocking=True)
         labels = labels.to(h.device, non_blocking=True)
-        logps, top1 = self._logps(h if trained.numel() == h.shape[0] else h.index_select(0, trained), labels)
+        logps, top1 = self._logps(h, labels, None if trained.numel() == h.shape[0] else trained)
         if nothing:
             logps = logps * 0.0
             top1 = torch.zeros_like(top1)
@@ -241,7 +249,7 @@ class TokenLogprobs:
             return self._forward(hidden, *args, **kwargs)
         return full.view(*hidden.shape[:-1], 1)
 
-    def _logps(self, h: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _logps(self, h: Tensor, labels: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         vocab = self._vocabulary()
         chunk = self.chunk or max(128, CHUNK_NUMBERS // vocab)
         if self._plain:
@@ -254,8 +262,9 @@ class TokenLogprobs:
             elif h.dtype != dtype:
                 h = h.to(dtype)
             with torch.autocast(h.device.type, enabled=False):
-                return _ChunkedLogps.apply(h, weight, bias, labels, self.transform, chunk, weight.dtype)
+                return _ChunkedLogps.apply(h, weight, bias, labels, rows, self.transform, chunk, weight.dtype)
         # LoRA on the head, modules_to_save, quantised weights: the layer's own forward, a chunk at a time, recomputed in the backward.
+        h = h if rows is None else h.index_select(0, rows)
         parts = [
             checkpoint(self._generic, h[i : i + chunk], labels[i : i + chunk], use_reentrant=False, preserve_rng_state=True)
             for i in range(0, h.shape[0], chunk)

@@ -126,9 +126,10 @@ def same_on_every_rank(checkpoint: str | None) -> None:
     names: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(names, Path(checkpoint).name if checkpoint else None)
     if len(set(names)) > 1:
+        found = ", ".join(sorted({str(n) for n in names}))
         raise UserError(
-            f"The machines do not agree on the checkpoint to go on from: {', '.join(sorted({str(n) for n in names}))}. output_dir must be on a "
-            "file system that all machines share, or resume_from_checkpoint must name a checkpoint that each of them has."
+            f"The machines do not agree on the checkpoint to go on from: {found}. output_dir must be on a file system that all machines "
+            "share, or resume_from_checkpoint must name a checkpoint that each of them has."
         )
 
 
