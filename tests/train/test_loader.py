@@ -149,3 +149,12 @@ def test_the_loader_gives_rows(stream: bool, workers: int) -> None:
     rows = [item["row"] for item in loader]
     assert [[d.sample for d in row.documents if d.role != "pad"] for row in rows] == [[2, 3], [6]]
     assert all(len(row) % 4 == 0 and isinstance(row.input_ids, torch.Tensor) for row in rows)
+
+
+def test_dropping_the_last_step_does_not_depend_on_the_split() -> None:
+    def taken(batch: int, groups: int) -> set[int]:
+        samplers = [RowSampler(23, batch, groups=groups, group=g, seed=1, drop_last=True, step=8) for g in range(groups)]
+        return {i for s in samplers for indices in s for i in indices}
+
+    assert taken(1, 2) == taken(4, 2) == taken(2, 1) == taken(1, 1)
+    assert len(taken(1, 1)) == 16

@@ -30,6 +30,7 @@ class RowSampler(Sampler[list[int]]):
         seed: of the shuffle; None for the data's own order.
         lengths: token counts; given, samples of like length come together (`group_by_length`), in shuffled order.
         window: samples in a stretch that is sorted by length.
+        drop_last: leave out the last step of an epoch where it is not whole; `step` is the number of samples in one.
     """
 
     def __init__(
@@ -43,9 +44,12 @@ class RowSampler(Sampler[list[int]]):
         lengths: Sequence[int] | None = None,
         window: int = 0,
         drop_last: bool = False,
+        step: int | None = None,
     ):
         self.length, self.batch, self.groups, self.group = length, batch, groups, group
         self.seed, self.lengths, self.window, self.drop_last = seed, lengths, window, drop_last
+        # Samples that the last, incomplete step of an epoch would be short of are dropped by whole steps: the same under any split.
+        self.step = step or batch * groups
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -53,7 +57,9 @@ class RowSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         per_round = self.batch * self.groups
-        return self.length // per_round if self.drop_last else -(-self.length // per_round)
+        if self.drop_last:
+            return self.length // self.step * self.step // per_round
+        return -(-self.length // per_round)
 
     def order(self) -> list[int]:
         """The epoch's order of samples: a function of seed and epoch alone."""

@@ -98,6 +98,7 @@ class RowTrainer(Trainer):
                 lengths=list(dataset.lengths) if by_length else None,
                 window=50 * self.get_total_train_batch_size(args) if by_length else 0,
                 drop_last=shuffle and args.dataloader_drop_last,
+                step=self.get_total_train_batch_size(args),
             )
         return make_loader(
             dataset,
