@@ -96,10 +96,6 @@ class Row:
         pin = {f.name: getattr(self, f.name).pin_memory() for f in dataclasses.fields(self) if isinstance(getattr(self, f.name), Tensor)}
         return dataclasses.replace(self, **pin)
 
-    def sum_per_document(self, x: Tensor) -> Tensor:
-        """[T] -> [D], differentiable. Padding's sum is the last entry where there is padding."""
-        return x.new_zeros(len(self.documents)).index_add(0, self.document_ids, x)
-
     def padded(self, multiple: int, pad_id: int) -> Row:
         """The row with a padding document at its end, so that T is a multiple of `multiple`."""
         short = -len(self) % multiple

@@ -24,6 +24,8 @@ def optimizer_factory(cfg: RunConfig, memory: Memory) -> Callable[[Any, Any], to
         name = str(cfg.trainer("optim"))
         if not name.startswith("adamw_torch"):
             raise UserError(f"optim: {name} cannot keep its states on the host. Use adamw_torch, or optimizer_placement: gpu.")
+        if cfg.method.loraplus_lr_ratio is not None:
+            raise UserError("loraplus_lr_ratio needs two learning rates; AdamW on the host has one. Set optimizer_placement: gpu.")
         return _split_adamw(placement)
     ratio = cfg.method.loraplus_lr_ratio
     if ratio is None:
@@ -43,6 +45,25 @@ def optimizer_factory(cfg: RunConfig, memory: Memory) -> Callable[[Any, Any], to
         )
 
     return lora_plus
+
+
+def check_checkpoints(memory: Memory, sharding: str, *, saves_states: bool, resumes: bool) -> None:
+    """Refuses checkpoints that could not be resumed from.
+
+    The states of split masters and of AdamW on the host are plain tensors of this rank's shard. The sharded checkpoint format takes a plain
+    tensor for one that all ranks share and keeps rank 0's: a resumed run would go on with wrong states.
+
+    Raises:
+        UserError: sharded parameters, such an optimizer, and optimizer states to be saved or read.
+    """
+    if sharding != "fsdp2" or not (memory.split or memory.plan.settings.optimizer == "host"):
+        return
+    if saves_states or resumes:
+        raise UserError(
+            "This run keeps AdamW's states on the host or beside split weights, and checkpoints of sharded runs cannot hold those yet. "
+            "Set save_only_model: true (weights alone) or save_strategy: no, and do not resume; or make room with more GPUs or shorter "
+            "rows and set optimizer_placement: gpu."
+        )
 
 
 def _split_adamw(placement: str) -> Callable[[Any, Any], torch.optim.Optimizer]:

@@ -28,7 +28,7 @@ from longfactory.sp import hf
 from longfactory.train import output
 from longfactory.train.callbacks import AtStart, LogFile
 from longfactory.train.memory_plan import FitMemory, Memory, plan_memory
-from longfactory.train.optimizers import optimizer_factory
+from longfactory.train.optimizers import check_checkpoints, optimizer_factory
 from longfactory.train.prove import prove_exact
 from longfactory.train.stages import Stage, make_stage
 from longfactory.train.trainer import RowTrainer
@@ -65,6 +65,8 @@ def run(cfg: RunConfig) -> dict[str, float]:
     log.info(memory.plan.table)
 
     args = training_arguments(cfg, sharding, memory)
+    saves_states = args.do_train and str(args.save_strategy.value) != "no" and not args.save_only_model
+    check_checkpoints(memory, sharding, saves_states=saves_states, resumes=bool(args.do_train and cfg.resume_checkpoint()))
     set_seed(args.seed)  # adapters and value heads begin the same on every rank
     ctx = sp.SequenceParallel.create(
         size,
