@@ -119,7 +119,8 @@ def test_optimizer_on_the_host_equals_the_one_on_the_gpu(monkeypatch):
         masters.append(torch.cat([opt.master(p).flatten() for p in model.parameters()]))
         assert opt.state[next(model.parameters())]["exp_avg"].is_cuda == (placement == "gpu")
     a, b = masters
-    assert float(((a - b).abs() / a.abs().clamp(min=1e-3)).max()) < 1e-6
+    # Relative to the weight, or to the way it went (20 steps of 1e-3) where the weight itself is near zero.
+    assert float(((a - b).abs() / a.abs().clamp(min=2e-2)).max()) < 1e-6
 
 
 @pytest.mark.parametrize(("settings", "most"), [(dataclasses.replace(ALL, mlp_chunk=2048, attention_groups=4, late_prefetch=True), 60_000)])
