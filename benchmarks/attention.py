@@ -3,6 +3,8 @@
     python benchmarks/attention.py --out results          # one or two GPUs: starts one process for each
     python benchmarks/attention.py --smoke --out results  # two CPU processes, tiny shapes: does it run?
 
+Beside them PyTorch's context_parallel and, where they are installed, ring-flash-attn and yunchang (see published.py), on the same inputs.
+
 Prints one table; writes attention.json and attention.md into --out. A row that fails is reported and the others go on. Figures are
 TFLOP/s for each GPU: 4 * pairs * heads * head_dim forward and 2.5 times that backward, where the mask lets so many pairs see each other.
 """
@@ -20,9 +22,11 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import published
 import torch
 import torch.distributed as dist
 from per_document_zigzag import PerDocumentZigzag, attention_pairs
@@ -127,6 +131,13 @@ def attempt(setting: Setting, name: str, body: Callable[[], Row | None]) -> Row 
     return row
 
 
+def note(name: str, text: str) -> None:
+    """A row that says why it has no figures."""
+    rows.append({"row": name, "note": text})
+    if dist.get_rank() == 0:
+        print(f"row {name}  note {text}", flush=True)
+
+
 def inputs(length: int, heads: int, kv_heads: int, dim: int, setting: Setting, seed: int = 0) -> list[Tensor]:
     """q, k, v, dout of so many rows. The same on every rank for the same seed."""
     g = torch.Generator(setting.device).manual_seed(seed)
@@ -152,18 +163,27 @@ def timed(setting: Setting, step: Callable[[], object]) -> float:
     return worst.item()
 
 
-def forward_backward(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, plan: sp.RowPlan) -> list[Tensor]:
+def forward_backward(attention: published.Attention, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
+    """out, dq, dk, dv."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = sp.attention(*leaves, plan)
+    out = attention(*leaves)
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
+def planned(plan: sp.RowPlan) -> published.Attention:
+    return lambda q, k, v: sp.attention(q, k, v, plan)
+
+
 def speed(setting: Setting, plan: sp.RowPlan, shape: tuple[int, int], pairs: int) -> Row:
-    q, k, v, dout = inputs(plan.local_length, *shape, setting.dim, setting)
+    return speed_of(setting, planned(plan), plan.local_length, shape, pairs, plan.ctx.size)
+
+
+def speed_of(setting: Setting, attention: published.Attention, local: int, shape: tuple[int, int], pairs: int, gpus: int) -> Row:
+    q, k, v, dout = inputs(local, *shape, setting.dim, setting)
     with torch.no_grad():
-        forward = timed(setting, lambda: sp.attention_forward(q, k, v, plan))
-    both = timed(setting, lambda: forward_backward(q, k, v, dout, plan))
-    return figures(setting, pairs, shape, forward, both, plan.ctx.size)
+        forward = timed(setting, lambda: attention(q, k, v))
+    both = timed(setting, lambda: forward_backward(attention, q, k, v, dout))
+    return figures(setting, pairs, shape, forward, both, gpus)
 
 
 def figures(setting: Setting, pairs: int, shape: tuple[int, int], forward: float, both: float, gpus: int) -> Row:
@@ -198,7 +218,7 @@ def errors(setting: Setting) -> None:
             reason = backend.refuses(request)
             if reason is not None:
                 if kind == "causal":
-                    rows.append({"row": f"error {name}", "note": reason})
+                    note(f"error {name}", reason)
                 continue
             attempt(setting, f"error {name}, {kind}", lambda: kernel_error(backend, tile, q, k, v, dout, setting.dim**-0.5))  # noqa: B023
     if setting.ranks == 1:
@@ -206,26 +226,19 @@ def errors(setting: Setting) -> None:
     for packed in (False, True):
         segments = [sp.Segment(0, n // 3), sp.Segment(n // 3, n)] if packed else None
         for mode in ("zigzag-ring", "ulysses", "llama3"):
+            plan = sp.plan(n, segments, context(setting, mode))
             name = f"error {mode}, {'two documents' if packed else 'one document'}"
-            attempt(setting, name, lambda: schedule_error(setting, mode, n, segments))  # noqa: B023
-    attempt(setting, "error per-document zigzag ring", lambda: per_document_error(setting))
-
-
-def per_document_error(setting: Setting) -> Row:
-    """The comparison must be right, too. Of this rank's rows."""
-    length, shape = setting.check_length, setting.heads[0]
-    sizes = [length // 4, length // 2, length // 4]
+            attempt(setting, name, lambda: sharded_error(setting, segments, plan.index, planned(plan)))  # noqa: B023
+    # The comparisons must be right, too.
+    sizes = [n // 4, n // 2, n // 4]
     segments = [sp.Segment(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(3)]
-    tensors = inputs(length, *shape, setting.dim, setting)
-    exact = forward_backward(*(x.double() for x in tensors), sp.plan(length, segments, setting.one))  # type: ignore[arg-type]
-    group = context(setting, "zigzag-ring").axes[1].ring
-    assert group is not None
-    ring = PerDocumentZigzag(sizes, group, varlen_kernel(setting, shape), setting.device)
-    mine = ring.positions().to(setting.device)
-    q, k, v, dout = (x[mine] for x in tensors)
-    out, lse = ring.forward(q, k, v, setting.dim**-0.5)
-    found = [out, *ring.backward(dout, q, k, v, out, lse, setting.dim**-0.5)]
-    return dict(zip(("out", "dq", "dk", "dv"), relative(found, [x[mine] for x in exact]), strict=True))
+    ring = PerDocumentZigzag(sizes, ring_group(setting), varlen_kernel(setting, shape), setting.device)
+    attempt(setting, "error per-document zigzag ring", lambda: sharded_error(setting, segments, ring.positions(), ring.attention))
+    for length, parts, documents in (([n], None, "one document"), (sizes, segments, "three documents")):
+        for peer in peers(setting, length):
+            name = f"error {peer.name}, {documents}"
+            if installed(peer, name):
+                attempt(setting, name, lambda: sharded_error(theirs(setting), parts, peer.rows, peer.make()))  # noqa: B023
 
 
 def kernel_error(backend: object, tile: Tile, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, scale: float) -> Row:
@@ -242,18 +255,82 @@ def kernel_error(backend: object, tile: Tile, q: Tensor, k: Tensor, v: Tensor, d
     return {**values, "lse": (lse - exact_lse).abs().max().item()}
 
 
-def schedule_error(setting: Setting, mode: str, length: int, segments: list[sp.Segment] | None) -> Row:
-    plan, alone = sp.plan(length, segments, context(setting, mode)), sp.plan(length, segments, setting.one)
-    tensors = inputs(length, *setting.heads[0], setting.dim, setting)
-    q, k, v, dout = tensors
-    exact = forward_backward(*(x.double() for x in tensors), sp.plan(length, segments, setting.one))  # type: ignore[arg-type]
-    single = relative(forward_backward(q, k, v, dout, alone), exact)
-    shared = [sp.gather(x, plan) for x in forward_backward(*(sp.shard(x, plan) for x in tensors), plan)]  # type: ignore[arg-type]
-    again = [sp.gather(x, plan) for x in forward_backward(*(sp.shard(x, plan) for x in tensors), plan)]  # type: ignore[arg-type]
+def sharded_error(setting: Setting, segments: list[sp.Segment] | None, rows: Tensor, attention: published.Attention) -> Row:
+    """Of all ranks' rows together. `rows`: positions of this rank's."""
+    length, shape = setting.check_length, setting.heads[0]
+    alone = sp.plan(length, segments, setting.one)
+    tensors = inputs(length, *shape, setting.dim, setting)
+    exact = forward_backward(planned(alone), *(x.double() for x in tensors))  # type: ignore[arg-type]
+    single = relative(forward_backward(planned(alone), *tensors), exact)  # type: ignore[arg-type]
+    rows = rows.to(setting.device)
+    mine = [x[rows] for x in tensors]
+
+    def everywhere(x: Tensor) -> Tensor:
+        whole = torch.zeros(length, *x.shape[1:], dtype=torch.float64, device=x.device)
+        whole[rows] = x.double()
+        dist.all_reduce(whole)
+        return whole
+
+    shared, again = ([everywhere(x) for x in forward_backward(attention, *mine)] for _ in range(2))  # type: ignore[arg-type]
     many = relative(shared, exact)
     worst = max(a / b for a, b in zip(many, single, strict=True))
     names = ("out", "dq", "dk", "dv")
     return {**dict(zip(names, many, strict=True)), "over one GPU": worst, "same twice": str(torch.equal(shared[0], again[0]))}
+
+
+# --- published implementations --------------------------------------------------------------------------------------------------
+
+
+class Peer(NamedTuple):
+    """`rows`: positions of this rank's rows in the row of documents, each padded as the peer needs."""
+
+    package: str
+    name: str
+    rows: Tensor
+    make: Callable[[], published.Attention]
+
+
+def peers(setting: Setting, sizes: list[int]) -> list[Peer]:
+    """Published implementations of attention over documents of these lengths."""
+    group, rank, length = ring_group(setting), setting.rank, sum(sizes)
+    ring = PerDocumentZigzag(sizes, group, "none", setting.device)
+    zigzag = ring.positions()
+    straight = torch.arange(rank * length // setting.ranks, (rank + 1) * length // setting.ranks)
+    if len(sizes) == 1:
+        return [
+            Peer("ring-flash-attn", "ring-flash-attn zigzag ring", zigzag, lambda: published.zigzag(group)),
+            Peer("yunchang", "yunchang ulysses", straight, lambda: published.ulysses(group)),
+        ]
+    edges = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32, device=setting.device)
+    kv_heads = setting.heads[0][1]
+    return [
+        Peer("ring-flash-attn", "ring-flash-attn zigzag varlen", zigzag, lambda: published.zigzag_varlen(group, ring.cu, ring.longest)),
+        Peer("ring-flash-attn", "ring-flash-attn llama3", straight, lambda: published.llama3(group, edges, kv_heads)),
+    ]
+
+
+def theirs(setting: Setting) -> Setting:
+    """flash-attn has no float32, and ring-flash-attn's gradients are wrong there: what it makes float32 must become a copy."""
+    return dataclasses.replace(setting, dtype=torch.bfloat16)
+
+
+def installed(peer: Peer, name: str) -> bool:
+    if published.version(peer.package) is None:
+        note(name, published.missing(peer.package))
+        return False
+    return True
+
+
+def peer_speed(setting: Setting, peer: Peer, name: str, shape: tuple[int, int], pairs: int) -> Row | None:
+    if not installed(peer, name):
+        return None
+    return attempt(setting, name, lambda: speed_of(theirs(setting), peer.make(), len(peer.rows), shape, pairs, setting.ranks))
+
+
+def ring_group(setting: Setting) -> dist.ProcessGroup:
+    group = context(setting, "zigzag-ring").axes[1].ring
+    assert group is not None
+    return group
 
 
 # --- one long document ----------------------------------------------------------------------------------------------------------
@@ -281,14 +358,16 @@ def dense(setting: Setting) -> None:
                 ratio(found, slow, "over FA2 ring")
                 if shape == setting.heads[0]:
                     torch_cp = attempt(setting, f"torch context_parallel, {label}", lambda: torch_context_parallel(setting, length, shape))  # noqa: B023
-                    ratio([r for r in [torch_cp] if r], one, "over one GPU")
-            ratio(found, one, "over one GPU")
+                    ratio([torch_cp], one, "over one GPU")
+            others = [peer_speed(setting, peer, f"{peer.name}, {label}", shape, pairs) for peer in peers(setting, [length])]
+            ratio([*found, *others], one, "over one GPU")
+            ratio(found, others[0], "over ring-flash-attn")
 
 
-def ratio(found: list[Row], base: Row | None, name: str) -> None:
+def ratio(found: Sequence[Row | None], base: Row | None, name: str) -> None:
     if base is not None and "both" in base:
         for row in found:
-            if "both" in row:
+            if row is not None and "both" in row:
                 row[name] = row["both"] / base["both"]  # type: ignore[operator]
 
 
@@ -362,8 +441,17 @@ def packed(setting: Setting) -> None:
             found += [row] if row is not None and "both" in row else []
         ratio(found, one, "over one GPU")
         if setting.ranks > 1:
-            usual = attempt(setting, f"per-document zigzag ring, {label}", lambda: per_document(setting, sizes, shape, pairs, kernel))  # noqa: B023
+            ring = PerDocumentZigzag(sizes, ring_group(setting), kernel, setting.device)
+            local, gpus = ring.local_length, setting.ranks
+            usual = attempt(
+                setting,
+                f"per-document zigzag ring, {label}",
+                lambda: {**speed_of(setting, ring.attention, local, shape, pairs, gpus), "note": f"kernel {kernel}"},  # noqa: B023
+            )
+            others = [peer_speed(setting, peer, f"{peer.name}, {label}", shape, pairs) for peer in peers(setting, sizes)]
+            ratio([usual, *others], one, "over one GPU")
             ratio(found, usual, "over per-document ring")
+            ratio(found, others[0], "over ring-flash-attn")
 
 
 def packed_speed(setting: Setting, segments: list[sp.Segment], ctx: sp.SequenceParallel, shape: tuple[int, int], pairs: int) -> Row:
@@ -378,21 +466,6 @@ def varlen_kernel(setting: Setting, shape: tuple[int, int]) -> str:
     q, _, v, _ = inputs(256, *shape, setting.dim, setting)
     chosen = backends.select("auto", tile, q, v, None)
     return next(name for name, backend in backends.BACKENDS.items() if backend is chosen)
-
-
-def per_document(setting: Setting, sizes: list[int], shape: tuple[int, int], pairs: int, kernel: str) -> Row:
-    group = context(setting, "zigzag-ring").axes[1].ring
-    assert group is not None
-    ring = PerDocumentZigzag(sizes, group, kernel, setting.device)
-    q, k, v, dout = inputs(ring.local_length, *shape, setting.dim, setting)
-    scale = setting.dim**-0.5
-
-    def both() -> None:
-        out, lse = ring.forward(q, k, v, scale)
-        ring.backward(dout, q, k, v, out, lse, scale)
-
-    forward = timed(setting, lambda: ring.forward(q, k, v, scale))
-    return {**figures(setting, pairs, shape, forward, timed(setting, both), setting.ranks), "note": f"kernel {kernel}"}
 
 
 def balance(setting: Setting) -> None:
@@ -474,6 +547,7 @@ def report(setting: Setting, folder: Path, seconds: float) -> str:
         "head dim": setting.dim,
         "torch": torch.__version__,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
+        **{package: published.version(package) for package in published.MODULES},
         "command": "python benchmarks/attention.py" + (" --smoke" if setting.smoke else ""),
         "seconds": round(seconds, 1),
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,6 +50,10 @@ class PerDocumentZigzag:
                 rows.append(torch.arange(start + c * chunk, start + (c + 1) * chunk))
             start += x
         return torch.cat(rows)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Differentiable."""
+        return _Attention.apply(q, k, v, self)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         flat, own = _pack(k, v), (k, v)
@@ -147,6 +152,20 @@ class PerDocumentZigzag:
             for a, b, c, d, t in _documents(cu_q, cu_k, causal)
         ]
         return tuple(torch.cat(x) for x in zip(*parts, strict=True))
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: PerDocumentZigzag) -> Tensor:
+        out, lse = ring.forward(q, k, v, q.shape[-1] ** -0.5)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.ring = ring
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        return (*ctx.ring.backward(dout, q, k, v, out, lse, q.shape[-1] ** -0.5), None)
 
 
 def _documents(cu_q: Tensor, cu_k: Tensor, causal: bool) -> list[tuple[int, int, int, int, Tile]]:
