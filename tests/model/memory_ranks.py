@@ -94,6 +94,28 @@ def split_adamw_on_shards() -> tuple[Tensor, Tensor]:
     return results[0], results[1]
 
 
+def split_adamw_sums_on_shards() -> tuple[Tensor, Tensor]:
+    """The gradient of three micro-batches, gathered from shards; and the sum of this rank's own parts, added in fp32 and rounded once."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from longfactory.model.memory.optimizer import SplitAdamW
+
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3, bias=False, dtype=torch.bfloat16)  # the ranks have two rows and one
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = SplitAdamW(model.parameters(), lr=1e-2)
+    g = torch.Generator().manual_seed(1)
+    total = torch.zeros(3, 6)
+    for k in range(3):
+        model(torch.randn(4, 6, generator=g).bfloat16()).square().sum().backward()
+        assert model.weight.grad is not None
+        total += model.weight.grad.full_tensor().float()  # type: ignore[operator]
+        optimizer.accumulate(last=k == 2)
+    assert model.weight.grad is not None
+    return model.weight.grad.full_tensor(), total.bfloat16()  # type: ignore[operator]
+
+
 def zero_gradients(kind: str, settings: MemorySettings, stage: int, lora: bool) -> dict[str, Tensor]:
     """Gradients in fp32 as DeepSpeed applies them: the change of each weight in a step of SGD with learning rate 1."""
     import os

@@ -116,11 +116,70 @@ def test_streaming_blocks_of_gpu_parameters(monkeypatch):
                 p.grad = torch.randn_like(p)
             if streamed:
                 for p in params:
-                    opt._prepare(p)
+                    opt.prepare(p)
                     opt.state[p]["step"] += 1
                 with torch.no_grad():
-                    opt._stream([w.cut(a, a + 100) for w in opt._work() for a in range(0, w.weight.numel(), 100)])
+                    opt._stream([job for work in opt._work() for job in work.jobs()])
             else:
                 opt.step()
         results.append(torch.cat([opt.master(p) for p in params]))
     assert torch.equal(*results)
+
+
+def micro_gradients(shape, number, parts):
+    g = torch.Generator().manual_seed(number)
+    return [torch.randn(shape, generator=g).bfloat16() for _ in range(parts)]
+
+
+@pytest.mark.parametrize("placement", ["host", "gpu"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gradients_of_micro_batches_are_summed_in_fp32(dtype, placement, monkeypatch):
+    monkeypatch.setattr(optimizer, "BLOCK", 100)
+    monkeypatch.setattr(optimizer, "_INNER", 32)
+    torch.manual_seed(0)
+    shapes = [(33, 17), (5,), (3, 4), (7,)]
+    params = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
+    opt = SplitAdamW(params, lr=1e-2, placement=placement)
+    for step, parts in enumerate((5, 5, 1)):
+        gradients = [micro_gradients(p.shape, 10 * step + i, parts) for i, p in enumerate(params)]
+        # One parameter has no gradient in the first micro-batches, one in the last ones, one in none.
+        present = [range(parts), range(parts // 2, parts), range(0, (parts + 1) // 2), range(0)]
+        for k in range(parts):
+            for p, g, there in zip(params, gradients, present, strict=True):
+                if k in there:
+                    g = g[k].to(dtype, copy=True)
+                    p.grad = g if p.grad is None else p.grad + g
+            opt.accumulate(last=k == parts - 1)
+            if dtype == torch.bfloat16 and k < parts - 1:
+                assert all(p.grad is None for p in params)
+        for p, g, there in zip(params, gradients, present, strict=True):
+            if not there:
+                assert p.grad is None
+                continue
+            assert torch.equal(p.grad, sum(g[k].float() for k in there).to(dtype))
+        if dtype == torch.bfloat16 and parts > 1:
+            in_bf16 = sum(gradients[0][1:], gradients[0][0])
+            assert not torch.equal(in_bf16, params[0].grad), "the test would not see sums in bf16"
+        opt.step()
+        opt.zero_grad()
+
+
+def test_streaming_sums(monkeypatch):
+    """Gradients on a GPU, sums on the host, with stand-ins for streams."""
+    fake_cuda.install(monkeypatch)
+    monkeypatch.setattr(optimizer, "BLOCK", 100)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
+    monkeypatch.setattr(SplitAdamW, "_do", lambda self, jobs: self._stream(jobs) if jobs else None)
+    p = nn.Parameter(torch.randn(370).bfloat16())
+    opt = SplitAdamW([p], lr=1e-2)
+    parts = micro_gradients(p.shape, 0, 4)
+    for k, g in enumerate(parts):
+        p.grad = g.clone()
+        opt.accumulate(last=k == 3)
+    assert torch.equal(p.grad, sum(g.float() for g in parts).bfloat16())
+
+
+def test_sums_of_sharded_gradients():
+    for found, expected in run_ranks(2, memory_ranks.split_adamw_sums_on_shards):
+        assert torch.equal(found, expected)

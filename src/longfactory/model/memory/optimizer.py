@@ -10,10 +10,15 @@ So master = join(bf16, low) without loss, and the model computes with a correctl
 On the host the blocks of gradient and weight come over on a side stream while the block before is computed, and go back likewise; about
 28 bytes of host memory traffic a parameter, which is 2 to 4 s for 7 billion parameters: a few per cent of a step above 100k tokens. For
 fp32 or fp64 parameters (FSDP2's sharded masters) there is no split: the parameter is the master, and the moments live where asked.
+
+Gradients of bf16 parameters are bf16. Those of several micro-batches are summed in fp32, where the states live (`accumulate`), and rounded
+once, as the gradient of one micro-batch is.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
@@ -49,8 +54,8 @@ class SplitAdamW(torch.optim.Optimizer):
         placement: "host" keeps states in host memory and computes there; "gpu" keeps them beside the parameter.
         lr, betas, eps, weight_decay: as in torch.optim.AdamW.
 
-    Gradients are read from `.grad`, so clipping and accumulation are the caller's, as with any optimizer. States are this rank's shards:
-    under FSDP2 every rank saves its own `state_dict`.
+    Gradients are read from `.grad`, so clipping is the caller's, as with any optimizer; of several micro-batches see `accumulate`. States
+    are this rank's shards: `shard.optimizer_states` keeps them in checkpoints.
 
     Raises:
         ValueError: a parameter that is neither bf16, fp32 nor fp64.
@@ -70,6 +75,8 @@ class SplitAdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.placement = placement
         self._stages: list[_Stage] = []
+        self._sums: dict[Tensor, Tensor] = {}  # parameter -> fp32 sum of this rank's part of its gradient, where the states live
+        self._summed: set[Tensor] = set()  # those with something of this step in it
         for group in self.param_groups:
             for p in group["params"]:
                 if p.dtype not in (torch.bfloat16, torch.float32, torch.float64):
@@ -84,23 +91,59 @@ class SplitAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._prepare(p)
+                    self.prepare(p)
                     self.state[p]["step"] += 1
-        on_gpu = [w for w in self._work() if w.weight.is_cuda]
-        for work in self._work():
-            if not (work.weight.is_cuda and self.placement == "host"):
-                for a in range(0, work.weight.numel(), BLOCK):
-                    work.cut(a, a + BLOCK).update()
-        if self.placement == "host" and on_gpu:
-            self._stream([w.cut(a, a + BLOCK) for w in on_gpu for a in range(0, w.weight.numel(), BLOCK)])
+        self._do([job for work in self._work() for job in work.jobs()])
         return loss
 
-    def _prepare(self, p: Tensor) -> None:
+    @torch.no_grad()
+    def accumulate(self, last: bool) -> None:
+        """After the backward of a micro-batch, where a step has several: sums gradients of bf16 parameters in fp32.
+
+        `.grad` is taken away, and is the whole sum, rounded once, after the `last` micro-batch. fp32 and fp64 gradients stay in `.grad`,
+        where autograd sums them.
+        """
+        jobs: list[_Job] = []
+        taken: list[Tensor] = []
+        for p in (p for g in self.param_groups for p in g["params"] if p.dtype == torch.bfloat16):
+            begun = p in self._summed
+            if last and begun and p.grad is None:
+                p.grad = torch.zeros_like(p)
+            if p.grad is None or (last and not begun):
+                continue
+            grad = local(p.grad)
+            if not grad.is_contiguous():
+                raise RuntimeError("SplitAdamW: a gradient is not contiguous in memory.")
+            if p not in self._sums:
+                self._sums[p] = torch.empty(grad.numel(), dtype=torch.float32, device=self._place(p))
+            jobs += _sum_jobs(grad.view(-1), self._sums[p], first=not begun, last=last)
+            if not last:
+                self._summed.add(p)
+                taken.append(p)
+        self._do(jobs)
+        for p in taken:
+            p.grad = None
+        if last:
+            self._summed.clear()
+
+    def _do(self, jobs: list[_Job]) -> None:
+        """Jobs in any order; those on GPU tensors with states on the host by way of page-locked memory."""
+        streamed = [j for j in jobs if j.pieces[0].is_cuda and self.placement == "host"]
+        for job in jobs:
+            if not (job.pieces[0].is_cuda and self.placement == "host"):
+                job.compute(*job.pieces)
+        if streamed:
+            self._stream(streamed)
+
+    def _place(self, p: Tensor) -> torch.device:
+        return torch.device("cpu") if self.placement == "host" else local(p).device
+
+    def prepare(self, p: Tensor) -> None:
+        """States of `p` before its first step, if it has none."""
         state = self.state[p]
         if state:
             return
-        here = local(p)
-        device = torch.device("cpu") if self.placement == "host" else here.device
+        here, device = local(p), self._place(p)
         wide = torch.float64 if p.dtype == torch.float64 else torch.float32
         state["step"] = torch.zeros((), dtype=torch.float32)
         state["exp_avg"] = torch.zeros(here.shape, dtype=wide, device=device)
@@ -120,21 +163,21 @@ class SplitAdamW(torch.optim.Optimizer):
                     grad = local(p.grad).contiguous().view(-1)
                     yield _Block(flat.view(-1), grad, low, s["exp_avg"].view(-1), s["exp_avg_sq"].view(-1), s["step"], group)
 
-    def _stream(self, blocks: list[_Block]) -> None:
-        """Blocks of parameters on the GPU, computed on the host: the copies of the next one run while this one is computed."""
-        device = blocks[0].weight.device
+    def _stream(self, jobs: list[_Job]) -> None:
+        """Jobs on GPU tensors, computed on the host: the copies of the next one run while this one is computed."""
+        device = jobs[0].pieces[0].device
         if not self._stages:
-            width = max(t.element_size() for b in blocks for t in (b.weight, b.grad))
-            self._stages = [_Stage(device, width * BLOCK) for _ in range(2)]
+            widest = max(p.element_size() for g in self.param_groups for p in g["params"])
+            self._stages = [_Stage(device, widest * BLOCK) for _ in range(2)]
         now = torch.cuda.current_stream(device)
         for stage in self._stages:
             stage.stream.wait_stream(now)  # gradients are complete
-        self._stages[0].bring(blocks[0])
-        for i, block in enumerate(blocks):
+        self._stages[0].bring(jobs[0])
+        for i, job in enumerate(jobs):
             stage, other = self._stages[i % 2], self._stages[(i + 1) % 2]
-            if i + 1 < len(blocks):
-                other.bring(blocks[i + 1])
-            stage.update_and_return(block)
+            if i + 1 < len(jobs):
+                other.bring(jobs[i + 1])
+            stage.compute_and_return(job)
         for stage in self._stages:
             now.wait_stream(stage.stream)
 
@@ -147,7 +190,7 @@ class SplitAdamW(torch.optim.Optimizer):
             if name not in state_dict["state"]:
                 continue
             self.state[p].clear()
-            self._prepare(p)
+            self.prepare(p)
             for key, value in state_dict["state"][name].items():
                 self.state[p][key].copy_(value)
 
@@ -156,6 +199,34 @@ class SplitAdamW(torch.optim.Optimizer):
         low = self.state.get(p, {}).get("low")
         here = local(p.detach())
         return join(here, low.to(here.device)) if low is not None else here.to(torch.promote_types(p.dtype, torch.float32)).clone()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """Work on flat pieces of a parameter and its gradient. `compute` is given them, or copies of them on the host; it changes the first
+    `changed` of them."""
+
+    pieces: tuple[Tensor, ...]
+    compute: Callable[..., None]
+    changed: int
+
+
+def _sum_jobs(grad: Tensor, total: Tensor, *, first: bool, last: bool) -> Iterator[_Job]:
+    """fp32 `total` = `grad` (first) or `total` + `grad`; the last one rounds it into `grad`."""
+
+    def add(grad: Tensor, total: Tensor) -> None:
+        for g, t in zip(grad.split(_inner(grad)), total.split(_inner(grad)), strict=True):
+            t.copy_(g) if first else t.add_(g)
+            if last:
+                g.copy_(t)
+
+    for g, t in zip(grad.split(BLOCK), total.split(BLOCK), strict=True):
+        if g.numel():
+            yield _Job((g,), functools.partial(add, total=t), int(last))
+
+
+def _inner(t: Tensor) -> int:
+    return max(t.numel(), 1) if t.is_cuda else _INNER
 
 
 class _Block:
@@ -168,13 +239,19 @@ class _Block:
         low = self.low[a:b] if self.low is not None else None
         return _Block(self.weight[a:b], self.grad[a:b], low, self.m[a:b], self.v[a:b], self.step, self.group)
 
-    def at(self, weight: Tensor, grad: Tensor) -> _Block:
-        return _Block(weight, grad, self.low, self.m, self.v, self.step, self.group)
+    def jobs(self) -> Iterator[_Job]:
+        """One AdamW step, a job for each `BLOCK` numbers."""
+        for a in range(0, self.weight.numel(), BLOCK):
+            part = self.cut(a, a + BLOCK)
+            yield _Job((part.weight, part.grad), part.update_at, 1)
+
+    def update_at(self, weight: Tensor, grad: Tensor) -> None:
+        """One AdamW step of `weight`, the block's own or a copy where its states are."""
+        _Block(weight, grad, self.low, self.m, self.v, self.step, self.group).update()
 
     def update(self) -> None:
         """One AdamW step of tensors that are all on one device."""
-        n = self.weight.numel()
-        inner = n if self.weight.is_cuda else _INNER
+        n, inner = self.weight.numel(), _inner(self.weight)
         for a in range(0, n, inner):
             part = self.cut(a, a + inner)
             grad = part.grad.to(part.m.dtype)
@@ -208,29 +285,27 @@ def _adamw(master: Tensor, grad: Tensor, part: _Block) -> None:
 
 
 class _Stage:
-    """Page-locked room for one block of gradient and weight, with a stream of its own."""
+    """Page-locked room for the pieces of one job, with a stream of its own."""
 
     def __init__(self, device: torch.device, room: int) -> None:
         self.stream = torch.cuda.Stream(device)
         self.ready = torch.cuda.Event()
         self.room = [torch.empty(room, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
 
-    def _views(self, block: _Block) -> tuple[Tensor, Tensor]:
-        pairs = zip(self.room, (block.weight, block.grad), strict=True)
-        weight, grad = (room[: t.numel() * t.element_size()].view(t.dtype) for room, t in pairs)
-        return weight, grad
+    def _views(self, job: _Job) -> list[Tensor]:
+        return [room[: t.numel() * t.element_size()].view(t.dtype) for room, t in zip(self.room, job.pieces, strict=False)]
 
-    def bring(self, block: _Block) -> None:
+    def bring(self, job: _Job) -> None:
         self.stream.synchronize()  # what went back from this room is there
-        weight, grad = self._views(block)
         with torch.cuda.stream(self.stream):
-            grad.copy_(block.grad, non_blocking=True)
-            weight.copy_(block.weight, non_blocking=True)
+            for here, there in zip(self._views(job), job.pieces, strict=True):
+                here.copy_(there, non_blocking=True)
             self.ready.record(self.stream)
 
-    def update_and_return(self, block: _Block) -> None:
-        weight, grad = self._views(block)
+    def compute_and_return(self, job: _Job) -> None:
+        views = self._views(job)
         self.ready.synchronize()
-        block.at(weight, grad).update()
+        job.compute(*views)
         with torch.cuda.stream(self.stream):
-            block.weight.copy_(weight, non_blocking=True)
+            for here, there in zip(views[: job.changed], job.pieces, strict=False):
+                there.copy_(here, non_blocking=True)
