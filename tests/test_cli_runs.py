@@ -25,9 +25,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [f"model_name_or_path={model}", f"dataset_dir={ROOT / 'data'}", "train_from_scratch=true", *sizes.split()]
 
 
-def longfactory(*words: str, cache: Path) -> subprocess.CompletedProcess[str]:
+def longfactory(*words: str, cache: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
-    env |= {"LONGFACTORY_CACHE": str(cache), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env |= {"LONGFACTORY_CACHE": str(cache), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | variables
     return subprocess.run(
         [sys.executable, "-m", "longfactory.cli", *words], capture_output=True, text=True, env=env, timeout=280, cwd=cache.parent
     )
@@ -54,6 +54,14 @@ def test_train_resume_and_refuse(small: list[str], tmp_path: Path) -> None:
     other = longfactory(*words, "stage=pt", "dataset=manual_pt", cache=cache)
     assert other.returncode == 2
     assert other.stderr.count("holds another run (its stage is sft, this run's pt") == 1
+
+
+@pytest.mark.timeout(300)
+def test_a_launcher_that_starts_one_process(small: list[str], tmp_path: Path) -> None:
+    words = ["train", str(ROOT / "examples" / "sft_lora.yaml"), *small, f"output_dir={tmp_path / 'out'}", "eval_strategy=no"]
+    done = longfactory(*words, cache=tmp_path / "cache", FORCE_TORCHRUN="1")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.timeout(300)

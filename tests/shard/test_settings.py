@@ -125,6 +125,14 @@ def test_processes_that_train_alone_are_refused() -> None:
         settings.check_sharding(accelerator, "ddp", 8)
 
 
+def test_one_process_trains_on_one_device_of_many(tmp_path: Path) -> None:
+    args = arguments(tmp_path, per_device_train_batch_size=2)
+    args._n_gpu = 4  # what transformers sets in one process on a machine with four GPUs
+    assert args.train_batch_size == 8
+    settings.train_as_one_device(args)
+    assert args.n_gpu == 1 and args.train_batch_size == 2
+
+
 def test_what_a_deepspeed_file_leaves_open_is_filled_in(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text('{"zero_optimization": {"stage": 3}}')

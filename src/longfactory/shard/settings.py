@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,25 @@ def fix_fsdp2_plugin(accelerator: Any, model: Any, split: bool = False) -> None:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get("bf16" if split else accelerator.mixed_precision)
     if dtype is not None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=None)
+
+
+def train_as_one_device(args: Any) -> None:
+    """A run of one process trains on one device: transformers would wrap the model in DataParallel over all that it can see.
+
+    Args:
+        args: transformers' TrainingArguments, changed in place.
+    """
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # as the Trainer itself does for a model that is spread by hand
+
+
+def forget_launcher() -> None:
+    """Takes a launcher's marks out of the environment of a process that it has started alone (FORCE_TORCHRUN, torchrun on one GPU).
+
+    accelerate would wrap the model in DDP, with a second copy of the gradients, to average over nobody.
+    """
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK"):
+        os.environ.pop(name, None)
 
 
 def check_sharding(accelerator: Any, sharding: str, world: int) -> None:

@@ -201,8 +201,11 @@ def training_arguments(cfg: RunConfig, sharding: str, memory: Memory) -> Any:
         extra["deepspeed"] = shard.deepspeed_config(cfg.hf["deepspeed"], bf16=bool(cfg.hf.get("bf16")))
     if not torch.cuda.is_available() and sharding != "deepspeed":
         extra["use_cpu"] = True  # without it accelerate opens no process group on a machine without GPUs, and every process trains alone
+    if sharding == "none":
+        shard.forget_launcher()
     args = cfg.training_arguments(**extra)
     args.device  # noqa: B018  opens the process group
+    shard.train_as_one_device(args)
     return args
 
 
