@@ -50,6 +50,21 @@ def test_slots_are_locked_once_and_reused():
     assert float(first.fetch()[0].sum()) == 5000 and len(others) == 3
 
 
+def test_peak_bytes_are_the_most_that_waited_at_once():
+    pool = HostPool("cpu", 2**22, expect=8)
+    each = 5000 * 4 + 224  # padded to 256
+    parked = [pool.park([t]) for t in tensors(3)]
+    parked.pop().fetch()
+    del parked[0]  # never fetched: its slot is given back as well
+    parked += [pool.park([t]) for t in tensors(1)]
+    assert pool.peak_bytes == 3 * each < pool.locked_bytes == 8 * 5 * PAGE
+    for p in parked:
+        p.fetch()
+    pool.peak_bytes = 0
+    pool.park([torch.randn(64)]).fetch()
+    assert pool.peak_bytes == 256
+
+
 def test_other_lengths_take_the_place_of_idle_slots():
     pool = HostPool("cpu", 20 * PAGE, expect=4)
     [pool.park([t]).fetch() for t in tensors(4)]

@@ -100,6 +100,9 @@ class HostPool:
         self.expect = expect
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.parked_bytes = 0  # all that was ever parked: for logs and tests
+        self.peak_bytes = 0  # the most that waited at once, of what is locked; a reader may set it to 0
+        self._waiting: dict[int, int] = {}  # bytes in each slot that is in use
+        self._waiting_bytes = 0
         self._slots: list[Tensor] = []
         self._locked: set[int] = set()
         self._free: list[Tensor] = []
@@ -120,6 +123,9 @@ class HostPool:
         if slot is None:
             return parked
         self.parked_bytes += nbytes
+        self._waiting[slot.data_ptr()] = nbytes
+        self._waiting_bytes += nbytes
+        self.peak_bytes = max(self.peak_bytes, self._waiting_bytes)
         views = parked._views()
         if self.stream is None:
             for v, t in zip(views, tensors, strict=True):
@@ -185,6 +191,7 @@ class HostPool:
         return slot
 
     def _give(self, slot: Tensor) -> None:
+        self._waiting_bytes -= self._waiting.pop(slot.data_ptr(), 0)
         self._free.append(slot)
 
     def _grow(self, nbytes: int) -> None:
