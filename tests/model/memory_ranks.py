@@ -116,6 +116,26 @@ def split_adamw_sums_on_shards() -> tuple[Tensor, Tensor]:
     return model.weight.grad.full_tensor(), total.bfloat16()  # type: ignore[operator]
 
 
+def split_adamw_norm_of_shards() -> tuple[float, float]:
+    """Of gradients of a sharded parameter, of one whose second shard is empty, and of one that every rank has whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from longfactory.model.memory.optimizer import SplitAdamW
+
+    torch.manual_seed(0)
+    model, other = nn.Linear(6, 1, dtype=torch.bfloat16), nn.Linear(3, 3, bias=False)
+    wide = nn.Linear(5, 7, dtype=torch.bfloat16)
+    both = nn.Sequential(model, wide)
+    for module in both:
+        fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = SplitAdamW([*both.parameters(), *other.parameters()], lr=1e-2)
+    (model(torch.ones(4, 6).bfloat16()).sum() + wide(torch.ones(2, 5).bfloat16()).square().sum() + other(torch.ones(3)).sum()).backward()
+    grads = [p.grad for p in [*both.parameters(), *other.parameters()]]
+    expected = sum(float((g.full_tensor() if hasattr(g, "full_tensor") else g).double().square().sum()) for g in grads) ** 0.5  # type: ignore
+    return float(optimizer.clip(1.0)), expected
+
+
 def zero_gradients(kind: str, settings: MemorySettings, stage: int, lora: bool) -> dict[str, Tensor]:
     """Gradients in fp32 as DeepSpeed applies them: the change of each weight in a step of SGD with learning rate 1."""
     import os

@@ -183,3 +183,29 @@ def test_streaming_sums(monkeypatch):
 def test_sums_of_sharded_gradients():
     for found, expected in run_ranks(2, memory_ranks.split_adamw_sums_on_shards):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("most", [0.5, 1e6])
+def test_clipping_rounds_nothing(dtype, most):
+    torch.manual_seed(0)
+    reference = [nn.Parameter(torch.randn(n).bfloat16().float()) for n in (370, 60)]
+    ours = [nn.Parameter(p.detach().to(dtype)) for p in reference]
+    a, b = torch.optim.AdamW(reference, lr=1e-2, eps=1.0), SplitAdamW(ours, lr=1e-2, eps=1.0)  # so large an eps that scale matters
+    for _ in range(5):
+        for p, q in zip(reference, ours, strict=True):
+            q.grad = torch.randn(p.shape).to(dtype)
+            p.grad = q.grad.to(torch.float32, copy=True)
+        expected = nn.utils.clip_grad_norm_(reference, most)
+        kept = [q.grad.clone() for q in ours]
+        assert float(b.clip(most)) == pytest.approx(float(expected), rel=1e-6)
+        assert all(torch.equal(q.grad, g) for q, g in zip(ours, kept, strict=True))
+        a.step()
+        b.step()
+    for p, q in zip(reference, ours, strict=True):
+        assert float(((b.master(q) - p.detach()).abs() / p.detach().abs().clamp(min=1e-3)).max()) < 1e-6
+
+
+def test_the_norm_of_sharded_gradients():
+    for norm, expected in run_ranks(2, memory_ranks.split_adamw_norm_of_shards):
+        assert norm == pytest.approx(expected, rel=1e-6)

@@ -32,6 +32,7 @@ class Job:
         sp: GPUs that share a row.
         sharded: parameters, gradients and states are spread over all GPUs (FSDP2, ZeRO-3), else each GPU has all.
         master: bytes of a trained weight as it is stored: 4 for fp32 masters (FSDP2), 2 for bf16 with a split master.
+        accumulates: a step has several micro-batches; gradients of split masters are then summed in fp32 beside the states.
     """
 
     shape: ModelShape
@@ -40,6 +41,7 @@ class Job:
     sp: int = 1
     sharded: bool = True
     master: int = 4
+    accumulates: bool = False
 
     @property
     def local(self) -> int:
@@ -146,7 +148,7 @@ def states(job: Job, c: Choice) -> tuple[dict[str, float], float]:
     frozen = s.parameters - s.trainable
     weights = (2 * frozen + job.master * s.trainable) / n
     gradients = job.master * s.trainable / n
-    optimizer = (10 if job.master == 2 else 8) * s.trainable / n
+    optimizer = ((10 + 4 * job.accumulates) if job.master == 2 else 8) * s.trainable / n
     gpu = {"weights": weights, "gradients": gradients}
     if c.optimizer == "gpu":
         gpu["optimizer"] = optimizer
@@ -156,11 +158,10 @@ def states(job: Job, c: Choice) -> tuple[dict[str, float], float]:
 
 def fixed(job: Job, c: Choice) -> dict[str, float]:
     s = job.shape
-    full = s.trainable == s.parameters
-    one = 2 * s.layer_parameters
+    one, trained = 2 * s.layer_parameters, 2 * s.trained_layer_parameters
     # Gradients of one layer: fp32 sums of pieces, and the bf16 result; under sharding two gathered layers and the fp32 reduction as well.
-    layer = (3 * one if full else 0) + (2 * one + (2 * one if full else 0) if job.shards > 1 else 0)
-    head = 2 * s.head_parameters * (2 if job.shards > 1 else 0) + (6 * s.head_parameters if full else 0)
+    layer = 3 * trained + (2 * one + 2 * trained if job.shards > 1 else 0)
+    head = 2 * s.head_parameters * (2 if job.shards > 1 else 0) + (6 * s.head_parameters if s.head_trained else 0)
     logits = min(HEAD_CHUNK_NUMBERS, job.local * s.vocab) * 10
     return {"one layer's parameters and gradients": layer, "output layer": head + logits, "runtime": CONTEXT}
 

@@ -22,6 +22,8 @@ class ModelShape:
     active_layer_parameters: int  # those that one token passes: fewer in a mixture of experts
     trainable: int
     written_layer: bool  # the decoder layer has a hand-written function (see docs/memory.md)
+    head_trained: bool = True  # the output layer's weight
+    adapters: bool = False  # what is trained is spread over all layers, not some layers whole
 
     @property
     def attention_parameters(self) -> int:
@@ -31,14 +33,22 @@ class ModelShape:
     def head_parameters(self) -> int:
         return self.vocab * self.hidden
 
+    @property
+    def trained_layer_parameters(self) -> int:
+        """Trained parameters of one layer, at most."""
+        return self.trainable // self.layers if self.adapters else min(self.layer_parameters, self.trainable)
+
     @classmethod
-    def of(cls, config: Any, trainable: int | None = None, parameters: int | None = None, lora: bool = False) -> ModelShape:
+    def of(
+        cls, config: Any, trainable: int | None = None, parameters: int | None = None, lora: bool = False, head_trained: bool | None = None
+    ) -> ModelShape:
         """From a transformers configuration.
 
         Args:
             trainable: parameters that are trained; all by default.
             parameters: all parameters, where known; else counted from the configuration.
             lora: adapters sit in the layers, so that the hand-written layer is not used.
+            head_trained: the output layer is; by default where all parameters are.
         """
         c = config.get_text_config() if hasattr(config, "get_text_config") else config
         heads = c.num_attention_heads
@@ -69,6 +79,8 @@ class ModelShape:
             active,
             total if trainable is None else trainable,
             written,
+            trainable in (None, total) if head_trained is None else head_trained,
+            lora,
         )
 
 

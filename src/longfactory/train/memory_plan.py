@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from longfactory.config import RunConfig
 from longfactory.data.module import Datasets
+from longfactory.model import adapters
 from longfactory.model.memory.auto import MemoryPlan, choose_memory, corrected, host_memory, user_keys
 from longfactory.model.memory.waiting import Activations
 
@@ -26,7 +27,38 @@ class Memory:
     split: bool
 
 
-def plan_memory(cfg: RunConfig, model_config: Any, datasets: Datasets, ctx_size: int, sharding: str, world: int, cuda: bool) -> Memory:
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Parameters of the run's model. `trained` and `head` (the output layer is trained) are None where only the weights would tell."""
+
+    total: int
+    trained: int | None
+    head: bool | None
+
+
+def count_parameters(cfg: RunConfig, model_config: Any) -> Counts:
+    """Counts on a model without storage, made trainable as the run's will be. Tokens that resize_vocab adds are not counted.
+
+    Raises:
+        UserError: the keys of freeze or LoRA name modules that the model does not have.
+    """
+    from transformers import AutoModelForCausalLM
+
+    given = cfg.model.adapter_name_or_path
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+        total = adapters.count_parameters(model)[1]
+        if given and not cfg.method.create_new_adapter:
+            return Counts(total, None, None)
+        method = dataclasses.replace(cfg.method, pissa_init=False, use_dora=False)  # both compute with weights
+        model = adapters.apply_finetuning(model, method, dataclasses.replace(cfg.model, adapter_name_or_path=()))
+    head = model.get_output_embeddings()
+    return Counts(total, adapters.count_parameters(model)[0], head is not None and any(p.requires_grad for p in head.parameters()))
+
+
+def plan_memory(
+    cfg: RunConfig, model_config: Any, counts: Counts, datasets: Datasets, ctx_size: int, sharding: str, world: int, cuda: bool
+) -> Memory:
     """`memory: auto | fast | long` on this machine, for the longest row of the data."""
     batch = int(cfg.trainer("per_device_train_batch_size"))
     train = datasets.train
@@ -46,17 +78,21 @@ def plan_memory(cfg: RunConfig, model_config: Any, datasets: Datasets, ctx_size:
             gpus_per_host=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
             mode=cfg.memory.memory,
             sharded=sharding in ("fsdp2", "deepspeed"),
+            trainable=counts.trained,
+            parameters=counts.total,
             lora=lora,
+            head_trained=counts.head,
             split_master=split,
+            accumulates=int(cfg.trainer("gradient_accumulation_steps")) > 1,
             user=user_keys(cfg.memory),
         )
 
-    plan = choose(False)
-    # Gradients of split weights are bf16: one micro-batch a step keeps them exact, a sum of several in bf16 would not.
-    may_split = bool(cfg.hf.get("bf16")) and not lora and sharding != "deepspeed" and cuda and not cfg.method.pure_bf16
-    if may_split and (cfg.memory.optimizer_placement == "host" or (not plan.fits and cfg.trainer("gradient_accumulation_steps") == 1)):
+    plan, host = choose(False), cfg.memory.optimizer_placement == "host"
+    # Gradients of split weights are bf16. FSDP2 reduces them in fp32 and SplitAdamW sums micro-batches in fp32; DDP would reduce in bf16.
+    may_split = bool(cfg.hf.get("bf16")) and not lora and sharding in ("none", "fsdp2") and not cfg.method.pure_bf16
+    if may_split and (host or not plan.fits):
         other = choose(True)
-        if other.fits or cfg.memory.optimizer_placement == "host":
+        if other.fits or host:
             return Memory(other, True)
     return Memory(plan, False)
 

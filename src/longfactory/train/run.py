@@ -27,8 +27,8 @@ from longfactory.shard import settings as shard
 from longfactory.sp import hf
 from longfactory.train import output
 from longfactory.train.callbacks import AtStart, LogFile
-from longfactory.train.memory_plan import FitMemory, Memory, plan_memory
-from longfactory.train.optimizers import check_checkpoints, optimizer_factory
+from longfactory.train.memory_plan import FitMemory, Memory, count_parameters, plan_memory
+from longfactory.train.optimizers import optimizer_factory
 from longfactory.train.prove import prove_exact
 from longfactory.train.stages import Stage, make_stage
 from longfactory.train.trainer import RowTrainer
@@ -37,11 +37,25 @@ from longfactory.train.with_reference import attach_reference
 log = logging.getLogger("longfactory")
 
 
-def run(cfg: RunConfig) -> dict[str, float]:
-    """The whole of `longfactory train`. Every process calls it. Returns the metrics that were written.
+@dataclasses.dataclass(frozen=True)
+class Assembled:
+    """A run before its first step."""
 
+    trainer: RowTrainer
+    tokenizer: Any
+    datasets: data.Datasets
+    memory: Memory
+    sharding: str
+
+
+def assemble(cfg: RunConfig, *, compares: bool = False) -> Assembled:
+    """Everything that a run needs, made and wired up. Every process calls it.
+
+    Args:
+        compares: for `verify`, which compares gradients in place of the first step: weights are as wide as the run's precision allows, the
+            output folder is left alone, and nothing is proved, planned or computed at the start of training.
     Raises:
-        UserError: something that the user can put right; nothing half-written is left behind.
+        UserError: something that the user can put right.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     cuda = torch.cuda.is_available() and not cfg.hf.get("use_cpu", False)
@@ -52,7 +66,8 @@ def run(cfg: RunConfig) -> dict[str, float]:
         )
 
     model_config = load.load_config(cfg.model, cfg.data.cutoff_len)
-    sharding = choose_sharding(cfg, model_config, world, cuda)
+    counts = count_parameters(cfg, model_config)
+    sharding = choose_sharding(cfg, counts.total, world, cuda)
     main = os.environ.get("RANK", "0") == "0"
     _set_up_log(main)
     tokenizer = load.load_tokenizer(cfg.model)
@@ -61,12 +76,15 @@ def run(cfg: RunConfig) -> dict[str, float]:
     except ValueError as error:
         raise UserError(str(error)) from error
     datasets = load_data(cfg, tokenizer)
-    memory = plan_memory(cfg, model_config, datasets, size, sharding, world, cuda)
-    log.info(memory.plan.table)
+    memory = plan_memory(cfg, model_config, counts, datasets, size, sharding, world, cuda)
+    if compares:
+        memory = dataclasses.replace(memory, split=False)
+    else:
+        log.info(memory.plan.table)
 
     args = training_arguments(cfg, sharding, memory)
-    saves_states = args.do_train and str(args.save_strategy.value) != "no" and not args.save_only_model
-    check_checkpoints(memory, sharding, saves_states=saves_states, resumes=bool(args.do_train and cfg.resume_checkpoint()))
+    if args.do_train and datasets.train is None:
+        raise UserError(f"{'verify' if compares else 'do_train'} needs training data. Set dataset: to names in dataset_info.json.")
     set_seed(args.seed)  # adapters and value heads begin the same on every rank
     ctx = sp.SequenceParallel.create(
         size,
@@ -77,23 +95,33 @@ def run(cfg: RunConfig) -> dict[str, float]:
         device_type=args.device.type,
     )
 
-    if main:
+    if main and not compares:
         cfg.write()
-    for line in describe(cfg, ctx, args, sharding, datasets):
+    for line in describe(cfg, ctx, args, sharding, datasets) if not compares else ():
         log.info(line)
 
     model, head = build_model(cfg, model_config, tokenizer, ctx, args, stage, memory.split)
     activations = apply_memory(model, memory.plan.settings, args.device)
     trainer = make_trainer(cfg, args, ctx, stage, model, head, tokenizer, datasets, memory)
-    trainer.add_callback(FitMemory(memory.plan, activations))
+    if not compares:
+        trainer.add_callback(AtStart(trainer.continue_counting, lambda: prove_exact(trainer), lambda: attach_reference(trainer, cfg)))
+        trainer.add_callback(FitMemory(memory.plan, activations))
     shard.check_sharding(trainer.accelerator, sharding, world)
     if sharding == "fsdp2":
         shard.fix_fsdp2_plugin(trainer.accelerator, model, split=memory.split)
+    return Assembled(trainer, tokenizer, datasets, memory, sharding)
 
+
+def run(cfg: RunConfig) -> dict[str, float]:
+    """The whole of `longfactory train`. Every process calls it. Returns the metrics that were written.
+
+    Raises:
+        UserError: something that the user can put right; nothing half-written is left behind.
+    """
+    assembled = assemble(cfg)
+    trainer, tokenizer, datasets, args = assembled.trainer, assembled.tokenizer, assembled.datasets, assembled.trainer.args
     metrics: dict[str, float] = {}
     if args.do_train:
-        if datasets.train is None:
-            raise UserError("do_train needs training data. Set dataset: to names in dataset_info.json.")
         checkpoint = cfg.resume_checkpoint()
         same_on_every_rank(checkpoint)
         if checkpoint:
@@ -101,7 +129,7 @@ def run(cfg: RunConfig) -> dict[str, float]:
         try:
             result = trainer.train(resume_from_checkpoint=checkpoint)
         except torch.OutOfMemoryError as error:
-            raise UserError(explain_out_of_memory(memory.plan, error)) from error
+            raise UserError(explain_out_of_memory(assembled.memory.plan, error)) from error
         metrics.update(result.metrics)
         output.save_trained(trainer, cfg, tokenizer, result)
     if args.do_eval and datasets.eval:
@@ -110,7 +138,7 @@ def run(cfg: RunConfig) -> dict[str, float]:
         from longfactory.train.predict import predict
 
         metrics.update(predict(trainer, cfg, tokenizer, datasets))
-    if main:
+    if trainer.is_world_process_zero():
         output.write_model_card(cfg, args.output_dir)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
@@ -159,7 +187,7 @@ def load_data(cfg: RunConfig, tokenizer: Any) -> data.Datasets:
     return data.load_datasets(options, stage=cfg.method.stage, tokenizer=tokenizer, template=template, seed=cfg.trainer("seed"), log=log)
 
 
-def choose_sharding(cfg: RunConfig, model_config: Any, world: int, cuda: bool) -> str:
+def choose_sharding(cfg: RunConfig, parameters: int, world: int, cuda: bool) -> str:
     """How parameters are spread; see `shard.settings`."""
     full = cfg.method.finetuning_type == "full"
     return shard.choose_sharding(
@@ -168,17 +196,9 @@ def choose_sharding(cfg: RunConfig, model_config: Any, world: int, cuda: bool) -
         cuda=cuda,
         deepspeed=bool(cfg.hf.get("deepspeed")),
         quantized=bool(cfg.model.quantization_bit),
-        state_bytes=parameter_count(model_config) * (16 if full else 4),
+        state_bytes=parameters * (16 if full else 4),
         device_bytes=torch.cuda.get_device_properties(0).total_memory if cuda else 0,
     )
-
-
-def parameter_count(model_config: Any) -> int:
-    """Parameters of a causal language model with this configuration, without making them."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return sum(p.numel() for p in AutoModelForCausalLM.from_config(model_config).parameters())
 
 
 def training_arguments(cfg: RunConfig, sharding: str, memory: Memory) -> Any:
@@ -262,9 +282,6 @@ def make_trainer(
         eval_dataset=eval_sets,
         processing_class=tokenizer,
         callbacks=[LogFile(args.output_dir, overwrite=cfg.output.overwrite_output_dir)],
-    )
-    trainer.add_callback(
-        AtStart(trainer.continue_counting, lambda: prove_exact(trainer), lambda: attach_reference(trainer, cfg)),
     )
     if cfg.method.early_stopping_steps is not None:
         from transformers import EarlyStoppingCallback

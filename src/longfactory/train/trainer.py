@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,14 +25,16 @@ from transformers.trainer_utils import EvalLoopOutput
 from longfactory import sp
 from longfactory.data.row import Row
 from longfactory.errors import UserError
+from longfactory.model.memory.optimizer import SplitAdamW
 from longfactory.model.outputs import TokenOutputs
-from longfactory.shard import export
+from longfactory.shard import export, optimizer_states
 from longfactory.sp import hf
 from longfactory.train.loader import Collate, RowSampler, empty_row, make_loader
 from longfactory.train.metrics import Metrics, MetricSums
 from longfactory.train.reference import ReferenceCache, as_reference
 
 STATE_FILE = "longfactory_state.json"
+SCHEDULER_NAME = "scheduler.pt"  # transformers' name
 
 
 class RowTrainer(Trainer):
@@ -201,6 +204,28 @@ class RowTrainer(Trainer):
             self.optimizer = self.make_optimizer(self.model if model is None else model, self)
         return super().create_optimizer() if model is None else super().create_optimizer(model)
 
+    def _split_adamw(self) -> SplitAdamW | None:
+        """The optimizer, where it is the one that transformers and FSDP2's checkpoints do not know."""
+        if self.is_deepspeed_enabled:
+            return None
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        return inner if isinstance(inner, SplitAdamW) else None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        optimizer = self._split_adamw()
+        if optimizer is not None and self.args.gradient_accumulation_steps > 1:
+            optimizer.accumulate(last=self.accelerator.sync_gradients)
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        optimizer = self._split_adamw()
+        return super()._clip_grad_norm(model) if optimizer is None else optimizer.clip(self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        optimizer = self._split_adamw()
+        return super()._get_grad_norm(model, grad_norm) if optimizer is None or grad_norm is not None else optimizer.clip(math.inf)
+
     # ---- evaluation -----------------------------------------------------------------------------------------------------------------
 
     def prediction_step(
@@ -253,6 +278,34 @@ class RowTrainer(Trainer):
             with open(path + ".part", "w") as f:
                 json.dump({**self.run_state(), "stage": self.stage.state_dict()}, f, indent=1)
             os.replace(path + ".part", path)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        optimizer = self._split_adamw()
+        if optimizer is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        if self.is_fsdp_enabled:
+            from accelerate.utils import save_fsdp_model
+
+            save_fsdp_model(self.accelerator.state.fsdp_plugin, self.accelerator, self.model, output_dir, adapter_only=True)
+        optimizer_states.save_states(optimizer, self.model.named_parameters(), output_dir, writes_whole=self.args.should_save)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))  # type: ignore[union-attr]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        optimizer = self._split_adamw()
+        if checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        if optimizer is None:
+            if optimizer_states.holds_states(checkpoint):
+                raise UserError(
+                    f"The checkpoint {checkpoint} was made by AdamW on the host or with split weights. Set optimizer_placement: host."
+                )
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer_states.load_states(optimizer, self.model.named_parameters(), checkpoint)
+        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))  # type: ignore[union-attr]
 
     def run_state(self) -> dict[str, Any]:
         """What decides which samples a step takes. A checkpoint resumes only where this is the same."""

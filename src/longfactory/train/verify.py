@@ -26,7 +26,9 @@ from longfactory.model.memory.checkpointed import CheckpointedLayer
 from longfactory.model.outputs import TokenOutputs
 from longfactory.sp import hf
 from longfactory.sp.guard import _own_attention
+from longfactory.train.callbacks import AtStart
 from longfactory.train.reference import disable_dropout
+from longfactory.train.run import Assembled, assemble
 from longfactory.train.trainer import RowTrainer
 
 ROWS, TOKENS = 2, 2048
@@ -115,17 +117,14 @@ def verify(cfg: RunConfig, *, rows: int = ROWS, tokens: int = TOKENS) -> Report:
     Raises:
         UserError: the run cannot be assembled, or its data have nothing to compare on.
     """
-    from longfactory.train import run as module
-    from longfactory.train.callbacks import AtStart
-
     if cfg.method.finetuning_type == "lora" and cfg.model.quantization_bit:
         raise UserError("verify compares in full precision; quantised weights are rounded anew in each pass. Leave quantization_bit out.")
     report: list[Report] = []
     with tempfile.TemporaryDirectory(prefix="longfactory-verify-") as folder:
-        run = _Assembled(module, quiet(cfg, folder))
+        run = assemble(quiet(cfg, folder), compares=True)
 
         def compare() -> None:
-            report.append(compare_rows(run.trainer, run.datasets.train, rows, tokens, run.title))
+            report.append(compare_rows(run.trainer, run.datasets.train, rows, tokens, _title(cfg, run)))
             raise _Finished
 
         run.trainer.add_callback(AtStart(compare))
@@ -145,53 +144,10 @@ def quiet(cfg: RunConfig, folder: str) -> RunConfig:
     return dataclasses.replace(cfg, hf=keys, method=method)
 
 
-class _Assembled:
-    """The trainer of a run up to its first step, with the steps of `train.run`."""
-
-    def __init__(self, module: Any, cfg: RunConfig):
-        import os
-
-        from transformers import set_seed
-
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        cuda = torch.cuda.is_available() and not cfg.hf.get("use_cpu", False)
-        size = cfg.parallel.sequence_parallel_size
-        if world % size:
-            raise UserError(f"sequence_parallel_size: {size} does not divide the {world} processes. Start a multiple of {size} processes.")
-        config = module.load.load_config(cfg.model, cfg.data.cutoff_len)
-        sharding = module.choose_sharding(cfg, config, world, cuda)
-        module._set_up_log(os.environ.get("RANK", "0") == "0")
-        tokenizer = module.load.load_tokenizer(cfg.model)
-        stage = module.make_stage(cfg.method.stage, cfg.method)
-        self.datasets = module.load_data(cfg, tokenizer)
-        if self.datasets.train is None:
-            raise UserError("verify needs training data. Set dataset: to names in dataset_info.json.")
-        memory = module.plan_memory(cfg, config, self.datasets, size, sharding, world, cuda)
-        if memory.split:
-            memory = dataclasses.replace(memory, split=False)
-        args = module.training_arguments(cfg, sharding, memory)
-        set_seed(args.seed)
-        parallel = cfg.parallel
-        ctx = sp.SequenceParallel.create(
-            size,
-            mode=parallel.sequence_parallel_mode,
-            ulysses_degree=parallel.sequence_parallel_ulysses_degree,
-            ring_degree=parallel.sequence_parallel_ring_degree,
-            backend=parallel.attention_backend,
-            device_type=args.device.type,
-        )
-        model, head = module.build_model(cfg, config, tokenizer, ctx, args, stage, memory.split)
-        module.apply_memory(model, memory.plan.settings, args.device)
-        self.trainer = module.make_trainer(cfg, args, ctx, stage, model, head, tokenizer, self.datasets, memory)
-        # The trainer's own start proves short texts and computes references of the whole data; the comparison needs neither.
-        from longfactory.train.callbacks import AtStart
-
-        self.trainer.remove_callback(AtStart)
-        module.shard.check_sharding(self.trainer.accelerator, sharding, world)
-        if sharding == "fsdp2":
-            module.shard.fix_fsdp2_plugin(self.trainer.accelerator, model, split=memory.split)
-        mode = f"{ctx.size} ranks, {parallel.sequence_parallel_mode}" if ctx.size > 1 else "the engine on one rank"
-        self.title = f"{cfg.model.model_name_or_path}, stage {cfg.method.stage}: {mode}, parameters {sharding}; against documents alone"
+def _title(cfg: RunConfig, run: Assembled) -> str:
+    ctx = run.trainer.ctx
+    mode = f"{ctx.size} ranks, {cfg.parallel.sequence_parallel_mode}" if ctx.size > 1 else "the engine on one rank"
+    return f"{cfg.model.model_name_or_path}, stage {cfg.method.stage}: {mode}, parameters {run.sharding}; against documents alone"
 
 
 def compare_rows(trainer: RowTrainer, dataset: Any, rows: int, tokens: int, title: str = "") -> Report:

@@ -60,7 +60,9 @@ def choose_memory(
     trainable: int | None = None,
     parameters: int | None = None,
     lora: bool = False,
+    head_trained: bool | None = None,
     split_master: bool = False,
+    accumulates: bool = False,
     user: dict[str, Any] | None = None,
 ) -> MemoryPlan:
     """Memory settings for rows of at most `tokens` tokens.
@@ -73,23 +75,25 @@ def choose_memory(
         world: GPUs of the run; sp of them share a row; gpus_per_host of them a host.
         sharded: parameters are spread over all GPUs; by default with more than one.
         trainable, parameters: counts, where known. lora: the trained ones are adapters (a hundredth, if not counted).
+        head_trained: whether the output layer is, where known.
         split_master: trained weights are bf16 with a 16-bit remainder (`SplitAdamW`), not fp32.
+        accumulates: a step has several micro-batches.
         user: keys that the user set, as in `plan.model.Choice`; they are kept.
     """
     user = dict(user or {})
-    shape = ModelShape.of(model_config, trainable, parameters, lora)
+    shape = ModelShape.of(model_config, trainable, parameters, lora, head_trained)
     if lora and trainable is None:
-        shape = dataclasses.replace(shape, trainable=shape.parameters // 100)
+        shape = dataclasses.replace(shape, trainable=shape.parameters // 100, head_trained=bool(head_trained))
     sharded = world > 1 if sharded is None else sharded
     if gpu_bytes == 0:
-        user = {k: v for k, v in user.items() if k != "optimizer"} | ({"offload": "none"} if user.get("offload") == "any" else {})
+        user |= {"offload": "none"} if user.get("offload") == "any" else {}
         choice = dataclasses.replace(Choice(), **user)
         job = Job(shape, machine("cpu", world, host_bytes, gpu_bytes=host_bytes), tokens, sp, sharded)
         return MemoryPlan(
             _settings(choice, 0), job, choice, Budget({}, {}, 0.0), True, "Memory plan: no GPU; layers are recomputed, attention is kept."
         )
     kind = machine(gpu_name, world, host_bytes, gpus_per_host, gpu_bytes)
-    job = Job(shape, kind, tokens, sp, sharded, 2 if split_master else 4)
+    job = Job(shape, kind, tokens, sp, sharded, 2 if split_master else 4, accumulates)
     choice, budget, fits = choose(job, mode, HOST_SHARE, user)
     parked = budget.host.get("layer inputs and kept attention", 0.0) / kind.on_host
     # Sizes in the plan are estimates: a tenth more may be locked, within the share of the host.

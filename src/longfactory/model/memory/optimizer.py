@@ -54,8 +54,8 @@ class SplitAdamW(torch.optim.Optimizer):
         placement: "host" keeps states in host memory and computes there; "gpu" keeps them beside the parameter.
         lr, betas, eps, weight_decay: as in torch.optim.AdamW.
 
-    Gradients are read from `.grad`, so clipping is the caller's, as with any optimizer; of several micro-batches see `accumulate`. States
-    are this rank's shards: `shard.optimizer_states` keeps them in checkpoints.
+    Gradients are read from `.grad`, so clipping and accumulation can be the caller's, as with any optimizer; `clip` and `accumulate` do not
+    round them to bf16. States are this rank's shards: `shard.optimizer_states` keeps them in checkpoints.
 
     Raises:
         ValueError: a parameter that is neither bf16, fp32 nor fp64.
@@ -75,6 +75,7 @@ class SplitAdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.placement = placement
         self._stages: list[_Stage] = []
+        self._scale = 1.0  # of the gradients of the next step
         self._sums: dict[Tensor, Tensor] = {}  # parameter -> fp32 sum of this rank's part of its gradient, where the states live
         self._summed: set[Tensor] = set()  # those with something of this step in it
         for group in self.param_groups:
@@ -94,7 +95,27 @@ class SplitAdamW(torch.optim.Optimizer):
                     self.prepare(p)
                     self.state[p]["step"] += 1
         self._do([job for work in self._work() for job in work.jobs()])
+        self._scale = 1.0
         return loss
+
+    @torch.no_grad()
+    def clip(self, max_norm: float) -> Tensor:
+        """The norm of the whole gradient, over all shards, in fp32. The next step takes gradients scaled to at most `max_norm`.
+
+        As `torch.nn.utils.clip_grad_norm_`, which computes norms of bf16 gradients in bf16 and rounds what it scales. Collective where
+        parameters are sharded; `.grad` stays as it is.
+        """
+        params = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        if not params:
+            return torch.zeros(())
+        sharded = [p for p in params if hasattr(p, "placements")]
+        whole = [p for p in params if not hasattr(p, "placements")]
+        total = _square(sharded)
+        if sharded:
+            torch.distributed.all_reduce(total, group=sharded[0].device_mesh.get_group())
+        norm = (total + _square(whole)).sqrt().float()
+        self._scale = min(1.0, max_norm / (float(norm) + 1e-6))
+        return norm
 
     @torch.no_grad()
     def accumulate(self, last: bool) -> None:
@@ -161,7 +182,8 @@ class SplitAdamW(torch.optim.Optimizer):
                     if not flat.is_contiguous():
                         raise RuntimeError("SplitAdamW: a parameter is not contiguous in memory.")
                     grad = local(p.grad).contiguous().view(-1)
-                    yield _Block(flat.view(-1), grad, low, s["exp_avg"].view(-1), s["exp_avg_sq"].view(-1), s["step"], group)
+                    m, v = s["exp_avg"].view(-1), s["exp_avg_sq"].view(-1)
+                    yield _Block(flat.view(-1), grad, low, m, v, s["step"], group, self._scale)
 
     def _stream(self, jobs: list[_Job]) -> None:
         """Jobs on GPU tensors, computed on the host: the copies of the next one run while this one is computed."""
@@ -211,6 +233,12 @@ class _Job:
     changed: int
 
 
+def _square(params: list[Any]) -> Tensor:
+    """Sum of the squares of this rank's gradients, in fp64 on their device; 0 on the host for none."""
+    norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in (local(p.grad) for p in params)]
+    return torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64)
+
+
 def _sum_jobs(grad: Tensor, total: Tensor, *, first: bool, last: bool) -> Iterator[_Job]:
     """fp32 `total` = `grad` (first) or `total` + `grad`; the last one rounds it into `grad`."""
 
@@ -229,15 +257,22 @@ def _inner(t: Tensor) -> int:
     return max(t.numel(), 1) if t.is_cuda else _INNER
 
 
+@dataclasses.dataclass(frozen=True)
 class _Block:
-    """Flat pieces, of equal length, of one parameter and what belongs to it."""
+    """Flat pieces, of equal length, of one parameter and what belongs to it. `scale`: of the gradient."""
 
-    def __init__(self, weight: Tensor, grad: Tensor, low: Tensor | None, m: Tensor, v: Tensor, step: Tensor, group: dict[str, Any]) -> None:
-        self.weight, self.grad, self.low, self.m, self.v, self.step, self.group = weight, grad, low, m, v, step, group
+    weight: Tensor
+    grad: Tensor
+    low: Tensor | None
+    m: Tensor
+    v: Tensor
+    step: Tensor
+    group: dict[str, Any]
+    scale: float
 
     def cut(self, a: int, b: int) -> _Block:
         low = self.low[a:b] if self.low is not None else None
-        return _Block(self.weight[a:b], self.grad[a:b], low, self.m[a:b], self.v[a:b], self.step, self.group)
+        return dataclasses.replace(self, weight=self.weight[a:b], grad=self.grad[a:b], low=low, m=self.m[a:b], v=self.v[a:b])
 
     def jobs(self) -> Iterator[_Job]:
         """One AdamW step, a job for each `BLOCK` numbers."""
@@ -247,7 +282,7 @@ class _Block:
 
     def update_at(self, weight: Tensor, grad: Tensor) -> None:
         """One AdamW step of `weight`, the block's own or a copy where its states are."""
-        _Block(weight, grad, self.low, self.m, self.v, self.step, self.group).update()
+        dataclasses.replace(self, weight=weight, grad=grad).update()
 
     def update(self) -> None:
         """One AdamW step of tensors that are all on one device."""
@@ -255,6 +290,7 @@ class _Block:
         for a in range(0, n, inner):
             part = self.cut(a, a + inner)
             grad = part.grad.to(part.m.dtype)
+            grad = grad if part.scale == 1.0 else grad * part.scale
             if part.weight.device != part.m.device:  # CPU parameters with states elsewhere, or the reverse
                 raise RuntimeError(f"SplitAdamW: states are on {part.m.device}, the parameter is on {part.weight.device}.")
             master = part.weight if part.low is None else join(part.weight, part.low)
