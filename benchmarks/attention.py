@@ -12,6 +12,7 @@ TFLOP/s for each GPU: 4 * pairs * heads * head_dim forward and 2.5 times that ba
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import itertools
@@ -22,7 +23,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ from longfactory import sp
 from longfactory.sp import backends, kernels
 from longfactory.sp.kernels import Call
 from longfactory.sp.layout import balanced, chunk_work
-from longfactory.sp.merge import Output, Sum
+from longfactory.sp.schedules import ring as ring_schedule
 from longfactory.sp.tiles import Tile
 
 
@@ -146,21 +147,29 @@ def inputs(length: int, heads: int, kv_heads: int, dim: int, setting: Setting, s
 
 
 def timed(setting: Setting, step: Callable[[], object]) -> float:
-    """Seconds of the slowest rank, median of the repeats, after one step to warm up."""
-    times = []
-    for i in range(setting.repeats + 1):
-        dist.barrier()
-        if setting.device.type == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        step()
-        if setting.device.type == "cuda":
-            torch.cuda.synchronize()
-        if i:
-            times.append(time.perf_counter() - began)
-    worst = torch.tensor(statistics.median(times), device=setting.device, dtype=torch.float64)
+    return timed_in_turn(setting, [step], setting.repeats)[0]
+
+
+def timed_in_turn(setting: Setting, steps: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Seconds of the slowest rank, median of the repeats, after one round to warm up. In turn: a GPU's clock falls as it grows warm."""
+    times: list[list[float]] = [[] for _ in steps]
+    for i in range(repeats + 1):
+        for step, found in zip(steps, times, strict=True):
+            dist.barrier()
+            synchronize(setting)
+            began = time.perf_counter()
+            step()
+            synchronize(setting)
+            if i:
+                found.append(time.perf_counter() - began)
+    worst = torch.tensor([statistics.median(t) for t in times], device=setting.device, dtype=torch.float64)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    return worst.item()
+    return worst.tolist()
+
+
+def synchronize(setting: Setting) -> None:
+    if setting.device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def forward_backward(attention: published.Attention, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
@@ -231,7 +240,7 @@ def errors(setting: Setting) -> None:
             attempt(setting, name, lambda: sharded_error(setting, segments, plan.index, planned(plan)))  # noqa: B023
     # The comparisons must be right, too.
     sizes = [n // 4, n // 2, n // 4]
-    segments = [sp.Segment(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(3)]
+    segments = segments_of(sizes)
     ring = PerDocumentZigzag(sizes, ring_group(setting), varlen_kernel(setting, shape), setting.device)
     attempt(setting, "error per-document zigzag ring", lambda: sharded_error(setting, segments, ring.positions(), ring.attention))
     for length, parts, documents in (([n], None, "one document"), (sizes, segments, "three documents")):
@@ -416,16 +425,22 @@ def documents(length: int, median: int, sigma: float, cap: int, seed: int) -> li
 MIXES = {"long mix, median 8k": (8192, 1.0, 65536), "chat mix, median 1k": (1024, 1.2, 32768)}
 
 
+def mixed(setting: Setting, mix: str, length: int) -> list[int]:
+    median, sigma, cap = MIXES[mix]
+    if setting.smoke:
+        median, cap = median // 128, cap // 128
+    return documents(length, median, sigma, cap, seed=1)
+
+
+def segments_of(sizes: list[int]) -> list[sp.Segment]:
+    return [sp.Segment(a, b) for a, b in itertools.pairwise(itertools.accumulate(sizes, initial=0))]
+
+
 def packed(setting: Setting) -> None:
-    for mix, (median, sigma, cap) in MIXES.items():
+    for mix in MIXES:
         length, shape = setting.packed_length, setting.heads[0]
-        if setting.smoke:
-            median, cap = median // 128, cap // 128
-        sizes = documents(length, median, sigma, cap, seed=1)
-        edges = [0]
-        for x in sizes:
-            edges.append(edges[-1] + x)
-        segments = [sp.Segment(a, b) for a, b in itertools.pairwise(edges)]
+        sizes = mixed(setting, mix, length)
+        segments = segments_of(sizes)
         pairs, label = attention_pairs(sizes), f"{mix}, {len(sizes)} documents, {length // 1024}k"
         kernel = varlen_kernel(setting, shape)
         plain = sp.SequenceParallel(device_type=setting.device.type, backend=kernel)
@@ -474,10 +489,7 @@ def balance(setting: Setting) -> None:
         ratios = []
         for seed in range(40):
             length, ranks = 131072, 8
-            edges = [0]
-            for x in documents(length, median, sigma, cap, seed):
-                edges.append(edges[-1] + x)
-            segments = [sp.Segment(a, b) for a, b in itertools.pairwise(edges)]
+            segments = segments_of(documents(length, median, sigma, cap, seed))
             work = chunk_work(length, 512, segments)
             layout = balanced(length, ranks, segments, 512)
             load = [sum(work[c] for a, b in i for c in range(a // 256, b // 256)) for i in layout.intervals]
@@ -487,45 +499,107 @@ def balance(setting: Setting) -> None:
 
 
 def bookkeeping(setting: Setting) -> None:
-    """Share of the time that is not inside the kernels, without messages: merges, sums, casts, Python."""
-    length = 32768 if not setting.smoke else 256
-    attempt(setting, f"merge and bookkeeping, {length // 2048}k local tokens", lambda: bookkeeping_row(setting, length))
+    """Share of the time that is not inside the kernels, without messages: merges, sums, casts, copies, Python."""
+    local = 16384 if not setting.smoke else 128
+    # The rank of two that merges most: its second tile has all of its queries.
+    plan = sp.plan(2 * local, None, sp.SequenceParallel(2, 1, device_type=setting.device.type))
+    bookkeeping_rows(setting, f"one document, {local // 1024}k local tokens", plan)
+    for mix in MIXES:
+        segments = segments_of(mixed(setting, mix, setting.packed_length // 2))
+        plan = sp.plan(setting.packed_length // 2, segments, setting.one)
+        bookkeeping_rows(setting, f"{mix}, {setting.packed_length // 2048}k local tokens", plan)
 
 
-def bookkeeping_row(setting: Setting, length: int) -> Row:
-    """One rank of two, its keys of the other rank already here. Queries, keys: as zigzag deals them."""
+def bookkeeping_rows(setting: Setting, label: str, plan: sp.RowPlan) -> None:
+    """One rank, with messages that are there at once. Its whole step beside the same kernel calls alone, by the clock and by kernel."""
+    name = f"merge and bookkeeping, {label}"
     shape, scale = setting.heads[0], setting.dim**-0.5
-    fake = sp.SequenceParallel(2, 0, device_type=setting.device.type)
-    call = Call(sp.plan(length, None, fake), scale)
-    mask = call.mask
-    q, k, v, dout = inputs(length // 2, *shape, setting.dim, setting)
-    _, far_k, far_v, _ = inputs(length // 2, *shape, setting.dim, setting, seed=1)
-    work = [(t, kk, vv) for s, kk, vv in ((0, k, v), (1, far_k, far_v)) for t in mask.tiles(s)]
-
-    def merged() -> None:
-        total, dq, dk, dv = Output(q.shape[0], once=True), Sum(q, once=True), Sum(k), Sum(v)
-        for t, kk, vv in work:
-            kernels.forward(q, kk, vv, t, call, total)
-        assert total.out is not None and total.lse is not None
-        out = total.out.to(q.dtype)
-        for t, kk, vv in work:
-            kernels.backward(dout, q, kk, vv, out, total.lse, t, call, dq, dk, dv)
-
-    parts = []
-    for t, kk, vv in work:
-        args = (q[t.q], kk[t.k], vv[t.k])
-        backend = backends.select("auto", t, args[0], args[2], None)
-        out, lse = backend.forward(*args, t, scale, None)
-        parts.append((backend, args, t, dout[t.q], out.contiguous(), lse.contiguous()))
+    q, k, v, dout = inputs(plan.local_length, *shape, setting.dim, setting)
+    call = Call(plan, scale)
+    cut = kernels.bulk(q, v, call)
+    calls = []
+    for tile in (t for source in call.mask.ring_order for t in call.mask.tiles(source, cut)):
+        tensors = (q[tile.q], k[tile.k], v[tile.k])
+        backend = backends.select("auto", tile, tensors[0], tensors[2], None)
+        out, lse = backend.forward(*tensors, tile, scale, None)
+        calls.append((backend, tile, tensors, dout[tile.q], out.contiguous(), lse.contiguous()))
 
     def bare() -> None:
-        for backend, args, t, _, _, _ in parts:
-            backend.forward(*args, t, scale, None)
-        for backend, args, t, d, out, lse in parts:
-            backend.backward(d, *args, out, lse, t, scale, None)
+        for backend, tile, tensors, *_ in calls:
+            backend.forward(*tensors, tile, scale, None)
+        for backend, tile, tensors, grad, out, lse in calls:
+            backend.backward(grad, *tensors, out, lse, tile, scale, None)
 
-    inside, whole = timed(setting, bare), timed(setting, merged)
-    return {"kernels ms": inside * 1e3, "all ms": whole * 1e3, "share": 1 - inside / whole}
+    def whole() -> None:
+        forward_backward(planned(plan), q, k, v, dout)
+
+    def by_the_clock() -> Row:
+        inside, all_of_it = timed_in_turn(setting, [bare, whole], 3 * setting.repeats)
+        return {"kernels ms": inside * 1e3, "all ms": all_of_it * 1e3, "share": 1 - inside / all_of_it}
+
+    def by_kernel() -> Row:
+        inside, all_of_it = device_ms(setting, bare), device_ms(setting, whole)
+        # What the attention operators fill and copy themselves is theirs.
+        added = {kind: all_of_it.get(kind, 0.0) - inside.get(kind, 0.0) for kind in KINDS if kind != "attention"}
+        attention = sum(all_of_it.values()) - sum(added.values())
+        share = sum(added.values()) / sum(all_of_it.values())
+        return {"kernels ms": attention, "all ms": sum(all_of_it.values()), "share": share, **{f"{k} ms": x for k, x in added.items()}}
+
+    with messages_at_once():
+        attempt(setting, name, by_the_clock)
+        attempt(setting, f"{name}, by kernel", by_kernel)
+
+
+class Loopback:
+    """A message that is its own answer, already here."""
+
+    def __init__(self, buffer: Tensor, *_: object) -> None:
+        self.buffer = buffer
+
+    def wait(self) -> Tensor:
+        return self.buffer
+
+
+@contextlib.contextmanager
+def messages_at_once() -> Iterator[None]:
+    original = ring_schedule.Exchange
+    ring_schedule.Exchange = Loopback  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        ring_schedule.Exchange = original  # type: ignore[misc]
+
+
+KINDS: dict[str, tuple[str, ...]] = {
+    "attention": ("flash", "sdpa", "fmha", "cudnn", "attention"),
+    "merge": ("_merge",),
+    "add": ("add",),
+    "copy": ("copy", "memcpy", "index", "cat"),
+    "fill": ("fill", "memset", "zero"),
+    "other": ("",),
+}
+"""Parts of the names of kernels; the first kind that fits."""
+
+
+def device_ms(setting: Setting, step: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds on the device in one step by kind of kernel (on CPUs: of operators)."""
+    step()
+    synchronize(setting)
+    with torch.profiler.profile() as profile:
+        step()
+        synchronize(setting)
+    out: dict[str, float] = {}
+    for event in profile.events():
+        if setting.device.type == "cuda":
+            ms = event.time_range.elapsed_us() / 1e3 if event.device_type == torch.autograd.DeviceType.CUDA else 0.0
+        else:
+            ms = event.self_cpu_time_total / 1e3 if event.name.startswith("aten::") else 0.0
+        if ms:
+            kind = next(kind for kind, parts in KINDS.items() if any(part in event.name.lower() for part in parts))
+            out[kind] = out.get(kind, 0.0) + ms
+    if not out:
+        raise RuntimeError("the profiler saw nothing on the device")
+    return out
 
 
 SECTIONS: dict[str, Callable[[Setting], None]] = {
@@ -554,8 +628,9 @@ def report(setting: Setting, folder: Path, seconds: float) -> str:
     (folder / "attention.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     lines = ["# Attention", "", ", ".join(f"{k}: {v}" for k, v in about.items() if v is not None), ""]
     lines += ["Speeds are TFLOP/s for each GPU: forward alone, and forward with backward.", ""]
-    for prefix, title in (("error", "Errors (relative root mean square, from float64)"), ("", "Speed")):
-        chosen = [r for r in rows if str(r["row"]).startswith("error") == bool(prefix)]
+    tables = {"error": "Errors (relative root mean square, from float64)", "merge": "Merge and bookkeeping of one rank", "": "Speed"}
+    for prefix, title in tables.items():
+        chosen = [r for r in rows if next(p for p in tables if str(r["row"]).startswith(p)) == prefix]
         columns = list(dict.fromkeys(k for r in chosen for k in r))
         lines += [f"## {title}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
         for r in chosen:

@@ -100,7 +100,7 @@ class PerDocumentZigzag:
                 dq.index_add_(0, b, grads[0].to(wide))
                 dk += grads[1]
                 dv += grads[2]
-            grad = _pack(dk, dv, wide)
+            grad = _pack(dk, dv)
             if carried is not None:
                 grad += carried.wait()
             carried = Exchange(grad, self.rank + 1, self.rank - 1, self.group)

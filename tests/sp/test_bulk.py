@@ -41,6 +41,7 @@ def test_cut_tiles_are_the_same_mask(row: tuple[int, int, int, list[Segment]], u
             touched = torch.zeros(layout.local_length, dtype=torch.int32)
             for tile in plan.tiles(rank, bulk=True):
                 assert tile.first == bool((touched[tile.rows] == 0).all()), "first tiles come first"
+                assert not tile.first or tile.q == tile.k, "first tiles are squares: each row is once a query and once a key of them"
                 touched[tile.rows] += 1
             assert (touched > 0).all()
 

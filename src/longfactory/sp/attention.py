@@ -104,7 +104,7 @@ def attention_backward(
         raise ValueError(f"out {tuple(out.shape)}, dout {tuple(dout.shape)}, lse {tuple(lse.shape)} do not belong to q {tuple(q.shape)}.")
     with torch.no_grad():
         lse = ulysses.to_heads(lse.t().unsqueeze(-1), plan.axes.ulysses).squeeze(-1).t().contiguous()
-        return _backward(dout, _to_heads(q, k, v, out, call), lse, sinks, call, (q.shape[1], k.shape[1]))
+        return _backward(dout, _to_heads(q, k, v, out, call), lse, sinks, call)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
@@ -124,7 +124,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call) 
 
 
 def _backward(
-    dout: Tensor, held: tuple[Tensor, ...], lse: Tensor, sinks: Tensor | None, call: Call, heads: tuple[int, int]
+    dout: Tensor, held: tuple[Tensor, ...], lse: Tensor, sinks: Tensor | None, call: Call
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     plan = call.plan
     group = plan.axes.ulysses
@@ -138,11 +138,8 @@ def _backward(
         delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).t()
         dsinks = torch.zeros_like(sinks)
         _own_sinks(dsinks, call).copy_(-(torch.exp(mine - lse) * delta).sum(1))
-    repeat = _copies(*heads, call)
-    if repeat == 1:  # final sums, so no more is lost by rounding before they travel
-        dk, dv = dk.to(k.dtype), dv.to(v.dtype)
     dq = ulysses.to_rows(dq.to(q.dtype), group)
-    dk, dv = (ulysses.to_rows(g, group, repeat) for g in (dk, dv))
+    dk, dv = (ulysses.to_rows(g, group, call.copies) for g in (dk, dv))
     return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks
 
 
@@ -153,13 +150,8 @@ def _schedule(call: Call) -> ModuleType:
 
 def _to_heads(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, call: Call) -> tuple[Tensor, ...]:
     group = call.plan.axes.ulysses
-    repeat = _copies(q.shape[1], k.shape[1], call)
-    held = (ulysses.to_heads(q, group), ulysses.to_heads(k, group, repeat), ulysses.to_heads(v, group, repeat))
+    held = (ulysses.to_heads(q, group), ulysses.to_heads(k, group, call.copies), ulysses.to_heads(v, group, call.copies))
     return (*held, ulysses.to_heads(out, group) if out is not None else q)
-
-
-def _copies(heads: int, kv_heads: int, call: Call) -> int:
-    return ulysses.copies(heads, kv_heads, call.plan.choice.ulysses)
 
 
 def _own_sinks(sinks: Tensor, call: Call) -> Tensor:
@@ -182,7 +174,7 @@ class _Attention(torch.autograd.Function):
         ctx.local = replay.active()
         if ctx.local:
             held = (q, k, v, out)
-        ctx.call, ctx.heads = call, (q.shape[1], k.shape[1])
+        ctx.call = call
         ctx.save_for_backward(*held, lse, sinks)
         return out
 
@@ -192,7 +184,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse, sinks = ctx.saved_tensors
         held = _to_heads(q, k, v, out, ctx.call) if ctx.local else (q, k, v, out)
         with torch.autocast(q.device.type, enabled=False):
-            dq, dk, dv, dsinks = _backward(dout, held, lse, sinks, ctx.call, ctx.heads)
+            dq, dk, dv, dsinks = _backward(dout, held, lse, sinks, ctx.call)
         return dq, dk, dv, dsinks, None
 
 
@@ -228,4 +220,5 @@ def _check(
         if size is not None and size < 1:
             raise ValueError(f"{name} is {size}: needed a positive number of tokens, or None.")
     ulysses.check(heads, kv_heads, plan.choice.ulysses)
-    return Call(plan, q.shape[2] ** -0.5 if scale is None else float(scale), window, chunk, softcap or None, sinks is not None)
+    copies = ulysses.copies(heads, kv_heads, plan.choice.ulysses)
+    return Call(plan, q.shape[2] ** -0.5 if scale is None else float(scale), window, chunk, softcap or None, sinks is not None, copies)

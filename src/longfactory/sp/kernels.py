@@ -7,10 +7,11 @@ import functools
 import math
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from . import backends
-from .merge import Output, Sum
+from .merge import Output, Sum, accumulator_dtype
 from .tiles import Tile
 
 if TYPE_CHECKING:
@@ -26,10 +27,16 @@ class Call:
     softcap: float | None = None
     sinks: bool = False
     """The output is scaled after the merge, so it is not rounded before."""
+    copies: int = 1
+    """How often each key head travels in an exchange of heads (schedules/ulysses.py)."""
 
     @functools.cached_property
     def mask(self) -> MaskPlan:
         return self.plan.mask(self.window, self.chunk)
+
+    def key_gradients(self, dtype: torch.dtype) -> torch.dtype:
+        """In which a schedule gives dk and dv of keys in `dtype`: rounded, unless copies of them are still to be added."""
+        return dtype if self.copies == 1 else accumulator_dtype(dtype)
 
 
 def bulk(q: Tensor, v: Tensor, call: Call) -> bool:
@@ -57,6 +64,8 @@ def backward(
         lse[:, : tile.valid.start] = math.inf
         lse[:, tile.valid.stop :] = math.inf
     grads = backend.backward(dout[tile.q], q, k, v, out[tile.q], lse, tile, call.scale, call.softcap)
-    dq.add(tile.rows, grads[0] if tile.valid is None else grads[0][tile.valid])
-    dk.add(tile.k, grads[1])
-    dv.add(tile.k, grads[2])
+    # A first tile is a square of the same queries and keys; those beyond `valid` have no gradient of it.
+    keys = slice(None) if tile.valid is None or not tile.first else tile.valid
+    dq.add(tile.rows, grads[0] if tile.valid is None else grads[0][tile.valid], tile.first)
+    dk.add(tile.rows if tile.first else tile.k, grads[1][keys], tile.first)
+    dv.add(tile.rows if tile.first else tile.k, grads[2][keys], tile.first)

@@ -69,41 +69,61 @@ class Output:
 
 
 class Sum:
-    """A running sum of row blocks, from nothing. The first block that covers all rows is kept as it is.
+    """A running sum of row blocks, from nothing. A first block that covers all rows is kept as it is, without a copy.
 
     `once`: no row is added to more than once, so that the sum may be rounded as it is made.
+    `memory`: asked for when there is something to hold; gives the tensor to add in, and whether it is a sum already.
     """
 
-    def __init__(self, like: Tensor, once: bool = False) -> None:
+    def __init__(self, like: Tensor, once: bool = False, memory: Callable[[], tuple[Tensor, bool]] | None = None) -> None:
         self.like = like
         self.once = once
+        self.memory = memory
         self.total: Tensor | None = None
-        self._owned = False
+        self._wide = False  # it may be added to in place
+        self._filling = False  # its rows are being written for the first time
 
-    def add(self, rows: slice, x: Tensor) -> None:
-        if self.total is None and rows.stop - rows.start == self.like.shape[0]:
-            self.total, self._owned = x, self.once
+    def add(self, rows: slice, x: Tensor, first: bool = False) -> None:
+        """`first`: nothing was added to these rows before. If there is such a block, every row has one before any other block."""
+        if self.total is None and self.memory is None and rows.stop - rows.start == self.like.shape[0]:
+            self.total, self._wide = x, self.once
             return
-        self._own(x)
-        assert self.total is not None
-        self.total[rows] += x
+        if self.total is None:
+            self.total, begun = self._take(x.dtype if self.once else accumulator_dtype(x.dtype))
+            self._filling = first and not begun
+            if not first and not begun:  # written rather than added to zeros
+                self.total[: rows.start].zero_()
+                self.total[rows.stop :].zero_()
+                self.total[rows].copy_(x)
+                return
+        if self._filling and first:
+            self.total[rows].copy_(x)
+            return
+        # Not `total[rows] += x`, which copies the rows onto themselves as well.
+        self._widened()[rows].add_(x)
 
     def add_rows(self, index: Tensor, x: Tensor) -> None:
         """Adds to the rows `index`, each named at most once, so that the order of addition is fixed."""
-        self._own(x)
-        assert self.total is not None
-        self.total.index_add_(0, index, x.to(self.total.dtype))
-
-    def _own(self, x: Tensor) -> None:
-        dtype = accumulator_dtype(x.dtype)
-        if self.total is None:
-            self.total = torch.zeros(self.like.shape, dtype=dtype, device=x.device)
-        elif not self._owned:
-            self.total = self.total.to(dtype, memory_format=torch.contiguous_format, copy=True)
-        self._owned = True
+        self.total = self.result()
+        total = self._widened()
+        total.index_add_(0, index, x.to(total.dtype))
 
     def result(self) -> Tensor:
         """What was added so far, in the dtype in which it is held; zeros if nothing."""
         if self.total is None:
-            return torch.zeros(self.like.shape, dtype=self.like.dtype, device=self.like.device)
+            self.total, begun = self._take(self.like.dtype)
+            if not begun:
+                self.total.zero_()
+        return self.total
+
+    def _take(self, dtype: torch.dtype) -> tuple[Tensor, bool]:
+        self._wide = self.memory is not None or self.once or dtype == accumulator_dtype(dtype)
+        return self.memory() if self.memory is not None else (torch.empty(self.like.shape, dtype=dtype, device=self.like.device), False)
+
+    def _widened(self) -> Tensor:
+        assert self.total is not None
+        self._filling = False
+        if not self._wide:
+            self.total = self.total.to(accumulator_dtype(self.total.dtype), memory_format=torch.contiguous_format, copy=True)
+            self._wide = True
         return self.total

@@ -33,7 +33,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
 
 
 def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv as accumulated."""
+    """dq as accumulated, dk and dv in `call.key_gradients`."""
     mask = call.mask
     bulk = kernels.bulk(q, v, call)
     dq, dk, dv = Sum(q, once=mask.merges_once((mask.rank, HALO), bulk)), Sum(k), Sum(v)
@@ -48,7 +48,8 @@ def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Te
         for index, rows_k, rows_v in fetch.give_back(far_dk.result(), far_dv.result()):
             dk.add_rows(index, rows_k)
             dv.add_rows(index, rows_v)
-    return dq.result(), dk.result(), dv.result()
+    dtype = call.key_gradients(k.dtype)
+    return dq.result(), dk.result().to(dtype), dv.result().to(dtype)
 
 
 class Fetch:
@@ -62,7 +63,10 @@ class Fetch:
         if not self.posted:
             return
         self.send_index, self.order = call.mask.halo_index(k.device)
-        self.sent = torch.cat([x.flatten(1).index_select(0, self.send_index) for x in (k, v)], 1)
+        widths = k[0].numel(), v[0].numel()
+        self.sent = torch.empty((len(self.send_index), sum(widths)), dtype=k.dtype, device=k.device)
+        for x, part in zip((k, v), self.sent.split(widths, 1), strict=True):
+            torch.index_select(x.flatten(1), 0, self.send_index, out=part)
         self.received = _rows(sum(self.halo.receive_counts), self.sent)
         self.work = _all_to_all(self.received, self.sent, self.halo.receive_counts, self.halo.send_counts, self.group)
 

@@ -5,6 +5,8 @@ Zigzag chunks make the work of a causal document equal on every rank and at ever
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -36,7 +38,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
 
 
 def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv as accumulated. Gradients of keys travel with them, in float32, and go home in one step at the end."""
+    """dq as accumulated, dk and dv in `call.key_gradients`. Gradients of keys travel with them, in float32, and go home in one step at
+    the end."""
     plan, mask = call.plan, call.mask
     rank, group = plan.ring_rank, plan.axes.ring
     bulk = kernels.bulk(q, v, call)
@@ -50,24 +53,48 @@ def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Te
         if step < mask.last_step:
             assert travelling is not None
             moving = Exchange(travelling, rank + 1, rank - 1, group)
-        dk, dv = (Sum(k), Sum(v)) if step else (own_dk, own_dv)
+        sums = TravellingSums(own_k, own_v, carried) if step else None
+        dk, dv = (sums.dk, sums.dv) if sums is not None else (own_dk, own_dv)
         for tile in mask.tiles(source, bulk):
             kernels.backward(dout, q, k, v, out, lse, tile, call, dq, dk, dv)
-        if step:
-            flat = _pack(dk.result(), dv.result(), accumulator_dtype(k.dtype))
-            if carried is not None:
-                flat += carried.wait()
+        if sums is not None:
             to = rank + 1 if step < mask.last_step else rank - step
-            carried = Exchange(flat, to, 2 * rank - to, group)
+            carried = Exchange(sums.result(), to, 2 * rank - to, group)
         if moving is not None:
             travelling = moving.wait()
             k, v = _unpack(travelling, own_k, own_v)
-    if carried is not None:
-        home_dk, home_dv = _unpack(carried.wait(), own_k, own_v)
-        home_dk += own_dk.result()
-        home_dv += own_dv.result()
-        return dq.result(), home_dk, home_dv
-    return dq.result(), own_dk.result(), own_dv.result()
+    own, dtype = (own_dk.result(), own_dv.result()), call.key_gradients(k.dtype)
+    if carried is None:
+        return dq.result(), own[0].to(dtype), own[1].to(dtype)
+    # Added and rounded in one pass over memory.
+    home = _unpack(carried.wait(), own_k, own_v)
+    rounded = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in home)
+    grads = [torch.add(a, b, out=c) for a, b, c in zip(home, own, rounded, strict=True)]
+    return dq.result(), grads[0], grads[1]
+
+
+class TravellingSums:
+    """Sums of dk and dv in the buffer in which they travel, on top of what arrives of the ranks before.
+
+    That is waited for when there is something to add to it: until then the tile's kernel runs.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, arriving: Exchange | None) -> None:
+        self.k, self.v, self.arriving = k, v, arriving
+        self.dk = Sum(k, memory=lambda: (_unpack(self.buffer, k, v)[0], arriving is not None))
+        self.dv = Sum(v, memory=lambda: (_unpack(self.buffer, k, v)[1], arriving is not None))
+
+    @functools.cached_property
+    def buffer(self) -> Tensor:
+        if self.arriving is not None:
+            return self.arriving.wait()
+        return torch.empty(self.k.numel() + self.v.numel(), dtype=accumulator_dtype(self.k.dtype), device=self.k.device)
+
+    def result(self) -> Tensor:
+        # Where this rank had nothing to add: what arrived, or zeros.
+        self.dk.result()
+        self.dv.result()
+        return self.buffer
 
 
 class Exchange:
@@ -91,9 +118,9 @@ class Exchange:
         return self.received
 
 
-def _pack(k: Tensor, v: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def _pack(k: Tensor, v: Tensor) -> Tensor:
     """Keys and values in one flat buffer: one message a step."""
-    flat = torch.empty(k.numel() + v.numel(), dtype=dtype or k.dtype, device=k.device)
+    flat = torch.empty(k.numel() + v.numel(), dtype=k.dtype, device=k.device)
     flat[: k.numel()].view(k.shape).copy_(k)
     flat[k.numel() :].view(v.shape).copy_(v)
     return flat
