@@ -8,28 +8,42 @@ Rows:
     ours            longfactory: memory: auto (the keys of `settings` on top), its own layer function
     ours-generic    the same with Hugging Face's layer code in pieces
     ours-recompute  the same with attention computed twice
+    dpo             ours on one preference pair: a row [prompt | chosen | rejected] of T tokens, 95 % of it the prompt that both answers
+                    share, made, split and summed by the trainer's functions; sigmoid loss; the reference's log-probabilities are given,
+                    as in every step of a run with `precompute_ref_log_probs`
     hf              Hugging Face layers and checkpointing, zigzag ring, full fp32 logits; the same sharding and optimizer as ours
     ulysses, alst   DeepSpeed: UlyssesSPAttentionHF and ZeRO-3; alst adds TiledMLP and the tiled loss. Need the package deepspeed
     rates           this GPU's rates: matrix products of the model's shapes, attention forward and backward at each length
     slope           some layers only, no optimizer: how peak memory grows with length
+
+Attention kernels. DeepSpeed's rows call PyTorch's sdpa on the whole sequence and a share of the heads: with is_causal, without a mask
+(DeepSpeed drops it, sdpa ignores position ids) and without repeated keys (enable_gqa), so that every fused kernel may be taken. On Hopper
+PyTorch takes cuDNN's, the kernel that `auto` takes for our rows, so `alst` is also ALST with our kernel; `alst:flash` forbids it that one.
+Every result names the kernels that ran: ours as the engine logs them, theirs as PyTorch chooses for the tensors of each call.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
+import logging
 import math
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from _table import variant
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from longfactory.data.row import Row
 
 GiB = 2**30
 SHAPES: dict[str, dict[str, Any]] = {
@@ -74,6 +88,7 @@ class Job:
     optimizer: bool = True
     host_share: float = 1.0  # of the host's memory, as if the machine had less
     mode: str = "zigzag-ring"
+    name: str = ""  # what the table calls it, where rows differ in their settings alone
 
 
 def make_config(shape: str, layers: int | None = None) -> Any:
@@ -100,16 +115,16 @@ class Bench:
             torch.cuda.set_device(self.device)
         self.tokens = 0
         self.begun = time.time()
+        self.kernels: set[str] = set()  # attention kernels that ran
 
     def open_group(self) -> None:
         if self.world > 1:
             dist.init_process_group("nccl" if self.cuda else "gloo", device_id=self.device if self.cuda else None)
 
     def say(self, **facts: Any) -> None:
-        facts = {"row": self.job.row, "kernel": self.job.kernel, "tokens": self.tokens, "gpus": self.world, **facts}
-        if self.job.layers is not None:
-            facts["layers"] = self.job.layers
-        print("RESULT " + json.dumps(facts), flush=True)
+        job = self.job
+        about = {"row": job.row, "kernel": job.kernel, "tokens": self.tokens, "gpus": self.world, **variant(dataclasses.asdict(job))}
+        print("RESULT " + json.dumps(about | facts), flush=True)
 
     def log(self, text: str) -> None:
         if self.rank == 0:
@@ -127,8 +142,9 @@ class Bench:
         torch.manual_seed(0)
         torch.set_default_device(self.device)
         try:
-            model = AutoModelForCausalLM.from_config(make_config(self.job.shape, self.job.layers), dtype=torch.bfloat16,
-            attn_implementation=attention)
+            model = AutoModelForCausalLM.from_config(
+                make_config(self.job.shape, self.job.layers), dtype=torch.bfloat16, attn_implementation=attention
+            )
         finally:
             torch.set_default_device(None)
         self.log(f"model made: {sum(p.numel() for p in model.parameters()) / 1e9:.2f} B parameters")
@@ -140,11 +156,22 @@ class Bench:
         ids = torch.randint(0, vocab, (tokens,), generator=g)
         return ids, torch.cat([ids[1:], torch.tensor([-100])])
 
-    def measure(self, step: Callable[[int], tuple[float, dict[str, float]]], before: Callable[[int], dict[str, Any]] | None = None) -> None:
-        """Runs the steps at every length and reports each. `step` returns the loss and the seconds of its parts."""
+    def measure(
+        self,
+        step: Callable[[int], tuple[float, dict[str, float]]],
+        before: Callable[[int], dict[str, Any]] = lambda tokens: {},
+        after: Callable[[], dict[str, Any]] = lambda: {},
+    ) -> None:
+        """Runs the steps at every length and reports each.
+
+        `step` returns the loss and the seconds of its parts; `before` and `after` what else is known of a length.
+        """
+        versions = {}
+        for package in ("torch", "transformers", *(["deepspeed"] if self.job.row in ("alst", "ulysses") else [])):
+            versions[package] = importlib.metadata.version(package)
         for tokens in self.job.tokens:
             self.tokens = tokens
-            facts = before(tokens) if before is not None else {}
+            facts = before(tokens)
             if self.cuda:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
@@ -160,8 +187,42 @@ class Bench:
             seconds, parts = min(times[1:] if self.job.warm else times, key=lambda t: t[0])
             peak = torch.cuda.max_memory_allocated() if self.cuda else 0
             reserved = torch.cuda.max_memory_reserved() if self.cuda else 0
+            facts |= {"kernels": sorted(self.kernels), **after(), "versions": versions}
             if self.rank == 0:
                 self.say(seconds=seconds, first=times[0][0], loss=loss, peak=peak, reserved=reserved, parts=parts, **facts)
+
+
+class NoteKernels(logging.Handler):
+    """Our rows: the engine logs each kernel once, when `auto` first takes it."""
+
+    def __init__(self, bench: Bench) -> None:
+        super().__init__(logging.INFO)
+        self.kernels = bench.kernels
+        if bench.job.kernel != "auto":
+            self.kernels.add(bench.job.kernel)
+        log = logging.getLogger("longfactory.sp.backends")
+        log.addHandler(self)
+        log.setLevel(logging.INFO)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.msg.startswith("attention backend ") and isinstance(record.args, tuple):
+            self.kernels.add(str(record.args[0]))
+
+
+def note_sdpa(bench: Bench) -> None:
+    """DeepSpeed's rows: notes the kernel that sdpa takes, on the very tensors of each call that is differentiated."""
+    from torch.nn.attention import SDPBackend
+
+    names = {"CUDNN_ATTENTION": "cudnn", "FLASH_ATTENTION": "flash" if bench.cuda else "cpu"}
+    real = F.scaled_dot_product_attention
+
+    def sdpa(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **kwargs: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            taken = SDPBackend(torch._fused_sdp_choice(query, key, value, attn_mask, *rest, **kwargs)).name
+            bench.kernels.add(names.get(taken, taken.lower()))
+        return real(query, key, value, attn_mask, *rest, **kwargs)
+
+    F.scaled_dot_product_attention = sdpa
 
 
 def shard(bench: Bench, model: Any) -> None:
@@ -187,6 +248,22 @@ def make_optimizer(bench: Bench, model: Any, placement: str) -> torch.optim.Opti
     return SplitAdamW(model.parameters(), lr=1e-5, placement=placement)  # type: ignore[arg-type]
 
 
+def preference_row(tokens: int, vocab: int, multiple: int) -> Row:
+    """One pair of `tokens` tokens in all as the trainer lays it: [prompt | chosen | rejected], the prompt 95 % of it, positions of both
+    answers going on where the prompt ends. Padded to `multiple`; the documents carry reference log-probabilities."""
+    from longfactory.data.assemble import Rules, pair
+    from longfactory.data.collate import collate
+
+    answer = tokens // 40
+    prompt = tokens - 2 * answer - 1  # each branch begins with the prompt's last token
+    ids = torch.randint(0, vocab, (prompt + 2 * answer,), generator=torch.Generator().manual_seed(tokens)).numpy()
+    parts = [ids[:prompt], ids[prompt : prompt + answer], ids[prompt + answer :]]
+    documents = pair(parts, Rules(cutoff=tokens, share_prompt=True), sample=0)
+    # Numbers from before the first step: here those of a reference that finds all tokens equally probable.
+    known = [d if d.role == "prompt" else dataclasses.replace(d, reference_logp=-answer * math.log(vocab)) for d in documents]
+    return collate([known], multiple, 0)
+
+
 def finish_step(
     bench: Bench, model: Any, optimizer: torch.optim.Optimizer | None, loss: Tensor, start: float
 ) -> tuple[float, dict[str, float]]:
@@ -208,20 +285,25 @@ def ours(bench: Bench) -> None:
     from longfactory.model.memory.apply import apply_memory
     from longfactory.model.memory.auto import choose_memory, host_memory
     from longfactory.model.token_logprobs import TokenLogprobs
+    from longfactory.plan.model import hidden_bytes, kept_bytes
     from longfactory.sp import hf
+    from longfactory.train.losses import LossOptions
+    from longfactory.train.stages import PreferenceStage
 
     job = bench.job
+    NoteKernels(bench)
     ctx = sp.SequenceParallel.create(bench.world, mode=job.mode, backend=job.kernel, device_type=bench.device.type)
     model = bench.model(hf.ATTENTION)
     hf.prepare(model, ctx)
     head = TokenLogprobs(model)
     config = model.config
     gpu_bytes = torch.cuda.mem_get_info()[1] if bench.cuda else 0
-    name = torch.cuda.get_device_name() if bench.cuda else "cpu"
+    gpu = torch.cuda.get_device_name() if bench.cuda else "cpu"
     user: dict[str, Any] = {k: v for k, v in job.settings.items() if k not in ("layer", "pool_bytes")}
     if job.row == "ours-recompute":
         user["keep_attention"] = 0.0
     layer = "generic" if job.row == "ours-generic" else "auto"
+    stage = PreferenceStage("sigmoid", LossOptions(beta=0.1))
 
     def settings(tokens: int) -> Any:
         plan = choose_memory(
@@ -229,7 +311,7 @@ def ours(bench: Bench) -> None:
             tokens,
             gpu_bytes=gpu_bytes,
             host_bytes=int(host_memory() * job.host_share),
-            gpu_name=name,
+            gpu_name=gpu,
             world=bench.world,
             sp=bench.world,
             mode=job.memory,
@@ -248,38 +330,64 @@ def ours(bench: Bench) -> None:
     bench.log("sharded, optimizer made")
 
     def before(tokens: int) -> dict[str, Any]:
+        facts: dict[str, Any] = {}
+        if job.row == "dpo":
+            row = preference_row(tokens, config.vocab_size, sp.alignment(ctx))
+            whole = {i: d.stop - d.start for i, d in enumerate(row.documents)}
+            facts["computed"] = len(row)
+            facts["as_two_rows"] = sum(whole[i] + whole[d.parent] for i, d in enumerate(row.documents) if d.parent >= 0)
         plan, new = settings(tokens)
         new = dataclasses.replace(new, optimizer=first.optimizer)
+        if store.pool is not None:
+            store.pool.close()  # slots of another length would be counted
         store.change(new)
-        local, start = tokens // bench.world, time.time()
-        store.reserve(local * (2 * config.num_attention_heads * plan.job.shape.head_dim + 4 * config.num_attention_heads) + 512)
-        locked = store.pool.locked_bytes if store.pool is not None else 0
-        bench.log(f"{locked / GiB:.1f} GiB page-locked in {time.time() - start:.1f} s")
-        return {
+        start = time.time()
+        if store.pool is not None:
+            store.pool.peak_bytes = 0
+            # A slot holds a layer's input or what its attention returned, whichever is more.
+            parked = (hidden_bytes, kept_bytes) if new.offload == "inputs+attention" else (hidden_bytes,)
+            store.reserve(facts.get("computed", tokens) // bench.world * max(f(plan.job.shape) for f in parked) + 512)
+            bench.log(f"{store.pool.locked_bytes / GiB:.1f} GiB page-locked in {time.time() - start:.1f} s")
+        return facts | {
             "settings": dataclasses.asdict(new),
-            "locked": locked,
             "host_states": plan.budget.host.get("optimizer", 0.0),
             "predicted_seconds": plan.budget.seconds,
             "predicted_peak": plan.budget.gpu_total,
         }
 
-    def step(tokens: int) -> tuple[float, dict[str, float]]:
-        start = bench.sync()
-        ids, labels = bench.row(tokens, config.vocab_size)
-        plan = sp.plan(tokens, None, ctx)
-        row = {"input_ids": ids.to(bench.device), "position_ids": torch.arange(tokens, device=bench.device)}
+    def after() -> dict[str, Any]:
+        """Host bytes of one process for activations: page-locked, and of them the most that were in use at once."""
+        pool = store.pool
+        return {"locked": pool.locked_bytes if pool is not None else 0, "used": pool.peak_bytes if pool is not None else 0}
+
+    def token_logps(ids: Tensor, labels: Tensor, positions: Tensor, plan: sp.RowPlan) -> Tensor:
+        """[T] log-probabilities of the labels of the whole row, the same on every rank."""
+        row = {"input_ids": ids.to(bench.device), "position_ids": positions.to(bench.device)}
         with head.labels(labels[plan.index]):
             out = model(**hf.inputs(row, plan))
             local = head.outputs(out.logits)
+        return sp.gather(local.logps, plan)
+
+    def text_loss(tokens: int) -> Tensor:
+        ids, labels = bench.row(tokens, config.vocab_size)
+        return -token_logps(ids, labels, torch.arange(tokens), sp.plan(tokens, None, ctx)).sum() / (tokens - 1)
+
+    def pair_loss(tokens: int) -> Tensor:
+        row = preference_row(tokens, config.vocab_size, sp.alignment(ctx))
+        logps = token_logps(row.input_ids, row.labels, row.position_ids, sp.plan(len(row), row.segments, ctx))
+        loss_sum, _ = stage.loss_sum(logps, row.to(bench.device))
+        return (loss_sum / stage.count_items(row)).float()
+
+    def step(tokens: int) -> tuple[float, dict[str, float]]:
+        start = bench.sync()
         # Every rank differentiates the row's loss; the sharding engine averages over ranks.
-        loss = -sp.gather(local.logps, plan).sum() / (tokens - 1)
-        del out, local
+        loss = pair_loss(tokens) if job.row == "dpo" else text_loss(tokens)
         return finish_step(bench, model, optimizer, loss, start)
 
     if bench.cuda and job.warm is False:
         store.change(dataclasses.replace(settings(16384)[1], optimizer=first.optimizer))
         step(16384)  # kernels are compiled once a process
-    bench.measure(step, before)
+    bench.measure(step, before, after)
 
 
 def hf_recipe(bench: Bench) -> None:
@@ -287,6 +395,7 @@ def hf_recipe(bench: Bench) -> None:
     from longfactory.sp import hf
 
     job = bench.job
+    NoteKernels(bench)
     ctx = sp.SequenceParallel.create(bench.world, mode=job.mode, backend=job.kernel, device_type=bench.device.type)
     model = bench.model(hf.ATTENTION)
     hf.prepare(model, ctx)
@@ -333,6 +442,7 @@ def deepspeed_row(bench: Bench) -> None:
     deepspeed.init_distributed("nccl" if bench.cuda else "gloo")
     if bench.cuda and job.kernel == "flash":
         torch.backends.cuda.enable_cudnn_sdp(False)
+    note_sdpa(bench)
     if tiled:
 
         def mlp(self: Any, x: Tensor) -> Tensor:
@@ -442,7 +552,7 @@ def rates(bench: Bench) -> None:
 def main() -> int:
     job = Job(**json.loads(sys.argv[1]))
     bench = Bench(job)
-    rows = {"ours": ours, "ours-generic": ours, "ours-recompute": ours, "slope": ours, "hf": hf_recipe, "rates": rates}
+    rows = {"ours": ours, "ours-generic": ours, "ours-recompute": ours, "slope": ours, "dpo": ours, "hf": hf_recipe, "rates": rates}
     rows |= {"alst": deepspeed_row, "ulysses": deepspeed_row}
     try:
         if job.row not in ("alst", "ulysses"):

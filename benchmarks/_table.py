@@ -1,53 +1,88 @@
-"""Starts the rows of a table (`_peers.py`), within a time limit, and writes what they report."""
+"""Starts the rows of a table (`_peers.py`), within a time limit, and writes what they report beside what was measured before."""
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 GiB = 2**30
+LEAST = 15.0  # seconds: with less left no row is started
+GRACE = 5.0  # seconds between SIGTERM and SIGKILL
+MARK = "LONGFACTORY_BENCHMARK_ROW"
+PLAIN: dict[str, Any] = {"name": "", "layers": None, "memory": "auto", "mode": "zigzag-ring", "host_share": 1.0}
+"""Keys of a job that make it another measurement, and what they usually are."""
 
 
 class Clock:
-    """Seconds left of the whole command."""
+    """Seconds left of the whole command; none once a signal has stopped it."""
 
     def __init__(self, limit: float) -> None:
         self.end = time.time() + limit
+        self.signal: int | None = None
 
     @property
     def left(self) -> float:
         return self.end - time.time()
 
+    def stop(self, signum: int) -> None:
+        self.signal, self.end = signum, 0.0
 
-def run_row(job: dict[str, Any], gpus: int, clock: Clock, log: Path) -> list[dict[str, Any]]:
-    """The results of one row; an entry with `error` for what did not run. Its output goes to `log`, its results to the screen as they come."""  # noqa: E501
-    if clock.left < 15:
-        return [{**_about(job, gpus), "error": "not started: the time of this command is up"}]
+    @property
+    def why(self) -> str:
+        """Why there is no time left."""
+        return "the time of this command is up" if self.signal is None else f"{signal.Signals(self.signal).name} ended this command"
+
+    def exit_code(self, failed: bool) -> int:
+        return int(failed) if self.signal is None else 128 + self.signal
+
+
+def run_row(job: dict[str, Any], gpus: int, clock: Clock, log: Path, script: Path = HERE / "_peers.py") -> list[dict[str, Any]]:
+    """The results of one row; an entry with `error` for what did not run.
+
+    Its output goes to `log`, its results to the screen as they come. When the time is up, or SIGTERM, SIGINT or SIGHUP reaches this
+    process, every process of the row is ended, also those that its launcher put into sessions of their own; what was measured is returned.
+    """
+    if clock.left < LEAST:
+        return [_stamped({**_about(job, gpus), "error": f"not started: {clock.why}"})]
     command = [sys.executable, "-u"]
     if gpus > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
-    command += [str(HERE / "_peers.py"), json.dumps(job)]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")])}
+    command += [str(script), json.dumps(job)]
+    mark = f"{os.getpid()}-{time.monotonic_ns()}"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")]), MARK: mark}
     env.setdefault("NCCL_NVLS_ENABLE", "0")
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):  # the first is the name from torch 2.10 on
         env.setdefault(name, "expandable_segments:True")
     found: list[dict[str, Any]] = []
     begun = time.time()
     print(f"--- {job['row']} ({job.get('kernel', 'auto')}), {clock.left:.0f} s left", flush=True)
-    with open(log, "a") as out:
+    over = threading.Event()  # the row must end
+    with open(log, "a") as out, _signals(clock, over):
         out.write(f"--- {json.dumps(job)}\n")
         process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-        late = threading.Timer(max(1.0, clock.left), lambda: os.killpg(process.pid, signal.SIGKILL))
-        late.start()
+
+        def end() -> None:
+            late = time.monotonic() + max(1.0, clock.left)
+            while process.poll() is None and time.monotonic() < late and not over.wait(0.2):
+                pass
+            end_marked(mark, process.pid)
+
+        # A thread: this one reads until the last process that holds the pipe is gone.
+        ending = threading.Thread(target=end, daemon=True)
+        ending.start()
         assert process.stdout is not None
         for line in process.stdout:
             out.write(line)
@@ -57,24 +92,89 @@ def run_row(job: dict[str, Any], gpus: int, clock: Clock, log: Path) -> list[dic
                 found.append(fact)
                 print("    " + _short(fact), flush=True)
         process.wait()
-        late.cancel()
+        ending.join()
     if process.returncode < 0 or (process.returncode and not any("error" in f for f in found)):
         done = {f["tokens"] for f in found}
         missing = next((t for t in job["tokens"] if t not in done), None)
         if missing is not None:
-            why = (
-                "stopped: the time of this command is up"
-                if clock.left <= 1
-                else f"the process ended with {process.returncode}, see the log"
-            )
+            why = f"stopped: {clock.why}" if clock.left <= 1 else f"the process ended with {process.returncode}, see the log"
             found.append({**_about(job, gpus), "tokens": missing, "error": why})
             print("    " + _short(found[-1]), flush=True)
     print(f"    took {time.time() - begun:.0f} s", flush=True)
-    return _one_error(found)
+    return [_stamped(f) for f in _one_error(found)]
+
+
+@contextlib.contextmanager
+def _signals(clock: Clock, over: threading.Event) -> Iterator[None]:
+    """While open, signals that would end this process end the row and the clock instead, so that nothing is left behind or lost."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: Any) -> None:
+        clock.stop(signum)
+        over.set()
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def _marked(mark: str) -> list[int]:
+    """Living processes whose environment carries the mark: it is inherited, whatever session or parent they have by now."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+    return found
+
+
+def end_marked(mark: str, leader: int) -> None:
+    """Ends every process of a row: SIGTERM, then SIGKILL. Without /proc only the group of its first process, `leader`, can be found."""
+    if not Path("/proc").is_dir():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(leader, signal.SIGKILL)
+        return
+    killing = time.monotonic() + GRACE
+    asked: set[int] = set()
+    while left := _marked(mark):
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                if time.monotonic() >= killing:
+                    os.kill(pid, signal.SIGKILL)
+                elif pid not in asked:
+                    os.kill(pid, signal.SIGTERM)
+        asked |= set(left)
+        time.sleep(0.1)
+
+
+def variant(job: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells this job's results from those of the plain job."""
+    return {k: job[k] for k, plain in PLAIN.items() if job.get(k, plain) != plain}
 
 
 def _about(job: dict[str, Any], gpus: int) -> dict[str, Any]:
-    return {"row": job["row"], "kernel": job.get("kernel", "auto"), "tokens": job["tokens"][0], "gpus": gpus}
+    return {"row": job["row"], "kernel": job.get("kernel", "auto"), "tokens": job["tokens"][0], "gpus": gpus, **variant(job)}
+
+
+def command_line() -> str:
+    """This command as a reader would type it, without where its results went."""
+    words, given = [], iter(sys.argv[1:])
+    for word in given:
+        if word == "--out":
+            next(given, None)
+        elif not word.startswith("--out="):
+            words.append(word)
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+
+
+def _stamped(fact: dict[str, Any]) -> dict[str, Any]:
+    return {**fact, "command": command_line(), "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
 
 
 def _one_error(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -121,11 +221,64 @@ def settings_line(s: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def write(out: Path, name: str, title: str, table: str, results: list[dict[str, Any]], about: dict[str, Any]) -> None:
-    """`name`.json with every result and `name`.md with the table."""
+def _key(fact: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(fact[k] for k in ("row", "kernel", "tokens", "gpus")) + tuple(fact.get(k, plain) for k, plain in PLAIN.items())
+
+
+def merge(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Earlier results with the new ones in their places: one of a key (row, kernel, tokens, GPUs and what differs from the plain job).
+
+    A measurement replaces whatever was there; an error only an error. Rows keep the order in which they first came, lengths ascend.
+    """
+    kept: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for fact in (*old, *new):
+        before = kept.get(_key(fact))
+        if before is None or "error" in before or "error" not in fact:
+            kept[_key(fact)] = fact
+
+    def row(fact: Mapping[str, Any]) -> tuple[Any, ...]:
+        return _key({**fact, "tokens": 0})
+
+    order = {r: i for i, r in reversed(list(enumerate(map(row, kept.values()))))}
+    return sorted(kept.values(), key=lambda fact: (order[row(fact)], fact["tokens"]))
+
+
+def write(
+    out: Path,
+    name: str,
+    title: str,
+    render: Callable[[list[dict[str, Any]]], str],
+    results: Sequence[dict[str, Any]],
+    about: Mapping[str, Any],
+) -> str:
+    """Merges the results into `name`.json and renders the whole file into `name`.md. Returns the table.
+
+    Each result keeps the command and the date that made it; `notes`, sentences added to the file by hand, stay and stand below the table.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
-    (out / f"{name}.md").write_text(f"{title}\n\n{table}\n")
+    path = out / f"{name}.json"
+    old: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    merged = merge(old.get("results", []), results)
+    table = render(merged)
+    _put(path, json.dumps({**old, **about, "results": merged}, indent=1) + "\n")
+    _put(out / f"{name}.md", "\n\n".join([title, table, *old.get("notes", []), *_made_by(merged)]) + "\n")
+    return table
+
+
+def _made_by(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line for each command, and day of it, whose measurements are in the table, with the versions that it ran."""
+    made: dict[tuple[str, str], dict[str, str]] = {}
+    for r in results:
+        if "command" in r and "error" not in r:
+            made.setdefault((r["command"], r["date"]), {}).update(r.get("versions", {}))
+    return [f"`{c}` ({', '.join([day, *(f'{name} {v}' for name, v in found.items())])})" for (c, day), found in made.items()]
+
+
+def _put(path: Path, text: str) -> None:
+    """Written beside and renamed: a command that is ended leaves the old file or the new one."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text)
+    os.replace(beside, path)
 
 
 def log_file(name: str) -> Path:

@@ -5,8 +5,9 @@
 
 Qwen2.5-7B's shape, random weights, all parameters, AdamW with exact fp32 weights and states, one row of random tokens split over the
 GPUs; a step is forward, backward, clipping and update. Rows (`--rows`): see `_peers.py`; NAME:KERNEL asks for an attention kernel (flash is
-FlashAttention 2). Every row is a process group of its own; one that runs out of memory or time leaves the others alone. `--limit` bounds
-the command. The share of the roofline is that of a step which keeps attention, recomputes two thirds of the MLP and does nothing but
+FlashAttention 2; each system is named with the kernels that it ran). Every row is a process group of its own; one that runs out of memory
+or time leaves the others alone. `--limit` bounds the command. With `--out`, what was measured before stays in the table unless it is
+measured again. The share of the roofline is that of a step which keeps attention, recomputes two thirds of the MLP and does nothing but
 products at this GPU's own measured rates (row `rates`).
 """
 
@@ -21,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from _peers import SHAPES, make_config
-from _table import Clock, GiB, job, log_file, machine_name, run_row, settings_line, write
+from _table import Clock, GiB, job, log_file, machine_name, run_row, settings_line, variant, write
 
 from longfactory.plan.model import Job as PlanJob
 from longfactory.plan.model import roofline
@@ -31,11 +32,31 @@ NAMES = {
     "ours": "LongFactory",
     "ours-generic": "LongFactory, Hugging Face's layer in pieces",
     "ours-recompute": "LongFactory, attention computed twice",
+    "dpo": "LongFactory, DPO",
     "hf": "Hugging Face layers, zigzag ring, full logits",
     "ulysses": "DeepSpeed-Ulysses, ZeRO-3, full logits",
     "alst": "DeepSpeed ALST",
 }
-KERNELS = {"auto": "", "cudnn": " (cuDNN)", "flash": " (FlashAttention 2)", "fa4": " (FlashAttention 4)", "cpu": ""}
+KERNELS = {
+    "cudnn": "cuDNN",
+    "flash": "FlashAttention 2",
+    "flash2": "FlashAttention 2",
+    "flash3": "FlashAttention 3",
+    "fa4": "FlashAttention 4",
+}
+
+
+def system(r: dict[str, Any]) -> str:
+    """What a result is of: the system, the attention kernels that it ran (asked for, where they are not known), unusual keys of the job."""
+    known = r.get("kernels") or [r["kernel"]]
+    parts = [*dict.fromkeys(KERNELS.get(k, k) for k in known if k not in ("auto", "cpu"))]
+    if "memory" in r:
+        parts.append(f"memory: {r['memory']}")
+    if "mode" in r:
+        parts.append(r["mode"])
+    if "host_share" in r:
+        parts.append(f"{r['host_share']:.0%} of the host's memory")
+    return NAMES.get(r["row"], r["row"]) + (f" ({', '.join(parts)})" if parts else "")
 
 
 def model_flops(shape: ModelShape, tokens: int) -> float:
@@ -44,18 +65,20 @@ def model_flops(shape: ModelShape, tokens: int) -> float:
     return linear + 3.5 * 2.0 * tokens * tokens * shape.heads * shape.head_dim * shape.layers
 
 
-def render(results: list[dict[str, Any]], shape: ModelShape, gpus: int, lengths: list[int]) -> str:
+def render(results: list[dict[str, Any]], shape: ModelShape, gpus: int) -> str:
     rates = {r["tokens"]: r for r in results if r["row"] == "rates" and "gemm" in r}
-    ours = {r["tokens"]: r for r in results if r["row"] == "ours" and "seconds" in r}
+    # Where a length has several of our rows, the others are compared with the plainest.
+    found = [r for r in results if r["row"] == "ours" and "seconds" in r]
+    ours = {r["tokens"]: r for r in sorted(found, key=lambda r: (len(variant(r)), r["kernel"] != "auto"), reverse=True)}
     lines = [
         "| tokens | system | step, s | tokens/s a GPU | LongFactory is | share of roofline | MFU of 989 | peak, GiB a GPU | memory settings |",  # noqa: E501
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for tokens in lengths:
+    for tokens in sorted({r["tokens"] for r in results}):
         for r in results:
             if r["tokens"] != tokens or r["row"] == "rates":
                 continue
-            name = NAMES.get(r["row"], r["row"]) + KERNELS.get(r["kernel"], f" ({r['kernel']})")
+            name = system(r)
             if "error" in r:
                 lines.append(f"| {tokens:,} | {name} | {r['error']} | | | | | | |")
                 continue
@@ -115,13 +138,14 @@ def main() -> int:
         if row in ("hf", "ulysses") and a.gpus == 1:
             keys["settings"] = {"optimizer": "host"}
         results += run_row(job(row, a.tokens, **keys), 1 if row == "rates" else a.gpus, clock, log)
-        table = render(results, shape, a.gpus, a.tokens)
+        table = render(results, shape, a.gpus)
         if a.out is not None:
-            write(a.out, f"throughput_{a.gpus}x{where.split()[0]}_{a.shape}", title, table, results, {"machine": where, "gpus": a.gpus})
+            file, about = f"throughput_{a.gpus}x{where.split()[0]}_{a.shape}", {"machine": where, "gpus": a.gpus}
+            table = write(a.out, file, title, lambda merged: render(merged, shape, a.gpus), results, about)
     print(f"\n{title}\n\n{table}\n\nlog: {log}")
     if a.smoke:
-        return int(any("error" in r and r["row"] not in ("alst", "ulysses") for r in results))
-    return int(not any("seconds" in r for r in results))
+        return clock.exit_code(any("error" in r and r["row"] not in ("alst", "ulysses") for r in results))
+    return clock.exit_code(not any("seconds" in r for r in results))
 
 
 if __name__ == "__main__":
