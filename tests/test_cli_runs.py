@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,17 @@ def test_a_launcher_that_starts_one_process(small: list[str], tmp_path: Path) ->
     done = longfactory(*words, cache=tmp_path / "cache", FORCE_TORCHRUN="1")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.timeout(300)
+def test_a_model_whose_weights_zero3_has_taken_apart(small: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    words = ["train", str(ROOT / "examples" / "sft_full.yaml"), *small, "eval_strategy=no", "save_strategy=no", "max_steps=1"]
+    words += [f"output_dir={tmp_path / 'out'}", f"deepspeed={ROOT / 'examples' / 'deepspeed' / 'ds_z3_config.json'}"]
+    done = longfactory(*words, cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"Trainable parameters: ([1-9][\d,]+) of \1 ", done.stderr)
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size > 100_000
 
 
 @pytest.mark.timeout(300)

@@ -46,7 +46,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all). Four-bit weights count as the numbers that they stand for."""
     trainable = total = 0
     for p in model.parameters():
-        n = p.numel()
+        n = getattr(p, "ds_numel", p.numel())  # under ZeRO-3 a weight is empty between its uses
         if p.__class__.__name__ == "Params4bit":
             n *= 2 * p.element_size() if hasattr(p, "element_size") else 2
         total += n

@@ -190,10 +190,15 @@ def quantization_config(args: Any, dtype: torch.dtype) -> Any:
     raise UserError(f"quantization_bit: {args.quantization_bit} is not supported. Use 4 or 8.")
 
 
+def embedding_rows(model: Any) -> int:
+    """Tokens that the embedding has rows for. Under ZeRO-3 the weight itself is empty, and its true shape stands beside it."""
+    weight = model.get_input_embeddings().weight
+    return int(getattr(weight, "ds_shape", weight.shape)[0])
+
+
 def resize_vocabulary(model: Any, tokenizer: Any) -> bool:
     """Grows the embeddings where the tokenizer has more tokens than the model, to a multiple of 64. Returns whether they grew."""
-    have = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) <= have:
+    if len(tokenizer) <= embedding_rows(model):
         return False
     model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
     return True

@@ -240,10 +240,9 @@ def build_model(
     if cfg.model.enable_liger_kernel:
         apply_liger(model)
     grew = load.resize_vocabulary(model, tokenizer) if cfg.model.resize_vocab else False
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    if len(tokenizer) > load.embedding_rows(model):
         raise UserError(
-            f"The tokenizer has {len(tokenizer)} tokens, the model's embedding {model.get_input_embeddings().weight.shape[0]}. "
-            "Set resize_vocab: true."
+            f"The tokenizer has {len(tokenizer)} tokens, the model's embedding {load.embedding_rows(model)}. Set resize_vocab: true."
         )
     hf.prepare(model, ctx)
     model = adapters.apply_finetuning(model, cfg.method, cfg.model, resized=grew)
