@@ -1,0 +1,146 @@
+"""The plan of a run: what is counted as trained, and when weights are split and the optimizer leaves the GPU."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from longfactory.config import from_mapping
+from longfactory.data.module import Datasets
+from longfactory.errors import UserError
+from longfactory.model import adapters
+from longfactory.train import memory_plan
+from longfactory.train.memory_plan import Memory, count_parameters, plan_memory
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from make_model import make_model  # noqa: E402
+
+GiB = 2**30
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_model("tiny", tmp_path_factory.mktemp("plan") / "model", vocabulary=600))
+
+
+def configured(model: str, **keys: Any) -> Any:
+    base = {"model_name_or_path": model, "stage": "sft", "dataset": "manual_sft", "dataset_dir": str(ROOT / "data"), "template": "chatml"}
+    return from_mapping({**base, "output_dir": "unused", "finetuning_type": "full", "use_cpu": True, **keys})
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "freeze": {"finetuning_type": "freeze", "freeze_trainable_layers": 1},
+    "freeze, some modules": {"finetuning_type": "freeze", "freeze_trainable_modules": ["mlp"], "freeze_extra_modules": ["norm"]},
+    "freeze and the head": {"finetuning_type": "freeze", "freeze_extra_modules": ["embed_tokens", "lm_head"]},
+    "lora": {"finetuning_type": "lora", "lora_rank": 3},
+    "lora, some modules": {"finetuning_type": "lora", "lora_target": ["q_proj", "v_proj"], "additional_target": ["embed_tokens"]},
+    "pissa": {"finetuning_type": "lora", "pissa_init": True},
+}
+
+
+@pytest.mark.parametrize("name", list(KINDS))
+def test_counts_are_those_of_the_model_that_is_trained(name: str, model: str) -> None:
+    cfg = configured(model, **KINDS[name])
+    config = AutoConfig.from_pretrained(model)
+    counts = count_parameters(cfg, config)
+    real = AutoModelForCausalLM.from_config(config)
+    total = sum(p.numel() for p in real.parameters())
+    real = adapters.apply_finetuning(real, cfg.method, cfg.model)
+    assert (counts.total, counts.trained) == (total, sum(p.numel() for p in real.parameters() if p.requires_grad))
+    assert counts.head == (name == "full" or "head" in name or ("additional_target" in KINDS[name] and bool(config.tie_word_embeddings)))
+
+
+def test_an_adapter_that_goes_on_is_estimated(model: str, tmp_path: Path) -> None:
+    cfg = configured(model, finetuning_type="lora", adapter_name_or_path=str(tmp_path))
+    counts = count_parameters(cfg, AutoConfig.from_pretrained(model))
+    assert counts.trained is None and counts.total > 0
+    again = configured(model, finetuning_type="lora", adapter_name_or_path=str(tmp_path), create_new_adapter=True)
+    assert count_parameters(again, AutoConfig.from_pretrained(model)).trained
+
+
+def test_unknown_modules_are_named_before_anything_is_loaded(model: str) -> None:
+    with pytest.raises(UserError, match="nothing_such"):
+        count_parameters(configured(model, finetuning_type="lora", lora_target=["nothing_such"]), AutoConfig.from_pretrained(model))
+
+
+def qwen_7b() -> Any:
+    return AutoConfig.for_model(
+        "qwen2",
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        vocab_size=152064,
+        tie_word_embeddings=False,
+    )
+
+
+def planned(cfg: Any, monkeypatch: pytest.MonkeyPatch, sharding: str = "none", world: int = 1, gib: int = 80, cuda: bool = True) -> Memory:
+    """The plan for Qwen2.5-7B and rows of 8192 tokens on H100s, with 512 GiB of host memory."""
+    properties = types.SimpleNamespace(total_memory=gib * GiB, name="NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: properties)
+    monkeypatch.setattr(memory_plan, "host_memory", lambda: 512 * GiB)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world))
+    data = Datasets(types.SimpleNamespace(lengths=[8192]), {})  # type: ignore[arg-type]
+    config = qwen_7b()
+    return plan_memory(cfg, config, count_parameters(cfg, config), data, 1, sharding, world, cuda)
+
+
+def test_frozen_layers_have_no_gradients_and_states(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {"bf16": True, "optimizer_placement": "gpu"}
+    full = planned(configured(model, **keys), monkeypatch)
+    two = planned(configured(model, **keys, finetuning_type="freeze", freeze_trainable_layers=2), monkeypatch)
+    layer = full.plan.job.shape.layer_parameters
+    assert two.plan.job.shape.parameters == full.plan.job.shape.parameters
+    assert two.plan.job.shape.trainable == pytest.approx(2 * layer, rel=1e-3)  # norms and biases are not in the shape
+    assert two.plan.budget.gpu["optimizer"] == pytest.approx(8 * 2 * layer, rel=1e-3)
+    assert two.plan.budget.gpu["weights"] < 1.2 * 2 * full.plan.job.shape.parameters
+    assert two.plan.fits and not two.split
+    lora = planned(configured(model, **keys, finetuning_type="lora", lora_rank=8), monkeypatch)
+    assert lora.plan.budget.gpu["optimizer"] == 8 * count_parameters(configured(model, finetuning_type="lora"), qwen_7b()).trained  # type: ignore[operator]
+    assert two.plan.budget.gpu_total < full.plan.budget.gpu_total
+
+
+@pytest.mark.parametrize(
+    ("keys", "sharding", "split", "place"),
+    [
+        ({}, "none", True, "host"),  # 8 bytes a parameter, weights and gradients in fp32, do not fit in 48 GiB
+        ({"gradient_accumulation_steps": 8}, "none", True, "host"),
+        ({"optimizer_placement": "host", "gradient_accumulation_steps": 8}, "none", True, "host"),
+        ({"optimizer_placement": "host"}, "fsdp2", True, "host"),
+        ({"optimizer_placement": "host"}, "ddp", False, "host"),  # DDP would reduce bf16 gradients in bf16
+        ({"optimizer_placement": "host", "bf16": False}, "none", False, "host"),
+        ({"optimizer_placement": "host", "pure_bf16": True, "bf16": False}, "none", False, "host"),
+        ({"optimizer_placement": "host", "finetuning_type": "lora"}, "none", False, "host"),
+        ({"finetuning_type": "freeze"}, "none", False, "gpu"),
+    ],
+)
+def test_when_weights_are_split(
+    keys: dict[str, Any], sharding: str, split: bool, place: str, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = configured(model, **{"bf16": True, **keys})
+    memory = planned(cfg, monkeypatch, sharding, world=1 if sharding == "none" else 2, gib=48)
+    assert memory.split == split and memory.plan.settings.optimizer == place
+
+
+def test_sums_of_micro_batches_are_in_the_plan(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {"bf16": True, "optimizer_placement": "host"}
+    one, eight = (
+        planned(configured(model, **keys, gradient_accumulation_steps=n), monkeypatch).plan.budget.host["optimizer"] for n in (1, 8)
+    )
+    assert eight - one == 4 * count_parameters(configured(model), qwen_7b()).total
+
+
+def test_without_a_gpu_the_user_still_chooses_the_optimizer(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = planned(configured(model, bf16=True, optimizer_placement="host"), monkeypatch, cuda=False)
+    assert memory.split and memory.plan.settings.optimizer == "host"
+    assert not planned(configured(model, bf16=True), monkeypatch, cuda=False).split
