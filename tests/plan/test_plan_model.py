@@ -34,9 +34,9 @@ def test_parameters_of_the_shape():
 
 def test_states_of_one_and_of_two_gpus():
     gpu, host = states(TWO, Choice())
-    assert sum(gpu.values()) == pytest.approx(16 * SHAPE.parameters / 2) and host == 0
+    assert sum(gpu.values()) == pytest.approx(12 * SHAPE.parameters / 2) and host == 0
     gpu, host = states(ONE, Choice(optimizer="host"))
-    assert sum(gpu.values()) == pytest.approx(4 * SHAPE.parameters)
+    assert sum(gpu.values()) == pytest.approx(2 * SHAPE.parameters)
     assert host == pytest.approx(10 * SHAPE.parameters)
 
 
@@ -56,10 +56,40 @@ def test_segments_of_four_take_less_than_half():
 
 
 def test_groups_of_heads_shrink_the_working_set():
-    lean = working_set(SHAPE, Choice(attention_groups=4))
-    assert lean < 40_000 < working_set(SHAPE, Choice())
+    lean = working_set(SHAPE, Choice(attention_groups=4, mlp_chunk=4096), 2**20) / 2**20
+    assert lean < 40_000 < working_set(SHAPE, Choice(mlp_chunk=4096), 2**20) / 2**20
     generic = dataclasses.replace(SHAPE, written_layer=False)
-    assert working_set(generic, Choice()) > working_set(SHAPE, Choice())
+    assert working_set(generic, Choice(mlp_chunk=4096), 2**20) > working_set(SHAPE, Choice(mlp_chunk=4096), 2**20)
+
+
+def test_gradients_come_while_what_waits_goes():
+    """The peak holds one or the other, except where gradients are there from the start."""
+    choice = Choice(mlp_chunk=8192)
+    late = budget(TWO, choice).gpu_total
+    waits, gradients = waiting(TWO, choice)[0], 4 * SHAPE.parameters / 2
+    early = budget(dataclasses.replace(TWO, accumulates=True), choice).gpu_total
+    assert 0.9 * min(waits, gradients) < early - late < 1.1 * min(waits, gradients)
+
+
+# Tokens, choice, and the bytes that torch counted at the peak of the step (benchmarks/results: two H200, one H100).
+MEASURED = {
+    "32k": (dataclasses.replace(TWO, tokens=32768), Choice(), 62.9),
+    "128k": (TWO, Choice(), 86.9),
+    "256k": (dataclasses.replace(TWO, tokens=262144), Choice(offload="inputs", mlp_chunk=32768), 83.2),
+    "256k on one": (
+        ONE,
+        Choice(keep_attention=0.75, offload="inputs+attention", last_layers_on_gpu=7, mlp_chunk=8192, segment_layers=2, optimizer="host"),
+        52.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_peaks_are_those_that_were_measured(name):
+    """Never below, and at most an eighth above."""
+    job, choice, peak = MEASURED[name]
+    found = budget(job, choice)
+    assert peak <= (found.gpu_total - found.gpu["runtime"]) / GiB <= 1.125 * peak
 
 
 def test_keeping_attention_saves_one_of_its_forwards():
@@ -83,7 +113,7 @@ def test_short_rows_stay_on_the_gpu_and_long_ones_leave_it():
     short, _, _ = choose(dataclasses.replace(TWO, tokens=16384))
     assert short.offload == "none" and short.keep_attention in (0.0, 1.0)
     long, _, ok = choose(dataclasses.replace(TWO, tokens=786432))
-    assert ok and long.offload == "inputs+attention" and long.mlp_chunk is not None
+    assert ok and long.offload != "none" and long.mlp_chunk is not None
 
 
 def test_what_the_user_set_is_kept():

@@ -32,7 +32,8 @@ class Job:
         sp: GPUs that share a row.
         sharded: parameters, gradients and states are spread over all GPUs (FSDP2, ZeRO-3), else each GPU has all.
         master: bytes of a trained weight as it is stored: 4 for fp32 masters (FSDP2), 2 for bf16 with a split master.
-        accumulates: a step has several micro-batches; gradients of split masters are then summed in fp32 beside the states.
+        accumulates: gradients are there from the start of a backward pass: those of earlier micro-batches, or the buffers of DDP and ZeRO.
+            Those of split masters go where the states are, and are summed there in fp32.
     """
 
     shape: ModelShape
@@ -93,23 +94,26 @@ def kept_bytes(s: ModelShape) -> int:
     return 2 * s.heads * s.head_dim + 4 * s.heads
 
 
-def working_set(s: ModelShape, c: Choice) -> float:
-    """Bytes a local token while one layer is in its backward, beyond what waits for other layers."""
+def working_set(s: ModelShape, c: Choice, tokens: int) -> float:
+    """Bytes while one layer of `tokens` local tokens is in its backward, beyond what waits for other layers.
+
+    The larger of two moments: attention's backward, and the backward of the pieces after it, of which one is there at a time.
+    """
     h, a, kv = hidden_bytes(s), 2 * s.heads * s.head_dim, 2 * s.kv_heads * s.head_dim
     if s.written_layer:
         g = c.attention_groups
-        attention = 3 * a / g + 2 * a / g  # q, dq, dout of a group; the kernel's fp32 dq
-        peak = 2 * h + a + 4 * kv + attention
+        peak = 2 * h + a + 4 * kv + 5 * a / g  # of a group: q, dq, dout, and the kernel's fp32 dq
         after = 2 * h + a + 2 * kv  # the pieces after attention, with the next layer's tensors on their way
     else:
         # x, norms' outputs, x2, dy, dx and temporaries; q, k, v and their gradients; out, dout; the kernel's fp32 dq
         peak = 6 * h + 4 * a + 6 * kv + 2 * a
         after = 4 * h + 2 * a
     coming = 0 if c.offload == "none" else h + (kept_bytes(s) if c.offload == "inputs+attention" and c.keep_attention > 0 else 0)
-    working = max(peak, after + coming) if c.late_prefetch else peak + coming
+    attention = peak + (0 if c.late_prefetch else coming)
     if c.segment_layers > 1:
-        working = max(working, 2 * h + 2 * a + 2 * kv + h)
-    return working + 4 * s.head_dim + 64  # cos and sin; ids, labels, positions, log-probabilities
+        attention = max(attention + coming, 3 * h + 2 * a + 2 * kv)  # what the segment's forward parked last is still on its way out
+    working = max(attention * tokens, (after + coming) * tokens + chunk_bytes(s, c, tokens))
+    return working + (4 * s.head_dim + 64) * tokens  # cos and sin; ids, labels, positions, log-probabilities
 
 
 def chunk_bytes(s: ModelShape, c: Choice, tokens: int) -> float:
@@ -143,41 +147,64 @@ def waiting(job: Job, c: Choice) -> tuple[float, float]:
 
 
 def states(job: Job, c: Choice) -> tuple[dict[str, float], float]:
-    """Bytes of weights, gradients and optimizer on one GPU, and of the optimizer on the host for each GPU."""
+    """Bytes of weights and optimizer on one GPU, and of the optimizer on the host for each GPU."""
     s, n = job.shape, job.shards
     frozen = s.parameters - s.trainable
     weights = (2 * frozen + job.master * s.trainable) / n
-    gradients = job.master * s.trainable / n
     optimizer = ((10 + 4 * job.accumulates) if job.master == 2 else 8) * s.trainable / n
-    gpu = {"weights": weights, "gradients": gradients}
+    gpu = {"weights": weights}
     if c.optimizer == "gpu":
         gpu["optimizer"] = optimizer
         return gpu, 0.0
     return gpu, optimizer
 
 
-def fixed(job: Job, c: Choice) -> dict[str, float]:
-    s = job.shape
+def moments(job: Job, c: Choice) -> list[dict[str, float]]:
+    """Bytes on one GPU, beside weights and states, at the three moments of backward that can be its peak.
+
+    Backward gives up what waited layer by layer while gradients come layer by layer, so they are never there together, unless gradients are
+    there from the start (`early`). The moments: the output layer; the first layer of backward, when everything waits; the last.
+    """
+    s, n, t = job.shape, job.shards, job.local
+    waits = "layer inputs and kept attention"
+    if c.checkpoint == "none":
+        stored, working = t * s.layers * (34.0 * s.hidden + 2 * 2 * 4 * s.ffn + 12 * s.heads * s.head_dim), 0.0
+        waits = "activations"
+    else:
+        stored, working = waiting(job, c)[0], working_set(s, c, t)
+    gradients = job.master * s.trainable / n
+    early = job.accumulates and job.master != 2
+    head = s.head_parameters if s.head_trained else 0
+    # Sharded: the embedding and the output layer are gathered for the whole pass, and the latter's gradient is reduced at its end.
+    gathered = (4 * s.head_parameters + 2 * head) if n > 1 else 0
+    logits = min(HEAD_CHUNK_NUMBERS, t * s.vocab) * 10
+    # Gradients of one layer: fp32 sums of pieces, and the bf16 result; sharded: two gathered layers and the fp32 reduction as well.
     one, trained = 2 * s.layer_parameters, 2 * s.trained_layer_parameters
-    # Gradients of one layer: fp32 sums of pieces, and the bf16 result; under sharding two gathered layers and the fp32 reduction as well.
-    layer = 3 * trained + (2 * one + 2 * trained if job.shards > 1 else 0)
-    head = 2 * s.head_parameters * (2 if job.shards > 1 else 0) + (6 * s.head_parameters if s.head_trained else 0)
-    logits = min(HEAD_CHUNK_NUMBERS, job.local * s.vocab) * 10
-    return {"one layer's parameters and gradients": layer, "output layer": head + logits, "runtime": CONTEXT}
+    layer = {
+        "one layer's parameters and gradients": 3 * trained + (2 * one + 2 * trained if n > 1 else 0),
+        "working set of a layer": working,
+    }
+    # What is left for the last layer of backward: the segment that it is in, forward once more.
+    open_segment = 0
+    if c.segment_layers > 1:
+        there = s.layers - c.last_layers_on_gpu > 0 and c.offload != "none"
+        kept = 0 if there and c.offload == "inputs+attention" else kept_bytes(s)
+        open_segment = (c.segment_layers - 1) * ((0 if there else hidden_bytes(s)) + kept)
+    first = gradients if early else job.master * head / n
+    return [
+        {waits: stored, "gradients": gradients if early else 0.0, "output layer": gathered + 6 * head + logits},
+        {waits: stored, "gradients": first, "output layer": gathered} | layer,
+        {waits: open_segment * t, "gradients": gradients, "output layer": gathered} | layer,
+    ]
 
 
 def budget(job: Job, c: Choice, timed: bool = True) -> Budget:
-    s, m = job.shape, job.machine
     gpu, host_optimizer = states(job, c)
-    gpu |= fixed(job, c)
-    gpu_waiting, host_waiting = waiting(job, c)
-    if c.checkpoint == "none":
-        gpu["activations"] = job.local * s.layers * (34 * s.hidden + 2 * 2 * 4 * s.ffn + 12 * s.heads * s.head_dim)
-    else:
-        gpu["layer inputs and kept attention"] = gpu_waiting
-        gpu["working set of a layer"] = job.local * working_set(s, c)
-        gpu["pieces of a layer"] = chunk_bytes(s, c, job.local)
-    host = {"optimizer": host_optimizer * m.on_host, "layer inputs and kept attention": host_waiting * m.on_host}
+    gpu |= max(moments(job, c), key=lambda items: sum(items.values())) | {"runtime": CONTEXT}
+    on_host = job.machine.on_host
+    host = {"optimizer": host_optimizer * on_host}
+    if c.checkpoint != "none":
+        host["layer inputs and kept attention"] = waiting(job, c)[1] * on_host
     return Budget(gpu, {k: v for k, v in host.items() if v}, seconds(job, c) if timed else 0.0)
 
 

@@ -32,7 +32,7 @@ def table(job: Job, c: Choice, b: Budget, ok: bool, mode: str) -> str:
         f"rows of {job.tokens:,} tokens, "
         f"{job.local:,} on each of {job.sp} GPU{'s' if job.sp > 1 else ''} of a group, {m.gpus} in all",
         f"  {describe(c)}",
-        f"  {'one GPU':<44}{'GiB':>8}",
+        f"  {'one GPU, when most is there':<44}{'GiB':>8}",
     ]
     lines += [f"    {name:<42}{value / GiB:>8.1f}" for name, value in b.gpu.items() if value > 0]
     lines.append(f"    {'total':<42}{b.gpu_total / GiB:>8.1f}   of {m.gpu_bytes / GiB:.1f}, {MARGIN:.0%} of which may be planned")

@@ -15,6 +15,8 @@ from longfactory.data.module import Datasets
 from longfactory.model import adapters
 from longfactory.model.memory.auto import MemoryPlan, choose_memory, corrected, host_memory, user_keys
 from longfactory.model.memory.waiting import Activations
+from longfactory.plan.shapes import ModelShape
+from longfactory.train.reference import adapter_is_reference
 
 log = logging.getLogger("longfactory")
 
@@ -65,12 +67,13 @@ def plan_memory(
     longest = int(max(train.lengths)) if train is not None and hasattr(train, "lengths") else cfg.data.cutoff_len
     lora = cfg.method.finetuning_type == "lora"
     gpu = torch.cuda.get_device_properties(0) if cuda else None
+    held = reference_bytes(cfg, model_config, world if sharding == "fsdp2" else 1)
 
     def choose(split: bool) -> MemoryPlan:
         return choose_memory(
             model_config,
             longest * batch,
-            gpu_bytes=gpu.total_memory if gpu else 0,
+            gpu_bytes=gpu.total_memory - held if gpu else 0,
             host_bytes=host_memory(),
             gpu_name=gpu.name if gpu else "",
             world=world,
@@ -83,7 +86,7 @@ def plan_memory(
             lora=lora,
             head_trained=counts.head,
             split_master=split,
-            accumulates=int(cfg.trainer("gradient_accumulation_steps")) > 1,
+            accumulates=int(cfg.trainer("gradient_accumulation_steps")) > 1 or sharding == "deepspeed",
             user=user_keys(cfg.memory),
         )
 
@@ -95,6 +98,15 @@ def plan_memory(
         if other.fits or host:
             return Memory(other, True)
     return Memory(plan, False)
+
+
+def reference_bytes(cfg: RunConfig, model_config: Any, shards: int) -> int:
+    """Bytes a device of the second model that asft holds where there is no adapter to switch off; spread over `shards` devices."""
+    method = cfg.method
+    if method.stage != "sft" or not method.use_asft_loss or adapter_is_reference(method):
+        return 0
+    bits = (method.ref_model_quantization_bit if method.ref_model else cfg.model.quantization_bit) or (16 if cfg.hf.get("bf16") else 32)
+    return ModelShape.of(model_config).parameters * bits // 8 // shards
 
 
 class FitMemory(TrainerCallback):

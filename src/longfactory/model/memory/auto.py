@@ -77,7 +77,7 @@ def choose_memory(
         trainable, parameters: counts, where known. lora: the trained ones are adapters (a hundredth, if not counted).
         head_trained: whether the output layer is, where known.
         split_master: trained weights are bf16 with a 16-bit remainder (`SplitAdamW`), not fp32.
-        accumulates: a step has several micro-batches.
+        accumulates: as in `plan.model.Job`; buffers of DDP are seen here.
         user: keys that the user set, as in `plan.model.Choice`; they are kept.
     """
     user = dict(user or {})
@@ -93,7 +93,7 @@ def choose_memory(
             _settings(choice, 0), job, choice, Budget({}, {}, 0.0), True, "Memory plan: no GPU; layers are recomputed, attention is kept."
         )
     kind = machine(gpu_name, world, host_bytes, gpus_per_host, gpu_bytes)
-    job = Job(shape, kind, tokens, sp, sharded, 2 if split_master else 4, accumulates)
+    job = Job(shape, kind, tokens, sp, sharded, 2 if split_master else 4, accumulates or (world > 1 and not sharded))
     choice, budget, fits = choose(job, mode, HOST_SHARE, user)
     parked = budget.host.get("layer inputs and kept attention", 0.0) / kind.on_host
     # Sizes in the plan are estimates: a tenth more may be locked, within the share of the host.

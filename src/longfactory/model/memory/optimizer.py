@@ -26,20 +26,27 @@ import torch
 from torch import Tensor
 
 BLOCK = 1 << 24  # elements that travel together
-_INNER = (1 << 17) * torch.get_num_threads()  # elements computed together on the host: scratch that stays in each core's cache
+_INNER = (1 << 15) * torch.get_num_threads()  # elements computed together on the host: a core's share and its scratch stay in its cache
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 -> (bf16 rounded to nearest, int16 remainder)."""
+    weight, low = (torch.empty(master.shape, dtype=t, device=master.device) for t in (torch.bfloat16, torch.int16))
+    _split_into(weight, low, master, torch.empty_like(master, dtype=torch.int32))
+    return weight, low
+
+
+def _split_into(weight: Tensor, low: Tensor, master: Tensor, scratch: Tensor) -> None:
     bits = master.view(torch.int32)
-    high = (bits + 0x8000) >> 16
-    low = bits - (high << 16)
-    return high.to(torch.int16).view(torch.bfloat16), low.to(torch.int16)
+    high = torch.add(bits, 0x8000, out=scratch).bitwise_right_shift_(16)
+    weight.view(torch.int16).copy_(high)
+    low.copy_(bits)  # the lower 16 bits, with their sign, are the remainder: bits = (high << 16) + low
 
 
-def join(weight: Tensor, low: Tensor) -> Tensor:
-    """(bf16, int16) -> the fp32 master weight."""
-    return ((weight.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
+def join(weight: Tensor, low: Tensor, out: Tensor | None = None) -> Tensor:
+    """(bf16, int16) -> the fp32 master weight; in the memory of `out`, int32, if it is given."""
+    bits = torch.empty(weight.shape, dtype=torch.int32, device=weight.device) if out is None else out
+    return bits.copy_(weight.view(torch.int16)).bitwise_left_shift_(16).add_(low).view(torch.float32)
 
 
 def local(t: Tensor) -> Tensor:
@@ -286,19 +293,23 @@ class _Block:
 
     def update(self) -> None:
         """One AdamW step of tensors that are all on one device."""
-        n, inner = self.weight.numel(), _inner(self.weight)
+        if self.weight.device != self.m.device:  # CPU parameters with states elsewhere, or the reverse
+            raise RuntimeError(f"SplitAdamW: states are on {self.m.device}, the parameter is on {self.weight.device}.")
+        n = self.weight.numel()
+        inner = min(_inner(self.weight), n)
+        # Scratch is allocated once: fresh memory for each part would cost the host more than the update itself.
+        grads = torch.empty(inner, dtype=self.m.dtype, device=self.m.device)
+        wide, spare = torch.empty(2, inner if self.low is not None else 0, dtype=torch.int32, device=self.m.device)
         for a in range(0, n, inner):
             part = self.cut(a, a + inner)
-            grad = part.grad.to(part.m.dtype)
-            grad = grad if part.scale == 1.0 else grad * part.scale
-            if part.weight.device != part.m.device:  # CPU parameters with states elsewhere, or the reverse
-                raise RuntimeError(f"SplitAdamW: states are on {part.m.device}, the parameter is on {part.weight.device}.")
-            master = part.weight if part.low is None else join(part.weight, part.low)
+            here = len(part.weight)
+            grad = grads[:here].copy_(part.grad)
+            if part.scale != 1.0:
+                grad.mul_(part.scale)
+            master = part.weight if part.low is None else join(part.weight, part.low, wide[:here])
             _adamw(master, grad, part)
             if part.low is not None:
-                high, low = split(master)
-                part.weight.copy_(high)
-                part.low.copy_(low)
+                _split_into(part.weight, part.low, master, spare[:here])
 
 
 def _adamw(master: Tensor, grad: Tensor, part: _Block) -> None:
