@@ -1,4 +1,4 @@
-"""The entropy that the eaft loss reads, and losses that the output layer cannot serve."""
+"""The entropy that the eaft loss reads, and a loss that the output layer cannot serve."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ def test_entropy_is_made_only_where_it_is_asked_for() -> None:
 
 
 def test_a_loss_that_cannot_be_served_is_refused() -> None:
-    with pytest.raises(UserError, match="needs reference_kl, which the output layer does not make"):
-        TokenLogprobs(tiny_model(), None, TokenStage("asft", 0.1).needs)
+    with pytest.raises(UserError, match="needs curvature, which the output layer does not make"):
+        TokenLogprobs(tiny_model(), None, frozenset({"curvature", "top1"}))

@@ -1,4 +1,4 @@
-"""DPO, with a stored reference and with the adapter off, and reward models: DDP, FSDP2 and ZeRO-3 take the steps of one process."""
+"""DPO, KTO and asft, each with two sources of the reference, and reward models: DDP, FSDP2 and ZeRO take the steps of one process."""
 
 from __future__ import annotations
 
@@ -12,25 +12,54 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-CASES = ["stage=dpo tune=full sp=2", "stage=dpo tune=lora sp=2", "stage=rm tune=full sp=2"]
+CASES = [
+    "stage=dpo tune=full sp=2",
+    "stage=dpo tune=lora sp=2",
+    "stage=rm tune=full sp=2",
+    "stage=asft tune=full sp=2",
+    "stage=asft tune=lora sp=2",
+]
+# ZeRO-1 and 2 share their path with ZeRO-3 but for what they keep whole.
+QUICK = {s: list(CASES) for s in ("ddp", "fsdp2", "zero3")}
+QUICK["zero3"] += [
+    "sharding=zero1 stage=dpo tune=full sp=2",
+    "sharding=zero1 stage=kto tune=lora sp=2",
+    "sharding=zero1 stage=rm tune=full sp=2",
+    "sharding=zero2 stage=dpo tune=lora sp=2",
+    "sharding=zero2 stage=kto tune=full sp=2",
+    "sharding=zero2 stage=rm tune=full sp=2",
+]
+GRID = [f"stage={stage} tune={tune} sp={sp}" for stage in ("dpo", "kto", "rm", "asft") for tune in ("full", "lora") for sp in (1, 2, 4)]
+REST = {s: [c for c in GRID if c not in QUICK[s]] for s in QUICK}
+REST["zero3"] += [c for z in ("zero1", "zero2") for c in (f"sharding={z} {case}" for case in GRID) if c not in QUICK["zero3"]]
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2", "zero3"])
-def test_steps_equal_one_process(sharding: str, tmp_path: Path) -> None:
+def check(sharding: str, cases: list[str], path: Path) -> None:
     if sharding == "zero3":
         pytest.importorskip("deepspeed")
-    path = tmp_path / "results.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", str(HERE / "preference_worker.py")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([*command, sharding, str(path), *CASES], env=env, cwd=HERE, capture_output=True, text=True)
+    done = subprocess.run([*command, sharding, str(path), *cases], env=env, cwd=HERE, capture_output=True, text=True)
     assert path.exists(), done.stderr[-3000:]
     results = json.loads(path.read_text())
-    for case in CASES:
+    for case in cases:
         result = results.get(case, {"error": done.stderr[-3000:]})
         assert "error" not in result, f"{case}: {result['error']}"
-        assert result["moved"] > 1e-3, "the parameters did not move: the comparison would prove nothing"
+        assert result["moved"] > 1e-3, f"{case}: the parameters did not move: the comparison would prove nothing"
         for name in ("loss", "grad_norm", "param"):
             assert result[name] < 1e-5, f"{case}: {name} differs by {result[name]:.1e}"
-        if case.startswith("stage=dpo tune=full"):
+        if "stage=dpo tune=full" in case:
             assert result["first"] == pytest.approx(math.log(2), abs=1e-7)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("sharding", list(QUICK))
+def test_steps_equal_one_process(sharding: str, tmp_path: Path) -> None:
+    check(sharding, QUICK[sharding], tmp_path / "results.json")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("sharding", list(REST))
+def test_whole_grid(sharding: str, tmp_path: Path) -> None:
+    check(sharding, REST[sharding], tmp_path / "results.json")

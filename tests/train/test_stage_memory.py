@@ -1,4 +1,4 @@
-"""A preference step's memory has no term in vocabulary times length: counted tensor by tensor, not by the clock of an allocator."""
+"""A step with a reference has no memory term in vocabulary times length: counted by tensors, not by the clock of an allocator."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.sp import hf
 from longfactory.testing import tiny_model
 from longfactory.train.reference import as_reference
-from longfactory.train.stages import KTOStage, PreferenceStage, Stage
+from longfactory.train.stages import KTOStage, PreferenceStage, Stage, TokenStage
 
 CHUNK = 8
 
@@ -68,20 +68,36 @@ def peak(kind: str, stage: Stage, vocabulary: int, length: int) -> int:
     row = a_row(kind, length)
     plan = sp.plan(len(row), row.segments, ctx)
 
+    labels = row.labels[plan.index]
+
+    def forward() -> torch.Tensor:
+        return model(**hf.inputs({"input_ids": row.input_ids, "position_ids": row.position_ids}, plan)).logits
+
     def logps() -> torch.Tensor:
-        with head.labels(row.labels[plan.index]):
-            out = model(**hf.inputs({"input_ids": row.input_ids, "position_ids": row.position_ids}, plan))
-            return sp.gather(head.outputs(out.logits).logps, plan)
+        with head.labels(labels):
+            return sp.gather(head.outputs(forward()).logps, plan)
 
     with Peak() as memory:
         with as_reference(model, adapter_off=True):
-            reference = logps()
-        loss, _ = stage.loss_sum(TokenOutputs(logps(), reference=reference), row)
-        loss.backward()
+            if kind == "asft":
+                with head.hidden(labels) as result:
+                    forward()
+                    hidden = result()
+            else:
+                reference = logps()
+        if kind == "asft":
+            with head.labels(labels, hidden):
+                out = head.outputs(forward())
+        else:
+            out = TokenOutputs(logps(), reference=reference)
+        stage.loss_sum(out, row)[0].backward()
     return memory.peak
 
 
-@pytest.mark.parametrize(("kind", "stage"), [("dpo", PreferenceStage()), ("kto", KTOStage())], ids=["dpo", "kto"])
+STAGES = {"dpo": PreferenceStage(), "kto": KTOStage(), "asft": TokenStage("asft", 0.5)}
+
+
+@pytest.mark.parametrize(("kind", "stage"), STAGES.items(), ids=list(STAGES))
 def test_slope_over_length_does_not_know_the_vocabulary(kind: str, stage: Stage) -> None:
     # Lengths at which the peak is in the layers: below, the chunk itself is the peak and the slope is of another moment.
     peaks = {(v, n): peak(kind, stage, v, n) for v in (1024, 2048) for n in (1024, 1536)}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
 import math
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, Optional
 
 import pytest
 import torch
@@ -328,6 +332,49 @@ def test_token_losses(loss: str) -> None:
     assert_same(model, got, want)
     assert stage.count_items(row) == len(x)
     assert float(metrics["accuracy"][0]) == sum(every) and metrics["accuracy"][1] == len(every)
+    if loss == "asft":
+        assert float(metrics["kl"][0]) == pytest.approx(float(k.detach().sum()), rel=1e-12) and metrics["kl"][1] == len(x)
+
+
+def llamafactory_losses() -> dict[str, Any]:
+    """Functions of the installed package, run by themselves: it refuses to be imported beside this transformers."""
+    try:
+        source = Path(str(importlib.metadata.distribution("llamafactory").locate_file("llamafactory")))
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("llamafactory is not installed")
+    names = ("_dft_cross_entropy", "_asft_cross_entropy", "_kl_divergence", "_eaft_cross_entropy")
+    tree = ast.parse((source / "train" / "trainer_utils.py").read_text())
+    tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names]
+    assert len(tree.body) == len(names)
+    space: dict[str, Any] = {"torch": torch, "F": F, "Optional": Optional}
+    exec(compile(tree, "trainer_utils", "exec"), space)
+    return space
+
+
+@pytest.mark.parametrize("loss", ["dft", "asft", "eaft"])
+def test_token_losses_equal_llamafactory(loss: str) -> None:
+    """Its own code on logits, ours on what is made of the same logits: the mean over trained tokens, and the gradient."""
+    theirs = llamafactory_losses()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, VOCAB, (20,), generator=generator).tolist()
+    row = make_row([TokenizedDocument(ids, [IGNORE] * 7 + ids[7:])])
+    z, r = (2 * torch.randn(20, VOCAB, generator=generator, dtype=torch.float64) for _ in range(2))
+    z.requires_grad_()
+    want = {
+        "dft": lambda: theirs["_dft_cross_entropy"](z, row.labels),
+        "asft": lambda: theirs["_asft_cross_entropy"](z, row.labels, r, 0.4),
+        "eaft": lambda: theirs["_eaft_cross_entropy"](z, row.labels, alpha=0.4),
+    }[loss]()
+    lp, top = z.log_softmax(-1), z.detach().topk(20)[0].log_softmax(-1)
+    out = TokenOutputs(
+        lp.gather(1, row.labels.clamp(min=0)[:, None])[:, 0],
+        entropy=-(top.exp() * top).sum(-1),
+        reference_kl=(r.softmax(-1) * (r.log_softmax(-1) - lp)).sum(-1),
+    )
+    total, _ = TokenStage(loss, 0.4).loss_sum(out, row)
+    got = total / row.trained_tokens
+    assert float(got) == pytest.approx(float(want), rel=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(got, z)[0], torch.autograd.grad(want, z)[0], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("loss", ["asft", "eaft"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import CHOSEN, PROMPTS, REJECTED, kto_documents, naive, pair_row, s, smoothing
+from oracles import CHOSEN, PROMPTS, REJECTED, kto_documents, naive, pair_row, s, smoothing, whole
 from torch import Tensor
 
 from longfactory import sp
@@ -22,7 +22,7 @@ from longfactory.model.value_head import TokenValues
 from longfactory.sp import hf
 from longfactory.testing import run_ranks, tiny_model
 from longfactory.train import losses, reference
-from longfactory.train.stages import KTOStage, PreferenceStage, RewardStage, Stage
+from longfactory.train.stages import KTOStage, PreferenceStage, RewardStage, Stage, TokenStage
 
 SAMPLES = [0, 1, 2, 3]
 BETA, GAMMA, FTX = 0.2, 0.4, 0.3
@@ -39,12 +39,12 @@ def tiny(seed: int) -> Any:
     return model
 
 
-def policy() -> Any:
+def policy(head: bool = True) -> Any:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
-    config = LoraConfig(target_modules=["q_proj", "v_proj", "down_proj", "lm_head"], r=2, init_lora_weights=False)
-    return get_peft_model(tiny(1), config)
+    targets = ["q_proj", "v_proj", "down_proj"] + ["lm_head"] * head
+    return get_peft_model(tiny(1), LoraConfig(target_modules=targets, r=2, init_lora_weights=False))
 
 
 def other_model() -> Any:
@@ -226,3 +226,92 @@ def test_kto(size: int, mode: str, world: int, source: str) -> None:
 @pytest.mark.parametrize(("size", "mode", "world"), CASES)
 def test_reward_model(size: int, mode: str, world: int, shared: bool) -> None:
     check("rm", size, mode, world, shared, "none")
+
+
+# -- losses of a token -------------------------------------------------------------------------------------------------------------------
+
+ALPHA = 0.4
+TRAINED = {"full": lambda: tiny(1), "lora": lambda: policy(head=False), "lora on the head": policy}
+# What is trained, and what asft compares with.
+PAIRS = [("full", "reference model"), ("lora", "reference model")] + [(t, "adapter off") for t in ("lora", "lora on the head")]
+
+
+def token_losses_alone(tuning: str, source: str) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
+    """One process, one document at a time, whole logits."""
+    model = TRAINED[tuning]()
+    other = model if source == "adapter off" else other_model()
+    sums: dict[str, Tensor] = {}
+    for i in SAMPLES:
+        ids, answer = torch.tensor([PROMPTS[i] + CHOSEN[i]]), torch.tensor(CHOSEN[i])
+        log_p = model(input_ids=ids).logits[0, -len(answer) - 1 : -1].log_softmax(-1)
+        with reference.as_reference(other, adapter_off=source == "adapter off"):
+            log_q = other(input_ids=ids).logits[0, -len(answer) - 1 : -1].log_softmax(-1)
+        x = log_p.gather(1, answer[:, None])[:, 0]
+        top = log_p.detach().topk(20).values.log_softmax(-1)
+        each = {
+            "nll": -x,
+            "dft": -x * x.detach().exp(),
+            "asft": -x * x.detach().exp() + ALPHA * (log_q.exp() * (log_q - log_p)).sum(-1),
+            "eaft": -x * (-(top.exp() * top).sum(-1) / 3) ** ALPHA,
+        }
+        for name, values in each.items():
+            sums[name] = sums.get(name, torch.zeros(())) + values.sum()
+    return {name: (loss.detach(), gradient(loss, model)) for name, loss in sums.items()}
+
+
+def token_losses_on_ranks(tuning: str, source: str, size: int, mode: str) -> dict[str, tuple[float, dict[str, Tensor], float]]:
+    """Through the trainer's own code: loss and gradient as each rank differentiates them, averaged; and the metric kl."""
+    import types
+
+    import torch.distributed as dist
+
+    from longfactory.train.trainer import RowTrainer
+
+    ctx = sp.SequenceParallel.create(size, mode=mode)
+    mine = SAMPLES if ctx.dp_size == 1 else [SAMPLES[:3], SAMPLES[3:]][ctx.dp_rank]
+    row = make_row([whole(PROMPTS[i], CHOSEN[i], sample=i) for i in mine]).padded(sp.alignment(ctx), 0)
+    model = TRAINED[tuning]()
+    hf.prepare(model, ctx)
+
+    def total(x: Tensor) -> Tensor:
+        x = x.detach().clone()
+        if ctx.dp_size > 1:
+            dist.all_reduce(x, group=ctx.dp_group)
+        return x
+
+    results = {}
+    head = TokenLogprobs(model, chunk=5, needs=frozenset({"entropy"}))
+    other = None
+    if source == "reference model":
+        second = other_model()
+        hf.prepare(second, ctx)
+        other = (second, TokenLogprobs(second, chunk=5))
+    trainer = types.SimpleNamespace(
+        ctx=ctx, head=head, args=types.SimpleNamespace(device=torch.device("cpu")), reference_model=other,
+        reference_by_adapter=other is None, _sum_over_groups=total,
+    )  # fmt: skip
+    for name in ("_model_inputs", "token_outputs", "reference_hidden", "_outputs_with_reference"):
+        setattr(trainer, name, types.MethodType(getattr(RowTrainer, name), trainer))
+    for loss in ("nll", "dft", "asft", "eaft"):
+        trainer.stage = TokenStage(loss, ALPHA)
+        value, metrics = RowTrainer.stage_loss(trainer, model, row)
+        grads = gradient(ctx.dp_size * value, model)
+        for g in grads.values():
+            dist.all_reduce(g)
+            g /= ctx.size * ctx.dp_size
+        results[loss] = (float(total(value)), grads, float(total(metrics["kl"][0])) if loss == "asft" else 0.0)
+    return results
+
+
+@pytest.mark.parametrize(("tuning", "source"), PAIRS)
+@pytest.mark.parametrize(("size", "mode", "world"), CASES)
+def test_losses_of_a_token(size: int, mode: str, world: int, tuning: str, source: str) -> None:
+    want = token_losses_alone(tuning, source)
+    got = run_ranks(world, token_losses_on_ranks, tuning, source, size, mode)[0]
+    assert got["asft"][2] > 1e-3
+    assert ALPHA * got["asft"][2] == pytest.approx(float(want["asft"][0] - want["dft"][0]), rel=1e-9)
+    for name, (loss, grads) in want.items():
+        assert got[name][0] == pytest.approx(float(loss), rel=1e-9, abs=1e-9), name
+        assert max(float(g.abs().max()) for g in grads.values()) > 1e-3
+        for n, g in grads.items():
+            torch.testing.assert_close(got[name][1][n], g, rtol=1e-9, atol=1e-9, msg=lambda m, name=name, n=n: f"{name}, {n}: {m}")

@@ -92,6 +92,8 @@ def _method(cfg: RunConfig) -> Iterator[str]:
     losses = [name for name in ("use_dft_loss", "use_asft_loss", "use_eaft_loss") if getattr(m, name)]
     if len(losses) > 1:
         yield f"{' and '.join(losses)} were given. A run has one loss: keep one."
+    if m.stage == "sft" and m.use_asft_loss:
+        yield from _asft(cfg)
     predicts = cfg.trainer("predict_with_generate")
     if predicts and m.stage != "sft":
         yield f"predict_with_generate is for stage: sft; this run's stage is {m.stage}. Leave it out."
@@ -112,6 +114,23 @@ def _method(cfg: RunConfig) -> Iterator[str]:
     steps, strategy = cfg.trainer("eval_steps"), cfg.trainer("eval_strategy")
     if strategy == "steps" and steps is not None and steps <= 0:
         yield f"eval_steps: {steps:g} was given, a number above 0 is needed."
+
+
+def _asft(cfg: RunConfig) -> Iterator[str]:
+    """What the reference of asft cannot be."""
+    m = cfg.method
+    if m.precompute_ref_log_probs:
+        yield (
+            "precompute_ref_log_probs keeps one number a document, and use_asft_loss compares with the reference's whole distribution at "
+            "every token. Leave precompute_ref_log_probs out."
+        )
+    if m.ref_model is not None or (m.finetuning_type == "lora" and not m.pissa_init):
+        return  # a model by itself, or the model without its adapter
+    if cfg.model.train_from_scratch:
+        yield (
+            "use_asft_loss compares with the model from which training starts, and train_from_scratch makes random weights that cannot be "
+            "read again. Name a ref_model, or use finetuning_type: lora."
+        )
 
 
 def _memory(cfg: RunConfig) -> Iterator[str]:
@@ -239,7 +258,9 @@ def extras(cfg: RunConfig) -> Iterator[str]:
 def idle(cfg: RunConfig, given: set[str]) -> list[str]:
     """Keys that were given and that this stage or method never reads, in a sentence each."""
     stage, kind = cfg.method.stage, cfg.method.finetuning_type
-    reference = stage == "kto" or (stage == "dpo" and cfg.method.pref_loss not in REFERENCE_FREE) or cfg.method.use_asft_loss
+    reference = (
+        stage == "kto" or (stage == "dpo" and cfg.method.pref_loss not in REFERENCE_FREE) or (stage == "sft" and cfg.method.use_asft_loss)
+    )
     rules: list[tuple[Callable[[str], bool], bool, str]] = [
         (lambda k: k in ("pref_beta", "pref_ftx", "pref_share_prompt"), stage in ("dpo", "kto", "rm"), f"stage is {stage}"),
         (lambda k: k in ("pref_loss", "pref_bco_weight", "dpo_label_smoothing", "ld_alpha"), stage == "dpo", f"stage is {stage}"),
@@ -252,6 +273,8 @@ def idle(cfg: RunConfig, given: set[str]) -> list[str]:
             stage == "sft",
             f"stage is {stage}",
         ),
+        (lambda k: k == "asft_alpha", cfg.method.use_asft_loss or stage != "sft", "it is read by use_asft_loss alone"),
+        (lambda k: k == "eaft_alpha", cfg.method.use_eaft_loss or stage != "sft", "it is read by use_eaft_loss alone"),
         (lambda k: k == "compute_accuracy", stage in ("pt", "sft"), f"stage is {stage}"),
         (lambda k: k.startswith(("lora_", "pissa_", "loraplus_")), kind == "lora", f"finetuning_type is {kind}"),
         (lambda k: k == "additional_target", kind == "lora", f"finetuning_type is {kind}"),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -62,8 +62,24 @@ def logit_transform(config: Any) -> LogitTransform:
     return LogitTransform(scale, getattr(text, "final_logit_softcapping", None))
 
 
+@dataclasses.dataclass(frozen=True)
+class ReferenceHidden:
+    """The reference's next-token distributions at a rank's trained tokens, not yet multiplied out.
+
+    `hidden` is what its output layer was given there, [N, H'] (one row where nothing is trained); `head` turns it into logits.
+    """
+
+    hidden: Tensor
+    head: TokenLogprobs
+
+
+# A slice of the trained tokens -> the reference's logits there, [n, V], a buffer that may be overwritten.
+_LogitsOf = Callable[[slice], Tensor]
+
+
 class _ChunkedLogps(torch.autograd.Function):
-    """[T, H] hidden, [V, H] weight, [N] labels -> [N] log-probabilities in fp32 (fp64 for fp64), [N] whether the label is the top token.
+    """[T, H] hidden, [V, H] weight, [N] labels -> [N] log-probabilities in fp32 (fp64 for fp64), [N] whether the label is the top token,
+    and with a `reference` [N] KL(reference || policy), else None.
 
     `rows` [N] are the rows of the hidden states that have a label, None for all: they are picked a chunk at a time, without a copy of all.
     """
@@ -79,11 +95,13 @@ class _ChunkedLogps(torch.autograd.Function):
         transform: LogitTransform,
         chunk: int,
         grad_dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
+        reference: _LogitsOf | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         wide = torch.float64 if h.dtype == torch.float64 else torch.float32
         logps = torch.empty(labels.shape[0], dtype=wide, device=h.device)
         lse = torch.empty_like(logps)
         top1 = torch.empty(labels.shape[0], dtype=torch.bool, device=h.device)
+        kl, reference_lse = (torch.empty_like(logps), torch.empty_like(logps)) if reference is not None else (None, None)
         for i in range(0, labels.shape[0], chunk):
             s = slice(i, i + chunk)
             z = transform(F.linear(h[s] if rows is None else h[rows[s]], weight, bias).to(wide))
@@ -91,15 +109,23 @@ class _ChunkedLogps(torch.autograd.Function):
             lse[s] = z.logsumexp(1)
             logps[s] = label - lse[s]
             top1[s] = label >= z.amax(1)
+            if reference is not None and kl is not None and reference_lse is not None:
+                r = reference(s)
+                reference_lse[s] = r.logsumexp(1)
+                # Logarithms first, then their difference: where both distributions are the same, it is 0 and not a rounding error.
+                r -= reference_lse[s, None]
+                z.sub_(lse[s, None]).neg_().add_(r)
+                kl[s] = r.exp_().mul_(z).sum(1)
+                del r
             del z
-        ctx.save_for_backward(h, weight, bias, labels, lse, rows)
-        ctx.transform, ctx.chunk, ctx.grad_dtype = transform, chunk, grad_dtype
+        ctx.save_for_backward(h, weight, bias, labels, lse, rows, reference_lse)
+        ctx.transform, ctx.chunk, ctx.grad_dtype, ctx.reference = transform, chunk, grad_dtype, reference
         ctx.mark_non_differentiable(top1)
-        return logps, top1
+        return logps, top1, kl
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        h, weight, bias, labels, lse, rows = ctx.saved_tensors
+    def backward(ctx: Any, g: Tensor, _: Tensor | None, g_kl: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        h, weight, bias, labels, lse, rows, reference_lse = ctx.saved_tensors
         transform, wide = ctx.transform, lse.dtype
         needs_h, needs_w, needs_b = ctx.needs_input_grad[:3]
         gh = (torch.empty_like(h) if rows is None else torch.zeros_like(h)) if needs_h else None
@@ -117,10 +143,18 @@ class _ChunkedLogps(torch.autograd.Function):
                 slope = transform.scale * (1 - t * t)
             elif transform.scale != 1.0:
                 z = z * transform.scale
+            p = z.sub_(lse[s, None]).exp_()
+            q = None
+            if ctx.reference is not None and g_kl is not None:
+                # d KL / dz = softmax(z) - softmax(r)
+                q = ctx.reference(s).sub_(reference_lse[s, None]).exp_().neg_().add_(p)
+                q *= g_kl[s, None]
             # d logp / dz = onehot(label) - softmax(z)
-            p = z.sub_(lse[s, None]).exp_().neg_()
-            p.scatter_add_(1, labels[s, None], torch.ones_like(lse[s, None]))
+            p.neg_().scatter_add_(1, labels[s, None], torch.ones_like(lse[s, None]))
             p *= g[s, None]
+            if q is not None:
+                p += q
+                del q
             if transform.softcap or transform.scale != 1.0:
                 p *= slope
             if gb is not None:
@@ -137,12 +171,13 @@ class _ChunkedLogps(torch.autograd.Function):
             gh,
             gw.to(ctx.grad_dtype) if gw is not None else None,
             gb.to(ctx.grad_dtype) if gb is not None else None,
-            None,
-            None,
-            None,
-            None,
-            None,
+            *(None,) * 6,
         )
+
+
+def _wide(transform: LogitTransform, z: Tensor) -> Tensor:
+    """Logits of the output layer -> the model's logits, in fp32 (fp64 for fp64)."""
+    return transform(z.to(torch.float64 if z.dtype == torch.float64 else torch.float32))
 
 
 def _mm_wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -168,11 +203,8 @@ class TokenLogprobs:
     """
 
     def __init__(self, model: Any, chunk: int | None = None, needs: frozenset[str] = frozenset()):
-        if unknown := sorted(needs - {"top1", "entropy"}):
-            raise UserError(
-                f"This loss needs {', '.join(unknown)}, which the output layer does not make: use_asft_loss compares whole distributions "
-                "with the reference's. Use use_dft_loss, which is asft without that term."
-            )
+        if unknown := sorted(needs - {"top1", "entropy", "reference_kl"}):
+            raise UserError(f"This loss needs {', '.join(unknown)}, which the output layer does not make.")
         self.needs = needs
         head = model.get_output_embeddings()
         if head is None:
@@ -187,6 +219,9 @@ class TokenLogprobs:
         self._plain = type(head) is nn.Linear
         self._labels: Tensor | None = None
         self._trained: Tensor | None = None
+        self._reference: ReferenceHidden | None = None
+        self._picked: Tensor | None = None  # what the layer was given at the trained tokens, while `hidden` is open
+        self._picking = False
         self._out: TokenOutputs | None = None
         self._logits_too = False
         head.forward = self._fused
@@ -198,19 +233,43 @@ class TokenLogprobs:
             self.head.forward = self._forward
 
     @contextlib.contextmanager
-    def labels(self, labels: Tensor) -> Iterator[TokenLogprobs]:
+    def labels(self, labels: Tensor, reference: ReferenceHidden | None = None) -> Iterator[TokenLogprobs]:
         """While open, a forward of the model computes the log-probabilities of `labels`.
 
         Args:
             labels: [T] on the host, -100 where nothing is predicted. On the host so that the trained positions are known without
                 waiting for the device; untrained positions then cost nothing.
+            reference: of a forward on the same tokens and labels (`hidden`); the outputs then have `reference_kl`. Where it is this
+                very head's, the reference is the layer without its adapter.
         """
         trained = torch.nonzero(labels >= 0)[:, 0]
-        self._trained, self._labels, self._out = trained, labels[trained], None
+        if reference is not None and reference.hidden.shape[0] != max(1, trained.numel()):
+            raise RuntimeError(f"The reference has hidden states of {reference.hidden.shape[0]} tokens, the labels {trained.numel()}.")
+        self._trained, self._labels, self._out, self._reference = trained, labels[trained], None, reference
         try:
             yield self
         finally:
-            self._trained = self._labels = self._out = None
+            self._trained = self._labels = self._out = self._reference = None
+
+    @contextlib.contextmanager
+    def hidden(self, labels: Tensor) -> Iterator[Callable[[], ReferenceHidden]]:
+        """While open, a forward of the model stops before its output layer; the function given then says what the layer was given.
+
+        Args:
+            labels: as in `labels`.
+        """
+
+        def result() -> ReferenceHidden:
+            if self._picked is None:
+                raise RuntimeError("The model's forward did not call its output layer.")
+            return ReferenceHidden(self._picked, self)
+
+        self._picking = True
+        try:
+            with self.labels(labels):
+                yield result
+        finally:
+            self._picking, self._picked = False, None
 
     def outputs(self, model_logits: Tensor | None = None) -> TokenOutputs:
         """The result of the last forward: [T] log-probabilities (0 where nothing is predicted) and whether each label was the top token.
@@ -235,23 +294,33 @@ class TokenLogprobs:
             # A rank without a trained token still takes part in the graph and in every collective of the layer: one token, weight zero.
             trained, labels = trained.new_zeros(1), labels.new_zeros(1)
         trained = trained.to(h.device, non_blocking=True)
+        if self._picking:
+            self._picked = h.detach().index_select(0, trained)
+            return h.new_zeros(*hidden.shape[:-1], 1)
         labels = labels.to(h.device, non_blocking=True)
-        logps, top1 = self._logps(h, labels, None if trained.numel() == h.shape[0] else trained)
+        logps, top1, kl = self._logps(h, labels, None if trained.numel() == h.shape[0] else trained)
         if nothing:
             logps = logps * 0.0
             top1 = torch.zeros_like(top1)
+            kl = None if kl is None else kl * 0.0
         full = logps.new_zeros(h.shape[0]).index_copy(0, trained, logps)
         entropy = None
         if "entropy" in self.needs:
             entropy = full.new_zeros(h.shape[0]).index_copy(0, trained, self._entropy(h.detach().index_select(0, trained)).to(full.dtype))
-        self._out = TokenOutputs(logps=full, top1=top1.new_zeros(h.shape[0]).index_copy(0, trained, top1), entropy=entropy)
+        self._out = TokenOutputs(
+            logps=full,
+            top1=top1.new_zeros(h.shape[0]).index_copy(0, trained, top1),
+            entropy=entropy,
+            reference_kl=None if kl is None else kl.new_zeros(h.shape[0]).index_copy(0, trained, kl),
+        )
         if self._logits_too:
             return self._forward(hidden, *args, **kwargs)
         return full.view(*hidden.shape[:-1], 1)
 
-    def _logps(self, h: Tensor, labels: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        vocab = self._vocabulary()
-        chunk = self.chunk or max(128, CHUNK_NUMBERS // vocab)
+    def _logps(self, h: Tensor, labels: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        chunk = self.chunk or max(128, CHUNK_NUMBERS // self._vocabulary())
+        if self._reference is not None and self.chunk is None:
+            chunk = -(-chunk // 2)  # two distributions at once, in the memory of one
         if self._plain:
             weight, bias = self.head.weight, self.head.bias
             dtype = weight.dtype
@@ -261,21 +330,62 @@ class TokenLogprobs:
                 h, weight, bias = h.to(low), weight.to(low), None if bias is None else bias.to(low)
             elif h.dtype != dtype:
                 h = h.to(dtype)
+            reference = self._reference_logits(weight, bias)
             with torch.autocast(h.device.type, enabled=False):
-                return _ChunkedLogps.apply(h, weight, bias, labels, rows, self.transform, chunk, weight.dtype)
+                return _ChunkedLogps.apply(h, weight, bias, labels, rows, self.transform, chunk, weight.dtype, reference)
         # LoRA on the head, modules_to_save, quantised weights: the layer's own forward, a chunk at a time, recomputed in the backward.
         h = h if rows is None else h.index_select(0, rows)
+        reference = self._reference_logits()
         parts = [
-            checkpoint(self._generic, h[i : i + chunk], labels[i : i + chunk], use_reentrant=False, preserve_rng_state=True)
-            for i in range(0, h.shape[0], chunk)
+            checkpoint(self._generic, h[s], labels[s], s, reference, use_reentrant=False, preserve_rng_state=True)
+            for s in (slice(i, i + chunk) for i in range(0, h.shape[0], chunk))
         ]
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        kl = None if reference is None else torch.cat([p[2] for p in parts])
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), kl
 
-    def _generic(self, h: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        z = self._forward(h)
-        z = self.transform(z.to(torch.float64 if z.dtype == torch.float64 else torch.float32))
-        label = z.gather(1, labels[:, None])[:, 0]
-        return label - z.logsumexp(1), label.detach() >= z.detach().amax(1)
+    def _generic(self, h: Tensor, labels: Tensor, s: slice, reference: _LogitsOf | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        z = _wide(self.transform, self._forward(h))
+        label, lse = z.gather(1, labels[:, None])[:, 0], z.logsumexp(1)
+        kl = None
+        if reference is not None:
+            with torch.no_grad():
+                r = reference(s)
+                r -= r.logsumexp(1, keepdim=True)
+            kl = (r.exp() * (r - (z - lse[:, None]))).sum(1)
+        return label - lse, label.detach() >= z.detach().amax(1), kl
+
+    def _reference_logits(self, weight: Tensor | None = None, bias: Tensor | None = None) -> _LogitsOf | None:
+        """The reference's logits of some trained tokens, made anew at each call: in the forward and again in the backward.
+
+        Args:
+            weight, bias: this layer's, as the policy uses them: those of the reference too, where it is the same model.
+        """
+        if self._reference is None:
+            return None
+        hidden, head = self._reference.hidden, self._reference.head
+        if head is not self or weight is None:
+            weight, bias = (head.head.weight, head.head.bias) if head._plain else (None, None)
+            if weight is not None and torch.is_autocast_enabled(hidden.device.type):
+                low = torch.get_autocast_dtype(hidden.device.type)
+                weight, bias = weight.to(low), None if bias is None else bias.to(low)
+        if weight is not None:
+            hidden = hidden.to(weight.dtype)
+        layer = head._without_adapter() if weight is None else None
+
+        @torch.no_grad()
+        def logits(s: slice) -> Tensor:
+            z = F.linear(hidden[s], weight, bias) if weight is not None else layer(hidden[s])  # type: ignore[misc]
+            return _wide(head.transform, z)
+
+        return logits
+
+    def _without_adapter(self) -> Callable[[Tensor], Tensor]:
+        """The forward of the layer that PEFT wrapped, or the layer's own."""
+        for name in ("base_layer", "original_module"):
+            inner = getattr(self.head, name, None)
+            if isinstance(inner, nn.Module):
+                return inner
+        return self._forward
 
     @torch.no_grad()
     def _entropy(self, h: Tensor) -> Tensor:
@@ -283,8 +393,7 @@ class TokenLogprobs:
         chunk = self.chunk or max(128, CHUNK_NUMBERS // self._vocabulary())
         parts = []
         for part in h.split(chunk):
-            z = self._forward(part)
-            z = self.transform(z.to(torch.float64 if z.dtype == torch.float64 else torch.float32))
+            z = _wide(self.transform, self._forward(part))
             top = z.topk(min(20, z.shape[1])).values.log_softmax(1)
             parts.append(-(top.exp() * top).sum(1))
         return torch.cat(parts)

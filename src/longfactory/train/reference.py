@@ -31,6 +31,14 @@ ROLES = ("chosen", "rejected", "kl")
 # -- where the numbers come from ----------------------------------------------------------------------------------------------------------
 
 
+def adapter_is_reference(method: Any) -> bool:
+    """Whether the reference is the trained model with its adapter off.
+
+    Not with PiSSA, which moves a part of the weights into the adapter: without it the model is not the one that training starts from.
+    """
+    return method.finetuning_type == "lora" and method.ref_model is None and not method.pissa_init
+
+
 def check_reference(policy: Any, reference: Any) -> None:
     """Compares the transformers configurations of the policy and of a reference model.
 

@@ -66,7 +66,6 @@ class Stage(Protocol):
         """
         ...
 
-
     def state_dict(self) -> dict[str, list[float]]:
         """What the stage has learnt of the run so far, for a checkpoint; the same on every rank."""
         ...
@@ -96,8 +95,9 @@ def _sum(x: Tensor) -> Tensor:
 class TokenStage(Stateless):
     """Pretraining and supervised fine-tuning. An item is a trained token.
 
-    `loss` is one of nll: -logp; dft: -p logp with p constant (arXiv 2508.05629); asft: dft + alpha KL(reference || policy)
-    (arXiv 2509.23753); eaft: -(H/3)^alpha logp, H the entropy of the 20 most probable tokens (as in LLaMA-Factory).
+    `loss` is one of nll: -logp; dft: -p logp with p constant (arXiv 2508.05629); asft: dft + alpha KL(reference || policy) over the
+    vocabulary, as LLaMA-Factory defines it (arXiv 2509.23753); eaft: -(H/3)^alpha logp, H the entropy of the 20 most probable tokens (as
+    in LLaMA-Factory).
     """
 
     loss: Literal["nll", "dft", "asft", "eaft"] = "nll"
@@ -129,14 +129,15 @@ class TokenStage(Stateless):
         if missing:
             raise UserError(f"The {self.loss} loss needs {', '.join(missing)} from the output layer, which did not make it.")
         trained = row.labels != IGNORE
+        metrics: Metrics = {}
         losses_ = -out.logps
         if self.loss in ("dft", "asft"):
             losses_ = losses_ * out.logps.detach().exp()
         if self.loss == "asft" and out.reference_kl is not None:
             losses_ = losses_ + self.alpha * out.reference_kl
+            metrics["kl"] = (_sum(torch.where(trained, out.reference_kl, 0.0)), float(row.trained_tokens))
         if self.loss == "eaft" and out.entropy is not None:
             losses_ = losses_ * (out.entropy.detach() / 3.0) ** self.alpha
-        metrics: Metrics = {}
         if self.accuracy and out.top1 is not None:
             metrics["accuracy"] = (_sum(out.top1 & trained), float(row.trained_tokens))
         return torch.where(trained, losses_, torch.zeros_like(losses_)).sum(dtype=torch.float64), metrics

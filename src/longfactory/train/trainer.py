@@ -27,6 +27,7 @@ from longfactory.data.row import Row
 from longfactory.errors import UserError
 from longfactory.model.memory.optimizer import SplitAdamW
 from longfactory.model.outputs import TokenOutputs
+from longfactory.model.token_logprobs import ReferenceHidden, TokenLogprobs
 from longfactory.shard import export, optimizer_states
 from longfactory.sp import hf
 from longfactory.train.loader import Collate, RowSampler, empty_row, make_loader
@@ -76,6 +77,8 @@ class RowTrainer(Trainer):
         # By data set: the reference's log-probabilities, computed before training; and whether the adapter is switched off to get them.
         self.reference_caches: dict[int, ReferenceCache] = {}
         self.reference_by_adapter = False
+        # A second model and its output layer, held during training by a loss that compares whole distributions.
+        self.reference_model: tuple[nn.Module, TokenLogprobs] | None = None
         self._train_metrics, self._eval_metrics = MetricSums(), MetricSums()
         super().__init__(model, args, **kwargs)
         # transformers before 5.19 has no loss_is_scaled_for_ga; it does not divide where the model takes the count itself.
@@ -151,13 +154,20 @@ class RowTrainer(Trainer):
 
     # ---- loss -----------------------------------------------------------------------------------------------------------------------
 
-    def token_outputs(self, model: nn.Module, row: Row) -> TokenOutputs:
-        """[T] log-probabilities of the whole row (or values), the same on every rank of the group. `row` is on the host."""
+    def _model_inputs(self, row: Row) -> tuple[sp.RowPlan, dict[str, Any]]:
+        """Where this rank's tokens of a row (on the host) are, and the model's keyword arguments for them."""
         plan = sp.plan(len(row), row.segments, self.ctx)
-        device = self.args.device
-        ids, positions = (x.to(device, non_blocking=True) for x in (row.input_ids, row.position_ids))
-        inputs = hf.inputs({"input_ids": ids, "position_ids": positions}, plan)
-        with self.head.labels(row.labels[plan.index]):
+        ids, positions = (x.to(self.args.device, non_blocking=True) for x in (row.input_ids, row.position_ids))
+        return plan, hf.inputs({"input_ids": ids, "position_ids": positions}, plan)
+
+    def token_outputs(self, model: nn.Module, row: Row, reference: ReferenceHidden | None = None) -> TokenOutputs:
+        """[T] log-probabilities of the whole row (or values), the same on every rank of the group. `row` is on the host.
+
+        `reference`: of this row (`reference_hidden`), for a stage that needs `reference_kl`.
+        """
+        plan, inputs = self._model_inputs(row)
+        labels = row.labels[plan.index]
+        with self.head.labels(labels) if reference is None else self.head.labels(labels, reference):
             out = model(**inputs)
             local = self.head.outputs(out.logits)
         gathered = {
@@ -167,16 +177,30 @@ class RowTrainer(Trainer):
         }
         return TokenOutputs(**gathered)
 
+    def reference_hidden(self, model: nn.Module, head: TokenLogprobs, row: Row) -> ReferenceHidden:
+        """What a reference's output layer is given for this rank's trained tokens of a row, under `as_reference`."""
+        plan, inputs = self._model_inputs(row)
+        with head.hidden(row.labels[plan.index]) as result:
+            model(**inputs)
+            return result()
+
+    def _outputs_with_reference(self, model: nn.Module, row: Row) -> TokenOutputs:
+        if "reference_kl" in self.stage.needs:
+            if self.reference_model is None and not self.reference_by_adapter:
+                raise RuntimeError("The loss compares with a reference, and attach_reference was not called.")
+            other, head = self.reference_model or (model, self.head)
+            with as_reference(other, adapter_off=self.reference_by_adapter):
+                hidden = self.reference_hidden(other, head, row)
+            return self.token_outputs(model, row, hidden)
+        if not self.reference_by_adapter:
+            return self.token_outputs(model, row)
+        with as_reference(model, adapter_off=True):
+            reference = self.token_outputs(model, row).logps
+        return dataclasses.replace(self.token_outputs(model, row), reference=reference)
+
     def stage_loss(self, model: nn.Module, row: Row) -> tuple[Tensor, Metrics]:
         """Sum of the loss over this group's items, in float64, and the stage's metrics."""
-        reference = None
-        if self.reference_by_adapter:
-            with as_reference(model, adapter_off=True):
-                reference = self.token_outputs(model, row).logps
-        outputs = self.token_outputs(model, row)
-        if reference is not None:
-            outputs = dataclasses.replace(outputs, reference=reference)
-        ctx = self.ctx
+        outputs, ctx = self._outputs_with_reference(model, row), self.ctx
         loss_sum, metrics = self.stage.loss_sum(
             outputs, row.to(self.args.device), dp_sum=self._sum_over_groups, dp_rank=ctx.dp_rank, dp_size=ctx.dp_size
         )

@@ -119,6 +119,11 @@ def verify(cfg: RunConfig, *, rows: int = ROWS, tokens: int = TOKENS) -> Report:
     """
     if cfg.method.finetuning_type == "lora" and cfg.model.quantization_bit:
         raise UserError("verify compares in full precision; quantised weights are rounded anew in each pass. Leave quantization_bit out.")
+    if cfg.method.stage == "sft" and cfg.method.use_asft_loss:
+        raise UserError(
+            "verify compares log-probabilities of labels, and use_asft_loss also needs whole distributions of a reference. Verify the run "
+            "with use_asft_loss=false use_dft_loss=true: the same passes through the same model."
+        )
     report: list[Report] = []
     with tempfile.TemporaryDirectory(prefix="longfactory-verify-") as folder:
         run = assemble(quiet(cfg, folder), compares=True)

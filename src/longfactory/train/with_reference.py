@@ -1,11 +1,17 @@
-"""Gives a preference run its reference: the adapter switched off, or numbers computed once before the first step and kept on disk.
+"""Gives a run its reference: the adapter switched off, or numbers computed once before the first step and kept on disk.
 
 Without `ref_model` the reference is the model as it is before the first step, so the pass is made with the very model that is trained,
 wrapped and sharded as it is: no second model is ever held. With `ref_model` that model is loaded for the pass and dropped.
+
+asft compares distributions over the whole vocabulary, of which no number a document is left to keep: where no adapter can be switched
+off, a second model is held beside the trained one.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import dataclasses
 import functools
 import hashlib
 import os
@@ -15,12 +21,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from longfactory.data.module import cache_root
 from longfactory.data.row import Row
 from longfactory.errors import UserError
 from longfactory.model import adapters, load
+from longfactory.model.memory.apply import apply_memory
+from longfactory.model.memory.checkpointed import CheckpointedLayer
 from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.sp import hf
 from longfactory.train import reference
@@ -33,11 +41,14 @@ def attach_reference(trainer: RowTrainer, cfg: Any) -> None:
     Raises:
         UserError: the run resumes and the numbers of its beginning are gone; or the reference model does not fit.
     """
+    by_adapter = reference.adapter_is_reference(cfg.method)
+    if "reference_kl" in trainer.stage.needs:
+        trainer.reference_by_adapter = by_adapter
+        trainer.reference_model = None if by_adapter else load_reference(trainer, cfg)
+        return
     if not trainer.stage.needs_reference:
         return
     reference.disable_dropout(trainer.model_wrapped)
-    # PiSSA moves a part of the weights into the adapter: without it the model is not the one that training starts from, with it, it is.
-    by_adapter = cfg.method.finetuning_type == "lora" and cfg.method.ref_model is None and not cfg.method.pissa_init
     if by_adapter and not cfg.method.precompute_ref_log_probs:
         trainer.reference_by_adapter = True
         return
@@ -151,38 +162,8 @@ def _weights(cfg: Any, name: str, config: str, config_only: bool = False) -> str
 
 
 def _other_model(trainer: RowTrainer, cfg: Any) -> tuple[Callable[[Row], Tensor], Callable[[], None]]:
-    """`ref_model` for one pass: sharded like the policy where that is sharded by FSDP2, else whole on each device."""
-    import copy
-    import dataclasses
-
-    args = trainer.args
-    named = dataclasses.replace(
-        cfg.model,
-        model_name_or_path=cfg.method.ref_model,
-        adapter_name_or_path=cfg.method.ref_model_adapters,
-        quantization_bit=cfg.method.ref_model_quantization_bit,
-        train_from_scratch=False,
-    )
-    config = load.load_config(named, cfg.data.cutoff_len)
-    reference.check_reference(trainer.accelerator.unwrap_model(trainer.model_wrapped).config, config)
-    dtype = load.compute_dtype(args)
-    model = load.load_model(named, config, dtype, attention=hf.ATTENTION, quantization=load.quantization_config(named, dtype))
-    for path in cfg.method.ref_model_adapters:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, path).merge_and_unload()
-    model.requires_grad_(False)
-    hf.prepare(model, copy.copy(trainer.ctx))
-    head = TokenLogprobs(model, trainer.head.chunk)
-    if trainer.is_fsdp_enabled and args.device.type == "cuda":
-        from torch.distributed.fsdp import fully_shard
-
-        for layer in adapters.decoder_layers(model)[1]:
-            fully_shard(layer)
-        fully_shard(model)
-    elif not named.quantization_bit:
-        model.to(args.device)
-    model.eval()
+    """`ref_model` for one pass, and what drops it."""
+    model, head = load_reference(trainer, cfg)
 
     def logps_of(row: Row) -> Tensor:
         own, trainer.head = trainer.head, head
@@ -195,10 +176,81 @@ def _other_model(trainer: RowTrainer, cfg: Any) -> tuple[Callable[[Row], Tensor]
     def close() -> None:
         nonlocal model
         del model
-        if args.device.type == "cuda":
+        if trainer.args.device.type == "cuda":
             torch.cuda.empty_cache()
 
     return logps_of, close
 
 
-__all__ = ["attach_reference"]
+def load_reference(trainer: RowTrainer, cfg: Any) -> tuple[nn.Module, TokenLogprobs]:
+    """A second model and its output layer, frozen: `ref_model`, else the model from which training starts, read from its place again.
+
+    Sharded like the policy where that is sharded by FSDP2, else whole on each device. Its layers run in the same pieces as the policy's,
+    and with the same roundings.
+
+    Raises:
+        UserError: it cannot be loaded, or it is of another architecture or vocabulary.
+    """
+    args = trainer.args
+    named = dataclasses.replace(cfg.model, train_from_scratch=False)
+    if cfg.method.ref_model is not None:
+        named = dataclasses.replace(
+            named,
+            model_name_or_path=cfg.method.ref_model,
+            adapter_name_or_path=cfg.method.ref_model_adapters,
+            quantization_bit=cfg.method.ref_model_quantization_bit,
+        )
+    config = load.load_config(named, cfg.data.cutoff_len)
+    reference.check_reference(trainer.accelerator.unwrap_model(trainer.model_wrapped).config, config)
+    dtype = load.compute_dtype(args)
+    with _not_partitioned(args):
+        model = load.load_model(named, config, dtype, attention=hf.ATTENTION, quantization=load.quantization_config(named, dtype))
+        for path in named.adapter_name_or_path:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, path).merge_and_unload()
+    model.requires_grad_(False)
+    hf.prepare(model, copy.copy(trainer.ctx))
+    head = TokenLogprobs(model, trainer.head.chunk)
+    policy_layer = adapters.decoder_layers(trainer.model)[1][0].__dict__.get("forward")
+    if isinstance(policy_layer, CheckpointedLayer):
+        settings = dataclasses.replace(policy_layer.store.settings, keep_attention=0.0, offload="none", pool_bytes=0, segment_layers=1)
+        apply_memory(model, settings, args.device)
+    if trainer.is_fsdp_enabled and args.device.type == "cuda":
+        shard_frozen(model)
+    elif not named.quantization_bit:
+        model.to(args.device)
+    model.eval()
+    return model, head
+
+
+def shard_frozen(model: nn.Module, **kwargs: Any) -> None:
+    """FSDP2 for a model that is only read. Its layers are gathered one at a time; embeddings and output layer stay whole once gathered,
+    so that the output layer's weight can be used after the forward (`ReferenceHidden`).
+
+    Args:
+        kwargs: passed to `fully_shard`.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in adapters.decoder_layers(model)[1]:
+        fully_shard(layer, reshard_after_forward=True, **kwargs)
+    fully_shard(model, reshard_after_forward=False, **kwargs)
+
+
+@contextlib.contextmanager
+def _not_partitioned(args: Any) -> Iterator[None]:
+    """While open, models are loaded whole: under ZeRO-3 transformers would partition them, and only an engine could gather them again."""
+    if not args.deepspeed:
+        yield
+        return
+    from transformers.integrations import deepspeed
+
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed.set_hf_deepspeed_config(args.hf_deepspeed_config)
+
+
+__all__ = ["attach_reference", "load_reference", "shard_frozen"]

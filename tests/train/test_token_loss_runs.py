@@ -1,0 +1,221 @@
+"""Whole runs of the losses of a token, from a configuration to saved files: one process against two, each source of the reference."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_preference_runs import run_on_ranks, write_tokenizer
+
+from longfactory.config import from_mapping
+from longfactory.errors import UserError
+from longfactory.testing import RankError, RankPool, tiny_model
+
+POOLS = {1: RankPool(1), 2: RankPool(2)}
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A tiny model with a tokenizer, another one to refer to, one with another vocabulary, and conversations."""
+    home = tmp_path_factory.mktemp("runs")
+    for name, seed, more in (("model", 0, 0), ("other", 1, 0), ("larger", 1, 64)):
+        vocabulary = write_tokenizer(home / name)
+        tiny_model("llama", seed=seed, vocab_size=vocabulary + more, tie_word_embeddings=name == "other").save_pretrained(home / name)
+    random.seed(0)
+
+    def text(n: int) -> str:
+        return "".join(random.choice("abcdefgh ") for _ in range(n))
+
+    data = [{"instruction": text(12 + i), "output": text(25 - i)} for i in range(12)]
+    (home / "talks.json").write_text(json.dumps(data))
+    (home / "dataset_info.json").write_text(json.dumps({"talks": {"file_name": "talks.json"}}))
+    yield home
+    for pool in POOLS.values():
+        pool.stop()
+
+
+def keys(home: Path, name: str, **changes: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {
+        "model_name_or_path": home / "model",
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "full",
+        "dataset": "talks",
+        "dataset_dir": home,
+        "template": "chatml",
+        "cutoff_len": 128,
+        "packing": True,
+        "output_dir": home / name,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "overwrite_output_dir": True,
+        "preprocessing_num_workers": 1,
+        "optim": "adamw_torch",
+        "adam_epsilon": 1e-3,  # where a gradient is near nothing, its sign is rounding: a step of Adam must not be all sign
+    }
+    return {k: str(v) if isinstance(v, Path) else v for k, v in (given | changes).items() if v is not None}
+
+
+def train(home: Path, name: str, size: int, **changes: Any) -> list[dict[str, float]]:
+    """The log of a run; its output folder is `home / name`."""
+    given = keys(home, name, sequence_parallel_size=size, **changes)
+    POOLS[size].run(run_on_ranks, [f"{k}={v}" for k, v in given.items()], str(home / "cache"))
+    return json.loads((home / name / "trainer_state.json").read_text())["log_history"]
+
+
+def steps(log: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [h for h in log if "loss" in h]
+
+
+LORA = {"finetuning_type": "lora", "lora_target": "all", "lora_rank": 4, "learning_rate": 1e-2}
+ASFT = {"use_asft_loss": True, "asft_alpha": 3.0}
+RUNS: dict[str, dict[str, Any]] = {
+    "dft": {"use_dft_loss": True},
+    "eaft": {"use_eaft_loss": True, "eaft_alpha": 0.7},
+    "asft, second model": ASFT,
+    "asft, adapter off": {**ASFT, **LORA, "sequence_parallel_mode": "ulysses"},
+    "asft, adapter on the head": {**ASFT, **LORA, "lora_target": "q_proj,lm_head", "learning_rate": 0.1},
+    "asft, another model": {**ASFT, "ref_model": "other"},
+    "asft, pissa": {**ASFT, **LORA, "pissa_init": True},
+    "asft, freeze": {**ASFT, "finetuning_type": "freeze", "freeze_trainable_layers": 1, "learning_rate": 1e-2},
+}
+
+
+@pytest.mark.parametrize("name", list(RUNS))
+def test_two_processes_train_what_one_trains(home: Path, name: str) -> None:
+    changes: dict[str, Any] = {"val_size": 3, "eval_strategy": "steps", "eval_steps": 2, "compute_accuracy": True, **RUNS[name]}
+    if "ref_model" in changes:
+        changes["ref_model"] = home / changes["ref_model"]
+    one, two = (train(home, f"{name}{n}", n, **changes) for n in (1, 2))
+    assert len(steps(one)) == STEPS and [h.keys() for h in one] == [h.keys() for h in two]
+    for a, b in zip(one, two, strict=True):
+        for key in a:
+            if not any(word in key for word in ("time", "second", "flos")):  # flos: padding is another
+                assert b[key] == pytest.approx(a[key], rel=1e-3, abs=2e-5), key
+    first, last = steps(one)[0], steps(one)[-1]
+    assert first["loss"] != last["loss"]
+    if "asft" not in name:
+        assert "kl" not in first
+        return
+    evaluated = [h for h in one if "eval_loss" in h][-1]
+    assert evaluated["eval_kl"] > 0
+    if name == "asft, another model":
+        assert first["kl"] > 1e-3
+    elif name == "asft, pissa":  # the adapter and what is left of the weights add up to the weights, rounded
+        assert abs(first["kl"]) < 1e-6
+    else:
+        assert first["kl"] == 0.0  # to the last bit: the model is its own reference
+    assert last["kl"] > 1e-5
+
+
+def test_the_distance_is_what_asft_adds_to_dft(home: Path) -> None:
+    """The first step of both: the same model, the same tokens."""
+    other = {"ref_model": home / "other", "max_steps": 1}
+    asft = steps(train(home, "with", 1, **ASFT, **other))[0]
+    dft = steps(train(home, "without", 1, use_dft_loss=True, max_steps=1))[0]
+    assert asft["loss"] == pytest.approx(dft["loss"] + 3.0 * asft["kl"], rel=1e-6)
+    none = steps(train(home, "none", 1, use_asft_loss=True, asft_alpha=0.0, **other))[0]
+    assert none["loss"] == dft["loss"] and none["grad_norm"] == pytest.approx(dft["grad_norm"], rel=1e-6)
+
+
+def test_a_distance_holds_the_model_back(home: Path) -> None:
+    adam = {"learning_rate": 2e-3, "optim": "adamw_torch", "max_steps": 12, "use_asft_loss": True}
+    free, held = (steps(train(home, f"alpha{a}", 1, **adam, asft_alpha=a))[-1]["kl"] for a in (0.0, 0.5))
+    assert held < 0.1 * free
+
+
+def test_a_resumed_run_has_the_reference_of_its_beginning(home: Path) -> None:
+    saving = {**ASFT, "save_strategy": "steps", "save_steps": 2}
+    whole = steps(train(home, "whole", 1, **saving))
+    resumed = {"overwrite_output_dir": None, "resume_from_checkpoint": home / "whole" / "checkpoint-2"}
+    rest = steps(train(home, "rest", 2, **saving, **resumed))
+    for key in ("loss", "kl"):
+        assert [h[key] for h in rest] == pytest.approx([h[key] for h in whole], rel=1e-4, abs=1e-6)
+
+
+def test_a_reference_with_another_vocabulary_is_refused(home: Path) -> None:
+    with pytest.raises(RankError, match=r"reference model is llama with \d+ tokens, the trained model llama with \d+"):
+        train(home, "larger_ref", 1, **ASFT, ref_model=home / "larger")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"precompute_ref_log_probs": True}, "keeps one number a document"),
+        ({"train_from_scratch": True}, "random weights that cannot be read again"),
+        ({"train_from_scratch": True, **LORA, "pissa_init": True}, "random weights that cannot be read again"),
+    ],
+)
+def test_what_cannot_be_a_reference_is_refused(home: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        from_mapping(keys(home, "refused", **ASFT, **changes))
+
+
+@pytest.mark.parametrize("changes", [{**LORA}, {"ref_model": "/somewhere"}], ids=["adapter off", "another model"])
+def test_random_weights_may_have_a_reference_of_another_kind(home: Path, changes: dict[str, Any]) -> None:
+    from_mapping(keys(home, "allowed", **ASFT, train_from_scratch=True, **changes))
+
+
+def test_verify_says_what_it_cannot_compare(home: Path) -> None:
+    from longfactory.train.verify import verify
+
+    with pytest.raises(UserError, match="use_asft_loss=false use_dft_loss=true"):
+        verify(from_mapping(keys(home, "verified", **ASFT)))
+
+
+def test_the_plan_leaves_room_for_a_second_model(home: Path) -> None:
+    from longfactory.model import load
+    from longfactory.plan.shapes import ModelShape
+    from longfactory.train.memory_plan import reference_bytes
+
+    def held(shards: int, **changes: Any) -> int:
+        cfg = from_mapping(keys(home, "planned", **changes))
+        return reference_bytes(cfg, load.load_config(cfg.model, 128), shards)
+
+    n = ModelShape.of(load.load_config(from_mapping(keys(home, "planned")).model, 128)).parameters
+    assert held(1, **ASFT) == 4 * n and held(4, **ASFT, bf16=True) == 2 * n // 4
+    assert held(1, **ASFT, **LORA) == held(1, use_dft_loss=True) == 0
+    assert held(1, **ASFT, **LORA, ref_model="/other", bf16=True) == 2 * n
+
+
+def read_sharded(folder: str) -> list[float]:
+    """Largest differences of a frozen model spread by FSDP2 to the whole one: hidden states, and logits made of them afterwards."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from longfactory.model.token_logprobs import TokenLogprobs
+    from longfactory.train.with_reference import shard_frozen
+
+    ids = torch.randint(3, 90, (1, 12), generator=torch.Generator().manual_seed(0))
+    found = []
+    for name in ("model", "other"):  # an output layer of its own, and one tied to the embedding
+        from transformers import AutoModelForCausalLM
+
+        whole, split = (AutoModelForCausalLM.from_pretrained(Path(folder) / name).eval().requires_grad_(False) for _ in range(2))
+        head = TokenLogprobs(split, 5)
+        shard_frozen(split, mesh=init_device_mesh("cpu", (2,)))
+        with torch.no_grad(), head.hidden(ids[0]) as result:
+            split(input_ids=ids)
+            hidden = result()
+            want = whole(input_ids=ids, output_hidden_states=True)
+            found.append((hidden.hidden - want.hidden_states[-1][0]).abs().max().item())
+            logits = torch.nn.functional.linear(hidden.hidden, split.get_output_embeddings().weight)
+            found.append((logits - want.logits[0]).abs().max().item())
+    return found
+
+
+def test_a_sharded_reference_leaves_its_output_layer_whole(home: Path) -> None:
+    for found in POOLS[2].run(read_sharded, str(home)):
+        assert max(found) < 1e-6
