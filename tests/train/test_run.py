@@ -113,6 +113,49 @@ def test_resume_goes_on_at_the_exact_sample(resumed_size: int, base: dict[str, A
     assert [h["epoch"] for h in again if "loss" in h] == [h["epoch"] for h in log if "loss" in h]
 
 
+def weights(base: dict[str, Any], folder: Path) -> Path:
+    """The tiny model with weights: what an adapter belongs to."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shutil.copytree(base["model_name_or_path"], folder)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+def test_a_reward_model_keeps_its_head(base: dict[str, Any], tmp_path: Path) -> None:
+    keys = {**base, "stage": "rm", "dataset": "manual_dpo", "finetuning_type": "lora", "max_steps": 4, "learning_rate": 0.05}
+    keys |= {"train_from_scratch": False, "model_name_or_path": str(weights(base, tmp_path / "model"))}
+    keys |= {"save_strategy": "steps", "save_steps": 2, "eval_dataset": "manual_dpo", "do_train": True, "do_eval": True}
+    through = {**keys, "output_dir": str(tmp_path / "a")}
+    log = run_ranks(1, train, through, timeout=300)[0]
+    checkpoint = tmp_path / "b" / "checkpoint-2"
+    shutil.copytree(tmp_path / "a" / "checkpoint-2", checkpoint)
+    again = run_ranks(1, train, {**keys, "output_dir": str(tmp_path / "b"), "resume_from_checkpoint": str(checkpoint)}, timeout=300)[0]
+    assert losses(again) == losses(log)
+
+    # Evaluated by itself it is the same reward model; without its head it is none.
+    alone = {**keys, "do_train": False, "adapter_name_or_path": str(tmp_path / "a"), "output_dir": str(tmp_path / "c")}
+    assert run_ranks(1, train, alone, timeout=300)[0][-1]["eval_loss"] == pytest.approx(log[-1]["eval_loss"], rel=1e-6)
+    (tmp_path / "a" / "value_head.safetensors").unlink()
+    with pytest.raises(RankError, match=r"has no value_head\.safetensors: it is not a reward model"):
+        run_ranks(1, train, alone, timeout=300)
+
+
+def test_a_run_that_is_over_makes_no_further_step(base: dict[str, Any], tmp_path: Path) -> None:
+    # 24 samples, 4 a step: the last of 2 steps lies in the middle of the epoch.
+    keys = {**base, "stage": "sft", "dataset": "manual_sft", "max_steps": 2, "gradient_accumulation_steps": 4, "packing": False}
+    keys |= {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2, "overwrite_output_dir": False}
+    run_ranks(1, train, keys, timeout=300)
+    names = ("train_results.json", "trainer_state.json", "trainer_log.jsonl", "model.safetensors")
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    assert json.loads(before["train_results.json"])["train_loss"] > 1
+    (tmp_path / "model.safetensors").unlink()  # as if the run had ended before it wrote it
+    log = run_ranks(1, train, keys, timeout=300)[0]
+    assert losses(log)[-1] == losses(json.loads(before["trainer_state.json"])["log_history"])[-1] and len(losses(log)) == 2
+    assert {name: (tmp_path / name).read_bytes() for name in names} == before
+
+
 def test_resume_with_another_batch_is_refused(base: dict[str, Any], tmp_path: Path) -> None:
     keys = {**base, "stage": "sft", "dataset": "manual_sft", "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     keys |= {"output_dir": str(tmp_path / "a"), "sequence_parallel_size": 2}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,3 +67,23 @@ class TokenValues:
             out = self.value(h.to(self.value.weight.dtype))[:, 0]
         self._out = out if out.dtype == torch.float64 else out.float()
         return self._out.view(*hidden.shape[:-1], 1)
+
+
+def load_value_head(head: TokenValues, folder: str | Path) -> bool:
+    """Gives a head the weights of `folder/value_head.safetensors`. Returns whether there is such a file.
+
+    Raises:
+        ValueError: it belongs to a model of another width.
+    """
+    from safetensors.torch import load_file
+
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return False
+    found = load_file(path)
+    with torch.no_grad():
+        for name, parameter in ((WEIGHT, head.value.weight), (BIAS, head.value.bias)):
+            if found[name].shape != parameter.shape:
+                raise ValueError(f"{path} holds {tuple(found[name].shape)} numbers, the model's head {tuple(parameter.shape)}.")
+            parameter.copy_(found[name])
+    return True

@@ -16,11 +16,14 @@ CURVES = ("loss", "eval_loss", "eval_accuracy", "rewards/accuracies")
 
 
 def save_trained(trainer: Any, cfg: Any, tokenizer: Any, result: Any) -> None:
-    """Weights as plain safetensors, tokenizer, `train_results.json`, `trainer_state.json`, curves. Collective."""
+    """Weights as plain safetensors, tokenizer, `train_results.json`, `trainer_state.json`, curves. Collective.
+
+    Of a run that had been over before, the weights alone: its results are not those of no steps.
+    """
     if cfg.output.save_final_model:
         trainer.save_model()
-    if cfg.output.save_final_model and trainer.stage.output == "values":
-        save_value_head(trainer, trainer.args.output_dir)
+    if trainer.finished:
+        return
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
@@ -40,13 +43,21 @@ def save_value_head(trainer: Any, folder: str) -> None:
     """`value_head.safetensors`, beside the weights of a reward model."""
     from safetensors.torch import save_file
 
-    weight, bias = trainer.head.value.weight, trainer.head.value.bias
-    full = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in (weight.detach(), bias.detach())]
+    full = [_whole(p) for p in (trainer.head.value.weight, trainer.head.value.bias)]
     if trainer.is_world_process_zero():
         tensors = {value_head.WEIGHT: full[0].cpu().contiguous(), value_head.BIAS: full[1].cpu().contiguous()}
         path = os.path.join(folder, value_head.FILE)
         save_file(tensors, path + ".part", metadata={"format": "pt"})
         os.replace(path + ".part", path)
+
+
+def _whole(p: torch.Tensor) -> torch.Tensor:
+    if hasattr(p, "ds_id"):  # ZeRO-3
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([p]):
+            return p.detach().clone()
+    return p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
 
 
 def write_model_card(cfg: Any, folder: str) -> None:

@@ -22,7 +22,8 @@ from longfactory.model.liger import apply_liger
 from longfactory.model.memory.apply import apply_memory
 from longfactory.model.memory.auto import explain_out_of_memory
 from longfactory.model.token_logprobs import TokenLogprobs
-from longfactory.model.value_head import TokenValues
+from longfactory.model.value_head import FILE as VALUE_HEAD
+from longfactory.model.value_head import TokenValues, load_value_head
 from longfactory.shard import settings as shard
 from longfactory.sp import hf
 from longfactory.train import output
@@ -130,7 +131,10 @@ def run(cfg: RunConfig) -> dict[str, float]:
             result = trainer.train(resume_from_checkpoint=checkpoint)
         except torch.OutOfMemoryError as error:
             raise UserError(explain_out_of_memory(assembled.memory.plan, error)) from error
-        metrics.update(result.metrics)
+        if trainer.finished:
+            log.info(f"{checkpoint} has made the last step of this run: nothing was left to train.")
+        else:
+            metrics.update(result.metrics)
         output.save_trained(trainer, cfg, tokenizer, result)
     if args.do_eval and datasets.eval:
         metrics.update(output.evaluate(trainer, cfg, datasets))
@@ -251,6 +255,14 @@ def build_model(
         if stage.output == "values"
         else TokenLogprobs(model, None if cfg.memory.logprob_chunk == "auto" else cfg.memory.logprob_chunk, stage.needs)
     )
+    if isinstance(head, TokenValues):
+        trained = (cfg.model.adapter_name_or_path or (cfg.model.model_name_or_path or "",))[-1]
+        try:
+            found = load_value_head(head, trained)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if not found and not args.do_train:
+            raise UserError(f"{trained} has no {VALUE_HEAD}: it is not a reward model, and its values would be random. Train it first.")
     zero3 = bool(args.deepspeed) and args.hf_deepspeed_config is not None and args.hf_deepspeed_config.is_zero3()
     if not cfg.method.pure_bf16 and not zero3 and not split:
         adapters.cast_trainable(model)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from longfactory import sp
@@ -28,10 +29,13 @@ from longfactory.errors import UserError
 from longfactory.model.memory.optimizer import SplitAdamW
 from longfactory.model.outputs import TokenOutputs
 from longfactory.model.token_logprobs import ReferenceHidden, TokenLogprobs
+from longfactory.model.value_head import FILE as VALUE_HEAD
+from longfactory.model.value_head import load_value_head
 from longfactory.shard import export, optimizer_states
 from longfactory.sp import hf
 from longfactory.train.loader import Collate, RowSampler, empty_row, make_loader
 from longfactory.train.metrics import Metrics, MetricSums
+from longfactory.train.output import save_value_head
 from longfactory.train.reference import ReferenceCache, as_reference
 
 STATE_FILE = "longfactory_state.json"
@@ -80,6 +84,8 @@ class RowTrainer(Trainer):
         # A second model and its output layer, held during training by a loss that compares whole distributions.
         self.reference_model: tuple[nn.Module, TokenLogprobs] | None = None
         self._train_metrics, self._eval_metrics = MetricSums(), MetricSums()
+        # The step of the checkpoint to go on from, and whether that is the run's last.
+        self.resumed_at, self.finished = -1, False
         super().__init__(model, args, **kwargs)
         # transformers before 5.19 has no loss_is_scaled_for_ga; it does not divide where the model takes the count itself.
         self.model_accepts_loss_kwargs = True
@@ -130,6 +136,12 @@ class RowTrainer(Trainer):
 
     def get_total_train_batch_size(self, args: Any) -> int:
         return self._train_batch_size * args.gradient_accumulation_steps * self.ctx.dp_size
+
+    def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> Any:
+        """The Trainer's numbers; without an epoch to come where the checkpoint has made every step: the Trainer would make one more."""
+        epochs, updates, *others = super().set_initial_training_values(args, dataloader)
+        self.finished = self.resumed_at >= others[-1]
+        return (min(epochs, self.resumed_at // updates) if self.finished else epochs, updates, *others)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Tensor]:
         """The micro-batches of an optimizer step and N, counted on the host and summed over data-parallel groups."""
@@ -278,6 +290,8 @@ class RowTrainer(Trainer):
         self._tokens.fill_(self.state.num_input_tokens_seen)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.finished and "train_loss" in logs:
+            return  # of no steps
         if "loss" in logs:
             logs.update(self._train_metrics.means(self._sum_over_groups))
         if self.log_tokens:
@@ -296,6 +310,8 @@ class RowTrainer(Trainer):
                 self.push_to_hub(commit_message="Model save")
         else:
             super().save_model(output_dir, _internal_call)
+        if self.stage.output == "values":
+            save_value_head(self, output_dir)
         if _internal_call and self.args.should_save:
             os.makedirs(output_dir, exist_ok=True)
             path = os.path.join(output_dir, STATE_FILE)
@@ -342,11 +358,19 @@ class RowTrainer(Trainer):
         }
 
     def check_resume(self, checkpoint: str) -> None:
-        """Refuses a checkpoint whose steps took other samples than this run's would; gives the stage its state back.
+        """Refuses a checkpoint whose steps took other samples than this run's would; gives the stage and the value head their states back.
 
         Raises:
             UserError: with what differs and how to make it agree.
         """
+        steps = os.path.join(checkpoint, TRAINER_STATE_NAME)
+        if os.path.isfile(steps):
+            with open(steps) as f:
+                self.resumed_at = json.load(f)["global_step"]
+        headless = self.stage.output == "values" and not load_value_head(self.head, checkpoint)
+        # The weights of a whole model hold the head; those of an adapter do not.
+        if headless and os.path.isfile(os.path.join(checkpoint, "adapter_config.json")):
+            raise UserError(f"The checkpoint {checkpoint} has no {VALUE_HEAD}, without which it is no reward model. Start anew.")
         path = os.path.join(checkpoint, STATE_FILE)
         if not os.path.isfile(path):
             return
