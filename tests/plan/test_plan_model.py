@@ -10,6 +10,7 @@ import pytest
 from longfactory.plan import main
 from longfactory.plan.model import Choice, Job, budget, choose, fits, kept_bytes, longest, seconds, states, waiting, working_set
 from longfactory.plan.shapes import ModelShape, machine
+from longfactory.sp import SequenceParallel
 
 GiB = 2**30
 QWEN_7B = types.SimpleNamespace(
@@ -38,6 +39,15 @@ def test_states_of_one_and_of_two_gpus():
     gpu, host = states(ONE, Choice(optimizer="host"))
     assert sum(gpu.values()) == pytest.approx(2 * SHAPE.parameters)
     assert host == pytest.approx(10 * SHAPE.parameters)
+
+
+def test_rates_of_kinds_of_gpu():
+    """`auto` weighs messages by the kind's links: Hopper's rates are the engine's own, a GPU on PCIe hides a message behind more work."""
+    weighs = {name: machine(name, 8, 2**40).flop_per_byte for name in ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA L40S")}
+    assert weighs["NVIDIA H100 80GB HBM3"] == SequenceParallel().flop_per_byte
+    assert weighs["NVIDIA A100-SXM4-80GB"] < weighs["NVIDIA H100 80GB HBM3"] < weighs["NVIDIA L40S"]
+    step = [seconds(dataclasses.replace(TWO, machine=machine(name, 2, 2**40)), Choice()) for name in ("A800", "A100")]
+    assert step[0] >= step[1], "the same chip with slower links"
 
 
 def test_checkpoints_of_every_layer():

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import os
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from longfactory import sp
 from longfactory.sp import Segment, SequenceParallel
+from longfactory.sp.context import over_machines
 from longfactory.testing import run_ranks
 
 
@@ -84,6 +89,8 @@ def test_choice_of_schedule() -> None:
         (8, 28, 4, 65536, 3, 8, (1, "gather")),
         (16, 32, 8, 65536, 1, 8, (8, "ring")),  # two nodes
         (16, 28, 4, 65536, 3, 8, (1, "gather")),
+        (6, 28, 4, 65544, 1, 4, (2, "ring")),  # groups begin in the middle of nodes: two neighbours share one for sure
+        (2, 28, 4, 65536, 3, 1, (1, "gather")),  # one process a node
     ],
 )
 def test_auto(
@@ -103,6 +110,76 @@ def test_auto(
     choice = sp.plan(length, segments, ctx).choice
     assert (choice.ulysses, choice.exchange) == expected, choice.reason
     assert ctx.said == {choice.reason}
+
+
+def test_auto_knows_the_links() -> None:
+    """4096 local tokens of heads without groups: 2 * 2000 FLOP a byte are done while a key travels, 2 * 2100 are not."""
+    for flop_per_byte, ulysses in ((2000.0, 1), (2100.0, 4)):
+        ctx = SequenceParallel(size=4, mode="auto", heads=32, kv_heads=32, flop_per_byte=flop_per_byte)
+        assert sp.plan(16384, None, ctx).choice.ulysses == ulysses
+
+
+@pytest.mark.parametrize(
+    ("size", "ulysses", "environment", "found"),
+    [
+        (8, 8, {}, []),  # the launcher does not say
+        (8, 8, {"LOCAL_WORLD_SIZE": "8"}, []),
+        (4, 4, {"LOCAL_WORLD_SIZE": "8"}, []),
+        (16, 1, {"LOCAL_WORLD_SIZE": "8"}, []),
+        (16, 8, {"LOCAL_WORLD_SIZE": "8"}, []),
+        (16, None, {"LOCAL_WORLD_SIZE": "8"}, []),
+        (16, 16, {"LOCAL_WORLD_SIZE": "8"}, ["usp with sequence_parallel_ulysses_degree: 8"]),
+        (16, 16, {"LOCAL_SIZE": "8"}, ["usp with sequence_parallel_ulysses_degree: 8"]),  # deepspeed
+        (2, 2, {"LOCAL_WORLD_SIZE": "1"}, ["sequence_parallel_mode: zigzag-ring"]),
+        (6, 1, {"LOCAL_WORLD_SIZE": "8"}, ["Use a divisor or a multiple of 8"]),
+        (12, 12, {"LOCAL_WORLD_SIZE": "8"}, ["Use a divisor or a multiple of 8", "usp with sequence_parallel_ulysses_degree: 4"]),
+        (16, 1, {"LOCAL_WORLD_SIZE": "8", "NCCL_IB_DISABLE": "1"}, ["NCCL_IB_DISABLE=1"]),
+        (8, 1, {"LOCAL_WORLD_SIZE": "8", "NCCL_IB_DISABLE": "1", "NCCL_SOCKET_IFNAME": "lo"}, []),
+    ],
+)
+def test_slow_groups_are_told(
+    monkeypatch: pytest.MonkeyPatch, size: int, ulysses: int | None, environment: dict[str, str], found: list[str]
+) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "NCCL_IB_DISABLE", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    warnings = over_machines(size, ulysses, "cuda")
+    assert len(warnings) == len(found)
+    for part, warning in zip(found, warnings, strict=True):
+        assert part in warning
+
+
+@pytest.mark.parametrize("interfaces", ["lo", "=lo"])
+def test_a_group_over_machines_needs_a_network(monkeypatch: pytest.MonkeyPatch, interfaces: str) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", interfaces)
+    assert over_machines(8, 8, "cuda") == [] and over_machines(16, 1, "cpu") == []
+    with pytest.raises(ValueError, match="reaches no other machine"):
+        over_machines(16, 1, "cuda")
+
+
+def two_machines(mode: str, **environment: str) -> tuple[int, str]:
+    """The ulysses degree of a row over all ranks, and what the log said; or 0 and the refusal."""
+    size = dist.get_world_size()
+    with (
+        mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=str(size // 2), **environment),
+        mock.patch.object(logging.getLogger("longfactory.sp.context"), "warning") as warning,
+    ):
+        try:
+            ctx = SequenceParallel.create(size, mode, heads=8)  # type: ignore[arg-type]
+        except ValueError as error:
+            return 0, str(error)
+        return sp.plan(64, None, ctx).choice.ulysses, "".join(call.args[0] for call in warning.call_args_list)
+
+
+def test_groups_over_two_machines() -> None:
+    for answer in run_ranks(4, two_machines, "usp", GLOO_SOCKET_IFNAME="lo"):
+        assert answer[0] == 0 and "reaches no other machine" in answer[1]
+    answers = run_ranks(4, two_machines, "ulysses")
+    assert [a[0] for a in answers] == [4] * 4
+    assert "usp with sequence_parallel_ulysses_degree: 2" in answers[0][1] and not any(a[1] for a in answers[1:]), "told once"
+    assert run_ranks(4, two_machines, "usp") == [(2, "")] * 4, "heads stay inside a machine"
 
 
 def test_ring_gives_way_where_little_is_needed() -> None:

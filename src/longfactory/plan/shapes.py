@@ -104,26 +104,33 @@ class Machine:
     links: float = 200e9
 
     @property
+    def flop_per_byte(self) -> float:
+        """FLOP of attention in the time of a byte between two GPUs of a host: what `auto` weighs messages by."""
+        return self.attention_forward / self.links
+
+    @property
     def on_host(self) -> int:
         """GPUs of the run that share one host's memory."""
         return min(self.gpus, self.gpus_per_host)
 
 
-# name -> (bytes of memory, GEMM, attention forward, attention backward, pinned copies). Hopper: measured; others: the vendor's peak times
-# 0.65.
-GPUS: dict[str, tuple[float, float, float, float, float]] = {
-    "H100": (80e9, 650e12, 570e12, 530e12, 50e9),
-    "H200": (141e9, 650e12, 570e12, 530e12, 50e9),
-    "B200": (180e9, 1450e12, 900e12, 800e12, 50e9),
-    "A100": (80e9, 220e12, 190e12, 160e12, 20e9),
-    "A800": (80e9, 220e12, 190e12, 160e12, 20e9),
-    "L40": (48e9, 120e12, 110e12, 100e12, 20e9),
-    "4090": (24e9, 120e12, 110e12, 100e12, 20e9),
+# name -> (bytes of memory, GEMM, attention forward, attention backward, pinned copies, links). Hopper: measured; others: the vendor's peak
+# times 0.65, and of the links times 0.45, which is what Hopper reaches of its 450 GB/s each way (NVLink; PCIe for the L40 and the 4090).
+GPUS: dict[str, tuple[float, float, float, float, float, float]] = {
+    "H100": (80e9, 650e12, 570e12, 530e12, 50e9, 200e9),
+    "H200": (141e9, 650e12, 570e12, 530e12, 50e9, 200e9),
+    "B200": (180e9, 1450e12, 900e12, 800e12, 50e9, 400e9),
+    "A100": (80e9, 220e12, 190e12, 160e12, 20e9, 135e9),
+    "A800": (80e9, 220e12, 190e12, 160e12, 20e9, 90e9),
+    "L40": (48e9, 120e12, 110e12, 100e12, 20e9, 14e9),
+    "4090": (24e9, 120e12, 110e12, 100e12, 20e9, 14e9),
 }
 
 
 def machine(gpu: str, gpus: int, host_bytes: float, gpus_per_host: int | None = None, gpu_bytes: float | None = None) -> Machine:
     """The machine with `gpus` of a kind whose name contains one of `GPUS`; rates of an A100 where the kind is unknown."""
     known = next((rates for name, rates in GPUS.items() if name.lower() in gpu.lower()), GPUS["A100"])
-    memory, gemm, forward, backward, copies = known
-    return Machine(int(gpu_bytes or memory), int(host_bytes), gpus, gpus_per_host or min(gpus, 8), gemm, forward, backward, copies)
+    memory, gemm, forward, backward, copies, links = known
+    return Machine(
+        int(gpu_bytes or memory), int(host_bytes), gpus, gpus_per_host or min(gpus, 8), gemm, forward, backward, copies, links=links
+    )

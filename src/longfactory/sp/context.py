@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
+import os
 from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from .backends import BACKENDS
+
+log = logging.getLogger(__name__)
 
 Mode = Literal["zigzag-ring", "ulysses", "llama3", "usp", "auto"]
 MODES: tuple[Mode, ...] = ("zigzag-ring", "ulysses", "llama3", "usp", "auto")
@@ -41,6 +45,8 @@ class SequenceParallel:
     device_type: str = "cpu"
     heads: int | None = None
     kv_heads: int | None = None
+    flop_per_byte: float = 2850.0
+    """FLOP of attention in the time of a byte between ranks of a machine, for `auto`. Here Hopper with NVLink: 570 TFLOP/s, 200 GB/s."""
     axes: dict[int, Axes] = dataclasses.field(default_factory=dict, repr=False)
     """Process groups by ulysses degree. The ring's groups are its own, so that its messages do not queue behind other collectives."""
 
@@ -58,6 +64,7 @@ class SequenceParallel:
         heads: int | None = None,
         kv_heads: int | None = None,
         device_type: str | None = None,
+        flop_per_byte: float = 2850.0,
     ) -> SequenceParallel:
         """Makes the process groups. Collective: every process of the world calls it with the same arguments.
 
@@ -68,9 +75,11 @@ class SequenceParallel:
             backend: the attention kernel, or `auto` (see `sp.backends`).
             heads, kv_heads: query and key heads of the model, for `auto` and for `usp` without a degree. See `set_heads`.
             device_type: where tensors live; by default `cuda` where the process group speaks NCCL.
+            flop_per_byte: see the field.
 
         Raises:
-            ValueError: a size that does not divide the world, an unknown mode or backend, or degrees whose product is not `size`.
+            ValueError: a size that does not divide the world, an unknown mode or backend, degrees whose product is not `size`, or a group
+                over several machines whose processes are told to speak to their own machine only.
         """
         if mode not in MODES:
             raise ValueError(f"Unknown sequence-parallel mode {mode!r}. Choose one of: {', '.join(MODES)}.")
@@ -86,8 +95,11 @@ class SequenceParallel:
             nccl = world > 1 and "nccl" in str(dist.get_backend())
             device_type = "cuda" if nccl or (world == 1 and torch.cuda.is_available()) else "cpu"
         me = dist.get_rank() if world > 1 else 0
+        for warning in over_machines(size, degree, device_type):
+            if me == 0:
+                log.warning(warning)
         dp_rank, rank = divmod(me, size)
-        ctx = cls(size, rank, None, world // size, dp_rank, None, mode, degree, backend, device_type, heads, kv_heads)
+        ctx = cls(size, rank, None, world // size, dp_rank, None, mode, degree, backend, device_type, heads, kv_heads, flop_per_byte)
         if world > 1:
             ctx.group = _group([[d * size + r for r in range(size)] for d in range(world // size)])
             ctx.dp_group = _group([[d * size + r for d in range(world // size)] for r in range(size)])
@@ -117,6 +129,50 @@ def alignment(ctx: SequenceParallel) -> int:
 def largest_ulysses_degree(size: int, heads: int) -> int:
     """The largest number of ranks, dividing `size`, that can share `heads` query heads evenly."""
     return math.gcd(size, heads)
+
+
+def machine_size() -> int | None:
+    """Processes on this machine, where the launcher says: torchrun and accelerate, or deepspeed."""
+    given = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return int(given) if given else None
+
+
+def neighbours(size: int) -> int:
+    """So many consecutive ranks of every sequence-parallel group share a machine. All of them where the launcher does not say."""
+    return math.gcd(size, machine_size() or size)
+
+
+def over_machines(size: int, ulysses: int | None, device_type: str) -> list[str]:
+    """What is slow about groups that do not fit in a machine, in sentences. `ulysses`: the degree, where it is set.
+
+    Raises:
+        ValueError: the network settings leave each machine alone.
+    """
+    local, near = machine_size(), neighbours(size)
+    if local is None or near == size:
+        return []
+    name = "NCCL_SOCKET_IFNAME" if device_type == "cuda" else "GLOO_SOCKET_IFNAME"
+    interfaces = {i.strip().lstrip("=") for i in os.environ.get(name, "").split(",")}
+    if interfaces == {"lo"}:
+        raise ValueError(
+            f"sequence_parallel_size {size} spreads a row over machines of {local} processes, but {name}={os.environ[name]} reaches no "
+            f"other machine. Name the network's interface there, or lower the size to {near}."
+        )
+    out = []
+    if near < min(size, local):
+        out.append(
+            f"sequence_parallel_size {size} neither divides the {local} processes of a machine nor is a multiple of them, so that groups "
+            f"begin in the middle of machines. Use a divisor or a multiple of {local}."
+        )
+    if ulysses is not None and near % ulysses:
+        degree = f"usp with sequence_parallel_ulysses_degree: {near} (heads inside a machine, a ring between)"
+        out.append(
+            f"Ulysses exchanges heads among {ulysses} ranks, of which {near} share a machine: every layer waits for the links between "
+            f"machines. Faster: sequence_parallel_mode: {degree if near > 1 else 'zigzag-ring'}, or auto."
+        )
+    if device_type == "cuda" and os.environ.get("NCCL_IB_DISABLE") == "1":
+        out.append(f"NCCL_IB_DISABLE=1: what the {size} ranks of a row exchange goes over TCP from machine to machine.")
+    return out
 
 
 def _ulysses_degree(size: int, mode: str, ulysses: int | None, ring: int | None) -> int | None:

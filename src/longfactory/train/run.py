@@ -87,14 +87,18 @@ def assemble(cfg: RunConfig, *, compares: bool = False) -> Assembled:
     if args.do_train and datasets.train is None:
         raise UserError(f"{'verify' if compares else 'do_train'} needs training data. Set dataset: to names in dataset_info.json.")
     set_seed(args.seed)  # adapters and value heads begin the same on every rank
-    ctx = sp.SequenceParallel.create(
-        size,
-        mode=cfg.parallel.sequence_parallel_mode,
-        ulysses_degree=cfg.parallel.sequence_parallel_ulysses_degree,
-        ring_degree=cfg.parallel.sequence_parallel_ring_degree,
-        backend=cfg.parallel.attention_backend,
-        device_type=args.device.type,
-    )
+    try:
+        ctx = sp.SequenceParallel.create(
+            size,
+            mode=cfg.parallel.sequence_parallel_mode,
+            ulysses_degree=cfg.parallel.sequence_parallel_ulysses_degree,
+            ring_degree=cfg.parallel.sequence_parallel_ring_degree,
+            backend=cfg.parallel.attention_backend,
+            device_type=args.device.type,
+            flop_per_byte=memory.plan.job.machine.flop_per_byte,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
     if main and not compares:
         cfg.write()

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from ..context import SequenceParallel, largest_ulysses_degree
+from ..context import SequenceParallel, largest_ulysses_degree, neighbours
 from ..layout import Segment, chunk_work
 
 log = logging.getLogger(__name__)
 
 Exchange = Literal["ring", "gather"]
-
-HIDDEN = 4000
-"""Local tokens times query heads per key head from which a key's message takes less time than the work on it, within a node.
-
-Work on a key and value: 4 * D * s * g / 2 FLOP for each key head, with s local queries and g query heads a key head; message: 4 * D
-bytes. At 600 TFLOP/s and 300 GB/s they are equal at s * g = 4000.
-"""
 
 
 class Choice(NamedTuple):
@@ -51,9 +43,9 @@ def choose(ctx: SequenceParallel, length: int, segments: Sequence[Segment]) -> C
         if degree is None:
             if ctx.heads is None:
                 raise ValueError("usp needs ulysses_degree, ring_degree or the model's head count (ctx.set_heads) to choose its degrees.")
-            degree = largest_ulysses_degree(n, ctx.heads)
+            degree = largest_ulysses_degree(neighbours(n), ctx.heads)
         return Choice(degree, "ring", "zigzag", f"usp, ulysses {degree} x ring {n // degree}")
-    choice = _auto(ctx, length, segments, min(n, int(os.environ.get("LOCAL_WORLD_SIZE", n))))
+    choice = _auto(ctx, length, segments, neighbours(n))
     if choice.reason not in ctx.said:
         ctx.said.add(choice.reason)
         if ctx.rank == 0 and ctx.dp_rank == 0:
@@ -62,7 +54,7 @@ def choose(ctx: SequenceParallel, length: int, segments: Sequence[Segment]) -> C
 
 
 def _auto(ctx: SequenceParallel, length: int, segments: Sequence[Segment], node: int) -> Choice:
-    """`node`: ranks of the group that share a node."""
+    """`node`: neighbours in the group that share a machine."""
     n = ctx.size
     heads, kv_heads = ctx.heads, ctx.kv_heads or ctx.heads
     documents = sum(s.stop > s.start for s in segments)
@@ -74,13 +66,15 @@ def _auto(ctx: SequenceParallel, length: int, segments: Sequence[Segment], node:
     if documents > 1 and n <= node:
         # Only the keys of documents that cross a chunk's edge travel; chunks are dealt by work.
         return Choice(1, "gather", _layout(n, length, segments), "llama3: packed row, only needed keys travel")
-    if n > node and n % node == 0 and heads % node == 0:
+    if n > node > 1 and heads % node == 0:
         reason = f"usp: ulysses {node} inside a node, ring {n // node} between nodes"
         return Choice(node, "ring", "zigzag", reason)
     # Elements that a rank sends in the forward pass, for each local token and head dim.
     ring = 2 * kv_heads * (n - 1)
     ulysses = (2 * heads + 2 * max(kv_heads, n)) * (n - 1) / n
-    hidden = length // n * group >= HIDDEN
+    # Work on a key and value for each key head: 4 * D * s * g / 2 FLOP, with s local queries and g query heads a key head. Their message:
+    # 4 * D bytes. It takes less time than the work from this s * g on.
+    hidden = length // n * group >= 2 * ctx.flop_per_byte
     if heads % n == 0 and ulysses < ring and not hidden:
         return Choice(n, "ring", "zigzag", f"ulysses: {heads} heads over {n} ranks send less than {kv_heads} key heads in a ring")
     if documents > 1:
