@@ -125,6 +125,14 @@ def same_files(a: Path, b: Path) -> None:
     assert json.loads((a / INDEX).read_text())["parameters"] == json.loads((b / INDEX).read_text())["parameters"]
 
 
+def nearly_same_moments(a: Path, b: Path) -> None:
+    """Three steps after the checkpoint three quarters of the first moments are still the checkpoint's."""
+    one, two = whole_states(a), whole_states(b)
+    for name in one:
+        if name.endswith("exp_avg"):
+            assert float((one[name] - two[name]).norm()) < 0.05 * float(one[name].norm()), name
+
+
 CASES = {
     "split, fsdp2": ("fsdp2", 2, {}),
     "split, fsdp2, two ranks a row, accumulated": ("fsdp2", 2, {"sequence_parallel_size": 2, "gradient_accumulation_steps": 2}),
@@ -172,10 +180,21 @@ def test_another_sequence_parallel_size_resumes_the_same_states(base: dict[str, 
     again, _ = run_ranks(2, train, keys, "fsdp2", timeout=300)[0]
     assert losses(again)[:3] == losses(log)[:3]
     assert losses(again) == pytest.approx(losses(log), rel=3e-3)
-    one, two = (whole_states(tmp_path / x / "checkpoint-6") for x in "ab")
-    for name in one:
-        if name.endswith("exp_avg"):
-            assert float((one[name] - two[name]).norm()) < 0.05 * float(one[name].norm()), name
+    nearly_same_moments(tmp_path / "a" / "checkpoint-6", tmp_path / "b" / "checkpoint-6")
+
+
+@pytest.mark.timeout(600)
+def test_twice_as_many_ranks_go_on(base: dict[str, Any], tmp_path: Path) -> None:
+    """Two ranks, then four that share rows in pairs: the same samples a step, every parameter cut anew."""
+    keys = {**base, "gradient_accumulation_steps": 2, "output_dir": str(tmp_path / "a")}
+    log, _ = run_ranks(2, train, keys, "fsdp2", timeout=300)[0]
+    keys |= {"sequence_parallel_size": 2, "output_dir": str(tmp_path / "b")}
+    keys |= {"resume_from_checkpoint": str(tmp_path / "a" / "checkpoint-3")}
+    again, _ = run_ranks(4, train, keys, "fsdp2", timeout=300)[0]
+    assert losses(again)[:3] == losses(log)[:3]
+    assert losses(again) == pytest.approx(losses(log), rel=3e-3)
+    assert (tmp_path / "b" / "checkpoint-6" / states_file(3, 4)).is_file()
+    nearly_same_moments(tmp_path / "a" / "checkpoint-6", tmp_path / "b" / "checkpoint-6")
 
 
 @pytest.mark.timeout(600)
