@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import functools
 import itertools
 import json
 import os
@@ -515,19 +516,22 @@ def bookkeeping_rows(setting: Setting, label: str, plan: sp.RowPlan) -> None:
     name = f"merge and bookkeeping, {label}"
     shape, scale = setting.heads[0], setting.dim**-0.5
     q, k, v, dout = inputs(plan.local_length, *shape, setting.dim, setting)
-    call = Call(plan, scale)
-    cut = kernels.bulk(q, v, call)
-    calls = []
-    for tile in (t for source in call.mask.ring_order for t in call.mask.tiles(source, cut)):
-        tensors = (q[tile.q], k[tile.k], v[tile.k])
-        backend = backends.select("auto", tile, tensors[0], tensors[2], None)
-        out, lse = backend.forward(*tensors, tile, scale, None)
-        calls.append((backend, tile, tensors, dout[tile.q], out.contiguous(), lse.contiguous()))
+
+    @functools.cache
+    def calls() -> list[tuple]:
+        call, out = Call(plan, scale), []
+        cut = kernels.bulk(q, v, call)
+        for tile in (t for source in call.mask.ring_order for t in call.mask.tiles(source, cut)):
+            tensors = (q[tile.q], k[tile.k], v[tile.k])
+            backend = backends.select("auto", tile, tensors[0], tensors[2], None)
+            block, lse = backend.forward(*tensors, tile, scale, None)
+            out.append((backend, tile, tensors, dout[tile.q], block.contiguous(), lse.contiguous()))
+        return out
 
     def bare() -> None:
-        for backend, tile, tensors, *_ in calls:
+        for backend, tile, tensors, *_ in calls():
             backend.forward(*tensors, tile, scale, None)
-        for backend, tile, tensors, grad, out, lse in calls:
+        for backend, tile, tensors, grad, out, lse in calls():
             backend.backward(grad, *tensors, out, lse, tile, scale, None)
 
     def whole() -> None:
