@@ -82,6 +82,7 @@ def test_format_and_template(folder: Path, tmp_path: Path) -> None:
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
     saved = AutoTokenizer.from_pretrained(out)
     assert saved.eos_token == "<|im_end|>" and "<|im_start|>" in saved.chat_template and saved.padding_side == "left"
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [2, saved.eos_token_id]
 
 
 def test_value_head_goes_along(folder: Path, tmp_path: Path) -> None:
@@ -155,6 +156,31 @@ def test_a_conversation(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     ]
     want = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=1)
     assert answers[0].strip() == tokenizer().decode(want[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def asked(folder: Path, monkeypatch: pytest.MonkeyPatch, **keys: Any) -> dict[str, Any]:
+    """What the model is given to answer "hello"."""
+    seen: list[dict[str, Any]] = []
+
+    def generate(self: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(kwargs)
+        return torch.cat([kwargs["input_ids"], torch.tensor([[9]])], 1)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", generate)
+    talk(folder, monkeypatch, ["hello"], **keys)
+    return seen[0]
+
+
+def test_a_template_that_was_named_is_the_one_that_is_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = asked(folder, monkeypatch)
+    assert own["input_ids"].tolist() == tokenizer()("user hello assistant", return_tensors="pt")["input_ids"].tolist()
+    assert own["eos_token_id"] == [1, 2]  # the tokenizer's, and that of the model's generation settings
+    chatml = asked(folder, monkeypatch, template="chatml", default_system="be short")
+    text = "<|im_start|>system\nbe short<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    with_tokens = tokenizer()
+    with_tokens.add_special_tokens({"eos_token": "<|im_end|>", "extra_special_tokens": ["<|im_start|>"]})
+    assert chatml["input_ids"].tolist() == [with_tokens.encode(text, add_special_tokens=False)]
+    assert chatml["eos_token_id"] == [2, WORDS.index("<|im_start|>"), WORDS.index("<|im_end|>")]
 
 
 def test_beams_system_and_end_of_input(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

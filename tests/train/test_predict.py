@@ -64,7 +64,9 @@ def make_trainer(folder: Path, ctx: sp.SequenceParallel, batch: int = 2) -> Any:
 def run(folder: Path, ctx: sp.SequenceParallel, sets: dict[str, list[list[TokenizedDocument]]], batch: int = 2) -> dict[str, float]:
     trainer = make_trainer(folder, ctx, batch)
     trainer.model_wrapped.train()
-    metrics = predict(trainer, SimpleNamespace(generating=GREEDY), make_tokenizer(), SimpleNamespace(eval=sets))
+    metrics = predict(
+        trainer, SimpleNamespace(generating=GREEDY, data=SimpleNamespace(template=None)), make_tokenizer(), SimpleNamespace(eval=sets)
+    )
     assert trainer.model_wrapped.training and trainer.model_wrapped.config._attn_implementation == hf.ATTENTION
     assert trainer.saved == metrics
     return metrics
@@ -128,7 +130,9 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Set eval_dataset or val_size"):
         predict(make_trainer(tmp_path, one), None, None, SimpleNamespace(eval={}))
     with pytest.raises(UserError, match="max_length: 4 leaves no room after 5 tokens"):
-        generate(None, make_tokenizer(), [[3] * 5], SimpleNamespace(**{**vars(GREEDY), "max_new_tokens": 0, "max_length": 4}), "cpu", False)
+        generate(
+            None, make_tokenizer(), [[3] * 5], SimpleNamespace(**{**vars(GREEDY), "max_new_tokens": 0, "max_length": 4}), "cpu", False, []
+        )
 
 
 def test_the_last_answer_is_split_off() -> None:

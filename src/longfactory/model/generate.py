@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from longfactory.data.template_table import TABLE
 from longfactory.errors import UserError
 
 
-def generation_arguments(generating: Any, tokenizer: Any, prompt_length: int) -> dict[str, Any]:
+def stop_tokens(model: Any, tokenizer: Any, template: str | None) -> list[int]:
+    """Ids that end an answer: the tokenizer's eos, those of the model's own generation settings, and the stop words of a named template."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = {tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])}
+    if template in TABLE:
+        found = {word: tokenizer.convert_tokens_to_ids(word) for word in TABLE[template].stop_words}
+        ids |= {i for word, i in found.items() if i is not None and tokenizer.convert_ids_to_tokens(i) == word}
+    return sorted(i for i in ids if i is not None)
+
+
+def generation_arguments(generating: Any, tokenizer: Any, prompt_length: int, stops: Sequence[int]) -> dict[str, Any]:
     """Keyword arguments of `generate` from the generation keys (`config.arguments.GeneratingArguments`).
 
+    Args:
+        stops: ids that end an answer (`stop_tokens`).
     Raises:
         UserError: the prompt already fills `max_length`.
     """
@@ -20,6 +33,7 @@ def generation_arguments(generating: Any, tokenizer: Any, prompt_length: int) ->
         "do_sample": g.do_sample and g.temperature > 0,
         "num_beams": g.num_beams,
         "repetition_penalty": g.repetition_penalty,
+        "eos_token_id": list(stops) or None,
         "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     }
     if g.max_new_tokens > 0:

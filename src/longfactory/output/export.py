@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from longfactory.errors import UserError
+from longfactory.model.generate import stop_tokens
 from longfactory.output.load import load
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ def export(cfg: RunConfig) -> Path:
     device = torch.accelerator.current_accelerator() if cfg.output.export_device == "auto" and torch.accelerator.is_available() else None
     model, tokenizer = load(cfg, device or torch.device("cpu"))
     make_generation_config_valid(model)
+    if model.generation_config is not None:
+        # A template may have given the tokenizer another eos; without it here, generation would run past the end of an answer.
+        model.generation_config.eos_token_id = stop_tokens(model, tokenizer, None) or None
 
     part = target.with_name(target.name + ".part")
     if part.exists():

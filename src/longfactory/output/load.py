@@ -50,12 +50,18 @@ def load_tokenizer(cfg: RunConfig) -> Any:
         args = dataclasses.replace(args, model_name_or_path=args.adapter_name_or_path[-1], model_revision="main")
     tokenizer = models.load_tokenizer(args)
     if cfg.data.template is not None or tokenizer.chat_template is None:
-        from longfactory.data.templates import get_template
-
-        quiet = logging.getLogger("longfactory.output")
-        data: Any = cfg.data
-        get_template(data, tokenizer, quiet)  # gives the tokenizer what the template needs
+        named_template(cfg, tokenizer)  # gives the tokenizer what the template needs
     return tokenizer
+
+
+def named_template(cfg: RunConfig, tokenizer: Any) -> Any:
+    """The template of `template:`, without the advice for training."""
+    from longfactory.data.templates import get_template
+
+    quiet = logging.getLogger("longfactory.output")
+    quiet.disabled = True
+    data: Any = cfg.data
+    return get_template(data, tokenizer, quiet)
 
 
 def merge(model: Any, path: str) -> Any:

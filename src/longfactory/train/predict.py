@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from longfactory.data.row import IGNORE, TokenizedDocument
 from longfactory.errors import UserError
-from longfactory.model.generate import attention_with_cache, generation_arguments
+from longfactory.model.generate import attention_with_cache, generation_arguments, stop_tokens
 
 FILE = "generated_predictions.jsonl"
 
@@ -55,6 +55,7 @@ def _one_set(trainer: Any, cfg: Any, tokenizer: Any, dataset: Any, prefix: str) 
     # Every rank makes the same number of calls, as sharded parameters need; what is too many repeats the first question and is dropped.
     rounds = -(-len(asked) // (batch * groups))
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    stops = stop_tokens(model, tokenizer, cfg.data.template)
     mine: list[tuple[int, str]] = []
     training = model.training
     model.eval()
@@ -63,7 +64,8 @@ def _one_set(trainer: Any, cfg: Any, tokenizer: Any, dataset: Any, prefix: str) 
             for j in range(rounds):
                 places = [(j * groups + rank) * batch + k for k in range(batch)]
                 places = [p for p in places if p < len(asked)] or [0]
-                answers = generate(model, tokenizer, [asked[p][0] for p in places], cfg.generating, trainer.args.device, groups > 1)
+                prompts = [asked[p][0] for p in places]
+                answers = generate(model, tokenizer, prompts, cfg.generating, trainer.args.device, groups > 1, stops)
                 mine += zip(places, answers, strict=True)
     finally:
         model.train(training)
@@ -109,10 +111,15 @@ def split_last_answer(document: TokenizedDocument) -> tuple[list[int], list[int]
     return ids[:start], labels[start:stop]
 
 
-def generate(model: Any, tokenizer: Any, prompts: Sequence[list[int]], generating: Any, device: Any, together: bool) -> list[str]:
-    """Answers to a batch of prompts, padded on the left. `together`: other ranks generate too and parameters may be sharded."""
+def generate(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], generating: Any, device: Any, together: bool, stops: Sequence[int]
+) -> list[str]:
+    """Answers to a batch of prompts, padded on the left, up to one of the `stops`.
+
+    `together`: other ranks generate too and parameters may be sharded.
+    """
     length = max(map(len, prompts))
-    options = generation_arguments(generating, tokenizer, length)
+    options = generation_arguments(generating, tokenizer, length, stops)
     ids = torch.full((len(prompts), length), options["pad_token_id"] or 0)
     mask = torch.zeros_like(ids)
     for i, p in enumerate(prompts):
