@@ -123,6 +123,33 @@ def test_optimizer_on_the_host_equals_the_one_on_the_gpu(monkeypatch):
     assert float(((a - b).abs() / a.abs().clamp(min=2e-2)).max()) < 1e-6
 
 
+@pytest.mark.parametrize("placement", ["gpu", "host"])
+def test_micro_batches_are_summed_in_fp32_and_clipped_without_rounding(placement, monkeypatch):
+    from longfactory.model.memory import optimizer
+
+    monkeypatch.setattr(optimizer, "BLOCK", 1 << 18)
+    model = make(layers=2)
+    opt = SplitAdamW(model.parameters(), lr=1e-3, placement=placement)
+    g = torch.Generator("cuda").manual_seed(3)
+    for _ in range(2):
+        sums = [torch.zeros(p.shape, device="cuda") for p in model.parameters()]
+        for k in range(4):
+            for p, total in zip(model.parameters(), sums, strict=True):
+                p.grad = torch.randn(p.shape, generator=g, device="cuda").bfloat16()
+                total += p.grad.float()
+            opt.accumulate(last=k == 3)
+            if k < 3:
+                # What was the gradients' memory is written over while the sums are made, if they were let go too early.
+                assert all(p.grad is None for p in model.parameters())
+                [torch.full_like(p, float("nan")) for p in model.parameters()]
+        for p, total in zip(model.parameters(), sums, strict=True):
+            assert torch.equal(p.grad, total.bfloat16())
+        norm = torch.stack([p.grad.double().square().sum() for p in model.parameters()]).sum().sqrt()
+        assert float(opt.clip(1.0)) == pytest.approx(float(norm), rel=1e-4)  # in bf16 it would be 4e-3
+        opt.step()
+        model.zero_grad()
+
+
 @pytest.mark.parametrize(("settings", "most"), [(dataclasses.replace(ALL, mlp_chunk=2048, attention_groups=4, late_prefetch=True), 60_000)])
 def test_bytes_a_token_of_the_7b_layer(settings, most):
     """Growth of the peak with length through three layers of Qwen2.5-7B's shape, less what waits for the last layer."""
