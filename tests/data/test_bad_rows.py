@@ -160,7 +160,7 @@ def test_csv_rows(tokenizer: Any, write_data: Any) -> None:
 
 
 def test_nothing_left_is_an_error_that_says_why(tokenizer: Any, write_data: Any) -> None:
-    with pytest.raises(DataError, match=r"of 2 rows 2 were bad and 0 dropped\. First: d\.json row 1: empty answer"):
+    with pytest.raises(DataError, match=r"Of 2 rows 2 were bad\. First: d\.json row 1: empty answer"):
         load(tokenizer, write_data(d=({}, [GOOD | {"output": ""}] * 2)))
     with pytest.raises(DataError, match="of 0 rows 0 were bad"):
         load(tokenizer, write_data(d=({}, [])))

@@ -103,6 +103,52 @@ def test_missing_files_and_names(tokenizer: Any, write_data: Any) -> None:
         load(tokenizer, folder / "mixed", dataset="d")
 
 
+@pytest.mark.parametrize("workers", [None, 2])
+def test_what_cannot_be_fetched_is_told(tokenizer: Any, workers: int | None, write_data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import huggingface_hub
+
+    def rows(*args: Any, **kwargs: Any) -> Any:
+        yield ALPACA[0]
+        raise ConnectionError("Couldn't reach 'someone/data' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", rows)
+    with pytest.raises(DataError, match=r"'someone/data': someone/data could not be read from the Hugging Face hub after row 1 \(Couldn't"):
+        load(tokenizer, "ONLINE", dataset="someone/data", preprocessing_num_workers=workers)
+
+    def download(*args: Any, **kwargs: Any) -> Any:
+        raise FileNotFoundError("404")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(DataError, match=r"dataset_dir: REMOTE:a/b: no dataset_info\.json could be read from the hub \(404\)"):
+        load(tokenizer, "REMOTE:a/b", dataset="d")
+    folder = write_data(d=({}, ALPACA))
+    info = {"c": {"cloud_file_name": "file://" + str(folder / "absent.json")}}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(DataError, match=r"'c': file://.* could not be copied"):
+        load(tokenizer, folder, dataset="c", preprocessing_num_workers=workers)
+
+
+def test_a_dataset_info_of_another_shape(tokenizer: Any, write_data: Any) -> None:
+    folder = write_data(d=({}, ALPACA))
+    for info, expected in [
+        ({"d": "d.json"}, "data set 'd' is not a mapping"),
+        ({"d": {"file_name": "d.json", "columns": ["a"]}}, "columns of data set 'd' is not a mapping"),
+        ([{"d": {}}], "holds a list; a mapping of names"),
+    ]:
+        (folder / "dataset_info.json").write_text(json.dumps(info))
+        with pytest.raises(DataError, match=expected):
+            load(tokenizer, folder, dataset="d")
+
+
+def test_one_empty_data_set_among_several_is_an_error(tokenizer: Any, write_data: Any) -> None:
+    folder = write_data(d=({}, ALPACA), none=({}, []), bad=({}, [{"instruction": "no answer"}]))
+    with pytest.raises(DataError, match=r"'none' has no usable row\. There are no rows in it"):
+        load(tokenizer, folder, dataset="d,none")
+    with pytest.raises(DataError, match=r"'bad' has no usable row\. Of 1 rows 1 were bad\. First: bad"):
+        load(tokenizer, folder, dataset="d,bad")
+
+
 # -- formats -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -127,7 +173,7 @@ def test_columns_and_tags(tokenizer: Any, write_data: Any) -> None:
 
 def test_naming_some_columns_unsets_the_others_and_says_so(tokenizer: Any, write_data: Any, caplog: pytest.LogCaptureFixture) -> None:
     folder = write_data(d=({"columns": {"prompt": "instruction"}}, ALPACA))
-    with pytest.raises(DataError, match="training data are empty: of 40 rows 40 were bad"):
+    with pytest.raises(DataError, match=r"'d' has no usable row\. Of 40 rows 40 were bad"):
         load(tokenizer, folder, dataset="d")
     assert "columns names no response" in caplog.text
 

@@ -301,6 +301,10 @@ def _tokenised(
         if preparer.strict:
             place, reason = opened.bad.places[0]
             raise DataError(f"Data set {source.name!r}, {place}: {reason}. Repair it, or set on_bad_row: skip.")
+    if not len(opened):
+        found = f"Of {opened.meta['rows']} rows {opened.bad.count} were bad." if opened.meta.get("rows") else "There are no rows in it."
+        first = next((f" First: {place}: {reason}." for place, reason in opened.bad.places), "")
+        raise DataError(f"Data set {source.name!r} has no usable row. {found}{first}")
     chosen = np.arange(len(opened))
     if source.num_samples is not None and len(opened):
         rng = np.random.default_rng(seed)

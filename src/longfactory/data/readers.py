@@ -164,11 +164,24 @@ def _read_arrow(path: Path, parquet: bool) -> Iterator[tuple[str, Raw]]:
 def _read_hub(source: Source, token: str | None) -> Iterator[tuple[str, Raw]]:
     import datasets
 
-    rows = datasets.load_dataset(
-        source.location, name=source.subset, data_dir=source.folder, split=source.split, token=token, streaming=True
+    number = 0
+    try:
+        rows = datasets.load_dataset(
+            source.location, name=source.subset, data_dir=source.folder, split=source.split, token=token, streaming=True
+        )
+        for row in rows:
+            number += 1
+            yield f"{source.location} row {number}", row
+    except (OSError, ValueError, RuntimeError) as e:  # the hub, datasets and huggingface_hub raise these and what inherits from them
+        raise DataError(_elsewhere(source, "read from the Hugging Face hub", number, e)) from e
+
+
+def _elsewhere(source: Source, what: str, number: int, error: Exception) -> str:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return (
+        f"Data set {source.name!r}: {source.location} could not be {what}{f' after row {number}' if number else ''} ({reason}). Check its "
+        "name, the network and hf_hub_token; or download it and give its file_name in dataset_info.json."
     )
-    for number, row in enumerate(rows, 1):
-        yield f"{source.location} row {number}", row
 
 
 def _read_cloud(source: Source) -> Iterator[tuple[str, Raw]]:
@@ -177,10 +190,17 @@ def _read_cloud(source: Source) -> Iterator[tuple[str, Raw]]:
     import fsspec
 
     with tempfile.TemporaryDirectory() as folder:
-        for file in fsspec.open_files(source.location, "rb"):
+        try:
+            files = fsspec.open_files(source.location, "rb")
+        except (OSError, ValueError, ImportError) as e:
+            raise DataError(_elsewhere(source, "opened", 0, e)) from e
+        for file in files:
             local = Path(folder, Path(file.path).name)
-            with file as remote, local.open("wb") as copy:
-                while block := remote.read(1 << 24):
-                    copy.write(block)
+            try:
+                with file as remote, local.open("wb") as copy:
+                    while block := remote.read(1 << 24):
+                        copy.write(block)
+            except OSError as e:
+                raise DataError(_elsewhere(source, "copied", 0, e)) from e
             yield from read_file(local)
             local.unlink()

@@ -104,7 +104,10 @@ def read_sources(dataset_names: list[str], dataset_dir: str | dict[str, Any], wa
         if dataset_dir.startswith("REMOTE:"):
             from huggingface_hub import hf_hub_download
 
-            path = Path(hf_hub_download(repo_id=dataset_dir[7:], filename="dataset_info.json", repo_type="dataset"))
+            try:
+                path = Path(hf_hub_download(repo_id=dataset_dir[7:], filename="dataset_info.json", repo_type="dataset"))
+            except (OSError, ValueError) as e:
+                raise DataError(f"dataset_dir: {dataset_dir}: no dataset_info.json could be read from the hub ({e}).") from e
         else:
             folder = dataset_dir
             path = Path(dataset_dir, "dataset_info.json")
@@ -114,6 +117,8 @@ def read_sources(dataset_names: list[str], dataset_dir: str | dict[str, Any], wa
             raise DataError(f"{path} does not exist. Point dataset_dir at the folder that holds dataset_info.json.") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as e:
             raise DataError(f"{path} is not valid JSON: {e}.") from None
+        if not isinstance(info, dict):
+            raise DataError(f"{path} holds a {type(info).__name__}; a mapping of names to data sets is needed.")
     return [_source(name, info, folder, warn) for name in dataset_names]
 
 
@@ -122,6 +127,10 @@ def _source(name: str, info: dict[str, Any], folder: str, warn: Any) -> Source:
         near = difflib.get_close_matches(name, info, n=1)
         raise DataError(f"Data set {name!r} is not in dataset_info.json." + (f" Did you mean {near[0]!r}?" if near else ""))
     entry: dict[str, Any] = info[name]
+    wrong = next((k for k in ("columns", "tags") if isinstance(entry, dict) and not isinstance(entry.get(k, {}), dict)), None)
+    if not isinstance(entry, dict) or wrong:
+        where = f"{wrong} of data set {name!r}" if wrong else f"data set {name!r}"
+        raise DataError(f"dataset_info.json: {where} is not a mapping. It looks like " + '{"file_name": "x.json", "columns": {...}}.')
     for key in entry.keys() - _KNOWN:
         warn(f"Data set {name!r}: the key {key!r} of dataset_info.json is not known and has no effect.")
     load_from: Literal["file", "hub", "cloud"] = "file"
