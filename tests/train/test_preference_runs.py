@@ -186,6 +186,30 @@ def test_two_processes_train_what_one_trains(home: Path, name: str) -> None:
         assert (home / "rm2" / "value_head.safetensors").is_file()
 
 
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("changes", [{}, {"precompute_ref_log_probs": None, "finetuning_type": "lora"}], ids=["full", "lora"])
+def test_an_evaluation_without_training_has_its_reference(home: Path, size: int, changes: dict[str, Any]) -> None:
+    """The model is its own reference."""
+    keys = {"model_name_or_path": home / "model", "stage": "dpo", "do_eval": True, "finetuning_type": "full", "eval_dataset": "pairs"}
+    keys |= {
+        "dataset_dir": home,
+        "template": "chatml",
+        "cutoff_len": 128,
+        "output_dir": home / f"eval{size}{len(changes)}",
+        "use_cpu": True,
+    }
+    keys |= {
+        "report_to": "none",
+        "sequence_parallel_size": size,
+        "precompute_ref_log_probs": True,
+        "per_device_eval_batch_size": 2,
+    } | changes
+    POOLS[size].run(run_on_ranks, [f"{k}={v}" for k, v in keys.items() if v is not None], str(home / "cache_eval"))
+    results = json.loads((Path(str(keys["output_dir"])) / "eval_results.json").read_text())
+    # The second size reads the numbers of the first.
+    assert results["eval_loss"] == pytest.approx(LOG2, abs=1e-6) and results["eval_rewards/margins"] == pytest.approx(0.0, abs=1e-5)
+
+
 @pytest.mark.parametrize("cutoff", [128, 40], ids=["whole", "cut"])
 @pytest.mark.parametrize("stage", ["dpo", "kto", "rm"])
 def test_a_shared_prompt_changes_nothing(home: Path, stage: str, cutoff: int) -> None:

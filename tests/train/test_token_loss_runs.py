@@ -146,6 +146,14 @@ def test_a_resumed_run_has_the_reference_of_its_beginning(home: Path) -> None:
         assert [h[key] for h in rest] == pytest.approx([h[key] for h in whole], rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("changes", [{}, LORA], ids=["full", "lora"])
+def test_an_evaluation_without_training_has_its_reference(home: Path, changes: dict[str, Any]) -> None:
+    alone = {"do_train": None, "do_eval": True, "dataset": None, "eval_dataset": "talks", "max_steps": None}
+    given = keys(home, f"eval{len(changes)}", sequence_parallel_size=2, **ASFT, **changes, **alone)
+    POOLS[2].run(run_on_ranks, [f"{k}={v}" for k, v in given.items()], str(home / "cache"))
+    assert json.loads((Path(given["output_dir"]) / "eval_results.json").read_text())["eval_kl"] == 0.0
+
+
 def test_a_reference_with_another_vocabulary_is_refused(home: Path) -> None:
     with pytest.raises(RankError, match=r"reference model is llama with \d+ tokens, the trained model llama with \d+"):
         train(home, "larger_ref", 1, **ASFT, ref_model=home / "larger")

@@ -141,6 +141,8 @@ def run(cfg: RunConfig) -> dict[str, float]:
             metrics.update(result.metrics)
         output.save_trained(trainer, cfg, tokenizer, result)
     if args.do_eval and datasets.eval:
+        if not args.do_train:
+            attach_reference(trainer, cfg)
         metrics.update(output.evaluate(trainer, cfg, datasets))
     if args.do_predict:
         from longfactory.train.predict import predict

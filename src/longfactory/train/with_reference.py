@@ -36,7 +36,9 @@ from longfactory.train.trainer import RowTrainer
 
 
 def attach_reference(trainer: RowTrainer, cfg: Any) -> None:
-    """Called once the model is wrapped and before the first step; every rank calls it. Does nothing for losses without a reference.
+    """Called once the model is wrapped and before the first step, or before an evaluation without training; every rank calls it.
+
+    Does nothing for losses without a reference.
 
     Raises:
         UserError: the run resumes and the numbers of its beginning are gone; or the reference model does not fit.
@@ -66,6 +68,11 @@ def attach_reference(trainer: RowTrainer, cfg: Any) -> None:
         started = False
     else:
         model = trainer.model_wrapped
+        if not trainer.args.do_train and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            raise UserError(
+                "An evaluation without training has not yet spread its parameters when the reference is wanted. Name the model as ref_model, "
+                "or evaluate with sharding: ddp."
+            )
 
         def logps_of(row: Row) -> Tensor:
             with reference.as_reference(model, adapter_off=by_adapter), trainer.compute_loss_context_manager():
