@@ -70,8 +70,8 @@ def attach_reference(trainer: RowTrainer, cfg: Any) -> None:
         model = trainer.model_wrapped
         if not trainer.args.do_train and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             raise UserError(
-                "An evaluation without training has not yet spread its parameters when the reference is wanted. Name the model as ref_model, "
-                "or evaluate with sharding: ddp."
+                "In an evaluation without training the parameters are not yet spread when the reference is wanted. Name the model as "
+                "ref_model, or evaluate with sharding: ddp."
             )
 
         def logps_of(row: Row) -> Tensor:
