@@ -162,7 +162,7 @@ def test_csv_rows(tokenizer: Any, write_data: Any) -> None:
 def test_nothing_left_is_an_error_that_says_why(tokenizer: Any, write_data: Any) -> None:
     with pytest.raises(DataError, match=r"Of 2 rows 2 were bad\. First: d\.json row 1: empty answer"):
         load(tokenizer, write_data(d=({}, [GOOD | {"output": ""}] * 2)))
-    with pytest.raises(DataError, match="of 0 rows 0 were bad"):
+    with pytest.raises(DataError, match="There are no rows in it"):
         load(tokenizer, write_data(d=({}, [])))
     with pytest.raises(DataError, match="of 1 rows 0 were bad and 1 dropped"):
         load(tokenizer, write_data(d=({}, [GOOD])), cutoff_len=2, cutoff_strategy="drop")
