@@ -586,11 +586,12 @@ KINDS: dict[str, tuple[str, ...]] = {
 
 
 def device_ms(setting: Setting, step: Callable[[], object]) -> dict[str, float]:
-    """Milliseconds on the device in one step by kind of kernel (on CPUs: of operators)."""
+    """Milliseconds on the device of a step by kind of kernel (on CPUs: of operators), mean of the repeats after one to warm up."""
     step()
     synchronize(setting)
     with torch.profiler.profile() as profile:
-        step()
+        for _ in range(setting.repeats):
+            step()
         synchronize(setting)
     out: dict[str, float] = {}
     for event in profile.events():
@@ -600,7 +601,7 @@ def device_ms(setting: Setting, step: Callable[[], object]) -> dict[str, float]:
             ms = event.self_cpu_time_total / 1e3 if event.name.startswith("aten::") else 0.0
         if ms:
             kind = next(kind for kind, parts in KINDS.items() if any(part in event.name.lower() for part in parts))
-            out[kind] = out.get(kind, 0.0) + ms
+            out[kind] = out.get(kind, 0.0) + ms / setting.repeats
     if not out:
         raise RuntimeError("the profiler saw nothing on the device")
     return out
