@@ -3,84 +3,20 @@
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_preference_runs import run_on_ranks, write_tokenizer
+from small_runs import LORA, POOLS, STEPS, home, keys, steps, train
+from test_preference_runs import run_on_ranks
 
 from longfactory.config import from_mapping
 from longfactory.errors import UserError
-from longfactory.testing import RankError, RankPool, tiny_model
+from longfactory.testing import RankError
 
-POOLS = {1: RankPool(1), 2: RankPool(2)}
-STEPS = 4
+__all__ = ["home"]  # a fixture
 
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A tiny model with a tokenizer, another one to refer to, one with another vocabulary, and conversations."""
-    home = tmp_path_factory.mktemp("runs")
-    for name, seed, more in (("model", 0, 0), ("other", 1, 0), ("larger", 1, 64)):
-        vocabulary = write_tokenizer(home / name)
-        tiny_model("llama", seed=seed, vocab_size=vocabulary + more, tie_word_embeddings=name == "other").save_pretrained(home / name)
-    random.seed(0)
-
-    def text(n: int) -> str:
-        return "".join(random.choice("abcdefgh ") for _ in range(n))
-
-    data = [{"instruction": text(12 + i), "output": text(25 - i)} for i in range(12)]
-    (home / "talks.json").write_text(json.dumps(data))
-    (home / "dataset_info.json").write_text(json.dumps({"talks": {"file_name": "talks.json"}}))
-    yield home
-    for pool in POOLS.values():
-        pool.stop()
-
-
-def keys(home: Path, name: str, **changes: Any) -> dict[str, Any]:
-    given: dict[str, Any] = {
-        "model_name_or_path": home / "model",
-        "stage": "sft",
-        "do_train": True,
-        "finetuning_type": "full",
-        "dataset": "talks",
-        "dataset_dir": home,
-        "template": "chatml",
-        "cutoff_len": 128,
-        "packing": True,
-        "output_dir": home / name,
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "overwrite_output_dir": True,
-        "preprocessing_num_workers": 1,
-        "optim": "adamw_torch",
-        "adam_epsilon": 1e-3,  # where a gradient is near nothing, its sign is rounding: a step of Adam must not be all sign
-    }
-    return {k: str(v) if isinstance(v, Path) else v for k, v in (given | changes).items() if v is not None}
-
-
-def train(home: Path, name: str, size: int, **changes: Any) -> list[dict[str, float]]:
-    """The log of a run; its output folder is `home / name`."""
-    given = keys(home, name, sequence_parallel_size=size, **changes)
-    POOLS[size].run(run_on_ranks, [f"{k}={v}" for k, v in given.items()], str(home / "cache"))
-    return json.loads((home / name / "trainer_state.json").read_text())["log_history"]
-
-
-def steps(log: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [h for h in log if "loss" in h]
-
-
-LORA = {"finetuning_type": "lora", "lora_target": "all", "lora_rank": 4, "learning_rate": 1e-2}
 ASFT = {"use_asft_loss": True, "asft_alpha": 3.0}
 RUNS: dict[str, dict[str, Any]] = {
     "dft": {"use_dft_loss": True},

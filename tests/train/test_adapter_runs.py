@@ -1,0 +1,51 @@
+"""Whole runs of every kind of adapter: what two processes that share the sequences save is what one saves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_runs import LORA, STEPS, home, steps, train
+
+__all__ = ["home"]  # a fixture
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    "pissa": {"pissa_init": True},
+    "pissa, randomised": {"pissa_init": True, "pissa_iter": 4},
+    "loraplus": {"loraplus_lr_ratio": 16.0},
+    "all of them": {"use_dora": True, "use_rslora": True, "loraplus_lr_ratio": 4.0, "lora_target": "q_proj,down_proj,lm_head"},
+    "head by itself": {"lora_target": "q_proj", "additional_target": "lm_head"},
+}
+
+
+def saved(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def plain(home: Path) -> list[dict[str, float]]:
+    return steps(train(home, "plain1", 1, **LORA))
+
+
+@pytest.mark.parametrize("mode", ["zigzag-ring", "ulysses"])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_two_processes_train_what_one_trains(home: Path, plain: list[dict[str, float]], kind: str, mode: str) -> None:
+    changes = {**LORA, **KINDS[kind]}
+    folders = [f"{kind}_{mode}_{n}" for n in (1, 2)]
+    one = steps(train(home, folders[0], 1, **changes))
+    two = steps(train(home, folders[1], 2, **changes, sequence_parallel_mode=mode))
+    assert len(one) == STEPS and one[-1]["loss"] < one[0]["loss"]
+    for key in ("loss", "grad_norm"):
+        assert [h[key] for h in two] == pytest.approx([h[key] for h in one], rel=2e-5), key
+    a, b = (saved(home / f) for f in folders)
+    assert a.keys() == b.keys() and sum("lora_B" in n for n in a) >= 2
+    for name, x in a.items():
+        torch.testing.assert_close(b[name], x, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+    if kind != "plain":  # the key does something: another run than plain LoRA's
+        assert max(abs(x["loss"] / y["loss"] - 1) for x, y in zip(one, plain, strict=True)) > 1e-4
