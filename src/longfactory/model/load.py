@@ -84,6 +84,11 @@ def load_config(args: Any, cutoff_len: int) -> Any:
     from transformers import AutoConfig
 
     path, extra = resolve(args.model_name_or_path)
+    if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
+        raise UserError(
+            f"model_name_or_path: {args.model_name_or_path} holds an adapter, not a model. Give its base model there, and this folder in "
+            "adapter_name_or_path."
+        )
     try:
         config = AutoConfig.from_pretrained(path, **_hub_arguments(args), **extra)
     except (OSError, ValueError) as error:

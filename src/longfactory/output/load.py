@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from longfactory.errors import UserError
+from longfactory.model.adapters import load_adapter
 
 if TYPE_CHECKING:
     from longfactory.config import RunConfig
@@ -70,13 +71,9 @@ def merge(model: Any, path: str) -> Any:
     Raises:
         UserError: there is no adapter in the folder, or it was trained on another model.
     """
-    from peft import PeftModel
-
-    folder = Path(path)
-    if folder.exists() and not (folder / "adapter_config.json").is_file():
-        raise UserError(f"adapter_name_or_path: {path} holds no adapter_config.json. Give the folder that a LoRA run has written.")
     try:
-        return PeftModel.from_pretrained(model, path).merge_and_unload(safe_merge=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as e:
-        lines = str(e).strip().splitlines() or [type(e).__name__]
-        raise UserError(f"adapter_name_or_path: {path} does not fit {model.config.name_or_path}: {' '.join(lines[:2])}") from e
+        return load_adapter(model, path).merge_and_unload(safe_merge=True)
+    except (ValueError, RuntimeError) as e:
+        if isinstance(e, UserError):
+            raise
+        raise UserError(f"adapter_name_or_path: {path} cannot be merged: {' '.join(str(e).split())}") from e

@@ -33,8 +33,11 @@ def main(argv: list[str] | None = None) -> int:
 
     from transformers import AutoConfig
 
+    from longfactory.model.load import resolve
+
+    path, extra = resolve(a.model)
     try:
-        config = AutoConfig.from_pretrained(a.model)
+        config = AutoConfig.from_pretrained(path, **extra)
     except (OSError, ValueError) as error:
         raise UserError(f"No model configuration could be read from {a.model}: {str(error).strip().splitlines()[0]}") from error
     shape = ModelShape.of(config)
