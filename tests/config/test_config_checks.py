@@ -49,6 +49,15 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"use_dft_loss": True, "use_asft_loss": True}, "A run has one loss"),
     ({"use_asft_loss": True, "precompute_ref_log_probs": True}, "Leave precompute_ref_log_probs out"),
     ({"use_asft_loss": True, "finetuning_type": "full", "train_from_scratch": True}, "Name a ref_model, or use finetuning_type: lora"),
+    ({"report_to": "wandb,tenserboard"}, "report_to: tenserboard is not a choice"),
+    (
+        {"eval_dataset": "a,b", "eval_on_each_dataset": True, "load_best_model_at_end": True, "eval_strategy": "steps"},
+        "Set metric_for_best_model: eval_a_loss",
+    ),
+    (
+        {"eval_dataset": "a,b", "eval_on_each_dataset": True, "early_stopping_steps": 2, "eval_strategy": "steps"},
+        "Set metric_for_best_model: eval_a_loss",
+    ),
     ({"stage": "rm", "load_best_model_at_end": True}, "not supported with stage: rm"),
     ({"early_stopping_steps": 2}, "Set eval_strategy"),
     ({"bf16": True, "fp16": True}, "Keep one of them"),
@@ -183,6 +192,8 @@ def test_the_deepspeed_files_that_everyone_quotes(name: str) -> None:
         ({"attention_backend": "fa4"}, 'pip install "longfactory[fa4]"'),
         ({"attention_backend": "fa2"}, "Use attention_backend: auto"),
         ({"use_swanlab": True}, "pip install swanlab"),
+        ({"report_to": "tensorboard"}, "report_to: tensorboard is not installed. Run: pip install tensorboard"),
+        ({"report_to": ["wandb"]}, "pip install wandb"),
     ],
 )
 def test_missing_packages(keys: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,7 @@ def test_yaml_flags_and_overrides_are_one_language(tmp_path: Path) -> None:
     ],
 )
 def test_keys_of_transformers(written: dict[str, Any], expected: dict[str, Any]) -> None:
-    cfg = from_mapping({**BASE, **written})
+    cfg = from_mapping({**BASE, "dry_run": True, **written})
     assert {k: cfg.trainer(k) for k in expected} == expected
 
 

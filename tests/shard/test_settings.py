@@ -169,7 +169,7 @@ def test_the_ready_made_files_leave_nothing_open(name: str) -> None:
 
 
 def test_a_missing_or_broken_file_is_a_letter(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"does not exist. Ready-made ones are in examples/deepspeed/"):
+    with pytest.raises(UserError, match=r"does not exist\. Ready-made ones are in LongFactory's repository, in examples/deepspeed/"):
         settings.deepspeed_config(str(tmp_path / "no.json"), bf16=True)
     (tmp_path / "broken.json").write_text('{"a": 1,\n "b": }')
     with pytest.raises(UserError, match=r"not valid JSON \(line 2"):

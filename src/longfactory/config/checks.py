@@ -15,6 +15,23 @@ SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")
 """Preference losses that read dpo_label_smoothing."""
 REFERENCE_FREE = ("orpo", "simpo", "sft")
 """Preference losses that have no reference model."""
+TRACKERS = {
+    "azure_ml": ("azureml",),
+    "clearml": ("clearml",),
+    "codecarbon": ("codecarbon",),
+    "comet_ml": ("comet_ml",),
+    "dagshub": ("dagshub",),
+    "dvclive": ("dvclive",),
+    "flyte": ("flytekit",),
+    "kubeflow": (),
+    "mlflow": ("mlflow",),
+    "neptune": ("neptune",),
+    "swanlab": ("swanlab",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+}
+"""What report_to can name, and the packages of which transformers needs one."""
 
 
 def training(cfg: RunConfig, world_size: int | None) -> Iterator[str]:
@@ -48,6 +65,14 @@ def _needed(cfg: RunConfig) -> Iterator[str]:
         yield "output_dir is missing: the folder for checkpoints and results."
     if cfg.trainer("do_train") and not cfg.data.dataset and cfg.data.tokenized_path is None:
         yield "dataset is missing: one or more names from dataset_info.json, or tokenized_path."
+    unknown = [name for name in _trackers(cfg) if name not in (*TRACKERS, "all", "none")]
+    if unknown:
+        yield f"report_to: {', '.join(unknown)} is not a choice. Choose from {', '.join(TRACKERS)}, all, none."
+
+
+def _trackers(cfg: RunConfig) -> tuple[str, ...]:
+    names = cfg.hf.get("report_to") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _data(cfg: RunConfig) -> Iterator[str]:
@@ -107,6 +132,14 @@ def _method(cfg: RunConfig) -> Iterator[str]:
         yield "load_best_model_at_end is not supported with stage: rm. Leave it out and choose the checkpoint by its evaluation."
     if m.early_stopping_steps is not None and cfg.trainer("eval_strategy") == "no":
         yield "early_stopping_steps counts evaluations. Set eval_strategy and eval_steps."
+    judged = cfg.trainer("load_best_model_at_end") or cfg.trainer("save_strategy") == "best" or m.early_stopping_steps is not None
+    if judged and cfg.data.eval_on_each_dataset and len(cfg.data.eval_dataset) > 1:
+        metric = str(cfg.trainer("metric_for_best_model") or "loss").removeprefix("eval_")
+        if not any(metric.startswith(f"{name}_") for name in cfg.data.eval_dataset):
+            yield (
+                "With eval_on_each_dataset each data set has a loss of its own, and the best checkpoint is chosen by one. Set "
+                f"metric_for_best_model: eval_{cfg.data.eval_dataset[0]}_loss (or another's)."
+            )
     if cfg.trainer("bf16") and cfg.trainer("fp16"):
         yield "bf16 and fp16 were both given. Keep one of them."
     if m.pure_bf16 and cfg.trainer("fp16"):
@@ -196,7 +229,7 @@ def _deepspeed(given: str | dict, cfg: RunConfig) -> Iterator[str]:
     if isinstance(given, str):
         path = Path(given)
         if not path.is_file():
-            yield f"deepspeed: there is no file {path}. Ready-made ones are in examples/deepspeed/."
+            yield f"deepspeed: there is no file {path}. Ready-made ones are in LongFactory's repository, in examples/deepspeed/."
             return
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
@@ -246,8 +279,10 @@ def extras(cfg: RunConfig) -> Iterator[str]:
         yield 'quantization_bit: bitsandbytes is not installed. Run: pip install "longfactory[quantization]"'
     if cfg.model.enable_liger_kernel and missing("liger_kernel"):
         yield 'enable_liger_kernel: the package is not installed. Run: pip install "longfactory[liger]"'
-    if "swanlab" in (cfg.hf.get("report_to") or ()) and missing("swanlab"):
-        yield "SwanLab is not installed. Run: pip install swanlab"
+    for name in _trackers(cfg):
+        packages = TRACKERS.get(name, ())
+        if packages and all(missing(package) for package in packages):
+            yield f"report_to: {name} is not installed. Run: pip install {packages[0]}"
     backend = cfg.parallel.attention_backend
     if backend == "fa4" and missing("flash_attn"):
         yield 'attention_backend: fa4 is not installed. Run: pip install "longfactory[fa4]", or use attention_backend: auto.'

@@ -74,7 +74,7 @@ def check_known(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         return dict(values), []
     lines = []
     for name in unknown:
-        near = difflib.get_close_matches(name, sorted(KNOWN), n=1, cutoff=0.6)
+        near = difflib.get_close_matches(name, sorted(KNOWN), n=1, cutoff=0.7)
         lines.append(f"There is no key {name}." + (f" Did you mean {near[0]}?" if near else ""))
     if os.environ.get("ALLOW_EXTRA_ARGS", "0").lower() in ("1", "true", "y"):
         return {k: v for k, v in values.items() if k not in unknown}, [f"{line} It is left out (ALLOW_EXTRA_ARGS)." for line in lines]

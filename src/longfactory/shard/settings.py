@@ -138,7 +138,9 @@ def deepspeed_config(path_or_dict: str | dict[str, Any], *, bf16: bool) -> dict[
     else:
         path = Path(path_or_dict)
         if not path.is_file():
-            raise UserError(f"deepspeed: the file {path} does not exist. Ready-made ones are in examples/deepspeed/.")
+            raise UserError(
+                f"deepspeed: the file {path} does not exist. Ready-made ones are in LongFactory's repository, in examples/deepspeed/."
+            )
         try:
             config = json.loads(path.read_text())
         except json.JSONDecodeError as error:
