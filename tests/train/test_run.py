@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from longfactory.errors import UserError
 from longfactory.testing import RankError, run_ranks
+from longfactory.train.output import write_model_card
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -154,6 +156,30 @@ def test_a_run_that_is_over_makes_no_further_step(base: dict[str, Any], tmp_path
     log = run_ranks(1, train, keys, timeout=300)[0]
     assert losses(log)[-1] == losses(json.loads(before["trainer_state.json"])["log_history"])[-1] and len(losses(log)) == 2
     assert {name: (tmp_path / name).read_bytes() for name in names} == before
+
+
+def test_what_an_adapter_s_run_leaves_behind(base: dict[str, Any], tmp_path: Path) -> None:
+    keys = {**base, "stage": "kto", "dataset": "manual_kto", "finetuning_type": "lora", "max_steps": 2, "plot_loss": True}
+    keys |= {"output_dir": str(tmp_path), "per_device_train_batch_size": 4, "eval_strategy": "steps", "eval_steps": 2}
+    keys |= {"eval_dataset": "manual_kto,again", "eval_on_each_dataset": True, "dataset_dir": str(tmp_path / "data")}
+    shutil.copytree(ROOT / "data", tmp_path / "data")
+    info = json.loads((tmp_path / "data" / "dataset_info.json").read_text())
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({**info, "again": info["manual_kto"]}))
+    run_ranks(1, train, keys, timeout=300)
+    card = (tmp_path / "README.md").read_text()
+    assert "trained by LongFactory: stage kto, lora, data manual_kto." in card and "More Information Needed" not in card
+    assert {"training_rewards_chosen.png", "training_eval_again_loss.png"} <= {p.name for p in tmp_path.iterdir()}
+    lines = [json.loads(line) for line in (tmp_path / "trainer_log.jsonl").read_text().splitlines()]
+    assert lines[-1]["eval_again_loss"] > 0
+
+    # A run that evaluates alone says nothing of training; a card of one's own stays.
+    alone = {**keys, "do_train": False, "do_eval": True, "eval_strategy": "no", "output_dir": str(tmp_path / "alone")}
+    run_ranks(1, train, alone, timeout=300)
+    assert not (tmp_path / "alone" / "README.md").exists()
+    (tmp_path / "README.md").write_text("My own words.")
+    cfg = types.SimpleNamespace()
+    write_model_card(cfg, str(tmp_path))
+    assert (tmp_path / "README.md").read_text() == "My own words."
 
 
 def test_resume_with_another_batch_is_refused(base: dict[str, Any], tmp_path: Path) -> None:

@@ -60,6 +60,8 @@ class LogFile(TrainerCallback):
             "elapsed_seconds": round(elapsed, 3),
             "remaining_time": str(timedelta(seconds=int(remaining))),
         }
+        # With eval_on_each_dataset every set has a loss of its own.
+        line |= {k: v for k, v in logs.items() if k.startswith("eval_") and k.endswith(("_loss", "_accuracy")) and k not in line}
         if tokens is not None and elapsed > 0:
             line["throughput"] = round((tokens - self.first_tokens) / elapsed, 2)
             line["total_tokens"] = tokens

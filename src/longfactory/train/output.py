@@ -12,7 +12,17 @@ import torch
 from longfactory.model import value_head
 from longfactory.train.plots import plot_history
 
+BY_US, BY_PEFT = "trained by LongFactory:", "# Model Card for Model ID"
+"""By these words a card is known that may be written anew: ours, and the empty form that peft leaves beside an adapter."""
 CURVES = ("loss", "eval_loss", "eval_accuracy", "rewards/accuracies")
+
+
+def curves(cfg: Any) -> list[str]:
+    """What is drawn of a run, where it was logged: LLaMA-Factory's pictures."""
+    each = (
+        [f"eval_{name}_{what}" for name in cfg.data.eval_dataset for what in ("loss", "accuracy")] if cfg.data.eval_on_each_dataset else []
+    )
+    return [*CURVES, *(["rewards/chosen"] if cfg.method.stage == "kto" else []), *each]
 
 
 def save_trained(trainer: Any, cfg: Any, tokenizer: Any, result: Any) -> None:
@@ -28,7 +38,7 @@ def save_trained(trainer: Any, cfg: Any, tokenizer: Any, result: Any) -> None:
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
     if cfg.method.plot_loss and trainer.is_world_process_zero():
-        plot_history(trainer.state.log_history, trainer.args.output_dir, CURVES)
+        plot_history(trainer.state.log_history, trainer.args.output_dir, curves(cfg))
 
 
 def evaluate(trainer: Any, cfg: Any, datasets: Any) -> dict[str, float]:
@@ -61,9 +71,9 @@ def _whole(p: torch.Tensor) -> torch.Tensor:
 
 
 def write_model_card(cfg: Any, folder: str) -> None:
-    """README.md of the output folder: what was trained, on what, with which keys."""
+    """README.md of the output folder: what was trained, on what, with which keys. A card that a person has written stays."""
     path = Path(folder) / "README.md"
-    if path.exists():
+    if path.exists() and not any(mark in path.read_text(encoding="utf-8", errors="replace") for mark in (BY_US, BY_PEFT)):
         return
     tags = ["longfactory", cfg.method.finetuning_type, cfg.method.stage]
     text = "\n".join(
@@ -78,7 +88,7 @@ def write_model_card(cfg: Any, folder: str) -> None:
             "",
             f"# {Path(folder).name}",
             "",
-            f"{cfg.model.model_name_or_path}, trained by LongFactory: stage {cfg.method.stage}, {cfg.method.finetuning_type}, "
+            f"{cfg.model.model_name_or_path}, {BY_US} stage {cfg.method.stage}, {cfg.method.finetuning_type}, "
             f"data {', '.join(cfg.data.dataset)}.",
             "",
             "## Configuration",

@@ -148,7 +148,7 @@ def run(cfg: RunConfig) -> dict[str, float]:
         from longfactory.train.predict import predict
 
         metrics.update(predict(trainer, cfg, tokenizer, datasets))
-    if trainer.is_world_process_zero():
+    if trainer.is_world_process_zero() and args.do_train and not trainer.finished:
         output.write_model_card(cfg, args.output_dir)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
