@@ -82,6 +82,16 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"sequence_parallel_mode": "usp", "sequence_parallel_size": 8, "sequence_parallel_ring_degree": 3}, "3 does not divide"),
     ({"sequence_parallel_size": 8, "sequence_parallel_ulysses_degree": 4}, "Set usp, or leave them out"),
     ({"sequence_parallel_size": 2, "neftune_noise_alpha": 5}, "neftune_noise_alpha"),
+    (
+        {
+            "do_train": False,
+            "do_predict": True,
+            "predict_with_generate": True,
+            "eval_dataset": "e",
+            "deepspeed": {"zero_optimization": {"stage": 2}},
+        },
+        "do_predict without training has nothing for DeepSpeed to do",
+    ),
     ({"deepspeed": "absent.json"}, "there is no file absent.json"),
     ({"deepspeed": {"zero_optimization": {"stage": 2}}, "sharding": "fsdp2"}, "deepspeed and sharding: fsdp2"),
     ({"deepspeed": {"zero_optimization": {"stage": 3}}, "pure_bf16": True}, "Use bf16: true"),

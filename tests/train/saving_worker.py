@@ -33,7 +33,8 @@ def make(sharding: str, folder: Path, size: int) -> RowTrainer:
     if sharding == "fsdp2":
         extra |= settings.fsdp2_arguments(efficient_loading=False)
     else:
-        zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 10000}
+        stage = int(sharding[-1])
+        zero = {"stage": stage, "reduce_bucket_size": 10000} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
         extra["deepspeed"] = settings.deepspeed_config({"zero_optimization": zero, "zero_allow_untested_optimizer": True}, bf16=False)
     args = transformers.TrainingArguments(
         output_dir=str(folder),
@@ -50,7 +51,7 @@ def make(sharding: str, folder: Path, size: int) -> RowTrainer:
         disable_tqdm=True,
         seed=5,
         remove_unused_columns=False,
-        use_cpu=sharding != "zero3",
+        use_cpu=not sharding.startswith("zero"),
         **extra,
     )
     args.device  # noqa: B018

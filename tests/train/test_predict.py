@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,6 +58,7 @@ def make_trainer(folder: Path, ctx: sp.SequenceParallel, batch: int = 2) -> Any:
         accelerator=SimpleNamespace(unwrap_model=lambda m: m),
         compute_loss_context_manager=nullcontext,
         is_world_process_zero=lambda: ctx.dp_rank == 0,
+        spread=lambda: None,
         log_metrics=lambda *_: None,
         save_metrics=lambda kind, m: saved.update(m),
         saved=saved,
@@ -76,9 +80,9 @@ def read(folder: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in (folder / module.FILE).read_text().splitlines()]
 
 
-def greedy_by_hand(prompt: list[int]) -> list[int]:
+def greedy_by_hand(prompt: list[int], model: Any = None) -> list[int]:
     """Without cache, batch or padding: the most probable token, again and again."""
-    model, ids = tiny_model("qwen2", seed=4).eval(), list(prompt)
+    model, ids = (model or tiny_model("qwen2", seed=4)).eval(), list(prompt)
     for _ in range(GREEDY.max_new_tokens):
         with torch.no_grad():
             ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
@@ -113,6 +117,30 @@ def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
     metrics = run_ranks(2, on_two_ranks, str(two))
     assert read(one) == read(two)
     assert metrics[0]["predict_rouge-l"] == metrics[1]["predict_rouge-l"]
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(("sharding", "trained"), [("fsdp2", True), ("fsdp2", False), ("zero2", True)])
+def test_sharded_parameters_write_what_whole_ones_write(sharding: str, trained: bool, tmp_path: Path) -> None:
+    if sharding == "zero2":
+        pytest.importorskip("deepspeed")
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(here / "predict_worker.py")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([*command, sharding, str(int(trained)), str(tmp_path)], env=env, cwd=here, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    from invariance_worker import tiny
+
+    model, start = tiny("llama"), tiny("llama").state_dict()
+    weights = torch.load(tmp_path / "weights.pt")
+    assert trained == any((weights[n] - p).abs().max() > 1e-2 for n, p in start.items() if n in weights)
+    model.load_state_dict(weights, strict=False)
+    tokenizer = make_tokenizer()
+    lines = read(tmp_path)
+    assert len(lines) == len(DOCUMENTS)
+    for d, line in zip(DOCUMENTS, lines, strict=True):
+        assert line["predict"] == tokenizer.decode(greedy_by_hand(list(d.input_ids[:-2]), model), skip_special_tokens=True)
+    assert len({line["predict"] for line in lines}) > 1
 
 
 def test_several_sets_have_their_own_names(tmp_path: Path) -> None:

@@ -239,6 +239,8 @@ def _deepspeed(given: str | dict, cfg: RunConfig) -> Iterator[str]:
     if not isinstance(config, dict):
         yield f"deepspeed: {given} holds no mapping; DeepSpeed's own JSON is needed."
         return
+    if cfg.trainer("do_predict") and not cfg.trainer("do_train"):
+        yield "do_predict without training has nothing for DeepSpeed to do. Leave deepspeed out."
     zero = config.get("zero_optimization")
     if isinstance(zero, dict) and zero.get("stage") == 3:
         if cfg.trainer("predict_with_generate"):

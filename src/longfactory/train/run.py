@@ -142,6 +142,7 @@ def run(cfg: RunConfig) -> dict[str, float]:
         output.save_trained(trainer, cfg, tokenizer, result)
     if args.do_eval and datasets.eval:
         if not args.do_train:
+            trainer.spread()
             attach_reference(trainer, cfg)
         metrics.update(output.evaluate(trainer, cfg, datasets))
     if args.do_predict:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -263,6 +264,13 @@ class RowTrainer(Trainer):
         return super()._get_grad_norm(model, grad_norm) if optimizer is None or grad_norm is not None else optimizer.clip(math.inf)
 
     # ---- evaluation -----------------------------------------------------------------------------------------------------------------
+
+    def spread(self) -> None:
+        """Shards the model by FSDP2 where training has not: an evaluation by itself would fail. Collective."""
+        if self.is_fsdp_enabled and not isinstance(self.model_wrapped, FSDPModule):
+            # accelerate takes a model for FSDP2 only together with an optimizer. This one is never used.
+            sharded, _ = self.accelerator.prepare(self.model_wrapped, torch.optim.SGD(self.model_wrapped.parameters()))
+            self.__dict__.update(model=sharded, model_wrapped=sharded)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None

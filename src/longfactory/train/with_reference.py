@@ -68,11 +68,6 @@ def attach_reference(trainer: RowTrainer, cfg: Any) -> None:
         started = False
     else:
         model = trainer.model_wrapped
-        if not trainer.args.do_train and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-            raise UserError(
-                "In an evaluation without training the parameters are not yet spread when the reference is wanted. Name the model as "
-                "ref_model, or evaluate with sharding: ddp."
-            )
 
         def logps_of(row: Row) -> Tensor:
             with reference.as_reference(model, adapter_off=by_adapter), trainer.compute_loss_context_manager():
