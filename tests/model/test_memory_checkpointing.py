@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib
 
 import pytest
@@ -216,3 +217,25 @@ def test_settings_change_between_steps(monkeypatch):
         assert_same_gradients(gradients(model), wanted)
     with pytest.raises(ConfigError, match="fixed"):
         store.change(MemorySettings(checkpoint="none"))
+
+
+@pytest.mark.parametrize("layer", ["auto", "generic"])
+@pytest.mark.parametrize("name", ["offload all", "segments of 3, offload, kept", "pieces"])
+def test_no_activation_is_left_to_the_garbage_collector(name, layer):
+    """A tensor in a circle of references stays in memory long after the layer that made it."""
+    model = make_model("qwen2")
+    apply(model, SETTINGS[name], layer)
+    run(model)
+    model.zero_grad()
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        run(model)
+        gc.collect()
+        left = [tuple(x.shape) for x in gc.garbage if isinstance(x, torch.Tensor) and x.shape and x.shape[0] in (1, SEGMENTS[-1].stop)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert left == []

@@ -110,6 +110,7 @@ class Segment:
                 x = call(x)
             self._kept[p] = self._store.wait_attention(index, pairs)
         self._inputs[position] = Here([x])
+        self._calls.clear()  # they know this segment: a circle of references
 
 
 class Activations:

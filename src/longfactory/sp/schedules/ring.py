@@ -53,13 +53,18 @@ def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Te
         if step < mask.last_step:
             assert travelling is not None
             moving = Exchange(travelling, rank + 1, rank - 1, group)
-        sums = TravellingSums(own_k, own_v, carried) if step else None
-        dk, dv = (sums.dk, sums.dv) if sums is not None else (own_dk, own_dv)
+        arriving, dk, dv = None, own_dk, own_dv
+        if step:
+            arriving = Arriving(own_k, own_v, carried)
+            dk, dv = Sum(own_k, memory=arriving.dk), Sum(own_v, memory=arriving.dv)
         for tile in mask.tiles(source, bulk):
             kernels.backward(dout, q, k, v, out, lse, tile, call, dq, dk, dv)
-        if sums is not None:
+        if arriving is not None:
+            # Where this rank had nothing to add: what arrived, or zeros.
+            dk.result()
+            dv.result()
             to = rank + 1 if step < mask.last_step else rank - step
-            carried = Exchange(sums.result(), to, 2 * rank - to, group)
+            carried = Exchange(arriving.buffer, to, 2 * rank - to, group)
         if moving is not None:
             travelling = moving.wait()
             k, v = _unpack(travelling, own_k, own_v)
@@ -73,28 +78,27 @@ def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Te
     return dq.result(), grads[0], grads[1]
 
 
-class TravellingSums:
-    """Sums of dk and dv in the buffer in which they travel, on top of what arrives of the ranks before.
+class Arriving:
+    """The buffer in which sums of dk and dv travel: what arrives of the ranks before, for this rank to add to; new where none was before.
 
-    That is waited for when there is something to add to it: until then the tile's kernel runs.
+    It is waited for when there is something to add: until then the tile's kernel runs. It does not know the sums that are made in it: in
+    a circle of references a whole layer's gradients would stay until Python looks for such circles.
     """
 
-    def __init__(self, k: Tensor, v: Tensor, arriving: Exchange | None) -> None:
-        self.k, self.v, self.arriving = k, v, arriving
-        self.dk = Sum(k, memory=lambda: (_unpack(self.buffer, k, v)[0], arriving is not None))
-        self.dv = Sum(v, memory=lambda: (_unpack(self.buffer, k, v)[1], arriving is not None))
+    def __init__(self, k: Tensor, v: Tensor, carried: Exchange | None) -> None:
+        self.k, self.v, self.carried = k, v, carried
 
     @functools.cached_property
     def buffer(self) -> Tensor:
-        if self.arriving is not None:
-            return self.arriving.wait()
+        if self.carried is not None:
+            return self.carried.wait()
         return torch.empty(self.k.numel() + self.v.numel(), dtype=accumulator_dtype(self.k.dtype), device=self.k.device)
 
-    def result(self) -> Tensor:
-        # Where this rank had nothing to add: what arrived, or zeros.
-        self.dk.result()
-        self.dv.result()
-        return self.buffer
+    def dk(self) -> tuple[Tensor, bool]:
+        return _unpack(self.buffer, self.k, self.v)[0], self.carried is not None
+
+    def dv(self) -> tuple[Tensor, bool]:
+        return _unpack(self.buffer, self.k, self.v)[1], self.carried is not None
 
 
 class Exchange:
