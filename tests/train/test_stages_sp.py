@@ -303,8 +303,16 @@ def token_losses_on_ranks(tuning: str, source: str, size: int, mode: str) -> dic
     return results
 
 
-@pytest.mark.parametrize(("tuning", "source"), PAIRS)
-@pytest.mark.parametrize(("size", "mode", "world"), CASES)
+def token_grid() -> list[Any]:
+    """By default every case on one and two ranks, and one on four for each of the others."""
+    grid = [(*case, *pair) for case in CASES for pair in PAIRS]
+    quick = [
+        world < 4 or PAIRS.index((tuning, source)) == CASES.index((size, mode, world)) % 4 for size, mode, world, tuning, source in grid
+    ]
+    return [pytest.param(*values, marks=[] if q else [pytest.mark.slow]) for values, q in zip(grid, quick, strict=True)]
+
+
+@pytest.mark.parametrize(("size", "mode", "world", "tuning", "source"), token_grid())
 def test_losses_of_a_token(size: int, mode: str, world: int, tuning: str, source: str) -> None:
     want = token_losses_alone(tuning, source)
     got = run_ranks(world, token_losses_on_ranks, tuning, source, size, mode)[0]

@@ -155,6 +155,8 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{args.model_name_or_path} could not be loaded: {_first_line(error)}") from error
+    if quantization is not None:
+        _keep_trainable(model)
     if "gguf_file" in extra:
         # The weights are ordinary numbers now; saved as such, the folder must not claim to be quantised.
         if hasattr(model.config, "quantization_config"):
@@ -165,6 +167,14 @@ def load_model(
         model.name_or_path = EMBEDDED
     model.config.use_cache = False
     return model
+
+
+def _keep_trainable(model: Any) -> None:
+    """bitsandbytes repacks four-bit weights for inference at the first evaluation on a CPU with AVX512; afterwards its product has no
+    gradient, and says nothing."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def quantization_config(args: Any, dtype: torch.dtype) -> Any:
