@@ -46,6 +46,30 @@ def test_a_stream_in_order_equals_the_map(tokenizer: Any, write_data: Any) -> No
     assert plain(stream) == every(expected) == plain(stream)
 
 
+def test_a_stream_tells_what_is_lost(tokenizer: Any, write_data: Any, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_data(d=({"file_name": "d.jsonl"}, ROWS))
+    expected = load(tokenizer, folder, cutoff_len=20).train.report
+    assert expected.truncated
+    caplog.clear()
+    caplog.set_level("INFO", "longfactory.data")
+    stream = load(tokenizer, folder, cutoff_len=20, streaming=True, preprocessing_batch_size=25, buffer_size=1).train
+    list(stream)
+    told = [m for m in caplog.messages if m.startswith("training (the stream so far)")]
+    assert len(told) == 2 and told[-1] == f"training (the stream so far): {expected.describe()}."
+    assert len([m for m in caplog.messages if m.startswith("training example:") and "Question 0?" in m]) == 1
+    load(tokenizer, folder, cutoff_len=20, streaming=True, val_size=8)
+    assert any(m.startswith("evaluation: 8 samples") for m in caplog.messages)
+
+
+@pytest.mark.timeout(60)
+def test_workers_after_the_tokenizer_has_used_its_threads(tokenizer: Any, write_data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")  # as `longfactory train` sets it for one process
+    tokenizer(["some text to tokenise"] * 1000)
+    stream = load(tokenizer, write_data(d=({"file_name": "d.jsonl"}, ROWS)), streaming=True).train
+    loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=2, multiprocessing_context="fork")
+    assert sorted(map(str, plain(loader))) == sorted(map(str, plain(stream)))
+
+
 def test_shuffled_packed_and_held_out(tokenizer: Any, write_data: Any) -> None:
     folder = write_data(d=({"file_name": "d.jsonl"}, ROWS))
     whole = sorted(map(str, every(load(tokenizer, folder).train)))

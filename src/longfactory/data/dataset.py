@@ -38,6 +38,11 @@ class Report:
     def bad(self) -> int:
         return sum(b["count"] for b in self.bad_rows.values())
 
+    def add(self, other: Report) -> None:
+        """Counts another part of the same data too (its samples; packing is that of one part)."""
+        for name in ("samples", "tokens", "truncated", "lost_tokens", "dropped", "untrained", "last_answer_only"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
     def describe(self) -> str:
         """One line for the log."""
         text = f"{self.samples} samples, {self.tokens} tokens"

@@ -132,6 +132,7 @@ def load_datasets(
                 raise DataError(f"With streaming, val_size is a number of rows; found {args.val_size:g}.")
             train.skip = int(args.val_size)
             evaluation["eval"] = train.held_out(train.skip)
+            log.info(f"evaluation: {evaluation['eval'].report.describe()}.")
     elif train_names:
         parts = load(train_names)
         stores += [s for s, _ in parts]
@@ -192,6 +193,7 @@ def stream_dataset(
         mix=args.mix_strategy,
         probabilities=probabilities(args),
         seed=seed,
+        describe=functools.partial(describe_sample, tokenizer=pieces.tokenizer),
         log=log,
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch.utils.data
 
 from longfactory.data.assemble import Rules
 from longfactory.data.collate import Sample
-from longfactory.data.dataset import TokenizedDataset
+from longfactory.data.dataset import Report, TokenizedDataset
 from longfactory.data.errors import DataError
 from longfactory.data.prepare import Preparer
 from longfactory.data.readers import Raw
@@ -31,7 +32,7 @@ class StreamedDataset(torch.utils.data.IterableDataset):
     """Iterable data set of samples.
 
     `skip` rows of the shuffled stream are held out for evaluation. `shard(index, count)` keeps every count-th item; worker processes of
-    a loader share the items of their shard among them. `set_epoch` changes the order.
+    a loader share the items of their shard among them. `set_epoch` changes the order. `describe` shows the first sample in the log.
     """
 
     preparers: Sequence[Preparer]
@@ -47,6 +48,7 @@ class StreamedDataset(torch.utils.data.IterableDataset):
     epoch: int = 0
     index: int = 0
     count: int = 1
+    describe: Callable[[Sample], str] | None = None
     log: logging.Logger = dataclasses.field(default_factory=lambda: logging.getLogger("longfactory.data"))
 
     def set_epoch(self, epoch: int) -> None:
@@ -60,9 +62,20 @@ class StreamedDataset(torch.utils.data.IterableDataset):
         worker = torch.utils.data.get_worker_info()
         index, count = self.index, self.count
         if worker is not None:
+            # The tokenizer's threads did not come along into this forked process: it would wait for them for ever.
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
             index, count = index + worker.id * count, count * worker.num_workers
         number = before = 0
+        speaks = worker is None or worker.id == 0
+        seen, told = Report(), 0
         for data in self._windows(self._rows(self.skip)):
+            seen.add(data.report)
+            if speaks and len(data) and self.epoch == 0 and seen.samples >= 2 * told:
+                # At first, and whenever twice as much has passed.
+                self.log.info(f"training (the stream so far): {seen.describe()}.")
+                if not told and self.describe is not None:
+                    self.log.info("training example:\n" + self.describe(data[0]))
+                told = seen.samples
             for i in range(len(data)):
                 if number % count == index:
                     # Sample numbers go on from window to window: a row may hold samples of two windows.
