@@ -103,24 +103,28 @@ def test_page_locking_works_here():
     store.pool.close()
 
 
-def test_optimizer_on_the_host_equals_the_one_on_the_gpu(monkeypatch):
+@pytest.mark.parametrize("placement", ["gpu", "host"])
+def test_trajectory_is_that_of_adamw_on_fp32_weights(placement, monkeypatch):
     from longfactory.model.memory import optimizer
 
     monkeypatch.setattr(optimizer, "BLOCK", 1 << 20)
-    masters = []
-    for placement in ("gpu", "host"):
-        model = make(layers=2)
-        opt = SplitAdamW(model.parameters(), lr=1e-3, placement=placement)
-        g = torch.Generator("cuda").manual_seed(2)
-        for _ in range(20):
-            for p in model.parameters():
-                p.grad = torch.randn(p.shape, generator=g, device="cuda").bfloat16()
-            opt.step()
-        masters.append(torch.cat([opt.master(p).flatten() for p in model.parameters()]))
-        assert opt.state[next(model.parameters())]["exp_avg"].is_cuda == (placement == "gpu")
-    a, b = masters
-    # Relative to the weight, or to the way it went (20 steps of 1e-3) where the weight itself is near zero.
-    assert float(((a - b).abs() / a.abs().clamp(min=2e-2)).max()) < 1e-6
+    model = make(layers=2)
+    exact = [p.detach().float() for p in model.parameters()]
+    plain = torch.optim.AdamW(exact, lr=1e-3, fused=True)
+    opt = SplitAdamW(model.parameters(), lr=1e-3, placement=placement)
+    g = torch.Generator("cuda").manual_seed(2)
+    for _ in range(20):
+        for p, e in zip(model.parameters(), exact, strict=True):
+            p.grad = torch.randn(p.shape, generator=g, device="cuda").bfloat16()
+            e.grad = p.grad.float()
+        opt.step()
+        plain.step()
+    assert opt.state[next(model.parameters())]["exp_avg"].is_cuda == (placement == "gpu")
+    for p, e in zip(model.parameters(), exact, strict=True):
+        # The host's instructions round otherwise than the GPU's, a few units in the last place over 20 steps.
+        assert float((opt.master(p) - e).norm() / e.norm()) < 1e-6
+        if placement == "gpu":
+            assert torch.equal(opt.master(p), e)
 
 
 @pytest.mark.parametrize("placement", ["gpu", "host"])

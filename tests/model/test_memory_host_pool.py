@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 
 import fake_cuda
@@ -140,3 +141,14 @@ def test_the_path_for_gpus_in_order(late, layer, refuse, monkeypatch, caplog):
     assert ("page-locking failed" in caplog.text) == refuse
     store.pool.close()
     assert not locked and store.pool.locked_bytes == 0
+
+
+def test_a_pool_that_nobody_closed_unlocks_its_memory(monkeypatch):
+    locked = fake_cuda.install(monkeypatch)
+    pool = HostPool("cpu", limit=2**20, expect=2)
+    pool.stream = fake_cuda.Stream()
+    pool.reserve(5000)
+    assert sum(locked.values()) == pool.locked_bytes > 0
+    del pool
+    gc.collect()
+    assert locked == {}

@@ -105,6 +105,8 @@ class HostPool:
         self._waiting_bytes = 0
         self._slots: list[Tensor] = []
         self._locked: set[int] = set()
+        # The memory of a pool that nobody closed would be given back while it is locked: locking it again, wherever it is used next, fails.
+        weakref.finalize(self, _unlock, self._locked).atexit = False
         self._free: list[Tensor] = []
         self._order: list[weakref.ref[Parked]] = []
         self._leaving: Parked | None = None
@@ -226,14 +228,15 @@ class HostPool:
             return slot, True
         with torch.cuda.device(self.device):
             failed = int(torch.cuda.cudart().cudaHostRegister(slot.data_ptr(), size, 0)) != 0
+            if failed:
+                _forget_error(self.device)
         if not failed:
             self._locked.add(slot.data_ptr())
         return slot, not failed
 
     def _drop(self, slots: list[Tensor]) -> None:
         gone = {s.data_ptr() for s in slots}
-        for ptr in gone & self._locked:
-            torch.cuda.cudart().cudaHostUnregister(ptr)
+        _unlock(gone & self._locked)
         self._locked -= gone
         self._slots = [s for s in self._slots if s.data_ptr() not in gone]
         self._free = [s for s in self._free if s.data_ptr() not in gone]
@@ -242,6 +245,19 @@ class HostPool:
         if not self._warned:
             self._warned = True
             log.warning("Activation offload: %s.%s", why, " The rest stays on the GPU." if stays else "")
+
+
+def _unlock(addresses: set[int]) -> None:
+    for address in addresses:
+        torch.cuda.cudart().cudaHostUnregister(address)
+
+
+def _forget_error(device: torch.device) -> None:
+    """CUDA holds the last error for whoever asks next: the check after some kernel, which did nothing wrong."""
+    try:
+        torch.zeros(1, device=device)
+    except RuntimeError:
+        log.debug("page-locking failed", exc_info=True)
 
 
 def _padded(nbytes: int) -> int:
