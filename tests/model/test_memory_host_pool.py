@@ -152,3 +152,17 @@ def test_a_pool_that_nobody_closed_unlocks_its_memory(monkeypatch):
     del pool
     gc.collect()
     assert locked == {}
+
+
+def test_host_memory_is_locked_once(monkeypatch):
+    """Also where attention's output takes more than the layer's input, which comes first."""
+    locked = fake_cuda.install(monkeypatch)
+    model = make_model("qwen3")  # 4 heads of 16 beside a hidden size of 32
+    store = apply_memory(model, MemorySettings(keep_attention=1.0, offload="inputs+attention", pool_bytes=2**24, last_layers_on_gpu=1))
+    store.pool.stream = fake_cuda.Stream()
+    seen: list[int] = []
+    monkeypatch.setattr(store.pool, "_lock", lambda size, lock=store.pool._lock: (seen.append(size), lock(size))[1])
+    for _ in range(2):
+        run(model)
+        model.zero_grad()
+    assert len(seen) == len(locked) == 6 and len(set(seen)) == 1

@@ -34,7 +34,7 @@ def apply_memory(model: nn.Module, settings: MemorySettings, device: torch.devic
     """
     _, layers = decoder_layers(model)
     device = torch.device(device) if device is not None else next(model.parameters()).device
-    store = Activations(settings, len(layers), device)
+    store = Activations(settings, len(layers), device, _attention_share(getattr(model, "config", None), next(model.parameters()).dtype))
     if settings.checkpoint == "none":
         return store
     config: Any = getattr(model, "config", None)
@@ -57,6 +57,16 @@ def apply_memory(model: nn.Module, settings: MemorySettings, device: torch.devic
     if reasons:
         log.info("Layers run as transformers wrote them, in pieces: %s.", "; ".join(sorted(reasons)))
     return store
+
+
+def _attention_share(config: Any, dtype: torch.dtype) -> float:
+    """Bytes of attention's output and fp32 log-sum-exp, of those of a layer's input."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    hidden, heads = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
+    if not hidden or not heads:
+        return 1.0
+    dim = getattr(config, "v_head_dim", None) or getattr(config, "head_dim", None) or hidden // heads
+    return float(heads * (dim + 4 / dtype.itemsize) / hidden)
 
 
 def _final_norm(model: nn.Module, layers: nn.ModuleList, store: Activations) -> None:

@@ -14,7 +14,8 @@ import concurrent.futures
 import logging
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,7 +105,7 @@ class HostPool:
         self._waiting: dict[int, int] = {}  # bytes in each slot that is in use
         self._waiting_bytes = 0
         self._slots: list[Tensor] = []
-        self._locked: set[int] = set()
+        self._locked: dict[int, Callable[[int], Any]] = {}  # address -> what unlocks it
         # The memory of a pool that nobody closed would be given back while it is locked: locking it again, wherever it is used next, fails.
         weakref.finalize(self, _unlock, self._locked).atexit = False
         self._free: list[Tensor] = []
@@ -181,7 +182,7 @@ class HostPool:
         self._order = [r for r in self._order if r() is not None and r() is not parked]
 
     def _take(self, nbytes: int) -> Tensor | None:
-        fitting = [s for s in self._free if nbytes <= s.numel() <= max(2 * nbytes, PAGE)]
+        fitting = [s for s in self._free if s.numel() >= nbytes]
         if not fitting:
             self._grow(nbytes)
             fitting = [s for s in self._free if s.numel() >= nbytes]
@@ -227,17 +228,17 @@ class HostPool:
         if self.stream is None:
             return slot, True
         with torch.cuda.device(self.device):
-            failed = int(torch.cuda.cudart().cudaHostRegister(slot.data_ptr(), size, 0)) != 0
+            cudart = torch.cuda.cudart()
+            failed = int(cudart.cudaHostRegister(slot.data_ptr(), size, 0)) != 0
             if failed:
                 _forget_error(self.device)
         if not failed:
-            self._locked.add(slot.data_ptr())
+            self._locked[slot.data_ptr()] = cudart.cudaHostUnregister
         return slot, not failed
 
     def _drop(self, slots: list[Tensor]) -> None:
         gone = {s.data_ptr() for s in slots}
-        _unlock(gone & self._locked)
-        self._locked -= gone
+        _unlock({address: self._locked.pop(address) for address in gone & self._locked.keys()})
         self._slots = [s for s in self._slots if s.data_ptr() not in gone]
         self._free = [s for s in self._free if s.data_ptr() not in gone]
 
@@ -247,9 +248,9 @@ class HostPool:
             log.warning("Activation offload: %s.%s", why, " The rest stays on the GPU." if stays else "")
 
 
-def _unlock(addresses: set[int]) -> None:
-    for address in addresses:
-        torch.cuda.cudart().cudaHostUnregister(address)
+def _unlock(locked: dict[int, Callable[[int], Any]]) -> None:
+    for address, unlock in locked.items():
+        unlock(address)
 
 
 def _forget_error(device: torch.device) -> None:

@@ -114,10 +114,14 @@ class Segment:
 
 
 class Activations:
-    """Decides where the tensors of `layers` decoder layers wait."""
+    """Decides where the tensors of `layers` decoder layers wait.
 
-    def __init__(self, settings: MemorySettings, layers: int, device: torch.device | str) -> None:
+    `attention_share`: bytes of what one layer's attention returns, of those of its input.
+    """
+
+    def __init__(self, settings: MemorySettings, layers: int, device: torch.device | str, attention_share: float = 1.0) -> None:
         self.settings = settings
+        self.attention_share = attention_share
         self.layers = layers
         self.device = torch.device(device)
         self.pool: HostPool | None = None
@@ -178,6 +182,10 @@ class Activations:
     def wait(self, index: int, tensors: Sequence[Tensor]) -> Waiting:
         if self.pool is None or index >= self.layers - self.settings.last_layers_on_gpu:
             return Here(tensors)
+        if self.pool.locked_bytes == 0:
+            # All slots of the step are locked at once, for the larger of the two kinds that come: locking is slow.
+            nbytes = sum(t.numel() * t.element_size() for t in tensors)
+            self.pool.reserve(int(nbytes * (max(1.0, self.attention_share) if self.settings.offload == "inputs+attention" else 1.0)) + 512)
         return self.pool.park(tensors)
 
     def wait_attention(self, index: int, pairs: Sequence[Pair]) -> Waiting | None:
