@@ -105,7 +105,7 @@ def test_peaks_are_those_that_were_measured(name):
 def test_keeping_attention_saves_one_of_its_forwards():
     saved = seconds(TWO, Choice(keep_attention=0.0)) - seconds(TWO, Choice(keep_attention=1.0))
     attention = TWO.local * 2.0 * TWO.tokens * 28 * 128 * 28 / TWO.machine.attention_forward
-    assert saved == pytest.approx(attention / 0.92, rel=1e-6)
+    assert saved == pytest.approx(1.005 * attention / 0.925, rel=1e-6)
 
 
 @pytest.mark.parametrize("job", [TWO, ONE])
@@ -169,3 +169,11 @@ def test_the_embedded_model_is_planned(capsys):
     pytest.importorskip("gguf")
     assert main(["smollm2-135m-instruct", "--gpus", "2", "--tokens", "8192"]) == 0
     assert "0.13 B parameters" in capsys.readouterr().out
+
+
+def test_a_model_that_fits_many_times_over_stays_as_it_is():
+    """Where messages between GPUs take longer than everything else, all ways are as fast: the one with the least to do is taken."""
+    small = types.SimpleNamespace(**{**vars(QWEN_7B), "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 500})
+    small.num_attention_heads, small.num_key_value_heads = 4, 2
+    choice, _, ok = choose(Job(ModelShape.of(small), machine("H100", 8, 2**40), 512, sp=8))
+    assert ok and choice == Choice(checkpoint="none", keep_attention=0.0)
