@@ -172,6 +172,7 @@ def test_two_processes_train_what_one_trains(home: Path, name: str) -> None:
     # References of their own: a log-ratio of 0 against one of 1e-7 would be another reward accuracy.
     one, two = (train(home, f"{name}{n}", n, **changes, cache=home / f"cache_{name}{n}") for n in (1, 2))
     assert len(one) == STEPS and one[0].keys() == two[0].keys()
+    assert ("logits/chosen" in one[0]) == (name != "rm")
     for a, b in zip(one, two, strict=True):
         for key in a:
             assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-4), key

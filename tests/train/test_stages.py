@@ -373,7 +373,7 @@ def test_token_losses_equal_llamafactory(loss: str) -> None:
     )
     total, _ = TokenStage(loss, 0.4).loss_sum(out, row)
     got = total / row.trained_tokens
-    assert float(got) == pytest.approx(float(want), rel=1e-12)
+    assert float(got.detach()) == pytest.approx(float(want.detach()), rel=1e-12)
     torch.testing.assert_close(torch.autograd.grad(got, z)[0], torch.autograd.grad(want, z)[0], rtol=1e-10, atol=1e-12)
 
 
@@ -382,6 +382,26 @@ def test_a_missing_vector_is_refused(loss: str) -> None:
     row = sft_row()
     with pytest.raises(UserError, match=r"needs (reference_kl|entropy) from"):
         TokenStage(loss, 0.1).loss_sum(Tiny(4).of_row(row)[0], row)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_mean_logits_are_those_of_the_answers(kind: str, shared: bool) -> None:
+    """TRL's definition: the mean over the vocabulary and over all tokens of the answers of one side."""
+    tags = [1, 0, 0, 1]
+    row = (make_row(kto_documents(tags)) if kind == "kto" else pair_row([0, 1, 2, 3], shared)).padded(8, 0)
+    z = torch.randn(len(row), VOCAB, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    trained = row.labels != IGNORE
+    stage = KTOStage() if kind == "kto" else PreferenceStage()
+    out = TokenOutputs(torch.zeros(len(row)), mean_logit=torch.where(trained, z.mean(-1), 0.0), reference=torch.zeros(len(row)))
+    _, metrics = stage.loss_sum(out, row)
+    for role in ("chosen", "rejected"):
+        of = torch.zeros(len(row), dtype=torch.bool)
+        for d in row.documents:
+            of[d.start : d.stop] |= d.role == role
+        total, count = metrics[f"logits/{role}"]
+        assert float(total) / float(count) == pytest.approx(float(z[of & trained].mean()), rel=1e-12)
+    assert "logits/chosen" not in stage.loss_sum(TokenOutputs(out.logps, reference=out.reference), row)[1]
 
 
 def test_rows_add_up() -> None:

@@ -17,6 +17,8 @@ class TokenOutputs:
     """[T] bool: the label was the most probable token."""
     entropy: Tensor | None = None
     """[T] entropy in nats of the 20 most probable tokens, renormalised; carries no gradient. Made only for a stage that asks."""
+    mean_logit: Tensor | None = None
+    """[T] mean of the token's logits over the vocabulary; carries no gradient. Made only for a stage that asks."""
     reference_kl: Tensor | None = None
     """[T] KL(reference || policy) over the vocabulary, differentiable in the policy. Made only for a stage that asks."""
     reference: Tensor | None = None

@@ -79,7 +79,7 @@ _LogitsOf = Callable[[slice], Tensor]
 
 class _ChunkedLogps(torch.autograd.Function):
     """[T, H] hidden, [V, H] weight, [N] labels -> [N] log-probabilities in fp32 (fp64 for fp64), [N] whether the label is the top token,
-    and with a `reference` [N] KL(reference || policy), else None.
+    with a `reference` [N] KL(reference || policy), with `means` [N] the mean of the logits; else None.
 
     `rows` [N] are the rows of the hidden states that have a label, None for all: they are picked a chunk at a time, without a copy of all.
     """
@@ -96,12 +96,14 @@ class _ChunkedLogps(torch.autograd.Function):
         chunk: int,
         grad_dtype: torch.dtype,
         reference: _LogitsOf | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        means: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         wide = torch.float64 if h.dtype == torch.float64 else torch.float32
         logps = torch.empty(labels.shape[0], dtype=wide, device=h.device)
         lse = torch.empty_like(logps)
         top1 = torch.empty(labels.shape[0], dtype=torch.bool, device=h.device)
         kl, reference_lse = (torch.empty_like(logps), torch.empty_like(logps)) if reference is not None else (None, None)
+        mean = torch.empty_like(logps) if means else None
         for i in range(0, labels.shape[0], chunk):
             s = slice(i, i + chunk)
             z = transform(F.linear(h[s] if rows is None else h[rows[s]], weight, bias).to(wide))
@@ -109,6 +111,8 @@ class _ChunkedLogps(torch.autograd.Function):
             lse[s] = z.logsumexp(1)
             logps[s] = label - lse[s]
             top1[s] = label >= z.amax(1)
+            if mean is not None:
+                mean[s] = z.mean(1)
             if reference is not None and kl is not None and reference_lse is not None:
                 r = reference(s)
                 reference_lse[s] = r.logsumexp(1)
@@ -120,11 +124,13 @@ class _ChunkedLogps(torch.autograd.Function):
             del z
         ctx.save_for_backward(h, weight, bias, labels, lse, rows, reference_lse)
         ctx.transform, ctx.chunk, ctx.grad_dtype, ctx.reference = transform, chunk, grad_dtype, reference
-        ctx.mark_non_differentiable(top1)
-        return logps, top1, kl
+        ctx.mark_non_differentiable(top1, *(() if mean is None else (mean,)))
+        return logps, top1, kl, mean
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, _: Tensor | None, g_kl: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, g: Tensor, _: Tensor | None, g_kl: Tensor | None, __: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         h, weight, bias, labels, lse, rows, reference_lse = ctx.saved_tensors
         transform, wide = ctx.transform, lse.dtype
         needs_h, needs_w, needs_b = ctx.needs_input_grad[:3]
@@ -171,7 +177,7 @@ class _ChunkedLogps(torch.autograd.Function):
             gh,
             gw.to(ctx.grad_dtype) if gw is not None else None,
             gb.to(ctx.grad_dtype) if gb is not None else None,
-            *(None,) * 6,
+            *(None,) * 7,
         )
 
 
@@ -203,7 +209,7 @@ class TokenLogprobs:
     """
 
     def __init__(self, model: Any, chunk: int | None = None, needs: frozenset[str] = frozenset()):
-        if unknown := sorted(needs - {"top1", "entropy", "reference_kl"}):
+        if unknown := sorted(needs - {"top1", "entropy", "mean_logit", "reference_kl"}):
             raise UserError(f"This loss needs {', '.join(unknown)}, which the output layer does not make.")
         self.needs = needs
         head = model.get_output_embeddings()
@@ -298,11 +304,12 @@ class TokenLogprobs:
             self._picked = h.detach().index_select(0, trained)
             return h.new_zeros(*hidden.shape[:-1], 1)
         labels = labels.to(h.device, non_blocking=True)
-        logps, top1, kl = self._logps(h, labels, None if trained.numel() == h.shape[0] else trained)
+        logps, top1, kl, mean = self._logps(h, labels, None if trained.numel() == h.shape[0] else trained)
         if nothing:
             logps = logps * 0.0
             top1 = torch.zeros_like(top1)
             kl = None if kl is None else kl * 0.0
+            mean = None if mean is None else torch.zeros_like(mean)
         full = logps.new_zeros(h.shape[0]).index_copy(0, trained, logps)
         entropy = None
         if "entropy" in self.needs:
@@ -311,13 +318,15 @@ class TokenLogprobs:
             logps=full,
             top1=top1.new_zeros(h.shape[0]).index_copy(0, trained, top1),
             entropy=entropy,
+            mean_logit=None if mean is None else mean.new_zeros(h.shape[0]).index_copy(0, trained, mean),
             reference_kl=None if kl is None else kl.new_zeros(h.shape[0]).index_copy(0, trained, kl),
         )
         if self._logits_too:
             return self._forward(hidden, *args, **kwargs)
         return full.view(*hidden.shape[:-1], 1)
 
-    def _logps(self, h: Tensor, labels: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _logps(self, h: Tensor, labels: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        means = "mean_logit" in self.needs
         chunk = self.chunk or max(128, CHUNK_NUMBERS // self._vocabulary())
         if self._reference is not None and self.chunk is None:
             chunk = -(-chunk // 2)  # two distributions at once, in the memory of one
@@ -332,18 +341,21 @@ class TokenLogprobs:
                 h = h.to(dtype)
             reference = self._reference_logits(weight, bias)
             with torch.autocast(h.device.type, enabled=False):
-                return _ChunkedLogps.apply(h, weight, bias, labels, rows, self.transform, chunk, weight.dtype, reference)
+                return _ChunkedLogps.apply(h, weight, bias, labels, rows, self.transform, chunk, weight.dtype, reference, means)
         # LoRA on the head, modules_to_save, quantised weights: the layer's own forward, a chunk at a time, recomputed in the backward.
         h = h if rows is None else h.index_select(0, rows)
         reference = self._reference_logits()
         parts = [
-            checkpoint(self._generic, h[s], labels[s], s, reference, use_reentrant=False, preserve_rng_state=True)
+            checkpoint(self._generic, h[s], labels[s], s, reference, means, use_reentrant=False, preserve_rng_state=True)
             for s in (slice(i, i + chunk) for i in range(0, h.shape[0], chunk))
         ]
-        kl = None if reference is None else torch.cat([p[2] for p in parts])
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), kl
+        logps, top1, kl, mean = (None if of[0] is None else torch.cat(of) for of in zip(*parts, strict=True))
+        assert logps is not None and top1 is not None
+        return logps, top1, kl, mean
 
-    def _generic(self, h: Tensor, labels: Tensor, s: slice, reference: _LogitsOf | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _generic(
+        self, h: Tensor, labels: Tensor, s: slice, reference: _LogitsOf | None, means: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         z = _wide(self.transform, self._forward(h))
         label, lse = z.gather(1, labels[:, None])[:, 0], z.logsumexp(1)
         kl = None
@@ -352,7 +364,7 @@ class TokenLogprobs:
                 r = reference(s)
                 r -= r.logsumexp(1, keepdim=True)
             kl = (r.exp() * (r - (z - lse[:, None]))).sum(1)
-        return label - lse, label.detach() >= z.detach().amax(1), kl
+        return label - lse, label.detach() >= z.detach().amax(1), kl, z.detach().mean(1) if means else None
 
     def _reference_logits(self, weight: Tensor | None = None, bias: Tensor | None = None) -> _LogitsOf | None:
         """The reference's logits of some trained tokens, made anew at each call: in the forward and again in the backward.

@@ -20,7 +20,7 @@ from longfactory.model.outputs import TokenOutputs
 from longfactory.train import losses
 from longfactory.train.losses import DataParallel, LossOptions
 from longfactory.train.metrics import Metrics
-from longfactory.train.pairs import PairLogps, document_logps, find_pairs, of_role, pick, reference_logps
+from longfactory.train.pairs import PairLogps, document_logps, document_sums, find_pairs, of_role, pick, reference_logps
 
 
 def alone(x: Tensor) -> Tensor:
@@ -91,6 +91,14 @@ def _sum(x: Tensor) -> Tensor:
     return x.detach().sum(dtype=torch.float64)
 
 
+def mean_logits(out: TokenOutputs, row: Row, roles: dict[str, list[int]]) -> Metrics:
+    """`logits/chosen` and the like: the mean logit over the vocabulary and the trained tokens of these documents, as TRL reports it."""
+    if out.mean_logit is None:
+        return {}
+    sums = document_sums(out.mean_logit, row)
+    return {f"logits/{role}": (pick(sums, of).sum(), float(sum(row.documents[i].trained for i in of))) for role, of in roles.items()}
+
+
 @dataclasses.dataclass
 class TokenStage(Stateless):
     """Pretraining and supervised fine-tuning. An item is a trained token.
@@ -158,7 +166,7 @@ class PreferenceStage:
     bco_weight: float = 0.0
     ld_alpha: float | None = None
     output: Literal["logps", "values"] = "logps"
-    needs: frozenset[str] = frozenset()
+    needs: frozenset[str] = frozenset({"mean_logit"})
     _rewards: Tensor | None = dataclasses.field(default=None, repr=False)  # [2]: sum of rewards, number of rewards
 
     def __post_init__(self) -> None:
@@ -227,6 +235,7 @@ class PreferenceStage:
             "rewards/margins": ((chosen - rejected).sum(), n),
             "logps/chosen": (_sum(seen.chosen), n),
             "logps/rejected": (_sum(seen.rejected), n),
+            **mean_logits(out, row, {role: of_role(row, role) for role in ("chosen", "rejected")}),
         }
         if self.pref_loss == "orpo":
             metrics["odds_ratio_loss"] = (_sum(losses.odds_ratio(p)), n)
@@ -265,7 +274,7 @@ class KTOStage(Stateless):
     ftx: float = 0.0
     output: Literal["logps", "values"] = "logps"
     needs_reference: bool = True
-    needs: frozenset[str] = frozenset()
+    needs: frozenset[str] = frozenset({"mean_logit"})
     ld_alpha: float | None = None
 
     def count_items(self, row: Row) -> int:
@@ -299,6 +308,7 @@ class KTOStage(Stateless):
             "rewards/rejected": (rewards[len(chosen) :].sum(), n_rejected),
             "logps/chosen": (logps[: len(chosen)].sum(), n_chosen),
             "logps/rejected": (logps[len(chosen) :].sum(), n_rejected),
+            **mean_logits(out, row, {"chosen": chosen, "rejected": rejected}),
             "kl": (kl, 1.0),
         }
         if self.ftx:
