@@ -95,6 +95,12 @@ def test_a_reference_with_another_vocabulary_is_refused(home: Path) -> None:
         train(home, "larger_ref", 1, **ASFT, ref_model=home / "larger")
 
 
+def test_a_reference_s_adapter_that_is_not_there_is_told(home: Path) -> None:
+    absent = {"ref_model": home / "other", "ref_model_adapters": home / "absent"}
+    with pytest.raises(RankError, match=r"UserError: ref_model_adapters: there is no folder .*absent"):
+        train(home, "absent_ref", 1, **ASFT, **absent)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -119,9 +119,12 @@ def linear_names(model: nn.Module, exclude: Iterable[nn.Module] = ()) -> list[st
     return sorted(found)
 
 
-def load_adapter(model: Any, path: str, **options: Any) -> Any:
+def load_adapter(model: Any, path: str, *, key: str = "adapter_name_or_path", **options: Any) -> Any:
     """`PeftModel.from_pretrained`.
 
+    Args:
+        key: where the user named it, for what is said if it is not there.
+        options: passed on.
     Raises:
         UserError: there is no adapter in the folder or under that name, or it was trained on another model.
     """
@@ -129,14 +132,14 @@ def load_adapter(model: Any, path: str, **options: Any) -> Any:
 
     folder = Path(path).expanduser()
     if folder.exists() and not (folder / "adapter_config.json").is_file():
-        raise UserError(f"adapter_name_or_path: {path} holds no adapter_config.json. Give the folder that a LoRA run has written.")
+        raise UserError(f"{key}: {path} holds no adapter_config.json. Give the folder that a LoRA run has written.")
     try:
         return PeftModel.from_pretrained(model, str(folder) if folder.exists() else path, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as e:
         words = " ".join((str(e).strip().splitlines() or [type(e).__name__])[:2])
         if folder.exists():
-            raise UserError(f"adapter_name_or_path: {path} does not fit {model.config.name_or_path}: {words}") from e
-        raise UserError(f"adapter_name_or_path: there is no folder {path}, and the hub gave no adapter of that name: {words}") from e
+            raise UserError(f"{key}: {path} does not fit {model.config.name_or_path}: {words}") from e
+        raise UserError(f"{key}: there is no folder {path}, and the hub gave no adapter of that name: {words}") from e
 
 
 def _lora(model: Any, method: Any, adapters: list[str], is_trainable: bool, resized: bool) -> Any:

@@ -207,10 +207,9 @@ def load_reference(trainer: RowTrainer, cfg: Any) -> tuple[nn.Module, TokenLogpr
     dtype = load.compute_dtype(args)
     with _not_partitioned(args):
         model = load.load_model(named, config, dtype, attention=hf.ATTENTION, quantization=load.quantization_config(named, dtype))
+        key = "ref_model_adapters" if cfg.method.ref_model else "adapter_name_or_path"
         for path in named.adapter_name_or_path:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, path).merge_and_unload()
+            model = adapters.load_adapter(model, path, key=key).merge_and_unload()
     model.requires_grad_(False)
     hf.prepare(model, copy.copy(trainer.ctx))
     head = TokenLogprobs(model, trainer.head.chunk)
