@@ -49,6 +49,9 @@ def test_what_accelerate_would_quietly_ignore_is_refused() -> None:
         choose("fsdp2", cuda=False)
     with pytest.raises(UserError, match=r"both given\. Keep one"):
         choose("fsdp2", deepspeed=True)
+    with pytest.raises(UserError, match="deepspeed: several processes need GPUs"):
+        choose(deepspeed=True, cuda=False)
+    assert choose(deepspeed=True, cuda=False, world=1) == "deepspeed"
 
 
 def arguments(tmp_path: Path, **extra: Any) -> Any:

@@ -27,11 +27,16 @@ def choose_sharding(wanted: str, *, world: int, cuda: bool, deepspeed: bool, qua
         state_bytes: weights, gradients and optimizer state of the whole model.
         device_bytes: memory of one device.
     Raises:
-        UserError: FSDP2 without GPUs, or together with DeepSpeed.
+        UserError: FSDP2 or several processes of DeepSpeed without GPUs, or FSDP2 together with DeepSpeed.
     """
     if deepspeed:
         if wanted == "fsdp2":
             raise UserError("sharding: fsdp2 and a deepspeed: file were both given. Keep one of them.")
+        if world > 1 and not cuda:
+            raise UserError(
+                "deepspeed: several processes need GPUs: on CPU, accelerate would let each of them train alone. Leave deepspeed out, or "
+                "start one process."
+            )
         return "deepspeed"
     if world == 1:
         return "none"
