@@ -145,8 +145,10 @@ def test_saved_data_are_read_without_the_files(tokenizer: Any, write_data: Any, 
 def test_a_folder_of_other_things_is_not_overwritten(tokenizer: Any, write_data: Any, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(DataError, match="holds no tokenised data"):
-        load(tokenizer, write_data(d=({}, ROWS)), tokenized_path=str(tmp_path / "mine"))
+    for name in ("mine", "mine/thesis.tex"):
+        # Before anything is tokenised: nobody should wait an hour for it.
+        with pytest.raises(DataError, match=r"tokenized_path .* holds no tokenised data"):
+            load(tokenizer, write_data(d=({}, ROWS)), dataset="not_looked_for", tokenized_path=str(tmp_path / name))
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
 
 

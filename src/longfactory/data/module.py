@@ -82,6 +82,8 @@ def load_datasets(
         raise DataError("val_size and eval_dataset exclude each other: keep one.")
     if args.mask_history and args.train_on_prompt:
         raise DataError("mask_history and train_on_prompt exclude each other: keep one.")
+    if args.tokenized_path is not None:
+        saved.check_free(Path(args.tokenized_path))  # before hours of tokenising, not after
     warn = functools.lru_cache(maxsize=None)(log.warning)
     pieces = PieceTokenizer(tokenizer)
     rules = make_rules(args, template, pieces)

@@ -43,10 +43,20 @@ def is_saved(path: str | None) -> bool:
     return path is not None and any(Path(path, f).exists() for f in (_FILE, "dataset_dict.json", "state.json"))
 
 
-def save(path: Path, stores: Sequence[Store], splits: dict[str, np.ndarray], kind: str, rules: Rules) -> None:
-    """Copies the stores into `path`, whole or not at all."""
-    if path.exists() and any(path.iterdir()):
+def check_free(path: Path) -> None:
+    """Raises DataError where a data set cannot be saved because something else is there. One that is saved already is no reason."""
+    # In this order: another process may be saving, and what it saves appears as a whole.
+    if path.exists() and (not path.is_dir() or any(path.iterdir())) and not is_saved(str(path)):
         raise DataError(f"tokenized_path {path} exists and holds no tokenised data. Name another folder.")
+
+
+def save(path: Path, stores: Sequence[Store], splits: dict[str, np.ndarray], kind: str, rules: Rules) -> None:
+    """Copies the stores into `path`, whole or not at all.
+
+    Raises:
+        DataError: there is something else.
+    """
+    check_free(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
     beside.mkdir(parents=True)
     try:
