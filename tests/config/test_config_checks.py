@@ -145,6 +145,14 @@ def test_unknown_keys_pass_where_the_environment_says_so(monkeypatch: pytest.Mon
     assert cfg.notes == ("There is no key something_else. It is left out (ALLOW_EXTRA_ARGS).",)
 
 
+def test_unknown_and_refused_keys_are_told_together() -> None:
+    told = problem(lerning_rate=1, use_galore=True, use_badam=True, report_to="neptune").splitlines()
+    assert told[0] == "There is no key lerning_rate. Did you mean learning_rate?"
+    assert [line.split(" is refused")[0] for line in told[1:]] == ["use_galore: true", "use_badam: true"]
+    # What else a key says is not hidden either.
+    assert problem(lerning_rate=1, eval_strategy="steps", evaluation_strategy="epoch").count("\n") == 1
+
+
 def test_one_key_under_two_names() -> None:
     assert "are the same key with different values" in problem(eval_strategy="steps", evaluation_strategy="epoch")
     assert (

@@ -129,14 +129,16 @@ def load_config(argv: Sequence[str], *, command: Command = "train", world_size: 
 
 def from_mapping(written: Mapping[str, Any], *, command: Command = "train", world_size: int | None = None) -> RunConfig:
     """`load_config` from keys and values."""
-    values, notes = translate.check_known(written)
-    values = translate.rename(values)
-    # Both before anything is raised, so that a person sees every refused key at once.
-    notes += translate.drop_others(values)
-    notes += translate.turn(values)
+    # What is wrong is gathered before anything is raised, so that a person sees it at once.
+    values, notes, problems = translate.known(written)
+    try:
+        values = translate.rename(values)
+        notes += translate.drop_others(values)
+        notes += translate.turn(values)
+    except ConfigError as e:
+        raise ConfigError("\n".join([*problems, str(e)])) from e
 
     groups: dict[str, Any] = {}
-    problems: list[str] = []
     given: set[str] = set()
     for group, cls in GROUPS.items():
         parsed = {}

@@ -63,22 +63,22 @@ def rename(values: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def check_known(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The values without unknown keys.
+def known(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
+    """The values without unknown keys; what the user should know; and a problem for each unknown key, with the nearest known one.
 
-    Raises:
-        ConfigError: an unknown key, with the nearest known one; ALLOW_EXTRA_ARGS=1 turns it into a note.
+    ALLOW_EXTRA_ARGS=1 turns the problems into notes.
     """
     unknown = [k for k in values if k not in KNOWN]
     if not unknown:
-        return dict(values), []
+        return dict(values), [], []
     lines = []
     for name in unknown:
         near = difflib.get_close_matches(name, sorted(KNOWN), n=1, cutoff=0.7)
         lines.append(f"There is no key {name}." + (f" Did you mean {near[0]}?" if near else ""))
+    rest = {k: v for k, v in values.items() if k not in unknown}
     if os.environ.get("ALLOW_EXTRA_ARGS", "0").lower() in ("1", "true", "y"):
-        return {k: v for k, v in values.items() if k not in unknown}, [f"{line} It is left out (ALLOW_EXTRA_ARGS)." for line in lines]
-    raise ConfigError("\n".join(lines))
+        return rest, [f"{line} It is left out (ALLOW_EXTRA_ARGS)." for line in lines], []
+    return rest, [], lines
 
 
 def drop_others(values: dict[str, Any]) -> list[str]:
