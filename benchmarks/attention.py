@@ -31,6 +31,7 @@ from typing import NamedTuple
 import published
 import torch
 import torch.distributed as dist
+from _table import command_line
 from per_document_zigzag import PerDocumentZigzag, attention_pairs
 from torch import Tensor
 
@@ -626,8 +627,8 @@ def report(setting: Setting, folder: Path, seconds: float) -> str:
         "head dim": setting.dim,
         "torch": torch.__version__,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
-        **{package: published.version(package) for package in published.MODULES},
-        "command": "python benchmarks/attention.py" + (" --smoke" if setting.smoke else ""),
+        **{package: published.version(package) for package in ("flash-attn-4", *published.MODULES)},
+        "command": command_line(),
         "seconds": round(seconds, 1),
     }
     (folder / "attention.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")

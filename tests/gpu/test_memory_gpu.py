@@ -16,6 +16,7 @@ from longfactory import sp
 from longfactory.model.memory.apply import apply_memory
 from longfactory.model.memory.optimizer import SplitAdamW
 from longfactory.model.memory.settings import MemorySettings
+from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.sp import hf
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -47,17 +48,19 @@ def make(layers=6, dtype=torch.bfloat16, **changes) -> nn.Module:
     return model.to(dtype).train()
 
 
-def run(model: nn.Module, length: int, logits: bool = True) -> float:
+def run(model: nn.Module, length: int, head: TokenLogprobs | None = None) -> float:
     ctx = sp.SequenceParallel.create(1, device_type="cuda")
     plan = sp.plan(length, None, ctx)
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(0, SIZES["vocab_size"], (length,), generator=g).cuda()
     inputs = hf.inputs({"input_ids": ids, "position_ids": torch.arange(length, device="cuda")}, plan)
-    if logits:
+    if head is None:
         z = model(**inputs).logits[0].float()
         loss = nn.functional.cross_entropy(z[:-1], ids[1:])
     else:
-        loss = model.model(**inputs).last_hidden_state.float().square().mean()
+        # The head of the trainer: anything in fp32 over the whole sequence would take more than the layers.
+        with head.labels(torch.cat([ids[1:], ids[:1]])):
+            loss = -head.outputs(model(**inputs).logits).logps.mean()
     loss.backward()
     return float(loss)
 
@@ -161,12 +164,12 @@ def test_bytes_a_token_of_the_7b_layer(settings, most):
         layers=3, hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4, max_position_embeddings=1 << 20
     )
     store = apply_memory(model, dataclasses.replace(settings, pool_bytes=16 * GiB))
-    peaks = []
+    head, peaks = TokenLogprobs(model), []
     for length in (16384, 16384, 32768, 65536):
         model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        run(model, length, logits=False)
+        run(model, length, head)
         peaks.append(torch.cuda.max_memory_allocated())
     waiting = 2 * 3584 + 2 * 3584 + 4 * 28
     slope = (peaks[3] - peaks[2]) / 32768 - waiting
