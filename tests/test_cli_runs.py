@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -74,6 +75,16 @@ def test_a_model_whose_weights_zero3_has_taken_apart(small: list[str], tmp_path:
     assert done.returncode == 0, done.stderr
     assert re.search(r"Trainable parameters: ([1-9][\d,]+) of \1 ", done.stderr)
     assert (tmp_path / "out" / "model.safetensors").stat().st_size > 100_000
+
+
+@pytest.mark.timeout(300)
+def test_a_reference_of_weights_that_zero3_has_taken_apart_without_training(small: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    words = ["train", str(ROOT / "examples" / "dpo_full.yaml"), *small, "do_train=false", "do_eval=true", "val_size=4"]
+    words += [f"output_dir={tmp_path / 'out'}", f"deepspeed={ROOT / 'examples' / 'deepspeed' / 'ds_z3_config.json'}"]
+    done = longfactory(*words, cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 @pytest.mark.timeout(300)

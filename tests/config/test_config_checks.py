@@ -92,6 +92,10 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
         },
         "do_predict without training has nothing for DeepSpeed to do",
     ),
+    (
+        {"do_train": False, "do_eval": True, "eval_dataset": "e", "deepspeed": {"zero_optimization": {"stage": 2}}},
+        "do_eval without training spreads nothing by DeepSpeed below ZeRO-3",
+    ),
     ({"deepspeed": "absent.json"}, "there is no file absent.json"),
     ({"deepspeed": {"zero_optimization": {"stage": 2}}, "sharding": "fsdp2"}, "deepspeed and sharding: fsdp2"),
     ({"deepspeed": {"zero_optimization": {"stage": 3}}, "pure_bf16": True}, "Use bf16: true"),

@@ -242,6 +242,8 @@ def _deepspeed(given: str | dict, cfg: RunConfig) -> Iterator[str]:
     if cfg.trainer("do_predict") and not cfg.trainer("do_train"):
         yield "do_predict without training has nothing for DeepSpeed to do. Leave deepspeed out."
     zero = config.get("zero_optimization")
+    if cfg.trainer("do_eval") and not cfg.trainer("do_train") and not (isinstance(zero, dict) and zero.get("stage") == 3):
+        yield "do_eval without training spreads nothing by DeepSpeed below ZeRO-3. Leave deepspeed out."
     if isinstance(zero, dict) and zero.get("stage") == 3:
         if cfg.trainer("predict_with_generate"):
             yield "predict_with_generate cannot run under ZeRO-3. Use a ZeRO-2 JSON, or generate from the exported model."

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.integrations.deepspeed import deepspeed_init
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -266,7 +267,10 @@ class RowTrainer(Trainer):
     # ---- evaluation -----------------------------------------------------------------------------------------------------------------
 
     def spread(self) -> None:
-        """Shards the model by FSDP2 where training has not: an evaluation by itself would fail. Collective."""
+        """Shards the model by FSDP2 or ZeRO-3 where training has not: an evaluation, or the reference's pass, would fail. Collective."""
+        if self.is_deepspeed_enabled and self.deepspeed is None:
+            deepspeed_init(self, num_training_steps=0, inference=True)
+            self.__dict__.update(model_wrapped=(engine := self.accelerator.prepare(self.model)), deepspeed=engine)
         if self.is_fsdp_enabled and not isinstance(self.model_wrapped, FSDPModule):
             # accelerate takes a model for FSDP2 only together with an optimizer. This one is never used.
             sharded, _ = self.accelerator.prepare(self.model_wrapped, torch.optim.SGD(self.model_wrapped.parameters()))
