@@ -100,8 +100,6 @@ def assemble(cfg: RunConfig, *, compares: bool = False) -> Assembled:
     except ValueError as error:
         raise UserError(str(error)) from error
 
-    if main and not compares:
-        cfg.write()
     for line in describe(cfg, ctx, args, sharding, datasets) if not compares else ():
         log.info(line)
 
@@ -114,6 +112,8 @@ def assemble(cfg: RunConfig, *, compares: bool = False) -> Assembled:
     shard.check_sharding(trainer.accelerator, sharding, world)
     if sharding == "fsdp2":
         shard.fix_fsdp2_plugin(trainer.accelerator, model, split=memory.split)
+    if main and not compares:
+        cfg.write()  # not before all that can be refused: a run that never began leaves no folder
     return Assembled(trainer, tokenizer, datasets, memory, sharding)
 
 
