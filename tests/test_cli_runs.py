@@ -67,6 +67,21 @@ def test_a_launcher_that_starts_one_process(small: list[str], tmp_path: Path) ->
 
 
 @pytest.mark.timeout(300)
+def test_a_stream_that_other_processes_tokenise(small: list[str], tmp_path: Path) -> None:
+    words = ["train", str(ROOT / "examples" / "sft_lora.yaml"), *(w for w in small if not w.startswith("max_samples")), "eval_strategy=no"]
+    words += ["streaming=true", "buffer_size=8", "preprocessing_batch_size=10", "max_steps=4", "gradient_accumulation_steps=3"]
+    words += ["per_device_train_batch_size=2", "lora_dropout=0.1", "save_strategy=no", "logging_steps=1"]
+    curves = []
+    for workers in (0, 2):
+        out = tmp_path / f"out{workers}"
+        done = longfactory(*words, f"output_dir={out}", f"dataloader_num_workers={workers}", cache=tmp_path / "cache")
+        assert done.returncode == 0, done.stderr
+        log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+        curves.append([(h["loss"], h["grad_norm"]) for h in log if "loss" in h])
+    assert len(curves[0]) == 4 and curves[0] == curves[1]
+
+
+@pytest.mark.timeout(300)
 def test_a_model_whose_weights_zero3_has_taken_apart(small: list[str], tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     words = ["train", str(ROOT / "examples" / "sft_full.yaml"), *small, "eval_strategy=no", "save_strategy=no", "max_steps=1"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import torch
 from conftest import make_args
 
 from longfactory.data.errors import DataError
-from longfactory.data.module import load_datasets
+from longfactory.data.module import collate, load_datasets
+from longfactory.data.prepare import Preparer
 from longfactory.data.row import IGNORE
 from longfactory.data.stream import StreamedDataset
 from longfactory.data.templates import get_template
+from longfactory.train.loader import Collate, empty_row, make_loader
 
 ROWS = [{"instruction": f"Question {i}?", "input": "", "output": f"Answer {i}. " * (i % 5 + 1)} for i in range(50)]
 OTHER = [{"instruction": f"Other {i}?", "input": "", "output": "Yes."} for i in range(9)]
@@ -95,6 +98,72 @@ def test_shards_and_workers_share_the_stream(tokenizer: Any, write_data: Any) ->
     assert plain(nested) == whole[3::4]
     loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=2, collate_fn=list)
     assert sorted(map(str, plain(loader))) == sorted(map(str, whole))
+
+
+def rows_of(stream: Any, workers: int, group: int = 0) -> list[list[int]]:
+    """Two epochs of the micro-batches that one group of two reads with `dataloader_num_workers: workers`."""
+    collator = Collate(collate, 8, 0, empty_row)
+    loader = make_loader(stream, None, collator, batch=2, groups=2, group=group, workers=workers, pin=False, prefetch=None)
+    out = []
+    for epoch in range(2):
+        loader.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
+        out += [item["row"].input_ids.tolist() for item in loader]
+    return out
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [
+        ("sft", {"dataset": "d,o", "mix_strategy": "interleave_over"}),
+        ("sft", {"packing": True, "cutoff_len": 256, "val_size": 8}),
+        ("kto", {"dataset": "k"}),
+    ],
+    ids=["mixed", "packed", "kto"],
+)
+def test_processes_share_the_tokenising_and_change_nothing(
+    stage: str, options: dict[str, Any], tokenizer: Any, write_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    bad = {"instruction": "Q", "input": "", "output": ""}
+    labelled = [row | {"label": i % 3 == 0} for i, row in enumerate(ROWS)]
+    kto = {"columns": {"prompt": "instruction", "response": "output", "kto_tag": "label"}}
+    folder = write_data(d=({"file_name": "d.jsonl"}, [*ROWS[:20], bad, *ROWS[20:]]), o=({}, OTHER), k=(kto, labelled))
+    stream = load(tokenizer, folder, stage, streaming=True, buffer_size=20, preprocessing_batch_size=22, **options).train
+    caplog.clear()
+    expected, told = rows_of(stream, 0), caplog.text.count("empty answer (1)")
+    assert expected != rows_of(stream, 0, group=1)
+    original, tokenised = Preparer.chunk, tmp_path / "tokenised"
+
+    def chunk(self: Preparer, rows: Any) -> Any:
+        with tokenised.open("a") as f:
+            f.writelines(f"{os.getpid()} {place}\n" for _, place, _ in rows)
+        return original(self, rows)
+
+    monkeypatch.setattr(Preparer, "chunk", chunk)
+    caplog.clear()
+    assert rows_of(stream, 0) == expected
+    once = sorted(line.split(" ", 1)[1] for line in tokenised.read_text().splitlines())
+    torch.manual_seed(0)
+    rows_of(stream, 0)
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    tokenised.unlink()
+    caplog.clear()
+    assert rows_of(stream, 3) == expected
+    assert torch.equal(torch.get_rng_state(), state)  # dropout is the same too
+    assert caplog.text.count("empty answer (1)") == told
+    found = [line.split(" ", 1) for line in tokenised.read_text().splitlines()]
+    assert sorted(place for _, place in found) == once
+    assert len({pid for pid, _ in found}) > 1 and str(os.getpid()) not in {pid for pid, _ in found}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_row_ends_a_strict_stream_in_a_sentence(workers: int, tokenizer: Any, write_data: Any) -> None:
+    folder = write_data(d=({"file_name": "d.jsonl"}, [*ROWS, {"instruction": "Q", "input": "", "output": ""}]))
+    stream = load(tokenizer, folder, streaming=True, on_bad_row="error").train
+    with pytest.raises(DataError, match=r"^Data set 'd', d.jsonl:51: empty answer\. Repair it"):
+        rows_of(stream, workers)
 
 
 @pytest.mark.parametrize("probs", [None, "0.5,0.5"])

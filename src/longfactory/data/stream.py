@@ -1,7 +1,8 @@
 """Streaming: samples made while they are read, for data that are not to be tokenised beforehand.
 
 The samples are those of the map-style data set: rows pass in windows through the same tokenising, cutting and packing. Packing sees one
-window at a time. Every process reads the whole stream and keeps its own items, so all ranks agree on the order without talking.
+window at a time. Every rank reads the whole stream and keeps its own items, so all ranks agree on the order without talking. What takes
+time is tokenising: with `workers`, that many processes of a rank do it ahead of the reader, each a part of every window.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch.utils.data
@@ -17,10 +20,10 @@ import torch.utils.data
 from longfactory.data.assemble import Rules
 from longfactory.data.collate import Sample
 from longfactory.data.dataset import Report, TokenizedDataset
-from longfactory.data.errors import DataError
+from longfactory.data.errors import BadRows, DataError
 from longfactory.data.prepare import Preparer
 from longfactory.data.readers import Raw
-from longfactory.data.store import MemoryStore, Store
+from longfactory.data.store import Chunk, MemoryStore, Store
 
 # (source, place, raw row)
 Row = tuple[int, str, Raw]
@@ -31,8 +34,9 @@ Reader = Callable[[], Iterator[tuple[str, Raw]]]
 class StreamedDataset(torch.utils.data.IterableDataset):
     """Iterable data set of samples.
 
-    `skip` rows of the shuffled stream are held out for evaluation. `shard(index, count)` keeps every count-th item; worker processes of
-    a loader share the items of their shard among them. `set_epoch` changes the order. `describe` shows the first sample in the log.
+    `skip` rows of the shuffled stream are held out for evaluation. `shard(index, count)` keeps every count-th item. `workers` processes
+    tokenise, `prefetch` windows ahead; samples and their order do not depend on them. A loader's own worker processes would share the
+    items, each of them tokenising all. `set_epoch` changes the order. `describe` shows the first sample in the log.
     """
 
     preparers: Sequence[Preparer]
@@ -48,6 +52,8 @@ class StreamedDataset(torch.utils.data.IterableDataset):
     epoch: int = 0
     index: int = 0
     count: int = 1
+    workers: int = 0
+    prefetch: int = 2
     describe: Callable[[Sample], str] | None = None
     log: logging.Logger = dataclasses.field(default_factory=lambda: logging.getLogger("longfactory.data"))
 
@@ -62,8 +68,7 @@ class StreamedDataset(torch.utils.data.IterableDataset):
         worker = torch.utils.data.get_worker_info()
         index, count = self.index, self.count
         if worker is not None:
-            # The tokenizer's threads did not come along into this forked process: it would wait for them for ever.
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+            _one_thread(worker.id)
             index, count = index + worker.id * count, count * worker.num_workers
         number = before = 0
         speaks = worker is None or worker.id == 0
@@ -87,8 +92,7 @@ class StreamedDataset(torch.utils.data.IterableDataset):
 
     def held_out(self, rows: int) -> TokenizedDataset:
         """The first rows of the shuffled stream, as a map-style data set."""
-        taken = [row for row, _ in zip(self._rows(0, first_order=True), range(rows), strict=False)]
-        return self._data(taken)
+        return self._data([self._tokenise(list(enumerate(islice(self._rows(0, first_order=True), rows))))])
 
     # -- rows --------------------------------------------------------------------------------------------------------------------
 
@@ -138,23 +142,83 @@ class StreamedDataset(torch.utils.data.IterableDataset):
     # -- windows -----------------------------------------------------------------------------------------------------------------
 
     def _windows(self, rows: Iterator[Row]) -> Iterator[TokenizedDataset]:
-        while True:
-            some = [row for _, row in zip(range(self.window), rows, strict=False)]
-            if not some:
-                return
-            yield self._data(some)
+        count = max(self.workers, 1)
 
-    def _data(self, rows: list[Row]) -> TokenizedDataset:
+        def parts() -> Iterator[list[tuple[int, Row]]]:
+            """Each window in as many parts, the last of which may be empty."""
+            while True:
+                some = list(enumerate(islice(rows, self.window)))
+                if not some:
+                    return
+                size = -(-len(some) // count)
+                yield from (some[i * size : (i + 1) * size] for i in range(count))
+
+        done = map(self._tokenise, parts())
+        if self.workers:
+            # The parts are read here, once, and are what a worker is asked for, in place of an index.
+            done = iter(
+                torch.utils.data.DataLoader(
+                    _Tokenised(self._tokenise),
+                    batch_size=None,
+                    sampler=parts(),
+                    num_workers=count,
+                    prefetch_factor=self.prefetch,
+                    collate_fn=_as_it_is,
+                    worker_init_fn=_one_thread,
+                    generator=torch.Generator(),  # else it would draw from the one that dropout is drawn from
+                )
+            )
+        while window := list(islice(done, count)):
+            yield self._data(window)
+
+    def _tokenise(self, rows: list[tuple[int, Row]]) -> list[Chunk] | DataError:
+        """A chunk for each source, or what is wrong with a row where bad rows are errors."""
+        try:
+            return [
+                preparer.chunk([(n, place, raw) for n, (source, place, raw) in rows if source == s])
+                for s, preparer in enumerate(self.preparers)
+            ]
+        except DataError as error:
+            return error  # raised in another process it would come with a stack trace
+
+    def _data(self, parts: list[list[Chunk] | DataError]) -> TokenizedDataset:
+        """The data set of one window, from the chunks of its parts."""
+        made: list[list[Chunk]] = []
+        for part in parts:
+            if isinstance(part, DataError):
+                raise part
+            made.append(part)
         stores: list[Store] = []
         where: dict[int, tuple[int, int]] = {}
         for s, preparer in enumerate(self.preparers):
-            chunk = preparer.chunk([(n, place, raw) for n, (source, place, raw) in enumerate(rows) if source == s])
-            if chunk[-1].count:
-                self.log.warning(f"Data set {preparer.source.name!r}: {chunk[-1].describe()}")
-            stores.append(MemoryStore(chunk, preparer.source.name))
-            where |= {int(n): (s, i) for i, n in enumerate(stores[-1].rows)}
+            bad = BadRows()
+            for chunks in made:
+                bad.merge(chunks[s][-1])
+                where |= {int(n): (len(stores), i) for i, n in enumerate(chunks[s][4])}
+                stores.append(MemoryStore(chunks[s], preparer.source.name))
+            if bad.count:
+                self.log.warning(f"Data set {preparer.source.name!r}: {bad.describe()}")
         entries = np.array([where[n] for n in sorted(where)], dtype=np.int64).reshape(-1, 2)
         return TokenizedDataset(stores, entries, self.preparers[0].kind, self.rules, self.packed)
+
+
+class _Tokenised(torch.utils.data.Dataset):
+    """What `tokenise` makes of the rows that it is asked for."""
+
+    def __init__(self, tokenise: Callable[[list[tuple[int, Row]]], Any]):
+        self.tokenise = tokenise
+
+    def __getitem__(self, rows: list[tuple[int, Row]]) -> Any:
+        return self.tokenise(rows)
+
+
+def _one_thread(worker: int) -> None:
+    """The tokenizer's threads did not come along into a forked process: it would wait for them for ever."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _as_it_is(x: Any) -> Any:
+    return x
 
 
 def _shuffled(rows: Iterator[Row], size: int, rng: np.random.Generator) -> Iterator[Row]:

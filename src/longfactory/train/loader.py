@@ -7,6 +7,7 @@ steps, and a checkpoint resumes at the exact sample. Every rank of a sequence-pa
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from longfactory.data.row import Row
+from longfactory.data.stream import StreamedDataset
 from longfactory.train.reference import ReferenceCache
 
 
@@ -152,7 +154,12 @@ def make_loader(
     pin: bool,
     prefetch: int | None,
 ) -> DataLoader:
-    """A plain DataLoader: indexable data sets go by `sampler`, streams take turns."""
+    """A plain DataLoader: indexable data sets go by `sampler`, streams take turns.
+
+    A `StreamedDataset` uses `workers` by itself: processes of a DataLoader would each read and tokenise the whole stream.
+    """
+    if isinstance(dataset, StreamedDataset):
+        dataset, workers = dataclasses.replace(dataset, workers=workers, prefetch=prefetch or 2), 0
     common: dict[str, Any] = {"num_workers": workers, "pin_memory": pin, "collate_fn": collate}
     if workers:
         common.update(persistent_workers=True, prefetch_factor=prefetch or 2)
