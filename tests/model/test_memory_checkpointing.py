@@ -202,6 +202,25 @@ def test_bfloat16_is_no_worse_than_the_plain_layer(autocast, monkeypatch):
     assert max(ours[n] / plain[n] for n in plain) < 1.5
 
 
+@pytest.mark.parametrize("kept", [0.0, 1.0])
+def test_segments_run_again_under_the_autocast_of_the_forward(kept):
+    """fp32 weights under autocast: the same roundings as without segments, to the last bit, although backward is not under autocast."""
+
+    def backward(loss):
+        with torch.autocast("cpu", enabled=False):
+            loss.backward()
+
+    def of(segments):
+        model = make_model("llama").float()
+        apply(model, MemorySettings(keep_attention=kept, segment_layers=segments), "generic")
+        with torch.autocast("cpu", torch.bfloat16):
+            run(model, backward=backward)
+        return gradients(model)
+
+    one, two = of(1), of(2)
+    assert all(torch.equal(two[n], g) for n, g in one.items())
+
+
 LONG = (Segment(0, 128),)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from longfactory.model.memory.layer_ops import wide
+from longfactory.model.memory.layer_ops import autocast_as_now, wide
 
 
 class GradientSum:
@@ -45,13 +45,8 @@ class _Call:
     params: Callable[[], Sequence[Tensor]]  # asked again in backward: sharding swaps parameters between the passes
     chunk: int
     dim: int
-    autocast: tuple[str, bool, torch.dtype] | None = None
+    amp: Callable[[], torch.autocast]
     dtype: torch.dtype | None = None  # of the output
-
-    def amp(self) -> torch.autocast:
-        assert self.autocast is not None
-        device, enabled, dtype = self.autocast
-        return torch.autocast(device, dtype=dtype, enabled=enabled)
 
 
 class _Store(torch.autograd.Function):
@@ -133,8 +128,7 @@ def run_in_chunks(
     chunk = chunk or x.shape[dim]
     if not torch.is_grad_enabled():
         return _pieces(fn, x, chunk, dim)
-    device = x.device.type
-    call = _Call(fn, params, chunk, dim, (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)))
+    call = _Call(fn, params, chunk, dim, autocast_as_now(x.device.type))
     return _Compute.apply(call, _Store.apply(call, x, *params()))
 
 

@@ -19,6 +19,11 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 
+def autocast_as_now(device: str) -> Callable[[], torch.autocast]:
+    """Makes contexts of the autocast that is on now, for what backward runs again. `device`: a device's type."""
+    return functools.partial(torch.autocast, device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device))
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The type in which sums over tokens are kept: fp32 for 16-bit types, else the type itself."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype

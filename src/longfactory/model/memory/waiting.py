@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longfactory.errors import ConfigError
 from longfactory.model.memory.host_pool import HostPool, Parked
+from longfactory.model.memory.layer_ops import autocast_as_now
 from longfactory.model.memory.settings import MemorySettings
 
 Pair = tuple[Tensor, Tensor]  # attention output and log-sum-exp
@@ -73,6 +74,7 @@ class Segment:
         self._store = store
         self._first: Waiting | None = None
         self._calls: list[tuple[int, Callable[[Tensor], Tensor]]] = []
+        self._amp = autocast_as_now(store.device.type)  # backward, where they run again, is not under autocast
         self._inputs: dict[int, Waiting] = {}
         self._kept: dict[int, Waiting | None] = {}
 
@@ -106,7 +108,7 @@ class Segment:
         for p, (index, call) in enumerate(self._calls[:position]):
             self._inputs[p] = self._store.wait(index, [x])
             pairs: list[Pair] = []
-            with self._store.recording(pairs):
+            with self._store.recording(pairs), self._amp():
                 x = call(x)
             self._kept[p] = self._store.wait_attention(index, pairs)
         self._inputs[position] = Here([x])
