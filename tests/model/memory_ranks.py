@@ -136,6 +136,101 @@ def split_adamw_norm_of_shards() -> tuple[float, float]:
     return float(optimizer.clip(1.0)), expected
 
 
+class SmallModel(nn.Module):
+    """An embedding tied to the output layer, a layer that is called twice, a frozen one, and one that only long rows use."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(31, 12)
+        self.layers = nn.ModuleList(nn.Linear(12, 12) for _ in range(4))
+        self.seldom = nn.Linear(12, 12)
+        self.head = nn.Linear(12, 31, bias=False)
+        self.to(dtype)
+        self.head.weight = self.embedding.weight
+        self.layers[1].requires_grad_(False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        for layer in (*self.layers, self.layers[2]):
+            x = x + layer(x).tanh()
+        if len(ids) > 9:
+            x = x + self.seldom(x)
+        return nn.functional.cross_entropy(self.head(x).float(), ids.roll(1))
+
+
+Trajectory = tuple[dict[str, Tensor], list[float]]
+
+
+def steps_of_a_small_model(overlap: bool, dtype: torch.dtype, parts: int, sharded: bool = False) -> Trajectory:
+    """Masters and moments after five steps of `parts` micro-batches each, with a checkpoint after the third; norms of gradients."""
+    from longfactory.model.memory.optimizer import SplitAdamW
+
+    model = SmallModel(dtype)
+    if sharded:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        for layer in (*model.layers, model.seldom):
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+
+    def make() -> tuple[SplitAdamW, Any]:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        groups = [{"params": trained[:3], "lr": 3e-2, "weight_decay": 0.1}, {"params": trained[3:], "weight_decay": 0.0}]
+        optimizer = SplitAdamW(groups, lr=1e-2, overlap=overlap)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 1 / (1 + s))
+
+    optimizer, schedule = make()
+    g = torch.Generator().manual_seed(1 + (dist.get_rank() if sharded else 0))
+    norms = []
+    for number in range(5):
+        for k in range(parts):
+            last = k == parts - 1
+            ids = torch.randint(0, 31, (7 if last else 11,), generator=g)
+            loss = model(ids)
+            if overlap and last:
+                with optimizer.during_backward():
+                    loss.backward()
+                # Without a gradient in this micro-batch, it has stayed.
+                assert all(p.grad is None for n, p in model.named_parameters() if dtype == torch.bfloat16 or "seldom" not in n)
+            else:
+                loss.backward()
+            if parts > 1:
+                optimizer.accumulate(last=last)
+        norms.append(float(optimizer.clip(float("inf"))))
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if number == 2:
+            saved = optimizer.state_dict(), schedule.state_dict()
+            optimizer, schedule = make()
+            optimizer.load_state_dict(saved[0])
+            schedule.load_state_dict(saved[1])
+    found = {}
+    for name, p in model.named_parameters():
+        found[name] = optimizer.master(p)
+        found |= {f"{name}/{key}": t for key, t in optimizer.state.get(p, {}).items()}
+    return found, norms
+
+
+def same_trajectories(after: Trajectory, during: Trajectory) -> None:
+    assert after[0].keys() == during[0].keys() and "embedding.weight/exp_avg" in after[0]
+    for name, t in after[0].items():
+        assert torch.equal(t, during[0][name]), name
+    assert during[1] == pytest.approx(after[1], rel=1e-6) and len(set(after[1])) == 5
+
+
+def overlap_on_shards() -> tuple[Trajectory, Trajectory]:
+    """Updates after backward and during it: bf16 with and without micro-batches, then fp32; the first that differ, or the last."""
+    for dtype, parts in ((torch.bfloat16, 1), (torch.bfloat16, 2), (torch.float32, 2), (torch.float32, 1)):
+        after, during = (steps_of_a_small_model(overlap, dtype, parts, sharded=True) for overlap in (False, True))
+        same_trajectories(after, during)
+    return after, during
+
+
 def zero_gradients(kind: str, settings: MemorySettings, stage: int, lora: bool) -> dict[str, Tensor]:
     """Gradients in fp32 as DeepSpeed applies them: the change of each weight in a step of SGD with learning rate 1."""
     import os

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import fake_cuda
 import memory_ranks
 import pytest
@@ -209,3 +211,106 @@ def test_clipping_rounds_nothing(dtype, most):
 def test_the_norm_of_sharded_gradients():
     for norm, expected in run_ranks(2, memory_ranks.split_adamw_norm_of_shards):
         assert norm == pytest.approx(expected, rel=1e-6)
+
+
+# ---- updates during backward --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fake_gpu", [False, True])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_updates_during_backward_are_those_after_it(dtype, parts, fake_gpu, monkeypatch):
+    """Tied weights, a layer called twice, a frozen one, one without a gradient in the last micro-batch, two groups, a schedule."""
+    monkeypatch.setattr(optimizer, "BLOCK", 100)
+    monkeypatch.setattr(optimizer, "_INNER", 32)
+    if fake_gpu:
+        fake_cuda.install(monkeypatch)
+        empty = torch.empty
+        monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
+        monkeypatch.setattr(SplitAdamW, "_streamed", lambda self, t: True)
+    after, during = (memory_ranks.steps_of_a_small_model(overlap, dtype, parts) for overlap in (False, True))
+    memory_ranks.same_trajectories(after, during)
+
+
+def test_updates_during_backward_of_shards():
+    for after, during in run_ranks(2, memory_ranks.overlap_on_shards):
+        memory_ranks.same_trajectories(after, during)
+
+
+def test_gradients_leave_layer_by_layer_and_backward_waits_for_slow_updates(monkeypatch):
+    monkeypatch.setattr(optimizer, "AHEAD", 2)
+    release, begun = threading.Event(), []
+    compute = optimizer._Block.update_at
+
+    def slow(self, weight, grad):
+        begun.append(len(begun))
+        assert release.wait(60)
+        compute(self, weight, grad)
+
+    monkeypatch.setattr(optimizer._Block, "update_at", slow)
+    layers = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(6)))
+    before = [layer.weight.detach().clone() for layer in layers]
+    opt = SplitAdamW(layers.parameters(), lr=1e-2, overlap=True)
+    loss = layers(torch.randn(3, 4)).square().sum()
+
+    def backward():
+        with opt.during_backward():
+            loss.backward()
+
+    thread = threading.Thread(target=backward)
+    thread.start()
+    thread.join(1)
+    assert thread.is_alive() and begun == [0], "backward is held up while one update is made and two gradients wait"
+    assert all(p.grad is None for p in layers.parameters())
+    assert torch.equal(layers[0].weight, before[0])
+    release.set()
+    thread.join(60)
+    opt.step()
+    assert len(begun) == 6 and not any(torch.equal(layer.weight, w) for layer, w in zip(layers, before, strict=True))
+
+
+def test_what_goes_wrong_in_an_update_is_raised_by_step(monkeypatch):
+    monkeypatch.setattr(optimizer, "AHEAD", 1)
+
+    def broken(self, weight, grad):
+        raise ArithmeticError("broken")
+
+    monkeypatch.setattr(optimizer._Block, "update_at", broken)
+    params = [nn.Parameter(torch.ones(3)) for _ in range(5)]
+    opt = SplitAdamW(params, overlap=True)
+    with opt.during_backward():
+        sum(p.sum() for p in params).backward()
+    with pytest.raises(ArithmeticError, match="broken"):
+        opt.step()
+
+
+def test_nothing_leaves_outside_and_clipping_is_refused():
+    p = nn.Parameter(torch.ones(3))
+    opt = SplitAdamW([p], overlap=True)
+    p.sum().backward()
+    assert torch.equal(p.grad, torch.ones(3))
+    p.grad = None
+    with opt.during_backward():
+        p.sum().backward()
+    with pytest.raises(RuntimeError, match="cannot be clipped"):
+        opt.clip(1.0)
+    with pytest.raises(ValueError, match="states on the host"):
+        SplitAdamW([p], placement="gpu", overlap=True)
+
+
+def test_a_gradient_that_comes_twice_is_refused():
+    p = nn.Parameter(torch.ones(3))
+    opt = SplitAdamW([p], overlap=True)
+    with opt.during_backward():
+        p.sum().backward()
+        with pytest.raises(RuntimeError, match=r"max_grad_norm: 1\.0e9"):
+            p.sum().backward()
+
+
+def test_a_weight_that_backward_still_needs_is_not_changed_quietly():
+    """A function that saved the weight without giving a part of its gradient: autograd sees the change."""
+    p, x = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    opt = SplitAdamW([p], lr=0.1, overlap=True)
+    y = x * p.detach()  # its backward reads p, and runs after p's gradient is final
+    with opt.during_backward(), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (y.square().sum() + (y.detach() * p).sum()).backward()

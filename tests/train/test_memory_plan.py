@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import types
 from pathlib import Path
@@ -15,7 +16,9 @@ from longfactory.config import from_mapping
 from longfactory.data.module import Datasets
 from longfactory.errors import UserError
 from longfactory.model import adapters
-from longfactory.train import memory_plan
+from longfactory.model.memory import optimizer
+from longfactory.plan.model import LEAVING, Choice, moments, seconds
+from longfactory.train import memory_plan, optimizer_names
 from longfactory.train.memory_plan import Memory, count_parameters, plan_memory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,3 +147,105 @@ def test_without_a_gpu_the_user_still_chooses_the_optimizer(model: str, monkeypa
     memory = planned(configured(model, bf16=True, optimizer_placement="host"), monkeypatch, cuda=False)
     assert memory.split and memory.plan.settings.optimizer == "host"
     assert not planned(configured(model, bf16=True), monkeypatch, cuda=False).split
+
+
+# ---- updates during backward ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "sharding", "overlaps"),
+    [
+        ({"max_grad_norm": 0}, "none", True),
+        ({"max_grad_norm": 0, "gradient_accumulation_steps": 2}, "fsdp2", True),
+        ({}, "none", False),
+        ({"max_grad_norm": 0}, "ddp", False),  # gradients come before they are averaged
+        ({"max_grad_norm": 0}, "deepspeed", False),
+        ({"max_grad_norm": 0, "bf16": False, "fp16": True}, "none", False),  # gradients come scaled
+    ],
+)
+@pytest.mark.parametrize("cuda", [True, False])
+def test_when_updates_are_made_during_backward(
+    keys: dict[str, Any], sharding: str, overlaps: bool, cuda: bool, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = configured(model, **{"bf16": True, "optimizer_placement": "host", **keys})
+    found = planned(cfg, monkeypatch, sharding, world=1 if sharding == "none" else 2, cuda=cuda)
+    assert found.plan.job.overlaps == overlaps and found.plan.settings.optimizer == "host"
+
+
+def test_the_plan_hides_updates_and_lets_gradients_go(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert LEAVING == optimizer.AHEAD * optimizer.BLOCK
+    keys = {"bf16": True, "optimizer_placement": "host"}
+    after = planned(configured(model, **keys), monkeypatch).plan.job
+    during = planned(configured(model, **keys, max_grad_norm=0), monkeypatch).plan.job
+    assert dataclasses.replace(during, overlaps=False) == after
+    host, gpu = Choice(optimizer="host"), Choice()
+    gradients = [moments(job, host)[2]["gradients"] for job in (after, during)]
+    assert gradients[0] == 2 * after.shape.trainable
+    assert gradients[1] == 2 * (LEAVING + after.shape.head_parameters) < 0.3 * gradients[0]
+    assert moments(during, gpu) == moments(after, gpu) and seconds(during, gpu) == seconds(after, gpu)
+    early = dataclasses.replace(during, master=4, accumulates=True)  # fp32 gradients are summed where they are
+    assert moments(early, host)[2]["gradients"] == 4 * after.shape.trainable
+
+    longer = dataclasses.replace(after, tokens=262144), dataclasses.replace(during, tokens=262144)
+    whole = seconds(longer[0], host) - seconds(dataclasses.replace(longer[0], machine=endless(after.machine)), host)
+    saved = seconds(longer[0], host) - seconds(longer[1], host)
+    assert 0.9 * whole < saved < whole, "all but the last gradient's"
+    short = [seconds(dataclasses.replace(job, tokens=512), host) for job in (after, during)]
+    assert 0 < short[0] - short[1] < 0.5 * whole, "a short backward hides no more than it takes"
+
+
+def endless(machine: Any) -> Any:
+    """Whose host computes an update at once."""
+    return dataclasses.replace(machine, host_memory=1e30, copies=1e30)
+
+
+# ---- states in 4, 8 and 16 bit ---------------------------------------------------------------------------------------------------------
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    found = types.SimpleNamespace(find_spec=lambda name: object() if name in names else None)
+    monkeypatch.setattr(optimizer_names.importlib, "util", found)
+
+
+@pytest.mark.parametrize(
+    ("optim", "package", "width", "size"),
+    [
+        ("adamw_torch_8bit", "torchao", "8 bit", 2),
+        ("adamw_torch_4bit", "torchao", "4 bit", 1),
+        ("adamw_bnb_8bit", "bitsandbytes", "8 bit", 2),
+        ("adamw_8bit", "bitsandbytes", "8 bit", 2),
+        ("paged_adamw_8bit", "bitsandbytes", "8 bit", 2),
+    ],
+)
+def test_narrow_states_are_counted_as_they_are(
+    optim: str, package: str, width: str, size: int, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = configured(model, bf16=True, optim=optim)
+    with pytest.raises(UserError, match=f"optim: {optim} needs {package}. Run: pip install {package}"):
+        planned(cfg, monkeypatch)
+    installed(monkeypatch, package)
+    found = planned(cfg, monkeypatch, gib=48)  # where fp32 states would go to the host
+    assert found.plan.settings.optimizer == "gpu" and not found.split
+    assert found.narrow is not None and (found.narrow.width, found.narrow.package) == (width, package)
+    shape = found.plan.job.shape
+    embedding = shape.head_parameters * (6 if package == "bitsandbytes" else 0)  # whose states stay fp32
+    assert found.plan.budget.gpu["optimizer"] == pytest.approx(size * shape.trainable + embedding, rel=1e-3)
+    lora = planned(configured(model, bf16=True, optim=optim, finetuning_type="lora"), monkeypatch)
+    assert lora.plan.budget.gpu["optimizer"] == size * lora.plan.job.shape.trainable
+    if package == "bitsandbytes":
+        with pytest.raises(UserError, match="cannot train the shards of FSDP2"):
+            planned(cfg, monkeypatch, "fsdp2", world=2)
+    else:
+        assert planned(cfg, monkeypatch, "fsdp2", world=2).narrow == found.narrow
+
+
+def test_states_of_pure_bf16_are_bf16(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = planned(configured(model, pure_bf16=True, optimizer_placement="gpu"), monkeypatch)
+    assert found.narrow is not None and (found.narrow.width, found.narrow.package) == ("bf16", None)
+    assert found.plan.budget.gpu["optimizer"] == 4 * found.plan.job.shape.trainable
+    assert planned(configured(model, bf16=True, optimizer_placement="gpu"), monkeypatch).narrow is None
+
+
+def test_other_optimizers_are_not_sent_to_the_host(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = planned(configured(model, bf16=True, optim="adafactor"), monkeypatch, gib=48)
+    assert found.plan.settings.optimizer == "gpu" and not found.split and found.narrow is None

@@ -46,17 +46,22 @@ def train(keys: dict[str, Any], sharding: str = "none") -> tuple[list[dict[str, 
     cpu_sharding.reset()
     torch.manual_seed(0)
     seen: list[Any] = []
+    left: list[Any] = []
     make, choose = module.make_trainer, module.choose_sharding
+    leave = SplitAdamW._leave
+    SplitAdamW._leave = lambda self, p, group: left.append(leave(self, p, group))  # type: ignore[method-assign]
     module.make_trainer = lambda *a, **k: seen.append(make(*a, **k)) or seen[-1]
     module.choose_sharding = lambda *a, **k: sharding
     try:
         module.run(from_mapping({k: v for k, v in keys.items() if k != "cache"}))
     finally:
         module.make_trainer, module.choose_sharding = make, choose
+        SplitAdamW._leave = leave  # type: ignore[method-assign]
         os.environ.clear()
         os.environ.update(before)
     trainer = seen[0]
     kinds = {type(trainer.optimizer.optimizer).__name__, str(trainer.accelerator.distributed_type).rsplit(".", 1)[-1]}
+    kinds |= {"during backward"} if left else set()
     kinds |= {str(p.dtype).rsplit(".", 1)[-1] for p in trainer.model.parameters() if p.requires_grad}
     return trainer.state.log_history, sorted(kinds)
 
@@ -168,6 +173,29 @@ def test_a_resumed_run_is_the_uninterrupted_one_in_every_bit(case: str, base: di
     writers = world if sharding == "fsdp2" else 1
     assert {INDEX, "scheduler.pt", *(states_file(r, writers) for r in range(writers))} <= names
     assert not any("optimizer.pt" in n or n == "optimizer_0" or n.endswith(".part") for n in names)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("case", ["split, fsdp2, two ranks a row, accumulated", "lora, fsdp2", "fp32, ddp", "split, one process"])
+def test_updates_during_backward_change_no_bit(case: str, base: dict[str, Any], tmp_path: Path, alone: Any) -> None:
+    """Nothing to clip, told in two ways: by 0, and by a norm that no gradient has. Saved and resumed in between."""
+    sharding, world, changes = CASES[case]
+    logs = []
+    for name, most in (("a", 1e9), ("b", 0.0)):
+        keys = {**base, **changes, "max_grad_norm": most, "output_dir": str(tmp_path / name)}
+        for steps in (3, 6):
+            keys |= {"max_steps": steps, "lr_scheduler_type": "constant_with_warmup", "overwrite_output_dir": False}
+            log, kinds = alone(keys) if world == 1 else run_ranks(world, train, keys, sharding, timeout=300)[0]
+            assert ("during backward" in kinds) == (most == 0 and sharding != "ddp")
+        logs.append(log)
+    after, during = ([(h["loss"], h["grad_norm"]) for h in log if "grad_norm" in h] for log in logs)
+    assert [x for x, _ in after] == [x for x, _ in during] and len(after) == 6
+    assert [x for _, x in after] == pytest.approx([x for _, x in during], rel=1e-6)
+    if case.startswith("lora"):
+        one, two = (load_file(tmp_path / x / "checkpoint-6" / "adapter_model.safetensors") for x in "ab")
+        assert all(torch.equal(one[n], two[n]) for n in one)
+    else:
+        same_files(tmp_path / "a" / "checkpoint-6", tmp_path / "b" / "checkpoint-6")
 
 
 @pytest.mark.timeout(600)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import types
@@ -17,6 +18,7 @@ from longfactory.model.memory.optimizer import SplitAdamW
 from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.sp import hf
 from longfactory.train.memory_plan import Memory
+from longfactory.train.optimizer_names import Narrow
 from longfactory.train.optimizers import optimizer_factory
 from longfactory.train.stages import TokenStage
 from longfactory.train.trainer import RowTrainer
@@ -26,9 +28,9 @@ import cpu_sharding
 from invariance_worker import Samples, add_lora, collate, samples, tiny
 
 
-def memory(placement: str, split: bool) -> Memory:
-    plan = types.SimpleNamespace(settings=types.SimpleNamespace(optimizer=placement))
-    return Memory(plan, split)  # type: ignore[arg-type]
+def memory(placement: str, split: bool, overlaps: bool = False, narrow: Narrow | None = None) -> Memory:
+    plan = types.SimpleNamespace(settings=types.SimpleNamespace(optimizer=placement), job=types.SimpleNamespace(overlaps=overlaps))
+    return Memory(plan, split, narrow)  # type: ignore[arg-type]
 
 
 def configured(optim: str = "adamw_torch", ratio: float | None = None) -> Any:
@@ -90,6 +92,30 @@ def test_other_optimizers_are_refused_on_the_host(placement: str, split: bool) -
     with pytest.raises(UserError, match="optim: adafactor cannot keep its states on the host"):
         optimizer_factory(configured("adafactor"), memory(placement, split))
     assert optimizer_factory(configured("adafactor"), memory("gpu", False)) is None
+
+
+@pytest.mark.parametrize("name", ["adamw_torch_8bit", "adamw_torch_4bit", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit"])
+def test_narrow_states_are_never_exchanged_for_wide_ones(name: str) -> None:
+    for placement, split in (("host", False), ("host", True), ("gpu", True)):
+        with pytest.raises(UserError, match=f"optim: {name} cannot keep its states on the host"):
+            optimizer_factory(configured(name), memory(placement, split))
+
+
+def test_what_is_not_usual_is_in_the_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("longfactory"), "propagate", True)
+    caplog.set_level("INFO", "longfactory")
+    assert optimizer_factory(configured("adamw_8bit"), memory("gpu", False, narrow=Narrow("8 bit", 2, "bitsandbytes"))) is None
+    assert optimizer_factory(configured(), memory("gpu", False, narrow=Narrow("bf16", 4, None))) is None
+    optimizer_factory(configured(), memory("host", True, overlaps=True))
+    assert caplog.messages == [
+        "AdamW states in 8 bit (bitsandbytes): not the exact fp32 trajectory.",
+        "AdamW states in bf16 (pure_bf16): not the exact fp32 trajectory.",
+        "Nothing is clipped (max_grad_norm: 0): the host updates weights while backward goes on.",
+    ]
+    caplog.clear()
+    optimizer_factory(configured(), memory("host", True))
+    optimizer_factory(configured(), memory("gpu", False, overlaps=True))
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("clip", [0.01, 0.0])

@@ -19,6 +19,7 @@ from typing import Any
 from longfactory.plan.shapes import Machine, ModelShape
 
 HEAD_CHUNK_NUMBERS = 2**28  # logits that exist at once (model/token_logprobs.py)
+LEAVING = 2**30  # numbers of gradients on their way to the host at once (model/memory/optimizer.py: AHEAD blocks)
 CONTEXT = 1.5e9  # CUDA context, cuBLAS and NCCL workspaces
 MARGIN = 0.92  # of the GPU's memory may be planned for: the rest is fragmentation
 
@@ -34,6 +35,8 @@ class Job:
         master: bytes of a trained weight as it is stored: 4 for fp32 masters (FSDP2), 2 for bf16 with a split master.
         accumulates: gradients are there from the start of a backward pass: those of earlier micro-batches, or the buffers of DDP and ZeRO.
             Those of split masters go where the states are, and are summed there in fp32.
+        state_bytes: of the optimizer's states of a trained weight on the GPU, where masters are not split.
+        overlaps: nothing is clipped, so that states on the host are updated while backward runs, and gradients leave with that.
     """
 
     shape: ModelShape
@@ -43,6 +46,8 @@ class Job:
     sharded: bool = True
     master: int = 4
     accumulates: bool = False
+    state_bytes: float = 8
+    overlaps: bool = False
 
     @property
     def local(self) -> int:
@@ -151,12 +156,15 @@ def states(job: Job, c: Choice) -> tuple[dict[str, float], float]:
     s, n = job.shape, job.shards
     frozen = s.parameters - s.trainable
     weights = (2 * frozen + job.master * s.trainable) / n
-    optimizer = ((10 + 4 * job.accumulates) if job.master == 2 else 8) * s.trainable / n
-    gpu = {"weights": weights}
+    split = (10 + 4 * job.accumulates) * s.trainable / n if job.master == 2 else None
     if c.optimizer == "gpu":
-        gpu["optimizer"] = optimizer
-        return gpu, 0.0
-    return gpu, optimizer
+        return {"weights": weights, "optimizer": split or job.state_bytes * s.trainable / n}, 0.0
+    return {"weights": weights}, split or 8 * s.trainable / n
+
+
+def leaves(job: Job, c: Choice) -> bool:
+    """Gradients go to the host, and weights are updated there, during backward."""
+    return job.overlaps and c.optimizer == "host"
 
 
 def moments(job: Job, c: Choice) -> list[dict[str, float]]:
@@ -174,6 +182,9 @@ def moments(job: Job, c: Choice) -> list[dict[str, float]]:
         stored, working = waiting(job, c)[0], working_set(s, c, t)
     gradients = job.master * s.trainable / n
     early = job.accumulates and job.master != 2
+    if leaves(job, c) and not early:
+        # A matrix, or a layer's shard, is given up as a whole.
+        gradients = min(gradients, job.master * (LEAVING + max(s.head_parameters, s.trained_layer_parameters) / n))
     head = s.head_parameters if s.head_trained else 0
     # Sharded: the embedding and the output layer are gathered for the whole pass, and the latter's gradient is reduced at its end.
     gathered = (4 * s.head_parameters + 2 * head) if n > 1 else 0
@@ -235,10 +246,14 @@ def seconds(job: Job, c: Choice) -> float:
     copied = host_waiting / m.copies
     gathered = (2 * 3 * s.parameters / m.links) if job.shards > 1 else 0.0
     forward = compute * 0.3
-    step = max(forward, copied, gathered / 3) + max(compute - forward, copied, gathered * 2 / 3)
+    backward_seconds = max(compute - forward, copied, gathered * 2 / 3)
+    step = max(forward, copied, gathered / 3) + backward_seconds
     step += 0.005 * (compute + copied)  # nothing is hidden wholly; and of two ways as fast, the one with less to do
     if c.optimizer == "host":
-        step += 28.0 * s.trainable / job.shards * m.on_host / m.host_memory + 4.0 * s.trainable / job.shards / m.copies
+        update = 28.0 * s.trainable / job.shards * m.on_host / m.host_memory + 4.0 * s.trainable / job.shards / m.copies
+        # During backward, but for the last gradient, the embedding's.
+        last = update * min(1.0, s.head_parameters / max(s.trainable, 1))
+        step += max(update - backward_seconds, last) if leaves(job, c) else update
     else:
         step += 28.0 * s.trainable / job.shards / 2e12
     return step

@@ -16,6 +16,7 @@ from longfactory.model import adapters
 from longfactory.model.memory.auto import MemoryPlan, choose_memory, corrected, host_memory, user_keys
 from longfactory.model.memory.waiting import Activations
 from longfactory.plan.shapes import ModelShape
+from longfactory.train.optimizer_names import EXACT, Narrow, narrow_states
 from longfactory.train.reference import adapter_is_reference
 
 log = logging.getLogger("longfactory")
@@ -23,10 +24,12 @@ log = logging.getLogger("longfactory")
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What is kept where. `split`: trained weights are bf16 with a 16-bit remainder (exact fp32 masters; see SplitAdamW)."""
+    """What is kept where. `split`: trained weights are bf16 with a 16-bit remainder (exact fp32 masters; see SplitAdamW). `narrow`: states
+    of AdamW on the GPU that are not fp32, as the user asked."""
 
     plan: MemoryPlan
     split: bool
+    narrow: Narrow | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +64,22 @@ def count_parameters(cfg: RunConfig, model_config: Any) -> Counts:
 def plan_memory(
     cfg: RunConfig, model_config: Any, counts: Counts, datasets: Datasets, ctx_size: int, sharding: str, world: int, cuda: bool
 ) -> Memory:
-    """`memory: auto | fast | long` on this machine, for the longest row of the data."""
+    """`memory: auto | fast | long` on this machine, for the longest row of the data.
+
+    Raises:
+        UserError: an optimizer with states in 4 or 8 bit that cannot be had here.
+    """
     batch = int(cfg.trainer("per_device_train_batch_size"))
     train = datasets.train
     longest = int(max(train.lengths)) if train is not None and hasattr(train, "lengths") else cfg.data.cutoff_len
     lora = cfg.method.finetuning_type == "lora"
     gpu = torch.cuda.get_device_properties(0) if cuda else None
+    exact, narrow = str(cfg.trainer("optim")) in EXACT, narrow_states(cfg, sharding)
+    user = user_keys(cfg.memory)
+    if not exact:
+        user.setdefault("optimizer", "gpu")  # no other optimizer computes on the host
+    # DDP's gradients are not final when they come, and fp16's are scaled.
+    overlaps = float(cfg.trainer("max_grad_norm")) <= 0 and sharding in ("none", "fsdp2") and not cfg.trainer("fp16")
     held = reference_bytes(cfg, model_config, world if sharding == "fsdp2" else 1)
 
     def choose(split: bool) -> MemoryPlan:
@@ -87,17 +100,27 @@ def plan_memory(
             head_trained=counts.head,
             split_master=split,
             accumulates=int(cfg.trainer("gradient_accumulation_steps")) > 1 or sharding == "deepspeed",
-            user=user_keys(cfg.memory),
+            state_bytes=_state_bytes(narrow, model_config, counts),
+            overlaps=overlaps,
+            user=user,
         )
 
     plan, host = choose(False), cfg.memory.optimizer_placement == "host"
     # Gradients of split weights are bf16. FSDP2 reduces them in fp32 and SplitAdamW sums micro-batches in fp32; DDP would reduce in bf16.
-    may_split = bool(cfg.hf.get("bf16")) and not lora and sharding in ("none", "fsdp2") and not cfg.method.pure_bf16
+    may_split = exact and bool(cfg.hf.get("bf16")) and not lora and sharding in ("none", "fsdp2") and not cfg.method.pure_bf16
     if may_split and (host or not plan.fits):
         other = choose(True)
         if other.fits or host:
             return Memory(other, True)
-    return Memory(plan, False)
+    return Memory(plan, False, narrow)
+
+
+def _state_bytes(narrow: Narrow | None, model_config: Any, counts: Counts) -> float:
+    """Bytes a trained parameter of the optimizer's states on the GPU, on average."""
+    if narrow is None or narrow.package != "bitsandbytes" or counts.trained != counts.total:
+        return 8 if narrow is None else narrow.bytes
+    embedding = min(1.0, model_config.vocab_size * model_config.hidden_size / counts.total)
+    return narrow.bytes + (8 - narrow.bytes) * embedding
 
 
 def reference_bytes(cfg: RunConfig, model_config: Any, shards: int) -> int:

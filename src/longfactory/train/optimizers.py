@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,13 @@ from longfactory.config import RunConfig
 from longfactory.errors import UserError
 from longfactory.model.memory.optimizer import SplitAdamW
 from longfactory.train.memory_plan import Memory
+from longfactory.train.optimizer_names import EXACT
+
+log = logging.getLogger("longfactory")
 
 
 def optimizer_factory(cfg: RunConfig, memory: Memory) -> Callable[[Any, Any], torch.optim.Optimizer] | None:
-    """A function (model, trainer) -> optimizer, or None where the Trainer makes its own.
+    """A function (model, trainer) -> optimizer, or None where the Trainer makes its own. Logs what is not the usual.
 
     Raises:
         UserError: another optimizer than AdamW together with states on the host or split weights.
@@ -22,24 +26,31 @@ def optimizer_factory(cfg: RunConfig, memory: Memory) -> Callable[[Any, Any], to
     placement = memory.plan.settings.optimizer
     ours = memory.split or placement == "host"
     name = str(cfg.trainer("optim"))
-    if ours and not name.startswith("adamw_torch"):
+    if ours and name not in EXACT:
         raise UserError(f"optim: {name} cannot keep its states on the host. Use adamw_torch, or optimizer_placement: gpu.")
+    if memory.narrow is not None and not ours:
+        source = memory.narrow.package or "pure_bf16"
+        log.info(f"AdamW states in {memory.narrow.width} ({source}): not the exact fp32 trajectory.")
+    overlap = placement == "host" and memory.plan.job.overlaps
+    if overlap:
+        log.info("Nothing is clipped (max_grad_norm: 0): the host updates weights while backward goes on.")
+    settings = {"placement": placement, "overlap": overlap}
     if cfg.method.loraplus_lr_ratio is not None:
-        return _lora_plus(cfg.method, placement if ours else None)
-    return _split_adamw(placement) if ours else None
+        return _lora_plus(cfg.method, settings if ours else None)
+    return _split_adamw(settings) if ours else None
 
 
-def _lora_plus(method: Any, placement: str | None) -> Callable[[Any, Any], torch.optim.Optimizer]:
-    """LoRA+ (Hayou et al., 2024): B matrices learn `loraplus_lr_ratio` times as fast. `placement`: SplitAdamW's; None: torch's AdamW."""
+def _lora_plus(method: Any, settings: dict[str, Any] | None) -> Callable[[Any, Any], torch.optim.Optimizer]:
+    """LoRA+ (Hayou et al., 2024): B matrices learn `loraplus_lr_ratio` times as fast. `settings`: SplitAdamW's; None: torch's AdamW."""
 
     def make(model: Any, trainer: Any) -> torch.optim.Optimizer:
         from peft.optimizers import create_loraplus_optimizer
 
         args = trainer.args
-        if placement is None:
+        if settings is None:
             cls, kwargs = trainer.get_optimizer_cls_and_kwargs(args, model)
         else:
-            cls, kwargs = SplitAdamW, {"lr": args.learning_rate, **_adamw_settings(args), "placement": placement}
+            cls, kwargs = SplitAdamW, {"lr": args.learning_rate, **_adamw_settings(args), **settings}
         return create_loraplus_optimizer(
             model,
             optimizer_cls=cls,
@@ -56,7 +67,7 @@ def _adamw_settings(args: Any) -> dict[str, Any]:
     return {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
 
 
-def _split_adamw(placement: str) -> Callable[[Any, Any], torch.optim.Optimizer]:
+def _split_adamw(settings: dict[str, Any]) -> Callable[[Any, Any], torch.optim.Optimizer]:
     def make(model: Any, trainer: Any) -> torch.optim.Optimizer:
         args = trainer.args
         decay = set(trainer.get_decay_parameter_names(model))
@@ -65,6 +76,6 @@ def _split_adamw(placement: str) -> Callable[[Any, Any], torch.optim.Optimizer]:
             {"params": [p for n, p in named if n in decay], "weight_decay": args.weight_decay},
             {"params": [p for n, p in named if n not in decay], "weight_decay": 0.0},
         ]
-        return SplitAdamW(groups, lr=args.learning_rate, **_adamw_settings(args), placement=placement)  # type: ignore[arg-type]
+        return SplitAdamW(groups, lr=args.learning_rate, **_adamw_settings(args), **settings)
 
     return make

@@ -8,6 +8,7 @@ a collective whose backward is its exact adjoint. DDP, FSDP2 and ZeRO average ov
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -250,10 +251,13 @@ class RowTrainer(Trainer):
         return inner if isinstance(inner, SplitAdamW) else None
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
-        optimizer = self._split_adamw()
-        if optimizer is not None and self.args.gradient_accumulation_steps > 1:
-            optimizer.accumulate(last=self.accelerator.sync_gradients)
+        optimizer, last = self._split_adamw(), self.accelerator.sync_gradients
+        if optimizer is None:
+            return super().training_step(*args, **kwargs)
+        with optimizer.during_backward() if optimizer.overlap and last else contextlib.nullcontext():
+            loss = super().training_step(*args, **kwargs)
+        if self.args.gradient_accumulation_steps > 1:
+            optimizer.accumulate(last=last)
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:

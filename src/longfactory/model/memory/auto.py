@@ -63,6 +63,8 @@ def choose_memory(
     head_trained: bool | None = None,
     split_master: bool = False,
     accumulates: bool = False,
+    state_bytes: float = 8,
+    overlaps: bool = False,
     user: dict[str, Any] | None = None,
 ) -> MemoryPlan:
     """Memory settings for rows of at most `tokens` tokens.
@@ -77,7 +79,7 @@ def choose_memory(
         trainable, parameters: counts, where known. lora: the trained ones are adapters (a hundredth, if not counted).
         head_trained: whether the output layer is, where known.
         split_master: trained weights are bf16 with a 16-bit remainder (`SplitAdamW`), not fp32.
-        accumulates: as in `plan.model.Job`; buffers of DDP are seen here.
+        accumulates, state_bytes, overlaps: as in `plan.model.Job`; buffers of DDP are seen here.
         user: keys that the user set, as in `plan.model.Choice`; they are kept.
     """
     user = dict(user or {})
@@ -88,12 +90,13 @@ def choose_memory(
     if gpu_bytes == 0:
         user |= {"offload": "none"} if user.get("offload") == "any" else {}
         choice = dataclasses.replace(Choice(), **user)
-        job = Job(shape, machine("cpu", world, host_bytes, gpu_bytes=host_bytes), tokens, sp, sharded)
+        job = Job(shape, machine("cpu", world, host_bytes, gpu_bytes=host_bytes), tokens, sp, sharded, overlaps=overlaps)
         return MemoryPlan(
             _settings(choice, 0), job, choice, Budget({}, {}, 0.0), True, "Memory plan: no GPU; layers are recomputed, attention is kept."
         )
     kind = machine(gpu_name, world, host_bytes, gpus_per_host, gpu_bytes)
-    job = Job(shape, kind, tokens, sp, sharded, 2 if split_master else 4, accumulates or (world > 1 and not sharded))
+    early = accumulates or (world > 1 and not sharded)
+    job = Job(shape, kind, tokens, sp, sharded, 2 if split_master else 4, early, state_bytes, overlaps)
     choice, budget, fits = choose(job, mode, HOST_SHARE, user)
     parked = budget.host.get("layer inputs and kept attention", 0.0) / kind.on_host
     # Sizes in the plan are estimates: a tenth more may be locked, within the share of the host.

@@ -13,12 +13,23 @@ fp32 or fp64 parameters (FSDP2's sharded masters) there is no split: the paramet
 
 Gradients of bf16 parameters are bf16. Those of several micro-batches are summed in fp32, where the states live (`accumulate`), and rounded
 once, as the gradient of one micro-batch is.
+
+With `overlap`, a parameter is updated as soon as its gradient is final, by a thread of the host, while backward goes on with the layers
+below (`during_backward`). Its gradient leaves the GPU with that. Whoever clips needs the norm of all gradients before the first update, so
+this is for runs that do not. The weight is written while backward runs, which is safe: a gradient is final when every function that gives a
+part of it has run, on the GPU what they read is waited for, and FSDP2 gathers a shard for backward before it reduces its gradient. A
+function that saved the weight and gives no part of its gradient is stopped by autograd's count of changes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import itertools
+import math
+import queue
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
@@ -26,6 +37,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 1 << 24  # elements that travel together
+AHEAD = 64  # blocks of gradients that backward may be ahead of the updates; beyond, it waits: so many are on the GPU at most
 _INNER = (1 << 15) * torch.get_num_threads()  # elements computed together on the host: a core's share and its scratch stay in its cache
 
 
@@ -60,12 +72,13 @@ class SplitAdamW(torch.optim.Optimizer):
     Args:
         placement: "host" keeps states in host memory and computes there; "gpu" keeps them beside the parameter.
         lr, betas, eps, weight_decay: as in torch.optim.AdamW.
+        overlap: updates are made `during_backward`, where the caller enters it. For states on the host.
 
     Gradients are read from `.grad`, so clipping and accumulation can be the caller's, as with any optimizer; `clip` and `accumulate` do not
     round them to bf16. States are this rank's shards: `shard.optimizer_states` keeps them in checkpoints.
 
     Raises:
-        ValueError: a parameter that is neither bf16, fp32 nor fp64.
+        ValueError: a parameter that is neither bf16, fp32 nor fp64; overlap with states on the GPU.
     """
 
     def __init__(
@@ -76,15 +89,21 @@ class SplitAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         placement: Literal["gpu", "host"] = "host",
+        overlap: bool = False,
     ) -> None:
         if placement not in ("gpu", "host"):
             raise ValueError(f"SplitAdamW: placement is {placement!r}; it must be gpu or host.")
+        if overlap and placement == "gpu":
+            raise ValueError("SplitAdamW: overlap is for states on the host.")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.placement = placement
+        self.placement, self.overlap = placement, overlap
         self._stages: list[_Stage] = []
         self._scale = 1.0  # of the gradients of the next step
         self._sums: dict[Tensor, Tensor] = {}  # parameter -> fp32 sum of this rank's part of its gradient, where the states live
         self._summed: set[Tensor] = set()  # those with something of this step in it
+        # Parameters updated during this step's backward -> norm of their gradient, or norms of its blocks.
+        self._left: dict[Tensor, Tensor] = {}
+        self._worker: _Worker | None = None
         for group in self.param_groups:
             for p in group["params"]:
                 if p.dtype not in (torch.bfloat16, torch.float32, torch.float64):
@@ -96,6 +115,7 @@ class SplitAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._join()
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -103,7 +123,74 @@ class SplitAdamW(torch.optim.Optimizer):
                     self.state[p]["step"] += 1
         self._do([job for work in self._work() for job in work.jobs()])
         self._scale = 1.0
+        self._left.clear()
         return loss
+
+    @contextlib.contextmanager
+    def during_backward(self) -> Iterator[None]:
+        """Around the backward of a step's last micro-batch: parameters are updated as gradients become final, and `.grad` is None again.
+
+        `accumulate` and `clip(inf)` follow as ever, and `step` ends it. Everything is what it would be without, in every bit.
+
+        Raises:
+            RuntimeError: in backward, if a gradient comes twice. Autograd and FSDP2 sum over all uses of a parameter before it comes.
+        """
+        handles = [
+            p.register_post_accumulate_grad_hook(functools.partial(self._leave, group=group))
+            for group in self.param_groups
+            for p in group["params"]
+            if p.requires_grad
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def _leave(self, p: Any, group: dict[str, Any]) -> None:
+        """A hook: the gradient of `p` is final. It goes to the thread that updates."""
+        if p in self._left:
+            raise RuntimeError(
+                "SplitAdamW: the gradient of a parameter came twice in one step, and it had been updated with the first. Set "
+                "max_grad_norm: 1.0e9, which clips nothing and updates all parameters after backward."
+            )
+        self.prepare(p)
+        self.state[p]["step"] += 1
+        block = self._block(p, group)
+        jobs = list(block.jobs())
+        torch.autograd.graph.increment_version(block.weight)  # now, and not when the thread comes to write it
+        if p in self._summed:
+            self._summed.discard(p)
+            self._left[p] = norms = torch.zeros(len(jobs))
+            sums = self._sums[p].split(BLOCK)
+            jobs = [
+                dataclasses.replace(job, compute=functools.partial(_sum_and_update, update=job.compute, total=t, norm=n))
+                for job, t, n in zip(jobs, sums, norms, strict=False)  # an empty shard is one block of sums, and no job
+            ]
+        else:
+            self._left[p] = _norm(local(p.grad))
+        p.grad = None
+        if self._worker is None:
+            parts = (local(q) for g in self.param_groups for q in g["params"])
+            device = next((t.device for t in parts if self._streamed(t)), None)
+            if device is not None:
+                self._make_stages(device)
+            self._worker = _Worker(self._stages, device)
+        if self._streamed(block.weight):
+            ready = torch.cuda.Event()
+            ready.record(torch.cuda.current_stream(block.weight.device))  # FSDP2's hooks run on the stream of its reductions
+            jobs = [dataclasses.replace(job, ready=ready) for job in jobs]
+        for job in jobs:
+            self._worker.give(job)
+
+    def _join(self) -> None:
+        """Waits for the updates that were begun during backward."""
+        if self._worker is None:
+            return
+        worker, self._worker = self._worker, None
+        worker.finish()
+        self._await_stages()
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:
@@ -112,17 +199,25 @@ class SplitAdamW(torch.optim.Optimizer):
         As `torch.nn.utils.clip_grad_norm_`, which computes norms of bf16 gradients in bf16 and rounds what it scales. Collective where
         parameters are sharded; `.grad` stays as it is.
         """
-        params = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        self._join()
+        params = [p for g in self.param_groups for p in g["params"] if p.grad is not None or p in self._left]
         if not params:
             return torch.zeros(())
+        if self._left and max_norm != math.inf:
+            raise RuntimeError("SplitAdamW: updates were made during backward, and cannot be clipped after it.")
         sharded = [p for p in params if hasattr(p, "placements")]
         whole = [p for p in params if not hasattr(p, "placements")]
-        total = _square(sharded)
+        total = self._square(sharded)
         if sharded:
             torch.distributed.all_reduce(total, group=sharded[0].device_mesh.get_group())
-        norm = (total + _square(whole)).sqrt().float()
+        norm = (total + self._square(whole)).sqrt().float()
         self._scale = min(1.0, max_norm / (float(norm) + 1e-6))
         return norm
+
+    def _square(self, params: list[Any]) -> Tensor:
+        """Sum of the squares of this rank's gradients, in fp64 on their device; 0 on the host for none."""
+        norms = [_norm(local(p.grad)) if p.grad is not None else _norm(self._left[p]).to(local(p).device) for p in params]
+        return torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64)
 
     @torch.no_grad()
     def accumulate(self, last: bool) -> None:
@@ -156,12 +251,15 @@ class SplitAdamW(torch.optim.Optimizer):
 
     def _do(self, jobs: list[_Job]) -> None:
         """Jobs in any order; those on GPU tensors with states on the host by way of page-locked memory."""
-        streamed = [j for j in jobs if j.pieces[0].is_cuda and self.placement == "host"]
+        streamed = [j for j in jobs if self._streamed(j.pieces[0])]
         for job in jobs:
-            if not (job.pieces[0].is_cuda and self.placement == "host"):
+            if not self._streamed(job.pieces[0]):
                 job.compute(*job.pieces)
         if streamed:
             self._stream(streamed)
+
+    def _streamed(self, t: Tensor) -> bool:
+        return t.is_cuda and self.placement == "host"
 
     def _place(self, p: Tensor) -> torch.device:
         return torch.device("cpu") if self.placement == "host" else local(p).device
@@ -182,33 +280,39 @@ class SplitAdamW(torch.optim.Optimizer):
     def _work(self) -> Iterator[_Block]:
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None and local(p).numel():
-                    s = self.state[p]
-                    low = s["low"].view(-1) if "low" in s else None
-                    flat = local(p.detach())
-                    if not flat.is_contiguous():
-                        raise RuntimeError("SplitAdamW: a parameter is not contiguous in memory.")
-                    grad = local(p.grad).contiguous().view(-1)
-                    m, v = s["exp_avg"].view(-1), s["exp_avg_sq"].view(-1)
-                    yield _Block(flat.view(-1), grad, low, m, v, s["step"], group, self._scale)
+                if p.grad is not None:
+                    yield self._block(p, group)
 
-    def _stream(self, jobs: list[_Job]) -> None:
-        """Jobs on GPU tensors, computed on the host: the copies of the next one run while this one is computed."""
-        device = jobs[0].pieces[0].device
+    def _block(self, p: Any, group: dict[str, Any]) -> _Block:
+        s = self.state[p]
+        low = s["low"].view(-1) if "low" in s else None
+        flat = local(p.detach())
+        if not flat.is_contiguous():
+            raise RuntimeError("SplitAdamW: a parameter is not contiguous in memory.")
+        grad = local(p.grad).contiguous().view(-1)
+        m, v = s["exp_avg"].view(-1), s["exp_avg_sq"].view(-1)
+        return _Block(flat.view(-1), grad, low, m, v, s["step"], group, self._scale)
+
+    def _make_stages(self, device: torch.device) -> None:
         if not self._stages:
             widest = max(p.element_size() for g in self.param_groups for p in g["params"])
             self._stages = [_Stage(device, widest * BLOCK) for _ in range(2)]
+
+    def _await_stages(self) -> None:
+        """What reads the weights from now on waits for those that are on their way back."""
+        for stage in self._stages:
+            torch.cuda.current_stream(stage.device).wait_stream(stage.stream)
+
+    def _stream(self, jobs: list[_Job]) -> None:
+        """Jobs on GPU tensors, computed on the host."""
+        self._join()  # its thread uses the same stages
+        device = jobs[0].pieces[0].device
+        self._make_stages(device)
         now = torch.cuda.current_stream(device)
         for stage in self._stages:
             stage.stream.wait_stream(now)  # gradients are complete
-        self._stages[0].bring(jobs[0])
-        for i, job in enumerate(jobs):
-            stage, other = self._stages[i % 2], self._stages[(i + 1) % 2]
-            if i + 1 < len(jobs):
-                other.bring(jobs[i + 1])
-            stage.compute_and_return(job)
-        for stage in self._stages:
-            now.wait_stream(stage.stream)
+        _work_off(jobs, self._stages)
+        self._await_stages()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As the base class, but states keep their type and place: they are not the parameter's."""
@@ -233,31 +337,38 @@ class SplitAdamW(torch.optim.Optimizer):
 @dataclasses.dataclass(frozen=True)
 class _Job:
     """Work on flat pieces of a parameter and its gradient. `compute` is given them, or copies of them on the host; it changes the first
-    `changed` of them."""
+    `changed` of them. `ready`: the pieces are complete, and what is changed is read no more, once this has come to pass."""
 
     pieces: tuple[Tensor, ...]
     compute: Callable[..., None]
     changed: int
+    ready: torch.cuda.Event | None = None
 
 
-def _square(params: list[Any]) -> Tensor:
-    """Sum of the squares of this rank's gradients, in fp64 on their device; 0 on the host for none."""
-    norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in (local(p.grad) for p in params)]
-    return torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64)
+def _norm(t: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32))
 
 
 def _sum_jobs(grad: Tensor, total: Tensor, *, first: bool, last: bool) -> Iterator[_Job]:
-    """fp32 `total` = `grad` (first) or `total` + `grad`; the last one rounds it into `grad`."""
-
-    def add(grad: Tensor, total: Tensor) -> None:
-        for g, t in zip(grad.split(_inner(grad)), total.split(_inner(grad)), strict=True):
-            t.copy_(g) if first else t.add_(g)
-            if last:
-                g.copy_(t)
-
+    """`_add` in jobs."""
     for g, t in zip(grad.split(BLOCK), total.split(BLOCK), strict=True):
         if g.numel():
-            yield _Job((g,), functools.partial(add, total=t), int(last))
+            yield _Job((g,), functools.partial(_add, total=t, first=first, last=last), int(last))
+
+
+def _add(grad: Tensor, total: Tensor, *, first: bool, last: bool) -> None:
+    """fp32 `total` = `grad` (first) or `total` + `grad`; the last one rounds it into `grad`."""
+    for g, t in zip(grad.split(_inner(grad)), total.split(_inner(grad)), strict=True):
+        t.copy_(g) if first else t.add_(g)
+        if last:
+            g.copy_(t)
+
+
+def _sum_and_update(weight: Tensor, grad: Tensor, *, update: Callable[..., None], total: Tensor, norm: Tensor) -> None:
+    """`update` with the sum of `grad` and the micro-batches before it; `norm` [] becomes that of the sum."""
+    _add(grad, total, first=False, last=True)
+    norm.copy_(_norm(grad))
+    update(weight, grad)
 
 
 def _inner(t: Tensor) -> int:
@@ -335,6 +446,7 @@ class _Stage:
     """Page-locked room for the pieces of one job, with a stream of its own."""
 
     def __init__(self, device: torch.device, room: int) -> None:
+        self.device = device
         self.stream = torch.cuda.Stream(device)
         self.ready = torch.cuda.Event()
         self.room = [torch.empty(room, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
@@ -344,6 +456,8 @@ class _Stage:
 
     def bring(self, job: _Job) -> None:
         self.stream.synchronize()  # what went back from this room is there
+        if job.ready is not None:
+            self.stream.wait_event(job.ready)
         with torch.cuda.stream(self.stream):
             for here, there in zip(self._views(job), job.pieces, strict=True):
                 here.copy_(there, non_blocking=True)
@@ -356,3 +470,69 @@ class _Stage:
         with torch.cuda.stream(self.stream):
             for here, there in zip(views[: job.changed], job.pieces, strict=False):
                 there.copy_(here, non_blocking=True)
+
+
+def _work_off(jobs: Iterable[_Job | None], stages: list[_Stage]) -> None:
+    """Jobs in turn, each computed while the next one comes to the host. None: there is no next one yet."""
+    turn = itertools.cycle(stages)
+    begun: tuple[_Stage, _Job] | None = None
+    for job in itertools.chain(jobs, (None,)):
+        coming = None if job is None else (next(turn), job)
+        if coming is not None:
+            coming[0].bring(coming[1])
+        if begun is not None:
+            begun[0].compute_and_return(begun[1])
+        begun = coming
+
+
+class _Worker:
+    """A thread that does jobs in the order in which they come, until `finish`.
+
+    Args:
+        stages, device: of GPU tensors. Without a device jobs are computed where their pieces are.
+    """
+
+    def __init__(self, stages: list[_Stage], device: torch.device | None) -> None:
+        self._jobs: queue.Queue[_Job | None] = queue.Queue(AHEAD)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(stages, device), name="SplitAdamW", daemon=True)
+        self._thread.start()
+
+    def give(self, job: _Job) -> None:
+        """Waits while `AHEAD` jobs are still to be begun."""
+        self._jobs.put(job)
+
+    def finish(self) -> None:
+        """Waits for all jobs; raises what one of them raised."""
+        self._jobs.put(None)
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    @torch.no_grad()  # which is a thread's own, as the current device is
+    def _run(self, stages: list[_Stage], device: torch.device | None) -> None:
+        try:
+            if device is None:
+                for job in iter(self._jobs.get, None):
+                    job.compute(*job.pieces)
+            else:
+                with torch.cuda.device(device):
+                    _work_off(self._coming(), stages)
+        except BaseException as error:
+            self._error = error
+            for _ in iter(self._jobs.get, None):  # who gives jobs must not wait for ever
+                pass
+
+    def _coming(self) -> Iterator[_Job | None]:
+        idle = True
+        while True:
+            try:
+                job = self._jobs.get(block=idle)
+            except queue.Empty:
+                idle, job = True, None  # without the last gradient in hand
+                yield None
+                continue
+            if job is None:
+                return
+            idle = False
+            yield job
