@@ -152,9 +152,12 @@ class HostPool:
             if parked is not None and parked is not self._leaving:
                 parked.prefetch()
 
-    def reserve(self, nbytes: int) -> None:
-        """Lock the slots of a step for tensors (or groups of tensors parked together) of `nbytes`, now."""
-        self._grow(_padded(nbytes))
+    def reserve(self, nbytes: int, count: int | None = None) -> None:
+        """Lock slots now, until there are `count` (by default as many as a step expects) for tensors, or groups of tensors parked together,
+        of `nbytes`; as far as the limit allows. Slots for larger ones count."""
+        size = -(-_padded(nbytes) // PAGE) * PAGE
+        missing = (self.expect if count is None else count) - sum(s.numel() >= nbytes for s in self._slots)
+        self._lock_slots(size, min(missing, max(0, self.limit - self.locked_bytes) // size))
 
     @property
     def locked_bytes(self) -> int:
@@ -206,8 +209,10 @@ class HostPool:
                 self.stream.synchronize()
             self._drop(list(self._free))
             want = max(1, self.expect - sum(s.numel() >= nbytes for s in self._slots))
-        count = min(want, max(0, self.limit - self.locked_bytes) // size)
-        if count == 0:
+        self._lock_slots(size, min(want, max(0, self.limit - self.locked_bytes) // size))
+
+    def _lock_slots(self, size: int, count: int) -> None:
+        if count <= 0:
             return
         with concurrent.futures.ThreadPoolExecutor(max(1, min(count, (os.cpu_count() or 1) // 2, 16))) as threads:
             made = list(threads.map(self._lock, [size] * count))

@@ -127,6 +127,7 @@ class Activations:
         self.layers = layers
         self.device = torch.device(device)
         self.pool: HostPool | None = None
+        self._parks = (0, 0)  # inputs and attention outputs that one step sends to the host
         self._open_pool()
         self.record: list[Pair] | None = None  # a segment is being run forward again, and these are its attention outputs
         self._segment: Segment | None = None
@@ -137,8 +138,9 @@ class Activations:
             return
         there = [i for i in range(0, self.layers, s.segment_layers) if i < self.layers - s.last_layers_on_gpu]
         kept = [i for i in range(self.layers - s.last_layers_on_gpu) if self.keeps(i) and (i + 1) % s.segment_layers == 0]
-        inner = (s.segment_layers - 1) * (2 if s.offload == "inputs+attention" else 1) if s.segment_layers > 1 else 0
-        expect = max(1, len(there) + (len(kept) if s.offload == "inputs+attention" else 0) + inner)
+        outputs = len(kept) + s.segment_layers - 1 if s.offload == "inputs+attention" else 0
+        self._parks = (len(there) + s.segment_layers - 1, outputs)
+        expect = max(1, sum(self._parks))
         if self.pool is None:
             self.pool = HostPool(self.device, s.pool_bytes, expect)
         self.pool.limit, self.pool.expect = s.pool_bytes, expect
@@ -185,9 +187,13 @@ class Activations:
         if self.pool is None or index >= self.layers - self.settings.last_layers_on_gpu:
             return Here(tensors)
         if self.pool.locked_bytes == 0:
-            # All slots of the step are locked at once, for the larger of the two kinds that come: locking is slow.
-            nbytes = sum(t.numel() * t.element_size() for t in tensors)
-            self.pool.reserve(int(nbytes * (max(1.0, self.attention_share) if self.settings.offload == "inputs+attention" else 1.0)) + 512)
+            # Locking is slow: all slots of the step at once. Of two sizes, or they would need more than the memory planned for them.
+            nbytes = sum(t.numel() * t.element_size() for t in tensors) + 512
+            kinds = zip((nbytes, int(nbytes * self.attention_share) + 512), self._parks, strict=True)
+            count = 0
+            for size, more in sorted(kinds, reverse=True):
+                count += more
+                self.pool.reserve(size, count if more else 0)
         return self.pool.park(tensors)
 
     def wait_attention(self, index: int, pairs: Sequence[Pair]) -> Waiting | None:
