@@ -42,9 +42,7 @@ def make_data(folder: Path, rows: int, characters: int) -> None:
     (folder / "dataset_info.json").write_text(json.dumps(info))
 
 
-def run(
-    model: Path, data: Path, out: Path, length: int, size: int, mode: str, world: int, steps: int, extra: list[str]
-) -> dict[str, Any]:
+def run(model: Path, data: Path, out: Path, length: int, size: int, mode: str, world: int, steps: int, extra: list[str]) -> dict[str, Any]:
     """One run of `longfactory train`; what its log says."""
     keys = {
         "model_name_or_path": model,

@@ -173,7 +173,9 @@ def test_the_embedded_model_is_planned(capsys):
 
 def test_a_model_that_fits_many_times_over_stays_as_it_is():
     """Where messages between GPUs take longer than everything else, all ways are as fast: the one with the least to do is taken."""
-    small = types.SimpleNamespace(**{**vars(QWEN_7B), "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 500})
+    small = types.SimpleNamespace(
+        **{**vars(QWEN_7B), "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 500}
+    )
     small.num_attention_heads, small.num_key_value_heads = 4, 2
     choice, _, ok = choose(Job(ModelShape.of(small), machine("H100", 8, 2**40), 512, sp=8))
     assert ok and choice == Choice(checkpoint="none", keep_attention=0.0)

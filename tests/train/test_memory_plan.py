@@ -153,30 +153,36 @@ def test_without_a_gpu_the_user_still_chooses_the_optimizer(model: str, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("keys", "sharding", "overlaps"),
+    ("keys", "sharding", "refused"),
     [
-        ({"max_grad_norm": 0}, "none", True),
-        ({"max_grad_norm": 0, "gradient_accumulation_steps": 2}, "fsdp2", True),
-        ({}, "none", False),
-        ({"max_grad_norm": 0}, "ddp", False),  # gradients come before they are averaged
-        ({"max_grad_norm": 0}, "deepspeed", False),
-        ({"max_grad_norm": 0, "bf16": False, "fp16": True}, "none", False),  # gradients come scaled
+        ({}, "none", None),
+        ({"gradient_accumulation_steps": 2}, "fsdp2", None),
+        ({"optimizer_overlap": False, "max_grad_norm": 1.0}, "none", None),
+        ({"max_grad_norm": 1.0}, "none", "Set max_grad_norm: 0"),
+        ({}, "ddp", "sharding: ddp"),  # gradients come before they are averaged
+        ({}, "deepspeed", "sharding: deepspeed"),
+        ({"bf16": False, "fp16": True}, "none", "Use bf16"),  # gradients come scaled
     ],
 )
 @pytest.mark.parametrize("cuda", [True, False])
 def test_when_updates_are_made_during_backward(
-    keys: dict[str, Any], sharding: str, overlaps: bool, cuda: bool, model: str, monkeypatch: pytest.MonkeyPatch
+    keys: dict[str, Any], sharding: str, refused: str | None, cuda: bool, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cfg = configured(model, **{"bf16": True, "optimizer_placement": "host", **keys})
+    base = {"bf16": True, "optimizer_placement": "host", "optimizer_overlap": True, "max_grad_norm": 0}
+    cfg = configured(model, **{**base, **keys})
+    if refused is not None:
+        with pytest.raises(UserError, match=refused):
+            planned(cfg, monkeypatch, sharding, world=1 if sharding == "none" else 2, cuda=cuda)
+        return
     found = planned(cfg, monkeypatch, sharding, world=1 if sharding == "none" else 2, cuda=cuda)
-    assert found.plan.job.overlaps == overlaps and found.plan.settings.optimizer == "host"
+    assert found.plan.job.overlaps == keys.get("optimizer_overlap", True) and found.plan.settings.optimizer == "host"
 
 
 def test_the_plan_hides_updates_and_lets_gradients_go(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert LEAVING == optimizer.AHEAD * optimizer.BLOCK
     keys = {"bf16": True, "optimizer_placement": "host"}
     after = planned(configured(model, **keys), monkeypatch).plan.job
-    during = planned(configured(model, **keys, max_grad_norm=0), monkeypatch).plan.job
+    during = planned(configured(model, **keys, max_grad_norm=0, optimizer_overlap=True), monkeypatch).plan.job
     assert dataclasses.replace(during, overlaps=False) == after
     host, gpu = Choice(optimizer="host"), Choice()
     gradients = [moments(job, host)[2]["gradients"] for job in (after, during)]

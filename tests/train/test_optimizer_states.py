@@ -176,17 +176,17 @@ def test_a_resumed_run_is_the_uninterrupted_one_in_every_bit(case: str, base: di
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("case", ["split, fsdp2, two ranks a row, accumulated", "lora, fsdp2", "fp32, ddp", "split, one process"])
+@pytest.mark.parametrize("case", ["split, fsdp2, two ranks a row, accumulated", "lora, fsdp2", "split, one process"])
 def test_updates_during_backward_change_no_bit(case: str, base: dict[str, Any], tmp_path: Path, alone: Any) -> None:
-    """Nothing to clip, told in two ways: by 0, and by a norm that no gradient has. Saved and resumed in between."""
+    """Without clipping: after backward with a norm that no gradient has, and during it. Saved and resumed in between."""
     sharding, world, changes = CASES[case]
     logs = []
     for name, most in (("a", 1e9), ("b", 0.0)):
-        keys = {**base, **changes, "max_grad_norm": most, "output_dir": str(tmp_path / name)}
+        keys = {**base, **changes, "max_grad_norm": most, "optimizer_overlap": most == 0, "output_dir": str(tmp_path / name)}
         for steps in (3, 6):
             keys |= {"max_steps": steps, "lr_scheduler_type": "constant_with_warmup", "overwrite_output_dir": False}
             log, kinds = alone(keys) if world == 1 else run_ranks(world, train, keys, sharding, timeout=300)[0]
-            assert ("during backward" in kinds) == (most == 0 and sharding != "ddp")
+            assert ("during backward" in kinds) == (most == 0)
         logs.append(log)
     after, during = ([(h["loss"], h["grad_norm"]) for h in log if "grad_norm" in h] for log in logs)
     assert [x for x, _ in after] == [x for x, _ in during] and len(after) == 6

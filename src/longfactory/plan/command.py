@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 
 from longfactory.errors import UserError
@@ -43,14 +44,19 @@ def main(argv: list[str] | None = None) -> int:
     shape = ModelShape.of(config)
     if a.lora:
         s = shape
-        wide = s.hidden + (s.heads + 2 * s.kv_heads) * s.head_dim
-        adapters = s.layers * a.lora * (2 * s.hidden + 2 * s.heads * s.head_dim + wide + 3 * (s.hidden + s.ffn))
+        qkv = s.hidden + (s.heads + 2 * s.kv_heads) * s.head_dim
+        adapters = s.layers * a.lora * (2 * s.hidden + 2 * s.heads * s.head_dim + qkv + 3 * (s.hidden + s.ffn))
         shape = ModelShape.of(config, trainable=adapters, lora=True)
     kind = machine(a.gpu, a.gpus, int(a.host_gib * GiB), a.gpus_per_host, int(a.gpu_gib * GiB) if a.gpu_gib else None)
-    job = Job(shape, kind, a.tokens, sp, a.gpus > 1, 4 if a.gpus > 1 else 2)
-    choice, budget, ok = choose(job, a.memory)
+    # As in training: fp32 masters, and split ones where those do not fit.
+    wide = Job(shape, kind, a.tokens, sp, a.gpus > 1, 4)
+    split = dataclasses.replace(wide, master=2)
+    job, (choice, budget, ok) = wide, choose(wide, a.memory)
+    if not ok and not a.lora and (found := choose(split, a.memory))[2]:
+        job, (choice, budget, ok) = split, found
     print(table(job, choice, budget, ok, a.memory))
-    print(f"  longest row that fits: {longest(job, a.memory):,} tokens (predicted)")
+    best = max(longest(j, a.memory) for j in ((wide,) if a.lora else (wide, split)))
+    print(f"  longest row that fits: {best:,} tokens (predicted)")
     return 0 if ok else 1
 
 

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from longfactory.config import RunConfig
 from longfactory.data.module import Datasets
+from longfactory.errors import UserError
 from longfactory.model import adapters
 from longfactory.model.memory.auto import MemoryPlan, choose_memory, corrected, host_memory, user_keys
 from longfactory.model.memory.waiting import Activations
@@ -67,7 +68,7 @@ def plan_memory(
     """`memory: auto | fast | long` on this machine, for the longest row of the data.
 
     Raises:
-        UserError: an optimizer with states in 4 or 8 bit that cannot be had here.
+        UserError: an optimizer with states in 4 or 8 bit that cannot be had here; `optimizer_overlap` where it cannot be.
     """
     batch = int(cfg.trainer("per_device_train_batch_size"))
     train = datasets.train
@@ -78,8 +79,9 @@ def plan_memory(
     user = user_keys(cfg.memory)
     if not exact:
         user.setdefault("optimizer", "gpu")  # no other optimizer computes on the host
-    # DDP's gradients are not final when they come, and fp16's are scaled.
-    overlaps = float(cfg.trainer("max_grad_norm")) <= 0 and sharding in ("none", "fsdp2") and not cfg.trainer("fp16")
+    overlaps = cfg.memory.optimizer_overlap
+    if overlaps:
+        check_overlap(cfg, sharding)
     held = reference_bytes(cfg, model_config, world if sharding == "fsdp2" else 1)
 
     def choose(split: bool) -> MemoryPlan:
@@ -113,6 +115,23 @@ def plan_memory(
         if other.fits or host:
             return Memory(other, True)
     return Memory(plan, False, narrow)
+
+
+def check_overlap(cfg: RunConfig, sharding: str) -> None:
+    """Refuses `optimizer_overlap` where gradients are not final when backward gives them.
+
+    Raises:
+        UserError: clipping, DDP, DeepSpeed or fp16.
+    """
+    if float(cfg.trainer("max_grad_norm")) > 0:
+        raise UserError(
+            "optimizer_overlap updates weights before the norm of all gradients is known, and max_grad_norm is "
+            f"{cfg.trainer('max_grad_norm')}. Set max_grad_norm: 0, or leave optimizer_overlap out."
+        )
+    if sharding not in ("none", "fsdp2"):
+        raise UserError(f"optimizer_overlap works with FSDP2 or one process; this run has sharding: {sharding}.")
+    if cfg.trainer("fp16"):
+        raise UserError("optimizer_overlap needs gradients as they are, and fp16's are scaled. Use bf16.")
 
 
 def _state_bytes(narrow: Narrow | None, model_config: Any, counts: Counts) -> float:

@@ -34,6 +34,8 @@ def optimizer_factory(cfg: RunConfig, memory: Memory) -> Callable[[Any, Any], to
     overlap = placement == "host" and memory.plan.job.overlaps
     if overlap:
         log.info("Nothing is clipped (max_grad_norm: 0): the host updates weights while backward goes on.")
+    elif memory.plan.job.overlaps:
+        log.warning("optimizer_overlap does nothing here: AdamW's states fit on the GPU. For the host: optimizer_placement: host.")
     settings = {"placement": placement, "overlap": overlap}
     if cfg.method.loraplus_lr_ratio is not None:
         return _lora_plus(cfg.method, settings if ours else None)
