@@ -210,6 +210,7 @@ def moments(job: Job, c: Choice) -> list[dict[str, float]]:
 
 
 def budget(job: Job, c: Choice, timed: bool = True) -> Budget:
+    """What a choice takes: the moment of backward that has most on the GPU. Without `timed`, seconds are 0: they take longest to count."""
     gpu, host_optimizer = states(job, c)
     gpu |= max(moments(job, c), key=lambda items: sum(items.values())) | {"runtime": CONTEXT}
     on_host = job.machine.on_host
@@ -296,6 +297,7 @@ def choices(job: Job, mode: str) -> Iterator[Choice]:
 
 
 def fits(job: Job, b: Budget, host_share: float) -> bool:
+    """Whether a budget keeps within `MARGIN` of the GPU and `host_share` of the host."""
     return b.gpu_total <= MARGIN * job.machine.gpu_bytes and b.host_total <= host_share * job.machine.host_bytes
 
 

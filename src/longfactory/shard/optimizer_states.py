@@ -31,6 +31,7 @@ _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.int16: "I16"}
 
 
 def states_file(rank: int, world: int) -> str:
+    """The name of the file that `rank` of `world` writes."""
     return f"optimizer_rank_{rank:05d}_of_{world:05d}.safetensors"
 
 
@@ -50,6 +51,10 @@ def save_states(optimizer: SplitAdamW, parameters: Iterable[tuple[str, Tensor]],
     sharded = any(_is_sharded(p) for p in names)
     rank, world = (dist.get_rank(), dist.get_world_size()) if sharded else (0, 1)
     os.makedirs(folder, exist_ok=True)
+    if writes_whole:
+        (Path(folder) / INDEX).unlink(missing_ok=True)  # of an earlier writing: it would stand beside files of two
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
     tensors: dict[str, Tensor] = {}
     index: dict[str, Any] = {}
     for p, name in names.items():

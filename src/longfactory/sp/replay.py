@@ -45,10 +45,12 @@ def kept() -> tuple[Tensor, Tensor] | None:
 
 
 def record(out: Tensor, lse: Tensor) -> None:
+    """Keeps what an attention call returned, where a first pass is under way."""
     current = getattr(_state, "current", None)
     if current is not None and not current[1]:
         current[0].append((out.detach(), lse.detach()))
 
 
 def active() -> bool:
+    """Whether a first pass or a recompute is under way."""
     return getattr(_state, "current", None) is not None

@@ -281,6 +281,7 @@ def build_model(
 def make_trainer(
     cfg: RunConfig, args: Any, ctx: sp.SequenceParallel, stage: Stage, model: Any, head: Any, tokenizer: Any, datasets: Any, memory: Memory
 ) -> RowTrainer:
+    """The Trainer of a run, with its loaders, optimizer and callbacks."""
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     eval_sets = datasets.eval or None
     if eval_sets is not None and len(eval_sets) == 1:

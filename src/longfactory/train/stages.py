@@ -84,6 +84,7 @@ class Stateless:
 
 
 def as_outputs(x: Tensor | TokenOutputs) -> TokenOutputs:
+    """[T] log-probabilities alone, or with what else the output layer made of each token."""
     return x if isinstance(x, TokenOutputs) else TokenOutputs(logps=x)
 
 
