@@ -24,10 +24,8 @@ from longfactory.shard import optimizer_states
 from longfactory.shard.optimizer_states import INDEX, chunk, load_states, save_states, states_file, write_safetensors
 from longfactory.testing import run_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-sys.path.insert(0, str(ROOT / "tests" / "train"))
-from make_model import make_model  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent))
+from manual_runs import manual_run
 
 
 def train(keys: dict[str, Any], sharding: str = "none") -> tuple[list[dict[str, float]], list[str]]:
@@ -69,32 +67,26 @@ def train(keys: dict[str, Any], sharding: str = "none") -> tuple[list[dict[str, 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("states")
-    return {
-        "cache": str(folder / "cache"),
-        "model_name_or_path": str(make_model("tiny", folder / "model", vocabulary=600)),
-        "train_from_scratch": True,
-        "template": "chatml",
-        "dataset_dir": str(ROOT / "data"),
-        "dataset": "manual_sft",
-        "stage": "sft",
-        "cutoff_len": 300,
-        "max_samples": 24,
-        "finetuning_type": "full",
-        "per_device_train_batch_size": 1,
-        "bf16": True,
-        "optimizer_placement": "host",
-        "learning_rate": 1e-3,
-        "warmup_steps": 2,
-        "weight_decay": 0.1,
-        "max_steps": 6,
-        "logging_steps": 1,
-        "save_strategy": "steps",
-        "save_steps": 3,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "overwrite_output_dir": True,
-        "sequence_parallel_size": 1,
-    }
+    return manual_run(
+        folder,
+        dataset="manual_sft",
+        stage="sft",
+        max_samples=24,
+        per_device_train_batch_size=1,
+        bf16=True,
+        optimizer_placement="host",
+        learning_rate=1e-3,
+        warmup_steps=2,
+        weight_decay=0.1,
+        max_steps=6,
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=3,
+        report_to="none",
+        disable_tqdm=True,
+        overwrite_output_dir=True,
+        sequence_parallel_size=1,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,8 @@ from longfactory.testing import RankError, run_ranks
 from longfactory.train.output import write_model_card
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-sys.path.insert(0, str(ROOT / "tests" / "train"))
-from make_model import make_model  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent))
+from manual_runs import manual_run  # noqa: E402
 
 DATA = {"sft": "manual_sft", "pt": "manual_pt", "dpo": "manual_dpo", "rm": "manual_dpo", "kto": "manual_kto"}
 
@@ -49,25 +48,19 @@ def train(keys: dict[str, Any]) -> list[dict[str, float]]:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("runs")
-    return {
-        "cache": str(folder / "cache"),
-        "model_name_or_path": str(make_model("tiny", folder / "model", vocabulary=600)),
-        "train_from_scratch": True,
-        "template": "chatml",
-        "dataset_dir": str(ROOT / "data"),
-        "cutoff_len": 300,
-        "max_samples": 24,
-        "finetuning_type": "full",
-        "per_device_train_batch_size": 1,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant",
-        "max_steps": 3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "overwrite_output_dir": True,
-    }
+    return manual_run(
+        folder,
+        max_samples=24,
+        per_device_train_batch_size=1,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        max_steps=3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        overwrite_output_dir=True,
+    )
 
 
 def losses(log: list[dict[str, float]]) -> list[float]:

@@ -13,10 +13,8 @@ from longfactory.data.row import TokenizedDocument
 from longfactory.testing import run_ranks
 from longfactory.train.verify import Difference, Report, truncate
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-sys.path.insert(0, str(ROOT / "tests" / "train"))
-from make_model import make_model  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent))
+from manual_runs import manual_run
 
 
 def verified(keys: dict[str, Any], broken: str = "") -> tuple[bool, str, list[dict[str, float]]]:
@@ -53,21 +51,15 @@ def verified(keys: dict[str, Any], broken: str = "") -> tuple[bool, str, list[di
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("verify")
-    return {
-        "cache": str(folder / "cache"),
-        "model_name_or_path": str(make_model("tiny", folder / "model", vocabulary=600)),
-        "train_from_scratch": True,
-        "template": "chatml",
-        "dataset_dir": str(ROOT / "data"),
-        "cutoff_len": 300,
-        "max_samples": 12,
-        "finetuning_type": "full",
-        "stage": "sft",
-        "dataset": "manual_sft",
-        "per_device_train_batch_size": 2,
-        "sequence_parallel_size": 2,
-        "output_dir": str(folder / "out"),
-    }
+    return manual_run(
+        folder,
+        max_samples=12,
+        stage="sft",
+        dataset="manual_sft",
+        per_device_train_batch_size=2,
+        sequence_parallel_size=2,
+        output_dir=str(folder / "out"),
+    )
 
 
 CASES = {

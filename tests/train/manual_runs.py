@@ -1,0 +1,25 @@
+"""Keys of short runs of a tiny model from scratch on the quickstart's data."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from make_model import make_model  # noqa: E402
+
+
+def manual_run(folder: Path, **keys: Any) -> dict[str, Any]:
+    """`keys` on top of what such runs have alike. `cache` is a folder for the environment, no key of a configuration."""
+    return {
+        "cache": str(folder / "cache"),
+        "model_name_or_path": str(make_model("tiny", folder / "model", vocabulary=600)),
+        "train_from_scratch": True,
+        "template": "chatml",
+        "dataset_dir": str(ROOT / "data"),
+        "cutoff_len": 300,
+        "finetuning_type": "full",
+        **keys,
+    }
