@@ -81,24 +81,25 @@ def test_a_stream_that_other_processes_tokenise(small: list[str], tmp_path: Path
     assert len(curves[0]) == 4 and curves[0] == curves[1]
 
 
+def under_zero3(tmp_path: Path, example: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """An example in one process with the ZeRO-3 file; its output is in `tmp_path`/out."""
+    pytest.importorskip("deepspeed")
+    places = [f"output_dir={tmp_path / 'out'}", f"deepspeed={ROOT / 'examples' / 'deepspeed' / 'ds_z3_config.json'}"]
+    done = longfactory("train", str(ROOT / "examples" / f"{example}.yaml"), *words, *places, cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 @pytest.mark.timeout(300)
 def test_a_model_whose_weights_zero3_has_taken_apart(small: list[str], tmp_path: Path) -> None:
-    pytest.importorskip("deepspeed")
-    words = ["train", str(ROOT / "examples" / "sft_full.yaml"), *small, "eval_strategy=no", "save_strategy=no", "max_steps=1"]
-    words += [f"output_dir={tmp_path / 'out'}", f"deepspeed={ROOT / 'examples' / 'deepspeed' / 'ds_z3_config.json'}"]
-    done = longfactory(*words, cache=tmp_path / "cache")
-    assert done.returncode == 0, done.stderr
+    done = under_zero3(tmp_path, "sft_full", *small, "eval_strategy=no", "save_strategy=no", "max_steps=1")
     assert re.search(r"Trainable parameters: ([1-9][\d,]+) of \1 ", done.stderr)
     assert (tmp_path / "out" / "model.safetensors").stat().st_size > 100_000
 
 
 @pytest.mark.timeout(300)
 def test_a_reference_of_weights_that_zero3_has_taken_apart_without_training(small: list[str], tmp_path: Path) -> None:
-    pytest.importorskip("deepspeed")
-    words = ["train", str(ROOT / "examples" / "dpo_full.yaml"), *small, "do_train=false", "do_eval=true", "val_size=4"]
-    words += [f"output_dir={tmp_path / 'out'}", f"deepspeed={ROOT / 'examples' / 'deepspeed' / 'ds_z3_config.json'}"]
-    done = longfactory(*words, cache=tmp_path / "cache")
-    assert done.returncode == 0, done.stderr
+    under_zero3(tmp_path, "dpo_full", *small, "do_train=false", "do_eval=true", "val_size=4")
     assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
