@@ -5,29 +5,17 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from transformers import AutoConfig
 
 from longfactory.config.arguments import MemoryArguments
 from longfactory.model.memory.auto import HOST_SHARE, choose_memory, corrected, explain_out_of_memory, host_memory, user_keys
+from qwen_7b import qwen_7b
 
 GiB = 2**30
 
 
-def config():
-    return AutoConfig.for_model(
-        "qwen2",
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        vocab_size=152064,
-    )
-
-
 def plan(tokens=524288, **kw):
     given = {"gpu_bytes": 140 * GiB, "host_bytes": 256 * GiB, "gpu_name": "NVIDIA H200", "world": 2, "sp": 2, **kw}
-    return choose_memory(config(), tokens, **given)
+    return choose_memory(qwen_7b(), tokens, **given)
 
 
 def test_table_adds_up():
@@ -58,7 +46,7 @@ def test_user_keys_are_kept():
 
 
 def test_without_a_gpu_nothing_leaves_memory():
-    s = choose_memory(config(), 4096, gpu_bytes=0, host_bytes=16 * GiB, user={"offload": "any"}).settings
+    s = choose_memory(qwen_7b(), 4096, gpu_bytes=0, host_bytes=16 * GiB, user={"offload": "any"}).settings
     assert s.checkpoint == "full" and s.offload == "none" and s.keep_attention == 1.0
 
 

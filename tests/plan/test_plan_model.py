@@ -11,19 +11,10 @@ from longfactory.plan import main
 from longfactory.plan.model import Choice, Job, budget, choose, fits, kept_bytes, longest, seconds, states, waiting, working_set
 from longfactory.plan.shapes import ModelShape, machine
 from longfactory.sp import SequenceParallel
+from qwen_7b import QWEN_7B, qwen_7b
 
 GiB = 2**30
-QWEN_7B = types.SimpleNamespace(
-    model_type="qwen2",
-    num_hidden_layers=28,
-    hidden_size=3584,
-    intermediate_size=18944,
-    num_attention_heads=28,
-    num_key_value_heads=4,
-    vocab_size=152064,
-    tie_word_embeddings=False,
-)
-SHAPE = ModelShape.of(QWEN_7B)
+SHAPE = ModelShape.of(qwen_7b())
 TWO = Job(SHAPE, machine("H200", 2, 256 * GiB), 131072, sp=2)
 ONE = Job(SHAPE, machine("H100", 1, 128 * GiB), 262144, sp=1, sharded=False, master=2)
 
@@ -144,7 +135,7 @@ def test_longest_grows_with_each_mode_and_is_tight():
 def test_mixture_of_experts_computes_less_than_it_stores():
     moe = ModelShape.of(
         types.SimpleNamespace(
-            **{**vars(QWEN_7B), "model_type": "qwen3_moe"}, num_experts=64, num_experts_per_tok=4, moe_intermediate_size=768, head_dim=128
+            **QWEN_7B, model_type="qwen3_moe", num_experts=64, num_experts_per_tok=4, moe_intermediate_size=768, head_dim=128
         )
     )
     assert moe.layer_parameters > 4 * moe.active_layer_parameters
@@ -153,9 +144,7 @@ def test_mixture_of_experts_computes_less_than_it_stores():
 
 
 def test_command(tmp_path, capsys):
-    from transformers import AutoConfig
-
-    AutoConfig.for_model("qwen2", **{k: v for k, v in vars(QWEN_7B).items() if k != "model_type"}).save_pretrained(tmp_path)
+    qwen_7b().save_pretrained(tmp_path)
     assert main([str(tmp_path), "--gpu", "H200", "--gpus", "2", "--host-gib", "256", "--tokens", "131072"]) == 0
     out = capsys.readouterr().out
     assert "7.62 B parameters" in out and "longest row that fits" in out
@@ -174,7 +163,7 @@ def test_the_embedded_model_is_planned(capsys):
 def test_a_model_that_fits_many_times_over_stays_as_it_is():
     """Where messages between GPUs take longer than everything else, all ways are as fast: the one with the least to do is taken."""
     small = types.SimpleNamespace(
-        **{**vars(QWEN_7B), "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 500}
+        **{**QWEN_7B, "model_type": "qwen2", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 500}
     )
     small.num_attention_heads, small.num_key_value_heads = 4, 2
     choice, _, ok = choose(Job(ModelShape.of(small), machine("H100", 8, 2**40), 512, sp=8))

@@ -20,6 +20,7 @@ from longfactory.model.memory import optimizer
 from longfactory.plan.model import LEAVING, Choice, moments, seconds
 from longfactory.train import memory_plan, optimizer_names
 from longfactory.train.memory_plan import Memory, count_parameters, plan_memory
+from qwen_7b import qwen_7b
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -72,19 +73,6 @@ def test_an_adapter_that_goes_on_is_estimated(model: str, tmp_path: Path) -> Non
 def test_unknown_modules_are_named_before_anything_is_loaded(model: str) -> None:
     with pytest.raises(UserError, match="nothing_such"):
         count_parameters(configured(model, finetuning_type="lora", lora_target=["nothing_such"]), AutoConfig.from_pretrained(model))
-
-
-def qwen_7b() -> Any:
-    return AutoConfig.for_model(
-        "qwen2",
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        vocab_size=152064,
-        tie_word_embeddings=False,
-    )
 
 
 def planned(cfg: Any, monkeypatch: pytest.MonkeyPatch, sharding: str = "none", world: int = 1, gib: int = 80, cuda: bool = True) -> Memory:
