@@ -41,6 +41,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"streaming": True}, "Give max_steps"),
     ({"streaming": True, "max_steps": 5, "max_samples": 3}, "max_samples and streaming"),
     ({"streaming": True, "max_steps": 5, "val_size": 0.1}, "val_size as a number of samples"),
+    ({"streaming": True, "max_steps": 5, "save_strategy": "epoch"}, "Set save_strategy: steps"),
     ({"interleave_probs": "0.5,0.5"}, "mix_strategy: interleave_under"),
     ({"interleave_probs": "0.5,0.5", "mix_strategy": "interleave_over"}, "2 numbers for 1 data sets"),
     ({"dataset": "a,b", "interleave_probs": "0.5,0.4", "mix_strategy": "interleave_over"}, "sum to 0.9"),

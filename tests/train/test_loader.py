@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.data import IterableDataset
 
 from longfactory.data.row import IGNORE, TokenizedDocument, make_row
-from longfactory.train.loader import Collate, RowSampler, RowStream, empty_row, make_loader
+from longfactory.train.loader import Collate, Endless, RowSampler, RowStream, empty_row, make_loader
 
 
 def lists_of_all_groups(length: int, batch: int, groups: int, epoch: int = 0, **kwargs: object) -> list[list[list[int]]]:
@@ -107,6 +107,24 @@ def test_a_stream_passes_the_epoch_on() -> None:
     stream = RowStream(Source(), 1, groups=1, group=0)
     stream.set_epoch(4)
     assert list(stream) == [[4]]
+
+
+@pytest.mark.parametrize(("batch", "groups"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)])
+def test_a_stream_that_ends_begins_again_in_the_next_epochs_order(batch: int, groups: int) -> None:
+    """And a step takes the same samples however they are spread: none is short at the stream's end."""
+
+    class Source(list):
+        def set_epoch(self, epoch: int) -> None:
+            self[:] = [10 * epoch + i for i in range(7)]
+
+    def dealt(group: int) -> list[list[int]]:
+        stream = RowStream(Endless(Source()), batch, groups=groups, group=group)
+        stream.set_epoch(2)
+        return list(itertools.islice(stream, 16 // (batch * groups)))
+
+    want = [*range(20, 27), *range(30, 37), 40, 41]
+    assert steps([dealt(g) for g in range(groups)], 4 // (batch * groups)) == [set(want[s : s + 4]) for s in range(0, 16, 4)]
+    assert list(Endless([])) == []  # nothing comes of reading it again
 
 
 def collate(samples: list[int], multiple: int, pad_id: int) -> object:

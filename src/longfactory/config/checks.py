@@ -97,6 +97,9 @@ def _data(cfg: RunConfig) -> Iterator[str]:
             yield "streaming does not know how long the data are. Give max_steps."
         if data.max_samples is not None:
             yield "max_samples and streaming cannot be used together. Leave max_samples out; max_steps ends the run."
+        for name in ("logging_strategy", "eval_strategy", "save_strategy"):
+            if cfg.trainer(name) == "epoch":
+                yield f"{name}: epoch has no meaning with streaming: a stream is read on and on until max_steps. Set {name}: steps."
         if 0 < data.val_size < 1:
             yield "streaming needs val_size as a number of samples, since the length of the data is unknown."
     if data.interleave_probs:

@@ -46,6 +46,7 @@ DEFAULTS: dict[str, Any] = {
     "eval_on_each_dataset": False,
     "hf_hub_token": None,
     "data_shared_file_system": False,
+    "disable_shuffling": False,
 }
 
 

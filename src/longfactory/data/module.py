@@ -191,7 +191,7 @@ def stream_dataset(
         rules=rules,
         packed=packed,
         window=args.preprocessing_batch_size,
-        buffer_size=1 if getattr(args, "disable_shuffling", False) else args.buffer_size,
+        buffer_size=1 if option(args, "disable_shuffling") else args.buffer_size,
         mix=args.mix_strategy,
         probabilities=probabilities(args),
         seed=seed,

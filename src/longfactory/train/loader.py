@@ -105,6 +105,31 @@ class RowStream(IterableDataset):
             yield turn[self.group]
 
 
+class Endless(IterableDataset):
+    """A stream that begins again where it ends, in the order of the next epoch.
+
+    To the Trainer it is one epoch, in which step t takes the items [t * G, (t + 1) * G), G the total batch. Of a stream that ended it
+    would add the last micro-batches, too few for a step, to the next epoch's first step, and resume a later epoch at its beginning.
+    """
+
+    def __init__(self, source: Any):
+        self.source, self.epoch = source, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        found, epoch = True, self.epoch
+        while found:
+            found = False
+            if hasattr(self.source, "set_epoch"):
+                self.source.set_epoch(epoch)
+            for item in self.source:
+                found = True
+                yield item
+            epoch += 1
+
+
 class Collate:
     """Samples -> {"row": Row}, in a worker process. No samples give a row that trains nothing.
 
@@ -153,8 +178,9 @@ def make_loader(
     workers: int,
     pin: bool,
     prefetch: int | None,
+    endless: bool = False,
 ) -> DataLoader:
-    """A plain DataLoader: indexable data sets go by `sampler`, streams take turns.
+    """A plain DataLoader: indexable data sets go by `sampler`, streams take turns; with `endless` they begin again where they end.
 
     A `StreamedDataset` uses `workers` by itself: processes of a DataLoader would each read and tokenise the whole stream.
     """
@@ -164,5 +190,5 @@ def make_loader(
     if workers:
         common.update(persistent_workers=True, prefetch_factor=prefetch or 2)
     if sampler is None:
-        return DataLoader(RowStream(dataset, batch, groups=groups, group=group), batch_size=None, **common)
+        return DataLoader(RowStream(Endless(dataset) if endless else dataset, batch, groups=groups, group=group), batch_size=None, **common)
     return DataLoader(dataset, batch_sampler=sampler, **common)

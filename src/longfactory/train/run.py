@@ -192,6 +192,7 @@ def load_data(cfg: RunConfig, tokenizer: Any) -> data.Datasets:
         **{f.name: getattr(cfg.data, f.name) for f in dataclasses.fields(cfg.data)},
         pref_share_prompt=True if share == "auto" else share,
         hf_hub_token=cfg.model.hf_hub_token,
+        disable_shuffling=cfg.method.disable_shuffling,
     )
     # In pre-training a template gives the token that ends a text; without its name there is none to give.
     template = None if cfg.method.stage == "pt" and cfg.data.template is None else get_template(options, tokenizer, log)

@@ -96,8 +96,8 @@ class RowTrainer(Trainer):
 
     # ---- data -----------------------------------------------------------------------------------------------------------------------
 
-    def loader(self, dataset: Any, batch: int, shuffle: bool) -> DataLoader:
-        """Rows of a data set for this data-parallel group."""
+    def loader(self, dataset: Any, batch: int, shuffle: bool, endless: bool = False) -> DataLoader:
+        """Rows of a data set for this data-parallel group. `endless`: a stream begins again where it ends."""
         ctx, args = self.ctx, self.args
         # The cache is looked up when the loader starts, not now: it is made after the training loader.
         collate = Collate(self.collate, sp.alignment(ctx), self.pad_id, empty_row, lambda: self.reference_caches.get(id(dataset)))
@@ -125,10 +125,11 @@ class RowTrainer(Trainer):
             workers=args.dataloader_num_workers,
             pin=args.dataloader_pin_memory and args.device.type == "cuda",
             prefetch=args.dataloader_prefetch_factor,
+            endless=endless,
         )
 
     def get_train_dataloader(self) -> DataLoader:
-        loader = self.loader(self.train_dataset, self._train_batch_size, self.shuffle)
+        loader = self.loader(self.train_dataset, self._train_batch_size, self.shuffle, endless=True)
         loader.set_epoch = (loader.batch_sampler or loader.dataset).set_epoch  # type: ignore[attr-defined]
         return loader
 
