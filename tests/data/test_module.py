@@ -108,6 +108,10 @@ def test_what_cannot_be_fetched_is_told(tokenizer: Any, workers: int | None, wri
     import datasets
     import huggingface_hub
 
+    from longfactory import hub
+
+    monkeypatch.setattr(hub, "unreachable", lambda: None)
+
     def rows(*args: Any, **kwargs: Any) -> Any:
         yield ALPACA[0]
         raise ConnectionError("Couldn't reach 'someone/data' on the Hub")
@@ -324,6 +328,11 @@ def test_what_reuses_the_cache_and_what_does_not(
         before = sum(tokenised)
         load(tokenizer, folder, dataset="d", **options)
         assert sum(tokenised) == before + 40, options
+    before = sum(tokenised)
+    tokenizer.split_special_tokens = True
+    load(tokenizer, folder, dataset="d")
+    assert sum(tokenised) == before + 40, "special tokens in a text are other tokens"
+    tokenizer.split_special_tokens = False
     (folder / "d.json").write_text(json.dumps(ALPACA[::-1]))
     before = sum(tokenised)
     assert "Question 39" in texts(load(tokenizer, folder, dataset="d").train, tokenizer)[0]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +14,14 @@ from oracles import Groups
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 
+from longfactory.config import from_mapping
 from longfactory.data.row import IGNORE, Row, TokenizedDocument, make_row
 from longfactory.errors import UserError
 from longfactory.model.outputs import TokenOutputs
 from longfactory.train import reference
 from longfactory.train.pairs import document_logps
 from longfactory.train.stages import KTOStage, PreferenceStage
+from longfactory.train.with_reference import _parts
 
 PARTS = {"model": "tiny", "weights": "abc", "template": "qwen", "cutoff_len": 64}
 
@@ -259,3 +263,40 @@ def test_refusals_of_models() -> None:
         reference.check_reference(config, Qwen2Config(vocab_size=64))
     with pytest.raises(UserError, match="llama with 65 tokens"):
         reference.check_reference(config, LlamaConfig(vocab_size=65))
+
+
+QUANTISED = {"ref_model": "model", "ref_model_quantization_bit": 4}
+CONTINUED = {"finetuning_type": "lora", "adapter_name_or_path": "adapter"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "same"),
+    [
+        ({}, {"seed": 7, "per_device_train_batch_size": 4}, True),
+        ({}, {"finetuning_type": "lora"}, True),
+        ({}, {"resize_vocab": True}, False),
+        ({"resize_vocab": True}, {"resize_vocab": True, "add_tokens": "<new>"}, False),
+        ({"resize_vocab": True}, {"resize_vocab": True, "seed": 7}, False),
+        ({"ref_model": "model"}, {"ref_model": "model", "resize_vocab": True, "seed": 7}, True),
+        ({}, {"fp16": True}, False),
+        (QUANTISED, QUANTISED | {"quantization_type": "fp4"}, False),
+        (QUANTISED, QUANTISED | {"double_quantization": False}, False),
+        (CONTINUED, CONTINUED | {"create_new_adapter": True}, False),
+        (CONTINUED, CONTINUED | {"pissa_init": True}, False),
+        (CONTINUED | {"create_new_adapter": True}, CONTINUED | {"pissa_init": True}, True),
+    ],
+)
+def test_what_makes_other_numbers(tmp_path: Path, before: dict[str, Any], after: dict[str, Any], same: bool) -> None:
+    """The cached numbers serve every run that begins from the same model, and no other."""
+    for name in ("model/config.json", "model/model.safetensors", "adapter/adapter_config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    data = SimpleNamespace(lengths=[3, 4])
+
+    def parts(changes: dict[str, Any]) -> dict[str, Any]:
+        given = {"model_name_or_path": "model", "stage": "dpo", "finetuning_type": "full", "do_train": True, "dataset": "d"}
+        given |= {"output_dir": "out", "template": "qwen", "precompute_ref_log_probs": True} | changes
+        paths = {k: str(tmp_path / v) for k, v in given.items() if k in ("model_name_or_path", "ref_model", "adapter_name_or_path")}
+        return _parts(from_mapping(given | paths), data)
+
+    assert (parts(before) == parts(after)) == same

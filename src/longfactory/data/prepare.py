@@ -205,6 +205,8 @@ def key(preparer: Preparer, limit: int | None) -> str:
     vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, type(tokenizer).__name__]
     template = preparer.template
+    if getattr(tokenizer, "split_special_tokens", False):
+        special.append("split")
     facts = [
         *(FORMAT, preparer.kind, fingerprint(preparer.source), source, special),
         dataclasses.asdict(template) if isinstance(template, Template) else repr(template),

@@ -131,24 +131,34 @@ def _everywhere(trainer: RowTrainer) -> Callable[[bool], bool]:
 
 def _parts(cfg: Any, dataset: Any) -> dict[str, Any]:
     """What the numbers depend on. The tokens themselves are checked document by document when they are used."""
-    name = cfg.method.ref_model or cfg.model.model_name_or_path
-    paths = cfg.method.ref_model_adapters if cfg.method.ref_model else cfg.model.adapter_name_or_path
-    scratch = cfg.model.train_from_scratch and not cfg.method.ref_model
+    other = cfg.method.ref_model
+    name = other or cfg.model.model_name_or_path
+    paths = cfg.method.ref_model_adapters if other else cfg.model.adapter_name_or_path
+    scratch = cfg.model.train_from_scratch and not other
     lengths = hashlib.sha256(str(list(map(int, dataset.lengths))).encode()).hexdigest()[:16]
+    # The reference of a run that trains on an adapter is the model without it, merged adapters stay.
+    last_off = bool(paths) and reference.adapter_is_reference(cfg.method) and not cfg.method.create_new_adapter
+    # Tokens that are new to the embedding begin at random, and every softmax runs over them.
+    grown = cfg.model.resize_vocab and not other
+    bits = cfg.method.ref_model_quantization_bit if other else cfg.model.quantization_bit
     return {
         "model": name,
         "weights": _weights(cfg, name, "config.json", scratch),
         "adapters": [[path, _weights(cfg, path, "adapter_config.json")] for path in paths],
+        "last_adapter_off": last_off,
         "stage": cfg.method.stage,
         "data": [*cfg.data.dataset, *cfg.data.eval_dataset],
         "lengths": lengths,
         "template": cfg.data.template,
         "cutoff_len": cfg.data.cutoff_len,
         "bf16": bool(cfg.hf.get("bf16")),
+        "fp16": bool(cfg.hf.get("fp16")),
         "pure_bf16": cfg.method.pure_bf16,
         "from_scratch": cfg.trainer("seed") if scratch else None,
+        "new_tokens": [cfg.trainer("seed"), *cfg.model.add_tokens, *cfg.model.add_special_tokens] if grown else None,
         "rope_scaling": cfg.model.rope_scaling,
-        "quantization_bit": cfg.method.ref_model_quantization_bit if cfg.method.ref_model else cfg.model.quantization_bit,
+        "quantization_bit": bits,
+        "quantization": [cfg.model.quantization_type, cfg.model.double_quantization] if bits else None,
     }
 
 
