@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from longfactory import hub
 from longfactory.data.errors import BadRow, DataError
 from longfactory.data.sources import FILE_TYPES, Source
 
@@ -166,6 +167,11 @@ def _read_hub(source: Source, token: str | None) -> Iterator[tuple[str, Raw]]:
 
     number = 0
     try:
+        away = (
+            None if Path(source.location).exists() or _prepared(source.location, datasets.config.HF_DATASETS_CACHE) else hub.unreachable()
+        )
+        if away:
+            raise ConnectionError(f"the hub cannot be reached: {away}")
         rows = datasets.load_dataset(
             source.location, name=source.subset, data_dir=source.folder, split=source.split, token=token, streaming=True
         )
@@ -174,6 +180,11 @@ def _read_hub(source: Source, token: str | None) -> Iterator[tuple[str, Raw]]:
             yield f"{source.location} row {number}", row
     except (OSError, ValueError, RuntimeError) as e:  # the hub, datasets and huggingface_hub raise these and what inherits from them
         raise DataError(_elsewhere(source, "read from the Hugging Face hub", number, e)) from e
+
+
+def _prepared(name: str, cache: str | Path) -> bool:
+    """Whether the cache of `datasets` may hold this data set (a folder owner___data_set), which it then reads without the hub."""
+    return next(Path(cache).expanduser().glob(f"{name.split('/')[0]}*"), None) is not None
 
 
 def _elsewhere(source: Source, what: str, number: int, error: Exception) -> str:

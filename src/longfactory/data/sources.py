@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+from longfactory import hub
 from longfactory.data.errors import DataError
 
 COLUMNS = [
@@ -104,10 +105,13 @@ def read_sources(dataset_names: list[str], dataset_dir: str | dict[str, Any], wa
         if dataset_dir.startswith("REMOTE:"):
             from huggingface_hub import hf_hub_download
 
+            away = hub.unreachable()  # then its cache alone is asked, without waiting
             try:
-                path = Path(hf_hub_download(repo_id=dataset_dir[7:], filename="dataset_info.json", repo_type="dataset"))
+                path = Path(
+                    hf_hub_download(repo_id=dataset_dir[7:], filename="dataset_info.json", repo_type="dataset", local_files_only=bool(away))
+                )
             except (OSError, ValueError) as e:
-                raise DataError(f"dataset_dir: {dataset_dir}: no dataset_info.json could be read from the hub ({e}).") from e
+                raise DataError(f"dataset_dir: {dataset_dir}: no dataset_info.json could be read from the hub ({away or e}).") from e
         else:
             folder = dataset_dir
             path = Path(dataset_dir, "dataset_info.json")

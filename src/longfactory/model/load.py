@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from longfactory import hub
 from longfactory.errors import UserError
 from longfactory.sp import hf
 
@@ -39,13 +40,26 @@ def resolve(name: str) -> tuple[str, dict[str, Any]]:
     return name, {}
 
 
-def _hub_arguments(args: Any) -> dict[str, Any]:
+def _hub_arguments(args: Any, path: str) -> dict[str, Any]:
+    """What `from_pretrained` is told of the hub. Where that cannot be reached, its cache alone is asked, without waiting."""
     out: dict[str, Any] = {"trust_remote_code": bool(args.trust_remote_code)}
     for key, name in (("cache_dir", "cache_dir"), ("model_revision", "revision"), ("hf_hub_token", "token")):
         value = getattr(args, key, None)
         if value is not None:
             out[name] = value
+    if not Path(path).exists() and hub.unreachable():
+        out["local_files_only"] = True
     return out
+
+
+def _reason(error: BaseException, path: str) -> str:
+    away = hub.unreachable() if isinstance(error, OSError) and not Path(path).exists() else None
+    if away is None:
+        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"there is no such folder, the Hugging Face hub cannot be reached ({away}), and its cache on this machine does not hold it. "
+        "Give the path of a folder, or download the model where there is a network."
+    )
 
 
 def load_tokenizer(args: Any) -> Any:
@@ -59,11 +73,11 @@ def load_tokenizer(args: Any) -> Any:
             use_fast=args.use_fast_tokenizer,
             split_special_tokens=args.split_special_tokens,
             padding_side="right",
-            **_hub_arguments(args),
+            **_hub_arguments(args, path),
             **extra,
         )
-    except OSError as error:
-        raise UserError(f"No tokenizer could be loaded from {args.model_name_or_path}: {_first_line(error)}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"No tokenizer could be loaded from {args.model_name_or_path}: {_reason(error, path)}") from error
     if args.add_tokens:
         tokenizer.add_tokens(_names(args.add_tokens), special_tokens=False)
     if args.add_special_tokens:
@@ -73,10 +87,6 @@ def load_tokenizer(args: Any) -> Any:
 
 def _names(value: Any) -> list[str]:
     return [v.strip() for v in value.split(",")] if isinstance(value, str) else list(value)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def load_config(args: Any, cutoff_len: int) -> Any:
@@ -90,9 +100,9 @@ def load_config(args: Any, cutoff_len: int) -> Any:
             "adapter_name_or_path."
         )
     try:
-        config = AutoConfig.from_pretrained(path, **_hub_arguments(args), **extra)
+        config = AutoConfig.from_pretrained(path, **_hub_arguments(args, path), **extra)
     except (OSError, ValueError) as error:
-        raise UserError(f"No model configuration could be loaded from {args.model_name_or_path}: {_first_line(error)}") from error
+        raise UserError(f"No model configuration could be loaded from {args.model_name_or_path}: {_reason(error, path)}") from error
     if args.attention_dropout is not None:
         for key in hf.DROPOUT_KEYS:
             if hasattr(config.get_text_config(), key):
@@ -146,7 +156,7 @@ def load_model(
             return AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention, trust_remote_code=bool(args.trust_remote_code)
             )
-    kwargs: dict[str, Any] = {"config": config, "dtype": dtype, "attn_implementation": attention, **_hub_arguments(args), **extra}
+    kwargs: dict[str, Any] = {"config": config, "dtype": dtype, "attn_implementation": attention, **_hub_arguments(args, path), **extra}
     if quantization is not None:
         kwargs["quantization_config"] = quantization
         if torch.cuda.is_available():
@@ -154,7 +164,7 @@ def load_model(
     try:
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{args.model_name_or_path} could not be loaded: {_first_line(error)}") from error
+        raise UserError(f"{args.model_name_or_path} could not be loaded: {_reason(error, path)}") from error
     if quantization is not None:
         _keep_trainable(model)
     if "gguf_file" in extra:
