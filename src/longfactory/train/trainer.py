@@ -40,6 +40,7 @@ from longfactory.train.loader import Collate, RowSampler, empty_row, make_loader
 from longfactory.train.metrics import Metrics, MetricSums
 from longfactory.train.output import save_value_head
 from longfactory.train.reference import ReferenceCache, as_reference
+from longfactory.train.whole_weights import load_renamed
 
 STATE_FILE = "longfactory_state.json"
 SCHEDULER_NAME = "scheduler.pt"  # transformers' name
@@ -363,6 +364,18 @@ class RowTrainer(Trainer):
             return
         optimizer_states.load_states(optimizer, self.model.named_parameters(), checkpoint)
         self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))  # type: ignore[union-attr]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_renamed(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_renamed(self.state.best_model_checkpoint)
+
+    def _load_renamed(self, folder: str | None) -> None:
+        if folder and not self.is_fsdp_enabled and not self.is_deepspeed_enabled and not hasattr(self.model, "peft_config"):
+            load_renamed(self.model, folder)
 
     def run_state(self) -> dict[str, Any]:
         """What decides which samples a step takes. A checkpoint resumes only where this is the same."""
