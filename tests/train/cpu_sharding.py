@@ -5,6 +5,20 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
+
+def start(sharding: str) -> None:
+    """One thread, a gloo group, and what `sharding` needs on a CPU: "fsdp2", "zero" and a stage, or a name without a number for copies."""
+    torch.set_num_threads(1)
+    if sharding.startswith("zero"):
+        install_deepspeed()  # makes the group itself
+        return
+    if sharding == "fsdp2":
+        install_fsdp()
+    dist.init_process_group("gloo")
+
 
 def install_fsdp() -> None:
     import accelerate.state as state

@@ -243,13 +243,7 @@ def run_case(sharding: str, case: dict[str, str]) -> dict[str, float | str]:
 
 def main() -> None:
     sharding, path, cases = sys.argv[1], sys.argv[2], sys.argv[3:]
-    torch.set_num_threads(1)
-    if sharding == "fsdp2":
-        cpu_sharding.install_fsdp()
-    if sharding == "zero3":
-        cpu_sharding.install_deepspeed()
-    elif not dist.is_initialized():
-        dist.init_process_group("gloo")
+    cpu_sharding.start(sharding)
     results = {}
     for text in cases:
         case = dict(part.split("=") for part in text.split())

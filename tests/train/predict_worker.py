@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import cpu_sharding
 import torch
 import torch.distributed as dist
-from saving_worker import make, whole
+from saving_worker import held, make, whole
 from test_predict import DOCUMENTS, GREEDY, make_tokenizer
 
 from longfactory.train.predict import predict
@@ -22,12 +22,7 @@ from longfactory.train.predict import predict
 
 def main() -> None:
     sharding, trains, folder = sys.argv[1], sys.argv[2] == "1", Path(sys.argv[3])
-    torch.set_num_threads(1)
-    if sharding == "fsdp2":
-        cpu_sharding.install_fsdp()
-        dist.init_process_group("gloo")
-    else:
-        cpu_sharding.install_deepspeed()
+    cpu_sharding.start(sharding)
     trainer = make(sharding, folder, 1)
     if trains:
         trainer.train()
@@ -36,9 +31,8 @@ def main() -> None:
         assert 4 < trainer.evaluate(trainer.train_dataset)["eval_loss"] < 5
     cfg = SimpleNamespace(generating=GREEDY, data=SimpleNamespace(template=None))
     predict(trainer, cfg, make_tokenizer(), SimpleNamespace(eval={"eval": [[d] for d in DOCUMENTS]}))
-    held = [p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in trainer.model.parameters()]
     weights = whole(trainer)
-    assert (sharding == "fsdp2") == any(n != t.numel() for n, t in zip(held, weights.values(), strict=True))
+    assert (sharding == "fsdp2") == any(n != t.numel() for n, t in zip(held(trainer), weights.values(), strict=True))
     if dist.get_rank() == 0:
         torch.save(weights, folder / "weights.pt")
     dist.barrier()

@@ -83,12 +83,7 @@ def whole(trainer: RowTrainer) -> dict[str, Tensor]:
 
 def main() -> None:
     sharding, folder = sys.argv[1], Path(sys.argv[2])
-    torch.set_num_threads(1)
-    if sharding == "fsdp2":
-        cpu_sharding.install_fsdp()
-        dist.init_process_group("gloo")
-    else:
-        cpu_sharding.install_deepspeed()
+    cpu_sharding.start(sharding)
     first = make(sharding, folder / "out", 2)
     kind = str(first.accelerator.distributed_type)
     first.train()
@@ -106,12 +101,12 @@ def main() -> None:
             "kind": kind,
             "losses": [[h["loss"] for h in t.state.log_history if "loss" in h] for t in (first, again)],
             "resumed": max((resumed[n] - trained[n]).abs().max().item() for n in trained),
-            "sharded": any(n != t.numel() for n, t in zip(_held(first), trained.values(), strict=True)),
+            "sharded": any(n != t.numel() for n, t in zip(held(first), trained.values(), strict=True)),
         }
         (folder / "result.json").write_text(json.dumps(result))
 
 
-def _held(trainer: RowTrainer) -> list[int]:
+def held(trainer: RowTrainer) -> list[int]:
     """Numbers of each parameter that this rank holds by itself."""
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     return [p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in model.parameters()]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_preference_runs import run_on_ranks, write_tokenizer
+import torch.distributed as dist
 
 from longfactory.testing import RankPool, tiny_model
 
@@ -17,18 +18,52 @@ POOLS = {1: RankPool(1), 2: RankPool(2)}
 STEPS = 4
 
 
+def run_on_ranks(argv: list[str], cache: str) -> None:
+    """A whole run in this process, which may hold a group that another run made."""
+    os.environ["LONGFACTORY_CACHE"] = cache
+    os.environ["TQDM_DISABLE"] = "1"
+    if dist.is_initialized() and dist.get_world_size() == 1:
+        dist.destroy_process_group()  # a run of one process has no group and was not started by torchrun
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
+    from longfactory.config import load_config
+    from longfactory.train.run import run
+
+    run(load_config(argv))
+
+
+def write_tokenizer(folder: Path) -> int:
+    """A token for each byte, chatml's marks and an end of text. Returns their number."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE({c: i for i, c in enumerate([*special, *letters])}, []))
+    raw.add_special_tokens(special)
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)
+
+
+def write_model(folder: Path, seed: int, more: int = 0, **changes: Any) -> None:
+    """A tiny Llama with a tokenizer of bytes; `more`: entries of the embeddings beyond the tokenizer's."""
+    vocabulary = write_tokenizer(folder)
+    tiny_model("llama", seed=seed, vocab_size=vocabulary + more, **changes).save_pretrained(folder)
+
+
+def text(n: int) -> str:
+    return "".join(random.choice("abcdefgh ") for _ in range(n))
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A tiny model with a tokenizer, another one to refer to, one with another vocabulary, and conversations."""
     home = tmp_path_factory.mktemp("runs")
     for name, seed, more in (("model", 0, 0), ("other", 1, 0), ("larger", 1, 64)):
-        vocabulary = write_tokenizer(home / name)
-        tiny_model("llama", seed=seed, vocab_size=vocabulary + more, tie_word_embeddings=name == "other").save_pretrained(home / name)
+        write_model(home / name, seed, more, tie_word_embeddings=name == "other")
     random.seed(0)
-
-    def text(n: int) -> str:
-        return "".join(random.choice("abcdefgh ") for _ in range(n))
-
     data = [{"instruction": text(12 + i), "output": text(25 - i)} for i in range(12)]
     (home / "talks.json").write_text(json.dumps(data))
     (home / "dataset_info.json").write_text(json.dumps({"talks": {"file_name": "talks.json"}}))
@@ -66,11 +101,15 @@ def keys(home: Path, name: str, **changes: Any) -> dict[str, Any]:
     return {k: str(v) if isinstance(v, Path) else v for k, v in (given | changes).items() if v is not None}
 
 
-def train(home: Path, name: str, size: int, **changes: Any) -> list[dict[str, float]]:
+def train(home: Path, name: str, size: int, cache: Path | None = None, **changes: Any) -> list[dict[str, float]]:
     """The log of a run; its output folder is `home / name`."""
-    given = keys(home, name, sequence_parallel_size=size, **changes)
-    POOLS[size].run(run_on_ranks, [f"{k}={v}" for k, v in given.items()], str(home / "cache"))
+    run_keys(keys(home, name, sequence_parallel_size=size, **changes), size, cache or home / "cache")
     return json.loads((home / name / "trainer_state.json").read_text())["log_history"]
+
+
+def run_keys(given: dict[str, Any], size: int, cache: Path) -> None:
+    """A run of `size` processes; `cache` is a folder for what is computed once."""
+    POOLS[size].run(run_on_ranks, [f"{k}={v}" for k, v in given.items() if v is not None], str(cache))
 
 
 def steps(log: list[dict[str, float]]) -> list[dict[str, float]]:

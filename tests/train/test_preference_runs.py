@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -12,41 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_runs
 import torch
-import torch.distributed as dist
+from small_runs import POOLS, STEPS, run_keys, steps, text, write_model
 
-from longfactory.testing import RankError, RankPool, tiny_model
+from longfactory.testing import RankError
 
-POOLS = {1: RankPool(1), 2: RankPool(2)}
 LOG2 = torch.tensor(math.log(2)).item()
-STEPS = 4
-
-
-def run_on_ranks(argv: list[str], cache: str) -> None:
-    os.environ["LONGFACTORY_CACHE"] = cache
-    os.environ["TQDM_DISABLE"] = "1"
-    if dist.is_initialized() and dist.get_world_size() == 1:
-        dist.destroy_process_group()  # a run of one process has no group and was not started by torchrun
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-            os.environ.pop(name, None)
-    from longfactory.config import load_config
-    from longfactory.train.run import run
-
-    run(load_config(argv))
-
-
-def write_tokenizer(folder: Path) -> int:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    raw = Tokenizer(models.BPE({c: i for i, c in enumerate([*special, *letters])}, []))
-    raw.add_special_tokens(special)
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
-    tokenizer.save_pretrained(folder)
-    return len(tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +25,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A tiny model with a tokenizer, another one to refer to, and data for every stage."""
     home = tmp_path_factory.mktemp("runs")
     for name, seed in (("model", 0), ("other", 1)):
-        vocabulary = write_tokenizer(home / name)
-        tiny_model("llama", seed=seed, vocab_size=vocabulary).save_pretrained(home / name)
+        write_model(home / name, seed)
     random.seed(0)
-
-    def text(n: int) -> str:
-        return "".join(random.choice("abcdefgh ") for _ in range(n))
-
     pairs = [{"prompt": text(12 + i), "chosen": text(6 + 3 * i), "rejected": text(20 - i)} for i in range(12)]
     ktos = [{"prompt": text(9), "answer": text(5 + i), "label": i % 3 != 0} for i in range(12)]
     (home / "pairs.json").write_text(json.dumps(pairs))
@@ -75,37 +41,21 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         pool.stop()
 
 
+PAIRS: dict[str, Any] = {
+    "stage": "dpo",
+    "dataset": "pairs",
+    "packing": None,
+    "per_device_train_batch_size": 3,
+    "gradient_accumulation_steps": 1,
+    "precompute_ref_log_probs": True,
+    "optim": "sgd",
+    "adam_epsilon": None,
+}
+
+
 def train(home: Path, name: str, size: int, **changes: Any) -> list[dict[str, float]]:
-    """The log of a run; its output folder is `home / name`."""
-    keys: dict[str, Any] = {
-        "model_name_or_path": home / "model",
-        "stage": "dpo",
-        "do_train": True,
-        "finetuning_type": "full",
-        "dataset": "pairs",
-        "dataset_dir": home,
-        "template": "chatml",
-        "cutoff_len": 128,
-        "output_dir": home / name,
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 3,
-        "gradient_accumulation_steps": 1,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "sequence_parallel_size": size,
-        "overwrite_output_dir": True,
-        "preprocessing_num_workers": 1,
-        "precompute_ref_log_probs": True,
-        "optim": "sgd",
-    }
-    keys |= changes
-    cache = keys.pop("cache", home / "cache")
-    POOLS[size].run(run_on_ranks, [f"{k}={v}" for k, v in keys.items() if v is not None], str(cache))
-    return [h for h in json.loads((home / name / "trainer_state.json").read_text())["log_history"] if "loss" in h]
+    """The log of a run's steps; its output folder is `home / name`."""
+    return steps(small_runs.train(home, name, size, **PAIRS | changes))
 
 
 def losses_of(log: list[dict[str, float]]) -> list[float]:
@@ -205,7 +155,7 @@ def test_an_evaluation_without_training_has_its_reference(home: Path, size: int,
         "precompute_ref_log_probs": True,
         "per_device_eval_batch_size": 2,
     } | changes
-    POOLS[size].run(run_on_ranks, [f"{k}={v}" for k, v in keys.items() if v is not None], str(home / "cache_eval"))
+    run_keys(keys, size, home / "cache_eval")
     results = json.loads((Path(str(keys["output_dir"])) / "eval_results.json").read_text())
     # The second size reads the numbers of the first.
     assert results["eval_loss"] == pytest.approx(LOG2, abs=1e-6) and results["eval_rewards/margins"] == pytest.approx(0.0, abs=1e-5)

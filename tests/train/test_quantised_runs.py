@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import LORA, STEPS, home, steps, train
-from test_preference_runs import write_tokenizer
+from small_runs import LORA, STEPS, home, steps, train, write_tokenizer
 
 from longfactory.testing import tiny_model
 

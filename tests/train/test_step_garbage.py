@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import LORA, POOLS, home, keys  # noqa: F401
-from test_preference_runs import run_on_ranks
+from small_runs import LORA, POOLS, home, keys, run_on_ranks  # noqa: F401
 
 from longfactory.train.trainer import RowTrainer
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import LORA, POOLS, STEPS, home, keys, steps, train
-from test_preference_runs import run_on_ranks
+from small_runs import LORA, POOLS, STEPS, home, keys, run_keys, steps, train
 
 from longfactory.config import from_mapping
 from longfactory.errors import UserError
@@ -86,7 +85,7 @@ def test_a_resumed_run_has_the_reference_of_its_beginning(home: Path) -> None:
 def test_an_evaluation_without_training_has_its_reference(home: Path, changes: dict[str, Any]) -> None:
     alone = {"do_train": None, "do_eval": True, "dataset": None, "eval_dataset": "talks", "max_steps": None}
     given = keys(home, f"eval{len(changes)}", sequence_parallel_size=2, **ASFT, **changes, **alone)
-    POOLS[2].run(run_on_ranks, [f"{k}={v}" for k, v in given.items()], str(home / "cache"))
+    run_keys(given, 2, home / "cache")
     assert json.loads((Path(given["output_dir"]) / "eval_results.json").read_text())["eval_kl"] == 0.0
 
 
