@@ -8,6 +8,7 @@ Rows:
     ours            longfactory: memory: auto (the keys of `settings` on top), its own layer function
     ours-generic    the same with Hugging Face's layer code in pieces
     ours-recompute  the same with attention computed twice
+    ours-overlap    the same with AdamW on the host, nothing clipped, and weights updated while backward runs
     dpo             ours on one preference pair: a row [prompt | chosen | rejected] of T tokens, 95 % of it the prompt that both answers
                     share, made, split and summed by the trainer's functions; sigmoid loss; the reference's log-probabilities are given,
                     as in every step of a run with `precompute_ref_log_probs`
@@ -239,13 +240,13 @@ def shard(bench: Bench, model: Any) -> None:
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def make_optimizer(bench: Bench, model: Any, placement: str) -> torch.optim.Optimizer:
+def make_optimizer(bench: Bench, model: Any, placement: str, **leaving: Any) -> torch.optim.Optimizer:
     """AdamW with exact fp32 weights and states: torch's on fp32 shards, the split master on one GPU's bf16 weights."""
     from longfactory.model.memory.optimizer import SplitAdamW
 
     if bench.world > 1 and placement == "gpu":
         return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=bench.cuda)
-    return SplitAdamW(model.parameters(), lr=1e-5, placement=placement)  # type: ignore[arg-type]
+    return SplitAdamW(model.parameters(), lr=1e-5, placement=placement, **leaving)  # type: ignore[arg-type]
 
 
 def preference_row(tokens: int, vocab: int, multiple: int) -> Row:
@@ -268,11 +269,21 @@ def finish_step(
     bench: Bench, model: Any, optimizer: torch.optim.Optimizer | None, loss: Tensor, start: float
 ) -> tuple[float, dict[str, float]]:
     """Backward, clipping, update. Returns the row's loss and the seconds of the parts."""
+    from longfactory.model.memory.optimizer import SplitAdamW
+
     value = loss.detach().float()
     forward = bench.sync()
-    loss.backward()
+    if isinstance(optimizer, SplitAdamW):
+        with optimizer.during_backward():
+            loss.backward()
+    else:
+        loss.backward()
     backward = bench.sync()
-    if optimizer is not None:
+    if isinstance(optimizer, SplitAdamW):
+        if not optimizer.overlap:
+            optimizer.clip(1.0)
+        optimizer.step()
+    elif optimizer is not None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     model.zero_grad(set_to_none=True)
@@ -302,6 +313,9 @@ def ours(bench: Bench) -> None:
     user: dict[str, Any] = {k: v for k, v in job.settings.items() if k not in ("layer", "pool_bytes")}
     if job.row == "ours-recompute":
         user["keep_attention"] = 0.0
+    overlap = job.row == "ours-overlap"
+    if overlap:
+        user["optimizer"] = "host"
     layer = "generic" if job.row == "ours-generic" else "auto"
     stage = PreferenceStage("sigmoid", LossOptions(beta=0.1))
 
@@ -316,6 +330,7 @@ def ours(bench: Bench) -> None:
             sp=bench.world,
             mode=job.memory,
             split_master=bench.world == 1,
+            overlaps=overlap,
             user=user,
             lora=layer == "generic",  # the layer's own bytes
         )
@@ -326,7 +341,8 @@ def ours(bench: Bench) -> None:
     store = apply_memory(model, first, bench.device)
     if bench.world > 1:
         shard(bench, model)
-    optimizer = make_optimizer(bench, model, first.optimizer) if job.optimizer else None
+    leaving = {"overlap": True} if overlap else {"gradients": first.gradients}
+    optimizer = make_optimizer(bench, model, first.optimizer, **leaving) if job.optimizer else None
     bench.log("sharded, optimizer made")
 
     def before(tokens: int) -> dict[str, Any]:
@@ -337,7 +353,7 @@ def ours(bench: Bench) -> None:
             facts["computed"] = len(row)
             facts["as_two_rows"] = sum(whole[i] + whole[d.parent] for i, d in enumerate(row.documents) if d.parent >= 0)
         plan, new = settings(tokens)
-        new = dataclasses.replace(new, optimizer=first.optimizer)
+        new = dataclasses.replace(new, optimizer=first.optimizer, gradients=first.gradients)
         if store.pool is not None:
             store.pool.close()  # slots of another length would be counted
         store.change(new)
@@ -385,7 +401,7 @@ def ours(bench: Bench) -> None:
         return finish_step(bench, model, optimizer, loss, start)
 
     if bench.cuda and job.warm is False:
-        store.change(dataclasses.replace(settings(16384)[1], optimizer=first.optimizer))
+        store.change(dataclasses.replace(settings(16384)[1], optimizer=first.optimizer, gradients=first.gradients))
         step(16384)  # kernels are compiled once a process
     bench.measure(step, before, after)
 
@@ -552,7 +568,16 @@ def rates(bench: Bench) -> None:
 def main() -> int:
     job = Job(**json.loads(sys.argv[1]))
     bench = Bench(job)
-    rows = {"ours": ours, "ours-generic": ours, "ours-recompute": ours, "slope": ours, "dpo": ours, "hf": hf_recipe, "rates": rates}
+    rows = {
+        "ours": ours,
+        "ours-generic": ours,
+        "ours-recompute": ours,
+        "ours-overlap": ours,
+        "slope": ours,
+        "dpo": ours,
+        "hf": hf_recipe,
+        "rates": rates,
+    }
     rows |= {"alst": deepspeed_row, "ulysses": deepspeed_row}
     try:
         if job.row not in ("alst", "ulysses"):

@@ -218,6 +218,8 @@ def settings_line(s: dict[str, Any]) -> str:
     if s["segment_layers"] > 1:
         parts.append(f"segments {s['segment_layers']}")
     parts.append(f"optimizer {s['optimizer']}")
+    if s.get("gradients") == "host":
+        parts.append("gradients host")
     return ", ".join(parts)
 
 

@@ -1,6 +1,7 @@
 """Tokens a second of complete training steps, beside the systems that people use, on the GPUs of one machine.
 
     python benchmarks/throughput.py --gpus 2 --tokens 32768 131072 --out benchmarks/results
+    python benchmarks/throughput.py --gpus 2 --tokens 524288 --layers 4 --rows rates ours alst alst:flash     # lengths that take too long
     python benchmarks/throughput.py --smoke          # two CPU processes, a tiny model: does it run?
 
 Qwen2.5-7B's shape, random weights, all parameters, AdamW with exact fp32 weights and states, one row of random tokens split over the
@@ -8,7 +9,8 @@ GPUs; a step is forward, backward, clipping and update. Rows (`--rows`): see `_p
 FlashAttention 2; each system is named with the kernels that it ran). Every row is a process group of its own; one that runs out of memory
 or time leaves the others alone. `--limit` bounds the command. With `--out`, what was measured before stays in the table unless it is
 measured again. The share of the roofline is that of a step which keeps attention, recomputes two thirds of the MLP and does nothing but
-products at this GPU's own measured rates (row `rates`).
+products at this GPU's own measured rates (row `rates`). With `--layers` every system has so many layers of the shape, and the table is one
+of its own; the output layer then weighs more than in the whole model.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ NAMES = {
     "ours": "LongFactory",
     "ours-generic": "LongFactory, Hugging Face's layer in pieces",
     "ours-recompute": "LongFactory, attention computed twice",
+    "ours-overlap": "LongFactory, updates on the host during backward",
     "dpo": "LongFactory, DPO",
     "hf": "Hugging Face layers, zigzag ring, full logits",
     "ulysses": "DeepSpeed-Ulysses, ZeRO-3, full logits",
@@ -113,6 +116,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 131072])
     parser.add_argument("--rows", nargs="+", default=["rates", "ours", "alst", "hf:flash", "alst:flash", "hf", "ours-generic", "ulysses"])
     parser.add_argument("--shape", choices=[s for s in SHAPES if s != "tiny"], default="7b")
+    parser.add_argument("--layers", type=int, default=None, help="fewer layers than the shape has")
     parser.add_argument("--memory", choices=["auto", "fast", "long"], default="auto")
     parser.add_argument("--mode", default="zigzag-ring", help="sequence-parallel mode of our rows")
     parser.add_argument("--steps", type=int, default=2, help="timed steps a length, after one that is not (default 2)")
@@ -125,8 +129,9 @@ def main() -> int:
     clock = Clock(a.limit)
     log = log_file("throughput")
     where = machine_name()
-    shape = ModelShape.of(make_config(a.shape))
-    title = f"# Training throughput: {a.gpus} x {where}, {a.shape} shape ({shape.parameters / 1e9:.2f} B parameters)"
+    shape = ModelShape.of(make_config(a.shape, a.layers))
+    some = f", {a.layers} layers of it" if a.layers else ""
+    title = f"# Training throughput: {a.gpus} x {where}, {a.shape} shape{some} ({shape.parameters / 1e9:.2f} B parameters)"
     results: list[dict[str, Any]] = []
     table = ""
     for name in a.rows:
@@ -134,13 +139,21 @@ def main() -> int:
         kernel = kernel or ("cpu" if a.smoke else "auto")
         if a.smoke and kernel == "flash":
             kernel = "cpu"
-        keys: dict[str, Any] = {"shape": a.shape, "kernel": kernel, "memory": a.memory, "mode": a.mode, "steps": a.steps}
+        keys: dict[str, Any] = {
+            "shape": a.shape,
+            "kernel": kernel,
+            "memory": a.memory,
+            "mode": a.mode,
+            "steps": a.steps,
+            "layers": a.layers,
+        }
         if row in ("hf", "ulysses") and a.gpus == 1:
             keys["settings"] = {"optimizer": "host"}
         results += run_row(job(row, a.tokens, **keys), 1 if row == "rates" else a.gpus, clock, log)
         table = render(results, shape, a.gpus)
         if a.out is not None:
-            file, about = f"throughput_{a.gpus}x{where.split()[0]}_{a.shape}", {"machine": where, "gpus": a.gpus}
+            file = f"throughput_{a.gpus}x{where.split()[0]}_{a.shape}" + (f"_{a.layers}_layers" if a.layers else "")
+            about = {"machine": where, "gpus": a.gpus}
             table = write(a.out, file, title, lambda merged: render(merged, shape, a.gpus), results, about)
     print(f"\n{title}\n\n{table}\n\nlog: {log}")
     if a.smoke:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from memory_models import LENGTH, assert_same_gradients, gradients, make_model, run
 
+from longfactory import sp
 from longfactory.model.memory.apply import apply_memory
 from longfactory.model.memory.host_pool import PAGE, HostPool
 from longfactory.model.memory.settings import MemorySettings
@@ -154,15 +155,18 @@ def test_a_pool_that_nobody_closed_unlocks_its_memory(monkeypatch):
     assert locked == {}
 
 
-def test_host_memory_is_locked_once(monkeypatch):
-    """Also where attention's output takes more than the layer's input, which comes first; and no more than both take is locked."""
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_host_memory_is_locked_once(first, monkeypatch):
+    """Also where attention's output takes more than the layer's input, which comes first; and no more than both take is locked. So too
+    where a short row comes first, of a half or a third of the longest's tokens."""
     locked = fake_cuda.install(monkeypatch)
     model = make_model("qwen3")  # 4 heads of 16 beside a hidden size of 32
-    store = apply_memory(model, MemorySettings(keep_attention=1.0, offload="inputs+attention", pool_bytes=2**24, last_layers_on_gpu=1))
+    settings = MemorySettings(keep_attention=1.0, offload="inputs+attention", pool_bytes=2**24, last_layers_on_gpu=1)
+    store = apply_memory(model, settings, longest=LENGTH)
     store.pool.stream = fake_cuda.Stream()
     seen: list[int] = []
     monkeypatch.setattr(store.pool, "_lock", lambda size, lock=store.pool._lock: (seen.append(size), lock(size))[1])
-    for _ in range(2):
-        run(model)
+    for part in (first, 1):
+        run(model, length=LENGTH // part, segments=(sp.Segment(0, LENGTH // part),))
         model.zero_grad()
     assert len(locked) == 6 and sorted(seen) == [12288] * 3 + [28672] * 3  # whole pages for 11,264 and 23,936 bytes

@@ -16,8 +16,8 @@ from longfactory.config import from_mapping
 from longfactory.data.module import Datasets
 from longfactory.errors import UserError
 from longfactory.model import adapters
-from longfactory.model.memory import optimizer
-from longfactory.plan.model import LEAVING, Choice, moments, seconds
+from longfactory.model.memory import host_jobs, optimizer
+from longfactory.plan.model import LEAVING, Choice, budget, choose, longest, moments, seconds
 from longfactory.train import memory_plan, optimizer_names
 from longfactory.train.memory_plan import Memory, count_parameters, plan_memory
 from qwen_7b import qwen_7b
@@ -166,8 +166,42 @@ def test_when_updates_are_made_during_backward(
     assert found.plan.job.overlaps == keys.get("optimizer_overlap", True) and found.plan.settings.optimizer == "host"
 
 
+@pytest.mark.parametrize(
+    ("sharding", "keys", "refused"),
+    [("none", {}, None), ("fsdp2", {}, None), ("ddp", {}, "ddp"), ("none", {"bf16": False, "fp16": True}, "bf16")],
+)
+def test_gradients_leave_where_they_are_final(
+    sharding: str, keys: dict[str, Any], refused: str | None, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = 1 if sharding == "none" else 2
+    asked = {"bf16": True, "optimizer_placement": "host", "offload_gradients": True, **keys}
+    if refused is not None:
+        with pytest.raises(UserError, match=f"offload_gradients .*{refused}"):
+            planned(configured(model, **asked), monkeypatch, sharding, world=world)
+        asked.pop("offload_gradients")
+        assert planned(configured(model, **asked), monkeypatch, sharding, world=world).plan.settings.gradients == "gpu"
+        return
+    for cuda in (True, False):
+        assert planned(configured(model, **asked), monkeypatch, sharding, world=world, cuda=cuda).plan.settings.gradients == "host"
+
+
+def test_gradients_leave_where_room_is_short(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By themselves only where that makes a row fit; they take host memory, unless sums of micro-batches hold them."""
+    job = planned(configured(model, bf16=True, optimizer_placement="host"), monkeypatch).plan.job
+    job = dataclasses.replace(job, machine=dataclasses.replace(job.machine, host_bytes=10**13))
+    assert job.leavable and choose(dataclasses.replace(job, tokens=32768))[0].gradients == "gpu"
+    stays, goes = (longest(j, "long") for j in (dataclasses.replace(job, leavable=False), job))
+    assert goes > 1.05 * stays
+    chosen, needs, fits = choose(dataclasses.replace(job, tokens=goes), "long")
+    assert fits and (chosen.optimizer, chosen.gradients) == ("host", "host")
+    assert needs.host["gradients"] == 2 * job.shape.trainable
+    assert "gradients" not in budget(dataclasses.replace(job, accumulates=True), chosen).host
+    more, less = (moments(job, dataclasses.replace(chosen, gradients=g))[2]["gradients"] for g in ("gpu", "host"))
+    assert more == 2 * job.shape.trainable and less == 2 * (LEAVING + job.shape.head_parameters)
+
+
 def test_the_plan_hides_updates_and_lets_gradients_go(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert LEAVING == optimizer.AHEAD * optimizer.BLOCK
+    assert LEAVING == host_jobs.AHEAD * optimizer.BLOCK
     keys = {"bf16": True, "optimizer_placement": "host"}
     after = planned(configured(model, **keys), monkeypatch).plan.job
     during = planned(configured(model, **keys, max_grad_norm=0, optimizer_overlap=True), monkeypatch).plan.job

@@ -44,10 +44,15 @@ def train(keys: dict[str, Any], sharding: str = "none") -> tuple[list[dict[str, 
     cpu_sharding.reset()
     torch.manual_seed(0)
     seen: list[Any] = []
-    left: list[Any] = []
+    left: set[str] = set()
     make, choose = module.make_trainer, module.choose_sharding
     leave = SplitAdamW._leave
-    SplitAdamW._leave = lambda self, p, group: left.append(leave(self, p, group))  # type: ignore[method-assign]
+
+    def watched(self: SplitAdamW, p: Any, group: Any, last: bool) -> None:
+        leave(self, p, group, last)
+        left.add("kept during backward" if p in self._away else "updated during backward" if last else "summed during backward")
+
+    SplitAdamW._leave = watched  # type: ignore[method-assign]
     module.make_trainer = lambda *a, **k: seen.append(make(*a, **k)) or seen[-1]
     module.choose_sharding = lambda *a, **k: sharding
     try:
@@ -59,7 +64,7 @@ def train(keys: dict[str, Any], sharding: str = "none") -> tuple[list[dict[str, 
         os.environ.update(before)
     trainer = seen[0]
     kinds = {type(trainer.optimizer.optimizer).__name__, str(trainer.accelerator.distributed_type).rsplit(".", 1)[-1]}
-    kinds |= {"during backward"} if left else set()
+    kinds |= left
     kinds |= {str(p.dtype).rsplit(".", 1)[-1] for p in trainer.model.parameters() if p.requires_grad}
     return trainer.state.log_history, sorted(kinds)
 
@@ -169,25 +174,27 @@ def test_a_resumed_run_is_the_uninterrupted_one_in_every_bit(case: str, base: di
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", ["split, fsdp2, two ranks a row, accumulated", "lora, fsdp2", "split, one process"])
-def test_updates_during_backward_change_no_bit(case: str, base: dict[str, Any], tmp_path: Path, alone: Any) -> None:
-    """Without clipping: after backward with a norm that no gradient has, and during it. Saved and resumed in between."""
+def test_gradients_that_leave_during_backward_change_no_bit(case: str, base: dict[str, Any], tmp_path: Path, alone: Any) -> None:
+    """They stay, they wait on the host, or they update at once. Clipped to a norm that no gradient has, or not, as updates at once need it.
+    Saved and resumed in between."""
     sharding, world, changes = CASES[case]
-    logs = []
-    for name, most in (("a", 1e9), ("b", 0.0)):
-        keys = {**base, **changes, "max_grad_norm": most, "optimizer_overlap": most == 0, "output_dir": str(tmp_path / name)}
+    logs, expected = [], {"a": [], "b": ["updated during backward"], "c": ["kept during backward"]}
+    for name, how in (("a", {"offload_gradients": False}), ("b", {"optimizer_overlap": True}), ("c", {"offload_gradients": True})):
+        keys = {**base, **changes, **how, "max_grad_norm": 0 if name == "b" else 1e9, "output_dir": str(tmp_path / name)}
         for steps in (3, 6):
             keys |= {"max_steps": steps, "lr_scheduler_type": "constant_with_warmup", "overwrite_output_dir": False}
             log, kinds = alone(keys) if world == 1 else run_ranks(world, train, keys, sharding, timeout=300)[0]
-            assert ("during backward" in kinds) == (most == 0)
+            assert [k for k in ("updated during backward", "kept during backward") if k in kinds] == expected[name]
         logs.append(log)
-    after, during = ([(h["loss"], h["grad_norm"]) for h in log if "grad_norm" in h] for log in logs)
-    assert [x for x, _ in after] == [x for x, _ in during] and len(after) == 6
-    assert [x for _, x in after] == pytest.approx([x for _, x in during], rel=1e-6)
-    if case.startswith("lora"):
-        one, two = (load_file(tmp_path / x / "checkpoint-6" / "adapter_model.safetensors") for x in "ab")
-        assert all(torch.equal(one[n], two[n]) for n in one)
-    else:
-        same_files(tmp_path / "a" / "checkpoint-6", tmp_path / "b" / "checkpoint-6")
+    stays, *others = ([(h["loss"], h["grad_norm"]) for h in log if "grad_norm" in h] for log in logs)
+    for name, leaves in zip("bc", others, strict=True):
+        assert [x for x, _ in stays] == [x for x, _ in leaves] and len(stays) == 6
+        assert [x for _, x in stays] == pytest.approx([x for _, x in leaves], rel=1e-6)
+        if case.startswith("lora"):
+            one, two = (load_file(tmp_path / x / "checkpoint-6" / "adapter_model.safetensors") for x in ("a", name))
+            assert all(torch.equal(one[n], two[n]) for n in one)
+        else:
+            same_files(tmp_path / "a" / "checkpoint-6", tmp_path / name / "checkpoint-6")
 
 
 @pytest.mark.timeout(600)

@@ -28,8 +28,10 @@ import cpu_sharding
 from invariance_worker import Samples, add_lora, collate, samples, tiny
 
 
-def memory(placement: str, split: bool, overlaps: bool = False, narrow: Narrow | None = None) -> Memory:
-    plan = types.SimpleNamespace(settings=types.SimpleNamespace(optimizer=placement), job=types.SimpleNamespace(overlaps=overlaps))
+def memory(placement: str, split: bool, overlaps: bool = False, narrow: Narrow | None = None, gradients: str = "gpu") -> Memory:
+    settings = types.SimpleNamespace(optimizer=placement, gradients=gradients if placement == "host" else "gpu")
+    choice, job = types.SimpleNamespace(gradients=gradients), types.SimpleNamespace(overlaps=overlaps)
+    plan = types.SimpleNamespace(settings=settings, choice=choice, job=job)
     return Memory(plan, split, narrow)  # type: ignore[arg-type]
 
 
@@ -113,10 +115,11 @@ def test_what_is_not_usual_is_in_the_log(caplog: pytest.LogCaptureFixture, monke
         "Nothing is clipped (max_grad_norm: 0): the host updates weights while backward goes on.",
     ]
     caplog.clear()
-    optimizer_factory(configured(), memory("host", True))
+    optimizer_factory(configured(), memory("host", True, gradients="host"))
     assert not caplog.messages
     optimizer_factory(configured(), memory("gpu", False, overlaps=True))
-    assert "optimizer_overlap does nothing here" in caplog.text
+    optimizer_factory(configured(), memory("gpu", True, gradients="host"))
+    assert [m.split(":")[0] for m in caplog.messages] == ["optimizer_overlap does nothing here", "offload_gradients does nothing here"]
 
 
 @pytest.mark.parametrize("clip", [0.01, 0.0])

@@ -187,6 +187,9 @@ class MemoryArguments:
     mlp_chunk: int | Literal["auto"] = arg("auto", "Tokens of a sequence that pass an MLP at once; 0 for all.", low=0)
     segment_layers: int | Literal["auto"] = arg("auto", "Layers between two checkpoints.", low=1)
     optimizer_placement: Literal["auto", "gpu", "host"] = arg("auto", "Where the optimizer's state lives.")
+    offload_gradients: bool | Literal["auto"] = arg(
+        "auto", "Move gradients to host memory during the backward pass, where the optimizer's state lives there."
+    )
     optimizer_overlap: bool = arg(False, "AdamW on the host updates weights while backward runs. Needs max_grad_norm: 0.")
     logprob_chunk: int | Literal["auto"] = arg("auto", "Tokens whose logits exist at once.", low=1)
 

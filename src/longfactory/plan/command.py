@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         shape = ModelShape.of(config, trainable=adapters, lora=True)
     kind = machine(a.gpu, a.gpus, int(a.host_gib * GiB), a.gpus_per_host, int(a.gpu_gib * GiB) if a.gpu_gib else None)
     # As in training: fp32 masters, and split ones where those do not fit.
-    wide = Job(shape, kind, a.tokens, sp, a.gpus > 1, 4)
-    split = dataclasses.replace(wide, master=2)
+    wide = Job(shape, kind, a.tokens, sp, a.gpus > 1, 4, leavable=a.lora > 0)
+    split = dataclasses.replace(wide, master=2, leavable=True)
     job, (choice, budget, ok) = wide, choose(wide, a.memory)
     if not ok and not a.lora and (found := choose(split, a.memory))[2]:
         job, (choice, budget, ok) = split, found

@@ -19,9 +19,10 @@ from typing import Any
 from longfactory.plan.shapes import Machine, ModelShape
 
 HEAD_CHUNK_NUMBERS = 2**28  # logits that exist at once (model/token_logprobs.py)
-LEAVING = 2**30  # numbers of gradients on their way to the host at once (model/memory/optimizer.py: AHEAD blocks)
+LEAVING = 2**30  # numbers of gradients on their way to the host at once (model/memory: host_jobs.AHEAD blocks of the optimizer's)
 CONTEXT = 1.5e9  # CUDA context, cuBLAS and NCCL workspaces
 MARGIN = 0.92  # of the GPU's memory may be planned for: the rest is fragmentation
+CAREFUL = 0.80  # above this share settings must be faster to be chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Job:
         accumulates: gradients are there from the start of a backward pass: those of earlier micro-batches, or the buffers of DDP and ZeRO.
             Those of split masters go where the states are, and are summed there in fp32.
         state_bytes: of the optimizer's states of a trained weight on the GPU, where masters are not split.
-        overlaps: nothing is clipped, so that states on the host are updated while backward runs, and gradients leave with that.
+        leavable: gradients are final when backward gives them, so that they can leave during backward where states are on the host.
+        overlaps: nothing is clipped either, so that states on the host are updated while backward runs, and gradients leave with that.
     """
 
     shape: ModelShape
@@ -47,6 +49,7 @@ class Job:
     master: int = 4
     accumulates: bool = False
     state_bytes: float = 8
+    leavable: bool = False
     overlaps: bool = False
 
     @property
@@ -70,6 +73,7 @@ class Choice:
     segment_layers: int = 1
     late_prefetch: bool = False
     optimizer: str = "gpu"
+    gradients: str = "gpu"  # host: they leave during backward; with the optimizer there
     checkpoint: str = "full"
 
 
@@ -163,8 +167,8 @@ def states(job: Job, c: Choice) -> tuple[dict[str, float], float]:
 
 
 def leaves(job: Job, c: Choice) -> bool:
-    """Gradients go to the host, and weights are updated there, during backward."""
-    return job.overlaps and c.optimizer == "host"
+    """Gradients go to the host during backward."""
+    return c.optimizer == "host" and (job.overlaps or c.gradients == "host")
 
 
 def moments(job: Job, c: Choice) -> list[dict[str, float]]:
@@ -215,6 +219,8 @@ def budget(job: Job, c: Choice, timed: bool = True) -> Budget:
     gpu |= max(moments(job, c), key=lambda items: sum(items.values())) | {"runtime": CONTEXT}
     on_host = job.machine.on_host
     host = {"optimizer": host_optimizer * on_host}
+    if leaves(job, c) and not job.overlaps and not (job.accumulates and job.master == 2):  # else they are in the sums of micro-batches
+        host["gradients"] = job.master * job.shape.trainable / job.shards * on_host
     if c.checkpoint != "none":
         host["layer inputs and kept attention"] = waiting(job, c)[1] * on_host
     return Budget(gpu, {k: v for k, v in host.items() if v}, seconds(job, c) if timed else 0.0)
@@ -254,7 +260,9 @@ def seconds(job: Job, c: Choice) -> float:
         update = 28.0 * s.trainable / job.shards * m.on_host / m.host_memory + 4.0 * s.trainable / job.shards / m.copies
         # During backward, but for the last gradient, the embedding's.
         last = update * min(1.0, s.head_parameters / max(s.trainable, 1))
-        step += max(update - backward_seconds, last) if leaves(job, c) else update
+        step += max(update - backward_seconds, last) if job.overlaps else update
+        if leaves(job, c) and not job.overlaps:  # copied once more within the host, beside backward
+            step += 0.05 * 4.0 * s.trainable / job.shards * m.on_host / m.host_memory
     else:
         step += 28.0 * s.trainable / job.shards / 2e12
     return step
@@ -276,15 +284,17 @@ def choices(job: Job, mode: str) -> Iterator[Choice]:
     chunks: list[int | None] = [None, 32768, 16384, 8192, 4096, 2048]
     segments = [1, 2, 4, 6]
     offloads = ["none", "inputs+attention", "inputs"]
-    optimizers = ["gpu", "host"]
+    places = [("gpu", "gpu"), ("host", "gpu")]  # of the optimizer and of gradients that wait for it
+    if job.leavable and not job.overlaps:
+        places.append(("host", "host"))
     if mode == "fast":
-        segments, offloads, optimizers = [1], ["none"], ["gpu"]
+        segments, offloads, places = [1], ["none"], places[:1]
     if mode == "long":
         groups, chunks, offloads = groups[-1:], [4096], ["inputs+attention", "inputs"]
     chunks = [c for c in chunks if c is None or c < job.local] or [None]
     if mode == "auto":
         yield Choice(checkpoint="none", keep_attention=0.0, mlp_chunk=None)
-    for k, off, g, chunk, place in itertools.product(segments, offloads, groups, chunks, optimizers):
+    for k, off, g, chunk, (place, gradients) in itertools.product(segments, offloads, groups, chunks, places):
         for late in (False, True) if off != "none" and mode != "fast" else (False,):
             if mode == "long" and not late:
                 continue
@@ -293,7 +303,7 @@ def choices(job: Job, mode: str) -> Iterator[Choice]:
                     continue
                 stays = (1,) if off == "none" else (1, s.layers // 8, s.layers // 4, s.layers // 2, 3 * s.layers // 4)
                 for stay in sorted({x for x in stays if 1 <= x < s.layers}) or [1]:
-                    yield Choice(keep, off, stay, chunk, g, k, late, place)
+                    yield Choice(keep, off, stay, chunk, g, k, late, place, gradients)
 
 
 def fits(job: Job, b: Budget, host_share: float) -> bool:
@@ -322,8 +332,10 @@ def choose(job: Job, mode: str = "auto", host_share: float = 0.85, fixed_keys: d
                 continue
         b = budget(job, c)
         if fits(job, b, host_share):
-            # Of equals, the one that leaves more room.
-            key = b.seconds * (1 + 0.002 * b.gpu_total / job.machine.gpu_bytes)
+            # Of equals, the one that leaves more room. The last eighth is taken for a gain of some percent, not for less: peaks are planned
+            # within an eighth, and what a first step leaves free is used from the second on (`corrected`).
+            full = b.gpu_total / job.machine.gpu_bytes
+            key = b.seconds * (1 + 0.002 * full + 0.03 * max(0.0, full - CAREFUL) / (MARGIN - CAREFUL))
             if best is None or key < best[0]:
                 best = (key, c, b)
         else:

@@ -21,6 +21,8 @@ def describe(c: Choice) -> str:
     if c.attention_groups > 1:
         parts.append(f"attention's backward in {c.attention_groups} groups of heads")
     parts.append(f"optimizer on the {c.optimizer}")
+    if c.optimizer == "host" and c.gradients == "host":
+        parts.append("gradients go there during backward")
     return "; ".join(parts)
 
 
@@ -70,6 +72,8 @@ def advice(job: Job, c: Choice) -> str:
         ways.append("offload_activations: true")
     if job.shape.trainable == job.shape.parameters and c.optimizer == "gpu":
         ways.append("optimizer_placement: host")
+    if job.leavable and not job.overlaps and c.optimizer == "host" and c.gradients == "gpu":
+        ways.append("offload_gradients: true")
     if c.mlp_chunk is None or c.mlp_chunk > 4096:
         ways.append("mlp_chunk: 4096")
     if c.keep_attention > 0:

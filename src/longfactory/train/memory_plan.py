@@ -68,7 +68,8 @@ def plan_memory(
     """`memory: auto | fast | long` on this machine, for the longest row of the data.
 
     Raises:
-        UserError: an optimizer with states in 4 or 8 bit that cannot be had here; `optimizer_overlap` where it cannot be.
+        UserError: an optimizer with states in 4 or 8 bit that cannot be had here; `optimizer_overlap` or
+            `offload_gradients` where they cannot be.
     """
     batch = int(cfg.trainer("per_device_train_batch_size"))
     train = datasets.train
@@ -79,10 +80,19 @@ def plan_memory(
     user = user_keys(cfg.memory)
     if not exact:
         user.setdefault("optimizer", "gpu")  # no other optimizer computes on the host
-    overlaps = cfg.memory.optimizer_overlap
-    if overlaps:
-        check_overlap(cfg, sharding)
+    overlaps, fp16 = cfg.memory.optimizer_overlap, bool(cfg.trainer("fp16"))
+    if overlaps and float(cfg.trainer("max_grad_norm")) > 0:
+        raise UserError(
+            "optimizer_overlap updates weights before the norm of all gradients is known, and max_grad_norm is "
+            f"{cfg.trainer('max_grad_norm')}. Set max_grad_norm: 0, or offload_gradients: true instead of optimizer_overlap."
+        )
+    for key, wanted in (("optimizer_overlap", overlaps), ("offload_gradients", cfg.memory.offload_gradients is True)):
+        if wanted:
+            check_leaving(key, sharding, fp16)
     held = reference_bytes(cfg, model_config, world if sharding == "fsdp2" else 1)
+
+    # Gradients of split weights are bf16. FSDP2 reduces them in fp32 and SplitAdamW sums micro-batches in fp32; DDP would reduce in bf16.
+    may_split = exact and bool(cfg.hf.get("bf16")) and not lora and sharding in ("none", "fsdp2") and not cfg.method.pure_bf16
 
     def choose(split: bool) -> MemoryPlan:
         return choose_memory(
@@ -103,13 +113,13 @@ def plan_memory(
             split_master=split,
             accumulates=int(cfg.trainer("gradient_accumulation_steps")) > 1 or sharding == "deepspeed",
             state_bytes=_state_bytes(narrow, model_config, counts),
+            # Split weights take less, and cost no time: fp32 gradients leave only where weights cannot be split.
+            leavable=sharding in ("none", "fsdp2") and not fp16 and split == may_split,
             overlaps=overlaps,
             user=user,
         )
 
     plan, host = choose(False), cfg.memory.optimizer_placement == "host"
-    # Gradients of split weights are bf16. FSDP2 reduces them in fp32 and SplitAdamW sums micro-batches in fp32; DDP would reduce in bf16.
-    may_split = exact and bool(cfg.hf.get("bf16")) and not lora and sharding in ("none", "fsdp2") and not cfg.method.pure_bf16
     if may_split and (host or not plan.fits):
         other = choose(True)
         if other.fits or host:
@@ -117,21 +127,16 @@ def plan_memory(
     return Memory(plan, False, narrow)
 
 
-def check_overlap(cfg: RunConfig, sharding: str) -> None:
-    """Refuses `optimizer_overlap` where gradients are not final when backward gives them.
+def check_leaving(key: str, sharding: str, fp16: bool) -> None:
+    """Refuses a key by which gradients leave during backward, where they are not final when backward gives them.
 
     Raises:
-        UserError: clipping, DDP, DeepSpeed or fp16.
+        UserError: DDP, DeepSpeed or fp16.
     """
-    if float(cfg.trainer("max_grad_norm")) > 0:
-        raise UserError(
-            "optimizer_overlap updates weights before the norm of all gradients is known, and max_grad_norm is "
-            f"{cfg.trainer('max_grad_norm')}. Set max_grad_norm: 0, or leave optimizer_overlap out."
-        )
     if sharding not in ("none", "fsdp2"):
-        raise UserError(f"optimizer_overlap works with FSDP2 or one process; this run has sharding: {sharding}.")
-    if cfg.trainer("fp16"):
-        raise UserError("optimizer_overlap needs gradients as they are, and fp16's are scaled. Use bf16.")
+        raise UserError(f"{key} works with FSDP2 or one process; this run has sharding: {sharding}.")
+    if fp16:
+        raise UserError(f"{key} needs gradients as they are, and fp16's are scaled. Use bf16.")
 
 
 def _state_bytes(narrow: Narrow | None, model_config: Any, counts: Counts) -> float:

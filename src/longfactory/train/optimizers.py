@@ -36,7 +36,10 @@ def optimizer_factory(cfg: RunConfig, memory: Memory) -> Callable[[Any, Any], to
         log.info("Nothing is clipped (max_grad_norm: 0): the host updates weights while backward goes on.")
     elif memory.plan.job.overlaps:
         log.warning("optimizer_overlap does nothing here: AdamW's states fit on the GPU. For the host: optimizer_placement: host.")
-    settings = {"placement": placement, "overlap": overlap}
+    elsewhere = memory.plan.choice.gradients == "host" and placement == "gpu"
+    if elsewhere:
+        log.warning("offload_gradients does nothing here: AdamW's states fit on the GPU. For the host: optimizer_placement: host.")
+    settings = {"placement": placement, "gradients": "gpu" if overlap else memory.plan.settings.gradients, "overlap": overlap}
     if cfg.method.loraplus_lr_ratio is not None:
         return _lora_plus(cfg.method, settings if ours else None)
     return _split_adamw(settings) if ours else None

@@ -104,7 +104,8 @@ def assemble(cfg: RunConfig, *, compares: bool = False) -> Assembled:
         log.info(line)
 
     model, head = build_model(cfg, model_config, tokenizer, ctx, args, stage, memory.split)
-    activations = apply_memory(model, memory.plan.settings, args.device)
+    aligned = -(-memory.plan.job.tokens // sp.alignment(ctx)) * sp.alignment(ctx)
+    activations = apply_memory(model, memory.plan.settings, args.device, longest=aligned // ctx.size)
     trainer = make_trainer(cfg, args, ctx, stage, model, head, tokenizer, datasets, memory)
     if not compares:
         trainer.add_callback(AtStart(trainer.continue_counting, lambda: prove_exact(trainer), lambda: attach_reference(trainer, cfg)))
@@ -256,7 +257,10 @@ def build_model(
         raise UserError(
             f"The tokenizer has {len(tokenizer)} tokens, the model's embedding {load.embedding_rows(model)}. Set resize_vocab: true."
         )
-    hf.prepare(model, ctx)
+    try:
+        hf.prepare(model, ctx)
+    except ValueError as error:  # a model that cannot be exact
+        raise UserError(str(error)) from error
     model = adapters.apply_finetuning(model, cfg.method, cfg.model, resized=grew)
     head = (
         TokenValues(model)

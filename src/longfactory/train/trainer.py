@@ -8,7 +8,6 @@ a collective whose backward is its exact adjoint. DDP, FSDP2 and ZeRO average ov
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -131,7 +130,13 @@ class RowTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         loader = self.loader(self.train_dataset, self._train_batch_size, self.shuffle, endless=True)
-        loader.set_epoch = (loader.batch_sampler or loader.dataset).set_epoch  # type: ignore[attr-defined]
+        source: Any = loader.dataset if loader.batch_sampler is None else loader.batch_sampler
+        if isinstance(source, RowSampler) and not len(source):
+            raise UserError(
+                f"dataloader_drop_last leaves no step: {source.length} samples are less than the {source.step} of an optimizer step. "
+                "Leave it out, or lower per_device_train_batch_size or gradient_accumulation_steps."
+            )
+        loader.set_epoch = source.set_epoch  # type: ignore[attr-defined]
         return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -245,6 +250,21 @@ class RowTrainer(Trainer):
             self.optimizer = self.make_optimizer(self.model if model is None else model, self)
         return super().create_optimizer() if model is None else super().create_optimizer(model)
 
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        try:
+            return super()._determine_best_metric(*args, **kwargs)
+        except KeyError as error:
+            raise UserError(str(error.args[0])) from error
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().create_scheduler(*args, **kwargs)
+        except (ValueError, TypeError) as error:
+            given = self.args.lr_scheduler_kwargs
+            raise UserError(
+                f"lr_scheduler_type: {self.args.lr_scheduler_type.value} cannot be made with lr_scheduler_kwargs: {given}: {error}"
+            ) from error
+
     def _split_adamw(self) -> SplitAdamW | None:
         """The optimizer, where it is the one that transformers and FSDP2's checkpoints do not know."""
         if self.is_deepspeed_enabled:
@@ -256,7 +276,7 @@ class RowTrainer(Trainer):
         optimizer, last = self._split_adamw(), self.accelerator.sync_gradients
         if optimizer is None:
             return super().training_step(*args, **kwargs)
-        with optimizer.during_backward() if optimizer.overlap and last else contextlib.nullcontext():
+        with optimizer.during_backward(last):
             loss = super().training_step(*args, **kwargs)
         if self.args.gradient_accumulation_steps > 1:
             optimizer.accumulate(last=last)

@@ -19,7 +19,7 @@ from longfactory.model.memory.waiting import Activations
 log = logging.getLogger(__name__)
 
 
-def apply_memory(model: nn.Module, settings: MemorySettings, device: torch.device | str | None = None) -> Activations:
+def apply_memory(model: nn.Module, settings: MemorySettings, device: torch.device | str | None = None, longest: int = 0) -> Activations:
     """Installs checkpointing, kept attention, offload and layer pieces on every decoder layer. Once a model.
 
     Call it after PEFT has added its adapters and after `sp.hf.prepare`, before or after FSDP2 and DDP wrap the model (it replaces the
@@ -28,13 +28,15 @@ def apply_memory(model: nn.Module, settings: MemorySettings, device: torch.devic
 
     Args:
         device: where the model computes; by default where its parameters are.
+        longest: this rank's tokens of the longest row, for which host memory is locked when the first row comes; 0 if unknown.
 
     Raises:
         ConfigError: settings that this model cannot have; says which and what to change.
     """
     _, layers = decoder_layers(model)
     device = torch.device(device) if device is not None else next(model.parameters()).device
-    store = Activations(settings, len(layers), device, _attention_share(getattr(model, "config", None), next(model.parameters()).dtype))
+    share = _attention_share(getattr(model, "config", None), next(model.parameters()).dtype)
+    store = Activations(settings, len(layers), device, share, longest)
     if settings.checkpoint == "none":
         return store
     config: Any = getattr(model, "config", None)

@@ -64,6 +64,7 @@ def choose_memory(
     split_master: bool = False,
     accumulates: bool = False,
     state_bytes: float = 8,
+    leavable: bool = True,
     overlaps: bool = False,
     user: dict[str, Any] | None = None,
 ) -> MemoryPlan:
@@ -79,7 +80,7 @@ def choose_memory(
         trainable, parameters: counts, where known. lora: the trained ones are adapters (a hundredth, if not counted).
         head_trained: whether the output layer is, where known.
         split_master: trained weights are bf16 with a 16-bit remainder (`SplitAdamW`), not fp32.
-        accumulates, state_bytes, overlaps: as in `plan.model.Job`; buffers of DDP are seen here.
+        accumulates, state_bytes, leavable, overlaps: as in `plan.model.Job`; buffers of DDP are seen here.
         user: keys that the user set, as in `plan.model.Choice`; they are kept.
     """
     user = dict(user or {})
@@ -96,11 +97,12 @@ def choose_memory(
         )
     kind = machine(gpu_name, world, host_bytes, gpus_per_host, gpu_bytes)
     early = accumulates or (world > 1 and not sharded)
-    job = Job(shape, kind, tokens, sp, sharded, 2 if split_master else 4, early, state_bytes, overlaps)
+    leavable = leavable and (sharded or world == 1)
+    job = Job(shape, kind, tokens, sp, sharded, 2 if split_master else 4, early, state_bytes, leavable, overlaps)
     choice, budget, fits = choose(job, mode, HOST_SHARE, user)
     parked = budget.host.get("layer inputs and kept attention", 0.0) / kind.on_host
     # Sizes in the plan are estimates: a tenth more may be locked, within the share of the host.
-    free = (HOST_SHARE * host_bytes - budget.host.get("optimizer", 0.0)) / kind.on_host
+    free = (HOST_SHARE * host_bytes - budget.host_total) / kind.on_host + parked
     return MemoryPlan(
         _settings(choice, int(min(1.1 * parked + GiB, max(free, 0)))), job, choice, budget, fits, table(job, choice, budget, fits, mode)
     )
@@ -118,6 +120,7 @@ def _settings(c: Choice, pool: int) -> MemorySettings:
         segment_layers=c.segment_layers,
         late_prefetch=c.late_prefetch,
         optimizer=c.optimizer,  # type: ignore[arg-type]
+        gradients=c.gradients if c.optimizer == "host" else "gpu",  # type: ignore[arg-type]
     )
 
 
@@ -138,6 +141,8 @@ def user_keys(args: Any) -> dict[str, Any]:
         keys["segment_layers"] = int(args.segment_layers)
     if args.optimizer_placement != "auto":
         keys["optimizer"] = args.optimizer_placement
+    if args.offload_gradients != "auto":
+        keys["gradients"] = "host" if args.offload_gradients else "gpu"
     return keys
 
 

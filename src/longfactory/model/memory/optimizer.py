@@ -14,11 +14,12 @@ fp32 or fp64 parameters (FSDP2's sharded masters) there is no split: the paramet
 Gradients of bf16 parameters are bf16. Those of several micro-batches are summed in fp32, where the states live (`accumulate`), and rounded
 once, as the gradient of one micro-batch is.
 
-With `overlap`, a parameter is updated as soon as its gradient is final, by a thread of the host, while backward goes on with the layers
-below (`during_backward`). Its gradient leaves the GPU with that. Whoever clips needs the norm of all gradients before the first update, so
-this is for runs that do not. The weight is written while backward runs, which is safe: a gradient is final when every function that gives a
-part of it has run, on the GPU what they read is waited for, and FSDP2 gathers a shard for backward before it reduces its gradient. A
-function that saved the weight and gives no part of its gradient is stopped by autograd's count of changes.
+Where states are on the host, gradients can leave the GPU as soon as they are final, while backward goes on with the layers below
+(`during_backward`): a thread of the host takes them. With `gradients="host"` they wait there for the norm of all and the update after it.
+With `overlap` the thread updates their weights at once, which is for runs that do not clip. The weight is then written while backward runs,
+which is safe: a gradient is final when every function that gives a part of it has run, on the GPU what they read is waited for, and FSDP2
+gathers a shard for backward before it reduces its gradient. A function that saved the weight and gives no part of its gradient is stopped
+by autograd's count of changes.
 """
 
 from __future__ import annotations
@@ -26,18 +27,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
-import queue
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 24  # elements that travel together
-AHEAD = 64  # blocks of gradients that backward may be ahead of the updates; beyond, it waits: so many are on the GPU at most
+from longfactory.model.memory.host_jobs import Job, Stage, Worker, work_off
+
+BLOCK = 1 << 24  # elements that travel together; `host_jobs.AHEAD` blocks of gradients that leave are on the GPU at most
 _INNER = (1 << 15) * torch.get_num_threads()  # elements computed together on the host: a core's share and its scratch stay in its cache
 
 
@@ -72,13 +71,14 @@ class SplitAdamW(torch.optim.Optimizer):
     Args:
         placement: "host" keeps states in host memory and computes there; "gpu" keeps them beside the parameter.
         lr, betas, eps, weight_decay: as in torch.optim.AdamW.
-        overlap: updates are made `during_backward`, where the caller enters it. For states on the host.
+        gradients: "host" takes them off the GPU in `during_backward`, and they wait in host memory. For states on the host.
+        overlap: updates are made in `during_backward`, and no gradient waits anywhere. For states on the host.
 
     Gradients are read from `.grad`, so clipping and accumulation can be the caller's, as with any optimizer; `clip` and `accumulate` do not
     round them to bf16. States are this rank's shards: `shard.optimizer_states` keeps them in checkpoints.
 
     Raises:
-        ValueError: a parameter that is neither bf16, fp32 nor fp64; overlap with states on the GPU.
+        ValueError: a parameter that is neither bf16, fp32 nor fp64; overlap, or gradients on the host, with states on the GPU.
     """
 
     def __init__(
@@ -89,21 +89,25 @@ class SplitAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         placement: Literal["gpu", "host"] = "host",
+        gradients: Literal["gpu", "host"] = "gpu",
         overlap: bool = False,
     ) -> None:
-        if placement not in ("gpu", "host"):
-            raise ValueError(f"SplitAdamW: placement is {placement!r}; it must be gpu or host.")
-        if overlap and placement == "gpu":
-            raise ValueError("SplitAdamW: overlap is for states on the host.")
+        for name, value in (("placement", placement), ("gradients", gradients)):
+            if value not in ("gpu", "host"):
+                raise ValueError(f"SplitAdamW: {name} is {value!r}; it must be gpu or host.")
+        if placement == "gpu" and (overlap or gradients == "host"):
+            raise ValueError("SplitAdamW: overlap and gradients on the host are for states on the host.")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.placement, self.overlap = placement, overlap
-        self._stages: list[_Stage] = []
+        self.placement, self.gradients, self.overlap = placement, gradients, overlap
+        self._stages: list[Stage] = []
         self._scale = 1.0  # of the gradients of the next step
         self._sums: dict[Tensor, Tensor] = {}  # parameter -> fp32 sum of this rank's part of its gradient, where the states live
         self._summed: set[Tensor] = set()  # those with something of this step in it
-        # Parameters updated during this step's backward -> norm of their gradient, or norms of its blocks.
+        # Parameters whose gradient left during this step's backward -> its norm, or norms of its blocks.
         self._left: dict[Tensor, Tensor] = {}
-        self._worker: _Worker | None = None
+        self._away: dict[Tensor, Tensor] = {}  # those of them that are not updated yet -> their gradient on the host, flat
+        self._rooms: dict[Tensor, Tensor] = {}  # host memory of gradients, kept from step to step
+        self._worker: Worker | None = None
         for group in self.param_groups:
             for p in group["params"]:
                 if p.dtype not in (torch.bfloat16, torch.float32, torch.float64):
@@ -118,28 +122,41 @@ class SplitAdamW(torch.optim.Optimizer):
         self._join()
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None:
+                if p.grad is not None and p in self._away:
+                    raise RuntimeError("SplitAdamW: a gradient came after that of the step's last micro-batch had left the device.")
+                if p.grad is not None or p in self._away:
                     self.prepare(p)
                     self.state[p]["step"] += 1
         self._do([job for work in self._work() for job in work.jobs()])
         self._scale = 1.0
         self._left.clear()
+        self._away.clear()
         return loss
 
-    @contextlib.contextmanager
-    def during_backward(self) -> Iterator[None]:
-        """Around the backward of a step's last micro-batch: parameters are updated as gradients become final, and `.grad` is None again.
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._left.clear()
+        self._away.clear()
 
-        `accumulate` and `clip(inf)` follow as ever, and `step` ends it. Everything is what it would be without, in every bit.
+    @contextlib.contextmanager
+    def during_backward(self, last: bool = True) -> Iterator[None]:
+        """Around the backward of a micro-batch: gradients leave the device as they become final, and `.grad` is None again, where
+        `gradients="host"` or `overlap` says so. Elsewhere it does nothing.
+
+        Args:
+            last: it is the step's last micro-batch. Of those before it, bf16 gradients leave; others stay in `.grad`, where autograd sums.
+
+        `accumulate`, `clip` (of inf alone, with `overlap`) and `step` follow as ever. Everything is what it would be without, in every bit.
 
         Raises:
             RuntimeError: in backward, if a gradient comes twice. Autograd and FSDP2 sum over all uses of a parameter before it comes.
         """
+        leaves = self.overlap or self.gradients == "host"
         handles = [
-            p.register_post_accumulate_grad_hook(functools.partial(self._leave, group=group))
+            p.register_post_accumulate_grad_hook(functools.partial(self._leave, group=group, last=last))
             for group in self.param_groups
             for p in group["params"]
-            if p.requires_grad
+            if leaves and p.requires_grad and (last or p.dtype == torch.bfloat16)
         ]
         try:
             yield
@@ -148,44 +165,70 @@ class SplitAdamW(torch.optim.Optimizer):
                 handle.remove()
 
     @torch.no_grad()
-    def _leave(self, p: Any, group: dict[str, Any]) -> None:
-        """A hook: the gradient of `p` is final. It goes to the thread that updates."""
+    def _leave(self, p: Any, group: dict[str, Any], last: bool) -> None:
+        """A hook: the gradient of `p` in this micro-batch is final. It goes to the thread that sums, keeps or updates."""
         if p in self._left:
             raise RuntimeError(
-                "SplitAdamW: the gradient of a parameter came twice in one step, and it had been updated with the first. Set "
-                "max_grad_norm: 1.0e9, which clips nothing and updates all parameters after backward."
+                "SplitAdamW: the gradient of a parameter came twice in one step, and the first had left the device. Set offload_gradients: "
+                "false and optimizer_overlap: false."
             )
-        self.prepare(p)
-        self.state[p]["step"] += 1
-        block = self._block(p, group)
-        jobs = list(block.jobs())
-        torch.autograd.graph.increment_version(block.weight)  # now, and not when the thread comes to write it
-        if p in self._summed:
-            self._summed.discard(p)
-            self._left[p] = norms = torch.zeros(len(jobs))
-            sums = self._sums[p].split(BLOCK)
-            jobs = [
-                dataclasses.replace(job, compute=functools.partial(_sum_and_update, update=job.compute, total=t, norm=n))
-                for job, t, n in zip(jobs, sums, norms, strict=False)  # an empty shard is one block of sums, and no job
-            ]
+        grad = _flat(p.grad, "gradient")
+        summed = p in self._summed
+        pieces, sums = grad.split(BLOCK), self._sum(p).split(BLOCK) if summed or not last else ()
+        if not last:
+            jobs = list(_sum_jobs(grad, self._sum(p), first=not summed, last=False))
+            self._summed.add(p)
         else:
-            self._left[p] = _norm(local(p.grad))
+            self._summed.discard(p)
+            self._left[p] = norms = torch.zeros(len(pieces)) if summed else _norm(grad)
+            if self.overlap:
+                self.prepare(p)
+                self.state[p]["step"] += 1
+                block = self._block(p, group, grad)
+                jobs = list(block.jobs())
+                torch.autograd.graph.increment_version(block.weight)  # now, and not when the thread comes to write it
+                if summed:
+                    jobs = [
+                        dataclasses.replace(job, compute=functools.partial(_sum_and_update, update=job.compute, total=t, norm=n))
+                        for job, t, n in zip(jobs, sums, norms, strict=False)  # an empty shard is one block of sums, and no job
+                    ]
+            elif summed:
+                self._away[p] = self._sum(p)
+                keep = [functools.partial(_sum_and_keep, total=t, norm=n) for t, n in zip(sums, norms, strict=True)]
+                jobs = [Job((g,), k, 0) for g, k in zip(pieces, keep, strict=True)]
+            else:
+                self._away[p] = self._room(p, grad)
+                jobs = [Job((g,), r.copy_, 0) for g, r in zip(pieces, self._away[p].split(BLOCK), strict=True)]
         p.grad = None
+        self._give([job for job in jobs if job.pieces[0].numel()])
+
+    def _room(self, p: Any, grad: Tensor) -> Tensor:
+        if p not in self._rooms:
+            self._rooms[p] = torch.empty(grad.numel(), dtype=grad.dtype)
+        return self._rooms[p]
+
+    def _sum(self, p: Any) -> Tensor:
+        if p not in self._sums:
+            self._sums[p] = torch.empty(local(p).numel(), dtype=torch.float32, device=self._place(p))
+        return self._sums[p]
+
+    def _give(self, jobs: list[Job]) -> None:
+        """Jobs that become possible during backward, for the thread that does them."""
         if self._worker is None:
             parts = (local(q) for g in self.param_groups for q in g["params"])
             device = next((t.device for t in parts if self._streamed(t)), None)
             if device is not None:
                 self._make_stages(device)
-            self._worker = _Worker(self._stages, device)
-        if self._streamed(block.weight):
-            ready = torch.cuda.Event()
-            ready.record(torch.cuda.current_stream(block.weight.device))  # FSDP2's hooks run on the stream of its reductions
-            jobs = [dataclasses.replace(job, ready=ready) for job in jobs]
+            self._worker = Worker(self._stages, device)
         for job in jobs:
+            if self._streamed(job.pieces[0]):
+                ready = torch.cuda.Event()
+                ready.record(torch.cuda.current_stream(job.pieces[0].device))  # FSDP2's hooks run on the stream of its reductions
+                job = dataclasses.replace(job, ready=ready)
             self._worker.give(job)
 
     def _join(self) -> None:
-        """Waits for the updates that were begun during backward."""
+        """Waits for what was begun during backward."""
         if self._worker is None:
             return
         worker, self._worker = self._worker, None
@@ -203,7 +246,7 @@ class SplitAdamW(torch.optim.Optimizer):
         params = [p for g in self.param_groups for p in g["params"] if p.grad is not None or p in self._left]
         if not params:
             return torch.zeros(())
-        if self._left and max_norm != math.inf:
+        if self._left and self.overlap and max_norm != math.inf:
             raise RuntimeError("SplitAdamW: updates were made during backward, and cannot be clipped after it.")
         sharded = [p for p in params if hasattr(p, "placements")]
         whole = [p for p in params if not hasattr(p, "placements")]
@@ -226,7 +269,9 @@ class SplitAdamW(torch.optim.Optimizer):
         `.grad` is taken away, and is the whole sum, rounded once, after the `last` micro-batch. fp32 and fp64 gradients stay in `.grad`,
         where autograd sums them.
         """
-        jobs: list[_Job] = []
+        if last:
+            self._join()
+        jobs: list[Job] = []
         taken: list[Tensor] = []
         for p in (p for g in self.param_groups for p in g["params"] if p.dtype == torch.bfloat16):
             begun = p in self._summed
@@ -234,12 +279,7 @@ class SplitAdamW(torch.optim.Optimizer):
                 p.grad = torch.zeros_like(p)
             if p.grad is None or (last and not begun):
                 continue
-            grad = local(p.grad)
-            if not grad.is_contiguous():
-                raise RuntimeError("SplitAdamW: a gradient is not contiguous in memory.")
-            if p not in self._sums:
-                self._sums[p] = torch.empty(grad.numel(), dtype=torch.float32, device=self._place(p))
-            jobs += _sum_jobs(grad.view(-1), self._sums[p], first=not begun, last=last)
+            jobs += _sum_jobs(_flat(p.grad, "gradient"), self._sum(p), first=not begun, last=last)
             if not last:
                 self._summed.add(p)
                 taken.append(p)
@@ -249,7 +289,7 @@ class SplitAdamW(torch.optim.Optimizer):
         if last:
             self._summed.clear()
 
-    def _do(self, jobs: list[_Job]) -> None:
+    def _do(self, jobs: list[Job]) -> None:
         """Jobs in any order; those on GPU tensors with states on the host by way of page-locked memory."""
         streamed = [j for j in jobs if self._streamed(j.pieces[0])]
         for job in jobs:
@@ -281,29 +321,27 @@ class SplitAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    yield self._block(p, group)
+                    yield self._block(p, group, local(p.grad).contiguous().view(-1))
+                elif p in self._away:
+                    yield self._block(p, group, self._away[p], away=True)
 
-    def _block(self, p: Any, group: dict[str, Any]) -> _Block:
+    def _block(self, p: Any, group: dict[str, Any], grad: Tensor, away: bool = False) -> _Block:
         s = self.state[p]
         low = s["low"].view(-1) if "low" in s else None
-        flat = local(p.detach())
-        if not flat.is_contiguous():
-            raise RuntimeError("SplitAdamW: a parameter is not contiguous in memory.")
-        grad = local(p.grad).contiguous().view(-1)
         m, v = s["exp_avg"].view(-1), s["exp_avg_sq"].view(-1)
-        return _Block(flat.view(-1), grad, low, m, v, s["step"], group, self._scale)
+        return _Block(_flat(p.detach(), "parameter"), grad, low, m, v, s["step"], group, self._scale, away)
 
     def _make_stages(self, device: torch.device) -> None:
         if not self._stages:
             widest = max(p.element_size() for g in self.param_groups for p in g["params"])
-            self._stages = [_Stage(device, widest * BLOCK) for _ in range(2)]
+            self._stages = [Stage(device, widest * BLOCK) for _ in range(2)]
 
     def _await_stages(self) -> None:
         """What reads the weights from now on waits for those that are on their way back."""
         for stage in self._stages:
             torch.cuda.current_stream(stage.device).wait_stream(stage.stream)
 
-    def _stream(self, jobs: list[_Job]) -> None:
+    def _stream(self, jobs: list[Job]) -> None:
         """Jobs on GPU tensors, computed on the host."""
         self._join()  # its thread uses the same stages
         device = jobs[0].pieces[0].device
@@ -311,7 +349,7 @@ class SplitAdamW(torch.optim.Optimizer):
         now = torch.cuda.current_stream(device)
         for stage in self._stages:
             stage.stream.wait_stream(now)  # gradients are complete
-        _work_off(jobs, self._stages)
+        work_off(jobs, self._stages)
         self._await_stages()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -334,26 +372,23 @@ class SplitAdamW(torch.optim.Optimizer):
         return join(here, low.to(here.device)) if low is not None else here.to(torch.promote_types(p.dtype, torch.float32)).clone()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """Work on flat pieces of a parameter and its gradient. `compute` is given them, or copies of them on the host; it changes the first
-    `changed` of them. `ready`: the pieces are complete, and what is changed is read no more, once this has come to pass."""
-
-    pieces: tuple[Tensor, ...]
-    compute: Callable[..., None]
-    changed: int
-    ready: torch.cuda.Event | None = None
+def _flat(t: Any, what: str) -> Tensor:
+    """[numel] of this rank's part, sharing its memory."""
+    part = local(t)
+    if not part.is_contiguous():
+        raise RuntimeError(f"SplitAdamW: a {what} is not contiguous in memory.")
+    return part.view(-1)
 
 
 def _norm(t: Tensor) -> Tensor:
     return torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32))
 
 
-def _sum_jobs(grad: Tensor, total: Tensor, *, first: bool, last: bool) -> Iterator[_Job]:
+def _sum_jobs(grad: Tensor, total: Tensor, *, first: bool, last: bool) -> Iterator[Job]:
     """`_add` in jobs."""
     for g, t in zip(grad.split(BLOCK), total.split(BLOCK), strict=True):
         if g.numel():
-            yield _Job((g,), functools.partial(_add, total=t, first=first, last=last), int(last))
+            yield Job((g,), functools.partial(_add, total=t, first=first, last=last), int(last))
 
 
 def _add(grad: Tensor, total: Tensor, *, first: bool, last: bool) -> None:
@@ -371,13 +406,21 @@ def _sum_and_update(weight: Tensor, grad: Tensor, *, update: Callable[..., None]
     update(weight, grad)
 
 
+def _sum_and_keep(grad: Tensor, *, total: Tensor, norm: Tensor) -> None:
+    """fp32 `total` = itself + `grad`, rounded to the type of `grad`; `norm` [] becomes that of it."""
+    _add(grad, total, first=False, last=True)
+    total.copy_(grad)
+    norm.copy_(_norm(grad))
+
+
 def _inner(t: Tensor) -> int:
     return max(t.numel(), 1) if t.is_cuda else _INNER
 
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """Flat pieces, of equal length, of one parameter and what belongs to it. `scale`: of the gradient."""
+    """Flat pieces, of equal length, of one parameter and what belongs to it. `scale`: of the gradient. `away`: it is where the states are,
+    and the weight may be elsewhere."""
 
     weight: Tensor
     grad: Tensor
@@ -387,16 +430,20 @@ class _Block:
     step: Tensor
     group: dict[str, Any]
     scale: float
+    away: bool = False
 
     def cut(self, a: int, b: int) -> _Block:
         low = self.low[a:b] if self.low is not None else None
         return dataclasses.replace(self, weight=self.weight[a:b], grad=self.grad[a:b], low=low, m=self.m[a:b], v=self.v[a:b])
 
-    def jobs(self) -> Iterator[_Job]:
+    def jobs(self) -> Iterator[Job]:
         """One AdamW step, a job for each `BLOCK` numbers."""
         for a in range(0, self.weight.numel(), BLOCK):
             part = self.cut(a, a + BLOCK)
-            yield _Job((part.weight, part.grad), part.update_at, 1)
+            if self.away:
+                yield Job((part.weight,), functools.partial(part.update_at, grad=part.grad), 1)
+            else:
+                yield Job((part.weight, part.grad), part.update_at, 1)
 
     def update_at(self, weight: Tensor, grad: Tensor) -> None:
         """One AdamW step of `weight`, the block's own or a copy where its states are."""
@@ -440,99 +487,3 @@ def _adamw(master: Tensor, grad: Tensor, part: _Block) -> None:
         amsgrad=False,
         maximize=False,
     )
-
-
-class _Stage:
-    """Page-locked room for the pieces of one job, with a stream of its own."""
-
-    def __init__(self, device: torch.device, room: int) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device)
-        self.ready = torch.cuda.Event()
-        self.room = [torch.empty(room, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-
-    def _views(self, job: _Job) -> list[Tensor]:
-        return [room[: t.numel() * t.element_size()].view(t.dtype) for room, t in zip(self.room, job.pieces, strict=False)]
-
-    def bring(self, job: _Job) -> None:
-        self.stream.synchronize()  # what went back from this room is there
-        if job.ready is not None:
-            self.stream.wait_event(job.ready)
-        with torch.cuda.stream(self.stream):
-            for here, there in zip(self._views(job), job.pieces, strict=True):
-                here.copy_(there, non_blocking=True)
-            self.ready.record(self.stream)
-
-    def compute_and_return(self, job: _Job) -> None:
-        views = self._views(job)
-        self.ready.synchronize()
-        job.compute(*views)
-        with torch.cuda.stream(self.stream):
-            for here, there in zip(views[: job.changed], job.pieces, strict=False):
-                there.copy_(here, non_blocking=True)
-
-
-def _work_off(jobs: Iterable[_Job | None], stages: list[_Stage]) -> None:
-    """Jobs in turn, each computed while the next one comes to the host. None: there is no next one yet."""
-    turn = itertools.cycle(stages)
-    begun: tuple[_Stage, _Job] | None = None
-    for job in itertools.chain(jobs, (None,)):
-        coming = None if job is None else (next(turn), job)
-        if coming is not None:
-            coming[0].bring(coming[1])
-        if begun is not None:
-            begun[0].compute_and_return(begun[1])
-        begun = coming
-
-
-class _Worker:
-    """A thread that does jobs in the order in which they come, until `finish`.
-
-    Args:
-        stages, device: of GPU tensors. Without a device jobs are computed where their pieces are.
-    """
-
-    def __init__(self, stages: list[_Stage], device: torch.device | None) -> None:
-        self._jobs: queue.Queue[_Job | None] = queue.Queue(AHEAD)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(stages, device), name="SplitAdamW", daemon=True)
-        self._thread.start()
-
-    def give(self, job: _Job) -> None:
-        """Waits while `AHEAD` jobs are still to be begun."""
-        self._jobs.put(job)
-
-    def finish(self) -> None:
-        """Waits for all jobs; raises what one of them raised."""
-        self._jobs.put(None)
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    @torch.no_grad()  # which is a thread's own, as the current device is
-    def _run(self, stages: list[_Stage], device: torch.device | None) -> None:
-        try:
-            if device is None:
-                for job in iter(self._jobs.get, None):
-                    job.compute(*job.pieces)
-            else:
-                with torch.cuda.device(device):
-                    _work_off(self._coming(), stages)
-        except BaseException as error:
-            self._error = error
-            for _ in iter(self._jobs.get, None):  # who gives jobs must not wait for ever
-                pass
-
-    def _coming(self) -> Iterator[_Job | None]:
-        idle = True
-        while True:
-            try:
-                job = self._jobs.get(block=idle)
-            except queue.Empty:
-                idle, job = True, None  # without the last gradient in hand
-                yield None
-                continue
-            if job is None:
-                return
-            idle = False
-            yield job

@@ -27,6 +27,7 @@ class MemorySettings:
         segment_layers: store the input of every k-th layer only; the layers between are run forward once more. 1 stores all.
         late_prefetch: fetch the tensors of the next layer only when this layer's attention is done: less memory, a little time.
         optimizer: where AdamW's fp32 states live and are updated.
+        gradients: where they wait for that; "host", which needs the optimizer there, takes them off the GPU during backward.
     """
 
     checkpoint: Literal["none", "full"] = "full"
@@ -40,6 +41,7 @@ class MemorySettings:
     segment_layers: int = 1
     late_prefetch: bool = False
     optimizer: Literal["gpu", "host"] = "gpu"
+    gradients: Literal["gpu", "host"] = "gpu"
 
     def __post_init__(self) -> None:
         if self.checkpoint not in ("none", "full"):
@@ -50,8 +52,9 @@ class MemorySettings:
             raise ConfigError(f"memory: offload is {self.offload!r}; it must be none, inputs or inputs+attention.")
         if self.layer not in ("auto", "generic"):
             raise ConfigError(f"memory: layer is {self.layer!r}; it must be auto or generic.")
-        if self.optimizer not in ("gpu", "host"):
-            raise ConfigError(f"memory: optimizer is {self.optimizer!r}; it must be gpu or host.")
+        for name in ("optimizer", "gradients"):
+            if getattr(self, name) not in ("gpu", "host"):
+                raise ConfigError(f"memory: {name} is {getattr(self, name)!r}; it must be gpu or host.")
         for name, least in (("attention_groups", 1), ("segment_layers", 1), ("last_layers_on_gpu", 0), ("pool_bytes", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"memory: {name} is {getattr(self, name)}; it must be at least {least}.")

@@ -118,12 +118,16 @@ class Segment:
 class Activations:
     """Decides where the tensors of `layers` decoder layers wait.
 
-    `attention_share`: bytes of what one layer's attention returns, of those of its input.
+    `attention_share`: bytes of what one layer's attention returns, of those of its input. `longest`: this rank's tokens of the longest row,
+    if known: host memory is locked for that row, whichever comes first.
     """
 
-    def __init__(self, settings: MemorySettings, layers: int, device: torch.device | str, attention_share: float = 1.0) -> None:
+    def __init__(
+        self, settings: MemorySettings, layers: int, device: torch.device | str, attention_share: float = 1.0, longest: int = 0
+    ) -> None:
         self.settings = settings
         self.attention_share = attention_share
+        self.longest = longest
         self.layers = layers
         self.device = torch.device(device)
         self.pool: HostPool | None = None
@@ -175,9 +179,11 @@ class Activations:
         """`call(x)` runs the layer again, for segments; it is used under `torch.no_grad()`."""
         k = self.settings.segment_layers
         if k == 1:
+            self._lock_all(x)
             return LayerInput(self.wait(index, [x]))
         if index % k == 0 or self._segment is None:
             self._segment = Segment(self)
+            self._lock_all(x)
         handle = self._segment.add(index, x, call)
         if index % k == k - 1 or index == self.layers - 1:
             self._segment = None
@@ -186,15 +192,19 @@ class Activations:
     def wait(self, index: int, tensors: Sequence[Tensor]) -> Waiting:
         if self.pool is None or index >= self.layers - self.settings.last_layers_on_gpu:
             return Here(tensors)
-        if self.pool.locked_bytes == 0:
-            # Locking is slow: all slots of the step at once. Of two sizes, or they would need more than the memory planned for them.
-            nbytes = sum(t.numel() * t.element_size() for t in tensors) + 512
-            kinds = zip((nbytes, int(nbytes * self.attention_share) + 512), self._parks, strict=True)
-            count = 0
-            for size, more in sorted(kinds, reverse=True):
-                count += more
-                self.pool.reserve(size, count if more else 0)
         return self.pool.park(tensors)
+
+    def _lock_all(self, x: Tensor) -> None:
+        """Before the first layer input [batch, tokens, hidden] is parked: locking is slow, so all slots of a step are locked at once. They
+        are of two sizes, or they would need more than the memory planned for them."""
+        if self.pool is None or self.pool.locked_bytes > 0:
+            return
+        nbytes = x.numel() * x.element_size() * max(x.shape[1], self.longest) // x.shape[1] + 512
+        kinds = zip((nbytes, int(nbytes * self.attention_share) + 512), self._parks, strict=True)
+        count = 0
+        for size, more in sorted(kinds, reverse=True):
+            count += more
+            self.pool.reserve(size, count if more else 0)
 
     def wait_attention(self, index: int, pairs: Sequence[Pair]) -> Waiting | None:
         if not pairs:

@@ -1,0 +1,125 @@
+"""Computing on the host with pieces of GPU tensors: they come to page-locked memory on side streams and go back, one piece ahead.
+
+A job's pieces come over while the job before is computed, so that the host never waits for a copy that it could have begun. `Worker` does
+the same in a thread, for jobs that are found while the GPU goes on with a backward pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+AHEAD = 64  # jobs that may wait for a worker; who gives more waits
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Work on flat pieces of a parameter and its gradient. `compute` is given them, or copies of them on the host; it changes the first
+    `changed` of them. `ready`: the pieces are complete, and what is changed is read no more, once this has come to pass."""
+
+    pieces: tuple[Tensor, ...]
+    compute: Callable[..., None]
+    changed: int
+    ready: torch.cuda.Event | None = None
+
+
+class Stage:
+    """Page-locked room for the pieces of one job, with a stream of its own."""
+
+    def __init__(self, device: torch.device, room: int) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.ready = torch.cuda.Event()
+        self.room = [torch.empty(room, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+
+    def _views(self, job: Job) -> list[Tensor]:
+        return [room[: t.numel() * t.element_size()].view(t.dtype) for room, t in zip(self.room, job.pieces, strict=False)]
+
+    def bring(self, job: Job) -> None:
+        self.stream.synchronize()  # what went back from this room is there
+        if job.ready is not None:
+            self.stream.wait_event(job.ready)
+        with torch.cuda.stream(self.stream):
+            for here, there in zip(self._views(job), job.pieces, strict=True):
+                here.copy_(there, non_blocking=True)
+            self.ready.record(self.stream)
+
+    def compute_and_return(self, job: Job) -> None:
+        views = self._views(job)
+        self.ready.synchronize()
+        job.compute(*views)
+        with torch.cuda.stream(self.stream):
+            for here, there in zip(views[: job.changed], job.pieces, strict=False):
+                there.copy_(here, non_blocking=True)
+
+
+def work_off(jobs: Iterable[Job | None], stages: list[Stage]) -> None:
+    """Jobs in turn, each computed while the next one comes to the host. None: there is no next one yet."""
+    turn = itertools.cycle(stages)
+    begun: tuple[Stage, Job] | None = None
+    for job in itertools.chain(jobs, (None,)):
+        coming = None if job is None else (next(turn), job)
+        if coming is not None:
+            coming[0].bring(coming[1])
+        if begun is not None:
+            begun[0].compute_and_return(begun[1])
+        begun = coming
+
+
+class Worker:
+    """A thread that does jobs in the order in which they come, until `finish`.
+
+    Args:
+        stages, device: of GPU tensors. Without a device jobs are computed where their pieces are.
+    """
+
+    def __init__(self, stages: list[Stage], device: torch.device | None) -> None:
+        self._jobs: queue.Queue[Job | None] = queue.Queue(AHEAD)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(stages, device), name="SplitAdamW", daemon=True)
+        self._thread.start()
+
+    def give(self, job: Job) -> None:
+        """Waits while `AHEAD` jobs are still to be begun."""
+        self._jobs.put(job)
+
+    def finish(self) -> None:
+        """Waits for all jobs; raises what one of them raised."""
+        self._jobs.put(None)
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    @torch.no_grad()  # which is a thread's own, as the current device is
+    def _run(self, stages: list[Stage], device: torch.device | None) -> None:
+        try:
+            if device is None:
+                for job in iter(self._jobs.get, None):
+                    job.compute(*job.pieces)
+            else:
+                with torch.cuda.device(device):
+                    work_off(self._coming(), stages)
+        except BaseException as error:
+            self._error = error
+            for _ in iter(self._jobs.get, None):  # who gives jobs must not wait for ever
+                pass
+
+    def _coming(self) -> Iterator[Job | None]:
+        idle = True
+        while True:
+            try:
+                job = self._jobs.get(block=idle)
+            except queue.Empty:
+                idle, job = True, None  # without the last gradient in hand
+                yield None
+                continue
+            if job is None:
+                return
+            idle = False
+            yield job
