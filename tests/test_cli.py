@@ -39,6 +39,13 @@ def test_help_on_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert "evaluation_strategy is another name of eval_strategy" in capsys.readouterr().out
     assert cli.main(["train", "--help", "no such thing"]) == 0
     assert "No key has" in capsys.readouterr().out
+    assert cli.main(["verify", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "verify_rows=2" in out and "verify_tokens=2048" in out and "cutoff_len: 2048" in out
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["plan", "--help"])
+    out = capsys.readouterr().out
+    assert "longfactory plan run.yaml" in out and "--host-gib" in out
 
 
 def test_version_and_env(capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,22 @@ LongFactory {version}: post-train language models on sequences of any length.
 Keys have LLaMA-Factory's names; --key value works as well as key=value. One line makes a sequence span devices:
   sequence_parallel_size: 8
 """
+# What comes before a command's own list of options or keys.
+ABOVE = {
+    "plan": """\
+longfactory plan run.yaml [key=value ...] [--gpu H200 --gpus 8 ...]
+  Model, tokens, sequence_parallel_size, memory and LoRA are those of the run; an option below takes their place.
+  Without a file:
+""",
+    "verify": """\
+Its own keys, which no file holds (docs/verify.md)
+  verify_rows=2
+      Rows of the run's training data that are compared.
+  verify_tokens=2048
+      Longest row; of a longer one each document keeps its last tokens.
+
+""",
+}
 
 
 def train(argv: list[str]) -> int:
@@ -111,7 +127,10 @@ def plan(argv: list[str]) -> int:
 
     words = [word for word in argv if word not in ("-h", "--help", "help")]
     if len(words) < len(argv) or not words or not words[0].lower().endswith(FILES):
-        return predict(argv if len(words) == len(argv) else ["--help"])
+        if len(words) == len(argv):
+            return predict(argv)
+        print(ABOVE["plan"], flush=True)
+        return predict(["--help"])
     return predict(plan_arguments(words))
 
 
@@ -190,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command in READS_KEYS:
             from longfactory.config.help import help_text
 
-            print(help_text(rest[1] if len(rest) > 1 else None), end="")
+            print(("" if len(rest) > 1 else ABOVE.get(command, "")) + help_text(rest[1] if len(rest) > 1 else None), end="")
         else:
             print(USAGE.format(version=__version__), end="")
         return 0
