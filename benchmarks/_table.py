@@ -64,6 +64,7 @@ def run_row(job: dict[str, Any], gpus: int, clock: Clock, log: Path, script: Pat
     mark = f"{os.getpid()}-{time.monotonic_ns()}"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")]), MARK: mark}
     env.setdefault("NCCL_NVLS_ENABLE", "0")
+    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // gpus)))  # torchrun's own would be 1
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):  # the first is the name from torch 2.10 on
         env.setdefault(name, "expandable_segments:True")
     found: list[dict[str, Any]] = []
