@@ -38,6 +38,12 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"eval_strategy": "steps"}, "Give eval_dataset, or val_size above 0"),
     ({"do_eval": True, "do_train": True}, "Give eval_dataset, or val_size above 0"),
     ({"val_size": 2.5}, "whole number of samples"),
+    ({"max_steps": 0}, "max_steps: 0 trains nothing"),
+    ({"dataset": "a,b", "interleave_probs": "1,0", "mix_strategy": "interleave_over"}, "Leave it out of dataset"),
+    ({"save_strategy": "best"}, "Set metric_for_best_model"),
+    ({"optim_args": "a=1,b"}, "optim_args: b is not name=value"),
+    ({"seed": -1}, "seed: -1 was given, a number from 0 to 4294967295 is needed"),
+    ({"optim": "galore_adamw"}, "optim_target_modules"),
     ({"streaming": True}, "Give max_steps"),
     ({"streaming": True, "max_steps": 5, "max_samples": 3}, "max_samples and streaming"),
     ({"streaming": True, "max_steps": 5, "val_size": 0.1}, "val_size as a number of samples"),
@@ -217,6 +223,9 @@ def test_the_deepspeed_files_that_everyone_quotes(name: str) -> None:
         ({"use_swanlab": True}, "pip install swanlab"),
         ({"report_to": "tensorboard"}, "report_to: tensorboard is not installed. Run: pip install tensorboard"),
         ({"report_to": ["wandb"]}, "pip install wandb"),
+        ({"optim": "apollo_adamw", "optim_target_modules": "q_proj"}, "pip install apollo-torch"),
+        ({"optim": "schedule_free_sgd"}, "pip install schedulefree"),
+        ({"optim": "paged_adamw_32bit"}, "pip install bitsandbytes"),
     ],
 )
 def test_missing_packages(keys: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:

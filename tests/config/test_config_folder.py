@@ -24,6 +24,7 @@ def run(out: Path, **keys: Any) -> RunConfig:
 def leave_checkpoints(out: Path, *steps: int) -> None:
     for step in steps:
         (out / f"checkpoint-{step}").mkdir(parents=True)
+        (out / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
 
 
 def test_an_absent_or_empty_folder_begins(out: Path) -> None:
@@ -40,6 +41,20 @@ def test_the_last_checkpoint_goes_on(out: Path) -> None:
     cfg = run(out)
     assert cfg.resume_checkpoint() == str(out / "checkpoint-100") == str(last_checkpoint(out))
     assert any("goes on from" in n for n in cfg.notes)
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(out: Path) -> None:
+    leave_checkpoints(out, 5, 10)
+    (out / "checkpoint-10" / "trainer_state.json").unlink()
+    cfg = run(out)
+    assert cfg.resume_checkpoint() == str(out / "checkpoint-5") and "checkpoint-10" in cfg.notes[0]
+    assert run(out, resume_from_checkpoint=True).resume_checkpoint() == str(out / "checkpoint-5")
+    with pytest.raises(ConfigError, match=r"holds no trainer_state\.json"):
+        run(out, resume_from_checkpoint=str(out / "checkpoint-10"))
+    (out / "checkpoint-5" / "trainer_state.json").unlink()
+    assert run(out).resume_checkpoint() is None
+    with pytest.raises(ConfigError, match="there is no checkpoint"):
+        run(out, resume_from_checkpoint=True)
 
 
 def test_overwriting_begins_anew(out: Path) -> None:

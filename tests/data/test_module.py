@@ -234,8 +234,10 @@ def test_val_size_max_samples_and_eval_sets(tokenizer: Any, write_data: Any) -> 
     assert load(tokenizer, folder, eval_dataset="e").train is None
     with pytest.raises(DataError, match="exclude each other"):
         load(tokenizer, folder, dataset="d", eval_dataset="e", val_size=0.1)
-    with pytest.raises(DataError, match="val_size 40 leaves nothing"):
-        load(tokenizer, folder, dataset="d", val_size=40)
+    for size in (40, 0.999):
+        with pytest.raises(DataError, match=f"val_size {size} leaves nothing"):
+            load(tokenizer, folder, dataset="d", val_size=size)
+    assert len(load(tokenizer, folder, dataset="d", val_size=1).eval["eval"]) == 1
 
 
 # -- cutting, packing ---------------------------------------------------------------------------------------------------------------

@@ -73,6 +73,23 @@ def test_rope_scaling_stretches_to_the_cutoff(kind: Any, cutoff: int, want: dict
         assert (model.model.rotary_emb.inv_freq < plain).any()
 
 
+def test_rope_scaling_of_a_model_whose_windows_have_their_own_rotary_parameters(tmp_path: Path) -> None:
+    kinds = ["sliding_attention", "full_attention"]
+    tiny_model("gemma3_text", layer_types=kinds).save_pretrained(tmp_path)
+    config = load.load_config(arguments(tmp_path, rope_scaling="yarn"), 8192)
+    model = load.load_model(arguments(tmp_path), config, torch.float32, attention="eager")
+    found, plain = model.model.rotary_emb, tiny_model("gemma3_text", layer_types=kinds).model.rotary_emb
+    assert found.rope_type == {"full_attention": "yarn", "sliding_attention": "default"}
+    assert (found.full_attention_inv_freq < plain.full_attention_inv_freq).any()
+    assert torch.equal(found.sliding_attention_inv_freq, plain.sliding_attention_inv_freq)
+
+
+def test_rope_scaling_that_a_model_does_not_know(tmp_path: Path) -> None:
+    tiny_model("phi3").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"rope_scaling: yarn is not for models of type phi3.*longrope"):
+        load.load_config(arguments(tmp_path, rope_scaling="yarn"), 8192)
+
+
 def test_rope_scaling_leaves_alone_what_fits(folder: Path) -> None:
     before, after = load.load_config(arguments(folder), 4096), load.load_config(arguments(folder, rope_scaling="yarn"), 4096)
     assert after.rope_parameters == before.rope_parameters and after.max_position_embeddings == 4096

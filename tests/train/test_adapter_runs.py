@@ -20,6 +20,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "pissa, randomised": {"pissa_init": True, "pissa_iter": 4},
     "loraplus": {"loraplus_lr_ratio": 16.0},
     "all of them": {"use_dora": True, "use_rslora": True, "loraplus_lr_ratio": 4.0, "lora_target": "q_proj,down_proj,lm_head"},
+    "embedding": {"lora_target": "q_proj,embed_tokens"},
     "head by itself": {"lora_target": "q_proj", "additional_target": "lm_head"},
 }
 

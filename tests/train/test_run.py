@@ -224,6 +224,26 @@ def test_the_saved_folder_is_a_plain_checkpoint(base: dict[str, Any], tmp_path: 
         ({"model_name_or_path": "./no/such/folder"}, "does not exist"),
         ({"dataset": "nothing"}, "nothing"),
         ({"max_samples": 1, "cutoff_len": 4, "cutoff_strategy": "drop"}, "empty"),
+        ({"max_samples": 2, "cutoff_len": 1}, "None of the 2 training samples has a trained token left"),
+        ({"attention_dropout": 0.1}, "dropout of attention weights is not computed"),
+        ({"finetuning_type": "freeze", "freeze_trainable_layers": 0}, "trains nothing"),
+        ({"finetuning_type": "freeze", "freeze_trainable_layers": -1, "use_llama_pro": True}, "use_llama_pro trains every"),
+        (
+            {"max_samples": 3, "per_device_train_batch_size": 4, "dataloader_drop_last": True},
+            "dataloader_drop_last leaves no step: 3 samples",
+        ),
+        (
+            {
+                "max_samples": 3,
+                "val_size": 1,
+                "eval_strategy": "steps",
+                "eval_steps": 1,
+                "metric_for_best_model": "no",
+                "save_strategy": "best",
+            },
+            "eval_no",
+        ),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type: cosine_with_min_lr cannot be made.*min_lr"),
     ],
 )
 def test_a_wrong_input_is_one_clear_message(change: dict[str, Any], message: str, base: dict[str, Any], tmp_path: Path) -> None:

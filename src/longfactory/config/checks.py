@@ -92,6 +92,8 @@ def _data(cfg: RunConfig) -> Iterator[str]:
         yield "do_eval, do_predict or eval_strategy asks for an evaluation without data. Give eval_dataset, or val_size above 0."
     if data.val_size > 1 and data.val_size != int(data.val_size):
         yield f"val_size: {data.val_size} is neither a share below 1 nor a whole number of samples."
+    if cfg.trainer("max_steps") == 0:
+        yield "max_steps: 0 trains nothing. Give a number above 0, or -1 for num_train_epochs."
     if data.streaming:
         if cfg.trainer("max_steps") <= 0:
             yield "streaming does not know how long the data are. Give max_steps."
@@ -107,6 +109,8 @@ def _data(cfg: RunConfig) -> Iterator[str]:
             yield "interleave_probs is for mixing. Set mix_strategy: interleave_under (or _over, _once), or leave it out."
         elif len(data.interleave_probs) != len(data.dataset):
             yield f"interleave_probs has {len(data.interleave_probs)} numbers for {len(data.dataset)} data sets. Give one for each."
+        elif min(data.interleave_probs) <= 0:
+            yield "interleave_probs holds a 0: such a data set is never read. Leave it out of dataset."
         elif abs(sum(data.interleave_probs) - 1) > 1e-6:
             yield f"interleave_probs sum to {sum(data.interleave_probs):g}. They are probabilities: make them sum to 1."
 
@@ -143,6 +147,14 @@ def _method(cfg: RunConfig) -> Iterator[str]:
                 "With eval_on_each_dataset each data set has a loss of its own, and the best checkpoint is chosen by one. Set "
                 f"metric_for_best_model: eval_{cfg.data.eval_dataset[0]}_loss (or another's)."
             )
+    if cfg.trainer("save_strategy") == "best" and not cfg.trainer("metric_for_best_model"):
+        yield "save_strategy: best compares evaluations. Set metric_for_best_model, for example loss."
+    odd = [item for item in str(cfg.trainer("optim_args") or "").split(",") if item and "=" not in item]
+    if odd:
+        yield f"optim_args: {', '.join(odd)} is not name=value. Write them so, with commas between them."
+    optim = str(cfg.trainer("optim"))
+    if optim.startswith(("galore_", "apollo_")) and not cfg.trainer("optim_target_modules"):
+        yield f"optim: {optim} works on the modules that optim_target_modules names. Give them, for example q_proj,v_proj."
     if cfg.trainer("bf16") and cfg.trainer("fp16"):
         yield "bf16 and fp16 were both given. Keep one of them."
     if m.pure_bf16 and cfg.trainer("fp16"):
@@ -286,6 +298,7 @@ def extras(cfg: RunConfig) -> Iterator[str]:
         yield 'quantization_bit: bitsandbytes is not installed. Run: pip install "longfactory[quantization]"'
     if cfg.model.enable_liger_kernel and missing("liger_kernel"):
         yield 'enable_liger_kernel: the package is not installed. Run: pip install "longfactory[liger]"'
+    yield from _optimizer(cfg)
     for name in _trackers(cfg):
         packages = TRACKERS.get(name, ())
         if packages and all(missing(package) for package in packages):
@@ -295,6 +308,28 @@ def extras(cfg: RunConfig) -> Iterator[str]:
         yield 'attention_backend: fa4 is not installed. Run: pip install "longfactory[fa4]", or use attention_backend: auto.'
     if (backend == "fa2" and missing("flash_attn")) or (backend == "fa3" and missing("flash_attn_interface")):
         yield f"attention_backend: {backend} is not installed. Use attention_backend: auto, which needs nothing beside torch."
+
+
+_BNB = ("bitsandbytes", "bitsandbytes")
+OPTIMIZERS = {
+    "galore_": ("galore_torch", "galore-torch"),
+    "apollo_": ("apollo_torch", "apollo-torch"),
+    "lomo": ("lomo_optim", "lomo-optim"),
+    "adalomo": ("lomo_optim", "lomo-optim"),
+    "grokadamw": ("grokadamw", "grokadamw"),
+    "schedule_free_": ("schedulefree", "schedulefree"),
+    "stable_adamw": ("optimi", "torch-optimi"),
+    "adamw_anyprecision": ("torchdistx", "torchdistx"),
+    **dict.fromkeys(("lion_", "paged_lion_", "ademamix", "paged_ademamix", "paged_adamw_32bit", "rmsprop_bnb"), _BNB),
+}
+"""How names of optimizers begin -> the module that makes them, and its package. AdamW in 8 and 4 bit is asked for with its memory."""
+
+
+def _optimizer(cfg: RunConfig) -> Iterator[str]:
+    name = str(cfg.trainer("optim"))
+    for start, (module, package) in OPTIMIZERS.items():
+        if name.startswith(start) and importlib.util.find_spec(module) is None:
+            yield f"optim: {name} needs {package}, which is not installed. Run: pip install {package}; or use optim: adamw_torch_fused."
 
 
 def idle(cfg: RunConfig, given: set[str]) -> list[str]:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 RUN_FILE = "longfactory.yaml"
 """Written beside the checkpoints: the resolved run. `longfactory train <output_dir>/longfactory.yaml` runs it again."""
 
+TRAINER_STATE = "trainer_state.json"
+"""What transformers writes last into a checkpoint."""
+
 WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -29,9 +32,14 @@ REMEDY = "Choose another folder, or set overwrite_output_dir: true."
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The `checkpoint-N` with the greatest N, or None."""
+    """The `checkpoint-N` with the greatest N that was written to its end, or None."""
+    return next((p for p in _checkpoints(folder) if (p / TRAINER_STATE).is_file()), None)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The last one first."""
     found = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if p.is_dir() and (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
-    return max(found)[1] if found else None
+    return [p for _, p in sorted(found, reverse=True)]
 
 
 def settle(cfg: RunConfig) -> list[str]:
@@ -47,6 +55,11 @@ def settle(cfg: RunConfig) -> list[str]:
     if isinstance(asked, str):
         if not Path(asked).is_dir():
             raise ConfigError(f"resume_from_checkpoint: there is no folder {asked}.")
+        if not (Path(asked) / TRAINER_STATE).is_file():
+            raise ConfigError(
+                f"resume_from_checkpoint: {asked} holds no {TRAINER_STATE}, so it is no checkpoint. Give a folder checkpoint-<step>; "
+                "to start from weights, name them in model_name_or_path."
+            )
         cfg.hf["resume_from_checkpoint"] = asked
         return []
     if not cfg.trainer("do_train") or asked is False:
@@ -63,14 +76,16 @@ def settle(cfg: RunConfig) -> list[str]:
         raise ConfigError(
             f"output_dir: {out} holds another run ({'; '.join(other)}). Choose another folder, or set overwrite_output_dir: true."
         )
+    torn = [p.name for p in _checkpoints(out) if not (p / TRAINER_STATE).is_file()]
+    notes = [f"{', '.join(torn)} in {out} was not written to its end ({TRAINER_STATE} is missing) and is passed over."] if torn else []
     if last is not None:
         cfg.hf["resume_from_checkpoint"] = str(last)
-        return [f"The run goes on from {last}. To begin anew: {REMEDY}"]
+        return [*notes, f"The run goes on from {last}. To begin anew: {REMEDY}"]
     if any((out / name).is_file() for name in WEIGHTS):
         raise ConfigError(
             f"output_dir: {out} holds a finished run without checkpoints. Choose another folder, or set overwrite_output_dir: true."
         )
-    return []
+    return notes
 
 
 def _differences(cfg: RunConfig, out: Path) -> list[str]:

@@ -131,6 +131,8 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "per_device_eval_batch_size": (1, None),
     "gradient_accumulation_steps": (1, None),
     "num_train_epochs": (0, None),
+    "seed": (0, 2**32 - 1),
+    "data_seed": (0, 2**32 - 1),
     "max_steps": (-1, None),
     "learning_rate": (0, None),
     "warmup_steps": (0, None),

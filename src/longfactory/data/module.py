@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -106,6 +107,11 @@ def load_datasets(
                 f"The {what} data are empty: of {report.rows_read} rows {report.bad} were bad and {report.dropped} dropped.{first}"
             )
         log.info(f"{what}: {report.describe()}.")
+        if kind == "sft" and report.untrained == report.samples:
+            raise DataError(
+                f"None of the {report.samples} {what} samples has a trained token left after truncation to cutoff_len ({rules.cutoff}). "
+                "Raise cutoff_len."
+            )
         if report.truncated or report.untrained:
             log.warning(
                 f"{report.truncated} {what} samples are longer than cutoff_len ({rules.cutoff}) and lost {report.lost_tokens} tokens"
@@ -353,11 +359,11 @@ def _mix(parts: Sequence[Part], args: DataArguments, seed: int) -> np.ndarray:
 
 
 def _split(entries: np.ndarray, val_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Training and held-out entries; `val_size` above 1 is a count, else a share."""
+    """Training and held-out entries; `val_size` is a count from 1 on, below it a share."""
     import datasets
 
-    size = int(val_size) if val_size > 1 else float(val_size)
-    if size >= len(entries) if val_size > 1 else size >= 1:
+    size = int(val_size) if val_size >= 1 else float(val_size)
+    if (size if val_size >= 1 else math.ceil(size * len(entries))) >= len(entries):
         raise DataError(f"val_size {val_size:g} leaves nothing to train on: there are {len(entries)} samples.")
     split = datasets.Dataset.from_dict({"e": np.arange(len(entries))}).train_test_split(test_size=size, seed=seed)
     return entries[np.asarray(split["train"]["e"][:])], entries[np.asarray(split["test"]["e"][:])]

@@ -79,8 +79,10 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def _freeze(model: nn.Module, method: Any) -> None:
     prefix, layers = decoder_layers(model)
     n, count = len(layers), method.freeze_trainable_layers
+    if count == 0 and not (_names(method.freeze_extra_modules) and not method.use_llama_pro):
+        raise UserError("freeze_trainable_layers: 0 trains nothing. Give the number of layers, or freeze_extra_modules.")
     if method.use_llama_pro:
-        if n % count:
+        if count < 0 or n % count:
             raise UserError(
                 f"use_llama_pro trains every ({n}/{count})th layer: {n} layers are not divisible by freeze_trainable_layers: {count}."
             )

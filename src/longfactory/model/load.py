@@ -113,19 +113,37 @@ def load_config(args: Any, cutoff_len: int) -> Any:
 
 
 def _scale_rope(config: Any, kind: str, cutoff_len: int) -> None:
-    """LLaMA-Factory's rule: factor = ceil(cutoff_len / trained length); nothing to do where the length already fits."""
+    """LLaMA-Factory's rule: factor = ceil(cutoff_len / trained length); nothing to do where the length already fits.
+
+    Where each kind of layer has its own rotary parameters, those of full attention are stretched; a window does not grow.
+
+    Raises:
+        UserError: this kind is not for this model.
+    """
     text = config.get_text_config()
     trained = text.max_position_embeddings
     if cutoff_len <= trained:
         return
-    rope = dict(getattr(text, "rope_parameters", None) or {})
+    given = dict(getattr(text, "rope_parameters", None) or {})
+    by_layer = any(isinstance(v, dict) for v in given.values())
+    if by_layer and not isinstance(given.get("full_attention"), dict):
+        raise UserError(
+            f"rope_scaling: models of type {config.model_type} have rotary parameters for {', '.join(given)}, of which none is "
+            "full_attention. Leave rope_scaling out and edit the model's config.json."
+        )
+    rope = dict(given["full_attention"]) if by_layer else given
     rope.update(rope_type=kind, factor=float(math.ceil(cutoff_len / trained)))
     if kind in ("yarn", "llama3", "dynamic"):
         rope["original_max_position_embeddings"] = trained
     if kind == "llama3":
         rope.update(low_freq_factor=1.0, high_freq_factor=4.0)
-    text.rope_parameters = rope
+    text.rope_parameters = {**given, "full_attention": rope} if by_layer else rope
     text.max_position_embeddings = int(trained * rope["factor"])
+    try:
+        text.validate()
+    except Exception as error:  # of huggingface_hub, without a public name
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"rope_scaling: {kind} is not for models of type {config.model_type}: {reason}") from error
 
 
 def compute_dtype(args: Any) -> torch.dtype:

@@ -203,6 +203,7 @@ def _device(model: PreTrainedModel) -> torch.device:
 
 def _tokens(n: int, seed: int, model: PreTrainedModel, device: torch.device) -> Tensor:
     """The same on every rank. Away from both ends of the vocabulary, where special tokens are."""
-    vocabulary = model.get_input_embeddings().num_embeddings
+    embedding = model.get_input_embeddings()
+    vocabulary = getattr(embedding, "base_layer", embedding).num_embeddings  # it may have an adapter
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocabulary // 8, max(vocabulary // 8 + 2, vocabulary // 2), (n,), generator=generator).to(device)
