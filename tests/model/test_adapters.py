@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from longfactory.config.arguments import FinetuningArguments, ModelArguments
 from longfactory.errors import UserError
-from longfactory.model.adapters import apply_finetuning, cast_trainable, count_parameters, decoder_layers, linear_names
+from longfactory.model.adapters import apply_finetuning, cast_trainable, count_parameters, decoder_layers, linear_names, load_adapter
 from longfactory.testing import tiny_model
 
 IDS = torch.randint(3, 97, (1, 9), generator=torch.Generator().manual_seed(0))
@@ -114,6 +114,24 @@ def test_pissa_begins_as_the_principal_part() -> None:
     model = apply(tiny_model(), "lora", lora_target=("q_proj",), lora_rank=4, pissa_init=True, pissa_iter=-1)
     assert any(p.abs().max() > 0 for n, p in model.named_parameters() if "lora_B" in n)
     torch.testing.assert_close(logits(model), logits(tiny_model()), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("iterations", [1, 16])
+def test_pissa_loads_as_it_was_trained(iterations: int, tmp_path: Path) -> None:
+    """Wherever in a run of random numbers it is loaded, and without a trace in them."""
+    torch.manual_seed(1)
+    model = apply(tiny_model(), "lora", lora_target=("q_proj", "up_proj"), lora_rank=4, pissa_init=True, pissa_iter=iterations)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_(0.1 * torch.randn_like(p)) if "lora_" in name else None
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(2)
+    again = load_adapter(tiny_model(), str(tmp_path))
+    after = torch.rand(3)
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits(again.merge_and_unload()), logits(model), rtol=1e-4, atol=1e-5)
+    torch.manual_seed(2)
+    assert torch.equal(torch.rand(3), after)
 
 
 def test_a_grown_vocabulary_is_trained_and_saved() -> None:

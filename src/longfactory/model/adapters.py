@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,18 @@ def linear_names(model: nn.Module, exclude: Iterable[nn.Module] = ()) -> list[st
     return sorted(found)
 
 
+@contextlib.contextmanager
+def same_draws() -> Iterator[None]:
+    """While open, random numbers are the same ones every time; afterwards those go on that would have come.
+
+    PiSSA takes the adapter's first values out of the base weights, by a decomposition that begins at random. Whoever loads the adapter
+    takes them out again: they must be the same, or the model is another.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
 def load_adapter(model: Any, path: str, *, key: str = "adapter_name_or_path", **options: Any) -> Any:
     """`PeftModel.from_pretrained`.
 
@@ -136,7 +149,8 @@ def load_adapter(model: Any, path: str, *, key: str = "adapter_name_or_path", **
     if folder.exists() and not (folder / "adapter_config.json").is_file():
         raise UserError(f"{key}: {path} holds no adapter_config.json. Give the folder that a LoRA run has written.")
     try:
-        return PeftModel.from_pretrained(model, str(folder) if folder.exists() else path, **options)
+        with same_draws():
+            return PeftModel.from_pretrained(model, str(folder) if folder.exists() else path, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as e:
         words = " ".join((str(e).strip().splitlines() or [type(e).__name__])[:2])
         if folder.exists():
@@ -187,4 +201,5 @@ def _lora(model: Any, method: Any, adapters: list[str], is_trainable: bool, resi
         modules_to_save=saved,
         init_lora_weights=(f"pissa_niter_{method.pissa_iter}" if method.pissa_iter > 0 else "pissa") if method.pissa_init else True,
     )
-    return get_peft_model(model, config)
+    with same_draws() if method.pissa_init else contextlib.nullcontext():
+        return get_peft_model(model, config)

@@ -32,10 +32,11 @@ def load(cfg: RunConfig, device: torch.device) -> tuple[Any, Any]:
     model = models.load_model(cfg.model, config, dtype, attention="sdpa", quantization=quantization)
     if cfg.model.resize_vocab or (cfg.model.adapter_name_or_path and len(tokenizer) > model.get_input_embeddings().weight.shape[0]):
         models.resize_vocabulary(model, tokenizer)
-    if quantization is None:
-        model = model.to(device)
+    # On the host, as in training: a device has random numbers of its own, with which PiSSA would begin elsewhere.
     for path in cfg.model.adapter_name_or_path:
         model = merge(model, path)
+    if quantization is None:
+        model = model.to(device)
     model.config.use_cache = True
     return model.eval(), tokenizer
 
