@@ -1,7 +1,7 @@
 """Tokens a second of complete training steps, beside the systems that people use, on the GPUs of one machine.
 
     python benchmarks/throughput.py --gpus 2 --tokens 32768 131072 --out benchmarks/results
-    python benchmarks/throughput.py --gpus 2 --tokens 524288 --layers 4 --cold --rows rates ours alst alst:flash
+    python benchmarks/throughput.py --gpus 2 --tokens 524288 --layers 4 --rows rates ours alst alst:flash
     python benchmarks/throughput.py --smoke          # two CPU processes, a tiny model: does it run?
 
 Qwen2.5-7B's shape, random weights, all parameters, AdamW with exact fp32 weights and states, one row of random tokens split over the
@@ -120,7 +120,6 @@ def main() -> int:
     parser.add_argument("--memory", choices=["auto", "fast", "long"], default="auto")
     parser.add_argument("--mode", default="zigzag-ring", help="sequence-parallel mode of our rows")
     parser.add_argument("--steps", type=int, default=2, help="timed steps a length, after one that is not (default 2)")
-    parser.add_argument("--cold", action="store_true", help="time the first step, for lengths whose steps take minutes")
     parser.add_argument("--limit", type=float, default=480, help="seconds for the whole command (default 480)")
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--smoke", action="store_true")
@@ -147,7 +146,6 @@ def main() -> int:
             "mode": a.mode,
             "steps": a.steps,
             "layers": a.layers,
-            "warm": not a.cold,
         }
         if row in ("hf", "ulysses") and a.gpus == 1:
             keys["settings"] = {"optimizer": "host"}

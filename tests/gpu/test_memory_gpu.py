@@ -160,7 +160,9 @@ def test_micro_batches_are_summed_in_fp32_and_clipped_without_rounding(placement
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize(("leaving", "most"), [({"overlap": True}, math.inf), ({"gradients": "host"}, math.inf), ({"gradients": "host"}, 1.0)])
+@pytest.mark.parametrize(
+    ("leaving", "most"), [({"overlap": True}, math.inf), ({"gradients": "host"}, math.inf), ({"gradients": "host"}, 1.0)]
+)
 def test_steps_whose_gradients_leave_are_those_whose_gradients_stay(leaving, most, parts, monkeypatch):
     """In every bit, with layers' inputs on the host as well; and gradients are not on the GPU together.
 
