@@ -47,9 +47,10 @@ def test_lora_on_two_ranks(monkeypatch):
 
 @pytest.mark.parametrize("mode", ["ulysses", "llama3"])
 @pytest.mark.parametrize("kind", ["qwen3", "gemma2"])
-def test_other_schedules(kind, mode, monkeypatch):
+@pytest.mark.parametrize("settings", [ALL, SEGMENTS], ids=["all", "segments"])
+def test_other_schedules(settings, kind, mode, monkeypatch):
     model = make_model(kind, monkeypatch)
     run(model)
     wanted = gradients(model)
-    for found in run_ranks(2, memory_ranks.sharded_gradients, kind, ALL, "fsdp2", "memory", 2, mode=mode):
+    for found in run_ranks(2, memory_ranks.sharded_gradients, kind, settings, "fsdp2", "memory", 2, mode=mode):
         assert_same_gradients(found, wanted)

@@ -52,7 +52,8 @@ def _hub_arguments(args: Any, path: str) -> dict[str, Any]:
     return out
 
 
-def _reason(error: BaseException, path: str) -> str:
+def reason(error: BaseException, path: str) -> str:
+    """Why nothing was read from `path`, in a line; of a hub that cannot be reached it says so."""
     away = hub.unreachable() if isinstance(error, OSError) and not Path(path).exists() else None
     if away is None:
         return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -77,7 +78,7 @@ def load_tokenizer(args: Any) -> Any:
             **extra,
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"No tokenizer could be loaded from {args.model_name_or_path}: {_reason(error, path)}") from error
+        raise UserError(f"No tokenizer could be loaded from {args.model_name_or_path}: {reason(error, path)}") from error
     if args.add_tokens:
         tokenizer.add_tokens(_names(args.add_tokens), special_tokens=False)
     if args.add_special_tokens:
@@ -102,7 +103,7 @@ def load_config(args: Any, cutoff_len: int) -> Any:
     try:
         config = AutoConfig.from_pretrained(path, **_hub_arguments(args, path), **extra)
     except (OSError, ValueError) as error:
-        raise UserError(f"No model configuration could be loaded from {args.model_name_or_path}: {_reason(error, path)}") from error
+        raise UserError(f"No model configuration could be loaded from {args.model_name_or_path}: {reason(error, path)}") from error
     if args.attention_dropout is not None:
         for key in hf.DROPOUT_KEYS:
             if hasattr(config.get_text_config(), key):
@@ -142,8 +143,8 @@ def _scale_rope(config: Any, kind: str, cutoff_len: int) -> None:
     try:
         text.validate()
     except Exception as error:  # of huggingface_hub, without a public name
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"rope_scaling: {kind} is not for models of type {config.model_type}: {reason}") from error
+        why = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"rope_scaling: {kind} is not for models of type {config.model_type}: {why}") from error
 
 
 def compute_dtype(args: Any) -> torch.dtype:
@@ -182,7 +183,7 @@ def load_model(
     try:
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{args.model_name_or_path} could not be loaded: {_reason(error, path)}") from error
+        raise UserError(f"{args.model_name_or_path} could not be loaded: {reason(error, path)}") from error
     if quantization is not None:
         _keep_trainable(model)
     if "gguf_file" in extra:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from pathlib import Path
 
 from longfactory.errors import UserError
 from longfactory.plan.model import Job, choose, longest
@@ -34,13 +35,16 @@ def main(argv: list[str] | None = None) -> int:
 
     from transformers import AutoConfig
 
-    from longfactory.model.load import resolve
+    from longfactory import hub
+    from longfactory.model.load import reason, resolve
 
     path, extra = resolve(a.model)
+    if not Path(path).exists() and hub.unreachable():
+        extra = {**extra, "local_files_only": True}
     try:
         config = AutoConfig.from_pretrained(path, **extra)
     except (OSError, ValueError) as error:
-        raise UserError(f"No model configuration could be read from {a.model}: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"No model configuration could be read from {a.model}: {reason(error, path)}") from error
     shape = ModelShape.of(config)
     if a.lora:
         s = shape

@@ -91,10 +91,10 @@ def choose_memory(
     if gpu_bytes == 0:
         user |= {"offload": "none"} if user.get("offload") == "any" else {}
         choice = dataclasses.replace(Choice(), **user)
+        kept = f"layers are recomputed, attention is kept in {choice.keep_attention:.0%} of them"
+        kept = "every activation is stored" if choice.checkpoint == "none" else kept
         job = Job(shape, machine("cpu", world, host_bytes, gpu_bytes=host_bytes), tokens, sp, sharded, overlaps=overlaps)
-        return MemoryPlan(
-            _settings(choice, 0), job, choice, Budget({}, {}, 0.0), True, "Memory plan: no GPU; layers are recomputed, attention is kept."
-        )
+        return MemoryPlan(_settings(choice, 0), job, choice, Budget({}, {}, 0.0), True, f"Memory plan: no GPU; {kept}.")
     kind = machine(gpu_name, world, host_bytes, gpus_per_host, gpu_bytes)
     early = accumulates or (world > 1 and not sharded)
     leavable = leavable and (sharded or world == 1)

@@ -57,6 +57,13 @@ class CheckpointedLayer:
             return checkpoint(call.run, x, use_reentrant=False, preserve_rng_state=self.random, context_fn=call.contexts)
 
 
+class _Forgets(list[Pair]):
+    """Takes pairs and has none."""
+
+    def append(self, pair: Pair) -> None:
+        pass
+
+
 class _Call:
     """One call of a layer: what its forward gives to its backward."""
 
@@ -93,7 +100,13 @@ class _Call:
     @contextlib.contextmanager
     def first_pass(self) -> Iterator[None]:
         owner, handle = self.owner, self.handle
-        if handle is None or not owner.store.keeps(owner.index) or not handle.last_in_segment:
+        if handle is not None and not handle.last_in_segment:
+            # Backward replays what the segment's forward will record, so both passes must save the same tensors: attention that exchanges
+            # heads saves others where it is recorded. What is recorded here is nothing.
+            with keep(_Forgets()):
+                yield
+            return
+        if handle is None or not owner.store.keeps(owner.index):
             yield
             return
         with keep(self.pairs):
