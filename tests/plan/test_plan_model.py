@@ -16,6 +16,9 @@ from qwen_7b import QWEN_7B, qwen_7b
 GiB = 2**30
 SHAPE = ModelShape.of(qwen_7b())
 TWO = Job(SHAPE, machine("H200", 2, 256 * GiB), 131072, sp=2)
+SHAPE_14B = ModelShape.of(
+    qwen_7b(hidden_size=5120, intermediate_size=13824, num_hidden_layers=48, num_attention_heads=40, num_key_value_heads=8)
+)
 ONE = Job(SHAPE, machine("H100", 1, 128 * GiB), 262144, sp=1, sharded=False, master=2)
 
 
@@ -81,6 +84,21 @@ MEASURED = {
         ONE,
         Choice(keep_attention=0.75, offload="inputs+attention", last_layers_on_gpu=7, mlp_chunk=8192, segment_layers=2, optimizer="host"),
         52.0,
+    ),
+    "512k": (
+        dataclasses.replace(TWO, tokens=524288),
+        Choice(offload="inputs+attention", last_layers_on_gpu=3, mlp_chunk=32768),
+        82.3,
+    ),
+    "768k": (
+        dataclasses.replace(TWO, tokens=786432),
+        Choice(offload="inputs+attention", last_layers_on_gpu=14, mlp_chunk=4096, attention_groups=4, late_prefetch=True, optimizer="host"),
+        108.3,
+    ),
+    "192k of 14B": (
+        dataclasses.replace(TWO, shape=SHAPE_14B, tokens=196608),
+        Choice(offload="inputs+attention", last_layers_on_gpu=12, mlp_chunk=4096, attention_groups=2, late_prefetch=True),
+        121.2,
     ),
 }
 
