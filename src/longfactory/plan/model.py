@@ -184,6 +184,8 @@ def moments(job: Job, c: Choice) -> list[dict[str, float]]:
         waits = "activations"
     else:
         stored, working = waiting(job, c)[0], working_set(s, c, t)
+        if job.sp > 1:  # keys and values on their way, and the sums of their gradients
+            working += 4 * 2 * s.kv_heads * s.head_dim * t
     gradients = job.master * s.trainable / n
     early = job.accumulates and job.master != 2
     if leaves(job, c) and not early:
