@@ -14,6 +14,7 @@ Rows:
                     as in every step of a run with `precompute_ref_log_probs`
     hf              Hugging Face layers and checkpointing, zigzag ring, full fp32 logits; the same sharding and optimizer as ours
     ulysses, alst   DeepSpeed: UlyssesSPAttentionHF and ZeRO-3; alst adds TiledMLP and the tiled loss. Need the package deepspeed
+    alst-bf16       alst with master weights, gradients and states of the optimizer in bf16, which is not the exact trajectory
     rates           this GPU's rates: matrix products of the model's shapes, attention forward and backward at each length
     slope           some layers only, no optimizer: how peak memory grows with length
 
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from longfactory.data.row import Row
 
 GiB = 2**30
+DEEPSPEED = ("ulysses", "alst", "alst-bf16")
 SHAPES: dict[str, dict[str, Any]] = {
     "7b": {  # Qwen2.5-7B
         "hidden_size": 3584,
@@ -168,7 +170,7 @@ class Bench:
         `step` returns the loss and the seconds of its parts; `before` and `after` what else is known of a length.
         """
         versions = {}
-        for package in ("torch", "transformers", *(["deepspeed"] if self.job.row in ("alst", "ulysses") else [])):
+        for package in ("torch", "transformers", *(["deepspeed"] if self.job.row in DEEPSPEED else [])):
             versions[package] = importlib.metadata.version(package)
         for tokens in self.job.tokens:
             self.tokens = tokens
@@ -452,7 +454,7 @@ def deepspeed_row(bench: Bench) -> None:
     from transformers.models.qwen2 import modeling_qwen2
 
     job, world = bench.job, bench.world
-    tiled = job.row == "alst"
+    tiled = job.row != "ulysses"
     if not bench.cuda:
         os.environ["DS_ACCELERATOR"] = "cpu"
     deepspeed.init_distributed("nccl" if bench.cuda else "gloo")
@@ -473,7 +475,7 @@ def deepspeed_row(bench: Bench) -> None:
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": True, **dict.fromkeys(("bf16_master_weights_and_grads", "bf16_optimizer_states"), job.row == "alst-bf16")},
         "gradient_clipping": 1.0,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": zero | ({} if job.shape != "tiny" else {"reduce_bucket_size": 1e5, "stage3_prefetch_bucket_size": 1e5}),
@@ -578,9 +580,9 @@ def main() -> int:
         "hf": hf_recipe,
         "rates": rates,
     }
-    rows |= {"alst": deepspeed_row, "ulysses": deepspeed_row}
+    rows |= dict.fromkeys(DEEPSPEED, deepspeed_row)
     try:
-        if job.row not in ("alst", "ulysses"):
+        if job.row not in DEEPSPEED:
             bench.open_group()
         rows[job.row](bench)
     except (torch.OutOfMemoryError, MemoryError) as error:

@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-from _peers import SHAPES, make_config
+from _peers import DEEPSPEED, SHAPES, make_config
 from _table import Clock, GiB, job, log_file, machine_name, run_row, settings_line, variant, write
 
 from longfactory.plan.model import Job as PlanJob
@@ -39,6 +39,7 @@ NAMES = {
     "hf": "Hugging Face layers, zigzag ring, full logits",
     "ulysses": "DeepSpeed-Ulysses, ZeRO-3, full logits",
     "alst": "DeepSpeed ALST",
+    "alst-bf16": "DeepSpeed ALST, optimizer in bf16",
 }
 KERNELS = {
     "cudnn": "cuDNN",
@@ -157,7 +158,7 @@ def main() -> int:
             table = write(a.out, file, title, lambda merged: render(merged, shape, a.gpus), results, about)
     print(f"\n{title}\n\n{table}\n\nlog: {log}")
     if a.smoke:
-        return clock.exit_code(any("error" in r and r["row"] not in ("alst", "ulysses") for r in results))
+        return clock.exit_code(any("error" in r and r["row"] not in DEEPSPEED for r in results))
     return clock.exit_code(not any("seconds" in r for r in results))
 
 

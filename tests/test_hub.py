@@ -118,3 +118,14 @@ def test_what_is_on_this_machine_asks_nobody(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "someone___data").mkdir()
     monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: [{"text": "Eins"}])
     assert [row for _, row in read(Source("someone/data", "hub", "someone/data"))] == [{"text": "Eins"}]
+
+
+def test_a_run_that_would_end_by_uploading_does_not_begin(local: socket.socket, waits: list[float], tmp_path: Path) -> None:
+    from longfactory.config import from_mapping
+    from longfactory.train.run import assemble
+
+    keys = {"model_name_or_path": str(tmp_path), "dataset": "d", "dataset_dir": str(tmp_path), "template": "empty", "push_to_hub": True}
+    cfg = from_mapping({**keys, "do_train": True, "stage": "sft", "output_dir": str(tmp_path / "out"), "use_cpu": True})
+    with pytest.raises(UserError, match=r"push_to_hub: the Hugging Face hub cannot be reached \(Connection refused\)"):
+        assemble(cfg)
+    assert not (tmp_path / "out").exists()

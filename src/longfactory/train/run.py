@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from longfactory import sp
+from longfactory import hub, sp
 from longfactory.config import RunConfig
 from longfactory.data import module as data
 from longfactory.data.templates import get_template
@@ -64,6 +64,11 @@ def assemble(cfg: RunConfig, *, compares: bool = False) -> Assembled:
     if world % size:
         raise UserError(
             f"sequence_parallel_size: {size} does not divide the {world} processes. Start a multiple of {size} processes, or lower it."
+        )
+    if cfg.hf.get("push_to_hub") and not compares and (away := hub.unreachable()):
+        raise UserError(
+            f"push_to_hub: the Hugging Face hub cannot be reached ({away}), and the run would end by uploading to it. Set push_to_hub: "
+            "false; `longfactory export` with export_hub_model_id uploads the model later."
         )
 
     model_config = load.load_config(cfg.model, cfg.data.cutoff_len)
