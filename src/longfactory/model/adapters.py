@@ -124,13 +124,13 @@ def linear_names(model: nn.Module, exclude: Iterable[nn.Module] = ()) -> list[st
 
 @contextlib.contextmanager
 def same_draws() -> Iterator[None]:
-    """While open, random numbers are the same ones every time; afterwards those go on that would have come.
+    """While open, the host's random numbers are the same ones every time; afterwards those go on that would have come.
 
     PiSSA takes the adapter's first values out of the base weights, by a decomposition that begins at random. Whoever loads the adapter
     takes them out again: they must be the same, or the model is another.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with torch.random.fork_rng(devices=[]):  # of all devices it would touch every GPU of the machine
+        torch.default_generator.manual_seed(0)
         yield
 
 
