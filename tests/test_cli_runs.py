@@ -90,6 +90,7 @@ def under_zero3(tmp_path: Path, example: str, *words: str) -> subprocess.Complet
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_model_whose_weights_zero3_has_taken_apart(small: list[str], tmp_path: Path) -> None:
     done = under_zero3(tmp_path, "sft_full", *small, "eval_strategy=no", "save_strategy=no", "max_steps=1")
