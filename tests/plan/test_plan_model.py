@@ -8,7 +8,21 @@ import types
 import pytest
 
 from longfactory.plan import main
-from longfactory.plan.model import Choice, Job, budget, choose, fits, kept_bytes, longest, seconds, states, waiting, working_set
+from longfactory.plan.model import (
+    CAREFUL,
+    MARGIN,
+    Choice,
+    Job,
+    budget,
+    choose,
+    fits,
+    kept_bytes,
+    longest,
+    seconds,
+    states,
+    waiting,
+    working_set,
+)
 from longfactory.plan.shapes import ModelShape, machine
 from longfactory.sp import SequenceParallel
 from qwen_7b import QWEN_7B, qwen_7b
@@ -133,6 +147,12 @@ def test_short_rows_stay_on_the_gpu_and_long_ones_leave_it():
     assert short.offload == "none" and short.keep_attention in (0.0, 1.0)
     long, _, ok = choose(dataclasses.replace(TWO, tokens=786432))
     assert ok and long.offload != "none" and long.mlp_chunk is not None
+
+
+def test_the_last_fifth_of_the_gpu_is_taken_for_a_gain_alone():
+    """At 262,144 tokens there are settings that fill more of it, and gain a thousandth."""
+    full = [budget(j, choose(j)[0]).gpu_total / j.machine.gpu_bytes for j in (dataclasses.replace(TWO, tokens=t) for t in (262144, 786432))]
+    assert full[0] < CAREFUL < full[1] < MARGIN
 
 
 def test_what_the_user_set_is_kept():

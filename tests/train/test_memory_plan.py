@@ -168,7 +168,13 @@ def test_when_updates_are_made_during_backward(
 
 @pytest.mark.parametrize(
     ("sharding", "keys", "refused"),
-    [("none", {}, None), ("fsdp2", {}, None), ("ddp", {}, "ddp"), ("none", {"bf16": False, "fp16": True}, "bf16")],
+    [
+        ("none", {}, None),
+        ("fsdp2", {}, None),
+        ("ddp", {}, "ddp"),
+        ("deepspeed", {}, "deepspeed"),
+        ("none", {"bf16": False, "fp16": True}, "bf16"),
+    ],
 )
 def test_gradients_leave_where_they_are_final(
     sharding: str, keys: dict[str, Any], refused: str | None, model: str, monkeypatch: pytest.MonkeyPatch
@@ -179,7 +185,8 @@ def test_gradients_leave_where_they_are_final(
         with pytest.raises(UserError, match=f"offload_gradients .*{refused}"):
             planned(configured(model, **asked), monkeypatch, sharding, world=world)
         asked.pop("offload_gradients")
-        assert planned(configured(model, **asked), monkeypatch, sharding, world=world).plan.settings.gradients == "gpu"
+        found = planned(configured(model, **asked), monkeypatch, sharding, world=world).plan
+        assert not found.job.leavable and found.settings.gradients == "gpu"
         return
     for cuda in (True, False):
         assert planned(configured(model, **asked), monkeypatch, sharding, world=world, cuda=cuda).plan.settings.gradients == "host"
