@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from plain_attention import plain_attention, random_inputs
 from simulated_ring import relative_rms, simulated_ring
 
-from longfactory.sp import backends
+from longfactory import config, kernel_names
+from longfactory.sp import SequenceParallel, backends
+from longfactory.sp.backends import operators
+from longfactory.sp.backends.installed import Installed
+from longfactory.sp.backends.selftest import tile_for
 from longfactory.sp.merge import merge_
 from longfactory.sp.tiles import Tile
 
+RUN = {"model_name_or_path": "m", "dataset": "d", "output_dir": "nowhere/out", "dry_run": True}
 TILES = {
     "full": Tile(slice(0, 12), slice(0, 20), "full"),
     "causal": Tile(slice(0, 24), slice(0, 24), "causal"),
@@ -27,6 +40,7 @@ TILES = {
 @pytest.mark.parametrize("block", [512, 5])
 def test_backend_is_plain_attention(name: str, tile: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends.math, "BLOCK", block)
+    monkeypatch.setattr(backends.math, "KEY_BLOCK", block)
     backend, t = backends.BACKENDS[name], TILES[tile]
     q, _, _, dout = random_inputs(t.q_len, 4, 2, 8)
     _, k, v, _ = random_inputs(t.k_len, 4, 2, 8, seed=1)
@@ -65,6 +79,233 @@ def test_selection() -> None:
         backends.select("fast", t, q, v, None)
 
 
+def test_every_name_means_the_same_in_a_run_and_in_the_engine() -> None:
+    """Each name that a run's file may hold reaches the engine as a backend, and the engine takes the other spellings too."""
+    assert set(backends.BACKENDS) == set(kernel_names.KERNELS), "one list"
+    for name in ("auto", *kernel_names.KERNELS, *kernel_names.OTHER_NAMES, "FA2"):
+        found = config.from_mapping({**RUN, "attention_backend": name}).parallel.attention_backend
+        assert found == kernel_names.canonical(name.lower()) and found in ("auto", *backends.BACKENDS)
+        assert SequenceParallel.create(backend=name.lower()).backend == found
+    assert kernel_names.canonical("fa2") == "flash2" and kernel_names.canonical("fa3") == "flash3"
+    # What LLaMA-Factory's key may hold passes: it has no effect here, and that is said of all but its default.
+    for name in ("auto", "disabled", "sdpa", "fa2", "fa3"):
+        notes = config.from_mapping({**RUN, "flash_attn": name}).notes
+        assert any("attention_backend chooses" in n for n in notes) == (name != "auto")
+    with pytest.raises(config.ConfigError, match="Choose from auto, fa4, flash3"):
+        config.from_mapping({**RUN, "attention_backend": "fast"})
+
+
+def test_a_package_of_the_same_name_is_not_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention 2 and 4 share the package flash_attn."""
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    importlib.invalidate_caches()
+    assert kernel_names.not_installed("fa4") is None
+    assert "pip install flash-attn" in (kernel_names.not_installed("flash2") or "")
+    assert "FlashAttention 3" in (kernel_names.not_installed("flash3") or "")
+    assert kernel_names.not_installed("cudnn") is None
+    (tmp_path / "flash_attn" / "flash_attn_interface.py").write_text("")
+    assert kernel_names.not_installed("flash2") is None
+
+
+KINDS = [("full", False), ("full", True), ("causal", False), ("causal", True), ("varlen", False), ("varlen", True)]
+
+
+@pytest.mark.parametrize(("kind", "window"), KINDS)
+def test_self_test_passes_what_is_right(kind: str, window: bool) -> None:
+    for dtype, dim in ((torch.float64, 20), (torch.float32, 64), (torch.bfloat16, 20), (torch.float16, 16)):
+        request = backends.Request("cpu", dtype, dim, dim, kind, window, False, False)
+        assert backends.selftest(backends.cpu, request) is None
+        assert backends.selftest(backends.math, request._replace(softcap=True)) is None
+
+
+class Faulty:
+    """The formulas, with one fault."""
+
+    def __init__(self, fault: str) -> None:
+        self.fault = fault
+
+    def refuses(self, request: backends.Request) -> str | None:
+        return None
+
+    def _tile(self, tile: Tile) -> Tile:
+        if self.fault == "window" and tile.window is not None:
+            return dataclasses.replace(tile, window=None)
+        if self.fault == "documents" and tile.kind == "varlen":
+            return dataclasses.replace(tile, kind="causal", cu_seqlens=None)
+        return tile
+
+    def forward(self, q, k, v, tile, scale, softcap):  # type: ignore[no-untyped-def]
+        if self.fault == "raises":
+            raise RuntimeError("no kernel image\nis available")
+        out, lse = backends.math.forward(q, k, v, self._tile(tile), scale, softcap)
+        return out, lse / 0.6931 if self.fault == "base 2" else lse
+
+    def backward(self, dout, q, k, v, out, lse, tile, scale, softcap):  # type: ignore[no-untyped-def]
+        if self.fault == "own lse":  # a backward that cannot be given the whole row's
+            out, lse = backends.math.forward(q, k, v, tile, scale, softcap)
+        dq, dk, dv = backends.math.backward(dout, q, k, v, out, lse, self._tile(tile), scale, softcap)
+        return dq, (dk.roll(1, 1) if self.fault == "heads" else dk), dv
+
+
+@pytest.fixture
+def nothing_chosen() -> Iterator[None]:
+    """A process that has chosen no backend yet; afterwards too, for what was chosen among stand-ins."""
+    backends.forget_choices()
+    yield
+    backends.forget_choices()
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "window", "words"),
+    [
+        ("window", "causal", True, "log-sum-exp of a causal tile in a window"),
+        ("documents", "varlen", False, "log-sum-exp of a varlen tile"),
+        ("base 2", "full", False, "log-sum-exp of a full tile"),
+        ("own lse", "full", False, "dq of a full tile, head dim 16, torch.float32 is off by"),
+        ("heads", "causal", False, "dk of a causal tile, head dim 16, torch.float32 is off by"),
+        ("raises", "causal", False, "RuntimeError: no kernel image)"),
+    ],
+)
+def test_a_backend_that_fails_its_self_test_is_not_used(
+    fault: str,
+    kind: str,
+    window: bool,
+    words: str,
+    nothing_chosen: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setitem(backends.BACKENDS, "cpu", Faulty(fault))
+    tile = tile_for(backends.Request("cpu", torch.float32, 16, 16, kind, window, False, False))
+    q, v = torch.zeros(tile.q_len, 4, 16), torch.zeros(tile.k_len, 2, 16)
+    with caplog.at_level("WARNING"):
+        for _ in range(2):
+            assert backends.select("auto", tile, q, v, None) is backends.math
+    lines = [r.getMessage() for r in caplog.records]
+    assert len(lines) == 1 and words in lines[0] and lines[0].startswith("attention_backend cpu is not used: it fails its self-test")
+    with pytest.raises(ValueError, match=r"attention_backend: cpu fails its self-test.*Use attention_backend: auto"):
+        backends.select("cpu", tile, q, v, None)
+
+
+def test_an_operator_with_other_arguments_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "_scaled_dot_product_flash_attention_for_cpu"
+    x = torch.zeros(1, 1, 2, 4)
+    with pytest.raises(RuntimeError, match=f"the operator {name} of PyTorch .* has no tail"):
+        operators.call(name, query=x, key=x, value=x, tail=1)
+    with pytest.raises(RuntimeError, match="it also needs value"):
+        operators.call(name, query=x, key=x)
+    with pytest.raises(RuntimeError, match="has no operator _no_such_attention"):
+        operators.call("_no_such_attention", query=x)
+
+
+def version_2(plain: Any) -> types.ModuleType:
+    """The private functions of flash_attn.flash_attn_interface 2.8, computed by the formulas."""
+
+    def _flash_attn_forward(
+        q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, return_softmax
+    ):  # type: ignore[no-untyped-def]
+        tile = stand_in_tile(q[0], k[0], causal, window_size_left, window_size_right)
+        out, lse = plain.forward(q[0], k[0], v[0], tile, softmax_scale, softcap or None)
+        return out[None], flipped(lse)[None], None, None
+
+    def _flash_attn_varlen_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
+        block_table=None, leftpad_k=None, seqused_k=None,
+    ):  # type: ignore[no-untyped-def]  # fmt: skip
+        tile = stand_in_tile(q, k, causal, window_size_left, window_size_right, cu_seqlens_q)
+        out, lse = plain.forward(q, k, v, tile, softmax_scale, softcap or None)
+        return out, flipped(lse), None, None
+
+    def _flash_attn_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
+        alibi_slopes, deterministic, rng_state=None,
+    ):  # type: ignore[no-untyped-def]  # fmt: skip
+        tile = stand_in_tile(q[0], k[0], causal, window_size_left, window_size_right)
+        inputs = (x[0] for x in (dout, q, k, v, out))
+        write((dq[0], dk[0], dv[0]), plain.backward(*inputs, flipped(softmax_lse[0]), tile, softmax_scale, softcap or None))
+
+    def _flash_attn_varlen_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
+        causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
+    ):  # type: ignore[no-untyped-def]  # fmt: skip
+        tile = stand_in_tile(q, k, causal, window_size_left, window_size_right, cu_seqlens_q)
+        write((dq, dk, dv), plain.backward(dout, q, k, v, out, flipped(softmax_lse), tile, softmax_scale, softcap or None))
+
+    return module_of(_flash_attn_forward, _flash_attn_varlen_forward, _flash_attn_backward, _flash_attn_varlen_backward)
+
+
+def version_3(plain: Any) -> types.ModuleType:
+    """The private functions of flash_attn_interface 3 (the repository's hopper folder), computed by the formulas."""
+
+    def _flash_attn_forward(
+        q, k, v, k_new=None, v_new=None, qv=None, out_=None, cu_seqlens_q=None, cu_seqlens_k=None, cu_seqlens_k_new=None, seqused_q=None,
+        seqused_k=None, max_seqlen_q=None, max_seqlen_k=None, page_table=None, kv_batch_idx=None, leftpad_k=None, rotary_cos=None,
+        rotary_sin=None, seqlens_rotary=None, q_descale=None, k_descale=None, v_descale=None, softmax_scale=None, causal=False,
+        window_size_left=-1, window_size_right=-1, attention_chunk=0, softcap=0.0, rotary_interleaved=True, scheduler_metadata=None,
+        num_splits=1, pack_gqa=None, sm_margin=0,
+    ):  # type: ignore[no-untyped-def]  # fmt: skip
+        dense = cu_seqlens_q is None
+        q, k, v = (x[0] for x in (q, k, v)) if dense else (q, k, v)
+        tile = stand_in_tile(q, k, causal, window_size_left, window_size_right, cu_seqlens_q)
+        out, lse = plain.forward(q, k, v, tile, softmax_scale, softcap or None)
+        return (out[None], lse[None], None, None) if dense else (out, lse, None, None)
+
+    def _flash_attn_backward(
+        dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None, sequed_k=None, max_seqlen_q=None,
+        max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False, window_size_left=-1, window_size_right=-1,
+        softcap=0.0, deterministic=False, sm_margin=0,
+    ):  # type: ignore[no-untyped-def]  # fmt: skip
+        tensors = (dout, q, k, v, out, softmax_lse, dq, dk, dv)
+        if cu_seqlens_q is None:
+            tensors = tuple(x[0] for x in tensors)
+        dout, q, k, v, out, lse, dq, dk, dv = tensors
+        tile = stand_in_tile(q, k, is_causal, window_size_left, window_size_right, cu_seqlens_q)
+        write((dq, dk, dv), plain.backward(dout, q, k, v, out, flipped(lse), tile, softmax_scale, softcap or None))
+
+    return module_of(_flash_attn_forward, _flash_attn_backward)
+
+
+def stand_in_tile(q: torch.Tensor, k: torch.Tensor, causal: bool, left: int, right: int, cu: torch.Tensor | None = None) -> Tile:
+    """The mask that FlashAttention's arguments mean."""
+    assert right == (0 if left >= 0 and causal else -1), "a window with causal is (left, 0)"
+    window = left if left >= 0 else None
+    kind = "full" if not causal else "causal" if cu is None else "varlen"
+    return Tile(slice(0, len(q)), slice(0, len(k)), kind, None if cu is None else tuple(cu.tolist()), window)  # type: ignore[arg-type]
+
+
+def flipped(lse: torch.Tensor) -> torch.Tensor:
+    """FlashAttention 2 marks rows that saw nothing with +inf."""
+    return torch.where(lse.isinf(), -lse, lse)
+
+
+def write(into: tuple[torch.Tensor, ...], values: tuple[torch.Tensor, ...]) -> None:
+    for a, b in zip(into, values, strict=True):
+        a.copy_(b)
+
+
+def module_of(*functions: Any) -> types.ModuleType:
+    module = types.ModuleType("stand_in")
+    for function in functions:
+        setattr(module, function.__name__, function)
+    return module
+
+
+@pytest.mark.parametrize("softcap", [False, True])
+@pytest.mark.parametrize(("kind", "window"), KINDS)
+@pytest.mark.parametrize("version", [2, 3])
+def test_flash_attention_2_and_3_by_a_module_with_their_signature(version: int, kind: str, window: bool, softcap: bool) -> None:
+    """Their kernels run on GPUs alone. Here: what they are called with means the tile, and what they give back is understood."""
+    backend = Installed(f"flash{version}", "stand_in", (9,))
+    backend.__dict__["_functions"] = {2: version_2, 3: version_3}[version](backends.math)
+    for dims in ((64, 64), (20, 12)):
+        request = backends.Request("cpu", torch.float32, *dims, kind, window, softcap, True)
+        assert backends.selftest(backend, request) is None
+
+
 def test_merge_of_blocks_that_see_nothing() -> None:
     out, lse = torch.zeros(3, 1, 2), torch.tensor([[-torch.inf, -torch.inf, 0.5]])
     block, block_lse = torch.ones(3, 1, 2), torch.tensor([[-torch.inf, 1.0, -torch.inf]])
@@ -90,6 +331,18 @@ FORWARD_ARGS = (
 )
 FORWARD_RESULTS = ") -> (Tensor output, Tensor softmax_logsumexp, Tensor rng_state, Tensor unused, Tensor debug_attn_mask)"
 SCHEMAS = {
+    "_efficient_attention_forward": [
+        "(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, "
+        "SymInt? max_seqlen_k, float dropout_p, int custom_mask_type, bool compute_log_sumexp=False, *, float? scale=None, "
+        "Tensor? seqlen_k=None, int? window_size=None) -> (Tensor output, Tensor logsumexp, Tensor philox_seed, Tensor philox_offset, "
+        "SymInt max_seqlen_batch_q, SymInt max_seqlen_batch_k)"
+    ],
+    "_efficient_attention_backward": [
+        "(Tensor grad_out_, Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor out, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+        "SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor logsumexp, float dropout_p, Tensor philox_seed, Tensor philox_offset, "
+        "int custom_mask_type, bool bias_requires_grad, *, float? scale=None, int? num_splits_key=None, int? window_size=None, "
+        "bool shared_storage_dqdkdv=False) -> (Tensor, Tensor, Tensor, Tensor)"
+    ],
     "_flash_attention_forward": [
         FORWARD_ARGS + FORWARD_RESULTS,
         FORWARD_ARGS + ", Tensor? block_table=None, int? num_splits=None" + FORWARD_RESULTS,  # from torch 2.13 on

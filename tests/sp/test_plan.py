@@ -39,8 +39,8 @@ def test_a_length_that_is_not_aligned_is_refused() -> None:
 
 
 def test_an_unknown_backend_is_refused_at_once() -> None:
-    with pytest.raises(ValueError, match="Unknown attention_backend 'sdpa'"):
-        SequenceParallel.create(1, backend="sdpa")
+    with pytest.raises(ValueError, match="Unknown attention_backend 'fast'"):
+        SequenceParallel.create(1, backend="fast")
 
 
 def test_alignment() -> None:

@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any, Literal
 
 from longfactory.config.fields import arg
+from longfactory.kernel_names import Kernel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,7 +166,9 @@ class ParallelArguments:
     )
     sequence_parallel_ulysses_degree: int | None = arg(None, "usp: devices that share by heads.", low=1)
     sequence_parallel_ring_degree: int | None = arg(None, "usp: devices that share in a ring.", low=1)
-    attention_backend: Literal["auto", "fa4", "cudnn", "flash", "fa2", "fa3", "cpu", "math"] = arg("auto", "Attention kernel.")
+    attention_backend: Kernel = arg(  # noqa: RUF009  it is a Literal, whose name hides that
+        "auto", "Attention kernel; auto: the fastest that passes its self-test."
+    )
     nproc_per_node: int | None = arg(None, "Processes on this machine; default one for each device.", low=1)
     sharding: Literal["auto", "fsdp2", "ddp"] = arg(
         "auto", "How parameters are kept: sharded (fsdp2) or copied to each device (ddp). The key deepspeed selects ZeRO instead."

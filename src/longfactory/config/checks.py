@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from longfactory.kernel_names import not_installed
+
 if TYPE_CHECKING:
     from longfactory.config.run import RunConfig
 
@@ -304,10 +306,9 @@ def extras(cfg: RunConfig) -> Iterator[str]:
         if packages and all(missing(package) for package in packages):
             yield f"report_to: {name} is not installed. Run: pip install {packages[0]}"
     backend = cfg.parallel.attention_backend
-    if backend == "fa4" and missing("flash_attn"):
-        yield 'attention_backend: fa4 is not installed. Run: pip install "longfactory[fa4]", or use attention_backend: auto.'
-    if (backend == "fa2" and missing("flash_attn")) or (backend == "fa3" and missing("flash_attn_interface")):
-        yield f"attention_backend: {backend} is not installed. Use attention_backend: auto, which needs nothing beside torch."
+    remedy = not_installed(backend)
+    if remedy is not None:
+        yield f"attention_backend: {backend} is not installed. {remedy}, or use attention_backend: auto, which needs nothing beside torch."
 
 
 _BNB = ("bitsandbytes", "bitsandbytes")

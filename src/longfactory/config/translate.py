@@ -12,6 +12,7 @@ from longfactory.config.fields import Key, coerce, keys_of
 from longfactory.config.other_keys import ALIASES, NO_EFFECT, REFUSED, REFUSED_VALUES, Other
 from longfactory.config.trainer_keys import TRAINER_KEYS
 from longfactory.errors import ConfigError
+from longfactory.kernel_names import canonical
 
 # Keys that are read and turned into other keys below.
 TURNED: dict[str, Key] = {
@@ -56,6 +57,8 @@ def rename(values: Mapping[str, Any]) -> dict[str, Any]:
             value = {"zigzag": "zigzag-ring", "ring": "zigzag-ring"}.get(str(value), value)
         elif name == "quantization_method" and value == "bitsandbytes":
             value = "bnb"
+        elif new == "attention_backend" and isinstance(value, str):
+            value = canonical(value.strip().lower())
         if new in out and out[new] != value:
             raise ConfigError(f"{came_from[new]} and {name} are the same key with different values ({out[new]!r}, {value!r}). Keep one.")
         out[new] = value

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
-from .backends import BACKENDS
+from ..kernel_names import KERNELS, canonical
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class SequenceParallel:
             size: processes that share one row. Divides the world size.
             mode: the schedule. `usp` is ulysses inside a ring; `auto` chooses for each row.
             ulysses_degree, ring_degree: for `usp`, their product is `size`. One given is enough.
-            backend: the attention kernel, or `auto` (see `sp.backends`).
+            backend: the attention kernel by one of its names (`kernel_names`), or `auto` (see `sp.backends`).
             heads, kv_heads: query and key heads of the model, for `auto` and for `usp` without a degree. See `set_heads`.
             device_type: where tensors live; by default `cuda` where the process group speaks NCCL.
             flop_per_byte: see the field.
@@ -83,8 +83,9 @@ class SequenceParallel:
         """
         if mode not in MODES:
             raise ValueError(f"Unknown sequence-parallel mode {mode!r}. Choose one of: {', '.join(MODES)}.")
-        if backend != "auto" and backend not in BACKENDS:
-            raise ValueError(f"Unknown attention_backend {backend!r}. Choose one of: auto, {', '.join(BACKENDS)}.")
+        backend = canonical(backend)
+        if backend != "auto" and backend not in KERNELS:
+            raise ValueError(f"Unknown attention_backend {backend!r}. Choose one of: auto, {', '.join(KERNELS)}.")
         world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         if size < 1 or world % size:
             raise ValueError(

@@ -8,6 +8,10 @@ q [Sq, H, D], k [Sk, Hk, D], v [Sk, Hk, Dv] hold just the rows of the tile; H is
 [H, Sq] is the natural logarithm in float32 (float64 for float64), -inf for a row that sees nothing. `backward` is given the out and
 the lse of the whole row of the mask, of which the tile is a part, so its gradients are the tile's exact share.
 A backend raises or refuses what it cannot do; it never approximates.
+
+`auto` takes the first of `BACKENDS` that does not refuse a tile and passes its self-test (selftest.py): a tiny tile of the same kind, head
+dims and dtype, forward and backward, against the formulas. That is done once a process for each kind. A backend that fails is not used, and
+one line says why.
 """
 
 from __future__ import annotations
@@ -18,36 +22,44 @@ from typing import Any
 
 import torch
 
+from ...kernel_names import KERNELS, canonical
 from ..tiles import Tile
-from . import cpu, cudnn, fa4, flash, math
+from . import cpu, cudnn, efficient, fa4, flash, math
 from .installed import flash2, flash3
 from .request import Request
+from .selftest import selftest
 
 log = logging.getLogger(__name__)
 
-BACKENDS: dict[str, Any] = {
+_MODULES: dict[str, Any] = {
     "fa4": fa4,
     "flash3": flash3,
     "cudnn": cudnn,
     "flash2": flash2,
     "flash": flash,
+    "efficient": efficient,
     "cpu": cpu,
     "math": math,
 }
+BACKENDS: dict[str, Any] = {name: _MODULES[name] for name in KERNELS}
 """In order of preference."""
 
 
 def select(name: str, tile: Tile, q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> Any:
-    """The backend for a tile. `name` is a backend's name or "auto".
+    """The backend for a tile. `name` is a backend's name, one of its other names (`kernel_names`), or "auto".
 
     A backend that is asked for by name gets every tile that it can do; the others go where "auto" would send them.
 
     Raises:
         ValueError: no backend can do it, or the one that was asked for cannot be used here at all.
     """
-    # Kernels with 32-bit offsets stop at 2^31 elements.
-    aligned = tile.q_len % 128 == 0 and tile.k_len % 128 == 0 and q.numel() < 2**31
-    request = Request(
+    return _select(canonical(name), request_for(tile, q, v, softcap))
+
+
+def request_for(tile: Tile, q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> Request:
+    """What the tile needs of a kernel."""
+    large = q.numel() >= 2**31
+    return Request(
         q.device.type,
         q.dtype,
         q.shape[-1],
@@ -55,10 +67,10 @@ def select(name: str, tile: Tile, q: torch.Tensor, v: torch.Tensor, softcap: flo
         tile.kind,
         tile.window is not None,
         softcap is not None,
-        aligned,
-        torch.are_deterministic_algorithms_enabled(),
+        aligned=tile.q_len % 128 == 0 and tile.k_len % 128 == 0 and not large,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        large=large,
     )
-    return _select(name, request)
 
 
 def wants_bulk(name: str, q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> bool:
@@ -68,6 +80,7 @@ def wants_bulk(name: str, q: torch.Tensor, v: torch.Tensor, softcap: float | Non
     any_shape = Request(q.device.type, q.dtype, q.shape[-1], v.shape[-1], "varlen", False, softcap is not None, False)
     any_shape = any_shape._replace(deterministic=torch.are_deterministic_algorithms_enabled())
     few_shapes = any_shape._replace(kind="causal", aligned=True)
+    name = canonical(name)
     return _select(name, few_shapes) is cudnn and _select(name, any_shape) in (flash, flash2)
 
 
@@ -84,24 +97,49 @@ def _tell(name: str, request: Request, refusals: tuple[str, ...]) -> None:
     log.info("attention backend %s for %s%s", name, tiles, f" ({'; '.join(refusals)})" if refusals else "")
 
 
+def failure(name: str, request: Request) -> str | None:
+    """What the self-test of this kind of tile says, once a process. None for `math`, with which the others are compared."""
+    if name == "math":
+        return None
+    # Size is no other kind of tile, and shapes that come again matter to GPUs alone.
+    return _failure(name, request._replace(large=False, aligned=request.aligned and request.device_type == "cuda"))
+
+
+@functools.cache
+def _failure(name: str, request: Request) -> str | None:
+    reason = selftest(BACKENDS[name], request)
+    if reason is not None:
+        log.warning("attention_backend %s is not used: it %s.", name, reason)
+    return reason
+
+
 @functools.cache
 def _select(name: str, request: Request) -> Any:
     if name != "auto":
         if name not in BACKENDS:
             raise ValueError(f"Unknown attention_backend {name!r}. Choose one of: auto, {', '.join(BACKENDS)}.")
         easiest = Request(request.device_type, request.dtype, 64, 64, "full", False, False, True)
-        reason = BACKENDS[name].refuses(easiest)
+        reason = BACKENDS[name].refuses(easiest) or failure(name, easiest)
         if reason is not None:
             raise ValueError(f"attention_backend: {name} {reason}. Use attention_backend: auto.")
         reason = BACKENDS[name].refuses(request)
         if reason is None:
+            if (wrong := failure(name, request)) is not None:
+                raise ValueError(f"attention_backend: {name} {wrong}. Use attention_backend: auto.")
             return BACKENDS[name]
         log.warning("attention_backend %s %s: another one does these tiles (%s)", name, reason, request)
     refusals: list[str] = []
     for candidate, backend in BACKENDS.items():
-        reason = backend.refuses(request)
+        reason = backend.refuses(request) or failure(candidate, request)
         if reason is None:
             _tell(candidate, request, tuple(refusals))
             return backend
         refusals.append(f"{candidate} {reason}")
     raise ValueError(f"No attention backend for {request}: {'; '.join(refusals)}.")
+
+
+def forget_choices() -> None:
+    """Every backend is chosen and self-tested again. For tests."""
+    _failure.cache_clear()
+    _select.cache_clear()
+    _told.clear()

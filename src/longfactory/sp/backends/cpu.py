@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from ..tiles import Tile
+from .operators import call
 from .request import Request
-
-aten = torch.ops.aten
 
 
 def refuses(request: Request) -> str | None:
@@ -28,8 +27,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: 
     if tile.kind == "varlen":
         parts = [forward(q[a:b], k[a:b], v[a:b], t, scale, softcap) for (a, b), t in _documents(tile)]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts], 1)
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-        _bhsd(q), _bhsd(k), _bhsd(v), 0.0, _causal(tile), attn_mask=_additive(tile, q.dtype), scale=scale
+    out, lse = call(
+        "_scaled_dot_product_flash_attention_for_cpu",
+        query=_bhsd(q),
+        key=_bhsd(k),
+        value=_bhsd(v),
+        dropout_p=0.0,
+        is_causal=_causal(tile),
+        attn_mask=_additive(tile, q.dtype),
+        scale=scale,
     )
     return out[0].transpose(0, 1), lse[0]
 
@@ -41,15 +47,16 @@ def backward(
         parts = [backward(dout[a:b], q[a:b], k[a:b], v[a:b], out[a:b], lse[:, a:b], t, scale, softcap) for (a, b), t in _documents(tile)]
         dq, dk, dv = (torch.cat(x) for x in zip(*parts, strict=True))
         return dq, dk, dv
-    grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        _bhsd(dout),
-        _bhsd(q),
-        _bhsd(k),
-        _bhsd(v),
-        _bhsd(out),
-        lse.unsqueeze(0),
-        0.0,
-        _causal(tile),
+    grads = call(
+        "_scaled_dot_product_flash_attention_for_cpu_backward",
+        grad_out=_bhsd(dout),
+        query=_bhsd(q),
+        key=_bhsd(k),
+        value=_bhsd(v),
+        out=_bhsd(out),
+        logsumexp=lse.unsqueeze(0),
+        dropout_p=0.0,
+        is_causal=_causal(tile),
         attn_mask=_additive(tile, q.dtype),
         scale=scale,
     )

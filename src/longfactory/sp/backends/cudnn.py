@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ..tiles import Tile
+from .operators import call
 from .request import Request
-
-aten = torch.ops.aten
 
 
 def refuses(request: Request) -> str | None:
@@ -39,8 +38,17 @@ def refuses(request: Request) -> str | None:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
-        _bhsd(q), _bhsd(k), _bhsd(v), None, True, 0.0, tile.kind == "causal", False, scale=scale
+    out, lse, *_ = call(
+        "_scaled_dot_product_cudnn_attention",
+        query=_bhsd(q),
+        key=_bhsd(k),
+        value=_bhsd(v),
+        attn_bias=None,
+        compute_log_sumexp=True,
+        dropout_p=0.0,
+        is_causal=tile.kind == "causal",
+        return_debug_mask=False,
+        scale=scale,
     )
     # lse [1, H, S] or, by the version, [1, H, S, 1]
     return out[0].transpose(0, 1), lse.reshape(q.shape[1], q.shape[0])
@@ -52,22 +60,23 @@ def backward(
     # out and dout need the same strides.
     dout, out = dout.contiguous(), out.contiguous()
     empty = torch.empty((), dtype=torch.long, device=q.device)  # seed and offset, never read without dropout
-    grads = aten._scaled_dot_product_cudnn_attention_backward(
-        _bhsd(dout),
-        _bhsd(q),
-        _bhsd(k),
-        _bhsd(v),
-        _bhsd(out),
-        lse.contiguous().view(1, *lse.shape, 1),
-        empty,
-        empty,
-        None,
-        None,
-        None,
-        q.shape[0],
-        k.shape[0],
-        0.0,
-        tile.kind == "causal",
+    grads = call(
+        "_scaled_dot_product_cudnn_attention_backward",
+        grad_out=_bhsd(dout),
+        query=_bhsd(q),
+        key=_bhsd(k),
+        value=_bhsd(v),
+        out=_bhsd(out),
+        logsumexp=lse.contiguous().view(1, *lse.shape, 1),
+        philox_seed=empty,
+        philox_offset=empty,
+        attn_bias=None,
+        cum_seq_q=None,
+        cum_seq_k=None,
+        max_q=q.shape[0],
+        max_k=k.shape[0],
+        dropout_p=0.0,
+        is_causal=tile.kind == "causal",
         scale=scale,
     )
     dq, dk, dv = (g[0].transpose(0, 1) for g in grads)

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from ..tiles import Tile
+from .operators import call
 from .padding import cut_head, pad_head
 from .request import Request
-
-aten = torch.ops.aten
 
 
 def refuses(request: Request) -> str | None:
@@ -38,17 +37,18 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: 
     cu, q_len, k_len = _lengths(tile, q.device)
     if cu is None:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-    out, lse, *_ = aten._flash_attention_forward(
-        q,
-        k,
-        v,
-        cu,
-        cu,
-        q_len,
-        k_len,
-        0.0,
-        tile.kind != "full",
-        False,
+    out, lse, *_ = call(
+        "_flash_attention_forward",
+        query=q,
+        key=k,
+        value=v,
+        cum_seq_q=cu,
+        cum_seq_k=cu,
+        max_q=q_len,
+        max_k=k_len,
+        dropout_p=0.0,
+        is_causal=tile.kind != "full",
+        return_debug_mask=False,
         scale=scale,
         window_size_left=-1 if tile.window is None else tile.window,
         window_size_right=_right(tile),
@@ -71,21 +71,22 @@ def backward(
     # Without dropout these two are never read, but the operator wants them.
     rng = torch.empty(2, dtype=torch.uint64, device=q.device)
     unused = torch.empty((), dtype=torch.uint64, device=q.device)
-    grads = aten._flash_attention_backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        cu,
-        cu,
-        q_len,
-        k_len,
-        0.0,
-        tile.kind != "full",
-        rng,
-        unused,
+    grads = call(
+        "_flash_attention_backward",
+        grad_out=dout,
+        query=q,
+        key=k,
+        value=v,
+        out=out,
+        logsumexp=lse,
+        cum_seq_q=cu,
+        cum_seq_k=cu,
+        max_q=q_len,
+        max_k=k_len,
+        dropout_p=0.0,
+        is_causal=tile.kind != "full",
+        rng_state=rng,
+        unused=unused,
         scale=scale,
         window_size_left=-1 if tile.window is None else tile.window,
         window_size_right=_right(tile),

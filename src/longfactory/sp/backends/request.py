@@ -19,3 +19,5 @@ class Request(NamedTuple):
     """Both sides are multiples of 128 rows, so that shapes are few."""
     deterministic: bool = False
     """The backward pass adds in the same order every time (torch.use_deterministic_algorithms)."""
+    large: bool = False
+    """2^31 elements or more: kernels with 32-bit offsets stop there."""
