@@ -112,10 +112,10 @@ def test_head_shapes(ranks: int, mode: str, ulysses: int | None, heads: int, kv_
         assert max(errors.values()) <= 1e-12, errors
 
 
-@pytest.mark.parametrize("mode", ["usp", "auto"])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 3), (7, 1), (3, 3)])
+@pytest.mark.parametrize("mode", ["usp", "auto", "ulysses"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 3), (7, 1), (3, 3), (6, 2), (10, 5)])
 def test_any_head_count(mode: str, heads: int, kv_heads: int) -> None:
-    """Heads that no ulysses degree of 4 divides: the ring takes the rest."""
+    """Heads that four ranks cannot share evenly: the ring takes the rest. Key heads of any number, odd ones too."""
     for errors in run_ranks(4, compare, mode, None, PACKED, heads=heads, kv_heads=kv_heads, auto_heads=True):
         assert max(errors.values()) <= 1e-12, errors
 

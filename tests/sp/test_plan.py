@@ -80,6 +80,18 @@ def test_choice_of_schedule() -> None:
         sp.plan(512, one, SequenceParallel(size=8, mode="usp"))
 
 
+def test_ulysses_gives_the_ring_what_its_heads_do_not_divide(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    for heads, degree in ((8, 4), (6, 2), (7, 1)):
+        ctx = SequenceParallel(size=4, mode="ulysses", heads=heads, kv_heads=1)
+        for _ in range(2):
+            assert sp.plan(64, None, ctx).choice[:2] == (degree, "ring")
+    assert [r.getMessage() for r in caplog.records] == [
+        "sequence parallelism: ulysses: 4 ranks cannot share 6 query heads evenly, so ulysses 2 x ring 2",
+        "sequence parallelism: ulysses: 4 ranks cannot share 7 query heads evenly, so a ring of 4",
+    ], "one line each"
+
+
 @pytest.mark.parametrize(
     ("size", "heads", "kv_heads", "length", "documents", "node", "expected"),
     [

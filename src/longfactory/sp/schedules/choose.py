@@ -35,7 +35,11 @@ def choose(ctx: SequenceParallel, length: int, segments: Sequence[Segment]) -> C
     if ctx.mode == "zigzag-ring":
         return Choice(1, "ring", "zigzag", "asked for")
     if ctx.mode == "ulysses":
-        return Choice(n, "ring", "zigzag", "asked for")
+        degree = n if ctx.heads is None else largest_ulysses_degree(n, ctx.heads)
+        if degree == n:
+            return Choice(n, "ring", "zigzag", "asked for")
+        rest = f"ulysses {degree} x ring {n // degree}" if degree > 1 else f"a ring of {n}"
+        return _told(ctx, Choice(degree, "ring", "zigzag", f"ulysses: {n} ranks cannot share {ctx.heads} query heads evenly, so {rest}"))
     if ctx.mode == "llama3":
         return Choice(1, "gather", _layout(n, length, segments), "asked for")
     if ctx.mode == "usp":
@@ -45,11 +49,15 @@ def choose(ctx: SequenceParallel, length: int, segments: Sequence[Segment]) -> C
                 raise ValueError("usp needs ulysses_degree, ring_degree or the model's head count (ctx.set_heads) to choose its degrees.")
             degree = largest_ulysses_degree(neighbours(n), ctx.heads)
         return Choice(degree, "ring", "zigzag", f"usp, ulysses {degree} x ring {n // degree}")
-    choice = _auto(ctx, length, segments, neighbours(n))
+    return _told(ctx, _auto(ctx, length, segments, neighbours(n)), f", rows like this one of {length} tokens")
+
+
+def _told(ctx: SequenceParallel, choice: Choice, rows: str = "") -> Choice:
+    """The choice, with its reason in the log once."""
     if choice.reason not in ctx.said:
         ctx.said.add(choice.reason)
         if ctx.rank == 0 and ctx.dp_rank == 0:
-            log.info("sequence parallelism, rows like this one of %d tokens: %s", length, choice.reason)
+            log.info("sequence parallelism%s: %s", rows, choice.reason)
     return choice
 
 

@@ -17,8 +17,17 @@ from ..merge import accumulator_dtype
 
 
 def check(heads: int, kv_heads: int, degree: int) -> None:
+    """Refuses heads that `degree` ranks cannot share evenly.
+
+    Raises:
+        ValueError: names the largest degree that they can.
+    """
     if heads % degree:
-        raise ValueError(f"Ulysses needs heads divisible by its degree: {heads} heads, degree {degree}. Use sequence_parallel_mode: usp.")
+        raise ValueError(
+            f"{degree} ranks cannot share {heads} query heads evenly. Tell the context the head count (ctx.set_heads) and leave the "
+            f"degrees out, or use sequence_parallel_mode: usp with sequence_parallel_ulysses_degree: {math.gcd(heads, degree)}: "
+            "a ring takes the rest."
+        )
 
 
 def copies(heads: int, kv_heads: int, degree: int) -> int:
