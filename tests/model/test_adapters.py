@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,15 @@ from torch import Tensor, nn
 
 from longfactory.config.arguments import FinetuningArguments, ModelArguments
 from longfactory.errors import UserError
-from longfactory.model.adapters import apply_finetuning, cast_trainable, count_parameters, decoder_layers, linear_names, load_adapter
+from longfactory.model.adapters import (
+    apply_finetuning,
+    cast_trainable,
+    count_parameters,
+    decoder_layers,
+    describe_trained,
+    linear_names,
+    load_adapter,
+)
 from longfactory.testing import tiny_model
 
 IDS = torch.randint(3, 97, (1, 9), generator=torch.Generator().manual_seed(0))
@@ -228,3 +238,55 @@ def test_counts() -> None:
     model = apply(tiny_model(), "lora", lora_target=("q_proj",), lora_rank=2)
     base = sum(p.numel() for p in tiny_model().parameters())
     assert count_parameters(model) == (2 * 2 * (64 + 64), base + 2 * 2 * (64 + 64))
+
+
+@pytest.fixture(scope="module")
+def gemma3() -> Any:
+    """A tiny model with a vision tower. Its attention layers have the same leaf names in the tower and in the decoder."""
+    from longfactory.sp.tiny_models import tiny_model as tiny
+
+    return tiny("gemma3", torch.float32)
+
+
+def in_tower(names: Any) -> set[str]:
+    return {n for n in names if "vision_tower" in n or "multi_modal_projector" in n}
+
+
+@pytest.mark.parametrize("keys", [{"finetuning_type": "full"}, {"finetuning_type": "freeze", "freeze_trainable_layers": 99}])
+def test_a_tower_is_frozen(gemma3: Any, keys: dict[str, Any]) -> None:
+    model = copy.deepcopy(gemma3)
+    found = trained(apply(model, keys.pop("finetuning_type"), **keys))
+    assert found and not in_tower(found)
+    assert in_tower(n for n, _ in model.named_parameters())
+    assert decoder_layers(model)[0] == "model.language_model.layers"
+    lines = [line for _, line in describe_trained(model)]
+    idle = sum(p.numel() for n, p in model.named_parameters() if in_tower([n]))
+    assert f"model.vision_tower, model.multi_modal_projector: {idle:,} parameters are frozen" in lines[1]
+
+
+@pytest.mark.parametrize("target", [("all",), ("q_proj", "v_proj")])
+def test_lora_stays_out_of_a_tower(gemma3: Any, target: tuple[str, ...]) -> None:
+    model = apply(copy.deepcopy(gemma3), "lora", lora_target=target)
+    found = trained(model)
+    assert found and not in_tower(found)
+    assert ("4 x q_proj" in describe_trained(model)[2][1]) and (("o_proj" in describe_trained(model)[2][1]) == (target == ("all",)))
+    saved = apply(copy.deepcopy(gemma3), "lora", lora_target=("q_proj",), additional_target=("v_proj",))
+    assert any(n.endswith("modules_to_save.default.weight") for n in trained(saved)) and not in_tower(trained(saved))
+
+
+def test_what_text_does_not_pass_through_is_refused_by_name(gemma3: Any) -> None:
+    with pytest.raises(UserError, match=r"lora_target.*: out_proj cannot be trained on text: it lies in model.vision_tower"):
+        apply(copy.deepcopy(gemma3), "lora", lora_target=("q_proj", "out_proj"))
+    with pytest.raises(UserError, match=r"freeze_extra_modules: multi_modal_projector cannot be trained on text"):
+        apply(copy.deepcopy(gemma3), "freeze", freeze_extra_modules=("multi_modal_projector",))
+
+
+def test_routed_experts_without_an_adapter_are_told() -> None:
+    model = tiny_model("qwen3_moe")
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    lines = describe_trained(apply(model, "lora", lora_target=("all",)))
+    share = 100 * experts / sum(p.numel() for p in model.parameters())
+    assert lines[-1][0] == logging.WARNING and f"no adapter: {share:.0f} % of the weights" in lines[-1][1]
+    assert "no adapter" not in str(describe_trained(apply(tiny_model(), "lora", lora_target=("all",))))
+    with pytest.raises(UserError, match=r"lora_target: experts cannot all take an adapter.*Linear layers: .*q_proj"):
+        apply(tiny_model("qwen3_moe"), "lora", lora_target=("experts",))

@@ -32,12 +32,12 @@ def run_on_ranks(argv: list[str], cache: str) -> None:
     run(load_config(argv))
 
 
-def write_tokenizer(folder: Path) -> int:
-    """A token for each byte, chatml's marks and an end of text. Returns their number."""
+def write_tokenizer(folder: Path, more: tuple[str, ...] = ()) -> int:
+    """A token for each byte, chatml's marks, an end of text and `more` marks. Returns their number."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *more]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     raw = Tokenizer(models.BPE({c: i for i, c in enumerate([*special, *letters])}, []))
     raw.add_special_tokens(special)
@@ -101,9 +101,9 @@ def keys(home: Path, name: str, **changes: Any) -> dict[str, Any]:
     return {k: str(v) if isinstance(v, Path) else v for k, v in (given | changes).items() if v is not None}
 
 
-def train(home: Path, name: str, size: int, cache: Path | None = None, **changes: Any) -> list[dict[str, float]]:
-    """The log of a run; its output folder is `home / name`."""
-    run_keys(keys(home, name, sequence_parallel_size=size, **changes), size, cache or home / "cache")
+def train(home: Path, name: str, size: int, cache: Path | None = None, processes: int = 0, **changes: Any) -> list[dict[str, float]]:
+    """The log of a run; its output folder is `home / name`. `processes`: those of the run, `size` where 0."""
+    run_keys(keys(home, name, sequence_parallel_size=size, **changes), processes or size, cache or home / "cache")
     return json.loads((home / name / "trainer_state.json").read_text())["log_history"]
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,16 @@ import torch
 from torch import nn
 
 from longfactory.errors import UserError
+from longfactory.sp import hf
+from longfactory.sp.text_model import Idle, decoder, idle
+
+log = logging.getLogger("longfactory")
 
 
 def apply_finetuning(model: Any, method: Any, model_args: Any, *, is_trainable: bool = True, resized: bool = False) -> Any:
     """Makes the model trainable as `finetuning_type` says and returns it (wrapped by peft for LoRA).
+
+    What a row of text does not pass through (towers, projectors) is frozen whatever `finetuning_type` says: it has no gradient.
 
     Args:
         method: the finetuning arguments (`finetuning_type`, `lora_*`, `freeze_*`, ...).
@@ -28,13 +36,58 @@ def apply_finetuning(model: Any, method: Any, model_args: Any, *, is_trainable: 
         raise UserError(f"adapter_name_or_path needs finetuning_type: lora, not {kind}.")
     if kind == "full":
         model.requires_grad_(is_trainable)
-        return model
-    if kind == "freeze":
+    elif kind == "freeze":
         _freeze(model, method)
-        return model
-    if kind == "lora":
-        return _lora(model, method, adapters, is_trainable, resized)
-    raise UserError(f"finetuning_type: {kind} is not supported. Use full, freeze or lora.")
+    elif kind == "lora":
+        model = _lora(model, method, adapters, is_trainable, resized)
+    else:
+        raise UserError(f"finetuning_type: {kind} is not supported. Use full, freeze or lora.")
+    freeze_idle(model)
+    return model
+
+
+def freeze_idle(model: nn.Module) -> Idle:
+    """Freezes what a row of text does not pass through, adapters in it too, and returns its names in the unwrapped model."""
+    inner = hf.unwrap(model)
+    parts = idle(inner)
+    for name, p in inner.named_parameters():
+        if name in parts.parameters:
+            p.requires_grad_(False)
+    return parts
+
+
+def describe_trained(model: nn.Module) -> list[tuple[int, str]]:
+    """What is trained and what is not, as (level of logging, line)."""
+    inner = hf.unwrap(model)
+    trainable, total = count_parameters(model)
+    lines = [(logging.INFO, f"Trainable parameters: {trainable:,} of {total:,} ({100 * trainable / max(total, 1):.2f} %)")]
+    if (parts := idle(inner)).modules:
+        numbers = count_parameters(inner, parts.parameters)[1]
+        names = ", ".join(parts.modules[:6]) + (f" and {len(parts.modules) - 6} more" if len(parts.modules) > 6 else "")
+        line = f"Text does not pass through {names}: {numbers:,} parameters are frozen and are saved as they were loaded."
+        lines.append((logging.INFO, line))
+    adapted = Counter(name.rsplit(".", 1)[-1] for name, m in model.named_modules() if _adapted(m))
+    if adapted:
+        places = ", ".join(f"{count} x {name}" for name, count in sorted(adapted.items()))
+        lines.append((logging.INFO, f"Adapters: {sum(adapted.values())} ({places})"))
+        experts = {n for n, _ in inner.named_parameters() if re.search(r"\bexperts\b", n) and n not in parts.parameters}
+        bare = {n for n in experts if "lora_" not in n and not _adapted(inner.get_submodule(_owner(n)))}
+        if bare:
+            share = 100 * count_parameters(inner, bare)[1] / max(total, 1)
+            line = f"The routed experts carry no adapter: {share:.0f} % of the weights stay as they are. LoRA reaches linear layers alone."
+            lines.append((logging.WARNING, line))
+    return lines
+
+
+def _owner(parameter: str) -> str:
+    """The name of the module that a parameter belongs to; of a layer that peft wrapped, that of the wrapper."""
+    return parameter.rpartition(".")[0].removesuffix(".base_layer")
+
+
+def _adapted(module: nn.Module) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(module, BaseTunerLayer) and bool(module.active_adapters)
 
 
 def cast_trainable(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
@@ -44,10 +97,12 @@ def cast_trainable(model: nn.Module, dtype: torch.dtype = torch.float32) -> None
             p.data = p.data.to(dtype)
 
 
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all). Four-bit weights count as the numbers that they stand for."""
+def count_parameters(model: nn.Module, names: frozenset[str] | set[str] | None = None) -> tuple[int, int]:
+    """(trainable, all), of `names` alone where given. Four-bit weights count as the numbers that they stand for."""
     trainable = total = 0
-    for p in model.parameters():
+    for name, p in model.named_parameters():
+        if names is not None and name not in names:
+            continue
         n = getattr(p, "ds_numel", p.numel())  # under ZeRO-3 a weight is empty between its uses
         if p.__class__.__name__ == "Params4bit":
             n *= 2 * p.element_size() if hasattr(p, "element_size") else 2
@@ -63,11 +118,14 @@ def _names(value: Any) -> list[str]:
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The name and list of the decoder layers: the longest ModuleList of one layer type outside vision parts."""
+    """The name and list of the decoder layers: the longest ModuleList of the text decoder."""
+    inner = _transformers_model(model)
+    inside = {id(m) for m in (decoder(inner) if inner is not None else model).modules()}
     best: tuple[str, nn.ModuleList] | None = None
     for name, module in model.named_modules():
         if (
             isinstance(module, nn.ModuleList)
+            and id(module) in inside
             and not re.search(r"vision|visual|audio|experts|lora", name)
             and (best is None or len(module) > len(best[1]))
         ):
@@ -77,8 +135,17 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return best
 
 
+def _transformers_model(model: nn.Module) -> Any:
+    """The transformers model inside what wraps it, or None where there is none."""
+    try:
+        return hf.unwrap(model)
+    except ValueError:
+        return None
+
+
 def _freeze(model: nn.Module, method: Any) -> None:
     prefix, layers = decoder_layers(model)
+    parts = idle(hf.unwrap(model))
     n, count = len(layers), method.freeze_trainable_layers
     if count == 0 and not (_names(method.freeze_extra_modules) and not method.use_llama_pro):
         raise UserError("freeze_trainable_layers: 0 trains nothing. Give the number of layers, or freeze_extra_modules.")
@@ -99,7 +166,14 @@ def _freeze(model: nn.Module, method: Any) -> None:
             f"freeze_trainable_modules: {', '.join(unknown)} not found in a decoder layer. It has: {', '.join(sorted(layer_names))}."
         )
     extra = _names(method.freeze_extra_modules)
-    others = {part for name, _ in model.named_parameters() if not name.startswith(prefix + ".") for part in name.split(".")}
+    outside = [name for name, _ in model.named_parameters() if not name.startswith(prefix + ".")]
+    others = {part for name in outside if name not in parts for part in name.split(".")}
+    unpassed = {part for name in outside if name in parts for part in name.split(".")} - others
+    if unreached := [m for m in extra if m in unpassed]:
+        raise UserError(
+            f"freeze_extra_modules: {', '.join(unreached)} cannot be trained on text: it lies in {', '.join(parts.modules)}, which text "
+            "does not pass through."
+        )
     unknown = [m for m in extra if m not in others]
     if unknown:
         raise UserError(
@@ -111,15 +185,57 @@ def _freeze(model: nn.Module, method: Any) -> None:
         p.requires_grad_(in_layer or any(m in name.split(".") for m in extra))
 
 
-def linear_names(model: nn.Module, exclude: Iterable[nn.Module] = ()) -> list[str]:
-    """Leaf names of every linear layer but the output layer and vision parts: what `lora_target: all` means."""
-    skip = {id(m) for m in exclude}
+def linear_names(model: nn.Module) -> list[str]:
+    """Leaf names of every linear layer that text passes through, but the output layer: what `lora_target: all` means."""
+    inner = hf.unwrap(model)
+    parts, head = idle(inner), inner.get_output_embeddings()
     found = set()
-    for name, module in model.named_modules():
+    for name, module in inner.named_modules():
         linear = isinstance(module, nn.Linear) or type(module).__name__ in ("Linear4bit", "Linear8bitLt", "Conv1D")
-        if linear and id(module) not in skip and not re.search(r"vision|visual|audio|projector|lm_head|score", name):
+        if linear and module is not head and name not in parts and not re.search(r"lm_head|score", name):
             found.add(name.rsplit(".", 1)[-1])
     return sorted(found)
+
+
+def _named_by(target: str, names: list[str]) -> list[str]:
+    """The modules that peft finds under a target: by its leaf name, or by the end of its whole name."""
+    return [n for n in names if n == target or n.endswith("." + target)]
+
+
+def _refuse_unknown(targets: list[str], model: Any, parts: Idle) -> None:
+    """Refuses targets of LoRA that are nowhere, or only where text does not pass.
+
+    Raises:
+        UserError: with the linear layers that there are.
+    """
+    names = [name for name, _ in model.named_modules()]
+    found = {t: _named_by(t, names) for t in targets}
+    there = f"Linear layers: {', '.join(linear_names(model))}."
+    if unknown := [t for t, at in found.items() if not at]:
+        raise UserError(f"lora_target or additional_target: {', '.join(unknown)} not found in the model. {there}")
+    if unpassed := [t for t, at in found.items() if all(n in parts for n in at)]:
+        raise UserError(
+            f"lora_target or additional_target: {', '.join(unpassed)} cannot be trained on text: it lies in {', '.join(parts.modules)}, "
+            f"which text does not pass through. {there}"
+        )
+
+
+def _excluded(targets: list[str], model: Any, parts: Idle) -> str | None:
+    """peft's `exclude_modules`, a pattern of whole names, where a target's leaf name also stands in a part that text does not pass."""
+    names = [name for name, _ in model.named_modules()]
+    if not any(n in parts for t in targets for n in _named_by(t, names)):
+        return None
+    return "(" + "|".join(re.escape(m) for m in parts.modules) + r")(\..*)?"
+
+
+def _whole_where_unclear(targets: list[str], model: Any, parts: Idle) -> list[str]:
+    """`modules_to_save` has no exclusion: a leaf name that also stands in a part that text does not pass is written out."""
+    names = [name for name, _ in model.named_modules()]
+    out: list[str] = []
+    for target in targets:
+        at = _named_by(target, names)
+        out += [n for n in at if n not in parts] if any(n in parts for n in at) else [target]
+    return out
 
 
 @contextlib.contextmanager
@@ -178,22 +294,19 @@ def _lora(model: Any, method: Any, adapters: list[str], is_trainable: bool, resi
     targets: Any = _names(method.lora_target)
     if targets == ["all"]:
         targets = linear_names(model)
+    parts = idle(model)
     saved = _names(method.additional_target) or None
     if saved is None and resized:
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         saved = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if m is head or m is embedding})
-    leaves = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    unknown = [t for t in [*targets, *(saved or [])] if t not in leaves and not any(n.endswith(t) for n, _ in model.named_modules())]
-    if unknown:
-        raise UserError(
-            f"lora_target or additional_target: {', '.join(unknown)} not found in the model. "
-            f"Linear layers: {', '.join(linear_names(model))}."
-        )
+    _refuse_unknown([*targets, *(saved or [])], model, parts)
+    saved = _whole_where_unclear(saved, model, parts) if saved else None
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         inference_mode=False,
         r=method.lora_rank,
         target_modules=targets,
+        exclude_modules=_excluded(targets, model, parts),
         lora_alpha=method.lora_alpha or method.lora_rank * 2,
         lora_dropout=method.lora_dropout,
         use_rslora=method.use_rslora,
@@ -201,5 +314,11 @@ def _lora(model: Any, method: Any, adapters: list[str], is_trainable: bool, resi
         modules_to_save=saved,
         init_lora_weights=(f"pissa_niter_{method.pissa_iter}" if method.pissa_iter > 0 else "pissa") if method.pissa_init else True,
     )
-    with same_draws() if method.pissa_init else contextlib.nullcontext():
-        return get_peft_model(model, config)
+    try:
+        with same_draws() if method.pissa_init else contextlib.nullcontext():
+            return get_peft_model(model, config)
+    except ValueError as error:  # of a module that is no layer of one matrix
+        raise UserError(
+            f"lora_target: {', '.join(targets)} cannot all take an adapter: {' '.join(str(error).split())[:300]} "
+            f"Linear layers: {', '.join(linear_names(model))}."
+        ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from longfactory import hub
 from longfactory.errors import UserError
-from longfactory.sp import hf
+from longfactory.sp import hf, text_model
 
 # The embedded default: a pretrained model that a package carries, so that a first run needs no model hub.
 EMBEDDED = "smollm2-135m-instruct"
@@ -155,7 +156,7 @@ def compute_dtype(args: Any) -> torch.dtype:
 def load_model(
     args: Any, config: Any, dtype: torch.dtype, *, attention: str, device: torch.device | None = None, quantization: Any = None
 ) -> Any:
-    """A causal language model with the engine's attention.
+    """The checkpoint as the class that it is, with the engine's attention.
 
     Args:
         args: the model arguments (`model_name_or_path`, `train_from_scratch`, ...).
@@ -167,23 +168,21 @@ def load_model(
     Raises:
         UserError: the weights cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
-
     path, extra = resolve(args.model_name_or_path)
+    kind = class_of(args, config)
     if args.train_from_scratch:
         with torch.device(device or "cpu"):
-            return AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attention, trust_remote_code=bool(args.trust_remote_code)
-            )
-    kwargs: dict[str, Any] = {"config": config, "dtype": dtype, "attn_implementation": attention, **_hub_arguments(args, path), **extra}
+            return kind.from_config(dtype=dtype, attn_implementation=attention)
+    kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, **_hub_arguments(args, path), **extra}
     if quantization is not None:
         kwargs["quantization_config"] = quantization
         if torch.cuda.is_available():
             kwargs["device_map"] = {"": torch.cuda.current_device()}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        model, found = kind.from_pretrained(path, output_loading_info=True, **kwargs)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{args.model_name_or_path} could not be loaded: {reason(error, path)}") from error
+    _refuse_missing(args, model, found)
     if quantization is not None:
         _keep_trainable(model)
     if "gguf_file" in extra:
@@ -196,6 +195,65 @@ def load_model(
         model.name_or_path = EMBEDDED
     model.config.use_cache = False
     return model
+
+
+def class_of(args: Any, config: Any) -> text_model.ModelClass:
+    """The class that the checkpoint is.
+
+    Raises:
+        UserError: transformers has none that continues a text, or its code may not be run.
+    """
+    try:
+        return text_model.model_class(config, bool(args.trust_remote_code))
+    except ValueError as error:
+        raise UserError(f"model_name_or_path: {error}") from error
+
+
+def empty_model(args: Any, config: Any) -> Any:
+    """The model that `load_model` would load, without storage (on the meta device). What cannot be trained is refused here.
+
+    Train, plan, export, chat and --dry_run see the same class by the same way.
+
+    Raises:
+        UserError: there is no class for it, it cannot be made from its configuration, or its attention cannot be computed exactly.
+    """
+    kind = class_of(args, config)
+    try:
+        with torch.device("meta"):
+            model = kind.from_config(dtype=torch.float32)
+        hf.check(model)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the code of a model does with a configuration that does not fit it
+        raise UserError(
+            f"{args.model_name_or_path}: transformers cannot make {kind.name} from its configuration: {type(error).__name__}: {error}"
+        ) from error
+    if model.get_output_embeddings() is None or text_model.embedding(model) is None:
+        raise UserError(
+            f"Models of type {config.model_type} cannot be trained here: {type(model).__name__} has no output layer or no embedding of "
+            "tokens that transformers can name."
+        )
+    return model
+
+
+def _refuse_missing(args: Any, model: Any, found: Any) -> None:
+    """transformers gives random numbers to weights that the checkpoint does not have.
+
+    Raises:
+        UserError: there are such weights. Names them.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return  # under FSDP2 the first process of a host reads the files, and the others receive
+    weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    missing = sorted(weights & set(found["missing_keys"]))
+    if missing:
+        names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise UserError(
+            f"{args.model_name_or_path} could not be loaded: its files have no weights for {names}, which {type(model).__name__} needs: "
+            "they would be random. Check that all of its files are there and that `architectures` in its config.json is right."
+        )
 
 
 def _keep_trainable(model: Any) -> None:

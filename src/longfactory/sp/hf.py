@@ -214,18 +214,8 @@ def prepare(model: PreTrainedModel, ctx: SequenceParallel) -> None:
             Names the model type and what to do.
     """
     inner = unwrap(model)
+    check(inner)
     config = inner.config.get_text_config()
-    reason = unsupported(inner.config)
-    if reason is None and not inner._can_set_attn_implementation():
-        reason = _NOT_ROUTED
-    if reason:
-        raise ValueError(f"Models of type {config.model_type} cannot be trained here: {reason}.")
-    for key in DROPOUT_KEYS:
-        if getattr(config, key, None):
-            raise ValueError(
-                f"{config.model_type}: dropout of attention weights is not computed, and {key} is {getattr(config, key)}. "
-                f"Load the model with {key}=0 (in a run's file: attention_dropout: 0)."
-            )
     inner.set_attn_implementation(ATTENTION)
     if config._attn_implementation != ATTENTION:
         raise ValueError(f"Models of type {config.model_type} cannot be trained here: {_NOT_ROUTED}.")
@@ -241,6 +231,26 @@ def prepare(model: PreTrainedModel, ctx: SequenceParallel) -> None:
     hybrid.prepare(inner, ctx)
     if ctx.heads is None and (heads := getattr(config, "num_attention_heads", None)):
         ctx.set_heads(heads, getattr(config, "num_key_value_heads", None))
+
+
+def check(model: PreTrainedModel) -> None:
+    """What `prepare` refuses whatever the size. Reads no weight: the model may be on the meta device.
+
+    Raises:
+        ValueError: see `prepare`.
+    """
+    config = model.config.get_text_config()
+    reason = unsupported(model.config)
+    if reason is None and not model._can_set_attn_implementation():
+        reason = _NOT_ROUTED
+    if reason:
+        raise ValueError(f"Models of type {config.model_type} cannot be trained here: {reason}.")
+    for key in DROPOUT_KEYS:
+        if getattr(config, key, None):
+            raise ValueError(
+                f"{config.model_type}: dropout of attention weights is not computed, and {key} is {getattr(config, key)}. "
+                f"Load the model with {key}=0 (in a run's file: attention_dropout: 0)."
+            )
 
 
 def unsupported(config: PreTrainedConfig) -> str | None:

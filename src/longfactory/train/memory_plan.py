@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from longfactory.config import RunConfig
 from longfactory.data.module import Datasets
 from longfactory.errors import UserError
-from longfactory.model import adapters
+from longfactory.model import adapters, load
 from longfactory.model.memory.auto import MemoryPlan, choose_memory, corrected, host_memory, user_keys
 from longfactory.model.memory.waiting import Activations
 from longfactory.plan.shapes import ModelShape
@@ -46,13 +46,11 @@ def count_parameters(cfg: RunConfig, model_config: Any) -> Counts:
     """Counts on a model without storage, made trainable as the run's will be. Tokens that resize_vocab adds are not counted.
 
     Raises:
-        UserError: the keys of freeze or LoRA name modules that the model does not have.
+        UserError: the model cannot be trained (see `load.empty_model`), or the keys of freeze or LoRA name modules that it does not have.
     """
-    from transformers import AutoModelForCausalLM
-
     given = cfg.model.adapter_name_or_path
+    model = load.empty_model(cfg.model, model_config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
         total = adapters.count_parameters(model)[1]
         if given and not cfg.method.create_new_adapter:
             return Counts(total, None, None)
@@ -143,7 +141,8 @@ def _state_bytes(narrow: Narrow | None, model_config: Any, counts: Counts) -> fl
     """Bytes a trained parameter of the optimizer's states on the GPU, on average."""
     if narrow is None or narrow.package != "bitsandbytes" or counts.trained != counts.total:
         return 8 if narrow is None else narrow.bytes
-    embedding = min(1.0, model_config.vocab_size * model_config.hidden_size / counts.total)
+    text = model_config.get_text_config()
+    embedding = min(1.0, text.vocab_size * text.hidden_size / counts.total)
     return narrow.bytes + (8 - narrow.bytes) * embedding
 
 

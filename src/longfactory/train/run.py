@@ -283,8 +283,8 @@ def build_model(
     zero3 = bool(args.deepspeed) and args.hf_deepspeed_config is not None and args.hf_deepspeed_config.is_zero3()
     if not cfg.method.pure_bf16 and not zero3 and not split:
         adapters.cast_trainable(model)
-    trainable, total = adapters.count_parameters(model)
-    log.info("Trainable parameters: %s of %s (%.2f %%)", f"{trainable:,}", f"{total:,}", 100 * trainable / max(total, 1))
+    for level, line in adapters.describe_trained(model):
+        log.log(level, line)
     return model, head
 
 
