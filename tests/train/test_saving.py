@@ -1,18 +1,110 @@
-"""What sharded runs leave behind: a whole plain checkpoint of the trained weights, and one to go on from with another split."""
+"""What runs leave behind: all that the loaded checkpoint has, also of a sharded run; and nothing that fails keeps it from being saved."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
+from longfactory.errors import UserError
+from longfactory.model.source import stored_tensors
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
+from small_runs import LORA, keys, run_on_ranks, text, write_model  # noqa: E402
+
+MTP = {"mtp.layers.0.proj.weight": torch.arange(12.0).view(3, 4), "mtp.norm.weight": torch.ones(3, dtype=torch.bfloat16)}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with all that once kept a run from saving it, or was lost; and a few conversations."""
+    home = tmp_path_factory.mktemp("saving")
+    model = home / "model"
+    write_model(model, 0)
+    save_file(load_file(model / "model.safetensors") | MTP, model / "model.safetensors", metadata={"format": "pt"})
+    (model / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.6, "length_penalty": 2.0}))
+    (model / "preprocessor_config.json").write_text("{}")
+    random.seed(0)
+    (home / "talks.json").write_text(json.dumps([{"instruction": text(12), "output": text(25)} for _ in range(4)]))
+    (home / "dataset_info.json").write_text(json.dumps({"talks": {"file_name": "talks.json"}}))
+    return home
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    logger = logging.getLogger("longfactory")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def run(home: Path, output_dir: Path, **changes: Any) -> None:
+    """One step in this process."""
+    given = keys(home, "", output_dir=output_dir, max_steps=1, **changes)
+    run_on_ranks([f"{k}={v}" for k, v in given.items()], str(home / "cache"))
+
+
+def test_a_run_saves_all_that_it_has_loaded(home: Path, tmp_path: Path, told: pytest.LogCaptureFixture) -> None:
+    out = tmp_path / "out"
+    run(home, out, save_strategy="steps", save_steps=1)
+    for folder in (out, out / "checkpoint-1"):
+        held = {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+        assert held.keys() == stored_tensors(folder).keys() == stored_tensors(home / "model").keys()
+        assert all(torch.equal(held[name], t) for name, t in MTP.items())
+        generation = json.loads((folder / "generation_config.json").read_text())
+        assert generation["do_sample"] and generation["temperature"] == 0.6 and "length_penalty" not in generation
+        assert (folder / "preprocessor_config.json").is_file()
+    lines = {record for record in told.records if "2 tensors of the checkpoint that transformers does not load" in record.getMessage()}
+    assert len(lines) == 1 and "are saved as they were: mtp.* (2)" in lines.pop().getMessage()
+    assert "do_sample: False beside temperature: 0.6 became do_sample: true" in told.text
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "the scratch folder is gone"
+
+
+def test_what_fails_after_the_save_loses_nothing(
+    home: Path, tmp_path: Path, told: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("longfactory.train.output.plot_history", fails)
+    monkeypatch.setattr("longfactory.train.output.write_model_card", fails)
+    run(home, tmp_path / "out", plot_loss=True, **LORA)
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file() and (tmp_path / "out" / "trainer_state.json").is_file()
+    assert "plot_loss: curves could not be written (RuntimeError: no fonts)" in told.text
+    assert "the model card, could not be written" in told.text
+
+
+@pytest.mark.parametrize("case", ["tokenizer", "below a file", "its own source"])
+def test_a_run_that_could_not_save_does_not_begin(case: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, expected = tmp_path / "out", "The tokenizer cannot be saved (TypeError): it holds a tensor"
+    if case == "tokenizer":
+
+        def refuses(*args: Any, **kwargs: Any) -> None:
+            raise TypeError("it holds a tensor")
+
+        monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", refuses)
+    elif case == "below a file":
+        (tmp_path / "file").write_text("")
+        out, expected = tmp_path / "file" / "out", "cannot be written: Not a directory"
+    else:
+        out, expected = home / "model", "is the folder that the model is read from"
+    before = sorted(path.name for path in (home / "model").iterdir())
+    with pytest.raises(UserError, match="This run could not save its model, so nothing was trained:") as error:
+        run(home, out)
+    assert expected in str(error.value)
+    assert sorted(path.name for path in (home / "model").iterdir()) == before
+    assert case == "its own source" or not out.exists()
+    assert not list(tmp_path.glob(".longfactory*"))
 
 
 @pytest.mark.timeout(400)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -63,3 +64,63 @@ def attention_with_cache(model: Any) -> Iterator[None]:
         yield
     finally:
         inner.set_attn_implementation(before)
+
+
+# Sampling settings that mean nothing while do_sample is false, with the values that transformers accepts there.
+SAMPLING = {
+    "temperature": (None, 1.0),
+    "top_p": (None, 1.0),
+    "top_k": (None, 50),
+    "min_p": (None,),
+    "top_h": (None,),
+    "typical_p": (None, 1.0),
+    "epsilon_cutoff": (None, 0.0),
+    "eta_cutoff": (None, 0.0),
+}
+
+
+def make_generation_config_valid(model: Any) -> list[str]:
+    """Changes what transformers refuses to save in a model's generation settings; published checkpoints carry such settings.
+
+    Sampling settings beside `do_sample: false` are kept, with `do_sample: true`. Whatever else is refused gets transformers' default.
+
+    Args:
+        model: a transformers model, perhaps inside PEFT. Changed in place.
+    Returns:
+        One phrase for each change; none where the settings were valid.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    generation = getattr(inner, "generation_config", None)
+    if generation is None:
+        return []
+    changes = []
+    sampling = {key: getattr(generation, key, None) for key, neutral in SAMPLING.items() if getattr(generation, key, None) not in neutral}
+    if generation.do_sample is not True and sampling:
+        found = ", ".join(f"{key}: {value}" for key, value in sampling.items())
+        changes.append(f"do_sample: {generation.do_sample} beside {found} became do_sample: true")
+        generation.do_sample = True
+    default = type(generation)()
+    while (refusal := _refusal(generation)) is not None:
+        # The refusal names the setting in its first quoted words.
+        named = [name for name in re.findall(r"`(\w+)", refusal) if getattr(generation, name, None) != getattr(default, name, None)]
+        if not named:
+            kept = {key: getattr(generation, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            inner.generation_config = type(generation)(**kept)
+            changes.append(f"all settings but the token ids became transformers' defaults ({' '.join(refusal.split())[:200]})")
+            break
+        value = getattr(generation, named[0])
+        if hasattr(default, named[0]):
+            setattr(generation, named[0], getattr(default, named[0]))
+        else:
+            delattr(generation, named[0])
+        changes.append(f"{named[0]}: {value} became {getattr(default, named[0], 'absent')}")
+    return changes
+
+
+def _refusal(generation: Any) -> str | None:
+    """Why transformers would not save these settings; None where it would."""
+    try:
+        generation.validate(strict=True)
+    except (ValueError, TypeError, AttributeError) as error:
+        return str(error)
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 import os
@@ -12,6 +13,7 @@ import torch
 
 from longfactory import hub
 from longfactory.errors import UserError
+from longfactory.model.source import Source, read_source
 from longfactory.sp import hf, text_model
 
 # The embedded default: a pretrained model that a package carries, so that a first run needs no model hub.
@@ -254,6 +256,15 @@ def _refuse_missing(args: Any, model: Any, found: Any) -> None:
             f"{args.model_name_or_path} could not be loaded: its files have no weights for {names}, which {type(model).__name__} needs: "
             "they would be random. Check that all of its files are there and that `architectures` in its config.json is right."
         )
+
+
+def source_of(model: Any, args: Any) -> Source:
+    """The files that `load_model` has just read the model from; without tensors where its weights are random, or come from a gguf file."""
+    path, extra = resolve(args.model_name_or_path)
+    source = read_source(model, path, revision=getattr(args, "model_revision", None), cache_dir=getattr(args, "cache_dir", None))
+    if args.train_from_scratch or extra:
+        return dataclasses.replace(source, folder=None if extra else source.folder, tensors={}, targets={})
+    return source
 
 
 def _keep_trainable(model: Any) -> None:

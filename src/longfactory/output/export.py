@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -10,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from longfactory.errors import UserError
-from longfactory.model.generate import stop_tokens
-from longfactory.output.load import load
+from longfactory.model import saved
+from longfactory.model.generate import make_generation_config_valid, stop_tokens
+from longfactory.model.source import in_words
+from longfactory.model.value_head import FILE as VALUE_HEAD
+from longfactory.output.load import load_with_source
 
 if TYPE_CHECKING:
     from longfactory.config import RunConfig
 
-VALUE_HEAD = "value_head.safetensors"
+log = logging.getLogger("longfactory")
 
 
 def export(cfg: RunConfig) -> Path:
@@ -35,8 +39,9 @@ def export(cfg: RunConfig) -> Path:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"export_dir: {target} exists and is not empty. Choose another folder, or remove it first.")
     device = torch.accelerator.current_accelerator() if cfg.output.export_device == "auto" and torch.accelerator.is_available() else None
-    model, tokenizer = load(cfg, device or torch.device("cpu"))
-    make_generation_config_valid(model)
+    model, tokenizer, source = load_with_source(cfg, device or torch.device("cpu"))
+    if changes := make_generation_config_valid(model):
+        log.warning("generation_config.json, in what is saved: %s.", "; ".join(changes))
     if model.generation_config is not None:
         # A template may have given the tokenizer another eos; without it here, generation would run past the end of an answer.
         model.generation_config.eos_token_id = stop_tokens(model, tokenizer, None) or None
@@ -49,9 +54,19 @@ def export(cfg: RunConfig) -> Path:
         model.save_pretrained(part, max_shard_size=f"{cfg.output.export_size}GB")
         tokenizer.padding_side = "left"  # for generation
         tokenizer.save_pretrained(part)
-        for source in reversed(sources):
-            if (source / VALUE_HEAD).is_file():
-                shutil.copy2(source / VALUE_HEAD, part / VALUE_HEAD)
+        completed = saved.complete(part, source, model, max_bytes=int(cfg.output.export_size * 10**9))
+        if copied := [name for name in completed.copied if not saved.CONSTANTS.search(name)]:
+            log.warning(
+                "%d tensors of the checkpoint that transformers does not load are exported as they were, without an adapter's part: %s.",
+                len(copied),
+                in_words(copied),
+            )
+        saved.copy_side_files(source.folder, part, whole=True)
+        if problems := saved.check_saved(part, model, source, merged=bool(cfg.model.adapter_name_or_path)):
+            raise UserError(f"{target} was not written, the export is not complete: " + "; ".join(problems))
+        for folder in reversed(sources):
+            if (folder / VALUE_HEAD).is_file():
+                shutil.copy2(folder / VALUE_HEAD, part / VALUE_HEAD)
                 break
         if target.exists():
             target.rmdir()
@@ -61,15 +76,6 @@ def export(cfg: RunConfig) -> Path:
     if cfg.output.export_hub_model_id is not None:
         push(cfg, model, tokenizer)
     return target
-
-
-def make_generation_config_valid(model: Any) -> None:
-    """Some published models carry a temperature beside `do_sample: false`, which transformers refuses to save."""
-    generation = getattr(model, "generation_config", None)
-    if generation is not None and not generation.do_sample:
-        sampling = (generation.temperature, generation.top_p, generation.top_k)
-        if any(value is not None and value != neutral for value, neutral in zip(sampling, (1.0, 1.0, 50), strict=True)):
-            generation.do_sample = True
 
 
 def push(cfg: RunConfig, model: Any, tokenizer: Any) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from longfactory.errors import UserError
 from longfactory.model.adapters import load_adapter
+from longfactory.model.source import Source
 
 if TYPE_CHECKING:
     from longfactory.config import RunConfig
@@ -18,7 +19,13 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 
 def load(cfg: RunConfig, device: torch.device) -> tuple[Any, Any]:
-    """The model in evaluation mode, its adapters merged, and the tokenizer.
+    """`load_with_source`, without the files."""
+    model, tokenizer, _ = load_with_source(cfg, device)
+    return model, tokenizer
+
+
+def load_with_source(cfg: RunConfig, device: torch.device) -> tuple[Any, Any, Source]:
+    """The model in evaluation mode, its adapters merged; the tokenizer; and the files of the base model.
 
     Raises:
         UserError: a model or adapter that cannot be loaded, or an adapter of another model.
@@ -30,6 +37,7 @@ def load(cfg: RunConfig, device: torch.device) -> tuple[Any, Any]:
     dtype = DTYPES.get(cfg.model.infer_dtype) or getattr(config, "dtype", None) or torch.float32
     quantization = models.quantization_config(cfg.model, dtype)
     model = models.load_model(cfg.model, config, dtype, attention="sdpa", quantization=quantization)
+    source = models.source_of(model, cfg.model)
     if cfg.model.resize_vocab or (cfg.model.adapter_name_or_path and len(tokenizer) > model.get_input_embeddings().weight.shape[0]):
         models.resize_vocabulary(model, tokenizer)
     # On the host, as in training: a device has random numbers of its own, with which PiSSA would begin elsewhere.
@@ -38,7 +46,7 @@ def load(cfg: RunConfig, device: torch.device) -> tuple[Any, Any]:
     if quantization is None:
         model = model.to(device)
     model.config.use_cache = True
-    return model.eval(), tokenizer
+    return model.eval(), tokenizer, source
 
 
 def load_tokenizer(cfg: RunConfig) -> Any:

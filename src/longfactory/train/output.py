@@ -1,16 +1,29 @@
-"""The files of a finished run: weights, tokenizer, result files, curves, model card."""
+"""The files of a run: the proof before its first step that they can be written; weights, tokenizer, result files, curves, model card."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+import logging
 import os
+import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from longfactory.model import value_head
+from longfactory.errors import UserError
+from longfactory.model import saved, value_head
+from longfactory.model.generate import make_generation_config_valid
+from longfactory.model.source import Source, in_words
 from longfactory.train.plots import plot_history
+
+log = logging.getLogger("longfactory")
+SCRATCH = ".longfactory-dry-save-"
 
 BY_US, BY_PEFT = "trained by LongFactory:", "# Model Card for Model ID"
 """By these words a card is known that may be written anew: ours, and the empty form that peft leaves beside an adapter."""
@@ -26,19 +39,187 @@ def curves(cfg: Any) -> list[str]:
 
 
 def save_trained(trainer: Any, cfg: Any, tokenizer: Any, result: Any) -> None:
-    """Weights as plain safetensors, tokenizer, `train_results.json`, `trainer_state.json`, curves. Collective.
+    """Weights as plain safetensors, tokenizer, `train_results.json`, `trainer_state.json`, curves, model card. Collective.
 
-    Of a run that had been over before, the weights alone: its results are not those of no steps.
+    The model comes first; whatever fails after it is reported and loses nothing else. Of a run that had been over before, the weights
+    alone: its results are not those of no steps.
     """
     if cfg.output.save_final_model:
         trainer.save_model()
     if trainer.finished:
         return
     trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
-    trainer.save_state()
-    if cfg.method.plot_loss and trainer.is_world_process_zero():
-        plot_history(trainer.state.log_history, trainer.args.output_dir, curves(cfg))
+    for write in (lambda: trainer.save_metrics("train", result.metrics), trainer.save_state):
+        reported(write, "results of the training")
+    if trainer.is_world_process_zero():
+        if cfg.method.plot_loss:
+            reported(lambda: plot_history(trainer.state.log_history, trainer.args.output_dir, curves(cfg)), "plot_loss: curves")
+        reported(lambda: write_model_card(cfg, trainer.args.output_dir), "README.md, the model card,")
+
+
+def reported(write: Callable[[], Any], what: str) -> None:
+    """Calls a function whose failure is worth a line in the log, and not a run."""
+    try:
+        write()
+    except Exception as error:
+        log.error("%s could not be written (%s: %s). The run goes on without.", what, type(error).__name__, first_line(error))
+
+
+def first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+# ---- before the first step --------------------------------------------------------------------------------------------------------------
+
+
+def prove_writable(args: Any, source: Source | None) -> None:
+    """Refuses an output folder that cannot be written, or that the model is read from. Collective; before the Trainer makes the folder.
+
+    Raises:
+        UserError: on every rank.
+    """
+    _agree(args, [_not_writable(args, source)] if args.should_save else [])
+
+
+def prove_saveable(trainer: Any) -> None:
+    """Saves all but the weights into a scratch folder, and removes it: what would fail at the first save fails now. Collective.
+
+    Generation settings that transformers refuses to save are changed, with a line in the log.
+
+    Raises:
+        UserError: on every rank, where the run could not save its model.
+    """
+    args, problems = trainer.args, []
+    changes = make_generation_config_valid(trainer.model)
+    if changes:
+        log.info("generation_config.json, in what is saved: %s.", "; ".join(changes))
+    if args.should_save:
+        scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=_existing(args.output_dir)))
+        try:
+            problems = [_failure(what, write) for what, write in _parts(trainer, scratch)]
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        if any(problems):
+            with contextlib.suppress(OSError):  # it is not empty: of a run of before
+                os.rmdir(args.output_dir)
+        _tell_of_space(args, trainer.model)
+    _agree(args, problems)
+
+
+def _agree(args: Any, problems: list[str | None]) -> None:
+    """Raises the problems of any rank as a UserError on every rank."""
+    found: list[Any] = [[p for p in problems if p is not None]]
+    if dist.is_available() and dist.is_initialized():
+        mine, found = found[0], [None] * dist.get_world_size()
+        dist.all_gather_object(found, mine)
+    lines = list(dict.fromkeys(p for each in found for p in each))
+    if lines:
+        raise UserError("This run could not save its model, so nothing was trained:\n" + "\n".join(f"- {line}" for line in lines))
+
+
+def _existing(folder: str) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    path = Path(folder).expanduser().absolute()
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
+def _not_writable(args: Any, source: Source | None) -> str | None:
+    parent = _existing(args.output_dir)
+    is_there = parent == Path(args.output_dir).expanduser().absolute()
+    if is_there and source is not None and source.folder is not None and parent.samefile(source.folder):
+        return f"output_dir: {args.output_dir} is the folder that the model is read from. Choose another."
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=SCRATCH, dir=parent))
+    except OSError as error:
+        return f"output_dir: {args.output_dir} cannot be written: {error.strerror or error}. Choose another."
+    return None
+
+
+def _tell_of_space(args: Any, model: Any) -> None:
+    needed, free = saved.bytes_to_save(model), shutil.disk_usage(_existing(args.output_dir)).free
+    if needed > free:
+        log.warning(
+            "output_dir: %s has %.1f GB of free space, and the model that is saved there needs %.1f GB (with save_strategy, each "
+            "checkpoint needs them too, and optimizer states beside). Make room before the run ends.",
+            args.output_dir,
+            free / 1e9,
+            needed / 1e9,
+        )
+
+
+def _parts(trainer: Any, scratch: Path) -> list[tuple[str, Callable[[], Any]]]:
+    """What a save writes beside the tensors, and the names and dtypes of these."""
+    model, source = trainer.model, trainer.source
+    parts: list[tuple[str, Callable[[], Any]]] = []
+    if hasattr(model, "peft_config"):
+        for config in model.peft_config.values():
+            parts.append(("adapter_config.json", functools.partial(config.save_pretrained, scratch)))
+    else:
+        # The whole of transformers' saving, of no tensors: configuration, generation settings, custom code, quantisation.
+        parts.append(("The model's configuration", lambda: model.save_pretrained(scratch, state_dict={})))
+    parts.append(("The names of the tensors", lambda: saved.check_saveable(model, source)))
+    if trainer.processing_class is not None:
+        parts.append(("The tokenizer", lambda: trainer.processing_class.save_pretrained(scratch)))
+    parts.append(("training_args.bin", lambda: torch.save(trainer.args, scratch / "training_args.bin")))
+    if source is not None:
+        whole = not hasattr(model, "peft_config")
+        parts.append((f"Files of {source.folder}", lambda: saved.copy_side_files(source.folder, scratch, whole=whole)))
+    return parts
+
+
+def _failure(what: str, write: Callable[[], Any]) -> str | None:
+    try:
+        write()
+    except UserError as error:
+        return str(error)
+    except Exception as error:
+        log.debug("dry save", exc_info=error)
+        return f"{what} cannot be saved ({type(error).__name__}): {' '.join(str(error).split())[:500]}"
+    return None
+
+
+# ---- after each save --------------------------------------------------------------------------------------------------------------------
+
+
+def finish_save(trainer: Any, folder: str) -> None:
+    """Gives a folder that `save_model` has written all that the loaded checkpoint has, and compares it. On the writing process.
+
+    Raises:
+        UserError: something of the model is not in the folder.
+    """
+    model, source = trainer.model, trainer.source
+    whole = not hasattr(model, "peft_config")
+    if whole and not saved.weight_files(Path(folder)):
+        # ZeRO-3 with stage3_gather_16bit_weights_on_model_save: false, which is the user's own wish.
+        log.warning("%s holds DeepSpeed's own files, and no safetensors: make them by its zero_to_fp32.py.", folder)
+        return
+    if source is not None:
+        if whole:
+            changes = saved.complete(folder, source, model)
+            _tell(trainer, source, changes)
+        saved.copy_side_files(source.folder, folder, whole=whole)
+    if problems := saved.check_saved(folder, model, source):
+        raise UserError(f"{folder} is not a complete save: " + "; ".join(problems))
+
+
+def _tell(trainer: Any, source: Source, changes: saved.Changes) -> None:
+    """Once a run: what was copied, and that it was not trained with the rest."""
+    if trainer.told_of_copies:
+        return
+    trainer.told_of_copies = True
+    stale = [name for name in changes.copied if not saved.CONSTANTS.search(name)]
+    if stale:
+        log.warning(
+            "%d tensors of the checkpoint that transformers does not load are saved as they were: %s. They were not trained with the "
+            "rest, so that next-token prediction heads among them are stale.",
+            len(stale),
+            in_words(stale),
+        )
+    if changes.elsewhere:
+        log.warning("%d tensors are saved under other names than in %s.", len(changes.elsewhere), source.folder)
+
+
+# ---- after the training -----------------------------------------------------------------------------------------------------------------
 
 
 def evaluate(trainer: Any, cfg: Any, datasets: Any) -> dict[str, float]:

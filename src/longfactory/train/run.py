@@ -21,6 +21,7 @@ from longfactory.model import adapters, load
 from longfactory.model.liger import apply_liger
 from longfactory.model.memory.apply import apply_memory
 from longfactory.model.memory.auto import explain_out_of_memory
+from longfactory.model.source import Source
 from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.model.value_head import FILE as VALUE_HEAD
 from longfactory.model.value_head import TokenValues, load_value_head
@@ -108,16 +109,20 @@ def assemble(cfg: RunConfig, *, compares: bool = False) -> Assembled:
     for line in describe(cfg, ctx, args, sharding, datasets) if not compares else ():
         log.info(line)
 
-    model, head = build_model(cfg, model_config, tokenizer, ctx, args, stage, memory.split)
+    model, head, source = build_model(cfg, model_config, tokenizer, ctx, args, stage, memory.split)
     aligned = -(-memory.plan.job.tokens // sp.alignment(ctx)) * sp.alignment(ctx)
     activations = apply_memory(model, memory.plan.settings, args.device, longest=aligned // ctx.size)
-    trainer = make_trainer(cfg, args, ctx, stage, model, head, tokenizer, datasets, memory)
+    if args.do_train and not compares:
+        output.prove_writable(args, source)
+    trainer = make_trainer(cfg, args, ctx, stage, model, head, source, tokenizer, datasets, memory)
     if not compares:
         trainer.add_callback(AtStart(trainer.continue_counting, lambda: prove_exact(trainer), lambda: attach_reference(trainer, cfg)))
         trainer.add_callback(FitMemory(memory.plan, activations))
     shard.check_sharding(trainer.accelerator, sharding, world)
     if sharding == "fsdp2":
         shard.fix_fsdp2_plugin(trainer.accelerator, model, split=memory.split)
+    if args.do_train and not compares:
+        output.prove_saveable(trainer)
     if main and not compares:
         cfg.write()  # not before all that can be refused: a run that never began leaves no folder
     return Assembled(trainer, tokenizer, datasets, memory, sharding)
@@ -155,8 +160,6 @@ def run(cfg: RunConfig) -> dict[str, float]:
         from longfactory.train.predict import predict
 
         metrics.update(predict(trainer, cfg, tokenizer, datasets))
-    if trainer.is_world_process_zero() and args.do_train and not trainer.finished:
-        output.write_model_card(cfg, args.output_dir)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return metrics
@@ -249,12 +252,13 @@ def training_arguments(cfg: RunConfig, sharding: str, memory: Memory) -> Any:
 
 def build_model(
     cfg: RunConfig, model_config: Any, tokenizer: Any, ctx: sp.SequenceParallel, args: Any, stage: Stage, split: bool
-) -> tuple[Any, Any]:
-    """The model with the engine's attention, what is trained of it, and its output layer taken over."""
+) -> tuple[Any, Any, Source]:
+    """The model with the engine's attention, what is trained of it, and its output layer taken over; and the files that it came from."""
     dtype = torch.bfloat16 if cfg.method.pure_bf16 or split else load.compute_dtype(args)
     quantization = load.quantization_config(cfg.model, dtype)
     on_device = args.device if cfg.model.train_from_scratch else None
     model = load.load_model(cfg.model, model_config, dtype, attention=hf.ATTENTION, device=on_device, quantization=quantization)
+    source = load.source_of(model, cfg.model)
     if cfg.model.enable_liger_kernel:
         apply_liger(model)
     grew = load.resize_vocabulary(model, tokenizer) if cfg.model.resize_vocab else False
@@ -285,11 +289,20 @@ def build_model(
         adapters.cast_trainable(model)
     for level, line in adapters.describe_trained(model):
         log.log(level, line)
-    return model, head
+    return model, head, source
 
 
 def make_trainer(
-    cfg: RunConfig, args: Any, ctx: sp.SequenceParallel, stage: Stage, model: Any, head: Any, tokenizer: Any, datasets: Any, memory: Memory
+    cfg: RunConfig,
+    args: Any,
+    ctx: sp.SequenceParallel,
+    stage: Stage,
+    model: Any,
+    head: Any,
+    source: Source,
+    tokenizer: Any,
+    datasets: Any,
+    memory: Memory,
 ) -> RowTrainer:
     """The Trainer of a run, with its loaders, optimizer and callbacks."""
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
@@ -307,6 +320,7 @@ def make_trainer(
         shuffle=not cfg.method.disable_shuffling,
         make_optimizer=optimizer_factory(cfg, memory),
         log_tokens=cfg.log_tokens,
+        source=source,
         train_dataset=datasets.train,
         eval_dataset=eval_sets,
         processing_class=tokenizer,

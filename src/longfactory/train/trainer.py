@@ -30,6 +30,8 @@ from longfactory.data.row import Row
 from longfactory.errors import UserError
 from longfactory.model.memory.optimizer import SplitAdamW
 from longfactory.model.outputs import TokenOutputs
+from longfactory.model.saved import remove_weights
+from longfactory.model.source import Source
 from longfactory.model.token_logprobs import ReferenceHidden, TokenLogprobs
 from longfactory.model.value_head import FILE as VALUE_HEAD
 from longfactory.model.value_head import load_value_head
@@ -37,7 +39,7 @@ from longfactory.shard import export, optimizer_states
 from longfactory.sp import hf
 from longfactory.train.loader import Collate, RowSampler, empty_row, make_loader
 from longfactory.train.metrics import Metrics, MetricSums
-from longfactory.train.output import save_value_head
+from longfactory.train.output import finish_save, save_value_head
 from longfactory.train.reference import ReferenceCache, as_reference
 from longfactory.train.whole_weights import load_renamed
 
@@ -59,6 +61,7 @@ class RowTrainer(Trainer):
         shuffle: whether training samples are shuffled.
         make_optimizer: builds the optimizer in place of the Trainer's own (LoRA+, optimizer on the host), or None.
         log_tokens: count input tokens and log throughput.
+        source: the checkpoint that was loaded: what is saved gets all that it has.
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by N: the Trainer must not divide by accumulation steps
@@ -76,11 +79,13 @@ class RowTrainer(Trainer):
         shuffle: bool = True,
         make_optimizer: Callable[[nn.Module, Any], torch.optim.Optimizer] | None = None,
         log_tokens: bool = False,
+        source: Source | None = None,
         **kwargs: Any,
     ):
         self.ctx, self.stage, self.head = ctx, stage, head
         self.shuffle, self.make_optimizer, self.log_tokens = shuffle, make_optimizer, log_tokens
         self.collate, self.pad_id = collate, pad_id
+        self.source, self.told_of_copies = source, False
         # By data set: the reference's log-probabilities, computed before training; and whether the adapter is switched off to get them.
         self.reference_caches: dict[int, ReferenceCache] = {}
         self.reference_by_adapter = False
@@ -342,14 +347,18 @@ class RowTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Plain Hugging Face safetensors, whole, whatever the sharding. Collective: every rank calls it."""
         output_dir = output_dir or self.args.output_dir
+        if self.args.should_save and not hasattr(self.model, "peft_config"):
+            remove_weights(output_dir)
         if self.is_fsdp_enabled:
             self._save(output_dir, state_dict=export.full_state_dict(self.model))
-            if self.args.push_to_hub and not _internal_call:
-                self.push_to_hub(commit_message="Model save")
         else:
-            super().save_model(output_dir, _internal_call)
+            super().save_model(output_dir, _internal_call=True)  # without its upload
         if self.stage.output == "values":
             save_value_head(self, output_dir)
+        if self.args.should_save:
+            finish_save(self, output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         if _internal_call and self.args.should_save:
             os.makedirs(output_dir, exist_ok=True)
             path = os.path.join(output_dir, STATE_FILE)

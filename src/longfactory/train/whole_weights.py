@@ -6,15 +6,13 @@ weights stayed as they were, with a warning. `from_pretrained` knows both.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from longfactory.errors import UserError
-
-FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+from longfactory.model.source import FILE, INDEX, stored_tensors
 
 
 def load_renamed(model: Any, folder: str | Path) -> list[str]:
@@ -26,9 +24,9 @@ def load_renamed(model: Any, folder: str | Path) -> list[str]:
     Raises:
         UserError: a weight of the model is not in the checkpoint.
     """
-    stored = _names(Path(folder))
-    if stored is None:
+    if not any((Path(folder) / name).is_file() for name in (FILE, INDEX)):
         return []
+    stored = stored_tensors(folder)
     state = model.state_dict()
     there = {t.data_ptr() for name, t in state.items() if name in stored}  # tied weights are stored once
     missing = [name for name, t in state.items() if name not in stored and t.data_ptr() not in there]
@@ -43,14 +41,3 @@ def load_renamed(model: Any, folder: str | Path) -> list[str]:
         for name in missing:
             state[name].copy_(theirs[name])
     return missing
-
-
-def _names(folder: Path) -> set[str] | None:
-    from safetensors import safe_open
-
-    if (folder / INDEX).is_file():
-        return set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
-    if not (folder / FILE).is_file():
-        return None
-    with safe_open(folder / FILE, "pt") as f:
-        return set(f.keys())

@@ -1,0 +1,199 @@
+"""A saved model has every tensor of the checkpoint that was loaded, under its names; what is missing or wrong is found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from longfactory.errors import UserError
+from longfactory.model import saved
+from longfactory.model.source import in_words, read_source, stored_tensors, targets_of
+from longfactory.testing import tiny_model
+
+EXTRA = {
+    "mtp.layers.0.proj.weight": torch.arange(12.0).view(3, 4),
+    "mtp.norm.weight": torch.ones(3, dtype=torch.bfloat16),
+    "model.layers.2.eh_proj.weight": torch.arange(5),
+}
+
+
+def write(folder: Path, state: dict[str, torch.Tensor], files: int = 1, metadata: bool = True) -> None:
+    """The weights of a folder as one file, or as several with an index."""
+    kwargs: dict[str, Any] = {"metadata": {"format": "pt"}} if metadata else {}
+    if files == 1:
+        save_file(state, folder / "model.safetensors", **kwargs)
+        return
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for i in range(files):
+        names = sorted(state)[i::files]
+        weight_map |= {name: f"model-{i + 1:05d}-of-{files:05d}.safetensors" for name in names}
+        save_file({name: state[name] for name in names}, folder / f"model-{i + 1:05d}-of-{files:05d}.safetensors", **kwargs)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def with_extra(folder: Path) -> None:
+    write(folder, load_file(folder / "model.safetensors") | EXTRA)
+
+
+def in_several_files(folder: Path) -> None:
+    write(folder, load_file(folder / "model.safetensors") | EXTRA, files=2)
+
+
+def without_metadata(folder: Path) -> None:
+    write(folder, load_file(folder / "model.safetensors") | EXTRA, metadata=False)
+
+
+def in_a_bin_file(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors") | EXTRA, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def without_prefix(folder: Path) -> None:
+    """As gpt2's checkpoint: names of the model without its head; and a constant that old checkpoints held."""
+    state = {name.removeprefix("model."): t for name, t in load_file(folder / "model.safetensors").items()}
+    write(folder, state | {"layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
+
+
+def tied_twice(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    write(folder, state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()})
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("bases")
+    tiny_model("llama").save_pretrained(root / "plain")
+    tiny_model("llama", tie_word_embeddings=True).save_pretrained(root / "tied")
+    tiny_model("qwen3_moe").save_pretrained(root / "experts")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("base", "change"),
+    [
+        ("plain", with_extra),
+        ("plain", in_several_files),
+        ("plain", without_metadata),
+        ("plain", in_a_bin_file),
+        ("tied", without_prefix),
+        ("tied", tied_twice),
+        ("tied", in_several_files),
+        ("experts", with_extra),
+    ],
+)
+def test_every_tensor_is_back_under_its_name(base: str, change: Callable[[Path], None], bases: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    shutil.copytree(bases / base, folder)
+    change(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    source = read_source(model, str(folder))
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 1
+    out = tmp_path / "out"
+    model.save_pretrained(out)
+    saved.check_saveable(model, source)
+    saved.complete(out, source, model, max_bytes=60)
+    assert saved.check_saved(out, model, source) == []
+    before, after = stored_tensors(folder), stored_tensors(out)
+    assert before.keys() == after.keys()
+    assert all(tuple(before[name].shape) == tuple(after[name].shape) for name in before)
+    held = {name: t for file in out.glob("*.safetensors") for name, t in load_file(file).items()}
+    assert held.keys() == after.keys(), "no file holds what the index does not name"
+    for name in source.not_loaded:
+        if name in EXTRA:
+            assert torch.equal(held[name], EXTRA[name]) and held[name].dtype == EXTRA[name].dtype
+    again = AutoModelForCausalLM.from_pretrained(out)
+    for (name, p), q in zip(again.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    tied = again.get_output_embeddings().weight is again.get_input_embeddings().weight
+    assert tied == (base == "tied")
+
+
+def test_targets_know_which_tensors_the_model_has_taken(bases: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(bases / "experts")
+    names = [*stored_tensors(bases / "experts"), *EXTRA]
+    targets = targets_of(names, model)
+    assert [name for name, target in targets.items() if target is None] == [*EXTRA]
+    assert targets["model.layers.0.mlp.experts.1.up_proj.weight"] == "model.layers.0.mlp.experts.gate_up_proj"
+    assert in_words(EXTRA) == "mtp.* (2), model.layers.2.* (1)"
+
+
+def test_a_whole_model_that_is_not_all_saved(bases: Path, tmp_path: Path) -> None:
+    folder = bases / "plain"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    source = read_source(model, str(folder))
+    frozen = "model.layers.0.mlp.up_proj.weight"
+    model.get_parameter(frozen).requires_grad_(False)
+    model.save_pretrained(tmp_path)
+    assert saved.check_saved(tmp_path, model, source) == []
+    state = load_file(tmp_path / "model.safetensors")
+    last = "model.layers.1.self_attn.o_proj.weight"
+    for change, expected in (
+        ({last: None}, "1 of 21 tensors of the model are not in what was saved: " + last),
+        ({last: torch.zeros(2, 2)}, "another shape in what was saved than in the model: " + last),
+        ({last: state[last] + 1}, "other numbers in what was saved than in the model: " + last),
+        ({frozen: state[frozen] + 1}, "tensors that were not trained have other numbers than in " + str(folder)),
+    ):
+        write(tmp_path, {name: t for name, t in {**state, **change}.items() if t is not None})
+        problems = saved.check_saved(tmp_path, model, source)
+        assert any(expected in problem for problem in problems), (expected, problems)
+
+
+def test_an_adapter_that_is_not_saved(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"], use_dora=True, init_lora_weights=False)
+    model = get_peft_model(tiny_model("llama"), config)
+    saved.check_saveable(model, None)
+    model.save_pretrained(tmp_path)
+    assert saved.check_saved(tmp_path, model) == []
+    state = load_file(tmp_path / saved.ADAPTER_FILE)
+    trained = sum(p.requires_grad for p in model.parameters())
+    for lost in [name for name in state if "layers.1" in name or "lm_head" in name or "lora_embedding" in name]:
+        save_file({name: t for name, t in state.items() if name != lost}, tmp_path / saved.ADAPTER_FILE)
+        problems = saved.check_saved(tmp_path, model)
+        assert len(problems) == 1 and f"1 of {trained} tensors" in problems[0], (lost, problems)
+    save_file({name: torch.zeros_like(t) for name, t in state.items()}, tmp_path / saved.ADAPTER_FILE)
+    assert "other numbers" in saved.check_saved(tmp_path, model)[0]
+    (tmp_path / saved.ADAPTER_FILE).unlink()
+    assert f"{trained} of {trained} tensors of the model are not in what was saved" in saved.check_saved(tmp_path, model)[0]
+
+
+def test_what_cannot_be_saved_is_told_before(bases: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(bases / "plain")
+    source = read_source(model, str(bases / "plain"))
+    model.register_buffer("odd", torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(UserError, match="1 tensors have a dtype that safetensors does not know: odd"):
+        saved.check_saveable(model, source)
+    del model.odd
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(RuntimeError, match="shared tensors"):  # transformers' own words, which its save would end with
+        saved.check_saveable(model, source)
+    del model.model.layers[1]
+    with pytest.raises(UserError, match=r"9 tensors stand in .* and would not be saved: model.layers.1"):
+        saved.check_saveable(model, source)
+
+
+def test_files_beside_the_weights(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    for name in ("preprocessor_config.json", "processor_config.json", "tokenizer.model", "chat_template.json", "README.md", "notes.txt"):
+        (source / name).write_text(name)
+    (source / "modeling_own.py").write_text("")
+    assert saved.copy_side_files(source, out, whole=False) == ["tokenizer.model"]
+    (out / "tokenizer.model").write_text("its own")
+    (source / "config.json").write_text('{"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}')
+    copied = saved.copy_side_files(source, out, whole=True)
+    assert copied == ["modeling_own.py", "preprocessor_config.json", "processor_config.json", "chat_template.json"]
+    assert (out / "tokenizer.model").read_text() == "its own"
+    assert saved.copy_side_files(source, source, whole=True) == saved.copy_side_files(None, out, whole=True) == []
