@@ -56,6 +56,8 @@ AXES: dict[str, tuple[str, ...]] = {
     "stage": ("sft", "pt", "dpo", "kto", "rm"),
     "family": tuple(FAMILIES),
 }
+NOT_FINITE = "not finite, nor is the plain loop in this precision"
+AS_IT_SHOULD_BE = ("same", "refused as documented", NOT_FINITE)
 Case = dict[str, str]
 
 
@@ -327,16 +329,18 @@ def compare(row: dict[str, Any], exact: dict[str, Any], same: dict[str, Any]) ->
     for name in ("loss", "grad_norm"):
         if len(row[name]) != STEPS:
             return f"{len(row[name])} steps logged", math.nan
+        finite = [math.isfinite(x) for x in row[name]]
+        if finite != [math.isfinite(x) for x in same[name]]:
+            return f"{name} is {row[name]}, of the plain loop {same[name]}", math.inf
+        if not all(finite):
+            return NOT_FINITE, math.nan
         # The loop's error in one step may be small by chance: its largest one stands for its precision.
         own_error = max(
             abs(loop - true) for loop, true in zip(same[name], exact[name], strict=True)
         )
         for ours, true in zip(row[name], exact[name], strict=True):
             allowed = FACTOR * own_error + ROUNDING[row["precision"]] * max(abs(true), 1e-3)
-            error = abs(ours - true)
-            if not math.isfinite(error):
-                return f"{name} is {ours}, the plain loop has {true}", math.inf
-            worst = max(worst, error / allowed)
+            worst = max(worst, abs(ours - true) / allowed)
     return ("same" if worst <= 1 else "DIFFERENT"), worst
 
 
@@ -408,7 +412,7 @@ def machine(cpu: bool) -> str:
 
 def table(rows: Sequence[dict[str, Any]], command: str, where: str) -> str:
     """The committed table."""
-    good = sum(r["verdict"] in ("same", "refused as documented") for r in rows)
+    good = sum(r["verdict"] in AS_IT_SHOULD_BE for r in rows)
     lines = [
         "# `longfactory train` against a plain loop",
         "",
@@ -472,9 +476,7 @@ def main() -> None:
     )
     results = options.out / f"{name}.json"
     old = json.loads(results.read_text())["rows"] if results.is_file() and not options.again else []
-    done = {
-        tuple(r[a] for a in AXES) for r in old if r["verdict"] in ("same", "refused as documented")
-    }
+    done = {tuple(r[a] for a in AXES) for r in old if r["verdict"] in AS_IT_SHOULD_BE}
     cases = [c for c in cases if tuple(c[a] for a in AXES) not in done]
     refused = [(c, rule) for c, rule in refused if tuple(c[a] for a in AXES) not in done]
 
@@ -544,7 +546,7 @@ def main() -> None:
         json.dumps({"command": command, "machine": where, "rows": every}, indent=1) + "\n"
     )
     results.with_suffix(".md").write_text(table(every, command, where))
-    bad = [r for r in every if r["verdict"] not in ("same", "refused as documented")]
+    bad = [r for r in every if r["verdict"] not in AS_IT_SHOULD_BE]
     for row in bad:
         print(
             "BAD",

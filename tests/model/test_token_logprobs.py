@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -228,6 +229,23 @@ def test_check_head_refuses_an_unknown_transform() -> None:
     model.config.final_logit_softcapping = 0.2  # but done by the model
     with pytest.raises(ValueError, match="does more to its logits than LongFactory knows of"):
         check_head(model, head, {"input_ids": IDS}, some_labels())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("known", [True, False])
+def test_check_head_in_half_precision(dtype: torch.dtype, autocast: bool, known: bool) -> None:
+    """A cap that rounds its logits to half precision in the model itself is exact here; one that is not known is still seen."""
+    model = tiny_model("gemma2", final_logit_softcapping=30.0).to(torch.float32 if autocast else dtype)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(40)  # logits that the cap changes
+    if not known:
+        model.config.final_logit_softcapping = None
+    head = TokenLogprobs(model, 5)
+    model.config.final_logit_softcapping = 30.0
+    refused = contextlib.nullcontext() if known else pytest.raises(ValueError, match="does more to its logits")
+    with refused, torch.no_grad(), torch.autocast("cpu", dtype, enabled=autocast):
+        assert check_head(model, head, {"input_ids": IDS}, some_labels()) < 1e-3
 
 
 def test_a_model_without_an_output_layer_is_refused() -> None:
