@@ -13,11 +13,12 @@ import pytest
 import torch
 from conftest import make_args
 
+from longfactory.data.arguments import STRATEGIES
 from longfactory.data.errors import DataError
 from longfactory.data.module import collate, load_datasets
 from longfactory.data.prepare import Preparer
 from longfactory.data.row import IGNORE
-from longfactory.data.stream import StreamedDataset
+from longfactory.data.stream import StreamedDataset, interleave
 from longfactory.data.templates import get_template
 from longfactory.train.loader import Collate, empty_row, make_loader
 
@@ -179,6 +180,44 @@ def test_interleaved_streams(probs: str | None, tokenizer: Any, write_data: Any)
     assert len(under) < 59 and len({*under}) == len(under)
     assert len({*over}) == 59 and len(over) > 59
     assert any("Other" in t for t in under[:8]) and any("Question" in t for t in under[:8])
+
+
+@pytest.mark.parametrize("mix", ["interleave_under", "interleave_over", "interleave_once"])
+@pytest.mark.parametrize("probs", [None, [0.5, 0.3, 0.2], [0.9, 0.05, 0.05]])
+def test_interleaving_is_that_of_datasets(mix: str, probs: list[float] | None) -> None:
+    """Row by row, whatever the seed and the lengths; ends are known when they are there, not one row later."""
+    for lengths in ([8, 3, 5], [4, 4, 4], [2, 9, 1]):
+        rows = [[{"text": f"{s} {i}"} for i in range(n)] for s, n in enumerate(lengths)]
+        readers: Any = [lambda r=r: (("place", row) for row in r) for r in rows]
+        parts = [datasets.Dataset.from_list(r) for r in rows]
+        for seed in range(4 if probs else 1):
+            expected = datasets.interleave_datasets(parts, probabilities=probs, seed=seed, stopping_strategy=STRATEGIES[mix])["text"]
+            assert [row["text"] for _, _, row in interleave(readers, ["a", "b", "c"], mix, probs, seed)] == list(expected)
+
+
+@pytest.mark.parametrize("probs", [None, "0.2,0.8", "1,4"])
+@pytest.mark.parametrize("mix", ["interleave_under", "interleave_over", "interleave_once"])
+def test_a_mixed_stream_equals_the_mixed_map(mix: str, probs: str | None, tokenizer: Any, write_data: Any) -> None:
+    folder = write_data(d=({"file_name": "d.jsonl"}, ROWS[:8]), o=({}, OTHER[:3]))
+    options = {"dataset": "d,o", "mix_strategy": mix, "interleave_probs": probs, "seed": 3}
+    stream = load(tokenizer, folder, streaming=True, buffer_size=1, **options).train
+    assert plain(stream) == every(load(tokenizer, folder, **options).train)
+    if mix == "interleave_over" and probs is None:
+        assert len(plain(stream)) == 16
+
+
+def test_chances_of_interleaving_are_checked(tokenizer: Any, write_data: Any) -> None:
+    folder = write_data(d=({}, ROWS[:4]), o=({}, OTHER[:3]), none=({"file_name": "none.jsonl"}, b""))
+    for streaming in (False, True):
+        for probs, message in (("0.5", "1 numbers for 2 data sets"), ("a,b", "needs numbers"), ("-1,2", "from 0 on"), ("0,0", "not all 0")):
+            with pytest.raises(DataError, match=f"interleave_probs .*{message}"):
+                load(tokenizer, folder, dataset="d,o", mix_strategy="interleave_over", interleave_probs=probs, streaming=streaming)
+        with pytest.raises(DataError, match="mix_strategy is 'interleave'"):
+            load(tokenizer, folder, dataset="d,o", mix_strategy="interleave", streaming=streaming)
+    with pytest.raises(DataError, match="'none' has no row, so it cannot be interleaved"):
+        list(load(tokenizer, folder, dataset="d,none", mix_strategy="interleave_over", streaming=True).train)
+    never = load(tokenizer, folder, dataset="d,o", mix_strategy="interleave_over", interleave_probs="0,1", streaming=True).train
+    assert len(list(never)) == 3
 
 
 def test_what_a_stream_refuses(tokenizer: Any, write_data: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

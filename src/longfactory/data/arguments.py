@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
+
+from longfactory.data.errors import DataError
 
 Stage = Literal["pt", "sft", "rm", "ppo", "dpo", "kto"]
 CutoffStrategy = Literal["llamafactory", "drop", "error", "keep_tail"]
@@ -64,13 +67,43 @@ def names(value: str | Sequence[Any] | None) -> list[str]:
     return [str(p).strip() for p in parts if str(p).strip()]
 
 
-def probabilities(args: DataArguments) -> list[float] | None:
-    """`interleave_probs` as numbers, or None."""
+STRATEGIES = {
+    "interleave_under": "first_exhausted",
+    "interleave_over": "all_exhausted",
+    "interleave_once": "all_exhausted_without_replacement",
+}
+
+
+def check_mix(args: DataArguments) -> str:
+    """`mix_strategy`, which is concat or one of `STRATEGIES`.
+
+    Raises:
+        DataError: it is neither.
+    """
+    if args.mix_strategy != "concat" and args.mix_strategy not in STRATEGIES:
+        raise DataError(f"mix_strategy is {args.mix_strategy!r}; known are concat, {', '.join(STRATEGIES)}.")
+    return args.mix_strategy
+
+
+def probabilities(args: DataArguments, count: int) -> list[float] | None:
+    """`interleave_probs` as one number for each of `count` data sets, which add up to 1; None where it is not given.
+
+    Raises:
+        DataError: not numbers, not as many, or negative.
+    """
     found = names(args.interleave_probs)
+    if not found:
+        return None
     try:
-        return [float(p) for p in found] or None
+        chances = [float(p) for p in found]
     except ValueError:
-        raise ValueError(f"interleave_probs needs numbers, for example 0.7,0.3; found {args.interleave_probs!r}.") from None
+        raise DataError(f"interleave_probs needs numbers, for example 0.7,0.3; found {args.interleave_probs!r}.") from None
+    if len(chances) != count:
+        raise DataError(f"interleave_probs has {len(chances)} numbers for {count} data sets.")
+    total = sum(chances)
+    if not all(0 <= p < math.inf for p in chances) or total <= 0:
+        raise DataError(f"interleave_probs needs numbers from 0 on that are not all 0; found {args.interleave_probs!r}.")
+    return chances if math.isclose(total, 1.0, abs_tol=1e-9) else [p / total for p in chances]
 
 
 def packs(args: DataArguments, stage: str) -> bool:

@@ -102,6 +102,8 @@ def sft(parts: Sequence[Ids], rules: Rules, sample: int, last_only: bool = False
     ids: list[Ids] = []
     labels: list[Ids] = []
     kept = cut_turns([len(p) for p in parts], rules)
+    # What a chat template writes after the last answer is a source without a target.
+    last = max((t for t in range(n) if len(parts[2 * t + 1])), default=n - 1)
     for turn, source_length, target_length in kept:
         source = cut(parts[2 * turn], source_length, rules, rules.prefix if turn == 0 else 0)
         target = parts[2 * turn + 1][:target_length]
@@ -111,7 +113,7 @@ def sft(parts: Sequence[Ids], rules: Rules, sample: int, last_only: bool = False
             first = turn == (n - 1 if rules.mask_history else 0)
             if not first or rules.eos_label_on_first_turn:
                 source_label[0] = rules.eos
-        trained = turn == n - 1 if rules.mask_history or last_only else True
+        trained = turn == last if rules.mask_history or last_only else True
         ids += [source, target]
         labels += [source_label, target if trained else np.full(target_length, IGNORE, np.int32)]
     if rules.eos is not None:

@@ -3,16 +3,23 @@
 A conversation is rendered up to each message; what a message adds to the text is its piece. So the tokens of a conversation are
 those of the model's own template, and the trained part is what the model would have written after the generation prompt. Some chat
 templates rewrite earlier answers (they drop their thoughts, say): there the pieces do not add up, and only the last answer is
-trained, after the history as the model sees it.
+trained, after the history as the model sees it. A chat template that marks what the model writes ({% generation %}) is taken at its
+word: what it marks is trained.
+
+Messages of the openai format reach the chat template as the row has them (roles, ids, names, reasoning, results one by one). What a
+template cannot take is given to it in the form that it can, found by trying once: arguments as an object or as a JSON string, a
+content of several parts as a list or as one text, reasoning under the name that it reads.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from longfactory.data.errors import BadRow, DataError
+from longfactory.data.formats import THOUGHTS, Conversation, content_text
 from longfactory.data.template import Message, Piece
 from longfactory.data.tokens import PieceTokenizer
 
@@ -34,6 +41,10 @@ class ChatTemplate:
         self.enable_thinking = True
         self.thinking = False
         self.prefix: tuple[Piece, ...] = ()
+        self.marks = re.search(r"\{%-?\s*generation\s*-?%\}", self.text) is not None
+        self.string_arguments, self.needs_content = self._try_calls()
+        self.parts = self._takes_parts()
+        self.written: set[str] = set()  # fields of messages that were seen in the text
 
     def __repr__(self) -> str:
         return f"ChatTemplate({self.text!r}, {self.default_system!r}, {self.options!r})"
@@ -47,30 +58,126 @@ class ChatTemplate:
         Raises:
             BadRow: the chat template refuses the conversation, or the tools are not JSON.
         """
-        import jinja2
+        shown, described = self._seen(messages, system, tools)
+        return self._apply(shown, described, answer_next)
 
-        system = system or self.default_system
-        shown: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    def unread(self, conversation: Conversation) -> set[str]:
+        """What a conversation has and the chat template does not write: without it the text is the same.
+
+        A field that was written once is not looked for again.
+        """
+        c = conversation
+        passes = any(m.shown for m in c.prompt)
+        out = {field for field in c.unread if field.startswith("column ") or not passes}
+        fields = {field for field in c.fields if passes and field != "tool's name"} | ({"tools"} if c.tools else set())
+        for field in fields - self.written:
+            for answer in c.answers:
+                shown, tools = self._seen([*c.prompt, answer], c.system, c.tools)
+                whole = self._apply(shown, tools, False)
+                whose, _, key = field.partition("'s ")
+                key = {"function_call": "tool_calls", "refusal": "content"}.get(key, key)
+                keys = THOUGHTS if key in THOUGHTS else (key,)
+                bare = [{k: v for k, v in m.items() if k not in keys} if _whose(m) == whose else m for m in shown]
+                try:
+                    changed = self._apply(bare, None if field == "tools" else tools, False) != whole
+                except BadRow:
+                    changed = True  # it cannot do without
+                if changed:
+                    self.written.add(field)
+        return out | (fields - self.written)
+
+    # -- messages as the chat template sees them ---------------------------------------------------------------------------------
+
+    def _seen(self, messages: Sequence[Message], system: str | None, tools: str | None) -> tuple[list[dict[str, Any]], Any]:
+        shown: list[dict[str, Any]] = []
         for m in messages:
-            if m.role == "function":
-                shown.append({"role": "assistant", "content": "", "tool_calls": _calls(m.content)})
+            if m.shown:
+                shown += map(self._taken, m.shown)
+            elif m.role == "function":
+                shown.append({"role": "assistant", "content": "", "tool_calls": _calls(m.content, self.string_arguments)})
             else:
                 shown.append({"role": "tool" if m.role == "observation" else m.role, "content": m.content})
+        system = system or self.default_system
+        if system and not (shown and shown[0]["role"] in ("system", "developer")):
+            shown.insert(0, {"role": "system", "content": system})
         try:
             described = json.loads(tools) if tools else None
         except json.JSONDecodeError as e:
             raise BadRow(f"tools are not JSON: {e.msg} at character {e.pos}") from None
+        if isinstance(described, dict):
+            described = [described]
+        if not isinstance(described, (list, type(None))):
+            raise BadRow(f"tools are not a list: found a {type(described).__name__}")
+        return shown, described or None
+
+    def _taken(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A message of the row in the form that the template can take."""
+        out = dict(message)
+        if isinstance(out.get("content"), list) and not self.parts:
+            out["content"] = content_text(out["content"])
+        if out.get("tool_calls"):
+            if "tool_calls" not in self.text:
+                raise BadRow("the chat template has no place for tool calls: name a template with `template:`")
+            out["tool_calls"] = [_with_arguments(call, self.string_arguments) for call in out["tool_calls"]]
+            if self.needs_content:
+                out.setdefault("content", "")
+        thought = next((name for name in THOUGHTS if name in out), None)
+        if thought is not None and not self._names(thought):
+            read = next((name for name in THOUGHTS if self._names(name)), thought)
+            out[read] = out.pop(thought)
+        return out
+
+    def _names(self, key: str) -> bool:
+        return re.search(rf"\b{re.escape(key)}\b", self.text) is not None
+
+    def _apply(self, shown: list[dict[str, Any]], tools: Any, answer_next: bool) -> str:
+        import jinja2
+
         try:
-            return self.tokenizer.apply_chat_template(
-                shown, tools=described or None, add_generation_prompt=answer_next, tokenize=False, **self.options
-            )
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as e:
+            return self.tokenizer.apply_chat_template(shown, tools=tools, add_generation_prompt=answer_next, tokenize=False, **self.options)
+        except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError) as e:
             raise BadRow(f"the chat template refuses the conversation: {e}") from None
+
+    def _try_calls(self) -> tuple[bool, bool]:
+        """Whether the template writes the arguments of calls as they come, so that only a JSON string comes out as JSON, and
+        whether an answer that calls needs a content, be it empty."""
+        if "tool_calls" not in self.text:
+            return False, False
+        for arguments, text in (({"key": "value"}, ""), ('{"key": "value"}', '{"key": "value"}')):
+            call = {"id": "call00001", "type": "function", "function": {"name": "probe", "arguments": arguments}}
+            for content in ({}, {"content": ""}):
+                answer = {"role": "assistant", **content, "tool_calls": [call]}
+                try:
+                    found = self._apply([{"role": "user", "content": "x"}, answer], None, False)
+                except BadRow:
+                    continue
+                if text in found and "{'key'" not in found:
+                    return bool(text), bool(content)
+        return False, False
+
+    def _takes_parts(self) -> bool:
+        """Whether a content may be a list of parts."""
+        try:
+            parts = [{"type": "text", "text": "some probe"}]
+            found = self._apply([{"role": "user", "content": parts}], None, True)
+        except BadRow:
+            return False
+        return "some probe" in found and "'text'" not in found and '"text"' not in found
+
+    # -- pieces -------------------------------------------------------------------------------------------------------------------
 
     def turns(
         self, messages: Sequence[Message], system: str | None, tools: str | None, last_only: bool = False
     ) -> tuple[list[list[Piece]], bool]:
-        """Pieces of every message; or [source], [target] of the last answer alone and True, where the turns do not add up."""
+        """Pieces of every message; or [source], [target] of the last answer alone and True, where the turns do not add up.
+
+        Where the chat template marks what the model writes, the pieces are what stands before each mark and what it holds. What
+        follows the last mark is a source without a target.
+        """
+        if self.marks and all(m.trained for m in messages[1::2]):
+            marked = self._marked(messages, system, tools)
+            if marked:
+                return marked, False
         pieces: list[list[Piece]] = []
         done = ""
         for i in range(0, len(messages), 2):
@@ -84,6 +191,33 @@ class ChatTemplate:
             return pieces, False
         source, targets, _ = self.one_turn(messages[:-1], messages[-1:], system, tools)
         return [source, targets[0]], True
+
+    def _marked(self, messages: Sequence[Message], system: str | None, tools: str | None) -> list[list[Piece]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        shown, described = self._seen(messages, system, tools)
+        whole = self._apply(shown, described, False)
+        template = self.tokenizer.get_chat_template(None, described)
+        shown = [{k: v for k, v in m.items() if v is not None} for m in shown]
+        texts, spans = render_jinja_template(
+            [shown],
+            tools=described,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            add_generation_prompt=False,
+            **(self.tokenizer.special_tokens_map | self.options),
+        )
+        if texts[0] != whole:
+            return []
+        pieces: list[list[Piece]] = []
+        done = 0
+        for start, end in spans[0]:
+            if start < end:
+                pieces += [[whole[done:start]], [whole[start:end]]]
+                done = end
+        if pieces and done < len(whole):
+            pieces += [[whole[done:]], []]
+        return pieces
 
     def one_turn(
         self, prompt: Sequence[Message], answers: Sequence[Message], system: str | None, tools: str | None
@@ -99,12 +233,35 @@ class ChatTemplate:
         return [asked], targets, [False] * len(answers)
 
 
-def _calls(content: str) -> list[dict[str, Any]]:
+def _whose(message: dict[str, Any]) -> str:
+    return "system" if message["role"] == "developer" else message["role"]
+
+
+def _calls(content: str, strings: bool) -> list[dict[str, Any]]:
+    """The calls of a message whose content they are."""
     try:
         calls = json.loads(content)
     except json.JSONDecodeError as e:
         raise BadRow(f"a tool call is not JSON: {e.msg} at character {e.pos}") from None
-    return [{"type": "function", "function": c} for c in (calls if isinstance(calls, list) else [calls])]
+    return [_with_arguments({"type": "function", "function": c}, strings) for c in (calls if isinstance(calls, list) else [calls])]
+
+
+def _with_arguments(call: Any, strings: bool) -> Any:
+    """A call with its arguments as an object, or as a JSON string."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        return call
+    arguments = function.get("arguments")
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+        arguments = {}
+    if isinstance(arguments, str) and not strings:
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            raise BadRow("a tool call is not JSON: its arguments are a text that is not JSON") from None
+    elif strings and not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return call | {"function": function | {"arguments": arguments}}
 
 
 _PROBE = (

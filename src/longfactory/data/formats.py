@@ -1,26 +1,40 @@
-"""Rows to conversations: the alpaca, sharegpt and openai formats in one normal form."""
+"""Rows to conversations: the alpaca, sharegpt and openai formats in one normal form.
+
+A null is a field that is not there, in whatever file the row stands: a table (parquet, arrow, `datasets`) fills the fields that a row
+lacks with nulls, and cannot tell them from the user's own. So the objects of a row (messages, calls, arguments, tools) lose their
+null fields. JSON that is written as a string is the user's text and keeps its nulls.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from longfactory.data.errors import BadRow
-from longfactory.data.sources import Source
+from longfactory.data.sources import Source, parsed
 from longfactory.data.template import Message, MessageRole
+
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+TRAINED = ("weight", "loss", "train")
+# Fields that say which call a result belongs to; results are put into the order of their calls.
+_LINKS = ("id", "type", "index", "tool_call_id", "call_id")
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
     """`prompt` has an odd number of messages and ends with a user's or a tool's. `answers` has one message; two for a pair (chosen,
-    rejected); none for plain text. `desired` is KTO's tag."""
+    rejected); none for plain text. `desired` is KTO's tag. `fields` are the row's messages' fields beyond role and text, as
+    "assistant's name"; `unread` are those of them, and the columns of the row, that nothing here has read."""
 
     prompt: tuple[Message, ...]
     answers: tuple[Message, ...]
     system: str = ""
     tools: str = ""
     desired: bool | None = None
+    fields: frozenset[str] = frozenset()
+    unread: frozenset[str] = frozenset()
 
 
 def convert(row: dict[str, Any], source: Source) -> Conversation:
@@ -32,15 +46,39 @@ def convert(row: dict[str, Any], source: Source) -> Conversation:
     for column in (source.images, source.videos, source.audios):
         if column and row.get(column):
             raise BadRow(f"media: the row has {column}, and only text is trained")
-    if source.formatting == "alpaca":
-        return _alpaca(row, source)
-    return _messages(row, source)
+    conversation = _alpaca(row, source) if source.formatting == "alpaca" else _Rows(source).conversation(row)
+    used = {getattr(source, key) for key in _COLUMNS_READ[source.formatting]}
+    columns = frozenset(f"column {c!r}" for c, v in row.items() if c not in used and v not in (None, "", []))
+    return dataclasses.replace(conversation, unread=conversation.unread | columns) if columns else conversation
+
+
+_COLUMNS_READ = {
+    "alpaca": ("prompt", "query", "response", "history", "system", "tools", "chosen", "rejected", "kto_tag", "images", "videos", "audios"),
+    "sharegpt": ("messages", "system", "tools", "chosen", "rejected", "kto_tag", "images", "videos", "audios"),
+    "openai": ("messages", "system", "tools", "chosen", "rejected", "kto_tag", "images", "videos", "audios"),
+}
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without the null fields of its objects. Nulls in a list stay."""
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    if isinstance(value, (list, tuple)):
+        return [without_nulls(v) for v in value]
+    return value
 
 
 def _text(value: Any, what: str) -> str:
     if isinstance(value, str):
         return value
     raise BadRow(f"not text: {what} is {'empty (null)' if value is None else 'a ' + type(value).__name__}")
+
+
+def _missing(row: dict[str, Any], column: str | None, key: str) -> str:
+    found = ", ".join(map(repr, row)) or "none"
+    if column:
+        return f"missing column: {column!r} is not among the row's columns ({found})"
+    return f"missing column: dataset_info.json does not say which column holds the {key}; the row's columns are {found}"
 
 
 def _optional(row: dict[str, Any], column: str | None) -> Any:
@@ -57,8 +95,15 @@ def _tools(row: dict[str, Any], source: Source) -> str:
     if value is None:
         return ""
     if isinstance(value, (list, dict)):
-        return json.dumps(value, ensure_ascii=False)
+        return _json(value if source.openai_quirks else without_nulls(value), f"column {source.tools!r}")
     return _text(value, f"column {source.tools!r}")
+
+
+def _json(value: Any, what: str) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError) as e:  # a date, a decimal number or bytes of a table
+        raise BadRow(f"not JSON: {what} holds a value that JSON cannot write ({e})") from None
 
 
 def _desired(row: dict[str, Any], source: Source) -> bool | None:
@@ -75,9 +120,9 @@ def _desired(row: dict[str, Any], source: Source) -> bool | None:
 def _alpaca(row: dict[str, Any], source: Source) -> Conversation:
     wanted = [c for c in (source.prompt, source.query) if c]
     if not any(c in row for c in wanted):
-        raise BadRow(f"missing column: {source.prompt!r} is not among {sorted(row)}")
+        raise BadRow(_missing(row, source.prompt or source.query, "prompt"))
     messages = []
-    past = _optional(row, source.history)
+    past = parsed(_optional(row, source.history))
     if past is not None and not isinstance(past, (list, tuple)):
         raise BadRow(f"not a list: column {source.history!r} must be a list of [user, assistant] pairs")
     for pair in past or []:
@@ -92,105 +137,299 @@ def _alpaca(row: dict[str, Any], source: Source) -> Conversation:
     if desired is None and source.ranking:
         for column in (source.chosen, source.rejected):
             if not column or column not in row:
-                raise BadRow(f"missing column: {column!r} is not among {sorted(row)}")
+                raise BadRow(_missing(row, column, "chosen and rejected"))
             answers += (Message("assistant", _text(row[column], f"column {column!r}")),)
     elif source.response and row.get(source.response) is not None:
         answers = (Message("assistant", _text(row[source.response], f"column {source.response!r}")),)
     return Conversation(tuple(messages), answers, _system(row, source), _tools(row, source), desired)
 
 
-def _messages(row: dict[str, Any], source: Source) -> Conversation:
-    if not source.messages or source.messages not in row:
-        raise BadRow(f"missing column: {source.messages!r} is not among {sorted(row)}")
-    rows = row[source.messages]
-    if not isinstance(rows, (list, tuple)):
-        raise BadRow(f"not a list: column {source.messages!r} is a {type(rows).__name__}")
-    rows = list(rows)
-    system = _system(row, source)
-    if rows and source.system_tag and isinstance(rows[0], dict) and rows[0].get(source.role_tag) == source.system_tag:
-        system = _content(rows.pop(0), source)
-    found = [_message(m, source) for m in rows]
-    if source.formatting == "openai":
-        found = _join_tool_results(found)
-    for i, message in enumerate(found):
-        expected = ("user", "observation") if i % 2 == 0 else ("assistant", "function")
-        if message.role not in expected:
-            raise BadRow(f"wrong role order: message {i + 1} is from {message.role}; expected {' or '.join(expected)}")
-    desired = _desired(row, source)
-    if desired is None and source.ranking:
-        if len(found) % 2 == 0:
-            raise BadRow("wrong role order: a pair's conversation must end with a user's message")
-        prompt, answers = found, []
-        for column in (source.chosen, source.rejected):
-            if not column or not isinstance(row.get(column), dict):
-                raise BadRow(f"missing column: {column!r} must hold a message")
-            answers.append(_message(row[column], source))
-            if answers[-1].role not in ("assistant", "function"):
-                raise BadRow(f"wrong role order: {column!r} is from {answers[-1].role}")
-    else:
-        if not found or len(found) % 2:
-            raise BadRow("wrong role order: the conversation must end with an answer" if found else "no message: the conversation is empty")
-        prompt, answers = found[:-1], found[-1:]
-    tools = _tools(row, source)
-    if source.openai_quirks and source.formatting == "openai":
-        system = _detailed_thinking(system, tools)
-    return Conversation(tuple(prompt), tuple(answers), system, tools, desired)
+class _Rows:
+    """Rows of messages, in the sharegpt and openai formats."""
 
+    def __init__(self, source: Source):
+        self.source = source
+        self.openai = source.formatting == "openai"
+        self.quirks = self.openai and source.openai_quirks
+        self.shows = self.openai and not self.quirks
+        self.fields: set[str] = set()
+        self.unread: set[str] = set()
 
-def _message(message: Any, source: Source) -> Message:
-    if not isinstance(message, dict):
-        raise BadRow(f"not a message: found a {type(message).__name__}")
-    tag = message.get(source.role_tag)
-    roles: dict[Any, MessageRole] = {
-        source.user_tag: "user",
-        source.assistant_tag: "assistant",
-        source.observation_tag: "observation",
-        source.function_tag: "function",
-    }
-    role = roles.get(tag) if tag is not None else None
-    if role is None and source.formatting == "openai":
-        role = {"user": "user", "assistant": "assistant", "tool": "observation"}.get(str(tag))  # type: ignore[assignment]
-    if role is None:
-        known = ", ".join(repr(t) for t in roles if t)
-        hint = ' (add "system_tag": "system" to the tags)' if tag == "system" and source.system_tag is None else ""
-        raise BadRow(f"unknown role: {tag!r} is not among {known}{hint}")
-    if source.formatting == "openai" and role in ("assistant", "function") and message.get("tool_calls"):
-        return Message("function", _openai_calls(message["tool_calls"], source.openai_quirks))
-    return Message(role, _content(message, source))
-
-
-def _content(message: dict[str, Any], source: Source) -> str:
-    if source.content_tag not in message:
-        raise BadRow(f"missing column: a message has no {source.content_tag!r}, only {sorted(message)}")
-    content = message[source.content_tag]
-    if source.formatting == "openai" and isinstance(content, list):
-        if not all(isinstance(p, dict) and p.get("type") == "text" for p in content):
-            raise BadRow("media: a message has parts that are not text, and only text is trained")
-        return "".join(_text(p.get("text"), "a text part") for p in content)
-    return _text(content, f"a message's {source.content_tag!r}")
-
-
-def _openai_calls(calls: Any, quirks: bool) -> str:
-    """`tool_calls` of an assistant's message as a JSON list of functions."""
-    try:
-        functions = [call["function"] for call in calls]
-        # The API sends arguments as a JSON string; templates want the object (with the quirks, they get the string).
-        if not quirks:
-            functions = [f | {"arguments": json.loads(f["arguments"])} if isinstance(f.get("arguments"), str) else f for f in functions]
-    except (TypeError, KeyError, AttributeError, json.JSONDecodeError):
-        raise BadRow("a tool call is not JSON: tool_calls must be a list of {'function': {'name', 'arguments'}}") from None
-    return json.dumps(functions, ensure_ascii=False)
-
-
-def _join_tool_results(messages: list[Message]) -> list[Message]:
-    """Results that follow one another become one message."""
-    out: list[Message] = []
-    for m in messages:
-        if m.role == "observation" and out and out[-1].role == "observation":
-            out[-1] = Message("observation", out[-1].content + "\n</tool_response>\n<tool_response>\n" + m.content)
+    def conversation(self, row: dict[str, Any]) -> Conversation:
+        source = self.source
+        if not source.messages or source.messages not in row:
+            raise BadRow(_missing(row, source.messages, "messages"))
+        rows = parsed(row[source.messages])
+        if not isinstance(rows, (list, tuple)):
+            raise BadRow(f"not a list: column {source.messages!r} is a {type(rows).__name__}")
+        rows = [self._object(m) for m in rows]
+        system, tools = _system(row, source), _tools(row, source)
+        opening: tuple[dict[str, Any], ...] = ()
+        if rows and self._is_system(rows[0]):
+            first = rows.pop(0)
+            if not tools and not self.quirks and isinstance(first.get("tools"), (list, str)) and first["tools"]:
+                tools = first["tools"] if isinstance(first["tools"], str) else _json(first["tools"], "a message's 'tools'")
+                first = {k: v for k, v in first.items() if k != "tools"}
+            system = self._content(first)
+            self._note(first, "system", read=())
+            opening = (self._shown(first),)
+        found = self._in_turns(rows)
+        for i, message in enumerate(found):
+            expected = ("user", "observation") if i % 2 == 0 else ("assistant", "function")
+            if message.role not in expected:
+                raise BadRow(f"wrong role order: message {i + 1} is from {message.role}; expected {' or '.join(expected)}")
+        if found and opening and self.shows:
+            found[0] = dataclasses.replace(found[0], shown=opening + found[0].shown)
+        desired = _desired(row, source)
+        if desired is None and source.ranking:
+            if len(found) % 2 == 0:
+                raise BadRow("wrong role order: a pair's conversation must end with a user's message")
+            prompt, answers = found, [self._answer(row, column) for column in (source.chosen, source.rejected)]
         else:
-            out.append(m)
-    return out
+            if not found or len(found) % 2:
+                raise BadRow(
+                    "wrong role order: the conversation must end with an answer" if found else "no message: the conversation is empty"
+                )
+            prompt, answers = found[:-1], found[-1:]
+        if self.quirks:
+            system = _detailed_thinking(system, tools)
+        fields, unread = frozenset(self.fields), frozenset(self.unread)
+        return Conversation(tuple(prompt), tuple(answers), system, tools, desired, fields, unread)
+
+    def _answer(self, row: dict[str, Any], column: str | None) -> Message:
+        """The chosen or the rejected answer of a pair: a message, or a list of one."""
+        message = parsed(row.get(column)) if column else None
+        if isinstance(message, (list, tuple)) and len(message) == 1:
+            message = message[0]
+        if not isinstance(message, dict):
+            raise BadRow(f"missing column: {column!r} must hold a message")
+        answer = self._message(self._object(message))
+        if answer.role not in ("assistant", "function"):
+            raise BadRow(f"wrong role order: {column!r} is from {answer.role}")
+        return answer
+
+    def _object(self, message: Any) -> dict[str, Any]:
+        if not isinstance(message, dict):
+            raise BadRow(f"not a message: found a {type(message).__name__}")
+        return message if self.quirks else {k: without_nulls(v) for k, v in message.items()}
+
+    def _is_system(self, message: dict[str, Any]) -> bool:
+        tag = message.get(self.source.role_tag)  # type: ignore[arg-type]
+        if self.source.system_tag and tag == self.source.system_tag:
+            return True
+        return self.openai and not self.quirks and isinstance(tag, str) and tag in ("system", "developer")
+
+    def _in_turns(self, rows: Sequence[dict[str, Any]]) -> list[Message]:
+        """The messages, the results of tools that follow one another as one."""
+        out: list[Message] = []
+        results: list[dict[str, Any]] = []
+        for row in rows:
+            message = self._message(row)
+            if self.openai and message.role == "observation":
+                results.append(row)
+                continue
+            if results:
+                out.append(self._results(results, out[-1] if out else None))
+                results = []
+            out.append(message)
+        if results:
+            out.append(self._results(results, out[-1] if out else None))
+        return out
+
+    def _results(self, rows: list[dict[str, Any]], asked: Message | None) -> Message:
+        """The results of tools that follow one another. Templates of the table write them in the order of their calls."""
+        shown = tuple(map(self._shown, rows))
+        contents = [self._content(r) for r in rows]
+        if self.quirks:
+            return Message("observation", "\n</tool_response>\n<tool_response>\n".join(contents))
+        order = _call_order(rows, asked)
+        contents = [contents[i] for i in order]
+        return Message("observation", "\n".join(contents), results=tuple(contents) if len(rows) > 1 else (), shown=shown)
+
+    def _message(self, message: dict[str, Any]) -> Message:
+        role = self._role(message)
+        shown = (self._shown(message),) if self.shows else ()
+        if role not in ("assistant", "function"):
+            self._note(message, role, read=("name",) if role == "observation" else ())
+            return Message(role, self._content(message), shown=shown)
+        calls = self._calls(message) if self.openai else None
+        if self.quirks:
+            if calls is None:
+                self._note(message, role, read=())
+                return Message(role, self._content(message))
+            if message.get(str(self.source.content_tag)):
+                self.unread.add("assistant's content beside tool_calls")
+            self._note(message, role, read=("tool_calls",))
+            return Message("function", calls)
+        self._note(message, role, read=("tool_calls", "function_call", "refusal", *THOUGHTS) if self.openai else ())
+        thought = _thought(message) if self.openai else ""
+        trained = all(_flag(message, key) is not False for key in TRAINED)
+        if calls is not None:
+            return Message("function", calls, before=self._said(message), thought=thought, trained=trained, shown=shown)
+        text = self._said(message) if self.openai and message.get("refusal") is not None else self._content(message)
+        if role == "function":
+            shown = ()  # its content is the call
+        return Message(role, text, thought=thought, trained=trained, shown=shown)
+
+    def _role(self, message: dict[str, Any]) -> MessageRole:
+        source = self.source
+        tag = message.get(source.role_tag)  # type: ignore[arg-type]
+        if not isinstance(tag, str):
+            found = f"found {sorted(message)}" if tag is None else f"{source.role_tag!r} is a {type(tag).__name__}"
+            raise BadRow(f"unknown role: a message needs a text in {source.role_tag!r}; {found}")
+        roles: dict[Any, MessageRole] = {
+            source.user_tag: "user",
+            source.assistant_tag: "assistant",
+            source.observation_tag: "observation",
+            source.function_tag: "function",
+        }
+        role = roles.get(tag)
+        if self.openai and not self.quirks and _is_old_result(message, tag):
+            role = "observation"
+        if role is None and self.openai:
+            role = {"user": "user", "assistant": "assistant", "tool": "observation"}.get(tag)  # type: ignore[assignment]
+        if role is None:
+            known = ", ".join(repr(t) for t in roles if t)
+            hint = ' (add "system_tag": "system" to the tags)' if tag == "system" and source.system_tag is None else ""
+            raise BadRow(f"unknown role: {tag!r} is not among {known}{hint}")
+        return role
+
+    def _content(self, message: dict[str, Any]) -> str:
+        tag = self.source.content_tag
+        if tag not in message and not (tag and self.openai):
+            raise BadRow(f"missing column: a message has no {tag!r}, only {sorted(message)}")
+        content = message.get(tag)
+        if isinstance(content, (list, tuple)):
+            return content_text(content)
+        return _text(content, f"a message's {tag!r}")
+
+    def _said(self, message: dict[str, Any]) -> str:
+        """The text of an answer that may have none, or a refusal in its place."""
+        text = "" if message.get(self.source.content_tag) is None else self._content(message)  # type: ignore[arg-type]
+        refusal = message.get("refusal")
+        if refusal is None:
+            return text
+        if text:
+            raise BadRow("two texts: an answer has both a content and a refusal")
+        return _text(refusal, "a message's 'refusal'")
+
+    def _calls(self, message: dict[str, Any]) -> str | None:
+        """The calls of an answer as a JSON list of functions; None where it has none."""
+        calls = parsed(message.get("tool_calls"))
+        if not calls and not self.quirks and message.get("function_call"):
+            calls = [{"function": parsed(message["function_call"])}]
+        if not calls:
+            return None
+        try:
+            functions = [call["function"] for call in calls]
+            if not self.quirks:
+                functions = [f | {"arguments": _arguments(f)} for f in functions]
+        except (TypeError, KeyError, AttributeError, ValueError):
+            raise BadRow("a tool call is not JSON: tool_calls must be a list of {'function': {'name', 'arguments'}}") from None
+        return _json(functions, "a tool call")
+
+    def _shown(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The message as a chat template sees it: with the standard names of its role and content, otherwise as the row has it."""
+        source = self.source
+        translated = (source.role_tag, source.content_tag, "function_call", "refusal", *TRAINED)
+        shown = {k: v for k, v in message.items() if v is not None and k not in translated}
+        names = {
+            source.user_tag: "user",
+            source.assistant_tag: "assistant",
+            source.observation_tag: "tool",
+            source.system_tag: "system",
+        }
+        tag = message.get(source.role_tag)  # type: ignore[arg-type]
+        role = names.get(tag, tag)
+        if _is_old_result(message, role):
+            role = "tool"
+        elif role == source.function_tag:
+            role = "assistant"
+        out: dict[str, Any] = {"role": role}
+        if message.get(source.content_tag) is not None:  # type: ignore[arg-type]
+            out["content"] = message[source.content_tag]  # type: ignore[index]
+        elif role == "assistant" and message.get("refusal") is not None:
+            out["content"] = message["refusal"]
+        calls = parsed(message.get("tool_calls"))
+        if not calls and message.get("function_call"):
+            calls = [{"type": "function", "function": parsed(message["function_call"])}]
+        if calls:
+            shown["tool_calls"] = calls
+        return out | shown
+
+    def _note(self, message: dict[str, Any], role: str, read: Iterable[str]) -> None:
+        """Which fields of a message were read, and which by nobody."""
+        whose = {"observation": "tool", "function": "assistant"}.get(role, role)
+        for key, value in message.items():
+            if key in (self.source.role_tag, self.source.content_tag, *_LINKS) or value is None or value in ("", [], {}):
+                continue
+            if key in TRAINED and not self.quirks and _flag(message, key) in ((True, False) if whose == "assistant" else (False,)):
+                continue
+            self.fields.add(f"{whose}'s {key}")
+            if key not in read:
+                self.unread.add(f"{whose}'s {key}")
+
+
+def content_text(parts: Sequence[Any]) -> str:
+    """The text of a content that is a list of parts, joined.
+
+    Raises:
+        BadRow: a part is not text.
+    """
+    return "".join(map(_part, parts))
+
+
+def _part(part: Any) -> str:
+    """The text of one part of a content."""
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict):
+        raise BadRow(f"not text: a part of a message is a {type(part).__name__}")
+    kind = part.get("type", "text")
+    if kind == "refusal":
+        return _text(part.get("refusal"), "a refusal part")
+    if kind not in ("text", "input_text", "output_text"):
+        raise BadRow(f"media: a message has a part of the type {kind!r}, and only text is trained")
+    return _text(part.get("text"), "a text part")
+
+
+def _thought(message: dict[str, Any]) -> str:
+    """The reasoning of an answer, which has several names."""
+    found = {k: _text(message[k], f"a message's {k!r}") for k in THOUGHTS if message.get(k) is not None}
+    texts = {t for t in found.values() if t.strip()}
+    if len(texts) > 1:
+        raise BadRow(f"two thoughts: the fields {', '.join(found)} of an answer differ")
+    return next(iter(texts), "")
+
+
+def _flag(message: dict[str, Any], key: str) -> bool | None:
+    """Whether an answer is to be learned, by the flag that its row has for it; None where it is no flag."""
+    value = message.get(key)
+    return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
+
+
+def _is_old_result(message: dict[str, Any], role: Any) -> bool:
+    """A tool's result by its old name, a message from the function of that name. In LLaMA-Factory's rows a message of this role is
+    a call, which has no name beside it."""
+    return role == "function" and isinstance(message.get("name"), str) and not message.get("tool_calls")
+
+
+def _arguments(function: dict[str, Any]) -> Any:
+    """The API sends arguments as a JSON string; templates want the object. A call without arguments has an empty one."""
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        return json.loads(arguments) if arguments.strip() else {}
+    return {} if arguments is None else arguments
+
+
+def _call_order(rows: list[dict[str, Any]], asked: Message | None) -> list[int]:
+    """The places of results in the order of the calls that they belong to; as they are where the ids do not tell."""
+    called = [c.get("id") for m in (asked.shown if asked else ()) for c in m.get("tool_calls") or () if isinstance(c, dict)]
+    ids = [r.get("tool_call_id") for r in rows]
+    known = all(isinstance(i, str) for i in [*called, *ids])
+    if not known or len(set(ids)) < len(ids) or set(called) != set(ids) or len(called) != len(ids):
+        return list(range(len(rows)))
+    return [ids.index(i) for i in called]
 
 
 def _detailed_thinking(system: str, tools: str) -> str:

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from longfactory.data import prepare, saved, store
-from longfactory.data.arguments import DataArguments, names, option, packs, probabilities
+from longfactory.data.arguments import STRATEGIES, DataArguments, check_mix, names, option, packs, probabilities
 from longfactory.data.assemble import Rules
 from longfactory.data.collate import Sample, collate
 from longfactory.data.dataset import Report, TokenizedDataset
-from longfactory.data.errors import DataError
+from longfactory.data.errors import DataError, bad_row_sentence
 from longfactory.data.prepare import Preparer
 from longfactory.data.readers import Raw, read
 from longfactory.data.row import IGNORE
@@ -32,12 +32,6 @@ from longfactory.data.tokens import PieceTokenizer
 __all__ = ["Datasets", "Report", "Sample", "TokenizedDataset", "collate", "describe_sample", "load_datasets"]
 
 Part = tuple[Store, np.ndarray]  # a store, and which of its samples are used, in order
-
-_STRATEGIES = {
-    "interleave_under": "first_exhausted",
-    "interleave_over": "all_exhausted",
-    "interleave_once": "all_exhausted_without_replacement",
-}
 
 
 @dataclasses.dataclass
@@ -198,8 +192,8 @@ def stream_dataset(
         packed=packed,
         window=args.preprocessing_batch_size,
         buffer_size=1 if option(args, "disable_shuffling") else args.buffer_size,
-        mix=args.mix_strategy,
-        probabilities=probabilities(args),
+        mix=check_mix(args) if len(sources) > 1 else "concat",
+        probabilities=probabilities(args, len(sources)) if len(sources) > 1 else None,
         seed=seed,
         describe=functools.partial(describe_sample, tokenizer=pieces.tokenizer),
         log=log,
@@ -310,11 +304,13 @@ def _tokenised(
         log.warning(f"Data set {source.name!r}: {opened.bad.describe()}")
         if preparer.strict:
             place, reason = opened.bad.places[0]
-            raise DataError(f"Data set {source.name!r}, {place}: {reason}. Repair it, or set on_bad_row: skip.")
+            raise DataError(bad_row_sentence(source.name, place, reason, opened.bad.hint))
+    opened.bad.tell_unread(source.name, log)
     if not len(opened):
         found = f"Of {opened.meta['rows']} rows {opened.bad.count} were bad." if opened.meta.get("rows") else "There are no rows in it."
         first = next((f" First: {place}: {reason}." for place, reason in opened.bad.places), "")
-        raise DataError(f"Data set {source.name!r} has no usable row. {found}{first}")
+        more = f" {opened.bad.hint}" if opened.bad.hint else ""
+        raise DataError(f"Data set {source.name!r} has no usable row. {found}{first}{more}")
     chosen = np.arange(len(opened))
     if source.num_samples is not None and len(opened):
         rng = np.random.default_rng(seed)
@@ -338,22 +334,18 @@ def _with_count(chunks: Iterator[store.Chunk], meta: dict[str, Any], count: list
 def _mix(parts: Sequence[Part], args: DataArguments, seed: int) -> np.ndarray:
     """[n, 2] entries (store, sample): the data sets joined or interleaved, in the order that `datasets` gives rows."""
     each = [np.column_stack([np.full(len(chosen), s), chosen]).astype(np.int64) for s, (_, chosen) in enumerate(parts)]
-    if len(each) == 1 or args.mix_strategy == "concat":
+    if len(each) == 1 or check_mix(args) == "concat":
         return np.concatenate(each)
-    if args.mix_strategy not in _STRATEGIES:
-        raise DataError(f"mix_strategy is {args.mix_strategy!r}; known are concat, {', '.join(_STRATEGIES)}.")
     import datasets
 
-    chances = probabilities(args)
-    if chances is not None and len(chances) != len(each):
-        raise DataError(f"interleave_probs has {len(chances)} numbers for {len(each)} data sets.")
+    chances = probabilities(args, len(each))
     for (opened, _), e in zip(parts, each, strict=True):
         if not len(e):
             raise DataError(f"Data set {opened.meta['name']!r} has no usable row, so it cannot be interleaved.")
     starts = np.cumsum([0, *(len(e) for e in each)])
     numbered = [datasets.Dataset.from_dict({"e": np.arange(a, b)}) for a, b in pairwise(starts)]
     mixed = datasets.interleave_datasets(
-        numbered, probabilities=chances, seed=seed, stopping_strategy=_STRATEGIES[args.mix_strategy]  # type: ignore[arg-type]
+        numbered, probabilities=chances, seed=seed, stopping_strategy=STRATEGIES[args.mix_strategy]  # type: ignore[arg-type]
     )  # fmt: skip
     return np.concatenate(each)[np.asarray(mixed["e"][:], dtype=np.int64)]
 

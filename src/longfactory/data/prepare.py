@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from longfactory.data.errors import BadRow, BadRows, DataError
+from longfactory.data.derive import ChatTemplate
+from longfactory.data.errors import BadRow, BadRows, DataError, bad_row_sentence
 from longfactory.data.formats import Conversation, convert
 from longfactory.data.readers import Raw, parse_line
-from longfactory.data.sources import Source
+from longfactory.data.sources import Source, hint
 from longfactory.data.store import DESIRED, FORMAT, LACKS_THOUGHT, LAST_ONLY, SECOND_LACKS_THOUGHT, Chunk
-from longfactory.data.template import Piece, Template
+from longfactory.data.template import Message, Piece, Template
 from longfactory.data.tokens import PieceTokenizer
 
 # pt: text; sft: conversations; pair: rm, dpo; kto.
@@ -52,13 +53,20 @@ class Preparer:
             try:
                 if isinstance(raw, BadRow):
                     raise raw
-                conversation = convert(parse_line(raw) if isinstance(raw, bytes) else raw, self.source)
+                row = parse_line(raw) if isinstance(raw, bytes) else raw
+            except BadRow as e:
+                self._bad(bad, place, e)
+                continue
+            try:
+                conversation = convert(row, self.source)
                 parts, flag = self._parts(conversation)
             except BadRow as e:
-                if self.strict:
-                    raise DataError(f"Data set {self.source.name!r}, {place}: {e}. Repair it, or set on_bad_row: skip.") from None
-                bad.add(place, str(e))
+                if not bad.hint:
+                    bad.hint = hint(self.source, row)
+                self._bad(bad, place, e, bad.hint)
                 continue
+            for field in self._unread(conversation):
+                bad.add_unread(field, place)
             groups += parts
             counts.append(len(parts))
             flags.append(flag)
@@ -74,6 +82,14 @@ class Preparer:
             bad,
         )
 
+    def _bad(self, bad: BadRows, place: str, reason: BadRow, hint: str = "") -> None:
+        if self.strict:
+            raise DataError(bad_row_sentence(self.source.name, place, str(reason), hint)) from None
+        bad.add(place, str(reason))
+
+    def _unread(self, c: Conversation) -> Iterable[str]:
+        return self.template.unread(c) if isinstance(self.template, ChatTemplate) else c.unread
+
     def _parts(self, c: Conversation) -> tuple[list[list[Piece]], int]:
         if self.kind == "pt":
             text = c.prompt[0].content
@@ -85,8 +101,9 @@ class Preparer:
                 raise BadRow("no answer: the row has no text to learn")
             if not c.answers[0].content.strip():
                 raise BadRow("empty answer")
-            pieces, last_only = self.template.turns([*c.prompt, *c.answers], c.system, c.tools, self.last_only)
-            return pieces, LAST_ONLY if last_only else 0
+            messages = _to_last_trained([*c.prompt, *c.answers])
+            pieces, last_only = self.template.turns(messages, c.system, c.tools, self.last_only)
+            return _untrained_in_sources(pieces, messages), LAST_ONLY if last_only else 0
         if self.kind == "pair":
             if len(c.answers) != 2:
                 raise BadRow("no pair: the row has no chosen and rejected answer")
@@ -103,6 +120,34 @@ class Preparer:
             raise BadRow("empty answer")
         source, targets, lacks = self.template.one_turn(c.prompt, c.answers, c.system, c.tools)
         return [source, *targets], DESIRED * c.desired + LACKS_THOUGHT * lacks[0]
+
+
+def _to_last_trained(messages: list[Message]) -> list[Message]:
+    """The conversation up to the last answer that is to be learned.
+
+    Raises:
+        BadRow: no answer is to be learned.
+    """
+    while messages and not messages[-1].trained:
+        messages = messages[:-2]
+    if not messages:
+        raise BadRow("no answer: the row's own flags (weight, loss, train) leave no answer to learn")
+    return messages
+
+
+def _untrained_in_sources(pieces: list[list[Piece]], messages: list[Message]) -> list[list[Piece]]:
+    """Source, target, source, target, ... where answers that are not to be learned are part of the source that follows."""
+    if len(pieces) != len(messages) or all(m.trained for m in messages[1::2]):
+        return pieces
+    out: list[list[Piece]] = []
+    before: list[Piece] = []
+    for i in range(0, len(pieces), 2):
+        if messages[i + 1].trained:
+            out += [[*before, *pieces[i]], pieces[i + 1]]
+            before = []
+        else:
+            before += [*pieces[i], *pieces[i + 1]]
+    return out
 
 
 def run(preparer: Preparer, rows: Iterable[tuple[str, Raw]], workers: int | None, batch: int, progress: Any = None) -> Iterator[Chunk]:

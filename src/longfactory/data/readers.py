@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,28 @@ def read_file(path: Path) -> Iterator[tuple[str, Raw]]:
             yield from _read_text(path)
         case _:
             yield from _read_arrow(path, parquet=kind == "parquet")
+
+
+def first_rows(source: Source, count: int = 20) -> list[dict[str, Any]]:
+    """The first rows of a data set that can be read, to learn their form from.
+
+    Raises:
+        DataError: there is none.
+    """
+    rows: list[dict[str, Any]] = []
+    why = ""
+    for place, raw in islice(read(source), 10 * count):
+        try:
+            if isinstance(raw, BadRow):
+                raise raw
+            rows.append(parse_line(raw) if isinstance(raw, bytes) else raw)
+        except BadRow as e:
+            why = why or f" First: {place}: {e}."
+        if len(rows) == count:
+            break
+    if not rows:
+        raise DataError(f"{source.name} holds no row that can be read.{why}")
+    return rows
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
@@ -155,11 +178,12 @@ def _read_arrow(path: Path, parquet: bool) -> Iterator[tuple[str, Raw]]:
                 file = pa.ipc.open_file(path)
                 batches = (file.get_batch(i) for i in range(file.num_record_batches))
         for batch in batches:
-            for row in batch.to_pylist():
+            for row in batch.to_pylist(maps_as_pydicts="lossy"):
                 number += 1
                 yield f"{path.name} row {number}", row
-    except pa.ArrowInvalid as e:
-        raise DataError(f"{path.name} cannot be read after row {number}: {e}") from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:  # what a damaged file raises depends on where the damage is
+        reason = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        raise DataError(f"{path.name} cannot be read after row {number}: {reason}. Write the file again from its source.") from None
 
 
 def _read_hub(source: Source, token: str | None) -> Iterator[tuple[str, Raw]]:

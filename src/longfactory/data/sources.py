@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,11 +86,115 @@ class Source:
         return found
 
 
+# Names that columns of files that are no data set of LLaMA-Factory's go by.
+_PROMPTS = ("instruction", "prompt", "question", "query", "input")
+_RESPONSES = ("output", "response", "completion", "answer")
+_MESSAGES = ("messages", "conversations", "conversation", "dialogue", "chat")
+_LABELS = ("kto_tag", "label")
+_OPENAI_TAGS = dict(zip(TAGS, ("role", "content", "user", "assistant", "tool", "function", "system"), strict=True))
+
+
+def detect(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The entry of dataset_info.json (without the file) that rows like these need; None where their form is not known.
+
+    Forms, by the columns of the rows: messages with role and content (openai) or with from and value (sharegpt), prompts with
+    answers (alpaca), texts. Two answers named chosen and rejected make a preference pair, true or false in label makes KTO.
+    """
+    seen: dict[str, Any] = {}
+    for row in rows:
+        seen |= {k: v for k, v in row.items() if v not in (None, "", []) and k not in seen}
+    for column in _MESSAGES:
+        messages = parsed(seen.get(column))
+        first = messages[0] if isinstance(messages, list) and messages else None
+        if isinstance(first, dict):
+            entry = _detect_messages(column, first, [m for row in rows for m in parsed(row.get(column)) or [] if isinstance(m, dict)])
+            return None if entry is None else _with_answers(entry, seen, (dict, list))
+    prompt = next((c for c in _PROMPTS if isinstance(seen.get(c), str)), None)
+    columns: dict[str, str] = {}
+    if prompt is not None:
+        columns["prompt"] = prompt
+        if prompt != "input" and isinstance(seen.get("input"), str):
+            columns["query"] = "input"
+        pair = all(isinstance(seen.get(c), str) for c in ("chosen", "rejected"))
+        response = next((c for c in _RESPONSES if isinstance(seen.get(c), str)), None)
+        if not pair and response is None:
+            return None
+        if not pair and response is not None:
+            columns["response"] = response
+        if isinstance(parsed(seen.get("history")), list):
+            columns["history"] = "history"
+        return _with_answers({"columns": columns}, seen, (str,))
+    text = next((c for c in ("text", "content") if isinstance(seen.get(c), str)), None)
+    return None if text is None else {"columns": {"prompt": text}}
+
+
+def _detect_messages(column: str, first: dict[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any] | None:
+    if "role" in first:
+        return {"formatting": "openai", "columns": {"messages": column}, "tags": dict(_OPENAI_TAGS)}
+    if "from" not in first or "value" not in first:
+        return None
+    entry: dict[str, Any] = {"formatting": "sharegpt", "columns": {"messages": column}}
+    roles = {m.get("from") for m in messages if isinstance(m.get("from"), str)}
+    users, assistants = [r for r in ("human", "user") if r in roles], [r for r in ("gpt", "assistant") if r in roles]
+    if users != ["human"] or assistants not in (["gpt"], []):
+        entry["tags"] = {
+            "role_tag": "from",
+            "content_tag": "value",
+            "user_tag": (users or ["human"])[0],
+            "assistant_tag": (assistants or ["gpt"])[0],
+            "observation_tag": "tool" if "tool" in roles else "observation",
+            "function_tag": "function_call",
+            "system_tag": "system",
+        }
+    return entry
+
+
+def _with_answers(entry: dict[str, Any], seen: dict[str, Any], kinds: tuple[type, ...]) -> dict[str, Any]:
+    columns = entry["columns"]
+    columns |= {c: c for c in ("system", "tools") if c in seen}
+    if all(isinstance(parsed(seen.get(c)), kinds) for c in ("chosen", "rejected")):
+        return entry | {"ranking": True, "columns": columns | {"chosen": "chosen", "rejected": "rejected"}}
+    label = next((c for c in _LABELS if isinstance(seen.get(c), bool) or str(seen.get(c)).lower() in ("true", "false")), None)
+    if label is not None:
+        columns["kto_tag"] = label
+    return entry
+
+
+def parsed(value: Any) -> Any:
+    """A list or an object that stands in its column as a JSON string (as csv files have them), read; any other value as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def hint(source: Source, row: dict[str, Any]) -> str:
+    """What to write into dataset_info.json where a row is not in the form that its entry says; else nothing."""
+    read = [source.prompt, source.query] if source.formatting == "alpaca" else [source.messages]
+    if any(column and column in row for column in read) and (source.formatting == "alpaca" or _tagged(source, row)):
+        return ""
+    entry = detect([row])
+    if entry is None:
+        return ""
+    form = entry.get("formatting", "alpaca")
+    return f"The row looks like {form}: give the data set these lines in dataset_info.json: {json.dumps(entry, ensure_ascii=False)[1:-1]}"
+
+
+def _tagged(source: Source, row: dict[str, Any]) -> bool:
+    """Whether the first message of a row has the fields that the tags name."""
+    messages = parsed(row.get(source.messages or ""))
+    first = messages[0] if isinstance(messages, list) and messages else None
+    return not isinstance(first, dict) or source.role_tag in first
+
+
 def read_sources(dataset_names: list[str], dataset_dir: str | dict[str, Any], warn: Any = lambda text: None) -> list[Source]:
     """The sources of these data sets.
 
     `dataset_dir` is a folder that holds dataset_info.json, "ONLINE" (a name is a hub id), "REMOTE:<hub data set>", or the parsed
-    dictionary itself.
+    dictionary itself. A name may also be the path of a file (or of a folder of files), seen from here or from `dataset_dir`: its
+    form is that of its first rows, and `warn` is told the entry of dataset_info.json that says the same.
 
     Raises:
         DataError: dataset_info.json is missing or broken, or does not define a name.
@@ -99,6 +204,7 @@ def read_sources(dataset_names: list[str], dataset_dir: str | dict[str, Any], wa
     if dataset_dir == "ONLINE":
         return [Source(name, "hub", name) for name in dataset_names]
     folder = ""
+    path = Path()
     if isinstance(dataset_dir, dict):
         info = dataset_dir
     else:
@@ -117,27 +223,70 @@ def read_sources(dataset_names: list[str], dataset_dir: str | dict[str, Any], wa
             path = Path(dataset_dir, "dataset_info.json")
         try:
             info = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise DataError(f"{path} does not exist. Point dataset_dir at the folder that holds dataset_info.json.") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        except (FileNotFoundError, NotADirectoryError):
+            if not all(_is_file(name, folder) for name in dataset_names):
+                missing = next(name for name in dataset_names if not _is_file(name, folder))
+                also = f", and {missing!r} is no file" if _looks_like_file(missing) else ""
+                raise DataError(f"{path} does not exist{also}. Point dataset_dir at the folder that holds dataset_info.json.") from None
+            info = {}
+        except OSError as e:
+            raise DataError(f"{path} cannot be read: {e.strerror or e}.") from None
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
             raise DataError(f"{path} is not valid JSON: {e}.") from None
         if not isinstance(info, dict):
             raise DataError(f"{path} holds a {type(info).__name__}; a mapping of names to data sets is needed.")
-    return [_source(name, info, folder, warn) for name in dataset_names]
+    return [
+        _source_of_file(name, folder, warn) if name not in info and _is_file(name, folder) else _source(name, info, folder, warn)
+        for name in dataset_names
+    ]
+
+
+def _looks_like_file(name: str) -> bool:
+    return "/" in name or name.rpartition(".")[2].lower() in FILE_TYPES
+
+
+def _is_file(name: str, folder: str) -> bool:
+    """Whether a data set's name is the path of a file or a folder of files."""
+    return _looks_like_file(name) and (Path(name).exists() or Path(folder, name).exists())
+
+
+def _source_of_file(name: str, folder: str, warn: Any) -> Source:
+    """The source of a file that is named by its path."""
+    from longfactory.data.readers import first_rows
+
+    where = Path(name) if Path(name).exists() else Path(folder, name)
+    bare = Source(name=name, load_from="file", location=os.fspath(where.resolve()))
+    rows = first_rows(bare)
+    entry = detect(rows)
+    if entry is None:
+        found = ", ".join(repr(c) for c in dict.fromkeys(c for row in rows for c in row)) or "none"
+        raise DataError(
+            f"The form of {name} is not known by its first rows (columns: {found}). Describe it in dataset_info.json: formatting, columns, "
+            "tags."
+        )
+    entry = {"file_name": bare.location} | entry
+    warn(
+        f"{name} is read as {entry.get('formatting', 'alpaca')}, by its first rows. The entry of dataset_info.json that says so: "
+        + json.dumps({where.stem: entry}, ensure_ascii=False)[1:-1]
+    )
+    return _source(name, {name: entry}, "", warn)
 
 
 def _source(name: str, info: dict[str, Any], folder: str, warn: Any) -> Source:
     if name not in info:
         near = difflib.get_close_matches(name, info, n=1)
-        raise DataError(f"Data set {name!r} is not in dataset_info.json." + (f" Did you mean {near[0]!r}?" if near else ""))
+        also = " and is no file" if _looks_like_file(name) else ""
+        raise DataError(f"Data set {name!r} is not in dataset_info.json{also}." + (f" Did you mean {near[0]!r}?" if near else ""))
     entry: dict[str, Any] = info[name]
-    wrong = next((k for k in ("columns", "tags") if isinstance(entry, dict) and not isinstance(entry.get(k, {}), dict)), None)
+    wrong = next((k for k in ("columns", "tags") if isinstance(entry, dict) and not isinstance(entry.get(k) or {}, dict)), None)
     if not isinstance(entry, dict) or wrong:
         where = f"{wrong} of data set {name!r}" if wrong else f"data set {name!r}"
         raise DataError(f"dataset_info.json: {where} is not a mapping. It looks like " + '{"file_name": "x.json", "columns": {...}}.')
+    _check_values(name, entry)
     for key in entry.keys() - _KNOWN:
         warn(f"Data set {name!r}: the key {key!r} of dataset_info.json is not known and has no effect.")
     load_from: Literal["file", "hub", "cloud"] = "file"
+    entry = {k: v for k, v in entry.items() if v is not None}
     if "hf_hub_url" in entry:
         load_from, location = "hub", entry["hf_hub_url"]
     elif "ms_hub_url" in entry or "om_hub_url" in entry:
@@ -149,7 +298,8 @@ def _source(name: str, info: dict[str, Any], folder: str, warn: Any) -> Source:
     elif "file_name" in entry:
         location = entry["file_name"]
     else:
-        raise DataError(f"Data set {name!r} has neither file_name nor hf_hub_url in dataset_info.json.")
+        found = f" Its keys are {', '.join(entry)}." if entry else ""
+        raise DataError(f"Data set {name!r} has neither file_name nor hf_hub_url in dataset_info.json.{found}")
     formatting = entry.get("formatting", "alpaca")
     if formatting not in ("alpaca", "sharegpt", "openai"):
         raise DataError(f"Data set {name!r}: formatting is {formatting!r}; known are alpaca, sharegpt, openai.")
@@ -167,10 +317,32 @@ def _source(name: str, info: dict[str, Any], folder: str, warn: Any) -> Source:
             roles = ("role", "content", "user", "assistant", "tool", "function", "system")
             fields |= dict(zip(TAGS, roles, strict=True))
         if "columns" not in entry:
-            fields["messages"] = "messages"
+            fields |= {"messages": "messages", "tools": "tools"}
     source = Source(name=name, load_from=load_from, location=location, dataset_dir=os.fspath(folder), **fields)
     _warn_unset(source, entry, warn)
     return source
+
+
+_TEXTS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name", "file_name", "formatting", "subset", "split", "folder")
+
+
+def _check_values(name: str, entry: dict[str, Any]) -> None:
+    """Raises DataError where a value of an entry is of the wrong kind. null stands for a key that is not given."""
+
+    def check(key: str, value: Any, right: bool, need: str) -> None:
+        if value is not None and not right:
+            raise DataError(f"dataset_info.json: {key} of data set {name!r} must be {need}; found {json.dumps(value, ensure_ascii=False)}.")
+
+    for key in _TEXTS:
+        value = entry.get(key)
+        check(key, value, isinstance(value, str) and value.strip() != "", "a text")
+    for key in ("ranking", "openai_quirks"):
+        check(key, entry.get(key), isinstance(entry.get(key), bool), "true or false")
+    count = entry.get("num_samples")
+    check("num_samples", count, isinstance(count, int) and not isinstance(count, bool) and count > 0, "a whole number from 1 on")
+    for group in ("columns", "tags"):
+        for key, value in (entry.get(group) or {}).items():
+            check(f"{group}: {key}", value, isinstance(value, str), "the name of one column, a text" if group == "columns" else "a text")
 
 
 def _warn_unset(source: Source, entry: dict[str, Any], warn: Any) -> None:

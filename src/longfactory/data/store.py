@@ -24,7 +24,7 @@ import numpy as np
 
 from longfactory.data.errors import BadRows
 
-FORMAT = 1
+FORMAT = 2
 
 DESIRED, LACKS_THOUGHT, SECOND_LACKS_THOUGHT, LAST_ONLY = 1, 2, 4, 8  # flags of a sample
 

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -92,7 +92,7 @@ class StreamedDataset(torch.utils.data.IterableDataset):
 
     def held_out(self, rows: int) -> TokenizedDataset:
         """The first rows of the shuffled stream, as a map-style data set."""
-        return self._data([self._tokenise(list(enumerate(islice(self._rows(0, first_order=True), rows))))])
+        return self._data([self._tokenise(list(enumerate(islice(self._rows(0, first_order=True), rows))))], set())
 
     # -- rows --------------------------------------------------------------------------------------------------------------------
 
@@ -113,31 +113,8 @@ class StreamedDataset(torch.utils.data.IterableDataset):
                 for place, raw in reader():
                     yield s, place, raw
             return
-        rng = np.random.default_rng([self.seed, 1])
-        streams = [reader() for reader in self.readers]
-        ended = [False] * len(streams)
-        chances = np.array(self.probabilities or [1.0] * len(streams), dtype=float)
-        turn = 0
-        while True:
-            open_ = np.array([1.0 if self.mix != "interleave_once" or not e else 0.0 for e in ended]) * chances
-            if self.probabilities is None:
-                s = turn % len(streams)
-                turn += 1
-                if not open_[s]:
-                    continue
-            else:
-                s = int(rng.choice(len(streams), p=open_ / open_.sum()))
-            item = next(streams[s], None)
-            if item is None:
-                ended[s] = True
-                if self.mix == "interleave_under" or all(ended):
-                    return
-                if self.mix == "interleave_over":
-                    streams[s] = self.readers[s]()
-                    item = next(streams[s], None)
-                if item is None:
-                    continue
-            yield s, *item
+        names = [preparer.source.name for preparer in self.preparers]
+        yield from interleave(self.readers, names, self.mix, self.probabilities, self.seed)
 
     # -- windows -----------------------------------------------------------------------------------------------------------------
 
@@ -153,6 +130,7 @@ class StreamedDataset(torch.utils.data.IterableDataset):
                 size = -(-len(some) // count)
                 yield from (some[i * size : (i + 1) * size] for i in range(count))
 
+        told: set[tuple[str, str]] = set()
         done = map(self._tokenise, parts())
         if self.workers:
             # The parts are read here, once, and are what a worker is asked for, in place of an index.
@@ -169,7 +147,7 @@ class StreamedDataset(torch.utils.data.IterableDataset):
                 )
             )
         while window := list(islice(done, count)):
-            yield self._data(window)
+            yield self._data(window, told)
 
     def _tokenise(self, rows: list[tuple[int, Row]]) -> list[Chunk] | DataError:
         """A chunk for each source, or what is wrong with a row where bad rows are errors."""
@@ -181,8 +159,8 @@ class StreamedDataset(torch.utils.data.IterableDataset):
         except DataError as error:
             return error  # raised in another process it would come with a stack trace
 
-    def _data(self, parts: list[list[Chunk] | DataError]) -> TokenizedDataset:
-        """The data set of one window, from the chunks of its parts."""
+    def _data(self, parts: list[list[Chunk] | DataError], told: set[tuple[str, str]]) -> TokenizedDataset:
+        """The data set of one window, from the chunks of its parts. `told` holds what was said of other windows."""
         made: list[list[Chunk]] = []
         for part in parts:
             if isinstance(part, DataError):
@@ -198,6 +176,7 @@ class StreamedDataset(torch.utils.data.IterableDataset):
                 stores.append(MemoryStore(chunks[s], preparer.source.name))
             if bad.count:
                 self.log.warning(f"Data set {preparer.source.name!r}: {bad.describe()}")
+            bad.tell_unread(preparer.source.name, self.log, told)
         entries = np.array([where[n] for n in sorted(where)], dtype=np.int64).reshape(-1, 2)
         return TokenizedDataset(stores, entries, self.preparers[0].kind, self.rules, self.packed)
 
@@ -219,6 +198,51 @@ def _one_thread(worker: int) -> None:
 
 def _as_it_is(x: Any) -> Any:
     return x
+
+
+def interleave(
+    readers: Sequence[Reader], names: Sequence[str], mix: str, probabilities: Sequence[float] | None, seed: int
+) -> Iterator[Row]:
+    """Rows of several readers in the order in which `datasets.interleave_datasets` puts data sets whose lengths it knows.
+
+    One row of each reader is read ahead, so that its end is known when its last row is drawn. `mix`: interleave_under stops at the
+    first end, interleave_over (an ended reader begins again) when all have ended, interleave_once leaves out what has ended. Where
+    the readers take turns, the first two stop at the end of a round.
+
+    Raises:
+        DataError: a reader without rows.
+    """
+    streams = [reader() for reader in readers]
+    ahead = [next(stream, None) for stream in streams]
+    for name, item in zip(names, ahead, strict=True):
+        if item is None:
+            raise DataError(f"Data set {name!r} has no row, so it cannot be interleaved.")
+    ended = np.zeros(len(readers), bool)
+    # What is never drawn does not keep the others from ending.
+    never = np.zeros(len(readers), bool) if probabilities is None else np.asarray(probabilities) == 0
+    for s in _draws(len(readers), probabilities, seed):
+        stops = (mix == "interleave_under" and ended.any()) or (ended | never).all()
+        if stops and (s == 0 or probabilities is not None or mix == "interleave_once"):
+            return
+        item = ahead[s]
+        if item is None:  # ended, and not begun again
+            continue
+        yield s, *item
+        ahead[s] = next(streams[s], None)
+        if ahead[s] is None:
+            ended[s] = True
+            if mix != "interleave_once":
+                streams[s] = readers[s]()
+                ahead[s] = next(streams[s], None)
+
+
+def _draws(count: int, probabilities: Sequence[float] | None, seed: int) -> Iterator[int]:
+    """The numbers of the readers, without end: one after the other, or by chance in the blocks in which `datasets` draws."""
+    if probabilities is None:
+        yield from cycle(range(count))
+    rng = np.random.default_rng(seed)
+    while True:
+        yield from map(int, rng.choice(count, size=1000, p=probabilities))
 
 
 def _shuffled(rows: Iterator[Row], size: int, rng: np.random.Generator) -> Iterator[Row]:

@@ -37,10 +37,21 @@ Slot = tuple[Piece, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """One message in the normal form. The content of a "function" message is JSON: a call or a list of calls."""
+    """One message in the normal form. The content of a "function" message is JSON: a call or a list of calls.
+
+    `before` is text that an answer has in front of its calls, `thought` its reasoning where the row has it in a field of its own.
+    `results` are the contents of several tool results that follow one another, which are one message here. `trained` is false
+    where the row says that this answer is not to be learned. `shown` are the messages as the row has them (the system's in front
+    of the first): what the model's own chat template sees. It is empty where the row is not made of such messages.
+    """
 
     role: MessageRole
     content: str
+    before: str = ""
+    thought: str = ""
+    results: tuple[str, ...] = ()
+    trained: bool = True
+    shown: tuple[dict[str, Any], ...] = ()
 
 
 def fill(slot: Slot, content: str) -> list[Piece]:
@@ -93,17 +104,17 @@ class Template:
         `last_only` (mask_history) drops the thoughts of earlier answers. The second value is true where only the last target may be
         trained although the user asked for all (never for a table template).
         """
-        words = [m.content for m in messages]
+        messages = [self._spoken(m) for m in messages]
         last_only = last_only and not self.preserve_thinking
         if self.thinking:
             if self.enable_thinking is False:
-                words = [self.without_thought(w) if i % 2 else w for i, w in enumerate(words)]
+                messages = [self._thoughtless(m) if i % 2 else m for i, m in enumerate(messages)]
             if last_only:
-                words = [self.without_thought(w) if i % 2 and i < len(words) - 2 else w for i, w in enumerate(words)]
-        pieces = self._pieces([dataclasses.replace(m, content=w) for m, w in zip(messages, words, strict=True)], system, tools)
+                messages = [self._thoughtless(m) if i % 2 and i < len(messages) - 2 else m for i, m in enumerate(messages)]
+        pieces = self._pieces(messages, system, tools)
         if self.thinking:
-            for i in [len(words) - 2] if last_only else range(0, len(words), 2):
-                if not self.has_thought(words[i + 1]):
+            for i in [len(messages) - 2] if last_only else range(0, len(messages), 2):
+                if not self._thinks(messages[i + 1]):
                     if self.enable_thinking:
                         pieces[i + 1].insert(0, self.thought())
                     else:
@@ -114,15 +125,16 @@ class Template:
         self, prompt: Sequence[Message], answers: Sequence[Message], system: str | None, tools: str | None
     ) -> tuple[list[Piece], list[list[Piece]], list[bool]]:
         """Pieces of the prompt, of each answer, and whether an answer lacks the thought that the template wants (see `thought`)."""
-        history = list(prompt)
+        history = [self._spoken(m) for m in prompt]
+        answers = [self._spoken(a) for a in answers]
         if self.thinking and not self.preserve_thinking:
-            history = [dataclasses.replace(m, content=self.without_thought(m.content)) if i % 2 else m for i, m in enumerate(history)]
+            history = [self._thoughtless(m) if i % 2 else m for i, m in enumerate(history)]
         if self.thinking and self.enable_thinking is False:
-            answers = [dataclasses.replace(a, content=self.without_thought(a.content)) for a in answers]
+            answers = [self._thoughtless(a) for a in answers]
         pieces = self._pieces([*history, answers[0]], system, tools)
         source = [p for message in pieces[:-1] for p in message]
         targets = [pieces[-1], *(self._message(a, "") for a in answers[1:])]
-        lacks = [self.thinking and not self.has_thought(a.content) for a in answers]
+        lacks = [self.thinking and not self._thinks(a) for a in answers]
         return source, targets, lacks
 
     # -- thoughts ---------------------------------------------------------------------------------------------------------------
@@ -137,6 +149,30 @@ class Template:
     def without_thought(self, content: str) -> str:
         opening, closing = map(re.escape, self.thought_words)
         return re.sub(f"{opening}(.*?){closing}", "", content, flags=re.DOTALL).lstrip("\n")
+
+    def _spoken(self, message: Message) -> Message:
+        """The message with its thought in front of its text, between the template's words.
+
+        Raises:
+            BadRow: the text holds another thought already.
+        """
+        if not message.thought:
+            return message
+        if self._thinks(message):
+            if message.thought.strip() not in message.before + message.content:
+                raise BadRow("two thoughts: an answer has one in its content and another in a field of its own")
+            return dataclasses.replace(message, thought="")
+        thought = self.thought_words[0] + message.thought.strip("\n") + self.thought_words[1]
+        if message.role == "function":
+            return dataclasses.replace(message, before=thought + message.before.lstrip("\n"), thought="")
+        return dataclasses.replace(message, content=thought + message.content.lstrip("\n"), thought="")
+
+    def _thinks(self, message: Message) -> bool:
+        return self.has_thought(message.before + message.content)
+
+    def _thoughtless(self, message: Message) -> Message:
+        before = self.without_thought(message.before)
+        return dataclasses.replace(message, content=self.without_thought(message.content), before=before)
 
     # -- pieces -----------------------------------------------------------------------------------------------------------------
 
@@ -167,15 +203,42 @@ class Template:
             case "assistant":
                 return fill(self.assistant, message.content)
             case "observation":
-                return fill(self.user if self.observation is None else self.observation, message.content)
+                slot = self.user if self.observation is None else self.observation
+                return fill(slot, self._results(slot, message))
             case "function":
-                slot = self.assistant if self.function is None else self.function
-                return [piece for text in self._call_texts(message.content) for piece in fill(slot, text)]
+                return self._function(message)
+
+    def _results(self, slot: Slot, message: Message) -> str:
+        """The content of a tool's message. Several results are closed and opened again where the slot wraps each of them."""
+        if not message.results:
+            return message.content
+        wraps = any(isinstance(p, str) and "</tool_response>" in p for p in slot)
+        return ("\n</tool_response>\n<tool_response>\n" if wraps else "\n").join(message.results)
+
+    def _function(self, message: Message) -> list[Piece]:
+        """An answer that calls tools. Text in front of the calls stands where the text of an answer does."""
+        texts = self._call_texts(message.content)
+        if not message.before:
+            slot = self.assistant if self.function is None else self.function
+            return [piece for text in texts for piece in fill(slot, text)]
+        before = message.before
+        if not any(before.endswith(word) for word in self.thought_words):  # a thought ends as its words do
+            before += tool_formats.between_text_and_calls(self.calls)
+        if self.function is None:
+            texts[0] = before + texts[0]
+            return [piece for text in texts for piece in fill(self.assistant, text)]
+        opening: list[Piece] = []
+        for piece in self.assistant:
+            if isinstance(piece, str) and "{{content}}" in piece:
+                opening.append(piece.partition("{{content}}")[0] + before)
+                break
+            opening.append(piece)
+        return opening + [piece for text in texts for piece in fill(self.function, text)]
 
     def _call_texts(self, content: str) -> list[str]:
         """Texts of a message's tool calls. A thought around the JSON is kept in front of the first."""
         before, text = "", content
-        if not self.system_in_user:
+        if not self.system_in_user and not _is_json(content):
             opening, closing = map(re.escape, self.call_words)
             call = re.search(f"{opening}(.*?){closing}", content, re.DOTALL)
             if call:
@@ -195,6 +258,14 @@ class Template:
         groups = [[call] for call in calls] if self.call_by_call else [calls]
         first, *rest = [tool_formats.write_calls(self.calls, group) for group in groups]
         return [before + first, *rest]
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def stop_token_ids(template: Template, tokenizer: Any) -> list[int]:

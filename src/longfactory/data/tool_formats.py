@@ -50,6 +50,11 @@ def write_calls(form: str, calls: list[Any]) -> str:
         raise BadRow(f"a tool call needs a name and arguments: {type(e).__name__} {e}") from None
 
 
+def between_text_and_calls(form: str) -> str:
+    """What stands between the text of an answer and its first call, where the calls do not begin with it themselves."""
+    return _BETWEEN.get(form, "\n")
+
+
 def check_form(form: str) -> None:
     """Raises ValueError for a tool format that does not exist."""
     if form not in FORMS:
@@ -80,8 +85,9 @@ def _default_tools(tools: Tools) -> str:
     text, known = "", []
     for tool in map(_bare, tools):
         lines = ""
-        required = tool["parameters"].get("required", [])
-        for name, p in tool["parameters"]["properties"].items():
+        parameters = tool.get("parameters") or {}  # a function without parameters has an empty schema, or none
+        required = parameters.get("required") or []
+        for name, p in (parameters.get("properties") or {}).items():
             line = f"  - {name} ({p.get('type', '')}{', required' if name in required else ''}): {p.get('description', '')}"
             if p.get("enum"):
                 line += f", should be one of [{', '.join(p['enum'])}]"
@@ -347,3 +353,6 @@ FORMS: dict[str, tuple[Callable[[Tools], str], Callable[[list[Call]], str]]] = {
     "qwen3_5": (_qwen3_5_tools, _qwen3_5_calls),
     "seed_oss": (_seed_tools, _seed_calls),
 }
+
+# As the families' own chat templates have it; "\n" for all others.
+_BETWEEN = {"qwen3_5": "\n\n", "glm4_moe": "", "seed_oss": "", "gemma4": "", "lfm2": "", "mistral": ""}
