@@ -105,6 +105,11 @@ def assemble(cfg: RunConfig, *, compares: bool = False) -> Assembled:
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+    if ctx.size != size:
+        raise UserError(
+            f"Sequence parallelism is off: sequence_parallel_size is {size}, and the group that was made has {ctx.size} processes. Each "
+            "would compute a whole row. Something has replaced a part of longfactory; install it anew."
+        )
 
     for line in describe(cfg, ctx, args, sharding, datasets) if not compares else ():
         log.info(line)

@@ -1,7 +1,8 @@
-"""`longfactory verify`: the run's own model and data, split over the ranks, against the same documents one by one without the engine.
+"""`longfactory verify`: an optimizer step of the run itself, against the same documents one by one in transformers' own model.
 
-The specification here is the model's own attention on each document alone, whole, on every rank, with nothing of sequence parallelism and
-no hand-written layer in it. Loss, gradient norm and the gradient of every trained parameter must agree.
+The step is the trainer's: its loader, its count of items, its loss and scale, its micro-batches, reduction and clipping, on the model as
+it is wrapped and sharded, with the layers and kernels that train. The specification (`train/alone.py`) shares none of that. Both are
+compared with the specification in float32; a step may be off by as much as transformers' own attention in the run's precision is.
 """
 
 from __future__ import annotations
@@ -9,83 +10,113 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import PrinterCallback, TrainerCallback
 
 from longfactory import sp
 from longfactory.config import RunConfig
+from longfactory.data import assemble as assemble_rules
 from longfactory.data.row import Row, TokenizedDocument
 from longfactory.errors import UserError
-from longfactory.model.adapters import decoder_layers
-from longfactory.model.memory.checkpointed import CheckpointedLayer
-from longfactory.model.outputs import TokenOutputs
-from longfactory.sp import hf
-from longfactory.sp.guard import _own_attention
-from longfactory.train.callbacks import AtStart
-from longfactory.train.reference import disable_dropout
+from longfactory.sp import hf, routers
+from longfactory.train import alone
+from longfactory.train.alone import Item, Precision, Step, Text
+from longfactory.train.reference import adapter_is_reference, disable_dropout
 from longfactory.train.run import Assembled, assemble
 from longfactory.train.trainer import RowTrainer
 
 ROWS, TOKENS = 2, 2048
 
-# Largest relative differences: of loss and gradient norm, and of one parameter's gradient. Half precision rounds each layer's result to 8
-# (bf16) or 11 (fp16) bits, and the two ways add in another order; `bf16=false` gives the sharp proof.
-TOLERANCE = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (2e-2, 1e-1), torch.float16: (5e-3, 3e-2)}
-# A gradient that is zero in exact arithmetic (the bias of a key projection) is noise: differences count against at least this share of
-# the whole gradient's norm.
+FACTOR = 3.0
+"""How many times as far from float32 as transformers' own attention in the run's precision a step may be."""
+SMALLEST = 1e-4
+"""A relative difference that counts as none: float32 numbers that are added in another order."""
+SMALLEST_SCORE = 2e-5
+"""The same for log-probabilities, which no sum over tokens has gone into yet."""
 FLOOR = 1e-3
+"""A gradient that is zero in exact arithmetic (the bias of a key projection) is noise: differences count against at least this share of
+the whole gradient's norm."""
+MOST_SCALED_STEPS = 24
+"""float16: so often the scale of the loss may halve until gradients are finite."""
+OFFSETS = {"chosen": 0.5, "rejected": -0.25, "kl": -0.5}
+"""The reference is the model itself, moved by these shares of 1 / beta: at the model's own numbers many losses are flat."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Difference:
-    """One row's numbers, both ways. `parameters`: name -> relative difference of the gradient, the worst first."""
+class Measure:
+    """One number or tensor: `split` as trained, `alone` in float32; differences are relative to float32.
 
-    tokens: int
-    documents: int
-    loss: tuple[float, float]
-    grad_norm: tuple[float, float]
-    parameters: dict[str, float]
+    `own`: the difference of transformers' own attention in the run's precision. `allowed`: what the step's may be.
+    """
+
+    split: float
+    alone: float
+    difference: float
+    own: float
+    allowed: float
 
     @property
-    def worst(self) -> tuple[float, float]:
-        """(of loss and gradient norm, of one parameter)."""
-        pairs = (relative(*self.loss), relative(*self.grad_norm))
-        return max(pairs, key=_nan_first), max(self.parameters.values(), key=_nan_first, default=0.0)
+    def exact(self) -> bool:
+        return self.difference <= self.allowed  # false for NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    tokens: int
+    documents: int
+    crossing: int
+    """Documents of which several ranks hold a part."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """`exact`: every difference is within the tolerance of `dtype`."""
+    """One optimizer step, both ways. `parameters`: by name, the worst first. `reasons`: what is wrong, in sentences."""
 
-    rows: tuple[Difference, ...]
+    rows: tuple[RowShape, ...]
+    loss: Measure
+    grad_norm: Measure
+    logps: Measure
+    """Root mean square over all tokens to predict (or values); absolute differences."""
+    parameters: dict[str, Measure]
+    reasons: tuple[str, ...]
+    notes: tuple[str, ...]
     dtype: torch.dtype
     title: str
 
     @property
     def exact(self) -> bool:
-        limits = TOLERANCE[self.dtype]
-        # `<=` is false for NaN.
-        return bool(self.rows) and all(all(d <= limit for d, limit in zip(r.worst, limits, strict=True)) for r in self.rows)
+        measures = (self.loss, self.grad_norm, self.logps, *self.parameters.values())
+        return bool(self.rows) and bool(self.parameters) and not self.reasons and all(m.exact for m in measures)
 
     def table(self) -> str:
-        limits = TOLERANCE[self.dtype]
-        lines = [self.title, f"{'':32}{'split':>16}{'alone':>16}{'difference':>14}"]
-        for i, r in enumerate(self.rows):
-            lines.append(f"row {i + 1}: {r.tokens} tokens, {r.documents} documents")
-            for name, (a, b) in (("loss", r.loss), ("grad_norm", r.grad_norm)):
-                lines.append(f"  {name:<30}{a:>16.8g}{b:>16.8g}{relative(a, b):>14.1e}")
-            lines.append(f"  gradients of {len(r.parameters)} parameters; the worst:")
-            lines += [f"    {name:<60}{d:>14.1e}" for name, d in list(r.parameters.items())[:5]]
-        verdict = "The same." if self.exact else "NOT the same."
-        lines.append(f"{verdict} Tolerated: {limits[0]:.0e} for loss and grad_norm, {limits[1]:.0e} for a gradient ({_short(self.dtype)}).")
+        lines = [self.title]
+        for i, row in enumerate(self.rows):
+            lines.append(f"row {i + 1}: {row.tokens} tokens, {row.documents} documents, {row.crossing} of them on several ranks")
+        lines.append(f"{'':32}{'split':>14}{'alone':>14}{'difference':>12}{'own':>10}{'allowed':>10}")
+        lines += [_line(name, m, 30) for name, m in (("loss", self.loss), ("grad_norm", self.grad_norm))]
+        lines.append(f"  {'log-probabilities':<58}{self.logps.difference:>12.1e}{self.logps.own:>10.1e}{self.logps.allowed:>10.1e}")
+        lines.append(f"gradients of {len(self.parameters)} parameters; the worst:")
+        for name, m in list(self.parameters.items())[:5]:
+            lines.append(f"  {name:<58}{m.difference:>12.1e}{m.own:>10.1e}{m.allowed:>10.1e}")
+        lines += [f"- {reason}" for reason in self.reasons]
+        lines.append("The same." if self.exact else "NOT the same.")
+        lines += self.notes
         if self.dtype != torch.float32:
             lines.append("Half precision rounds. For the sharp proof add bf16=false fp16=false pure_bf16=false.")
         return "\n".join(lines)
+
+
+def _line(name: str, m: Measure, width: int) -> str:
+    return f"  {name:<{width}}{m.split:>14.7g}{m.alone:>14.7g}{m.difference:>12.1e}{m.own:>10.1e}{m.allowed:>10.1e}"
 
 
 def relative(a: float, b: float) -> float:
@@ -93,97 +124,64 @@ def relative(a: float, b: float) -> float:
     return abs(a - b) / max(abs(b), 1e-12) if a != b else 0.0
 
 
-def _nan_first(x: float) -> float:
-    return math.inf if math.isnan(x) else x
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).rsplit(".", 1)[-1]
-
-
-class _Finished(Exception):
-    """Leaves the trainer before its first step."""
+def measured(split: float, alone: float, difference: float, own: float, at_least: float = SMALLEST) -> Measure:
+    return Measure(split, alone, difference, own, max(FACTOR * own, at_least))
 
 
 def verify(cfg: RunConfig, *, rows: int = ROWS, tokens: int = TOKENS) -> Report:
-    """Compares both ways on the first rows of the training data. Every process calls it. Writes nothing to the output folder.
+    """One optimizer step of the run, compared. Every process calls it. Writes nothing to the output folder.
 
-    Everything is assembled and wrapped as for training; the comparison takes the place of the first step. DeepSpeed is left out: the
-    parameters are spread as without it, since what is compared does not depend on that. Dropout is switched off.
+    The step has `rows` micro-batches in each data-parallel group, the first of the training data that train something. Parameters are
+    spread as without DeepSpeed. Dropout, noise and the optimizer's own work are left out, and adapters that begin at zero (half of their
+    gradients would be zero) get small random numbers.
 
     Args:
-        rows: how many rows are compared; those without a trained token do not count.
+        rows: micro-batches of each data-parallel group.
         tokens: longest row; the documents of a longer one keep their last tokens, each in proportion to its length.
     Raises:
-        UserError: the run cannot be assembled, or its data have nothing to compare on.
+        UserError: the run cannot be assembled, its data have nothing to compare on, or it is not the run of its configuration.
     """
     if cfg.method.finetuning_type == "lora" and cfg.model.quantization_bit:
-        raise UserError("verify compares in full precision; quantised weights are rounded anew in each pass. Leave quantization_bit out.")
+        raise UserError("verify compares with the model in float32, which a quantised model does not have. Leave quantization_bit out.")
     if cfg.method.stage == "sft" and cfg.method.use_asft_loss:
         raise UserError(
             "verify compares log-probabilities of labels, and use_asft_loss also needs whole distributions of a reference. Verify the run "
             "with use_asft_loss=false use_dft_loss=true: the same passes through the same model."
         )
-    report: list[Report] = []
     with tempfile.TemporaryDirectory(prefix="longfactory-verify-") as folder:
-        run = assemble(quiet(cfg, folder), compares=True)
-
-        def compare() -> None:
-            report.append(compare_rows(run.trainer, run.datasets.train, rows, tokens, _title(cfg, run)))
-            raise _Finished
-
-        run.trainer.add_callback(AtStart(compare))
-        with contextlib.suppress(_Finished):
-            run.trainer.train()
-    return report[0]
+        run = assemble(quiet(cfg, folder, rows), compares=True)
+        comparison = Comparison(cfg, run, rows, tokens, folder)
+        run.trainer.add_callback(comparison)
+        run.trainer.remove_callback(PrinterCallback)
+        run.trainer.train()
+        return comparison.report()
 
 
-def quiet(cfg: RunConfig, folder: str) -> RunConfig:
-    """The run without what it would leave behind: checkpoints, evaluation, trackers, its output folder."""
-    drop = ("deepspeed", "resume_from_checkpoint", "load_best_model_at_end", "eval_steps", "save_steps", "push_to_hub", "run_name")
+def quiet(cfg: RunConfig, folder: str, rows: int) -> RunConfig:
+    """The run without what it would leave behind (checkpoints, evaluation, trackers, its output folder), and without what is not compared:
+    noise, and the optimizer."""
+    drop: tuple[str, ...] = (
+        "deepspeed",
+        "resume_from_checkpoint",
+        "load_best_model_at_end",
+        "eval_steps",
+        "save_steps",
+        "push_to_hub",
+        "run_name",
+    )
+    drop += ("neftune_noise_alpha", "optim_args", "optim_target_modules", "lr_scheduler_kwargs", "dataloader_num_workers", "warmup_ratio")
     keys = {k: v for k, v in cfg.hf.items() if k not in drop}
     keys |= {"output_dir": folder, "do_train": True, "do_eval": False, "do_predict": False, "eval_strategy": "no", "save_strategy": "no"}
-    keys |= {"report_to": "none", "disable_tqdm": True, "max_steps": 1, "logging_strategy": "no"}
-    # References are taken from the model itself, in the comparison.
-    method = dataclasses.replace(cfg.method, early_stopping_steps=None)
-    return dataclasses.replace(cfg, hf=keys, method=method)
+    keys |= {"report_to": "none", "disable_tqdm": True, "logging_strategy": "steps", "logging_steps": 1, "logging_nan_inf_filter": False}
+    keys |= {"max_steps": MOST_SCALED_STEPS if cfg.hf.get("fp16") else 1, "gradient_accumulation_steps": rows}
+    # Nothing moves, and nothing is clipped; but the norm is what the trainer's own clipping finds.
+    keys |= {"optim": "sgd", "learning_rate": 0.0, "max_grad_norm": 1e30, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    method = dataclasses.replace(cfg.method, early_stopping_steps=None, loraplus_lr_ratio=None)
+    memory = dataclasses.replace(cfg.memory, optimizer_placement="gpu", offload_gradients=False, optimizer_overlap=False)
+    return dataclasses.replace(cfg, hf=keys, method=method, memory=memory)
 
 
-def _title(cfg: RunConfig, run: Assembled) -> str:
-    ctx = run.trainer.ctx
-    mode = f"{ctx.size} ranks, {cfg.parallel.sequence_parallel_mode}" if ctx.size > 1 else "the engine on one rank"
-    return f"{cfg.model.model_name_or_path}, stage {cfg.method.stage}: {mode}, parameters {run.sharding}; against documents alone"
-
-
-def compare_rows(trainer: RowTrainer, dataset: Any, rows: int, tokens: int, title: str = "") -> Report:
-    """Both ways over the first `rows` rows that train something, on the wrapped model. Collective; the model's gradients are cleared."""
-    model = trainer.model_wrapped
-    disable_dropout(model)
-    model.train()
-    batch = trainer._train_batch_size
-    found: list[Difference] = []
-    samples: list[Any] = []
-    for sample in dataset if not hasattr(dataset, "__len__") else (dataset[i] for i in range(len(dataset))):
-        samples.append(sample)
-        if len(samples) < batch:
-            continue
-        row = trainer.collate(truncate(samples, tokens), sp.alignment(trainer.ctx), trainer.pad_id)
-        samples = []
-        if trainer.stage.count_items(row) and (row.trained_tokens or trainer.stage.output == "values"):
-            found.append(_compare(trainer, model, row))
-        if len(found) == rows:
-            break
-    if not found:
-        raise UserError(f"No row of the training data trains a token among the last {tokens} of its documents: nothing can be compared.")
-    return Report(tuple(found), _precision(trainer), title)
-
-
-def _precision(trainer: RowTrainer) -> torch.dtype:
-    args = trainer.args
-    if args.bf16 or args.fp16:
-        return torch.bfloat16 if args.bf16 else torch.float16
-    dtypes = {p.dtype for p in trainer.model.parameters() if p.is_floating_point()}
-    return next((d for d in (torch.bfloat16, torch.float16) if d in dtypes), torch.float32)
+# -- the rows -----------------------------------------------------------------------------------------------------------------------------
 
 
 def truncate(samples: Sequence[Sequence[TokenizedDocument]], tokens: int) -> list[list[TokenizedDocument]]:
@@ -199,127 +197,620 @@ def truncate(samples: Sequence[Sequence[TokenizedDocument]], tokens: int) -> lis
     return [[cut(d) for d in s] for s in samples]
 
 
-def _compare(trainer: RowTrainer, model: nn.Module, row: Row) -> Difference:
-    alone = alone_outputs(trainer, model, row)
-    reference = alone.logps if trainer.stage.needs_reference else None  # any constant will do; the model's own is there
-    loss_a = _loss(trainer, dataclasses.replace(_split_outputs(trainer, model, row), reference=reference), row)
-    loss_a.backward()
-    split = _take_gradients(model)
+class Chosen(torch.utils.data.Dataset):
+    """The entries of the data set that are compared, in the order in which a loader that does not shuffle deals them."""
 
-    x = alone.logps.requires_grad_()
-    constant = None if reference is None else reference.detach().clone()
-    loss_b = _loss(trainer, dataclasses.replace(alone, logps=x, reference=constant), row)
-    (slope,) = torch.autograd.grad(loss_b, x)
-    for document in _alone(trainer, model, row):
-        # One backward a document: the chain rule through `slope`, which wrappers take for gradient accumulation.
-        (document.logps * slope[document.where]).sum().backward()
-    own = _take_gradients(model)
-    norms, differences = _norms(split, own)
-    return Difference(row.real_tokens, len(row.documents), (float(loss_a.detach()), float(loss_b.detach())), norms, differences)
+    def __init__(self, items: Sequence[Item]) -> None:
+        self.items = list(items)
+        self.lengths = [sum(len(d.input_ids) for d in item) for item in items]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> Item:
+        return self.items[i]
 
 
-def _loss(trainer: RowTrainer, outputs: TokenOutputs, row: Row) -> Tensor:
-    """What every rank differentiates where each data-parallel group holds this row: DP * S / N with N = DP * items."""
-    ctx = trainer.ctx
-    loss_sum, _ = trainer.stage.loss_sum(
-        outputs, row.to(trainer.args.device), dp_sum=trainer._sum_over_groups, dp_rank=ctx.dp_rank, dp_size=ctx.dp_size
-    )
-    return loss_sum / max(trainer.stage.count_items(row), 1)
+def choose(dataset: Any, rows: int, batch: int, tokens: int) -> list[list[Item]]:
+    """`rows` lists of `batch` entries that train something; from the first again where there are fewer. If no row has two documents
+    of different samples, the last one gets them.
+
+    Raises:
+        UserError: there is none.
+    """
+    found: list[list[Item]] = []
+    samples: list[Item] = []
+    for sample in dataset if not hasattr(dataset, "__len__") else (dataset[i] for i in range(len(dataset))):
+        samples.append(sample)
+        if len(samples) < batch:
+            continue
+        cut: list[Item] = list(truncate(samples, tokens))
+        samples = []
+        if any(text.places for item in cut for text in alone.texts_of(item)):
+            found.append(cut)
+        if len(found) == rows:
+            break
+    if samples and not found:  # fewer samples than a row takes
+        copies = [_renumbered(item, len(samples) * copy) for copy in range(batch) for item in samples]
+        found.append(list(truncate(copies[:batch], tokens)))
+    if not found or not any(text.places for item in found[0] for text in alone.texts_of(item)):
+        raise UserError(f"No row of the training data trains a token among the last {tokens} of its documents: nothing can be compared.")
+    found = [found[i % len(found)] for i in range(rows)]
+    if batch == 1 and hasattr(dataset, "__len__") and all(len({d.sample for d in row[0]}) < 2 for row in found):
+        own = {d.sample for d in found[-1][0]}
+        other = next((dataset[i] for i in range(len(dataset)) if not own & {d.sample for d in dataset[i]}), None)
+        if other is not None:
+            found[-1] = [_merged(truncate([found[-1][0], other], tokens))]
+    return found
 
 
-def _split_outputs(trainer: RowTrainer, model: nn.Module, row: Row) -> TokenOutputs:
-    with trainer.compute_loss_context_manager():
-        return trainer.token_outputs(model, row)
+def _renumbered(item: Item, further: int) -> Item:
+    return [dataclasses.replace(d, sample=d.sample + 1_000_000_000 * bool(further) + further) for d in item]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Document:
-    where: slice
-    logps: Tensor
-    others: dict[str, Tensor]
+def _merged(items: Sequence[Item]) -> Item:
+    """The documents of several entries as one entry."""
+    out: list[TokenizedDocument] = []
+    for item in items:
+        first = len(out)
+        out += [dataclasses.replace(d, parent=d.parent + first) if d.parent >= 0 else d for d in item]
+    return out
 
 
-def _alone(trainer: RowTrainer, model: nn.Module, row: Row) -> Iterator[_Document]:
-    """Each document after its parents through the model's own layers and attention, without the engine."""
-    device = trainer.args.device
-    with _own_layers(hf.unwrap(model)):
-        for d in row.documents:
-            if d.role == "pad":
+def crossed(items: list[Item], trainer: RowTrainer) -> None:
+    """Shortens the first document of a row until several ranks hold a part of some document."""
+    ctx, document = trainer.ctx, items[0][0]
+    for quarters in (4, 3, 2, 1):
+        keep = max(2, len(document.input_ids) * quarters // 4)
+        first = dataclasses.replace(document, input_ids=document.input_ids[-keep:], labels=document.labels[-keep:])
+        tried = [[first, *items[0][1:]], *items[1:]]
+        row = trainer.collate([list(item) for item in tried], sp.alignment(ctx), trainer.pad_id)
+        if ctx.size == 1 or _shape(row, ctx).crossing:
+            items[:] = tried
+            return
+
+
+class _References:
+    """Gives the documents of a row the reference's numbers, by role and sample."""
+
+    def __init__(self, numbers: dict[tuple[str, int], float]) -> None:
+        self.numbers = numbers
+
+    def attach(self, row: Row) -> Row:
+        documents = [dataclasses.replace(d, reference_logp=self.numbers.get((d.role, d.sample))) for d in row.documents]
+        return dataclasses.replace(row, documents=tuple(documents))
+
+
+def row_reason(row: Row, texts: Sequence[Text], number: int) -> str | None:
+    """What a row holds that its documents do not, or None."""
+    documents = [d for d in row.documents if d.role != "pad"]
+    if len(documents) != len(texts):
+        return f"Row {number} has {len(documents)} documents, its samples have {len(texts)}."
+    for k, (d, text) in enumerate(zip(documents, texts, strict=True)):
+        place, here = f"document {k + 1} of row {number}", slice(d.start, d.stop)
+        own = range(text.before, len(text.tokens))
+        for what, found, expected in (
+            ("token", row.input_ids[here].tolist(), list(text.tokens[text.before :])),
+            ("position", row.position_ids[here].tolist(), list(own)),
+            ("label", row.labels[here].tolist(), list(text.targets[text.before :])),
+        ):
+            if len(found) != len(expected):
+                return f"{place.capitalize()} has {len(found)} tokens; the data have {len(expected)}."
+            t = next((t for t, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b), None)
+            if t is None:
                 continue
+            more = ""
+            if what == "label":
+                trained = [sum(label != -100 for label in labels) for labels in (found, expected)]
+                more = f" (the next token that is trained, or -100). {trained[0]} labels are trained, {trained[1]} should be"
+                if found[:-1] == expected[1:]:
+                    more += "; every label is that of the token after the next: labels are shifted twice"
+            return f"The {what} at token {t + 1} of {place} is {found[t]}; by its document it is {expected[t]}{more}."
+    return None
+
+
+# -- the comparison -----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Seen:
+    """What this process saw of the step."""
+
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    outputs: list[Tensor] = dataclasses.field(default_factory=list)
+    """[T] of each row: what the loss was given."""
+    local: list[int] = dataclasses.field(default_factory=list)
+    """Tokens of each row that went into the model here."""
+
+
+class Comparison(TrainerCallback):
+    """Before the first step: the specification, on one process. In it: what the trainer does is watched. After it: both are compared."""
+
+    def __init__(self, cfg: RunConfig, run: Assembled, rows: int, tokens: int, folder: str) -> None:
+        self.cfg, self.run, self.trainer, self.folder = cfg, run, run.trainer, folder
+        ctx = self.trainer.ctx
+        self.groups, self.main = ctx.dp_size, not _distributed() or dist.get_rank() == 0
+        batch = self.trainer._train_batch_size
+        self.items = choose(run.datasets.train, rows * ctx.dp_size, batch, tokens)
+        crossed(self.items[0], self.trainer)
+        self.texts = [[text for item in row for text in alone.texts_of(item)] for row in self.items]
+        self.data = Chosen([item for row in self.items for item in row])
+        self.trainer.train_dataset = self.data
+        self.trainer.shuffle = False
+        self.seen = _Seen()
+        self.gradients: dict[str, Tensor] = {}
+        self.unreduced: dict[str, float] = {}
+        self.finished = False
+        self.float32: Step | None = None
+        self.own: Step | None = None
+        self.choices: dict[Text, routers.Choices] = {}
+
+    # Before the step.
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer, method = self.trainer, self.cfg.method
+        disable_dropout(trainer.model_wrapped)
+        stir_adapters(trainer.model)
+        adapter_off = trainer.stage.needs_reference and adapter_is_reference(method) and not method.precompute_ref_log_probs
+        trainer.reference_by_adapter = adapter_off
+        model, failure = None, None
+        if self.main:
+            try:
+                model = alone.build(self.cfg, self.run.tokenizer, trainer.model, args.device)
+            except UserError as error:
+                failure = str(error)
+        if (failure := _from_main(failure)) is not None:
+            raise UserError(failure)
+        dtypes = alone.copy_values(trainer.model, model)
+        if model is not None:
+            try:
+                self._specify(model, dtypes, adapter_off)
+            except torch.OutOfMemoryError as error:
+                failure = (
+                    "The first device has no room for the model in float32 beside the run, with the attention of a whole document at "
+                    f"once. Lower verify_tokens, or verify on larger devices ({str(error).splitlines()[0]})."
+                )
+            del model
+            if args.device.type == "cuda":
+                torch.cuda.empty_cache()
+        if (failure := _from_main(failure)) is not None:
+            raise UserError(failure)
+        spec = self.float32
+        self.choices, references = _from_main(None if spec is None else (spec.choices, spec.references))
+        if trainer.stage.needs_reference and not adapter_off:
+            numbers = {(text.role, text.sample): number for text, number in references.items()}
+            trainer.reference_caches[id(self.data)] = _References(numbers)  # type: ignore[assignment]
+        self._watch()
+
+    def _specify(self, model: nn.Module, dtypes: dict[str, torch.dtype], adapter_off: bool) -> None:
+        """The step in float32, and in the run's precision, by transformers' own model."""
+        method, device = self.cfg.method, self.trainer.args.device
+        # Row m * groups + g is the m-th micro-batch of group g.
+        batches = [[t for texts in self.texts[i : i + self.groups] for t in texts] for i in range(0, len(self.texts), self.groups)]
+        beta = method.pref_beta
+
+        def reference(text: Text, logp: float) -> float:
+            return logp + OFFSETS.get(text.role, 0.0) / beta
+
+        wanted = reference if self.trainer.stage.needs_reference and not adapter_off else None
+        self.float32 = alone.run_step(model, method, batches, Precision(), device, reference=wanted, adapter_off=adapter_off)
+        precision = run_precision(self.trainer, self.run.sharding, dtypes)
+        self.own = self.float32
+        if precision != Precision():
+            self.own = alone.run_step(
+                model, method, batches, precision, device, reference=wanted, adapter_off=adapter_off, step=self.float32
+            )
+
+    # The step.
+
+    def _watch(self) -> None:
+        """Notes rows, the model's inputs and what the loss was given; and replays the experts of the specification."""
+        trainer, inner = self.trainer, hf.unwrap(self.trainer.model_wrapped)
+        training_step, token_outputs = trainer.training_step, trainer.token_outputs
+        step: list[tuple[Row, contextlib.ExitStack]] = []
+
+        def watched_step(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+            self.seen.rows.append(inputs["row"])
+            with contextlib.ExitStack() as stack:
+                step.append((inputs["row"], stack))
+                try:
+                    return training_step(model, inputs, *args, **kwargs)
+                finally:
+                    step.pop()
+
+        def watched_outputs(*args: Any, **kwargs: Any) -> Any:
+            outputs = token_outputs(*args, **kwargs)
+            if torch.is_grad_enabled() and len(self.seen.outputs) < len(self.seen.rows):
+                self.seen.outputs.append(outputs.logps.detach().cpu())
+            return outputs
+
+        def before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            if not step or len(self.seen.local) == len(self.seen.rows):
+                return
+            row, stack = step[-1]
+            self.seen.local.append(kwargs["input_ids"].shape[1])
+            choices = self._row_choices(row)
+            if choices.tokens is not None:
+                stack.enter_context(routers.replay(module, choices.take(kwargs["sp_plan"].index)))
+
+        trainer.training_step = watched_step  # type: ignore[method-assign]
+        trainer.token_outputs = watched_outputs  # type: ignore[method-assign]
+        inner.register_forward_pre_hook(before_forward, with_kwargs=True)
+
+    def _row_choices(self, row: Row) -> routers.Choices:
+        """Which experts the tokens of a row chose, by what their documents hold."""
+        known = {(text.tokens, text.before): choices for text, choices in self.choices.items()}
+        parts: list[routers.Choices | int] = []
+        for d in row.documents:
             chain = [d]
             while chain[0].parent >= 0:
                 chain.insert(0, row.documents[chain[0].parent])
-            ids = torch.cat([row.input_ids[c.start : c.stop] for c in chain])
-            before = len(ids) - (d.stop - d.start)
-            labels = torch.cat([torch.full((before,), -100), row.labels[d.start : d.stop]])
-            positions = torch.arange(len(ids), device=device)[None]
-            with trainer.compute_loss_context_manager(), trainer.head.labels(labels):
-                out = model(input_ids=ids[None].to(device), position_ids=positions, use_cache=False)
-                full = trainer.head.outputs(out.logits)
-            fields = {k: v[before:] for k, v in vars(full).items() if v is not None}
-            yield _Document(slice(d.start, d.stop), fields.pop("logps"), fields)
+            tokens = tuple(int(token) for part in chain for token in row.input_ids[part.start : part.stop].tolist())
+            before = len(tokens) - (d.stop - d.start)
+            choices = known.get((tokens, before))
+            parts.append(d.stop - d.start if choices is None or choices.tokens is None else choices.take(slice(before, None)))
+        return routers.join(parts)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen.rows, self.seen.outputs, self.seen.local = [], [], []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.gradients, self.unreduced = take_gradients(self.trainer.model, self.main)
+        scaler = getattr(self.trainer.accelerator, "scaler", None)
+        finite = scaler is None or _everywhere(all(bool(torch.isfinite(g).all()) for g in self.gradients.values()), args.device)
+        self.finished = finite or state.global_step + 1 >= args.max_steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = control.should_training_stop or self.finished
+
+    # After it.
+
+    def report(self) -> Report:
+        """The same on every process. Collective."""
+        trainer, cfg = self.trainer, self.cfg
+        size, ctx = cfg.parallel.sequence_parallel_size, trainer.ctx
+        mine = [m * self.groups + ctx.dp_rank for m in range(len(self.seen.rows))]
+        reasons: list[str] = []
+        for i, row, local in zip(mine, self.seen.rows, self.seen.local, strict=False):
+            if (reason := row_reason(row, self.texts[i], i + 1)) is not None:
+                reasons.append(reason)
+            if local * size != len(row):
+                reasons.append(
+                    f"Sequence parallelism is off: each process computed {local} of the {len(row)} tokens of a row; with "
+                    f"sequence_parallel_size: {size} it is {len(row) // size}."
+                )
+        outputs = {i: self._outputs_of(row, out, i) for i, row, out in zip(mine, self.seen.rows, self.seen.outputs, strict=False)}
+        shapes = {i: _shape(row, ctx) for i, row in zip(mine, self.seen.rows, strict=False)}
+        parts: list[Any] = [(reasons, outputs, shapes)]
+        if _distributed():
+            parts = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, (reasons, outputs, shapes))
+        unsaved = unsaved_adapter(trainer, self.folder)
+        report = self._compared(parts, unsaved) if self.main else None
+        return _from_main(report)
+
+    def _outputs_of(self, row: Row, outputs: Tensor, number: int) -> list[Tensor] | None:
+        """What the loss was given of each text of a row that has scores; None where the row is not the expected one."""
+        documents = [d for d in row.documents if d.role != "pad"]
+        texts = self.texts[number]
+        if [d.stop - d.start for d in documents] != [len(text.tokens) - text.before for text in texts]:
+            return None
+        values = self.trainer.stage.output == "values"
+        found = []
+        for d, text in zip(documents, texts, strict=True):
+            if text.role == "prompt" or not (text.places or values):
+                continue
+            places = [d.stop - 1] if values else [d.start + t - text.before for t in text.places]
+            found.append(outputs[places])
+        return found
+
+    def _compared(self, parts: Sequence[tuple[list[str], dict[int, Any], dict[int, RowShape]]], unsaved: list[str]) -> Report:
+        spec, own, trainer = self.float32, self.own, self.trainer
+        assert spec is not None and own is not None
+        reasons = list(dict.fromkeys(reason for found, _, _ in parts for reason in found))
+        outputs = {i: out for _, found, _ in parts for i, out in found.items()}
+        shapes = {i: shape for _, _, found in parts for i, shape in found.items()}
+        reasons += mask_reasons(self.run.datasets.train, [d for row in self.items for item in row for d in item])
+
+        logs: dict[str, float] = next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
+        loss = float(logs.get("loss", math.nan))
+        # As far as the loss may be off if every log-probability is, by what it is in the run's precision.
+        bound = sum(
+            float((slope.double().abs() * (a.double() - b.double()).abs()).sum())
+            for slopes, x, y in zip(spec.slopes, own.logps, spec.logps, strict=True)
+            for slope, a, b in zip(slopes, x, y, strict=True)
+        )
+        own_loss = max(relative(own.loss, spec.loss), bound / max(abs(spec.loss), 1e-12) / FACTOR)
+        losses = measured(loss, spec.loss, relative(loss, spec.loss), own_loss)
+        logps, where = self._logps(outputs, spec, own)
+        parameters, total = _gradient_measures(self.gradients, spec.gradients, own.gradients)
+        logged = float(logs.get("grad_norm", math.nan))
+        grad_norm = dataclasses.replace(total, split=logged, difference=relative(logged, total.alone))
+
+        reasons += where
+        reasons += _scale_reasons(losses, self.gradients, spec.gradients, total)
+        unreached = [name for name, g in spec.gradients.items() if name not in self.gradients and g.norm() > FLOOR * total.alone]
+        if unreached:
+            reasons.append(f"No gradient reaches {len(unreached)} trained parameters: {', '.join(map(_plain_name, unreached[:3]))}.")
+        if self.unreduced:
+            worst = sorted(self.unreduced, key=lambda name: -self.unreduced[name])
+            reasons.append(
+                f"The gradients of {len(worst)} trained parameters differ between processes, which would train different models: "
+                f"{', '.join(map(_plain_name, worst[:3]))}. They are left out of the reduction."
+            )
+        if unsaved:
+            reasons.append(f"{len(unsaved)} trained tensors of the adapter are not in what is saved: {', '.join(unsaved[:3])}.")
+        return Report(
+            tuple(shapes[i] for i in sorted(shapes)),
+            losses,
+            grad_norm,
+            logps,
+            parameters,
+            tuple(reasons),
+            tuple(self._notes()),
+            _precision(trainer),
+            _title(self.cfg, self.run),
+        )
+
+    def _logps(self, outputs: dict[int, Any], spec: Step, own: Step) -> tuple[Measure, list[str]]:
+        """All log-probabilities (values), and where they begin to differ."""
+        values = self.trainer.stage.output == "values"
+        found, expected, ours, places = [], [], [], []
+        for i in range(len(self.texts)):
+            scored = [(k, t) for k, t in enumerate(self.texts[i]) if t.role != "prompt" and (t.places or values)]
+            batch, first = i // self.groups, 0
+            for other in range(batch * self.groups, i):
+                first += sum(t.role != "prompt" and bool(t.places or values) for t in self.texts[other])
+            if outputs.get(i) is None:
+                continue
+            for j, (k, text) in enumerate(scored):
+                found.append(outputs[i][j])
+                expected.append(spec.logps[batch][first + j])
+                ours.append(own.logps[batch][first + j])
+                places.append((i, k, text))
+        if not found:
+            return Measure(math.nan, math.nan, math.nan, 0.0, 0.0), []
+        mine, rounding = alone.rms([found], [expected]), alone.rms([ours], [expected])
+        norms = [math.sqrt(float((torch.cat(x).double() ** 2).mean())) for x in (found, expected)]
+        measure = measured(norms[0], norms[1], mine, rounding, SMALLEST_SCORE * max(norms[1], 1.0))
+        reasons = []
+        if not measure.exact:
+            for a, b, (i, k, text) in zip(found, expected, places, strict=True):
+                off = ((a.double() - b.double()).abs() > 2 * measure.allowed).nonzero().flatten()
+                if len(off):
+                    token = (text.places[int(off[0])] if not values else len(text.tokens) - 1) + 1
+                    agree = f"; {int(off[0])} before it agree" if off[0] else ""
+                    window = getattr(hf.unwrap(self.trainer.model).config.get_text_config(), "sliding_window", None)
+                    beyond = f" (its sliding window is {window})" if isinstance(window, int) and token > window else ""
+                    reasons.append(
+                        f"{'Values' if values else 'Log-probabilities'} differ in document {k + 1} of row {i + 1} from token {token} of "
+                        f"{len(text.tokens)} on{beyond}{agree}."
+                    )
+        return measure, reasons[:3]
+
+    def _notes(self) -> list[str]:
+        notes = []
+        config = hf.unwrap(self.trainer.model).config.get_text_config()
+        longest = max(len(text.tokens) for row in self.texts for text in row)
+        for key in ("sliding_window", "attention_chunk_size"):
+            size = getattr(config, key, None)
+            if isinstance(size, int) and longest <= size:
+                notes.append(f"No document is longer than {key} ({size} tokens), so that it was not compared. Raise verify_tokens.")
+        experts = any("Experts" in type(m).__name__ for m in self.trainer.model.modules())
+        if experts and all(choices.tokens is None for choices in self.choices.values()):
+            notes.append("The routers of this model are unknown: where they are undecided, other experts may make a difference.")
+        if not hasattr(self.run.datasets.train, "stores"):
+            notes.append("The data are a stream: that the prompt is not trained was read from the documents, not from their parts.")
+        return notes
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _from_main(x: Any) -> Any:
+    """What the first process has. Collective."""
+    if not _distributed():
+        return x
+    box = [x]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _everywhere(mine: bool, device: torch.device) -> bool:
+    if not _distributed():
+        return mine
+    flag = torch.tensor(float(mine), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag.item())
+
+
+def _shape(row: Row, ctx: sp.SequenceParallel) -> RowShape:
+    documents = [d for d in row.documents if d.role != "pad"]
+    layout = sp.plan(len(row), row.segments, ctx).layout
+    holders = [sum(any(a < d.stop and d.start < b for a, b in intervals) for intervals in layout.intervals) for d in documents]
+    return RowShape(row.real_tokens, len(documents), sum(n > 1 for n in holders))
+
+
+def _precision(trainer: RowTrainer) -> torch.dtype:
+    args = trainer.args
+    if args.bf16 or args.fp16:
+        return torch.bfloat16 if args.bf16 else torch.float16
+    dtypes = {p.dtype for p in trainer.model.parameters() if p.is_floating_point()}
+    return next((d for d in (torch.bfloat16, torch.float16) if d in dtypes), torch.float32)
+
+
+def run_precision(trainer: RowTrainer, sharding: str, dtypes: dict[str, torch.dtype]) -> Precision:
+    """How the run computes. FSDP2 gathers weights in the dtype that autocast computes in."""
+    args = trainer.args
+    autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    if autocast is not None and sharding == "fsdp2":
+        dtypes = dict.fromkeys(dtypes, autocast)
+    plain = all(d in (torch.float32, torch.float64) for d in dtypes.values())
+    return Precision(None if plain else dtypes, autocast)
+
+
+def _title(cfg: RunConfig, run: Assembled) -> str:
+    ctx = run.trainer.ctx
+    mode = f"{ctx.size} ranks, {cfg.parallel.sequence_parallel_mode}" if ctx.size > 1 else "the engine on one rank"
+    return (
+        f"{cfg.model.model_name_or_path}, stage {cfg.method.stage}: {mode}, parameters {run.sharding}; an optimizer step against documents "
+        f"alone ({str(_precision(run.trainer)).rsplit('.', 1)[-1]})"
+    )
+
+
+# -- gradients ----------------------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def alone_outputs(trainer: RowTrainer, model: nn.Module, row: Row) -> TokenOutputs:
-    """[T] what `token_outputs` gives, made document by document. Padding is 0."""
+def stir_adapters(model: nn.Module) -> int:
+    """Gives adapter matrices that are zero small random numbers, the same on every process that holds a copy. Returns how many."""
+    count = 0
+    for number, (name, p) in enumerate(model.named_parameters()):
+        if not (p.requires_grad and "lora_" in name):
+            continue
+        local = p.to_local() if hasattr(p, "to_local") else p
+        if _everywhere(not bool(local.any()), local.device):
+            rank = dist.get_rank() if local is not p else 0
+            generator = torch.Generator().manual_seed(1000 * number + rank)
+            local.copy_(0.02 * torch.randn(local.shape, generator=generator))
+            count += 1
+    return count
+
+
+@torch.no_grad()
+def take_gradients(model: nn.Module, main: bool) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """(the whole gradients by name on the host, if `main`; name -> relative difference of copies that are not the same on all
+    processes). Collective."""
     out: dict[str, Tensor] = {}
-    for document in _alone(trainer, model, row):
-        for name, value in {"logps": document.logps, **document.others}.items():
-            out.setdefault(name, value.new_zeros(len(row)))[document.where] = value
-    return TokenOutputs(**out)
-
-
-@contextlib.contextmanager
-def _own_layers(inner: Any) -> Iterator[None]:
-    """Inside the block decoder layers and attention are transformers' own."""
-    held = []
-    for layer in decoder_layers(inner)[1]:
-        if isinstance(layer.__dict__.get("forward"), CheckpointedLayer):
-            held.append((layer, layer.__dict__.pop("forward")))
-            if held[-1][1].forward != layer.forward:  # another hook was under it
-                layer.forward = held[-1][1].forward
-    try:
-        with _own_attention(inner):
-            yield
-    finally:
-        for layer, forward in held:
-            layer.forward = forward
-
-
-def _take_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Gradients by name (this rank's part of sharded ones), moved to the host; the model's are cleared."""
-    out = {}
+    unreduced: dict[str, float] = {}
     for name, p in model.named_parameters():
-        if p.requires_grad:
-            g = p.grad if p.grad is not None else torch.zeros_like(p)
-            local = g.to_local() if hasattr(g, "to_local") else g
-            out[name] = local.detach().to("cpu", torch.float32, copy=True) if local.dtype != torch.float64 else local.detach().cpu().clone()
-            p.grad = None
-    sharded = {name for name, p in model.named_parameters() if hasattr(p, "to_local")}
-    return {f"{'sharded ' if name in sharded else ''}{name}": g for name, g in out.items()}
+        if not p.requires_grad:
+            continue
+        if p.grad is not None and hasattr(p.grad, "full_tensor"):
+            g = alone.whole(p.grad)
+        else:
+            g = p.grad
+            if _distributed():
+                mine = torch.zeros_like(p) if g is None else g.detach().clone()
+                first = mine.clone()
+                dist.broadcast(first, src=0)
+                numbers = torch.stack([(mine.float() - first.float()).norm(), first.float().norm()])
+                dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+                difference = float(numbers[0] / numbers[1].clamp(min=1e-30))
+                if not difference <= 1e-6:
+                    unreduced[name] = difference
+        if main and g is not None:
+            out[name] = g.detach().to("cpu", torch.float32, copy=True)
+    return out, unreduced
 
 
-def _norms(split: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[tuple[float, float], dict[str, float]]:
-    """((norm of the split gradient, of the other), name -> relative difference), over all ranks."""
-    squares = torch.tensor(
-        [[(x.double() ** 2).sum().item() for x in (a, own[name], a.double() - own[name].double())] for name, a in split.items()],
-        dtype=torch.float64,
-    )
-    if dist.is_available() and dist.is_initialized():
-        parts = torch.tensor([name.startswith("sharded ") for name in split])
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, squares)
-        every = torch.stack(gathered)
-        # Parts of sharded gradients add up; of copies the rank that differs most counts.
-        copies = every.gather(0, every[..., 2].argmax(0)[None, :, None].expand(1, -1, 3))[0]
-        squares = torch.where(parts[:, None], every.sum(0), copies)
-    norms = squares.sum(0).sqrt()
-    floor = FLOOR * norms[1]
-    errors = squares[:, 2].sqrt() / torch.maximum(squares[:, 1].sqrt(), floor).clamp(min=1e-30)
-    named = {_plain_name(name): float(e) for name, e in zip(split, errors, strict=True)}
-    return (float(norms[0]), float(norms[1])), dict(sorted(named.items(), key=lambda item: -_nan_first(item[1])))
+def _gradient_measures(found: dict[str, Tensor], expected: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[str, Measure], Measure]:
+    """(of each parameter, the worst first; of all together). A gradient that is not there is zero."""
+
+    def norm(tensors: Sequence[Tensor]) -> float:
+        return math.sqrt(sum(float((t.double() ** 2).sum()) for t in tensors))
+
+    def off(a: dict[str, Tensor], name: str) -> Tensor:
+        x, y = a.get(name), expected.get(name)
+        zero = torch.zeros_like(x if x is not None else found.get(name, y))  # type: ignore[arg-type]
+        return (x if x is not None else zero).double() - (y if y is not None else zero).double()
+
+    names = list(dict.fromkeys([*expected, *found]))
+    total = norm(list(expected.values()))
+    errors = {name: (norm([off(found, name)]), norm([off(own, name)])) for name in names}
+    of_all = [math.sqrt(sum(e[i] ** 2 for e in errors.values())) / max(total, 1e-30) for i in (0, 1)]
+    measures = {}
+    for name in names:
+        sizes = [norm([a[name]]) if name in a else 0.0 for a in (found, expected)]
+        scale = max(sizes[1], FLOOR * total, 1e-30)
+        mine, theirs = (e / scale for e in errors[name])
+        measures[name] = measured(sizes[0], sizes[1], mine, max(theirs, of_all[1]))
+    ordered = sorted(measures.items(), key=lambda item: -_worst_first(item[1]))
+    whole = measured(norm(list(found.values())), total, of_all[0], of_all[1])
+    return {_plain_name(name): m for name, m in ordered}, whole
+
+
+def _worst_first(m: Measure) -> float:
+    return math.inf if math.isnan(m.difference) else m.difference / max(m.allowed, 1e-30)
+
+
+def _scale_reasons(loss: Measure, found: dict[str, Tensor], expected: dict[str, Tensor], total: Measure) -> list[str]:
+    """A loss, or all gradients, that are a number of times what they should be."""
+    reasons = []
+    if not loss.exact and abs(loss.split / (loss.alone or 1.0) - 1) > 0.01:
+        reasons.append(f"The loss is {loss.split / loss.alone:.4g} times what it should be.")
+    dot = sum(float((found[name].double() * g.double()).sum()) for name, g in expected.items() if name in found)
+    times = dot / max(total.alone**2, 1e-30)
+    rest = sum(float(((found[name].double() - times * g.double()) ** 2).sum()) for name, g in expected.items() if name in found)
+    if abs(times - 1) > total.allowed and math.sqrt(rest) <= max(total.allowed, 1e-3) * abs(times) * total.alone:
+        reasons.append(f"Every gradient is {times:.4g} times what it should be.")
+    return reasons
 
 
 def _plain_name(name: str) -> str:
-    return name.removeprefix("sharded ").removeprefix("module.").replace("base_model.model.", "")
+    return name.removeprefix("module.").replace("base_model.model.", "")
+
+
+# -- masks and saved adapters -------------------------------------------------------------------------------------------------------------
+
+
+def mask_reasons(dataset: Any, documents: Sequence[TokenizedDocument]) -> list[str]:
+    """Documents that train tokens of their prompts, by the parts that the data set stores and the lengths that they are cut to."""
+    rules, kind = getattr(dataset, "rules", None), getattr(dataset, "kind", None)
+    if rules is None or not hasattr(dataset, "stores") or kind not in ("sft", "pair", "kto") or rules.train_on_prompt:
+        return []
+    reasons = []
+    for d in documents:
+        if not 0 <= d.sample < len(dataset.entries) or d.role in ("prompt", "kl"):
+            continue
+        store, i = (int(x) for x in dataset.entries[d.sample][:2])
+        lengths = [len(part) for part in dataset.stores[store].parts(i)]
+        length, prompts = _prompt_places(kind, lengths, rules, d.role)
+        # A document that was shortened for verify has lost its beginning.
+        trained = {t + length - len(d.labels) for t, label in enumerate(d.labels) if int(label) != -100}
+        branch = d.parent >= 0 or (kind != "sft" and rules.thought)  # begins with one token of the prompt; or is not all told by lengths
+        if not branch and (wrong := trained & prompts):
+            reasons.append(f"Sample {d.sample} trains {len(wrong)} of the {len(prompts)} tokens of its prompt; train_on_prompt is not set.")
+    return list(dict.fromkeys(reasons))[:3]
+
+
+def _prompt_places(kind: str, lengths: Sequence[int], rules: Any, role: str) -> tuple[int, set[int]]:
+    """(tokens of the document, the places of prompt tokens in it that teach nothing), from the lengths of the stored parts."""
+    end = int(rules.eos is not None)
+    if kind == "sft":
+        places: set[int] = set()
+        start = 0
+        for _, source, target in assemble_rules.cut_turns(lengths, rules):
+            places |= set(range(start + end, start + source))  # with `end`, a turn's first token teaches the end of the one before
+            start += source + target
+        return start + end, places
+    answers = [n + end for n in lengths[1:]] if kind == "pair" else [lengths[1] + end]
+    source, longest = assemble_rules.cut_pair(lengths[0], max(answers), rules.cutoff)
+    answer = answers[1] if kind == "pair" and role == "rejected" else answers[0]
+    return source + min(answer, longest), set(range(source))
+
+
+def unsaved_adapter(trainer: RowTrainer, folder: str) -> list[str]:
+    """Trained tensors of an adapter that a save leaves out. Collective: the adapter is saved into `folder`. Of full weights: none."""
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if not hasattr(model, "peft_config"):
+        return []
+    place = Path(folder) / "adapter"
+    trainer.save_model(str(place))
+    if not trainer.is_world_process_zero():
+        return []
+    saved: set[str] = set()
+    for file in place.glob("*.safetensors"):
+        with safe_open(file, "pt") as f:
+            saved |= set(f.keys())
+    missing = []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        written = re.sub(rf"\.modules_to_save\.({'|'.join(model.peft_config)})\b", "", name)
+        written = re.sub(rf"(\.lora_\w+)\.({'|'.join(model.peft_config)})\b", r"\1", written)
+        written = written.replace("v_head.", "v_head.summary.")
+        if not {written, written.removesuffix(".weight")} & saved:
+            missing.append(_plain_name(name))
+    return missing

@@ -1,0 +1,388 @@
+"""The specification that `longfactory verify` compares with: each document alone, in transformers' own model, with plain losses.
+
+Nothing here knows of rows, plans, ranks, hand-written layers or the trainer. A second model is built from the run's configuration, with
+its own eager attention, and takes the values of the trained one. Each tokenised document is given to it as it is; labels are shifted
+and losses are written down once more, in a few lines each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longfactory.data.row import IGNORE, TokenizedDocument
+from longfactory.errors import UserError
+from longfactory.model import adapters, load
+from longfactory.sp import hf, routers
+from longfactory.train import losses
+from longfactory.train.losses import DataParallel, LossOptions
+from longfactory.train.pairs import PairLogps
+
+Item = Sequence[TokenizedDocument]
+"""One entry of a data set: the documents of a sample, or of a packed block."""
+
+LOSS_SCALE = 1024.0  # of float16's backward
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """One document as the model reads it alone, after its parents. `targets[t]` is the token to predict after `tokens[t]`, or -100."""
+
+    tokens: tuple[int, ...]
+    targets: tuple[int, ...]
+    before: int
+    """Number of tokens that are the parents'."""
+    role: str
+    sample: int
+
+    @property
+    def places(self) -> list[int]:
+        """Where a token is to be predicted."""
+        return [t for t, target in enumerate(self.targets) if target != IGNORE]
+
+
+def texts_of(item: Item) -> list[Text]:
+    """The documents of an item, each with the tokens of its parents in front of it."""
+    out = []
+    for document in item:
+        chain = [document]
+        while chain[0].parent >= 0:
+            chain.insert(0, item[chain[0].parent])
+        tokens = [int(token) for part in chain for token in part.input_ids]
+        own = [int(label) for label in document.labels]
+        before = len(tokens) - len(own)
+        targets = [IGNORE] * before + own[1:] + [IGNORE]
+        out.append(Text(tuple(tokens), tuple(targets), before, document.role, document.sample))
+    return out
+
+
+# -- the model ----------------------------------------------------------------------------------------------------------------------------
+
+
+def build(cfg: Any, tokenizer: Any, trained: nn.Module, device: torch.device) -> nn.Module:
+    """The run's model once more, in float32 and with transformers' own attention. Its values are not the trained one's yet.
+
+    Raises:
+        UserError: it cannot be loaded, or has other parameters than the model of the run.
+    """
+    config = load.load_config(cfg.model, cfg.data.cutoff_len)
+    state = torch.get_rng_state()
+    try:
+        model = load.load_model(cfg.model, config, torch.float32, attention="eager", device=torch.device("cpu"))
+        grew = load.resize_vocabulary(model, tokenizer) if cfg.model.resize_vocab else False
+        inner = model
+        model = adapters.apply_finetuning(model, cfg.method, cfg.model, resized=grew)
+    finally:
+        torch.set_rng_state(state)
+    if hasattr(trained, "v_head"):
+        model.v_head = nn.Linear(trained.v_head.in_features, 1)  # type: ignore[union-attr]
+    wanted, found = dict(trained.named_parameters()), dict(model.named_parameters())
+    if wanted.keys() != found.keys():
+        differ = sorted(wanted.keys() ^ found.keys())
+        raise UserError(f"verify loads the model a second time, and it has other parameters: {', '.join(differ[:3])}.")
+    for name, p in found.items():
+        p.requires_grad_(wanted[name].requires_grad)
+    model = model.float().to(device).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    # transformers' own checkpointing: eager attention keeps [heads, n, n] numbers a layer otherwise.
+    if inner.supports_gradient_checkpointing:
+        inner.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def whole(x: Tensor) -> Tensor:
+    """A parameter or gradient that may be sharded, whole. Collective if it is."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x  # type: ignore[operator]
+
+
+@torch.no_grad()
+def copy_values(trained: nn.Module, model: nn.Module | None) -> dict[str, torch.dtype]:
+    """The trained model's values into `model`, on the process that has one. Collective. Returns the dtypes of the run's parameters."""
+    parameters = dict(model.named_parameters()) if model is not None else {}
+    buffers = dict(model.named_buffers()) if model is not None else {}
+    dtypes = {}
+    for name, p in trained.named_parameters():
+        value = whole(p.detach())
+        dtypes[name] = p.dtype
+        if name in parameters:
+            parameters[name].copy_(value)
+    for name, b in trained.named_buffers():
+        if name in buffers and buffers[name].shape == b.shape:
+            buffers[name].copy_(whole(b))
+    return dtypes
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """How numbers are rounded: the dtype of each parameter (None: float32), and what autocast computes in (None: it is off)."""
+
+    parameters: dict[str, torch.dtype] | None = None
+    autocast: torch.dtype | None = None
+
+    @property
+    def scale(self) -> float:
+        return LOSS_SCALE if self.autocast == torch.float16 else 1.0
+
+    @contextlib.contextmanager
+    def of(self, model: nn.Module, device: torch.device) -> Iterator[None]:
+        """Inside the block the model computes so. Rounding loses nothing that the run's own parameters have."""
+        before = {name: p.data for name, p in model.named_parameters()}
+        for name, p in model.named_parameters():
+            if self.parameters is not None and p.is_floating_point():
+                p.data = p.data.to(self.parameters[name])
+        try:
+            with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
+                yield
+        finally:
+            for name, p in model.named_parameters():
+                p.grad = None
+                p.data = before[name]
+
+
+# -- one document -------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Scores:
+    """What a loss reads of one text. `logps` [k]: of the k tokens to predict (rm: [1], the value at the last token)."""
+
+    text: Text
+    logps: Tensor
+    entropy: Tensor | None = None
+    """[k] nats, of the 20 most probable tokens."""
+    reference: float | None = None
+    """The reference's log-probability of the whole text."""
+
+    @property
+    def length(self) -> int:
+        return len(self.text.places)
+
+
+def read_text(model: nn.Module, text: Text, values: bool, entropy: bool, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """([k] log-probabilities of the tokens to predict, their entropy) or, with `values`, ([1] the value at the last token, None)."""
+    inner = hf.unwrap(model)
+    ids = torch.tensor(text.tokens, device=device)[None]
+    if values:
+        seen: list[Tensor] = []
+        hook = inner.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        try:
+            model(input_ids=ids, use_cache=False)
+        finally:
+            hook.remove()
+        head: Any = model.v_head
+        with torch.autocast(device.type, enabled=False):
+            return F.linear(seen[0][0, -1:].to(head.weight.dtype), head.weight, head.bias)[:, 0].float(), None
+    places = torch.tensor(text.places, dtype=torch.int64, device=device)
+    logits = model(input_ids=ids, use_cache=False).logits[0, places].float()
+    labels = torch.tensor([text.targets[t] for t in text.places], dtype=torch.int64, device=device)
+    logps = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    if not entropy:
+        return logps, None
+    top = logits.detach().topk(min(20, logits.shape[-1]), -1).values.log_softmax(-1)
+    return logps, -(top.exp() * top).sum(-1)
+
+
+# -- losses -------------------------------------------------------------------------------------------------------------------------------
+
+MicroBatch = list[Scores]
+"""The texts of one micro-batch of all data-parallel groups."""
+
+
+def step_loss(method: Any, micro_batches: Sequence[MicroBatch]) -> Tensor:
+    """The loss of an optimizer step: the sum over all items (tokens, pairs, samples) by their number."""
+    total, items = torch.zeros((), dtype=torch.float64), 0
+    rewards: list[Tensor] = []
+    for batch in micro_batches:
+        if method.stage in ("pt", "sft"):
+            total = total + sum(_token_loss(method, scores).cpu() for scores in batch)
+            items += sum(scores.length for scores in batch)
+        elif method.stage == "kto":
+            total = total + _kto(method, batch)
+            items += sum(scores.text.role != "kl" for scores in batch if scores.text.role != "prompt")
+        else:
+            pairs = _pairs(batch)
+            total = total + (_reward(pairs) if method.stage == "rm" else _preference(method, pairs, rewards))
+            items += len(pairs)
+    return total / max(items, 1)
+
+
+def _token_loss(method: Any, scores: Scores) -> Tensor:
+    logps = scores.logps.double()
+    if method.stage == "sft" and method.use_dft_loss:
+        return -(logps.detach().exp() * logps).sum()
+    if method.stage == "sft" and method.use_eaft_loss:
+        assert scores.entropy is not None
+        return -((scores.entropy / 3) ** method.eaft_alpha * logps).sum()
+    return -logps.sum()
+
+
+def _pairs(batch: MicroBatch) -> list[tuple[Scores, Scores]]:
+    """(chosen, rejected) of each sample."""
+    chosen = {scores.text.sample: scores for scores in batch if scores.text.role == "chosen"}
+    rejected = {scores.text.sample: scores for scores in batch if scores.text.role == "rejected"}
+    return [(chosen[sample], rejected[sample]) for sample in chosen]
+
+
+def _reward(pairs: Sequence[tuple[Scores, Scores]]) -> Tensor:
+    return sum((-F.logsigmoid(c.logps[0].double() - r.logps[0].double()).cpu() for c, r in pairs), torch.zeros((), dtype=torch.float64))
+
+
+def _sum(scores: Scores, alpha: float | None, other: int) -> Tensor:
+    """The text's log-probability; with `ld_alpha`, tokens beyond the shorter answer's length weigh that much."""
+    logps = scores.logps.double().cpu()
+    if alpha is None:
+        return logps.sum()
+    return logps[:other].sum() + alpha * logps[other:].sum()
+
+
+def _preference(method: Any, pairs: Sequence[tuple[Scores, Scores]], rewards: list[Tensor]) -> Tensor:
+    """The sum over pairs. `rewards` are those of earlier micro-batches, and get this one's."""
+    if not pairs:
+        return torch.zeros((), dtype=torch.float64)
+    alpha = method.ld_alpha
+    c = torch.stack([_sum(a, alpha, b.length) for a, b in pairs])
+    r = torch.stack([_sum(b, alpha, a.length) for a, b in pairs])
+    has = pairs[0][0].reference is not None
+    c_ref, r_ref = (torch.tensor([s[i].reference for s in pairs], dtype=torch.float64) if has else None for i in (0, 1))
+    lengths = [torch.tensor([float(s[i].length) for s in pairs], dtype=torch.float64) for i in (0, 1)]
+    beta, smoothing = method.pref_beta, method.dpo_label_smoothing
+    numbers = PairLogps(c, r, c_ref, r_ref, *lengths)
+    options = LossOptions(beta, smoothing, method.simpo_gamma, getattr(method, "discopop_tau", 0.05))
+    if method.pref_loss == "sigmoid" and c_ref is not None and r_ref is not None:
+        margin = beta * ((c - c_ref) - (r - r_ref))
+        each = -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
+    else:  # a function of these numbers alone, which its own tests compare with its paper
+        each = losses.PREFERENCE_LOSSES[method.pref_loss](numbers, options, DataParallel())
+    if method.pref_bco_weight:
+        rewards.append(beta * torch.cat([numbers.chosen_ratio, numbers.rejected_ratio]).detach())
+        shift = torch.cat(rewards).mean()
+        each = (each + method.pref_bco_weight * losses.bco(numbers, options, shift)) / (1 + method.pref_bco_weight)
+    return (each - method.pref_ftx * c / lengths[0].clamp(min=1)).sum()
+
+
+def _kto(method: Any, batch: MicroBatch) -> Tensor:
+    def ratio(scores: Scores) -> Tensor:
+        return scores.logps.double().sum().cpu() - float(scores.reference or 0.0)
+
+    others = [ratio(scores).detach() for scores in batch if scores.text.role == "kl"]
+    kl = torch.stack(others).mean().clamp(min=0) if others else torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64)
+    for scores in batch:
+        if scores.text.role == "chosen":
+            total = total + method.kto_chosen_weight * (1 - torch.sigmoid(method.pref_beta * (ratio(scores) - kl)))
+            total = total - method.pref_ftx * scores.logps.double().sum().cpu() / max(scores.length, 1)
+        if scores.text.role == "rejected":
+            total = total + method.kto_rejected_weight * (1 - torch.sigmoid(method.pref_beta * (kl - ratio(scores))))
+    return total
+
+
+# -- the step -----------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Step:
+    """One optimizer step over texts: [micro-batch][text] log-probabilities, the slope of the loss in each, and what follows."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+    """Float32 (or wider), on the host. A parameter that nothing reaches has none."""
+    logps: list[list[Tensor]]
+    slopes: list[list[Tensor]]
+    choices: dict[Text, routers.Choices]
+    """Which experts the tokens of each text chose, its parents' first."""
+    references: dict[Text, float]
+
+
+Reference = Callable[[Text, float], float]
+"""(a text, its log-probability) -> the reference's."""
+
+
+def run_step(
+    model: nn.Module,
+    method: Any,
+    batches: Sequence[Sequence[Text]],
+    precision: Precision,
+    device: torch.device,
+    *,
+    reference: Reference | None,
+    adapter_off: bool,
+    step: Step | None = None,
+) -> Step:
+    """Loss and gradients of one optimizer step.
+
+    Args:
+        batches: the texts of each micro-batch, of all data-parallel groups.
+        reference: gives the reference's number of a text; None where the loss has none or the model without its adapter is it.
+        adapter_off: the model without its adapter is the reference.
+        step: an earlier one, whose expert choices are replayed and whose reference numbers are used.
+    """
+    values, entropy = method.stage == "rm", bool(method.stage == "sft" and method.use_eaft_loss)
+    passes: dict[Text, routers.Choices] = {}
+    with precision.of(model, device):
+        micro_batches: list[MicroBatch] = []
+        for texts in batches:
+            batch = []
+            for text in texts:
+                recorder = routers.record(hf.unwrap(model)) if step is None else _replayed(model, step.choices, text)
+                with torch.no_grad(), recorder as choices:
+                    logps, bits = read_text(model, text, values, entropy, device)
+                passes[text] = choices if step is None else step.choices[text]
+                if text.role == "prompt" or not (text.places or values):
+                    continue  # nothing is learnt of it; its experts are read by others
+                number = None if step is None else step.references.get(text)
+                if number is None and adapter_off and text.role in ("chosen", "rejected", "kl"):
+                    with torch.no_grad(), model.disable_adapter(), _replayed(model, passes, text):  # type: ignore[operator]
+                        number = float(read_text(model, text, False, False, device)[0].double().sum())
+                if number is None and reference is not None:
+                    number = reference(text, float(logps.double().sum()))
+                batch.append(Scores(text, logps.detach().requires_grad_(), bits, number))
+            micro_batches.append(batch)
+        loss = step_loss(method, micro_batches)
+        leaves = [scores.logps for batch in micro_batches for scores in batch]
+        slopes = iter(torch.autograd.grad(loss, leaves, allow_unused=True)) if leaves else iter(())
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        wanted = [p for p in model.parameters() if p.requires_grad]
+        sums: dict[str, Tensor] = {}
+        found: list[list[Tensor]] = []
+        for batch in micro_batches:
+            found.append([])
+            for scores in batch:
+                slope = next(slopes)
+                slope = torch.zeros_like(scores.logps) if slope is None else slope
+                found[-1].append(slope.cpu())
+                if not slope.any():
+                    continue
+                with _replayed(model, passes, scores.text):
+                    logps, _ = read_text(model, scores.text, values, False, device)
+                    grads = torch.autograd.grad((logps * slope).sum() * precision.scale, wanted, allow_unused=True)
+                for name, g in zip(names, grads, strict=True):
+                    if g is not None:
+                        wide = g.to(torch.float32) / precision.scale
+                        sums[name] = sums[name] + wide if name in sums else wide
+    return Step(
+        float(loss),
+        {name: g.cpu() for name, g in sums.items()},
+        [[scores.logps.detach().cpu() for scores in batch] for batch in micro_batches],
+        found,
+        passes,
+        {scores.text: scores.reference for batch in micro_batches for scores in batch if scores.reference is not None},
+    )
+
+
+def _replayed(model: nn.Module, choices: dict[Text, routers.Choices], text: Text) -> Any:
+    return routers.replay(hf.unwrap(model), choices[text])
+
+
+def rms(found: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[Tensor]]) -> float:
+    """Root mean square of the differences of all log-probabilities."""
+    differences = [a.double() - b.double() for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True)]
+    return math.sqrt(float((torch.cat(differences) ** 2).mean())) if differences else 0.0
