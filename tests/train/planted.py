@@ -152,10 +152,11 @@ def _module_unreduced() -> Any:
     own = run.build_model
 
     def build(*args: Any) -> Any:
-        model, head = own(*args)
+        built = own(*args)
+        model = built[0]
         names = [name for name, _ in model.named_parameters() if ".layers.1.mlp" in name]
         torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
-        return model, head
+        return built
 
     return mock.patch.object(run, "build_model", build)
 

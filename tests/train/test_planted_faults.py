@@ -34,7 +34,7 @@ FOUND: dict[str, tuple[str, dict[str, Any]]] = {
     "gradients divided by SP": ("Every gradient is 0.5 times what it should be", {}),
     "a module left out of the reduction": ("3 trained parameters differ between processes", {}),
     "a module without gradients": ("No gradient reaches 3 trained parameters: model.layers.1.mlp", {}),
-    "an adapter that is not saved": ("4 trained tensors of the adapter are not in what is saved", LORA),
+    "an adapter that is not saved": ("is not a complete save: 4 of 28 tensors of the model are not in what was saved", LORA),
 }
 FAST = ("sequence parallelism silently off", "labels shifted twice")
 
