@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import typing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from longfactory.config import ConfigError, from_mapping, load_config
+from longfactory.config.arguments import GROUPS
+from longfactory.config.other_keys import ELSEWHERE
+from longfactory.config.trainer_keys import TRAINER_KEYS
+from longfactory.config.translate import KNOWN, OWN_KEYS
 
 BASE: dict[str, Any] = {"model_name_or_path": "m", "dataset": "d", "output_dir": "nowhere/out"}
 
@@ -88,7 +93,8 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"sequence_parallel_mode": "usp", "sequence_parallel_size": 8, "sequence_parallel_ring_degree": 3}, "3 does not divide"),
     ({"sequence_parallel_size": 8, "sequence_parallel_ulysses_degree": 4}, "Set usp, or leave them out"),
-    ({"sequence_parallel_size": 2, "neftune_noise_alpha": 5}, "neftune_noise_alpha"),
+    ({"stage": "dpo", "pref_share_prompt": True, "neftune_noise_alpha": 5}, "Leave pref_share_prompt out"),
+    ({"neftune_noise_alpha": -1}, "at least 0 is needed"),
     (
         {
             "do_train": False,
@@ -142,12 +148,88 @@ def test_each_problem_is_named_at_once() -> None:
     [
         ("lerning_rate", "learning_rate"),
         ("sequence_paralel_size", "sequence_parallel_size"),
-        ("datasets", "dataset"),
         ("lora_ranks", "lora_rank"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(written: str, near: str) -> None:
     assert problem(**{written: 1}) == f"There is no key {written}. Did you mean {near}?"
+
+
+@pytest.mark.parametrize(
+    ("written", "here"),
+    [
+        ("max_seq_length", "cutoff_len"),
+        ("sequence_len", "cutoff_len"),
+        ("model_max_length", "cutoff_len"),
+        ("load_in_4bit", "quantization_bit: 4"),
+        ("load_in_8bit", "quantization_bit: 8"),
+        ("use_peft", "finetuning_type"),
+        ("lora_r", "lora_rank"),
+        ("lora_target_modules", "lora_target"),
+        ("modules_to_save", "additional_target"),
+        ("datasets", "dataset"),
+        ("num_epochs", "num_train_epochs"),
+        ("attn_implementation", "attention_backend"),
+        ("ulysses_sequence_parallel_size", "sequence_parallel_size"),
+    ],
+)
+def test_names_of_other_tools_lead_to_ours(written: str, here: str) -> None:
+    assert problem(**{written: 1}) == f"There is no key {written}. Use {here}."
+
+
+def test_every_name_of_another_tool_leads_to_a_key() -> None:
+    assert {here.partition(":")[0] for here in ELSEWHERE.values()} <= set(OWN_KEYS) | set(TRAINER_KEYS)
+    assert not set(ELSEWHERE) & KNOWN
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"model": "m", "model_class": "llm", "train_dataset": "d.yaml", "output_dir": "o"}, "rewritten engine (v1)"),
+        ({"model": "m", "kernel_config": {"name": "auto"}, "dist_config": {"name": "fsdp2"}}, "rewritten engine (v1)"),
+        ({**BASE, "tensor_model_parallel_size": 1, "expert_model_parallel_size": 2}, "Megatron back ends (mcore)"),
+        ({**BASE, "use_distributed_optimizer": True}, "Megatron back ends (mcore)"),
+        ({"compute_environment": "LOCAL_MACHINE", "distributed_type": "FSDP", "num_processes": 2}, "accelerate's own configuration"),
+        ({"train_batch_size": "auto", "zero_optimization": {"stage": 2}}, "DeepSpeed's own configuration"),
+    ],
+)
+def test_files_of_other_programs_are_recognised(keys: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as e:
+        from_mapping(keys)
+    (line,) = str(e.value).splitlines()
+    assert line.startswith(", ".join(k for k in keys if k not in BASE)) and words in line
+
+
+def test_steps_below_0_mean_what_they_mean_to_transformers() -> None:
+    cfg = from_mapping({**BASE, "save_steps": -1})
+    assert cfg.hf["save_steps"] == -1
+    assert cfg.notes == ("save_steps: -1: one checkpoint is written, after the last step.",)
+    cfg = from_mapping({**BASE, "val_size": 5, "eval_strategy": "steps", "eval_steps": -1, "logging_steps": "-1", "save_strategy": "no"})
+    assert [n.partition(":")[0] for n in cfg.notes] == ["logging_steps", "eval_steps"]
+    assert "-1 to log after the last step alone" in problem(logging_steps=0)
+
+
+def test_accelerator_config_may_say_what_happens_anyway() -> None:
+    same = {"dispatch_batches": False, "split_batches": False, "even_batches": True, "use_seedable_sampler": True, "non_blocking": False}
+    for value in (same, json.dumps(same), {"dispatch_batches": None}):
+        assert from_mapping({**BASE, "accelerator_config": value}).notes == ()
+    assert from_mapping({**BASE, "dispatch_batches": False}).notes == ()
+    assert "{'split_batches': True} is refused" in problem(accelerator_config={**same, "split_batches": True})
+    assert "is refused" in problem(accelerator_config={"gradient_accumulation_kwargs": {"num_steps": 2}})
+
+
+def test_a_null_is_the_default_where_it_has_no_meaning_of_its_own() -> None:
+    keys = [k for k in (*OWN_KEYS.values(), *TRAINER_KEYS.values()) if k.name not in BASE and "None" not in str(k.kind)]
+    keys = [k for k in keys if typing.get_origin(k.kind) is not tuple]  # no names
+    assert len(keys) > 100
+    on = [k.name for k in keys if k.kind is bool and k.default]
+    cfg, plain = from_mapping({**BASE, **{k.name: None for k in keys if k.name not in on}}), from_mapping(BASE)
+    for key in keys:
+        if key.name in TRAINER_KEYS:
+            assert cfg.trainer(key.name) == plain.trainer(key.name), key.name
+    assert all(getattr(cfg, group) == getattr(plain, group) for group in GROUPS)
+    for name in on:
+        assert f"{name}: None was given, true or false is needed." == problem(**{name: None})
 
 
 def test_unknown_keys_pass_where_the_environment_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,6 +247,8 @@ def test_unknown_and_refused_keys_are_told_together() -> None:
 
 
 def test_one_key_under_two_names() -> None:
+    cfg = from_mapping({**BASE, "stage": "dpo", "pref_beta": None, "dpo_beta": 0.2, "pref_ftx": "0.50", "kto_ftx": 0.5})
+    assert (cfg.method.pref_beta, cfg.method.pref_ftx) == (0.2, 0.5)
     assert "are the same key with different values" in problem(eval_strategy="steps", evaluation_strategy="epoch")
     assert (
         from_mapping({**BASE, "val_size": 5, "eval_strategy": "steps", "evaluation_strategy": "steps"}).trainer("eval_strategy") == "steps"
@@ -250,6 +334,7 @@ def test_missing_packages(keys: dict[str, Any], words: str, monkeypatch: pytest.
         ({"warmup_ratio": 0.1, "warmup_steps": 10}, "warmup_ratio: 0.1 has no effect"),
         ({"fsdp": "hybrid_shard"}, "full sharding over all devices"),
         ({"buffer_size": 5}, "buffer_size has no effect: streaming is off"),
+        ({"max_length": 4096}, "the length of training samples is cutoff_len (2048)"),
     ],
 )
 def test_what_has_no_effect_is_said(keys: dict[str, Any], note: str) -> None:

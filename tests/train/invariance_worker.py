@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from torch import nn
 from longfactory.data.row import IGNORE, Row, TokenizedDocument, make_row
 
 STEPS = 3
+SEED = 5
 CLIP = 0.5
 RATE = 0.5
 VOCAB = 97
@@ -101,7 +103,20 @@ class Samples(list):
         return [sum(len(d.input_ids) for d in s) for s in self]
 
 
-def reference(model: nn.Module, data: list, order: list[int], batch: int) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+def noisy_inputs(model: nn.Module, sample: list[TokenizedDocument], step: int, alpha: float) -> list[torch.Tensor]:
+    """[1, L, d] embeddings of each document, with the noise that NEFTune draws for a row of these documents."""
+    from longfactory.train.embedding_noise import token_keys, token_scales, uniform
+
+    row = make_row(sample)
+    embedded = model.get_input_embeddings()(row.input_ids)
+    dim = embedded.shape[-1]
+    noise = uniform(token_keys(row, SEED, step), dim) * (token_scales(row, alpha) / math.sqrt(dim))[:, None]
+    return [x[None] for x in (embedded + noise).split([len(d.input_ids) for d in sample])]
+
+
+def reference(
+    model: nn.Module, data: list, order: list[int], batch: int, alpha: float
+) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """The specification: each document by itself through the model, one process, plain SGD on the mean over the step's trained tokens."""
     model = copy.deepcopy(model).double()
     params = [p for p in model.parameters() if p.requires_grad]
@@ -110,9 +125,9 @@ def reference(model: nn.Module, data: list, order: list[int], batch: int) -> tup
         model.zero_grad()
         total, count = 0.0, 0
         for i in order[step * batch : (step + 1) * batch]:
-            for d in data[i]:
-                ids, labels = torch.tensor(d.input_ids), torch.tensor(d.labels)
-                logits = model(input_ids=ids[None]).logits[0, :-1].double()
+            for d, embedded in zip(data[i], noisy_inputs(model, data[i], step, alpha), strict=True):
+                labels = torch.tensor(d.labels)
+                logits = model(inputs_embeds=embedded).logits[0, :-1].double()
                 target = labels[1:]
                 keep = target != IGNORE
                 logp = torch.log_softmax(logits, -1).gather(1, target.clamp(min=0)[:, None])[:, 0]
@@ -189,7 +204,8 @@ def run_case(sharding: str, case: dict[str, str]) -> dict[str, float | str]:
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            seed=5,
+            seed=SEED,
+            neftune_noise_alpha=float(case.get("noise", 0)) or None,
             remove_unused_columns=False,
             use_cpu=not zero,
             dataloader_num_workers=0,
@@ -231,7 +247,7 @@ def run_case(sharding: str, case: dict[str, str]) -> dict[str, float | str]:
             state = trainer.accelerator.unwrap_model(trainer.model).state_dict()
     if dist.get_rank() != 0:
         return {}
-    losses, norms, params = reference(plain, data, sampler.order(), total)
+    losses, norms, params = reference(plain, data, sampler.order(), total, float(case.get("noise", 0)))
     return {
         "loss": max(abs(a["loss"] - b) for a, b in zip(logs, losses, strict=True)),
         "grad_norm": max(abs(a["grad_norm"] - b) for a, b in zip(logs, norms, strict=True)),

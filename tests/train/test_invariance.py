@@ -28,6 +28,8 @@ GRID = [
 # A fifth of the grid by default (of ZeRO-3 a seventh), in which every value and most pairs of values occur; the whole with `make test-all`.
 STRIDE = (5, 5, 7)
 QUICK = {s: [c + " prove=1" if i == k else c for i, c in enumerate(GRID[k :: STRIDE[k]])] for k, s in enumerate(SHARDINGS)}
+# Some with NEFTune: noise on the embeddings, of documents alone as of rows that are split.
+QUICK = {s: [c + " noise=1" if i % 4 == 2 else c for i, c in enumerate(cases)] for s, cases in QUICK.items()}
 # ZeRO-1 and 2 share their path with ZeRO-3 but for what they keep whole; the ready-made file has "auto" values.
 QUICK["zero3"] += [
     "sharding=zero1 sp=2 mode=zigzag-ring rows=packed ga=3 tune=full family=llama",

@@ -168,3 +168,30 @@ def read_sharded(folder: str) -> list[float]:
 def test_a_sharded_reference_leaves_its_output_layer_whole(home: Path) -> None:
     for found in POOLS[2].run(read_sharded, str(home)):
         assert max(found) < 1e-6
+
+
+NOISE_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "two processes": (2, {}),
+    "ulysses, batch of two": (2, {"sequence_parallel_mode": "ulysses", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}),
+    "everything kept": (1, {"disable_gradient_checkpointing": True}),
+}
+
+
+def test_noisy_embeddings_are_the_same_in_every_layout(home: Path) -> None:
+    given: dict[str, Any] = {"packing": False, "neftune_noise_alpha": 50, "val_size": 3, "eval_strategy": "steps", "eval_steps": 2}
+    one = train(home, "neftune", 1, eval_on_start=True, **given)
+    plain = train(home, "plain", 1, eval_on_start=True, **given | {"neftune_noise_alpha": None})
+    assert plain[0]["eval_loss"] == one[0]["eval_loss"]  # no noise in evaluation
+    assert abs(steps(plain)[0]["loss"] - steps(one)[0]["loss"]) > 1e-3
+    for name, (size, changes) in NOISE_LAYOUTS.items():
+        other = train(home, f"neftune {name}", size, **given | changes)
+        for a, b in zip(steps(one), steps(other), strict=True):
+            assert (b["loss"], b["grad_norm"]) == pytest.approx((a["loss"], a["grad_norm"]), rel=1e-4), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [LORA, {**LORA, "lora_target": "embed_tokens,q_proj"}], ids=["lora", "lora on the embedding"])
+def test_noisy_embeddings_of_adapters(home: Path, changes: dict[str, Any]) -> None:
+    one, two = (steps(train(home, f"wrapped{n}", n, neftune_noise_alpha=50, **changes)) for n in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        assert (b["loss"], b["grad_norm"]) == pytest.approx((a["loss"], a["grad_norm"]), rel=1e-4)

@@ -123,6 +123,11 @@ def _method(cfg: RunConfig) -> Iterator[str]:
         yield f"dpo_label_smoothing means nothing to pref_loss: {m.pref_loss}. It is read by {', '.join(SMOOTHED)}."
     if m.stage == "dpo" and m.pref_loss == "exo_pair" and m.dpo_label_smoothing == 0:
         yield "pref_loss: exo_pair is infinite without dpo_label_smoothing. Give one, for example 0.001."
+    if cfg.trainer("neftune_noise_alpha") and m.pref_share_prompt is True and m.stage in ("dpo", "kto", "rm"):
+        yield (
+            "neftune_noise_alpha draws noise for each answer's own sequence, and pref_share_prompt: true computes a prompt once for both. "
+            "Leave pref_share_prompt out."
+        )
     losses = [name for name in ("use_dft_loss", "use_asft_loss", "use_eaft_loss") if getattr(m, name)]
     if len(losses) > 1:
         yield f"{' and '.join(losses)} were given. A run has one loss: keep one."
@@ -149,6 +154,8 @@ def _method(cfg: RunConfig) -> Iterator[str]:
                 "With eval_on_each_dataset each data set has a loss of its own, and the best checkpoint is chosen by one. Set "
                 f"metric_for_best_model: eval_{cfg.data.eval_dataset[0]}_loss (or another's)."
             )
+    if cfg.trainer("logging_strategy") == "steps" and cfg.trainer("logging_steps") == 0:
+        yield "logging_steps: 0 was given. Give a number above 0, or -1 to log after the last step alone."
     if cfg.trainer("save_strategy") == "best" and not cfg.trainer("metric_for_best_model"):
         yield "save_strategy: best compares evaluations. Set metric_for_best_model, for example loss."
     odd = [item for item in str(cfg.trainer("optim_args") or "").split(",") if item and "=" not in item]
@@ -162,8 +169,8 @@ def _method(cfg: RunConfig) -> Iterator[str]:
     if m.pure_bf16 and cfg.trainer("fp16"):
         yield "pure_bf16 and fp16 contradict each other. Keep one of them."
     steps, strategy = cfg.trainer("eval_steps"), cfg.trainer("eval_strategy")
-    if strategy == "steps" and steps is not None and steps <= 0:
-        yield f"eval_steps: {steps:g} was given, a number above 0 is needed."
+    if strategy == "steps" and steps == 0:
+        yield "eval_steps: 0 was given. Give a number above 0, or -1 to evaluate after the last step alone."
 
 
 def _asft(cfg: RunConfig) -> Iterator[str]:
@@ -232,8 +239,6 @@ def _parallel(cfg: RunConfig) -> Iterator[str]:
             f"sequence_parallel_ulysses_degree and sequence_parallel_ring_degree are for sequence_parallel_mode: usp; "
             f"this run's is {p.sequence_parallel_mode}. Set usp, or leave them out."
         )
-    if cfg.trainer("neftune_noise_alpha") and p.sequence_parallel_size > 1:
-        yield "neftune_noise_alpha scales its noise by the length it sees, which is a part of the sequence here. Leave it out."
     deepspeed = cfg.trainer("deepspeed")
     if deepspeed is not None:
         if p.sharding != "auto":
@@ -333,6 +338,16 @@ def _optimizer(cfg: RunConfig) -> Iterator[str]:
             yield f"optim: {name} needs {package}, which is not installed. Run: pip install {package}; or use optim: adamw_torch_fused."
 
 
+def negative_steps(cfg: RunConfig) -> list[str]:
+    """What transformers makes of a number below 0 in place of steps, in a sentence each."""
+    what = {"logging": "the log has one line", "eval": "the run is evaluated once", "save": "one checkpoint is written"}
+    return [
+        f"{name}_steps: {cfg.trainer(f'{name}_steps'):g}: {words}, after the last step."
+        for name, words in what.items()
+        if cfg.trainer(f"{name}_strategy") == "steps" and (cfg.trainer(f"{name}_steps") or 0) < 0
+    ]
+
+
 def idle(cfg: RunConfig, given: set[str]) -> list[str]:
     """Keys that were given and that this stage or method never reads, in a sentence each."""
     stage, kind = cfg.method.stage, cfg.method.finetuning_type
@@ -358,6 +373,11 @@ def idle(cfg: RunConfig, given: set[str]) -> list[str]:
         (lambda k: k == "additional_target", kind == "lora", f"finetuning_type is {kind}"),
         (lambda k: k.startswith("freeze_"), kind == "freeze", f"finetuning_type is {kind}"),
         (lambda k: k == "buffer_size", cfg.data.streaming, "streaming is off"),
+        (
+            lambda k: k == "max_length",
+            cfg.trainer("do_predict"),
+            f"it is the length of generated answers, and the length of training samples is cutoff_len ({cfg.data.cutoff_len})",
+        ),
     ]
     return [
         f"{name} has no effect: {why}."
@@ -370,4 +390,5 @@ def idle(cfg: RunConfig, given: set[str]) -> list[str]:
 def _is_default(cfg: RunConfig, name: str) -> bool:
     from longfactory.config.translate import OWN_KEYS
 
-    return next((getattr(g, name) for g in (cfg.model, cfg.data, cfg.method) if hasattr(g, name)), None) == OWN_KEYS[name].default
+    groups = (cfg.model, cfg.data, cfg.method, cfg.generating)
+    return next((getattr(g, name) for g in groups if hasattr(g, name)), None) == OWN_KEYS[name].default

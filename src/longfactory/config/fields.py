@@ -34,11 +34,15 @@ class Key:
     high: float | None = None
 
     def parse(self, value: Any) -> Any:
-        """The value in the declared type.
+        """The value in the declared type. A null where the type has none is the default.
 
         Raises:
-            ConfigError: another type, no such choice, or out of range.
+            ConfigError: another type, no such choice, or out of range; a null for a switch that is on by default.
         """
+        if value is None and not _takes_null(self.kind):
+            if self.kind is bool and self.default:
+                raise _wrong(self.name, value, "true or false")
+            return self.default
         parsed = coerce(value, self.kind, self.name)
         for number in parsed if isinstance(parsed, tuple) else (parsed,):
             if isinstance(number, bool) or not isinstance(number, (int, float)):
@@ -46,6 +50,10 @@ class Key:
             if (self.low is not None and number < self.low) or (self.high is not None and number > self.high):
                 raise ConfigError(f"{self.name}: {number} was given, {_range(self.low, self.high)} is needed.")
         return parsed
+
+
+def _takes_null(kind: Any) -> bool:
+    return types.NoneType in typing.get_args(kind) or typing.get_origin(kind) is tuple
 
 
 def _range(low: float | None, high: float | None) -> str:

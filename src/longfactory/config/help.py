@@ -6,7 +6,7 @@ import textwrap
 
 from longfactory.config.arguments import GROUPS
 from longfactory.config.fields import Key, describe, keys_of
-from longfactory.config.other_keys import ALIASES, NO_EFFECT, REFUSED, REFUSED_VALUES
+from longfactory.config.other_keys import ALIASES, ELSEWHERE, NO_EFFECT, REFUSED, REFUSED_VALUES
 from longfactory.config.trainer_keys import TRAINER_KEYS
 from longfactory.config.translate import TURNED
 
@@ -29,6 +29,7 @@ def help_text(word: str | None = None) -> str:
         for name, other in (*NO_EFFECT.items(), *REFUSED.items()):
             if word.lower() in name:
                 out.append(f"{name} {'has no effect' if name in NO_EFFECT else 'is refused'}: {other.sentence}.")
+        out += [f"{name} is no key here: use {here}." for name, here in ELSEWHERE.items() if word.lower() in name]
         if not out:
             out.append(f"No key has {word!r} in its name or meaning.")
     return "\n".join(out).rstrip() + "\n"
@@ -45,7 +46,10 @@ def tables() -> str:
             by_sentence.setdefault(other.sentence, []).append(f"`{name}`")
         parts += ["", f"### {title}", "", "| key | " + ("why" if table is NO_EFFECT else "instead") + " |", "|---|---|"]
         parts += [f"| {' '.join(names)} | {sentence} |" for sentence, names in by_sentence.items()]
-    parts += [f"| `{name}: {'`, `'.join(values)}` | {next(iter(values.values()))} |" for name, values in REFUSED_VALUES.items()]
+    for name, values in REFUSED_VALUES.items():
+        for sentence in dict.fromkeys(values.values()):
+            same = "`, `".join(value for value, words in values.items() if words == sentence)
+            parts.append(f"| `{name}: {same}` | {sentence} |")
     return "\n".join(parts) + "\n"
 
 

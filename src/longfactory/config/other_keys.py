@@ -34,6 +34,12 @@ ALIASES: dict[str, str] = {
     "dpo_beta": "pref_beta",
     "dpo_loss": "pref_loss",
     "dpo_ftx": "pref_ftx",
+    "kto_beta": "pref_beta",
+    "kto_ftx": "pref_ftx",
+    "orpo_beta": "pref_beta",
+    "simpo_beta": "pref_beta",
+    "num_layer_trainable": "freeze_trainable_layers",
+    "name_module_trainable": "freeze_trainable_modules",
 }
 """Other name -> name here. The value keeps its meaning, but for those in `translate.rename`."""
 
@@ -85,6 +91,7 @@ NO_EFFECT: dict[str, Other] = {
     "video_min_pixels": Other((16 * 16,), "LongFactory trains on text"),
     "video_fps": Other((2.0,), "LongFactory trains on text"),
     "video_maxlen": Other((128,), "LongFactory trains on text"),
+    "visual_inputs": Other((False,), "LongFactory trains on text"),
     "use_audio_in_video": Other((False,), "LongFactory trains on text"),
     "audio_sampling_rate": Other((16000,), "LongFactory trains on text"),
     "freeze_vision_tower": Other((True,), "LongFactory trains the text model alone"),
@@ -227,7 +234,15 @@ REFUSED: dict[str, Other] = {
     # transformers' keys that fight with rows, sharding or the head
     "fsdp_config": Other((None, "", {}), "FSDP2's settings are made here so that gradients stay exact; use sharding: fsdp2"),
     "parallelism_config": Other((None,), "use sequence_parallel_size and sharding"),
-    "accelerator_config": Other((None, "", {}), "loading and accumulation are LongFactory's own; use the dataloader_* keys"),
+    "accelerator_config": Other(
+        (
+            *(None, "", {}, {"split_batches": False}, {"dispatch_batches": False}, {"dispatch_batches": None}, {"even_batches": False}),
+            *({"even_batches": True}, {"use_seedable_sampler": True}, {"use_seedable_sampler": False}, {"non_blocking": True}),
+            *({"non_blocking": False}, {"gradient_accumulation_kwargs": None}, {"use_configured_state": False}),
+        ),
+        "loading and accumulation are LongFactory's own (each process reads its own rows, as dispatch_batches: false says); "
+        "use the dataloader_* keys",
+    ),
     "auto_find_batch_size": Other((False,), "processes would disagree on the batch; set per_device_train_batch_size"),
     "average_tokens_across_devices": Other((True,), "the loss is always the mean over every token of the step, on all devices"),
     "torch_compile": Other((False,), "hand-written backward passes are not traced by torch.compile; enable_liger_kernel has fused kernels"),
@@ -254,7 +269,7 @@ REFUSED: dict[str, Other] = {
     "tpu_metrics_debug": Other((False,), "TPUs are not supported"),
     "mp_parameters": Other(("",), "SageMaker's model parallelism is not supported; use sharding: fsdp2"),
     "push_to_hub_organization": Other((None,), "write organisation/name in hub_model_id"),
-    "dispatch_batches": Other((None,), "loading is LongFactory's own; leave it out"),
+    "dispatch_batches": Other((None, False), "loading is LongFactory's own; leave it out"),
     "split_batches": Other((None, False), "loading is LongFactory's own; leave it out"),
     "torchdynamo": Other((None,), "leave it out"),
     "use_legacy_prediction_loop": Other((False,), "leave it out"),
@@ -262,6 +277,7 @@ REFUSED: dict[str, Other] = {
     "dist_config": Other((None,), "use sharding: fsdp2, or deepspeed: with a JSON"),
     "micro_batch_size": Other((None,), "use per_device_train_batch_size instead"),
     "global_batch_size": Other((None,), "use per_device_train_batch_size and gradient_accumulation_steps"),
+    "reserved_label_len": Other((1,), "a sample is shortened by the rule of cutoff_strategy; leave it out"),
     "batching_strategy": Other((None,), "use packing: true"),
 }
 """Keys that are refused unless harmless, with what to use instead."""
@@ -269,8 +285,123 @@ REFUSED: dict[str, Other] = {
 _OTHER_QUANTISER = "only bitsandbytes quantises while loading (quantization_method: bnb); a model that is already quantised needs no key"
 
 REFUSED_VALUES: dict[str, dict[str, str]] = {
-    "stage": {"ppo": _PPO},
+    "stage": {"ppo": _PPO, **{name: f"use stage: dpo with pref_loss: {name}" for name in ("orpo", "simpo", "ipo")}},
     "finetuning_type": {"oft": "oft is not supported; use finetuning_type: lora"},
     "quantization_method": {name: _OTHER_QUANTISER for name in ("gptq", "awq", "aqlm", "quanto", "eetq", "hqq", "mxfp4", "fp8")},
 }
 """Values of our own keys that LLaMA-Factory knows and that are refused, with what to use instead."""
+
+ELSEWHERE: dict[str, str] = {
+    # length of a sample
+    **dict.fromkeys(
+        ("max_seq_length", "max_seq_len", "sequence_len", "sequence_length", "seq_length", "seq_len", "model_max_length", "block_size"),
+        "cutoff_len",
+    ),
+    **dict.fromkeys(("max_prompt_length", "max_completion_length", "max_source_length", "max_target_length"), "cutoff_len"),
+    # model and method
+    **dict.fromkeys(("base_model", "model", "model_id", "model_path", "model_name", "pretrained_model_name_or_path"), "model_name_or_path"),
+    **dict.fromkeys(("load_in_4bit", "use_4bit"), "quantization_bit: 4"),
+    **dict.fromkeys(("load_in_8bit", "use_8bit"), "quantization_bit: 8"),
+    "bnb_4bit_quant_type": "quantization_type",
+    **dict.fromkeys(("bnb_4bit_use_double_quant", "use_nested_quant"), "double_quantization"),
+    **dict.fromkeys(("use_peft", "use_lora", "adapter", "peft_type", "train_type", "tuner_type"), "finetuning_type"),
+    **dict.fromkeys(("lora_r", "lora_dim", "peft_lora_r"), "lora_rank"),
+    **dict.fromkeys(("lora_target_modules", "lora_modules", "target_modules", "lora_target_linear"), "lora_target"),
+    **dict.fromkeys(("lora_modules_to_save", "modules_to_save"), "additional_target"),
+    **dict.fromkeys(("lora_model_dir", "lora_adapter_path", "checkpoint_dir", "adapters", "peft_path"), "adapter_name_or_path"),
+    **dict.fromkeys(("rl", "rlhf_type", "training_type", "task_type"), "stage"),
+    "loss_type": "pref_loss",
+    **dict.fromkeys(("beta", "rl_beta"), "pref_beta"),
+    "rpo_alpha": "pref_ftx",
+    "ref_model_name_or_path": "ref_model",
+    **dict.fromkeys(("torch_dtype", "dtype", "mixed_precision"), "bf16"),
+    **dict.fromkeys(("attn_implementation", "attn_impl", "flash_attention", "use_flash_attn"), "attention_backend"),
+    # data
+    **dict.fromkeys(("datasets", "dataset_name", "data_path", "train_file", "train_files", "train_data", "train_dataset"), "dataset"),
+    **dict.fromkeys(("test_datasets", "val_dataset", "validation_file", "val_data"), "eval_dataset"),
+    **dict.fromkeys(("val_set_size", "split_dataset_ratio", "eval_split_ratio"), "val_size"),
+    **dict.fromkeys(("chat_template", "template_type", "prompt_template"), "template"),
+    **dict.fromkeys(("sample_packing", "pack_to_max_length", "sft_packing"), "packing"),
+    "train_on_inputs": "train_on_prompt",
+    **dict.fromkeys(("dataset_num_proc", "dataset_processes"), "preprocessing_num_workers"),
+    "dataset_prepared_path": "tokenized_path",
+    # optimizer, length of the run, saving
+    **dict.fromkeys(("num_epochs", "epochs", "n_epochs", "max_epochs"), "num_train_epochs"),
+    **dict.fromkeys(("lr", "max_lr"), "learning_rate"),
+    **dict.fromkeys(("lr_scheduler", "lr_scheduler_name"), "lr_scheduler_type"),
+    **dict.fromkeys(("optimizer", "optimizer_name"), "optim"),
+    **dict.fromkeys(("gradient_clipping", "max_gradient_norm", "clip_grad"), "max_grad_norm"),
+    **dict.fromkeys(("batch_size", "train_batch_size"), "per_device_train_batch_size"),
+    **dict.fromkeys(("eval_batch_size", "val_batch_size"), "per_device_eval_batch_size"),
+    **dict.fromkeys(("grad_accum_steps", "accumulation_steps"), "gradient_accumulation_steps"),
+    **dict.fromkeys(("save_dir", "output_path"), "output_dir"),
+    **dict.fromkeys(("wandb_name", "wandb_run_id"), "run_name"),
+    **dict.fromkeys(("neftune_alpha", "noise_alpha"), "neftune_noise_alpha"),
+    "early_stopping_patience": "early_stopping_steps",
+    # devices
+    **dict.fromkeys(
+        (
+            *("sequence_parallel", "sequence_parallel_degree", "context_parallel_degree", "ulysses_sequence_parallel_size"),
+            *("sp_size", "ulysses_degree", "ring_attn_size"),
+        ),
+        "sequence_parallel_size",
+    ),
+    **dict.fromkeys(("use_liger", "liger_kernel"), "enable_liger_kernel"),
+    **dict.fromkeys(("deepspeed_config", "deepspeed_config_file"), "deepspeed"),
+    "num_gpus": "nproc_per_node",
+}
+"""Names that TRL, Unsloth, axolotl, ms-swift, torchtune and older LLaMA-Factory give to what a key here says -> that key. They are refused:
+values and defaults differ (`load_in_4bit: true` is `quantization_bit: 4`)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherFile:
+    """A file of keys that is no run of ours: recognised by `enough` of these keys."""
+
+    keys: frozenset[str]
+    enough: int
+    sentence: str
+
+
+_V1 = (
+    "model model_class train_dataset kernel_config dist_config quant_config peft_config init_config optim_config mtp_config sample_backend "
+    "lr_scheduler_config micro_batch_size global_batch_size batching_strategy custom_chat_template enable_activation_checkpointing"
+)
+_MEGATRON = (
+    "tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size expert_model_parallel_size "
+    "use_distributed_optimizer overlap_param_gather overlap_grad_reduce moe_grouped_gemm moe_token_dispatcher_type recompute_granularity "
+    "recompute_method recompute_num_layers bias_activation_fusion apply_rope_fusion masked_softmax_fusion cross_entropy_loss_fusion "
+    "use_packed_sequences megatron_pretrained_checkpoint"
+)
+_ACCELERATE = (
+    "compute_environment distributed_type num_processes num_machines machine_rank main_training_function rdzv_backend same_network "
+    "downcast_bf16 tpu_use_cluster deepspeed_config"
+)
+_DEEPSPEED = "zero_optimization train_micro_batch_size_per_gpu train_batch_size zero_allow_untested_optimizer wall_clock_breakdown"
+
+OTHER_FILES: tuple[OtherFile, ...] = (
+    OtherFile(
+        frozenset(_V1.split()),
+        2,
+        "a file for LLaMA-Factory's rewritten engine (v1), whose keys are others. Write it with LLaMA-Factory's usual keys: "
+        "model_name_or_path for model, dataset for train_dataset, per_device_train_batch_size for micro_batch_size, finetuning_type and "
+        "lora_rank for peft_config, sharding (or deepspeed) and sequence_parallel_size for dist_config, quantization_bit for quant_config",
+    ),
+    OtherFile(
+        frozenset(_MEGATRON.split()),
+        1,
+        "a file for LLaMA-Factory's Megatron back ends (mcore), which are not supported. Leave these keys out; sequence_parallel_size and "
+        "sharding: fsdp2 spread a run over devices",
+    ),
+    OtherFile(
+        frozenset(_ACCELERATE.split()),
+        3,
+        "accelerate's own configuration, not a run. `longfactory train` starts the processes by itself; give it the run's file, with "
+        "sharding: fsdp2 or deepspeed",
+    ),
+    OtherFile(
+        frozenset(_DEEPSPEED.split()),
+        2,
+        "DeepSpeed's own configuration, not a run. Name it in the run's file: deepspeed: <this file>",
+    ),
+)

@@ -129,6 +129,7 @@ def load_config(argv: Sequence[str], *, command: Command = "train", world_size: 
 
 def from_mapping(written: Mapping[str, Any], *, command: Command = "train", world_size: int | None = None) -> RunConfig:
     """`load_config` from keys and values."""
+    translate.other_file(written)
     # What is wrong is gathered before anything is raised, so that a person sees it at once.
     values, notes, problems = translate.known(written)
     try:
@@ -177,6 +178,7 @@ def from_mapping(written: Mapping[str, Any], *, command: Command = "train", worl
         raise ConfigError("\n".join(problems))
     if command == "train":
         notes += checks.idle(cfg, given)
+        notes += checks.negative_steps(cfg)
         notes += folder.settle(cfg)
     return dataclasses.replace(cfg, notes=tuple(notes))
 

@@ -138,8 +138,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "warmup_steps": (0, None),
     "weight_decay": (0, None),
     "max_grad_norm": (0, None),
-    "logging_steps": (0, None),
-    "save_steps": (0, None),
+    "neftune_noise_alpha": (0, None),
     "dataloader_num_workers": (0, None),
     "ddp_timeout": (1, None),
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 from longfactory.config.arguments import GROUPS
 from longfactory.config.fields import Key, coerce, keys_of
-from longfactory.config.other_keys import ALIASES, NO_EFFECT, REFUSED, REFUSED_VALUES, Other
+from longfactory.config.other_keys import ALIASES, ELSEWHERE, NO_EFFECT, OTHER_FILES, REFUSED, REFUSED_VALUES, Other
 from longfactory.config.trainer_keys import TRAINER_KEYS
 from longfactory.errors import ConfigError
 from longfactory.kernel_names import canonical
@@ -59,11 +59,36 @@ def rename(values: Mapping[str, Any]) -> dict[str, Any]:
             value = "bnb"
         elif new == "attention_backend" and isinstance(value, str):
             value = canonical(value.strip().lower())
-        if new in out and out[new] != value:
+        elif name == "debug" and str(value).lower() == "false":
+            value = ""
+        if new in out and (out[new] is None or value is None):
+            value = out[new] if value is None else value
+        if new in out and out[new] is not None and _read(new, out[new]) != _read(new, value):
             raise ConfigError(f"{came_from[new]} and {name} are the same key with different values ({out[new]!r}, {value!r}). Keep one.")
         out[new] = value
         came_from[new] = name
     return out
+
+
+def _read(name: str, value: Any) -> Any:
+    """The value in its key's type, or as it is written where that cannot be."""
+    key = OWN_KEYS.get(name) or TRAINER_KEYS.get(name) or TURNED.get(name)
+    try:
+        return value if key is None else key.parse(value)
+    except ConfigError:
+        return value
+
+
+def other_file(values: Mapping[str, Any]) -> None:
+    """Refuses a file that is another program's, by its keys.
+
+    Raises:
+        ConfigError: with what it is and what to write instead.
+    """
+    for other in OTHER_FILES:
+        found = [name for name in values if name in other.keys]
+        if len(found) >= other.enough and not any(name in OWN_KEYS for name in found):
+            raise ConfigError(f"{', '.join(found)}: this is {other.sentence}.")
 
 
 def known(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
@@ -76,6 +101,9 @@ def known(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[st
         return dict(values), [], []
     lines = []
     for name in unknown:
+        if name.lower() in ELSEWHERE:
+            lines.append(f"There is no key {name}. Use {ELSEWHERE[name.lower()]}.")
+            continue
         near = difflib.get_close_matches(name, sorted(KNOWN), n=1, cutoff=0.7)
         lines.append(f"There is no key {name}." + (f" Did you mean {near[0]}?" if near else ""))
     rest = {k: v for k, v in values.items() if k not in unknown}
@@ -95,6 +123,8 @@ def drop_others(values: dict[str, Any]) -> list[str]:
     for name in [k for k in values if k in NO_EFFECT or k in REFUSED]:
         value = values.pop(name)
         other = NO_EFFECT.get(name) or REFUSED[name]
+        if name == "accelerator_config":
+            value = _harmful_entries(value, other)
         if _harmless(value, other):
             continue
         shown = str(value).lower() if isinstance(value, bool) else value
@@ -109,6 +139,15 @@ def drop_others(values: dict[str, Any]) -> list[str]:
     if refusals:
         raise ConfigError("\n".join(refusals))
     return notes
+
+
+def _harmful_entries(value: Any, other: Other) -> Any:
+    """A mapping (or its JSON) without the entries that are harmless one by one."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        value = coerce(value, dict, "accelerator_config")
+    if not isinstance(value, dict):
+        return value
+    return {k: v for k, v in value.items() if {k: v} not in other.harmless}
 
 
 def _harmless(value: Any, other: Other) -> bool:

@@ -202,9 +202,12 @@ def _set_up_log(main: bool) -> None:
 def load_data(cfg: RunConfig, tokenizer: Any) -> data.Datasets:
     """The tokenised data of the run."""
     share = cfg.method.pref_share_prompt
+    if share == "auto":
+        # NEFTune draws the noise of each answer's own sequence, prompt included.
+        share = not cfg.trainer("neftune_noise_alpha")
     options = types.SimpleNamespace(
         **{f.name: getattr(cfg.data, f.name) for f in dataclasses.fields(cfg.data)},
-        pref_share_prompt=True if share == "auto" else share,
+        pref_share_prompt=share,
         hf_hub_token=cfg.model.hf_hub_token,
         disable_shuffling=cfg.method.disable_shuffling,
     )

@@ -8,6 +8,7 @@ a collective whose backward is its exact adjoint. DDP, FSDP2 and ZeRO average ov
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -37,6 +38,7 @@ from longfactory.model.value_head import FILE as VALUE_HEAD
 from longfactory.model.value_head import load_value_head
 from longfactory.shard import export, optimizer_states
 from longfactory.sp import hf
+from longfactory.train.embedding_noise import noisy_embeddings, token_keys, token_scales
 from longfactory.train.loader import Collate, RowSampler, empty_row, make_loader
 from longfactory.train.metrics import Metrics, MetricSums
 from longfactory.train.output import finish_save, save_value_head
@@ -97,6 +99,7 @@ class RowTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         # transformers before 5.19 has no loss_is_scaled_for_ga; it does not divide where the model takes the count itself.
         self.model_accepts_loss_kwargs = True
+        self.neftune_noise_alpha = None  # of the Trainer's own hook, which knows no documents
         self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
 
     # ---- data -----------------------------------------------------------------------------------------------------------------------
@@ -194,7 +197,7 @@ class RowTrainer(Trainer):
         """
         plan, inputs = self._model_inputs(row)
         labels = row.labels[plan.index]
-        with self.head.labels(labels) if reference is None else self.head.labels(labels, reference):
+        with self._noise(model, row, plan), self.head.labels(labels) if reference is None else self.head.labels(labels, reference):
             out = model(**inputs)
             local = self.head.outputs(out.logits)
         gathered = {
@@ -203,6 +206,14 @@ class RowTrainer(Trainer):
             if value is not None
         }
         return TokenOutputs(**gathered)
+
+    def _noise(self, model: nn.Module, row: Row, plan: sp.RowPlan) -> contextlib.AbstractContextManager[None]:
+        """NEFTune's noise on this rank's embeddings of a row, in training alone."""
+        alpha = self.args.neftune_noise_alpha
+        if not alpha or not model.training:
+            return contextlib.nullcontext()
+        keys, scales = token_keys(row, self.args.seed, self.state.global_step), token_scales(row, alpha)
+        return noisy_embeddings(hf.unwrap(model).get_input_embeddings(), keys[plan.index], scales[plan.index])
 
     def reference_hidden(self, model: nn.Module, head: TokenLogprobs, row: Row) -> ReferenceHidden:
         """What a reference's output layer is given for this rank's trained tokens of a row, under `as_reference`."""
