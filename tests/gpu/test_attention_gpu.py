@@ -14,6 +14,7 @@ from simulated_ring import relative_rms, simulated_ring
 
 from longfactory import sp
 from longfactory.sp import Segment, backends
+from longfactory.sp.backends import start
 from longfactory.sp.merge import merge_
 from longfactory.sp.tiles import Tile
 from longfactory.testing import run_ranks
@@ -48,7 +49,7 @@ SHAPES = {
 @pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("name", ["fa4", "flash3", "cudnn", "flash2", "flash"])
+@pytest.mark.parametrize("name", ["fa4", "flash3", "cudnn", "flash2", "flash", "efficient"])
 def test_backend_contract(name: str, tile: str, shape: str, softcap: float | None) -> None:
     heads, kv_heads, dim, v_dim = SHAPES[shape]
     t, backend, exact = TILES[tile], backends.BACKENDS[name], backends.BACKENDS["math"]
@@ -70,6 +71,64 @@ def test_backend_contract(name: str, tile: str, shape: str, softcap: float | Non
     found = [out, *backend.backward(dout, q, k, v, whole_out, whole, t, scale, softcap)]
     expected = [true_out, *exact.backward(dout.double(), *wide, whole_out.double(), true_lse + 0.6931, t, scale, softcap)]
     assert max(relative_rms(found, expected)) <= 8e-3, relative_rms(found, expected)
+
+
+FLOAT32_SHAPES = {**SHAPES, "odd": (6, 3, 20, 12), "over 256": (2, 1, 320, 320)}
+
+
+@pytest.mark.parametrize("shape", FLOAT32_SHAPES)
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("name", ["efficient", "math"])
+def test_float32_contract(name: str, tile: str, shape: str) -> None:
+    """The kernels that float32 has, against float64, with a part of the mask's probability outside of the tile."""
+    heads, kv_heads, dim, v_dim = FLOAT32_SHAPES[shape]
+    t, backend, exact = TILES[tile], backends.BACKENDS[name], backends.BACKENDS["math"]
+    request = backends.Request("cuda", torch.float32, dim, v_dim, t.kind, t.window is not None, False, False)
+    reason = backend.refuses(request) or backends.failure(name, request)
+    if t.window is None:
+        assert reason is None, reason
+    elif reason is not None:
+        pytest.skip(f"{name} {reason}")
+    q, _, _, dout = (x.cuda() for x in random_inputs(t.q_len, heads, kv_heads, dim, v_dim, torch.float32))
+    _, k, v, _ = (x.cuda() for x in random_inputs(t.k_len, heads, kv_heads, dim, v_dim, torch.float32, seed=1))
+    out, lse = backend.forward(q, k, v, t, dim**-0.5, None)
+    wide = [x.double() for x in (q, k, v)]
+    true_out, true_lse = exact.forward(*wide, t, dim**-0.5, None)
+    assert (out.dtype, lse.shape, lse.dtype) == (torch.float32, (heads, t.q_len), torch.float32)
+    assert (lse - true_lse).abs().max() <= 1e-4
+    whole, whole_out = lse + 0.6931, out * 0.5
+    found = [out, *backend.backward(dout, q, k, v, whole_out, whole, t, dim**-0.5, None)]
+    expected = [true_out, *exact.backward(dout.double(), *wide, whole_out.double(), true_lse + 0.6931, t, dim**-0.5, None)]
+    assert max(relative_rms(found, expected)) <= 2e-5, relative_rms(found, expected)
+
+
+def test_float32_needs_no_memory_of_the_square_of_the_row() -> None:
+    """16k tokens, 8 heads: scores would be 8 GiB. The efficient kernel and the plain formulas in blocks take less than 1 GiB."""
+    rows = 16384
+    square = Tile(slice(0, rows), slice(0, rows), "causal")
+    q, k, v, dout = (x.cuda() for x in random_inputs(rows, 8, 2, 64, dtype=torch.float32))
+    assert backends.select("auto", square, q, v, None) is backends.BACKENDS["efficient"]
+    results = []
+    for name in ("efficient", "math"):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out, lse = backends.BACKENDS[name].forward(q, k, v, square, 0.125, None)
+        results.append([out, *backends.BACKENDS[name].backward(dout, q, k, v, out, lse, square, 0.125, None)])
+        assert torch.cuda.max_memory_allocated() - before <= 2**30
+    assert max(relative_rms(*results)) <= 2e-5
+
+
+def test_every_kernel_of_a_model_passes_its_self_test() -> None:
+    """None of PyTorch's own operators is refused by its self-test on this GPU: a kernel too strict to be used would be slow silently."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for dims in ((128, 128), (64, 64), (80, 80), (256, 256), (192, 128)):
+            for request in start.requests_of("cuda", dtype, [dims], windows=True, softcap=False):
+                for name in ("cudnn", "flash", "efficient"):
+                    if backends.BACKENDS[name].refuses(request) is None:
+                        assert backends.failure(name, request) is None
+    for line in start.lines("auto", start.requests_of("cuda", torch.bfloat16, [(128, 128)], windows=True, softcap=False)):
+        print(line)
 
 
 def test_automatic_choice_serves_every_tile() -> None:

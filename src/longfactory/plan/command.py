@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sequence-parallel-size", type=int, default=None, help="GPUs that share a row (default: all)")
     parser.add_argument("--memory", choices=["auto", "fast", "long"], default="auto")
     parser.add_argument("--lora", type=int, metavar="RANK", default=0, help="train adapters of this rank on all linear layers")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="what layers compute in (default bf16)")
     a = parser.parse_args(argv)
     sp = a.sequence_parallel_size or a.gpus
     if a.gpus % sp:
@@ -45,21 +46,22 @@ def main(argv: list[str] | None = None) -> int:
         config = AutoConfig.from_pretrained(path, **extra)
     except (OSError, ValueError) as error:
         raise UserError(f"No model configuration could be read from {a.model}: {reason(error, path)}") from error
-    shape = ModelShape.of(config)
+    width = 4 if a.precision == "fp32" else 2
+    shape = ModelShape.of(config, width=width)
     if a.lora:
         s = shape
         qkv = s.hidden + (s.heads + 2 * s.kv_heads) * s.head_dim
         adapters = s.layers * a.lora * (2 * s.hidden + 2 * s.heads * s.head_dim + qkv + 3 * (s.hidden + s.ffn))
-        shape = ModelShape.of(config, trainable=adapters, lora=True)
+        shape = ModelShape.of(config, trainable=adapters, lora=True, width=width)
     kind = machine(a.gpu, a.gpus, int(a.host_gib * GiB), a.gpus_per_host, int(a.gpu_gib * GiB) if a.gpu_gib else None)
     # As in training: fp32 masters, and split ones where those do not fit.
     wide = Job(shape, kind, a.tokens, sp, a.gpus > 1, 4, leavable=a.lora > 0)
     split = dataclasses.replace(wide, master=2, leavable=True)
     job, (choice, budget, ok) = wide, choose(wide, a.memory)
-    if not ok and not a.lora and (found := choose(split, a.memory))[2]:
+    if not ok and not a.lora and width == 2 and (found := choose(split, a.memory))[2]:
         job, (choice, budget, ok) = split, found
     print(table(job, choice, budget, ok, a.memory))
-    best = max(longest(j, a.memory) for j in ((wide,) if a.lora else (wide, split)))
+    best = max(longest(j, a.memory) for j in ((wide,) if a.lora or width == 4 else (wide, split)))
     print(f"  longest row that fits: {best:,} tokens (predicted)")
     return 0 if ok else 1
 

@@ -1,8 +1,9 @@
 """Bytes and seconds of one step for given memory settings, and the settings that are fastest among those that fit.
 
-Everything is for one GPU and its t = T / n tokens of a row. Letters: h = hidden bytes of a token (2 * hidden), a = attention output bytes
-(2 * heads * D), kv = bytes of keys (2 * key heads * D). Bytes of the layer's working set come from reading the code in
-`model/memory/decoder_layer.py` (and its docstring) and, for other layers, from what autograd stores while one layer is recomputed.
+Everything is for one GPU and its t = T / n tokens of a row. Letters: w = bytes of a number as layers compute it (2, in fp32 4), h = hidden
+bytes of a token (w * hidden), a = attention output bytes (w * heads * D), kv = bytes of keys (w * key heads * D). Bytes of the layer's
+working set come from reading the code in `model/memory/decoder_layer.py` (and its docstring) and, for other layers, from what autograd
+stores while one layer is recomputed.
 
 Time counts products at the machine's measured rates: a token's linear layers cost 2 FLOP a parameter forward and 4 backward, causal
 attention 2 * T * heads * D forward and 2.5 times that backward. What is recomputed is added; what is copied counts where it takes longer
@@ -95,12 +96,12 @@ class Budget:
 
 
 def hidden_bytes(s: ModelShape) -> int:
-    return 2 * s.hidden
+    return s.width * s.hidden
 
 
 def kept_bytes(s: ModelShape) -> int:
     """Attention's output and log-sum-exp, for one token and layer."""
-    return 2 * s.heads * s.head_dim + 4 * s.heads
+    return s.width * s.heads * s.head_dim + 4 * s.heads
 
 
 def working_set(s: ModelShape, c: Choice, tokens: int) -> float:
@@ -108,7 +109,7 @@ def working_set(s: ModelShape, c: Choice, tokens: int) -> float:
 
     The larger of two moments: attention's backward, and the backward of the pieces after it, of which one is there at a time.
     """
-    h, a, kv = hidden_bytes(s), 2 * s.heads * s.head_dim, 2 * s.kv_heads * s.head_dim
+    h, a, kv = hidden_bytes(s), s.width * s.heads * s.head_dim, s.width * s.kv_heads * s.head_dim
     if s.written_layer:
         g = c.attention_groups
         peak = 2 * h + a + 4 * kv + 5 * a / g  # of a group: q, dq, dout, and the kernel's fp32 dq
@@ -117,6 +118,8 @@ def working_set(s: ModelShape, c: Choice, tokens: int) -> float:
         # x, norms' outputs, x2, dy, dx and temporaries; q, k, v and their gradients; out, dout; the kernel's fp32 dq
         peak = 6 * h + 4 * a + 6 * kv + 2 * a
         after = 4 * h + 2 * a
+    if s.width == 4:
+        peak += 4 * a  # key heads repeated for their query heads, and the gradients of those copies (sp/backends/efficient.py)
     coming = 0 if c.offload == "none" else h + (kept_bytes(s) if c.offload == "inputs+attention" and c.keep_attention > 0 else 0)
     attention = peak + (0 if c.late_prefetch else coming)
     if c.segment_layers > 1:
@@ -127,7 +130,7 @@ def working_set(s: ModelShape, c: Choice, tokens: int) -> float:
 
 def chunk_bytes(s: ModelShape, c: Choice, tokens: int) -> float:
     """Temporaries of one piece of the layer: six MLP-wide and eight hidden-wide numbers."""
-    return min(c.mlp_chunk or tokens, tokens) * (6 * 2 * s.ffn + 8 * hidden_bytes(s))
+    return min(c.mlp_chunk or tokens, tokens) * (6 * s.width * s.ffn + 8 * hidden_bytes(s))
 
 
 def waiting(job: Job, c: Choice) -> tuple[float, float]:
@@ -159,7 +162,7 @@ def states(job: Job, c: Choice) -> tuple[dict[str, float], float]:
     """Bytes of weights and optimizer on one GPU, and of the optimizer on the host for each GPU."""
     s, n = job.shape, job.shards
     frozen = s.parameters - s.trainable
-    weights = (2 * frozen + job.master * s.trainable) / n
+    weights = (s.width * frozen + job.master * s.trainable) / n
     split = (10 + 4 * job.accumulates) * s.trainable / n if job.master == 2 else None
     if c.optimizer == "gpu":
         return {"weights": weights, "optimizer": split or job.state_bytes * s.trainable / n}, 0.0
@@ -180,12 +183,12 @@ def moments(job: Job, c: Choice) -> list[dict[str, float]]:
     s, n, t = job.shape, job.shards, job.local
     waits = "layer inputs and kept attention"
     if c.checkpoint == "none":
-        stored, working = t * s.layers * (34.0 * s.hidden + 2 * 2 * 4 * s.ffn + 12 * s.heads * s.head_dim), 0.0
+        stored, working = t * s.layers * s.width / 2 * (34.0 * s.hidden + 2 * 2 * 4 * s.ffn + 12 * s.heads * s.head_dim), 0.0
         waits = "activations"
     else:
         stored, working = waiting(job, c)[0], working_set(s, c, t)
         if job.sp > 1:  # keys and values on their way, and the sums of their gradients
-            working += 4 * 2 * s.kv_heads * s.head_dim * t
+            working += 4 * s.width * s.kv_heads * s.head_dim * t
     gradients = job.master * s.trainable / n
     early = job.accumulates and job.master != 2
     if leaves(job, c) and not early:
@@ -193,10 +196,10 @@ def moments(job: Job, c: Choice) -> list[dict[str, float]]:
         gradients = min(gradients, job.master * (LEAVING + max(s.head_parameters, s.trained_layer_parameters) / n))
     head = s.head_parameters if s.head_trained else 0
     # Sharded: the embedding and the output layer are gathered for the whole pass, and the latter's gradient is reduced at its end.
-    gathered = (4 * s.head_parameters + 2 * head) if n > 1 else 0
+    gathered = s.width * (2 * s.head_parameters + head) if n > 1 else 0
     logits = min(HEAD_CHUNK_NUMBERS, t * s.vocab) * 10
     # Gradients of one layer: fp32 sums of pieces, and the bf16 result; sharded: two gathered layers and the fp32 reduction as well.
-    one, trained = 2 * s.layer_parameters, 2 * s.trained_layer_parameters
+    one, trained = s.width * s.layer_parameters, s.width * s.trained_layer_parameters
     layer = {
         "one layer's parameters and gradients": 3 * trained + (2 * one + 2 * trained if n > 1 else 0),
         "working set of a layer": working,
@@ -230,7 +233,7 @@ def budget(job: Job, c: Choice, timed: bool = True) -> Budget:
 
 def seconds(job: Job, c: Choice) -> float:
     """One step, one row a sequence-parallel group."""
-    s, m, t = job.shape, job.machine, job.local
+    s, m, t = job.shape, job.machine.computing(job.shape.width), job.local
     full = s.trainable == s.parameters
     mlp = s.active_layer_parameters - s.attention_parameters
     backward = 2.0 if full else 1.2
@@ -272,7 +275,7 @@ def seconds(job: Job, c: Choice) -> float:
 
 def roofline(job: Job) -> float:
     """Seconds of a step that keeps attention, recomputes two thirds of the MLP and does nothing but products, at the machine's rates."""
-    s, m = job.shape, job.machine
+    s, m = job.shape, job.machine.computing(job.shape.width)
     mlp = s.active_layer_parameters - s.attention_parameters
     linear = 2.0 * (s.layers * (4 * s.attention_parameters + 3.67 * mlp) + 3 * s.head_parameters)
     attention = 2.0 * job.tokens * s.heads * s.head_dim * s.layers

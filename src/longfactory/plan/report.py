@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from longfactory.plan.model import MARGIN, Budget, Choice, Job, roofline
 
 GiB = 2**30
@@ -44,9 +46,23 @@ def table(job: Job, c: Choice, b: Budget, ok: bool, mode: str) -> str:
         lines.append(f"    {'total':<42}{b.host_total / GiB:>8.1f}   of {m.host_bytes / GiB:.1f}")
     rate = job.local / b.seconds
     lines.append(f"  predicted: {b.seconds:.1f} s a row, {rate:,.0f} tokens/s a GPU ({roofline(job) / b.seconds:.0%} of the roofline)")
+    if s.width == 4:
+        lines.append("  " + float32_is_slow(job))
     if not ok:
         lines.append("  " + does_not_fit(job, c, b))
     return "\n".join(lines)
+
+
+def float32_is_slow(job: Job) -> str:
+    """What fp32 costs, and what to set."""
+    half = dataclasses.replace(job, shape=dataclasses.replace(job.shape, width=2))
+    wide, narrow = job.machine.computing(4), job.machine
+    times = roofline(job) / roofline(half)
+    return (
+        f"This run computes in fp32: products at about {wide.gemm / 1e12:.0f} TFLOP/s and attention at about "
+        f"{wide.attention_backward / 1e12:.0f}, where bf16 has {narrow.gemm / 1e12:.0f} and {narrow.attention_backward / 1e12:.0f} "
+        f"({times:.0f} times the time), and activations of twice the size. Set bf16: true."
+    )
 
 
 def does_not_fit(job: Job, c: Choice, b: Budget) -> str:

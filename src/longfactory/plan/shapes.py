@@ -24,6 +24,7 @@ class ModelShape:
     written_layer: bool  # the decoder layer has a hand-written function (see docs/memory.md)
     head_trained: bool = True  # the output layer's weight
     adapters: bool = False  # what is trained is spread over all layers, not some layers whole
+    width: int = 2  # bytes of a number as layers compute it: 2 in bf16 and fp16, 4 in fp32
 
     @property
     def attention_parameters(self) -> int:
@@ -40,7 +41,13 @@ class ModelShape:
 
     @classmethod
     def of(
-        cls, config: Any, trainable: int | None = None, parameters: int | None = None, lora: bool = False, head_trained: bool | None = None
+        cls,
+        config: Any,
+        trainable: int | None = None,
+        parameters: int | None = None,
+        lora: bool = False,
+        head_trained: bool | None = None,
+        width: int = 2,
     ) -> ModelShape:
         """From a transformers configuration.
 
@@ -49,6 +56,7 @@ class ModelShape:
             parameters: all parameters, where known; else counted from the configuration.
             lora: adapters sit in the layers, so that the hand-written layer is not used.
             head_trained: the output layer is; by default where all parameters are.
+            width: bytes of a number as layers compute it.
         """
         c = config.get_text_config() if hasattr(config, "get_text_config") else config
         heads = c.num_attention_heads
@@ -81,7 +89,12 @@ class ModelShape:
             written,
             trainable in (None, total) if head_trained is None else head_trained,
             lora,
+            width,
         )
+
+
+Rates = tuple[float, float, float]
+"""FLOP/s of matrix products, of attention forward and of attention backward."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +115,14 @@ class Machine:
     copies: float = 50e9
     host_memory: float = 14e9  # measured beside one H100, 16 cores
     links: float = 200e9
+    float32: Rates = (43e12, 25e12, 20e12)  # products, attention forward and backward where layers compute in fp32
+
+    def computing(self, width: int) -> Machine:
+        """This machine with the rates of fp32 in place of those of bf16, where numbers have 4 bytes."""
+        if width == 2:
+            return self
+        gemm, forward, backward = self.float32
+        return dataclasses.replace(self, gemm=gemm, attention_forward=forward, attention_backward=backward)
 
     @property
     def flop_per_byte(self) -> float:
@@ -126,11 +147,41 @@ GPUS: dict[str, tuple[float, float, float, float, float, float]] = {
     "4090": (24e9, 120e12, 110e12, 100e12, 20e9, 14e9),
 }
 
+# In fp32: the vendor's peak outside the tensor cores times 0.65 for products; with `tf32: true` the peak of TF32 times 0.65. Attention is
+# PyTorch's memory-efficient kernel, three TF32 products for one of fp32: a fifth of a third of the TF32 peak forward, a sixth backward.
+# None of these is measured yet; benchmarks/attention_fp32.py measures attention.
+FLOAT32: dict[str, tuple[float, float]] = {  # name -> (peak of fp32, peak of TF32)
+    "H100": (67e12, 495e12),
+    "H200": (67e12, 495e12),
+    "B200": (75e12, 1100e12),
+    "A100": (19.5e12, 156e12),
+    "A800": (19.5e12, 156e12),
+    "L40": (91e12, 91e12),
+    "4090": (83e12, 83e12),
+}
 
-def machine(gpu: str, gpus: int, host_bytes: float, gpus_per_host: int | None = None, gpu_bytes: float | None = None) -> Machine:
+
+def float32_rates(gpu: str, tf32: bool = False) -> Rates:
+    """What layers that compute in fp32 reach on a kind of GPU; `tf32`: products may round to 10 bits of mantissa."""
+    peak, peak_tf32 = next((peaks for name, peaks in FLOAT32.items() if name.lower() in gpu.lower()), FLOAT32["A100"])
+    return 0.65 * (peak_tf32 if tf32 else peak), peak_tf32 / 5 / 3, peak_tf32 / 6 / 3
+
+
+def machine(
+    gpu: str, gpus: int, host_bytes: float, gpus_per_host: int | None = None, gpu_bytes: float | None = None, tf32: bool = False
+) -> Machine:
     """The machine with `gpus` of a kind whose name contains one of `GPUS`; rates of an A100 where the kind is unknown."""
     known = next((rates for name, rates in GPUS.items() if name.lower() in gpu.lower()), GPUS["A100"])
     memory, gemm, forward, backward, copies, links = known
     return Machine(
-        int(gpu_bytes or memory), int(host_bytes), gpus, gpus_per_host or min(gpus, 8), gemm, forward, backward, copies, links=links
+        int(gpu_bytes or memory),
+        int(host_bytes),
+        gpus,
+        gpus_per_host or min(gpus, 8),
+        gemm,
+        forward,
+        backward,
+        copies,
+        links=links,
+        float32=float32_rates(gpu, tf32),
     )

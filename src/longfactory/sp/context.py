@@ -105,8 +105,8 @@ class SequenceParallel:
             ctx.group = _group([[d * size + r for r in range(size)] for d in range(world // size)])
             ctx.dp_group = _group([[d * size + r for d in range(world // size)] for r in range(size)])
         # The model's heads, not known yet, decide how many ranks `ulysses` shares them among.
-        fixed = degree is not None and mode != "ulysses"
-        degrees = [degree] if fixed else [u for u in range(1, size + 1) if size % u == 0]
+        every = degree is None or mode == "ulysses"
+        degrees = [u for u in range(1, size + 1) if size % u == 0 and (every or u == degree)]
         for u in degrees:
             blocks = [d * size + p * u for d in range(world // size) for p in range(size // u)]
             inner = _group([[b + i for i in range(u)] for b in blocks])

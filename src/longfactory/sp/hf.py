@@ -22,6 +22,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from . import hybrid, probe, rope
 from .attention import attention as engine
+from .backends import start
+from .backends.request import Request
 from .collectives import shard
 from .context import SequenceParallel
 from .plan import RowPlan
@@ -265,6 +267,28 @@ def layer_types(config: Any) -> list[str]:
     """The kind of each layer, "full_attention" where the configuration does not say."""
     given = getattr(config, "layer_types", None)
     return list(given) if given else ["full_attention"] * config.num_hidden_layers
+
+
+def kernel_requests(config: PreTrainedConfig, ctx: SequenceParallel, dtype: torch.dtype) -> list[Request]:
+    """The kinds of tiles that a model of this configuration will ask kernels for, as far as the configuration tells.
+
+    Args:
+        dtype: in which attention is computed.
+    """
+    text = config.get_text_config()
+    heads, hidden = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
+    dims: set[tuple[int, int]] = set()
+    for dim in (getattr(text, "head_dim", None) or (hidden // heads if hidden and heads else None), getattr(text, "global_head_dim", None)):
+        if isinstance(dim, int) and dim > 0:
+            dims.add((dim, dim))
+    plain, rotary = getattr(text, "qk_nope_head_dim", None), getattr(text, "qk_rope_head_dim", None)
+    if plain is not None and rotary is not None:  # multi-head latent attention
+        dims = {(plain + rotary, getattr(text, "v_head_dim", None) or plain + rotary)}
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    types = getattr(text, "layer_types", None)
+    windows = bool(window) and (types is None or "sliding_attention" in types)
+    softcap = bool(getattr(text, "attn_logit_softcapping", None))
+    return start.requests_of(ctx.device_type, dtype, dims, windows=windows, softcap=softcap)
 
 
 def _attach(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:

@@ -114,6 +114,8 @@ def plan_memory(
             # Split weights take less, and cost no time: fp32 gradients leave only where weights cannot be split.
             leavable=sharding in ("none", "fsdp2") and not fp16 and split == may_split,
             overlaps=overlaps,
+            width=2 if cfg.hf.get("bf16") or cfg.hf.get("fp16") or cfg.method.pure_bf16 else 4,
+            tf32=bool(cfg.hf.get("tf32")),
             user=user,
         )
 

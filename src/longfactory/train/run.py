@@ -27,6 +27,7 @@ from longfactory.model.value_head import FILE as VALUE_HEAD
 from longfactory.model.value_head import TokenValues, load_value_head
 from longfactory.shard import settings as shard
 from longfactory.sp import hf
+from longfactory.sp.backends import start
 from longfactory.train import output
 from longfactory.train.callbacks import AtStart, LogFile
 from longfactory.train.memory_plan import FitMemory, Memory, count_parameters, plan_memory
@@ -114,6 +115,8 @@ def assemble(cfg: RunConfig, *, compares: bool = False) -> Assembled:
     for line in describe(cfg, ctx, args, sharding, datasets) if not compares else ():
         log.info(line)
 
+    for line in kernels(cfg, model_config, ctx, args, memory):
+        log.info(line)
     model, head, source = build_model(cfg, model_config, tokenizer, ctx, args, stage, memory.split)
     aligned = -(-memory.plan.job.tokens // sp.alignment(ctx)) * sp.alignment(ctx)
     activations = apply_memory(model, memory.plan.settings, args.device, longest=aligned // ctx.size)
@@ -262,7 +265,7 @@ def build_model(
     cfg: RunConfig, model_config: Any, tokenizer: Any, ctx: sp.SequenceParallel, args: Any, stage: Stage, split: bool
 ) -> tuple[Any, Any, Source]:
     """The model with the engine's attention, what is trained of it, and its output layer taken over; and the files that it came from."""
-    dtype = torch.bfloat16 if cfg.method.pure_bf16 or split else load.compute_dtype(args)
+    dtype = computing_dtype(cfg, args, split)
     quantization = load.quantization_config(cfg.model, dtype)
     on_device = args.device if cfg.model.train_from_scratch else None
     model = load.load_model(cfg.model, model_config, dtype, attention=hf.ATTENTION, device=on_device, quantization=quantization)
@@ -298,6 +301,24 @@ def build_model(
     for level, line in adapters.describe_trained(model):
         log.log(level, line)
     return model, head, source
+
+
+def computing_dtype(cfg: RunConfig, args: Any, split: bool) -> torch.dtype:
+    """What layers compute in."""
+    return torch.bfloat16 if cfg.method.pure_bf16 or split else load.compute_dtype(args)
+
+
+def kernels(cfg: RunConfig, model_config: Any, ctx: sp.SequenceParallel, args: Any, memory: Memory) -> list[str]:
+    """Chooses and self-tests the attention kernels before anything is loaded. What to say of them, a line or two.
+
+    Raises:
+        UserError: the kernel that `attention_backend` names cannot be used.
+    """
+    try:
+        requests = hf.kernel_requests(model_config, ctx, computing_dtype(cfg, args, memory.split))
+        return start.lines(ctx.backend, requests)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def make_trainer(

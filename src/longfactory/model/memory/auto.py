@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from longfactory.model.memory.settings import MemorySettings
-from longfactory.plan.model import MARGIN, Budget, Choice, Job, choose
+from longfactory.plan.model import MARGIN, Budget, Choice, Job, choose, hidden_bytes, kept_bytes
 from longfactory.plan.report import advice, table
 from longfactory.plan.shapes import ModelShape, machine
 
@@ -66,6 +66,8 @@ def choose_memory(
     state_bytes: float = 8,
     leavable: bool = True,
     overlaps: bool = False,
+    width: int = 2,
+    tf32: bool = False,
     user: dict[str, Any] | None = None,
 ) -> MemoryPlan:
     """Memory settings for rows of at most `tokens` tokens.
@@ -81,10 +83,11 @@ def choose_memory(
         head_trained: whether the output layer is, where known.
         split_master: trained weights are bf16 with a 16-bit remainder (`SplitAdamW`), not fp32.
         accumulates, state_bytes, leavable, overlaps: as in `plan.model.Job`; buffers of DDP are seen here.
+        width: bytes of a number as layers compute it: 2 in bf16 and fp16, 4 in fp32. tf32: products of fp32 may be rounded (`tf32: true`).
         user: keys that the user set, as in `plan.model.Choice`; they are kept.
     """
     user = dict(user or {})
-    shape = ModelShape.of(model_config, trainable, parameters, lora, head_trained)
+    shape = ModelShape.of(model_config, trainable, parameters, lora, head_trained, width)
     if lora and trainable is None:
         shape = dataclasses.replace(shape, trainable=shape.parameters // 100, head_trained=bool(head_trained))
     sharded = world > 1 if sharded is None else sharded
@@ -95,7 +98,7 @@ def choose_memory(
         kept = "every activation is stored" if choice.checkpoint == "none" else kept
         job = Job(shape, machine("cpu", world, host_bytes, gpu_bytes=host_bytes), tokens, sp, sharded, overlaps=overlaps)
         return MemoryPlan(_settings(choice, 0), job, choice, Budget({}, {}, 0.0), True, f"Memory plan: no GPU; {kept}.")
-    kind = machine(gpu_name, world, host_bytes, gpus_per_host, gpu_bytes)
+    kind = machine(gpu_name, world, host_bytes, gpus_per_host, gpu_bytes, tf32)
     early = accumulates or (world > 1 and not sharded)
     leavable = leavable and (sharded or world == 1)
     job = Job(shape, kind, tokens, sp, sharded, 2 if split_master else 4, early, state_bytes, leavable, overlaps)
@@ -168,9 +171,7 @@ def corrected(plan: MemoryPlan, peak: int) -> tuple[MemorySettings, str | None]:
         return new, f"The first step's peak was {peak / GiB:.1f} of {total / GiB:.1f} GiB: pieces of {new.mlp_chunk:,} tokens from now on."
     free = MARGIN * total - peak
     if s.offload != "none" and s.segment_layers == 1:
-        layer = plan.job.local * (
-            2 * plan.job.shape.hidden + (2 * plan.job.shape.heads * plan.job.shape.head_dim if s.offload == "inputs+attention" else 0)
-        )
+        layer = plan.job.local * (hidden_bytes(plan.job.shape) + (kept_bytes(plan.job.shape) if s.offload == "inputs+attention" else 0))
         stay = min(plan.job.shape.layers - 1, s.last_layers_on_gpu + int(free // layer))
         if free > 0 and stay > s.last_layers_on_gpu:
             new = dataclasses.replace(s, last_layers_on_gpu=stay)

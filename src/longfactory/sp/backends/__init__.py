@@ -87,14 +87,12 @@ def wants_bulk(name: str, q: torch.Tensor, v: torch.Tensor, softcap: float | Non
 _told: set[tuple[str, str, bool]] = set()
 
 
-def _tell(name: str, request: Request, refusals: tuple[str, ...]) -> None:
-    """One line for each backend and kind of tile, with the reasons against those before it."""
+def mark_told(name: str, request: Request) -> bool:
+    """Whether this kernel was not named for this kind of tile before; afterwards it was."""
     key = (name, request.kind, request.window)
-    if key in _told:
-        return
+    new = key not in _told
     _told.add(key)
-    tiles = f"{request.kind} tiles{' in a window' if request.window else ''}, {request.dtype}, head dim {request.head_dim}"
-    log.info("attention backend %s for %s%s", name, tiles, f" ({'; '.join(refusals)})" if refusals else "")
+    return new
 
 
 def failure(name: str, request: Request) -> str | None:
@@ -114,32 +112,46 @@ def _failure(name: str, request: Request) -> str | None:
 
 
 @functools.cache
-def _select(name: str, request: Request) -> Any:
+def resolve(name: str, request: Request) -> tuple[str, dict[str, str]]:
+    """The name of the backend for this kind of tile, and why each one before it is not used.
+
+    Raises:
+        ValueError: no backend can do it, or the one that was asked for cannot be used here at all.
+    """
+    refusals: dict[str, str] = {}
     if name != "auto":
         if name not in BACKENDS:
             raise ValueError(f"Unknown attention_backend {name!r}. Choose one of: auto, {', '.join(BACKENDS)}.")
         easiest = Request(request.device_type, request.dtype, 64, 64, "full", False, False, True)
         reason = BACKENDS[name].refuses(easiest) or failure(name, easiest)
+        if reason is None and BACKENDS[name].refuses(request) is None:
+            reason = failure(name, request)
+            if reason is None:
+                return name, {}
         if reason is not None:
             raise ValueError(f"attention_backend: {name} {reason}. Use attention_backend: auto.")
-        reason = BACKENDS[name].refuses(request)
-        if reason is None:
-            if (wrong := failure(name, request)) is not None:
-                raise ValueError(f"attention_backend: {name} {wrong}. Use attention_backend: auto.")
-            return BACKENDS[name]
-        log.warning("attention_backend %s %s: another one does these tiles (%s)", name, reason, request)
-    refusals: list[str] = []
+        refusals[name] = BACKENDS[name].refuses(request)
     for candidate, backend in BACKENDS.items():
         reason = backend.refuses(request) or failure(candidate, request)
         if reason is None:
-            _tell(candidate, request, tuple(refusals))
-            return backend
-        refusals.append(f"{candidate} {reason}")
-    raise ValueError(f"No attention backend for {request}: {'; '.join(refusals)}.")
+            return candidate, refusals
+        refusals[candidate] = reason
+    raise ValueError(f"No attention backend for {request}: {'; '.join(f'{n} {r}' for n, r in refusals.items())}.")
+
+
+@functools.cache
+def _select(name: str, request: Request) -> Any:
+    chosen, refusals = resolve(name, request)
+    if mark_told(chosen, request):
+        tiles = f"{request.kind} tiles{' in a window' if request.window else ''}, {request.dtype}, head dim {request.head_dim}"
+        why = f" ({name} {refusals[name]})" if name in refusals else ""
+        log.info("attention kernel %s for %s%s", chosen, tiles, why)
+    return BACKENDS[chosen]
 
 
 def forget_choices() -> None:
     """Every backend is chosen and self-tested again. For tests."""
     _failure.cache_clear()
+    resolve.cache_clear()
     _select.cache_clear()
     _told.clear()

@@ -35,11 +35,11 @@ def choose(ctx: SequenceParallel, length: int, segments: Sequence[Segment]) -> C
     if ctx.mode == "zigzag-ring":
         return Choice(1, "ring", "zigzag", "asked for")
     if ctx.mode == "ulysses":
-        degree = n if ctx.heads is None else largest_ulysses_degree(n, ctx.heads)
-        if degree == n:
+        share = n if ctx.heads is None else largest_ulysses_degree(n, ctx.heads)
+        if share == n:
             return Choice(n, "ring", "zigzag", "asked for")
-        rest = f"ulysses {degree} x ring {n // degree}" if degree > 1 else f"a ring of {n}"
-        return _told(ctx, Choice(degree, "ring", "zigzag", f"ulysses: {n} ranks cannot share {ctx.heads} query heads evenly, so {rest}"))
+        rest = f"ulysses {share} x ring {n // share}" if share > 1 else f"a ring of {n}"
+        return _told(ctx, Choice(share, "ring", "zigzag", f"ulysses: {n} ranks cannot share {ctx.heads} query heads evenly, so {rest}"))
     if ctx.mode == "llama3":
         return Choice(1, "gather", _layout(n, length, segments), "asked for")
     if ctx.mode == "usp":
