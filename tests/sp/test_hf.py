@@ -168,7 +168,7 @@ def reads_the_index() -> str:
 
 def test_guard_refuses_what_reads_the_index_instead_of_the_position() -> None:
     for message in run_ranks(2, reads_the_index):
-        assert "log-probabilities of document 1 differ" in message and "type llama" in message
+        assert "of layer 0 (LlamaDecoderLayer), as it is trained, is" in message and "type llama" in message
 
 
 def test_guard_refuses_a_window_that_its_mask_does_not_have() -> None:

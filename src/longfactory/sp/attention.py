@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import replay
+from . import probe, replay
 from .kernels import Call
 from .plan import RowPlan
 from .schedules import gather, ring, ulysses
@@ -221,4 +221,9 @@ def _check(
             raise ValueError(f"{name} is {size}: needed a positive number of tokens, or None.")
     ulysses.check(heads, kv_heads, plan.choice.ulysses)
     copies = ulysses.copies(heads, kv_heads, plan.choice.ulysses)
-    return Call(plan, q.shape[2] ** -0.5 if scale is None else float(scale), window, chunk, softcap or None, sinks is not None, copies)
+    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+    if (seen := probe.current()) is not None:
+        asked = probe.settings(scale, window, chunk, softcap, sinks)
+        seen.arrived[seen.layer].add(asked)
+        seen.kernels.add((asked, probe.Shape(heads, kv_heads, q.shape[2], v.shape[2], q.dtype)))
+    return Call(plan, scale, window, chunk, softcap or None, sinks is not None, copies)

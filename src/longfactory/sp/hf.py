@@ -97,7 +97,7 @@ def attention(
         seen.calls += 1
         seen.modules.add(id(module))
         seen.heads.add((query.shape[1], key.shape[1]))
-        seen.dtypes.add(query.dtype)
+        seen.asked[seen.layer].add(probe.settings(query.shape[3] ** -0.5 if scaling is None else scaling, window, chunk, softcap, s_aux))
         if window:
             seen.windows.add(window)
     if (scales := _temperature(module, plan, query.device)) is not None:

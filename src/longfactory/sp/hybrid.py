@@ -28,7 +28,7 @@ from .plan import RowPlan
 LAYERS = frozenset({"linear_attention"})
 """Layer types that are computed here, in models whose linear attention is a gated delta net of Qwen's shape."""
 
-_GATED_DELTA_NETS = ("Qwen3NextGatedDeltaNet", "Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet")
+GATED_DELTA_NETS = ("Qwen3NextGatedDeltaNet", "Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet")
 _GATED_DELTA_MODELS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 
 _KNOWN = frozenset({"full_attention", "sliding_attention", "chunked_attention", "sparse", "dense", "moe", "mlp"})
@@ -64,7 +64,7 @@ def prepare(model: nn.Module, ctx: SequenceParallel) -> None:
         ValueError: its key heads do not divide by the size of the sequence-parallel group.
     """
     for module in model.modules():
-        if type(module).__name__ not in _GATED_DELTA_NETS or hasattr(module, "sp_forward"):
+        if type(module).__name__ not in GATED_DELTA_NETS or hasattr(module, "sp_forward"):
             continue
         if module.num_k_heads % ctx.size:
             raise ValueError(

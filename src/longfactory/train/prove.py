@@ -20,10 +20,10 @@ def prove_exact(trainer: RowTrainer) -> None:
     """
     model = trainer.model_wrapped
     was_training = model.training
-    model.eval()
     try:
+        guard(model, trainer.ctx)
+        model.eval()
         with torch.no_grad(), trainer.compute_loss_context_manager():
-            guard(model, trainer.ctx)
             if isinstance(trainer.head, TokenLogprobs):
                 length = sp.alignment(trainer.ctx)
                 while length < 16:

@@ -106,7 +106,7 @@ class DecoderLayer(CheckpointedLayer):
         x = args[0] if args else kwargs.get("hidden_states")
         plan = kwargs.get("sp_plan")
         embedding = kwargs.get("position_embeddings")
-        if plan is None or embedding is None or probe.current() is not None or not isinstance(x, Tensor) or not self._fits(x, embedding[0]):
+        if plan is None or embedding is None or probe.steps_aside() or not isinstance(x, Tensor) or not self._fits(x, embedding[0]):
             return super().__call__(*args, **kwargs)
         cos, sin = (t.view(-1, t.shape[-1]).detach() for t in embedding)
         call = LayerCall(self, plan, cos, sin, self.weights())

@@ -1,0 +1,278 @@
+"""One decoder layer of the sharded run against transformers' own layer: the rule by which the guard judges, and the layer to judge by.
+
+Two numbers are compared, both of them distances to the same layer in a wider type (float32 for half precision, float64 for float32):
+
+    ratio = error(the run's layer) / error(transformers' layer with its own attention, in the run's precision)
+
+on the same input, the same weights and the same gradient of the output. An exact layer rounds as often as the model's own, so its ratio is
+near 1 whatever the model, its weights and the precision; benchmarks/results/guard_ratios.md has the distribution, of exact layers and of
+planted faults. Tokens count by the median of a block of them: a router that is undecided sends a few tokens to other experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from .probe import Asked
+
+LIMIT = 3.0
+"""Largest ratio of an exact layer's error to that of the model's own."""
+BLOCK = 64
+"""Tokens whose median counts."""
+FLOOR = 0.125
+"""Of a unit of rounding, relative to the block's values: errors below are no errors. Rounding alone is 0.2."""
+FEW = 256
+"""Numbers whose errors average out. Of fewer, such as a head's attention sinks, the floor is higher."""
+
+
+class Worst(NamedTuple):
+    """The largest ratio, and what it was found in."""
+
+    ratio: float
+    where: str
+
+
+def reference_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The wider type that a computation in `dtype` is held against."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else torch.float64
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Relative unit of a computation in `dtype`. Of float64 it is that of the norms, softmaxes and rotary angles, which transformers
+    computes in float32 whatever the type: its own layer has them in the reference too, and so no error to be compared with."""
+    return 16 * torch.finfo(torch.float32).eps if dtype == torch.float64 else torch.finfo(dtype).eps
+
+
+def token_ratio(run: Tensor, own: Tensor, reference: Tensor, lengths: Sequence[int], unit: float) -> float:
+    """The largest ratio among blocks of tokens.
+
+    Args:
+        run, own, reference: [T, ...], one value per token and channel, documents one after another.
+        lengths: of the documents; a block does not cross their ends.
+        unit: `rounding` of the run's precision.
+    """
+    wide = reference.flatten(1).double()
+    errors, own_errors = ((x.flatten(1).double() - wide).norm(dim=1) for x in (run, own))
+    sizes = wide.norm(dim=1)
+    worst, start = 0.0, 0
+    for length in lengths:
+        blocks = max(1, length // BLOCK)
+        for part in torch.arange(start, start + length).tensor_split(blocks):
+            block = slice(int(part[0]), int(part[-1]) + 1)
+            worst = _larger(worst, _ratio(errors[block].median(), own_errors[block].median(), sizes[block].median(), unit))
+        start += length
+    return worst
+
+
+def weight_ratio(run: Tensor, own: Tensor, reference: Tensor, unit: float) -> float:
+    """The ratio of a parameter's gradient as a whole."""
+    wide = reference.double()
+    unit = unit * max(1.0, math.sqrt(FEW / wide.numel()))
+    return _ratio((run.double() - wide).norm(), (own.double() - wide).norm(), wide.norm(), unit)
+
+
+def _ratio(error: Tensor, own: Tensor, size: Tensor, unit: float) -> float:
+    if error == 0:  # both of no tokens, or of a gradient that is zero
+        return 0.0
+    return float(error / torch.maximum(own, FLOOR * unit * size).clamp(min=1e-30))
+
+
+def _larger(a: float, b: float) -> float:
+    """The larger one; a NaN is the largest."""
+    return math.inf if math.isnan(b) or math.isnan(a) else max(a, b)
+
+
+@dataclasses.dataclass
+class LayerRun:
+    """What one layer of the run was given and returned: first this rank's tokens, then (`gathered`) the whole row's, tokens first."""
+
+    layer: nn.Module
+    index: int
+    dim: int = 0
+    """The tensor dimension of the tokens in the layer's hidden states."""
+    call: int = 0
+    """How often the layer had run before."""
+    x: Tensor | None = None
+    y: Tensor | None = None
+    dx: Tensor | None = None
+    dy: Tensor | None = None
+    autocast: torch.dtype | None = None
+    weights: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    """The layer's parameters and buffers as it computed with them, whole."""
+    trained: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    """The parameters that are differentiated, in the run's graph."""
+    gradients: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    """Of `trained`, of this rank's tokens; summed over ranks when they are compared."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the layer multiplies."""
+        if self.autocast is not None:
+            return self.autocast
+        assert self.x is not None
+        return self.x.dtype
+
+
+def plain_layer(layer: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> nn.Module:
+    """transformers' own layer with these weights: without hooks, wrappers and functions that were put in its place.
+
+    Shares what is not changed with `layer`. `dtype`: of every floating-point weight and buffer, or None for those they have.
+    """
+    memo: dict[int, Any] = {}
+
+    def cast(t: Tensor) -> Tensor:
+        if id(t) not in memo:
+            own = t.detach() if type(t) in (Tensor, nn.Parameter) else t  # quantised weights carry their scales with them
+            memo[id(t)] = own.to(dtype) if dtype is not None and own.is_floating_point() else own
+        return memo[id(t)]
+
+    def plain(module: nn.Module, prefix: str) -> nn.Module:
+        if id(module) in memo:
+            return memo[id(module)]
+        kind: Any = next(k for k in type(module).__mro__ if not _is_wrapper(k))
+        new = memo[id(module)] = kind.__new__(kind)
+        fields = {k: v for k, v in module.__dict__.items() if k != "forward"}
+        for name, value in fields.items():
+            if name.endswith("_hooks") or "_hooks_" in name:
+                fields[name] = type(value)()
+            elif isinstance(value, Tensor):
+                fields[name] = cast(value)
+        if dtype is not None and isinstance(fields.get("compute_dtype"), torch.dtype):
+            fields["compute_dtype"] = dtype  # quantised linears multiply in it
+        if "gradient_checkpointing" in fields:
+            fields["gradient_checkpointing"] = False
+        new.__dict__.update(fields)
+        for kept in ("_parameters", "_buffers"):
+            held = {n: weights.get(prefix + n, t) if t is not None else None for n, t in module.__dict__[kept].items()}
+            new.__dict__[kept] = {n: None if t is None else cast(t) for n, t in held.items()}
+        new.__dict__["_modules"] = {n: None if m is None else plain(m, f"{prefix}{n}.") for n, m in module._modules.items()}
+        return new
+
+    return plain(layer, "")
+
+
+def _is_wrapper(kind: type) -> bool:
+    """FSDP2 puts a class of its own before a module's."""
+    return any(k.__name__ == "FSDPModule" for k in kind.__mro__)
+
+
+class OwnCall(NamedTuple):
+    """The arguments of a layer's call on one document alone. `hidden`: the place among `args`, or the keyword, of its hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    hidden: int | str
+
+
+class Alone(NamedTuple):
+    """A layer on the documents, one at a time: [T, ...] outputs and gradients of the inputs, and the gradients of its parameters."""
+
+    y: Tensor
+    dx: Tensor
+    gradients: dict[str, Tensor]
+
+
+def run_alone(
+    layer: nn.Module, run: LayerRun, calls: Sequence[OwnCall], lengths: Sequence[int], dtype: torch.dtype | None, device: torch.device
+) -> Alone:
+    """transformers' own layer, each document by itself.
+
+    Args:
+        layer: of `plain_layer`.
+        run: the whole row's input and gradient of the output, [T, ...].
+        dtype: everything is computed in it; None for the run's precision.
+    """
+    assert run.x is not None and run.dy is not None
+    parameters = {n: p.requires_grad_() for n, p in layer.named_parameters() if n in run.trained}
+    outputs, inputs, start = [], [], 0
+    sums: dict[str, Tensor] = {}
+
+    def to(t: Any) -> Any:
+        return t.to(dtype) if dtype is not None and isinstance(t, Tensor) and t.is_floating_point() else t
+
+    low = run.autocast if dtype is None else None
+    for call, length in zip(calls, lengths, strict=True):
+        document = slice(start, start + length)
+        start += length
+        # [S, ...] -> the layer's own order
+        x, dy = (to(t[document]).movedim(0, run.dim).detach() for t in (run.x, run.dy))
+        x.requires_grad_()
+        args, kwargs = list(tree_map(to, call.args)), tree_map(to, call.kwargs)
+        if isinstance(call.hidden, int):
+            args[call.hidden] = x
+        else:
+            kwargs[call.hidden] = x
+        with torch.enable_grad(), torch.autocast(device.type, dtype=low, enabled=low is not None):
+            y = first(layer(*args, **kwargs))
+        grads = torch.autograd.grad(y, [x, *parameters.values()], dy.to(y.dtype), allow_unused=True)
+        outputs.append(y.detach().movedim(run.dim, 0))
+        inputs.append(torch.zeros_like(x).movedim(run.dim, 0) if grads[0] is None else grads[0].movedim(run.dim, 0))
+        wide = reference_dtype(y.dtype)
+        for name, g in zip(parameters, grads[1:], strict=True):
+            if g is not None:
+                sums[name] = sums[name] + g.to(wide) if name in sums else g.to(wide)
+    return Alone(torch.cat(outputs), torch.cat(inputs), sums)
+
+
+def first(output: Any) -> Tensor:
+    """The hidden states of what a layer returns."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def judge(run: LayerRun, own: Alone, reference: Alone, lengths: Sequence[int]) -> dict[str, float]:
+    """The ratios of a layer: of its output, of the gradient of its input, and of the gradients of its modules' parameters."""
+    unit, total = rounding(run.dtype), sum(lengths)
+    assert run.y is not None and run.dx is not None
+    found = {
+        "output": token_ratio(run.y[:total], own.y, reference.y, lengths, unit),
+        "gradient of the input": token_ratio(run.dx[:total], own.dx, reference.dx, lengths, unit),
+    }
+    by_module: dict[str, list[str]] = {}
+    # A token that another expert gets changes the gradients of all weights, if only a little.
+    for name in () if chooses_experts(run.layer) else reference.gradients:
+        by_module.setdefault(name.rpartition(".")[0] or name, []).append(name)
+    for module, names in by_module.items():
+        # A bias and its weight as one: the gradient of a key's bias is zero in exact arithmetic.
+        a, b, c = (torch.cat([_of(g, n, reference).flatten() for n in names]) for g in (run.gradients, own.gradients, reference.gradients))
+        found[f"gradient of {module}"] = weight_ratio(a, b, c, unit)
+    return found
+
+
+def chooses_experts(layer: nn.Module) -> bool:
+    """Whether a router in the layer sends each token to some of several experts."""
+    return any("experts" in name or type(m).__name__.endswith(("Router", "Gate", "Gating")) for name, m in layer.named_modules())
+
+
+def _of(gradients: Mapping[str, Tensor], name: str, reference: Alone) -> Tensor:
+    return gradients[name] if name in gradients else torch.zeros_like(reference.gradients[name])
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, asked: Asked, sinks: Tensor | None) -> Tensor:
+    """Attention of one document as models write it down: [S, H, D], [S, Hk, D], [S, Hk, Dv] -> [S, H, Dv], all in the inputs' type but
+    for the softmax, which is float32 at least."""
+    groups = q.shape[1] // k.shape[1]
+    # [S, H, D] -> [H, S, D]
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    k, v = (x.repeat_interleave(groups, 0) for x in (k, v))
+    scores = q @ k.transpose(1, 2) * asked.scale
+    if asked.softcap is not None:
+        scores = torch.tanh(scores / asked.softcap) * asked.softcap
+    places = torch.arange(q.shape[1], device=q.device)
+    distance = places[:, None] - places
+    seen = distance >= 0
+    if asked.window is not None:
+        seen = seen & (distance < asked.window)
+    if asked.chunk is not None:
+        seen = seen & (places[:, None] // asked.chunk == places // asked.chunk)
+    scores = scores.masked_fill(~seen, -math.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype)[:, None, None].expand(-1, q.shape[1], 1)], dim=-1)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    return (scores.softmax(-1, dtype=wide).to(v.dtype)[..., : q.shape[1]] @ v).transpose(0, 1)
