@@ -27,7 +27,7 @@ LongFactory {version}: post-train language models on sequences of any length.
   longfactory env                                what is installed, for a bug report
   longfactory version
 
-  longfactory train run.yaml --dry_run           resolve and check a run, print it, stop
+  longfactory train run.yaml --dry_run           resolve a run, check all of it that is on this machine, print it, stop
   longfactory train --help [word]                every key, or those that match a word
 
 Keys have LLaMA-Factory's names; --key value works as well as key=value. One line makes a sequence span devices:
@@ -64,6 +64,8 @@ def train(argv: list[str]) -> int:
     if cfg.output.dry_run:
         known = planned_processes(cfg)
         problems = list(processes(cfg, known)) if known is not None else []
+        if _rank() == 0:
+            problems += _look(cfg)
         if problems:
             raise UserError("\n".join(problems))
         if _rank() == 0:
@@ -75,6 +77,17 @@ def train(argv: list[str]) -> int:
 
     run(cfg)
     return 0
+
+
+def _look(cfg: RunConfig) -> list[str]:
+    """The problems of a run that can be seen from what lies on this machine; prints what could not be checked."""
+    from longfactory.dry_run import look
+
+    found = look(cfg)
+    for label, lines in (("note", found.notes), ("not checked", found.unchecked)):
+        for line in lines:
+            print(f"{label}: {line}", file=sys.stderr)
+    return found.problems
 
 
 def _start(command: str, cfg: RunConfig, argv: list[str]) -> int | None:

@@ -29,9 +29,7 @@ def row(loss: float, precision: str = "bf16") -> dict:
     return {"precision": precision, "loss": [loss] * matrix.STEPS, "grad_norm": [2.0] * matrix.STEPS}
 
 
-@pytest.mark.parametrize(
-    ("ours", "verdict"), [(7.0, "same"), (7.02, "same"), (7.2, "DIFFERENT"), (14.0, "DIFFERENT")]
-)
+@pytest.mark.parametrize(("ours", "verdict"), [(7.0, "same"), (7.02, "same"), (7.2, "DIFFERENT"), (14.0, "DIFFERENT")])
 def test_the_loops_own_error_is_the_measure(ours: float, verdict: str) -> None:
     assert matrix.compare(row(ours), row(7.0), row(7.01))[0] == verdict
 

@@ -1,8 +1,8 @@
 """What public training YAMLs for LLaMA-Factory and its 360 fork say goes on resolving, or being refused with the known sentence.
 
-`public_keys.json` was distilled from 420 different ones (of LLaMA-Factory's examples in every version, and of forks): `keys` maps each key to the
-values that were seen (names and paths are replaced by letters) with the verdict of each by itself; `together` holds the settings that resolve
-together and that checks compare with one another.
+`public_keys.json` was distilled from 420 different ones (of LLaMA-Factory's examples in every version, and of forks). `keys` maps each key
+to the values that were seen (names and paths are replaced by letters), with the verdict of each by itself. `together` holds the settings
+that resolve together and that checks compare with one another.
 """
 
 from __future__ import annotations
@@ -76,6 +76,5 @@ def test_text_says_the_same_as_a_value() -> None:
             if value is None or isinstance(value, (dict, list)):
                 continue
             a, b = from_mapping(run_with(key, value)), from_mapping(run_with(key, str(value)))
-            assert dataclasses.replace(a, notes=()) == dataclasses.replace(b, notes=()) and len(a.notes) == len(b.notes), (
-                f"{key}: {value!r}"
-            )
+            assert dataclasses.replace(a, notes=()) == dataclasses.replace(b, notes=()), f"{key}: {value!r}"
+            assert len(a.notes) == len(b.notes), f"{key}: {value!r}"

@@ -219,7 +219,7 @@ class OutputArguments:
 
     overwrite_output_dir: bool = arg(False, "Begin anew in an output folder that has checkpoints, instead of resuming.")
     save_final_model: bool = arg(True, "Write the model to output_dir at the end of training; false for a trial run.")
-    dry_run: bool = arg(False, "Print the resolved run and stop.")
+    dry_run: bool = arg(False, "Check what is on this machine (model, data, template, folders), print the resolved run, and stop.")
     logging_dir: str | None = arg(None, "Folder for TensorBoard.")
     use_swanlab: bool = arg(False, "Report to SwanLab; the same as report_to: swanlab.")
     swanlab_project: str | None = arg("llamafactory", "Project in SwanLab.")

@@ -126,16 +126,15 @@ def _choice(value: Any, choices: tuple[Any, ...], name: str) -> Any:
     for choice in choices:
         if type(choice) is type(value) and choice == value:
             return choice
-    if isinstance(value, bool):
-        # YAML reads the bare words no and off, yes and on, as booleans.
-        words = TRUE if value else FALSE
-        for choice in choices:
-            if isinstance(choice, str) and choice in words:
-                return choice
     text = str(value).strip().lower()
     for choice in choices:
         if str(choice).lower() == text:
             return choice
+    if text in TRUE | FALSE:
+        # YAML reads the bare words no and off, yes and on, as booleans.
+        for choice in choices:
+            if isinstance(choice, str) and choice in (TRUE if text in TRUE else FALSE):
+                return choice
     given = str(value).lower() if isinstance(value, bool) else value
     raise ConfigError(f"{name}: {given!r} is not a choice. Choose from {', '.join(str(c) for c in choices)}.")
 

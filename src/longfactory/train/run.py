@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import types
 from pathlib import Path
 from typing import Any
 
@@ -204,16 +203,7 @@ def _set_up_log(main: bool) -> None:
 
 def load_data(cfg: RunConfig, tokenizer: Any) -> data.Datasets:
     """The tokenised data of the run."""
-    share = cfg.method.pref_share_prompt
-    if share == "auto":
-        # NEFTune draws the noise of each answer's own sequence, prompt included.
-        share = not cfg.trainer("neftune_noise_alpha")
-    options = types.SimpleNamespace(
-        **{f.name: getattr(cfg.data, f.name) for f in dataclasses.fields(cfg.data)},
-        pref_share_prompt=share,
-        hf_hub_token=cfg.model.hf_hub_token,
-        disable_shuffling=cfg.method.disable_shuffling,
-    )
+    options = cfg.data_options()
     # In pre-training a template gives the token that ends a text; without its name there is none to give.
     template = None if cfg.method.stage == "pt" and cfg.data.template is None else get_template(options, tokenizer, log)
     return data.load_datasets(options, stage=cfg.method.stage, tokenizer=tokenizer, template=template, seed=cfg.trainer("seed"), log=log)

@@ -1,0 +1,252 @@
+"""`--dry_run`: whether everything on this machine that a run needs is there and can be read. No download, no GPU, no weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longfactory.errors import UserError
+
+if TYPE_CHECKING:
+    from longfactory.config import RunConfig
+    from longfactory.data.sources import Source
+
+ROWS = 20
+"""Rows of each data set that are read and tokenised."""
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclasses.dataclass
+class Found:
+    """`problems` would end the run; `unchecked` is what nobody looked at, with the reason. A sentence each."""
+
+    problems: list[str] = dataclasses.field(default_factory=list)
+    unchecked: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def problem(self, text: object) -> None:
+        if str(text) not in self.problems:
+            self.problems.append(str(text))
+
+
+def look(cfg: RunConfig) -> Found:
+    """Looks at the model, its tokenizer, adapters and reference, the data, the template, and the folders that are written to."""
+    found = Found()
+    tokenizer = _model(cfg, found)
+    _adapters(cfg, found)
+    if cfg.method.ref_model is not None:
+        folder = _folder(cfg, "ref_model", cfg.method.ref_model, found)
+        if folder is not None:
+            _weights("ref_model", folder, found)
+    _data(cfg, tokenizer, found)
+    for key, path in _written(cfg):
+        _writable(key, path, found)
+    return found
+
+
+def _folder(cfg: RunConfig, key: str, name: str, found: Found) -> Path | None:
+    """The folder of a model or an adapter: of that path, or the hub's snapshot in the cache; None where there is neither."""
+    from longfactory.model.load import looks_local
+
+    path = Path(name).expanduser()
+    if path.exists() or looks_local(name):
+        if path.is_dir():
+            return path
+        found.problem(f"{key}: {name} is a file; a folder is needed." if path.exists() else f"{key}: the folder {name} does not exist.")
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    for file in ("config.json", "adapter_config.json"):
+        revision = cfg.model.model_revision if key == "model_name_or_path" else None
+        try:
+            cached = try_to_load_from_cache(name, file, cache_dir=cfg.model.cache_dir, revision=revision)
+        except ValueError:  # of huggingface_hub: not what a name on the hub can be
+            found.problem(f"{key}: there is no folder {name}, and it cannot be a name on the hub either.")
+            return None
+        if isinstance(cached, str):
+            found.unchecked.append(f"{key}: {name} was looked at in this machine's cache, not on the hub.")
+            return Path(cached).parent
+    found.unchecked.append(f"{key}: there is no folder {name}; whether the hub has a model of this name was not looked up.")
+    return None
+
+
+def _model(cfg: RunConfig, found: Found) -> Any:
+    """Looks at configuration, class, weights and tokenizer of the model. Returns the tokenizer, or None."""
+    from longfactory.model import load
+
+    name = cfg.model.model_name_or_path or ""
+    model = cfg.model
+    if name.lower() != load.EMBEDDED:
+        folder = _folder(cfg, "model_name_or_path", name, found)
+        if folder is None:
+            return None
+        model = dataclasses.replace(model, model_name_or_path=str(folder))
+        if (folder / "config.json").is_file() and not model.train_from_scratch:
+            _weights("model_name_or_path", folder, found)
+    try:
+        config = load.load_config(model, cfg.data.cutoff_len)
+        load.empty_model(model, config)
+    except UserError as error:
+        found.problem(error)
+    try:
+        return load.load_tokenizer(model)
+    except UserError as error:
+        found.problem(error)
+        return None
+
+
+def _weights(key: str, folder: Path, found: Found) -> None:
+    """Whether the files of a model's weights are there, all that its index names."""
+    for file in WEIGHTS:
+        index = folder / f"{file}.index.json"
+        if (folder / file).is_file():
+            return
+        if index.is_file():
+            try:
+                parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            except (ValueError, KeyError, AttributeError, TypeError):
+                found.problem(f"{key}: {index} is no index of weights.")
+                return
+            missing = sorted(p for p in parts if not (folder / p).is_file())
+            if missing:
+                more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+                found.problem(f"{key}: {folder} lacks {', '.join(missing[:3])}{more}, which {index.name} names.")
+            return
+    found.problem(f"{key}: {folder} holds no weights ({', '.join(WEIGHTS)}, or their index).")
+
+
+def _adapters(cfg: RunConfig, found: Found) -> None:
+    for key, names in (("adapter_name_or_path", cfg.model.adapter_name_or_path), ("ref_model_adapters", cfg.method.ref_model_adapters)):
+        for name in names:
+            folder = _folder(cfg, key, name, found)
+            if folder is None:
+                continue
+            try:
+                kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]
+            except FileNotFoundError:
+                found.problem(f"{key}: {name} holds no adapter_config.json. It should be a folder that PEFT saved.")
+                continue
+            except (ValueError, KeyError, TypeError):
+                found.problem(f"{key}: the adapter_config.json of {name} is not valid.")
+                continue
+            if kind != "LORA":
+                found.problem(f"{key}: {name} holds an adapter of type {kind}; LORA is supported.")
+            if not any((folder / file).is_file() for file in ADAPTER_WEIGHTS):
+                found.problem(f"{key}: {name} holds no weights ({' or '.join(ADAPTER_WEIGHTS)}).")
+
+
+def _data(cfg: RunConfig, tokenizer: Any, found: Found) -> None:
+    """Looks at the template, the entries of dataset_info.json, their files and their first rows."""
+    from longfactory.data import module, saved
+    from longfactory.data.errors import DataError
+
+    options, stage = cfg.data_options(), cfg.method.stage
+    template = None
+    try:
+        template = _template(cfg, options, tokenizer, found)
+    except DataError as error:
+        found.problem(error)
+        tokenizer = None
+    kind = module.kind_of(stage)
+    if saved.is_saved(cfg.data.tokenized_path):
+        try:
+            saved.load(Path(str(cfg.data.tokenized_path)), kind, module.cache_root())
+        except UserError as error:
+            found.problem(error)
+        return
+    names = (*cfg.data.dataset, *cfg.data.eval_dataset)
+    for name in dict.fromkeys(names):
+        try:
+            _data_set(cfg, options, name, kind, template, tokenizer, found)
+        except DataError as error:
+            found.problem(error)
+    if names:
+        found.unchecked.append(f"Rows of the data beyond the first {ROWS} of each set are read when the run starts.")
+
+
+def _template(cfg: RunConfig, options: Any, tokenizer: Any, found: Found) -> Any:
+    from longfactory.data import templates
+
+    if cfg.method.stage == "pt" and cfg.data.template is None:
+        return None
+    quiet = logging.getLogger("longfactory.dry_run")
+    quiet.setLevel(logging.ERROR)
+    if tokenizer is not None:
+        return templates.get_template(options, tokenizer, quiet)
+    if cfg.data.template is not None:
+        templates.named(options, quiet)
+    found.unchecked.append("The template and the first rows were not tokenised: there is no tokenizer on this machine.")
+    return None
+
+
+def _data_set(cfg: RunConfig, options: Any, name: str, kind: str, template: Any, tokenizer: Any, found: Found) -> None:
+    """Raises DataError for what is wrong with one data set."""
+    from longfactory.data import module
+    from longfactory.data.errors import BadRow, DataError
+    from longfactory.data.readers import parse_line, read
+    from longfactory.data.sources import read_sources
+    from longfactory.data.tokens import PieceTokenizer
+
+    if cfg.data.dataset_dir == "ONLINE" or cfg.data.dataset_dir.startswith("REMOTE:"):
+        found.unchecked.append(f"Data set {name!r} is on the hub (dataset_dir: {cfg.data.dataset_dir}) and was not looked up.")
+        return
+    source: Source = read_sources([name], cfg.data.dataset_dir, found.notes.append)[0]
+    module.check_kind(source, kind, cfg.method.stage)
+    if source.load_from != "file":
+        where = "the hub" if source.load_from == "hub" else "another machine"
+        found.unchecked.append(f"Data set {name!r} is on {where} ({source.location}) and was not looked up.")
+        return
+    source.files()
+    rows = list(islice(read(source), ROWS))
+    if not rows:
+        raise DataError(f"Data set {name!r} has no rows.")
+    if tokenizer is None:
+        for place, raw in rows:
+            try:
+                if isinstance(raw, BadRow):
+                    raise raw
+                if isinstance(raw, bytes):
+                    parse_line(raw)
+            except BadRow as error:
+                raise DataError(f"Data set {name!r}, {place}: {error}.") from None
+        return
+    preparer = module.make_preparer(source, options, kind, template, PieceTokenizer(tokenizer))
+    bad = preparer.chunk([(i, place, raw) for i, (place, raw) in enumerate(rows)])[-1]
+    if bad.count == len(rows):
+        place, reason = bad.places[0]
+        more = f" {bad.hint}" if bad.hint else ""
+        raise DataError(f"Data set {name!r}: none of its first {len(rows)} rows can be used. First: {place}: {reason}.{more}")
+    if bad.count:
+        found.notes.append(f"Data set {name!r}, first {len(rows)} rows: {bad.describe()}")
+
+
+def _written(cfg: RunConfig) -> Iterator[tuple[str, Path]]:
+    """The folders that the run makes or writes into."""
+    from longfactory.data import saved
+    from longfactory.data.module import cache_root
+
+    yield "output_dir", cfg.output_dir
+    yield "LONGFACTORY_CACHE", cache_root()
+    if cfg.data.tokenized_path is not None and not saved.is_saved(cfg.data.tokenized_path):
+        yield "tokenized_path", Path(cfg.data.tokenized_path)
+    if cfg.output.logging_dir is not None:
+        yield "logging_dir", Path(cfg.output.logging_dir)
+
+
+def _writable(key: str, path: Path, found: Found) -> None:
+    try:
+        there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    except OSError as error:
+        found.problem(f"{key}: {path} cannot be used: {error.strerror or error}.")
+        return
+    if not there.is_dir():
+        found.problem(f"{key}: {path} cannot be made: {there} is a file.")
+    elif not os.access(there, os.W_OK | os.X_OK):
+        found.problem(f"{key}: {path} cannot be written: there is no permission to write into {there}.")
