@@ -124,8 +124,8 @@ def test_targets_know_which_tensors_the_model_has_taken(bases: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(bases / "experts")
     names = [*stored_tensors(bases / "experts"), *EXTRA]
     targets = targets_of(names, model)
-    assert [name for name, target in targets.items() if target is None] == [*EXTRA]
-    assert targets["model.layers.0.mlp.experts.1.up_proj.weight"] == "model.layers.0.mlp.experts.gate_up_proj"
+    assert [name for name, found in targets.items() if not found] == [*EXTRA]
+    assert targets["model.layers.0.mlp.experts.1.up_proj.weight"] == ("model.layers.0.mlp.experts.gate_up_proj",)
     assert in_words(EXTRA) == "mtp.* (2), model.layers.2.* (1)"
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import types
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerState
 
-from longfactory.train.callbacks import LOG_FILE, AtStart, LogFile
+from longfactory.train.callbacks import LOG_FILE, AtStart, LogFile, Reported, report_failures
 from longfactory.train.output import read_log
 from longfactory.train.plots import overlay, plot_history, smooth
 
@@ -124,3 +125,32 @@ def test_smoothing() -> None:
     late = smooth(noisy)[100:]
     assert all(0.4 < v < 0.6 for v in late)
     assert json.dumps(smooth([1.0, 2.0]))  # plain numbers
+
+
+def test_a_tracker_that_fails_ends_the_run_before_its_first_step_alone(caplog: pytest.LogCaptureFixture) -> None:
+    class Board(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            raise RuntimeError("no key")
+
+        def on_log(self, *args: Any, logs: Any = None, **kwargs: Any) -> Any:
+            if logs:
+                raise OSError("the network is gone")
+            return "control"
+
+    Board.__module__ = "transformers.integrations.board"
+    own = AtStart()
+    handler = types.SimpleNamespace(callbacks=[Board(), own])
+    report_failures(handler)
+    board = handler.callbacks[0]
+    assert isinstance(board, Reported) and handler.callbacks[1] is own
+    with pytest.raises(RuntimeError, match="no key"):
+        board.on_train_begin(None, state(0), None)
+    with pytest.raises(OSError, match="the network is gone"):
+        board.on_log(None, state(0), None, logs={"loss": 1})
+    logger = logging.getLogger("longfactory")
+    logger.addHandler(caplog.handler)
+    for step in (1, 2):
+        board.on_log(None, state(step), None, logs={"loss": 1})
+    logger.removeHandler(caplog.handler)
+    assert len({r for r in caplog.records if "report_to: Board failed (OSError: the network is gone)" in r.getMessage()}) == 1
+    assert board.on_log(None, state(3), None) == "control"

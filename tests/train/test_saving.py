@@ -80,8 +80,23 @@ def test_what_fails_after_the_save_loses_nothing(
     monkeypatch.setattr("longfactory.train.output.write_model_card", fails)
     run(home, tmp_path / "out", plot_loss=True, **LORA)
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file() and (tmp_path / "out" / "trainer_state.json").is_file()
-    assert "plot_loss: curves could not be written (RuntimeError: no fonts)" in told.text
-    assert "the model card, could not be written" in told.text
+    assert "plot_loss: curves could not be written or sent (RuntimeError: no fonts)" in told.text
+    assert "the model card, could not be written or sent" in told.text
+
+
+def test_an_upload_that_fails_is_told_when_all_is_written(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("longfactory.hub.unreachable", lambda: None)
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda self, **kwargs: None)
+    monkeypatch.setattr("transformers.Trainer.push_to_hub", fails)
+    monkeypatch.setattr("transformers.Trainer._push_from_checkpoint", fails)
+    keys = {"push_to_hub": True, "do_eval": True, "val_size": 1, "save_strategy": "steps", "save_steps": 1}
+    with pytest.raises(UserError, match=r"could not be uploaded \(ConnectionError: no route\). The trained model is complete"):
+        run(home, tmp_path / "out", **LORA, **keys)
+    for name in ("adapter_model.safetensors", "train_results.json", "eval_results.json", "README.md", "checkpoint-1"):
+        assert (tmp_path / "out" / name).exists(), name
 
 
 @pytest.mark.parametrize("case", ["tokenizer", "below a file", "its own source"])

@@ -91,17 +91,17 @@ def compare_names(saved: Iterable[str], source: Source, model: Any) -> Changes:
 
     theirs: dict[str, list[str]] = collections.defaultdict(list)
     for name in sorted(saved):
-        target = model_targets.get(name)
-        if target is not None:
+        for target in model_targets[name][:1]:
             theirs[first(target)].append(name)
-    ours = collections.Counter(first(target) for target in source.targets.values() if target is not None)
+    ours = collections.Counter(first(targets[0]) for targets in source.targets.values() if targets)
     changes = Changes({}, {}, [], [], [])
-    for name, target in source.targets.items():
+    for name, targets in source.targets.items():
         if name in saved:
             continue
-        if target is None:
+        if not targets:
             changes.copied.append(name)
             continue
+        target = targets[0]
         found = theirs[first(target)]
         known = [n for n in found if n in source.tensors]
         if not found:
@@ -215,6 +215,28 @@ def remove_weights(folder: str | Path) -> None:
 # ---- before a save ----------------------------------------------------------------------------------------------------------------------
 
 
+def names_and_shapes(model: Any) -> dict[str, torch.Tensor]:
+    """The tensors that `save_pretrained` writes of a whole model, on the meta device, under the names that they get in its files.
+
+    Args:
+        model: a transformers model without adapters. Its parameters may be sharded or empty.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tied = tied_names(model)
+    declared = getattr(model, "all_tied_weights_keys", None) or {}
+    tensors = {}
+    for name, t in model.state_dict().items():
+        if name in tied and name in declared and tied.get(declared[name]) == tied[name]:
+            continue  # saved once, under the other name
+        shape = getattr(parameters[name], "ds_shape", parameters[name].shape) if name in parameters else t.shape
+        tensors[name] = torch.empty(shape, dtype=t.dtype, device="meta")
+    for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
+        tensors.pop(name, None)
+    return revert_weight_conversion(model, tensors)
+
+
 def check_saveable(model: Any, source: Source | None) -> None:
     """Proves without writing anything that each tensor of a model can be saved, and that every tensor of the source will be.
 
@@ -224,7 +246,6 @@ def check_saveable(model: Any, source: Source | None) -> None:
     Raises:
         UserError: which tensor cannot be saved, and why.
     """
-    from transformers.core_model_loading import revert_weight_conversion
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
     if hasattr(model, "peft_config"):
@@ -239,12 +260,10 @@ def check_saveable(model: Any, source: Source | None) -> None:
     state = dict(model.state_dict())
     _raise([name for name, t in state.items() if t.dtype not in DTYPES.values()], "have a dtype that safetensors does not know")
     if not any(hasattr(p, "ds_id") for p in model.parameters()):  # under ZeRO-3 every tensor is empty, and they look alike
-        state = remove_tied_weights_from_state_dict(state, model)
-    whole = {name: getattr(p, "ds_shape", p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    shapes = {name: torch.empty(whole.get(name, t.shape), dtype=t.dtype, device="meta") for name, t in state.items()}
-    if source is not None and source.tensors:
-        changes = compare_names(revert_weight_conversion(model, shapes), source, model)
-        _raise(changes.missing, f"stand in {source.folder} and would not be saved")
+        remove_tied_weights_from_state_dict(state, model)
+    names = names_and_shapes(model)
+    if source is not None:
+        _raise(compare_names(names, source, model).missing, f"stand in {source.folder} and would not be saved")
 
 
 def _raise(names: list[str], what: str) -> None:
@@ -278,28 +297,30 @@ def check_saved(folder: str | Path, model: Any, source: Source | None = None, *,
         Sentences, each naming what is wrong and the first tensors concerned.
     """
     folder = Path(folder)
-    head = folder / value_head.FILE
-    values = read_header(head) if head.is_file() else {}
+    parameters = dict(model.named_parameters())
+    # Name in the files -> the parameter's name, and the shape that it must have.
+    owners: dict[str, str]
     if hasattr(model, "peft_config"):
         file = folder / ADAPTER_FILE
         stored = read_header(file) if file.is_file() else {}
-        expected = {name: adapter_name(name) for name, p in model.named_parameters() if p.requires_grad}
+        owners = {adapter_name(name): name for name, p in parameters.items() if p.requires_grad}
+        shapes = {there: _shape(parameters[name]) for there, name in owners.items()}
     else:
         stored = stored_tensors(folder)
-        by_target = {target: name for name, target in targets_of(stored, model).items() if target is not None}
-        tied = tied_names(model)
-        for name, first in tied.items():
-            by_target.setdefault(name, by_target.get(first, next((by_target[n] for n in tied if tied[n] == first and n in by_target), "")))
-        expected = {name: by_target.get(name) or name for name, _ in model.named_parameters()}
-    stored |= {f"v_head.{name.rsplit('.', 1)[-1]}": entry for name, entry in values.items()}
-    parameters = dict(model.named_parameters())
-    lost = [name for name, there in expected.items() if there not in stored]
-    problems = _told(lost, f"{len(lost)} of {len(expected)} tensors of the model are not in what was saved")
-    same = {name: stored[there] for name, there in expected.items() if there in stored and (hasattr(model, "peft_config") or there == name)}
-    shapes = {name: tuple(getattr(parameters[name], "ds_shape", parameters[name].shape)) for name in same}
-    other = [name for name, entry in same.items() if math.prod(entry.shape) != math.prod(shapes[name]) and not _quantised(parameters[name])]
+        tensors = names_and_shapes(model)
+        renamed = {} if source is None else compare_names(tensors, source, model).renamed
+        owners = {renamed.get(name, name): name for name in tensors}
+        shapes = {renamed.get(name, name): tuple(t.shape) for name, t in tensors.items()}
+    head = folder / value_head.FILE
+    if head.is_file():
+        stored |= {f"v_head.{name.rsplit('.', 1)[-1]}": entry for name, entry in read_header(head).items()}
+    lost = [name for name in owners if name not in stored]
+    problems = _told(lost, f"{len(lost)} of {len(owners)} tensors of the model are not in what was saved")
+    kept = [name for name in owners if name in stored]
+    other = [name for name in kept if math.prod(stored[name].shape) != math.prod(shapes[name])]
     problems += _told(other, "tensors have another shape in what was saved than in the model")
-    changed = [name for name, entry in same.items() if name not in other and not _equal(parameters[name], entry)]
+    held = [name for name in kept if name not in other and owners[name] in parameters]
+    changed = [name for name in held if not _equal(parameters[owners[name]], stored[name])]
     problems += _told(changed, "tensors have other numbers in what was saved than in the model")
     if source is None or hasattr(model, "peft_config"):
         return problems
@@ -310,7 +331,7 @@ def check_saved(folder: str | Path, model: Any, source: Source | None = None, *,
     trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     changed = []
     for name, entry in source.tensors.items():
-        if name not in stored or source.targets[name] in trained:
+        if name not in stored or not trained.isdisjoint(source.targets[name]):
             continue
         before, after = first_values(entry, COMPARED), first_values(stored[name], COMPARED)
         if before is not None and after is not None and not torch.equal(before.to(after.dtype), after):
@@ -334,13 +355,13 @@ def _told(names: list[str], what: str) -> list[str]:
     return [f"{what}: {', '.join(names[:3])}{more}"]
 
 
-def _quantised(p: Any) -> bool:
-    return type(p).__name__ in ("Params4bit", "Int8Params")
+def _shape(p: Any) -> tuple[int, ...]:
+    return tuple(getattr(p, "ds_shape", p.shape))
 
 
 def _equal(p: Any, entry: Stored) -> bool:
     """Whether the first numbers of a parameter are those in a file; True where this process does not hold it whole."""
-    if hasattr(p, "ds_id") or hasattr(p, "placements") or p.device.type == "meta" or _quantised(p):
+    if hasattr(p, "ds_id") or hasattr(p, "placements") or p.device.type == "meta":
         return True
     there = first_values(entry, COMPARED)
     if there is None:

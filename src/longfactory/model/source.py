@@ -63,19 +63,19 @@ class Source:
     Attributes:
         folder: the local folder, or the hub cache's; None where the model was not read from safetensors or `.bin` files.
         tensors: by their names in the files.
-        targets: name in the files -> the model's name for what was made of it; None for a tensor that the model has not taken.
+        targets: name in the files -> the model's names for what was made of it; none for a tensor that the model has not taken.
         tied: the model's name -> the first name of the same parameter, for each parameter that has several names.
     """
 
     folder: Path | None
     tensors: Mapping[str, Stored]
-    targets: Mapping[str, str | None]
+    targets: Mapping[str, tuple[str, ...]]
     tied: Mapping[str, str]
 
     @property
     def not_loaded(self) -> list[str]:
         """Names of the tensors that are in the files alone."""
-        return [name for name, target in self.targets.items() if target is None]
+        return [name for name, targets in self.targets.items() if not targets]
 
 
 def read_source(model: Any, name_or_path: str, *, revision: str | None = None, cache_dir: str | None = None) -> Source:
@@ -158,25 +158,30 @@ def _read_bin(file: Path) -> dict[str, Any]:
 # ---- names ------------------------------------------------------------------------------------------------------------------------------
 
 
-def targets_of(names: Iterable[str], model: Any) -> dict[str, str | None]:
-    """Name in a checkpoint -> name in the model, by the rules with which transformers loaded it; None where the model has no such tensor.
+def targets_of(names: Iterable[str], model: Any) -> dict[str, tuple[str, ...]]:
+    """Name in a checkpoint -> names in the model, by the rules with which transformers loaded it; none where the model has no such tensor.
 
-    Several names may have one target: experts that are stored one by one.
+    Several names may have one target (experts that are stored one by one), and one name several (queries, keys and values in one).
     """
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     rules = getattr(model, "_weight_conversions", None) or []
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     state = dict(model.state_dict())
     prefix = model.base_model_prefix
-    out: dict[str, str | None] = {}
+    out: dict[str, tuple[str, ...]] = {}
     for name in names:
-        target, _ = rename_source_key(name, renamings, converters, prefix, state)
+        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        found = [target]
+        if target in state and pattern is not None:
+            first, *others = by_pattern[pattern].target_patterns
+            found += [target.replace(first, other) for other in others]
         if target not in state:
             # Names that the model has already are left alone, as transformers does.
-            target, _ = rename_source_key(name, [], [], prefix, state)
-        out[name] = target if target in state else None
+            found = [rename_source_key(name, [], [], prefix, state)[0]]
+        out[name] = tuple(target for target in found if target in state)
     return out
 
 

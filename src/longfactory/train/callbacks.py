@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+log = logging.getLogger("longfactory")
 LOG_FILE = "trainer_log.jsonl"
 
 
@@ -81,3 +83,49 @@ class AtStart(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for function in self.functions:
             function()
+
+
+class Reported(TrainerCallback):
+    """A tracker (wandb, tensorboard, ...) whose failure after the first step is one line in the log, and not the end of the run.
+
+    Before the first step it raises: then a wrong key or a missing login can still be put right.
+    """
+
+    def __init__(self, tracker: TrainerCallback):
+        self.tracker = tracker
+        self._failed = False
+        for name in dir(tracker):
+            if name.startswith("on_") and name not in ("on_init_end", "on_train_begin"):
+                setattr(self, name, self._guarded(name))
+
+    def on_init_end(self, *args: Any, **kwargs: Any) -> None:
+        self.tracker.on_init_end(*args, **kwargs)
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.tracker.on_train_begin(*args, **kwargs)
+
+    def _guarded(self, name: str) -> Callable[..., Any]:
+        event = getattr(self.tracker, name)
+
+        def call(args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            try:
+                return event(args, state, control, **kwargs)
+            except Exception as error:
+                if not state.global_step:
+                    raise
+                if not self._failed:
+                    log.error(
+                        "report_to: %s failed (%s: %s). The run goes on; what the tracker has is not complete.",
+                        type(self.tracker).__name__,
+                        type(error).__name__,
+                        error,
+                    )
+                self._failed = True
+                return None
+
+        return call
+
+
+def report_failures(handler: Any) -> None:
+    """Wraps the trackers among a Trainer's callbacks (`trainer.callback_handler`) in `Reported`."""
+    handler.callbacks = [Reported(c) if type(c).__module__.startswith("transformers.integrations") else c for c in handler.callbacks]

@@ -62,7 +62,24 @@ def reported(write: Callable[[], Any], what: str) -> None:
     try:
         write()
     except Exception as error:
-        log.error("%s could not be written (%s: %s). The run goes on without.", what, type(error).__name__, first_line(error))
+        log.error("%s could not be written or sent (%s: %s). The run goes on without.", what, type(error).__name__, first_line(error))
+
+
+def push(trainer: Any) -> None:
+    """Uploads the output folder where `push_to_hub` asks for it: the last thing that a run does. Collective.
+
+    Raises:
+        UserError: the hub refuses; all files are complete on this machine.
+    """
+    if not trainer.args.push_to_hub:
+        return
+    try:
+        trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
+    except Exception as error:
+        raise UserError(
+            f"push_to_hub: {trainer.args.output_dir} could not be uploaded ({type(error).__name__}: {first_line(error)}). The trained "
+            "model is complete in that folder. Upload it by `longfactory export` with export_hub_model_id, or by `hf upload`."
+        ) from error
 
 
 def first_line(error: BaseException) -> str:

@@ -28,7 +28,7 @@ from longfactory.shard import settings as shard
 from longfactory.sp import hf
 from longfactory.sp.backends import start
 from longfactory.train import output
-from longfactory.train.callbacks import AtStart, LogFile
+from longfactory.train.callbacks import AtStart, LogFile, report_failures
 from longfactory.train.memory_plan import FitMemory, Memory, count_parameters, plan_memory
 from longfactory.train.optimizers import optimizer_factory
 from longfactory.train.prove import prove_exact
@@ -167,6 +167,8 @@ def run(cfg: RunConfig) -> dict[str, float]:
         from longfactory.train.predict import predict
 
         metrics.update(predict(trainer, cfg, tokenizer, datasets))
+    if args.do_train:
+        output.push(trainer)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return metrics
@@ -345,6 +347,7 @@ def make_trainer(
         processing_class=tokenizer,
         callbacks=[LogFile(args.output_dir, overwrite=cfg.output.overwrite_output_dir)],
     )
+    report_failures(trainer.callback_handler)
     if cfg.method.early_stopping_steps is not None:
         from transformers import EarlyStoppingCallback
 

@@ -41,7 +41,7 @@ from longfactory.sp import hf
 from longfactory.train.embedding_noise import noisy_embeddings, token_keys, token_scales
 from longfactory.train.loader import Collate, RowSampler, empty_row, make_loader
 from longfactory.train.metrics import Metrics, MetricSums
-from longfactory.train.output import finish_save, save_value_head
+from longfactory.train.output import finish_save, reported, save_value_head
 from longfactory.train.reference import ReferenceCache, as_reference
 from longfactory.train.whole_weights import load_renamed
 
@@ -356,7 +356,7 @@ class RowTrainer(Trainer):
     # ---- saving and resuming ----------------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Plain Hugging Face safetensors, whole, whatever the sharding. Collective: every rank calls it."""
+        """Plain Hugging Face safetensors, whole, whatever the sharding. Collective: every rank calls it. Uploads nothing: `output.push`."""
         output_dir = output_dir or self.args.output_dir
         if self.args.should_save and not hasattr(self.model, "peft_config"):
             remove_weights(output_dir)
@@ -368,14 +368,18 @@ class RowTrainer(Trainer):
             save_value_head(self, output_dir)
         if self.args.should_save:
             finish_save(self, output_dir)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         if _internal_call and self.args.should_save:
             os.makedirs(output_dir, exist_ok=True)
             path = os.path.join(output_dir, STATE_FILE)
             with open(path + ".part", "w") as f:
                 json.dump({**self.run_state(), "stage": self.stage.state_dict()}, f, indent=1)
             os.replace(path + ".part", path)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        reported(lambda: super(RowTrainer, self)._push_from_checkpoint(checkpoint_folder), f"push_to_hub: {checkpoint_folder}")
+
+    def _finish_current_push(self) -> None:
+        reported(super()._finish_current_push, "push_to_hub: the last checkpoint")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         optimizer = self._split_adamw()
