@@ -6,12 +6,13 @@ import builtins
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -100,6 +101,39 @@ def test_a_generation_config_that_transformers_would_not_save(folder: Path, tmp_
     (base / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.6, "top_p": 0.9}))
     out = export(load_config([f"model_name_or_path={base}", f"export_dir={tmp_path / 'out'}"], command="export"))
     assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.6
+
+
+def test_all_of_the_checkpoint_is_exported_and_the_folder_is_what_is_pushed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base"
+    tiny().save_pretrained(base)
+    tokenizer().save_pretrained(base)
+    extra = {"mtp.norm.weight": torch.ones(3, dtype=torch.bfloat16), "model.layers.2.eh_proj.weight": torch.arange(4.0)}
+    save_file(load_file(base / "model.safetensors") | extra, base / "model.safetensors", metadata={"format": "pt"})
+    (base / "preprocessor_config.json").write_text("{}")
+    pushed: list[Any] = []
+
+    class Hub:
+        def __init__(self, token: str | None) -> None:
+            pass
+
+        def create_repo(self, name: str, exist_ok: bool) -> Any:
+            return SimpleNamespace(repo_id=f"me/{name}")
+
+        def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
+            pushed.append((repo_id, sorted(p.name for p in folder_path.iterdir())))
+            raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    out = tmp_path / "out"
+    keys = [f"model_name_or_path={base}", f"adapter_name_or_path={folder / 'a'}", f"export_dir={out}", "export_hub_model_id=it"]
+    with pytest.raises(UserError, match=r"me/it could not be pushed \(no route\). The model is in"):
+        export(load_config(keys, command="export"))
+    held = {name: t for file in out.glob("*.safetensors") for name, t in load_file(file).items()}
+    assert held.keys() == load_file(base / "model.safetensors").keys()
+    assert all(torch.equal(held[name], t) and held[name].dtype == t.dtype for name, t in extra.items())
+    assert pushed == [("me/it", sorted(p.name for p in out.iterdir()))] and "preprocessor_config.json" in pushed[0][1]
 
 
 def test_refused(folder: Path, tmp_path: Path) -> None:

@@ -292,7 +292,7 @@ def check_saved(folder: str | Path, model: Any, source: Source | None = None, *,
         folder: written by `save_model` or `save_pretrained`.
         model: as it was saved: a transformers model, perhaps inside PEFT; not wrapped by DDP.
         source: of the loaded checkpoint, for a whole model.
-        merged: adapters were added to the weights, which are then not those of the source although nothing of them is trained.
+        merged: adapters were added to the weights, or they were quantised: they are not the source's although nothing is trained.
     Returns:
         Sentences, each naming what is wrong and the first tensors concerned.
     """

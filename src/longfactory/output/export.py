@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -62,7 +62,8 @@ def export(cfg: RunConfig) -> Path:
                 in_words(copied),
             )
         saved.copy_side_files(source.folder, part, whole=True)
-        if problems := saved.check_saved(part, model, source, merged=bool(cfg.model.adapter_name_or_path)):
+        other_numbers = bool(cfg.model.adapter_name_or_path or cfg.model.quantization_bit)
+        if problems := saved.check_saved(part, model, source, merged=other_numbers):
             raise UserError(f"{target} was not written, the export is not complete: " + "; ".join(problems))
         for folder in reversed(sources):
             if (folder / VALUE_HEAD).is_file():
@@ -74,19 +75,23 @@ def export(cfg: RunConfig) -> Path:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     if cfg.output.export_hub_model_id is not None:
-        push(cfg, model, tokenizer)
+        push(cfg, target)
     return target
 
 
-def push(cfg: RunConfig, model: Any, tokenizer: Any) -> None:
-    """Uploads the model and the tokenizer.
+def push(cfg: RunConfig, folder: Path) -> None:
+    """Uploads the exported folder as it is.
 
     Raises:
         UserError: the hub refuses; the exported folder is complete all the same.
     """
-    name, token = cfg.output.export_hub_model_id, cfg.model.hf_hub_token
+    from huggingface_hub import HfApi
+
+    name = cfg.output.export_hub_model_id
+    assert name is not None
     try:
-        model.push_to_hub(name, token=token, max_shard_size=f"{cfg.output.export_size}GB")
-        tokenizer.push_to_hub(name, token=token)
-    except OSError as e:
-        raise UserError(f"export_hub_model_id: {name} could not be pushed ({e}). The model is in {cfg.output.export_dir}.") from e
+        api = HfApi(token=cfg.model.hf_hub_token)
+        name = api.create_repo(name, exist_ok=True).repo_id
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Model exported by LongFactory")
+    except Exception as error:  # httpx's and huggingface_hub's own, by the version
+        raise UserError(f"export_hub_model_id: {name} could not be pushed ({error}). The model is in {folder}.") from error
