@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from simulated_ring import relative_rms, simulated_ring
 from longfactory import sp
 from longfactory.sp import Segment, backends
 from longfactory.sp.backends import start
+from longfactory.sp.measure import Measure
 from longfactory.sp.merge import merge_
 from longfactory.sp.tiles import Tile
 from longfactory.testing import run_ranks
@@ -211,3 +213,20 @@ def test_schedules_over_two_gpus(mode: str, heads: tuple[int, int], window: int 
     for many, one, same in run_ranks(2, schedule_errors, mode, *heads, window, packed, timeout=500, process_group="nccl"):
         assert all(m <= 1.25 * o for m, o in zip(many, one, strict=True)), (many, one)
         assert same
+
+
+def measured_choice() -> tuple[object, float]:
+    """What `auto` keeps for a row after it has timed the schedules, and the seconds that this took."""
+    ctx = context("auto", heads=28, kv=4)
+    measure = Measure(ctx, 128, 128, torch.bfloat16, torch.device("cuda", torch.cuda.current_device()))
+    began = time.perf_counter()
+    measure(16384, [Segment(0, 10000), Segment(10000, 16384)])
+    (kept,) = ctx.measured.values()
+    return kept, time.perf_counter() - began
+
+
+@two_gpus
+def test_auto_measures_and_all_ranks_agree() -> None:
+    answers = run_ranks(2, measured_choice, timeout=500, process_group="nccl")
+    assert len({kept for kept, _ in answers}) == 1
+    assert max(seconds for _, seconds in answers) <= 60

@@ -95,9 +95,16 @@ def test_ulysses_gives_the_ring_what_its_heads_do_not_divide(caplog: pytest.LogC
 @pytest.mark.parametrize(
     ("size", "heads", "kv_heads", "length", "documents", "node", "expected"),
     [
-        (8, 28, 4, 65536, 1, 8, (1, "ring")),  # long: hidden behind the tiles
+        (8, 28, 4, 65536, 1, 8, (1, "gather")),  # two merges in place of seven
+        (4, 32, 8, 65536, 1, 4, (1, "gather")),
+        (8, 28, 4, 1048576, 1, 8, (1, "ring")),  # keys of the whole row would take 6 GiB
+        (2, 28, 4, 65536, 1, 2, (1, "ring")),  # one merge either way
         (8, 32, 32, 2048, 1, 8, (8, "ring")),  # short, as many key heads as query heads: ulysses sends least
-        (8, 28, 4, 2048, 1, 8, (1, "ring")),  # 28 heads do not divide by 8
+        (8, 28, 4, 2048, 1, 8, (1, "gather")),  # 28 heads do not divide by 8
+        (4, 28, 4, 131072, 11, 4, (4, "ring")),  # long documents stay whole by heads
+        (2, 28, 4, 131072, 11, 2, (2, "ring")),
+        (4, 28, 4, 131072, 77, 4, (1, "gather")),  # short ones: the exchange would take longer than they do
+        (2, 28, 4, 131072, 77, 2, (1, "gather")),
         (8, 28, 4, 65536, 3, 8, (1, "gather")),
         (16, 32, 8, 65536, 1, 8, (8, "ring")),  # two nodes
         (16, 28, 4, 65536, 3, 8, (1, "gather")),

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 import os
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -49,6 +49,9 @@ class SequenceParallel:
     """FLOP of attention in the time of a byte between ranks of a machine, for `auto`. Here Hopper with NVLink: 570 TFLOP/s, 200 GB/s."""
     axes: dict[int, Axes] = dataclasses.field(default_factory=dict, repr=False)
     """Process groups by ulysses degree. The ring's groups are its own, so that its messages do not queue behind other collectives."""
+
+    measured: dict[tuple[int, int], Any] = dataclasses.field(default_factory=dict, repr=False)
+    """What was fastest for a class of rows (`sp.measure`), for `auto`. The same on every rank of the group."""
 
     said: set[str] = dataclasses.field(default_factory=set, repr=False)
     """What `auto` has already given as its reason in the log."""

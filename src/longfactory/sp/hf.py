@@ -269,12 +269,8 @@ def layer_types(config: Any) -> list[str]:
     return list(given) if given else ["full_attention"] * config.num_hidden_layers
 
 
-def kernel_requests(config: PreTrainedConfig, ctx: SequenceParallel, dtype: torch.dtype) -> list[Request]:
-    """The kinds of tiles that a model of this configuration will ask kernels for, as far as the configuration tells.
-
-    Args:
-        dtype: in which attention is computed.
-    """
+def head_dims(config: PreTrainedConfig) -> set[tuple[int, int]]:
+    """Head dims of queries and of values of the model's layers, as far as the configuration tells."""
     text = config.get_text_config()
     heads, hidden = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
     dims: set[tuple[int, int]] = set()
@@ -284,11 +280,21 @@ def kernel_requests(config: PreTrainedConfig, ctx: SequenceParallel, dtype: torc
     plain, rotary = getattr(text, "qk_nope_head_dim", None), getattr(text, "qk_rope_head_dim", None)
     if plain is not None and rotary is not None:  # multi-head latent attention
         dims = {(plain + rotary, getattr(text, "v_head_dim", None) or plain + rotary)}
+    return dims
+
+
+def kernel_requests(config: PreTrainedConfig, ctx: SequenceParallel, dtype: torch.dtype) -> list[Request]:
+    """The kinds of tiles that a model of this configuration will ask kernels for, as far as the configuration tells.
+
+    Args:
+        dtype: in which attention is computed.
+    """
+    text = config.get_text_config()
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     types = getattr(text, "layer_types", None)
     windows = bool(window) and (types is None or "sliding_attention" in types)
     softcap = bool(getattr(text, "attn_logit_softcapping", None))
-    return start.requests_of(ctx.device_type, dtype, dims, windows=windows, softcap=softcap)
+    return start.requests_of(ctx.device_type, dtype, head_dims(config), windows=windows, softcap=softcap)
 
 
 def _attach(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:

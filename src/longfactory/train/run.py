@@ -27,6 +27,7 @@ from longfactory.model.value_head import TokenValues, load_value_head
 from longfactory.shard import settings as shard
 from longfactory.sp import hf
 from longfactory.sp.backends import start
+from longfactory.sp.measure import Measure
 from longfactory.train import output
 from longfactory.train.callbacks import AtStart, LogFile, report_failures
 from longfactory.train.memory_plan import FitMemory, Memory, count_parameters, plan_memory
@@ -122,6 +123,9 @@ def assemble(cfg: RunConfig, *, compares: bool = False) -> Assembled:
     if args.do_train and not compares:
         output.prove_writable(args, source)
     trainer = make_trainer(cfg, args, ctx, stage, model, head, source, tokenizer, datasets, memory)
+    dims = max(hf.head_dims(model_config), default=None)
+    if ctx.mode == "auto" and ctx.size > 1 and args.device.type == "cuda" and dims is not None and not compares:
+        trainer.measure = Measure(ctx, *dims, dtype=computing_dtype(cfg, args, memory.split), device=args.device)
     if not compares:
         trainer.add_callback(AtStart(trainer.continue_counting, lambda: prove_exact(trainer), lambda: attach_reference(trainer, cfg)))
         trainer.add_callback(FitMemory(memory.plan, activations))

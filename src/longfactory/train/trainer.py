@@ -85,6 +85,8 @@ class RowTrainer(Trainer):
         **kwargs: Any,
     ):
         self.ctx, self.stage, self.head = ctx, stage, head
+        # For `auto`: given a row before its plan is made, finds the schedule that is fastest for rows like it (sp.measure).
+        self.measure: Callable[[int, tuple[sp.Segment, ...]], None] | None = None
         self.shuffle, self.make_optimizer, self.log_tokens = shuffle, make_optimizer, log_tokens
         self.collate, self.pad_id = collate, pad_id
         self.source, self.told_of_copies = source, False
@@ -186,6 +188,8 @@ class RowTrainer(Trainer):
 
     def _model_inputs(self, row: Row) -> tuple[sp.RowPlan, dict[str, Any]]:
         """Where this rank's tokens of a row (on the host) are, and the model's keyword arguments for them."""
+        if self.measure is not None:
+            self.measure(len(row), row.segments)
         plan = sp.plan(len(row), row.segments, self.ctx)
         ids, positions = (x.to(self.args.device, non_blocking=True) for x in (row.input_ids, row.position_ids))
         return plan, hf.inputs({"input_ids": ids, "position_ids": positions}, plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -62,7 +63,7 @@ def _told(ctx: SequenceParallel, choice: Choice, rows: str = "") -> Choice:
 
 
 def _auto(ctx: SequenceParallel, length: int, segments: Sequence[Segment], node: int) -> Choice:
-    """`node`: neighbours in the group that share a machine."""
+    """What was measured for rows of this class (`sp.measure`), else the rule. `node`: neighbours in the group that share a machine."""
     n = ctx.size
     heads, kv_heads = ctx.heads, ctx.kv_heads or ctx.heads
     documents = sum(s.stop > s.start for s in segments)
@@ -70,16 +71,24 @@ def _auto(ctx: SequenceParallel, length: int, segments: Sequence[Segment], node:
         if documents > 1:
             return Choice(1, "gather", _layout(n, length, segments), "llama3: packed row, head counts not known")
         return Choice(1, "ring", "zigzag", "zigzag-ring: one document, head counts not known")
+    measured = ctx.measured.get(row_class(length, segments))
+    if measured is not None and (measured.exchange == "ring" or _gatherable(length, kv_heads)):
+        return choice_of(measured, n, length, segments)
     group = heads // kv_heads
+    # Elements that a rank sends in the forward pass, for each local token and head dim.
+    ring = 2 * kv_heads * (n - 1)
+    ulysses = (2 * heads + 2 * max(kv_heads, n)) * (n - 1) / n
     if documents > 1 and n <= node:
+        # Under ulysses documents stay whole, and nothing of the exchange is hidden: 4 bytes of an element, there and back, against
+        # 14 * keys FLOP of a query, head and number of its dim.
+        keys = mean_keys(length, segments)
+        if heads % n == 0 and 4 * ulysses * ctx.flop_per_byte <= EXCHANGE * 14 * keys * heads:
+            return Choice(n, "ring", "zigzag", "ulysses: packed row of long documents, which stay whole")
         # Only the keys of documents that cross a chunk's edge travel; chunks are dealt by work.
         return Choice(1, "gather", _layout(n, length, segments), "llama3: packed row, only needed keys travel")
     if n > node > 1 and heads % node == 0:
         reason = f"usp: ulysses {node} inside a node, ring {n // node} between nodes"
         return Choice(node, "ring", "zigzag", reason)
-    # Elements that a rank sends in the forward pass, for each local token and head dim.
-    ring = 2 * kv_heads * (n - 1)
-    ulysses = (2 * heads + 2 * max(kv_heads, n)) * (n - 1) / n
     # Work on a key and value for each key head: 4 * D * s * g / 2 FLOP, with s local queries and g query heads a key head. Their message:
     # 4 * D bytes. It takes less time than the work from this s * g on.
     hidden = length // n * group >= 2 * ctx.flop_per_byte
@@ -87,8 +96,64 @@ def _auto(ctx: SequenceParallel, length: int, segments: Sequence[Segment], node:
         return Choice(n, "ring", "zigzag", f"ulysses: {heads} heads over {n} ranks send less than {kv_heads} key heads in a ring")
     if documents > 1:
         return Choice(1, "gather", _layout(n, length, segments), "llama3: packed row over several nodes")
+    if 4 <= n <= node and _gatherable(length, kv_heads):
+        # A ring of n merges n - 1 times; of gathered keys a query has two tiles at most.
+        return Choice(1, "gather", "zigzag", f"llama3: one document, two merges in place of the {n - 1} of a ring")
     why = "messages are hidden behind the tiles" if hidden else "fewest elements to send"
     return Choice(1, "ring", "zigzag", f"zigzag-ring: one document, {why}")
+
+
+EXCHANGE = 0.25
+"""Packed rows go by heads up to this share of attention's time for the exchange. Documents of a median of 8k (shares of 0.10 on two H200
+and of 0.16 on four) were 6 and 14 % faster by heads, those of a median of 1k (0.46 on two) 20 % slower."""
+GATHERED = 2**30
+"""Bytes that gathered keys, values and their gradients may take."""
+LONGEST = 131072
+"""Longer rows are of the class of a row of so many tokens: all messages are hidden there."""
+
+
+class Candidate(NamedTuple):
+    """A schedule that `auto` may take."""
+
+    ulysses: int
+    exchange: Exchange
+
+    def name(self, n: int) -> str:
+        if self.exchange == "gather":
+            return "llama3"
+        return {1: "zigzag-ring", n: "ulysses"}.get(self.ulysses, f"usp {self.ulysses} x {n // self.ulysses}")
+
+
+def candidates(ctx: SequenceParallel, length: int) -> list[Candidate]:
+    """What can be taken for rows of this length, on any rank alike. Heads are shared inside a machine."""
+    heads, kv_heads = ctx.heads, ctx.kv_heads or ctx.heads
+    out = [Candidate(1, "ring")]
+    if kv_heads is not None and _gatherable(length, kv_heads):
+        out.append(Candidate(1, "gather"))
+    if heads is not None:
+        near = neighbours(ctx.size)
+        out += [Candidate(u, "ring") for u in range(2, ctx.size + 1) if ctx.size % u == near % u == heads % u == 0]
+    return out
+
+
+def choice_of(candidate: Candidate, n: int, length: int, segments: Sequence[Segment], reason: str = "measured") -> Choice:
+    layout = _layout(n, length, segments) if candidate.exchange == "gather" else "zigzag"
+    return Choice(candidate.ulysses, candidate.exchange, layout, f"{candidate.name(n)}: {reason}")
+
+
+def mean_keys(length: int, segments: Sequence[Segment]) -> float:
+    """Keys that a query sees, on average."""
+    return sum(chunk_work(length, 1, segments)) / length
+
+
+def row_class(length: int, segments: Sequence[Segment]) -> tuple[int, int]:
+    """Rows of one class are alike to a schedule: doublings of the length and of the mean number of keys that a query sees, rounded."""
+    return round(math.log2(min(length, LONGEST))), round(math.log2(max(1.0, min(mean_keys(length, segments), LONGEST / 2))))
+
+
+def _gatherable(length: int, kv_heads: int) -> bool:
+    """Whether the keys and values of the whole row (2 bytes) and their gradients (4 bytes) are small. Head dims are taken to be 128."""
+    return 2 * 6 * 128 * kv_heads * length <= GATHERED
 
 
 def _layout(n: int, length: int, segments: Sequence[Segment]) -> Literal["zigzag", "balanced"]:
