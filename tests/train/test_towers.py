@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import LORA, POOLS, steps, train, write_tokenizer
+from small_runs import LORA, POOLS, keys, run_on_ranks, steps, train, write_tokenizer
+
+from longfactory.testing import RankError
 
 GEMMA_MARKS = ("<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>")
 
@@ -152,3 +154,25 @@ def test_other_ways_of_training_them(towers: Path, family: str, kind: str) -> No
     same(one, run(towers, family, f"{family}_{kind}2", 2, **changes[kind]))
     if kind not in ("rm", "resized"):
         check_saved(towers, family, towers / f"{family}_{kind}2")
+
+
+def run_with_a_trained_tower(argv: list[str], cache: str) -> None:
+    """A whole run that takes every part of the model for one that text passes through."""
+    from longfactory.model import adapters
+    from longfactory.sp.text_model import Idle
+
+    found, adapters.idle = adapters.idle, lambda model: Idle()
+    try:
+        run_on_ranks(argv, cache)
+    finally:
+        adapters.idle = found
+
+
+def test_a_trained_parameter_without_a_gradient_is_refused_before_the_first_step(towers: Path) -> None:
+    """Whatever it is: here a tower that is not known as one."""
+    given = {"cutoff_len": 512, "packing": False, "template": "gemma3", "model_name_or_path": towers / "gemma3"}
+    for size, sharded in ((2, 2), (2, 1)):
+        words = keys(towers, "refused", sequence_parallel_size=sharded, **given)
+        with pytest.raises(RankError, match=r"\d+ trainable parameters get no gradient from text: model.multi_modal_projector"):
+            POOLS[size].run(run_with_a_trained_tower, [f"{k}={v}" for k, v in words.items()], str(towers / "cache"))
+    run(towers, "gemma3", "after", 2)  # the processes are in order

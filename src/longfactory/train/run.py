@@ -30,6 +30,7 @@ from longfactory.sp.backends import start
 from longfactory.sp.measure import Measure
 from longfactory.train import output
 from longfactory.train.callbacks import AtStart, LogFile, report_failures
+from longfactory.train.gradients import ReportUnused, refuse_unused
 from longfactory.train.memory_plan import FitMemory, Memory, count_parameters, plan_memory
 from longfactory.train.optimizers import optimizer_factory
 from longfactory.train.prove import prove_exact
@@ -127,7 +128,9 @@ def assemble(cfg: RunConfig, *, compares: bool = False) -> Assembled:
     if ctx.mode == "auto" and ctx.size > 1 and args.device.type == "cuda" and dims is not None and not compares:
         trainer.measure = Measure(ctx, *dims, dtype=computing_dtype(cfg, args, memory.split), device=args.device)
     if not compares:
-        trainer.add_callback(AtStart(trainer.continue_counting, lambda: prove_exact(trainer), lambda: attach_reference(trainer, cfg)))
+        prove = (lambda: prove_exact(trainer), lambda: refuse_unused(trainer))
+        trainer.add_callback(AtStart(trainer.continue_counting, *prove, lambda: attach_reference(trainer, cfg)))
+        trainer.add_callback(ReportUnused(trainer))
         trainer.add_callback(FitMemory(memory.plan, activations))
     shard.check_sharding(trainer.accelerator, sharding, world)
     if sharding == "fsdp2":

@@ -1,0 +1,89 @@
+"""Trainable parameters that a row of text gives no gradient: refused where that would spoil the gradients of others, else reported.
+
+DDP sums gradients over processes in buckets. A bucket that waits for a parameter without a gradient is never summed, and its other
+parameters go on with the gradient of one process; nothing says so until the second backward.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback
+
+from longfactory import sp
+from longfactory.errors import UserError
+from longfactory.sp import hf
+from longfactory.train.trainer import RowTrainer
+
+log = logging.getLogger("longfactory")
+
+TOKENS = 64
+"""Of the row that is tried, at least."""
+
+
+def without_gradient(model: nn.Module) -> list[str]:
+    """Names of the trainable parameters that hold no gradient."""
+    return [name.removeprefix("module.") for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def refuse_unused(trainer: RowTrainer) -> None:
+    """Under DDP, before the first step: one row forward and backward on each process, without summing. Collective.
+
+    Raises:
+        UserError: on every rank, where a trainable parameter has no gradient on one of them. Names the parameters.
+    """
+    model = trainer.model_wrapped
+    if not isinstance(model, DistributedDataParallel) or model.find_unused_parameters:
+        return
+    alignment = sp.alignment(trainer.ctx)
+    length = -(-TOKENS // alignment) * alignment
+    plan = sp.plan(length, (sp.Segment(0, length),), trainer.ctx)
+    positions = torch.arange(length, device=trainer.args.device)
+    ids = positions % 97 + 3
+    training, devices = model.training, [positions.device] if positions.is_cuda else []
+    model.train()
+    try:
+        with torch.random.fork_rng(devices=devices), model.no_sync(), trainer.compute_loss_context_manager():
+            with trainer.head.labels(ids.cpu()[plan.index]):
+                out = model(**hf.inputs({"input_ids": ids, "position_ids": positions}, plan))
+                loss = trainer.head.outputs(out.logits).logps.sum()
+            loss.backward()
+        mine = without_gradient(model)
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train(training)
+    everyone: list[list[str]] = [mine]
+    if dist.get_world_size() > 1:
+        everyone = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, mine)
+    if unused := sorted({name for names in everyone for name in names}):
+        raise UserError(
+            f"{len(unused)} trainable parameters get no gradient from text: {_some(unused)}. DDP would leave gradients of other parameters "
+            "unsummed beside them. Leave them out of what is trained (finetuning_type: freeze or lora), use one process or sharding: fsdp2, "
+            "or set ddp_find_unused_parameters: true."
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+class ReportUnused(TrainerCallback):
+    """At the first update without DDP, where nothing is spoilt: says which trainable parameters have no gradient."""
+
+    def __init__(self, trainer: RowTrainer) -> None:
+        self.trainer, self.done = trainer, False
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        # DeepSpeed and an optimizer on the host take gradients away as they come.
+        if self.done or trainer.is_deepspeed_enabled or trainer._split_adamw() is not None:
+            return
+        self.done = True
+        if unused := without_gradient(trainer.model_wrapped):
+            log.warning(f"{len(unused)} trainable parameters got no gradient in the first step and are not trained: {_some(unused)}.")
