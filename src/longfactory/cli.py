@@ -68,6 +68,10 @@ def train(argv: list[str]) -> int:
             problems += _look(cfg)
         if problems:
             raise UserError("\n".join(problems))
+        from longfactory.train.memory_plan import check_model
+
+        for note in check_model(cfg):
+            print(f"note: {note}", file=sys.stderr)
         if _rank() == 0:
             print(cfg.resolved(), end="")
         return 0
@@ -153,12 +157,17 @@ def plan_arguments(words: list[str]) -> list[str]:
 
     first = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
     cfg = load_config([*words[:first], "--dry_run"])
+    from longfactory.train.memory_plan import check_model
+
+    check_model(cfg)
     batch = 1 if cfg.packing else cfg.trainer("per_device_train_batch_size")
     assert cfg.model.model_name_or_path is not None
     out = [cfg.model.model_name_or_path, "--tokens", str(cfg.data.cutoff_len * batch)]
     out += ["--sequence-parallel-size", str(cfg.parallel.sequence_parallel_size), "--memory", cfg.memory.memory]
     if cfg.method.finetuning_type == "lora":
         out += ["--lora", str(cfg.method.lora_rank)]
+    if cfg.model.trust_remote_code:
+        out += ["--trust-remote-code"]
     return [*out, *words[first:]]
 
 

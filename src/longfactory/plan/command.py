@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from pathlib import Path
 
 from longfactory.errors import UserError
 from longfactory.plan.model import Job, choose, longest
@@ -27,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--host-gib", type=float, default=1024, help="memory of one host in GiB (default 1024)")
     parser.add_argument("--sequence-parallel-size", type=int, default=None, help="GPUs that share a row (default: all)")
     parser.add_argument("--memory", choices=["auto", "fast", "long"], default="auto")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the model")
     parser.add_argument("--lora", type=int, metavar="RANK", default=0, help="train adapters of this rank on all linear layers")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="what layers compute in (default bf16)")
     a = parser.parse_args(argv)
@@ -34,18 +34,12 @@ def main(argv: list[str] | None = None) -> int:
     if a.gpus % sp:
         raise UserError(f"--sequence-parallel-size {sp} does not divide the {a.gpus} GPUs.")
 
-    from transformers import AutoConfig
+    from longfactory.config.arguments import ModelArguments
+    from longfactory.model import load
 
-    from longfactory import hub
-    from longfactory.model.load import reason, resolve
-
-    path, extra = resolve(a.model)
-    if not Path(path).exists() and hub.unreachable():
-        extra = {**extra, "local_files_only": True}
-    try:
-        config = AutoConfig.from_pretrained(path, **extra)
-    except (OSError, ValueError) as error:
-        raise UserError(f"No model configuration could be read from {a.model}: {reason(error, path)}") from error
+    named = ModelArguments(model_name_or_path=a.model, trust_remote_code=a.trust_remote_code)
+    config = load.load_config(named, 0)
+    load.empty_model(named, config)  # refuses what training would refuse
     width = 4 if a.precision == "fp32" else 2
     shape = ModelShape.of(config, width=width)
     if a.lora:

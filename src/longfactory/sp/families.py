@@ -27,7 +27,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from . import guard as start_guard
 from . import hf
@@ -35,6 +35,7 @@ from .collectives import shard
 from .context import SequenceParallel, alignment
 from .layout import Segment
 from .plan import plan as make_plan
+from .text_model import idle, model_class
 from .tiny_models import OVERRIDES, tiny_model
 
 Verdict = Literal["exact", "refused", "wrong", "not built"]
@@ -57,7 +58,8 @@ class Result:
 
 
 def families() -> list[str]:
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    """Model types that continue a text, of text alone and of several kinds of input."""
+    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES})
 
 
 def check(family: str, ctx: SequenceParallel, reference: Literal["documents", "row"] = "documents", **overrides: Any) -> Result:
@@ -67,8 +69,13 @@ def check(family: str, ctx: SequenceParallel, reference: Literal["documents", "r
     """
     with contextlib.suppress(Exception):  # the default configuration of some families is not valid
         kinds = {"layer_types": OVERRIDES[family]["layer_types"]} if "layer_types" in OVERRIDES.get(family, {}) else {}
-        if reason := hf.unsupported(CONFIG_MAPPING[family](**kinds)):
+        default = CONFIG_MAPPING[family](**kinds)
+        if reason := hf.unsupported(default):
             return Result(family, "refused", reason)
+        try:
+            model_class(default)
+        except ValueError as error:
+            return Result(family, "refused", _line(error))
     last = ""
     for dtype in (torch.float64, torch.float32):
         try:
@@ -159,7 +166,7 @@ def _sharded(model: PreTrainedModel, ctx: SequenceParallel) -> tuple[Tensor, dic
 
 
 def _features(model: PreTrainedModel) -> str:
-    """What the checked model has that sequence parallelism could lose."""
+    """What the checked model has that sequence parallelism could lose, and what text does not reach."""
     config = model.config.get_text_config()
     types = set(hf.layer_types(config))
     out = []
@@ -177,6 +184,13 @@ def _features(model: PreTrainedModel) -> str:
         out.append("latent attention")
     if any("experts" in n for n, _ in model.named_parameters()):
         out.append("experts")
+    parts = idle(model)
+    if parts.modules:
+        out.append("frozen: " + ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", m) for m in parts.modules)))
+    if lost := [n for n, p in model.named_parameters() if p.grad is None and n not in parts.parameters]:
+        out.append(f"{len(lost)} parameters get no gradient ({lost[0]})")
+    if reached := [n for n, p in model.named_parameters() if p.grad is not None and n in parts.parameters]:
+        out.append(f"{len(reached)} frozen parameters would get a gradient ({reached[0]})")
     return ", ".join(out)
 
 

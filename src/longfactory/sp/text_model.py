@@ -83,6 +83,9 @@ def model_class(config: PreTrainedConfig, trust_remote_code: bool = False) -> Mo
             f"{what}: transformers {transformers.__version__} has no class of it that continues a text. "
             "Choose a model type that docs/models.md marks exact."
         )
+    decoders = {c for value in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for c in _all(value)}
+    if getattr(config, "is_encoder_decoder", False) and found not in decoders:
+        raise ValueError(f"Models of type {kind} cannot be trained here: {found} has an encoder and a decoder, and continues no text.")
     cls = getattr(transformers, found)
     if lacking := _required(cls):
         raise ValueError(f"Models of type {kind} cannot be trained here: the forward of {found} needs {', '.join(lacking)} beside text.")
@@ -100,8 +103,6 @@ def _all(value: Any) -> tuple[str, ...]:
 
 def _needs(config: PreTrainedConfig) -> str | None:
     """Why no text alone can be given to it, as far as the configuration tells, or None."""
-    if getattr(config, "is_encoder_decoder", False):
-        return "it has an encoder and a decoder, and continues no text"
     if config.model_type in _NEEDS_MORE_THAN_TEXT:
         return f"its forward needs {_NEEDS_MORE_THAN_TEXT[config.model_type]} beside text"
     try:

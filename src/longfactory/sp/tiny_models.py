@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .text_model import model_class
 
 # Tiny value -> the fields of configurations that take it. Only fields that a configuration has are set.
 _VALUES: tuple[tuple[Any, str], ...] = (
@@ -89,6 +91,31 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
 }
 
+_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+"""Sections of a rotary embedding in three dimensions, for heads of 16."""
+OVERRIDES |= {
+    "glm4v_moe_text": {"rope_parameters": _MROPE | {"mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}},
+    "paddleocr_vl_text": {"rope_parameters": _MROPE},
+    "ernie4_5_vl_moe_text": {
+        "rope_parameters": _MROPE,
+        "moe_intermediate_size": [32, 32],
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+    },
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
+}
+
+# Of a configuration of several parts: fields of the whole ("") and of its parts.
+PARTS: dict[str, dict[str, dict[str, Any]]] = {
+    "chameleon": {"": {"vocabulary_map": {"<image>": 200}}},
+    "emu3": {"": {"vocabulary_map": {"<image>": 200, "<|extra_200|>": 201}}},
+    "granite4_vision": {"": {"deepstack_layer_map": []}},
+    "granite_docling": {"vision_config": {"out_hidden_size": 64}},
+    "inkling2": {"vision_config": {"text_hidden_size": 64}},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [2, 1]}},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
+    "muse_spark": {"audio_config": {"out_hidden_size": 64}, "vision_config": {"out_hidden_size": 64}},
+}
+
 
 def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
     """A configuration of a few thousand parameters. `overrides` are fields of its text part.
@@ -104,8 +131,10 @@ def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
     for key in kind.sub_configs:
         part = getattr(default, key, None)
         if isinstance(part, PreTrainedConfig):
-            parts[key] = _shrunk(type(part), part, fields if part is text else {}).to_dict()
-    return _shrunk(kind, default, {**parts, **fields}) if text is default else kind(**parts)
+            own = PARTS.get(family, {}).get(key, {})
+            parts[key] = _shrunk(type(part), part, {**own, **fields} if part is text else own).to_dict()
+    whole = PARTS.get(family, {}).get("", {})
+    return _shrunk(kind, default, {**parts, **whole, **fields}) if text is default else kind(**parts, **whole)
 
 
 def _shrunk(kind: type[PreTrainedConfig], default: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:
@@ -119,6 +148,8 @@ def _shrunk(kind: type[PreTrainedConfig], default: PreTrainedConfig, overrides: 
         fields["num_key_value_heads"] = 4
         if "head_dim" in fields:
             fields["head_dim"] = 8  # of latent attention: the rotated part
+    if "mrope_section" in getattr(kind, "ignore_keys_at_rope_validation", ()):
+        fields["rope_parameters"] = dict(_MROPE)
     types = getattr(default, "layer_types", None)
     if types and "layer_types" in has and not isinstance(getattr(kind, "layer_types", None), property):
         kinds = list(dict.fromkeys(types))
@@ -134,10 +165,10 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float64, **overrides: Any
     config = tiny_config(family, **overrides)
     torch.manual_seed(0)
     with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        size = sum(p.numel() for p in model_class(config).from_config().parameters())
     if size > 20_000_000:
         raise ValueError(f"the tiny model has {size / 1e6:.0f} million parameters")
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager").to(dtype).eval()
+    model = model_class(config).from_config(attn_implementation="eager", experts_implementation="eager").to(dtype).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,6 +59,22 @@ def count_parameters(cfg: RunConfig, model_config: Any) -> Counts:
         model = adapters.apply_finetuning(model, method, dataclasses.replace(cfg.model, adapter_name_or_path=()))
     head = model.get_output_embeddings()
     return Counts(total, adapters.count_parameters(model)[0], head is not None and any(p.requires_grad for p in head.parameters()))
+
+
+def check_model(cfg: RunConfig) -> list[str]:
+    """What `train` would refuse of the model, from its configuration alone: for `--dry_run` and `plan`. No weight is read.
+
+    Returns:
+        What could not be checked: a model that is not on this machine.
+    Raises:
+        UserError: as `load.load_config`, `load.empty_model` and `count_parameters`.
+    """
+    name = str(cfg.model.model_name_or_path)
+    path, _ = load.resolve(name)
+    if not Path(path).exists():
+        return [f"model_name_or_path: {name} is not a folder on this machine; the model was not checked."]
+    count_parameters(cfg, load.load_config(cfg.model, cfg.data.cutoff_len))
+    return []
 
 
 def plan_memory(
