@@ -69,14 +69,14 @@ def _prompt_trained_in_the_row() -> Any:
     return mock.patch.object(collate, "make_row", lambda documents: own([dataclasses.replace(d, labels=d.input_ids) for d in documents]))
 
 
-def _long_window_dropped() -> Any:
-    """A window larger than what a start-up probe of 128 tokens would exceed, wherever attention is computed."""
+def _window_dropped(above: int) -> Any:
+    """Windows of more than `above` tokens, wherever attention is computed."""
     from longfactory.sp.plan import RowPlan
 
     own = RowPlan.mask
 
     def mask(self: Any, window: int | None = None, chunk: int | None = None) -> Any:
-        return own(self, None if (window or 0) > 128 else window, chunk)
+        return own(self, None if (window or 0) > above else window, chunk)
 
     return mock.patch.object(RowPlan, "mask", mask)
 
@@ -196,7 +196,8 @@ FAULTS = {
     "labels shifted twice": _labels_shifted_twice,
     "prompt tokens trained": _prompt_trained,
     "prompt tokens trained in the row": _prompt_trained_in_the_row,
-    "a long window dropped": _long_window_dropped,
+    "a long window dropped": lambda: _window_dropped(128),  # larger than what a start-up probe of 128 tokens would exceed
+    "a small window dropped": lambda: _window_dropped(0),
     "the hand-written layer's window dropped": _layer_window_dropped,
     "documents leak": _documents_leak,
     "local positions": _local_positions,

@@ -36,7 +36,16 @@ FOUND: dict[str, tuple[str, dict[str, Any]]] = {
     "a module without gradients": ("No gradient reaches 3 trained parameters: model.layers.1.mlp", {}),
     "an adapter that is not saved": ("is not a complete save: 4 of 28 tensors of the model are not in what was saved", LORA),
 }
-FAST = ("sequence parallelism silently off", "labels shifted twice")
+FAST = (
+    "sequence parallelism silently off",
+    "loss scaled by SP",
+    "labels shifted twice",
+    "prompt tokens trained",
+    "a long window dropped",
+    "documents leak",
+    "gradients divided by SP",
+    "a module left out of the reduction",
+)
 
 
 def verified_with(keys: dict[str, Any], fault: str) -> tuple[bool, str]:

@@ -2,37 +2,66 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
-from longfactory.data.row import TokenizedDocument
-from longfactory.testing import run_ranks
-from longfactory.train.verify import Report, RowShape, measured, truncate
+from longfactory.data.assemble import Rules
+from longfactory.data.row import TokenizedDocument, make_row
+from longfactory.errors import UserError
+from longfactory.testing import RankPool, run_ranks
+from longfactory.train.alone import texts_of
+from longfactory.train.verify import Report, RowShape, choose, crossed, mask_reasons, measured, row_reason, truncate
 
 sys.path.insert(0, str(Path(__file__).parent))
 from manual_runs import manual_run
 
 
+def sharded_by_fsdp2(keys: dict[str, Any], more: list[dict[str, Any]]) -> list[tuple[bool, str]]:
+    """Body of a rank of a pool of its own: FSDP2 on a CPU, which a run refuses."""
+    import os
+
+    import cpu_sharding
+
+    from longfactory.config import from_mapping
+    from longfactory.train import run
+    from longfactory.train.verify import verify
+
+    cpu_sharding.install_fsdp()
+    run.choose_sharding = lambda *args: "fsdp2"  # type: ignore[assignment]
+    os.environ["LONGFACTORY_CACHE"] = keys["cache"]
+    reports = []
+    for changes in more:
+        cpu_sharding.reset()
+        given = {**keys, **changes}
+        report = verify(from_mapping({k: v for k, v in given.items() if k != "cache"}), rows=2, tokens=160)
+        reports.append((report.exact and "parameters fsdp2" in report.title, report.table()))
+    return reports
+
+
 def verified(keys: dict[str, Any], broken: str = "") -> tuple[bool, str, dict[str, float]]:
-    """Body of a rank. `broken` scales the gradient of values in the engine, or lets documents see each other."""
+    """Body of a rank. `broken` scales the gradient of values in the engine, lets documents see each other, or lets routers choose anew."""
     import os
 
     import cpu_sharding
 
     from longfactory import sp
     from longfactory.config import from_mapping
-    from longfactory.sp import hf
+    from longfactory.sp import hf, routers
     from longfactory.train import trainer as trainer_module
-    from longfactory.train.verify import verify
+    from longfactory.train.verify import Comparison, verify
 
     os.environ["LONGFACTORY_CACHE"] = keys["cache"]
     cpu_sharding.reset()
     cfg = from_mapping({k: v for k, v in keys.items() if k != "cache"})
-    engine, plan = hf.engine, trainer_module.sp.plan
+    engine, plan, choices = hf.engine, trainer_module.sp.plan, Comparison._row_choices
 
     def scaled(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> Any:
         return engine(q, k, v + 0.01 * (v - v.detach()), *args, **kwargs)
@@ -42,9 +71,11 @@ def verified(keys: dict[str, Any], broken: str = "") -> tuple[bool, str, dict[st
             hf.engine = scaled
         if broken == "isolation":
             trainer_module.sp.plan = lambda length, segments, ctx: plan(length, (sp.Segment(0, length),), ctx)
+        if broken == "routers":
+            Comparison._row_choices = lambda self, row: routers.Choices({})  # type: ignore[method-assign]
         report = verify(cfg, rows=2, tokens=160)
     finally:
-        hf.engine, trainer_module.sp.plan = engine, plan
+        hf.engine, trainer_module.sp.plan, Comparison._row_choices = engine, plan, choices  # type: ignore[method-assign]
     return report.exact, report.table(), {name: m.difference for name, m in report.parameters.items()}
 
 
@@ -68,18 +99,90 @@ CASES = {
     "packed": {"packing": True},
     "dpo, shared prompt": {"stage": "dpo", "dataset": "manual_dpo", "pref_share_prompt": True},
     "rm": {"stage": "rm", "dataset": "manual_dpo"},
+    "experts in bf16": {"family": "qwen3_moe", "bf16": True},
     "two data-parallel groups": {"sequence_parallel_size": 1},
 }
+
+
+def with_family(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`family`: a tiny model of that family; `spread`: standard deviation of its weights (0.02: routers are nearly undecided)."""
+    keys = {**base, **{k: v for k, v in changes.items() if k not in ("family", "spread")}}
+    if "family" in changes:
+        from verify_ratios import make_folder
+
+        spread = changes.get("spread", 0.02)
+        folder = Path(base["model_name_or_path"]).parent / f"{changes['family']}-{spread}"
+        keys["model_name_or_path"] = str(folder if folder.exists() else make_folder(folder, changes["family"], spread))
+    return keys
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("case", list(CASES))
 def test_an_exact_engine_passes(case: str, base: dict[str, Any]) -> None:
-    for exact, table, parameters in run_ranks(2, verified, {**base, **CASES[case]}, timeout=250):
+    for exact, table, parameters in run_ranks(2, verified, with_family(base, CASES[case]), timeout=250):
         assert exact, table
         assert len(parameters) > 10
         assert "The same." in table and "grad_norm" in table
     assert not Path(base["output_dir"]).exists()
+
+
+def healthy() -> Iterator[tuple[int, dict[str, Any]]]:
+    """(processes, keys): every stage in float32 and bf16 at SP 1 and 2, then methods, families, schedules."""
+    from verify_ratios import STAGES
+
+    for stage in STAGES.values():
+        yield 1, {**stage, "sequence_parallel_size": 1, "bf16": True}
+        yield 2, stage
+        yield 2, {**stage, "bf16": True}
+    for family in ("qwen3_moe", "gpt_oss", "mixtral", "gemma2", "mistral", "phi3"):
+        yield 2, {"family": family, "spread": 0.15, "bf16": True, "pure_bf16": True}
+        yield 2, {"family": family, "bf16": True, "finetuning_type": "lora", "stage": "dpo", "dataset": "manual_dpo"}
+    yield 2, {"finetuning_type": "freeze", "freeze_trainable_layers": 1, "bf16": True}
+    yield 2, {"finetuning_type": "lora", "stage": "kto", "dataset": "manual_kto", "use_dora": True}
+    yield 2, {"finetuning_type": "lora", "stage": "dpo", "dataset": "manual_dpo", "ld_alpha": 0.3, "pref_loss": "ipo"}
+    yield 2, {"finetuning_type": "lora", "additional_target": "embed_tokens,lm_head", "bf16": True}
+    yield 2, {"sequence_parallel_mode": "ulysses", "packing": True, "bf16": True}
+    yield 2, {"sequence_parallel_mode": "llama3", "per_device_train_batch_size": 1}
+    yield 2, {"train_on_prompt": True, "gradient_accumulation_steps": 3, "neftune_noise_alpha": 5.0}
+    yield 2, {"streaming": True, "max_steps": 5, "max_samples": None}
+    yield 4, {"bf16": True}
+    yield 4, {"stage": "dpo", "dataset": "manual_dpo", "pref_loss": "kto_pair"}
+    yield 4, {"stage": "kto", "dataset": "manual_kto", "sequence_parallel_size": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_no_healthy_run_gives_an_alarm(base: dict[str, Any]) -> None:
+    alarms, count = [], 0
+    for processes, changes in healthy():
+        exact, table, _ = run_ranks(processes, verified, with_family(base, changes), timeout=250)[0]
+        count += 1
+        if not exact:
+            alarms.append(f"{processes} {changes}\n{table}")
+    assert count >= 30 and not alarms, "\n\n".join(alarms)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_without_their_choices_replayed_experts_in_bf16_are_not_the_same(base: dict[str, Any]) -> None:
+    """The routers of small random weights are nearly undecided: what is replayed is what makes the comparison."""
+    exact, table, _ = run_ranks(2, verified, with_family(base, CASES["experts in bf16"]), "routers", timeout=250)[0]
+    assert not exact, table
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_sharded_parameters_are_compared_whole(base: dict[str, Any]) -> None:
+    pool = RankPool(2)
+    lora = {"finetuning_type": "lora", "stage": "dpo", "dataset": "manual_dpo"}
+    try:
+        reports = pool.run(sharded_by_fsdp2, base, [{}, {"bf16": True}, {"stage": "rm", "dataset": "manual_dpo"}, lora], timeout=300)
+    finally:
+        pool.stop()
+    for rank in reports:
+        assert len(rank) == 4
+        for exact, table in rank:
+            assert exact, table
 
 
 @pytest.mark.timeout(300)
@@ -138,3 +241,97 @@ def test_the_command(base: dict[str, Any]) -> None:
     assert not Path(base["output_dir"]).exists()
     wrong = subprocess.run([*command, "verify_rows=none"], capture_output=True, text=True, env=env, timeout=100)
     assert wrong.returncode == 2 and "verify_rows=N with a whole number" in wrong.stderr
+
+
+# -- what is read of a row, and of the data ------------------------------------------------------------------------------------------------
+
+
+def documents() -> list[TokenizedDocument]:
+    """A shared prompt with two answers, and a text of which two tokens are trained."""
+    return [
+        TokenizedDocument([5, 6, 7], [-100] * 3, "prompt", 0),
+        TokenizedDocument([8, 9, 2], [-100, 9, 2], "chosen", 0, parent=0),
+        TokenizedDocument([8, 4, 3, 2], [-100, 4, 3, 2], "rejected", 0, parent=0),
+        TokenizedDocument([1, 2, 3, 4], [-100, -100, 3, 4], "text", 1),
+    ]
+
+
+def test_documents_are_read_with_their_parents_and_labels_moved_by_one() -> None:
+    texts = texts_of(documents())
+    assert [text.tokens for text in texts] == [(5, 6, 7), (5, 6, 7, 8, 9, 2), (5, 6, 7, 8, 4, 3, 2), (1, 2, 3, 4)]
+    assert texts[1].targets == (-100, -100, -100, 9, 2, -100) and texts[3].targets == (-100, 3, 4, -100)
+    assert [text.before for text in texts] == [0, 3, 3, 0] and texts[2].places == [3, 4, 5]
+
+
+def test_what_a_row_has_that_its_documents_do_not() -> None:
+    texts = texts_of(documents())
+    row = make_row(documents()).padded(8, 0)
+    assert row_reason(row, texts, 1) is None
+    moved = row.position_ids.clone()
+    moved[3:6] = torch.arange(3)
+    twice = torch.cat([row.labels[1:], row.labels.new_full((1,), -100)])
+    twice[:10] = row.labels[:10]  # of the last document alone
+    for changes, sentence in (
+        ({"position_ids": moved}, "The position at token 1 of document 2 of row 1 is 0; by its document it is 3."),
+        ({"labels": row.input_ids}, "labels are trained,"),
+        ({"labels": twice}, "labels are shifted twice"),
+        ({"input_ids": row.input_ids.flip(0)}, "The token at token 1 of document 1"),
+        ({"documents": row.documents[1:]}, "Row 1 has 3 documents, its samples have 4."),
+    ):
+        reason = row_reason(dataclasses.replace(row, **changes), texts, 1)
+        assert reason is not None and sentence in reason, reason
+
+
+def test_a_row_that_no_document_crosses_is_made_to_have_one() -> None:
+    ctx = SimpleNamespace(size=2)
+    trainer: Any = SimpleNamespace(ctx=ctx, collate=None, pad_id=0)
+    shapes = iter([0, 0, 1])
+    lengths = []
+
+    def collate(items: Any, multiple: int, pad_id: int) -> None:
+        lengths.append(len(items[0][0].input_ids))
+
+    trainer.collate = collate
+    items = [[TokenizedDocument(list(range(40)), list(range(40)))]]
+    with (
+        mock.patch("longfactory.train.verify._shape", lambda row, ctx: SimpleNamespace(crossing=next(shapes))),
+        mock.patch("longfactory.train.verify.sp.alignment", lambda ctx: 4),
+    ):
+        crossed(items, trainer)
+    assert lengths == [40, 30, 20] and items[0][0].input_ids == list(range(20, 40))
+
+
+def test_rows_are_chosen_that_train_and_one_has_two_samples() -> None:
+    def sample(i: int, trained: bool = True) -> list[TokenizedDocument]:
+        return [TokenizedDocument([i] * 6, [-100] * 3 + [i if trained else -100] * 3, sample=i)]
+
+    data = [sample(0, trained=False), sample(1), sample(2), sample(3)]
+    rows = choose(data, rows=2, batch=1, tokens=100)
+    assert [[d.sample for d in row[0]] for row in rows] == [[1], [2, 0]]
+    assert [[d.sample for item in row for d in item] for row in choose(data, rows=1, batch=2, tokens=100)] == [[0, 1]]
+    # Fewer samples than a row takes: they are taken again, as other samples.
+    (row,) = choose(data[:2], rows=1, batch=3, tokens=100)
+    assert len(row) == 3 and len({d.sample for item in row for d in item}) == 3
+    with pytest.raises(UserError, match="nothing can be compared"):
+        choose([sample(0, trained=False)], rows=1, batch=1, tokens=100)
+
+
+def test_prompts_that_are_trained_are_found_by_the_stored_parts() -> None:
+    store: Any = SimpleNamespace(parts=lambda i: [[1] * 4, [2] * 3, [1] * 2, [2] * 2])
+
+    def found(labels: list[int], eos: int | None = None, cutoff: int = 100, **rules: Any) -> list[str]:
+        data = SimpleNamespace(kind="sft", stores=[store], entries=[[0, 0]], rules=Rules(cutoff, eos=eos, **rules))
+        return mask_reasons(data, [TokenizedDocument([1] * len(labels), labels, sample=0)])
+
+    right = [-100] * 4 + [2] * 3 + [-100] * 2 + [2] * 2
+    assert not found(right)
+    wrong = found([-100] * 3 + right[4:5] + right[4:])
+    assert wrong == ["Sample 0 trains 1 of the 6 tokens of its prompt; train_on_prompt is not set."]
+    assert not found([1] * len(right), train_on_prompt=True)
+    # Where answers end by eos, the first token of a later turn teaches it, and the document has one token more.
+    assert not found([*right[:7], 0, *right[8:], 0], eos=0)
+    assert found([*right[:7], 0, 1, *right[9:], 0], eos=0)
+    # The beginning is cut off: places are counted from the end.
+    assert not found(right[3:]) and found([1, *right[4:]])
+    # cutoff_len leaves 3 tokens of the first prompt and 2 of its answer.
+    assert not found([-100] * 3 + [2] * 2, cutoff=5) and found([-100] * 2 + [2] * 3, cutoff=5)

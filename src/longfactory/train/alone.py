@@ -159,8 +159,8 @@ class Scores:
     logps: Tensor
     entropy: Tensor | None = None
     """[k] nats, of the 20 most probable tokens."""
-    reference: float | None = None
-    """The reference's log-probability of the whole text."""
+    reference: Tensor | float | None = None
+    """The reference's log-probability of the whole text, or [k] of its tokens."""
 
     @property
     def length(self) -> int:
@@ -197,28 +197,32 @@ MicroBatch = list[Scores]
 """The texts of one micro-batch of all data-parallel groups."""
 
 
-def step_loss(method: Any, micro_batches: Sequence[MicroBatch]) -> Tensor:
+Constant = Callable[[Tensor], Tensor]
+"""What is done to numbers that training takes for constants (detached); the identity, to learn how the value of a loss moves."""
+
+
+def step_loss(method: Any, micro_batches: Sequence[MicroBatch], constant: Constant = torch.Tensor.detach) -> Tensor:
     """The loss of an optimizer step: the sum over all items (tokens, pairs, samples) by their number."""
     total, items = torch.zeros((), dtype=torch.float64), 0
     rewards: list[Tensor] = []
     for batch in micro_batches:
         if method.stage in ("pt", "sft"):
-            total = total + sum(_token_loss(method, scores).cpu() for scores in batch)
+            total = total + sum(_token_loss(method, scores, constant).cpu() for scores in batch)
             items += sum(scores.length for scores in batch)
         elif method.stage == "kto":
-            total = total + _kto(method, batch)
+            total = total + _kto(method, batch, constant)
             items += sum(scores.text.role != "kl" for scores in batch if scores.text.role != "prompt")
         else:
             pairs = _pairs(batch)
-            total = total + (_reward(pairs) if method.stage == "rm" else _preference(method, pairs, rewards))
+            total = total + (_reward(pairs) if method.stage == "rm" else _preference(method, pairs, rewards, constant))
             items += len(pairs)
     return total / max(items, 1)
 
 
-def _token_loss(method: Any, scores: Scores) -> Tensor:
+def _token_loss(method: Any, scores: Scores, constant: Constant) -> Tensor:
     logps = scores.logps.double()
     if method.stage == "sft" and method.use_dft_loss:
-        return -(logps.detach().exp() * logps).sum()
+        return -(constant(logps).exp() * logps).sum()
     if method.stage == "sft" and method.use_eaft_loss:
         assert scores.entropy is not None
         return -((scores.entropy / 3) ** method.eaft_alpha * logps).sum()
@@ -236,23 +240,30 @@ def _reward(pairs: Sequence[tuple[Scores, Scores]]) -> Tensor:
     return sum((-F.logsigmoid(c.logps[0].double() - r.logps[0].double()).cpu() for c, r in pairs), torch.zeros((), dtype=torch.float64))
 
 
-def _sum(scores: Scores, alpha: float | None, other: int) -> Tensor:
-    """The text's log-probability; with `ld_alpha`, tokens beyond the shorter answer's length weigh that much."""
-    logps = scores.logps.double().cpu()
+def _sum(logps: Tensor, alpha: float | None, other: int) -> Tensor:
+    """A text's log-probability; with `ld_alpha`, tokens beyond the other answer's length weigh that much."""
+    logps = logps.double().cpu()
     if alpha is None:
         return logps.sum()
     return logps[:other].sum() + alpha * logps[other:].sum()
 
 
-def _preference(method: Any, pairs: Sequence[tuple[Scores, Scores]], rewards: list[Tensor]) -> Tensor:
+def _reference_sum(scores: Scores, alpha: float | None = None, other: int = 0) -> float:
+    reference = scores.reference
+    return float(_sum(reference, alpha, other)) if isinstance(reference, Tensor) else float(reference or 0.0)
+
+
+def _preference(method: Any, pairs: Sequence[tuple[Scores, Scores]], rewards: list[Tensor], constant: Constant) -> Tensor:
     """The sum over pairs. `rewards` are those of earlier micro-batches, and get this one's."""
     if not pairs:
         return torch.zeros((), dtype=torch.float64)
     alpha = method.ld_alpha
-    c = torch.stack([_sum(a, alpha, b.length) for a, b in pairs])
-    r = torch.stack([_sum(b, alpha, a.length) for a, b in pairs])
-    has = pairs[0][0].reference is not None
-    c_ref, r_ref = (torch.tensor([s[i].reference for s in pairs], dtype=torch.float64) if has else None for i in (0, 1))
+    c = torch.stack([_sum(a.logps, alpha, b.length) for a, b in pairs])
+    r = torch.stack([_sum(b.logps, alpha, a.length) for a, b in pairs])
+    c_ref = r_ref = None
+    if pairs[0][0].reference is not None:
+        c_ref = torch.tensor([_reference_sum(a, alpha, b.length) for a, b in pairs], dtype=torch.float64)
+        r_ref = torch.tensor([_reference_sum(b, alpha, a.length) for a, b in pairs], dtype=torch.float64)
     lengths = [torch.tensor([float(s[i].length) for s in pairs], dtype=torch.float64) for i in (0, 1)]
     beta, smoothing = method.pref_beta, method.dpo_label_smoothing
     numbers = PairLogps(c, r, c_ref, r_ref, *lengths)
@@ -263,17 +274,17 @@ def _preference(method: Any, pairs: Sequence[tuple[Scores, Scores]], rewards: li
     else:  # a function of these numbers alone, which its own tests compare with its paper
         each = losses.PREFERENCE_LOSSES[method.pref_loss](numbers, options, DataParallel())
     if method.pref_bco_weight:
-        rewards.append(beta * torch.cat([numbers.chosen_ratio, numbers.rejected_ratio]).detach())
+        rewards.append(constant(beta * torch.cat([numbers.chosen_ratio, numbers.rejected_ratio])))
         shift = torch.cat(rewards).mean()
         each = (each + method.pref_bco_weight * losses.bco(numbers, options, shift)) / (1 + method.pref_bco_weight)
     return (each - method.pref_ftx * c / lengths[0].clamp(min=1)).sum()
 
 
-def _kto(method: Any, batch: MicroBatch) -> Tensor:
+def _kto(method: Any, batch: MicroBatch, constant: Constant) -> Tensor:
     def ratio(scores: Scores) -> Tensor:
-        return scores.logps.double().sum().cpu() - float(scores.reference or 0.0)
+        return scores.logps.double().sum().cpu() - _reference_sum(scores)
 
-    others = [ratio(scores).detach() for scores in batch if scores.text.role == "kl"]
+    others = [constant(ratio(scores)) for scores in batch if scores.text.role == "kl"]
     kl = torch.stack(others).mean().clamp(min=0) if others else torch.zeros((), dtype=torch.float64)
     total = torch.zeros((), dtype=torch.float64)
     for scores in batch:
@@ -290,13 +301,15 @@ def _kto(method: Any, batch: MicroBatch) -> Tensor:
 
 @dataclasses.dataclass
 class Step:
-    """One optimizer step over texts: [micro-batch][text] log-probabilities, the slope of the loss in each, and what follows."""
+    """One optimizer step over texts."""
 
     loss: float
     gradients: dict[str, Tensor]
     """Float32 (or wider), on the host. A parameter that nothing reaches has none."""
     logps: list[list[Tensor]]
-    slopes: list[list[Tensor]]
+    """[micro-batch][text] log-probabilities (values)."""
+    sensitivity: list[list[Tensor]]
+    """[micro-batch][text] how the value of the loss moves with each of them."""
     choices: dict[Text, routers.Choices]
     """Which experts the tokens of each text chose, its parents' first."""
     references: dict[Text, float]
@@ -338,27 +351,26 @@ def run_step(
                 passes[text] = choices if step is None else step.choices[text]
                 if text.role == "prompt" or not (text.places or values):
                     continue  # nothing is learnt of it; its experts are read by others
-                number = None if step is None else step.references.get(text)
-                if number is None and adapter_off and text.role in ("chosen", "rejected", "kl"):
+                number: Tensor | float | None = None
+                if adapter_off:
                     with torch.no_grad(), model.disable_adapter(), _replayed(model, passes, text):  # type: ignore[operator]
-                        number = float(read_text(model, text, False, False, device)[0].double().sum())
-                if number is None and reference is not None:
+                        number = read_text(model, text, False, False, device)[0]
+                elif step is not None:
+                    number = step.references.get(text)
+                elif reference is not None:
                     number = reference(text, float(logps.double().sum()))
                 batch.append(Scores(text, logps.detach().requires_grad_(), bits, number))
             micro_batches.append(batch)
         loss = step_loss(method, micro_batches)
         leaves = [scores.logps for batch in micro_batches for scores in batch]
-        slopes = iter(torch.autograd.grad(loss, leaves, allow_unused=True)) if leaves else iter(())
+        moves = _slopes(step_loss(method, micro_batches, lambda x: x), leaves)
+        slopes = iter(_slopes(loss, leaves))
         names = [name for name, p in model.named_parameters() if p.requires_grad]
         wanted = [p for p in model.parameters() if p.requires_grad]
         sums: dict[str, Tensor] = {}
-        found: list[list[Tensor]] = []
         for batch in micro_batches:
-            found.append([])
             for scores in batch:
                 slope = next(slopes)
-                slope = torch.zeros_like(scores.logps) if slope is None else slope
-                found[-1].append(slope.cpu())
                 if not slope.any():
                     continue
                 with _replayed(model, passes, scores.text):
@@ -372,10 +384,18 @@ def run_step(
         float(loss),
         {name: g.cpu() for name, g in sums.items()},
         [[scores.logps.detach().cpu() for scores in batch] for batch in micro_batches],
-        found,
+        [[next(each).cpu() for _ in batch] for each in (iter(moves),) for batch in micro_batches],
         passes,
-        {scores.text: scores.reference for batch in micro_batches for scores in batch if scores.reference is not None},
+        {scores.text: scores.reference for batch in micro_batches for scores in batch if isinstance(scores.reference, float)},
     )
+
+
+def _slopes(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """The gradient in each of `leaves`."""
+    if not leaves or not loss.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    grads = torch.autograd.grad(loss, list(leaves), allow_unused=True)
+    return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, grads, strict=True)]
 
 
 def _replayed(model: nn.Module, choices: dict[Text, routers.Choices], text: Text) -> Any:

@@ -512,13 +512,13 @@ class Comparison(TrainerCallback):
 
         logs: dict[str, float] = next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
         loss = float(logs.get("loss", math.nan))
-        # As far as the loss may be off if every log-probability is, by what it is in the run's precision.
+        # A sum of errors may be near zero by chance: so far off is the loss if they all add up.
         bound = sum(
             float((slope.double().abs() * (a.double() - b.double()).abs()).sum())
-            for slopes, x, y in zip(spec.slopes, own.logps, spec.logps, strict=True)
+            for slopes, x, y in zip(spec.sensitivity, own.logps, spec.logps, strict=True)
             for slope, a, b in zip(slopes, x, y, strict=True)
         )
-        own_loss = max(relative(own.loss, spec.loss), bound / max(abs(spec.loss), 1e-12) / FACTOR)
+        own_loss = max(relative(own.loss, spec.loss), bound / max(abs(spec.loss), 1e-12))
         losses = measured(loss, spec.loss, relative(loss, spec.loss), own_loss)
         logps, where = self._logps(outputs, spec, own)
         parameters, total = _gradient_measures(self.gradients, spec.gradients, own.gradients)

@@ -1,0 +1,68 @@
+"""`longfactory verify` on GPUs: every precision, the kernels that train, experts; one GPU, and two under FSDP2 and DDP."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "train")]
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"bf16": True},
+    "pure_bf16": {"bf16": True, "pure_bf16": True},
+    "fp16": {"fp16": True},
+}
+
+
+def verified(folder: Path, family: str, processes: int, **keys: Any) -> subprocess.CompletedProcess[str]:
+    """The command, on a tiny model with the real heads' dim."""
+    from verify_ratios import make_folder
+
+    model = folder / family
+    if not model.exists():
+        make_folder(model, family, 0.1, hidden_size=256, head_dim=64)
+    given: dict[str, Any] = {
+        "model_name_or_path": model,
+        "train_from_scratch": True,
+        "stage": "sft",
+        "dataset": "manual_sft",
+        "dataset_dir": ROOT / "data",
+        "template": "chatml",
+        "max_samples": 12,
+        "cutoff_len": 600,
+        "finetuning_type": "full",
+        "per_device_train_batch_size": 2,
+        "sequence_parallel_size": processes,
+        **keys,
+    }
+    words = [f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in given.items()]
+    env = {**os.environ, "LONGFACTORY_CACHE": str(folder / "cache")}
+    command = [sys.executable, "-m", "longfactory.cli", "verify", *words, f"nproc_per_node={processes}"]
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=280)
+
+
+@pytest.mark.parametrize("precision", list(PRECISIONS))
+@pytest.mark.parametrize("family", ["qwen2", "mistral", "qwen3_moe", "gpt_oss"])
+def test_one_gpu(family: str, precision: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    done = verified(tmp_path_factory.mktemp("verify"), family, 1, **PRECISIONS[precision])
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("precision", list(PRECISIONS))
+def test_two_gpus(precision: str, sharding: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("verify")
+    for family, keys in (("qwen2", {}), ("qwen3_moe", {}), ("qwen2", {"stage": "dpo", "dataset": "manual_dpo", "finetuning_type": "lora"})):
+        done = verified(folder, family, 2, sharding=sharding, **PRECISIONS[precision], **keys)
+        assert done.returncode == 0, done.stdout + done.stderr[-2000:]
