@@ -25,7 +25,7 @@ from longfactory.config import RunConfig
 from longfactory.data import assemble as assemble_rules
 from longfactory.data.row import Row, TokenizedDocument
 from longfactory.errors import UserError
-from longfactory.sp import hf, routers
+from longfactory.sp import compare, hf, routers
 from longfactory.train import alone
 from longfactory.train.alone import Item, Precision, Step, Text
 from longfactory.train.reference import adapter_is_reference, disable_dropout
@@ -34,8 +34,8 @@ from longfactory.train.trainer import RowTrainer
 
 ROWS, TOKENS = 2, 2048
 
-FACTOR = 3.0
-"""How many times as far from float32 as transformers' own attention in the run's precision a step may be."""
+FACTOR = compare.LIMIT
+"""How many times as far from float32 as transformers' own attention in the run's precision a step may be: the start-up guard's rule."""
 SMALLEST = 1e-4
 """A relative difference that counts as none: float32 numbers that are added in another order."""
 SMALLEST_SCORE = 2e-5
