@@ -197,7 +197,7 @@ def _features(model: PreTrainedModel) -> str:
 def _line(error: Exception) -> str:
     """The message in one line, without what every refusal begins and ends with."""
     text = re.sub(r"^Models of type \S+ cannot be trained here: ", "", " ".join(str(error).split()))
-    text = text.removesuffix(" Choose a model type that docs/models.md marks exact.").removesuffix(".")
+    text = text.partition(" Choose a model type that docs/models.md marks exact")[0].removesuffix(".")
     return text[:300] if text else type(error).__name__
 
 
@@ -270,8 +270,8 @@ A family is built tiny, with random weights, and with windows, chunks and length
 ({lengths} tokens) is spread over {size} processes. Logits and the gradient of every parameter are compared with those of the
 unsharded model with its own eager attention, on each document alone (on the whole row where rotary frequencies depend on the row's
 length: longrope and dynamic NTK). The errors are the largest difference over the largest value, in float64; what is left comes from
-the models' own float32 norms and rotary angles. At the start of every run the guard makes the same comparison for the model at hand,
-on a few tokens.
+the models' own float32 norms and rotary angles. At the start of every run the guard compares the layers of the model at hand, as they will
+be trained, with transformers' own, forward and backward, on a few tokens.
 
 {len(by["exact"])} exact, {len(by["wrong"])} wrong, {len(by["refused"])} refused, {len(by["not built"])} not checked.
 

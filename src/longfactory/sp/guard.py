@@ -14,6 +14,7 @@ run's precision and in a wider one, from the same input and the same gradient. `
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -60,7 +61,7 @@ def guard(model: nn.Module, ctx: SequenceParallel) -> None:
     device = _device(inner)
     training = {m: m.training for m in model.modules()}
     try:
-        with _fixed(model), _no_random_trace(device):
+        with _fixed(model), _no_random_trace(device), _unsaid(ctx):
             reason, seen = _prove(model, inner, ctx, device)
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(
@@ -75,8 +76,8 @@ def guard(model: nn.Module, ctx: SequenceParallel) -> None:
             m.training = mode
     if _anyone(reason is not None, device):
         raise ValueError(
-            f"Models of type {config.model_type} cannot be trained here: {reason or 'another rank refused it'}. "
-            "Choose a model type that docs/models.md marks exact."
+            f"Models of type {config.model_type} cannot be trained here: {reason or 'another rank refused it'}. Choose a model type that "
+            "docs/models.md marks exact; if this one is, another attention_backend may compute it (attention_backend: math)."
         )
     if seen.heads:
         ctx.set_heads(math.gcd(*(h for h, _ in seen.heads)), math.gcd(*(h for _, h in seen.heads)))
@@ -99,7 +100,10 @@ def _prove(model: nn.Module, inner: PreTrainedModel, ctx: SequenceParallel, devi
         row = _Row(documents, ctx)
         with probe(installed=True) as trained, _marked(layers, trained):
             first = _train(_callee(model), layers, runs, row, trained)
-        reason = _differently_installed(seen, trained, layers) or _attention_differs(trained, row, device)
+        rows = [row]
+        if ctx.size > 1:  # the exchange of a row depends on its documents
+            rows.append(_Row([torch.cat(documents)], ctx))
+        reason = _differently_installed(seen, trained, layers) or _attention_differs(trained, rows, device)
         # What differs here would hang the ranks that go on.
         if not _anyone(reason is not None, device):
             reason = _differences(model, inner, layers, runs, first, documents, device)
@@ -170,6 +174,21 @@ def _no_random_trace(device: torch.device) -> Iterator[None]:
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         yield
+
+
+class _Everything(set[str]):
+    def __contains__(self, item: object) -> bool:
+        return True
+
+
+@contextlib.contextmanager
+def _unsaid(ctx: SequenceParallel) -> Iterator[None]:
+    """Inside the block `auto` does not log what it chooses for the guard's rows: the run's first row says it of its own."""
+    said, ctx.said = ctx.said, _Everything()
+    try:
+        yield
+    finally:
+        ctx.said = said
 
 
 @contextlib.contextmanager
@@ -518,11 +537,11 @@ def _gathered_by_zero(layer: nn.Module) -> dict[str, Tensor]:
 # ---- the engine alone
 
 
-def _attention_differs(seen: Probe, row: _Row, device: torch.device) -> str | None:
+def _attention_differs(seen: Probe, rows: list[_Row], device: torch.device) -> str | None:
     """Every kind of call that the layers make, on random numbers: scores are as large as they must be for each setting to matter,
     which those of a model may not be. Collective over the sequence-parallel group."""
     reasons = []
-    for asked, shape in sorted(seen.kernels, key=str):
+    for (asked, shape), row in itertools.product(sorted(seen.kernels, key=str), rows):
         found = attention_ratios(asked, shape, row, device)
         log.debug("guard: attention of %s, %s: %s", asked, shape, found)
         what, ratio = _worst(found)

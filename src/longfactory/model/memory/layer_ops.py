@@ -10,11 +10,14 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from longfactory.sp import probe
 
 log = logging.getLogger(__name__)
 
@@ -34,23 +37,32 @@ _compiled: dict[str, Callable[..., Any]] = {}
 
 
 def fused(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles `fn` where its first argument is on a GPU. LONGFACTORY_COMPILE=0 turns it off."""
+    """Compiles `fn` where its first argument is on a GPU. LONGFACTORY_COMPILE=0 turns it off.
+
+    The start-up guard has a compiled copy for its own short row: torch compiles for any length at all, with slower kernels, what it has
+    seen with two lengths, and most runs have one.
+    """
+    other = types.FunctionType(
+        fn.__code__.replace(co_name=f"{fn.__name__}_in_guard"), fn.__globals__, f"{fn.__name__}_in_guard", fn.__defaults__, fn.__closure__
+    )
 
     @functools.wraps(fn)
     def call(first: Tensor, *rest: Any) -> Any:
-        if not first.is_cuda or fn.__name__ in _failed or os.environ.get("LONGFACTORY_COMPILE", "1") == "0":
-            return fn(first, *rest)
-        if fn.__name__ not in _compiled:
-            _compiled[fn.__name__] = torch.compile(fn)
+        plain = fn if probe.current() is None else other
+        name = plain.__name__
+        if not first.is_cuda or name in _failed or os.environ.get("LONGFACTORY_COMPILE", "1") == "0":
+            return plain(first, *rest)
+        if name not in _compiled:
+            _compiled[name] = torch.compile(plain)
         try:
-            return _compiled[fn.__name__](first, *rest)
+            return _compiled[name](first, *rest)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the compiler's many errors have no common type
-            _failed.add(fn.__name__)
+            _failed.add(name)
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            log.warning("%s runs uncompiled: %s", fn.__name__, reason)
-            return fn(first, *rest)
+            log.warning("%s runs uncompiled: %s", name, reason)
+            return plain(first, *rest)
 
     return call
 
