@@ -12,8 +12,10 @@ import lf_oracle
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import trl
 from conftest import make_args
 
+from longfactory.data.derive import NOT_AT_PROMPT
 from longfactory.data.module import load_datasets
 from longfactory.data.row import IGNORE
 from longfactory.data.templates import get_template
@@ -500,7 +502,7 @@ def test_what_the_own_template_does_not_write_is_told_or_refused(tokenizer: Any,
     assert "user's name (1 rows, first d.json row 1)" in caplog.text
     tokenizer.chat_template = MODERN.split("{%- for c in")[0] + "{%- endif %}{%- endfor %}"
     data = load(tokenizer, write_data(d=(OPENAI, [*rows, {"messages": TWO_RESULTS}])), template=None)
-    assert "the chat template has no place for tool calls" in data.report.bad_rows["d"]["places"][0][1]
+    assert "lost tool calls: the chat template does not write them" in data.report.bad_rows["d"]["places"][0][1]
 
 
 STRINGS = MODERN.replace("{{- c.function.arguments | tojson }}", "{{- c.function.arguments }}")
@@ -556,3 +558,92 @@ def test_a_template_that_marks_what_the_model_writes_is_taken_at_its_word(tokeni
     assert data.report.last_answer_only == 0
     masked = load(tokenizer, folder, template=None, mask_history=True)
     assert trained(masked, tokenizer) == "<think>\n\n</think>\n\nA2<|im_end|>" and list(masked[0][0].input_ids) == ids
+
+
+OPENS_A_THOUGHT = MODERN.replace("assistant\n' }}{%- endif %}", "assistant\n<think>\n' }}{%- endif %}")
+
+
+def test_a_generation_prompt_that_opens_a_thought(tokenizer: Any, write_data: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """In the manner of DeepSeek R1: a conversation has no thoughts, its generation prompt begins one. The tokens are the conversation's."""
+    tokenizer.chat_template = OPENS_A_THOUGHT
+    messages = [user("Q1"), answer("A1"), user("Q2"), answer("A2", reasoning_content="T")]
+    data = load(tokenizer, write_data(d=(OPENAI, [{"messages": messages}])), template=None)
+    assert whole(data, tokenizer) == tokenizer.apply_chat_template(messages, tokenize=False)
+    assert trained(data, tokenizer) == "A1<|im_end|>\nT\n</think>\n\nA2<|im_end|>\n"
+    assert "generation prompt ends with '<think>\\n', which it does not write in front of the answers" in caplog.text
+
+
+def test_calls_that_the_own_template_loses_are_a_bad_row(tokenizer: Any, write_data: Any) -> None:
+    tokenizer.chat_template = MODERN.replace("m.tool_calls or []", "m.calls or []")
+    sharegpt = [{"from": "human", "value": "Q"}, {"from": "function_call", "value": '{"name": "temp", "arguments": {}}'}]
+    good = {"conversations": [sharegpt[0], {"from": "gpt", "value": "A"}]}
+    data = load(tokenizer, write_data(d=({"formatting": "sharegpt"}, [good, {"conversations": sharegpt}])), template=None)
+    assert data.report.bad_rows["d"]["reasons"] == {"lost tool calls": 1}
+
+
+def test_text_that_the_own_template_cuts_off_is_told(tokenizer: Any, write_data: Any, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer.chat_template = MODERN.replace("{{- m.content }}", "{{- m.content.split('</think>')[-1] }}")
+    load(tokenizer, write_data(d=(OPENAI, [{"messages": [user("Q"), answer("<think>T</think>A")]}])), template=None)
+    assert "all of an answer's text (the chat template leaves some of it out) (1 rows, first d.json row 1)" in caplog.text
+
+
+def chat_templates_of_trl() -> list[str]:
+    """Names of the chat templates that TRL holds copies of, as their models publish them (and with marks: "_training")."""
+    return sorted(p.stem for p in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+
+
+PUBLISHED = (
+    "deepseekv3",
+    "glm4moe",
+    "gptoss",
+    "idefics3",
+    "llama3_1",
+    "nemotron_3_nano",
+    "qwen2_5",
+    "qwen3",
+    "qwen3_5_think",
+    "qwen3_training",
+)
+CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], bool]] = {
+    "turns": ([{"role": "system", "content": "S"}, user("Q1"), answer("A1"), user("Q2"), answer("A2")], False),
+    "thoughts": ([user("Q1"), answer("A1", reasoning_content="T1"), user("Q2"), answer("A2", reasoning_content="T2")], False),
+    "a call": ([user("Q"), answer("", tool_calls=[call(1, "temp", ROME)]), result(1, "20"), answer("It is 20.")], True),
+    "calls": ([user("Q"), answer("", tool_calls=[call(1, "temp", ROME), call(2, "wind", ROME)]), *WEATHER[3:5], answer("20.")], True),
+    "all": (WEATHER, True),
+}
+
+
+@pytest.mark.parametrize("name", [n if n in PUBLISHED else pytest.param(n, marks=pytest.mark.slow) for n in chat_templates_of_trl()])
+def test_published_chat_templates(name: str, tokenizer: Any, write_data: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Tokens of a row are those of `apply_chat_template`, or the row is refused: where the template refuses it, loses its calls, or
+    writes the conversation before an answer otherwise once the answer is there."""
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+    tokenizer.add_special_tokens({"bos_token": "<|endoftext|>"})
+    tools = [tool("temp", city={"type": "string", "description": "d"}), tool("wind", city={"type": "string", "description": "d"})]
+    used = 0
+    for messages, with_tools in CONVERSATIONS.values():
+        described = tools if with_tools else None
+        rows = [{"messages": [user("Q"), answer("A")]}, {"messages": messages, "tools": described}]
+        data = load(copy.deepcopy(tokenizer), write_data(d=(OPENAI, rows)), template=None, enable_thinking=None)
+        expected = None
+        as_parts = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        for given in (as_the_template_expects(messages), messages, as_parts):
+            try:
+                expected = tokenizer.apply_chat_template(given, tools=described, tokenize=False)
+            except Exception:  # whatever a template raises
+                continue
+            if messages[-1]["content"] in expected:
+                break
+        if len(data) == 1:
+            ((_, reason),) = data.report.bad_rows["d"]["places"]
+            assert reason.split(":")[0] in ("lost tool calls", "the chat template refuses the conversation", NOT_AT_PROMPT)
+            continue
+        used += 1
+        if expected is not None:
+            assert whole(data, tokenizer, 1) == expected
+        learned, answers = trained(data, tokenizer, 1), [m["content"] for m in messages if m["role"] == "assistant"]
+        wanted = answers[-1:] if data.report.last_answer_only else answers
+        if "all of an answer's text" in caplog.text:
+            wanted = [a for a in wanted if not a.startswith("PLAN")]
+        assert all(a in learned for a in wanted) and not any(m["content"] in learned for m in messages if m["role"] == "user")
+    assert used >= 1

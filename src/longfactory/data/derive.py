@@ -23,6 +23,12 @@ from longfactory.data.formats import THOUGHTS, Conversation, content_text
 from longfactory.data.template import Message, Piece
 from longfactory.data.tokens import PieceTokenizer
 
+NOT_AT_PROMPT = "the chat template's answer does not begin where its generation prompt ends"
+
+
+class _Rewritten(BadRow):
+    """What a template writes of a conversation changes with what follows."""
+
 
 class ChatTemplate:
     """The tokenizer's chat template in the role of a `Template` (same two methods)."""
@@ -42,8 +48,8 @@ class ChatTemplate:
         self.thinking = False
         self.prefix: tuple[Piece, ...] = ()
         self.marks = re.search(r"\{%-?\s*generation\s*-?%\}", self.text) is not None
+        self.texts, self.parts = self._try_contents()
         self.string_arguments, self.needs_content = self._try_calls()
-        self.parts = self._takes_parts()
         self.written: set[str] = set()  # fields of messages that were seen in the text
 
     def __repr__(self) -> str:
@@ -84,6 +90,13 @@ class ChatTemplate:
                     changed = True  # it cannot do without
                 if changed:
                     self.written.add(field)
+        for answer in c.answers:
+            text = self.render([*c.prompt, answer], c.system, c.tools, False)
+            # Thoughts inside the text of earlier answers are left out by design.
+            said = [(m.before or m.content).rpartition("</think>")[2] for m in c.prompt[1::2] if m.before or m.role == "assistant"]
+            said += [answer.before or answer.content] if answer.before or answer.role == "assistant" else []
+            if any(words.strip() not in text for words in said):
+                out.add("all of an answer's text (the chat template leaves some of it out)")
         return out | (fields - self.written)
 
     # -- messages as the chat template sees them ---------------------------------------------------------------------------------
@@ -94,12 +107,12 @@ class ChatTemplate:
             if m.shown:
                 shown += map(self._taken, m.shown)
             elif m.role == "function":
-                shown.append({"role": "assistant", "content": "", "tool_calls": _calls(m.content, self.string_arguments)})
+                shown.append(self._taken({"role": "assistant", "content": "", "tool_calls": _calls(m.content)}))
             else:
-                shown.append({"role": "tool" if m.role == "observation" else m.role, "content": m.content})
+                shown.append(self._taken({"role": "tool" if m.role == "observation" else m.role, "content": m.content}))
         system = system or self.default_system
         if system and not (shown and shown[0]["role"] in ("system", "developer")):
-            shown.insert(0, {"role": "system", "content": system})
+            shown.insert(0, self._taken({"role": "system", "content": system}))
         try:
             described = json.loads(tools) if tools else None
         except json.JSONDecodeError as e:
@@ -112,12 +125,8 @@ class ChatTemplate:
 
     def _taken(self, message: dict[str, Any]) -> dict[str, Any]:
         """A message of the row in the form that the template can take."""
-        out = dict(message)
-        if isinstance(out.get("content"), list) and not self.parts:
-            out["content"] = content_text(out["content"])
+        out = self._contents(message)
         if out.get("tool_calls"):
-            if "tool_calls" not in self.text:
-                raise BadRow("the chat template has no place for tool calls: name a template with `template:`")
             out["tool_calls"] = [_with_arguments(call, self.string_arguments) for call in out["tool_calls"]]
             if self.needs_content:
                 out.setdefault("content", "")
@@ -127,6 +136,14 @@ class ChatTemplate:
             out[read] = out.pop(thought)
         return out
 
+    def _contents(self, message: dict[str, Any]) -> dict[str, Any]:
+        content = message.get("content")
+        if isinstance(content, list) and not self.parts:
+            return message | {"content": content_text(content)}
+        if isinstance(content, str) and not self.texts:
+            return message | {"content": [{"type": "text", "text": content}]}
+        return dict(message)
+
     def _names(self, key: str) -> bool:
         return re.search(rf"\b{re.escape(key)}\b", self.text) is not None
 
@@ -134,9 +151,14 @@ class ChatTemplate:
         import jinja2
 
         try:
-            return self.tokenizer.apply_chat_template(shown, tools=tools, add_generation_prompt=answer_next, tokenize=False, **self.options)
+            text = self.tokenizer.apply_chat_template(shown, tools=tools, add_generation_prompt=answer_next, tokenize=False, **self.options)
         except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError) as e:
             raise BadRow(f"the chat template refuses the conversation: {e}") from None
+        for message in shown:
+            for call in message.get("tool_calls") or ():
+                if str(call["function"].get("name")) not in text:
+                    raise BadRow("lost tool calls: the chat template does not write them; name a template with `template:`")
+        return text
 
     def _try_calls(self) -> tuple[bool, bool]:
         """Whether the template writes the arguments of calls as they come, so that only a JSON string comes out as JSON, and
@@ -146,23 +168,27 @@ class ChatTemplate:
         for arguments, text in (({"key": "value"}, ""), ('{"key": "value"}', '{"key": "value"}')):
             call = {"id": "call00001", "type": "function", "function": {"name": "probe", "arguments": arguments}}
             for content in ({}, {"content": ""}):
-                answer = {"role": "assistant", **content, "tool_calls": [call]}
+                messages = [self._contents({"role": "user", "content": "x"}), {"role": "assistant", **content, "tool_calls": [call]}]
                 try:
-                    found = self._apply([{"role": "user", "content": "x"}, answer], None, False)
+                    found = self._apply(messages, None, False)
                 except BadRow:
                     continue
                 if text in found and "{'key'" not in found:
                     return bool(text), bool(content)
         return False, False
 
-    def _takes_parts(self) -> bool:
-        """Whether a content may be a list of parts."""
-        try:
-            parts = [{"type": "text", "text": "some probe"}]
-            found = self._apply([{"role": "user", "content": parts}], None, True)
-        except BadRow:
-            return False
-        return "some probe" in found and "'text'" not in found and '"text"' not in found
+    def _try_contents(self) -> tuple[bool, bool]:
+        """Whether a content may be a text, and whether it may be a list of parts (where it may be neither, a text will have to do)."""
+
+        def written(content: Any) -> bool:
+            try:
+                found = self._apply([{"role": "user", "content": content}], None, True)
+            except BadRow:
+                return False
+            return "some probe" in found and "'text'" not in found and '"text"' not in found
+
+        parts = written([{"type": "text", "text": "some probe"}])
+        return written("some probe") or not parts, parts
 
     # -- pieces -------------------------------------------------------------------------------------------------------------------
 
@@ -181,9 +207,11 @@ class ChatTemplate:
         pieces: list[list[Piece]] = []
         done = ""
         for i in range(0, len(messages), 2):
-            asked = self.render(messages[: i + 1], system, tools, True)
-            answered = self.render(messages[: i + 2], system, tools, False)
-            if not asked.startswith(done) or not answered.startswith(asked):
+            try:
+                asked, answered = self.answered(messages[: i + 1], messages[i + 1], system, tools)
+            except _Rewritten:
+                break
+            if not asked.startswith(done):
                 break
             pieces += [[asked[len(done) :]], [answered[len(asked) :]]]
             done = answered
@@ -223,27 +251,64 @@ class ChatTemplate:
         self, prompt: Sequence[Message], answers: Sequence[Message], system: str | None, tools: str | None
     ) -> tuple[list[Piece], list[list[Piece]], list[bool]]:
         """Pieces of the prompt and of each answer."""
+        found = [self.answered(prompt, answer, system, tools) for answer in answers]
+        # Two answers may meet their generation prompt at different places: what is not of both prompts is of the answers.
+        asked = min((a for a, _ in found), key=len)
+        if not all(a.startswith(asked) for a, _ in found):
+            raise _Rewritten(NOT_AT_PROMPT)
+        return [asked], [[answered[len(asked) :]] for _, answered in found], [False] * len(answers)
+
+    def answered(self, prompt: Sequence[Message], answer: Message, system: str | None, tools: str | None) -> tuple[str, str]:
+        """The text in front of an answer, and with it.
+
+        The answer begins where the generation prompt ends. Where that opens a thought that the template does not write in a
+        conversation, the answer begins where the two texts part.
+
+        Raises:
+            BadRow: the conversation with the answer goes on from another text than that in front of it.
+        """
         asked = self.render(prompt, system, tools, True)
-        targets: list[list[Piece]] = []
-        for answer in answers:
-            answered = self.render([*prompt, answer], system, tools, False)
-            if not answered.startswith(asked):
-                raise BadRow("the chat template's answer does not begin where its generation prompt ends")
-            targets.append([answered[len(asked) :]])
-        return [asked], targets, [False] * len(answers)
+        answered = self.render([*prompt, answer], system, tools, False)
+        if answered.startswith(asked):
+            return asked, answered
+        bare = self.render(prompt, system, tools, False)
+        if not asked.startswith(bare) or not answered.startswith(bare):
+            raise _Rewritten(NOT_AT_PROMPT)
+        header, rest = asked[len(bare) :], answered[len(bare) :]
+        cut = self._parting(header, rest)
+        for text in (answer.content.strip(), answer.thought.strip()):
+            if text in rest and text not in rest[cut:]:  # it begins as the prompt ends
+                cut = rest.rfind(text)
+        cut -= len(re.search(r"[<\[◁]?[|｜]?$", rest[:cut]).group(0))  # type: ignore[union-attr]  # a mark that was begun alike
+        left = header[cut:]
+        if not cut or not (left.isspace() or re.search("think|thought", left)):
+            raise _Rewritten(NOT_AT_PROMPT)
+        return answered[: len(bare) + cut], answered
+
+    def _parting(self, one: str, other: str) -> int:
+        """The number of characters of the tokens that two texts begin with alike."""
+        if not getattr(self.tokenizer, "is_fast", False):
+            return next((i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), min(len(one), len(other)))
+        a, b = (self.tokenizer(t, add_special_tokens=False, return_offsets_mapping=True) for t in (one, other))
+        cut = 0
+        for x, y, (_, end) in zip(a["input_ids"], b["input_ids"], b["offset_mapping"], strict=False):
+            if x != y:
+                break
+            cut = end
+        return cut
 
 
 def _whose(message: dict[str, Any]) -> str:
     return "system" if message["role"] == "developer" else message["role"]
 
 
-def _calls(content: str, strings: bool) -> list[dict[str, Any]]:
+def _calls(content: str) -> list[dict[str, Any]]:
     """The calls of a message whose content they are."""
     try:
         calls = json.loads(content)
     except json.JSONDecodeError as e:
         raise BadRow(f"a tool call is not JSON: {e.msg} at character {e.pos}") from None
-    return [_with_arguments({"type": "function", "function": c}, strings) for c in (calls if isinstance(calls, list) else [calls])]
+    return [{"type": "function", "function": c} for c in (calls if isinstance(calls, list) else [calls])]
 
 
 def _with_arguments(call: Any, strings: bool) -> Any:
@@ -288,6 +353,14 @@ def check(template: ChatTemplate) -> list[str]:
         found.append(
             "The model's chat template rewrites earlier answers: of a conversation of several turns only the last answer is trained. "
             "A template from the table (template: ...) trains every turn."
+        )
+    question, answer = _PROBE[:2]
+    header = template.render([question], None, None, True)
+    asked, _ = template.answered([question], answer, None, None)
+    if len(asked) < len(header):
+        found.append(
+            f"The chat template's generation prompt ends with {header[len(asked) :]!r}, which it does not write in front of the answers of "
+            "a conversation: training has the tokens of the conversation, so such a model begins its answers otherwise than it was trained."
         )
     tokenizer = PieceTokenizer(template.tokenizer)
     ids = [i for group in tokenizer.pieces(pieces) for i in group.tolist()]
