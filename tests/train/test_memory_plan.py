@@ -18,6 +18,7 @@ from longfactory.errors import UserError
 from longfactory.model import adapters
 from longfactory.model.memory import host_jobs, optimizer
 from longfactory.plan.model import LEAVING, Choice, budget, choose, longest, moments, seconds
+from longfactory.sp.tiny_models import tiny_config
 from longfactory.train import memory_plan, optimizer_names
 from longfactory.train.memory_plan import Memory, count_parameters, plan_memory
 from qwen_7b import qwen_7b
@@ -60,6 +61,15 @@ def test_counts_are_those_of_the_model_that_is_trained(name: str, model: str) ->
     real = adapters.apply_finetuning(real, cfg.method, cfg.model)
     assert (counts.total, counts.trained) == (total, sum(p.numel() for p in real.parameters() if p.requires_grad))
     assert counts.head == (name == "full" or "head" in name or ("additional_target" in KINDS[name] and bool(config.tie_word_embeddings)))
+
+
+@pytest.mark.parametrize(("family", "buffers"), [("llama", False), ("deepseek_v3", True)])
+def test_buffers_of_checkpoints_are_seen(family: str, buffers: bool, tmp_path: Path) -> None:
+    """accelerate's loading by one process takes every entry of a state dict for a sharded parameter."""
+    tiny_config(family).save_pretrained(tmp_path)
+    cfg = configured(str(tmp_path))
+    counts = count_parameters(cfg, AutoConfig.from_pretrained(tmp_path))
+    assert counts.buffers == buffers
 
 
 def test_an_adapter_that_goes_on_is_estimated(model: str, tmp_path: Path) -> None:

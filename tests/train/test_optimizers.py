@@ -19,7 +19,7 @@ from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.sp import hf
 from longfactory.train.memory_plan import Memory
 from longfactory.train.optimizer_names import Narrow
-from longfactory.train.optimizers import optimizer_factory
+from longfactory.train.optimizers import one_dtype_each, optimizer_factory
 from longfactory.train.stages import TokenStage
 from longfactory.train.trainer import RowTrainer
 
@@ -171,3 +171,14 @@ def test_a_run_sums_micro_batches_in_fp32_and_clips_without_rounding(clip: float
     assert logged == pytest.approx([norm for _, norm, _ in steps], rel=1e-6)
     assert [s for _, _, s in steps] == pytest.approx([min(1.0, clip / norm) if clip else 1.0 for _, norm, _ in steps], rel=1e-3)
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+
+
+def test_groups_of_two_types_are_divided() -> None:
+    """In DeepSpeed's flat buffers bf16 weights beside a float32 value head became float32."""
+    narrow = [torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16)) for _ in range(2)]
+    wide = torch.nn.Parameter(torch.zeros(3))
+    groups = [{"params": [narrow[0], wide, narrow[1]], "weight_decay": 0.1}, {"params": [], "lr": 1.0}]
+    assert one_dtype_each(groups) == [
+        {"params": narrow, "weight_decay": 0.1},
+        {"params": [wide], "weight_decay": 0.1},
+    ]

@@ -36,11 +36,15 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Parameters of the run's model. `trained` and `head` (the output layer is trained) are None where only the weights would tell."""
+    """Parameters of the run's model. `trained` and `head` (the output layer is trained) are None where only the weights would tell.
+
+    `buffers`: its checkpoints hold buffers beside parameters (the correction of a router's scores, say).
+    """
 
     total: int
     trained: int | None
     head: bool | None
+    buffers: bool = False
 
 
 def count_parameters(cfg: RunConfig, model_config: Any) -> Counts:
@@ -51,14 +55,16 @@ def count_parameters(cfg: RunConfig, model_config: Any) -> Counts:
     """
     given = cfg.model.adapter_name_or_path
     model = load.empty_model(cfg.model, model_config)
+    buffers = bool(model.state_dict().keys() & {name for name, _ in model.named_buffers()})
     with torch.device("meta"):
         total = adapters.count_parameters(model)[1]
         if given and not cfg.method.create_new_adapter:
-            return Counts(total, None, None)
+            return Counts(total, None, None, buffers)
         method = dataclasses.replace(cfg.method, pissa_init=False, use_dora=False)  # both compute with weights
         model = adapters.apply_finetuning(model, method, dataclasses.replace(cfg.model, adapter_name_or_path=()))
     head = model.get_output_embeddings()
-    return Counts(total, adapters.count_parameters(model)[0], head is not None and any(p.requires_grad for p in head.parameters()))
+    head_trained = head is not None and any(p.requires_grad for p in head.parameters())
+    return Counts(total, adapters.count_parameters(model)[0], head_trained, buffers)
 
 
 def check_model(cfg: RunConfig) -> list[str]:

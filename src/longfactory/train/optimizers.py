@@ -84,3 +84,18 @@ def _split_adamw(settings: dict[str, Any]) -> Callable[[Any, Any], torch.optim.O
         return SplitAdamW(groups, lr=args.learning_rate, **_adamw_settings(args), **settings)
 
     return make
+
+
+def one_dtype_each(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Parameter groups in which all parameters have one type, for DeepSpeed.
+
+    It lays the parameters of a group end to end in one buffer: beside a float32 value head, bf16
+    weights would come out of it as float32, and the next product of the two types fails.
+    """
+    divided = []
+    for group in groups:
+        by_dtype: dict[torch.dtype, list[torch.nn.Parameter]] = {}
+        for parameter in group["params"]:
+            by_dtype.setdefault(parameter.dtype, []).append(parameter)
+        divided += [{**group, "params": parameters} for parameters in by_dtype.values()]
+    return divided

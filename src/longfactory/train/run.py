@@ -91,7 +91,7 @@ def assemble(cfg: RunConfig, *, compares: bool = False) -> Assembled:
     else:
         log.info(memory.plan.table)
 
-    args = training_arguments(cfg, sharding, memory)
+    args = training_arguments(cfg, sharding, memory, buffers=counts.buffers)
     if args.do_train and datasets.train is None:
         raise UserError(f"{'verify' if compares else 'do_train'} needs training data. Set dataset: to names in dataset_info.json.")
     set_seed(args.seed)  # adapters and value heads begin the same on every rank
@@ -232,8 +232,13 @@ def choose_sharding(cfg: RunConfig, parameters: int, world: int, cuda: bool) -> 
     )
 
 
-def training_arguments(cfg: RunConfig, sharding: str, memory: Memory) -> Any:
-    """transformers' TrainingArguments with the settings that keep gradients exact. Opens the process group."""
+def training_arguments(cfg: RunConfig, sharding: str, memory: Memory, *, buffers: bool = False) -> Any:
+    """transformers' TrainingArguments with the settings that keep gradients exact. Opens the process group.
+
+    Args:
+        buffers: the model's checkpoints hold buffers. accelerate's loading by the first process alone takes
+            every entry for a sharded parameter: then each process reads the files.
+    """
     extra: dict[str, Any] = {
         "accelerator_config": shard.accelerator_arguments(),
         "ddp_find_unused_parameters": bool(cfg.hf.get("ddp_find_unused_parameters")),
@@ -246,7 +251,7 @@ def training_arguments(cfg: RunConfig, sharding: str, memory: Memory) -> Any:
     if sharding == "fsdp2":
         extra |= shard.fsdp2_arguments(
             # Random weights are made on each device; loading them by rank 0 alone would only send them round.
-            efficient_loading=not cfg.model.train_from_scratch and not cfg.model.quantization_bit,
+            efficient_loading=not (cfg.model.train_from_scratch or cfg.model.quantization_bit or buffers),
         )
     if sharding == "deepspeed":
         extra["deepspeed"] = shard.deepspeed_config(cfg.hf["deepspeed"], bf16=bool(cfg.hf.get("bf16")))

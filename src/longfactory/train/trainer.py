@@ -41,6 +41,7 @@ from longfactory.sp import hf
 from longfactory.train.embedding_noise import noisy_embeddings, token_keys, token_scales
 from longfactory.train.loader import Collate, RowSampler, empty_row, make_loader
 from longfactory.train.metrics import Metrics, MetricSums
+from longfactory.train.optimizers import one_dtype_each
 from longfactory.train.output import finish_save, reported, save_value_head
 from longfactory.train.reference import ReferenceCache, as_reference
 from longfactory.train.whole_weights import load_renamed
@@ -268,7 +269,10 @@ class RowTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None and self.make_optimizer is not None:  # type: ignore[has-type]
             self.optimizer = self.make_optimizer(self.model if model is None else model, self)
-        return super().create_optimizer() if model is None else super().create_optimizer(model)
+        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        if self.is_deepspeed_enabled:
+            optimizer.param_groups[:] = one_dtype_each(optimizer.param_groups)
+        return optimizer
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
         try:
