@@ -17,14 +17,24 @@ import torch
 import torch.distributed as dist
 import transformers
 from invariance_worker import Samples, collate, samples, tiny
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longfactory import sp
+from longfactory.model.source import read_source
 from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.shard import settings
 from longfactory.sp import hf
+from longfactory.train import output
 from longfactory.train.stages import TokenStage
 from longfactory.train.trainer import RowTrainer
+
+
+def write_base(folder: Path) -> None:
+    """The checkpoint that the run is told to have loaded: the same weights, and two tensors that transformers does not load."""
+    tiny("llama").save_pretrained(folder)
+    state = load_file(folder / "model.safetensors") | {"mtp.proj.weight": torch.arange(6.0).view(2, 3), "mtp.norm.weight": torch.ones(3)}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def make(sharding: str, folder: Path, size: int) -> RowTrainer:
@@ -61,7 +71,9 @@ def make(sharding: str, folder: Path, size: int) -> RowTrainer:
     hf.prepare(model, ctx)
     head = TokenLogprobs(model, chunk=13)
     data = Samples(samples("single", 6))
-    trainer = RowTrainer(model, args, ctx=ctx, stage=TokenStage(), head=head, collate=collate, pad_id=0, train_dataset=data)
+    source = read_source(model, str(folder.parent / "base"))
+    trainer = RowTrainer(model, args, ctx=ctx, stage=TokenStage(), head=head, collate=collate, pad_id=0, source=source, train_dataset=data)
+    output.prove_saveable(trainer)
     if sharding == "fsdp2":
         settings.fix_fsdp2_plugin(trainer.accelerator, model)
     return trainer
@@ -84,6 +96,9 @@ def whole(trainer: RowTrainer) -> dict[str, Tensor]:
 def main() -> None:
     sharding, folder = sys.argv[1], Path(sys.argv[2])
     cpu_sharding.start(sharding)
+    if dist.get_rank() == 0:
+        write_base(folder / "base")
+    dist.barrier()
     first = make(sharding, folder / "out", 2)
     kind = str(first.accelerator.distributed_type)
     first.train()

@@ -147,6 +147,10 @@ def test_a_sharded_run_saves_whole_weights_and_resumes_with_another_size(shardin
         for name, p in loaded.items():
             assert torch.equal(p, trained[name]), name
         assert max((loaded[n] - before[n]).abs().max().item() for n in loaded) > 1e-2
+        held = {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items() if "optimizer" not in file.name}
+        base = load_file(tmp_path / "base" / "model.safetensors")
+        assert held.keys() == base.keys() == stored_tensors(folder).keys()
+        assert all(torch.equal(held[name], base[name]) for name in base if name.startswith("mtp."))
     assert not list((tmp_path / "out").glob("*.part"))
 
     whole, resumed = result["losses"]

@@ -35,7 +35,7 @@ from longfactory.model.source import (
     read_header,
     stored_tensors,
     targets_of,
-    tied_names,
+    tied_duplicates,
     weight_files,
     write_stored,
 )
@@ -224,12 +224,11 @@ def names_and_shapes(model: Any) -> dict[str, torch.Tensor]:
     from transformers.core_model_loading import revert_weight_conversion
 
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    tied = tied_names(model)
-    declared = getattr(model, "all_tied_weights_keys", None) or {}
+    duplicates = tied_duplicates(model)
     tensors = {}
     for name, t in model.state_dict().items():
-        if name in tied and name in declared and tied.get(declared[name]) == tied[name]:
-            continue  # saved once, under the other name
+        if name in duplicates:
+            continue
         shape = getattr(parameters[name], "ds_shape", parameters[name].shape) if name in parameters else t.shape
         tensors[name] = torch.empty(shape, dtype=t.dtype, device="meta")
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():

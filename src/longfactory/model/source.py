@@ -193,6 +193,13 @@ def tied_names(model: Any) -> dict[str, str]:
     return {name: names[0] for names in groups.values() if len(names) > 1 for name in names}
 
 
+def tied_duplicates(model: Any) -> set[str]:
+    """Names of tied parameters that transformers does not save: it saves each once, under the name that its class declares."""
+    tied = tied_names(model)
+    declared = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name for name in tied if name in declared and tied.get(declared[name]) == tied[name]}
+
+
 def in_words(names: Iterable[str], limit: int = 4) -> str:
     """`mtp.layers.0.a, mtp.norm, model.layers.9.b` -> `mtp.* (2), model.layers.9.* (1)`."""
     counts: collections.Counter[str] = collections.Counter()

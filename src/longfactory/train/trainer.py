@@ -32,7 +32,7 @@ from longfactory.errors import UserError
 from longfactory.model.memory.optimizer import SplitAdamW
 from longfactory.model.outputs import TokenOutputs
 from longfactory.model.saved import remove_weights
-from longfactory.model.source import Source
+from longfactory.model.source import Source, tied_duplicates
 from longfactory.model.token_logprobs import ReferenceHidden, TokenLogprobs
 from longfactory.model.value_head import FILE as VALUE_HEAD
 from longfactory.model.value_head import load_value_head
@@ -369,7 +369,10 @@ class RowTrainer(Trainer):
         if self.args.should_save and not hasattr(self.model, "peft_config"):
             remove_weights(output_dir)
         if self.is_fsdp_enabled:
-            self._save(output_dir, state_dict=export.full_state_dict(self.model))
+            # Gathered one by one, tied weights no longer share their memory, by which transformers would know them.
+            duplicates = tied_duplicates(self.model) if not hasattr(self.model, "peft_config") else set()
+            state = {name: t for name, t in export.full_state_dict(self.model).items() if name not in duplicates}
+            self._save(output_dir, state_dict=state)
         else:
             super().save_model(output_dir, _internal_call=True)  # without its upload
         if self.stage.output == "values":
