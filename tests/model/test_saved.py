@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ from transformers import AutoModelForCausalLM
 from longfactory.errors import UserError
 from longfactory.model import saved
 from longfactory.model.source import in_words, read_source, stored_tensors, targets_of
+from longfactory.sp import text_model
+from longfactory.sp.tiny_models import tiny_config
 from longfactory.testing import tiny_model
 
 EXTRA = {
@@ -193,7 +196,44 @@ def test_files_beside_the_weights(tmp_path: Path) -> None:
     assert saved.copy_side_files(source, out, whole=False) == ["tokenizer.model"]
     (out / "tokenizer.model").write_text("its own")
     (source / "config.json").write_text('{"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}')
+    assert saved.copy_side_files(source, out, whole=False) == [], "an adapter's folder has no model's code"
     copied = saved.copy_side_files(source, out, whole=True)
     assert copied == ["modeling_own.py", "preprocessor_config.json", "processor_config.json", "chat_template.json"]
     assert (out / "tokenizer.model").read_text() == "its own"
     assert saved.copy_side_files(source, source, whole=True) == saved.copy_side_files(None, out, whole=True) == []
+
+
+def families() -> list[str]:
+    """The model types that docs/models.md says are trained exactly."""
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    return re.findall(r"^\| ([\w-]+) \|", text.partition("## Exact")[2].partition("## Refused")[0], re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", families())
+def test_every_family_is_saved_under_the_names_that_it_was_loaded_from(family: str, tmp_path: Path) -> None:
+    """Also those whose files hold other tensors than the model: experts one by one, fused queries, keys and values, other prefixes."""
+    try:
+        kind = text_model.model_class(tiny_config(family))
+        torch.manual_seed(0)
+        made = kind.from_config(dtype=torch.float32)
+    except (KeyError, ImportError) as error:
+        pytest.skip(f"this transformers cannot make it: {error}")
+    source_folder, out = tmp_path / "source", tmp_path / "out"
+    made.save_pretrained(source_folder)
+    # Of experts and of fused weights: transformers renames these too, and then finds no place for them.
+    extra = {f"mtp.layers.0.{name}.weight": torch.ones(3) for name in ("mlp.experts.0.gate_proj", "self_attn.qkv_proj", "norm")}
+    extra |= {"model.layers.97.mlp.experts.0.up_proj.weight": torch.zeros(2, 2)}
+    write(source_folder, load_file(source_folder / "model.safetensors") | extra)
+    model = kind.from_pretrained(str(source_folder), dtype=torch.float32)
+    source = read_source(model, str(source_folder))
+    assert set(source.not_loaded) == set(extra)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1 if p.requires_grad else 0)
+    saved.check_saveable(model, source)
+    model.save_pretrained(out)
+    changes = saved.complete(out, source, model)
+    assert not changes.elsewhere and not changes.missing
+    assert saved.check_saved(out, model, source) == []
+    assert stored_tensors(out).keys() == stored_tensors(source_folder).keys()

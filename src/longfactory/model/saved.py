@@ -187,7 +187,8 @@ def copy_side_files(source: Path | None, folder: str | Path, *, whole: bool) -> 
     if source is None or source.resolve() == Path(folder).resolve():
         return []
     folder = Path(folder)
-    own_code = any('"auto_map"' in _text(source / name) for name in ("config.json", "tokenizer_config.json"))
+    described = ("config.json", "tokenizer_config.json") if whole else ("tokenizer_config.json",)
+    own_code = any('"auto_map"' in _text(source / name) for name in described)
     patterns = [*(["*.py"] if own_code else []), *VOCABULARY_FILES, *(PROCESSOR_FILES if whole else ())]
     has_template = (folder / "chat_template.jinja").is_file() or (folder / "additional_chat_templates").is_dir()
     if whole and not has_template and any((source / name).is_file() for name in PROCESSOR_FILES):
