@@ -164,7 +164,8 @@ def _data(cfg: RunConfig, tokenizer: Any, found: Found) -> None:
     names = (*cfg.data.dataset, *cfg.data.eval_dataset)
     for name in dict.fromkeys(names):
         try:
-            _data_set(cfg, options, name, kind, template, tokenizer, found)
+            questions = bool(options.do_predict) and name not in cfg.data.dataset
+            _data_set(cfg, options, name, kind, template, tokenizer, questions, found)
         except DataError as error:
             found.problem(error)
     if names:
@@ -186,7 +187,7 @@ def _template(cfg: RunConfig, options: Any, tokenizer: Any, found: Found) -> Any
     return None
 
 
-def _data_set(cfg: RunConfig, options: Any, name: str, kind: str, template: Any, tokenizer: Any, found: Found) -> None:
+def _data_set(cfg: RunConfig, options: Any, name: str, kind: str, template: Any, tokenizer: Any, questions: bool, found: Found) -> None:
     """Raises DataError for what is wrong with one data set."""
     from longfactory.data import module
     from longfactory.data.errors import BadRow, DataError
@@ -217,7 +218,7 @@ def _data_set(cfg: RunConfig, options: Any, name: str, kind: str, template: Any,
             except BadRow as error:
                 raise DataError(f"Data set {name!r}, {place}: {error}.") from None
         return
-    preparer = module.make_preparer(source, options, kind, template, PieceTokenizer(tokenizer))
+    preparer = module.make_preparer(source, options, kind, template, PieceTokenizer(tokenizer), questions)
     bad = preparer.chunk([(i, place, raw) for i, (place, raw) in enumerate(rows)])[-1]
     if bad.count == len(rows):
         place, reason = bad.places[0]

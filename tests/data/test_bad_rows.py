@@ -124,6 +124,18 @@ def test_bad_pairs(tokenizer: Any, write_data: Any) -> None:
     }
 
 
+def test_equal_pairs_are_kept_where_the_loss_learns_of_them(tokenizer: Any, write_data: Any) -> None:
+    columns = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
+    rows = [{"instruction": "Q", "chosen": a, "rejected": b} for a, b in (("good", "bad"), ("same", "same"))]
+    folder = write_data(d=({"ranking": True, "columns": columns}, rows))
+    dropped, kept = (load(tokenizer, folder, "dpo", equal_pairs=k) for k in (False, True))
+    assert len(dropped) == 1 and dropped.report.bad_rows["d"]["reasons"] == {"equal pair": 1} and dropped.report.equal_pairs == 0
+    assert len(kept) == 2 and not kept.report.bad_rows and kept.report.equal_pairs == 1
+    assert "in 1 pairs both answers are the same" in kept.report.describe()
+    chosen, rejected = kept[1]
+    assert list(chosen.input_ids) == list(rejected.input_ids) and list(chosen.labels) == list(rejected.labels)
+
+
 def test_kto_with_one_label_or_none(tokenizer: Any, write_data: Any, caplog: pytest.LogCaptureFixture) -> None:
     info = {"columns": {"prompt": "q", "response": "a", "kto_tag": "t"}}
     rows = [{"q": "Q", "a": "A", "t": True}, {"q": "Q", "a": "B", "t": True}, {"q": "Q", "a": "C", "t": "maybe"}, {"q": "Q", "a": "C"}]

@@ -179,6 +179,22 @@ def test_policy_equal_to_reference(name: str) -> None:
         assert got.tolist() == [AT_START[name]] * 5
 
 
+@pytest.mark.parametrize("name", sorted(losses.PREFERENCE_LOSSES))
+def test_what_a_pair_of_equal_answers_teaches(name: str) -> None:
+    """The losses for which such pairs are dropped learn nothing of them. Nor does simpo, whose mean is over all pairs all the same."""
+    x = torch.tensor([-7.0], dtype=torch.float64, requires_grad=True)
+    reference = None if name in losses.REFERENCE_FREE else torch.tensor([-6.0], dtype=torch.float64)
+    n = torch.tensor([5.0], dtype=torch.float64)
+    smoothing = 0.1 if name == "exo_pair" else 0.0
+    pairs = PairLogps(x, x, reference, reference, n, n)
+    loss = losses.PREFERENCE_LOSSES[name](pairs, LossOptions(0.1, smoothing), ALONE)
+    (gradient,) = torch.autograd.grad(loss.sum(), x)
+    if name in checks.DIFFERENCES:
+        assert gradient.item() == 0.0
+    elif name not in ("simpo", "aot", "aot_unpaired", "kto_pair"):  # the last three compare with other pairs of the batch
+        assert gradient.abs().item() > 1e-4
+
+
 def test_log_odds_near_both_ends() -> None:
     logp = torch.tensor([-1e-9, -1e-3, -0.6931, -0.6932, -5.0, -80.0], dtype=torch.float64, requires_grad=True)
     x = losses.log_odds(logp)

@@ -163,6 +163,20 @@ def test_refusals(tmp_path: Path) -> None:
         )
 
 
+def test_questions_without_an_answer_are_answered(tmp_path: Path) -> None:
+    """The whole document is the prompt; scores are means over the samples that have an answer."""
+    question = TokenizedDocument(DOCUMENTS[1].input_ids[:-2], [IGNORE] * 4, role="prompt", sample=1)
+    assert split_last_answer(question) == (list(question.input_ids), [])
+    asked = run(tmp_path / "a", sp.SequenceParallel.create(1), {"eval": [[DOCUMENTS[0]], [question]]})
+    alone = run(tmp_path / "b", sp.SequenceParallel.create(1), {"eval": [[DOCUMENTS[0]]]})
+    line = read(tmp_path / "a")[1]
+    assert line["label"] == "" and line["prompt"] == make_tokenizer().decode(question.input_ids)
+    assert line["predict"] == make_tokenizer().decode(greedy_by_hand(list(question.input_ids)), skip_special_tokens=True)
+    assert asked["predict_rouge-1"] == alone["predict_rouge-1"] and asked["predict_samples"] == 2
+    none = run(tmp_path / "c", sp.SequenceParallel.create(1), {"eval": [[question]]})
+    assert none["predict_samples"] == 1 and "predict_rouge-1" not in none
+
+
 def test_the_last_answer_is_split_off() -> None:
     two_turns = TokenizedDocument([3, 4, 5, 6, 7, 8], [IGNORE, 4, IGNORE, IGNORE, 7, 8])
     assert split_last_answer(two_turns) == ([3, 4, 5, 6], [7, 8])

@@ -296,6 +296,42 @@ def test_reward_model_loss_and_gradient(shared: bool) -> None:
     assert float(metrics["rewards/margins"][0] / metrics["rewards/margins"][1]) == pytest.approx((c - r).mean().item())
 
 
+@pytest.mark.parametrize("name", ["sigmoid", "ipo"])
+def test_ties_count_one_half(name: str) -> None:
+    """Policy = reference: every pair is a tie, whether its margin is 0 or what rounding makes of it; a margin beyond that is none."""
+    row = pair_row([0, 1, 2, 3], False)
+    logps, _ = Tiny(1).of_row(row)
+    logps = logps.detach().double()
+    lengths = {d.sample: [e.trained for e in row.documents if e.sample == d.sample] for d in row.documents if d.role == "chosen"}
+    first = next(d for d in row.documents if d.role == "chosen" and d.sample == 0)
+
+    def accuracy(change: float, precision: torch.dtype) -> float:
+        """`change`: how far the policy is ahead of the reference in the first pair, in log-probability of the chosen answer."""
+        stage = PreferenceStage(name, losses.LossOptions(0.2), precision=precision)
+        policy = logps.clone()
+        policy[next(t for t in range(first.start, first.stop) if row.labels[t] != IGNORE)] += change
+        total, count = stage.loss_sum(TokenOutputs(policy, reference=logps), row)[1]["rewards/accuracies"]
+        return float(total / count)
+
+    for precision in (torch.float32, torch.bfloat16):
+        rounding = torch.finfo(precision).eps * sum(lengths[0]) ** 0.5
+        if name == "ipo":  # rewards are means: of chosen and rejected answers of different lengths
+            rounding = torch.finfo(precision).eps * sum(1 / n for n in lengths[0]) ** 0.5 * first.trained
+        assert accuracy(0.0, precision) == accuracy(0.9 * rounding, precision) == accuracy(-0.9 * rounding, precision) == 0.5
+        assert accuracy(1.1 * rounding, precision) == (1 + 3 * 0.5) / 4
+        assert accuracy(-1.1 * rounding, precision) == 3 * 0.5 / 4
+
+
+def test_equal_values_of_a_reward_model_are_a_tie() -> None:
+    row = pair_row([0, 1], False)
+    values = torch.zeros(len(row), dtype=torch.float64)
+    assert float(RewardStage().loss_sum(values, row)[1]["accuracy"][0]) == 1.0
+    ends = {(d.sample, d.role): d.stop - 1 for d in row.documents}
+    values[ends[0, "chosen"]], values[ends[0, "rejected"]] = 1.0 + 1e-3, 1.0
+    assert float(RewardStage().loss_sum(values, row)[1]["accuracy"][0]) == 1.5
+    assert float(RewardStage(precision=torch.bfloat16).loss_sum(values, row)[1]["accuracy"][0]) == 1.0
+
+
 def sft_row() -> Row:
     return make_row([whole(PROMPTS[i], CHOSEN[i]) for i in range(4)]).padded(8, 0)
 

@@ -17,6 +17,8 @@ SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")
 """Preference losses that read dpo_label_smoothing."""
 REFERENCE_FREE = ("orpo", "simpo", "sft")
 """Preference losses that have no reference model."""
+DIFFERENCES = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "apo_zero", "discopop", "sigmoid_norm")
+"""Preference losses whose gradient is 0 where both answers of a pair are the same."""
 TRACKERS = {
     "azure_ml": ("azureml",),
     "clearml": ("clearml",),

@@ -55,6 +55,13 @@ class RunConfig:
         return Path(self.hf["output_dir"])
 
     @property
+    def precision(self) -> str:
+        """torch's name of the numbers that matrices are multiplied in."""
+        if self.method.pure_bf16 or self.trainer("bf16"):
+            return "bfloat16"
+        return "float16" if self.trainer("fp16") else "float32"
+
+    @property
     def packing(self) -> bool:
         """Whether rows are filled with several documents: as asked, else for pretraining alone."""
         if self.data.packing is None:
@@ -72,7 +79,16 @@ class RunConfig:
             pref_share_prompt=share,
             hf_hub_token=self.model.hf_hub_token,
             disable_shuffling=self.method.disable_shuffling,
+            equal_pairs=self.learns_from_equal_pairs,
+            do_predict=bool(self.trainer("do_predict")),
+            do_eval=bool(self.trainer("do_eval")),
         )
+
+    @property
+    def learns_from_equal_pairs(self) -> bool:
+        """Whether a pair whose answers are the same teaches something: more than their difference is in the loss."""
+        m = self.method
+        return m.stage == "dpo" and (m.pref_loss not in checks.DIFFERENCES or m.pref_ftx > 0 or m.pref_bco_weight > 0)
 
     def resume_checkpoint(self) -> str | None:
         """The checkpoint to go on from: the one that was asked for, else the last one of the output folder."""

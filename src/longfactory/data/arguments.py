@@ -50,6 +50,9 @@ DEFAULTS: dict[str, Any] = {
     "hf_hub_token": None,
     "data_shared_file_system": False,
     "disable_shuffling": False,
+    "equal_pairs": False,
+    "do_predict": False,
+    "do_eval": False,
 }
 
 

@@ -123,6 +123,14 @@ def sft(parts: Sequence[Ids], rules: Rules, sample: int, last_only: bool = False
     return _document(ids, labels, "text", sample)
 
 
+def question(prompt: Ids, rules: Rules, sample: int) -> TokenizedDocument:
+    """A conversation up to where its answer begins (role prompt): nothing of it is trained."""
+    thought = np.array(() if rules.thought_trained else rules.thought, np.int32)
+    prompt = cut(prompt, max(rules.cutoff - len(thought), 0), rules, rules.prefix)
+    ids = np.concatenate([prompt, thought])
+    return _document([ids], [_masked(len(ids))], "prompt", sample)
+
+
 def plain(ids: Ids, sample: int) -> TokenizedDocument:
     """Text of which every token is trained."""
     return _document([ids], [ids], "text", sample)

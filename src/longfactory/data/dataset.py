@@ -14,7 +14,7 @@ from longfactory.data.collate import Sample
 from longfactory.data.errors import DataError
 from longfactory.data.packing import pack
 from longfactory.data.row import Role, TokenizedDocument
-from longfactory.data.store import DESIRED, LACKS_THOUGHT, LAST_ONLY, SECOND_LACKS_THOUGHT, Store
+from longfactory.data.store import DESIRED, EQUAL_PAIR, LACKS_THOUGHT, LAST_ONLY, NO_ANSWER, SECOND_LACKS_THOUGHT, Store
 
 
 @dataclasses.dataclass
@@ -31,6 +31,8 @@ class Report:
     dropped: int = 0
     untrained: int = 0
     last_answer_only: int = 0
+    equal_pairs: int = 0
+    unanswered: int = 0
     packed_rows: int = 0
     efficiency: float | None = None
 
@@ -40,7 +42,17 @@ class Report:
 
     def add(self, other: Report) -> None:
         """Counts another part of the same data too (its samples; packing is that of one part)."""
-        for name in ("samples", "tokens", "truncated", "lost_tokens", "dropped", "untrained", "last_answer_only"):
+        for name in (
+            "samples",
+            "tokens",
+            "truncated",
+            "lost_tokens",
+            "dropped",
+            "untrained",
+            "last_answer_only",
+            "equal_pairs",
+            "unanswered",
+        ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def describe(self) -> str:
@@ -56,6 +68,10 @@ class Report:
             text += f"; {self.untrained} samples have no trained token left"
         if self.last_answer_only:
             text += f"; in {self.last_answer_only} conversations only the last answer is trained"
+        if self.equal_pairs:
+            text += f"; in {self.equal_pairs} pairs both answers are the same"
+        if self.unanswered:
+            text += f"; {self.unanswered} samples have no answer and are for do_predict alone"
         if self.efficiency is not None:
             text += f"; packed into {self.packed_rows} rows, {100 * self.efficiency:.1f} % full"
         return text
@@ -126,6 +142,8 @@ class TokenizedDataset:
                     start, stop = self.entries[e, 2:].tolist()
                     return [assemble.plain(parts[0][start:stop], e)]
                 return [assemble.plain(assemble.cut(parts[0], self.rules.cutoff, self.rules, self.rules.prefix), e)]
+            case "sft" if flags & NO_ANSWER:
+                return [assemble.question(parts[0], self.rules, e)]
             case "sft":
                 return [assemble.sft(parts, self.rules, e, bool(flags & LAST_ONLY))]
             case "made":
@@ -190,7 +208,12 @@ class TokenizedDataset:
             report.untrained = int(untrained[keep].sum())
         for s, store in enumerate(self.stores):
             here = keep & (entries[:, 0] == s)
-            report.last_answer_only += int(((store.flags[entries[here, 1]] & LAST_ONLY) > 0).sum())
+            flags = store.flags[entries[here, 1]]
+            if self.kind == "pair":
+                report.equal_pairs += int(((flags & EQUAL_PAIR) > 0).sum())
+            else:
+                report.last_answer_only += int(((flags & LAST_ONLY) > 0).sum())
+                report.unanswered += int(((flags & NO_ANSWER) > 0).sum())
         return entries[keep], after[keep]
 
     def _sizes(self, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -199,9 +222,13 @@ class TokenizedDataset:
         untrained = np.zeros(len(entries), bool)
         if self.kind in ("pt", "sft"):
             before = self._totals(entries) + (rules.eos is not None and self.kind == "sft")
+            asked = (self._flags(entries) & NO_ANSWER) > 0
+            if self.kind == "sft" and asked.any():
+                thought = 0 if rules.thought_trained else len(rules.thought)
+                before = np.where(asked, before - (rules.eos is not None) + thought, before)
             after = np.minimum(before, rules.cutoff)
             if self.kind == "sft":
-                for e in np.flatnonzero(before > rules.cutoff).tolist():
+                for e in np.flatnonzero((before > rules.cutoff) & ~asked).tolist():
                     lengths = self._lengths(entries[e])
                     kept = assemble.cut_turns(lengths, rules)
                     after[e] = sum(s + t for _, s, t in kept) + (rules.eos is not None)

@@ -37,8 +37,8 @@ class Conversation:
     unread: frozenset[str] = frozenset()
 
 
-def convert(row: dict[str, Any], source: Source) -> Conversation:
-    """The conversation of a row.
+def convert(row: dict[str, Any], source: Source, open_end: bool = False) -> Conversation:
+    """The conversation of a row. With `open_end` it may end with a question, and then has no answer.
 
     Raises:
         BadRow: the row lacks a column, has a content that is not text, has roles in a wrong order, or carries media.
@@ -46,7 +46,7 @@ def convert(row: dict[str, Any], source: Source) -> Conversation:
     for column in (source.images, source.videos, source.audios):
         if column and row.get(column):
             raise BadRow(f"media: the row has {column}, and only text is trained")
-    conversation = _alpaca(row, source) if source.formatting == "alpaca" else _Rows(source).conversation(row)
+    conversation = _alpaca(row, source) if source.formatting == "alpaca" else _Rows(source).conversation(row, open_end)
     used = {getattr(source, key) for key in _COLUMNS_READ[source.formatting]}
     columns = frozenset(f"column {c!r}" for c, v in row.items() if c not in used and v not in (None, "", []))
     return dataclasses.replace(conversation, unread=conversation.unread | columns) if columns else conversation
@@ -155,7 +155,7 @@ class _Rows:
         self.fields: set[str] = set()
         self.unread: set[str] = set()
 
-    def conversation(self, row: dict[str, Any]) -> Conversation:
+    def conversation(self, row: dict[str, Any], open_end: bool) -> Conversation:
         source = self.source
         if not source.messages or source.messages not in row:
             raise BadRow(_missing(row, source.messages, "messages"))
@@ -185,6 +185,8 @@ class _Rows:
             if len(found) % 2 == 0:
                 raise BadRow("wrong role order: a pair's conversation must end with a user's message")
             prompt, answers = found, [self._answer(row, column) for column in (source.chosen, source.rejected)]
+        elif open_end and desired is None and len(found) % 2:
+            prompt, answers = found, []
         else:
             if not found or len(found) % 2:
                 raise BadRow(

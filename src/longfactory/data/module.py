@@ -86,11 +86,11 @@ def load_datasets(
     if (args.packing or args.neat_packing) and not packed:
         log.warning(f"packing has no effect in stage {stage}: a row already holds every document of a batch.")
 
-    def load(wanted: list[str]) -> list[Part]:
+    def load(wanted: list[str], questions: bool = False) -> list[Part]:
         sources = read_sources(wanted, args.dataset_dir, warn)
         for source in sources:
             check_kind(source, kind, stage)
-        return [_tokenised(source, args, kind, template, pieces, seed, log) for source in sources]
+        return [_tokenised(source, args, kind, template, pieces, seed, log, questions) for source in sources]
 
     def finish(stores: Sequence[Store], entries: np.ndarray, what: str) -> TokenizedDataset:
         report = _report(stores)
@@ -101,6 +101,11 @@ def load_datasets(
                 f"The {what} data are empty: of {report.rows_read} rows {report.bad} were bad and {report.dropped} dropped.{first}"
             )
         log.info(f"{what}: {report.describe()}.")
+        if option(args, "do_eval") and report.unanswered == report.samples:
+            raise DataError(
+                f"None of the {report.samples} {what} samples has an answer: they can be answered (do_predict), not evaluated. "
+                "Leave out do_eval and eval_strategy."
+            )
         if kind == "sft" and report.untrained == report.samples:
             raise DataError(
                 f"None of the {report.samples} {what} samples has a trained token left after truncation to cutoff_len ({rules.cutoff}). "
@@ -142,7 +147,7 @@ def load_datasets(
         if args.val_size > 1e-6:
             splits["train"], splits["eval"] = _split(splits["train"], args.val_size, seed)
     if eval_names:
-        parts = load(eval_names)
+        parts = load(eval_names, questions=bool(option(args, "do_predict")))
         each = bool(option(args, "eval_on_each_dataset"))
         for name, group in zip(eval_names, [[p] for p in parts], strict=True) if each else [("eval", parts)]:
             entries = _mix(group, args, seed)
@@ -257,9 +262,12 @@ def check_kind(source: Source, kind: str, stage: str) -> None:
         raise DataError(f"Stage kto needs the column kto_tag; data set {source.name!r} does not name it in dataset_info.json.")
 
 
-def make_preparer(source: Source, args: DataArguments, kind: str, template: AnyTemplate | None, pieces: PieceTokenizer) -> Preparer:
-    """What tokenises the rows of one data set."""
-    preparer = Preparer(kind, source, template, pieces)
+def make_preparer(
+    source: Source, args: DataArguments, kind: str, template: AnyTemplate | None, pieces: PieceTokenizer, questions: bool = False
+) -> Preparer:
+    """What tokenises the rows of one data set. `questions`: conversations without a last answer are for the model to answer."""
+    preparer = Preparer(kind, source, template, pieces, questions=questions and kind == "sft")
+    preparer.equal_pairs = bool(option(args, "equal_pairs")) and kind == "pair"
     preparer.strict = option(args, "on_bad_row") == "error"
     if kind == "pt":
         t = pieces.tokenizer
@@ -274,10 +282,17 @@ def make_preparer(source: Source, args: DataArguments, kind: str, template: AnyT
 
 
 def _tokenised(
-    source: Source, args: DataArguments, kind: str, template: AnyTemplate | None, pieces: PieceTokenizer, seed: int, log: logging.Logger
+    source: Source,
+    args: DataArguments,
+    kind: str,
+    template: AnyTemplate | None,
+    pieces: PieceTokenizer,
+    seed: int,
+    log: logging.Logger,
+    questions: bool = False,
 ) -> Part:
     """The store of one data set, and which of its samples are used, in order."""
-    preparer = make_preparer(source, args, kind, template, pieces)
+    preparer = make_preparer(source, args, kind, template, pieces, questions)
     limit = args.max_samples if source.num_samples is None else None
     path = cache_root() / prepare.key(preparer, limit)
     rank = _rank(args)

@@ -19,7 +19,7 @@ from longfactory.data.errors import BadRow, BadRows, DataError, bad_row_sentence
 from longfactory.data.formats import Conversation, convert
 from longfactory.data.readers import Raw, parse_line
 from longfactory.data.sources import Source, hint
-from longfactory.data.store import DESIRED, FORMAT, LACKS_THOUGHT, LAST_ONLY, SECOND_LACKS_THOUGHT, Chunk
+from longfactory.data.store import DESIRED, EQUAL_PAIR, FORMAT, LACKS_THOUGHT, LAST_ONLY, NO_ANSWER, SECOND_LACKS_THOUGHT, Chunk
 from longfactory.data.template import Message, Piece, Template
 from longfactory.data.tokens import PieceTokenizer
 
@@ -29,7 +29,10 @@ Kind = str
 
 @dataclasses.dataclass
 class Preparer:
-    """Everything that turns rows of one data set into parts. Made once and handed to the tokenising processes."""
+    """Everything that turns rows of one data set into parts. Made once and handed to the tokenising processes.
+
+    `equal_pairs`: pairs whose answers are the same are kept. `questions`: conversations without a last answer are kept (sft).
+    """
 
     kind: Kind
     source: Source
@@ -39,6 +42,8 @@ class Preparer:
     text_begin: str = ""
     last_only: bool = False
     strict: bool = False
+    equal_pairs: bool = False
+    questions: bool = False
 
     def chunk(self, rows: list[tuple[int, str, Raw]]) -> Chunk:
         """[(row number, place, raw row)] -> the stored parts.
@@ -58,7 +63,7 @@ class Preparer:
                 self._bad(bad, place, e)
                 continue
             try:
-                conversation = convert(row, self.source)
+                conversation = convert(row, self.source, self.questions)
                 parts, flag = self._parts(conversation)
             except BadRow as e:
                 if not bad.hint:
@@ -97,6 +102,8 @@ class Preparer:
                 raise BadRow("empty text")
             return [[self.text_begin + text + self.text_end]], 0
         if self.kind == "sft":
+            if self.questions and c.desired is None and not any(a.content.strip() for a in c.answers):
+                return [self._question(c), []], NO_ANSWER
             if c.desired is not None or len(c.answers) != 1:
                 raise BadRow("no answer: the row has no text to learn")
             if not c.answers[0].content.strip():
@@ -110,16 +117,22 @@ class Preparer:
             chosen, rejected = c.answers
             if not chosen.content.strip() or not rejected.content.strip():
                 raise BadRow(f"empty answer: the {'chosen' if not chosen.content.strip() else 'rejected'} side")
-            if chosen == rejected:
-                raise BadRow("equal pair: chosen and rejected are the same")
+            if chosen == rejected and not self.equal_pairs:
+                raise BadRow("equal pair: chosen and rejected are the same, of which this loss learns nothing")
             source, targets, lacks = self.template.one_turn(c.prompt, c.answers, c.system, c.tools)
-            return [source, *targets], LACKS_THOUGHT * lacks[0] + SECOND_LACKS_THOUGHT * lacks[1]
+            equal = EQUAL_PAIR * (chosen == rejected)
+            return [source, *targets], LACKS_THOUGHT * lacks[0] + SECOND_LACKS_THOUGHT * lacks[1] + equal
         if c.desired is None or len(c.answers) != 1:
             raise BadRow("no label: KTO needs an answer and kto_tag")
         if not c.answers[0].content.strip():
             raise BadRow("empty answer")
         source, targets, lacks = self.template.one_turn(c.prompt, c.answers, c.system, c.tools)
         return [source, *targets], DESIRED * c.desired + LACKS_THOUGHT * lacks[0]
+
+    def _question(self, c: Conversation) -> list[Piece]:
+        """What the model is to answer: all up to where its answer begins."""
+        answers = () if isinstance(self.template, ChatTemplate) else (Message("assistant", ""),)
+        return self.template.one_turn(c.prompt, answers, c.system, c.tools)[0]
 
 
 def _to_last_trained(messages: list[Message]) -> list[Message]:
@@ -255,7 +268,7 @@ def key(preparer: Preparer, limit: int | None) -> str:
     facts = [
         *(FORMAT, preparer.kind, fingerprint(preparer.source), source, special),
         dataclasses.asdict(template) if isinstance(template, Template) else repr(template),
-        *(preparer.text_end, preparer.text_begin, preparer.last_only, limit),
+        *(preparer.text_end, preparer.text_begin, preparer.last_only, preparer.equal_pairs, preparer.questions, limit),
         hashlib.sha256(vocabulary.encode()).hexdigest(),
     ]
     return hashlib.sha256(json.dumps(facts, ensure_ascii=False, default=str).encode()).hexdigest()[:32]

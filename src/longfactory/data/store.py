@@ -26,7 +26,7 @@ from longfactory.data.errors import BadRows
 
 FORMAT = 2
 
-DESIRED, LACKS_THOUGHT, SECOND_LACKS_THOUGHT, LAST_ONLY = 1, 2, 4, 8  # flags of a sample
+DESIRED, LACKS_THOUGHT, SECOND_LACKS_THOUGHT, LAST_ONLY, EQUAL_PAIR, NO_ANSWER = 1, 2, 4, 8, 16, 32  # flags of a sample
 
 
 # One piece of work that a tokenising process hands over: tokens of all parts laid end to end, lengths of the parts, number of parts,

@@ -2,7 +2,7 @@
 
 For every conversation the model reads all up to the last answer and writes its own. `generated_predictions.jsonl` holds prompt, prediction
 and label; `predict_results.json` holds ROUGE-1, -2 and -L: F-measures in percent, of words (a character of Chinese, Japanese or Korean
-is a word), averaged over samples.
+is a word), averaged over the samples that have an answer to compare with.
 """
 
 from __future__ import annotations
@@ -86,17 +86,19 @@ def _one_set(trainer: Any, cfg: Any, tokenizer: Any, dataset: Any, prefix: str) 
                 line = {"prompt": tokenizer.decode(prompt, skip_special_tokens=False), "predict": text, "label": label}
                 f.write(json.dumps(line, ensure_ascii=False) + "\n")
     seconds = time.time() - started
-    scores = [rouge(p, label) for p, label in zip(predictions, labels, strict=True)]
+    scores = [rouge(p, label) for p, label, (_, answer) in zip(predictions, labels, asked, strict=True) if answer]
     out = {f"{prefix}_{k}": round(sum(s[k] for s in scores) / len(scores), 4) for k in scores[0]} if scores else {}
     return out | {f"{prefix}_samples": len(asked), f"{prefix}_runtime": round(seconds, 4)}
 
 
 def split_last_answer(document: TokenizedDocument) -> tuple[list[int], list[int]]:
-    """A conversation -> (all before its last answer, its last answer): the last stretch of trained tokens.
+    """A conversation -> (all before its last answer, its last answer): the last stretch of trained tokens. Of a question: (all of it, []).
 
     Raises:
         UserError: nothing, or the very first token, is trained: there is no prompt to answer.
     """
+    if document.role == "prompt":
+        return [int(x) for x in document.input_ids], []
     labels = [int(x) for x in document.labels]
     stop = len(labels)
     while stop and labels[stop - 1] == IGNORE:

@@ -81,7 +81,7 @@ def assemble(cfg: RunConfig, *, compares: bool = False) -> Assembled:
     _set_up_log(main)
     tokenizer = load.load_tokenizer(cfg.model)
     try:
-        stage = make_stage(cfg.method.stage, cfg.method)
+        stage = make_stage(cfg.method.stage, cfg.method, getattr(torch, cfg.precision))
     except ValueError as error:
         raise UserError(str(error)) from error
     datasets = load_data(cfg, tokenizer)

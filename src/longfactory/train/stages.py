@@ -92,6 +92,12 @@ def _sum(x: Tensor) -> Tensor:
     return x.detach().sum(dtype=torch.float64)
 
 
+def wins(chosen: Tensor, rejected: Tensor, noise: Tensor) -> Tensor:
+    """The number of pairs whose chosen side is ahead. One that is ahead by no more than `noise` is a tie, and counts one half."""
+    ahead = (chosen - rejected).detach()
+    return torch.where(ahead.abs() <= noise, 0.5, (ahead > 0).to(torch.float64)).sum(dtype=torch.float64)
+
+
 def mean_logits(out: TokenOutputs, row: Row, roles: dict[str, list[int]]) -> Metrics:
     """`logits/chosen` and the like: the mean logit over the vocabulary and the trained tokens of these documents, as TRL reports it."""
     if out.mean_logit is None:
@@ -166,6 +172,8 @@ class PreferenceStage:
     ftx: float = 0.0
     bco_weight: float = 0.0
     ld_alpha: float | None = None
+    precision: torch.dtype = torch.float32
+    """In which log-probabilities are computed: a margin below its rounding is a tie."""
     output: Literal["logps", "values"] = "logps"
     needs: frozenset[str] = frozenset({"mean_logit"})
     _rewards: Tensor | None = dataclasses.field(default=None, repr=False)  # [2]: sum of rewards, number of rewards
@@ -232,7 +240,7 @@ class PreferenceStage:
         metrics: Metrics = {
             "rewards/chosen": (chosen.sum(), n),
             "rewards/rejected": (rejected.sum(), n),
-            "rewards/accuracies": (_sum(chosen > rejected), n),
+            "rewards/accuracies": (wins(chosen, rejected, beta * self.noise(p)), n),
             "rewards/margins": ((chosen - rejected).sum(), n),
             "logps/chosen": (_sum(seen.chosen), n),
             "logps/rejected": (_sum(seen.rejected), n),
@@ -243,6 +251,14 @@ class PreferenceStage:
         if self.pref_loss == "orpo" or self.ftx:
             metrics["sft_loss"] = (_sum(nll), n)
         return loss.sum(), metrics
+
+    def noise(self, p: PairLogps) -> Tensor:
+        """[P] margins that rounding alone can make: an error of the precision's epsilon in the log-probability of each trained token, which
+        is of the order of 1, adds up over n tokens to sqrt(n) of it."""
+        tokens = p.chosen_length.clamp(min=1), p.rejected_length.clamp(min=1)
+        if self.pref_loss in losses.PER_TOKEN:
+            tokens = 1 / tokens[0], 1 / tokens[1]
+        return torch.finfo(self.precision).eps * torch.sqrt(tokens[0] + tokens[1])
 
     def _reward_shift(self, p: PairLogps, dp: DataParallel) -> Tensor:
         """The running mean of the rewards, this micro-batch included. Evaluation reads it and leaves it alone."""
@@ -328,6 +344,7 @@ class RewardStage(Stateless):
     needs_reference: bool = False
     needs: frozenset[str] = frozenset()
     ld_alpha: float | None = None
+    precision: torch.dtype = torch.float32
 
     def count_items(self, row: Row) -> int:
         return len(of_role(row, "chosen"))
@@ -347,15 +364,16 @@ class RewardStage(Stateless):
         rejected = pick(values, [row.documents[r].stop - 1 for _, r in pairs])
         loss = -torch.nn.functional.logsigmoid(chosen - rejected)
         n = float(len(pairs))
+        noise = torch.finfo(self.precision).eps * torch.maximum(chosen.detach().abs(), rejected.detach().abs())
         return loss.sum(), {
-            "accuracy": (_sum(chosen > rejected), n),
+            "accuracy": (wins(chosen, rejected, noise), n),
             "rewards/chosen": (_sum(chosen), n),
             "rewards/rejected": (_sum(rejected), n),
             "rewards/margins": (_sum(chosen - rejected), n),
         }
 
 
-def make_stage(stage: str, args: Any) -> Stage:
+def make_stage(stage: str, args: Any, precision: torch.dtype = torch.float32) -> Stage:
     """The stage that a configuration names.
 
     Args:
@@ -363,6 +381,7 @@ def make_stage(stage: str, args: Any) -> Stage:
         args: anything with the attributes pref_loss, pref_beta, pref_ftx, simpo_gamma, dpo_label_smoothing, ld_alpha, pref_bco_weight,
             kto_chosen_weight, kto_rejected_weight, use_dft_loss, use_asft_loss, asft_alpha, use_eaft_loss, eaft_alpha, compute_accuracy
             (and, optionally, discopop_tau).
+        precision: in which the model computes.
     Raises:
         ConfigError: an unknown stage or loss, or options that contradict each other.
     """
@@ -375,9 +394,9 @@ def make_stage(stage: str, args: Any) -> Stage:
         return TokenStage(loss, alpha, accuracy=bool(args.compute_accuracy))
     if stage == "dpo":
         options = LossOptions(args.pref_beta, args.dpo_label_smoothing, args.simpo_gamma, getattr(args, "discopop_tau", 0.05))
-        return PreferenceStage(args.pref_loss, options, args.pref_ftx, args.pref_bco_weight, args.ld_alpha)
+        return PreferenceStage(args.pref_loss, options, args.pref_ftx, args.pref_bco_weight, args.ld_alpha, precision)
     if stage == "kto":
         return KTOStage(args.pref_beta, args.kto_chosen_weight, args.kto_rejected_weight, args.pref_ftx)
     if stage == "rm":
-        return RewardStage()
+        return RewardStage(precision=precision)
     raise ConfigError(f"stage: {stage} is not known. Choose one of pt, sft, rm, dpo, kto.")
