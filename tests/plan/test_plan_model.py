@@ -224,3 +224,19 @@ def test_a_model_that_fits_many_times_over_stays_as_it_is():
     small.num_attention_heads, small.num_key_value_heads = 4, 2
     choice, _, ok = choose(Job(ModelShape.of(small), machine("H100", 8, 2**40), 512, sp=8))
     assert ok and choice == Choice(checkpoint="none", keep_attention=0.0)
+
+
+def test_layers_of_different_heads_are_planned_by_the_widest() -> None:
+    """Gemma 4: its configuration names no head dim for all layers, and reading one raises."""
+    import torch
+
+    from longfactory.model.memory.apply import _attention_share
+    from longfactory.sp.hf import head_dims, values_of_layers
+    from longfactory.sp.tiny_models import tiny_config
+
+    config = tiny_config("gemma4").get_text_config()
+    assert sorted(values_of_layers(config, "head_dim")) == [16, 512]
+    assert ModelShape.of(config).head_dim == 512
+    assert head_dims(config) == {(16, 16), (512, 512)}
+    assert _attention_share(config, torch.bfloat16) == 4 * (512 + 2) / 64
+    assert len(values_of_layers(tiny_config("llama"), "head_dim")) == 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from longfactory.sp.hf import values_of_layers
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
@@ -61,7 +63,7 @@ class ModelShape:
         c = config.get_text_config() if hasattr(config, "get_text_config") else config
         heads = c.num_attention_heads
         kv = getattr(c, "num_key_value_heads", None) or heads
-        dim = getattr(c, "head_dim", None) or c.hidden_size // heads
+        dim = max(given or c.hidden_size // heads for given in values_of_layers(c, "head_dim"))
         ffn = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
         attention = c.hidden_size * dim * 2 * (heads + kv)
         experts = getattr(c, "num_experts", None) or getattr(c, "num_local_experts", None) or 0

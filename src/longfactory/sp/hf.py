@@ -269,12 +269,19 @@ def layer_types(config: Any) -> list[str]:
     return list(given) if given else ["full_attention"] * config.num_hidden_layers
 
 
+def values_of_layers(config: Any, key: str) -> list[Any]:
+    """The different values that a key has in the layers. Layers of Gemma 4 differ, and its configuration names no value for all."""
+    layers = config.per_layer_config[:] if getattr(config, "is_heterogeneous", False) else [config]
+    return list(dict.fromkeys(getattr(layer, key, None) for layer in layers))
+
+
 def head_dims(config: PreTrainedConfig) -> set[tuple[int, int]]:
     """Head dims of queries and of values of the model's layers, as far as the configuration tells."""
     text = config.get_text_config()
     heads, hidden = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
     dims: set[tuple[int, int]] = set()
-    for dim in (getattr(text, "head_dim", None) or (hidden // heads if hidden and heads else None), getattr(text, "global_head_dim", None)):
+    usual = hidden // heads if hidden and heads else None
+    for dim in (*(given or usual for given in values_of_layers(text, "head_dim")), getattr(text, "global_head_dim", None)):
         if isinstance(dim, int) and dim > 0:
             dims.add((dim, dim))
     plain, rotary = getattr(text, "qk_nope_head_dim", None), getattr(text, "qk_rope_head_dim", None)

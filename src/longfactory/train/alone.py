@@ -78,6 +78,8 @@ def build(cfg: Any, tokenizer: Any, trained: nn.Module, device: torch.device) ->
         model = load.load_model(cfg.model, config, torch.float32, attention="eager", device=torch.device("cpu"))
         grew = load.resize_vocabulary(model, tokenizer) if cfg.model.resize_vocab else False
         inner = model
+        if hasattr(inner, "set_experts_implementation"):
+            inner.set_experts_implementation("eager")  # one expert after the other; what groups them has no float64
         model = adapters.apply_finetuning(model, cfg.method, cfg.model, resized=grew)
     finally:
         torch.set_rng_state(state)
@@ -123,9 +125,9 @@ def copy_values(trained: nn.Module, model: nn.Module | None) -> dict[str, torch.
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """How numbers are rounded: the dtype of each parameter (None: float32), and what autocast computes in (None: it is off)."""
+    """How numbers are rounded: the dtype of parameters, or of each by name, and what autocast computes in (None: it is off)."""
 
-    parameters: dict[str, torch.dtype] | None = None
+    parameters: dict[str, torch.dtype] | torch.dtype = torch.float32
     autocast: torch.dtype | None = None
 
     @property
@@ -137,8 +139,8 @@ class Precision:
         """Inside the block the model computes so. Rounding loses nothing that the run's own parameters have."""
         before = {name: p.data for name, p in model.named_parameters()}
         for name, p in model.named_parameters():
-            if self.parameters is not None and p.is_floating_point():
-                p.data = p.data.to(self.parameters[name])
+            if p.is_floating_point():
+                p.data = p.data.to(self.parameters if isinstance(self.parameters, torch.dtype) else self.parameters[name])
         try:
             with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
                 yield
@@ -180,15 +182,20 @@ def read_text(model: nn.Module, text: Text, values: bool, entropy: bool, device:
             hook.remove()
         head: Any = model.v_head
         with torch.autocast(device.type, enabled=False):
-            return F.linear(seen[0][0, -1:].to(head.weight.dtype), head.weight, head.bias)[:, 0].float(), None
+            return _wide(F.linear(seen[0][0, -1:].to(head.weight.dtype), head.weight, head.bias)[:, 0]), None
     places = torch.tensor(text.places, dtype=torch.int64, device=device)
-    logits = model(input_ids=ids, use_cache=False).logits[0, places].float()
+    logits = _wide(model(input_ids=ids, use_cache=False).logits[0, places])
     labels = torch.tensor([text.targets[t] for t in text.places], dtype=torch.int64, device=device)
     logps = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
     if not entropy:
         return logps, None
     top = logits.detach().topk(min(20, logits.shape[-1]), -1).values.log_softmax(-1)
     return logps, -(top.exp() * top).sum(-1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32, or float64 if it is."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 # -- losses -------------------------------------------------------------------------------------------------------------------------------
@@ -378,7 +385,7 @@ def run_step(
                     grads = torch.autograd.grad((logps * slope).sum() * precision.scale, wanted, allow_unused=True)
                 for name, g in zip(names, grads, strict=True):
                     if g is not None:
-                        wide = g.to(torch.float32) / precision.scale
+                        wide = _wide(g) / precision.scale
                         sums[name] = sums[name] + wide if name in sums else wide
     return Step(
         float(loss),

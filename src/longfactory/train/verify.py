@@ -2,7 +2,8 @@
 
 The step is the trainer's: its loader, its count of items, its loss and scale, its micro-batches, reduction and clipping, on the model as
 it is wrapped and sharded, with the layers and kernels that train. The specification (`train/alone.py`) shares none of that. Both are
-compared with the specification in float32; a step may be off by as much as transformers' own attention in the run's precision is.
+compared with the specification in a wider precision (float32, for float32 float64); a step may be off by a few times what transformers'
+own attention in the run's precision is.
 """
 
 from __future__ import annotations
@@ -35,11 +36,14 @@ from longfactory.train.trainer import RowTrainer
 ROWS, TOKENS = 2, 2048
 
 FACTOR = compare.LIMIT
-"""How many times as far from float32 as transformers' own attention in the run's precision a step may be: the start-up guard's rule."""
+"""How many times as far from the wider precision as transformers' own attention in the run's precision a step may be: as for the
+start-up guard."""
 SMALLEST = 1e-4
 """A relative difference that counts as none: float32 numbers that are added in another order."""
 SMALLEST_SCORE = 2e-5
 """The same for log-probabilities, which no sum over tokens has gone into yet."""
+UNDECIDED = 0.3
+"""From here on the own gradients' relative error says that a model's gradients are rounding."""
 FLOOR = 1e-3
 """A gradient that is zero in exact arithmetic (the bias of a key projection) is noise: differences count against at least this share of
 the whole gradient's norm."""
@@ -51,7 +55,7 @@ OFFSETS = {"chosen": 0.5, "rejected": -0.25, "kl": -0.5}
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """One number or tensor: `split` as trained, `alone` in float32; differences are relative to float32.
+    """One number or tensor: `split` as trained, `alone` in the wider precision, to which differences are relative.
 
     `own`: the difference of transformers' own attention in the run's precision. `allowed`: what the step's may be.
     """
@@ -339,7 +343,7 @@ class Comparison(TrainerCallback):
         self.gradients: dict[str, Tensor] = {}
         self.unreduced: dict[str, float] = {}
         self.finished = False
-        self.float32: Step | None = None
+        self.spec: Step | None = None
         self.own: Step | None = None
         self.choices: dict[Text, routers.Choices] = {}
 
@@ -357,6 +361,8 @@ class Comparison(TrainerCallback):
                 model = alone.build(self.cfg, self.run.tokenizer, trainer.model, args.device)
             except UserError as error:
                 failure = str(error)
+            except Exception as error:  # the other processes wait for this one
+                failure = f"transformers cannot make the model a second time: {_told(error)}"
         if (failure := _from_main(failure)) is not None:
             raise UserError(failure)
         dtypes = alone.copy_values(trainer.model, model)
@@ -365,15 +371,17 @@ class Comparison(TrainerCallback):
                 self._specify(model, dtypes, adapter_off)
             except torch.OutOfMemoryError as error:
                 failure = (
-                    "The first device has no room for the model in float32 beside the run, with the attention of a whole document at "
-                    f"once. Lower verify_tokens, or verify on larger devices ({str(error).splitlines()[0]})."
+                    "The first device has no room for the model in a wider precision beside the run, with the attention of a whole "
+                    f"document at once. Lower verify_tokens, or verify on larger devices ({_told(error)})."
                 )
+            except Exception as error:  # whatever the model's own code does in this precision
+                failure = f"transformers' own model cannot compute the documents alone: {_told(error)}"
             del model
             if args.device.type == "cuda":
                 torch.cuda.empty_cache()
         if (failure := _from_main(failure)) is not None:
             raise UserError(failure)
-        spec = self.float32
+        spec = self.spec
         self.choices, references = _from_main(None if spec is None else (spec.choices, spec.references))
         if trainer.stage.needs_reference and not adapter_off:
             numbers = {(text.role, text.sample): number for text, number in references.items()}
@@ -381,7 +389,7 @@ class Comparison(TrainerCallback):
         self._watch()
 
     def _specify(self, model: nn.Module, dtypes: dict[str, torch.dtype], adapter_off: bool) -> None:
-        """The step in float32, and in the run's precision, by transformers' own model."""
+        """The step in a wider precision, and in the run's, by transformers' own model."""
         method, device = self.cfg.method, self.trainer.args.device
         # Row m * groups + g is the m-th micro-batch of group g.
         batches = [[t for texts in self.texts[i : i + self.groups] for t in texts] for i in range(0, len(self.texts), self.groups)]
@@ -391,13 +399,10 @@ class Comparison(TrainerCallback):
             return logp + OFFSETS.get(text.role, 0.0) / beta
 
         wanted = reference if self.trainer.stage.needs_reference and not adapter_off else None
-        self.float32 = alone.run_step(model, method, batches, Precision(), device, reference=wanted, adapter_off=adapter_off)
         precision = run_precision(self.trainer, self.run.sharding, dtypes)
-        self.own = self.float32
-        if precision != Precision():
-            self.own = alone.run_step(
-                model, method, batches, precision, device, reference=wanted, adapter_off=adapter_off, step=self.float32
-            )
+        wider = Precision(torch.float64 if precision == Precision() else torch.float32)
+        self.spec = alone.run_step(model, method, batches, wider, device, reference=wanted, adapter_off=adapter_off)
+        self.own = alone.run_step(model, method, batches, precision, device, reference=wanted, adapter_off=adapter_off, step=self.spec)
 
     # The step.
 
@@ -503,7 +508,7 @@ class Comparison(TrainerCallback):
         return found
 
     def _compared(self, parts: Sequence[tuple[list[str], dict[int, Any], dict[int, RowShape]]], unsaved: str | None) -> Report:
-        spec, own, trainer = self.float32, self.own, self.trainer
+        spec, own, trainer = self.spec, self.own, self.trainer
         assert spec is not None and own is not None
         reasons = list(dict.fromkeys(reason for found, _, _ in parts for reason in found))
         outputs = {i: out for _, found, _ in parts for i, out in found.items()}
@@ -525,6 +530,11 @@ class Comparison(TrainerCallback):
         logged = float(logs.get("grad_norm", math.nan))
         grad_norm = dataclasses.replace(total, split=logged, difference=relative(logged, total.alone))
 
+        if total.own > UNDECIDED and not all(m.exact for m in parameters.values()):
+            reasons.append(
+                f"In this precision the gradients of transformers' own model are {100 * total.own:.0f} % off as well: rounding decides "
+                "them, and they cannot be compared. Verify in float32 (bf16=false fp16=false pure_bf16=false)."
+            )
         reasons += where
         reasons += _scale_reasons(losses, self.gradients, spec.gradients, total)
         unreached = [name for name, g in spec.gradients.items() if name not in self.gradients and g.norm() > FLOOR * total.alone]
@@ -602,6 +612,10 @@ class Comparison(TrainerCallback):
         return notes
 
 
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
 def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
@@ -645,7 +659,7 @@ def run_precision(trainer: RowTrainer, sharding: str, dtypes: dict[str, torch.dt
     if autocast is not None and sharding == "fsdp2":
         dtypes = dict.fromkeys(dtypes, autocast)
     plain = all(d in (torch.float32, torch.float64) for d in dtypes.values())
-    return Precision(None if plain else dtypes, autocast)
+    return Precision(torch.float32 if plain else dtypes, autocast)
 
 
 def _title(cfg: RunConfig, run: Assembled) -> str:

@@ -15,6 +15,7 @@ from longfactory.model.memory.checkpointed import CheckpointedLayer
 from longfactory.model.memory.decoder_layer import Chain, DecoderLayer, unknown_shape
 from longfactory.model.memory.settings import MemorySettings
 from longfactory.model.memory.waiting import Activations
+from longfactory.sp.hf import values_of_layers
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def _attention_share(config: Any, dtype: torch.dtype) -> float:
     hidden, heads = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
     if not hidden or not heads:
         return 1.0
-    dim = getattr(config, "v_head_dim", None) or getattr(config, "head_dim", None) or hidden // heads
+    dim = getattr(config, "v_head_dim", None) or max(given or hidden // heads for given in values_of_layers(config, "head_dim"))
     return float(heads * (dim + 4 / dtype.itemsize) / hidden)
 
 
