@@ -20,10 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from . import routers
 from .probe import Asked
+from .routers import Choices
 
 LIMIT = 3.0
-"""Largest ratio of an exact layer's error to that of the model's own."""
+"""Largest ratio of an exact layer's error to that of the model's own, in half precision."""
+FULL_LIMIT = 30.0
+"""The same in float32 and float64: errors depend on the order in which kernels add, and those of faults are thousands of times larger."""
 BLOCK = 64
 """Tokens whose median counts."""
 FLOOR = 0.125
@@ -42,6 +46,11 @@ class Worst(NamedTuple):
 def reference_dtype(dtype: torch.dtype) -> torch.dtype:
     """The wider type that a computation in `dtype` is held against."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else torch.float64
+
+
+def limit(dtype: torch.dtype) -> float:
+    """The largest ratio of an exact layer that multiplies in `dtype`."""
+    return LIMIT if dtype in (torch.bfloat16, torch.float16) else FULL_LIMIT
 
 
 def rounding(dtype: torch.dtype) -> float:
@@ -110,6 +119,8 @@ class LayerRun:
     """The parameters that are differentiated, in the run's graph."""
     gradients: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     """Of `trained`, of this rank's tokens; summed over ranks when they are compared."""
+    choices: Choices = dataclasses.field(default_factory=lambda: Choices({}))
+    """The experts that its routers chose."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -177,6 +188,8 @@ class Alone(NamedTuple):
     y: Tensor
     dx: Tensor
     gradients: dict[str, Tensor]
+    free: Tensor
+    """[T, ...] outputs where its routers choose by themselves."""
 
 
 def run_alone(
@@ -191,7 +204,7 @@ def run_alone(
     """
     assert run.x is not None and run.dy is not None
     parameters = {n: p.requires_grad_() for n, p in layer.named_parameters() if n in run.trained}
-    outputs, inputs, start = [], [], 0
+    outputs, inputs, free, start = [], [], [], 0
     sums: dict[str, Tensor] = {}
 
     def to(t: Any) -> Any:
@@ -209,8 +222,12 @@ def run_alone(
             args[call.hidden] = x
         else:
             kwargs[call.hidden] = x
-        with torch.enable_grad(), torch.autocast(device.type, dtype=low, enabled=low is not None):
-            y = first(layer(*args, **kwargs))
+        with torch.autocast(device.type, dtype=low, enabled=low is not None):
+            with torch.enable_grad(), routers.replay(layer, run.choices.take(document)):
+                y = first(layer(*args, **kwargs))
+            if run.choices.of:
+                with torch.no_grad():
+                    free.append(first(layer(*args, **kwargs)).movedim(run.dim, 0))
         grads = torch.autograd.grad(y, [x, *parameters.values()], dy.to(y.dtype), allow_unused=True)
         outputs.append(y.detach().movedim(run.dim, 0))
         inputs.append(torch.zeros_like(x).movedim(run.dim, 0) if grads[0] is None else grads[0].movedim(run.dim, 0))
@@ -218,7 +235,7 @@ def run_alone(
         for name, g in zip(parameters, grads[1:], strict=True):
             if g is not None:
                 sums[name] = sums[name] + g.to(wide) if name in sums else g.to(wide)
-    return Alone(torch.cat(outputs), torch.cat(inputs), sums)
+    return Alone(torch.cat(outputs), torch.cat(inputs), sums, torch.cat(free or outputs))
 
 
 def first(output: Any) -> Tensor:
@@ -231,23 +248,17 @@ def judge(run: LayerRun, own: Alone, reference: Alone, lengths: Sequence[int]) -
     unit, total = rounding(run.dtype), sum(lengths)
     assert run.y is not None and run.dx is not None
     found = {
-        "output": token_ratio(run.y[:total], own.y, reference.y, lengths, unit),
+        "output": token_ratio(run.y[:total], own.free, reference.free, lengths, unit),
         "gradient of the input": token_ratio(run.dx[:total], own.dx, reference.dx, lengths, unit),
     }
     by_module: dict[str, list[str]] = {}
-    # A token that another expert gets changes the gradients of all weights, if only a little.
-    for name in () if chooses_experts(run.layer) else reference.gradients:
+    for name in reference.gradients:
         by_module.setdefault(name.rpartition(".")[0] or name, []).append(name)
     for module, names in by_module.items():
         # A bias and its weight as one: the gradient of a key's bias is zero in exact arithmetic.
         a, b, c = (torch.cat([_of(g, n, reference).flatten() for n in names]) for g in (run.gradients, own.gradients, reference.gradients))
         found[f"gradient of {module}"] = weight_ratio(a, b, c, unit)
     return found
-
-
-def chooses_experts(layer: nn.Module) -> bool:
-    """Whether a router in the layer sends each token to some of several experts."""
-    return any("experts" in name or type(m).__name__.endswith(("Router", "Gate", "Gating")) for name, m in layer.named_modules())
 
 
 def _of(gradients: Mapping[str, Tensor], name: str, reference: Alone) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from . import compare, hf, hybrid, rope
+from . import compare, hf, hybrid, rope, routers
 from .attention import attention as engine
 from .collectives import all_reduce, gather, shard
 from .compare import LayerRun, OwnCall
@@ -35,6 +35,7 @@ from .layout import Segment
 from .plan import RowPlan
 from .plan import plan as make_plan
 from .probe import Asked, Probe, Shape, probe
+from .routers import Choices
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def _prove(model: nn.Module, inner: PreTrainedModel, ctx: SequenceParallel, devi
         runs = [LayerRun(layer, index) for index, layer in _one_of_each_kind(layers, seen)]
         row = _Row(documents, ctx)
         with probe(installed=True) as trained, _marked(layers, trained):
-            first = _train(_callee(model), layers, runs, row, trained)
+            first = _train(_callee(model), layers, runs, row, trained, device)
         rows = [row]
         if ctx.size > 1:  # the exchange of a row depends on its documents
             rows.append(_Row([torch.cat(documents)], ctx))
@@ -407,7 +408,7 @@ def _name(layers: Layers, index: int) -> str:
 # ---- pass 2
 
 
-def _train(model: nn.Module, layers: Layers, runs: list[LayerRun], row: _Row, seen: Probe) -> Tensor:
+def _train(model: nn.Module, layers: Layers, runs: list[LayerRun], row: _Row, seen: Probe, device: torch.device) -> Tensor:
     """Forward and backward through the installed layers. Fills `runs` with the whole row's tensors.
 
     Returns the first layer's input [T, ...].
@@ -463,12 +464,15 @@ def _train(model: nn.Module, layers: Layers, runs: list[LayerRun], row: _Row, se
     for layer in layers.values():
         hooks += [layer.register_forward_pre_hook(before, with_kwargs=True), layer.register_forward_hook(after)]
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), contextlib.ExitStack() as recording:
+            choices = [recording.enter_context(routers.record(run.layer)) for run in runs]
             row.run(model)
     finally:
         for hook in hooks:
             hook.remove()
     seen.layer = -1
+    for run, chosen in zip(runs, choices, strict=True):
+        run.choices = Choices({n: [_whole(t.to(device), 0, row.plan) for t in picks] for n, picks in chosen.of.items()})
     y = ends["output"]
     slope = _slope(row, y, _token_dim(y, local))
     trained = [(run, name, p) for run in runs for name, p in run.trained.items()]
@@ -545,7 +549,7 @@ def _attention_differs(seen: Probe, rows: list[_Row], device: torch.device) -> s
         found = attention_ratios(asked, shape, row, device)
         log.debug("guard: attention of %s, %s: %s", asked, shape, found)
         what, ratio = _worst(found)
-        if not ratio <= compare.LIMIT:
+        if not ratio <= compare.limit(shape.dtype):
             reasons.append(
                 f"the {what} of the engine's attention ({_text({asked})}, {shape.heads} and {shape.kv_heads} heads of {shape.dim}) is "
                 f"{_times(ratio, shape.dtype)} as that of plain attention in {_short(shape.dtype)}"
@@ -627,7 +631,7 @@ def _differences(
             found = ratios(run, [of_document[run.call] for of_document in calls[run.index]], lengths, device)
             log.debug("guard: %s: %s", _name(layers, run.index), found)
             what, ratio = _worst(found)
-            if reason is None and not ratio <= compare.LIMIT:
+            if reason is None and not ratio <= compare.limit(run.dtype):
                 reason = (
                     f"the {what} of {_name(layers, run.index)}, as it is trained, is {_times(ratio, run.dtype)} as that of transformers' "
                     f"own layer and attention in the run's precision ({_short(run.dtype)})"
@@ -641,7 +645,7 @@ def _worst(found: dict[str, float]) -> tuple[str, float]:
 
 def _times(ratio: float, dtype: torch.dtype) -> str:
     wide = _short(compare.reference_dtype(dtype))
-    return f"{ratio:.3g} times as far from a computation in {wide} (tolerated: {compare.LIMIT:.3g} times)"
+    return f"{ratio:.3g} times as far from a computation in {wide} (tolerated: {compare.limit(dtype):.3g} times)"
 
 
 def ratios(run: LayerRun, calls: list[OwnCall], lengths: list[int], device: torch.device) -> dict[str, float]:
