@@ -208,7 +208,7 @@ class NoteKernels(logging.Handler):
         log.setLevel(logging.INFO)
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.msg.startswith("attention backend ") and isinstance(record.args, tuple):
+        if record.msg.startswith("attention kernel ") and isinstance(record.args, tuple):
             self.kernels.add(str(record.args[0]))
 
 

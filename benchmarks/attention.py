@@ -220,7 +220,7 @@ def errors(setting: Setting) -> None:
         "window": Tile(square, square, "causal", window=n // 7),
         "rectangle in a window": Tile(slice(0, n // 2), square, "full", window=n // 3),
     }
-    for name in ("fa4", "flash3", "cudnn", "flash2", "flash", "cpu", "math"):
+    for name in backends.BACKENDS:
         for kind, tile in tiles.items():
             backend = backends.BACKENDS[name]
             q, k, v, dout = inputs(n, *shape, setting.dim, setting)

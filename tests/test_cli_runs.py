@@ -76,6 +76,9 @@ def test_a_stream_that_other_processes_tokenise(small: list[str], tmp_path: Path
         out = tmp_path / f"out{workers}"
         done = longfactory(*words, f"output_dir={out}", f"dataloader_num_workers={workers}", cache=tmp_path / "cache")
         assert done.returncode == 0, done.stderr
+        # The kernels that run are one line, before the bar of the steps.
+        (kernels,) = re.findall(r"^.*attention kernel.*$", done.stderr, re.MULTILINE | re.IGNORECASE)
+        assert kernels.endswith(": cpu.") and "/4 [" not in done.stderr[: done.stderr.index(kernels) + len(kernels)]
         log = json.loads((out / "trainer_state.json").read_text())["log_history"]
         curves.append([(h["loss"], h["grad_norm"]) for h in log if "loss" in h])
     assert len(curves[0]) == 4 and curves[0] == curves[1]

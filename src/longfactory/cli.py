@@ -168,6 +168,8 @@ def plan_arguments(words: list[str]) -> list[str]:
         out += ["--lora", str(cfg.method.lora_rank)]
     if cfg.model.trust_remote_code:
         out += ["--trust-remote-code"]
+    if not (cfg.hf.get("bf16") or cfg.hf.get("fp16") or cfg.method.pure_bf16):
+        out += ["--precision", "tf32" if cfg.hf.get("tf32") else "fp32"]
     return [*out, *words[first:]]
 
 

@@ -28,7 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--memory", choices=["auto", "fast", "long"], default="auto")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the model")
     parser.add_argument("--lora", type=int, metavar="RANK", default=0, help="train adapters of this rank on all linear layers")
-    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="what layers compute in (default bf16)")
+    parser.add_argument(
+        "--precision", choices=["bf16", "fp32", "tf32"], default="bf16", help="what layers compute in (default bf16, fp16 is alike)"
+    )
     a = parser.parse_args(argv)
     sp = a.sequence_parallel_size or a.gpus
     if a.gpus % sp:
@@ -40,14 +42,16 @@ def main(argv: list[str] | None = None) -> int:
     named = ModelArguments(model_name_or_path=a.model, trust_remote_code=a.trust_remote_code)
     config = load.load_config(named, 0)
     load.empty_model(named, config)  # refuses what training would refuse
-    width = 4 if a.precision == "fp32" else 2
+    width = 2 if a.precision == "bf16" else 4
     shape = ModelShape.of(config, width=width)
     if a.lora:
         s = shape
         qkv = s.hidden + (s.heads + 2 * s.kv_heads) * s.head_dim
         adapters = s.layers * a.lora * (2 * s.hidden + 2 * s.heads * s.head_dim + qkv + 3 * (s.hidden + s.ffn))
         shape = ModelShape.of(config, trainable=adapters, lora=True, width=width)
-    kind = machine(a.gpu, a.gpus, int(a.host_gib * GiB), a.gpus_per_host, int(a.gpu_gib * GiB) if a.gpu_gib else None)
+    kind = machine(
+        a.gpu, a.gpus, int(a.host_gib * GiB), a.gpus_per_host, int(a.gpu_gib * GiB) if a.gpu_gib else None, a.precision == "tf32"
+    )
     # As in training: fp32 masters, and split ones where those do not fit.
     wide = Job(shape, kind, a.tokens, sp, a.gpus > 1, 4, leavable=a.lora > 0)
     split = dataclasses.replace(wide, master=2, leavable=True)
