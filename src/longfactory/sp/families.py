@@ -264,7 +264,10 @@ def table(results: Sequence[Result], size: int) -> str:
     head = f"""# Models
 
 Written by `python -m longfactory.sp.families --write docs/models.md` with transformers {transformers.__version__} and
-torch {torch.__version__.split("+")[0]}: every family that `AutoModelForCausalLM` knows.
+torch {torch.__version__.split("+")[0]}: every family that `AutoModelForCausalLM` or `AutoModelForMultimodalLM` knows.
+
+Families with a vision or an audio tower are trained on text, through their text decoder. They are loaded and saved as the class that the
+checkpoint is. What text does not pass through is frozen (the column "checked with" names it), carries no adapter and is saved as it was.
 
 A family is built tiny, with random weights, and with windows, chunks and lengths short enough to matter. A row of two documents
 ({lengths} tokens) is spread over {size} processes. Logits and the gradient of every parameter are compared with those of the
