@@ -166,7 +166,7 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float64, **overrides: Any
     torch.manual_seed(0)
     with torch.device("meta"):
         size = sum(p.numel() for p in model_class(config).from_config().parameters())
-    if size > 45_000_000:
+    if size > 20_000_000:
         raise ValueError(f"the tiny model has {size / 1e6:.0f} million parameters")
     model = model_class(config).from_config(attn_implementation="eager", experts_implementation="eager").to(dtype).eval()
     generator = torch.Generator().manual_seed(0)
