@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +152,55 @@ def test_quantisation_is_refused_clearly(monkeypatch: pytest.MonkeyPatch) -> Non
         load.quantization_config(arguments("x", quantization_bit=4), torch.bfloat16)
     with pytest.raises(UserError, match="gptq is not supported"):
         load.quantization_config(arguments("x", quantization_bit=4, quantization_method="gptq"), torch.bfloat16)
+
+
+REMOTE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_that_comes_with_a_checkpoint(folder: Path, tmp_path: Path) -> None:
+    """Refused in a sentence; with trust_remote_code the meta model and the loaded one are its class."""
+    tiny_model("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "own_llama", "architectures": ["OwnForCausalLM"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text(REMOTE)
+    with pytest.raises(UserError, match=r"brings its own code. If you trust it, set trust_remote_code: true"):
+        load.load_config(arguments(tmp_path), 128)
+    trusting = arguments(tmp_path, trust_remote_code=True)
+    found = load.load_config(trusting, 128)
+    empty = load.empty_model(trusting, found)
+    assert type(empty).__name__ == "OwnForCausalLM" and next(empty.parameters()).is_meta
+    model = load.load_model(trusting, found, torch.float32, attention="eager")
+    assert type(model).__name__ == "OwnForCausalLM"
+    assert torch.equal(model.model.norm.weight, tiny_model("llama").model.norm.weight)
+
+
+def test_weights_that_the_files_do_not_have(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path, state_dict={k: v for k, v in model.state_dict().items() if k != "model.norm.weight"})
+    with pytest.raises(UserError, match=r"no weights for model.norm.weight, which LlamaForCausalLM needs: they would be random"):
+        load.load_model(arguments(tmp_path), load.load_config(arguments(tmp_path), 64), torch.float32, attention="eager")
+
+
+@pytest.mark.parametrize("kind", ["mamba", "blip-2", "t5"])
+def test_the_meta_model_refuses_what_training_would(kind: str, tmp_path: Path) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    CONFIG_MAPPING[kind]().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"cannot be trained here|no class of it that continues a text"):
+        load.empty_model(arguments(tmp_path), load.load_config(arguments(tmp_path), 64))
+    from longfactory.plan.command import main
+
+    with pytest.raises(UserError, match=r"cannot be trained here|no class of it that continues a text"):
+        main([str(tmp_path)])

@@ -13,6 +13,7 @@ from memory_ranks import with_lora
 
 from longfactory import sp
 from longfactory.errors import ConfigError
+from longfactory.model.memory import chunked
 from longfactory.model.memory.apply import apply_memory
 from longfactory.model.memory.decoder_layer import _Layer
 from longfactory.model.memory.settings import MemorySettings
@@ -258,3 +259,12 @@ def test_no_activation_is_left_to_the_garbage_collector(name, layer):
         gc.garbage.clear()
         gc.enable()
     assert left == []
+
+
+def test_a_parameter_that_no_token_uses_has_a_gradient_of_zeros() -> None:
+    """An expert that no token chose: under DDP a missing gradient would leave those of other parameters unsummed."""
+    used, unused = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    x = torch.randn(1, 8, 3)
+    chunked.run_in_chunks(lambda piece: piece * used, x, lambda: [used, unused], 4).sum().backward()
+    torch.testing.assert_close(used.grad, x.sum((0, 1)))
+    assert unused.grad is not None and not unused.grad.any()

@@ -110,6 +110,10 @@ def load_config(args: Any, cutoff_len: int) -> Any:
     try:
         config = AutoConfig.from_pretrained(path, **_hub_arguments(args, path), **extra)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"model_name_or_path: {args.model_name_or_path} brings its own code. If you trust it, set trust_remote_code: true."
+            ) from error
         raise UserError(f"No model configuration could be loaded from {args.model_name_or_path}: {reason(error, path)}") from error
     if args.attention_dropout is not None:
         for key in hf.DROPOUT_KEYS:

@@ -83,8 +83,10 @@ class _Store(torch.autograd.Function):
             for total, g in zip(sums, grads, strict=True):
                 total.add(g)
             del piece, y, grads
-        done = iter(zip(sums, wanted, strict=True))
-        return None, dx, *(next(done)[0].total(p) if needs else None for p, needs in zip(params, needs_p, strict=True))
+        # Zeros for a parameter that no piece used, as an expert that no token chose: DDP waits for every gradient.
+        totals = (sum_.total(p) for sum_, p in zip(sums, wanted, strict=True))
+        done = iter([torch.zeros_like(p) if total is None else total for total, p in zip(totals, wanted, strict=True)])
+        return None, dx, *(next(done) if needs else None for needs in needs_p)
 
 
 class _Compute(torch.autograd.Function):
