@@ -12,7 +12,7 @@ import pytest
 from conftest import make_args
 
 from longfactory.data.errors import DataError
-from longfactory.data.module import load_datasets
+from longfactory.data.module import load_datasets, short_names
 from longfactory.data.sources import detect, read_sources
 from longfactory.data.templates import get_template
 
@@ -100,6 +100,11 @@ def test_paths_beside_names_and_from_dataset_dir(tokenizer: Any, write_data: Any
     assert len(load(tokenizer, folder, dataset="rows.parquet")) == 1
     (folder / "rows.csv").write_text('messages\n"' + json.dumps(OPENAI).replace('"', '""') + '"\n')
     assert len(load(tokenizer, folder, dataset="rows.csv", streaming=False)) == 1
+
+
+def test_names_of_evaluation_metrics_have_no_path(write_data: Any) -> None:
+    assert short_names(["d", "a/x.jsonl", "y.csv"]) == ["d", "x", "y"]
+    assert short_names(["x", "a/x.jsonl", "b/x.jsonl"]) == ["x", "a_x.jsonl", "b_x.jsonl"]
 
 
 def test_paths_that_cannot_be_used(tokenizer: Any, write_data: Any, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from longfactory.data.errors import DataError, bad_row_sentence
 from longfactory.data.prepare import Preparer
 from longfactory.data.readers import Raw, read
 from longfactory.data.row import IGNORE
-from longfactory.data.sources import Source, read_sources
+from longfactory.data.sources import Source, name_is_path, read_sources
 from longfactory.data.store import DESIRED, Store
 from longfactory.data.stream import StreamedDataset
 from longfactory.data.templates import AnyTemplate
@@ -149,7 +149,7 @@ def load_datasets(
     if eval_names:
         parts = load(eval_names, questions=bool(option(args, "do_predict")))
         each = bool(option(args, "eval_on_each_dataset"))
-        for name, group in zip(eval_names, [[p] for p in parts], strict=True) if each else [("eval", parts)]:
+        for name, group in zip(short_names(eval_names), [[p] for p in parts], strict=True) if each else [("eval", parts)]:
             entries = _mix(group, args, seed)
             entries[:, 0] += len(stores)
             stores += [s for s, _ in group]
@@ -171,6 +171,12 @@ def load_datasets(
     if args.tokenized_path is not None and splits:
         _save(Path(args.tokenized_path), stores, splits, kind, rules, log, args)
     return Datasets(train, evaluation)
+
+
+def short_names(data_sets: Sequence[str]) -> list[str]:
+    """Names of data sets for metrics and files: a path's last part without its ending; all of it where two would be alike."""
+    stems = [Path(name).stem if name_is_path(name) else name for name in data_sets]
+    return [s if stems.count(s) == 1 or s == n else n.replace("/", "_") for s, n in zip(stems, data_sets, strict=True)]
 
 
 def stream_dataset(

@@ -226,7 +226,7 @@ def read_sources(dataset_names: list[str], dataset_dir: str | dict[str, Any], wa
         except (FileNotFoundError, NotADirectoryError):
             if not all(_is_file(name, folder) for name in dataset_names):
                 missing = next(name for name in dataset_names if not _is_file(name, folder))
-                also = f", and {missing!r} is no file" if _looks_like_file(missing) else ""
+                also = f", and {missing!r} is no file" if name_is_path(missing) else ""
                 raise DataError(f"{path} does not exist{also}. Point dataset_dir at the folder that holds dataset_info.json.") from None
             info = {}
         except OSError as e:
@@ -241,13 +241,14 @@ def read_sources(dataset_names: list[str], dataset_dir: str | dict[str, Any], wa
     ]
 
 
-def _looks_like_file(name: str) -> bool:
+def name_is_path(name: str) -> bool:
+    """Whether a data set's name can be no other than a path: it has a slash, or the ending of a known file type."""
     return "/" in name or name.rpartition(".")[2].lower() in FILE_TYPES
 
 
 def _is_file(name: str, folder: str) -> bool:
     """Whether a data set's name is the path of a file or a folder of files."""
-    return _looks_like_file(name) and (Path(name).exists() or Path(folder, name).exists())
+    return name_is_path(name) and (Path(name).exists() or Path(folder, name).exists())
 
 
 def _source_of_file(name: str, folder: str, warn: Any) -> Source:
@@ -275,7 +276,7 @@ def _source_of_file(name: str, folder: str, warn: Any) -> Source:
 def _source(name: str, info: dict[str, Any], folder: str, warn: Any) -> Source:
     if name not in info:
         near = difflib.get_close_matches(name, info, n=1)
-        also = " and is no file" if _looks_like_file(name) else ""
+        also = " and is no file" if name_is_path(name) else ""
         raise DataError(f"Data set {name!r} is not in dataset_info.json{also}." + (f" Did you mean {near[0]!r}?" if near else ""))
     entry: dict[str, Any] = info[name]
     wrong = next((k for k in ("columns", "tags") if isinstance(entry, dict) and not isinstance(entry.get(k) or {}, dict)), None)
