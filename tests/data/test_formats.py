@@ -486,6 +486,26 @@ def test_rows_reach_the_own_template_as_they_are(
         assert trained(data, tokenizer) == learned
 
 
+def test_pairs_and_kto_reach_the_own_template_as_they_are(tokenizer: Any, write_data: Any) -> None:
+    tokenizer.chat_template = MODERN
+    chosen = answer("I look.", reasoning_content="T", tool_calls=[call(3, "temp", ROME)])
+    rejected = answer("I do not know.")
+    columns = {"messages": "messages", "chosen": "chosen", "rejected": "rejected"}
+    prompt = [*WEATHER, user("And now?")]
+    pair = {"messages": prompt, "chosen": chosen, "rejected": rejected}
+    data = load(tokenizer, write_data(d=(OPENAI | {"ranking": True, "columns": columns}, [pair])), "dpo", None)
+    columns = {"messages": "messages", "kto_tag": "label"}
+    rows = [{"messages": [*prompt, end], "label": end is chosen} for end in (chosen, rejected)]
+    kto = load(tokenizer, write_data(d=(OPENAI | {"columns": columns}, rows)), "kto", None)
+    for end, *found in zip((chosen, rejected), data[0], (kto[0][0], kto[1][0]), strict=True):
+        messages = as_the_template_expects([*prompt, end])
+        expected = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+        asked = tokenizer.apply_chat_template(messages[:-1], tokenize=True, return_dict=False, add_generation_prompt=True)
+        for document in found:
+            assert list(document.input_ids) == expected
+            assert [t for t in document.labels if t != IGNORE] == expected[len(asked) :]
+
+
 def test_reasoning_reaches_a_template_that_knows_another_name_for_it(tokenizer: Any, write_data: Any) -> None:
     for given in ("reasoning", "reasoning_content", "thinking"):
         for known in ("reasoning_content", "thinking"):

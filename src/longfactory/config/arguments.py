@@ -50,7 +50,7 @@ class ModelArguments:
 class DataArguments:
     """Which data, and how they become rows."""
 
-    dataset: tuple[str, ...] = arg((), "Names in dataset_info.json, comma separated.")
+    dataset: tuple[str, ...] = arg((), "Names in dataset_info.json, or paths of files, comma separated.")
     eval_dataset: tuple[str, ...] = arg((), "Data sets to evaluate on, comma separated. Not together with val_size.")
     dataset_dir: str = arg("data", "Folder of dataset_info.json, or ONLINE (names on the hub), or REMOTE:<data set on the hub>.")
     template: str | None = arg(None, "Chat template by name; default the one derived from the tokenizer's own.")

@@ -68,7 +68,7 @@ def _needed(cfg: RunConfig) -> Iterator[str]:
     if cfg.hf.get("output_dir") is None:
         yield "output_dir is missing: the folder for checkpoints and results."
     if cfg.trainer("do_train") and not cfg.data.dataset and cfg.data.tokenized_path is None:
-        yield "dataset is missing: one or more names from dataset_info.json, or tokenized_path."
+        yield "dataset is missing: one or more names from dataset_info.json, paths of files, or tokenized_path."
     unknown = [name for name in _trackers(cfg) if name not in (*TRACKERS, "all", "none")]
     if unknown:
         yield f"report_to: {', '.join(unknown)} is not a choice. Choose from {', '.join(TRACKERS)}, all, none."
