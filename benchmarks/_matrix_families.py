@@ -61,6 +61,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": {
         **_TEXT,
         "head_dim": 64,
+        "num_attention_heads": 8,  # one attention sink a head: a multiple of 16 bytes in a flat buffer of ZeRO
         "sliding_window": WINDOW,
         "layer_types": _ALTERNATING,
         "num_local_experts": 8,

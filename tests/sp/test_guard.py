@@ -15,6 +15,7 @@ from longfactory import sp
 from longfactory.model.memory.apply import apply_memory
 from longfactory.model.memory.settings import MemorySettings
 from longfactory.sp import compare, families, hf
+from longfactory.sp import guard as guard_module
 from longfactory.sp.guard import guard
 from longfactory.sp.tiny_models import tiny_model
 from longfactory.testing import run_ranks
@@ -191,6 +192,24 @@ def test_tokens_that_changed_experts_do_not_count_but_a_block_does() -> None:
     block[64:] *= 1.02
     assert compare.token_ratio(block, own, reference, [64, 64], unit) > compare.LIMIT
     assert compare.token_ratio(torch.full_like(run, torch.nan), own, reference, [64, 64], unit) == float("inf")
+
+
+def test_where_the_models_own_layer_overflows_there_is_no_measure() -> None:
+    nothing = torch.full((64, 8), torch.nan)
+    reference = torch.ones(64, 8, dtype=torch.float64)
+    unit = compare.rounding(torch.float16)
+    assert compare.token_ratio(nothing, nothing, reference, [64], unit) == 0.0
+    assert compare.token_ratio(nothing, reference + 1e-3, reference, [64], unit) == float("inf")
+
+
+def test_experts_of_the_comparison_take_any_type() -> None:
+    """Kernels of grouped products refuse float64, in which float32 runs are held to account."""
+    model = tiny_model("qwen3_moe", torch.float32)
+    model.set_experts_implementation("grouped_mm")
+    layer = model.model.layers[0]
+    with guard_module._eager_experts(layer):
+        assert layer.mlp.experts.config._experts_implementation == "eager"
+    assert layer.mlp.experts.config._experts_implementation == "grouped_mm"
 
 
 def test_plain_attention_is_attention() -> None:

@@ -90,6 +90,8 @@ def weight_ratio(run: Tensor, own: Tensor, reference: Tensor, unit: float) -> fl
 def _ratio(error: Tensor, own: Tensor, size: Tensor, unit: float) -> float:
     if error == 0:  # both of no tokens, or of a gradient that is zero
         return 0.0
+    if not torch.isfinite(own):  # the model's own layer overflows in this precision: there is no measure
+        return 0.0
     return float(error / torch.maximum(own, FLOOR * unit * size).clamp(min=1e-30))
 
 
@@ -236,6 +238,11 @@ def run_alone(
             if g is not None:
                 sums[name] = sums[name] + g.to(wide) if name in sums else g.to(wide)
     return Alone(torch.cat(outputs), torch.cat(inputs), sums, torch.cat(free or outputs))
+
+
+def is_finite(alone: Alone) -> bool:
+    """Whether every number of a layer on the documents is finite."""
+    return all(bool(torch.isfinite(t).all()) for t in (alone.y, alone.dx, *alone.gradients.values()))
 
 
 def first(output: Any) -> Tensor:

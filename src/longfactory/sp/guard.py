@@ -532,9 +532,9 @@ def _plain_tensor(p: Tensor) -> bool:
 
 def _gathered_by_zero(layer: nn.Module) -> dict[str, Tensor]:
     """ZeRO-3 holds a parameter only while it is used. Collective."""
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters(list(layer.parameters())):
+    with deepspeed.zero.GatheredParameters(list(layer.parameters())):  # an attribute, no module of that name
         return {n: p.detach().clone() for n, p in layer.named_parameters()}
 
 
@@ -650,11 +650,35 @@ def _times(ratio: float, dtype: torch.dtype) -> str:
 
 def ratios(run: LayerRun, calls: list[OwnCall], lengths: list[int], device: torch.device) -> dict[str, float]:
     """What `compare.judge` says of one layer. Under `_own_attention`."""
-    own = compare.run_alone(compare.plain_layer(run.layer, run.weights).train(), run, calls, lengths, None, device)
     wide = compare.reference_dtype(run.dtype)
-    with _exact_matmul():
-        reference = compare.run_alone(compare.plain_layer(run.layer, run.weights, wide).train(), run, calls, lengths, wide, device)
+    with _eager_experts(run.layer):
+        plain = compare.plain_layer(run.layer, run.weights).train()
+        own = compare.run_alone(plain, run, calls, lengths, None, device)
+        plain = compare.plain_layer(run.layer, run.weights, wide).train()
+        with _exact_matmul():
+            reference = compare.run_alone(plain, run, calls, lengths, wide, device)
+    if not compare.is_finite(own):
+        log.warning(
+            "transformers' own %s is not finite in %s on the start-up guard's tokens: what it has no number for "
+            "was not compared. Train in bf16, or expect steps without an update.",
+            type(run.layer).__name__,
+            _short(run.dtype),
+        )
     return compare.judge(run, own, reference, lengths)
+
+
+@contextlib.contextmanager
+def _eager_experts(layer: nn.Module) -> Iterator[None]:
+    """Inside the block experts are computed one after another: kernels of grouped products take no float64."""
+    held = {id(m.config): m.config for m in layer.modules() if hasattr(getattr(m, "config", None), "_experts_implementation_internal")}
+    before = [(config, config._experts_implementation_internal) for config in held.values()]
+    try:
+        for config, _ in before:
+            config._experts_implementation_internal = "eager"
+        yield
+    finally:
+        for config, implementation in before:
+            config._experts_implementation_internal = implementation
 
 
 @contextlib.contextmanager
