@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,7 @@ def told(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 def run(home: Path, output_dir: Path, **changes: Any) -> None:
     """One step in this process."""
-    given = keys(home, "", output_dir=output_dir, max_steps=1, **changes)
+    given = keys(home, "", **{"output_dir": output_dir, "max_steps": 1, **changes})
     run_on_ranks([f"{k}={v}" for k, v in given.items()], str(home / "cache"))
 
 
@@ -68,6 +69,28 @@ def test_a_run_saves_all_that_it_has_loaded(home: Path, tmp_path: Path, told: py
     assert len(lines) == 1 and "are saved as they were: mtp.* (2)" in lines.pop().getMessage()
     assert "do_sample: False beside temperature: 0.6 became do_sample: true" in told.text
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "the scratch folder is gone"
+
+
+@pytest.mark.slow
+def test_a_checkpoint_with_the_names_of_its_source_resumes_exactly(home: Path, tmp_path: Path) -> None:
+    """Names without the model's prefix, as gpt2's files have them, and tensors that no model has."""
+    base = tmp_path / "base"
+    write_model(base, 0, tie_word_embeddings=True)
+    state = {name.removeprefix("model."): t for name, t in load_file(base / "model.safetensors").items()}
+    save_file(state | MTP, base / "model.safetensors", metadata={"format": "pt"})
+    keys = {"model_name_or_path": base, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    run(home, tmp_path / "whole", **keys)
+    checkpoint = tmp_path / "again" / "checkpoint-1"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-1", checkpoint)
+    assert stored_tensors(checkpoint).keys() == stored_tensors(base).keys()
+    run(home, tmp_path / "again", **keys, resume_from_checkpoint=checkpoint, overwrite_output_dir=False)
+    whole, again, first = (
+        {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+        for folder in (tmp_path / "whole", tmp_path / "again", checkpoint)
+    )
+    assert whole.keys() == again.keys() == state.keys() | MTP.keys()
+    assert all(torch.equal(again[name], t) for name, t in whole.items())
+    assert any(not torch.equal(first[name], t) for name, t in whole.items())
 
 
 def test_what_fails_after_the_save_loses_nothing(
