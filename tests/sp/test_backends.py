@@ -118,7 +118,7 @@ KINDS = [("full", False), ("full", True), ("causal", False), ("causal", True), (
 @pytest.mark.parametrize(("kind", "window"), KINDS)
 def test_self_test_passes_what_is_right(kind: str, window: bool) -> None:
     for dtype, dim in ((torch.float64, 20), (torch.float32, 64), (torch.bfloat16, 20), (torch.float16, 16)):
-        request = backends.Request("cpu", dtype, dim, dim, kind, window, False, False)
+        request = backends.Request("cpu", dtype, dim, dim, kind, window, False, False, group=1 + dim % 3)
         assert backends.selftest(backends.cpu, request) is None
         assert backends.selftest(backends.math, request._replace(softcap=True)) is None
 
@@ -308,6 +308,15 @@ def test_flash_attention_2_and_3_by_a_module_with_their_signature(version: int, 
         assert backends.selftest(backend, request) is None
 
 
+def test_requests_of_tiles_are_those_that_were_tested_at_the_start() -> None:
+    """What a layer asks for is found among the kinds that the start went through: nothing is tested in the middle of a step."""
+    requests = hf.kernel_requests(tiny_model("mistral").config, SequenceParallel(), torch.float32)
+    q, v = torch.zeros(20, 4, 16), torch.zeros(20, 2, 16)
+    for tile in TILES.values():
+        asked = backends.request_for(tile, q, v, None)
+        assert any(asked._replace(aligned=False) == r for r in requests)
+
+
 def test_merge_of_blocks_that_see_nothing() -> None:
     out, lse = torch.zeros(3, 1, 2), torch.tensor([[-torch.inf, -torch.inf, 0.5]])
     block, block_lse = torch.ones(3, 1, 2), torch.tensor([[-torch.inf, 1.0, -torch.inf]])
@@ -434,6 +443,7 @@ def test_kernels_of_a_configuration() -> None:
         requests = hf.kernel_requests(tiny_model(family).config, ctx, torch.float32)
         assert {(r.head_dim, r.v_head_dim) for r in requests} == dims
         assert any(r.window for r in requests) == windows and all(r.softcap == softcap for r in requests)
+        assert {r.group for r in requests} == {2}
     latent = types.SimpleNamespace(qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, hidden_size=64, num_attention_heads=4)
     latent.get_text_config = lambda: latent
     assert {(r.head_dim, r.v_head_dim) for r in hf.kernel_requests(latent, ctx, torch.float32)} == {(192, 128)}  # type: ignore[arg-type]

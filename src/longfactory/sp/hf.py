@@ -301,7 +301,10 @@ def kernel_requests(config: PreTrainedConfig, ctx: SequenceParallel, dtype: torc
     types = getattr(text, "layer_types", None)
     windows = bool(window) and (types is None or "sliding_attention" in types)
     softcap = bool(getattr(text, "attn_logit_softcapping", None))
-    return start.requests_of(ctx.device_type, dtype, head_dims(config), windows=windows, softcap=softcap)
+    heads = getattr(text, "num_attention_heads", None)
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    group = heads // kv_heads if isinstance(heads, int) and isinstance(kv_heads, int) and heads >= kv_heads else 1
+    return start.requests_of(ctx.device_type, dtype, head_dims(config), windows=windows, softcap=softcap, group=group)
 
 
 def _attach(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:

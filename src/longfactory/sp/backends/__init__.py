@@ -70,6 +70,7 @@ def request_for(tile: Tile, q: torch.Tensor, v: torch.Tensor, softcap: float | N
         aligned=tile.q_len % 128 == 0 and tile.k_len % 128 == 0 and not large,
         deterministic=torch.are_deterministic_algorithms_enabled(),
         large=large,
+        group=max(1, q.shape[1] // max(1, v.shape[1])),
     )
 
 
@@ -77,8 +78,7 @@ def wants_bulk(name: str, q: torch.Tensor, v: torch.Tensor, softcap: float | Non
     """Whether tiles of packed documents should be cut to few shapes: cuDNN does those, and only FlashAttention 2 the others."""
     if q.device.type != "cuda":
         return False
-    any_shape = Request(q.device.type, q.dtype, q.shape[-1], v.shape[-1], "varlen", False, softcap is not None, False)
-    any_shape = any_shape._replace(deterministic=torch.are_deterministic_algorithms_enabled())
+    any_shape = request_for(Tile(slice(0, 1), slice(0, 1), "varlen", (0, 1)), q, v, softcap)._replace(large=False)
     few_shapes = any_shape._replace(kind="causal", aligned=True)
     name = canonical(name)
     return _select(name, few_shapes) is cudnn and _select(name, any_shape) in (flash, flash2)
@@ -123,7 +123,7 @@ def resolve(name: str, request: Request) -> tuple[str, dict[str, str]]:
         if name not in BACKENDS:
             raise ValueError(f"Unknown attention_backend {name!r}. Choose one of: auto, {', '.join(BACKENDS)}.")
         easiest = Request(request.device_type, request.dtype, 64, 64, "full", False, False, True)
-        reason = BACKENDS[name].refuses(easiest) or failure(name, easiest)
+        reason = BACKENDS[name].refuses(easiest)
         if reason is None and BACKENDS[name].refuses(request) is None:
             reason = failure(name, request)
             if reason is None:

@@ -21,3 +21,5 @@ class Request(NamedTuple):
     """The backward pass adds in the same order every time (torch.use_deterministic_algorithms)."""
     large: bool = False
     """2^31 elements or more: kernels with 32-bit offsets stop there."""
+    group: int = 2
+    """Query heads for each key head. Some kernels are compiled for it."""

@@ -33,7 +33,7 @@ def tile_for(request: Request) -> Tile:
 def selftest(backend: Any, request: Request) -> str | None:
     """None if the backend agrees within TOLERANCE, else what went wrong. The backward gets another tile's out and lse: a share.
 
-    The formulas are computed in float64 on the same device. Two query heads share a key head.
+    The formulas are computed in float64 on the same device, for two key heads and as many query heads to each as the request says.
     """
     device, dtype = request.device_type, request.dtype
     tile = tile_for(request)
@@ -44,7 +44,8 @@ def selftest(backend: Any, request: Request) -> str | None:
     def random(rows: int, heads: int, dim: int) -> torch.Tensor:
         return torch.randn(rows, heads, dim, generator=g).to(device, dtype)
 
-    q, dout = random(tile.q_len, 4, request.head_dim), random(tile.q_len, 4, request.v_head_dim)
+    heads = 2 * request.group
+    q, dout = random(tile.q_len, heads, request.head_dim), random(tile.q_len, heads, request.v_head_dim)
     k, v = random(tile.k_len, 2, request.head_dim), random(tile.k_len, 2, request.v_head_dim)
     try:
         out, lse = backend.forward(q, k, v, tile, scale, softcap)

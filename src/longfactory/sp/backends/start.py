@@ -18,19 +18,22 @@ KINDS = ("causal", "full", "varlen")
 WORDS = {"causal": "causal tiles", "full": "rectangles", "varlen": "several documents"}
 
 
-def requests_of(device_type: str, dtype: torch.dtype, dims: Iterable[tuple[int, int]], *, windows: bool, softcap: bool) -> list[Request]:
+def requests_of(
+    device_type: str, dtype: torch.dtype, dims: Iterable[tuple[int, int]], *, windows: bool, softcap: bool, group: int = 2
+) -> list[Request]:
     """The kinds of tiles that a model will ask for: first those that most of the work is in.
 
     Args:
         dims: head dims of queries and of values, one pair for each kind of layer.
         windows: some layer has a sliding window. softcap: scores are capped.
+        group: query heads for each key head.
     """
     ordered = torch.are_deterministic_algorithms_enabled()
     shapes = [(kind, kind != "varlen") for kind in KINDS] + [(kind, False) for kind in KINDS if kind != "varlen"]
     if device_type != "cuda":
         shapes = [(kind, False) for kind in KINDS]
     return [
-        Request(device_type, dtype, d, dv, kind, window, softcap, aligned, ordered)
+        Request(device_type, dtype, d, dv, kind, window, softcap, aligned, ordered, group=group)
         for kind, aligned in shapes
         for window in ((False, True) if windows else (False,))
         for d, dv in sorted(set(dims))
