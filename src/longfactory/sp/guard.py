@@ -39,7 +39,7 @@ from .routers import Choices
 
 log = logging.getLogger(__name__)
 
-DOCUMENTS = (64, 320)
+DOCUMENTS = (48, 208)
 """Tokens of the documents that are compared."""
 WINDOW = 128
 """Larger windows and chunks are lowered to this for the comparison, so that the longer document exceeds them."""
@@ -559,9 +559,14 @@ def _attention_differs(seen: Probe, rows: list[_Row], device: torch.device) -> s
 
 def attention_ratios(asked: Asked, shape: Shape, row: _Row, device: torch.device) -> dict[str, float]:
     """Ratios of the engine's output and gradients. Collective over the sequence-parallel group."""
+    # Standard deviation of the scores: a few nats, and where a soft-cap bends them.
+    spreads = (2.0, asked.softcap / 4) if asked.softcap else (2.0,)
+    every = [_attention_ratios(asked, shape, row, device, spread) for spread in spreads]
+    return {what: _worst({str(i): found[what] for i, found in enumerate(every)})[1] for what in every[0]}
+
+
+def _attention_ratios(asked: Asked, shape: Shape, row: _Row, device: torch.device, spread: float) -> dict[str, float]:
     total, draw = row.plan.length, torch.Generator().manual_seed(2)
-    # Standard deviation of the scores: where a soft-cap bends them, or a few nats.
-    spread = asked.softcap / 4 if asked.softcap else 2.0
     sizes = {"q": (shape.heads, shape.dim), "k": (shape.kv_heads, shape.dim), "v": (shape.kv_heads, shape.value_dim)}
     whole = {name: torch.randn(total, *size, generator=draw).to(device) for name, size in sizes.items()}
     whole["q"] *= spread / (asked.scale * math.sqrt(shape.dim))
