@@ -127,6 +127,18 @@ def test_smoothing() -> None:
     assert json.dumps(smooth([1.0, 2.0]))  # plain numbers
 
 
+def test_a_log_file_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = LogFile(str(tmp_path), overwrite=True)
+    log.on_train_begin(None, state(0), None)
+    (tmp_path / LOG_FILE).mkdir()  # as a full disk would, opening it raises OSError
+    logger = logging.getLogger("longfactory")
+    logger.addHandler(caplog.handler)
+    for step in (1, 2):
+        log.on_log(None, state(step), None, logs={"loss": 1.0})
+    logger.removeHandler(caplog.handler)
+    assert len({r for r in caplog.records if "cannot be written (Is a directory)" in r.getMessage()}) == 1
+
+
 def test_a_tracker_that_fails_ends_the_run_before_its_first_step_alone(caplog: pytest.LogCaptureFixture) -> None:
     class Board(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:

@@ -30,6 +30,7 @@ class LogFile(TrainerCallback):
         self.started = time.time()
         self.first_step = 0
         self.first_tokens = 0
+        self.failed = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started, self.first_step, self.first_tokens = time.time(), state.global_step, state.num_input_tokens_seen
@@ -70,8 +71,13 @@ class LogFile(TrainerCallback):
         if os.environ.get("RECORD_VRAM", "0").lower() in ("1", "true") and torch.cuda.is_available():
             line["vram_allocated"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
             line["vram_reserved"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps({k: v for k, v in line.items() if v is not None}) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(json.dumps({k: v for k, v in line.items() if v is not None}) + "\n")
+        except OSError as error:
+            if not self.failed:
+                log.error("%s cannot be written (%s). The run goes on; lines are missing there.", self.path, error.strerror or error)
+            self.failed = True
 
 
 class AtStart(TrainerCallback):
