@@ -176,6 +176,13 @@ def _module_without_gradients() -> Any:
     return mock.patch.object(RowTrainer, "_clip_grad_norm", clip)
 
 
+def _tower_trained() -> Any:
+    """A vision tower, through which no text passes, is trained with the rest; DDP then leaves out other gradients too."""
+    from longfactory.model import adapters
+
+    return mock.patch.object(adapters, "freeze_idle", lambda model: None)
+
+
 def _adapter_not_saved() -> Any:
     """Of the adapter's tensors those of one projection are not written."""
     from transformers import Trainer
@@ -205,6 +212,7 @@ FAULTS = {
     "gradients divided by SP": _gradients_divided,
     "a module left out of the reduction": _module_unreduced,
     "a module without gradients": _module_without_gradients,
+    "the tower is trained": _tower_trained,
     "an adapter that is not saved": _adapter_not_saved,
 }
 

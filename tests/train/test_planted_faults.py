@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ FOUND: dict[str, tuple[str, dict[str, Any]]] = {
     "gradients divided by SP": ("Every gradient is 0.5 times what it should be", {}),
     "a module left out of the reduction": ("3 trained parameters differ between processes", {}),
     "a module without gradients": ("No gradient reaches 3 trained parameters: model.layers.1.mlp", {}),
+    "the tower is trained": ("trained parameters get no gradient from any document: model.vision_tower", {"tower": True}),
     "an adapter that is not saved": ("is not a complete save: 4 of 28 tensors of the model are not in what was saved", LORA),
 }
 FAST = (
@@ -85,20 +87,23 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def with_keys(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`window`: the model becomes a Mistral with a sliding window of so many tokens."""
-    keys = {**base, **{k: v for k, v in changes.items() if k != "window"}}
-    if "window" in changes:
-        folder = Path(base["model_name_or_path"])
-        model = folder.parent / "mistral"
-        if not model.exists():
-            model.mkdir()
-            for file in folder.iterdir():
-                (model / file.name).write_bytes(file.read_bytes())
-            config = json.loads((model / "config.json").read_text())
+    """`window`: the model becomes a Mistral with a sliding window of so many tokens. `tower`: a Gemma 3 with a vision tower."""
+    keys = {**base, **{k: v for k, v in changes.items() if k not in ("window", "tower")}}
+    if "window" not in changes and "tower" not in changes:
+        return keys
+    own = Path(base["model_name_or_path"])
+    folder = own.parent / ("gemma3" if "tower" in changes else "mistral")
+    if not folder.exists():
+        shutil.copytree(own, folder)
+        if "tower" in changes:
+            from longfactory.sp.tiny_models import tiny_config
+
+            tiny_config("gemma3", vocab_size=1024).save_pretrained(folder)
+        else:
+            config = json.loads((own / "config.json").read_text())
             config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": changes["window"]}
-            (model / "config.json").write_text(json.dumps(config))
-        keys["model_name_or_path"] = str(model)
-    return keys
+            (folder / "config.json").write_text(json.dumps(config))
+    return {**keys, "model_name_or_path": str(folder)}
 
 
 @pytest.mark.timeout(300)
@@ -111,7 +116,7 @@ def test_a_planted_fault_is_found_and_named(fault: str, base: dict[str, Any]) ->
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("changes", [{}, WINDOW, LORA], ids=["plain", "window", "lora"])
+@pytest.mark.parametrize("changes", [{}, WINDOW, LORA, {"tower": True}], ids=["plain", "window", "lora", "tower"])
 def test_without_a_fault_the_same_runs_pass(changes: dict[str, Any], base: dict[str, Any]) -> None:
     for exact, said in run_ranks(2, verified_with, with_keys(base, changes), "", timeout=250):
         assert exact, said

@@ -381,6 +381,8 @@ class Comparison(TrainerCallback):
                 torch.cuda.empty_cache()
         if (failure := _from_main(failure)) is not None:
             raise UserError(failure)
+        if (failure := _from_main(self._idle())) is not None:
+            raise UserError(failure)
         spec = self.spec
         self.choices, references = _from_main(None if spec is None else (spec.choices, spec.references))
         if trainer.stage.needs_reference and not adapter_off:
@@ -403,6 +405,19 @@ class Comparison(TrainerCallback):
         wider = Precision(torch.float64 if precision == Precision() else torch.float32)
         self.spec = alone.run_step(model, method, batches, wider, device, reference=wanted, adapter_off=adapter_off)
         self.own = alone.run_step(model, method, batches, precision, device, reference=wanted, adapter_off=adapter_off, step=self.spec)
+
+    def _idle(self) -> str | None:
+        """Under DDP: trained parameters that no document reaches. The first step would leave them and others unreduced, the next fail."""
+        if self.spec is None or self.run.sharding != "ddp":
+            return None
+        trained = [name for name, p in self.trainer.model.named_parameters() if p.requires_grad]
+        idle = [name for name in trained if name not in self.spec.gradients]
+        if not idle or getattr(self.trainer.args, "ddp_find_unused_parameters", False):
+            return None
+        return (
+            f"{len(idle)} of {len(trained)} trained parameters get no gradient from any document: {', '.join(map(_plain_name, idle[:3]))}. "
+            "DDP waits for them, and leaves gradients of others out of the reduction. Freeze them, or set ddp_find_unused_parameters: true."
+        )
 
     # The step.
 
