@@ -43,7 +43,7 @@ longfactory plan run.yaml [key=value ...] [--gpu H200 --gpus 8 ...]
     "verify": """\
 Its own keys, which no file holds (docs/verify.md)
   verify_rows=2
-      Rows of the run's training data that are compared.
+      Micro-batches of each data-parallel group in the step that is compared.
   verify_tokens=2048
       Longest row; of a longer one each document keeps its last tokens.
 
