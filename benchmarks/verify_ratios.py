@@ -191,9 +191,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"Written by `benchmarks/verify_ratios.py` with torch {torch.__version__}, transformers {transformers.__version__}, on a CPU: "
         f"{len(good)} healthy runs and {len(bad)} with a planted fault, of {len({row['family'] for row in rows})} families, two processes.",
         "",
-        "A step's distance from float32, over the distance of transformers' own attention in the run's precision; of gradients, that of "
-        f"the parameter that is nearest to its limit. `verify` allows {FACTOR:g} times. In float32 there is no such distance: there the "
-        "last column, the largest distance over what is allowed, counts.",
+        "A step's distance from a wider precision, over the distance of transformers' own attention in the run's precision; of gradients, "
+        f"that of the parameter that is nearest to its limit. `verify` allows {FACTOR:g} times, and takes differences below 1e-4 for none: "
+        "in float32 the last column, the largest distance over what is allowed, counts.",
         "",
         "| precision | healthy runs | alarms | loss | grad_norm | log-probabilities | gradients | of what is allowed |",
         "|---|---|---|---|---|---|---|---|",

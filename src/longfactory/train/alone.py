@@ -78,8 +78,6 @@ def build(cfg: Any, tokenizer: Any, trained: nn.Module, device: torch.device) ->
         model = load.load_model(cfg.model, config, torch.float32, attention="eager", device=torch.device("cpu"))
         grew = load.resize_vocabulary(model, tokenizer) if cfg.model.resize_vocab else False
         inner = model
-        if hasattr(inner, "set_experts_implementation"):
-            inner.set_experts_implementation("eager")  # one expert after the other; what groups them has no float64
         model = adapters.apply_finetuning(model, cfg.method, cfg.model, resized=grew)
     finally:
         torch.set_rng_state(state)
@@ -99,6 +97,13 @@ def build(cfg: Any, tokenizer: Any, trained: nn.Module, device: torch.device) ->
     if inner.supports_gradient_checkpointing:
         inner.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def experts_by(model: nn.Module, implementation: str | None) -> None:
+    """How the model's experts are computed: "eager", one after the other, is the only way that has float64. None: as they are."""
+    inner: Any = hf.unwrap(model)
+    if implementation is not None and hasattr(inner, "set_experts_implementation"):
+        inner.set_experts_implementation(implementation)
 
 
 def whole(x: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from longfactory.config import RunConfig
 from longfactory.data import assemble as assemble_rules
 from longfactory.data.row import Row, TokenizedDocument
 from longfactory.errors import UserError
+from longfactory.model.memory.chunked import runs_in_pieces
 from longfactory.sp import compare, hf, routers
 from longfactory.train import alone
 from longfactory.train.alone import Item, Precision, Step, Text
@@ -403,15 +404,21 @@ class Comparison(TrainerCallback):
         wanted = reference if self.trainer.stage.needs_reference and not adapter_off else None
         precision = run_precision(self.trainer, self.run.sharding, dtypes)
         wider = Precision(torch.float64 if precision == Precision() else torch.float32)
+        # Rounding is compared with the run's own way of computing experts.
+        experts = getattr(hf.unwrap(self.trainer.model).config.get_text_config(), "_experts_implementation", None)
+        alone.experts_by(model, "eager")
         self.spec = alone.run_step(model, method, batches, wider, device, reference=wanted, adapter_off=adapter_off)
+        alone.experts_by(model, experts)
         self.own = alone.run_step(model, method, batches, precision, device, reference=wanted, adapter_off=adapter_off, step=self.spec)
 
     def _idle(self) -> str | None:
         """Under DDP: trained parameters that no document reaches. The first step would leave them and others unreduced, the next fail."""
         if self.spec is None or self.run.sharding != "ddp":
             return None
-        trained = [name for name, p in self.trainer.model.named_parameters() if p.requires_grad]
-        idle = [name for name in trained if name not in self.spec.gradients]
+        model = self.trainer.model
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        given_zeros = tuple(f"{name}." for name, module in model.named_modules() if runs_in_pieces(module))
+        idle = [name for name in trained if name not in self.spec.gradients and not name.startswith(given_zeros)]
         if not idle or getattr(self.trainer.args, "ddp_find_unused_parameters", False):
             return None
         return (

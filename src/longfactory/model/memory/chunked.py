@@ -157,6 +157,11 @@ def install(layer: nn.Module, chunk: Callable[[], int | None], moe: bool = True,
     return names
 
 
+def runs_in_pieces(module: nn.Module) -> bool:
+    """Whether `install` has put its function in place of this module's forward. Parameters that no piece used then have zeros."""
+    return isinstance(module.__dict__.get("forward"), _Chunked)
+
+
 class _Chunked:
     """Takes the place of a module's `forward`."""
 
