@@ -563,8 +563,8 @@ def _attention_differs(seen: Probe, rows: list[_Row], device: torch.device) -> s
 
 def attention_ratios(asked: Asked, shape: Shape, row: _Row, device: torch.device) -> dict[str, float]:
     """Ratios of the engine's output and gradients. Collective over the sequence-parallel group."""
-    # Standard deviation of the scores: a few nats, and where a soft-cap bends them.
-    spreads = (2.0, asked.softcap / 4) if asked.softcap else (2.0,)
+    # Standard deviation of the scores: small, where half precision rounds least, and where a soft-cap bends them.
+    spreads = (1.0, asked.softcap / 4) if asked.softcap else (1.0,)
     every = [_attention_ratios(asked, shape, row, device, spread) for spread in spreads]
     return {what: _worst({str(i): found[what] for i, found in enumerate(every)})[1] for what in every[0]}
 
