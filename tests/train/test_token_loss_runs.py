@@ -195,3 +195,15 @@ def test_noisy_embeddings_of_adapters(home: Path, changes: dict[str, Any]) -> No
     one, two = (steps(train(home, f"wrapped{n}", n, neftune_noise_alpha=50, **changes)) for n in (1, 2))
     for a, b in zip(one, two, strict=True):
         assert (b["loss"], b["grad_norm"]) == pytest.approx((a["loss"], a["grad_norm"]), rel=1e-4)
+
+
+def test_questions_are_answered(home: Path) -> None:
+    """A file of prompts without answers is answered, not refused for lack of text to learn."""
+    (home / "questions.json").write_text(json.dumps([{"instruction": "abc"}, {"instruction": "de", "output": ""}]))
+    predicts = {"do_train": False, "do_predict": True, "predict_with_generate": True, "max_new_tokens": 4, "packing": None}
+    given = keys(home, "answers", dataset=None, eval_dataset=str(home / "questions.json"), **predicts)
+    run_keys(given, 1, home / "cache")
+    lines = [json.loads(line) for line in (home / "answers" / "generated_predictions.jsonl").read_text().splitlines()]
+    assert ["abc" in lines[0]["prompt"], "de" in lines[1]["prompt"]] == [True, True]
+    assert all(line["label"] == "" and line["prompt"].endswith("assistant\n") and "predict" in line for line in lines)
+    assert json.loads((home / "answers" / "predict_results.json").read_text())["predict_samples"] == 2

@@ -116,8 +116,9 @@ def detect(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         if prompt != "input" and isinstance(seen.get("input"), str):
             columns["query"] = "input"
         pair = all(isinstance(seen.get(c), str) for c in ("chosen", "rejected"))
-        response = next((c for c in _RESPONSES if isinstance(seen.get(c), str)), None)
-        if not pair and response is None:
+        # Questions for do_predict have an answer that is empty, or none.
+        response = next((c for c in _RESPONSES if isinstance(seen.get(c), str) or (c not in seen and any(c in row for row in rows))), None)
+        if not pair and response is None and prompt not in ("instruction", "question"):
             return None
         if not pair and response is not None:
             columns["response"] = response
