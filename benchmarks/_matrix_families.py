@@ -164,3 +164,15 @@ def make_checkpoint(family: str, folder: Path) -> Path:
     written = json.loads((folder / "config.json").read_text())
     assert hasattr(transformers, written["architectures"][0])
     return folder
+
+
+def add_value_head(folder: Path) -> None:
+    """Gives a checkpoint the value head of a reward model, as LLaMA-Factory writes it."""
+    import torch
+    from safetensors.torch import save_file
+
+    config = json.loads((folder / "config.json").read_text())
+    hidden = config.get("text_config", config)["hidden_size"]
+    weight = torch.randn(1, hidden, generator=torch.Generator().manual_seed(3)) / math.sqrt(hidden)
+    head = {"v_head.summary.weight": weight, "v_head.summary.bias": torch.zeros(1)}
+    save_file(head, folder / "value_head.safetensors")

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 STEPS, STEP_SAMPLES, MICRO_SAMPLES = 3, 4, 2
@@ -43,6 +44,7 @@ def compute_dtype(precision: str) -> torch.dtype:
     """What matrices are multiplied in."""
     if precision == "fp32":
         return torch.float32
+    # bf16_weights is DeepSpeed's bf16: the weights themselves are bf16, beside them float32 copies for the optimizer.
     return torch.float16 if precision == "fp16" else torch.bfloat16
 
 
@@ -79,10 +81,15 @@ class Model:
             self.value = nn.Linear(hidden, 1, dtype=torch.float32)
             nn.init.normal_(self.value.weight, std=1 / (hidden + 1) ** 0.5)
             nn.init.zeros_(self.value.bias)
+            if (path := Path(folder) / "value_head.safetensors").is_file():
+                given = load_file(path)
+                with torch.no_grad():
+                    self.value.weight.copy_(given["v_head.summary.weight"])
+                    self.value.bias.copy_(given["v_head.summary.bias"])
             head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
             if head.weight is not embedding.weight:
                 head.weight.requires_grad_(False)
-        if precision != "pure_bf16":
+        if precision not in ("pure_bf16", "bf16_weights"):
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
@@ -219,7 +226,9 @@ def train(case: dict[str, Any], device: str) -> dict[str, list[float]]:
     needs_other = case["stage"] in ("dpo", "kto") and not model.adapted
     other = Model(*arguments) if needs_other else None
     trained = model.trained()
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
+    masters = [p.detach().float().requires_grad_() for p in trained]
+    wide = case["precision"] == "bf16_weights"
+    optimizer = torch.optim.AdamW(masters if wide else trained, lr=LEARNING_RATE, weight_decay=0.0)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=case["precision"] == "fp16")
     found: dict[str, list[float]] = {"loss": [], "grad_norm": []}
     for step in range(STEPS):
@@ -231,11 +240,24 @@ def train(case: dict[str, Any], device: str) -> dict[str, list[float]]:
             loss = loss_sum(case["stage"], model, other, micro) / items
             scaler.scale(loss.float()).backward()
             total += float(loss.detach())
+            if wide:  # micro-batches are summed in float32
+                for master, parameter in zip(masters, trained, strict=True):
+                    gradient = (
+                        torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                    )
+                    master.grad = (
+                        gradient.float() if master.grad is None else master.grad + gradient.float()
+                    )
+                    parameter.grad = None
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(trained, MAX_NORM)
+        norm = torch.nn.utils.clip_grad_norm_(masters if wide else trained, MAX_NORM)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
+        if wide:
+            with torch.no_grad():
+                for master, parameter in zip(masters, trained, strict=True):
+                    parameter.copy_(master)
         found["loss"].append(total)
         found["grad_norm"].append(float(norm))
     return found
@@ -251,7 +273,7 @@ def main() -> None:
         except Exception as error:
             found = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
         found["seconds"] = round(time.time() - begun, 1)
-        about = {k: case[k] for k in ("family", "stage", "finetuning", "precision")}
+        about = {k: case[k] for k in ("family", "model", "stage", "finetuning", "precision")}
         with open(results, "a") as out:
             out.write(json.dumps({**about, **found}) + "\n")
         numbers = " ".join(f"{x:.6g}" for x in found.get("loss", [math.nan]))

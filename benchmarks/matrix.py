@@ -31,7 +31,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
-from _matrix_families import FAMILIES, make_checkpoint  # noqa: E402
+from _matrix_families import FAMILIES, add_value_head, make_checkpoint  # noqa: E402
 from _matrix_reference import (  # noqa: E402
     BETA,
     LEARNING_RATE,
@@ -180,12 +180,24 @@ def write_data(folder: Path) -> None:
 DATASETS = {"sft": "talks", "pt": "texts", "dpo": "pairs", "rm": "pairs", "kto": "marks"}
 
 
+def model_folder(case: Case) -> str:
+    """ZeRO-3 draws the numbers of a new value head in another order: there the checkpoint brings one."""
+    valued = case["stage"] == "rm" and case["processes"] == "zero3"
+    return f"{case['family']}-valued" if valued else case["family"]
+
+
+def loop_precision(case: Case) -> str:
+    """The precision of the plain loop that is the measure. Under DeepSpeed the weights themselves are bf16."""
+    zero = case["processes"].startswith("zero") and case["precision"] == "bf16"
+    return "bf16_weights" if zero else case["precision"]
+
+
 def keys(case: Case, home: Path, output: Path, cpu: bool) -> dict[str, Any]:
     """The run's YAML, as a user of LLaMA-Factory writes it."""
     world = 1 if case["processes"] == "one" else 2
     groups = world // int(case["sp"]) or 1
     given: dict[str, Any] = {
-        "model_name_or_path": str(home / "models" / case["family"]),
+        "model_name_or_path": str(home / "models" / model_folder(case)),
         "stage": case["stage"],
         "do_train": True,
         "finetuning_type": "lora" if case["finetuning"] == "qlora" else case["finetuning"],
@@ -367,16 +379,18 @@ def good(row: dict[str, Any]) -> bool:
 
 def reference_key(case: dict[str, Any], precision: str | None = None) -> tuple[str, ...]:
     kept = {**case, "precision": precision or case["precision"]}
-    return tuple(str(kept[k]) for k in ("family", "stage", "finetuning", "precision"))
+    folder = case.get("model") or model_folder(case)
+    return folder, *(str(kept[k]) for k in ("stage", "finetuning", "precision"))
 
 
 def reference_cases(cases: Sequence[Case], home: Path) -> dict[str, list[dict[str, Any]]]:
     """Cases of the plain loop by family, without repetition: in the row's precision and in float32."""
     by_family: dict[str, dict[tuple[str, ...], dict[str, Any]]] = {}
     for case in cases:
-        for precision in {case["precision"], "fp32"}:
+        for precision in {loop_precision(case), "fp32"}:
             wanted = {k: case[k] for k in ("family", "stage", "finetuning")}
-            wanted |= {"precision": precision, "folder": str(home / "models" / case["family"])}
+            wanted |= {"precision": precision, "model": model_folder(case)}
+            wanted["folder"] = str(home / "models" / wanted["model"])
             plain = {**case, "precision": "fp32", "processes": "one", "sp": "1"}
             if case["finetuning"] == "qlora":
                 plain["finetuning"] = "lora"
@@ -443,7 +457,8 @@ def table(rows: Sequence[dict[str, Any]], command: str, where: str) -> str:
         "",
         f"Three steps each. *of allowed*: the largest difference of a loss or gradient norm to the plain loop in float32, over "
         f"{FACTOR:g} times that loop's own largest error in the row's precision plus one rounding of the number "
-        f"({', '.join(f'{k} {v:.1e}' for k, v in ROUNDING.items())}). Up to 1 is the same.",
+        f"({', '.join(f'{k} {v:.1e}' for k, v in ROUNDING.items())}). Up to 1 is the same. "
+        "Under DeepSpeed with bf16 the loop has bf16 weights with float32 copies.",
         "",
         "| method | precision | processes | SP | stage | family | rc | losses | gradient norms | of allowed | verdict | s |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -506,6 +521,10 @@ def main() -> None:
     write_data(home / "data")
     for family in {c["family"] for c in cases} | {c["family"] for c, _ in refused}:
         make_checkpoint(family, home / "models" / family)
+    for case in cases:
+        if model_folder(case) != case["family"]:
+            valued = make_checkpoint(case["family"], home / "models" / model_folder(case))
+            add_value_head(valued)
     devices = None if options.cpu else Devices(options.gpus, options.each)
     workers = 2 if options.cpu else options.gpus * options.each
     print(f"{len(cases)} runs, {len(refused)} refused combinations", flush=True)
@@ -550,10 +569,10 @@ def main() -> None:
             continue
         exact, same = (
             references.get(reference_key(row, "fp32"), missing),
-            references.get(reference_key(row), missing),
+            references.get(reference_key(row, loop_precision(row)), missing),
         )
         row["verdict"], row["worst"] = compare(row, exact, same)
-        row["plain"] = {"fp32": exact, row["precision"]: same}
+        row["plain"] = {"fp32": exact, loop_precision(row): same}
     merged = {tuple(r[a] for a in AXES): r for r in [*old, *rows]}
     every = list(merged.values())
     words = [w for w in sys.argv[1:] if w not in ("--again",)]

@@ -302,6 +302,10 @@ def build_model(
     zero3 = bool(args.deepspeed) and args.hf_deepspeed_config is not None and args.hf_deepspeed_config.is_zero3()
     if not cfg.method.pure_bf16 and not zero3 and not split:
         adapters.cast_trainable(model)
+    if zero3 and isinstance(head, TokenValues):
+        # ZeRO-3 takes trained parameters of one type; its own copies of them are float32.
+        trained_types = {p.dtype for n, p in model.named_parameters() if p.requires_grad and "v_head" not in n}
+        head.value.to(next(iter(trained_types), torch.float32))
     for level, line in adapters.describe_trained(model):
         log.log(level, line)
     return model, head, source
