@@ -97,7 +97,7 @@ class DecoderLayer(CheckpointedLayer):
         self.scale: float = attention.scaling
         # transformers passes the module's window where layers differ and the configuration's where they do not.
         self.window: int | None = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
-        if config.model_type == "llama":
+        if any(c.__module__.endswith(".modeling_llama") for c in type(attention).__mro__):  # has none, whatever the configuration says
             self.window = None
         self.eps: float = layer.input_layernorm.variance_epsilon
         self.inner = [m for m in layer.modules() if m is not layer]
