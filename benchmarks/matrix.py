@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -445,15 +446,15 @@ def machine(cpu: bool) -> str:
     )
 
 
-def table(rows: Sequence[dict[str, Any]], command: str, where: str) -> str:
+def table(rows: Sequence[dict[str, Any]]) -> str:
     """The committed table."""
-    right = sum(map(good, rows))
+    runs = Counter((r["command"], r["machine"]) for r in rows)
     lines = [
         "# `longfactory train` against a plain loop",
         "",
-        f"`{command}`",
+        *(f"- `{command}`: {count} rows on {where}" for (command, where), count in runs.items()),
         "",
-        f"{where}. {right} of {len(rows)} rows as they should be.",
+        f"{sum(map(good, rows))} of {len(rows)} rows as they should be.",
         "",
         f"Three steps each. *of allowed*: the largest difference of a loss or gradient norm to the plain loop in float32, over "
         f"{FACTOR:g} times that loop's own largest error in the row's precision plus one rounding of the number "
@@ -573,19 +574,19 @@ def main() -> None:
         )
         row["verdict"], row["worst"] = compare(row, exact, same)
         row["plain"] = {"fp32": exact, loop_precision(row): same}
-    merged = {tuple(r[a] for a in AXES): r for r in [*old, *rows]}
-    every = list(merged.values())
     words = [w for w in sys.argv[1:] if w not in ("--again",)]
-    for flag in ("--home", "--out", "--time"):
+    for flag in ("--home", "--out", "--time", "--name"):
         if flag in words:
             del words[words.index(flag) : words.index(flag) + 2]
     command = " ".join(["python benchmarks/matrix.py", *words])
-    options.out.mkdir(parents=True, exist_ok=True)
     where = machine(options.cpu)
-    results.write_text(
-        json.dumps({"command": command, "machine": where, "rows": every}, indent=1) + "\n"
-    )
-    results.with_suffix(".md").write_text(table(every, command, where))
+    for row in rows:
+        row |= {"machine": where, "command": command}
+    merged = {tuple(r[a] for a in AXES): r for r in [*old, *rows]}
+    every = list(merged.values())
+    options.out.mkdir(parents=True, exist_ok=True)
+    results.write_text(json.dumps({"rows": every}, indent=1) + "\n")
+    results.with_suffix(".md").write_text(table(every))
     bad = [r for r in every if not good(r)]
     for row in bad:
         print(
