@@ -1,7 +1,7 @@
 """Attention in float32 on one GPU: PyTorch's memory-efficient kernel, and the plain formulas with and without blocks of keys.
 
     python benchmarks/attention_fp32.py --out benchmarks/results          # one GPU, some five minutes
-    python benchmarks/attention_fp32.py --smoke --out /tmp/results        # CPU, tiny shapes: does it run?
+    python benchmarks/attention_fp32.py --smoke --out results             # CPU, tiny shapes: does it run?
 
 One causal document, 8 query heads and 2 key heads. A row is a kernel at a length and a head dim: milliseconds and TFLOP/s forward and
 backward (2 * T * T * heads * D forward, 2.5 times that backward), the memory beyond the inputs, and the error of the last rows' output from

@@ -1,7 +1,7 @@
 """`auto` beside every schedule that it could have taken, on the GPUs of one machine: is its choice within 3 % of the best one of each row?
 
     python benchmarks/auto_choice.py --gpus 4 --out benchmarks/results     # some three minutes
-    python benchmarks/auto_choice.py --smoke --out /tmp/results            # two CPU processes, tiny shapes: does it run?
+    python benchmarks/auto_choice.py --smoke --out results                 # two CPU processes, tiny shapes: does it run?
 
 One layer's attention, forward and backward, bf16, head dim 128: documents of 64k and 128k tokens with 28/4 and 32/8 heads, and the two
 packed mixes of attention.py. Schedules are timed in turn, median of `--repeats` rounds, on the slowest rank. `auto` is there twice: as it

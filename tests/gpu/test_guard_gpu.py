@@ -49,7 +49,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "gemma3_text": {"head_dim": 256, "sliding_window": 512},
     "gpt_oss": {"head_dim": 64, "sliding_window": 128},
     "mistral": {"sliding_window": 4096},
-    "deepseek_v3": {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
+    "deepseek_v3": {"head_dim": 64, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
     "qwen3_next": {"head_dim": 256},
 }
 PRECISIONS = ("bf16", "autocast", "fp16", "fp32")

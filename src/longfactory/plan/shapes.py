@@ -164,9 +164,13 @@ FLOAT32: dict[str, tuple[float, float]] = {  # name -> (peak of fp32, peak of TF
 
 
 def float32_rates(gpu: str, tf32: bool = False) -> Rates:
-    """What layers that compute in fp32 reach on a kind of GPU; `tf32`: products may round to 10 bits of mantissa."""
+    """What layers that compute in fp32 reach on a kind of GPU; `tf32`: products may round to 10 bits of mantissa.
+
+    Attention: an H100 reaches 47 TFLOP/s forward and 38 backward (benchmarks/results/attention_fp32.md), shares of
+    its TF32 peak that other GPUs are taken to reach as well. Products: a share of the peak that was not measured.
+    """
     peak, peak_tf32 = next((peaks for name, peaks in FLOAT32.items() if name.lower() in gpu.lower()), FLOAT32["A100"])
-    return 0.65 * (peak_tf32 if tf32 else peak), peak_tf32 / 5 / 3, peak_tf32 / 6 / 3
+    return 0.65 * (peak_tf32 if tf32 else peak), 0.095 * peak_tf32, 0.077 * peak_tf32
 
 
 def machine(
