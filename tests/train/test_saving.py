@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,26 @@ def test_a_run_that_could_not_save_does_not_begin(case: str, home: Path, tmp_pat
     assert sorted(path.name for path in (home / "model").iterdir()) == before
     assert case == "its own source" or not out.exists()
     assert not list(tmp_path.glob(".longfactory*"))
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_a_rank_without_the_gathered_weights_writes_nothing(writes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks wrote one file, and the last one's was empty."""
+    from longfactory.train import trainer as module
+
+    saved: list[dict] = []
+    rank = types.SimpleNamespace(
+        args=types.SimpleNamespace(output_dir=str(tmp_path), should_save=writes),
+        model=types.SimpleNamespace(peft_config={}),
+        is_fsdp_enabled=True,
+        stage=types.SimpleNamespace(output="logps"),
+        _save=lambda folder, state_dict: saved.append(state_dict),
+    )
+    state = {"weight": torch.ones(1)} if writes else {}
+    monkeypatch.setattr(module.export, "full_state_dict", lambda model: state)
+    monkeypatch.setattr(module, "finish_save", lambda *_: None)
+    module.RowTrainer.save_model(rank)  # type: ignore[arg-type]
+    assert saved == ([state] if writes else [])
 
 
 @pytest.mark.timeout(400)

@@ -372,7 +372,8 @@ class RowTrainer(Trainer):
             # Gathered one by one, tied weights no longer share their memory, by which transformers would know them.
             duplicates = tied_duplicates(self.model) if not hasattr(self.model, "peft_config") else set()
             state = {name: t for name, t in export.full_state_dict(self.model).items() if name not in duplicates}
-            self._save(output_dir, state_dict=state)
+            if self.args.should_save:  # the other ranks have nothing: in transformers 5.17 they would write that
+                self._save(output_dir, state_dict=state)
         else:
             super().save_model(output_dir, _internal_call=True)  # without its upload
         if self.stage.output == "values":
