@@ -244,7 +244,7 @@ def refused(mode: str, change: str) -> str:
         ("zigzag-ring", "kv heads", "5 query heads are not a multiple of 2"),
         ("zigzag-ring", "sinks", "sinks have shape"),
         ("zigzag-ring", "window", "window is 0"),
-        ("ulysses", "", "6 heads, degree 4. Use sequence_parallel_mode: usp."),
+        ("ulysses", "", "4 ranks cannot share 6 query heads evenly"),
     ],
 )
 def test_refused_before_any_message(mode: str, change: str, message: str) -> None:

@@ -288,7 +288,7 @@ def token_losses_on_ranks(tuning: str, source: str, size: int, mode: str) -> dic
         other = (second, TokenLogprobs(second, chunk=5))
     trainer = types.SimpleNamespace(
         ctx=ctx, head=head, args=types.SimpleNamespace(device=torch.device("cpu")), reference_model=other,
-        reference_by_adapter=other is None, _sum_over_groups=total,
+        reference_by_adapter=other is None, _sum_over_groups=total, measure=None,
     )  # fmt: skip
     for name in ("_model_inputs", "token_outputs", "reference_hidden", "_outputs_with_reference"):
         setattr(trainer, name, types.MethodType(getattr(RowTrainer, name), trainer))

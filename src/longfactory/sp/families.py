@@ -187,7 +187,8 @@ def _features(model: PreTrainedModel) -> str:
     parts = idle(model)
     if parts.modules:
         out.append("frozen: " + ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", m) for m in parts.modules)))
-    if lost := [n for n, p in model.named_parameters() if p.grad is None and n not in parts.parameters]:
+    lost = [n for n, p in model.named_parameters() if p.grad is None and n not in parts.parameters]
+    if lost and any(p.grad is not None for p in model.parameters()):  # after a backward
         out.append(f"{len(lost)} parameters get no gradient ({lost[0]})")
     if reached := [n for n, p in model.named_parameters() if p.grad is not None and n in parts.parameters]:
         out.append(f"{len(reached)} frozen parameters would get a gradient ({reached[0]})")
