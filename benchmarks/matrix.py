@@ -182,8 +182,9 @@ DATASETS = {"sft": "talks", "pt": "texts", "dpo": "pairs", "rm": "pairs", "kto":
 
 
 def model_folder(case: Case) -> str:
-    """ZeRO-3 draws the numbers of a new value head in another order: there the checkpoint brings one."""
-    valued = case["stage"] == "rm" and case["processes"] == "zero3"
+    """ZeRO-3 and quantised bases draw the numbers of a new value head in another order: there the checkpoint brings one."""
+    drawn_elsewhere = case["processes"] == "zero3" or case["finetuning"] == "qlora"
+    valued = case["stage"] == "rm" and drawn_elsewhere
     return f"{case['family']}-valued" if valued else case["family"]
 
 

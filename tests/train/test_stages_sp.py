@@ -287,10 +287,11 @@ def token_losses_on_ranks(tuning: str, source: str, size: int, mode: str) -> dic
         hf.prepare(second, ctx)
         other = (second, TokenLogprobs(second, chunk=5))
     trainer = types.SimpleNamespace(
-        ctx=ctx, head=head, args=types.SimpleNamespace(device=torch.device("cpu")), reference_model=other,
+        ctx=ctx, head=head, reference_model=other,
+        args=types.SimpleNamespace(device=torch.device("cpu"), neftune_noise_alpha=None),
         reference_by_adapter=other is None, _sum_over_groups=total, measure=None,
     )  # fmt: skip
-    for name in ("_model_inputs", "token_outputs", "reference_hidden", "_outputs_with_reference"):
+    for name in ("_model_inputs", "_noise", "token_outputs", "reference_hidden", "_outputs_with_reference"):
         setattr(trainer, name, types.MethodType(getattr(RowTrainer, name), trainer))
     for loss in ("nll", "dft", "asft", "eaft"):
         trainer.stage = TokenStage(loss, ALPHA)
