@@ -129,13 +129,6 @@ def run_ranks(
     return _pools[key].run(function, *args, timeout=timeout, **kwargs)
 
 
-def stop_pools() -> None:
-    """Ends the processes of `run_ranks`; the next call starts new ones."""
-    for pool in _pools.values():
-        pool.stop()
-    _pools.clear()
-
-
 def _serve(rank: int, size: int, backend: str, rendezvous: str, threads: int, path: list[str], results: Any, tasks: Any) -> None:
     sys.path[:] = path
     torch.set_num_threads(threads)
