@@ -73,6 +73,23 @@ def _hand_written_up_projection(model: nn.Module) -> Any:
     return changed(decoder_layer, "gated_silu_backward", change)
 
 
+def _scaled_gradient(ending: str, factor: float) -> Callable[[nn.Module], Any]:
+    """The gradients of the parameters whose names end like this come back scaled."""
+
+    @contextlib.contextmanager
+    def plant(model: nn.Module) -> Iterator[None]:
+        found = [p for name, p in model.named_parameters() if name.endswith(ending)]
+        assert found, f"no parameter is called {ending}"
+        hooks = [p.register_hook(lambda gradient: factor * gradient) for p in found]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    return plant
+
+
 def _leak(model: nn.Module) -> Any:
     """Every document sees those before it."""
     return changed(guard, "make_plan", lambda make: lambda length, segments, ctx: make(length, [sp.Segment(0, length)], ctx))
@@ -155,6 +172,9 @@ FAULTS: dict[str, tuple[Callable[[nn.Module], Any], tuple[str, ...], dict[str, A
     "engine: soft-cap dropped": (lambda m: _settings(softcap=lambda c: None), ("gemma2",), {}),
     "engine: sinks dropped": (_without_sinks, ("gpt_oss",), {}),
     "engine: forward right, dk wrong by 10 %": (_scaled_dk, ("llama", "gpt_oss", "deepseek_v3"), {}),
+    "gradient of a weight before a ReLU wrong by 10 %": (_scaled_gradient("ffn.0.weight", 1.1), ("ctrl",), {}),
+    "gradient of a router wrong by 10 %": (_scaled_gradient("mlp.gate.weight", 1.1), ("mixtral",), {}),
+    "gradient of a learnt scalar doubled": (_scaled_gradient("self_attn.lambda_q1", 2.0), ("diffllama",), {}),
     "a document sees the one before": (_leak, ("llama", "gemma3_text", "gpt_oss", "qwen3_next"), {}),
     "positions of the rank, not of the document": (_local_positions, ("opt",), {}),
 }

@@ -53,6 +53,9 @@ FAMILIES = (
     "llama4_text",
     "qwen3_next",
     "opt",
+    "ctrl",
+    "diffllama",
+    "phimoe",
 )
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "autocast": torch.float32}
 SMOLLM2 = "SmolLM2-135M"

@@ -54,8 +54,15 @@ def test_guard_accepts(precision: str, family: str) -> None:
     guard(prepared(precision, family), ONE)
 
 
-FALSE_ALARMS = {("fp16", "ctrl"), ("fp16", "diffllama"), ("autocast", "phimoe with longrope")}
-"""Exact models that the guard refuses, as far as is known: one gradient of a weight each, 4 to 170 times the own error."""
+@pytest.mark.parametrize("family", ["ctrl", "diffllama"])
+def test_guard_accepts_where_one_sample_of_the_own_error_is_small(family: str) -> None:
+    """In fp16 a neuron at the kink of a ReLU, or a scalar's gradient, happens to round worse in the run than in the model's own layer."""
+    guard(prepared("fp16", family), ONE)
+
+
+def test_guard_records_the_experts_of_the_whole_pass() -> None:
+    """Where scores tie, the router of a recomputed layer would draw other experts than the recorded ones."""
+    guard(prepared("autocast", "phimoe with longrope", sliding_window=300), ONE)
 
 
 @pytest.mark.slow
@@ -68,8 +75,6 @@ def test_guard_refuses_no_family_that_is_exact(precision: str) -> None:
         base = families.VARIANTS.get(family, (family, None, {}))[0]
         windowed = "sliding_window" in tiny_config(base).get_text_config().to_dict()
         for fields in ({}, {"sliding_window": 300}) if windowed else ({},):
-            if (precision, family) in FALSE_ALARMS:
-                continue
             try:
                 guard(prepared(precision, family, **fields), ONE)
             except ValueError as error:
@@ -214,6 +219,27 @@ def test_where_the_models_own_layer_overflows_there_is_no_measure() -> None:
     unit = compare.rounding(torch.float16)
     assert compare.token_ratio(nothing, nothing, reference, [64], unit) == 0.0
     assert compare.token_ratio(nothing, reference + 1e-3, reference, [64], unit) == float("inf")
+
+
+def test_a_layer_is_perturbed_by_one_rounding_at_most() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(64, 32, generator=draw).half() for _ in range(2))
+    run = compare.LayerRun(nn.Linear(32, 32), 0, x=x.clone(), dy=dy.clone())
+    for before, own, after in ((x, run.x, compare.perturbed(run, 1).x), (dy, run.dy, compare.perturbed(run, 1).dy)):
+        assert own is not None and after is not None and after.dtype == torch.float16
+        moved = ((after.double() - before.double()) / before.double()).abs()
+        assert torch.equal(own, before) and 0 < moved.max() < 2 * compare.rounding(torch.float16)
+        assert (moved > 0).double().mean() > 0.25
+    first, again, other = (compare.perturbed(run, seed).x for seed in (1, 1, 2))
+    assert first is not None and again is not None and other is not None
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_the_largest_sample_of_the_own_error_counts() -> None:
+    nan = float("nan")
+    first, second = {"output": torch.tensor([1.0, 3.0, 1.0, nan])}, {"output": torch.tensor([2.0, 1.0, nan, 1.0])}
+    found = compare.larger(first, second)["output"]
+    torch.testing.assert_close(found, torch.tensor([2.0, 3.0, 1.0, nan]), equal_nan=True)
 
 
 def test_experts_of_the_comparison_take_any_type() -> None:

@@ -6,7 +6,8 @@ Two numbers are compared, both of them distances to the same layer in a wider ty
 
 on the same input, the same weights and the same gradient of the output. An exact layer rounds as often as the model's own, so its ratio is
 near 1 whatever the model, its weights and the precision; benchmarks/results/guard_ratios.md has the distribution, of exact layers and of
-planted faults. Tokens count by the median of a block of them: a router that is undecided sends a few tokens to other experts.
+planted faults. Before a layer is refused the model's own error is sampled again, on inputs that differ by a rounding (`perturbed`), and its
+largest counts. Tokens count by the median of a block of them: a router that is undecided sends a few tokens to other experts.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ BLOCK = 64
 """Tokens whose median counts."""
 FLOOR = 0.125
 """Of a unit of rounding, relative to the block's values: errors below are no errors. Rounding alone is 0.2."""
+SAMPLES = 16
+"""Of the model's own error, at most, before a layer is refused: it is a random number, and of one that is made up of a few roundings (of a
+scalar weight's gradient, of the neurons at the kink of a ReLU) one sample may be near zero."""
 FEW = 256
 """Numbers whose errors average out. Of fewer, such as a head's attention sinks, the floor is higher."""
 
@@ -67,37 +71,43 @@ def token_ratio(run: Tensor, own: Tensor, reference: Tensor, lengths: Sequence[i
         lengths: of the documents; a block does not cross their ends.
         unit: `rounding` of the run's precision.
     """
+    error, own_error, size = (token_errors(x, reference, lengths) for x in (run, own, None))
+    return _ratio(error, own_error, size, unit)
+
+
+def token_errors(x: Tensor | None, reference: Tensor, lengths: Sequence[int]) -> Tensor:
+    """[T, ...] -> [blocks]: how far `x` is from the reference, the median of each block of tokens. None stands for zeros."""
     wide = reference.flatten(1).double()
-    errors, own_errors = ((x.flatten(1).double() - wide).norm(dim=1) for x in (run, own))
-    sizes = wide.norm(dim=1)
-    worst, start = 0.0, 0
-    for length in lengths:
-        blocks = max(1, length // BLOCK)
-        for part in torch.arange(start, start + length).tensor_split(blocks):
-            block = slice(int(part[0]), int(part[-1]) + 1)
-            worst = _larger(worst, _ratio(errors[block].median(), own_errors[block].median(), sizes[block].median(), unit))
-        start += length
-    return worst
+    errors = (wide if x is None else x.flatten(1).double() - wide).norm(dim=1)
+    documents = errors.split(list(lengths))
+    return torch.stack([part.median() for d in documents for part in d.tensor_split(max(1, len(d) // BLOCK))])
 
 
 def weight_ratio(run: Tensor, own: Tensor, reference: Tensor, unit: float) -> float:
     """The ratio of a parameter's gradient as a whole."""
+    error, own_error, size = (_distance(x, reference) for x in (run, own, None))
+    return _ratio(error, own_error, size, _unit_of_few(unit, reference.numel()))
+
+
+def _distance(x: Tensor | None, reference: Tensor) -> Tensor:
+    """[...] -> [1]: how far `x` is from the reference as a whole. None stands for zeros."""
     wide = reference.double()
-    unit = unit * max(1.0, math.sqrt(FEW / wide.numel()))
-    return _ratio((run.double() - wide).norm(), (own.double() - wide).norm(), wide.norm(), unit)
+    return (wide if x is None else x.double() - wide).norm()[None]
+
+
+def _unit_of_few(unit: float, numbers: int) -> float:
+    return unit * max(1.0, math.sqrt(FEW / numbers))
 
 
 def _ratio(error: Tensor, own: Tensor, size: Tensor, unit: float) -> float:
-    if error == 0:  # both of no tokens, or of a gradient that is zero
-        return 0.0
-    if not torch.isfinite(own):  # the model's own layer overflows in this precision: there is no measure
-        return 0.0
-    return float(error / torch.maximum(own, FLOOR * unit * size).clamp(min=1e-30))
-
-
-def _larger(a: float, b: float) -> float:
-    """The larger one; a NaN is the largest."""
-    return math.inf if math.isnan(b) or math.isnan(a) else max(a, b)
+    """The largest ratio of [n] errors. Infinite where the run has no number."""
+    # No error: both of no tokens, or of a gradient that is zero. An own error that is not finite: the model's own layer overflows in this
+    # precision, and there is no measure.
+    measured = (error != 0) & torch.isfinite(own)
+    ratios = (error / torch.maximum(own, FLOOR * unit * size).clamp(min=1e-30))[measured]
+    if torch.isnan(ratios).any():
+        return math.inf
+    return float(ratios.max()) if len(ratios) else 0.0
 
 
 @dataclasses.dataclass
@@ -176,6 +186,22 @@ def _is_wrapper(kind: type) -> bool:
     return any(k.__name__ == "FSDPModule" for k in kind.__mro__)
 
 
+def perturbed(run: LayerRun, seed: int) -> LayerRun:
+    """The same layer on an input and a gradient of the output whose every number is moved by at most one unit of rounding.
+
+    Roundings fall differently there, and so do the sides of a kink (ReLU) on which numbers near it come to lie: one more sample of the
+    error of a computation in the run's precision.
+    """
+    draw = torch.Generator().manual_seed(seed)
+
+    def moved(t: Tensor) -> Tensor:
+        noise = (torch.rand(t.shape, generator=draw) * 2 - 1).to(t.device)
+        return (t.to(reference_dtype(t.dtype)) * (1 + rounding(run.dtype) * noise)).to(t.dtype)
+
+    assert run.x is not None and run.dy is not None
+    return dataclasses.replace(run, x=moved(run.x), dy=moved(run.dy))
+
+
 class OwnCall(NamedTuple):
     """The arguments of a layer's call on one document alone. `hidden`: the place among `args`, or the keyword, of its hidden states."""
 
@@ -224,13 +250,15 @@ def run_alone(
             args[call.hidden] = x
         else:
             kwargs[call.hidden] = x
-        with torch.autocast(device.type, dtype=low, enabled=low is not None):
-            with torch.enable_grad(), routers.replay(layer, run.choices.take(document)):
+        autocast = torch.autocast(device.type, dtype=low, enabled=low is not None)
+        with routers.replay(layer, run.choices.take(document)):
+            with autocast, torch.enable_grad():
                 y = first(layer(*args, **kwargs))
-            if run.choices.of:
-                with torch.no_grad():
-                    free.append(first(layer(*args, **kwargs)).movedim(run.dim, 0))
-        grads = torch.autograd.grad(y, [x, *parameters.values()], dy.to(y.dtype), allow_unused=True)
+            grads = torch.autograd.grad(y, [x, *parameters.values()], dy.to(y.dtype), allow_unused=True)
+        if run.choices.of:
+            # Recorded, so that they do not draw.
+            with routers.record(layer), autocast, torch.no_grad():
+                free.append(first(layer(*args, **kwargs)).movedim(run.dim, 0))
         outputs.append(y.detach().movedim(run.dim, 0))
         inputs.append(torch.zeros_like(x).movedim(run.dim, 0) if grads[0] is None else grads[0].movedim(run.dim, 0))
         wide = reference_dtype(y.dtype)
@@ -250,22 +278,52 @@ def first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def judge(run: LayerRun, own: Alone, reference: Alone, lengths: Sequence[int]) -> dict[str, float]:
+Errors = dict[str, Tensor]
+"""How far a layer is from the reference: of each thing that is compared, [blocks] of tokens or [1] for a gradient of weights."""
+
+
+def errors(y: Tensor, dx: Tensor, gradients: Mapping[str, Tensor], reference: Alone, lengths: Sequence[int]) -> Errors:
+    """Of a layer's output, of the gradient of its input [T, ...], and of the gradients of its modules' parameters."""
+    return {
+        "output": token_errors(y, reference.free, lengths),
+        "gradient of the input": token_errors(dx, reference.dx, lengths),
+        # A bias and its weight as one: the gradient of a key's bias is zero in exact arithmetic.
+        **{
+            f"gradient of {module}": torch.stack([_distance(_of(gradients, n, reference), reference.gradients[n]) for n in names]).norm(
+                dim=0
+            )
+            for module, names in _by_module(reference).items()
+        },
+    }
+
+
+def own_errors(own: Alone, reference: Alone, lengths: Sequence[int]) -> Errors:
+    """Of transformers' own layer in the run's precision."""
+    return errors(own.free, own.dx, own.gradients, reference, lengths)
+
+
+def larger(first: Errors, second: Errors) -> Errors:
+    """The larger of each two errors. One of `second` that is not finite does not count."""
+    return {what: torch.maximum(e, torch.where(second[what].isfinite(), second[what], e)) for what, e in first.items()}
+
+
+def judge(run: LayerRun, own: Errors, reference: Alone, lengths: Sequence[int]) -> dict[str, float]:
     """The ratios of a layer: of its output, of the gradient of its input, and of the gradients of its modules' parameters."""
     unit, total = rounding(run.dtype), sum(lengths)
     assert run.y is not None and run.dx is not None
-    found = {
-        "output": token_ratio(run.y[:total], own.free, reference.free, lengths, unit),
-        "gradient of the input": token_ratio(run.dx[:total], own.dx, reference.dx, lengths, unit),
+    found = errors(run.y[:total], run.dx[:total], run.gradients, reference, lengths)
+    numbers = {f"gradient of {m}": sum(reference.gradients[n].numel() for n in names) for m, names in _by_module(reference).items()}
+    sizes = errors(torch.zeros_like(reference.free), torch.zeros_like(reference.dx), {}, reference, lengths)
+    return {
+        what: _ratio(found[what], own[what], sizes[what], _unit_of_few(unit, numbers[what]) if what in numbers else unit) for what in found
     }
-    by_module: dict[str, list[str]] = {}
+
+
+def _by_module(reference: Alone) -> dict[str, list[str]]:
+    modules: dict[str, list[str]] = {}
     for name in reference.gradients:
-        by_module.setdefault(name.rpartition(".")[0] or name, []).append(name)
-    for module, names in by_module.items():
-        # A bias and its weight as one: the gradient of a key's bias is zero in exact arithmetic.
-        a, b, c = (torch.cat([_of(g, n, reference).flatten() for n in names]) for g in (run.gradients, own.gradients, reference.gradients))
-        found[f"gradient of {module}"] = weight_ratio(a, b, c, unit)
-    return found
+        modules.setdefault(name.rpartition(".")[0] or name, []).append(name)
+    return modules
 
 
 def _of(gradients: Mapping[str, Tensor], name: str, reference: Alone) -> Tensor:
