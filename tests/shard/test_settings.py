@@ -98,6 +98,17 @@ def test_gradients_are_reduced_in_fp32(precision: str, split: bool, want: torch.
     assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (want, torch.float32, None)
 
 
+def test_quantised_weights_are_gathered_without_a_cast() -> None:
+    """What a float type holds there are bits: a cast would change those that look like NaN."""
+    plugin = types.SimpleNamespace(mixed_precision_policy=None, transformer_cls_names_to_wrap=None)
+    accelerator = types.SimpleNamespace(state=types.SimpleNamespace(fsdp_plugin=plugin), mixed_precision="bf16")
+    model = tiny_model()
+    model.model.layers[0].mlp.up_proj.weight.quant_state = object()  # as bitsandbytes does
+    settings.fix_fsdp2_plugin(accelerator, model)
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype) == (None, torch.float32)
+
+
 def test_the_layers_to_wrap_are_in_the_model() -> None:
     model = tiny_model()
     assert settings.wrap_classes(model) == ["LlamaDecoderLayer"]

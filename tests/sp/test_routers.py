@@ -117,6 +117,24 @@ def test_documents_join_to_a_row_and_shards_take_their_tokens() -> None:
     assert routers.join([3]).tokens is None
 
 
+def test_what_experts_mask_is_no_choice() -> None:
+    """Grouped kernels of experts mask the rows that they leave unwritten, in passes with gradients alone."""
+    model = tiny_model("mixtral", torch.float64)
+    for block in (m for m in model.modules() if hasattr(m, "experts")):
+        own = block.experts.forward
+
+        def masked(hidden: Tensor, *args: Tensor, own=own) -> Tensor:
+            found = own(hidden, *args)
+            return found.masked_fill(found.isnan(), 0.0) if torch.is_grad_enabled() else found
+
+        block.experts.forward = masked
+    with torch.no_grad(), routers.record(model) as choices:
+        plain = model(input_ids=IDS, use_cache=False).logits
+    with routers.replay(model, choices):
+        again = model(input_ids=IDS, use_cache=False).logits
+    assert torch.equal(plain, again)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     model = tiny_model("qwen3_moe", torch.float64)
     with torch.no_grad(), routers.record(model) as choices:

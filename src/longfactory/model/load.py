@@ -305,8 +305,10 @@ def quantization_config(args: Any, dtype: torch.dtype) -> Any:
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_use_double_quant=args.double_quantization,
             bnb_4bit_quant_type=args.quantization_type,
-            # A floating storage type is what FSDP2 can shard.
-            bnb_4bit_quant_storage=dtype,
+            # A floating storage type is what FSDP2 can shard. float32 is the one whose bits survive: CUDA copies many half-precision
+            # tensors at once through float32, and every NaN among them comes out as the same one
+            # (https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1945).
+            bnb_4bit_quant_storage=torch.float32,
         )
     raise UserError(f"quantization_bit: {args.quantization_bit} is not supported. Use 4 or 8.")
 

@@ -87,6 +87,9 @@ def fix_fsdp2_plugin(accelerator: Any, model: Any, split: bool = False) -> None:
     """After the Trainer exists and before the model is wrapped: the mixed-precision policy and the layers to wrap.
 
     `split`: the weights are bf16 by themselves (split masters); their gradients are reduced in fp32 all the same.
+
+    Quantised weights stay as they are stored while they are gathered, and with them all others: what a float type holds there are
+    bits, and a cast changes those that look like NaN. The layers then compute in half precision as under DDP, by autocast.
     """
     import torch
     from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -95,7 +98,10 @@ def fix_fsdp2_plugin(accelerator: Any, model: Any, split: bool = False) -> None:
     plugin.transformer_cls_names_to_wrap = wrap_classes(model)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get("bf16" if split else accelerator.mixed_precision)
     if dtype is not None:
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=None)
+        gathered = None if any(hasattr(p, "quant_state") for p in model.parameters()) else dtype
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=gathered, reduce_dtype=torch.float32, output_dtype=None
+        )
 
 
 def train_as_one_device(args: Any) -> None:

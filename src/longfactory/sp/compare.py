@@ -309,9 +309,9 @@ def larger(first: Errors, second: Errors) -> Errors:
 
 def judge(run: LayerRun, own: Errors, reference: Alone, lengths: Sequence[int]) -> dict[str, float]:
     """The ratios of a layer: of its output, of the gradient of its input, and of the gradients of its modules' parameters."""
-    unit, total = rounding(run.dtype), sum(lengths)
+    unit = rounding(run.dtype)
     assert run.y is not None and run.dx is not None
-    found = errors(run.y[:total], run.dx[:total], run.gradients, reference, lengths)
+    found = errors(run.y, run.dx, run.gradients, reference, lengths)
     numbers = {f"gradient of {m}": sum(reference.gradients[n].numel() for n in names) for m, names in _by_module(reference).items()}
     sizes = errors(torch.zeros_like(reference.free), torch.zeros_like(reference.dx), {}, reference, lengths)
     return {

@@ -119,21 +119,31 @@ def _prove(model: nn.Module, inner: PreTrainedModel, ctx: SequenceParallel, devi
 
 
 class _Row:
-    """Documents one after another, and padding; this rank's part of it."""
+    """Documents one after another, between paddings; this rank's part of it.
+
+    Attributes:
+        tensors: `input_ids` and `position_ids`, [T] each.
+        lengths: of the documents.
+        span: where the documents are in the row.
+    """
 
     def __init__(self, documents: list[Tensor], ctx: SequenceParallel) -> None:
-        lengths = [len(ids) for ids in documents]
-        if pad := -sum(lengths) % alignment(ctx):
-            lengths.append(pad)
-        ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
-        self.used = sum(len(ids) for ids in documents)
-        padding = [documents[0].new_zeros(pad)] if pad else []
-        self.tensors = {
-            "input_ids": torch.cat(documents + padding),
-            "position_ids": torch.cat([torch.arange(n, device=documents[0].device) for n in lengths]),
-        }
         self.lengths = [len(ids) for ids in documents]
-        self.plan: RowPlan = make_plan(ends[-1], [Segment(end - n, end) for n, end in zip(lengths, ends, strict=True)], ctx)
+        used = sum(self.lengths)
+        padding = -used % alignment(ctx)
+        # The row of ranks that take 128 tokens at least is longer than the documents. Where each rank has one stretch of it, so much
+        # before them puts them on two ranks; where it has two, on several.
+        before = min(padding, (used + padding) // ctx.size // 4) if ctx.size > 1 else 0
+        self.span = slice(before, before + used)
+        lengths = [n for n in (before, *self.lengths, padding - before) if n]
+        ends = list(itertools.accumulate(lengths))
+        device, zeros = documents[0].device, documents[0].new_zeros
+        self.tensors = {
+            "input_ids": torch.cat([zeros(before), *documents, zeros(padding - before)]),
+            "position_ids": torch.cat([torch.arange(n, device=device) for n in lengths]),
+        }
+        segments = [Segment(end - n, end) for n, end in zip(lengths, ends, strict=True)]
+        self.plan: RowPlan = make_plan(ends[-1], segments, ctx)
 
     def run(self, model: nn.Module) -> Any:
         return model(**hf.inputs(self.tensors, self.plan))
@@ -415,7 +425,7 @@ def _name(layers: Layers, index: int) -> str:
 def _train(model: nn.Module, layers: Layers, runs: list[LayerRun], row: _Row, seen: Probe, device: torch.device) -> Tensor:
     """Forward and backward through the installed layers. Fills `runs` with the whole row's tensors.
 
-    Returns the first layer's input [T, ...].
+    Returns the first layer's input of the documents' tokens, [D, ...].
 
     The gradient of the last layer's output is drawn at random, 0 for padding. Gradients are taken, not accumulated.
     """
@@ -482,7 +492,7 @@ def _train(model: nn.Module, layers: Layers, runs: list[LayerRun], row: _Row, se
         trained = [(run, name, p) for run in runs for name, p in run.trained.items()]
         grads = torch.autograd.grad(y, [ends["input"], *(p for _, _, p in trained)], slope, allow_unused=True)
     for run, chosen in zip(runs, choices, strict=True):
-        run.choices = Choices({n: [_whole(t.to(device), 0, row.plan) for t in picks] for n, picks in chosen.of.items()})
+        run.choices = Choices({n: [_documents(t.to(device), 0, row) for t in picks] for n, picks in chosen.of.items()})
     for (run, name, _), g in zip(trained, grads[1:], strict=True):
         if g is not None:
             run.gradients[name] = g.detach()
@@ -490,19 +500,25 @@ def _train(model: nn.Module, layers: Layers, runs: list[LayerRun], row: _Row, se
         assert run.x is not None and run.y is not None
         if run.dy is None or run.dx is None:
             raise ValueError(f"no gradient comes back to {_name(layers, run.index)}")
-        run.x, run.y, run.dx, run.dy = (_whole(t, run.dim, row.plan) for t in (run.x, run.y, run.dx, run.dy))
+        run.x, run.y, run.dx, run.dy = (_documents(t, run.dim, row) for t in (run.x, run.y, run.dx, run.dy))
         for name, p in run.trained.items():
             # In the wide type: every rank's is of its own tokens.
             g = run.gradients.get(name, torch.zeros_like(p))
             run.gradients[name] = g = g.to(compare.reference_dtype(g.dtype)).contiguous()
             if row.plan.ctx.size > 1:
                 dist.all_reduce(g, group=row.plan.ctx.group)
-    return _whole(ends["first"], _token_dim(ends["first"], local), row.plan)
+    return _documents(ends["first"], _token_dim(ends["first"], local), row)
 
 
-def _whole(t: Tensor, dim: int, plan: RowPlan) -> Tensor:
-    """This rank's tokens in dimension `dim` -> [T, ...]."""
-    return gather(t.movedim(dim, 0).contiguous(), plan)
+def _documents(t: Tensor, dim: int, row: _Row) -> Tensor:
+    """This rank's tokens in dimension `dim` -> those of the row's documents, [D, ...]."""
+    return gather(t.movedim(dim, 0).contiguous(), row.plan)[row.span]
+
+
+def _zero_padding(t: Tensor, row: _Row) -> None:
+    """In place, of [T, ...]."""
+    t[: row.span.start] = 0
+    t[row.span.stop :] = 0
 
 
 def _slope(row: _Row, y: Tensor, dim: int) -> Tensor:
@@ -510,7 +526,7 @@ def _slope(row: _Row, y: Tensor, dim: int) -> Tensor:
     shape = list(y.movedim(dim, 0).shape)
     shape[0] = row.plan.length
     slope = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
-    slope[row.used :] = 0
+    _zero_padding(slope, row)
     return shard(slope, row.plan).to(y).movedim(0, dim)
 
 
@@ -577,7 +593,7 @@ def _attention_ratios(asked: Asked, shape: Shape, row: _Row, device: torch.devic
     whole = {name: torch.randn(total, *size, generator=draw).to(device) for name, size in sizes.items()}
     whole["q"] *= spread / (asked.scale * math.sqrt(shape.dim))
     slope = torch.randn(total, shape.heads, shape.value_dim, generator=draw).to(device)
-    slope[row.used :] = 0
+    _zero_padding(slope, row)
     whole = {name: x.to(shape.dtype) for name, x in whole.items()}
     # Sinks that take about half of a token's probability.
     sinks = torch.full((shape.heads,), math.log(32.0) + spread, device=device, dtype=shape.dtype) if asked.sinks else None
@@ -588,7 +604,7 @@ def _attention_ratios(asked: Asked, shape: Shape, row: _Row, device: torch.devic
     with torch.enable_grad():
         out = engine(q, k, v, row.plan, **settings, sinks=mine)
     grads = torch.autograd.grad(out, [q, k, v, *([] if mine is None else [mine])], shard(slope, row.plan).to(out.dtype))
-    run = {name: gather(t.detach(), row.plan)[: row.used] for name, t in zip(("out", "q", "k", "v"), (out, *grads), strict=False)}
+    run = {name: gather(t.detach(), row.plan)[row.span] for name, t in zip(("out", "q", "k", "v"), (out, *grads), strict=False)}
     if mine is not None:
         run["sinks"] = all_reduce(grads[3].to(compare.reference_dtype(shape.dtype)), row.plan.ctx.group)
     own = _plain(whole, sinks, slope, asked, row, shape.dtype)
@@ -606,13 +622,13 @@ def _attention_ratios(asked: Asked, shape: Shape, row: _Row, device: torch.devic
 
 def _plain(whole: dict[str, Tensor], sinks: Tensor | None, slope: Tensor, asked: Asked, row: _Row, dtype: torch.dtype) -> dict[str, Tensor]:
     """Plain attention and its gradients, each document alone, in `dtype`."""
-    inputs = {name: x[: row.used].to(dtype).requires_grad_() for name, x in whole.items()}
+    inputs = {name: x[row.span].to(dtype).requires_grad_() for name, x in whole.items()}
     if sinks is not None:
         inputs["sinks"] = sinks.to(dtype).clone().requires_grad_()
     with torch.enable_grad():
         documents = zip(*(inputs[name].split(row.lengths) for name in ("q", "k", "v")), strict=True)
         out = torch.cat([compare.plain_attention(q, k, v, asked, inputs.get("sinks")) for q, k, v in documents])
-    grads = torch.autograd.grad(out, list(inputs.values()), slope[: row.used].to(dtype))
+    grads = torch.autograd.grad(out, list(inputs.values()), slope[row.span].to(dtype))
     return {"out": out.detach(), **dict(zip(inputs, grads, strict=True))}
 
 

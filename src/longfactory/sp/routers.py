@@ -12,6 +12,7 @@ different experts, and then their results are far apart although both are right.
         sharded(**hf.inputs(row, plan))
 
 A choice is whatever `topk` or `max` picks inside a router, be it experts or groups of experts, and what `masked_fill` leaves out.
+What the experts themselves compute is no choice: their kernels mask rows too, in some passes and not in others.
 Replayed are the places; the values there are those of the pass at hand, with their gradients. Routers that draw at random in train
 mode do not draw inside either block.
 """
@@ -224,30 +225,61 @@ def _watched(model: nn.Module, watch: Callable[[str, Tensor], _Watch]) -> Iterat
     """Inside the block each router's forward runs inside a watch of its own, on whatever thread it is called."""
     restore: list[Callable[[], None]] = []
     try:
-        for name, module in routers(model).items():
+        found = routers(model)
+        for name, module in found.items():
             restore.append(_wrap(name, module, watch))
+            experts = dict(module.named_children()).get("experts")
+            if experts is not None and not any(m in found.values() for m in experts.modules()):
+                restore.append(_wrap_experts(experts))
         yield
     finally:
         for undo in restore:
             undo()
 
 
+def _wrap_experts(module: nn.Module) -> Callable[[], None]:
+    """The experts of a block run outside of the block's watch."""
+
+    def change(own: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            outer, _state.innermost = getattr(_state, "innermost", None), None
+            try:
+                return own(*args, **kwargs)
+            finally:
+                _state.innermost = outer
+
+        return forward
+
+    return _replace_forward(module, change)
+
+
 def _wrap(name: str, module: nn.Module, watch: Callable[[str, Tensor], _Watch]) -> Callable[[], None]:
+    def change(own: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
+            training, module.training = module.training, False  # no noise
+            try:
+                with watch(name, hidden):
+                    return own(*args, **kwargs)
+            finally:
+                module.training = training
+
+        return forward
+
+    return _replace_forward(module, change)
+
+
+def _replace_forward(
+    module: nn.Module, change: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Callable[[], None]:
+    """The module's forward becomes `change(forward)`. Returns what undoes it."""
     holder: Any = module
     # What stands in place of a module's forward to run it in pieces keeps the module's own as `forward`: the watch goes inside.
     while hasattr(holder.__dict__.get("forward"), "forward"):
         holder = holder.__dict__["forward"]
     own = holder.forward
     replaced = "forward" in holder.__dict__
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
-        training, module.training = module.training, False  # no noise
-        try:
-            with watch(name, hidden):
-                return own(*args, **kwargs)
-        finally:
-            module.training = training
+    holder.forward = change(own)
 
     def undo() -> None:
         if replaced:
@@ -255,7 +287,6 @@ def _wrap(name: str, module: nn.Module, watch: Callable[[str, Tensor], _Watch]) 
         else:
             del holder.__dict__["forward"]
 
-    holder.forward = forward
     return undo
 
 

@@ -393,7 +393,7 @@ def run_step(
                         wide = _wide(g) / precision.scale
                         sums[name] = sums[name] + wide if name in sums else wide
     return Step(
-        float(loss),
+        float(loss.detach()),
         {name: g.cpu() for name, g in sums.items()},
         [[scores.logps.detach().cpu() for scores in batch] for batch in micro_batches],
         [[next(each).cpu() for _ in batch] for each in (iter(moves),) for batch in micro_batches],
