@@ -60,6 +60,20 @@ def test_guard_accepts_where_one_sample_of_the_own_error_is_small(family: str) -
     guard(prepared("fp16", family), ONE)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["ctrl", "diffllama", "opt"])
+def test_guard_accepts_other_weights(family: str) -> None:
+    """Of these models one sample of the own error refuses about every fourth in fp16."""
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(12):
+        model = prepared("fp16", family)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.float().std() > 0:
+                    p.copy_(torch.randn(p.shape, generator=draw) * p.float().std() + p.float().mean())
+        guard(model, ONE)
+
+
 def test_guard_records_the_experts_of_the_whole_pass() -> None:
     """Where scores tie, the router of a recomputed layer would draw other experts than the recorded ones."""
     guard(prepared("autocast", "phimoe with longrope", sliding_window=300), ONE)
