@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,40 @@ def test_lora_on_every_linear_layer_but_the_output() -> None:
     assert torch.equal(logits(model), logits(tiny_model(tie_word_embeddings=False)))  # B begins at zero
 
 
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        # Blocks of an unnamed sequence: `0` would be the whole first decoder layer as well.
+        ("ctrl", {"Wq", "Wk", "Wv", "dense", "ffn.0", "ffn.2"}),
+        ("gemma3n_text", {"altup_projections.0", "altup_unembed_projections.2", "q_proj", "per_layer_projection"}),
+        # Their router is a linear layer that gives a tuple.
+        ("llama4_text", LINEAR),
+        ("phimoe", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        # A gate that is a linear layer beside routers of the same name that are none.
+        ("qwen2_moe", LINEAR | {"shared_expert_gate"}),
+    ],
+)
+def test_names_for_lora_are_those_of_linear_layers_alone(family: str, names: set[str]) -> None:
+    from longfactory.sp.text_model import model_class
+    from longfactory.sp.tiny_models import tiny_config
+
+    with torch.device("meta"):
+        model = model_class(tiny_config(family)).from_config()
+    found = set(linear_names(model))
+    assert found >= names and not any(name[0].isdigit() for name in found)
+    assert family == "gemma3n_text" or found == names
+    linear = [m for m in model.modules() if type(m) is nn.Linear and m is not model.get_output_embeddings()]
+    wrapped = apply(model, "lora", lora_rank=2)
+    assert {id(m.base_layer) for m in wrapped.modules() if hasattr(m, "base_layer")} == {id(m) for m in linear}
+
+
+def test_a_router_that_is_named_is_refused() -> None:
+    from longfactory.sp.tiny_models import tiny_model as of_family
+
+    with pytest.raises(UserError, match=r"lora_target: router gives more than .* Linear layers: down_proj, gate_proj"):
+        apply(of_family("llama4_text", torch.float32), "lora", lora_target=("q_proj", "router"))
+
+
 def test_lora_keys_reach_peft() -> None:
     model = apply(
         tiny_model(), "lora", lora_target=("q_proj", "mlp.down_proj"), lora_alpha=5, lora_rank=3, lora_dropout=0.25,
@@ -148,6 +183,11 @@ def test_a_grown_vocabulary_is_trained_and_saved() -> None:
     model = apply(tiny_model(tie_word_embeddings=False), "lora", resized=True)
     assert set(model.peft_config["default"].modules_to_save) == {"embed_tokens", "lm_head"}
     assert any("lm_head.modules_to_save" in n for n in trained(model))
+    model = tiny_model(tie_word_embeddings=False)
+    model.model.old_embed_tokens = nn.Identity()  # PEFT would save it too: its name ends in the same letters
+    model = apply(model, "lora", resized=True)
+    assert set(model.peft_config["default"].modules_to_save) == {"model.embed_tokens", "lm_head"}
+    assert not any("old_embed_tokens" in n for n, _ in model.named_modules() if "modules_to_save" in n)
 
 
 @pytest.mark.parametrize("keys", [{"lora_target": ("q_prj",)}, {"additional_target": ("embeddings",)}])
@@ -209,6 +249,19 @@ def test_an_adapter_that_is_not_there_is_a_letter(saved: list[str], tmp_path: Pa
                 apply(tiny_model(), "lora", paths)
     with pytest.raises(UserError, match="does not fit"):
         apply(tiny_model(hidden_size=32), "lora", (saved[0],))
+
+
+def test_an_adapter_that_lacks_tensors_is_refused(saved: list[str], tmp_path: Path) -> None:
+    """PEFT makes them up, and warns."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(saved[0], tmp_path / "part")
+    file = tmp_path / "part" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    lost = sorted(tensors)[-1]
+    save_file({name: t for name, t in tensors.items() if name != lost}, file)
+    with pytest.raises(UserError, match=r"adapter_name_or_path: .*part lacks 1 tensors that its adapter_config.json asks for"):
+        load_adapter(tiny_model(), str(file.parent))
 
 
 def test_create_new_adapter_merges_all_and_begins_anew(saved: list[str]) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from longfactory.errors import UserError
@@ -169,6 +170,30 @@ def test_an_adapter_that_is_not_saved(tmp_path: Path) -> None:
     assert "other numbers" in saved.check_saved(tmp_path, model)[0]
     (tmp_path / saved.ADAPTER_FILE).unlink()
     assert f"{trained} of {trained} tensors of the model are not in what was saved" in saved.check_saved(tmp_path, model)[0]
+
+
+def test_names_that_peft_changes_as_it_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' pattern for Laguna's old name of the shared expert fits the new one too: PEFT left its adapters out."""
+    from transformers import LagunaForCausalLM
+
+    LagunaForCausalLM(tiny_config("laguna")).save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model = get_peft_model(LagunaForCausalLM.from_pretrained(tmp_path / "base"), config)
+    renamed = saved.names_for_peft(model)
+    assert len(renamed) == 6 and all(re.search(r"mlp\.shared_expert\.down_proj", there) for there in renamed.values())
+    saved.check_saveable(model, None)
+    out = tmp_path / "adapter"
+    model.save_pretrained(out)
+    assert saved.check_saved(out, model), "their names are not found"
+    saved.rename_for_peft(out, model)
+    assert saved.check_saved(out, model) == []
+    again = PeftModel.from_pretrained(LagunaForCausalLM.from_pretrained(tmp_path / "base"), out)
+    assert_close(dict(again.named_parameters()), dict(model.named_parameters()), rtol=0, atol=0)
+    # Where no old name leads to it, the run does not begin.
+    monkeypatch.setattr("transformers.core_model_loading.WeightRenaming.reverse_transform", lambda self: self)
+    with pytest.raises(UserError, match=r"6 tensors of the adapter are trained, but PEFT would not find them .* shared_experts"):
+        saved.check_saveable(model, None)
+    assert saved.names_for_peft(get_peft_model(tiny_model("qwen3_moe"), LoraConfig(r=2, target_modules=["q_proj"]))) == {}
 
 
 def test_what_cannot_be_saved_is_told_before(bases: Path) -> None:

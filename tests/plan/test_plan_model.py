@@ -240,3 +240,12 @@ def test_layers_of_different_heads_are_planned_by_the_widest() -> None:
     assert head_dims(config) == {(16, 16), (512, 512)}
     assert _attention_share(config, torch.bfloat16) == 4 * (512 + 2) / 64
     assert len(values_of_layers(tiny_config("llama"), "head_dim")) == 1
+
+
+def test_layers_of_different_widths_are_planned_by_the_widest() -> None:
+    """Gemma 3n: its configuration lists a width for each layer."""
+    from longfactory.sp.tiny_models import tiny_config
+
+    shape = ModelShape.of(tiny_config("gemma3n_text", intermediate_size=[96, 96, 192, 96]))
+    assert shape.ffn == 192
+    assert shape.layer_parameters == shape.attention_parameters + 3 * 192 * 64

@@ -12,6 +12,7 @@ from transformers.masking_utils import create_bidirectional_mask, create_causal_
 from longfactory import sp
 from longfactory.sp import families, hf
 from longfactory.sp.guard import guard
+from longfactory.sp.text_model import model_class
 from longfactory.sp.tiny_models import tiny_config, tiny_model
 from longfactory.testing import run_ranks
 
@@ -86,6 +87,32 @@ def test_masks_are_inspected() -> None:
         create_causal_mask(**arguments, attention_mask=None, and_mask_function=lambda b, h, q, k: q >= k)
     with pytest.raises(ValueError, match="bidirectional"):
         create_bidirectional_mask(**arguments, attention_mask=None)
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("llama", {"": "longfactory"}),
+        ("phi4_multimodal", {"": "longfactory"}),
+        ("gemma3", {"": "longfactory", "text_config": {"": "longfactory"}}),
+    ],
+)
+def test_towers_keep_their_attention(family: str, expected: dict) -> None:
+    config = tiny_config(family)
+    assert hf.of_text(config) == expected
+    config._attn_implementation = hf.of_text(config)
+    assert config.get_text_config()._attn_implementation == hf.ATTENTION
+    assert getattr(getattr(config, "vision_config", None), "_attn_implementation", None) is None
+
+
+def test_a_tower_that_knows_two_kinds_of_attention_is_made_and_prepared() -> None:
+    """Of DeepSeek-VL: SAM's layers are chosen by the name of the attention."""
+    config = tiny_config("deepseek_vl_hybrid")
+    with torch.device("meta"):
+        model = model_class(config).from_config(attn_implementation=hf.of_text(config))
+    hf.prepare(model, ONE)
+    assert model.config.get_text_config()._attn_implementation == hf.ATTENTION
+    assert model.config.high_res_vision_config._attn_implementation == "sdpa"
 
 
 def test_prepare_refuses() -> None:

@@ -43,6 +43,7 @@ def test_the_class_of_a_configuration(kind: str, named: list[str] | None, want: 
         ("idefics", "its forward needs images beside text"),
         ("florence2", "has an encoder and a decoder, and continues no text"),
         ("musicgen", "it has several text models"),
+        ("shieldgemma2", "it says of images whether they break a rule"),
     ],
 )
 def test_what_no_text_alone_can_be_given_to(kind: str, message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -186,15 +187,57 @@ def _freeze(model: nn.Module, method: Any) -> None:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Leaf names of every linear layer that text passes through, but the output layer: what `lora_target: all` means."""
+    """Names for peft of every linear layer that text passes through, but the output layer: what `lora_target: all` means.
+
+    A router that is a linear layer and gives more than its product (that of Llama 4) takes no adapter and is left out.
+
+    The last part of a layer's name, as q_proj, where it stands for linear layers alone. A number, or a part that other
+    modules end in too, gets what stands before it: peft takes the `0` of `ffn.0` for every first layer of the decoder.
+    """
     inner = hf.unwrap(model)
     parts, head = idle(inner), inner.get_output_embeddings()
-    found = set()
+    linear: list[str] = []
+    others: list[str] = []
     for name, module in inner.named_modules():
-        linear = isinstance(module, nn.Linear) or type(module).__name__ in ("Linear4bit", "Linear8bitLt", "Conv1D")
-        if linear and module is not head and name not in parts and not re.search(r"lm_head|score", name):
-            found.add(name.rsplit(".", 1)[-1])
-    return sorted(found)
+        if not name or name in parts:
+            continue
+        is_linear = isinstance(module, nn.Linear) or type(module).__name__ in (*QUANTIZED, "Conv1D")
+        target = is_linear and not _gives_more(module) and module is not head and not re.search(r"lm_head|score", name)
+        (linear if target else others).append(name)
+    taken = {end for name in others for end in _ends(name)}
+    return sorted({_first_clear_end(name, taken) for name in linear})
+
+
+QUANTIZED = ("Linear4bit", "Linear8bitLt")
+
+
+def _gives_more(module: nn.Module) -> bool:
+    """Whether a linear layer with a forward of its own does not give one tensor of `out_features` numbers a token.
+
+    It is tried on the meta device. What cannot be tried there is taken for an ordinary layer.
+    """
+    own = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    if not own or type(module).__name__ in QUANTIZED:
+        return False
+    shapes = {"weight": (module.out_features, module.in_features), "bias": (module.out_features,)}
+    held = {name: torch.empty(shapes[name], device="meta") for name, _ in module.named_parameters() if name in shapes}
+    try:
+        out = torch.func.functional_call(module, held, (torch.empty(3, module.in_features, device="meta"),))
+    except Exception:
+        return False
+    return not isinstance(out, torch.Tensor) or out.shape != (3, module.out_features)
+
+
+def _ends(name: str) -> list[str]:
+    """`h.0.ffn.2` -> `2`, `ffn.2`, `0.ffn.2`, `h.0.ffn.2`: what peft finds a module by."""
+    words = name.split(".")
+    return [".".join(words[-n:]) for n in range(1, len(words) + 1)]
+
+
+def _first_clear_end(name: str, taken: set[str]) -> str:
+    """The shortest end of a module's name that begins with a word, not a number, and is no other module's; else the whole name."""
+    clear = (end for end in _ends(name) if end not in taken and not end.split(".")[0].isdigit())
+    return next(clear, name)
 
 
 def _named_by(target: str, names: list[str]) -> list[str]:
@@ -217,6 +260,21 @@ def _refuse_unknown(targets: list[str], model: Any, parts: Idle) -> None:
         raise UserError(
             f"lora_target or additional_target: {', '.join(unpassed)} cannot be trained on text: it lies in {', '.join(parts.modules)}, "
             f"which text does not pass through. {there}"
+        )
+
+
+def _refuse_routers(targets: list[str], model: Any) -> None:
+    """Refuses targets that PEFT takes for linear layers and cannot run.
+
+    Raises:
+        UserError: with the linear layers that there are.
+    """
+    names = [name for name, _ in model.named_modules()]
+    routers = [t for t in targets if any(_gives_more(model.get_submodule(n)) for n in _named_by(t, names))]
+    if routers:
+        raise UserError(
+            f"lora_target: {', '.join(routers)} gives more than the product of a linear layer, as routers of experts do, "
+            f"and takes no adapter. Linear layers: {', '.join(linear_names(model))}."
         )
 
 
@@ -265,8 +323,17 @@ def load_adapter(model: Any, path: str, *, key: str = "adapter_name_or_path", **
     if folder.exists() and not (folder / "adapter_config.json").is_file():
         raise UserError(f"{key}: {path} holds no adapter_config.json. Give the folder that a LoRA run has written.")
     try:
-        with same_draws():
+        with same_draws(), warnings.catch_warnings():
+            # Else PEFT makes up what an adapter lacks.
+            warnings.filterwarnings("error", message=".*missing adapter keys")
             return PeftModel.from_pretrained(model, str(folder) if folder.exists() else path, **options)
+    except UserWarning as warning:
+        names = re.findall(r"'([^']+)'", str(warning))
+        raise UserError(
+            f"{key}: {path} lacks {len(names)} tensors that its adapter_config.json asks for in "
+            f"{model.config.name_or_path}, or has them under other names: {', '.join(names[:3])}. It is damaged, or "
+            "was trained on another model."
+        ) from warning
     except (OSError, ValueError, RuntimeError, KeyError) as e:
         words = " ".join((str(e).strip().splitlines() or [type(e).__name__])[:2])
         if folder.exists():
@@ -298,8 +365,14 @@ def _lora(model: Any, method: Any, adapters: list[str], is_trainable: bool, resi
     saved = _names(method.additional_target) or None
     if saved is None and resized:
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-        saved = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if m is head or m is embedding})
+        grown = [name for name, m in model.named_modules() if m is head or m is embedding]
+        others = [name for name, _ in model.named_modules() if name not in grown]
+        # Of modules to save peft takes each whose name ends in these letters, be it in the middle of a word.
+        leaves = {name: name.rsplit(".", 1)[-1] for name in grown}
+        saved = sorted({name if any(o.endswith(leaf) for o in others) else leaf for name, leaf in leaves.items()})
+    linear = ", ".join(linear_names(model))  # afterwards they are wrapped
     _refuse_unknown([*targets, *(saved or [])], model, parts)
+    _refuse_routers(targets, model)
     saved = _whole_where_unclear(saved, model, parts) if saved else None
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
@@ -320,5 +393,5 @@ def _lora(model: Any, method: Any, adapters: list[str], is_trainable: bool, resi
     except ValueError as error:  # of a module that is no layer of one matrix
         raise UserError(
             f"lora_target: {', '.join(targets)} cannot all take an adapter: {' '.join(str(error).split())[:300]} "
-            f"Linear layers: {', '.join(linear_names(model))}."
+            f"Linear layers: {linear}."
         ) from error

@@ -9,6 +9,7 @@ from typing import Any
 
 from longfactory.data.template_table import TABLE
 from longfactory.errors import UserError
+from longfactory.sp import hf
 
 
 def stop_tokens(model: Any, tokenizer: Any, template: str | None) -> list[int]:
@@ -59,11 +60,11 @@ def attention_with_cache(model: Any) -> Iterator[None]:
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = inner.config._attn_implementation
-    inner.set_attn_implementation("sdpa" if inner._supports_sdpa else "eager")
+    inner.set_attn_implementation(hf.of_text(inner.config, "sdpa" if inner._supports_sdpa else "eager"))
     try:
         yield
     finally:
-        inner.set_attn_implementation(before)
+        inner.set_attn_implementation(hf.of_text(inner.config, before))
 
 
 # Sampling settings that mean nothing while do_sample is false, with the values that transformers accepts there.

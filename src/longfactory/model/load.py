@@ -172,7 +172,7 @@ def load_model(
         args: the model arguments (`model_name_or_path`, `train_from_scratch`, ...).
         config: from `load_config`.
         dtype: of the weights.
-        attention: the registered attention name.
+        attention: the registered attention name, for the text decoder; towers have their own.
         device: where random weights are made (`train_from_scratch`); pretrained weights are loaded on the host.
         quantization: a transformers quantization config, or None.
     Raises:
@@ -180,10 +180,11 @@ def load_model(
     """
     path, extra = resolve(args.model_name_or_path)
     kind = class_of(args, config)
+    implementation = hf.of_text(kind.config, attention)
     if args.train_from_scratch:
         with torch.device(device or "cpu"):
-            return kind.from_config(dtype=dtype, attn_implementation=attention)
-    kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, **_hub_arguments(args, path), **extra}
+            return kind.from_config(dtype=dtype, attn_implementation=implementation)
+    kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": implementation, **_hub_arguments(args, path), **extra}
     if quantization is not None:
         kwargs["quantization_config"] = quantization
         if torch.cuda.is_available():

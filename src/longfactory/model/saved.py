@@ -14,7 +14,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from longfactory.model.source import (
 )
 
 ADAPTER_FILE = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
 COMPARED = 1024  # numbers of each tensor
 
 # Files beside the weights that processors and tokenizers of other programs read, and that no part of the trained model writes.
@@ -256,6 +257,7 @@ def check_saveable(model: Any, source: Source | None) -> None:
         heads = [name for name in expected if name.startswith("v_head.")]  # in a file of their own
         lost = [name for name, there in expected.items() if there not in names and name not in heads]
         _raise(lost, "are trained, but PEFT does not save them with the adapter")
+        names_for_peft(model)
         return
     state = dict(model.state_dict())
     _raise([name for name, t in state.items() if t.dtype not in DTYPES.values()], "have a dtype that safetensors does not know")
@@ -264,6 +266,54 @@ def check_saveable(model: Any, source: Source | None) -> None:
     names = names_and_shapes(model)
     if source is not None:
         _raise(compare_names(names, source, model).missing, f"stand in {source.folder} and would not be saved")
+
+
+def names_for_peft(model: Any) -> dict[str, str]:
+    """Names in an adapter's file that PEFT does not find again -> names of the same tensors that it does find.
+
+    While it loads, PEFT renames by transformers' patterns for old checkpoints, and a pattern may fit today's names
+    too: the last point of Laguna's `mlp.shared_expert.` stands for any letter, so that `mlp.shared_experts` changes
+    and is left out, with no more than a warning. By the old name such a tensor is found.
+
+    Args:
+        model: inside PEFT. Its parameters may be sharded or empty.
+    Raises:
+        UserError: a tensor is found under no name.
+    """
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+    except ImportError:  # an earlier PEFT, which renames nothing
+        return {}
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    trained = {adapter_name(n): p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("v_head.")}
+    tensors = {name: torch.empty(_shape(p), device="meta") for name, p in trained.items()}
+
+    def found(names: Mapping[str, str]) -> set[str]:
+        """Those of today's names under which PEFT finds something. names: today's -> in the file."""
+        stored = {there: tensors[name] for name, there in names.items()}
+        return set(convert_peft_adapter_state_dict_for_transformers(model, model.peft_config["default"], stored))
+
+    lost = tensors.keys() - found({name: name for name in tensors})
+    renamed: dict[str, str] = {}
+    for pattern in get_model_conversion_mapping(model.get_base_model()) if lost else ():
+        if not isinstance(pattern, WeightRenaming):
+            continue
+        back = pattern.reverse_transform()
+        old = {name: PEFT_PREFIX + back.rename_source_key(name.removeprefix(PEFT_PREFIX))[0] for name in lost}
+        seen = found(old)
+        renamed |= {name: there for name, there in old.items() if there != name and name in seen}
+        lost = lost - renamed.keys()
+    _raise(sorted(lost), "of the adapter are trained, but PEFT would not find them when it loads the adapter")
+    return renamed
+
+
+def rename_for_peft(folder: str | Path, model: Any) -> None:
+    """Gives the tensors of a saved adapter the names that PEFT finds them by (see `names_for_peft`). On one process."""
+    file = Path(folder) / ADAPTER_FILE
+    if file.is_file() and (renamed := names_for_peft(model)):
+        write_stored(file, {renamed.get(name, name): entry for name, entry in read_header(file).items()})
 
 
 def _raise(names: list[str], what: str) -> None:
@@ -303,7 +353,9 @@ def check_saved(folder: str | Path, model: Any, source: Source | None = None, *,
     if hasattr(model, "peft_config"):
         file = folder / ADAPTER_FILE
         stored = read_header(file) if file.is_file() else {}
-        owners = {adapter_name(name): name for name, p in parameters.items() if p.requires_grad}
+        renamed = names_for_peft(model)
+        saved_as = {name: adapter_name(name) for name, p in parameters.items() if p.requires_grad}
+        owners = {renamed.get(there, there): name for name, there in saved_as.items()}
         shapes = {there: _shape(parameters[name]) for there, name in owners.items()}
     else:
         stored = stored_tensors(folder)

@@ -64,11 +64,11 @@ class ModelShape:
         heads = c.num_attention_heads
         kv = getattr(c, "num_key_value_heads", None) or heads
         dim = max(given or c.hidden_size // heads for given in values_of_layers(c, "head_dim"))
-        ffn = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
+        ffn = max(given or 4 * c.hidden_size for given in values_of_layers(c, "intermediate_size"))
         attention = c.hidden_size * dim * 2 * (heads + kv)
         experts = getattr(c, "num_experts", None) or getattr(c, "num_local_experts", None) or 0
         if experts:
-            ffn = getattr(c, "moe_intermediate_size", None) or ffn
+            ffn = max(given or ffn for given in values_of_layers(c, "moe_intermediate_size"))
             used = getattr(c, "num_experts_per_tok", None) or 1
             layer, active, ffn = attention + 3 * experts * c.hidden_size * ffn, attention + 3 * used * c.hidden_size * ffn, ffn * used
         else:

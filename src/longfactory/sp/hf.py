@@ -205,6 +205,31 @@ def inputs(row: Mapping[str, Tensor], plan: RowPlan) -> dict[str, Any]:
     return {"input_ids": ids, "position_ids": positions, "sp_plan": plan, "use_cache": False}
 
 
+def of_text(config: PreTrainedConfig, attention: str = ATTENTION) -> dict[str, Any]:
+    """What `attn_implementation` must be for the text decoder alone to get an attention by name; towers keep their own.
+
+    Some towers (that of SAM) are made for transformers' own names only.
+
+    Args:
+        config: of the whole model. Parts of parts are found too.
+    """
+    text = config.get_text_config()
+    parts: dict[str, Any] = {"": attention}
+    if config is text:
+        return parts
+    for key in config.sub_configs:
+        part = getattr(config, key, None)
+        if isinstance(part, PreTrainedConfig) and _holds(part, text):
+            parts[key] = of_text(part, attention)
+    return parts
+
+
+def _holds(config: PreTrainedConfig, part: PreTrainedConfig) -> bool:
+    """Whether a configuration is another one or has it among its parts."""
+    inner = [getattr(config, key, None) for key in config.sub_configs]
+    return config is part or any(isinstance(c, PreTrainedConfig) and _holds(c, part) for c in inner)
+
+
 def prepare(model: PreTrainedModel, ctx: SequenceParallel) -> None:
     """Routes the model's attention through the engine. Once, before it is wrapped; needed at every size, 1 too.
 
@@ -218,7 +243,7 @@ def prepare(model: PreTrainedModel, ctx: SequenceParallel) -> None:
     inner = unwrap(model)
     check(inner)
     config = inner.config.get_text_config()
-    inner.set_attn_implementation(ATTENTION)
+    inner.set_attn_implementation(of_text(inner.config))
     if config._attn_implementation != ATTENTION:
         raise ValueError(f"Models of type {config.model_type} cannot be trained here: {_NOT_ROUTED}.")
     for module in inner.modules():
@@ -270,9 +295,14 @@ def layer_types(config: Any) -> list[str]:
 
 
 def values_of_layers(config: Any, key: str) -> list[Any]:
-    """The different values that a key has in the layers. Layers of Gemma 4 differ, and its configuration names no value for all."""
+    """The different values that a key has in the layers.
+
+    Layers of Gemma 4 differ, and its configuration names no value for all; Gemma 3n has a list of values.
+    """
     layers = config.per_layer_config[:] if getattr(config, "is_heterogeneous", False) else [config]
-    return list(dict.fromkeys(getattr(layer, key, None) for layer in layers))
+    given = [getattr(layer, key, None) for layer in layers]
+    values = [v for entry in given for v in (entry if isinstance(entry, (list, tuple)) else [entry])]
+    return list(dict.fromkeys(values))
 
 
 def head_dims(config: PreTrainedConfig) -> set[tuple[int, int]]:

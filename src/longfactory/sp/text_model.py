@@ -32,6 +32,10 @@ _NEEDS_MORE_THAN_TEXT = {
     "diffusion_gemma": "a part of the text that it denoises",
 }
 
+_OTHER_TASKS = {
+    "shieldgemma2": "it says of images whether they break a rule, and its checkpoints load as that classifier alone",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelClass:
@@ -105,6 +109,8 @@ def _needs(config: PreTrainedConfig) -> str | None:
     """Why no text alone can be given to it, as far as the configuration tells, or None."""
     if config.model_type in _NEEDS_MORE_THAN_TEXT:
         return f"its forward needs {_NEEDS_MORE_THAN_TEXT[config.model_type]} beside text"
+    if config.model_type in _OTHER_TASKS:
+        return _OTHER_TASKS[config.model_type]
     try:
         config.get_text_config()
     except ValueError as error:  # several text models in one

@@ -171,6 +171,8 @@ def _parts(trainer: Any, scratch: Path) -> list[tuple[str, Callable[[], Any]]]:
     if hasattr(model, "peft_config"):
         for config in model.peft_config.values():
             parts.append(("adapter_config.json", functools.partial(config.save_pretrained, scratch)))
+        if trainer.args.load_best_model_at_end:
+            parts.append(("The adapter", trainer.refuse_renamed_adapter))
     else:
         # The whole of transformers' saving, of no tensors: configuration, generation settings, custom code, quantisation.
         parts.append(("The model's configuration", lambda: model.save_pretrained(scratch, state_dict={})))
@@ -210,6 +212,8 @@ def finish_save(trainer: Any, folder: str) -> None:
         # ZeRO-3 with stage3_gather_16bit_weights_on_model_save: false, which is the user's own wish.
         log.warning("%s holds DeepSpeed's own files, and no safetensors: make them by its zero_to_fp32.py.", folder)
         return
+    if not whole:
+        saved.rename_for_peft(folder, model)
     if source is not None:
         if whole:
             changes = saved.complete(folder, source, model)

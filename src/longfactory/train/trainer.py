@@ -31,7 +31,7 @@ from longfactory.data.row import Row
 from longfactory.errors import UserError
 from longfactory.model.memory.optimizer import SplitAdamW
 from longfactory.model.outputs import TokenOutputs
-from longfactory.model.saved import remove_weights
+from longfactory.model.saved import check_saved, names_for_peft, remove_weights
 from longfactory.model.source import Source, tied_duplicates
 from longfactory.model.token_logprobs import ReferenceHidden, TokenLogprobs
 from longfactory.model.value_head import FILE as VALUE_HEAD
@@ -422,6 +422,7 @@ class RowTrainer(Trainer):
         self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))  # type: ignore[union-attr]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.refuse_renamed_adapter()
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_renamed(resume_from_checkpoint)
 
@@ -430,8 +431,30 @@ class RowTrainer(Trainer):
         self._load_renamed(self.state.best_model_checkpoint)
 
     def _load_renamed(self, folder: str | None) -> None:
-        if folder and not self.is_fsdp_enabled and not self.is_deepspeed_enabled and not hasattr(self.model, "peft_config"):
+        """What a load of one process leaves out of a whole model; of an adapter, whether it left out anything.
+
+        Raises:
+            UserError: the adapter differs from the file's.
+        """
+        if not folder or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
+        if not hasattr(self.model, "peft_config"):
             load_renamed(self.model, folder)
+        elif problems := check_saved(folder, self.model):
+            raise UserError(f"The adapter in {folder} was not loaded as it was saved: " + "; ".join(problems))
+
+    def refuse_renamed_adapter(self) -> None:
+        """Sharded checkpoints hold an adapter under today's names.
+
+        Raises:
+            UserError: PEFT does not find all of these again.
+        """
+        if self.is_fsdp_enabled and hasattr(self.model, "peft_config") and (names := names_for_peft(self.model)):
+            raise UserError(
+                f"PEFT does not find {len(names)} tensors of this model's adapter in a sharded checkpoint "
+                f"({next(iter(names))}), so that the run cannot go on from it. Start from the saved adapter instead "
+                "(adapter_name_or_path: the checkpoint's folder)."
+            )
 
     def run_state(self) -> dict[str, Any]:
         """What decides which samples a step takes. A checkpoint resumes only where this is the same."""
