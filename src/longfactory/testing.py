@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import datetime
+import gc
 import importlib
 import multiprocessing as mp
 import os
@@ -32,17 +33,25 @@ class RankError(RuntimeError):
     """A function raised on some rank, or a rank died. The message holds every rank's traceback."""
 
 
+IMPORTED = ("longfactory.train.run", "longfactory.train.verify", "longfactory.sp.hf", "peft", "deepspeed")
+"""What a rank of a CPU has already imported when it starts: it is forked from a process that did so once for all pools."""
+
+
 class RankPool:
     """`size` processes with a process group, gloo on CPUs or nccl with one GPU each.
 
-    The first call costs seconds (imports), later ones milliseconds.
+    The first call of the first pool costs seconds (imports), later ones milliseconds. Process groups that a function made end with it,
+    on every rank: each holds threads that wake up a hundred times a second. `keep_groups` is for a library that keeps its own.
 
     A rank that died, hung or raised in the middle of a collective leaves the group unusable: the pool then starts afresh at the next
     call. The group meets through a file, so no port is needed.
     """
 
-    def __init__(self, size: int, threads: int = 1, backend: str = "gloo") -> None:
+    def __init__(
+        self, size: int, threads: int = 1, backend: str = "gloo", keep_groups: bool = False
+    ) -> None:
         self.size = size
+        self.keep_groups = keep_groups
         self.backend = backend
         self.threads = threads
         self._processes: list[Any] = []
@@ -50,12 +59,14 @@ class RankPool:
         self._results: Any = None
 
     def start(self) -> None:
-        context = mp.get_context("spawn")
+        context = _context(self.backend)
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self._results = context.Queue()
         self._tasks = [context.Queue() for _ in range(self.size)]
         # Workers find the same modules as this process: test modules are not installed anywhere.
-        args = (self.size, self.backend, os.path.join(self._folder.name, "rendezvous"), self.threads, list(sys.path), self._results)
+        rendezvous = os.path.join(self._folder.name, "rendezvous")
+        surroundings = (list(sys.path), dict(os.environ))
+        args = (self.size, self.backend, rendezvous, self.threads, *surroundings, self._results)
         self._processes = [context.Process(target=_serve, args=(rank, *args, self._tasks[rank]), daemon=True) for rank in range(self.size)]
         for p in self._processes:
             p.start()
@@ -104,6 +115,9 @@ class RankPool:
                 # The others may be waiting for this rank in a collective: they get a moment to fail by themselves.
                 deadline = min(deadline, time.monotonic() + 2.0)
         if len(answers) == self.size:
+            if not self.keep_groups:
+                for tasks in self._tasks:
+                    tasks.put(None)  # all are done with the groups, so that none waits for another
             return [answers[r] for r in range(self.size)]
         self_healed = len(answers) + len(errors) == self.size and not any("exit code" in e for e in errors.values())
         missing = [r for r in range(self.size) if r not in answers and r not in errors]
@@ -129,8 +143,41 @@ def run_ranks(
     return _pools[key].run(function, *args, timeout=timeout, **kwargs)
 
 
-def _serve(rank: int, size: int, backend: str, rendezvous: str, threads: int, path: list[str], results: Any, tasks: Any) -> None:
+def _context(backend: str) -> Any:
+    """How ranks are started: forked from a process that has imported what they need; with GPUs, each by itself.
+
+    CUDA does not survive a fork, and some of the imports ask it for its devices.
+    """
+    if backend != "gloo" or torch.cuda.is_available():
+        return mp.get_context("spawn")
+    context: Any = mp.get_context("forkserver")
+    context.set_forkserver_preload(list(IMPORTED))
+    return context
+
+
+def _end_groups() -> None:
+    """Ends every process group but the world's."""
+    if not dist.is_initialized():
+        return  # a function may have left even that one
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
+def _serve(
+    rank: int,
+    size: int,
+    backend: str,
+    rendezvous: str,
+    threads: int,
+    path: list[str],
+    environment: dict[str, str],
+    results: Any,
+    tasks: Any,
+) -> None:
     sys.path[:] = path
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(threads)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
     if backend == "nccl":
@@ -138,8 +185,17 @@ def _serve(rank: int, size: int, backend: str, rendezvous: str, threads: int, pa
     dist.init_process_group(
         backend, init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=datetime.timedelta(seconds=100)
     )
+    modules = 0
     while True:
-        module, name, args, kwargs = tasks.get()
+        if len(sys.modules) > modules:  # a collection need not look at what was imported: half a million objects
+            modules = len(sys.modules)
+            gc.collect()
+            gc.freeze()
+        task = tasks.get()
+        if task is None:
+            _end_groups()
+            continue
+        module, name, args, kwargs = task
         try:
             function: Any = importlib.import_module(module)
             for part in name.split("."):

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RankPool]:
     """Processes of their own: DeepSpeed changes the process that imports it."""
-    pool = RankPool(2)
+    pool = RankPool(2, keep_groups=True)
     yield pool
     pool.stop()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -64,7 +63,6 @@ def random_inputs(
     return q, k, v, dout
 
 
-@functools.cache
 def context(mode: str, ulysses: int | None = None, backend: str = "auto", heads: int | None = None, kv: int | None = None) -> Any:
-    """One context a process and setting: process groups are not freed between tests."""
+    """A context of all processes."""
     return sp.SequenceParallel.create(dist.get_world_size(), mode=mode, ulysses_degree=ulysses, backend=backend, heads=heads, kv_heads=kv)

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
-import torch
-import torch.distributed as dist
+from longfactory.testing import RankPool
+
+
+def on_ranks_of_their_own(size: int, timeout: float, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """`RankPool.run` on processes that end with it: what makes sharding work on a CPU changes a process for good."""
+    pool = RankPool(size, keep_groups=True)
+    try:
+        return pool.run(function, *args, timeout=timeout)
+    finally:
+        pool.stop()
 
 
 def start(sharding: str) -> None:
-    """One thread, a gloo group, and what `sharding` needs on a CPU: "fsdp2", "zero" and a stage, or a name without a number for copies."""
-    torch.set_num_threads(1)
+    """What `sharding` needs on a CPU, in a rank: "fsdp2", "zero" and a stage, or another name for copies (DDP)."""
     if sharding.startswith("zero"):
-        install_deepspeed()  # makes the group itself
-        return
+        install_deepspeed()
     if sharding == "fsdp2":
         install_fsdp()
-    dist.init_process_group("gloo")
 
 
 def install_fsdp() -> None:

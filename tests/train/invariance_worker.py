@@ -1,7 +1,5 @@
 """Runs the trainer on many cases in one set of processes and compares each with a plain single-process loop.
 
-    torchrun --nproc_per_node 4 invariance_worker.py ddp|fsdp2|zero3 result.json ["case ..." ...]
-
 A case is "sp=2 mode=ulysses rows=packed ga=3 tune=lora family=llama". Among those of zero3 a case may name another way that DeepSpeed
 has: "sharding=zero1", "zero2" or "zero3-file".
 """
@@ -9,13 +7,11 @@ has: "sharding=zero1", "zero2" or "zero3-file".
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
-import sys
 import tempfile
-import traceback
 from pathlib import Path
+from typing import Any
 
 import cpu_sharding
 import torch
@@ -257,22 +253,14 @@ def run_case(sharding: str, case: dict[str, str]) -> dict[str, float | str]:
     }
 
 
-def main() -> None:
-    sharding, path, cases = sys.argv[1], sys.argv[2], sys.argv[3:]
+def run_cases(sharding: str, cases: list[str]) -> dict[str, dict[str, Any]]:
+    """Body of a rank of a pool of its own: how far each case is from the specification. The first rank's answer counts."""
     cpu_sharding.start(sharding)
     results = {}
     for text in cases:
         case = dict(part.split("=") for part in text.split())
         try:
             results[text] = run_case(case.get("sharding", sharding), case)
-        except BaseException:
-            results[text] = {"error": traceback.format_exc()}
-            if dist.get_rank() == 0:
-                Path(path).write_text(json.dumps(results))
-            raise
-    if dist.get_rank() == 0:
-        Path(path).write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main()
+        except Exception as error:
+            raise RuntimeError(f"The case that failed: {text}") from error
+    return results

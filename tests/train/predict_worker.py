@@ -1,13 +1,10 @@
 """Generates answers with sharded parameters, after two steps of training or without any.
 
-    torchrun --nproc_per_node 2 predict_worker.py fsdp2|zero2 1|0 folder
-
 Writes what `predict` writes, and the whole weights to `folder/weights.pt`.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,8 +17,9 @@ from test_predict import DOCUMENTS, GREEDY, make_tokenizer
 from longfactory.train.predict import predict
 
 
-def main() -> None:
-    sharding, trains, folder = sys.argv[1], sys.argv[2] == "1", Path(sys.argv[3])
+def predict_sharded(sharding: str, trains: bool, path: str) -> None:
+    """Body of a rank of a pool of its own. `sharding`: fsdp2 or zero2."""
+    folder = Path(path)
     cpu_sharding.start(sharding)
     trainer = make(sharding, folder, 1)
     if trains:
@@ -35,9 +33,3 @@ def main() -> None:
     assert (sharding == "fsdp2") == any(n != t.numel() for n, t in zip(held(trainer), weights.values(), strict=True))
     if dist.get_rank() == 0:
         torch.save(weights, folder / "weights.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

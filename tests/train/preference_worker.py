@@ -1,4 +1,4 @@
-"""Stages with pairs or a reference under DDP, FSDP2 and ZeRO against a plain single-process loop; started like `invariance_worker.py`.
+"""Stages with pairs or a reference under DDP, FSDP2 and ZeRO against a plain single-process loop; cases as in `invariance_worker.py`.
 
 A case is "stage=dpo tune=lora sp=2". With tune=lora the reference is the model with its adapter off; with tune=full dpo and kto take it
 from a pass before the first step, and asft holds a second model. Among the cases of zero3 one may name "sharding=zero1" or "zero2".
@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import os
-import sys
 import tempfile
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +137,7 @@ def specification(stage: str, model: nn.Module, reference: nn.Module, data: Samp
     return {"losses": losses, "norms": norms, "params": {n: p.detach().float() for n, p in model.named_parameters() if p.requires_grad}}
 
 
-def run_case(sharding: str, case: dict[str, str]) -> dict[str, float]:
+def run_case(sharding: str, case: dict[str, str], shared: str) -> dict[str, float]:
     size, batch = int(case["sp"]), 2
     groups = int(os.environ["WORLD_SIZE"]) // size
     data = samples(case["stage"], batch * groups * STEPS)
@@ -194,7 +191,7 @@ def run_case(sharding: str, case: dict[str, str]) -> dict[str, float]:
             trainer.reference_caches[id(data)] = reference.precompute(rows, logps_of, len(data), dp_sum=trainer._sum_over_groups)
 
         if case["stage"] == "asft":
-            start = Path(sys.argv[2]).with_suffix("")
+            start = Path(shared) / "start"
             if case["tune"] == "full" and dist.get_rank() == 0:
                 compared.save_pretrained(start)
             dist.barrier()
@@ -236,22 +233,14 @@ def run_case(sharding: str, case: dict[str, str]) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    sharding, path, cases = sys.argv[1], sys.argv[2], sys.argv[3:]
+def run_cases(sharding: str, cases: list[str], folder: str) -> dict[str, dict[str, Any]]:
+    """Body of a rank of a pool of its own: how far each case is from the specification. The first rank's answer counts."""
     cpu_sharding.start(sharding)
-    results: dict[str, Any] = {}
+    results = {}
     for text in cases:
+        case = dict(part.split("=") for part in text.split())
         try:
-            case = dict(part.split("=") for part in text.split())
-            results[text] = run_case(case.get("sharding", sharding), case)
-        except BaseException:
-            results[text] = {"error": traceback.format_exc()}
-            raise
-        finally:
-            if dist.get_rank() == 0:
-                with open(path, "w") as f:
-                    json.dump(results, f)
-
-
-if __name__ == "__main__":
-    main()
+            results[text] = run_case(case.get("sharding", sharding), case, folder)
+        except Exception as error:
+            raise RuntimeError(f"The case that failed: {text}") from error
+    return results

@@ -1,14 +1,11 @@
 """Trains two steps with sequence_parallel_size 2, saves, and goes on from the first step's checkpoint with size 1.
 
-    torchrun --nproc_per_node 2 saving_worker.py fsdp2|zero3 folder
-
 Writes `folder/result.json`, and the trained weights as they are in memory to `folder/trained.pt`.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +90,9 @@ def whole(trainer: RowTrainer) -> dict[str, Tensor]:
     return out
 
 
-def main() -> None:
-    sharding, folder = sys.argv[1], Path(sys.argv[2])
+def save_and_go_on(sharding: str, path: str) -> None:
+    """Body of a rank of a pool of its own. `sharding`: fsdp2 or zero3."""
+    folder = Path(path)
     cpu_sharding.start(sharding)
     if dist.get_rank() == 0:
         write_base(folder / "base")
@@ -125,7 +123,3 @@ def held(trainer: RowTrainer) -> list[int]:
     """Numbers of each parameter that this rank holds by itself."""
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     return [p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in model.parameters()]
-
-
-if __name__ == "__main__":
-    main()

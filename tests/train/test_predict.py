@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cpu_sharding import on_ranks_of_their_own
 
 from longfactory import sp
 from longfactory.data.row import IGNORE, TokenizedDocument
@@ -124,12 +122,10 @@ def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
 def test_sharded_parameters_write_what_whole_ones_write(sharding: str, trained: bool, tmp_path: Path) -> None:
     if sharding == "zero2":
         pytest.importorskip("deepspeed")
-    here = Path(__file__).parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(here / "predict_worker.py")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([*command, sharding, str(int(trained)), str(tmp_path)], env=env, cwd=here, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
     from invariance_worker import tiny
+    from predict_worker import predict_sharded
+
+    on_ranks_of_their_own(2, 350, predict_sharded, sharding, trained, str(tmp_path))
 
     model, start = tiny("llama"), tiny("llama").state_dict()
     weights = torch.load(tmp_path / "weights.pt")

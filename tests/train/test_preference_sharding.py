@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from cpu_sharding import on_ranks_of_their_own
+from preference_worker import run_cases
 
-HERE = Path(__file__).parent
 CASES = [
     "stage=dpo tune=full sp=2",
     "stage=dpo tune=lora sp=2",
@@ -34,17 +31,12 @@ REST = {s: [c for c in GRID if c not in QUICK[s]] for s in QUICK}
 REST["zero3"] += [c for z in ("zero1", "zero2") for c in (f"sharding={z} {case}" for case in GRID) if c not in QUICK["zero3"]]
 
 
-def check(sharding: str, cases: list[str], path: Path) -> None:
+def check(sharding: str, cases: list[str], folder: Path, timeout: float) -> None:
     if sharding == "zero3":
         pytest.importorskip("deepspeed")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", str(HERE / "preference_worker.py")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([*command, sharding, str(path), *cases], env=env, cwd=HERE, capture_output=True, text=True)
-    assert path.exists(), done.stderr[-3000:]
-    results = json.loads(path.read_text())
-    for case in cases:
-        result = results.get(case, {"error": done.stderr[-3000:]})
-        assert "error" not in result, f"{case}: {result['error']}"
+    results = on_ranks_of_their_own(4, timeout, run_cases, sharding, cases, str(folder))[0]
+    assert list(results) == cases
+    for case, result in results.items():
         assert result["moved"] > 1e-3, f"{case}: the parameters did not move: the comparison would prove nothing"
         for name in ("loss", "grad_norm", "param"):
             assert result[name] < 1e-5, f"{case}: {name} differs by {result[name]:.1e}"
@@ -55,11 +47,11 @@ def check(sharding: str, cases: list[str], path: Path) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("sharding", [pytest.param(s, marks=pytest.mark.slow) if s == "ddp" else s for s in QUICK])
 def test_steps_equal_one_process(sharding: str, tmp_path: Path) -> None:
-    check(sharding, QUICK[sharding], tmp_path / "results.json")
+    check(sharding, QUICK[sharding], tmp_path, 800)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("sharding", list(REST))
 def test_whole_grid(sharding: str, tmp_path: Path) -> None:
-    check(sharding, REST[sharding], tmp_path / "results.json")
+    check(sharding, REST[sharding], tmp_path, 2900)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import random
 import shutil
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -22,6 +20,8 @@ from longfactory.model.source import stored_tensors
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
+from cpu_sharding import on_ranks_of_their_own  # noqa: E402
+from saving_worker import save_and_go_on  # noqa: E402
 from small_runs import LORA, keys, run_on_ranks, text, write_model  # noqa: E402
 
 MTP = {"mtp.layers.0.proj.weight": torch.arange(12.0).view(3, 4), "mtp.norm.weight": torch.ones(3, dtype=torch.bfloat16)}
@@ -171,10 +171,7 @@ def test_a_rank_without_the_gathered_weights_writes_nothing(writes: bool, tmp_pa
 def test_a_sharded_run_saves_whole_weights_and_resumes_with_another_size(sharding: str, tmp_path: Path) -> None:
     if sharding == "zero3":
         pytest.importorskip("deepspeed")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(HERE / "saving_worker.py")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([*command, sharding, str(tmp_path)], env=env, cwd=HERE, capture_output=True, text=True, timeout=350)
-    assert done.returncode == 0, done.stderr[-4000:]
+    on_ranks_of_their_own(2, 350, save_and_go_on, sharding, str(tmp_path))
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["kind"].endswith("FSDP" if sharding == "fsdp2" else "DEEPSPEED") and result["sharded"]
 

@@ -224,16 +224,11 @@ VARIANTS: dict[str, tuple[str, Literal["documents", "row"], dict[str, Any]]] = {
 }
 """Settings that a family's default configuration leaves out: name -> (family, reference, fields)."""
 
-_contexts: dict[int, SequenceParallel] = {}
-
 
 def check_on_rank(name: str, size: int) -> Result:
-    """`check` of a family or a variant, on every rank of a pool. The process groups are made once."""
+    """`check` of a family or a variant, on every rank of a pool."""
     transformers.logging.set_verbosity_error()
-    if size not in _contexts:
-        _contexts[size] = SequenceParallel.create(size)
-    ctx = _contexts[size]
-    ctx.heads = ctx.kv_heads = None
+    ctx = SequenceParallel.create(size)
     family, reference, fields = VARIANTS.get(name, (name, "documents", {}))
     return dataclasses.replace(check(family, ctx, reference, **fields), family=name)
 
