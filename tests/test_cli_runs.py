@@ -111,12 +111,11 @@ def test_a_reference_of_weights_that_zero3_has_taken_apart_without_training(smal
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (["dataset=manual_sfd"], "'manual_sfd' is not in dataset_info.json"),
-        (["model_name_or_path=./absent"], "the folder ./absent does not exist"),
-        (["lora_target=q_prj"], "q_prj not found in the model"),
-        (["train_from_scratch=false"], "could not be loaded"),
+        pytest.param(["dataset=manual_sfd"], "'manual_sfd' is not in dataset_info.json", id="data", marks=pytest.mark.slow),
+        pytest.param(["model_name_or_path=./absent"], "the folder ./absent does not exist", id="model", marks=pytest.mark.slow),
+        pytest.param(["lora_target=q_prj"], "q_prj not found in the model", id="modules", marks=pytest.mark.slow),
+        pytest.param(["train_from_scratch=false"], "could not be loaded", id="weights"),
     ],
-    ids=["data", "model", "modules", "weights"],
 )
 def test_what_only_the_workers_can_find_is_told_once(change: list[str], expected: str, small: list[str], tmp_path: Path) -> None:
     words = ["train", str(ROOT / "examples" / "sft_lora.yaml"), *small, f"output_dir={tmp_path / 'out'}", "nproc_per_node=2"]

@@ -59,7 +59,7 @@ class RankPool:
         self._results: Any = None
 
     def start(self) -> None:
-        context = _context(self.backend)
+        context = process_context(self.backend)
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self._results = context.Queue()
         self._tasks = [context.Queue() for _ in range(self.size)]
@@ -143,7 +143,7 @@ def run_ranks(
     return _pools[key].run(function, *args, timeout=timeout, **kwargs)
 
 
-def _context(backend: str) -> Any:
+def process_context(backend: str = "gloo") -> Any:
     """How ranks are started: forked from a process that has imported what they need; with GPUs, each by itself.
 
     CUDA does not survive a fork, and some of the imports ask it for its devices.

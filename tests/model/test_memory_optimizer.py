@@ -98,6 +98,7 @@ def test_resumes_exactly():
     assert torch.equal(p, q)
 
 
+@pytest.mark.processes
 def test_sharded_parameters():
     whole, sharded = run_ranks(2, memory_ranks.split_adamw_on_shards)[0]
     assert torch.equal(whole, sharded)
@@ -183,6 +184,7 @@ def test_streaming_sums(monkeypatch):
     assert torch.equal(p.grad, sum(g.float() for g in parts).bfloat16())
 
 
+@pytest.mark.processes
 def test_sums_of_sharded_gradients():
     for found, expected in run_ranks(2, memory_ranks.split_adamw_sums_on_shards):
         assert torch.equal(found, expected)
@@ -209,6 +211,7 @@ def test_clipping_rounds_nothing(dtype, most):
         assert float(((b.master(q) - p.detach()).abs() / p.detach().abs().clamp(min=1e-3)).max()) < 1e-6
 
 
+@pytest.mark.processes
 def test_the_norm_of_sharded_gradients():
     for norm, expected in run_ranks(2, memory_ranks.split_adamw_norm_of_shards):
         assert norm == pytest.approx(expected, rel=1e-6)
@@ -234,6 +237,7 @@ def test_steps_whose_gradients_leave_are_those_whose_gradients_stay(leaving, mos
     memory_ranks.same_trajectories(after, during, exact=most == math.inf or parts == 1)
 
 
+@pytest.mark.processes
 def test_gradients_of_shards_that_leave():
     for after, during in run_ranks(2, memory_ranks.overlap_on_shards):
         memory_ranks.same_trajectories(after, during, exact=True)

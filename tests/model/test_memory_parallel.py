@@ -9,6 +9,8 @@ from memory_models import assert_same_gradients, gradients, make_model, run
 from longfactory.model.memory.settings import MemorySettings
 from longfactory.testing import run_ranks
 
+pytestmark = pytest.mark.processes
+
 MiB = 2**20
 ALL = MemorySettings(
     keep_attention=1.0, offload="inputs+attention", pool_bytes=64 * MiB, last_layers_on_gpu=1, mlp_chunk=5, attention_groups=2

@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "train"))
 import cpu_sharding  # noqa: E402
 
+pytestmark = pytest.mark.processes
+
 SHORT = ["gemma3", "qwen3_5"]
 UNLOADED = "mtp.fc.weight"
 """A tensor of the file that transformers' classes have no place for, as the next-token layers of DeepSeek, GLM and Qwen are."""

@@ -41,6 +41,34 @@ def test_a_pool_goes_on_after_every_failure() -> None:
         pool.stop()
 
 
+def make_group() -> int:
+    """A group, and the threads that there are with it."""
+    dist.barrier(dist.new_group())
+    return len(os.listdir("/proc/self/task"))
+
+
+def what_is_left() -> tuple[int, int, str | None]:
+    """Process groups, threads, and a variable of the caller's environment."""
+    threads = len(os.listdir("/proc/self/task"))
+    return len(dist.distributed_c10d._world.pg_map), threads, os.environ.get("OF_THE_CALLER")
+
+
+def test_groups_end_with_the_function_that_made_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads of a group that nobody needs any longer wake up a hundred times a second."""
+    monkeypatch.setenv("OF_THE_CALLER", "here")
+    pool = RankPool(2)
+    try:
+        _, before, given = pool.run(what_is_left)[0]
+        assert given == "here"
+        assert all(threads > before for threads in pool.run(make_group))
+        assert pool.run(what_is_left) == [(1, before, "here")] * 2
+        pool.keep_groups = True
+        pool.run(make_group)
+        assert [groups for groups, *_ in pool.run(what_is_left)] == [2, 2]
+    finally:
+        pool.stop()
+
+
 def test_difference_names_the_tensor() -> None:
     a = {"x": torch.zeros(2), "y": torch.ones(2)}
     assert_matches_single_process(a, {"x": torch.zeros(2), "y": torch.ones(2) + 1e-7}, 1e-6)

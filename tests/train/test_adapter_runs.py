@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 from small_runs import LORA, STEPS, home, steps, train
 
+pytestmark = pytest.mark.processes
+
 __all__ = ["home"]  # a fixture
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -12,6 +12,8 @@ import pytest
 from cpu_sharding import on_ranks_of_their_own
 from invariance_worker import run_cases
 
+pytestmark = pytest.mark.processes
+
 SHARDINGS = ("ddp", "fsdp2", "zero3")
 # llama: a tied head and one key head for all ranks; gemma2: soft-caps of logits and attention and a sliding window; qwen3: q and k norms.
 FAMILIES = ("llama", "gemma2", "qwen3")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from longfactory.errors import UserError
 from longfactory.model.memory.optimizer import SplitAdamW, join
 from longfactory.shard import optimizer_states
 from longfactory.shard.optimizer_states import INDEX, chunk, load_states, save_states, states_file, write_safetensors
-from longfactory.testing import run_ranks
+from longfactory.testing import process_context, run_ranks
 
 sys.path.insert(0, str(Path(__file__).parent))
 from manual_runs import manual_run
@@ -97,7 +96,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def alone() -> Iterator[Callable[[dict[str, Any]], Any]]:
     """`train` in a process without a process group."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=process_context()) as pool:
         yield lambda keys: pool.submit(train, keys).result(timeout=300)
 
 
@@ -145,6 +144,7 @@ CASES = {
 }
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", list(CASES))
 def test_a_resumed_run_is_the_uninterrupted_one_in_every_bit(case: str, base: dict[str, Any], tmp_path: Path, alone: Any) -> None:
@@ -172,6 +172,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_in_every_bit(case: str, base: di
     assert not any("optimizer.pt" in n or n == "optimizer_0" or n.endswith(".part") for n in names)
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", ["split, fsdp2, two ranks a row, accumulated", "lora, fsdp2", "split, one process"])
 def test_gradients_that_leave_during_backward_change_no_bit(case: str, base: dict[str, Any], tmp_path: Path, alone: Any) -> None:
@@ -197,6 +198,7 @@ def test_gradients_that_leave_during_backward_change_no_bit(case: str, base: dic
             same_files(tmp_path / "a" / "checkpoint-6", tmp_path / name / "checkpoint-6")
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(600)
 def test_another_sequence_parallel_size_resumes_the_same_states(base: dict[str, Any], tmp_path: Path) -> None:
     """Two ranks a row, then one: the same samples a step, the same shards; sums come in another order, which bf16 weights show."""
@@ -210,6 +212,7 @@ def test_another_sequence_parallel_size_resumes_the_same_states(base: dict[str, 
     nearly_same_moments(tmp_path / "a" / "checkpoint-6", tmp_path / "b" / "checkpoint-6")
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(600)
 def test_twice_as_many_ranks_go_on(base: dict[str, Any], tmp_path: Path) -> None:
     """Two ranks, then four that share rows in pairs: the same samples a step, every parameter cut anew."""
@@ -224,6 +227,7 @@ def test_twice_as_many_ranks_go_on(base: dict[str, Any], tmp_path: Path) -> None
     nearly_same_moments(tmp_path / "a" / "checkpoint-6", tmp_path / "b" / "checkpoint-6")
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(600)
 def test_the_best_model_is_loaded_and_old_checkpoints_go(base: dict[str, Any], tmp_path: Path) -> None:
     keys = {**base, "eval_dataset": "manual_sft_eval", "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 4}
@@ -246,6 +250,7 @@ def test_the_best_model_is_loaded_and_old_checkpoints_go(base: dict[str, Any], t
     assert [h["eval_loss"] for h in again if "eval_loss" in h][:4] == values[:4]
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("saved", "resumed", "message"),
@@ -311,6 +316,7 @@ def load_sharded(folder: str) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     return states, [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("saved", "loaded"), [(2, 2), (3, 2), (2, 3), (1, 3), (3, 1)])
 def test_any_number_of_ranks_reads_what_any_other_wrote(saved: int, loaded: int, tmp_path: Path) -> None:
     # 11 rows on 3 ranks are 4, 4 and 3; the one row of the second weight leaves ranks with nothing.

@@ -15,6 +15,8 @@ from longfactory.testing import run_ranks
 sys.path.insert(0, str(Path(__file__).parent))
 from manual_runs import manual_run
 
+pytestmark = pytest.mark.processes
+
 LORA = {"finetuning_type": "lora"}
 # Where a window is dropped: documents longer than the window, which is longer than a start-up probe of 128 tokens.
 PRETRAINING = {"stage": "pt", "dataset": "manual_pt"}

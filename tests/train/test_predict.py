@@ -108,6 +108,7 @@ def on_two_ranks(folder: str) -> dict[str, float]:
     return run(Path(folder), sp.SequenceParallel.create(1), {"eval": [[d] for d in DOCUMENTS]}, batch=2)
 
 
+@pytest.mark.processes
 def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
     """Five questions over two processes with batches of two: one process has a round with nothing of its own."""
     one, two = tmp_path / "one", tmp_path / "two"
@@ -117,6 +118,7 @@ def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
     assert metrics[0]["predict_rouge-l"] == metrics[1]["predict_rouge-l"]
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(("sharding", "trained"), [("fsdp2", True), ("fsdp2", False), ("zero2", True)])
 def test_sharded_parameters_write_what_whole_ones_write(sharding: str, trained: bool, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from small_runs import POOLS, STEPS, run_keys, steps, text, write_model
 
 from longfactory.testing import RankError
 
+pytestmark = pytest.mark.processes
+
 LOG2 = torch.tensor(math.log(2)).item()
 
 

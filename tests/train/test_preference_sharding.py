@@ -9,6 +9,8 @@ import pytest
 from cpu_sharding import on_ranks_of_their_own
 from preference_worker import run_cases
 
+pytestmark = pytest.mark.processes
+
 CASES = [
     "stage=dpo tune=full sp=2",
     "stage=dpo tune=lora sp=2",

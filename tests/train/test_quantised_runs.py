@@ -13,6 +13,8 @@ from small_runs import LORA, STEPS, home, steps, train, write_tokenizer
 
 from longfactory.testing import tiny_model
 
+pytestmark = pytest.mark.processes
+
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'longfactory[quantization]'")
 
 __all__ = ["home"]  # a fixture

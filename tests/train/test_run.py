@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
 from manual_runs import manual_run  # noqa: E402
 
+pytestmark = pytest.mark.processes
+
 DATA = {"sft": "manual_sft", "pt": "manual_pt", "dpo": "manual_dpo", "rm": "manual_dpo", "kto": "manual_kto"}
 
 

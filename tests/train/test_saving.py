@@ -24,6 +24,8 @@ from cpu_sharding import on_ranks_of_their_own  # noqa: E402
 from saving_worker import save_and_go_on  # noqa: E402
 from small_runs import LORA, keys, run_on_ranks, text, write_model  # noqa: E402
 
+pytestmark = pytest.mark.processes
+
 MTP = {"mtp.layers.0.proj.weight": torch.arange(12.0).view(3, 4), "mtp.norm.weight": torch.ones(3, dtype=torch.bfloat16)}
 
 

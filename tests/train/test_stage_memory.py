@@ -19,6 +19,8 @@ from longfactory.testing import tiny_model
 from longfactory.train.reference import as_reference
 from longfactory.train.stages import KTOStage, PreferenceStage, Stage, TokenStage
 
+pytestmark = pytest.mark.processes
+
 CHUNK = 8
 
 

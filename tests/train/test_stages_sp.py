@@ -24,6 +24,8 @@ from longfactory.testing import run_ranks, tiny_model
 from longfactory.train import losses, reference
 from longfactory.train.stages import KTOStage, PreferenceStage, RewardStage, Stage, TokenStage
 
+pytestmark = pytest.mark.processes
+
 SAMPLES = [0, 1, 2, 3]
 BETA, GAMMA, FTX = 0.2, 0.4, 0.3
 SOURCES = ("reference model", "adapter off", "precomputed")

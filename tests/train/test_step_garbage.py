@@ -13,6 +13,8 @@ from small_runs import LORA, POOLS, home, keys, run_on_ranks  # noqa: F401
 
 from longfactory.train.trainer import RowTrainer
 
+pytestmark = pytest.mark.processes
+
 
 def left_in_circles(words: list[str], cache: str) -> list[str]:
     """Runs what the words say and returns the tensors that the second and third step left in circles of references."""

@@ -13,6 +13,8 @@ from small_runs import home, keys, steps, train
 from longfactory.config import load_config
 from longfactory.train.run import load_data
 
+pytestmark = pytest.mark.processes
+
 __all__ = ["home"]  # a fixture
 
 # Twelve samples, five to a step: the third step ends in the stream's second pass, the fifth in its third.

@@ -14,6 +14,8 @@ from longfactory.config import from_mapping
 from longfactory.errors import UserError
 from longfactory.testing import RankError
 
+pytestmark = pytest.mark.processes
+
 __all__ = ["home"]  # a fixture
 
 ASFT = {"use_asft_loss": True, "asft_alpha": 3.0}

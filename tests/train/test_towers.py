@@ -15,6 +15,8 @@ from small_runs import LORA, POOLS, keys, run_on_ranks, steps, train, write_toke
 
 from longfactory.testing import RankError
 
+pytestmark = pytest.mark.processes
+
 GEMMA_MARKS = ("<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>")
 
 

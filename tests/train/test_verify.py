@@ -116,6 +116,7 @@ def with_family(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]
     return keys
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("case", list(CASES))
 def test_an_exact_engine_passes(case: str, base: dict[str, Any]) -> None:
@@ -150,6 +151,7 @@ def healthy() -> Iterator[tuple[int, dict[str, Any]]]:
     yield 4, {"stage": "kto", "dataset": "manual_kto", "sequence_parallel_size": 2}
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_no_healthy_run_gives_an_alarm(base: dict[str, Any]) -> None:
@@ -162,6 +164,7 @@ def test_no_healthy_run_gives_an_alarm(base: dict[str, Any]) -> None:
     assert count >= 30 and not alarms, "\n\n".join(alarms)
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_without_their_choices_replayed_experts_in_bf16_are_not_the_same(base: dict[str, Any]) -> None:
@@ -170,6 +173,7 @@ def test_without_their_choices_replayed_experts_in_bf16_are_not_the_same(base: d
     assert not exact, table
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_sharded_parameters_are_compared_whole(base: dict[str, Any]) -> None:
@@ -185,6 +189,7 @@ def test_sharded_parameters_are_compared_whole(base: dict[str, Any]) -> None:
             assert exact, table
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("broken", "memory"), [("gradient", {"disable_gradient_checkpointing": True}), ("isolation", {})])
 def test_a_broken_engine_is_found(broken: str, memory: dict[str, Any], base: dict[str, Any]) -> None:
@@ -226,6 +231,7 @@ def test_a_number_that_is_none_is_not_exact() -> None:
     assert "bf16=false" in report(dtype=torch.bfloat16).table()
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(300)
 def test_the_command(base: dict[str, Any]) -> None:
     import os

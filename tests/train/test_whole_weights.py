@@ -15,6 +15,8 @@ from longfactory.errors import UserError
 from longfactory.testing import assert_matches_single_process, tiny_model
 from longfactory.train.whole_weights import load_renamed
 
+pytestmark = pytest.mark.processes
+
 __all__ = ["home"]  # a fixture
 
 
