@@ -48,6 +48,7 @@ def test_help_on_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert "longfactory plan run.yaml" in out and "--host-gib" in out
 
 
+@pytest.mark.processes
 def test_version_and_env(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["version"]) == 0
     assert capsys.readouterr().out == f"{__version__}\n"
@@ -98,6 +99,7 @@ def test_more_parallel_than_processes(capsys: pytest.CaptureFixture[str], monkey
     assert "or nproc_per_node: 2 (on a machine without GPUs)" in capsys.readouterr().err
 
 
+@pytest.mark.processes
 def test_errors_are_one_message_without_a_stack_trace() -> None:
     done = subprocess.run([sys.executable, "-m", "longfactory.cli", "train", *RUN, "stage=sftt"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
@@ -145,6 +147,7 @@ def test_several_processes_go_through_torchrun(monkeypatch: pytest.MonkeyPatch) 
     assert calls[0][0] == "--nproc-per-node=2" and calls[0][-5:] == ["train", *RUN, "nproc_per_node=2"]
 
 
+@pytest.mark.processes
 def test_an_error_in_two_processes_is_told_once(tmp_path: Path) -> None:
     """Through torchrun itself: an error that only the workers can find."""
     (tmp_path / "longfactory_failing.py").write_text(
@@ -167,6 +170,7 @@ def test_config_errors_are_user_errors() -> None:
     assert issubclass(ConfigError, UserError) and issubclass(ConfigError, ValueError)
 
 
+@pytest.mark.processes
 def test_training_by_path() -> None:
     script = Path(__file__).parents[1] / "src" / "train.py"
     done = subprocess.run([sys.executable, str(script), "--model_name_or_path", "m"], capture_output=True, text=True)

@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from make_model import make_model  # noqa: E402
 
+pytestmark = pytest.mark.processes
+
 EXAMPLES = sorted(p for p in (ROOT / "examples").glob("*_*.yaml"))
 
 
@@ -53,7 +55,7 @@ def test_train_resume_and_refuse(small: list[str], tmp_path: Path) -> None:
     assert "The run goes on from" in again.stderr
     assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 3
 
-    other = longfactory(*words, "stage=pt", "dataset=manual_pt", cache=cache)
+    other = longfactory(*words, "stage=pt", "dataset=manual_pt", "sequence_parallel_size=1", "nproc_per_node=1", cache=cache)
     assert other.returncode == 2
     assert other.stderr.count("holds another run (its stage is sft, this run's pt") == 1
 
@@ -111,7 +113,7 @@ def test_a_reference_of_weights_that_zero3_has_taken_apart_without_training(smal
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        pytest.param(["dataset=manual_sfd"], "'manual_sfd' is not in dataset_info.json", id="data", marks=pytest.mark.slow),
+        pytest.param(["dataset=manual_sfd"], "'manual_sfd' is not in dataset_info.json", id="data"),
         pytest.param(["model_name_or_path=./absent"], "the folder ./absent does not exist", id="model", marks=pytest.mark.slow),
         pytest.param(["lora_target=q_prj"], "q_prj not found in the model", id="modules", marks=pytest.mark.slow),
         pytest.param(["train_from_scratch=false"], "could not be loaded", id="weights"),

@@ -122,6 +122,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("end", "status", "words"),
     [

@@ -131,6 +131,7 @@ def wait_for(pids: Path, count: int) -> list[int]:
     raise AssertionError(f"{count} processes did not start")
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_no_process_and_loses_no_result(tmp_path: Path, signum: signal.Signals) -> None:
@@ -168,6 +169,7 @@ def test_a_signal_leaves_no_process_and_loses_no_result(tmp_path: Path, signum: 
                 os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.processes
 def test_a_row_that_is_out_of_time_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_table, "LEAST", 0.0)
     monkeypatch.setattr(_table, "GRACE", 0.5)
@@ -184,6 +186,7 @@ def test_a_row_that_is_out_of_time_leaves_no_process(tmp_path: Path, monkeypatch
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@pytest.mark.processes
 def test_what_a_row_leaves_behind_is_ended_with_it(tmp_path: Path) -> None:
     script, pids = tmp_path / "leaving.py", tmp_path / "pids"
     script.write_text(HANGING.rpartition("time.sleep(600)")[0])

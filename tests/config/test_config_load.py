@@ -263,6 +263,7 @@ def test_a_whole_run_of_warming_up() -> None:
     assert args.get_warmup_steps(200) == 200
 
 
+@pytest.mark.processes
 def test_loading_imports_neither_torch_nor_transformers() -> None:
     code = (
         "import sys\nfrom longfactory.config import load_config\n"

@@ -45,6 +45,7 @@ LINES: list[tuple[bytes, str]] = [
 ]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("workers", [None, 2])
 def test_every_kind_of_bad_line_is_counted_and_placed(
     workers: int | None, tokenizer: Any, write_data: Any, caplog: pytest.LogCaptureFixture
@@ -187,6 +188,7 @@ def test_images_are_named(tokenizer: Any, write_data: Any, caplog: pytest.LogCap
     assert data.report.bad_rows["d"]["reasons"] == {"media": 1}
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(60)
 def test_an_error_in_a_worker_ends_the_run(tokenizer: Any, write_data: Any) -> None:
     """The reader, far ahead of the error, is not left waiting."""

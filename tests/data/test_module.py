@@ -103,6 +103,7 @@ def test_missing_files_and_names(tokenizer: Any, write_data: Any) -> None:
         load(tokenizer, folder / "mixed", dataset="d")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("workers", [None, 2])
 def test_what_cannot_be_fetched_is_told(tokenizer: Any, workers: int | None, write_data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
@@ -259,6 +260,7 @@ def test_cutoff_strategies_report_what_they_lose(tokenizer: Any, write_data: Any
         load(tokenizer, folder, dataset="d", cutoff_len=cutoff, cutoff_strategy="error")
 
 
+@pytest.mark.processes
 def test_packed_rows_hold_every_sample_once(tokenizer: Any, write_data: Any) -> None:
     folder = write_data(d=({}, ALPACA))
     alone = flat(load(tokenizer, folder, dataset="d").train)
@@ -341,6 +343,7 @@ def test_what_reuses_the_cache_and_what_does_not(
     assert sum(tokenised) == before + 40
 
 
+@pytest.mark.processes
 def test_workers_give_the_same_store(tokenizer: Any, write_data: Any, cache: Path) -> None:
     folder = write_data(d=({"file_name": "d.jsonl"}, ALPACA))
     one = flat(load(tokenizer, folder, dataset="d").train)

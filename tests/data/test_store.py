@@ -77,11 +77,13 @@ def _run(path: Path, log: Path, die: bool, ranks: int = 4) -> list[int | None]:
     return [p.exitcode for p in processes]
 
 
+@pytest.mark.processes
 def test_one_process_builds_and_all_read(tmp_path: Path) -> None:
     assert _run(tmp_path / "s", tmp_path / "log", die=False) == [0, 0, 0, 0]
     assert (tmp_path / "log").read_text() == "0\n"
 
 
+@pytest.mark.processes
 def test_if_the_builder_dies_another_builds(tmp_path: Path) -> None:
     assert _run(tmp_path / "s", tmp_path / "log", die=True) == [1, 0, 0, 0]
     builders = (tmp_path / "log").read_text().split()

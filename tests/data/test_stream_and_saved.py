@@ -65,6 +65,7 @@ def test_a_stream_tells_what_is_lost(tokenizer: Any, write_data: Any, caplog: py
     assert any(m.startswith("evaluation: 8 samples") for m in caplog.messages)
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(60)
 def test_workers_after_the_tokenizer_has_used_its_threads(tokenizer: Any, write_data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")  # as `longfactory train` sets it for one process
@@ -91,6 +92,7 @@ def test_shuffled_packed_and_held_out(tokenizer: Any, write_data: Any) -> None:
     assert numbers == list(range(50))
 
 
+@pytest.mark.processes
 def test_shards_and_workers_share_the_stream(tokenizer: Any, write_data: Any) -> None:
     stream = load(tokenizer, write_data(d=({"file_name": "d.jsonl"}, ROWS)), streaming=True).train
     whole = plain(stream)
@@ -112,6 +114,7 @@ def rows_of(stream: Any, workers: int, group: int = 0) -> list[list[int]]:
     return out
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     ("stage", "options"),
@@ -159,6 +162,7 @@ def test_processes_share_the_tokenising_and_change_nothing(
     assert len({pid for pid, _ in found}) > 1 and str(os.getpid()) not in {pid for pid, _ in found}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_row_ends_a_strict_stream_in_a_sentence(workers: int, tokenizer: Any, write_data: Any) -> None:
     folder = write_data(d=({"file_name": "d.jsonl"}, [*ROWS, {"instruction": "Q", "input": "", "output": ""}]))

@@ -90,6 +90,7 @@ def compare(
     return errors
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(("ranks", "mode", "ulysses"), SCHEDULES)
 def test_schedule_and_mask(ranks: int, mode: str, ulysses: int | None, mask: str) -> None:
@@ -97,6 +98,7 @@ def test_schedule_and_mask(ranks: int, mode: str, ulysses: int | None, mask: str
         assert max(errors.values()) <= 1e-12, errors
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("mask", ["early end", "packed window sinks", "branches window"])
 @pytest.mark.parametrize(("mode", "ulysses"), [("zigzag-ring", None), ("usp", 2)])
 def test_ring_gives_way_to_a_fetch(mode: str, ulysses: int | None, mask: str) -> None:
@@ -104,6 +106,7 @@ def test_ring_gives_way_to_a_fetch(mode: str, ulysses: int | None, mask: str) ->
         assert max(errors.values()) <= 1e-12, errors
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 1), (12, 4), (12, 6), (4, 2)])
 @pytest.mark.parametrize(("ranks", "mode", "ulysses"), [(4, "ulysses", None), (4, "usp", 2), (4, "zigzag-ring", None), (4, "llama3", None)])
 def test_head_shapes(ranks: int, mode: str, ulysses: int | None, heads: int, kv_heads: int) -> None:
@@ -112,6 +115,7 @@ def test_head_shapes(ranks: int, mode: str, ulysses: int | None, heads: int, kv_
         assert max(errors.values()) <= 1e-12, errors
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("mode", ["usp", "auto", "ulysses"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 3), (7, 1), (3, 3), (6, 2), (10, 5)])
 def test_any_head_count(mode: str, heads: int, kv_heads: int) -> None:
@@ -120,6 +124,7 @@ def test_any_head_count(mode: str, heads: int, kv_heads: int) -> None:
         assert max(errors.values()) <= 1e-12, errors
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("mode", ["zigzag-ring", "ulysses", "llama3", "usp"])
 @pytest.mark.parametrize(("dim", "v_dim"), [(5, 5), (12, 8)])
 def test_head_dims(mode: str, dim: int, v_dim: int) -> None:
@@ -128,6 +133,7 @@ def test_head_dims(mode: str, dim: int, v_dim: int) -> None:
         assert max(errors.values()) <= 1e-12, errors
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("mode", ["zigzag-ring", "ulysses", "llama3"])
 def test_shortest_row(mode: str) -> None:
     """Fewer tokens than chunks, padded up to one token a chunk."""
@@ -150,6 +156,7 @@ def _forward_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: t
     return [out.detach(), *(x.grad for x in leaves)]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("mode", ["zigzag-ring", "ulysses", "llama3"])
 def test_repeatable_to_the_last_bit(mode: str) -> None:
     assert all(run_ranks(4, bitwise, mode))
@@ -170,6 +177,7 @@ def low_precision(mode: str, dtype: torch.dtype) -> tuple[float, float]:
     return error(shared), error(single)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("mode", ["zigzag-ring", "ulysses", "llama3"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_no_less_precise_than_one_process(mode: str, dtype: torch.dtype) -> None:
@@ -195,6 +203,7 @@ def forward_and_backward_by_hand(mode: str) -> float:
     return max((a - b).abs().max().item() for a, b in pairs)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("mode", ["zigzag-ring", "ulysses", "llama3"])
 def test_explicit_functions_agree_with_autograd(mode: str) -> None:
     assert max(run_ranks(2, forward_and_backward_by_hand, mode)) <= 1e-14
@@ -235,6 +244,7 @@ def refused(mode: str, change: str) -> str:
     return "accepted"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("mode", "change", "message"),
     [
@@ -259,6 +269,7 @@ def half_of_the_ranks(mode: str) -> None:
         raise ValueError("rank 1 gives up")
 
 
+@pytest.mark.processes
 def test_an_error_on_one_rank_is_reported_with_its_traceback() -> None:
     with pytest.raises(RankError, match="rank 1 gives up"):
         run_ranks(2, half_of_the_ranks, "")

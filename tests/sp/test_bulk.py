@@ -74,6 +74,7 @@ def compare_in_bulk(*args: object, **kwargs: object) -> dict[str, float]:
         bulk.SMALLEST, bulk.unit, kernels.bulk = originals  # type: ignore[assignment]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("segments", [PACKED, BRANCHES], ids=["packed", "branches"])
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("mode", ["zigzag-ring", "ulysses", "llama3"])

@@ -46,6 +46,7 @@ def adjoint(mode: str, name: str) -> float:
     return (products[0] - products[1]).abs().item()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "shard", "gather", "gather of a vector"])
 @pytest.mark.parametrize("mode", ["zigzag-ring", "llama3"])
 def test_backward_is_the_adjoint(mode: str, name: str) -> None:
@@ -59,6 +60,7 @@ def round_trip(mode: str) -> bool:
     return torch.equal(local, x[plan.index]) and torch.equal(sp.gather(local, plan), x)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("mode", ["zigzag-ring", "ulysses", "llama3"])
 def test_gather_undoes_shard_and_index_names_the_rows(mode: str) -> None:
     assert all(run_ranks(4, round_trip, mode))

@@ -8,6 +8,8 @@ import pytest
 from longfactory.sp import families
 from longfactory.testing import run_ranks
 
+pytestmark = pytest.mark.processes
+
 # One of each kind: plain, window of the mask alone, soft-cap, sinks, chunks with temperature, latent attention, arguments dropped on
 # the way, frequencies that depend on the row, a gated delta net.
 REPRESENTATIVES = [

@@ -12,6 +12,8 @@ from longfactory import sp
 from longfactory.sp import Segment
 from longfactory.testing import run_ranks
 
+pytestmark = pytest.mark.processes
+
 
 def left_in_circles(mode: str, packed: bool) -> list[str]:
     ctx = context(mode, heads=4, kv=2)

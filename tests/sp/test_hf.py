@@ -193,6 +193,7 @@ def reads_the_index() -> str:
     return ""
 
 
+@pytest.mark.processes
 def test_guard_refuses_what_reads_the_index_instead_of_the_position() -> None:
     for message in run_ranks(2, reads_the_index):
         assert "of layer 0 (LlamaDecoderLayer), as it is trained, is" in message and "type llama" in message
@@ -282,6 +283,7 @@ def lora(model: nn.Module) -> nn.Module:
     return out.double()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "peft"])
 def test_wrapped_and_checkpointed(kind: str) -> None:
     for loss, gradients in run_ranks(2, wrapped, kind):

@@ -42,6 +42,7 @@ def branches(size: int) -> tuple[float, float]:
     return ((whole - reference).abs().max() / reference.abs().max()).item(), worst
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("size", [2, 4])
 def test_branches_start_from_their_parents_state(size: int) -> None:
     for logits, gradients in run_ranks(size, branches, size):

@@ -53,6 +53,7 @@ def checkpointed(mode: str) -> list[tuple[float, float, int, int]]:
     return [((y - out[0][0]).abs().max().item(), (g - out[0][1]).abs().max().item(), n, held) for y, g, n, held in out]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("mode", ["zigzag-ring", "ulysses", "llama3"])
 def test_recompute_under_keep_runs_no_kernel(mode: str) -> None:
     for plain, checkpointed_, first, second in run_ranks(2, checkpointed, mode):

@@ -57,6 +57,7 @@ def measured(table: list[dict[Candidate, float]], rows: list[tuple[int, tuple[Se
     return dict(ctx.measured), choices, len(calls), max(errors)
 
 
+@pytest.mark.processes
 def test_the_slowest_rank_decides_for_all() -> None:
     """Ulysses is fastest on three ranks and slowest on the fourth; the gather is second everywhere."""
     table = [{RING: 5.0, GATHER: 2.0, BY_TWO: 3.0, ULYSSES: 1.0} for _ in range(4)]
@@ -69,6 +70,7 @@ def test_the_slowest_rank_decides_for_all() -> None:
         assert error <= 1e-12
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("fastest", [RING, BY_TWO, ULYSSES])
 def test_each_candidate_can_be_chosen_and_is_exact(fastest: Candidate) -> None:
     table = [{c: 1.0 + (c != fastest) for c in (RING, GATHER, BY_TWO, ULYSSES)}] * 4
@@ -76,6 +78,7 @@ def test_each_candidate_can_be_chosen_and_is_exact(fastest: Candidate) -> None:
         assert choices == [(*fastest, "zigzag")] and error <= 1e-12
 
 
+@pytest.mark.processes
 def test_what_is_as_fast_is_chosen_in_the_same_order() -> None:
     """Half a percent is noise: the first candidate is taken, whichever of them was ahead."""
     for first in (1.0, 1.005):
@@ -83,6 +86,7 @@ def test_what_is_as_fast_is_chosen_in_the_same_order() -> None:
         assert [kept for kept, *_ in run_ranks(4, measured, table, [(LENGTH, PACKED)])] == [{row_class(LENGTH, PACKED): RING}] * 4
 
 
+@pytest.mark.processes
 def test_deterministic_runs_go_by_the_rule() -> None:
     table = [{c: 1.0 for c in (RING, GATHER, BY_TWO, ULYSSES)}] * 4
     for kept, _, calls, _ in run_ranks(4, measured, table, [(LENGTH, PACKED)], ordered=True):

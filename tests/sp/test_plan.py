@@ -192,6 +192,7 @@ def two_machines(mode: str, **environment: str) -> tuple[int, str]:
         return sp.plan(64, None, ctx).choice.ulysses, "".join(call.args[0] for call in warning.call_args_list)
 
 
+@pytest.mark.processes
 def test_groups_over_two_machines() -> None:
     for answer in run_ranks(4, two_machines, "usp", GLOO_SOCKET_IFNAME="lo"):
         assert answer[0] == 0 and "reaches no other machine" in answer[1]
@@ -222,6 +223,7 @@ def create(size: int, mode: str, ulysses: int | None, ring: int | None) -> tuple
     return (ctx.rank, ctx.size, ctx.dp_rank, ctx.dp_size, ctx.group is None, ctx.dp_group is None)
 
 
+@pytest.mark.processes
 def test_groups_are_consecutive_ranks() -> None:
     assert run_ranks(4, create, 2, "zigzag-ring", None, None) == [
         (0, 2, 0, 2, False, False),
@@ -233,6 +235,7 @@ def test_groups_are_consecutive_ranks() -> None:
     assert run_ranks(4, create, 4, "usp", 2, None)[3] == (3, 4, 0, 1, False, True)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("size", "mode", "ulysses", "ring", "message"),
     [

@@ -13,6 +13,7 @@ than what hides it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -135,27 +136,36 @@ def chunk_bytes(s: ModelShape, c: Choice, tokens: int) -> float:
 
 def waiting(job: Job, c: Choice) -> tuple[float, float]:
     """Bytes of all layers' inputs and kept attention outputs on the GPU and on the host, for one GPU."""
-    s, t = job.shape, job.local
-    h, o, k = hidden_bytes(s), kept_bytes(s), c.segment_layers
-    stays = s.layers - c.last_layers_on_gpu if c.offload != "none" else 0  # layers from here on stay on the GPU
+    s = job.shape
+    how = (c.segment_layers, c.offload, c.last_layers_on_gpu, c.keep_attention)
+    gpu, host = _waiting_of_a_token(s.layers, hidden_bytes(s), kept_bytes(s), *how)
+    return gpu * job.local, host * job.local
+
+
+@functools.lru_cache(4096)
+def _waiting_of_a_token(
+    layers: int, h: int, o: int, k: int, offload: str, last_layers_on_gpu: int, keep_attention: float
+) -> tuple[float, float]:
+    """Bytes on the GPU and on the host, with `h` and `o` of a layer's input and kept attention; `k` layers a segment."""
+    stays = layers - last_layers_on_gpu if offload != "none" else 0  # layers from here on stay on the GPU
     gpu = host = 0.0
-    for i in range(0, s.layers, k):
-        last = min(i + k, s.layers) - 1
-        kept = o if last >= s.layers - round(c.keep_attention * s.layers) else 0
+    for i in range(0, layers, k):
+        last = min(i + k, layers) - 1
+        kept = o if last >= layers - round(keep_attention * layers) else 0
         there = i < stays
         host += h if there else 0
         gpu += 0 if there else h
-        if there and c.offload == "inputs+attention":
+        if there and offload == "inputs+attention":
             host += kept
         else:
             gpu += kept
     if k > 1:  # the segment that is open
-        inner_gpu = min(k - 1, s.layers - stays)
+        inner_gpu = min(k - 1, layers - stays)
         gpu += inner_gpu * (h + o)
         if inner_gpu < k - 1:
-            host += (k - 1) * (h + (o if c.offload == "inputs+attention" else 0))
-            gpu += (k - 1 - inner_gpu) * (0 if c.offload == "inputs+attention" else o)
-    return gpu * t, host * t
+            host += (k - 1) * (h + (o if offload == "inputs+attention" else 0))
+            gpu += (k - 1 - inner_gpu) * (0 if offload == "inputs+attention" else o)
+    return gpu, host
 
 
 def states(job: Job, c: Choice) -> tuple[dict[str, float], float]:
@@ -358,18 +368,20 @@ def choose(job: Job, mode: str = "auto", host_share: float = 0.85, fixed_keys: d
 
 def longest(job: Job, mode: str = "auto", host_share: float = 0.85, unit: int = 8192) -> int:
     """Tokens of the longest row, in multiples of `unit`, for which some choice fits. 0 if none does."""
+    most = 2**14
 
-    def fit(tokens: int) -> bool:
-        if tokens == 0:
-            return True
-        longer = dataclasses.replace(job, tokens=tokens)
-        # The leanest come last.
-        return any(fits(longer, budget(longer, c, timed=False), host_share) for c in reversed(list(choices(longer, mode))))
+    def fit(c: Choice, units: int) -> bool:
+        longer = dataclasses.replace(job, tokens=units * unit)
+        return fits(longer, budget(longer, c, timed=False), host_share)
 
-    low, high = 0, 1
-    while high < 2**14 and fit(high * unit):
-        low, high = high, high * 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fit(middle * unit) else (low, middle)
+    low = 0
+    # A piece of the MLP that is longer than a row is the whole row: the choices of the longest row are all that there are.
+    # The leanest come last. A choice is looked at further only where it fits a longer row than those before it.
+    for c in reversed(list(choices(dataclasses.replace(job, tokens=most * unit), mode))):
+        high = low + 1
+        while high < most and fit(c, high):
+            low, high = high, min(high * 2, most)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fit(c, middle) else (low, middle)
     return low * unit
