@@ -334,7 +334,7 @@ def choose(job: Job, mode: str = "auto", host_share: float = 0.85, fixed_keys: d
     if mode not in ("auto", "fast", "long"):
         raise ValueError(f"memory: {mode!r} is not a mode; it must be auto, fast or long.")
     best: tuple[float, Choice, Budget] | None = None
-    least: tuple[float, Choice, Budget] | None = None
+    least: tuple[float, Choice] | None = None
     for c in choices(job, mode):
         if fixed_keys:
             keys = dict(fixed_keys)
@@ -345,8 +345,9 @@ def choose(job: Job, mode: str = "auto", host_share: float = 0.85, fixed_keys: d
             c = dataclasses.replace(c, **keys)
             if c.checkpoint == "none" and (c.keep_attention or c.offload != "none" or c.segment_layers > 1):
                 continue
-        b = budget(job, c)
+        b = budget(job, c, timed=False)
         if fits(job, b, host_share):
+            b = dataclasses.replace(b, seconds=seconds(job, c))
             # Of equals, the one that leaves more room. The last eighth is taken for a gain of some percent, not for less: peaks are planned
             # within an eighth, and what a first step leaves free is used from the second on (`corrected`).
             full = b.gpu_total / job.machine.gpu_bytes
@@ -359,11 +360,11 @@ def choose(job: Job, mode: str = "auto", host_share: float = 0.85, fixed_keys: d
                 b.host_total / (host_share * job.machine.host_bytes) if job.machine.host_bytes else 0,
             )
             if least is None or short < least[0]:
-                least = (short, c, b)
+                least = (short, c)
     if best is not None:
         return best[1], best[2], True
     assert least is not None
-    return least[1], least[2], False
+    return least[1], budget(job, least[1]), False
 
 
 def longest(job: Job, mode: str = "auto", host_share: float = 0.85, unit: int = 8192) -> int:
