@@ -158,7 +158,7 @@ class Stream(IterableDataset):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.processes)])
 def test_the_loader_gives_rows(stream: bool, workers: int) -> None:
     data = Stream() if stream else list(range(7))
     common = {"batch": 2, "groups": 2, "group": 1, "workers": workers, "pin": False, "prefetch": None}

@@ -122,6 +122,7 @@ def test_what_is_not_usual_is_in_the_log(caplog: pytest.LogCaptureFixture, monke
     assert [m.split(":")[0] for m in caplog.messages] == ["optimizer_overlap does nothing here", "offload_gradients does nothing here"]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("clip", [0.01, 0.0])
 def test_a_run_sums_micro_batches_in_fp32_and_clips_without_rounding(clip: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """7 samples, 3 a step: the last step of the epoch has one micro-batch."""
