@@ -244,6 +244,22 @@ def test_where_the_models_own_layer_overflows_there_is_no_measure() -> None:
     assert compare.token_ratio(nothing, reference + 1e-3, reference, [64], unit) == float("inf")
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_of_four_bits_keep_their_bits_in_the_reference(sharded: bool) -> None:
+    """They are stored in words of a float type, which FSDP2 can shard; cast to a wider one, they are other bits."""
+
+    class Packed(nn.Parameter):
+        quant_state: Any = None
+
+    layer: Any = nn.Linear(4, 4)
+    bits = torch.randn(8, 1)
+    layer.weight = nn.Parameter(bits, requires_grad=False) if sharded else Packed(bits, requires_grad=False)
+    (layer if sharded else layer.weight).quant_state = object()  # what FSDP2 gathers is a plain tensor
+    plain = compare.plain_layer(layer, {"weight": layer.weight.detach()} if sharded else {}, torch.float64)
+    assert torch.equal(plain.weight, bits) and plain.weight.dtype == torch.float32
+    assert plain.bias.dtype == torch.float64
+
+
 def test_a_layer_is_perturbed_by_one_rounding_at_most() -> None:
     draw = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(64, 32, generator=draw).half() for _ in range(2))

@@ -150,10 +150,10 @@ def plain_layer(layer: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dt
     """
     memo: dict[int, Any] = {}
 
-    def cast(t: Tensor) -> Tensor:
+    def cast(t: Tensor, packed: bool = False) -> Tensor:
         if id(t) not in memo:
             own = t.detach() if type(t) in (Tensor, nn.Parameter) else t  # quantised weights carry their scales with them
-            memo[id(t)] = own.to(dtype) if dtype is not None and own.is_floating_point() else own
+            memo[id(t)] = own.to(dtype) if dtype is not None and own.is_floating_point() and not packed else own
         return memo[id(t)]
 
     def plain(module: nn.Module, prefix: str) -> nn.Module:
@@ -174,11 +174,17 @@ def plain_layer(layer: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dt
         new.__dict__.update(fields)
         for kept in ("_parameters", "_buffers"):
             held = {n: weights.get(prefix + n, t) if t is not None else None for n, t in module.__dict__[kept].items()}
-            new.__dict__[kept] = {n: None if t is None else cast(t) for n, t in held.items()}
+            new.__dict__[kept] = {n: None if t is None else cast(t, _is_packed(module, n)) for n, t in held.items()}
         new.__dict__["_modules"] = {n: None if m is None else plain(m, f"{prefix}{n}.") for n, m in module._modules.items()}
         return new
 
     return plain(layer, "")
+
+
+def _is_packed(module: nn.Module, name: str) -> bool:
+    """Whether a parameter holds weights of four bits in the words of a float type, whose numbers mean nothing."""
+    states = (getattr(module, "quant_state", None), getattr(module._parameters.get(name), "quant_state", None))
+    return name == "weight" and any(state is not None for state in states)
 
 
 def _is_wrapper(kind: type) -> bool:
