@@ -199,3 +199,26 @@ def test_a_sharded_run_saves_whole_weights_and_resumes_with_another_size(shardin
     whole, resumed = result["losses"]
     assert len(whole) == 2 and resumed == pytest.approx(whole, abs=1e-5)
     assert result["resumed"] < 2e-4, "the second step, made from the checkpoint with size 1, is another one"
+
+
+def test_an_adapter_that_was_not_loaded_whole_ends_the_resume(tmp_path: Path) -> None:
+    """PEFT leaves out tensors that it does not find, and says nothing of them when a run goes on."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LagunaForCausalLM
+
+    from longfactory.model import saved
+    from longfactory.sp.tiny_models import tiny_config
+    from longfactory.train.trainer import RowTrainer
+
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model = get_peft_model(LagunaForCausalLM(tiny_config("laguna")), config)
+    trainer: Any = types.SimpleNamespace(is_fsdp_enabled=False, is_deepspeed_enabled=False, model=model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"was not loaded as it was saved: 6 of 16 tensors of the model are not in"):
+        RowTrainer._load_renamed(trainer, str(tmp_path))
+    saved.rename_for_peft(tmp_path, model)
+    RowTrainer._load_renamed(trainer, str(tmp_path))
+    RowTrainer.refuse_renamed_adapter(trainer)
+    trainer.is_fsdp_enabled = True  # its own files have today's names
+    with pytest.raises(UserError, match=r"PEFT does not find 6 tensors .* adapter_name_or_path"):
+        RowTrainer.refuse_renamed_adapter(trainer)
