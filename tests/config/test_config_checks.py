@@ -77,6 +77,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"finetuning_type": "full", "adapter_name_or_path": "a"}, "longfactory export"),
     ({"finetuning_type": "full", "use_dora": True}, "use_dora is for finetuning_type: lora"),
     ({"finetuning_type": "freeze", "loraplus_lr_ratio": 16}, "loraplus_lr_ratio is for finetuning_type: lora"),
+    ({"quantization_bit": 8, "sharding": "fsdp2"}, "cannot shard weights of 8 bits"),
     ({"finetuning_type": "full", "quantization_bit": 4}, "Use lora, or leave quantization_bit out"),
     ({"quantization_bit": 4, "pissa_init": True}, "pissa_init decomposes"),
     ({"quantization_bit": 4, "resize_vocab": True}, "resize_vocab cannot"),

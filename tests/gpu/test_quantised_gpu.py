@@ -30,12 +30,16 @@ def changed_bits(storage: torch.dtype, param_dtype: torch.dtype | None) -> int:
     return int((gathered != patterns.view(torch.uint8)).sum())
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_the_storage_type_of_quantised_weights_survives_fsdp2(monkeypatch: pytest.MonkeyPatch) -> None:
     from longfactory.config.arguments import ModelArguments
 
     monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: object())
     arguments = ModelArguments(model_name_or_path="x", quantization_bit=4)
-    storage = load.quantization_config(arguments, torch.bfloat16).bnb_4bit_quant_storage
-    assert run_ranks(1, changed_bits, storage, None, process_group="nccl") == [0]
+    config = load.quantization_config(arguments, torch.bfloat16, sharded=True)
+    for dtype in (None, torch.bfloat16, torch.float16):
+        for storage in (torch.float32, torch.bfloat16, torch.float16):
+            print(storage, dtype, run_ranks(2, changed_bits, storage, dtype, process_group="nccl"))
+    assert run_ranks(2, changed_bits, config.bnb_4bit_quant_storage, None, process_group="nccl") == [0, 0]
     # The fault that this type is chosen for: should torch mend it, a type of two bytes will do.
-    assert run_ranks(1, changed_bits, torch.bfloat16, torch.bfloat16, process_group="nccl") != [0]
+    assert run_ranks(2, changed_bits, torch.float16, torch.float16, process_group="nccl") != [0, 0]

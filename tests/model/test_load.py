@@ -146,8 +146,10 @@ def test_the_dtype_of_products() -> None:
 
 def test_quantised_weights_are_stored_in_the_type_whose_bits_survive_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: object())
-    config = load.quantization_config(arguments("x", quantization_bit=4), torch.bfloat16)
+    config = load.quantization_config(arguments("x", quantization_bit=4), torch.bfloat16, sharded=True)
     assert (config.bnb_4bit_quant_storage, config.bnb_4bit_compute_dtype) == (torch.float32, torch.bfloat16)
+    config = load.quantization_config(arguments("x", quantization_bit=4), torch.bfloat16)
+    assert config.bnb_4bit_quant_storage == torch.uint8
 
 
 def test_quantisation_is_refused_clearly(monkeypatch: pytest.MonkeyPatch) -> None:

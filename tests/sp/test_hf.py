@@ -94,7 +94,7 @@ def test_masks_are_inspected() -> None:
     [
         ("llama", {"": "longfactory"}),
         ("phi4_multimodal", {"": "longfactory"}),
-        ("gemma3", {"": "longfactory", "text_config": {"": "longfactory"}}),
+        ("gemma3", {"": "longfactory", "text_config": "longfactory"}),
     ],
 )
 def test_towers_keep_their_attention(family: str, expected: dict) -> None:

@@ -186,6 +186,7 @@ def test_adapter_off_is_the_base_model(wrapped: bool) -> None:
     before = {n: (p.requires_grad, p.grad) for n, p in model.named_parameters()}
     with reference.as_reference(outer if wrapped else model, adapter_off=True):
         got = model_logps(model, row)
+        assert {n for n, p in model.named_parameters() if p.requires_grad} == {n for n, (trained, _) in before.items() if trained}
     assert torch.equal(got, want) and not got.requires_grad
     assert {n: (p.requires_grad, p.grad) for n, p in model.named_parameters()} == before
     assert all(m.training for m in model.modules())

@@ -210,6 +210,8 @@ def adapters(cfg: RunConfig) -> Iterator[str]:
     for name in ("loraplus_lr_ratio", "pissa_init", "use_dora", "use_rslora"):
         if getattr(m, name) and not lora:
             yield f"{name} is for finetuning_type: lora; this run's is {m.finetuning_type}. Leave it out."
+    if model.quantization_bit == 8 and cfg.parallel.sharding == "fsdp2":
+        yield "FSDP2 cannot shard weights of 8 bits. Use quantization_bit: 4, or sharding: ddp."
     if model.quantization_bit is None:
         return
     if not lora:

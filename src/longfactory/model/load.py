@@ -284,8 +284,13 @@ def _keep_trainable(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def quantization_config(args: Any, dtype: torch.dtype) -> Any:
+def quantization_config(args: Any, dtype: torch.dtype, *, sharded: bool = False) -> Any:
     """`quantization_bit: 4 | 8` -> a bitsandbytes configuration, or None.
+
+    Args:
+        args: the model's arguments.
+        dtype: what the layers compute in.
+        sharded: FSDP2 will shard the weights.
 
     Raises:
         UserError: bitsandbytes is not installed, or another method or width is asked for.
@@ -306,10 +311,11 @@ def quantization_config(args: Any, dtype: torch.dtype) -> Any:
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_use_double_quant=args.double_quantization,
             bnb_4bit_quant_type=args.quantization_type,
-            # A floating storage type is what FSDP2 can shard. float32 is the one whose bits survive: CUDA copies many half-precision
-            # tensors at once through float32, and every NaN among them comes out as the same one
+            # What is stored are bits, which no cast to another precision may reach (DeepSpeed casts whole models). FSDP2 shards float
+            # types alone, and of these float32 is the one whose bits survive: CUDA copies many half-precision tensors at once through
+            # float32, and every NaN among them comes out as the same one
             # (https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1945).
-            bnb_4bit_quant_storage=torch.float32,
+            bnb_4bit_quant_storage=torch.float32 if sharded else torch.uint8,
         )
     raise UserError(f"quantization_bit: {args.quantization_bit} is not supported. Use 4 or 8.")
 

@@ -220,7 +220,8 @@ def of_text(config: PreTrainedConfig, attention: str = ATTENTION) -> dict[str, A
     for key in config.sub_configs:
         part = getattr(config, key, None)
         if isinstance(part, PreTrainedConfig) and _holds(part, text):
-            parts[key] = of_text(part, attention)
+            # A name where one is enough: older transformers read one level of names only.
+            parts[key] = attention if part is text and not part.sub_configs else of_text(part, attention)
     return parts
 
 

@@ -85,7 +85,13 @@ def as_reference(model: nn.Module, adapter_off: bool) -> Iterator[None]:
                 m.training = True
 
 
-def _adapter_off(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def _adapter_off(model: nn.Module) -> Iterator[None]:
+    """While open, `model` computes as it was before its adapter.
+
+    What is trained goes on saying so, which PEFT takes away: FSDP2 looks for it in a model's first pass, which this may be, and would
+    reduce all later gradients in the type that they are computed in.
+    """
     inner: Any = model
     while not hasattr(inner, "peft_config"):
         for name in ("module", "_orig_mod"):
@@ -101,7 +107,11 @@ def _adapter_off(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
                 f"Adapter {name} starts from `{start}`, which changes the base weights: without the adapter the model is not the one that "
                 "training started from. Set `precompute_ref_log_probs: true` or name a `ref_model`."
             )
-    return inner.disable_adapter()
+    trained = [p for p in inner.parameters() if p.requires_grad]
+    with inner.disable_adapter():
+        for p in trained:
+            p.requires_grad_(True)
+        yield
 
 
 # -- fingerprints -------------------------------------------------------------------------------------------------------------------------

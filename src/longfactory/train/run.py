@@ -270,7 +270,7 @@ def build_model(
 ) -> tuple[Any, Any, Source]:
     """The model with the engine's attention, what is trained of it, and its output layer taken over; and the files that it came from."""
     dtype = computing_dtype(cfg, args, split)
-    quantization = load.quantization_config(cfg.model, dtype)
+    quantization = load.quantization_config(cfg.model, dtype, sharded=bool(args.fsdp))
     on_device = args.device if cfg.model.train_from_scratch else None
     model = load.load_model(cfg.model, model_config, dtype, attention=hf.ATTENTION, device=on_device, quantization=quantization)
     source = load.source_of(model, cfg.model)

@@ -215,8 +215,12 @@ def load_reference(trainer: RowTrainer, cfg: Any) -> tuple[nn.Module, TokenLogpr
     config = load.load_config(named, cfg.data.cutoff_len)
     reference.check_reference(trainer.accelerator.unwrap_model(trainer.model_wrapped).config, config)
     dtype = load.compute_dtype(args)
+    sharded = trainer.is_fsdp_enabled and args.device.type == "cuda"
+    if sharded and named.quantization_bit == 8:
+        raise UserError("FSDP2 cannot shard the reference's weights of 8 bits. Use ref_model_quantization_bit: 4, or sharding: ddp.")
+    quantization = load.quantization_config(named, dtype, sharded=sharded)
     with _not_partitioned(args):
-        model = load.load_model(named, config, dtype, attention=hf.ATTENTION, quantization=load.quantization_config(named, dtype))
+        model = load.load_model(named, config, dtype, attention=hf.ATTENTION, quantization=quantization)
         key = "ref_model_adapters" if cfg.method.ref_model else "adapter_name_or_path"
         for path in named.adapter_name_or_path:
             model = adapters.load_adapter(model, path, key=key).merge_and_unload()
@@ -227,7 +231,7 @@ def load_reference(trainer: RowTrainer, cfg: Any) -> tuple[nn.Module, TokenLogpr
     if isinstance(policy_layer, CheckpointedLayer):
         settings = dataclasses.replace(policy_layer.store.settings, keep_attention=0.0, offload="none", pool_bytes=0, segment_layers=1)
         apply_memory(model, settings, args.device)
-    if trainer.is_fsdp_enabled and args.device.type == "cuda":
+    if sharded:
         shard_frozen(model)
     elif not named.quantization_bit:
         model.to(args.device)
