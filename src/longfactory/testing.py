@@ -40,8 +40,8 @@ IMPORTED = ("longfactory.train.run", "longfactory.train.verify", "longfactory.sp
 class RankPool:
     """`size` processes with a process group, gloo on CPUs or nccl with one GPU each.
 
-    The first call of the first pool costs seconds (imports), later ones milliseconds. Process groups that a function made end with it,
-    on every rank: each holds threads that wake up a hundred times a second. `keep_groups` is for a library that keeps its own.
+    The first call of the first pool costs seconds (imports), later ones milliseconds. Groups of gloo that a function made end with it, on
+    every rank: each holds threads that wake up a hundred times a second. `keep_groups` is for a library that keeps its own.
 
     A rank that died, hung or raised in the middle of a collective leaves the group unusable: the pool then starts afresh at the next
     call. The group meets through a file, so no port is needed.
@@ -115,7 +115,7 @@ class RankPool:
                 # The others may be waiting for this rank in a collective: they get a moment to fail by themselves.
                 deadline = min(deadline, time.monotonic() + 2.0)
         if len(answers) == self.size:
-            if not self.keep_groups:
+            if self.backend == "gloo" and not self.keep_groups:
                 for tasks in self._tasks:
                     tasks.put(None)  # all are done with the groups, so that none waits for another
             return [answers[r] for r in range(self.size)]

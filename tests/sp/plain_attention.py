@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -64,5 +65,12 @@ def random_inputs(
 
 
 def context(mode: str, ulysses: int | None = None, backend: str = "auto", heads: int | None = None, kv: int | None = None) -> Any:
-    """A context of all processes."""
+    """A context of all processes. With NCCL one a process and setting: its groups stay when a function of a rank ends."""
+    return (_kept if dist.get_backend() == "nccl" else _created)(mode, ulysses, backend, heads, kv)
+
+
+def _created(mode: str, ulysses: int | None, backend: str, heads: int | None, kv: int | None) -> Any:
     return sp.SequenceParallel.create(dist.get_world_size(), mode=mode, ulysses_degree=ulysses, backend=backend, heads=heads, kv_heads=kv)
+
+
+_kept = functools.cache(_created)
