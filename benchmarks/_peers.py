@@ -244,7 +244,7 @@ def shard(bench: Bench, model: Any) -> None:
 
 def make_optimizer(bench: Bench, model: Any, placement: str, **leaving: Any) -> torch.optim.Optimizer:
     """AdamW with exact fp32 weights and states: torch's on fp32 shards, the split master on one GPU's bf16 weights."""
-    from longfactory.model.memory.optimizer import SplitAdamW
+    from longfactory.memory.optimizer import SplitAdamW
 
     if bench.world > 1 and placement == "gpu":
         return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=bench.cuda)
@@ -271,7 +271,7 @@ def finish_step(
     bench: Bench, model: Any, optimizer: torch.optim.Optimizer | None, loss: Tensor, start: float
 ) -> tuple[float, dict[str, float]]:
     """Backward, clipping, update. Returns the row's loss and the seconds of the parts."""
-    from longfactory.model.memory.optimizer import SplitAdamW
+    from longfactory.memory.optimizer import SplitAdamW
 
     value = loss.detach().float()
     forward = bench.sync()
@@ -295,13 +295,13 @@ def finish_step(
 
 def ours(bench: Bench) -> None:
     from longfactory import sp
-    from longfactory.model.memory.apply import apply_memory
-    from longfactory.model.memory.auto import choose_memory, host_memory
+    from longfactory.memory.apply import apply_memory
+    from longfactory.memory.choose import choose_memory, host_memory
+    from longfactory.memory.cost import hidden_bytes, kept_bytes
     from longfactory.model.token_logprobs import TokenLogprobs
-    from longfactory.plan.model import hidden_bytes, kept_bytes
     from longfactory.sp import hf
-    from longfactory.train.losses import LossOptions
-    from longfactory.train.stages import PreferenceStage
+    from longfactory.stages.losses import LossOptions
+    from longfactory.stages.make import PreferenceStage
 
     job = bench.job
     NoteKernels(bench)
@@ -444,7 +444,11 @@ def deepspeed_row(bench: Bench) -> None:
     """DeepSpeed's ALST as its documentation composes it, or (row ulysses) its sequence parallelism alone with full logits."""
     try:
         import deepspeed
-        from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss, TiledMLP, UlyssesSPAttentionHF
+        from deepspeed.runtime.sequence_parallel.ulysses_sp import (
+            TiledFusedLogitsLoss,
+            TiledMLP,
+            UlyssesSPAttentionHF,
+        )
     except Exception as error:
         bench.tokens = bench.job.tokens[0]
         if bench.rank == 0:

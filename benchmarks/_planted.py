@@ -61,7 +61,7 @@ def _in_layers(model: nn.Module, name: str, change: Callable[[Any], Any]) -> Ite
 
 def _hand_written_up_projection(model: nn.Module) -> Any:
     """A gradient that the hand-written backward gets wrong by a tenth, its forward right."""
-    from longfactory.model.memory import decoder_layer
+    from longfactory.memory import decoder_layer
 
     def change(backward: Any) -> Any:
         def scaled(*args: Any) -> Any:

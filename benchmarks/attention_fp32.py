@@ -6,7 +6,7 @@
 One causal document, 8 query heads and 2 key heads. A row is a kernel at a length and a head dim: milliseconds and TFLOP/s forward and
 backward (2 * T * T * heads * D forward, 2.5 times that backward), the memory beyond the inputs, and the error of the last rows' output from
 float64. `math` takes all keys at once, as far as the memory goes; `chunked` is what runs: blocks of keys. Beside them bf16's kernel.
-The rates of fp32 in `longfactory/plan/shapes.py` (FLOAT32, float32_rates) are to be set from this table.
+The rates of fp32 in `longfactory/memory/shapes.py` (FLOAT32, float32_rates) are to be set from this table.
 """
 
 from __future__ import annotations

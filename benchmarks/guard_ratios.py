@@ -28,11 +28,11 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from longfactory import sp
+from longfactory.memory.apply import apply_memory
+from longfactory.memory.settings import MemorySettings
 from longfactory.model import load
-from longfactory.model.memory.apply import apply_memory
-from longfactory.model.memory.settings import MemorySettings
 from longfactory.sp import compare, guard, hf
-from longfactory.sp.tiny_models import tiny_model
+from longfactory_dev.tiny_models import tiny_model
 
 sys.path.insert(0, str(Path(__file__).parent))
 import _planted
@@ -162,7 +162,7 @@ def measure(device: str, names: list[str], precisions: list[str], healthy: bool,
 
 
 def real_heads(family: str) -> dict[str, Any]:
-    from longfactory.sp.tiny_models import tiny_config
+    from longfactory_dev.tiny_models import tiny_config
 
     values = tiny_config(family).to_dict()
     return {k: v for k, v in REAL_HEADS.items() if k in values and not values.get("kv_lora_rank")}

@@ -30,8 +30,8 @@ from _peers import SHAPES, make_config
 from _table import Clock, GiB, job, log_file, machine_name, run_row, settings_line, write
 from throughput import system
 
-from longfactory.plan.model import kept_bytes
-from longfactory.plan.shapes import ModelShape
+from longfactory.memory.cost import kept_bytes
+from longfactory.memory.shapes import ModelShape
 
 # The leanest layer: everything that can leave the GPU does.
 LEAN: dict[str, Any] = {

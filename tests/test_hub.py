@@ -14,10 +14,9 @@ import pytest
 
 from longfactory import hub
 from longfactory.config.arguments import ModelArguments
-from longfactory.data.errors import DataError
 from longfactory.data.readers import read
 from longfactory.data.sources import Source, read_sources
-from longfactory.errors import UserError
+from longfactory.errors import DataError, UserError
 from longfactory.model import load
 
 

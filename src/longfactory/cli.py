@@ -52,7 +52,7 @@ Its own keys, which no file holds (docs/verify.md)
 
 
 def train(argv: list[str]) -> int:
-    from longfactory.config import load_config
+    from longfactory.config import load_config, resolved
     from longfactory.config.checks import processes
     from longfactory.config.show import processes as planned_processes
 
@@ -73,7 +73,7 @@ def train(argv: list[str]) -> int:
         for note in check_model(cfg):
             print(f"note: {note}", file=sys.stderr)
         if _rank() == 0:
-            print(cfg.resolved(), end="")
+            print(resolved(cfg), end="")
         return 0
     if (status := _start("train", cfg, argv)) is not None:
         return status

@@ -145,7 +145,7 @@ def _adapters(cfg: RunConfig, found: Found) -> None:
 def _data(cfg: RunConfig, tokenizer: Any, found: Found) -> None:
     """Looks at the template, the entries of dataset_info.json, their files and their first rows."""
     from longfactory.data import module, saved
-    from longfactory.data.errors import DataError
+    from longfactory.errors import DataError
 
     options, stage = cfg.data_options(), cfg.method.stage
     template = None
@@ -190,10 +190,11 @@ def _template(cfg: RunConfig, options: Any, tokenizer: Any, found: Found) -> Any
 def _data_set(cfg: RunConfig, options: Any, name: str, kind: str, template: Any, tokenizer: Any, questions: bool, found: Found) -> None:
     """Raises DataError for what is wrong with one data set."""
     from longfactory.data import module
-    from longfactory.data.errors import BadRow, DataError
+    from longfactory.data.errors import BadRow
     from longfactory.data.readers import parse_line, read
     from longfactory.data.sources import read_sources
     from longfactory.data.tokens import PieceTokenizer
+    from longfactory.errors import DataError
 
     if cfg.data.dataset_dir == "ONLINE" or cfg.data.dataset_dir.startswith("REMOTE:"):
         found.unchecked.append(f"Data set {name!r} is on the hub (dataset_dir: {cfg.data.dataset_dir}) and was not looked up.")

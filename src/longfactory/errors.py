@@ -9,3 +9,7 @@ class UserError(Exception):
 
 class ConfigError(UserError, ValueError):
     """A key, a value, or a combination of them, that cannot be run."""
+
+
+class DataError(UserError, ValueError):
+    """A data set that cannot be used, told in one sentence or two."""

@@ -1,6 +1,6 @@
 """Every causal language model of the installed transformers, tiny and random: exact under sequence parallelism, or refused.
 
-    python -m longfactory.sp.families [model_type ...] [--size 2] [--write docs/models.md]
+    python -m longfactory_dev.families [model_type ...] [--size 2] [--write docs/models.md]
 
 A family is built with four layers and a few thousand parameters, with windows, chunks and lengths short enough to matter. A row of two
 documents is spread over the ranks; logits and the gradient of every parameter are compared with the model computing each document
@@ -27,16 +27,19 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
-from . import guard as start_guard
-from . import hf
-from .collectives import shard
-from .context import SequenceParallel, alignment
-from .layout import Segment
-from .plan import plan as make_plan
-from .text_model import idle, model_class
-from .tiny_models import OVERRIDES, tiny_model
+from longfactory.sp import guard as start_guard
+from longfactory.sp import hf
+from longfactory.sp.collectives import shard
+from longfactory.sp.context import SequenceParallel, alignment
+from longfactory.sp.layout import Segment
+from longfactory.sp.plan import plan as make_plan
+from longfactory.sp.text_model import idle, model_class
+from longfactory_dev.tiny_models import OVERRIDES, tiny_model
 
 Verdict = Literal["exact", "refused", "wrong", "not built"]
 DOCUMENTS = (21, 38)
@@ -259,7 +262,7 @@ def table(results: Sequence[Result], size: int) -> str:
     lengths = " and ".join(map(str, DOCUMENTS))
     head = f"""# Models
 
-Written by `python -m longfactory.sp.families --write docs/models.md` with transformers {transformers.__version__} and
+Written by `python -m longfactory_dev.families --write docs/models.md` with transformers {transformers.__version__} and
 torch {torch.__version__.split("+")[0]}: every family that `AutoModelForCausalLM` or `AutoModelForMultimodalLM` knows.
 
 Families with a vision or an audio tower are trained on text, through their text decoder. They are loaded and saved as the class that the

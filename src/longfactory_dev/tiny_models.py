@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .text_model import model_class
+from longfactory.sp.text_model import model_class
 
 # Tiny value -> the fields of configurations that take it. Only fields that a configuration has are set.
 _VALUES: tuple[tuple[Any, str], ...] = (

@@ -18,7 +18,7 @@ import _peers  # noqa: E402
 from _table import Clock, job, run_row  # noqa: E402
 
 from longfactory.data.row import IGNORE  # noqa: E402
-from longfactory.model.memory import auto  # noqa: E402
+from longfactory.memory import choose as auto  # noqa: E402
 
 KEYS: dict[str, Any] = {"shape": "tiny", "kernel": "cpu", "steps": 1, "warm": False}
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from longfactory.config import RUN_FILE, ConfigError, RunConfig, from_mapping, last_checkpoint
+from longfactory.config.folder import write
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_a_finished_run_without_checkpoints_is_not_written_over(out: Path) -> No
 
 
 def test_the_same_run_may_change_what_does_not_make_it_another(out: Path) -> None:
-    run(out).write()
+    write(run(out))
     leave_checkpoints(out, 5)
     cfg = run(out, num_train_epochs=9, sequence_parallel_size=2, learning_rate=1e-6, dataset="b,a", cutoff_len=4096)
     assert cfg.resume_checkpoint() == str(out / "checkpoint-5")
@@ -91,7 +92,7 @@ def test_the_same_run_may_change_what_does_not_make_it_another(out: Path) -> Non
     ],
 )
 def test_another_run_s_folder_is_refused(out: Path, keys: dict[str, Any], words: str) -> None:
-    run(out).write()
+    write(run(out))
     leave_checkpoints(out, 5)
     with pytest.raises(ConfigError) as e:
         run(out, **keys)
@@ -100,7 +101,7 @@ def test_another_run_s_folder_is_refused(out: Path, keys: dict[str, Any], words:
 
 
 def test_a_run_that_never_saved_does_not_hold_its_folder(out: Path) -> None:
-    run(out).write()
+    write(run(out))
     assert (out / RUN_FILE).is_file()
     assert run(out, stage="kto").resume_checkpoint() is None
 

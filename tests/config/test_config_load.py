@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from longfactory.config import ConfigError, RunConfig, from_mapping, load_config
+from longfactory.config import ConfigError, RunConfig, from_mapping, load_config, resolved
 from longfactory.config.fields import Key
 from longfactory.config.trainer_keys import TRAINER_KEYS
 from longfactory.config.translate import OWN_KEYS
@@ -44,7 +44,7 @@ def same(a: RunConfig, b: RunConfig) -> bool:
 def test_an_example_resolves_and_its_resolution_is_the_same_run(path: Path, tmp_path: Path) -> None:
     cfg = load_config([str(path), "--dry_run"])
     again = tmp_path / "again.yaml"
-    again.write_text(cfg.resolved(), encoding="utf-8")
+    again.write_text(resolved(cfg), encoding="utf-8")
     assert same(load_config([str(again), "--dry_run"]), cfg)
 
 
@@ -182,7 +182,7 @@ def test_every_key_arrives_and_survives_being_written(name: str) -> None:
     assert got == key.parse(value) or got == value or name == "resume_from_checkpoint"
     if name in ("dry_run", "hub_token", "hf_hub_token", "swanlab_api_key"):
         return
-    again = from_mapping({**_yaml(cfg.resolved()), "dry_run": True})
+    again = from_mapping({**_yaml(resolved(cfg)), "dry_run": True})
     assert same(again, cfg)
 
 
@@ -214,14 +214,14 @@ def test_arithmetic_of_a_run() -> None:
     cfg = from_mapping(
         {**BASE, "cutoff_len": 131072, "sequence_parallel_size": 4, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     )
-    text = cfg.resolved(world_size=16)
+    text = resolved(cfg, world_size=16)
     assert "131072 / sequence_parallel_size 4 = 32768" in text
     assert "processes: 16 = 4 groups x sequence_parallel_size 4" in text
     assert "samples a step: 4 groups x batch 1 x accumulation 2 = 8, at most 1,048,576 tokens" in text
 
 
 def test_secrets_are_not_written() -> None:
-    text = from_mapping({**BASE, "hub_token": "hf_secret", "hf_hub_token": "hf_other"}).resolved()
+    text = resolved(from_mapping({**BASE, "hub_token": "hf_secret", "hf_hub_token": "hf_other"}))
     assert "hf_secret" not in text and "hf_other" not in text
 
 
@@ -231,7 +231,7 @@ def test_swanlab() -> None:
     assert cfg.hf["report_to"] == ["swanlab"] and cfg.hf["run_name"] == "mine"
     want = {"SWANLAB_PROJECT": "llamafactory", "SWANLAB_MODE": "cloud", "SWANLAB_API_KEY": "secret"}
     assert cfg.reporting_environment() == want
-    assert "secret" not in cfg.resolved()
+    assert "secret" not in resolved(cfg)
     assert from_mapping({**BASE, "logging_dir": "tb"}).reporting_environment() == {"TENSORBOARD_LOGGING_DIR": "tb"}
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from conftest import make_args
 
-from longfactory.data.errors import DataError
 from longfactory.data.module import load_datasets
 from longfactory.data.templates import get_template
+from longfactory.errors import DataError
 
 GOOD = {"instruction": "Q", "input": "", "output": "A"}
 CHAT = {"formatting": "sharegpt"}

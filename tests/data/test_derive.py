@@ -11,12 +11,13 @@ import pytest
 from conftest import make_args
 
 from longfactory.data.derive import ChatTemplate, check
-from longfactory.data.errors import BadRow, UserError
+from longfactory.data.errors import BadRow
 from longfactory.data.module import load_datasets
 from longfactory.data.row import IGNORE
 from longfactory.data.template import Message, chat_template
 from longfactory.data.template_table import TABLE
 from longfactory.data.templates import get_template
+from longfactory.errors import UserError
 
 GENERATE = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 CHATML = (

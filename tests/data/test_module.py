@@ -16,10 +16,10 @@ import pytest
 from conftest import make_args
 
 from longfactory.data import module, prepare
-from longfactory.data.errors import DataError
 from longfactory.data.module import collate, describe_sample, load_datasets
 from longfactory.data.row import IGNORE
 from longfactory.data.templates import get_template
+from longfactory.errors import DataError
 
 ALPACA = [
     {"instruction": f"Question {i}?", "input": "" if i % 3 else f"note {i}", "output": f"Answer {i}. " * (i % 7 + 1)} for i in range(40)

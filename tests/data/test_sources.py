@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import make_args
 
-from longfactory.data.errors import DataError
 from longfactory.data.module import load_datasets, short_names
 from longfactory.data.sources import detect, read_sources
 from longfactory.data.templates import get_template
+from longfactory.errors import DataError
 
 OPENAI = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 SHAREGPT = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]

@@ -13,13 +13,13 @@ import pytest
 import torch
 from conftest import make_args
 
-from longfactory.data.arguments import STRATEGIES
-from longfactory.data.errors import DataError
+from longfactory.config.data_arguments import STRATEGIES
 from longfactory.data.module import collate, load_datasets
 from longfactory.data.prepare import Preparer
 from longfactory.data.row import IGNORE
 from longfactory.data.stream import StreamedDataset, interleave
 from longfactory.data.templates import get_template
+from longfactory.errors import DataError
 from longfactory.train.loader import Collate, empty_row, make_loader
 
 ROWS = [{"instruction": f"Question {i}?", "input": "", "output": f"Answer {i}. " * (i % 5 + 1)} for i in range(50)]

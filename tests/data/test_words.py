@@ -9,7 +9,16 @@ import pytest
 from conftest import CORPUS, SPECIAL
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 
 from longfactory.data import tokens
 from longfactory.data.tokens import PieceTokenizer

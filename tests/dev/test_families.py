@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from longfactory.sp import families
 from longfactory.testing import run_ranks
+from longfactory_dev import families
 
 pytestmark = pytest.mark.processes
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from longfactory import sp
-from longfactory.model.memory.apply import apply_memory
-from longfactory.model.memory.settings import MemorySettings
+from longfactory.memory.apply import apply_memory
+from longfactory.memory.settings import MemorySettings
 from longfactory.sp import hf
 from longfactory.sp.guard import guard
-from longfactory.sp.tiny_models import tiny_config, tiny_model
 from longfactory.testing import run_ranks
+from longfactory_dev.tiny_models import tiny_config, tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import _planted

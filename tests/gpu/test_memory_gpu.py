@@ -16,9 +16,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "model"))
 
 from longfactory import sp
-from longfactory.model.memory.apply import apply_memory
-from longfactory.model.memory.optimizer import SplitAdamW
-from longfactory.model.memory.settings import MemorySettings
+from longfactory.memory.apply import apply_memory
+from longfactory.memory.optimizer import SplitAdamW
+from longfactory.memory.settings import MemorySettings
 from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.sp import hf
 
@@ -111,7 +111,7 @@ def test_page_locking_works_here():
 
 @pytest.mark.parametrize("placement", ["gpu", "host"])
 def test_trajectory_is_that_of_adamw_on_fp32_weights(placement, monkeypatch):
-    from longfactory.model.memory import optimizer
+    from longfactory.memory import optimizer
 
     monkeypatch.setattr(optimizer, "BLOCK", 1 << 20)
     model = make(layers=2)
@@ -135,7 +135,7 @@ def test_trajectory_is_that_of_adamw_on_fp32_weights(placement, monkeypatch):
 
 @pytest.mark.parametrize("placement", ["gpu", "host"])
 def test_micro_batches_are_summed_in_fp32_and_clipped_without_rounding(placement, monkeypatch):
-    from longfactory.model.memory import optimizer
+    from longfactory.memory import optimizer
 
     monkeypatch.setattr(optimizer, "BLOCK", 1 << 18)
     model = make(layers=2)
@@ -169,7 +169,7 @@ def test_steps_whose_gradients_leave_are_those_whose_gradients_stay(leaving, mos
 
     Kernels add up in any order, so that no two backward passes agree: their gradients are exchanged for numbers that are the same always.
     """
-    from longfactory.model.memory import host_jobs, optimizer
+    from longfactory.memory import host_jobs, optimizer
 
     def numbers(p, seed):
         return torch.randn(p.shape, generator=torch.Generator("cuda").manual_seed(seed), device="cuda", dtype=torch.bfloat16)

@@ -13,10 +13,10 @@ from memory_models import gradients, make_model, run
 from torch import Tensor, nn
 
 from longfactory import sp
-from longfactory.model.adapters import decoder_layers
-from longfactory.model.memory.apply import apply_memory
-from longfactory.model.memory.settings import MemorySettings
+from longfactory.memory.apply import apply_memory
+from longfactory.memory.settings import MemorySettings
 from longfactory.sp import hf
+from longfactory.sp.text_model import decoder_layers
 
 
 def shard(model: nn.Module) -> None:
@@ -74,7 +74,7 @@ def with_lora(model: nn.Module) -> nn.Module:
 
 def split_adamw_on_shards() -> tuple[Tensor, Tensor]:
     """The weight after three steps, from a whole parameter and from one that FSDP2 sharded."""
-    from longfactory.model.memory.optimizer import SplitAdamW
+    from longfactory.memory.optimizer import SplitAdamW
 
     results = []
     for sharded in (False, True):
@@ -101,7 +101,7 @@ def split_adamw_sums_on_shards() -> tuple[Tensor, Tensor]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    from longfactory.model.memory.optimizer import SplitAdamW
+    from longfactory.memory.optimizer import SplitAdamW
 
     torch.manual_seed(0)
     model = nn.Linear(6, 3, bias=False, dtype=torch.bfloat16)  # the ranks have two rows and one
@@ -123,7 +123,7 @@ def split_adamw_norm_of_shards() -> tuple[float, float]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    from longfactory.model.memory.optimizer import SplitAdamW
+    from longfactory.memory.optimizer import SplitAdamW
 
     torch.manual_seed(0)
     model, other = nn.Linear(6, 1, dtype=torch.bfloat16), nn.Linear(3, 3, bias=False)
@@ -169,7 +169,7 @@ def steps_of_a_small_model(leaving: dict[str, Any], dtype: torch.dtype, parts: i
 
     `leaving`: how gradients leave (SplitAdamW's keys), if they do. `most`: norm to which they are clipped.
     """
-    from longfactory.model.memory.optimizer import SplitAdamW
+    from longfactory.memory.optimizer import SplitAdamW
 
     model = SmallModel(dtype)
     if sharded:

@@ -7,8 +7,7 @@ import types
 
 import pytest
 
-from longfactory.plan import main
-from longfactory.plan.model import (
+from longfactory.memory.cost import (
     CAREFUL,
     MARGIN,
     Choice,
@@ -23,7 +22,8 @@ from longfactory.plan.model import (
     waiting,
     working_set,
 )
-from longfactory.plan.shapes import ModelShape, machine
+from longfactory.memory.shapes import ModelShape, machine
+from longfactory.plan import main
 from longfactory.sp import SequenceParallel
 from qwen_7b import QWEN_7B, qwen_7b
 
@@ -230,9 +230,9 @@ def test_layers_of_different_heads_are_planned_by_the_widest() -> None:
     """Gemma 4: its configuration names no head dim for all layers, and reading one raises."""
     import torch
 
-    from longfactory.model.memory.apply import _attention_share
+    from longfactory.memory.apply import _attention_share
     from longfactory.sp.hf import head_dims, values_of_layers
-    from longfactory.sp.tiny_models import tiny_config
+    from longfactory_dev.tiny_models import tiny_config
 
     config = tiny_config("gemma4").get_text_config()
     assert sorted(values_of_layers(config, "head_dim")) == [16, 512]
@@ -244,7 +244,7 @@ def test_layers_of_different_heads_are_planned_by_the_widest() -> None:
 
 def test_layers_of_different_widths_are_planned_by_the_widest() -> None:
     """Gemma 3n: its configuration lists a width for each layer."""
-    from longfactory.sp.tiny_models import tiny_config
+    from longfactory_dev.tiny_models import tiny_config
 
     shape = ModelShape.of(tiny_config("gemma3n_text", intermediate_size=[96, 96, 192, 96]))
     assert shape.ffn == 192

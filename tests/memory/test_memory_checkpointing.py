@@ -13,10 +13,10 @@ from memory_ranks import with_lora
 
 from longfactory import sp
 from longfactory.errors import ConfigError
-from longfactory.model.memory import chunked
-from longfactory.model.memory.apply import apply_memory
-from longfactory.model.memory.decoder_layer import _Layer
-from longfactory.model.memory.settings import MemorySettings
+from longfactory.memory import chunked
+from longfactory.memory.apply import apply_memory
+from longfactory.memory.decoder_layer import _Layer
+from longfactory.memory.settings import MemorySettings
 from longfactory.sp import hf
 from longfactory.sp.layout import Segment
 

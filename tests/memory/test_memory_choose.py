@@ -7,7 +7,14 @@ import dataclasses
 import pytest
 
 from longfactory.config.arguments import MemoryArguments
-from longfactory.model.memory.auto import HOST_SHARE, choose_memory, corrected, explain_out_of_memory, host_memory, user_keys
+from longfactory.memory.choose import (
+    HOST_SHARE,
+    choose_memory,
+    corrected,
+    explain_out_of_memory,
+    host_memory,
+    user_keys,
+)
 from qwen_7b import qwen_7b
 
 GiB = 2**30

@@ -11,9 +11,9 @@ import torch
 from memory_models import LENGTH, assert_same_gradients, gradients, make_model, run
 
 from longfactory import sp
-from longfactory.model.memory.apply import apply_memory
-from longfactory.model.memory.host_pool import PAGE, HostPool
-from longfactory.model.memory.settings import MemorySettings
+from longfactory.memory.apply import apply_memory
+from longfactory.memory.host_pool import PAGE, HostPool
+from longfactory.memory.settings import MemorySettings
 
 
 def tensors(n, numbers=5000):

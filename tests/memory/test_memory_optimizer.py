@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from longfactory.model.memory import host_jobs, optimizer
-from longfactory.model.memory.optimizer import SplitAdamW, join, split
+from longfactory.memory import host_jobs, optimizer
+from longfactory.memory.optimizer import SplitAdamW, join, split
 from longfactory.testing import run_ranks
 
 

@@ -6,7 +6,7 @@ import memory_ranks
 import pytest
 from memory_models import assert_same_gradients, gradients, make_model, run
 
-from longfactory.model.memory.settings import MemorySettings
+from longfactory.memory.settings import MemorySettings
 from longfactory.testing import run_ranks
 
 pytestmark = pytest.mark.processes

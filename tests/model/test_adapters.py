@@ -18,11 +18,11 @@ from longfactory.model.adapters import (
     apply_finetuning,
     cast_trainable,
     count_parameters,
-    decoder_layers,
     describe_trained,
     linear_names,
     load_adapter,
 )
+from longfactory.sp.text_model import decoder_layers
 from longfactory.testing import tiny_model
 
 IDS = torch.randint(3, 97, (1, 9), generator=torch.Generator().manual_seed(0))
@@ -124,7 +124,7 @@ def test_lora_on_every_linear_layer_but_the_output() -> None:
 )
 def test_names_for_lora_are_those_of_linear_layers_alone(family: str, names: set[str]) -> None:
     from longfactory.sp.text_model import model_class
-    from longfactory.sp.tiny_models import tiny_config
+    from longfactory_dev.tiny_models import tiny_config
 
     with torch.device("meta"):
         model = model_class(tiny_config(family)).from_config()
@@ -137,7 +137,7 @@ def test_names_for_lora_are_those_of_linear_layers_alone(family: str, names: set
 
 
 def test_a_router_that_is_named_is_refused() -> None:
-    from longfactory.sp.tiny_models import tiny_model as of_family
+    from longfactory_dev.tiny_models import tiny_model as of_family
 
     with pytest.raises(UserError, match=r"lora_target: router gives more than .* Linear layers: down_proj, gate_proj"):
         apply(of_family("llama4_text", torch.float32), "lora", lora_target=("q_proj", "router"))
@@ -296,7 +296,7 @@ def test_counts() -> None:
 @pytest.fixture(scope="module")
 def gemma3() -> Any:
     """A tiny model with a vision tower. Its attention layers have the same leaf names in the tower and in the decoder."""
-    from longfactory.sp.tiny_models import tiny_model as tiny
+    from longfactory_dev.tiny_models import tiny_model as tiny
 
     return tiny("gemma3", torch.float32)
 

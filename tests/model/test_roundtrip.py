@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longfactory.sp.text_model import idle
-from longfactory.sp.tiny_models import tiny_model
+from longfactory_dev.tiny_models import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "train"))

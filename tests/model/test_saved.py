@@ -20,8 +20,8 @@ from longfactory.errors import UserError
 from longfactory.model import saved
 from longfactory.model.source import in_words, read_source, stored_tensors, targets_of
 from longfactory.sp import text_model
-from longfactory.sp.tiny_models import tiny_config
 from longfactory.testing import tiny_model
+from longfactory_dev.tiny_models import tiny_config
 
 EXTRA = {
     "mtp.layers.0.proj.weight": torch.arange(12.0).view(3, 4),

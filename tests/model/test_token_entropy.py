@@ -8,8 +8,8 @@ from test_token_logprobs import IDS, MODELS, gradients, some_labels
 
 from longfactory.errors import UserError
 from longfactory.model.token_logprobs import TokenLogprobs
+from longfactory.stages.make import KTOStage, PreferenceStage, TokenStage
 from longfactory.testing import tiny_model
-from longfactory.train.stages import KTOStage, PreferenceStage, TokenStage
 
 
 @pytest.mark.parametrize("chunk", [3, 1000])

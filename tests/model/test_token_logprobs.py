@@ -12,7 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longfactory.model.token_logprobs import LogitTransform, TokenLogprobs, check_head, logit_transform
+from longfactory.model.token_logprobs import (
+    LogitTransform,
+    TokenLogprobs,
+    check_head,
+    logit_transform,
+)
 from longfactory.testing import tiny_model
 
 T = 23

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from longfactory import sp
-from longfactory.model.memory.apply import apply_memory
-from longfactory.model.memory.settings import MemorySettings
-from longfactory.sp import compare, families, hf
+from longfactory.memory.apply import apply_memory
+from longfactory.memory.settings import MemorySettings
+from longfactory.sp import compare, hf
 from longfactory.sp import guard as guard_module
 from longfactory.sp.guard import guard
-from longfactory.sp.tiny_models import tiny_config, tiny_model
 from longfactory.testing import run_ranks
+from longfactory_dev import families
+from longfactory_dev.tiny_models import tiny_config, tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import _planted
@@ -194,7 +195,7 @@ def test_guard_leaves_no_trace() -> None:
 
 
 def test_guard_runs_the_layer_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from longfactory.model.memory import decoder_layer
+    from longfactory.memory import decoder_layer
 
     ran: list[bool] = []
     own = decoder_layer._Layer.apply

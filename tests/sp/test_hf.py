@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
 from longfactory import sp
-from longfactory.sp import families, hf
+from longfactory.sp import hf
 from longfactory.sp.guard import guard
 from longfactory.sp.text_model import model_class
-from longfactory.sp.tiny_models import tiny_config, tiny_model
 from longfactory.testing import run_ranks
+from longfactory_dev import families
+from longfactory_dev.tiny_models import tiny_config, tiny_model
 
 ONE = sp.SequenceParallel.create(1)
 

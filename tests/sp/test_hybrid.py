@@ -8,8 +8,8 @@ import torch
 from longfactory import sp
 from longfactory.sp import hf
 from longfactory.sp.guard import guard
-from longfactory.sp.tiny_models import tiny_model
 from longfactory.testing import run_ranks
+from longfactory_dev.tiny_models import tiny_model
 
 
 def branches(size: int) -> tuple[float, float]:

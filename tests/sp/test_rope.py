@@ -4,8 +4,8 @@ import torch
 
 from longfactory import sp
 from longfactory.sp import hf, rope
-from longfactory.sp.families import VARIANTS
-from longfactory.sp.tiny_models import tiny_model
+from longfactory_dev.families import VARIANTS
+from longfactory_dev.tiny_models import tiny_model
 
 ONE = sp.SequenceParallel.create(1)
 SEGMENTS = [sp.Segment(0, 6), sp.Segment(6, 10, 0), sp.Segment(10, 10), sp.Segment(10, 13, 1), sp.Segment(13, 16)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longfactory.sp import routers
-from longfactory.sp.tiny_models import tiny_model
+from longfactory_dev.tiny_models import tiny_model
 
 FAMILIES = ["qwen3_moe", "gpt_oss", "deepseek_v3", "mixtral", "dbrx", "jetmoe", "phimoe", "granitemoe", "glm4_moe", "llama4_text"]
 IDS = torch.arange(24)[None] * 7 % 89 + 4
@@ -49,7 +49,7 @@ def test_routers_are_found_in_every_family_with_experts() -> None:
         with torch.device("meta"):
             from transformers import AutoModelForCausalLM
 
-            from longfactory.sp.tiny_models import tiny_config
+            from longfactory_dev.tiny_models import tiny_config
 
             assert routers.routers(AutoModelForCausalLM.from_config(tiny_config(family))), family
     assert not routers.routers(tiny_model("llama"))
@@ -75,8 +75,8 @@ def test_gradients_pass_through_the_replayed_values() -> None:
 
 def test_pieces_recomputed_in_backward_take_their_own_choices() -> None:
     """The memory engine runs experts in pieces and again in backward; the first call looks at a few tokens."""
-    from longfactory.model.memory.apply import apply_memory
-    from longfactory.model.memory.settings import MemorySettings
+    from longfactory.memory.apply import apply_memory
+    from longfactory.memory.settings import MemorySettings
 
     whole, cut = tiny_model("qwen3_moe", torch.float64).train(), tiny_model("qwen3_moe", torch.float64).train()
     apply_memory(cut, MemorySettings(mlp_chunk=7), "cpu")

@@ -9,7 +9,7 @@ import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from longfactory.sp.text_model import decoder, idle, model_class
-from longfactory.sp.tiny_models import tiny_model
+from longfactory_dev.tiny_models import tiny_model
 
 
 @pytest.mark.parametrize(

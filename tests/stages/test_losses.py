@@ -15,9 +15,9 @@ from oracles import ALONE, AT_START, Accelerator, Groups, example, smoothing, tr
 from longfactory.config import checks
 from longfactory.config.arguments import GROUPS
 from longfactory.config.fields import keys_of
-from longfactory.train import losses
-from longfactory.train.losses import DataParallel, LossOptions
-from longfactory.train.pairs import PairLogps
+from longfactory.stages import losses
+from longfactory.stages.losses import DataParallel, LossOptions
+from longfactory.stages.pairs import PairLogps
 
 # TRL's DPOTrainer does not have them; orpo and simpo are compared with its other trainers below.
 NOT_IN_TRL = {"kto_pair", "orpo", "simpo"}

@@ -15,9 +15,9 @@ from longfactory.data.row import IGNORE, Row, TokenizedDocument, make_row
 from longfactory.model.outputs import TokenOutputs
 from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.sp import hf
+from longfactory.stages.make import KTOStage, PreferenceStage, Stage, TokenStage
 from longfactory.testing import tiny_model
 from longfactory.train.reference import as_reference
-from longfactory.train.stages import KTOStage, PreferenceStage, Stage, TokenStage
 
 pytestmark = pytest.mark.processes
 

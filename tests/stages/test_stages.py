@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from longfactory.data.row import IGNORE, Row, TokenizedDocument, make_row
 from longfactory.errors import ConfigError, UserError
 from longfactory.model.outputs import TokenOutputs
-from longfactory.train import losses
-from longfactory.train.metrics import MetricSums
-from longfactory.train.pairs import document_logps, find_pairs
-from longfactory.train.stages import KTOStage, PreferenceStage, RewardStage, TokenStage, make_stage
+from longfactory.stages import losses
+from longfactory.stages.make import KTOStage, PreferenceStage, RewardStage, TokenStage, make_stage
+from longfactory.stages.metrics import MetricSums
+from longfactory.stages.pairs import document_logps, find_pairs
 
 WIDTH = 12
 

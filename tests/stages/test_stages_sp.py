@@ -20,9 +20,10 @@ from longfactory.model.outputs import TokenOutputs
 from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.model.value_head import TokenValues
 from longfactory.sp import hf
+from longfactory.stages import losses
+from longfactory.stages.make import KTOStage, PreferenceStage, RewardStage, Stage, TokenStage
 from longfactory.testing import run_ranks, tiny_model
-from longfactory.train import losses, reference
-from longfactory.train.stages import KTOStage, PreferenceStage, RewardStage, Stage, TokenStage
+from longfactory.train import reference
 
 pytestmark = pytest.mark.processes
 

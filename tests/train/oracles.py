@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longfactory.data.row import IGNORE, Row, TokenizedDocument, make_row
-from longfactory.train import losses
-from longfactory.train.losses import DataParallel
-from longfactory.train.pairs import PairLogps
+from longfactory.stages import losses
+from longfactory.stages.losses import DataParallel
+from longfactory.stages.pairs import PairLogps
 
 ALONE = DataParallel()
 LENGTHS = torch.tensor([[7, 3], [12, 12], [1, 5], [4, 9], [30, 2]])  # chosen, rejected

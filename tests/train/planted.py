@@ -83,7 +83,7 @@ def _window_dropped(above: int) -> Any:
 
 def _layer_window_dropped() -> Any:
     """In the hand-written layer alone."""
-    from longfactory.model.memory.decoder_layer import DecoderLayer
+    from longfactory.memory.decoder_layer import DecoderLayer
 
     own = DecoderLayer.__init__
 

@@ -18,7 +18,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from invariance_worker import CLIP, RATE, STEPS, VOCAB, Samples, add_lora, collate, deepspeed_json, tiny
+from invariance_worker import (
+    CLIP,
+    RATE,
+    STEPS,
+    VOCAB,
+    Samples,
+    add_lora,
+    collate,
+    deepspeed_json,
+    tiny,
+)
 from torch import Tensor, nn
 
 from longfactory import sp
@@ -29,10 +39,10 @@ from longfactory.model.value_head import TokenValues
 from longfactory.shard import settings
 from longfactory.shard.export import full_state_dict
 from longfactory.sp import hf
+from longfactory.stages.losses import LossOptions
+from longfactory.stages.make import KTOStage, PreferenceStage, RewardStage, Stage, TokenStage
 from longfactory.train import reference
 from longfactory.train.callbacks import AtStart
-from longfactory.train.losses import LossOptions
-from longfactory.train.stages import KTOStage, PreferenceStage, RewardStage, Stage, TokenStage
 from longfactory.train.trainer import RowTrainer
 from longfactory.train.with_reference import attach_reference
 

@@ -22,8 +22,8 @@ from longfactory.model.source import read_source
 from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.shard import settings
 from longfactory.sp import hf
+from longfactory.stages.make import TokenStage
 from longfactory.train import output
-from longfactory.train.stages import TokenStage
 from longfactory.train.trainer import RowTrainer
 
 

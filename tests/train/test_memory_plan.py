@@ -15,12 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from longfactory.config import from_mapping
 from longfactory.data.module import Datasets
 from longfactory.errors import UserError
+from longfactory.memory import host_jobs, optimizer
+from longfactory.memory.cost import LEAVING, Choice, budget, choose, longest, moments, seconds
 from longfactory.model import adapters
-from longfactory.model.memory import host_jobs, optimizer
-from longfactory.plan.model import LEAVING, Choice, budget, choose, longest, moments, seconds
-from longfactory.sp.tiny_models import tiny_config
 from longfactory.train import memory_plan, optimizer_names
 from longfactory.train.memory_plan import Memory, count_parameters, plan_memory
+from longfactory_dev.tiny_models import tiny_config
 from qwen_7b import qwen_7b
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,9 +18,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from longfactory.errors import UserError
-from longfactory.model.memory.optimizer import SplitAdamW, join
+from longfactory.memory.optimizer import SplitAdamW, join
 from longfactory.shard import optimizer_states
-from longfactory.shard.optimizer_states import INDEX, chunk, load_states, save_states, states_file, write_safetensors
+from longfactory.shard.optimizer_states import (
+    INDEX,
+    chunk,
+    load_states,
+    save_states,
+    states_file,
+    write_safetensors,
+)
 from longfactory.testing import process_context, run_ranks
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -14,13 +14,13 @@ import torch
 
 from longfactory import sp
 from longfactory.errors import UserError
-from longfactory.model.memory.optimizer import SplitAdamW
+from longfactory.memory.optimizer import SplitAdamW
 from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.sp import hf
+from longfactory.stages.make import TokenStage
 from longfactory.train.memory_plan import Memory
 from longfactory.train.optimizer_names import Narrow
 from longfactory.train.optimizers import one_dtype_each, optimizer_factory
-from longfactory.train.stages import TokenStage
 from longfactory.train.trainer import RowTrainer
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -98,7 +98,7 @@ def with_keys(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     if not folder.exists():
         shutil.copytree(own, folder)
         if "tower" in changes:
-            from longfactory.sp.tiny_models import tiny_config
+            from longfactory_dev.tiny_models import tiny_config
 
             tiny_config("gemma3", vocab_size=1024).save_pretrained(folder)
         else:

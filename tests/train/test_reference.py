@@ -18,9 +18,9 @@ from longfactory.config import from_mapping
 from longfactory.data.row import IGNORE, Row, TokenizedDocument, make_row
 from longfactory.errors import UserError
 from longfactory.model.outputs import TokenOutputs
+from longfactory.stages.make import KTOStage, PreferenceStage
+from longfactory.stages.pairs import document_logps
 from longfactory.train import reference
-from longfactory.train.pairs import document_logps
-from longfactory.train.stages import KTOStage, PreferenceStage
 from longfactory.train.with_reference import _parts
 
 PARTS = {"model": "tiny", "weights": "abc", "template": "qwen", "cutoff_len": 64}

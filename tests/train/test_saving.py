@@ -207,8 +207,8 @@ def test_an_adapter_that_was_not_loaded_whole_ends_the_resume(tmp_path: Path) ->
     from transformers import LagunaForCausalLM
 
     from longfactory.model import saved
-    from longfactory.sp.tiny_models import tiny_config
     from longfactory.train.trainer import RowTrainer
+    from longfactory_dev.tiny_models import tiny_config
 
     config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     model = get_peft_model(LagunaForCausalLM(tiny_config("laguna")), config)

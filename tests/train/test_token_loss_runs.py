@@ -128,8 +128,8 @@ def test_verify_says_what_it_cannot_compare(home: Path) -> None:
 
 
 def test_the_plan_leaves_room_for_a_second_model(home: Path) -> None:
+    from longfactory.memory.shapes import ModelShape
     from longfactory.model import load
-    from longfactory.plan.shapes import ModelShape
     from longfactory.train.memory_plan import reference_bytes
 
     def held(shards: int, **changes: Any) -> int:

@@ -18,7 +18,16 @@ from longfactory.data.row import TokenizedDocument, make_row
 from longfactory.errors import UserError
 from longfactory.testing import RankPool, run_ranks
 from longfactory.train.alone import texts_of
-from longfactory.train.verify import Report, RowShape, choose, crossed, mask_reasons, measured, row_reason, truncate
+from longfactory.train.verify import (
+    Report,
+    RowShape,
+    choose,
+    crossed,
+    mask_reasons,
+    measured,
+    row_reason,
+    truncate,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))
 from manual_runs import manual_run

@@ -10,7 +10,9 @@ from longfactory.config.arguments import (
     ParallelArguments,
 )
 from longfactory.config.folder import RUN_FILE, last_checkpoint
-from longfactory.config.run import RunConfig, from_mapping, load_config
+from longfactory.config.load import from_mapping, load_config
+from longfactory.config.run import RunConfig
+from longfactory.config.show import resolved
 from longfactory.errors import ConfigError
 
 __all__ = [
@@ -27,4 +29,5 @@ __all__ = [
     "from_mapping",
     "last_checkpoint",
     "load_config",
+    "resolved",
 ]

@@ -6,19 +6,15 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from longfactory.config.run import RunConfig
+from longfactory.config.translate import OWN_KEYS
 from longfactory.kernel_names import not_installed
-
-if TYPE_CHECKING:
-    from longfactory.config.run import RunConfig
 
 SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")
 """Preference losses that read dpo_label_smoothing."""
 REFERENCE_FREE = ("orpo", "simpo", "sft")
 """Preference losses that have no reference model."""
-DIFFERENCES = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "apo_zero", "discopop", "sigmoid_norm")
-"""Preference losses whose gradient is 0 where both answers of a pair are the same."""
 TRACKERS = {
     "azure_ml": ("azureml",),
     "clearml": ("clearml",),
@@ -392,7 +388,5 @@ def idle(cfg: RunConfig, given: set[str]) -> list[str]:
 
 
 def _is_default(cfg: RunConfig, name: str) -> bool:
-    from longfactory.config.translate import OWN_KEYS
-
     groups = (cfg.model, cfg.data, cfg.method, cfg.generating)
     return next((getattr(g, name) for g in groups if hasattr(g, name)), None) == OWN_KEYS[name].default

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
-from longfactory.data.errors import DataError
+from longfactory.errors import DataError
 
 Stage = Literal["pt", "sft", "rm", "ppo", "dpo", "kto"]
 CutoffStrategy = Literal["llamafactory", "drop", "error", "keep_tail"]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from longfactory.config.read import read_file
+from longfactory.config.run import RunConfig
+from longfactory.config.show import resolved
 from longfactory.errors import ConfigError
-
-if TYPE_CHECKING:
-    from longfactory.config.run import RunConfig
 
 RUN_FILE = "longfactory.yaml"
 """Written beside the checkpoints: the resolved run. `longfactory train <output_dir>/longfactory.yaml` runs it again."""
@@ -93,8 +93,6 @@ def _differences(cfg: RunConfig, out: Path) -> list[str]:
     path = out / RUN_FILE
     if not path.is_file() or (last_checkpoint(out) is None and not any((out / name).is_file() for name in WEIGHTS)):
         return []
-    from longfactory.config.read import read_file
-
     old = read_file(path)
     found = []
     for name in IDENTITY:
@@ -112,3 +110,9 @@ def _plain(value: Any) -> Any:
 
 def _words(value: Any) -> str:
     return ", ".join(str(v) for v in value) if isinstance(value, (list, tuple)) else str(value)
+
+
+def write(cfg: RunConfig) -> None:
+    """Writes the resolved run beside the checkpoints. For one process to call."""
+    cfg.output_dir.mkdir(parents=True, exist_ok=True)
+    (cfg.output_dir / RUN_FILE).write_text(resolved(cfg), encoding="utf-8")

@@ -1,17 +1,14 @@
-"""One run: its arguments by group, the keys for transformers' trainer, and the whole as YAML."""
+"""One run: its arguments by group, and the keys for transformers' trainer."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from longfactory.config import checks, folder, translate
 from longfactory.config.arguments import (
-    GROUPS,
     DataArguments,
     FinetuningArguments,
     GeneratingArguments,
@@ -20,15 +17,14 @@ from longfactory.config.arguments import (
     OutputArguments,
     ParallelArguments,
 )
-from longfactory.config.fields import keys_of
-from longfactory.config.read import read
 from longfactory.config.trainer_keys import TRAINER_KEYS
 from longfactory.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import Seq2SeqTrainingArguments
 
-Command = Literal["train", "export", "chat"]
+DIFFERENCES = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "apo_zero", "discopop", "sigmoid_norm")
+"""Preference losses whose gradient is 0 where both answers of a pair are the same."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +84,7 @@ class RunConfig:
     def learns_from_equal_pairs(self) -> bool:
         """Whether a pair whose answers are the same teaches something: more than their difference is in the loss."""
         m = self.method
-        return m.stage == "dpo" and (m.pref_loss not in checks.DIFFERENCES or m.pref_ftx > 0 or m.pref_bco_weight > 0)
+        return m.stage == "dpo" and (m.pref_loss not in DIFFERENCES or m.pref_ftx > 0 or m.pref_bco_weight > 0)
 
     def resume_checkpoint(self) -> str | None:
         """The checkpoint to go on from: the one that was asked for, else the last one of the output folder."""
@@ -131,111 +127,3 @@ class RunConfig:
             out |= {"SWANLAB_PROJECT": o.swanlab_project, "SWANLAB_WORKSPACE": o.swanlab_workspace, "SWANLAB_MODE": o.swanlab_mode}
             out |= {"SWANLAB_API_KEY": o.swanlab_api_key, "SWANLAB_LOG_DIR": o.swanlab_logdir}
         return {name: value for name, value in out.items() if value is not None}
-
-    def resolved(self, world_size: int | None = None) -> str:
-        """The run as YAML that can be run again: first the arithmetic as comments, then what was chosen, then every default."""
-        from longfactory.config.show import show
-
-        return show(self, world_size)
-
-    def write(self) -> None:
-        """Writes the resolved run beside the checkpoints. For one process to call."""
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        (self.output_dir / folder.RUN_FILE).write_text(self.resolved(), encoding="utf-8")
-
-
-def load_config(argv: Sequence[str], *, command: Command = "train", world_size: int | None = None) -> RunConfig:
-    """Reads, translates, types and checks a run. Imports neither torch nor transformers.
-
-    Args:
-        argv: `["x.yaml", "learning_rate=1e-5", ...]` or `["--stage", "sft", ...]`.
-        command: what the run is for; training asks for data and an output folder.
-        world_size: number of processes; default what the launcher's environment says, else unknown.
-    Raises:
-        ConfigError: with one sentence a problem.
-    """
-    return from_mapping(read(argv, translate.is_switch), command=command, world_size=world_size)
-
-
-def from_mapping(written: Mapping[str, Any], *, command: Command = "train", world_size: int | None = None) -> RunConfig:
-    """`load_config` from keys and values."""
-    translate.other_file(written)
-    # What is wrong is gathered before anything is raised, so that a person sees it at once.
-    values, notes, problems = translate.known(written)
-    try:
-        values = translate.rename(values)
-        notes += translate.drop_others(values)
-        notes += translate.turn(values)
-    except ConfigError as e:
-        raise ConfigError("\n".join([*problems, str(e)])) from e
-
-    groups: dict[str, Any] = {}
-    given: set[str] = set()
-    for group, cls in GROUPS.items():
-        parsed = {}
-        for name, key in keys_of(cls).items():
-            if name in values:
-                given.add(name)
-                try:
-                    parsed[name] = key.parse(values.pop(name))
-                except ConfigError as e:
-                    problems.append(str(e))
-        groups[group] = cls(**parsed)
-    hf: dict[str, Any] = {}
-    for name in list(values):
-        given.add(name)
-        try:
-            hf[name] = TRAINER_KEYS[name].parse(values.pop(name))
-        except ConfigError as e:
-            problems.append(str(e))
-    assert not values
-    if problems:
-        raise ConfigError("\n".join(problems))
-
-    cfg = RunConfig(**groups, hf=hf, notes=())
-    if command == "train":
-        _finish_training(cfg)
-        if world_size is None and "LOCAL_RANK" in os.environ:
-            world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        problems = list(checks.training(cfg, world_size))
-        if not problems:
-            missing = list(checks.extras(cfg))
-            notes += missing if cfg.output.dry_run else []
-            problems += [] if cfg.output.dry_run else missing
-    else:
-        problems = list(checks.inference(cfg, command))
-    if problems:
-        raise ConfigError("\n".join(problems))
-    if command == "train":
-        notes += checks.idle(cfg, given)
-        notes += checks.negative_steps(cfg)
-        notes += folder.settle(cfg)
-    return dataclasses.replace(cfg, notes=tuple(notes))
-
-
-def _finish_training(cfg: RunConfig) -> None:
-    """Fills in what follows from other keys, and what LongFactory settles itself."""
-    hf = cfg.hf
-    if not any(hf.get(name) for name in ("do_train", "do_eval", "do_predict")):
-        hf["do_train"] = True
-    if cfg.trainer("eval_strategy") != "no":
-        hf["do_eval"] = True
-    # Rows are made by our own collator.
-    hf["remove_unused_columns"] = False
-    hf["label_names"] = ["labels"]
-    for name in ("report_to", "optim_target_modules"):
-        if hf.get(name) is not None:
-            hf[name] = list(hf[name])
-    if cfg.output.use_swanlab:
-        others = [name for name in hf.get("report_to") or [] if name not in ("none", "swanlab")]
-        hf["report_to"] = [*others, "swanlab"]
-        if cfg.output.swanlab_run_name is not None:
-            hf.setdefault("run_name", cfg.output.swanlab_run_name)
-    if not hf.get("report_to", True):
-        hf["report_to"] = "none"
-    if cfg.method.finetuning_type == "lora":
-        hf.setdefault("ddp_find_unused_parameters", False)
-    if cfg.method.early_stopping_steps is not None:
-        hf.setdefault("metric_for_best_model", "loss")
-        if hf["metric_for_best_model"] in ("loss", "eval_loss"):
-            hf.setdefault("greater_is_better", False)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from longfactory.config.arguments import GROUPS
 from longfactory.config.fields import keys_of
 from longfactory.config.read import EXPONENT
-
-if TYPE_CHECKING:
-    from longfactory.config.run import RunConfig
+from longfactory.config.run import RunConfig
 
 SECRET = ("hf_hub_token", "hub_token", "swanlab_api_key")
 OURS = ("remove_unused_columns", "label_names", "resume_from_checkpoint")
@@ -30,8 +28,8 @@ def _dump(values: dict[str, Any]) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120).rstrip()
 
 
-def show(cfg: RunConfig, world_size: int | None = None) -> str:
-    """The arithmetic as comments, the keys that differ from their defaults, then the defaults."""
+def resolved(cfg: RunConfig, world_size: int | None = None) -> str:
+    """The run as YAML that can be run again: first the arithmetic as comments, then what was chosen, then every default."""
     chosen: dict[str, Any] = {}
     defaults: dict[str, Any] = {}
     for group, cls in GROUPS.items():

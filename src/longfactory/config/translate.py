@@ -9,7 +9,15 @@ from typing import Any
 
 from longfactory.config.arguments import GROUPS
 from longfactory.config.fields import Key, coerce, keys_of
-from longfactory.config.other_keys import ALIASES, ELSEWHERE, NO_EFFECT, OTHER_FILES, REFUSED, REFUSED_VALUES, Other
+from longfactory.config.other_keys import (
+    ALIASES,
+    ELSEWHERE,
+    NO_EFFECT,
+    OTHER_FILES,
+    REFUSED,
+    REFUSED_VALUES,
+    Other,
+)
 from longfactory.config.trainer_keys import TRAINER_KEYS
 from longfactory.errors import ConfigError
 from longfactory.kernel_names import canonical

@@ -11,10 +11,18 @@ import numpy as np
 from longfactory.data import assemble
 from longfactory.data.assemble import Rules
 from longfactory.data.collate import Sample
-from longfactory.data.errors import DataError
 from longfactory.data.packing import pack
 from longfactory.data.row import Role, TokenizedDocument
-from longfactory.data.store import DESIRED, EQUAL_PAIR, LACKS_THOUGHT, LAST_ONLY, NO_ANSWER, SECOND_LACKS_THOUGHT, Store
+from longfactory.data.store import (
+    DESIRED,
+    EQUAL_PAIR,
+    LACKS_THOUGHT,
+    LAST_ONLY,
+    NO_ANSWER,
+    SECOND_LACKS_THOUGHT,
+    Store,
+)
+from longfactory.errors import DataError
 
 
 @dataclasses.dataclass

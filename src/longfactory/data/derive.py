@@ -18,10 +18,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from longfactory.data.errors import BadRow, DataError
+from longfactory.data.errors import BadRow
 from longfactory.data.formats import THOUGHTS, Conversation, content_text
 from longfactory.data.template import Message, Piece
 from longfactory.data.tokens import PieceTokenizer
+from longfactory.errors import DataError
 
 NOT_AT_PROMPT = "the chat template's answer does not begin where its generation prompt ends"
 

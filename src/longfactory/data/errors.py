@@ -5,17 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 
-from longfactory.errors import UserError
-
 # Columns by names that usually hold something to train on, or to train with.
 MEANINGFUL_COLUMNS = {
     *("system", "tools", "functions", "history", "messages", "conversations", "instruction", "input", "output", "prompt", "response"),
     *("chosen", "rejected", "images", "videos", "audios", "weight", "text", "documents", "reasoning", "reasoning_content", "thinking"),
 }
-
-
-class DataError(UserError, ValueError):
-    """A data set that cannot be used, told in one sentence or two."""
 
 
 class BadRow(Exception):

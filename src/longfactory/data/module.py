@@ -14,12 +14,20 @@ from typing import Any
 
 import numpy as np
 
+from longfactory.config.data_arguments import (
+    STRATEGIES,
+    DataArguments,
+    check_mix,
+    names,
+    option,
+    packs,
+    probabilities,
+)
 from longfactory.data import prepare, saved, store
-from longfactory.data.arguments import STRATEGIES, DataArguments, check_mix, names, option, packs, probabilities
 from longfactory.data.assemble import Rules
 from longfactory.data.collate import Sample, collate
 from longfactory.data.dataset import Report, TokenizedDataset
-from longfactory.data.errors import DataError, bad_row_sentence
+from longfactory.data.errors import bad_row_sentence
 from longfactory.data.prepare import Preparer
 from longfactory.data.readers import Raw, read
 from longfactory.data.row import IGNORE
@@ -28,6 +36,7 @@ from longfactory.data.store import DESIRED, Store
 from longfactory.data.stream import StreamedDataset
 from longfactory.data.templates import AnyTemplate
 from longfactory.data.tokens import PieceTokenizer
+from longfactory.errors import DataError
 
 __all__ = ["Datasets", "Report", "Sample", "TokenizedDataset", "collate", "describe_sample", "load_datasets"]
 

@@ -15,13 +15,23 @@ from typing import Any
 import numpy as np
 
 from longfactory.data.derive import ChatTemplate
-from longfactory.data.errors import BadRow, BadRows, DataError, bad_row_sentence
+from longfactory.data.errors import BadRow, BadRows, bad_row_sentence
 from longfactory.data.formats import Conversation, convert
 from longfactory.data.readers import Raw, parse_line
 from longfactory.data.sources import Source, hint
-from longfactory.data.store import DESIRED, EQUAL_PAIR, FORMAT, LACKS_THOUGHT, LAST_ONLY, NO_ANSWER, SECOND_LACKS_THOUGHT, Chunk
+from longfactory.data.store import (
+    DESIRED,
+    EQUAL_PAIR,
+    FORMAT,
+    LACKS_THOUGHT,
+    LAST_ONLY,
+    NO_ANSWER,
+    SECOND_LACKS_THOUGHT,
+    Chunk,
+)
 from longfactory.data.template import Message, Piece, Template
 from longfactory.data.tokens import PieceTokenizer
+from longfactory.errors import DataError
 
 # pt: text; sft: conversations; pair: rm, dpo; kto.
 Kind = str

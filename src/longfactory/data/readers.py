@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from longfactory import hub
-from longfactory.data.errors import BadRow, DataError
+from longfactory.data.errors import BadRow
 from longfactory.data.sources import FILE_TYPES, Source
+from longfactory.errors import DataError
 
 # A raw row: a parsed row, a line of JSON that a worker parses, or a row that could not be read.
 Raw = dict[str, Any] | bytes | BadRow

@@ -16,9 +16,10 @@ import numpy as np
 
 from longfactory.data import store
 from longfactory.data.assemble import Rules
-from longfactory.data.errors import BadRows, DataError
+from longfactory.data.errors import BadRows
 from longfactory.data.row import IGNORE
 from longfactory.data.store import Store
+from longfactory.errors import DataError
 
 _FILE = "longfactory.json"
 _TEMPLATE_RULES = ("eos", "eos_label_on_first_turn", "thought", "thought_trained", "prefix")

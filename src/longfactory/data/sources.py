@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from longfactory import hub
-from longfactory.data.errors import DataError
+from longfactory.errors import DataError
 
 COLUMNS = [
     *("prompt", "query", "response", "history", "messages", "system", "tools"),

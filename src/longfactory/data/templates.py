@@ -7,13 +7,13 @@ import difflib
 import logging
 from typing import Any
 
+from longfactory.config.data_arguments import DataArguments, option
 from longfactory.data import tool_formats
-from longfactory.data.arguments import DataArguments, option
 from longfactory.data.derive import ChatTemplate, check
-from longfactory.data.errors import DataError
 from longfactory.data.template import EOS, Template, fix_tokenizer
 from longfactory.data.template_compat import COMPAT_0_9_1
 from longfactory.data.template_table import TABLE
+from longfactory.errors import DataError
 
 AnyTemplate = Template | ChatTemplate
 

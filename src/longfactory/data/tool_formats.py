@@ -10,7 +10,8 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
-from longfactory.data.errors import BadRow, DataError
+from longfactory.data.errors import BadRow
+from longfactory.errors import DataError
 
 Tools = list[dict[str, Any]]
 Call = tuple[str, Any]  # name, arguments

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from longfactory.errors import ConfigError
-from longfactory.model.adapters import decoder_layers
-from longfactory.model.memory import chunked
-from longfactory.model.memory.checkpointed import CheckpointedLayer
-from longfactory.model.memory.decoder_layer import Chain, DecoderLayer, unknown_shape
-from longfactory.model.memory.settings import MemorySettings
-from longfactory.model.memory.waiting import Activations
+from longfactory.memory import chunked
+from longfactory.memory.checkpointed import CheckpointedLayer
+from longfactory.memory.decoder_layer import Chain, DecoderLayer, unknown_shape
+from longfactory.memory.offload import Activations
+from longfactory.memory.settings import MemorySettings
 from longfactory.sp.hf import values_of_layers
+from longfactory.sp.text_model import decoder_layers
 
 log = logging.getLogger(__name__)
 

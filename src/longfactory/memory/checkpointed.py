@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from longfactory.model.memory.waiting import Activations, LayerInput, Pair
+from longfactory.memory.offload import Activations, LayerInput, Pair
 from longfactory.sp import keep
 
 

@@ -8,10 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from longfactory.model.memory.settings import MemorySettings
-from longfactory.plan.model import MARGIN, Budget, Choice, Job, choose, hidden_bytes, kept_bytes
-from longfactory.plan.report import advice, table
-from longfactory.plan.shapes import ModelShape, machine
+from longfactory.memory.cost import MARGIN, Budget, Choice, Job, choose, hidden_bytes, kept_bytes
+from longfactory.memory.report import advice, table
+from longfactory.memory.settings import MemorySettings
+from longfactory.memory.shapes import ModelShape, machine
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from longfactory.model.memory.layer_ops import autocast_as_now, wide
+from longfactory.memory.layer_ops import autocast_as_now, wide
 
 
 class GradientSum:

@@ -2,7 +2,7 @@
 
 Everything is for one GPU and its t = T / n tokens of a row. Letters: w = bytes of a number as layers compute it (2, in fp32 4), h = hidden
 bytes of a token (w * hidden), a = attention output bytes (w * heads * D), kv = bytes of keys (w * key heads * D). Bytes of the layer's
-working set come from reading the code in `model/memory/decoder_layer.py` (and its docstring) and, for other layers, from what autograd
+working set come from reading the code in `memory/decoder_layer.py` (and its docstring) and, for other layers, from what autograd
 stores while one layer is recomputed.
 
 Time counts products at the machine's measured rates: a token's linear layers cost 2 FLOP a parameter forward and 4 backward, causal
@@ -18,7 +18,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from longfactory.plan.shapes import Machine, ModelShape
+from longfactory.memory.shapes import Machine, ModelShape
 
 HEAD_CHUNK_NUMBERS = 2**28  # logits that exist at once (model/token_logprobs.py)
 LEAVING = 2**30  # numbers of gradients on their way to the host at once (model/memory: host_jobs.AHEAD blocks of the optimizer's)

@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longfactory import sp
-from longfactory.model.memory.checkpointed import CheckpointedLayer
-from longfactory.model.memory.chunked import GradientSum
-from longfactory.model.memory.layer_ops import (
+from longfactory.memory.checkpointed import CheckpointedLayer
+from longfactory.memory.chunked import GradientSum
+from longfactory.memory.layer_ops import (
     add_rms_norm_backward,
     gated_silu,
     gated_silu_backward,
@@ -35,7 +35,7 @@ from longfactory.model.memory.layer_ops import (
     rotate,
     rotate_backward,
 )
-from longfactory.model.memory.waiting import Activations, LayerInput
+from longfactory.memory.offload import Activations, LayerInput
 from longfactory.sp import probe
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from longfactory.errors import ConfigError
-from longfactory.model.memory.host_pool import HostPool, Parked
-from longfactory.model.memory.layer_ops import autocast_as_now
-from longfactory.model.memory.settings import MemorySettings
+from longfactory.memory.host_pool import HostPool, Parked
+from longfactory.memory.layer_ops import autocast_as_now
+from longfactory.memory.settings import MemorySettings
 
 Pair = tuple[Tensor, Tensor]  # attention output and log-sum-exp
 

@@ -34,7 +34,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from longfactory.model.memory.host_jobs import Job, Stage, Worker, work_off
+from longfactory.memory.host_jobs import Job, Stage, Worker, work_off
 
 BLOCK = 1 << 24  # elements that travel together; `host_jobs.AHEAD` blocks of gradients that leave are on the GPU at most
 _INNER = (1 << 15) * torch.get_num_threads()  # elements computed together on the host: a core's share and its scratch stay in its cache

@@ -16,7 +16,7 @@ from torch import nn
 
 from longfactory.errors import UserError
 from longfactory.sp import hf
-from longfactory.sp.text_model import Idle, decoder, idle
+from longfactory.sp.text_model import Idle, decoder_layers, idle
 
 log = logging.getLogger("longfactory")
 
@@ -116,32 +116,6 @@ def _names(value: Any) -> list[str]:
     if not value:
         return []
     return [v.strip() for v in value.split(",") if v.strip()] if isinstance(value, str) else list(value)
-
-
-def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The name and list of the decoder layers: the longest ModuleList of the text decoder."""
-    inner = _transformers_model(model)
-    inside = {id(m) for m in (decoder(inner) if inner is not None else model).modules()}
-    best: tuple[str, nn.ModuleList] | None = None
-    for name, module in model.named_modules():
-        if (
-            isinstance(module, nn.ModuleList)
-            and id(module) in inside
-            and not re.search(r"vision|visual|audio|experts|lora", name)
-            and (best is None or len(module) > len(best[1]))
-        ):
-            best = (name, module)
-    if best is None:
-        raise UserError(f"{type(model).__name__} has no list of decoder layers; finetuning_type: freeze cannot be applied to it.")
-    return best
-
-
-def _transformers_model(model: nn.Module) -> Any:
-    """The transformers model inside what wraps it, or None where there is none."""
-    try:
-        return hf.unwrap(model)
-    except ValueError:
-        return None
 
 
 def _freeze(model: nn.Module, method: Any) -> None:

@@ -281,7 +281,9 @@ def names_for_peft(model: Any) -> dict[str, str]:
         UserError: a tensor is found under no name.
     """
     try:
-        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+        from peft.utils.transformers_weight_conversion import (
+            convert_peft_adapter_state_dict_for_transformers,
+        )
     except ImportError:  # an earlier PEFT, which renames nothing
         return {}
     from transformers.conversion_mapping import get_model_conversion_mapping

@@ -1,4 +1,4 @@
-"""The memory and time of a training step, predicted: the same code behind `longfactory plan` and `memory: auto`. Imports no torch."""
+"""`longfactory plan`: what a run would need, before it is started. The numbers come from `longfactory.memory`."""
 
 from longfactory.plan.command import main
 

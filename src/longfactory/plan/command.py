@@ -7,9 +7,9 @@ import dataclasses
 import sys
 
 from longfactory.errors import UserError
-from longfactory.plan.model import Job, choose, longest
-from longfactory.plan.report import table
-from longfactory.plan.shapes import GPUS, ModelShape, machine
+from longfactory.memory.cost import Job, choose, longest
+from longfactory.memory.report import table
+from longfactory.memory.shapes import GPUS, ModelShape, machine
 
 GiB = 2**30
 

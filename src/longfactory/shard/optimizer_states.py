@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longfactory.errors import UserError
-from longfactory.model.memory.optimizer import BLOCK, SplitAdamW
+from longfactory.memory.optimizer import BLOCK, SplitAdamW
 
 INDEX = "optimizer_states.json"
 _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.int16: "I16"}

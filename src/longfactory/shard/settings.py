@@ -77,7 +77,7 @@ def wrap_classes(model: Any) -> list[str]:
     present = {type(m).__name__ for m in model.modules()}
     found = sorted(set(named) & present)
     if not found:
-        from longfactory.model.adapters import decoder_layers
+        from longfactory.sp.text_model import decoder_layers
 
         found = sorted({type(layer).__name__ for layer in decoder_layers(model)[1]})
     return found

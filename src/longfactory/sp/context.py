@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
-from ..kernel_names import KERNELS, canonical
+from longfactory.kernel_names import KERNELS, canonical
 
 log = logging.getLogger(__name__)
 

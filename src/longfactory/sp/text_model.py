@@ -17,6 +17,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from longfactory.errors import UserError
+from longfactory.sp import hf
+
 # In order: a checkpoint with a tower is the class that has the tower, where its configuration names none.
 _MAPPINGS = ("MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
 _AUTO = ("AutoModelForCausalLM", "AutoModelForMultimodalLM", "AutoModelForImageTextToText")
@@ -195,3 +198,29 @@ def _skipped_layers(model: PreTrainedModel) -> set[int]:
         return set()
     layers = next(m for m in decoder(model).modules() if isinstance(m, nn.ModuleList))
     return {id(layer) for i, layer in enumerate(layers) if i in indices}
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The name and list of the decoder layers: the longest ModuleList of the text decoder."""
+    inner = _transformers_model(model)
+    inside = {id(m) for m in (decoder(inner) if inner is not None else model).modules()}
+    best: tuple[str, nn.ModuleList] | None = None
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, nn.ModuleList)
+            and id(module) in inside
+            and not re.search(r"vision|visual|audio|experts|lora", name)
+            and (best is None or len(module) > len(best[1]))
+        ):
+            best = (name, module)
+    if best is None:
+        raise UserError(f"{type(model).__name__} has no list of decoder layers.")
+    return best
+
+
+def _transformers_model(model: nn.Module) -> Any:
+    """The transformers model inside what wraps it, or None where there is none."""
+    try:
+        return hf.unwrap(model)
+    except ValueError:
+        return None

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longfactory.errors import UserError
-from longfactory.train.pairs import PairLogps
+from longfactory.stages.pairs import PairLogps
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,18 @@ from torch import Tensor
 from longfactory.data.row import IGNORE, Row
 from longfactory.errors import ConfigError, UserError
 from longfactory.model.outputs import TokenOutputs
-from longfactory.train import losses
-from longfactory.train.losses import DataParallel, LossOptions
-from longfactory.train.metrics import Metrics
-from longfactory.train.pairs import PairLogps, document_logps, document_sums, find_pairs, of_role, pick, reference_logps
+from longfactory.stages import losses
+from longfactory.stages.losses import DataParallel, LossOptions
+from longfactory.stages.metrics import Metrics
+from longfactory.stages.pairs import (
+    PairLogps,
+    document_logps,
+    document_sums,
+    find_pairs,
+    of_role,
+    pick,
+    reference_logps,
+)
 
 
 def alone(x: Tensor) -> Tensor:

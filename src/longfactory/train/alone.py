@@ -21,9 +21,9 @@ from longfactory.data.row import IGNORE, TokenizedDocument
 from longfactory.errors import UserError
 from longfactory.model import adapters, load
 from longfactory.sp import hf, routers
-from longfactory.train import losses
-from longfactory.train.losses import DataParallel, LossOptions
-from longfactory.train.pairs import PairLogps
+from longfactory.stages import losses
+from longfactory.stages.losses import DataParallel, LossOptions
+from longfactory.stages.pairs import PairLogps
 
 Item = Sequence[TokenizedDocument]
 """One entry of a data set: the documents of a sample, or of a packed block."""

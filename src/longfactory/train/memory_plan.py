@@ -14,10 +14,10 @@ from transformers import TrainerCallback
 from longfactory.config import RunConfig
 from longfactory.data.module import Datasets
 from longfactory.errors import UserError
+from longfactory.memory.choose import MemoryPlan, choose_memory, corrected, host_memory, user_keys
+from longfactory.memory.offload import Activations
+from longfactory.memory.shapes import ModelShape
 from longfactory.model import adapters, load
-from longfactory.model.memory.auto import MemoryPlan, choose_memory, corrected, host_memory, user_keys
-from longfactory.model.memory.waiting import Activations
-from longfactory.plan.shapes import ModelShape
 from longfactory.train.optimizer_names import EXACT, Narrow, narrow_states
 from longfactory.train.reference import adapter_is_reference
 

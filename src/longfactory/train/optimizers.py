@@ -10,7 +10,7 @@ import torch
 
 from longfactory.config import RunConfig
 from longfactory.errors import UserError
-from longfactory.model.memory.optimizer import SplitAdamW
+from longfactory.memory.optimizer import SplitAdamW
 from longfactory.train.memory_plan import Memory
 from longfactory.train.optimizer_names import EXACT
 

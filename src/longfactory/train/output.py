@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from longfactory.config import resolved
 from longfactory.errors import UserError
 from longfactory.model import saved, value_head
 from longfactory.model.generate import make_generation_config_valid
@@ -296,7 +297,7 @@ def write_model_card(cfg: Any, folder: str) -> None:
             "## Configuration",
             "",
             "```yaml",
-            cfg.resolved().strip(),
+            resolved(cfg).strip(),
             "```",
             "",
             f"torch {torch.__version__}",

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from longfactory.data.row import IGNORE, Row
 from longfactory.errors import UserError
-from longfactory.train.pairs import document_logps
+from longfactory.stages.pairs import document_logps
 
 ROLES = ("chosen", "rejected", "kl")
 

@@ -12,14 +12,14 @@ import torch
 from transformers import set_seed
 
 from longfactory import hub, sp
-from longfactory.config import RunConfig
+from longfactory.config import RunConfig, folder
 from longfactory.data import module as data
 from longfactory.data.templates import get_template
 from longfactory.errors import UserError
+from longfactory.memory.apply import apply_memory
+from longfactory.memory.choose import explain_out_of_memory
 from longfactory.model import adapters, load
 from longfactory.model.liger import apply_liger
-from longfactory.model.memory.apply import apply_memory
-from longfactory.model.memory.auto import explain_out_of_memory
 from longfactory.model.source import Source
 from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.model.value_head import FILE as VALUE_HEAD
@@ -28,13 +28,13 @@ from longfactory.shard import settings as shard
 from longfactory.sp import hf
 from longfactory.sp.backends import start
 from longfactory.sp.measure import Measure
+from longfactory.stages.make import Stage, make_stage
 from longfactory.train import output
 from longfactory.train.callbacks import AtStart, LogFile, report_failures
 from longfactory.train.gradients import ReportUnused, refuse_unused
 from longfactory.train.memory_plan import FitMemory, Memory, count_parameters, plan_memory
 from longfactory.train.optimizers import optimizer_factory
 from longfactory.train.prove import prove_exact
-from longfactory.train.stages import Stage, make_stage
 from longfactory.train.trainer import RowTrainer
 from longfactory.train.with_reference import attach_reference
 
@@ -138,7 +138,7 @@ def assemble(cfg: RunConfig, *, compares: bool = False) -> Assembled:
     if args.do_train and not compares:
         output.prove_saveable(trainer)
     if main and not compares:
-        cfg.write()  # not before all that can be refused: a run that never began leaves no folder
+        folder.write(cfg)  # not before all that can be refused: a run that never began leaves no folder
     return Assembled(trainer, tokenizer, datasets, memory, sharding)
 
 

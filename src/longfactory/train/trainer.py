@@ -29,7 +29,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from longfactory import sp
 from longfactory.data.row import Row
 from longfactory.errors import UserError
-from longfactory.model.memory.optimizer import SplitAdamW
+from longfactory.memory.optimizer import SplitAdamW
 from longfactory.model.outputs import TokenOutputs
 from longfactory.model.saved import check_saved, names_for_peft, remove_weights
 from longfactory.model.source import Source, tied_duplicates
@@ -38,9 +38,9 @@ from longfactory.model.value_head import FILE as VALUE_HEAD
 from longfactory.model.value_head import load_value_head
 from longfactory.shard import export, optimizer_states
 from longfactory.sp import hf
+from longfactory.stages.metrics import Metrics, MetricSums
 from longfactory.train.embedding_noise import noisy_embeddings, token_keys, token_scales
 from longfactory.train.loader import Collate, RowSampler, empty_row, make_loader
-from longfactory.train.metrics import Metrics, MetricSums
 from longfactory.train.optimizers import one_dtype_each
 from longfactory.train.output import finish_save, reported, save_value_head
 from longfactory.train.reference import ReferenceCache, as_reference
@@ -57,7 +57,7 @@ class RowTrainer(Trainer):
         model: prepared by `sp.hf.prepare`; its output layer taken over by `head`.
         args: transformers' TrainingArguments.
         ctx: the place in the sequence-parallel and data-parallel axes.
-        stage: counts items and sums the loss (`train/stages.py`).
+        stage: counts items and sums the loss (`stages/make.py`).
         head: TokenLogprobs or TokenValues.
         collate: samples -> Row.
         pad_id: token of the padding document.

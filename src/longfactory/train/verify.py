@@ -26,7 +26,7 @@ from longfactory.config import RunConfig
 from longfactory.data import assemble as assemble_rules
 from longfactory.data.row import Row, TokenizedDocument
 from longfactory.errors import UserError
-from longfactory.model.memory.chunked import runs_in_pieces
+from longfactory.memory.chunked import runs_in_pieces
 from longfactory.sp import compare, hf, routers
 from longfactory.train import alone
 from longfactory.train.alone import Item, Precision, Step, Text

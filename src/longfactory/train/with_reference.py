@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from longfactory.data.module import cache_root
 from longfactory.data.row import Row
 from longfactory.errors import UserError
+from longfactory.memory.apply import apply_memory
+from longfactory.memory.checkpointed import CheckpointedLayer
 from longfactory.model import adapters, load
-from longfactory.model.memory.apply import apply_memory
-from longfactory.model.memory.checkpointed import CheckpointedLayer
 from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.sp import hf
+from longfactory.sp.text_model import decoder_layers
 from longfactory.train import reference
 from longfactory.train.trainer import RowTrainer
 
@@ -227,7 +228,7 @@ def load_reference(trainer: RowTrainer, cfg: Any) -> tuple[nn.Module, TokenLogpr
     model.requires_grad_(False)
     hf.prepare(model, copy.copy(trainer.ctx))
     head = TokenLogprobs(model, trainer.head.chunk)
-    policy_layer = adapters.decoder_layers(trainer.model)[1][0].__dict__.get("forward")
+    policy_layer = decoder_layers(trainer.model)[1][0].__dict__.get("forward")
     if isinstance(policy_layer, CheckpointedLayer):
         settings = dataclasses.replace(policy_layer.store.settings, keep_attention=0.0, offload="none", pool_bytes=0, segment_layers=1)
         apply_memory(model, settings, args.device)
@@ -248,7 +249,7 @@ def shard_frozen(model: nn.Module, **kwargs: Any) -> None:
     """
     from torch.distributed.fsdp import fully_shard
 
-    for layer in adapters.decoder_layers(model)[1]:
+    for layer in decoder_layers(model)[1]:
         fully_shard(layer, reshard_after_forward=True, **kwargs)
     fully_shard(model, reshard_after_forward=False, **kwargs)
 

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from ...kernel_names import KERNELS, canonical
+from longfactory.kernel_names import KERNELS, canonical
+
 from ..tiles import Tile
 from . import cpu, cudnn, efficient, fa4, flash, math
 from .installed import flash2, flash3

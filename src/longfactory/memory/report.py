@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from longfactory.plan.model import MARGIN, Budget, Choice, Job, roofline
+from longfactory.memory.cost import MARGIN, Budget, Choice, Job, roofline
 
 GiB = 2**30
 

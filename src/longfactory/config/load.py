@@ -1,0 +1,115 @@
+"""Reads a run: from words and files to a checked `RunConfig`. Imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from longfactory.config import checks, folder, translate
+from longfactory.config.arguments import GROUPS
+from longfactory.config.fields import keys_of
+from longfactory.config.read import read
+from longfactory.config.run import RunConfig
+from longfactory.config.trainer_keys import TRAINER_KEYS
+from longfactory.errors import ConfigError
+
+Command = Literal["train", "export", "chat"]
+
+
+def load_config(argv: Sequence[str], *, command: Command = "train", world_size: int | None = None) -> RunConfig:
+    """Reads, translates, types and checks a run. Imports neither torch nor transformers.
+
+    Args:
+        argv: `["x.yaml", "learning_rate=1e-5", ...]` or `["--stage", "sft", ...]`.
+        command: what the run is for; training asks for data and an output folder.
+        world_size: number of processes; default what the launcher's environment says, else unknown.
+    Raises:
+        ConfigError: with one sentence a problem.
+    """
+    return from_mapping(read(argv, translate.is_switch), command=command, world_size=world_size)
+
+
+def from_mapping(written: Mapping[str, Any], *, command: Command = "train", world_size: int | None = None) -> RunConfig:
+    """`load_config` from keys and values."""
+    translate.other_file(written)
+    # What is wrong is gathered before anything is raised, so that a person sees it at once.
+    values, notes, problems = translate.known(written)
+    try:
+        values = translate.rename(values)
+        notes += translate.drop_others(values)
+        notes += translate.turn(values)
+    except ConfigError as e:
+        raise ConfigError("\n".join([*problems, str(e)])) from e
+
+    groups: dict[str, Any] = {}
+    given: set[str] = set()
+    for group, cls in GROUPS.items():
+        parsed = {}
+        for name, key in keys_of(cls).items():
+            if name in values:
+                given.add(name)
+                try:
+                    parsed[name] = key.parse(values.pop(name))
+                except ConfigError as e:
+                    problems.append(str(e))
+        groups[group] = cls(**parsed)
+    hf: dict[str, Any] = {}
+    for name in list(values):
+        given.add(name)
+        try:
+            hf[name] = TRAINER_KEYS[name].parse(values.pop(name))
+        except ConfigError as e:
+            problems.append(str(e))
+    assert not values
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+    cfg = RunConfig(**groups, hf=hf, notes=())
+    if command == "train":
+        _finish_training(cfg)
+        if world_size is None and "LOCAL_RANK" in os.environ:
+            world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        problems = list(checks.training(cfg, world_size))
+        if not problems:
+            missing = list(checks.extras(cfg))
+            notes += missing if cfg.output.dry_run else []
+            problems += [] if cfg.output.dry_run else missing
+    else:
+        problems = list(checks.inference(cfg, command))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    if command == "train":
+        notes += checks.idle(cfg, given)
+        notes += checks.negative_steps(cfg)
+        notes += folder.settle(cfg)
+    return dataclasses.replace(cfg, notes=tuple(notes))
+
+
+def _finish_training(cfg: RunConfig) -> None:
+    """Fills in what follows from other keys, and what LongFactory settles itself."""
+    hf = cfg.hf
+    if not any(hf.get(name) for name in ("do_train", "do_eval", "do_predict")):
+        hf["do_train"] = True
+    if cfg.trainer("eval_strategy") != "no":
+        hf["do_eval"] = True
+    # Rows are made by our own collator.
+    hf["remove_unused_columns"] = False
+    hf["label_names"] = ["labels"]
+    for name in ("report_to", "optim_target_modules"):
+        if hf.get(name) is not None:
+            hf[name] = list(hf[name])
+    if cfg.output.use_swanlab:
+        others = [name for name in hf.get("report_to") or [] if name not in ("none", "swanlab")]
+        hf["report_to"] = [*others, "swanlab"]
+        if cfg.output.swanlab_run_name is not None:
+            hf.setdefault("run_name", cfg.output.swanlab_run_name)
+    if not hf.get("report_to", True):
+        hf["report_to"] = "none"
+    if cfg.method.finetuning_type == "lora":
+        hf.setdefault("ddp_find_unused_parameters", False)
+    if cfg.method.early_stopping_steps is not None:
+        hf.setdefault("metric_for_best_model", "loss")
+        if hf["metric_for_best_model"] in ("loss", "eval_loss"):
+            hf.setdefault("greater_is_better", False)
