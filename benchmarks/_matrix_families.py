@@ -140,8 +140,9 @@ def make_checkpoint(family: str, folder: Path) -> Path:
     """
     import torch
     import transformers
-    from make_model import make_model
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    from make_model import make_model
 
     if (folder / "config.json").is_file():
         return folder

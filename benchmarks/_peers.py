@@ -41,8 +41,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from _table import variant
 from torch import Tensor
+
+from _table import variant
 
 if TYPE_CHECKING:
     from longfactory.data.row import Row

@@ -28,19 +28,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import published
 import torch
 import torch.distributed as dist
-from _table import command_line
-from per_document_zigzag import PerDocumentZigzag, attention_pairs
 from torch import Tensor
 
+import published
+from _table import command_line
 from longfactory import sp
 from longfactory.sp import backends, kernels
 from longfactory.sp.kernels import Call
 from longfactory.sp.layout import balanced, chunk_work
 from longfactory.sp.schedules import ring as ring_schedule
 from longfactory.sp.tiles import Tile
+from per_document_zigzag import PerDocumentZigzag, attention_pairs
 
 
 @dataclasses.dataclass

@@ -19,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from _table import command_line
 
+from _table import command_line
 from longfactory.sp import backends
 from longfactory.sp.tiles import Tile
 

@@ -19,11 +19,11 @@ import sys
 import time
 from pathlib import Path
 
-import attention as bench
 import torch
 import torch.distributed as dist
-from _table import command_line
 
+import attention as bench
+from _table import command_line
 from longfactory import sp
 from longfactory.sp.measure import Measure, forward_backward
 from longfactory.sp.plan import RowPlan

@@ -28,10 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from _peers import SHAPES, make_config
 from _table import Clock, GiB, job, log_file, machine_name, run_row, settings_line, write
-from throughput import system
-
 from longfactory.memory.cost import kept_bytes
 from longfactory.memory.shapes import ModelShape
+from throughput import system
 
 # The leanest layer: everything that can leave the GPU does.
 LEAN: dict[str, Any] = {

@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from _peers import DEEPSPEED, SHAPES, make_config
 from _table import Clock, GiB, job, log_file, machine_name, run_row, settings_line, variant, write
-
 from longfactory.memory.cost import Job as PlanJob
 from longfactory.memory.cost import roofline
 from longfactory.memory.shapes import ModelShape, machine
@@ -75,7 +74,7 @@ def render(results: list[dict[str, Any]], shape: ModelShape, gpus: int) -> str:
     found = [r for r in results if r["row"] == "ours" and "seconds" in r]
     ours = {r["tokens"]: r for r in sorted(found, key=lambda r: (len(variant(r)), r["kernel"] != "auto"), reverse=True)}
     lines = [
-        "| tokens | system | step, s | tokens/s a GPU | LongFactory is | share of roofline | MFU of 989 | peak, GiB a GPU | memory settings |",  # noqa: E501
+        "| tokens | system | step, s | tokens/s a GPU | LongFactory is | share of roofline | MFU of 989 | peak, GiB a GPU | memory settings |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for tokens in sorted({r["tokens"] for r in results}):
@@ -101,7 +100,7 @@ def render(results: list[dict[str, Any]], shape: ModelShape, gpus: int) -> str:
             mfu = model_flops(shape, tokens) / gpus / r["seconds"] / 989e12
             settings = settings_line(r["settings"]) if "settings" in r else ""
             lines.append(
-                f"| {tokens:,} | {name} | {r['seconds']:.2f} | {rate:,.0f} | {times} | {share} | {mfu:.1%} | {r['peak'] / GiB:.1f} | {settings} |"  # noqa: E501
+                f"| {tokens:,} | {name} | {r['seconds']:.2f} | {rate:,.0f} | {times} | {share} | {mfu:.1%} | {r['peak'] / GiB:.1f} | {settings} |"
             )
     for r in rates.values():
         lines.append(

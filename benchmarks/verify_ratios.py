@@ -3,7 +3,7 @@
     python benchmarks/verify_ratios.py --write benchmarks/results/verify_ratios.md
 
 Healthy runs: families x precisions x methods and stages, tiny models with weights of two sizes, two processes on a CPU. Then the same with
-planted faults that change numbers (tests/train/planted.py). `verify` allows `FACTOR` times: it must lie between the two.
+planted faults that change numbers (tests/helpers/planted.py). `verify` allows `FACTOR` times: it must lie between the two.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "train")]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "helpers")]
 
 from longfactory.testing import run_ranks  # noqa: E402
 
@@ -61,8 +61,9 @@ PLANTED = ("documents leak", "local positions", "a dead exchange", "loss scaled 
 
 def make_folder(folder: Path, family: str, spread: float, **changes: Any) -> Path:
     """A tiny model's configuration, changed by `changes`, and a tokenizer. `spread`: standard deviation of its random weights."""
-    from make_model import make_model
     from transformers import AutoConfig
+
+    from make_model import make_model
 
     make_model("tiny", folder, vocabulary=600)
     fields: dict[str, Any] = {
@@ -86,10 +87,9 @@ def make_folder(folder: Path, family: str, spread: float, **changes: Any) -> Pat
 def measured_on_rank(keys: dict[str, Any], fault: str, cache: str) -> dict[str, Any]:
     """Body of a rank: one verification. Differences over the own attention's: `None` where that has none (float32)."""
     import cpu_sharding
-    from planted import planted
-
     from longfactory.config import from_mapping
     from longfactory.train.verify import verify
+    from planted import planted
 
     os.environ["LONGFACTORY_CACHE"] = cache
     cpu_sharding.reset()

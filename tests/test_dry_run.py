@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from longfactory import cli
-
-sys.path.insert(0, str(Path(__file__).parent / "train"))
 from small_runs import write_model
 
 ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "m", "r": 4, "target_modules": ["q_proj"]}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,8 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
 import _peers  # noqa: E402
 from _table import Clock, job, run_row  # noqa: E402
-
 from longfactory.data.row import IGNORE  # noqa: E402
 from longfactory.memory import choose as auto  # noqa: E402
 

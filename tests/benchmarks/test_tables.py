@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
 import _table  # noqa: E402
 from length import length_table  # noqa: E402
 from throughput import system  # noqa: E402

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "sp"))
-from plain_attention import context, random_inputs
-from simulated_ring import relative_rms, simulated_ring
 
 from longfactory import sp
 from longfactory.sp import Segment, backends
@@ -20,6 +14,8 @@ from longfactory.sp.measure import Measure
 from longfactory.sp.merge import merge_
 from longfactory.sp.tiles import Tile
 from longfactory.testing import run_ranks
+from plain_attention import context, random_inputs
+from simulated_ring import relative_rms, simulated_ring
 
 pytestmark = [
     pytest.mark.gpu,

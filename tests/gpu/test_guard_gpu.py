@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import _planted
 from longfactory import sp
 from longfactory.memory.apply import apply_memory
 from longfactory.memory.settings import MemorySettings
@@ -17,9 +16,6 @@ from longfactory.sp import hf
 from longfactory.sp.guard import guard
 from longfactory.testing import run_ranks
 from longfactory_dev.tiny_models import tiny_config, tiny_model
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import _planted
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,14 +6,10 @@ import dataclasses
 import functools
 import gc
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "model"))
 
 from longfactory import sp
 from longfactory.memory.apply import apply_memory

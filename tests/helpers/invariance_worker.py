@@ -13,12 +13,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import cpu_sharding
 import torch
 import torch.distributed as dist
 import transformers
 from torch import nn
 
+import cpu_sharding
 from longfactory.data.row import IGNORE, Row, TokenizedDocument, make_row
 
 STEPS = 3

@@ -1,4 +1,4 @@
-"""What the ranks of tests/model/test_memory_parallel.py run."""
+"""What the ranks of tests/memory/test_memory_parallel.py run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from memory_models import gradients, make_model, run
 from torch import Tensor, nn
 
 from longfactory import sp
@@ -17,6 +16,7 @@ from longfactory.memory.apply import apply_memory
 from longfactory.memory.settings import MemorySettings
 from longfactory.sp import hf
 from longfactory.sp.text_model import decoder_layers
+from memory_models import gradients, make_model, run
 
 
 def shard(model: nn.Module) -> None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
-import cpu_sharding
 import torch
 import torch.distributed as dist
-from saving_worker import held, make, whole
 from test_predict import DOCUMENTS, GREEDY, make_tokenizer
 
+import cpu_sharding
 from longfactory.train.predict import predict
+from saving_worker import held, make, whole
 
 
 def predict_sharded(sharding: str, trains: bool, path: str) -> None:

@@ -13,11 +13,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import cpu_sharding
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from torch import Tensor, nn
+
+import cpu_sharding
 from invariance_worker import (
     CLIP,
     RATE,
@@ -29,8 +31,6 @@ from invariance_worker import (
     deepspeed_json,
     tiny,
 )
-from torch import Tensor, nn
-
 from longfactory import sp
 from longfactory.config import from_mapping
 from longfactory.data.row import IGNORE, TokenizedDocument

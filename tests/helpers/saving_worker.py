@@ -9,14 +9,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import cpu_sharding
 import torch
 import torch.distributed as dist
 import transformers
-from invariance_worker import Samples, collate, samples, tiny
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import cpu_sharding
+from invariance_worker import Samples, collate, samples, tiny
 from longfactory import sp
 from longfactory.model.source import read_source
 from longfactory.model.token_logprobs import TokenLogprobs

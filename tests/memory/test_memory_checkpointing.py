@@ -8,8 +8,6 @@ import importlib
 
 import pytest
 import torch
-from memory_models import SEGMENTS, assert_same_gradients, gradients, make_model, run
-from memory_ranks import with_lora
 
 from longfactory import sp
 from longfactory.errors import ConfigError
@@ -19,6 +17,8 @@ from longfactory.memory.decoder_layer import _Layer
 from longfactory.memory.settings import MemorySettings
 from longfactory.sp import hf
 from longfactory.sp.layout import Segment
+from memory_models import SEGMENTS, assert_same_gradients, gradients, make_model, run
+from memory_ranks import with_lora
 
 engine = importlib.import_module("longfactory.sp.attention")  # the package has a function of this name
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import gc
 import logging
 
-import fake_cuda
 import pytest
 import torch
-from memory_models import LENGTH, assert_same_gradients, gradients, make_model, run
 
+import fake_cuda
 from longfactory import sp
 from longfactory.memory.apply import apply_memory
 from longfactory.memory.host_pool import PAGE, HostPool
 from longfactory.memory.settings import MemorySettings
+from memory_models import LENGTH, assert_same_gradients, gradients, make_model, run
 
 
 def tensors(n, numbers=5000):

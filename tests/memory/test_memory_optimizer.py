@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import threading
 
-import fake_cuda
-import memory_ranks
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import fake_cuda
+import memory_ranks
 from longfactory.memory import host_jobs, optimizer
 from longfactory.memory.optimizer import SplitAdamW, join, split
 from longfactory.testing import run_ranks

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import memory_ranks
 import pytest
-from memory_models import assert_same_gradients, gradients, make_model, run
 
+import memory_ranks
 from longfactory.memory.settings import MemorySettings
 from longfactory.testing import run_ranks
+from memory_models import assert_same_gradients, gradients, make_model, run
 
 pytestmark = pytest.mark.processes
 

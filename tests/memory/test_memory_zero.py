@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import memory_ranks
 import pytest
-from memory_models import assert_same_gradients, gradients, make_model, run
 from test_memory_parallel import ALL, SEGMENTS
 
+import memory_ranks
 from longfactory.testing import RankPool
+from memory_models import assert_same_gradients, gradients, make_model, run
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.slow

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from longfactory.sp.text_model import idle
 from longfactory_dev.tiny_models import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "train"))
 import cpu_sharding  # noqa: E402
 
 pytestmark = pytest.mark.processes

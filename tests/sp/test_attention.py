@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from plain_attention import context, plain_attention, plain_mask, random_inputs
 
 from longfactory import sp
 from longfactory.sp import Segment
 from longfactory.testing import RankError, run_ranks
+from plain_attention import context, plain_attention, plain_mask, random_inputs
 
 plans: Any = sys.modules["longfactory.sp.plan"]  # sp.plan itself is the function
 LENGTH = 96

@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from plain_attention import plain_attention, random_inputs
-from simulated_ring import relative_rms, simulated_ring
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longfactory import config, kernel_names
@@ -24,6 +22,8 @@ from longfactory.sp.backends.selftest import tile_for
 from longfactory.sp.merge import merge_
 from longfactory.sp.tiles import Tile
 from longfactory.testing import tiny_model
+from plain_attention import plain_attention, random_inputs
+from simulated_ring import relative_rms, simulated_ring
 
 RUN = {"model_name_or_path": "m", "dataset": "d", "output_dir": "nowhere/out", "dry_run": True}
 TILES = {

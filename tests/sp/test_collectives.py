@@ -8,12 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
-from plain_attention import context
 from torch import Tensor
 
 from longfactory import sp
 from longfactory.sp import Segment
 from longfactory.testing import run_ranks
+from plain_attention import context
 
 SEGMENTS = (Segment(0, 9), Segment(9, 24), Segment(24, 32))
 

@@ -6,11 +6,11 @@ import gc
 
 import pytest
 import torch
-from plain_attention import context, random_inputs
 
 from longfactory import sp
 from longfactory.sp import Segment
 from longfactory.testing import run_ranks
+from plain_attention import context, random_inputs
 
 pytestmark = pytest.mark.processes
 

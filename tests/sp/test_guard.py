@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import _planted
 from longfactory import sp
 from longfactory.memory.apply import apply_memory
 from longfactory.memory.settings import MemorySettings
@@ -20,9 +20,6 @@ from longfactory.sp.guard import guard
 from longfactory.testing import run_ranks
 from longfactory_dev import families
 from longfactory_dev.tiny_models import tiny_config, tiny_model
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import _planted
 
 ONE = sp.SequenceParallel.create(1)
 PRECISIONS = ("bf16", "fp16", "fp32", "autocast")
@@ -294,7 +291,7 @@ def test_experts_of_the_comparison_take_any_type() -> None:
 
 def test_plain_attention_is_attention() -> None:
     from longfactory.sp.probe import Asked
-    from sp.plain_attention import plain_attention, plain_mask
+    from plain_attention import plain_attention, plain_mask
 
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(20, heads, 8, generator=draw, dtype=torch.float64) for heads in (4, 2, 2))

@@ -5,13 +5,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from plain_attention import context
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from longfactory import sp
 from longfactory.sp import kernels
 from longfactory.testing import run_ranks
+from plain_attention import context
 
 
 def block(h: Tensor, w: Tensor, plan: sp.RowPlan, calls: int) -> Tensor:

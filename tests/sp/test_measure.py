@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from plain_attention import plain_attention, plain_mask, random_inputs
 
 from longfactory import sp
 from longfactory.sp import Segment, SequenceParallel
 from longfactory.sp.measure import ROUNDS, Measure, cut
 from longfactory.sp.schedules.choose import LONGEST, Candidate, candidates, row_class
 from longfactory.testing import run_ranks
+from plain_attention import plain_attention, plain_mask, random_inputs
 
 LENGTH = 64
 PACKED = (Segment(0, 37), Segment(37, 39), Segment(39, LENGTH))

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain_attention import plain_mask
 
 from longfactory.sp.layout import Segment, balanced, contiguous, zigzag
 from longfactory.sp.plan import HALO, MaskPlan
 from longfactory.sp.tiles import Mask, Run, intersect, merge_rectangles, subtract
+from plain_attention import plain_mask
 
 
 @st.composite

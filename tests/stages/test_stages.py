@@ -12,6 +12,15 @@ from typing import Any, Optional
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longfactory.data.row import IGNORE, Row, TokenizedDocument, make_row
+from longfactory.errors import ConfigError, UserError
+from longfactory.model.outputs import TokenOutputs
+from longfactory.stages import losses
+from longfactory.stages.make import KTOStage, PreferenceStage, RewardStage, TokenStage, make_stage
+from longfactory.stages.metrics import MetricSums
+from longfactory.stages.pairs import document_logps, find_pairs
 from oracles import (
     AT_START,
     CHOSEN,
@@ -27,15 +36,6 @@ from oracles import (
     trl_dpo_loss,
     whole,
 )
-from torch import Tensor, nn
-
-from longfactory.data.row import IGNORE, Row, TokenizedDocument, make_row
-from longfactory.errors import ConfigError, UserError
-from longfactory.model.outputs import TokenOutputs
-from longfactory.stages import losses
-from longfactory.stages.make import KTOStage, PreferenceStage, RewardStage, TokenStage, make_stage
-from longfactory.stages.metrics import MetricSums
-from longfactory.stages.pairs import document_logps, find_pairs
 
 WIDTH = 12
 

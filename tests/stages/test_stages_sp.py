@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import CHOSEN, PROMPTS, REJECTED, kto_documents, naive, pair_row, s, smoothing, whole
 from torch import Tensor
 
 from longfactory import sp
@@ -24,6 +23,7 @@ from longfactory.stages import losses
 from longfactory.stages.make import KTOStage, PreferenceStage, RewardStage, Stage, TokenStage
 from longfactory.testing import run_ranks, tiny_model
 from longfactory.train import reference
+from oracles import CHOSEN, PROMPTS, REJECTED, kto_documents, naive, pair_row, s, smoothing, whole
 
 pytestmark = pytest.mark.processes
 

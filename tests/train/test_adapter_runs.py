@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+
 from small_runs import LORA, STEPS, home, steps, train
 
 pytestmark = pytest.mark.processes

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+
 from cpu_sharding import on_ranks_of_their_own
 from invariance_worker import run_cases
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from longfactory_dev.tiny_models import tiny_config
 from qwen_7b import qwen_7b
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
 from make_model import make_model  # noqa: E402
 
 GiB = 2**30

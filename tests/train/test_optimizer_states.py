@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -29,8 +28,6 @@ from longfactory.shard.optimizer_states import (
     write_safetensors,
 )
 from longfactory.testing import process_context, run_ranks
-
-sys.path.insert(0, str(Path(__file__).parent))
 from manual_runs import manual_run
 
 
@@ -39,7 +36,6 @@ def train(keys: dict[str, Any], sharding: str = "none") -> tuple[list[dict[str, 
     import os
 
     import cpu_sharding
-
     from longfactory.config import from_mapping
     from longfactory.train import run as module
 

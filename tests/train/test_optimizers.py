@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+import cpu_sharding
+from invariance_worker import Samples, add_lora, collate, samples, tiny
 from longfactory import sp
 from longfactory.errors import UserError
 from longfactory.memory.optimizer import SplitAdamW
@@ -22,10 +23,6 @@ from longfactory.train.memory_plan import Memory
 from longfactory.train.optimizer_names import Narrow
 from longfactory.train.optimizers import one_dtype_each, optimizer_factory
 from longfactory.train.trainer import RowTrainer
-
-sys.path.insert(0, str(Path(__file__).parent))
-import cpu_sharding
-from invariance_worker import Samples, add_lora, collate, samples, tiny
 
 
 def memory(placement: str, split: bool, overlaps: bool = False, narrow: Narrow | None = None, gradients: str = "gpu") -> Memory:

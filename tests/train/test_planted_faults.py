@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from longfactory.testing import run_ranks
-
-sys.path.insert(0, str(Path(__file__).parent))
 from manual_runs import manual_run
 
 pytestmark = pytest.mark.processes
@@ -57,11 +54,10 @@ def verified_with(keys: dict[str, Any], fault: str) -> tuple[bool, str]:
     import os
 
     import cpu_sharding
-    from planted import planted
-
     from longfactory.config import from_mapping
     from longfactory.errors import UserError
     from longfactory.train.verify import verify
+    from planted import planted
 
     os.environ["LONGFACTORY_CACHE"] = keys["cache"]
     cpu_sharding.reset()

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from cpu_sharding import on_ranks_of_their_own
 
+from cpu_sharding import on_ranks_of_their_own
 from longfactory import sp
 from longfactory.data.row import IGNORE, TokenizedDocument
 from longfactory.errors import UserError

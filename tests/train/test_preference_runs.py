@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_runs
 import torch
-from small_runs import POOLS, STEPS, run_keys, steps, text, write_model
 
+import small_runs
 from longfactory.testing import RankError
+from small_runs import POOLS, STEPS, run_keys, steps, text, write_model
 
 pytestmark = pytest.mark.processes
 

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+
 from cpu_sharding import on_ranks_of_their_own
 from preference_worker import run_cases
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import LORA, STEPS, home, steps, train, write_tokenizer
 
 from longfactory.testing import tiny_model
+from small_runs import LORA, STEPS, home, steps, train, write_tokenizer
 
 pytestmark = pytest.mark.processes
 

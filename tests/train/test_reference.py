@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import Groups
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 
@@ -22,6 +21,7 @@ from longfactory.stages.make import KTOStage, PreferenceStage
 from longfactory.stages.pairs import document_logps
 from longfactory.train import reference
 from longfactory.train.with_reference import _parts
+from oracles import Groups
 
 PARTS = {"model": "tiny", "weights": "abc", "template": "qwen", "cutoff_len": 64}
 

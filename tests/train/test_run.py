@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from longfactory.testing import RankError, run_ranks
 from longfactory.train.output import write_model_card
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(Path(__file__).parent))
 from manual_runs import manual_run  # noqa: E402
 
 pytestmark = pytest.mark.processes
@@ -30,7 +28,6 @@ def train(keys: dict[str, Any]) -> list[dict[str, float]]:
     import os
 
     import cpu_sharding
-
     from longfactory.config import from_mapping
     from longfactory.train import run as module
 

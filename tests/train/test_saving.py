@@ -6,7 +6,6 @@ import json
 import logging
 import random
 import shutil
-import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from longfactory.errors import UserError
 from longfactory.model.source import stored_tensors
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
 from cpu_sharding import on_ranks_of_their_own  # noqa: E402
 from saving_worker import save_and_go_on  # noqa: E402
 from small_runs import LORA, keys, run_on_ranks, text, write_model  # noqa: E402
@@ -177,8 +175,9 @@ def test_a_sharded_run_saves_whole_weights_and_resumes_with_another_size(shardin
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["kind"].endswith("FSDP" if sharding == "fsdp2" else "DEEPSPEED") and result["sharded"]
 
-    from invariance_worker import tiny
     from transformers import AutoModelForCausalLM
+
+    from invariance_worker import tiny
 
     trained = torch.load(tmp_path / "trained.pt")
     before = dict(tiny("llama").named_parameters())

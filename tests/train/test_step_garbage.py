@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import LORA, POOLS, home, keys, run_on_ranks  # noqa: F401
 
 from longfactory.train.trainer import RowTrainer
+from small_runs import LORA, POOLS, home, keys, run_on_ranks  # noqa: F401
 
 pytestmark = pytest.mark.processes
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_runs import home, keys, steps, train
 
 from longfactory.config import load_config
 from longfactory.train.run import load_data
+from small_runs import home, keys, steps, train
 
 pytestmark = pytest.mark.processes
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import LORA, POOLS, STEPS, home, keys, run_keys, steps, train
 
 from longfactory.config import from_mapping
 from longfactory.errors import UserError
 from longfactory.testing import RankError
+from small_runs import LORA, POOLS, STEPS, home, keys, run_keys, steps, train
 
 pytestmark = pytest.mark.processes
 

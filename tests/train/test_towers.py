@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import LORA, POOLS, keys, run_on_ranks, steps, train, write_tokenizer
 
 from longfactory.testing import RankError
+from small_runs import LORA, POOLS, keys, run_on_ranks, steps, train, write_tokenizer
 
 pytestmark = pytest.mark.processes
 

@@ -28,8 +28,6 @@ from longfactory.train.verify import (
     row_reason,
     truncate,
 )
-
-sys.path.insert(0, str(Path(__file__).parent))
 from manual_runs import manual_run
 
 
@@ -38,7 +36,6 @@ def sharded_by_fsdp2(keys: dict[str, Any], more: list[dict[str, Any]]) -> list[t
     import os
 
     import cpu_sharding
-
     from longfactory.config import from_mapping
     from longfactory.train import run
     from longfactory.train.verify import verify
@@ -60,7 +57,6 @@ def verified(keys: dict[str, Any], broken: str = "") -> tuple[bool, str, dict[st
     import os
 
     import cpu_sharding
-
     from longfactory import sp
     from longfactory.config import from_mapping
     from longfactory.sp import hf, routers

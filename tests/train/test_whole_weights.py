@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_runs import home, steps, train
 
 from longfactory.errors import UserError
 from longfactory.testing import assert_matches_single_process, tiny_model
 from longfactory.train.whole_weights import load_renamed
+from small_runs import home, steps, train
 
 pytestmark = pytest.mark.processes
 
