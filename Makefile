@@ -39,7 +39,9 @@ test-all: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not gpu"
 
 check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 clean:

@@ -1,4 +1,6 @@
-"""The model families of `matrix.py`: small, with the head dims, windows and experts of the published models, as checkpoint folders."""
+"""The model families of `matrix.py`: small, with the head dims, windows and experts of the
+published models, as checkpoint folders.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": {
         **_TEXT,
         "head_dim": 64,
-        "num_attention_heads": 8,  # one attention sink a head: a multiple of 16 bytes in a flat buffer of ZeRO
+        # one attention sink a head: a multiple of 16 bytes in a flat buffer of ZeRO
+        "num_attention_heads": 8,
         "sliding_window": WINDOW,
         "layer_types": _ALTERNATING,
         "num_local_experts": 8,
@@ -135,8 +138,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def make_checkpoint(family: str, folder: Path) -> Path:
     """Writes a family's checkpoint as published ones are: bf16 safetensors, config and tokenizer.
 
-    The class is the one that transformers' own table gives the architecture. Matrices are drawn with
-    standard deviation 1 / sqrt(fan in), so that every layer changes the logits by more than rounding.
+    The class is the one that transformers' own table gives the architecture. Matrices are drawn
+    with standard deviation 1 / sqrt(fan in), so that every layer changes the logits by more than
+    rounding.
     """
     import torch
     import transformers

@@ -1,10 +1,11 @@
-"""The plain loop of `matrix.py`: transformers alone, one device, one document at a time, eager attention.
+"""The plain loop of `matrix.py`: transformers alone, one device, one document at a time, eager
+attention.
 
     python benchmarks/_matrix_reference.py JOBS.json RESULTS.jsonl
 
-Reads cases ({family, stage, finetuning, precision, yaml}) and appends a line for each: loss and gradient norm of every
-step. Only the documents (token ids and labels) come from LongFactory; model, adapters, losses, precision and optimizer
-are written out here.
+Reads cases ({family, stage, finetuning, precision, yaml}) and appends a line for each: loss and
+gradient norm of every step. Only the documents (token ids and labels) come from LongFactory; model,
+adapters, losses, precision and optimizer are written out here.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def compute_dtype(precision: str) -> torch.dtype:
     """What matrices are multiplied in."""
     if precision == "fp32":
         return torch.float32
-    # bf16_weights is DeepSpeed's bf16: the weights themselves are bf16, beside them float32 copies for the optimizer.
+    # bf16_weights is DeepSpeed's bf16: the weights themselves are bf16, beside them float32 copies
+    # for the optimizer.
     return torch.float16 if precision == "fp16" else torch.bfloat16
 
 
@@ -102,7 +104,9 @@ class Model:
 
     @staticmethod
     def _choose(model: nn.Module, finetuning: str) -> None:
-        """Text-only: what lies outside the text decoder is never trained; freeze trains the last layer."""
+        """Text-only: what lies outside the text decoder is never trained; freeze trains the last
+        layer.
+        """
         last = max(i for n, _ in model.named_parameters() if (i := layer_index(n)) is not None)
         for name, parameter in model.named_parameters():
             trained = not in_tower(name)

@@ -1,8 +1,9 @@
-"""One row of the throughput and length tables: complete training steps of one system, at several lengths, in processes of its own.
+"""One row of the throughput and length tables: complete training steps of one system, at several
+lengths, in processes of its own.
 
-Run by `throughput.py` and `length.py`, one process a GPU, with a job as JSON (see `Job`). Every process builds the model on its device
-with random weights, trains at each length in turn, and prints a line `RESULT {...}` for each, so that what was measured before memory ran
-out is not lost.
+Run by `throughput.py` and `length.py`, one process a GPU, with a job as JSON (see `Job`). Every
+process builds the model on its device with random weights, trains at each length in turn, and
+prints a line `RESULT {...}` for each, so that what was measured before memory ran out is not lost.
 
 Rows:
     ours            longfactory: memory: auto (the keys of `settings` on top), its own layer function
@@ -18,10 +19,12 @@ Rows:
     rates           this GPU's rates: matrix products of the model's shapes, attention forward and backward at each length
     slope           some layers only, no optimizer: how peak memory grows with length
 
-Attention kernels. DeepSpeed's rows call PyTorch's sdpa on the whole sequence and a share of the heads: with is_causal, without a mask
-(DeepSpeed drops it, sdpa ignores position ids) and without repeated keys (enable_gqa), so that every fused kernel may be taken. On Hopper
-PyTorch takes cuDNN's, the kernel that `auto` takes for our rows, so `alst` is also ALST with our kernel; `alst:flash` forbids it that one.
-Every result names the kernels that ran: ours as the engine logs them, theirs as PyTorch chooses for the tensors of each call.
+Attention kernels. DeepSpeed's rows call PyTorch's sdpa on the whole sequence and a share of the
+heads: with is_causal, without a mask (DeepSpeed drops it, sdpa ignores position ids) and without
+repeated keys (enable_gqa), so that every fused kernel may be taken. On Hopper PyTorch takes
+cuDNN's, the kernel that `auto` takes for our rows, so `alst` is also ALST with our kernel;
+`alst:flash` forbids it that one. Every result names the kernels that ran: ours as the engine logs
+them, theirs as PyTorch chooses for the tensors of each call.
 """
 
 from __future__ import annotations
@@ -102,7 +105,9 @@ def make_config(shape: str, layers: int | None = None) -> Any:
     keys = dict(SHAPES[shape])
     if layers is not None:
         keys["num_hidden_layers"] = layers
-    config = AutoConfig.for_model("qwen2", **keys, max_position_embeddings=1 << 22, tie_word_embeddings=False, rope_theta=1e6)
+    config = AutoConfig.for_model(
+        "qwen2", **keys, max_position_embeddings=1 << 22, tie_word_embeddings=False, rope_theta=1e6
+    )
     config.use_cache = False
     return config
 
@@ -114,7 +119,11 @@ class Bench:
         self.job = job
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if self.cuda else torch.device("cpu")
+        self.device = (
+            torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            if self.cuda
+            else torch.device("cpu")
+        )
         if self.cuda:
             torch.cuda.set_device(self.device)
         self.tokens = 0
@@ -123,11 +132,19 @@ class Bench:
 
     def open_group(self) -> None:
         if self.world > 1:
-            dist.init_process_group("nccl" if self.cuda else "gloo", device_id=self.device if self.cuda else None)
+            dist.init_process_group(
+                "nccl" if self.cuda else "gloo", device_id=self.device if self.cuda else None
+            )
 
     def say(self, **facts: Any) -> None:
         job = self.job
-        about = {"row": job.row, "kernel": job.kernel, "tokens": self.tokens, "gpus": self.world, **variant(dataclasses.asdict(job))}
+        about = {
+            "row": job.row,
+            "kernel": job.kernel,
+            "tokens": self.tokens,
+            "gpus": self.world,
+            **variant(dataclasses.asdict(job)),
+        }
         print("RESULT " + json.dumps(about | facts), flush=True)
 
     def log(self, text: str) -> None:
@@ -147,7 +164,9 @@ class Bench:
         torch.set_default_device(self.device)
         try:
             model = AutoModelForCausalLM.from_config(
-                make_config(self.job.shape, self.job.layers), dtype=torch.bfloat16, attn_implementation=attention
+                make_config(self.job.shape, self.job.layers),
+                dtype=torch.bfloat16,
+                attn_implementation=attention,
             )
         finally:
             torch.set_default_device(None)
@@ -168,10 +187,15 @@ class Bench:
     ) -> None:
         """Runs the steps at every length and reports each.
 
-        `step` returns the loss and the seconds of its parts; `before` and `after` what else is known of a length.
+        `step` returns the loss and the seconds of its parts; `before` and `after` what else is
+        known of a length.
         """
         versions = {}
-        for package in ("torch", "transformers", *(["deepspeed"] if self.job.row in DEEPSPEED else [])):
+        for package in (
+            "torch",
+            "transformers",
+            *(["deepspeed"] if self.job.row in DEEPSPEED else []),
+        ):
             versions[package] = importlib.metadata.version(package)
         for tokens in self.job.tokens:
             self.tokens = tokens
@@ -187,13 +211,24 @@ class Bench:
                 start = self.sync()
                 loss, parts = step(tokens)
                 times.append((self.sync() - start, parts))
-                self.log(f"{self.job.row} {tokens} tokens, step {i}: {times[-1][0]:.2f} s, loss {loss:.4f}, {parts}")
+                self.log(
+                    f"{self.job.row} {tokens} tokens, step {i}: {times[-1][0]:.2f} s, loss"
+                    f" {loss:.4f}, {parts}"
+                )
             seconds, parts = min(times[1:] if self.job.warm else times, key=lambda t: t[0])
             peak = torch.cuda.max_memory_allocated() if self.cuda else 0
             reserved = torch.cuda.max_memory_reserved() if self.cuda else 0
             facts |= {"kernels": sorted(self.kernels), **after(), "versions": versions}
             if self.rank == 0:
-                self.say(seconds=seconds, first=times[0][0], loss=loss, peak=peak, reserved=reserved, parts=parts, **facts)
+                self.say(
+                    seconds=seconds,
+                    first=times[0][0],
+                    loss=loss,
+                    peak=peak,
+                    reserved=reserved,
+                    parts=parts,
+                    **facts,
+                )
 
 
 class NoteKernels(logging.Handler):
@@ -214,15 +249,26 @@ class NoteKernels(logging.Handler):
 
 
 def note_sdpa(bench: Bench) -> None:
-    """DeepSpeed's rows: notes the kernel that sdpa takes, on the very tensors of each call that is differentiated."""
+    """DeepSpeed's rows: notes the kernel that sdpa takes, on the very tensors of each call that is
+    differentiated.
+    """
     from torch.nn.attention import SDPBackend
 
     names = {"CUDNN_ATTENTION": "cudnn", "FLASH_ATTENTION": "flash" if bench.cuda else "cpu"}
     real = F.scaled_dot_product_attention
 
-    def sdpa(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **kwargs: Any) -> Tensor:
+    def sdpa(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        *rest: Any,
+        **kwargs: Any,
+    ) -> Tensor:
         if torch.is_grad_enabled():
-            taken = SDPBackend(torch._fused_sdp_choice(query, key, value, attn_mask, *rest, **kwargs)).name
+            taken = SDPBackend(
+                torch._fused_sdp_choice(query, key, value, attn_mask, *rest, **kwargs)
+            ).name
             bench.kernels.add(names.get(taken, taken.lower()))
         return real(query, key, value, attn_mask, *rest, **kwargs)
 
@@ -230,7 +276,9 @@ def note_sdpa(bench: Bench) -> None:
 
 
 def shard(bench: Bench, model: Any) -> None:
-    """FSDP2 with fp32 masters, bf16 compute, gradients reduced in fp32: a unit a layer, and one of everything else."""
+    """FSDP2 with fp32 masters, bf16 compute, gradients reduced in fp32: a unit a layer, and one of
+    everything else.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -243,8 +291,12 @@ def shard(bench: Bench, model: Any) -> None:
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def make_optimizer(bench: Bench, model: Any, placement: str, **leaving: Any) -> torch.optim.Optimizer:
-    """AdamW with exact fp32 weights and states: torch's on fp32 shards, the split master on one GPU's bf16 weights."""
+def make_optimizer(
+    bench: Bench, model: Any, placement: str, **leaving: Any
+) -> torch.optim.Optimizer:
+    """AdamW with exact fp32 weights and states: torch's on fp32 shards, the split master on one
+    GPU's bf16 weights.
+    """
     from longfactory.memory.optimizer import SplitAdamW
 
     if bench.world > 1 and placement == "gpu":
@@ -253,18 +305,29 @@ def make_optimizer(bench: Bench, model: Any, placement: str, **leaving: Any) -> 
 
 
 def preference_row(tokens: int, vocab: int, multiple: int) -> Row:
-    """One pair of `tokens` tokens in all as the trainer lays it: [prompt | chosen | rejected], the prompt 95 % of it, positions of both
-    answers going on where the prompt ends. Padded to `multiple`; the documents carry reference log-probabilities."""
+    """One pair of `tokens` tokens in all as the trainer lays it: [prompt | chosen | rejected], the
+    prompt 95 % of it, positions of both answers going on where the prompt ends. Padded to
+    `multiple`; the documents carry reference log-probabilities."""
     from longfactory.data.assemble import Rules, pair
     from longfactory.data.collate import collate
 
     answer = tokens // 40
     prompt = tokens - 2 * answer - 1  # each branch begins with the prompt's last token
-    ids = torch.randint(0, vocab, (prompt + 2 * answer,), generator=torch.Generator().manual_seed(tokens)).numpy()
+    ids = torch.randint(
+        0, vocab, (prompt + 2 * answer,), generator=torch.Generator().manual_seed(tokens)
+    ).numpy()
     parts = [ids[:prompt], ids[prompt : prompt + answer], ids[prompt + answer :]]
     documents = pair(parts, Rules(cutoff=tokens, share_prompt=True), sample=0)
-    # Numbers from before the first step: here those of a reference that finds all tokens equally probable.
-    known = [d if d.role == "prompt" else dataclasses.replace(d, reference_logp=-answer * math.log(vocab)) for d in documents]
+    # Numbers from before the first step: here those of a reference that finds all tokens equally
+    # probable.
+    known = [
+        (
+            d
+            if d.role == "prompt"
+            else dataclasses.replace(d, reference_logp=-answer * math.log(vocab))
+        )
+        for d in documents
+    ]
     return collate([known], multiple, 0)
 
 
@@ -291,7 +354,11 @@ def finish_step(
         optimizer.step()
     model.zero_grad(set_to_none=True)
     end = bench.sync()
-    return float(value), {"forward": forward - start, "backward": backward - forward, "update": end - backward}
+    return float(value), {
+        "forward": forward - start,
+        "backward": backward - forward,
+        "update": end - backward,
+    }
 
 
 def ours(bench: Bench) -> None:
@@ -306,14 +373,18 @@ def ours(bench: Bench) -> None:
 
     job = bench.job
     NoteKernels(bench)
-    ctx = sp.SequenceParallel.create(bench.world, mode=job.mode, backend=job.kernel, device_type=bench.device.type)
+    ctx = sp.SequenceParallel.create(
+        bench.world, mode=job.mode, backend=job.kernel, device_type=bench.device.type
+    )
     model = bench.model(hf.ATTENTION)
     hf.prepare(model, ctx)
     head = TokenLogprobs(model)
     config = model.config
     gpu_bytes = torch.cuda.mem_get_info()[1] if bench.cuda else 0
     gpu = torch.cuda.get_device_name() if bench.cuda else "cpu"
-    user: dict[str, Any] = {k: v for k, v in job.settings.items() if k not in ("layer", "pool_bytes")}
+    user: dict[str, Any] = {
+        k: v for k, v in job.settings.items() if k not in ("layer", "pool_bytes")
+    }
     if job.row == "ours-recompute":
         user["keep_attention"] = 0.0
     overlap = job.row == "ours-overlap"
@@ -354,7 +425,9 @@ def ours(bench: Bench) -> None:
             row = preference_row(tokens, config.vocab_size, sp.alignment(ctx))
             whole = {i: d.stop - d.start for i, d in enumerate(row.documents)}
             facts["computed"] = len(row)
-            facts["as_two_rows"] = sum(whole[i] + whole[d.parent] for i, d in enumerate(row.documents) if d.parent >= 0)
+            facts["as_two_rows"] = sum(
+                whole[i] + whole[d.parent] for i, d in enumerate(row.documents) if d.parent >= 0
+            )
         plan, new = settings(tokens)
         new = dataclasses.replace(new, optimizer=first.optimizer, gradients=first.gradients)
         if store.pool is not None:
@@ -364,9 +437,19 @@ def ours(bench: Bench) -> None:
         if store.pool is not None:
             store.pool.peak_bytes = 0
             # A slot holds a layer's input or what its attention returned, whichever is more.
-            parked = (hidden_bytes, kept_bytes) if new.offload == "inputs+attention" else (hidden_bytes,)
-            store.reserve(facts.get("computed", tokens) // bench.world * max(f(plan.job.shape) for f in parked) + 512)
-            bench.log(f"{store.pool.locked_bytes / GiB:.1f} GiB page-locked in {time.time() - start:.1f} s")
+            parked = (
+                (hidden_bytes, kept_bytes) if new.offload == "inputs+attention" else (hidden_bytes,)
+            )
+            store.reserve(
+                facts.get("computed", tokens)
+                // bench.world
+                * max(f(plan.job.shape) for f in parked)
+                + 512
+            )
+            bench.log(
+                f"{store.pool.locked_bytes / GiB:.1f} GiB page-locked in"
+                f" {time.time() - start:.1f} s"
+            )
         return facts | {
             "settings": dataclasses.asdict(new),
             "host_states": plan.budget.host.get("optimizer", 0.0),
@@ -375,9 +458,14 @@ def ours(bench: Bench) -> None:
         }
 
     def after() -> dict[str, Any]:
-        """Host bytes of one process for activations: page-locked, and of them the most that were in use at once."""
+        """Host bytes of one process for activations: page-locked, and of them the most that were in
+        use at once.
+        """
         pool = store.pool
-        return {"locked": pool.locked_bytes if pool is not None else 0, "used": pool.peak_bytes if pool is not None else 0}
+        return {
+            "locked": pool.locked_bytes if pool is not None else 0,
+            "used": pool.peak_bytes if pool is not None else 0,
+        }
 
     def token_logps(ids: Tensor, labels: Tensor, positions: Tensor, plan: sp.RowPlan) -> Tensor:
         """[T] log-probabilities of the labels of the whole row, the same on every rank."""
@@ -389,11 +477,15 @@ def ours(bench: Bench) -> None:
 
     def text_loss(tokens: int) -> Tensor:
         ids, labels = bench.row(tokens, config.vocab_size)
-        return -token_logps(ids, labels, torch.arange(tokens), sp.plan(tokens, None, ctx)).sum() / (tokens - 1)
+        return -token_logps(ids, labels, torch.arange(tokens), sp.plan(tokens, None, ctx)).sum() / (
+            tokens - 1
+        )
 
     def pair_loss(tokens: int) -> Tensor:
         row = preference_row(tokens, config.vocab_size, sp.alignment(ctx))
-        logps = token_logps(row.input_ids, row.labels, row.position_ids, sp.plan(len(row), row.segments, ctx))
+        logps = token_logps(
+            row.input_ids, row.labels, row.position_ids, sp.plan(len(row), row.segments, ctx)
+        )
         loss_sum, _ = stage.loss_sum(logps, row.to(bench.device))
         return (loss_sum / stage.count_items(row)).float()
 
@@ -404,7 +496,11 @@ def ours(bench: Bench) -> None:
         return finish_step(bench, model, optimizer, loss, start)
 
     if bench.cuda and job.warm is False:
-        store.change(dataclasses.replace(settings(16384)[1], optimizer=first.optimizer, gradients=first.gradients))
+        store.change(
+            dataclasses.replace(
+                settings(16384)[1], optimizer=first.optimizer, gradients=first.gradients
+            )
+        )
         step(16384)  # kernels are compiled once a process
     bench.measure(step, before, after)
 
@@ -415,22 +511,35 @@ def hf_recipe(bench: Bench) -> None:
 
     job = bench.job
     NoteKernels(bench)
-    ctx = sp.SequenceParallel.create(bench.world, mode=job.mode, backend=job.kernel, device_type=bench.device.type)
+    ctx = sp.SequenceParallel.create(
+        bench.world, mode=job.mode, backend=job.kernel, device_type=bench.device.type
+    )
     model = bench.model(hf.ATTENTION)
     hf.prepare(model, ctx)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if bench.world > 1:
         shard(bench, model)
-    optimizer = make_optimizer(bench, model, job.settings.get("optimizer", "gpu")) if job.optimizer else None
+    optimizer = (
+        make_optimizer(bench, model, job.settings.get("optimizer", "gpu"))
+        if job.optimizer
+        else None
+    )
 
     def step(tokens: int) -> tuple[float, dict[str, float]]:
         start = bench.sync()
         ids, labels = bench.row(tokens, model.config.vocab_size)
         plan = sp.plan(tokens, None, ctx)
-        row = {"input_ids": ids.to(bench.device), "position_ids": torch.arange(tokens, device=bench.device)}
+        row = {
+            "input_ids": ids.to(bench.device),
+            "position_ids": torch.arange(tokens, device=bench.device),
+        }
         logits = model(**hf.inputs(row, plan)).logits[0].float()
         mine = labels[plan.index].to(bench.device)
-        loss = F.cross_entropy(logits, mine, reduction="sum", ignore_index=-100) * bench.world / (tokens - 1)
+        loss = (
+            F.cross_entropy(logits, mine, reduction="sum", ignore_index=-100)
+            * bench.world
+            / (tokens - 1)
+        )
         del logits
         value, parts = finish_step(bench, model, optimizer, loss, start)
         total = torch.tensor(value / bench.world, device=bench.device)
@@ -442,7 +551,9 @@ def hf_recipe(bench: Bench) -> None:
 
 
 def deepspeed_row(bench: Bench) -> None:
-    """DeepSpeed's ALST as its documentation composes it, or (row ulysses) its sequence parallelism alone with full logits."""
+    """DeepSpeed's ALST as its documentation composes it, or (row ulysses) its sequence parallelism
+    alone with full logits.
+    """
     try:
         import deepspeed
         from deepspeed.runtime.sequence_parallel.ulysses_sp import (
@@ -453,7 +564,12 @@ def deepspeed_row(bench: Bench) -> None:
     except Exception as error:
         bench.tokens = bench.job.tokens[0]
         if bench.rank == 0:
-            bench.say(error=f"deepspeed cannot be imported: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            bench.say(
+                error=(
+                    "deepspeed cannot be imported:"
+                    f" {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+                )
+            )
         return
     from transformers import AutoModelForCausalLM
     from transformers.models.qwen2 import modeling_qwen2
@@ -473,23 +589,49 @@ def deepspeed_row(bench: Bench) -> None:
                 return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
             shards = max(1, math.ceil(x.shape[-2] / self.hidden_size))
-            return TiledMLP.apply(compute, self, x, shards, [self.down_proj.weight, self.gate_proj.weight, self.up_proj.weight])
+            return TiledMLP.apply(
+                compute,
+                self,
+                x,
+                shards,
+                [self.down_proj.weight, self.gate_proj.weight, self.up_proj.weight],
+            )
 
         modeling_qwen2.Qwen2MLP.forward = mlp
-    zero = {"stage": 3, "overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": 5e8, "stage3_prefetch_bucket_size": 5e8}
+    zero = {
+        "stage": 3,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": 5e8,
+        "stage3_prefetch_bucket_size": 5e8,
+    }
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "bf16": {"enabled": True, **dict.fromkeys(("bf16_master_weights_and_grads", "bf16_optimizer_states"), job.row == "alst-bf16")},
+        "bf16": {
+            "enabled": True,
+            **dict.fromkeys(
+                ("bf16_master_weights_and_grads", "bf16_optimizer_states"), job.row == "alst-bf16"
+            ),
+        },
         "gradient_clipping": 1.0,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": zero | ({} if job.shape != "tiny" else {"reduce_bucket_size": 1e5, "stage3_prefetch_bucket_size": 1e5}),
+        "zero_optimization": (
+            zero
+            | (
+                {}
+                if job.shape != "tiny"
+                else {"reduce_bucket_size": 1e5, "stage3_prefetch_bucket_size": 1e5}
+            )
+        ),
         "sequence_parallel_size": world,
     }
     torch.manual_seed(0)
     config = make_config(job.shape, job.layers)
     with deepspeed.zero.Init(config_dict_or_path=settings, dtype=torch.bfloat16):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation="sdpa"
+        )
     mpu = UlyssesSPAttentionHF.register_with_transformers(
         model_name_or_path=model,
         core_attn_implementation="sdpa",
@@ -497,7 +639,8 @@ def deepspeed_row(bench: Bench) -> None:
         micro_batch_size=1,
         seq_length_is_variable=True,
     )
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": tiled})  # TiledMLP needs the reentrant kind
+    # TiledMLP needs the reentrant kind
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": tiled})
     model.enable_input_require_grads()
     model.train()
     adam = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=bench.cuda)
@@ -505,7 +648,12 @@ def deepspeed_row(bench: Bench) -> None:
     bench.log("DeepSpeed engine made")
 
     def head_loss(self: Any, h: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(self.lm_head(h).float().view(-1, config.vocab_size), y.view(-1), reduction="sum", ignore_index=-100)
+        return F.cross_entropy(
+            self.lm_head(h).float().view(-1, config.vocab_size),
+            y.view(-1),
+            reduction="sum",
+            ignore_index=-100,
+        )
 
     def step(tokens: int) -> tuple[float, dict[str, float]]:
         start = bench.sync()
@@ -516,11 +664,15 @@ def deepspeed_row(bench: Bench) -> None:
         if tiled:
             h = engine.module.model(input_ids=x, position_ids=positions).last_hidden_state
             shards = max(1, math.ceil(x.shape[1] * config.vocab_size * 4 / GiB))
-            total = TiledFusedLogitsLoss.apply(head_loss, engine.module, h, y, None, shards, [engine.module.lm_head.weight], "sum")
+            total = TiledFusedLogitsLoss.apply(
+                head_loss, engine.module, h, y, None, shards, [engine.module.lm_head.weight], "sum"
+            )
             loss = total / (tokens - 1)
         else:
             logits = engine(input_ids=x, position_ids=positions).logits.float()
-            loss = F.cross_entropy(logits.view(-1, config.vocab_size), y.view(-1), reduction="sum", ignore_index=-100) / (tokens - 1)
+            loss = F.cross_entropy(
+                logits.view(-1, config.vocab_size), y.view(-1), reduction="sum", ignore_index=-100
+            ) / (tokens - 1)
             del logits
         value = loss.detach().clone()
         forward = bench.sync()
@@ -529,7 +681,11 @@ def deepspeed_row(bench: Bench) -> None:
         engine.step()
         end = bench.sync()
         dist.all_reduce(value)
-        return float(value), {"forward": forward - start, "backward": backward - forward, "update": end - backward}
+        return float(value), {
+            "forward": forward - start,
+            "backward": backward - forward,
+            "update": end - backward,
+        }
 
     bench.measure(step)
 
@@ -539,7 +695,10 @@ def rates(bench: Bench) -> None:
     from longfactory import sp
 
     shape = SHAPES[bench.job.shape]
-    h, f, heads, kv = (shape[k] for k in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"))
+    h, f, heads, kv = (
+        shape[k]
+        for k in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    )
     dim, dtype = h // heads, torch.bfloat16
     ctx = sp.SequenceParallel.create(1, backend=bench.job.kernel, device_type=bench.device.type)
 
@@ -553,7 +712,10 @@ def rates(bench: Bench) -> None:
     rows = 8192 if bench.cuda else 64
     flops = seconds = 0.0
     for n, m in ((h, h), (h, f), (f, h)):
-        a, b = torch.randn(rows, n, device=bench.device, dtype=dtype), torch.randn(n, m, device=bench.device, dtype=dtype)
+        a, b = (
+            torch.randn(rows, n, device=bench.device, dtype=dtype),
+            torch.randn(n, m, device=bench.device, dtype=dtype),
+        )
         seconds += timed(lambda a=a, b=b: a @ b, 20 if bench.cuda else 1)
         flops += 2.0 * rows * n * m
     gemm = flops / seconds
@@ -566,10 +728,17 @@ def rates(bench: Bench) -> None:
         k, v = (torch.randn(measured, kv, dim, device=bench.device, dtype=dtype) for _ in range(2))
         out, lse = sp.attention_forward(q, k, v, plan)
         repeats = max(1, int(3e14 / (2.0 * measured**2 * heads * dim))) if bench.cuda else 1
-        forward = timed(lambda: sp.attention_forward(q, k, v, plan), min(repeats, 20))  # noqa: B023
-        backward = timed(lambda: sp.attention_backward(out, q, k, v, out, lse, plan), min(repeats, 20))  # noqa: B023
+        forward = timed(lambda: sp.attention_forward(q, k, v, plan), min(repeats, 20))
+        backward = timed(
+            lambda: sp.attention_backward(out, q, k, v, out, lse, plan), min(repeats, 20)
+        )
         area = 2.0 * measured**2 * heads * dim
-        bench.say(gemm=gemm, attention_forward=area / forward, attention_backward=2.5 * area / backward, measured_at=measured)
+        bench.say(
+            gemm=gemm,
+            attention_forward=area / forward,
+            attention_backward=2.5 * area / backward,
+            measured_at=measured,
+        )
 
 
 def main() -> int:
@@ -596,7 +765,11 @@ def main() -> int:
         os._exit(3)  # others may wait in a collective: leaving at once lets the launcher end them
     except BaseException as error:
         traceback.print_exc()
-        bench.say(error=f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}")
+        bench.say(
+            error=(
+                f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"
+            )
+        )
         sys.stdout.flush()
         os._exit(4)
     sys.stdout.flush()

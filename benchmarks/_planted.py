@@ -1,4 +1,6 @@
-"""Faults to plant under the start-up guard, by name: what breaks, and the model families that show it."""
+"""Faults to plant under the start-up guard, by name: what breaks, and the model families that show
+it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from torch import nn
 from longfactory import sp
 from longfactory.sp import collectives, guard, kernels
 
-attention: Any = importlib.import_module("longfactory.sp.attention")  # the package has a function of this name
+# the package has a function of this name
+attention: Any = importlib.import_module("longfactory.sp.attention")
 
 
 @contextlib.contextmanager
@@ -33,8 +36,13 @@ def _settings(**replaced: Callable[[Any], Any]) -> Any:
     def change(check: Any) -> Any:
         def call(*args: Any) -> Any:
             made = check(*args)
-            fields = {f: getattr(made, f) for f in ("plan", "scale", "window", "chunk", "softcap", "sinks", "copies")}
-            return kernels.Call(**{**fields, **{name: f(fields[name]) for name, f in replaced.items()}})
+            fields = {
+                f: getattr(made, f)
+                for f in ("plan", "scale", "window", "chunk", "softcap", "sinks", "copies")
+            }
+            return kernels.Call(
+                **{**fields, **{name: f(fields[name]) for name, f in replaced.items()}}
+            )
 
         return call
 
@@ -92,7 +100,11 @@ def _scaled_gradient(ending: str, factor: float) -> Callable[[nn.Module], Any]:
 
 def _leak(model: nn.Module) -> Any:
     """Every document sees those before it."""
-    return changed(guard, "make_plan", lambda make: lambda length, segments, ctx: make(length, [sp.Segment(0, length)], ctx))
+    return changed(
+        guard,
+        "make_plan",
+        lambda make: lambda length, segments, ctx: make(length, [sp.Segment(0, length)], ctx),
+    )
 
 
 def _local_positions(model: nn.Module) -> Any:
@@ -129,13 +141,22 @@ def _without_long_windows(run: Any) -> Any:
 
 
 def _without_sinks(model: nn.Module) -> Any:
-    return changed(attention, "_forward", lambda forward: lambda q, k, v, sinks, call: forward(q, k, v, None, call))
+    return changed(
+        attention,
+        "_forward",
+        lambda forward: lambda q, k, v, sinks, call: forward(q, k, v, None, call),
+    )
 
 
 @contextlib.contextmanager
 def _dead_exchange(model: nn.Module) -> Iterator[None]:
-    """Nothing is sent: an all-to-all, a ring step and the fetch of keys return what the rank itself has, or zeros."""
-    ring, ulysses, gather = (importlib.import_module(f"longfactory.sp.schedules.{name}") for name in ("ring", "ulysses", "gather"))
+    """Nothing is sent: an all-to-all, a ring step and the fetch of keys return what the rank itself
+    has, or zeros.
+    """
+    ring, ulysses, gather = (
+        importlib.import_module(f"longfactory.sp.schedules.{name}")
+        for name in ("ring", "ulysses", "gather")
+    )
 
     def keep(ops: Any) -> list[Any]:
         ops[1].tensor.copy_(ops[0].tensor)
@@ -159,26 +180,68 @@ def _dead_exchange(model: nn.Module) -> Iterator[None]:
 
 
 FAULTS: dict[str, tuple[Callable[[nn.Module], Any], tuple[str, ...], dict[str, Any]]] = {
-    "hand-written layer: window dropped": (_hand_written_window, ("mistral",), {"sliding_window": 300}),
-    "hand-written layer: attention scale wrong by 2 %": (_hand_written_scale, ("llama", "qwen3"), {}),
-    "hand-written layer: gradient of the up projection wrong by 10 %": (_hand_written_up_projection, ("llama", "qwen2"), {}),
-    "engine: window dropped": (lambda m: _settings(window=lambda w: None), ("gemma3_text", "gpt_oss", "mistral"), {}),
+    "hand-written layer: window dropped": (
+        _hand_written_window,
+        ("mistral",),
+        {"sliding_window": 300},
+    ),
+    "hand-written layer: attention scale wrong by 2 %": (
+        _hand_written_scale,
+        ("llama", "qwen3"),
+        {},
+    ),
+    "hand-written layer: gradient of the up projection wrong by 10 %": (
+        _hand_written_up_projection,
+        ("llama", "qwen2"),
+        {},
+    ),
+    "engine: window dropped": (
+        lambda m: _settings(window=lambda w: None),
+        ("gemma3_text", "gpt_oss", "mistral"),
+        {},
+    ),
     "engine: window over the probe's row dropped": (
         lambda m: changed(guard.hf, "engine", _without_long_windows),
         ("gemma3_text", "gpt_oss"),
         {"sliding_window": 500},
     ),
-    "engine: attention scale wrong by 2 %": (lambda m: _settings(scale=lambda s: s * 1.02), ("llama", "qwen3", "qwen3_moe", "gemma2"), {}),
+    "engine: attention scale wrong by 2 %": (
+        lambda m: _settings(scale=lambda s: s * 1.02),
+        ("llama", "qwen3", "qwen3_moe", "gemma2"),
+        {},
+    ),
     "engine: soft-cap dropped": (lambda m: _settings(softcap=lambda c: None), ("gemma2",), {}),
     "engine: sinks dropped": (_without_sinks, ("gpt_oss",), {}),
-    "engine: forward right, dk wrong by 10 %": (_scaled_dk, ("llama", "gpt_oss", "deepseek_v3"), {}),
-    "gradient of a weight before a ReLU wrong by 10 %": (_scaled_gradient("ffn.0.weight", 1.1), ("ctrl",), {}),
-    "gradient of a router wrong by 10 %": (_scaled_gradient("mlp.gate.weight", 1.1), ("mixtral",), {}),
-    "gradient of a learnt scalar doubled": (_scaled_gradient("self_attn.lambda_q1", 2.0), ("diffllama",), {}),
-    "a document sees the one before": (_leak, ("llama", "gemma3_text", "gpt_oss", "qwen3_next"), {}),
+    "engine: forward right, dk wrong by 10 %": (
+        _scaled_dk,
+        ("llama", "gpt_oss", "deepseek_v3"),
+        {},
+    ),
+    "gradient of a weight before a ReLU wrong by 10 %": (
+        _scaled_gradient("ffn.0.weight", 1.1),
+        ("ctrl",),
+        {},
+    ),
+    "gradient of a router wrong by 10 %": (
+        _scaled_gradient("mlp.gate.weight", 1.1),
+        ("mixtral",),
+        {},
+    ),
+    "gradient of a learnt scalar doubled": (
+        _scaled_gradient("self_attn.lambda_q1", 2.0),
+        ("diffllama",),
+        {},
+    ),
+    "a document sees the one before": (
+        _leak,
+        ("llama", "gemma3_text", "gpt_oss", "qwen3_next"),
+        {},
+    ),
     "positions of the rank, not of the document": (_local_positions, ("opt",), {}),
 }
-"""Name -> (plants it in a model with the engine, families that have what it breaks, fields of their configurations)."""
+"""Name -> (plants it in a model with the engine, families that have what it breaks, fields of their
+configurations).
+"""
 
 SPLIT: dict[str, tuple[Callable[[nn.Module], Any], tuple[str, ...], dict[str, Any]]] = {
     "an exchange that sends nothing": (_dead_exchange, ("llama", "gpt_oss", "qwen3_next"), {}),

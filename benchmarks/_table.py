@@ -1,4 +1,6 @@
-"""Starts the rows of a table (`_peers.py`), within a time limit, and writes what they report beside what was measured before."""
+"""Starts the rows of a table (`_peers.py`), within a time limit, and writes what they report beside
+what was measured before.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,13 @@ GiB = 2**30
 LEAST = 15.0  # seconds: with less left no row is started
 GRACE = 5.0  # seconds between SIGTERM and SIGKILL
 MARK = "LONGFACTORY_BENCHMARK_ROW"
-PLAIN: dict[str, Any] = {"name": "", "layers": None, "memory": "auto", "mode": "zigzag-ring", "host_share": 1.0}
+PLAIN: dict[str, Any] = {
+    "name": "",
+    "layers": None,
+    "memory": "auto",
+    "mode": "zigzag-ring",
+    "host_share": 1.0,
+}
 """Keys of a job that make it another measurement, and what they usually are."""
 
 
@@ -43,17 +51,24 @@ class Clock:
     @property
     def why(self) -> str:
         """Why there is no time left."""
-        return "the time of this command is up" if self.signal is None else f"{signal.Signals(self.signal).name} ended this command"
+        return (
+            "the time of this command is up"
+            if self.signal is None
+            else f"{signal.Signals(self.signal).name} ended this command"
+        )
 
     def exit_code(self, failed: bool) -> int:
         return int(failed) if self.signal is None else 128 + self.signal
 
 
-def run_row(job: dict[str, Any], gpus: int, clock: Clock, log: Path, script: Path = HERE / "_peers.py") -> list[dict[str, Any]]:
+def run_row(
+    job: dict[str, Any], gpus: int, clock: Clock, log: Path, script: Path = HERE / "_peers.py"
+) -> list[dict[str, Any]]:
     """The results of one row; an entry with `error` for what did not run.
 
-    Its output goes to `log`, its results to the screen as they come. When the time is up, or SIGTERM, SIGINT or SIGHUP reaches this
-    process, every process of the row is ended, also those that its launcher put into sessions of their own; what was measured is returned.
+    Its output goes to `log`, its results to the screen as they come. When the time is up, or
+    SIGTERM, SIGINT or SIGHUP reaches this process, every process of the row is ended, also those
+    that its launcher put into sessions of their own; what was measured is returned.
     """
     if clock.left < LEAST:
         return [_stamped({**_about(job, gpus), "error": f"not started: {clock.why}"})]
@@ -62,10 +77,16 @@ def run_row(job: dict[str, Any], gpus: int, clock: Clock, log: Path, script: Pat
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
     command += [str(script), json.dumps(job)]
     mark = f"{os.getpid()}-{time.monotonic_ns()}"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")]), MARK: mark}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")]),
+        MARK: mark,
+    }
     env.setdefault("NCCL_NVLS_ENABLE", "0")
-    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // gpus)))  # torchrun's own would be 1
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):  # the first is the name from torch 2.10 on
+    # torchrun's own would be 1
+    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // gpus)))
+    # the first is the name from torch 2.10 on
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         env.setdefault(name, "expandable_segments:True")
     found: list[dict[str, Any]] = []
     begun = time.time()
@@ -73,7 +94,14 @@ def run_row(job: dict[str, Any], gpus: int, clock: Clock, log: Path, script: Pat
     over = threading.Event()  # the row must end
     with open(log, "a") as out, _signals(clock, over):
         out.write(f"--- {json.dumps(job)}\n")
-        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
 
         def end() -> None:
             late = time.monotonic() + max(1.0, clock.left)
@@ -98,7 +126,11 @@ def run_row(job: dict[str, Any], gpus: int, clock: Clock, log: Path, script: Pat
         done = {f["tokens"] for f in found}
         missing = next((t for t in job["tokens"] if t not in done), None)
         if missing is not None:
-            why = f"stopped: {clock.why}" if clock.left <= 1 else f"the process ended with {process.returncode}, see the log"
+            why = (
+                f"stopped: {clock.why}"
+                if clock.left <= 1
+                else f"the process ended with {process.returncode}, see the log"
+            )
             found.append({**_about(job, gpus), "tokens": missing, "error": why})
             print("    " + _short(found[-1]), flush=True)
     print(f"    took {time.time() - begun:.0f} s", flush=True)
@@ -107,7 +139,9 @@ def run_row(job: dict[str, Any], gpus: int, clock: Clock, log: Path, script: Pat
 
 @contextlib.contextmanager
 def _signals(clock: Clock, over: threading.Event) -> Iterator[None]:
-    """While open, signals that would end this process end the row and the clock instead, so that nothing is left behind or lost."""
+    """While open, signals that would end this process end the row and the clock instead, so that
+    nothing is left behind or lost.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -125,7 +159,9 @@ def _signals(clock: Clock, over: threading.Event) -> Iterator[None]:
 
 
 def _marked(mark: str) -> list[int]:
-    """Living processes whose environment carries the mark: it is inherited, whatever session or parent they have by now."""
+    """Living processes whose environment carries the mark: it is inherited, whatever session or
+    parent they have by now.
+    """
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -136,7 +172,9 @@ def _marked(mark: str) -> list[int]:
 
 
 def end_marked(mark: str, leader: int) -> None:
-    """Ends every process of a row: SIGTERM, then SIGKILL. Without /proc only the group of its first process, `leader`, can be found."""
+    """Ends every process of a row: SIGTERM, then SIGKILL. Without /proc only the group of its first
+    process, `leader`, can be found.
+    """
     if not Path("/proc").is_dir():
         with contextlib.suppress(ProcessLookupError):
             os.killpg(leader, signal.SIGKILL)
@@ -160,7 +198,13 @@ def variant(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _about(job: dict[str, Any], gpus: int) -> dict[str, Any]:
-    return {"row": job["row"], "kernel": job.get("kernel", "auto"), "tokens": job["tokens"][0], "gpus": gpus, **variant(job)}
+    return {
+        "row": job["row"],
+        "kernel": job.get("kernel", "auto"),
+        "tokens": job["tokens"][0],
+        "gpus": gpus,
+        **variant(job),
+    }
 
 
 def command_line() -> str:
@@ -175,14 +219,20 @@ def command_line() -> str:
 
 
 def _stamped(fact: dict[str, Any]) -> dict[str, Any]:
-    return {**fact, "command": command_line(), "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
+    return {
+        **fact,
+        "command": command_line(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
 
 
 def _one_error(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each rank may report that memory ran out; one report is enough."""
     out: list[dict[str, Any]] = []
     for fact in found:
-        if "error" not in fact or not any("error" in o and o["tokens"] == fact["tokens"] for o in out):
+        if "error" not in fact or not any(
+            "error" in o and o["tokens"] == fact["tokens"] for o in out
+        ):
             out.append(fact)
     return out
 
@@ -192,17 +242,24 @@ def _short(f: dict[str, Any]) -> str:
         return f"{f['tokens']:>9,} tokens: {f['error']}"
     if "gemm" in f:
         return f"{f['tokens']:>9,} tokens: " + ", ".join(
-            f"{k} {f[k] / 1e12:.0f} TFLOP/s" for k in ("gemm", "attention_forward", "attention_backward")
+            f"{k} {f[k] / 1e12:.0f} TFLOP/s"
+            for k in ("gemm", "attention_forward", "attention_backward")
         )
     rate = f["tokens"] / f["gpus"] / f["seconds"]
     return (
-        f"{f['tokens']:>9,} tokens: {f['seconds']:.2f} s, {rate:,.0f} tokens/s a GPU, peak {f['peak'] / GiB:.1f} GiB, loss {f['loss']:.4f}"
+        f"{f['tokens']:>9,} tokens: {f['seconds']:.2f} s, {rate:,.0f} tokens/s a GPU, peak"
+        f" {f['peak'] / GiB:.1f} GiB, loss {f['loss']:.4f}"
     )
 
 
 def machine_name() -> str:
     try:
-        out = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=True).stdout
+        out = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return "cpu"
     return out.splitlines()[0].strip().replace("NVIDIA ", "") if out.strip() else "cpu"
@@ -225,13 +282,17 @@ def settings_line(s: dict[str, Any]) -> str:
 
 
 def _key(fact: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(fact[k] for k in ("row", "kernel", "tokens", "gpus")) + tuple(fact.get(k, plain) for k, plain in PLAIN.items())
+    return tuple(fact[k] for k in ("row", "kernel", "tokens", "gpus")) + tuple(
+        fact.get(k, plain) for k, plain in PLAIN.items()
+    )
 
 
 def merge(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Earlier results with the new ones in their places: one of a key (row, kernel, tokens, GPUs and what differs from the plain job).
+    """Earlier results with the new ones in their places: one of a key (row, kernel, tokens, GPUs
+    and what differs from the plain job).
 
-    A measurement replaces whatever was there; an error only an error. Rows keep the order in which they first came, lengths ascend.
+    A measurement replaces whatever was there; an error only an error. Rows keep the order in which
+    they first came, lengths ascend.
     """
     kept: dict[tuple[Any, ...], dict[str, Any]] = {}
     for fact in (*old, *new):
@@ -254,9 +315,11 @@ def write(
     results: Sequence[dict[str, Any]],
     about: Mapping[str, Any],
 ) -> str:
-    """Merges the results into `name`.json and renders the whole file into `name`.md. Returns the table.
+    """Merges the results into `name`.json and renders the whole file into `name`.md. Returns the
+    table.
 
-    Each result keeps the command and the date that made it; `notes`, sentences added to the file by hand, stay and stand below the table.
+    Each result keeps the command and the date that made it; `notes`, sentences added to the file by
+    hand, stay and stand below the table.
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.json"
@@ -264,17 +327,25 @@ def write(
     merged = merge(old.get("results", []), results)
     table = render(merged)
     _put(path, json.dumps({**old, **about, "results": merged}, indent=1) + "\n")
-    _put(out / f"{name}.md", "\n\n".join([title, table, *old.get("notes", []), *_made_by(merged)]) + "\n")
+    _put(
+        out / f"{name}.md",
+        "\n\n".join([title, table, *old.get("notes", []), *_made_by(merged)]) + "\n",
+    )
     return table
 
 
 def _made_by(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line for each command, and day of it, whose measurements are in the table, with the versions that it ran."""
+    """One line for each command, and day of it, whose measurements are in the table, with the
+    versions that it ran.
+    """
     made: dict[tuple[str, str], dict[str, str]] = {}
     for r in results:
         if "command" in r and "error" not in r:
             made.setdefault((r["command"], r["date"]), {}).update(r.get("versions", {}))
-    return [f"`{c}` ({', '.join([day, *(f'{name} {v}' for name, v in found.items())])})" for (c, day), found in made.items()]
+    return [
+        f"`{c}` ({', '.join([day, *(f'{name} {v}' for name, v in found.items())])})"
+        for (c, day), found in made.items()
+    ]
 
 
 def _put(path: Path, text: str) -> None:

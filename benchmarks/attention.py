@@ -1,12 +1,15 @@
-"""Speed and error of the attention engine: every schedule against one GPU's kernel, against the ring on FlashAttention 2, packed and not.
+"""Speed and error of the attention engine: every schedule against one GPU's kernel, against the
+ring on FlashAttention 2, packed and not.
 
     python benchmarks/attention.py --out results          # one or two GPUs: starts one process for each
     python benchmarks/attention.py --smoke --out results  # two CPU processes, tiny shapes: does it run?
 
-Beside them PyTorch's context_parallel and, where they are installed, ring-flash-attn and yunchang (see published.py), on the same inputs.
+Beside them PyTorch's context_parallel and, where they are installed, ring-flash-attn and yunchang
+(see published.py), on the same inputs.
 
-Prints one table; writes attention.json and attention.md into --out. A row that fails is reported and the others go on. Figures are
-TFLOP/s for each GPU: 4 * pairs * heads * head_dim forward and 2.5 times that backward, where the mask lets so many pairs see each other.
+Prints one table; writes attention.json and attention.md into --out. A row that fails is reported
+and the others go on. Figures are TFLOP/s for each GPU: 4 * pairs * heads * head_dim forward and 2.5
+times that backward, where the mask lets so many pairs see each other.
 """
 
 from __future__ import annotations
@@ -68,17 +71,28 @@ contexts: dict[tuple[str, str], sp.SequenceParallel] = {}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmark_results"))
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--gpus", type=int, default=2)
-    parser.add_argument("--only", default="", help="sections by name, comma separated: " + ", ".join(SECTIONS))
+    parser.add_argument(
+        "--only", default="", help="sections by name, comma separated: " + ", ".join(SECTIONS)
+    )
     args = parser.parse_args()
     if "RANK" not in os.environ:
         count = 2 if args.smoke else min(args.gpus, torch.cuda.device_count())
         if count == 0:
             raise SystemExit("No GPU here. --smoke runs tiny shapes on CPUs.")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", *sys.argv]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={count}",
+            *sys.argv,
+        ]
         os.execv(sys.executable, command)
     setting = start(args.smoke)
     began = time.perf_counter()
@@ -102,12 +116,26 @@ def start(smoke: bool) -> Setting:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device, timeout=datetime.timedelta(seconds=120))
-    return Setting(device, torch.bfloat16, ranks, rank, (65536, 131072), ((28, 4), (32, 8)), 128, 131072, 2048, 3, False)
+    return Setting(
+        device,
+        torch.bfloat16,
+        ranks,
+        rank,
+        (65536, 131072),
+        ((28, 4), (32, 8)),
+        128,
+        131072,
+        2048,
+        3,
+        False,
+    )
 
 
 def context(setting: Setting, mode: str, backend: str = "auto") -> sp.SequenceParallel:
     if (mode, backend) not in contexts:
-        contexts[mode, backend] = sp.SequenceParallel.create(setting.ranks, mode=mode, backend=backend, device_type=setting.device.type)
+        contexts[mode, backend] = sp.SequenceParallel.create(
+            setting.ranks, mode=mode, backend=backend, device_type=setting.device.type
+        )
     return contexts[mode, backend]
 
 
@@ -117,7 +145,11 @@ def attempt(setting: Setting, name: str, body: Callable[[], Row | None]) -> Row 
     try:
         row = body()
     except Exception as error:
-        problem = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}" if str(error) else type(error).__name__
+        problem = (
+            f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+            if str(error)
+            else type(error).__name__
+        )
         if setting.rank == 0:
             traceback.print_exc()
     failed = torch.tensor(float(bool(problem)), device=setting.device)
@@ -130,7 +162,12 @@ def attempt(setting: Setting, name: str, body: Callable[[], Row | None]) -> Row 
         row = {"row": name, **row}
         rows.append(row)
         if setting.rank == 0:
-            print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" for k, v in row.items()), flush=True)
+            print(
+                "  ".join(
+                    f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" for k, v in row.items()
+                ),
+                flush=True,
+            )
     return row
 
 
@@ -141,7 +178,9 @@ def note(name: str, text: str) -> None:
         print(f"row {name}  note {text}", flush=True)
 
 
-def inputs(length: int, heads: int, kv_heads: int, dim: int, setting: Setting, seed: int = 0) -> list[Tensor]:
+def inputs(
+    length: int, heads: int, kv_heads: int, dim: int, setting: Setting, seed: int = 0
+) -> list[Tensor]:
     """q, k, v, dout of so many rows. The same on every rank for the same seed."""
     g = torch.Generator(setting.device).manual_seed(seed)
     shape = {"device": setting.device, "dtype": setting.dtype, "generator": g}
@@ -152,8 +191,12 @@ def timed(setting: Setting, step: Callable[[], object]) -> float:
     return timed_in_turn(setting, [step], setting.repeats)[0]
 
 
-def timed_in_turn(setting: Setting, steps: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Seconds of the slowest rank, median of the repeats, after one round to warm up. In turn: a GPU's clock falls as it grows warm."""
+def timed_in_turn(
+    setting: Setting, steps: Sequence[Callable[[], object]], repeats: int
+) -> list[float]:
+    """Seconds of the slowest rank, median of the repeats, after one round to warm up. In turn: a
+    GPU's clock falls as it grows warm.
+    """
     times: list[list[float]] = [[] for _ in steps]
     for i in range(repeats + 1):
         for step, found in zip(steps, times, strict=True):
@@ -164,7 +207,9 @@ def timed_in_turn(setting: Setting, steps: Sequence[Callable[[], object]], repea
             synchronize(setting)
             if i:
                 found.append(time.perf_counter() - began)
-    worst = torch.tensor([statistics.median(t) for t in times], device=setting.device, dtype=torch.float64)
+    worst = torch.tensor(
+        [statistics.median(t) for t in times], device=setting.device, dtype=torch.float64
+    )
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     return worst.tolist()
 
@@ -174,7 +219,9 @@ def synchronize(setting: Setting) -> None:
         torch.cuda.synchronize()
 
 
-def forward_backward(attention: published.Attention, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
+def forward_backward(
+    attention: published.Attention, q: Tensor, k: Tensor, v: Tensor, dout: Tensor
+) -> list[Tensor]:
     """out, dq, dk, dv."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     out = attention(*leaves)
@@ -189,7 +236,14 @@ def speed(setting: Setting, plan: sp.RowPlan, shape: tuple[int, int], pairs: int
     return speed_of(setting, planned(plan), plan.local_length, shape, pairs, plan.ctx.size)
 
 
-def speed_of(setting: Setting, attention: published.Attention, local: int, shape: tuple[int, int], pairs: int, gpus: int) -> Row:
+def speed_of(
+    setting: Setting,
+    attention: published.Attention,
+    local: int,
+    shape: tuple[int, int],
+    pairs: int,
+    gpus: int,
+) -> Row:
     q, k, v, dout = inputs(local, *shape, setting.dim, setting)
     with torch.no_grad():
         forward = timed(setting, lambda: attention(q, k, v))
@@ -197,20 +251,27 @@ def speed_of(setting: Setting, attention: published.Attention, local: int, shape
     return figures(setting, pairs, shape, forward, both, gpus)
 
 
-def figures(setting: Setting, pairs: int, shape: tuple[int, int], forward: float, both: float, gpus: int) -> Row:
+def figures(
+    setting: Setting, pairs: int, shape: tuple[int, int], forward: float, both: float, gpus: int
+) -> Row:
     flop = 4.0 * pairs * shape[0] * setting.dim / gpus / 1e12
     return {"forward": flop / forward, "both": 3.5 * flop / both, "ms": both * 1e3}
 
 
-# --- errors ---------------------------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 def relative(found: list[Tensor], exact: list[Tensor]) -> list[float]:
-    return [((a.double() - b.double()).norm() / b.double().norm()).item() for a, b in zip(found, exact, strict=True)]
+    return [
+        ((a.double() - b.double()).norm() / b.double().norm()).item()
+        for a, b in zip(found, exact, strict=True)
+    ]
 
 
 def errors(setting: Setting) -> None:
-    """Root mean square error from float64, of each kernel alone and of each schedule over what one GPU's kernel has."""
+    """Root mean square error from float64, of each kernel alone and of each schedule over what one
+    GPU's kernel has.
+    """
     n, shape = setting.check_length, setting.heads[0]
     square = slice(0, n)
     tiles = {
@@ -225,13 +286,26 @@ def errors(setting: Setting) -> None:
             backend = backends.BACKENDS[name]
             q, k, v, dout = inputs(n, *shape, setting.dim, setting)
             q, dout = q[tile.q].contiguous(), dout[tile.q].contiguous()
-            request = backends.Request(q.device.type, q.dtype, setting.dim, setting.dim, tile.kind, tile.window is not None, False, True)
+            request = backends.Request(
+                q.device.type,
+                q.dtype,
+                setting.dim,
+                setting.dim,
+                tile.kind,
+                tile.window is not None,
+                False,
+                True,
+            )
             reason = backend.refuses(request)
             if reason is not None:
                 if kind == "causal":
                     note(f"error {name}", reason)
                 continue
-            attempt(setting, f"error {name}, {kind}", lambda: kernel_error(backend, tile, q, k, v, dout, setting.dim**-0.5))  # noqa: B023
+            attempt(
+                setting,
+                f"error {name}, {kind}",
+                lambda: kernel_error(backend, tile, q, k, v, dout, setting.dim**-0.5),
+            )
     if setting.ranks == 1:
         return
     for packed in (False, True):
@@ -239,20 +313,37 @@ def errors(setting: Setting) -> None:
         for mode in ("zigzag-ring", "ulysses", "llama3"):
             plan = sp.plan(n, segments, context(setting, mode))
             name = f"error {mode}, {'two documents' if packed else 'one document'}"
-            attempt(setting, name, lambda: sharded_error(setting, segments, plan.index, planned(plan)))  # noqa: B023
+            attempt(
+                setting, name, lambda: sharded_error(setting, segments, plan.index, planned(plan))
+            )
     # The comparisons must be right, too.
     sizes = [n // 4, n // 2, n // 4]
     segments = segments_of(sizes)
-    ring = PerDocumentZigzag(sizes, ring_group(setting), varlen_kernel(setting, shape), setting.device)
-    attempt(setting, "error per-document zigzag ring", lambda: sharded_error(setting, segments, ring.positions(), ring.attention))
-    for length, parts, documents in (([n], None, "one document"), (sizes, segments, "three documents")):
+    ring = PerDocumentZigzag(
+        sizes, ring_group(setting), varlen_kernel(setting, shape), setting.device
+    )
+    attempt(
+        setting,
+        "error per-document zigzag ring",
+        lambda: sharded_error(setting, segments, ring.positions(), ring.attention),
+    )
+    for length, parts, documents in (
+        ([n], None, "one document"),
+        (sizes, segments, "three documents"),
+    ):
         for peer in peers(setting, length):
             name = f"error {peer.name}, {documents}"
             if installed(peer, name):
-                attempt(setting, name, lambda: sharded_error(theirs(setting), parts, peer.rows, peer.make()))  # noqa: B023
+                attempt(
+                    setting,
+                    name,
+                    lambda: sharded_error(theirs(setting), parts, peer.rows, peer.make()),
+                )
 
 
-def kernel_error(backend: object, tile: Tile, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, scale: float) -> Row:
+def kernel_error(
+    backend: object, tile: Tile, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, scale: float
+) -> Row:
     plain = backends.BACKENDS["math"]
     wide = [x.double() for x in (q, k, v)]
     out, lse = backend.forward(q, k, v, tile, scale, None)  # type: ignore[attr-defined]
@@ -260,13 +351,20 @@ def kernel_error(backend: object, tile: Tile, q: Tensor, k: Tensor, v: Tensor, d
     # A tile of a larger mask: half of the probability is elsewhere.
     whole, whole_out = lse + 0.6931, (out * 0.5)
     found = [out, *backend.backward(dout, q, k, v, whole_out, whole, tile, scale, None)]  # type: ignore[attr-defined]
-    grads = plain.backward(dout.double(), *wide, whole_out.double(), exact_lse + 0.6931, tile, scale, None)
+    grads = plain.backward(
+        dout.double(), *wide, whole_out.double(), exact_lse + 0.6931, tile, scale, None
+    )
     names = ("out", "dq", "dk", "dv")
     values = dict(zip(names, relative(found, [exact, *grads]), strict=True))
     return {**values, "lse": (lse - exact_lse).abs().max().item()}
 
 
-def sharded_error(setting: Setting, segments: list[sp.Segment] | None, rows: Tensor, attention: published.Attention) -> Row:
+def sharded_error(
+    setting: Setting,
+    segments: list[sp.Segment] | None,
+    rows: Tensor,
+    attention: published.Attention,
+) -> Row:
     """Of all ranks' rows together. `rows`: positions of this rank's."""
     length, shape = setting.check_length, setting.heads[0]
     alone = sp.plan(length, segments, setting.one)
@@ -286,10 +384,14 @@ def sharded_error(setting: Setting, segments: list[sp.Segment] | None, rows: Ten
     many = relative(shared, exact)
     worst = max(a / b for a, b in zip(many, single, strict=True))
     names = ("out", "dq", "dk", "dv")
-    return {**dict(zip(names, many, strict=True)), "over one GPU": worst, "same twice": str(torch.equal(shared[0], again[0]))}
+    return {
+        **dict(zip(names, many, strict=True)),
+        "over one GPU": worst,
+        "same twice": str(torch.equal(shared[0], again[0])),
+    }
 
 
-# --- published implementations --------------------------------------------------------------------------------------------------
+# --- published implementations --------------------------------------------------------------------
 
 
 class Peer(NamedTuple):
@@ -309,19 +411,38 @@ def peers(setting: Setting, sizes: list[int]) -> list[Peer]:
     straight = torch.arange(rank * length // setting.ranks, (rank + 1) * length // setting.ranks)
     if len(sizes) == 1:
         return [
-            Peer("ring-flash-attn", "ring-flash-attn zigzag ring", zigzag, lambda: published.zigzag(group)),
+            Peer(
+                "ring-flash-attn",
+                "ring-flash-attn zigzag ring",
+                zigzag,
+                lambda: published.zigzag(group),
+            ),
             Peer("yunchang", "yunchang ulysses", straight, lambda: published.ulysses(group)),
         ]
-    edges = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32, device=setting.device)
+    edges = torch.tensor(
+        [0, *itertools.accumulate(sizes)], dtype=torch.int32, device=setting.device
+    )
     kv_heads = setting.heads[0][1]
     return [
-        Peer("ring-flash-attn", "ring-flash-attn zigzag varlen", zigzag, lambda: published.zigzag_varlen(group, ring.cu, ring.longest)),
-        Peer("ring-flash-attn", "ring-flash-attn llama3", straight, lambda: published.llama3(group, edges, kv_heads)),
+        Peer(
+            "ring-flash-attn",
+            "ring-flash-attn zigzag varlen",
+            zigzag,
+            lambda: published.zigzag_varlen(group, ring.cu, ring.longest),
+        ),
+        Peer(
+            "ring-flash-attn",
+            "ring-flash-attn llama3",
+            straight,
+            lambda: published.llama3(group, edges, kv_heads),
+        ),
     ]
 
 
 def theirs(setting: Setting) -> Setting:
-    """flash-attn has no float32, and ring-flash-attn's gradients are wrong there: what it makes float32 must become a copy."""
+    """flash-attn has no float32, and ring-flash-attn's gradients are wrong there: what it makes
+    float32 must become a copy.
+    """
     return dataclasses.replace(setting, dtype=torch.bfloat16)
 
 
@@ -332,10 +453,16 @@ def installed(peer: Peer, name: str) -> bool:
     return True
 
 
-def peer_speed(setting: Setting, peer: Peer, name: str, shape: tuple[int, int], pairs: int) -> Row | None:
+def peer_speed(
+    setting: Setting, peer: Peer, name: str, shape: tuple[int, int], pairs: int
+) -> Row | None:
     if not installed(peer, name):
         return None
-    return attempt(setting, name, lambda: speed_of(theirs(setting), peer.make(), len(peer.rows), shape, pairs, setting.ranks))
+    return attempt(
+        setting,
+        name,
+        lambda: speed_of(theirs(setting), peer.make(), len(peer.rows), shape, pairs, setting.ranks),
+    )
 
 
 def ring_group(setting: Setting) -> dist.ProcessGroup:
@@ -344,33 +471,55 @@ def ring_group(setting: Setting) -> dist.ProcessGroup:
     return group
 
 
-# --- one long document ----------------------------------------------------------------------------------------------------------
+# --- one long document ----------------------------------------------------------------------------
 
 
 def dense(setting: Setting) -> None:
     for shape in setting.heads:
         for length in setting.lengths:
-            pairs, label = length * (length + 1) // 2, f"{shape[0]}/{shape[1]} heads, {length // 1024}k"
-            one = attempt(setting, f"one GPU, {label}", lambda: speed(setting, sp.plan(length, None, setting.one), shape, pairs))  # noqa: B023
+            pairs, label = (
+                length * (length + 1) // 2,
+                f"{shape[0]}/{shape[1]} heads, {length // 1024}k",
+            )
+            one = attempt(
+                setting,
+                f"one GPU, {label}",
+                lambda: speed(setting, sp.plan(length, None, setting.one), shape, pairs),
+            )
             if setting.ranks == 1:
                 continue
             found: list[Row] = []
             for mode in ("zigzag-ring", "ulysses", "llama3", "auto"):
                 ctx = context(setting, mode)
                 ctx.set_heads(*shape)
-                row = attempt(setting, f"{mode}, {label}", lambda: speed(setting, sp.plan(length, None, ctx), shape, pairs))  # noqa: B023
+                row = attempt(
+                    setting,
+                    f"{mode}, {label}",
+                    lambda: speed(setting, sp.plan(length, None, ctx), shape, pairs),
+                )
                 if row is not None and "both" in row:
                     found.append(row)
                     if mode == "auto":
                         row["note"] = sp.plan(length, None, ctx).choice.reason
             if setting.device.type == "cuda":
                 plan = sp.plan(length, None, context(setting, "zigzag-ring", "flash"))
-                slow = attempt(setting, f"zigzag ring on FlashAttention 2, {label}", lambda: speed(setting, plan, shape, pairs))  # noqa: B023
+                slow = attempt(
+                    setting,
+                    f"zigzag ring on FlashAttention 2, {label}",
+                    lambda: speed(setting, plan, shape, pairs),
+                )
                 ratio(found, slow, "over FA2 ring")
                 if shape == setting.heads[0]:
-                    torch_cp = attempt(setting, f"torch context_parallel, {label}", lambda: torch_context_parallel(setting, length, shape))  # noqa: B023
+                    torch_cp = attempt(
+                        setting,
+                        f"torch context_parallel, {label}",
+                        lambda: torch_context_parallel(setting, length, shape),
+                    )
                     ratio([torch_cp], one, "over one GPU")
-            others = [peer_speed(setting, peer, f"{peer.name}, {label}", shape, pairs) for peer in peers(setting, [length])]
+            others = [
+                peer_speed(setting, peer, f"{peer.name}, {label}", shape, pairs)
+                for peer in peers(setting, [length])
+            ]
             ratio([*found, *others], one, "over one GPU")
             ratio(found, others[0], "over ring-flash-attn")
 
@@ -383,7 +532,9 @@ def ratio(found: Sequence[Row | None], base: Row | None, name: str) -> None:
 
 
 def torch_context_parallel(setting: Setting, length: int, shape: tuple[int, int]) -> Row:
-    """PyTorch's own ring, with the kernel that its scaled_dot_product_attention prefers here; key heads are repeated, as it needs."""
+    """PyTorch's own ring, with the kernel that its scaled_dot_product_attention prefers here; key
+    heads are repeated, as it needs.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.experimental import context_parallel
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -393,7 +544,10 @@ def torch_context_parallel(setting: Setting, length: int, shape: tuple[int, int]
     for i in range(setting.repeats + 1):
         q, k, v, _ = inputs(length, shape[0], shape[0], setting.dim, setting)
         q, k, v = (x.transpose(0, 1).unsqueeze(0).contiguous() for x in (q, k, v))
-        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]), context_parallel(mesh, buffers=[q, k, v], buffer_seq_dims=[2, 2, 2]):
+        with (
+            sdpa_kernel([SDPBackend.CUDNN_ATTENTION]),
+            context_parallel(mesh, buffers=[q, k, v], buffer_seq_dims=[2, 2, 2]),
+        ):
             for x in (q, k, v):
                 x.requires_grad_()
             dist.barrier()
@@ -410,17 +564,25 @@ def torch_context_parallel(setting: Setting, length: int, shape: tuple[int, int]
                 times[1].append(time.perf_counter() - began)
             for x in (q, k, v):
                 x.requires_grad_(False)
-    return figures(setting, length * (length + 1) // 2, shape, *(statistics.median(t) for t in times), setting.ranks)
+    return figures(
+        setting,
+        length * (length + 1) // 2,
+        shape,
+        *(statistics.median(t) for t in times),
+        setting.ranks,
+    )
 
 
-# --- packed rows ----------------------------------------------------------------------------------------------------------------
+# --- packed rows ----------------------------------------------------------------------------------
 
 
 def documents(length: int, median: int, sigma: float, cap: int, seed: int) -> list[int]:
     rng = random.Random(seed)
     out: list[int] = []
     while sum(out) < length:
-        out.append(min(length - sum(out), int(min(cap, max(16, median * rng.lognormvariate(0, sigma))))))
+        out.append(
+            min(length - sum(out), int(min(cap, max(16, median * rng.lognormvariate(0, sigma)))))
+        )
     return out
 
 
@@ -447,14 +609,25 @@ def packed(setting: Setting) -> None:
         kernel = varlen_kernel(setting, shape)
         plain = sp.SequenceParallel(device_type=setting.device.type, backend=kernel)
         found: list[Row] = []
-        one = attempt(setting, f"one GPU, one {kernel} call, {label}", lambda: packed_speed(setting, segments, plain, shape, pairs))  # noqa: B023
+        one = attempt(
+            setting,
+            f"one GPU, one {kernel} call, {label}",
+            lambda: packed_speed(setting, segments, plain, shape, pairs),
+        )
         rows_of = [("one GPU", setting.one)]
         if setting.ranks > 1:
-            rows_of += [(mode, context(setting, mode)) for mode in ("zigzag-ring", "ulysses", "llama3", "auto")]
+            rows_of += [
+                (mode, context(setting, mode))
+                for mode in ("zigzag-ring", "ulysses", "llama3", "auto")
+            ]
             rows_of += [(f"llama3 on {kernel}", context(setting, "llama3", kernel))]
         for name, ctx in rows_of:
             ctx.set_heads(*shape)
-            row = attempt(setting, f"{name}, {label}", lambda: packed_speed(setting, segments, ctx, shape, pairs))  # noqa: B023
+            row = attempt(
+                setting,
+                f"{name}, {label}",
+                lambda: packed_speed(setting, segments, ctx, shape, pairs),
+            )
             found += [row] if row is not None and "both" in row else []
         ratio(found, one, "over one GPU")
         if setting.ranks > 1:
@@ -463,15 +636,27 @@ def packed(setting: Setting) -> None:
             usual = attempt(
                 setting,
                 f"per-document zigzag ring, {label}",
-                lambda: {**speed_of(setting, ring.attention, local, shape, pairs, gpus), "note": f"kernel {kernel}"},  # noqa: B023
+                lambda: {
+                    **speed_of(setting, ring.attention, local, shape, pairs, gpus),
+                    "note": f"kernel {kernel}",
+                },
             )
-            others = [peer_speed(setting, peer, f"{peer.name}, {label}", shape, pairs) for peer in peers(setting, sizes)]
+            others = [
+                peer_speed(setting, peer, f"{peer.name}, {label}", shape, pairs)
+                for peer in peers(setting, sizes)
+            ]
             ratio([usual, *others], one, "over one GPU")
             ratio(found, usual, "over per-document ring")
             ratio(found, others[0], "over ring-flash-attn")
 
 
-def packed_speed(setting: Setting, segments: list[sp.Segment], ctx: sp.SequenceParallel, shape: tuple[int, int], pairs: int) -> Row:
+def packed_speed(
+    setting: Setting,
+    segments: list[sp.Segment],
+    ctx: sp.SequenceParallel,
+    shape: tuple[int, int],
+    pairs: int,
+) -> Row:
     plan = sp.plan(setting.packed_length, segments, ctx)
     row = speed(setting, plan, shape, pairs)
     return {**row, "note": plan.choice.reason} if ctx.mode == "auto" else row
@@ -494,14 +679,19 @@ def balance(setting: Setting) -> None:
             segments = segments_of(documents(length, median, sigma, cap, seed))
             work = chunk_work(length, 512, segments)
             layout = balanced(length, ranks, segments, 512)
-            load = [sum(work[c] for a, b in i for c in range(a // 256, b // 256)) for i in layout.intervals]
+            load = [
+                sum(work[c] for a, b in i for c in range(a // 256, b // 256))
+                for i in layout.intervals
+            ]
             ratios.append(max(load) * ranks / sum(load))
         row: Row = {"row": f"work of the busiest of 8 ranks over the mean, {mix}"}
         rows.append({**row, "mean": statistics.mean(ratios), "worst of 40": max(ratios)})
 
 
 def bookkeeping(setting: Setting) -> None:
-    """Share of the time that is not inside the kernels, without messages: merges, sums, casts, copies, Python."""
+    """Share of the time that is not inside the kernels, without messages: merges, sums, casts,
+    copies, Python.
+    """
     local = 16384 if not setting.smoke else 128
     # The rank of two that merges most: its second tile has all of its queries.
     plan = sp.plan(2 * local, None, sp.SequenceParallel(2, 1, device_type=setting.device.type))
@@ -513,7 +703,9 @@ def bookkeeping(setting: Setting) -> None:
 
 
 def bookkeeping_rows(setting: Setting, label: str, plan: sp.RowPlan) -> None:
-    """One rank, with messages that are there at once. Its whole step beside the same kernel calls alone, by the clock and by kernel."""
+    """One rank, with messages that are there at once. Its whole step beside the same kernel calls
+    alone, by the clock and by kernel.
+    """
     name = f"merge and bookkeeping, {label}"
     shape, scale = setting.heads[0], setting.dim**-0.5
     q, k, v, dout = inputs(plan.local_length, *shape, setting.dim, setting)
@@ -540,15 +732,28 @@ def bookkeeping_rows(setting: Setting, label: str, plan: sp.RowPlan) -> None:
 
     def by_the_clock() -> Row:
         inside, all_of_it = timed_in_turn(setting, [bare, whole], 3 * setting.repeats)
-        return {"kernels ms": inside * 1e3, "all ms": all_of_it * 1e3, "share": 1 - inside / all_of_it}
+        return {
+            "kernels ms": inside * 1e3,
+            "all ms": all_of_it * 1e3,
+            "share": 1 - inside / all_of_it,
+        }
 
     def by_kernel() -> Row:
         inside, all_of_it = device_ms(setting, bare), device_ms(setting, whole)
         # What the attention operators fill and copy themselves is theirs.
-        added = {kind: all_of_it.get(kind, 0.0) - inside.get(kind, 0.0) for kind in KINDS if kind != "attention"}
+        added = {
+            kind: all_of_it.get(kind, 0.0) - inside.get(kind, 0.0)
+            for kind in KINDS
+            if kind != "attention"
+        }
         attention = sum(all_of_it.values()) - sum(added.values())
         share = sum(added.values()) / sum(all_of_it.values())
-        return {"kernels ms": attention, "all ms": sum(all_of_it.values()), "share": share, **{f"{k} ms": x for k, x in added.items()}}
+        return {
+            "kernels ms": attention,
+            "all ms": sum(all_of_it.values()),
+            "share": share,
+            **{f"{k} ms": x for k, x in added.items()},
+        }
 
     with messages_at_once():
         attempt(setting, name, by_the_clock)
@@ -587,7 +792,9 @@ KINDS: dict[str, tuple[str, ...]] = {
 
 
 def device_ms(setting: Setting, step: Callable[[], object]) -> dict[str, float]:
-    """Milliseconds on the device of a step by kind of kernel (on CPUs: of operators), mean of the repeats after one to warm up."""
+    """Milliseconds on the device of a step by kind of kernel (on CPUs: of operators), mean of the
+    repeats after one to warm up.
+    """
     step()
     synchronize(setting)
     with torch.profiler.profile() as profile:
@@ -597,11 +804,19 @@ def device_ms(setting: Setting, step: Callable[[], object]) -> dict[str, float]:
     out: dict[str, float] = {}
     for event in profile.events():
         if setting.device.type == "cuda":
-            ms = event.time_range.elapsed_us() / 1e3 if event.device_type == torch.autograd.DeviceType.CUDA else 0.0
+            ms = (
+                event.time_range.elapsed_us() / 1e3
+                if event.device_type == torch.autograd.DeviceType.CUDA
+                else 0.0
+            )
         else:
             ms = event.self_cpu_time_total / 1e3 if event.name.startswith("aten::") else 0.0
         if ms:
-            kind = next(kind for kind, parts in KINDS.items() if any(part in event.name.lower() for part in parts))
+            kind = next(
+                kind
+                for kind, parts in KINDS.items()
+                if any(part in event.name.lower() for part in parts)
+            )
             out[kind] = out.get(kind, 0.0) + ms / setting.repeats
     if not out:
         raise RuntimeError("the profiler saw nothing on the device")
@@ -631,17 +846,34 @@ def report(setting: Setting, folder: Path, seconds: float) -> str:
         "command": command_line(),
         "seconds": round(seconds, 1),
     }
-    (folder / "attention.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-    lines = ["# Attention", "", ", ".join(f"{k}: {v}" for k, v in about.items() if v is not None), ""]
+    (folder / "attention.json").write_text(
+        json.dumps({"about": about, "rows": rows}, indent=1) + "\n"
+    )
+    lines = [
+        "# Attention",
+        "",
+        ", ".join(f"{k}: {v}" for k, v in about.items() if v is not None),
+        "",
+    ]
     lines += ["Speeds are TFLOP/s for each GPU: forward alone, and forward with backward.", ""]
-    tables = {"error": "Errors (relative root mean square, from float64)", "merge": "Merge and bookkeeping of one rank", "": "Speed"}
+    tables = {
+        "error": "Errors (relative root mean square, from float64)",
+        "merge": "Merge and bookkeeping of one rank",
+        "": "Speed",
+    }
     for prefix, title in tables.items():
-        chosen = [r for r in rows if next(p for p in tables if str(r["row"]).startswith(p)) == prefix]
+        chosen = [
+            r for r in rows if next(p for p in tables if str(r["row"]).startswith(p)) == prefix
+        ]
         columns = list(dict.fromkeys(k for r in chosen for k in r))
         lines += [f"## {title}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
         for r in chosen:
             cells = [r.get(c, "") for c in columns]
-            lines.append("| " + " | ".join(f"{x:.3g}" if isinstance(x, float) else str(x) for x in cells) + " |")
+            lines.append(
+                "| "
+                + " | ".join(f"{x:.3g}" if isinstance(x, float) else str(x) for x in cells)
+                + " |"
+            )
         lines.append("")
     (folder / "attention.md").write_text("\n".join(lines))
     return "\n".join(lines)

@@ -1,12 +1,14 @@
-"""`auto` beside every schedule that it could have taken, on the GPUs of one machine: is its choice within 3 % of the best one of each row?
+"""`auto` beside every schedule that it could have taken, on the GPUs of one machine: is its choice
+within 3 % of the best one of each row?
 
     python benchmarks/auto_choice.py --gpus 4 --out benchmarks/results     # some three minutes
     python benchmarks/auto_choice.py --smoke --out results                 # two CPU processes, tiny shapes: does it run?
 
-One layer's attention, forward and backward, bf16, head dim 128: documents of 64k and 128k tokens with 28/4 and 32/8 heads, and the two
-packed mixes of attention.py. Schedules are timed in turn, median of `--repeats` rounds, on the slowest rank. `auto` is there twice: as it
-measures (`sp/measure.py`; the time that this took is in the table) and by its rule alone (`sp/schedules/choose.py`). Writes
-auto_choice.json and auto_choice.md.
+One layer's attention, forward and backward, bf16, head dim 128: documents of 64k and 128k tokens
+with 28/4 and 32/8 heads, and the two packed mixes of attention.py. Schedules are timed in turn,
+median of `--repeats` rounds, on the slowest rank. `auto` is there twice: as it measures
+(`sp/measure.py`; the time that this took is in the table) and by its rule alone
+(`sp/schedules/choose.py`). Writes auto_choice.json and auto_choice.md.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ Row = dict[str, str | float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmark_results"))
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--gpus", type=int, default=4)
@@ -43,24 +47,54 @@ def main() -> None:
         count = 2 if a.smoke else min(a.gpus, torch.cuda.device_count())
         if count < 2:
             raise SystemExit("Two GPUs or more are needed. --smoke runs tiny shapes on CPUs.")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", *sys.argv]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={count}",
+            *sys.argv,
+        ]
         os.execv(sys.executable, command)
     setting = bench.start(a.smoke)
     dtype = setting.dtype
     rows: list[Row] = []
     for shape in setting.heads:
         # Contexts of one shape: what was measured for another one's heads says nothing here.
-        by_clock, by_rule = (sp.SequenceParallel.create(setting.ranks, "auto", device_type=setting.device.type) for _ in range(2))
+        by_clock, by_rule = (
+            sp.SequenceParallel.create(setting.ranks, "auto", device_type=setting.device.type)
+            for _ in range(2)
+        )
         for ctx in (by_clock, by_rule):
             ctx.set_heads(*shape)
         measure = Measure(by_clock, setting.dim, setting.dim, dtype, setting.device)
-        documents: dict[str, list[int]] = {f"one document, {length // 1024}k": [length] for length in setting.lengths}
+        documents: dict[str, list[int]] = {
+            f"one document, {length // 1024}k": [length] for length in setting.lengths
+        }
         if shape == setting.heads[0]:
-            documents |= {mix: bench.mixed(setting, mix, setting.packed_length) for mix in bench.MIXES}
+            documents |= {
+                mix: bench.mixed(setting, mix, setting.packed_length) for mix in bench.MIXES
+            }
         for label, sizes in documents.items():
-            rows.append(row(f"{label}, {shape[0]}/{shape[1]} heads", setting, shape, bench.segments_of(sizes), measure, by_rule, a.repeats))
+            rows.append(
+                row(
+                    f"{label}, {shape[0]}/{shape[1]} heads",
+                    setting,
+                    shape,
+                    bench.segments_of(sizes),
+                    measure,
+                    by_rule,
+                    a.repeats,
+                )
+            )
             if setting.rank == 0:
-                print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else str(v) for k, v in rows[-1].items()), flush=True)
+                print(
+                    "  ".join(
+                        f"{k} {v:.4g}" if isinstance(v, float) else str(v)
+                        for k, v in rows[-1].items()
+                    ),
+                    flush=True,
+                )
     if setting.rank == 0:
         write(rows, setting, a.out)
     dist.barrier()
@@ -82,16 +116,35 @@ def row(
     measure(length, segments)
     measured_for = time.perf_counter() - began
     names = {c.name(setting.ranks): c for c in candidates(by_clock, length)}
-    plans = {name: RowPlan(length, tuple(segments), by_clock, choice_of(c, setting.ranks, length, segments)) for name, c in names.items()}
-    q, k, v, dout = bench.inputs(length // setting.ranks, *shape, setting.dim, setting, seed=setting.rank)
+    plans = {
+        name: RowPlan(
+            length, tuple(segments), by_clock, choice_of(c, setting.ranks, length, segments)
+        )
+        for name, c in names.items()
+    }
+    q, k, v, dout = bench.inputs(
+        length // setting.ranks, *shape, setting.dim, setting, seed=setting.rank
+    )
     steps = [functools.partial(forward_backward, plan, q, k, v, dout) for plan in plans.values()]
     times = dict(zip(plans, bench.timed_in_turn(setting, steps, repeats), strict=True))
-    flop = 3.5 * 4.0 * bench.attention_pairs([s.stop - s.start for s in segments]) * shape[0] * setting.dim / setting.ranks / 1e12
+    flop = (
+        3.5
+        * 4.0
+        * bench.attention_pairs([s.stop - s.start for s in segments])
+        * shape[0]
+        * setting.dim
+        / setting.ranks
+        / 1e12
+    )
     out: Row = {"row": label} | {name: flop / seconds for name, seconds in times.items()}
     best = min(times.values())
     for how, ctx in (("auto, measured", by_clock), ("auto, rule", by_rule)):
         choice = sp.plan(length, segments, ctx).choice
-        taken = next(name for name, c in names.items() if (c.ulysses, c.exchange) == (choice.ulysses, choice.exchange))
+        taken = next(
+            name
+            for name, c in names.items()
+            if (c.ulysses, c.exchange) == (choice.ulysses, choice.exchange)
+        )
         out |= {how: taken, f"{how}: over the best": best / times[taken]}
     return out | {"seconds of measuring": measured_for}
 
@@ -108,14 +161,23 @@ def write(rows: list[Row], setting: bench.Setting, folder: Path) -> None:
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "command": command_line(),
     }
-    (folder / "auto_choice.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    (folder / "auto_choice.json").write_text(
+        json.dumps({"about": about, "rows": rows}, indent=1) + "\n"
+    )
     columns = list(dict.fromkeys(k for r in rows for k in r))
-    lines = ["# What auto chooses", "", ", ".join(f"{k}: {v}" for k, v in about.items() if v is not None), ""]
+    lines = [
+        "# What auto chooses",
+        "",
+        ", ".join(f"{k}: {v}" for k, v in about.items() if v is not None),
+        "",
+    ]
     lines += ["Speeds are TFLOP/s for each GPU, forward with backward.", ""]
     lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for r in rows:
         cells = [r.get(c, "") for c in columns]
-        lines.append("| " + " | ".join(f"{x:.3g}" if isinstance(x, float) else str(x) for x in cells) + " |")
+        lines.append(
+            "| " + " | ".join(f"{x:.3g}" if isinstance(x, float) else str(x) for x in cells) + " |"
+        )
     (folder / "auto_choice.md").write_text("\n".join([*lines, ""]))
 
 

@@ -1,13 +1,16 @@
-"""How far apart the start-up guard's ratios of exact models and of planted faults are: what its limit rests on.
+"""How far apart the start-up guard's ratios of exact models and of planted faults are: what its
+limit rests on.
 
     python benchmarks/guard_ratios.py                     # on a CPU
     python benchmarks/guard_ratios.py --device cuda       # heads as wide as those of real models
     python benchmarks/guard_ratios.py llama --faults      # some families and SmolLM2; only planted faults, or (--healthy) only exact models
 
-Every family with random weights and trained (to below 60 % of the entropy of a uniform guess), and SmolLM2-135M-Instruct, in four
-precisions, with the layers that a run installs. A ratio is the error of the run's layer, or of the engine's attention alone, over that of
-the model's own arithmetic in the same precision. Faults are those of _planted.py, in models with random weights and in SmolLM2. Results
-replace those of the same runs in benchmarks/results/guard_ratios[_DEVICE].json, of which the page guard_ratios[_DEVICE].md is made.
+Every family with random weights and trained (to below 60 % of the entropy of a uniform guess), and
+SmolLM2-135M-Instruct, in four precisions, with the layers that a run installs. A ratio is the error
+of the run's layer, or of the engine's attention alone, over that of the model's own arithmetic in
+the same precision. Faults are those of _planted.py, in models with random weights and in SmolLM2.
+Results replace those of the same runs in benchmarks/results/guard_ratios[_DEVICE].json, of which
+the page guard_ratios[_DEVICE].md is made.
 """
 
 from __future__ import annotations
@@ -57,14 +60,26 @@ FAMILIES = (
     "diffllama",
     "phimoe",
 )
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "autocast": torch.float32}
+PRECISIONS = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "autocast": torch.float32,
+}
 SMOLLM2 = "SmolLM2-135M"
-REAL_HEADS: dict[str, Any] = {"hidden_size": 512, "head_dim": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+REAL_HEADS: dict[str, Any] = {
+    "hidden_size": 512,
+    "head_dim": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 KINDS = ("output", "gradient of the input", "gradients of weights", "attention")
 
 
 def trained(family: str, fields: dict[str, Any], device: str) -> Any:
-    """A tiny model that has learnt to guess the next token of a chain, where each token has four successors."""
+    """A tiny model that has learnt to guess the next token of a chain, where each token has four
+    successors.
+    """
     model = tiny_model(family, torch.float32, **fields).to(device).train()
     draw = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -89,7 +104,9 @@ def trained(family: str, fields: dict[str, Any], device: str) -> Any:
 
 def smollm2() -> Any:
     path, arguments = load.resolve(load.EMBEDDED)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager", **arguments)
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager", **arguments
+    )
 
 
 def installed(model: Any, precision: str, device: str, ctx: sp.SequenceParallel) -> Any:
@@ -129,7 +146,10 @@ def recorded() -> Iterator[dict[str, float]]:
 
         return call
 
-    with _planted.changed(guard, "ratios", layers), _planted.changed(guard, "attention_ratios", attention):
+    with (
+        _planted.changed(guard, "ratios", layers),
+        _planted.changed(guard, "attention_ratios", attention),
+    ):
         yield found
 
 
@@ -144,20 +164,38 @@ def guarded(model: Any, ctx: sp.SequenceParallel) -> dict[str, Any]:
     return {"ratios": found, "refused": refused, "seconds": round(time.perf_counter() - started, 2)}
 
 
-def measure(device: str, names: list[str], precisions: list[str], healthy: bool, faults: bool) -> Iterator[list[dict[str, Any]]]:
+def measure(
+    device: str, names: list[str], precisions: list[str], healthy: bool, faults: bool
+) -> Iterator[list[dict[str, Any]]]:
     """The rows of each model, when it is done."""
     ctx = sp.SequenceParallel.create(1, device_type=device)
     for name in names:
         fields = real_heads(name) if device == "cuda" and name != SMOLLM2 else {}
-        whole = {"published": smollm2()} if name == SMOLLM2 else {"random": tiny_model(name, torch.float32, **fields)}
+        whole = (
+            {"published": smollm2()}
+            if name == SMOLLM2
+            else {"random": tiny_model(name, torch.float32, **fields)}
+        )
         rows = []
         if healthy:
-            every = whole if name == SMOLLM2 else {**whole, "trained": trained(name, fields, device)}
-            rows += [of(name, weights, None, model, p, device, ctx) for weights, model in every.items() for p in precisions]
+            every = (
+                whole if name == SMOLLM2 else {**whole, "trained": trained(name, fields, device)}
+            )
+            rows += [
+                of(name, weights, None, model, p, device, ctx)
+                for weights, model in every.items()
+                for p in precisions
+            ]
         for fault, (_, shown_by, more) in _planted.FAULTS.items() if faults else ():
             if name in shown_by or (name == SMOLLM2 and "llama" in shown_by and not more):
-                broken = {"random": tiny_model(name, torch.float32, **fields, **more)} if more else whole
-                rows += [of(name, weights, fault, model, p, device, ctx) for weights, model in broken.items() for p in precisions]
+                broken = (
+                    {"random": tiny_model(name, torch.float32, **fields, **more)} if more else whole
+                )
+                rows += [
+                    of(name, weights, fault, model, p, device, ctx)
+                    for weights, model in broken.items()
+                    for p in precisions
+                ]
         yield [row for row in rows if row]
 
 
@@ -168,15 +206,30 @@ def real_heads(family: str) -> dict[str, Any]:
     return {k: v for k, v in REAL_HEADS.items() if k in values and not values.get("kv_lora_rank")}
 
 
-def of(family: str, weights: str, fault: str | None, model: Any, precision: str, device: str, ctx: sp.SequenceParallel) -> dict[str, Any]:
+def of(
+    family: str,
+    weights: str,
+    fault: str | None,
+    model: Any,
+    precision: str,
+    device: str,
+    ctx: sp.SequenceParallel,
+) -> dict[str, Any]:
     if fault is not None and fault.startswith("hand-written") and precision == "autocast":
         return {}  # weights and hidden states differ in type: the hand-written layer does not run
     run = installed(model, precision, device, ctx)
     with _planted.FAULTS[fault][0](run) if fault else contextlib.nullcontext():
-        row = {"family": family, "weights": weights, "precision": precision, "fault": fault, **guarded(run, ctx)}
+        row = {
+            "family": family,
+            "weights": weights,
+            "precision": precision,
+            "fault": fault,
+            **guarded(run, ctx),
+        }
     largest = max(row["ratios"].values(), default=0.0)
     print(
-        f"{family:14}{weights:10}{precision:9}{largest:10.3g} {row['seconds']:6.1f}s  {fault or ''} {(row['refused'] or '')[:90]}",
+        f"{family:14}{weights:10}{precision:9}{largest:10.3g} {row['seconds']:6.1f}s  {fault or ''}"
+        f" {(row['refused'] or '')[:90]}",
         flush=True,
     )
     return row
@@ -189,12 +242,24 @@ def table(rows: list[dict[str, Any]], device: str) -> str:
     lines = [
         "# Ratios of the start-up guard",
         "",
-        f"`python benchmarks/guard_ratios.py --device {device}`, torch {torch.__version__}, transformers {transformers.__version__}, on",
+        (
+            f"`python benchmarks/guard_ratios.py --device {device}`, torch {torch.__version__},"
+            f" transformers {transformers.__version__}, on"
+        ),
         f"{place(device)}.",
         "",
-        "A ratio is the error of what the run computes over the error of the model's own arithmetic in the same precision, both against",
-        f"a wider type, on {' and '.join(map(str, guard.DOCUMENTS))} tokens. The guard refuses above **{compare.LIMIT:g}**",
-        f"in half precision and above **{compare.FULL_LIMIT:g}** in fp32. Where the ratio is above that, the model's own error is the",
+        (
+            "A ratio is the error of what the run computes over the error of the model's own"
+            " arithmetic in the same precision, both against"
+        ),
+        (
+            f"a wider type, on {' and '.join(map(str, guard.DOCUMENTS))} tokens. The guard refuses"
+            f" above **{compare.LIMIT:g}**"
+        ),
+        (
+            f"in half precision and above **{compare.FULL_LIMIT:g}** in fp32. Where the ratio is"
+            " above that, the model's own error is the"
+        ),
         f"largest of up to {compare.SAMPLES} samples, on inputs moved by a rounding.",
         "",
         f"## Exact models: {len(good)} runs, {sum(r['refused'] is not None for r in good)} refused",
@@ -206,23 +271,46 @@ def table(rows: list[dict[str, Any]], device: str) -> str:
     ]
     for kind in KINDS:
         lines.append(f"| {kind} | " + " | ".join(largest(good, p, kind) for p in precisions) + " |")
-    lines += ["", "| family | weights | " + " | ".join(precisions) + " |", "|---|---|" + "---|" * len(precisions)]
-    for family, weights in dict.fromkeys((r["family"], r["weights"]) for r in good):
-        mine = [r for r in good if (r["family"], r["weights"]) == (family, weights)]
-        lines.append(f"| {family} | {weights} | " + " | ".join(largest(mine, p, None) for p in precisions) + " |")
     lines += [
         "",
-        f"## Planted faults: {len(broken)} runs, {sum(r['refused'] is None for r in broken)} not refused",
+        "| family | weights | " + " | ".join(precisions) + " |",
+        "|---|---|" + "---|" * len(precisions),
+    ]
+    for family, weights in dict.fromkeys((r["family"], r["weights"]) for r in good):
+        mine = [r for r in good if (r["family"], r["weights"]) == (family, weights)]
+        lines.append(
+            f"| {family} | {weights} | "
+            + " | ".join(largest(mine, p, None) for p in precisions)
+            + " |"
+        )
+    lines += [
         "",
-        "Of each fault and precision the smallest ratio, among families and weights, of those by which the guard refuses. `settings`: the",
-        "engine is called with something that the model does not ask for, which is refused before numbers are compared; `input`: the",
+        (
+            f"## Planted faults: {len(broken)} runs, {sum(r['refused'] is None for r in broken)}"
+            " not refused"
+        ),
+        "",
+        (
+            "Of each fault and precision the smallest ratio, among families and weights, of those"
+            " by which the guard refuses. `settings`: the"
+        ),
+        (
+            "engine is called with something that the model does not ask for, which is refused"
+            " before numbers are compared; `input`: the"
+        ),
         "hidden states differ before the first layer.",
         "",
         "| fault | " + " | ".join(precisions) + " |",
         "|---|" + "---|" * len(precisions),
     ]
     for fault in dict.fromkeys(r["fault"] for r in broken):
-        lines.append(f"| {fault} | " + " | ".join(smallest([r for r in broken if r["fault"] == fault], p) for p in precisions) + " |")
+        lines.append(
+            f"| {fault} | "
+            + " | ".join(
+                smallest([r for r in broken if r["fault"] == fault], p) for p in precisions
+            )
+            + " |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -231,7 +319,13 @@ def place(device: str) -> str:
 
 
 def largest(rows: list[dict[str, Any]], precision: str, kind: str | None) -> str:
-    values = [v for r in rows if r["precision"] == precision for k, v in r["ratios"].items() if kind in (None, k)]
+    values = [
+        v
+        for r in rows
+        if r["precision"] == precision
+        for k, v in r["ratios"].items()
+        if kind in (None, k)
+    ]
     return f"{max(values):.2f}" if values else ""
 
 
@@ -240,18 +334,32 @@ def smallest(rows: list[dict[str, Any]], precision: str) -> str:
     if not mine:
         return "does not run"
     if any(r["refused"] is None for r in mine):
-        return "**not refused: " + ", ".join(f"{r['family']} {r['weights']}" for r in mine if r["refused"] is None) + "**"
-    ratios = [max(r["ratios"].values()) for r in mine if r["ratios"] and "before the first layer" not in r["refused"]]
+        return (
+            "**not refused: "
+            + ", ".join(f"{r['family']} {r['weights']}" for r in mine if r["refused"] is None)
+            + "**"
+        )
+    ratios = [
+        max(r["ratios"].values())
+        for r in mine
+        if r["ratios"] and "before the first layer" not in r["refused"]
+    ]
     if ratios:
         return f"{min(ratios):.3g}"
     return "input" if "before the first layer" in mine[0]["refused"] else "settings"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", help=f"model types, or {SMOLLM2}; the table's own by default")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "models", nargs="*", help=f"model types, or {SMOLLM2}; the table's own by default"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--precision", nargs="*", choices=list(PRECISIONS), default=list(PRECISIONS))
+    parser.add_argument(
+        "--precision", nargs="*", choices=list(PRECISIONS), default=list(PRECISIONS)
+    )
     parser.add_argument("--healthy", action="store_true", help="only exact models")
     parser.add_argument("--faults", action="store_true", help="only planted faults")
     parser.add_argument("--write", type=Path, help="where the results go, without a suffix")
@@ -262,7 +370,9 @@ def main() -> None:
     models = args.models or [*FAMILIES, SMOLLM2]
     for rows in measure(args.device, models, args.precision, not args.faults, not args.healthy):
         data = target.with_suffix(".json")
-        merged = {key(r): r for r in [*(json.loads(data.read_text()) if data.exists() else []), *rows]}
+        merged = {
+            key(r): r for r in [*(json.loads(data.read_text()) if data.exists() else []), *rows]
+        }
         data.write_text(json.dumps(sorted(merged.values(), key=order), indent=1) + "\n")
         target.with_suffix(".md").write_text(table(sorted(merged.values(), key=order), args.device))
     print(target.with_suffix(".md").read_text())

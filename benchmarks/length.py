@@ -6,15 +6,19 @@
     python benchmarks/length.py --probe 2097152 --gpus 2                # two layers: does the length fit?
     python benchmarks/length.py --smoke
 
-First table: one complete step (forward, backward, clipping, update of AdamW with exact fp32 weights and states) of Qwen2.5-7B's shape
-with all parameters, at each length in turn until memory or time ends; rows as in `throughput.py`. Only `ours` takes its settings from the
-machine (`memory: auto`). Host bytes are of activations, all processes together: page-locked, and in brackets the most in use at once.
-The row `dpo` has a table of its own: one DPO pair a step, 95 % of its tokens the prompt that both answers share. Its tokens are prompt,
-chosen and rejected together; beside them stand those that were computed (with padding) and those of the same pair as two rows.
-Second table (`--slope`): peak memory of forward and backward through a few layers, at lengths that a GPU has in seconds; its growth with
-length, less what waits on the GPU for other layers, is the working set of a layer, which does not depend on depth.
-Third (`--probe`): a step through a few layers at a length whose whole step would take hours. Both say how many layers they ran.
-With `--out`, what was measured before stays in a table unless it is measured again. `longfactory plan` prints what a step would need.
+First table: one complete step (forward, backward, clipping, update of AdamW with exact fp32 weights
+and states) of Qwen2.5-7B's shape with all parameters, at each length in turn until memory or time
+ends; rows as in `throughput.py`. Only `ours` takes its settings from the machine (`memory: auto`).
+Host bytes are of activations, all processes together: page-locked, and in brackets the most in use
+at once. The row `dpo` has a table of its own: one DPO pair a step, 95 % of its tokens the prompt
+that both answers share. Its tokens are prompt, chosen and rejected together; beside them stand
+those that were computed (with padding) and those of the same pair as two rows. Second table
+(`--slope`): peak memory of forward and backward through a few layers, at lengths that a GPU has in
+seconds; its growth with length, less what waits on the GPU for other layers, is the working set of
+a layer, which does not depend on depth. Third (`--probe`): a step through a few layers at a length
+whose whole step would take hours. Both say how many layers they ran. With `--out`, what was
+measured before stays in a table unless it is measured again. `longfactory plan` prints what a step
+would need.
 """
 
 from __future__ import annotations
@@ -43,12 +47,22 @@ LEAN: dict[str, Any] = {
     "late_prefetch": True,
     "optimizer": "gpu",
 }
-SLOPES = {"kept attention, leanest": LEAN, "attention recomputed, leanest": LEAN | {"keep_attention": 0.0, "offload": "inputs"}}
+SLOPES = {
+    "kept attention, leanest": LEAN,
+    "attention recomputed, leanest": LEAN | {"keep_attention": 0.0, "offload": "inputs"},
+}
 
 
 def length_table(results: list[dict[str, Any]], gpus: int) -> str:
     pairs = any(r["row"] == "dpo" for r in results)
-    columns = ["system", "tokens", *(["computed", "as two rows"] if pairs else []), "step, s", "tokens/s a GPU", "peak, GiB a GPU"]
+    columns = [
+        "system",
+        "tokens",
+        *(["computed", "as two rows"] if pairs else []),
+        "step, s",
+        "tokens/s a GPU",
+        "peak, GiB a GPU",
+    ]
     columns += ["page-locked host, GiB", "B of it a token", "memory settings"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for r in results:
@@ -59,7 +73,11 @@ def length_table(results: list[dict[str, Any]], gpus: int) -> str:
             if pairs:
                 cells += [f"{r[k]:,}" if k in r else "" for k in ("computed", "as_two_rows")]
             host = [r[k] * gpus for k in ("locked", "used") if k in r]  # neither of other systems
-            cells += [f"{r['seconds']:.1f}", f"{r['tokens'] / gpus / r['seconds']:,.0f}", f"{r['peak'] / GiB:.1f}"]
+            cells += [
+                f"{r['seconds']:.1f}",
+                f"{r['tokens'] / gpus / r['seconds']:,.0f}",
+                f"{r['peak'] / GiB:.1f}",
+            ]
             cells.append(_locked_used([f"{x / GiB:.1f}" for x in host]))
             cells.append(_locked_used([f"{x / r['tokens']:,.0f}" for x in host]))
             cells.append(settings_line(r["settings"]) if "settings" in r else "")
@@ -72,10 +90,15 @@ def _locked_used(numbers: list[str]) -> str:
 
 
 def slope_table(results: list[dict[str, Any]], shape: ModelShape, layers: int) -> str:
-    """Growth of the peak between neighbouring lengths; `waiting` is what the last layers leave on the GPU by their settings."""
+    """Growth of the peak between neighbouring lengths; `waiting` is what the last layers leave on
+    the GPU by their settings.
+    """
     lines = [
         f"{layers} of {shape.layers} layers, forward and backward, no optimizer, one GPU.\n",
-        "| layer | tokens | peak, GiB | bytes a token since the row above | of them layer inputs and attention that wait | working set |",
+        (
+            "| layer | tokens | peak, GiB | bytes a token since the row above | of them layer"
+            " inputs and attention that wait | working set |"
+        ),
         "|---|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(r["name"] for r in results):
@@ -90,9 +113,14 @@ def slope_table(results: list[dict[str, Any]], shape: ModelShape, layers: int) -
                 s = r.get("settings")
                 stay = layers if s is None or s["offload"] == "none" else s["last_layers_on_gpu"]
                 kept = 0 if s is None else kept_bytes(shape) * s["keep_attention"]
-                wait = stay * (2 * shape.hidden + (kept if s is None or s["offload"] != "inputs" else 0))
+                wait = stay * (
+                    2 * shape.hidden + (kept if s is None or s["offload"] != "inputs" else 0)
+                )
                 growth, waiting, working = f"{per:,.0f}", f"{wait:,.0f}", f"{per - wait:,.0f}"
-            lines.append(f"| {name} | {r['tokens']:,} | {r['peak'] / GiB:.2f} | {growth} | {waiting} | {working} |")
+            lines.append(
+                f"| {name} | {r['tokens']:,} | {r['peak'] / GiB:.2f} | {growth} | {waiting} |"
+                f" {working} |"
+            )
             before = r
     return "\n".join(lines)
 
@@ -100,16 +128,39 @@ def slope_table(results: list[dict[str, Any]], shape: ModelShape, layers: int) -
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--tokens", type=int, nargs="+", default=None, help="ascending; default by the number of GPUs")
-    parser.add_argument("--rows", nargs="+", default=["ours"], help="ours, dpo, hf:flash, hf, alst, alst:flash, ulysses")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        default=None,
+        help="ascending; default by the number of GPUs",
+    )
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        default=["ours"],
+        help="ours, dpo, hf:flash, hf, alst, alst:flash, ulysses",
+    )
     parser.add_argument("--shape", choices=[s for s in SHAPES if s != "tiny"], default="7b")
     parser.add_argument("--memory", choices=["auto", "fast", "long"], default="auto")
     parser.add_argument("--mode", default="zigzag-ring")
-    parser.add_argument("--host-share", type=float, default=1.0, help="plan as if the host had this share of its memory")
+    parser.add_argument(
+        "--host-share",
+        type=float,
+        default=1.0,
+        help="plan as if the host had this share of its memory",
+    )
     parser.add_argument("--slope", action="store_true")
     parser.add_argument("--probe", type=int, default=None, metavar="TOKENS")
-    parser.add_argument("--layers", type=int, default=None, help="layers of --slope (default 4) and --probe (default 2)")
-    parser.add_argument("--limit", type=float, default=560, help="seconds for the whole command (default 560)")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        default=None,
+        help="layers of --slope (default 4) and --probe (default 2)",
+    )
+    parser.add_argument(
+        "--limit", type=float, default=560, help="seconds for the whole command (default 560)"
+    )
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--smoke", action="store_true")
     a = parser.parse_args()
@@ -119,24 +170,55 @@ def main() -> int:
     shape = ModelShape.of(make_config(a.shape))
     kernel = "cpu" if a.smoke else "auto"
     about = {"machine": where, "gpus": a.gpus}
-    one = {"shape": a.shape, "steps": 1, "warm": False, "memory": a.memory, "mode": a.mode, "host_share": a.host_share}
+    one = {
+        "shape": a.shape,
+        "steps": 1,
+        "warm": False,
+        "memory": a.memory,
+        "mode": a.mode,
+        "host_share": a.host_share,
+    }
     failed = False
     if a.slope or a.smoke:
         layers = a.layers or (2 if a.smoke else 4)
         short = [256, 512] if a.smoke else [32768, 65536, 131072]
         few: dict[str, Any] = {**one, "kernel": kernel, "layers": layers, "optimizer": False}
         jobs = [job("slope", short, **few, name=name, settings=s) for name, s in SLOPES.items()]
-        jobs.append(job("ours-generic", short, **few, name="generic: Hugging Face's layer in pieces", settings=LEAN))
-        jobs.append(job("hf", short if a.smoke else short[:1], **few, name="Hugging Face layers, full logits"))
+        jobs.append(
+            job(
+                "ours-generic",
+                short,
+                **few,
+                name="generic: Hugging Face's layer in pieces",
+                settings=LEAN,
+            )
+        )
+        jobs.append(
+            job(
+                "hf",
+                short if a.smoke else short[:1],
+                **few,
+                name="Hugging Face layers, full logits",
+            )
+        )
         results: list[dict[str, Any]] = []
         for what in jobs:
             results += run_row(what, 1, clock, log)
             table = slope_table(results, shape, layers)
             if a.out is not None:
                 title = f"# Bytes of GPU memory a token: 1 x {where}, {a.shape} shape"
-                file = f"slope_{where.split()[0]}_{a.shape}" + ("" if a.layers is None else f"_{layers}_layers")
+                file = f"slope_{where.split()[0]}_{a.shape}" + (
+                    "" if a.layers is None else f"_{layers}_layers"
+                )
                 few_about = {"machine": where, "layers": layers}
-                table = write(a.out, file, title, lambda merged: slope_table(merged, shape, layers), results, few_about)
+                table = write(
+                    a.out,
+                    file,
+                    title,
+                    lambda merged: slope_table(merged, shape, layers),
+                    results,
+                    few_about,
+                )
         print("\n" + table + "\n")
         failed |= any("error" in r for r in results)
         if a.slope:
@@ -146,14 +228,28 @@ def main() -> int:
     if a.probe is not None:
         layers = a.layers or 2
         file = f"probe_{system_name}" + ("" if a.layers is None else f"_{layers}_layers")
-        rows = [(file, f"# One step through {layers} of {shape.layers} layers: {a.gpus} x {where}", ["ours"])]
+        rows = [
+            (
+                file,
+                f"# One step through {layers} of {shape.layers} layers: {a.gpus} x {where}",
+                ["ours"],
+            )
+        ]
         one |= {"layers": layers, "settings": LEAN}
     else:
         texts = [row for row in a.rows if row.partition(":")[0] != "dpo"]
         pairs = [row for row in a.rows if row not in texts]
         rows = [
-            (f"length_{system_name}", f"# Longest step: {a.gpus} x {where}, {a.shape} shape", texts),
-            (f"length_dpo_{system_name}", f"# Longest DPO pair, 95 % of it prompt: {a.gpus} x {where}, {a.shape} shape", pairs),
+            (
+                f"length_{system_name}",
+                f"# Longest step: {a.gpus} x {where}, {a.shape} shape",
+                texts,
+            ),
+            (
+                f"length_dpo_{system_name}",
+                f"# Longest DPO pair, 95 % of it prompt: {a.gpus} x {where}, {a.shape} shape",
+                pairs,
+            ),
         ]
     for file, title, wanted in rows:
         results, table = [], ""
@@ -165,9 +261,13 @@ def main() -> int:
             results += run_row(job(row, lengths(a, row), **keys), a.gpus, clock, log)
             table = length_table(results, a.gpus)
             if a.out is not None:
-                table = write(a.out, file, title, lambda merged: length_table(merged, a.gpus), results, about)
+                table = write(
+                    a.out, file, title, lambda merged: length_table(merged, a.gpus), results, about
+                )
         if wanted:
-            failed |= not any("seconds" in r for r in results) or (a.smoke and any("error" in r for r in results))
+            failed |= not any("seconds" in r for r in results) or (
+                a.smoke and any("error" in r for r in results)
+            )
             print(f"\n{title}\n\n{table}\n")
     print(f"log: {log}")
     return clock.exit_code(failed)

@@ -1,6 +1,8 @@
-"""Writes a model folder without weights: the configuration of a known shape and a small byte-level tokenizer trained on Python's manual.
+"""Writes a model folder without weights: the configuration of a known shape and a small byte-level
+tokenizer trained on Python's manual.
 
-With `train_from_scratch: true` the weights are random: memory and speed are those of the real model.
+With `train_from_scratch: true` the weights are random: memory and speed are those of the real
+model.
 
     python benchmarks/make_model.py qwen2.5-7b /path/to/folder
 """
@@ -29,19 +31,37 @@ QWEN = {
     "torch_dtype": "bfloat16",
 }
 SHAPES: dict[str, dict[str, Any]] = {
-    "qwen2.5-7b": QWEN
-    | {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
-    "qwen2.5-14b": QWEN
-    | {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8},
-    "tiny": QWEN
-    | {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 1024,
-    },
+    "qwen2.5-7b": (
+        QWEN
+        | {
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+        }
+    ),
+    "qwen2.5-14b": (
+        QWEN
+        | {
+            "hidden_size": 5120,
+            "intermediate_size": 13824,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 40,
+            "num_key_value_heads": 8,
+        }
+    ),
+    "tiny": (
+        QWEN
+        | {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 1024,
+        }
+    ),
 }
 
 
@@ -65,10 +85,12 @@ def make_model(shape: str, folder: str | Path, vocabulary: int = 1000) -> Path:
         show_progress=False,
     )
     tokenizer.train_from_iterator(pydoc_data.topics.topics.values(), trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|pad|>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|pad|>"
+    )
     fast.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{%"
+        " endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     fast.save_pretrained(folder)
     return folder

@@ -1,13 +1,15 @@
-"""`longfactory train` over combinations of method, precision, processes, stage and family, against a plain loop.
+"""`longfactory train` over combinations of method, precision, processes, stage and family, against
+a plain loop.
 
     python benchmarks/matrix.py --gpus 2                # every pair of settings, several runs at a time on each GPU
     python benchmarks/matrix.py --gpus 2 --qlora        # quantised bases alone (bitsandbytes)
     python benchmarks/matrix.py --cpu --rows 12         # on a CPU: one process and DDP, fp32 and bf16
 
-Each row is a run of three steps through the command. Its losses and gradient norms are compared with those of a loop in
-plain transformers (`_matrix_reference.py`): the distance to that loop in float32 may be at most `FACTOR` times the loop's
-own largest distance in the same precision, plus one rounding of the number. Combinations that a documented rule
-refuses are rows as well, with the sentence. Rows that are in the results already are not run again (`--again` does).
+Each row is a run of three steps through the command. Its losses and gradient norms are compared
+with those of a loop in plain transformers (`_matrix_reference.py`): the distance to that loop in
+float32 may be at most `FACTOR` times the loop's own largest distance in the same precision, plus
+one rounding of the number. Combinations that a documented rule refuses are rows as well, with the
+sentence. Rows that are in the results already are not run again (`--again` does).
 """
 
 from __future__ import annotations
@@ -45,10 +47,12 @@ from _matrix_reference import (  # noqa: E402
 )
 
 FACTOR = 3.0
-"""Times the plain loop's own error. Two computations in one precision, of equal quality, differ by up to twice that."""
+"""Times the plain loop's own error. Two computations in one precision, of equal quality, differ by
+up to twice that.
+"""
 ROUNDING = {"fp32": 2.0**-14, "bf16": 2.0**-8, "pure_bf16": 2.0**-8, "fp16": 2.0**-10}
-"""Relative. A loop's own error can be zero by chance: half precision rounds a number to 8 or 11 bits; float32 sums of some
-10,000 terms in another order agree to about 14 bits."""
+"""Relative. A loop's own error can be zero by chance: half precision rounds a number to 8 or 11
+bits; float32 sums of some 10,000 terms in another order agree to about 14 bits."""
 AXES: dict[str, tuple[str, ...]] = {
     "finetuning": ("full", "freeze", "lora"),
     "precision": ("fp32", "bf16", "pure_bf16", "fp16"),
@@ -65,7 +69,9 @@ Case = dict[str, str]
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A combination that the documentation refuses: a test of a case, words of the sentence, and a case that shows it."""
+    """A combination that the documentation refuses: a test of a case, words of the sentence, and a
+    case that shows it.
+    """
 
     refuses: Callable[[Case], bool]
     words: str
@@ -92,7 +98,9 @@ RULES = (
 
 
 def pairwise(axes: dict[str, tuple[str, ...]], seed: int = 0) -> list[Case]:
-    """Cases in which every pair of values of two axes occurs, unless a rule refuses it. Greedy; the same every time."""
+    """Cases in which every pair of values of two axes occurs, unless a rule refuses it. Greedy; the
+    same every time.
+    """
     names, draw = list(axes), random.Random(seed)
 
     def allowed(case: Case) -> bool:
@@ -137,7 +145,9 @@ def covering(cases: Sequence[Case], axes: dict[str, tuple[str, ...]], rows: int)
 
 
 def write_data(folder: Path) -> None:
-    """Documents of 100 to 300 tokens, longer than the families' windows, in the forms that the stages read."""
+    """Documents of 100 to 300 tokens, longer than the families' windows, in the forms that the
+    stages read.
+    """
     draw = random.Random(7)
     words = ("the", "a", "model", "window", "token", "long", "context", "gradient", "exact", "row")
 
@@ -182,14 +192,18 @@ DATASETS = {"sft": "talks", "pt": "texts", "dpo": "pairs", "rm": "pairs", "kto":
 
 
 def model_folder(case: Case) -> str:
-    """ZeRO-3 and quantised bases draw the numbers of a new value head in another order: there the checkpoint brings one."""
+    """ZeRO-3 and quantised bases draw the numbers of a new value head in another order: there the
+    checkpoint brings one.
+    """
     drawn_elsewhere = case["processes"] == "zero3" or case["finetuning"] == "qlora"
     valued = case["stage"] == "rm" and drawn_elsewhere
     return f"{case['family']}-valued" if valued else case["family"]
 
 
 def loop_precision(case: Case) -> str:
-    """The precision of the plain loop that is the measure. Under DeepSpeed the weights themselves are bf16."""
+    """The precision of the plain loop that is the measure. Under DeepSpeed the weights themselves
+    are bf16.
+    """
     zero = case["processes"].startswith("zero") and case["precision"] == "bf16"
     return "bf16_weights" if zero else case["precision"]
 
@@ -249,7 +263,9 @@ def keys(case: Case, home: Path, output: Path, cpu: bool) -> dict[str, Any]:
 
 
 class Devices:
-    """Places for runs: each GPU takes several at a time, a run of two processes one place on each of two GPUs."""
+    """Places for runs: each GPU takes several at a time, a run of two processes one place on each
+    of two GPUs.
+    """
 
     def __init__(self, gpus: int, each: int):
         self.free = [each] * gpus
@@ -288,7 +304,9 @@ def environment(home: Path, gpus: Sequence[int], cpu: bool) -> dict[str, str]:
 
 
 def run_case(case: Case, home: Path, devices: Devices | None, limit: float) -> dict[str, Any]:
-    """One run through the command: exit code, seconds, losses, gradient norms, and the last lines where it failed."""
+    """One run through the command: exit code, seconds, losses, gradient norms, and the last lines
+    where it failed.
+    """
     cpu = devices is None
     name = "-".join(case[axis] for axis in AXES)
     folder = home / "runs" / name
@@ -342,7 +360,9 @@ def last_words(log: Path) -> str:
 
 
 def compare(row: dict[str, Any], exact: dict[str, Any], same: dict[str, Any]) -> tuple[str, float]:
-    """(verdict, the largest error over what is allowed). `exact`: the loop in float32; `same`: in the row's precision."""
+    """(verdict, the largest error over what is allowed). `exact`: the loop in float32; `same`: in
+    the row's precision.
+    """
     if "error" in exact or "error" in same:
         return "no reference: " + exact.get("error", same.get("error", "")), math.nan
     worst, compared = 0.0, STEPS
@@ -357,10 +377,12 @@ def compare(row: dict[str, Any], exact: dict[str, Any], same: dict[str, Any]) ->
             return NOT_FINITE, math.nan
         if not all(finite) and row["precision"] != "fp16":
             return f"{name} is {row[name]}, of the plain loop {same[name]}", math.inf
-        # After an overflow that one side had alone, the scaler skips its update alone: no further step can be compared.
+        # After an overflow that one side had alone, the scaler skips its update alone: no further
+        # step can be compared.
         steps = STEPS if all(finite) else finite.index(False)
         compared = min(compared, steps)
-        # The loop's error in one step may be small by chance: its largest one stands for its precision.
+        # The loop's error in one step may be small by chance: its largest one stands for its
+        # precision.
         errors = [
             abs(a - b) for a, b in zip(same[name], exact[name], strict=True) if math.isfinite(a)
         ]
@@ -457,12 +479,18 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "",
         f"{sum(map(good, rows))} of {len(rows)} rows as they should be.",
         "",
-        f"Three steps each. *of allowed*: the largest difference of a loss or gradient norm to the plain loop in float32, over "
-        f"{FACTOR:g} times that loop's own largest error in the row's precision plus one rounding of the number "
-        f"({', '.join(f'{k} {v:.1e}' for k, v in ROUNDING.items())}). Up to 1 is the same. "
-        "Under DeepSpeed with bf16 the loop has bf16 weights with float32 copies.",
+        (
+            "Three steps each. *of allowed*: the largest difference of a loss or gradient norm to"
+            f" the plain loop in float32, over {FACTOR:g} times that loop's own largest error in"
+            " the row's precision plus one rounding of the number"
+            f" ({', '.join(f'{k} {v:.1e}' for k, v in ROUNDING.items())}). Up to 1 is the same."
+            " Under DeepSpeed with bf16 the loop has bf16 weights with float32 copies."
+        ),
         "",
-        "| method | precision | processes | SP | stage | family | rc | losses | gradient norms | of allowed | verdict | s |",
+        (
+            "| method | precision | processes | SP | stage | family | rc | losses | gradient norms"
+            " | of allowed | verdict | s |"
+        ),
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in sorted(rows, key=lambda r: tuple(r[a] for a in AXES)):

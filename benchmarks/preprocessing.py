@@ -1,10 +1,12 @@
-"""Time to tokenise: LongFactory against LLaMA-Factory 0.9.5, and against the two extra passes of 360-LLaMA-Factory.
+"""Time to tokenise: LongFactory against LLaMA-Factory 0.9.5, and against the two extra passes of
+360-LLaMA-Factory.
 
     python benchmarks/preprocessing.py --write benchmarks/results/preprocessing.md
 
-Two data sets, both made of Python's own manual: 20,000 chat samples of one to three turns, and 500 documents of 100,000 tokens with a
-question. Each system gets two processes and a cold cache, the tokenizer of SmolLM2 (extra: smollm2) and the template chatml. For
-LLaMA-Factory its own loader runs (the wheel, installed without its dependencies). The fork's passes, pad to cutoff_len and cut into
+Two data sets, both made of Python's own manual: 20,000 chat samples of one to three turns, and 500
+documents of 100,000 tokens with a question. Each system gets two processes and a cold cache, the
+tokenizer of SmolLM2 (extra: smollm2) and the template chatml. For LLaMA-Factory its own loader runs
+(the wheel, installed without its dependencies). The fork's passes, pad to cutoff_len and cut into
 sequence-parallel shares, are imitated by two `datasets` maps over the tokens.
 """
 
@@ -60,18 +62,55 @@ def write_documents(path: Path, documents: int, tokens: int, tokenizer: Any) -> 
             while n < tokens:
                 parts.append(rng.choice(paragraphs))
                 n += sizes[parts[-1]]
-            turns = [{"from": "human", "value": "\n\n".join(parts) + "\n\nWhat is it about?"}, {"from": "gpt", "value": "Python."}]
+            turns = [
+                {"from": "human", "value": "\n\n".join(parts) + "\n\nWhat is it about?"},
+                {"from": "gpt", "value": "Python."},
+            ]
             f.write(json.dumps({"conversations": turns}, ensure_ascii=False) + "\n")
 
 
 def arguments(folder: Path, cutoff: int, workers: int, batch: int = 1000) -> SimpleNamespace:
     return SimpleNamespace(
-        **{"dataset": ["d"], "eval_dataset": None, "dataset_dir": str(folder), "media_dir": str(folder), "template": "chatml"},
-        **{"cutoff_len": cutoff, "train_on_prompt": False, "mask_history": False, "streaming": False, "buffer_size": 1},
-        **{"mix_strategy": "concat", "interleave_probs": None, "overwrite_cache": False, "preprocessing_batch_size": batch},
-        **{"preprocessing_num_workers": workers, "max_samples": None, "val_size": 0.0, "packing": False, "neat_packing": False},
-        **{"tool_format": None, "default_system": None, "enable_thinking": True, "preserve_thinking": False, "tokenized_path": None},
-        **{"eval_on_each_dataset": False, "data_shared_file_system": False, "cutoff_strategy": "llamafactory", "on_bad_row": "skip"},
+        **{
+            "dataset": ["d"],
+            "eval_dataset": None,
+            "dataset_dir": str(folder),
+            "media_dir": str(folder),
+            "template": "chatml",
+        },
+        **{
+            "cutoff_len": cutoff,
+            "train_on_prompt": False,
+            "mask_history": False,
+            "streaming": False,
+            "buffer_size": 1,
+        },
+        **{
+            "mix_strategy": "concat",
+            "interleave_probs": None,
+            "overwrite_cache": False,
+            "preprocessing_batch_size": batch,
+        },
+        **{
+            "preprocessing_num_workers": workers,
+            "max_samples": None,
+            "val_size": 0.0,
+            "packing": False,
+            "neat_packing": False,
+        },
+        **{
+            "tool_format": None,
+            "default_system": None,
+            "enable_thinking": True,
+            "preserve_thinking": False,
+            "tokenized_path": None,
+        },
+        **{
+            "eval_on_each_dataset": False,
+            "data_shared_file_system": False,
+            "cutoff_strategy": "llamafactory",
+            "on_bad_row": "skip",
+        },
     )
 
 
@@ -95,7 +134,9 @@ class Watch:
 
 
 def ours(tokenizer: Any, args: SimpleNamespace, cache: Path) -> tuple[Seconds, int, Seconds]:
-    """Seconds of the first run, tokens, seconds of a run that finds the cache with other seed and sequence-parallel size."""
+    """Seconds of the first run, tokens, seconds of a run that finds the cache with other seed and
+    sequence-parallel size.
+    """
     from longfactory.data.module import load_datasets
     from longfactory.data.templates import get_template
 
@@ -104,7 +145,9 @@ def ours(tokenizer: Any, args: SimpleNamespace, cache: Path) -> tuple[Seconds, i
     seconds = []
     for seed in (0, 1):
         watch = Watch()
-        train = load_datasets(args, stage="sft", tokenizer=tokenizer, template=template, seed=seed).train
+        train = load_datasets(
+            args, stage="sft", tokenizer=tokenizer, template=template, seed=seed
+        ).train
         seconds.append(watch())
     assert train is not None
     return seconds[0], int(train.lengths.sum()), seconds[1]
@@ -112,7 +155,9 @@ def ours(tokenizer: Any, args: SimpleNamespace, cache: Path) -> tuple[Seconds, i
 
 @functools.cache
 def wheel() -> Any:
-    """The wheel's loader. A module in place of `mm_plugin` stands for the vision libraries that are not installed."""
+    """The wheel's loader. A module in place of `mm_plugin` stands for the vision libraries that are
+    not installed.
+    """
     root = Path(str(importlib.metadata.distribution("llamafactory").locate_file("llamafactory")))
     for package in ("", ".extras", ".data", ".hparams"):
         module: Any = types.ModuleType("llamafactory" + package)
@@ -179,8 +224,22 @@ def fork_passes(data: Any, cutoff: int, shares: int, workers: int, pad: int) -> 
 
     watch = Watch()
     columns = data.column_names
-    padded = data.map(pad_batch, batched=True, batch_size=10, num_proc=workers, remove_columns=columns, load_from_cache_file=False)
-    padded.map(cut_batch, batched=True, batch_size=10, num_proc=workers, remove_columns=padded.column_names, load_from_cache_file=False)
+    padded = data.map(
+        pad_batch,
+        batched=True,
+        batch_size=10,
+        num_proc=workers,
+        remove_columns=columns,
+        load_from_cache_file=False,
+    )
+    padded.map(
+        cut_batch,
+        batched=True,
+        batch_size=10,
+        num_proc=workers,
+        remove_columns=padded.column_names,
+        load_from_cache_file=False,
+    )
     return watch()
 
 
@@ -202,7 +261,9 @@ def main(argv: list[str] | None = None) -> str:
     parser.add_argument("--documents", type=int, default=500)
     parser.add_argument("--document_tokens", type=int, default=100_000)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--without_fork", action="store_true", help="leave out the fork's two passes")
+    parser.add_argument(
+        "--without_fork", action="store_true", help="leave out the fork's two passes"
+    )
     parser.add_argument("--write", type=Path, help="where to write the table")
     o = parser.parse_args(argv)
     import copy
@@ -215,7 +276,10 @@ def main(argv: list[str] | None = None) -> str:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = load_tokenizer()
     lines = [
-        "| data | tokens | LongFactory | LLaMA-Factory 0.9.5 | ratio | LongFactory, other seed or SP size | 360 fork's two passes |",
+        (
+            "| data | tokens | LongFactory | LLaMA-Factory 0.9.5 | ratio | LongFactory, other seed"
+            " or SP size | 360 fork's two passes |"
+        ),
         "|---|---|---|---|---|---|---|",
     ]
     long = o.document_tokens + 2048
@@ -227,40 +291,60 @@ def main(argv: list[str] | None = None) -> str:
         with tempfile.TemporaryDirectory() as tmp:
             folder = Path(tmp, "data")
             folder.mkdir()
-            (folder / "dataset_info.json").write_text(json.dumps({"d": {"file_name": "d.jsonl", "formatting": "sharegpt"}}))
+            (folder / "dataset_info.json").write_text(
+                json.dumps({"d": {"file_name": "d.jsonl", "formatting": "sharegpt"}})
+            )
             if chats:
                 write_chats(folder / "d.jsonl", chats)
             else:
                 write_documents(folder / "d.jsonl", o.documents, o.document_tokens, tokenizer)
-            # Documents in small batches: the wheel keeps a batch as Python lists, 100 bytes a token.
+            # Documents in small batches: the wheel keeps a batch as Python lists, 100 bytes a
+            # token.
             args = arguments(folder, cutoff, o.workers, 1000 if chats else 10)
             mine, tokens, again = ours(copy.deepcopy(tokenizer), args, Path(tmp, "ours"))
             other, other_tokens, data = theirs(copy.deepcopy(tokenizer), args, Path(tmp, "theirs"))
             assert tokens == other_tokens, f"{tokens} tokens here, {other_tokens} there"
             part = data if chats else data.select(range(min(len(data), 50)))
-            fork = None if o.without_fork else fork_passes(part, cutoff, 8, o.workers, tokenizer.eos_token_id)
+            fork = (
+                None
+                if o.without_fork
+                else fork_passes(part, cutoff, 8, o.workers, tokenizer.eos_token_id)
+            )
             ratio = " / ".join(f"{b / a:.1f} x" for a, b in zip(mine, other, strict=True))
             shown = [
                 show(mine),
                 show(other),
                 ratio,
                 show(again),
-                "-" if fork is None else show(fork) + ("" if len(part) == len(data) else f" for {len(part)} of them"),
+                (
+                    "-"
+                    if fork is None
+                    else show(fork)
+                    + ("" if len(part) == len(data) else f" for {len(part)} of them")
+                ),
             ]
             lines.append(f"| {name} | {tokens:,} | " + " | ".join(shown) + " |")
             print(lines[-1], flush=True)
     table = "\n".join(lines)
     if o.write:
-        versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("transformers", "tokenizers", "datasets", "llamafactory"))
+        versions = ", ".join(
+            f"{p} {importlib.metadata.version(p)}"
+            for p in ("transformers", "tokenizers", "datasets", "llamafactory")
+        )
         cores = os.cpu_count()
-        command = "python benchmarks/preprocessing.py " + " ".join(argv if argv is not None else sys.argv[1:])
+        command = "python benchmarks/preprocessing.py " + " ".join(
+            argv if argv is not None else sys.argv[1:]
+        )
         o.write.write_text(
-            f"# Time to tokenise\n\n`{command}`\n\n{o.workers} processes on {cores} CPU cores, which other work shared: each cell is\n"
-            f"seconds on the clock / seconds of the processors, and the second is the one to compare. {versions}.\n"
-            "Both give the same number of tokens (checked); equality of the tokens themselves: `tests/data/test_wheel_equality.py`.\n"
-            "A run with another seed, cutoff_len, packing, sequence_parallel_size or number of GPUs reads the cache, and no row is\n"
-            "tokenised again. The documents are paragraphs of one book in random order: their words repeat more than those of unrelated\n"
-            f"documents would, which favours the word lookup of LongFactory (`src/longfactory/data/words.py`).\n\n{table}\n"
+            f"# Time to tokenise\n\n`{command}`\n\n{o.workers} processes on {cores} CPU cores,"
+            " which other work shared: each cell is\nseconds on the clock / seconds of the"
+            f" processors, and the second is the one to compare. {versions}.\nBoth give the same"
+            " number of tokens (checked); equality of the tokens themselves:"
+            " `tests/data/test_wheel_equality.py`.\nA run with another seed, cutoff_len, packing,"
+            " sequence_parallel_size or number of GPUs reads the cache, and no row is\ntokenised"
+            " again. The documents are paragraphs of one book in random order: their words repeat"
+            " more than those of unrelated\ndocuments would, which favours the word lookup of"
+            f" LongFactory (`src/longfactory/data/words.py`).\n\n{table}\n"
         )
     return table
 

@@ -1,12 +1,14 @@
-"""Published implementations of sequence-parallel attention, from their own packages, for the rows beside ours.
+"""Published implementations of sequence-parallel attention, from their own packages, for the rows
+beside ours.
 
     pip install --no-deps ring-flash-attn yunchang
 
-Neither package is needed: a row of one that is missing says so. Both call the private functions of flash-attn, which has no wheel. While
-they are imported they find a stand-in for it, whose functions call the FlashAttention 2 that comes with PyTorch (on CPUs, PyTorch's CPU
-operator). Afterwards the stand-in is gone from `sys.modules`, so that nothing else in the process takes it for flash-attn. What it adds to
-their time is one copy of each kernel's gradients into the tensors that they pass for them: some 0.5 % of a backward pass at 16k rows, by
-their bytes.
+Neither package is needed: a row of one that is missing says so. Both call the private functions of
+flash-attn, which has no wheel. While they are imported they find a stand-in for it, whose functions
+call the FlashAttention 2 that comes with PyTorch (on CPUs, PyTorch's CPU operator). Afterwards the
+stand-in is gone from `sys.modules`, so that nothing else in the process takes it for flash-attn.
+What it adds to their time is one copy of each kernel's gradients into the tensors that they pass
+for them: some 0.5 % of a backward pass at 16k rows, by their bytes.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ def load(package: str) -> Any:
         return importlib.import_module(MODULES[package])
 
 
-# --- one document: the whole row is causal --------------------------------------------------------------------------------------------
+# --- one document: the whole row is causal --------------------------------------------------------
 
 
 def zigzag(group: dist.ProcessGroup) -> Attention:
@@ -73,32 +75,49 @@ def ulysses(group: dist.ProcessGroup) -> Attention:
     return lambda q, k, v: module(q[None], k[None], v[None], causal=True)[0]
 
 
-# --- packed rows ----------------------------------------------------------------------------------------------------------------------
+# --- packed rows ----------------------------------------------------------------------------------
 
 
 def zigzag_varlen(group: dist.ProcessGroup, cu_seqlens: Tensor, longest: int) -> Attention:
-    """ring-flash-attn's zigzag ring of each document. `cu_seqlens`, `longest`: of this rank's rows, int32 on the device."""
+    """ring-flash-attn's zigzag ring of each document. `cu_seqlens`, `longest`: of this rank's rows,
+    int32 on the device.
+    """
     function = load("ring-flash-attn").zigzag_ring_flash_attn_varlen_func
     return lambda q, k, v: function(q, k, v, cu_seqlens, longest, causal=True, group=group)
 
 
 def llama3(group: dist.ProcessGroup, cu_seqlens: Tensor, kv_heads: int) -> Attention:
-    """ring-flash-attn's all-gather of keys, 4 key heads at a time as in its own benchmark. `cu_seqlens`: of the whole row."""
+    """ring-flash-attn's all-gather of keys, 4 key heads at a time as in its own benchmark.
+    `cu_seqlens`: of the whole row.
+    """
     package = load("ring-flash-attn")
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    cu_q, cu_k, longest_q, longest_k, rows = package.llama3_flash_attn_prepare_cu_seqlens(cu_seqlens, True, rank, size)
-    settings = {"heads_k_stride": math.gcd(4, kv_heads), "local_k_slice": rows, "causal": True, "group": group}
+    cu_q, cu_k, longest_q, longest_k, rows = package.llama3_flash_attn_prepare_cu_seqlens(
+        cu_seqlens, True, rank, size
+    )
+    settings = {
+        "heads_k_stride": math.gcd(4, kv_heads),
+        "local_k_slice": rows,
+        "causal": True,
+        "group": group,
+    }
     function = package.llama3_flash_attn_varlen_func
     return lambda q, k, v: function(q, k, v, cu_q, cu_k, longest_q, longest_k, **settings)
 
 
-# --- flash-attn 2.8's functions over PyTorch's operators ------------------------------------------------------------------------------
+# --- flash-attn 2.8's functions over PyTorch's operators ------------------------------------------
 
 
 @contextlib.contextmanager
 def _stand_in() -> Iterator[None]:
     interface = types.ModuleType("flash_attn.flash_attn_interface")
-    for function in (_flash_attn_forward, _flash_attn_backward, _flash_attn_varlen_forward, _flash_attn_varlen_backward, flash_attn_func):
+    for function in (
+        _flash_attn_forward,
+        _flash_attn_backward,
+        _flash_attn_varlen_forward,
+        _flash_attn_varlen_backward,
+        flash_attn_func,
+    ):
         setattr(interface, function.__name__, function)
     package = types.ModuleType("flash_attn")
     package.__version__ = "2.8.3"
@@ -121,9 +140,13 @@ def _stand_in() -> Iterator[None]:
                 sys.modules[name] = module
 
 
-def _plain(dropout_p: float, left: int, right: int, softcap: float | None, alibi: Tensor | None) -> None:
+def _plain(
+    dropout_p: float, left: int, right: int, softcap: float | None, alibi: Tensor | None
+) -> None:
     if dropout_p or softcap or alibi is not None or (left, right) != (-1, -1):
-        raise NotImplementedError("The stand-in for flash-attn has no dropout, window, soft-cap or slopes.")
+        raise NotImplementedError(
+            "The stand-in for flash-attn has no dropout, window, soft-cap or slopes."
+        )
 
 
 def _flash_attn_forward(
@@ -143,7 +166,9 @@ def _flash_attn_forward(
     _plain(dropout_p, window_size_left, window_size_right, softcap, alibi_slopes)
     if q.is_cuda:
         sides = (None, None, q.shape[1], k.shape[1])
-        out, lse = aten._flash_attention_forward(q, k, v, *sides, 0.0, causal, False, scale=softmax_scale)[:2]
+        out, lse = aten._flash_attention_forward(
+            q, k, v, *sides, 0.0, causal, False, scale=softmax_scale
+        )[:2]
     else:
         out, lse = _cpu_forward(q, k, v, softmax_scale, causal)
     return out, lse, None, None
@@ -174,7 +199,17 @@ def _flash_attn_backward(
     if q.is_cuda:
         sides = (None, None, q.shape[1], k.shape[1])
         grads = aten._flash_attention_backward(
-            dout, q, k, v, out, softmax_lse.contiguous(), *sides, 0.0, causal, *_no_random_state(q), scale=softmax_scale
+            dout,
+            q,
+            k,
+            v,
+            out,
+            softmax_lse.contiguous(),
+            *sides,
+            0.0,
+            causal,
+            *_no_random_state(q),
+            scale=softmax_scale,
         )
     else:
         grads = _cpu_backward(dout, q, k, v, out, softmax_lse, softmax_scale, causal)
@@ -203,10 +238,20 @@ def _flash_attn_varlen_forward(
     _plain(dropout_p, window_size_left, window_size_right, softcap, alibi_slopes)
     if q.is_cuda:
         sides = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        out, lse = aten._flash_attention_forward(q, k, v, *sides, 0.0, causal, False, scale=softmax_scale)[:2]
+        out, lse = aten._flash_attention_forward(
+            q, k, v, *sides, 0.0, causal, False, scale=softmax_scale
+        )[:2]
         return out, lse, None, None
-    parts = [_cpu_forward(q[None, i], k[None, j], v[None, j], softmax_scale, causal) for i, j in _documents(cu_seqlens_q, cu_seqlens_k)]
-    return torch.cat([out[0] for out, _ in parts]), torch.cat([lse[0] for _, lse in parts], 1), None, None
+    parts = [
+        _cpu_forward(q[None, i], k[None, j], v[None, j], softmax_scale, causal)
+        for i, j in _documents(cu_seqlens_q, cu_seqlens_k)
+    ]
+    return (
+        torch.cat([out[0] for out, _ in parts]),
+        torch.cat([lse[0] for _, lse in parts], 1),
+        None,
+        None,
+    )
 
 
 def _flash_attn_varlen_backward(
@@ -238,13 +283,30 @@ def _flash_attn_varlen_backward(
     if q.is_cuda:
         sides = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         grads = aten._flash_attention_backward(
-            dout, q, k, v, out, softmax_lse.contiguous(), *sides, 0.0, causal, *_no_random_state(q), scale=softmax_scale
+            dout,
+            q,
+            k,
+            v,
+            out,
+            softmax_lse.contiguous(),
+            *sides,
+            0.0,
+            causal,
+            *_no_random_state(q),
+            scale=softmax_scale,
         )
         for into, grad in zip((dq, dk, dv), grads, strict=True):
             into.copy_(grad)
         return
     for i, j in _documents(cu_seqlens_q, cu_seqlens_k):
-        tensors = (dout[None, i], q[None, i], k[None, j], v[None, j], out[None, i], softmax_lse[None, :, i])
+        tensors = (
+            dout[None, i],
+            q[None, i],
+            k[None, j],
+            v[None, j],
+            out[None, i],
+            softmax_lse[None, :, i],
+        )
         grads = _cpu_backward(*tensors, softmax_scale, causal)
         for into, grad in zip((dq[i], dk[j], dv[j]), grads, strict=True):
             into.copy_(grad[0])
@@ -262,7 +324,9 @@ class _FlashAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         grads = [torch.empty_like(x) for x in (q, k, v)]
-        _flash_attn_backward(dout, q, k, v, out, lse, *grads, 0.0, *ctx.settings, -1, -1, 0.0, None, False)
+        _flash_attn_backward(
+            dout, q, k, v, out, lse, *grads, 0.0, *ctx.settings, -1, -1, 0.0, None, False
+        )
         return (*grads, None, None)
 
 
@@ -285,7 +349,9 @@ def flash_attn_func(
 
 def _no_random_state(q: Tensor) -> tuple[Tensor, Tensor]:
     # Never read without dropout, but the operator wants them.
-    return torch.empty(2, dtype=torch.uint64, device=q.device), torch.empty((), dtype=torch.uint64, device=q.device)
+    return torch.empty(2, dtype=torch.uint64, device=q.device), torch.empty(
+        (), dtype=torch.uint64, device=q.device
+    )
 
 
 def _documents(cu_q: Tensor, cu_k: Tensor) -> list[tuple[slice, slice]]:
@@ -294,24 +360,46 @@ def _documents(cu_q: Tensor, cu_k: Tensor) -> list[tuple[slice, slice]]:
 
 
 def _cpu_mask(q: Tensor, k: Tensor, causal: bool) -> Tensor | None:
-    """flash-attn's causal mask ends at the last key for the last query, also where there are more keys than queries."""
+    """flash-attn's causal mask ends at the last key for the last query, also where there are more
+    keys than queries.
+    """
     if not causal:
         return None
     n, m = q.shape[1], k.shape[1]
-    return torch.zeros(n, m, dtype=q.dtype).masked_fill_(torch.ones(n, m, dtype=torch.bool).triu_(m - n + 1), -math.inf)
+    return torch.zeros(n, m, dtype=q.dtype).masked_fill_(
+        torch.ones(n, m, dtype=torch.bool).triu_(m - n + 1), -math.inf
+    )
 
 
-def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+def _cpu_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-        *(x.transpose(1, 2) for x in (q, k, v)), 0.0, False, attn_mask=_cpu_mask(q, k, causal), scale=scale
+        *(x.transpose(1, 2) for x in (q, k, v)),
+        0.0,
+        False,
+        attn_mask=_cpu_mask(q, k, causal),
+        scale=scale,
     )
     return out.transpose(1, 2), lse
 
 
 def _cpu_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
 ) -> tuple[Tensor, ...]:
     grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *(x.transpose(1, 2) for x in (dout, q, k, v, out)), lse, 0.0, False, attn_mask=_cpu_mask(q, k, causal), scale=scale
+        *(x.transpose(1, 2) for x in (dout, q, k, v, out)),
+        lse,
+        0.0,
+        False,
+        attn_mask=_cpu_mask(q, k, causal),
+        scale=scale,
     )
     return tuple(g.transpose(1, 2) for g in grads)

@@ -1,9 +1,11 @@
-"""Training through `longfactory train` with and without sequence parallelism, side by side on the GPUs of one machine.
+"""Training through `longfactory train` with and without sequence parallelism, side by side on the
+GPUs of one machine.
 
     python benchmarks/sp_training.py --out benchmarks/results
 
-Qwen2.5-7B's shape with random weights, all parameters, bf16 with fp32 master weights, FSDP2, rows of real text; every run takes the same
-samples in the same steps, so the losses must agree. Writes one table: losses, tokens/s for each GPU, peak memory.
+Qwen2.5-7B's shape with random weights, all parameters, bf16 with fp32 master weights, FSDP2, rows
+of real text; every run takes the same samples in the same steps, so the losses must agree. Writes
+one table: losses, tokens/s for each GPU, peak memory.
 """
 
 from __future__ import annotations
@@ -42,7 +44,17 @@ def make_data(folder: Path, rows: int, characters: int) -> None:
     (folder / "dataset_info.json").write_text(json.dumps(info))
 
 
-def run(model: Path, data: Path, out: Path, length: int, size: int, mode: str, world: int, steps: int, extra: list[str]) -> dict[str, Any]:
+def run(
+    model: Path,
+    data: Path,
+    out: Path,
+    length: int,
+    size: int,
+    mode: str,
+    world: int,
+    steps: int,
+    extra: list[str],
+) -> dict[str, Any]:
     """One run of `longfactory train`; what its log says."""
     keys = {
         "model_name_or_path": model,
@@ -78,7 +90,12 @@ def run(model: Path, data: Path, out: Path, length: int, size: int, mode: str, w
     started = time.time()
     env = {**os.environ, "RECORD_VRAM": "1", "LONGFACTORY_CACHE": str(data / "cache")}
     done = subprocess.run([*command, *extra], cwd=ROOT, capture_output=True, text=True, env=env)
-    row: dict[str, Any] = {"length": length, "sp": size, "mode": mode if size > 1 else "-", "seconds": round(time.time() - started)}
+    row: dict[str, Any] = {
+        "length": length,
+        "sp": size,
+        "mode": mode if size > 1 else "-",
+        "seconds": round(time.time() - started),
+    }
     log = out / "trainer_log.jsonl"
     lines = [json.loads(x) for x in log.read_text().splitlines()] if log.exists() else []
     steps_done = [x for x in lines if "loss" in x]
@@ -86,27 +103,48 @@ def run(model: Path, data: Path, out: Path, length: int, size: int, mode: str, w
     if len(steps_done) > 1 and "total_tokens" in steps_done[0]:
         # The first step compiles and allocates: not counted.
         tokens = steps_done[-1]["total_tokens"] - steps_done[0]["total_tokens"]
-        row["tokens_per_s_gpu"] = round(tokens / (steps_done[-1]["elapsed_seconds"] - steps_done[0]["elapsed_seconds"]) / world)
+        row["tokens_per_s_gpu"] = round(
+            tokens / (steps_done[-1]["elapsed_seconds"] - steps_done[0]["elapsed_seconds"]) / world
+        )
         row["peak_gib"] = steps_done[-1].get("vram_allocated")
     if done.returncode:
         row["error"] = done.stderr[-1500:]
     log_text = done.stdout + done.stderr
-    row["backend"] = next((line for line in log_text.splitlines() if "attention backend" in line), "")
+    row["backend"] = next(
+        (line for line in log_text.splitlines() if "attention backend" in line), ""
+    )
     return row
 
 
 def table(rows: list[dict[str, Any]], header: str) -> str:
-    names = "| length | SP | mode | tokens/s a GPU | peak GiB | losses | largest relative difference to SP=1 |"
+    names = (
+        "| length | SP | mode | tokens/s a GPU | peak GiB | losses | largest relative difference to"
+        " SP=1 |"
+    )
     out = [header, "", names, "|" + "---|" * 7]
     base = {r["length"]: r["losses"] for r in rows if r["sp"] == 1}
     for r in rows:
         if "error" in r:
-            out.append(f"| {r['length']} | {r['sp']} | {r['mode']} | failed: {r['error'].strip().splitlines()[-1][:120]} | | | |")
+            out.append(
+                f"| {r['length']} | {r['sp']} | {r['mode']} | failed:"
+                f" {r['error'].strip().splitlines()[-1][:120]} | | | |"
+            )
             continue
         same = base.get(r["length"], [])
-        difference = max((abs(a - b) / abs(b) for a, b in zip(r["losses"], same, strict=False)), default=float("nan"))
+        difference = max(
+            (abs(a - b) / abs(b) for a, b in zip(r["losses"], same, strict=False)),
+            default=float("nan"),
+        )
         losses = ", ".join(f"{x:.4f}" for x in r["losses"])
-        numbers = [f"{r['length']:,}", r["sp"], r["mode"], r.get("tokens_per_s_gpu"), r.get("peak_gib"), losses, f"{difference:.1e}"]
+        numbers = [
+            f"{r['length']:,}",
+            r["sp"],
+            r["mode"],
+            r.get("tokens_per_s_gpu"),
+            r.get("peak_gib"),
+            losses,
+            f"{difference:.1e}",
+        ]
         out.append("| " + " | ".join(map(str, numbers)) + " |")
     return "\n".join(out) + "\n"
 
@@ -115,7 +153,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--shape", default="qwen2.5-7b")
-    runs = ["65536:1:-:5", "65536:2:zigzag-ring:5", "65536:2:ulysses:5", "32768:1:-:4", "32768:2:zigzag-ring:4"]
+    runs = [
+        "65536:1:-:5",
+        "65536:2:zigzag-ring:5",
+        "65536:2:ulysses:5",
+        "32768:1:-:4",
+        "32768:2:zigzag-ring:4",
+    ]
     parser.add_argument("--runs", nargs="*", default=runs, help="length:sp:mode:steps")
     parser.add_argument("--world", type=int, default=2)
     args, extra = parser.parse_known_args()
@@ -135,11 +179,23 @@ def main() -> None:
         header = f"{args.shape} shape, random weights, {args.world} x {gpu}, {versions}"
         for length, size, mode, steps in parsed:
             mode = "zigzag-ring" if mode == "-" else mode
-            row = run(model, folder / "data", folder / "out", int(length), int(size), mode, args.world, int(steps), extra)
+            row = run(
+                model,
+                folder / "data",
+                folder / "out",
+                int(length),
+                int(size),
+                mode,
+                args.world,
+                int(steps),
+                extra,
+            )
             rows.append(row)
             print(json.dumps(row), flush=True)
             args.out.mkdir(parents=True, exist_ok=True)
-            (args.out / "sp_training.json").write_text(json.dumps({"header": header, "rows": rows}, indent=1))
+            (args.out / "sp_training.json").write_text(
+                json.dumps({"header": header, "rows": rows}, indent=1)
+            )
             (args.out / "sp_training.md").write_text(table(rows, header))
     print(table(rows, header))
 

@@ -1,10 +1,12 @@
-"""Every stage on a pretrained model and real text, with one process and split over two: do losses fall, and are the curves one line?
+"""Every stage on a pretrained model and real text, with one process and split over two: do losses
+fall, and are the curves one line?
 
     python benchmarks/stages.py                 # all stages, about half an hour on two CPU cores
     python benchmarks/stages.py dpo kto
 
-SmolLM2-135M-Instruct, all parameters, float32, Python's manual. Few samples, seen several times: what is shown is that each objective is
-learnt. Writes benchmarks/results/stages.json and a picture for each stage into docs/images/.
+SmolLM2-135M-Instruct, all parameters, float32, Python's manual. Few samples, seen several times:
+what is shown is that each objective is learnt. Writes benchmarks/results/stages.json and a picture
+for each stage into docs/images/.
 """
 
 from __future__ import annotations
@@ -94,8 +96,22 @@ STAGES: dict[str, dict[str, Any]] = {
 
 def train(name: str, size: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        keys = COMMON | STAGES[name] | {"sequence_parallel_size": size, "nproc_per_node": size, "output_dir": folder}
-        command = [sys.executable, "-m", "longfactory.cli", "train", *(f"{k}={v}" for k, v in keys.items())]
+        keys = (
+            COMMON
+            | STAGES[name]
+            | {
+                "sequence_parallel_size": size,
+                "nproc_per_node": size,
+                "output_dir": folder,
+            }
+        )
+        command = [
+            sys.executable,
+            "-m",
+            "longfactory.cli",
+            "train",
+            *(f"{k}={v}" for k, v in keys.items()),
+        ]
         # One thread a process, so that the two runs differ in nothing but the split.
         subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
         return json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
@@ -105,8 +121,19 @@ Curves = dict[str, list[tuple[int, float]]]
 
 
 def curves_of(history: list[dict[str, Any]]) -> Curves:
-    """metric -> (step, value). A metric is missing where nothing was counted: a step of KTO with answers of one label has no margin."""
-    unwanted = ("epoch", "step", "learning_rate", "total_flos", "train_", "eval_runtime", "eval_samples", "eval_steps")
+    """metric -> (step, value). A metric is missing where nothing was counted: a step of KTO with
+    answers of one label has no margin.
+    """
+    unwanted = (
+        "epoch",
+        "step",
+        "learning_rate",
+        "total_flos",
+        "train_",
+        "eval_runtime",
+        "eval_samples",
+        "eval_steps",
+    )
     names = sorted({k for h in history for k in h if not k.startswith(unwanted)})
     return {k: [(h["step"], h[k]) for h in history if k in h] for k in names}
 
@@ -118,10 +145,19 @@ def picture(name: str, runs: dict[str, Curves], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     right = next((k for k in ("rewards/margins", "accuracy") if k in runs["sp1"]), None)
-    figure, axes = plt.subplots(1, 2 if right else 1, figsize=(9 if right else 5, 3.2), squeeze=False)
+    figure, axes = plt.subplots(
+        1, 2 if right else 1, figsize=(9 if right else 5, 3.2), squeeze=False
+    )
     for ax, key in zip(axes[0], ["loss", right] if right else ["loss"], strict=True):
-        for size, style in ((1, {"color": "#f5b041", "linewidth": 6, "alpha": 0.7}), (2, {"color": "#1a5276", "linewidth": 1.4})):
-            ax.plot(*zip(*runs[f"sp{size}"][key], strict=True), label=f"sequence_parallel_size: {size}", **style)
+        for size, style in (
+            (1, {"color": "#f5b041", "linewidth": 6, "alpha": 0.7}),
+            (2, {"color": "#1a5276", "linewidth": 1.4}),
+        ):
+            ax.plot(
+                *zip(*runs[f"sp{size}"][key], strict=True),
+                label=f"sequence_parallel_size: {size}",
+                **style,
+            )
         ax.set_xlabel("step")
         ax.set_ylabel(key)
         ax.grid(alpha=0.3)
@@ -135,12 +171,17 @@ def picture(name: str, runs: dict[str, Curves], path: Path) -> None:
 
 def summary(runs: dict[str, Curves]) -> dict[str, Any]:
     """First and last loss (means of four steps), accuracies, and how far the two curves are apart."""
-    values = {size: {k: [v for _, v in points] for k, points in curves.items()} for size, curves in runs.items()}
+    values = {
+        size: {k: [v for _, v in points] for k, points in curves.items()}
+        for size, curves in runs.items()
+    }
     one, two = values["sp1"], values["sp2"]
     out: dict[str, Any] = {
         "first": sum(one["loss"][:4]) / 4,
         "last": sum(one["loss"][-4:]) / 4,
-        "largest_difference": max(abs(a - b) for a, b in zip(one["loss"], two["loss"], strict=True)),
+        "largest_difference": max(
+            abs(a - b) for a, b in zip(one["loss"], two["loss"], strict=True)
+        ),
     }
     for key in {"accuracy", "rewards/accuracies", "eval_accuracy"} & two.keys():
         last = two[key][-1:] if key == "eval_accuracy" else two[key][-4:]
@@ -149,7 +190,9 @@ def summary(runs: dict[str, Curves]) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("stages", nargs="*", default=list(STAGES), metavar="stage")
     names = parser.parse_args().stages
     results = ROOT / "benchmarks" / "results" / "stages.json"

@@ -1,16 +1,20 @@
-"""Tokens a second of complete training steps, beside the systems that people use, on the GPUs of one machine.
+"""Tokens a second of complete training steps, beside the systems that people use, on the GPUs of
+one machine.
 
     python benchmarks/throughput.py --gpus 2 --tokens 32768 131072 --out benchmarks/results
     python benchmarks/throughput.py --gpus 2 --tokens 524288 --layers 4 --rows rates ours alst alst:flash
     python benchmarks/throughput.py --smoke          # two CPU processes, a tiny model: does it run?
 
-Qwen2.5-7B's shape, random weights, all parameters, AdamW with exact fp32 weights and states, one row of random tokens split over the
-GPUs; a step is forward, backward, clipping and update. Rows (`--rows`): see `_peers.py`; NAME:KERNEL asks for an attention kernel (flash is
-FlashAttention 2; each system is named with the kernels that it ran). Every row is a process group of its own; one that runs out of memory
-or time leaves the others alone. `--limit` bounds the command. With `--out`, what was measured before stays in the table unless it is
-measured again. The share of the roofline is that of a step which keeps attention, recomputes two thirds of the MLP and does nothing but
-products at this GPU's own measured rates (row `rates`). With `--layers` every system has so many layers of the shape, and the table is one
-of its own; the output layer then weighs more than in the whole model.
+Qwen2.5-7B's shape, random weights, all parameters, AdamW with exact fp32 weights and states, one
+row of random tokens split over the GPUs; a step is forward, backward, clipping and update. Rows
+(`--rows`): see `_peers.py`; NAME:KERNEL asks for an attention kernel (flash is FlashAttention 2;
+each system is named with the kernels that it ran). Every row is a process group of its own; one
+that runs out of memory or time leaves the others alone. `--limit` bounds the command. With `--out`,
+what was measured before stays in the table unless it is measured again. The share of the roofline
+is that of a step which keeps attention, recomputes two thirds of the MLP and does nothing but
+products at this GPU's own measured rates (row `rates`). With `--layers` every system has so many
+layers of the shape, and the table is one of its own; the output layer then weighs more than in the
+whole model.
 """
 
 from __future__ import annotations
@@ -50,7 +54,9 @@ KERNELS = {
 
 
 def system(r: dict[str, Any]) -> str:
-    """What a result is of: the system, the attention kernels that it ran (asked for, where they are not known), unusual keys of the job."""
+    """What a result is of: the system, the attention kernels that it ran (asked for, where they are
+    not known), unusual keys of the job.
+    """
     known = r.get("kernels") or [r["kernel"]]
     parts = [*dict.fromkeys(KERNELS.get(k, k) for k in known if k not in ("auto", "cpu"))]
     if "memory" in r:
@@ -72,9 +78,15 @@ def render(results: list[dict[str, Any]], shape: ModelShape, gpus: int) -> str:
     rates = {r["tokens"]: r for r in results if r["row"] == "rates" and "gemm" in r}
     # Where a length has several of our rows, the others are compared with the plainest.
     found = [r for r in results if r["row"] == "ours" and "seconds" in r]
-    ours = {r["tokens"]: r for r in sorted(found, key=lambda r: (len(variant(r)), r["kernel"] != "auto"), reverse=True)}
+    ours = {
+        r["tokens"]: r
+        for r in sorted(found, key=lambda r: (len(variant(r)), r["kernel"] != "auto"), reverse=True)
+    }
     lines = [
-        "| tokens | system | step, s | tokens/s a GPU | LongFactory is | share of roofline | MFU of 989 | peak, GiB a GPU | memory settings |",
+        (
+            "| tokens | system | step, s | tokens/s a GPU | LongFactory is | share of roofline |"
+            " MFU of 989 | peak, GiB a GPU | memory settings |"
+        ),
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for tokens in sorted({r["tokens"] for r in results}):
@@ -86,7 +98,11 @@ def render(results: list[dict[str, Any]], shape: ModelShape, gpus: int) -> str:
                 lines.append(f"| {tokens:,} | {name} | {r['error']} | | | | | | |")
                 continue
             rate = tokens / gpus / r["seconds"]
-            times = f"{r['seconds'] / ours[tokens]['seconds']:.2f}x" if tokens in ours and r is not ours[tokens] else ""
+            times = (
+                f"{r['seconds'] / ours[tokens]['seconds']:.2f}x"
+                if tokens in ours and r is not ours[tokens]
+                else ""
+            )
             share = ""
             if tokens in rates:
                 m = rates[tokens]
@@ -100,12 +116,14 @@ def render(results: list[dict[str, Any]], shape: ModelShape, gpus: int) -> str:
             mfu = model_flops(shape, tokens) / gpus / r["seconds"] / 989e12
             settings = settings_line(r["settings"]) if "settings" in r else ""
             lines.append(
-                f"| {tokens:,} | {name} | {r['seconds']:.2f} | {rate:,.0f} | {times} | {share} | {mfu:.1%} | {r['peak'] / GiB:.1f} | {settings} |"
+                f"| {tokens:,} | {name} | {r['seconds']:.2f} | {rate:,.0f} | {times} | {share} |"
+                f" {mfu:.1%} | {r['peak'] / GiB:.1f} | {settings} |"
             )
     for r in rates.values():
         lines.append(
-            f"\nMeasured on this GPU at {r['measured_at']:,} tokens: products {r['gemm'] / 1e12:.0f}, attention forward "
-            f"{r['attention_forward'] / 1e12:.0f}, backward {r['attention_backward'] / 1e12:.0f} TFLOP/s."
+            f"\nMeasured on this GPU at {r['measured_at']:,} tokens: products"
+            f" {r['gemm'] / 1e12:.0f}, attention forward {r['attention_forward'] / 1e12:.0f},"
+            f" backward {r['attention_backward'] / 1e12:.0f} TFLOP/s."
         )
     return "\n".join(lines)
 
@@ -114,13 +132,33 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 131072])
-    parser.add_argument("--rows", nargs="+", default=["rates", "ours", "alst", "hf:flash", "alst:flash", "hf", "ours-generic", "ulysses"])
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        default=[
+            "rates",
+            "ours",
+            "alst",
+            "hf:flash",
+            "alst:flash",
+            "hf",
+            "ours-generic",
+            "ulysses",
+        ],
+    )
     parser.add_argument("--shape", choices=[s for s in SHAPES if s != "tiny"], default="7b")
     parser.add_argument("--layers", type=int, default=None, help="fewer layers than the shape has")
     parser.add_argument("--memory", choices=["auto", "fast", "long"], default="auto")
     parser.add_argument("--mode", default="zigzag-ring", help="sequence-parallel mode of our rows")
-    parser.add_argument("--steps", type=int, default=2, help="timed steps a length, after one that is not (default 2)")
-    parser.add_argument("--limit", type=float, default=480, help="seconds for the whole command (default 480)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=2,
+        help="timed steps a length, after one that is not (default 2)",
+    )
+    parser.add_argument(
+        "--limit", type=float, default=480, help="seconds for the whole command (default 480)"
+    )
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--smoke", action="store_true")
     a = parser.parse_args()
@@ -131,7 +169,10 @@ def main() -> int:
     where = machine_name()
     shape = ModelShape.of(make_config(a.shape, a.layers))
     some = f", {a.layers} layers of it" if a.layers else ""
-    title = f"# Training throughput: {a.gpus} x {where}, {a.shape} shape{some} ({shape.parameters / 1e9:.2f} B parameters)"
+    title = (
+        f"# Training throughput: {a.gpus} x {where}, {a.shape} shape{some}"
+        f" ({shape.parameters / 1e9:.2f} B parameters)"
+    )
     results: list[dict[str, Any]] = []
     table = ""
     for name in a.rows:
@@ -152,9 +193,13 @@ def main() -> int:
         results += run_row(job(row, a.tokens, **keys), 1 if row == "rates" else a.gpus, clock, log)
         table = render(results, shape, a.gpus)
         if a.out is not None:
-            file = f"throughput_{a.gpus}x{where.split()[0]}_{a.shape}" + (f"_{a.layers}_layers" if a.layers else "")
+            file = f"throughput_{a.gpus}x{where.split()[0]}_{a.shape}" + (
+                f"_{a.layers}_layers" if a.layers else ""
+            )
             about = {"machine": where, "gpus": a.gpus}
-            table = write(a.out, file, title, lambda merged: render(merged, shape, a.gpus), results, about)
+            table = write(
+                a.out, file, title, lambda merged: render(merged, shape, a.gpus), results, about
+            )
     print(f"\n{title}\n\n{table}\n\nlog: {log}")
     if a.smoke:
         return clock.exit_code(any("error" in r and r["row"] not in DEEPSPEED for r in results))

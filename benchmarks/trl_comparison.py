@@ -1,10 +1,12 @@
-"""The same DPO run in LongFactory and in TRL's DPOTrainer: same model, same tokens in the same order, float32. Compares the curves.
+"""The same DPO run in LongFactory and in TRL's DPOTrainer: same model, same tokens in the same
+order, float32. Compares the curves.
 
     python benchmarks/trl_comparison.py                     # one process each
     python benchmarks/trl_comparison.py --size 2 --mode ulysses
 
-TRL trains each answer with its own copy of the prompt, padded; LongFactory one row of [prompt | chosen | rejected], with --size above 1
-split over that many processes. Writes benchmarks/results/trl_comparison_*.json and docs/images/trl_comparison_*.png.
+TRL trains each answer with its own copy of the prompt, padded; LongFactory one row of [prompt |
+chosen | rejected], with --size above 1 split over that many processes. Writes
+benchmarks/results/trl_comparison_*.json and docs/images/trl_comparison_*.png.
 """
 
 from __future__ import annotations
@@ -20,7 +22,14 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-4
-METRICS = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+METRICS = (
+    "loss",
+    "grad_norm",
+    "rewards/chosen",
+    "rewards/rejected",
+    "logps/chosen",
+    "logps/rejected",
+)
 
 
 def keys(options: argparse.Namespace, folder: str) -> list[str]:
@@ -37,10 +46,17 @@ def keys(options: argparse.Namespace, folder: str) -> list[str]:
 
 
 def ours(options: argparse.Namespace, folder: str) -> list[dict[str, float]]:
-    split = [f"sequence_parallel_size={options.size}", f"sequence_parallel_mode={options.mode}", f"nproc_per_node={options.size}"]
+    split = [
+        f"sequence_parallel_size={options.size}",
+        f"sequence_parallel_mode={options.mode}",
+        f"nproc_per_node={options.size}",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     subprocess.run(
-        [sys.executable, "-m", "longfactory.cli", "train", *keys(options, folder), *split], check=True, cwd=ROOT, env=environment
+        [sys.executable, "-m", "longfactory.cli", "train", *keys(options, folder), *split],
+        check=True,
+        cwd=ROOT,
+        env=environment,
     )
     return json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
 
@@ -71,11 +87,15 @@ def trl(options: argparse.Namespace, folder: str) -> list[dict[str, float]]:
         prompt = sum(label == -100 for label in documents["chosen"].labels)
         rows.append({"prompt_ids": list(map(int, documents["chosen"].input_ids[:prompt]))})
         for role, d in documents.items():
-            assert all(label == -100 for label in d.labels[:prompt]) and list(d.labels[prompt:]) == list(d.input_ids[prompt:])
+            assert all(label == -100 for label in d.labels[:prompt]) and list(
+                d.labels[prompt:]
+            ) == list(d.input_ids[prompt:])
             rows[-1][f"{role}_ids"] = list(map(int, d.input_ids[prompt:]))
     torch.set_num_threads(options.threads)
     set_seed(42)
-    model = load.load_model(cfg.model, load.load_config(cfg.model, options.cutoff_len), torch.float32, attention="sdpa")
+    model = load.load_model(
+        cfg.model, load.load_config(cfg.model, options.cutoff_len), torch.float32, attention="sdpa"
+    )
     config = DPOConfig(
         output_dir=folder,
         per_device_train_batch_size=options.batch,
@@ -98,13 +118,17 @@ def trl(options: argparse.Namespace, folder: str) -> list[dict[str, float]]:
         precompute_ref_log_probs=True,
         remove_unused_columns=False,
     )
-    trainer = SameTokens(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer = SameTokens(
+        model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
     trainer.train()
     return trainer.state.log_history
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--cutoff-len", type=int, default=512)
@@ -116,22 +140,37 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
         logs = {"longfactory": ours(options, a), "trl": trl(options, b)}
-    curves = {side: {m: [h[m] for h in log if "loss" in h and m in h] for m in METRICS} for side, log in logs.items()}
+    curves = {
+        side: {m: [h[m] for h in log if "loss" in h and m in h] for m in METRICS}
+        for side, log in logs.items()
+    }
     worst = {}
     for metric in METRICS:
         x, y = curves["longfactory"][metric], curves["trl"][metric]
         if len(x) != options.steps or len(y) != options.steps:
             raise SystemExit(f"{metric}: {len(x)} and {len(y)} values for {options.steps} steps")
         scale = max(map(abs, y))
-        worst[metric] = max(abs(p - q) / (abs(q) if metric in ("loss", "grad_norm") else scale) for p, q in zip(x, y, strict=True))
+        worst[metric] = max(
+            abs(p - q) / (abs(q) if metric in ("loss", "grad_norm") else scale)
+            for p, q in zip(x, y, strict=True)
+        )
     import torch
     import transformers
     from trl import __version__ as trl_version
 
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl_version}
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "trl": trl_version,
+    }
     settings = {k: v for k, v in vars(options).items() if k not in ("out", "threads")}
     name = f"trl_comparison_{options.loss}_sp{options.size}"
-    result = {"settings": settings, "versions": versions, "largest_relative_difference": worst, "curves": curves}
+    result = {
+        "settings": settings,
+        "versions": versions,
+        "largest_relative_difference": worst,
+        "curves": curves,
+    }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
@@ -142,10 +181,14 @@ def main() -> int:
     picture = ROOT / "docs" / "images" / f"{name}.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     overlay(
-        {n: list(enumerate(v, 1)) for n, v in points.items()}, picture, title="DPO, SmolLM2-135M-Instruct, the same pairs in the same order"
+        {n: list(enumerate(v, 1)) for n, v in points.items()},
+        picture,
+        title="DPO, SmolLM2-135M-Instruct, the same pairs in the same order",
     )
     print(f"\n{'step':>4} {'LongFactory':>12} {'TRL':>12}")
-    for i, (x, y) in enumerate(zip(*(curves[s]["loss"] for s in ("longfactory", "trl")), strict=True), 1):
+    for i, (x, y) in enumerate(
+        zip(*(curves[s]["loss"] for s in ("longfactory", "trl")), strict=True), 1
+    ):
         print(f"{i:>4} {x:>12.8f} {y:>12.8f}")
     print("largest relative difference: " + ", ".join(f"{m} {v:.1e}" for m, v in worst.items()))
     ok = worst["loss"] <= TOLERANCE

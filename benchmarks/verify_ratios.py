@@ -1,9 +1,11 @@
-"""How far steps of `longfactory verify` are from float32, over how far transformers' own attention in the run's precision is.
+"""How far steps of `longfactory verify` are from float32, over how far transformers' own attention
+in the run's precision is.
 
     python benchmarks/verify_ratios.py --write benchmarks/results/verify_ratios.md
 
-Healthy runs: families x precisions x methods and stages, tiny models with weights of two sizes, two processes on a CPU. Then the same with
-planted faults that change numbers (tests/helpers/planted.py). `verify` allows `FACTOR` times: it must lie between the two.
+Healthy runs: families x precisions x methods and stages, tiny models with weights of two sizes, two
+processes on a CPU. Then the same with planted faults that change numbers
+(tests/helpers/planted.py). `verify` allows `FACTOR` times: it must lie between the two.
 """
 
 from __future__ import annotations
@@ -27,18 +29,37 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 48},
     "qwen2": {},
     "qwen3": {"head_dim": 16},
-    "gemma2": {"head_dim": 16, "sliding_window": 48, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0},
+    "gemma2": {
+        "head_dim": 16,
+        "sliding_window": 48,
+        "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": 5.0,
+    },
     "gemma3_text": {"head_dim": 16, "sliding_window": 48},
     "phi3": {},
     "granite": {},
     "olmo2": {},
-    "gpt_oss": {"head_dim": 16, "sliding_window": 48, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen3_moe": {"head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "gpt_oss": {
+        "head_dim": 16,
+        "sliding_window": 48,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "qwen3_moe": {
+        "head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "olmoe": {"num_experts": 8, "num_experts_per_tok": 2},
 }
 EXPERTS = ("gpt_oss", "qwen3_moe", "mixtral", "olmoe")
-PRECISIONS: dict[str, dict[str, Any]] = {"fp32": {}, "bf16": {"bf16": True}, "pure_bf16": {"bf16": True, "pure_bf16": True}}
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"bf16": True},
+    "pure_bf16": {"bf16": True, "pure_bf16": True},
+}
 STAGES: dict[str, dict[str, Any]] = {
     "sft": {"stage": "sft", "dataset": "manual_sft"},
     "sft, packed": {"stage": "sft", "dataset": "manual_sft", "packing": True, "per_device_train_batch_size": 1},
@@ -56,11 +77,20 @@ STAGES: dict[str, dict[str, Any]] = {
     "kto": {"stage": "kto", "dataset": "manual_kto"},
     "rm": {"stage": "rm", "dataset": "manual_dpo"},
 }  # fmt: skip
-PLANTED = ("documents leak", "local positions", "a dead exchange", "loss scaled by SP", "labels shifted twice", "gradients divided by SP")
+PLANTED = (
+    "documents leak",
+    "local positions",
+    "a dead exchange",
+    "loss scaled by SP",
+    "labels shifted twice",
+    "gradients divided by SP",
+)
 
 
 def make_folder(folder: Path, family: str, spread: float, **changes: Any) -> Path:
-    """A tiny model's configuration, changed by `changes`, and a tokenizer. `spread`: standard deviation of its random weights."""
+    """A tiny model's configuration, changed by `changes`, and a tokenizer. `spread`: standard
+    deviation of its random weights.
+    """
     from transformers import AutoConfig
 
     from make_model import make_model
@@ -80,12 +110,16 @@ def make_folder(folder: Path, family: str, spread: float, **changes: Any) -> Pat
         "eos_token_id": 0,
         "pad_token_id": 1,
     }
-    AutoConfig.for_model(family, **{**fields, **FAMILIES[family], **changes}).save_pretrained(folder)
+    AutoConfig.for_model(family, **{**fields, **FAMILIES[family], **changes}).save_pretrained(
+        folder
+    )
     return folder
 
 
 def measured_on_rank(keys: dict[str, Any], fault: str, cache: str) -> dict[str, Any]:
-    """Body of a rank: one verification. Differences over the own attention's: `None` where that has none (float32)."""
+    """Body of a rank: one verification. Differences over the own attention's: `None` where that has
+    none (float32).
+    """
     import cpu_sharding
     from longfactory.config import from_mapping
     from longfactory.train.verify import verify
@@ -99,8 +133,15 @@ def measured_on_rank(keys: dict[str, Any], fault: str, cache: str) -> dict[str, 
     ratios = {name: m.difference / m.own if m.own else None for name, m in measures.items()}
     worst = max(report.parameters.values(), key=lambda m: m.difference / m.allowed)
     ratios["gradients"] = worst.difference / worst.own if worst.own else None
-    of_allowed = max(m.difference / m.allowed for m in [*measures.values(), *report.parameters.values()])
-    return {"ratios": ratios, "of_allowed": of_allowed, "exact": report.exact, "reasons": len(report.reasons)}
+    of_allowed = max(
+        m.difference / m.allowed for m in [*measures.values(), *report.parameters.values()]
+    )
+    return {
+        "ratios": ratios,
+        "of_allowed": of_allowed,
+        "exact": report.exact,
+        "reasons": len(report.reasons),
+    }
 
 
 def cases(quick: bool) -> Iterator[tuple[str, str, str, str, float, dict[str, Any], str]]:
@@ -123,14 +164,32 @@ def cases(quick: bool) -> Iterator[tuple[str, str, str, str, float, dict[str, An
                 more = {"per_device_train_batch_size": 1} if fault == "a dead exchange" else {}
                 yield family, precision, "pt", "full", 0.15, {**STAGES["pt"], **keys, **more}, fault
             if "sliding_window" in FAMILIES[family]:
-                yield family, precision, "pt", "full", 0.15, {**STAGES["pt"], **keys}, "a small window dropped"
+                yield (
+                    family,
+                    precision,
+                    "pt",
+                    "full",
+                    0.15,
+                    {**STAGES["pt"], **keys},
+                    "a small window dropped",
+                )
             # Under autocast the hand-written layer steps aside.
             if family == "mistral" and precision != "bf16":
-                yield family, precision, "pt", "full", 0.15, {**STAGES["pt"], **keys}, "the hand-written layer's window dropped"
+                yield (
+                    family,
+                    precision,
+                    "pt",
+                    "full",
+                    0.15,
+                    {**STAGES["pt"], **keys},
+                    "the hand-written layer's window dropped",
+                )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--write", type=Path, help="the table, with the numbers beside it as .json")
     parser.add_argument("--only", default="", help="families, separated by commas")
     parser.add_argument("--quick", action="store_true")
@@ -162,7 +221,9 @@ def main() -> int:
                 "family": family, "precision": precision, "what": what, "method": method, "spread": spread, "fault": fault
             }  # fmt: skip
             try:
-                row |= run_ranks(2, body, given, fault, str(Path(scratch) / "cache"), timeout=200)[0]
+                row |= run_ranks(2, body, given, fault, str(Path(scratch) / "cache"), timeout=200)[
+                    0
+                ]
             except Exception as error:  # a family that is refused is a row too
                 row["error"] = str(error).strip().splitlines()[-1][:300]
             rows.append(row)
@@ -188,43 +249,77 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Distances of `longfactory verify`",
         "",
-        f"Written by `benchmarks/verify_ratios.py` with torch {torch.__version__}, transformers {transformers.__version__}, on a CPU: "
-        f"{len(good)} healthy runs and {len(bad)} with a planted fault, of {len({row['family'] for row in rows})} families, two processes.",
+        (
+            f"Written by `benchmarks/verify_ratios.py` with torch {torch.__version__}, transformers"
+            f" {transformers.__version__}, on a CPU: {len(good)} healthy runs and {len(bad)} with a"
+            f" planted fault, of {len({row['family'] for row in rows})} families, two processes."
+        ),
         "",
-        "A step's distance from a wider precision, over the distance of transformers' own attention in the run's precision; of gradients, "
-        f"that of the parameter that is nearest to its limit. `verify` allows {FACTOR:g} times, and takes differences below 1e-4 for none: "
-        "in float32 the last column, the largest distance over what is allowed, counts.",
+        (
+            "A step's distance from a wider precision, over the distance of transformers' own"
+            " attention in the run's precision; of gradients, that of the parameter that is"
+            f" nearest to its limit. `verify` allows {FACTOR:g} times, and takes differences below"
+            " 1e-4 for none: in float32 the last column, the largest distance over what is"
+            " allowed, counts."
+        ),
         "",
-        "| precision | healthy runs | alarms | loss | grad_norm | log-probabilities | gradients | of what is allowed |",
+        (
+            "| precision | healthy runs | alarms | loss | grad_norm | log-probabilities | gradients"
+            " | of what is allowed |"
+        ),
         "|---|---|---|---|---|---|---|---|",
     ]
     for precision in PRECISIONS:
         some = [row for row in good if row["precision"] == precision]
-        largest = [max((row["ratios"][key] or 0.0 for row in some), default=0.0) for key in ("loss", "grad_norm", "logps", "gradients")]
+        largest = [
+            max((row["ratios"][key] or 0.0 for row in some), default=0.0)
+            for key in ("loss", "grad_norm", "logps", "gradients")
+        ]
         cells = [f"{x:.2f}" if x else "-" for x in largest]
         alarms = sum(not row["exact"] for row in some)
         lines.append(
-            f"| {precision} | {len(some)} | {alarms} | {' | '.join(cells)} | {max((row['of_allowed'] for row in some), default=0.0):.3f} |"
+            f"| {precision} | {len(some)} | {alarms} | {' | '.join(cells)} |"
+            f" {max((row['of_allowed'] for row in some), default=0.0):.3f} |"
         )
-    lines += ["", "Each cell is the largest of all runs. The healthy runs that come nearest to an alarm:", ""]
-    lines += [f"- {told(row)}, {row['precision']}: {row['of_allowed']:.2f}" for row in sorted(good, key=lambda r: -r["of_allowed"])[:5]]
     lines += [
         "",
-        "| planted fault | precision | runs | missed | smallest of what is allowed | smallest ratio of gradients | of log-probabilities |",
+        "Each cell is the largest of all runs. The healthy runs that come nearest to an alarm:",
+        "",
+    ]
+    lines += [
+        f"- {told(row)}, {row['precision']}: {row['of_allowed']:.2f}"
+        for row in sorted(good, key=lambda r: -r["of_allowed"])[:5]
+    ]
+    lines += [
+        "",
+        (
+            "| planted fault | precision | runs | missed | smallest of what is allowed | smallest"
+            " ratio of gradients | of log-probabilities |"
+        ),
         "|---|---|---|---|---|---|---|",
     ]
     for fault in dict.fromkeys(row["fault"] for row in bad):
         for precision in PRECISIONS:
             some = [row for row in bad if row["precision"] == precision and row["fault"] == fault]
             if some:
-                smallest = [min(row["ratios"][key] or 0.0 for row in some) for key in ("gradients", "logps")]
+                smallest = [
+                    min(row["ratios"][key] or 0.0 for row in some) for key in ("gradients", "logps")
+                ]
                 cells = [f"{x:.1f}" if x else "-" for x in smallest]
                 missed = sum(row["exact"] for row in some)
                 least = min(row["of_allowed"] for row in some)
-                lines.append(f"| {fault} | {precision} | {len(some)} | {missed} | {least:.1f} | {' | '.join(cells)} |")
+                lines.append(
+                    f"| {fault} | {precision} | {len(some)} | {missed} | {least:.1f} |"
+                    f" {' | '.join(cells)} |"
+                )
     refused = [row for row in rows if "error" in row]
     if refused:
-        lines += ["", "Not run:", "", *[f"- {told(row)}, {row['precision']}: {row['error']}" for row in refused]]
+        lines += [
+            "",
+            "Not run:",
+            "",
+            *[f"- {told(row)}, {row['precision']}: {row['error']}" for row in refused],
+        ]
     return "\n".join(lines) + "\n"
 
 

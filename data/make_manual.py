@@ -1,9 +1,11 @@
-"""Writes the manual_* data sets in this folder from Python's own manual (the module pydoc_data.topics, part of every Python).
+"""Writes the manual_* data sets in this folder from Python's own manual (the module
+pydoc_data.topics, part of every Python).
 
     python data/make_manual.py
 
-The files in the repository were written with Python 3.11; another version has another edition of the manual. The text is the Python
-documentation's, under the PSF licence (https://docs.python.org/3/license.html).
+The files in the repository were written with Python 3.11; another version has another edition of
+the manual. The text is the Python documentation's, under the PSF licence
+(https://docs.python.org/3/license.html).
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ def sections() -> list[Section]:
         parts = re.split(r"(?m)^(\S[^\n]*)\n(?:\*{3,}|={3,}|-{3,})\n", topics[name])
         for title, body in zip(parts[1::2], parts[2::2], strict=True):
             body = body.strip()
-            first = next((p for p in body.split("\n\n") if 60 <= len(p) <= 700 and p[:1].isalpha()), None)
+            first = next(
+                (p for p in body.split("\n\n") if 60 <= len(p) <= 700 and p[:1].isalpha()), None
+            )
             if first is not None and body.index(first) < 400:
                 title = title.replace('"', "'")
                 found.setdefault(title, (title, body, " ".join(first.split())))
@@ -52,7 +56,9 @@ def main() -> None:
     rng.shuffle(all_sections)
 
     def ask(asked: Section, length: int) -> tuple[str, str]:
-        """A document of at least `length` characters, with the section somewhere in it, and a question about it."""
+        """A document of at least `length` characters, with the section somewhere in it, and a
+        question about it.
+        """
         texts = [shown(asked)]
         for other in rng.sample(all_sections, len(all_sections)):
             if sum(map(len, texts)) >= length:
@@ -66,17 +72,31 @@ def main() -> None:
     for i in range(72):
         asked = all_sections[i % len(all_sections)]
         text, question = ask(asked, length=9000)
-        sft.append({"instruction": f"Read these sections of the Python manual.\n\n{text}", "input": f"\n{question}", "output": asked[2]})
+        sft.append(
+            {
+                "instruction": f"Read these sections of the Python manual.\n\n{text}",
+                "input": f"\n{question}",
+                "output": asked[2],
+            }
+        )
     write("manual_sft", sft[:64])
     write("manual_sft_eval", sft[64:])
 
-    write("manual_pt", [{"text": topics[name].strip()} for name in sorted(topics) if len(topics[name]) > 1000][:38])
+    write(
+        "manual_pt",
+        [{"text": topics[name].strip()} for name in sorted(topics) if len(topics[name]) > 1000][
+            :38
+        ],
+    )
 
     dpo, kto = [], []
     for i in range(64):
         asked, other = rng.sample(all_sections, 2)
         text, question = ask(asked, length=1500)
-        prompt = {"role": "user", "content": f"Read these sections of the Python manual.\n\n{text}\n\n{question}"}
+        prompt = {
+            "role": "user",
+            "content": f"Read these sections of the Python manual.\n\n{text}\n\n{question}",
+        }
         right, wrong = ({"role": "assistant", "content": s[2]} for s in (asked, other))
         if i < 48:
             dpo.append({"messages": [prompt], "chosen": right, "rejected": wrong})
@@ -85,7 +105,13 @@ def main() -> None:
     write("manual_dpo", dpo)
     write("manual_kto", kto)
 
-    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant", "system_tag": "system"}
+    tags = {
+        "role_tag": "role",
+        "content_tag": "content",
+        "user_tag": "user",
+        "assistant_tag": "assistant",
+        "system_tag": "system",
+    }
     info = {
         "manual_sft": {"file_name": "manual_sft.json"},
         "manual_sft_eval": {"file_name": "manual_sft_eval.json"},

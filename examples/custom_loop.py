@@ -3,8 +3,9 @@
     torchrun --nproc_per_node 2 examples/custom_loop.py
     torchrun --nproc_per_node 2 examples/custom_loop.py --mode ulysses --steps 50
 
-A small transformer learns to repeat: each document is a random phrase said over and over. The row of packed documents is spread over all
-processes. Beside it rank 0 trains the same model on whole rows, alone, and the two must agree: losses and parameters, in float64.
+A small transformer learns to repeat: each document is a random phrase said over and over. The row
+of packed documents is spread over all processes. Beside it rank 0 trains the same model on whole
+rows, alone, and the two must agree: losses and parameters, in float64.
 """
 
 from __future__ import annotations
@@ -27,12 +28,17 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH)
         self.qkv = nn.Linear(WIDTH, (HEADS + 2 * KV_HEADS) * DIM, bias=False)
         self.out = nn.Linear(HEADS * DIM, WIDTH, bias=False)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+        self.mlp = nn.Sequential(
+            nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
+        )
 
     def forward(self, x: Tensor, positions: Tensor, plan: sp.RowPlan) -> Tensor:
         # [T/n, WIDTH] -> [T/n, heads, DIM]
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (-1, DIM)).split([HEADS, KV_HEADS, KV_HEADS], 1)
-        attended = sp.attention(rotate(q, positions), rotate(k, positions), v, plan)  # the only line that talks to other processes
+        q, k, v = (
+            self.qkv(self.norm1(x)).unflatten(-1, (-1, DIM)).split([HEADS, KV_HEADS, KV_HEADS], 1)
+        )
+        # the only line that talks to other processes
+        attended = sp.attention(rotate(q, positions), rotate(k, positions), v, plan)
         x = x + self.out(attended.flatten(1))
         return x + self.mlp(self.norm2(x))
 
@@ -52,8 +58,12 @@ class Model(nn.Module):
 
 
 def rotate(x: Tensor, positions: Tensor) -> Tensor:
-    """Rotary embedding. Positions are the tokens' own, so it does not matter which rank holds them."""
-    angle = positions[:, None, None] / 10000 ** (torch.arange(0, DIM, 2, device=x.device, dtype=x.dtype) / DIM)
+    """Rotary embedding. Positions are the tokens' own, so it does not matter which rank holds
+    them.
+    """
+    angle = positions[:, None, None] / 10000 ** (
+        torch.arange(0, DIM, 2, device=x.device, dtype=x.dtype) / DIM
+    )
     a, b = x.chunk(2, -1)
     return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
 
@@ -74,7 +84,9 @@ def packed_row(length: int, step: int) -> tuple[Tensor, Tensor, Tensor, list[sp.
     return torch.cat(tokens), torch.cat(labels), torch.cat(positions), segments
 
 
-def train(ctx: sp.SequenceParallel, steps: int, length: int, device: str) -> tuple[Model, list[float]]:
+def train(
+    ctx: sp.SequenceParallel, steps: int, length: int, device: str
+) -> tuple[Model, list[float]]:
     torch.manual_seed(0)
     model = Model().to(device, torch.float64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -82,10 +94,16 @@ def train(ctx: sp.SequenceParallel, steps: int, length: int, device: str) -> tup
     for step in range(steps):
         tokens, labels, positions, segments = packed_row(length, step)
         plan = sp.plan(length, segments, ctx)
-        local_tokens, local_labels, local_positions = (sp.shard(x, plan).to(device) for x in (tokens, labels, positions))
+        local_tokens, local_labels, local_positions = (
+            sp.shard(x, plan).to(device) for x in (tokens, labels, positions)
+        )
         logits = model(local_tokens, local_positions, plan)
-        # Divide by the tokens of the whole row: then the sum over ranks of gradients is the gradient of the row's mean loss.
-        loss = F.cross_entropy(logits, local_labels, ignore_index=-100, reduction="sum") / (labels != -100).sum()
+        # Divide by the tokens of the whole row: then the sum over ranks of gradients is the
+        # gradient of the row's mean loss.
+        loss = (
+            F.cross_entropy(logits, local_labels, ignore_index=-100, reduction="sum")
+            / (labels != -100).sum()
+        )
         optimizer.zero_grad()
         loss.backward()
         total = loss.detach()
@@ -99,19 +117,28 @@ def train(ctx: sp.SequenceParallel, steps: int, length: int, device: str) -> tup
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--mode", default="zigzag-ring", choices=sp.MODES)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a row, over all processes")
+    parser.add_argument(
+        "--length", type=int, default=1024, help="tokens of a row, over all processes"
+    )
     args = parser.parse_args()
 
-    dist.init_process_group("gloo")  # float64 on CPUs, so that the comparison below is sharp; use "nccl" and bfloat16 on GPUs
-    ctx = sp.SequenceParallel.create(dist.get_world_size(), mode=args.mode, heads=HEADS, kv_heads=KV_HEADS)
+    # float64 on CPUs, so that the comparison below is sharp; use "nccl" and bfloat16 on GPUs
+    dist.init_process_group("gloo")
+    ctx = sp.SequenceParallel.create(
+        dist.get_world_size(), mode=args.mode, heads=HEADS, kv_heads=KV_HEADS
+    )
     model, losses = train(ctx, args.steps, args.length, "cpu")
     if ctx.rank == 0:
         alone, expected = train(sp.SequenceParallel(), args.steps, args.length, "cpu")
         print(f"{args.mode} over {ctx.size} processes: loss {losses[0]:.4f} -> {losses[-1]:.4f}")
-        print(f"one process:{' ' * (len(args.mode) + 6)} loss {expected[0]:.4f} -> {expected[-1]:.4f}")
+        print(
+            f"one process:{' ' * (len(args.mode) + 6)} loss {expected[0]:.4f} -> {expected[-1]:.4f}"
+        )
         loss_error = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
         pairs = zip(model.parameters(), alone.parameters(), strict=True)
         weight_error = max((a - b).abs().max().item() for a, b in pairs)

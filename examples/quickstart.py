@@ -1,7 +1,9 @@
-"""The main job in one command: fine-tune a pretrained model on long documents that are split over two processes.
+"""The main job in one command: fine-tune a pretrained model on long documents that are split over
+two processes.
 
-Trains with sequence_parallel_size 2, trains again with 1, draws both loss curves into one picture, checks that they are the same line,
-and asks the saved model a question with plain transformers. Needs no GPU and no model hub.
+Trains with sequence_parallel_size 2, trains again with 1, draws both loss curves into one picture,
+checks that they are the same line, and asks the saved model a question with plain transformers.
+Needs no GPU and no model hub.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "examples" / "quickstart.yaml"
 OUT = ROOT / "outputs" / "quickstart"
-# Same arithmetic in another order: float32 agrees to about 1e-6 a step; bfloat16 (on GPUs) keeps 8 bits.
+# Same arithmetic in another order: float32 agrees to about 1e-6 a step; bfloat16 (on GPUs) keeps 8
+# bits.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
 
 
@@ -32,7 +35,9 @@ def train(size: int, dtype: str, gpus: bool) -> list[dict]:
     command = [sys.executable, "-m", "longfactory.cli", "train", str(CONFIG), *keys]
     print(f"\n$ longfactory train examples/quickstart.yaml {' '.join(keys[:2])}", flush=True)
     started = time.time()
-    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+    subprocess.run(
+        command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
+    )
     print(f"sequence_parallel_size {size}: {time.time() - started:.0f} s", flush=True)
     return [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
 
@@ -48,10 +53,17 @@ def ask(folder: Path, question: str) -> str:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     inputs = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        [{"role": "user", "content": question}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
     )
-    out = model.generate(**inputs, max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    out = model.generate(
+        **inputs, max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.eos_token_id
+    )
+    return tokenizer.decode(
+        out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    ).strip()
 
 
 def main() -> int:
@@ -74,11 +86,17 @@ def main() -> int:
     difference = max(abs(x - y) / abs(x) for (_, x), (_, y) in zip(a, b, strict=True))
     evals = [line["eval_loss"] for line in split if "eval_loss" in line]
     print(f"\nTraining loss     {b[0][1]:.4f} -> {b[-1][1]:.4f} in {len(b)} steps")
-    print(f"Evaluation loss   {evals[0]:.4f} -> {evals[-1]:.4f} (before and after, split over two processes)")
-    print(f"SP=1 against SP=2 largest relative difference of the loss {difference:.1e} (allowed {TOLERANCE[dtype]:.0e})")
+    print(
+        f"Evaluation loss   {evals[0]:.4f} -> {evals[-1]:.4f} (before and after, split over two"
+        " processes)"
+    )
+    print(
+        f"SP=1 against SP=2 largest relative difference of the loss {difference:.1e} (allowed"
+        f" {TOLERANCE[dtype]:.0e})"
+    )
     print(f"Picture           {picture.relative_to(ROOT)}")
 
-    question = "What does the \"assert\" statement do in Python?"
+    question = 'What does the "assert" statement do in Python?'
     print(f"\nThe saved model, read by plain transformers from {(OUT / 'sp2').relative_to(ROOT)}:")
     print(f"  Q: {question}\n  A: {ask(OUT / 'sp2', question)}")
     print(f"\nDone in {time.time() - started:.0f} s.")

@@ -1,4 +1,6 @@
-"""Training by path, for launchers that take a script: `torchrun src/train.py run.yaml`, `deepspeed src/train.py --stage sft ...`."""
+"""Training by path, for launchers that take a script: `torchrun src/train.py run.yaml`, `deepspeed
+src/train.py --stage sft ...`.
+"""
 
 import sys
 

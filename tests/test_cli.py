@@ -17,7 +17,15 @@ RUN = ["model_name_or_path=m", "dataset=d", "output_dir=nowhere/out"]
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "NNODES", "NPROC_PER_NODE", "FORCE_TORCHRUN", "LONGFACTORY_DEBUG"):
+    for name in (
+        "LOCAL_RANK",
+        "RANK",
+        "WORLD_SIZE",
+        "NNODES",
+        "NPROC_PER_NODE",
+        "FORCE_TORCHRUN",
+        "LONGFACTORY_DEBUG",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -59,11 +67,25 @@ def test_version_and_env(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_run_s_file_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text("model_name_or_path: m\ndataset: d\noutput_dir: o\ncutoff_len: 4096\nsequence_parallel_size: 4\nlora_rank: 16\n")
-    words = cli.plan_arguments([str(path), "per_device_train_batch_size=2", "memory=long", "--gpus", "8"])
-    assert " ".join(words) == "m --tokens 8192 --sequence-parallel-size 4 --memory long --lora 16 --precision fp32 --gpus 8"
+    path.write_text(
+        "model_name_or_path: m\ndataset: d\noutput_dir: o\ncutoff_len:"
+        " 4096\nsequence_parallel_size: 4\nlora_rank: 16\n"
+    )
+    words = cli.plan_arguments(
+        [str(path), "per_device_train_batch_size=2", "memory=long", "--gpus", "8"]
+    )
+    assert (
+        " ".join(words)
+        == "m --tokens 8192 --sequence-parallel-size 4 --memory long --lora 16 --precision fp32"
+        " --gpus 8"
+    )
     # fp32 is what a run computes in that does not say otherwise.
-    for keys, precision in (({"bf16"}, []), ({"pure_bf16"}, []), ({"fp16"}, []), ({"tf32"}, ["--precision", "tf32"])):
+    for keys, precision in (
+        ({"bf16"}, []),
+        ({"pure_bf16"}, []),
+        ({"fp16"}, []),
+        ({"tf32"}, ["--precision", "tf32"]),
+    ):
         words = cli.plan_arguments([str(path), *(f"{key}=true" for key in keys)])
         assert words[words.index("16") + 1 :] == precision
     given: list[list[str]] = []
@@ -80,9 +102,18 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no command 'trian'. It has train, plan, verify, export" in capsys.readouterr().err
 
 
-def test_dry_run_prints_the_run_and_stops(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dry_run_prints_the_run_and_stops(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cli, "_look", lambda cfg: [])  # tests/test_dry_run.py
-    words = ["train", *RUN, "sequence_parallel_size=2", "nproc_per_node=4", "flash_attn=fa2", "--dry_run"]
+    words = [
+        "train",
+        *RUN,
+        "sequence_parallel_size=2",
+        "nproc_per_node=4",
+        "flash_attn=fa2",
+        "--dry_run",
+    ]
     assert cli.main(words) == 0
     out, err = capsys.readouterr()
     assert "# processes: 4 = 2 groups x sequence_parallel_size 2" in out
@@ -93,7 +124,9 @@ def test_dry_run_prints_the_run_and_stops(capsys: pytest.CaptureFixture[str], mo
     assert "does not divide the 3 processes" in capsys.readouterr().err
 
 
-def test_more_parallel_than_processes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_parallel_than_processes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(launch, "device_count", lambda: 0)
     assert cli.main(["train", *RUN, "sequence_parallel_size=2"]) == 2
     assert "or nproc_per_node: 2 (on a machine without GPUs)" in capsys.readouterr().err
@@ -101,15 +134,29 @@ def test_more_parallel_than_processes(capsys: pytest.CaptureFixture[str], monkey
 
 @pytest.mark.processes
 def test_errors_are_one_message_without_a_stack_trace() -> None:
-    done = subprocess.run([sys.executable, "-m", "longfactory.cli", "train", *RUN, "stage=sftt"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "longfactory.cli", "train", *RUN, "stage=sftt"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("longfactory: stage: 'sftt' is not a choice.") and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("longfactory: stage: 'sftt' is not a choice.")
+        and done.stderr.count("\n") == 1
+    )
     env = {**os.environ, "LONGFACTORY_DEBUG": "1"}
-    done = subprocess.run([sys.executable, "-m", "longfactory.cli", "train", *RUN, "stage=sftt"], capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [sys.executable, "-m", "longfactory.cli", "train", *RUN, "stage=sftt"],
+        capture_output=True,
+        text=True,
+        env=env,
+    )
     assert done.returncode != 0 and "Traceback" in done.stderr
 
 
-def test_only_the_first_process_speaks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_process_speaks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     waits: list[float] = []
     monkeypatch.setattr(cli.time, "sleep", waits.append)
     monkeypatch.setattr(launch, "die_with_parent", lambda: None)
@@ -121,7 +168,9 @@ def test_only_the_first_process_speaks(capsys: pytest.CaptureFixture[str], monke
     # The second process waits to be ended, and speaks only if it lives.
     assert waits == [3]
     first, second = capsys.readouterr().err.strip().splitlines()
-    assert first.startswith("longfactory: stage:") and second.startswith("longfactory: Process 1: stage:")
+    assert first.startswith("longfactory: stage:") and second.startswith(
+        "longfactory: Process 1: stage:"
+    )
 
 
 def test_a_worker_does_not_start_workers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +182,12 @@ def test_a_worker_does_not_start_workers(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "longfactory.train.run", module)
     monkeypatch.setattr(launch, "die_with_parent", lambda: None)
     monkeypatch.setattr(launch, "torchrun", lambda words: pytest.fail("started again"))
-    for name, value in (("LOCAL_RANK", "0"), ("RANK", "0"), ("WORLD_SIZE", "4"), ("NPROC_PER_NODE", "4")):
+    for name, value in (
+        ("LOCAL_RANK", "0"),
+        ("RANK", "0"),
+        ("WORLD_SIZE", "4"),
+        ("NPROC_PER_NODE", "4"),
+    ):
         monkeypatch.setenv(name, value)
     assert cli.main(["train", *RUN, "sequence_parallel_size=2", "--local_rank=0"]) == 0
     assert len(ran) == 1
@@ -144,7 +198,11 @@ def test_several_processes_go_through_torchrun(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(launch, "device_count", lambda: 0)
     monkeypatch.setattr(launch, "torchrun", lambda words: calls.append(words) or 5)
     assert cli.main(["train", *RUN, "nproc_per_node=2"]) == 5
-    assert calls[0][0] == "--nproc-per-node=2" and calls[0][-5:] == ["train", *RUN, "nproc_per_node=2"]
+    assert calls[0][0] == "--nproc-per-node=2" and calls[0][-5:] == [
+        "train",
+        *RUN,
+        "nproc_per_node=2",
+    ]
 
 
 @pytest.mark.processes
@@ -158,9 +216,14 @@ def test_an_error_in_two_processes_is_told_once(tmp_path: Path) -> None:
         "sys.modules['longfactory.train.run'] = module\n"
         f"sys.exit(cli.main(['train', *{RUN!r}]))\n"
     )
-    code = "import sys; from longfactory import launch; sys.exit(launch.torchrun(launch.torchrun_arguments(2, 'longfactory_failing', [])))"
+    code = (
+        "import sys; from longfactory import launch;"
+        " sys.exit(launch.torchrun(launch.torchrun_arguments(2, 'longfactory_failing', [])))"
+    )
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=100
+    )
     assert done.returncode == 2
     assert done.stderr.count("the data set is empty. Give another.") == 1
     assert "Traceback" not in done.stderr
@@ -173,6 +236,8 @@ def test_config_errors_are_user_errors() -> None:
 @pytest.mark.processes
 def test_training_by_path() -> None:
     script = Path(__file__).parents[1] / "src" / "train.py"
-    done = subprocess.run([sys.executable, str(script), "--model_name_or_path", "m"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(script), "--model_name_or_path", "m"], capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert "output_dir is missing" in done.stderr and "dataset is missing" in done.stderr

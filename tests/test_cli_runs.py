@@ -1,4 +1,6 @@
-"""`longfactory train` in processes of its own, from the command to the files, with and against the user."""
+"""`longfactory train` in processes of its own, from the command to the files, with and against the
+user.
+"""
 
 from __future__ import annotations
 
@@ -24,44 +26,90 @@ EXAMPLES = sorted(p for p in (ROOT / "examples").glob("*_*.yaml"))
 def small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What makes any example small: a tiny model, short texts, two steps."""
     model = make_model("tiny", tmp_path_factory.mktemp("model") / "model", vocabulary=600)
-    sizes = "cutoff_len=256 max_samples=12 max_steps=2 gradient_accumulation_steps=1 logging_steps=1 disable_tqdm=true"
-    return [f"model_name_or_path={model}", f"dataset_dir={ROOT / 'data'}", "train_from_scratch=true", *sizes.split()]
+    sizes = (
+        "cutoff_len=256 max_samples=12 max_steps=2 gradient_accumulation_steps=1 logging_steps=1"
+        " disable_tqdm=true"
+    )
+    return [
+        f"model_name_or_path={model}",
+        f"dataset_dir={ROOT / 'data'}",
+        "train_from_scratch=true",
+        *sizes.split(),
+    ]
 
 
 def longfactory(*words: str, cache: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
-    env |= {"LONGFACTORY_CACHE": str(cache), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | variables
+    env |= {
+        "LONGFACTORY_CACHE": str(cache),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    } | variables
     return subprocess.run(
-        [sys.executable, "-m", "longfactory.cli", *words], capture_output=True, text=True, env=env, timeout=280, cwd=cache.parent
+        [sys.executable, "-m", "longfactory.cli", *words],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=280,
+        cwd=cache.parent,
     )
 
 
 @pytest.mark.timeout(600)
 def test_train_resume_and_refuse(small: list[str], tmp_path: Path) -> None:
     cache, out = tmp_path / "cache", tmp_path / "out"
-    words = ["train", str(ROOT / "examples" / "sft_full.yaml"), *small, f"output_dir={out}", "overwrite_output_dir=false", "save_steps=1"]
+    words = [
+        "train",
+        str(ROOT / "examples" / "sft_full.yaml"),
+        *small,
+        f"output_dir={out}",
+        "overwrite_output_dir=false",
+        "save_steps=1",
+    ]
     words += ["eval_steps=2", "sequence_parallel_size=2", "nproc_per_node=2", "save_total_limit=1"]
     done = longfactory(*words, cache=cache)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (out / "trainer_log.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines if "loss" in line] and lines[-1]["current_steps"] == 2
     assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-2"]
-    for name in ("model.safetensors", "tokenizer.json", "longfactory.yaml", "train_results.json", "eval_results.json", "training_loss.png"):
+    for name in (
+        "model.safetensors",
+        "tokenizer.json",
+        "longfactory.yaml",
+        "train_results.json",
+        "eval_results.json",
+        "training_loss.png",
+    ):
         assert (out / name).is_file(), name
 
-    again = longfactory(*words, "max_steps=3", "sequence_parallel_size=1", "nproc_per_node=1", cache=cache)
+    again = longfactory(
+        *words, "max_steps=3", "sequence_parallel_size=1", "nproc_per_node=1", cache=cache
+    )
     assert again.returncode == 0, again.stderr
     assert "The run goes on from" in again.stderr
     assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 3
 
-    other = longfactory(*words, "stage=pt", "dataset=manual_pt", "sequence_parallel_size=1", "nproc_per_node=1", cache=cache)
+    other = longfactory(
+        *words,
+        "stage=pt",
+        "dataset=manual_pt",
+        "sequence_parallel_size=1",
+        "nproc_per_node=1",
+        cache=cache,
+    )
     assert other.returncode == 2
     assert other.stderr.count("holds another run (its stage is sft, this run's pt") == 1
 
 
 @pytest.mark.timeout(300)
 def test_a_launcher_that_starts_one_process(small: list[str], tmp_path: Path) -> None:
-    words = ["train", str(ROOT / "examples" / "sft_lora.yaml"), *small, f"output_dir={tmp_path / 'out'}", "eval_strategy=no"]
+    words = [
+        "train",
+        str(ROOT / "examples" / "sft_lora.yaml"),
+        *small,
+        f"output_dir={tmp_path / 'out'}",
+        "eval_strategy=no",
+    ]
     done = longfactory(*words, cache=tmp_path / "cache", FORCE_TORCHRUN="1")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
@@ -69,17 +117,43 @@ def test_a_launcher_that_starts_one_process(small: list[str], tmp_path: Path) ->
 
 @pytest.mark.timeout(300)
 def test_a_stream_that_other_processes_tokenise(small: list[str], tmp_path: Path) -> None:
-    words = ["train", str(ROOT / "examples" / "sft_lora.yaml"), *(w for w in small if not w.startswith("max_samples")), "eval_strategy=no"]
-    words += ["streaming=true", "buffer_size=8", "preprocessing_batch_size=10", "max_steps=4", "gradient_accumulation_steps=3"]
-    words += ["per_device_train_batch_size=2", "lora_dropout=0.1", "save_strategy=no", "logging_steps=1"]
+    words = [
+        "train",
+        str(ROOT / "examples" / "sft_lora.yaml"),
+        *(w for w in small if not w.startswith("max_samples")),
+        "eval_strategy=no",
+    ]
+    words += [
+        "streaming=true",
+        "buffer_size=8",
+        "preprocessing_batch_size=10",
+        "max_steps=4",
+        "gradient_accumulation_steps=3",
+    ]
+    words += [
+        "per_device_train_batch_size=2",
+        "lora_dropout=0.1",
+        "save_strategy=no",
+        "logging_steps=1",
+    ]
     curves = []
     for workers in (0, 2):
         out = tmp_path / f"out{workers}"
-        done = longfactory(*words, f"output_dir={out}", f"dataloader_num_workers={workers}", cache=tmp_path / "cache")
+        done = longfactory(
+            *words,
+            f"output_dir={out}",
+            f"dataloader_num_workers={workers}",
+            cache=tmp_path / "cache",
+        )
         assert done.returncode == 0, done.stderr
         # The kernels that run are one line, before the bar of the steps.
-        (kernels,) = re.findall(r"^.*attention kernel.*$", done.stderr, re.MULTILINE | re.IGNORECASE)
-        assert kernels.endswith(": cpu.") and "/4 [" not in done.stderr[: done.stderr.index(kernels) + len(kernels)]
+        (kernels,) = re.findall(
+            r"^.*attention kernel.*$", done.stderr, re.MULTILINE | re.IGNORECASE
+        )
+        assert (
+            kernels.endswith(": cpu.")
+            and "/4 [" not in done.stderr[: done.stderr.index(kernels) + len(kernels)]
+        )
         log = json.loads((out / "trainer_state.json").read_text())["log_history"]
         curves.append([(h["loss"], h["grad_norm"]) for h in log if "loss" in h])
     assert len(curves[0]) == 4 and curves[0] == curves[1]
@@ -88,8 +162,17 @@ def test_a_stream_that_other_processes_tokenise(small: list[str], tmp_path: Path
 def under_zero3(tmp_path: Path, example: str, *words: str) -> subprocess.CompletedProcess[str]:
     """An example in one process with the ZeRO-3 file; its output is in `tmp_path`/out."""
     pytest.importorskip("deepspeed")
-    places = [f"output_dir={tmp_path / 'out'}", f"deepspeed={ROOT / 'examples' / 'deepspeed' / 'ds_z3_config.json'}"]
-    done = longfactory("train", str(ROOT / "examples" / f"{example}.yaml"), *words, *places, cache=tmp_path / "cache")
+    places = [
+        f"output_dir={tmp_path / 'out'}",
+        f"deepspeed={ROOT / 'examples' / 'deepspeed' / 'ds_z3_config.json'}",
+    ]
+    done = longfactory(
+        "train",
+        str(ROOT / "examples" / f"{example}.yaml"),
+        *words,
+        *places,
+        cache=tmp_path / "cache",
+    )
     assert done.returncode == 0, done.stderr
     return done
 
@@ -97,15 +180,21 @@ def under_zero3(tmp_path: Path, example: str, *words: str) -> subprocess.Complet
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_model_whose_weights_zero3_has_taken_apart(small: list[str], tmp_path: Path) -> None:
-    done = under_zero3(tmp_path, "sft_full", *small, "eval_strategy=no", "save_strategy=no", "max_steps=1")
+    done = under_zero3(
+        tmp_path, "sft_full", *small, "eval_strategy=no", "save_strategy=no", "max_steps=1"
+    )
     assert re.search(r"Trainable parameters: ([1-9][\d,]+) of \1 ", done.stderr)
     assert (tmp_path / "out" / "model.safetensors").stat().st_size > 100_000
 
 
 @pytest.mark.timeout(300)
-def test_a_reference_of_weights_that_zero3_has_taken_apart_without_training(small: list[str], tmp_path: Path) -> None:
+def test_a_reference_of_weights_that_zero3_has_taken_apart_without_training(
+    small: list[str], tmp_path: Path
+) -> None:
     under_zero3(tmp_path, "dpo_full", *small, "do_train=false", "do_eval=true", "val_size=4")
-    assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert json.loads((tmp_path / "out" / "eval_results.json").read_text())[
+        "eval_loss"
+    ] == pytest.approx(math.log(2), abs=1e-6)
 
 
 @pytest.mark.timeout(300)
@@ -113,13 +202,31 @@ def test_a_reference_of_weights_that_zero3_has_taken_apart_without_training(smal
     ("change", "expected"),
     [
         pytest.param(["dataset=manual_sfd"], "'manual_sfd' is not in dataset_info.json", id="data"),
-        pytest.param(["model_name_or_path=./absent"], "the folder ./absent does not exist", id="model", marks=pytest.mark.slow),
-        pytest.param(["lora_target=q_prj"], "q_prj not found in the model", id="modules", marks=pytest.mark.slow),
+        pytest.param(
+            ["model_name_or_path=./absent"],
+            "the folder ./absent does not exist",
+            id="model",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["lora_target=q_prj"],
+            "q_prj not found in the model",
+            id="modules",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(["train_from_scratch=false"], "could not be loaded", id="weights"),
     ],
 )
-def test_what_only_the_workers_can_find_is_told_once(change: list[str], expected: str, small: list[str], tmp_path: Path) -> None:
-    words = ["train", str(ROOT / "examples" / "sft_lora.yaml"), *small, f"output_dir={tmp_path / 'out'}", "nproc_per_node=2"]
+def test_what_only_the_workers_can_find_is_told_once(
+    change: list[str], expected: str, small: list[str], tmp_path: Path
+) -> None:
+    words = [
+        "train",
+        str(ROOT / "examples" / "sft_lora.yaml"),
+        *small,
+        f"output_dir={tmp_path / 'out'}",
+        "nproc_per_node=2",
+    ]
     done = longfactory(*words, "sequence_parallel_size=2", *change, cache=tmp_path / "cache")
     assert done.returncode == 2, done.stderr
     assert done.stderr.count(expected) == 1, done.stderr
@@ -131,7 +238,15 @@ def test_what_only_the_workers_can_find_is_told_once(change: list[str], expected
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 def test_every_example_runs(path: Path, small: list[str], tmp_path: Path) -> None:
-    words = ["train", str(path), *small, f"output_dir={tmp_path / 'out'}", "sequence_parallel_size=2", "nproc_per_node=2", "eval_steps=2"]
+    words = [
+        "train",
+        str(path),
+        *small,
+        f"output_dir={tmp_path / 'out'}",
+        "sequence_parallel_size=2",
+        "nproc_per_node=2",
+        "eval_steps=2",
+    ]
     done = longfactory(*words, cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "train_results.json").is_file()

@@ -1,4 +1,6 @@
-"""A machine without a network is told at once; a slow network and a hub that answers with an error are not taken for none."""
+"""A machine without a network is told at once; a slow network and a hub that answers with an error
+are not taken for none.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from longfactory.model import load
 
 @pytest.fixture
 def local(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[socket.socket]:
-    """A hub on this machine: a port that is held and does not listen yet, an empty cache, and no proxy in between."""
+    """A hub on this machine: a port that is held and does not listen yet, an empty cache, and no
+    proxy in between.
+    """
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
@@ -30,7 +34,9 @@ def local(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[socket.so
     hub.unreachable.cache_clear()
     with socket.socket() as port:
         port.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{port.getsockname()[1]}")
+        monkeypatch.setattr(
+            huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{port.getsockname()[1]}"
+        )
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         yield port
     huggingface_hub.close_session()
@@ -39,7 +45,9 @@ def local(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[socket.so
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that anybody sleeps, huggingface_hub between its own attempts too; nobody really does."""
+    """The seconds that anybody sleeps, huggingface_hub between its own attempts too; nobody really
+    does.
+    """
     seconds: list[float] = []
     monkeypatch.setattr(time, "sleep", seconds.append)
     return seconds
@@ -57,13 +65,21 @@ def answer(port: socket.socket, text: bytes) -> None:
     threading.Thread(target=serve, daemon=True).start()
 
 
-def test_a_refused_connection_is_told_after_three_seconds_and_asked_once(local: socket.socket, waits: list[float]) -> None:
+def test_a_refused_connection_is_told_after_three_seconds_and_asked_once(
+    local: socket.socket, waits: list[float]
+) -> None:
     assert hub.unreachable() == "Connection refused" and waits == [1.0, 2.0]
     assert hub.unreachable() == "Connection refused" and waits == [1.0, 2.0]
 
 
-def test_a_hub_that_comes_back_is_reached(local: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time, "sleep", lambda seconds: answer(local, b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"))
+def test_a_hub_that_comes_back_is_reached(
+    local: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        time,
+        "sleep",
+        lambda seconds: answer(local, b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"),
+    )
     assert hub.unreachable() is None
 
 
@@ -78,8 +94,12 @@ def test_a_slow_hub_is_left_to_its_library(local: socket.socket) -> None:
     assert hub.unreachable() is None
 
 
-def test_a_name_that_is_not_known(local: socket.socket, waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://there-is-no-such-host.invalid")
+def test_a_name_that_is_not_known(
+    local: socket.socket, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        huggingface_hub.constants, "ENDPOINT", "http://there-is-no-such-host.invalid"
+    )
     assert hub.unreachable()
 
 
@@ -88,19 +108,34 @@ def test_what_is_not_in_the_cache_is_a_letter(
 ) -> None:
     """No waiting beyond the one question, and the letters say that it is the network."""
     args = ModelArguments(model_name_or_path="someone/model", cache_dir=str(tmp_path))
-    with pytest.raises(UserError, match=r"someone/model: there is no such folder, the .* hub cannot be reached \(Connection refused\)"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"someone/model: there is no such folder, the .* hub cannot be reached \(Connection"
+            r" refused\)"
+        ),
+    ):
         load.load_config(args, 128)
     with pytest.raises(UserError, match=r"No tokenizer could be loaded.*cannot be reached"):
         load.load_tokenizer(args)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
-    with pytest.raises(DataError, match=r"someone/data could not be read from the Hugging Face hub \(the hub cannot be reached"):
+    with pytest.raises(
+        DataError,
+        match=(
+            r"someone/data could not be read from the Hugging Face hub \(the hub cannot be reached"
+        ),
+    ):
         next(read(Source("someone/data", "hub", "someone/data")))
-    with pytest.raises(DataError, match=r"REMOTE:someone/data: no dataset_info\.json .*\(Connection refused\)"):
+    with pytest.raises(
+        DataError, match=r"REMOTE:someone/data: no dataset_info\.json .*\(Connection refused\)"
+    ):
         read_sources(["d"], "REMOTE:someone/data")
     assert waits == [1.0, 2.0]
 
 
-def test_what_is_on_this_machine_asks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_on_this_machine_asks_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from longfactory.testing import tiny_model
 
     def asked() -> Any:
@@ -116,15 +151,36 @@ def test_what_is_on_this_machine_asks_nobody(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
     (tmp_path / "someone___data").mkdir()
     monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: [{"text": "Eins"}])
-    assert [row for _, row in read(Source("someone/data", "hub", "someone/data"))] == [{"text": "Eins"}]
+    assert [row for _, row in read(Source("someone/data", "hub", "someone/data"))] == [
+        {"text": "Eins"}
+    ]
 
 
-def test_a_run_that_would_end_by_uploading_does_not_begin(local: socket.socket, waits: list[float], tmp_path: Path) -> None:
+def test_a_run_that_would_end_by_uploading_does_not_begin(
+    local: socket.socket, waits: list[float], tmp_path: Path
+) -> None:
     from longfactory.config import from_mapping
     from longfactory.train.run import assemble
 
-    keys = {"model_name_or_path": str(tmp_path), "dataset": "d", "dataset_dir": str(tmp_path), "template": "empty", "push_to_hub": True}
-    cfg = from_mapping({**keys, "do_train": True, "stage": "sft", "output_dir": str(tmp_path / "out"), "use_cpu": True})
-    with pytest.raises(UserError, match=r"push_to_hub: the Hugging Face hub cannot be reached \(Connection refused\)"):
+    keys = {
+        "model_name_or_path": str(tmp_path),
+        "dataset": "d",
+        "dataset_dir": str(tmp_path),
+        "template": "empty",
+        "push_to_hub": True,
+    }
+    cfg = from_mapping(
+        {
+            **keys,
+            "do_train": True,
+            "stage": "sft",
+            "output_dir": str(tmp_path / "out"),
+            "use_cpu": True,
+        }
+    )
+    with pytest.raises(
+        UserError,
+        match=r"push_to_hub: the Hugging Face hub cannot be reached \(Connection refused\)",
+    ):
         assemble(cfg)
     assert not (tmp_path / "out").exists()

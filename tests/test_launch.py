@@ -14,17 +14,36 @@ from longfactory import launch
 from longfactory.config import RunConfig, from_mapping
 from longfactory.errors import UserError
 
-VARIABLES = ("NNODES", "NODE_RANK", "NPROC_PER_NODE", "MASTER_ADDR", "MASTER_PORT", "RDZV_ID", "MIN_NNODES", "MAX_NNODES", "MAX_RESTARTS")
+VARIABLES = (
+    "NNODES",
+    "NODE_RANK",
+    "NPROC_PER_NODE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "RDZV_ID",
+    "MIN_NNODES",
+    "MAX_NNODES",
+    "MAX_RESTARTS",
+)
 
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*VARIABLES, "FORCE_TORCHRUN", "LOCAL_RANK", "WORLD_SIZE", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+    for name in (
+        *VARIABLES,
+        "FORCE_TORCHRUN",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "PYTORCH_CUDA_ALLOC_CONF",
+        "PYTORCH_ALLOC_CONF",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
 def config(**keys: object) -> RunConfig:
-    return from_mapping({"model_name_or_path": "m", "dataset": "d", "output_dir": "nowhere/out", **keys})
+    return from_mapping(
+        {"model_name_or_path": "m", "dataset": "d", "output_dir": "nowhere/out", **keys}
+    )
 
 
 def asked(monkeypatch: pytest.MonkeyPatch, local: int = 2, **env: str) -> list[str]:
@@ -34,15 +53,30 @@ def asked(monkeypatch: pytest.MonkeyPatch, local: int = 2, **env: str) -> list[s
 
 
 def test_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert asked(monkeypatch) == ["--nproc-per-node=2", "--max-restarts=0", "--standalone", "--module", "module", "x.yaml"]
+    assert asked(monkeypatch) == [
+        "--nproc-per-node=2",
+        "--max-restarts=0",
+        "--standalone",
+        "--module",
+        "module",
+        "x.yaml",
+    ]
     assert "--master-port=29777" in asked(monkeypatch, MASTER_PORT="29777")
 
 
 def test_several_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="set MASTER_ADDR"):
         asked(monkeypatch, NNODES="2")
-    words = asked(monkeypatch, 8, NNODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.1", MASTER_PORT="29501")
-    assert {"--nnodes=2", "--node-rank=1", "--master-addr=10.0.0.1", "--master-port=29501", "--nproc-per-node=8"} <= set(words)
+    words = asked(
+        monkeypatch, 8, NNODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.1", MASTER_PORT="29501"
+    )
+    assert {
+        "--nnodes=2",
+        "--node-rank=1",
+        "--master-addr=10.0.0.1",
+        "--master-port=29501",
+        "--nproc-per-node=8",
+    } <= set(words)
     with pytest.raises(UserError, match="it runs from 0 to 1"):
         asked(monkeypatch, NODE_RANK="2")
     with pytest.raises(UserError, match="NNODES is 'two'; a whole number is needed"):
@@ -50,8 +84,22 @@ def test_several_machines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_elastic(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = asked(monkeypatch, RDZV_ID="job", MIN_NNODES="1", MAX_NNODES="4", MAX_RESTARTS="3", MASTER_ADDR="a", MASTER_PORT="1")
-    assert {"--nnodes=1:4", "--rdzv-id=job", "--rdzv-backend=c10d", "--rdzv-endpoint=a:1", "--max-restarts=3"} <= set(words)
+    words = asked(
+        monkeypatch,
+        RDZV_ID="job",
+        MIN_NNODES="1",
+        MAX_NNODES="4",
+        MAX_RESTARTS="3",
+        MASTER_ADDR="a",
+        MASTER_PORT="1",
+    )
+    assert {
+        "--nnodes=1:4",
+        "--rdzv-id=job",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=a:1",
+        "--max-restarts=3",
+    } <= set(words)
 
 
 def test_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +119,9 @@ def test_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_when_torchrun_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not launch.needs_torchrun(config(), 1)
     assert launch.needs_torchrun(config(), 2)
-    assert launch.needs_torchrun(config(deepspeed={"zero_optimization": {"stage": 0}}, dry_run=True), 1)
+    assert launch.needs_torchrun(
+        config(deepspeed={"zero_optimization": {"stage": 0}}, dry_run=True), 1
+    )
     monkeypatch.setenv("FORCE_TORCHRUN", "1")
     assert launch.needs_torchrun(config(), 1)
     monkeypatch.delenv("FORCE_TORCHRUN")
@@ -110,9 +160,14 @@ time.sleep(120)
 
 def start(folder: Path, end: str) -> subprocess.CompletedProcess[str]:
     (folder / "worker_module.py").write_text(WORKER.format(folder=str(folder), end=end))
-    code = "import sys; from longfactory import launch; sys.exit(launch.torchrun(launch.torchrun_arguments(2, 'worker_module', [])))"
+    code = (
+        "import sys; from longfactory import launch;"
+        " sys.exit(launch.torchrun(launch.torchrun_arguments(2, 'worker_module', [])))"
+    )
     env = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=100)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=100
+    )
 
 
 def is_alive(pid: int) -> bool:
@@ -128,11 +183,17 @@ def is_alive(pid: int) -> bool:
     [
         ("sys.exit(2)", 2, ""),
         ("sys.exit(7)", 7, "Process 1 ended with status 7; the others were stopped"),
-        ("os.kill(os.getpid(), 9)", 137, "Process 1 was ended by signal 9 (killed: often the machine ran out of memory)"),
+        (
+            "os.kill(os.getpid(), 9)",
+            137,
+            "Process 1 was ended by signal 9 (killed: often the machine ran out of memory)",
+        ),
     ],
     ids=["told the user", "failed", "killed"],
 )
-def test_one_worker_s_end_is_every_worker_s(tmp_path: Path, end: str, status: int, words: str) -> None:
+def test_one_worker_s_end_is_every_worker_s(
+    tmp_path: Path, end: str, status: int, words: str
+) -> None:
     done = start(tmp_path, end)
     assert done.returncode == status, done.stderr
     assert words in done.stderr

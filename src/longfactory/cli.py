@@ -35,19 +35,23 @@ Keys have LLaMA-Factory's names; --key value works as well as key=value. One lin
 """
 # What comes before a command's own list of options or keys.
 ABOVE = {
-    "plan": """\
+    "plan": (
+        """\
 longfactory plan run.yaml [key=value ...] [--gpu H200 --gpus 8 ...]
   Model, tokens, sequence_parallel_size, memory and LoRA are those of the run; an option below takes their place.
   Without a file:
-""",
-    "verify": """\
+"""
+    ),
+    "verify": (
+        """\
 Its own keys, which no file holds (docs/verify.md)
   verify_rows=2
       Micro-batches of each data-parallel group in the step that is compared.
   verify_tokens=2048
       Longest row; of a longer one each document keeps its last tokens.
 
-""",
+"""
+    ),
 }
 
 
@@ -84,7 +88,9 @@ def train(argv: list[str]) -> int:
 
 
 def _look(cfg: RunConfig) -> list[str]:
-    """The problems of a run that can be seen from what lies on this machine; prints what could not be checked."""
+    """The problems of a run that can be seen from what lies on this machine; prints what could not
+    be checked.
+    """
     from longfactory.dry_run import look
 
     found = look(cfg)
@@ -95,7 +101,9 @@ def _look(cfg: RunConfig) -> list[str]:
 
 
 def _start(command: str, cfg: RunConfig, argv: list[str]) -> int | None:
-    """Starts the run's processes with `command` and returns their exit status; None in a process that is to do the work itself."""
+    """Starts the run's processes with `command` and returns their exit status; None in a process
+    that is to do the work itself.
+    """
     from longfactory.config.checks import processes
 
     if not launch.is_worker():
@@ -107,7 +115,9 @@ def _start(command: str, cfg: RunConfig, argv: list[str]) -> int | None:
             raise UserError("\n".join(problems))
         launch.set_environment(local)
         if launch.needs_torchrun(cfg, local):
-            return launch.torchrun(launch.torchrun_arguments(local, "longfactory.cli", [command, *argv]))
+            return launch.torchrun(
+                launch.torchrun_arguments(local, "longfactory.cli", [command, *argv])
+            )
     else:
         launch.set_environment(launch.number("LOCAL_WORLD_SIZE", 1))
     return None
@@ -127,7 +137,9 @@ def verify(argv: list[str]) -> int:
         else:
             numbers[key.removeprefix("verify_")] = int(value)
     # Nothing is written there, and what is there is not looked at.
-    cfg = load_config([*words, f"output_dir={os.path.join(tempfile.gettempdir(), 'longfactory-verify')}"])
+    cfg = load_config(
+        [*words, f"output_dir={os.path.join(tempfile.gettempdir(), 'longfactory-verify')}"]
+    )
     if (status := _start("verify", cfg, argv)) is not None:
         return status
     from longfactory.train.verify import verify as compare
@@ -152,7 +164,9 @@ def plan(argv: list[str]) -> int:
 
 
 def plan_arguments(words: list[str]) -> list[str]:
-    """A run's file and key=value words as arguments of the prediction; its own options (--gpus and the like) go along."""
+    """A run's file and key=value words as arguments of the prediction; its own options (--gpus and
+    the like) go along.
+    """
     from longfactory.config import load_config
 
     first = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
@@ -163,7 +177,12 @@ def plan_arguments(words: list[str]) -> list[str]:
     batch = 1 if cfg.packing else cfg.trainer("per_device_train_batch_size")
     assert cfg.model.model_name_or_path is not None
     out = [cfg.model.model_name_or_path, "--tokens", str(cfg.data.cutoff_len * batch)]
-    out += ["--sequence-parallel-size", str(cfg.parallel.sequence_parallel_size), "--memory", cfg.memory.memory]
+    out += [
+        "--sequence-parallel-size",
+        str(cfg.parallel.sequence_parallel_size),
+        "--memory",
+        cfg.memory.memory,
+    ]
     if cfg.method.finetuning_type == "lora":
         out += ["--lora", str(cfg.method.lora_rank)]
     if cfg.model.trust_remote_code:
@@ -218,7 +237,9 @@ READS_KEYS = ("train", "verify", "export", "chat")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0, 2 where the user can put something right, another where the program failed."""
+    """Runs a command and returns its exit status: 0, 2 where the user can put something right,
+    another where the program failed.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("help", "-h", "--help"):
         print(USAGE.format(version=__version__), end="")
@@ -227,13 +248,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         words[0] = "version"
     command, rest = words[0], words[1:]
     if command not in COMMANDS:
-        print(f"longfactory has no command {command!r}. It has {', '.join(COMMANDS)}.", file=sys.stderr)
+        print(
+            f"longfactory has no command {command!r}. It has {', '.join(COMMANDS)}.",
+            file=sys.stderr,
+        )
         return launch.USER_ERROR
     if rest and rest[0] in ("-h", "--help", "help") and command != "plan":
         if command in READS_KEYS:
             from longfactory.config.help import help_text
 
-            print(("" if len(rest) > 1 else ABOVE.get(command, "")) + help_text(rest[1] if len(rest) > 1 else None), end="")
+            print(
+                ("" if len(rest) > 1 else ABOVE.get(command, ""))
+                + help_text(rest[1] if len(rest) > 1 else None),
+                end="",
+            )
         else:
             print(USAGE.format(version=__version__), end="")
         return 0
@@ -249,7 +277,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader (head, less) has gone: nothing is left to say, and Python must not complain while closing.
+        # The reader (head, less) has gone: nothing is left to say, and Python must not complain
+        # while closing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
@@ -259,9 +288,12 @@ def _rank() -> int:
 
 
 def _tell(message: str) -> None:
-    """Prints an error once for the whole run: the first process speaks, and another only where the first has stayed silent."""
+    """Prints an error once for the whole run: the first process speaks, and another only where the
+    first has stayed silent.
+    """
     if _rank() != 0:
-        # When the first process fails too, it speaks during the wait, or the launcher ends this one.
+        # When the first process fails too, it speaks during the wait, or the launcher ends this
+        # one.
         time.sleep(3)
         message = f"Process {_rank()}: {message}"
     if launch.claim_the_word():
@@ -269,7 +301,9 @@ def _tell(message: str) -> None:
 
 
 def run() -> NoReturn:
-    """`main` as a process. A worker that fails leaves at once: closing down could wait for processes that wait for it."""
+    """`main` as a process. A worker that fails leaves at once: closing down could wait for
+    processes that wait for it.
+    """
     try:
         status = main()
     except Exception:

@@ -1,4 +1,6 @@
-"""`--dry_run`: whether everything on this machine that a run needs is there and can be read. No download, no GPU, no weights."""
+"""`--dry_run`: whether everything on this machine that a run needs is there and can be read. No
+download, no GPU, no weights.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 @dataclasses.dataclass
 class Found:
-    """`problems` would end the run; `unchecked` is what nobody looked at, with the reason. A sentence each."""
+    """`problems` would end the run; `unchecked` is what nobody looked at, with the reason. A
+    sentence each.
+    """
 
     problems: list[str] = dataclasses.field(default_factory=list)
     unchecked: list[str] = dataclasses.field(default_factory=list)
@@ -37,7 +41,9 @@ class Found:
 
 
 def look(cfg: RunConfig) -> Found:
-    """Looks at the model, its tokenizer, adapters and reference, the data, the template, and the folders that are written to."""
+    """Looks at the model, its tokenizer, adapters and reference, the data, the template, and the
+    folders that are written to.
+    """
     found = Found()
     tokenizer = _model(cfg, found)
     _adapters(cfg, found)
@@ -52,33 +58,50 @@ def look(cfg: RunConfig) -> Found:
 
 
 def _folder(cfg: RunConfig, key: str, name: str, found: Found) -> Path | None:
-    """The folder of a model or an adapter: of that path, or the hub's snapshot in the cache; None where there is neither."""
+    """The folder of a model or an adapter: of that path, or the hub's snapshot in the cache; None
+    where there is neither.
+    """
     from longfactory.model.load import looks_local
 
     path = Path(name).expanduser()
     if path.exists() or looks_local(name):
         if path.is_dir():
             return path
-        found.problem(f"{key}: {name} is a file; a folder is needed." if path.exists() else f"{key}: the folder {name} does not exist.")
+        found.problem(
+            f"{key}: {name} is a file; a folder is needed."
+            if path.exists()
+            else f"{key}: the folder {name} does not exist."
+        )
         return None
     from huggingface_hub import try_to_load_from_cache
 
     for file in ("config.json", "adapter_config.json"):
         revision = cfg.model.model_revision if key == "model_name_or_path" else None
         try:
-            cached = try_to_load_from_cache(name, file, cache_dir=cfg.model.cache_dir, revision=revision)
+            cached = try_to_load_from_cache(
+                name, file, cache_dir=cfg.model.cache_dir, revision=revision
+            )
         except ValueError:  # of huggingface_hub: not what a name on the hub can be
-            found.problem(f"{key}: there is no folder {name}, and it cannot be a name on the hub either.")
+            found.problem(
+                f"{key}: there is no folder {name}, and it cannot be a name on the hub either."
+            )
             return None
         if isinstance(cached, str):
-            found.unchecked.append(f"{key}: {name} was looked at in this machine's cache, not on the hub.")
+            found.unchecked.append(
+                f"{key}: {name} was looked at in this machine's cache, not on the hub."
+            )
             return Path(cached).parent
-    found.unchecked.append(f"{key}: there is no folder {name}; whether the hub has a model of this name was not looked up.")
+    found.unchecked.append(
+        f"{key}: there is no folder {name}; whether the hub has a model of this name was not"
+        " looked up."
+    )
     return None
 
 
 def _model(cfg: RunConfig, found: Found) -> Any:
-    """Looks at configuration, class, weights and tokenizer of the model. Returns the tokenizer, or None."""
+    """Looks at configuration, class, weights and tokenizer of the model. Returns the tokenizer, or
+    None.
+    """
     from longfactory.model import load
 
     name = cfg.model.model_name_or_path or ""
@@ -117,21 +140,32 @@ def _weights(key: str, folder: Path, found: Found) -> None:
             missing = sorted(p for p in parts if not (folder / p).is_file())
             if missing:
                 more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-                found.problem(f"{key}: {folder} lacks {', '.join(missing[:3])}{more}, which {index.name} names.")
+                found.problem(
+                    f"{key}: {folder} lacks {', '.join(missing[:3])}{more}, which {index.name}"
+                    " names."
+                )
             return
     found.problem(f"{key}: {folder} holds no weights ({', '.join(WEIGHTS)}, or their index).")
 
 
 def _adapters(cfg: RunConfig, found: Found) -> None:
-    for key, names in (("adapter_name_or_path", cfg.model.adapter_name_or_path), ("ref_model_adapters", cfg.method.ref_model_adapters)):
+    for key, names in (
+        ("adapter_name_or_path", cfg.model.adapter_name_or_path),
+        ("ref_model_adapters", cfg.method.ref_model_adapters),
+    ):
         for name in names:
             folder = _folder(cfg, key, name, found)
             if folder is None:
                 continue
             try:
-                kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]
+                kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))[
+                    "peft_type"
+                ]
             except FileNotFoundError:
-                found.problem(f"{key}: {name} holds no adapter_config.json. It should be a folder that PEFT saved.")
+                found.problem(
+                    f"{key}: {name} holds no adapter_config.json. It should be a folder that PEFT"
+                    " saved."
+                )
                 continue
             except (ValueError, KeyError, TypeError):
                 found.problem(f"{key}: the adapter_config.json of {name} is not valid.")
@@ -169,7 +203,9 @@ def _data(cfg: RunConfig, tokenizer: Any, found: Found) -> None:
         except DataError as error:
             found.problem(error)
     if names:
-        found.unchecked.append(f"Rows of the data beyond the first {ROWS} of each set are read when the run starts.")
+        found.unchecked.append(
+            f"Rows of the data beyond the first {ROWS} of each set are read when the run starts."
+        )
 
 
 def _template(cfg: RunConfig, options: Any, tokenizer: Any, found: Found) -> Any:
@@ -183,11 +219,22 @@ def _template(cfg: RunConfig, options: Any, tokenizer: Any, found: Found) -> Any
         return templates.get_template(options, tokenizer, quiet)
     if cfg.data.template is not None:
         templates.named(options, quiet)
-    found.unchecked.append("The template and the first rows were not tokenised: there is no tokenizer on this machine.")
+    found.unchecked.append(
+        "The template and the first rows were not tokenised: there is no tokenizer on this machine."
+    )
     return None
 
 
-def _data_set(cfg: RunConfig, options: Any, name: str, kind: str, template: Any, tokenizer: Any, questions: bool, found: Found) -> None:
+def _data_set(
+    cfg: RunConfig,
+    options: Any,
+    name: str,
+    kind: str,
+    template: Any,
+    tokenizer: Any,
+    questions: bool,
+    found: Found,
+) -> None:
     """Raises DataError for what is wrong with one data set."""
     from longfactory.data import module
     from longfactory.data.errors import BadRow
@@ -197,13 +244,18 @@ def _data_set(cfg: RunConfig, options: Any, name: str, kind: str, template: Any,
     from longfactory.errors import DataError
 
     if cfg.data.dataset_dir == "ONLINE" or cfg.data.dataset_dir.startswith("REMOTE:"):
-        found.unchecked.append(f"Data set {name!r} is on the hub (dataset_dir: {cfg.data.dataset_dir}) and was not looked up.")
+        found.unchecked.append(
+            f"Data set {name!r} is on the hub (dataset_dir: {cfg.data.dataset_dir}) and was not"
+            " looked up."
+        )
         return
     source: Source = read_sources([name], cfg.data.dataset_dir, found.notes.append)[0]
     module.check_kind(source, kind, cfg.method.stage)
     if source.load_from != "file":
         where = "the hub" if source.load_from == "hub" else "another machine"
-        found.unchecked.append(f"Data set {name!r} is on {where} ({source.location}) and was not looked up.")
+        found.unchecked.append(
+            f"Data set {name!r} is on {where} ({source.location}) and was not looked up."
+        )
         return
     source.files()
     rows = list(islice(read(source), ROWS))
@@ -219,12 +271,17 @@ def _data_set(cfg: RunConfig, options: Any, name: str, kind: str, template: Any,
             except BadRow as error:
                 raise DataError(f"Data set {name!r}, {place}: {error}.") from None
         return
-    preparer = module.make_preparer(source, options, kind, template, PieceTokenizer(tokenizer), questions)
+    preparer = module.make_preparer(
+        source, options, kind, template, PieceTokenizer(tokenizer), questions
+    )
     bad = preparer.chunk([(i, place, raw) for i, (place, raw) in enumerate(rows)])[-1]
     if bad.count == len(rows):
         place, reason = bad.places[0]
         more = f" {bad.hint}" if bad.hint else ""
-        raise DataError(f"Data set {name!r}: none of its first {len(rows)} rows can be used. First: {place}: {reason}.{more}")
+        raise DataError(
+            f"Data set {name!r}: none of its first {len(rows)} rows can be used. First: {place}:"
+            f" {reason}.{more}"
+        )
     if bad.count:
         found.notes.append(f"Data set {name!r}, first {len(rows)} rows: {bad.describe()}")
 
@@ -251,4 +308,6 @@ def _writable(key: str, path: Path, found: Found) -> None:
     if not there.is_dir():
         found.problem(f"{key}: {path} cannot be made: {there} is a file.")
     elif not os.access(there, os.W_OK | os.X_OK):
-        found.problem(f"{key}: {path} cannot be written: there is no permission to write into {there}.")
+        found.problem(
+            f"{key}: {path} cannot be written: there is no permission to write into {there}."
+        )

@@ -1,10 +1,14 @@
-"""Errors that a user can act on. The command line prints their message alone, on rank 0 alone, and exits with a non-zero status."""
+"""Errors that a user can act on. The command line prints their message alone, on rank 0 alone, and
+exits with a non-zero status.
+"""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something that the person who started the run can put right. The message says what was found, what was needed, what to do."""
+    """Something that the person who started the run can put right. The message says what was found,
+    what was needed, what to do.
+    """
 
 
 class ConfigError(UserError, ValueError):

@@ -1,4 +1,6 @@
-"""Whether the Hugging Face hub can be reached at all, so that a machine without a network is told at once."""
+"""Whether the Hugging Face hub can be reached at all, so that a machine without a network is told
+at once.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ _WAITS = (1.0, 2.0)
 def unreachable() -> str | None:
     """Why no connection to the hub can be made; None where there is one, or where it is only slow.
 
-    A name that nobody knows and a connection that is refused are tried three times in 3 s; huggingface_hub would try a file that is not
-    in its cache six times in 24 s. Whatever merely takes long is left to that library's own time limits. The answer is kept: one question a
+    A name that nobody knows and a connection that is refused are tried three times in 3 s;
+    huggingface_hub would try a file that is not in its cache six times in 24 s. Whatever merely
+    takes long is left to that library's own time limits. The answer is kept: one question a
     process.
     """
     import huggingface_hub
@@ -37,7 +40,9 @@ def unreachable() -> str | None:
 def _refusal(error: BaseException | None) -> str | None:
     """What the system said, if it said that there is no way to the other machine."""
     while error is not None:
-        if isinstance(error, socket.gaierror) or (isinstance(error, OSError) and error.errno in _REFUSED):
+        if isinstance(error, socket.gaierror) or (
+            isinstance(error, OSError) and error.errno in _REFUSED
+        ):
             return error.strerror or str(error)
         error = error.__cause__ or error.__context__
     return None

@@ -1,4 +1,5 @@
-"""The names of attention kernels: what a run's file may say, and what the engine has. Imports no torch, so that every part can ask.
+"""The names of attention kernels: what a run's file may say, and what the engine has. Imports no
+torch, so that every part can ask.
 
 This is the only list. `sp.backends.BACKENDS` has exactly these names beside "auto", in this order.
 """
@@ -24,15 +25,22 @@ OTHER_NAMES: dict[str, str] = {
     "disabled": "math",
     "eager": "math",
 }
-"""Names of LLaMA-Factory (`flash_attn:`) and of transformers (`attn_implementation`) -> the name here. PyTorch's `sdpa` chooses among
-kernels, as `auto` does; `disabled` and `eager` are the plain formulas."""
+"""Names of LLaMA-Factory (`flash_attn:`) and of transformers (`attn_implementation`) -> the name
+here. PyTorch's `sdpa` chooses among kernels, as `auto` does; `disabled` and `eager` are the plain
+formulas."""
 
 _PACKAGES: dict[str, tuple[str, str, str]] = {
     "fa4": ("flash_attn", "cute", 'Run: pip install "longfactory[fa4]"'),
-    "flash3": ("flash_attn_interface", "", "Build FlashAttention 3 (the hopper folder of its repository)"),
+    "flash3": (
+        "flash_attn_interface",
+        "",
+        "Build FlashAttention 3 (the hopper folder of its repository)",
+    ),
     "flash2": ("flash_attn", "flash_attn_interface.py", "Run: pip install flash-attn"),
 }
-"""The package of a kernel that does not come with PyTorch, what must lie in it (several packages share a name), and how to get it."""
+"""The package of a kernel that does not come with PyTorch, what must lie in it (several packages
+share a name), and how to get it.
+"""
 
 
 def canonical(name: str) -> str:
@@ -41,7 +49,8 @@ def canonical(name: str) -> str:
 
 
 def not_installed(name: str) -> str | None:
-    """What to do to have the kernel `name`, where its package is not there; None where it is, or where there is no package to it.
+    """What to do to have the kernel `name`, where its package is not there; None where it is, or
+    where there is no package to it.
 
     Finds the package without importing it.
     """

@@ -39,7 +39,9 @@ def number(name: str, default: int) -> int:
     try:
         return int(text)
     except ValueError:
-        raise UserError(f"The environment variable {name} is {text!r}; a whole number is needed.") from None
+        raise UserError(
+            f"The environment variable {name} is {text!r}; a whole number is needed."
+        ) from None
 
 
 def device_count() -> int:
@@ -50,19 +52,27 @@ def device_count() -> int:
 
 
 def local_processes(cfg: RunConfig) -> int:
-    """Processes to start on this machine: as asked (key, then NPROC_PER_NODE), else one for each device."""
+    """Processes to start on this machine: as asked (key, then NPROC_PER_NODE), else one for each
+    device.
+    """
     asked = cfg.parallel.nproc_per_node or number("NPROC_PER_NODE", 0)
     devices = 0 if cfg.trainer("use_cpu") else device_count()
     if asked and devices and asked > devices:
         raise UserError(
-            f"nproc_per_node: {asked} processes need a device each, and this machine shows {devices}. Lower it, or use_cpu: true."
+            f"nproc_per_node: {asked} processes need a device each, and this machine shows"
+            f" {devices}. Lower it, or use_cpu: true."
         )
     return asked or max(devices, 1)
 
 
 def needs_torchrun(cfg: RunConfig, local: int) -> bool:
     """More than one process, or a way of training that wants a process group even for one."""
-    return local > 1 or number("NNODES", 1) > 1 or is_on("FORCE_TORCHRUN") or cfg.trainer("deepspeed") is not None
+    return (
+        local > 1
+        or number("NNODES", 1) > 1
+        or is_on("FORCE_TORCHRUN")
+        or cfg.trainer("deepspeed") is not None
+    )
 
 
 def set_environment(processes: int) -> None:
@@ -77,8 +87,8 @@ def set_environment(processes: int) -> None:
 def torchrun_arguments(local: int, module: str, argv: Sequence[str]) -> list[str]:
     """torchrun's own command line, from LLaMA-Factory's environment variables.
 
-    NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT place a fixed number of machines; RDZV_ID, MIN_NNODES, MAX_NNODES, MAX_RESTARTS an
-    elastic run.
+    NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT place a fixed number of machines; RDZV_ID,
+    MIN_NNODES, MAX_NNODES, MAX_RESTARTS an elastic run.
     """
     nodes = number("NNODES", 1)
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
@@ -89,14 +99,29 @@ def torchrun_arguments(local: int, module: str, argv: Sequence[str]) -> list[str
         low, high = os.environ.get("MIN_NNODES"), os.environ.get("MAX_NNODES")
         count = f"{low}:{high}" if low is not None and high is not None else str(nodes)
         endpoint = f"{address or '127.0.0.1'}:{port or 29500}"
-        head += [f"--nnodes={count}", f"--rdzv-id={elastic}", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
+        head += [
+            f"--nnodes={count}",
+            f"--rdzv-id={elastic}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={endpoint}",
+        ]
     elif nodes > 1:
         if address is None:
-            raise UserError(f"NNODES is {nodes}: set MASTER_ADDR to the first machine's address, and NODE_RANK on each machine.")
+            raise UserError(
+                f"NNODES is {nodes}: set MASTER_ADDR to the first machine's address, and NODE_RANK"
+                " on each machine."
+            )
         rank = number("NODE_RANK", 0)
         if not 0 <= rank < nodes:
-            raise UserError(f"NODE_RANK is {rank}; with NNODES {nodes} it runs from 0 to {nodes - 1}.")
-        head += [f"--nnodes={nodes}", f"--node-rank={rank}", f"--master-addr={address}", f"--master-port={port or 29500}"]
+            raise UserError(
+                f"NODE_RANK is {rank}; with NNODES {nodes} it runs from 0 to {nodes - 1}."
+            )
+        head += [
+            f"--nnodes={nodes}",
+            f"--node-rank={rank}",
+            f"--master-addr={address}",
+            f"--master-port={port or 29500}",
+        ]
     elif port is not None:
         head += [f"--master-addr={address or '127.0.0.1'}", f"--master-port={port}"]
     else:
@@ -105,11 +130,14 @@ def torchrun_arguments(local: int, module: str, argv: Sequence[str]) -> list[str
 
 
 TOLD = "LONGFACTORY_TOLD"
-"""Environment variable of the workers: a path that the one who tells the user of an error creates."""
+"""Environment variable of the workers: a path that the one who tells the user of an error creates.
+"""
 
 
 def claim_the_word() -> bool:
-    """Whether this process is the one that tells the user: the first of a launch that asks, or any where there is no launch of ours."""
+    """Whether this process is the one that tells the user: the first of a launch that asks, or any
+    where there is no launch of ours.
+    """
     path = os.environ.get(TOLD)
     if path is None:
         return True
@@ -131,7 +159,9 @@ def torchrun(arguments: list[str]) -> int:
 
 
 def _torchrun(arguments: list[str]) -> int:
-    """Runs torchrun in this process, and returns an exit status. When one worker ends with an error, the others are ended too."""
+    """Runs torchrun in this process, and returns an exit status. When one worker ends with an
+    error, the others are ended too.
+    """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
@@ -151,15 +181,24 @@ def _torchrun(arguments: list[str]) -> int:
             return USER_ERROR
         if status < 0:
             hint = " (killed: often the machine ran out of memory)" if status == -9 else ""
-            print(f"Process {rank} was ended by signal {-status}{hint}; the others were stopped.", file=sys.stderr)
+            print(
+                f"Process {rank} was ended by signal {-status}{hint}; the others were stopped.",
+                file=sys.stderr,
+            )
             return 128 - status
-        print(f"Process {rank} ended with status {status}; the others were stopped. Its own message is above.", file=sys.stderr)
+        print(
+            f"Process {rank} ended with status {status}; the others were stopped. Its own message"
+            " is above.",
+            file=sys.stderr,
+        )
         return status
     return 0
 
 
 def die_with_parent() -> None:
-    """Ends this worker when its launcher is killed. Without it a killed launcher would leave workers that hold their devices."""
+    """Ends this worker when its launcher is killed. Without it a killed launcher would leave
+    workers that hold their devices.
+    """
     if sys.platform != "linux":
         return
     import ctypes

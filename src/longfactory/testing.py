@@ -1,6 +1,6 @@
 """For tests: a pool of ranks that stays alive between tests, and tiny models.
 
-def body(x):                      # runs on every rank; a function of a module, with picklable arguments
+def body(x):  # runs on every rank; a function of a module, with picklable arguments
     t = torch.ones(1)
     dist.all_reduce(t)
     return t.item() + x
@@ -33,18 +33,27 @@ class RankError(RuntimeError):
     """A function raised on some rank, or a rank died. The message holds every rank's traceback."""
 
 
-IMPORTED = ("longfactory.train.run", "longfactory.train.verify", "longfactory.sp.hf", "peft", "deepspeed")
-"""What a rank of a CPU has already imported when it starts: it is forked from a process that did so once for all pools."""
+IMPORTED = (
+    "longfactory.train.run",
+    "longfactory.train.verify",
+    "longfactory.sp.hf",
+    "peft",
+    "deepspeed",
+)
+"""What a rank of a CPU has already imported when it starts: it is forked from a process that did so
+once for all pools.
+"""
 
 
 class RankPool:
     """`size` processes with a process group, gloo on CPUs or nccl with one GPU each.
 
-    The first call of the first pool costs seconds (imports), later ones milliseconds. Groups of gloo that a function made end with it, on
-    every rank: each holds threads that wake up a hundred times a second. `keep_groups` is for a library that keeps its own.
+    The first call of the first pool costs seconds (imports), later ones milliseconds. Groups of
+    gloo that a function made end with it, on every rank: each holds threads that wake up a hundred
+    times a second. `keep_groups` is for a library that keeps its own.
 
-    A rank that died, hung or raised in the middle of a collective leaves the group unusable: the pool then starts afresh at the next
-    call. The group meets through a file, so no port is needed.
+    A rank that died, hung or raised in the middle of a collective leaves the group unusable: the
+    pool then starts afresh at the next call. The group meets through a file, so no port is needed.
     """
 
     def __init__(
@@ -67,7 +76,10 @@ class RankPool:
         rendezvous = os.path.join(self._folder.name, "rendezvous")
         surroundings = (list(sys.path), dict(os.environ))
         args = (self.size, self.backend, rendezvous, self.threads, *surroundings, self._results)
-        self._processes = [context.Process(target=_serve, args=(rank, *args, self._tasks[rank]), daemon=True) for rank in range(self.size)]
+        self._processes = [
+            context.Process(target=_serve, args=(rank, *args, self._tasks[rank]), daemon=True)
+            for rank in range(self.size)
+        ]
         for p in self._processes:
             p.start()
 
@@ -80,13 +92,17 @@ class RankPool:
             self._folder.cleanup()
         self._processes = []
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120.0, **kwargs: Any) -> list[Any]:
+    def run(
+        self, function: Callable[..., Any], *args: Any, timeout: float = 120.0, **kwargs: Any
+    ) -> list[Any]:
         """Calls `function(*args, **kwargs)` on every rank and returns the results in rank order.
 
-        `function` is a plain function of an importable module, and everything that goes in or out can be pickled.
+        `function` is a plain function of an importable module, and everything that goes in or out
+        can be pickled.
 
         Raises:
-            RankError: it raised somewhere, a rank died, or not all answered within `timeout` seconds.
+            RankError: it raised somewhere, a rank died, or not all answered within `timeout`
+                seconds.
         """
         if not self._processes or not all(p.is_alive() for p in self._processes):
             self.stop()
@@ -102,7 +118,11 @@ class RankPool:
             try:
                 rank, ok, value = self._results.get(timeout=0.2)
             except queue.Empty:
-                dead = [r for r, p in enumerate(self._processes) if not p.is_alive() and r not in answers and r not in errors]
+                dead = [
+                    r
+                    for r, p in enumerate(self._processes)
+                    if not p.is_alive() and r not in answers and r not in errors
+                ]
                 for r in dead:
                     errors[r] = f"the process ended with exit code {self._processes[r].exitcode}"
                 if errors or time.monotonic() > deadline:
@@ -112,14 +132,17 @@ class RankPool:
                 answers[rank] = value
             else:
                 errors[rank] = value
-                # The others may be waiting for this rank in a collective: they get a moment to fail by themselves.
+                # The others may be waiting for this rank in a collective: they get a moment to fail
+                # by themselves.
                 deadline = min(deadline, time.monotonic() + 2.0)
         if len(answers) == self.size:
             if self.backend == "gloo" and not self.keep_groups:
                 for tasks in self._tasks:
                     tasks.put(None)  # all are done with the groups, so that none waits for another
             return [answers[r] for r in range(self.size)]
-        self_healed = len(answers) + len(errors) == self.size and not any("exit code" in e for e in errors.values())
+        self_healed = len(answers) + len(errors) == self.size and not any(
+            "exit code" in e for e in errors.values()
+        )
         missing = [r for r in range(self.size) if r not in answers and r not in errors]
         if not self_healed:
             self.stop()
@@ -133,9 +156,16 @@ _pools: dict[tuple[int, str], RankPool] = {}
 
 
 def run_ranks(
-    size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0, process_group: str = "gloo", **kwargs: Any
+    size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 120.0,
+    process_group: str = "gloo",
+    **kwargs: Any,
 ) -> list[Any]:
-    """`RankPool.run` on a pool of `size` processes that lives as long as this process. `process_group`: gloo, or nccl for GPUs."""
+    """`RankPool.run` on a pool of `size` processes that lives as long as this process.
+    `process_group`: gloo, or nccl for GPUs.
+    """
     key = (size, process_group)
     if key not in _pools:
         _pools[key] = RankPool(size, backend=process_group)
@@ -144,7 +174,8 @@ def run_ranks(
 
 
 def process_context(backend: str = "gloo") -> Any:
-    """How ranks are started: forked from a process that has imported what they need; with GPUs, each by itself.
+    """How ranks are started: forked from a process that has imported what they need; with GPUs,
+    each by itself.
 
     CUDA does not survive a fork, and some of the imports ask it for its devices.
     """
@@ -179,15 +210,22 @@ def _serve(
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(threads)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size)
+    )
     if backend == "nccl":
         torch.cuda.set_device(rank)  # else every rank sits on the first GPU
     dist.init_process_group(
-        backend, init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=datetime.timedelta(seconds=100)
+        backend,
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=100),
     )
     modules = 0
     while True:
-        if len(sys.modules) > modules:  # a collection need not look at what was imported: half a million objects
+        # a collection need not look at what was imported: half a million objects
+        if len(sys.modules) > modules:
             modules = len(sys.modules)
             gc.collect()
             gc.freeze()
@@ -214,8 +252,12 @@ class Difference:
     value: float
 
 
-def largest_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> Difference:
-    """Compares tensors by name. A name on one side only, or another shape, is an infinite difference."""
+def largest_difference(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+) -> Difference:
+    """Compares tensors by name. A name on one side only, or another shape, is an infinite
+    difference.
+    """
     worst = Difference("", 0.0)
     for name in sorted(found.keys() | expected.keys()):
         a, b = found.get(name), expected.get(name)
@@ -228,10 +270,17 @@ def largest_difference(found: dict[str, torch.Tensor], expected: dict[str, torch
     return worst
 
 
-def assert_matches_single_process(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
-    """Raises AssertionError naming the tensor that differs most, where one differs by more than `tolerance` (see Difference)."""
+def assert_matches_single_process(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float
+) -> None:
+    """Raises AssertionError naming the tensor that differs most, where one differs by more than
+    `tolerance` (see Difference).
+    """
     worst = largest_difference(found, expected)
-    assert worst.value <= tolerance, f"{worst.name} differs from the single process by {worst.value:.3e}, more than {tolerance:.0e}"
+    assert worst.value <= tolerance, (
+        f"{worst.name} differs from the single process by {worst.value:.3e}, more than"
+        f" {tolerance:.0e}"
+    )
 
 
 _TINY: dict[str, dict[str, Any]] = {
@@ -239,16 +288,39 @@ _TINY: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 12},
     "qwen2": {},
     "qwen3": {"head_dim": 16},
-    "gemma2": {"head_dim": 16, "sliding_window": 12, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0},
+    "gemma2": {
+        "head_dim": 16,
+        "sliding_window": 12,
+        "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": 5.0,
+    },
     "gemma3_text": {"head_dim": 16, "sliding_window": 12},
     "phi3": {"pad_token_id": 0},
-    "gpt_oss": {"head_dim": 16, "sliding_window": 12, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "gpt_oss": {
+        "head_dim": 16,
+        "sliding_window": 12,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "qwen3_moe": {
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    },
 }
 
 
-def tiny_model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, attn: str = "eager", **overrides: Any) -> Any:
-    """A random causal language model of some ten thousand parameters, the same on every process for the same arguments.
+def tiny_model(
+    family: str = "llama",
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    attn: str = "eager",
+    **overrides: Any,
+) -> Any:
+    """A random causal language model of some ten thousand parameters, the same on every process for
+    the same arguments.
 
     Args:
         family: a `model_type` of transformers.

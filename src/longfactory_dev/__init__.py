@@ -1,1 +1,3 @@
-"""Development tools that are not installed with the package: the sweep over model families and its tiny models."""
+"""Development tools that are not installed with the package: the sweep over model families and its
+tiny models.
+"""

@@ -1,10 +1,12 @@
-"""Every causal language model of the installed transformers, tiny and random: exact under sequence parallelism, or refused.
+"""Every causal language model of the installed transformers, tiny and random: exact under sequence
+parallelism, or refused.
 
     python -m longfactory_dev.families [model_type ...] [--size 2] [--write docs/models.md]
 
-A family is built with four layers and a few thousand parameters, with windows, chunks and lengths short enough to matter. A row of two
-documents is spread over the ranks; logits and the gradient of every parameter are compared with the model computing each document
-alone, unsharded, with its own eager attention.
+A family is built with four layers and a few thousand parameters, with windows, chunks and lengths
+short enough to matter. A row of two documents is spread over the ranks; logits and the gradient of
+every parameter are compared with the model computing each document alone, unsharded, with its own
+eager attention.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ Verdict = Literal["exact", "refused", "wrong", "not built"]
 DOCUMENTS = (21, 38)
 """Lengths. With the padding, 64 tokens on 2 or 4 ranks."""
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}
-"""Of the largest difference over the largest value. transformers computes norms and rotary angles in float32, whatever the model's type."""
+"""Of the largest difference over the largest value. transformers computes norms and rotary angles
+in float32, whatever the model's type.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +61,9 @@ class Result:
     logits: float = math.nan
     gradients: float = math.nan
     aux_loss: bool = False
-    """Whether the model can add a router's auxiliary loss of its own, which a shard would compute from its own tokens."""
+    """Whether the model can add a router's auxiliary loss of its own, which a shard would compute
+    from its own tokens.
+    """
 
 
 def families() -> list[str]:
@@ -65,13 +71,24 @@ def families() -> list[str]:
     return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES})
 
 
-def check(family: str, ctx: SequenceParallel, reference: Literal["documents", "row"] = "documents", **overrides: Any) -> Result:
-    """Builds a family and compares. Collective over the world. Never raises for what the family does.
+def check(
+    family: str,
+    ctx: SequenceParallel,
+    reference: Literal["documents", "row"] = "documents",
+    **overrides: Any,
+) -> Result:
+    """Builds a family and compares. Collective over the world. Never raises for what the family
+    does.
 
-    `reference`: the model on each document alone, or on the whole row, where rotary frequencies depend on the row.
+    `reference`: the model on each document alone, or on the whole row, where rotary frequencies
+    depend on the row.
     """
     with contextlib.suppress(Exception):  # the default configuration of some families is not valid
-        kinds = {"layer_types": OVERRIDES[family]["layer_types"]} if "layer_types" in OVERRIDES.get(family, {}) else {}
+        kinds = (
+            {"layer_types": OVERRIDES[family]["layer_types"]}
+            if "layer_types" in OVERRIDES.get(family, {})
+            else {}
+        )
         default = CONFIG_MAPPING[family](**kinds)
         if reason := hf.unsupported(default):
             return Result(family, "refused", reason)
@@ -95,7 +112,11 @@ def check(family: str, ctx: SequenceParallel, reference: Literal["documents", "r
 
 
 def _compare(
-    family: str, model: PreTrainedModel, alone: tuple[Tensor, dict[str, Tensor]], ctx: SequenceParallel, dtype: torch.dtype
+    family: str,
+    model: PreTrainedModel,
+    alone: tuple[Tensor, dict[str, Tensor]],
+    ctx: SequenceParallel,
+    dtype: torch.dtype,
 ) -> Result:
     aux = "load_balancing_loss_func" in vars(sys.modules[type(model).__module__])
     try:
@@ -109,8 +130,19 @@ def _compare(
     scale = max(g.abs().max() for g in reference.values())
     error_gradients = max((gradients[n] - g).abs().max() for n, g in reference.items()) / scale
     tolerance = TOLERANCE[dtype]
-    good = bool(error_logits <= tolerance and error_gradients <= tolerance and gradients.keys() == reference.keys())
-    return Result(family, "exact" if good else "wrong", _features(model), error_logits.item(), error_gradients.item(), aux)
+    good = bool(
+        error_logits <= tolerance
+        and error_gradients <= tolerance
+        and gradients.keys() == reference.keys()
+    )
+    return Result(
+        family,
+        "exact" if good else "wrong",
+        _features(model),
+        error_logits.item(),
+        error_gradients.item(),
+        aux,
+    )
 
 
 def _documents(vocabulary: int) -> list[Tensor]:
@@ -132,14 +164,20 @@ def _vocabulary(model: PreTrainedModel) -> int:
 
 
 def _alone(model: PreTrainedModel, reference: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits [T, V] of the documents one after another, and the gradients of the sum of their losses. Unsharded."""
+    """Logits [T, V] of the documents one after another, and the gradients of the sum of their
+    losses. Unsharded.
+    """
     documents = _documents(_vocabulary(model))
     labels = torch.cat([_shifted(ids) for ids in documents])
     if reference == "row":
         positions = torch.cat([torch.arange(len(ids)) for ids in documents])
-        logits = model(input_ids=torch.cat(documents)[None], position_ids=positions[None], use_cache=False).logits[0]
+        logits = model(
+            input_ids=torch.cat(documents)[None], position_ids=positions[None], use_cache=False
+        ).logits[0]
     else:
-        logits = torch.cat([model(input_ids=ids[None], use_cache=False).logits[0] for ids in documents])
+        logits = torch.cat(
+            [model(input_ids=ids[None], use_cache=False).logits[0] for ids in documents]
+        )
     _loss(logits, labels).backward()
     return logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
@@ -153,8 +191,15 @@ def _sharded(model: PreTrainedModel, ctx: SequenceParallel) -> tuple[Tensor, dic
         documents.append(documents[0].new_zeros(pad))
         labels.append(documents[0].new_full((pad,), -100))
     ends = list(itertools.accumulate(len(ids) for ids in documents))
-    plan = make_plan(ends[-1], [Segment(end - len(ids), end) for ids, end in zip(documents, ends, strict=True)], ctx)
-    row = {"input_ids": torch.cat(documents), "position_ids": torch.cat([torch.arange(len(ids)) for ids in documents])}
+    plan = make_plan(
+        ends[-1],
+        [Segment(end - len(ids), end) for ids, end in zip(documents, ends, strict=True)],
+        ctx,
+    )
+    row = {
+        "input_ids": torch.cat(documents),
+        "position_ids": torch.cat([torch.arange(len(ids)) for ids in documents]),
+    }
     logits = model(**hf.inputs(row, plan)).logits[0]
     # A rank without a label stays attached to the graph.
     (_loss(logits, shard(torch.cat(labels), plan)) + 0.0 * logits.sum()).backward()
@@ -169,11 +214,15 @@ def _sharded(model: PreTrainedModel, ctx: SequenceParallel) -> tuple[Tensor, dic
 
 
 def _features(model: PreTrainedModel) -> str:
-    """What the checked model has that sequence parallelism could lose, and what text does not reach."""
+    """What the checked model has that sequence parallelism could lose, and what text does not
+    reach.
+    """
     config = model.config.get_text_config()
     types = set(hf.layer_types(config))
     out = []
-    if getattr(config, "sliding_window", None) and (types & {"sliding_attention"} or not getattr(config, "layer_types", None)):
+    if getattr(config, "sliding_window", None) and (
+        types & {"sliding_attention"} or not getattr(config, "layer_types", None)
+    ):
         out.append("sliding window")
     if "chunked_attention" in types:
         out.append("chunked attention")
@@ -189,11 +238,16 @@ def _features(model: PreTrainedModel) -> str:
         out.append("experts")
     parts = idle(model)
     if parts.modules:
-        out.append("frozen: " + ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", m) for m in parts.modules)))
+        out.append(
+            "frozen: "
+            + ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", m) for m in parts.modules))
+        )
     lost = [n for n, p in model.named_parameters() if p.grad is None and n not in parts.parameters]
     if lost and any(p.grad is not None for p in model.parameters()):  # after a backward
         out.append(f"{len(lost)} parameters get no gradient ({lost[0]})")
-    if reached := [n for n, p in model.named_parameters() if p.grad is not None and n in parts.parameters]:
+    if reached := [
+        n for n, p in model.named_parameters() if p.grad is not None and n in parts.parameters
+    ]:
         out.append(f"{len(reached)} frozen parameters would get a gradient ({reached[0]})")
     return ", ".join(out)
 
@@ -201,7 +255,9 @@ def _features(model: PreTrainedModel) -> str:
 def _line(error: Exception) -> str:
     """The message in one line, without what every refusal begins and ends with."""
     text = re.sub(r"^Models of type \S+ cannot be trained here: ", "", " ".join(str(error).split()))
-    text = text.partition(" Choose a model type that docs/models.md marks exact")[0].removesuffix(".")
+    text = text.partition(" Choose a model type that docs/models.md marks exact")[0].removesuffix(
+        "."
+    )
     return text[:300] if text else type(error).__name__
 
 
@@ -217,15 +273,32 @@ _LONGROPE: dict[str, Any] = {"short_factor": _SHORT, "long_factor": _LONG, **_OR
 
 VARIANTS: dict[str, tuple[str, Literal["documents", "row"], dict[str, Any]]] = {
     "phi3 with longrope": ("phi3", "row", _rope("longrope", **_LONGROPE) | _ORIGINAL),
-    "phimoe with longrope": ("phimoe", "row", _rope("longrope", short_mscale=1.1, long_mscale=1.3, **_LONGROPE)),
-    "llama with dynamic NTK": ("llama", "row", _rope("dynamic", factor=2.0) | {"max_position_embeddings": 32}),
+    "phimoe with longrope": (
+        "phimoe",
+        "row",
+        _rope("longrope", short_mscale=1.1, long_mscale=1.3, **_LONGROPE),
+    ),
+    "llama with dynamic NTK": (
+        "llama",
+        "row",
+        _rope("dynamic", factor=2.0) | {"max_position_embeddings": 32},
+    ),
     "llama with YaRN": ("llama", "documents", _rope("yarn", factor=4.0, **_ORIGINAL)),
-    "llama 3 frequencies": ("llama", "documents", _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, **_ORIGINAL)),
+    "llama 3 frequencies": (
+        "llama",
+        "documents",
+        _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, **_ORIGINAL),
+    ),
     "llama with 1 key head": ("llama", "documents", {"num_key_value_heads": 1}),
-    "qwen3 with 5 heads": ("qwen3", "documents", {"num_attention_heads": 5, "num_key_value_heads": 5}),
+    "qwen3 with 5 heads": (
+        "qwen3",
+        "documents",
+        {"num_attention_heads": 5, "num_key_value_heads": 5},
+    ),
     "gemma2 with tied embeddings": ("gemma2", "documents", {"tie_word_embeddings": True}),
 }
-"""Settings that a family's default configuration leaves out: name -> (family, reference, fields)."""
+"""Settings that a family's default configuration leaves out: name -> (family, reference, fields).
+"""
 
 
 def check_on_rank(name: str, size: int) -> Result:
@@ -237,7 +310,9 @@ def check_on_rank(name: str, size: int) -> Result:
 
 
 def sweep(names: Sequence[str], size: int, seconds: float = 60.0) -> list[Result]:
-    """Checks each on a pool of `size` processes. A family that fails, hangs or takes longer than `seconds` is reported as not built."""
+    """Checks each on a pool of `size` processes. A family that fails, hangs or takes longer than
+    `seconds` is reported as not built.
+    """
     from longfactory.testing import RankError, RankPool
 
     pool, results = RankPool(size), []
@@ -249,7 +324,11 @@ def sweep(names: Sequence[str], size: int, seconds: float = 60.0) -> list[Result
             except RankError as error:
                 result = Result(name, "not built", str(error).strip().splitlines()[-1][:200])
             results.append(result)
-            print(f"{result.verdict:10} {name:28} {result.logits:8.1e} {result.gradients:8.1e}  {result.detail[:160]}", flush=True)
+            print(
+                f"{result.verdict:10} {name:28} {result.logits:8.1e} {result.gradients:8.1e} "
+                f" {result.detail[:160]}",
+                flush=True,
+            )
     finally:
         pool.stop()
     return results
@@ -257,7 +336,10 @@ def sweep(names: Sequence[str], size: int, seconds: float = 60.0) -> list[Result
 
 def table(results: Sequence[Result], size: int) -> str:
     """docs/models.md."""
-    by = {v: [r for r in results if r.verdict == v] for v in ("exact", "wrong", "refused", "not built")}
+    by = {
+        v: [r for r in results if r.verdict == v]
+        for v in ("exact", "wrong", "refused", "not built")
+    }
     rows = {v: "\n".join(_row(r) for r in by[v]) for v in by}
     lengths = " and ".join(map(str, DOCUMENTS))
     head = f"""# Models
@@ -285,7 +367,10 @@ be trained, with transformers' own, forward and backward, on a few tokens.
 
 """
     if by["wrong"]:
-        head += f"## Wrong\n\n| model type | checked with | logits | gradients |\n|---|---|---|---|\n{rows['wrong']}\n\n"
+        head += (
+            "## Wrong\n\n| model type | checked with | logits | gradients"
+            f" |\n|---|---|---|---|\n{rows['wrong']}\n\n"
+        )
     aux = ", ".join(r.family for r in by["exact"] if r.aux_loss)
     return f"""{head}## Refused
 
@@ -321,8 +406,14 @@ def _row(r: Result) -> str:
 
 def main() -> int:
     """Returns 1 where a family is wrong: neither exact nor refused."""
-    parser = argparse.ArgumentParser(description="Which families of the installed transformers are exact under sequence parallelism.")
-    parser.add_argument("families", nargs="*", help="model types or variants; all of them by default")
+    parser = argparse.ArgumentParser(
+        description=(
+            "Which families of the installed transformers are exact under sequence parallelism."
+        )
+    )
+    parser.add_argument(
+        "families", nargs="*", help="model types or variants; all of them by default"
+    )
     parser.add_argument("--size", type=int, default=2, help="processes that share the row")
     parser.add_argument("--write", type=pathlib.Path, help="write the table to this file")
     args = parser.parse_args()

@@ -1,6 +1,7 @@
 """Tiny random models of any family of transformers, for tests and for the sweep over families.
 
-Four layers, a few thousand parameters, and windows, chunks and lengths short enough to matter in a row of 64 tokens.
+Four layers, a few thousand parameters, and windows, chunks and lengths short enough to matter in a
+row of 64 tokens.
 """
 
 from __future__ import annotations
@@ -15,54 +16,83 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from longfactory.sp.text_model import model_class
 
-# Tiny value -> the fields of configurations that take it. Only fields that a configuration has are set.
+# Tiny value -> the fields of configurations that take it. Only fields that a configuration has are
+# set.
 _VALUES: tuple[tuple[Any, str], ...] = (
     (256, "vocab_size vocab_size_per_layer_input"),
-    (0, "pad_token_id num_kv_shared_layers num_nextn_predict_layers num_mtp_layers emb_neighbor_num"),
+    (
+        0,
+        (
+            "pad_token_id num_kv_shared_layers num_nextn_predict_layers num_mtp_layers"
+            " emb_neighbor_num"
+        ),
+    ),
     (
         1,
-        "bos_token_id n_group topk_group n_shared_experts num_shared_experts first_k_dense_replace num_dense_layers "
-        "moe_layer_start_index first_k_dense mamba_n_groups ngram_vocab_size_ratio num_blocks",
+        (
+            "bos_token_id n_group topk_group n_shared_experts num_shared_experts"
+            " first_k_dense_replace num_dense_layers moe_layer_start_index first_k_dense"
+            " mamba_n_groups ngram_vocab_size_ratio num_blocks"
+        ),
     ),
     (
         2,
-        "eos_token_id encoder_layers num_key_value_heads num_kv_heads swa_num_key_value_heads num_global_key_value_heads "
-        "num_experts_per_tok moe_top_k moe_topk moe_k num_experts_per_token top_k_experts zero_expert_num max_window_layers "
-        "mamba_expand n_mamba_heads index_n_heads num_codebooks num_query_groups",
+        (
+            "eos_token_id encoder_layers num_key_value_heads num_kv_heads swa_num_key_value_heads"
+            " num_global_key_value_heads num_experts_per_tok moe_top_k moe_topk moe_k"
+            " num_experts_per_token top_k_experts zero_expert_num max_window_layers mamba_expand"
+            " n_mamba_heads index_n_heads num_codebooks num_query_groups"
+        ),
     ),
     (512, "max_position_embeddings n_positions max_seq_len"),
     (
         64,
-        "hidden_size n_embd d_model dim word_embed_proj_dim embedding_size embed_dim conv_dim block_dim lru_width "
-        "mup_base_width dim_model_base hidden_dim ext_pw_out_channel nemo_conv_channels depthwise_separable_out_channel",
+        (
+            "hidden_size n_embd d_model dim word_embed_proj_dim embedding_size embed_dim conv_dim"
+            " block_dim lru_width mup_base_width dim_model_base hidden_dim ext_pw_out_channel"
+            " nemo_conv_channels depthwise_separable_out_channel"
+        ),
     ),
     (
         4,
-        "num_hidden_layers n_layer n_layers num_layers decoder_layers num_attention_heads n_head n_heads num_heads "
-        "decoder_attention_heads encoder_attention_heads swa_num_attention_heads num_experts num_local_experts n_routed_experts "
-        "moe_num_experts floor_scale linear_num_key_heads",
+        (
+            "num_hidden_layers n_layer n_layers num_layers decoder_layers num_attention_heads"
+            " n_head n_heads num_heads decoder_attention_heads encoder_attention_heads"
+            " swa_num_attention_heads num_experts num_local_experts n_routed_experts"
+            " moe_num_experts floor_scale linear_num_key_heads"
+        ),
     ),
     (
         16,
-        "head_dim d_kv kv_channels attention_head_dim swa_head_dim swa_v_head_dim global_head_dim kv_lora_rank qk_nope_head_dim "
-        "v_head_dim o_lora_rank mamba_d_head mamba_chunk_size mamba_head_dim chunk_size index_head_dim",
+        (
+            "head_dim d_kv kv_channels attention_head_dim swa_head_dim swa_v_head_dim"
+            " global_head_dim kv_lora_rank qk_nope_head_dim v_head_dim o_lora_rank mamba_d_head"
+            " mamba_chunk_size mamba_head_dim chunk_size index_head_dim"
+        ),
     ),
     (
         96,
-        "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner ffn_hidden_size dff intermediate_size_mlp "
-        "dense_intermediate_size block_ff_dim",
+        (
+            "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner ffn_hidden_size dff"
+            " intermediate_size_mlp dense_intermediate_size block_ff_dim"
+        ),
     ),
     (
         32,
-        "shared_intermediate_size moe_intermediate_size moe_shared_expert_intermediate_size shared_expert_intermediate_size "
-        "expert_ffn_hidden_size q_lora_rank audio_vocab_size",
+        (
+            "shared_intermediate_size moe_intermediate_size moe_shared_expert_intermediate_size"
+            " shared_expert_intermediate_size expert_ffn_hidden_size q_lora_rank audio_vocab_size"
+        ),
     ),
     (
         8,
-        "qk_rope_head_dim sliding_window attention_chunk_size window_size swa_window sliding_window_size local_window_size "
-        "local_attention attention_window_size rotary_dim hidden_size_per_layer_input linear_num_value_heads "
-        "linear_key_head_dim linear_value_head_dim mamba_n_heads mamba_d_state mamba_num_heads ssm_state_size mamba_state_dim "
-        "state_size laurel_rank index_topk",
+        (
+            "qk_rope_head_dim sliding_window attention_chunk_size window_size swa_window"
+            " sliding_window_size local_window_size local_attention attention_window_size"
+            " rotary_dim hidden_size_per_layer_input linear_num_value_heads linear_key_head_dim"
+            " linear_value_head_dim mamba_n_heads mamba_d_state mamba_num_heads ssm_state_size"
+            " mamba_state_dim state_size laurel_rank index_topk"
+        ),
     ),
     (True, "use_sliding_window"),
     (128, "mamba_d_ssm"),
@@ -75,26 +105,41 @@ _TINY = {name: value for value, names in _VALUES for name in names.split()}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "llama4_text": {
         "no_rope_layers": [1, 1, 0, 0],
-        "layer_types": ["chunked_attention", "full_attention", "chunked_attention", "full_attention"],
+        "layer_types": [
+            "chunked_attention",
+            "full_attention",
+            "chunked_attention",
+            "full_attention",
+        ],
     },
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "cohere_compass_text": {
-        "rope_parameters": {k: {"rope_type": "default", "rope_theta": 1e4} for k in ("sliding_attention", "full_attention")}
+        "rope_parameters": {
+            k: {"rope_type": "default", "rope_theta": 1e4}
+            for k in ("sliding_attention", "full_attention")
+        }
     },
     "xlm": {"emb_dim": 64, "n_words": 256},
     "reformer": {"is_decoder": True},
     "ministral3": {
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.3, "original_max_position_embeddings": 8}
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "llama_4_scaling_beta": 0.3,
+            "original_max_position_embeddings": 8,
+        }
     },
 }
 
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 """Sections of a rotary embedding in three dimensions, for heads of 16."""
 OVERRIDES |= {
-    "glm4v_moe_text": {"rope_parameters": _MROPE | {"mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}},
+    "glm4v_moe_text": {
+        "rope_parameters": _MROPE | {"mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}
+    },
     "paddleocr_vl_text": {"rope_parameters": _MROPE},
     "ernie4_5_vl_moe_text": {
         "rope_parameters": _MROPE,
@@ -113,7 +158,10 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "inkling2": {"vision_config": {"text_hidden_size": 64}},
     "molmo2": {"adapter_config": {"vision_feature_layer": [2, 1]}},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
-    "muse_spark": {"audio_config": {"out_hidden_size": 64}, "vision_config": {"out_hidden_size": 64}},
+    "muse_spark": {
+        "audio_config": {"out_hidden_size": 64},
+        "vision_config": {"out_hidden_size": 64},
+    },
 }
 
 
@@ -132,12 +180,20 @@ def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
         part = getattr(default, key, None)
         if isinstance(part, PreTrainedConfig):
             own = PARTS.get(family, {}).get(key, {})
-            parts[key] = _shrunk(type(part), part, {**own, **fields} if part is text else own).to_dict()
+            parts[key] = _shrunk(
+                type(part), part, {**own, **fields} if part is text else own
+            ).to_dict()
     whole = PARTS.get(family, {}).get("", {})
-    return _shrunk(kind, default, {**parts, **whole, **fields}) if text is default else kind(**parts, **whole)
+    return (
+        _shrunk(kind, default, {**parts, **whole, **fields})
+        if text is default
+        else kind(**parts, **whole)
+    )
 
 
-def _shrunk(kind: type[PreTrainedConfig], default: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:
+def _shrunk(
+    kind: type[PreTrainedConfig], default: PreTrainedConfig, overrides: Mapping[str, Any]
+) -> PreTrainedConfig:
     values = default.to_dict()
     has = set(values) | set(kind.attribute_map)
     fields = {k: v for k, v in _TINY.items() if k in has and k not in kind.attribute_map}
@@ -151,7 +207,11 @@ def _shrunk(kind: type[PreTrainedConfig], default: PreTrainedConfig, overrides: 
     if "mrope_section" in getattr(kind, "ignore_keys_at_rope_validation", ()):
         fields["rope_parameters"] = dict(_MROPE)
     types = getattr(default, "layer_types", None)
-    if types and "layer_types" in has and not isinstance(getattr(kind, "layer_types", None), property):
+    if (
+        types
+        and "layer_types" in has
+        and not isinstance(getattr(kind, "layer_types", None), property)
+    ):
         kinds = list(dict.fromkeys(types))
         if kinds == ["full_attention"] and "sliding_window" in has:
             kinds = ["sliding_attention", "full_attention"]
@@ -160,20 +220,32 @@ def _shrunk(kind: type[PreTrainedConfig], default: PreTrainedConfig, overrides: 
     return kind(**fields)
 
 
-def tiny_model(family: str, dtype: torch.dtype = torch.float64, **overrides: Any) -> PreTrainedModel:
-    """Random weights, large enough that attention changes the logits by more than a rounding error. The same on every rank."""
+def tiny_model(
+    family: str, dtype: torch.dtype = torch.float64, **overrides: Any
+) -> PreTrainedModel:
+    """Random weights, large enough that attention changes the logits by more than a rounding error.
+    The same on every rank.
+    """
     config = tiny_config(family, **overrides)
     torch.manual_seed(0)
     with torch.device("meta"):
         size = sum(p.numel() for p in model_class(config).from_config().parameters())
     if size > 20_000_000:
         raise ValueError(f"the tiny model has {size / 1e6:.0f} million parameters")
-    model = model_class(config).from_config(attn_implementation="eager", experts_implementation="eager").to(dtype).eval()
+    model = (
+        model_class(config)
+        .from_config(attn_implementation="eager", experts_implementation="eager")
+        .to(dtype)
+        .eval()
+    )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() >= 2:
-                p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) / math.sqrt(min(p.shape[-1], 64)))
+                p.copy_(
+                    torch.randn(p.shape, generator=generator, dtype=torch.float64)
+                    / math.sqrt(min(p.shape[-1], 64))
+                )
             else:
                 p.add_(0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
     return model

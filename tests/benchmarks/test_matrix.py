@@ -1,4 +1,6 @@
-"""benchmarks/matrix.py: its cases cover every pair, its comparison has teeth, and its CPU form is green."""
+"""benchmarks/matrix.py: its cases cover every pair, its comparison has teeth, and its CPU form is
+green.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +22,25 @@ def test_every_pair_of_values_occurs_unless_a_rule_refuses_it() -> None:
     for a, b in itertools.combinations(matrix.AXES, 2):
         for x, y in itertools.product(matrix.AXES[a], matrix.AXES[b]):
             pair = {a: x, b: y}
-            refused = pair in ({"processes": "one", "sp": "2"}, {"precision": "pure_bf16", "processes": "zero3"})
+            refused = pair in (
+                {"processes": "one", "sp": "2"},
+                {"precision": "pure_bf16", "processes": "zero3"},
+            )
             assert (frozenset({(a, x), (b, y)}) in seen) != refused, (a, x, b, y)
     assert len(cases) <= 75
 
 
 def row(loss: float, precision: str = "bf16") -> dict:
-    return {"precision": precision, "loss": [loss] * matrix.STEPS, "grad_norm": [2.0] * matrix.STEPS}
+    return {
+        "precision": precision,
+        "loss": [loss] * matrix.STEPS,
+        "grad_norm": [2.0] * matrix.STEPS,
+    }
 
 
-@pytest.mark.parametrize(("ours", "verdict"), [(7.0, "same"), (7.02, "same"), (7.2, "DIFFERENT"), (14.0, "DIFFERENT")])
+@pytest.mark.parametrize(
+    ("ours", "verdict"), [(7.0, "same"), (7.02, "same"), (7.2, "DIFFERENT"), (14.0, "DIFFERENT")]
+)
 def test_the_loops_own_error_is_the_measure(ours: float, verdict: str) -> None:
     assert matrix.compare(row(ours), row(7.0), row(7.01))[0] == verdict
 

@@ -1,4 +1,6 @@
-"""The rows of the throughput and length tables, on a tiny model: what they measure is what they say."""
+"""The rows of the throughput and length tables, on a tiny model: what they measure is what they
+say.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +26,18 @@ def test_a_pair_is_prompt_chosen_rejected_of_as_many_tokens_as_asked() -> None:
     for tokens, multiple in ((512, 4), (1000, 16)):
         row = _peers.preference_row(tokens, 512, multiple)
         prompt, chosen, rejected, *rest = row.documents
-        assert len(row) == -(-tokens // multiple) * multiple and [d.role for d in rest] in ([], ["pad"])
+        assert len(row) == -(-tokens // multiple) * multiple and [d.role for d in rest] in (
+            [],
+            ["pad"],
+        )
         assert rejected.stop == tokens and prompt.stop / tokens == pytest.approx(0.95, abs=0.005)
         assert [d.role for d in (prompt, chosen, rejected)] == ["prompt", "chosen", "rejected"]
         assert (chosen.parent, rejected.parent, chosen.sample, rejected.sample) == (0, 0, 0, 0)
         for d in (chosen, rejected):
             assert d.trained == tokens // 40 and d.reference_logp == -d.trained * math.log(512)
-            assert row.position_ids[d.start : d.stop].tolist() == list(range(prompt.stop, prompt.stop + d.stop - d.start))
+            assert row.position_ids[d.start : d.stop].tolist() == list(
+                range(prompt.stop, prompt.stop + d.stop - d.start)
+            )
         assert bool((row.labels[: prompt.stop] == IGNORE).all())
 
 
@@ -39,22 +46,43 @@ def test_a_pair_is_prompt_chosen_rejected_of_as_many_tokens_as_asked() -> None:
 def test_a_pair_over_two_processes_is_the_pair_in_one(tmp_path: Path) -> None:
     one, two = (run_row(job("dpo", [256], **KEYS), n, Clock(180), tmp_path / "log") for n in (1, 2))
     assert [r.get("error") for r in (*one, *two)] == [None, None]
-    assert one[0]["loss"] == pytest.approx(two[0]["loss"], abs=2e-3) and abs(one[0]["loss"] - math.log(2)) > 0.01
+    assert (
+        one[0]["loss"] == pytest.approx(two[0]["loss"], abs=2e-3)
+        and abs(one[0]["loss"] - math.log(2)) > 0.01
+    )
     for r in (*one, *two):
-        assert (r["tokens"], r["computed"], r["as_two_rows"], r["kernels"]) == (256, 256, 2 * (243 + 6), ["cpu"])
+        assert (r["tokens"], r["computed"], r["as_two_rows"], r["kernels"]) == (
+            256,
+            256,
+            2 * (243 + 6),
+            ["cpu"],
+        )
         assert r["seconds"] > 0 and r["parts"]["update"] > 0
 
 
-@pytest.mark.parametrize(("row", "offload"), [("ours", "inputs"), ("ours", "inputs+attention"), ("dpo", "inputs+attention")])
-def test_host_bytes_are_those_of_this_length(row: str, offload: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+@pytest.mark.parametrize(
+    ("row", "offload"),
+    [("ours", "inputs"), ("ours", "inputs+attention"), ("dpo", "inputs+attention")],
+)
+def test_host_bytes_are_those_of_this_length(
+    row: str, offload: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     """Two lengths in one process: what the first has locked is not counted for the second."""
-    settings = auto.MemorySettings(keep_attention=1.0, offload=offload, pool_bytes=2**30, last_layers_on_gpu=1)  # type: ignore[arg-type]
+    settings = auto.MemorySettings(
+        keep_attention=1.0, offload=offload, pool_bytes=2**30, last_layers_on_gpu=1
+    )  # type: ignore[arg-type]
     real = auto.choose_memory
-    monkeypatch.setattr(auto, "choose_memory", lambda *a, **k: dataclasses.replace(real(*a, **k), settings=settings))
+    monkeypatch.setattr(
+        auto, "choose_memory", lambda *a, **k: dataclasses.replace(real(*a, **k), settings=settings)
+    )
     torch.manual_seed(0)
     bench = _peers.Bench(_peers.Job(row, [1024, 512], **KEYS))
     _peers.ours(bench)
-    results = [json.loads(line[7:]) for line in capsys.readouterr().out.splitlines() if line.startswith("RESULT ")]
+    results = [
+        json.loads(line[7:])
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("RESULT ")
+    ]
     assert [r["tokens"] for r in results] == [1024, 512]
     shape = _peers.SHAPES["tiny"]
     inputs = 2 * shape["hidden_size"]

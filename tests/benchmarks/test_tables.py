@@ -1,4 +1,6 @@
-"""What starts the rows of the throughput and length tables: results that are merged, and processes that are gone."""
+"""What starts the rows of the throughput and length tables: results that are merged, and processes
+that are gone.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,11 @@ def fact(row: str, tokens: int, **keys: Any) -> dict[str, Any]:
 
 
 def test_a_measurement_replaces_and_an_error_does_not() -> None:
-    old = [fact("ours", 100, seconds=1.0), fact("ours", 200, error="out of memory"), fact("alst", 100, seconds=3.0)]
+    old = [
+        fact("ours", 100, seconds=1.0),
+        fact("ours", 200, error="out of memory"),
+        fact("alst", 100, seconds=3.0),
+    ]
     new = [
         fact("ours", 100, error="stopped"),  # was measured
         fact("ours", 200, seconds=5.0),  # was not
@@ -34,7 +40,9 @@ def test_a_measurement_replaces_and_an_error_does_not() -> None:
         fact("alst", 200, error="out of memory"),
         fact("hf", 100, error="out of memory"),
     ]
-    found = [(r["row"], r["tokens"], r.get("seconds", r.get("error"))) for r in _table.merge(old, new)]
+    found = [
+        (r["row"], r["tokens"], r.get("seconds", r.get("error"))) for r in _table.merge(old, new)
+    ]
     assert found == [
         ("ours", 50, 0.5),
         ("ours", 100, 1.0),
@@ -47,7 +55,17 @@ def test_a_measurement_replaces_and_an_error_does_not() -> None:
     assert [r["error"] for r in again if r["row"] == "hf"] == ["stopped"]
 
 
-@pytest.mark.parametrize("other", [{"layers": 4}, {"kernel": "flash"}, {"gpus": 4}, {"memory": "long"}, {"mode": "ulysses"}, {"name": "x"}])
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"layers": 4},
+        {"kernel": "flash"},
+        {"gpus": 4},
+        {"memory": "long"},
+        {"mode": "ulysses"},
+        {"name": "x"},
+    ],
+)
 def test_another_job_is_another_result(other: dict[str, Any]) -> None:
     first, second = fact("ours", 100, seconds=1.0), fact("ours", 100, seconds=2.0) | other
     assert _table.merge([first], [second]) == [first, second]
@@ -55,32 +73,58 @@ def test_another_job_is_another_result(other: dict[str, Any]) -> None:
 
 def test_written_files_keep_what_is_not_measured_again(tmp_path: Path) -> None:
     def render(results: list[dict[str, Any]]) -> str:
-        return "\n".join(f"{r['row']} {r['tokens']} {r.get('seconds', r.get('error'))}" for r in results)
+        return "\n".join(
+            f"{r['row']} {r['tokens']} {r.get('seconds', r.get('error'))}" for r in results
+        )
 
-    first = [fact("ours", 100, seconds=1.0, command="first", date="2026-01-01"), fact("alst", 100, error="stopped")]
+    first = [
+        fact("ours", 100, seconds=1.0, command="first", date="2026-01-01"),
+        fact("alst", 100, error="stopped"),
+    ]
     _table.write(tmp_path, "t", "# T", render, first, {"machine": "m"})
     stored = json.loads((tmp_path / "t.json").read_text())
     (tmp_path / "t.json").write_text(json.dumps(stored | {"notes": ["A sentence."]}))
-    second = [fact("alst", 100, seconds=2.0, command="second", date="2026-01-02", versions={"torch": "9"})]
+    second = [
+        fact("alst", 100, seconds=2.0, command="second", date="2026-01-02", versions={"torch": "9"})
+    ]
     table = _table.write(tmp_path, "t", "# T", render, second, {"machine": "m"})
     assert table == "ours 100 1.0\nalst 100 2.0"
     stored = json.loads((tmp_path / "t.json").read_text())
-    assert [r["command"] for r in stored["results"]] == ["first", "second"] and stored["notes"] == ["A sentence."]
-    assert (tmp_path / "t.md").read_text() == (
-        "# T\n\nours 100 1.0\nalst 100 2.0\n\nA sentence.\n\n`first` (2026-01-01)\n\n`second` (2026-01-02, torch 9)\n"
+    assert [r["command"] for r in stored["results"]] == ["first", "second"] and stored["notes"] == [
+        "A sentence."
+    ]
+    assert (
+        (tmp_path / "t.md").read_text()
+        == "# T\n\nours 100 1.0\nalst 100 2.0\n\nA sentence.\n\n`first` (2026-01-01)\n\n`second` (2026-01-02, torch 9)\n"
     )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["t.json", "t.md"]
 
 
 def test_the_command_does_not_say_where_results_went(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["/somewhere/benchmarks/length.py", "--gpus", "2", "--out", "/here", "--rows", "ours", "--out=/there"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "/somewhere/benchmarks/length.py",
+            "--gpus",
+            "2",
+            "--out",
+            "/here",
+            "--rows",
+            "ours",
+            "--out=/there",
+        ],
+    )
     assert _table.command_line() == "python benchmarks/length.py --gpus 2 --rows ours"
 
 
 def test_a_system_is_named_with_its_kernels() -> None:
     assert system(fact("alst", 1, kernels=["cudnn"])) == "DeepSpeed ALST (cuDNN)"
     assert system(fact("alst", 1) | {"kernel": "flash"}) == "DeepSpeed ALST (FlashAttention 2)"
-    assert system(fact("ours", 1, kernels=["cudnn", "flash"], mode="ulysses")) == "LongFactory (cuDNN, FlashAttention 2, ulysses)"
+    assert (
+        system(fact("ours", 1, kernels=["cudnn", "flash"], mode="ulysses"))
+        == "LongFactory (cuDNN, FlashAttention 2, ulysses)"
+    )
     assert system(fact("ours", 1)) == "LongFactory"
 
 
@@ -88,16 +132,20 @@ def test_errors_and_pairs_fill_every_column_of_the_length_table() -> None:
     measured = {"seconds": 2.0, "peak": 2**30, "locked": 2**31, "used": 2**30}
     for results in (
         [fact("ours", 2**20, **measured), fact("ours", 2**21, error="out of memory")],
-        [fact("dpo", 2**20, computed=2**20, as_two_rows=2**21, **measured), fact("dpo", 2**21, error="out of memory")],
+        [
+            fact("dpo", 2**20, computed=2**20, as_two_rows=2**21, **measured),
+            fact("dpo", 2**21, error="out of memory"),
+        ],
     ):
         lines = length_table(results, 2).splitlines()
         assert len({line.count("|") for line in lines}) == 1
         assert "4.0 (2.0)" in lines[2] and "4,096 (2,048)" in lines[2]
 
 
-# -- ends ---------------------------------------------------------------------------------------------------------------------------------
+# -- ends ------------------------------------------------------------------------------------------
 
-# A row that reports one length, starts a process in a session of its own that will not be asked to end, and then hangs.
+# A row that reports one length, starts a process in a session of its own that will not be asked to
+# end, and then hangs.
 HANGING = """
 import json, os, signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -133,7 +181,9 @@ def wait_for(pids: Path, count: int) -> list[int]:
 @pytest.mark.processes
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_leaves_no_process_and_loses_no_result(tmp_path: Path, signum: signal.Signals) -> None:
+def test_a_signal_leaves_no_process_and_loses_no_result(
+    tmp_path: Path, signum: signal.Signals
+) -> None:
     """Two workers under torchrun, which puts each into a session of its own."""
     script, pids, out = tmp_path / "hanging.py", tmp_path / "pids", tmp_path / "found.json"
     script.write_text(HANGING)
@@ -148,7 +198,9 @@ def test_a_signal_leaves_no_process_and_loses_no_result(tmp_path: Path, signum: 
         Path({str(out)!r}).write_text(json.dumps(found))
         sys.exit(clock.exit_code(False))
     """)
-    process = subprocess.Popen([sys.executable, "-c", parent], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        [sys.executable, "-c", parent], env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     started: list[int] = []
     try:
         started = wait_for(pids, 4)
@@ -169,7 +221,9 @@ def test_a_signal_leaves_no_process_and_loses_no_result(tmp_path: Path, signum: 
 
 
 @pytest.mark.processes
-def test_a_row_that_is_out_of_time_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_is_out_of_time_leaves_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_table, "LEAST", 0.0)
     monkeypatch.setattr(_table, "GRACE", 0.5)
     script, pids = tmp_path / "hanging.py", tmp_path / "pids"

@@ -36,7 +36,10 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"dataset": None}, "dataset is missing"),
     ({"output_dir": None}, "output_dir is missing"),
     ({"train_on_prompt": True, "mask_history": True}, "Keep one of them"),
-    ({"stage": "dpo", "train_on_prompt": True}, "train_on_prompt is for stage: sft; this run's stage is dpo"),
+    (
+        {"stage": "dpo", "train_on_prompt": True},
+        "train_on_prompt is for stage: sft; this run's stage is dpo",
+    ),
     ({"stage": "kto", "mask_history": True}, "mask_history is for stage: sft"),
     ({"packing": False, "neat_packing": True}, "contradict"),
     ({"val_size": 0.1, "eval_dataset": "e"}, "eval_dataset and val_size were both given"),
@@ -44,7 +47,10 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"do_eval": True, "do_train": True}, "Give eval_dataset, or val_size above 0"),
     ({"val_size": 2.5}, "whole number of samples"),
     ({"max_steps": 0}, "max_steps: 0 trains nothing"),
-    ({"dataset": "a,b", "interleave_probs": "1,0", "mix_strategy": "interleave_over"}, "Leave it out of dataset"),
+    (
+        {"dataset": "a,b", "interleave_probs": "1,0", "mix_strategy": "interleave_over"},
+        "Leave it out of dataset",
+    ),
     ({"save_strategy": "best"}, "Set metric_for_best_model"),
     ({"optim_args": "a=1,b"}, "optim_args: b is not name=value"),
     ({"seed": -1}, "seed: -1 was given, a number from 0 to 4294967295 is needed"),
@@ -54,20 +60,45 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"streaming": True, "max_steps": 5, "val_size": 0.1}, "val_size as a number of samples"),
     ({"streaming": True, "max_steps": 5, "save_strategy": "epoch"}, "Set save_strategy: steps"),
     ({"interleave_probs": "0.5,0.5"}, "mix_strategy: interleave_under"),
-    ({"interleave_probs": "0.5,0.5", "mix_strategy": "interleave_over"}, "2 numbers for 1 data sets"),
-    ({"dataset": "a,b", "interleave_probs": "0.5,0.4", "mix_strategy": "interleave_over"}, "sum to 0.9"),
-    ({"stage": "dpo", "pref_loss": "ipo", "dpo_label_smoothing": 0.1}, "means nothing to pref_loss: ipo"),
+    (
+        {"interleave_probs": "0.5,0.5", "mix_strategy": "interleave_over"},
+        "2 numbers for 1 data sets",
+    ),
+    (
+        {"dataset": "a,b", "interleave_probs": "0.5,0.4", "mix_strategy": "interleave_over"},
+        "sum to 0.9",
+    ),
+    (
+        {"stage": "dpo", "pref_loss": "ipo", "dpo_label_smoothing": 0.1},
+        "means nothing to pref_loss: ipo",
+    ),
     ({"stage": "dpo", "pref_loss": "exo_pair"}, "Give one, for example 0.001"),
     ({"use_dft_loss": True, "use_asft_loss": True}, "A run has one loss"),
-    ({"use_asft_loss": True, "precompute_ref_log_probs": True}, "Leave precompute_ref_log_probs out"),
-    ({"use_asft_loss": True, "finetuning_type": "full", "train_from_scratch": True}, "Name a ref_model, or use finetuning_type: lora"),
+    (
+        {"use_asft_loss": True, "precompute_ref_log_probs": True},
+        "Leave precompute_ref_log_probs out",
+    ),
+    (
+        {"use_asft_loss": True, "finetuning_type": "full", "train_from_scratch": True},
+        "Name a ref_model, or use finetuning_type: lora",
+    ),
     ({"report_to": "wandb,tenserboard"}, "report_to: tenserboard is not a choice"),
     (
-        {"eval_dataset": "a,b", "eval_on_each_dataset": True, "load_best_model_at_end": True, "eval_strategy": "steps"},
+        {
+            "eval_dataset": "a,b",
+            "eval_on_each_dataset": True,
+            "load_best_model_at_end": True,
+            "eval_strategy": "steps",
+        },
         "Set metric_for_best_model: eval_a_loss",
     ),
     (
-        {"eval_dataset": "a,b", "eval_on_each_dataset": True, "early_stopping_steps": 2, "eval_strategy": "steps"},
+        {
+            "eval_dataset": "a,b",
+            "eval_on_each_dataset": True,
+            "early_stopping_steps": 2,
+            "eval_strategy": "steps",
+        },
         "Set metric_for_best_model: eval_a_loss",
     ),
     ({"stage": "rm", "load_best_model_at_end": True}, "not supported with stage: rm"),
@@ -76,12 +107,18 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"pure_bf16": True, "fp16": True}, "contradict"),
     ({"finetuning_type": "full", "adapter_name_or_path": "a"}, "longfactory export"),
     ({"finetuning_type": "full", "use_dora": True}, "use_dora is for finetuning_type: lora"),
-    ({"finetuning_type": "freeze", "loraplus_lr_ratio": 16}, "loraplus_lr_ratio is for finetuning_type: lora"),
+    (
+        {"finetuning_type": "freeze", "loraplus_lr_ratio": 16},
+        "loraplus_lr_ratio is for finetuning_type: lora",
+    ),
     ({"quantization_bit": 8, "sharding": "fsdp2"}, "cannot shard weights of 8 bits"),
     ({"finetuning_type": "full", "quantization_bit": 4}, "Use lora, or leave quantization_bit out"),
     ({"quantization_bit": 4, "pissa_init": True}, "pissa_init decomposes"),
     ({"quantization_bit": 4, "resize_vocab": True}, "resize_vocab cannot"),
-    ({"quantization_bit": 4, "adapter_name_or_path": "a", "create_new_adapter": True}, "Merge them first"),
+    (
+        {"quantization_bit": 4, "adapter_name_or_path": "a", "create_new_adapter": True},
+        "Merge them first",
+    ),
     ({"quantization_bit": 4, "adapter_name_or_path": "a,b"}, "takes one adapter"),
     (
         {
@@ -92,9 +129,22 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
         },
         "2 x sequence_parallel_ring_degree 2 = 4, and sequence_parallel_size is 8",
     ),
-    ({"sequence_parallel_mode": "usp", "sequence_parallel_size": 8, "sequence_parallel_ring_degree": 3}, "3 does not divide"),
-    ({"sequence_parallel_size": 8, "sequence_parallel_ulysses_degree": 4}, "Set usp, or leave them out"),
-    ({"stage": "dpo", "pref_share_prompt": True, "neftune_noise_alpha": 5}, "Leave pref_share_prompt out"),
+    (
+        {
+            "sequence_parallel_mode": "usp",
+            "sequence_parallel_size": 8,
+            "sequence_parallel_ring_degree": 3,
+        },
+        "3 does not divide",
+    ),
+    (
+        {"sequence_parallel_size": 8, "sequence_parallel_ulysses_degree": 4},
+        "Set usp, or leave them out",
+    ),
+    (
+        {"stage": "dpo", "pref_share_prompt": True, "neftune_noise_alpha": 5},
+        "Leave pref_share_prompt out",
+    ),
     ({"neftune_noise_alpha": -1}, "at least 0 is needed"),
     (
         {
@@ -107,11 +157,19 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
         "do_predict without training has nothing for DeepSpeed to do",
     ),
     (
-        {"do_train": False, "do_eval": True, "eval_dataset": "e", "deepspeed": {"zero_optimization": {"stage": 2}}},
+        {
+            "do_train": False,
+            "do_eval": True,
+            "eval_dataset": "e",
+            "deepspeed": {"zero_optimization": {"stage": 2}},
+        },
         "do_eval without training spreads nothing by DeepSpeed below ZeRO-3",
     ),
     ({"deepspeed": "absent.json"}, "there is no file absent.json"),
-    ({"deepspeed": {"zero_optimization": {"stage": 2}}, "sharding": "fsdp2"}, "deepspeed and sharding: fsdp2"),
+    (
+        {"deepspeed": {"zero_optimization": {"stage": 2}}, "sharding": "fsdp2"},
+        "deepspeed and sharding: fsdp2",
+    ),
     ({"deepspeed": {"zero_optimization": {"stage": 3}}, "pure_bf16": True}, "Use bf16: true"),
     ({"deepspeed": {"zero_optimization": {"stage": 3}}, "quantization_bit": 4}, "ZeRO-2"),
     ({"deepspeed": {"zero_optimization": {"stage": 3}}, "pissa_init": True}, "ZeRO-2"),
@@ -124,13 +182,19 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"fsdp": "full_shard offload"}, "optimizer_placement: host"),
     ({"fsdp": "sideways"}, "Use sharding: fsdp2"),
     ({"eval_strategy": "steps", "val_size": 5, "eval_steps": 0}, "eval_steps: 0"),
-    ({"disable_gradient_checkpointing": True, "use_unsloth_gc": True}, "offload_activations is a part of checkpointing"),
+    (
+        {"disable_gradient_checkpointing": True, "use_unsloth_gc": True},
+        "offload_activations is a part of checkpointing",
+    ),
     ({"cutoff_len": 0}, "cutoff_len: 0 was given, at least 1 is needed"),
     ({"stage": "ppo"}, "ppo is not supported; use stage: dpo or kto"),
     ({"finetuning_type": "oft"}, "use finetuning_type: lora"),
     ({"quantization_bit": 4, "quantization_method": "hqq"}, "quantization_method: bnb"),
     ({"label_smoothing_factor": 0.1}, "logits"),
-    ({"train_sampling_strategy": "batch_rebalance"}, "Choose from random, sequential, group_by_length"),
+    (
+        {"train_sampling_strategy": "batch_rebalance"},
+        "Choose from random, sequential, group_by_length",
+    ),
 ]
 
 
@@ -141,7 +205,11 @@ def test_refused(keys: dict[str, Any], words: str) -> None:
 
 def test_each_problem_is_named_at_once() -> None:
     text = problem(stage="sftt", learning_rate="fast", logging_steps="often")
-    assert [line.split(":")[0] for line in text.splitlines()] == ["stage", "learning_rate", "logging_steps"]
+    assert [line.split(":")[0] for line in text.splitlines()] == [
+        "stage",
+        "learning_rate",
+        "logging_steps",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -179,19 +247,40 @@ def test_names_of_other_tools_lead_to_ours(written: str, here: str) -> None:
 
 
 def test_every_name_of_another_tool_leads_to_a_key() -> None:
-    assert {here.partition(":")[0] for here in ELSEWHERE.values()} <= set(OWN_KEYS) | set(TRAINER_KEYS)
+    assert {here.partition(":")[0] for here in ELSEWHERE.values()} <= set(OWN_KEYS) | set(
+        TRAINER_KEYS
+    )
     assert not set(ELSEWHERE) & KNOWN
 
 
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"model": "m", "model_class": "llm", "train_dataset": "d.yaml", "output_dir": "o"}, "rewritten engine (v1)"),
-        ({"model": "m", "kernel_config": {"name": "auto"}, "dist_config": {"name": "fsdp2"}}, "rewritten engine (v1)"),
-        ({**BASE, "tensor_model_parallel_size": 1, "expert_model_parallel_size": 2}, "Megatron back ends (mcore)"),
+        (
+            {"model": "m", "model_class": "llm", "train_dataset": "d.yaml", "output_dir": "o"},
+            "rewritten engine (v1)",
+        ),
+        (
+            {"model": "m", "kernel_config": {"name": "auto"}, "dist_config": {"name": "fsdp2"}},
+            "rewritten engine (v1)",
+        ),
+        (
+            {**BASE, "tensor_model_parallel_size": 1, "expert_model_parallel_size": 2},
+            "Megatron back ends (mcore)",
+        ),
         ({**BASE, "use_distributed_optimizer": True}, "Megatron back ends (mcore)"),
-        ({"compute_environment": "LOCAL_MACHINE", "distributed_type": "FSDP", "num_processes": 2}, "accelerate's own configuration"),
-        ({"train_batch_size": "auto", "zero_optimization": {"stage": 2}}, "DeepSpeed's own configuration"),
+        (
+            {
+                "compute_environment": "LOCAL_MACHINE",
+                "distributed_type": "FSDP",
+                "num_processes": 2,
+            },
+            "accelerate's own configuration",
+        ),
+        (
+            {"train_batch_size": "auto", "zero_optimization": {"stage": 2}},
+            "DeepSpeed's own configuration",
+        ),
     ],
 )
 def test_files_of_other_programs_are_recognised(keys: dict[str, Any], words: str) -> None:
@@ -205,26 +294,52 @@ def test_steps_below_0_mean_what_they_mean_to_transformers() -> None:
     cfg = from_mapping({**BASE, "save_steps": -1})
     assert cfg.hf["save_steps"] == -1
     assert cfg.notes == ("save_steps: -1: one checkpoint is written, after the last step.",)
-    cfg = from_mapping({**BASE, "val_size": 5, "eval_strategy": "steps", "eval_steps": -1, "logging_steps": "-1", "save_strategy": "no"})
+    cfg = from_mapping(
+        {
+            **BASE,
+            "val_size": 5,
+            "eval_strategy": "steps",
+            "eval_steps": -1,
+            "logging_steps": "-1",
+            "save_strategy": "no",
+        }
+    )
     assert [n.partition(":")[0] for n in cfg.notes] == ["logging_steps", "eval_steps"]
     assert "-1 to log after the last step alone" in problem(logging_steps=0)
 
 
 def test_accelerator_config_may_say_what_happens_anyway() -> None:
-    same = {"dispatch_batches": False, "split_batches": False, "even_batches": True, "use_seedable_sampler": True, "non_blocking": False}
+    same = {
+        "dispatch_batches": False,
+        "split_batches": False,
+        "even_batches": True,
+        "use_seedable_sampler": True,
+        "non_blocking": False,
+    }
     for value in (same, json.dumps(same), {"dispatch_batches": None}):
         assert from_mapping({**BASE, "accelerator_config": value}).notes == ()
     assert from_mapping({**BASE, "dispatch_batches": False}).notes == ()
-    assert "{'split_batches': True} is refused" in problem(accelerator_config={**same, "split_batches": True})
-    assert "is refused" in problem(accelerator_config={"gradient_accumulation_kwargs": {"num_steps": 2}})
+    assert "{'split_batches': True} is refused" in problem(
+        accelerator_config={**same, "split_batches": True}
+    )
+    assert "is refused" in problem(
+        accelerator_config={"gradient_accumulation_kwargs": {"num_steps": 2}}
+    )
 
 
 def test_a_null_is_the_default_where_it_has_no_meaning_of_its_own() -> None:
-    keys = [k for k in (*OWN_KEYS.values(), *TRAINER_KEYS.values()) if k.name not in BASE and "None" not in str(k.kind)]
+    keys = [
+        k
+        for k in (*OWN_KEYS.values(), *TRAINER_KEYS.values())
+        if k.name not in BASE and "None" not in str(k.kind)
+    ]
     keys = [k for k in keys if typing.get_origin(k.kind) is not tuple]  # no names
     assert len(keys) > 100
     on = [k.name for k in keys if k.kind is bool and k.default]
-    cfg, plain = from_mapping({**BASE, **{k.name: None for k in keys if k.name not in on}}), from_mapping(BASE)
+    cfg, plain = (
+        from_mapping({**BASE, **{k.name: None for k in keys if k.name not in on}}),
+        from_mapping(BASE),
+    )
     for key in keys:
         if key.name in TRAINER_KEYS:
             assert cfg.trainer(key.name) == plain.trainer(key.name), key.name
@@ -240,19 +355,40 @@ def test_unknown_keys_pass_where_the_environment_says_so(monkeypatch: pytest.Mon
 
 
 def test_unknown_and_refused_keys_are_told_together() -> None:
-    told = problem(lerning_rate=1, use_galore=True, use_badam=True, report_to="neptune").splitlines()
+    told = problem(
+        lerning_rate=1, use_galore=True, use_badam=True, report_to="neptune"
+    ).splitlines()
     assert told[0] == "There is no key lerning_rate. Did you mean learning_rate?"
-    assert [line.split(" is refused")[0] for line in told[1:]] == ["use_galore: true", "use_badam: true"]
+    assert [line.split(" is refused")[0] for line in told[1:]] == [
+        "use_galore: true",
+        "use_badam: true",
+    ]
     # What else a key says is not hidden either.
-    assert problem(lerning_rate=1, eval_strategy="steps", evaluation_strategy="epoch").count("\n") == 1
+    assert (
+        problem(lerning_rate=1, eval_strategy="steps", evaluation_strategy="epoch").count("\n") == 1
+    )
 
 
 def test_one_key_under_two_names() -> None:
-    cfg = from_mapping({**BASE, "stage": "dpo", "pref_beta": None, "dpo_beta": 0.2, "pref_ftx": "0.50", "kto_ftx": 0.5})
+    cfg = from_mapping(
+        {
+            **BASE,
+            "stage": "dpo",
+            "pref_beta": None,
+            "dpo_beta": 0.2,
+            "pref_ftx": "0.50",
+            "kto_ftx": 0.5,
+        }
+    )
     assert (cfg.method.pref_beta, cfg.method.pref_ftx) == (0.2, 0.5)
-    assert "are the same key with different values" in problem(eval_strategy="steps", evaluation_strategy="epoch")
+    assert "are the same key with different values" in problem(
+        eval_strategy="steps", evaluation_strategy="epoch"
+    )
     assert (
-        from_mapping({**BASE, "val_size": 5, "eval_strategy": "steps", "evaluation_strategy": "steps"}).trainer("eval_strategy") == "steps"
+        from_mapping(
+            {**BASE, "val_size": 5, "eval_strategy": "steps", "evaluation_strategy": "steps"}
+        ).trainer("eval_strategy")
+        == "steps"
     )
 
 
@@ -262,11 +398,17 @@ def test_sequence_parallel_size_divides_the_processes(world: int, size: int) -> 
 
 
 def test_sequence_parallel_size_that_does_not_divide() -> None:
-    assert "needs 4 processes or a multiple, and 1 would start" in problem(1, sequence_parallel_size=4)
-    assert "does not divide the 8 processes. Use 2, or 6 processes" in problem(8, sequence_parallel_size=3)
+    assert "needs 4 processes or a multiple, and 1 would start" in problem(
+        1, sequence_parallel_size=4
+    )
+    assert "does not divide the 8 processes. Use 2, or 6 processes" in problem(
+        8, sequence_parallel_size=3
+    )
 
 
-def test_the_launcher_s_environment_tells_the_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_launcher_s_environment_tells_the_number_of_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "does not divide the 3 processes" in problem(sequence_parallel_size=2)
@@ -274,7 +416,10 @@ def test_the_launcher_s_environment_tells_the_number_of_processes(monkeypatch: p
 
 def test_lengths_need_not_divide() -> None:
     """The row is padded at its end: any length goes with any size, packed or not."""
-    from_mapping({**BASE, "cutoff_len": 1001, "sequence_parallel_size": 8, "neat_packing": True}, world_size=8)
+    from_mapping(
+        {**BASE, "cutoff_len": 1001, "sequence_parallel_size": 8, "neat_packing": True},
+        world_size=8,
+    )
 
 
 def test_deepspeed_files(tmp_path: Path) -> None:
@@ -300,21 +445,32 @@ def test_the_deepspeed_files_that_everyone_quotes(name: str) -> None:
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, 'pip install "longfactory[deepspeed]"'),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 2}}},
+            'pip install "longfactory[deepspeed]"',
+        ),
         ({"quantization_bit": 4}, 'pip install "longfactory[quantization]"'),
         ({"enable_liger_kernel": True}, 'pip install "longfactory[liger]"'),
         ({"attention_backend": "fa4"}, 'pip install "longfactory[fa4]"'),
-        ({"attention_backend": "fa2"}, "flash2 is not installed. Run: pip install flash-attn, or use attention_backend: auto"),
+        (
+            {"attention_backend": "fa2"},
+            "flash2 is not installed. Run: pip install flash-attn, or use attention_backend: auto",
+        ),
         ({"attention_backend": "fa3"}, "Build FlashAttention 3"),
         ({"use_swanlab": True}, "pip install swanlab"),
-        ({"report_to": "tensorboard"}, "report_to: tensorboard is not installed. Run: pip install tensorboard"),
+        (
+            {"report_to": "tensorboard"},
+            "report_to: tensorboard is not installed. Run: pip install tensorboard",
+        ),
         ({"report_to": ["wandb"]}, "pip install wandb"),
         ({"optim": "apollo_adamw", "optim_target_modules": "q_proj"}, "pip install apollo-torch"),
         ({"optim": "schedule_free_sgd"}, "pip install schedulefree"),
         ({"optim": "paged_adamw_32bit"}, "pip install bitsandbytes"),
     ],
 )
-def test_missing_packages(keys: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages(
+    keys: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert words in problem(**keys)
     # A file can be looked at where the packages are not.
@@ -327,10 +483,19 @@ def test_missing_packages(keys: dict[str, Any], words: str, monkeypatch: pytest.
         ({"flash_attn": "fa2"}, "flash_attn: fa2 has no effect"),
         ({"image_max_pixels": 262144}, "LongFactory trains on text"),
         ({"pref_beta": 0.3}, "pref_beta has no effect: stage is sft"),
-        ({"finetuning_type": "full", "lora_rank": 16}, "lora_rank has no effect: finetuning_type is full"),
-        ({"stage": "dpo", "pref_loss": "orpo", "ref_model": "r"}, "ref_model has no effect: this run has no reference model"),
+        (
+            {"finetuning_type": "full", "lora_rank": 16},
+            "lora_rank has no effect: finetuning_type is full",
+        ),
+        (
+            {"stage": "dpo", "pref_loss": "orpo", "ref_model": "r"},
+            "ref_model has no effect: this run has no reference model",
+        ),
         ({"stage": "dpo", "simpo_gamma": 1.0}, "simpo_gamma has no effect"),
-        ({"use_dft_loss": True, "asft_alpha": 0.3}, "asft_alpha has no effect: it is read by use_asft_loss alone"),
+        (
+            {"use_dft_loss": True, "asft_alpha": 0.3},
+            "asft_alpha has no effect: it is read by use_asft_loss alone",
+        ),
         ({"eaft_alpha": 0.3}, "eaft_alpha has no effect: it is read by use_eaft_loss alone"),
         ({"warmup_ratio": 0.1, "warmup_steps": 10}, "warmup_ratio: 0.1 has no effect"),
         ({"fsdp": "hybrid_shard"}, "full sharding over all devices"),
@@ -350,12 +515,25 @@ def test_defaults_pass_without_a_word() -> None:
         "swanlab_project": "llamafactory",
         "export_quantization_bit": None,
     }
-    assert from_mapping({**BASE, **copied, "label_smoothing_factor": 0, "pref_beta": 0.1, "reward_model": None}).notes == ()
+    assert (
+        from_mapping(
+            {**BASE, **copied, "label_smoothing_factor": 0, "pref_beta": 0.1, "reward_model": None}
+        ).notes
+        == ()
+    )
 
 
 def test_export_and_chat_ask_for_what_they_need() -> None:
     with pytest.raises(ConfigError, match="export_dir is missing"):
         load_config(["model_name_or_path=m"], command="export")
     with pytest.raises(ConfigError, match="cannot be merged into quantised weights"):
-        load_config(["model_name_or_path=m", "adapter_name_or_path=a", "export_dir=e", "quantization_bit=4"], command="export")
+        load_config(
+            [
+                "model_name_or_path=m",
+                "adapter_name_or_path=a",
+                "export_dir=e",
+                "quantization_bit=4",
+            ],
+            command="export",
+        )
     assert load_config(["model_name_or_path=m"], command="chat").generating.top_p == 0.7

@@ -85,9 +85,20 @@ def test_numbers_survive_being_text(x: float, n: int) -> None:
     assert coerce(str(n), int, "key") == n
 
 
-@given(st.lists(st.text(alphabet="abcdefgh_.0123456789", min_size=1).filter(lambda s: s.lower() not in ("none", "null")), min_size=1))
+@given(
+    st.lists(
+        st.text(alphabet="abcdefgh_.0123456789", min_size=1).filter(
+            lambda s: s.lower() not in ("none", "null")
+        ),
+        min_size=1,
+    )
+)
 def test_comma_lists_are_yaml_lists(names: list[str]) -> None:
-    assert coerce(", ".join(names), tuple[str, ...], "key") == coerce(names, tuple[str, ...], "key") == tuple(names)
+    assert (
+        coerce(", ".join(names), tuple[str, ...], "key")
+        == coerce(names, tuple[str, ...], "key")
+        == tuple(names)
+    )
 
 
 def test_ranges() -> None:

@@ -19,7 +19,9 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(out: Path, **keys: Any) -> RunConfig:
-    return from_mapping({"model_name_or_path": "m", "dataset": "a,b", "output_dir": str(out), **keys})
+    return from_mapping(
+        {"model_name_or_path": "m", "dataset": "a,b", "output_dir": str(out), **keys}
+    )
 
 
 def leave_checkpoints(out: Path, *steps: int) -> None:
@@ -61,9 +63,14 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(out: Path) 
 def test_overwriting_begins_anew(out: Path) -> None:
     leave_checkpoints(out, 5)
     cfg = run(out, overwrite_output_dir=True)
-    assert cfg.resume_checkpoint() is None and "keeps the checkpoints of an earlier run" in cfg.notes[0]
+    assert (
+        cfg.resume_checkpoint() is None
+        and "keeps the checkpoints of an earlier run" in cfg.notes[0]
+    )
     assert run(out, resume_from_checkpoint=False).resume_checkpoint() is None
-    assert run(out, overwrite_output_dir=True, resume_from_checkpoint=True).resume_checkpoint() == str(out / "checkpoint-5")
+    assert run(
+        out, overwrite_output_dir=True, resume_from_checkpoint=True
+    ).resume_checkpoint() == str(out / "checkpoint-5")
 
 
 def test_a_finished_run_without_checkpoints_is_not_written_over(out: Path) -> None:
@@ -77,7 +84,14 @@ def test_a_finished_run_without_checkpoints_is_not_written_over(out: Path) -> No
 def test_the_same_run_may_change_what_does_not_make_it_another(out: Path) -> None:
     write(run(out))
     leave_checkpoints(out, 5)
-    cfg = run(out, num_train_epochs=9, sequence_parallel_size=2, learning_rate=1e-6, dataset="b,a", cutoff_len=4096)
+    cfg = run(
+        out,
+        num_train_epochs=9,
+        sequence_parallel_size=2,
+        learning_rate=1e-6,
+        dataset="b,a",
+        cutoff_len=4096,
+    )
     assert cfg.resume_checkpoint() == str(out / "checkpoint-5")
 
 
@@ -108,7 +122,9 @@ def test_a_run_that_never_saved_does_not_hold_its_folder(out: Path) -> None:
 
 def test_checkpoints_that_are_asked_for(out: Path) -> None:
     leave_checkpoints(out, 5)
-    assert run(out, resume_from_checkpoint=str(out / "checkpoint-5")).resume_checkpoint() == str(out / "checkpoint-5")
+    assert run(out, resume_from_checkpoint=str(out / "checkpoint-5")).resume_checkpoint() == str(
+        out / "checkpoint-5"
+    )
     with pytest.raises(ConfigError, match="there is no folder"):
         run(out, resume_from_checkpoint=str(out / "checkpoint-6"))
     with pytest.raises(ConfigError, match="there is no checkpoint in"):

@@ -26,7 +26,14 @@ NOT_FOR_USERS: set[str] = set()
 
 
 def test_each_key_stands_in_one_table() -> None:
-    tables = {"own": OWN_KEYS, "trainer": TRAINER_KEYS, "turned": TURNED, "alias": ALIASES, "no effect": NO_EFFECT, "refused": REFUSED}
+    tables = {
+        "own": OWN_KEYS,
+        "trainer": TRAINER_KEYS,
+        "turned": TURNED,
+        "alias": ALIASES,
+        "no effect": NO_EFFECT,
+        "refused": REFUSED,
+    }
     for a in tables:
         for b in tables:
             assert a >= b or not set(tables[a]) & set(tables[b]), (a, b)
@@ -45,7 +52,9 @@ def test_every_key_of_ours_has_help_and_a_default_of_its_type() -> None:
 
 
 def test_every_key_of_transformers_is_known() -> None:
-    """A release that adds a key shows up here: it is passed on, turned into another, or refused, by decision."""
+    """A release that adds a key shows up here: it is passed on, turned into another, or refused, by
+    decision.
+    """
     from transformers import Seq2SeqTrainingArguments
 
     fields = {f.name for f in dataclasses.fields(Seq2SeqTrainingArguments)}
@@ -81,9 +90,13 @@ def test_choices_of_transformers() -> None:
 
 
 def llamafactory_source() -> Path:
-    """Where the installed package lies, found without importing it (other tests put stand-ins of its modules into sys.modules)."""
+    """Where the installed package lies, found without importing it (other tests put stand-ins of
+    its modules into sys.modules).
+    """
     try:
-        return Path(str(importlib.metadata.distribution("llamafactory").locate_file("llamafactory")))
+        return Path(
+            str(importlib.metadata.distribution("llamafactory").locate_file("llamafactory"))
+        )
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("llamafactory is not installed")
 
@@ -122,7 +135,9 @@ def _fields(cls: ast.ClassDef) -> dict[str, Any]:
                 continue
             value = given.get("default")
         try:
-            out[item.target.id] = eval(compile(ast.Expression(value), "", "eval"), {"__builtins__": {}})
+            out[item.target.id] = eval(
+                compile(ast.Expression(value), "", "eval"), {"__builtins__": {}}
+            )
         except Exception:
             out[item.target.id] = _UNKNOWN
     return out
@@ -143,7 +158,9 @@ def test_what_is_not_supported_says_so(name: str) -> None:
     assert len(other.sentence.split()) >= 3
 
 
-@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in REFUSED_VALUES.items() for v in values])
+@pytest.mark.parametrize(
+    ("name", "value"), [(n, v) for n, values in REFUSED_VALUES.items() for v in values]
+)
 def test_values_that_are_refused_say_what_to_use(name: str, value: str) -> None:
     with pytest.raises(ConfigError, match=f"^{name}: {value} is refused: "):
         from_mapping({**BASE, name: value})
@@ -168,7 +185,9 @@ def test_every_new_key_is_on_the_migration_page() -> None:
 
 
 def _mentioned() -> set[str]:
-    """Names that the program reads anywhere outside the declarations: attributes, and strings for getattr."""
+    """Names that the program reads anywhere outside the declarations: attributes, and strings for
+    getattr.
+    """
     names: set[str] = set()
     for path in SOURCE.rglob("*.py"):
         if path.parent.name == "config" and path.name != "run.py":
@@ -190,5 +209,9 @@ def test_every_key_of_ours_is_read_by_the_program() -> None:
 
     names = _mentioned()
     patterns = [n for n in names if "*" in n and len(n.replace("*", "")) >= 5]
-    unread = [k for k in OWN_KEYS if k not in names and not any(fnmatch.fnmatchcase(k, p) for p in patterns)]
+    unread = [
+        k
+        for k in OWN_KEYS
+        if k not in names and not any(fnmatch.fnmatchcase(k, p) for p in patterns)
+    ]
     assert unread == []

@@ -20,7 +20,9 @@ from longfactory.config.translate import OWN_KEYS
 ROOT = Path(__file__).parents[2]
 FIXTURES = Path(__file__).parent / "fixtures"
 THEIRS = sorted(p for p in FIXTURES.rglob("*.yaml") if p.parent.name != "refused")
-OURS = sorted(p for p in (ROOT / "examples").rglob("*.yaml") if p.name not in ("export.yaml", "chat.yaml"))
+OURS = sorted(
+    p for p in (ROOT / "examples").rglob("*.yaml") if p.name not in ("export.yaml", "chat.yaml")
+)
 GROUPS = ("model", "data", "method", "parallel", "memory", "generating", "output")
 
 BASE: dict[str, Any] = {"model_name_or_path": "m", "dataset": "d", "output_dir": "nowhere/out"}
@@ -35,9 +37,9 @@ def _here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def same(a: RunConfig, b: RunConfig) -> bool:
-    return all(getattr(a, g) == getattr(b, g) for g in GROUPS) and {k: v for k, v in a.hf.items() if v is not None} == {
-        k: v for k, v in b.hf.items() if v is not None
-    }
+    return all(getattr(a, g) == getattr(b, g) for g in GROUPS) and {
+        k: v for k, v in a.hf.items() if v is not None
+    } == {k: v for k, v in b.hf.items() if v is not None}
 
 
 @pytest.mark.parametrize("path", [*THEIRS, *OURS], ids=lambda p: f"{p.parent.name}/{p.stem}")
@@ -48,22 +50,32 @@ def test_an_example_resolves_and_its_resolution_is_the_same_run(path: Path, tmp_
     assert same(load_config([str(again), "--dry_run"]), cfg)
 
 
-@pytest.mark.parametrize("path", sorted((FIXTURES / "refused").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted((FIXTURES / "refused").glob("*.yaml")), ids=lambda p: p.stem
+)
 def test_what_is_not_supported_is_refused_with_an_alternative(path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is refused: .*; use"):
         load_config([str(path)])
 
 
 def test_there_is_an_example_of_each_stage_and_method() -> None:
-    seen = {(c.method.stage, c.method.finetuning_type) for c in (load_config([str(p), "--dry_run"]) for p in OURS)}
-    wanted = {(s, f) for s in ("pt", "sft", "rm", "dpo", "kto") for f in ("full", "lora")} | {("sft", "freeze")}
+    seen = {
+        (c.method.stage, c.method.finetuning_type)
+        for c in (load_config([str(p), "--dry_run"]) for p in OURS)
+    }
+    wanted = {(s, f) for s in ("pt", "sft", "rm", "dpo", "kto") for f in ("full", "lora")} | {
+        ("sft", "freeze")
+    }
     assert wanted <= seen
 
 
 def test_the_fork_s_file_means_what_it_says() -> None:
     cfg = load_config([str(FIXTURES / "fork" / "llama3_full_sft_sp.yaml"), "--dry_run"])
     assert cfg.data.dataset == ("longalpaca_12k", "sharegpt_longconv")
-    assert (cfg.parallel.sequence_parallel_size, cfg.parallel.sequence_parallel_mode) == (8, "zigzag-ring")
+    assert (cfg.parallel.sequence_parallel_size, cfg.parallel.sequence_parallel_mode) == (
+        8,
+        "zigzag-ring",
+    )
     assert cfg.hf["learning_rate"] == 1e-6
     assert cfg.hf["warmup_steps"] == 0.066
     assert cfg.hf["lr_scheduler_kwargs"] == {"min_lr": 1e-7}
@@ -72,15 +84,26 @@ def test_the_fork_s_file_means_what_it_says() -> None:
     assert cfg.hf["deepspeed"] == "examples/deepspeed/ds_z3_offload_config.json"
     assert cfg.gradient_checkpointing and "gradient_checkpointing" not in cfg.hf
     assert cfg.output.overwrite_output_dir
-    assert not {"warmup_ratio", "save_safetensors", "evaluation_strategy", "overwrite_output_dir"} & set(cfg.hf)
+    assert not {
+        "warmup_ratio",
+        "save_safetensors",
+        "evaluation_strategy",
+        "overwrite_output_dir",
+    } & set(cfg.hf)
 
 
 def test_yaml_flags_and_overrides_are_one_language(tmp_path: Path) -> None:
-    keys = {**BASE, "learning_rate": "1e-4", "lora_target": "q_proj,v_proj", "packing": True, "save_strategy": "no"}
+    keys = {
+        **BASE,
+        "learning_rate": "1e-4",
+        "lora_target": "q_proj,v_proj",
+        "packing": True,
+        "save_strategy": "no",
+    }
     yaml = tmp_path / "run.yaml"
     yaml.write_text(
-        "model_name_or_path: m\ndataset: [d]\noutput_dir: nowhere/out\nlearning_rate: 1e-4\nlora_target: [q_proj, v_proj]\npacking: true\n"
-        "save_strategy: no\n"
+        "model_name_or_path: m\ndataset: [d]\noutput_dir: nowhere/out\nlearning_rate:"
+        " 1e-4\nlora_target: [q_proj, v_proj]\npacking: true\nsave_strategy: no\n"
     )
     flags = [
         "--model_name_or_path",
@@ -133,7 +156,11 @@ def test_keys_of_transformers(written: dict[str, Any], expected: dict[str, Any])
         ({"new_special_tokens": "<a>,<b>"}, "model", {"add_special_tokens": ("<a>", "<b>")}),
         ({"quantization_method": "bitsandbytes"}, "model", {"quantization_method": "bnb"}),
         ({"context_parallel_size": 4}, "parallel", {"sequence_parallel_size": 4}),
-        ({"cp_size": 2, "cp_mode": "ulysses"}, "parallel", {"sequence_parallel_size": 2, "sequence_parallel_mode": "ulysses"}),
+        (
+            {"cp_size": 2, "cp_mode": "ulysses"},
+            "parallel",
+            {"sequence_parallel_size": 2, "sequence_parallel_mode": "ulysses"},
+        ),
         ({"shuffle_for_sequence_parallel": False}, "method", {"disable_shuffling": True}),
         ({"train_sampling_strategy": "sequential"}, "method", {"disable_shuffling": True}),
         ({"eval_num_beams": 4, "max_new_tokens": 8}, "generating", {"num_beams": 4}),
@@ -158,7 +185,9 @@ def test_other_names(written: dict[str, Any], group: str, expected: dict[str, An
 def _another(key: Key) -> Any:
     """A value of the key's type that is not its default."""
     union = typing.get_origin(key.kind) in (types.UnionType, typing.Union)
-    kind = next(k for k in (typing.get_args(key.kind) if union else (key.kind,)) if k is not type(None))
+    kind = next(
+        k for k in (typing.get_args(key.kind) if union else (key.kind,)) if k is not type(None)
+    )
     if typing.get_origin(kind) is typing.Literal:
         return next((c for c in typing.get_args(kind) if c != key.default), key.default)
     if typing.get_origin(kind) is tuple:
@@ -201,23 +230,40 @@ def test_packing_follows_the_stage() -> None:
     assert from_mapping({**BASE, "stage": "pt"}).packing
     assert not from_mapping({**BASE, "stage": "pt", "packing": False}).packing
     assert not from_mapping(BASE).packing
-    assert from_mapping({**BASE, "neat_packing": True, "sequence_parallel_size": 2}, world_size=2).packing
+    assert from_mapping(
+        {**BASE, "neat_packing": True, "sequence_parallel_size": 2}, world_size=2
+    ).packing
 
 
 def test_a_run_that_only_evaluates_does_not_train() -> None:
-    cfg = from_mapping({"model_name_or_path": "m", "output_dir": "nowhere/out", "do_eval": True, "eval_dataset": "d"})
+    cfg = from_mapping(
+        {
+            "model_name_or_path": "m",
+            "output_dir": "nowhere/out",
+            "do_eval": True,
+            "eval_dataset": "d",
+        }
+    )
     assert not cfg.trainer("do_train")
     assert from_mapping(BASE).trainer("do_train")
 
 
 def test_arithmetic_of_a_run() -> None:
     cfg = from_mapping(
-        {**BASE, "cutoff_len": 131072, "sequence_parallel_size": 4, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+        {
+            **BASE,
+            "cutoff_len": 131072,
+            "sequence_parallel_size": 4,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 2,
+        }
     )
     text = resolved(cfg, world_size=16)
     assert "131072 / sequence_parallel_size 4 = 32768" in text
     assert "processes: 16 = 4 groups x sequence_parallel_size 4" in text
-    assert "samples a step: 4 groups x batch 1 x accumulation 2 = 8, at most 1,048,576 tokens" in text
+    assert (
+        "samples a step: 4 groups x batch 1 x accumulation 2 = 8, at most 1,048,576 tokens" in text
+    )
 
 
 def test_secrets_are_not_written() -> None:
@@ -226,13 +272,21 @@ def test_secrets_are_not_written() -> None:
 
 
 def test_swanlab() -> None:
-    keys = {"use_swanlab": True, "swanlab_run_name": "mine", "swanlab_api_key": "secret", "report_to": "none", "dry_run": True}
+    keys = {
+        "use_swanlab": True,
+        "swanlab_run_name": "mine",
+        "swanlab_api_key": "secret",
+        "report_to": "none",
+        "dry_run": True,
+    }
     cfg = from_mapping({**BASE, **keys})
     assert cfg.hf["report_to"] == ["swanlab"] and cfg.hf["run_name"] == "mine"
     want = {"SWANLAB_PROJECT": "llamafactory", "SWANLAB_MODE": "cloud", "SWANLAB_API_KEY": "secret"}
     assert cfg.reporting_environment() == want
     assert "secret" not in resolved(cfg)
-    assert from_mapping({**BASE, "logging_dir": "tb"}).reporting_environment() == {"TENSORBOARD_LOGGING_DIR": "tb"}
+    assert from_mapping({**BASE, "logging_dir": "tb"}).reporting_environment() == {
+        "TENSORBOARD_LOGGING_DIR": "tb"
+    }
 
 
 def test_training_arguments_of_transformers() -> None:
@@ -266,9 +320,10 @@ def test_a_whole_run_of_warming_up() -> None:
 @pytest.mark.processes
 def test_loading_imports_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys\nfrom longfactory.config import load_config\n"
-        "load_config(['--model_name_or_path', 'm', '--dataset', 'd', '--output_dir', 'nowhere/out']).resolved()\n"
-        "print([m for m in ('torch', 'transformers', 'datasets', 'numpy') if m in sys.modules])"
+        "import sys\nfrom longfactory.config import"
+        " load_config\nload_config(['--model_name_or_path', 'm', '--dataset', 'd', '--output_dir',"
+        " 'nowhere/out']).resolved()\nprint([m for m in ('torch', 'transformers', 'datasets',"
+        " 'numpy') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

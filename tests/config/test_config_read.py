@@ -19,8 +19,13 @@ def written(tmp_path: Path, text: str, name: str = "run.yaml") -> str:
 
 
 def test_yaml_then_overrides_then_flags(tmp_path: Path) -> None:
-    path = written(tmp_path, "learning_rate: 1e-4\nstage: sft\nlr_scheduler_kwargs: {min_lr: 1e-6, power: 2}\n")
-    values = read([path, "stage=dpo", "lr_scheduler_kwargs.min_lr=1e-7", "--bf16", "--dataset", "a,b"], is_switch)
+    path = written(
+        tmp_path, "learning_rate: 1e-4\nstage: sft\nlr_scheduler_kwargs: {min_lr: 1e-6, power: 2}\n"
+    )
+    values = read(
+        [path, "stage=dpo", "lr_scheduler_kwargs.min_lr=1e-7", "--bf16", "--dataset", "a,b"],
+        is_switch,
+    )
     assert values == {
         "learning_rate": 1e-4,
         "stage": "dpo",
@@ -52,7 +57,10 @@ def test_words(words: list[str], expected: dict[str, Any]) -> None:
 
 
 def test_deepspeed_s_launcher_writes_before_the_file(tmp_path: Path) -> None:
-    assert read(["--local_rank=3", written(tmp_path, "seed: 2\n"), "stage=pt"], is_switch) == {"seed": 2, "stage": "pt"}
+    assert read(["--local_rank=3", written(tmp_path, "seed: 2\n"), "stage=pt"], is_switch) == {
+        "seed": 2,
+        "stage": "pt",
+    }
 
 
 def test_json_file(tmp_path: Path) -> None:
@@ -61,11 +69,15 @@ def test_json_file(tmp_path: Path) -> None:
 
 def test_environment_in_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAVES", "/data")
-    assert read_file(Path(written(tmp_path, "output_dir: ${oc.env:SAVES}/run\n"))) == {"output_dir": "/data/run"}
+    assert read_file(Path(written(tmp_path, "output_dir: ${oc.env:SAVES}/run\n"))) == {
+        "output_dir": "/data/run"
+    }
 
 
 def test_a_key_twice(tmp_path: Path) -> None:
-    assert read_file(Path(written(tmp_path, "template: qwen\ntemplate: qwen\n"))) == {"template": "qwen"}
+    assert read_file(Path(written(tmp_path, "template: qwen\ntemplate: qwen\n"))) == {
+        "template": "qwen"
+    }
     with pytest.raises(ConfigError, match=r"line 2: template stands twice, as 'qwen' and 'llama3'"):
         read_file(Path(written(tmp_path, "template: qwen\ntemplate: llama3\n")))
 

@@ -1,8 +1,10 @@
-"""What public training YAMLs for LLaMA-Factory and its 360 fork say goes on resolving, or being refused with the known sentence.
+"""What public training YAMLs for LLaMA-Factory and its 360 fork say goes on resolving, or being
+refused with the known sentence.
 
-`public_keys.json` was distilled from 420 different ones (of LLaMA-Factory's examples in every version, and of forks). `keys` maps each key
-to the values that were seen (names and paths are replaced by letters), with the verdict of each by itself. `together` holds the settings
-that resolve together and that checks compare with one another.
+`public_keys.json` was distilled from 420 different ones (of LLaMA-Factory's examples in every
+version, and of forks). `keys` maps each key to the values that were seen (names and paths are
+replaced by letters), with the verdict of each by itself. `together` holds the settings that resolve
+together and that checks compare with one another.
 """
 
 from __future__ import annotations
@@ -17,12 +19,19 @@ import pytest
 from longfactory.config import ConfigError, from_mapping
 
 SEEN = json.loads((Path(__file__).parent / "public_keys.json").read_text(encoding="utf-8"))
-BASE: dict[str, Any] = {"model_name_or_path": "m", "dataset": "d", "output_dir": "nowhere/out", "dry_run": True}
+BASE: dict[str, Any] = {
+    "model_name_or_path": "m",
+    "dataset": "d",
+    "output_dir": "nowhere/out",
+    "dry_run": True,
+}
 
 
 @pytest.fixture(autouse=True)
 def _here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed's files are named by their path from the repository's root; no launcher's environment is read."""
+    """DeepSpeed's files are named by their path from the repository's root; no launcher's
+    environment is read.
+    """
     monkeypatch.chdir(Path(__file__).parents[2])
     for name in ("LOCAL_RANK", "WORLD_SIZE", "NPROC_PER_NODE", "NNODES", "ALLOW_EXTRA_ARGS"):
         monkeypatch.delenv(name, raising=False)
@@ -70,11 +79,15 @@ def test_what_was_refused_has_its_sentence() -> None:
 
 
 def test_text_says_the_same_as_a_value() -> None:
-    """On the command line everything is text, and YAML files quote what they like: "0.1", "True", "[a, b]" of a value are the value."""
+    """On the command line everything is text, and YAML files quote what they like: "0.1", "True",
+    "[a, b]" of a value are the value.
+    """
     for key, verdicts in SEEN["keys"].items():
         for value in verdicts.get("resolves", []):
             if value is None or isinstance(value, (dict, list)):
                 continue
             a, b = from_mapping(run_with(key, value)), from_mapping(run_with(key, str(value)))
-            assert dataclasses.replace(a, notes=()) == dataclasses.replace(b, notes=()), f"{key}: {value!r}"
+            assert dataclasses.replace(a, notes=()) == dataclasses.replace(b, notes=()), (
+                f"{key}: {value!r}"
+            )
             assert len(a.notes) == len(b.notes), f"{key}: {value!r}"

@@ -1,6 +1,8 @@
-"""LLaMA-Factory's own data code as the oracle: imported from the wheel (installed without its dependencies), run, never copied.
+"""LLaMA-Factory's own data code as the oracle: imported from the wheel (installed without its
+dependencies), run, never copied.
 
-Its package imports vision and audio libraries; a module in place of `mm_plugin` stands for them, and passes text through unchanged.
+Its package imports vision and audio libraries; a module in place of `mm_plugin` stands for them,
+and passes text through unchanged.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ class _TextOnly:
 def load() -> SimpleNamespace:
     """The wheel's template, formatter, converter and processor modules."""
     try:
-        root = Path(str(importlib.metadata.distribution("llamafactory").locate_file("llamafactory")))
+        root = Path(
+            str(importlib.metadata.distribution("llamafactory").locate_file("llamafactory"))
+        )
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("the llamafactory wheel is not installed", allow_module_level=True)
     for package in ("", ".extras", ".data", ".data.processor"):
@@ -69,7 +73,9 @@ class Oracle:
         """The wheel's template; `tokenizer` is changed as the wheel changes it."""
         before = self.lf.template.TEMPLATES
         # The wheel writes the user's options into its table.
-        self.lf.template.TEMPLATES = {args.template: copy.deepcopy(before[args.template])} if args.template else before
+        self.lf.template.TEMPLATES = (
+            {args.template: copy.deepcopy(before[args.template])} if args.template else before
+        )
         try:
             return self.lf.template.get_template_and_fix_tokenizer(tokenizer, args)
         finally:
@@ -82,7 +88,9 @@ class Oracle:
         converted = [convert(copy.deepcopy(row)) for row in rows]
         return {key: [c[key] for c in converted] for key in converted[0]}
 
-    def encode(self, stage: str, rows: list[dict], info: dict, tokenizer: Any, args: Any) -> dict[str, list]:
+    def encode(
+        self, stage: str, rows: list[dict], info: dict, tokenizer: Any, args: Any
+    ) -> dict[str, list]:
         """The wheel's model inputs of one map batch."""
         template = self.template(tokenizer, args)
         kinds = {
@@ -92,5 +100,7 @@ class Oracle:
             "kto": self.lf.feedback.FeedbackDatasetProcessor,
             "pt": self.lf.pretrain.PretrainDatasetProcessor,
         }
-        processor = kinds[stage](template=template, tokenizer=tokenizer, processor=None, data_args=args)
+        processor = kinds[stage](
+            template=template, tokenizer=tokenizer, processor=None, data_args=args
+        )
         return dict(processor.preprocess_dataset(self.aligned(rows, info, args)))

@@ -1,4 +1,5 @@
-"""Writes golden_0_9_1.json: the tokens of LLaMA-Factory 0.9.1 for a few conversations, one token a character.
+"""Writes golden_0_9_1.json: the tokens of LLaMA-Factory 0.9.1 for a few conversations, one token a
+character.
 
 pip download llamafactory==0.9.1 --no-deps && unzip llamafactory-0.9.1-*.whl
 python tests/data/make_golden_0_9_1.py ./llamafactory
@@ -18,17 +19,78 @@ from transformers import PreTrainedTokenizerFast
 CALL = '{"name": "f", "arguments": {"x": 1}}'
 CASES: list[dict[str, Any]] = [
     {"messages": [["user", "Q1"], ["assistant", "A1"]]},
-    {"messages": [["user", "Q1"], ["assistant", "A1"], ["user", "Q2"], ["assistant", "A2"], ["user", "Q3"], ["assistant", "A3"]]},
-    {"messages": [["user", "Q1"], ["assistant", "A1"], ["user", "Q2"], ["assistant", "A2"]], "system": "S"},
+    {
+        "messages": [
+            ["user", "Q1"],
+            ["assistant", "A1"],
+            ["user", "Q2"],
+            ["assistant", "A2"],
+            ["user", "Q3"],
+            ["assistant", "A3"],
+        ]
+    },
+    {
+        "messages": [["user", "Q1"], ["assistant", "A1"], ["user", "Q2"], ["assistant", "A2"]],
+        "system": "S",
+    },
     {"messages": [["user", "Q1"], ["function", CALL], ["observation", "O"], ["assistant", "A2"]]},
-    {"messages": [["user", "Q1" * 20], ["assistant", "A1" * 9], ["user", "Q2" * 9], ["assistant", "A2" * 9]], "cutoff_len": 60},
-    {"messages": [["user", "Q1" * 20], ["assistant", "A1" * 9], ["user", "Q2" * 9], ["assistant", "A2" * 9]], "mask_history": True},
+    {
+        "messages": [
+            ["user", "Q1" * 20],
+            ["assistant", "A1" * 9],
+            ["user", "Q2" * 9],
+            ["assistant", "A2" * 9],
+        ],
+        "cutoff_len": 60,
+    },
+    {
+        "messages": [
+            ["user", "Q1" * 20],
+            ["assistant", "A1" * 9],
+            ["user", "Q2" * 9],
+            ["assistant", "A2" * 9],
+        ],
+        "mask_history": True,
+    },
 ]
 NAMES = [
-    *("alpaca", "chatml", "deepseek", "deepseekcoder", "default", "empty", "exaone", "falcon", "fewshot", "gemma", "llama2", "llama2_zh"),
-    *("llama3", "mistral", "openchat", "phi", "qwen", "qwen2_vl", "solar", "vicuna", "yi", "zephyr"),
+    *(
+        "alpaca",
+        "chatml",
+        "deepseek",
+        "deepseekcoder",
+        "default",
+        "empty",
+        "exaone",
+        "falcon",
+        "fewshot",
+        "gemma",
+        "llama2",
+        "llama2_zh",
+    ),
+    *(
+        "llama3",
+        "mistral",
+        "openchat",
+        "phi",
+        "qwen",
+        "qwen2_vl",
+        "solar",
+        "vicuna",
+        "yi",
+        "zephyr",
+    ),
 ]
-SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>"]
+SPECIAL = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|end|>",
+    "<|endoftext|>",
+]
 
 
 def characters() -> PreTrainedTokenizerFast:
@@ -37,7 +99,9 @@ def characters() -> PreTrainedTokenizerFast:
     t = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     t.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     t.add_special_tokens(SPECIAL)
-    return PreTrainedTokenizerFast(tokenizer_object=t, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=t, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
 
 
 def main(root: Path) -> None:
@@ -53,7 +117,17 @@ def main(root: Path) -> None:
             template = modules.template.get_template_and_fix_tokenizer(tokenizer, args)
             messages = [{"role": r, "content": c} for r, c in case["messages"]]
             ids, labels = modules.supervised._encode_supervised_example(
-                *(messages[:-1], messages[-1:], case.get("system", ""), "", [], [], template, tokenizer, None),
+                *(
+                    messages[:-1],
+                    messages[-1:],
+                    case.get("system", ""),
+                    "",
+                    [],
+                    [],
+                    template,
+                    tokenizer,
+                    None,
+                ),
                 *(case.get("cutoff_len", 2048), False, case.get("mask_history", False)),
             )
             out.append({"template": name, "case": number, "ids": ids, "labels": labels})

@@ -19,7 +19,9 @@ CHAT = {"formatting": "sharegpt"}
 
 def load(tokenizer: Any, folder: Any, stage: str = "sft", **options: Any) -> Any:
     args = make_args(dataset_dir=str(folder), dataset="d", **({"template": "chatml"} | options))
-    return load_datasets(args, stage=stage, tokenizer=tokenizer, template=get_template(args, tokenizer), seed=0).train
+    return load_datasets(
+        args, stage=stage, tokenizer=tokenizer, template=get_template(args, tokenizer), seed=0
+    ).train
 
 
 def turns(*roles: str, value: Any = "text") -> dict[str, Any]:
@@ -76,7 +78,10 @@ def test_a_line_of_two_megabytes_is_a_row(tokenizer: Any, write_data: Any) -> No
     [
         (turns("gpt", "human"), "wrong role order: message 1 is from assistant"),
         (turns("human", "human", "gpt", "gpt"), "wrong role order: message 2 is from user"),
-        (turns("human", "gpt", "human"), "wrong role order: the conversation must end with an answer"),
+        (
+            turns("human", "gpt", "human"),
+            "wrong role order: the conversation must end with an answer",
+        ),
         (turns("human", "bot"), "unknown role: 'bot' is not among 'human', 'gpt'"),
         (turns(), "no message"),
         (turns("system"), "no message"),
@@ -84,14 +89,22 @@ def test_a_line_of_two_megabytes_is_a_row(tokenizer: Any, write_data: Any) -> No
         (turns("human", "gpt", value={"a": 1}), "not text: a message's 'value' is a dict"),
         ({"conversations": "human: hi"}, "not a list"),
         ({"conversations": ["hi", "ho"]}, "not a message"),
-        ({"conversations": [{"from": "human"}, {"from": "gpt", "value": "x"}]}, "missing column: a message has no 'value'"),
+        (
+            {"conversations": [{"from": "human"}, {"from": "gpt", "value": "x"}]},
+            "missing column: a message has no 'value'",
+        ),
         ({"messages": []}, "missing column: 'conversations' is not among"),
         (turns("human", "function_call"), "a tool call is not JSON"),
         (turns("human", "function_call", value="[]"), "a tool call is empty"),
-        (turns("human", "function_call", value='{"name": "f"}'), "a tool call needs a name and arguments"),
+        (
+            turns("human", "function_call", value='{"name": "f"}'),
+            "a tool call needs a name and arguments",
+        ),
     ],
 )
-def test_bad_conversations(row: dict[str, Any], reason: str, tokenizer: Any, write_data: Any) -> None:
+def test_bad_conversations(
+    row: dict[str, Any], reason: str, tokenizer: Any, write_data: Any
+) -> None:
     folder = write_data(d=(CHAT, [turns("human", "gpt"), row]))
     data = load(tokenizer, folder)
     ((place, found),) = data.report.bad_rows["d"]["places"]
@@ -105,16 +118,33 @@ def test_bad_conversations(row: dict[str, Any], reason: str, tokenizer: Any, wri
 
 def test_a_role_without_a_tag_says_which_tag_to_add(tokenizer: Any, write_data: Any) -> None:
     tags = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt"}
-    folder = write_data(d=(CHAT | {"tags": tags}, [turns("human", "gpt"), turns("system", "human", "gpt")]))
-    assert 'add "system_tag": "system" to the tags' in load(tokenizer, folder).report.bad_rows["d"]["places"][0][1]
+    folder = write_data(
+        d=(CHAT | {"tags": tags}, [turns("human", "gpt"), turns("system", "human", "gpt")])
+    )
+    assert (
+        'add "system_tag": "system" to the tags'
+        in load(tokenizer, folder).report.bad_rows["d"]["places"][0][1]
+    )
 
 
 def test_bad_pairs(tokenizer: Any, write_data: Any) -> None:
     def pair(chosen: Any, rejected: Any) -> dict[str, Any]:
         return {"instruction": "Q", "input": "", "chosen": chosen, "rejected": rejected}
 
-    columns = {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"}
-    rows = [pair("good", "bad"), pair("", "bad"), pair("good", " "), pair("same", "same"), pair("good", None), {"instruction": "Q"}]
+    columns = {
+        "prompt": "instruction",
+        "query": "input",
+        "chosen": "chosen",
+        "rejected": "rejected",
+    }
+    rows = [
+        pair("good", "bad"),
+        pair("", "bad"),
+        pair("good", " "),
+        pair("same", "same"),
+        pair("good", None),
+        {"instruction": "Q"},
+    ]
     folder = write_data(d=({"ranking": True, "columns": columns}, rows))
     data = load(tokenizer, folder, "dpo")
     assert len(data) == 1 and data.report.bad_rows["d"]["reasons"] == {
@@ -125,23 +155,43 @@ def test_bad_pairs(tokenizer: Any, write_data: Any) -> None:
     }
 
 
-def test_equal_pairs_are_kept_where_the_loss_learns_of_them(tokenizer: Any, write_data: Any) -> None:
+def test_equal_pairs_are_kept_where_the_loss_learns_of_them(
+    tokenizer: Any, write_data: Any
+) -> None:
     columns = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
-    rows = [{"instruction": "Q", "chosen": a, "rejected": b} for a, b in (("good", "bad"), ("same", "same"))]
+    rows = [
+        {"instruction": "Q", "chosen": a, "rejected": b}
+        for a, b in (("good", "bad"), ("same", "same"))
+    ]
     folder = write_data(d=({"ranking": True, "columns": columns}, rows))
     dropped, kept = (load(tokenizer, folder, "dpo", equal_pairs=k) for k in (False, True))
-    assert len(dropped) == 1 and dropped.report.bad_rows["d"]["reasons"] == {"equal pair": 1} and dropped.report.equal_pairs == 0
+    assert (
+        len(dropped) == 1
+        and dropped.report.bad_rows["d"]["reasons"] == {"equal pair": 1}
+        and dropped.report.equal_pairs == 0
+    )
     assert len(kept) == 2 and not kept.report.bad_rows and kept.report.equal_pairs == 1
     assert "in 1 pairs both answers are the same" in kept.report.describe()
     chosen, rejected = kept[1]
-    assert list(chosen.input_ids) == list(rejected.input_ids) and list(chosen.labels) == list(rejected.labels)
+    assert list(chosen.input_ids) == list(rejected.input_ids) and list(chosen.labels) == list(
+        rejected.labels
+    )
 
 
-def test_kto_with_one_label_or_none(tokenizer: Any, write_data: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_kto_with_one_label_or_none(
+    tokenizer: Any, write_data: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     info = {"columns": {"prompt": "q", "response": "a", "kto_tag": "t"}}
-    rows = [{"q": "Q", "a": "A", "t": True}, {"q": "Q", "a": "B", "t": True}, {"q": "Q", "a": "C", "t": "maybe"}, {"q": "Q", "a": "C"}]
+    rows = [
+        {"q": "Q", "a": "A", "t": True},
+        {"q": "Q", "a": "B", "t": True},
+        {"q": "Q", "a": "C", "t": "maybe"},
+        {"q": "Q", "a": "C"},
+    ]
     data = load(tokenizer, write_data(d=(info, rows)), "kto")
-    assert "All 2 KTO samples are desired" in caplog.text and data.report.bad_rows["d"]["reasons"] == {"no label": 2}
+    assert "All 2 KTO samples are desired" in caplog.text and data.report.bad_rows["d"][
+        "reasons"
+    ] == {"no label": 2}
     caplog.clear()
     load(tokenizer, write_data(d=(info, [*rows, {"q": "Q", "a": "D", "t": "False"}])), "kto")
     assert "All" not in caplog.text
@@ -162,7 +212,9 @@ def test_a_broken_json_array_names_the_row(tokenizer: Any, write_data: Any) -> N
 
 
 def test_csv_rows(tokenizer: Any, write_data: Any) -> None:
-    text = 'instruction,input,output\nQ,,A\nQ,"two\nlines",A\nQ,,A,more\nQ,,\nQ,,"A\xff"\n'.encode("latin-1")
+    text = 'instruction,input,output\nQ,,A\nQ,"two\nlines",A\nQ,,A,more\nQ,,\nQ,,"A\xff"\n'.encode(
+        "latin-1"
+    )
     data = load(tokenizer, write_data(d=({"file_name": "d.csv"}, text)))
     assert len(data) == 2
     assert [(p, r.split(":")[0]) for p, r in data.report.bad_rows["d"]["places"]] == [
@@ -173,7 +225,9 @@ def test_csv_rows(tokenizer: Any, write_data: Any) -> None:
 
 
 def test_nothing_left_is_an_error_that_says_why(tokenizer: Any, write_data: Any) -> None:
-    with pytest.raises(DataError, match=r"Of 2 rows 2 were bad\. First: d\.json row 1: empty answer"):
+    with pytest.raises(
+        DataError, match=r"Of 2 rows 2 were bad\. First: d\.json row 1: empty answer"
+    ):
         load(tokenizer, write_data(d=({}, [GOOD | {"output": ""}] * 2)))
     with pytest.raises(DataError, match="There are no rows in it"):
         load(tokenizer, write_data(d=({}, [])))
@@ -181,7 +235,9 @@ def test_nothing_left_is_an_error_that_says_why(tokenizer: Any, write_data: Any)
         load(tokenizer, write_data(d=({}, [GOOD])), cutoff_len=2, cutoff_strategy="drop")
 
 
-def test_images_are_named(tokenizer: Any, write_data: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_are_named(
+    tokenizer: Any, write_data: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.WARNING)
     info = {"columns": {"prompt": "instruction", "response": "output", "images": "images"}}
     data = load(tokenizer, write_data(d=(info, [GOOD, GOOD | {"images": ["a.png"]}])))
@@ -195,5 +251,13 @@ def test_an_error_in_a_worker_ends_the_run(tokenizer: Any, write_data: Any) -> N
     rows = [GOOD, GOOD | {"output": ""}, *[GOOD] * 200]
     folder = write_data(d=({"file_name": "d.jsonl"}, rows))
     with pytest.raises(DataError, match=r"d\.jsonl:2: empty answer"):
-        load(tokenizer, folder, on_bad_row="error", preprocessing_num_workers=2, preprocessing_batch_size=1)
-    assert len(load(tokenizer, folder, preprocessing_num_workers=2, preprocessing_batch_size=1)) == 201
+        load(
+            tokenizer,
+            folder,
+            on_bad_row="error",
+            preprocessing_num_workers=2,
+            preprocessing_batch_size=1,
+        )
+    assert (
+        len(load(tokenizer, folder, preprocessing_num_workers=2, preprocessing_batch_size=1)) == 201
+    )

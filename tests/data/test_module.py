@@ -22,11 +22,18 @@ from longfactory.data.templates import get_template
 from longfactory.errors import DataError
 
 ALPACA = [
-    {"instruction": f"Question {i}?", "input": "" if i % 3 else f"note {i}", "output": f"Answer {i}. " * (i % 7 + 1)} for i in range(40)
+    {
+        "instruction": f"Question {i}?",
+        "input": "" if i % 3 else f"note {i}",
+        "output": f"Answer {i}. " * (i % 7 + 1),
+    }
+    for i in range(40)
 ]
 
 
-def load(tokenizer: Any, folder: Path, stage: str = "sft", seed: int = 0, **options: Any) -> module.Datasets:
+def load(
+    tokenizer: Any, folder: Path, stage: str = "sft", seed: int = 0, **options: Any
+) -> module.Datasets:
     args = make_args(dataset_dir=str(folder), **({"template": "chatml"} | options))
     template = get_template(args, tokenizer)
     return load_datasets(args, stage=stage, tokenizer=tokenizer, template=template, seed=seed)
@@ -37,19 +44,27 @@ def texts(data: Any, tokenizer: Any) -> list[str]:
 
 
 def answers(data: Any, tokenizer: Any) -> list[str]:
-    return [tokenizer.decode([t for t in d.labels if t != IGNORE]) for i in range(len(data)) for d in data[i]]
+    return [
+        tokenizer.decode([t for t in d.labels if t != IGNORE])
+        for i in range(len(data))
+        for d in data[i]
+    ]
 
 
 def flat(data: Any) -> list[list[tuple[list[int], list[int], str]]]:
-    return [[(list(d.input_ids), list(d.labels), d.role) for d in data[i]] for i in range(len(data))]
+    return [
+        [(list(d.input_ids), list(d.labels), d.role) for d in data[i]] for i in range(len(data))
+    ]
 
 
-# -- files -------------------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "parquet", "arrow"])
 def test_file_types_give_the_same_samples(ending: str, tokenizer: Any, write_data: Any) -> None:
-    folder = write_data(j=({}, ALPACA), d=({"file_name": f"d.{ending}"}, ALPACA if ending == "jsonl" else None))
+    folder = write_data(
+        j=({}, ALPACA), d=({"file_name": f"d.{ending}"}, ALPACA if ending == "jsonl" else None)
+    )
     table = pa.Table.from_pylist(ALPACA)
     if ending == "json":
         (folder / "d.json").write_text(json.dumps(ALPACA, indent=2))
@@ -65,7 +80,9 @@ def test_file_types_give_the_same_samples(ending: str, tokenizer: Any, write_dat
     assert flat(found) == flat(expected) and len(found) == 40
 
 
-def test_text_files_folders_and_hub_data_sets(tokenizer: Any, write_data: Any, tmp_path: Path) -> None:
+def test_text_files_folders_and_hub_data_sets(
+    tokenizer: Any, write_data: Any, tmp_path: Path
+) -> None:
     columns = {"columns": {"prompt": "text"}}
     folder = write_data(
         t=({"file_name": "t.txt", **columns}, "Eins\r\nZwei Grüße\n\n\nDrei".encode()),
@@ -77,14 +94,21 @@ def test_text_files_folders_and_hub_data_sets(tokenizer: Any, write_data: Any, t
         (folder / "many" / name).write_text(json.dumps({"text": line}) + "\n")
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "train.jsonl").write_text('{"text": "Eins"}\n{"text": "Drei"}\n')
-    for name, expected in (("t", ["Eins", "Zwei Grüße", "Drei"]), ("many", ["Eins", "Zwei Grüße"]), ("hub", ["Eins", "Drei"])):
+    for name, expected in (
+        ("t", ["Eins", "Zwei Grüße", "Drei"]),
+        ("many", ["Eins", "Zwei Grüße"]),
+        ("hub", ["Eins", "Drei"]),
+    ):
         data = load(tokenizer, folder, "pt", dataset=name, packing=False).train
         assert texts(data, tokenizer) == [line + tokenizer.eos_token for line in expected]
 
 
 def test_missing_files_and_names(tokenizer: Any, write_data: Any) -> None:
     folder = write_data(
-        gone=({"file_name": "gone.json"}, None), mixed=({"file_name": "mixed"}, None), ms=({"ms_hub_url": "x/y"}, None), d=({}, ALPACA)
+        gone=({"file_name": "gone.json"}, None),
+        mixed=({"file_name": "mixed"}, None),
+        ms=({"ms_hub_url": "x/y"}, None),
+        d=({}, ALPACA),
     )
     (folder / "mixed").mkdir()
     (folder / "mixed" / "a.json").write_text("[]")
@@ -105,7 +129,9 @@ def test_missing_files_and_names(tokenizer: Any, write_data: Any) -> None:
 
 @pytest.mark.processes
 @pytest.mark.parametrize("workers", [None, 2])
-def test_what_cannot_be_fetched_is_told(tokenizer: Any, workers: int | None, write_data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_fetched_is_told(
+    tokenizer: Any, workers: int | None, write_data: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import datasets
     import huggingface_hub
 
@@ -118,14 +144,23 @@ def test_what_cannot_be_fetched_is_told(tokenizer: Any, workers: int | None, wri
         raise ConnectionError("Couldn't reach 'someone/data' on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", rows)
-    with pytest.raises(DataError, match=r"'someone/data': someone/data could not be read from the Hugging Face hub after row 1 \(Couldn't"):
+    with pytest.raises(
+        DataError,
+        match=(
+            r"'someone/data': someone/data could not be read from the Hugging Face hub after row 1"
+            r" \(Couldn't"
+        ),
+    ):
         load(tokenizer, "ONLINE", dataset="someone/data", preprocessing_num_workers=workers)
 
     def download(*args: Any, **kwargs: Any) -> Any:
         raise FileNotFoundError("404")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    with pytest.raises(DataError, match=r"dataset_dir: REMOTE:a/b: no dataset_info\.json could be read from the hub \(404\)"):
+    with pytest.raises(
+        DataError,
+        match=r"dataset_dir: REMOTE:a/b: no dataset_info\.json could be read from the hub \(404\)",
+    ):
         load(tokenizer, "REMOTE:a/b", dataset="d")
     folder = write_data(d=({}, ALPACA))
     info = {"c": {"cloud_file_name": "file://" + str(folder / "absent.json")}}
@@ -138,7 +173,10 @@ def test_a_dataset_info_of_another_shape(tokenizer: Any, write_data: Any) -> Non
     folder = write_data(d=({}, ALPACA))
     for info, expected in [
         ({"d": "d.json"}, "data set 'd' is not a mapping"),
-        ({"d": {"file_name": "d.json", "columns": ["a"]}}, "columns of data set 'd' is not a mapping"),
+        (
+            {"d": {"file_name": "d.json", "columns": ["a"]}},
+            "columns of data set 'd' is not a mapping",
+        ),
         ([{"d": {}}], "holds a list; a mapping of names"),
     ]:
         (folder / "dataset_info.json").write_text(json.dumps(info))
@@ -150,33 +188,62 @@ def test_one_empty_data_set_among_several_is_an_error(tokenizer: Any, write_data
     folder = write_data(d=({}, ALPACA), none=({}, []), bad=({}, [{"instruction": "no answer"}]))
     with pytest.raises(DataError, match=r"'none' has no usable row\. There are no rows in it"):
         load(tokenizer, folder, dataset="d,none")
-    with pytest.raises(DataError, match=r"'bad' has no usable row\. Of 1 rows 1 were bad\. First: bad"):
+    with pytest.raises(
+        DataError, match=r"'bad' has no usable row\. Of 1 rows 1 were bad\. First: bad"
+    ):
         load(tokenizer, folder, dataset="d,bad")
 
 
-# -- formats -----------------------------------------------------------------------------------------------------------------------
+# -- formats ---------------------------------------------------------------------------------------
 
 
 def test_columns_and_tags(tokenizer: Any, write_data: Any) -> None:
-    chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], "sys": "Be kind."}
-    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant", "system_tag": "system"}
-    with_system = {"messages": [{"role": "system", "content": "First."}, *chat["messages"]], "sys": "Second."}
-    entry = {"formatting": "sharegpt", "columns": {"messages": "messages", "system": "sys"}, "tags": tags}
-    alpaca = {"columns": {"prompt": "q", "query": "more", "response": "a", "system": "s", "history": "h"}}
+    chat = {
+        "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}],
+        "sys": "Be kind.",
+    }
+    tags = {
+        "role_tag": "role",
+        "content_tag": "content",
+        "user_tag": "user",
+        "assistant_tag": "assistant",
+        "system_tag": "system",
+    }
+    with_system = {
+        "messages": [{"role": "system", "content": "First."}, *chat["messages"]],
+        "sys": "Second.",
+    }
+    entry = {
+        "formatting": "sharegpt",
+        "columns": {"messages": "messages", "system": "sys"},
+        "tags": tags,
+    }
+    alpaca = {
+        "columns": {"prompt": "q", "query": "more", "response": "a", "system": "s", "history": "h"}
+    }
     rows = [{"q": "Q", "more": "M", "a": "A", "s": "S", "h": [["old q", "old a"]]}]
-    folder = write_data(c=(entry, [chat, with_system]), a=(alpaca, rows), o=({"formatting": "openai"}, [{"messages": chat["messages"]}]))
+    folder = write_data(
+        c=(entry, [chat, with_system]),
+        a=(alpaca, rows),
+        o=({"formatting": "openai"}, [{"messages": chat["messages"]}]),
+    )
     first, second = texts(load(tokenizer, folder, dataset="c").train, tokenizer)
     assert "system\nBe kind." in first and "system\nFirst." in second and "Second." not in second
     data = load(tokenizer, folder, dataset="a").train
     assert texts(data, tokenizer) == [
-        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nold q<|im_end|>\n<|im_start|>assistant\nold a<|im_end|>\n"
-        "<|im_start|>user\nQ\nM<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nold"
+        " q<|im_end|>\n<|im_start|>assistant\nold"
+        " a<|im_end|>\n<|im_start|>user\nQ\nM<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
     ]
     assert answers(data, tokenizer) == ["old a<|im_end|>\nA<|im_end|>\n"]
-    assert texts(load(tokenizer, folder, dataset="o").train, tokenizer)[0].startswith("<|im_start|>user\nHi<|im_end|>")
+    assert texts(load(tokenizer, folder, dataset="o").train, tokenizer)[0].startswith(
+        "<|im_start|>user\nHi<|im_end|>"
+    )
 
 
-def test_naming_some_columns_unsets_the_others_and_says_so(tokenizer: Any, write_data: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_naming_some_columns_unsets_the_others_and_says_so(
+    tokenizer: Any, write_data: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = write_data(d=({"columns": {"prompt": "instruction"}}, ALPACA))
     with pytest.raises(DataError, match=r"'d' has no usable row\. Of 40 rows 40 were bad"):
         load(tokenizer, folder, dataset="d")
@@ -193,12 +260,16 @@ def test_a_data_set_of_another_stage_is_refused(tokenizer: Any, write_data: Any)
         load(tokenizer, folder, "kto", dataset="d")
 
 
-# -- mixing, splitting --------------------------------------------------------------------------------------------------------------
+# -- mixing, splitting -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", ["concat", "interleave_under", "interleave_over", "interleave_once"])
+@pytest.mark.parametrize(
+    "strategy", ["concat", "interleave_under", "interleave_over", "interleave_once"]
+)
 @pytest.mark.parametrize("probs", [None, "0.7,0.3"])
-def test_mixing_has_the_order_of_datasets(strategy: str, probs: str | None, tokenizer: Any, write_data: Any) -> None:
+def test_mixing_has_the_order_of_datasets(
+    strategy: str, probs: str | None, tokenizer: Any, write_data: Any
+) -> None:
     """The order that `datasets` gives raw rows, as LLaMA-Factory has it."""
     a = [{"instruction": f"a{i}", "input": "", "output": "x"} for i in range(12)]
     b = [{"instruction": f"b{i}", "input": "", "output": "x"} for i in range(5)]
@@ -206,25 +277,53 @@ def test_mixing_has_the_order_of_datasets(strategy: str, probs: str | None, toke
     if strategy == "concat":
         if probs:
             return
-        expected = datasets.concatenate_datasets([datasets.Dataset.from_list(a), datasets.Dataset.from_list(b)])
+        expected = datasets.concatenate_datasets(
+            [datasets.Dataset.from_list(a), datasets.Dataset.from_list(b)]
+        )
     else:
-        stop = {"under": "first_exhausted", "over": "all_exhausted", "once": "all_exhausted_without_replacement"}[strategy[11:]]
+        stop = {
+            "under": "first_exhausted",
+            "over": "all_exhausted",
+            "once": "all_exhausted_without_replacement",
+        }[strategy[11:]]
         chances = [0.7, 0.3] if probs else None
         expected = datasets.interleave_datasets(
-            [datasets.Dataset.from_list(a), datasets.Dataset.from_list(b)], probabilities=chances, seed=3, stopping_strategy=stop
+            [datasets.Dataset.from_list(a), datasets.Dataset.from_list(b)],
+            probabilities=chances,
+            seed=3,
+            stopping_strategy=stop,
         )
-    data = load(tokenizer, folder, seed=3, dataset="a, b", mix_strategy=strategy, interleave_probs=probs, template="empty").train
+    data = load(
+        tokenizer,
+        folder,
+        seed=3,
+        dataset="a, b",
+        mix_strategy=strategy,
+        interleave_probs=probs,
+        template="empty",
+    ).train
     assert texts(data, tokenizer) == [r["instruction"] + "x" for r in expected]
 
 
 def test_val_size_max_samples_and_eval_sets(tokenizer: Any, write_data: Any) -> None:
-    folder = write_data(d=({}, ALPACA), e=({}, ALPACA[:6]), n=({"num_samples": 7}, ALPACA), m=({"num_samples": 90}, ALPACA))
+    folder = write_data(
+        d=({}, ALPACA),
+        e=({}, ALPACA[:6]),
+        n=({"num_samples": 7}, ALPACA),
+        m=({"num_samples": 90}, ALPACA),
+    )
     whole = texts(load(tokenizer, folder, dataset="d").train, tokenizer)
     for size, expected in ((0.25, 10), (4, 4)):
         found = load(tokenizer, folder, seed=5, dataset="d", val_size=size)
         held_out = texts(found.eval["eval"], tokenizer)
-        split = datasets.Dataset.from_dict({"t": whole}).train_test_split(test_size=size if size < 1 else int(size), seed=5)
-        assert texts(found.train, tokenizer) == split["train"]["t"][:] and held_out == split["test"]["t"][:] and len(held_out) == expected
+        split = datasets.Dataset.from_dict({"t": whole}).train_test_split(
+            test_size=size if size < 1 else int(size), seed=5
+        )
+        assert (
+            texts(found.train, tokenizer) == split["train"]["t"][:]
+            and held_out == split["test"]["t"][:]
+            and len(held_out) == expected
+        )
     assert texts(load(tokenizer, folder, dataset="d", max_samples=3).train, tokenizer) == whole[:3]
     both = load(tokenizer, folder, dataset="d", eval_dataset=["d", "e"], max_samples=5)
     assert (len(both.train), len(both.eval["eval"])) == (5, 10)
@@ -241,7 +340,7 @@ def test_val_size_max_samples_and_eval_sets(tokenizer: Any, write_data: Any) -> 
     assert len(load(tokenizer, folder, dataset="d", val_size=1).eval["eval"]) == 1
 
 
-# -- cutting, packing ---------------------------------------------------------------------------------------------------------------
+# -- cutting, packing ------------------------------------------------------------------------------
 
 
 def test_cutoff_strategies_report_what_they_lose(tokenizer: Any, write_data: Any) -> None:
@@ -250,13 +349,26 @@ def test_cutoff_strategies_report_what_they_lose(tokenizer: Any, write_data: Any
     cutoff = int(np.sort(full.lengths)[-5]) - 1
     over = full.lengths[full.lengths > cutoff]
     for strategy in ("llamafactory", "keep_tail"):
-        data = load(tokenizer, folder, dataset="d", cutoff_len=cutoff, cutoff_strategy=strategy).train
-        assert data.report.truncated == len(over) >= 5 and data.report.lost_tokens == int(over.sum() - len(over) * cutoff)
-        assert all(data.lengths[i] == sum(len(d.input_ids) for d in data[i]) <= cutoff for i in range(len(data)))
+        data = load(
+            tokenizer, folder, dataset="d", cutoff_len=cutoff, cutoff_strategy=strategy
+        ).train
+        assert data.report.truncated == len(over) >= 5 and data.report.lost_tokens == int(
+            over.sum() - len(over) * cutoff
+        )
+        assert all(
+            data.lengths[i] == sum(len(d.input_ids) for d in data[i]) <= cutoff
+            for i in range(len(data))
+        )
     dropped = load(tokenizer, folder, dataset="d", cutoff_len=cutoff, cutoff_strategy="drop").train
-    assert dropped.report.dropped == len(over) and dropped.report.lost_tokens == over.sum() and len(dropped) == 40 - len(over)
+    assert (
+        dropped.report.dropped == len(over)
+        and dropped.report.lost_tokens == over.sum()
+        and len(dropped) == 40 - len(over)
+    )
     assert sorted(dropped.lengths) == sorted(full.lengths[full.lengths <= cutoff])
-    with pytest.raises(DataError, match=rf"{len(over)} samples are longer than cutoff_len \({cutoff}\), first row"):
+    with pytest.raises(
+        DataError, match=rf"{len(over)} samples are longer than cutoff_len \({cutoff}\), first row"
+    ):
         load(tokenizer, folder, dataset="d", cutoff_len=cutoff, cutoff_strategy="error")
 
 
@@ -275,7 +387,9 @@ def test_packed_rows_hold_every_sample_once(tokenizer: Any, write_data: Any) -> 
     documents = [d for row in flat(packed[0]) for d in row]
     assert sorted(documents) == sorted(d for s in alone for d in s)
     assert (
-        packed[0].report.efficiency == pytest.approx(packed[0].lengths.sum() / (200 * len(packed[0]))) and packed[0].report.efficiency > 0.8
+        packed[0].report.efficiency
+        == pytest.approx(packed[0].lengths.sum() / (200 * len(packed[0])))
+        and packed[0].report.efficiency > 0.8
     )
     row = collate([packed[0][0]], 16, 0)
     assert len({d.sample for d in row.documents if d.role != "pad"}) == len(packed[0][0]) > 1
@@ -286,14 +400,15 @@ def test_pretraining_splits_long_texts_and_loses_nothing(tokenizer: Any, write_d
     folder = write_data(d=({"columns": {"prompt": "text"}}, rows))
     uncut = load(tokenizer, folder, "pt", dataset="d", packing=False, cutoff_len=10**6).train
     whole = [list(uncut[i][0].input_ids) for i in range(5)]
-    packed = load(tokenizer, folder, "pt", dataset="d", cutoff_len=50).train  # packing: null packs in pt
+    # packing: null packs in pt
+    packed = load(tokenizer, folder, "pt", dataset="d", cutoff_len=50).train
     pieces = sorted((d.sample, list(d.input_ids)) for i in range(len(packed)) for d in packed[i])
     assert all(len(p) <= 50 for _, p in pieces)
     assert [t for _, p in pieces for t in p] == [t for ids in whole for t in ids]
     assert packed.report.truncated == 0 and packed.report.tokens == sum(map(len, whole))
 
 
-# -- cache --------------------------------------------------------------------------------------------------------------------------
+# -- cache -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -318,17 +433,35 @@ def test_what_reuses_the_cache_and_what_does_not(
     assert sum(tokenised) == 40
     monkeypatch.setenv("WORLD_SIZE", "8")
     same: list[dict[str, Any]] = [
-        *({"seed": 9}, {"cutoff_len": 30}, {"packing": True}, {"mask_history": True}, {"train_on_prompt": True}, {"val_size": 0.5}),
-        *({"preprocessing_num_workers": 2, "preprocessing_batch_size": 7}, {"cutoff_strategy": "drop"}, {"on_bad_row": "error"}),
+        *(
+            {"seed": 9},
+            {"cutoff_len": 30},
+            {"packing": True},
+            {"mask_history": True},
+            {"train_on_prompt": True},
+            {"val_size": 0.5},
+        ),
+        *(
+            {"preprocessing_num_workers": 2, "preprocessing_batch_size": 7},
+            {"cutoff_strategy": "drop"},
+            {"on_bad_row": "error"},
+        ),
     ]
     for options in same:
         load(tokenizer, folder, dataset="d", **options)
     assert sum(tokenised) == 40, "tokenised again although nothing that matters changed"
     (folder / "copy.json").write_bytes((folder / "d.json").read_bytes())
-    (folder / "dataset_info.json").write_text(json.dumps({"d": {"file_name": "d.json"}, "c": {"file_name": "d.json"}}))
+    (folder / "dataset_info.json").write_text(
+        json.dumps({"d": {"file_name": "d.json"}, "c": {"file_name": "d.json"}})
+    )
     load(tokenizer, folder, dataset="c")
     assert sum(tokenised) == 40, "the content is the same under another name"
-    for options in ({"template": "vicuna"}, {"default_system": "Other."}, {"max_samples": 40}, {"overwrite_cache": True}):
+    for options in (
+        {"template": "vicuna"},
+        {"default_system": "Other."},
+        {"max_samples": 40},
+        {"overwrite_cache": True},
+    ):
         before = sum(tokenised)
         load(tokenizer, folder, dataset="d", **options)
         assert sum(tokenised) == before + 40, options
@@ -347,7 +480,16 @@ def test_what_reuses_the_cache_and_what_does_not(
 def test_workers_give_the_same_store(tokenizer: Any, write_data: Any, cache: Path) -> None:
     folder = write_data(d=({"file_name": "d.jsonl"}, ALPACA))
     one = flat(load(tokenizer, folder, dataset="d").train)
-    three = flat(load(tokenizer, folder, dataset="d", overwrite_cache=True, preprocessing_num_workers=3, preprocessing_batch_size=4).train)
+    three = flat(
+        load(
+            tokenizer,
+            folder,
+            dataset="d",
+            overwrite_cache=True,
+            preprocessing_num_workers=3,
+            preprocessing_batch_size=4,
+        ).train
+    )
     assert one == three
     assert not [p for p in (cache / "tokens").iterdir() if p.name.startswith(".") and p.is_dir()]
 
@@ -359,32 +501,63 @@ def test_the_data_set_goes_to_workers_by_its_path(tokenizer: Any, write_data: An
     assert flat(pickle.loads(sent)) == flat(data)
 
 
-def test_the_first_sample_is_shown(tokenizer: Any, write_data: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_first_sample_is_shown(
+    tokenizer: Any, write_data: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
     data = load(tokenizer, write_data(d=({}, ALPACA)), dataset="d").train
-    assert "training example:" in caplog.text and "label_ids:" in caplog.text and "Question 0?" in caplog.text
+    assert (
+        "training example:" in caplog.text
+        and "label_ids:" in caplog.text
+        and "Question 0?" in caplog.text
+    )
     assert "... (" in describe_sample(data[6], tokenizer, limit=5)
 
 
 @pytest.mark.parametrize("cutoff", [2048, 60, 12, 3, 1])
 @pytest.mark.parametrize("template", ["chatml", "qwen3", "glm4"])
-def test_lengths_of_pairs_and_kto_are_those_of_their_documents(cutoff: int, template: str, tokenizer: Any, write_data: Any) -> None:
+def test_lengths_of_pairs_and_kto_are_those_of_their_documents(
+    cutoff: int, template: str, tokenizer: Any, write_data: Any
+) -> None:
     rows = [
-        {"q": "word " * (i % 9), "good": ("<think>\nx\n</think>\n\n" if i % 2 else "") + "good " * (i % 5 + 1), "bad": "bad " * (i % 7 + 1)}
+        {
+            "q": "word " * (i % 9),
+            "good": ("<think>\nx\n</think>\n\n" if i % 2 else "") + "good " * (i % 5 + 1),
+            "bad": "bad " * (i % 7 + 1),
+        }
         for i in range(20)
     ]
     kto_rows = [{"q": r["q"], "a": r["good"], "t": i % 3 == 0} for i, r in enumerate(rows)]
     folder = write_data(
-        p=({"ranking": True, "columns": {"prompt": "q", "chosen": "good", "rejected": "bad"}}, rows),
+        p=(
+            {"ranking": True, "columns": {"prompt": "q", "chosen": "good", "rejected": "bad"}},
+            rows,
+        ),
         k=({"columns": {"prompt": "q", "response": "a", "kto_tag": "t"}}, kto_rows),
     )
-    for stage, name, options in (("dpo", "p", {}), ("dpo", "p", {"pref_share_prompt": True}), ("kto", "k", {})):
+    for stage, name, options in (
+        ("dpo", "p", {}),
+        ("dpo", "p", {"pref_share_prompt": True}),
+        ("kto", "k", {}),
+    ):
         for thinking in (True, False, None):
             data = load(
-                tokenizer, folder, stage, dataset=name, template=template, cutoff_len=cutoff, enable_thinking=thinking, **options
+                tokenizer,
+                folder,
+                stage,
+                dataset=name,
+                template=template,
+                cutoff_len=cutoff,
+                enable_thinking=thinking,
+                **options,
             ).train
-            assert data.lengths.tolist() == [sum(len(d.input_ids) for d in data[i]) for i in range(len(data))]
-            assert all(len(d.input_ids) <= cutoff for i in range(len(data)) for d in data[i]) or options
+            assert data.lengths.tolist() == [
+                sum(len(d.input_ids) for d in data[i]) for i in range(len(data))
+            ]
+            assert (
+                all(len(d.input_ids) <= cutoff for i in range(len(data)) for d in data[i])
+                or options
+            )
 
 
 def test_the_data_sets_of_the_project_load(tokenizer: Any) -> None:
@@ -400,7 +573,7 @@ def test_the_data_sets_of_the_project_load(tokenizer: Any) -> None:
         assert data.report.bad == 0 and data.report.truncated == 0 and len(data) > 0
 
 
-# -- questions for do_predict ------------------------------------------------------------------------------------------------------
+# -- questions for do_predict ----------------------------------------------------------------------
 
 
 def chat(*roles: str) -> list[dict[str, str]]:
@@ -408,12 +581,23 @@ def chat(*roles: str) -> list[dict[str, str]]:
 
 
 QUESTIONS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
-    "alpaca": ({}, [{"instruction": "Q", "output": "A"}, {"instruction": "Q"}, {"instruction": "Q", "output": ""}]),
+    "alpaca": (
+        {},
+        [
+            {"instruction": "Q", "output": "A"},
+            {"instruction": "Q"},
+            {"instruction": "Q", "output": ""},
+        ],
+    ),
     "sharegpt": (
         {"formatting": "sharegpt"},
         [
             {"conversations": c}
-            for c in (chat("human", "gpt"), chat("human", "gpt", "human"), [*chat("human"), {"from": "gpt", "value": ""}])
+            for c in (
+                chat("human", "gpt"),
+                chat("human", "gpt", "human"),
+                [*chat("human"), {"from": "gpt", "value": ""}],
+            )
         ],
     ),
 }
@@ -421,36 +605,54 @@ QUESTIONS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
 
 @pytest.mark.parametrize("template", ["chatml", "mistral", "qwen3", "deepseekr1"])
 @pytest.mark.parametrize("form", list(QUESTIONS))
-def test_questions_are_for_do_predict(form: str, template: str, tokenizer: Any, write_data: Any) -> None:
-    """A conversation without its last answer is the prompt that the same conversation with an answer has."""
+def test_questions_are_for_do_predict(
+    form: str, template: str, tokenizer: Any, write_data: Any
+) -> None:
+    """A conversation without its last answer is the prompt that the same conversation with an
+    answer has.
+    """
     info, rows = QUESTIONS[form]
     folder = write_data(d=(info, rows), t=({}, ALPACA))
     for thinking in (True, False):
-        options = {"dataset": None, "eval_dataset": "d", "template": template, "enable_thinking": thinking}
+        options = {
+            "dataset": None,
+            "eval_dataset": "d",
+            "template": template,
+            "enable_thinking": thinking,
+        }
         data = load(tokenizer, folder, do_predict=True, **options).eval["eval"]
         assert len(data) == 3 and data.report.unanswered == 2 and not data.report.bad_rows
         assert "2 samples have no answer and are for do_predict alone" in data.report.describe()
         (answered,), *questions = (data[i] for i in range(3))
         assert answered.role == "text"
-        prompt = list(answered.input_ids[: next(i for i, label in enumerate(answered.labels) if label != IGNORE)])
+        prompt = list(
+            answered.input_ids[
+                : next(i for i, label in enumerate(answered.labels) if label != IGNORE)
+            ]
+        )
         for (question,) in questions:
             assert question.role == "prompt" and set(question.labels) == {IGNORE}
         assert list(questions[1][0].input_ids) == prompt
         assert data.lengths.tolist() == [len(data[i][0].input_ids) for i in range(3)]
         if form == "alpaca":
             assert list(questions[0][0].input_ids) == prompt
-        assert len(load(tokenizer, folder, **options).eval["eval"]) == 1  # an evaluation has no use for them
+        # an evaluation has no use for them
+        assert len(load(tokenizer, folder, **options).eval["eval"]) == 1
 
 
 def test_questions_alone_cannot_be_evaluated(tokenizer: Any, write_data: Any) -> None:
     folder = write_data(d=({}, [{"instruction": "Q"}]))
     options = {"dataset": None, "eval_dataset": "d"}
     assert len(load(tokenizer, folder, do_predict=True, **options).eval["eval"]) == 1
-    with pytest.raises(DataError, match=r"None of the 1 evaluation samples has an answer.*Leave out do_eval"):
+    with pytest.raises(
+        DataError, match=r"None of the 1 evaluation samples has an answer.*Leave out do_eval"
+    ):
         load(tokenizer, folder, do_predict=True, do_eval=True, **options)
 
 
 def test_a_question_is_cut_as_a_prompt(tokenizer: Any, write_data: Any) -> None:
     folder = write_data(d=({}, [{"instruction": "long " * 50}]))
-    data = load(tokenizer, folder, dataset=None, eval_dataset="d", do_predict=True, cutoff_len=40).eval["eval"]
+    data = load(
+        tokenizer, folder, dataset=None, eval_dataset="d", do_predict=True, cutoff_len=40
+    ).eval["eval"]
     assert len(data[0][0].input_ids) == 40 == data.lengths[0] and data.report.truncated == 1

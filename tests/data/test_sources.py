@@ -1,4 +1,6 @@
-"""Data sets by name and by path: what dataset_info.json says, what a file says by itself, and what is wrong with either."""
+"""Data sets by name and by path: what dataset_info.json says, what a file says by itself, and what
+is wrong with either.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +21,24 @@ from longfactory.errors import DataError
 OPENAI = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 SHAREGPT = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
 USERS = [{"from": "user", "value": "Q"}, {"from": "assistant", "value": "A"}]
-TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool"}
+TAGS = {
+    "role_tag": "role",
+    "content_tag": "content",
+    "user_tag": "user",
+    "assistant_tag": "assistant",
+    "observation_tag": "tool",
+}
 TAGS |= {"function_tag": "function", "system_tag": "system"}
 
 
 def load(tokenizer: Any, folder: Any, stage: str = "sft", **options: Any) -> Any:
     args = make_args(dataset_dir=str(folder), **({"template": "chatml", "dataset": "d"} | options))
-    return load_datasets(args, stage=stage, tokenizer=tokenizer, template=get_template(args, tokenizer), seed=0).train
+    return load_datasets(
+        args, stage=stage, tokenizer=tokenizer, template=get_template(args, tokenizer), seed=0
+    ).train
 
 
-# -- a file by its path ------------------------------------------------------------------------------------------------------------
+# -- a file by its path ----------------------------------------------------------------------------
 
 FORMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "alpaca": (
@@ -36,12 +46,24 @@ FORMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"instruction": "Q", "input": "", "output": "A", "id": 7},
         {"columns": {"prompt": "instruction", "response": "output"}},
     ),
-    "alpaca of others": ("sft", {"question": "Q", "answer": "A"}, {"columns": {"prompt": "question", "response": "answer"}}),
-    "openai": ("sft", {"messages": OPENAI}, {"formatting": "openai", "columns": {"messages": "messages"}, "tags": TAGS}),
+    "alpaca of others": (
+        "sft",
+        {"question": "Q", "answer": "A"},
+        {"columns": {"prompt": "question", "response": "answer"}},
+    ),
+    "openai": (
+        "sft",
+        {"messages": OPENAI},
+        {"formatting": "openai", "columns": {"messages": "messages"}, "tags": TAGS},
+    ),
     "openai with tools": (
         "sft",
         {"conversations": OPENAI, "tools": [{"name": "f", "parameters": {}}]},
-        {"formatting": "openai", "columns": {"messages": "conversations", "tools": "tools"}, "tags": TAGS},
+        {
+            "formatting": "openai",
+            "columns": {"messages": "conversations", "tools": "tools"},
+            "tags": TAGS,
+        },
     ),
     "sharegpt": (
         "sft",
@@ -51,11 +73,18 @@ FORMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "preference": (
         "dpo",
         {"prompt": "Q", "chosen": "A", "rejected": "B"},
-        {"ranking": True, "columns": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}},
+        {
+            "ranking": True,
+            "columns": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
+        },
     ),
     "preference of messages": (
         "dpo",
-        {"conversations": SHAREGPT[:1], "chosen": SHAREGPT[1], "rejected": {"from": "gpt", "value": "B"}},
+        {
+            "conversations": SHAREGPT[:1],
+            "chosen": SHAREGPT[1],
+            "rejected": {"from": "gpt", "value": "B"},
+        },
         {
             "formatting": "sharegpt",
             "ranking": True,
@@ -65,14 +94,20 @@ FORMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "kto": (
         "kto",
         {"messages": OPENAI, "label": True},
-        {"formatting": "openai", "columns": {"messages": "messages", "kto_tag": "label"}, "tags": TAGS},
+        {
+            "formatting": "openai",
+            "columns": {"messages": "messages", "kto_tag": "label"},
+            "tags": TAGS,
+        },
     ),
     "text": ("pt", {"text": "a text"}, {"columns": {"prompt": "text"}}),
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_file_by_its_path(form: str, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_by_its_path(
+    form: str, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Its form is that of its rows; the entry that is printed gives the same tokens."""
     stage, row, expected = FORMS[form]
     assert detect([row]) == expected
@@ -86,7 +121,10 @@ def test_a_file_by_its_path(form: str, tokenizer: Any, tmp_path: Path, caplog: p
     named = load(tokenizer, tmp_path, stage, dataset="some rows", packing=False)
     for data in (found, named):
         assert len(data) == 2 and data.report.bad == 0
-    assert all((a.input_ids == b.input_ids).all() and (a.labels == b.labels).all() for a, b in zip(found[0], named[0], strict=True))
+    assert all(
+        (a.input_ids == b.input_ids).all() and (a.labels == b.labels).all()
+        for a, b in zip(found[0], named[0], strict=True)
+    )
 
 
 def test_paths_beside_names_and_from_dataset_dir(tokenizer: Any, write_data: Any) -> None:
@@ -113,63 +151,136 @@ def test_paths_that_cannot_be_used(tokenizer: Any, write_data: Any, tmp_path: Pa
     (folder / "broken.jsonl").write_text("{\n")
     for name, message in (
         ("odd.jsonl", r"form of odd.jsonl is not known by its first rows \(columns: 'a', 'b'\)"),
-        ("broken.jsonl", r"broken.jsonl holds no row that can be read. First: broken.jsonl:1: invalid JSON"),
+        (
+            "broken.jsonl",
+            r"broken.jsonl holds no row that can be read. First: broken.jsonl:1: invalid JSON",
+        ),
         ("missing.jsonl", "'missing.jsonl' is not in dataset_info.json and is no file"),
         ("dd", r"'dd' is not in dataset_info.json. Did you mean 'd'\?"),
     ):
         with pytest.raises(DataError, match=message):
             load(tokenizer, folder, dataset=name)
-    with pytest.raises(DataError, match=r"dataset_info\.json does not exist, and 'x/rows\.jsonl' is no file\. Point dataset_dir"):
+    with pytest.raises(
+        DataError,
+        match=(
+            r"dataset_info\.json does not exist, and 'x/rows\.jsonl' is no file\. Point dataset_dir"
+        ),
+    ):
         load(tokenizer, tmp_path / "none", dataset="x/rows.jsonl")
 
 
-# -- rows in another form than their entry says -------------------------------------------------------------------------------------
+# -- rows in another form than their entry says ----------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("entry", "row", "lines"),
     [
-        ({}, {"messages": OPENAI}, '"formatting": "openai", "columns": {"messages": "messages"}, "tags": {"role_tag": "role"'),
-        ({}, {"conversations": SHAREGPT}, '"formatting": "sharegpt", "columns": {"messages": "conversations"}'),
-        ({"formatting": "sharegpt"}, {"conversations": OPENAI}, '"formatting": "openai", "columns": {"messages": "conversations"}'),
-        ({"formatting": "sharegpt"}, {"instruction": "Q", "output": "A"}, '"columns": {"prompt": "instruction", "response": "output"}'),
-        ({"columns": {"messages": "messages"}}, {"messages": OPENAI}, '"formatting": "openai", "columns": {"messages": "messages"}'),
-        ({}, {"question": "Q", "answer": "A"}, '"columns": {"prompt": "question", "response": "answer"}'),
+        (
+            {},
+            {"messages": OPENAI},
+            (
+                '"formatting": "openai", "columns": {"messages": "messages"}, "tags": {"role_tag":'
+                ' "role"'
+            ),
+        ),
+        (
+            {},
+            {"conversations": SHAREGPT},
+            '"formatting": "sharegpt", "columns": {"messages": "conversations"}',
+        ),
+        (
+            {"formatting": "sharegpt"},
+            {"conversations": OPENAI},
+            '"formatting": "openai", "columns": {"messages": "conversations"}',
+        ),
+        (
+            {"formatting": "sharegpt"},
+            {"instruction": "Q", "output": "A"},
+            '"columns": {"prompt": "instruction", "response": "output"}',
+        ),
+        (
+            {"columns": {"messages": "messages"}},
+            {"messages": OPENAI},
+            '"formatting": "openai", "columns": {"messages": "messages"}',
+        ),
+        (
+            {},
+            {"question": "Q", "answer": "A"},
+            '"columns": {"prompt": "question", "response": "answer"}',
+        ),
     ],
 )
-def test_the_lines_that_are_missing_are_told(entry: dict, row: dict, lines: str, tokenizer: Any, write_data: Any) -> None:
+def test_the_lines_that_are_missing_are_told(
+    entry: dict, row: dict, lines: str, tokenizer: Any, write_data: Any
+) -> None:
     folder = write_data(d=(entry, [row] * 3))
     with pytest.raises(DataError) as error:
         load(tokenizer, folder)
     text = str(error.value)
-    assert text.count(lines) == 1 and "None" not in text and "give the data set these lines in dataset_info.json: " in text
+    assert (
+        text.count(lines) == 1
+        and "None" not in text
+        and "give the data set these lines in dataset_info.json: " in text
+    )
     told = json.loads("{" + text.split("these lines in dataset_info.json: ", 1)[1] + "}")
     assert len(load(tokenizer, write_data(d=(told, [row] * 3)))) == 3
     with pytest.raises(DataError, match=r"on_bad_row: skip\. The row looks like"):
         load(tokenizer, write_data(d=(entry, [row] * 3)), on_bad_row="error")
 
 
-def test_a_column_that_is_not_named_is_no_column_named_none(tokenizer: Any, write_data: Any) -> None:
+def test_a_column_that_is_not_named_is_no_column_named_none(
+    tokenizer: Any, write_data: Any
+) -> None:
     cases = [
         ({"columns": {"response": "output"}}, {"instruction": "Q", "output": "A"}, "sft", "prompt"),
-        ({"formatting": "sharegpt", "columns": {"system": "s"}}, {"chat": SHAREGPT, "s": ""}, "sft", "messages"),
-        ({"ranking": True, "columns": {"prompt": "q"}}, {"q": "Q", "good": "A"}, "dpo", "chosen and rejected"),
+        (
+            {"formatting": "sharegpt", "columns": {"system": "s"}},
+            {"chat": SHAREGPT, "s": ""},
+            "sft",
+            "messages",
+        ),
+        (
+            {"ranking": True, "columns": {"prompt": "q"}},
+            {"q": "Q", "good": "A"},
+            "dpo",
+            "chosen and rejected",
+        ),
     ]
     for entry, row, stage, key in cases:
-        with pytest.raises(DataError, match=f"dataset_info.json does not say which column holds the {key}; the row's columns are '"):
+        with pytest.raises(
+            DataError,
+            match=(
+                f"dataset_info.json does not say which column holds the {key}; the row's columns"
+                " are '"
+            ),
+        ):
             load(tokenizer, write_data(d=(entry, [row])), stage)
-    with pytest.raises(DataError, match=r"missing column: 'q' is not among the row's columns \('instruction', 'output'\)"):
-        load(tokenizer, write_data(d=({"columns": {"prompt": "q", "response": "output"}}, [{"instruction": "Q", "output": "A"}])))
+    with pytest.raises(
+        DataError,
+        match=r"missing column: 'q' is not among the row's columns \('instruction', 'output'\)",
+    ):
+        load(
+            tokenizer,
+            write_data(
+                d=(
+                    {"columns": {"prompt": "q", "response": "output"}},
+                    [{"instruction": "Q", "output": "A"}],
+                )
+            ),
+        )
 
 
-# -- odd entries and damaged files ---------------------------------------------------------------------------------------------------
+# -- odd entries and damaged files -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
         ({"file_name": 3}, "file_name of data set 'd' must be a text; found 3"),
-        ({"file_name": ["a.json", "b.json"]}, r"file_name of data set 'd' must be a text; found \[\"a.json\", \"b.json\"\]"),
+        (
+            {"file_name": ["a.json", "b.json"]},
+            r"file_name of data set 'd' must be a text; found \[\"a.json\", \"b.json\"\]",
+        ),
         ({"file_name": None}, "neither file_name nor hf_hub_url"),
         ({"file_name": ""}, "file_name of data set 'd' must be a text"),
         ({"hf_hub_url": {"a": 1}}, "hf_hub_url of data set 'd' must be a text"),
@@ -180,7 +291,10 @@ def test_a_column_that_is_not_named_is_no_column_named_none(tokenizer: Any, writ
         ({"ranking": "yes"}, "ranking of data set 'd' must be true or false; found \"yes\""),
         ({"num_samples": "all"}, "num_samples of data set 'd' must be a whole number"),
         ({"num_samples": -1}, "num_samples of data set 'd' must be a whole number"),
-        ({"columns": {"prompt": ["q", "r"]}}, "columns: prompt of data set 'd' must be the name of one column, a text; found"),
+        (
+            {"columns": {"prompt": ["q", "r"]}},
+            "columns: prompt of data set 'd' must be the name of one column, a text; found",
+        ),
         ({"columns": ["q"]}, "columns of data set 'd' is not a mapping"),
         ({"tags": {"user_tag": 1}}, "tags: user_tag of data set 'd' must be a text; found 1"),
         (None, "data set 'd' is not a mapping"),
@@ -195,7 +309,15 @@ def test_odd_entries_are_sentences(entry: Any, message: str, tmp_path: Path) -> 
 
 
 def test_null_stands_for_a_key_that_is_not_given(write_data: Any) -> None:
-    entry = {"hf_hub_url": None, "formatting": None, "columns": None, "tags": None, "ranking": None, "num_samples": None, "split": None}
+    entry = {
+        "hf_hub_url": None,
+        "formatting": None,
+        "columns": None,
+        "tags": None,
+        "ranking": None,
+        "num_samples": None,
+        "split": None,
+    }
     given, plain = (read_sources(["d"], str(write_data(d=(e, []))))[0] for e in (entry, {}))
     assert given == plain
 
@@ -209,22 +331,34 @@ def test_an_odd_dataset_info_is_a_sentence(content: bytes, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "arrow file"])
 def test_damaged_tables_are_sentences(kind: str, tokenizer: Any, tmp_path: Path) -> None:
-    table = pa.table({"instruction": [f"Question {i}?" for i in range(5000)], "output": ["An answer."] * 5000})
+    table = pa.table(
+        {"instruction": [f"Question {i}?" for i in range(5000)], "output": ["An answer."] * 5000}
+    )
     path = tmp_path / f"d.{kind.split()[0]}"
     if kind == "parquet":
         pq.write_table(table, path)
     else:
-        with (pa.ipc.new_stream if kind == "arrow" else pa.ipc.new_file)(str(path), table.schema) as writer:
+        with (pa.ipc.new_stream if kind == "arrow" else pa.ipc.new_file)(
+            str(path), table.schema
+        ) as writer:
             writer.write_table(table, max_chunksize=1000)
     good = path.read_bytes()
     (tmp_path / "dataset_info.json").write_text(json.dumps({"d": {"file_name": path.name}}))
     middle = len(good) // 2
-    damaged = [b"", good[:8], good[:middle], good[: middle - 500] + bytes(1000) + good[middle + 500 :], bytes(len(good)), b"PAR1" + good]
+    damaged = [
+        b"",
+        good[:8],
+        good[:middle],
+        good[: middle - 500] + bytes(1000) + good[middle + 500 :],
+        bytes(len(good)),
+        b"PAR1" + good,
+    ]
     sentences = 0
     for content in damaged:
         path.write_bytes(content)
         try:
             load(tokenizer, tmp_path)
-        except DataError as e:  # some damage spoils texts and no structure: then rows are trained or bad
+        # some damage spoils texts and no structure: then rows are trained or bad
+        except DataError as e:
             sentences += f"{path.name} cannot be read after row " in str(e)
     assert sentences >= 4

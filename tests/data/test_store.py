@@ -1,4 +1,6 @@
-"""The token cache with several processes: one builds, all read, and a builder that dies leaves nothing behind."""
+"""The token cache with several processes: one builds, all read, and a builder that dies leaves
+nothing behind.
+"""
 
 from __future__ import annotations
 
@@ -93,5 +95,9 @@ def test_if_the_builder_dies_another_builds(tmp_path: Path) -> None:
 def test_a_rebuild_does_not_disturb_readers(tmp_path: Path) -> None:
     store.write(tmp_path / "s", [chunk(0, 3)], {"name": "d", "rows": 3})
     reader = Store(tmp_path / "s")
-    rebuilt = store.open_or_build(tmp_path / "s", lambda p: store.write(p, [chunk(50, 4)], {"name": "d", "rows": 4}), rebuild=True)
+    rebuilt = store.open_or_build(
+        tmp_path / "s",
+        lambda p: store.write(p, [chunk(50, 4)], {"name": "d", "rows": 4}),
+        rebuild=True,
+    )
     assert len(rebuilt) == 4 and [p.tolist() for p in reader.parts(1)] == [[1], [1]]

@@ -24,7 +24,10 @@ from longfactory.data import tokens
 from longfactory.data.tokens import PieceTokenizer
 from longfactory.data.words import GPT2, Words, words_of
 
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 QWEN = LLAMA3.replace("{1,3}", "")
 
 
@@ -33,13 +36,18 @@ def trained(pattern: str | None, nfc: bool = False) -> Tokenizer:
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if pattern:
         first = pre_tokenizers.Split(Regex(pattern), "isolated")
-        split = pre_tokenizers.Sequence([first, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        split = pre_tokenizers.Sequence(
+            [first, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
     t.pre_tokenizer = split
     t.decoder = decoders.ByteLevel()
     if nfc:
         t.normalizer = normalizers.NFC()
     trainer = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=500,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     t.train_from_iterator(CORPUS, trainer)
     return t
@@ -71,11 +79,17 @@ def test_equal_or_declined(name: str, text: str) -> None:
 @pytest.mark.parametrize("name", BACKENDS)
 def test_long_prose_is_looked_up(name: str) -> None:
     rng = random.Random(0)
-    text = "\n\n".join(rng.choice(CORPUS[:1] + CORPUS[2:3] + ["It’s 1,024 lines — “quoted”…\n\tindented"]) for _ in range(300))
+    text = "\n\n".join(
+        rng.choice(CORPUS[:1] + CORPUS[2:3] + ["It’s 1,024 lines — “quoted”…\n\tindented"])
+        for _ in range(300)
+    )
     words = words_of(BACKENDS[name])
     assert words is not None
     found = words.ids(text)
-    assert found is not None and found.tolist() == BACKENDS[name].encode(text, add_special_tokens=False).ids
+    assert (
+        found is not None
+        and found.tolist() == BACKENDS[name].encode(text, add_special_tokens=False).ids
+    )
     assert len(words.known) < 200
 
 
@@ -115,6 +129,14 @@ def test_other_tokenizers_have_no_lookup(tokenizers: dict[str, Any]) -> None:
 
 def test_pieces_of_any_length_equal_encode(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens, "LONG", 10)
-    texts = ["short", "a longer text, a longer text", "with <|im_end|> a special token", "漢字 and more text here", "\n\n   spaces   \n"]
+    texts = [
+        "short",
+        "a longer text, a longer text",
+        "with <|im_end|> a special token",
+        "漢字 and more text here",
+        "\n\n   spaces   \n",
+    ]
     found = PieceTokenizer(tokenizer).strings(texts)
-    assert {t: i.tolist() for t, i in found.items()} == {t: tokenizer.encode(t, add_special_tokens=False) for t in texts}
+    assert {t: i.tolist() for t, i in found.items()} == {
+        t: tokenizer.encode(t, add_special_tokens=False) for t in texts
+    }

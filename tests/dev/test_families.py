@@ -1,4 +1,6 @@
-"""Families of transformers, tiny and random: forward and backward of a sharded row against the unsharded model."""
+"""Families of transformers, tiny and random: forward and backward of a sharded row against the
+unsharded model.
+"""
 
 import pathlib
 import re
@@ -10,8 +12,9 @@ from longfactory_dev import families
 
 pytestmark = pytest.mark.processes
 
-# One of each kind: plain, window of the mask alone, soft-cap, sinks, chunks with temperature, latent attention, arguments dropped on
-# the way, frequencies that depend on the row, a gated delta net.
+# One of each kind: plain, window of the mask alone, soft-cap, sinks, chunks with temperature,
+# latent attention, arguments dropped on the way, frequencies that depend on the row, a gated delta
+# net.
 REPRESENTATIVES = [
     "llama",
     "qwen2_moe",
@@ -57,10 +60,14 @@ def test_refused_with_the_reason(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_no_family_is_wrong_and_none_is_lost() -> None:
-    """Every family of the installed transformers. Those that docs/models.md calls exact are still exact."""
+    """Every family of the installed transformers. Those that docs/models.md calls exact are still
+    exact.
+    """
     results = {r.family: r for r in families.sweep([*families.families(), *families.VARIANTS], 2)}
     assert [r for r in results.values() if r.verdict == "wrong"] == []
     page = (pathlib.Path(__file__).parents[2] / "docs" / "models.md").read_text()
-    exact = re.findall(r"^\| ([^|]+) \|", page.split("## Exact")[1].split("## Refused")[0], re.MULTILINE)[1:]
+    exact = re.findall(
+        r"^\| ([^|]+) \|", page.split("## Exact")[1].split("## Refused")[0], re.MULTILINE
+    )[1:]
     assert len(exact) > 100
     assert [name for name in exact if name in results and results[name].verdict != "exact"] == []

@@ -1,4 +1,6 @@
-"""The engine on GPUs: every backend's contract, the fused merge, and the schedules over NCCL. bfloat16 against float64."""
+"""The engine on GPUs: every backend's contract, the fused merge, and the schedules over NCCL.
+bfloat16 against float64.
+"""
 
 from __future__ import annotations
 
@@ -52,22 +54,46 @@ def test_backend_contract(name: str, tile: str, shape: str, softcap: float | Non
     heads, kv_heads, dim, v_dim = SHAPES[shape]
     t, backend, exact = TILES[tile], backends.BACKENDS[name], backends.BACKENDS["math"]
     aligned = t.q_len % 128 == 0 and t.k_len % 128 == 0
-    request = backends.Request("cuda", torch.bfloat16, dim, v_dim, t.kind, t.window is not None, softcap is not None, aligned)
+    request = backends.Request(
+        "cuda",
+        torch.bfloat16,
+        dim,
+        v_dim,
+        t.kind,
+        t.window is not None,
+        softcap is not None,
+        aligned,
+    )
     reason = backend.refuses(request)
     if reason is not None:
         pytest.skip(f"{name} {reason}")
-    q, _, _, dout = (x.cuda() for x in random_inputs(t.q_len, heads, kv_heads, dim, v_dim, torch.bfloat16))
-    _, k, v, _ = (x.cuda() for x in random_inputs(t.k_len, heads, kv_heads, dim, v_dim, torch.bfloat16, seed=1))
+    q, _, _, dout = (
+        x.cuda() for x in random_inputs(t.q_len, heads, kv_heads, dim, v_dim, torch.bfloat16)
+    )
+    _, k, v, _ = (
+        x.cuda()
+        for x in random_inputs(t.k_len, heads, kv_heads, dim, v_dim, torch.bfloat16, seed=1)
+    )
     scale = dim**-0.5
     out, lse = backend.forward(q, k, v, t, scale, softcap)
     wide = [x.double() for x in (q, k, v)]
     true_out, true_lse = exact.forward(*wide, t, scale, softcap)
-    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (dout.shape, torch.bfloat16, (heads, t.q_len), torch.float32)
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (
+        dout.shape,
+        torch.bfloat16,
+        (heads, t.q_len),
+        torch.float32,
+    )
     assert (lse - true_lse).abs().max() <= 2e-3
     # The tile is a part of a mask: as much probability lies outside of it as inside.
     whole, whole_out = lse + 0.6931, out * 0.5
     found = [out, *backend.backward(dout, q, k, v, whole_out, whole, t, scale, softcap)]
-    expected = [true_out, *exact.backward(dout.double(), *wide, whole_out.double(), true_lse + 0.6931, t, scale, softcap)]
+    expected = [
+        true_out,
+        *exact.backward(
+            dout.double(), *wide, whole_out.double(), true_lse + 0.6931, t, scale, softcap
+        ),
+    ]
     assert max(relative_rms(found, expected)) <= 8e-3, relative_rms(found, expected)
 
 
@@ -78,17 +104,25 @@ FLOAT32_SHAPES = {**SHAPES, "odd": (6, 3, 20, 12), "over 256": (2, 1, 320, 320)}
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("name", ["efficient", "math"])
 def test_float32_contract(name: str, tile: str, shape: str) -> None:
-    """The kernels that float32 has, against float64, with a part of the mask's probability outside of the tile."""
+    """The kernels that float32 has, against float64, with a part of the mask's probability outside
+    of the tile.
+    """
     heads, kv_heads, dim, v_dim = FLOAT32_SHAPES[shape]
     t, backend, exact = TILES[tile], backends.BACKENDS[name], backends.BACKENDS["math"]
-    request = backends.Request("cuda", torch.float32, dim, v_dim, t.kind, t.window is not None, False, False)
+    request = backends.Request(
+        "cuda", torch.float32, dim, v_dim, t.kind, t.window is not None, False, False
+    )
     reason = backend.refuses(request) or backends.failure(name, request)
     if t.window is None:
         assert reason is None, reason
     elif reason is not None:
         pytest.skip(f"{name} {reason}")
-    q, _, _, dout = (x.cuda() for x in random_inputs(t.q_len, heads, kv_heads, dim, v_dim, torch.float32))
-    _, k, v, _ = (x.cuda() for x in random_inputs(t.k_len, heads, kv_heads, dim, v_dim, torch.float32, seed=1))
+    q, _, _, dout = (
+        x.cuda() for x in random_inputs(t.q_len, heads, kv_heads, dim, v_dim, torch.float32)
+    )
+    _, k, v, _ = (
+        x.cuda() for x in random_inputs(t.k_len, heads, kv_heads, dim, v_dim, torch.float32, seed=1)
+    )
     out, lse = backend.forward(q, k, v, t, dim**-0.5, None)
     wide = [x.double() for x in (q, k, v)]
     true_out, true_lse = exact.forward(*wide, t, dim**-0.5, None)
@@ -96,12 +130,19 @@ def test_float32_contract(name: str, tile: str, shape: str) -> None:
     assert (lse - true_lse).abs().max() <= 1e-4
     whole, whole_out = lse + 0.6931, out * 0.5
     found = [out, *backend.backward(dout, q, k, v, whole_out, whole, t, dim**-0.5, None)]
-    expected = [true_out, *exact.backward(dout.double(), *wide, whole_out.double(), true_lse + 0.6931, t, dim**-0.5, None)]
+    expected = [
+        true_out,
+        *exact.backward(
+            dout.double(), *wide, whole_out.double(), true_lse + 0.6931, t, dim**-0.5, None
+        ),
+    ]
     assert max(relative_rms(found, expected)) <= 2e-5, relative_rms(found, expected)
 
 
 def test_float32_needs_no_memory_of_the_square_of_the_row() -> None:
-    """16k tokens, 8 heads: scores would be 8 GiB. The efficient kernel and the plain formulas in blocks take less than 1 GiB."""
+    """16k tokens, 8 heads: scores would be 8 GiB. The efficient kernel and the plain formulas in
+    blocks take less than 1 GiB.
+    """
     rows = 16384
     square = Tile(slice(0, rows), slice(0, rows), "causal")
     q, k, v, dout = (x.cuda() for x in random_inputs(rows, 8, 2, 64, dtype=torch.float32))
@@ -112,20 +153,26 @@ def test_float32_needs_no_memory_of_the_square_of_the_row() -> None:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         out, lse = backends.BACKENDS[name].forward(q, k, v, square, 0.125, None)
-        results.append([out, *backends.BACKENDS[name].backward(dout, q, k, v, out, lse, square, 0.125, None)])
+        results.append(
+            [out, *backends.BACKENDS[name].backward(dout, q, k, v, out, lse, square, 0.125, None)]
+        )
         assert torch.cuda.max_memory_allocated() - before <= 2**30
     assert max(relative_rms(*results)) <= 2e-5
 
 
 def test_every_kernel_of_a_model_passes_its_self_test() -> None:
-    """None of PyTorch's own operators is refused by its self-test on this GPU: a kernel too strict to be used would be slow silently."""
+    """None of PyTorch's own operators is refused by its self-test on this GPU: a kernel too strict
+    to be used would be slow silently.
+    """
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for dims in ((128, 128), (64, 64), (80, 80), (256, 256), (192, 128)):
             for request in start.requests_of("cuda", dtype, [dims], windows=True, softcap=False):
                 for name in ("cudnn", "flash", "efficient"):
                     if backends.BACKENDS[name].refuses(request) is None:
                         assert backends.failure(name, request) is None
-    for line in start.lines("auto", start.requests_of("cuda", torch.bfloat16, [(128, 128)], windows=True, softcap=False)):
+    for line in start.lines(
+        "auto", start.requests_of("cuda", torch.bfloat16, [(128, 128)], windows=True, softcap=False)
+    ):
         print(line)
 
 
@@ -141,7 +188,10 @@ def test_automatic_choice_serves_every_tile() -> None:
 @pytest.mark.parametrize("dim", [20, 128])
 def test_fused_merge_is_the_plain_one(dtype: torch.dtype, dim: int) -> None:
     g = torch.Generator().manual_seed(0)
-    out, block = torch.randn(333, 3, dim, generator=g).to(dtype), torch.randn(300, 3, dim, generator=g).bfloat16()
+    out, block = (
+        torch.randn(333, 3, dim, generator=g).to(dtype),
+        torch.randn(300, 3, dim, generator=g).bfloat16(),
+    )
     lse, block_lse = torch.randn(3, 333, generator=g), torch.randn(3, 300, generator=g)
     lse[0, 20] = block_lse[1, 5] = lse[1, 18] = -torch.inf
     block_lse[1, 1] = -torch.inf
@@ -155,7 +205,9 @@ def test_fused_merge_is_the_plain_one(dtype: torch.dtype, dim: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_merge_is_repeatable(dtype: torch.dtype) -> None:
-    """Many blocks at once, many times: a write that overtakes another warp's read shows as a different bit now and then."""
+    """Many blocks at once, many times: a write that overtakes another warp's read shows as a
+    different bit now and then.
+    """
     g = torch.Generator(device="cuda").manual_seed(0)
     out = torch.randn(16384, 28, 128, device="cuda", generator=g).to(dtype)
     block = torch.randn(16384, 28, 128, device="cuda", generator=g).bfloat16()
@@ -165,7 +217,9 @@ def test_fused_merge_is_repeatable(dtype: torch.dtype) -> None:
     for _ in range(20):
         fused, fused_lse = out.clone(), lse.clone()
         merge_(fused, fused_lse, block, block_lse)
-        torch.testing.assert_close(fused.float(), expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 4e-2)
+        torch.testing.assert_close(
+            fused.float(), expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 4e-2
+        )
         torch.testing.assert_close(fused_lse, torch.logaddexp(lse, block_lse), rtol=0, atol=1e-5)
 
 
@@ -178,8 +232,12 @@ def test_error_of_a_ring_simulated_on_one_gpu(ranks: int) -> None:
     assert all(m <= 1.25 * o for m, o in zip(many, one, strict=True)), (many, one)
 
 
-def schedule_errors(mode: str, heads: int, kv_heads: int, window: int | None, packed: bool) -> tuple[list[float], list[float], bool]:
-    """Relative errors of the schedule and of one GPU, and whether a second run has the same output to the last bit."""
+def schedule_errors(
+    mode: str, heads: int, kv_heads: int, window: int | None, packed: bool
+) -> tuple[list[float], list[float], bool]:
+    """Relative errors of the schedule and of one GPU, and whether a second run has the same output
+    to the last bit.
+    """
     ctx = context(mode, heads=heads, kv=kv_heads)
     assert ctx.device_type == "cuda"
     length = 4096
@@ -197,7 +255,11 @@ def schedule_errors(mode: str, heads: int, kv_heads: int, window: int | None, pa
     exact = run(alone, [x.double() for x in tensors])
     many = run(plan, tensors)
     again = run(plan, tensors)
-    return relative_rms(many, exact), relative_rms(run(alone, tensors), exact), torch.equal(many[0], again[0])
+    return (
+        relative_rms(many, exact),
+        relative_rms(run(alone, tensors), exact),
+        torch.equal(many[0], again[0]),
+    )
 
 
 @two_gpus
@@ -205,8 +267,12 @@ def schedule_errors(mode: str, heads: int, kv_heads: int, window: int | None, pa
 @pytest.mark.parametrize("window", [None, 700])
 @pytest.mark.parametrize("heads", [(28, 4), (8, 1), (8, 8)])
 @pytest.mark.parametrize("mode", ["zigzag-ring", "ulysses", "llama3", "auto"])
-def test_schedules_over_two_gpus(mode: str, heads: tuple[int, int], window: int | None, packed: bool) -> None:
-    for many, one, same in run_ranks(2, schedule_errors, mode, *heads, window, packed, timeout=500, process_group="nccl"):
+def test_schedules_over_two_gpus(
+    mode: str, heads: tuple[int, int], window: int | None, packed: bool
+) -> None:
+    for many, one, same in run_ranks(
+        2, schedule_errors, mode, *heads, window, packed, timeout=500, process_group="nccl"
+    ):
         assert all(m <= 1.25 * o for m, o in zip(many, one, strict=True)), (many, one)
         assert same
 
@@ -214,7 +280,9 @@ def test_schedules_over_two_gpus(mode: str, heads: tuple[int, int], window: int 
 def measured_choice() -> tuple[object, float]:
     """What `auto` keeps for a row after it has timed the schedules, and the seconds that this took."""
     ctx = context("auto", heads=28, kv=4)
-    measure = Measure(ctx, 128, 128, torch.bfloat16, torch.device("cuda", torch.cuda.current_device()))
+    measure = Measure(
+        ctx, 128, 128, torch.bfloat16, torch.device("cuda", torch.cuda.current_device())
+    )
     began = time.perf_counter()
     measure(16384, [Segment(0, 10000), Segment(10000, 16384)])
     (kept,) = ctx.measured.values()

@@ -1,4 +1,6 @@
-"""The start-up guard on GPUs: families with heads as wide as real ones pass in every precision, planted faults do not."""
+"""The start-up guard on GPUs: families with heads as wide as real ones pass in every precision,
+planted faults do not.
+"""
 
 from __future__ import annotations
 
@@ -38,20 +40,37 @@ FAMILIES = (
     "llama4_text",
     "qwen3_next",
 )
-HEADS: dict[str, Any] = {"hidden_size": 512, "head_dim": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-# What models of the family have where it is not 128, and windows that the guard exceeds or has to lower.
+HEADS: dict[str, Any] = {
+    "hidden_size": 512,
+    "head_dim": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+# What models of the family have where it is not 128, and windows that the guard exceeds or has to
+# lower.
 OTHERS: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 256, "sliding_window": 4096},
     "gemma3_text": {"head_dim": 256, "sliding_window": 512},
     "gpt_oss": {"head_dim": 64, "sliding_window": 128},
     "mistral": {"sliding_window": 4096},
-    "deepseek_v3": {"head_dim": 64, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
+    "deepseek_v3": {
+        "head_dim": 64,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+    },
     "qwen3_next": {"head_dim": 256},
 }
 PRECISIONS = ("bf16", "autocast", "fp16", "fp32")
 
 
-def prepared(precision: str, family: str, ctx: sp.SequenceParallel, settings: MemorySettings | None = None, **fields: Any) -> Any:
+def prepared(
+    precision: str,
+    family: str,
+    ctx: sp.SequenceParallel,
+    settings: MemorySettings | None = None,
+    **fields: Any,
+) -> Any:
     """A small model on this rank's GPU, with the engine and the layers of a run."""
     known = tiny_config(family).to_dict()
     latent = known.get("kv_lora_rank")
@@ -80,7 +99,13 @@ def test_guard_accepts_offload_and_segments() -> None:
     ctx = sp.SequenceParallel.create(1, device_type="cuda")
     for settings in (
         MemorySettings(offload="inputs+attention", pool_bytes=1 << 28, keep_attention=1.0),
-        MemorySettings(offload="inputs", pool_bytes=1 << 28, segment_layers=2, mlp_chunk=100, attention_groups=2),
+        MemorySettings(
+            offload="inputs",
+            pool_bytes=1 << 28,
+            segment_layers=2,
+            mlp_chunk=100,
+            attention_groups=2,
+        ),
     ):
         for family in ("qwen3", "gpt_oss"):
             guard(prepared("bf16", family, ctx, settings), ctx)

@@ -1,4 +1,6 @@
-"""The memory engine on a GPU: offload through page-locked memory, accuracy in bf16, the optimizer on the host, bytes a token."""
+"""The memory engine on a GPU: offload through page-locked memory, accuracy in bf16, the optimizer
+on the host, bytes a token.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,26 @@ from longfactory.memory.settings import MemorySettings
 from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.sp import hf
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
 
 GiB = 2**30
-SIZES = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 1024}
+SIZES = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 1024,
+}
 ALL = MemorySettings(
-    keep_attention=1.0, offload="inputs+attention", pool_bytes=8 * GiB, last_layers_on_gpu=1, mlp_chunk=1024, attention_groups=2
+    keep_attention=1.0,
+    offload="inputs+attention",
+    pool_bytes=8 * GiB,
+    last_layers_on_gpu=1,
+    mlp_chunk=1024,
+    attention_groups=2,
 )
 SETTINGS = {
     "all": ALL,
@@ -38,10 +54,18 @@ def make(layers=6, dtype=torch.bfloat16, **changes) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model("qwen2", **{**SIZES, **changes}, num_hidden_layers=layers, use_cache=False, tie_word_embeddings=False)
+    config = AutoConfig.for_model(
+        "qwen2",
+        **{**SIZES, **changes},
+        num_hidden_layers=layers,
+        use_cache=False,
+        tie_word_embeddings=False,
+    )
     torch.set_default_device("cuda")
     try:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=hf.ATTENTION)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation=hf.ATTENTION
+        )
     finally:
         torch.set_default_device(None)
     return model.to(dtype).train()
@@ -52,12 +76,15 @@ def run(model: nn.Module, length: int, head: TokenLogprobs | None = None) -> flo
     plan = sp.plan(length, None, ctx)
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(0, SIZES["vocab_size"], (length,), generator=g).cuda()
-    inputs = hf.inputs({"input_ids": ids, "position_ids": torch.arange(length, device="cuda")}, plan)
+    inputs = hf.inputs(
+        {"input_ids": ids, "position_ids": torch.arange(length, device="cuda")}, plan
+    )
     if head is None:
         z = model(**inputs).logits[0].float()
         loss = nn.functional.cross_entropy(z[:-1], ids[1:])
     else:
-        # The head of the trainer: anything in fp32 over the whole sequence would take more than the layers.
+        # The head of the trainer: anything in fp32 over the whole sequence would take more than the
+        # layers.
         with head.labels(torch.cat([ids[1:], ids[:1]])):
             loss = -head.outputs(model(**inputs).logits).logps.mean()
     loss.backward()
@@ -123,7 +150,8 @@ def test_trajectory_is_that_of_adamw_on_fp32_weights(placement, monkeypatch):
         plain.step()
     assert opt.state[next(model.parameters())]["exp_avg"].is_cuda == (placement == "gpu")
     for p, e in zip(model.parameters(), exact, strict=True):
-        # The host's instructions round otherwise than the GPU's, a few units in the last place over 20 steps.
+        # The host's instructions round otherwise than the GPU's, a few units in the last place over
+        # 20 steps.
         assert float((opt.master(p) - e).norm() / e.norm()) < 1e-6
         if placement == "gpu":
             assert torch.equal(opt.master(p), e)
@@ -145,30 +173,48 @@ def test_micro_batches_are_summed_in_fp32_and_clipped_without_rounding(placement
                 total += p.grad.float()
             opt.accumulate(last=k == 3)
             if k < 3:
-                # What was the gradients' memory is written over while the sums are made, if they were let go too early.
+                # What was the gradients' memory is written over while the sums are made, if they
+                # were let go too early.
                 assert all(p.grad is None for p in model.parameters())
                 [torch.full_like(p, float("nan")) for p in model.parameters()]
         for p, total in zip(model.parameters(), sums, strict=True):
             assert torch.equal(p.grad, total.bfloat16())
-        norm = torch.stack([p.grad.double().square().sum() for p in model.parameters()]).sum().sqrt()
-        assert float(opt.clip(1.0)) == pytest.approx(float(norm), rel=1e-4)  # in bf16 it would be 4e-3
+        norm = (
+            torch.stack([p.grad.double().square().sum() for p in model.parameters()]).sum().sqrt()
+        )
+        # in bf16 it would be 4e-3
+        assert float(opt.clip(1.0)) == pytest.approx(float(norm), rel=1e-4)
         opt.step()
         model.zero_grad()
 
 
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize(
-    ("leaving", "most"), [({"overlap": True}, math.inf), ({"gradients": "host"}, math.inf), ({"gradients": "host"}, 1.0)]
+    ("leaving", "most"),
+    [
+        ({"overlap": True}, math.inf),
+        ({"gradients": "host"}, math.inf),
+        ({"gradients": "host"}, 1.0),
+    ],
 )
-def test_steps_whose_gradients_leave_are_those_whose_gradients_stay(leaving, most, parts, monkeypatch):
-    """In every bit, with layers' inputs on the host as well; and gradients are not on the GPU together.
+def test_steps_whose_gradients_leave_are_those_whose_gradients_stay(
+    leaving, most, parts, monkeypatch
+):
+    """In every bit, with layers' inputs on the host as well; and gradients are not on the GPU
+    together.
 
-    Kernels add up in any order, so that no two backward passes agree: their gradients are exchanged for numbers that are the same always.
+    Kernels add up in any order, so that no two backward passes agree: their gradients are exchanged
+    for numbers that are the same always.
     """
     from longfactory.memory import host_jobs, optimizer
 
     def numbers(p, seed):
-        return torch.randn(p.shape, generator=torch.Generator("cuda").manual_seed(seed), device="cuda", dtype=torch.bfloat16)
+        return torch.randn(
+            p.shape,
+            generator=torch.Generator("cuda").manual_seed(seed),
+            device="cuda",
+            dtype=torch.bfloat16,
+        )
 
     monkeypatch.setattr(optimizer, "BLOCK", 1 << 18)
     monkeypatch.setattr(host_jobs, "AHEAD", 4)
@@ -198,24 +244,48 @@ def test_steps_whose_gradients_leave_are_those_whose_gradients_stay(leaving, mos
             opt.step()
             model.zero_grad(set_to_none=True)
         # Off the GPU, and all else away: the next peak must have the same beneath it.
-        found.append(([opt.master(p).cpu() for p in params], [opt.state[p]["exp_avg"] for p in params], norms, peaks[-1] - beneath))
+        found.append(
+            (
+                [opt.master(p).cpu() for p in params],
+                [opt.state[p]["exp_avg"] for p in params],
+                norms,
+                peaks[-1] - beneath,
+            )
+        )
         del model, params, opt
         gc.collect()
     after, during = found
     # Norms of parts are added in another order before they clip.
-    same = torch.equal if most == math.inf or parts == 1 else functools.partial(torch.allclose, rtol=1e-5, atol=1e-7)
+    same = (
+        torch.equal
+        if most == math.inf or parts == 1
+        else functools.partial(torch.allclose, rtol=1e-5, atol=1e-7)
+    )
     assert all(same(a, b) for i in (0, 1) for a, b in zip(after[i], during[i], strict=True))
     assert after[2] == pytest.approx(during[2], rel=1e-5)
     gradients = sum(2 * t.numel() for t in after[0])
-    print(f"peak after {after[3] / 2**20:.0f} MiB, during {during[3] / 2**20:.0f} MiB; gradients {gradients / 2**20:.0f} MiB")
+    print(
+        f"peak after {after[3] / 2**20:.0f} MiB, during {during[3] / 2**20:.0f} MiB; gradients"
+        f" {gradients / 2**20:.0f} MiB"
+    )
     assert after[3] - during[3] > 0.3 * gradients
 
 
-@pytest.mark.parametrize(("settings", "most"), [(dataclasses.replace(ALL, mlp_chunk=2048, attention_groups=4, late_prefetch=True), 60_000)])
+@pytest.mark.parametrize(
+    ("settings", "most"),
+    [(dataclasses.replace(ALL, mlp_chunk=2048, attention_groups=4, late_prefetch=True), 60_000)],
+)
 def test_bytes_a_token_of_the_7b_layer(settings, most):
-    """Growth of the peak with length through three layers of Qwen2.5-7B's shape, less what waits for the last layer."""
+    """Growth of the peak with length through three layers of Qwen2.5-7B's shape, less what waits
+    for the last layer.
+    """
     model = make(
-        layers=3, hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4, max_position_embeddings=1 << 20
+        layers=3,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        max_position_embeddings=1 << 20,
     )
     store = apply_memory(model, dataclasses.replace(settings, pool_bytes=16 * GiB))
     head, peaks = TokenLogprobs(model), []

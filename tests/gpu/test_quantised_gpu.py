@@ -33,12 +33,16 @@ def changed_bits(storage: torch.dtype, param_dtype: torch.dtype | None) -> int:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_the_storage_type_of_quantised_weights_survives_fsdp2(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_storage_type_of_quantised_weights_survives_fsdp2(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from longfactory.config.arguments import ModelArguments
 
     monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: object())
     arguments = ModelArguments(model_name_or_path="x", quantization_bit=4)
     config = load.quantization_config(arguments, torch.bfloat16, sharded=True)
-    assert run_ranks(2, changed_bits, config.bnb_4bit_quant_storage, None, process_group="nccl") == [0, 0]
+    assert run_ranks(
+        2, changed_bits, config.bnb_4bit_quant_storage, None, process_group="nccl"
+    ) == [0, 0]
     for dtype in (torch.bfloat16, torch.float16):  # what the fault was
         print(dtype, run_ranks(2, changed_bits, dtype, dtype, process_group="nccl"))

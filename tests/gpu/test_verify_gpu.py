@@ -1,4 +1,6 @@
-"""`longfactory verify` on GPUs: every precision, the kernels that train, experts; one GPU, and two under FSDP2 and DDP."""
+"""`longfactory verify` on GPUs: every precision, the kernels that train, experts; one GPU, and two
+under FSDP2 and DDP.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
 
 PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -23,7 +28,9 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def verified(folder: Path, family: str, processes: int, **keys: Any) -> subprocess.CompletedProcess[str]:
+def verified(
+    folder: Path, family: str, processes: int, **keys: Any
+) -> subprocess.CompletedProcess[str]:
     """The command, on a tiny model with the real heads' dim."""
     from verify_ratios import make_folder
 
@@ -46,7 +53,14 @@ def verified(folder: Path, family: str, processes: int, **keys: Any) -> subproce
     }
     words = [f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in given.items()]
     env = {**os.environ, "LONGFACTORY_CACHE": str(folder / "cache")}
-    command = [sys.executable, "-m", "longfactory.cli", "verify", *words, f"nproc_per_node={processes}"]
+    command = [
+        sys.executable,
+        "-m",
+        "longfactory.cli",
+        "verify",
+        *words,
+        f"nproc_per_node={processes}",
+    ]
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=280)
 
 
@@ -62,6 +76,10 @@ def test_one_gpu(family: str, precision: str, tmp_path_factory: pytest.TempPathF
 @pytest.mark.parametrize("precision", list(PRECISIONS))
 def test_two_gpus(precision: str, sharding: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("verify")
-    for family, keys in (("qwen2", {}), ("qwen3_moe", {}), ("qwen2", {"stage": "dpo", "dataset": "manual_dpo", "finetuning_type": "lora"})):
+    for family, keys in (
+        ("qwen2", {}),
+        ("qwen3_moe", {}),
+        ("qwen2", {"stage": "dpo", "dataset": "manual_dpo", "finetuning_type": "lora"}),
+    ):
         done = verified(folder, family, 2, sharding=sharding, **PRECISIONS[precision], **keys)
         assert done.returncode == 0, done.stdout + done.stderr[-2000:]

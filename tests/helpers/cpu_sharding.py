@@ -1,4 +1,6 @@
-"""Makes accelerate honour FSDP2 and DeepSpeed on a CPU over gloo. Without this a Trainer on CPU silently trains copies (DDP)."""
+"""Makes accelerate honour FSDP2 and DeepSpeed on a CPU over gloo. Without this a Trainer on CPU
+silently trains copies (DDP).
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,12 @@ from typing import Any
 from longfactory.testing import RankPool
 
 
-def on_ranks_of_their_own(size: int, timeout: float, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """`RankPool.run` on processes that end with it: what makes sharding work on a CPU changes a process for good."""
+def on_ranks_of_their_own(
+    size: int, timeout: float, function: Callable[..., Any], *args: Any
+) -> list[Any]:
+    """`RankPool.run` on processes that end with it: what makes sharding work on a CPU changes a
+    process for good.
+    """
     pool = RankPool(size, keep_groups=True)
     try:
         return pool.run(function, *args, timeout=timeout)
@@ -19,7 +25,9 @@ def on_ranks_of_their_own(size: int, timeout: float, function: Callable[..., Any
 
 
 def start(sharding: str) -> None:
-    """What `sharding` needs on a CPU, in a rank: "fsdp2", "zero" and a stage, or another name for copies (DDP)."""
+    """What `sharding` needs on a CPU, in a rank: "fsdp2", "zero" and a stage, or another name for
+    copies (DDP).
+    """
     if sharding.startswith("zero"):
         install_deepspeed()
     if sharding == "fsdp2":
@@ -65,7 +73,9 @@ def install_deepspeed() -> None:
 
 
 def reset() -> None:
-    """Forgets accelerate's singletons, so that one process can hold several trainers one after the other."""
+    """Forgets accelerate's singletons, so that one process can hold several trainers one after the
+    other.
+    """
     from accelerate.state import AcceleratorState, GradientState, PartialState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 

@@ -1,4 +1,6 @@
-"""A stand-in for torch.cuda's streams and page-locking, so that the code for GPUs runs on a CPU, in order and without overlap."""
+"""A stand-in for torch.cuda's streams and page-locking, so that the code for GPUs runs on a CPU, in
+order and without overlap.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,10 @@ def install(monkeypatch: pytest.MonkeyPatch, refuse: bool = False) -> dict[int, 
         locked[address] = size
         return 0
 
-    cudart = types.SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=lambda address: int(locked.pop(address, None) is None))
+    cudart = types.SimpleNamespace(
+        cudaHostRegister=register,
+        cudaHostUnregister=lambda address: int(locked.pop(address, None) is None),
+    )
     for name, value in {
         "Stream": Stream,
         "Event": Event,

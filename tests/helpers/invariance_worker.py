@@ -1,7 +1,8 @@
-"""Runs the trainer on many cases in one set of processes and compares each with a plain single-process loop.
+"""Runs the trainer on many cases in one set of processes and compares each with a plain
+single-process loop.
 
-A case is "sp=2 mode=ulysses rows=packed ga=3 tune=lora family=llama". Among those of zero3 a case may name another way that DeepSpeed
-has: "sharding=zero1", "zero2" or "zero3-file".
+A case is "sp=2 mode=ulysses rows=packed ga=3 tune=lora family=llama". Among those of zero3 a case
+may name another way that DeepSpeed has: "sharding=zero1", "zero2" or "zero3-file".
 """
 
 from __future__ import annotations
@@ -44,20 +45,26 @@ def tiny(family: str) -> nn.Module:
         eos_token_id=2,
     )
     special = {
-        "llama": dict(tie_word_embeddings=True, num_key_value_heads=1),  # tied head, fewer kv heads than ranks
-        "gemma2": dict(sliding_window=11, final_logit_softcapping=5.0, attn_logit_softcapping=7.0),  # soft-caps, a window
+        # tied head, fewer kv heads than ranks
+        "llama": dict(tie_word_embeddings=True, num_key_value_heads=1),
+        # soft-caps, a window
+        "gemma2": dict(sliding_window=11, final_logit_softcapping=5.0, attn_logit_softcapping=7.0),
         "qwen3": {},
     }[family]
     config = transformers.AutoConfig.for_model(family, **{**common, **special})
     config.use_cache = False
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    return transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", dtype=torch.float32
+    )
 
 
 def add_lora(model: nn.Module) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(11)
-    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"]))
+    model = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
+    )
     for name, p in model.named_parameters():  # B = 0 would hide the gradient of A
         if "lora_B" in name:
             nn.init.normal_(p, std=0.05)
@@ -65,7 +72,9 @@ def add_lora(model: nn.Module) -> nn.Module:
 
 
 def samples(rows: str, total: int) -> list[list[TokenizedDocument]]:
-    """`total` samples. Labels are uneven: sample 0 is trained in its first quarter alone (a rank has nothing), sample 1 nowhere."""
+    """`total` samples. Labels are uneven: sample 0 is trained in its first quarter alone (a rank
+    has nothing), sample 1 nowhere.
+    """
     g = torch.Generator().manual_seed(3)
     out = []
     for i in range(total):
@@ -99,21 +108,30 @@ class Samples(list):
         return [sum(len(d.input_ids) for d in s) for s in self]
 
 
-def noisy_inputs(model: nn.Module, sample: list[TokenizedDocument], step: int, alpha: float) -> list[torch.Tensor]:
-    """[1, L, d] embeddings of each document, with the noise that NEFTune draws for a row of these documents."""
+def noisy_inputs(
+    model: nn.Module, sample: list[TokenizedDocument], step: int, alpha: float
+) -> list[torch.Tensor]:
+    """[1, L, d] embeddings of each document, with the noise that NEFTune draws for a row of these
+    documents.
+    """
     from longfactory.train.embedding_noise import token_keys, token_scales, uniform
 
     row = make_row(sample)
     embedded = model.get_input_embeddings()(row.input_ids)
     dim = embedded.shape[-1]
-    noise = uniform(token_keys(row, SEED, step), dim) * (token_scales(row, alpha) / math.sqrt(dim))[:, None]
+    noise = (
+        uniform(token_keys(row, SEED, step), dim)
+        * (token_scales(row, alpha) / math.sqrt(dim))[:, None]
+    )
     return [x[None] for x in (embedded + noise).split([len(d.input_ids) for d in sample])]
 
 
 def reference(
     model: nn.Module, data: list, order: list[int], batch: int, alpha: float
 ) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
-    """The specification: each document by itself through the model, one process, plain SGD on the mean over the step's trained tokens."""
+    """The specification: each document by itself through the model, one process, plain SGD on the
+    mean over the step's trained tokens.
+    """
     model = copy.deepcopy(model).double()
     params = [p for p in model.parameters() if p.requires_grad]
     losses, norms = [], []
@@ -136,19 +154,31 @@ def reference(
         with torch.no_grad():
             for p in params:
                 p -= RATE * p.grad
-    return losses, norms, {n: p.detach().float() for n, p in model.named_parameters() if p.requires_grad}
+    return (
+        losses,
+        norms,
+        {n: p.detach().float() for n, p in model.named_parameters() if p.requires_grad},
+    )
 
 
 def deepspeed_json(sharding: str) -> dict | str:
-    """What a user would write: "zero3-file" is the ready-made file, with its "auto" values; the others say what forces communication."""
+    """What a user would write: "zero3-file" is the ready-made file, with its "auto" values; the
+    others say what forces communication.
+    """
     if sharding == "zero3-file":
-        return str(Path(__file__).resolve().parents[2] / "examples" / "deepspeed" / "ds_z3_config.json")
+        return str(
+            Path(__file__).resolve().parents[2] / "examples" / "deepspeed" / "ds_z3_config.json"
+        )
     stage = int(sharding[-1])
     return {
         "zero_optimization": {
             "stage": stage,
             "reduce_bucket_size": 10000,
-            **({"stage3_param_persistence_threshold": 0} if stage == 3 else {"allgather_bucket_size": 10000}),
+            **(
+                {"stage3_param_persistence_threshold": 0}
+                if stage == 3
+                else {"allgather_bucket_size": 10000}
+            ),
         },
         "zero_allow_untested_optimizer": True,
     }
@@ -176,11 +206,17 @@ def run_case(sharding: str, case: dict[str, str]) -> dict[str, float | str]:
         model = add_lora(model)
     plain = model
     model = copy.deepcopy(model)
-    model.set_attn_implementation(hf.ATTENTION) if hasattr(
-        model, "set_attn_implementation"
-    ) else model.base_model.model.set_attn_implementation(hf.ATTENTION)
+    (
+        model.set_attn_implementation(hf.ATTENTION)
+        if hasattr(model, "set_attn_implementation")
+        else model.base_model.model.set_attn_implementation(hf.ATTENTION)
+    )
 
-    extra: dict = {"accelerator_config": settings.accelerator_arguments(), "ddp_find_unused_parameters": False, "label_names": []}
+    extra: dict = {
+        "accelerator_config": settings.accelerator_arguments(),
+        "ddp_find_unused_parameters": False,
+        "label_names": [],
+    }
     if sharding == "fsdp2":
         extra |= settings.fsdp2_arguments(efficient_loading=False)
     zero = sharding.startswith("zero")
@@ -212,12 +248,23 @@ def run_case(sharding: str, case: dict[str, str]) -> dict[str, float | str]:
         hf.prepare(model, ctx)
         head = TokenLogprobs(model, chunk=13)
         trainer = RowTrainer(
-            model, args, ctx=ctx, stage=TokenStage(), head=head, collate=collate, pad_id=0, train_dataset=data, eval_dataset=data
+            model,
+            args,
+            ctx=ctx,
+            stage=TokenStage(),
+            head=head,
+            collate=collate,
+            pad_id=0,
+            train_dataset=data,
+            eval_dataset=data,
         )
         if sharding == "fsdp2":
             settings.fix_fsdp2_plugin(trainer.accelerator, model)
         want_type = "DEEPSPEED" if zero else {"ddp": "MULTI_CPU", "fsdp2": "FSDP"}[sharding]
-        assert trainer.accelerator.distributed_type == want_type, (trainer.accelerator.distributed_type, want_type)
+        assert trainer.accelerator.distributed_type == want_type, (
+            trainer.accelerator.distributed_type,
+            want_type,
+        )
         if case.get("prove"):
             from longfactory.train.callbacks import AtStart
             from longfactory.train.prove import prove_exact
@@ -226,7 +273,9 @@ def run_case(sharding: str, case: dict[str, str]) -> dict[str, float | str]:
         sampler = trainer.get_train_dataloader().batch_sampler
         trainer.train()
         if zero:  # the stage that was asked for is the one that trained
-            assert trainer.model_wrapped.zero_optimization_stage() == int(sharding[4]), trainer.model_wrapped.zero_optimization_stage()
+            assert trainer.model_wrapped.zero_optimization_stage() == int(sharding[4]), (
+                trainer.model_wrapped.zero_optimization_stage()
+            )
         logs = [h for h in trainer.state.log_history if "loss" in h]
         evaluated = trainer.evaluate()["eval_loss"]
         if sharding == "fsdp2":
@@ -243,18 +292,25 @@ def run_case(sharding: str, case: dict[str, str]) -> dict[str, float | str]:
             state = trainer.accelerator.unwrap_model(trainer.model).state_dict()
     if dist.get_rank() != 0:
         return {}
-    losses, norms, params = reference(plain, data, sampler.order(), total, float(case.get("noise", 0)))
+    losses, norms, params = reference(
+        plain, data, sampler.order(), total, float(case.get("noise", 0))
+    )
     return {
         "loss": max(abs(a["loss"] - b) for a, b in zip(logs, losses, strict=True)),
         "grad_norm": max(abs(a["grad_norm"] - b) for a, b in zip(logs, norms, strict=True)),
         "param": max((state[n].float().cpu() - p).abs().max().item() for n, p in params.items()),
-        "moved": max((dict(plain.named_parameters())[n].detach() - p).abs().max().item() for n, p in params.items()),
+        "moved": max(
+            (dict(plain.named_parameters())[n].detach() - p).abs().max().item()
+            for n, p in params.items()
+        ),
         "eval": evaluated,
     }
 
 
 def run_cases(sharding: str, cases: list[str]) -> dict[str, dict[str, Any]]:
-    """Body of a rank of a pool of its own: how far each case is from the specification. The first rank's answer counts."""
+    """Body of a rank of a pool of its own: how far each case is from the specification. The first
+    rank's answer counts.
+    """
     cpu_sharding.start(sharding)
     results = {}
     for text in cases:

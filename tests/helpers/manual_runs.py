@@ -10,7 +10,9 @@ from make_model import make_model  # noqa: E402
 
 
 def manual_run(folder: Path, **keys: Any) -> dict[str, Any]:
-    """`keys` on top of what such runs have alike. `cache` is a folder for the environment, no key of a configuration."""
+    """`keys` on top of what such runs have alike. `cache` is a folder for the environment, no key
+    of a configuration.
+    """
     return {
         "cache": str(folder / "cache"),
         "model_name_or_path": str(make_model("tiny", folder / "model", vocabulary=600)),

@@ -29,19 +29,30 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {"head_dim": 16},
     "gemma2": {"head_dim": 8, "sliding_window": 9, "query_pre_attn_scalar": 8},
-    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1},
+    "qwen3_moe": {
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "decoder_sparse_step": 1,
+    },
     "gpt_neox": {},
 }
 LENGTH = 44
 SEGMENTS = (Segment(0, 17), Segment(17, 40), Segment(40, 44))
 
 
-def make_model(kind: str, monkeypatch: pytest.MonkeyPatch | None = None, seed: int = 0, **changes: Any) -> nn.Module:
+def make_model(
+    kind: str, monkeypatch: pytest.MonkeyPatch | None = None, seed: int = 0, **changes: Any
+) -> nn.Module:
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(kind, **{**TINY, "attention_dropout": 0.0, "use_cache": False, **SPECIAL[kind], **changes})
+    config = AutoConfig.for_model(
+        kind, **{**TINY, "attention_dropout": 0.0, "use_cache": False, **SPECIAL[kind], **changes}
+    )
     config._experts_implementation = "eager"  # grouped products have no float64
     model = AutoModelForCausalLM.from_config(config, attn_implementation=hf.ATTENTION).double()
-    for p in model.parameters():  # biases and norms start at constants, where a missing gradient may hide
+    # biases and norms start at constants, where a missing gradient may hide
+    for p in model.parameters():
         p.data.add_(torch.randn_like(p) * 0.05)
     if monkeypatch is not None:
         stay_in_float64(model, monkeypatch)
@@ -49,7 +60,9 @@ def make_model(kind: str, monkeypatch: pytest.MonkeyPatch | None = None, seed: i
 
 
 def stay_in_float64(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Norms and routers of transformers compute in float32, whatever the model's type: a difference of 1e-16 before them is 1e-7 after."""
+    """Norms and routers of transformers compute in float32, whatever the model's type: a difference
+    of 1e-16 before them is 1e-7 after.
+    """
 
     def norm(self: Any, x: Tensor) -> Tensor:
         w = self.weight + 1.0 if "Gemma" in type(self).__name__ else self.weight
@@ -61,7 +74,11 @@ def stay_in_float64(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(type(module), "forward", norm)
     softmax = F.softmax
     monkeypatch.setattr(
-        F, "softmax", lambda x, dim=None, _stacklevel=3, dtype=None: softmax(x, dim=dim, dtype=None if x.dtype == torch.float64 else dtype)
+        F,
+        "softmax",
+        lambda x, dim=None, _stacklevel=3, dtype=None: softmax(
+            x, dim=dim, dtype=None if x.dtype == torch.float64 else dtype
+        ),
     )
 
 
@@ -73,7 +90,9 @@ def run(
     segments: Any = SEGMENTS,
     backward: Callable[[Tensor], Any] = torch.Tensor.backward,
 ) -> Tensor:
-    """A loss with another weight for each token; its gradients are added to the parameters. Returns the loss of the whole row."""
+    """A loss with another weight for each token; its gradients are added to the parameters. Returns
+    the loss of the whole row.
+    """
     ctx = ctx or sp.SequenceParallel.create(1)
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, TINY["vocab_size"], (length,), generator=g)
@@ -90,7 +109,9 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same_gradients(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-12) -> None:
+def assert_same_gradients(
+    found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-12
+) -> None:
     assert found.keys() == wanted.keys()
     assert len(wanted) > 0
     for name, g in wanted.items():

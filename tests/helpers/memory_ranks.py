@@ -30,9 +30,17 @@ def shard(model: nn.Module) -> None:
 
 
 def sharded_gradients(
-    kind: str, settings: MemorySettings, engine: str, first: str, size: int, lora: bool = False, mode: Any = "zigzag-ring"
+    kind: str,
+    settings: MemorySettings,
+    engine: str,
+    first: str,
+    size: int,
+    lora: bool = False,
+    mode: Any = "zigzag-ring",
 ) -> dict[str, Tensor]:
-    """Gradients of the whole row's loss after one step, whole, from `size` ranks a sequence-parallel group."""
+    """Gradients of the whole row's loss after one step, whole, from `size` ranks a
+    sequence-parallel group.
+    """
     ctx = sp.SequenceParallel.create(size, mode=mode)
     with pytest.MonkeyPatch.context() as monkeypatch:
         model = make_model(kind, monkeypatch)
@@ -52,7 +60,8 @@ def sharded_gradients(
             model.zero_grad()
             run(wrapped, ctx)
         world = dist.get_world_size()
-        # Sharding engines average over ranks; the loss of the row is the sum of its ranks' losses, once for each group.
+        # Sharding engines average over ranks; the loss of the row is the sum of its ranks' losses,
+        # once for each group.
         scale = world / (world // size)
         found = {}
         for name, g in gradients(model).items():
@@ -65,7 +74,9 @@ def with_lora(model: nn.Module) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(3)
-    model = get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj", "v_proj", "gate_proj", "down_proj"]))
+    model = get_peft_model(
+        model, LoraConfig(r=3, target_modules=["q_proj", "v_proj", "gate_proj", "down_proj"])
+    )
     for name, p in model.named_parameters():
         if "lora_B" in name:
             p.data.normal_(std=0.1)
@@ -97,7 +108,9 @@ def split_adamw_on_shards() -> tuple[Tensor, Tensor]:
 
 
 def split_adamw_sums_on_shards() -> tuple[Tensor, Tensor]:
-    """The gradient of three micro-batches, gathered from shards; and the sum of this rank's own parts, added in fp32 and rounded once."""
+    """The gradient of three micro-batches, gathered from shards; and the sum of this rank's own
+    parts, added in fp32 and rounded once.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -119,7 +132,9 @@ def split_adamw_sums_on_shards() -> tuple[Tensor, Tensor]:
 
 
 def split_adamw_norm_of_shards() -> tuple[float, float]:
-    """Of gradients of a sharded parameter, of one whose second shard is empty, and of one that every rank has whole."""
+    """Of gradients of a sharded parameter, of one whose second shard is empty, and of one that
+    every rank has whole.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -132,14 +147,26 @@ def split_adamw_norm_of_shards() -> tuple[float, float]:
     for module in both:
         fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     optimizer = SplitAdamW([*both.parameters(), *other.parameters()], lr=1e-2)
-    (model(torch.ones(4, 6).bfloat16()).sum() + wide(torch.ones(2, 5).bfloat16()).square().sum() + other(torch.ones(3)).sum()).backward()
+    (
+        model(torch.ones(4, 6).bfloat16()).sum()
+        + wide(torch.ones(2, 5).bfloat16()).square().sum()
+        + other(torch.ones(3)).sum()
+    ).backward()
     grads = [p.grad for p in [*both.parameters(), *other.parameters()]]
-    expected = sum(float((g.full_tensor() if hasattr(g, "full_tensor") else g).double().square().sum()) for g in grads) ** 0.5  # type: ignore
+    expected = (
+        sum(
+            float((g.full_tensor() if hasattr(g, "full_tensor") else g).double().square().sum())
+            for g in grads
+        )
+        ** 0.5
+    )  # type: ignore
     return float(optimizer.clip(1.0)), expected
 
 
 class SmallModel(nn.Module):
-    """An embedding tied to the output layer, a layer that is called twice, a frozen one, and one that only long rows use."""
+    """An embedding tied to the output layer, a layer that is called twice, a frozen one, and one
+    that only long rows use.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -164,10 +191,14 @@ class SmallModel(nn.Module):
 Trajectory = tuple[dict[str, Tensor], list[float]]
 
 
-def steps_of_a_small_model(leaving: dict[str, Any], dtype: torch.dtype, parts: int, most: float, sharded: bool = False) -> Trajectory:
-    """Masters and moments after five steps of `parts` micro-batches each, with a checkpoint after the third; norms of gradients.
+def steps_of_a_small_model(
+    leaving: dict[str, Any], dtype: torch.dtype, parts: int, most: float, sharded: bool = False
+) -> Trajectory:
+    """Masters and moments after five steps of `parts` micro-batches each, with a checkpoint after
+    the third; norms of gradients.
 
-    `leaving`: how gradients leave (SplitAdamW's keys), if they do. `most`: norm to which they are clipped.
+    `leaving`: how gradients leave (SplitAdamW's keys), if they do. `most`: norm to which they are
+    clipped.
     """
     from longfactory.memory.optimizer import SplitAdamW
 
@@ -184,7 +215,10 @@ def steps_of_a_small_model(leaving: dict[str, Any], dtype: torch.dtype, parts: i
 
     def make() -> tuple[SplitAdamW, Any]:
         trained = [p for p in model.parameters() if p.requires_grad]
-        groups = [{"params": trained[:3], "lr": 3e-2, "weight_decay": 0.1}, {"params": trained[3:], "weight_decay": 0.0}]
+        groups = [
+            {"params": trained[:3], "lr": 3e-2, "weight_decay": 0.1},
+            {"params": trained[3:], "weight_decay": 0.0},
+        ]
         optimizer = SplitAdamW(groups, lr=1e-2, **leaving)
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 1 / (1 + s))
 
@@ -200,7 +234,11 @@ def steps_of_a_small_model(leaving: dict[str, Any], dtype: torch.dtype, parts: i
                 loss.backward()
             if leaving and (last or dtype == torch.bfloat16):
                 # Without a gradient in this micro-batch, it has stayed.
-                assert all(p.grad is None for n, p in model.named_parameters() if dtype == torch.bfloat16 or "seldom" not in n)
+                assert all(
+                    p.grad is None
+                    for n, p in model.named_parameters()
+                    if dtype == torch.bfloat16 or "seldom" not in n
+                )
             if parts > 1:
                 optimizer.accumulate(last=last)
         norms.append(float(optimizer.clip(most)))
@@ -231,24 +269,35 @@ def same_trajectories(after: Trajectory, during: Trajectory, exact: bool) -> Non
     """In every bit; or, where norms were summed in another order before clipping, nearly."""
     assert after[0].keys() == during[0].keys() and "embedding.weight/exp_avg" in after[0]
     for name, t in after[0].items():
-        assert torch.equal(t, during[0][name]) if exact else torch.allclose(t.double(), during[0][name].double(), rtol=1e-5, atol=1e-7), (
-            name
-        )
+        assert (
+            torch.equal(t, during[0][name])
+            if exact
+            else torch.allclose(t.double(), during[0][name].double(), rtol=1e-5, atol=1e-7)
+        ), name
     assert during[1] == pytest.approx(after[1], rel=1e-6) and len(set(after[1])) == 5
 
 
 def overlap_on_shards() -> tuple[Trajectory, Trajectory]:
-    """Gradients that stay, and others that leave: bf16 with and without micro-batches, then fp32; the first that differ, or the last."""
+    """Gradients that stay, and others that leave: bf16 with and without micro-batches, then fp32;
+    the first that differ, or the last.
+    """
     for (dtype, parts), (how, most) in itertools.product(
         ((torch.bfloat16, 1), (torch.bfloat16, 2), (torch.float32, 2), (torch.float32, 1)), LEAVING
     ):
-        after, during = (steps_of_a_small_model(leaving, dtype, parts, most, sharded=True) for leaving in ({}, how))
+        after, during = (
+            steps_of_a_small_model(leaving, dtype, parts, most, sharded=True)
+            for leaving in ({}, how)
+        )
         same_trajectories(after, during, exact=most == math.inf or parts == 1)
     return after, during
 
 
-def zero_gradients(kind: str, settings: MemorySettings, stage: int, lora: bool) -> dict[str, Tensor]:
-    """Gradients in fp32 as DeepSpeed applies them: the change of each weight in a step of SGD with learning rate 1."""
+def zero_gradients(
+    kind: str, settings: MemorySettings, stage: int, lora: bool
+) -> dict[str, Tensor]:
+    """Gradients in fp32 as DeepSpeed applies them: the change of each weight in a step of SGD with
+    learning rate 1.
+    """
     import os
 
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -277,7 +326,9 @@ def zero_gradients(kind: str, settings: MemorySettings, stage: int, lora: bool) 
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 10},
         }
         sgd = torch.optim.SGD(trained.values(), lr=1.0)
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=list(trained.values()), optimizer=sgd, config=config)
+        engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=list(trained.values()), optimizer=sgd, config=config
+        )
         before = {n: whole(p) for n, p in trained.items()}
         # The engine averages over ranks; the loss of the row is the sum of its ranks' losses.
         run(engine, ctx, backward=lambda loss: engine.backward(loss.float() * world))

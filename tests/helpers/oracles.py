@@ -1,4 +1,6 @@
-"""What the tests of losses and stages share: small samples, formulas written plainly, TRL's loss, data-parallel groups as threads."""
+"""What the tests of losses and stages share: small samples, formulas written plainly, TRL's loss,
+data-parallel groups as threads.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,20 @@ def smoothing(name: str) -> float:
 
 
 def example(seed: int = 0, scale: float = 0.3) -> tuple[PairLogps, torch.Tensor, torch.Tensor]:
-    """Five pairs: as our losses take them, and as padded token log-probabilities [10, 30] with a mask, as TRL has them."""
+    """Five pairs: as our losses take them, and as padded token log-probabilities [10, 30] with a
+    mask, as TRL has them.
+    """
     g = torch.Generator().manual_seed(seed)
     n = LENGTHS.t().reshape(-1)
     mask = torch.arange(30) < n[:, None]
     policy = -torch.rand(10, 30, generator=g, dtype=torch.float64) * 3 * mask
-    reference = ((policy + scale * torch.randn(10, 30, generator=g, dtype=torch.float64)) * mask).sum(1)
+    reference = (
+        (policy + scale * torch.randn(10, 30, generator=g, dtype=torch.float64)) * mask
+    ).sum(1)
     sums = policy.sum(1)
-    pairs = PairLogps(sums[:5], sums[5:], reference[:5], reference[5:], n[:5].double(), n[5:].double())
+    pairs = PairLogps(
+        sums[:5], sums[5:], reference[:5], reference[5:], n[:5].double(), n[5:].double()
+    )
     return pairs, policy, mask
 
 
@@ -46,9 +54,17 @@ class Accelerator:
 
 
 def trl_dpo_loss(
-    name: str, policy: torch.Tensor, mask: torch.Tensor, pairs: PairLogps, beta: float, e: float, ld_alpha: float | None = None
+    name: str,
+    policy: torch.Tensor,
+    mask: torch.Tensor,
+    pairs: PairLogps,
+    beta: float,
+    e: float,
+    ld_alpha: float | None = None,
 ) -> torch.Tensor:
-    """TRL's DPOTrainer._compute_loss, its model replaced by one that returns these token log-probabilities."""
+    """TRL's DPOTrainer._compute_loss, its model replaced by one that returns these token
+    log-probabilities.
+    """
     from trl.trainer.dpo_trainer import DPOTrainer
 
     self = SimpleNamespace(
@@ -104,7 +120,11 @@ class Groups:
     """Data-parallel groups as threads: `sum` adds up what all of them bring."""
 
     def __init__(self, size: int):
-        self.size, self.barrier, self.brought = size, threading.Barrier(size), [torch.zeros(())] * size
+        self.size, self.barrier, self.brought = (
+            size,
+            threading.Barrier(size),
+            [torch.zeros(())] * size,
+        )
 
     def of(self, rank: int) -> DataParallel:
         def add(x: torch.Tensor) -> torch.Tensor:
@@ -140,7 +160,10 @@ VOCAB = 23
 
 def texts(seed: int, count: int, longest: int = 7) -> list[list[int]]:
     g = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, VOCAB, (n,), generator=g).tolist() for n in torch.randint(1, longest + 1, (count,), generator=g).tolist()]
+    return [
+        torch.randint(0, VOCAB, (n,), generator=g).tolist()
+        for n in torch.randint(1, longest + 1, (count,), generator=g).tolist()
+    ]
 
 
 PROMPTS, CHOSEN, REJECTED = texts(0, 4), texts(1, 4), texts(2, 4)
@@ -150,17 +173,26 @@ def whole(prompt: list[int], answer: list[int], **kw) -> TokenizedDocument:
     return TokenizedDocument(prompt + answer, [IGNORE] * len(prompt) + answer, **kw)
 
 
-def pair_documents(samples: list[int], shared: bool, reference: dict | None = None) -> list[TokenizedDocument]:
+def pair_documents(
+    samples: list[int], shared: bool, reference: dict | None = None
+) -> list[TokenizedDocument]:
     docs: list[TokenizedDocument] = []
     for i in samples:
         parent = -1
         prompt = PROMPTS[i]
         if shared and len(prompt) > 1:
-            docs.append(TokenizedDocument(prompt[:-1], [IGNORE] * (len(prompt) - 1), role="prompt", sample=i))
+            docs.append(
+                TokenizedDocument(
+                    prompt[:-1], [IGNORE] * (len(prompt) - 1), role="prompt", sample=i
+                )
+            )
             parent, prompt = len(docs) - 1, prompt[-1:]
-        for role, answers in (("rejected", REJECTED), ("chosen", CHOSEN)):  # the order of documents does not matter
+        # the order of documents does not matter
+        for role, answers in (("rejected", REJECTED), ("chosen", CHOSEN)):
             ref = None if reference is None else reference[role, i]
-            docs.append(whole(prompt, answers[i], role=role, sample=i, parent=parent, reference_logp=ref))
+            docs.append(
+                whole(prompt, answers[i], role=role, sample=i, parent=parent, reference_logp=ref)
+            )
     return docs
 
 
@@ -181,8 +213,18 @@ def s(x: Tensor) -> Tensor:
     return 1 / (1 + torch.exp(-x))
 
 
-def naive(name: str, pi: list[Tensor], ref: list[Tensor], n: list[Tensor], b: float, e: float, gamma: float) -> Tensor:
-    """The formulas once more, as plainly as they can be written: pi, ref, n are (chosen, rejected), each [P]."""
+def naive(
+    name: str,
+    pi: list[Tensor],
+    ref: list[Tensor],
+    n: list[Tensor],
+    b: float,
+    e: float,
+    gamma: float,
+) -> Tensor:
+    """The formulas once more, as plainly as they can be written: pi, ref, n are (chosen, rejected),
+    each [P].
+    """
     (c, r), (fc, fr), (nc, nr) = pi, ref, n
     h = (c - fc) - (r - fr)
     h_mean = (c - fc) / nc - (r - fr) / nr

@@ -1,4 +1,6 @@
-"""The specification: the mask element by element, and softmax attention in float64 with autograd. Written without the engine."""
+"""The specification: the mask element by element, and softmax attention in float64 with autograd.
+Written without the engine.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from longfactory import sp
 from longfactory.sp import Segment
 
 
-def plain_mask(segments: Sequence[Segment], length: int, window: int | None = None, chunk: int | None = None) -> Tensor:
+def plain_mask(
+    segments: Sequence[Segment], length: int, window: int | None = None, chunk: int | None = None
+) -> Tensor:
     """[T, T] bool: does query i see key j?"""
     owner, position, ends = [0] * length, [0] * length, []
     for i, s in enumerate(segments):
@@ -41,7 +45,13 @@ def plain_mask(segments: Sequence[Segment], length: int, window: int | None = No
 
 
 def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     group = q.shape[1] // k.shape[1]
     s = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * scale
@@ -55,22 +65,47 @@ def plain_attention(
 
 
 def random_inputs(
-    length: int, heads: int, kv_heads: int, dim: int, v_dim: int | None = None, dtype: torch.dtype = torch.float64, seed: int = 0
+    length: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    v_dim: int | None = None,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, v, dout."""
     g = torch.Generator().manual_seed(seed)
     shapes = ((heads, dim), (kv_heads, dim), (kv_heads, v_dim or dim), (heads, v_dim or dim))
-    q, k, v, dout = (torch.randn(length, *s, generator=g, dtype=torch.float64).to(dtype) for s in shapes)
+    q, k, v, dout = (
+        torch.randn(length, *s, generator=g, dtype=torch.float64).to(dtype) for s in shapes
+    )
     return q, k, v, dout
 
 
-def context(mode: str, ulysses: int | None = None, backend: str = "auto", heads: int | None = None, kv: int | None = None) -> Any:
-    """A context of all processes. With NCCL one a process and setting: its groups stay when a function of a rank ends."""
+def context(
+    mode: str,
+    ulysses: int | None = None,
+    backend: str = "auto",
+    heads: int | None = None,
+    kv: int | None = None,
+) -> Any:
+    """A context of all processes. With NCCL one a process and setting: its groups stay when a
+    function of a rank ends.
+    """
     return (_kept if dist.get_backend() == "nccl" else _created)(mode, ulysses, backend, heads, kv)
 
 
-def _created(mode: str, ulysses: int | None, backend: str, heads: int | None, kv: int | None) -> Any:
-    return sp.SequenceParallel.create(dist.get_world_size(), mode=mode, ulysses_degree=ulysses, backend=backend, heads=heads, kv_heads=kv)
+def _created(
+    mode: str, ulysses: int | None, backend: str, heads: int | None, kv: int | None
+) -> Any:
+    return sp.SequenceParallel.create(
+        dist.get_world_size(),
+        mode=mode,
+        ulysses_degree=ulysses,
+        backend=backend,
+        heads=heads,
+        kv_heads=kv,
+    )
 
 
 _kept = functools.cache(_created)

@@ -15,7 +15,9 @@ def _sp_off() -> Any:
     from longfactory import sp
 
     create = sp.SequenceParallel.create
-    return mock.patch.object(sp.SequenceParallel, "create", staticmethod(lambda size, **kwargs: create(1, **kwargs)))
+    return mock.patch.object(
+        sp.SequenceParallel, "create", staticmethod(lambda size, **kwargs: create(1, **kwargs))
+    )
 
 
 def _sp_off_behind_the_context() -> Any:
@@ -24,7 +26,11 @@ def _sp_off_behind_the_context() -> Any:
     from longfactory.train import trainer
 
     single = sp.SequenceParallel.create(1)
-    return mock.patch.object(trainer, "sp", _Replaced(trainer.sp, plan=lambda length, segments, ctx: sp.plan(length, segments, single)))
+    return mock.patch.object(
+        trainer,
+        "sp",
+        _Replaced(trainer.sp, plan=lambda length, segments, ctx: sp.plan(length, segments, single)),
+    )
 
 
 class _Replaced:
@@ -41,7 +47,11 @@ def _loss_scaled() -> Any:
     from longfactory.train.trainer import RowTrainer
 
     own = RowTrainer.compute_loss
-    return mock.patch.object(RowTrainer, "compute_loss", lambda self, *args, **kwargs: self.ctx.size * own(self, *args, **kwargs))
+    return mock.patch.object(
+        RowTrainer,
+        "compute_loss",
+        lambda self, *args, **kwargs: self.ctx.size * own(self, *args, **kwargs),
+    )
 
 
 def _labels_shifted_twice() -> Any:
@@ -57,7 +67,11 @@ def _prompt_trained() -> Any:
 
     own = assemble.sft
     return mock.patch.object(
-        assemble, "sft", lambda parts, rules, *args: own(parts, dataclasses.replace(rules, train_on_prompt=True), *args)
+        assemble,
+        "sft",
+        lambda parts, rules, *args: own(
+            parts, dataclasses.replace(rules, train_on_prompt=True), *args
+        ),
     )
 
 
@@ -66,7 +80,11 @@ def _prompt_trained_in_the_row() -> Any:
     from longfactory.data import collate
 
     own = collate.make_row
-    return mock.patch.object(collate, "make_row", lambda documents: own([dataclasses.replace(d, labels=d.input_ids) for d in documents]))
+    return mock.patch.object(
+        collate,
+        "make_row",
+        lambda documents: own([dataclasses.replace(d, labels=d.input_ids) for d in documents]),
+    )
 
 
 def _window_dropped(above: int) -> Any:
@@ -99,7 +117,12 @@ def _documents_leak() -> Any:
     from longfactory.train import trainer
 
     return mock.patch.object(
-        trainer, "sp", _Replaced(trainer.sp, plan=lambda length, segments, ctx: sp.plan(length, (sp.Segment(0, length),), ctx))
+        trainer,
+        "sp",
+        _Replaced(
+            trainer.sp,
+            plan=lambda length, segments, ctx: sp.plan(length, (sp.Segment(0, length),), ctx),
+        ),
     )
 
 
@@ -146,7 +169,9 @@ def _gradients_divided() -> Any:
 
 
 def _module_unreduced() -> Any:
-    """A part of the model that DDP leaves out of the reduction, as it does with what the first forward did not use."""
+    """A part of the model that DDP leaves out of the reduction, as it does with what the first
+    forward did not use.
+    """
     from longfactory.train import run
 
     own = run.build_model
@@ -155,7 +180,9 @@ def _module_unreduced() -> Any:
         built = own(*args)
         model = built[0]
         names = [name for name, _ in model.named_parameters() if ".layers.1.mlp" in name]
-        torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+        torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            model, names
+        )
         return built
 
     return mock.patch.object(run, "build_model", build)
@@ -177,7 +204,9 @@ def _module_without_gradients() -> Any:
 
 
 def _tower_trained() -> Any:
-    """A vision tower, through which no text passes, is trained with the rest; DDP then leaves out other gradients too."""
+    """A vision tower, through which no text passes, is trained with the rest; DDP then leaves out
+    other gradients too.
+    """
     from longfactory.model import adapters
 
     return mock.patch.object(adapters, "freeze_idle", lambda model: None)
@@ -191,7 +220,11 @@ def _adapter_not_saved() -> Any:
 
     def save(self: Any, output_dir: Any = None, state_dict: Any = None) -> None:
         state = state_dict or self.accelerator.unwrap_model(self.model).state_dict()
-        own(self, output_dir, {name: value for name, value in state.items() if ".q_proj.lora_" not in name})
+        own(
+            self,
+            output_dir,
+            {name: value for name, value in state.items() if ".q_proj.lora_" not in name},
+        )
 
     return mock.patch.object(Trainer, "_save", save)
 
@@ -203,7 +236,8 @@ FAULTS = {
     "labels shifted twice": _labels_shifted_twice,
     "prompt tokens trained": _prompt_trained,
     "prompt tokens trained in the row": _prompt_trained_in_the_row,
-    "a long window dropped": lambda: _window_dropped(128),  # larger than what a start-up probe of 128 tokens would exceed
+    # larger than what a start-up probe of 128 tokens would exceed
+    "a long window dropped": lambda: _window_dropped(128),
     "a small window dropped": lambda: _window_dropped(0),
     "the hand-written layer's window dropped": _layer_window_dropped,
     "documents leak": _documents_leak,

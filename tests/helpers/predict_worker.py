@@ -28,8 +28,12 @@ def predict_sharded(sharding: str, trains: bool, path: str) -> None:
         trainer.spread()
         assert 4 < trainer.evaluate(trainer.train_dataset)["eval_loss"] < 5
     cfg = SimpleNamespace(generating=GREEDY, data=SimpleNamespace(template=None))
-    predict(trainer, cfg, make_tokenizer(), SimpleNamespace(eval={"eval": [[d] for d in DOCUMENTS]}))
+    predict(
+        trainer, cfg, make_tokenizer(), SimpleNamespace(eval={"eval": [[d] for d in DOCUMENTS]})
+    )
     weights = whole(trainer)
-    assert (sharding == "fsdp2") == any(n != t.numel() for n, t in zip(held(trainer), weights.values(), strict=True))
+    assert (sharding == "fsdp2") == any(
+        n != t.numel() for n, t in zip(held(trainer), weights.values(), strict=True)
+    )
     if dist.get_rank() == 0:
         torch.save(weights, folder / "weights.pt")

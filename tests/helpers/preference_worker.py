@@ -1,7 +1,9 @@
-"""Stages with pairs or a reference under DDP, FSDP2 and ZeRO against a plain single-process loop; cases as in `invariance_worker.py`.
+"""Stages with pairs or a reference under DDP, FSDP2 and ZeRO against a plain single-process loop;
+cases as in `invariance_worker.py`.
 
-A case is "stage=dpo tune=lora sp=2". With tune=lora the reference is the model with its adapter off; with tune=full dpo and kto take it
-from a pass before the first step, and asft holds a second model. Among the cases of zero3 one may name "sharding=zero1" or "zero2".
+A case is "stage=dpo tune=lora sp=2". With tune=lora the reference is the model with its adapter
+off; with tune=full dpo and kto take it from a pass before the first step, and asft holds a second
+model. Among the cases of zero3 one may name "sharding=zero1" or "zero2".
 """
 
 from __future__ import annotations
@@ -50,15 +52,30 @@ BETA, ALPHA = 0.5, 2.0
 
 
 def samples(stage: str, total: int) -> Samples:
-    """Each with two documents: two answers to a prompt; for kto an answer, good or bad, and another one for the KL term."""
+    """Each with two documents: two answers to a prompt; for kto an answer, good or bad, and another
+    one for the KL term.
+    """
     g = torch.Generator().manual_seed(3)
     out = Samples()
     for i in range(total):
-        prompt = torch.randint(3, VOCAB, (int(torch.randint(2, 20, (1,), generator=g)),), generator=g).tolist()
+        prompt = torch.randint(
+            3, VOCAB, (int(torch.randint(2, 20, (1,), generator=g)),), generator=g
+        ).tolist()
         docs = []
-        for role in (("rejected", "chosen")[i % 3 > 0], "kl") if stage == "kto" else ("chosen", "rejected"):
-            answer = torch.randint(3, VOCAB, (int(torch.randint(1, 20, (1,), generator=g)),), generator=g).tolist()
-            docs.append(TokenizedDocument(prompt + answer, [IGNORE] * len(prompt) + answer, role="" if stage == "asft" else role, sample=i))
+        for role in (
+            (("rejected", "chosen")[i % 3 > 0], "kl") if stage == "kto" else ("chosen", "rejected")
+        ):
+            answer = torch.randint(
+                3, VOCAB, (int(torch.randint(1, 20, (1,), generator=g)),), generator=g
+            ).tolist()
+            docs.append(
+                TokenizedDocument(
+                    prompt + answer,
+                    [IGNORE] * len(prompt) + answer,
+                    role="" if stage == "asft" else role,
+                    sample=i,
+                )
+            )
         out.append(docs)
     return out
 
@@ -66,7 +83,11 @@ def samples(stage: str, total: int) -> Samples:
 def make_stage(name: str) -> Stage:
     if name == "dpo":
         return PreferenceStage(options=LossOptions(beta=BETA))
-    return {"rm": RewardStage(), "kto": KTOStage(BETA, 1.5, 0.5), "asft": TokenStage("asft", ALPHA)}[name]
+    return {
+        "rm": RewardStage(),
+        "kto": KTOStage(BETA, 1.5, 0.5),
+        "asft": TokenStage("asft", ALPHA),
+    }[name]
 
 
 def make_value_head(model: nn.Module) -> TokenValues:
@@ -88,7 +109,9 @@ def rate(stage: str) -> float:
     return 10 * RATE if stage == "asft" else RATE
 
 
-def specification(stage: str, model: nn.Module, reference: nn.Module, data: Samples, order: list[int], batch: int) -> dict[str, Any]:
+def specification(
+    stage: str, model: nn.Module, reference: nn.Module, data: Samples, order: list[int], batch: int
+) -> dict[str, Any]:
     """Each document by itself, one process, float64, plain SGD with clipping."""
     model, first = copy.deepcopy(model).double(), copy.deepcopy(reference).double()
     head = make_value_head(model).value.double() if stage == "rm" else None
@@ -98,7 +121,14 @@ def specification(stage: str, model: nn.Module, reference: nn.Module, data: Samp
         return m(input_ids=torch.tensor(d.input_ids)[None]).logits[0, :-1].log_softmax(-1)
 
     def before(d: TokenizedDocument) -> Tensor:
-        with torch.no_grad(), first.disable_adapter() if hasattr(first, "disable_adapter") else contextlib.nullcontext():
+        with (
+            torch.no_grad(),
+            (
+                first.disable_adapter()
+                if hasattr(first, "disable_adapter")
+                else contextlib.nullcontext()
+            ),
+        ):
             return log_p(first, d)
 
     def of_labels(x: Tensor, d: TokenizedDocument) -> Tensor:
@@ -116,19 +146,30 @@ def specification(stage: str, model: nn.Module, reference: nn.Module, data: Samp
     def asft(d: TokenizedDocument) -> Tensor:
         lp, lq = log_p(model, d), before(d)
         x = of_labels(lp, d)
-        return (-x * x.detach().exp() + ALPHA * (lq.exp() * (lq - lp)).sum(-1) * (torch.tensor(d.labels)[1:] != IGNORE)).sum()
+        return (
+            -x * x.detach().exp()
+            + ALPHA * (lq.exp() * (lq - lp)).sum(-1) * (torch.tensor(d.labels)[1:] != IGNORE)
+        ).sum()
 
     def step_loss(batch: list[list[TokenizedDocument]]) -> Tensor:
         if stage == "dpo":
-            return torch.stack([-F.logsigmoid(BETA * (ratio(c) - ratio(r))) for c, r in batch]).mean()
+            return torch.stack(
+                [-F.logsigmoid(BETA * (ratio(c) - ratio(r))) for c, r in batch]
+            ).mean()
         if stage == "rm":
             return torch.stack([-F.logsigmoid(value(c) - value(r)) for c, r in batch]).mean()
         if stage == "asft":
             docs = [d for pair in batch for d in pair]
-            return torch.stack([asft(d) for d in docs]).sum() / sum(x != IGNORE for d in docs for x in d.labels)
+            return torch.stack([asft(d) for d in docs]).sum() / sum(
+                x != IGNORE for d in docs for x in d.labels
+            )
         kl = torch.stack([ratio(other).detach() for _, other in batch]).mean().clamp(min=0)
         each = [
-            1.5 * (1 - torch.sigmoid(BETA * (ratio(d) - kl))) if d.role == "chosen" else 0.5 * (1 - torch.sigmoid(BETA * (kl - ratio(d))))
+            (
+                1.5 * (1 - torch.sigmoid(BETA * (ratio(d) - kl)))
+                if d.role == "chosen"
+                else 0.5 * (1 - torch.sigmoid(BETA * (kl - ratio(d))))
+            )
             for d, _ in batch
         ]
         return torch.stack(each).mean()
@@ -138,13 +179,19 @@ def specification(stage: str, model: nn.Module, reference: nn.Module, data: Samp
         model.zero_grad()
         loss = step_loss([data[i] for i in order[step * batch : (step + 1) * batch]])
         loss.backward()
-        norms.append(nn.utils.clip_grad_norm_([p for p in params if p.grad is not None], CLIP).item())
+        norms.append(
+            nn.utils.clip_grad_norm_([p for p in params if p.grad is not None], CLIP).item()
+        )
         losses.append(loss.item())
         with torch.no_grad():
             for p in params:
                 if p.grad is not None:
                     p -= rate(stage) * p.grad
-    return {"losses": losses, "norms": norms, "params": {n: p.detach().float() for n, p in model.named_parameters() if p.requires_grad}}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "params": {n: p.detach().float() for n, p in model.named_parameters() if p.requires_grad},
+    }
 
 
 def run_case(sharding: str, case: dict[str, str], shared: str) -> dict[str, float]:
@@ -157,7 +204,11 @@ def run_case(sharding: str, case: dict[str, str], shared: str) -> dict[str, floa
         plain = add_lora(plain)
     model = copy.deepcopy(plain)
     compared = another(plain) if case["stage"] == "asft" and case["tune"] == "full" else plain
-    extra: dict[str, Any] = {"accelerator_config": settings.accelerator_arguments(), "ddp_find_unused_parameters": False, "label_names": []}
+    extra: dict[str, Any] = {
+        "accelerator_config": settings.accelerator_arguments(),
+        "ddp_find_unused_parameters": False,
+        "label_names": [],
+    }
     if sharding == "fsdp2":
         extra |= settings.fsdp2_arguments(efficient_loading=False)
     zero = sharding.startswith("zero")
@@ -187,7 +238,14 @@ def run_case(sharding: str, case: dict[str, str], shared: str) -> dict[str, floa
         hf.prepare(model, ctx)
         head = make_value_head(model) if case["stage"] == "rm" else TokenLogprobs(model, chunk=13)
         trainer = RowTrainer(
-            model, args, ctx=ctx, stage=make_stage(case["stage"]), head=head, collate=collate, pad_id=0, train_dataset=data
+            model,
+            args,
+            ctx=ctx,
+            stage=make_stage(case["stage"]),
+            head=head,
+            collate=collate,
+            pad_id=0,
+            train_dataset=data,
         )
         if sharding == "fsdp2":
             settings.fix_fsdp2_plugin(trainer.accelerator, model)
@@ -198,7 +256,9 @@ def run_case(sharding: str, case: dict[str, str], shared: str) -> dict[str, floa
                     return trainer.token_outputs(trainer.model_wrapped, row).logps
 
             rows = (item["row"] for item in trainer.loader(data, batch, True))
-            trainer.reference_caches[id(data)] = reference.precompute(rows, logps_of, len(data), dp_sum=trainer._sum_over_groups)
+            trainer.reference_caches[id(data)] = reference.precompute(
+                rows, logps_of, len(data), dp_sum=trainer._sum_over_groups
+            )
 
         if case["stage"] == "asft":
             start = Path(shared) / "start"
@@ -206,8 +266,19 @@ def run_case(sharding: str, case: dict[str, str], shared: str) -> dict[str, floa
                 compared.save_pretrained(start)
             dist.barrier()
             cfg = from_mapping(
-                {"stage": "sft", "use_asft_loss": True, "finetuning_type": case["tune"], "output_dir": folder, "do_train": True}
-                | {"model_name_or_path": str(start), "dataset": "any", "template": "empty", "use_cpu": True},
+                {
+                    "stage": "sft",
+                    "use_asft_loss": True,
+                    "finetuning_type": case["tune"],
+                    "output_dir": folder,
+                    "do_train": True,
+                }
+                | {
+                    "model_name_or_path": str(start),
+                    "dataset": "any",
+                    "template": "empty",
+                    "use_cpu": True,
+                },
             )
             trainer.add_callback(AtStart(lambda: attach_reference(trainer, cfg)))
         elif case["stage"] != "rm" and case["tune"] == "full":
@@ -217,7 +288,9 @@ def run_case(sharding: str, case: dict[str, str], shared: str) -> dict[str, floa
         order = trainer.get_train_dataloader().batch_sampler.order()
         trainer.train()
         if zero:  # the stage that was asked for is the one that trained
-            assert trainer.model_wrapped.zero_optimization_stage() == int(sharding[4]), trainer.model_wrapped.zero_optimization_stage()
+            assert trainer.model_wrapped.zero_optimization_stage() == int(sharding[4]), (
+                trainer.model_wrapped.zero_optimization_stage()
+            )
         logs = [h for h in trainer.state.log_history if "loss" in h]
         if sharding == "fsdp2":
             state = full_state_dict(trainer.model)
@@ -238,13 +311,21 @@ def run_case(sharding: str, case: dict[str, str], shared: str) -> dict[str, floa
         "first": logs[0]["loss"],
         "loss": max(abs(a["loss"] - b) for a, b in zip(logs, want["losses"], strict=True)),
         "grad_norm": max(abs(a["grad_norm"] - b) for a, b in zip(logs, want["norms"], strict=True)),
-        "param": max((state[n].float().cpu() - p).abs().max().item() for n, p in want["params"].items()),
-        "moved": max((start[n].detach() - p).abs().max().item() for n, p in want["params"].items() if n in start),
+        "param": max(
+            (state[n].float().cpu() - p).abs().max().item() for n, p in want["params"].items()
+        ),
+        "moved": max(
+            (start[n].detach() - p).abs().max().item()
+            for n, p in want["params"].items()
+            if n in start
+        ),
     }
 
 
 def run_cases(sharding: str, cases: list[str], folder: str) -> dict[str, dict[str, Any]]:
-    """Body of a rank of a pool of its own: how far each case is from the specification. The first rank's answer counts."""
+    """Body of a rank of a pool of its own: how far each case is from the specification. The first
+    rank's answer counts.
+    """
     cpu_sharding.start(sharding)
     results = {}
     for text in cases:

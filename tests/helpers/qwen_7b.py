@@ -18,5 +18,7 @@ QWEN_7B: dict[str, Any] = {
 
 
 def qwen_7b(**changes: Any) -> PretrainedConfig:
-    """A new configuration at each call: what a test changes in it reaches no other test. `changes` make it another size."""
+    """A new configuration at each call: what a test changes in it reaches no other test. `changes`
+    make it another size.
+    """
     return AutoConfig.for_model("qwen2", **{**QWEN_7B, **changes})

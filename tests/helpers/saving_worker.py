@@ -1,4 +1,5 @@
-"""Trains two steps with sequence_parallel_size 2, saves, and goes on from the first step's checkpoint with size 1.
+"""Trains two steps with sequence_parallel_size 2, saves, and goes on from the first step's
+checkpoint with size 1.
 
 Writes `folder/result.json`, and the trained weights as they are in memory to `folder/trained.pt`.
 """
@@ -28,21 +29,33 @@ from longfactory.train.trainer import RowTrainer
 
 
 def write_base(folder: Path) -> None:
-    """The checkpoint that the run is told to have loaded: the same weights, and two tensors that transformers does not load."""
+    """The checkpoint that the run is told to have loaded: the same weights, and two tensors that
+    transformers does not load.
+    """
     tiny("llama").save_pretrained(folder)
-    state = load_file(folder / "model.safetensors") | {"mtp.proj.weight": torch.arange(6.0).view(2, 3), "mtp.norm.weight": torch.ones(3)}
+    state = load_file(folder / "model.safetensors") | {
+        "mtp.proj.weight": torch.arange(6.0).view(2, 3),
+        "mtp.norm.weight": torch.ones(3),
+    }
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def make(sharding: str, folder: Path, size: int) -> RowTrainer:
     cpu_sharding.reset()
-    extra: dict[str, Any] = {"accelerator_config": settings.accelerator_arguments(), "label_names": []}
+    extra: dict[str, Any] = {
+        "accelerator_config": settings.accelerator_arguments(),
+        "label_names": [],
+    }
     if sharding == "fsdp2":
         extra |= settings.fsdp2_arguments(efficient_loading=False)
     else:
         stage = int(sharding[-1])
-        zero = {"stage": stage, "reduce_bucket_size": 10000} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
-        extra["deepspeed"] = settings.deepspeed_config({"zero_optimization": zero, "zero_allow_untested_optimizer": True}, bf16=False)
+        zero = {"stage": stage, "reduce_bucket_size": 10000} | (
+            {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
+        )
+        extra["deepspeed"] = settings.deepspeed_config(
+            {"zero_optimization": zero, "zero_allow_untested_optimizer": True}, bf16=False
+        )
     args = transformers.TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=1,
@@ -69,7 +82,17 @@ def make(sharding: str, folder: Path, size: int) -> RowTrainer:
     head = TokenLogprobs(model, chunk=13)
     data = Samples(samples("single", 6))
     source = read_source(model, str(folder.parent / "base"))
-    trainer = RowTrainer(model, args, ctx=ctx, stage=TokenStage(), head=head, collate=collate, pad_id=0, source=source, train_dataset=data)
+    trainer = RowTrainer(
+        model,
+        args,
+        ctx=ctx,
+        stage=TokenStage(),
+        head=head,
+        collate=collate,
+        pad_id=0,
+        source=source,
+        train_dataset=data,
+    )
     output.prove_saveable(trainer)
     if sharding == "fsdp2":
         settings.fix_fsdp2_plugin(trainer.accelerator, model)
@@ -77,7 +100,9 @@ def make(sharding: str, folder: Path, size: int) -> RowTrainer:
 
 
 def whole(trainer: RowTrainer) -> dict[str, Tensor]:
-    """Every parameter as it is in memory, gathered one by one: not the way in which checkpoints are written."""
+    """Every parameter as it is in memory, gathered one by one: not the way in which checkpoints are
+    written.
+    """
     out = {}
     for name, p in trainer.accelerator.unwrap_model(trainer.model_wrapped).named_parameters():
         if hasattr(p, "full_tensor"):
@@ -112,9 +137,13 @@ def save_and_go_on(sharding: str, path: str) -> None:
     if dist.get_rank() == 0:
         result = {
             "kind": kind,
-            "losses": [[h["loss"] for h in t.state.log_history if "loss" in h] for t in (first, again)],
+            "losses": [
+                [h["loss"] for h in t.state.log_history if "loss" in h] for t in (first, again)
+            ],
             "resumed": max((resumed[n] - trained[n]).abs().max().item() for n in trained),
-            "sharded": any(n != t.numel() for n, t in zip(held(first), trained.values(), strict=True)),
+            "sharded": any(
+                n != t.numel() for n, t in zip(held(first), trained.values(), strict=True)
+            ),
         }
         (folder / "result.json").write_text(json.dumps(result))
 
@@ -122,4 +151,6 @@ def save_and_go_on(sharding: str, path: str) -> None:
 def held(trainer: RowTrainer) -> list[int]:
     """Numbers of each parameter that this rank holds by itself."""
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    return [p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in model.parameters()]
+    return [
+        p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in model.parameters()
+    ]

@@ -23,7 +23,8 @@ def run_on_ranks(argv: list[str], cache: str) -> None:
     os.environ["LONGFACTORY_CACHE"] = cache
     os.environ["TQDM_DISABLE"] = "1"
     if dist.is_initialized() and dist.get_world_size() == 1:
-        dist.destroy_process_group()  # a run of one process has no group and was not started by torchrun
+        # a run of one process has no group and was not started by torchrun
+        dist.destroy_process_group()
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)
     from longfactory.config import load_config
@@ -41,14 +42,21 @@ def write_tokenizer(folder: Path, more: tuple[str, ...] = ()) -> int:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     raw = Tokenizer(models.BPE({c: i for i, c in enumerate([*special, *letters])}, []))
     raw.add_special_tokens(special)
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    raw.pre_tokenizer, raw.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
     tokenizer.save_pretrained(folder)
     return len(tokenizer)
 
 
 def write_model(folder: Path, seed: int, more: int = 0, **changes: Any) -> None:
-    """A tiny Llama with a tokenizer of bytes; `more`: entries of the embeddings beyond the tokenizer's."""
+    """A tiny Llama with a tokenizer of bytes; `more`: entries of the embeddings beyond the
+    tokenizer's.
+    """
     vocabulary = write_tokenizer(folder)
     tiny_model("llama", seed=seed, vocab_size=vocabulary + more, **changes).save_pretrained(folder)
 
@@ -59,7 +67,9 @@ def text(n: int) -> str:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A tiny model with a tokenizer, another one to refer to, one with another vocabulary, and conversations."""
+    """A tiny model with a tokenizer, another one to refer to, one with another vocabulary, and
+    conversations.
+    """
     home = tmp_path_factory.mktemp("runs")
     for name, seed, more in (("model", 0, 0), ("other", 1, 0), ("larger", 1, 64)):
         write_model(home / name, seed, more, tie_word_embeddings=name == "other")
@@ -96,20 +106,36 @@ def keys(home: Path, name: str, **changes: Any) -> dict[str, Any]:
         "overwrite_output_dir": True,
         "preprocessing_num_workers": 1,
         "optim": "adamw_torch",
-        "adam_epsilon": 1e-3,  # where a gradient is near nothing, its sign is rounding: a step of Adam must not be all sign
+        # where a gradient is near nothing, its sign is rounding: a step of Adam must not be all
+        # sign
+        "adam_epsilon": 1e-3,
     }
-    return {k: str(v) if isinstance(v, Path) else v for k, v in (given | changes).items() if v is not None}
+    return {
+        k: str(v) if isinstance(v, Path) else v
+        for k, v in (given | changes).items()
+        if v is not None
+    }
 
 
-def train(home: Path, name: str, size: int, cache: Path | None = None, processes: int = 0, **changes: Any) -> list[dict[str, float]]:
-    """The log of a run; its output folder is `home / name`. `processes`: those of the run, `size` where 0."""
-    run_keys(keys(home, name, sequence_parallel_size=size, **changes), processes or size, cache or home / "cache")
+def train(
+    home: Path, name: str, size: int, cache: Path | None = None, processes: int = 0, **changes: Any
+) -> list[dict[str, float]]:
+    """The log of a run; its output folder is `home / name`. `processes`: those of the run, `size`
+    where 0.
+    """
+    run_keys(
+        keys(home, name, sequence_parallel_size=size, **changes),
+        processes or size,
+        cache or home / "cache",
+    )
     return json.loads((home / name / "trainer_state.json").read_text())["log_history"]
 
 
 def run_keys(given: dict[str, Any], size: int, cache: Path) -> None:
     """A run of `size` processes; `cache` is a folder for what is computed once."""
-    POOLS[size].run(run_on_ranks, [f"{k}={v}" for k, v in given.items() if v is not None], str(cache))
+    POOLS[size].run(
+        run_on_ranks, [f"{k}={v}" for k, v in given.items() if v is not None], str(cache)
+    )
 
 
 def steps(log: list[dict[str, float]]) -> list[dict[str, float]]:

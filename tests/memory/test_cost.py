@@ -31,7 +31,13 @@ GiB = 2**30
 SHAPE = ModelShape.of(qwen_7b())
 TWO = Job(SHAPE, machine("H200", 2, 256 * GiB), 131072, sp=2)
 SHAPE_14B = ModelShape.of(
-    qwen_7b(hidden_size=5120, intermediate_size=13824, num_hidden_layers=48, num_attention_heads=40, num_key_value_heads=8)
+    qwen_7b(
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_hidden_layers=48,
+        num_attention_heads=40,
+        num_key_value_heads=8,
+    )
 )
 ONE = Job(SHAPE, machine("H100", 1, 128 * GiB), 262144, sp=1, sharded=False, master=2)
 
@@ -50,17 +56,29 @@ def test_states_of_one_and_of_two_gpus():
 
 
 def test_rates_of_kinds_of_gpu():
-    """`auto` weighs messages by the kind's links: Hopper's rates are the engine's own, a GPU on PCIe hides a message behind more work."""
-    weighs = {name: machine(name, 8, 2**40).flop_per_byte for name in ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA L40S")}
+    """`auto` weighs messages by the kind's links: Hopper's rates are the engine's own, a GPU on
+    PCIe hides a message behind more work.
+    """
+    weighs = {
+        name: machine(name, 8, 2**40).flop_per_byte
+        for name in ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA L40S")
+    }
     assert weighs["NVIDIA H100 80GB HBM3"] == SequenceParallel().flop_per_byte
     assert weighs["NVIDIA A100-SXM4-80GB"] < weighs["NVIDIA H100 80GB HBM3"] < weighs["NVIDIA L40S"]
-    step = [seconds(dataclasses.replace(TWO, machine=machine(name, 2, 2**40)), Choice()) for name in ("A800", "A100")]
+    step = [
+        seconds(dataclasses.replace(TWO, machine=machine(name, 2, 2**40)), Choice())
+        for name in ("A800", "A100")
+    ]
     assert step[0] >= step[1], "the same chip with slower links"
 
 
 def test_checkpoints_of_every_layer():
     """200.7 KB of layer inputs and 203.8 KB of attention a token, wherever they wait."""
-    for choice in (Choice(), Choice(offload="inputs"), Choice(offload="inputs+attention", last_layers_on_gpu=5)):
+    for choice in (
+        Choice(),
+        Choice(offload="inputs"),
+        Choice(offload="inputs+attention", last_layers_on_gpu=5),
+    ):
         gpu, host = waiting(TWO, choice)
         assert (gpu + host) / TWO.local == 28 * (7168 + kept_bytes(SHAPE))
     gpu, host = waiting(TWO, Choice(keep_attention=0.0, offload="inputs", last_layers_on_gpu=4))
@@ -69,7 +87,12 @@ def test_checkpoints_of_every_layer():
 
 
 def test_segments_of_four_take_less_than_half():
-    gpu, host = waiting(TWO, Choice(keep_attention=0.0, segment_layers=4, offload="inputs+attention", last_layers_on_gpu=0))
+    gpu, host = waiting(
+        TWO,
+        Choice(
+            keep_attention=0.0, segment_layers=4, offload="inputs+attention", last_layers_on_gpu=0
+        ),
+    )
     assert (gpu + host) / TWO.local < 0.5 * 28 * 7168
 
 
@@ -77,7 +100,9 @@ def test_groups_of_heads_shrink_the_working_set():
     lean = working_set(SHAPE, Choice(attention_groups=4, mlp_chunk=4096), 2**20) / 2**20
     assert lean < 40_000 < working_set(SHAPE, Choice(mlp_chunk=4096), 2**20) / 2**20
     generic = dataclasses.replace(SHAPE, written_layer=False)
-    assert working_set(generic, Choice(mlp_chunk=4096), 2**20) > working_set(SHAPE, Choice(mlp_chunk=4096), 2**20)
+    assert working_set(generic, Choice(mlp_chunk=4096), 2**20) > working_set(
+        SHAPE, Choice(mlp_chunk=4096), 2**20
+    )
 
 
 def test_gradients_come_while_what_waits_goes():
@@ -89,14 +114,26 @@ def test_gradients_come_while_what_waits_goes():
     assert 0.9 * min(waits, gradients) < early - late < 1.1 * min(waits, gradients)
 
 
-# Tokens, choice, and the bytes that torch counted at the peak of the step (benchmarks/results: two H200, one H100).
+# Tokens, choice, and the bytes that torch counted at the peak of the step (benchmarks/results: two
+# H200, one H100).
 MEASURED = {
     "32k": (dataclasses.replace(TWO, tokens=32768), Choice(), 62.9),
     "128k": (TWO, Choice(), 86.9),
-    "256k": (dataclasses.replace(TWO, tokens=262144), Choice(offload="inputs", mlp_chunk=32768), 83.2),
+    "256k": (
+        dataclasses.replace(TWO, tokens=262144),
+        Choice(offload="inputs", mlp_chunk=32768),
+        83.2,
+    ),
     "256k on one": (
         ONE,
-        Choice(keep_attention=0.75, offload="inputs+attention", last_layers_on_gpu=7, mlp_chunk=8192, segment_layers=2, optimizer="host"),
+        Choice(
+            keep_attention=0.75,
+            offload="inputs+attention",
+            last_layers_on_gpu=7,
+            mlp_chunk=8192,
+            segment_layers=2,
+            optimizer="host",
+        ),
         52.0,
     ),
     "512k": (
@@ -106,12 +143,25 @@ MEASURED = {
     ),
     "768k": (
         dataclasses.replace(TWO, tokens=786432),
-        Choice(offload="inputs+attention", last_layers_on_gpu=14, mlp_chunk=4096, attention_groups=4, late_prefetch=True, optimizer="host"),
+        Choice(
+            offload="inputs+attention",
+            last_layers_on_gpu=14,
+            mlp_chunk=4096,
+            attention_groups=4,
+            late_prefetch=True,
+            optimizer="host",
+        ),
         108.3,
     ),
     "192k of 14B": (
         dataclasses.replace(TWO, shape=SHAPE_14B, tokens=196608),
-        Choice(offload="inputs+attention", last_layers_on_gpu=12, mlp_chunk=4096, attention_groups=2, late_prefetch=True),
+        Choice(
+            offload="inputs+attention",
+            last_layers_on_gpu=12,
+            mlp_chunk=4096,
+            attention_groups=2,
+            late_prefetch=True,
+        ),
         121.2,
     ),
 }
@@ -151,12 +201,20 @@ def test_short_rows_stay_on_the_gpu_and_long_ones_leave_it():
 
 def test_the_last_fifth_of_the_gpu_is_taken_for_a_gain_alone():
     """At 262,144 tokens there are settings that fill more of it, and gain a thousandth."""
-    full = [budget(j, choose(j)[0]).gpu_total / j.machine.gpu_bytes for j in (dataclasses.replace(TWO, tokens=t) for t in (262144, 786432))]
+    full = [
+        budget(j, choose(j)[0]).gpu_total / j.machine.gpu_bytes
+        for j in (dataclasses.replace(TWO, tokens=t) for t in (262144, 786432))
+    ]
     assert full[0] < CAREFUL < full[1] < MARGIN
 
 
 def test_what_the_user_set_is_kept():
-    choice, _, _ = choose(TWO, "auto", 0.85, {"keep_attention": 0.5, "offload": "any", "mlp_chunk": 1000, "segment_layers": 2})
+    choice, _, _ = choose(
+        TWO,
+        "auto",
+        0.85,
+        {"keep_attention": 0.5, "offload": "any", "mlp_chunk": 1000, "segment_layers": 2},
+    )
     assert (choice.keep_attention, choice.mlp_chunk, choice.segment_layers) == (0.5, 1000, 2)
     assert choice.offload != "none"
 
@@ -173,7 +231,12 @@ def test_longest_grows_with_each_mode_and_is_tight():
 def test_mixture_of_experts_computes_less_than_it_stores():
     moe = ModelShape.of(
         types.SimpleNamespace(
-            **QWEN_7B, model_type="qwen3_moe", num_experts=64, num_experts_per_tok=4, moe_intermediate_size=768, head_dim=128
+            **QWEN_7B,
+            model_type="qwen3_moe",
+            num_experts=64,
+            num_experts_per_tok=4,
+            moe_intermediate_size=768,
+            head_dim=128,
         )
     )
     assert moe.layer_parameters > 4 * moe.active_layer_parameters
@@ -183,27 +246,75 @@ def test_mixture_of_experts_computes_less_than_it_stores():
 
 def test_command(tmp_path, capsys):
     qwen_7b().save_pretrained(tmp_path)
-    assert main([str(tmp_path), "--gpu", "H200", "--gpus", "2", "--host-gib", "256", "--tokens", "131072"]) == 0
+    assert (
+        main(
+            [
+                str(tmp_path),
+                "--gpu",
+                "H200",
+                "--gpus",
+                "2",
+                "--host-gib",
+                "256",
+                "--tokens",
+                "131072",
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "7.62 B parameters" in out and "longest row that fits" in out
-    assert main([str(tmp_path), "--gpu", "4090", "--gpus", "1", "--host-gib", "32", "--tokens", "131072"]) == 1
+    assert (
+        main(
+            [
+                str(tmp_path),
+                "--gpu",
+                "4090",
+                "--gpus",
+                "1",
+                "--host-gib",
+                "32",
+                "--tokens",
+                "131072",
+            ]
+        )
+        == 1
+    )
     out = capsys.readouterr().out
     assert "does not fit" in out and "finetuning_type: lora" in out
 
 
 def test_fp32_is_planned_as_what_will_run(tmp_path, capsys):
-    """Activations of twice the size, products and attention at the rates of fp32, and a line that says what to set."""
+    """Activations of twice the size, products and attention at the rates of fp32, and a line that
+    says what to set.
+    """
     wide = dataclasses.replace(TWO, shape=ModelShape.of(qwen_7b(), width=4))
     for c in (Choice(), Choice(checkpoint="none", keep_attention=0.0), Choice(mlp_chunk=4096)):
         half, full = budget(TWO, c), budget(wide, c)
         waits = "activations" if c.checkpoint == "none" else "layer inputs and kept attention"
-        assert full.gpu[waits] >= 1.95 * half.gpu[waits] and full.gpu["weights"] == half.gpu["weights"]
-        assert full.gpu.get("working set of a layer", 0.0) >= 1.95 * half.gpu.get("working set of a layer", 0.0)
+        assert (
+            full.gpu[waits] >= 1.95 * half.gpu[waits] and full.gpu["weights"] == half.gpu["weights"]
+        )
+        assert full.gpu.get("working set of a layer", 0.0) >= 1.95 * half.gpu.get(
+            "working set of a layer", 0.0
+        )
         assert full.seconds >= 10 * half.seconds
     rounded = dataclasses.replace(wide, machine=machine("H200", 2, 256 * GiB, tf32=True))
-    assert 2 * seconds(TWO, Choice()) < seconds(rounded, Choice()) < seconds(wide, Choice()), "tf32 is for products, not for attention"
+    assert 2 * seconds(TWO, Choice()) < seconds(rounded, Choice()) < seconds(wide, Choice()), (
+        "tf32 is for products, not for attention"
+    )
     qwen_7b().save_pretrained(tmp_path)
-    command = [str(tmp_path), "--gpu", "H200", "--gpus", "4", "--host-gib", "512", "--tokens", "32768"]
+    command = [
+        str(tmp_path),
+        "--gpu",
+        "H200",
+        "--gpus",
+        "4",
+        "--host-gib",
+        "512",
+        "--tokens",
+        "32768",
+    ]
     assert main(command) == 0 and "Set bf16: true" not in capsys.readouterr().out
     assert main([*command, "--precision", "fp32"]) == 0
     assert "Set bf16: true" in capsys.readouterr().out
@@ -217,9 +328,18 @@ def test_the_embedded_model_is_planned(capsys):
 
 
 def test_a_model_that_fits_many_times_over_stays_as_it_is():
-    """Where messages between GPUs take longer than everything else, all ways are as fast: the one with the least to do is taken."""
+    """Where messages between GPUs take longer than everything else, all ways are as fast: the one
+    with the least to do is taken.
+    """
     small = types.SimpleNamespace(
-        **{**QWEN_7B, "model_type": "qwen2", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 500}
+        **{
+            **QWEN_7B,
+            "model_type": "qwen2",
+            "num_hidden_layers": 2,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "vocab_size": 500,
+        }
     )
     small.num_attention_heads, small.num_key_value_heads = 4, 2
     choice, _, ok = choose(Job(ModelShape.of(small), machine("H100", 8, 2**40), 512, sp=8))

@@ -1,4 +1,6 @@
-"""Checkpointing, kept attention, offload, segments and pieces give the gradients of a model that stores everything."""
+"""Checkpointing, kept attention, offload, segments and pieces give the gradients of a model that
+stores everything.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from longfactory.sp.layout import Segment
 from memory_models import SEGMENTS, assert_same_gradients, gradients, make_model, run
 from memory_ranks import with_lora
 
-engine = importlib.import_module("longfactory.sp.attention")  # the package has a function of this name
+# the package has a function of this name
+engine = importlib.import_module("longfactory.sp.attention")
 
 MiB = 2**20
 SETTINGS = {
@@ -28,12 +31,21 @@ SETTINGS = {
     "kept": MemorySettings(keep_attention=1.0),
     "half kept": MemorySettings(keep_attention=0.5),
     "offload": MemorySettings(offload="inputs", pool_bytes=64 * MiB, last_layers_on_gpu=0),
-    "offload all": MemorySettings(keep_attention=1.0, offload="inputs+attention", pool_bytes=64 * MiB),
-    "offload full pool": MemorySettings(keep_attention=1.0, offload="inputs+attention", pool_bytes=40_000, late_prefetch=True),
+    "offload all": MemorySettings(
+        keep_attention=1.0, offload="inputs+attention", pool_bytes=64 * MiB
+    ),
+    "offload full pool": MemorySettings(
+        keep_attention=1.0, offload="inputs+attention", pool_bytes=40_000, late_prefetch=True
+    ),
     "pieces": MemorySettings(mlp_chunk=7),
     "segments": MemorySettings(segment_layers=2),
     "segments of 3, offload, kept": MemorySettings(
-        segment_layers=3, keep_attention=1.0, offload="inputs+attention", pool_bytes=64 * MiB, last_layers_on_gpu=0, mlp_chunk=16
+        segment_layers=3,
+        keep_attention=1.0,
+        offload="inputs+attention",
+        pool_bytes=64 * MiB,
+        last_layers_on_gpu=0,
+        mlp_chunk=16,
     ),
 }
 
@@ -44,7 +56,9 @@ def apply(model, settings, layer):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "qwen3_moe", "gpt_neox"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "qwen3_moe", "gpt_neox"]
+)
 def test_gradients_equal_those_without_checkpointing(kind, name, monkeypatch):
     model = make_model(kind, monkeypatch)
     loss = run(model)
@@ -74,7 +88,13 @@ def test_written_layer_gives_the_same_gradients(kind, name, monkeypatch):
     wanted = gradients(model)
     apply(model, WRITTEN[name], "auto")
     layers = []
-    monkeypatch.setattr(_Layer, "backward", staticmethod(lambda ctx, dy, backward=_Layer.backward: layers.append(1) or backward(ctx, dy)))
+    monkeypatch.setattr(
+        _Layer,
+        "backward",
+        staticmethod(
+            lambda ctx, dy, backward=_Layer.backward: layers.append(1) or backward(ctx, dy)
+        ),
+    )
     for _ in range(2):
         model.zero_grad()
         again = run(model)
@@ -119,7 +139,12 @@ def test_some_parameters_frozen(what, layer, monkeypatch):
             return with_lora(model)
         for name, p in model.named_parameters():
             free = any(
-                part in name for part in (("layers.3",) if what == "last layer alone" else ("layers.1.mlp.up", "layers.2", "lm_head"))
+                part in name
+                for part in (
+                    ("layers.3",)
+                    if what == "last layer alone"
+                    else ("layers.1.mlp.up", "layers.2", "lm_head")
+                )
             )
             p.requires_grad_(free)
         return model
@@ -128,7 +153,9 @@ def test_some_parameters_frozen(what, layer, monkeypatch):
     run(model)
     wanted = gradients(model)
     model = make()
-    apply(model, WRITTEN["segments of 3, offload, kept" if what == "freeze" else "offload all"], layer)
+    apply(
+        model, WRITTEN["segments of 3, offload, kept" if what == "freeze" else "offload all"], layer
+    )
     run(model)
     assert_same_gradients(gradients(model), wanted)
 
@@ -138,7 +165,10 @@ def test_hidden_states_that_are_also_used_elsewhere(layer, monkeypatch):
     """The gradient of a layer's output then has a second reader: writing over it would be wrong."""
 
     def grads(model):
-        hooks = [block.register_forward_pre_hook(lambda m, args: (args[0] + extra, *args[1:])) for block in model.model.layers[1:3]]
+        hooks = [
+            block.register_forward_pre_hook(lambda m, args: (args[0] + extra, *args[1:]))
+            for block in model.model.layers[1:3]
+        ]
         extra = torch.full((1, 44, 32), 0.1, dtype=torch.float64, requires_grad=True)
         run(model)
         for hook in hooks:
@@ -181,10 +211,16 @@ def test_evaluation_is_the_same(kind, monkeypatch):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bfloat16_is_no_worse_than_the_plain_layer(autocast, monkeypatch):
-    """Gradients in bf16 against float64, as far off as those of the Hugging Face layer. Autocast changes nothing for bf16 weights."""
+    """Gradients in bf16 against float64, as far off as those of the Hugging Face layer. Autocast
+    changes nothing for bf16 weights.
+    """
 
     def errors(settings):
-        model = make_model("qwen2", num_hidden_layers=2, hidden_size=64, intermediate_size=160).bfloat16().double()
+        model = (
+            make_model("qwen2", num_hidden_layers=2, hidden_size=64, intermediate_size=160)
+            .bfloat16()
+            .double()
+        )
         run(model, length=128, segments=LONG)
         exact = gradients(model)
         model = model.bfloat16()
@@ -193,10 +229,19 @@ def test_bfloat16_is_no_worse_than_the_plain_layer(autocast, monkeypatch):
             apply(model, settings, "auto")
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             run(model, length=128, segments=LONG)
-        return {n: float((g.double() - exact[n]).norm() / exact[n].norm()) for n, g in gradients(model).items()}
+        return {
+            n: float((g.double() - exact[n]).norm() / exact[n].norm())
+            for n, g in gradients(model).items()
+        }
 
     layers = []
-    monkeypatch.setattr(_Layer, "backward", staticmethod(lambda ctx, dy, backward=_Layer.backward: layers.append(1) or backward(ctx, dy)))
+    monkeypatch.setattr(
+        _Layer,
+        "backward",
+        staticmethod(
+            lambda ctx, dy, backward=_Layer.backward: layers.append(1) or backward(ctx, dy)
+        ),
+    )
     plain, ours = errors(None), errors(WRITTEN["groups"])
     assert len(layers) == 2
     assert sum(ours.values()) < 1.1 * sum(plain.values())
@@ -205,7 +250,9 @@ def test_bfloat16_is_no_worse_than_the_plain_layer(autocast, monkeypatch):
 
 @pytest.mark.parametrize("kept", [0.0, 1.0])
 def test_segments_run_again_under_the_autocast_of_the_forward(kept):
-    """fp32 weights under autocast: the same roundings as without segments, to the last bit, although backward is not under autocast."""
+    """fp32 weights under autocast: the same roundings as without segments, to the last bit,
+    although backward is not under autocast.
+    """
 
     def backward(loss):
         with torch.autocast("cpu", enabled=False):
@@ -230,7 +277,12 @@ def test_settings_change_between_steps(monkeypatch):
     run(model)
     wanted = gradients(model)
     store = apply_memory(model, MemorySettings())
-    for settings in (WRITTEN["offload all"], WRITTEN["groups"], WRITTEN["segments"], WRITTEN["offload"]):
+    for settings in (
+        WRITTEN["offload all"],
+        WRITTEN["groups"],
+        WRITTEN["segments"],
+        WRITTEN["offload"],
+    ):
         store.change(settings)
         model.zero_grad()
         run(model)
@@ -253,7 +305,11 @@ def test_no_activation_is_left_to_the_garbage_collector(name, layer):
     try:
         run(model)
         gc.collect()
-        left = [tuple(x.shape) for x in gc.garbage if isinstance(x, torch.Tensor) and x.shape and x.shape[0] in (1, SEGMENTS[-1].stop)]
+        left = [
+            tuple(x.shape)
+            for x in gc.garbage
+            if isinstance(x, torch.Tensor) and x.shape and x.shape[0] in (1, SEGMENTS[-1].stop)
+        ]
     finally:
         gc.set_debug(0)
         gc.garbage.clear()
@@ -262,7 +318,9 @@ def test_no_activation_is_left_to_the_garbage_collector(name, layer):
 
 
 def test_a_parameter_that_no_token_uses_has_a_gradient_of_zeros() -> None:
-    """An expert that no token chose: under DDP a missing gradient would leave those of other parameters unsummed."""
+    """An expert that no token chose: under DDP a missing gradient would leave those of other
+    parameters unsummed.
+    """
     used, unused = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
     x = torch.randn(1, 8, 3)
     chunked.run_in_chunks(lambda piece: piece * used, x, lambda: [used, unused], 4).sum().backward()

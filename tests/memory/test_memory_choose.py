@@ -1,4 +1,6 @@
-"""`memory: auto`: from a configuration and a machine to settings, a table, a correction and a letter when memory runs out."""
+"""`memory: auto`: from a configuration and a machine to settings, a table, a correction and a
+letter when memory runs out.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,14 @@ GiB = 2**30
 
 
 def plan(tokens=524288, **kw):
-    given = {"gpu_bytes": 140 * GiB, "host_bytes": 256 * GiB, "gpu_name": "NVIDIA H200", "world": 2, "sp": 2, **kw}
+    given = {
+        "gpu_bytes": 140 * GiB,
+        "host_bytes": 256 * GiB,
+        "gpu_name": "NVIDIA H200",
+        "world": 2,
+        "sp": 2,
+        **kw,
+    }
     return choose_memory(qwen_7b(), tokens, **given)
 
 
@@ -42,7 +51,13 @@ def test_host_memory_share_is_not_exceeded():
 
 
 def test_user_keys_are_kept():
-    args = MemoryArguments(keep_attention=0.5, offload_activations=True, mlp_chunk=2048, segment_layers=2, optimizer_placement="host")
+    args = MemoryArguments(
+        keep_attention=0.5,
+        offload_activations=True,
+        mlp_chunk=2048,
+        segment_layers=2,
+        optimizer_placement="host",
+    )
     s = plan(user=user_keys(args)).settings
     assert (s.keep_attention, s.mlp_chunk, s.segment_layers, s.optimizer) == (0.5, 2048, 2, "host")
     assert s.offload != "none" and s.pool_bytes > 0
@@ -53,25 +68,40 @@ def test_user_keys_are_kept():
 
 
 def test_without_a_gpu_nothing_leaves_memory():
-    s = choose_memory(qwen_7b(), 4096, gpu_bytes=0, host_bytes=16 * GiB, user={"offload": "any"}).settings
+    s = choose_memory(
+        qwen_7b(), 4096, gpu_bytes=0, host_bytes=16 * GiB, user={"offload": "any"}
+    ).settings
     assert s.checkpoint == "full" and s.offload == "none" and s.keep_attention == 1.0
 
 
 def test_correction_after_the_first_step():
     p = plan()
     near, line = corrected(p, int(139 * GiB))
-    assert line is not None and near.attention_groups > p.settings.attention_groups and near.mlp_chunk < p.settings.mlp_chunk
+    assert (
+        line is not None
+        and near.attention_groups > p.settings.attention_groups
+        and near.mlp_chunk < p.settings.mlp_chunk
+    )
     far, line = corrected(p, int(60 * GiB))
     assert line is not None and far.last_layers_on_gpu > p.settings.last_layers_on_gpu
-    assert corrected(p, int(126 * GiB)) == (p.settings, None) or corrected(p, int(126 * GiB))[0].last_layers_on_gpu >= 1
+    assert (
+        corrected(p, int(126 * GiB)) == (p.settings, None)
+        or corrected(p, int(126 * GiB))[0].last_layers_on_gpu >= 1
+    )
     same, line = corrected(p, int(0.93 * 140 * GiB))
     assert line is None and same == p.settings
 
 
 def test_out_of_memory_says_what_to_change():
     p = plan(8192, world=1, sp=1)
-    text = explain_out_of_memory(dataclasses.replace(p), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore"))
-    assert "What makes room" in text and "Tried to allocate" in text and "more" not in text.splitlines()[-2]
+    text = explain_out_of_memory(
+        dataclasses.replace(p), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+    )
+    assert (
+        "What makes room" in text
+        and "Tried to allocate" in text
+        and "more" not in text.splitlines()[-2]
+    )
     assert host_memory() > GiB
 
 

@@ -99,7 +99,14 @@ def test_refused_memory_is_a_warning(monkeypatch, caplog):
 def test_a_step_parks_every_layer_but_the_last(layer):
     model = make_model("qwen2")
     store = apply_memory(
-        model, MemorySettings(keep_attention=1.0, offload="inputs+attention", pool_bytes=2**24, last_layers_on_gpu=1, layer=layer)
+        model,
+        MemorySettings(
+            keep_attention=1.0,
+            offload="inputs+attention",
+            pool_bytes=2**24,
+            last_layers_on_gpu=1,
+            layer=layer,
+        ),
     )
     run(model)
     assert store.pool is not None
@@ -117,7 +124,9 @@ def test_a_step_parks_every_layer_but_the_last(layer):
 @pytest.mark.parametrize("layer", ["auto", "generic"])
 @pytest.mark.parametrize("late", [False, True])
 def test_the_path_for_gpus_in_order(late, layer, refuse, monkeypatch, caplog):
-    """With streams and page-locking replaced by stand-ins: the same gradients, every slot locked, and given back."""
+    """With streams and page-locking replaced by stand-ins: the same gradients, every slot locked,
+    and given back.
+    """
     model = make_model("qwen2", monkeypatch)
     run(model)
     wanted = gradients(model)
@@ -157,16 +166,22 @@ def test_a_pool_that_nobody_closed_unlocks_its_memory(monkeypatch):
 
 @pytest.mark.parametrize("first", [1, 2, 3])
 def test_host_memory_is_locked_once(first, monkeypatch):
-    """Also where attention's output takes more than the layer's input, which comes first; and no more than both take is locked. So too
-    where a short row comes first, of a half or a third of the longest's tokens."""
+    """Also where attention's output takes more than the layer's input, which comes first; and no
+    more than both take is locked. So too where a short row comes first, of a half or a third of the
+    longest's tokens."""
     locked = fake_cuda.install(monkeypatch)
     model = make_model("qwen3")  # 4 heads of 16 beside a hidden size of 32
-    settings = MemorySettings(keep_attention=1.0, offload="inputs+attention", pool_bytes=2**24, last_layers_on_gpu=1)
+    settings = MemorySettings(
+        keep_attention=1.0, offload="inputs+attention", pool_bytes=2**24, last_layers_on_gpu=1
+    )
     store = apply_memory(model, settings, longest=LENGTH)
     store.pool.stream = fake_cuda.Stream()
     seen: list[int] = []
-    monkeypatch.setattr(store.pool, "_lock", lambda size, lock=store.pool._lock: (seen.append(size), lock(size))[1])
+    monkeypatch.setattr(
+        store.pool, "_lock", lambda size, lock=store.pool._lock: (seen.append(size), lock(size))[1]
+    )
     for part in (first, 1):
         run(model, length=LENGTH // part, segments=(sp.Segment(0, LENGTH // part),))
         model.zero_grad()
-    assert len(locked) == 6 and sorted(seen) == [12288] * 3 + [28672] * 3  # whole pages for 11,264 and 23,936 bytes
+    # whole pages for 11,264 and 23,936 bytes
+    assert len(locked) == 6 and sorted(seen) == [12288] * 3 + [28672] * 3

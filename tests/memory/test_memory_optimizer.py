@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -18,14 +19,23 @@ from longfactory.memory.optimizer import SplitAdamW, join, split
 from longfactory.testing import run_ranks
 
 
-@given(st.lists(st.floats(width=32, allow_nan=False, min_value=-(2.0**126), max_value=2.0**126), min_size=1, max_size=20))
+@given(
+    st.lists(
+        st.floats(width=32, allow_nan=False, min_value=-(2.0**126), max_value=2.0**126),
+        min_size=1,
+        max_size=20,
+    )
+)
 @settings(max_examples=200, deadline=None)
 def test_split_loses_nothing_and_rounds(values):
     master = torch.tensor(values, dtype=torch.float32)
     high, low = split(master)
     assert torch.equal(join(high, low), master)
     # A neighbour of the rounded value is never nearer.
-    assert torch.all((high.double() - master.double()).abs() <= (master.bfloat16().double() - master.double()).abs())
+    assert torch.all(
+        (high.double() - master.double()).abs()
+        <= (master.bfloat16().double() - master.double()).abs()
+    )
 
 
 def test_split_of_every_remainder():
@@ -38,9 +48,18 @@ def trajectories(dtype, placement, steps=20, clip=None):
     """The same gradients given to torch's AdamW in fp32 and to ours; the weights after each step."""
     torch.manual_seed(0)
     start = [torch.randn(*shape).bfloat16() for shape in ((33, 17), (5,), (1, 64))]
-    reference = [nn.Parameter(t.to(torch.float64 if dtype == torch.float64 else torch.float32)) for t in start]
+    reference = [
+        nn.Parameter(t.to(torch.float64 if dtype == torch.float64 else torch.float32))
+        for t in start
+    ]
     ours = [nn.Parameter(t.to(dtype)) for t in start]
-    groups = lambda ps: [{"params": ps[:2], "weight_decay": 0.1}, {"params": ps[2:], "weight_decay": 0.0, "lr": 3e-3}]  # noqa: E731
+
+    def groups(ps: list[nn.Parameter]) -> list[dict[str, Any]]:
+        return [
+            {"params": ps[:2], "weight_decay": 0.1},
+            {"params": ps[2:], "weight_decay": 0.0, "lr": 3e-3},
+        ]
+
     a = torch.optim.AdamW(groups(reference), lr=1e-3, betas=(0.9, 0.95))
     b = SplitAdamW(groups(ours), lr=1e-3, betas=(0.9, 0.95), placement=placement)
     schedule = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: 1 / (1 + s)) for o in (a, b)]
@@ -61,17 +80,24 @@ def test_twenty_steps_equal_torch(dtype, placement, monkeypatch):
     monkeypatch.setattr(optimizer, "_INNER", 32)
     reference, ours, opt = trajectories(dtype, placement)
     for p, q in zip(reference, ours, strict=True):
-        assert float(((opt.master(q) - p.detach()).abs() / p.detach().abs().clamp(min=1e-3)).max()) < 1e-6
+        assert (
+            float(((opt.master(q) - p.detach()).abs() / p.detach().abs().clamp(min=1e-3)).max())
+            < 1e-6
+        )
         if dtype == torch.bfloat16:
             assert torch.equal(q, split(opt.master(q))[0])
 
 
 def test_bf16_weights_alone_would_not_pass():
-    """The test above is sharp: without the remainder the weights are off by a thousand times its tolerance."""
+    """The test above is sharp: without the remainder the weights are off by a thousand times its
+    tolerance.
+    """
     reference, ours, _ = trajectories(torch.bfloat16, "host")
     assert (
         max(
-            float(((q.detach().float() - p.detach()).abs() / p.detach().abs().clamp(min=1e-3)).max())
+            float(
+                ((q.detach().float() - p.detach()).abs() / p.detach().abs().clamp(min=1e-3)).max()
+            )
             for p, q in zip(reference, ours, strict=True)
         )
         > 1e-3
@@ -105,7 +131,9 @@ def test_sharded_parameters():
 
 
 def test_streaming_blocks_of_gpu_parameters(monkeypatch):
-    """The path for parameters on a GPU and states on the host, with stand-ins for streams: bitwise what the direct path computes."""
+    """The path for parameters on a GPU and states on the host, with stand-ins for streams: bitwise
+    what the direct path computes.
+    """
     fake_cuda.install(monkeypatch)
     monkeypatch.setattr(optimizer, "BLOCK", 100)
     empty = torch.empty
@@ -146,7 +174,8 @@ def test_gradients_of_micro_batches_are_summed_in_fp32(dtype, placement, monkeyp
     opt = SplitAdamW(params, lr=1e-2, placement=placement)
     for step, parts in enumerate((5, 5, 1)):
         gradients = [micro_gradients(p.shape, 10 * step + i, parts) for i, p in enumerate(params)]
-        # One parameter has no gradient in the first micro-batches, one in the last ones, one in none.
+        # One parameter has no gradient in the first micro-batches, one in the last ones, one in
+        # none.
         present = [range(parts), range(parts // 2, parts), range(0, (parts + 1) // 2), range(0)]
         for k in range(parts):
             for p, g, there in zip(params, gradients, present, strict=True):
@@ -196,7 +225,8 @@ def test_clipping_rounds_nothing(dtype, most):
     torch.manual_seed(0)
     reference = [nn.Parameter(torch.randn(n).bfloat16().float()) for n in (370, 60)]
     ours = [nn.Parameter(p.detach().to(dtype)) for p in reference]
-    a, b = torch.optim.AdamW(reference, lr=1e-2, eps=1.0), SplitAdamW(ours, lr=1e-2, eps=1.0)  # so large an eps that scale matters
+    # so large an eps that scale matters
+    a, b = torch.optim.AdamW(reference, lr=1e-2, eps=1.0), SplitAdamW(ours, lr=1e-2, eps=1.0)
     for _ in range(5):
         for p, q in zip(reference, ours, strict=True):
             q.grad = torch.randn(p.shape).to(dtype)
@@ -208,7 +238,10 @@ def test_clipping_rounds_nothing(dtype, most):
         a.step()
         b.step()
     for p, q in zip(reference, ours, strict=True):
-        assert float(((b.master(q) - p.detach()).abs() / p.detach().abs().clamp(min=1e-3)).max()) < 1e-6
+        assert (
+            float(((b.master(q) - p.detach()).abs() / p.detach().abs().clamp(min=1e-3)).max())
+            < 1e-6
+        )
 
 
 @pytest.mark.processes
@@ -217,15 +250,19 @@ def test_the_norm_of_sharded_gradients():
         assert norm == pytest.approx(expected, rel=1e-6)
 
 
-# ---- gradients that leave during backward -------------------------------------------------------------------------------------------
+# ---- gradients that leave during backward --------------------------------------------------------
 
 
 @pytest.mark.parametrize("fake_gpu", [False, True])
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("leaving", "most"), memory_ranks.LEAVING)
-def test_steps_whose_gradients_leave_are_those_whose_gradients_stay(leaving, most, dtype, parts, fake_gpu, monkeypatch):
-    """Tied weights, a layer called twice, a frozen one, one without a gradient in the last micro-batch, two groups, a schedule."""
+def test_steps_whose_gradients_leave_are_those_whose_gradients_stay(
+    leaving, most, dtype, parts, fake_gpu, monkeypatch
+):
+    """Tied weights, a layer called twice, a frozen one, one without a gradient in the last
+    micro-batch, two groups, a schedule.
+    """
     monkeypatch.setattr(optimizer, "BLOCK", 100)
     monkeypatch.setattr(optimizer, "_INNER", 32)
     if fake_gpu:
@@ -233,7 +270,9 @@ def test_steps_whose_gradients_leave_are_those_whose_gradients_stay(leaving, mos
         empty = torch.empty
         monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
         monkeypatch.setattr(SplitAdamW, "_streamed", lambda self, t: True)
-    after, during = (memory_ranks.steps_of_a_small_model(how, dtype, parts, most) for how in ({}, leaving))
+    after, during = (
+        memory_ranks.steps_of_a_small_model(how, dtype, parts, most) for how in ({}, leaving)
+    )
     memory_ranks.same_trajectories(after, during, exact=most == math.inf or parts == 1)
 
 
@@ -266,13 +305,17 @@ def test_gradients_leave_layer_by_layer_and_backward_waits_for_slow_updates(monk
     thread = threading.Thread(target=backward)
     thread.start()
     thread.join(1)
-    assert thread.is_alive() and begun == [0], "backward is held up while one update is made and two gradients wait"
+    assert thread.is_alive() and begun == [0], (
+        "backward is held up while one update is made and two gradients wait"
+    )
     assert all(p.grad is None for p in layers.parameters())
     assert torch.equal(layers[0].weight, before[0])
     release.set()
     thread.join(60)
     opt.step()
-    assert len(begun) == 6 and not any(torch.equal(layer.weight, w) for layer, w in zip(layers, before, strict=True))
+    assert len(begun) == 6 and not any(
+        torch.equal(layer.weight, w) for layer, w in zip(layers, before, strict=True)
+    )
 
 
 def test_what_goes_wrong_in_an_update_is_raised_by_step(monkeypatch):
@@ -311,7 +354,9 @@ def test_a_gradient_that_comes_twice_is_refused(leaving):
     opt = SplitAdamW([p], **leaving)
     with opt.during_backward():
         p.sum().backward()
-        with pytest.raises(RuntimeError, match="offload_gradients: false and optimizer_overlap: false"):
+        with pytest.raises(
+            RuntimeError, match="offload_gradients: false and optimizer_overlap: false"
+        ):
             p.sum().backward()
 
 
@@ -324,7 +369,11 @@ def test_gradients_on_the_host_wait_for_the_step_and_no_longer():
             (2 * p).sum().backward()
 
     backward()
-    assert p.grad is None and torch.equal(p, torch.ones(3)) and float(opt.clip(1.0)) == pytest.approx(12**0.5)
+    assert (
+        p.grad is None
+        and torch.equal(p, torch.ones(3))
+        and float(opt.clip(1.0)) == pytest.approx(12**0.5)
+    )
     opt.zero_grad()  # given up: nothing is left of it
     opt.step()
     assert torch.equal(p, torch.ones(3)) and not opt.state
@@ -340,9 +389,14 @@ def test_gradients_on_the_host_wait_for_the_step_and_no_longer():
 
 
 def test_a_weight_that_backward_still_needs_is_not_changed_quietly():
-    """A function that saved the weight without giving a part of its gradient: autograd sees the change."""
+    """A function that saved the weight without giving a part of its gradient: autograd sees the
+    change.
+    """
     p, x = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     opt = SplitAdamW([p], lr=0.1, overlap=True)
     y = x * p.detach()  # its backward reads p, and runs after p's gradient is final
-    with opt.during_backward(), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with (
+        opt.during_backward(),
+        pytest.raises(RuntimeError, match="modified by an inplace operation"),
+    ):
         (y.square().sum() + (y.detach() * p).sum()).backward()

@@ -1,4 +1,6 @@
-"""The memory engine under FSDP2, DDP and sequence parallelism gives the gradients of one process without it."""
+"""The memory engine under FSDP2, DDP and sequence parallelism gives the gradients of one process
+without it.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,16 @@ pytestmark = pytest.mark.processes
 
 MiB = 2**20
 ALL = MemorySettings(
-    keep_attention=1.0, offload="inputs+attention", pool_bytes=64 * MiB, last_layers_on_gpu=1, mlp_chunk=5, attention_groups=2
+    keep_attention=1.0,
+    offload="inputs+attention",
+    pool_bytes=64 * MiB,
+    last_layers_on_gpu=1,
+    mlp_chunk=5,
+    attention_groups=2,
 )
-SEGMENTS = MemorySettings(segment_layers=2, keep_attention=0.5, offload="inputs", pool_bytes=64 * MiB, mlp_chunk=8)
+SEGMENTS = MemorySettings(
+    segment_layers=2, keep_attention=0.5, offload="inputs", pool_bytes=64 * MiB, mlp_chunk=8
+)
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -43,7 +52,9 @@ def test_lora_on_two_ranks(monkeypatch):
     model = memory_ranks.with_lora(make_model("qwen2", monkeypatch))
     run(model)
     wanted = gradients(model)
-    for found in run_ranks(2, memory_ranks.sharded_gradients, "qwen2", ALL, "fsdp2", "memory", 2, lora=True):
+    for found in run_ranks(
+        2, memory_ranks.sharded_gradients, "qwen2", ALL, "fsdp2", "memory", 2, lora=True
+    ):
         assert_same_gradients(found, wanted)
 
 
@@ -54,5 +65,7 @@ def test_other_schedules(settings, kind, mode, monkeypatch):
     model = make_model(kind, monkeypatch)
     run(model)
     wanted = gradients(model)
-    for found in run_ranks(2, memory_ranks.sharded_gradients, kind, settings, "fsdp2", "memory", 2, mode=mode):
+    for found in run_ranks(
+        2, memory_ranks.sharded_gradients, kind, settings, "fsdp2", "memory", 2, mode=mode
+    ):
         assert_same_gradients(found, wanted)

@@ -1,4 +1,6 @@
-"""The memory engine under DeepSpeed ZeRO gives the gradients of one process without it, as far as fp32 can tell."""
+"""The memory engine under DeepSpeed ZeRO gives the gradients of one process without it, as far as
+fp32 can tell.
+"""
 
 from __future__ import annotations
 

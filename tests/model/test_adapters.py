@@ -29,9 +29,23 @@ IDS = torch.randint(3, 97, (1, 9), generator=torch.Generator().manual_seed(0))
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-def apply(model: Any, kind: str, adapters: tuple[str, ...] = (), *, resized: bool = False, is_trainable: bool = True, **keys: Any) -> Any:
+def apply(
+    model: Any,
+    kind: str,
+    adapters: tuple[str, ...] = (),
+    *,
+    resized: bool = False,
+    is_trainable: bool = True,
+    **keys: Any,
+) -> Any:
     method = FinetuningArguments(finetuning_type=kind, **keys)  # type: ignore[arg-type]
-    return apply_finetuning(model, method, ModelArguments(adapter_name_or_path=adapters), resized=resized, is_trainable=is_trainable)
+    return apply_finetuning(
+        model,
+        method,
+        ModelArguments(adapter_name_or_path=adapters),
+        resized=resized,
+        is_trainable=is_trainable,
+    )
 
 
 def trained(model: nn.Module) -> set[str]:
@@ -61,7 +75,11 @@ def test_full_trains_everything() -> None:
 )
 def test_freeze_trains_whole_layers(keys: dict[str, Any], layers: set[int]) -> None:
     model = apply(tiny_model(num_hidden_layers=6), "freeze", **keys)
-    want = {n for n, _ in model.named_parameters() if any(n.startswith(f"model.layers.{i}.") for i in layers)}
+    want = {
+        n
+        for n, _ in model.named_parameters()
+        if any(n.startswith(f"model.layers.{i}.") for i in layers)
+    }
     assert trained(model) == want and want
 
 
@@ -73,16 +91,30 @@ def test_freeze_trains_named_modules_and_others_beside_the_layers() -> None:
         freeze_trainable_modules=("mlp", "q_proj"),
         freeze_extra_modules=("embed_tokens", "norm"),
     )
-    want = {f"model.layers.1.mlp.{n}_proj.weight" for n in ("gate", "up", "down")} | {"model.layers.1.self_attn.q_proj.weight"}
+    want = {f"model.layers.1.mlp.{n}_proj.weight" for n in ("gate", "up", "down")} | {
+        "model.layers.1.self_attn.q_proj.weight"
+    }
     assert trained(model) == want | {"model.embed_tokens.weight", "model.norm.weight"}
 
 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"freeze_trainable_modules": ("attn",)}, r"freeze_trainable_modules: attn not found in a decoder layer. It has: .*self_attn"),
-        ({"freeze_extra_modules": ("head",)}, r"freeze_extra_modules: head not found outside the decoder layers. There are: .*lm_head"),
-        ({"use_llama_pro": True, "freeze_trainable_layers": 4}, "6 layers are not divisible by freeze_trainable_layers: 4"),
+        (
+            {"freeze_trainable_modules": ("attn",)},
+            r"freeze_trainable_modules: attn not found in a decoder layer. It has: .*self_attn",
+        ),
+        (
+            {"freeze_extra_modules": ("head",)},
+            (
+                r"freeze_extra_modules: head not found outside the decoder layers. There are:"
+                r" .*lm_head"
+            ),
+        ),
+        (
+            {"use_llama_pro": True, "freeze_trainable_layers": 4},
+            "6 layers are not divisible by freeze_trainable_layers: 4",
+        ),
     ],
 )
 def test_freeze_refuses_what_is_not_there(keys: dict[str, Any], message: str) -> None:
@@ -106,7 +138,8 @@ def test_lora_on_every_linear_layer_but_the_output() -> None:
     assert not any("lm_head" in n for n in names)
     config = model.peft_config["default"]
     assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 8, 0.0)
-    assert torch.equal(logits(model), logits(tiny_model(tie_word_embeddings=False)))  # B begins at zero
+    # B begins at zero
+    assert torch.equal(logits(model), logits(tiny_model(tie_word_embeddings=False)))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +147,15 @@ def test_lora_on_every_linear_layer_but_the_output() -> None:
     [
         # Blocks of an unnamed sequence: `0` would be the whole first decoder layer as well.
         ("ctrl", {"Wq", "Wk", "Wv", "dense", "ffn.0", "ffn.2"}),
-        ("gemma3n_text", {"altup_projections.0", "altup_unembed_projections.2", "q_proj", "per_layer_projection"}),
+        (
+            "gemma3n_text",
+            {
+                "altup_projections.0",
+                "altup_unembed_projections.2",
+                "q_proj",
+                "per_layer_projection",
+            },
+        ),
         # Their router is a linear layer that gives a tuple.
         ("llama4_text", LINEAR),
         ("phimoe", {"q_proj", "k_proj", "v_proj", "o_proj"}),
@@ -131,15 +172,24 @@ def test_names_for_lora_are_those_of_linear_layers_alone(family: str, names: set
     found = set(linear_names(model))
     assert found >= names and not any(name[0].isdigit() for name in found)
     assert family == "gemma3n_text" or found == names
-    linear = [m for m in model.modules() if type(m) is nn.Linear and m is not model.get_output_embeddings()]
+    linear = [
+        m
+        for m in model.modules()
+        if type(m) is nn.Linear and m is not model.get_output_embeddings()
+    ]
     wrapped = apply(model, "lora", lora_rank=2)
-    assert {id(m.base_layer) for m in wrapped.modules() if hasattr(m, "base_layer")} == {id(m) for m in linear}
+    assert {id(m.base_layer) for m in wrapped.modules() if hasattr(m, "base_layer")} == {
+        id(m) for m in linear
+    }
 
 
 def test_a_router_that_is_named_is_refused() -> None:
     from longfactory_dev.tiny_models import tiny_model as of_family
 
-    with pytest.raises(UserError, match=r"lora_target: router gives more than .* Linear layers: down_proj, gate_proj"):
+    with pytest.raises(
+        UserError,
+        match=r"lora_target: router gives more than .* Linear layers: down_proj, gate_proj",
+    ):
         apply(of_family("llama4_text", torch.float32), "lora", lora_target=("q_proj", "router"))
 
 
@@ -149,14 +199,25 @@ def test_lora_keys_reach_peft() -> None:
         use_rslora=True, use_dora=True, additional_target=("embed_tokens",),
     )  # fmt: skip
     config = model.peft_config["default"]
-    assert (config.lora_alpha, config.r, config.lora_dropout, config.use_rslora, config.use_dora) == (5, 3, 0.25, True, True)
+    assert (
+        config.lora_alpha,
+        config.r,
+        config.lora_dropout,
+        config.use_rslora,
+        config.use_dora,
+    ) == (5, 3, 0.25, True, True)
     names = trained(model)
-    assert {n.split(".lora_")[0].rsplit(".", 1)[-1] for n in names if ".lora_" in n} == {"q_proj", "down_proj"}
+    assert {n.split(".lora_")[0].rsplit(".", 1)[-1] for n in names if ".lora_" in n} == {
+        "q_proj",
+        "down_proj",
+    }
     assert any("embed_tokens.modules_to_save" in n for n in names)
 
 
 def test_pissa_begins_as_the_principal_part() -> None:
-    model = apply(tiny_model(), "lora", lora_target=("q_proj",), lora_rank=4, pissa_init=True, pissa_iter=-1)
+    model = apply(
+        tiny_model(), "lora", lora_target=("q_proj",), lora_rank=4, pissa_init=True, pissa_iter=-1
+    )
     assert any(p.abs().max() > 0 for n, p in model.named_parameters() if "lora_B" in n)
     torch.testing.assert_close(logits(model), logits(tiny_model()), rtol=1e-3, atol=1e-4)
 
@@ -165,7 +226,14 @@ def test_pissa_begins_as_the_principal_part() -> None:
 def test_pissa_loads_as_it_was_trained(iterations: int, tmp_path: Path) -> None:
     """Wherever in a run of random numbers it is loaded, and without a trace in them."""
     torch.manual_seed(1)
-    model = apply(tiny_model(), "lora", lora_target=("q_proj", "up_proj"), lora_rank=4, pissa_init=True, pissa_iter=iterations)
+    model = apply(
+        tiny_model(),
+        "lora",
+        lora_target=("q_proj", "up_proj"),
+        lora_rank=4,
+        pissa_init=True,
+        pissa_iter=iterations,
+    )
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.add_(0.1 * torch.randn_like(p)) if "lora_" in name else None
@@ -174,7 +242,9 @@ def test_pissa_loads_as_it_was_trained(iterations: int, tmp_path: Path) -> None:
     again = load_adapter(tiny_model(), str(tmp_path))
     after = torch.rand(3)
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(logits(again.merge_and_unload()), logits(model), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        logits(again.merge_and_unload()), logits(model), rtol=1e-4, atol=1e-5
+    )
     torch.manual_seed(2)
     assert torch.equal(torch.rand(3), after)
 
@@ -184,20 +254,30 @@ def test_a_grown_vocabulary_is_trained_and_saved() -> None:
     assert set(model.peft_config["default"].modules_to_save) == {"embed_tokens", "lm_head"}
     assert any("lm_head.modules_to_save" in n for n in trained(model))
     model = tiny_model(tie_word_embeddings=False)
-    model.model.old_embed_tokens = nn.Identity()  # PEFT would save it too: its name ends in the same letters
+    # PEFT would save it too: its name ends in the same letters
+    model.model.old_embed_tokens = nn.Identity()
     model = apply(model, "lora", resized=True)
     assert set(model.peft_config["default"].modules_to_save) == {"model.embed_tokens", "lm_head"}
-    assert not any("old_embed_tokens" in n for n, _ in model.named_modules() if "modules_to_save" in n)
+    assert not any(
+        "old_embed_tokens" in n for n, _ in model.named_modules() if "modules_to_save" in n
+    )
 
 
-@pytest.mark.parametrize("keys", [{"lora_target": ("q_prj",)}, {"additional_target": ("embeddings",)}])
+@pytest.mark.parametrize(
+    "keys", [{"lora_target": ("q_prj",)}, {"additional_target": ("embeddings",)}]
+)
 def test_an_unknown_target_is_refused_with_those_that_there_are(keys: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"(q_prj|embeddings) not found in the model. Linear layers: down_proj, gate_proj"):
+    with pytest.raises(
+        UserError,
+        match=r"(q_prj|embeddings) not found in the model. Linear layers: down_proj, gate_proj",
+    ):
         apply(tiny_model(), "lora", **keys)
 
 
 def test_an_adapter_needs_lora() -> None:
-    with pytest.raises(UserError, match="adapter_name_or_path needs finetuning_type: lora, not full"):
+    with pytest.raises(
+        UserError, match="adapter_name_or_path needs finetuning_type: lora, not full"
+    ):
         apply(tiny_model(), "full", ("somewhere",))
 
 
@@ -227,7 +307,11 @@ def merged(paths: list[str]) -> Any:
 
 def test_the_last_adapter_is_trained_on_and_those_before_it_are_merged(saved: list[str]) -> None:
     one = apply(tiny_model(), "lora", (saved[0],))
-    assert one.peft_config["default"].r == 2 and all("lora_" in n for n in trained(one)) and trained(one)
+    assert (
+        one.peft_config["default"].r == 2
+        and all("lora_" in n for n in trained(one))
+        and trained(one)
+    )
     torch.testing.assert_close(logits(one), logits(merged(saved[:1])), rtol=1e-4, atol=1e-5)
     both = apply(tiny_model(), "lora", tuple(saved))
     assert both.peft_config["default"].r == 3 and trained(both)
@@ -235,7 +319,9 @@ def test_the_last_adapter_is_trained_on_and_those_before_it_are_merged(saved: li
     assert (logits(both) - logits(one)).abs().max() > 1e-3
 
 
-def test_an_adapter_that_is_not_there_is_a_letter(saved: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_that_is_not_there_is_a_letter(
+    saved: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "empty").mkdir()
     cases = [
@@ -260,12 +346,22 @@ def test_an_adapter_that_lacks_tensors_is_refused(saved: list[str], tmp_path: Pa
     tensors = load_file(file)
     lost = sorted(tensors)[-1]
     save_file({name: t for name, t in tensors.items() if name != lost}, file)
-    with pytest.raises(UserError, match=r"adapter_name_or_path: .*part lacks 1 tensors that its adapter_config.json asks for"):
+    with pytest.raises(
+        UserError,
+        match=r"adapter_name_or_path: .*part lacks 1 tensors that its adapter_config.json asks for",
+    ):
         load_adapter(tiny_model(), str(file.parent))
 
 
 def test_create_new_adapter_merges_all_and_begins_anew(saved: list[str]) -> None:
-    model = apply(tiny_model(), "lora", tuple(saved), create_new_adapter=True, lora_rank=5, lora_target=("v_proj",))
+    model = apply(
+        tiny_model(),
+        "lora",
+        tuple(saved),
+        create_new_adapter=True,
+        lora_rank=5,
+        lora_target=("v_proj",),
+    )
     assert model.peft_config["default"].r == 5
     assert all("v_proj.lora_" in n for n in trained(model)) and trained(model)
     torch.testing.assert_close(logits(model), logits(merged(saved)), rtol=1e-4, atol=1e-5)
@@ -284,7 +380,10 @@ def test_trained_weights_become_fp32_and_frozen_ones_stay() -> None:
         assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
     tied = tiny_model(dtype=torch.bfloat16, tie_word_embeddings=True)
     cast_trainable(tied)
-    assert tied.lm_head.weight is tied.get_input_embeddings().weight and tied.lm_head.weight.dtype == torch.float32
+    assert (
+        tied.lm_head.weight is tied.get_input_embeddings().weight
+        and tied.lm_head.weight.dtype == torch.float32
+    )
 
 
 def test_counts() -> None:
@@ -295,7 +394,9 @@ def test_counts() -> None:
 
 @pytest.fixture(scope="module")
 def gemma3() -> Any:
-    """A tiny model with a vision tower. Its attention layers have the same leaf names in the tower and in the decoder."""
+    """A tiny model with a vision tower. Its attention layers have the same leaf names in the tower
+    and in the decoder.
+    """
     from longfactory_dev.tiny_models import tiny_model as tiny
 
     return tiny("gemma3", torch.float32)
@@ -305,7 +406,10 @@ def in_tower(names: Any) -> set[str]:
     return {n for n in names if "vision_tower" in n or "multi_modal_projector" in n}
 
 
-@pytest.mark.parametrize("keys", [{"finetuning_type": "full"}, {"finetuning_type": "freeze", "freeze_trainable_layers": 99}])
+@pytest.mark.parametrize(
+    "keys",
+    [{"finetuning_type": "full"}, {"finetuning_type": "freeze", "freeze_trainable_layers": 99}],
+)
 def test_a_tower_is_frozen(gemma3: Any, keys: dict[str, Any]) -> None:
     model = copy.deepcopy(gemma3)
     found = trained(apply(model, keys.pop("finetuning_type"), **keys))
@@ -314,7 +418,10 @@ def test_a_tower_is_frozen(gemma3: Any, keys: dict[str, Any]) -> None:
     assert decoder_layers(model)[0] == "model.language_model.layers"
     lines = [line for _, line in describe_trained(model)]
     idle = sum(p.numel() for n, p in model.named_parameters() if in_tower([n]))
-    assert f"model.vision_tower, model.multi_modal_projector: {idle:,} parameters are frozen" in lines[1]
+    assert (
+        f"model.vision_tower, model.multi_modal_projector: {idle:,} parameters are frozen"
+        in lines[1]
+    )
 
 
 @pytest.mark.parametrize("target", [("all",), ("q_proj", "v_proj")])
@@ -322,15 +429,26 @@ def test_lora_stays_out_of_a_tower(gemma3: Any, target: tuple[str, ...]) -> None
     model = apply(copy.deepcopy(gemma3), "lora", lora_target=target)
     found = trained(model)
     assert found and not in_tower(found)
-    assert ("4 x q_proj" in describe_trained(model)[2][1]) and (("o_proj" in describe_trained(model)[2][1]) == (target == ("all",)))
-    saved = apply(copy.deepcopy(gemma3), "lora", lora_target=("q_proj",), additional_target=("v_proj",))
-    assert any(n.endswith("modules_to_save.default.weight") for n in trained(saved)) and not in_tower(trained(saved))
+    assert ("4 x q_proj" in describe_trained(model)[2][1]) and (
+        ("o_proj" in describe_trained(model)[2][1]) == (target == ("all",))
+    )
+    saved = apply(
+        copy.deepcopy(gemma3), "lora", lora_target=("q_proj",), additional_target=("v_proj",)
+    )
+    assert any(
+        n.endswith("modules_to_save.default.weight") for n in trained(saved)
+    ) and not in_tower(trained(saved))
 
 
 def test_what_text_does_not_pass_through_is_refused_by_name(gemma3: Any) -> None:
-    with pytest.raises(UserError, match=r"lora_target.*: out_proj cannot be trained on text: it lies in model.vision_tower"):
+    with pytest.raises(
+        UserError,
+        match=r"lora_target.*: out_proj cannot be trained on text: it lies in model.vision_tower",
+    ):
         apply(copy.deepcopy(gemma3), "lora", lora_target=("q_proj", "out_proj"))
-    with pytest.raises(UserError, match=r"freeze_extra_modules: multi_modal_projector cannot be trained on text"):
+    with pytest.raises(
+        UserError, match=r"freeze_extra_modules: multi_modal_projector cannot be trained on text"
+    ):
         apply(copy.deepcopy(gemma3), "freeze", freeze_extra_modules=("multi_modal_projector",))
 
 
@@ -339,7 +457,14 @@ def test_routed_experts_without_an_adapter_are_told() -> None:
     experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
     lines = describe_trained(apply(model, "lora", lora_target=("all",)))
     share = 100 * experts / sum(p.numel() for p in model.parameters())
-    assert lines[-1][0] == logging.WARNING and f"no adapter: {share:.0f} % of the weights" in lines[-1][1]
-    assert "no adapter" not in str(describe_trained(apply(tiny_model(), "lora", lora_target=("all",))))
-    with pytest.raises(UserError, match=r"lora_target: experts cannot all take an adapter.*Linear layers: .*q_proj"):
+    assert (
+        lines[-1][0] == logging.WARNING
+        and f"no adapter: {share:.0f} % of the weights" in lines[-1][1]
+    )
+    assert "no adapter" not in str(
+        describe_trained(apply(tiny_model(), "lora", lora_target=("all",)))
+    )
+    with pytest.raises(
+        UserError, match=r"lora_target: experts cannot all take an adapter.*Linear layers: .*q_proj"
+    ):
         apply(tiny_model("qwen3_moe"), "lora", lora_target=("experts",))

@@ -20,9 +20,19 @@ def model_of(kind: str) -> Any:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
 
-    def llama(rope: bool = True, cross_entropy: bool = False, fused_linear_cross_entropy: bool = True, model: Any = None) -> None:
+    def llama(
+        rope: bool = True,
+        cross_entropy: bool = False,
+        fused_linear_cross_entropy: bool = True,
+        model: Any = None,
+    ) -> None:
         made.append(
-            {"rope": rope, "cross_entropy": cross_entropy, "fused_linear_cross_entropy": fused_linear_cross_entropy, "model": model}
+            {
+                "rope": rope,
+                "cross_entropy": cross_entropy,
+                "fused_linear_cross_entropy": fused_linear_cross_entropy,
+                "model": model,
+            }
         )
 
     def norms(rms_norm: bool = True, model: Any = None) -> None:
@@ -39,7 +49,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def test_kernels_without_losses(calls: list[dict[str, Any]]) -> None:
     model = model_of("llama")
     apply_liger(model)
-    assert calls == [{"rope": True, "cross_entropy": False, "fused_linear_cross_entropy": False, "model": model}]
+    assert calls == [
+        {"rope": True, "cross_entropy": False, "fused_linear_cross_entropy": False, "model": model}
+    ]
 
 
 def test_an_architecture_without_a_loss_of_its_own(calls: list[dict[str, Any]]) -> None:

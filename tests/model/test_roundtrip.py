@@ -1,6 +1,8 @@
-"""Load, train a step, save, and reload in plain transformers (and PEFT): every tensor of the checkpoint's files is back, as the same class.
+"""Load, train a step, save, and reload in plain transformers (and PEFT): every tensor of the
+checkpoint's files is back, as the same class.
 
-Whole runs in this process, one for each architecture of docs/models.md, with the start-up comparison left out (tests/sp has it).
+Whole runs in this process, one for each architecture of docs/models.md, with the start-up
+comparison left out (tests/sp has it).
 """
 
 from __future__ import annotations
@@ -27,30 +29,53 @@ pytestmark = pytest.mark.processes
 
 SHORT = ["gemma3", "qwen3_5"]
 UNLOADED = "mtp.fc.weight"
-"""A tensor of the file that transformers' classes have no place for, as the next-token layers of DeepSeek, GLM and Qwen are."""
-# Their tiny checkpoints do not come back from plain transformers' own save and load (tested below), so a run's cannot either.
+"""A tensor of the file that transformers' classes have no place for, as the next-token layers of
+DeepSeek, GLM and Qwen are.
+"""
+# Their tiny checkpoints do not come back from plain transformers' own save and load (tested below),
+# so a run's cannot either.
 NOT_THEIR_OWN: set[str] = set()
 
 
 def exact_families() -> list[str]:
     page = (ROOT / "docs" / "models.md").read_text().split("## Refused")[0]
-    return [name for name in re.findall(r"^\| (\S+) \|", page, re.MULTILINE) if name not in ("model", "---")]
+    return [
+        name
+        for name in re.findall(r"^\| (\S+) \|", page, re.MULTILINE)
+        if name not in ("model", "---")
+    ]
 
 
 def write_tokenizer(folder: Path) -> None:
     """A token for each printable letter: fewer than the tiny models' 256."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    letters = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(chr(i) for i in range(33, 127)), "Ġ", "Ċ"]
+    letters = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        *(chr(i) for i in range(33, 127)),
+        "Ġ",
+        "Ċ",
+    ]
     raw = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
     raw.add_special_tokens(letters[:3])
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    made = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=letters[0], pad_token=letters[0])
+    raw.pre_tokenizer, raw.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token=letters[0], pad_token=letters[0]
+    )
     made.save_pretrained(folder)
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+    return {
+        name: t
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, t in load_file(file).items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +111,9 @@ def train(home: Path, family: str, kind: str, monkeypatch: pytest.MonkeyPatch) -
     cpu_sharding.reset()
     seen: list[Any] = []
     make = module.make_trainer
-    monkeypatch.setattr(module, "make_trainer", lambda *a, **k: seen.append(make(*a, **k)) or seen[-1])
+    monkeypatch.setattr(
+        module, "make_trainer", lambda *a, **k: seen.append(make(*a, **k)) or seen[-1]
+    )
     out = home / f"{family}_{kind}"
     given: dict[str, Any] = {
         "model_name_or_path": str(home / family),
@@ -183,5 +210,7 @@ def test_roundtrip(home: Path, family: str, kind: str, monkeypatch: pytest.Monke
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", CHECKS)
 @pytest.mark.parametrize("family", [f for f in exact_families() if f not in SHORT])
-def test_roundtrip_of_every_family(home: Path, family: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_roundtrip_of_every_family(
+    home: Path, family: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     CHECKS[kind](home, family, monkeypatch)

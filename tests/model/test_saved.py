@@ -1,4 +1,6 @@
-"""A saved model has every tensor of the checkpoint that was loaded, under its names; what is missing or wrong is found."""
+"""A saved model has every tensor of the checkpoint that was loaded, under its names; what is
+missing or wrong is found.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ EXTRA = {
 }
 
 
-def write(folder: Path, state: dict[str, torch.Tensor], files: int = 1, metadata: bool = True) -> None:
+def write(
+    folder: Path, state: dict[str, torch.Tensor], files: int = 1, metadata: bool = True
+) -> None:
     """The weights of a folder as one file, or as several with an index."""
     kwargs: dict[str, Any] = {"metadata": {"format": "pt"}} if metadata else {}
     if files == 1:
@@ -41,8 +45,14 @@ def write(folder: Path, state: dict[str, torch.Tensor], files: int = 1, metadata
     for i in range(files):
         names = sorted(state)[i::files]
         weight_map |= {name: f"model-{i + 1:05d}-of-{files:05d}.safetensors" for name in names}
-        save_file({name: state[name] for name in names}, folder / f"model-{i + 1:05d}-of-{files:05d}.safetensors", **kwargs)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        save_file(
+            {name: state[name] for name in names},
+            folder / f"model-{i + 1:05d}-of-{files:05d}.safetensors",
+            **kwargs,
+        )
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
 
 
 def with_extra(folder: Path) -> None:
@@ -63,8 +73,13 @@ def in_a_bin_file(folder: Path) -> None:
 
 
 def without_prefix(folder: Path) -> None:
-    """As gpt2's checkpoint: names of the model without its head; and a constant that old checkpoints held."""
-    state = {name.removeprefix("model."): t for name, t in load_file(folder / "model.safetensors").items()}
+    """As gpt2's checkpoint: names of the model without its head; and a constant that old
+    checkpoints held.
+    """
+    state = {
+        name.removeprefix("model."): t
+        for name, t in load_file(folder / "model.safetensors").items()
+    }
     write(folder, state | {"layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
 
 
@@ -95,7 +110,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("experts", with_extra),
     ],
 )
-def test_every_tensor_is_back_under_its_name(base: str, change: Callable[[Path], None], bases: Path, tmp_path: Path) -> None:
+def test_every_tensor_is_back_under_its_name(
+    base: str, change: Callable[[Path], None], bases: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "source"
     shutil.copytree(bases / base, folder)
     change(folder)
@@ -129,7 +146,9 @@ def test_targets_know_which_tensors_the_model_has_taken(bases: Path) -> None:
     names = [*stored_tensors(bases / "experts"), *EXTRA]
     targets = targets_of(names, model)
     assert [name for name, found in targets.items() if not found] == [*EXTRA]
-    assert targets["model.layers.0.mlp.experts.1.up_proj.weight"] == ("model.layers.0.mlp.experts.gate_up_proj",)
+    assert targets["model.layers.0.mlp.experts.1.up_proj.weight"] == (
+        "model.layers.0.mlp.experts.gate_up_proj",
+    )
     assert in_words(EXTRA) == "mtp.* (2), model.layers.2.* (1)"
 
 
@@ -147,7 +166,10 @@ def test_a_whole_model_that_is_not_all_saved(bases: Path, tmp_path: Path) -> Non
         ({last: None}, "1 of 21 tensors of the model are not in what was saved: " + last),
         ({last: torch.zeros(2, 2)}, "another shape in what was saved than in the model: " + last),
         ({last: state[last] + 1}, "other numbers in what was saved than in the model: " + last),
-        ({frozen: state[frozen] + 1}, "tensors that were not trained have other numbers than in " + str(folder)),
+        (
+            {frozen: state[frozen] + 1},
+            "tensors that were not trained have other numbers than in " + str(folder),
+        ),
     ):
         write(tmp_path, {name: t for name, t in {**state, **change}.items() if t is not None})
         problems = saved.check_saved(tmp_path, model, source)
@@ -155,32 +177,55 @@ def test_a_whole_model_that_is_not_all_saved(bases: Path, tmp_path: Path) -> Non
 
 
 def test_an_adapter_that_is_not_saved(tmp_path: Path) -> None:
-    config = LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"], use_dora=True, init_lora_weights=False)
+    config = LoraConfig(
+        r=2,
+        target_modules=["q_proj", "embed_tokens"],
+        modules_to_save=["lm_head"],
+        use_dora=True,
+        init_lora_weights=False,
+    )
     model = get_peft_model(tiny_model("llama"), config)
     saved.check_saveable(model, None)
     model.save_pretrained(tmp_path)
     assert saved.check_saved(tmp_path, model) == []
     state = load_file(tmp_path / saved.ADAPTER_FILE)
     trained = sum(p.requires_grad for p in model.parameters())
-    for lost in [name for name in state if "layers.1" in name or "lm_head" in name or "lora_embedding" in name]:
-        save_file({name: t for name, t in state.items() if name != lost}, tmp_path / saved.ADAPTER_FILE)
+    for lost in [
+        name
+        for name in state
+        if "layers.1" in name or "lm_head" in name or "lora_embedding" in name
+    ]:
+        save_file(
+            {name: t for name, t in state.items() if name != lost}, tmp_path / saved.ADAPTER_FILE
+        )
         problems = saved.check_saved(tmp_path, model)
         assert len(problems) == 1 and f"1 of {trained} tensors" in problems[0], (lost, problems)
-    save_file({name: torch.zeros_like(t) for name, t in state.items()}, tmp_path / saved.ADAPTER_FILE)
+    save_file(
+        {name: torch.zeros_like(t) for name, t in state.items()}, tmp_path / saved.ADAPTER_FILE
+    )
     assert "other numbers" in saved.check_saved(tmp_path, model)[0]
     (tmp_path / saved.ADAPTER_FILE).unlink()
-    assert f"{trained} of {trained} tensors of the model are not in what was saved" in saved.check_saved(tmp_path, model)[0]
+    assert (
+        f"{trained} of {trained} tensors of the model are not in what was saved"
+        in saved.check_saved(tmp_path, model)[0]
+    )
 
 
-def test_names_that_peft_changes_as_it_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers' pattern for Laguna's old name of the shared expert fits the new one too: PEFT left its adapters out."""
+def test_names_that_peft_changes_as_it_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' pattern for Laguna's old name of the shared expert fits the new one too: PEFT
+    left its adapters out.
+    """
     from transformers import LagunaForCausalLM
 
     LagunaForCausalLM(tiny_config("laguna")).save_pretrained(tmp_path / "base")
     config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     model = get_peft_model(LagunaForCausalLM.from_pretrained(tmp_path / "base"), config)
     renamed = saved.names_for_peft(model)
-    assert len(renamed) == 6 and all(re.search(r"mlp\.shared_expert\.down_proj", there) for there in renamed.values())
+    assert len(renamed) == 6 and all(
+        re.search(r"mlp\.shared_expert\.down_proj", there) for there in renamed.values()
+    )
     saved.check_saveable(model, None)
     out = tmp_path / "adapter"
     model.save_pretrained(out)
@@ -190,24 +235,41 @@ def test_names_that_peft_changes_as_it_loads(tmp_path: Path, monkeypatch: pytest
     again = PeftModel.from_pretrained(LagunaForCausalLM.from_pretrained(tmp_path / "base"), out)
     assert_close(dict(again.named_parameters()), dict(model.named_parameters()), rtol=0, atol=0)
     # Where no old name leads to it, the run does not begin.
-    monkeypatch.setattr("transformers.core_model_loading.WeightRenaming.reverse_transform", lambda self: self)
-    with pytest.raises(UserError, match=r"6 tensors of the adapter are trained, but PEFT would not find them .*shared_experts"):
+    monkeypatch.setattr(
+        "transformers.core_model_loading.WeightRenaming.reverse_transform", lambda self: self
+    )
+    with pytest.raises(
+        UserError,
+        match=(
+            r"6 tensors of the adapter are trained, but PEFT would not find them .*shared_experts"
+        ),
+    ):
         saved.check_saveable(model, None)
-    assert saved.names_for_peft(get_peft_model(tiny_model("qwen3_moe"), LoraConfig(r=2, target_modules=["q_proj"]))) == {}
+    assert (
+        saved.names_for_peft(
+            get_peft_model(tiny_model("qwen3_moe"), LoraConfig(r=2, target_modules=["q_proj"]))
+        )
+        == {}
+    )
 
 
 def test_what_cannot_be_saved_is_told_before(bases: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(bases / "plain")
     source = read_source(model, str(bases / "plain"))
     model.register_buffer("odd", torch.zeros(2, dtype=torch.complex64))
-    with pytest.raises(UserError, match="1 tensors have a dtype that safetensors does not know: odd"):
+    with pytest.raises(
+        UserError, match="1 tensors have a dtype that safetensors does not know: odd"
+    ):
         saved.check_saveable(model, source)
     del model.odd
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
-    with pytest.raises(RuntimeError, match="shared tensors"):  # transformers' own words, which its save would end with
+    # transformers' own words, which its save would end with
+    with pytest.raises(RuntimeError, match="shared tensors"):
         saved.check_saveable(model, source)
     del model.model.layers[1]
-    with pytest.raises(UserError, match=r"9 tensors stand in .* and would not be saved: model.layers.1"):
+    with pytest.raises(
+        UserError, match=r"9 tensors stand in .* and would not be saved: model.layers.1"
+    ):
         saved.check_saveable(model, source)
 
 
@@ -215,29 +277,55 @@ def test_files_beside_the_weights(tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
     out.mkdir()
-    for name in ("preprocessor_config.json", "processor_config.json", "tokenizer.model", "chat_template.json", "README.md", "notes.txt"):
+    for name in (
+        "preprocessor_config.json",
+        "processor_config.json",
+        "tokenizer.model",
+        "chat_template.json",
+        "README.md",
+        "notes.txt",
+    ):
         (source / name).write_text(name)
     (source / "modeling_own.py").write_text("")
     assert saved.copy_side_files(source, out, whole=False) == ["tokenizer.model"]
     (out / "tokenizer.model").write_text("its own")
-    (source / "config.json").write_text('{"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}')
-    assert saved.copy_side_files(source, out, whole=False) == [], "an adapter's folder has no model's code"
+    (source / "config.json").write_text(
+        '{"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}'
+    )
+    assert saved.copy_side_files(source, out, whole=False) == [], (
+        "an adapter's folder has no model's code"
+    )
     copied = saved.copy_side_files(source, out, whole=True)
-    assert copied == ["modeling_own.py", "preprocessor_config.json", "processor_config.json", "chat_template.json"]
+    assert copied == [
+        "modeling_own.py",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "chat_template.json",
+    ]
     assert (out / "tokenizer.model").read_text() == "its own"
-    assert saved.copy_side_files(source, source, whole=True) == saved.copy_side_files(None, out, whole=True) == []
+    assert (
+        saved.copy_side_files(source, source, whole=True)
+        == saved.copy_side_files(None, out, whole=True)
+        == []
+    )
 
 
 def families() -> list[str]:
     """The model types that docs/models.md says are trained exactly."""
     text = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
-    return re.findall(r"^\| ([\w-]+) \|", text.partition("## Exact")[2].partition("## Refused")[0], re.MULTILINE)
+    return re.findall(
+        r"^\| ([\w-]+) \|", text.partition("## Exact")[2].partition("## Refused")[0], re.MULTILINE
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", families())
-def test_every_family_is_saved_under_the_names_that_it_was_loaded_from(family: str, tmp_path: Path) -> None:
-    """Also those whose files hold other tensors than the model: experts one by one, fused queries, keys and values, other prefixes."""
+def test_every_family_is_saved_under_the_names_that_it_was_loaded_from(
+    family: str, tmp_path: Path
+) -> None:
+    """Also those whose files hold other tensors than the model: experts one by one, fused queries,
+    keys and values, other prefixes.
+    """
     try:
         kind = text_model.model_class(tiny_config(family))
         torch.manual_seed(0)
@@ -246,8 +334,12 @@ def test_every_family_is_saved_under_the_names_that_it_was_loaded_from(family: s
         pytest.skip(f"this transformers cannot make it: {error}")
     source_folder, out = tmp_path / "source", tmp_path / "out"
     made.save_pretrained(source_folder)
-    # Of experts and of fused weights: transformers renames these too, and then finds no place for them.
-    extra = {f"mtp.layers.0.{name}.weight": torch.ones(3) for name in ("mlp.experts.0.gate_proj", "self_attn.qkv_proj", "norm")}
+    # Of experts and of fused weights: transformers renames these too, and then finds no place for
+    # them.
+    extra = {
+        f"mtp.layers.0.{name}.weight": torch.ones(3)
+        for name in ("mlp.experts.0.gate_proj", "self_attn.qkv_proj", "norm")
+    }
     extra |= {"model.layers.97.mlp.experts.0.up_proj.weight": torch.zeros(2, 2)}
     write(source_folder, load_file(source_folder / "model.safetensors") | extra)
     model = kind.from_pretrained(str(source_folder), dtype=torch.float32)

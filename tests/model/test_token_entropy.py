@@ -1,4 +1,6 @@
-"""What some stages ask the output layer for: the entropy that eaft reads, the mean logit that is reported; and what it cannot serve."""
+"""What some stages ask the output layer for: the entropy that eaft reads, the mean logit that is
+reported; and what it cannot serve.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def test_entropy_of_the_twenty_most_probable_tokens(chunk: int) -> None:
 @pytest.mark.parametrize("chunk", [5, None])
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_the_mean_of_the_logits(kind: str, chunk: int | None) -> None:
-    """Over the whole vocabulary, of every trained token; and the gradient of the log-probabilities is what it is without."""
+    """Over the whole vocabulary, of every trained token; and the gradient of the log-probabilities
+    is what it is without.
+    """
     model, labels = MODELS[kind](), some_labels()
     want = torch.where(labels >= 0, model(input_ids=IDS).logits[0].mean(-1), 0.0)
     found = []

@@ -1,4 +1,6 @@
-"""Log-probabilities made in chunks equal those of whole logits, with every gradient, and cost no [T, vocabulary] memory."""
+"""Log-probabilities made in chunks equal those of whole logits, with every gradient, and cost no
+[T, vocabulary] memory.
+"""
 
 from __future__ import annotations
 
@@ -58,21 +60,38 @@ MODELS: dict[str, Callable[[], Any]] = {
     "softcap": lambda: f64("gemma2", final_logit_softcapping=2.0),
     "multiplied": lambda: f64("cohere", logit_scale=0.3),
     "divided": lambda: f64("granite", logits_scaling=3.0),
-    "lora on the head": lambda: lora(f64("llama", tie_word_embeddings=False), target_modules=["q_proj", "lm_head"]),
-    "modules to save": lambda: lora(f64("llama", tie_word_embeddings=False), target_modules=["q_proj"], modules_to_save=["lm_head"]),
-    "lora elsewhere": lambda: lora(f64("llama", tie_word_embeddings=True), target_modules=["q_proj"]),
-    "lora, softcap": lambda: lora(f64("gemma2", final_logit_softcapping=2.0, tie_word_embeddings=False), target_modules=["lm_head"]),
+    "lora on the head": lambda: lora(
+        f64("llama", tie_word_embeddings=False), target_modules=["q_proj", "lm_head"]
+    ),
+    "modules to save": lambda: lora(
+        f64("llama", tie_word_embeddings=False),
+        target_modules=["q_proj"],
+        modules_to_save=["lm_head"],
+    ),
+    "lora elsewhere": lambda: lora(
+        f64("llama", tie_word_embeddings=True), target_modules=["q_proj"]
+    ),
+    "lora, softcap": lambda: lora(
+        f64("gemma2", final_logit_softcapping=2.0, tie_word_embeddings=False),
+        target_modules=["lm_head"],
+    ),
 }
 
 
 def of_logits(model: Any, labels: Tensor) -> Tensor:
     """The specification: whole logits, log-softmax, pick."""
-    logps = model(input_ids=IDS).logits[0].log_softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    logps = (
+        model(input_ids=IDS).logits[0].log_softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    )
     return torch.where(labels >= 0, logps, 0.0)
 
 
 def gradients(model: Any) -> dict[str, Tensor | None]:
-    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    return {
+        name: None if p.grad is None else p.grad.clone()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
 
 
 @pytest.mark.parametrize("chunk", [5, None])
@@ -94,11 +113,15 @@ def test_values_and_gradients_are_those_of_whole_logits(kind: str, chunk: int | 
     torch.testing.assert_close(got.logps, want, rtol=1e-11, atol=1e-11)
     (got.logps * weights).sum().backward()
     found = gradients(model)
-    assert {n for n, g in found.items() if g is not None} == {n for n, g in expected.items() if g is not None}
+    assert {n for n, g in found.items() if g is not None} == {
+        n for n, g in expected.items() if g is not None
+    }
     assert any(g is not None and g.abs().max() > 1e-3 for g in found.values())
     for name, g in expected.items():
         if g is not None:
-            torch.testing.assert_close(found[name], g, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                found[name], g, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def test_whether_a_label_was_the_most_probable_token() -> None:
@@ -134,7 +157,9 @@ def test_the_layer_is_itself_outside_of_labels_and_after_release() -> None:
     with pytest.raises(RuntimeError, match="did not call its output layer"):
         head.outputs()
     head.release()
-    assert "forward" not in vars(model.get_output_embeddings()) or torch.equal(model(input_ids=IDS).logits, want)
+    assert "forward" not in vars(model.get_output_embeddings()) or torch.equal(
+        model(input_ids=IDS).logits, want
+    )
     with head.labels(some_labels()):
         assert model(input_ids=IDS).logits.shape == want.shape
 
@@ -174,7 +199,13 @@ class LargestTensor(TorchDispatchMode):
 
 def largest(vocabulary: int, tokens: int, chunk: int, kind: str) -> int:
     """Of one forward and backward of the output layer with `tokens` trained tokens."""
-    model = tiny_model("llama", vocab_size=vocabulary, hidden_size=8, num_attention_heads=2, tie_word_embeddings=False)
+    model = tiny_model(
+        "llama",
+        vocab_size=vocabulary,
+        hidden_size=8,
+        num_attention_heads=2,
+        tie_word_embeddings=False,
+    )
     if kind == "lora":
         from peft import LoraConfig, get_peft_model
 
@@ -193,8 +224,10 @@ def test_no_tensor_has_a_number_for_each_token_and_vocabulary_entry(kind: str) -
     chunk = 16
     for vocabulary in (512, 1024):
         sizes = {tokens: largest(vocabulary, tokens, chunk, kind) for tokens in (256, 512)}
-        assert sizes[256] == sizes[512] == chunk * vocabulary, sizes  # flat in length; a chunk of logits is the largest there is
-    # Were the chunk as long as the row, the same count would see the whole logits: the measure measures.
+        # flat in length; a chunk of logits is the largest there is
+        assert sizes[256] == sizes[512] == chunk * vocabulary, sizes
+    # Were the chunk as long as the row, the same count would see the whole logits: the measure
+    # measures.
     assert largest(512, 256, 256, kind) == 256 * 512
 
 
@@ -215,7 +248,9 @@ def test_the_chunk_follows_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> No
         ("granite", {"logits_scaling": 8.0}, LogitTransform(0.125)),
     ],
 )
-def test_the_transform_is_read_from_the_configuration(family: str, fields: dict[str, Any], want: LogitTransform) -> None:
+def test_the_transform_is_read_from_the_configuration(
+    family: str, fields: dict[str, Any], want: LogitTransform
+) -> None:
     assert logit_transform(tiny_model(family, **fields).config) == want
 
 
@@ -240,15 +275,23 @@ def test_check_head_refuses_an_unknown_transform() -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("known", [True, False])
 def test_check_head_in_half_precision(dtype: torch.dtype, autocast: bool, known: bool) -> None:
-    """A cap that rounds its logits to half precision in the model itself is exact here; one that is not known is still seen."""
-    model = tiny_model("gemma2", final_logit_softcapping=30.0).to(torch.float32 if autocast else dtype)
+    """A cap that rounds its logits to half precision in the model itself is exact here; one that is
+    not known is still seen.
+    """
+    model = tiny_model("gemma2", final_logit_softcapping=30.0).to(
+        torch.float32 if autocast else dtype
+    )
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(40)  # logits that the cap changes
     if not known:
         model.config.final_logit_softcapping = None
     head = TokenLogprobs(model, 5)
     model.config.final_logit_softcapping = 30.0
-    refused = contextlib.nullcontext() if known else pytest.raises(ValueError, match="does more to its logits")
+    refused = (
+        contextlib.nullcontext()
+        if known
+        else pytest.raises(ValueError, match="does more to its logits")
+    )
     with refused, torch.no_grad(), torch.autocast("cpu", dtype, enabled=autocast):
         assert check_head(model, head, {"input_ids": IDS}, some_labels()) < 1e-3
 

@@ -1,4 +1,6 @@
-"""The value head of reward models: one number a token, trained with the model, the vocabulary's layer left alone."""
+"""The value head of reward models: one number a token, trained with the model, the vocabulary's
+layer left alone.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,10 @@ def test_the_head_is_a_part_of_the_model_and_begins_the_same_everywhere() -> Non
 def test_an_untied_output_layer_is_frozen_and_a_tied_one_trained_as_embedding() -> None:
     untied, tied = make()[0], make(tied=True)[0]
     assert not untied.lm_head.weight.requires_grad
-    assert untied.get_input_embeddings().weight.requires_grad and tied.get_input_embeddings().weight.requires_grad
+    assert (
+        untied.get_input_embeddings().weight.requires_grad
+        and tied.get_input_embeddings().weight.requires_grad
+    )
 
 
 def test_logits_outside_of_labels_are_the_models_own() -> None:

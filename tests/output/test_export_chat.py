@@ -1,4 +1,6 @@
-"""What is exported is the model that was trained, as plain Hugging Face files; and it can be talked to."""
+"""What is exported is the model that was trained, as plain Hugging Face files; and it can be talked
+to.
+"""
 
 from __future__ import annotations
 
@@ -28,27 +30,59 @@ from longfactory.errors import UserError
 from longfactory.output.chat import chat
 from longfactory.output.export import export
 
-WORDS = ["<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "user", "assistant", "system", "hello", "world", "be", "short", "again"]
-TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+WORDS = [
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "user",
+    "assistant",
+    "system",
+    "hello",
+    "world",
+    "be",
+    "short",
+    "again",
+]
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{% if add_generation_prompt"
+    " %}assistant {% endif %}"
+)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
-    made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>")
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="</s>",
+    )
     made.chat_template = TEMPLATE
     return made
 
 
 def tiny(hidden: int = 16, seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), hidden_size=hidden, max_position_embeddings=64, **sizes))
+    sizes = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 24,
+    }
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(WORDS), hidden_size=hidden, max_position_embeddings=64, **sizes)
+    )
 
 
 def adapt(model: Any, path: Path, seed: int, target: str = "q_proj") -> None:
     torch.manual_seed(seed)
-    get_peft_model(model, LoraConfig(r=2, target_modules=[target, "down_proj"], init_lora_weights=False)).save_pretrained(path)
+    get_peft_model(
+        model, LoraConfig(r=2, target_modules=[target, "down_proj"], init_lora_weights=False)
+    ).save_pretrained(path)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +107,17 @@ def logits(model: Any) -> torch.Tensor:
 
 def test_exported_weights_are_the_merged_ones(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert cli.main(["export", *words(folder, adapter_name_or_path=f"{folder / 'a'},{folder / 'b'}", export_dir=out)]) == 0
+    assert (
+        cli.main(
+            [
+                "export",
+                *words(
+                    folder, adapter_name_or_path=f"{folder / 'a'},{folder / 'b'}", export_dir=out
+                ),
+            ]
+        )
+        == 0
+    )
     want = PeftModel.from_pretrained(tiny(), folder / "a").merge_and_unload()
     want = PeftModel.from_pretrained(want, folder / "b")
     got = AutoModelForCausalLM.from_pretrained(out)
@@ -85,18 +129,35 @@ def test_exported_weights_are_the_merged_ones(folder: Path, tmp_path: Path) -> N
 
 def test_format_and_template(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()  # an empty folder is as good as none
-    out = export(load_config(words(folder, export_dir=tmp_path / "out", infer_dtype="bfloat16", template="chatml"), command="export"))
+    out = export(
+        load_config(
+            words(folder, export_dir=tmp_path / "out", infer_dtype="bfloat16", template="chatml"),
+            command="export",
+        )
+    )
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
     saved = AutoTokenizer.from_pretrained(out)
-    assert saved.eos_token == "<|im_end|>" and "<|im_start|>" in saved.chat_template and saved.padding_side == "left"
-    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [2, saved.eos_token_id]
+    assert (
+        saved.eos_token == "<|im_end|>"
+        and "<|im_start|>" in saved.chat_template
+        and saved.padding_side == "left"
+    )
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [
+        2,
+        saved.eos_token_id,
+    ]
 
 
 def test_value_head_goes_along(folder: Path, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     adapt(tiny(), adapter, 1)
     save_file({"v_head.summary.weight": torch.ones(1, 16)}, adapter / "value_head.safetensors")
-    out = export(load_config(words(folder, adapter_name_or_path=adapter, export_dir=tmp_path / "out"), command="export"))
+    out = export(
+        load_config(
+            words(folder, adapter_name_or_path=adapter, export_dir=tmp_path / "out"),
+            command="export",
+        )
+    )
     assert (out / "value_head.safetensors").is_file()
 
 
@@ -104,8 +165,14 @@ def test_a_generation_config_that_transformers_would_not_save(folder: Path, tmp_
     base = tmp_path / "base"
     tiny().save_pretrained(base)
     tokenizer().save_pretrained(base)
-    (base / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.6, "top_p": 0.9}))
-    out = export(load_config([f"model_name_or_path={base}", f"export_dir={tmp_path / 'out'}"], command="export"))
+    (base / "generation_config.json").write_text(
+        json.dumps({"do_sample": False, "temperature": 0.6, "top_p": 0.9})
+    )
+    out = export(
+        load_config(
+            [f"model_name_or_path={base}", f"export_dir={tmp_path / 'out'}"], command="export"
+        )
+    )
     assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.6
 
 
@@ -115,8 +182,15 @@ def test_all_of_the_checkpoint_is_exported_and_the_folder_is_what_is_pushed(
     base = tmp_path / "base"
     tiny().save_pretrained(base)
     tokenizer().save_pretrained(base)
-    extra = {"mtp.norm.weight": torch.ones(3, dtype=torch.bfloat16), "model.layers.2.eh_proj.weight": torch.arange(4.0)}
-    save_file(load_file(base / "model.safetensors") | extra, base / "model.safetensors", metadata={"format": "pt"})
+    extra = {
+        "mtp.norm.weight": torch.ones(3, dtype=torch.bfloat16),
+        "model.layers.2.eh_proj.weight": torch.arange(4.0),
+    }
+    save_file(
+        load_file(base / "model.safetensors") | extra,
+        base / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     (base / "preprocessor_config.json").write_text("{}")
     pushed: list[Any] = []
 
@@ -133,13 +207,23 @@ def test_all_of_the_checkpoint_is_exported_and_the_folder_is_what_is_pushed(
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     out = tmp_path / "out"
-    keys = [f"model_name_or_path={base}", f"adapter_name_or_path={folder / 'a'}", f"export_dir={out}", "export_hub_model_id=it"]
+    keys = [
+        f"model_name_or_path={base}",
+        f"adapter_name_or_path={folder / 'a'}",
+        f"export_dir={out}",
+        "export_hub_model_id=it",
+    ]
     with pytest.raises(UserError, match=r"me/it could not be pushed \(no route\). The model is in"):
         export(load_config(keys, command="export"))
     held = {name: t for file in out.glob("*.safetensors") for name, t in load_file(file).items()}
     assert held.keys() == load_file(base / "model.safetensors").keys()
-    assert all(torch.equal(held[name], t) and held[name].dtype == t.dtype for name, t in extra.items())
-    assert pushed == [("me/it", sorted(p.name for p in out.iterdir()))] and "preprocessor_config.json" in pushed[0][1]
+    assert all(
+        torch.equal(held[name], t) and held[name].dtype == t.dtype for name, t in extra.items()
+    )
+    assert (
+        pushed == [("me/it", sorted(p.name for p in out.iterdir()))]
+        and "preprocessor_config.json" in pushed[0][1]
+    )
 
 
 def test_refused(folder: Path, tmp_path: Path) -> None:
@@ -149,7 +233,10 @@ def test_refused(folder: Path, tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"export_dir": folder / "base"}, "is the folder that the model is read from"),
         ({"export_dir": used}, "exists and is not empty"),
-        ({"export_dir": tmp_path / "o", "adapter_name_or_path": folder / "base"}, "holds no adapter_config.json"),
+        (
+            {"export_dir": tmp_path / "o", "adapter_name_or_path": folder / "base"},
+            "holds no adapter_config.json",
+        ),
         ({"export_dir": tmp_path / "o", "adapter_name_or_path": folder / "wider"}, "does not fit"),
         ({"export_dir": tmp_path / "o", "adapter_name_or_path": folder / "absent" / "x"}, "x"),
     ]
@@ -160,7 +247,9 @@ def test_refused(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "o").exists() and not (tmp_path / "o.part").exists()
 
 
-def test_nothing_is_half_written(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_half_written(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(self: Any, *args: Any, **kwargs: Any) -> None:
         raise OSError("no space left on device")
 
@@ -180,22 +269,37 @@ def talk(folder: Path, monkeypatch: pytest.MonkeyPatch, lines: list[str], **keys
             raise EOFError from None
 
     monkeypatch.setattr(builtins, "input", line)
-    chat(load_config(words(folder, **{"max_new_tokens": 4, "do_sample": "false", **keys}), command="chat"))
+    chat(
+        load_config(
+            words(folder, **{"max_new_tokens": 4, "do_sample": "false", **keys}), command="chat"
+        )
+    )
 
 
-def test_a_conversation(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    talk(folder, monkeypatch, ["hello", "", "world", "clear", "hello", "exit", "never said"], adapter_name_or_path=folder / "a")
+def test_a_conversation(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk(
+        folder,
+        monkeypatch,
+        ["hello", "", "world", "clear", "hello", "exit", "never said"],
+        adapter_name_or_path=folder / "a",
+    )
     out = capsys.readouterr().out
     answers = [part.split("\n")[0] for part in out.split("Assistant: ")[1:]]
     assert len(answers) == 3 and "forgotten" in out
-    # After `clear` the first question has its first answer again, and that is the merged model's own.
+    # After `clear` the first question has its first answer again, and that is the merged model's
+    # own.
     assert answers[0] == answers[2]
     model = PeftModel.from_pretrained(tiny(), folder / "a").merge_and_unload()
-    ids = tokenizer().apply_chat_template([{"role": "user", "content": "hello"}], add_generation_prompt=True, return_tensors="pt")[
-        "input_ids"
-    ]
+    ids = tokenizer().apply_chat_template(
+        [{"role": "user", "content": "hello"}], add_generation_prompt=True, return_tensors="pt"
+    )["input_ids"]
     want = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=1)
-    assert answers[0].strip() == tokenizer().decode(want[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    assert (
+        answers[0].strip()
+        == tokenizer().decode(want[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    )
 
 
 def asked(folder: Path, monkeypatch: pytest.MonkeyPatch, **keys: Any) -> dict[str, Any]:
@@ -211,19 +315,32 @@ def asked(folder: Path, monkeypatch: pytest.MonkeyPatch, **keys: Any) -> dict[st
     return seen[0]
 
 
-def test_a_template_that_was_named_is_the_one_that_is_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_that_was_named_is_the_one_that_is_used(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own = asked(folder, monkeypatch)
-    assert own["input_ids"].tolist() == tokenizer()("user hello assistant", return_tensors="pt")["input_ids"].tolist()
-    assert own["eos_token_id"] == [1, 2]  # the tokenizer's, and that of the model's generation settings
+    assert (
+        own["input_ids"].tolist()
+        == tokenizer()("user hello assistant", return_tensors="pt")["input_ids"].tolist()
+    )
+    # the tokenizer's, and that of the model's generation settings
+    assert own["eos_token_id"] == [1, 2]
     chatml = asked(folder, monkeypatch, template="chatml", default_system="be short")
-    text = "<|im_start|>system\nbe short<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    text = (
+        "<|im_start|>system\nbe"
+        " short<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    )
     with_tokens = tokenizer()
-    with_tokens.add_special_tokens({"eos_token": "<|im_end|>", "extra_special_tokens": ["<|im_start|>"]})
+    with_tokens.add_special_tokens(
+        {"eos_token": "<|im_end|>", "extra_special_tokens": ["<|im_start|>"]}
+    )
     assert chatml["input_ids"].tolist() == [with_tokens.encode(text, add_special_tokens=False)]
     assert chatml["eos_token_id"] == [2, WORDS.index("<|im_start|>"), WORDS.index("<|im_end|>")]
 
 
-def test_beams_system_and_end_of_input(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_beams_system_and_end_of_input(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     talk(folder, monkeypatch, ["hello"], num_beams=2, default_system="be short", template="chatml")
     assert capsys.readouterr().out.count("Assistant: ") == 1
 

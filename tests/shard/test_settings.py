@@ -21,7 +21,14 @@ GiB = 2**30
 
 
 def choose(wanted: str = "auto", **changes: Any) -> str:
-    given = dict(world=8, cuda=True, deepspeed=False, quantized=False, state_bytes=100 * GiB, device_bytes=80 * GiB)
+    given = dict(
+        world=8,
+        cuda=True,
+        deepspeed=False,
+        quantized=False,
+        state_bytes=100 * GiB,
+        device_bytes=80 * GiB,
+    )
     return settings.choose_sharding(wanted, **{**given, **changes})
 
 
@@ -45,7 +52,9 @@ def test_the_choice(wanted: str, changes: dict[str, Any], got: str) -> None:
 
 
 def test_what_accelerate_would_quietly_ignore_is_refused() -> None:
-    with pytest.raises(UserError, match="fsdp2 needs GPUs: on CPU, accelerate would quietly train copies"):
+    with pytest.raises(
+        UserError, match="fsdp2 needs GPUs: on CPU, accelerate would quietly train copies"
+    ):
         choose("fsdp2", cuda=False)
     with pytest.raises(UserError, match=r"both given\. Keep one"):
         choose("fsdp2", deepspeed=True)
@@ -64,17 +73,25 @@ def test_accelerate_takes_our_fsdp2_settings(tmp_path: Path) -> None:
     from accelerate.utils import FullyShardedDataParallelPlugin
 
     args = arguments(tmp_path, **settings.fsdp2_arguments())
-    taken = args.fsdp_plugin_args if hasattr(args, "fsdp_plugin_args") else args._process_fsdp_args()
+    taken = (
+        args.fsdp_plugin_args if hasattr(args, "fsdp_plugin_args") else args._process_fsdp_args()
+    )
     plugin = FullyShardedDataParallelPlugin(**taken)
     assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
-    # Whole checkpoints would gather the optimizer on one host; final weights are gathered and written by ourselves.
+    # Whole checkpoints would gather the optimizer on one host; final weights are gathered and
+    # written by ourselves.
     assert plugin.state_dict_type.name == "SHARDED_STATE_DICT"
 
 
 def test_cpu_offload_asks_for_a_host_backend() -> None:
     assert settings.fsdp2_arguments(cpu_offload=True)["ddp_backend"] == "cuda:nccl,cpu:gloo"
     assert "ddp_backend" not in settings.fsdp2_arguments()
-    assert settings.fsdp2_arguments(efficient_loading=False)["fsdp_config"]["cpu_ram_efficient_loading"] is False
+    assert (
+        settings.fsdp2_arguments(efficient_loading=False)["fsdp_config"][
+            "cpu_ram_efficient_loading"
+        ]
+        is False
+    )
 
 
 def test_every_micro_batch_is_reduced(tmp_path: Path) -> None:
@@ -86,22 +103,34 @@ def test_every_micro_batch_is_reduced(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("precision", "split", "want"), [("bf16", False, torch.bfloat16), ("fp16", False, torch.float16),
                                                           ("no", True, torch.bfloat16), ("no", False, None)])  # fmt: skip
-def test_gradients_are_reduced_in_fp32(precision: str, split: bool, want: torch.dtype | None) -> None:
-    plugin = types.SimpleNamespace(mixed_precision_policy="accelerate's own", transformer_cls_names_to_wrap=None)
-    accelerator = types.SimpleNamespace(state=types.SimpleNamespace(fsdp_plugin=plugin), mixed_precision=precision)
+def test_gradients_are_reduced_in_fp32(
+    precision: str, split: bool, want: torch.dtype | None
+) -> None:
+    plugin = types.SimpleNamespace(
+        mixed_precision_policy="accelerate's own", transformer_cls_names_to_wrap=None
+    )
+    accelerator = types.SimpleNamespace(
+        state=types.SimpleNamespace(fsdp_plugin=plugin), mixed_precision=precision
+    )
     settings.fix_fsdp2_plugin(accelerator, tiny_model(), split=split)
     assert plugin.transformer_cls_names_to_wrap == ["LlamaDecoderLayer"]
     if want is None:
         assert plugin.mixed_precision_policy == "accelerate's own"
         return
     policy = plugin.mixed_precision_policy
-    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (want, torch.float32, None)
+    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (
+        want,
+        torch.float32,
+        None,
+    )
 
 
 def test_quantised_weights_are_gathered_without_a_cast() -> None:
     """What a float type holds there are bits: a cast would change those that look like NaN."""
     plugin = types.SimpleNamespace(mixed_precision_policy=None, transformer_cls_names_to_wrap=None)
-    accelerator = types.SimpleNamespace(state=types.SimpleNamespace(fsdp_plugin=plugin), mixed_precision="bf16")
+    accelerator = types.SimpleNamespace(
+        state=types.SimpleNamespace(fsdp_plugin=plugin), mixed_precision="bf16"
+    )
     model = tiny_model()
     model.model.layers[0].mlp.up_proj.weight.quant_state = object()  # as bitsandbytes does
     settings.fix_fsdp2_plugin(accelerator, model)
@@ -118,13 +147,20 @@ def test_the_layers_to_wrap_are_in_the_model() -> None:
     assert settings.wrap_classes(model) == ["LlamaDecoderLayer"]  # from the list of layers itself
     from peft import LoraConfig, get_peft_model
 
-    assert settings.wrap_classes(get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))) == ["LlamaDecoderLayer"]
+    assert settings.wrap_classes(
+        get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))
+    ) == ["LlamaDecoderLayer"]
 
 
 @pytest.mark.parametrize("wanted", ["ddp", "fsdp2", "deepspeed", "none"])
 @pytest.mark.parametrize("got", ["NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED"])
 def test_a_silent_fallback_is_refused(wanted: str, got: str) -> None:
-    fits = {"none": {"NO"}, "ddp": {"MULTI_CPU", "MULTI_GPU"}, "fsdp2": {"FSDP"}, "deepspeed": {"DEEPSPEED"}}[wanted]
+    fits = {
+        "none": {"NO"},
+        "ddp": {"MULTI_CPU", "MULTI_GPU"},
+        "fsdp2": {"FSDP"},
+        "deepspeed": {"DEEPSPEED"},
+    }[wanted]
     accelerator = types.SimpleNamespace(distributed_type=f"DistributedType.{got}", num_processes=4)
     if got in fits:
         settings.check_sharding(accelerator, wanted, 4)
@@ -151,10 +187,19 @@ def test_what_a_deepspeed_file_leaves_open_is_filled_in(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text('{"zero_optimization": {"stage": 3}}')
     config = settings.deepspeed_config(str(path), bf16=True)
-    assert config["gradient_clipping"] == "auto"  # absent, DeepSpeed clips at 1.0 whatever max_grad_norm says
+    # absent, DeepSpeed clips at 1.0 whatever max_grad_norm says
+    assert config["gradient_clipping"] == "auto"
     assert config["communication_data_type"] == "fp32"  # absent, it reduces in bf16
-    assert config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True  # absent, no weights are written
-    assert {config[k] for k in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")} == {"auto"}
+    # absent, no weights are written
+    assert config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
+    assert {
+        config[k]
+        for k in (
+            "train_batch_size",
+            "train_micro_batch_size_per_gpu",
+            "gradient_accumulation_steps",
+        )
+    } == {"auto"}
     assert "communication_data_type" not in settings.deepspeed_config(str(path), bf16=False)
     assert path.read_text() == '{"zero_optimization": {"stage": 3}}'
 
@@ -164,7 +209,11 @@ def test_what_the_user_wrote_is_never_changed() -> None:
         "gradient_clipping": 0.3,
         "communication_data_type": "bf16",
         "train_micro_batch_size_per_gpu": 7,
-        "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False, "reduce_bucket_size": 5},
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_gather_16bit_weights_on_model_save": False,
+            "reduce_bucket_size": 5,
+        },
     }
     before = copy.deepcopy(written)
     config = settings.deepspeed_config(written, bf16=True)
@@ -183,7 +232,13 @@ def test_the_ready_made_files_leave_nothing_open(name: str) -> None:
 
 
 def test_a_missing_or_broken_file_is_a_letter(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"does not exist\. Ready-made ones are in LongFactory's repository, in examples/deepspeed/"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"does not exist\. Ready-made ones are in LongFactory's repository, in"
+            r" examples/deepspeed/"
+        ),
+    ):
         settings.deepspeed_config(str(tmp_path / "no.json"), bf16=True)
     (tmp_path / "broken.json").write_text('{"a": 1,\n "b": }')
     with pytest.raises(UserError, match=r"not valid JSON \(line 2"):
@@ -192,7 +247,13 @@ def test_a_missing_or_broken_file_is_a_letter(tmp_path: Path) -> None:
 
 def test_casting_keeps_shared_tensors_shared() -> None:
     w = torch.randn(3, 4)
-    state = {"embed": w, "head": w, "view": w[0], "count": torch.tensor(3), "own": torch.randn(3, 4)}
+    state = {
+        "embed": w,
+        "head": w,
+        "view": w[0],
+        "count": torch.tensor(3),
+        "own": torch.randn(3, 4),
+    }
     out = cast_floats(state, torch.bfloat16)
     assert out["embed"] is out["head"] and out["embed"].dtype == torch.bfloat16
     assert out["view"].shape == (4,) and torch.equal(out["view"], w[0].bfloat16())

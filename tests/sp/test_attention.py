@@ -18,9 +18,16 @@ plans: Any = sys.modules["longfactory.sp.plan"]  # sp.plan itself is the functio
 LENGTH = 96
 ONE = (Segment(0, LENGTH),)
 PACKED = (Segment(0, 30), Segment(30, 30), Segment(30, 31), Segment(31, 70), Segment(70, LENGTH))
-# One document over the first two chunks of eight, the others inside chunks: the ring stops after one step of three.
+# One document over the first two chunks of eight, the others inside chunks: the ring stops after
+# one step of three.
 EARLY = (Segment(0, 24), *(Segment(12 * c, 12 * c + 12) for c in range(2, 8)))
-BRANCHES = (Segment(0, 40), Segment(40, 52, 0), Segment(52, 75, 0), Segment(75, 80, 2), Segment(80, LENGTH))
+BRANCHES = (
+    Segment(0, 40),
+    Segment(40, 52, 0),
+    Segment(52, 75, 0),
+    Segment(75, 80, 2),
+    Segment(80, LENGTH),
+)
 
 MASKS: dict[str, dict[str, Any]] = {
     "one document": {"segments": ONE},
@@ -63,9 +70,13 @@ def compare(
     auto_heads: bool = False,
     fetch: bool = False,
 ) -> dict[str, float]:
-    """Largest difference from plain attention, by tensor. Runs on every rank. `fetch`: a ring may give way to a fetch."""
+    """Largest difference from plain attention, by tensor. Runs on every rank. `fetch`: a ring may
+    give way to a fetch.
+    """
     plans.FETCH_BELOW = 0.5 if fetch else -1.0
-    ctx = context(mode, ulysses, heads=heads if auto_heads else None, kv=kv_heads if auto_heads else None)
+    ctx = context(
+        mode, ulysses, heads=heads if auto_heads else None, kv=kv_heads if auto_heads else None
+    )
     length = segments[-1].stop
     plan = sp.plan(length, segments, ctx)
     q, k, v, dout = random_inputs(length, heads, kv_heads, dim, v_dim)
@@ -76,11 +87,21 @@ def compare(
     ours = {n: x.clone().requires_grad_() for n, x in leaves.items()}
 
     mask = plain_mask(segments, length, window, chunk)
-    expected = plain_attention(plain["dq"], plain["dk"], plain["dv"], mask, 0.3, softcap, plain.get("dsinks"))
+    expected = plain_attention(
+        plain["dq"], plain["dk"], plain["dv"], mask, 0.3, softcap, plain.get("dsinks")
+    )
     expected.backward(dout)
 
     local = [sp.shard(ours[n], plan) for n in ("dq", "dk", "dv")]
-    out = sp.attention(*local, plan, scale=0.3, window=window, chunk=chunk, softcap=softcap, sinks=ours.get("dsinks"))
+    out = sp.attention(
+        *local,
+        plan,
+        scale=0.3,
+        window=window,
+        chunk=chunk,
+        softcap=softcap,
+        sinks=ours.get("dsinks"),
+    )
     assert out.is_contiguous() and out.dtype == torch.float64
     out.backward(sp.shard(dout, plan))
     errors = {"out": (sp.gather(out.detach(), plan) - expected).abs().max().item()}
@@ -108,7 +129,10 @@ def test_ring_gives_way_to_a_fetch(mode: str, ulysses: int | None, mask: str) ->
 
 @pytest.mark.processes
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 1), (12, 4), (12, 6), (4, 2)])
-@pytest.mark.parametrize(("ranks", "mode", "ulysses"), [(4, "ulysses", None), (4, "usp", 2), (4, "zigzag-ring", None), (4, "llama3", None)])
+@pytest.mark.parametrize(
+    ("ranks", "mode", "ulysses"),
+    [(4, "ulysses", None), (4, "usp", 2), (4, "zigzag-ring", None), (4, "llama3", None)],
+)
 def test_head_shapes(ranks: int, mode: str, ulysses: int | None, heads: int, kv_heads: int) -> None:
     """Key heads fewer than ranks, as many as query heads, and not dividing by the degree."""
     for errors in run_ranks(ranks, compare, mode, ulysses, PACKED, heads=heads, kv_heads=kv_heads):
@@ -119,8 +143,12 @@ def test_head_shapes(ranks: int, mode: str, ulysses: int | None, heads: int, kv_
 @pytest.mark.parametrize("mode", ["usp", "auto", "ulysses"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 3), (7, 1), (3, 3), (6, 2), (10, 5)])
 def test_any_head_count(mode: str, heads: int, kv_heads: int) -> None:
-    """Heads that four ranks cannot share evenly: the ring takes the rest. Key heads of any number, odd ones too."""
-    for errors in run_ranks(4, compare, mode, None, PACKED, heads=heads, kv_heads=kv_heads, auto_heads=True):
+    """Heads that four ranks cannot share evenly: the ring takes the rest. Key heads of any number,
+    odd ones too.
+    """
+    for errors in run_ranks(
+        4, compare, mode, None, PACKED, heads=heads, kv_heads=kv_heads, auto_heads=True
+    ):
         assert max(errors.values()) <= 1e-12, errors
 
 
@@ -129,7 +157,9 @@ def test_any_head_count(mode: str, heads: int, kv_heads: int) -> None:
 @pytest.mark.parametrize(("dim", "v_dim"), [(5, 5), (12, 8)])
 def test_head_dims(mode: str, dim: int, v_dim: int) -> None:
     """Not a multiple of 8, and different for keys and values (MLA)."""
-    for errors in run_ranks(2, compare, mode, 1 if mode == "usp" else None, PACKED, dim=dim, v_dim=v_dim):
+    for errors in run_ranks(
+        2, compare, mode, 1 if mode == "usp" else None, PACKED, dim=dim, v_dim=v_dim
+    ):
         assert max(errors.values()) <= 1e-12, errors
 
 
@@ -144,12 +174,20 @@ def test_shortest_row(mode: str) -> None:
 
 def bitwise(mode: str) -> bool:
     plan = sp.plan(LENGTH, PACKED, context(mode))
-    q, k, v, dout = (sp.shard(x, plan) for x in random_inputs(LENGTH, 8, 2, 8, dtype=torch.bfloat16))
+    q, k, v, dout = (
+        sp.shard(x, plan) for x in random_inputs(LENGTH, 8, 2, 8, dtype=torch.bfloat16)
+    )
     first = _forward_backward(q, k, v, dout, plan)
-    return all(torch.equal(a, b) for _ in range(3) for a, b in zip(first, _forward_backward(q, k, v, dout, plan), strict=True))
+    return all(
+        torch.equal(a, b)
+        for _ in range(3)
+        for a, b in zip(first, _forward_backward(q, k, v, dout, plan), strict=True)
+    )
 
 
-def _forward_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, plan: sp.RowPlan) -> list[torch.Tensor]:
+def _forward_backward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, plan: sp.RowPlan
+) -> list[torch.Tensor]:
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     out = sp.attention(*leaves, plan)
     out.backward(dout)
@@ -163,16 +201,27 @@ def test_repeatable_to_the_last_bit(mode: str) -> None:
 
 
 def low_precision(mode: str, dtype: torch.dtype) -> tuple[float, float]:
-    """Root mean square error of out, dq, dk, dv against float64: sharded, and of one process with the same dtype."""
-    plan, alone = sp.plan(LENGTH, PACKED, context(mode)), sp.plan(LENGTH, PACKED, sp.SequenceParallel())
+    """Root mean square error of out, dq, dk, dv against float64: sharded, and of one process with
+    the same dtype.
+    """
+    plan, alone = (
+        sp.plan(LENGTH, PACKED, context(mode)),
+        sp.plan(LENGTH, PACKED, sp.SequenceParallel()),
+    )
     q, k, v, dout = random_inputs(LENGTH, 8, 2, 16, dtype=dtype)
     exact = _forward_backward(q.double(), k.double(), v.double(), dout.double(), alone)
     single = _forward_backward(q, k, v, dout, alone)
-    shared = [sp.gather(x, plan) for x in _forward_backward(*(sp.shard(x, plan) for x in (q, k, v, dout)), plan)]
+    shared = [
+        sp.gather(x, plan)
+        for x in _forward_backward(*(sp.shard(x, plan) for x in (q, k, v, dout)), plan)
+    ]
     assert all(x.dtype == dtype for x in shared)
 
     def error(found: list[torch.Tensor]) -> float:
-        return max(((a.double() - b).pow(2).mean() / b.pow(2).mean()).sqrt().item() for a, b in zip(found, exact, strict=True))
+        return max(
+            ((a.double() - b).pow(2).mean() / b.pow(2).mean()).sqrt().item()
+            for a, b in zip(found, exact, strict=True)
+        )
 
     return error(shared), error(single)
 
@@ -197,9 +246,14 @@ def forward_and_backward_by_hand(mode: str) -> float:
     assert torch.equal(out, again) and lse.shape == (8, plan.local_length)
     half = slice(4, 8), slice(1, 2)  # query heads, and their key head
     held = (q[:, half[0]], k[:, half[1]], v[:, half[1]], again[:, half[0]], lse[half[0]])
-    part = sp.attention_backward(dout[:, half[0]], *held, plan, window=20, sinks=sinks[half[0]], scale=8**-0.5)
+    part = sp.attention_backward(
+        dout[:, half[0]], *held, plan, window=20, sinks=sinks[half[0]], scale=8**-0.5
+    )
     expected = (leaves[0].grad[:, half[0]], leaves[1].grad[:, half[1]], leaves[2].grad[:, half[1]])
-    pairs = [*((x.grad, g) for x, g in zip(leaves, grads, strict=True)), *zip(expected, part[:3], strict=True)]
+    pairs = [
+        *((x.grad, g) for x, g in zip(leaves, grads, strict=True)),
+        *zip(expected, part[:3], strict=True),
+    ]
     return max((a - b).abs().max().item() for a, b in pairs)
 
 
@@ -216,7 +270,11 @@ def test_autocast_is_followed() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = sp.attention(*leaves, plan)
         out.backward(dout.bfloat16())
-    assert out.dtype == torch.bfloat16 and [x.grad.dtype for x in leaves] == [torch.float32, torch.float32, torch.bfloat16]
+    assert out.dtype == torch.bfloat16 and [x.grad.dtype for x in leaves] == [
+        torch.float32,
+        torch.float32,
+        torch.bfloat16,
+    ]
     again = sp.attention(*(x.detach().bfloat16() for x in leaves), plan)
     assert torch.equal(out, again)
 

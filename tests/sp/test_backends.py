@@ -1,4 +1,6 @@
-"""One contract for every backend that runs here: log-sum-exp, gradients from the whole row's out and lse, refusals."""
+"""One contract for every backend that runs here: log-sum-exp, gradients from the whole row's out
+and lse, refusals.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ TILES = {
 @pytest.mark.parametrize("name", ["cpu", "math"])
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("block", [512, 5])
-def test_backend_is_plain_attention(name: str, tile: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_is_plain_attention(
+    name: str, tile: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(backends.math, "BLOCK", block)
     monkeypatch.setattr(backends.math, "KEY_BLOCK", block)
     backend, t = backends.BACKENDS[name], TILES[tile]
@@ -51,9 +55,13 @@ def test_backend_is_plain_attention(name: str, tile: str, block: int, monkeypatc
     expected.backward(dout)
     out, lse = backend.forward(q, k, v, t, 0.5, None)
     scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(2, 1)) * 0.5
-    torch.testing.assert_close(lse, scores.masked_fill(~t.mask(), -torch.inf).logsumexp(-1), rtol=0, atol=1e-13)
+    torch.testing.assert_close(
+        lse, scores.masked_fill(~t.mask(), -torch.inf).logsumexp(-1), rtol=0, atol=1e-13
+    )
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
-    for found, leaf in zip(backend.backward(dout, q, k, v, out, lse, t, 0.5, None), leaves, strict=True):
+    for found, leaf in zip(
+        backend.backward(dout, q, k, v, out, lse, t, 0.5, None), leaves, strict=True
+    ):
         torch.testing.assert_close(found, leaf.grad, rtol=0, atol=1e-13)
 
 
@@ -74,7 +82,9 @@ def test_selection() -> None:
     assert backends.select("auto", t, q, v, 30.0) is backends.math
     assert backends.select("auto", t, q, v[..., :4], None) is backends.math
     assert backends.select("math", t, q, v, None) is backends.math
-    assert backends.select("cpu", t, q, v, 30.0) is backends.math, "what the named backend cannot do goes to one that can"
+    assert backends.select("cpu", t, q, v, 30.0) is backends.math, (
+        "what the named backend cannot do goes to one that can"
+    )
     with pytest.raises(ValueError, match="flash runs on GPUs"):
         backends.select("flash", t, q, v, None)
     with pytest.raises(ValueError, match="Choose one of: auto"):
@@ -82,14 +92,20 @@ def test_selection() -> None:
 
 
 def test_every_name_means_the_same_in_a_run_and_in_the_engine() -> None:
-    """Each name that a run's file may hold reaches the engine as a backend, and the engine takes the other spellings too."""
+    """Each name that a run's file may hold reaches the engine as a backend, and the engine takes
+    the other spellings too.
+    """
     assert set(backends.BACKENDS) == set(kernel_names.KERNELS), "one list"
     for name in ("auto", *kernel_names.KERNELS, *kernel_names.OTHER_NAMES, "FA2"):
         found = config.from_mapping({**RUN, "attention_backend": name}).parallel.attention_backend
-        assert found == kernel_names.canonical(name.lower()) and found in ("auto", *backends.BACKENDS)
+        assert found == kernel_names.canonical(name.lower()) and found in (
+            "auto",
+            *backends.BACKENDS,
+        )
         assert SequenceParallel.create(backend=name.lower()).backend == found
     assert kernel_names.canonical("fa2") == "flash2" and kernel_names.canonical("fa3") == "flash3"
-    # What LLaMA-Factory's key may hold passes: it has no effect here, and that is said of all but its default.
+    # What LLaMA-Factory's key may hold passes: it has no effect here, and that is said of all but
+    # its default.
     for name in ("auto", "disabled", "sdpa", "fa2", "fa3"):
         notes = config.from_mapping({**RUN, "flash_attn": name}).notes
         assert any("attention_backend chooses" in n for n in notes) == (name != "auto")
@@ -97,7 +113,9 @@ def test_every_name_means_the_same_in_a_run_and_in_the_engine() -> None:
         config.from_mapping({**RUN, "attention_backend": "fast"})
 
 
-def test_a_package_of_the_same_name_is_not_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_of_the_same_name_is_not_the_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """FlashAttention 2 and 4 share the package flash_attn."""
     (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
     (tmp_path / "flash_attn" / "__init__.py").write_text("")
@@ -112,13 +130,27 @@ def test_a_package_of_the_same_name_is_not_the_kernel(tmp_path: Path, monkeypatc
     assert kernel_names.not_installed("flash2") is None
 
 
-KINDS = [("full", False), ("full", True), ("causal", False), ("causal", True), ("varlen", False), ("varlen", True)]
+KINDS = [
+    ("full", False),
+    ("full", True),
+    ("causal", False),
+    ("causal", True),
+    ("varlen", False),
+    ("varlen", True),
+]
 
 
 @pytest.mark.parametrize(("kind", "window"), KINDS)
 def test_self_test_passes_what_is_right(kind: str, window: bool) -> None:
-    for dtype, dim in ((torch.float64, 20), (torch.float32, 64), (torch.bfloat16, 20), (torch.float16, 16)):
-        request = backends.Request("cpu", dtype, dim, dim, kind, window, False, False, group=1 + dim % 3)
+    for dtype, dim in (
+        (torch.float64, 20),
+        (torch.float32, 64),
+        (torch.bfloat16, 20),
+        (torch.float16, 16),
+    ):
+        request = backends.Request(
+            "cpu", dtype, dim, dim, kind, window, False, False, group=1 + dim % 3
+        )
         assert backends.selftest(backends.cpu, request) is None
         assert backends.selftest(backends.math, request._replace(softcap=True)) is None
 
@@ -148,13 +180,17 @@ class Faulty:
     def backward(self, dout, q, k, v, out, lse, tile, scale, softcap):  # type: ignore[no-untyped-def]
         if self.fault == "own lse":  # a backward that cannot be given the whole row's
             out, lse = backends.math.forward(q, k, v, tile, scale, softcap)
-        dq, dk, dv = backends.math.backward(dout, q, k, v, out, lse, self._tile(tile), scale, softcap)
+        dq, dk, dv = backends.math.backward(
+            dout, q, k, v, out, lse, self._tile(tile), scale, softcap
+        )
         return dq, (dk.roll(1, 1) if self.fault == "heads" else dk), dv
 
 
 @pytest.fixture
 def nothing_chosen() -> Iterator[None]:
-    """A process that has chosen no backend yet; afterwards too, for what was chosen among stand-ins."""
+    """A process that has chosen no backend yet; afterwards too, for what was chosen among
+    stand-ins.
+    """
     backends.forget_choices()
     yield
     backends.forget_choices()
@@ -187,8 +223,14 @@ def test_a_backend_that_fails_its_self_test_is_not_used(
         for _ in range(2):
             assert backends.select("auto", tile, q, v, None) is backends.math
     lines = [r.getMessage() for r in caplog.records]
-    assert len(lines) == 1 and words in lines[0] and lines[0].startswith("attention_backend cpu is not used: it fails its self-test")
-    with pytest.raises(ValueError, match=r"attention_backend: cpu fails its self-test.*Use attention_backend: auto"):
+    assert (
+        len(lines) == 1
+        and words in lines[0]
+        and lines[0].startswith("attention_backend cpu is not used: it fails its self-test")
+    )
+    with pytest.raises(
+        ValueError, match=r"attention_backend: cpu fails its self-test.*Use attention_backend: auto"
+    ):
         backends.select("cpu", tile, q, v, None)
 
 
@@ -207,7 +249,17 @@ def version_2(plain: Any) -> types.ModuleType:
     """The private functions of flash_attn.flash_attn_interface 2.8, computed by the formulas."""
 
     def _flash_attn_forward(
-        q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, return_softmax
+        q,
+        k,
+        v,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size_left,
+        window_size_right,
+        softcap,
+        alibi_slopes,
+        return_softmax,
     ):  # type: ignore[no-untyped-def]
         tile = stand_in_tile(q[0], k[0], causal, window_size_left, window_size_right)
         out, lse = plain.forward(q[0], k[0], v[0], tile, softmax_scale, softcap or None)
@@ -228,20 +280,35 @@ def version_2(plain: Any) -> types.ModuleType:
     ):  # type: ignore[no-untyped-def]  # fmt: skip
         tile = stand_in_tile(q[0], k[0], causal, window_size_left, window_size_right)
         inputs = (x[0] for x in (dout, q, k, v, out))
-        write((dq[0], dk[0], dv[0]), plain.backward(*inputs, flipped(softmax_lse[0]), tile, softmax_scale, softcap or None))
+        write(
+            (dq[0], dk[0], dv[0]),
+            plain.backward(*inputs, flipped(softmax_lse[0]), tile, softmax_scale, softcap or None),
+        )
 
     def _flash_attn_varlen_backward(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
         causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
     ):  # type: ignore[no-untyped-def]  # fmt: skip
         tile = stand_in_tile(q, k, causal, window_size_left, window_size_right, cu_seqlens_q)
-        write((dq, dk, dv), plain.backward(dout, q, k, v, out, flipped(softmax_lse), tile, softmax_scale, softcap or None))
+        write(
+            (dq, dk, dv),
+            plain.backward(
+                dout, q, k, v, out, flipped(softmax_lse), tile, softmax_scale, softcap or None
+            ),
+        )
 
-    return module_of(_flash_attn_forward, _flash_attn_varlen_forward, _flash_attn_backward, _flash_attn_varlen_backward)
+    return module_of(
+        _flash_attn_forward,
+        _flash_attn_varlen_forward,
+        _flash_attn_backward,
+        _flash_attn_varlen_backward,
+    )
 
 
 def version_3(plain: Any) -> types.ModuleType:
-    """The private functions of flash_attn_interface 3 (the repository's hopper folder), computed by the formulas."""
+    """The private functions of flash_attn_interface 3 (the repository's hopper folder), computed by
+    the formulas.
+    """
 
     def _flash_attn_forward(
         q, k, v, k_new=None, v_new=None, qv=None, out_=None, cu_seqlens_q=None, cu_seqlens_k=None, cu_seqlens_k_new=None, seqused_q=None,
@@ -266,17 +333,29 @@ def version_3(plain: Any) -> types.ModuleType:
             tensors = tuple(x[0] for x in tensors)
         dout, q, k, v, out, lse, dq, dk, dv = tensors
         tile = stand_in_tile(q, k, is_causal, window_size_left, window_size_right, cu_seqlens_q)
-        write((dq, dk, dv), plain.backward(dout, q, k, v, out, flipped(lse), tile, softmax_scale, softcap or None))
+        write(
+            (dq, dk, dv),
+            plain.backward(dout, q, k, v, out, flipped(lse), tile, softmax_scale, softcap or None),
+        )
 
     return module_of(_flash_attn_forward, _flash_attn_backward)
 
 
-def stand_in_tile(q: torch.Tensor, k: torch.Tensor, causal: bool, left: int, right: int, cu: torch.Tensor | None = None) -> Tile:
+def stand_in_tile(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    causal: bool,
+    left: int,
+    right: int,
+    cu: torch.Tensor | None = None,
+) -> Tile:
     """The mask that FlashAttention's arguments mean."""
     assert right == (0 if left >= 0 and causal else -1), "a window with causal is (left, 0)"
     window = left if left >= 0 else None
     kind = "full" if not causal else "causal" if cu is None else "varlen"
-    return Tile(slice(0, len(q)), slice(0, len(k)), kind, None if cu is None else tuple(cu.tolist()), window)  # type: ignore[arg-type]
+    return Tile(
+        slice(0, len(q)), slice(0, len(k)), kind, None if cu is None else tuple(cu.tolist()), window
+    )  # type: ignore[arg-type]
 
 
 def flipped(lse: torch.Tensor) -> torch.Tensor:
@@ -299,8 +378,12 @@ def module_of(*functions: Any) -> types.ModuleType:
 @pytest.mark.parametrize("softcap", [False, True])
 @pytest.mark.parametrize(("kind", "window"), KINDS)
 @pytest.mark.parametrize("version", [2, 3])
-def test_flash_attention_2_and_3_by_a_module_with_their_signature(version: int, kind: str, window: bool, softcap: bool) -> None:
-    """Their kernels run on GPUs alone. Here: what they are called with means the tile, and what they give back is understood."""
+def test_flash_attention_2_and_3_by_a_module_with_their_signature(
+    version: int, kind: str, window: bool, softcap: bool
+) -> None:
+    """Their kernels run on GPUs alone. Here: what they are called with means the tile, and what
+    they give back is understood.
+    """
     backend = Installed(f"flash{version}", "stand_in", (9,))
     backend.__dict__["_functions"] = {2: version_2, 3: version_3}[version](backends.math)
     for dims in ((64, 64), (20, 12)):
@@ -309,7 +392,9 @@ def test_flash_attention_2_and_3_by_a_module_with_their_signature(version: int, 
 
 
 def test_requests_of_tiles_are_those_that_were_tested_at_the_start() -> None:
-    """What a layer asks for is found among the kinds that the start went through: nothing is tested in the middle of a step."""
+    """What a layer asks for is found among the kinds that the start went through: nothing is tested
+    in the middle of a step.
+    """
     requests = hf.kernel_requests(tiny_model("mistral").config, SequenceParallel(), torch.float32)
     q, v = torch.zeros(20, 4, 16), torch.zeros(20, 2, 16)
     for tile in TILES.values():
@@ -327,7 +412,9 @@ def test_merge_of_blocks_that_see_nothing() -> None:
 
 @pytest.mark.parametrize("ranks", [2, 32])
 def test_error_does_not_grow_with_the_number_of_ranks(ranks: int) -> None:
-    """bfloat16 rms error of out, dq, dk, dv of a ring of so many ranks, against one call, both measured from float64."""
+    """bfloat16 rms error of out, dq, dk, dv of a ring of so many ranks, against one call, both
+    measured from float64.
+    """
     q, k, v, dout = random_inputs(512, 4, 2, 64, dtype=torch.bfloat16)
     exact = simulated_ring(1, q.double(), k.double(), v.double(), dout.double())
     one = relative_rms(simulated_ring(1, q, k, v, dout), exact)
@@ -336,50 +423,62 @@ def test_error_does_not_grow_with_the_number_of_ranks(ranks: int) -> None:
 
 
 FORWARD_ARGS = (
-    "(Tensor query, Tensor key, Tensor value, Tensor? cum_seq_q, Tensor? cum_seq_k, SymInt max_q, SymInt max_k, float dropout_p, "
-    "bool is_causal, bool return_debug_mask, *, float? scale=None, SymInt? window_size_left=None, SymInt? window_size_right=None, "
-    "Tensor? seqused_k=None, Tensor? alibi_slopes=None"
+    "(Tensor query, Tensor key, Tensor value, Tensor? cum_seq_q, Tensor? cum_seq_k, SymInt max_q,"
+    " SymInt max_k, float dropout_p, bool is_causal, bool return_debug_mask, *, float? scale=None,"
+    " SymInt? window_size_left=None, SymInt? window_size_right=None, Tensor? seqused_k=None,"
+    " Tensor? alibi_slopes=None"
 )
-FORWARD_RESULTS = ") -> (Tensor output, Tensor softmax_logsumexp, Tensor rng_state, Tensor unused, Tensor debug_attn_mask)"
+FORWARD_RESULTS = (
+    ") -> (Tensor output, Tensor softmax_logsumexp, Tensor rng_state, Tensor unused, Tensor"
+    " debug_attn_mask)"
+)
 SCHEMAS = {
     "_efficient_attention_forward": [
-        "(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, "
-        "SymInt? max_seqlen_k, float dropout_p, int custom_mask_type, bool compute_log_sumexp=False, *, float? scale=None, "
-        "Tensor? seqlen_k=None, int? window_size=None) -> (Tensor output, Tensor logsumexp, Tensor philox_seed, Tensor philox_offset, "
-        "SymInt max_seqlen_batch_q, SymInt max_seqlen_batch_k)"
+        "(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? cu_seqlens_q, Tensor?"
+        " cu_seqlens_k, SymInt? max_seqlen_q, SymInt? max_seqlen_k, float dropout_p, int"
+        " custom_mask_type, bool compute_log_sumexp=False, *, float? scale=None, Tensor?"
+        " seqlen_k=None, int? window_size=None) -> (Tensor output, Tensor logsumexp, Tensor"
+        " philox_seed, Tensor philox_offset, SymInt max_seqlen_batch_q, SymInt max_seqlen_batch_k)"
     ],
     "_efficient_attention_backward": [
-        "(Tensor grad_out_, Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor out, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-        "SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor logsumexp, float dropout_p, Tensor philox_seed, Tensor philox_offset, "
-        "int custom_mask_type, bool bias_requires_grad, *, float? scale=None, int? num_splits_key=None, int? window_size=None, "
-        "bool shared_storage_dqdkdv=False) -> (Tensor, Tensor, Tensor, Tensor)"
+        "(Tensor grad_out_, Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor out,"
+        " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,"
+        " Tensor logsumexp, float dropout_p, Tensor philox_seed, Tensor philox_offset, int"
+        " custom_mask_type, bool bias_requires_grad, *, float? scale=None, int?"
+        " num_splits_key=None, int? window_size=None, bool shared_storage_dqdkdv=False) -> (Tensor,"
+        " Tensor, Tensor, Tensor)"
     ],
     "_flash_attention_forward": [
         FORWARD_ARGS + FORWARD_RESULTS,
-        FORWARD_ARGS + ", Tensor? block_table=None, int? num_splits=None" + FORWARD_RESULTS,  # from torch 2.13 on
+        # from torch 2.13 on
+        FORWARD_ARGS + ", Tensor? block_table=None, int? num_splits=None" + FORWARD_RESULTS,
     ],
     "_flash_attention_backward": [
-        "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, Tensor cum_seq_q, Tensor cum_seq_k, "
-        "SymInt max_q, SymInt max_k, float dropout_p, bool is_causal, Tensor rng_state, Tensor unused, *, float? scale=None, "
-        "SymInt? window_size_left=None, SymInt? window_size_right=None) -> (Tensor, Tensor, Tensor)"
+        "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp,"
+        " Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, SymInt max_k, float dropout_p, bool"
+        " is_causal, Tensor rng_state, Tensor unused, *, float? scale=None, SymInt?"
+        " window_size_left=None, SymInt? window_size_right=None) -> (Tensor, Tensor, Tensor)"
     ],
     "_scaled_dot_product_cudnn_attention": [
-        "(Tensor query, Tensor key, Tensor value, Tensor? attn_bias, bool compute_log_sumexp, float dropout_p=0., bool is_causal=False, "
-        "bool return_debug_mask=False, *, float? scale=None) -> (Tensor output, Tensor logsumexp, Tensor cum_seq_q, Tensor cum_seq_k, "
-        "SymInt max_q, SymInt max_k, Tensor philox_seed, Tensor philox_offset, Tensor debug_attn_mask)"
+        "(Tensor query, Tensor key, Tensor value, Tensor? attn_bias, bool compute_log_sumexp, float"
+        " dropout_p=0., bool is_causal=False, bool return_debug_mask=False, *, float? scale=None)"
+        " -> (Tensor output, Tensor logsumexp, Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q,"
+        " SymInt max_k, Tensor philox_seed, Tensor philox_offset, Tensor debug_attn_mask)"
     ],
     "_scaled_dot_product_cudnn_attention_backward": [
-        "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, Tensor philox_seed, "
-        "Tensor philox_offset, Tensor attn_bias, Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, SymInt max_k, float dropout_p, "
-        "bool is_causal, *, float? scale=None) -> (Tensor, Tensor, Tensor)"
+        "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp,"
+        " Tensor philox_seed, Tensor philox_offset, Tensor attn_bias, Tensor cum_seq_q, Tensor"
+        " cum_seq_k, SymInt max_q, SymInt max_k, float dropout_p, bool is_causal, *, float?"
+        " scale=None) -> (Tensor, Tensor, Tensor)"
     ],
     "_scaled_dot_product_flash_attention_for_cpu": [
-        "(Tensor query, Tensor key, Tensor value, float dropout_p=0., bool is_causal=False, *, Tensor? attn_mask=None, "
-        "float? scale=None) -> (Tensor output, Tensor logsumexp)"
+        "(Tensor query, Tensor key, Tensor value, float dropout_p=0., bool is_causal=False, *,"
+        " Tensor? attn_mask=None, float? scale=None) -> (Tensor output, Tensor logsumexp)"
     ],
     "_scaled_dot_product_flash_attention_for_cpu_backward": [
-        "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, float dropout_p, bool is_causal, *, "
-        "Tensor? attn_mask=None, float? scale=None) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
+        "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp,"
+        " float dropout_p, bool is_causal, *, Tensor? attn_mask=None, float? scale=None) -> (Tensor"
+        " grad_query, Tensor grad_key, Tensor grad_value)"
     ],
 }
 
@@ -400,36 +499,55 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, major: int = 9) -> None:
     monkeypatch.setattr(start, "foreign_cudnn", lambda: None)
 
 
-def start_lines(name: str, dtype: torch.dtype, dim: int = 128, windows: bool = False, softcap: bool = False) -> list[str]:
-    return start.lines(name, start.requests_of("cuda", dtype, [(dim, dim)], windows=windows, softcap=softcap))
+def start_lines(
+    name: str, dtype: torch.dtype, dim: int = 128, windows: bool = False, softcap: bool = False
+) -> list[str]:
+    return start.lines(
+        name, start.requests_of("cuda", dtype, [(dim, dim)], windows=windows, softcap=softcap)
+    )
 
 
-def test_one_line_says_which_kernels_run(nothing_chosen: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_line_says_which_kernels_run(
+    nothing_chosen: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO")
     on_a_gpu(monkeypatch)
     faster = "Faster: fa4 is not installed (pip install 'longfactory[fa4]')."
     assert start_lines("auto", torch.bfloat16) == [
-        "Attention kernels (bfloat16, head dim 128): cudnn (about 540 TFLOP/s) for causal tiles, rectangles; "
-        f"flash (about 320 TFLOP/s) for several documents. {faster}"
+        "Attention kernels (bfloat16, head dim 128): cudnn (about 540 TFLOP/s) for causal tiles,"
+        f" rectangles; flash (about 320 TFLOP/s) for several documents. {faster}"
     ]
-    assert start_lines("auto", torch.bfloat16, 256) == [f"Attention kernel (bfloat16, head dim 256): flash (about 320 TFLOP/s). {faster}"]
-    assert start_lines("flash", torch.bfloat16) == ["Attention kernel (bfloat16, head dim 128): flash (about 320 TFLOP/s)."]
+    assert start_lines("auto", torch.bfloat16, 256) == [
+        f"Attention kernel (bfloat16, head dim 256): flash (about 320 TFLOP/s). {faster}"
+    ]
+    assert start_lines("flash", torch.bfloat16) == [
+        "Attention kernel (bfloat16, head dim 128): flash (about 320 TFLOP/s)."
+    ]
     assert start_lines("cudnn", torch.float16) == [
-        "Attention kernels (float16, head dim 128): cudnn (about 540 TFLOP/s) for causal tiles, rectangles; "
-        "flash (about 320 TFLOP/s) for several documents. cudnn does not compute several documents: it is slow on packed documents."
+        "Attention kernels (float16, head dim 128): cudnn (about 540 TFLOP/s) for causal tiles,"
+        " rectangles; flash (about 320 TFLOP/s) for several documents. cudnn does not compute"
+        " several documents: it is slow on packed documents."
     ]
     # float32 has a kernel that is not O(T^2) in memory, and what is slow is said.
-    assert start_lines("auto", torch.float32) == ["Attention kernel (float32, head dim 128): efficient. float32 is slow: set bf16: true."]
-    assert start_lines("auto", torch.float32, softcap=True)[0].startswith("Attention kernel (float32, head dim 128): math.")
+    assert start_lines("auto", torch.float32) == [
+        "Attention kernel (float32, head dim 128): efficient. float32 is slow: set bf16: true."
+    ]
+    assert start_lines("auto", torch.float32, softcap=True)[0].startswith(
+        "Attention kernel (float32, head dim 128): math."
+    )
     with pytest.raises(ValueError, match="fa4 is not installed"):
         start_lines("fa4", torch.bfloat16)
     # The tiles that come are of kinds that were told: nothing more is said.
     caplog.clear()
-    for request in start.requests_of("cuda", torch.bfloat16, [(128, 128)], windows=False, softcap=False):
+    for request in start.requests_of(
+        "cuda", torch.bfloat16, [(128, 128)], windows=False, softcap=False
+    ):
         backends._select("auto", request)
     assert not caplog.records
     backends._select("auto", request._replace(window=True))
-    assert [r.getMessage() for r in caplog.records] == ["attention kernel flash for full tiles in a window, torch.bfloat16, head dim 128"]
+    assert [r.getMessage() for r in caplog.records] == [
+        "attention kernel flash for full tiles in a window, torch.bfloat16, head dim 128"
+    ]
 
 
 def test_kernels_of_a_configuration() -> None:
@@ -442,11 +560,21 @@ def test_kernels_of_a_configuration() -> None:
     for family, (dims, windows, softcap) in kinds.items():
         requests = hf.kernel_requests(tiny_model(family).config, ctx, torch.float32)
         assert {(r.head_dim, r.v_head_dim) for r in requests} == dims
-        assert any(r.window for r in requests) == windows and all(r.softcap == softcap for r in requests)
+        assert any(r.window for r in requests) == windows and all(
+            r.softcap == softcap for r in requests
+        )
         assert {r.group for r in requests} == {2}
-    latent = types.SimpleNamespace(qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, hidden_size=64, num_attention_heads=4)
+    latent = types.SimpleNamespace(
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        hidden_size=64,
+        num_attention_heads=4,
+    )
     latent.get_text_config = lambda: latent
-    assert {(r.head_dim, r.v_head_dim) for r in hf.kernel_requests(latent, ctx, torch.float32)} == {(192, 128)}  # type: ignore[arg-type]
+    assert {(r.head_dim, r.v_head_dim) for r in hf.kernel_requests(latent, ctx, torch.float32)} == {
+        (192, 128)
+    }  # type: ignore[arg-type]
 
 
 def test_a_cudnn_that_is_not_pytorchs_own_is_named(tmp_path: Path) -> None:
@@ -455,17 +583,23 @@ def test_a_cudnn_that_is_not_pytorchs_own_is_named(tmp_path: Path) -> None:
     line = "7f00-7f01 r-xp 00000000 08:01 123   {}\n"
     mine = line.format(own / "lib" / "libcudnn.so.9") + line.format("/usr/lib/libc.so.6")
     assert start.foreign_cudnn(mine, own, 91900) is None
-    found = start.foreign_cudnn(mine + line.format("/usr/local/cuda/lib64/libcudnn_graph.so.9"), own, 90100)
-    assert found == (
-        f"cuDNN 9.1.0 is loaded from /usr/local/cuda/lib64, not PyTorch's own (9.19.0.56 in {own}): attention may run at half its speed. "
-        "Take that folder out of LD_LIBRARY_PATH."
+    found = start.foreign_cudnn(
+        mine + line.format("/usr/local/cuda/lib64/libcudnn_graph.so.9"), own, 90100
+    )
+    assert (
+        found == "cuDNN 9.1.0 is loaded from /usr/local/cuda/lib64, not PyTorch's own (9.19.0.56 in"
+        f" {own}): attention may run at half its speed. Take that folder out of LD_LIBRARY_PATH."
     )
     assert start.foreign_cudnn(mine, None, None) is None, "a PyTorch without cuDNN"
 
 
 @pytest.mark.parametrize("kind", ["causal", "full"])
-def test_plain_attention_needs_no_memory_that_grows_with_the_row(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of queries and keys: the largest tensor of a forward and backward pass is an input, not scores of all keys."""
+def test_plain_attention_needs_no_memory_that_grows_with_the_row(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of queries and keys: the largest tensor of a forward and backward pass is an input,
+    not scores of all keys.
+    """
     monkeypatch.setattr(backends.math, "BLOCK", 16)
     monkeypatch.setattr(backends.math, "KEY_BLOCK", 16)
     largest = []

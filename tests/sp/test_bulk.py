@@ -27,7 +27,9 @@ def count(tiles: tuple[Tile, ...], rows: int, cols: int) -> torch.Tensor:
 
 @settings(max_examples=150, deadline=None)
 @given(row=segmented_rows(), unit=st.integers(1, 5), window=st.none() | st.integers(1, 9))
-def test_cut_tiles_are_the_same_mask(row: tuple[int, int, int, list[Segment]], unit: int, window: int | None) -> None:
+def test_cut_tiles_are_the_same_mask(
+    row: tuple[int, int, int, list[Segment]], unit: int, window: int | None
+) -> None:
     ranks, _, length, segments = row
     layout = balanced(length, ranks, segments)
     with pytest.MonkeyPatch.context() as patch:
@@ -35,22 +37,33 @@ def test_cut_tiles_are_the_same_mask(row: tuple[int, int, int, list[Segment]], u
         patch.setattr(bulk, "unit", lambda length, shapes: unit)
         for rank in range(ranks):
             plan = MaskPlan(Mask(segments, window), layout, rank)
-            for source, cols in ((rank, layout.local_length), (HALO, sum(b - a for a, b in plan.halo.fetched))):
+            for source, cols in (
+                (rank, layout.local_length),
+                (HALO, sum(b - a for a, b in plan.halo.fetched)),
+            ):
                 whole, cut = plan.tiles(source), plan.tiles(source, bulk=True)
-                assert torch.equal(count(cut, layout.local_length, cols), count(whole, layout.local_length, cols))
+                assert torch.equal(
+                    count(cut, layout.local_length, cols), count(whole, layout.local_length, cols)
+                )
             touched = torch.zeros(layout.local_length, dtype=torch.int32)
             for tile in plan.tiles(rank, bulk=True):
                 assert tile.first == bool((touched[tile.rows] == 0).all()), "first tiles come first"
-                assert not tile.first or tile.q == tile.k, "first tiles are squares: each row is once a query and once a key of them"
+                assert not tile.first or tile.q == tile.k, (
+                    "first tiles are squares: each row is once a query and once a key of them"
+                )
                 touched[tile.rows] += 1
             assert (touched > 0).all()
 
 
 def test_shapes_are_few() -> None:
-    """Documents of 4096 to 32768 tokens, each length once: squares and rectangles have some dozen shapes."""
+    """Documents of 4096 to 32768 tokens, each length once: squares and rectangles have some dozen
+    shapes.
+    """
     squares, rectangles = set(), set()
     for length in range(4096, 32768, 61):
-        for t in bulk_tiles([Tile(slice(0, length), slice(0, length), "causal", first=True)], 65536):
+        for t in bulk_tiles(
+            [Tile(slice(0, length), slice(0, length), "causal", first=True)], 65536
+        ):
             squares.add(t.q_len)
         for t in bulk_tiles([Tile(slice(100, 8292), slice(0, length), "full")], 8192 * 2):
             if t.k_len >= 4096:
@@ -60,8 +73,10 @@ def test_shapes_are_few() -> None:
 
 
 def test_additional_queries_never_leave_the_rank() -> None:
-    (tile, spare) = bulk_tiles([Tile(slice(3000, 8000), slice(0, 6000), "full")], 8000)
-    assert tile.q.stop <= 8000 and tile.rows == slice(3000, 8000) and spare.rows == slice(3000, 8000)
+    tile, spare = bulk_tiles([Tile(slice(3000, 8000), slice(0, 6000), "full")], 8000)
+    assert (
+        tile.q.stop <= 8000 and tile.rows == slice(3000, 8000) and spare.rows == slice(3000, 8000)
+    )
     assert (spare.k.stop, tile.k.stop) == (tile.k.start, 6000)
 
 

@@ -37,9 +37,15 @@ def adjoint(mode: str, name: str) -> float:
     """|<y, A x> - <A* y, x>|, with x a permuted, not contiguous tensor."""
     apply, shape = operators(mode)[name]
     g = torch.Generator().manual_seed(dist.get_rank())
-    x = torch.randn(shape[::-1], dtype=torch.float64, generator=g).permute(*reversed(range(len(shape)))).requires_grad_()
+    x = (
+        torch.randn(shape[::-1], dtype=torch.float64, generator=g)
+        .permute(*reversed(range(len(shape))))
+        .requires_grad_()
+    )
     out = apply(x)
-    y = torch.randn(out.shape[::-1], dtype=torch.float64, generator=g).permute(*reversed(range(out.dim())))
+    y = torch.randn(out.shape[::-1], dtype=torch.float64, generator=g).permute(
+        *reversed(range(out.dim()))
+    )
     (grad,) = torch.autograd.grad(out, x, y)
     products = torch.stack([(y * out).sum().detach(), (grad * x).sum().detach()])
     dist.all_reduce(products)
@@ -47,7 +53,18 @@ def adjoint(mode: str, name: str) -> float:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("name", ["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "shard", "gather", "gather of a vector"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "all_gather",
+        "reduce_scatter",
+        "all_reduce",
+        "all_to_all",
+        "shard",
+        "gather",
+        "gather of a vector",
+    ],
+)
 @pytest.mark.parametrize("mode", ["zigzag-ring", "llama3"])
 def test_backward_is_the_adjoint(mode: str, name: str) -> None:
     assert max(run_ranks(4, adjoint, mode, name)) <= 1e-12

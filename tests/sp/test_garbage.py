@@ -1,4 +1,6 @@
-"""No tensor waits for Python's garbage collector: on a GPU, one in a circle of references is memory that a step does not have."""
+"""No tensor waits for Python's garbage collector: on a GPU, one in a circle of references is memory
+that a step does not have.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +42,10 @@ def left_in_circles(mode: str, packed: bool) -> list[str]:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("processes", "mode"), [(2, "zigzag-ring"), (3, "zigzag-ring"), (2, "ulysses"), (2, "llama3")])
-def test_no_tensor_of_a_schedule_is_left_in_a_circle(processes: int, mode: str, packed: bool) -> None:
+@pytest.mark.parametrize(
+    ("processes", "mode"), [(2, "zigzag-ring"), (3, "zigzag-ring"), (2, "ulysses"), (2, "llama3")]
+)
+def test_no_tensor_of_a_schedule_is_left_in_a_circle(
+    processes: int, mode: str, packed: bool
+) -> None:
     assert run_ranks(processes, left_in_circles, mode, packed, timeout=120) == [[]] * processes

@@ -1,4 +1,6 @@
-"""The start-up guard: healthy models pass in every precision, planted faults do not, and nothing of it is left behind."""
+"""The start-up guard: healthy models pass in every precision, planted faults do not, and nothing of
+it is left behind.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,13 @@ ONE = sp.SequenceParallel.create(1)
 PRECISIONS = ("bf16", "fp16", "fp32", "autocast")
 
 
-def prepared(precision: str, family: str, ctx: sp.SequenceParallel = ONE, settings: MemorySettings | None = None, **fields: Any) -> Any:
+def prepared(
+    precision: str,
+    family: str,
+    ctx: sp.SequenceParallel = ONE,
+    settings: MemorySettings | None = None,
+    **fields: Any,
+) -> Any:
     """A tiny model with the engine, and with hand-written or recomputed layers, as a run has it."""
     family, _, more = families.VARIANTS.get(family, (family, None, {}))
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
@@ -40,7 +48,9 @@ def prepared(precision: str, family: str, ctx: sp.SequenceParallel = ONE, settin
 
 def exact_families() -> list[str]:
     page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
-    return re.findall(r"^\| ([^|]+) \|", page.split("## Exact")[1].split("## Refused")[0], re.MULTILINE)[1:]
+    return re.findall(
+        r"^\| ([^|]+) \|", page.split("## Exact")[1].split("## Refused")[0], re.MULTILINE
+    )[1:]
 
 
 # Healthy models
@@ -54,7 +64,9 @@ def test_guard_accepts(precision: str, family: str) -> None:
 
 @pytest.mark.parametrize("family", ["ctrl", "diffllama"])
 def test_guard_accepts_where_one_sample_of_the_own_error_is_small(family: str) -> None:
-    """In fp16 a neuron at the kink of a ReLU, or a scalar's gradient, happens to round worse in the run than in the model's own layer."""
+    """In fp16 a neuron at the kink of a ReLU, or a scalar's gradient, happens to round worse in the
+    run than in the model's own layer.
+    """
     guard(prepared("fp16", family), ONE)
 
 
@@ -68,12 +80,16 @@ def test_guard_accepts_other_weights(family: str) -> None:
         with torch.no_grad():
             for p in model.parameters():
                 if p.float().std() > 0:
-                    p.copy_(torch.randn(p.shape, generator=draw) * p.float().std() + p.float().mean())
+                    p.copy_(
+                        torch.randn(p.shape, generator=draw) * p.float().std() + p.float().mean()
+                    )
         guard(model, ONE)
 
 
 def test_guard_records_the_experts_of_the_whole_pass() -> None:
-    """Where scores tie, the router of a recomputed layer would draw other experts than the recorded ones."""
+    """Where scores tie, the router of a recomputed layer would draw other experts than the recorded
+    ones.
+    """
     guard(prepared("autocast", "phimoe with longrope", sliding_window=300), ONE)
 
 
@@ -81,7 +97,9 @@ def test_guard_records_the_experts_of_the_whole_pass() -> None:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_guard_refuses_no_family_that_is_exact(precision: str) -> None:
-    """All of docs/models.md, with windows that are exceeded and with windows that have to be lowered."""
+    """All of docs/models.md, with windows that are exceeded and with windows that have to be
+    lowered.
+    """
     refused = {}
     for family in exact_families():
         base = families.VARIANTS.get(family, (family, None, {}))[0]
@@ -96,7 +114,9 @@ def test_guard_refuses_no_family_that_is_exact(precision: str) -> None:
 
 
 def fails_by_itself(precision: str, family: str, **fields: Any) -> bool:
-    """Whether transformers' own model cannot compute in this precision (experts that add bf16 to fp32 under autocast)."""
+    """Whether transformers' own model cannot compute in this precision (experts that add bf16 to
+    fp32 under autocast).
+    """
     family, _, more = families.VARIANTS.get(family, (family, None, {}))
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     model = tiny_model(family, dtype, **{**more, **fields})
@@ -112,7 +132,13 @@ def fails_by_itself(precision: str, family: str, **fields: Any) -> bool:
 # Planted faults
 
 
-def planted(precision: str, fault: str, faults: dict[str, Any], ctx: sp.SequenceParallel = ONE, most: int = 9) -> dict[str, str]:
+def planted(
+    precision: str,
+    fault: str,
+    faults: dict[str, Any],
+    ctx: sp.SequenceParallel = ONE,
+    most: int = 9,
+) -> dict[str, str]:
     """What the guard says of each family that shows the fault."""
     plant, names, fields = faults[fault]
     said = {}
@@ -123,7 +149,8 @@ def planted(precision: str, fault: str, faults: dict[str, Any], ctx: sp.Sequence
                 guard(model, ctx)
                 said[family] = ""
             except ValueError as error:
-                assert "fails with" not in str(error), error  # by a comparison, not by a fault that cannot run
+                # by a comparison, not by a fault that cannot run
+                assert "fails with" not in str(error), error
                 said[family] = str(error)
     return said
 
@@ -137,8 +164,11 @@ def test_guard_refuses_planted(fault: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32", "autocast"])
 def test_guard_refuses_planted_in_every_precision(precision: str) -> None:
-    # Under autocast weights and hidden states differ in type and the hand-written layer does not run.
-    for fault in (f for f in _planted.FAULTS if precision != "autocast" or not f.startswith("hand-written")):
+    # Under autocast weights and hidden states differ in type and the hand-written layer does not
+    # run.
+    for fault in (
+        f for f in _planted.FAULTS if precision != "autocast" or not f.startswith("hand-written")
+    ):
         for family, message in planted(precision, fault, _planted.FAULTS).items():
             assert message, f"{fault}: accepted for {family} in {precision}"
 
@@ -175,7 +205,9 @@ def test_guard_refuses_planted_on_two_ranks(mode: str, alignment: int) -> None:
 
 
 def test_guard_leaves_no_trace() -> None:
-    settings = MemorySettings(offload="inputs+attention", pool_bytes=1 << 26, keep_attention=0.5, segment_layers=2)
+    settings = MemorySettings(
+        offload="inputs+attention", pool_bytes=1 << 26, keep_attention=0.5, segment_layers=2
+    )
     model = prepared("bf16", "mistral", settings=settings, sliding_window=300).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     came: list[str] = []
@@ -186,9 +218,16 @@ def test_guard_leaves_no_trace() -> None:
     assert model.training and model.config._attn_implementation == hf.ATTENTION
     assert all(p.grad is None for p in model.parameters()) and came == []
     assert torch.equal(torch.get_rng_state(), random)
-    assert windows == [layer.forward.window for layer in model.model.layers] == [300] * 4 and model.config.sliding_window == 300
+    assert (
+        windows == [layer.forward.window for layer in model.model.layers] == [300] * 4
+        and model.config.sliding_window == 300
+    )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for layer in model.model.layers for m in layer.modules())
+    assert not any(
+        m._forward_hooks or m._forward_pre_hooks
+        for layer in model.model.layers
+        for m in layer.modules()
+    )
 
 
 def test_guard_runs_the_layer_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +235,9 @@ def test_guard_runs_the_layer_that_is_installed(monkeypatch: pytest.MonkeyPatch)
 
     ran: list[bool] = []
     own = decoder_layer._Layer.apply
-    monkeypatch.setattr(decoder_layer._Layer, "apply", lambda *a: ran.append(torch.is_grad_enabled()) or own(*a))
+    monkeypatch.setattr(
+        decoder_layer._Layer, "apply", lambda *a: ran.append(torch.is_grad_enabled()) or own(*a)
+    )
     guard(prepared("bf16", "qwen3"), ONE)
     assert ran == [True] * 4
 
@@ -208,7 +249,12 @@ def test_guard_of_a_model_with_adapters(frozen: bool) -> None:
     model = tiny_model("qwen3", torch.bfloat16)
     hf.prepare(model, ONE)
     torch.manual_seed(0)
-    model = get_peft_model(model, LoraConfig(r=4, lora_dropout=0.5, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    model = get_peft_model(
+        model,
+        LoraConfig(
+            r=4, lora_dropout=0.5, target_modules=["q_proj", "down_proj"], init_lora_weights=False
+        ),
+    )
     if frozen:
         model.requires_grad_(False)
         model.base_model.model.lm_head.requires_grad_(True)
@@ -231,7 +277,9 @@ def test_tokens_that_changed_experts_do_not_count_but_a_block_does() -> None:
     block = run.clone()
     block[64:] *= 1.02
     assert compare.token_ratio(block, own, reference, [64, 64], unit) > compare.LIMIT
-    assert compare.token_ratio(torch.full_like(run, torch.nan), own, reference, [64, 64], unit) == float("inf")
+    assert compare.token_ratio(
+        torch.full_like(run, torch.nan), own, reference, [64, 64], unit
+    ) == float("inf")
 
 
 def test_where_the_models_own_layer_overflows_there_is_no_measure() -> None:
@@ -244,16 +292,23 @@ def test_where_the_models_own_layer_overflows_there_is_no_measure() -> None:
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_weights_of_four_bits_keep_their_bits_in_the_reference(sharded: bool) -> None:
-    """They are stored in words of a float type, which FSDP2 can shard; cast to a wider one, they are other bits."""
+    """They are stored in words of a float type, which FSDP2 can shard; cast to a wider one, they
+    are other bits.
+    """
 
     class Packed(nn.Parameter):
         quant_state: Any = None
 
     layer: Any = nn.Linear(4, 4)
     bits = torch.randn(8, 1)
-    layer.weight = nn.Parameter(bits, requires_grad=False) if sharded else Packed(bits, requires_grad=False)
-    (layer if sharded else layer.weight).quant_state = object()  # what FSDP2 gathers is a plain tensor
-    plain = compare.plain_layer(layer, {"weight": layer.weight.detach()} if sharded else {}, torch.float64)
+    layer.weight = (
+        nn.Parameter(bits, requires_grad=False) if sharded else Packed(bits, requires_grad=False)
+    )
+    # what FSDP2 gathers is a plain tensor
+    (layer if sharded else layer.weight).quant_state = object()
+    plain = compare.plain_layer(
+        layer, {"weight": layer.weight.detach()} if sharded else {}, torch.float64
+    )
     assert torch.equal(plain.weight, bits) and plain.weight.dtype == torch.float32
     assert plain.bias.dtype == torch.float64
 
@@ -262,7 +317,10 @@ def test_a_layer_is_perturbed_by_one_rounding_at_most() -> None:
     draw = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(64, 32, generator=draw).half() for _ in range(2))
     run = compare.LayerRun(nn.Linear(32, 32), 0, x=x.clone(), dy=dy.clone())
-    for before, own, after in ((x, run.x, compare.perturbed(run, 1).x), (dy, run.dy, compare.perturbed(run, 1).dy)):
+    for before, own, after in (
+        (x, run.x, compare.perturbed(run, 1).x),
+        (dy, run.dy, compare.perturbed(run, 1).dy),
+    ):
         assert own is not None and after is not None and after.dtype == torch.float16
         moved = ((after.double() - before.double()) / before.double()).abs()
         assert torch.equal(own, before) and 0 < moved.max() < 2 * compare.rounding(torch.float16)
@@ -274,7 +332,10 @@ def test_a_layer_is_perturbed_by_one_rounding_at_most() -> None:
 
 def test_the_largest_sample_of_the_own_error_counts() -> None:
     nan = float("nan")
-    first, second = {"output": torch.tensor([1.0, 3.0, 1.0, nan])}, {"output": torch.tensor([2.0, 1.0, nan, 1.0])}
+    first, second = (
+        {"output": torch.tensor([1.0, 3.0, 1.0, nan])},
+        {"output": torch.tensor([2.0, 1.0, nan, 1.0])},
+    )
     found = compare.larger(first, second)["output"]
     torch.testing.assert_close(found, torch.tensor([2.0, 3.0, 1.0, nan]), equal_nan=True)
 
@@ -294,9 +355,13 @@ def test_plain_attention_is_attention() -> None:
     from plain_attention import plain_attention, plain_mask
 
     draw = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(20, heads, 8, generator=draw, dtype=torch.float64) for heads in (4, 2, 2))
+    q, k, v = (
+        torch.randn(20, heads, 8, generator=draw, dtype=torch.float64) for heads in (4, 2, 2)
+    )
     sinks = torch.randn(4, generator=draw, dtype=torch.float64)
     for window, chunk, softcap in ((None, None, None), (5, None, 3.0), (None, 6, None)):
-        expected: Tensor = plain_attention(q, k, v, plain_mask([sp.Segment(0, 20)], 20, window, chunk), 0.3, softcap, sinks)
+        expected: Tensor = plain_attention(
+            q, k, v, plain_mask([sp.Segment(0, 20)], 20, window, chunk), 0.3, softcap, sinks
+        )
         found = compare.plain_attention(q, k, v, Asked(0.3, window, chunk, softcap, True), sinks)
         torch.testing.assert_close(found, expected)

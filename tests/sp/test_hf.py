@@ -1,4 +1,6 @@
-"""The attention registry: what is refused, and that the plan finds its way through wrappers and recomputation."""
+"""The attention registry: what is refused, and that the plan finds its way through wrappers and
+recomputation.
+"""
 
 import copy
 import types
@@ -24,7 +26,10 @@ def row(lengths: list[int], seed: int = 0) -> tuple[dict[str, Tensor], list[sp.S
     ids = torch.randint(3, 200, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
     ends = torch.tensor(lengths).cumsum(0).tolist()
     segments = [sp.Segment(end - n, end) for n, end in zip(lengths, ends, strict=True)]
-    return {"input_ids": ids, "position_ids": torch.cat([torch.arange(n) for n in lengths])}, segments
+    return {
+        "input_ids": ids,
+        "position_ids": torch.cat([torch.arange(n) for n in lengths]),
+    }, segments
 
 
 def call(**changed: object) -> object:
@@ -33,13 +38,25 @@ def call(**changed: object) -> object:
     module.is_causal = True
     q = torch.randn(1, 2, 4, 8)
     arguments: dict = dict(
-        module=module, query=q, key=q, value=q, attention_mask=None, scaling=None, dropout=0.0, sp_plan=sp.plan(4, None, ONE)
+        module=module,
+        query=q,
+        key=q,
+        value=q,
+        attention_mask=None,
+        scaling=None,
+        dropout=0.0,
+        sp_plan=sp.plan(4, None, ONE),
     )
     return hf.attention(**{**arguments, **changed})
 
 
 def test_shapes_and_arguments_without_effect() -> None:
-    out, weights = call(position_ids=torch.arange(4)[None], use_cache=False, output_attentions=False, cu_seq_lens_q=None)
+    out, weights = call(
+        position_ids=torch.arange(4)[None],
+        use_cache=False,
+        output_attentions=False,
+        cu_seq_lens_q=None,
+    )
     assert out.shape == (1, 4, 2, 8) and weights is None
 
 
@@ -81,11 +98,19 @@ def test_masks_are_inspected() -> None:
     with pytest.raises(ValueError, match="padding mask would be lost"):
         create_causal_mask(**arguments, attention_mask=padding)
     with pytest.raises(ValueError, match="blocks of tokens"):
-        create_causal_mask(**arguments, attention_mask=None, block_sequence_ids=torch.zeros(1, 8, dtype=torch.int64))
+        create_causal_mask(
+            **arguments,
+            attention_mask=None,
+            block_sequence_ids=torch.zeros(1, 8, dtype=torch.int64),
+        )
     with pytest.raises(ValueError, match="blocks of tokens"):
-        create_causal_mask(**arguments, attention_mask=None, or_mask_function=lambda b, h, q, k: q >= k)
+        create_causal_mask(
+            **arguments, attention_mask=None, or_mask_function=lambda b, h, q, k: q >= k
+        )
     with pytest.raises(ValueError, match="of its own"):
-        create_causal_mask(**arguments, attention_mask=None, and_mask_function=lambda b, h, q, k: q >= k)
+        create_causal_mask(
+            **arguments, attention_mask=None, and_mask_function=lambda b, h, q, k: q >= k
+        )
     with pytest.raises(ValueError, match="bidirectional"):
         create_bidirectional_mask(**arguments, attention_mask=None)
 
@@ -117,7 +142,10 @@ def test_a_tower_that_knows_two_kinds_of_attention_is_made_and_prepared() -> Non
 
 
 def test_prepare_refuses() -> None:
-    with pytest.raises(ValueError, match=r"llama: .* attention_dropout is 0.1. Load the model with attention_dropout=0"):
+    with pytest.raises(
+        ValueError,
+        match=r"llama: .* attention_dropout is 0.1. Load the model with attention_dropout=0",
+    ):
         hf.prepare(tiny_model("llama", attention_dropout=0.1), ONE)
     with pytest.raises(ValueError, match=r"Models of type bloom .* registry"):
         hf.prepare(tiny_model("bloom"), ONE)
@@ -133,7 +161,9 @@ def test_prepare_refuses() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "stablelm", "llama4_text", "qwen3_next"])
 def test_a_layer_computed_again_has_the_plan_of_its_own_forward(family: str) -> None:
-    """Two forward passes with different documents, then their backward passes, with every layer checkpointed."""
+    """Two forward passes with different documents, then their backward passes, with every layer
+    checkpointed.
+    """
     model = tiny_model(family)
     hf.prepare(model, ONE)
     rows = [row([9, 15], 1), row([14, 10], 2)]
@@ -142,7 +172,9 @@ def test_a_layer_computed_again_has_the_plan_of_its_own_forward(family: str) -> 
         model.zero_grad()
         model.train()
         if checkpointed:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         else:
             model.gradient_checkpointing_disable()
         losses = [model(**hf.inputs(r, sp.plan(24, s, ONE))).logits.pow(2).sum() for r, s in rows]
@@ -153,7 +185,9 @@ def test_a_layer_computed_again_has_the_plan_of_its_own_forward(family: str) -> 
     expected, found = gradients(False, [0, 1]), gradients(True, [0, 1])
     assert expected.keys() == found.keys()
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-6 * expected[name].abs().max().item())
+        torch.testing.assert_close(
+            found[name], expected[name], rtol=1e-6, atol=1e-6 * expected[name].abs().max().item()
+        )
 
 
 @pytest.mark.parametrize("family", ["stablelm", "phi3 with longrope"])
@@ -175,7 +209,9 @@ def test_guard_refuses_a_layer_outside_the_registry() -> None:
     attention = model.model.layers[2].self_attn
     attention.config = copy.deepcopy(attention.config)
     attention.config._attn_implementation_internal = "eager"
-    with pytest.raises(ValueError, match=r"type llama .* 1 of its attention layers .*model\.layers\.2\.self_attn"):
+    with pytest.raises(
+        ValueError, match=r"type llama .* 1 of its attention layers .*model\.layers\.2\.self_attn"
+    ):
         guard(model, ONE)
 
 
@@ -197,7 +233,10 @@ def reads_the_index() -> str:
 @pytest.mark.processes
 def test_guard_refuses_what_reads_the_index_instead_of_the_position() -> None:
     for message in run_ranks(2, reads_the_index):
-        assert "of layer 0 (LlamaDecoderLayer), as it is trained, is" in message and "type llama" in message
+        assert (
+            "of layer 0 (LlamaDecoderLayer), as it is trained, is" in message
+            and "type llama" in message
+        )
 
 
 def test_guard_refuses_a_window_that_its_mask_does_not_have() -> None:
@@ -206,7 +245,9 @@ def test_guard_refuses_a_window_that_its_mask_does_not_have() -> None:
     for layer in model.model.layers:
         layer.self_attn.config = copy.deepcopy(layer.self_attn.config)
         layer.self_attn.config.sliding_window = 500
-    with pytest.raises(ValueError, match="sliding window of 500 tokens that its own mask does not have"):
+    with pytest.raises(
+        ValueError, match="sliding window of 500 tokens that its own mask does not have"
+    ):
         guard(model, ONE)
 
 
@@ -231,7 +272,9 @@ def test_guard_of_a_model_without_a_language_head() -> None:
 
 
 def wrapped(kind: str) -> tuple[float, float]:
-    """(error of the loss, error of the gradients) of a wrapped, checkpointed model, over the unsharded one's largest value."""
+    """(error of the loss, error of the gradients) of a wrapped, checkpointed model, over the
+    unsharded one's largest value.
+    """
     ctx = sp.SequenceParallel.create(2)
     model = tiny_model("gemma2")
     plain = copy.deepcopy(model)
@@ -254,10 +297,14 @@ def wrapped(kind: str) -> tuple[float, float]:
     plan = sp.plan(64, segments, ctx)
     weights = torch.linspace(0, 1, 200, dtype=torch.float64)
     # Half of it on each rank: DDP and FSDP2 average over the ranks.
-    loss = (outer(**hf.inputs(r, plan)).logits[..., :200] * weights).sum() * (2 if kind in ("ddp", "fsdp2") else 1)
+    loss = (outer(**hf.inputs(r, plan)).logits[..., :200] * weights).sum() * (
+        2 if kind in ("ddp", "fsdp2") else 1
+    )
     loss.backward()
     documents = [r["input_ids"][s.start : s.stop][None] for s in segments]
-    reference = sum((plain(input_ids=d, use_cache=False).logits[..., :200] * weights).sum() for d in documents)
+    reference = sum(
+        (plain(input_ids=d, use_cache=False).logits[..., :200] * weights).sum() for d in documents
+    )
     reference.backward()
     expected = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
     scale = max(g.abs().max() for g in expected.values())
@@ -280,7 +327,10 @@ def lora(model: nn.Module) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(3)
-    out = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False))
+    out = get_peft_model(
+        model,
+        LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False),
+    )
     return out.double()
 
 

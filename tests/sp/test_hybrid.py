@@ -13,14 +13,18 @@ from longfactory_dev.tiny_models import tiny_model
 
 
 def branches(size: int) -> tuple[float, float]:
-    """A shared prompt with two branches, and a document beside it: the error of the logits and of the gradients."""
+    """A shared prompt with two branches, and a document beside it: the error of the logits and of
+    the gradients.
+    """
     ctx = sp.SequenceParallel.create(size)
     model = tiny_model("qwen3_5_text")
     plain = copy.deepcopy(model)
     hf.prepare(model, ctx)
     ids = torch.randint(3, 200, (64,), generator=torch.Generator().manual_seed(5))
     segments = [sp.Segment(0, 19), sp.Segment(19, 33, 0), sp.Segment(33, 50, 0), sp.Segment(50, 64)]
-    positions = torch.cat([torch.arange(19), torch.arange(19, 33), torch.arange(19, 36), torch.arange(14)])
+    positions = torch.cat(
+        [torch.arange(19), torch.arange(19, 33), torch.arange(19, 36), torch.arange(14)]
+    )
     plan = sp.plan(64, segments, ctx)
     logits = model(**hf.inputs({"input_ids": ids, "position_ids": positions}, plan)).logits[0]
     whole = sp.gather(logits, plan)
@@ -30,7 +34,14 @@ def branches(size: int) -> tuple[float, float]:
     def alone(x: torch.Tensor) -> torch.Tensor:
         return plain(input_ids=x[None], use_cache=False).logits[0]
 
-    reference = torch.cat([alone(prompt), alone(torch.cat([prompt, a]))[19:], alone(torch.cat([prompt, b]))[19:], alone(other)])
+    reference = torch.cat(
+        [
+            alone(prompt),
+            alone(torch.cat([prompt, a]))[19:],
+            alone(torch.cat([prompt, b]))[19:],
+            alone(other),
+        ]
+    )
     reference.pow(2).sum().backward()
     scale = max(p.grad.abs().max() for p in plain.parameters())
     worst = 0.0
@@ -52,7 +63,9 @@ def test_branches_start_from_their_parents_state(size: int) -> None:
 def test_refuses_heads_that_do_not_divide() -> None:
     model = tiny_model("qwen3_next", linear_num_key_heads=3, linear_num_value_heads=6)
     ctx = sp.SequenceParallel(size=2)
-    with pytest.raises(ValueError, match="3 key heads, which do not divide over sequence_parallel_size 2"):
+    with pytest.raises(
+        ValueError, match="3 key heads, which do not divide over sequence_parallel_size 2"
+    ):
         hf.prepare(model, ctx)
 
 

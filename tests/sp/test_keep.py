@@ -22,9 +22,13 @@ def block(h: Tensor, w: Tensor, plan: sp.RowPlan, calls: int) -> Tensor:
 
 
 def checkpointed(mode: str) -> list[tuple[float, float, int, int]]:
-    """Without checkpointing, with, and with `keep`: difference of out and of the weight's gradient from the first, kernel calls, kept."""
+    """Without checkpointing, with, and with `keep`: difference of out and of the weight's gradient
+    from the first, kernel calls, kept.
+    """
     plan = sp.plan(32, None, context(mode))
-    w = torch.randn(16, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    w = torch.randn(
+        16, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True
+    )
     x = torch.randn(32, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     count = [0]
     original = kernels.forward
@@ -35,8 +39,15 @@ def checkpointed(mode: str) -> list[tuple[float, float, int, int]]:
 
     store: list[tuple[Tensor, Tensor]] = []
     body = functools.partial(block, w=w, plan=plan, calls=2)
-    kept = functools.partial(checkpoint, body, use_reentrant=False, context_fn=lambda: (sp.keep(store), sp.keep(store)))
-    variants: list[Callable[[Tensor], Tensor]] = [body, functools.partial(checkpoint, body, use_reentrant=False), kept, kept]
+    kept = functools.partial(
+        checkpoint, body, use_reentrant=False, context_fn=lambda: (sp.keep(store), sp.keep(store))
+    )
+    variants: list[Callable[[Tensor], Tensor]] = [
+        body,
+        functools.partial(checkpoint, body, use_reentrant=False),
+        kept,
+        kept,
+    ]
     kernels.forward = counted  # type: ignore[assignment]
     try:
         out = []
@@ -50,7 +61,10 @@ def checkpointed(mode: str) -> list[tuple[float, float, int, int]]:
     finally:
         kernels.forward = original
     assert not store, "the recompute empties the store"
-    return [((y - out[0][0]).abs().max().item(), (g - out[0][1]).abs().max().item(), n, held) for y, g, n, held in out]
+    return [
+        ((y - out[0][0]).abs().max().item(), (g - out[0][1]).abs().max().item(), n, held)
+        for y, g, n, held in out
+    ]
 
 
 @pytest.mark.processes

@@ -1,4 +1,6 @@
-"""`auto` by the clock: one choice on all ranks, that of the slowest; kept for rows of the class; exact as every schedule is."""
+"""`auto` by the clock: one choice on all ranks, that of the slowest; kept for rows of the class;
+exact as every schedule is.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,21 @@ from plain_attention import plain_attention, plain_mask, random_inputs
 
 LENGTH = 64
 PACKED = (Segment(0, 37), Segment(37, 39), Segment(39, LENGTH))
-RING, GATHER, BY_TWO, ULYSSES = Candidate(1, "ring"), Candidate(1, "gather"), Candidate(2, "ring"), Candidate(4, "ring")
+RING, GATHER, BY_TWO, ULYSSES = (
+    Candidate(1, "ring"),
+    Candidate(1, "gather"),
+    Candidate(2, "ring"),
+    Candidate(4, "ring"),
+)
 
 
-def measured(table: list[dict[Candidate, float]], rows: list[tuple[int, tuple[Segment, ...]]], ordered: bool = False) -> Any:
-    """On each rank: what was kept, the choice for each row, calls of the clock, the largest difference from plain attention.
+def measured(
+    table: list[dict[Candidate, float]],
+    rows: list[tuple[int, tuple[Segment, ...]]],
+    ordered: bool = False,
+) -> Any:
+    """On each rank: what was kept, the choice for each row, calls of the clock, the largest
+    difference from plain attention.
 
     `table`: seconds that each rank's clock says. The steps are run as well.
     """
@@ -83,7 +95,9 @@ def test_what_is_as_fast_is_chosen_in_the_same_order() -> None:
     """Half a percent is noise: the first candidate is taken, whichever of them was ahead."""
     for first in (1.0, 1.005):
         table = [{RING: first, GATHER: 2.005 - first, BY_TWO: 2.0, ULYSSES: 2.0}] * 4
-        assert [kept for kept, *_ in run_ranks(4, measured, table, [(LENGTH, PACKED)])] == [{row_class(LENGTH, PACKED): RING}] * 4
+        assert [kept for kept, *_ in run_ranks(4, measured, table, [(LENGTH, PACKED)])] == [
+            {row_class(LENGTH, PACKED): RING}
+        ] * 4
 
 
 @pytest.mark.processes
@@ -98,12 +112,21 @@ def test_classes_of_rows() -> None:
     assert one == (16, 15) and row_class(70000, [Segment(0, 70000)]) == one
     halves = [Segment(0, 32768), Segment(32768, 65536)]
     assert row_class(65536, halves) == (16, 14)
-    assert row_class(2**20, [Segment(0, 2**20)]) == row_class(LONGEST, [Segment(0, LONGEST)]) == (17, 16)
-    assert cut([Segment(0, 10), Segment(10, 30), Segment(30, 40)], 20) == (Segment(0, 10), Segment(10, 20))
+    assert (
+        row_class(2**20, [Segment(0, 2**20)])
+        == row_class(LONGEST, [Segment(0, LONGEST)])
+        == (17, 16)
+    )
+    assert cut([Segment(0, 10), Segment(10, 30), Segment(30, 40)], 20) == (
+        Segment(0, 10),
+        Segment(10, 20),
+    )
 
 
 def test_candidates_are_those_that_can_run() -> None:
-    names = lambda **keys: [c.name(keys["size"]) for c in candidates(SequenceParallel(mode="auto", **keys), 65536)]  # noqa: E731
+    names = lambda **keys: [  # noqa: E731
+        c.name(keys["size"]) for c in candidates(SequenceParallel(mode="auto", **keys), 65536)
+    ]
     assert names(size=4, heads=28, kv_heads=4) == ["zigzag-ring", "llama3", "usp 2 x 2", "ulysses"]
     assert names(size=4, heads=6, kv_heads=3) == ["zigzag-ring", "llama3", "usp 2 x 2"]
     assert names(size=4, heads=7, kv_heads=7) == ["zigzag-ring", "llama3"]

@@ -28,7 +28,9 @@ def ranks(size: int, mode: str, **kwargs: object) -> list[SequenceParallel]:
         ([Segment(0, 4, 0), Segment(4, 8)], "a parent comes before"),
     ],
 )
-def test_segments_that_do_not_cover_the_row_are_refused(segments: list[Segment], message: str) -> None:
+def test_segments_that_do_not_cover_the_row_are_refused(
+    segments: list[Segment], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         sp.plan(8, segments, SequenceParallel())
 
@@ -63,7 +65,11 @@ def test_what_one_rank_sends_another_expects(mode: str, window: int | None) -> N
         received = []
         for source in range(4):
             at = sum(halos[source].send_counts[:to])
-            received.append(plans[source].index[halos[source].send_index[at : at + halos[source].send_counts[to]]])
+            received.append(
+                plans[source].index[
+                    halos[source].send_index[at : at + halos[source].send_counts[to]]
+                ]
+            )
         rows = torch.cat(received)[halos[to].order]
         assert rows.tolist() == [t for a, b in halos[to].fetched for t in range(a, b)]
 
@@ -80,14 +86,19 @@ def test_choice_of_schedule() -> None:
         sp.plan(512, one, SequenceParallel(size=8, mode="usp"))
 
 
-def test_ulysses_gives_the_ring_what_its_heads_do_not_divide(caplog: pytest.LogCaptureFixture) -> None:
+def test_ulysses_gives_the_ring_what_its_heads_do_not_divide(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     caplog.set_level(logging.INFO)
     for heads, degree in ((8, 4), (6, 2), (7, 1)):
         ctx = SequenceParallel(size=4, mode="ulysses", heads=heads, kv_heads=1)
         for _ in range(2):
             assert sp.plan(64, None, ctx).choice[:2] == (degree, "ring")
     assert [r.getMessage() for r in caplog.records] == [
-        "sequence parallelism: ulysses: 4 ranks cannot share 6 query heads evenly, so ulysses 2 x ring 2",
+        (
+            "sequence parallelism: ulysses: 4 ranks cannot share 6 query heads evenly, so ulysses 2"
+            " x ring 2"
+        ),
         "sequence parallelism: ulysses: 4 ranks cannot share 7 query heads evenly, so a ring of 4",
     ], "one line each"
 
@@ -99,16 +110,19 @@ def test_ulysses_gives_the_ring_what_its_heads_do_not_divide(caplog: pytest.LogC
         (4, 32, 8, 65536, 1, 4, (1, "gather")),
         (8, 28, 4, 1048576, 1, 8, (1, "ring")),  # keys of the whole row would take 6 GiB
         (2, 28, 4, 65536, 1, 2, (1, "ring")),  # one merge either way
-        (8, 32, 32, 2048, 1, 8, (8, "ring")),  # short, as many key heads as query heads: ulysses sends least
+        # short, as many key heads as query heads: ulysses sends least
+        (8, 32, 32, 2048, 1, 8, (8, "ring")),
         (8, 28, 4, 2048, 1, 8, (1, "gather")),  # 28 heads do not divide by 8
         (4, 28, 4, 131072, 11, 4, (4, "ring")),  # long documents stay whole by heads
         (2, 28, 4, 131072, 11, 2, (2, "ring")),
-        (4, 28, 4, 131072, 77, 4, (1, "gather")),  # short ones: the exchange would take longer than they do
+        # short ones: the exchange would take longer than they do
+        (4, 28, 4, 131072, 77, 4, (1, "gather")),
         (2, 28, 4, 131072, 77, 2, (1, "gather")),
         (8, 28, 4, 65536, 3, 8, (1, "gather")),
         (16, 32, 8, 65536, 1, 8, (8, "ring")),  # two nodes
         (16, 28, 4, 65536, 3, 8, (1, "gather")),
-        (6, 28, 4, 65544, 1, 4, (2, "ring")),  # groups begin in the middle of nodes: two neighbours share one for sure
+        # groups begin in the middle of nodes: two neighbours share one for sure
+        (6, 28, 4, 65544, 1, 4, (2, "ring")),
         (2, 28, 4, 65536, 3, 1, (1, "gather")),  # one process a node
     ],
 )
@@ -132,9 +146,13 @@ def test_auto(
 
 
 def test_auto_knows_the_links() -> None:
-    """4096 local tokens of heads without groups: 2 * 2000 FLOP a byte are done while a key travels, 2 * 2100 are not."""
+    """4096 local tokens of heads without groups: 2 * 2000 FLOP a byte are done while a key travels,
+    2 * 2100 are not.
+    """
     for flop_per_byte, ulysses in ((2000.0, 1), (2100.0, 4)):
-        ctx = SequenceParallel(size=4, mode="auto", heads=32, kv_heads=32, flop_per_byte=flop_per_byte)
+        ctx = SequenceParallel(
+            size=4, mode="auto", heads=32, kv_heads=32, flop_per_byte=flop_per_byte
+        )
         assert sp.plan(16384, None, ctx).choice.ulysses == ulysses
 
 
@@ -148,16 +166,26 @@ def test_auto_knows_the_links() -> None:
         (16, 8, {"LOCAL_WORLD_SIZE": "8"}, []),
         (16, None, {"LOCAL_WORLD_SIZE": "8"}, []),
         (16, 16, {"LOCAL_WORLD_SIZE": "8"}, ["usp with sequence_parallel_ulysses_degree: 8"]),
-        (16, 16, {"LOCAL_SIZE": "8"}, ["usp with sequence_parallel_ulysses_degree: 8"]),  # deepspeed
+        # deepspeed
+        (16, 16, {"LOCAL_SIZE": "8"}, ["usp with sequence_parallel_ulysses_degree: 8"]),
         (2, 2, {"LOCAL_WORLD_SIZE": "1"}, ["sequence_parallel_mode: zigzag-ring"]),
         (6, 1, {"LOCAL_WORLD_SIZE": "8"}, ["Use a divisor or a multiple of 8"]),
-        (12, 12, {"LOCAL_WORLD_SIZE": "8"}, ["Use a divisor or a multiple of 8", "usp with sequence_parallel_ulysses_degree: 4"]),
+        (
+            12,
+            12,
+            {"LOCAL_WORLD_SIZE": "8"},
+            ["Use a divisor or a multiple of 8", "usp with sequence_parallel_ulysses_degree: 4"],
+        ),
         (16, 1, {"LOCAL_WORLD_SIZE": "8", "NCCL_IB_DISABLE": "1"}, ["NCCL_IB_DISABLE=1"]),
         (8, 1, {"LOCAL_WORLD_SIZE": "8", "NCCL_IB_DISABLE": "1", "NCCL_SOCKET_IFNAME": "lo"}, []),
     ],
 )
 def test_slow_groups_are_told(
-    monkeypatch: pytest.MonkeyPatch, size: int, ulysses: int | None, environment: dict[str, str], found: list[str]
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    ulysses: int | None,
+    environment: dict[str, str],
+    found: list[str],
 ) -> None:
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "NCCL_IB_DISABLE", "NCCL_SOCKET_IFNAME"):
         monkeypatch.delenv(name, raising=False)
@@ -170,7 +198,9 @@ def test_slow_groups_are_told(
 
 
 @pytest.mark.parametrize("interfaces", ["lo", "=lo"])
-def test_a_group_over_machines_needs_a_network(monkeypatch: pytest.MonkeyPatch, interfaces: str) -> None:
+def test_a_group_over_machines_needs_a_network(
+    monkeypatch: pytest.MonkeyPatch, interfaces: str
+) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", interfaces)
     assert over_machines(8, 8, "cuda") == [] and over_machines(16, 1, "cpu") == []
@@ -189,7 +219,9 @@ def two_machines(mode: str, **environment: str) -> tuple[int, str]:
             ctx = SequenceParallel.create(size, mode, heads=8)  # type: ignore[arg-type]
         except ValueError as error:
             return 0, str(error)
-        return sp.plan(64, None, ctx).choice.ulysses, "".join(call.args[0] for call in warning.call_args_list)
+        return sp.plan(64, None, ctx).choice.ulysses, "".join(
+            call.args[0] for call in warning.call_args_list
+        )
 
 
 @pytest.mark.processes
@@ -198,7 +230,9 @@ def test_groups_over_two_machines() -> None:
         assert answer[0] == 0 and "reaches no other machine" in answer[1]
     answers = run_ranks(4, two_machines, "ulysses")
     assert [a[0] for a in answers] == [4] * 4
-    assert "usp with sequence_parallel_ulysses_degree: 2" in answers[0][1] and not any(a[1] for a in answers[1:]), "told once"
+    assert "usp with sequence_parallel_ulysses_degree: 2" in answers[0][1] and not any(
+        a[1] for a in answers[1:]
+    ), "told once"
     assert run_ranks(4, two_machines, "usp") == [(2, "")] * 4, "heads stay inside a machine"
 
 
@@ -248,6 +282,8 @@ def test_groups_are_consecutive_ranks() -> None:
         (4, "zigzag-ring", None, 2, "Use sequence_parallel_mode: usp"),
     ],
 )
-def test_impossible_groups_are_refused(size: int, mode: str, ulysses: int | None, ring: int | None, message: str) -> None:
+def test_impossible_groups_are_refused(
+    size: int, mode: str, ulysses: int | None, ring: int | None, message: str
+) -> None:
     for answer in run_ranks(4, create, size, mode, ulysses, ring):
         assert message in answer

@@ -8,12 +8,23 @@ from longfactory_dev.families import VARIANTS
 from longfactory_dev.tiny_models import tiny_model
 
 ONE = sp.SequenceParallel.create(1)
-SEGMENTS = [sp.Segment(0, 6), sp.Segment(6, 10, 0), sp.Segment(10, 10), sp.Segment(10, 13, 1), sp.Segment(13, 16)]
+SEGMENTS = [
+    sp.Segment(0, 6),
+    sp.Segment(6, 10, 0),
+    sp.Segment(10, 10),
+    sp.Segment(10, 13, 1),
+    sp.Segment(13, 16),
+]
 
 
 def test_positions_of_branches() -> None:
     plan = sp.plan(16, SEGMENTS, ONE)
-    assert rope.positions(plan, torch.device("cpu")).tolist() == [*range(6), *range(6, 10), *range(10, 13), *range(3)]
+    assert rope.positions(plan, torch.device("cpu")).tolist() == [
+        *range(6),
+        *range(6, 10),
+        *range(10, 13),
+        *range(3),
+    ]
     assert rope.longest_document(plan) == 13
 
 
@@ -39,5 +50,7 @@ def test_without_a_plan_the_embedding_is_its_own() -> None:
     model, plain = tiny_model(family, **fields), tiny_model(family, **fields)
     hf.prepare(model, ONE)
     x, positions = torch.zeros(1, 50, 64), torch.arange(50)[None]
-    for a, b in zip(model.model.rotary_emb(x, positions), plain.model.rotary_emb(x, positions), strict=True):
+    for a, b in zip(
+        model.model.rotary_emb(x, positions), plain.model.rotary_emb(x, positions), strict=True
+    ):
         assert torch.equal(a, b)

@@ -1,4 +1,6 @@
-"""Expert choices are recorded and replayed for every family with experts, in pieces, recomputed and sharded."""
+"""Expert choices are recorded and replayed for every family with experts, in pieces, recomputed and
+sharded.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,29 @@ from torch import Tensor
 from longfactory.sp import routers
 from longfactory_dev.tiny_models import tiny_model
 
-FAMILIES = ["qwen3_moe", "gpt_oss", "deepseek_v3", "mixtral", "dbrx", "jetmoe", "phimoe", "granitemoe", "glm4_moe", "llama4_text"]
+FAMILIES = [
+    "qwen3_moe",
+    "gpt_oss",
+    "deepseek_v3",
+    "mixtral",
+    "dbrx",
+    "jetmoe",
+    "phimoe",
+    "granitemoe",
+    "glm4_moe",
+    "llama4_text",
+]
 IDS = torch.arange(24)[None] * 7 % 89 + 4
 
 
 def shuffled(choices: routers.Choices, experts: int) -> routers.Choices:
     """Other choices than the model would make: every place moved on by one."""
-    return routers.Choices({name: [(picks + 1) % experts for picks in all_picks] for name, all_picks in choices.of.items()})
+    return routers.Choices(
+        {
+            name: [(picks + 1) % experts for picks in all_picks]
+            for name, all_picks in choices.of.items()
+        }
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -74,11 +92,16 @@ def test_gradients_pass_through_the_replayed_values() -> None:
 
 
 def test_pieces_recomputed_in_backward_take_their_own_choices() -> None:
-    """The memory engine runs experts in pieces and again in backward; the first call looks at a few tokens."""
+    """The memory engine runs experts in pieces and again in backward; the first call looks at a few
+    tokens.
+    """
     from longfactory.memory.apply import apply_memory
     from longfactory.memory.settings import MemorySettings
 
-    whole, cut = tiny_model("qwen3_moe", torch.float64).train(), tiny_model("qwen3_moe", torch.float64).train()
+    whole, cut = (
+        tiny_model("qwen3_moe", torch.float64).train(),
+        tiny_model("qwen3_moe", torch.float64).train(),
+    )
     apply_memory(cut, MemorySettings(mlp_chunk=7), "cpu")
     with routers.record(whole) as choices:
         whole(input_ids=IDS, use_cache=False)
@@ -110,15 +133,22 @@ def test_documents_join_to_a_row_and_shards_take_their_tokens() -> None:
         taken = row.take(index)
         for name, all_picks in row.of.items():
             for i, picks in enumerate(all_picks):
-                assert torch.equal(taken.of[name][i], picks[index]) and (picks[24:] == routers.OWN).all()
+                assert (
+                    torch.equal(taken.of[name][i], picks[index])
+                    and (picks[24:] == routers.OWN).all()
+                )
         with routers.replay(model, row.take(slice(10, 27))):
-            padded = model(input_ids=torch.cat([IDS[:, 10:], IDS[:, :3]], 1), use_cache=False).logits
+            padded = model(
+                input_ids=torch.cat([IDS[:, 10:], IDS[:, :3]], 1), use_cache=False
+            ).logits
     assert torch.allclose(padded[:, :14], scores[1], atol=1e-5)
     assert routers.join([3]).tokens is None
 
 
 def test_what_experts_mask_is_no_choice() -> None:
-    """Grouped kernels of experts mask the rows that they leave unwritten, in passes with gradients alone."""
+    """Grouped kernels of experts mask the rows that they leave unwritten, in passes with gradients
+    alone.
+    """
     model = tiny_model("mixtral", torch.float64)
     for block in (m for m in model.modules() if hasattr(m, "experts")):
         own = block.experts.forward
@@ -139,10 +169,18 @@ def test_what_does_not_fit_is_refused() -> None:
     model = tiny_model("qwen3_moe", torch.float64)
     with torch.no_grad(), routers.record(model) as choices:
         model(input_ids=IDS, use_cache=False)
-    with torch.no_grad(), pytest.raises(ValueError, match="recorded are"), routers.replay(model, choices.take(slice(0, 5))):
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match="recorded are"),
+        routers.replay(model, choices.take(slice(0, 5))),
+    ):
         model(input_ids=IDS, use_cache=False)
     some = dict(itertools.islice(choices.of.items(), 1))
-    with torch.no_grad(), pytest.raises(ValueError, match="0 were recorded"), routers.replay(model, routers.Choices(some)):
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match="0 were recorded"),
+        routers.replay(model, routers.Choices(some)),
+    ):
         model(input_ids=IDS, use_cache=False)
     with pytest.raises(ValueError, match="two models"):
         routers.join([choices, routers.Choices(some)])

@@ -39,7 +39,13 @@ def test_the_class_of_a_configuration(kind: str, named: list[str] | None, want: 
     ("kind", "message"),
     [
         ("t5", r"model_type t5: transformers .* has no class of it that continues a text"),
-        ("blip-2", r"type blip-2 cannot be trained here: the forward of Blip2ForConditionalGeneration needs pixel_values beside text"),
+        (
+            "blip-2",
+            (
+                r"type blip-2 cannot be trained here: the forward of Blip2ForConditionalGeneration"
+                r" needs pixel_values beside text"
+            ),
+        ),
         ("idefics", "its forward needs images beside text"),
         ("florence2", "has an encoder and a decoder, and continues no text"),
         ("musicgen", "it has several text models"),
@@ -53,16 +59,22 @@ def test_what_no_text_alone_can_be_given_to(kind: str, message: str) -> None:
 
 def without_gradient(model: Any) -> set[str]:
     ids = torch.arange(30, 60)[None]
-    model(input_ids=ids, position_ids=torch.arange(30)[None], use_cache=False).logits.sum().backward()
+    model(
+        input_ids=ids, position_ids=torch.arange(30)[None], use_cache=False
+    ).logits.sum().backward()
     return {name for name, p in model.named_parameters() if p.grad is None}
 
 
 @pytest.mark.parametrize("family", ["gemma3", "phi4_multimodal", "llava_next", "llama", "mllama"])
 def test_idle_is_what_text_gives_no_gradient(family: str) -> None:
-    """A tower beside the decoder and one inside it, a parameter between them, layers that only attend to images, nothing."""
+    """A tower beside the decoder and one inside it, a parameter between them, layers that only
+    attend to images, nothing.
+    """
     model = tiny_model(family, torch.float32)
     parts = idle(model)
-    assert without_gradient(model) == {n for n, _ in model.named_parameters() if n in parts.parameters}
+    assert without_gradient(model) == {
+        n for n, _ in model.named_parameters() if n in parts.parameters
+    }
     assert bool(parts.modules) == (family != "llama")
     assert all(n in parts for n in parts.parameters)
     layers = [n for n, m in model.named_modules() if m is decoder(model)]

@@ -15,7 +15,9 @@ from plain_attention import plain_mask
 
 @st.composite
 def segmented_rows(draw: st.DrawFn) -> tuple[int, int, int, list[Segment]]:
-    """(ranks, ulysses degree, length, segments), with empty documents, branches, and branches of branches."""
+    """(ranks, ulysses degree, length, segments), with empty documents, branches, and branches of
+    branches.
+    """
     ranks = draw(st.integers(1, 5))
     ulysses = draw(st.sampled_from([u for u in range(1, ranks + 1) if ranks % u == 0]))
     length = 2 * ranks * draw(st.integers(1, 6))
@@ -70,7 +72,9 @@ def test_tiles_of_all_ranks_are_the_plain_mask(
 
 
 def _rows(intervals: tuple[tuple[int, int], ...]) -> torch.Tensor:
-    return torch.cat([torch.zeros(0, dtype=torch.int64), *(torch.arange(a, b) for a, b in intervals)])
+    return torch.cat(
+        [torch.zeros(0, dtype=torch.int64), *(torch.arange(a, b) for a, b in intervals)]
+    )
 
 
 def _add(count: torch.Tensor, tiles: tuple, q_rows: torch.Tensor, k_rows: torch.Tensor) -> None:
@@ -78,8 +82,12 @@ def _add(count: torch.Tensor, tiles: tuple, q_rows: torch.Tensor, k_rows: torch.
         seen = tile.mask()
         assert tile.q_len > 0 and tile.k_len > 0
         if tile.kind == "full" and tile.window is not None:
-            assert tile.q_len <= tile.k_len, "FlashAttention 2 cannot compute a rectangle in a window with more queries than keys"
-        assert seen.any(1).all(), "every query of a tile sees a key: kernels disagree about rows that see nothing"
+            assert tile.q_len <= tile.k_len, (
+                "FlashAttention 2 cannot compute a rectangle in a window with more queries than keys"
+            )
+        assert seen.any(1).all(), (
+            "every query of a tile sees a key: kernels disagree about rows that see nothing"
+        )
         count[q_rows[tile.q].unsqueeze(1), k_rows[tile.k].unsqueeze(0)] += seen.int()
 
 
@@ -97,7 +105,9 @@ def test_a_zigzag_rank_has_three_tiles_at_most() -> None:
 
 
 def test_one_rank_has_one_tile_whatever_the_documents() -> None:
-    plan = MaskPlan(Mask([Segment(0, 5), Segment(5, 5), Segment(5, 9), Segment(9, 16)]), contiguous(16, 1), 0)
+    plan = MaskPlan(
+        Mask([Segment(0, 5), Segment(5, 5), Segment(5, 9), Segment(9, 16)]), contiguous(16, 1), 0
+    )
     (tile,) = plan.tiles(0)
     assert tile.kind == "varlen" and tile.cu_seqlens == (0, 5, 9, 16) and tile.max_seqlen == 7
 
@@ -134,5 +144,7 @@ def test_interval_arithmetic(a: list, b: list, both: tuple, only_a: tuple) -> No
 
 
 def test_rectangles_that_touch_become_one() -> None:
-    assert merge_rectangles([(0, 4, 0, 4), (4, 8, 4, 8), (4, 8, 0, 4), (0, 4, 4, 8)]) == [(0, 8, 0, 8)]
+    assert merge_rectangles([(0, 4, 0, 4), (4, 8, 4, 8), (4, 8, 0, 4), (0, 4, 4, 8)]) == [
+        (0, 8, 0, 8)
+    ]
     assert merge_rectangles([(0, 4, 0, 4), (4, 8, 4, 8)]) == [(0, 4, 0, 4), (4, 8, 4, 8)]

@@ -1,6 +1,8 @@
-"""Bytes that a schedule moves besides its kernels and messages: every pass over memory is one that the arithmetic needs.
+"""Bytes that a schedule moves besides its kernels and messages: every pass over memory is one that
+the arithmetic needs.
 
-In units of q, the bytes of one rank's queries, and kv, the bytes of its keys (or values), both in bfloat16.
+In units of q, the bytes of one rank's queries, and kv, the bytes of its keys (or values), both in
+bfloat16.
 """
 
 from __future__ import annotations
@@ -29,15 +31,27 @@ class Traffic(TorchDispatchMode):
         super().__init__()
         self.bytes = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         out = function(*args, **(kwargs or {}))
         name, arguments = str(function), function._schema.arguments
         views = any(a.alias_info is not None and not a.alias_info.is_write for a in arguments)
-        if not (views or "flash_attention" in name or name.startswith(("aten.empty", "aten.detach"))):
-            read = [] if name.startswith(("aten.zero_", "aten.fill_")) else [*args, *(v for k, v in (kwargs or {}).items() if k != "out")]
+        if not (
+            views or "flash_attention" in name or name.startswith(("aten.empty", "aten.detach"))
+        ):
+            read = (
+                []
+                if name.startswith(("aten.zero_", "aten.fill_"))
+                else [*args, *(v for k, v in (kwargs or {}).items() if k != "out")]
+            )
             if name.startswith("aten.copy_"):
                 read = [args[1]]
-            self.bytes += sum(x.numel() * x.element_size() for x in tree_leaves([read, out]) if isinstance(x, Tensor))
+            self.bytes += sum(
+                x.numel() * x.element_size()
+                for x in tree_leaves([read, out])
+                if isinstance(x, Tensor)
+            )
         return out
 
     def add(self, *tensors: Tensor) -> None:
@@ -61,7 +75,8 @@ def traffic(plan: sp.RowPlan, patch: pytest.MonkeyPatch) -> tuple[int, int]:
     def fused(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
         with torch.utils._python_dispatch._disable_current_modes():
             plain(out, lse, block_out, block_lse)
-        counter.add(out, out, lse, lse, block_out, block_lse)  # as the Triton kernel: read both, write one
+        # as the Triton kernel: read both, write one
+        counter.add(out, out, lse, lse, block_out, block_lse)
 
     patch.setattr(merge, "merge_", fused)
     patch.setattr(ring, "Exchange", Loopback)
@@ -85,7 +100,8 @@ def test_ring_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
     forward, backward = traffic(plan, monkeypatch)
     lse = 3 * 4 * LOCAL * HEADS
     assert forward == 4 * KV + 3 * Q + lse, "keys packed; two blocks read, one written"
-    # dq: two blocks read, one written, bfloat16. dk, dv: half written and half zeroed in float32; own ones added and rounded.
+    # dq: two blocks read, one written, bfloat16. dk, dv: half written and half zeroed in float32;
+    # own ones added and rounded.
     assert backward == 4 * KV + 3 * Q + 2 * (KV // 2 + KV + KV) + 2 * (2 * KV + KV + KV)
 
 
@@ -95,9 +111,13 @@ def test_packed_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bulk, "unit", lambda *_: 1)  # squares as long as their documents
     monkeypatch.setattr(kernels, "bulk", lambda *_: True)
     edges = [0, 128, 200, 384, LOCAL]
-    plan = sp.plan(LOCAL, [sp.Segment(a, b) for a, b in itertools.pairwise(edges)], sp.SequenceParallel())
+    plan = sp.plan(
+        LOCAL, [sp.Segment(a, b) for a, b in itertools.pairwise(edges)], sp.SequenceParallel()
+    )
     assert len(plan.mask().tiles(0, bulk=True)) == 4
     forward, backward = traffic(plan, monkeypatch)
     valid = 4 * LOCAL * HEADS
     assert forward == 2 * Q + 2 * valid
-    assert backward == 2 * Q + 2 * (KV + 2 * KV) + 2 * (2 * KV + KV), "put in place; dk, dv in float32, then rounded"
+    assert backward == 2 * Q + 2 * (KV + 2 * KV) + 2 * (2 * KV + KV), (
+        "put in place; dk, dv in float32, then rounded"
+    )

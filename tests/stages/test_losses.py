@@ -1,4 +1,6 @@
-"""Every loss against TRL's own code on the same log-probabilities, or against its published formula where TRL has no right version."""
+"""Every loss against TRL's own code on the same log-probabilities, or against its published formula
+where TRL has no right version.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +40,16 @@ def test_equals_trl(name: str, seed: int) -> None:
 
 def test_names_are_those_of_the_key_and_llama_factorys_are_among_them() -> None:
     named = set(get_args(keys_of(GROUPS["method"])["pref_loss"].kind))
-    assert named == set(losses.PREFERENCE_LOSSES) >= {"sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo"}
+    assert (
+        named
+        == set(losses.PREFERENCE_LOSSES)
+        >= {"sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo"}
+    )
     # What is checked before torch is imported.
-    assert set(checks.SMOOTHED) == losses.SMOOTHED and set(checks.REFERENCE_FREE) == losses.REFERENCE_FREE
+    assert (
+        set(checks.SMOOTHED) == losses.SMOOTHED
+        and set(checks.REFERENCE_FREE) == losses.REFERENCE_FREE
+    )
 
 
 def test_orpo_equals_trl() -> None:
@@ -49,9 +58,12 @@ def test_orpo_equals_trl() -> None:
     pairs, _, _ = example()
     mean = pairs.per_token()
     stub = SimpleNamespace(beta=0.3, accelerator=Accelerator())
-    ratio = ORPOTrainer.odds_ratio_loss(stub, mean.chosen, mean.rejected)[0]  # beta log sigmoid, in fp32
+    # beta log sigmoid, in fp32
+    ratio = ORPOTrainer.odds_ratio_loss(stub, mean.chosen, mean.rejected)[0]
     want = -mean.chosen - ratio
-    torch.testing.assert_close(losses.orpo(pairs, LossOptions(0.3), ALONE), want, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        losses.orpo(pairs, LossOptions(0.3), ALONE), want, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_simpo_equals_trl() -> None:
@@ -59,24 +71,42 @@ def test_simpo_equals_trl() -> None:
 
     pairs, _, _ = example()
     mean = pairs.per_token()
-    stub = SimpleNamespace(beta=2.0, simpo_gamma=0.7, alpha=0.0, label_smoothing=0.0, loss_type="simpo", accelerator=Accelerator())
+    stub = SimpleNamespace(
+        beta=2.0,
+        simpo_gamma=0.7,
+        alpha=0.0,
+        label_smoothing=0.0,
+        loss_type="simpo",
+        accelerator=Accelerator(),
+    )
     want = CPOTrainer.cpo_loss(stub, mean.chosen, mean.rejected)[0]
-    torch.testing.assert_close(losses.simpo(pairs, LossOptions(2.0, simpo_gamma=0.7), ALONE), want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        losses.simpo(pairs, LossOptions(2.0, simpo_gamma=0.7), ALONE), want, rtol=1e-12, atol=1e-12
+    )
 
 
 def test_kto_pair_equals_its_formula() -> None:
     for seed in range(6):  # both signs of the two KL estimates occur
         p, _, _ = example(seed)
         b = 0.4
-        r_c, r_r = (p.chosen - p.chosen_reference).tolist(), (p.rejected - p.rejected_reference).tolist()
+        r_c, r_r = (
+            (p.chosen - p.chosen_reference).tolist(),
+            (p.rejected - p.rejected_reference).tolist(),
+        )
         k_c, k_r = max(0.0, sum(r_c) / 5), max(0.0, sum(r_r) / 5)
 
         def s(z: float) -> float:
             return 1 / (1 + math.exp(-z))
 
-        want = [((1 - s(b * (c - k_r))) + (1 - s(b * (k_c - r)))) / 2 for c, r in zip(r_c, r_r, strict=True)]
+        want = [
+            ((1 - s(b * (c - k_r))) + (1 - s(b * (k_c - r)))) / 2
+            for c, r in zip(r_c, r_r, strict=True)
+        ]
         torch.testing.assert_close(
-            losses.kto_pair(p, LossOptions(b), ALONE), torch.tensor(want, dtype=torch.float64), rtol=1e-12, atol=1e-12
+            losses.kto_pair(p, LossOptions(b), ALONE),
+            torch.tensor(want, dtype=torch.float64),
+            rtol=1e-12,
+            atol=1e-12,
         )
 
 
@@ -84,7 +114,9 @@ def test_conservative_dpo_equals_its_formula() -> None:
     p, _, _ = example()
     z = 0.5 * p.margin
     want = -0.9 * torch.log(torch.sigmoid(z)) - 0.1 * torch.log(torch.sigmoid(-z))
-    torch.testing.assert_close(losses.sigmoid(p, LossOptions(0.5, 0.1), ALONE), want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        losses.sigmoid(p, LossOptions(0.5, 0.1), ALONE), want, rtol=1e-12, atol=1e-12
+    )
 
 
 def test_bco_equals_its_formula() -> None:
@@ -97,7 +129,9 @@ def test_bco_equals_its_formula() -> None:
 
 @pytest.mark.parametrize("labels", [[1, 0, 0, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]])
 def test_kto_equals_trl(labels: list[int]) -> None:
-    """TRL's KTOTrainer._compute_loss, with a model that returns given token log-probabilities for answers and for kl documents."""
+    """TRL's KTOTrainer._compute_loss, with a model that returns given token log-probabilities for
+    answers and for kl documents.
+    """
     from trl.trainer.kto_trainer import KTOTrainer
 
     g = torch.Generator().manual_seed(3)
@@ -150,7 +184,14 @@ def test_gradient_by_finite_differences(name: str) -> None:
     p, _, _ = example(1)
 
     def f(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-        q = PairLogps(chosen, rejected, p.chosen_reference, p.rejected_reference, p.chosen_length, p.rejected_length)
+        q = PairLogps(
+            chosen,
+            rejected,
+            p.chosen_reference,
+            p.rejected_reference,
+            p.chosen_length,
+            p.rejected_length,
+        )
         return losses.PREFERENCE_LOSSES[name](q, LossOptions(0.4, smoothing(name)), ALONE)
 
     if name == "kto_pair":  # its batch terms carry no gradient: compare with them frozen
@@ -161,18 +202,34 @@ def test_gradient_by_finite_differences(name: str) -> None:
             return 0.5 * (torch.sigmoid(0.4 * (k[1] - r_c)) + torch.sigmoid(0.4 * (r_r - k[0])))
 
         c, r = p.chosen.clone().requires_grad_(), p.rejected.clone().requires_grad_()
-        q = PairLogps(c, r, p.chosen_reference, p.rejected_reference, p.chosen_length, p.rejected_length)
+        q = PairLogps(
+            c, r, p.chosen_reference, p.rejected_reference, p.chosen_length, p.rejected_length
+        )
         got = torch.autograd.grad(losses.kto_pair(q, LossOptions(0.4), ALONE).sum(), (c, r))
         want = torch.autograd.grad(f(c, r).sum(), (c, r))
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(f, (p.chosen.clone().requires_grad_(), p.rejected.clone().requires_grad_()), eps=1e-6, atol=1e-7)
+    assert torch.autograd.gradcheck(
+        f,
+        (p.chosen.clone().requires_grad_(), p.rejected.clone().requires_grad_()),
+        eps=1e-6,
+        atol=1e-7,
+    )
 
 
 @pytest.mark.parametrize("name", sorted(AT_START))
 def test_policy_equal_to_reference(name: str) -> None:
-    """Where the two models are equal every log-ratio is 0, and the loss a known number to the last bit (robust: up to its divisions)."""
+    """Where the two models are equal every log-ratio is 0, and the loss a known number to the last
+    bit (robust: up to its divisions).
+    """
     p, _, _ = example(2)
-    p = PairLogps(p.chosen, p.rejected, p.chosen.clone(), p.rejected.clone(), p.chosen_length, p.rejected_length)
+    p = PairLogps(
+        p.chosen,
+        p.rejected,
+        p.chosen.clone(),
+        p.rejected.clone(),
+        p.chosen_length,
+        p.rejected_length,
+    )
     got = losses.PREFERENCE_LOSSES[name](p, LossOptions(0.1), ALONE)
     if name in ("sppo_hard", "ipo"):
         torch.testing.assert_close(got, torch.full_like(got, AT_START[name]), rtol=1e-15, atol=0)
@@ -182,7 +239,9 @@ def test_policy_equal_to_reference(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(losses.PREFERENCE_LOSSES))
 def test_what_a_pair_of_equal_answers_teaches(name: str) -> None:
-    """The losses for which such pairs are dropped learn nothing of them. Nor does simpo, whose mean is over all pairs all the same."""
+    """The losses for which such pairs are dropped learn nothing of them. Nor does simpo, whose mean
+    is over all pairs all the same.
+    """
     x = torch.tensor([-7.0], dtype=torch.float64, requires_grad=True)
     reference = None if name in losses.REFERENCE_FREE else torch.tensor([-6.0], dtype=torch.float64)
     n = torch.tensor([5.0], dtype=torch.float64)
@@ -192,12 +251,15 @@ def test_what_a_pair_of_equal_answers_teaches(name: str) -> None:
     (gradient,) = torch.autograd.grad(loss.sum(), x)
     if name in DIFFERENCES:
         assert gradient.item() == 0.0
-    elif name not in ("simpo", "aot", "aot_unpaired", "kto_pair"):  # the last three compare with other pairs of the batch
+    # the last three compare with other pairs of the batch
+    elif name not in ("simpo", "aot", "aot_unpaired", "kto_pair"):
         assert gradient.abs().item() > 1e-4
 
 
 def test_log_odds_near_both_ends() -> None:
-    logp = torch.tensor([-1e-9, -1e-3, -0.6931, -0.6932, -5.0, -80.0], dtype=torch.float64, requires_grad=True)
+    logp = torch.tensor(
+        [-1e-9, -1e-3, -0.6931, -0.6932, -5.0, -80.0], dtype=torch.float64, requires_grad=True
+    )
     x = losses.log_odds(logp)
     exact = [-math.log(math.expm1(-v)) for v in logp.tolist()]  # log(p/(1-p)) = -log(1/p - 1)
     torch.testing.assert_close(x, torch.tensor(exact, dtype=torch.float64), rtol=1e-9, atol=1e-9)
@@ -208,12 +270,21 @@ def test_log_odds_near_both_ends() -> None:
 
 
 def cut(p: PairLogps, s: slice) -> PairLogps:
-    return PairLogps(p.chosen[s], p.rejected[s], p.chosen_reference[s], p.rejected_reference[s], p.chosen_length[s], p.rejected_length[s])
+    return PairLogps(
+        p.chosen[s],
+        p.rejected[s],
+        p.chosen_reference[s],
+        p.rejected_reference[s],
+        p.chosen_length[s],
+        p.rejected_length[s],
+    )
 
 
 @pytest.mark.parametrize("name", sorted(losses.PREFERENCE_LOSSES))
 def test_batch_dealt_to_groups(name: str) -> None:
-    """Five pairs over three groups (2, 0, 3): the losses and gradients add up to those of one group."""
+    """Five pairs over three groups (2, 0, 3): the losses and gradients add up to those of one
+    group.
+    """
     o = LossOptions(0.4, smoothing(name))
     p, _, _ = example(4)
     p.chosen.requires_grad_(), p.rejected.requires_grad_()
@@ -234,7 +305,9 @@ def test_batch_dealt_to_groups(name: str) -> None:
         if want_grad[i] is None:
             assert all(r[1][i] is None for r in results)
         else:
-            torch.testing.assert_close(sum(r[1][i] for r in results), want_grad[i], rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(
+                sum(r[1][i] for r in results), want_grad[i], rtol=1e-12, atol=1e-12
+            )
 
 
 def test_gather_notices_a_wrong_group_count() -> None:

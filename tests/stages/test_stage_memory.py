@@ -1,4 +1,6 @@
-"""A step with a reference has no memory term in vocabulary times length: counted by tensors, not by the clock of an allocator."""
+"""A step with a reference has no memory term in vocabulary times length: counted by tensors, not by
+the clock of an allocator.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,11 @@ class Peak(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        known = {
+            t.untyped_storage()._cdata
+            for t in tree_leaves((args, kwargs))
+            if isinstance(t, torch.Tensor)
+        }
         for t in tree_leaves(out):
             if not isinstance(t, torch.Tensor):
                 continue
@@ -55,13 +61,24 @@ class Peak(TorchDispatchMode):
 def a_row(kind: str, length: int) -> Row:
     roles = ("chosen", "rejected") if kind == "dpo" else ("chosen", "kl")
     half = length // 2
-    return make_row([TokenizedDocument([3] * half, [IGNORE] + [5] * (half - 1), role=r, sample=0) for r in roles])
+    return make_row(
+        [
+            TokenizedDocument([3] * half, [IGNORE] + [5] * (half - 1), role=r, sample=0)
+            for r in roles
+        ]
+    )
 
 
 def peak(kind: str, stage: Stage, vocabulary: int, length: int) -> int:
     from peft import LoraConfig, get_peft_model
 
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     model = tiny_model(vocab_size=vocabulary, **sizes)
     ctx = sp.SequenceParallel.create(1)
     hf.prepare(model, ctx)
@@ -73,7 +90,9 @@ def peak(kind: str, stage: Stage, vocabulary: int, length: int) -> int:
     labels = row.labels[plan.index]
 
     def forward() -> torch.Tensor:
-        return model(**hf.inputs({"input_ids": row.input_ids, "position_ids": row.position_ids}, plan)).logits
+        return model(
+            **hf.inputs({"input_ids": row.input_ids, "position_ids": row.position_ids}, plan)
+        ).logits
 
     def logps() -> torch.Tensor:
         with head.labels(labels):
@@ -101,7 +120,8 @@ STAGES = {"dpo": PreferenceStage(), "kto": KTOStage(), "asft": TokenStage("asft"
 
 @pytest.mark.parametrize(("kind", "stage"), STAGES.items(), ids=list(STAGES))
 def test_slope_over_length_does_not_know_the_vocabulary(kind: str, stage: Stage) -> None:
-    # Lengths at which the peak is in the layers: below, the chunk itself is the peak and the slope is of another moment.
+    # Lengths at which the peak is in the layers: below, the chunk itself is the peak and the slope
+    # is of another moment.
     peaks = {(v, n): peak(kind, stage, v, n) for v in (1024, 2048) for n in (1024, 1536)}
     slope = {v: (peaks[v, 1536] - peaks[v, 1024]) / 512 for v in (1024, 2048)}
     assert slope[1024] > 16 * 4  # activations are counted: at least a hidden state a token

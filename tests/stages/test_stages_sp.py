@@ -1,7 +1,9 @@
-"""Every stage on a transformers model split over ranks, against single documents through the whole model: loss and gradient in float64.
+"""Every stage on a transformers model split over ranks, against single documents through the whole
+model: loss and gradient in float64.
 
-Every preference loss x size x schedule x shared prompt x source of the reference. The model is a Llama with a random LoRA adapter, also
-on the output layer. Logps are made once for a layout; each loss is differentiated through the model by itself.
+Every preference loss x size x schedule x shared prompt x source of the reference. The model is a
+Llama with a random LoRA adapter, also on the output layer. Logps are made once for a layout; each
+loss is differentiated through the model by itself.
 """
 
 from __future__ import annotations
@@ -34,11 +36,15 @@ KTO_LABELS = [1, 0, 0, 1]
 
 
 def tiny(seed: int) -> Any:
-    """A Llama that is float64 throughout: transformers' eager attention and RMSNorm go through float32."""
+    """A Llama that is float64 throughout: transformers' eager attention and RMSNorm go through
+    float32.
+    """
     model = tiny_model(dtype=torch.float64, attn="sdpa", seed=seed)
     for module in model.modules():
         if type(module).__name__ == "LlamaRMSNorm":
-            module.forward = functools.partial(torch.rms_norm, normalized_shape=module.weight.shape, weight=module.weight, eps=1e-6)
+            module.forward = functools.partial(
+                torch.rms_norm, normalized_shape=module.weight.shape, weight=module.weight, eps=1e-6
+            )
     return model
 
 
@@ -69,10 +75,13 @@ def trained(model: Any) -> dict[str, Tensor]:
 def gradient(loss: Tensor, model: Any) -> dict[str, Tensor]:
     params = trained(model)
     grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True, retain_graph=True)
-    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(params.items(), grads, strict=True)}
+    return {
+        n: torch.zeros_like(p) if g is None else g
+        for (n, p), g in zip(params.items(), grads, strict=True)
+    }
 
 
-# -- one process, one document at a time ---------------------------------------------------------------------------------------------------
+# -- one process, one document at a time -----------------------------------------------------------
 
 
 def answer_logps(model: Any, prompt: list[int], answer: list[int]) -> Tensor:
@@ -92,7 +101,9 @@ def expected(stage: str) -> dict[Any, tuple[Tensor, dict[str, Tensor]]]:
                 model(input_ids=torch.tensor([ids]))
                 return head.outputs().logps[-1]
 
-        c, r = (torch.stack([value(PROMPTS[i] + a[i]) for i in SAMPLES]) for a in (CHOSEN, REJECTED))
+        c, r = (
+            torch.stack([value(PROMPTS[i] + a[i]) for i in SAMPLES]) for a in (CHOSEN, REJECTED)
+        )
         loss = -torch.log(s(c - r)).sum()
         return {"rm": (loss.detach(), gradient(loss, model))}
     model = policy()
@@ -101,34 +112,57 @@ def expected(stage: str) -> dict[Any, tuple[Tensor, dict[str, Tensor]]]:
     for source in ("other", "off"):
 
         def reference_logp(prompt: list[int], answer: list[int], source: str = source) -> Tensor:
-            with reference.as_reference(model if source == "off" else second, adapter_off=source == "off"):
+            with reference.as_reference(
+                model if source == "off" else second, adapter_off=source == "off"
+            ):
                 return answer_logps(model if source == "off" else second, prompt, answer).sum()
 
         if stage == "kto":
-            ratio = [answer_logps(model, PROMPTS[i], CHOSEN[i]).sum() - reference_logp(PROMPTS[i], CHOSEN[i]) for i in SAMPLES]
-            kls = [answer_logps(model, PROMPTS[i], REJECTED[i - 1]).sum() - reference_logp(PROMPTS[i], REJECTED[i - 1]) for i in SAMPLES]
+            ratio = [
+                answer_logps(model, PROMPTS[i], CHOSEN[i]).sum()
+                - reference_logp(PROMPTS[i], CHOSEN[i])
+                for i in SAMPLES
+            ]
+            kls = [
+                answer_logps(model, PROMPTS[i], REJECTED[i - 1]).sum()
+                - reference_logp(PROMPTS[i], REJECTED[i - 1])
+                for i in SAMPLES
+            ]
             kl = torch.stack(kls).mean().detach().clamp(min=0)
-            each = [1 - s(BETA * (x - kl)) if y else 1 - s(BETA * (kl - x)) for x, y in zip(ratio, KTO_LABELS, strict=True)]
+            each = [
+                1 - s(BETA * (x - kl)) if y else 1 - s(BETA * (kl - x))
+                for x, y in zip(ratio, KTO_LABELS, strict=True)
+            ]
             loss = torch.stack(each).sum()
             out["kto", source] = (loss.detach(), gradient(loss, model))
             continue
-        tokens = [[answer_logps(model, PROMPTS[i], a[i]) for i in SAMPLES] for a in (CHOSEN, REJECTED)]
+        tokens = [
+            [answer_logps(model, PROMPTS[i], a[i]) for i in SAMPLES] for a in (CHOSEN, REJECTED)
+        ]
         pi = [torch.stack([t.sum() for t in side]) for side in tokens]
         n = [torch.tensor([float(len(t)) for t in side], dtype=torch.float64) for side in tokens]
-        ref = [torch.stack([reference_logp(PROMPTS[i], a[i]) for i in SAMPLES]) for a in (CHOSEN, REJECTED)]
+        ref = [
+            torch.stack([reference_logp(PROMPTS[i], a[i]) for i in SAMPLES])
+            for a in (CHOSEN, REJECTED)
+        ]
         for name in losses.PREFERENCE_LOSSES:
-            loss = naive(name, pi, ref, n, BETA, smoothing(name), GAMMA).sum() + FTX * (-pi[0] / n[0]).sum()
+            loss = (
+                naive(name, pi, ref, n, BETA, smoothing(name), GAMMA).sum()
+                + FTX * (-pi[0] / n[0]).sum()
+            )
             out[name, source] = (loss.detach(), gradient(loss, model))
     return out
 
 
-# -- on the ranks ------------------------------------------------------------------------------------------------------------------------
+# -- on the ranks ----------------------------------------------------------------------------------
 
 
 def outputs(model: Any, head: Any, row: Row, ctx: sp.SequenceParallel) -> TokenOutputs:
     plan = sp.plan(len(row), row.segments, ctx)
     with head.labels(row.labels[plan.index]):
-        out = model(**hf.inputs({"input_ids": row.input_ids, "position_ids": row.position_ids}, plan))
+        out = model(
+            **hf.inputs({"input_ids": row.input_ids, "position_ids": row.position_ids}, plan)
+        )
         return TokenOutputs(sp.gather(head.outputs(out.logits).logps, plan))
 
 
@@ -137,11 +171,18 @@ def stages(kind: str) -> dict[str, Stage]:
         return {"rm": RewardStage()}
     if kind == "kto":
         return {"kto": KTOStage(BETA)}
-    return {n: PreferenceStage(n, losses.LossOptions(BETA, smoothing(n), GAMMA), ftx=FTX) for n in losses.PREFERENCE_LOSSES}
+    return {
+        n: PreferenceStage(n, losses.LossOptions(BETA, smoothing(n), GAMMA), ftx=FTX)
+        for n in losses.PREFERENCE_LOSSES
+    }
 
 
-def on_ranks(kind: str, size: int, mode: str, shared: bool, source: str) -> dict[str, tuple[float, dict[str, Tensor]]]:
-    """Loss and gradient of every loss by the trainer's rule (but N): each rank differentiates DP * S_d, and the ranks average."""
+def on_ranks(
+    kind: str, size: int, mode: str, shared: bool, source: str
+) -> dict[str, tuple[float, dict[str, Tensor]]]:
+    """Loss and gradient of every loss by the trainer's rule (but N): each rank differentiates DP *
+    S_d, and the ranks average.
+    """
     import torch.distributed as dist
 
     ctx = sp.SequenceParallel.create(size, mode=mode)
@@ -155,7 +196,11 @@ def on_ranks(kind: str, size: int, mode: str, shared: bool, source: str) -> dict
 
     # Unevenly dealt: with two groups one has three samples, the other one.
     mine = SAMPLES if ctx.dp_size == 1 else [SAMPLES[:3], SAMPLES[3:]][ctx.dp_rank]
-    row = make_row([d for d in kto_documents(KTO_LABELS) if d.sample in mine]) if kind == "kto" else pair_row(mine, shared)
+    row = (
+        make_row([d for d in kto_documents(KTO_LABELS) if d.sample in mine])
+        if kind == "kto"
+        else pair_row(mine, shared)
+    )
     row = row.padded(sp.alignment(ctx), 0)
     model, head = reward_model() if kind == "rm" else (policy(), None)
     hf.prepare(model, ctx)
@@ -169,7 +214,12 @@ def on_ranks(kind: str, size: int, mode: str, shared: bool, source: str) -> dict
         second_head = TokenLogprobs(second, chunk=5)
         with reference.as_reference(second, adapter_off=False):
             if source == "precomputed":
-                cache = reference.precompute([row], lambda r: outputs(second, second_head, r, ctx).logps, len(SAMPLES), dp_sum=dp_sum)
+                cache = reference.precompute(
+                    [row],
+                    lambda r: outputs(second, second_head, r, ctx).logps,
+                    len(SAMPLES),
+                    dp_sum=dp_sum,
+                )
                 row = cache.attach(row)
             else:
                 ref = outputs(second, second_head, row, ctx).logps
@@ -187,7 +237,14 @@ def on_ranks(kind: str, size: int, mode: str, shared: bool, source: str) -> dict
     return results
 
 
-CASES = [(1, "zigzag-ring", 1), (2, "zigzag-ring", 2), (2, "ulysses", 2), (4, "zigzag-ring", 4), (4, "ulysses", 4), (2, "zigzag-ring", 4)]
+CASES = [
+    (1, "zigzag-ring", 1),
+    (2, "zigzag-ring", 2),
+    (2, "ulysses", 2),
+    (4, "zigzag-ring", 4),
+    (4, "ulysses", 4),
+    (2, "zigzag-ring", 4),
+]
 
 
 def check(kind: str, size: int, mode: str, world: int, shared: bool, source: str) -> None:
@@ -199,19 +256,34 @@ def check(kind: str, size: int, mode: str, world: int, shared: bool, source: str
             want_loss, want_grads = want[key]
             assert loss == pytest.approx(float(want_loss), rel=1e-9, abs=1e-9), name
             assert grads.keys() == want_grads.keys()
-            assert max(float(g.abs().max()) for g in want_grads.values()) > 1e-5, f"{name}: the comparison is of zeros"
+            assert max(float(g.abs().max()) for g in want_grads.values()) > 1e-5, (
+                f"{name}: the comparison is of zeros"
+            )
             for n, g in want_grads.items():
-                torch.testing.assert_close(grads[n], g, rtol=1e-9, atol=1e-9, msg=lambda m, name=name, n=n: f"{name}, {n}: {m}")
+                torch.testing.assert_close(
+                    grads[n],
+                    g,
+                    rtol=1e-9,
+                    atol=1e-9,
+                    msg=lambda m, name=name, n=n: f"{name}, {n}: {m}",
+                )
 
 
 def whole_grid() -> list[Any]:
-    """size x schedule x shared prompt x source; by default a half in which all values occur, with `make test-all` all."""
-    grid = [(*case, shared, source) for case in CASES for shared in (False, True) for source in SOURCES]
+    """size x schedule x shared prompt x source; by default a half in which all values occur, with
+    `make test-all` all.
+    """
+    grid = [
+        (*case, shared, source) for case in CASES for shared in (False, True) for source in SOURCES
+    ]
     quick = [
         (size == 2 and shared) or source == SOURCES[(CASES.index((size, mode, world)) + shared) % 3]
         for size, mode, world, shared, source in grid
     ]
-    return [pytest.param(*values, marks=[] if q else [pytest.mark.slow]) for values, q in zip(grid, quick, strict=True)]
+    return [
+        pytest.param(*values, marks=[] if q else [pytest.mark.slow])
+        for values, q in zip(grid, quick, strict=True)
+    ]
 
 
 @pytest.mark.parametrize(("size", "mode", "world", "shared", "source"), whole_grid())
@@ -231,12 +303,14 @@ def test_reward_model(size: int, mode: str, world: int, shared: bool) -> None:
     check("rm", size, mode, world, shared, "none")
 
 
-# -- losses of a token -------------------------------------------------------------------------------------------------------------------
+# -- losses of a token -----------------------------------------------------------------------------
 
 ALPHA = 0.4
 TRAINED = {"full": lambda: tiny(1), "lora": lambda: policy(head=False), "lora on the head": policy}
 # What is trained, and what asft compares with.
-PAIRS = [("full", "reference model"), ("lora", "reference model")] + [(t, "adapter off") for t in ("lora", "lora on the head")]
+PAIRS = [("full", "reference model"), ("lora", "reference model")] + [
+    (t, "adapter off") for t in ("lora", "lora on the head")
+]
 
 
 def token_losses_alone(tuning: str, source: str) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
@@ -262,8 +336,12 @@ def token_losses_alone(tuning: str, source: str) -> dict[str, tuple[Tensor, dict
     return {name: (loss.detach(), gradient(loss, model)) for name, loss in sums.items()}
 
 
-def token_losses_on_ranks(tuning: str, source: str, size: int, mode: str) -> dict[str, tuple[float, dict[str, Tensor], float]]:
-    """Through the trainer's own code: loss and gradient as each rank differentiates them, averaged; and the metric kl."""
+def token_losses_on_ranks(
+    tuning: str, source: str, size: int, mode: str
+) -> dict[str, tuple[float, dict[str, Tensor], float]]:
+    """Through the trainer's own code: loss and gradient as each rank differentiates them, averaged;
+    and the metric kl.
+    """
     import types
 
     import torch.distributed as dist
@@ -272,7 +350,9 @@ def token_losses_on_ranks(tuning: str, source: str, size: int, mode: str) -> dic
 
     ctx = sp.SequenceParallel.create(size, mode=mode)
     mine = SAMPLES if ctx.dp_size == 1 else [SAMPLES[:3], SAMPLES[3:]][ctx.dp_rank]
-    row = make_row([whole(PROMPTS[i], CHOSEN[i], sample=i) for i in mine]).padded(sp.alignment(ctx), 0)
+    row = make_row([whole(PROMPTS[i], CHOSEN[i], sample=i) for i in mine]).padded(
+        sp.alignment(ctx), 0
+    )
     model = TRAINED[tuning]()
     hf.prepare(model, ctx)
 
@@ -294,7 +374,13 @@ def token_losses_on_ranks(tuning: str, source: str, size: int, mode: str) -> dic
         args=types.SimpleNamespace(device=torch.device("cpu"), neftune_noise_alpha=None),
         reference_by_adapter=other is None, _sum_over_groups=total, measure=None,
     )  # fmt: skip
-    for name in ("_model_inputs", "_noise", "token_outputs", "reference_hidden", "_outputs_with_reference"):
+    for name in (
+        "_model_inputs",
+        "_noise",
+        "token_outputs",
+        "reference_hidden",
+        "_outputs_with_reference",
+    ):
         setattr(trainer, name, types.MethodType(getattr(RowTrainer, name), trainer))
     for loss in ("nll", "dft", "asft", "eaft"):
         trainer.stage = TokenStage(loss, ALPHA)
@@ -303,7 +389,11 @@ def token_losses_on_ranks(tuning: str, source: str, size: int, mode: str) -> dic
         for g in grads.values():
             dist.all_reduce(g)
             g /= ctx.size * ctx.dp_size
-        results[loss] = (float(total(value)), grads, float(total(metrics["kl"][0])) if loss == "asft" else 0.0)
+        results[loss] = (
+            float(total(value)),
+            grads,
+            float(total(metrics["kl"][0])) if loss == "asft" else 0.0,
+        )
     return results
 
 
@@ -311,9 +401,13 @@ def token_grid() -> list[Any]:
     """By default every case on one and two ranks, and one on four for each of the others."""
     grid = [(*case, *pair) for case in CASES for pair in PAIRS]
     quick = [
-        world < 4 or PAIRS.index((tuning, source)) == CASES.index((size, mode, world)) % 4 for size, mode, world, tuning, source in grid
+        world < 4 or PAIRS.index((tuning, source)) == CASES.index((size, mode, world)) % 4
+        for size, mode, world, tuning, source in grid
     ]
-    return [pytest.param(*values, marks=[] if q else [pytest.mark.slow]) for values, q in zip(grid, quick, strict=True)]
+    return [
+        pytest.param(*values, marks=[] if q else [pytest.mark.slow])
+        for values, q in zip(grid, quick, strict=True)
+    ]
 
 
 @pytest.mark.parametrize(("size", "mode", "world", "tuning", "source"), token_grid())
@@ -321,9 +415,17 @@ def test_losses_of_a_token(size: int, mode: str, world: int, tuning: str, source
     want = token_losses_alone(tuning, source)
     got = run_ranks(world, token_losses_on_ranks, tuning, source, size, mode)[0]
     assert got["asft"][2] > 1e-3
-    assert ALPHA * got["asft"][2] == pytest.approx(float(want["asft"][0] - want["dft"][0]), rel=1e-9)
+    assert ALPHA * got["asft"][2] == pytest.approx(
+        float(want["asft"][0] - want["dft"][0]), rel=1e-9
+    )
     for name, (loss, grads) in want.items():
         assert got[name][0] == pytest.approx(float(loss), rel=1e-9, abs=1e-9), name
         assert max(float(g.abs().max()) for g in grads.values()) > 1e-3
         for n, g in grads.items():
-            torch.testing.assert_close(got[name][1][n], g, rtol=1e-9, atol=1e-9, msg=lambda m, name=name, n=n: f"{name}, {n}: {m}")
+            torch.testing.assert_close(
+                got[name][1][n],
+                g,
+                rtol=1e-9,
+                atol=1e-9,
+                msg=lambda m, name=name, n=n: f"{name}, {n}: {m}",
+            )

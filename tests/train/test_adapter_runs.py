@@ -1,4 +1,6 @@
-"""Whole runs of every kind of adapter: what two processes that share the sequences save is what one saves."""
+"""Whole runs of every kind of adapter: what two processes that share the sequences save is what one
+saves.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "pissa": {"pissa_init": True},
     "pissa, randomised": {"pissa_init": True, "pissa_iter": 4},
     "loraplus": {"loraplus_lr_ratio": 16.0},
-    "all of them": {"use_dora": True, "use_rslora": True, "loraplus_lr_ratio": 4.0, "lora_target": "q_proj,down_proj,lm_head"},
+    "all of them": {
+        "use_dora": True,
+        "use_rslora": True,
+        "loraplus_lr_ratio": 4.0,
+        "lora_target": "q_proj,down_proj,lm_head",
+    },
     "embedding": {"lora_target": "q_proj,embed_tokens"},
     "head by itself": {"lora_target": "q_proj", "additional_target": "lm_head"},
 }
@@ -47,7 +54,9 @@ GRID = [
 
 
 @pytest.mark.parametrize(("kind", "mode"), GRID)
-def test_two_processes_train_what_one_trains(home: Path, plain: list[dict[str, float]], kind: str, mode: str) -> None:
+def test_two_processes_train_what_one_trains(
+    home: Path, plain: list[dict[str, float]], kind: str, mode: str
+) -> None:
     changes = {**LORA, **KINDS[kind]}
     folders = [f"{kind}_{mode}_{n}" for n in (1, 2)]
     one = steps(train(home, folders[0], 1, **changes))
@@ -58,6 +67,8 @@ def test_two_processes_train_what_one_trains(home: Path, plain: list[dict[str, f
     a, b = (saved(home / f) for f in folders)
     assert a.keys() == b.keys() and sum("lora_B" in n for n in a) >= 2
     for name, x in a.items():
-        torch.testing.assert_close(b[name], x, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            b[name], x, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
     if kind != "plain":  # the key does something: another run than plain LoRA's
         assert max(abs(x["loss"] / y["loss"] - 1) for x, y in zip(one, plain, strict=True)) > 1e-4

@@ -18,7 +18,9 @@ from longfactory.train.plots import overlay, plot_history, smooth
 
 
 def state(step: int, total: int = 8, tokens: int = 0, main: bool = True) -> TrainerState:
-    return TrainerState(global_step=step, max_steps=total, num_input_tokens_seen=tokens, is_world_process_zero=main)
+    return TrainerState(
+        global_step=step, max_steps=total, num_input_tokens_seen=tokens, is_world_process_zero=main
+    )
 
 
 def clock(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
@@ -34,7 +36,13 @@ def test_a_line_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     log = LogFile(str(tmp_path), overwrite=True)
     log.on_train_begin(None, state(0), None)
     now.t += 4000
-    logs = {"loss": 1.5, "grad_norm": 0.25, "learning_rate": 1e-5, "epoch": 0.5, "num_input_tokens_seen": 6000}
+    logs = {
+        "loss": 1.5,
+        "grad_norm": 0.25,
+        "learning_rate": 1e-5,
+        "epoch": 0.5,
+        "num_input_tokens_seen": 6000,
+    }
     log.on_log(None, state(2), None, logs=logs)
     (line,) = read_log(tmp_path)
     assert line == {
@@ -59,20 +67,37 @@ def test_a_line_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     [
         ({"loss": 1.0, "rewards/accuracies": 0.75}, {"loss": 1.0, "accuracy": 0.75}),
         ({"loss": 1.0, "accuracy": 0.5}, {"loss": 1.0, "accuracy": 0.5}),
-        ({"eval_loss": 2.0, "eval_rewards/accuracies": 0.25}, {"eval_loss": 2.0, "eval_accuracy": 0.25}),
+        (
+            {"eval_loss": 2.0, "eval_rewards/accuracies": 0.25},
+            {"eval_loss": 2.0, "eval_accuracy": 0.25},
+        ),
         ({"eval_loss": 2.0, "eval_accuracy": 0.125}, {"eval_loss": 2.0, "eval_accuracy": 0.125}),
     ],
 )
-def test_names_of_the_measures(logs: dict[str, float], fields: dict[str, float], tmp_path: Path) -> None:
+def test_names_of_the_measures(
+    logs: dict[str, float], fields: dict[str, float], tmp_path: Path
+) -> None:
     log = LogFile(str(tmp_path), overwrite=True)
     log.on_train_begin(None, state(0), None)
     log.on_log(None, state(1), None, logs=logs)
     (line,) = read_log(tmp_path)
-    measures = {"loss", "eval_loss", "accuracy", "eval_accuracy", "lr", "grad_norm", "reward", "throughput", "total_tokens"}
+    measures = {
+        "loss",
+        "eval_loss",
+        "accuracy",
+        "eval_accuracy",
+        "lr",
+        "grad_norm",
+        "reward",
+        "throughput",
+        "total_tokens",
+    }
     assert {k: v for k, v in line.items() if k in measures} == fields
 
 
-def test_a_resumed_run_reckons_from_where_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_reckons_from_where_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = clock(monkeypatch)
     (tmp_path / LOG_FILE).write_text('{"current_steps": 6}\n')
     log = LogFile(str(tmp_path), overwrite=True)
@@ -81,11 +106,17 @@ def test_a_resumed_run_reckons_from_where_it_began(tmp_path: Path, monkeypatch: 
     log.on_log(None, state(7), None, logs={"loss": 1.0, "num_input_tokens_seen": 7000})
     first, line = read_log(tmp_path)
     assert first == {"current_steps": 6}  # the lines of the first part stay
-    assert (line["remaining_time"], line["throughput"], line["total_tokens"]) == ("0:00:10", 100.0, 7000)
+    assert (line["remaining_time"], line["throughput"], line["total_tokens"]) == (
+        "0:00:10",
+        100.0,
+        7000,
+    )
 
 
 @pytest.mark.parametrize(("overwrite", "lines"), [(True, 1), (False, 2)])
-def test_an_old_file_is_replaced_only_where_that_is_asked_for(overwrite: bool, lines: int, tmp_path: Path) -> None:
+def test_an_old_file_is_replaced_only_where_that_is_asked_for(
+    overwrite: bool, lines: int, tmp_path: Path
+) -> None:
     (tmp_path / LOG_FILE).write_text('{"current_steps": 6}\n')
     log = LogFile(str(tmp_path), overwrite=overwrite)
     log.on_train_begin(None, state(0), None)
@@ -108,13 +139,17 @@ def test_functions_at_the_start_run_in_order() -> None:
 
 
 def test_curves_become_pictures(tmp_path: Path) -> None:
-    history: list[dict[str, Any]] = [{"step": i, "loss": 2.0 - i / 10, "rewards/accuracies": i / 10} for i in range(5)]
+    history: list[dict[str, Any]] = [
+        {"step": i, "loss": 2.0 - i / 10, "rewards/accuracies": i / 10} for i in range(5)
+    ]
     history.append({"step": 4, "train_runtime": 1.0})
     files = plot_history(history, tmp_path, ("loss", "eval_loss", "rewards/accuracies"))
     assert [f.name for f in files] == ["training_loss.png", "training_rewards_accuracies.png"]
     assert all(f.read_bytes().startswith(b"\x89PNG") and f.stat().st_size > 2000 for f in files)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f.name for f in files)
-    overlay({"a": [(0, 1.0), (1, 0.5)], "b": [(0, 1.0), (1, 0.5)]}, tmp_path / "both.png", title="t")
+    overlay(
+        {"a": [(0, 1.0), (1, 0.5)], "b": [(0, 1.0), (1, 0.5)]}, tmp_path / "both.png", title="t"
+    )
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -127,7 +162,9 @@ def test_smoothing() -> None:
     assert json.dumps(smooth([1.0, 2.0]))  # plain numbers
 
 
-def test_a_log_file_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_log_file_that_cannot_be_written_does_not_end_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     log = LogFile(str(tmp_path), overwrite=True)
     log.on_train_begin(None, state(0), None)
     (tmp_path / LOG_FILE).mkdir()  # as a full disk would, opening it raises OSError
@@ -136,10 +173,15 @@ def test_a_log_file_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, 
     for step in (1, 2):
         log.on_log(None, state(step), None, logs={"loss": 1.0})
     logger.removeHandler(caplog.handler)
-    assert len({r for r in caplog.records if "cannot be written (Is a directory)" in r.getMessage()}) == 1
+    assert (
+        len({r for r in caplog.records if "cannot be written (Is a directory)" in r.getMessage()})
+        == 1
+    )
 
 
-def test_a_tracker_that_fails_ends_the_run_before_its_first_step_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tracker_that_fails_ends_the_run_before_its_first_step_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     class Board(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             raise RuntimeError("no key")
@@ -164,5 +206,14 @@ def test_a_tracker_that_fails_ends_the_run_before_its_first_step_alone(caplog: p
     for step in (1, 2):
         board.on_log(None, state(step), None, logs={"loss": 1})
     logger.removeHandler(caplog.handler)
-    assert len({r for r in caplog.records if "report_to: Board failed (OSError: the network is gone)" in r.getMessage()}) == 1
+    assert (
+        len(
+            {
+                r
+                for r in caplog.records
+                if "report_to: Board failed (OSError: the network is gone)" in r.getMessage()
+            }
+        )
+        == 1
+    )
     assert board.on_log(None, state(3), None) == "control"

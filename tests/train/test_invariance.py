@@ -1,7 +1,9 @@
-"""One process is the specification: the trainer's loss, grad_norm and every parameter after three clipped steps equal it.
+"""One process is the specification: the trainer's loss, grad_norm and every parameter after three
+clipped steps equal it.
 
-sequence_parallel_size x mode x sharding x rows x accumulation x {full, LoRA}, on four processes over gloo, in float32. The data have uneven
-label masks, a sample without any trained token, and one whose trained tokens all lie on one rank.
+sequence_parallel_size x mode x sharding x rows x accumulation x {full, LoRA}, on four processes
+over gloo, in float32. The data have uneven label masks, a sample without any trained token, and one
+whose trained tokens all lie on one rank.
 """
 
 from __future__ import annotations
@@ -16,20 +18,35 @@ from invariance_worker import run_cases
 pytestmark = pytest.mark.processes
 
 SHARDINGS = ("ddp", "fsdp2", "zero3")
-# llama: a tied head and one key head for all ranks; gemma2: soft-caps of logits and attention and a sliding window; qwen3: q and k norms.
+# llama: a tied head and one key head for all ranks; gemma2: soft-caps of logits and attention and a
+# sliding window; qwen3: q and k norms.
 FAMILIES = ("llama", "gemma2", "qwen3")
 GRID = [
     f"sp={sp} mode={mode} rows={rows} ga={ga} tune={tune} family={FAMILIES[i % 3]}"
     for i, (sp, mode, rows, ga, tune) in enumerate(
-        itertools.product((1, 2, 4), ("zigzag-ring", "ulysses"), ("single", "packed", "batch2"), (1, 3), ("full", "lora"))
+        itertools.product(
+            (1, 2, 4),
+            ("zigzag-ring", "ulysses"),
+            ("single", "packed", "batch2"),
+            (1, 3),
+            ("full", "lora"),
+        )
     )
 ]
-# A fifth of the grid by default (of ZeRO-3 a seventh), in which every value and most pairs of values occur; the whole with `make test-all`.
+# A fifth of the grid by default (of ZeRO-3 a seventh), in which every value and most pairs of
+# values occur; the whole with `make test-all`.
 STRIDE = (5, 5, 7)
-QUICK = {s: [c + " prove=1" if i == k else c for i, c in enumerate(GRID[k :: STRIDE[k]])] for k, s in enumerate(SHARDINGS)}
+QUICK = {
+    s: [c + " prove=1" if i == k else c for i, c in enumerate(GRID[k :: STRIDE[k]])]
+    for k, s in enumerate(SHARDINGS)
+}
 # Some with NEFTune: noise on the embeddings, of documents alone as of rows that are split.
-QUICK = {s: [c + " noise=1" if i % 4 == 2 else c for i, c in enumerate(cases)] for s, cases in QUICK.items()}
-# ZeRO-1 and 2 share their path with ZeRO-3 but for what they keep whole; the ready-made file has "auto" values.
+QUICK = {
+    s: [c + " noise=1" if i % 4 == 2 else c for i, c in enumerate(cases)]
+    for s, cases in QUICK.items()
+}
+# ZeRO-1 and 2 share their path with ZeRO-3 but for what they keep whole; the ready-made file has
+# "auto" values.
 QUICK["zero3"] += [
     "sharding=zero1 sp=2 mode=zigzag-ring rows=packed ga=3 tune=full family=llama",
     "sharding=zero1 sp=4 mode=ulysses rows=batch2 ga=1 tune=lora family=qwen3",

@@ -1,4 +1,6 @@
-"""Which samples are read, when, and by whom: sets of integers, for any number of groups and any micro-batch."""
+"""Which samples are read, when, and by whom: sets of integers, for any number of groups and any
+micro-batch.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from longfactory.data.row import IGNORE, TokenizedDocument, make_row
 from longfactory.train.loader import Collate, Endless, RowSampler, RowStream, empty_row, make_loader
 
 
-def lists_of_all_groups(length: int, batch: int, groups: int, epoch: int = 0, **kwargs: object) -> list[list[list[int]]]:
+def lists_of_all_groups(
+    length: int, batch: int, groups: int, epoch: int = 0, **kwargs: object
+) -> list[list[list[int]]]:
     """[group][micro-batch] -> samples."""
     out = []
     for group in range(groups):
@@ -30,7 +34,10 @@ def lists_of_all_groups(length: int, batch: int, groups: int, epoch: int = 0, **
 def steps(lists: list[list[list[int]]], accumulation: int) -> list[set[int]]:
     """The samples of each optimizer step, over all groups."""
     count = len(lists[0])
-    return [{i for group in lists for micro in group[s : s + accumulation] for i in micro} for s in range(0, count, accumulation)]
+    return [
+        {i for group in lists for micro in group[s : s + accumulation] for i in micro}
+        for s in range(0, count, accumulation)
+    ]
 
 
 @settings(max_examples=100, deadline=None)
@@ -50,12 +57,16 @@ def test_every_sample_is_read_once_in_an_epoch_and_every_group_gets_as_many_list
 
 @pytest.mark.parametrize("seed", [None, 3])
 @pytest.mark.parametrize("length", [24, 29])
-def test_a_step_takes_the_same_samples_however_they_are_spread(length: int, seed: int | None) -> None:
+def test_a_step_takes_the_same_samples_however_they_are_spread(
+    length: int, seed: int | None
+) -> None:
     total, want = 8, None
     for batch, groups in itertools.product((1, 2, 4, 8), (1, 2, 4, 8)):
         if batch * groups > total:
             continue
-        got = steps(lists_of_all_groups(length, batch, groups, seed=seed), total // (batch * groups))
+        got = steps(
+            lists_of_all_groups(length, batch, groups, seed=seed), total // (batch * groups)
+        )
         want = want or got
         assert got == want, (batch, groups)
     assert want is not None and len(want) == -(-length // total)
@@ -123,12 +134,16 @@ def test_a_stream_that_ends_begins_again_in_the_next_epochs_order(batch: int, gr
         return list(itertools.islice(stream, 16 // (batch * groups)))
 
     want = [*range(20, 27), *range(30, 37), 40, 41]
-    assert steps([dealt(g) for g in range(groups)], 4 // (batch * groups)) == [set(want[s : s + 4]) for s in range(0, 16, 4)]
+    assert steps([dealt(g) for g in range(groups)], 4 // (batch * groups)) == [
+        set(want[s : s + 4]) for s in range(0, 16, 4)
+    ]
     assert list(Endless([])) == []  # nothing comes of reading it again
 
 
 def collate(samples: list[int], multiple: int, pad_id: int) -> object:
-    return make_row([TokenizedDocument([i + 5] * (i + 1), [i + 5] * (i + 1), sample=i) for i in samples]).padded(multiple, pad_id)
+    return make_row(
+        [TokenizedDocument([i + 5] * (i + 1), [i + 5] * (i + 1), sample=i) for i in samples]
+    ).padded(multiple, pad_id)
 
 
 def test_no_samples_make_a_row_that_trains_nothing() -> None:
@@ -161,7 +176,14 @@ class Stream(IterableDataset):
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.processes)])
 def test_the_loader_gives_rows(stream: bool, workers: int) -> None:
     data = Stream() if stream else list(range(7))
-    common = {"batch": 2, "groups": 2, "group": 1, "workers": workers, "pin": False, "prefetch": None}
+    common = {
+        "batch": 2,
+        "groups": 2,
+        "group": 1,
+        "workers": workers,
+        "pin": False,
+        "prefetch": None,
+    }
     sampler = None if stream else RowSampler(7, 2, groups=2, group=1)
     loader = make_loader(data, sampler, Collate(collate, 4, 0, empty_row), **common)
     rows = [item["row"] for item in loader]
@@ -171,7 +193,10 @@ def test_the_loader_gives_rows(stream: bool, workers: int) -> None:
 
 def test_dropping_the_last_step_does_not_depend_on_the_split() -> None:
     def taken(batch: int, groups: int) -> set[int]:
-        samplers = [RowSampler(23, batch, groups=groups, group=g, seed=1, drop_last=True, step=8) for g in range(groups)]
+        samplers = [
+            RowSampler(23, batch, groups=groups, group=g, seed=1, drop_last=True, step=8)
+            for g in range(groups)
+        ]
         return {i for s in samplers for indices in s for i in indices}
 
     assert taken(1, 2) == taken(4, 2) == taken(2, 1) == taken(1, 1)

@@ -1,4 +1,6 @@
-"""The plan of a run: what is counted as trained, and when weights are split and the optimizer leaves the GPU."""
+"""The plan of a run: what is counted as trained, and when weights are split and the optimizer
+leaves the GPU.
+"""
 
 from __future__ import annotations
 
@@ -34,17 +36,36 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def configured(model: str, **keys: Any) -> Any:
-    base = {"model_name_or_path": model, "stage": "sft", "dataset": "manual_sft", "dataset_dir": str(ROOT / "data"), "template": "chatml"}
-    return from_mapping({**base, "output_dir": "unused", "finetuning_type": "full", "use_cpu": True, **keys})
+    base = {
+        "model_name_or_path": model,
+        "stage": "sft",
+        "dataset": "manual_sft",
+        "dataset_dir": str(ROOT / "data"),
+        "template": "chatml",
+    }
+    return from_mapping(
+        {**base, "output_dir": "unused", "finetuning_type": "full", "use_cpu": True, **keys}
+    )
 
 
 KINDS: dict[str, dict[str, Any]] = {
     "full": {},
     "freeze": {"finetuning_type": "freeze", "freeze_trainable_layers": 1},
-    "freeze, some modules": {"finetuning_type": "freeze", "freeze_trainable_modules": ["mlp"], "freeze_extra_modules": ["norm"]},
-    "freeze and the head": {"finetuning_type": "freeze", "freeze_extra_modules": ["embed_tokens", "lm_head"]},
+    "freeze, some modules": {
+        "finetuning_type": "freeze",
+        "freeze_trainable_modules": ["mlp"],
+        "freeze_extra_modules": ["norm"],
+    },
+    "freeze and the head": {
+        "finetuning_type": "freeze",
+        "freeze_extra_modules": ["embed_tokens", "lm_head"],
+    },
     "lora": {"finetuning_type": "lora", "lora_rank": 3},
-    "lora, some modules": {"finetuning_type": "lora", "lora_target": ["q_proj", "v_proj"], "additional_target": ["embed_tokens"]},
+    "lora, some modules": {
+        "finetuning_type": "lora",
+        "lora_target": ["q_proj", "v_proj"],
+        "additional_target": ["embed_tokens"],
+    },
     "pissa": {"finetuning_type": "lora", "pissa_init": True},
 }
 
@@ -57,13 +78,22 @@ def test_counts_are_those_of_the_model_that_is_trained(name: str, model: str) ->
     real = AutoModelForCausalLM.from_config(config)
     total = sum(p.numel() for p in real.parameters())
     real = adapters.apply_finetuning(real, cfg.method, cfg.model)
-    assert (counts.total, counts.trained) == (total, sum(p.numel() for p in real.parameters() if p.requires_grad))
-    assert counts.head == (name == "full" or "head" in name or ("additional_target" in KINDS[name] and bool(config.tie_word_embeddings)))
+    assert (counts.total, counts.trained) == (
+        total,
+        sum(p.numel() for p in real.parameters() if p.requires_grad),
+    )
+    assert counts.head == (
+        name == "full"
+        or "head" in name
+        or ("additional_target" in KINDS[name] and bool(config.tie_word_embeddings))
+    )
 
 
 @pytest.mark.parametrize(("family", "buffers"), [("llama", False), ("deepseek_v3", True)])
 def test_buffers_of_checkpoints_are_seen(family: str, buffers: bool, tmp_path: Path) -> None:
-    """accelerate's loading by one process takes every entry of a state dict for a sharded parameter."""
+    """accelerate's loading by one process takes every entry of a state dict for a sharded
+    parameter.
+    """
     tiny_config(family).save_pretrained(tmp_path)
     cfg = configured(str(tmp_path))
     counts = count_parameters(cfg, AutoConfig.from_pretrained(tmp_path))
@@ -74,16 +104,28 @@ def test_an_adapter_that_goes_on_is_estimated(model: str, tmp_path: Path) -> Non
     cfg = configured(model, finetuning_type="lora", adapter_name_or_path=str(tmp_path))
     counts = count_parameters(cfg, AutoConfig.from_pretrained(model))
     assert counts.trained is None and counts.total > 0
-    again = configured(model, finetuning_type="lora", adapter_name_or_path=str(tmp_path), create_new_adapter=True)
+    again = configured(
+        model, finetuning_type="lora", adapter_name_or_path=str(tmp_path), create_new_adapter=True
+    )
     assert count_parameters(again, AutoConfig.from_pretrained(model)).trained
 
 
 def test_unknown_modules_are_named_before_anything_is_loaded(model: str) -> None:
     with pytest.raises(UserError, match="nothing_such"):
-        count_parameters(configured(model, finetuning_type="lora", lora_target=["nothing_such"]), AutoConfig.from_pretrained(model))
+        count_parameters(
+            configured(model, finetuning_type="lora", lora_target=["nothing_such"]),
+            AutoConfig.from_pretrained(model),
+        )
 
 
-def planned(cfg: Any, monkeypatch: pytest.MonkeyPatch, sharding: str = "none", world: int = 1, gib: int = 80, cuda: bool = True) -> Memory:
+def planned(
+    cfg: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    sharding: str = "none",
+    world: int = 1,
+    gib: int = 80,
+    cuda: bool = True,
+) -> Memory:
     """The plan for Qwen2.5-7B and rows of 8192 tokens on H100s, with 512 GiB of host memory."""
     properties = types.SimpleNamespace(total_memory=gib * GiB, name="NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: properties)
@@ -94,29 +136,39 @@ def planned(cfg: Any, monkeypatch: pytest.MonkeyPatch, sharding: str = "none", w
     return plan_memory(cfg, config, count_parameters(cfg, config), data, 1, sharding, world, cuda)
 
 
-def test_frozen_layers_have_no_gradients_and_states(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frozen_layers_have_no_gradients_and_states(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keys = {"bf16": True, "optimizer_placement": "gpu"}
     full = planned(configured(model, **keys), monkeypatch)
-    two = planned(configured(model, **keys, finetuning_type="freeze", freeze_trainable_layers=2), monkeypatch)
+    two = planned(
+        configured(model, **keys, finetuning_type="freeze", freeze_trainable_layers=2), monkeypatch
+    )
     layer = full.plan.job.shape.layer_parameters
     assert two.plan.job.shape.parameters == full.plan.job.shape.parameters
-    assert two.plan.job.shape.trainable == pytest.approx(2 * layer, rel=1e-3)  # norms and biases are not in the shape
+    # norms and biases are not in the shape
+    assert two.plan.job.shape.trainable == pytest.approx(2 * layer, rel=1e-3)
     assert two.plan.budget.gpu["optimizer"] == pytest.approx(8 * 2 * layer, rel=1e-3)
     assert two.plan.budget.gpu["weights"] < 1.2 * 2 * full.plan.job.shape.parameters
     assert two.plan.fits and not two.split
     lora = planned(configured(model, **keys, finetuning_type="lora", lora_rank=8), monkeypatch)
-    assert lora.plan.budget.gpu["optimizer"] == 8 * count_parameters(configured(model, finetuning_type="lora"), qwen_7b()).trained  # type: ignore[operator]
+    assert (
+        lora.plan.budget.gpu["optimizer"]
+        == 8 * count_parameters(configured(model, finetuning_type="lora"), qwen_7b()).trained
+    )  # type: ignore[operator]
     assert two.plan.budget.gpu_total < full.plan.budget.gpu_total
 
 
 @pytest.mark.parametrize(
     ("keys", "sharding", "split", "place"),
     [
-        ({}, "none", True, "host"),  # 8 bytes a parameter, weights and gradients in fp32, do not fit in 48 GiB
+        # 8 bytes a parameter, weights and gradients in fp32, do not fit in 48 GiB
+        ({}, "none", True, "host"),
         ({"gradient_accumulation_steps": 8}, "none", True, "host"),
         ({"optimizer_placement": "host", "gradient_accumulation_steps": 8}, "none", True, "host"),
         ({"optimizer_placement": "host"}, "fsdp2", True, "host"),
-        ({"optimizer_placement": "host"}, "ddp", False, "host"),  # DDP would reduce bf16 gradients in bf16
+        # DDP would reduce bf16 gradients in bf16
+        ({"optimizer_placement": "host"}, "ddp", False, "host"),
         ({"optimizer_placement": "host", "bf16": False}, "none", False, "host"),
         ({"optimizer_placement": "host", "pure_bf16": True, "bf16": False}, "none", False, "host"),
         ({"optimizer_placement": "host", "finetuning_type": "lora"}, "none", False, "host"),
@@ -124,7 +176,12 @@ def test_frozen_layers_have_no_gradients_and_states(model: str, monkeypatch: pyt
     ],
 )
 def test_when_weights_are_split(
-    keys: dict[str, Any], sharding: str, split: bool, place: str, model: str, monkeypatch: pytest.MonkeyPatch
+    keys: dict[str, Any],
+    sharding: str,
+    split: bool,
+    place: str,
+    model: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cfg = configured(model, **{"bf16": True, **keys})
     memory = planned(cfg, monkeypatch, sharding, world=1 if sharding == "none" else 2, gib=48)
@@ -132,9 +189,18 @@ def test_when_weights_are_split(
 
 
 @pytest.mark.parametrize(
-    ("keys", "width"), [({}, 4), ({"tf32": True}, 4), ({"bf16": True}, 2), ({"fp16": True}, 2), ({"pure_bf16": True, "bf16": True}, 2)]
+    ("keys", "width"),
+    [
+        ({}, 4),
+        ({"tf32": True}, 4),
+        ({"bf16": True}, 2),
+        ({"fp16": True}, 2),
+        ({"pure_bf16": True, "bf16": True}, 2),
+    ],
 )
-def test_the_plan_is_for_the_precision_of_the_run(keys: dict[str, Any], width: int, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_is_for_the_precision_of_the_run(
+    keys: dict[str, Any], width: int, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = planned(configured(model, **keys, use_cpu=False), monkeypatch).plan
     assert plan.job.shape.width == width
     assert ("Set bf16: true" in plan.table) == (width == 4)
@@ -144,18 +210,25 @@ def test_the_plan_is_for_the_precision_of_the_run(keys: dict[str, Any], width: i
 def test_sums_of_micro_batches_are_in_the_plan(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = {"bf16": True, "optimizer_placement": "host"}
     one, eight = (
-        planned(configured(model, **keys, gradient_accumulation_steps=n), monkeypatch).plan.budget.host["optimizer"] for n in (1, 8)
+        planned(
+            configured(model, **keys, gradient_accumulation_steps=n), monkeypatch
+        ).plan.budget.host["optimizer"]
+        for n in (1, 8)
     )
     assert eight - one == 4 * count_parameters(configured(model), qwen_7b()).total
 
 
-def test_without_a_gpu_the_user_still_chooses_the_optimizer(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = planned(configured(model, bf16=True, optimizer_placement="host"), monkeypatch, cuda=False)
+def test_without_a_gpu_the_user_still_chooses_the_optimizer(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = planned(
+        configured(model, bf16=True, optimizer_placement="host"), monkeypatch, cuda=False
+    )
     assert memory.split and memory.plan.settings.optimizer == "host"
     assert not planned(configured(model, bf16=True), monkeypatch, cuda=False).split
 
 
-# ---- updates during backward ----------------------------------------------------------------------------------------------------------
+# ---- updates during backward ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -172,16 +245,29 @@ def test_without_a_gpu_the_user_still_chooses_the_optimizer(model: str, monkeypa
 )
 @pytest.mark.parametrize("cuda", [True, False])
 def test_when_updates_are_made_during_backward(
-    keys: dict[str, Any], sharding: str, refused: str | None, cuda: bool, model: str, monkeypatch: pytest.MonkeyPatch
+    keys: dict[str, Any],
+    sharding: str,
+    refused: str | None,
+    cuda: bool,
+    model: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    base = {"bf16": True, "optimizer_placement": "host", "optimizer_overlap": True, "max_grad_norm": 0}
+    base = {
+        "bf16": True,
+        "optimizer_placement": "host",
+        "optimizer_overlap": True,
+        "max_grad_norm": 0,
+    }
     cfg = configured(model, **{**base, **keys})
     if refused is not None:
         with pytest.raises(UserError, match=refused):
             planned(cfg, monkeypatch, sharding, world=1 if sharding == "none" else 2, cuda=cuda)
         return
     found = planned(cfg, monkeypatch, sharding, world=1 if sharding == "none" else 2, cuda=cuda)
-    assert found.plan.job.overlaps == keys.get("optimizer_overlap", True) and found.plan.settings.optimizer == "host"
+    assert (
+        found.plan.job.overlaps == keys.get("optimizer_overlap", True)
+        and found.plan.settings.optimizer == "host"
+    )
 
 
 @pytest.mark.parametrize(
@@ -195,7 +281,11 @@ def test_when_updates_are_made_during_backward(
     ],
 )
 def test_gradients_leave_where_they_are_final(
-    sharding: str, keys: dict[str, Any], refused: str | None, model: str, monkeypatch: pytest.MonkeyPatch
+    sharding: str,
+    keys: dict[str, Any],
+    refused: str | None,
+    model: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     world = 1 if sharding == "none" else 2
     asked = {"bf16": True, "optimizer_placement": "host", "offload_gradients": True, **keys}
@@ -207,11 +297,18 @@ def test_gradients_leave_where_they_are_final(
         assert not found.job.leavable and found.settings.gradients == "gpu"
         return
     for cuda in (True, False):
-        assert planned(configured(model, **asked), monkeypatch, sharding, world=world, cuda=cuda).plan.settings.gradients == "host"
+        assert (
+            planned(
+                configured(model, **asked), monkeypatch, sharding, world=world, cuda=cuda
+            ).plan.settings.gradients
+            == "host"
+        )
 
 
 def test_gradients_leave_where_room_is_short(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By themselves only where that makes a row fit; they take host memory, unless sums of micro-batches hold them."""
+    """By themselves only where that makes a row fit; they take host memory, unless sums of
+    micro-batches hold them.
+    """
     job = planned(configured(model, bf16=True, optimizer_placement="host"), monkeypatch).plan.job
     job = dataclasses.replace(job, machine=dataclasses.replace(job.machine, host_bytes=10**13))
     assert job.leavable and choose(dataclasses.replace(job, tokens=32768))[0].gradients == "gpu"
@@ -221,26 +318,38 @@ def test_gradients_leave_where_room_is_short(model: str, monkeypatch: pytest.Mon
     assert fits and (chosen.optimizer, chosen.gradients) == ("host", "host")
     assert needs.host["gradients"] == 2 * job.shape.trainable
     assert "gradients" not in budget(dataclasses.replace(job, accumulates=True), chosen).host
-    more, less = (moments(job, dataclasses.replace(chosen, gradients=g))[2]["gradients"] for g in ("gpu", "host"))
+    more, less = (
+        moments(job, dataclasses.replace(chosen, gradients=g))[2]["gradients"]
+        for g in ("gpu", "host")
+    )
     assert more == 2 * job.shape.trainable and less == 2 * (LEAVING + job.shape.head_parameters)
 
 
-def test_the_plan_hides_updates_and_lets_gradients_go(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_hides_updates_and_lets_gradients_go(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert LEAVING == host_jobs.AHEAD * optimizer.BLOCK
     keys = {"bf16": True, "optimizer_placement": "host"}
     after = planned(configured(model, **keys), monkeypatch).plan.job
-    during = planned(configured(model, **keys, max_grad_norm=0, optimizer_overlap=True), monkeypatch).plan.job
+    during = planned(
+        configured(model, **keys, max_grad_norm=0, optimizer_overlap=True), monkeypatch
+    ).plan.job
     assert dataclasses.replace(during, overlaps=False) == after
     host, gpu = Choice(optimizer="host"), Choice()
     gradients = [moments(job, host)[2]["gradients"] for job in (after, during)]
     assert gradients[0] == 2 * after.shape.trainable
     assert gradients[1] == 2 * (LEAVING + after.shape.head_parameters) < 0.3 * gradients[0]
-    assert moments(during, gpu) == moments(after, gpu) and seconds(during, gpu) == seconds(after, gpu)
-    early = dataclasses.replace(during, master=4, accumulates=True)  # fp32 gradients are summed where they are
+    assert moments(during, gpu) == moments(after, gpu) and seconds(during, gpu) == seconds(
+        after, gpu
+    )
+    # fp32 gradients are summed where they are
+    early = dataclasses.replace(during, master=4, accumulates=True)
     assert moments(early, host)[2]["gradients"] == 4 * after.shape.trainable
 
     longer = dataclasses.replace(after, tokens=262144), dataclasses.replace(during, tokens=262144)
-    whole = seconds(longer[0], host) - seconds(dataclasses.replace(longer[0], machine=endless(after.machine)), host)
+    whole = seconds(longer[0], host) - seconds(
+        dataclasses.replace(longer[0], machine=endless(after.machine)), host
+    )
     saved = seconds(longer[0], host) - seconds(longer[1], host)
     assert 0.9 * whole < saved < whole, "all but the last gradient's"
     short = [seconds(dataclasses.replace(job, tokens=512), host) for job in (after, during)]
@@ -252,7 +361,7 @@ def endless(machine: Any) -> Any:
     return dataclasses.replace(machine, host_memory=1e30, copies=1e30)
 
 
-# ---- states in 4, 8 and 16 bit ---------------------------------------------------------------------------------------------------------
+# ---- states in 4, 8 and 16 bit -------------------------------------------------------------------
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
@@ -274,15 +383,23 @@ def test_narrow_states_are_counted_as_they_are(
     optim: str, package: str, width: str, size: int, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = configured(model, bf16=True, optim=optim)
-    with pytest.raises(UserError, match=f"optim: {optim} needs {package}. Run: pip install {package}"):
+    with pytest.raises(
+        UserError, match=f"optim: {optim} needs {package}. Run: pip install {package}"
+    ):
         planned(cfg, monkeypatch)
     installed(monkeypatch, package)
     found = planned(cfg, monkeypatch, gib=48)  # where fp32 states would go to the host
     assert found.plan.settings.optimizer == "gpu" and not found.split
-    assert found.narrow is not None and (found.narrow.width, found.narrow.package) == (width, package)
+    assert found.narrow is not None and (found.narrow.width, found.narrow.package) == (
+        width,
+        package,
+    )
     shape = found.plan.job.shape
-    embedding = shape.head_parameters * (6 if package == "bitsandbytes" else 0)  # whose states stay fp32
-    assert found.plan.budget.gpu["optimizer"] == pytest.approx(size * shape.trainable + embedding, rel=1e-3)
+    # whose states stay fp32
+    embedding = shape.head_parameters * (6 if package == "bitsandbytes" else 0)
+    assert found.plan.budget.gpu["optimizer"] == pytest.approx(
+        size * shape.trainable + embedding, rel=1e-3
+    )
     lora = planned(configured(model, bf16=True, optim=optim, finetuning_type="lora"), monkeypatch)
     assert lora.plan.budget.gpu["optimizer"] == size * lora.plan.job.shape.trainable
     if package == "bitsandbytes":
@@ -296,9 +413,13 @@ def test_states_of_pure_bf16_are_bf16(model: str, monkeypatch: pytest.MonkeyPatc
     found = planned(configured(model, pure_bf16=True, optimizer_placement="gpu"), monkeypatch)
     assert found.narrow is not None and (found.narrow.width, found.narrow.package) == ("bf16", None)
     assert found.plan.budget.gpu["optimizer"] == 4 * found.plan.job.shape.trainable
-    assert planned(configured(model, bf16=True, optimizer_placement="gpu"), monkeypatch).narrow is None
+    assert (
+        planned(configured(model, bf16=True, optimizer_placement="gpu"), monkeypatch).narrow is None
+    )
 
 
-def test_other_optimizers_are_not_sent_to_the_host(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_optimizers_are_not_sent_to_the_host(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = planned(configured(model, bf16=True, optim="adafactor"), monkeypatch, gib=48)
     assert found.plan.settings.optimizer == "gpu" and not found.split and found.narrow is None

@@ -1,4 +1,6 @@
-"""Runs with AdamW on the host or beside split weights resume bit for bit; what cannot be resumed is refused with a sentence."""
+"""Runs with AdamW on the host or beside split weights resume bit for bit; what cannot be resumed is
+refused with a sentence.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +34,17 @@ from manual_runs import manual_run
 
 
 def train(keys: dict[str, Any], sharding: str = "none") -> tuple[list[dict[str, float]], list[str]]:
-    """Body of a rank: one run. The trainer's log; names of its optimizer, its sharding, and the types of its trained weights."""
+    """Body of a rank: one run. The trainer's log; names of its optimizer, its sharding, and the
+    types of its trained weights.
+    """
     import os
 
     import cpu_sharding
     from longfactory.config import from_mapping
     from longfactory.train import run as module
 
-    before = dict(os.environ)  # FSDP is asked for through the environment, and this process serves other tests
+    # FSDP is asked for through the environment, and this process serves other tests
+    before = dict(os.environ)
     os.environ["LONGFACTORY_CACHE"] = keys["cache"]
     if sharding == "fsdp2":
         cpu_sharding.install_fsdp()
@@ -52,7 +57,13 @@ def train(keys: dict[str, Any], sharding: str = "none") -> tuple[list[dict[str, 
 
     def watched(self: SplitAdamW, p: Any, group: Any, last: bool) -> None:
         leave(self, p, group, last)
-        left.add("kept during backward" if p in self._away else "updated during backward" if last else "summed during backward")
+        left.add(
+            "kept during backward"
+            if p in self._away
+            else "updated during backward"
+            if last
+            else "summed during backward"
+        )
 
     SplitAdamW._leave = watched  # type: ignore[method-assign]
     module.make_trainer = lambda *a, **k: seen.append(make(*a, **k)) or seen[-1]
@@ -65,9 +76,14 @@ def train(keys: dict[str, Any], sharding: str = "none") -> tuple[list[dict[str, 
         os.environ.clear()
         os.environ.update(before)
     trainer = seen[0]
-    kinds = {type(trainer.optimizer.optimizer).__name__, str(trainer.accelerator.distributed_type).rsplit(".", 1)[-1]}
+    kinds = {
+        type(trainer.optimizer.optimizer).__name__,
+        str(trainer.accelerator.distributed_type).rsplit(".", 1)[-1],
+    }
     kinds |= left
-    kinds |= {str(p.dtype).rsplit(".", 1)[-1] for p in trainer.model.parameters() if p.requires_grad}
+    kinds |= {
+        str(p.dtype).rsplit(".", 1)[-1] for p in trainer.model.parameters() if p.requires_grad
+    }
     return trainer.state.log_history, sorted(kinds)
 
 
@@ -126,11 +142,16 @@ def same_files(a: Path, b: Path) -> None:
     assert all(torch.equal(one[n], two[n]) for n in one) and one.keys() == two.keys()
     one, two = whole_states(a), whole_states(b)
     assert all(torch.equal(one[n], two[n]) for n in one) and one.keys() == two.keys()
-    assert json.loads((a / INDEX).read_text())["parameters"] == json.loads((b / INDEX).read_text())["parameters"]
+    assert (
+        json.loads((a / INDEX).read_text())["parameters"]
+        == json.loads((b / INDEX).read_text())["parameters"]
+    )
 
 
 def nearly_same_moments(a: Path, b: Path) -> None:
-    """Three steps after the checkpoint three quarters of the first moments are still the checkpoint's."""
+    """Three steps after the checkpoint three quarters of the first moments are still the
+    checkpoint's.
+    """
     one, two = whole_states(a), whole_states(b)
     for name in one:
         if name.endswith("exp_avg"):
@@ -139,7 +160,11 @@ def nearly_same_moments(a: Path, b: Path) -> None:
 
 CASES = {
     "split, fsdp2": ("fsdp2", 2, {}),
-    "split, fsdp2, two ranks a row, accumulated": ("fsdp2", 2, {"sequence_parallel_size": 2, "gradient_accumulation_steps": 2}),
+    "split, fsdp2, two ranks a row, accumulated": (
+        "fsdp2",
+        2,
+        {"sequence_parallel_size": 2, "gradient_accumulation_steps": 2},
+    ),
     "fp32, fsdp2": ("fsdp2", 2, {"bf16": False}),
     "lora, fsdp2": ("fsdp2", 2, {"finetuning_type": "lora", "loraplus_lr_ratio": 4.0}),
     "fp32, ddp": ("ddp", 2, {"bf16": False}),
@@ -150,22 +175,35 @@ CASES = {
 @pytest.mark.processes
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", list(CASES))
-def test_a_resumed_run_is_the_uninterrupted_one_in_every_bit(case: str, base: dict[str, Any], tmp_path: Path, alone: Any) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one_in_every_bit(
+    case: str, base: dict[str, Any], tmp_path: Path, alone: Any
+) -> None:
     sharding, world, changes = CASES[case]
 
     def started(keys: dict[str, Any]) -> Any:
-        return alone(keys) if world == 1 else run_ranks(world, train, keys, sharding, timeout=300)[0]
+        return (
+            alone(keys) if world == 1 else run_ranks(world, train, keys, sharding, timeout=300)[0]
+        )
 
     keys = {**base, **changes, "output_dir": str(tmp_path / "a")}
     log, kinds = started(keys)
-    assert "SplitAdamW" in kinds and {"fsdp2": "FSDP", "ddp": "MULTI_CPU", "none": "NO"}[sharding] in kinds
+    assert (
+        "SplitAdamW" in kinds
+        and {"fsdp2": "FSDP", "ddp": "MULTI_CPU", "none": "NO"}[sharding] in kinds
+    )
     assert ("bfloat16" in kinds) == case.startswith("split")
     shutil.copytree(tmp_path / "a" / "checkpoint-3", tmp_path / "b" / "checkpoint-3")
-    resumed = {**keys, "output_dir": str(tmp_path / "b"), "resume_from_checkpoint": str(tmp_path / "b" / "checkpoint-3")}
+    resumed = {
+        **keys,
+        "output_dir": str(tmp_path / "b"),
+        "resume_from_checkpoint": str(tmp_path / "b" / "checkpoint-3"),
+    }
     again, _ = started(resumed)
     assert losses(again) == losses(log) and len(losses(log)) == 6
     if case.startswith("lora"):
-        one, two = (load_file(tmp_path / x / "checkpoint-6" / "adapter_model.safetensors") for x in "ab")
+        one, two = (
+            load_file(tmp_path / x / "checkpoint-6" / "adapter_model.safetensors") for x in "ab"
+        )
         assert all(torch.equal(one[n], two[n]) for n in one)
     else:
         same_files(tmp_path / "a" / "checkpoint-6", tmp_path / "b" / "checkpoint-6")
@@ -177,25 +215,54 @@ def test_a_resumed_run_is_the_uninterrupted_one_in_every_bit(case: str, base: di
 
 @pytest.mark.processes
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("case", ["split, fsdp2, two ranks a row, accumulated", "lora, fsdp2", "split, one process"])
-def test_gradients_that_leave_during_backward_change_no_bit(case: str, base: dict[str, Any], tmp_path: Path, alone: Any) -> None:
-    """They stay, they wait on the host, or they update at once. Clipped to a norm that no gradient has, or not, as updates at once need it.
-    Saved and resumed in between."""
+@pytest.mark.parametrize(
+    "case", ["split, fsdp2, two ranks a row, accumulated", "lora, fsdp2", "split, one process"]
+)
+def test_gradients_that_leave_during_backward_change_no_bit(
+    case: str, base: dict[str, Any], tmp_path: Path, alone: Any
+) -> None:
+    """They stay, they wait on the host, or they update at once. Clipped to a norm that no gradient
+    has, or not, as updates at once need it. Saved and resumed in between."""
     sharding, world, changes = CASES[case]
     logs, expected = [], {"a": [], "b": ["updated during backward"], "c": ["kept during backward"]}
-    for name, how in (("a", {"offload_gradients": False}), ("b", {"optimizer_overlap": True}), ("c", {"offload_gradients": True})):
-        keys = {**base, **changes, **how, "max_grad_norm": 0 if name == "b" else 1e9, "output_dir": str(tmp_path / name)}
+    for name, how in (
+        ("a", {"offload_gradients": False}),
+        ("b", {"optimizer_overlap": True}),
+        ("c", {"offload_gradients": True}),
+    ):
+        keys = {
+            **base,
+            **changes,
+            **how,
+            "max_grad_norm": 0 if name == "b" else 1e9,
+            "output_dir": str(tmp_path / name),
+        }
         for steps in (3, 6):
-            keys |= {"max_steps": steps, "lr_scheduler_type": "constant_with_warmup", "overwrite_output_dir": False}
-            log, kinds = alone(keys) if world == 1 else run_ranks(world, train, keys, sharding, timeout=300)[0]
-            assert [k for k in ("updated during backward", "kept during backward") if k in kinds] == expected[name]
+            keys |= {
+                "max_steps": steps,
+                "lr_scheduler_type": "constant_with_warmup",
+                "overwrite_output_dir": False,
+            }
+            log, kinds = (
+                alone(keys)
+                if world == 1
+                else run_ranks(world, train, keys, sharding, timeout=300)[0]
+            )
+            assert [
+                k for k in ("updated during backward", "kept during backward") if k in kinds
+            ] == expected[name]
         logs.append(log)
-    stays, *others = ([(h["loss"], h["grad_norm"]) for h in log if "grad_norm" in h] for log in logs)
+    stays, *others = (
+        [(h["loss"], h["grad_norm"]) for h in log if "grad_norm" in h] for log in logs
+    )
     for name, leaves in zip("bc", others, strict=True):
         assert [x for x, _ in stays] == [x for x, _ in leaves] and len(stays) == 6
         assert [x for _, x in stays] == pytest.approx([x for _, x in leaves], rel=1e-6)
         if case.startswith("lora"):
-            one, two = (load_file(tmp_path / x / "checkpoint-6" / "adapter_model.safetensors") for x in ("a", name))
+            one, two = (
+                load_file(tmp_path / x / "checkpoint-6" / "adapter_model.safetensors")
+                for x in ("a", name)
+            )
             assert all(torch.equal(one[n], two[n]) for n in one)
         else:
             same_files(tmp_path / "a" / "checkpoint-6", tmp_path / name / "checkpoint-6")
@@ -203,11 +270,24 @@ def test_gradients_that_leave_during_backward_change_no_bit(case: str, base: dic
 
 @pytest.mark.processes
 @pytest.mark.timeout(600)
-def test_another_sequence_parallel_size_resumes_the_same_states(base: dict[str, Any], tmp_path: Path) -> None:
-    """Two ranks a row, then one: the same samples a step, the same shards; sums come in another order, which bf16 weights show."""
-    keys = {**base, "sequence_parallel_size": 2, "gradient_accumulation_steps": 2, "output_dir": str(tmp_path / "a")}
+def test_another_sequence_parallel_size_resumes_the_same_states(
+    base: dict[str, Any], tmp_path: Path
+) -> None:
+    """Two ranks a row, then one: the same samples a step, the same shards; sums come in another
+    order, which bf16 weights show.
+    """
+    keys = {
+        **base,
+        "sequence_parallel_size": 2,
+        "gradient_accumulation_steps": 2,
+        "output_dir": str(tmp_path / "a"),
+    }
     log, _ = run_ranks(2, train, keys, "fsdp2", timeout=300)[0]
-    keys |= {"sequence_parallel_size": 1, "gradient_accumulation_steps": 1, "output_dir": str(tmp_path / "b")}
+    keys |= {
+        "sequence_parallel_size": 1,
+        "gradient_accumulation_steps": 1,
+        "output_dir": str(tmp_path / "b"),
+    }
     keys |= {"resume_from_checkpoint": str(tmp_path / "a" / "checkpoint-3")}
     again, _ = run_ranks(2, train, keys, "fsdp2", timeout=300)[0]
     assert losses(again)[:3] == losses(log)[:3]
@@ -218,7 +298,9 @@ def test_another_sequence_parallel_size_resumes_the_same_states(base: dict[str, 
 @pytest.mark.processes
 @pytest.mark.timeout(600)
 def test_twice_as_many_ranks_go_on(base: dict[str, Any], tmp_path: Path) -> None:
-    """Two ranks, then four that share rows in pairs: the same samples a step, every parameter cut anew."""
+    """Two ranks, then four that share rows in pairs: the same samples a step, every parameter cut
+    anew.
+    """
     keys = {**base, "gradient_accumulation_steps": 2, "output_dir": str(tmp_path / "a")}
     log, _ = run_ranks(2, train, keys, "fsdp2", timeout=300)[0]
     keys |= {"sequence_parallel_size": 2, "output_dir": str(tmp_path / "b")}
@@ -232,10 +314,24 @@ def test_twice_as_many_ranks_go_on(base: dict[str, Any], tmp_path: Path) -> None
 
 @pytest.mark.processes
 @pytest.mark.timeout(600)
-def test_the_best_model_is_loaded_and_old_checkpoints_go(base: dict[str, Any], tmp_path: Path) -> None:
-    keys = {**base, "eval_dataset": "manual_sft_eval", "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 4}
+def test_the_best_model_is_loaded_and_old_checkpoints_go(
+    base: dict[str, Any], tmp_path: Path
+) -> None:
+    keys = {
+        **base,
+        "eval_dataset": "manual_sft_eval",
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_steps": 1,
+        "max_steps": 4,
+    }
     # Growing steps make the model worse after the first.
-    keys |= {"learning_rate": 0.3, "load_best_model_at_end": True, "save_total_limit": 2, "output_dir": str(tmp_path / "a")}
+    keys |= {
+        "learning_rate": 0.3,
+        "load_best_model_at_end": True,
+        "save_total_limit": 2,
+        "output_dir": str(tmp_path / "a"),
+    }
     log, kinds = run_ranks(2, train, keys, "fsdp2", timeout=300)[0]
     assert "SplitAdamW" in kinds and "bfloat16" in kinds
     values = [h["eval_loss"] for h in log if "eval_loss" in h]
@@ -244,10 +340,16 @@ def test_the_best_model_is_loaded_and_old_checkpoints_go(base: dict[str, Any], t
     assert best < 4, "the test needs a best model that is not the last"
     left = sorted(p.name for p in (tmp_path / "a").glob("checkpoint-*"))
     assert left == [f"checkpoint-{best}", "checkpoint-4"]
-    final, kept = (load_file(x / "model.safetensors") for x in (tmp_path / "a", tmp_path / "a" / f"checkpoint-{best}"))
+    final, kept = (
+        load_file(x / "model.safetensors")
+        for x in (tmp_path / "a", tmp_path / "a" / f"checkpoint-{best}")
+    )
     assert all(torch.equal(final[n], kept[n]) for n in kept)
     # And the best checkpoint can be gone on from.
-    keys |= {"resume_from_checkpoint": str(tmp_path / "a" / f"checkpoint-{best}"), "output_dir": str(tmp_path / "b")}
+    keys |= {
+        "resume_from_checkpoint": str(tmp_path / "a" / f"checkpoint-{best}"),
+        "output_dir": str(tmp_path / "b"),
+    }
     keys |= {"load_best_model_at_end": False}
     again, _ = run_ranks(2, train, keys, "fsdp2", timeout=300)[0]
     assert [h["eval_loss"] for h in again if "eval_loss" in h][:4] == values[:4]
@@ -266,22 +368,35 @@ def test_the_best_model_is_loaded_and_old_checkpoints_go(base: dict[str, Any], t
     ],
 )
 def test_what_cannot_be_resumed_is_refused(
-    saved: dict[str, Any], resumed: dict[str, Any], message: str, base: dict[str, Any], tmp_path: Path, alone: Any
+    saved: dict[str, Any],
+    resumed: dict[str, Any],
+    message: str,
+    base: dict[str, Any],
+    tmp_path: Path,
+    alone: Any,
 ) -> None:
     keys = {**base, "max_steps": 2, "save_steps": 1}
     alone({**keys, **saved, "output_dir": str(tmp_path / "a")})
-    keys |= {"resume_from_checkpoint": str(tmp_path / "a" / "checkpoint-1"), "output_dir": str(tmp_path / "b"), **resumed}
+    keys |= {
+        "resume_from_checkpoint": str(tmp_path / "a" / "checkpoint-1"),
+        "output_dir": str(tmp_path / "b"),
+        **resumed,
+    }
     with pytest.raises(UserError, match=message):
         alone(keys)
 
 
-# ---- the files themselves -----------------------------------------------------------------------------------------------------------
+# ---- the files themselves ------------------------------------------------------------------------
 
 
 def stepped(sharded: bool, steps: int = 3) -> tuple[nn.Module, SplitAdamW]:
-    """A small bf16 model after some steps whose gradients are the same on every rank, and the same for whole and sharded parameters."""
+    """A small bf16 model after some steps whose gradients are the same on every rank, and the same
+    for whole and sharded parameters.
+    """
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 11, dtype=torch.bfloat16), nn.Linear(11, 1, dtype=torch.bfloat16))
+    model = nn.Sequential(
+        nn.Linear(6, 11, dtype=torch.bfloat16), nn.Linear(11, 1, dtype=torch.bfloat16)
+    )
     for name, p in model.named_parameters():
         p.requires_grad_(name != "1.bias")
     if sharded:
@@ -290,7 +405,9 @@ def stepped(sharded: bool, steps: int = 3) -> tuple[nn.Module, SplitAdamW]:
 
         fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     weights = [p for n, p in model.named_parameters() if n != "1.bias"]
-    optimizer = SplitAdamW([{"params": weights[:1], "lr": 0.3}, {"params": weights[1:], "weight_decay": 0.0}], lr=0.1)
+    optimizer = SplitAdamW(
+        [{"params": weights[:1], "lr": 0.3}, {"params": weights[1:], "weight_decay": 0.0}], lr=0.1
+    )
     g = torch.Generator().manual_seed(1)
     for _ in range(steps):
         for p in weights:
@@ -315,22 +432,30 @@ def load_sharded(folder: str) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     model, optimizer = stepped(sharded=True, steps=0)
     load_states(optimizer, model.named_parameters(), folder)
     names = {p: n for n, p in model.named_parameters()}
-    states = {f"{names[p]}/{key}": t for p, state in optimizer.state.items() for key, t in state.items()}
+    states = {
+        f"{names[p]}/{key}": t for p, state in optimizer.state.items() for key, t in state.items()
+    }
     return states, [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize(("saved", "loaded"), [(2, 2), (3, 2), (2, 3), (1, 3), (3, 1)])
-def test_any_number_of_ranks_reads_what_any_other_wrote(saved: int, loaded: int, tmp_path: Path) -> None:
+def test_any_number_of_ranks_reads_what_any_other_wrote(
+    saved: int, loaded: int, tmp_path: Path
+) -> None:
     # 11 rows on 3 ranks are 4, 4 and 3; the one row of the second weight leaves ranks with nothing.
     run_ranks(saved, save_sharded, str(tmp_path))
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([INDEX, *(states_file(r, saved) for r in range(saved))])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        [INDEX, *(states_file(r, saved) for r in range(saved))]
+    )
     written = whole_states(tmp_path)
     assert len(written) == 9
     answers = run_ranks(loaded, load_sharded, str(tmp_path))
     for name, whole in written.items():
         parts = [states[name] for states, _ in answers]
-        assert [len(t) for t in parts] == [b - a for a, b in (chunk(len(whole), loaded, r) for r in range(loaded))]
+        assert [len(t) for t in parts] == [
+            b - a for a, b in (chunk(len(whole), loaded, r) for r in range(loaded))
+        ]
         assert torch.equal(torch.cat(parts), whole) and parts[0].dtype == whole.dtype
     _, made = stepped(sharded=False)
     for states, groups in answers:
@@ -340,7 +465,9 @@ def test_any_number_of_ranks_reads_what_any_other_wrote(saved: int, loaded: int,
     names = ["0.weight", "0.bias", "1.weight"]
     for name, p in zip(names, [p for g in made.param_groups for p in g["params"]], strict=True):
         for key in ("exp_avg", "exp_avg_sq"):
-            torch.testing.assert_close(written[f"{name}/{key}"], made.state[p][key], rtol=1e-5, atol=1e-9)
+            torch.testing.assert_close(
+                written[f"{name}/{key}"], made.state[p][key], rtol=1e-5, atol=1e-9
+            )
 
 
 def test_the_master_weight_comes_back_exactly(tmp_path: Path) -> None:
@@ -349,11 +476,15 @@ def test_the_master_weight_comes_back_exactly(tmp_path: Path) -> None:
     with safe_open(tmp_path / states_file(0, 1), framework="pt") as f:
         for name, p in model.named_parameters():
             if p in optimizer.state:
-                assert torch.equal(join(p.detach(), f.get_tensor(f"{name}/low")), optimizer.master(p))
+                assert torch.equal(
+                    join(p.detach(), f.get_tensor(f"{name}/low")), optimizer.master(p)
+                )
                 assert not torch.equal(p.detach().float(), optimizer.master(p))
 
 
-def test_a_folder_that_was_being_written_again_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_was_being_written_again_holds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its index is of the earlier writing, its files may be of both."""
     model, optimizer = stepped(sharded=False)
     save_states(optimizer, model.named_parameters(), tmp_path)

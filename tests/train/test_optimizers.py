@@ -25,9 +25,20 @@ from longfactory.train.optimizers import one_dtype_each, optimizer_factory
 from longfactory.train.trainer import RowTrainer
 
 
-def memory(placement: str, split: bool, overlaps: bool = False, narrow: Narrow | None = None, gradients: str = "gpu") -> Memory:
-    settings = types.SimpleNamespace(optimizer=placement, gradients=gradients if placement == "host" else "gpu")
-    choice, job = types.SimpleNamespace(gradients=gradients), types.SimpleNamespace(overlaps=overlaps)
+def memory(
+    placement: str,
+    split: bool,
+    overlaps: bool = False,
+    narrow: Narrow | None = None,
+    gradients: str = "gpu",
+) -> Memory:
+    settings = types.SimpleNamespace(
+        optimizer=placement, gradients=gradients if placement == "host" else "gpu"
+    )
+    choice, job = (
+        types.SimpleNamespace(gradients=gradients),
+        types.SimpleNamespace(overlaps=overlaps),
+    )
     plan = types.SimpleNamespace(settings=settings, choice=choice, job=job)
     return Memory(plan, split, narrow)  # type: ignore[arg-type]
 
@@ -40,7 +51,14 @@ def configured(optim: str = "adamw_torch", ratio: float | None = None) -> Any:
 def arguments(folder: Path, **changes: Any) -> Any:
     from transformers import TrainingArguments
 
-    keys = {"learning_rate": 1e-3, "adam_beta2": 0.95, "adam_epsilon": 1e-7, "weight_decay": 0.1, "report_to": "none", "use_cpu": True}
+    keys = {
+        "learning_rate": 1e-3,
+        "adam_beta2": 0.95,
+        "adam_epsilon": 1e-7,
+        "weight_decay": 0.1,
+        "report_to": "none",
+        "use_cpu": True,
+    }
     keys |= {"label_names": [], "remove_unused_columns": False, "disable_tqdm": True}
     return TrainingArguments(output_dir=str(folder), **{**keys, **changes})
 
@@ -56,12 +74,28 @@ def test_lora_plus_on_the_host_follows_torch(tmp_path: Path) -> None:
     a = make(ours, types.SimpleNamespace(args=args))
     settings = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     b = create_loraplus_optimizer(
-        theirs, torch.optim.AdamW, lr=args.learning_rate, loraplus_lr_ratio=16.0, loraplus_weight_decay=args.weight_decay, **settings
+        theirs,
+        torch.optim.AdamW,
+        lr=args.learning_rate,
+        loraplus_lr_ratio=16.0,
+        loraplus_weight_decay=args.weight_decay,
+        **settings,
     )
     assert isinstance(a, SplitAdamW) and a.placement == "host"
-    rates = {n: g["lr"] for g in a.param_groups for n, p in ours.named_parameters() if any(p is q for q in g["params"])}
-    assert {r for n, r in rates.items() if "lora_B" in n} == {16e-3} and {r for n, r in rates.items() if "lora_A" in n} == {1e-3}
-    trained = [(p, q) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True) if p.requires_grad]
+    rates = {
+        n: g["lr"]
+        for g in a.param_groups
+        for n, p in ours.named_parameters()
+        if any(p is q for q in g["params"])
+    }
+    assert {r for n, r in rates.items() if "lora_B" in n} == {16e-3} and {
+        r for n, r in rates.items() if "lora_A" in n
+    } == {1e-3}
+    trained = [
+        (p, q)
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True)
+        if p.requires_grad
+    ]
     assert len(trained) == len(rates) == 12
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: 1 / (1 + s)) for o in (a, b)]
     g = torch.Generator().manual_seed(3)
@@ -80,10 +114,16 @@ def test_lora_plus_on_the_gpu_is_torch(tmp_path: Path) -> None:
     make = optimizer_factory(configured(ratio=16.0), memory("gpu", False))
     assert make is not None
     trainer = types.SimpleNamespace(
-        args=arguments(tmp_path), get_optimizer_cls_and_kwargs=lambda args, model: (torch.optim.AdamW, {"lr": args.learning_rate})
+        args=arguments(tmp_path),
+        get_optimizer_cls_and_kwargs=lambda args, model: (
+            torch.optim.AdamW,
+            {"lr": args.learning_rate},
+        ),
     )
     optimizer = make(add_lora(tiny("llama")), trainer)
-    assert type(optimizer) is torch.optim.AdamW and {g["lr"] for g in optimizer.param_groups if g["params"]} == {1e-3, 16e-3}
+    assert type(optimizer) is torch.optim.AdamW and {
+        g["lr"] for g in optimizer.param_groups if g["params"]
+    } == {1e-3, 16e-3}
 
 
 @pytest.mark.parametrize(("placement", "split"), [("host", False), ("gpu", True)])
@@ -93,18 +133,32 @@ def test_other_optimizers_are_refused_on_the_host(placement: str, split: bool) -
     assert optimizer_factory(configured("adafactor"), memory("gpu", False)) is None
 
 
-@pytest.mark.parametrize("name", ["adamw_torch_8bit", "adamw_torch_4bit", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit"])
+@pytest.mark.parametrize(
+    "name",
+    ["adamw_torch_8bit", "adamw_torch_4bit", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit"],
+)
 def test_narrow_states_are_never_exchanged_for_wide_ones(name: str) -> None:
     for placement, split in (("host", False), ("host", True), ("gpu", True)):
         with pytest.raises(UserError, match=f"optim: {name} cannot keep its states on the host"):
             optimizer_factory(configured(name), memory(placement, split))
 
 
-def test_what_is_not_usual_is_in_the_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_usual_is_in_the_log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(logging.getLogger("longfactory"), "propagate", True)
     caplog.set_level("INFO", "longfactory")
-    assert optimizer_factory(configured("adamw_8bit"), memory("gpu", False, narrow=Narrow("8 bit", 2, "bitsandbytes"))) is None
-    assert optimizer_factory(configured(), memory("gpu", False, narrow=Narrow("bf16", 4, None))) is None
+    assert (
+        optimizer_factory(
+            configured("adamw_8bit"),
+            memory("gpu", False, narrow=Narrow("8 bit", 2, "bitsandbytes")),
+        )
+        is None
+    )
+    assert (
+        optimizer_factory(configured(), memory("gpu", False, narrow=Narrow("bf16", 4, None)))
+        is None
+    )
     optimizer_factory(configured(), memory("host", True, overlaps=True))
     assert caplog.messages == [
         "AdamW states in 8 bit (bitsandbytes): not the exact fp32 trajectory.",
@@ -116,15 +170,26 @@ def test_what_is_not_usual_is_in_the_log(caplog: pytest.LogCaptureFixture, monke
     assert not caplog.messages
     optimizer_factory(configured(), memory("gpu", False, overlaps=True))
     optimizer_factory(configured(), memory("gpu", True, gradients="host"))
-    assert [m.split(":")[0] for m in caplog.messages] == ["optimizer_overlap does nothing here", "offload_gradients does nothing here"]
+    assert [m.split(":")[0] for m in caplog.messages] == [
+        "optimizer_overlap does nothing here",
+        "offload_gradients does nothing here",
+    ]
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize("clip", [0.01, 0.0])
-def test_a_run_sums_micro_batches_in_fp32_and_clips_without_rounding(clip: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_sums_micro_batches_in_fp32_and_clips_without_rounding(
+    clip: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """7 samples, 3 a step: the last step of the epoch has one micro-batch."""
     cpu_sharding.reset()
-    args = arguments(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=3, num_train_epochs=1, max_grad_norm=clip)
+    args = arguments(
+        tmp_path,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=3,
+        num_train_epochs=1,
+        max_grad_norm=clip,
+    )
     args.logging_steps = 1
     model = tiny("llama").to(torch.bfloat16)
     model.set_attn_implementation(hf.ATTENTION)
@@ -167,7 +232,9 @@ def test_a_run_sums_micro_batches_in_fp32_and_clips_without_rounding(clip: float
     assert [n for n, _, _ in steps] == [3, 3, 1]
     logged = [h["grad_norm"] for h in trainer.state.log_history if "grad_norm" in h]
     assert logged == pytest.approx([norm for _, norm, _ in steps], rel=1e-6)
-    assert [s for _, _, s in steps] == pytest.approx([min(1.0, clip / norm) if clip else 1.0 for _, norm, _ in steps], rel=1e-3)
+    assert [s for _, _, s in steps] == pytest.approx(
+        [min(1.0, clip / norm) if clip else 1.0 for _, norm, _ in steps], rel=1e-3
+    )
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
 
 
@@ -175,7 +242,10 @@ def test_groups_of_two_types_are_divided() -> None:
     """In DeepSpeed's flat buffers bf16 weights beside a float32 value head became float32."""
     narrow = [torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16)) for _ in range(2)]
     wide = torch.nn.Parameter(torch.zeros(3))
-    groups = [{"params": [narrow[0], wide, narrow[1]], "weight_decay": 0.1}, {"params": [], "lr": 1.0}]
+    groups = [
+        {"params": [narrow[0], wide, narrow[1]], "weight_decay": 0.1},
+        {"params": [], "lr": 1.0},
+    ]
     assert one_dtype_each(groups) == [
         {"params": narrow, "weight_decay": 0.1},
         {"params": [wide], "weight_decay": 0.1},

@@ -1,4 +1,6 @@
-"""Each fault that a long-sequence trainer can have in silence is found by `verify`, with the sentence that tells which it is."""
+"""Each fault that a long-sequence trainer can have in silence is found by `verify`, with the
+sentence that tells which it is.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,20 @@ from manual_runs import manual_run
 pytestmark = pytest.mark.processes
 
 LORA = {"finetuning_type": "lora"}
-# Where a window is dropped: documents longer than the window, which is longer than a start-up probe of 128 tokens.
+# Where a window is dropped: documents longer than the window, which is longer than a start-up probe
+# of 128 tokens.
 PRETRAINING = {"stage": "pt", "dataset": "manual_pt"}
 WINDOW = {"window": 140, "verify_tokens": 600, **PRETRAINING}
 # fault -> (a part of the sentence that names it, keys)
 FOUND: dict[str, tuple[str, dict[str, Any]]] = {
-    "sequence parallelism silently off": ("Sequence parallelism is off: sequence_parallel_size is 2", {}),
-    "sequence parallelism off behind the context": ("each process computed 160 of the 160 tokens", {}),
+    "sequence parallelism silently off": (
+        "Sequence parallelism is off: sequence_parallel_size is 2",
+        {},
+    ),
+    "sequence parallelism off behind the context": (
+        "each process computed 160 of the 160 tokens",
+        {},
+    ),
     "loss scaled by SP": ("The loss is 2 times what it should be", {}),
     "labels shifted twice": ("labels are shifted twice", {}),
     "prompt tokens trained": ("tokens of its prompt; train_on_prompt is not set", {}),
@@ -33,9 +42,18 @@ FOUND: dict[str, tuple[str, dict[str, Any]]] = {
     "a dead exchange": ("differ in document 1 of row 1", {"per_device_train_batch_size": 1}),
     "gradients divided by SP": ("Every gradient is 0.5 times what it should be", {}),
     "a module left out of the reduction": ("3 trained parameters differ between processes", {}),
-    "a module without gradients": ("No gradient reaches 3 trained parameters: model.layers.1.mlp", {}),
-    "the tower is trained": ("trained parameters get no gradient from any document: model.vision_tower", {"tower": True}),
-    "an adapter that is not saved": ("is not a complete save: 4 of 28 tensors of the model are not in what was saved", LORA),
+    "a module without gradients": (
+        "No gradient reaches 3 trained parameters: model.layers.1.mlp",
+        {},
+    ),
+    "the tower is trained": (
+        "trained parameters get no gradient from any document: model.vision_tower",
+        {"tower": True},
+    ),
+    "an adapter that is not saved": (
+        "is not a complete save: 4 of 28 tensors of the model are not in what was saved",
+        LORA,
+    ),
 }
 FAST = (
     "sequence parallelism silently off",
@@ -85,7 +103,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def with_keys(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`window`: the model becomes a Mistral with a sliding window of so many tokens. `tower`: a Gemma 3 with a vision tower."""
+    """`window`: the model becomes a Mistral with a sliding window of so many tokens. `tower`: a
+    Gemma 3 with a vision tower.
+    """
     keys = {**base, **{k: v for k, v in changes.items() if k not in ("window", "tower")}}
     if "window" not in changes and "tower" not in changes:
         return keys
@@ -99,13 +119,19 @@ def with_keys(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
             tiny_config("gemma3", vocab_size=1024).save_pretrained(folder)
         else:
             config = json.loads((own / "config.json").read_text())
-            config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": changes["window"]}
+            config |= {
+                "model_type": "mistral",
+                "architectures": ["MistralForCausalLM"],
+                "sliding_window": changes["window"],
+            }
             (folder / "config.json").write_text(json.dumps(config))
     return {**keys, "model_name_or_path": str(folder)}
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("fault", [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in FOUND])
+@pytest.mark.parametrize(
+    "fault", [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in FOUND]
+)
 def test_a_planted_fault_is_found_and_named(fault: str, base: dict[str, Any]) -> None:
     sentence, changes = FOUND[fault]
     for exact, said in run_ranks(2, verified_with, with_keys(base, changes), fault, timeout=250):
@@ -114,7 +140,9 @@ def test_a_planted_fault_is_found_and_named(fault: str, base: dict[str, Any]) ->
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("changes", [{}, WINDOW, LORA, {"tower": True}], ids=["plain", "window", "lora", "tower"])
+@pytest.mark.parametrize(
+    "changes", [{}, WINDOW, LORA, {"tower": True}], ids=["plain", "window", "lora", "tower"]
+)
 def test_without_a_fault_the_same_runs_pass(changes: dict[str, Any], base: dict[str, Any]) -> None:
     for exact, said in run_ranks(2, verified_with, with_keys(base, changes), "", timeout=250):
         assert exact, said

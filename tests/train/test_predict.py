@@ -1,4 +1,6 @@
-"""Generated answers: the same from a batch as one by one, from two processes as from one; files and scores."""
+"""Generated answers: the same from a batch as one by one, from two processes as from one; files and
+scores.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,16 @@ def make_tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    raw = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, 97)}}, unk_token="<pad>"))
+    raw = Tokenizer(
+        models.WordLevel(
+            {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, 97)}},
+            unk_token="<pad>",
+        )
+    )
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", bos_token="<s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", bos_token="<s>"
+    )
 
 
 def prepared_model(ctx: sp.SequenceParallel) -> Any:
@@ -42,7 +51,10 @@ def prepared_model(ctx: sp.SequenceParallel) -> Any:
 
 
 DOCUMENTS = [
-    TokenizedDocument([3 + i, 4, 5, *range(20, 20 + i), 9, 2], [IGNORE] * (3 + i) + [9, 2], sample=i) for i in range(5)
+    TokenizedDocument(
+        [3 + i, 4, 5, *range(20, 20 + i), 9, 2], [IGNORE] * (3 + i) + [9, 2], sample=i
+    )
+    for i in range(5)
 ]  # prompts of 3 to 7 tokens
 
 
@@ -51,7 +63,9 @@ def make_trainer(folder: Path, ctx: sp.SequenceParallel, batch: int = 2) -> Any:
     saved: dict[str, Any] = {}
     return SimpleNamespace(
         ctx=ctx,
-        args=SimpleNamespace(eval_batch_size=batch, device=torch.device("cpu"), output_dir=str(folder)),
+        args=SimpleNamespace(
+            eval_batch_size=batch, device=torch.device("cpu"), output_dir=str(folder)
+        ),
         model_wrapped=model,
         accelerator=SimpleNamespace(unwrap_model=lambda m: m),
         compute_loss_context_manager=nullcontext,
@@ -63,13 +77,24 @@ def make_trainer(folder: Path, ctx: sp.SequenceParallel, batch: int = 2) -> Any:
     )
 
 
-def run(folder: Path, ctx: sp.SequenceParallel, sets: dict[str, list[list[TokenizedDocument]]], batch: int = 2) -> dict[str, float]:
+def run(
+    folder: Path,
+    ctx: sp.SequenceParallel,
+    sets: dict[str, list[list[TokenizedDocument]]],
+    batch: int = 2,
+) -> dict[str, float]:
     trainer = make_trainer(folder, ctx, batch)
     trainer.model_wrapped.train()
     metrics = predict(
-        trainer, SimpleNamespace(generating=GREEDY, data=SimpleNamespace(template=None)), make_tokenizer(), SimpleNamespace(eval=sets)
+        trainer,
+        SimpleNamespace(generating=GREEDY, data=SimpleNamespace(template=None)),
+        make_tokenizer(),
+        SimpleNamespace(eval=sets),
     )
-    assert trainer.model_wrapped.training and trainer.model_wrapped.config._attn_implementation == hf.ATTENTION
+    assert (
+        trainer.model_wrapped.training
+        and trainer.model_wrapped.config._attn_implementation == hf.ATTENTION
+    )
     assert trainer.saved == metrics
     return metrics
 
@@ -90,7 +115,8 @@ def greedy_by_hand(prompt: list[int], model: Any = None) -> list[int]:
 
 
 def test_files_of_one_process(tmp_path: Path) -> None:
-    samples = [[d] for d in DOCUMENTS[:3]] + [DOCUMENTS[3:]]  # the last sample is a packed row of two conversations
+    # the last sample is a packed row of two conversations
+    samples = [[d] for d in DOCUMENTS[:3]] + [DOCUMENTS[3:]]
     metrics = run(tmp_path, sp.SequenceParallel.create(1), {"eval": samples})
     tokenizer = make_tokenizer()
     lines = read(tmp_path)
@@ -105,12 +131,16 @@ def test_files_of_one_process(tmp_path: Path) -> None:
 
 
 def on_two_ranks(folder: str) -> dict[str, float]:
-    return run(Path(folder), sp.SequenceParallel.create(1), {"eval": [[d] for d in DOCUMENTS]}, batch=2)
+    return run(
+        Path(folder), sp.SequenceParallel.create(1), {"eval": [[d] for d in DOCUMENTS]}, batch=2
+    )
 
 
 @pytest.mark.processes
 def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
-    """Five questions over two processes with batches of two: one process has a round with nothing of its own."""
+    """Five questions over two processes with batches of two: one process has a round with nothing
+    of its own.
+    """
     one, two = tmp_path / "one", tmp_path / "two"
     run(one, sp.SequenceParallel.create(1), {"eval": [[d] for d in DOCUMENTS]})
     metrics = run_ranks(2, on_two_ranks, str(two))
@@ -120,8 +150,12 @@ def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
 
 @pytest.mark.processes
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize(("sharding", "trained"), [("fsdp2", True), ("fsdp2", False), ("zero2", True)])
-def test_sharded_parameters_write_what_whole_ones_write(sharding: str, trained: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sharding", "trained"), [("fsdp2", True), ("fsdp2", False), ("zero2", True)]
+)
+def test_sharded_parameters_write_what_whole_ones_write(
+    sharding: str, trained: bool, tmp_path: Path
+) -> None:
     if sharding == "zero2":
         pytest.importorskip("deepspeed")
     from invariance_worker import tiny
@@ -131,18 +165,26 @@ def test_sharded_parameters_write_what_whole_ones_write(sharding: str, trained: 
 
     model, start = tiny("llama"), tiny("llama").state_dict()
     weights = torch.load(tmp_path / "weights.pt")
-    assert trained == any((weights[n] - p).abs().max() > 1e-2 for n, p in start.items() if n in weights)
+    assert trained == any(
+        (weights[n] - p).abs().max() > 1e-2 for n, p in start.items() if n in weights
+    )
     model.load_state_dict(weights, strict=False)
     tokenizer = make_tokenizer()
     lines = read(tmp_path)
     assert len(lines) == len(DOCUMENTS)
     for d, line in zip(DOCUMENTS, lines, strict=True):
-        assert line["predict"] == tokenizer.decode(greedy_by_hand(list(d.input_ids[:-2]), model), skip_special_tokens=True)
+        assert line["predict"] == tokenizer.decode(
+            greedy_by_hand(list(d.input_ids[:-2]), model), skip_special_tokens=True
+        )
     assert len({line["predict"] for line in lines}) > 1
 
 
 def test_several_sets_have_their_own_names(tmp_path: Path) -> None:
-    metrics = run(tmp_path, sp.SequenceParallel.create(1), {"a": [[DOCUMENTS[0]]], "b": [[DOCUMENTS[1]], [DOCUMENTS[2]]]})
+    metrics = run(
+        tmp_path,
+        sp.SequenceParallel.create(1),
+        {"a": [[DOCUMENTS[0]]], "b": [[DOCUMENTS[1]], [DOCUMENTS[2]]]},
+    )
     assert metrics["predict_a_samples"] == 1 and metrics["predict_b_samples"] == 2
     assert len((tmp_path / f"predict_b_{module.FILE}").read_text().splitlines()) == 2
 
@@ -151,13 +193,21 @@ def test_refusals(tmp_path: Path) -> None:
     one = sp.SequenceParallel.create(1)
     trainer = make_trainer(tmp_path, one)
     trainer.ctx = SimpleNamespace(size=2)
-    with pytest.raises(UserError, match=r"not split over 2 processes\. Set sequence_parallel_size: 1"):
+    with pytest.raises(
+        UserError, match=r"not split over 2 processes\. Set sequence_parallel_size: 1"
+    ):
         predict(trainer, None, None, SimpleNamespace(eval={}))
     with pytest.raises(UserError, match="Set eval_dataset or val_size"):
         predict(make_trainer(tmp_path, one), None, None, SimpleNamespace(eval={}))
     with pytest.raises(UserError, match="max_length: 4 leaves no room after 5 tokens"):
         generate(
-            None, make_tokenizer(), [[3] * 5], SimpleNamespace(**{**vars(GREEDY), "max_new_tokens": 0, "max_length": 4}), "cpu", False, []
+            None,
+            make_tokenizer(),
+            [[3] * 5],
+            SimpleNamespace(**{**vars(GREEDY), "max_new_tokens": 0, "max_length": 4}),
+            "cpu",
+            False,
+            [],
         )
 
 
@@ -165,11 +215,15 @@ def test_questions_without_an_answer_are_answered(tmp_path: Path) -> None:
     """The whole document is the prompt; scores are means over the samples that have an answer."""
     question = TokenizedDocument(DOCUMENTS[1].input_ids[:-2], [IGNORE] * 4, role="prompt", sample=1)
     assert split_last_answer(question) == (list(question.input_ids), [])
-    asked = run(tmp_path / "a", sp.SequenceParallel.create(1), {"eval": [[DOCUMENTS[0]], [question]]})
+    asked = run(
+        tmp_path / "a", sp.SequenceParallel.create(1), {"eval": [[DOCUMENTS[0]], [question]]}
+    )
     alone = run(tmp_path / "b", sp.SequenceParallel.create(1), {"eval": [[DOCUMENTS[0]]]})
     line = read(tmp_path / "a")[1]
     assert line["label"] == "" and line["prompt"] == make_tokenizer().decode(question.input_ids)
-    assert line["predict"] == make_tokenizer().decode(greedy_by_hand(list(question.input_ids)), skip_special_tokens=True)
+    assert line["predict"] == make_tokenizer().decode(
+        greedy_by_hand(list(question.input_ids)), skip_special_tokens=True
+    )
     assert asked["predict_rouge-1"] == alone["predict_rouge-1"] and asked["predict_samples"] == 2
     none = run(tmp_path / "c", sp.SequenceParallel.create(1), {"eval": [[question]]})
     assert none["predict_samples"] == 1 and "predict_rouge-1" not in none
@@ -186,9 +240,14 @@ def test_the_last_answer_is_split_off() -> None:
 
 
 def test_rouge() -> None:
-    assert rouge("the cat sat", "the cat sat") == {"rouge-1": 100.0, "rouge-2": 100.0, "rouge-l": 100.0}
+    assert rouge("the cat sat", "the cat sat") == {
+        "rouge-1": 100.0,
+        "rouge-2": 100.0,
+        "rouge-l": 100.0,
+    }
     assert rouge("", "the cat") == {"rouge-1": 0.0, "rouge-2": 0.0, "rouge-l": 0.0}
-    scores = rouge("The cat, sat on a mat", "a cat sat on the mat")  # 6 and 6 words; bigrams shared: "cat sat", "sat on"
+    # 6 and 6 words; bigrams shared: "cat sat", "sat on"
+    scores = rouge("The cat, sat on a mat", "a cat sat on the mat")
     assert scores["rouge-1"] == pytest.approx(100.0)
     assert scores["rouge-2"] == pytest.approx(100 * 2 * 2 / 10)
     assert scores["rouge-l"] == pytest.approx(100 * 2 * 4 / 12)  # cat sat on mat

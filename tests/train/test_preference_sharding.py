@@ -1,4 +1,6 @@
-"""DPO, KTO and asft, each with two sources of the reference, and reward models: DDP, FSDP2 and ZeRO take the steps of one process."""
+"""DPO, KTO and asft, each with two sources of the reference, and reward models: DDP, FSDP2 and ZeRO
+take the steps of one process.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,19 @@ QUICK["zero3"] += [
     "sharding=zero2 stage=kto tune=full sp=2",
     "sharding=zero2 stage=rm tune=full sp=2",
 ]
-GRID = [f"stage={stage} tune={tune} sp={sp}" for stage in ("dpo", "kto", "rm", "asft") for tune in ("full", "lora") for sp in (1, 2, 4)]
+GRID = [
+    f"stage={stage} tune={tune} sp={sp}"
+    for stage in ("dpo", "kto", "rm", "asft")
+    for tune in ("full", "lora")
+    for sp in (1, 2, 4)
+]
 REST = {s: [c for c in GRID if c not in QUICK[s]] for s in QUICK}
-REST["zero3"] += [c for z in ("zero1", "zero2") for c in (f"sharding={z} {case}" for case in GRID) if c not in QUICK["zero3"]]
+REST["zero3"] += [
+    c
+    for z in ("zero1", "zero2")
+    for c in (f"sharding={z} {case}" for case in GRID)
+    if c not in QUICK["zero3"]
+]
 
 
 def check(sharding: str, cases: list[str], folder: Path, timeout: float) -> None:
@@ -40,7 +52,9 @@ def check(sharding: str, cases: list[str], folder: Path, timeout: float) -> None
     results = on_ranks_of_their_own(4, timeout, run_cases, sharding, cases, str(folder))[0]
     assert list(results) == cases
     for case, result in results.items():
-        assert result["moved"] > 1e-3, f"{case}: the parameters did not move: the comparison would prove nothing"
+        assert result["moved"] > 1e-3, (
+            f"{case}: the parameters did not move: the comparison would prove nothing"
+        )
         for name in ("loss", "grad_norm", "param"):
             assert result[name] < 1e-5, f"{case}: {name} differs by {result[name]:.1e}"
         if "stage=dpo tune=full" in case:
@@ -48,7 +62,9 @@ def check(sharding: str, cases: list[str], folder: Path, timeout: float) -> None
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("sharding", [pytest.param(s, marks=pytest.mark.slow) if s == "ddp" else s for s in QUICK])
+@pytest.mark.parametrize(
+    "sharding", [pytest.param(s, marks=pytest.mark.slow) if s == "ddp" else s for s in QUICK]
+)
 def test_steps_equal_one_process(sharding: str, tmp_path: Path) -> None:
     check(sharding, QUICK[sharding], tmp_path, 800)
 

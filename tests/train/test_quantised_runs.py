@@ -1,4 +1,6 @@
-"""LoRA on weights of 4 and 8 bits (bitsandbytes, on the CPU): what two processes that share the sequences save is what one saves."""
+"""LoRA on weights of 4 and 8 bits (bitsandbytes, on the CPU): what two processes that share the
+sequences save is what one saves.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,20 @@ from small_runs import LORA, STEPS, home, steps, train, write_tokenizer
 
 pytestmark = pytest.mark.processes
 
-bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'longfactory[quantization]'")
+bitsandbytes = pytest.importorskip(
+    "bitsandbytes", reason="bitsandbytes is not installed: pip install 'longfactory[quantization]'"
+)
 
 __all__ = ["home"]  # a fixture
 
-# name -> keys, largest relative difference of losses and norms: bf16 rounds sums that are made in another order.
+# name -> keys, largest relative difference of losses and norms: bf16 rounds sums that are made in
+# another order.
 KINDS: dict[str, tuple[dict[str, Any], float]] = {
     "4 bits": ({"quantization_bit": 4}, 5e-5),
-    "4 bits, fp4, constants of 32 bits": ({"quantization_bit": 4, "quantization_type": "fp4", "double_quantization": False}, 5e-5),
+    "4 bits, fp4, constants of 32 bits": (
+        {"quantization_bit": 4, "quantization_type": "fp4", "double_quantization": False},
+        5e-5,
+    ),
     "4 bits, bf16": ({"quantization_bit": 4, "bf16": True}, 2e-2),
     "4 bits, asft": ({"quantization_bit": 4, "use_asft_loss": True, "learning_rate": 0.1}, 5e-5),
     "8 bits": ({"quantization_bit": 8}, 2e-3),
@@ -53,20 +61,35 @@ def dequantised(model: Path, folder: Path) -> Path:
     from longfactory.model import load
     from longfactory.sp import hf
 
-    given: dict[str, Any] = {"model_name_or_path": str(model), "train_from_scratch": False, "trust_remote_code": False}
+    given: dict[str, Any] = {
+        "model_name_or_path": str(model),
+        "train_from_scratch": False,
+        "trust_remote_code": False,
+    }
     given |= {"attention_dropout": None, "rope_scaling": None}
-    given |= {"quantization_bit": 4, "quantization_method": "bnb", "double_quantization": True, "quantization_type": "nf4"}
+    given |= {
+        "quantization_bit": 4,
+        "quantization_method": "bnb",
+        "double_quantization": True,
+        "quantization_type": "nf4",
+    }
     args = SimpleNamespace(**given)
     config = load.load_config(args, 128)
     quantised = load.load_model(
-        args, config, torch.float32, attention=hf.ATTENTION, quantization=load.quantization_config(args, torch.float32)
+        args,
+        config,
+        torch.float32,
+        attention=hf.ATTENTION,
+        quantization=load.quantization_config(args, torch.float32),
     )
     plain = tiny_model("llama", vocab_size=config.vocab_size)
     changed = 0
     with torch.no_grad():
         for name, module in quantised.named_modules():
             if isinstance(module, bitsandbytes.nn.Linear4bit):
-                weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+                weight = bitsandbytes.functional.dequantize_4bit(
+                    module.weight.data, module.weight.quant_state
+                )
                 target = plain.get_submodule(name).weight
                 changed += int((target - weight).abs().max() > 1e-3)
                 target.copy_(weight)
@@ -78,7 +101,9 @@ def dequantised(model: Path, folder: Path) -> Path:
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_four_bits_train_like_the_weights_that_they_stand_for(home: Path, size: int) -> None:
-    """Plain LoRA on those weights is the specification. Both go on from one adapter: each draws other random numbers for its own."""
+    """Plain LoRA on those weights is the specification. Both go on from one adapter: each draws
+    other random numbers for its own.
+    """
     whole = dequantised(home / "model", home / f"dequantised{size}")
     train(home, f"start{size}", 1, **LORA, model_name_or_path=whole, max_steps=1)
     changes = {**LORA, "adapter_name_or_path": home / f"start{size}"}
@@ -88,4 +113,6 @@ def test_four_bits_train_like_the_weights_that_they_stand_for(home: Path, size: 
         assert [h[key] for h in four] == pytest.approx([h[key] for h in plain], rel=1e-4), key
     a, b = adapter(home / f"plain{size}"), adapter(home / f"four{size}")
     for name, x in a.items():
-        torch.testing.assert_close(b[name], x, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            b[name], x, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )

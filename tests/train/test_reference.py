@@ -35,7 +35,15 @@ def row_of(samples: list[int], shared: bool = False, shift: int = 0) -> Row:
             docs.append(TokenizedDocument(prompt[:-1], [IGNORE] * 2, role="prompt", sample=i))
             parent, prompt = len(docs) - 1, prompt[-1:]
         for role, answer in (("chosen", [7 + i, 8, 9]), ("rejected", [10 + i])):
-            docs.append(TokenizedDocument(prompt + answer, [IGNORE] * len(prompt) + answer, role=role, sample=i, parent=parent))
+            docs.append(
+                TokenizedDocument(
+                    prompt + answer,
+                    [IGNORE] * len(prompt) + answer,
+                    role=role,
+                    sample=i,
+                    parent=parent,
+                )
+            )
     return make_row(docs).padded(8, 0)
 
 
@@ -60,7 +68,10 @@ def test_ld_alpha_is_part_of_the_numbers() -> None:
     row = cache.attach(row_of([0]))
     loss, _ = PreferenceStage(ld_alpha=0.3).loss_sum(fake_logps(row), row)
     assert float(loss) == math.log(2)
-    assert reference.precompute([row_of([0])], fake_logps, 1).attach(row_of([0])).documents != row.documents
+    assert (
+        reference.precompute([row_of([0])], fake_logps, 1).attach(row_of([0])).documents
+        != row.documents
+    )
 
 
 def test_groups_share_the_work() -> None:
@@ -68,15 +79,23 @@ def test_groups_share_the_work() -> None:
     want = reference.precompute([row_of([i]) for i in range(5)], fake_logps, 5)
     empty = make_row([TokenizedDocument([0, 0], [IGNORE] * 2, role="pad")])
     rows = [[row_of([0, 3]), row_of([4])], [row_of([2, 1]), empty], [empty, empty]]
-    for cache in Groups(3).run(lambda rank, dp: reference.precompute(rows[rank], fake_logps, 5, dp_sum=dp.sum)):
+    for cache in Groups(3).run(
+        lambda rank, dp: reference.precompute(rows[rank], fake_logps, 5, dp_sum=dp.sum)
+    ):
         for role in ("chosen", "rejected"):
-            assert torch.equal(cache.logps[role], want.logps[role]) and torch.equal(cache.checks[role], want.checks[role])
+            assert torch.equal(cache.logps[role], want.logps[role]) and torch.equal(
+                cache.checks[role], want.checks[role]
+            )
 
 
 def test_more_rows_than_a_block() -> None:
-    cache = reference.precompute([row_of([i]) for i in range(130)], lambda row: fake_logps(row), 130)
+    cache = reference.precompute(
+        [row_of([i]) for i in range(130)], lambda row: fake_logps(row), 130
+    )
     row = row_of([129])
-    assert cache.attach(row).documents[0].reference_logp == float(document_logps(fake_logps(row), row)[0])
+    assert cache.attach(row).documents[0].reference_logp == float(
+        document_logps(fake_logps(row), row)[0]
+    )
 
 
 def test_other_tokens_are_refused() -> None:
@@ -87,7 +106,9 @@ def test_other_tokens_are_refused() -> None:
     row.labels[4] = IGNORE  # another mask
     with pytest.raises(UserError, match="other tokens"):
         cache.attach(row)
-    with pytest.raises(UserError, match="no reference log-probability for the chosen answer of sample 1"):
+    with pytest.raises(
+        UserError, match="no reference log-probability for the chosen answer of sample 1"
+    ):
         cache.attach(row_of([1]))
     with pytest.raises(UserError, match="Sample number 5 is not one of the 2 samples"):
         reference.precompute([row_of([5])], fake_logps, 2)
@@ -113,14 +134,17 @@ def test_the_file_is_reused_and_refused_when_stale(tmp_path: Path) -> None:
     assert not run(PARTS, ld_alpha=0.5)[1]
     assert len(passes) == 5 and len(list(tmp_path.iterdir())) == 5  # nothing left beside
 
-    run(PARTS | {"seen": False}, everywhere=lambda _: False)  # one rank does not see the file: all compute
+    # one rank does not see the file: all compute
+    run(PARTS | {"seen": False}, everywhere=lambda _: False)
     assert len(passes) == 6
     run(PARTS | {"other": 1}, write=False)
     assert not reference.cache_file(tmp_path, PARTS | {"other": 1, "ld_alpha": None}).exists()
 
     key = PARTS | {"ld_alpha": None}
     file = reference.cache_file(tmp_path, key)
-    with pytest.raises(UserError, match=r"stale: template changed \(template was 'qwen', is now 'llama3'\)"):
+    with pytest.raises(
+        UserError, match=r"stale: template changed \(template was 'qwen', is now 'llama3'\)"
+    ):
         reference.load(file, key | {"template": "llama3"}, 2)
     with pytest.raises(UserError, match="not of 3 samples"):
         reference.load(file, key, 3)
@@ -148,12 +172,18 @@ def test_weights_fingerprint(tmp_path: Path) -> None:
         reference.weights_fingerprint([tmp_path])
 
 
-# -- models --------------------------------------------------------------------------------------------------------------------------------
+# -- models ----------------------------------------------------------------------------------------
 
 
 def tiny_model(seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     return LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).double()
 
 
@@ -162,7 +192,11 @@ def model_logps(model: nn.Module, row: Row) -> Tensor:
     parts = []
     for d in row.documents:
         logits = model(input_ids=row.input_ids[None, d.start : d.stop]).logits[0]
-        parts.append(logits.log_softmax(-1).gather(1, row.labels[d.start : d.stop].clamp(min=0)[:, None])[:, 0])
+        parts.append(
+            logits.log_softmax(-1).gather(1, row.labels[d.start : d.stop].clamp(min=0)[:, None])[
+                :, 0
+            ]
+        )
     return torch.cat(parts)
 
 
@@ -171,7 +205,14 @@ def lora(model: nn.Module, **kw) -> nn.Module:
 
     torch.manual_seed(1)
     return get_peft_model(
-        model, LoraConfig(target_modules=["q_proj", "down_proj", "lm_head"], r=4, lora_dropout=0.5, task_type="CAUSAL_LM", **kw)
+        model,
+        LoraConfig(
+            target_modules=["q_proj", "down_proj", "lm_head"],
+            r=4,
+            lora_dropout=0.5,
+            task_type="CAUSAL_LM",
+            **kw,
+        ),
     )
 
 
@@ -186,12 +227,15 @@ def test_adapter_off_is_the_base_model(wrapped: bool) -> None:
     before = {n: (p.requires_grad, p.grad) for n, p in model.named_parameters()}
     with reference.as_reference(outer if wrapped else model, adapter_off=True):
         got = model_logps(model, row)
-        assert {n for n, p in model.named_parameters() if p.requires_grad} == {n for n, (trained, _) in before.items() if trained}
+        assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+            n for n, (trained, _) in before.items() if trained
+        }
     assert torch.equal(got, want) and not got.requires_grad
     assert {n: (p.requires_grad, p.grad) for n, p in model.named_parameters()} == before
     assert all(m.training for m in model.modules())
     assert (model_logps(model.eval(), row) - want).abs().max() > 1e-3
-    with reference.as_reference(model, adapter_off=False):  # the policy itself, as it is before the first step
+    # the policy itself, as it is before the first step
+    with reference.as_reference(model, adapter_off=False):
         assert not torch.equal(model_logps(model, row), want)
 
 
@@ -233,7 +277,9 @@ def test_three_sources_give_the_same_gradient() -> None:
             ref = off if source == "adapter off" else model_logps(base, row).detach()
             out = dataclasses.replace(out, reference=ref)
         loss, _ = PreferenceStage("ipo").loss_sum(out, placed)
-        losses.append((loss, *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])))
+        losses.append(
+            (loss, *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
+        )
     for other in losses[1:]:
         torch.testing.assert_close(losses[0], other, rtol=1e-12, atol=1e-12)
 
@@ -246,16 +292,23 @@ def test_kto_reads_the_cache_for_kl_documents_too() -> None:
     row = make_row(docs)
     cache = reference.precompute([row], fake_logps, 1)
     stored, metrics = KTOStage().loss_sum(fake_logps(row) + 0.5, cache.attach(row))
-    online, _ = KTOStage().loss_sum(TokenOutputs(fake_logps(row) + 0.5, reference=fake_logps(row)), row)
+    online, _ = KTOStage().loss_sum(
+        TokenOutputs(fake_logps(row) + 0.5, reference=fake_logps(row)), row
+    )
     assert float(stored) == float(online) and float(metrics["kl"][0]) == 1.0
 
 
 def test_refusals_of_models() -> None:
-    with pytest.raises(UserError, match="the model has none"), reference.as_reference(tiny_model(), adapter_off=True):
+    with (
+        pytest.raises(UserError, match="the model has none"),
+        reference.as_reference(tiny_model(), adapter_off=True),
+    ):
         pass
     with (
         pytest.raises(UserError, match="starts from `pissa`, which changes the base weights"),
-        reference.as_reference(lora(tiny_model().float(), init_lora_weights="pissa"), adapter_off=True),
+        reference.as_reference(
+            lora(tiny_model().float(), init_lora_weights="pissa"), adapter_off=True
+        ),
     ):
         pass
     config = tiny_model().config
@@ -287,7 +340,9 @@ CONTINUED = {"finetuning_type": "lora", "adapter_name_or_path": "adapter"}
         (CONTINUED | {"create_new_adapter": True}, CONTINUED | {"pissa_init": True}, True),
     ],
 )
-def test_what_makes_other_numbers(tmp_path: Path, before: dict[str, Any], after: dict[str, Any], same: bool) -> None:
+def test_what_makes_other_numbers(
+    tmp_path: Path, before: dict[str, Any], after: dict[str, Any], same: bool
+) -> None:
     """The cached numbers serve every run that begins from the same model, and no other."""
     for name in ("model/config.json", "model/model.safetensors", "adapter/adapter_config.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -295,9 +350,23 @@ def test_what_makes_other_numbers(tmp_path: Path, before: dict[str, Any], after:
     data = SimpleNamespace(lengths=[3, 4])
 
     def parts(changes: dict[str, Any]) -> dict[str, Any]:
-        given = {"model_name_or_path": "model", "stage": "dpo", "finetuning_type": "full", "do_train": True, "dataset": "d"}
-        given |= {"output_dir": "out", "template": "qwen", "precompute_ref_log_probs": True} | changes
-        paths = {k: str(tmp_path / v) for k, v in given.items() if k in ("model_name_or_path", "ref_model", "adapter_name_or_path")}
+        given = {
+            "model_name_or_path": "model",
+            "stage": "dpo",
+            "finetuning_type": "full",
+            "do_train": True,
+            "dataset": "d",
+        }
+        given |= {
+            "output_dir": "out",
+            "template": "qwen",
+            "precompute_ref_log_probs": True,
+        } | changes
+        paths = {
+            k: str(tmp_path / v)
+            for k, v in given.items()
+            if k in ("model_name_or_path", "ref_model", "adapter_name_or_path")
+        }
         return _parts(from_mapping(given | paths), data)
 
     assert (parts(before) == parts(after)) == same

@@ -1,4 +1,6 @@
-"""Whole runs, as the command line makes them, on a tiny model: every stage with and without sequence parallelism, resume, saved files."""
+"""Whole runs, as the command line makes them, on a tiny model: every stage with and without
+sequence parallelism, resume, saved files.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,13 @@ from manual_runs import manual_run  # noqa: E402
 
 pytestmark = pytest.mark.processes
 
-DATA = {"sft": "manual_sft", "pt": "manual_pt", "dpo": "manual_dpo", "rm": "manual_dpo", "kto": "manual_kto"}
+DATA = {
+    "sft": "manual_sft",
+    "pt": "manual_pt",
+    "dpo": "manual_dpo",
+    "rm": "manual_dpo",
+    "kto": "manual_kto",
+}
 
 
 def train(keys: dict[str, Any]) -> list[dict[str, float]]:
@@ -68,29 +76,66 @@ def losses(log: list[dict[str, float]]) -> list[float]:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("stage", list(DATA))
-def test_a_stage_gives_the_same_curves_with_and_without_sequence_parallelism(stage: str, base: dict[str, Any], tmp_path: Path) -> None:
+def test_a_stage_gives_the_same_curves_with_and_without_sequence_parallelism(
+    stage: str, base: dict[str, Any], tmp_path: Path
+) -> None:
     keys = {**base, "stage": stage, "dataset": DATA[stage], "output_dir": str(tmp_path / "out")}
-    split = run_ranks(2, train, {**keys, "sequence_parallel_size": 2, "gradient_accumulation_steps": 2}, timeout=300)[0]
-    # A cache of its own: reference log-probabilities of another sequence_parallel_size agree up to rounding, these to the last bit.
+    split = run_ranks(
+        2,
+        train,
+        {**keys, "sequence_parallel_size": 2, "gradient_accumulation_steps": 2},
+        timeout=300,
+    )[0]
+    # A cache of its own: reference log-probabilities of another sequence_parallel_size agree up to
+    # rounding, these to the last bit.
     keys["cache"] += "1"
-    whole = run_ranks(2, train, {**keys, "sequence_parallel_size": 1, "gradient_accumulation_steps": 1}, timeout=300)[0]
+    whole = run_ranks(
+        2,
+        train,
+        {**keys, "sequence_parallel_size": 1, "gradient_accumulation_steps": 1},
+        timeout=300,
+    )[0]
     assert len(losses(split)) == 3
     for a, b in zip(split, whole, strict=True):
         for name in a:
-            # The KL term of kto is a mean over the micro-batch, which accumulation makes another one.
-            if name.startswith(("loss", "grad_norm", "rewards", "logps", "accuracy")) and stage != "kto":
+            # The KL term of kto is a mean over the micro-batch, which accumulation makes another
+            # one.
+            if (
+                name.startswith(("loss", "grad_norm", "rewards", "logps", "accuracy"))
+                and stage != "kto"
+            ):
                 assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
     if stage in ("dpo",):
-        assert losses(split)[0] == losses(whole)[0] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-7)
+        assert (
+            losses(split)[0]
+            == losses(whole)[0]
+            == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-7)
+        )
     assert split[0]["grad_norm"] > 0
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("resumed_size", [2, 1])
-def test_resume_goes_on_at_the_exact_sample(resumed_size: int, base: dict[str, Any], tmp_path: Path) -> None:
-    # 24 samples, 4 a step: an epoch has 6 steps. The checkpoint lies in its middle, the run ends in the next one.
-    keys = {**base, "stage": "sft", "dataset": "manual_sft", "max_steps": 8, "save_strategy": "steps", "save_steps": 4, "packing": False}
-    through = {**keys, "output_dir": str(tmp_path / "a"), "sequence_parallel_size": 2, "gradient_accumulation_steps": 4}
+def test_resume_goes_on_at_the_exact_sample(
+    resumed_size: int, base: dict[str, Any], tmp_path: Path
+) -> None:
+    # 24 samples, 4 a step: an epoch has 6 steps. The checkpoint lies in its middle, the run ends in
+    # the next one.
+    keys = {
+        **base,
+        "stage": "sft",
+        "dataset": "manual_sft",
+        "max_steps": 8,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "packing": False,
+    }
+    through = {
+        **keys,
+        "output_dir": str(tmp_path / "a"),
+        "sequence_parallel_size": 2,
+        "gradient_accumulation_steps": 4,
+    }
     log = run_ranks(2, train, through, timeout=300)[0]
     checkpoint = tmp_path / "b" / "checkpoint-4"
     shutil.copytree(tmp_path / "a" / "checkpoint-4", checkpoint)
@@ -113,59 +158,135 @@ def weights(base: dict[str, Any], folder: Path) -> Path:
 
     shutil.copytree(base["model_name_or_path"], folder)
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(folder), dtype=torch.float32
+    ).save_pretrained(folder)
     return folder
 
 
 def test_a_reward_model_keeps_its_head(base: dict[str, Any], tmp_path: Path) -> None:
-    keys = {**base, "stage": "rm", "dataset": "manual_dpo", "finetuning_type": "lora", "max_steps": 4, "learning_rate": 0.05}
-    keys |= {"train_from_scratch": False, "model_name_or_path": str(weights(base, tmp_path / "model"))}
-    keys |= {"save_strategy": "steps", "save_steps": 2, "eval_dataset": "manual_dpo", "do_train": True, "do_eval": True}
+    keys = {
+        **base,
+        "stage": "rm",
+        "dataset": "manual_dpo",
+        "finetuning_type": "lora",
+        "max_steps": 4,
+        "learning_rate": 0.05,
+    }
+    keys |= {
+        "train_from_scratch": False,
+        "model_name_or_path": str(weights(base, tmp_path / "model")),
+    }
+    keys |= {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_dataset": "manual_dpo",
+        "do_train": True,
+        "do_eval": True,
+    }
     through = {**keys, "output_dir": str(tmp_path / "a")}
     log = run_ranks(1, train, through, timeout=300)[0]
     checkpoint = tmp_path / "b" / "checkpoint-2"
     shutil.copytree(tmp_path / "a" / "checkpoint-2", checkpoint)
-    again = run_ranks(1, train, {**keys, "output_dir": str(tmp_path / "b"), "resume_from_checkpoint": str(checkpoint)}, timeout=300)[0]
+    again = run_ranks(
+        1,
+        train,
+        {**keys, "output_dir": str(tmp_path / "b"), "resume_from_checkpoint": str(checkpoint)},
+        timeout=300,
+    )[0]
     assert losses(again) == losses(log)
 
     # Evaluated by itself it is the same reward model; without its head it is none.
-    alone = {**keys, "do_train": False, "adapter_name_or_path": str(tmp_path / "a"), "output_dir": str(tmp_path / "c")}
-    assert run_ranks(1, train, alone, timeout=300)[0][-1]["eval_loss"] == pytest.approx(log[-1]["eval_loss"], rel=1e-6)
+    alone = {
+        **keys,
+        "do_train": False,
+        "adapter_name_or_path": str(tmp_path / "a"),
+        "output_dir": str(tmp_path / "c"),
+    }
+    assert run_ranks(1, train, alone, timeout=300)[0][-1]["eval_loss"] == pytest.approx(
+        log[-1]["eval_loss"], rel=1e-6
+    )
     (tmp_path / "a" / "value_head.safetensors").unlink()
-    with pytest.raises(RankError, match=r"has no value_head\.safetensors: it is not a reward model"):
+    with pytest.raises(
+        RankError, match=r"has no value_head\.safetensors: it is not a reward model"
+    ):
         run_ranks(1, train, alone, timeout=300)
 
 
 def test_a_run_that_is_over_makes_no_further_step(base: dict[str, Any], tmp_path: Path) -> None:
     # 24 samples, 4 a step: the last of 2 steps lies in the middle of the epoch.
-    keys = {**base, "stage": "sft", "dataset": "manual_sft", "max_steps": 2, "gradient_accumulation_steps": 4, "packing": False}
-    keys |= {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2, "overwrite_output_dir": False}
+    keys = {
+        **base,
+        "stage": "sft",
+        "dataset": "manual_sft",
+        "max_steps": 2,
+        "gradient_accumulation_steps": 4,
+        "packing": False,
+    }
+    keys |= {
+        "output_dir": str(tmp_path),
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "overwrite_output_dir": False,
+    }
     run_ranks(1, train, keys, timeout=300)
     names = ("train_results.json", "trainer_state.json", "trainer_log.jsonl", "model.safetensors")
     before = {name: (tmp_path / name).read_bytes() for name in names}
     assert json.loads(before["train_results.json"])["train_loss"] > 1
     (tmp_path / "model.safetensors").unlink()  # as if the run had ended before it wrote it
     log = run_ranks(1, train, keys, timeout=300)[0]
-    assert losses(log)[-1] == losses(json.loads(before["trainer_state.json"])["log_history"])[-1] and len(losses(log)) == 2
+    assert (
+        losses(log)[-1] == losses(json.loads(before["trainer_state.json"])["log_history"])[-1]
+        and len(losses(log)) == 2
+    )
     assert {name: (tmp_path / name).read_bytes() for name in names} == before
 
 
 def test_what_an_adapter_s_run_leaves_behind(base: dict[str, Any], tmp_path: Path) -> None:
-    keys = {**base, "stage": "kto", "dataset": "manual_kto", "finetuning_type": "lora", "max_steps": 2, "plot_loss": True}
-    keys |= {"output_dir": str(tmp_path), "per_device_train_batch_size": 4, "eval_strategy": "steps", "eval_steps": 2}
-    keys |= {"eval_dataset": "manual_kto,again", "eval_on_each_dataset": True, "dataset_dir": str(tmp_path / "data")}
+    keys = {
+        **base,
+        "stage": "kto",
+        "dataset": "manual_kto",
+        "finetuning_type": "lora",
+        "max_steps": 2,
+        "plot_loss": True,
+    }
+    keys |= {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+    }
+    keys |= {
+        "eval_dataset": "manual_kto,again",
+        "eval_on_each_dataset": True,
+        "dataset_dir": str(tmp_path / "data"),
+    }
     shutil.copytree(ROOT / "data", tmp_path / "data")
     info = json.loads((tmp_path / "data" / "dataset_info.json").read_text())
-    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({**info, "again": info["manual_kto"]}))
+    (tmp_path / "data" / "dataset_info.json").write_text(
+        json.dumps({**info, "again": info["manual_kto"]})
+    )
     run_ranks(1, train, keys, timeout=300)
     card = (tmp_path / "README.md").read_text()
-    assert "trained by LongFactory: stage kto, lora, data manual_kto." in card and "More Information Needed" not in card
-    assert {"training_rewards_chosen.png", "training_eval_again_loss.png"} <= {p.name for p in tmp_path.iterdir()}
+    assert (
+        "trained by LongFactory: stage kto, lora, data manual_kto." in card
+        and "More Information Needed" not in card
+    )
+    assert {"training_rewards_chosen.png", "training_eval_again_loss.png"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
     lines = [json.loads(line) for line in (tmp_path / "trainer_log.jsonl").read_text().splitlines()]
     assert lines[-1]["eval_again_loss"] > 0
 
     # A run that evaluates alone says nothing of training; a card of one's own stays.
-    alone = {**keys, "do_train": False, "do_eval": True, "eval_strategy": "no", "output_dir": str(tmp_path / "alone")}
+    alone = {
+        **keys,
+        "do_train": False,
+        "do_eval": True,
+        "eval_strategy": "no",
+        "output_dir": str(tmp_path / "alone"),
+    }
     run_ranks(1, train, alone, timeout=300)
     assert not (tmp_path / "alone" / "README.md").exists()
     (tmp_path / "README.md").write_text("My own words.")
@@ -175,10 +296,20 @@ def test_what_an_adapter_s_run_leaves_behind(base: dict[str, Any], tmp_path: Pat
 
 
 def test_resume_with_another_batch_is_refused(base: dict[str, Any], tmp_path: Path) -> None:
-    keys = {**base, "stage": "sft", "dataset": "manual_sft", "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    keys = {
+        **base,
+        "stage": "sft",
+        "dataset": "manual_sft",
+        "max_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
     keys |= {"output_dir": str(tmp_path / "a"), "sequence_parallel_size": 2}
     run_ranks(2, train, keys, timeout=300)
-    keys |= {"resume_from_checkpoint": str(tmp_path / "a" / "checkpoint-1"), "gradient_accumulation_steps": 3}
+    keys |= {
+        "resume_from_checkpoint": str(tmp_path / "a" / "checkpoint-1"),
+        "gradient_accumulation_steps": 3,
+    }
     with pytest.raises(RankError, match=r"made with 1 samples an optimizer step; this run takes 3"):
         run_ranks(2, train, keys, timeout=300)
 
@@ -186,15 +317,50 @@ def test_resume_with_another_batch_is_refused(base: dict[str, Any], tmp_path: Pa
 def test_the_saved_folder_is_a_plain_checkpoint(base: dict[str, Any], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    keys = {**base, "stage": "sft", "dataset": "manual_sft", "eval_dataset": "manual_sft_eval", "output_dir": str(tmp_path / "out")}
-    keys |= {"sequence_parallel_size": 2, "do_train": True, "do_eval": True, "plot_loss": True, "include_num_input_tokens_seen": True}
+    keys = {
+        **base,
+        "stage": "sft",
+        "dataset": "manual_sft",
+        "eval_dataset": "manual_sft_eval",
+        "output_dir": str(tmp_path / "out"),
+    }
+    keys |= {
+        "sequence_parallel_size": 2,
+        "do_train": True,
+        "do_eval": True,
+        "plot_loss": True,
+        "include_num_input_tokens_seen": True,
+    }
     run_ranks(2, train, keys, timeout=300)
     out = tmp_path / "out"
-    expected = {"model.safetensors", "config.json", "tokenizer.json", "train_results.json", "eval_results.json", "all_results.json"}
-    expected |= {"trainer_log.jsonl", "trainer_state.json", "training_loss.png", "README.md", "longfactory.yaml"}
+    expected = {
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "train_results.json",
+        "eval_results.json",
+        "all_results.json",
+    }
+    expected |= {
+        "trainer_log.jsonl",
+        "trainer_state.json",
+        "training_loss.png",
+        "README.md",
+        "longfactory.yaml",
+    }
     assert expected <= {p.name for p in out.iterdir()}
     lines = [json.loads(line) for line in (out / "trainer_log.jsonl").read_text().splitlines()]
-    fields = {"current_steps", "total_steps", "loss", "lr", "epoch", "percentage", "elapsed_time", "remaining_time", "total_tokens"}
+    fields = {
+        "current_steps",
+        "total_steps",
+        "loss",
+        "lr",
+        "epoch",
+        "percentage",
+        "elapsed_time",
+        "remaining_time",
+        "total_tokens",
+    }
     assert fields <= set(lines[0])
 
     # The evaluation under sequence parallelism is the token mean that plain transformers computes.
@@ -214,7 +380,9 @@ def test_the_saved_folder_is_a_plain_checkpoint(base: dict[str, Any], tmp_path: 
                 keep = labels[1:] >= 0
                 total -= logp.gather(1, labels[1:].clamp(min=0)[:, None])[:, 0][keep].sum().item()
                 count += int(keep.sum())
-    assert json.loads((out / "eval_results.json").read_text())["eval_loss"] == pytest.approx(total / count, rel=1e-5)
+    assert json.loads((out / "eval_results.json").read_text())["eval_loss"] == pytest.approx(
+        total / count, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -223,10 +391,16 @@ def test_the_saved_folder_is_a_plain_checkpoint(base: dict[str, Any], tmp_path: 
         ({"model_name_or_path": "./no/such/folder"}, "does not exist"),
         ({"dataset": "nothing"}, "nothing"),
         ({"max_samples": 1, "cutoff_len": 4, "cutoff_strategy": "drop"}, "empty"),
-        ({"max_samples": 2, "cutoff_len": 1}, "None of the 2 training samples has a trained token left"),
+        (
+            {"max_samples": 2, "cutoff_len": 1},
+            "None of the 2 training samples has a trained token left",
+        ),
         ({"attention_dropout": 0.1}, "dropout of attention weights is not computed"),
         ({"finetuning_type": "freeze", "freeze_trainable_layers": 0}, "trains nothing"),
-        ({"finetuning_type": "freeze", "freeze_trainable_layers": -1, "use_llama_pro": True}, "use_llama_pro trains every"),
+        (
+            {"finetuning_type": "freeze", "freeze_trainable_layers": -1, "use_llama_pro": True},
+            "use_llama_pro trains every",
+        ),
         (
             {"max_samples": 3, "per_device_train_batch_size": 4, "dataloader_drop_last": True},
             "dataloader_drop_last leaves no step: 3 samples",
@@ -242,11 +416,23 @@ def test_the_saved_folder_is_a_plain_checkpoint(base: dict[str, Any], tmp_path: 
             },
             "eval_no",
         ),
-        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type: cosine_with_min_lr cannot be made.*min_lr"),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr"},
+            "lr_scheduler_type: cosine_with_min_lr cannot be made.*min_lr",
+        ),
     ],
 )
-def test_a_wrong_input_is_one_clear_message(change: dict[str, Any], message: str, base: dict[str, Any], tmp_path: Path) -> None:
-    keys = {**base, "stage": "sft", "dataset": "manual_sft", "output_dir": str(tmp_path / "out"), **change, "train_from_scratch": False}
+def test_a_wrong_input_is_one_clear_message(
+    change: dict[str, Any], message: str, base: dict[str, Any], tmp_path: Path
+) -> None:
+    keys = {
+        **base,
+        "stage": "sft",
+        "dataset": "manual_sft",
+        "output_dir": str(tmp_path / "out"),
+        **change,
+        "train_from_scratch": False,
+    }
     if "model_name_or_path" not in change:
         keys["train_from_scratch"] = True
     with pytest.raises(RankError, match=message) as error:

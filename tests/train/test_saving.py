@@ -1,4 +1,6 @@
-"""What runs leave behind: all that the loaded checkpoint has, also of a sharded run; and nothing that fails keeps it from being saved."""
+"""What runs leave behind: all that the loaded checkpoint has, also of a sharded run; and nothing
+that fails keeps it from being saved.
+"""
 
 from __future__ import annotations
 
@@ -24,20 +26,33 @@ from small_runs import LORA, keys, run_on_ranks, text, write_model  # noqa: E402
 
 pytestmark = pytest.mark.processes
 
-MTP = {"mtp.layers.0.proj.weight": torch.arange(12.0).view(3, 4), "mtp.norm.weight": torch.ones(3, dtype=torch.bfloat16)}
+MTP = {
+    "mtp.layers.0.proj.weight": torch.arange(12.0).view(3, 4),
+    "mtp.norm.weight": torch.ones(3, dtype=torch.bfloat16),
+}
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with all that once kept a run from saving it, or was lost; and a few conversations."""
+    """A checkpoint with all that once kept a run from saving it, or was lost; and a few
+    conversations.
+    """
     home = tmp_path_factory.mktemp("saving")
     model = home / "model"
     write_model(model, 0)
-    save_file(load_file(model / "model.safetensors") | MTP, model / "model.safetensors", metadata={"format": "pt"})
-    (model / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.6, "length_penalty": 2.0}))
+    save_file(
+        load_file(model / "model.safetensors") | MTP,
+        model / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    (model / "generation_config.json").write_text(
+        json.dumps({"do_sample": False, "temperature": 0.6, "length_penalty": 2.0})
+    )
     (model / "preprocessor_config.json").write_text("{}")
     random.seed(0)
-    (home / "talks.json").write_text(json.dumps([{"instruction": text(12), "output": text(25)} for _ in range(4)]))
+    (home / "talks.json").write_text(
+        json.dumps([{"instruction": text(12), "output": text(25)} for _ in range(4)])
+    )
     (home / "dataset_info.json").write_text(json.dumps({"talks": {"file_name": "talks.json"}}))
     return home
 
@@ -56,35 +71,57 @@ def run(home: Path, output_dir: Path, **changes: Any) -> None:
     run_on_ranks([f"{k}={v}" for k, v in given.items()], str(home / "cache"))
 
 
-def test_a_run_saves_all_that_it_has_loaded(home: Path, tmp_path: Path, told: pytest.LogCaptureFixture) -> None:
+def test_a_run_saves_all_that_it_has_loaded(
+    home: Path, tmp_path: Path, told: pytest.LogCaptureFixture
+) -> None:
     out = tmp_path / "out"
     run(home, out, save_strategy="steps", save_steps=1)
     for folder in (out, out / "checkpoint-1"):
-        held = {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+        held = {
+            name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()
+        }
         assert held.keys() == stored_tensors(folder).keys() == stored_tensors(home / "model").keys()
         assert all(torch.equal(held[name], t) for name, t in MTP.items())
         generation = json.loads((folder / "generation_config.json").read_text())
-        assert generation["do_sample"] and generation["temperature"] == 0.6 and "length_penalty" not in generation
+        assert (
+            generation["do_sample"]
+            and generation["temperature"] == 0.6
+            and "length_penalty" not in generation
+        )
         assert (folder / "preprocessor_config.json").is_file()
-    lines = {record for record in told.records if "2 tensors of the checkpoint that transformers does not load" in record.getMessage()}
+    lines = {
+        record
+        for record in told.records
+        if "2 tensors of the checkpoint that transformers does not load" in record.getMessage()
+    }
     assert len(lines) == 1 and "are saved as they were: mtp.* (2)" in lines.pop().getMessage()
     assert "do_sample: False beside temperature: 0.6 became do_sample: true" in told.text
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "the scratch folder is gone"
 
 
 @pytest.mark.slow
-def test_a_checkpoint_with_the_names_of_its_source_resumes_exactly(home: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_with_the_names_of_its_source_resumes_exactly(
+    home: Path, tmp_path: Path
+) -> None:
     """Names without the model's prefix, as gpt2's files have them, and tensors that no model has."""
     base = tmp_path / "base"
     write_model(base, 0, tie_word_embeddings=True)
-    state = {name.removeprefix("model."): t for name, t in load_file(base / "model.safetensors").items()}
+    state = {
+        name.removeprefix("model."): t for name, t in load_file(base / "model.safetensors").items()
+    }
     save_file(state | MTP, base / "model.safetensors", metadata={"format": "pt"})
     keys = {"model_name_or_path": base, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
     run(home, tmp_path / "whole", **keys)
     checkpoint = tmp_path / "again" / "checkpoint-1"
     shutil.copytree(tmp_path / "whole" / "checkpoint-1", checkpoint)
     assert stored_tensors(checkpoint).keys() == stored_tensors(base).keys()
-    run(home, tmp_path / "again", **keys, resume_from_checkpoint=checkpoint, overwrite_output_dir=False)
+    run(
+        home,
+        tmp_path / "again",
+        **keys,
+        resume_from_checkpoint=checkpoint,
+        overwrite_output_dir=False,
+    )
     whole, again, first = (
         {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
         for folder in (tmp_path / "whole", tmp_path / "again", checkpoint)
@@ -103,12 +140,16 @@ def test_what_fails_after_the_save_loses_nothing(
     monkeypatch.setattr("longfactory.train.output.plot_history", fails)
     monkeypatch.setattr("longfactory.train.output.write_model_card", fails)
     run(home, tmp_path / "out", plot_loss=True, **LORA)
-    assert (tmp_path / "out" / "adapter_model.safetensors").is_file() and (tmp_path / "out" / "trainer_state.json").is_file()
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file() and (
+        tmp_path / "out" / "trainer_state.json"
+    ).is_file()
     assert "plot_loss: curves could not be written or sent (RuntimeError: no fonts)" in told.text
     assert "the model card, could not be written or sent" in told.text
 
 
-def test_an_upload_that_fails_is_told_when_all_is_written(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upload_that_fails_is_told_when_all_is_written(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(*args: Any, **kwargs: Any) -> None:
         raise ConnectionError("no route")
 
@@ -116,15 +157,32 @@ def test_an_upload_that_fails_is_told_when_all_is_written(home: Path, tmp_path: 
     monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda self, **kwargs: None)
     monkeypatch.setattr("transformers.Trainer.push_to_hub", fails)
     monkeypatch.setattr("transformers.Trainer._push_from_checkpoint", fails)
-    keys = {"push_to_hub": True, "do_eval": True, "val_size": 1, "save_strategy": "steps", "save_steps": 1}
-    with pytest.raises(UserError, match=r"could not be uploaded \(ConnectionError: no route\). The trained model is complete"):
+    keys = {
+        "push_to_hub": True,
+        "do_eval": True,
+        "val_size": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    with pytest.raises(
+        UserError,
+        match=r"could not be uploaded \(ConnectionError: no route\). The trained model is complete",
+    ):
         run(home, tmp_path / "out", **LORA, **keys)
-    for name in ("adapter_model.safetensors", "train_results.json", "eval_results.json", "README.md", "checkpoint-1"):
+    for name in (
+        "adapter_model.safetensors",
+        "train_results.json",
+        "eval_results.json",
+        "README.md",
+        "checkpoint-1",
+    ):
         assert (tmp_path / "out" / name).exists(), name
 
 
 @pytest.mark.parametrize("case", ["tokenizer", "below a file", "its own source"])
-def test_a_run_that_could_not_save_does_not_begin(case: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_could_not_save_does_not_begin(
+    case: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, expected = tmp_path / "out", "The tokenizer cannot be saved (TypeError): it holds a tensor"
     if case == "tokenizer":
 
@@ -138,7 +196,9 @@ def test_a_run_that_could_not_save_does_not_begin(case: str, home: Path, tmp_pat
     else:
         out, expected = home / "model", "is the folder that the model is read from"
     before = sorted(path.name for path in (home / "model").iterdir())
-    with pytest.raises(UserError, match="This run could not save its model, so nothing was trained:") as error:
+    with pytest.raises(
+        UserError, match="This run could not save its model, so nothing was trained:"
+    ) as error:
         run(home, out)
     assert expected in str(error.value)
     assert sorted(path.name for path in (home / "model").iterdir()) == before
@@ -147,7 +207,9 @@ def test_a_run_that_could_not_save_does_not_begin(case: str, home: Path, tmp_pat
 
 
 @pytest.mark.parametrize("writes", [True, False])
-def test_a_rank_without_the_gathered_weights_writes_nothing(writes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_without_the_gathered_weights_writes_nothing(
+    writes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two ranks wrote one file, and the last one's was empty."""
     from longfactory.train import trainer as module
 
@@ -168,12 +230,17 @@ def test_a_rank_without_the_gathered_weights_writes_nothing(writes: bool, tmp_pa
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("sharding", ["fsdp2", "zero3"])
-def test_a_sharded_run_saves_whole_weights_and_resumes_with_another_size(sharding: str, tmp_path: Path) -> None:
+def test_a_sharded_run_saves_whole_weights_and_resumes_with_another_size(
+    sharding: str, tmp_path: Path
+) -> None:
     if sharding == "zero3":
         pytest.importorskip("deepspeed")
     on_ranks_of_their_own(2, 350, save_and_go_on, sharding, str(tmp_path))
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result["kind"].endswith("FSDP" if sharding == "fsdp2" else "DEEPSPEED") and result["sharded"]
+    assert (
+        result["kind"].endswith("FSDP" if sharding == "fsdp2" else "DEEPSPEED")
+        and result["sharded"]
+    )
 
     from transformers import AutoModelForCausalLM
 
@@ -182,14 +249,21 @@ def test_a_sharded_run_saves_whole_weights_and_resumes_with_another_size(shardin
     trained = torch.load(tmp_path / "trained.pt")
     before = dict(tiny("llama").named_parameters())
     # Both the final folder, and the one written at the last step, as a person loads them.
-    folders = [tmp_path / "out"] + ([tmp_path / "out" / "checkpoint-2"] if sharding == "fsdp2" else [])
+    folders = [tmp_path / "out"] + (
+        [tmp_path / "out" / "checkpoint-2"] if sharding == "fsdp2" else []
+    )
     for folder in folders:
         loaded = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
         assert loaded.keys() == trained.keys() == before.keys()
         for name, p in loaded.items():
             assert torch.equal(p, trained[name]), name
         assert max((loaded[n] - before[n]).abs().max().item() for n in loaded) > 1e-2
-        held = {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items() if "optimizer" not in file.name}
+        held = {
+            name: t
+            for file in folder.glob("*.safetensors")
+            for name, t in load_file(file).items()
+            if "optimizer" not in file.name
+        }
         base = load_file(tmp_path / "base" / "model.safetensors")
         assert held.keys() == base.keys() == stored_tensors(folder).keys()
         assert all(torch.equal(held[name], base[name]) for name in base if name.startswith("mtp."))
@@ -197,7 +271,9 @@ def test_a_sharded_run_saves_whole_weights_and_resumes_with_another_size(shardin
 
     whole, resumed = result["losses"]
     assert len(whole) == 2 and resumed == pytest.approx(whole, abs=1e-5)
-    assert result["resumed"] < 2e-4, "the second step, made from the checkpoint with size 1, is another one"
+    assert result["resumed"] < 2e-4, (
+        "the second step, made from the checkpoint with size 1, is another one"
+    )
 
 
 def test_an_adapter_that_was_not_loaded_whole_ends_the_resume(tmp_path: Path) -> None:
@@ -211,9 +287,13 @@ def test_an_adapter_that_was_not_loaded_whole_ends_the_resume(tmp_path: Path) ->
 
     config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     model = get_peft_model(LagunaForCausalLM(tiny_config("laguna")), config)
-    trainer: Any = types.SimpleNamespace(is_fsdp_enabled=False, is_deepspeed_enabled=False, model=model)
+    trainer: Any = types.SimpleNamespace(
+        is_fsdp_enabled=False, is_deepspeed_enabled=False, model=model
+    )
     model.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"was not loaded as it was saved: 6 of 16 tensors of the model are not in"):
+    with pytest.raises(
+        UserError, match=r"was not loaded as it was saved: 6 of 16 tensors of the model are not in"
+    ):
         RowTrainer._load_renamed(trainer, str(tmp_path))
     saved.rename_for_peft(tmp_path, model)
     RowTrainer._load_renamed(trainer, str(tmp_path))

@@ -1,4 +1,6 @@
-"""A step of training leaves no tensor to Python's garbage collector: on a GPU that is memory which the next step does not have."""
+"""A step of training leaves no tensor to Python's garbage collector: on a GPU that is memory which
+the next step does not have.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ pytestmark = pytest.mark.processes
 
 
 def left_in_circles(words: list[str], cache: str) -> list[str]:
-    """Runs what the words say and returns the tensors that the second and third step left in circles of references."""
+    """Runs what the words say and returns the tensors that the second and third step left in
+    circles of references.
+    """
     original, left, calls = RowTrainer.training_step, [], []
 
     def watched(self: RowTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -29,7 +33,9 @@ def left_in_circles(words: list[str], cache: str) -> list[str]:
         loss = original(self, *args, **kwargs)
         if len(calls) == 3:
             gc.collect()
-            left.extend(f"{x.dtype} {tuple(x.shape)}" for x in gc.garbage if isinstance(x, torch.Tensor))
+            left.extend(
+                f"{x.dtype} {tuple(x.shape)}" for x in gc.garbage if isinstance(x, torch.Tensor)
+            )
         return loss
 
     RowTrainer.training_step = watched  # type: ignore[method-assign]
@@ -57,11 +63,23 @@ def left_in_circles(words: list[str], cache: str) -> list[str]:
     ],
     ids=["sft", "segments", "asft", "asft_lora_on_the_head", "dpo", "rm"],
 )
-def test_no_tensor_of_a_step_is_left_in_a_circle(changes: dict[str, Any], size: int, home: Path) -> None:  # noqa: F811
-    pairs = [{"prompt": "a" * (9 + i), "chosen": "b" * (5 + i), "rejected": "c" * (20 - i)} for i in range(12)]
+def test_no_tensor_of_a_step_is_left_in_a_circle(
+    changes: dict[str, Any],
+    size: int,
+    home: Path,  # noqa: F811
+) -> None:
+    pairs = [
+        {"prompt": "a" * (9 + i), "chosen": "b" * (5 + i), "rejected": "c" * (20 - i)}
+        for i in range(12)
+    ]
     (home / "pairs.json").write_text(json.dumps(pairs))
     columns = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
-    info = {"talks": {"file_name": "talks.json"}, "pairs": {"file_name": "pairs.json", "ranking": True, "columns": columns}}
+    info = {
+        "talks": {"file_name": "talks.json"},
+        "pairs": {"file_name": "pairs.json", "ranking": True, "columns": columns},
+    }
     (home / "dataset_info.json").write_text(json.dumps(info))
-    words = [f"{k}={v}" for k, v in keys(home, "garbage", sequence_parallel_size=size, **changes).items()]
+    words = [
+        f"{k}={v}" for k, v in keys(home, "garbage", sequence_parallel_size=size, **changes).items()
+    ]
     assert POOLS[size].run(left_in_circles, words, str(home / "cache")) == [[]] * size

@@ -17,8 +17,15 @@ pytestmark = pytest.mark.processes
 
 __all__ = ["home"]  # a fixture
 
-# Twelve samples, five to a step: the third step ends in the stream's second pass, the fifth in its third.
-STREAM: dict[str, Any] = {"streaming": True, "packing": False, "max_steps": 6, "per_device_train_batch_size": 5, "optim": "sgd"}
+# Twelve samples, five to a step: the third step ends in the stream's second pass, the fifth in its
+# third.
+STREAM: dict[str, Any] = {
+    "streaming": True,
+    "packing": False,
+    "max_steps": 6,
+    "per_device_train_batch_size": 5,
+    "optim": "sgd",
+}
 STREAM |= {"learning_rate": 0.05, "gradient_accumulation_steps": 1}
 
 
@@ -44,7 +51,9 @@ def test_a_stream_resumes_at_the_exact_sample_of_its_second_pass(home: Path) -> 
         assert got == pytest.approx(want, rel=1e-4)
 
 
-def test_disable_shuffling_keeps_the_order_of_a_stream(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disable_shuffling_keeps_the_order_of_a_stream(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from longfactory.model import load
 
     monkeypatch.setenv("LONGFACTORY_CACHE", str(home / "cache"))
@@ -52,7 +61,10 @@ def test_disable_shuffling_keeps_the_order_of_a_stream(home: Path, monkeypatch: 
     def tokens(**changes: Any) -> list[list[int]]:
         cfg = load_config([f"{k}={v}" for k, v in keys(home, "order", **STREAM | changes).items()])
         data: Any = load_data(cfg, load.load_tokenizer(cfg.model)).train
-        return [sample[0].input_ids.tolist() for sample in (data if changes.get("streaming", True) else (data[i] for i in range(12)))]
+        return [
+            sample[0].input_ids.tolist()
+            for sample in (data if changes.get("streaming", True) else (data[i] for i in range(12)))
+        ]
 
     kept, shuffled = tokens(disable_shuffling=True), tokens()
     assert kept == tokens(streaming=False) != shuffled

@@ -47,13 +47,17 @@ def sharded_by_fsdp2(keys: dict[str, Any], more: list[dict[str, Any]]) -> list[t
     for changes in more:
         cpu_sharding.reset()
         given = {**keys, **changes}
-        report = verify(from_mapping({k: v for k, v in given.items() if k != "cache"}), rows=2, tokens=160)
+        report = verify(
+            from_mapping({k: v for k, v in given.items() if k != "cache"}), rows=2, tokens=160
+        )
         reports.append((report.exact and "parameters fsdp2" in report.title, report.table()))
     return reports
 
 
 def verified(keys: dict[str, Any], broken: str = "") -> tuple[bool, str, dict[str, float]]:
-    """Body of a rank. `broken` scales the gradient of values in the engine, lets documents see each other, or lets routers choose anew."""
+    """Body of a rank. `broken` scales the gradient of values in the engine, lets documents see each
+    other, or lets routers choose anew.
+    """
     import os
 
     import cpu_sharding
@@ -75,13 +79,19 @@ def verified(keys: dict[str, Any], broken: str = "") -> tuple[bool, str, dict[st
         if broken == "gradient":
             hf.engine = scaled
         if broken == "isolation":
-            trainer_module.sp.plan = lambda length, segments, ctx: plan(length, (sp.Segment(0, length),), ctx)
+            trainer_module.sp.plan = lambda length, segments, ctx: plan(
+                length, (sp.Segment(0, length),), ctx
+            )
         if broken == "routers":
             Comparison._row_choices = lambda self, row: routers.Choices({})  # type: ignore[method-assign]
         report = verify(cfg, rows=2, tokens=160)
     finally:
         hf.engine, trainer_module.sp.plan, Comparison._row_choices = engine, plan, choices  # type: ignore[method-assign]
-    return report.exact, report.table(), {name: m.difference for name, m in report.parameters.items()}
+    return (
+        report.exact,
+        report.table(),
+        {name: m.difference for name, m in report.parameters.items()},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +110,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 CASES = {
     "sft": {},
-    "ulysses, lora, hand-written layers off": {"sequence_parallel_mode": "ulysses", "finetuning_type": "lora"},
+    "ulysses, lora, hand-written layers off": {
+        "sequence_parallel_mode": "ulysses",
+        "finetuning_type": "lora",
+    },
     "packed": {"packing": True},
     "dpo, shared prompt": {"stage": "dpo", "dataset": "manual_dpo", "pref_share_prompt": True},
     "rm": {"stage": "rm", "dataset": "manual_dpo"},
@@ -110,14 +123,18 @@ CASES = {
 
 
 def with_family(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`family`: a tiny model of that family; `spread`: standard deviation of its weights (0.02: routers are nearly undecided)."""
+    """`family`: a tiny model of that family; `spread`: standard deviation of its weights (0.02:
+    routers are nearly undecided).
+    """
     keys = {**base, **{k: v for k, v in changes.items() if k not in ("family", "spread")}}
     if "family" in changes:
         from verify_ratios import make_folder
 
         spread = changes.get("spread", 0.02)
         folder = Path(base["model_name_or_path"]).parent / f"{changes['family']}-{spread}"
-        keys["model_name_or_path"] = str(folder if folder.exists() else make_folder(folder, changes["family"], spread))
+        keys["model_name_or_path"] = str(
+            folder if folder.exists() else make_folder(folder, changes["family"], spread)
+        )
     return keys
 
 
@@ -125,7 +142,9 @@ def with_family(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("case", list(CASES))
 def test_an_exact_engine_passes(case: str, base: dict[str, Any]) -> None:
-    for exact, table, parameters in run_ranks(2, verified, with_family(base, CASES[case]), timeout=250):
+    for exact, table, parameters in run_ranks(
+        2, verified, with_family(base, CASES[case]), timeout=250
+    ):
         assert exact, table
         assert len(parameters) > 10
         assert "The same." in table and "grad_norm" in table
@@ -133,7 +152,9 @@ def test_an_exact_engine_passes(case: str, base: dict[str, Any]) -> None:
 
 
 def healthy() -> Iterator[tuple[int, dict[str, Any]]]:
-    """(processes, keys): every stage in float32 and bf16 at SP 1 and 2, then methods, families, schedules."""
+    """(processes, keys): every stage in float32 and bf16 at SP 1 and 2, then methods, families,
+    schedules.
+    """
     from verify_ratios import STAGES
 
     for stage in STAGES.values():
@@ -142,10 +163,28 @@ def healthy() -> Iterator[tuple[int, dict[str, Any]]]:
         yield 2, {**stage, "bf16": True}
     for family in ("qwen3_moe", "gpt_oss", "mixtral", "gemma2", "mistral", "phi3"):
         yield 2, {"family": family, "spread": 0.15, "bf16": True, "pure_bf16": True}
-        yield 2, {"family": family, "bf16": True, "finetuning_type": "lora", "stage": "dpo", "dataset": "manual_dpo"}
+        yield (
+            2,
+            {
+                "family": family,
+                "bf16": True,
+                "finetuning_type": "lora",
+                "stage": "dpo",
+                "dataset": "manual_dpo",
+            },
+        )
     yield 2, {"finetuning_type": "freeze", "freeze_trainable_layers": 1, "bf16": True}
     yield 2, {"finetuning_type": "lora", "stage": "kto", "dataset": "manual_kto", "use_dora": True}
-    yield 2, {"finetuning_type": "lora", "stage": "dpo", "dataset": "manual_dpo", "ld_alpha": 0.3, "pref_loss": "ipo"}
+    yield (
+        2,
+        {
+            "finetuning_type": "lora",
+            "stage": "dpo",
+            "dataset": "manual_dpo",
+            "ld_alpha": 0.3,
+            "pref_loss": "ipo",
+        },
+    )
     yield 2, {"finetuning_type": "lora", "additional_target": "embed_tokens,lm_head", "bf16": True}
     yield 2, {"sequence_parallel_mode": "ulysses", "packing": True, "bf16": True}
     yield 2, {"sequence_parallel_mode": "llama3", "per_device_train_batch_size": 1}
@@ -172,9 +211,15 @@ def test_no_healthy_run_gives_an_alarm(base: dict[str, Any]) -> None:
 @pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_without_their_choices_replayed_experts_in_bf16_are_not_the_same(base: dict[str, Any]) -> None:
-    """The routers of small random weights are nearly undecided: what is replayed is what makes the comparison."""
-    exact, table, _ = run_ranks(2, verified, with_family(base, CASES["experts in bf16"]), "routers", timeout=250)[0]
+def test_without_their_choices_replayed_experts_in_bf16_are_not_the_same(
+    base: dict[str, Any],
+) -> None:
+    """The routers of small random weights are nearly undecided: what is replayed is what makes the
+    comparison.
+    """
+    exact, table, _ = run_ranks(
+        2, verified, with_family(base, CASES["experts in bf16"]), "routers", timeout=250
+    )[0]
     assert not exact, table
 
 
@@ -185,7 +230,12 @@ def test_sharded_parameters_are_compared_whole(base: dict[str, Any]) -> None:
     pool = RankPool(2)
     lora = {"finetuning_type": "lora", "stage": "dpo", "dataset": "manual_dpo"}
     try:
-        reports = pool.run(sharded_by_fsdp2, base, [{}, {"bf16": True}, {"stage": "rm", "dataset": "manual_dpo"}, lora], timeout=300)
+        reports = pool.run(
+            sharded_by_fsdp2,
+            base,
+            [{}, {"bf16": True}, {"stage": "rm", "dataset": "manual_dpo"}, lora],
+            timeout=300,
+        )
     finally:
         pool.stop()
     for rank in reports:
@@ -196,15 +246,23 @@ def test_sharded_parameters_are_compared_whole(base: dict[str, Any]) -> None:
 
 @pytest.mark.processes
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("broken", "memory"), [("gradient", {"disable_gradient_checkpointing": True}), ("isolation", {})])
-def test_a_broken_engine_is_found(broken: str, memory: dict[str, Any], base: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("broken", "memory"),
+    [("gradient", {"disable_gradient_checkpointing": True}), ("isolation", {})],
+)
+def test_a_broken_engine_is_found(
+    broken: str, memory: dict[str, Any], base: dict[str, Any]
+) -> None:
     for exact, table, parameters in run_ranks(2, verified, {**base, **memory}, broken, timeout=250):
         assert not exact and "NOT the same." in table, table
         assert max(parameters.values()) > 1e-3
 
 
 def test_long_documents_keep_their_ends_in_proportion() -> None:
-    samples = [[TokenizedDocument(list(range(n)), list(range(n)), sample=i) for n in (300, 100)] for i in range(2)]
+    samples = [
+        [TokenizedDocument(list(range(n)), list(range(n)), sample=i) for n in (300, 100)]
+        for i in range(2)
+    ]
     cut = truncate(samples, 200)
     assert [[len(d.input_ids) for d in s] for s in cut] == [[75, 25]] * 2
     assert cut[0][1].input_ids == list(range(75, 100)) == cut[0][1].labels
@@ -213,9 +271,24 @@ def test_long_documents_keep_their_ends_in_proportion() -> None:
 
 def report(**changes: Any) -> Report:
     same = measured(1.0, 1.0, 1e-6, 0.0)
-    given: dict[str, Any] = {"loss": same, "grad_norm": same, "logps": same, "parameters": {"a": same, "b": same}}
+    given: dict[str, Any] = {
+        "loss": same,
+        "grad_norm": same,
+        "logps": same,
+        "parameters": {"a": same, "b": same},
+    }
     rows = (RowShape(4, 1, 1),)
-    return Report(**{"rows": rows, **given, "reasons": (), "notes": (), "dtype": torch.float32, "title": "", **changes})
+    return Report(
+        **{
+            "rows": rows,
+            **given,
+            "reasons": (),
+            "notes": (),
+            "dtype": torch.float32,
+            "title": "",
+            **changes,
+        }
+    )
 
 
 def test_a_number_that_is_none_is_not_exact() -> None:
@@ -226,11 +299,13 @@ def test_a_number_that_is_none_is_not_exact() -> None:
         assert not report(**{name: nan}).exact
     assert not report(parameters={"a": measured(1.0, 1.0, 0.0, 0.0), "b": nan}).exact
     assert (
-        not report(reasons=("Something is wrong.",)).exact and "- Something is wrong." in report(reasons=("Something is wrong.",)).table()
+        not report(reasons=("Something is wrong.",)).exact
+        and "- Something is wrong." in report(reasons=("Something is wrong.",)).table()
     )
     off = measured(1.001, 1.0, 1e-3, 0.0)
     assert not report(loss=off).exact
-    # As much as FACTOR times what transformers' own attention is off in this precision, and no more.
+    # As much as FACTOR times what transformers' own attention is off in this precision, and no
+    # more.
     assert report(loss=measured(1.001, 1.0, 1e-3, 4e-4), dtype=torch.bfloat16).exact
     assert not report(loss=measured(1.001, 1.0, 1e-3, 3e-4), dtype=torch.bfloat16).exact
     assert "bf16=false" in report(dtype=torch.bfloat16).table()
@@ -244,17 +319,33 @@ def test_the_command(base: dict[str, Any]) -> None:
 
     env = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
     env |= {"LONGFACTORY_CACHE": base["cache"], "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    words = [f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in base.items() if k != "cache"]
+    words = [
+        f"{k}={str(v).lower() if isinstance(v, bool) else v}"
+        for k, v in base.items()
+        if k != "cache"
+    ]
     command = [sys.executable, "-m", "longfactory.cli", "verify", *words, "nproc_per_node=2"]
-    done = subprocess.run([*command, "verify_rows=1", "--verify_tokens=120"], capture_output=True, text=True, env=env, timeout=250)
+    done = subprocess.run(
+        [*command, "verify_rows=1", "--verify_tokens=120"],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=250,
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("The same.") == 1 and "row 2" not in done.stdout and "2 ranks, zigzag-ring" in done.stdout
+    assert (
+        done.stdout.count("The same.") == 1
+        and "row 2" not in done.stdout
+        and "2 ranks, zigzag-ring" in done.stdout
+    )
     assert not Path(base["output_dir"]).exists()
-    wrong = subprocess.run([*command, "verify_rows=none"], capture_output=True, text=True, env=env, timeout=100)
+    wrong = subprocess.run(
+        [*command, "verify_rows=none"], capture_output=True, text=True, env=env, timeout=100
+    )
     assert wrong.returncode == 2 and "verify_rows=N with a whole number" in wrong.stderr
 
 
-# -- what is read of a row, and of the data ------------------------------------------------------------------------------------------------
+# -- what is read of a row, and of the data --------------------------------------------------------
 
 
 def documents() -> list[TokenizedDocument]:
@@ -269,8 +360,18 @@ def documents() -> list[TokenizedDocument]:
 
 def test_documents_are_read_with_their_parents_and_labels_moved_by_one() -> None:
     texts = texts_of(documents())
-    assert [text.tokens for text in texts] == [(5, 6, 7), (5, 6, 7, 8, 9, 2), (5, 6, 7, 8, 4, 3, 2), (1, 2, 3, 4)]
-    assert texts[1].targets == (-100, -100, -100, 9, 2, -100) and texts[3].targets == (-100, 3, 4, -100)
+    assert [text.tokens for text in texts] == [
+        (5, 6, 7),
+        (5, 6, 7, 8, 9, 2),
+        (5, 6, 7, 8, 4, 3, 2),
+        (1, 2, 3, 4),
+    ]
+    assert texts[1].targets == (-100, -100, -100, 9, 2, -100) and texts[3].targets == (
+        -100,
+        3,
+        4,
+        -100,
+    )
     assert [text.before for text in texts] == [0, 3, 3, 0] and texts[2].places == [3, 4, 5]
 
 
@@ -283,7 +384,10 @@ def test_what_a_row_has_that_its_documents_do_not() -> None:
     twice = torch.cat([row.labels[1:], row.labels.new_full((1,), -100)])
     twice[:10] = row.labels[:10]  # of the last document alone
     for changes, sentence in (
-        ({"position_ids": moved}, "The position at token 1 of document 2 of row 1 is 0; by its document it is 3."),
+        (
+            {"position_ids": moved},
+            "The position at token 1 of document 2 of row 1 is 0; by its document it is 3.",
+        ),
         ({"labels": row.input_ids}, "labels are trained,"),
         ({"labels": twice}, "labels are shifted twice"),
         ({"input_ids": row.input_ids.flip(0)}, "The token at token 1 of document 1"),
@@ -305,7 +409,10 @@ def test_a_row_that_no_document_crosses_is_made_to_have_one() -> None:
     trainer.collate = collate
     items = [[TokenizedDocument(list(range(40)), list(range(40)))]]
     with (
-        mock.patch("longfactory.train.verify._shape", lambda row, ctx: SimpleNamespace(crossing=next(shapes))),
+        mock.patch(
+            "longfactory.train.verify._shape",
+            lambda row, ctx: SimpleNamespace(crossing=next(shapes)),
+        ),
         mock.patch("longfactory.train.verify.sp.alignment", lambda ctx: 4),
     ):
         crossed(items, trainer)
@@ -319,7 +426,10 @@ def test_rows_are_chosen_that_train_and_one_has_two_samples() -> None:
     data = [sample(0, trained=False), sample(1), sample(2), sample(3)]
     rows = choose(data, rows=2, batch=1, tokens=100)
     assert [[d.sample for d in row[0]] for row in rows] == [[1], [2, 0]]
-    assert [[d.sample for item in row for d in item] for row in choose(data, rows=1, batch=2, tokens=100)] == [[0, 1]]
+    assert [
+        [d.sample for item in row for d in item]
+        for row in choose(data, rows=1, batch=2, tokens=100)
+    ] == [[0, 1]]
     # Fewer samples than a row takes: they are taken again, as other samples.
     (row,) = choose(data[:2], rows=1, batch=3, tokens=100)
     assert len(row) == 3 and len({d.sample for item in row for d in item}) == 3
@@ -330,8 +440,12 @@ def test_rows_are_chosen_that_train_and_one_has_two_samples() -> None:
 def test_prompts_that_are_trained_are_found_by_the_stored_parts() -> None:
     store: Any = SimpleNamespace(parts=lambda i: [[1] * 4, [2] * 3, [1] * 2, [2] * 2])
 
-    def found(labels: list[int], eos: int | None = None, cutoff: int = 100, **rules: Any) -> list[str]:
-        data = SimpleNamespace(kind="sft", stores=[store], entries=[[0, 0]], rules=Rules(cutoff, eos=eos, **rules))
+    def found(
+        labels: list[int], eos: int | None = None, cutoff: int = 100, **rules: Any
+    ) -> list[str]:
+        data = SimpleNamespace(
+            kind="sft", stores=[store], entries=[[0, 0]], rules=Rules(cutoff, eos=eos, **rules)
+        )
         return mask_reasons(data, [TokenizedDocument([1] * len(labels), labels, sample=0)])
 
     right = [-100] * 4 + [2] * 3 + [-100] * 2 + [2] * 2
@@ -339,7 +453,8 @@ def test_prompts_that_are_trained_are_found_by_the_stored_parts() -> None:
     wrong = found([-100] * 3 + right[4:5] + right[4:])
     assert wrong == ["Sample 0 trains 1 of the 6 tokens of its prompt; train_on_prompt is not set."]
     assert not found([1] * len(right), train_on_prompt=True)
-    # Where answers end by eos, the first token of a later turn teaches it, and the document has one token more.
+    # Where answers end by eos, the first token of a later turn teaches it, and the document has one
+    # token more.
     assert not found([*right[:7], 0, *right[8:], 0], eos=0)
     assert found([*right[:7], 0, 1, *right[9:], 0], eos=0)
     # The beginning is cut off: places are counted from the end.

@@ -1,4 +1,6 @@
-"""Experts, which files and models name differently, come back from a checkpoint: a resumed run, the best model, one without them."""
+"""Experts, which files and models name differently, come back from a checkpoint: a resumed run, the
+best model, one without them.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +26,30 @@ __all__ = ["home"]  # a fixture
 def experts(home: Path) -> Path:
     """A mixture of experts beside the tokenizer of `home`."""
     shutil.copytree(home / "model", home / "experts")
-    vocabulary = load_file(home / "experts" / "model.safetensors")["model.embed_tokens.weight"].shape[0]
+    vocabulary = load_file(home / "experts" / "model.safetensors")[
+        "model.embed_tokens.weight"
+    ].shape[0]
     tiny_model("qwen3_moe", seed=3, vocab_size=vocabulary).save_pretrained(home / "experts")
     return home / "experts"
 
 
-RUN: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "optim": "sgd", "learning_rate": 0.5}
+RUN: dict[str, Any] = {
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "optim": "sgd",
+    "learning_rate": 0.5,
+}
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_resumed_run_goes_on_with_the_experts_that_it_trained(home: Path, experts: Path, size: int) -> None:
+def test_a_resumed_run_goes_on_with_the_experts_that_it_trained(
+    home: Path, experts: Path, size: int
+) -> None:
     full = train(home, f"full{size}", 1, model_name_or_path=experts, **RUN)
     shutil.copytree(home / f"full{size}" / "checkpoint-2", home / f"rest{size}" / "checkpoint-2")
-    rest = train(home, f"rest{size}", size, model_name_or_path=experts, overwrite_output_dir=False, **RUN)
+    rest = train(
+        home, f"rest{size}", size, model_name_or_path=experts, overwrite_output_dir=False, **RUN
+    )
     for a, b in zip(steps(full), steps(rest), strict=True):
         assert (b["loss"], b["grad_norm"]) == pytest.approx((a["loss"], a["grad_norm"]), rel=1e-5)
     saved = [load_file(home / f"{name}{size}" / "model.safetensors") for name in ("full", "rest")]
@@ -45,9 +58,17 @@ def test_a_resumed_run_goes_on_with_the_experts_that_it_trained(home: Path, expe
 
 def test_the_best_model_has_its_own_experts(home: Path, experts: Path) -> None:
     """With a learning rate that spoils everything the first evaluation is the best."""
-    changes = RUN | {"learning_rate": 50.0, "load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "val_size": 3}
+    changes = RUN | {
+        "learning_rate": 50.0,
+        "load_best_model_at_end": True,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "val_size": 3,
+    }
     train(home, "best", 1, model_name_or_path=experts, **changes)
-    saved, first = (load_file(p / "model.safetensors") for p in (home / "best", home / "best" / "checkpoint-2"))
+    saved, first = (
+        load_file(p / "model.safetensors") for p in (home / "best", home / "best" / "checkpoint-2")
+    )
     assert_matches_single_process(saved, first, 0.0)
 
 
@@ -62,6 +83,10 @@ def test_only_what_has_another_name_is_read_again(tmp_path: Path) -> None:
     tiny_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "dense")
     assert load_renamed(tiny_model("llama", tie_word_embeddings=True), tmp_path / "dense") == []
     file = tmp_path / "model.safetensors"
-    save_file({k: v for k, v in load_file(file).items() if ".experts." not in k}, file, metadata={"format": "pt"})
+    save_file(
+        {k: v for k, v in load_file(file).items() if ".experts." not in k},
+        file,
+        metadata={"format": "pt"},
+    )
     with pytest.raises(UserError, match=r"does not hold model\.layers\.0\.mlp\.experts"):
         load_renamed(fresh, tmp_path)

@@ -1,4 +1,6 @@
-"""A run's arguments: typed, checked, with LLaMA-Factory's names. Imports neither torch nor transformers."""
+"""A run's arguments: typed, checked, with LLaMA-Factory's names. Imports neither torch nor
+transformers.
+"""
 
 from longfactory.config.arguments import (
     DataArguments,

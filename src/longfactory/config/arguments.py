@@ -1,7 +1,8 @@
-"""The keys of a run, grouped by who reads them. To the user they are one flat namespace, with LLaMA-Factory's names.
+"""The keys of a run, grouped by who reads them. To the user they are one flat namespace, with
+LLaMA-Factory's names.
 
-Hugging Face's own training keys (learning_rate, output_dir, ...) are in `trainer_keys.py`; keys of LLaMA-Factory that this project does not
-have, and what to use instead, are in `other_keys.py`.
+Hugging Face's own training keys (learning_rate, output_dir, ...) are in `trainer_keys.py`; keys of
+LLaMA-Factory that this project does not have, and what to use instead, are in `other_keys.py`.
 """
 
 from __future__ import annotations
@@ -18,18 +19,24 @@ class ModelArguments:
     """Which model, and how it is loaded."""
 
     model_name_or_path: str | None = arg(None, "A folder, or the name of a model on the hub.")
-    adapter_name_or_path: tuple[str, ...] = arg((), "LoRA adapters: all but the last are merged, the last is trained on.")
+    adapter_name_or_path: tuple[str, ...] = arg(
+        (), "LoRA adapters: all but the last are merged, the last is trained on."
+    )
     trust_remote_code: bool = arg(False, "Run code that comes with the model.")
     model_revision: str = arg("main", "Branch, tag or commit on the hub.")
     cache_dir: str | None = arg(None, "Where models from the hub are kept.")
     hf_hub_token: str | None = arg(None, "Token for the Hugging Face hub.")
-    use_fast_tokenizer: bool = arg(True, "Use the tokenizer written in Rust where the model has one.")
+    use_fast_tokenizer: bool = arg(
+        True, "Use the tokenizer written in Rust where the model has one."
+    )
     split_special_tokens: bool = arg(False, "Tokenise the text of special tokens as ordinary text.")
     add_tokens: tuple[str, ...] = arg((), "Tokens to add to the vocabulary.")
     add_special_tokens: tuple[str, ...] = arg((), "Special tokens to add to the vocabulary.")
     resize_vocab: bool = arg(False, "Enlarge the embedding and the head to the tokenizer's size.")
     rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | None = arg(
-        None, "Stretch the rotary positions to cutoff_len: factor = ceil(cutoff_len / the model's own length)."
+        None,
+        "Stretch the rotary positions to cutoff_len: factor = ceil(cutoff_len / the model's own"
+        " length).",
     )
     train_from_scratch: bool = arg(False, "Random weights instead of the pretrained ones.")
     attention_dropout: float | None = arg(
@@ -38,48 +45,92 @@ class ModelArguments:
         low=0.0,
         high=1.0,
     )
-    enable_liger_kernel: bool = arg(False, "Liger's kernels for norms, rotary embedding and MLP (extra: liger).")
-    quantization_bit: Literal[4, 8] | None = arg(None, "Load the frozen weights in so many bits (QLoRA; extra: quantization).")
+    enable_liger_kernel: bool = arg(
+        False, "Liger's kernels for norms, rotary embedding and MLP (extra: liger)."
+    )
+    quantization_bit: Literal[4, 8] | None = arg(
+        None, "Load the frozen weights in so many bits (QLoRA; extra: quantization)."
+    )
     quantization_method: Literal["bnb"] = arg("bnb", "Which library quantises: bitsandbytes.")
     quantization_type: Literal["nf4", "fp4"] = arg("nf4", "Number format of 4-bit weights.")
     double_quantization: bool = arg(True, "Quantise the quantisation constants too.")
-    infer_dtype: Literal["auto", "float16", "bfloat16", "float32"] = arg("auto", "Number format for chat and export.")
+    infer_dtype: Literal["auto", "float16", "bfloat16", "float32"] = arg(
+        "auto", "Number format for chat and export."
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataArguments:
     """Which data, and how they become rows."""
 
-    dataset: tuple[str, ...] = arg((), "Names in dataset_info.json, or paths of files, comma separated.")
-    eval_dataset: tuple[str, ...] = arg((), "Data sets to evaluate on, comma separated. Not together with val_size.")
-    dataset_dir: str = arg("data", "Folder of dataset_info.json, or ONLINE (names on the hub), or REMOTE:<data set on the hub>.")
-    template: str | None = arg(None, "Chat template by name; default the one derived from the tokenizer's own.")
-    template_compat: Literal["0.9.5", "0.9.1"] = arg("0.9.5", "Whose tokens: LLaMA-Factory 0.9.5, or 0.9.1 (and its 360 fork).")
+    dataset: tuple[str, ...] = arg(
+        (), "Names in dataset_info.json, or paths of files, comma separated."
+    )
+    eval_dataset: tuple[str, ...] = arg(
+        (), "Data sets to evaluate on, comma separated. Not together with val_size."
+    )
+    dataset_dir: str = arg(
+        "data",
+        "Folder of dataset_info.json, or ONLINE (names on the hub), or REMOTE:<data set on the"
+        " hub>.",
+    )
+    template: str | None = arg(
+        None, "Chat template by name; default the one derived from the tokenizer's own."
+    )
+    template_compat: Literal["0.9.5", "0.9.1"] = arg(
+        "0.9.5", "Whose tokens: LLaMA-Factory 0.9.5, or 0.9.1 (and its 360 fork)."
+    )
     cutoff_len: int = arg(2048, "Longest sample, or length of a packed row, in tokens.", low=1)
     cutoff_strategy: Literal["llamafactory", "drop", "error", "keep_tail"] = arg(
-        "llamafactory", "A sample longer than cutoff_len: shortened by LLaMA-Factory's rule, dropped, refused, or its beginning is cut."
+        "llamafactory",
+        "A sample longer than cutoff_len: shortened by LLaMA-Factory's rule, dropped, refused, or"
+        " its beginning is cut.",
     )
-    on_bad_row: Literal["skip", "error"] = arg("skip", "A row that cannot be read: counted and skipped, or the end of the run.")
+    on_bad_row: Literal["skip", "error"] = arg(
+        "skip", "A row that cannot be read: counted and skipped, or the end of the run."
+    )
     train_on_prompt: bool = arg(False, "Train on the prompt's tokens too (sft).")
     mask_history: bool = arg(False, "Train on the last answer alone (sft).")
-    packing: bool | None = arg(None, "Fill rows of cutoff_len with several documents, which never see each other. Default: for pt only.")
-    neat_packing: bool = arg(False, "The same as packing: true (packed documents are always isolated).")
+    packing: bool | None = arg(
+        None,
+        "Fill rows of cutoff_len with several documents, which never see each other. Default: for"
+        " pt only.",
+    )
+    neat_packing: bool = arg(
+        False, "The same as packing: true (packed documents are always isolated)."
+    )
     streaming: bool = arg(False, "Read the data while training. Needs max_steps.")
     buffer_size: int = arg(16384, "Samples in the shuffle buffer when streaming.", low=1)
     mix_strategy: Literal["concat", "interleave_under", "interleave_over", "interleave_once"] = arg(
-        "concat", "Several data sets: one after the other, or mixed until the first ends, or until the last ends."
+        "concat",
+        "Several data sets: one after the other, or mixed until the first ends, or until the last"
+        " ends.",
     )
-    interleave_probs: tuple[float, ...] = arg((), "Probability of each data set when mixing, comma separated.", low=0.0, high=1.0)
+    interleave_probs: tuple[float, ...] = arg(
+        (), "Probability of each data set when mixing, comma separated.", low=0.0, high=1.0
+    )
     overwrite_cache: bool = arg(False, "Tokenise again even if the cache has the data.")
-    tokenized_path: str | None = arg(None, "Folder of tokenised data: read if it exists, else written.")
+    tokenized_path: str | None = arg(
+        None, "Folder of tokenised data: read if it exists, else written."
+    )
     preprocessing_num_workers: int | None = arg(None, "Processes that tokenise.", low=1)
-    preprocessing_batch_size: int = arg(1000, "Samples tokenised at a time. The result does not depend on it.", low=1)
+    preprocessing_batch_size: int = arg(
+        1000, "Samples tokenised at a time. The result does not depend on it.", low=1
+    )
     max_samples: int | None = arg(None, "At most so many samples of each data set.", low=1)
-    val_size: float = arg(0.0, "Part of the training data kept for evaluation: below 1 a share, else a number of samples.", low=0.0)
+    val_size: float = arg(
+        0.0,
+        "Part of the training data kept for evaluation: below 1 a share, else a number of samples.",
+        low=0.0,
+    )
     eval_on_each_dataset: bool = arg(False, "Evaluate on each data set by itself.")
     tool_format: str | None = arg(None, "How tools are written; default the template's way.")
-    default_system: str | None = arg(None, "System message where the data have none; default the template's.")
-    enable_thinking: bool | None = arg(True, "Thoughts: train an empty one (true), mask it (false), as each sample is (null).")
+    default_system: str | None = arg(
+        None, "System message where the data have none; default the template's."
+    )
+    enable_thinking: bool | None = arg(
+        True, "Thoughts: train an empty one (true), mask it (false), as each sample is (null)."
+    )
     preserve_thinking: bool = arg(False, "Keep the thoughts of earlier turns.")
 
 
@@ -88,26 +139,42 @@ class FinetuningArguments:
     """What is trained, and by which loss."""
 
     stage: Literal["pt", "sft", "rm", "dpo", "kto"] = arg("sft", "Kind of training.")
-    finetuning_type: Literal["lora", "freeze", "full"] = arg("lora", "Which parameters are trained.")
+    finetuning_type: Literal["lora", "freeze", "full"] = arg(
+        "lora", "Which parameters are trained."
+    )
     pure_bf16: bool = arg(False, "Train in bfloat16 without float32 master weights.")
 
     lora_rank: int = arg(8, "Rank of the adapters.", low=1)
     lora_alpha: int | None = arg(None, "Scale of the adapters; default twice the rank.", low=1)
     lora_dropout: float = arg(0.0, "Dropout before the adapters.", low=0.0, high=1.0)
-    lora_target: tuple[str, ...] = arg(("all",), "Modules that get an adapter; all = every linear layer but the head.")
-    additional_target: tuple[str, ...] = arg((), "Other modules that are trained whole and saved with the adapter.")
+    lora_target: tuple[str, ...] = arg(
+        ("all",), "Modules that get an adapter; all = every linear layer but the head."
+    )
+    additional_target: tuple[str, ...] = arg(
+        (), "Other modules that are trained whole and saved with the adapter."
+    )
     use_rslora: bool = arg(False, "Scale by alpha / sqrt(rank).")
     use_dora: bool = arg(False, "Weight-decomposed adapters.")
-    loraplus_lr_ratio: float | None = arg(None, "LoRA+: learning rate of B over that of A.", low=0.0)
+    loraplus_lr_ratio: float | None = arg(
+        None, "LoRA+: learning rate of B over that of A.", low=0.0
+    )
     loraplus_lr_embedding: float = arg(1e-6, "LoRA+: learning rate of embedding adapters.", low=0.0)
     pissa_init: bool = arg(False, "PiSSA: adapters begin as the principal part of the weights.")
-    pissa_iter: int = arg(16, "Iterations of PiSSA's fast decomposition; -1 for the exact one.", low=-1)
+    pissa_iter: int = arg(
+        16, "Iterations of PiSSA's fast decomposition; -1 for the exact one.", low=-1
+    )
     create_new_adapter: bool = arg(False, "Merge every given adapter and train a new one.")
 
     freeze_trainable_layers: int = arg(2, "freeze: train the last n layers; negative: the first n.")
-    freeze_trainable_modules: tuple[str, ...] = arg(("all",), "freeze: modules trained in those layers.")
-    use_llama_pro: bool = arg(False, "freeze: train only the layers that block expansion has added.")
-    freeze_extra_modules: tuple[str, ...] = arg((), "freeze: modules outside the layers that are trained too.")
+    freeze_trainable_modules: tuple[str, ...] = arg(
+        ("all",), "freeze: modules trained in those layers."
+    )
+    use_llama_pro: bool = arg(
+        False, "freeze: train only the layers that block expansion has added."
+    )
+    freeze_extra_modules: tuple[str, ...] = arg(
+        (), "freeze: modules outside the layers that are trained too."
+    )
 
     pref_loss: Literal[
         "sigmoid",
@@ -131,47 +198,82 @@ class FinetuningArguments:
     ] = arg("sigmoid", "dpo: the loss of a pair.")
     pref_beta: float = arg(0.1, "dpo, kto: the beta of the loss.", low=0.0)
     pref_ftx: float = arg(0.0, "dpo, kto: weight of the chosen answer's own sft loss.", low=0.0)
-    pref_bco_weight: float = arg(0.0, "dpo: weight of the BCO loss beside the chosen loss.", low=0.0)
-    pref_share_prompt: bool | Literal["auto"] = arg("auto", "Compute a prompt that both answers share once; exact.")
-    dpo_label_smoothing: float = arg(0.0, "dpo: probability that a pair is labelled the wrong way round.", low=0.0, high=0.5)
+    pref_bco_weight: float = arg(
+        0.0, "dpo: weight of the BCO loss beside the chosen loss.", low=0.0
+    )
+    pref_share_prompt: bool | Literal["auto"] = arg(
+        "auto", "Compute a prompt that both answers share once; exact."
+    )
+    dpo_label_smoothing: float = arg(
+        0.0, "dpo: probability that a pair is labelled the wrong way round.", low=0.0, high=0.5
+    )
     simpo_gamma: float = arg(0.5, "simpo: target margin.")
-    ld_alpha: float | None = arg(None, "dpo: weight of the tokens beyond the shorter answer's length.", low=0.0, high=1.0)
+    ld_alpha: float | None = arg(
+        None, "dpo: weight of the tokens beyond the shorter answer's length.", low=0.0, high=1.0
+    )
     discopop_tau: float = arg(0.05, "discopop: temperature of the blend.", low=1e-6)
     kto_chosen_weight: float = arg(1.0, "kto: weight of desirable answers.", low=0.0)
     kto_rejected_weight: float = arg(1.0, "kto: weight of undesirable answers.", low=0.0)
-    ref_model: str | None = arg(None, "Reference model; default the model itself (LoRA: with the adapter switched off).")
+    ref_model: str | None = arg(
+        None, "Reference model; default the model itself (LoRA: with the adapter switched off)."
+    )
     ref_model_adapters: tuple[str, ...] = arg((), "Adapters merged into the reference model.")
-    ref_model_quantization_bit: Literal[4, 8] | None = arg(None, "Load the reference model in so many bits.")
-    precompute_ref_log_probs: bool = arg(False, "Compute the reference's log-probabilities once, before training, and keep them on disk.")
+    ref_model_quantization_bit: Literal[4, 8] | None = arg(
+        None, "Load the reference model in so many bits."
+    )
+    precompute_ref_log_probs: bool = arg(
+        False,
+        "Compute the reference's log-probabilities once, before training, and keep them on disk.",
+    )
 
-    use_dft_loss: bool = arg(False, "sft: dynamic fine-tuning, each token's loss weighted by its own probability.")
-    use_asft_loss: bool = arg(False, "sft: the dft loss plus asft_alpha times the distance from the reference model.")
+    use_dft_loss: bool = arg(
+        False, "sft: dynamic fine-tuning, each token's loss weighted by its own probability."
+    )
+    use_asft_loss: bool = arg(
+        False, "sft: the dft loss plus asft_alpha times the distance from the reference model."
+    )
     asft_alpha: float = arg(0.1, "asft: weight of the distance.", low=0.0)
     use_eaft_loss: bool = arg(False, "sft: each token's loss weighted by its entropy.")
     eaft_alpha: float = arg(1.0, "eaft: power of the entropy's weight.", low=0.0)
     compute_accuracy: bool = arg(False, "Report the accuracy of the tokens in evaluation.")
     disable_shuffling: bool = arg(False, "Keep the order of the data.")
-    early_stopping_steps: int | None = arg(None, "Stop after so many evaluations without a better result.", low=1)
+    early_stopping_steps: int | None = arg(
+        None, "Stop after so many evaluations without a better result.", low=1
+    )
     plot_loss: bool = arg(False, "Draw training_loss.png at the end.")
-    include_effective_tokens_per_second: bool = arg(False, "Report tokens without padding per second.")
+    include_effective_tokens_per_second: bool = arg(
+        False, "Report tokens without padding per second."
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelArguments:
     """How a run is spread over devices."""
 
-    sequence_parallel_size: int = arg(1, "Devices that share one sequence. Divides the number of processes.", low=1)
-    sequence_parallel_mode: Literal["zigzag-ring", "ulysses", "llama3", "usp", "auto"] = arg(
-        "zigzag-ring", "How they share it: by blocks in a ring, by heads, by gathering keys and values, by heads inside and a ring outside."
+    sequence_parallel_size: int = arg(
+        1, "Devices that share one sequence. Divides the number of processes.", low=1
     )
-    sequence_parallel_ulysses_degree: int | None = arg(None, "usp: devices that share by heads.", low=1)
-    sequence_parallel_ring_degree: int | None = arg(None, "usp: devices that share in a ring.", low=1)
+    sequence_parallel_mode: Literal["zigzag-ring", "ulysses", "llama3", "usp", "auto"] = arg(
+        "zigzag-ring",
+        "How they share it: by blocks in a ring, by heads, by gathering keys and values, by heads"
+        " inside and a ring outside.",
+    )
+    sequence_parallel_ulysses_degree: int | None = arg(
+        None, "usp: devices that share by heads.", low=1
+    )
+    sequence_parallel_ring_degree: int | None = arg(
+        None, "usp: devices that share in a ring.", low=1
+    )
     attention_backend: Kernel = arg(  # noqa: RUF009  it is a Literal, whose name hides that
         "auto", "Attention kernel; auto: the fastest that passes its self-test."
     )
-    nproc_per_node: int | None = arg(None, "Processes on this machine; default one for each device.", low=1)
+    nproc_per_node: int | None = arg(
+        None, "Processes on this machine; default one for each device.", low=1
+    )
     sharding: Literal["auto", "fsdp2", "ddp"] = arg(
-        "auto", "How parameters are kept: sharded (fsdp2) or copied to each device (ddp). The key deepspeed selects ZeRO instead."
+        "auto",
+        "How parameters are kept: sharded (fsdp2) or copied to each device (ddp). The key deepspeed"
+        " selects ZeRO instead.",
     )
 
 
@@ -179,21 +281,38 @@ class ParallelArguments:
 class MemoryArguments:
     """What is kept, recomputed or moved. Nothing here changes the result."""
 
-    memory: Literal["auto", "fast", "long"] = arg("auto", "What fits best, what is fastest, or what reaches the longest sequence.")
-    disable_gradient_checkpointing: bool = arg(False, "Keep every activation instead of recomputing layers in the backward pass.")
+    memory: Literal["auto", "fast", "long"] = arg(
+        "auto", "What fits best, what is fastest, or what reaches the longest sequence."
+    )
+    disable_gradient_checkpointing: bool = arg(
+        False, "Keep every activation instead of recomputing layers in the backward pass."
+    )
     keep_attention: float | Literal["auto"] = arg(
-        "auto", "Share of each layer's attention output kept, so that attention is not computed twice.", low=0.0, high=1.0
+        "auto",
+        "Share of each layer's attention output kept, so that attention is not computed twice.",
+        low=0.0,
+        high=1.0,
     )
     offload_activations: bool | Literal["auto"] = arg(
-        "auto", "Move layer inputs (and kept attention, where it helps) to host memory until the backward pass needs them."
+        "auto",
+        "Move layer inputs (and kept attention, where it helps) to host memory until the backward"
+        " pass needs them.",
     )
-    mlp_chunk: int | Literal["auto"] = arg("auto", "Tokens of a sequence that pass an MLP at once; 0 for all.", low=0)
+    mlp_chunk: int | Literal["auto"] = arg(
+        "auto", "Tokens of a sequence that pass an MLP at once; 0 for all.", low=0
+    )
     segment_layers: int | Literal["auto"] = arg("auto", "Layers between two checkpoints.", low=1)
-    optimizer_placement: Literal["auto", "gpu", "host"] = arg("auto", "Where the optimizer's state lives.")
-    offload_gradients: bool | Literal["auto"] = arg(
-        "auto", "Move gradients to host memory during the backward pass, where the optimizer's state lives there."
+    optimizer_placement: Literal["auto", "gpu", "host"] = arg(
+        "auto", "Where the optimizer's state lives."
     )
-    optimizer_overlap: bool = arg(False, "AdamW on the host updates weights while backward runs. Needs max_grad_norm: 0.")
+    offload_gradients: bool | Literal["auto"] = arg(
+        "auto",
+        "Move gradients to host memory during the backward pass, where the optimizer's state lives"
+        " there.",
+    )
+    optimizer_overlap: bool = arg(
+        False, "AdamW on the host updates weights while backward runs. Needs max_grad_norm: 0."
+    )
     logprob_chunk: int | Literal["auto"] = arg("auto", "Tokens whose logits exist at once.", low=1)
 
 
@@ -203,10 +322,14 @@ class GeneratingArguments:
 
     do_sample: bool = arg(True, "Draw from the distribution; false takes the most probable token.")
     temperature: float = arg(0.95, "Flattens the distribution above 1, sharpens it below.", low=0.0)
-    top_p: float = arg(0.7, "Draw from the most probable tokens that make up this much.", low=0.0, high=1.0)
+    top_p: float = arg(
+        0.7, "Draw from the most probable tokens that make up this much.", low=0.0, high=1.0
+    )
     top_k: int = arg(50, "Draw from so many tokens.", low=0)
     num_beams: int = arg(1, "Beams.", low=1)
-    max_length: int = arg(1024, "Most tokens with the prompt; max_new_tokens comes before it.", low=1)
+    max_length: int = arg(
+        1024, "Most tokens with the prompt; max_new_tokens comes before it.", low=1
+    )
     max_new_tokens: int = arg(1024, "Most new tokens; 0 leaves it to max_length.", low=0)
     repetition_penalty: float = arg(1.0, "Above 1 makes repetition less probable.", low=0.0)
     length_penalty: float = arg(1.0, "Beams: above 1 prefers longer answers.")
@@ -217,15 +340,25 @@ class GeneratingArguments:
 class OutputArguments:
     """What is written."""
 
-    overwrite_output_dir: bool = arg(False, "Begin anew in an output folder that has checkpoints, instead of resuming.")
-    save_final_model: bool = arg(True, "Write the model to output_dir at the end of training; false for a trial run.")
-    dry_run: bool = arg(False, "Check what is on this machine (model, data, template, folders), print the resolved run, and stop.")
+    overwrite_output_dir: bool = arg(
+        False, "Begin anew in an output folder that has checkpoints, instead of resuming."
+    )
+    save_final_model: bool = arg(
+        True, "Write the model to output_dir at the end of training; false for a trial run."
+    )
+    dry_run: bool = arg(
+        False,
+        "Check what is on this machine (model, data, template, folders), print the resolved run,"
+        " and stop.",
+    )
     logging_dir: str | None = arg(None, "Folder for TensorBoard.")
     use_swanlab: bool = arg(False, "Report to SwanLab; the same as report_to: swanlab.")
     swanlab_project: str | None = arg("llamafactory", "Project in SwanLab.")
     swanlab_workspace: str | None = arg(None, "Workspace in SwanLab.")
     swanlab_run_name: str | None = arg(None, "Name of the run in SwanLab; default run_name.")
-    swanlab_mode: Literal["cloud", "local"] = arg("cloud", "Whether SwanLab's files stay on this machine.")
+    swanlab_mode: Literal["cloud", "local"] = arg(
+        "cloud", "Whether SwanLab's files stay on this machine."
+    )
     swanlab_api_key: str | None = arg(None, "Key for SwanLab.")
     swanlab_logdir: str | None = arg(None, "Folder of SwanLab's files.")
     export_dir: str | None = arg(None, "export: folder to write the merged model to.")

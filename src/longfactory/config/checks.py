@@ -1,4 +1,6 @@
-"""Keys that contradict each other, or ask for what is not there. Each problem is one sentence with its remedy."""
+"""Keys that contradict each other, or ask for what is not there. Each problem is one sentence with
+its remedy.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,10 @@ def inference(cfg: RunConfig, command: str) -> Iterator[str]:
         if cfg.output.export_dir is None:
             yield "export_dir is missing: the folder to write the merged model to."
         if cfg.model.quantization_bit is not None and cfg.model.adapter_name_or_path:
-            yield "Adapters cannot be merged into quantised weights. Leave quantization_bit out: they are merged into the full weights."
+            yield (
+                "Adapters cannot be merged into quantised weights. Leave quantization_bit out: they"
+                " are merged into the full weights."
+            )
     yield from adapters(cfg)
 
 
@@ -64,10 +69,16 @@ def _needed(cfg: RunConfig) -> Iterator[str]:
     if cfg.hf.get("output_dir") is None:
         yield "output_dir is missing: the folder for checkpoints and results."
     if cfg.trainer("do_train") and not cfg.data.dataset and cfg.data.tokenized_path is None:
-        yield "dataset is missing: one or more names from dataset_info.json, paths of files, or tokenized_path."
+        yield (
+            "dataset is missing: one or more names from dataset_info.json, paths of files, or"
+            " tokenized_path."
+        )
     unknown = [name for name in _trackers(cfg) if name not in (*TRACKERS, "all", "none")]
     if unknown:
-        yield f"report_to: {', '.join(unknown)} is not a choice. Choose from {', '.join(TRACKERS)}, all, none."
+        yield (
+            f"report_to: {', '.join(unknown)} is not a choice. Choose from {', '.join(TRACKERS)},"
+            " all, none."
+        )
 
 
 def _trackers(cfg: RunConfig) -> tuple[str, ...]:
@@ -78,18 +89,35 @@ def _trackers(cfg: RunConfig) -> tuple[str, ...]:
 def _data(cfg: RunConfig) -> Iterator[str]:
     data = cfg.data
     if data.train_on_prompt and data.mask_history:
-        yield "train_on_prompt trains every token, mask_history the last answer alone. Keep one of them."
+        yield (
+            "train_on_prompt trains every token, mask_history the last answer alone. Keep one of"
+            " them."
+        )
     if cfg.method.stage != "sft":
         for name in ("train_on_prompt", "mask_history"):
             if getattr(data, name):
-                yield f"{name} is for stage: sft; this run's stage is {cfg.method.stage}. Leave it out."
+                yield (
+                    f"{name} is for stage: sft; this run's stage is {cfg.method.stage}. Leave it"
+                    " out."
+                )
     if data.packing is False and data.neat_packing:
-        yield "packing: false and neat_packing: true contradict each other. Keep packing: true; packed documents are always isolated."
+        yield (
+            "packing: false and neat_packing: true contradict each other. Keep packing: true;"
+            " packed documents are always isolated."
+        )
     if data.eval_dataset and data.val_size > 0:
-        yield "eval_dataset and val_size were both given. Keep one: other data, or a part of the training data."
-    wants_eval = cfg.trainer("do_eval") or cfg.trainer("eval_strategy") != "no" or cfg.trainer("do_predict")
+        yield (
+            "eval_dataset and val_size were both given. Keep one: other data, or a part of the"
+            " training data."
+        )
+    wants_eval = (
+        cfg.trainer("do_eval") or cfg.trainer("eval_strategy") != "no" or cfg.trainer("do_predict")
+    )
     if wants_eval and not data.eval_dataset and data.val_size == 0 and data.tokenized_path is None:
-        yield "do_eval, do_predict or eval_strategy asks for an evaluation without data. Give eval_dataset, or val_size above 0."
+        yield (
+            "do_eval, do_predict or eval_strategy asks for an evaluation without data. Give"
+            " eval_dataset, or val_size above 0."
+        )
     if data.val_size > 1 and data.val_size != int(data.val_size):
         yield f"val_size: {data.val_size} is neither a share below 1 nor a whole number of samples."
     if cfg.trainer("max_steps") == 0:
@@ -98,77 +126,141 @@ def _data(cfg: RunConfig) -> Iterator[str]:
         if cfg.trainer("max_steps") <= 0:
             yield "streaming does not know how long the data are. Give max_steps."
         if data.max_samples is not None:
-            yield "max_samples and streaming cannot be used together. Leave max_samples out; max_steps ends the run."
+            yield (
+                "max_samples and streaming cannot be used together. Leave max_samples out;"
+                " max_steps ends the run."
+            )
         for name in ("logging_strategy", "eval_strategy", "save_strategy"):
             if cfg.trainer(name) == "epoch":
-                yield f"{name}: epoch has no meaning with streaming: a stream is read on and on until max_steps. Set {name}: steps."
+                yield (
+                    f"{name}: epoch has no meaning with streaming: a stream is read on and on until"
+                    f" max_steps. Set {name}: steps."
+                )
         if 0 < data.val_size < 1:
-            yield "streaming needs val_size as a number of samples, since the length of the data is unknown."
+            yield (
+                "streaming needs val_size as a number of samples, since the length of the data is"
+                " unknown."
+            )
     if data.interleave_probs:
         if data.mix_strategy == "concat":
-            yield "interleave_probs is for mixing. Set mix_strategy: interleave_under (or _over, _once), or leave it out."
+            yield (
+                "interleave_probs is for mixing. Set mix_strategy: interleave_under (or _over,"
+                " _once), or leave it out."
+            )
         elif len(data.interleave_probs) != len(data.dataset):
-            yield f"interleave_probs has {len(data.interleave_probs)} numbers for {len(data.dataset)} data sets. Give one for each."
+            yield (
+                f"interleave_probs has {len(data.interleave_probs)} numbers for {len(data.dataset)}"
+                " data sets. Give one for each."
+            )
         elif min(data.interleave_probs) <= 0:
-            yield "interleave_probs holds a 0: such a data set is never read. Leave it out of dataset."
+            yield (
+                "interleave_probs holds a 0: such a data set is never read. Leave it out of"
+                " dataset."
+            )
         elif abs(sum(data.interleave_probs) - 1) > 1e-6:
-            yield f"interleave_probs sum to {sum(data.interleave_probs):g}. They are probabilities: make them sum to 1."
+            yield (
+                f"interleave_probs sum to {sum(data.interleave_probs):g}. They are probabilities:"
+                " make them sum to 1."
+            )
 
 
 def _method(cfg: RunConfig) -> Iterator[str]:
     m = cfg.method
     if m.dpo_label_smoothing > 0 and m.stage == "dpo" and m.pref_loss not in SMOOTHED:
-        yield f"dpo_label_smoothing means nothing to pref_loss: {m.pref_loss}. It is read by {', '.join(SMOOTHED)}."
-    if m.stage == "dpo" and m.pref_loss == "exo_pair" and m.dpo_label_smoothing == 0:
-        yield "pref_loss: exo_pair is infinite without dpo_label_smoothing. Give one, for example 0.001."
-    if cfg.trainer("neftune_noise_alpha") and m.pref_share_prompt is True and m.stage in ("dpo", "kto", "rm"):
         yield (
-            "neftune_noise_alpha draws noise for each answer's own sequence, and pref_share_prompt: true computes a prompt once for both. "
-            "Leave pref_share_prompt out."
+            f"dpo_label_smoothing means nothing to pref_loss: {m.pref_loss}. It is read by"
+            f" {', '.join(SMOOTHED)}."
         )
-    losses = [name for name in ("use_dft_loss", "use_asft_loss", "use_eaft_loss") if getattr(m, name)]
+    if m.stage == "dpo" and m.pref_loss == "exo_pair" and m.dpo_label_smoothing == 0:
+        yield (
+            "pref_loss: exo_pair is infinite without dpo_label_smoothing. Give one, for example"
+            " 0.001."
+        )
+    if (
+        cfg.trainer("neftune_noise_alpha")
+        and m.pref_share_prompt is True
+        and m.stage in ("dpo", "kto", "rm")
+    ):
+        yield (
+            "neftune_noise_alpha draws noise for each answer's own sequence, and pref_share_prompt:"
+            " true computes a prompt once for both. Leave pref_share_prompt out."
+        )
+    losses = [
+        name for name in ("use_dft_loss", "use_asft_loss", "use_eaft_loss") if getattr(m, name)
+    ]
     if len(losses) > 1:
         yield f"{' and '.join(losses)} were given. A run has one loss: keep one."
     if m.stage == "sft" and m.use_asft_loss:
         yield from _asft(cfg)
     predicts = cfg.trainer("predict_with_generate")
     if predicts and m.stage != "sft":
-        yield f"predict_with_generate is for stage: sft; this run's stage is {m.stage}. Leave it out."
+        yield (
+            f"predict_with_generate is for stage: sft; this run's stage is {m.stage}. Leave it out."
+        )
     if cfg.trainer("do_predict") and not predicts:
         yield "do_predict writes generated answers. Set predict_with_generate: true."
     if predicts and m.compute_accuracy:
-        yield "predict_with_generate and compute_accuracy cannot be used together. Keep one of them."
+        yield (
+            "predict_with_generate and compute_accuracy cannot be used together. Keep one of them."
+        )
     if predicts and cfg.parallel.sequence_parallel_size > 1:
-        yield "predict_with_generate generates on one device. Set sequence_parallel_size: 1, or generate from the exported model."
+        yield (
+            "predict_with_generate generates on one device. Set sequence_parallel_size: 1, or"
+            " generate from the exported model."
+        )
     if m.stage == "rm" and cfg.trainer("load_best_model_at_end"):
-        yield "load_best_model_at_end is not supported with stage: rm. Leave it out and choose the checkpoint by its evaluation."
+        yield (
+            "load_best_model_at_end is not supported with stage: rm. Leave it out and choose the"
+            " checkpoint by its evaluation."
+        )
     if m.early_stopping_steps is not None and cfg.trainer("eval_strategy") == "no":
         yield "early_stopping_steps counts evaluations. Set eval_strategy and eval_steps."
-    judged = cfg.trainer("load_best_model_at_end") or cfg.trainer("save_strategy") == "best" or m.early_stopping_steps is not None
+    judged = (
+        cfg.trainer("load_best_model_at_end")
+        or cfg.trainer("save_strategy") == "best"
+        or m.early_stopping_steps is not None
+    )
     if judged and cfg.data.eval_on_each_dataset and len(cfg.data.eval_dataset) > 1:
         metric = str(cfg.trainer("metric_for_best_model") or "loss").removeprefix("eval_")
         if not any(metric.startswith(f"{name}_") for name in cfg.data.eval_dataset):
             yield (
-                "With eval_on_each_dataset each data set has a loss of its own, and the best checkpoint is chosen by one. Set "
-                f"metric_for_best_model: eval_{cfg.data.eval_dataset[0]}_loss (or another's)."
+                "With eval_on_each_dataset each data set has a loss of its own, and the best"
+                " checkpoint is chosen by one. Set metric_for_best_model:"
+                f" eval_{cfg.data.eval_dataset[0]}_loss (or another's)."
             )
     if cfg.trainer("logging_strategy") == "steps" and cfg.trainer("logging_steps") == 0:
-        yield "logging_steps: 0 was given. Give a number above 0, or -1 to log after the last step alone."
+        yield (
+            "logging_steps: 0 was given. Give a number above 0, or -1 to log after the last step"
+            " alone."
+        )
     if cfg.trainer("save_strategy") == "best" and not cfg.trainer("metric_for_best_model"):
-        yield "save_strategy: best compares evaluations. Set metric_for_best_model, for example loss."
-    odd = [item for item in str(cfg.trainer("optim_args") or "").split(",") if item and "=" not in item]
+        yield (
+            "save_strategy: best compares evaluations. Set metric_for_best_model, for example loss."
+        )
+    odd = [
+        item for item in str(cfg.trainer("optim_args") or "").split(",") if item and "=" not in item
+    ]
     if odd:
-        yield f"optim_args: {', '.join(odd)} is not name=value. Write them so, with commas between them."
+        yield (
+            f"optim_args: {', '.join(odd)} is not name=value. Write them so, with commas between"
+            " them."
+        )
     optim = str(cfg.trainer("optim"))
     if optim.startswith(("galore_", "apollo_")) and not cfg.trainer("optim_target_modules"):
-        yield f"optim: {optim} works on the modules that optim_target_modules names. Give them, for example q_proj,v_proj."
+        yield (
+            f"optim: {optim} works on the modules that optim_target_modules names. Give them, for"
+            " example q_proj,v_proj."
+        )
     if cfg.trainer("bf16") and cfg.trainer("fp16"):
         yield "bf16 and fp16 were both given. Keep one of them."
     if m.pure_bf16 and cfg.trainer("fp16"):
         yield "pure_bf16 and fp16 contradict each other. Keep one of them."
     steps, strategy = cfg.trainer("eval_steps"), cfg.trainer("eval_strategy")
     if strategy == "steps" and steps == 0:
-        yield "eval_steps: 0 was given. Give a number above 0, or -1 to evaluate after the last step alone."
+        yield (
+            "eval_steps: 0 was given. Give a number above 0, or -1 to evaluate after the last step"
+            " alone."
+        )
 
 
 def _asft(cfg: RunConfig) -> Iterator[str]:
@@ -176,15 +268,17 @@ def _asft(cfg: RunConfig) -> Iterator[str]:
     m = cfg.method
     if m.precompute_ref_log_probs:
         yield (
-            "precompute_ref_log_probs keeps one number a document, and use_asft_loss compares with the reference's whole distribution at "
-            "every token. Leave precompute_ref_log_probs out."
+            "precompute_ref_log_probs keeps one number a document, and use_asft_loss compares with"
+            " the reference's whole distribution at every token. Leave precompute_ref_log_probs"
+            " out."
         )
     if m.ref_model is not None or (m.finetuning_type == "lora" and not m.pissa_init):
         return  # a model by itself, or the model without its adapter
     if cfg.model.train_from_scratch:
         yield (
-            "use_asft_loss compares with the model from which training starts, and train_from_scratch makes random weights that cannot be "
-            "read again. Name a ref_model, or use finetuning_type: lora."
+            "use_asft_loss compares with the model from which training starts, and"
+            " train_from_scratch makes random weights that cannot be read again. Name a ref_model,"
+            " or use finetuning_type: lora."
         )
 
 
@@ -192,9 +286,17 @@ def _memory(cfg: RunConfig) -> Iterator[str]:
     m = cfg.memory
     if not m.disable_gradient_checkpointing:
         return
-    for name, idle in (("keep_attention", 0.0), ("offload_activations", False), ("segment_layers", 1), ("mlp_chunk", 0)):
+    for name, idle in (
+        ("keep_attention", 0.0),
+        ("offload_activations", False),
+        ("segment_layers", 1),
+        ("mlp_chunk", 0),
+    ):
         if getattr(m, name) not in ("auto", idle):
-            yield f"{name} is a part of checkpointing, and disable_gradient_checkpointing: true turns that off. Leave one of them out."
+            yield (
+                f"{name} is a part of checkpointing, and disable_gradient_checkpointing: true turns"
+                " that off. Leave one of them out."
+            )
 
 
 def adapters(cfg: RunConfig) -> Iterator[str]:
@@ -202,22 +304,40 @@ def adapters(cfg: RunConfig) -> Iterator[str]:
     model, m = cfg.model, cfg.method
     lora = m.finetuning_type == "lora"
     if model.adapter_name_or_path and not lora:
-        yield f"adapter_name_or_path is for finetuning_type: lora; this run's is {m.finetuning_type}. Merge it first (longfactory export)."
+        yield (
+            f"adapter_name_or_path is for finetuning_type: lora; this run's is {m.finetuning_type}."
+            " Merge it first (longfactory export)."
+        )
     for name in ("loraplus_lr_ratio", "pissa_init", "use_dora", "use_rslora"):
         if getattr(m, name) and not lora:
-            yield f"{name} is for finetuning_type: lora; this run's is {m.finetuning_type}. Leave it out."
+            yield (
+                f"{name} is for finetuning_type: lora; this run's is {m.finetuning_type}. Leave it"
+                " out."
+            )
     if model.quantization_bit == 8 and cfg.parallel.sharding == "fsdp2":
         yield "FSDP2 cannot shard weights of 8 bits. Use quantization_bit: 4, or sharding: ddp."
     if model.quantization_bit is None:
         return
     if not lora:
-        yield f"quantization_bit is for finetuning_type: lora; this run's is {m.finetuning_type}. Use lora, or leave quantization_bit out."
+        yield (
+            f"quantization_bit is for finetuning_type: lora; this run's is {m.finetuning_type}. Use"
+            " lora, or leave quantization_bit out."
+        )
     if m.pissa_init:
-        yield "pissa_init decomposes the full weights and cannot read quantised ones. Leave one of the two out."
+        yield (
+            "pissa_init decomposes the full weights and cannot read quantised ones. Leave one of"
+            " the two out."
+        )
     if model.resize_vocab:
-        yield "resize_vocab cannot enlarge a quantised embedding. Resize the model first, or leave quantization_bit out."
+        yield (
+            "resize_vocab cannot enlarge a quantised embedding. Resize the model first, or leave"
+            " quantization_bit out."
+        )
     if model.adapter_name_or_path and m.create_new_adapter:
-        yield "create_new_adapter merges the given adapters, which quantised weights do not allow. Merge them first (longfactory export)."
+        yield (
+            "create_new_adapter merges the given adapters, which quantised weights do not allow."
+            " Merge them first (longfactory export)."
+        )
     if len(model.adapter_name_or_path) > 1:
         yield "A quantised model takes one adapter. Merge the others first (longfactory export)."
 
@@ -228,16 +348,21 @@ def _parallel(cfg: RunConfig) -> Iterator[str]:
     if p.sequence_parallel_mode == "usp":
         if ulysses is not None and ring is not None and ulysses * ring != p.sequence_parallel_size:
             yield (
-                f"usp: sequence_parallel_ulysses_degree {ulysses} x sequence_parallel_ring_degree {ring} = {ulysses * ring}, and "
-                f"sequence_parallel_size is {p.sequence_parallel_size}. Make them equal, or give one degree alone."
+                f"usp: sequence_parallel_ulysses_degree {ulysses} x sequence_parallel_ring_degree"
+                f" {ring} = {ulysses * ring}, and sequence_parallel_size is"
+                f" {p.sequence_parallel_size}. Make them equal, or give one degree alone."
             )
         for name, degree in (("ulysses", ulysses), ("ring", ring)):
             if degree is not None and p.sequence_parallel_size % degree:
-                yield f"sequence_parallel_{name}_degree: {degree} does not divide sequence_parallel_size: {p.sequence_parallel_size}."
+                yield (
+                    f"sequence_parallel_{name}_degree: {degree} does not divide"
+                    f" sequence_parallel_size: {p.sequence_parallel_size}."
+                )
     elif (ulysses or 1) > 1 or (ring or 1) > 1:
         yield (
-            f"sequence_parallel_ulysses_degree and sequence_parallel_ring_degree are for sequence_parallel_mode: usp; "
-            f"this run's is {p.sequence_parallel_mode}. Set usp, or leave them out."
+            "sequence_parallel_ulysses_degree and sequence_parallel_ring_degree are for"
+            f" sequence_parallel_mode: usp; this run's is {p.sequence_parallel_mode}. Set usp, or"
+            " leave them out."
         )
     deepspeed = cfg.trainer("deepspeed")
     if deepspeed is not None:
@@ -251,7 +376,10 @@ def _deepspeed(given: str | dict, cfg: RunConfig) -> Iterator[str]:
     if isinstance(given, str):
         path = Path(given)
         if not path.is_file():
-            yield f"deepspeed: there is no file {path}. Ready-made ones are in LongFactory's repository, in examples/deepspeed/."
+            yield (
+                f"deepspeed: there is no file {path}. Ready-made ones are in LongFactory's"
+                " repository, in examples/deepspeed/."
+            )
             return
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
@@ -264,17 +392,36 @@ def _deepspeed(given: str | dict, cfg: RunConfig) -> Iterator[str]:
     if cfg.trainer("do_predict") and not cfg.trainer("do_train"):
         yield "do_predict without training has nothing for DeepSpeed to do. Leave deepspeed out."
     zero = config.get("zero_optimization")
-    if cfg.trainer("do_eval") and not cfg.trainer("do_train") and not (isinstance(zero, dict) and zero.get("stage") == 3):
-        yield "do_eval without training spreads nothing by DeepSpeed below ZeRO-3. Leave deepspeed out."
+    if (
+        cfg.trainer("do_eval")
+        and not cfg.trainer("do_train")
+        and not (isinstance(zero, dict) and zero.get("stage") == 3)
+    ):
+        yield (
+            "do_eval without training spreads nothing by DeepSpeed below ZeRO-3. Leave deepspeed"
+            " out."
+        )
     if isinstance(zero, dict) and zero.get("stage") == 3:
         if cfg.trainer("predict_with_generate"):
-            yield "predict_with_generate cannot run under ZeRO-3. Use a ZeRO-2 JSON, or generate from the exported model."
+            yield (
+                "predict_with_generate cannot run under ZeRO-3. Use a ZeRO-2 JSON, or generate from"
+                " the exported model."
+            )
         if cfg.model.quantization_bit is not None:
-            yield "ZeRO-3 cannot shard quantised weights. Use a ZeRO-2 JSON, or leave quantization_bit out."
+            yield (
+                "ZeRO-3 cannot shard quantised weights. Use a ZeRO-2 JSON, or leave"
+                " quantization_bit out."
+            )
         if cfg.method.pure_bf16:
-            yield "pure_bf16 and ZeRO-3 cannot be used together: ZeRO-3 keeps float32 master weights. Use bf16: true."
+            yield (
+                "pure_bf16 and ZeRO-3 cannot be used together: ZeRO-3 keeps float32 master weights."
+                " Use bf16: true."
+            )
         if cfg.method.pissa_init:
-            yield "pissa_init needs whole weights, which ZeRO-3 never has. Use a ZeRO-2 JSON or sharding: fsdp2."
+            yield (
+                "pissa_init needs whole weights, which ZeRO-3 never has. Use a ZeRO-2 JSON or"
+                " sharding: fsdp2."
+            )
 
 
 def processes(cfg: RunConfig, world_size: int) -> Iterator[str]:
@@ -284,13 +431,17 @@ def processes(cfg: RunConfig, world_size: int) -> Iterator[str]:
         return
     if world_size < size:
         yield (
-            f"sequence_parallel_size: {size} needs {size} processes or a multiple, and {world_size} would start. "
-            f"Set sequence_parallel_size: {world_size}, or nproc_per_node: {size} (on a machine without GPUs)."
+            f"sequence_parallel_size: {size} needs {size} processes or a multiple, and {world_size}"
+            f" would start. Set sequence_parallel_size: {world_size}, or nproc_per_node: {size} (on"
+            " a machine without GPUs)."
         )
     else:
         fit = max(d for d in range(1, size + 1) if world_size % d == 0)
         near = world_size - world_size % size
-        yield f"sequence_parallel_size: {size} does not divide the {world_size} processes. Use {fit}, or {near} processes."
+        yield (
+            f"sequence_parallel_size: {size} does not divide the {world_size} processes. Use {fit},"
+            f" or {near} processes."
+        )
 
 
 def extras(cfg: RunConfig) -> Iterator[str]:
@@ -302,9 +453,15 @@ def extras(cfg: RunConfig) -> Iterator[str]:
     if cfg.trainer("deepspeed") is not None and missing("deepspeed"):
         yield 'deepspeed: the package is not installed. Run: pip install "longfactory[deepspeed]"'
     if cfg.model.quantization_bit is not None and missing("bitsandbytes"):
-        yield 'quantization_bit: bitsandbytes is not installed. Run: pip install "longfactory[quantization]"'
+        yield (
+            "quantization_bit: bitsandbytes is not installed. Run: pip install"
+            ' "longfactory[quantization]"'
+        )
     if cfg.model.enable_liger_kernel and missing("liger_kernel"):
-        yield 'enable_liger_kernel: the package is not installed. Run: pip install "longfactory[liger]"'
+        yield (
+            "enable_liger_kernel: the package is not installed. Run: pip install"
+            ' "longfactory[liger]"'
+        )
     yield from _optimizer(cfg)
     for name in _trackers(cfg):
         packages = TRACKERS.get(name, ())
@@ -313,7 +470,10 @@ def extras(cfg: RunConfig) -> Iterator[str]:
     backend = cfg.parallel.attention_backend
     remedy = not_installed(backend)
     if remedy is not None:
-        yield f"attention_backend: {backend} is not installed. {remedy}, or use attention_backend: auto, which needs nothing beside torch."
+        yield (
+            f"attention_backend: {backend} is not installed. {remedy}, or use attention_backend:"
+            " auto, which needs nothing beside torch."
+        )
 
 
 _BNB = ("bitsandbytes", "bitsandbytes")
@@ -326,21 +486,33 @@ OPTIMIZERS = {
     "schedule_free_": ("schedulefree", "schedulefree"),
     "stable_adamw": ("optimi", "torch-optimi"),
     "adamw_anyprecision": ("torchdistx", "torchdistx"),
-    **dict.fromkeys(("lion_", "paged_lion_", "ademamix", "paged_ademamix", "paged_adamw_32bit", "rmsprop_bnb"), _BNB),
+    **dict.fromkeys(
+        ("lion_", "paged_lion_", "ademamix", "paged_ademamix", "paged_adamw_32bit", "rmsprop_bnb"),
+        _BNB,
+    ),
 }
-"""How names of optimizers begin -> the module that makes them, and its package. AdamW in 8 and 4 bit is asked for with its memory."""
+"""How names of optimizers begin -> the module that makes them, and its package. AdamW in 8 and 4
+bit is asked for with its memory.
+"""
 
 
 def _optimizer(cfg: RunConfig) -> Iterator[str]:
     name = str(cfg.trainer("optim"))
     for start, (module, package) in OPTIMIZERS.items():
         if name.startswith(start) and importlib.util.find_spec(module) is None:
-            yield f"optim: {name} needs {package}, which is not installed. Run: pip install {package}; or use optim: adamw_torch_fused."
+            yield (
+                f"optim: {name} needs {package}, which is not installed. Run: pip install"
+                f" {package}; or use optim: adamw_torch_fused."
+            )
 
 
 def negative_steps(cfg: RunConfig) -> list[str]:
     """What transformers makes of a number below 0 in place of steps, in a sentence each."""
-    what = {"logging": "the log has one line", "eval": "the run is evaluated once", "save": "one checkpoint is written"}
+    what = {
+        "logging": "the log has one line",
+        "eval": "the run is evaluated once",
+        "save": "one checkpoint is written",
+    }
     return [
         f"{name}_steps: {cfg.trainer(f'{name}_steps'):g}: {words}, after the last step."
         for name, words in what.items()
@@ -352,31 +524,77 @@ def idle(cfg: RunConfig, given: set[str]) -> list[str]:
     """Keys that were given and that this stage or method never reads, in a sentence each."""
     stage, kind = cfg.method.stage, cfg.method.finetuning_type
     reference = (
-        stage == "kto" or (stage == "dpo" and cfg.method.pref_loss not in REFERENCE_FREE) or (stage == "sft" and cfg.method.use_asft_loss)
+        stage == "kto"
+        or (stage == "dpo" and cfg.method.pref_loss not in REFERENCE_FREE)
+        or (stage == "sft" and cfg.method.use_asft_loss)
     )
     rules: list[tuple[Callable[[str], bool], bool, str]] = [
-        (lambda k: k in ("pref_beta", "pref_ftx", "pref_share_prompt"), stage in ("dpo", "kto", "rm"), f"stage is {stage}"),
-        (lambda k: k in ("pref_loss", "pref_bco_weight", "dpo_label_smoothing", "ld_alpha"), stage == "dpo", f"stage is {stage}"),
-        (lambda k: k == "simpo_gamma", stage == "dpo" and cfg.method.pref_loss == "simpo", "it is read by pref_loss: simpo alone"),
-        (lambda k: k == "discopop_tau", stage == "dpo" and cfg.method.pref_loss == "discopop", "it is read by pref_loss: discopop alone"),
-        (lambda k: k.startswith("kto_"), stage == "kto", f"stage is {stage}"),
-        (lambda k: k.startswith("ref_model") or k == "precompute_ref_log_probs", reference, "this run has no reference model"),
         (
-            lambda k: k in ("use_dft_loss", "use_asft_loss", "use_eaft_loss", "asft_alpha", "eaft_alpha"),
+            lambda k: k in ("pref_beta", "pref_ftx", "pref_share_prompt"),
+            stage in ("dpo", "kto", "rm"),
+            f"stage is {stage}",
+        ),
+        (
+            lambda k: k in ("pref_loss", "pref_bco_weight", "dpo_label_smoothing", "ld_alpha"),
+            stage == "dpo",
+            f"stage is {stage}",
+        ),
+        (
+            lambda k: k == "simpo_gamma",
+            stage == "dpo" and cfg.method.pref_loss == "simpo",
+            "it is read by pref_loss: simpo alone",
+        ),
+        (
+            lambda k: k == "discopop_tau",
+            stage == "dpo" and cfg.method.pref_loss == "discopop",
+            "it is read by pref_loss: discopop alone",
+        ),
+        (lambda k: k.startswith("kto_"), stage == "kto", f"stage is {stage}"),
+        (
+            lambda k: k.startswith("ref_model") or k == "precompute_ref_log_probs",
+            reference,
+            "this run has no reference model",
+        ),
+        (
+            lambda k: (
+                k
+                in (
+                    "use_dft_loss",
+                    "use_asft_loss",
+                    "use_eaft_loss",
+                    "asft_alpha",
+                    "eaft_alpha",
+                )
+            ),
             stage == "sft",
             f"stage is {stage}",
         ),
-        (lambda k: k == "asft_alpha", cfg.method.use_asft_loss or stage != "sft", "it is read by use_asft_loss alone"),
-        (lambda k: k == "eaft_alpha", cfg.method.use_eaft_loss or stage != "sft", "it is read by use_eaft_loss alone"),
+        (
+            lambda k: k == "asft_alpha",
+            cfg.method.use_asft_loss or stage != "sft",
+            "it is read by use_asft_loss alone",
+        ),
+        (
+            lambda k: k == "eaft_alpha",
+            cfg.method.use_eaft_loss or stage != "sft",
+            "it is read by use_eaft_loss alone",
+        ),
         (lambda k: k == "compute_accuracy", stage in ("pt", "sft"), f"stage is {stage}"),
-        (lambda k: k.startswith(("lora_", "pissa_", "loraplus_")), kind == "lora", f"finetuning_type is {kind}"),
+        (
+            lambda k: k.startswith(("lora_", "pissa_", "loraplus_")),
+            kind == "lora",
+            f"finetuning_type is {kind}",
+        ),
         (lambda k: k == "additional_target", kind == "lora", f"finetuning_type is {kind}"),
         (lambda k: k.startswith("freeze_"), kind == "freeze", f"finetuning_type is {kind}"),
         (lambda k: k == "buffer_size", cfg.data.streaming, "streaming is off"),
         (
             lambda k: k == "max_length",
             cfg.trainer("do_predict"),
-            f"it is the length of generated answers, and the length of training samples is cutoff_len ({cfg.data.cutoff_len})",
+            (
+                "it is the length of generated answers, and the length of training samples is"
+                f" cutoff_len ({cfg.data.cutoff_len})"
+            ),
         ),
     ]
     return [
@@ -389,4 +607,6 @@ def idle(cfg: RunConfig, given: set[str]) -> list[str]:
 
 def _is_default(cfg: RunConfig, name: str) -> bool:
     groups = (cfg.model, cfg.data, cfg.method, cfg.generating)
-    return next((getattr(g, name) for g in groups if hasattr(g, name)), None) == OWN_KEYS[name].default
+    return (
+        next((getattr(g, name) for g in groups if hasattr(g, name)), None) == OWN_KEYS[name].default
+    )

@@ -1,4 +1,6 @@
-"""What the data layer asks of its arguments. The dataclass itself belongs to the configuration; anything with these fields will do."""
+"""What the data layer asks of its arguments. The dataclass itself belongs to the configuration;
+anything with these fields will do.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ CutoffStrategy = Literal["llamafactory", "drop", "error", "keep_tail"]
 
 
 class DataArguments(Protocol):
-    """LLaMA-Factory's data keys. `dataset` and its kin are a name, a comma list, or a list of names."""
+    """LLaMA-Factory's data keys. `dataset` and its kin are a name, a comma list, or a list of
+    names.
+    """
 
     dataset: str | Sequence[str] | None
     eval_dataset: str | Sequence[str] | None
@@ -84,12 +88,15 @@ def check_mix(args: DataArguments) -> str:
         DataError: it is neither.
     """
     if args.mix_strategy != "concat" and args.mix_strategy not in STRATEGIES:
-        raise DataError(f"mix_strategy is {args.mix_strategy!r}; known are concat, {', '.join(STRATEGIES)}.")
+        raise DataError(
+            f"mix_strategy is {args.mix_strategy!r}; known are concat, {', '.join(STRATEGIES)}."
+        )
     return args.mix_strategy
 
 
 def probabilities(args: DataArguments, count: int) -> list[float] | None:
-    """`interleave_probs` as one number for each of `count` data sets, which add up to 1; None where it is not given.
+    """`interleave_probs` as one number for each of `count` data sets, which add up to 1; None where
+    it is not given.
 
     Raises:
         DataError: not numbers, not as many, or negative.
@@ -100,17 +107,24 @@ def probabilities(args: DataArguments, count: int) -> list[float] | None:
     try:
         chances = [float(p) for p in found]
     except ValueError:
-        raise DataError(f"interleave_probs needs numbers, for example 0.7,0.3; found {args.interleave_probs!r}.") from None
+        raise DataError(
+            f"interleave_probs needs numbers, for example 0.7,0.3; found {args.interleave_probs!r}."
+        ) from None
     if len(chances) != count:
         raise DataError(f"interleave_probs has {len(chances)} numbers for {count} data sets.")
     total = sum(chances)
     if not all(0 <= p < math.inf for p in chances) or total <= 0:
-        raise DataError(f"interleave_probs needs numbers from 0 on that are not all 0; found {args.interleave_probs!r}.")
+        raise DataError(
+            "interleave_probs needs numbers from 0 on that are not all 0; found"
+            f" {args.interleave_probs!r}."
+        )
     return chances if math.isclose(total, 1.0, abs_tol=1e-9) else [p / total for p in chances]
 
 
 def packs(args: DataArguments, stage: str) -> bool:
-    """Whether documents are packed: `packing: null` packs in pre-training only; other stages than pt and sft never pack."""
+    """Whether documents are packed: `packing: null` packs in pre-training only; other stages than
+    pt and sft never pack.
+    """
     if stage not in ("pt", "sft"):
         return False
     if args.neat_packing:

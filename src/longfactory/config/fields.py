@@ -1,4 +1,6 @@
-"""Typed keys: how a field is declared, and how what a person wrote becomes a value of the declared type."""
+"""Typed keys: how a field is declared, and how what a person wrote becomes a value of the declared
+type.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ NULL = frozenset({"null", "none", "~", ""})
 
 
 def arg(default: Any, help: str, *, low: float | None = None, high: float | None = None) -> Any:
-    """A key with its default, one sentence of help, and the range (both ends allowed) that its numbers must lie in."""
+    """A key with its default, one sentence of help, and the range (both ends allowed) that its
+    numbers must lie in.
+    """
     return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
@@ -37,7 +41,8 @@ class Key:
         """The value in the declared type. A null where the type has none is the default.
 
         Raises:
-            ConfigError: another type, no such choice, or out of range; a null for a switch that is on by default.
+            ConfigError: another type, no such choice, or out of range; a null for a switch that is
+                on by default.
         """
         if value is None and not _takes_null(self.kind):
             if self.kind is bool and self.default:
@@ -47,8 +52,12 @@ class Key:
         for number in parsed if isinstance(parsed, tuple) else (parsed,):
             if isinstance(number, bool) or not isinstance(number, (int, float)):
                 continue
-            if (self.low is not None and number < self.low) or (self.high is not None and number > self.high):
-                raise ConfigError(f"{self.name}: {number} was given, {_range(self.low, self.high)} is needed.")
+            if (self.low is not None and number < self.low) or (
+                self.high is not None and number > self.high
+            ):
+                raise ConfigError(
+                    f"{self.name}: {number} was given, {_range(self.low, self.high)} is needed."
+                )
         return parsed
 
 
@@ -66,24 +75,38 @@ def _range(low: float | None, high: float | None) -> str:
 def keys_of(cls: Any) -> Mapping[str, Key]:
     """The keys of a dataclass of arguments, in the order in which they are written."""
     hints = typing.get_type_hints(cls)
-    return types.MappingProxyType({f.name: Key(f.name, hints[f.name], f.default, **f.metadata) for f in dataclasses.fields(cls)})
+    return types.MappingProxyType(
+        {
+            f.name: Key(f.name, hints[f.name], f.default, **f.metadata)
+            for f in dataclasses.fields(cls)
+        }
+    )
 
 
 def describe(kind: Any) -> str:
     """The type in words that a person who never saw Python understands."""
     origin = typing.get_origin(kind)
     if origin is Literal:
-        return " | ".join(str(x).lower() if isinstance(x, bool) else str(x) for x in typing.get_args(kind))
+        return " | ".join(
+            str(x).lower() if isinstance(x, bool) else str(x) for x in typing.get_args(kind)
+        )
     if origin in (typing.Union, types.UnionType):
         return " | ".join(describe(k) for k in typing.get_args(kind) if k is not types.NoneType)
     if origin is tuple:
         return f"comma list of {describe(typing.get_args(kind)[0])}"
-    words = {bool: "true | false", int: "whole number", float: "number", str: "text", dict: "mapping"}
+    words = {
+        bool: "true | false",
+        int: "whole number",
+        float: "number",
+        str: "text",
+        dict: "mapping",
+    }
     return words.get(origin or kind, "value")
 
 
 def coerce(value: Any, kind: Any, name: str) -> Any:
-    """`value` as `kind`: strings that spell a number or a boolean are read, comma lists and YAML lists are both lists.
+    """`value` as `kind`: strings that spell a number or a boolean are read, comma lists and YAML
+    lists are both lists.
 
     Raises:
         ConfigError: the value cannot be read as that type.
@@ -101,7 +124,9 @@ def coerce(value: Any, kind: Any, name: str) -> Any:
 
 
 def _union(value: Any, kinds: tuple[Any, ...], name: str) -> Any:
-    if types.NoneType in kinds and (value is None or (isinstance(value, str) and value.strip().lower() in NULL)):
+    if types.NoneType in kinds and (
+        value is None or (isinstance(value, str) and value.strip().lower() in NULL)
+    ):
         return None
     rest = [k for k in kinds if k is not types.NoneType]
     # A type that the value has already comes first; text last, since anything can be read as text.
@@ -136,7 +161,9 @@ def _choice(value: Any, choices: tuple[Any, ...], name: str) -> Any:
             if isinstance(choice, str) and choice in (TRUE if text in TRUE else FALSE):
                 return choice
     given = str(value).lower() if isinstance(value, bool) else value
-    raise ConfigError(f"{name}: {given!r} is not a choice. Choose from {', '.join(str(c) for c in choices)}.")
+    raise ConfigError(
+        f"{name}: {given!r} is not a choice. Choose from {', '.join(str(c) for c in choices)}."
+    )
 
 
 def _items(value: Any, name: str) -> list[Any]:
@@ -194,7 +221,9 @@ def _str(value: Any, name: str) -> str:
         return str(value)
     if isinstance(value, float):
         # 1e5 and 1.10 would come back as other texts.
-        raise ConfigError(f"{name}: {value!r} was read as a number, text is needed. Put it in quotes.")
+        raise ConfigError(
+            f"{name}: {value!r} was read as a number, text is needed. Put it in quotes."
+        )
     raise _wrong(name, value, "text")
 
 

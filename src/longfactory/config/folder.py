@@ -12,7 +12,9 @@ from longfactory.config.show import resolved
 from longfactory.errors import ConfigError
 
 RUN_FILE = "longfactory.yaml"
-"""Written beside the checkpoints: the resolved run. `longfactory train <output_dir>/longfactory.yaml` runs it again."""
+"""Written beside the checkpoints: the resolved run. `longfactory train
+<output_dir>/longfactory.yaml` runs it again.
+"""
 
 TRAINER_STATE = "trainer_state.json"
 """What transformers writes last into a checkpoint."""
@@ -25,8 +27,18 @@ WEIGHTS = (
     "adapter_model.safetensors",
     "adapter_model.bin",
 )
-IDENTITY = ("stage", "finetuning_type", "model_name_or_path", "dataset", "template", "lora_rank", "lora_target")
-"""Runs that differ in one of these are different runs; the rest (length, learning rate, sequence_parallel_size) may change on resuming."""
+IDENTITY = (
+    "stage",
+    "finetuning_type",
+    "model_name_or_path",
+    "dataset",
+    "template",
+    "lora_rank",
+    "lora_target",
+)
+"""Runs that differ in one of these are different runs; the rest (length, learning rate,
+sequence_parallel_size) may change on resuming.
+"""
 
 REMEDY = "Choose another folder, or set overwrite_output_dir: true."
 
@@ -38,12 +50,17 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def _checkpoints(folder: Path) -> list[Path]:
     """The last one first."""
-    found = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if p.is_dir() and (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    found = [
+        (int(m[1]), p)
+        for p in folder.glob("checkpoint-*")
+        if p.is_dir() and (m := re.fullmatch(r"checkpoint-(\d+)", p.name))
+    ]
     return [p for _, p in sorted(found, reverse=True)]
 
 
 def settle(cfg: RunConfig) -> list[str]:
-    """Sets `resume_from_checkpoint` as LLaMA-Factory does: what was asked for, else the last checkpoint of the output folder.
+    """Sets `resume_from_checkpoint` as LLaMA-Factory does: what was asked for, else the last
+    checkpoint of the output folder.
 
     Raises:
         ConfigError: the checkpoint does not exist, or the folder holds another run.
@@ -57,8 +74,9 @@ def settle(cfg: RunConfig) -> list[str]:
             raise ConfigError(f"resume_from_checkpoint: there is no folder {asked}.")
         if not (Path(asked) / TRAINER_STATE).is_file():
             raise ConfigError(
-                f"resume_from_checkpoint: {asked} holds no {TRAINER_STATE}, so it is no checkpoint. Give a folder checkpoint-<step>; "
-                "to start from weights, name them in model_name_or_path."
+                f"resume_from_checkpoint: {asked} holds no {TRAINER_STATE}, so it is no checkpoint."
+                " Give a folder checkpoint-<step>; to start from weights, name them in"
+                " model_name_or_path."
             )
         cfg.hf["resume_from_checkpoint"] = asked
         return []
@@ -66,39 +84,60 @@ def settle(cfg: RunConfig) -> list[str]:
         return []
     last = last_checkpoint(out) if out.is_dir() else None
     if asked is True and last is None:
-        raise ConfigError(f"resume_from_checkpoint: there is no checkpoint in {out}. Give the folder of one, or leave the key out.")
+        raise ConfigError(
+            f"resume_from_checkpoint: there is no checkpoint in {out}. Give the folder of one, or"
+            " leave the key out."
+        )
     if cfg.output.overwrite_output_dir and asked is not True:
         if last is None:
             return []
-        return [f"{out} keeps the checkpoints of an earlier run, up to {last.name}. Remove them, lest a later start resumes there."]
+        return [
+            f"{out} keeps the checkpoints of an earlier run, up to {last.name}. Remove them, lest a"
+            " later start resumes there."
+        ]
     other = _differences(cfg, out)
     if other:
         raise ConfigError(
-            f"output_dir: {out} holds another run ({'; '.join(other)}). Choose another folder, or set overwrite_output_dir: true."
+            f"output_dir: {out} holds another run ({'; '.join(other)}). Choose another folder, or"
+            " set overwrite_output_dir: true."
         )
     torn = [p.name for p in _checkpoints(out) if not (p / TRAINER_STATE).is_file()]
-    notes = [f"{', '.join(torn)} in {out} was not written to its end ({TRAINER_STATE} is missing) and is passed over."] if torn else []
+    notes = (
+        [
+            f"{', '.join(torn)} in {out} was not written to its end ({TRAINER_STATE} is missing)"
+            " and is passed over."
+        ]
+        if torn
+        else []
+    )
     if last is not None:
         cfg.hf["resume_from_checkpoint"] = str(last)
         return [*notes, f"The run goes on from {last}. To begin anew: {REMEDY}"]
     if any((out / name).is_file() for name in WEIGHTS):
         raise ConfigError(
-            f"output_dir: {out} holds a finished run without checkpoints. Choose another folder, or set overwrite_output_dir: true."
+            f"output_dir: {out} holds a finished run without checkpoints. Choose another folder, or"
+            " set overwrite_output_dir: true."
         )
     return notes
 
 
 def _differences(cfg: RunConfig, out: Path) -> list[str]:
-    """In what the run that wrote the folder differs from this one; empty where there is none, or none that wrote its file."""
+    """In what the run that wrote the folder differs from this one; empty where there is none, or
+    none that wrote its file.
+    """
     path = out / RUN_FILE
-    if not path.is_file() or (last_checkpoint(out) is None and not any((out / name).is_file() for name in WEIGHTS)):
+    if not path.is_file() or (
+        last_checkpoint(out) is None and not any((out / name).is_file() for name in WEIGHTS)
+    ):
         return []
     old = read_file(path)
     found = []
     for name in IDENTITY:
         if name.startswith("lora_") and cfg.method.finetuning_type != "lora":
             continue
-        new = next((getattr(g, name) for g in (cfg.model, cfg.data, cfg.method) if hasattr(g, name)), None)
+        new = next(
+            (getattr(g, name) for g in (cfg.model, cfg.data, cfg.method) if hasattr(g, name)), None
+        )
         if name in old and _plain(old[name]) != _plain(new):
             found.append(f"its {name} is {_words(old[name])}, this run's {_words(new)}")
     return found

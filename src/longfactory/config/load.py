@@ -1,4 +1,6 @@
-"""Reads a run: from words and files to a checked `RunConfig`. Imports neither torch nor transformers."""
+"""Reads a run: from words and files to a checked `RunConfig`. Imports neither torch nor
+transformers.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from longfactory.errors import ConfigError
 Command = Literal["train", "export", "chat"]
 
 
-def load_config(argv: Sequence[str], *, command: Command = "train", world_size: int | None = None) -> RunConfig:
+def load_config(
+    argv: Sequence[str], *, command: Command = "train", world_size: int | None = None
+) -> RunConfig:
     """Reads, translates, types and checks a run. Imports neither torch nor transformers.
 
     Args:
@@ -31,7 +35,9 @@ def load_config(argv: Sequence[str], *, command: Command = "train", world_size: 
     return from_mapping(read(argv, translate.is_switch), command=command, world_size=world_size)
 
 
-def from_mapping(written: Mapping[str, Any], *, command: Command = "train", world_size: int | None = None) -> RunConfig:
+def from_mapping(
+    written: Mapping[str, Any], *, command: Command = "train", world_size: int | None = None
+) -> RunConfig:
     """`load_config` from keys and values."""
     translate.other_file(written)
     # What is wrong is gathered before anything is raised, so that a person sees it at once.

@@ -1,6 +1,8 @@
-"""Keys that people's YAML files carry and that are not arguments here: other names, keys with no effect, and keys that are refused.
+"""Keys that people's YAML files carry and that are not arguments here: other names, keys with no
+effect, and keys that are refused.
 
-Every key that LLaMA-Factory 0.9.5, its 360 fork or transformers 4 knows is an argument, or stands in one of these tables.
+Every key that LLaMA-Factory 0.9.5, its 360 fork or transformers 4 knows is an argument, or stands
+in one of these tables.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ ALIASES: dict[str, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Other:
-    """`harmless` values pass without a word, since people copy defaults. Anything else earns the sentence."""
+    """`harmless` values pass without a word, since people copy defaults. Anything else earns the
+    sentence.
+    """
 
     harmless: tuple[Any, ...]
     sentence: str
@@ -55,15 +59,26 @@ class Other:
 _RAY = "processes are started by longfactory train (NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT) or torchrun, not by Ray"
 
 NO_EFFECT: dict[str, Other] = {
-    "flash_attn": Other(("auto",), "attention always goes through LongFactory's own kernels; attention_backend chooses among them"),
+    "flash_attn": Other(
+        ("auto",),
+        "attention always goes through LongFactory's own kernels; attention_backend chooses among them",
+    ),
     "use_reentrant_gc": Other((True, False), "recomputation is done by LongFactory itself"),
-    "upcast_layernorm": Other((False,), "norms are computed in float32 whatever the format of their weights"),
+    "upcast_layernorm": Other(
+        (False,), "norms are computed in float32 whatever the format of their weights"
+    ),
     "low_cpu_mem_usage": Other((True,), "weights are always loaded without a second copy"),
     "use_kv_cache": Other((True,), "training never keeps keys and values, generation always does"),
-    "print_param_status": Other((False,), "the number of trained parameters is printed at the start"),
+    "print_param_status": Other(
+        (False,), "the number of trained parameters is printed at the start"
+    ),
     "ignore_pad_token_for_loss": Other((True,), "there are no padding tokens inside a row"),
-    "data_shared_file_system": Other((False,), "data are tokenised once and no process waits for them behind a barrier"),
-    "fsdp_transformer_layer_cls_to_wrap": Other((None,), "the layers to shard are found from the model"),
+    "data_shared_file_system": Other(
+        (False,), "data are tokenised once and no process waits for them behind a barrier"
+    ),
+    "fsdp_transformer_layer_cls_to_wrap": Other(
+        (None,), "the layers to shard are found from the model"
+    ),
     "fsdp_min_num_params": Other((0,), "the layers to shard are found from the model"),
     "save_safetensors": Other((True,), "files are always written as safetensors"),
     "remove_unused_columns": Other((True, False), "columns are chosen by the data format"),
@@ -97,7 +112,9 @@ NO_EFFECT: dict[str, Other] = {
     "freeze_vision_tower": Other((True,), "LongFactory trains the text model alone"),
     "freeze_multi_modal_projector": Other((True,), "LongFactory trains the text model alone"),
 }
-"""Keys whose value changes nothing here. A value that is not harmless is noted at the start of the run."""
+"""Keys whose value changes nothing here. A value that is not harmless is noted at the start of the
+run.
+"""
 
 _GALORE = "use optim: galore_adamw with optim_target_modules, transformers' own GaLore, or finetuning_type: lora"
 _APOLLO = "use optim: apollo_adamw with optim_target_modules, transformers' own APOLLO, or finetuning_type: lora"
@@ -117,20 +134,44 @@ REFUSED: dict[str, Other] = {
     # model
     "adapter_folder": Other((None,), "write the adapter's own path in adapter_name_or_path"),
     "new_special_tokens_config": Other((None,), "list the tokens in add_special_tokens"),
-    "init_special_tokens": Other(("noise_init",), "new tokens start as the mean of the embedding with noise; edit the model beforehand"),
-    "shift_attn": Other((False,), "S2-Attn approximates; use sequence_parallel_size, which is exact"),
-    "mixture_of_depths": Other((None,), "mixture of depths is not supported; train the model as it is"),
-    "use_unsloth": Other((False,), "Unsloth replaces the model's layers and cannot share a sequence; leave it out"),
-    "moe_aux_loss_coef": Other((None,), "the routers' auxiliary loss is not computed; train with router weights frozen, or leave it out"),
-    "upcast_lmhead_output": Other((False,), "log-probabilities are always computed in float32; leave it out"),
-    "offload_folder": Other(("offload",), "weights are not offloaded to disk; use optimizer_placement: host or a DeepSpeed JSON"),
-    "use_v1_kernels": Other((False, None), "leave it out; enable_liger_kernel: true has fused kernels"),
+    "init_special_tokens": Other(
+        ("noise_init",),
+        "new tokens start as the mean of the embedding with noise; edit the model beforehand",
+    ),
+    "shift_attn": Other(
+        (False,), "S2-Attn approximates; use sequence_parallel_size, which is exact"
+    ),
+    "mixture_of_depths": Other(
+        (None,), "mixture of depths is not supported; train the model as it is"
+    ),
+    "use_unsloth": Other(
+        (False,), "Unsloth replaces the model's layers and cannot share a sequence; leave it out"
+    ),
+    "moe_aux_loss_coef": Other(
+        (None,),
+        "the routers' auxiliary loss is not computed; train with router weights frozen, or leave it out",
+    ),
+    "upcast_lmhead_output": Other(
+        (False,), "log-probabilities are always computed in float32; leave it out"
+    ),
+    "offload_folder": Other(
+        ("offload",),
+        "weights are not offloaded to disk; use optimizer_placement: host or a DeepSpeed JSON",
+    ),
+    "use_v1_kernels": Other(
+        (False, None), "leave it out; enable_liger_kernel: true has fused kernels"
+    ),
     "ms_hub_token": Other((None,), _HUB),
     "om_hub_token": Other((None,), _HUB),
-    "quantization_device_map": Other((None,), "a quantised model is placed on one device by each process; leave it out"),
+    "quantization_device_map": Other(
+        (None,), "a quantised model is placed on one device by each process; leave it out"
+    ),
     "infer_backend": Other(("huggingface", "hf"), _VLLM),
     "train_mm_proj_only": Other((False,), "LongFactory trains the text model alone"),
-    "freeze_language_model": Other((False,), "LongFactory trains the text model; use finetuning_type: freeze to train a part of it"),
+    "freeze_language_model": Other(
+        (False,),
+        "LongFactory trains the text model; use finetuning_type: freeze to train a part of it",
+    ),
     # export and serving
     "export_legacy_format": Other((False,), "export writes safetensors"),
     "export_quantization_bit": Other((None,), _EXPORT_Q),
@@ -164,7 +205,9 @@ REFUSED: dict[str, Other] = {
     "chunk_size": Other((8192,), _KT),
     "kt_lora_expert_intermediate_size": Other((None,), _KT),
     # adapters
-    "pissa_convert": Other((False,), "the adapter is saved as it is trained; merge it with longfactory export"),
+    "pissa_convert": Other(
+        (False,), "the adapter is saved as it is trained; merge it with longfactory export"
+    ),
     "module_dropout": Other((0.0,), "oft is not supported; use finetuning_type: lora"),
     "oft_rank": Other((0,), "oft is not supported; use finetuning_type: lora"),
     "oft_block_size": Other((32,), "oft is not supported; use finetuning_type: lora"),
@@ -207,7 +250,9 @@ REFUSED: dict[str, Other] = {
     "badam_update_ratio": Other((0.05,), _BADAM),
     "badam_mask_mode": Other(("adjacent",), _BADAM),
     "badam_verbose": Other((0,), _BADAM),
-    "use_adam_mini": Other((False,), "Adam-mini is not supported; use optim: adamw_8bit, or finetuning_type: lora"),
+    "use_adam_mini": Other(
+        (False,), "Adam-mini is not supported; use optim: adamw_8bit, or finetuning_type: lora"
+    ),
     "use_muon": Other((False,), "Muon is not supported; use optim: adamw_torch_fused"),
     # other systems
     "use_mca": Other((False,), _MCA),
@@ -232,33 +277,80 @@ REFUSED: dict[str, Other] = {
     "swanlab_lark_webhook_url": Other((None,), _SWAN),
     "swanlab_lark_secret": Other((None,), _SWAN),
     # transformers' keys that fight with rows, sharding or the head
-    "fsdp_config": Other((None, "", {}), "FSDP2's settings are made here so that gradients stay exact; use sharding: fsdp2"),
+    "fsdp_config": Other(
+        (None, "", {}),
+        "FSDP2's settings are made here so that gradients stay exact; use sharding: fsdp2",
+    ),
     "parallelism_config": Other((None,), "use sequence_parallel_size and sharding"),
     "accelerator_config": Other(
         (
-            *(None, "", {}, {"split_batches": False}, {"dispatch_batches": False}, {"dispatch_batches": None}, {"even_batches": False}),
-            *({"even_batches": True}, {"use_seedable_sampler": True}, {"use_seedable_sampler": False}, {"non_blocking": True}),
-            *({"non_blocking": False}, {"gradient_accumulation_kwargs": None}, {"use_configured_state": False}),
+            *(
+                None,
+                "",
+                {},
+                {"split_batches": False},
+                {"dispatch_batches": False},
+                {"dispatch_batches": None},
+                {"even_batches": False},
+            ),
+            *(
+                {"even_batches": True},
+                {"use_seedable_sampler": True},
+                {"use_seedable_sampler": False},
+                {"non_blocking": True},
+            ),
+            *(
+                {"non_blocking": False},
+                {"gradient_accumulation_kwargs": None},
+                {"use_configured_state": False},
+            ),
         ),
         "loading and accumulation are LongFactory's own (each process reads its own rows, as dispatch_batches: false says); "
         "use the dataloader_* keys",
     ),
-    "auto_find_batch_size": Other((False,), "processes would disagree on the batch; set per_device_train_batch_size"),
-    "average_tokens_across_devices": Other((True,), "the loss is always the mean over every token of the step, on all devices"),
-    "torch_compile": Other((False,), "hand-written backward passes are not traced by torch.compile; enable_liger_kernel has fused kernels"),
-    "torch_compile_backend": Other((None,), "hand-written backward passes are not traced by torch.compile; leave it out"),
-    "torch_compile_mode": Other((None,), "hand-written backward passes are not traced by torch.compile; leave it out"),
+    "auto_find_batch_size": Other(
+        (False,), "processes would disagree on the batch; set per_device_train_batch_size"
+    ),
+    "average_tokens_across_devices": Other(
+        (True,), "the loss is always the mean over every token of the step, on all devices"
+    ),
+    "torch_compile": Other(
+        (False,),
+        "hand-written backward passes are not traced by torch.compile; enable_liger_kernel has fused kernels",
+    ),
+    "torch_compile_backend": Other(
+        (None,), "hand-written backward passes are not traced by torch.compile; leave it out"
+    ),
+    "torch_compile_mode": Other(
+        (None,), "hand-written backward passes are not traced by torch.compile; leave it out"
+    ),
     "liger_kernel_config": Other((None,), "use enable_liger_kernel: true"),
-    "include_for_metrics": Other((None, "", []), "metrics are computed from log-probabilities; use compute_accuracy"),
-    "include_inputs_for_metrics": Other((False,), "metrics are computed from log-probabilities; use compute_accuracy"),
-    "batch_eval_metrics": Other((False,), "metrics are computed from log-probabilities; use compute_accuracy"),
-    "dataloader_multiprocessing_context": Other((None,), "loading processes start in torch's own way; leave it out"),
-    "length_column_name": Other(("length",), "lengths are those of the tokenised rows; leave it out"),
-    "generation_max_length": Other((None,), "use max_new_tokens, or max_length with max_new_tokens: 0"),
-    "generation_config": Other((None,), "use the generation keys (max_new_tokens, temperature, ...)"),
+    "include_for_metrics": Other(
+        (None, "", []), "metrics are computed from log-probabilities; use compute_accuracy"
+    ),
+    "include_inputs_for_metrics": Other(
+        (False,), "metrics are computed from log-probabilities; use compute_accuracy"
+    ),
+    "batch_eval_metrics": Other(
+        (False,), "metrics are computed from log-probabilities; use compute_accuracy"
+    ),
+    "dataloader_multiprocessing_context": Other(
+        (None,), "loading processes start in torch's own way; leave it out"
+    ),
+    "length_column_name": Other(
+        ("length",), "lengths are those of the tokenised rows; leave it out"
+    ),
+    "generation_max_length": Other(
+        (None,), "use max_new_tokens, or max_length with max_new_tokens: 0"
+    ),
+    "generation_config": Other(
+        (None,), "use the generation keys (max_new_tokens, temperature, ...)"
+    ),
     "sortish_sampler": Other((False,), "use train_sampling_strategy: group_by_length"),
     # transformers 4 alone
-    "half_precision_backend": Other(("auto",), "leave it out; bf16: true or fp16: true says it all"),
+    "half_precision_backend": Other(
+        ("auto",), "leave it out; bf16: true or fp16: true says it all"
+    ),
     "fp16_backend": Other(("auto",), "leave it out; bf16: true or fp16: true says it all"),
     "fp16_opt_level": Other(("O1",), "apex is not supported; use bf16: true"),
     "past_index": Other((-1,), "leave it out"),
@@ -267,7 +359,9 @@ REFUSED: dict[str, Other] = {
     "use_mps_device": Other((False,), "leave it out; the device is found"),
     "tpu_num_cores": Other((None,), "TPUs are not supported"),
     "tpu_metrics_debug": Other((False,), "TPUs are not supported"),
-    "mp_parameters": Other(("",), "SageMaker's model parallelism is not supported; use sharding: fsdp2"),
+    "mp_parameters": Other(
+        ("",), "SageMaker's model parallelism is not supported; use sharding: fsdp2"
+    ),
     "push_to_hub_organization": Other((None,), "write organisation/name in hub_model_id"),
     "dispatch_batches": Other((None, False), "loading is LongFactory's own; leave it out"),
     "split_batches": Other((None, False), "loading is LongFactory's own; leave it out"),
@@ -276,8 +370,12 @@ REFUSED: dict[str, Other] = {
     # rewritten engine of LLaMA-Factory
     "dist_config": Other((None,), "use sharding: fsdp2, or deepspeed: with a JSON"),
     "micro_batch_size": Other((None,), "use per_device_train_batch_size instead"),
-    "global_batch_size": Other((None,), "use per_device_train_batch_size and gradient_accumulation_steps"),
-    "reserved_label_len": Other((1,), "a sample is shortened by the rule of cutoff_strategy; leave it out"),
+    "global_batch_size": Other(
+        (None,), "use per_device_train_batch_size and gradient_accumulation_steps"
+    ),
+    "reserved_label_len": Other(
+        (1,), "a sample is shortened by the rule of cutoff_strategy; leave it out"
+    ),
     "batching_strategy": Other((None,), "use packing: true"),
 }
 """Keys that are refused unless harmless, with what to use instead."""
@@ -285,40 +383,94 @@ REFUSED: dict[str, Other] = {
 _OTHER_QUANTISER = "only bitsandbytes quantises while loading (quantization_method: bnb); a model that is already quantised needs no key"
 
 REFUSED_VALUES: dict[str, dict[str, str]] = {
-    "stage": {"ppo": _PPO, **{name: f"use stage: dpo with pref_loss: {name}" for name in ("orpo", "simpo", "ipo")}},
+    "stage": {
+        "ppo": _PPO,
+        **{name: f"use stage: dpo with pref_loss: {name}" for name in ("orpo", "simpo", "ipo")},
+    },
     "finetuning_type": {"oft": "oft is not supported; use finetuning_type: lora"},
-    "quantization_method": {name: _OTHER_QUANTISER for name in ("gptq", "awq", "aqlm", "quanto", "eetq", "hqq", "mxfp4", "fp8")},
+    "quantization_method": {
+        name: _OTHER_QUANTISER
+        for name in ("gptq", "awq", "aqlm", "quanto", "eetq", "hqq", "mxfp4", "fp8")
+    },
 }
-"""Values of our own keys that LLaMA-Factory knows and that are refused, with what to use instead."""
+"""Values of our own keys that LLaMA-Factory knows and that are refused, with what to use instead.
+"""
 
 ELSEWHERE: dict[str, str] = {
     # length of a sample
     **dict.fromkeys(
-        ("max_seq_length", "max_seq_len", "sequence_len", "sequence_length", "seq_length", "seq_len", "model_max_length", "block_size"),
+        (
+            "max_seq_length",
+            "max_seq_len",
+            "sequence_len",
+            "sequence_length",
+            "seq_length",
+            "seq_len",
+            "model_max_length",
+            "block_size",
+        ),
         "cutoff_len",
     ),
-    **dict.fromkeys(("max_prompt_length", "max_completion_length", "max_source_length", "max_target_length"), "cutoff_len"),
+    **dict.fromkeys(
+        ("max_prompt_length", "max_completion_length", "max_source_length", "max_target_length"),
+        "cutoff_len",
+    ),
     # model and method
-    **dict.fromkeys(("base_model", "model", "model_id", "model_path", "model_name", "pretrained_model_name_or_path"), "model_name_or_path"),
+    **dict.fromkeys(
+        (
+            "base_model",
+            "model",
+            "model_id",
+            "model_path",
+            "model_name",
+            "pretrained_model_name_or_path",
+        ),
+        "model_name_or_path",
+    ),
     **dict.fromkeys(("load_in_4bit", "use_4bit"), "quantization_bit: 4"),
     **dict.fromkeys(("load_in_8bit", "use_8bit"), "quantization_bit: 8"),
     "bnb_4bit_quant_type": "quantization_type",
     **dict.fromkeys(("bnb_4bit_use_double_quant", "use_nested_quant"), "double_quantization"),
-    **dict.fromkeys(("use_peft", "use_lora", "adapter", "peft_type", "train_type", "tuner_type"), "finetuning_type"),
+    **dict.fromkeys(
+        ("use_peft", "use_lora", "adapter", "peft_type", "train_type", "tuner_type"),
+        "finetuning_type",
+    ),
     **dict.fromkeys(("lora_r", "lora_dim", "peft_lora_r"), "lora_rank"),
-    **dict.fromkeys(("lora_target_modules", "lora_modules", "target_modules", "lora_target_linear"), "lora_target"),
+    **dict.fromkeys(
+        ("lora_target_modules", "lora_modules", "target_modules", "lora_target_linear"),
+        "lora_target",
+    ),
     **dict.fromkeys(("lora_modules_to_save", "modules_to_save"), "additional_target"),
-    **dict.fromkeys(("lora_model_dir", "lora_adapter_path", "checkpoint_dir", "adapters", "peft_path"), "adapter_name_or_path"),
+    **dict.fromkeys(
+        ("lora_model_dir", "lora_adapter_path", "checkpoint_dir", "adapters", "peft_path"),
+        "adapter_name_or_path",
+    ),
     **dict.fromkeys(("rl", "rlhf_type", "training_type", "task_type"), "stage"),
     "loss_type": "pref_loss",
     **dict.fromkeys(("beta", "rl_beta"), "pref_beta"),
     "rpo_alpha": "pref_ftx",
     "ref_model_name_or_path": "ref_model",
     **dict.fromkeys(("torch_dtype", "dtype", "mixed_precision"), "bf16"),
-    **dict.fromkeys(("attn_implementation", "attn_impl", "flash_attention", "use_flash_attn"), "attention_backend"),
+    **dict.fromkeys(
+        ("attn_implementation", "attn_impl", "flash_attention", "use_flash_attn"),
+        "attention_backend",
+    ),
     # data
-    **dict.fromkeys(("datasets", "dataset_name", "data_path", "train_file", "train_files", "train_data", "train_dataset"), "dataset"),
-    **dict.fromkeys(("test_datasets", "val_dataset", "validation_file", "val_data"), "eval_dataset"),
+    **dict.fromkeys(
+        (
+            "datasets",
+            "dataset_name",
+            "data_path",
+            "train_file",
+            "train_files",
+            "train_data",
+            "train_dataset",
+        ),
+        "dataset",
+    ),
+    **dict.fromkeys(
+        ("test_datasets", "val_dataset", "validation_file", "val_data"), "eval_dataset"
+    ),
     **dict.fromkeys(("val_set_size", "split_dataset_ratio", "eval_split_ratio"), "val_size"),
     **dict.fromkeys(("chat_template", "template_type", "prompt_template"), "template"),
     **dict.fromkeys(("sample_packing", "pack_to_max_length", "sft_packing"), "packing"),
@@ -341,7 +493,12 @@ ELSEWHERE: dict[str, str] = {
     # devices
     **dict.fromkeys(
         (
-            *("sequence_parallel", "sequence_parallel_degree", "context_parallel_degree", "ulysses_sequence_parallel_size"),
+            *(
+                "sequence_parallel",
+                "sequence_parallel_degree",
+                "context_parallel_degree",
+                "ulysses_sequence_parallel_size",
+            ),
             *("sp_size", "ulysses_degree", "ring_attn_size"),
         ),
         "sequence_parallel_size",
@@ -350,8 +507,9 @@ ELSEWHERE: dict[str, str] = {
     **dict.fromkeys(("deepspeed_config", "deepspeed_config_file"), "deepspeed"),
     "num_gpus": "nproc_per_node",
 }
-"""Names that TRL, Unsloth, axolotl, ms-swift, torchtune and older LLaMA-Factory give to what a key here says -> that key. They are refused:
-values and defaults differ (`load_in_4bit: true` is `quantization_bit: 4`)."""
+"""Names that TRL, Unsloth, axolotl, ms-swift, torchtune and older LLaMA-Factory give to what a key
+here says -> that key. They are refused: values and defaults differ (`load_in_4bit: true` is
+`quantization_bit: 4`)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""From the command line to one flat mapping of keys: a YAML or JSON file with `key=value` behind it, or `--key value` flags."""
+"""From the command line to one flat mapping of keys: a YAML or JSON file with `key=value` behind
+it, or `--key value` flags.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,20 @@ def read(argv: Sequence[str], is_switch: Callable[[str], bool]) -> dict[str, Any
         is_switch: whether a key is a boolean, so that `--key` alone means true.
 
     Raises:
-        ConfigError: a file that is missing or cannot be read, or a word that is neither a file, `key=value` nor a flag.
+        ConfigError: a file that is missing or cannot be read, or a word that is neither a file,
+            `key=value` nor a flag.
     """
     words = list(argv)
     values: dict[str, Any] = {}
     # DeepSpeed's launcher puts this before what the user wrote; the environment says the same.
     if words and words[0].startswith("--local_rank="):
         words.pop(0)
-    if words and words[0].lower().endswith(FILES) and "=" not in words[0] and not words[0].startswith("-"):
+    if (
+        words
+        and words[0].lower().endswith(FILES)
+        and "=" not in words[0]
+        and not words[0].startswith("-")
+    ):
         values = read_file(Path(words.pop(0)))
     while words:
         word = words.pop(0)
@@ -40,12 +48,16 @@ def read(argv: Sequence[str], is_switch: Callable[[str], bool]) -> dict[str, Any
         elif OVERRIDE.match(word):
             _deep_update(values, _override(word))
         else:
-            raise ConfigError(f"{word!r} is neither a YAML file in first place, nor key=value, nor --key value.")
+            raise ConfigError(
+                f"{word!r} is neither a YAML file in first place, nor key=value, nor --key value."
+            )
     return values
 
 
 def _flag(name: str, words: list[str], is_switch: Callable[[str], bool]) -> dict[str, Any]:
-    """One `--key value`, `--key=value`, `--key value value`, `--switch` or `--no_switch`; takes its values off the front of `words`."""
+    """One `--key value`, `--key=value`, `--key value value`, `--switch` or `--no_switch`; takes its
+    values off the front of `words`.
+    """
     name, equals, value = name.partition("=")
     key = name.replace("-", "_")
     if equals:
@@ -67,7 +79,8 @@ def _flag(name: str, words: list[str], is_switch: Callable[[str], bool]) -> dict
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file. `${oc.env:NAME}` and the like are resolved as OmegaConf does.
+    """The mapping in a YAML or JSON file. `${oc.env:NAME}` and the like are resolved as OmegaConf
+    does.
 
     Raises:
         ConfigError: the file is missing, is not valid, or gives a key twice with different values.
@@ -106,12 +119,20 @@ def _yaml(text: str, path: Path) -> Any:
             for key_node, value_node in node.value:
                 if key_node.tag == "tag:yaml.org,2002:merge":
                     continue
-                key, value = self.construct_object(key_node, deep=True), self.construct_object(value_node, deep=True)
+                key, value = (
+                    self.construct_object(key_node, deep=True),
+                    self.construct_object(value_node, deep=True),
+                )
                 if not isinstance(key, (str, int, float, bool, type(None))):
-                    raise ConfigError(f"{path}, line {key_node.start_mark.line + 1}: a key must be text.")
+                    raise ConfigError(
+                        f"{path}, line {key_node.start_mark.line + 1}: a key must be text."
+                    )
                 if key in seen and seen[key] != value:
                     line = key_node.start_mark.line + 1
-                    raise ConfigError(f"{path}, line {line}: {key} stands twice, as {seen[key]!r} and {value!r}. Keep one.")
+                    raise ConfigError(
+                        f"{path}, line {line}: {key} stands twice, as {seen[key]!r} and {value!r}."
+                        " Keep one."
+                    )
                 seen[key] = value
             return super().construct_mapping(node, deep)
 

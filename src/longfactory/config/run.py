@@ -23,13 +23,24 @@ from longfactory.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import Seq2SeqTrainingArguments
 
-DIFFERENCES = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "apo_zero", "discopop", "sigmoid_norm")
+DIFFERENCES = (
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "robust",
+    "apo_zero",
+    "discopop",
+    "sigmoid_norm",
+)
 """Preference losses whose gradient is 0 where both answers of a pair are the same."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A run, checked. `hf` holds the keys for transformers' Seq2SeqTrainingArguments that were given or that we set."""
+    """A run, checked. `hf` holds the keys for transformers' Seq2SeqTrainingArguments that were
+    given or that we set.
+    """
 
     model: ModelArguments
     data: DataArguments
@@ -65,7 +76,9 @@ class RunConfig:
         return self.data.packing
 
     def data_options(self) -> SimpleNamespace:
-        """What the data layer asks for: the keys for data, and those of other groups that change rows or their reading."""
+        """What the data layer asks for: the keys for data, and those of other groups that change
+        rows or their reading.
+        """
         share = self.method.pref_share_prompt
         if share == "auto":
             # NEFTune draws the noise of each answer's own sequence, prompt included.
@@ -82,12 +95,18 @@ class RunConfig:
 
     @property
     def learns_from_equal_pairs(self) -> bool:
-        """Whether a pair whose answers are the same teaches something: more than their difference is in the loss."""
+        """Whether a pair whose answers are the same teaches something: more than their difference
+        is in the loss.
+        """
         m = self.method
-        return m.stage == "dpo" and (m.pref_loss not in DIFFERENCES or m.pref_ftx > 0 or m.pref_bco_weight > 0)
+        return m.stage == "dpo" and (
+            m.pref_loss not in DIFFERENCES or m.pref_ftx > 0 or m.pref_bco_weight > 0
+        )
 
     def resume_checkpoint(self) -> str | None:
-        """The checkpoint to go on from: the one that was asked for, else the last one of the output folder."""
+        """The checkpoint to go on from: the one that was asked for, else the last one of the output
+        folder.
+        """
         return self.hf.get("resume_from_checkpoint")
 
     @property
@@ -114,16 +133,25 @@ class RunConfig:
         given = {**self.hf, **extra}
         missing = sorted(set(given) - known)
         if missing:
-            raise ConfigError(f"The installed transformers has no {', '.join(missing)}. Leave it out, or install another version.")
+            raise ConfigError(
+                f"The installed transformers has no {', '.join(missing)}. Leave it out, or install"
+                " another version."
+            )
         try:
             return Seq2SeqTrainingArguments(**given)
         except (ValueError, ImportError) as e:
             raise ConfigError(f"transformers refuses the training arguments: {e}") from e
 
     def reporting_environment(self) -> dict[str, str]:
-        """Environment variables by which transformers' reporting integrations learn what their keys say."""
+        """Environment variables by which transformers' reporting integrations learn what their keys
+        say.
+        """
         out, o = {"TENSORBOARD_LOGGING_DIR": self.output.logging_dir}, self.output
         if o.use_swanlab or "swanlab" in (self.hf.get("report_to") or ()):
-            out |= {"SWANLAB_PROJECT": o.swanlab_project, "SWANLAB_WORKSPACE": o.swanlab_workspace, "SWANLAB_MODE": o.swanlab_mode}
+            out |= {
+                "SWANLAB_PROJECT": o.swanlab_project,
+                "SWANLAB_WORKSPACE": o.swanlab_workspace,
+                "SWANLAB_MODE": o.swanlab_mode,
+            }
             out |= {"SWANLAB_API_KEY": o.swanlab_api_key, "SWANLAB_LOG_DIR": o.swanlab_logdir}
         return {name: value for name, value in out.items() if value is not None}

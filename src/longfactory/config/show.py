@@ -25,11 +25,15 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+01234
 
 
 def _dump(values: dict[str, Any]) -> str:
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120).rstrip()
+    return yaml.dump(
+        values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120
+    ).rstrip()
 
 
 def resolved(cfg: RunConfig, world_size: int | None = None) -> str:
-    """The run as YAML that can be run again: first the arithmetic as comments, then what was chosen, then every default."""
+    """The run as YAML that can be run again: first the arithmetic as comments, then what was
+    chosen, then every default.
+    """
     chosen: dict[str, Any] = {}
     defaults: dict[str, Any] = {}
     for group, cls in GROUPS.items():
@@ -37,7 +41,9 @@ def resolved(cfg: RunConfig, world_size: int | None = None) -> str:
             value = getattr(getattr(cfg, group), name)
             if name in SECRET or name == "dry_run":
                 continue
-            (defaults if value == key.default else chosen)[name] = list(value) if isinstance(value, tuple) else value
+            (defaults if value == key.default else chosen)[name] = (
+                list(value) if isinstance(value, tuple) else value
+            )
     for name, value in cfg.hf.items():
         if name not in SECRET and name not in OURS:
             chosen[name] = value
@@ -58,17 +64,31 @@ def processes(cfg: RunConfig) -> int | None:
 def arithmetic(cfg: RunConfig, world_size: int | None = None) -> list[str]:
     """What follows from the numbers: groups, samples a step, tokens a device."""
     p, length = cfg.parallel, cfg.data.cutoff_len
-    batch, steps = cfg.trainer("per_device_train_batch_size"), cfg.trainer("gradient_accumulation_steps")
+    batch, steps = (
+        cfg.trainer("per_device_train_batch_size"),
+        cfg.trainer("gradient_accumulation_steps"),
+    )
     world = world_size if world_size is not None else processes(cfg)
     lines = [f"{cfg.method.stage}, {cfg.method.finetuning_type}, {cfg.model.model_name_or_path}"]
     row = length * batch if not cfg.packing else length
-    what = f"{batch} x cutoff_len {length}" if batch > 1 and not cfg.packing else f"cutoff_len {length}"
+    what = (
+        f"{batch} x cutoff_len {length}"
+        if batch > 1 and not cfg.packing
+        else f"cutoff_len {length}"
+    )
     if p.sequence_parallel_size > 1:
         lines.append(
-            f"tokens of a row on each device: {what} / sequence_parallel_size {p.sequence_parallel_size} "
-            f"= {-(-row // p.sequence_parallel_size)} ({p.sequence_parallel_mode})"
+            f"tokens of a row on each device: {what} / sequence_parallel_size"
+            f" {p.sequence_parallel_size} = {-(-row // p.sequence_parallel_size)}"
+            f" ({p.sequence_parallel_mode})"
         )
-    kind = "packed rows" if cfg.packing else "pairs" if cfg.method.stage in ("dpo", "rm") else "samples"
+    kind = (
+        "packed rows"
+        if cfg.packing
+        else "pairs"
+        if cfg.method.stage in ("dpo", "rm")
+        else "samples"
+    )
     if world is None:
         lines.append(
             f"{kind} a step: (processes / sequence_parallel_size {p.sequence_parallel_size}) x "
@@ -76,7 +96,13 @@ def arithmetic(cfg: RunConfig, world_size: int | None = None) -> list[str]:
         )
     else:
         groups = world // p.sequence_parallel_size
-        lines.append(f"processes: {world} = {groups} groups x sequence_parallel_size {p.sequence_parallel_size}")
+        lines.append(
+            f"processes: {world} = {groups} groups x sequence_parallel_size"
+            f" {p.sequence_parallel_size}"
+        )
         total = groups * batch * steps
-        lines.append(f"{kind} a step: {groups} groups x batch {batch} x accumulation {steps} = {total}, at most {total * length:,} tokens")
+        lines.append(
+            f"{kind} a step: {groups} groups x batch {batch} x accumulation {steps} = {total}, at"
+            f" most {total * length:,} tokens"
+        )
     return lines

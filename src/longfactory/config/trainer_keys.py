@@ -1,6 +1,8 @@
-"""Keys that go to transformers' Seq2SeqTrainingArguments, with their types and defaults: shipped, so that reading a YAML imports no torch.
+"""Keys that go to transformers' Seq2SeqTrainingArguments, with their types and defaults: shipped,
+so that reading a YAML imports no torch.
 
-A test compares this table with the installed transformers, so that a new release shows what is missing.
+A test compares this table with the installed transformers, so that a new release shows what is
+missing.
 """
 
 from __future__ import annotations
@@ -75,8 +77,14 @@ _TABLE: dict[str, tuple[Any, Any]] = {
     "log_on_each_node": (bool, True),
     "logging_nan_inf_filter": (bool, True),
     "include_num_input_tokens_seen": (bool | Literal["all", "non_padding", "no"], "no"),
-    "log_level": (Literal["detail", "debug", "info", "warning", "error", "critical", "passive"], "passive"),
-    "log_level_replica": (Literal["detail", "debug", "info", "warning", "error", "critical", "passive"], "warning"),
+    "log_level": (
+        Literal["detail", "debug", "info", "warning", "error", "critical", "passive"],
+        "passive",
+    ),
+    "log_level_replica": (
+        Literal["detail", "debug", "info", "warning", "error", "critical", "passive"],
+        "warning",
+    ),
     "disable_tqdm": (_OptBool, None),
     "report_to": (tuple[str, ...] | None, "none"),
     "run_name": (_OptStr, None),
@@ -144,5 +152,6 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
 }
 
 TRAINER_KEYS: dict[str, Key] = {
-    name: Key(name, kind, default, "", *_RANGES.get(name, (None, None))) for name, (kind, default) in _TABLE.items()
+    name: Key(name, kind, default, "", *_RANGES.get(name, (None, None)))
+    for name, (kind, default) in _TABLE.items()
 }

@@ -1,4 +1,6 @@
-"""From what people write to what is run: other names for keys, and the keys that transformers 5 renamed or dropped."""
+"""From what people write to what is run: other names for keys, and the keys that transformers 5
+renamed or dropped.
+"""
 
 from __future__ import annotations
 
@@ -24,17 +26,32 @@ from longfactory.kernel_names import canonical
 
 # Keys that are read and turned into other keys below.
 TURNED: dict[str, Key] = {
-    "warmup_ratio": Key("warmup_ratio", float, 0.0, "Share of the steps in which the learning rate rises.", 0.0, 1.0),
-    "gradient_checkpointing": Key("gradient_checkpointing", bool | None, None, "On by default; false keeps every activation."),
-    "gradient_checkpointing_kwargs": Key("gradient_checkpointing_kwargs", dict | str | None, None, "Recomputation is LongFactory's own."),
+    "warmup_ratio": Key(
+        "warmup_ratio", float, 0.0, "Share of the steps in which the learning rate rises.", 0.0, 1.0
+    ),
+    "gradient_checkpointing": Key(
+        "gradient_checkpointing", bool | None, None, "On by default; false keeps every activation."
+    ),
+    "gradient_checkpointing_kwargs": Key(
+        "gradient_checkpointing_kwargs",
+        dict | str | None,
+        None,
+        "Recomputation is LongFactory's own.",
+    ),
     "use_unsloth_gc": Key("use_unsloth_gc", bool, False, "The same as offload_activations: true."),
     "fsdp": Key("fsdp", bool | tuple[str, ...] | None, None, "full_shard means sharding: fsdp2."),
-    "shuffle_for_sequence_parallel": Key("shuffle_for_sequence_parallel", bool, True, "false is the same as disable_shuffling: true."),
+    "shuffle_for_sequence_parallel": Key(
+        "shuffle_for_sequence_parallel", bool, True, "false is the same as disable_shuffling: true."
+    ),
     "adafactor": Key("adafactor", bool, False, "The same as optim: adafactor."),
 }
 
-OWN_KEYS: dict[str, Key] = {name: key for group in GROUPS.values() for name, key in keys_of(group).items()}
-KNOWN: frozenset[str] = frozenset({*OWN_KEYS, *TRAINER_KEYS, *TURNED, *ALIASES, *NO_EFFECT, *REFUSED})
+OWN_KEYS: dict[str, Key] = {
+    name: key for group in GROUPS.values() for name, key in keys_of(group).items()
+}
+KNOWN: frozenset[str] = frozenset(
+    {*OWN_KEYS, *TRAINER_KEYS, *TURNED, *ALIASES, *NO_EFFECT, *REFUSED}
+)
 
 
 def is_switch(name: str) -> bool:
@@ -42,7 +59,11 @@ def is_switch(name: str) -> bool:
     name = ALIASES.get(name, name)
     key = OWN_KEYS.get(name) or TRAINER_KEYS.get(name) or TURNED.get(name)
     if key is not None:
-        return key.kind is bool or key.kind == (bool | None) or bool in getattr(key.kind, "__args__", ())
+        return (
+            key.kind is bool
+            or key.kind == (bool | None)
+            or bool in getattr(key.kind, "__args__", ())
+        )
     other = NO_EFFECT.get(name) or REFUSED.get(name)
     return other is not None and any(isinstance(h, bool) for h in other.harmless)
 
@@ -72,7 +93,10 @@ def rename(values: Mapping[str, Any]) -> dict[str, Any]:
         if new in out and (out[new] is None or value is None):
             value = out[new] if value is None else value
         if new in out and out[new] is not None and _read(new, out[new]) != _read(new, value):
-            raise ConfigError(f"{came_from[new]} and {name} are the same key with different values ({out[new]!r}, {value!r}). Keep one.")
+            raise ConfigError(
+                f"{came_from[new]} and {name} are the same key with different values ({out[new]!r},"
+                f" {value!r}). Keep one."
+            )
         out[new] = value
         came_from[new] = name
     return out
@@ -100,7 +124,8 @@ def other_file(values: Mapping[str, Any]) -> None:
 
 
 def known(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
-    """The values without unknown keys; what the user should know; and a problem for each unknown key, with the nearest known one.
+    """The values without unknown keys; what the user should know; and a problem for each unknown
+    key, with the nearest known one.
 
     ALLOW_EXTRA_ARGS=1 turns the problems into notes.
     """
@@ -171,13 +196,16 @@ def _harmless(value: Any, other: Other) -> bool:
                     return True
             except ConfigError:
                 pass
-        elif value == harmless or (isinstance(harmless, str) and str(value).lower() == harmless.lower()):
+        elif value == harmless or (
+            isinstance(harmless, str) and str(value).lower() == harmless.lower()
+        ):
             return True
     return False
 
 
 def turn(values: dict[str, Any]) -> list[str]:
-    """Takes the keys of `TURNED` out of `values` and puts in what they mean; returns what the user should know.
+    """Takes the keys of `TURNED` out of `values` and puts in what they mean; returns what the user
+    should know.
 
     Raises:
         ConfigError: they contradict another key, or ask for what there is not.
@@ -190,7 +218,9 @@ def turn(values: dict[str, Any]) -> list[str]:
         steps = coerce(values.get("warmup_steps") or 0, float, "warmup_steps")
         if steps > 0:
             # transformers 4 let the steps win.
-            notes.append(f"warmup_ratio: {ratio} has no effect: warmup_steps: {steps:g} is given too.")
+            notes.append(
+                f"warmup_ratio: {ratio} has no effect: warmup_steps: {steps:g} is given too."
+            )
         else:
             # A number below 1 is a share of the steps; the whole run cannot be written as 1.
             values["warmup_steps"] = min(ratio, 1.0 - 1e-9)
@@ -198,13 +228,21 @@ def turn(values: dict[str, Any]) -> list[str]:
     checkpointing = given.get("gradient_checkpointing")
     if checkpointing is False:
         values.setdefault("disable_gradient_checkpointing", True)
-    elif checkpointing and coerce(values.get("disable_gradient_checkpointing", False), bool, "disable_gradient_checkpointing"):
-        raise ConfigError("gradient_checkpointing: true and disable_gradient_checkpointing: true contradict each other. Keep one of them.")
+    elif checkpointing and coerce(
+        values.get("disable_gradient_checkpointing", False), bool, "disable_gradient_checkpointing"
+    ):
+        raise ConfigError(
+            "gradient_checkpointing: true and disable_gradient_checkpointing: true contradict each"
+            " other. Keep one of them."
+        )
     kwargs = given.get("gradient_checkpointing_kwargs") or {}
     if isinstance(kwargs, dict):
         kwargs = {k: v for k, v in kwargs.items() if k != "use_reentrant"}
     if kwargs:
-        raise ConfigError(f"gradient_checkpointing_kwargs: {kwargs} is refused: recomputation is LongFactory's own; see memory:")
+        raise ConfigError(
+            f"gradient_checkpointing_kwargs: {kwargs} is refused: recomputation is LongFactory's"
+            " own; see memory:"
+        )
 
     if given.get("use_unsloth_gc"):
         values.setdefault("offload_activations", True)
@@ -212,15 +250,28 @@ def turn(values: dict[str, Any]) -> list[str]:
     fsdp = given.get("fsdp") or ()
     words = {"full_shard"} if fsdp is True else set(" ".join(fsdp).lower().split())
     if "offload" in words:
-        raise ConfigError("fsdp: offload is refused. Use optimizer_placement: host, or a DeepSpeed offload JSON.")
-    if words and words <= {"full_shard", "auto_wrap", "hybrid_shard", "hybrid_shard_zero2", "shard_grad_op"}:
+        raise ConfigError(
+            "fsdp: offload is refused. Use optimizer_placement: host, or a DeepSpeed offload JSON."
+        )
+    if words and words <= {
+        "full_shard",
+        "auto_wrap",
+        "hybrid_shard",
+        "hybrid_shard_zero2",
+        "shard_grad_op",
+    }:
         values.setdefault("sharding", "fsdp2")
         if words - {"full_shard", "auto_wrap"}:
-            notes.append(f"fsdp: {' '.join(sorted(words))} is run as full sharding over all devices.")
+            notes.append(
+                f"fsdp: {' '.join(sorted(words))} is run as full sharding over all devices."
+            )
     elif words == {"no_shard"}:
         values.setdefault("sharding", "ddp")
     elif words:
-        raise ConfigError(f"fsdp: {' '.join(sorted(words))!r} is not a choice. Use sharding: fsdp2 or sharding: ddp.")
+        raise ConfigError(
+            f"fsdp: {' '.join(sorted(words))!r} is not a choice. Use sharding: fsdp2 or sharding:"
+            " ddp."
+        )
 
     if str(values.get("train_sampling_strategy")).lower() == "sequential":
         values.setdefault("disable_shuffling", True)

@@ -27,8 +27,9 @@ from longfactory.errors import DataError
 
 @dataclasses.dataclass
 class Report:
-    """What became of the rows. `lost_tokens` are tokens cut away (or dropped with their sample); `efficiency` is the share of the
-    packed rows' room that holds tokens. `bad_rows` holds for each data set the count, the reasons and the first places."""
+    """What became of the rows. `lost_tokens` are tokens cut away (or dropped with their sample);
+    `efficiency` is the share of the packed rows' room that holds tokens. `bad_rows` holds for each
+    data set the count, the reasons and the first places."""
 
     rows_read: int = 0
     bad_rows: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -69,9 +70,15 @@ class Report:
         if self.bad:
             text += f"; {self.bad} of {self.rows_read} rows were bad"
         if self.truncated:
-            text += f"; {self.truncated} samples were cut at cutoff_len and lost {self.lost_tokens} tokens"
+            text += (
+                f"; {self.truncated} samples were cut at cutoff_len and lost {self.lost_tokens}"
+                " tokens"
+            )
         if self.dropped:
-            text += f"; {self.dropped} samples longer than cutoff_len were dropped ({self.lost_tokens} tokens)"
+            text += (
+                f"; {self.dropped} samples longer than cutoff_len were dropped ({self.lost_tokens}"
+                " tokens)"
+            )
         if self.untrained:
             text += f"; {self.untrained} samples have no trained token left"
         if self.last_answer_only:
@@ -88,9 +95,10 @@ class Report:
 class TokenizedDataset:
     """Map-style data set of samples, read from memory-mapped stores. Picklable.
 
-    `entries` is [n, 2] (store, sample in it); for packed pre-training [n, 4] with the range of tokens too, for kto [n, 4] with the
-    sample whose answer is borrowed for the KL estimate (the entry before). `lengths` is the number of tokens of each item. Kind "made":
-    documents saved with their labels, for the stage kind `made`.
+    `entries` is [n, 2] (store, sample in it); for packed pre-training [n, 4] with the range of
+    tokens too, for kto [n, 4] with the sample whose answer is borrowed for the KL estimate (the
+    entry before). `lengths` is the number of tokens of each item. Kind "made": documents saved with
+    their labels, for the stage kind `made`.
     """
 
     def __init__(
@@ -138,7 +146,7 @@ class TokenizedDataset:
             return self._sample(i)
         return [d for e in self.bins[i].tolist() for d in self._sample(e)]
 
-    # -- one sample --------------------------------------------------------------------------------------------------------------
+    # -- one sample --------------------------------------------------------------------------------
 
     def _sample(self, e: int) -> list[TokenizedDocument]:
         store, i = self.stores[self.entries[e, 0]], int(self.entries[e, 1])
@@ -149,7 +157,11 @@ class TokenizedDataset:
                 if self.entries.shape[1] == 4:
                     start, stop = self.entries[e, 2:].tolist()
                     return [assemble.plain(parts[0][start:stop], e)]
-                return [assemble.plain(assemble.cut(parts[0], self.rules.cutoff, self.rules, self.rules.prefix), e)]
+                return [
+                    assemble.plain(
+                        assemble.cut(parts[0], self.rules.cutoff, self.rules, self.rules.prefix), e
+                    )
+                ]
             case "sft" if flags & NO_ANSWER:
                 return [assemble.question(parts[0], self.rules, e)]
             case "sft":
@@ -157,25 +169,50 @@ class TokenizedDataset:
             case "made":
                 return self._made(parts, e, flags)
             case "pair":
-                return assemble.pair(parts, self.rules, e, (bool(flags & LACKS_THOUGHT), bool(flags & SECOND_LACKS_THOUGHT)))
+                return assemble.pair(
+                    parts,
+                    self.rules,
+                    e,
+                    (bool(flags & LACKS_THOUGHT), bool(flags & SECOND_LACKS_THOUGHT)),
+                )
             case _:
                 s, j = self.entries[e, 2:].tolist()
                 other, other_flags = self.stores[s].parts(j)[1], int(self.stores[s].flags[j])
                 lacks, other_lacks = bool(flags & LACKS_THOUGHT), bool(other_flags & LACKS_THOUGHT)
-                return assemble.kto(parts[0], parts[1], other, self.rules, e, bool(flags & DESIRED), lacks, other_lacks)
+                return assemble.kto(
+                    parts[0],
+                    parts[1],
+                    other,
+                    self.rules,
+                    e,
+                    bool(flags & DESIRED),
+                    lacks,
+                    other_lacks,
+                )
 
     def _made(self, parts: list[np.ndarray], e: int, flags: int) -> list[TokenizedDocument]:
         """Documents that were saved with their labels."""
         roles: list[Role] = ["text"] * (len(parts) // 2)
         if self.made in ("pair", "kto"):
-            roles = ["chosen", "rejected"] if self.made == "pair" else ["chosen" if flags & DESIRED else "rejected", "kl"]
+            roles = (
+                ["chosen", "rejected"]
+                if self.made == "pair"
+                else ["chosen" if flags & DESIRED else "rejected", "kl"]
+            )
         whole = self.made in ("pair", "kto")
         return [
-            TokenizedDocument(ids.astype(np.int64), labels.astype(np.int64), role, e if whole else e * 1_000_000 + k)
-            for k, (ids, labels, role) in enumerate(zip(parts[::2], parts[1::2], roles, strict=True))
+            TokenizedDocument(
+                ids.astype(np.int64),
+                labels.astype(np.int64),
+                role,
+                e if whole else e * 1_000_000 + k,
+            )
+            for k, (ids, labels, role) in enumerate(
+                zip(parts[::2], parts[1::2], roles, strict=True)
+            )
         ]
 
-    # -- lengths, cutting ----------------------------------------------------------------------------------------------------------
+    # -- lengths, cutting --------------------------------------------------------------------------
 
     def _split_texts(self, entries: np.ndarray) -> np.ndarray:
         """Texts longer than the cutoff become consecutive documents; nothing is lost."""
@@ -191,8 +228,8 @@ class TokenizedDataset:
         return self._gather(entries, lambda store, i: store.totals()[i])
 
     def _cut(self, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Entries that stay, and their lengths after truncation. Most samples fit and cost nothing; the others are looked at one by
-        one."""
+        """Entries that stay, and their lengths after truncation. Most samples fit and cost nothing;
+        the others are looked at one by one."""
         rules, report = self.rules, self.report
         if self.kind == "kto":
             entries = np.column_stack([entries, np.roll(entries, 1, axis=0)])
@@ -202,8 +239,9 @@ class TokenizedDataset:
             e = int(np.flatnonzero(cut)[0])
             store, i = self.stores[entries[e, 0]], int(entries[e, 1])
             raise DataError(
-                f"{int(cut.sum())} samples are longer than cutoff_len ({rules.cutoff}), first row {int(store.rows[i]) + 1} of data set "
-                f"{store.meta.get('name')!r}. Raise cutoff_len, or set cutoff_strategy to llamafactory, keep_tail or drop."
+                f"{int(cut.sum())} samples are longer than cutoff_len ({rules.cutoff}), first row"
+                f" {int(store.rows[i]) + 1} of data set {store.meta.get('name')!r}. Raise"
+                " cutoff_len, or set cutoff_strategy to llamafactory, keep_tail or drop."
             )
         report.lost_tokens = int((before - after)[cut].sum())
         keep = after > 0
@@ -225,7 +263,9 @@ class TokenizedDataset:
         return entries[keep], after[keep]
 
     def _sizes(self, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens of each entry before and after truncation, and whether it has no trained token afterwards."""
+        """Tokens of each entry before and after truncation, and whether it has no trained token
+        afterwards.
+        """
         rules = self.rules
         untrained = np.zeros(len(entries), bool)
         if self.kind in ("pt", "sft"):
@@ -240,23 +280,39 @@ class TokenizedDataset:
                     lengths = self._lengths(entries[e])
                     kept = assemble.cut_turns(lengths, rules)
                     after[e] = sum(s + t for _, s, t in kept) + (rules.eos is not None)
-                    untrained[e] = not rules.train_on_prompt and rules.eos is None and not any(t for _, _, t in kept)
+                    untrained[e] = (
+                        not rules.train_on_prompt
+                        and rules.eos is None
+                        and not any(t for _, _, t in kept)
+                    )
             return before, after, untrained
         own, other = entries[:, :2], entries[:, 2:]
         flags = self._flags(own)
         prompt, first = self._part(own, 0), self._part(own, 1)
         second = self._part(own, 2) if self.kind == "pair" else self._part(other, 1)
         lacks = (flags & LACKS_THOUGHT) > 0
-        other_lacks = (flags & SECOND_LACKS_THOUGHT) > 0 if self.kind == "pair" else (self._flags(other) & LACKS_THOUGHT) > 0
-        shown, trained = (0, len(rules.thought)) if rules.thought_trained else (len(rules.thought), 0)
+        other_lacks = (
+            (flags & SECOND_LACKS_THOUGHT) > 0
+            if self.kind == "pair"
+            else (self._flags(other) & LACKS_THOUGHT) > 0
+        )
+        shown, trained = (
+            (0, len(rules.thought)) if rules.thought_trained else (len(rules.thought), 0)
+        )
         end = int(rules.eos is not None)
         first, second = first + end + trained * lacks, second + end + trained * other_lacks
         prompt, other_prompt = prompt + shown * lacks, prompt + shown * other_lacks
         if self.kind == "kto":
             source, target = assemble.cut_pairs(prompt, first, rules.cutoff)
             other_source, other_target = assemble.cut_pairs(other_prompt, second, rules.cutoff)
-            # Where both keep the same prompt it stands once in the row, and its last token once more at the head of each branch.
-            shared = (prompt == other_prompt) & (source == other_source) & (source > 1) & rules.share_prompt
+            # Where both keep the same prompt it stands once in the row, and its last token once
+            # more at the head of each branch.
+            shared = (
+                (prompt == other_prompt)
+                & (source == other_source)
+                & (source > 1)
+                & rules.share_prompt
+            )
             before = first + second + np.where(shared, prompt + 1, prompt + other_prompt)
             after = target + other_target + np.where(shared, source + 1, source + other_source)
             return before, after, target == 0
@@ -264,10 +320,15 @@ class TokenizedDataset:
         chosen, rejected = np.minimum(first, longest), np.minimum(second, longest)
 
         def of_prompt(n: np.ndarray) -> np.ndarray:
-            # A shared prompt stands once in the row, and its last token once more at the head of each branch.
+            # A shared prompt stands once in the row, and its last token once more at the head of
+            # each branch.
             return np.where(n > 1, n + 1, 2 * n) if rules.share_prompt else 2 * n
 
-        return of_prompt(prompt) + first + second, of_prompt(source) + chosen + rejected, (chosen == 0) | (rejected == 0)
+        return (
+            of_prompt(prompt) + first + second,
+            of_prompt(source) + chosen + rejected,
+            (chosen == 0) | (rejected == 0),
+        )
 
     def _lengths(self, entry: np.ndarray) -> list[int]:
         return self.stores[entry[0]].lengths(int(entry[1]))
@@ -278,10 +339,16 @@ class TokenizedDataset:
     def _part(self, entries: np.ndarray, k: int) -> np.ndarray:
         """[n] lengths of the k-th part of each entry."""
         return self._gather(
-            entries, lambda store, i: store.part_start[store.first_part[i] + k + 1] - store.part_start[store.first_part[i] + k]
+            entries,
+            lambda store, i: (
+                store.part_start[store.first_part[i] + k + 1]
+                - store.part_start[store.first_part[i] + k]
+            ),
         )
 
-    def _gather(self, entries: np.ndarray, of: Callable[[Store, np.ndarray], np.ndarray]) -> np.ndarray:
+    def _gather(
+        self, entries: np.ndarray, of: Callable[[Store, np.ndarray], np.ndarray]
+    ) -> np.ndarray:
         out = np.zeros(len(entries), np.int64)
         for s, store in enumerate(self.stores):
             here = entries[:, 0] == s

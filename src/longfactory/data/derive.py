@@ -1,14 +1,16 @@
 """A template for any other model: its own chat template, rendered message by message.
 
-A conversation is rendered up to each message; what a message adds to the text is its piece. So the tokens of a conversation are
-those of the model's own template, and the trained part is what the model would have written after the generation prompt. Some chat
-templates rewrite earlier answers (they drop their thoughts, say): there the pieces do not add up, and only the last answer is
-trained, after the history as the model sees it. A chat template that marks what the model writes ({% generation %}) is taken at its
-word: what it marks is trained.
+A conversation is rendered up to each message; what a message adds to the text is its piece. So the
+tokens of a conversation are those of the model's own template, and the trained part is what the
+model would have written after the generation prompt. Some chat templates rewrite earlier answers
+(they drop their thoughts, say): there the pieces do not add up, and only the last answer is
+trained, after the history as the model sees it. A chat template that marks what the model writes
+({% generation %}) is taken at its word: what it marks is trained.
 
-Messages of the openai format reach the chat template as the row has them (roles, ids, names, reasoning, results one by one). What a
-template cannot take is given to it in the form that it can, found by trying once: arguments as an object or as a JSON string, a
-content of several parts as a list or as one text, reasoning under the name that it reads.
+Messages of the openai format reach the chat template as the row has them (roles, ids, names,
+reasoning, results one by one). What a template cannot take is given to it in the form that it can,
+found by trying once: arguments as an object or as a JSON string, a content of several parts as a
+list or as one text, reasoning under the name that it reads.
 """
 
 from __future__ import annotations
@@ -34,10 +36,16 @@ class _Rewritten(BadRow):
 class ChatTemplate:
     """The tokenizer's chat template in the role of a `Template` (same two methods)."""
 
-    def __init__(self, tokenizer: Any, default_system: str = "", enable_thinking: bool | None = None):
+    def __init__(
+        self, tokenizer: Any, default_system: str = "", enable_thinking: bool | None = None
+    ):
         self.tokenizer = tokenizer
         self.default_system = default_system
-        self.text = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else json.dumps(tokenizer.chat_template)
+        self.text = (
+            tokenizer.chat_template
+            if isinstance(tokenizer.chat_template, str)
+            else json.dumps(tokenizer.chat_template)
+        )
         self.options: dict[str, Any] = {}
         if enable_thinking is not None and "enable_thinking" in self.text:
             self.options["enable_thinking"] = enable_thinking
@@ -59,7 +67,9 @@ class ChatTemplate:
     def thought(self) -> str:
         return ""
 
-    def render(self, messages: Sequence[Message], system: str | None, tools: str | None, answer_next: bool) -> str:
+    def render(
+        self, messages: Sequence[Message], system: str | None, tools: str | None, answer_next: bool
+    ) -> str:
         """The text of a conversation; with `answer_next` it ends with the generation prompt.
 
         Raises:
@@ -69,14 +79,17 @@ class ChatTemplate:
         return self._apply(shown, described, answer_next)
 
     def unread(self, conversation: Conversation) -> set[str]:
-        """What a conversation has and the chat template does not write: without it the text is the same.
+        """What a conversation has and the chat template does not write: without it the text is the
+        same.
 
         A field that was written once is not looked for again.
         """
         c = conversation
         passes = any(m.shown for m in c.prompt)
         out = {field for field in c.unread if field.startswith("column ") or not passes}
-        fields = {field for field in c.fields if passes and field != "tool's name"} | ({"tools"} if c.tools else set())
+        fields = {field for field in c.fields if passes and field != "tool's name"} | (
+            {"tools"} if c.tools else set()
+        )
         for field in fields - self.written:
             for answer in c.answers:
                 shown, tools = self._seen([*c.prompt, answer], c.system, c.tools)
@@ -84,7 +97,10 @@ class ChatTemplate:
                 whose, _, key = field.partition("'s ")
                 key = {"function_call": "tool_calls", "refusal": "content"}.get(key, key)
                 keys = THOUGHTS if key in THOUGHTS else (key,)
-                bare = [{k: v for k, v in m.items() if k not in keys} if _whose(m) == whose else m for m in shown]
+                bare = [
+                    {k: v for k, v in m.items() if k not in keys} if _whose(m) == whose else m
+                    for m in shown
+                ]
                 try:
                     changed = self._apply(bare, None if field == "tools" else tools, False) != whole
                 except BadRow:
@@ -94,23 +110,44 @@ class ChatTemplate:
         for answer in c.answers:
             text = self.render([*c.prompt, answer], c.system, c.tools, False)
             # Thoughts inside the text of earlier answers are left out by design.
-            said = [(m.before or m.content).rpartition("</think>")[2] for m in c.prompt[1::2] if m.before or m.role == "assistant"]
-            said += [answer.before or answer.content] if answer.before or answer.role == "assistant" else []
+            said = [
+                (m.before or m.content).rpartition("</think>")[2]
+                for m in c.prompt[1::2]
+                if m.before or m.role == "assistant"
+            ]
+            said += (
+                [answer.before or answer.content]
+                if answer.before or answer.role == "assistant"
+                else []
+            )
             if any(words.strip() not in text for words in said):
                 out.add("all of an answer's text (the chat template leaves some of it out)")
         return out | (fields - self.written)
 
-    # -- messages as the chat template sees them ---------------------------------------------------------------------------------
+    # -- messages as the chat template sees them ---------------------------------------------------
 
-    def _seen(self, messages: Sequence[Message], system: str | None, tools: str | None) -> tuple[list[dict[str, Any]], Any]:
+    def _seen(
+        self, messages: Sequence[Message], system: str | None, tools: str | None
+    ) -> tuple[list[dict[str, Any]], Any]:
         shown: list[dict[str, Any]] = []
         for m in messages:
             if m.shown:
                 shown += map(self._taken, m.shown)
             elif m.role == "function":
-                shown.append(self._taken({"role": "assistant", "content": "", "tool_calls": _calls(m.content)}))
+                shown.append(
+                    self._taken(
+                        {"role": "assistant", "content": "", "tool_calls": _calls(m.content)}
+                    )
+                )
             else:
-                shown.append(self._taken({"role": "tool" if m.role == "observation" else m.role, "content": m.content}))
+                shown.append(
+                    self._taken(
+                        {
+                            "role": "tool" if m.role == "observation" else m.role,
+                            "content": m.content,
+                        }
+                    )
+                )
         system = system or self.default_system
         if system and not (shown and shown[0]["role"] in ("system", "developer")):
             shown.insert(0, self._taken({"role": "system", "content": system}))
@@ -128,7 +165,9 @@ class ChatTemplate:
         """A message of the row in the form that the template can take."""
         out = self._contents(message)
         if out.get("tool_calls"):
-            out["tool_calls"] = [_with_arguments(call, self.string_arguments) for call in out["tool_calls"]]
+            out["tool_calls"] = [
+                _with_arguments(call, self.string_arguments) for call in out["tool_calls"]
+            ]
             if self.needs_content:
                 out.setdefault("content", "")
         thought = next((name for name in THOUGHTS if name in out), None)
@@ -152,24 +191,40 @@ class ChatTemplate:
         import jinja2
 
         try:
-            text = self.tokenizer.apply_chat_template(shown, tools=tools, add_generation_prompt=answer_next, tokenize=False, **self.options)
+            text = self.tokenizer.apply_chat_template(
+                shown,
+                tools=tools,
+                add_generation_prompt=answer_next,
+                tokenize=False,
+                **self.options,
+            )
         except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError) as e:
             raise BadRow(f"the chat template refuses the conversation: {e}") from None
         for message in shown:
             for call in message.get("tool_calls") or ():
                 if str(call["function"].get("name")) not in text:
-                    raise BadRow("lost tool calls: the chat template does not write them; name a template with `template:`")
+                    raise BadRow(
+                        "lost tool calls: the chat template does not write them; name a template"
+                        " with `template:`"
+                    )
         return text
 
     def _try_calls(self) -> tuple[bool, bool]:
-        """Whether the template writes the arguments of calls as they come, so that only a JSON string comes out as JSON, and
-        whether an answer that calls needs a content, be it empty."""
+        """Whether the template writes the arguments of calls as they come, so that only a JSON
+        string comes out as JSON, and whether an answer that calls needs a content, be it empty."""
         if "tool_calls" not in self.text:
             return False, False
         for arguments, text in (({"key": "value"}, ""), ('{"key": "value"}', '{"key": "value"}')):
-            call = {"id": "call00001", "type": "function", "function": {"name": "probe", "arguments": arguments}}
+            call = {
+                "id": "call00001",
+                "type": "function",
+                "function": {"name": "probe", "arguments": arguments},
+            }
             for content in ({}, {"content": ""}):
-                messages = [self._contents({"role": "user", "content": "x"}), {"role": "assistant", **content, "tool_calls": [call]}]
+                messages = [
+                    self._contents({"role": "user", "content": "x"}),
+                    {"role": "assistant", **content, "tool_calls": [call]},
+                ]
                 try:
                     found = self._apply(messages, None, False)
                 except BadRow:
@@ -179,7 +234,9 @@ class ChatTemplate:
         return False, False
 
     def _try_contents(self) -> tuple[bool, bool]:
-        """Whether a content may be a text, and whether it may be a list of parts (where it may be neither, a text will have to do)."""
+        """Whether a content may be a text, and whether it may be a list of parts (where it may be
+        neither, a text will have to do).
+        """
 
         def written(content: Any) -> bool:
             try:
@@ -191,15 +248,20 @@ class ChatTemplate:
         parts = written([{"type": "text", "text": "some probe"}])
         return written("some probe") or not parts, parts
 
-    # -- pieces -------------------------------------------------------------------------------------------------------------------
+    # -- pieces ------------------------------------------------------------------------------------
 
     def turns(
-        self, messages: Sequence[Message], system: str | None, tools: str | None, last_only: bool = False
+        self,
+        messages: Sequence[Message],
+        system: str | None,
+        tools: str | None,
+        last_only: bool = False,
     ) -> tuple[list[list[Piece]], bool]:
-        """Pieces of every message; or [source], [target] of the last answer alone and True, where the turns do not add up.
+        """Pieces of every message; or [source], [target] of the last answer alone and True, where
+        the turns do not add up.
 
-        Where the chat template marks what the model writes, the pieces are what stands before each mark and what it holds. What
-        follows the last mark is a source without a target.
+        Where the chat template marks what the model writes, the pieces are what stands before each
+        mark and what it holds. What follows the last mark is a source without a target.
         """
         if self.marks and all(m.trained for m in messages[1::2]):
             marked = self._marked(messages, system, tools)
@@ -221,7 +283,9 @@ class ChatTemplate:
         source, targets, _ = self.one_turn(messages[:-1], messages[-1:], system, tools)
         return [source, targets[0]], True
 
-    def _marked(self, messages: Sequence[Message], system: str | None, tools: str | None) -> list[list[Piece]]:
+    def _marked(
+        self, messages: Sequence[Message], system: str | None, tools: str | None
+    ) -> list[list[Piece]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         shown, described = self._seen(messages, system, tools)
@@ -249,24 +313,32 @@ class ChatTemplate:
         return pieces
 
     def one_turn(
-        self, prompt: Sequence[Message], answers: Sequence[Message], system: str | None, tools: str | None
+        self,
+        prompt: Sequence[Message],
+        answers: Sequence[Message],
+        system: str | None,
+        tools: str | None,
     ) -> tuple[list[Piece], list[list[Piece]], list[bool]]:
         """Pieces of the prompt and of each answer."""
         found = [self.answered(prompt, answer, system, tools) for answer in answers]
-        # Two answers may meet their generation prompt at different places: what is not of both prompts is of the answers.
+        # Two answers may meet their generation prompt at different places: what is not of both
+        # prompts is of the answers.
         asked = min((a for a, _ in found), key=len)
         if not all(a.startswith(asked) for a, _ in found):
             raise _Rewritten(NOT_AT_PROMPT)
         return [asked], [[answered[len(asked) :]] for _, answered in found], [False] * len(answers)
 
-    def answered(self, prompt: Sequence[Message], answer: Message, system: str | None, tools: str | None) -> tuple[str, str]:
+    def answered(
+        self, prompt: Sequence[Message], answer: Message, system: str | None, tools: str | None
+    ) -> tuple[str, str]:
         """The text in front of an answer, and with it.
 
-        The answer begins where the generation prompt ends. Where that opens a thought that the template does not write in a
-        conversation, the answer begins where the two texts part.
+        The answer begins where the generation prompt ends. Where that opens a thought that the
+        template does not write in a conversation, the answer begins where the two texts part.
 
         Raises:
-            BadRow: the conversation with the answer goes on from another text than that in front of it.
+            BadRow: the conversation with the answer goes on from another text than that in front of
+                it.
         """
         asked = self.render(prompt, system, tools, True)
         answered = self.render([*prompt, answer], system, tools, False)
@@ -289,10 +361,18 @@ class ChatTemplate:
     def _parting(self, one: str, other: str) -> int:
         """The number of characters of the tokens that two texts begin with alike."""
         if not getattr(self.tokenizer, "is_fast", False):
-            return next((i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), min(len(one), len(other)))
-        a, b = (self.tokenizer(t, add_special_tokens=False, return_offsets_mapping=True) for t in (one, other))
+            return next(
+                (i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y),
+                min(len(one), len(other)),
+            )
+        a, b = (
+            self.tokenizer(t, add_special_tokens=False, return_offsets_mapping=True)
+            for t in (one, other)
+        )
         cut = 0
-        for x, y, (_, end) in zip(a["input_ids"], b["input_ids"], b["offset_mapping"], strict=False):
+        for x, y, (_, end) in zip(
+            a["input_ids"], b["input_ids"], b["offset_mapping"], strict=False
+        ):
             if x != y:
                 break
             cut = end
@@ -309,7 +389,9 @@ def _calls(content: str) -> list[dict[str, Any]]:
         calls = json.loads(content)
     except json.JSONDecodeError as e:
         raise BadRow(f"a tool call is not JSON: {e.msg} at character {e.pos}") from None
-    return [{"type": "function", "function": c} for c in (calls if isinstance(calls, list) else [calls])]
+    return [
+        {"type": "function", "function": c} for c in (calls if isinstance(calls, list) else [calls])
+    ]
 
 
 def _with_arguments(call: Any, strings: bool) -> Any:
@@ -324,7 +406,9 @@ def _with_arguments(call: Any, strings: bool) -> Any:
         try:
             arguments = json.loads(arguments)
         except ValueError:
-            raise BadRow("a tool call is not JSON: its arguments are a text that is not JSON") from None
+            raise BadRow(
+                "a tool call is not JSON: its arguments are a text that is not JSON"
+            ) from None
     elif strings and not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
     return call | {"function": function | {"arguments": arguments}}
@@ -339,7 +423,8 @@ _PROBE = (
 
 
 def check(template: ChatTemplate) -> list[str]:
-    """What is not exact about this model's chat template, in sentences for the user; an empty list if nothing is.
+    """What is not exact about this model's chat template, in sentences for the user; an empty list
+    if nothing is.
 
     Raises:
         ValueError: the template cannot be used to train at all.
@@ -348,32 +433,41 @@ def check(template: ChatTemplate) -> list[str]:
         whole = template.render(_PROBE, None, None, False)
         pieces, last_only = template.turns(_PROBE, None, None)
     except BadRow as e:
-        raise DataError(f"The model's chat template cannot be used for training: {e}. Name a template with `template:`.") from None
+        raise DataError(
+            f"The model's chat template cannot be used for training: {e}. Name a template with"
+            " `template:`."
+        ) from None
     found = []
     if last_only:
         found.append(
-            "The model's chat template rewrites earlier answers: of a conversation of several turns only the last answer is trained. "
-            "A template from the table (template: ...) trains every turn."
+            "The model's chat template rewrites earlier answers: of a conversation of several turns"
+            " only the last answer is trained. A template from the table (template: ...) trains"
+            " every turn."
         )
     question, answer = _PROBE[:2]
     header = template.render([question], None, None, True)
     asked, _ = template.answered([question], answer, None, None)
     if len(asked) < len(header):
         found.append(
-            f"The chat template's generation prompt ends with {header[len(asked) :]!r}, which it does not write in front of the answers of "
-            "a conversation: training has the tokens of the conversation, so such a model begins its answers otherwise than it was trained."
+            f"The chat template's generation prompt ends with {header[len(asked) :]!r}, which it"
+            " does not write in front of the answers of a conversation: training has the tokens of"
+            " the conversation, so such a model begins its answers otherwise than it was trained."
         )
     tokenizer = PieceTokenizer(template.tokenizer)
     ids = [i for group in tokenizer.pieces(pieces) for i in group.tolist()]
     if ids != template.tokenizer.encode(whole, add_special_tokens=False):
         found.append(
-            "Tokens differ where an answer meets its header: this tokenizer merges across that border. Training uses the tokens that the "
-            "model sees when it answers (header and answer tokenised apart)."
+            "Tokens differ where an answer meets its header: this tokenizer merges across that"
+            " border. Training uses the tokens that the model sees when it answers (header and"
+            " answer tokenised apart)."
         )
     try:
         system = template.render((Message("user", "x"),), "a system text", None, True)
     except BadRow:
         system = ""
     if "a system text" not in system:
-        found.append("The model's chat template has no place for a system message: rows with a system text lose it or are refused.")
+        found.append(
+            "The model's chat template has no place for a system message: rows with a system text"
+            " lose it or are refused."
+        )
     return found

@@ -7,13 +7,39 @@ import logging
 
 # Columns by names that usually hold something to train on, or to train with.
 MEANINGFUL_COLUMNS = {
-    *("system", "tools", "functions", "history", "messages", "conversations", "instruction", "input", "output", "prompt", "response"),
-    *("chosen", "rejected", "images", "videos", "audios", "weight", "text", "documents", "reasoning", "reasoning_content", "thinking"),
+    *(
+        "system",
+        "tools",
+        "functions",
+        "history",
+        "messages",
+        "conversations",
+        "instruction",
+        "input",
+        "output",
+        "prompt",
+        "response",
+    ),
+    *(
+        "chosen",
+        "rejected",
+        "images",
+        "videos",
+        "audios",
+        "weight",
+        "text",
+        "documents",
+        "reasoning",
+        "reasoning_content",
+        "thinking",
+    ),
 }
 
 
 class BadRow(Exception):
-    """One row that cannot be used. The message is the reason; the place is added by whoever knows it."""
+    """One row that cannot be used. The message is the reason; the place is added by whoever knows
+    it.
+    """
 
 
 def bad_row_sentence(name: str, place: str, reason: str, hint: str = "") -> str:
@@ -26,9 +52,10 @@ def bad_row_sentence(name: str, place: str, reason: str, hint: str = "") -> str:
 class BadRows:
     """How many rows were skipped, by reason, and where the first ones stand.
 
-    `places` holds (place, reason), place being "file:line" for line-based files and "file row n" for others, counted from 1.
-    `hint` says once what would make them usable. `unread` holds, for each field that nothing reads (of rows that are used),
-    the number of rows that have it and the place of the first.
+    `places` holds (place, reason), place being "file:line" for line-based files and "file row n"
+    for others, counted from 1. `hint` says once what would make them usable. `unread` holds, for
+    each field that nothing reads (of rows that are used), the number of rows that have it and the
+    place of the first.
     """
 
     count: int = 0
@@ -60,32 +87,59 @@ class BadRows:
         self.places += other.places[: max(self.keep - len(self.places), 0)]
 
     def to_json(self) -> dict:
-        return {"count": self.count, "reasons": self.reasons, "places": self.places, "hint": self.hint, "unread": self.unread}
+        return {
+            "count": self.count,
+            "reasons": self.reasons,
+            "places": self.places,
+            "hint": self.hint,
+            "unread": self.unread,
+        }
 
     @classmethod
     def from_json(cls, d: dict) -> BadRows:
         unread = {field: (int(rows), place) for field, (rows, place) in d.get("unread", {}).items()}
-        return cls(d["count"], dict(d["reasons"]), [(p, r) for p, r in d["places"]], hint=d.get("hint", ""), unread=unread)
+        return cls(
+            d["count"],
+            dict(d["reasons"]),
+            [(p, r) for p, r in d["places"]],
+            hint=d.get("hint", ""),
+            unread=unread,
+        )
 
     def describe(self, show: int = 5) -> str:
         """A few lines for a person: how many, why, and the first places."""
-        why = ", ".join(f"{kind} ({n})" for kind, n in sorted(self.reasons.items(), key=lambda x: -x[1]))
+        why = ", ".join(
+            f"{kind} ({n})" for kind, n in sorted(self.reasons.items(), key=lambda x: -x[1])
+        )
         first = "".join(f"\n  {place}: {reason}" for place, reason in self.places[:show])
         more = f"\n  ... and {self.count - show} more" if self.count > show else ""
         hint = f"\n  {self.hint}" if self.hint else ""
         return f"{self.count} bad rows: {why}.{first}{more}{hint}"
 
-    def tell_unread(self, name: str, log: logging.Logger, told: set[tuple[str, str]] | None = None) -> None:
-        """Says which fields of a data set nothing reads, in how many rows, and where each stands first; each once, as `told` says.
+    def tell_unread(
+        self, name: str, log: logging.Logger, told: set[tuple[str, str]] | None = None
+    ) -> None:
+        """Says which fields of a data set nothing reads, in how many rows, and where each stands
+        first; each once, as `told` says.
 
-        Columns that any file may have beside its data (a number, a source) are information; fields of messages, and columns by the
-        name of something that could be trained on, are a warning.
+        Columns that any file may have beside its data (a number, a source) are information; fields
+        of messages, and columns by the name of something that could be trained on, are a warning.
         """
         told = set() if told is None else told
         new = sorted(field for field in self.unread if (name, field) not in told)
         told |= {(name, field) for field in new}
-        plain = [f for f in new if f.startswith("column ") and f[len("column ") :].strip("'") not in MEANINGFUL_COLUMNS]
-        for level, fields in ((logging.WARNING, [f for f in new if f not in plain]), (logging.INFO, plain)):
+        plain = [
+            f
+            for f in new
+            if f.startswith("column ") and f[len("column ") :].strip("'") not in MEANINGFUL_COLUMNS
+        ]
+        for level, fields in (
+            (logging.WARNING, [f for f in new if f not in plain]),
+            (logging.INFO, plain),
+        ):
             if fields:
-                found = [f"{field} ({self.unread[field][0]} rows, first {self.unread[field][1]})" for field in fields]
+                found = [
+                    f"{field} ({self.unread[field][0]} rows, first {self.unread[field][1]})"
+                    for field in fields
+                ]
                 log.log(level, f"Data set {name!r}: nothing reads {', '.join(found)}.")

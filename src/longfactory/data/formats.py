@@ -1,8 +1,9 @@
 """Rows to conversations: the alpaca, sharegpt and openai formats in one normal form.
 
-A null is a field that is not there, in whatever file the row stands: a table (parquet, arrow, `datasets`) fills the fields that a row
-lacks with nulls, and cannot tell them from the user's own. So the objects of a row (messages, calls, arguments, tools) lose their
-null fields. JSON that is written as a string is the user's text and keeps its nulls.
+A null is a field that is not there, in whatever file the row stands: a table (parquet, arrow,
+`datasets`) fills the fields that a row lacks with nulls, and cannot tell them from the user's own.
+So the objects of a row (messages, calls, arguments, tools) lose their null fields. JSON that is
+written as a string is the user's text and keeps its nulls.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ _LINKS = ("id", "type", "index", "tool_call_id", "call_id")
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """`prompt` has an odd number of messages and ends with a user's or a tool's. `answers` has one message; two for a pair (chosen,
-    rejected); none for plain text. `desired` is KTO's tag. `fields` are the row's messages' fields beyond role and text, as
-    "assistant's name"; `unread` are those of them, and the columns of the row, that nothing here has read."""
+    """`prompt` has an odd number of messages and ends with a user's or a tool's. `answers` has one
+    message; two for a pair (chosen, rejected); none for plain text. `desired` is KTO's tag.
+    `fields` are the row's messages' fields beyond role and text, as "assistant's name"; `unread`
+    are those of them, and the columns of the row, that nothing here has read."""
 
     prompt: tuple[Message, ...]
     answers: tuple[Message, ...]
@@ -38,24 +40,69 @@ class Conversation:
 
 
 def convert(row: dict[str, Any], source: Source, open_end: bool = False) -> Conversation:
-    """The conversation of a row. With `open_end` it may end with a question, and then has no answer.
+    """The conversation of a row. With `open_end` it may end with a question, and then has no
+    answer.
 
     Raises:
-        BadRow: the row lacks a column, has a content that is not text, has roles in a wrong order, or carries media.
+        BadRow: the row lacks a column, has a content that is not text, has roles in a wrong order,
+            or carries media.
     """
     for column in (source.images, source.videos, source.audios):
         if column and row.get(column):
             raise BadRow(f"media: the row has {column}, and only text is trained")
-    conversation = _alpaca(row, source) if source.formatting == "alpaca" else _Rows(source).conversation(row, open_end)
+    conversation = (
+        _alpaca(row, source)
+        if source.formatting == "alpaca"
+        else _Rows(source).conversation(row, open_end)
+    )
     used = {getattr(source, key) for key in _COLUMNS_READ[source.formatting]}
-    columns = frozenset(f"column {c!r}" for c, v in row.items() if c not in used and v not in (None, "", []))
-    return dataclasses.replace(conversation, unread=conversation.unread | columns) if columns else conversation
+    columns = frozenset(
+        f"column {c!r}" for c, v in row.items() if c not in used and v not in (None, "", [])
+    )
+    return (
+        dataclasses.replace(conversation, unread=conversation.unread | columns)
+        if columns
+        else conversation
+    )
 
 
 _COLUMNS_READ = {
-    "alpaca": ("prompt", "query", "response", "history", "system", "tools", "chosen", "rejected", "kto_tag", "images", "videos", "audios"),
-    "sharegpt": ("messages", "system", "tools", "chosen", "rejected", "kto_tag", "images", "videos", "audios"),
-    "openai": ("messages", "system", "tools", "chosen", "rejected", "kto_tag", "images", "videos", "audios"),
+    "alpaca": (
+        "prompt",
+        "query",
+        "response",
+        "history",
+        "system",
+        "tools",
+        "chosen",
+        "rejected",
+        "kto_tag",
+        "images",
+        "videos",
+        "audios",
+    ),
+    "sharegpt": (
+        "messages",
+        "system",
+        "tools",
+        "chosen",
+        "rejected",
+        "kto_tag",
+        "images",
+        "videos",
+        "audios",
+    ),
+    "openai": (
+        "messages",
+        "system",
+        "tools",
+        "chosen",
+        "rejected",
+        "kto_tag",
+        "images",
+        "videos",
+        "audios",
+    ),
 }
 
 
@@ -71,14 +118,19 @@ def without_nulls(value: Any) -> Any:
 def _text(value: Any, what: str) -> str:
     if isinstance(value, str):
         return value
-    raise BadRow(f"not text: {what} is {'empty (null)' if value is None else 'a ' + type(value).__name__}")
+    raise BadRow(
+        f"not text: {what} is {'empty (null)' if value is None else 'a ' + type(value).__name__}"
+    )
 
 
 def _missing(row: dict[str, Any], column: str | None, key: str) -> str:
     found = ", ".join(map(repr, row)) or "none"
     if column:
         return f"missing column: {column!r} is not among the row's columns ({found})"
-    return f"missing column: dataset_info.json does not say which column holds the {key}; the row's columns are {found}"
+    return (
+        f"missing column: dataset_info.json does not say which column holds the {key}; the row's"
+        f" columns are {found}"
+    )
 
 
 def _optional(row: dict[str, Any], column: str | None) -> Any:
@@ -95,7 +147,9 @@ def _tools(row: dict[str, Any], source: Source) -> str:
     if value is None:
         return ""
     if isinstance(value, (list, dict)):
-        return _json(value if source.openai_quirks else without_nulls(value), f"column {source.tools!r}")
+        return _json(
+            value if source.openai_quirks else without_nulls(value), f"column {source.tools!r}"
+        )
     return _text(value, f"column {source.tools!r}")
 
 
@@ -124,10 +178,14 @@ def _alpaca(row: dict[str, Any], source: Source) -> Conversation:
     messages = []
     past = parsed(_optional(row, source.history))
     if past is not None and not isinstance(past, (list, tuple)):
-        raise BadRow(f"not a list: column {source.history!r} must be a list of [user, assistant] pairs")
+        raise BadRow(
+            f"not a list: column {source.history!r} must be a list of [user, assistant] pairs"
+        )
     for pair in past or []:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise BadRow(f"history: column {source.history!r} must be a list of [user, assistant] pairs")
+            raise BadRow(
+                f"history: column {source.history!r} must be a list of [user, assistant] pairs"
+            )
         messages.append(Message("user", _text(pair[0], "a message of the history")))
         messages.append(Message("assistant", _text(pair[1], "a message of the history")))
     parts = [_text(row[c], f"column {c!r}") for c in wanted if row.get(c) not in (None, "")]
@@ -140,8 +198,12 @@ def _alpaca(row: dict[str, Any], source: Source) -> Conversation:
                 raise BadRow(_missing(row, column, "chosen and rejected"))
             answers += (Message("assistant", _text(row[column], f"column {column!r}")),)
     elif source.response and row.get(source.response) is not None:
-        answers = (Message("assistant", _text(row[source.response], f"column {source.response!r}")),)
-    return Conversation(tuple(messages), answers, _system(row, source), _tools(row, source), desired)
+        answers = (
+            Message("assistant", _text(row[source.response], f"column {source.response!r}")),
+        )
+    return Conversation(
+        tuple(messages), answers, _system(row, source), _tools(row, source), desired
+    )
 
 
 class _Rows:
@@ -167,8 +229,17 @@ class _Rows:
         opening: tuple[dict[str, Any], ...] = ()
         if rows and self._is_system(rows[0]):
             first = rows.pop(0)
-            if not tools and not self.quirks and isinstance(first.get("tools"), (list, str)) and first["tools"]:
-                tools = first["tools"] if isinstance(first["tools"], str) else _json(first["tools"], "a message's 'tools'")
+            if (
+                not tools
+                and not self.quirks
+                and isinstance(first.get("tools"), (list, str))
+                and first["tools"]
+            ):
+                tools = (
+                    first["tools"]
+                    if isinstance(first["tools"], str)
+                    else _json(first["tools"], "a message's 'tools'")
+                )
                 first = {k: v for k, v in first.items() if k != "tools"}
             system = self._content(first)
             self._note(first, "system", read=())
@@ -177,20 +248,30 @@ class _Rows:
         for i, message in enumerate(found):
             expected = ("user", "observation") if i % 2 == 0 else ("assistant", "function")
             if message.role not in expected:
-                raise BadRow(f"wrong role order: message {i + 1} is from {message.role}; expected {' or '.join(expected)}")
+                raise BadRow(
+                    f"wrong role order: message {i + 1} is from {message.role}; expected"
+                    f" {' or '.join(expected)}"
+                )
         if found and opening and self.shows:
             found[0] = dataclasses.replace(found[0], shown=opening + found[0].shown)
         desired = _desired(row, source)
         if desired is None and source.ranking:
             if len(found) % 2 == 0:
-                raise BadRow("wrong role order: a pair's conversation must end with a user's message")
-            prompt, answers = found, [self._answer(row, column) for column in (source.chosen, source.rejected)]
+                raise BadRow(
+                    "wrong role order: a pair's conversation must end with a user's message"
+                )
+            prompt, answers = (
+                found,
+                [self._answer(row, column) for column in (source.chosen, source.rejected)],
+            )
         elif open_end and desired is None and len(found) % 2:
             prompt, answers = found, []
         else:
             if not found or len(found) % 2:
                 raise BadRow(
-                    "wrong role order: the conversation must end with an answer" if found else "no message: the conversation is empty"
+                    "wrong role order: the conversation must end with an answer"
+                    if found
+                    else "no message: the conversation is empty"
                 )
             prompt, answers = found[:-1], found[-1:]
         if self.quirks:
@@ -219,7 +300,12 @@ class _Rows:
         tag = message.get(self.source.role_tag)  # type: ignore[arg-type]
         if self.source.system_tag and tag == self.source.system_tag:
             return True
-        return self.openai and not self.quirks and isinstance(tag, str) and tag in ("system", "developer")
+        return (
+            self.openai
+            and not self.quirks
+            and isinstance(tag, str)
+            and tag in ("system", "developer")
+        )
 
     def _in_turns(self, rows: Sequence[dict[str, Any]]) -> list[Message]:
         """The messages, the results of tools that follow one another as one."""
@@ -239,14 +325,21 @@ class _Rows:
         return out
 
     def _results(self, rows: list[dict[str, Any]], asked: Message | None) -> Message:
-        """The results of tools that follow one another. Templates of the table write them in the order of their calls."""
+        """The results of tools that follow one another. Templates of the table write them in the
+        order of their calls.
+        """
         shown = tuple(map(self._shown, rows))
         contents = [self._content(r) for r in rows]
         if self.quirks:
             return Message("observation", "\n</tool_response>\n<tool_response>\n".join(contents))
         order = _call_order(rows, asked)
         contents = [contents[i] for i in order]
-        return Message("observation", "\n".join(contents), results=tuple(contents) if len(rows) > 1 else (), shown=shown)
+        return Message(
+            "observation",
+            "\n".join(contents),
+            results=tuple(contents) if len(rows) > 1 else (),
+            shown=shown,
+        )
 
     def _message(self, message: dict[str, Any]) -> Message:
         role = self._role(message)
@@ -263,12 +356,27 @@ class _Rows:
                 self.unread.add("assistant's content beside tool_calls")
             self._note(message, role, read=("tool_calls",))
             return Message("function", calls)
-        self._note(message, role, read=("tool_calls", "function_call", "refusal", *THOUGHTS) if self.openai else ())
+        self._note(
+            message,
+            role,
+            read=("tool_calls", "function_call", "refusal", *THOUGHTS) if self.openai else (),
+        )
         thought = _thought(message) if self.openai else ""
         trained = all(_flag(message, key) is not False for key in TRAINED)
         if calls is not None:
-            return Message("function", calls, before=self._said(message), thought=thought, trained=trained, shown=shown)
-        text = self._said(message) if self.openai and message.get("refusal") is not None else self._content(message)
+            return Message(
+                "function",
+                calls,
+                before=self._said(message),
+                thought=thought,
+                trained=trained,
+                shown=shown,
+            )
+        text = (
+            self._said(message)
+            if self.openai and message.get("refusal") is not None
+            else self._content(message)
+        )
         if role == "function":
             shown = ()  # its content is the call
         return Message(role, text, thought=thought, trained=trained, shown=shown)
@@ -277,7 +385,11 @@ class _Rows:
         source = self.source
         tag = message.get(source.role_tag)  # type: ignore[arg-type]
         if not isinstance(tag, str):
-            found = f"found {sorted(message)}" if tag is None else f"{source.role_tag!r} is a {type(tag).__name__}"
+            found = (
+                f"found {sorted(message)}"
+                if tag is None
+                else f"{source.role_tag!r} is a {type(tag).__name__}"
+            )
             raise BadRow(f"unknown role: a message needs a text in {source.role_tag!r}; {found}")
         roles: dict[Any, MessageRole] = {
             source.user_tag: "user",
@@ -292,7 +404,11 @@ class _Rows:
             role = {"user": "user", "assistant": "assistant", "tool": "observation"}.get(tag)  # type: ignore[assignment]
         if role is None:
             known = ", ".join(repr(t) for t in roles if t)
-            hint = ' (add "system_tag": "system" to the tags)' if tag == "system" and source.system_tag is None else ""
+            hint = (
+                ' (add "system_tag": "system" to the tags)'
+                if tag == "system" and source.system_tag is None
+                else ""
+            )
             raise BadRow(f"unknown role: {tag!r} is not among {known}{hint}")
         return role
 
@@ -327,11 +443,16 @@ class _Rows:
             if not self.quirks:
                 functions = [f | {"arguments": _arguments(f)} for f in functions]
         except (TypeError, KeyError, AttributeError, ValueError):
-            raise BadRow("a tool call is not JSON: tool_calls must be a list of {'function': {'name', 'arguments'}}") from None
+            raise BadRow(
+                "a tool call is not JSON: tool_calls must be a list of {'function': {'name',"
+                " 'arguments'}}"
+            ) from None
         return _json(functions, "a tool call")
 
     def _shown(self, message: dict[str, Any]) -> dict[str, Any]:
-        """The message as a chat template sees it: with the standard names of its role and content, otherwise as the row has it."""
+        """The message as a chat template sees it: with the standard names of its role and content,
+        otherwise as the row has it.
+        """
         source = self.source
         translated = (source.role_tag, source.content_tag, "function_call", "refusal", *TRAINED)
         shown = {k: v for k, v in message.items() if v is not None and k not in translated}
@@ -363,9 +484,17 @@ class _Rows:
         """Which fields of a message were read, and which by nobody."""
         whose = {"observation": "tool", "function": "assistant"}.get(role, role)
         for key, value in message.items():
-            if key in (self.source.role_tag, self.source.content_tag, *_LINKS) or value is None or value in ("", [], {}):
+            if (
+                key in (self.source.role_tag, self.source.content_tag, *_LINKS)
+                or value is None
+                or value in ("", [], {})
+            ):
                 continue
-            if key in TRAINED and not self.quirks and _flag(message, key) in ((True, False) if whose == "assistant" else (False,)):
+            if (
+                key in TRAINED
+                and not self.quirks
+                and _flag(message, key) in ((True, False) if whose == "assistant" else (False,))
+            ):
                 continue
             self.fields.add(f"{whose}'s {key}")
             if key not in read:
@@ -397,7 +526,9 @@ def _part(part: Any) -> str:
 
 def _thought(message: dict[str, Any]) -> str:
     """The reasoning of an answer, which has several names."""
-    found = {k: _text(message[k], f"a message's {k!r}") for k in THOUGHTS if message.get(k) is not None}
+    found = {
+        k: _text(message[k], f"a message's {k!r}") for k in THOUGHTS if message.get(k) is not None
+    }
     texts = {t for t in found.values() if t.strip()}
     if len(texts) > 1:
         raise BadRow(f"two thoughts: the fields {', '.join(found)} of an answer differ")
@@ -405,19 +536,27 @@ def _thought(message: dict[str, Any]) -> str:
 
 
 def _flag(message: dict[str, Any], key: str) -> bool | None:
-    """Whether an answer is to be learned, by the flag that its row has for it; None where it is no flag."""
+    """Whether an answer is to be learned, by the flag that its row has for it; None where it is no
+    flag.
+    """
     value = message.get(key)
     return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
 
 
 def _is_old_result(message: dict[str, Any], role: Any) -> bool:
-    """A tool's result by its old name, a message from the function of that name. In LLaMA-Factory's rows a message of this role is
-    a call, which has no name beside it."""
-    return role == "function" and isinstance(message.get("name"), str) and not message.get("tool_calls")
+    """A tool's result by its old name, a message from the function of that name. In LLaMA-Factory's
+    rows a message of this role is a call, which has no name beside it."""
+    return (
+        role == "function"
+        and isinstance(message.get("name"), str)
+        and not message.get("tool_calls")
+    )
 
 
 def _arguments(function: dict[str, Any]) -> Any:
-    """The API sends arguments as a JSON string; templates want the object. A call without arguments has an empty one."""
+    """The API sends arguments as a JSON string; templates want the object. A call without arguments
+    has an empty one.
+    """
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         return json.loads(arguments) if arguments.strip() else {}
@@ -425,8 +564,15 @@ def _arguments(function: dict[str, Any]) -> Any:
 
 
 def _call_order(rows: list[dict[str, Any]], asked: Message | None) -> list[int]:
-    """The places of results in the order of the calls that they belong to; as they are where the ids do not tell."""
-    called = [c.get("id") for m in (asked.shown if asked else ()) for c in m.get("tool_calls") or () if isinstance(c, dict)]
+    """The places of results in the order of the calls that they belong to; as they are where the
+    ids do not tell.
+    """
+    called = [
+        c.get("id")
+        for m in (asked.shown if asked else ())
+        for c in m.get("tool_calls") or ()
+        if isinstance(c, dict)
+    ]
     ids = [r.get("tool_call_id") for r in rows]
     known = all(isinstance(i, str) for i in [*called, *ids])
     if not known or len(set(ids)) < len(ids) or set(called) != set(ids) or len(called) != len(ids):

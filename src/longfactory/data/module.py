@@ -38,15 +38,23 @@ from longfactory.data.templates import AnyTemplate
 from longfactory.data.tokens import PieceTokenizer
 from longfactory.errors import DataError
 
-__all__ = ["Datasets", "Report", "Sample", "TokenizedDataset", "collate", "describe_sample", "load_datasets"]
+__all__ = [
+    "Datasets",
+    "Report",
+    "Sample",
+    "TokenizedDataset",
+    "collate",
+    "describe_sample",
+    "load_datasets",
+]
 
 Part = tuple[Store, np.ndarray]  # a store, and which of its samples are used, in order
 
 
 @dataclasses.dataclass
 class Datasets:
-    """`train` is a `StreamedDataset` with `streaming`. `eval` holds one data set under the name "eval", or with `eval_on_each_dataset`
-    each under its own name."""
+    """`train` is a `StreamedDataset` with `streaming`. `eval` holds one data set under the name
+    "eval", or with `eval_on_each_dataset` each under its own name."""
 
     train: TokenizedDataset | StreamedDataset | None
     eval: dict[str, TokenizedDataset]
@@ -54,7 +62,9 @@ class Datasets:
 
 def cache_root() -> Path:
     """Where tokenised data sets are kept: $LONGFACTORY_CACHE, else ~/.cache/longfactory."""
-    home = os.environ.get("LONGFACTORY_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "longfactory")
+    home = os.environ.get("LONGFACTORY_CACHE") or Path(
+        os.environ.get("XDG_CACHE_HOME") or "~/.cache", "longfactory"
+    )
     return Path(home).expanduser() / "tokens"
 
 
@@ -62,20 +72,29 @@ def kind_of(stage: str) -> prepare.Kind:
     """The kind of samples that a stage trains on."""
     kinds = {"pt": "pt", "sft": "sft", "rm": "pair", "dpo": "pair", "kto": "kto"}
     if stage not in kinds:
-        raise DataError(f"Stage {stage!r} has no data set of its own; known are {', '.join(kinds)}.")
+        raise DataError(
+            f"Stage {stage!r} has no data set of its own; known are {', '.join(kinds)}."
+        )
     return kinds[stage]
 
 
 def load_datasets(
-    args: DataArguments, *, stage: str, tokenizer: Any, template: AnyTemplate | None, seed: int, log: logging.Logger | None = None
+    args: DataArguments,
+    *,
+    stage: str,
+    tokenizer: Any,
+    template: AnyTemplate | None,
+    seed: int,
+    log: logging.Logger | None = None,
 ) -> Datasets:
     """The training and evaluation data of a run.
 
-    The same on every process; one of them tokenises while the others wait. `template` comes from `templates.get_template` (it may be
-    None for pt).
+    The same on every process; one of them tokenises while the others wait. `template` comes from
+    `templates.get_template` (it may be None for pt).
 
     Raises:
-        DataError: a data set is missing, broken, of the wrong kind for the stage, or empty once bad rows are skipped.
+        DataError: a data set is missing, broken, of the wrong kind for the stage, or empty once bad
+            rows are skipped.
     """
     log = log or logging.getLogger("longfactory.data")
     kind = kind_of(stage)
@@ -93,38 +112,53 @@ def load_datasets(
     rules = make_rules(args, template, pieces)
     packed = packs(args, stage)
     if (args.packing or args.neat_packing) and not packed:
-        log.warning(f"packing has no effect in stage {stage}: a row already holds every document of a batch.")
+        log.warning(
+            f"packing has no effect in stage {stage}: a row already holds every document of a"
+            " batch."
+        )
 
     def load(wanted: list[str], questions: bool = False) -> list[Part]:
         sources = read_sources(wanted, args.dataset_dir, warn)
         for source in sources:
             check_kind(source, kind, stage)
-        return [_tokenised(source, args, kind, template, pieces, seed, log, questions) for source in sources]
+        return [
+            _tokenised(source, args, kind, template, pieces, seed, log, questions)
+            for source in sources
+        ]
 
     def finish(stores: Sequence[Store], entries: np.ndarray, what: str) -> TokenizedDataset:
         report = _report(stores)
         data = TokenizedDataset(stores, entries, kind, rules, packed, report)
         if not len(data):
-            first = next((f" First: {p[0]}: {p[1]}." for b in report.bad_rows.values() for p in b["places"]), "")
+            first = next(
+                (f" First: {p[0]}: {p[1]}." for b in report.bad_rows.values() for p in b["places"]),
+                "",
+            )
             raise DataError(
-                f"The {what} data are empty: of {report.rows_read} rows {report.bad} were bad and {report.dropped} dropped.{first}"
+                f"The {what} data are empty: of {report.rows_read} rows {report.bad} were bad and"
+                f" {report.dropped} dropped.{first}"
             )
         log.info(f"{what}: {report.describe()}.")
         if option(args, "do_eval") and report.unanswered == report.samples:
             raise DataError(
-                f"None of the {report.samples} {what} samples has an answer: they can be answered (do_predict), not evaluated. "
-                "Leave out do_eval and eval_strategy."
+                f"None of the {report.samples} {what} samples has an answer: they can be answered"
+                " (do_predict), not evaluated. Leave out do_eval and eval_strategy."
             )
         if kind == "sft" and report.untrained == report.samples:
             raise DataError(
-                f"None of the {report.samples} {what} samples has a trained token left after truncation to cutoff_len ({rules.cutoff}). "
-                "Raise cutoff_len."
+                f"None of the {report.samples} {what} samples has a trained token left after"
+                f" truncation to cutoff_len ({rules.cutoff}). Raise cutoff_len."
             )
         if report.truncated or report.untrained:
             log.warning(
-                f"{report.truncated} {what} samples are longer than cutoff_len ({rules.cutoff}) and lost {report.lost_tokens} tokens"
+                f"{report.truncated} {what} samples are longer than cutoff_len ({rules.cutoff}) and"
+                f" lost {report.lost_tokens} tokens"
                 + (" (the end of long prompts)." if rules.strategy == "llamafactory" else ".")
-                + (f" {report.untrained} of them have no trained token left." if report.untrained else "")
+                + (
+                    f" {report.untrained} of them have no trained token left."
+                    if report.untrained
+                    else ""
+                )
             )
         if kind == "kto":
             _check_labels(data, log)
@@ -141,11 +175,16 @@ def load_datasets(
 
     if train_names and args.streaming:
         if args.tokenized_path is not None:
-            raise DataError("streaming does not tokenise beforehand, so it cannot fill tokenized_path: turn one of them off.")
+            raise DataError(
+                "streaming does not tokenise beforehand, so it cannot fill tokenized_path: turn one"
+                " of them off."
+            )
         train = stream_dataset(args, stage, template, pieces, rules, packed, seed, log)
         if args.val_size > 1e-6:
             if args.val_size < 1 or int(args.val_size) != args.val_size:
-                raise DataError(f"With streaming, val_size is a number of rows; found {args.val_size:g}.")
+                raise DataError(
+                    f"With streaming, val_size is a number of rows; found {args.val_size:g}."
+                )
             train.skip = int(args.val_size)
             evaluation["eval"] = train.held_out(train.skip)
             log.info(f"evaluation: {evaluation['eval'].report.describe()}.")
@@ -158,7 +197,11 @@ def load_datasets(
     if eval_names:
         parts = load(eval_names, questions=bool(option(args, "do_predict")))
         each = bool(option(args, "eval_on_each_dataset"))
-        for name, group in zip(short_names(eval_names), [[p] for p in parts], strict=True) if each else [("eval", parts)]:
+        for name, group in (
+            zip(short_names(eval_names), [[p] for p in parts], strict=True)
+            if each
+            else [("eval", parts)]
+        ):
             entries = _mix(group, args, seed)
             entries[:, 0] += len(stores)
             stores += [s for s, _ in group]
@@ -183,9 +226,14 @@ def load_datasets(
 
 
 def short_names(data_sets: Sequence[str]) -> list[str]:
-    """Names of data sets for metrics and files: a path's last part without its ending; all of it where two would be alike."""
+    """Names of data sets for metrics and files: a path's last part without its ending; all of it
+    where two would be alike.
+    """
     stems = [Path(name).stem if name_is_path(name) else name for name in data_sets]
-    return [s if stems.count(s) == 1 or s == n else n.replace("/", "_") for s, n in zip(stems, data_sets, strict=True)]
+    return [
+        s if stems.count(s) == 1 or s == n else n.replace("/", "_")
+        for s, n in zip(stems, data_sets, strict=True)
+    ]
 
 
 def stream_dataset(
@@ -207,7 +255,9 @@ def stream_dataset(
         check_kind(source, kind, stage)
     return StreamedDataset(
         preparers=[make_preparer(source, args, kind, template, pieces) for source in sources],
-        readers=[functools.partial(read, source, option(args, "hf_hub_token")) for source in sources],
+        readers=[
+            functools.partial(read, source, option(args, "hf_hub_token")) for source in sources
+        ],
         rules=rules,
         packed=packed,
         window=args.preprocessing_batch_size,
@@ -220,13 +270,20 @@ def stream_dataset(
     )
 
 
-def _load_saved(path: Path, kind: str, rules: Rules, packed: bool, tokenizer: Any, log: logging.Logger) -> Datasets:
-    log.warning(f"The data are read from tokenized_path ({path}): dataset, template and their kin have no effect.")
+def _load_saved(
+    path: Path, kind: str, rules: Rules, packed: bool, tokenizer: Any, log: logging.Logger
+) -> Datasets:
+    log.warning(
+        f"The data are read from tokenized_path ({path}): dataset, template and their kin have no"
+        " effect."
+    )
     found = saved.load(path, kind, cache_root())
     rules = found.apply(rules)
     made = {}
     for name, entries in found.splits.items():
-        made[name] = TokenizedDataset(found.stores, entries, found.kind, rules, packed, _report(found.stores), made=kind)
+        made[name] = TokenizedDataset(
+            found.stores, entries, found.kind, rules, packed, _report(found.stores), made=kind
+        )
         if not len(made[name]):
             raise DataError(f"The data at {path} ({name}) are empty.")
         log.info(f"{name}: {made[name].report.describe()}.")
@@ -237,7 +294,13 @@ def _load_saved(path: Path, kind: str, rules: Rules, packed: bool, tokenizer: An
 
 
 def _save(
-    path: Path, stores: list[Store], splits: dict[str, np.ndarray], kind: str, rules: Rules, log: logging.Logger, args: DataArguments
+    path: Path,
+    stores: list[Store],
+    splits: dict[str, np.ndarray],
+    kind: str,
+    rules: Rules,
+    log: logging.Logger,
+    args: DataArguments,
 ) -> None:
     if _rank(args) == 0 and not saved.is_saved(str(path)):
         saved.save(path, stores, splits, kind, rules)
@@ -271,16 +334,32 @@ def make_rules(args: DataArguments, template: AnyTemplate | None, pieces: PieceT
 def check_kind(source: Source, kind: str, stage: str) -> None:
     """Raises DataError for a data set that another stage needs."""
     if source.ranking != (kind == "pair"):
-        need = "needs pairs (ranking: true, with chosen and rejected)" if kind == "pair" else "cannot use pairs (ranking: true)"
-        raise DataError(f"Stage {stage} {need}; data set {source.name!r} says otherwise in dataset_info.json.")
+        need = (
+            "needs pairs (ranking: true, with chosen and rejected)"
+            if kind == "pair"
+            else "cannot use pairs (ranking: true)"
+        )
+        raise DataError(
+            f"Stage {stage} {need}; data set {source.name!r} says otherwise in dataset_info.json."
+        )
     if kind == "kto" and not source.kto_tag:
-        raise DataError(f"Stage kto needs the column kto_tag; data set {source.name!r} does not name it in dataset_info.json.")
+        raise DataError(
+            f"Stage kto needs the column kto_tag; data set {source.name!r} does not name it in"
+            " dataset_info.json."
+        )
 
 
 def make_preparer(
-    source: Source, args: DataArguments, kind: str, template: AnyTemplate | None, pieces: PieceTokenizer, questions: bool = False
+    source: Source,
+    args: DataArguments,
+    kind: str,
+    template: AnyTemplate | None,
+    pieces: PieceTokenizer,
+    questions: bool = False,
 ) -> Preparer:
-    """What tokenises the rows of one data set. `questions`: conversations without a last answer are for the model to answer."""
+    """What tokenises the rows of one data set. `questions`: conversations without a last answer are
+    for the model to answer.
+    """
     preparer = Preparer(kind, source, template, pieces, questions=questions and kind == "sft")
     preparer.equal_pairs = bool(option(args, "equal_pairs")) and kind == "pair"
     preparer.strict = option(args, "on_bad_row") == "error"
@@ -288,7 +367,9 @@ def make_preparer(
         t = pieces.tokenizer
         preparer.template = None
         preparer.text_end = "<|end_of_text|>" if args.template == "llama3" else t.eos_token or ""
-        preparer.text_begin = t.bos_token if getattr(t, "add_bos_token", False) and t.bos_token else ""
+        preparer.text_begin = (
+            t.bos_token if getattr(t, "add_bos_token", False) and t.bos_token else ""
+        )
         return preparer
     if template is None:
         raise DataError("This stage needs a template.")
@@ -325,11 +406,17 @@ def _tokenised(
                 yield item
 
         meta: dict[str, Any] = {"name": source.name, "kind": kind}
-        with tqdm(desc=f"Tokenising {source.name}", unit=" rows", disable=rank != 0, mininterval=1.0) as bar:
-            chunks = prepare.run(preparer, rows(), args.preprocessing_num_workers, args.preprocessing_batch_size, bar)
+        with tqdm(
+            desc=f"Tokenising {source.name}", unit=" rows", disable=rank != 0, mininterval=1.0
+        ) as bar:
+            chunks = prepare.run(
+                preparer, rows(), args.preprocessing_num_workers, args.preprocessing_batch_size, bar
+            )
             store.write(path, _with_count(chunks, meta, count), meta)
 
-    opened = store.open_or_build(path, build, rebuild=args.overwrite_cache and rank == 0, first=rank == 0, log=log.info)
+    opened = store.open_or_build(
+        path, build, rebuild=args.overwrite_cache and rank == 0, first=rank == 0, log=log.info
+    )
     if opened.bad.count:
         log.warning(f"Data set {source.name!r}: {opened.bad.describe()}")
         if preparer.strict:
@@ -337,7 +424,11 @@ def _tokenised(
             raise DataError(bad_row_sentence(source.name, place, reason, opened.bad.hint))
     opened.bad.tell_unread(source.name, log)
     if not len(opened):
-        found = f"Of {opened.meta['rows']} rows {opened.bad.count} were bad." if opened.meta.get("rows") else "There are no rows in it."
+        found = (
+            f"Of {opened.meta['rows']} rows {opened.bad.count} were bad."
+            if opened.meta.get("rows")
+            else "There are no rows in it."
+        )
         first = next((f" First: {place}: {reason}." for place, reason in opened.bad.places), "")
         more = f" {opened.bad.hint}" if opened.bad.hint else ""
         raise DataError(f"Data set {source.name!r} has no usable row. {found}{first}{more}")
@@ -346,24 +437,37 @@ def _tokenised(
         rng = np.random.default_rng(seed)
         chosen = rng.permutation(len(opened))[: source.num_samples]
         if source.num_samples > len(chosen):
-            chosen = np.concatenate([chosen, rng.choice(len(opened), source.num_samples - len(chosen))])
+            chosen = np.concatenate(
+                [chosen, rng.choice(len(opened), source.num_samples - len(chosen))]
+            )
         chosen = chosen[: args.max_samples]
     return opened, chosen
 
 
 def _rank(args: DataArguments) -> int:
-    """0 in the process that goes first: on each node, or with `data_shared_file_system` in the whole run."""
-    return int(os.environ.get("RANK" if option(args, "data_shared_file_system") else "LOCAL_RANK", "0"))
+    """0 in the process that goes first: on each node, or with `data_shared_file_system` in the
+    whole run.
+    """
+    return int(
+        os.environ.get("RANK" if option(args, "data_shared_file_system") else "LOCAL_RANK", "0")
+    )
 
 
-def _with_count(chunks: Iterator[store.Chunk], meta: dict[str, Any], count: list[int]) -> Iterator[store.Chunk]:
+def _with_count(
+    chunks: Iterator[store.Chunk], meta: dict[str, Any], count: list[int]
+) -> Iterator[store.Chunk]:
     yield from chunks
     meta["rows"] = count[0]
 
 
 def _mix(parts: Sequence[Part], args: DataArguments, seed: int) -> np.ndarray:
-    """[n, 2] entries (store, sample): the data sets joined or interleaved, in the order that `datasets` gives rows."""
-    each = [np.column_stack([np.full(len(chosen), s), chosen]).astype(np.int64) for s, (_, chosen) in enumerate(parts)]
+    """[n, 2] entries (store, sample): the data sets joined or interleaved, in the order that
+    `datasets` gives rows.
+    """
+    each = [
+        np.column_stack([np.full(len(chosen), s), chosen]).astype(np.int64)
+        for s, (_, chosen) in enumerate(parts)
+    ]
     if len(each) == 1 or check_mix(args) == "concat":
         return np.concatenate(each)
     import datasets
@@ -371,7 +475,9 @@ def _mix(parts: Sequence[Part], args: DataArguments, seed: int) -> np.ndarray:
     chances = probabilities(args, len(each))
     for (opened, _), e in zip(parts, each, strict=True):
         if not len(e):
-            raise DataError(f"Data set {opened.meta['name']!r} has no usable row, so it cannot be interleaved.")
+            raise DataError(
+                f"Data set {opened.meta['name']!r} has no usable row, so it cannot be interleaved."
+            )
     starts = np.cumsum([0, *(len(e) for e in each)])
     numbered = [datasets.Dataset.from_dict({"e": np.arange(a, b)}) for a, b in pairwise(starts)]
     mixed = datasets.interleave_datasets(
@@ -386,8 +492,12 @@ def _split(entries: np.ndarray, val_size: float, seed: int) -> tuple[np.ndarray,
 
     size = int(val_size) if val_size >= 1 else float(val_size)
     if (size if val_size >= 1 else math.ceil(size * len(entries))) >= len(entries):
-        raise DataError(f"val_size {val_size:g} leaves nothing to train on: there are {len(entries)} samples.")
-    split = datasets.Dataset.from_dict({"e": np.arange(len(entries))}).train_test_split(test_size=size, seed=seed)
+        raise DataError(
+            f"val_size {val_size:g} leaves nothing to train on: there are {len(entries)} samples."
+        )
+    split = datasets.Dataset.from_dict({"e": np.arange(len(entries))}).train_test_split(
+        test_size=size, seed=seed
+    )
     return entries[np.asarray(split["train"]["e"][:])], entries[np.asarray(split["test"]["e"][:])]
 
 
@@ -401,21 +511,31 @@ def _report(stores: Sequence[Store]) -> Report:
 
 
 def _check_labels(data: TokenizedDataset, log: logging.Logger) -> None:
-    good = sum(int(((s.flags[data.entries[data.entries[:, 0] == i, 1]] & DESIRED) > 0).sum()) for i, s in enumerate(data.stores))
+    good = sum(
+        int(((s.flags[data.entries[data.entries[:, 0] == i, 1]] & DESIRED) > 0).sum())
+        for i, s in enumerate(data.stores)
+    )
     if good in (0, len(data)):
-        log.warning(f"All {len(data)} KTO samples are {'desired' if good else 'undesired'}: KTO learns from both kinds.")
+        log.warning(
+            f"All {len(data)} KTO samples are {'desired' if good else 'undesired'}: KTO learns from"
+            " both kinds."
+        )
 
 
 def describe_sample(sample: Sample, tokenizer: Any, limit: int = 2000) -> str:
-    """A sample for the eye: ids, text, labels and trained text of its documents; long ones are shown in part."""
+    """A sample for the eye: ids, text, labels and trained text of its documents; long ones are
+    shown in part.
+    """
     out = []
     for d in sample[:3]:
         ids, labels = [int(i) for i in d.input_ids], [int(i) for i in d.labels]
         trained = [i for i in labels if i != IGNORE]
         more = f" ... ({len(ids)} tokens)" if len(ids) > limit else ""
+        inputs = tokenizer.decode(ids[:limit], skip_special_tokens=False)
+        answers = tokenizer.decode(trained[:limit], skip_special_tokens=False)
         out.append(
-            f"{d.role}\ninput_ids:\n{ids[:limit]}{more}\ninputs:\n{tokenizer.decode(ids[:limit], skip_special_tokens=False)}{more}\n"
-            f"label_ids:\n{labels[:limit]}{more}\nlabels:\n{tokenizer.decode(trained[:limit], skip_special_tokens=False)}"
+            f"{d.role}\ninput_ids:\n{ids[:limit]}{more}\ninputs:\n{inputs}{more}\n"
+            f"label_ids:\n{labels[:limit]}{more}\nlabels:\n{answers}"
         )
     if len(sample) > 3:
         out.append(f"... {len(sample) - 3} more documents")

@@ -1,4 +1,6 @@
-"""Packing: documents into bins of one capacity, over the whole data set, the same for any number of workers."""
+"""Packing: documents into bins of one capacity, over the whole data set, the same for any number of
+workers.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ _WORD = 1024  # bits of one word of the bitmap
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """`bins[b]` are the indices of the documents of bin b, in data order; bins stand in the order of their first document."""
+    """`bins[b]` are the indices of the documents of bin b, in data order; bins stand in the order
+    of their first document.
+    """
 
     bins: list[np.ndarray]
     capacity: int
@@ -25,8 +29,8 @@ class Packed:
 
 
 class _Rooms:
-    """A set of room sizes 1..capacity that answers "the smallest room of at least n": a bitmap of two levels, so that a query costs a
-    few operations on small integers whatever the capacity."""
+    """A set of room sizes 1..capacity that answers "the smallest room of at least n": a bitmap of
+    two levels, so that a query costs a few operations on small integers whatever the capacity."""
 
     def __init__(self, capacity: int):
         self.words = [0] * (capacity // _WORD + 1)
@@ -57,9 +61,11 @@ class _Rooms:
 
 
 def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> Packed:
-    """Best-fit decreasing: the longest document first, each into the fullest bin that still has room for it.
+    """Best-fit decreasing: the longest document first, each into the fullest bin that still has
+    room for it.
 
-    Ties go to the earlier document and the earlier bin, so the result depends on the lengths alone. Cost: n log n.
+    Ties go to the earlier document and the earlier bin, so the result depends on the lengths alone.
+    Cost: n log n.
 
     Raises:
         ValueError: a document is longer than the capacity, or has no tokens.
@@ -67,7 +73,10 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> Packed:
     lengths = np.asarray(lengths, dtype=np.int64)
     if len(lengths) and lengths.max() > capacity:
         i = int(lengths.argmax())
-        raise ValueError(f"Document {i} has {lengths[i]} tokens; a packed row has room for {capacity}. Cut or split it before packing.")
+        raise ValueError(
+            f"Document {i} has {lengths[i]} tokens; a packed row has room for {capacity}. Cut or"
+            " split it before packing."
+        )
     if len(lengths) and lengths.min() < 1:
         raise ValueError(f"Document {int(lengths.argmin())} has no tokens.")
     bins: list[list[int]] = []

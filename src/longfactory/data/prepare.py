@@ -1,4 +1,6 @@
-"""Rows to stored parts: conversion and tokenisation, a chunk of rows at a time, in one process or in several."""
+"""Rows to stored parts: conversion and tokenisation, a chunk of rows at a time, in one process or
+in several.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +41,11 @@ Kind = str
 
 @dataclasses.dataclass
 class Preparer:
-    """Everything that turns rows of one data set into parts. Made once and handed to the tokenising processes.
+    """Everything that turns rows of one data set into parts. Made once and handed to the tokenising
+    processes.
 
-    `equal_pairs`: pairs whose answers are the same are kept. `questions`: conversations without a last answer are kept (sft).
+    `equal_pairs`: pairs whose answers are the same are kept. `questions`: conversations without a
+    last answer are kept (sft).
     """
 
     kind: Kind
@@ -112,7 +116,11 @@ class Preparer:
                 raise BadRow("empty text")
             return [[self.text_begin + text + self.text_end]], 0
         if self.kind == "sft":
-            if self.questions and c.desired is None and not any(a.content.strip() for a in c.answers):
+            if (
+                self.questions
+                and c.desired is None
+                and not any(a.content.strip() for a in c.answers)
+            ):
                 return [self._question(c), []], NO_ANSWER
             if c.desired is not None or len(c.answers) != 1:
                 raise BadRow("no answer: the row has no text to learn")
@@ -126,12 +134,20 @@ class Preparer:
                 raise BadRow("no pair: the row has no chosen and rejected answer")
             chosen, rejected = c.answers
             if not chosen.content.strip() or not rejected.content.strip():
-                raise BadRow(f"empty answer: the {'chosen' if not chosen.content.strip() else 'rejected'} side")
+                raise BadRow(
+                    f"empty answer: the {'chosen' if not chosen.content.strip() else 'rejected'}"
+                    " side"
+                )
             if chosen == rejected and not self.equal_pairs:
-                raise BadRow("equal pair: chosen and rejected are the same, of which this loss learns nothing")
+                raise BadRow(
+                    "equal pair: chosen and rejected are the same, of which this loss learns"
+                    " nothing"
+                )
             source, targets, lacks = self.template.one_turn(c.prompt, c.answers, c.system, c.tools)
             equal = EQUAL_PAIR * (chosen == rejected)
-            return [source, *targets], LACKS_THOUGHT * lacks[0] + SECOND_LACKS_THOUGHT * lacks[1] + equal
+            return [source, *targets], LACKS_THOUGHT * lacks[0] + SECOND_LACKS_THOUGHT * lacks[
+                1
+            ] + equal
         if c.desired is None or len(c.answers) != 1:
             raise BadRow("no label: KTO needs an answer and kto_tag")
         if not c.answers[0].content.strip():
@@ -154,12 +170,16 @@ def _to_last_trained(messages: list[Message]) -> list[Message]:
     while messages and not messages[-1].trained:
         messages = messages[:-2]
     if not messages:
-        raise BadRow("no answer: the row's own flags (weight, loss, train) leave no answer to learn")
+        raise BadRow(
+            "no answer: the row's own flags (weight, loss, train) leave no answer to learn"
+        )
     return messages
 
 
 def _untrained_in_sources(pieces: list[list[Piece]], messages: list[Message]) -> list[list[Piece]]:
-    """Source, target, source, target, ... where answers that are not to be learned are part of the source that follows."""
+    """Source, target, source, target, ... where answers that are not to be learned are part of the
+    source that follows.
+    """
     if len(pieces) != len(messages) or all(m.trained for m in messages[1::2]):
         return pieces
     out: list[list[Piece]] = []
@@ -173,8 +193,16 @@ def _untrained_in_sources(pieces: list[list[Piece]], messages: list[Message]) ->
     return out
 
 
-def run(preparer: Preparer, rows: Iterable[tuple[str, Raw]], workers: int | None, batch: int, progress: Any = None) -> Iterator[Chunk]:
-    """The chunks of all rows, in order. With `workers` > 1, that many processes tokenise while this one reads and writes."""
+def run(
+    preparer: Preparer,
+    rows: Iterable[tuple[str, Raw]],
+    workers: int | None,
+    batch: int,
+    progress: Any = None,
+) -> Iterator[Chunk]:
+    """The chunks of all rows, in order. With `workers` > 1, that many processes tokenise while this
+    one reads and writes.
+    """
 
     def batches() -> Iterator[list[tuple[int, str, Raw]]]:
         numbered = ((i, place, raw) for i, (place, raw) in enumerate(rows))
@@ -202,7 +230,8 @@ def run(preparer: Preparer, rows: Iterable[tuple[str, Raw]], workers: int | None
                     return
             yield some
 
-    # fork: the tokenizer travels without being written; the children touch no device and no process group.
+    # fork: the tokenizer travels without being written; the children touch no device and no process
+    # group.
     context = multiprocessing.get_context("fork")
     with context.Pool(workers, initializer=_set, initargs=(preparer,)) as pool:
         try:
@@ -215,7 +244,9 @@ def run(preparer: Preparer, rows: Iterable[tuple[str, Raw]], workers: int | None
             stop.set()
 
 
-def _take(rows: Iterator[tuple[int, str, Raw]], batch: int, size: int = 1 << 20) -> list[tuple[int, str, Raw]]:
+def _take(
+    rows: Iterator[tuple[int, str, Raw]], batch: int, size: int = 1 << 20
+) -> list[tuple[int, str, Raw]]:
     """Up to `batch` rows, fewer where they are long (about 1 MB of raw lines)."""
     out: list[tuple[int, str, Raw]] = []
     seen = 0
@@ -230,7 +261,11 @@ def _take(rows: Iterator[tuple[int, str, Raw]], batch: int, size: int = 1 << 20)
 def _weight(raw: Raw) -> int:
     if isinstance(raw, bytes):
         return len(raw)
-    return sum(len(v) for v in raw.values() if isinstance(v, (str, list))) if isinstance(raw, dict) else 0
+    return (
+        sum(len(v) for v in raw.values() if isinstance(v, (str, list)))
+        if isinstance(raw, dict)
+        else 0
+    )
 
 
 _preparer: Preparer | None = None
@@ -249,11 +284,15 @@ def _work(rows: list[tuple[int, str, Raw]]) -> tuple[Chunk, int]:
 
 
 def fingerprint(source: Source) -> str:
-    """A digest of the data set's content: of its files' bytes where it is local, else of its name."""
+    """A digest of the data set's content: of its files' bytes where it is local, else of its
+    name.
+    """
     import xxhash
 
     if source.load_from != "file":
-        return f"{source.load_from}:{source.location}:{source.subset}:{source.folder}:{source.split}"
+        return (
+            f"{source.load_from}:{source.location}:{source.subset}:{source.folder}:{source.split}"
+        )
     digest = xxhash.xxh3_128()
     for path in source.files():
         digest.update(path.name.encode())
@@ -266,11 +305,24 @@ def fingerprint(source: Source) -> str:
 def key(preparer: Preparer, limit: int | None) -> str:
     """The name of the store: a digest of all that its content depends on."""
     source = dataclasses.asdict(preparer.source)
-    for unimportant in ("name", "location", "dataset_dir", "load_from", "num_samples", "split", "subset", "folder"):
+    for unimportant in (
+        "name",
+        "location",
+        "dataset_dir",
+        "load_from",
+        "num_samples",
+        "split",
+        "subset",
+        "folder",
+    ):
         source.pop(unimportant)
     tokenizer = preparer.tokenizer.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    vocabulary = (
+        backend.to_str()
+        if backend is not None
+        else json.dumps(sorted(tokenizer.get_vocab().items()))
+    )
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, type(tokenizer).__name__]
     template = preparer.template
     if getattr(tokenizer, "split_special_tokens", False):
@@ -278,7 +330,16 @@ def key(preparer: Preparer, limit: int | None) -> str:
     facts = [
         *(FORMAT, preparer.kind, fingerprint(preparer.source), source, special),
         dataclasses.asdict(template) if isinstance(template, Template) else repr(template),
-        *(preparer.text_end, preparer.text_begin, preparer.last_only, preparer.equal_pairs, preparer.questions, limit),
+        *(
+            preparer.text_end,
+            preparer.text_begin,
+            preparer.last_only,
+            preparer.equal_pairs,
+            preparer.questions,
+            limit,
+        ),
         hashlib.sha256(vocabulary.encode()).hexdigest(),
     ]
-    return hashlib.sha256(json.dumps(facts, ensure_ascii=False, default=str).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(facts, ensure_ascii=False, default=str).encode()).hexdigest()[
+        :32
+    ]

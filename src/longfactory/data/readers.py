@@ -1,4 +1,6 @@
-"""Rows of files, one after the other, each with its place. A row that cannot be read is handed on as a `BadRow`, never dropped."""
+"""Rows of files, one after the other, each with its place. A row that cannot be read is handed on
+as a `BadRow`, never dropped.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ _WHITE = re.compile(r"[ \t\n\r]*")
 
 
 def read(source: Source, token: str | None = None) -> Iterator[tuple[str, Raw]]:
-    """(place, raw row) of every row of a data set. Places count from 1: "file.jsonl:17", "file.json row 17"."""
+    """(place, raw row) of every row of a data set. Places count from 1: "file.jsonl:17", "file.json
+    row 17".
+    """
     if source.load_from == "file":
         for path in source.files():
             yield from read_file(path)
@@ -98,7 +102,9 @@ def _read_lines(path: Path) -> Iterator[tuple[str, Raw]]:
 
 
 def _read_array(path: Path) -> Iterator[tuple[str, Raw]]:
-    """A JSON array of objects, parsed object by object. Bytes that are not UTF-8 spoil their row only."""
+    """A JSON array of objects, parsed object by object. Bytes that are not UTF-8 spoil their row
+    only.
+    """
     text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8", errors="surrogateescape")
     decode = json.JSONDecoder().raw_decode
     at = _white(text, text.index("[") + 1)
@@ -109,21 +115,31 @@ def _read_array(path: Path) -> Iterator[tuple[str, Raw]]:
             row, end = decode(text, at)
         except json.JSONDecodeError as e:
             raise DataError(
-                f"{path.name} is broken at row {number}: {e.msg} in line {e.lineno}. Nothing after it can be read: repair the file, or "
-                "write it as JSON Lines, where one bad line spoils one row."
+                f"{path.name} is broken at row {number}: {e.msg} in line {e.lineno}. Nothing after"
+                " it can be read: repair the file, or write it as JSON Lines, where one bad line"
+                " spoils one row."
             ) from None
         if not isinstance(row, dict):
-            yield f"{path.name} row {number}", BadRow(f"not a JSON object: the row is a {type(row).__name__}")
+            yield (
+                f"{path.name} row {number}",
+                BadRow(f"not a JSON object: the row is a {type(row).__name__}"),
+            )
         elif text.isascii() or _clean(text[at:end]):
             yield f"{path.name} row {number}", row
         else:
-            yield f"{path.name} row {number}", BadRow("broken UTF-8: the row holds bytes that are not UTF-8")
+            yield (
+                f"{path.name} row {number}",
+                BadRow("broken UTF-8: the row holds bytes that are not UTF-8"),
+            )
         at = _white(text, end)
         if text[at : at + 1] == ",":
             at = _white(text, at + 1)
         elif text[at : at + 1] != "]":
             line = text.count("\n", 0, at) + 1
-            raise DataError(f"{path.name} is broken after row {number} (line {line}): a comma or the closing bracket is missing.")
+            raise DataError(
+                f"{path.name} is broken after row {number} (line {line}): a comma or the closing"
+                " bracket is missing."
+            )
 
 
 def _white(text: str, at: int) -> int:
@@ -161,7 +177,14 @@ def _read_text(path: Path) -> Iterator[tuple[str, Raw]]:
             if not line.strip():
                 continue
             place = f"{path.name}:{number}"
-            yield place, {"text": line} if _clean(line) else BadRow("broken UTF-8: the line holds bytes that are not UTF-8")
+            yield (
+                place,
+                (
+                    {"text": line}
+                    if _clean(line)
+                    else BadRow("broken UTF-8: the line holds bytes that are not UTF-8")
+                ),
+            )
 
 
 def _read_arrow(path: Path, parquet: bool) -> Iterator[tuple[str, Raw]]:
@@ -182,9 +205,15 @@ def _read_arrow(path: Path, parquet: bool) -> Iterator[tuple[str, Raw]]:
             for row in batch.to_pylist(maps_as_pydicts="lossy"):
                 number += 1
                 yield f"{path.name} row {number}", row
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:  # what a damaged file raises depends on where the damage is
-        reason = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
-        raise DataError(f"{path.name} cannot be read after row {number}: {reason}. Write the file again from its source.") from None
+    # what a damaged file raises depends on where the damage is
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
+        reason = next(
+            (line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__
+        )
+        raise DataError(
+            f"{path.name} cannot be read after row {number}: {reason}. Write the file again from"
+            " its source."
+        ) from None
 
 
 def _read_hub(source: Source, token: str | None) -> Iterator[tuple[str, Raw]]:
@@ -193,30 +222,44 @@ def _read_hub(source: Source, token: str | None) -> Iterator[tuple[str, Raw]]:
     number = 0
     try:
         away = (
-            None if Path(source.location).exists() or _prepared(source.location, datasets.config.HF_DATASETS_CACHE) else hub.unreachable()
+            None
+            if Path(source.location).exists()
+            or _prepared(source.location, datasets.config.HF_DATASETS_CACHE)
+            else hub.unreachable()
         )
         if away:
             raise ConnectionError(f"the hub cannot be reached: {away}")
         rows = datasets.load_dataset(
-            source.location, name=source.subset, data_dir=source.folder, split=source.split, token=token, streaming=True
+            source.location,
+            name=source.subset,
+            data_dir=source.folder,
+            split=source.split,
+            token=token,
+            streaming=True,
         )
         for row in rows:
             number += 1
             yield f"{source.location} row {number}", row
-    except (OSError, ValueError, RuntimeError) as e:  # the hub, datasets and huggingface_hub raise these and what inherits from them
+    # the hub, datasets and huggingface_hub raise these and what inherits from them
+    except (OSError, ValueError, RuntimeError) as e:
         raise DataError(_elsewhere(source, "read from the Hugging Face hub", number, e)) from e
 
 
 def _prepared(name: str, cache: str | Path) -> bool:
-    """Whether the cache of `datasets` may hold this data set (a folder owner___data_set), which it then reads without the hub."""
+    """Whether the cache of `datasets` may hold this data set (a folder owner___data_set), which it
+    then reads without the hub.
+    """
     return next(Path(cache).expanduser().glob(f"{name.split('/')[0]}*"), None) is not None
 
 
 def _elsewhere(source: Source, what: str, number: int, error: Exception) -> str:
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    reason = next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )
     return (
-        f"Data set {source.name!r}: {source.location} could not be {what}{f' after row {number}' if number else ''} ({reason}). Check its "
-        "name, the network and hf_hub_token; or download it and give its file_name in dataset_info.json."
+        f"Data set {source.name!r}: {source.location} could not be"
+        f" {what}{f' after row {number}' if number else ''} ({reason}). Check its name, the network"
+        " and hf_hub_token; or download it and give its file_name in dataset_info.json."
     )
 
 

@@ -1,7 +1,8 @@
-"""The row: one flat sequence of tokens made of documents. Everything that is trained on travels as a row.
+"""The row: one flat sequence of tokens made of documents. Everything that is trained on travels as
+a row.
 
-A batch of k samples is a row of k documents, a packed block is a row, a preference pair is a row of two documents (or of a shared
-prompt and two branches). Letters: T tokens of the row, D documents.
+A batch of k samples is a row of k documents, a packed block is a row, a preference pair is a row of
+two documents (or of a shared prompt and two branches). Letters: T tokens of the row, D documents.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ Role = Literal["text", "prompt", "chosen", "rejected", "kl", "pad"]
 
 @dataclasses.dataclass(frozen=True)
 class TokenizedDocument:
-    """A document before it is placed in a row. `labels[t]` is `input_ids[t]` where the token is trained, else -100 (not shifted).
+    """A document before it is placed in a row. `labels[t]` is `input_ids[t]` where the token is
+    trained, else -100 (not shifted).
 
-    `labels` may differ from `input_ids` at a trained token (some templates teach an end token in place of the next turn's first
-    token). `parent` is the index, among the documents handed to `make_row` together with this one, of the document that this one
-    continues: it sees all of the parent, and its positions go on where the parent ends.
+    `labels` may differ from `input_ids` at a trained token (some templates teach an end token in
+    place of the next turn's first token). `parent` is the index, among the documents handed to
+    `make_row` together with this one, of the document that this one continues: it sees all of the
+    parent, and its positions go on where the parent ends.
     """
 
     input_ids: Sequence[int] | np.ndarray
@@ -40,7 +43,9 @@ class TokenizedDocument:
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """What is known of the tokens [start, stop) of a row. Documents of one preference pair have the same `sample`."""
+    """What is known of the tokens [start, stop) of a row. Documents of one preference pair have the
+    same `sample`.
+    """
 
     start: int
     stop: int
@@ -54,10 +59,11 @@ class Document:
 
 @dataclasses.dataclass
 class Row:
-    """`labels[t]` is the token to predict at position t, already shifted inside each document, or -100.
+    """`labels[t]` is the token to predict at position t, already shifted inside each document, or
+    -100.
 
-    `position_ids` restart in each document (in a branch: after its parent). `document_ids[t]` indexes `documents`. Padding is a
-    document of its own, with role "pad", at the end.
+    `position_ids` restart in each document (in a branch: after its parent). `document_ids[t]`
+    indexes `documents`. Padding is a document of its own, with role "pad", at the end.
     """
 
     input_ids: Tensor  # [T] int64
@@ -93,7 +99,11 @@ class Row:
         return dataclasses.replace(self, **move)
 
     def pin_memory(self) -> Row:
-        pin = {f.name: getattr(self, f.name).pin_memory() for f in dataclasses.fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        pin = {
+            f.name: getattr(self, f.name).pin_memory()
+            for f in dataclasses.fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
         return dataclasses.replace(self, **pin)
 
     def padded(self, multiple: int, pad_id: int) -> Row:
@@ -124,7 +134,8 @@ def make_row(documents: Sequence[TokenizedDocument]) -> Row:
     """Documents laid end to end.
 
     Raises:
-        ValueError: no document, an empty document, labels of another length than the tokens, or a parent that does not come first.
+        ValueError: no document, an empty document, labels of another length than the tokens, or a
+            parent that does not come first.
     """
     if not documents:
         raise ValueError("A row needs at least one document.")
@@ -134,11 +145,18 @@ def make_row(documents: Sequence[TokenizedDocument]) -> Row:
     for i, d in enumerate(documents):
         n = len(d.input_ids)
         if n == 0:
-            raise ValueError(f"Document {i} of sample {d.sample} has no tokens. Drop it before it reaches a row.")
+            raise ValueError(
+                f"Document {i} of sample {d.sample} has no tokens. Drop it before it reaches a row."
+            )
         if len(d.labels) != n:
-            raise ValueError(f"Document {i} of sample {d.sample} has {n} tokens and {len(d.labels)} labels.")
+            raise ValueError(
+                f"Document {i} of sample {d.sample} has {n} tokens and {len(d.labels)} labels."
+            )
         if not -1 <= d.parent < i:
-            raise ValueError(f"Document {i} names document {d.parent} as its parent; a parent comes before its branches.")
+            raise ValueError(
+                f"Document {i} names document {d.parent} as its parent; a parent comes before its"
+                " branches."
+            )
         label = shift_labels(torch.as_tensor(d.labels, dtype=torch.int64))
         first = ends[d.parent] if d.parent >= 0 else 0
         ids.append(torch.as_tensor(d.input_ids, dtype=torch.int64))
@@ -146,6 +164,18 @@ def make_row(documents: Sequence[TokenizedDocument]) -> Row:
         positions.append(torch.arange(first, first + n))
         indices.append(torch.full((n,), i))
         ends.append(first + n)
-        placed.append(Document(start, start + n, d.role, d.sample, d.parent, d.reference_logp, int((label != IGNORE).sum())))
+        placed.append(
+            Document(
+                start,
+                start + n,
+                d.role,
+                d.sample,
+                d.parent,
+                d.reference_logp,
+                int((label != IGNORE).sum()),
+            )
+        )
         start += n
-    return Row(torch.cat(ids), torch.cat(labels), torch.cat(positions), torch.cat(indices), tuple(placed))
+    return Row(
+        torch.cat(ids), torch.cat(labels), torch.cat(positions), torch.cat(indices), tuple(placed)
+    )

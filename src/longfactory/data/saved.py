@@ -1,4 +1,6 @@
-"""`tokenized_path`: a tokenised data set in a folder of the user's, ours or one that LLaMA-Factory saved."""
+"""`tokenized_path`: a tokenised data set in a folder of the user's, ours or one that LLaMA-Factory
+saved.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ _TEMPLATE_RULES = ("eos", "eos_label_on_first_turn", "thought", "thought_trained
 
 @dataclasses.dataclass
 class Saved:
-    """Stores, the entries of each split ("train", "eval", ...) and the kind of samples; `rules` are the template's, the rest of the
-    rules is the run's."""
+    """Stores, the entries of each split ("train", "eval", ...) and the kind of samples; `rules` are
+    the template's, the rest of the rules is the run's."""
 
     stores: list[Store]
     splits: dict[str, np.ndarray]
@@ -40,18 +42,28 @@ class Saved:
 
 
 def is_saved(path: str | None) -> bool:
-    """Whether the folder holds a tokenised data set (a folder that is empty or missing does not)."""
-    return path is not None and any(Path(path, f).exists() for f in (_FILE, "dataset_dict.json", "state.json"))
+    """Whether the folder holds a tokenised data set (a folder that is empty or missing does
+    not).
+    """
+    return path is not None and any(
+        Path(path, f).exists() for f in (_FILE, "dataset_dict.json", "state.json")
+    )
 
 
 def check_free(path: Path) -> None:
-    """Raises DataError where a data set cannot be saved because something else is there. One that is saved already is no reason."""
+    """Raises DataError where a data set cannot be saved because something else is there. One that
+    is saved already is no reason.
+    """
     # In this order: another process may be saving, and what it saves appears as a whole.
     if path.exists() and (not path.is_dir() or any(path.iterdir())) and not is_saved(str(path)):
-        raise DataError(f"tokenized_path {path} exists and holds no tokenised data. Name another folder.")
+        raise DataError(
+            f"tokenized_path {path} exists and holds no tokenised data. Name another folder."
+        )
 
 
-def save(path: Path, stores: Sequence[Store], splits: dict[str, np.ndarray], kind: str, rules: Rules) -> None:
+def save(
+    path: Path, stores: Sequence[Store], splits: dict[str, np.ndarray], kind: str, rules: Rules
+) -> None:
     """Copies the stores into `path`, whole or not at all.
 
     Raises:
@@ -80,20 +92,28 @@ def load(path: Path, kind: str, cache: Path) -> Saved:
     """The data set saved at `path`.
 
     Raises:
-        DataError: it was made for another kind of stage, or cannot be used without mixing documents.
+        DataError: it was made for another kind of stage, or cannot be used without mixing
+            documents.
     """
     if not (path / _FILE).exists():
         return _from_llamafactory(path, kind, cache)
     about = json.loads((path / _FILE).read_text(encoding="utf-8"))
     if about["kind"] != kind:
-        raise DataError(f"The data at {path} were tokenised for {about['kind']}; this stage needs {kind}. Name another tokenized_path.")
+        raise DataError(
+            f"The data at {path} were tokenised for {about['kind']}; this stage needs {kind}. Name"
+            " another tokenized_path."
+        )
     stores = [Store(path / f"store_{i}") for i in range(about["stores"])]
     rules = about["rules"] | {"thought": tuple(about["rules"]["thought"])}
-    return Saved(stores, {name: np.load(path / f"{name}.npy") for name in about["splits"]}, kind, rules)
+    return Saved(
+        stores, {name: np.load(path / f"{name}.npy") for name in about["splits"]}, kind, rules
+    )
 
 
 def _from_llamafactory(path: Path, kind: str, cache: Path) -> Saved:
-    """LLaMA-Factory's DatasetDict: tokens and labels are final, so its documents are taken as they are (kind "made")."""
+    """LLaMA-Factory's DatasetDict: tokens and labels are final, so its documents are taken as they
+    are (kind "made").
+    """
     import datasets
 
     found = datasets.load_from_disk(os.fspath(path))
@@ -102,7 +122,11 @@ def _from_llamafactory(path: Path, kind: str, cache: Path) -> Saved:
     splits: dict[str, np.ndarray] = {}
     for name, data in parts.items():
         target = cache / f"llamafactory-{kind}-{data._fingerprint}"
-        stores.append(store.open_or_build(target, functools.partial(_convert, data=data, kind=kind, name=os.fspath(path))))
+        stores.append(
+            store.open_or_build(
+                target, functools.partial(_convert, data=data, kind=kind, name=os.fspath(path))
+            )
+        )
         n = len(stores[-1])
         split = "eval" if name == "validation" else name.removeprefix("validation_")
         splits[split] = np.column_stack([np.full(n, len(stores) - 1), np.arange(n)])
@@ -114,11 +138,16 @@ def _convert(target: Path, data: Any, kind: str, name: str) -> None:
 
 
 def _chunks(data: Any, kind: str) -> Iterator[store.Chunk]:
-    """Parts of a "made" sample: ids, labels of its first document, ids, labels of its second, ..."""
+    """Parts of a "made" sample: ids, labels of its first document, ids, labels of its second,
+    ...
+    """
     columns = set(data.column_names)
     need = {"pair": "chosen_input_ids", "kto": "kl_input_ids"}.get(kind, "input_ids")
     if need not in columns or (kind == "sft" and "labels" not in columns):
-        raise DataError(f"The saved data have the columns {sorted(columns)}: they were tokenised for another stage than {kind}.")
+        raise DataError(
+            f"The saved data have the columns {sorted(columns)}: they were tokenised for another"
+            f" stage than {kind}."
+        )
     prefixes = {"pair": ("chosen_", "rejected_"), "kto": ("", "kl_")}.get(kind, ("",))
     for batch in data.iter(batch_size=1000):
         parts: list[np.ndarray] = []
@@ -127,8 +156,16 @@ def _chunks(data: Any, kind: str) -> Iterator[store.Chunk]:
             documents: list[tuple[np.ndarray, np.ndarray]] = []
             for prefix in prefixes:
                 ids = np.asarray(batch[f"{prefix}input_ids"][i], np.int32)
-                labels = np.asarray(batch[f"{prefix}labels"][i], np.int32) if f"{prefix}labels" in columns else ids
-                documents += _documents(ids, labels, np.asarray(batch["position_ids"][i])) if "position_ids" in columns else [(ids, labels)]
+                labels = (
+                    np.asarray(batch[f"{prefix}labels"][i], np.int32)
+                    if f"{prefix}labels" in columns
+                    else ids
+                )
+                documents += (
+                    _documents(ids, labels, np.asarray(batch["position_ids"][i]))
+                    if "position_ids" in columns
+                    else [(ids, labels)]
+                )
             parts += [p for d in documents for p in d]
             counts.append(2 * len(documents))
             flags.append(store.DESIRED if kind == "kto" and batch["kto_tags"][i] else 0)
@@ -142,13 +179,21 @@ def _chunks(data: Any, kind: str) -> Iterator[store.Chunk]:
         )
 
 
-def _documents(ids: np.ndarray, labels: np.ndarray, positions: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """A packed row cut where its positions begin anew; padding (single tokens at position 0 without a label) is left out."""
+def _documents(
+    ids: np.ndarray, labels: np.ndarray, positions: np.ndarray
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """A packed row cut where its positions begin anew; padding (single tokens at position 0 without
+    a label) is left out.
+    """
     starts = np.flatnonzero(positions == 0)
     stops = np.append(starts[1:], len(ids))
     if len(starts) == 1 and (labels == IGNORE).any() and labels[-1] == IGNORE:
         raise DataError(
-            "The saved data are packed without a mark where documents begin (LLaMA-Factory 0.9.1): documents would see each other. "
-            "Tokenise the data set again."
+            "The saved data are packed without a mark where documents begin (LLaMA-Factory 0.9.1):"
+            " documents would see each other. Tokenise the data set again."
         )
-    return [(ids[a:b], labels[a:b]) for a, b in zip(starts, stops, strict=True) if b - a > 1 or labels[a] != IGNORE]
+    return [
+        (ids[a:b], labels[a:b])
+        for a, b in zip(starts, stops, strict=True)
+        if b - a > 1 or labels[a] != IGNORE
+    ]

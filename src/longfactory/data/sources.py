@@ -17,20 +17,47 @@ COLUMNS = [
     *("prompt", "query", "response", "history", "messages", "system", "tools"),
     *("images", "videos", "audios", "chosen", "rejected", "kto_tag"),
 ]
-TAGS = ["role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag"]
-FILE_TYPES = {"json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet", "arrow": "arrow", "txt": "text"}
+TAGS = [
+    "role_tag",
+    "content_tag",
+    "user_tag",
+    "assistant_tag",
+    "observation_tag",
+    "function_tag",
+    "system_tag",
+]
+FILE_TYPES = {
+    "json": "json",
+    "jsonl": "json",
+    "csv": "csv",
+    "parquet": "parquet",
+    "arrow": "arrow",
+    "txt": "text",
+}
 _KNOWN = {
-    *("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name", "file_name", "formatting", "ranking", "subset"),
+    *(
+        "hf_hub_url",
+        "ms_hub_url",
+        "om_hub_url",
+        "script_url",
+        "cloud_file_name",
+        "file_name",
+        "formatting",
+        "ranking",
+        "subset",
+    ),
     *("split", "folder", "num_samples", "columns", "tags", "file_sha1", "openai_quirks"),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a data set is and how its rows are written. Columns and tags that a data set does not have are None.
+    """Where a data set is and how its rows are written. Columns and tags that a data set does not
+    have are None.
 
-    `openai_quirks` (a key of our own) asks for what LLaMA-Factory 0.9.5 does to rows in the openai format: it adds "detailed thinking
-    off" to the system text of rows without tools, and writes arguments that are JSON strings as strings.
+    `openai_quirks` (a key of our own) asks for what LLaMA-Factory 0.9.5 does to rows in the openai
+    format: it adds "detailed thinking off" to the system text of rows without tools, and writes
+    arguments that are JSON strings as strings.
     """
 
     name: str
@@ -69,7 +96,8 @@ class Source:
         """The local files, in order of name.
 
         Raises:
-            DataError: no such file, an empty folder, a file type that is not known, or files of several types.
+            DataError: no such file, an empty folder, a file type that is not known, or files of
+                several types.
         """
         path = Path(self.dataset_dir, self.location)
         if path.is_dir():
@@ -77,12 +105,21 @@ class Source:
         elif path.is_file():
             found = [path]
         else:
-            raise DataError(f"Data set {self.name!r}: {path} does not exist. Check file_name in dataset_info.json and dataset_dir.")
+            raise DataError(
+                f"Data set {self.name!r}: {path} does not exist. Check file_name in"
+                " dataset_info.json and dataset_dir."
+            )
         kinds = {FILE_TYPES.get(p.suffix[1:].lower()) for p in found}
         if not found or None in kinds:
-            raise DataError(f"Data set {self.name!r}: {path} holds no file of a known type ({', '.join(FILE_TYPES)}).")
+            raise DataError(
+                f"Data set {self.name!r}: {path} holds no file of a known type"
+                f" ({', '.join(FILE_TYPES)})."
+            )
         if len(kinds) > 1:
-            raise DataError(f"Data set {self.name!r}: the folder {path} mixes file types; keep one type in a folder.")
+            raise DataError(
+                f"Data set {self.name!r}: the folder {path} mixes file types; keep one type in a"
+                " folder."
+            )
         return found
 
 
@@ -91,14 +128,18 @@ _PROMPTS = ("instruction", "prompt", "question", "query", "input")
 _RESPONSES = ("output", "response", "completion", "answer")
 _MESSAGES = ("messages", "conversations", "conversation", "dialogue", "chat")
 _LABELS = ("kto_tag", "label")
-_OPENAI_TAGS = dict(zip(TAGS, ("role", "content", "user", "assistant", "tool", "function", "system"), strict=True))
+_OPENAI_TAGS = dict(
+    zip(TAGS, ("role", "content", "user", "assistant", "tool", "function", "system"), strict=True)
+)
 
 
 def detect(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The entry of dataset_info.json (without the file) that rows like these need; None where their form is not known.
+    """The entry of dataset_info.json (without the file) that rows like these need; None where their
+    form is not known.
 
-    Forms, by the columns of the rows: messages with role and content (openai) or with from and value (sharegpt), prompts with
-    answers (alpaca), texts. Two answers named chosen and rejected make a preference pair, true or false in label makes KTO.
+    Forms, by the columns of the rows: messages with role and content (openai) or with from and
+    value (sharegpt), prompts with answers (alpaca), texts. Two answers named chosen and rejected
+    make a preference pair, true or false in label makes KTO.
     """
     seen: dict[str, Any] = {}
     for row in rows:
@@ -107,7 +148,11 @@ def detect(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         messages = parsed(seen.get(column))
         first = messages[0] if isinstance(messages, list) and messages else None
         if isinstance(first, dict):
-            entry = _detect_messages(column, first, [m for row in rows for m in parsed(row.get(column)) or [] if isinstance(m, dict)])
+            entry = _detect_messages(
+                column,
+                first,
+                [m for row in rows for m in parsed(row.get(column)) or [] if isinstance(m, dict)],
+            )
             return None if entry is None else _with_answers(entry, seen, (dict, list))
     prompt = next((c for c in _PROMPTS if isinstance(seen.get(c), str)), None)
     columns: dict[str, str] = {}
@@ -117,7 +162,14 @@ def detect(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
             columns["query"] = "input"
         pair = all(isinstance(seen.get(c), str) for c in ("chosen", "rejected"))
         # Questions for do_predict have an answer that is empty, or none.
-        response = next((c for c in _RESPONSES if isinstance(seen.get(c), str) or (c not in seen and any(c in row for row in rows))), None)
+        response = next(
+            (
+                c
+                for c in _RESPONSES
+                if isinstance(seen.get(c), str) or (c not in seen and any(c in row for row in rows))
+            ),
+            None,
+        )
         if not pair and response is None and prompt not in ("instruction", "question"):
             return None
         if not pair and response is not None:
@@ -129,14 +181,19 @@ def detect(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     return None if text is None else {"columns": {"prompt": text}}
 
 
-def _detect_messages(column: str, first: dict[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _detect_messages(
+    column: str, first: dict[str, Any], messages: list[dict[str, Any]]
+) -> dict[str, Any] | None:
     if "role" in first:
         return {"formatting": "openai", "columns": {"messages": column}, "tags": dict(_OPENAI_TAGS)}
     if "from" not in first or "value" not in first:
         return None
     entry: dict[str, Any] = {"formatting": "sharegpt", "columns": {"messages": column}}
     roles = {m.get("from") for m in messages if isinstance(m.get("from"), str)}
-    users, assistants = [r for r in ("human", "user") if r in roles], [r for r in ("gpt", "assistant") if r in roles]
+    users, assistants = (
+        [r for r in ("human", "user") if r in roles],
+        [r for r in ("gpt", "assistant") if r in roles],
+    )
     if users != ["human"] or assistants not in (["gpt"], []):
         entry["tags"] = {
             "role_tag": "from",
@@ -150,19 +207,33 @@ def _detect_messages(column: str, first: dict[str, Any], messages: list[dict[str
     return entry
 
 
-def _with_answers(entry: dict[str, Any], seen: dict[str, Any], kinds: tuple[type, ...]) -> dict[str, Any]:
+def _with_answers(
+    entry: dict[str, Any], seen: dict[str, Any], kinds: tuple[type, ...]
+) -> dict[str, Any]:
     columns = entry["columns"]
     columns |= {c: c for c in ("system", "tools") if c in seen}
     if all(isinstance(parsed(seen.get(c)), kinds) for c in ("chosen", "rejected")):
-        return entry | {"ranking": True, "columns": columns | {"chosen": "chosen", "rejected": "rejected"}}
-    label = next((c for c in _LABELS if isinstance(seen.get(c), bool) or str(seen.get(c)).lower() in ("true", "false")), None)
+        return entry | {
+            "ranking": True,
+            "columns": columns | {"chosen": "chosen", "rejected": "rejected"},
+        }
+    label = next(
+        (
+            c
+            for c in _LABELS
+            if isinstance(seen.get(c), bool) or str(seen.get(c)).lower() in ("true", "false")
+        ),
+        None,
+    )
     if label is not None:
         columns["kto_tag"] = label
     return entry
 
 
 def parsed(value: Any) -> Any:
-    """A list or an object that stands in its column as a JSON string (as csv files have them), read; any other value as it is."""
+    """A list or an object that stands in its column as a JSON string (as csv files have them),
+    read; any other value as it is.
+    """
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
@@ -172,15 +243,22 @@ def parsed(value: Any) -> Any:
 
 
 def hint(source: Source, row: dict[str, Any]) -> str:
-    """What to write into dataset_info.json where a row is not in the form that its entry says; else nothing."""
+    """What to write into dataset_info.json where a row is not in the form that its entry says; else
+    nothing.
+    """
     read = [source.prompt, source.query] if source.formatting == "alpaca" else [source.messages]
-    if any(column and column in row for column in read) and (source.formatting == "alpaca" or _tagged(source, row)):
+    if any(column and column in row for column in read) and (
+        source.formatting == "alpaca" or _tagged(source, row)
+    ):
         return ""
     entry = detect([row])
     if entry is None:
         return ""
     form = entry.get("formatting", "alpaca")
-    return f"The row looks like {form}: give the data set these lines in dataset_info.json: {json.dumps(entry, ensure_ascii=False)[1:-1]}"
+    return (
+        f"The row looks like {form}: give the data set these lines in dataset_info.json:"
+        f" {json.dumps(entry, ensure_ascii=False)[1:-1]}"
+    )
 
 
 def _tagged(source: Source, row: dict[str, Any]) -> bool:
@@ -190,12 +268,15 @@ def _tagged(source: Source, row: dict[str, Any]) -> bool:
     return not isinstance(first, dict) or source.role_tag in first
 
 
-def read_sources(dataset_names: list[str], dataset_dir: str | dict[str, Any], warn: Any = lambda text: None) -> list[Source]:
+def read_sources(
+    dataset_names: list[str], dataset_dir: str | dict[str, Any], warn: Any = lambda text: None
+) -> list[Source]:
     """The sources of these data sets.
 
-    `dataset_dir` is a folder that holds dataset_info.json, "ONLINE" (a name is a hub id), "REMOTE:<hub data set>", or the parsed
-    dictionary itself. A name may also be the path of a file (or of a folder of files), seen from here or from `dataset_dir`: its
-    form is that of its first rows, and `warn` is told the entry of dataset_info.json that says the same.
+    `dataset_dir` is a folder that holds dataset_info.json, "ONLINE" (a name is a hub id),
+    "REMOTE:<hub data set>", or the parsed dictionary itself. A name may also be the path of a file
+    (or of a folder of files), seen from here or from `dataset_dir`: its form is that of its first
+    rows, and `warn` is told the entry of dataset_info.json that says the same.
 
     Raises:
         DataError: dataset_info.json is missing or broken, or does not define a name.
@@ -215,10 +296,18 @@ def read_sources(dataset_names: list[str], dataset_dir: str | dict[str, Any], wa
             away = hub.unreachable()  # then its cache alone is asked, without waiting
             try:
                 path = Path(
-                    hf_hub_download(repo_id=dataset_dir[7:], filename="dataset_info.json", repo_type="dataset", local_files_only=bool(away))
+                    hf_hub_download(
+                        repo_id=dataset_dir[7:],
+                        filename="dataset_info.json",
+                        repo_type="dataset",
+                        local_files_only=bool(away),
+                    )
                 )
             except (OSError, ValueError) as e:
-                raise DataError(f"dataset_dir: {dataset_dir}: no dataset_info.json could be read from the hub ({away or e}).") from e
+                raise DataError(
+                    f"dataset_dir: {dataset_dir}: no dataset_info.json could be read from the hub"
+                    f" ({away or e})."
+                ) from e
         else:
             folder = dataset_dir
             path = Path(dataset_dir, "dataset_info.json")
@@ -228,22 +317,33 @@ def read_sources(dataset_names: list[str], dataset_dir: str | dict[str, Any], wa
             if not all(_is_file(name, folder) for name in dataset_names):
                 missing = next(name for name in dataset_names if not _is_file(name, folder))
                 also = f", and {missing!r} is no file" if name_is_path(missing) else ""
-                raise DataError(f"{path} does not exist{also}. Point dataset_dir at the folder that holds dataset_info.json.") from None
+                raise DataError(
+                    f"{path} does not exist{also}. Point dataset_dir at the folder that holds"
+                    " dataset_info.json."
+                ) from None
             info = {}
         except OSError as e:
             raise DataError(f"{path} cannot be read: {e.strerror or e}.") from None
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
             raise DataError(f"{path} is not valid JSON: {e}.") from None
         if not isinstance(info, dict):
-            raise DataError(f"{path} holds a {type(info).__name__}; a mapping of names to data sets is needed.")
+            raise DataError(
+                f"{path} holds a {type(info).__name__}; a mapping of names to data sets is needed."
+            )
     return [
-        _source_of_file(name, folder, warn) if name not in info and _is_file(name, folder) else _source(name, info, folder, warn)
+        (
+            _source_of_file(name, folder, warn)
+            if name not in info and _is_file(name, folder)
+            else _source(name, info, folder, warn)
+        )
         for name in dataset_names
     ]
 
 
 def name_is_path(name: str) -> bool:
-    """Whether a data set's name can be no other than a path: it has a slash, or the ending of a known file type."""
+    """Whether a data set's name can be no other than a path: it has a slash, or the ending of a
+    known file type.
+    """
     return "/" in name or name.rpartition(".")[2].lower() in FILE_TYPES
 
 
@@ -263,12 +363,13 @@ def _source_of_file(name: str, folder: str, warn: Any) -> Source:
     if entry is None:
         found = ", ".join(repr(c) for c in dict.fromkeys(c for row in rows for c in row)) or "none"
         raise DataError(
-            f"The form of {name} is not known by its first rows (columns: {found}). Describe it in dataset_info.json: formatting, columns, "
-            "tags."
+            f"The form of {name} is not known by its first rows (columns: {found}). Describe it in"
+            " dataset_info.json: formatting, columns, tags."
         )
     entry = {"file_name": bare.location} | entry
     warn(
-        f"{name} is read as {entry.get('formatting', 'alpaca')}, by its first rows. The entry of dataset_info.json that says so: "
+        f"{name} is read as {entry.get('formatting', 'alpaca')}, by its first rows. The entry of"
+        " dataset_info.json that says so: "
         + json.dumps({where.stem: entry}, ensure_ascii=False)[1:-1]
     )
     return _source(name, {name: entry}, "", warn)
@@ -278,36 +379,69 @@ def _source(name: str, info: dict[str, Any], folder: str, warn: Any) -> Source:
     if name not in info:
         near = difflib.get_close_matches(name, info, n=1)
         also = " and is no file" if name_is_path(name) else ""
-        raise DataError(f"Data set {name!r} is not in dataset_info.json{also}." + (f" Did you mean {near[0]!r}?" if near else ""))
+        raise DataError(
+            f"Data set {name!r} is not in dataset_info.json{also}."
+            + (f" Did you mean {near[0]!r}?" if near else "")
+        )
     entry: dict[str, Any] = info[name]
-    wrong = next((k for k in ("columns", "tags") if isinstance(entry, dict) and not isinstance(entry.get(k) or {}, dict)), None)
+    wrong = next(
+        (
+            k
+            for k in ("columns", "tags")
+            if isinstance(entry, dict) and not isinstance(entry.get(k) or {}, dict)
+        ),
+        None,
+    )
     if not isinstance(entry, dict) or wrong:
         where = f"{wrong} of data set {name!r}" if wrong else f"data set {name!r}"
-        raise DataError(f"dataset_info.json: {where} is not a mapping. It looks like " + '{"file_name": "x.json", "columns": {...}}.')
+        raise DataError(
+            f"dataset_info.json: {where} is not a mapping. It looks like "
+            + '{"file_name": "x.json", "columns": {...}}.'
+        )
     _check_values(name, entry)
     for key in entry.keys() - _KNOWN:
-        warn(f"Data set {name!r}: the key {key!r} of dataset_info.json is not known and has no effect.")
+        warn(
+            f"Data set {name!r}: the key {key!r} of dataset_info.json is not known and has no"
+            " effect."
+        )
     load_from: Literal["file", "hub", "cloud"] = "file"
     entry = {k: v for k, v in entry.items() if v is not None}
     if "hf_hub_url" in entry:
         load_from, location = "hub", entry["hf_hub_url"]
     elif "ms_hub_url" in entry or "om_hub_url" in entry:
-        raise DataError(f"Data set {name!r} is on ModelScope or openMind only. Download it and give its file_name, or give hf_hub_url.")
+        raise DataError(
+            f"Data set {name!r} is on ModelScope or openMind only. Download it and give its"
+            " file_name, or give hf_hub_url."
+        )
     elif "script_url" in entry:
-        raise DataError(f"Data set {name!r} is a loading script; scripts are no longer run. Save its rows as json or parquet.")
+        raise DataError(
+            f"Data set {name!r} is a loading script; scripts are no longer run. Save its rows as"
+            " json or parquet."
+        )
     elif "cloud_file_name" in entry:
         load_from, location = "cloud", entry["cloud_file_name"]
     elif "file_name" in entry:
         location = entry["file_name"]
     else:
         found = f" Its keys are {', '.join(entry)}." if entry else ""
-        raise DataError(f"Data set {name!r} has neither file_name nor hf_hub_url in dataset_info.json.{found}")
+        raise DataError(
+            f"Data set {name!r} has neither file_name nor hf_hub_url in dataset_info.json.{found}"
+        )
     formatting = entry.get("formatting", "alpaca")
     if formatting not in ("alpaca", "sharegpt", "openai"):
-        raise DataError(f"Data set {name!r}: formatting is {formatting!r}; known are alpaca, sharegpt, openai.")
-    fields: dict[str, Any] = {k: entry[k] for k in ("subset", "folder", "num_samples", "openai_quirks") if k in entry}
-    fields |= {"ranking": bool(entry.get("ranking", False)), "split": entry.get("split") or "train", "formatting": formatting}
-    # As in LLaMA-Factory, naming one column (or tag) unsets all others: a file is described wholly or not at all.
+        raise DataError(
+            f"Data set {name!r}: formatting is {formatting!r}; known are alpaca, sharegpt, openai."
+        )
+    fields: dict[str, Any] = {
+        k: entry[k] for k in ("subset", "folder", "num_samples", "openai_quirks") if k in entry
+    }
+    fields |= {
+        "ranking": bool(entry.get("ranking", False)),
+        "split": entry.get("split") or "train",
+        "formatting": formatting,
+    }
+    # As in LLaMA-Factory, naming one column (or tag) unsets all others: a file is described wholly
+    # or not at all.
     for group, keys in (("columns", COLUMNS), ("tags", TAGS)):
         if group in entry:
             given = entry[group]
@@ -320,20 +454,38 @@ def _source(name: str, info: dict[str, Any], folder: str, warn: Any) -> Source:
             fields |= dict(zip(TAGS, roles, strict=True))
         if "columns" not in entry:
             fields |= {"messages": "messages", "tools": "tools"}
-    source = Source(name=name, load_from=load_from, location=location, dataset_dir=os.fspath(folder), **fields)
+    source = Source(
+        name=name, load_from=load_from, location=location, dataset_dir=os.fspath(folder), **fields
+    )
     _warn_unset(source, entry, warn)
     return source
 
 
-_TEXTS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name", "file_name", "formatting", "subset", "split", "folder")
+_TEXTS = (
+    "hf_hub_url",
+    "ms_hub_url",
+    "om_hub_url",
+    "script_url",
+    "cloud_file_name",
+    "file_name",
+    "formatting",
+    "subset",
+    "split",
+    "folder",
+)
 
 
 def _check_values(name: str, entry: dict[str, Any]) -> None:
-    """Raises DataError where a value of an entry is of the wrong kind. null stands for a key that is not given."""
+    """Raises DataError where a value of an entry is of the wrong kind. null stands for a key that
+    is not given.
+    """
 
     def check(key: str, value: Any, right: bool, need: str) -> None:
         if value is not None and not right:
-            raise DataError(f"dataset_info.json: {key} of data set {name!r} must be {need}; found {json.dumps(value, ensure_ascii=False)}.")
+            raise DataError(
+                f"dataset_info.json: {key} of data set {name!r} must be {need}; found"
+                f" {json.dumps(value, ensure_ascii=False)}."
+            )
 
     for key in _TEXTS:
         value = entry.get(key)
@@ -341,21 +493,40 @@ def _check_values(name: str, entry: dict[str, Any]) -> None:
     for key in ("ranking", "openai_quirks"):
         check(key, entry.get(key), isinstance(entry.get(key), bool), "true or false")
     count = entry.get("num_samples")
-    check("num_samples", count, isinstance(count, int) and not isinstance(count, bool) and count > 0, "a whole number from 1 on")
+    check(
+        "num_samples",
+        count,
+        isinstance(count, int) and not isinstance(count, bool) and count > 0,
+        "a whole number from 1 on",
+    )
     for group in ("columns", "tags"):
         for key, value in (entry.get(group) or {}).items():
-            check(f"{group}: {key}", value, isinstance(value, str), "the name of one column, a text" if group == "columns" else "a text")
+            check(
+                f"{group}: {key}",
+                value,
+                isinstance(value, str),
+                "the name of one column, a text" if group == "columns" else "a text",
+            )
 
 
 def _warn_unset(source: Source, entry: dict[str, Any], warn: Any) -> None:
     if "columns" in entry:
         need = ["prompt"] if source.formatting == "alpaca" else ["messages"]
         if source.formatting == "alpaca" and not source.ranking and not source.response:
-            warn(f"Data set {source.name!r}: columns names no response, so its rows have no answer (right for pre-training only).")
+            warn(
+                f"Data set {source.name!r}: columns names no response, so its rows have no answer"
+                " (right for pre-training only)."
+            )
         for key in need:
             if getattr(source, key) is None:
-                warn(f"Data set {source.name!r}: columns is given without {key!r}, which unsets it. Name every column that is used.")
+                warn(
+                    f"Data set {source.name!r}: columns is given without {key!r}, which unsets it."
+                    " Name every column that is used."
+                )
     if "tags" in entry and source.formatting != "alpaca":
         for key in ("role_tag", "content_tag", "user_tag", "assistant_tag"):
             if getattr(source, key) is None:
-                warn(f"Data set {source.name!r}: tags is given without {key!r}, which unsets it. Name every tag that is used.")
+                warn(
+                    f"Data set {source.name!r}: tags is given without {key!r}, which unsets it."
+                    " Name every tag that is used."
+                )

@@ -1,10 +1,12 @@
 """The token cache: one folder a data set, written once, read through memory maps.
 
-A store holds every sample as parts (see `assemble`), whole. It depends on the rows, the template and the tokenizer, and on nothing
-else: other cut-offs, masks, seeds, mixes, numbers of devices or sequence-parallel sizes read the same store.
+A store holds every sample as parts (see `assemble`), whole. It depends on the rows, the template
+and the tokenizer, and on nothing else: other cut-offs, masks, seeds, mixes, numbers of devices or
+sequence-parallel sizes read the same store.
 
-The writer works in a folder beside the final name and renames it, so a store is there completely or not at all. Of several
-processes one writes (whoever holds the lock) and the others look at the disk until it is there: no barrier, no time-out.
+The writer works in a folder beside the final name and renames it, so a store is there completely or
+not at all. Of several processes one writes (whoever holds the lock) and the others look at the disk
+until it is there: no barrier, no time-out.
 """
 
 from __future__ import annotations
@@ -26,24 +28,29 @@ from longfactory.data.errors import BadRows
 
 FORMAT = 2
 
-DESIRED, LACKS_THOUGHT, SECOND_LACKS_THOUGHT, LAST_ONLY, EQUAL_PAIR, NO_ANSWER = 1, 2, 4, 8, 16, 32  # flags of a sample
+# flags of a sample
+DESIRED, LACKS_THOUGHT, SECOND_LACKS_THOUGHT, LAST_ONLY, EQUAL_PAIR, NO_ANSWER = 1, 2, 4, 8, 16, 32
 
 
-# One piece of work that a tokenising process hands over: tokens of all parts laid end to end, lengths of the parts, number of parts,
-# flags and row numbers of the samples, and the rows that were bad.
+# One piece of work that a tokenising process hands over: tokens of all parts laid end to end,
+# lengths of the parts, number of parts, flags and row numbers of the samples, and the rows that
+# were bad.
 Chunk = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, BadRows]
 
 
 class Store:
     """Read access. Picklable: a worker process opens the files anew.
 
-    `first_part[i]` is the index of sample i's first part, `part_start[p]` the first token of part p; both have one entry more than
-    there are samples and parts. `rows[i]` is the number (from 0) of the row that sample i comes from.
+    `first_part[i]` is the index of sample i's first part, `part_start[p]` the first token of part
+    p; both have one entry more than there are samples and parts. `rows[i]` is the number (from 0)
+    of the row that sample i comes from.
     """
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
-        self.meta: dict[str, Any] = json.loads((self.path / "meta.json").read_text(encoding="utf-8"))
+        self.meta: dict[str, Any] = json.loads(
+            (self.path / "meta.json").read_text(encoding="utf-8")
+        )
         self.bad = BadRows.from_json(self.meta["bad"])
         self.tokens = _open(self.path / "tokens.i32", np.int32)
         self.part_start = np.load(self.path / "part_start.npy", mmap_mode="r")
@@ -97,7 +104,9 @@ def _open(path: Path, dtype: type) -> np.ndarray:
 
 
 def write(path: Path, chunks: Iterable[Chunk], meta: dict[str, Any]) -> None:
-    """Writes a store beside `path` and renames it to `path`. An older store of that name is replaced."""
+    """Writes a store beside `path` and renames it to `path`. An older store of that name is
+    replaced.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
     beside.mkdir()
@@ -113,9 +122,15 @@ def write(path: Path, chunks: Iterable[Chunk], meta: dict[str, Any]) -> None:
                 bad.merge(chunk_bad)
         np.save(beside / "part_start.npy", _starts(lengths))
         np.save(beside / "first_part.npy", _starts(counts))
-        np.save(beside / "flags.npy", np.concatenate([np.zeros(0, np.uint8), *flags]).astype(np.uint8))
-        np.save(beside / "rows.npy", np.concatenate([np.zeros(0, np.int64), *rows]).astype(np.int64))
-        text = json.dumps(meta | {"format": FORMAT, "bad": bad.to_json()}, ensure_ascii=False, indent=1)
+        np.save(
+            beside / "flags.npy", np.concatenate([np.zeros(0, np.uint8), *flags]).astype(np.uint8)
+        )
+        np.save(
+            beside / "rows.npy", np.concatenate([np.zeros(0, np.int64), *rows]).astype(np.int64)
+        )
+        text = json.dumps(
+            meta | {"format": FORMAT, "bad": bad.to_json()}, ensure_ascii=False, indent=1
+        )
         (beside / "meta.json").write_text(text, encoding="utf-8")
         if path.exists():
             old = path.with_name(beside.name + ".old")
@@ -139,12 +154,18 @@ def exists(path: Path) -> bool:
 
 
 def open_or_build(
-    path: Path, build: Callable[[Path], None], *, rebuild: bool = False, first: bool = True, log: Callable[[str], None] = lambda text: None
+    path: Path,
+    build: Callable[[Path], None],
+    *,
+    rebuild: bool = False,
+    first: bool = True,
+    log: Callable[[str], None] = lambda text: None,
 ) -> Store:
     """The store at `path`, built by one process while the others wait.
 
-    Any process may come first; one that is not `first` (rank 0 of its node) lets it go ahead. If the builder dies, its lock falls
-    and the next process builds. `rebuild` builds again although the store is there.
+    Any process may come first; one that is not `first` (rank 0 of its node) lets it go ahead. If
+    the builder dies, its lock falls and the next process builds. `rebuild` builds again although
+    the store is there.
     """
     if exists(path) and not rebuild:
         return Store(path)
@@ -162,7 +183,9 @@ def open_or_build(
                     return Store(path)
                 now = time.monotonic()
                 if now - told > 60:
-                    log(f"Waiting for another process to tokenise ({(now - started) / 60:.0f} min).")
+                    log(
+                        f"Waiting for another process to tokenise ({(now - started) / 60:.0f} min)."
+                    )
                     told = now
                 time.sleep(0.2)
         if rebuild or not exists(path):

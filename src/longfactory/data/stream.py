@@ -1,8 +1,9 @@
 """Streaming: samples made while they are read, for data that are not to be tokenised beforehand.
 
-The samples are those of the map-style data set: rows pass in windows through the same tokenising, cutting and packing. Packing sees one
-window at a time. Every rank reads the whole stream and keeps its own items, so all ranks agree on the order without talking. What takes
-time is tokenising: with `workers`, that many processes of a rank do it ahead of the reader, each a part of every window.
+The samples are those of the map-style data set: rows pass in windows through the same tokenising,
+cutting and packing. Packing sees one window at a time. Every rank reads the whole stream and keeps
+its own items, so all ranks agree on the order without talking. What takes time is tokenising: with
+`workers`, that many processes of a rank do it ahead of the reader, each a part of every window.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ Reader = Callable[[], Iterator[tuple[str, Raw]]]
 class StreamedDataset(torch.utils.data.IterableDataset):
     """Iterable data set of samples.
 
-    `skip` rows of the shuffled stream are held out for evaluation. `shard(index, count)` keeps every count-th item. `workers` processes
-    tokenise, `prefetch` windows ahead; samples and their order do not depend on them. A loader's own worker processes would share the
-    items, each of them tokenising all. `set_epoch` changes the order. `describe` shows the first sample in the log.
+    `skip` rows of the shuffled stream are held out for evaluation. `shard(index, count)` keeps
+    every count-th item. `workers` processes tokenise, `prefetch` windows ahead; samples and their
+    order do not depend on them. A loader's own worker processes would share the items, each of them
+    tokenising all. `set_epoch` changes the order. `describe` shows the first sample in the log.
     """
 
     preparers: Sequence[Preparer]
@@ -56,14 +58,18 @@ class StreamedDataset(torch.utils.data.IterableDataset):
     workers: int = 0
     prefetch: int = 2
     describe: Callable[[Sample], str] | None = None
-    log: logging.Logger = dataclasses.field(default_factory=lambda: logging.getLogger("longfactory.data"))
+    log: logging.Logger = dataclasses.field(
+        default_factory=lambda: logging.getLogger("longfactory.data")
+    )
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def shard(self, index: int, count: int) -> StreamedDataset:
         """The items index, index + count, index + 2 count, ... of this stream."""
-        return dataclasses.replace(self, index=self.index + index * self.count, count=self.count * count)
+        return dataclasses.replace(
+            self, index=self.index + index * self.count, count=self.count * count
+        )
 
     def __iter__(self) -> Iterator[Sample]:
         worker = torch.utils.data.get_worker_info()
@@ -84,18 +90,24 @@ class StreamedDataset(torch.utils.data.IterableDataset):
                 told = seen.samples
             for i in range(len(data)):
                 if number % count == index:
-                    # Sample numbers go on from window to window: a row may hold samples of two windows.
+                    # Sample numbers go on from window to window: a row may hold samples of two
+                    # windows.
                     yield [dataclasses.replace(d, sample=d.sample + before) for d in data[i]]
                 number += 1
             before += data.report.samples
         if number == 0:
-            raise DataError("The stream holds no usable row. The warnings above say what is wrong with its rows.")
+            raise DataError(
+                "The stream holds no usable row. The warnings above say what is wrong with its"
+                " rows."
+            )
 
     def held_out(self, rows: int) -> TokenizedDataset:
         """The first rows of the shuffled stream, as a map-style data set."""
-        return self._data([self._tokenise(list(enumerate(islice(self._rows(0, first_order=True), rows))))], set())
+        return self._data(
+            [self._tokenise(list(enumerate(islice(self._rows(0, first_order=True), rows))))], set()
+        )
 
-    # -- rows --------------------------------------------------------------------------------------------------------------------
+    # -- rows --------------------------------------------------------------------------------------
 
     def _rows(self, skip: int, first_order: bool = False) -> Iterator[Row]:
         rng = np.random.default_rng([self.seed, 0])
@@ -106,7 +118,9 @@ class StreamedDataset(torch.utils.data.IterableDataset):
             yield from rows
         else:
             # The held-out rows are the same in every epoch; the rest is shuffled anew.
-            yield from _shuffled(rows, self.buffer_size, np.random.default_rng([self.seed, self.epoch]))
+            yield from _shuffled(
+                rows, self.buffer_size, np.random.default_rng([self.seed, self.epoch])
+            )
 
     def _mixed(self) -> Iterator[Row]:
         if self.mix == "concat" or len(self.readers) == 1:
@@ -117,7 +131,7 @@ class StreamedDataset(torch.utils.data.IterableDataset):
         names = [preparer.source.name for preparer in self.preparers]
         yield from interleave(self.readers, names, self.mix, self.probabilities, self.seed)
 
-    # -- windows -----------------------------------------------------------------------------------------------------------------
+    # -- windows -----------------------------------------------------------------------------------
 
     def _windows(self, rows: Iterator[Row]) -> Iterator[TokenizedDataset]:
         count = max(self.workers, 1)
@@ -134,7 +148,8 @@ class StreamedDataset(torch.utils.data.IterableDataset):
         told: set[tuple[str, str]] = set()
         done = map(self._tokenise, parts())
         if self.workers:
-            # The parts are read here, once, and are what a worker is asked for, in place of an index.
+            # The parts are read here, once, and are what a worker is asked for, in place of an
+            # index.
             done = iter(
                 torch.utils.data.DataLoader(
                     _Tokenised(self._tokenise),
@@ -144,7 +159,8 @@ class StreamedDataset(torch.utils.data.IterableDataset):
                     prefetch_factor=self.prefetch,
                     collate_fn=_as_it_is,
                     worker_init_fn=_one_thread,
-                    generator=torch.Generator(),  # else it would draw from the one that dropout is drawn from
+                    # else it would draw from the one that dropout is drawn from
+                    generator=torch.Generator(),
                 )
             )
         while window := list(islice(done, count)):
@@ -160,8 +176,12 @@ class StreamedDataset(torch.utils.data.IterableDataset):
         except DataError as error:
             return error  # raised in another process it would come with a stack trace
 
-    def _data(self, parts: list[list[Chunk] | DataError], told: set[tuple[str, str]]) -> TokenizedDataset:
-        """The data set of one window, from the chunks of its parts. `told` holds what was said of other windows."""
+    def _data(
+        self, parts: list[list[Chunk] | DataError], told: set[tuple[str, str]]
+    ) -> TokenizedDataset:
+        """The data set of one window, from the chunks of its parts. `told` holds what was said of
+        other windows.
+        """
         made: list[list[Chunk]] = []
         for part in parts:
             if isinstance(part, DataError):
@@ -193,7 +213,9 @@ class _Tokenised(torch.utils.data.Dataset):
 
 
 def _one_thread(worker: int) -> None:
-    """The tokenizer's threads did not come along into a forked process: it would wait for them for ever."""
+    """The tokenizer's threads did not come along into a forked process: it would wait for them for
+    ever.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
@@ -202,13 +224,19 @@ def _as_it_is(x: Any) -> Any:
 
 
 def interleave(
-    readers: Sequence[Reader], names: Sequence[str], mix: str, probabilities: Sequence[float] | None, seed: int
+    readers: Sequence[Reader],
+    names: Sequence[str],
+    mix: str,
+    probabilities: Sequence[float] | None,
+    seed: int,
 ) -> Iterator[Row]:
-    """Rows of several readers in the order in which `datasets.interleave_datasets` puts data sets whose lengths it knows.
+    """Rows of several readers in the order in which `datasets.interleave_datasets` puts data sets
+    whose lengths it knows.
 
-    One row of each reader is read ahead, so that its end is known when its last row is drawn. `mix`: interleave_under stops at the
-    first end, interleave_over (an ended reader begins again) when all have ended, interleave_once leaves out what has ended. Where
-    the readers take turns, the first two stop at the end of a round.
+    One row of each reader is read ahead, so that its end is known when its last row is drawn.
+    `mix`: interleave_under stops at the first end, interleave_over (an ended reader begins again)
+    when all have ended, interleave_once leaves out what has ended. Where the readers take turns,
+    the first two stop at the end of a round.
 
     Raises:
         DataError: a reader without rows.
@@ -220,7 +248,9 @@ def interleave(
             raise DataError(f"Data set {name!r} has no row, so it cannot be interleaved.")
     ended = np.zeros(len(readers), bool)
     # What is never drawn does not keep the others from ending.
-    never = np.zeros(len(readers), bool) if probabilities is None else np.asarray(probabilities) == 0
+    never = (
+        np.zeros(len(readers), bool) if probabilities is None else np.asarray(probabilities) == 0
+    )
     for s in _draws(len(readers), probabilities, seed):
         stops = (mix == "interleave_under" and ended.any()) or (ended | never).all()
         if stops and (s == 0 or probabilities is not None or mix == "interleave_once"):
@@ -238,7 +268,9 @@ def interleave(
 
 
 def _draws(count: int, probabilities: Sequence[float] | None, seed: int) -> Iterator[int]:
-    """The numbers of the readers, without end: one after the other, or by chance in the blocks in which `datasets` draws."""
+    """The numbers of the readers, without end: one after the other, or by chance in the blocks in
+    which `datasets` draws.
+    """
     if probabilities is None:
         yield from cycle(range(count))
     rng = np.random.default_rng(seed)
@@ -247,7 +279,9 @@ def _draws(count: int, probabilities: Sequence[float] | None, seed: int) -> Iter
 
 
 def _shuffled(rows: Iterator[Row], size: int, rng: np.random.Generator) -> Iterator[Row]:
-    """Rows in a random order, each at most about `size` rows later than it was read. Size 1 keeps the order."""
+    """Rows in a random order, each at most about `size` rows later than it was read. Size 1 keeps
+    the order.
+    """
     held: list[Row] = []
     for row in rows:
         if len(held) < size:

@@ -1,9 +1,10 @@
 """Templates: how messages become pieces of text and special tokens.
 
-A template is a set of slots. A slot is a tuple of pieces; a piece is a string, in which `{{content}}` stands for the message, or a
-special token. Every string piece is tokenised on its own and the ids are laid end to end: that rule, and which piece is trained,
-are LLaMA-Factory's, so the tokens of a known template equal its tokens. The generation header ("assistant\n") ends the source of a
-turn; the end token belongs to its target and is trained.
+A template is a set of slots. A slot is a tuple of pieces; a piece is a string, in which
+`{{content}}` stands for the message, or a special token. Every string piece is tokenised on its own
+and the ids are laid end to end: that rule, and which piece is trained, are LLaMA-Factory's, so the
+tokens of a known template equal its tokens. The generation header ("assistant\n") ends the source
+of a turn; the end token belongs to its target and is trained.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ MessageRole = Literal["user", "assistant", "observation", "function"]
 
 @dataclasses.dataclass(frozen=True)
 class Special:
-    """A token that is named, not spelled: the tokenizer's bos or eos, or a token by its exact text."""
+    """A token that is named, not spelled: the tokenizer's bos or eos, or a token by its exact
+    text.
+    """
 
     kind: Literal["bos", "eos", "token"]
     text: str = ""
@@ -37,12 +40,15 @@ Slot = tuple[Piece, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """One message in the normal form. The content of a "function" message is JSON: a call or a list of calls.
+    """One message in the normal form. The content of a "function" message is JSON: a call or a list
+    of calls.
 
-    `before` is text that an answer has in front of its calls, `thought` its reasoning where the row has it in a field of its own.
-    `results` are the contents of several tool results that follow one another, which are one message here. `trained` is false
-    where the row says that this answer is not to be learned. `shown` are the messages as the row has them (the system's in front
-    of the first): what the model's own chat template sees. It is empty where the row is not made of such messages.
+    `before` is text that an answer has in front of its calls, `thought` its reasoning where the row
+    has it in a field of its own. `results` are the contents of several tool results that follow one
+    another, which are one message here. `trained` is false where the row says that this answer is
+    not to be learned. `shown` are the messages as the row has them (the system's in front of the
+    first): what the model's own chat template sees. It is empty where the row is not made of such
+    messages.
     """
 
     role: MessageRole
@@ -55,7 +61,9 @@ class Message:
 
 
 def fill(slot: Slot, content: str) -> list[Piece]:
-    """The slot with the content in place. Only the first mark of each piece is replaced, so a content may hold the mark."""
+    """The slot with the content in place. Only the first mark of each piece is replaced, so a
+    content may hold the mark.
+    """
     return [p.replace("{{content}}", content, 1) if isinstance(p, str) else p for p in slot]
 
 
@@ -63,10 +71,11 @@ def fill(slot: Slot, content: str) -> list[Piece]:
 class Template:
     """Slots and habits of one chat format.
 
-    `eos_after_answer`: the last answer is closed by eos, and eos is also the label (not the input) at the first token of each later
-    turn; the sample's budget is one token smaller. `system_in_user`: the system text is put inside the first user message.
-    `call_by_call`: of several tool calls each fills the function slot, else one fill holds them all.
-    `thinking`: answers without a thought get an empty one: trained when `enable_thinking` is true, else masked.
+    `eos_after_answer`: the last answer is closed by eos, and eos is also the label (not the input)
+    at the first token of each later turn; the sample's budget is one token smaller.
+    `system_in_user`: the system text is put inside the first user message. `call_by_call`: of
+    several tool calls each fills the function slot, else one fill holds them all. `thinking`:
+    answers without a thought get an empty one: trained when `enable_thinking` is true, else masked.
     """
 
     name: str = ""
@@ -94,15 +103,20 @@ class Template:
     enable_thinking: bool | None = True
     preserve_thinking: bool = False
 
-    # -- what the stages ask for ------------------------------------------------------------------------------------------------
+    # -- what the stages ask for -------------------------------------------------------------------
 
     def turns(
-        self, messages: Sequence[Message], system: str | None, tools: str | None, last_only: bool = False
+        self,
+        messages: Sequence[Message],
+        system: str | None,
+        tools: str | None,
+        last_only: bool = False,
     ) -> tuple[list[list[Piece]], bool]:
         """Pieces of every message, for multi-turn training: source, target, source, target, ...
 
-        `last_only` (mask_history) drops the thoughts of earlier answers. The second value is true where only the last target may be
-        trained although the user asked for all (never for a table template).
+        `last_only` (mask_history) drops the thoughts of earlier answers. The second value is true
+        where only the last target may be trained although the user asked for all (never for a table
+        template).
         """
         messages = [self._spoken(m) for m in messages]
         last_only = last_only and not self.preserve_thinking
@@ -110,7 +124,10 @@ class Template:
             if self.enable_thinking is False:
                 messages = [self._thoughtless(m) if i % 2 else m for i, m in enumerate(messages)]
             if last_only:
-                messages = [self._thoughtless(m) if i % 2 and i < len(messages) - 2 else m for i, m in enumerate(messages)]
+                messages = [
+                    self._thoughtless(m) if i % 2 and i < len(messages) - 2 else m
+                    for i, m in enumerate(messages)
+                ]
         pieces = self._pieces(messages, system, tools)
         if self.thinking:
             for i in [len(messages) - 2] if last_only else range(0, len(messages), 2):
@@ -122,9 +139,15 @@ class Template:
         return pieces, False
 
     def one_turn(
-        self, prompt: Sequence[Message], answers: Sequence[Message], system: str | None, tools: str | None
+        self,
+        prompt: Sequence[Message],
+        answers: Sequence[Message],
+        system: str | None,
+        tools: str | None,
     ) -> tuple[list[Piece], list[list[Piece]], list[bool]]:
-        """Pieces of the prompt, of each answer, and whether an answer lacks the thought that the template wants (see `thought`)."""
+        """Pieces of the prompt, of each answer, and whether an answer lacks the thought that the
+        template wants (see `thought`).
+        """
         history = [self._spoken(m) for m in prompt]
         answers = [self._spoken(a) for a in answers]
         if self.thinking and not self.preserve_thinking:
@@ -137,11 +160,15 @@ class Template:
         lacks = [self.thinking and not self._thinks(a) for a in answers]
         return source, targets, lacks
 
-    # -- thoughts ---------------------------------------------------------------------------------------------------------------
+    # -- thoughts ----------------------------------------------------------------------------------
 
     def thought(self) -> str:
         """The empty thought."""
-        return self.thought_words[0] + self.thought_words[1] if self.empty_thought is None else self.empty_thought
+        return (
+            self.thought_words[0] + self.thought_words[1]
+            if self.empty_thought is None
+            else self.empty_thought
+        )
 
     def has_thought(self, content: str) -> bool:
         return any(word.strip() in content for word in self.thought_words)
@@ -160,27 +187,41 @@ class Template:
             return message
         if self._thinks(message):
             if message.thought.strip() not in message.before + message.content:
-                raise BadRow("two thoughts: an answer has one in its content and another in a field of its own")
+                raise BadRow(
+                    "two thoughts: an answer has one in its content and another in a field of"
+                    " its own"
+                )
             return dataclasses.replace(message, thought="")
         thought = self.thought_words[0] + message.thought.strip("\n") + self.thought_words[1]
         if message.role == "function":
-            return dataclasses.replace(message, before=thought + message.before.lstrip("\n"), thought="")
-        return dataclasses.replace(message, content=thought + message.content.lstrip("\n"), thought="")
+            return dataclasses.replace(
+                message, before=thought + message.before.lstrip("\n"), thought=""
+            )
+        return dataclasses.replace(
+            message, content=thought + message.content.lstrip("\n"), thought=""
+        )
 
     def _thinks(self, message: Message) -> bool:
         return self.has_thought(message.before + message.content)
 
     def _thoughtless(self, message: Message) -> Message:
         before = self.without_thought(message.before)
-        return dataclasses.replace(message, content=self.without_thought(message.content), before=before)
+        return dataclasses.replace(
+            message, content=self.without_thought(message.content), before=before
+        )
 
-    # -- pieces -----------------------------------------------------------------------------------------------------------------
+    # -- pieces ------------------------------------------------------------------------------------
 
-    def _pieces(self, messages: Sequence[Message], system: str | None, tools: str | None) -> list[list[Piece]]:
+    def _pieces(
+        self, messages: Sequence[Message], system: str | None, tools: str | None
+    ) -> list[list[Piece]]:
         system = system or self.default_system
         header: list[Piece] = []
         if system or tools:
-            header = fill(self.system, system + (tool_formats.describe_tools(self.tools, tools) if tools else ""))
+            header = fill(
+                self.system,
+                system + (tool_formats.describe_tools(self.tools, tools) if tools else ""),
+            )
         out: list[list[Piece]] = []
         for i, message in enumerate(messages):
             pieces: list[Piece] = []
@@ -209,20 +250,25 @@ class Template:
                 return self._function(message)
 
     def _results(self, slot: Slot, message: Message) -> str:
-        """The content of a tool's message. Several results are closed and opened again where the slot wraps each of them."""
+        """The content of a tool's message. Several results are closed and opened again where the
+        slot wraps each of them.
+        """
         if not message.results:
             return message.content
         wraps = any(isinstance(p, str) and "</tool_response>" in p for p in slot)
         return ("\n</tool_response>\n<tool_response>\n" if wraps else "\n").join(message.results)
 
     def _function(self, message: Message) -> list[Piece]:
-        """An answer that calls tools. Text in front of the calls stands where the text of an answer does."""
+        """An answer that calls tools. Text in front of the calls stands where the text of an answer
+        does.
+        """
         texts = self._call_texts(message.content)
         if not message.before:
             slot = self.assistant if self.function is None else self.function
             return [piece for text in texts for piece in fill(slot, text)]
         before = message.before
-        if not any(before.endswith(word) for word in self.thought_words):  # a thought ends as its words do
+        # a thought ends as its words do
+        if not any(before.endswith(word) for word in self.thought_words):
             before += tool_formats.between_text_and_calls(self.calls)
         if self.function is None:
             texts[0] = before + texts[0]
@@ -236,7 +282,9 @@ class Template:
         return opening + [piece for text in texts for piece in fill(self.function, text)]
 
     def _call_texts(self, content: str) -> list[str]:
-        """Texts of a message's tool calls. A thought around the JSON is kept in front of the first."""
+        """Texts of a message's tool calls. A thought around the JSON is kept in front of the
+        first.
+        """
         before, text = "", content
         if not self.system_in_user and not _is_json(content):
             opening, closing = map(re.escape, self.call_words)
@@ -270,11 +318,14 @@ def _is_json(text: str) -> bool:
 
 def stop_token_ids(template: Template, tokenizer: Any) -> list[int]:
     """Ids that end an answer: eos and the template's stop words."""
-    return sorted({tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(w) for w in template.stop_words)})
+    return sorted(
+        {tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(w) for w in template.stop_words)}
+    )
 
 
 def fix_tokenizer(template: Template, tokenizer: Any, log: Callable[[str], None]) -> None:
-    """Gives the tokenizer what the template needs: the eos token, a pad token, stop words as special tokens, a chat template.
+    """Gives the tokenizer what the template needs: the eos token, a pad token, stop words as
+    special tokens, a chat template.
 
     These changes are saved with the model, so that its answers end where the training data ended.
     """
@@ -292,11 +343,18 @@ def fix_tokenizer(template: Template, tokenizer: Any, log: Callable[[str], None]
         tokenizer.pad_token = tokenizer.eos_token
     if stop_words:
         try:
-            tokenizer.add_special_tokens({"extra_special_tokens": stop_words}, replace_extra_special_tokens=False)
+            tokenizer.add_special_tokens(
+                {"extra_special_tokens": stop_words}, replace_extra_special_tokens=False
+            )
         except (TypeError, ValueError):
-            tokenizer.add_special_tokens({"additional_special_tokens": stop_words}, replace_additional_special_tokens=False)
+            tokenizer.add_special_tokens(
+                {"additional_special_tokens": stop_words}, replace_additional_special_tokens=False
+            )
     if len(tokenizer) > size:
-        log(f"{len(tokenizer) - size} tokens were added to the tokenizer. Set resize_vocab: true if the model has no rows for them.")
+        log(
+            f"{len(tokenizer) - size} tokens were added to the tokenizer. Set resize_vocab: true if"
+            " the model has no rows for them."
+        )
     if tokenizer.chat_template is None or template.replace_chat_template:
         written = chat_template(template, tokenizer)
         if written is not None:
@@ -304,7 +362,9 @@ def fix_tokenizer(template: Template, tokenizer: Any, log: Callable[[str], None]
 
 
 def chat_template(template: Template, tokenizer: Any) -> str | None:
-    """The template as a Jinja chat template (system, user, assistant), or None where a slot names a token by its text."""
+    """The template as a Jinja chat template (system, user, assistant), or None where a slot names a
+    token by its text.
+    """
 
     def expression(slot: Slot, variable: str) -> str:
         parts = []
@@ -323,11 +383,17 @@ def chat_template(template: Template, tokenizer: Any) -> str | None:
 
     try:
         prefix, user = expression(template.prefix, ""), expression(template.user, "content")
-        assistant, system = expression(template.assistant, "content"), expression(template.system, "system")
+        assistant, system = (
+            expression(template.assistant, "content"),
+            expression(template.system, "system"),
+        )
     except LookupError:
         return None
     default = json.dumps(template.default_system, ensure_ascii=False)
-    out = "{%- if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set rest = messages[1:] %}"
+    out = (
+        "{%- if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set rest ="
+        " messages[1:] %}"
+    )
     out += "{% else %}{% set system = " + default + " %}{% set rest = messages %}{% endif %}"
     out += "{{ " + prefix + " }}" if prefix else ""
     if template.system_in_user:
@@ -337,5 +403,11 @@ def chat_template(template: Template, tokenizer: Any) -> str | None:
     out += "{% for message in rest %}{% set content = message.content %}"
     if template.system_in_user:
         out += "{% if loop.first %}{% set content = head + content %}{% endif %}"
-    out += "{% if message.role == 'user' %}{{ " + user + " }}{% elif message.role == 'assistant' %}{{ " + assistant + " }}{% endif %}"
+    out += (
+        "{% if message.role == 'user' %}{{ "
+        + user
+        + " }}{% elif message.role == 'assistant' %}{{ "
+        + assistant
+        + " }}{% endif %}"
+    )
     return out + "{% endfor %}"

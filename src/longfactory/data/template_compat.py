@@ -1,8 +1,10 @@
-"""Templates as LLaMA-Factory 0.9.1 (the base of 360-LLaMA-Factory) has them, where its tokens differ from 0.9.5.
+"""Templates as LLaMA-Factory 0.9.1 (the base of 360-LLaMA-Factory) has them, where its tokens
+differ from 0.9.5.
 
-There the end of an answer and the separator of turns are two things: the end is a trained eos, and the separator ("\n", say) stands
-masked at the beginning of the next turn; nothing follows the last answer. In `eos_after_answer` templates eos is the label of the
-first token of every turn, the first included.
+There the end of an answer and the separator of turns are two things: the end is a trained eos, and
+the separator ("\n", say) stands masked at the beginning of the next turn; nothing follows the last
+answer. In `eos_after_answer` templates eos is the label of the first token of every turn, the first
+included.
 """
 
 from __future__ import annotations
@@ -14,19 +16,38 @@ from longfactory.data.template import BOS, EOS, Slot, Template
 from longfactory.data.template_table import HELPFUL, TABLE
 
 _ANSWER: Slot = ("{{content}}", EOS)
-_OPEN: dict[str, Any] = {"assistant": ("{{content}}",), "eos_after_answer": True, "eos_label_on_first_turn": True}
+_OPEN: dict[str, Any] = {
+    "assistant": ("{{content}}",),
+    "eos_after_answer": True,
+    "eos_label_on_first_turn": True,
+}
 
 
 def _old(name: str, **changes: Any) -> Template:
-    """The template of 0.9.5 with other slots and with the old habits: no thoughts, the default tools, a call in lines of its own."""
+    """The template of 0.9.5 with other slots and with the old habits: no thoughts, the default
+    tools, a call in lines of its own.
+    """
     end = () if changes.get("eos_after_answer", TABLE[name].eos_after_answer) else (EOS,)
-    habits: dict[str, Any] = {"tools": "default", "calls": "default", "function": ("{{content}}\n", *end), "call_by_call": True}
+    habits: dict[str, Any] = {
+        "tools": "default",
+        "calls": "default",
+        "function": ("{{content}}\n", *end),
+        "call_by_call": True,
+    }
     return replace(TABLE[name], **(habits | {"thinking": False} | changes))
 
 
 def _chatml(name: str, system: str = "", tool_role: str = "tool", **changes: Any) -> Template:
     result = (f"<|im_start|>{tool_role}\n{{{{content}}}}<|im_end|>\n<|im_start|>assistant\n",)
-    return _old(name, assistant=_ANSWER, observation=result, separator=("\n",), default_system=system, replace_eos=True, **changes)
+    return _old(
+        name,
+        assistant=_ANSWER,
+        observation=result,
+        separator=("\n",),
+        default_system=system,
+        replace_eos=True,
+        **changes,
+    )
 
 
 COMPAT_0_9_1: dict[str, Template] = {

@@ -1,6 +1,8 @@
-"""Slots of the templates people use, by LLaMA-Factory's names (0.9.5). What differs in 0.9.1 is in `template_compat`.
+"""Slots of the templates people use, by LLaMA-Factory's names (0.9.5). What differs in 0.9.1 is in
+`template_compat`.
 
-Vision and audio families are here for their text. Names that share one format are written once and listed in `_SAME`.
+Vision and audio families are here for their text. Names that share one format are written once and
+listed in `_SAME`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ POLITE = (
 
 
 def chatml(system: str = "", end: str = "\n", tool_role: str = "", **changes: Any) -> Template:
-    """The <|im_start|> family. `end` follows each <|im_end|>; `tool_role` names the turn of a tool's result."""
+    """The <|im_start|> family. `end` follows each <|im_end|>; `tool_role` names the turn of a
+    tool's result.
+    """
 
     def turn(role: str) -> Slot:
         return (f"<|im_start|>{role}\n{{{{content}}}}<|im_end|>{end}<|im_start|>assistant\n",)
@@ -35,7 +39,9 @@ def chatml(system: str = "", end: str = "\n", tool_role: str = "", **changes: An
 
 
 def qwen(system: str = "", tools: str = "qwen", **changes: Any) -> Template:
-    result = ("<|im_start|>user\n<tool_response>\n{{content}}\n</tool_response><|im_end|>\n<|im_start|>assistant\n",)
+    result = (
+        "<|im_start|>user\n<tool_response>\n{{content}}\n</tool_response><|im_end|>\n<|im_start|>assistant\n",
+    )
     return chatml(system, observation=result, tools=tools, calls=tools, replace_eos=True, **changes)
 
 
@@ -112,7 +118,9 @@ def plain(user: str, **changes: Any) -> Template:
 def moonshot(system: str, **changes: Any) -> Template:
     base = Template(
         system=("<|im_system|>system<|im_middle|>{{content}}<|im_end|>",),
-        user=("<|im_user|>user<|im_middle|>{{content}}<|im_end|><|im_assistant|>assistant<|im_middle|>",),
+        user=(
+            "<|im_user|>user<|im_middle|>{{content}}<|im_end|><|im_assistant|>assistant<|im_middle|>",
+        ),
         assistant=("{{content}}<|im_end|>",),
         default_system=system,
         stop_words=("<|im_end|>",),
@@ -195,13 +203,20 @@ TABLE: dict[str, Template] = {
         "<role>HUMAN</role>{{content}}<|role_end|><role>ASSISTANT</role>",
         system=("<role>SYSTEM</role>{{content}}<|role_end|>",),
         assistant=("{{content}}<|role_end|>",),
-        observation=("<role>OBSERVATION</role>\n<tool_response>\n{{content}}\n</tool_response><|role_end|><role>ASSISTANT</role>",),
+        observation=(
+            "<role>OBSERVATION</role>\n<tool_response>\n{{content}}\n</tool_response><|role_end|><role>ASSISTANT</role>",
+        ),
         tools="ling",
         calls="ling",
         stop_words=("<|endoftext|>",),
         eos_after_answer=True,
     ),
-    "breeze": plain("[INST] {{content}} [/INST] ", prefix=(BOS,), assistant=("{{content}}",), eos_after_answer=True),
+    "breeze": plain(
+        "[INST] {{content}} [/INST] ",
+        prefix=(BOS,),
+        assistant=("{{content}}",),
+        eos_after_answer=True,
+    ),
     "chatglm3": Template(
         prefix=(_t("[gMASK]"), _t("sop")),
         system=(_t("<|system|>"), "\n", "{{content}}"),
@@ -214,7 +229,12 @@ TABLE: dict[str, Template] = {
         stop_words=("<|user|>", "<|observation|>"),
         eos_after_answer=True,
     ),
-    "chatml": chatml(tool_role="tool", stop_words=("<|im_end|>", "<|im_start|>"), replace_eos=True, replace_chat_template=True),
+    "chatml": chatml(
+        tool_role="tool",
+        stop_words=("<|im_end|>", "<|im_start|>"),
+        replace_eos=True,
+        replace_chat_template=True,
+    ),
     "chatml_de": chatml(
         "Du bist ein freundlicher und hilfsbereiter KI-Assistent.",
         tool_role="tool",
@@ -241,7 +261,9 @@ TABLE: dict[str, Template] = {
         tool_role="tool",
         replace_eos=True,
     ),
-    "deepseek": plain("User: {{content}}\n\nAssistant:", prefix=(BOS,), system=("{{content}}\n\n",)),
+    "deepseek": plain(
+        "User: {{content}}\n\nAssistant:", prefix=(BOS,), system=("{{content}}\n\n",)
+    ),
     "deepseek3": _DEEPSEEK,
     "deepseekr1": replace(_DEEPSEEK, thinking=True),
     "deepseekcoder": plain(
@@ -265,7 +287,9 @@ TABLE: dict[str, Template] = {
         eos_after_answer=True,
     ),
     "empty": Template(assistant=("{{content}}",)),
-    "ernie": chatml("<global_setting>\nthink_mode=True\n</global_setting>", end="\n\n", tool_role="tool"),
+    "ernie": chatml(
+        "<global_setting>\nthink_mode=True\n</global_setting>", end="\n\n", tool_role="tool"
+    ),
     "ernie_nothink": plain(
         "User: {{content}}\nAssistant: ",
         prefix=("<|begin_of_sentence|>",),
@@ -283,20 +307,32 @@ TABLE: dict[str, Template] = {
         thinking=True,
     ),
     "exaone": plain(
-        "[|user|]{{content}}\n[|assistant|]", system=("[|system|]{{content}}[|endofturn|]\n",), assistant=("{{content}}", EOS, "\n")
+        "[|user|]{{content}}\n[|assistant|]",
+        system=("[|system|]{{content}}[|endofturn|]\n",),
+        assistant=("{{content}}", EOS, "\n"),
     ),
-    "falcon": plain("User: {{content}}\nFalcon:", assistant=("{{content}}\n",), eos_after_answer=True),
-    "falcon_h1": chatml(tool_role="tool", prefix=(BOS,), stop_words=("<|im_end|>", "<|end_of_text|>")),
-    "fewshot": Template(assistant=("{{content}}\n\n",), eos_after_answer=True, replace_chat_template=True),
+    "falcon": plain(
+        "User: {{content}}\nFalcon:", assistant=("{{content}}\n",), eos_after_answer=True
+    ),
+    "falcon_h1": chatml(
+        tool_role="tool", prefix=(BOS,), stop_words=("<|im_end|>", "<|end_of_text|>")
+    ),
+    "fewshot": Template(
+        assistant=("{{content}}\n\n",), eos_after_answer=True, replace_chat_template=True
+    ),
     "gemma": gemma(),
-    "gemma2": gemma(stop_words=("<eos>", "<end_of_turn>"), eos_after_answer=True, replace_eos=False),
+    "gemma2": gemma(
+        stop_words=("<eos>", "<end_of_turn>"), eos_after_answer=True, replace_eos=False
+    ),
     "gemma3": gemma(),
     "gemma4": _GEMMA4,
     "glm4": glm4(),
     "glm4_moe": glm4("glm4_moe", thinking=True),
     "glm4_7": glm4("glm4_moe", empty_thought="</think>", **_CLOSED_THOUGHT),
     "glm4v": glm4(stop_words=("<|user|>", "<|observation|>", "</answer>"), thinking=True),
-    "glm4_5v": glm4("glm4_moe", stop_words=("<|user|>", "<|observation|>", "</answer>"), thinking=True),
+    "glm4_5v": glm4(
+        "glm4_moe", stop_words=("<|user|>", "<|observation|>", "</answer>"), thinking=True
+    ),
     "glm_ocr": glm4(),
     "glmz1": glm4(thinking=True),
     "gpt_oss": plain(
@@ -304,15 +340,24 @@ TABLE: dict[str, Template] = {
         system=("<|start|>system<|message|>{{content}}<|end|>",),
         assistant=("{{content}}",),
         default_system="You are ChatGPT, a large language model trained by OpenAI.",
-        thought_words=("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+        thought_words=(
+            "<|channel|>analysis<|message|>",
+            "<|end|><|start|>assistant<|channel|>final<|message|>",
+        ),
         eos_after_answer=True,
         thinking=True,
     ),
     "granite3": _GRANITE,
-    "granite3_vision": plain("<|user|>\n{{content}}\n<|assistant|>\n", system=("<|system|>\n{{content}}\n",), default_system=POLITE),
+    "granite3_vision": plain(
+        "<|user|>\n{{content}}\n<|assistant|>\n",
+        system=("<|system|>\n{{content}}\n",),
+        default_system=POLITE,
+    ),
     "granite4": replace(
         _GRANITE,
-        observation=("<|start_of_role|>tool<|end_of_role|>{{content}}<|end_of_text|>\n<|start_of_role|>assistant\n",),
+        observation=(
+            "<|start_of_role|>tool<|end_of_role|>{{content}}<|end_of_text|>\n<|start_of_role|>assistant\n",
+        ),
         default_system="You are Granite, developed by IBM. You are a helpful AI assistant.",
         stop_words=("<|end_of_text|>",),
     ),
@@ -338,7 +383,12 @@ TABLE: dict[str, Template] = {
         replace_eos=True,
         **_CLOSED_THOUGHT,
     ),
-    "index": plain("reserved_0{{content}}reserved_1", system=("<unk>{{content}}",), assistant=("{{content}}",), eos_after_answer=True),
+    "index": plain(
+        "reserved_0{{content}}reserved_1",
+        system=("<unk>{{content}}",),
+        assistant=("{{content}}",),
+        eos_after_answer=True,
+    ),
     "intern2": chatml(
         "You are an AI assistant whose name is InternLM (书生·浦语).\n- InternLM (书生·浦语) is a conversational language model that is "
         "developed by Shanghai AI Laboratory (上海人工智能实验室). It is designed to be helpful, honest, and harmless.\n- InternLM "
@@ -347,31 +397,48 @@ TABLE: dict[str, Template] = {
     ),
     "intern_s1": chatml(prefix=(BOS,)),
     "intern_vl": chatml(
-        "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。", prefix=(BOS,)
+        "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。",
+        prefix=(BOS,),
     ),
     "keye_vl": qwen(thinking=True),
-    "kimi_vl": moonshot("You are a helpful assistant", thought_words=("◁think▷", "◁/think▷"), thinking=True),
+    "kimi_vl": moonshot(
+        "You are a helpful assistant", thought_words=("◁think▷", "◁/think▷"), thinking=True
+    ),
     "lfm2": chatml(
         "You are a helpful AI assistant.",
-        observation=("<|im_start|>tool\n<|tool_response_start|>{{content}}<|tool_response_end|><|im_end|>\n<|im_start|>assistant\n",),
+        observation=(
+            "<|im_start|>tool\n<|tool_response_start|>{{content}}<|tool_response_end|><|im_end|>\n<|im_start|>assistant\n",
+        ),
         tools="lfm2",
         calls="lfm2",
         call_words=("<|tool_call_start|>", "<|tool_call_end|>"),
         replace_eos=True,
     ),
-    "llama2": Template(system=("<<SYS>>\n{{content}}\n<</SYS>>\n\n",), user=(BOS, "[INST] {{content}} [/INST]"), system_in_user=True),
+    "llama2": Template(
+        system=("<<SYS>>\n{{content}}\n<</SYS>>\n\n",),
+        user=(BOS, "[INST] {{content}} [/INST]"),
+        system_in_user=True,
+    ),
     "llama3": llama3(("<|start_header_id|>", "<|end_header_id|>"), "<|eot_id|>", "<|eom_id|>"),
     "llama4": llama3(("<|header_start|>", "<|header_end|>"), "<|eot|>", "<|eom|>"),
     "mimo": qwen(HELPFUL, thinking=True),
-    "mimo_v2": qwen("You are MiMo, a helpful AI assistant engineered by Xiaomi.", **_CLOSED_THOUGHT),
+    "mimo_v2": qwen(
+        "You are MiMo, a helpful AI assistant engineered by Xiaomi.", **_CLOSED_THOUGHT
+    ),
     "mimo_vl": qwen("You are MiMo, an AI assistant developed by Xiaomi.", thinking=True),
     "minicpm_v": chatml(HELPFUL),
-    "minicpm_o": chatml("You are a helpful assistant. You can accept audio and text input and output voice and text."),
+    "minicpm_o": chatml(
+        "You are a helpful assistant. You can accept audio and text input and output voice and text."
+    ),
     "minimax1": plain(
         "<beginning_of_sentence>user name=user\n{{content}}<end_of_sentence>\n<beginning_of_sentence>ai name=assistant\n",
-        system=("<beginning_of_sentence>system ai_setting=assistant\n{{content}}<end_of_sentence>\n",),
+        system=(
+            "<beginning_of_sentence>system ai_setting=assistant\n{{content}}<end_of_sentence>\n",
+        ),
         assistant=("{{content}}<end_of_sentence>\n",),
-        observation=("<beginning_of_sentence>tool name=tools\n{{content}}<end_of_sentence>\n<beginning_of_sentence>ai name=assistant\n",),
+        observation=(
+            "<beginning_of_sentence>tool name=tools\n{{content}}<end_of_sentence>\n<beginning_of_sentence>ai name=assistant\n",
+        ),
         tools="minimax1",
         calls="minimax1",
         default_system=HELPFUL,
@@ -390,10 +457,14 @@ TABLE: dict[str, Template] = {
     ),
     "ministral": mistral(""),
     "mistral": mistral(" "),
-    "mistral_small": mistral("", system=("[SYSTEM_PROMPT]{{content}}[/SYSTEM_PROMPT]",), system_in_user=False),
+    "mistral_small": mistral(
+        "", system=("[SYSTEM_PROMPT]{{content}}[/SYSTEM_PROMPT]",), system_in_user=False
+    ),
     "moonlight": moonshot("You are a helpful assistant provided by Moonshot-AI.", replace_eos=True),
     "olmo": plain("<|user|>\n{{content}}<|assistant|>\n", prefix=(EOS,)),
-    "openchat": Template(prefix=(BOS,), user=("GPT4 Correct User: {{content}}", EOS, "GPT4 Correct Assistant:")),
+    "openchat": Template(
+        prefix=(BOS,), user=("GPT4 Correct User: {{content}}", EOS, "GPT4 Correct Assistant:")
+    ),
     "openchat-3.6": plain(
         "<|start_header_id|>GPT4 Correct User<|end_header_id|>\n\n{{content}}<|eot_id|><|start_header_id|>GPT4 Correct Assistant"
         "<|end_header_id|>\n\n",
@@ -432,7 +503,9 @@ TABLE: dict[str, Template] = {
         user=("<|im_start|>question\n{{content}}<|im_end|>\n<|im_start|>answer\n",),
     ),
     "seed_coder": seed(
-        "You are an AI programming assistant, utilizing the Seed-Coder model, developed by ByteDance Seed, and " + _CODER + "\n"
+        "You are an AI programming assistant, utilizing the Seed-Coder model, developed by ByteDance Seed, and "
+        + _CODER
+        + "\n"
     ),
     "seed_oss": seed(
         function=(BOS, "\n{{content}}", EOS),
@@ -449,7 +522,9 @@ TABLE: dict[str, Template] = {
         assistant=("{{content}}",),
         eos_after_answer=True,
     ),
-    "starchat": replace(_PHI, user=("<|user|>\n{{content}}<|end|>\n<|assistant|>",), replace_eos=False),
+    "starchat": replace(
+        _PHI, user=("<|user|>\n{{content}}<|end|>\n<|assistant|>",), replace_eos=False
+    ),
     "telechat2": plain(
         "<_user>{{content}}<_bot>",
         system=("<_system>{{content}}",),
@@ -491,7 +566,9 @@ TABLE: dict[str, Template] = {
         default_system=HELPFUL,
         stop_words=("<|end_of_text|>",),
     ),
-    "yuan": Template(user=("{{content}}", _t("<sep>")), assistant=("{{content}}<eod>\n",), stop_words=("<eod>",)),
+    "yuan": Template(
+        user=("{{content}}", _t("<sep>")), assistant=("{{content}}<eod>\n",), stop_words=("<eod>",)
+    ),
     "zephyr": Template(
         system=("<|system|>\n{{content}}", EOS),
         user=("<|user|>\n{{content}}", EOS, "<|assistant|>\n"),
@@ -527,6 +604,10 @@ _SAME: dict[str, str] = {
     "video_llava": "llava",
 }
 TABLE |= {name: TABLE[same] for name, same in _SAME.items()}
-TABLE["llama2_zh"] = replace(TABLE["llama2"], default_system="You are a helpful assistant. 你是一个乐于助人的助手。")
-TABLE["lfm2_vl"] = replace(TABLE["lfm2"], default_system="You are a helpful multimodal assistant by Liquid AI.")
+TABLE["llama2_zh"] = replace(
+    TABLE["llama2"], default_system="You are a helpful assistant. 你是一个乐于助人的助手。"
+)
+TABLE["lfm2_vl"] = replace(
+    TABLE["lfm2"], default_system="You are a helpful multimodal assistant by Liquid AI."
+)
 TABLE = {name: replace(t, name=name) for name, t in TABLE.items()}

@@ -18,8 +18,11 @@ from longfactory.errors import DataError
 AnyTemplate = Template | ChatTemplate
 
 
-def get_template(args: DataArguments, tokenizer: Any, log: logging.Logger | None = None) -> AnyTemplate:
-    """The template that `template:` names, with the user's changes; the tokenizer is given the tokens it needs.
+def get_template(
+    args: DataArguments, tokenizer: Any, log: logging.Logger | None = None
+) -> AnyTemplate:
+    """The template that `template:` names, with the user's changes; the tokenizer is given the
+    tokens it needs.
 
     Without a name it is the model's own chat template; without that, "empty".
 
@@ -31,19 +34,27 @@ def get_template(args: DataArguments, tokenizer: Any, log: logging.Logger | None
         return _derived(args, tokenizer, log)
     template = named(args, log)
     if args.train_on_prompt and template.eos_after_answer:
-        raise DataError(f"Template {template.name!r} uses eos as a label inside prompts: it cannot be used with train_on_prompt.")
+        raise DataError(
+            f"Template {template.name!r} uses eos as a label inside prompts: it cannot be used with"
+            " train_on_prompt."
+        )
     if args.tool_format is not None:
         tool_formats.check_form(args.tool_format)
         slot = ("{{content}}",) if template.eos_after_answer else ("{{content}}", EOS)
-        template = dataclasses.replace(template, function=slot, tools=args.tool_format, calls=args.tool_format)
+        template = dataclasses.replace(
+            template, function=slot, tools=args.tool_format, calls=args.tool_format
+        )
     if args.default_system is not None:
         template = dataclasses.replace(template, default_system=args.default_system)
     if template.thinking:
-        template = dataclasses.replace(template, enable_thinking=args.enable_thinking, preserve_thinking=args.preserve_thinking)
+        template = dataclasses.replace(
+            template, enable_thinking=args.enable_thinking, preserve_thinking=args.preserve_thinking
+        )
         if args.enable_thinking:
             log.warning(
-                f"Template {template.name!r} is for a reasoning model: answers without a thought are trained with an empty one. For a "
-                "model that does not reason use the template whose name ends with _nothink, or enable_thinking: false."
+                f"Template {template.name!r} is for a reasoning model: answers without a thought"
+                " are trained with an empty one. For a model that does not reason use the template"
+                " whose name ends with _nothink, or enable_thinking: false."
             )
     fix_tokenizer(template, tokenizer, log.info)
     return template
@@ -57,17 +68,26 @@ def named(args: DataArguments, log: logging.Logger) -> Template:
     """
     name = args.template
     if name is None:
-        log.warning("The tokenizer has no chat template and `template` is not set: texts are joined as they are (template: empty).")
+        log.warning(
+            "The tokenizer has no chat template and `template` is not set: texts are joined as they"
+            " are (template: empty)."
+        )
         name = "empty"
     compat = option(args, "template_compat")
     if compat not in (None, "", "0.9.1", "0.9.5"):
-        raise DataError(f"template_compat is {compat!r}; known are 0.9.1 (the tokens of 360-LLaMA-Factory) and 0.9.5.")
+        raise DataError(
+            f"template_compat is {compat!r}; known are 0.9.1 (the tokens of 360-LLaMA-Factory) and"
+            " 0.9.5."
+        )
     if compat == "0.9.1" and name in COMPAT_0_9_1:
         return COMPAT_0_9_1[name]
     if name not in TABLE:
         near = difflib.get_close_matches(name, TABLE, n=3)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise DataError(f"Template {name!r} is not known.{hint} Without `template:` the model's own chat template is used.")
+        raise DataError(
+            f"Template {name!r} is not known.{hint} Without `template:` the model's own chat"
+            " template is used."
+        )
     if compat == "0.9.1":
         log.warning(f"template_compat 0.9.1: template {name!r} has the tokens of 0.9.5.")
     return TABLE[name]
@@ -76,9 +96,14 @@ def named(args: DataArguments, log: logging.Logger) -> Template:
 def _derived(args: DataArguments, tokenizer: Any, log: logging.Logger) -> ChatTemplate:
     template = ChatTemplate(tokenizer, args.default_system or "", args.enable_thinking)
     if args.tool_format is not None:
-        raise DataError("tool_format needs a named template; without `template:` tools are written by the model's chat template.")
+        raise DataError(
+            "tool_format needs a named template; without `template:` tools are written by the"
+            " model's chat template."
+        )
     if tokenizer.eos_token_id is None:
-        raise DataError("The tokenizer has no eos token. Name a template with `template:`, which brings one.")
+        raise DataError(
+            "The tokenizer has no eos token. Name a template with `template:`, which brings one."
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     log.info("`template` is not set: the model's own chat template is used.")

@@ -12,13 +12,22 @@ from longfactory.data.words import LONG, words_of
 
 Ids = np.ndarray  # int32, one-dimensional
 
-_PROBES = ("Hello, world", "\n", " a b\n\nc", "<|im_start|>user\nx", "«é» 漢字 🙂", "<s>[INST] x </s>")
+_PROBES = (
+    "Hello, world",
+    "\n",
+    " a b\n\nc",
+    "<|im_start|>user\nx",
+    "«é» 漢字 🙂",
+    "<s>[INST] x </s>",
+)
 
 
 class PieceTokenizer:
-    """Token ids of pieces, equal to `tokenizer.encode(piece, add_special_tokens=False)` for each of them.
+    """Token ids of pieces, equal to `tokenizer.encode(piece, add_special_tokens=False)` for each of
+    them.
 
-    A fast tokenizer encodes a batch of strings at once, without the offsets that its usual call computes (about half the time).
+    A fast tokenizer encodes a batch of strings at once, without the offsets that its usual call
+    computes (about half the time).
     """
 
     def __init__(self, tokenizer: Any):
@@ -28,9 +37,16 @@ class PieceTokenizer:
             self.backend.no_truncation()
             self.backend.no_padding()
             expected = [tokenizer.encode(p, add_special_tokens=False) for p in _PROBES]
-            if [e.ids for e in self.backend.encode_batch_fast(list(_PROBES), add_special_tokens=False)] != expected:
+            if [
+                e.ids
+                for e in self.backend.encode_batch_fast(list(_PROBES), add_special_tokens=False)
+            ] != expected:
                 self.backend = None
-        self.words = None if self.backend is None or getattr(tokenizer, "split_special_tokens", False) else words_of(self.backend)
+        self.words = (
+            None
+            if self.backend is None or getattr(tokenizer, "split_special_tokens", False)
+            else words_of(self.backend)
+        )
 
     def strings(self, texts: Iterable[str]) -> dict[str, Ids]:
         """Ids of each different string."""
@@ -59,7 +75,10 @@ class PieceTokenizer:
         if piece.kind == "token":
             found = t.convert_tokens_to_ids(piece.text)
             if found is None or found == t.unk_token_id:
-                raise ValueError(f"The template needs the token {piece.text!r}, which this tokenizer lacks. Choose the model's template.")
+                raise ValueError(
+                    f"The template needs the token {piece.text!r}, which this tokenizer lacks."
+                    " Choose the model's template."
+                )
         else:
             found = t.bos_token_id if piece.kind == "bos" else t.eos_token_id
         return [] if found is None else [found]

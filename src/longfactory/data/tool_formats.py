@@ -1,4 +1,5 @@
-"""Tools in prompts and tool calls in answers: for each model family, the text that describes the tools and the text of a call.
+"""Tools in prompts and tool calls in answers: for each model family, the text that describes the
+tools and the text of a call.
 
 The texts are those the families were trained with, in the wording that LLaMA-Factory 0.9.5 uses.
 """
@@ -52,14 +53,18 @@ def write_calls(form: str, calls: list[Any]) -> str:
 
 
 def between_text_and_calls(form: str) -> str:
-    """What stands between the text of an answer and its first call, where the calls do not begin with it themselves."""
+    """What stands between the text of an answer and its first call, where the calls do not begin
+    with it themselves.
+    """
     return _BETWEEN.get(form, "\n")
 
 
 def check_form(form: str) -> None:
     """Raises ValueError for a tool format that does not exist."""
     if form not in FORMS:
-        raise DataError(f"tool_format {form!r} is not known. Known are: {', '.join(sorted(FORMS))}.")
+        raise DataError(
+            f"tool_format {form!r} is not known. Known are: {', '.join(sorted(FORMS))}."
+        )
 
 
 def _json(value: Any, indent: int | None = None) -> str:
@@ -79,44 +84,55 @@ def _value(value: Any) -> str:
     return value if isinstance(value, str) else _json(value)
 
 
-# -- default: ReAct-like actions ----------------------------------------------------------------------------------------------------
+# -- default: ReAct-like actions -------------------------------------------------------------------
 
 
 def _default_tools(tools: Tools) -> str:
     text, known = "", []
     for tool in map(_bare, tools):
         lines = ""
-        parameters = tool.get("parameters") or {}  # a function without parameters has an empty schema, or none
+        # a function without parameters has an empty schema, or none
+        parameters = tool.get("parameters") or {}
         required = parameters.get("required") or []
         for name, p in (parameters.get("properties") or {}).items():
-            line = f"  - {name} ({p.get('type', '')}{', required' if name in required else ''}): {p.get('description', '')}"
+            line = (
+                f"  - {name} ({p.get('type', '')}{', required' if name in required else ''}):"
+                f" {p.get('description', '')}"
+            )
             if p.get("enum"):
                 line += f", should be one of [{', '.join(p['enum'])}]"
             if p.get("items"):
                 line += f", where each item should be {p['items'].get('type', '')}"
             lines += line + "\n"
-        text += f"> Tool Name: {tool['name']}\nTool Description: {tool.get('description', '')}\nTool Args:\n{lines}\n"
+        text += (
+            f"> Tool Name: {tool['name']}\nTool Description: {tool.get('description', '')}\nTool"
+            f" Args:\n{lines}\n"
+        )
         known.append(tool["name"])
     return (
-        f"You have access to the following tools:\n{text}Use the following format if using a tool:\n```\n"
-        f"Action: tool name (one of [{', '.join(known)}])\nAction Input: the input to the tool, in a JSON format representing the kwargs "
-        '(e.g. ```{"input": "hello world", "num_beams": 5}```)\n```\n'
+        f"You have access to the following tools:\n{text}Use the following format if using a"
+        f" tool:\n```\nAction: tool name (one of [{', '.join(known)}])\nAction Input: the input to"
+        ' the tool, in a JSON format representing the kwargs (e.g. ```{"input": "hello'
+        ' world", "num_beams": 5}```)\n```\n'
     )
 
 
 def _default_calls(calls: list[Call]) -> str:
-    return "\n".join(f"Action: {name}\nAction Input: {_json(arguments)}" for name, arguments in calls)
+    return "\n".join(
+        f"Action: {name}\nAction Input: {_json(arguments)}" for name, arguments in calls
+    )
 
 
-# -- Hermes style: qwen, ling, and families that describe tools alike -------------------------------------------------------------
+# -- Hermes style: qwen, ling, and families that describe tools alike ------------------------------
 
 _SIGNATURES = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
     "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
 )
 _CALL_RULE = (
-    "\n</tools>\n\nFor each function call, return a json object with function name and arguments within <tool_call></tool_call> XML "
-    'tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments"
+    ' within <tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments":'
+    " <args-json-object>}\n</tool_call>"
 )
 
 
@@ -129,7 +145,9 @@ def _qwen_tools(tools: Tools) -> str:
 
 
 def _qwen_calls(calls: list[Call]) -> str:
-    return "\n".join(f"<tool_call>\n{_json({'name': n, 'arguments': a})}\n</tool_call>" for n, a in calls)
+    return "\n".join(
+        f"<tool_call>\n{_json({'name': n, 'arguments': a})}\n</tool_call>" for n, a in calls
+    )
 
 
 def _ling_tools(tools: Tools) -> str:
@@ -138,8 +156,12 @@ def _ling_tools(tools: Tools) -> str:
 
 def _glm4_moe_tools(tools: Tools) -> str:
     return (
-        "\n\n" + _SIGNATURES + _lines(tools, _wrapped) + "\n</tools>\n\nFor each function call, output the function name and arguments "
-        "within the following XML format:\n<tool_call>{function-name}\n<arg_key>{arg-key-1}</arg_key>\n<arg_value>{arg-value-1}"
+        "\n\n"
+        + _SIGNATURES
+        + _lines(tools, _wrapped)
+        + "\n</tools>\n\nFor each function call, output the function name and arguments "
+        "within the following XML"
+        " format:\n<tool_call>{function-name}\n<arg_key>{arg-key-1}</arg_key>\n<arg_value>{arg-value-1}"
         "</arg_value>\n<arg_key>{arg-key-2}</arg_key>\n<arg_value>{arg-value-2}</arg_value>\n...\n</tool_call>\n"
     )
 
@@ -147,12 +169,15 @@ def _glm4_moe_tools(tools: Tools) -> str:
 def _glm4_moe_calls(calls: list[Call]) -> str:
     texts = []
     for name, arguments in calls:
-        body = "".join(f"\n<arg_key>{k}</arg_key>\n<arg_value>{_value(v)}</arg_value>" for k, v in arguments.items())
+        body = "".join(
+            f"\n<arg_key>{k}</arg_key>\n<arg_value>{_value(v)}</arg_value>"
+            for k, v in arguments.items()
+        )
         texts.append(f"\n<tool_call>{name}{body}")
     return "\n".join(texts)
 
 
-# -- Qwen 3.5 and other XML calls -------------------------------------------------------------------------------------------------
+# -- Qwen 3.5 and other XML calls ------------------------------------------------------------------
 
 
 def _qwen3_5_tools(tools: Tools) -> str:
@@ -171,19 +196,23 @@ def _qwen3_5_tools(tools: Tools) -> str:
 def _qwen3_5_calls(calls: list[Call]) -> str:
     texts = []
     for name, arguments in calls:
-        body = "".join(f"\n<parameter={k}>\n{_value(v)}\n</parameter>" for k, v in arguments.items())
+        body = "".join(
+            f"\n<parameter={k}>\n{_value(v)}\n</parameter>" for k, v in arguments.items()
+        )
         texts.append(f"<tool_call>\n<function={name}>{body}\n</function>\n</tool_call>")
     return "\n".join(texts)
 
 
 def _seed_tools(tools: Tools) -> str:
     return (
-        "system\nYou are Doubao, a helpful AI assistant. You may call one or more functions to assist with the user query.Tool List:\n"
-        "You are authorized to use the following tools (described in JSON Schema format). Before performing any task, you must decide how "
-        "to call them based on the descriptions and parameters of these tools.\n" + _json(tools) + "\n工具调用请遵循如下格式:\n"
-        "<seed:tool_call>\n<function=example_function_name>\n<parameter=example_parameter_1>value_1</parameter>\n"
-        "<parameter=example_parameter_2>This is the value for the second parameter\nthat can span\nmultiple lines</parameter>\n"
-        "</function>\n</seed:tool_call>\n"
+        "system\nYou are Doubao, a helpful AI assistant. You may call one or more functions to"
+        " assist with the user query.Tool List:\nYou are authorized to use the following tools"
+        " (described in JSON Schema format). Before performing any task, you must decide how to"
+        " call them based on the descriptions and parameters of these tools.\n"
+        + _json(tools)
+        + "\n工具调用请遵循如下格式:\n<seed:tool_call>\n<function=example_function_name>\n<parameter=example_parameter_1>value_1</parameter>\n<parameter=example_parameter_2>This"
+        " is the value for the second parameter\nthat can span\nmultiple"
+        " lines</parameter>\n</function>\n</seed:tool_call>\n"
     )
 
 
@@ -196,16 +225,17 @@ def _seed_calls(calls: list[Call]) -> str:
     return "\n".join(texts)
 
 
-# -- single families ---------------------------------------------------------------------------------------------------------------
+# -- single families -------------------------------------------------------------------------------
 
 
 def _llama3_tools(tools: Tools) -> str:
     """The date of today is part of the format."""
     body = "".join(_json(_wrapped(tool), indent=4) + "\n\n" for tool in tools)
     return (
-        f"Cutting Knowledge Date: December 2023\nToday Date: {datetime.now():%d %b %Y}\n\nYou have access to the following functions. To "
-        'call a function, please respond with JSON for a function call. Respond in the format {"name": function name, "parameters": '
-        f"dictionary of argument name and its value}}. Do not use variables.\n\n{body}"
+        f"Cutting Knowledge Date: December 2023\nToday Date: {datetime.now():%d %b %Y}\n\nYou have"
+        " access to the following functions. To call a function, please respond with JSON for a"
+        ' function call. Respond in the format {"name": function name, "parameters": dictionary'
+        f" of argument name and its value}}. Do not use variables.\n\n{body}"
     )
 
 
@@ -216,7 +246,8 @@ def _llama3_calls(calls: list[Call]) -> str:
 
 def _glm4_tools(tools: Tools) -> str:
     body = "".join(
-        f"\n\n## {tool['name']}\n\n{_json(tool, indent=4)}\n在调用上述函数时，请使用 Json 格式表示调用的参数。"
+        f"\n\n## {tool['name']}\n\n{_json(tool, indent=4)}\n在调用上述函数时，请使用 Json"
+        " 格式表示调用的参数。"
         for tool in map(_bare, tools)
     )
     return (
@@ -242,30 +273,39 @@ def _mistral_calls(calls: list[Call]) -> str:
 def _minimax1_tools(tools: Tools) -> str:
     body = "".join(_json(_bare(t)) + "\n" for t in tools)
     return (
-        f"You are provided with these tools:\n<tools>\n{body}</tools>\n\nIf you need to call tools, please respond with "
-        "<tool_calls></tool_calls> XML tags, and provide tool-name and json-object of arguments, following the format below:\n"
-        '<tool_calls>\n{"name": <tool-name-1>, "arguments": <args-json-object-1>}\n...\n</tool_calls>'
+        f"You are provided with these tools:\n<tools>\n{body}</tools>\n\nIf you need to call tools,"
+        " please respond with <tool_calls></tool_calls> XML tags, and provide tool-name and"
+        ' json-object of arguments, following the format below:\n<tool_calls>\n{"name":'
+        ' <tool-name-1>, "arguments": <args-json-object-1>}\n...\n</tool_calls>'
     )
 
 
 def _minimax1_calls(calls: list[Call]) -> str:
-    return "<tool_calls>\n" + "\n".join(_json({"name": n, "arguments": a}) for n, a in calls) + "\n</tool_calls>"
+    return (
+        "<tool_calls>\n"
+        + "\n".join(_json({"name": n, "arguments": a}) for n, a in calls)
+        + "\n</tool_calls>"
+    )
 
 
 def _minimax2_tools(tools: Tools) -> str:
     body = "".join(f"<tool>{_json(_bare(t))}</tool>\n" for t in tools)
     return (
-        "\n\n# Tools\n\nYou may call one or more tools to assist with the user query.\nHere are the tools available in JSONSchema "
-        f"format:\n\n<tools>\n{body}</tools>\n\nWhen making tool calls, use XML format to invoke tools and pass parameters:\n"
-        '\n<minimax:tool_call>\n<invoke name="tool-name-1">\n<parameter name="param-key-1">param-value-1</parameter>\n'
-        '<parameter name="param-key-2">param-value-2</parameter>\n...\n</invoke>\n</minimax:tool_call>'
+        "\n\n# Tools\n\nYou may call one or more tools to assist with the user query.\nHere are"
+        f" the tools available in JSONSchema format:\n\n<tools>\n{body}</tools>\n\nWhen making tool"
+        " calls, use XML format to invoke tools and pass"
+        ' parameters:\n\n<minimax:tool_call>\n<invoke name="tool-name-1">\n<parameter'
+        ' name="param-key-1">param-value-1</parameter>\n<parameter'
+        ' name="param-key-2">param-value-2</parameter>\n...\n</invoke>\n</minimax:tool_call>'
     )
 
 
 def _minimax2_calls(calls: list[Call]) -> str:
     texts = []
     for name, arguments in calls:
-        body = "".join(f'\n<parameter name="{k}">{_value(v)}</parameter>' for k, v in arguments.items())
+        body = "".join(
+            f'\n<parameter name="{k}">{_value(v)}</parameter>' for k, v in arguments.items()
+        )
         texts.append(f'<invoke name="{name}">{body}\n</invoke>')
     return "\n".join(texts)
 
@@ -278,7 +318,10 @@ def _lfm2_calls(calls: list[Call]) -> str:
     def argument(k: str, v: Any) -> str:
         return f'{k}="{v}"' if isinstance(v, str) else f"{k}={_json(v)}"
 
-    texts = [f"{name}({', '.join(argument(k, v) for k, v in arguments.items())})" for name, arguments in calls]
+    texts = [
+        f"{name}({', '.join(argument(k, v) for k, v in arguments.items())})"
+        for name, arguments in calls
+    ]
     return f"<|tool_call_start|>[{', '.join(texts)}]<|tool_call_end|>"
 
 
@@ -298,7 +341,9 @@ def _gemma4_tools(tools: Tools) -> str:
             if schema.get("properties"):
                 fields = []
                 for name, p in schema["properties"].items():
-                    about = [quoted("description", p["description"])] if p.get("description") else []
+                    about = (
+                        [quoted("description", p["description"])] if p.get("description") else []
+                    )
                     about += [quoted("type", str(p["type"]).upper())] if p.get("type") else []
                     fields.append(f"{name}:{{{','.join(about)}}}")
                 parts.append(f"properties:{{{','.join(fields)}}}")
@@ -308,7 +353,11 @@ def _gemma4_tools(tools: Tools) -> str:
                 parts.append(quoted("type", str(schema["type"]).upper()))
             text += f",parameters:{{{','.join(parts)}}}"
         if response := f.get("response"):
-            parts = [quoted("description", response["description"])] if response.get("description") else []
+            parts = (
+                [quoted("description", response["description"])]
+                if response.get("description")
+                else []
+            )
             if str(response.get("type", "")).upper() == "OBJECT":
                 parts.append(quoted("type", "OBJECT"))
             text += f",response:{{{','.join(parts)}}}"
@@ -336,7 +385,9 @@ def _gemma4_calls(calls: list[Call]) -> str:
             return fields(arguments)
         return arguments if isinstance(arguments, str) else write(arguments)
 
-    return "".join(f"<|tool_call>call:{name}{{{body(arguments)}}}<tool_call|>" for name, arguments in calls)
+    return "".join(
+        f"<|tool_call>call:{name}{{{body(arguments)}}}<tool_call|>" for name, arguments in calls
+    )
 
 
 FORMS: dict[str, tuple[Callable[[Tools], str], Callable[[list[Call]], str]]] = {
@@ -356,4 +407,11 @@ FORMS: dict[str, tuple[Callable[[Tools], str], Callable[[list[Call]], str]]] = {
 }
 
 # As the families' own chat templates have it; "\n" for all others.
-_BETWEEN = {"qwen3_5": "\n\n", "glm4_moe": "", "seed_oss": "", "gemma4": "", "lfm2": "", "mistral": ""}
+_BETWEEN = {
+    "qwen3_5": "\n\n",
+    "glm4_moe": "",
+    "seed_oss": "",
+    "gemma4": "",
+    "lfm2": "",
+    "mistral": "",
+}

@@ -1,9 +1,11 @@
-"""Long texts for byte-level BPE tokenizers: split into words once, each different word tokenised once.
+"""Long texts for byte-level BPE tokenizers: split into words once, each different word tokenised
+once.
 
-A byte-level BPE tokenizer cuts a text into words by a pattern and tokenises each word by itself, so the ids of a text are those of its
-words, one after the other. A long document repeats its words; looking them up costs a third of tokenising them. The result is equal to
-the tokenizer's own, and where that cannot be known (another kind of tokenizer, characters on which pattern engines might disagree) the
-text is left to the tokenizer.
+A byte-level BPE tokenizer cuts a text into words by a pattern and tokenises each word by itself, so
+the ids of a text are those of its words, one after the other. A long document repeats its words;
+looking them up costs a third of tokenising them. The result is equal to the tokenizer's own, and
+where that cannot be known (another kind of tokenizer, characters on which pattern engines might
+disagree) the text is left to the tokenizer.
 """
 
 from __future__ import annotations
@@ -20,18 +22,24 @@ import regex
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LONG = 20_000  # characters; below that nothing is gained
 _MOST_WORDS = 1_000_000
-# Control characters, letters that fold to ASCII, the scripts above the CJK punctuation, and surrogates.
-_UNSURE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u017f\u180e\u1e9e\u212a\u3000-\U0010ffff]")
+# Control characters, letters that fold to ASCII, the scripts above the CJK punctuation, and
+# surrogates.
+_UNSURE = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u017f\u180e\u1e9e\u212a\u3000-\U0010ffff]"
+)
 
 
 class Words:
     """Ids of long texts, for one tokenizer and one process.
 
-    `plain` are the added tokens that stand for themselves wherever their text stands, with their ids: the text is cut at them first, as
-    the tokenizer does. Texts with an added token of another kind (`other`) are declined.
+    `plain` are the added tokens that stand for themselves wherever their text stands, with their
+    ids: the text is cut at them first, as the tokenizer does. Texts with an added token of another
+    kind (`other`) are declined.
     """
 
-    def __init__(self, backend: Any, pattern: str, nfc: bool, plain: dict[str, int], other: list[str]):
+    def __init__(
+        self, backend: Any, pattern: str, nfc: bool, plain: dict[str, int], other: list[str]
+    ):
         self.backend = backend
         self.pattern = regex.compile(pattern)
         self.nfc = nfc
@@ -56,7 +64,8 @@ class Words:
         if not self.tested:
             self.tested = True
             if ids.tolist() != self.backend.encode(text, add_special_tokens=False).ids:
-                self.pattern = regex.compile(r"(?!)")  # matches nothing: every text goes to the tokenizer
+                # matches nothing: every text goes to the tokenizer
+                self.pattern = regex.compile(r"(?!)")
                 return None
         if len(self.known) > _MOST_WORDS:
             self.known.clear()
@@ -85,10 +94,17 @@ class Words:
 
 
 def words_of(backend: Any) -> Words | None:
-    """The word lookup of a `tokenizers.Tokenizer`, or None where it is not byte-level BPE with one pattern."""
+    """The word lookup of a `tokenizers.Tokenizer`, or None where it is not byte-level BPE with one
+    pattern.
+    """
     about = json.loads(backend.to_str())
     model, normalizer, pre = about["model"], about["normalizer"], about["pre_tokenizer"]
-    if model.get("type") != "BPE" or model.get("dropout") or (normalizer or {"type": "NFC"}).get("type") != "NFC" or pre is None:
+    if (
+        model.get("type") != "BPE"
+        or model.get("dropout")
+        or (normalizer or {"type": "NFC"}).get("type") != "NFC"
+        or pre is None
+    ):
         return None
     steps = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
     pattern = None
@@ -106,6 +122,12 @@ def words_of(backend: Any) -> Words | None:
     habits = ("single_word", "lstrip", "rstrip", "normalized")
     plain = {t["content"]: t["id"] for t in added if not any(t[h] for h in habits)}
     try:
-        return Words(backend, pattern, normalizer is not None, plain, [t["content"] for t in added if t["content"] not in plain])
+        return Words(
+            backend,
+            pattern,
+            normalizer is not None,
+            plain,
+            [t["content"] for t in added if t["content"] not in plain],
+        )
     except regex.error:
         return None

@@ -20,16 +20,24 @@ from longfactory.sp.text_model import decoder_layers
 log = logging.getLogger(__name__)
 
 
-def apply_memory(model: nn.Module, settings: MemorySettings, device: torch.device | str | None = None, longest: int = 0) -> Activations:
-    """Installs checkpointing, kept attention, offload and layer pieces on every decoder layer. Once a model.
+def apply_memory(
+    model: nn.Module,
+    settings: MemorySettings,
+    device: torch.device | str | None = None,
+    longest: int = 0,
+) -> Activations:
+    """Installs checkpointing, kept attention, offload and layer pieces on every decoder layer. Once
+    a model.
 
-    Call it after PEFT has added its adapters and after `sp.hf.prepare`, before or after FSDP2 and DDP wrap the model (it replaces the
-    `forward` of instances, inside their hooks), and before DeepSpeed does (it marks layers as units whose parameters ZeRO-3 gathers
-    together). transformers' own gradient checkpointing must stay off.
+    Call it after PEFT has added its adapters and after `sp.hf.prepare`, before or after FSDP2 and
+    DDP wrap the model (it replaces the `forward` of instances, inside their hooks), and before
+    DeepSpeed does (it marks layers as units whose parameters ZeRO-3 gathers together).
+    transformers' own gradient checkpointing must stay off.
 
     Args:
         device: where the model computes; by default where its parameters are.
-        longest: this rank's tokens of the longest row, for which host memory is locked when the first row comes; 0 if unknown.
+        longest: this rank's tokens of the longest row, for which host memory is locked when the
+            first row comes; 0 if unknown.
 
     Raises:
         ConfigError: settings that this model cannot have; says which and what to change.
@@ -48,17 +56,24 @@ def apply_memory(model: nn.Module, settings: MemorySettings, device: torch.devic
             raise ConfigError("The memory engine is already in this model. Call apply_memory once.")
         known = settings.layer == "auto" and (reason := unknown_shape(layer)) is None
         reasons |= {reason} if not known and reason else set()
-        checkpointed = DecoderLayer(layer, index, store, chain) if known else CheckpointedLayer(layer, index, store)
+        checkpointed = (
+            DecoderLayer(layer, index, store, chain)
+            if known
+            else CheckpointedLayer(layer, index, store)
+        )
         if checkpointed.random and settings.segment_layers > 1:
             raise ConfigError(
-                f"segment_layers: {settings.segment_layers} runs layers again with other random numbers, and this model has dropout. "
-                "Set the model's dropout to 0 or segment_layers to 1."
+                f"segment_layers: {settings.segment_layers} runs layers again with other random"
+                " numbers, and this model has dropout. Set the model's dropout to 0 or"
+                " segment_layers to 1."
             )
         chunked.install(layer, store.chunk, moe)
         layer.forward = checkpointed
     _final_norm(model, layers, store)
     if reasons:
-        log.info("Layers run as transformers wrote them, in pieces: %s.", "; ".join(sorted(reasons)))
+        log.info(
+            "Layers run as transformers wrote them, in pieces: %s.", "; ".join(sorted(reasons))
+        )
     return store
 
 
@@ -68,7 +83,9 @@ def _attention_share(config: Any, dtype: torch.dtype) -> float:
     hidden, heads = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
     if not hidden or not heads:
         return 1.0
-    dim = getattr(config, "v_head_dim", None) or max(given or hidden // heads for given in values_of_layers(config, "head_dim"))
+    dim = getattr(config, "v_head_dim", None) or max(
+        given or hidden // heads for given in values_of_layers(config, "head_dim")
+    )
     return float(heads * (dim + 4 / dtype.itemsize) / hidden)
 
 

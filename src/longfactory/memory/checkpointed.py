@@ -1,9 +1,12 @@
-"""Any Hugging Face decoder layer, recomputed in backward without running its attention kernel a second time.
+"""Any Hugging Face decoder layer, recomputed in backward without running its attention kernel a
+second time.
 
-`CheckpointedLayer` takes the place of a layer's `forward` on the instance. So it runs inside `layer.__call__`: the hooks of FSDP2 and
-ZeRO gather the layer's parameters around it, in whatever version of transformers, and it may be installed before or after they wrap the
-model. It is torch's checkpointing, with three things added: the layer's one stored tensor, its input, goes where `Activations` sends it;
-what attention returned is recorded in the first pass and replayed in the recompute; and a segment's inner layers store nothing at all.
+`CheckpointedLayer` takes the place of a layer's `forward` on the instance. So it runs inside
+`layer.__call__`: the hooks of FSDP2 and ZeRO gather the layer's parameters around it, in whatever
+version of transformers, and it may be installed before or after they wrap the model. It is torch's
+checkpointing, with three things added: the layer's one stored tensor, its input, goes where
+`Activations` sends it; what attention returned is recorded in the first pass and replayed in the
+recompute; and a segment's inner layers store nothing at all.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ class CheckpointedLayer:
     """Takes the place of `layer.forward`.
 
     Args:
-        layer: the decoder layer. Its own checkpointing flag is turned off: it would checkpoint a second time.
+        layer: the decoder layer. Its own checkpointing flag is turned off: it would checkpoint a
+            second time.
         index: its place among the model's layers.
     """
 
@@ -54,7 +58,13 @@ class CheckpointedLayer:
     def checkpointed(self, x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = _Call(self, x, rest, kwargs)
         with saved_tensors_hooks(call.pack, call.unpack):
-            return checkpoint(call.run, x, use_reentrant=False, preserve_rng_state=self.random, context_fn=call.contexts)
+            return checkpoint(
+                call.run,
+                x,
+                use_reentrant=False,
+                preserve_rng_state=self.random,
+                context_fn=call.contexts,
+            )
 
 
 class _Forgets(list[Pair]):
@@ -67,7 +77,9 @@ class _Forgets(list[Pair]):
 class _Call:
     """One call of a layer: what its forward gives to its backward."""
 
-    def __init__(self, owner: CheckpointedLayer, x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, owner: CheckpointedLayer, x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         self.owner, self.rest, self.kwargs = owner, rest, kwargs
         self.pairs: list[Pair] = []
         self.handle: LayerInput | None = None
@@ -77,7 +89,9 @@ class _Call:
         return self.owner.forward(x, *self.rest, **self.kwargs)
 
     def again(self, x: Tensor) -> Tensor:
-        """For segments: through `layer.__call__`, so that hooks gather the parameters. Recording is on (see `Activations.recording`)."""
+        """For segments: through `layer.__call__`, so that hooks gather the parameters. Recording is
+        on (see `Activations.recording`).
+        """
         y = self.owner.layer(x, *self.rest, **self.kwargs)
         return y[0] if isinstance(y, tuple) else y
 
@@ -94,15 +108,18 @@ class _Call:
 
     # Around the two passes.
 
-    def contexts(self) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+    def contexts(
+        self,
+    ) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
         return self.first_pass(), self.recompute()
 
     @contextlib.contextmanager
     def first_pass(self) -> Iterator[None]:
         owner, handle = self.owner, self.handle
         if handle is not None and not handle.last_in_segment:
-            # Backward replays what the segment's forward will record, so both passes must save the same tensors: attention that exchanges
-            # heads saves others where it is recorded. What is recorded here is nothing.
+            # Backward replays what the segment's forward will record, so both passes must save the
+            # same tensors: attention that exchanges heads saves others where it is recorded. What
+            # is recorded here is nothing.
             with keep(_Forgets()):
                 yield
             return

@@ -1,4 +1,6 @@
-"""`memory: auto | fast | long`: the settings that are fastest among those that fit this machine, and the budget that says why."""
+"""`memory: auto | fast | long`: the settings that are fastest among those that fit this machine,
+and the budget that says why.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ GiB = 2**30
 def host_memory() -> int:
     """Bytes that this container or machine may use, whichever is less."""
     limits = []
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []:
+    for line in (
+        Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    ):
         if line.startswith("MemTotal:"):
             limits.append(int(line.split()[1]) * 1024)
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
@@ -74,40 +78,76 @@ def choose_memory(
 
     Args:
         model_config: the transformers configuration.
-        gpu_bytes: memory of one GPU; 0 without GPUs, where nothing is chosen: layers are recomputed and attention is kept.
+        gpu_bytes: memory of one GPU; 0 without GPUs, where nothing is chosen: layers are recomputed
+            and attention is kept.
         host_bytes: memory of one host.
         gpu_name: for its measured rates.
         world: GPUs of the run; sp of them share a row; gpus_per_host of them a host.
         sharded: parameters are spread over all GPUs; by default with more than one.
-        trainable, parameters: counts, where known. lora: the trained ones are adapters (a hundredth, if not counted).
+        trainable, parameters: counts, where known. lora: the trained ones are adapters (a
+            hundredth, if not counted).
         head_trained: whether the output layer is, where known.
         split_master: trained weights are bf16 with a 16-bit remainder (`SplitAdamW`), not fp32.
-        accumulates, state_bytes, leavable, overlaps: as in `plan.model.Job`; buffers of DDP are seen here.
-        width: bytes of a number as layers compute it: 2 in bf16 and fp16, 4 in fp32. tf32: products of fp32 may be rounded (`tf32: true`).
+        accumulates, state_bytes, leavable, overlaps: as in `plan.model.Job`; buffers of DDP are
+            seen here.
+        width: bytes of a number as layers compute it: 2 in bf16 and fp16, 4 in fp32. tf32: products
+            of fp32 may be rounded (`tf32: true`).
         user: keys that the user set, as in `plan.model.Choice`; they are kept.
     """
     user = dict(user or {})
     shape = ModelShape.of(model_config, trainable, parameters, lora, head_trained, width)
     if lora and trainable is None:
-        shape = dataclasses.replace(shape, trainable=shape.parameters // 100, head_trained=bool(head_trained))
+        shape = dataclasses.replace(
+            shape, trainable=shape.parameters // 100, head_trained=bool(head_trained)
+        )
     sharded = world > 1 if sharded is None else sharded
     if gpu_bytes == 0:
         user |= {"offload": "none"} if user.get("offload") == "any" else {}
         choice = dataclasses.replace(Choice(), **user)
         kept = f"layers are recomputed, attention is kept in {choice.keep_attention:.0%} of them"
         kept = "every activation is stored" if choice.checkpoint == "none" else kept
-        job = Job(shape, machine("cpu", world, host_bytes, gpu_bytes=host_bytes), tokens, sp, sharded, overlaps=overlaps)
-        return MemoryPlan(_settings(choice, 0), job, choice, Budget({}, {}, 0.0), True, f"Memory plan: no GPU; {kept}.")
+        job = Job(
+            shape,
+            machine("cpu", world, host_bytes, gpu_bytes=host_bytes),
+            tokens,
+            sp,
+            sharded,
+            overlaps=overlaps,
+        )
+        return MemoryPlan(
+            _settings(choice, 0),
+            job,
+            choice,
+            Budget({}, {}, 0.0),
+            True,
+            f"Memory plan: no GPU; {kept}.",
+        )
     kind = machine(gpu_name, world, host_bytes, gpus_per_host, gpu_bytes, tf32)
     early = accumulates or (world > 1 and not sharded)
     leavable = leavable and (sharded or world == 1)
-    job = Job(shape, kind, tokens, sp, sharded, 2 if split_master else 4, early, state_bytes, leavable, overlaps)
+    job = Job(
+        shape,
+        kind,
+        tokens,
+        sp,
+        sharded,
+        2 if split_master else 4,
+        early,
+        state_bytes,
+        leavable,
+        overlaps,
+    )
     choice, budget, fits = choose(job, mode, HOST_SHARE, user)
     parked = budget.host.get("layer inputs and kept attention", 0.0) / kind.on_host
     # Sizes in the plan are estimates: a tenth more may be locked, within the share of the host.
     free = (HOST_SHARE * host_bytes - budget.host_total) / kind.on_host + parked
     return MemoryPlan(
-        _settings(choice, int(min(1.1 * parked + GiB, max(free, 0)))), job, choice, budget, fits, table(job, choice, budget, fits, mode)
+        _settings(choice, int(min(1.1 * parked + GiB, max(free, 0)))),
+        job,
+        choice,
+        budget,
+        fits,
+        table(job, choice, budget, fits, mode),
     )
 
 
@@ -150,17 +190,22 @@ def user_keys(args: Any) -> dict[str, Any]:
 
 
 def corrected(plan: MemoryPlan, peak: int) -> tuple[MemorySettings, str | None]:
-    """Settings for the steps to come, from the real peak of the first one; and a line for the log where they change.
+    """Settings for the steps to come, from the real peak of the first one; and a line for the log
+    where they change.
 
-    Only what can change between steps is changed. Too near to the limit: more groups, smaller pieces, later prefetch. Far below the
-    plan: more of the last layers stay on the GPU.
+    Only what can change between steps is changed. Too near to the limit: more groups, smaller
+    pieces, later prefetch. Far below the plan: more of the last layers stay on the GPU.
     """
     s, total = plan.settings, plan.job.machine.gpu_bytes
     if s.checkpoint == "none":
         return s, None
     if peak > 0.96 * total:
         kv, groups = plan.job.shape.kv_heads, s.attention_groups
-        more = next((g for g in (2, 4, 8) if g > groups and kv % g == 0), groups) if plan.job.shape.written_layer else groups
+        more = (
+            next((g for g in (2, 4, 8) if g > groups and kv % g == 0), groups)
+            if plan.job.shape.written_layer
+            else groups
+        )
         new = dataclasses.replace(
             s,
             attention_groups=more,
@@ -168,16 +213,28 @@ def corrected(plan: MemoryPlan, peak: int) -> tuple[MemorySettings, str | None]:
             late_prefetch=True,
             last_layers_on_gpu=max(1, s.last_layers_on_gpu // 2),
         )
-        return new, f"The first step's peak was {peak / GiB:.1f} of {total / GiB:.1f} GiB: pieces of {new.mlp_chunk:,} tokens from now on."
+        return (
+            new,
+            (
+                f"The first step's peak was {peak / GiB:.1f} of {total / GiB:.1f} GiB: pieces of"
+                f" {new.mlp_chunk:,} tokens from now on."
+            ),
+        )
     free = MARGIN * total - peak
     if s.offload != "none" and s.segment_layers == 1:
-        layer = plan.job.local * (hidden_bytes(plan.job.shape) + (kept_bytes(plan.job.shape) if s.offload == "inputs+attention" else 0))
+        layer = plan.job.local * (
+            hidden_bytes(plan.job.shape)
+            + (kept_bytes(plan.job.shape) if s.offload == "inputs+attention" else 0)
+        )
         stay = min(plan.job.shape.layers - 1, s.last_layers_on_gpu + int(free // layer))
         if free > 0 and stay > s.last_layers_on_gpu:
             new = dataclasses.replace(s, last_layers_on_gpu=stay)
             return (
                 new,
-                f"The first step's peak was {peak / GiB:.1f} of {total / GiB:.1f} GiB: the last {stay} layers stay on the GPU from now on.",
+                (
+                    f"The first step's peak was {peak / GiB:.1f} of {total / GiB:.1f} GiB: the last"
+                    f" {stay} layers stay on the GPU from now on."
+                ),
             )
     return s, None
 
@@ -186,6 +243,6 @@ def explain_out_of_memory(plan: MemoryPlan, error: BaseException) -> str:
     """The message that ends a run whose GPU or host memory is exhausted."""
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
-        f"Memory ran out on rows of up to {plan.job.tokens:,} tokens ({plan.job.local:,} a GPU).\n{plan.table}\n"
-        f"The device said: {first[:200]}\n{advice(plan.job, plan.choice)}"
+        f"Memory ran out on rows of up to {plan.job.tokens:,} tokens ({plan.job.local:,} a"
+        f" GPU).\n{plan.table}\nThe device said: {first[:200]}\n{advice(plan.job, plan.choice)}"
     )

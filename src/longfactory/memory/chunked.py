@@ -1,9 +1,12 @@
-"""A module run in pieces of the sequence: the same values, with the intermediates of one piece at a time.
+"""A module run in pieces of the sequence: the same values, with the intermediates of one piece at a
+time.
 
-`run_in_chunks(fn, x, params, chunk)` computes `fn(x)` piece by piece and stores nothing but `x`. Its backward runs each piece again with
-gradients and differentiates it there, so a piece is recomputed once. It is two autograd functions on purpose. The first stores `x`, the
-second computes and stores nothing: inside a checkpointed layer the recompute stops when everything that was stored exists again,
-that is before the second one, and so the module is not computed a third time (unless a later module of the layer stores its output).
+`run_in_chunks(fn, x, params, chunk)` computes `fn(x)` piece by piece and stores nothing but `x`.
+Its backward runs each piece again with gradients and differentiates it there, so a piece is
+recomputed once. It is two autograd functions on purpose. The first stores `x`, the second computes
+and stores nothing: inside a checkpointed layer the recompute stops when everything that was stored
+exists again, that is before the second one, and so the module is not computed a third time (unless
+a later module of the layer stores its output).
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ from longfactory.memory.layer_ops import autocast_as_now, wide
 
 
 class GradientSum:
-    """The gradient of a parameter, summed over pieces. Wide if there is more than one piece; one rounding at the end."""
+    """The gradient of a parameter, summed over pieces. Wide if there is more than one piece; one
+    rounding at the end.
+    """
 
     def __init__(self, pieces: int) -> None:
         self._pieces = pieces
@@ -42,7 +47,8 @@ class GradientSum:
 @dataclasses.dataclass
 class _Call:
     fn: Callable[[Tensor], Tensor]
-    params: Callable[[], Sequence[Tensor]]  # asked again in backward: sharding swaps parameters between the passes
+    # asked again in backward: sharding swaps parameters between the passes
+    params: Callable[[], Sequence[Tensor]]
     chunk: int
     dim: int
     amp: Callable[[], torch.autocast]
@@ -75,7 +81,9 @@ class _Store(torch.autograd.Function):
                 piece = x.narrow(call.dim, i, n).detach().requires_grad_(needs_x)
                 y = call.fn(piece)
             inputs = [piece, *wanted] if needs_x else wanted
-            grads = list(torch.autograd.grad(y, inputs, dy.narrow(call.dim, i, n), allow_unused=True))
+            grads = list(
+                torch.autograd.grad(y, inputs, dy.narrow(call.dim, i, n), allow_unused=True)
+            )
             if dx is not None:
                 g = grads.pop(0)
                 target = dx.narrow(call.dim, i, n)
@@ -83,9 +91,15 @@ class _Store(torch.autograd.Function):
             for total, g in zip(sums, grads, strict=True):
                 total.add(g)
             del piece, y, grads
-        # Zeros for a parameter that no piece used, as an expert that no token chose: DDP waits for every gradient.
+        # Zeros for a parameter that no piece used, as an expert that no token chose: DDP waits for
+        # every gradient.
         totals = (sum_.total(p) for sum_, p in zip(sums, wanted, strict=True))
-        done = iter([torch.zeros_like(p) if total is None else total for total, p in zip(totals, wanted, strict=True)])
+        done = iter(
+            [
+                torch.zeros_like(p) if total is None else total
+                for total, p in zip(totals, wanted, strict=True)
+            ]
+        )
         return None, dx, *(next(done) if needs else None for needs in needs_p)
 
 
@@ -118,13 +132,18 @@ def _pieces(fn: Callable[[Tensor], Tensor], x: Tensor, chunk: int, dim: int) -> 
 
 
 def run_in_chunks(
-    fn: Callable[[Tensor], Tensor], x: Tensor, params: Callable[[], Sequence[Tensor]], chunk: int | None, dim: int = -2
+    fn: Callable[[Tensor], Tensor],
+    x: Tensor,
+    params: Callable[[], Sequence[Tensor]],
+    chunk: int | None,
+    dim: int = -2,
 ) -> Tensor:
-    """`fn(x)`, where each position along `dim` depends on the same position of `x` alone and the shape does not change.
+    """`fn(x)`, where each position along `dim` depends on the same position of `x` alone and the
+    shape does not change.
 
     Args:
-        params: gives the parameters that `fn` uses. They become inputs of the autograd function, so that hooks on their gradients
-            (DDP, FSDP2, ZeRO) see one gradient a call.
+        params: gives the parameters that `fn` uses. They become inputs of the autograd function, so
+            that hooks on their gradients (DDP, FSDP2, ZeRO) see one gradient a call.
         chunk: positions in a piece; None for all at once (still: only `x` is stored).
     """
     chunk = chunk or x.shape[dim]
@@ -138,17 +157,22 @@ def run_in_chunks(
 _MLP_NAMES = frozenset({"mlp", "feed_forward", "ffn", "block_sparse_moe", "moe"})
 
 
-def install(layer: nn.Module, chunk: Callable[[], int | None], moe: bool = True, norms_only: bool = False) -> list[str]:
-    """Run the MLP and the norms of a decoder layer in pieces of `chunk()` tokens. Returns the names of the children that will be.
+def install(
+    layer: nn.Module, chunk: Callable[[], int | None], moe: bool = True, norms_only: bool = False
+) -> list[str]:
+    """Run the MLP and the norms of a decoder layer in pieces of `chunk()` tokens. Returns the names
+    of the children that will be.
 
-    A child is left as it is if it has active dropout (a recompute would draw again) or, with `moe=False`, if it is a mixture of experts
-    (whose router's outputs are being recorded, one record a call). The first call proves on a few tokens that the child treats tokens
-    alone.
+    A child is left as it is if it has active dropout (a recompute would draw again) or, with
+    `moe=False`, if it is a mixture of experts (whose router's outputs are being recorded, one
+    record a call). The first call proves on a few tokens that the child treats tokens alone.
     """
     names = []
     for name, child in layer.named_children():
         is_norm = type(child).__name__.endswith("Norm")
-        if not (is_norm or (name in _MLP_NAMES and not norms_only)) or any(isinstance(m, nn.Dropout) and m.p > 0 for m in child.modules()):
+        if not (is_norm or (name in _MLP_NAMES and not norms_only)) or any(
+            isinstance(m, nn.Dropout) and m.p > 0 for m in child.modules()
+        ):
             continue
         if not moe and any("router" in n or "experts" in n for n, _ in child.named_modules()):
             continue
@@ -158,7 +182,9 @@ def install(layer: nn.Module, chunk: Callable[[], int | None], moe: bool = True,
 
 
 def runs_in_pieces(module: nn.Module) -> bool:
-    """Whether `install` has put its function in place of this module's forward. Parameters that no piece used then have zeros."""
+    """Whether `install` has put its function in place of this module's forward. Parameters that no
+    piece used then have zeros.
+    """
     return isinstance(module.__dict__.get("forward"), _Chunked)
 
 
@@ -185,11 +211,20 @@ class _Chunked:
         return run_in_chunks(self.forward, args[0], self.params, self.chunk())
 
     def _under_zero3(self, x: Tensor) -> Tensor:
-        """ZeRO-3 gathers a linear's weight only while it runs: its backward has to be autograd's own, and pieces are checkpointed."""
+        """ZeRO-3 gathers a linear's weight only while it runs: its backward has to be autograd's
+        own, and pieces are checkpointed.
+        """
         chunk = self.chunk()
-        if chunk is None or x.shape[1] <= chunk or not torch.is_grad_enabled() or type(self.module).__name__.endswith("Norm"):
+        if (
+            chunk is None
+            or x.shape[1] <= chunk
+            or not torch.is_grad_enabled()
+            or type(self.module).__name__.endswith("Norm")
+        ):
             return self.forward(x)
-        return torch.cat([checkpoint(self.forward, piece, use_reentrant=False) for piece in x.split(chunk, 1)], 1)
+        return torch.cat(
+            [checkpoint(self.forward, piece, use_reentrant=False) for piece in x.split(chunk, 1)], 1
+        )
 
     @torch.no_grad()
     def _token_wise(self, x: Tensor) -> bool:
@@ -198,4 +233,9 @@ class _Chunked:
         if not isinstance(whole, Tensor) or whole.shape != head.shape:
             return False
         # Matrix products of another shape may round differently.
-        return torch.allclose(whole[:, : half.shape[1]].float(), half.float(), rtol=5e-2, atol=1e-2 * float(whole.float().abs().max()))
+        return torch.allclose(
+            whole[:, : half.shape[1]].float(),
+            half.float(),
+            rtol=5e-2,
+            atol=1e-2 * float(whole.float().abs().max()),
+        )

@@ -1,13 +1,16 @@
-"""Bytes and seconds of one step for given memory settings, and the settings that are fastest among those that fit.
+"""Bytes and seconds of one step for given memory settings, and the settings that are fastest among
+those that fit.
 
-Everything is for one GPU and its t = T / n tokens of a row. Letters: w = bytes of a number as layers compute it (2, in fp32 4), h = hidden
-bytes of a token (w * hidden), a = attention output bytes (w * heads * D), kv = bytes of keys (w * key heads * D). Bytes of the layer's
-working set come from reading the code in `memory/decoder_layer.py` (and its docstring) and, for other layers, from what autograd
-stores while one layer is recomputed.
+Everything is for one GPU and its t = T / n tokens of a row. Letters: w = bytes of a number as
+layers compute it (2, in fp32 4), h = hidden bytes of a token (w * hidden), a = attention output
+bytes (w * heads * D), kv = bytes of keys (w * key heads * D). Bytes of the layer's working set come
+from reading the code in `memory/decoder_layer.py` (and its docstring) and, for other layers, from
+what autograd stores while one layer is recomputed.
 
-Time counts products at the machine's measured rates: a token's linear layers cost 2 FLOP a parameter forward and 4 backward, causal
-attention 2 * T * heads * D forward and 2.5 times that backward. What is recomputed is added; what is copied counts where it takes longer
-than what hides it.
+Time counts products at the machine's measured rates: a token's linear layers cost 2 FLOP a
+parameter forward and 4 backward, causal attention 2 * T * heads * D forward and 2.5 times that
+backward. What is recomputed is added; what is copied counts where it takes longer than what hides
+it.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ from typing import Any
 from longfactory.memory.shapes import Machine, ModelShape
 
 HEAD_CHUNK_NUMBERS = 2**28  # logits that exist at once (model/token_logprobs.py)
-LEAVING = 2**30  # numbers of gradients on their way to the host at once (model/memory: host_jobs.AHEAD blocks of the optimizer's)
+# numbers of gradients on their way to the host at once (model/memory: host_jobs.AHEAD blocks of the
+# optimizer's)
+LEAVING = 2**30
 CONTEXT = 1.5e9  # CUDA context, cuBLAS and NCCL workspaces
 MARGIN = 0.92  # of the GPU's memory may be planned for: the rest is fragmentation
 CAREFUL = 0.80  # above this share settings must be faster to be chosen
@@ -34,13 +39,19 @@ class Job:
     Args:
         tokens: T, tokens of the longest row.
         sp: GPUs that share a row.
-        sharded: parameters, gradients and states are spread over all GPUs (FSDP2, ZeRO-3), else each GPU has all.
-        master: bytes of a trained weight as it is stored: 4 for fp32 masters (FSDP2), 2 for bf16 with a split master.
-        accumulates: gradients are there from the start of a backward pass: those of earlier micro-batches, or the buffers of DDP and ZeRO.
-            Those of split masters go where the states are, and are summed there in fp32.
-        state_bytes: of the optimizer's states of a trained weight on the GPU, where masters are not split.
-        leavable: gradients are final when backward gives them, so that they can leave during backward where states are on the host.
-        overlaps: nothing is clipped either, so that states on the host are updated while backward runs, and gradients leave with that.
+        sharded: parameters, gradients and states are spread over all GPUs (FSDP2, ZeRO-3), else
+            each GPU has all.
+        master: bytes of a trained weight as it is stored: 4 for fp32 masters (FSDP2), 2 for bf16
+            with a split master.
+        accumulates: gradients are there from the start of a backward pass: those of earlier
+            micro-batches, or the buffers of DDP and ZeRO. Those of split masters go where the
+            states are, and are summed there in fp32.
+        state_bytes: of the optimizer's states of a trained weight on the GPU, where masters are not
+            split.
+        leavable: gradients are final when backward gives them, so that they can leave during
+            backward where states are on the host.
+        overlaps: nothing is clipped either, so that states on the host are updated while backward
+            runs, and gradients leave with that.
     """
 
     shape: ModelShape
@@ -106,27 +117,39 @@ def kept_bytes(s: ModelShape) -> int:
 
 
 def working_set(s: ModelShape, c: Choice, tokens: int) -> float:
-    """Bytes while one layer of `tokens` local tokens is in its backward, beyond what waits for other layers.
+    """Bytes while one layer of `tokens` local tokens is in its backward, beyond what waits for
+    other layers.
 
-    The larger of two moments: attention's backward, and the backward of the pieces after it, of which one is there at a time.
+    The larger of two moments: attention's backward, and the backward of the pieces after it, of
+    which one is there at a time.
     """
     h, a, kv = hidden_bytes(s), s.width * s.heads * s.head_dim, s.width * s.kv_heads * s.head_dim
     if s.written_layer:
         g = c.attention_groups
         peak = 2 * h + a + 4 * kv + 5 * a / g  # of a group: q, dq, dout, and the kernel's fp32 dq
-        after = 2 * h + a + 2 * kv  # the pieces after attention, with the next layer's tensors on their way
+        # the pieces after attention, with the next layer's tensors on their way
+        after = 2 * h + a + 2 * kv
     else:
-        # x, norms' outputs, x2, dy, dx and temporaries; q, k, v and their gradients; out, dout; the kernel's fp32 dq
+        # x, norms' outputs, x2, dy, dx and temporaries; q, k, v and their gradients; out, dout; the
+        # kernel's fp32 dq
         peak = 6 * h + 4 * a + 6 * kv + 2 * a
         after = 4 * h + 2 * a
     if s.width == 4:
-        peak += 4 * a  # key heads repeated for their query heads, and the gradients of those copies (sp/backends/efficient.py)
-    coming = 0 if c.offload == "none" else h + (kept_bytes(s) if c.offload == "inputs+attention" and c.keep_attention > 0 else 0)
+        # key heads repeated for their query heads, and the gradients of those copies
+        # (sp/backends/efficient.py)
+        peak += 4 * a
+    coming = (
+        0
+        if c.offload == "none"
+        else h + (kept_bytes(s) if c.offload == "inputs+attention" and c.keep_attention > 0 else 0)
+    )
     attention = peak + (0 if c.late_prefetch else coming)
     if c.segment_layers > 1:
-        attention = max(attention + coming, 3 * h + 2 * a + 2 * kv)  # what the segment's forward parked last is still on its way out
+        # what the segment's forward parked last is still on its way out
+        attention = max(attention + coming, 3 * h + 2 * a + 2 * kv)
     working = max(attention * tokens, (after + coming) * tokens + chunk_bytes(s, c, tokens))
-    return working + (4 * s.head_dim + 64) * tokens  # cos and sin; ids, labels, positions, log-probabilities
+    # cos and sin; ids, labels, positions, log-probabilities
+    return working + (4 * s.head_dim + 64) * tokens
 
 
 def chunk_bytes(s: ModelShape, c: Choice, tokens: int) -> float:
@@ -135,7 +158,9 @@ def chunk_bytes(s: ModelShape, c: Choice, tokens: int) -> float:
 
 
 def waiting(job: Job, c: Choice) -> tuple[float, float]:
-    """Bytes of all layers' inputs and kept attention outputs on the GPU and on the host, for one GPU."""
+    """Bytes of all layers' inputs and kept attention outputs on the GPU and on the host, for one
+    GPU.
+    """
     s = job.shape
     how = (c.segment_layers, c.offload, c.last_layers_on_gpu, c.keep_attention)
     gpu, host = _waiting_of_a_token(s.layers, hidden_bytes(s), kept_bytes(s), *how)
@@ -144,10 +169,19 @@ def waiting(job: Job, c: Choice) -> tuple[float, float]:
 
 @functools.lru_cache(4096)
 def _waiting_of_a_token(
-    layers: int, h: int, o: int, k: int, offload: str, last_layers_on_gpu: int, keep_attention: float
+    layers: int,
+    h: int,
+    o: int,
+    k: int,
+    offload: str,
+    last_layers_on_gpu: int,
+    keep_attention: float,
 ) -> tuple[float, float]:
-    """Bytes on the GPU and on the host, with `h` and `o` of a layer's input and kept attention; `k` layers a segment."""
-    stays = layers - last_layers_on_gpu if offload != "none" else 0  # layers from here on stay on the GPU
+    """Bytes on the GPU and on the host, with `h` and `o` of a layer's input and kept attention; `k`
+    layers a segment.
+    """
+    # layers from here on stay on the GPU
+    stays = layers - last_layers_on_gpu if offload != "none" else 0
     gpu = host = 0.0
     for i in range(0, layers, k):
         last = min(i + k, layers) - 1
@@ -185,15 +219,24 @@ def leaves(job: Job, c: Choice) -> bool:
 
 
 def moments(job: Job, c: Choice) -> list[dict[str, float]]:
-    """Bytes on one GPU, beside weights and states, at the three moments of backward that can be its peak.
+    """Bytes on one GPU, beside weights and states, at the three moments of backward that can be its
+    peak.
 
-    Backward gives up what waited layer by layer while gradients come layer by layer, so they are never there together, unless gradients are
-    there from the start (`early`). The moments: the output layer; the first layer of backward, when everything waits; the last.
+    Backward gives up what waited layer by layer while gradients come layer by layer, so they are
+    never there together, unless gradients are there from the start (`early`). The moments: the
+    output layer; the first layer of backward, when everything waits; the last.
     """
     s, n, t = job.shape, job.shards, job.local
     waits = "layer inputs and kept attention"
     if c.checkpoint == "none":
-        stored, working = t * s.layers * s.width / 2 * (34.0 * s.hidden + 2 * 2 * 4 * s.ffn + 12 * s.heads * s.head_dim), 0.0
+        stored, working = (
+            t
+            * s.layers
+            * s.width
+            / 2
+            * (34.0 * s.hidden + 2 * 2 * 4 * s.ffn + 12 * s.heads * s.head_dim),
+            0.0,
+        )
         waits = "activations"
     else:
         stored, working = waiting(job, c)[0], working_set(s, c, t)
@@ -203,15 +246,22 @@ def moments(job: Job, c: Choice) -> list[dict[str, float]]:
     early = job.accumulates and job.master != 2
     if leaves(job, c) and not early:
         # A matrix, or a layer's shard, is given up as a whole.
-        gradients = min(gradients, job.master * (LEAVING + max(s.head_parameters, s.trained_layer_parameters) / n))
+        gradients = min(
+            gradients,
+            job.master * (LEAVING + max(s.head_parameters, s.trained_layer_parameters) / n),
+        )
     head = s.head_parameters if s.head_trained else 0
-    # Sharded: the embedding and the output layer are gathered for the whole pass, and the latter's gradient is reduced at its end.
+    # Sharded: the embedding and the output layer are gathered for the whole pass, and the latter's
+    # gradient is reduced at its end.
     gathered = s.width * (2 * s.head_parameters + head) if n > 1 else 0
     logits = min(HEAD_CHUNK_NUMBERS, t * s.vocab) * 10
-    # Gradients of one layer: fp32 sums of pieces, and the bf16 result; sharded: two gathered layers and the fp32 reduction as well.
+    # Gradients of one layer: fp32 sums of pieces, and the bf16 result; sharded: two gathered layers
+    # and the fp32 reduction as well.
     one, trained = s.width * s.layer_parameters, s.width * s.trained_layer_parameters
     layer = {
-        "one layer's parameters and gradients": 3 * trained + (2 * one + 2 * trained if n > 1 else 0),
+        "one layer's parameters and gradients": (
+            3 * trained + (2 * one + 2 * trained if n > 1 else 0)
+        ),
         "working set of a layer": working,
     }
     # What is left for the last layer of backward: the segment that it is in, forward once more.
@@ -222,19 +272,26 @@ def moments(job: Job, c: Choice) -> list[dict[str, float]]:
         open_segment = (c.segment_layers - 1) * ((0 if there else hidden_bytes(s)) + kept)
     first = gradients if early else job.master * head / n
     return [
-        {waits: stored, "gradients": gradients if early else 0.0, "output layer": gathered + 6 * head + logits},
+        {
+            waits: stored,
+            "gradients": gradients if early else 0.0,
+            "output layer": gathered + 6 * head + logits,
+        },
         {waits: stored, "gradients": first, "output layer": gathered} | layer,
         {waits: open_segment * t, "gradients": gradients, "output layer": gathered} | layer,
     ]
 
 
 def budget(job: Job, c: Choice, timed: bool = True) -> Budget:
-    """What a choice takes: the moment of backward that has most on the GPU. Without `timed`, seconds are 0: they take longest to count."""
+    """What a choice takes: the moment of backward that has most on the GPU. Without `timed`,
+    seconds are 0: they take longest to count.
+    """
     gpu, host_optimizer = states(job, c)
     gpu |= max(moments(job, c), key=lambda items: sum(items.values())) | {"runtime": CONTEXT}
     on_host = job.machine.on_host
     host = {"optimizer": host_optimizer * on_host}
-    if leaves(job, c) and not job.overlaps and not (job.accumulates and job.master == 2):  # else they are in the sums of micro-batches
+    # else they are in the sums of micro-batches
+    if leaves(job, c) and not job.overlaps and not (job.accumulates and job.master == 2):
         host["gradients"] = job.master * job.shape.trainable / job.shards * on_host
     if c.checkpoint != "none":
         host["layer inputs and kept attention"] = waiting(job, c)[1] * on_host
@@ -250,7 +307,14 @@ def seconds(job: Job, c: Choice) -> float:
     again = 0.0 if c.checkpoint == "none" else 1.0
     extra = (c.segment_layers - 1) / c.segment_layers if c.segment_layers > 1 else 0.0
     recomputed_mlp = again * (2 / 3 if s.written_layer else 1.0)
-    linear = 2.0 * s.layers * (s.attention_parameters * (1 + again + backward + extra) + mlp * (1 + recomputed_mlp + backward + extra))
+    linear = (
+        2.0
+        * s.layers
+        * (
+            s.attention_parameters * (1 + again + backward + extra)
+            + mlp * (1 + recomputed_mlp + backward + extra)
+        )
+    )
     linear += 2.0 * s.head_parameters * (2 + backward)
     attention = 2.0 * job.tokens * s.heads * s.head_dim * s.layers
     if c.checkpoint == "none":
@@ -259,10 +323,17 @@ def seconds(job: Job, c: Choice) -> float:
         runs = 2.0 - c.keep_attention / c.segment_layers
     else:
         runs = 2.0 - c.keep_attention
-    penalty = 1.0 + 0.01 * (c.attention_groups.bit_length() - 1) + (0.01 if c.late_prefetch else 0.0)
-    penalty += (0.004 if c.offload != "none" else 0.0) + (0.002 if c.offload == "inputs+attention" else 0.0)
+    penalty = (
+        1.0 + 0.01 * (c.attention_groups.bit_length() - 1) + (0.01 if c.late_prefetch else 0.0)
+    )
+    penalty += (0.004 if c.offload != "none" else 0.0) + (
+        0.002 if c.offload == "inputs+attention" else 0.0
+    )
     penalty += min(0.05, 40.0 / c.mlp_chunk) if c.mlp_chunk and c.mlp_chunk < t else 0.0
-    compute = t * (linear / m.gemm * penalty + attention * (runs / m.attention_forward + 2.5 / m.attention_backward))
+    compute = t * (
+        linear / m.gemm * penalty
+        + attention * (runs / m.attention_forward + 2.5 / m.attention_backward)
+    )
     compute /= 0.925  # norms, rotary, launches: measured 0.88 to 0.92 of the products alone
     _, host_waiting = waiting(job, c)
     copied = host_waiting / m.copies
@@ -270,9 +341,13 @@ def seconds(job: Job, c: Choice) -> float:
     forward = compute * 0.3
     backward_seconds = max(compute - forward, copied, gathered * 2 / 3)
     step = max(forward, copied, gathered / 3) + backward_seconds
-    step += 0.005 * (compute + copied)  # nothing is hidden wholly; and of two ways as fast, the one with less to do
+    # nothing is hidden wholly; and of two ways as fast, the one with less to do
+    step += 0.005 * (compute + copied)
     if c.optimizer == "host":
-        update = 28.0 * s.trainable / job.shards * m.on_host / m.host_memory + 4.0 * s.trainable / job.shards / m.copies
+        update = (
+            28.0 * s.trainable / job.shards * m.on_host / m.host_memory
+            + 4.0 * s.trainable / job.shards / m.copies
+        )
         # During backward, but for the last gradient, the embedding's.
         last = update * min(1.0, s.head_parameters / max(s.trainable, 1))
         step += max(update - backward_seconds, last) if job.overlaps else update
@@ -284,16 +359,22 @@ def seconds(job: Job, c: Choice) -> float:
 
 
 def roofline(job: Job) -> float:
-    """Seconds of a step that keeps attention, recomputes two thirds of the MLP and does nothing but products, at the machine's rates."""
+    """Seconds of a step that keeps attention, recomputes two thirds of the MLP and does nothing but
+    products, at the machine's rates.
+    """
     s, m = job.shape, job.machine.computing(job.shape.width)
     mlp = s.active_layer_parameters - s.attention_parameters
     linear = 2.0 * (s.layers * (4 * s.attention_parameters + 3.67 * mlp) + 3 * s.head_parameters)
     attention = 2.0 * job.tokens * s.heads * s.head_dim * s.layers
-    return job.local * (linear / m.gemm + attention * (1 / m.attention_forward + 2.5 / m.attention_backward))
+    return job.local * (
+        linear / m.gemm + attention * (1 / m.attention_forward + 2.5 / m.attention_backward)
+    )
 
 
 def choices(job: Job, mode: str) -> Iterator[Choice]:
-    """Settings to consider. `fast`: nothing leaves the GPU. `long`: the leanest layer. `auto`: all."""
+    """Settings to consider. `fast`: nothing leaves the GPU. `long`: the leanest layer. `auto`:
+    all.
+    """
     s = job.shape
     groups = [g for g in (1, 2, 4, 8) if s.kv_heads % g == 0 and (g == 1 or s.written_layer)]
     chunks: list[int | None] = [None, 32768, 16384, 8192, 4096, 2048]
@@ -309,25 +390,37 @@ def choices(job: Job, mode: str) -> Iterator[Choice]:
     chunks = [c for c in chunks if c is None or c < job.local] or [None]
     if mode == "auto":
         yield Choice(checkpoint="none", keep_attention=0.0, mlp_chunk=None)
-    for k, off, g, chunk, (place, gradients) in itertools.product(segments, offloads, groups, chunks, places):
+    for k, off, g, chunk, (place, gradients) in itertools.product(
+        segments, offloads, groups, chunks, places
+    ):
         for late in (False, True) if off != "none" and mode != "fast" else (False,):
             if mode == "long" and not late:
                 continue
             for keep in (1.0, 0.75, 0.5, 0.25, 0.0):
                 if off == "inputs+attention" and keep == 0.0:
                     continue
-                stays = (1,) if off == "none" else (1, s.layers // 8, s.layers // 4, s.layers // 2, 3 * s.layers // 4)
+                stays = (
+                    (1,)
+                    if off == "none"
+                    else (1, s.layers // 8, s.layers // 4, s.layers // 2, 3 * s.layers // 4)
+                )
                 for stay in sorted({x for x in stays if 1 <= x < s.layers}) or [1]:
                     yield Choice(keep, off, stay, chunk, g, k, late, place, gradients)
 
 
 def fits(job: Job, b: Budget, host_share: float) -> bool:
     """Whether a budget keeps within `MARGIN` of the GPU and `host_share` of the host."""
-    return b.gpu_total <= MARGIN * job.machine.gpu_bytes and b.host_total <= host_share * job.machine.host_bytes
+    return (
+        b.gpu_total <= MARGIN * job.machine.gpu_bytes
+        and b.host_total <= host_share * job.machine.host_bytes
+    )
 
 
-def choose(job: Job, mode: str = "auto", host_share: float = 0.85, fixed_keys: dict[str, Any] | None = None) -> tuple[Choice, Budget, bool]:
-    """The fastest choice that fits and agrees with `fixed_keys` (what the user set; offload: "any" is any but none), its budget, and True.
+def choose(
+    job: Job, mode: str = "auto", host_share: float = 0.85, fixed_keys: dict[str, Any] | None = None
+) -> tuple[Choice, Budget, bool]:
+    """The fastest choice that fits and agrees with `fixed_keys` (what the user set; offload: "any"
+    is any but none), its budget, and True.
 
     Where none fits: the one that needs the least of what is short, and False.
     """
@@ -343,21 +436,30 @@ def choose(job: Job, mode: str = "auto", host_share: float = 0.85, fixed_keys: d
                     continue
                 keys["offload"] = c.offload if c.offload != "none" else "inputs"
             c = dataclasses.replace(c, **keys)
-            if c.checkpoint == "none" and (c.keep_attention or c.offload != "none" or c.segment_layers > 1):
+            if c.checkpoint == "none" and (
+                c.keep_attention or c.offload != "none" or c.segment_layers > 1
+            ):
                 continue
         b = budget(job, c, timed=False)
         if fits(job, b, host_share):
             b = dataclasses.replace(b, seconds=seconds(job, c))
-            # Of equals, the one that leaves more room. The last eighth is taken for a gain of some percent, not for less: peaks are planned
-            # within an eighth, and what a first step leaves free is used from the second on (`corrected`).
+            # Of equals, the one that leaves more room. The last eighth is taken for a gain of some
+            # percent, not for less: peaks are planned within an eighth, and what a first step
+            # leaves free is used from the second on (`corrected`).
             full = b.gpu_total / job.machine.gpu_bytes
-            key = b.seconds * (1 + 0.002 * full + 0.03 * max(0.0, full - CAREFUL) / (MARGIN - CAREFUL))
+            key = b.seconds * (
+                1 + 0.002 * full + 0.03 * max(0.0, full - CAREFUL) / (MARGIN - CAREFUL)
+            )
             if best is None or key < best[0]:
                 best = (key, c, b)
         else:
             short = max(
                 b.gpu_total / (MARGIN * job.machine.gpu_bytes),
-                b.host_total / (host_share * job.machine.host_bytes) if job.machine.host_bytes else 0,
+                (
+                    b.host_total / (host_share * job.machine.host_bytes)
+                    if job.machine.host_bytes
+                    else 0
+                ),
             )
             if least is None or short < least[0]:
                 least = (short, c)
@@ -368,7 +470,9 @@ def choose(job: Job, mode: str = "auto", host_share: float = 0.85, fixed_keys: d
 
 
 def longest(job: Job, mode: str = "auto", host_share: float = 0.85, unit: int = 8192) -> int:
-    """Tokens of the longest row, in multiples of `unit`, for which some choice fits. 0 if none does."""
+    """Tokens of the longest row, in multiples of `unit`, for which some choice fits. 0 if none
+    does.
+    """
     most = 2**14
 
     def fit(c: Choice, units: int) -> bool:
@@ -376,8 +480,9 @@ def longest(job: Job, mode: str = "auto", host_share: float = 0.85, unit: int = 
         return fits(longer, budget(longer, c, timed=False), host_share)
 
     low = 0
-    # A piece of the MLP that is longer than a row is the whole row: the choices of the longest row are all that there are.
-    # The leanest come last. A choice is looked at further only where it fits a longer row than those before it.
+    # A piece of the MLP that is longer than a row is the whole row: the choices of the longest row
+    # are all that there are. The leanest come last. A choice is looked at further only where it
+    # fits a longer row than those before it.
     for c in reversed(list(choices(dataclasses.replace(job, tokens=most * unit), mode))):
         high = low + 1
         while high < most and fit(c, high):

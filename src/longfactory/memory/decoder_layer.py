@@ -1,17 +1,21 @@
-"""One hand-written autograd function for a whole decoder layer of the Llama shape (Llama, Mistral, Qwen2, Qwen3).
+"""One hand-written autograd function for a whole decoder layer of the Llama shape (Llama, Mistral,
+Qwen2, Qwen3).
 
     x2 = x + attention(norm(x)) Wo        y = x2 + mlp(norm(x2))
 
-Everything but attention works on each token alone and is done in pieces of the sequence, in both directions. Stored between them: the
-layer's input, and attention's output and log-sum-exp if they are kept. What backward computes again: q, k, v, Wo, the norms and two of
-the MLP's three products; nothing twice. In bytes a local token, h = 2 * hidden (bf16), a = 2 * heads * D, kv = 2 * key heads * D:
+Everything but attention works on each token alone and is done in pieces of the sequence, in both
+directions. Stored between them: the layer's input, and attention's output and log-sum-exp if they
+are kept. What backward computes again: q, k, v, Wo, the norms and two of the MLP's three products;
+nothing twice. In bytes a local token, h = 2 * hidden (bf16), a = 2 * heads * D, kv = 2 * key heads
+* D:
 
     forward   x, k, v, out, and q of one group of heads; then y       2 h + a + 2 kv + a / groups
-    backward  x, dx (written over dy), out, then dq over out,
-              k, v, dk, dv, and of one group of heads q, dq, dout     2 h + a + 4 kv + 3 a / groups + the kernel's own fp32 dq / groups
+    backward  x, dx (written over dy), out, then dq over out,         2 h + a + 4 kv + 3 a / groups
+              k, v, dk, dv, and of one group of heads q, dq, dout     + the kernel's own fp32 dq
+                                                                        / groups
 
-A gradient of a weight is a sum over pieces, kept in fp32 and rounded once. Parameters are inputs of the function: whatever hangs on their
-gradients (DDP, FSDP2, accumulation) sees one gradient a call.
+A gradient of a weight is a sum over pieces, kept in fp32 and rounded once. Parameters are inputs of
+the function: whatever hangs on their gradients (DDP, FSDP2, accumulation) sees one gradient a call.
 """
 
 from __future__ import annotations
@@ -69,7 +73,12 @@ def unknown_shape(layer: nn.Module) -> str | None:
     origin = [c.__module__ for c in type(layer).__mro__]
     if not any(f"transformers.models.{f}.modeling_{f}" in origin for f in _FAMILIES):
         return f"{name} is not of the Llama shape"
-    if {n for n, _ in layer.named_children()} != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
+    if {n for n, _ in layer.named_children()} != {
+        "self_attn",
+        "mlp",
+        "input_layernorm",
+        "post_attention_layernorm",
+    }:
         return f"{name} has other parts than expected"
     attention, mlp = layer.self_attn, layer.mlp
     for part in _LINEARS:
@@ -84,8 +93,9 @@ def unknown_shape(layer: nn.Module) -> str | None:
 class DecoderLayer(CheckpointedLayer):
     """Takes the place of `layer.forward`, for layers where `unknown_shape` is None.
 
-    It steps aside for torch's checkpointing of the Hugging Face layer (`CheckpointedLayer`) in calls that it cannot compute: with weights
-    of another type than the hidden states, or with hooks on the layer's parts.
+    It steps aside for torch's checkpointing of the Hugging Face layer (`CheckpointedLayer`) in
+    calls that it cannot compute: with weights of another type than the hidden states, or with hooks
+    on the layer's parts.
     """
 
     def __init__(self, layer: nn.Module, index: int, store: Activations, chain: Chain) -> None:
@@ -95,9 +105,13 @@ class DecoderLayer(CheckpointedLayer):
         config = attention.config
         self.head_dim: int = attention.head_dim
         self.scale: float = attention.scaling
-        # transformers passes the module's window where layers differ and the configuration's where they do not.
-        self.window: int | None = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
-        if any(c.__module__.endswith(".modeling_llama") for c in type(attention).__mro__):  # has none, whatever the configuration says
+        # transformers passes the module's window where layers differ and the configuration's where
+        # they do not.
+        self.window: int | None = getattr(
+            attention, "sliding_window", getattr(config, "sliding_window", None)
+        )
+        # has none, whatever the configuration says
+        if any(c.__module__.endswith(".modeling_llama") for c in type(attention).__mro__):
             self.window = None
         self.eps: float = layer.input_layernorm.variance_epsilon
         self.inner = [m for m in layer.modules() if m is not layer]
@@ -106,7 +120,13 @@ class DecoderLayer(CheckpointedLayer):
         x = args[0] if args else kwargs.get("hidden_states")
         plan = kwargs.get("sp_plan")
         embedding = kwargs.get("position_embeddings")
-        if plan is None or embedding is None or probe.steps_aside() or not isinstance(x, Tensor) or not self._fits(x, embedding[0]):
+        if (
+            plan is None
+            or embedding is None
+            or probe.steps_aside()
+            or not isinstance(x, Tensor)
+            or not self._fits(x, embedding[0])
+        ):
             return super().__call__(*args, **kwargs)
         cos, sin = (t.view(-1, t.shape[-1]).detach() for t in embedding)
         call = LayerCall(self, plan, cos, sin, self.weights())
@@ -134,8 +154,17 @@ class DecoderLayer(CheckpointedLayer):
             and cos.shape[-1] == self.head_dim
             and cos.numel() == x.shape[1] * self.head_dim
             and layer.self_attn.q_proj.weight.dtype == x.dtype == layer.input_layernorm.weight.dtype
-            and (not torch.is_autocast_enabled(x.device.type) or torch.get_autocast_dtype(x.device.type) == x.dtype)
-            and not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in self.inner)
+            and (
+                not torch.is_autocast_enabled(x.device.type)
+                or torch.get_autocast_dtype(x.device.type) == x.dtype
+            )
+            and not any(
+                m._forward_hooks
+                or m._forward_pre_hooks
+                or m._backward_hooks
+                or m._backward_pre_hooks
+                for m in self.inner
+            )
             and not hasattr(layer.self_attn.q_proj.weight, "ds_id")
         )
 
@@ -165,17 +194,22 @@ class DecoderLayer(CheckpointedLayer):
 
 
 class Chain:
-    """Knows when the gradient that reaches a layer is the tensor that the layer above made for it alone: then it may be overwritten."""
+    """Knows when the gradient that reaches a layer is the tensor that the layer above made for it
+    alone: then it may be overwritten.
+    """
 
     def __init__(self) -> None:
         self.output = (-1, 0)  # forward: the layer that ran last, and the address of its output
-        self.gradient = (-1, 0)  # backward: the layer that gets the last input gradient, and its address
+        # backward: the layer that gets the last input gradient, and its address
+        self.gradient = (-1, 0)
 
 
 class LayerCall:
     """What one call's forward and backward share besides tensors to differentiate."""
 
-    def __init__(self, owner: DecoderLayer, plan: Any, cos: Tensor, sin: Tensor, weights: Weights) -> None:
+    def __init__(
+        self, owner: DecoderLayer, plan: Any, cos: Tensor, sin: Tensor, weights: Weights
+    ) -> None:
         self.owner, self.plan, self.cos, self.sin, self.weights = owner, plan, cos, sin, weights
         self.head_dim, self.eps = owner.head_dim, owner.eps
         self.heads = weights.q.shape[0] // self.head_dim
@@ -185,7 +219,9 @@ class LayerCall:
         self.chunk = settings.mlp_chunk
         # Groups of heads cut the key heads; ulysses deals with heads itself.
         groups = settings.attention_groups if plan.choice.ulysses == 1 else 1
-        self.groups = max(g for g in range(1, min(groups, self.kv_heads) + 1) if self.kv_heads % g == 0)
+        self.groups = max(
+            g for g in range(1, min(groups, self.kv_heads) + 1) if self.kv_heads % g == 0
+        )
 
     def pieces(self, length: int) -> Iterator[slice]:
         chunk = self.chunk or length
@@ -202,7 +238,9 @@ class LayerCall:
         return -(-length // (self.chunk or length))
 
 
-def _rotated(n: Tensor, s: slice, c: LayerCall, weight: Tensor, bias: Tensor | None, norm: Tensor | None) -> Tensor:
+def _rotated(
+    n: Tensor, s: slice, c: LayerCall, weight: Tensor, bias: Tensor | None, norm: Tensor | None
+) -> Tensor:
     """[C, H] normed hidden -> [C, heads, D] queries or keys."""
     y = F.linear(n, weight, bias).view(n.shape[0], -1, c.head_dim)
     if norm is not None:
@@ -211,7 +249,13 @@ def _rotated(n: Tensor, s: slice, c: LayerCall, weight: Tensor, bias: Tensor | N
 
 
 def _rotated_backward(
-    g: Tensor, n: Tensor, s: slice, c: LayerCall, weight: Tensor, bias: Tensor | None, norm: Tensor | None
+    g: Tensor,
+    n: Tensor,
+    s: slice,
+    c: LayerCall,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient of the projection's output [C, heads * D], and of the norm's weight."""
     g, dnorm = rotate_backward(g, c.cos[s], c.sin[s]), None
@@ -281,7 +325,9 @@ class _Sums:
     """Gradients of the weights that need one."""
 
     def __init__(self, weights: Weights, needed: tuple[bool, ...], pieces: int) -> None:
-        self._sums = {name: GradientSum(pieces) for name, n in zip(Weights._fields, needed, strict=True) if n}
+        self._sums = {
+            name: GradientSum(pieces) for name, n in zip(Weights._fields, needed, strict=True) if n
+        }
         self._weights = weights
         self._done: dict[str, Tensor] = {}
 
@@ -290,7 +336,9 @@ class _Sums:
         if name in self._sums:
             self._sums[name].add(g.t() @ x)
         if bias in self._sums:
-            self._sums[bias].add(g.sum(0, dtype=torch.float64 if g.dtype == torch.float64 else torch.float32))
+            self._sums[bias].add(
+                g.sum(0, dtype=torch.float64 if g.dtype == torch.float64 else torch.float32)
+            )
 
     def add(self, name: str, g: Tensor | None) -> None:
         if name in self._sums:
@@ -309,14 +357,18 @@ class _Sums:
         return [self._done.get(name) for name in Weights._fields]
 
 
-def _mlp_backward(x: Tensor, out: Tensor, dy: Tensor, dx2: Tensor, c: LayerCall, sums: _Sums) -> None:
+def _mlp_backward(
+    x: Tensor, out: Tensor, dy: Tensor, dx2: Tensor, c: LayerCall, sums: _Sums
+) -> None:
     """dx2 := gradient at x + attention(x) Wo. It may be dy itself."""
     w = c.weights
     for s in c.pieces(x.shape[0]):
         x2 = x[s] + F.linear(out[s], w.o, w.o_bias)
         n = rms_norm(x2, w.norm2, c.eps)
         dhidden = dy[s] @ w.down
-        hidden, dgate, dup = gated_silu_backward(dhidden, F.linear(n, w.gate, w.gate_bias), F.linear(n, w.up, w.up_bias))
+        hidden, dgate, dup = gated_silu_backward(
+            dhidden, F.linear(n, w.gate, w.gate_bias), F.linear(n, w.up, w.up_bias)
+        )
         del dhidden
         sums.outer("down", dy[s], hidden, "down_bias")
         del hidden
@@ -341,12 +393,19 @@ def _attention_backward(
     out = out.view(T, c.heads, D)
     if c.groups == 1:
         dout = (dx2 @ w.o).view(T, c.heads, D)
-        dq, dk, dv, _ = sp.attention_backward(dout, _queries(x, c, slice(0, c.heads)), k, v, out, lse, c.plan, **c.options)
+        dq, dk, dv, _ = sp.attention_backward(
+            dout, _queries(x, c, slice(0, c.heads)), k, v, out, lse, c.plan, **c.options
+        )
         return dq, dk, dv
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     for mine, keys in c.group_slices():
         dout = (dx2 @ w.o[:, mine.start * D : mine.stop * D]).view(T, -1, D)
-        kg, vg, og, lg = k[:, keys].contiguous(), v[:, keys].contiguous(), out[:, mine].contiguous(), lse[mine].contiguous()
+        kg, vg, og, lg = (
+            k[:, keys].contiguous(),
+            v[:, keys].contiguous(),
+            out[:, mine].contiguous(),
+            lse[mine].contiguous(),
+        )
         q = _queries(x, c, mine)
         dq, dkg, dvg, _ = sp.attention_backward(dout, q, kg, vg, og, lg, c.plan, **c.options)
         del q, dout, kg, vg, og, lg
@@ -355,7 +414,9 @@ def _attention_backward(
     return out, dk, dv
 
 
-def _qkv_backward(x: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, dx: Tensor, c: LayerCall, sums: _Sums) -> None:
+def _qkv_backward(
+    x: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, dx: Tensor, c: LayerCall, sums: _Sums
+) -> None:
     """dx += gradient through the norm and the projections."""
     w = c.weights
     for s in c.pieces(x.shape[0]):
@@ -379,7 +440,9 @@ def _qkv_backward(x: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, dx: Tensor, c: 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: LayerCall, again: Any, x: Tensor, *weights: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(
+        ctx: Any, call: LayerCall, again: Any, x: Tensor, *weights: Tensor | None
+    ) -> Tensor:  # type: ignore[override]
         owner = call.owner
         store, chain = owner.store, owner.chain
         handle = store.layer_input(owner.index, x.detach(), again)

@@ -1,7 +1,9 @@
-"""Computing on the host with pieces of GPU tensors: they come to page-locked memory on side streams and go back, one piece ahead.
+"""Computing on the host with pieces of GPU tensors: they come to page-locked memory on side streams
+and go back, one piece ahead.
 
-A job's pieces come over while the job before is computed, so that the host never waits for a copy that it could have begun. `Worker` does
-the same in a thread, for jobs that are found while the GPU goes on with a backward pass.
+A job's pieces come over while the job before is computed, so that the host never waits for a copy
+that it could have begun. `Worker` does the same in a thread, for jobs that are found while the GPU
+goes on with a backward pass.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ AHEAD = 64  # jobs that may wait for a worker; who gives more waits
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Work on flat pieces of a parameter and its gradient. `compute` is given them, or copies of them on the host; it changes the first
-    `changed` of them. `ready`: the pieces are complete, and what is changed is read no more, once this has come to pass."""
+    """Work on flat pieces of a parameter and its gradient. `compute` is given them, or copies of
+    them on the host; it changes the first `changed` of them. `ready`: the pieces are complete, and
+    what is changed is read no more, once this has come to pass."""
 
     pieces: tuple[Tensor, ...]
     compute: Callable[..., None]
@@ -39,7 +42,10 @@ class Stage:
         self.room = [torch.empty(room, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
 
     def _views(self, job: Job) -> list[Tensor]:
-        return [room[: t.numel() * t.element_size()].view(t.dtype) for room, t in zip(self.room, job.pieces, strict=False)]
+        return [
+            room[: t.numel() * t.element_size()].view(t.dtype)
+            for room, t in zip(self.room, job.pieces, strict=False)
+        ]
 
     def bring(self, job: Job) -> None:
         self.stream.synchronize()  # what went back from this room is there
@@ -60,7 +66,9 @@ class Stage:
 
 
 def work_off(jobs: Iterable[Job | None], stages: list[Stage]) -> None:
-    """Jobs in turn, each computed while the next one comes to the host. None: there is no next one yet."""
+    """Jobs in turn, each computed while the next one comes to the host. None: there is no next one
+    yet.
+    """
     turn = itertools.cycle(stages)
     begun: tuple[Stage, Job] | None = None
     for job in itertools.chain(jobs, (None,)):
@@ -82,7 +90,9 @@ class Worker:
     def __init__(self, stages: list[Stage], device: torch.device | None) -> None:
         self._jobs: queue.Queue[Job | None] = queue.Queue(AHEAD)
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(stages, device), name="SplitAdamW", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(stages, device), name="SplitAdamW", daemon=True
+        )
         self._thread.start()
 
     def give(self, job: Job) -> None:

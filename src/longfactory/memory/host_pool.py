@@ -1,11 +1,14 @@
 """Activations that wait in host memory between forward and backward.
 
-A tensor is *parked*: copied to a page-locked slot on a side stream while the GPU goes on computing, and fetched back the same way, a
-layer before backward needs it. The stream waits are the whole synchronisation, no kernel waits for the CPU. Slots are locked once
-and reused in every step, because locking memory is slow (about 2 GB/s) and because an allocator that rounds up to powers of two would
-double what is locked. Hiding the copies needs about 13 GB/s a GPU at 32k tokens and less above (bytes grow with T, attention with T^2).
+A tensor is *parked*: copied to a page-locked slot on a side stream while the GPU goes on computing,
+and fetched back the same way, a layer before backward needs it. The stream waits are the whole
+synchronisation, no kernel waits for the CPU. Slots are locked once and reused in every step,
+because locking memory is slow (about 2 GB/s) and because an allocator that rounds up to powers of
+two would double what is locked. Hiding the copies needs about 13 GB/s a GPU at 32k tokens and less
+above (bytes grow with T, attention with T^2).
 
-On a CPU device the same code copies to plain memory at once, so that tests see exactly this bookkeeping.
+On a CPU device the same code copies to plain memory at once, so that tests see exactly this
+bookkeeping.
 """
 
 from __future__ import annotations
@@ -26,12 +29,15 @@ PAGE = 4096
 
 
 class Parked:
-    """Tensors that were given to `HostPool.park`. `fetch()` once, in backward; dropping the object frees its slot."""
+    """Tensors that were given to `HostPool.park`. `fetch()` once, in backward; dropping the object
+    frees its slot.
+    """
 
     def __init__(self, pool: HostPool, tensors: list[Tensor], slot: Tensor | None) -> None:
         self._pool = pool
         self._slot = slot  # None: there was no room, the tensors stay where they are
-        self._there: list[Tensor] | None = tensors  # on the device: until the copy is done, after a prefetch, or for good
+        # on the device: until the copy is done, after a prefetch, or for good
+        self._there: list[Tensor] | None = tensors
         self._back: torch.cuda.Event | None = None
         self._layout = [(t.shape, t.dtype) for t in tensors]
         if slot is not None:
@@ -59,8 +65,11 @@ class Parked:
         if pool.stream is None:
             self._there = [v.clone() for v in self._views()]
             return
-        # Allocated on the computing stream, so that the memory is its own when the copy is done; the copy waits for what used it before.
-        there = [torch.empty(shape, dtype=dtype, device=pool.device) for shape, dtype in self._layout]
+        # Allocated on the computing stream, so that the memory is its own when the copy is done;
+        # the copy waits for what used it before.
+        there = [
+            torch.empty(shape, dtype=dtype, device=pool.device) for shape, dtype in self._layout
+        ]
         pool.stream.wait_stream(torch.cuda.current_stream(pool.device))
         with torch.cuda.stream(pool.stream):
             for t, v in zip(there, self._views(), strict=True):
@@ -70,10 +79,16 @@ class Parked:
         self._there = there
 
     def fetch(self) -> list[Tensor]:
-        """The tensors, on the device. The caller owns them (may write to them); a second call is refused."""
+        """The tensors, on the device. The caller owns them (may write to them); a second call is
+        refused.
+        """
         if self._there is None and self._slot is None:
-            raise RuntimeError("These activations were fetched before: a second backward through a checkpointed layer is not possible.")
-        if self._pool._leaving is self:  # it never really left; whoever writes to it must wait until it is read
+            raise RuntimeError(
+                "These activations were fetched before: a second backward through a checkpointed"
+                " layer is not possible."
+            )
+        # it never really left; whoever writes to it must wait until it is read
+        if self._pool._leaving is self:
             self._pool._leaving, self._back = None, self._pool._left
         self.prefetch()
         assert self._there is not None
@@ -91,8 +106,9 @@ class Parked:
 class HostPool:
     """Page-locked slots for parked tensors, at most `limit` bytes in all.
 
-    `expect` is the number of slots that one step will need: they are locked together, on several threads, when the first tensor comes.
-    What does not fit, and what cannot be allocated, stays on the device; that is logged once.
+    `expect` is the number of slots that one step will need: they are locked together, on several
+    threads, when the first tensor comes. What does not fit, and what cannot be allocated, stays on
+    the device; that is logged once.
     """
 
     def __init__(self, device: torch.device | str, limit: int, expect: int = 1) -> None:
@@ -101,12 +117,14 @@ class HostPool:
         self.expect = expect
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.parked_bytes = 0  # all that was ever parked: for logs and tests
-        self.peak_bytes = 0  # the most that waited at once, of what is locked; a reader may set it to 0
+        # the most that waited at once, of what is locked; a reader may set it to 0
+        self.peak_bytes = 0
         self._waiting: dict[int, int] = {}  # bytes in each slot that is in use
         self._waiting_bytes = 0
         self._slots: list[Tensor] = []
         self._locked: dict[int, Callable[[int], Any]] = {}  # address -> what unlocks it
-        # The memory of a pool that nobody closed would be given back while it is locked: locking it again, wherever it is used next, fails.
+        # The memory of a pool that nobody closed would be given back while it is locked: locking it
+        # again, wherever it is used next, fails.
         weakref.finalize(self, _unlock, self._locked).atexit = False
         self._free: list[Tensor] = []
         self._order: list[weakref.ref[Parked]] = []
@@ -117,7 +135,9 @@ class HostPool:
     # ---- outside
 
     def park(self, tensors: Sequence[Tensor]) -> Parked:
-        """Start the copy of `tensors` to the host. Each is kept alive on the device until its copy is done."""
+        """Start the copy of `tensors` to the host. Each is kept alive on the device until its copy
+        is done.
+        """
         self._settle()
         nbytes = sum(_padded(t.numel() * t.element_size()) for t in tensors)
         slot = self._take(nbytes)
@@ -145,7 +165,9 @@ class HostPool:
         return parked
 
     def prefetch(self, count: int = 1) -> None:
-        """Start the way back of the `count` tensors parked last, which are those that backward needs next."""
+        """Start the way back of the `count` tensors parked last, which are those that backward
+        needs next.
+        """
         self._order = [r for r in self._order if r() is not None]
         for ref in self._order[-count:] if count else []:
             parked = ref()
@@ -153,10 +175,13 @@ class HostPool:
                 parked.prefetch()
 
     def reserve(self, nbytes: int, count: int | None = None) -> None:
-        """Lock slots now, until there are `count` (by default as many as a step expects) for tensors, or groups of tensors parked together,
-        of `nbytes`; as far as the limit allows. Slots for larger ones count."""
+        """Lock slots now, until there are `count` (by default as many as a step expects) for
+        tensors, or groups of tensors parked together, of `nbytes`; as far as the limit allows.
+        Slots for larger ones count."""
         size = -(-_padded(nbytes) // PAGE) * PAGE
-        missing = (self.expect if count is None else count) - sum(s.numel() >= nbytes for s in self._slots)
+        missing = (self.expect if count is None else count) - sum(
+            s.numel() >= nbytes for s in self._slots
+        )
         self._lock_slots(size, min(missing, max(0, self.limit - self.locked_bytes) // size))
 
     @property
@@ -174,7 +199,9 @@ class HostPool:
     # ---- inside
 
     def _settle(self) -> None:
-        """Forget the device copy of what was parked last. One layer's computation has passed since: the wait costs nothing."""
+        """Forget the device copy of what was parked last. One layer's computation has passed since:
+        the wait costs nothing.
+        """
         parked, self._leaving = self._leaving, None
         if parked is not None and parked._slot is not None:
             assert self._left is not None
@@ -190,7 +217,10 @@ class HostPool:
             self._grow(nbytes)
             fitting = [s for s in self._free if s.numel() >= nbytes]
         if not fitting:
-            self._warn(f"no room for {nbytes / 2**30:.2f} GiB within {self.limit / 2**30:.1f} GiB of host memory")
+            self._warn(
+                f"no room for {nbytes / 2**30:.2f} GiB within {self.limit / 2**30:.1f} GiB of host"
+                " memory"
+            )
             return None
         slot = min(fitting, key=Tensor.numel)
         self._free = [s for s in self._free if s is not slot]
@@ -201,7 +231,9 @@ class HostPool:
         self._free.append(slot)
 
     def _grow(self, nbytes: int) -> None:
-        """Lock as many slots of this size as the step expects and the limit allows, in place of free ones of other sizes."""
+        """Lock as many slots of this size as the step expects and the limit allows, in place of
+        free ones of other sizes.
+        """
         size = -(-nbytes // PAGE) * PAGE
         want = max(1, self.expect - sum(s.numel() >= nbytes for s in self._slots))
         if self.locked_bytes + want * size > self.limit and self._free:
@@ -214,7 +246,9 @@ class HostPool:
     def _lock_slots(self, size: int, count: int) -> None:
         if count <= 0:
             return
-        with concurrent.futures.ThreadPoolExecutor(max(1, min(count, (os.cpu_count() or 1) // 2, 16))) as threads:
+        with concurrent.futures.ThreadPoolExecutor(
+            max(1, min(count, (os.cpu_count() or 1) // 2, 16))
+        ) as threads:
             made = list(threads.map(self._lock, [size] * count))
         for slot, locked in made:
             if slot is None:
@@ -250,7 +284,9 @@ class HostPool:
     def _warn(self, why: str, stays: bool = True) -> None:
         if not self._warned:
             self._warned = True
-            log.warning("Activation offload: %s.%s", why, " The rest stays on the GPU." if stays else "")
+            log.warning(
+                "Activation offload: %s.%s", why, " The rest stays on the GPU." if stays else ""
+            )
 
 
 def _unlock(locked: dict[int, Callable[[int], Any]]) -> None:
@@ -259,7 +295,9 @@ def _unlock(locked: dict[int, Callable[[int], Any]]) -> None:
 
 
 def _forget_error(device: torch.device) -> None:
-    """CUDA holds the last error for whoever asks next: the check after some kernel, which did nothing wrong."""
+    """CUDA holds the last error for whoever asks next: the check after some kernel, which did
+    nothing wrong.
+    """
     try:
         torch.zeros(1, device=device)
     except RuntimeError:

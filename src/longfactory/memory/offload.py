@@ -1,7 +1,9 @@
-"""Where a layer's tensors wait between its forward and its backward: on the device, on the host, or nowhere (computed again).
+"""Where a layer's tensors wait between its forward and its backward: on the device, on the host, or
+nowhere (computed again).
 
-`Activations` serves one model. Each layer call gives it the layer's input and, if it is kept, its attention's output, and gets a handle
-whose `get()` in backward returns them. Which of the three places it is, is decided here and known to nobody else.
+`Activations` serves one model. Each layer call gives it the layer's input and, if it is kept, its
+attention's output, and gets a handle whose `get()` in backward returns them. Which of the three
+places it is, is decided here and known to nobody else.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ Waiting = Here | Parked
 class LayerInput:
     """The input of one layer call and, after `keep`, what its attention returned."""
 
-    def __init__(self, waiting: Waiting | None, segment: Segment | None = None, position: int = 0) -> None:
+    def __init__(
+        self, waiting: Waiting | None, segment: Segment | None = None, position: int = 0
+    ) -> None:
         self._waiting = waiting
         self._segment = segment
         self._position = position
@@ -54,7 +58,9 @@ class LayerInput:
         return self._waiting.fetch()[0]
 
     def attention(self) -> list[Pair] | None:
-        """What the layer's attention calls returned, in their order; None if it was not kept. Ask after `input()`."""
+        """What the layer's attention calls returned, in their order; None if it was not kept. Ask
+        after `input()`.
+        """
         kept = self._kept
         if self._segment is not None:
             kept = self._segment.attention(self._position) or kept
@@ -68,13 +74,16 @@ class LayerInput:
 
 
 class Segment:
-    """Consecutive layer calls of which only the first one's input waits. Backward runs them forward once more, all but the last."""
+    """Consecutive layer calls of which only the first one's input waits. Backward runs them forward
+    once more, all but the last.
+    """
 
     def __init__(self, store: Activations) -> None:
         self._store = store
         self._first: Waiting | None = None
         self._calls: list[tuple[int, Callable[[Tensor], Tensor]]] = []
-        self._amp = autocast_as_now(store.device.type)  # backward, where they run again, is not under autocast
+        # backward, where they run again, is not under autocast
+        self._amp = autocast_as_now(store.device.type)
         self._inputs: dict[int, Waiting] = {}
         self._kept: dict[int, Waiting | None] = {}
 
@@ -83,7 +92,9 @@ class Segment:
 
     def is_last(self, position: int) -> bool:
         index, _ = self._calls[position]
-        return position == self._store.settings.segment_layers - 1 or index == self._store.layers - 1
+        return (
+            position == self._store.settings.segment_layers - 1 or index == self._store.layers - 1
+        )
 
     def add(self, index: int, x: Tensor, call: Callable[[Tensor], Tensor]) -> LayerInput:
         if not self._calls:
@@ -118,12 +129,18 @@ class Segment:
 class Activations:
     """Decides where the tensors of `layers` decoder layers wait.
 
-    `attention_share`: bytes of what one layer's attention returns, of those of its input. `longest`: this rank's tokens of the longest row,
-    if known: host memory is locked for that row, whichever comes first.
+    `attention_share`: bytes of what one layer's attention returns, of those of its input.
+    `longest`: this rank's tokens of the longest row, if known: host memory is locked for that row,
+    whichever comes first.
     """
 
     def __init__(
-        self, settings: MemorySettings, layers: int, device: torch.device | str, attention_share: float = 1.0, longest: int = 0
+        self,
+        settings: MemorySettings,
+        layers: int,
+        device: torch.device | str,
+        attention_share: float = 1.0,
+        longest: int = 0,
     ) -> None:
         self.settings = settings
         self.attention_share = attention_share
@@ -133,15 +150,24 @@ class Activations:
         self.pool: HostPool | None = None
         self._parks = (0, 0)  # inputs and attention outputs that one step sends to the host
         self._open_pool()
-        self.record: list[Pair] | None = None  # a segment is being run forward again, and these are its attention outputs
+        # a segment is being run forward again, and these are its attention outputs
+        self.record: list[Pair] | None = None
         self._segment: Segment | None = None
 
     def _open_pool(self) -> None:
         s = self.settings
         if s.offload == "none":
             return
-        there = [i for i in range(0, self.layers, s.segment_layers) if i < self.layers - s.last_layers_on_gpu]
-        kept = [i for i in range(self.layers - s.last_layers_on_gpu) if self.keeps(i) and (i + 1) % s.segment_layers == 0]
+        there = [
+            i
+            for i in range(0, self.layers, s.segment_layers)
+            if i < self.layers - s.last_layers_on_gpu
+        ]
+        kept = [
+            i
+            for i in range(self.layers - s.last_layers_on_gpu)
+            if self.keeps(i) and (i + 1) % s.segment_layers == 0
+        ]
         outputs = len(kept) + s.segment_layers - 1 if s.offload == "inputs+attention" else 0
         self._parks = (len(there) + s.segment_layers - 1, outputs)
         expect = max(1, sum(self._parks))
@@ -150,13 +176,16 @@ class Activations:
         self.pool.limit, self.pool.expect = s.pool_bytes, expect
 
     def change(self, settings: MemorySettings) -> None:
-        """Other settings from the next step on. Whether layers are recomputed at all, and which layer it is, cannot change any more.
+        """Other settings from the next step on. Whether layers are recomputed at all, and which
+        layer it is, cannot change any more.
 
         Raises:
             ConfigError: they would.
         """
         if (settings.checkpoint, settings.layer) != (self.settings.checkpoint, self.settings.layer):
-            raise ConfigError("memory: checkpoint and layer are fixed once the engine is in the model.")
+            raise ConfigError(
+                "memory: checkpoint and layer are fixed once the engine is in the model."
+            )
         self.settings = settings
         if settings.offload == "none" and self.pool is not None:
             self.pool.close()
@@ -164,7 +193,9 @@ class Activations:
         self._open_pool()
 
     def reserve(self, nbytes: int) -> None:
-        """Lock the host memory of a whole step now, for tensors of `nbytes` each, instead of in its first forward pass."""
+        """Lock the host memory of a whole step now, for tensors of `nbytes` each, instead of in its
+        first forward pass.
+        """
         if self.pool is not None:
             self.pool.reserve(nbytes)
 
@@ -195,8 +226,9 @@ class Activations:
         return self.pool.park(tensors)
 
     def _lock_all(self, x: Tensor) -> None:
-        """Before the first layer input [batch, tokens, hidden] is parked: locking is slow, so all slots of a step are locked at once. They
-        are of two sizes, or they would need more than the memory planned for them."""
+        """Before the first layer input [batch, tokens, hidden] is parked: locking is slow, so all
+        slots of a step are locked at once. They are of two sizes, or they would need more than the
+        memory planned for them."""
         if self.pool is None or self.pool.locked_bytes > 0:
             return
         nbytes = x.numel() * x.element_size() * max(x.shape[1], self.longest) // x.shape[1] + 512

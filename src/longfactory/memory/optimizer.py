@@ -1,24 +1,32 @@
-"""AdamW with exact fp32 weights at 10 bytes a parameter beside the model's own bf16 weight, on the GPU or on the host.
+"""AdamW with exact fp32 weights at 10 bytes a parameter beside the model's own bf16 weight, on the
+GPU or on the host.
 
-The fp32 master weight is not stored: its upper half is the model's bf16 weight, and only the lower half is kept, as a 16-bit number.
+The fp32 master weight is not stored: its upper half is the model's bf16 weight, and only the lower
+half is kept, as a 16-bit number.
 
-    master bits = (bf16 bits << 16) + low,   low in [-32768, 32767],   bf16 = master rounded to nearest (a tie goes up)
+    master bits = (bf16 bits << 16) + low,   low in [-32768, 32767],
+    bf16 = master rounded to nearest (a tie goes up)
 
-So master = join(bf16, low) without loss, and the model computes with a correctly rounded weight. With the two fp32 moments that is
-2 + 4 + 4 bytes a parameter, where fp32 master weights take 12. The update itself is torch's fused AdamW in fp32 on blocks.
+So master = join(bf16, low) without loss, and the model computes with a correctly rounded weight.
+With the two fp32 moments that is 2 + 4 + 4 bytes a parameter, where fp32 master weights take 12.
+The update itself is torch's fused AdamW in fp32 on blocks.
 
-On the host the blocks of gradient and weight come over on a side stream while the block before is computed, and go back likewise; about
-28 bytes of host memory traffic a parameter: 15 s for 7.6 billion on the 16 cores beside an H100, before its scratch was reused. For
-fp32 or fp64 parameters (FSDP2's sharded masters) there is no split: the parameter is the master, and the moments live where asked.
+On the host the blocks of gradient and weight come over on a side stream while the block before is
+computed, and go back likewise; about 28 bytes of host memory traffic a parameter: 15 s for 7.6
+billion on the 16 cores beside an H100, before its scratch was reused. For fp32 or fp64 parameters
+(FSDP2's sharded masters) there is no split: the parameter is the master, and the moments live where
+asked.
 
-Gradients of bf16 parameters are bf16. Those of several micro-batches are summed in fp32, where the states live (`accumulate`), and rounded
-once, as the gradient of one micro-batch is.
+Gradients of bf16 parameters are bf16. Those of several micro-batches are summed in fp32, where the
+states live (`accumulate`), and rounded once, as the gradient of one micro-batch is.
 
-Where states are on the host, gradients can leave the GPU as soon as they are final, while backward goes on with the layers below
-(`during_backward`): a thread of the host takes them. With `gradients="host"` they wait there for the norm of all and the update after it.
-With `overlap` the thread updates their weights at once, which is for runs that do not clip. The weight is then written while backward runs,
-which is safe: a gradient is final when every function that gives a part of it has run, on the GPU what they read is waited for, and FSDP2
-gathers a shard for backward before it reduces its gradient. A function that saved the weight and gives no part of its gradient is stopped
+Where states are on the host, gradients can leave the GPU as soon as they are final, while backward
+goes on with the layers below (`during_backward`): a thread of the host takes them. With
+`gradients="host"` they wait there for the norm of all and the update after it. With `overlap` the
+thread updates their weights at once, which is for runs that do not clip. The weight is then written
+while backward runs, which is safe: a gradient is final when every function that gives a part of it
+has run, on the GPU what they read is waited for, and FSDP2 gathers a shard for backward before it
+reduces its gradient. A function that saved the weight and gives no part of its gradient is stopped
 by autograd's count of changes.
 """
 
@@ -36,13 +44,19 @@ from torch import Tensor
 
 from longfactory.memory.host_jobs import Job, Stage, Worker, work_off
 
-BLOCK = 1 << 24  # elements that travel together; `host_jobs.AHEAD` blocks of gradients that leave are on the GPU at most
-_INNER = (1 << 15) * torch.get_num_threads()  # elements computed together on the host: a core's share and its scratch stay in its cache
+# elements that travel together; `host_jobs.AHEAD` blocks of gradients that leave are on the GPU at
+# most
+BLOCK = 1 << 24
+# elements computed together on the host: a core's share and its scratch stay in its cache
+_INNER = (1 << 15) * torch.get_num_threads()
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 -> (bf16 rounded to nearest, int16 remainder)."""
-    weight, low = (torch.empty(master.shape, dtype=t, device=master.device) for t in (torch.bfloat16, torch.int16))
+    weight, low = (
+        torch.empty(master.shape, dtype=t, device=master.device)
+        for t in (torch.bfloat16, torch.int16)
+    )
     _split_into(weight, low, master, torch.empty_like(master, dtype=torch.int32))
     return weight, low
 
@@ -51,13 +65,18 @@ def _split_into(weight: Tensor, low: Tensor, master: Tensor, scratch: Tensor) ->
     bits = master.view(torch.int32)
     high = torch.add(bits, 0x8000, out=scratch).bitwise_right_shift_(16)
     weight.view(torch.int16).copy_(high)
-    low.copy_(bits)  # the lower 16 bits, with their sign, are the remainder: bits = (high << 16) + low
+    # the lower 16 bits, with their sign, are the remainder: bits = (high << 16) + low
+    low.copy_(bits)
 
 
 def join(weight: Tensor, low: Tensor, out: Tensor | None = None) -> Tensor:
     """(bf16, int16) -> the fp32 master weight; in the memory of `out`, int32, if it is given."""
-    bits = torch.empty(weight.shape, dtype=torch.int32, device=weight.device) if out is None else out
-    return bits.copy_(weight.view(torch.int16)).bitwise_left_shift_(16).add_(low).view(torch.float32)
+    bits = (
+        torch.empty(weight.shape, dtype=torch.int32, device=weight.device) if out is None else out
+    )
+    return (
+        bits.copy_(weight.view(torch.int16)).bitwise_left_shift_(16).add_(low).view(torch.float32)
+    )
 
 
 def local(t: Tensor) -> Tensor:
@@ -66,19 +85,25 @@ def local(t: Tensor) -> Tensor:
 
 
 class SplitAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter, 2019) as `torch.optim.AdamW` computes it in fp32, for bf16 parameters without loss.
+    """AdamW (Loshchilov and Hutter, 2019) as `torch.optim.AdamW` computes it in fp32, for bf16
+    parameters without loss.
 
     Args:
-        placement: "host" keeps states in host memory and computes there; "gpu" keeps them beside the parameter.
+        placement: "host" keeps states in host memory and computes there; "gpu" keeps them beside
+            the parameter.
         lr, betas, eps, weight_decay: as in torch.optim.AdamW.
-        gradients: "host" takes them off the GPU in `during_backward`, and they wait in host memory. For states on the host.
-        overlap: updates are made in `during_backward`, and no gradient waits anywhere. For states on the host.
+        gradients: "host" takes them off the GPU in `during_backward`, and they wait in host memory.
+            For states on the host.
+        overlap: updates are made in `during_backward`, and no gradient waits anywhere. For states
+            on the host.
 
-    Gradients are read from `.grad`, so clipping and accumulation can be the caller's, as with any optimizer; `clip` and `accumulate` do not
-    round them to bf16. States are this rank's shards: `shard.optimizer_states` keeps them in checkpoints.
+    Gradients are read from `.grad`, so clipping and accumulation can be the caller's, as with any
+    optimizer; `clip` and `accumulate` do not round them to bf16. States are this rank's shards:
+    `shard.optimizer_states` keeps them in checkpoints.
 
     Raises:
-        ValueError: a parameter that is neither bf16, fp32 nor fp64; overlap, or gradients on the host, with states on the GPU.
+        ValueError: a parameter that is neither bf16, fp32 nor fp64; overlap, or gradients on the
+            host, with states on the GPU.
     """
 
     def __init__(
@@ -96,22 +121,31 @@ class SplitAdamW(torch.optim.Optimizer):
             if value not in ("gpu", "host"):
                 raise ValueError(f"SplitAdamW: {name} is {value!r}; it must be gpu or host.")
         if placement == "gpu" and (overlap or gradients == "host"):
-            raise ValueError("SplitAdamW: overlap and gradients on the host are for states on the host.")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+            raise ValueError(
+                "SplitAdamW: overlap and gradients on the host are for states on the host."
+            )
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
         self.placement, self.gradients, self.overlap = placement, gradients, overlap
         self._stages: list[Stage] = []
         self._scale = 1.0  # of the gradients of the next step
-        self._sums: dict[Tensor, Tensor] = {}  # parameter -> fp32 sum of this rank's part of its gradient, where the states live
+        # parameter -> fp32 sum of this rank's part of its gradient, where the states live
+        self._sums: dict[Tensor, Tensor] = {}
         self._summed: set[Tensor] = set()  # those with something of this step in it
-        # Parameters whose gradient left during this step's backward -> its norm, or norms of its blocks.
+        # Parameters whose gradient left during this step's backward -> its norm, or norms of its
+        # blocks.
         self._left: dict[Tensor, Tensor] = {}
-        self._away: dict[Tensor, Tensor] = {}  # those of them that are not updated yet -> their gradient on the host, flat
+        # those of them that are not updated yet -> their gradient on the host, flat
+        self._away: dict[Tensor, Tensor] = {}
         self._rooms: dict[Tensor, Tensor] = {}  # host memory of gradients, kept from step to step
         self._worker: Worker | None = None
         for group in self.param_groups:
             for p in group["params"]:
                 if p.dtype not in (torch.bfloat16, torch.float32, torch.float64):
-                    raise ValueError(f"SplitAdamW: a parameter is {p.dtype}; it computes bf16, fp32 and fp64.")
+                    raise ValueError(
+                        f"SplitAdamW: a parameter is {p.dtype}; it computes bf16, fp32 and fp64."
+                    )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -123,7 +157,10 @@ class SplitAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None and p in self._away:
-                    raise RuntimeError("SplitAdamW: a gradient came after that of the step's last micro-batch had left the device.")
+                    raise RuntimeError(
+                        "SplitAdamW: a gradient came after that of the step's last micro-batch had"
+                        " left the device."
+                    )
                 if p.grad is not None or p in self._away:
                     self.prepare(p)
                     self.state[p]["step"] += 1
@@ -140,20 +177,26 @@ class SplitAdamW(torch.optim.Optimizer):
 
     @contextlib.contextmanager
     def during_backward(self, last: bool = True) -> Iterator[None]:
-        """Around the backward of a micro-batch: gradients leave the device as they become final, and `.grad` is None again, where
-        `gradients="host"` or `overlap` says so. Elsewhere it does nothing.
+        """Around the backward of a micro-batch: gradients leave the device as they become final,
+        and `.grad` is None again, where `gradients="host"` or `overlap` says so. Elsewhere it does
+        nothing.
 
         Args:
-            last: it is the step's last micro-batch. Of those before it, bf16 gradients leave; others stay in `.grad`, where autograd sums.
+            last: it is the step's last micro-batch. Of those before it, bf16 gradients leave;
+                others stay in `.grad`, where autograd sums.
 
-        `accumulate`, `clip` (of inf alone, with `overlap`) and `step` follow as ever. Everything is what it would be without, in every bit.
+        `accumulate`, `clip` (of inf alone, with `overlap`) and `step` follow as ever. Everything is
+        what it would be without, in every bit.
 
         Raises:
-            RuntimeError: in backward, if a gradient comes twice. Autograd and FSDP2 sum over all uses of a parameter before it comes.
+            RuntimeError: in backward, if a gradient comes twice. Autograd and FSDP2 sum over all
+                uses of a parameter before it comes.
         """
         leaves = self.overlap or self.gradients == "host"
         handles = [
-            p.register_post_accumulate_grad_hook(functools.partial(self._leave, group=group, last=last))
+            p.register_post_accumulate_grad_hook(
+                functools.partial(self._leave, group=group, last=last)
+            )
             for group in self.param_groups
             for p in group["params"]
             if leaves and p.requires_grad and (last or p.dtype == torch.bfloat16)
@@ -166,11 +209,13 @@ class SplitAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _leave(self, p: Any, group: dict[str, Any], last: bool) -> None:
-        """A hook: the gradient of `p` in this micro-batch is final. It goes to the thread that sums, keeps or updates."""
+        """A hook: the gradient of `p` in this micro-batch is final. It goes to the thread that
+        sums, keeps or updates.
+        """
         if p in self._left:
             raise RuntimeError(
-                "SplitAdamW: the gradient of a parameter came twice in one step, and the first had left the device. Set offload_gradients: "
-                "false and optimizer_overlap: false."
+                "SplitAdamW: the gradient of a parameter came twice in one step, and the first had"
+                " left the device. Set offload_gradients: false and optimizer_overlap: false."
             )
         grad = _flat(p.grad, "gradient")
         summed = p in self._summed
@@ -186,19 +231,32 @@ class SplitAdamW(torch.optim.Optimizer):
                 self.state[p]["step"] += 1
                 block = self._block(p, group, grad)
                 jobs = list(block.jobs())
-                torch.autograd.graph.increment_version(block.weight)  # now, and not when the thread comes to write it
+                # now, and not when the thread comes to write it
+                torch.autograd.graph.increment_version(block.weight)
                 if summed:
                     jobs = [
-                        dataclasses.replace(job, compute=functools.partial(_sum_and_update, update=job.compute, total=t, norm=n))
-                        for job, t, n in zip(jobs, sums, norms, strict=False)  # an empty shard is one block of sums, and no job
+                        dataclasses.replace(
+                            job,
+                            compute=functools.partial(
+                                _sum_and_update, update=job.compute, total=t, norm=n
+                            ),
+                        )
+                        # an empty shard is one block of sums, and no job
+                        for job, t, n in zip(jobs, sums, norms, strict=False)
                     ]
             elif summed:
                 self._away[p] = self._sum(p)
-                keep = [functools.partial(_sum_and_keep, total=t, norm=n) for t, n in zip(sums, norms, strict=True)]
+                keep = [
+                    functools.partial(_sum_and_keep, total=t, norm=n)
+                    for t, n in zip(sums, norms, strict=True)
+                ]
                 jobs = [Job((g,), k, 0) for g, k in zip(pieces, keep, strict=True)]
             else:
                 self._away[p] = self._room(p, grad)
-                jobs = [Job((g,), r.copy_, 0) for g, r in zip(pieces, self._away[p].split(BLOCK), strict=True)]
+                jobs = [
+                    Job((g,), r.copy_, 0)
+                    for g, r in zip(pieces, self._away[p].split(BLOCK), strict=True)
+                ]
         p.grad = None
         self._give([job for job in jobs if job.pieces[0].numel()])
 
@@ -209,7 +267,9 @@ class SplitAdamW(torch.optim.Optimizer):
 
     def _sum(self, p: Any) -> Tensor:
         if p not in self._sums:
-            self._sums[p] = torch.empty(local(p).numel(), dtype=torch.float32, device=self._place(p))
+            self._sums[p] = torch.empty(
+                local(p).numel(), dtype=torch.float32, device=self._place(p)
+            )
         return self._sums[p]
 
     def _give(self, jobs: list[Job]) -> None:
@@ -223,7 +283,8 @@ class SplitAdamW(torch.optim.Optimizer):
         for job in jobs:
             if self._streamed(job.pieces[0]):
                 ready = torch.cuda.Event()
-                ready.record(torch.cuda.current_stream(job.pieces[0].device))  # FSDP2's hooks run on the stream of its reductions
+                # FSDP2's hooks run on the stream of its reductions
+                ready.record(torch.cuda.current_stream(job.pieces[0].device))
                 job = dataclasses.replace(job, ready=ready)
             self._worker.give(job)
 
@@ -237,17 +298,25 @@ class SplitAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:
-        """The norm of the whole gradient, over all shards, in fp32. The next step takes gradients scaled to at most `max_norm`.
+        """The norm of the whole gradient, over all shards, in fp32. The next step takes gradients
+        scaled to at most `max_norm`.
 
-        As `torch.nn.utils.clip_grad_norm_`, which computes norms of bf16 gradients in bf16 and rounds what it scales. Collective where
-        parameters are sharded; `.grad` stays as it is.
+        As `torch.nn.utils.clip_grad_norm_`, which computes norms of bf16 gradients in bf16 and
+        rounds what it scales. Collective where parameters are sharded; `.grad` stays as it is.
         """
         self._join()
-        params = [p for g in self.param_groups for p in g["params"] if p.grad is not None or p in self._left]
+        params = [
+            p
+            for g in self.param_groups
+            for p in g["params"]
+            if p.grad is not None or p in self._left
+        ]
         if not params:
             return torch.zeros(())
         if self._left and self.overlap and max_norm != math.inf:
-            raise RuntimeError("SplitAdamW: updates were made during backward, and cannot be clipped after it.")
+            raise RuntimeError(
+                "SplitAdamW: updates were made during backward, and cannot be clipped after it."
+            )
         sharded = [p for p in params if hasattr(p, "placements")]
         whole = [p for p in params if not hasattr(p, "placements")]
         total = self._square(sharded)
@@ -258,16 +327,26 @@ class SplitAdamW(torch.optim.Optimizer):
         return norm
 
     def _square(self, params: list[Any]) -> Tensor:
-        """Sum of the squares of this rank's gradients, in fp64 on their device; 0 on the host for none."""
-        norms = [_norm(local(p.grad)) if p.grad is not None else _norm(self._left[p]).to(local(p).device) for p in params]
-        return torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64)
+        """Sum of the squares of this rank's gradients, in fp64 on their device; 0 on the host for
+        none.
+        """
+        norms = [
+            _norm(local(p.grad)) if p.grad is not None else _norm(self._left[p]).to(local(p).device)
+            for p in params
+        ]
+        return (
+            torch.stack(norms).double().square().sum()
+            if norms
+            else torch.zeros((), dtype=torch.float64)
+        )
 
     @torch.no_grad()
     def accumulate(self, last: bool) -> None:
-        """After the backward of a micro-batch, where a step has several: sums gradients of bf16 parameters in fp32.
+        """After the backward of a micro-batch, where a step has several: sums gradients of bf16
+        parameters in fp32.
 
-        `.grad` is taken away, and is the whole sum, rounded once, after the `last` micro-batch. fp32 and fp64 gradients stay in `.grad`,
-        where autograd sums them.
+        `.grad` is taken away, and is the whole sum, rounded once, after the `last` micro-batch.
+        fp32 and fp64 gradients stay in `.grad`, where autograd sums them.
         """
         if last:
             self._join()
@@ -290,7 +369,9 @@ class SplitAdamW(torch.optim.Optimizer):
             self._summed.clear()
 
     def _do(self, jobs: list[Job]) -> None:
-        """Jobs in any order; those on GPU tensors with states on the host by way of page-locked memory."""
+        """Jobs in any order; those on GPU tensors with states on the host by way of page-locked
+        memory.
+        """
         streamed = [j for j in jobs if self._streamed(j.pieces[0])]
         for job in jobs:
             if not self._streamed(job.pieces[0]):
@@ -329,7 +410,9 @@ class SplitAdamW(torch.optim.Optimizer):
         s = self.state[p]
         low = s["low"].view(-1) if "low" in s else None
         m, v = s["exp_avg"].view(-1), s["exp_avg_sq"].view(-1)
-        return _Block(_flat(p.detach(), "parameter"), grad, low, m, v, s["step"], group, self._scale, away)
+        return _Block(
+            _flat(p.detach(), "parameter"), grad, low, m, v, s["step"], group, self._scale, away
+        )
 
     def _make_stages(self, device: torch.device) -> None:
         if not self._stages:
@@ -369,7 +452,11 @@ class SplitAdamW(torch.optim.Optimizer):
         """The exact weight of this rank's part of `p`, in fp32 (fp64 for fp64)."""
         low = self.state.get(p, {}).get("low")
         here = local(p.detach())
-        return join(here, low.to(here.device)) if low is not None else here.to(torch.promote_types(p.dtype, torch.float32)).clone()
+        return (
+            join(here, low.to(here.device))
+            if low is not None
+            else here.to(torch.promote_types(p.dtype, torch.float32)).clone()
+        )
 
 
 def _flat(t: Any, what: str) -> Tensor:
@@ -399,15 +486,21 @@ def _add(grad: Tensor, total: Tensor, *, first: bool, last: bool) -> None:
             g.copy_(t)
 
 
-def _sum_and_update(weight: Tensor, grad: Tensor, *, update: Callable[..., None], total: Tensor, norm: Tensor) -> None:
-    """`update` with the sum of `grad` and the micro-batches before it; `norm` [] becomes that of the sum."""
+def _sum_and_update(
+    weight: Tensor, grad: Tensor, *, update: Callable[..., None], total: Tensor, norm: Tensor
+) -> None:
+    """`update` with the sum of `grad` and the micro-batches before it; `norm` [] becomes that of
+    the sum.
+    """
     _add(grad, total, first=False, last=True)
     norm.copy_(_norm(grad))
     update(weight, grad)
 
 
 def _sum_and_keep(grad: Tensor, *, total: Tensor, norm: Tensor) -> None:
-    """fp32 `total` = itself + `grad`, rounded to the type of `grad`; `norm` [] becomes that of it."""
+    """fp32 `total` = itself + `grad`, rounded to the type of `grad`; `norm` [] becomes that of
+    it.
+    """
     _add(grad, total, first=False, last=True)
     total.copy_(grad)
     norm.copy_(_norm(grad))
@@ -419,8 +512,8 @@ def _inner(t: Tensor) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """Flat pieces, of equal length, of one parameter and what belongs to it. `scale`: of the gradient. `away`: it is where the states are,
-    and the weight may be elsewhere."""
+    """Flat pieces, of equal length, of one parameter and what belongs to it. `scale`: of the
+    gradient. `away`: it is where the states are, and the weight may be elsewhere."""
 
     weight: Tensor
     grad: Tensor
@@ -434,7 +527,14 @@ class _Block:
 
     def cut(self, a: int, b: int) -> _Block:
         low = self.low[a:b] if self.low is not None else None
-        return dataclasses.replace(self, weight=self.weight[a:b], grad=self.grad[a:b], low=low, m=self.m[a:b], v=self.v[a:b])
+        return dataclasses.replace(
+            self,
+            weight=self.weight[a:b],
+            grad=self.grad[a:b],
+            low=low,
+            m=self.m[a:b],
+            v=self.v[a:b],
+        )
 
     def jobs(self) -> Iterator[Job]:
         """One AdamW step, a job for each `BLOCK` numbers."""
@@ -451,13 +551,20 @@ class _Block:
 
     def update(self) -> None:
         """One AdamW step of tensors that are all on one device."""
-        if self.weight.device != self.m.device:  # CPU parameters with states elsewhere, or the reverse
-            raise RuntimeError(f"SplitAdamW: states are on {self.m.device}, the parameter is on {self.weight.device}.")
+        # CPU parameters with states elsewhere, or the reverse
+        if self.weight.device != self.m.device:
+            raise RuntimeError(
+                f"SplitAdamW: states are on {self.m.device}, the parameter is on"
+                f" {self.weight.device}."
+            )
         n = self.weight.numel()
         inner = min(_inner(self.weight), n)
-        # Scratch is allocated once: fresh memory for each part would cost the host more than the update itself.
+        # Scratch is allocated once: fresh memory for each part would cost the host more than the
+        # update itself.
         grads = torch.empty(inner, dtype=self.m.dtype, device=self.m.device)
-        wide, spare = torch.empty(2, inner if self.low is not None else 0, dtype=torch.int32, device=self.m.device)
+        wide, spare = torch.empty(
+            2, inner if self.low is not None else 0, dtype=torch.int32, device=self.m.device
+        )
         for a in range(0, n, inner):
             part = self.cut(a, a + inner)
             here = len(part.weight)

@@ -13,10 +13,22 @@ def describe(c: Choice) -> str:
     """One line: what is done, in the words of the configuration."""
     if c.checkpoint == "none":
         return f"every activation stored; optimizer on the {c.optimizer}"
-    parts = ["every layer recomputed" if c.segment_layers == 1 else f"a checkpoint every {c.segment_layers} layers"]
-    parts.append(f"attention kept in {c.keep_attention:.0%} of layers" if c.keep_attention else "attention recomputed")
+    parts = [
+        (
+            "every layer recomputed"
+            if c.segment_layers == 1
+            else f"a checkpoint every {c.segment_layers} layers"
+        )
+    ]
+    parts.append(
+        f"attention kept in {c.keep_attention:.0%} of layers"
+        if c.keep_attention
+        else "attention recomputed"
+    )
     if c.offload != "none":
-        what = "layer inputs and kept attention" if c.offload == "inputs+attention" else "layer inputs"
+        what = (
+            "layer inputs and kept attention" if c.offload == "inputs+attention" else "layer inputs"
+        )
         parts.append(f"{what} on the host except the last {c.last_layers_on_gpu} layers'")
     if c.mlp_chunk:
         parts.append(f"pieces of {c.mlp_chunk:,} tokens")
@@ -32,20 +44,28 @@ def table(job: Job, c: Choice, b: Budget, ok: bool, mode: str) -> str:
     """The budget, a line an item, in GiB."""
     m, s = job.machine, job.shape
     lines = [
-        f"Memory plan (memory: {mode}): {s.parameters / 1e9:.2f} B parameters ({s.trainable / 1e9:.2f} B trained), "
-        f"rows of {job.tokens:,} tokens, "
-        f"{job.local:,} on each of {job.sp} GPU{'s' if job.sp > 1 else ''} of a group, {m.gpus} in all",
+        (
+            f"Memory plan (memory: {mode}): {s.parameters / 1e9:.2f} B parameters"
+            f" ({s.trainable / 1e9:.2f} B trained), rows of {job.tokens:,} tokens, {job.local:,} on"
+            f" each of {job.sp} GPU{'s' if job.sp > 1 else ''} of a group, {m.gpus} in all"
+        ),
         f"  {describe(c)}",
         f"  {'one GPU, when most is there':<44}{'GiB':>8}",
     ]
     lines += [f"    {name:<42}{value / GiB:>8.1f}" for name, value in b.gpu.items() if value > 0]
-    lines.append(f"    {'total':<42}{b.gpu_total / GiB:>8.1f}   of {m.gpu_bytes / GiB:.1f}, {MARGIN:.0%} of which may be planned")
+    lines.append(
+        f"    {'total':<42}{b.gpu_total / GiB:>8.1f}   of {m.gpu_bytes / GiB:.1f}, {MARGIN:.0%} of"
+        " which may be planned"
+    )
     if b.host:
         lines.append(f"  {f'host, {m.on_host} GPU(s)':<44}{'GiB':>8}")
         lines += [f"    {name:<42}{value / GiB:>8.1f}" for name, value in b.host.items()]
         lines.append(f"    {'total':<42}{b.host_total / GiB:>8.1f}   of {m.host_bytes / GiB:.1f}")
     rate = job.local / b.seconds
-    lines.append(f"  predicted: {b.seconds:.1f} s a row, {rate:,.0f} tokens/s a GPU ({roofline(job) / b.seconds:.0%} of the roofline)")
+    lines.append(
+        f"  predicted: {b.seconds:.1f} s a row, {rate:,.0f} tokens/s a GPU"
+        f" ({roofline(job) / b.seconds:.0%} of the roofline)"
+    )
     if s.width == 4:
         lines.append("  " + float32_is_slow(job))
     if not ok:
@@ -59,9 +79,10 @@ def float32_is_slow(job: Job) -> str:
     wide, narrow = job.machine.computing(4), job.machine
     times = roofline(job) / roofline(half)
     return (
-        f"This run computes in fp32: products at about {wide.gemm / 1e12:.0f} TFLOP/s and attention at about "
-        f"{wide.attention_backward / 1e12:.0f}, where bf16 has {narrow.gemm / 1e12:.0f} and {narrow.attention_backward / 1e12:.0f} "
-        f"({times:.0f} times the time), and activations of twice the size. Set bf16: true."
+        f"This run computes in fp32: products at about {wide.gemm / 1e12:.0f} TFLOP/s and attention"
+        f" at about {wide.attention_backward / 1e12:.0f}, where bf16 has {narrow.gemm / 1e12:.0f}"
+        f" and {narrow.attention_backward / 1e12:.0f} ({times:.0f} times the time), and activations"
+        " of twice the size. Set bf16: true."
     )
 
 
@@ -73,7 +94,9 @@ def does_not_fit(job: Job, c: Choice, b: Budget) -> str:
         short.append(f"{(b.gpu_total - MARGIN * m.gpu_bytes) / GiB:.1f} GiB a GPU")
     if b.host_total > 0.85 * m.host_bytes:
         short.append(f"{(b.host_total - 0.85 * m.host_bytes) / GiB:.1f} GiB of host memory")
-    missing = f"It is short of {' and '.join(short)}." if short else "It is at the limit of this machine."
+    missing = (
+        f"It is short of {' and '.join(short)}." if short else "It is at the limit of this machine."
+    )
     return f"This does not fit. {missing} {advice(job, c)}"
 
 

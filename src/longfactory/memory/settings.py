@@ -1,4 +1,6 @@
-"""What the memory engine does, as data: every key changes bytes or seconds, none changes a gradient."""
+"""What the memory engine does, as data: every key changes bytes or seconds, none changes a
+gradient.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +15,31 @@ class MemorySettings:
     """How activations and optimizer states are kept during a step.
 
     Attributes:
-        checkpoint: "full" stores one hidden state a layer and recomputes the layer in backward; "none" stores everything.
-        keep_attention: fraction of the layers (the last ones) whose attention output and log-sum-exp are kept, so that their
-            attention kernel never runs twice. 0 keeps none, 1 all.
-        offload: what goes to page-locked host memory between forward and backward: nothing, the layer inputs, or the layer
-            inputs and the kept attention outputs.
-        pool_bytes: upper bound of that host memory for this process. What does not fit stays on the GPU.
-        last_layers_on_gpu: layers at the end of the model whose tensors are not worth a round trip to the host.
-        layer: "auto" uses one hand-written function a decoder layer where the architecture is known (Llama, Qwen2, Qwen3, Mistral)
-            and its linears are plain, and the Hugging Face layer elsewhere; "generic" is the Hugging Face layer everywhere.
-        mlp_chunk: tokens in one piece of the layer (MLP, norms, projections); None is the whole local sequence at once.
-        attention_groups: the hand-written layer's backward runs attention this many groups of heads at a time.
-        segment_layers: store the input of every k-th layer only; the layers between are run forward once more. 1 stores all.
-        late_prefetch: fetch the tensors of the next layer only when this layer's attention is done: less memory, a little time.
+        checkpoint: "full" stores one hidden state a layer and recomputes the layer in backward;
+            "none" stores everything.
+        keep_attention: fraction of the layers (the last ones) whose attention output and
+            log-sum-exp are kept, so that their attention kernel never runs twice. 0 keeps none, 1
+            all.
+        offload: what goes to page-locked host memory between forward and backward: nothing, the
+            layer inputs, or the layer inputs and the kept attention outputs.
+        pool_bytes: upper bound of that host memory for this process. What does not fit stays on the
+            GPU.
+        last_layers_on_gpu: layers at the end of the model whose tensors are not worth a round trip
+            to the host.
+        layer: "auto" uses one hand-written function a decoder layer where the architecture is known
+            (Llama, Qwen2, Qwen3, Mistral) and its linears are plain, and the Hugging Face layer
+            elsewhere; "generic" is the Hugging Face layer everywhere.
+        mlp_chunk: tokens in one piece of the layer (MLP, norms, projections); None is the whole
+            local sequence at once.
+        attention_groups: the hand-written layer's backward runs attention this many groups of heads
+            at a time.
+        segment_layers: store the input of every k-th layer only; the layers between are run forward
+            once more. 1 stores all.
+        late_prefetch: fetch the tensors of the next layer only when this layer's attention is done:
+            less memory, a little time.
         optimizer: where AdamW's fp32 states live and are updated.
-        gradients: where they wait for that; "host", which needs the optimizer there, takes them off the GPU during backward.
+        gradients: where they wait for that; "host", which needs the optimizer there, takes them off
+            the GPU during backward.
     """
 
     checkpoint: Literal["none", "full"] = "full"
@@ -45,22 +57,48 @@ class MemorySettings:
 
     def __post_init__(self) -> None:
         if self.checkpoint not in ("none", "full"):
-            raise ConfigError(f"memory: checkpoint is {self.checkpoint!r}; it must be none or full.")
+            raise ConfigError(
+                f"memory: checkpoint is {self.checkpoint!r}; it must be none or full."
+            )
         if not 0.0 <= self.keep_attention <= 1.0:
-            raise ConfigError(f"memory: keep_attention is {self.keep_attention}; it is a fraction of the layers, from 0 to 1.")
+            raise ConfigError(
+                f"memory: keep_attention is {self.keep_attention}; it is a fraction of the layers,"
+                " from 0 to 1."
+            )
         if self.offload not in ("none", "inputs", "inputs+attention"):
-            raise ConfigError(f"memory: offload is {self.offload!r}; it must be none, inputs or inputs+attention.")
+            raise ConfigError(
+                f"memory: offload is {self.offload!r}; it must be none, inputs or inputs+attention."
+            )
         if self.layer not in ("auto", "generic"):
             raise ConfigError(f"memory: layer is {self.layer!r}; it must be auto or generic.")
         for name in ("optimizer", "gradients"):
             if getattr(self, name) not in ("gpu", "host"):
-                raise ConfigError(f"memory: {name} is {getattr(self, name)!r}; it must be gpu or host.")
-        for name, least in (("attention_groups", 1), ("segment_layers", 1), ("last_layers_on_gpu", 0), ("pool_bytes", 0)):
+                raise ConfigError(
+                    f"memory: {name} is {getattr(self, name)!r}; it must be gpu or host."
+                )
+        for name, least in (
+            ("attention_groups", 1),
+            ("segment_layers", 1),
+            ("last_layers_on_gpu", 0),
+            ("pool_bytes", 0),
+        ):
             if getattr(self, name) < least:
-                raise ConfigError(f"memory: {name} is {getattr(self, name)}; it must be at least {least}.")
+                raise ConfigError(
+                    f"memory: {name} is {getattr(self, name)}; it must be at least {least}."
+                )
         if self.mlp_chunk is not None and self.mlp_chunk < 1:
-            raise ConfigError(f"memory: mlp_chunk is {self.mlp_chunk}; it is a number of tokens, at least 1.")
+            raise ConfigError(
+                f"memory: mlp_chunk is {self.mlp_chunk}; it is a number of tokens, at least 1."
+            )
         if self.offload != "none" and self.pool_bytes == 0:
-            raise ConfigError("memory: offload needs a bound for the host memory it may page-lock. Set pool_bytes.")
-        if self.checkpoint == "none" and (self.offload != "none" or self.segment_layers > 1 or self.keep_attention > 0):
-            raise ConfigError("memory: offload, segments and kept attention are parts of checkpointing. Set checkpoint: full.")
+            raise ConfigError(
+                "memory: offload needs a bound for the host memory it may page-lock. Set"
+                " pool_bytes."
+            )
+        if self.checkpoint == "none" and (
+            self.offload != "none" or self.segment_layers > 1 or self.keep_attention > 0
+        ):
+            raise ConfigError(
+                "memory: offload, segments and kept attention are parts of checkpointing. Set"
+                " checkpoint: full."
+            )

@@ -10,7 +10,9 @@ from longfactory.sp.hf import values_of_layers
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """A decoder model. Counts of parameters are whole numbers; `ffn` is the width of what one token's MLP computes at once."""
+    """A decoder model. Counts of parameters are whole numbers; `ffn` is the width of what one
+    token's MLP computes at once.
+    """
 
     layers: int
     hidden: int
@@ -39,7 +41,11 @@ class ModelShape:
     @property
     def trained_layer_parameters(self) -> int:
         """Trained parameters of one layer, at most."""
-        return self.trainable // self.layers if self.adapters else min(self.layer_parameters, self.trainable)
+        return (
+            self.trainable // self.layers
+            if self.adapters
+            else min(self.layer_parameters, self.trainable)
+        )
 
     @classmethod
     def of(
@@ -70,11 +76,17 @@ class ModelShape:
         if experts:
             ffn = max(given or ffn for given in values_of_layers(c, "moe_intermediate_size"))
             used = getattr(c, "num_experts_per_tok", None) or 1
-            layer, active, ffn = attention + 3 * experts * c.hidden_size * ffn, attention + 3 * used * c.hidden_size * ffn, ffn * used
+            layer, active, ffn = (
+                attention + 3 * experts * c.hidden_size * ffn,
+                attention + 3 * used * c.hidden_size * ffn,
+                ffn * used,
+            )
         else:
             layer = active = attention + 3 * c.hidden_size * ffn
         tied = bool(getattr(c, "tie_word_embeddings", False))
-        total = parameters or c.num_hidden_layers * layer + c.vocab_size * c.hidden_size * (1 if tied else 2)
+        total = parameters or c.num_hidden_layers * layer + c.vocab_size * c.hidden_size * (
+            1 if tied else 2
+        )
         written = c.model_type in ("llama", "mistral", "qwen2", "qwen3") and not lora
         return cls(
             c.num_hidden_layers,
@@ -103,8 +115,9 @@ Rates = tuple[float, float, float]
 class Machine:
     """One kind of GPU, how many of them share a host, and measured rates.
 
-    Rates are what long sequences reach, in FLOP/s and bytes/s: matrix products, attention forward and backward, page-locked copies each
-    way, host memory as the optimizer uses it, and gathering parameters over the links between GPUs.
+    Rates are what long sequences reach, in FLOP/s and bytes/s: matrix products, attention forward
+    and backward, page-locked copies each way, host memory as the optimizer uses it, and gathering
+    parameters over the links between GPUs.
     """
 
     gpu_bytes: int
@@ -117,18 +130,25 @@ class Machine:
     copies: float = 50e9
     host_memory: float = 14e9  # measured beside one H100, 16 cores
     links: float = 200e9
-    float32: Rates = (43e12, 25e12, 20e12)  # products, attention forward and backward where layers compute in fp32
+    # products, attention forward and backward where layers compute in fp32
+    float32: Rates = (43e12, 25e12, 20e12)
 
     def computing(self, width: int) -> Machine:
-        """This machine with the rates of fp32 in place of those of bf16, where numbers have 4 bytes."""
+        """This machine with the rates of fp32 in place of those of bf16, where numbers have 4
+        bytes.
+        """
         if width == 2:
             return self
         gemm, forward, backward = self.float32
-        return dataclasses.replace(self, gemm=gemm, attention_forward=forward, attention_backward=backward)
+        return dataclasses.replace(
+            self, gemm=gemm, attention_forward=forward, attention_backward=backward
+        )
 
     @property
     def flop_per_byte(self) -> float:
-        """FLOP of attention in the time of a byte between two GPUs of a host: what `auto` weighs messages by."""
+        """FLOP of attention in the time of a byte between two GPUs of a host: what `auto` weighs
+        messages by.
+        """
         return self.attention_forward / self.links
 
     @property
@@ -137,8 +157,9 @@ class Machine:
         return min(self.gpus, self.gpus_per_host)
 
 
-# name -> (bytes of memory, GEMM, attention forward, attention backward, pinned copies, links). Hopper: measured; others: the vendor's peak
-# times 0.65, and of the links times 0.45, which is what Hopper reaches of its 450 GB/s each way (NVLink; PCIe for the L40 and the 4090).
+# name -> (bytes of memory, GEMM, attention forward, attention backward, pinned copies, links).
+# Hopper: measured; others: the vendor's peak times 0.65, and of the links times 0.45, which is what
+# Hopper reaches of its 450 GB/s each way (NVLink; PCIe for the L40 and the 4090).
 GPUS: dict[str, tuple[float, float, float, float, float, float]] = {
     "H100": (80e9, 650e12, 570e12, 530e12, 50e9, 200e9),
     "H200": (141e9, 650e12, 570e12, 530e12, 50e9, 200e9),
@@ -149,9 +170,10 @@ GPUS: dict[str, tuple[float, float, float, float, float, float]] = {
     "4090": (24e9, 120e12, 110e12, 100e12, 20e9, 14e9),
 }
 
-# In fp32: the vendor's peak outside the tensor cores times 0.65 for products; with `tf32: true` the peak of TF32 times 0.65. Attention is
-# PyTorch's memory-efficient kernel, three TF32 products for one of fp32: a fifth of a third of the TF32 peak forward, a sixth backward.
-# None of these is measured yet; benchmarks/attention_fp32.py measures attention.
+# In fp32: the vendor's peak outside the tensor cores times 0.65 for products; with `tf32: true` the
+# peak of TF32 times 0.65. Attention is PyTorch's memory-efficient kernel, three TF32 products for
+# one of fp32: a fifth of a third of the TF32 peak forward, a sixth backward. None of these is
+# measured yet; benchmarks/attention_fp32.py measures attention.
 FLOAT32: dict[str, tuple[float, float]] = {  # name -> (peak of fp32, peak of TF32)
     "H100": (67e12, 495e12),
     "H200": (67e12, 495e12),
@@ -164,20 +186,33 @@ FLOAT32: dict[str, tuple[float, float]] = {  # name -> (peak of fp32, peak of TF
 
 
 def float32_rates(gpu: str, tf32: bool = False) -> Rates:
-    """What layers that compute in fp32 reach on a kind of GPU; `tf32`: products may round to 10 bits of mantissa.
+    """What layers that compute in fp32 reach on a kind of GPU; `tf32`: products may round to 10
+    bits of mantissa.
 
-    Attention: an H100 reaches 47 TFLOP/s forward and 38 backward (benchmarks/results/attention_fp32.md), shares of
-    its TF32 peak that other GPUs are taken to reach as well. Products: a share of the peak that was not measured.
+    Attention: an H100 reaches 47 TFLOP/s forward and 38 backward
+    (benchmarks/results/attention_fp32.md), shares of its TF32 peak that other GPUs are taken to
+    reach as well. Products: a share of the peak that was not measured.
     """
-    peak, peak_tf32 = next((peaks for name, peaks in FLOAT32.items() if name.lower() in gpu.lower()), FLOAT32["A100"])
+    peak, peak_tf32 = next(
+        (peaks for name, peaks in FLOAT32.items() if name.lower() in gpu.lower()), FLOAT32["A100"]
+    )
     return 0.65 * (peak_tf32 if tf32 else peak), 0.095 * peak_tf32, 0.077 * peak_tf32
 
 
 def machine(
-    gpu: str, gpus: int, host_bytes: float, gpus_per_host: int | None = None, gpu_bytes: float | None = None, tf32: bool = False
+    gpu: str,
+    gpus: int,
+    host_bytes: float,
+    gpus_per_host: int | None = None,
+    gpu_bytes: float | None = None,
+    tf32: bool = False,
 ) -> Machine:
-    """The machine with `gpus` of a kind whose name contains one of `GPUS`; rates of an A100 where the kind is unknown."""
-    known = next((rates for name, rates in GPUS.items() if name.lower() in gpu.lower()), GPUS["A100"])
+    """The machine with `gpus` of a kind whose name contains one of `GPUS`; rates of an A100 where
+    the kind is unknown.
+    """
+    known = next(
+        (rates for name, rates in GPUS.items() if name.lower() in gpu.lower()), GPUS["A100"]
+    )
     memory, gemm, forward, backward, copies, links = known
     return Machine(
         int(gpu_bytes or memory),

@@ -13,17 +13,26 @@ from longfactory.sp import hf
 
 
 def stop_tokens(model: Any, tokenizer: Any, template: str | None) -> list[int]:
-    """Ids that end an answer: the tokenizer's eos, those of the model's own generation settings, and the stop words of a named template."""
+    """Ids that end an answer: the tokenizer's eos, those of the model's own generation settings,
+    and the stop words of a named template.
+    """
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = {tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])}
     if template in TABLE:
         found = {word: tokenizer.convert_tokens_to_ids(word) for word in TABLE[template].stop_words}
-        ids |= {i for word, i in found.items() if i is not None and tokenizer.convert_ids_to_tokens(i) == word}
+        ids |= {
+            i
+            for word, i in found.items()
+            if i is not None and tokenizer.convert_ids_to_tokens(i) == word
+        }
     return sorted(i for i in ids if i is not None)
 
 
-def generation_arguments(generating: Any, tokenizer: Any, prompt_length: int, stops: Sequence[int]) -> dict[str, Any]:
-    """Keyword arguments of `generate` from the generation keys (`config.arguments.GeneratingArguments`).
+def generation_arguments(
+    generating: Any, tokenizer: Any, prompt_length: int, stops: Sequence[int]
+) -> dict[str, Any]:
+    """Keyword arguments of `generate` from the generation keys
+    (`config.arguments.GeneratingArguments`).
 
     Args:
         stops: ids that end an answer (`stop_tokens`).
@@ -36,13 +45,18 @@ def generation_arguments(generating: Any, tokenizer: Any, prompt_length: int, st
         "num_beams": g.num_beams,
         "repetition_penalty": g.repetition_penalty,
         "eos_token_id": list(stops) or None,
-        "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        "pad_token_id": (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        ),
     }
     if g.max_new_tokens > 0:
         out["max_new_tokens"] = g.max_new_tokens
     else:
         if prompt_length >= g.max_length:
-            raise UserError(f"max_length: {g.max_length} leaves no room after {prompt_length} tokens. Raise it, or set max_new_tokens.")
+            raise UserError(
+                f"max_length: {g.max_length} leaves no room after {prompt_length} tokens. Raise it,"
+                " or set max_new_tokens."
+            )
         out["max_length"] = g.max_length
     if out["do_sample"]:
         out |= {"temperature": g.temperature, "top_p": g.top_p, "top_k": g.top_k}
@@ -53,21 +67,25 @@ def generation_arguments(generating: Any, tokenizer: Any, prompt_length: int, st
 
 @contextlib.contextmanager
 def attention_with_cache(model: Any) -> Iterator[None]:
-    """While open, a model that was prepared for rows uses PyTorch's attention, which has masks and a cache of keys and values.
+    """While open, a model that was prepared for rows uses PyTorch's attention, which has masks and
+    a cache of keys and values.
 
     Args:
         model: a transformers model, perhaps inside PEFT.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = inner.config._attn_implementation
-    inner.set_attn_implementation(hf.of_text(inner.config, "sdpa" if inner._supports_sdpa else "eager"))
+    inner.set_attn_implementation(
+        hf.of_text(inner.config, "sdpa" if inner._supports_sdpa else "eager")
+    )
     try:
         yield
     finally:
         inner.set_attn_implementation(hf.of_text(inner.config, before))
 
 
-# Sampling settings that mean nothing while do_sample is false, with the values that transformers accepts there.
+# Sampling settings that mean nothing while do_sample is false, with the values that transformers
+# accepts there.
 SAMPLING = {
     "temperature": (None, 1.0),
     "top_p": (None, 1.0),
@@ -81,9 +99,11 @@ SAMPLING = {
 
 
 def make_generation_config_valid(model: Any) -> list[str]:
-    """Changes what transformers refuses to save in a model's generation settings; published checkpoints carry such settings.
+    """Changes what transformers refuses to save in a model's generation settings; published
+    checkpoints carry such settings.
 
-    Sampling settings beside `do_sample: false` are kept, with `do_sample: true`. Whatever else is refused gets transformers' default.
+    Sampling settings beside `do_sample: false` are kept, with `do_sample: true`. Whatever else is
+    refused gets transformers' default.
 
     Args:
         model: a transformers model, perhaps inside PEFT. Changed in place.
@@ -95,7 +115,11 @@ def make_generation_config_valid(model: Any) -> list[str]:
     if generation is None:
         return []
     changes = []
-    sampling = {key: getattr(generation, key, None) for key, neutral in SAMPLING.items() if getattr(generation, key, None) not in neutral}
+    sampling = {
+        key: getattr(generation, key, None)
+        for key, neutral in SAMPLING.items()
+        if getattr(generation, key, None) not in neutral
+    }
     if generation.do_sample is not True and sampling:
         found = ", ".join(f"{key}: {value}" for key, value in sampling.items())
         changes.append(f"do_sample: {generation.do_sample} beside {found} became do_sample: true")
@@ -103,11 +127,21 @@ def make_generation_config_valid(model: Any) -> list[str]:
     default = type(generation)()
     while (refusal := _refusal(generation)) is not None:
         # The refusal names the setting in its first quoted words.
-        named = [name for name in re.findall(r"`(\w+)", refusal) if getattr(generation, name, None) != getattr(default, name, None)]
+        named = [
+            name
+            for name in re.findall(r"`(\w+)", refusal)
+            if getattr(generation, name, None) != getattr(default, name, None)
+        ]
         if not named:
-            kept = {key: getattr(generation, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            kept = {
+                key: getattr(generation, key, None)
+                for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+            }
             inner.generation_config = type(generation)(**kept)
-            changes.append(f"all settings but the token ids became transformers' defaults ({' '.join(refusal.split())[:200]})")
+            changes.append(
+                "all settings but the token ids became transformers' defaults"
+                f" ({' '.join(refusal.split())[:200]})"
+            )
             break
         value = getattr(generation, named[0])
         if hasattr(default, named[0]):

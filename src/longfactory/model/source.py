@@ -1,6 +1,7 @@
 """The files that a model was loaded from: their tensors, and the model's name for each.
 
-Names, shapes and places are read from the headers of safetensors files: a few kilobytes, whatever the model's size.
+Names, shapes and places are read from the headers of safetensors files: a few kilobytes, whatever
+the model's size.
 """
 
 from __future__ import annotations
@@ -41,11 +42,13 @@ DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A tensor in a file, and where its bytes are. Of a `.bin` file that is not known: it is read by torch.
+    """A tensor in a file, and where its bytes are. Of a `.bin` file that is not known: it is read
+    by torch.
 
     Attributes:
         dtype: safetensors' name (`BF16`); torch's (`torch.bfloat16`) in a `.bin` file.
-        place: the first byte and the one after the last, counted from the file's start; None in a `.bin` file.
+        place: the first byte and the one after the last, counted from the file's start; None in a
+            `.bin` file.
     """
 
     file: Path
@@ -61,10 +64,13 @@ class Source:
     """A loaded checkpoint: its folder, its tensors, and the model's name for each of them.
 
     Attributes:
-        folder: the local folder, or the hub cache's; None where the model was not read from safetensors or `.bin` files.
+        folder: the local folder, or the hub cache's; None where the model was not read from
+            safetensors or `.bin` files.
         tensors: by their names in the files.
-        targets: name in the files -> the model's names for what was made of it; none for a tensor that the model has not taken.
-        tied: the model's name -> the first name of the same parameter, for each parameter that has several names.
+        targets: name in the files -> the model's names for what was made of it; none for a tensor
+            that the model has not taken.
+        tied: the model's name -> the first name of the same parameter, for each parameter that has
+            several names.
     """
 
     folder: Path | None
@@ -78,34 +84,46 @@ class Source:
         return [name for name, targets in self.targets.items() if not targets]
 
 
-def read_source(model: Any, name_or_path: str, *, revision: str | None = None, cache_dir: str | None = None) -> Source:
-    """What a model was loaded from. Call it when the model has just been loaded: adapters change its names.
+def read_source(
+    model: Any, name_or_path: str, *, revision: str | None = None, cache_dir: str | None = None
+) -> Source:
+    """What a model was loaded from. Call it when the model has just been loaded: adapters change
+    its names.
 
     Args:
-        model: a transformers model, not wrapped. Its parameters may be sharded or empty; names and identity are looked at alone.
-        name_or_path: the folder or hub id that was loaded; of a hub id the local cache is read, without a network.
+        model: a transformers model, not wrapped. Its parameters may be sharded or empty; names and
+            identity are looked at alone.
+        name_or_path: the folder or hub id that was loaded; of a hub id the local cache is read,
+            without a network.
     """
     folder = local_folder(name_or_path, revision=revision, cache_dir=cache_dir)
     tensors = {} if folder is None else stored_tensors(folder)
     return Source(folder, tensors, targets_of(tensors, model), tied_names(model))
 
 
-def local_folder(name_or_path: str, *, revision: str | None = None, cache_dir: str | None = None) -> Path | None:
-    """The folder of a model on this machine: itself, or the snapshot in the hub's cache; None where there is none."""
+def local_folder(
+    name_or_path: str, *, revision: str | None = None, cache_dir: str | None = None
+) -> Path | None:
+    """The folder of a model on this machine: itself, or the snapshot in the hub's cache; None where
+    there is none.
+    """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        found = try_to_load_from_cache(name_or_path, "config.json", cache_dir=cache_dir, revision=revision)
+        found = try_to_load_from_cache(
+            name_or_path, "config.json", cache_dir=cache_dir, revision=revision
+        )
     except ValueError:  # no name of a hub
         return None
     return Path(found).parent if isinstance(found, str) else None
 
 
 def stored_tensors(folder: str | Path) -> dict[str, Stored]:
-    """The tensors of a folder's weights, by name, from the files that transformers would read. Empty where it has none.
+    """The tensors of a folder's weights, by name, from the files that transformers would read.
+    Empty where it has none.
 
     Raises:
         UserError: a file of the index is missing.
@@ -114,7 +132,10 @@ def stored_tensors(folder: str | Path) -> dict[str, Stored]:
     out: dict[str, Stored] = {}
     for file in weight_files(folder):
         if not file.is_file():
-            raise UserError(f"{folder}: the index names {file.name}, which is missing. Download or copy the model again.")
+            raise UserError(
+                f"{folder}: the index names {file.name}, which is missing. Download or copy the"
+                " model again."
+            )
         out |= _bin_tensors(file) if file.suffix == ".bin" else read_header(file)
     return out
 
@@ -139,13 +160,18 @@ def read_header(file: Path) -> dict[str, Stored]:
     out = {}
     for name, entry in header.items():
         start, stop = (8 + length + offset for offset in entry["data_offsets"])
-        out[name] = Stored(file, name, entry["dtype"], tuple(entry["shape"]), stop - start, (start, stop))
+        out[name] = Stored(
+            file, name, entry["dtype"], tuple(entry["shape"]), stop - start, (start, stop)
+        )
     return out
 
 
 def _bin_tensors(file: Path) -> dict[str, Stored]:
     tensors = {name: t for name, t in _read_bin(file).items() if isinstance(t, torch.Tensor)}
-    return {name: Stored(file, name, str(t.dtype), tuple(t.shape), t.numel() * t.element_size(), None) for name, t in tensors.items()}
+    return {
+        name: Stored(file, name, str(t.dtype), tuple(t.shape), t.numel() * t.element_size(), None)
+        for name, t in tensors.items()
+    }
 
 
 def _read_bin(file: Path) -> dict[str, Any]:
@@ -155,13 +181,15 @@ def _read_bin(file: Path) -> dict[str, Any]:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-# ---- names ------------------------------------------------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------------
 
 
 def targets_of(names: Iterable[str], model: Any) -> dict[str, tuple[str, ...]]:
-    """Name in a checkpoint -> names in the model, by the rules with which transformers loaded it; none where the model has no such tensor.
+    """Name in a checkpoint -> names in the model, by the rules with which transformers loaded it;
+    none where the model has no such tensor.
 
-    Several names may have one target (experts that are stored one by one), and one name several (queries, keys and values in one).
+    Several names may have one target (experts that are stored one by one), and one name several
+    (queries, keys and values in one).
     """
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -194,7 +222,9 @@ def tied_names(model: Any) -> dict[str, str]:
 
 
 def tied_duplicates(model: Any) -> set[str]:
-    """Names of tied parameters that transformers does not save: it saves each once, under the name that its class declares."""
+    """Names of tied parameters that transformers does not save: it saves each once, under the name
+    that its class declares.
+    """
     tied = tied_names(model)
     declared = getattr(model, "all_tied_weights_keys", None) or {}
     return {name for name in tied if name in declared and tied.get(declared[name]) == tied[name]}
@@ -209,14 +239,17 @@ def in_words(names: Iterable[str], limit: int = 4) -> str:
         end = places[0] + 1 if places and parts[0] != "mtp" else 1
         counts[".".join(parts[:end]) + (".*" if end < len(parts) else "")] += 1
     words = [f"{name} ({count})" for name, count in counts.most_common(limit)]
-    return ", ".join(words) + (f" and {len(counts) - limit} groups more" if len(counts) > limit else "")
+    return ", ".join(words) + (
+        f" and {len(counts) - limit} groups more" if len(counts) > limit else ""
+    )
 
 
-# ---- copying ----------------------------------------------------------------------------------------------------------------------
+# ---- copying -------------------------------------------------------------------------------------
 
 
 def write_stored(path: Path, tensors: Mapping[str, Stored]) -> None:
-    """A safetensors file of tensors that stand in other files, under new names. Written beside and renamed.
+    """A safetensors file of tensors that stand in other files, under new names. Written beside and
+    renamed.
 
     Bytes are copied a block at a time; tensors of `.bin` files pass through memory.
 
@@ -231,7 +264,9 @@ def write_stored(path: Path, tensors: Mapping[str, Stored]) -> None:
             _copy_bytes(part, tensors)
         os.replace(part, path)
     except OSError as error:
-        raise UserError(f"{path.parent}: tensors of the loaded checkpoint could not be copied into it: {error}") from error
+        raise UserError(
+            f"{path.parent}: tensors of the loaded checkpoint could not be copied into it: {error}"
+        ) from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -256,14 +291,23 @@ def _copy_bytes(path: Path, tensors: Mapping[str, Stored]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     # Readers want numbers aligned to their size: wide ones first.
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].size // max(math.prod(item[1].shape), 1))
+    ordered = sorted(
+        tensors.items(), key=lambda item: -item[1].size // max(math.prod(item[1].shape), 1)
+    )
     for name, entry in ordered:
-        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [at, at + entry.size]}
+        header[name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [at, at + entry.size],
+        }
         at += entry.size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with contextlib.ExitStack() as stack, open(path, "wb") as out:
-        opened = {file: stack.enter_context(open(file, "rb")) for file in {entry.file for entry in tensors.values()}}
+        opened = {
+            file: stack.enter_context(open(file, "rb"))
+            for file in {entry.file for entry in tensors.values()}
+        }
         out.write(len(text).to_bytes(8, "little") + text)
         for name, entry in ordered:
             assert entry.place is not None
@@ -279,7 +323,9 @@ def _copy_bytes(path: Path, tensors: Mapping[str, Stored]) -> None:
 
 
 def first_values(entry: Stored, count: int) -> torch.Tensor | None:
-    """The first numbers of a tensor in a safetensors file, flat; None where torch has no such dtype, or in a `.bin` file."""
+    """The first numbers of a tensor in a safetensors file, flat; None where torch has no such
+    dtype, or in a `.bin` file.
+    """
     dtype = DTYPES.get(entry.dtype)
     if dtype is None or entry.place is None:
         return None

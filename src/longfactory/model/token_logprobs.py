@@ -1,12 +1,15 @@
 """Log-probabilities of the labels straight from hidden states: the [T, vocab] logits never exist.
 
-The forward of the model's output layer is replaced on the *instance*. It still runs inside `lm_head.__call__`, so whatever hooks are on
-the layer (FSDP2's unshard, ZeRO-3's gather, PEFT's wrapper) see an ordinary call, and the weight found here is whole. Logits are made
-for a chunk of tokens at a time, in the forward for the log-sum-exp and again in the backward: two chunk buffers of `chunk * V` numbers
-are all that the vocabulary costs. Letters: T local tokens, N trained local tokens, H hidden size, V vocabulary.
+The forward of the model's output layer is replaced on the *instance*. It still runs inside
+`lm_head.__call__`, so whatever hooks are on the layer (FSDP2's unshard, ZeRO-3's gather, PEFT's
+wrapper) see an ordinary call, and the weight found here is whole. Logits are made for a chunk of
+tokens at a time, in the forward for the log-sum-exp and again in the backward: two chunk buffers of
+`chunk * V` numbers are all that the vocabulary costs. Letters: T local tokens, N trained local
+tokens, H hidden size, V vocabulary.
 
-The idea is that of the fused linear cross-entropies (Liger Kernel; Cut Your Losses, arXiv 2411.09009), kept to a value per token so that
-every loss, not only cross-entropy, can be made from it.
+The idea is that of the fused linear cross-entropies (Liger Kernel; Cut Your Losses, arXiv
+2411.09009), kept to a value per token so that every loss, not only cross-entropy, can be made from
+it.
 """
 
 from __future__ import annotations
@@ -49,7 +52,9 @@ _SCALES = {
 
 
 def logit_transform(config: Any) -> LogitTransform:
-    """The transform that a transformers configuration describes. `check_head` proves it on the model before training."""
+    """The transform that a transformers configuration describes. `check_head` proves it on the
+    model before training.
+    """
     text = config.get_text_config()
     scale = 1.0
     for key, factor in _SCALES.items():
@@ -66,22 +71,26 @@ def logit_transform(config: Any) -> LogitTransform:
 class ReferenceHidden:
     """The reference's next-token distributions at a rank's trained tokens, not yet multiplied out.
 
-    `hidden` is what its output layer was given there, [N, H'] (one row where nothing is trained); `head` turns it into logits.
+    `hidden` is what its output layer was given there, [N, H'] (one row where nothing is trained);
+    `head` turns it into logits.
     """
 
     hidden: Tensor
     head: TokenLogprobs
 
 
-# A slice of the trained tokens -> the reference's logits there, [n, V], a buffer that may be overwritten.
+# A slice of the trained tokens -> the reference's logits there, [n, V], a buffer that may be
+# overwritten.
 _LogitsOf = Callable[[slice], Tensor]
 
 
 class _ChunkedLogps(torch.autograd.Function):
-    """[T, H] hidden, [V, H] weight, [N] labels -> [N] log-probabilities in fp32 (fp64 for fp64), [N] whether the label is the top token,
-    with a `reference` [N] KL(reference || policy), with `means` [N] the mean of the logits; else None.
+    """[T, H] hidden, [V, H] weight, [N] labels -> [N] log-probabilities in fp32 (fp64 for fp64),
+    [N] whether the label is the top token, with a `reference` [N] KL(reference || policy), with
+    `means` [N] the mean of the logits; else None.
 
-    `rows` [N] are the rows of the hidden states that have a label, None for all: they are picked a chunk at a time, without a copy of all.
+    `rows` [N] are the rows of the hidden states that have a label, None for all: they are picked a
+    chunk at a time, without a copy of all.
     """
 
     @staticmethod
@@ -102,7 +111,11 @@ class _ChunkedLogps(torch.autograd.Function):
         logps = torch.empty(labels.shape[0], dtype=wide, device=h.device)
         lse = torch.empty_like(logps)
         top1 = torch.empty(labels.shape[0], dtype=torch.bool, device=h.device)
-        kl, reference_lse = (torch.empty_like(logps), torch.empty_like(logps)) if reference is not None else (None, None)
+        kl, reference_lse = (
+            (torch.empty_like(logps), torch.empty_like(logps))
+            if reference is not None
+            else (None, None)
+        )
         mean = torch.empty_like(logps) if means else None
         for i in range(0, labels.shape[0], chunk):
             s = slice(i, i + chunk)
@@ -116,14 +129,20 @@ class _ChunkedLogps(torch.autograd.Function):
             if reference is not None and kl is not None and reference_lse is not None:
                 r = reference(s)
                 reference_lse[s] = r.logsumexp(1)
-                # Logarithms first, then their difference: where both distributions are the same, it is 0 and not a rounding error.
+                # Logarithms first, then their difference: where both distributions are the same, it
+                # is 0 and not a rounding error.
                 r -= reference_lse[s, None]
                 z.sub_(lse[s, None]).neg_().add_(r)
                 kl[s] = r.exp_().mul_(z).sum(1)
                 del r
             del z
         ctx.save_for_backward(h, weight, bias, labels, lse, rows, reference_lse)
-        ctx.transform, ctx.chunk, ctx.grad_dtype, ctx.reference = transform, chunk, grad_dtype, reference
+        ctx.transform, ctx.chunk, ctx.grad_dtype, ctx.reference = (
+            transform,
+            chunk,
+            grad_dtype,
+            reference,
+        )
         ctx.mark_non_differentiable(top1, *(() if mean is None else (mean,)))
         return logps, top1, kl, mean
 
@@ -135,7 +154,8 @@ class _ChunkedLogps(torch.autograd.Function):
         transform, wide = ctx.transform, lse.dtype
         needs_h, needs_w, needs_b = ctx.needs_input_grad[:3]
         gh = (torch.empty_like(h) if rows is None else torch.zeros_like(h)) if needs_h else None
-        # The weight's gradient is a sum over chunks: kept in fp32, else its error would grow with length.
+        # The weight's gradient is a sum over chunks: kept in fp32, else its error would grow with
+        # length.
         gw = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs_w else None
         gb = torch.zeros(bias.shape, dtype=wide, device=weight.device) if needs_b else None
         for i in range(0, labels.shape[0], ctx.chunk):
@@ -187,7 +207,9 @@ def _wide(transform: LogitTransform, z: Tensor) -> Tensor:
 
 
 def _mm_wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """`a @ b` accumulated and returned in `dtype`. On CUDA the matrix units do that from bf16 inputs."""
+    """`a @ b` accumulated and returned in `dtype`. On CUDA the matrix units do that from bf16
+    inputs.
+    """
     if a.dtype == dtype:
         return a @ b
     if a.is_cuda:
@@ -199,9 +221,12 @@ class TokenLogprobs:
     """Takes over a model's output layer. Outside `labels(...)` the layer behaves as before.
 
     Args:
-        model: a transformers model with an output embedding (possibly wrapped by PEFT, not yet by FSDP, DDP or DeepSpeed).
-        chunk: tokens whose logits exist at a time; by default as many as make `CHUNK_NUMBERS` numbers.
-        needs: fields of TokenOutputs that a loss reads beside the log-probabilities (`Stage.needs`).
+        model: a transformers model with an output embedding (possibly wrapped by PEFT, not yet by
+            FSDP, DDP or DeepSpeed).
+        chunk: tokens whose logits exist at a time; by default as many as make `CHUNK_NUMBERS`
+            numbers.
+        needs: fields of TokenOutputs that a loss reads beside the log-probabilities
+            (`Stage.needs`).
 
     Raises:
         UserError: a need that is not made here.
@@ -210,13 +235,16 @@ class TokenLogprobs:
 
     def __init__(self, model: Any, chunk: int | None = None, needs: frozenset[str] = frozenset()):
         if unknown := sorted(needs - {"top1", "entropy", "mean_logit", "reference_kl"}):
-            raise UserError(f"This loss needs {', '.join(unknown)}, which the output layer does not make.")
+            raise UserError(
+                f"This loss needs {', '.join(unknown)}, which the output layer does not make."
+            )
         self.needs = needs
         head = model.get_output_embeddings()
         if head is None:
             raise ValueError(
-                f"{type(model).__name__} has no output layer (get_output_embeddings() is None): there is nothing to take token "
-                "log-probabilities from. Use a causal language model."
+                f"{type(model).__name__} has no output layer (get_output_embeddings() is None):"
+                " there is nothing to take token log-probabilities from. Use a causal language"
+                " model."
             )
         self.head = head
         self.transform = logit_transform(model.config)
@@ -226,7 +254,8 @@ class TokenLogprobs:
         self._labels: Tensor | None = None
         self._trained: Tensor | None = None
         self._reference: ReferenceHidden | None = None
-        self._picked: Tensor | None = None  # what the layer was given at the trained tokens, while `hidden` is open
+        # what the layer was given at the trained tokens, while `hidden` is open
+        self._picked: Tensor | None = None
         self._picking = False
         self._out: TokenOutputs | None = None
         self._logits_too = False
@@ -239,19 +268,31 @@ class TokenLogprobs:
             self.head.forward = self._forward
 
     @contextlib.contextmanager
-    def labels(self, labels: Tensor, reference: ReferenceHidden | None = None) -> Iterator[TokenLogprobs]:
+    def labels(
+        self, labels: Tensor, reference: ReferenceHidden | None = None
+    ) -> Iterator[TokenLogprobs]:
         """While open, a forward of the model computes the log-probabilities of `labels`.
 
         Args:
-            labels: [T] on the host, -100 where nothing is predicted. On the host so that the trained positions are known without
-                waiting for the device; untrained positions then cost nothing.
-            reference: of a forward on the same tokens and labels (`hidden`); the outputs then have `reference_kl`. Where it is this
-                very head's, the reference is the layer without its adapter.
+            labels: [T] on the host, -100 where nothing is predicted. On the host so that the
+                trained positions are known without waiting for the device; untrained positions then
+                cost nothing.
+            reference: of a forward on the same tokens and labels (`hidden`); the outputs then have
+                `reference_kl`. Where it is this very head's, the reference is the layer without its
+                adapter.
         """
         trained = torch.nonzero(labels >= 0)[:, 0]
         if reference is not None and reference.hidden.shape[0] != max(1, trained.numel()):
-            raise RuntimeError(f"The reference has hidden states of {reference.hidden.shape[0]} tokens, the labels {trained.numel()}.")
-        self._trained, self._labels, self._out, self._reference = trained, labels[trained], None, reference
+            raise RuntimeError(
+                f"The reference has hidden states of {reference.hidden.shape[0]} tokens, the labels"
+                f" {trained.numel()}."
+            )
+        self._trained, self._labels, self._out, self._reference = (
+            trained,
+            labels[trained],
+            None,
+            reference,
+        )
         try:
             yield self
         finally:
@@ -259,7 +300,8 @@ class TokenLogprobs:
 
     @contextlib.contextmanager
     def hidden(self, labels: Tensor) -> Iterator[Callable[[], ReferenceHidden]]:
-        """While open, a forward of the model stops before its output layer; the function given then says what the layer was given.
+        """While open, a forward of the model stops before its output layer; the function given then
+        says what the layer was given.
 
         Args:
             labels: as in `labels`.
@@ -278,16 +320,22 @@ class TokenLogprobs:
             self._picking, self._picked = False, None
 
     def outputs(self, model_logits: Tensor | None = None) -> TokenOutputs:
-        """The result of the last forward: [T] log-probabilities (0 where nothing is predicted) and whether each label was the top token.
+        """The result of the last forward: [T] log-probabilities (0 where nothing is predicted) and
+        whether each label was the top token.
 
-        `model_logits` (what the model returned in place of logits) is tied in with weight zero, so that wrappers that watch a module's
-        outputs see them used.
+        `model_logits` (what the model returned in place of logits) is tied in with weight zero, so
+        that wrappers that watch a module's outputs see them used.
         """
         if self._out is None:
-            raise RuntimeError("The model's forward did not call its output layer, so no log-probabilities were made.")
+            raise RuntimeError(
+                "The model's forward did not call its output layer, so no log-probabilities were"
+                " made."
+            )
         out = self._out
         if model_logits is not None and model_logits.requires_grad:
-            out = dataclasses.replace(out, logps=out.logps + 0.0 * model_logits.float().sum().to(out.logps.dtype))
+            out = dataclasses.replace(
+                out, logps=out.logps + 0.0 * model_logits.float().sum().to(out.logps.dtype)
+            )
         return out
 
     def _fused(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -297,14 +345,17 @@ class TokenLogprobs:
         trained, labels = self._trained, self._labels
         nothing = trained.numel() == 0
         if nothing:
-            # A rank without a trained token still takes part in the graph and in every collective of the layer: one token, weight zero.
+            # A rank without a trained token still takes part in the graph and in every collective
+            # of the layer: one token, weight zero.
             trained, labels = trained.new_zeros(1), labels.new_zeros(1)
         trained = trained.to(h.device, non_blocking=True)
         if self._picking:
             self._picked = h.detach().index_select(0, trained)
             return h.new_zeros(*hidden.shape[:-1], 1)
         labels = labels.to(h.device, non_blocking=True)
-        logps, top1, kl, mean = self._logps(h, labels, None if trained.numel() == h.shape[0] else trained)
+        logps, top1, kl, mean = self._logps(
+            h, labels, None if trained.numel() == h.shape[0] else trained
+        )
         if nothing:
             logps = logps * 0.0
             top1 = torch.zeros_like(top1)
@@ -313,13 +364,19 @@ class TokenLogprobs:
         full = logps.new_zeros(h.shape[0]).index_copy(0, trained, logps)
         entropy = None
         if "entropy" in self.needs:
-            entropy = full.new_zeros(h.shape[0]).index_copy(0, trained, self._entropy(h.detach().index_select(0, trained)).to(full.dtype))
+            entropy = full.new_zeros(h.shape[0]).index_copy(
+                0, trained, self._entropy(h.detach().index_select(0, trained)).to(full.dtype)
+            )
         self._out = TokenOutputs(
             logps=full,
             top1=top1.new_zeros(h.shape[0]).index_copy(0, trained, top1),
             entropy=entropy,
-            mean_logit=None if mean is None else mean.new_zeros(h.shape[0]).index_copy(0, trained, mean),
-            reference_kl=None if kl is None else kl.new_zeros(h.shape[0]).index_copy(0, trained, kl),
+            mean_logit=(
+                None if mean is None else mean.new_zeros(h.shape[0]).index_copy(0, trained, mean)
+            ),
+            reference_kl=(
+                None if kl is None else kl.new_zeros(h.shape[0]).index_copy(0, trained, kl)
+            ),
         )
         if self._logits_too:
             # What the model does to its logits is then computed in float32, as in the chunks.
@@ -327,7 +384,9 @@ class TokenLogprobs:
             return logits if logits.dtype == torch.float64 else logits.float()
         return full.view(*hidden.shape[:-1], 1)
 
-    def _logps(self, h: Tensor, labels: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def _logps(
+        self, h: Tensor, labels: Tensor, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         means = "mean_logit" in self.needs
         chunk = self.chunk or max(128, CHUNK_NUMBERS // self._vocabulary())
         if self._reference is not None and self.chunk is None:
@@ -343,15 +402,38 @@ class TokenLogprobs:
                 h = h.to(dtype)
             reference = self._reference_logits(weight, bias)
             with torch.autocast(h.device.type, enabled=False):
-                return _ChunkedLogps.apply(h, weight, bias, labels, rows, self.transform, chunk, weight.dtype, reference, means)
-        # LoRA on the head, modules_to_save, quantised weights: the layer's own forward, a chunk at a time, recomputed in the backward.
+                return _ChunkedLogps.apply(
+                    h,
+                    weight,
+                    bias,
+                    labels,
+                    rows,
+                    self.transform,
+                    chunk,
+                    weight.dtype,
+                    reference,
+                    means,
+                )
+        # LoRA on the head, modules_to_save, quantised weights: the layer's own forward, a chunk at
+        # a time, recomputed in the backward.
         h = h if rows is None else h.index_select(0, rows)
         reference = self._reference_logits()
         parts = [
-            checkpoint(self._generic, h[s], labels[s], s, reference, means, use_reentrant=False, preserve_rng_state=True)
+            checkpoint(
+                self._generic,
+                h[s],
+                labels[s],
+                s,
+                reference,
+                means,
+                use_reentrant=False,
+                preserve_rng_state=True,
+            )
             for s in (slice(i, i + chunk) for i in range(0, h.shape[0], chunk))
         ]
-        logps, top1, kl, mean = (None if of[0] is None else torch.cat(of) for of in zip(*parts, strict=True))
+        logps, top1, kl, mean = (
+            None if of[0] is None else torch.cat(of) for of in zip(*parts, strict=True)
+        )
         assert logps is not None and top1 is not None
         return logps, top1, kl, mean
 
@@ -366,13 +448,22 @@ class TokenLogprobs:
                 r = reference(s)
                 r -= r.logsumexp(1, keepdim=True)
             kl = (r.exp() * (r - (z - lse[:, None]))).sum(1)
-        return label - lse, label.detach() >= z.detach().amax(1), kl, z.detach().mean(1) if means else None
+        return (
+            label - lse,
+            label.detach() >= z.detach().amax(1),
+            kl,
+            z.detach().mean(1) if means else None,
+        )
 
-    def _reference_logits(self, weight: Tensor | None = None, bias: Tensor | None = None) -> _LogitsOf | None:
-        """The reference's logits of some trained tokens, made anew at each call: in the forward and again in the backward.
+    def _reference_logits(
+        self, weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> _LogitsOf | None:
+        """The reference's logits of some trained tokens, made anew at each call: in the forward and
+        again in the backward.
 
         Args:
-            weight, bias: this layer's, as the policy uses them: those of the reference too, where it is the same model.
+            weight, bias: this layer's, as the policy uses them: those of the reference too, where
+                it is the same model.
         """
         if self._reference is None:
             return None
@@ -403,7 +494,9 @@ class TokenLogprobs:
 
     @torch.no_grad()
     def _entropy(self, h: Tensor) -> Tensor:
-        """[N, H] -> [N] entropy of the 20 most probable tokens, renormalised. One more pass of the output layer, a chunk at a time."""
+        """[N, H] -> [N] entropy of the 20 most probable tokens, renormalised. One more pass of the
+        output layer, a chunk at a time.
+        """
         chunk = self.chunk or max(128, CHUNK_NUMBERS // self._vocabulary())
         parts = []
         for part in h.split(chunk):
@@ -423,7 +516,8 @@ HEAD_TOLERANCE = 1e-3
 
 @torch.no_grad()
 def check_head(model: Any, head: TokenLogprobs, inputs: dict[str, Any], labels: Tensor) -> float:
-    """Compares the chunked log-probabilities with those of the model's own logits, in one forward over a few tokens.
+    """Compares the chunked log-probabilities with those of the model's own logits, in one forward
+    over a few tokens.
 
     Args:
         inputs: what the model's forward takes, [1, T].
@@ -441,12 +535,16 @@ def check_head(model: Any, head: TokenLogprobs, inputs: dict[str, Any], labels: 
     finally:
         head._logits_too = False
     trained = torch.nonzero(labels >= 0)[:, 0].to(logits.device)
-    want = torch.log_softmax(logits[trained].float(), -1).gather(1, labels.to(logits.device)[trained][:, None])[:, 0]
+    want = torch.log_softmax(logits[trained].float(), -1).gather(
+        1, labels.to(logits.device)[trained][:, None]
+    )[:, 0]
     error = (want - got[trained].float()).abs().median().item() if want.numel() else 0.0
-    # Both come from the same product in the same precision; its roundings differ in few tokens, which a median does not see.
+    # Both come from the same product in the same precision; its roundings differ in few tokens,
+    # which a median does not see.
     if not error <= HEAD_TOLERANCE:
         raise ValueError(
-            f"{type(model).__name__} does more to its logits than LongFactory knows of: log-probabilities differ by {error:.3g} from the "
-            "model's own on a short text. This model cannot be trained exactly here; please report its name."
+            f"{type(model).__name__} does more to its logits than LongFactory knows of:"
+            f" log-probabilities differ by {error:.3g} from the model's own on a short text. This"
+            " model cannot be trained exactly here; please report its name."
         )
     return error

@@ -18,16 +18,21 @@ WEIGHT, BIAS = "v_head.summary.weight", "v_head.summary.bias"
 
 
 class TokenValues:
-    """Takes over a model's output layer: while `labels(...)` is open a forward gives one value a token.
+    """Takes over a model's output layer: while `labels(...)` is open a forward gives one value a
+    token.
 
-    The new layer is a submodule of the model (`model.v_head`), so that it is trained, sharded and saved with it; the vocabulary's
-    output layer is not used and, where it is not tied to the embedding, frozen.
+    The new layer is a submodule of the model (`model.v_head`), so that it is trained, sharded and
+    saved with it; the vocabulary's output layer is not used and, where it is not tied to the
+    embedding, frozen.
     """
 
     def __init__(self, model: Any):
         self.head = model.get_output_embeddings()
         if self.head is None:
-            raise ValueError(f"{type(model).__name__} has no output layer to replace by a value head. Use a causal language model.")
+            raise ValueError(
+                f"{type(model).__name__} has no output layer to replace by a value head. Use a"
+                " causal language model."
+            )
         weight = self.head.weight
         hidden = getattr(self.head, "in_features", None) or weight.shape[-1]
         self.value = nn.Linear(hidden, 1, device=weight.device, dtype=torch.float32)
@@ -53,7 +58,9 @@ class TokenValues:
     def outputs(self, model_logits: Tensor | None = None) -> TokenOutputs:
         """[T] values in fp32, under the name that losses read."""
         if self._out is None:
-            raise RuntimeError("The model's forward did not call its output layer, so no values were made.")
+            raise RuntimeError(
+                "The model's forward did not call its output layer, so no values were made."
+            )
         values = self._out
         if model_logits is not None and model_logits.requires_grad:
             values = values + 0.0 * model_logits.float().sum().to(values.dtype)
@@ -70,7 +77,8 @@ class TokenValues:
 
 
 def load_value_head(head: TokenValues, folder: str | Path) -> bool:
-    """Gives a head the weights of `folder/value_head.safetensors`. Returns whether there is such a file.
+    """Gives a head the weights of `folder/value_head.safetensors`. Returns whether there is such a
+    file.
 
     Raises:
         ValueError: it belongs to a model of another width.
@@ -84,6 +92,9 @@ def load_value_head(head: TokenValues, folder: str | Path) -> bool:
     with torch.no_grad():
         for name, parameter in ((WEIGHT, head.value.weight), (BIAS, head.value.bias)):
             if found[name].shape != parameter.shape:
-                raise ValueError(f"{path} holds {tuple(found[name].shape)} numbers, the model's head {tuple(parameter.shape)}.")
+                raise ValueError(
+                    f"{path} holds {tuple(found[name].shape)} numbers, the model's head"
+                    f" {tuple(parameter.shape)}."
+                )
             parameter.copy_(found[name])
     return True

@@ -27,7 +27,11 @@ PACKAGES = (
 
 def report() -> str:
     """One line a fact."""
-    lines = [("longfactory", __version__), ("platform", platform.platform()), ("python", platform.python_version())]
+    lines = [
+        ("longfactory", __version__),
+        ("platform", platform.platform()),
+        ("python", platform.python_version()),
+    ]
     for name in PACKAGES:
         try:
             lines.append((name, importlib.metadata.version(name)))
@@ -50,7 +54,15 @@ def _devices() -> list[tuple[str, str]]:
     lines = [("cuda", str(torch.version.cuda))]
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
-        lines.append((f"device {i}", f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute capability {p.major}.{p.minor}"))
+        lines.append(
+            (
+                f"device {i}",
+                (
+                    f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute capability"
+                    f" {p.major}.{p.minor}"
+                ),
+            )
+        )
     if torch.distributed.is_nccl_available():
         lines.append(("nccl", ".".join(str(v) for v in torch.cuda.nccl.version())))
     return lines

@@ -25,7 +25,8 @@ def load(cfg: RunConfig, device: torch.device) -> tuple[Any, Any]:
 
 
 def load_with_source(cfg: RunConfig, device: torch.device) -> tuple[Any, Any, Source]:
-    """The model in evaluation mode, its adapters merged; the tokenizer; and the files of the base model.
+    """The model in evaluation mode, its adapters merged; the tokenizer; and the files of the base
+    model.
 
     Raises:
         UserError: a model or adapter that cannot be loaded, or an adapter of another model.
@@ -38,9 +39,13 @@ def load_with_source(cfg: RunConfig, device: torch.device) -> tuple[Any, Any, So
     quantization = models.quantization_config(cfg.model, dtype)
     model = models.load_model(cfg.model, config, dtype, attention="sdpa", quantization=quantization)
     source = models.source_of(model, cfg.model)
-    if cfg.model.resize_vocab or (cfg.model.adapter_name_or_path and len(tokenizer) > model.get_input_embeddings().weight.shape[0]):
+    if cfg.model.resize_vocab or (
+        cfg.model.adapter_name_or_path
+        and len(tokenizer) > model.get_input_embeddings().weight.shape[0]
+    ):
         models.resize_vocabulary(model, tokenizer)
-    # On the host, as in training: a device has random numbers of its own, with which PiSSA would begin elsewhere.
+    # On the host, as in training: a device has random numbers of its own, with which PiSSA would
+    # begin elsewhere.
     for path in cfg.model.adapter_name_or_path:
         model = merge(model, path)
     if quantization is None:
@@ -50,14 +55,21 @@ def load_with_source(cfg: RunConfig, device: torch.device) -> tuple[Any, Any, So
 
 
 def load_tokenizer(cfg: RunConfig) -> Any:
-    """The tokenizer that was saved with the last adapter, which has the template's tokens; else the model's own."""
+    """The tokenizer that was saved with the last adapter, which has the template's tokens; else the
+    model's own.
+    """
     import dataclasses
 
     from longfactory.model import load as models
 
     args = cfg.model
-    if args.adapter_name_or_path and (Path(args.adapter_name_or_path[-1]) / "tokenizer_config.json").is_file():
-        args = dataclasses.replace(args, model_name_or_path=args.adapter_name_or_path[-1], model_revision="main")
+    if (
+        args.adapter_name_or_path
+        and (Path(args.adapter_name_or_path[-1]) / "tokenizer_config.json").is_file()
+    ):
+        args = dataclasses.replace(
+            args, model_name_or_path=args.adapter_name_or_path[-1], model_revision="main"
+        )
     tokenizer = models.load_tokenizer(args)
     if cfg.data.template is not None or tokenizer.chat_template is None:
         named_template(cfg, tokenizer)  # gives the tokenizer what the template needs
@@ -85,4 +97,6 @@ def merge(model: Any, path: str) -> Any:
     except (ValueError, RuntimeError) as e:
         if isinstance(e, UserError):
             raise
-        raise UserError(f"adapter_name_or_path: {path} cannot be merged: {' '.join(str(e).split())}") from e
+        raise UserError(
+            f"adapter_name_or_path: {path} cannot be merged: {' '.join(str(e).split())}"
+        ) from e

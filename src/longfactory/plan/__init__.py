@@ -1,4 +1,6 @@
-"""`longfactory plan`: what a run would need, before it is started. The numbers come from `longfactory.memory`."""
+"""`longfactory plan`: what a run would need, before it is started. The numbers come from
+`longfactory.memory`.
+"""
 
 from longfactory.plan.command import main
 

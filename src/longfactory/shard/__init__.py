@@ -1,1 +1,3 @@
-"""How parameters are spread over devices (FSDP2, DeepSpeed ZeRO, copies), with settings that are exact under sequence parallelism."""
+"""How parameters are spread over devices (FSDP2, DeepSpeed ZeRO, copies), with settings that are
+exact under sequence parallelism.
+"""

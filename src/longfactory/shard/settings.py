@@ -1,9 +1,14 @@
-"""Settings of FSDP2, DeepSpeed and DDP that keep the gradient exact. Each closes a trap that a default leaves open.
+"""Settings of FSDP2, DeepSpeed and DDP that keep the gradient exact. Each closes a trap that a
+default leaves open.
 
-- accelerate's FSDP2 policy for bf16 reduces gradients in bf16 and rounds module outputs to bf16: here gradients are reduced in fp32.
-- Its `no_sync` during gradient accumulation keeps whole, unsharded gradients on every rank: here every micro-batch is reduced.
-- `SHARDED_STATE_DICT` makes `save_model` write nothing: here the final weights are gathered and written as safetensors (`shard/export.py`).
-- DeepSpeed clips at 1.0 where `gradient_clipping` is absent, and reduces in bf16 where `communication_data_type` is.
+- accelerate's FSDP2 policy for bf16 reduces gradients in bf16 and rounds module outputs to bf16:
+  here gradients are reduced in fp32.
+- Its `no_sync` during gradient accumulation keeps whole, unsharded gradients on every rank: here
+  every micro-batch is reduced.
+- `SHARDED_STATE_DICT` makes `save_model` write nothing: here the final weights are gathered and
+  written as safetensors (`shard/export.py`).
+- DeepSpeed clips at 1.0 where `gradient_clipping` is absent, and reduces in bf16 where
+  `communication_data_type` is.
 """
 
 from __future__ import annotations
@@ -16,33 +21,49 @@ from typing import Any
 
 from longfactory.errors import UserError
 
-# Below this share of one device's memory for weights, gradients and Adam's moments (16 bytes a parameter), copies are simpler and as good.
+# Below this share of one device's memory for weights, gradients and Adam's moments (16 bytes a
+# parameter), copies are simpler and as good.
 SMALL_SHARE = 0.2
 
 
-def choose_sharding(wanted: str, *, world: int, cuda: bool, deepspeed: bool, quantized: bool, state_bytes: int, device_bytes: int) -> str:
+def choose_sharding(
+    wanted: str,
+    *,
+    world: int,
+    cuda: bool,
+    deepspeed: bool,
+    quantized: bool,
+    state_bytes: int,
+    device_bytes: int,
+) -> str:
     """`auto | fsdp2 | ddp` -> "none", "ddp", "fsdp2" or "deepspeed".
 
     Args:
         state_bytes: weights, gradients and optimizer state of the whole model.
         device_bytes: memory of one device.
     Raises:
-        UserError: FSDP2 or several processes of DeepSpeed without GPUs, or FSDP2 together with DeepSpeed.
+        UserError: FSDP2 or several processes of DeepSpeed without GPUs, or FSDP2 together with
+            DeepSpeed.
     """
     if deepspeed:
         if wanted == "fsdp2":
-            raise UserError("sharding: fsdp2 and a deepspeed: file were both given. Keep one of them.")
+            raise UserError(
+                "sharding: fsdp2 and a deepspeed: file were both given. Keep one of them."
+            )
         if world > 1 and not cuda:
             raise UserError(
-                "deepspeed: several processes need GPUs: on CPU, accelerate would let each of them train alone. Leave deepspeed out, or "
-                "start one process."
+                "deepspeed: several processes need GPUs: on CPU, accelerate would let each of them"
+                " train alone. Leave deepspeed out, or start one process."
             )
         return "deepspeed"
     if world == 1:
         return "none"
     if wanted == "fsdp2":
         if not cuda:
-            raise UserError("sharding: fsdp2 needs GPUs: on CPU, accelerate would quietly train copies (DDP). Use sharding: ddp.")
+            raise UserError(
+                "sharding: fsdp2 needs GPUs: on CPU, accelerate would quietly train copies (DDP)."
+                " Use sharding: ddp."
+            )
         return "fsdp2"
     if wanted == "ddp" or not cuda or quantized or state_bytes < SMALL_SHARE * device_bytes:
         return "ddp"
@@ -68,12 +89,22 @@ def fsdp2_arguments(*, cpu_offload: bool = False, efficient_loading: bool = True
 
 def accelerator_arguments() -> dict[str, Any]:
     """`accelerator_config` for TrainingArguments: gradients are reduced after every micro-batch."""
-    return {"gradient_accumulation_kwargs": {"sync_each_batch": True}, "even_batches": False, "dispatch_batches": False}
+    return {
+        "gradient_accumulation_kwargs": {"sync_each_batch": True},
+        "even_batches": False,
+        "dispatch_batches": False,
+    }
 
 
 def wrap_classes(model: Any) -> list[str]:
-    """Names of the decoder layer classes that are in the model. `_no_split_modules` may also name classes that are absent."""
-    named = getattr(model, "_no_split_modules", None) or getattr(getattr(model, "base_model", None), "_no_split_modules", None) or []
+    """Names of the decoder layer classes that are in the model. `_no_split_modules` may also name
+    classes that are absent.
+    """
+    named = (
+        getattr(model, "_no_split_modules", None)
+        or getattr(getattr(model, "base_model", None), "_no_split_modules", None)
+        or []
+    )
     present = {type(m).__name__ for m in model.modules()}
     found = sorted(set(named) & present)
     if not found:
@@ -84,19 +115,24 @@ def wrap_classes(model: Any) -> list[str]:
 
 
 def fix_fsdp2_plugin(accelerator: Any, model: Any, split: bool = False) -> None:
-    """After the Trainer exists and before the model is wrapped: the mixed-precision policy and the layers to wrap.
+    """After the Trainer exists and before the model is wrapped: the mixed-precision policy and the
+    layers to wrap.
 
-    `split`: the weights are bf16 by themselves (split masters); their gradients are reduced in fp32 all the same.
+    `split`: the weights are bf16 by themselves (split masters); their gradients are reduced in fp32
+    all the same.
 
-    Quantised weights stay as they are stored while they are gathered, and with them all others: what a float type holds there are
-    bits, and a cast changes those that look like NaN. The layers then compute in half precision as under DDP, by autocast.
+    Quantised weights stay as they are stored while they are gathered, and with them all others:
+    what a float type holds there are bits, and a cast changes those that look like NaN. The layers
+    then compute in half precision as under DDP, by autocast.
     """
     import torch
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     plugin = accelerator.state.fsdp_plugin
     plugin.transformer_cls_names_to_wrap = wrap_classes(model)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get("bf16" if split else accelerator.mixed_precision)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
+        "bf16" if split else accelerator.mixed_precision
+    )
     if dtype is not None:
         gathered = None if any(hasattr(p, "quant_state") for p in model.parameters()) else dtype
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
@@ -105,7 +141,8 @@ def fix_fsdp2_plugin(accelerator: Any, model: Any, split: bool = False) -> None:
 
 
 def train_as_one_device(args: Any) -> None:
-    """A run of one process trains on one device: transformers would wrap the model in DataParallel over all that it can see.
+    """A run of one process trains on one device: transformers would wrap the model in DataParallel
+    over all that it can see.
 
     Args:
         args: transformers' TrainingArguments, changed in place.
@@ -115,31 +152,41 @@ def train_as_one_device(args: Any) -> None:
 
 
 def forget_launcher() -> None:
-    """Takes a launcher's marks out of the environment of a process that it has started alone (FORCE_TORCHRUN, torchrun on one GPU).
+    """Takes a launcher's marks out of the environment of a process that it has started alone
+    (FORCE_TORCHRUN, torchrun on one GPU).
 
-    accelerate would wrap the model in DDP, with a second copy of the gradients, to average over nobody.
+    accelerate would wrap the model in DDP, with a second copy of the gradients, to average over
+    nobody.
     """
     for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK"):
         os.environ.pop(name, None)
 
 
 def check_sharding(accelerator: Any, sharding: str, world: int) -> None:
-    """Refuses a run in which accelerate quietly chose something else: then each process would train alone, on its own part.
+    """Refuses a run in which accelerate quietly chose something else: then each process would train
+    alone, on its own part.
 
     Raises:
         UserError: with what was asked for and what accelerate made of it.
     """
     got = str(accelerator.distributed_type).rsplit(".", 1)[-1]
-    fits = {"none": ("NO",), "ddp": ("MULTI_CPU", "MULTI_GPU"), "fsdp2": ("FSDP",), "deepspeed": ("DEEPSPEED",)}[sharding]
+    fits = {
+        "none": ("NO",),
+        "ddp": ("MULTI_CPU", "MULTI_GPU"),
+        "fsdp2": ("FSDP",),
+        "deepspeed": ("DEEPSPEED",),
+    }[sharding]
     if got not in fits or accelerator.num_processes != world:
         raise UserError(
-            f"{world} processes were started to train with sharding {sharding}, but accelerate runs {accelerator.num_processes} as {got}. "
-            "Check that use_cpu, the launcher and the accelerate configuration agree with the machine."
+            f"{world} processes were started to train with sharding {sharding}, but accelerate runs"
+            f" {accelerator.num_processes} as {got}. Check that use_cpu, the launcher and the"
+            " accelerate configuration agree with the machine."
         )
 
 
 def deepspeed_config(path_or_dict: str | dict[str, Any], *, bf16: bool) -> dict[str, Any]:
-    """The user's DeepSpeed JSON with what it leaves open filled in. What the user wrote is never changed.
+    """The user's DeepSpeed JSON with what it leaves open filled in. What the user wrote is never
+    changed.
 
     Raises:
         UserError: the file is missing or is not JSON.
@@ -150,12 +197,15 @@ def deepspeed_config(path_or_dict: str | dict[str, Any], *, bf16: bool) -> dict[
         path = Path(path_or_dict)
         if not path.is_file():
             raise UserError(
-                f"deepspeed: the file {path} does not exist. Ready-made ones are in LongFactory's repository, in examples/deepspeed/."
+                f"deepspeed: the file {path} does not exist. Ready-made ones are in LongFactory's"
+                " repository, in examples/deepspeed/."
             )
         try:
             config = json.loads(path.read_text())
         except json.JSONDecodeError as error:
-            raise UserError(f"deepspeed: {path} is not valid JSON (line {error.lineno}: {error.msg}).") from error
+            raise UserError(
+                f"deepspeed: {path} is not valid JSON (line {error.lineno}: {error.msg})."
+            ) from error
     config.setdefault("gradient_clipping", "auto")
     config.setdefault("train_batch_size", "auto")
     config.setdefault("train_micro_batch_size_per_gpu", "auto")

@@ -1,4 +1,5 @@
-"""Exact attention of one row that is spread over several processes. Imports torch, and of this project only the list of kernel names.
+"""Exact attention of one row that is spread over several processes. Imports torch, and of this
+project only the list of kernel names.
 
     import torch, torch.distributed as dist
     from longfactory import sp
@@ -7,7 +8,7 @@
     ctx = sp.SequenceParallel.create(size=2, mode="zigzag-ring")
     T = 4096  # a multiple of sp.alignment(ctx)
     plan = sp.plan(T, [sp.Segment(0, 1000), sp.Segment(1000, T)], ctx)
-    x = sp.shard(tokens, plan)  # [T, ...] -> [T/n, ...]; plan.index holds their positions in the row
+    x = sp.shard(tokens, plan)  # [T, ...] -> [T/n, ...]; plan.index: their positions in the row
     q, k, v = project(x)  # [T/n, H, D], [T/n, Hk, D], [T/n, Hk, D]
     out = sp.attention(q, k, v, plan)  # [T/n, H, D], differentiable
     logps = sp.gather(head(out), plan)  # [T], on every rank

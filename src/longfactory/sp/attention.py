@@ -27,13 +27,17 @@ def attention(
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """softmax(scale * q k^T + mask) v over the whole row, for this rank's queries. Collective over the sequence-parallel group.
+    """softmax(scale * q k^T + mask) v over the whole row, for this rank's queries. Collective over
+    the sequence-parallel group.
 
     Args:
-        q: [T/n, H, D]. k: [T/n, Hk, D]. v: [T/n, Hk, Dv]. One dtype; H a multiple of Hk. Rows in the plan's local order.
+        q: [T/n, H, D]. k: [T/n, Hk, D]. v: [T/n, Hk, Dv]. One dtype; H a multiple of Hk. Rows in
+            the plan's local order.
         scale: 1 / sqrt(D) by default.
-        window: keys that a query sees, itself included, counted in positions of its document (transformers' `sliding_window`).
-        chunk: a query sees only keys in its own chunk of so many positions (Llama 4's `attention_chunk_size`).
+        window: keys that a query sees, itself included, counted in positions of its document
+            (transformers' `sliding_window`).
+        chunk: a query sees only keys in its own chunk of so many positions (Llama 4's
+            `attention_chunk_size`).
         softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
         sinks: [H], one more score for each head that takes probability and gives nothing (gpt-oss).
         dropout_p: only 0.
@@ -47,7 +51,8 @@ def attention(
     """
     kind = q.device.type
     if torch.is_autocast_enabled(kind) and q.dtype != torch.float64:
-        # As PyTorch's own attention under autocast: rotary embeddings may have left queries and keys in float32.
+        # As PyTorch's own attention under autocast: rotary embeddings may have left queries and
+        # keys in float32.
         q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
     call = _check(q, k, v, plan, scale, window, chunk, softcap, sinks, dropout_p)
     with torch.autocast(kind, enabled=False):
@@ -69,7 +74,8 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """`attention` without autograd, and the log-sum-exp that `attention_backward` needs.
 
-    Returns out [T/n, H, Dv] and lse [H, T/n], natural logarithm, float32 (float64 for float64), the sinks included.
+    Returns out [T/n, H, Dv] and lse [H, T/n], natural logarithm, float32 (float64 for float64), the
+    sinks included.
     """
     call = _check(q, k, v, plan, scale, window, chunk, softcap, sinks, dropout_p)
     with torch.no_grad():
@@ -95,26 +101,42 @@ def attention_backward(
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv, dsinks of `attention_forward`, in the inputs' dtypes. dsinks is this rank's share: the gradient is its sum over ranks.
+    """dq, dk, dv, dsinks of `attention_forward`, in the inputs' dtypes. dsinks is this rank's
+    share: the gradient is its sum over ranks.
 
-    Heads are independent: a call with some of the heads, their share of out and lse, and their key heads gives those heads' gradients.
+    Heads are independent: a call with some of the heads, their share of out and lse, and their key
+    heads gives those heads' gradients.
     """
     call = _check(q, k, v, plan, scale, window, chunk, softcap, sinks, dropout_p)
-    if lse.shape != (q.shape[1], q.shape[0]) or out.shape != (*q.shape[:2], v.shape[2]) or dout.shape != out.shape:
-        raise ValueError(f"out {tuple(out.shape)}, dout {tuple(dout.shape)}, lse {tuple(lse.shape)} do not belong to q {tuple(q.shape)}.")
+    if (
+        lse.shape != (q.shape[1], q.shape[0])
+        or out.shape != (*q.shape[:2], v.shape[2])
+        or dout.shape != out.shape
+    ):
+        raise ValueError(
+            f"out {tuple(out.shape)}, dout {tuple(dout.shape)}, lse {tuple(lse.shape)} do not"
+            f" belong to q {tuple(q.shape)}."
+        )
     with torch.no_grad():
-        lse = ulysses.to_heads(lse.t().unsqueeze(-1), plan.axes.ulysses).squeeze(-1).t().contiguous()
+        lse = (
+            ulysses.to_heads(lse.t().unsqueeze(-1), plan.axes.ulysses).squeeze(-1).t().contiguous()
+        )
         return _backward(dout, _to_heads(q, k, v, out, call), lse, sinks, call)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """out [T/n, H, Dv], lse, and (q, k, v, out) as the schedule holds them between its exchanges of heads."""
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """out [T/n, H, Dv], lse, and (q, k, v, out) as the schedule holds them between its exchanges of
+    heads.
+    """
     plan = call.plan
     schedule = _schedule(call)
     hq, hk, hv, _ = _to_heads(q, k, v, None, call)
     total, lse = schedule.forward(hq, hk, hv, call)
     if sinks is not None:
-        # One more score with no value: it changes the sum of exponentials only. P and rowsum(dout * out) of the backward stay exact.
+        # One more score with no value: it changes the sum of exponentials only. P and rowsum(dout *
+        # out) of the backward stay exact.
         mine = _own_sinks(sinks, call).to(lse.dtype).unsqueeze(1)
         total = total * torch.sigmoid(lse - mine).t().unsqueeze(-1).to(total.dtype)
         lse = torch.logaddexp(lse, mine)
@@ -144,13 +166,21 @@ def _backward(
 
 
 def _schedule(call: Call) -> ModuleType:
-    """A ring passes everything to everyone; where windows or documents leave little to pass, the little is fetched."""
+    """A ring passes everything to everyone; where windows or documents leave little to pass, the
+    little is fetched.
+    """
     return gather if call.plan.choice.exchange == "gather" or call.mask.fetch_is_smaller else ring
 
 
-def _to_heads(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, call: Call) -> tuple[Tensor, ...]:
+def _to_heads(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, call: Call
+) -> tuple[Tensor, ...]:
     group = call.plan.axes.ulysses
-    held = (ulysses.to_heads(q, group), ulysses.to_heads(k, group, call.copies), ulysses.to_heads(v, group, call.copies))
+    held = (
+        ulysses.to_heads(q, group),
+        ulysses.to_heads(k, group, call.copies),
+        ulysses.to_heads(v, group, call.copies),
+    )
     return (*held, ulysses.to_heads(out, group) if out is not None else q)
 
 
@@ -161,12 +191,17 @@ def _own_sinks(sinks: Tensor, call: Call) -> Tensor:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call
+    ) -> Tensor:
         replayed = replay.kept()
         if replayed is not None:
             out, lse = replayed
             if out.shape != (*q.shape[:2], v.shape[2]):
-                raise RuntimeError(f"sp.keep: the recompute asks for {tuple(q.shape)}, the forward pass kept {tuple(out.shape)}.")
+                raise RuntimeError(
+                    f"sp.keep: the recompute asks for {tuple(q.shape)}, the forward pass kept"
+                    f" {tuple(out.shape)}."
+                )
         else:
             out, lse, held = _forward(q, k, v, sinks, call)
             replay.record(out, lse)
@@ -203,12 +238,23 @@ def _check(
     """Everything that could fail on one rank only, or in the middle of an exchange, fails here."""
     if dropout_p:
         raise NotImplementedError(
-            f"Attention dropout ({dropout_p}) has no exact form when a row is spread over ranks. Set attention_dropout: 0."
+            f"Attention dropout ({dropout_p}) has no exact form when a row is spread over ranks."
+            " Set attention_dropout: 0."
         )
-    if not (q.dim() == k.dim() == v.dim() == 3 and q.shape[2] == k.shape[2] and k.shape[:2] == v.shape[:2]):
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: needed [T/n, H, D], [T/n, Hk, D], [T/n, Hk, Dv].")
+    if not (
+        q.dim() == k.dim() == v.dim() == 3
+        and q.shape[2] == k.shape[2]
+        and k.shape[:2] == v.shape[:2]
+    ):
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: needed [T/n, H, D], [T/n,"
+            " Hk, D], [T/n, Hk, Dv]."
+        )
     if q.shape[0] != plan.local_length or k.shape[0] != plan.local_length:
-        raise ValueError(f"The plan gives this rank {plan.local_length} tokens, q has {q.shape[0]} and k {k.shape[0]}.")
+        raise ValueError(
+            f"The plan gives this rank {plan.local_length} tokens, q has {q.shape[0]} and k"
+            f" {k.shape[0]}."
+        )
     heads, kv_heads = q.shape[1], k.shape[1]
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} key heads.")

@@ -1,9 +1,10 @@
 """Large tiles cut to few shapes, for a kernel that is fast but builds a plan for each shape.
 
-Packed rows have documents of any length, so their tiles have any shape. A large causal square is made a little longer: the additional
-queries belong to other documents, and are dropped. A large rectangle gets additional queries in the same way, and the keys that are
-left over at its beginning become a small rectangle for another kernel. In the backward pass the additional queries have lse = +inf:
-their probabilities are zero, so they add nothing to any gradient.
+Packed rows have documents of any length, so their tiles have any shape. A large causal square is
+made a little longer: the additional queries belong to other documents, and are dropped. A large
+rectangle gets additional queries in the same way, and the keys that are left over at its beginning
+become a small rectangle for another kernel. In the backward pass the additional queries have lse =
++inf: their probabilities are zero, so they add nothing to any gradient.
 
 Additional work: half a unit of queries a tile on average, 3 % of a square and 6 % of a rectangle.
 """
@@ -34,12 +35,16 @@ def bulk_tiles(tiles: Sequence[Tile], rows: int) -> tuple[Tile, ...]:
 
 
 def unit(length: int, shapes: int) -> int:
-    """Lengths are made multiples of this power of two: so many shapes for each doubling of the length."""
+    """Lengths are made multiples of this power of two: so many shapes for each doubling of the
+    length.
+    """
     return 2 ** max(0, (length // shapes).bit_length() - 1)
 
 
 def _longer(length: int, limit: int, unit: int) -> int:
-    """The length rounded up, or the length itself where that does not fit or is a good one already."""
+    """The length rounded up, or the length itself where that does not fit or is a good one
+    already.
+    """
     if length % 128 == 0:
         return length
     rounded = -(-length // unit) * unit
@@ -58,7 +63,15 @@ def _squares(tile: Tile, rows: int) -> list[Tile]:
         start = tile.q.start + a
         length = _longer(b - a, rows - start, unit(b - a, 16))
         square = slice(start, start + length)
-        out.append(Tile(square, square, "causal", first=True, valid=None if length == b - a else slice(0, b - a)))
+        out.append(
+            Tile(
+                square,
+                square,
+                "causal",
+                first=True,
+                valid=None if length == b - a else slice(0, b - a),
+            )
+        )
     out.extend(_run(tile, run))
     return out
 
@@ -83,7 +96,16 @@ def _rectangle(tile: Tile, rows: int) -> list[Tile]:
     start = min(tile.q.start, rows - length)
     valid = slice(tile.q.start - start, tile.q.stop - start)
     whole = length == tile.q_len
-    out = [Tile(slice(start, start + length), slice(tile.k.start + spare, tile.k.stop), "full", valid=None if whole else valid)]
+    out = [
+        Tile(
+            slice(start, start + length),
+            slice(tile.k.start + spare, tile.k.stop),
+            "full",
+            valid=None if whole else valid,
+        )
+    ]
     if spare:
-        out.append(dataclasses.replace(tile, k=slice(tile.k.start, tile.k.start + spare), _device={}))
+        out.append(
+            dataclasses.replace(tile, k=slice(tile.k.start, tile.k.start + spare), _device={})
+        )
     return out

@@ -1,7 +1,8 @@
-"""Collectives whose backward is their exact adjoint, for any group and any backend. With group None they do nothing.
+"""Collectives whose backward is their exact adjoint, for any group and any backend. With group None
+they do nothing.
 
-The adjoint rule: with L the sum over ranks of each rank's loss, every gradient that arrives is dL/d(output) and every gradient that
-leaves is dL/d(input).
+The adjoint rule: with L the sum over ranks of each rank's loss, every gradient that arrives is
+dL/d(output) and every gradient that leaves is dL/d(input).
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ def all_gather(x: Tensor, group: Group) -> Tensor:
 
 
 def reduce_scatter(x: Tensor, group: Group) -> Tensor:
-    """Sum over ranks of [n * m, ...], of which rank r keeps the r-th part [m, ...]. Backward: all_gather."""
+    """Sum over ranks of [n * m, ...], of which rank r keeps the r-th part [m, ...]. Backward:
+    all_gather.
+    """
     return x if group is None else _ReduceScatter.apply(x, group)
 
 
@@ -37,7 +40,9 @@ def all_reduce(x: Tensor, group: Group) -> Tensor:
 
 
 def all_to_all(x: Tensor, group: Group) -> Tensor:
-    """[n, ...]: x[d] goes to rank d, and the result's [s] came from rank s. Backward: the same exchange."""
+    """[n, ...]: x[d] goes to rank d, and the result's [s] came from rank s. Backward: the same
+    exchange.
+    """
     return x if group is None else _AllToAll.apply(x, group)
 
 
@@ -50,17 +55,25 @@ def shard(x: Tensor, plan: RowPlan) -> Tensor:
     if x.shape[0] != plan.length:
         raise ValueError(f"The plan is for {plan.length} tokens, the tensor has {x.shape[0]} rows.")
     intervals = plan.layout.intervals[plan.ctx.rank]
-    return x[intervals[0][0] : intervals[0][1]] if len(intervals) == 1 else torch.cat([x[a:b] for a, b in intervals])
+    return (
+        x[intervals[0][0] : intervals[0][1]]
+        if len(intervals) == 1
+        else torch.cat([x[a:b] for a, b in intervals])
+    )
 
 
 def gather(x: Tensor, plan: RowPlan) -> Tensor:
-    """[T/n, ...] of every rank -> [T, ...] in natural order, on every rank. Backward: the sum over ranks of the rows' gradients.
+    """[T/n, ...] of every rank -> [T, ...] in natural order, on every rank. Backward: the sum over
+    ranks of the rows' gradients.
 
     Raises:
         ValueError: x does not have the plan's local length.
     """
     if x.shape[0] != plan.local_length:
-        raise ValueError(f"The plan gives this rank {plan.local_length} tokens, the tensor has {x.shape[0]} rows.")
+        raise ValueError(
+            f"The plan gives this rank {plan.local_length} tokens, the tensor has {x.shape[0]}"
+            " rows."
+        )
     parts = all_gather(x, plan.ctx.group)
     order = plan._natural_runs
     return parts if len(order) == 1 else torch.cat([parts[at : at + b - a] for at, a, b in order])

@@ -1,13 +1,18 @@
-"""One decoder layer of the sharded run against transformers' own layer: the rule by which the guard judges, and the layer to judge by.
+"""One decoder layer of the sharded run against transformers' own layer: the rule by which the guard
+judges, and the layer to judge by.
 
-Two numbers are compared, both of them distances to the same layer in a wider type (float32 for half precision, float64 for float32):
+Two numbers are compared, both of them distances to the same layer in a wider type (float32 for half
+precision, float64 for float32):
 
-    ratio = error(the run's layer) / error(transformers' layer with its own attention, in the run's precision)
+    ratio = error(the run's layer)
+            / error(transformers' layer with its own attention, in the run's precision)
 
-on the same input, the same weights and the same gradient of the output. An exact layer rounds as often as the model's own, so its ratio is
-near 1 whatever the model, its weights and the precision; benchmarks/results/guard_ratios.md has the distribution, of exact layers and of
-planted faults. Before a layer is refused the model's own error is sampled again, on inputs that differ by a rounding (`perturbed`), and its
-largest counts. Tokens count by the median of a block of them: a router that is undecided sends a few tokens to other experts.
+on the same input, the same weights and the same gradient of the output. An exact layer rounds as
+often as the model's own, so its ratio is near 1 whatever the model, its weights and the precision;
+benchmarks/results/guard_ratios.md has the distribution, of exact layers and of planted faults.
+Before a layer is refused the model's own error is sampled again, on inputs that differ by a
+rounding (`perturbed`), and its largest counts. Tokens count by the median of a block of them: a
+router that is undecided sends a few tokens to other experts.
 """
 
 from __future__ import annotations
@@ -28,16 +33,23 @@ from .routers import Choices
 LIMIT = 3.0
 """Largest ratio of an exact layer's error to that of the model's own, in half precision."""
 FULL_LIMIT = 30.0
-"""The same in float32 and float64: errors depend on the order in which kernels add, and those of faults are thousands of times larger."""
+"""The same in float32 and float64: errors depend on the order in which kernels add, and those of
+faults are thousands of times larger.
+"""
 BLOCK = 64
 """Tokens whose median counts."""
 FLOOR = 0.125
-"""Of a unit of rounding, relative to the block's values: errors below are no errors. Rounding alone is 0.2."""
+"""Of a unit of rounding, relative to the block's values: errors below are no errors. Rounding alone
+is 0.2.
+"""
 SAMPLES = 16
-"""Of the model's own error, at most, before a layer is refused: it is a random number, and of one that is made up of a few roundings (of a
-scalar weight's gradient, of the neurons at the kink of a ReLU) one sample may be near zero."""
+"""Of the model's own error, at most, before a layer is refused: it is a random number, and of one
+that is made up of a few roundings (of a scalar weight's gradient, of the neurons at the kink of a
+ReLU) one sample may be near zero."""
 FEW = 256
-"""Numbers whose errors average out. Of fewer, such as a head's attention sinks, the floor is higher."""
+"""Numbers whose errors average out. Of fewer, such as a head's attention sinks, the floor is
+higher.
+"""
 
 
 class Worst(NamedTuple):
@@ -58,12 +70,15 @@ def limit(dtype: torch.dtype) -> float:
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """Relative unit of a computation in `dtype`. Of float64 it is that of the norms, softmaxes and rotary angles, which transformers
-    computes in float32 whatever the type: its own layer has them in the reference too, and so no error to be compared with."""
+    """Relative unit of a computation in `dtype`. Of float64 it is that of the norms, softmaxes and
+    rotary angles, which transformers computes in float32 whatever the type: its own layer has them
+    in the reference too, and so no error to be compared with."""
     return 16 * torch.finfo(torch.float32).eps if dtype == torch.float64 else torch.finfo(dtype).eps
 
 
-def token_ratio(run: Tensor, own: Tensor, reference: Tensor, lengths: Sequence[int], unit: float) -> float:
+def token_ratio(
+    run: Tensor, own: Tensor, reference: Tensor, lengths: Sequence[int], unit: float
+) -> float:
     """The largest ratio among blocks of tokens.
 
     Args:
@@ -76,11 +91,15 @@ def token_ratio(run: Tensor, own: Tensor, reference: Tensor, lengths: Sequence[i
 
 
 def token_errors(x: Tensor | None, reference: Tensor, lengths: Sequence[int]) -> Tensor:
-    """[T, ...] -> [blocks]: how far `x` is from the reference, the median of each block of tokens. None stands for zeros."""
+    """[T, ...] -> [blocks]: how far `x` is from the reference, the median of each block of tokens.
+    None stands for zeros.
+    """
     wide = reference.flatten(1).double()
     errors = (wide if x is None else x.flatten(1).double() - wide).norm(dim=1)
     documents = errors.split(list(lengths))
-    return torch.stack([part.median() for d in documents for part in d.tensor_split(max(1, len(d) // BLOCK))])
+    return torch.stack(
+        [part.median() for d in documents for part in d.tensor_split(max(1, len(d) // BLOCK))]
+    )
 
 
 def weight_ratio(run: Tensor, own: Tensor, reference: Tensor, unit: float) -> float:
@@ -101,8 +120,8 @@ def _unit_of_few(unit: float, numbers: int) -> float:
 
 def _ratio(error: Tensor, own: Tensor, size: Tensor, unit: float) -> float:
     """The largest ratio of [n] errors. Infinite where the run has no number."""
-    # No error: both of no tokens, or of a gradient that is zero. An own error that is not finite: the model's own layer overflows in this
-    # precision, and there is no measure.
+    # No error: both of no tokens, or of a gradient that is zero. An own error that is not finite:
+    # the model's own layer overflows in this precision, and there is no measure.
     measured = (error != 0) & torch.isfinite(own)
     ratios = (error / torch.maximum(own, FLOOR * unit * size).clamp(min=1e-30))[measured]
     if torch.isnan(ratios).any():
@@ -112,7 +131,9 @@ def _ratio(error: Tensor, own: Tensor, size: Tensor, unit: float) -> float:
 
 @dataclasses.dataclass
 class LayerRun:
-    """What one layer of the run was given and returned: first this rank's tokens, then (`gathered`) the whole row's, tokens first."""
+    """What one layer of the run was given and returned: first this rank's tokens, then (`gathered`)
+    the whole row's, tokens first.
+    """
 
     layer: nn.Module
     index: int
@@ -143,17 +164,26 @@ class LayerRun:
         return self.x.dtype
 
 
-def plain_layer(layer: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> nn.Module:
-    """transformers' own layer with these weights: without hooks, wrappers and functions that were put in its place.
+def plain_layer(
+    layer: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> nn.Module:
+    """transformers' own layer with these weights: without hooks, wrappers and functions that were
+    put in its place.
 
-    Shares what is not changed with `layer`. `dtype`: of every floating-point weight and buffer, or None for those they have.
+    Shares what is not changed with `layer`. `dtype`: of every floating-point weight and buffer, or
+    None for those they have.
     """
     memo: dict[int, Any] = {}
 
     def cast(t: Tensor, packed: bool = False) -> Tensor:
         if id(t) not in memo:
-            own = t.detach() if type(t) in (Tensor, nn.Parameter) else t  # quantised weights carry their scales with them
-            memo[id(t)] = own.to(dtype) if dtype is not None and own.is_floating_point() and not packed else own
+            # quantised weights carry their scales with them
+            own = t.detach() if type(t) in (Tensor, nn.Parameter) else t
+            memo[id(t)] = (
+                own.to(dtype)
+                if dtype is not None and own.is_floating_point() and not packed
+                else own
+            )
         return memo[id(t)]
 
     def plain(module: nn.Module, prefix: str) -> nn.Module:
@@ -173,17 +203,29 @@ def plain_layer(layer: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dt
             fields["gradient_checkpointing"] = False
         new.__dict__.update(fields)
         for kept in ("_parameters", "_buffers"):
-            held = {n: weights.get(prefix + n, t) if t is not None else None for n, t in module.__dict__[kept].items()}
-            new.__dict__[kept] = {n: None if t is None else cast(t, _is_packed(module, n)) for n, t in held.items()}
-        new.__dict__["_modules"] = {n: None if m is None else plain(m, f"{prefix}{n}.") for n, m in module._modules.items()}
+            held = {
+                n: weights.get(prefix + n, t) if t is not None else None
+                for n, t in module.__dict__[kept].items()
+            }
+            new.__dict__[kept] = {
+                n: None if t is None else cast(t, _is_packed(module, n)) for n, t in held.items()
+            }
+        new.__dict__["_modules"] = {
+            n: None if m is None else plain(m, f"{prefix}{n}.") for n, m in module._modules.items()
+        }
         return new
 
     return plain(layer, "")
 
 
 def _is_packed(module: nn.Module, name: str) -> bool:
-    """Whether a parameter holds weights of four bits in the words of a float type, whose numbers mean nothing."""
-    states = (getattr(module, "quant_state", None), getattr(module._parameters.get(name), "quant_state", None))
+    """Whether a parameter holds weights of four bits in the words of a float type, whose numbers
+    mean nothing.
+    """
+    states = (
+        getattr(module, "quant_state", None),
+        getattr(module._parameters.get(name), "quant_state", None),
+    )
     return name == "weight" and any(state is not None for state in states)
 
 
@@ -193,10 +235,11 @@ def _is_wrapper(kind: type) -> bool:
 
 
 def perturbed(run: LayerRun, seed: int) -> LayerRun:
-    """The same layer on an input and a gradient of the output whose every number is moved by at most one unit of rounding.
+    """The same layer on an input and a gradient of the output whose every number is moved by at
+    most one unit of rounding.
 
-    Roundings fall differently there, and so do the sides of a kink (ReLU) on which numbers near it come to lie: one more sample of the
-    error of a computation in the run's precision.
+    Roundings fall differently there, and so do the sides of a kink (ReLU) on which numbers near it
+    come to lie: one more sample of the error of a computation in the run's precision.
     """
     draw = torch.Generator().manual_seed(seed)
 
@@ -209,7 +252,9 @@ def perturbed(run: LayerRun, seed: int) -> LayerRun:
 
 
 class OwnCall(NamedTuple):
-    """The arguments of a layer's call on one document alone. `hidden`: the place among `args`, or the keyword, of its hidden states."""
+    """The arguments of a layer's call on one document alone. `hidden`: the place among `args`, or
+    the keyword, of its hidden states.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -217,7 +262,9 @@ class OwnCall(NamedTuple):
 
 
 class Alone(NamedTuple):
-    """A layer on the documents, one at a time: [T, ...] outputs and gradients of the inputs, and the gradients of its parameters."""
+    """A layer on the documents, one at a time: [T, ...] outputs and gradients of the inputs, and
+    the gradients of its parameters.
+    """
 
     y: Tensor
     dx: Tensor
@@ -227,7 +274,12 @@ class Alone(NamedTuple):
 
 
 def run_alone(
-    layer: nn.Module, run: LayerRun, calls: Sequence[OwnCall], lengths: Sequence[int], dtype: torch.dtype | None, device: torch.device
+    layer: nn.Module,
+    run: LayerRun,
+    calls: Sequence[OwnCall],
+    lengths: Sequence[int],
+    dtype: torch.dtype | None,
+    device: torch.device,
 ) -> Alone:
     """transformers' own layer, each document by itself.
 
@@ -242,7 +294,11 @@ def run_alone(
     sums: dict[str, Tensor] = {}
 
     def to(t: Any) -> Any:
-        return t.to(dtype) if dtype is not None and isinstance(t, Tensor) and t.is_floating_point() else t
+        return (
+            t.to(dtype)
+            if dtype is not None and isinstance(t, Tensor) and t.is_floating_point()
+            else t
+        )
 
     low = run.autocast if dtype is None else None
     for call, length in zip(calls, lengths, strict=True):
@@ -260,13 +316,19 @@ def run_alone(
         with routers.replay(layer, run.choices.take(document)):
             with autocast, torch.enable_grad():
                 y = first(layer(*args, **kwargs))
-            grads = torch.autograd.grad(y, [x, *parameters.values()], dy.to(y.dtype), allow_unused=True)
+            grads = torch.autograd.grad(
+                y, [x, *parameters.values()], dy.to(y.dtype), allow_unused=True
+            )
         if run.choices.of:
             # Recorded, so that they do not draw.
             with routers.record(layer), autocast, torch.no_grad():
                 free.append(first(layer(*args, **kwargs)).movedim(run.dim, 0))
         outputs.append(y.detach().movedim(run.dim, 0))
-        inputs.append(torch.zeros_like(x).movedim(run.dim, 0) if grads[0] is None else grads[0].movedim(run.dim, 0))
+        inputs.append(
+            torch.zeros_like(x).movedim(run.dim, 0)
+            if grads[0] is None
+            else grads[0].movedim(run.dim, 0)
+        )
         wide = reference_dtype(y.dtype)
         for name, g in zip(parameters, grads[1:], strict=True):
             if g is not None:
@@ -276,7 +338,9 @@ def run_alone(
 
 def is_finite(alone: Alone) -> bool:
     """Whether every number of a layer on the documents is finite."""
-    return all(bool(torch.isfinite(t).all()) for t in (alone.y, alone.dx, *alone.gradients.values()))
+    return all(
+        bool(torch.isfinite(t).all()) for t in (alone.y, alone.dx, *alone.gradients.values())
+    )
 
 
 def first(output: Any) -> Tensor:
@@ -285,18 +349,26 @@ def first(output: Any) -> Tensor:
 
 
 Errors = dict[str, Tensor]
-"""How far a layer is from the reference: of each thing that is compared, [blocks] of tokens or [1] for a gradient of weights."""
+"""How far a layer is from the reference: of each thing that is compared, [blocks] of tokens or [1]
+for a gradient of weights.
+"""
 
 
-def errors(y: Tensor, dx: Tensor, gradients: Mapping[str, Tensor], reference: Alone, lengths: Sequence[int]) -> Errors:
-    """Of a layer's output, of the gradient of its input [T, ...], and of the gradients of its modules' parameters."""
+def errors(
+    y: Tensor, dx: Tensor, gradients: Mapping[str, Tensor], reference: Alone, lengths: Sequence[int]
+) -> Errors:
+    """Of a layer's output, of the gradient of its input [T, ...], and of the gradients of its
+    modules' parameters.
+    """
     return {
         "output": token_errors(y, reference.free, lengths),
         "gradient of the input": token_errors(dx, reference.dx, lengths),
         # A bias and its weight as one: the gradient of a key's bias is zero in exact arithmetic.
         **{
-            f"gradient of {module}": torch.stack([_distance(_of(gradients, n, reference), reference.gradients[n]) for n in names]).norm(
-                dim=0
+            f"gradient of {module}": (
+                torch.stack(
+                    [_distance(_of(gradients, n, reference), reference.gradients[n]) for n in names]
+                ).norm(dim=0)
             )
             for module, names in _by_module(reference).items()
         },
@@ -310,18 +382,34 @@ def own_errors(own: Alone, reference: Alone, lengths: Sequence[int]) -> Errors:
 
 def larger(first: Errors, second: Errors) -> Errors:
     """The larger of each two errors. One of `second` that is not finite does not count."""
-    return {what: torch.maximum(e, torch.where(second[what].isfinite(), second[what], e)) for what, e in first.items()}
+    return {
+        what: torch.maximum(e, torch.where(second[what].isfinite(), second[what], e))
+        for what, e in first.items()
+    }
 
 
 def judge(run: LayerRun, own: Errors, reference: Alone, lengths: Sequence[int]) -> dict[str, float]:
-    """The ratios of a layer: of its output, of the gradient of its input, and of the gradients of its modules' parameters."""
+    """The ratios of a layer: of its output, of the gradient of its input, and of the gradients of
+    its modules' parameters.
+    """
     unit = rounding(run.dtype)
     assert run.y is not None and run.dx is not None
     found = errors(run.y, run.dx, run.gradients, reference, lengths)
-    numbers = {f"gradient of {m}": sum(reference.gradients[n].numel() for n in names) for m, names in _by_module(reference).items()}
-    sizes = errors(torch.zeros_like(reference.free), torch.zeros_like(reference.dx), {}, reference, lengths)
+    numbers = {
+        f"gradient of {m}": sum(reference.gradients[n].numel() for n in names)
+        for m, names in _by_module(reference).items()
+    }
+    sizes = errors(
+        torch.zeros_like(reference.free), torch.zeros_like(reference.dx), {}, reference, lengths
+    )
     return {
-        what: _ratio(found[what], own[what], sizes[what], _unit_of_few(unit, numbers[what]) if what in numbers else unit) for what in found
+        what: _ratio(
+            found[what],
+            own[what],
+            sizes[what],
+            _unit_of_few(unit, numbers[what]) if what in numbers else unit,
+        )
+        for what in found
     }
 
 
@@ -337,8 +425,8 @@ def _of(gradients: Mapping[str, Tensor], name: str, reference: Alone) -> Tensor:
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, asked: Asked, sinks: Tensor | None) -> Tensor:
-    """Attention of one document as models write it down: [S, H, D], [S, Hk, D], [S, Hk, Dv] -> [S, H, Dv], all in the inputs' type but
-    for the softmax, which is float32 at least."""
+    """Attention of one document as models write it down: [S, H, D], [S, Hk, D], [S, Hk, Dv] -> [S,
+    H, Dv], all in the inputs' type but for the softmax, which is float32 at least."""
     groups = q.shape[1] // k.shape[1]
     # [S, H, D] -> [H, S, D]
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))
@@ -355,6 +443,8 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, asked: Asked, sinks: Tensor
         seen = seen & (places[:, None] // asked.chunk == places // asked.chunk)
     scores = scores.masked_fill(~seen, -math.inf)
     if sinks is not None:
-        scores = torch.cat([scores, sinks.to(scores.dtype)[:, None, None].expand(-1, q.shape[1], 1)], dim=-1)
+        scores = torch.cat(
+            [scores, sinks.to(scores.dtype)[:, None, None].expand(-1, q.shape[1], 1)], dim=-1
+        )
     wide = torch.promote_types(scores.dtype, torch.float32)
     return (scores.softmax(-1, dtype=wide).to(v.dtype)[..., : q.shape[1]] @ v).transpose(0, 1)

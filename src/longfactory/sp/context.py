@@ -1,4 +1,6 @@
-"""The place of this process: its sequence-parallel group, its data-parallel group, and the groups that the schedules use."""
+"""The place of this process: its sequence-parallel group, its data-parallel group, and the groups
+that the schedules use.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ MODES: tuple[Mode, ...] = ("zigzag-ring", "ulysses", "llama3", "usp", "auto")
 
 
 class Axes(NamedTuple):
-    """A split of the sequence-parallel group: `ulysses` exchanges heads among consecutive ranks, `ring` exchanges keys and values."""
+    """A split of the sequence-parallel group: `ulysses` exchanges heads among consecutive ranks,
+    `ring` exchanges keys and values.
+    """
 
     ulysses: dist.ProcessGroup | None
     ring: dist.ProcessGroup | None
@@ -28,7 +32,8 @@ class Axes(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class SequenceParallel:
-    """Sequence-parallel rank `rank` of `size`, data-parallel rank `dp_rank` of `dp_size`. A group of one process is None.
+    """Sequence-parallel rank `rank` of `size`, data-parallel rank `dp_rank` of `dp_size`. A group
+    of one process is None.
 
     Sequence-parallel groups are consecutive ranks of the world: world rank = dp_rank * size + rank.
     """
@@ -46,12 +51,18 @@ class SequenceParallel:
     heads: int | None = None
     kv_heads: int | None = None
     flop_per_byte: float = 2850.0
-    """FLOP of attention in the time of a byte between ranks of a machine, for `auto`. Here Hopper with NVLink: 570 TFLOP/s, 200 GB/s."""
+    """FLOP of attention in the time of a byte between ranks of a machine, for `auto`. Here Hopper
+    with NVLink: 570 TFLOP/s, 200 GB/s.
+    """
     axes: dict[int, Axes] = dataclasses.field(default_factory=dict, repr=False)
-    """Process groups by ulysses degree. The ring's groups are its own, so that its messages do not queue behind other collectives."""
+    """Process groups by ulysses degree. The ring's groups are its own, so that its messages do not
+    queue behind other collectives.
+    """
 
     measured: dict[tuple[int, int], Any] = dataclasses.field(default_factory=dict, repr=False)
-    """What was fastest for a class of rows (`sp.measure`), for `auto`. The same on every rank of the group."""
+    """What was fastest for a class of rows (`sp.measure`), for `auto`. The same on every rank of
+    the group.
+    """
 
     said: set[str] = dataclasses.field(default_factory=set, repr=False)
     """What `auto` has already given as its reason in the log."""
@@ -69,30 +80,39 @@ class SequenceParallel:
         device_type: str | None = None,
         flop_per_byte: float = 2850.0,
     ) -> SequenceParallel:
-        """Makes the process groups. Collective: every process of the world calls it with the same arguments.
+        """Makes the process groups. Collective: every process of the world calls it with the same
+        arguments.
 
         Args:
             size: processes that share one row. Divides the world size.
             mode: the schedule. `usp` is ulysses inside a ring; `auto` chooses for each row.
             ulysses_degree, ring_degree: for `usp`, their product is `size`. One given is enough.
-            backend: the attention kernel by one of its names (`kernel_names`), or `auto` (see `sp.backends`).
-            heads, kv_heads: query and key heads of the model, for `auto` and for `usp` without a degree. See `set_heads`.
+            backend: the attention kernel by one of its names (`kernel_names`), or `auto` (see
+                `sp.backends`).
+            heads, kv_heads: query and key heads of the model, for `auto` and for `usp` without a
+                degree. See `set_heads`.
             device_type: where tensors live; by default `cuda` where the process group speaks NCCL.
             flop_per_byte: see the field.
 
         Raises:
-            ValueError: a size that does not divide the world, an unknown mode or backend, degrees whose product is not `size`, or a group
-                over several machines whose processes are told to speak to their own machine only.
+            ValueError: a size that does not divide the world, an unknown mode or backend, degrees
+                whose product is not `size`, or a group over several machines whose processes are
+                told to speak to their own machine only.
         """
         if mode not in MODES:
-            raise ValueError(f"Unknown sequence-parallel mode {mode!r}. Choose one of: {', '.join(MODES)}.")
+            raise ValueError(
+                f"Unknown sequence-parallel mode {mode!r}. Choose one of: {', '.join(MODES)}."
+            )
         backend = canonical(backend)
         if backend != "auto" and backend not in KERNELS:
-            raise ValueError(f"Unknown attention_backend {backend!r}. Choose one of: auto, {', '.join(KERNELS)}.")
+            raise ValueError(
+                f"Unknown attention_backend {backend!r}. Choose one of: auto, {', '.join(KERNELS)}."
+            )
         world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         if size < 1 or world % size:
             raise ValueError(
-                f"sequence_parallel_size {size} does not divide the {world} processes. Start a multiple of {size}, or lower the size."
+                f"sequence_parallel_size {size} does not divide the {world} processes. Start a"
+                f" multiple of {size}, or lower the size."
             )
         degree = _ulysses_degree(size, mode, ulysses_degree, ring_degree)
         if device_type is None:
@@ -103,30 +123,54 @@ class SequenceParallel:
             if me == 0:
                 log.warning(warning)
         dp_rank, rank = divmod(me, size)
-        ctx = cls(size, rank, None, world // size, dp_rank, None, mode, degree, backend, device_type, heads, kv_heads, flop_per_byte)
+        ctx = cls(
+            size,
+            rank,
+            None,
+            world // size,
+            dp_rank,
+            None,
+            mode,
+            degree,
+            backend,
+            device_type,
+            heads,
+            kv_heads,
+            flop_per_byte,
+        )
         if world > 1:
             ctx.group = _group([[d * size + r for r in range(size)] for d in range(world // size)])
-            ctx.dp_group = _group([[d * size + r for d in range(world // size)] for r in range(size)])
+            ctx.dp_group = _group(
+                [[d * size + r for d in range(world // size)] for r in range(size)]
+            )
         # The model's heads, not known yet, decide how many ranks `ulysses` shares them among.
         every = degree is None or mode == "ulysses"
         degrees = [u for u in range(1, size + 1) if size % u == 0 and (every or u == degree)]
         for u in degrees:
             blocks = [d * size + p * u for d in range(world // size) for p in range(size // u)]
             inner = _group([[b + i for i in range(u)] for b in blocks])
-            outer = _group([[d * size + p * u + i for p in range(size // u)] for d in range(world // size) for i in range(u)])
+            outer = _group(
+                [
+                    [d * size + p * u + i for p in range(size // u)]
+                    for d in range(world // size)
+                    for i in range(u)
+                ]
+            )
             ctx.axes[u] = Axes(inner, outer)
         return ctx
 
     def set_heads(self, heads: int, kv_heads: int | None = None) -> None:
-        """Tells `auto` and `usp` the model's head counts. With several counts among the layers, their greatest common divisor."""
+        """Tells `auto` and `usp` the model's head counts. With several counts among the layers,
+        their greatest common divisor.
+        """
         self.heads, self.kv_heads = heads, kv_heads if kv_heads is not None else heads
 
 
 def alignment(ctx: SequenceParallel) -> int:
     """A row's length must be a multiple of this.
 
-    Two equal chunks for every rank. On GPUs a chunk is a multiple of 128 tokens: cuDNN builds its kernels for a shape, and the
-    fewer shapes, the fewer builds.
+    Two equal chunks for every rank. On GPUs a chunk is a multiple of 128 tokens: cuDNN builds its
+    kernels for a shape, and the fewer shapes, the fewer builds.
     """
     unit = 128 if ctx.device_type == "cuda" else 1
     return unit if ctx.size == 1 else 2 * ctx.size * unit
@@ -144,12 +188,15 @@ def machine_size() -> int | None:
 
 
 def neighbours(size: int) -> int:
-    """So many consecutive ranks of every sequence-parallel group share a machine. All of them where the launcher does not say."""
+    """So many consecutive ranks of every sequence-parallel group share a machine. All of them where
+    the launcher does not say.
+    """
     return math.gcd(size, machine_size() or size)
 
 
 def over_machines(size: int, ulysses: int | None, device_type: str) -> list[str]:
-    """What is slow about groups that do not fit in a machine, in sentences. `ulysses`: the degree, where it is set.
+    """What is slow about groups that do not fit in a machine, in sentences. `ulysses`: the degree,
+    where it is set.
 
     Raises:
         ValueError: the network settings leave each machine alone.
@@ -161,32 +208,47 @@ def over_machines(size: int, ulysses: int | None, device_type: str) -> list[str]
     interfaces = {i.strip().lstrip("=") for i in os.environ.get(name, "").split(",")}
     if interfaces == {"lo"}:
         raise ValueError(
-            f"sequence_parallel_size {size} spreads a row over machines of {local} processes, but {name}={os.environ[name]} reaches no "
-            f"other machine. Name the network's interface there, or lower the size to {near}."
+            f"sequence_parallel_size {size} spreads a row over machines of {local} processes, but"
+            f" {name}={os.environ[name]} reaches no other machine. Name the network's interface"
+            f" there, or lower the size to {near}."
         )
     out = []
     if near < min(size, local):
         out.append(
-            f"sequence_parallel_size {size} neither divides the {local} processes of a machine nor is a multiple of them, so that groups "
-            f"begin in the middle of machines. Use a divisor or a multiple of {local}."
+            f"sequence_parallel_size {size} neither divides the {local} processes of a machine nor"
+            " is a multiple of them, so that groups begin in the middle of machines. Use a divisor"
+            f" or a multiple of {local}."
         )
     if ulysses is not None and near % ulysses:
-        degree = f"usp with sequence_parallel_ulysses_degree: {near} (heads inside a machine, a ring between)"
+        degree = (
+            f"usp with sequence_parallel_ulysses_degree: {near} (heads inside a machine, a ring"
+            " between)"
+        )
         out.append(
-            f"Ulysses exchanges heads among {ulysses} ranks, of which {near} share a machine: every layer waits for the links between "
-            f"machines. Faster: sequence_parallel_mode: {degree if near > 1 else 'zigzag-ring'}, or auto."
+            f"Ulysses exchanges heads among {ulysses} ranks, of which {near} share a machine: every"
+            " layer waits for the links between machines. Faster: sequence_parallel_mode:"
+            f" {degree if near > 1 else 'zigzag-ring'}, or auto."
         )
     if device_type == "cuda" and os.environ.get("NCCL_IB_DISABLE") == "1":
-        out.append(f"NCCL_IB_DISABLE=1: what the {size} ranks of a row exchange goes over TCP from machine to machine.")
+        out.append(
+            f"NCCL_IB_DISABLE=1: what the {size} ranks of a row exchange goes over TCP from machine"
+            " to machine."
+        )
     return out
 
 
 def _ulysses_degree(size: int, mode: str, ulysses: int | None, ring: int | None) -> int | None:
     if mode != "usp":
         fixed = {"zigzag-ring": 1, "llama3": 1, "ulysses": size}.get(mode)
-        for name, given, must in (("ulysses", ulysses, fixed), ("ring", ring, size // fixed if fixed else None)):
+        for name, given, must in (
+            ("ulysses", ulysses, fixed),
+            ("ring", ring, size // fixed if fixed else None),
+        ):
             if given is not None and given != must:
-                raise ValueError(f"Mode {mode} has no {name} degree of {given}. Use sequence_parallel_mode: usp to set degrees.")
+                raise ValueError(
+                    f"Mode {mode} has no {name} degree of {given}. Use sequence_parallel_mode: usp"
+                    " to set degrees."
+                )
         return fixed
     if ulysses is None and ring is None:
         return None
@@ -196,12 +258,17 @@ def _ulysses_degree(size: int, mode: str, ulysses: int | None, ring: int | None)
         ulysses = size // ring
     assert ulysses is not None
     if ulysses < 1 or size % ulysses or (ring is not None and ulysses * ring != size):
-        raise ValueError(f"ulysses degree {ulysses} x ring degree {ring or '?'} is not sequence_parallel_size {size}.")
+        raise ValueError(
+            f"ulysses degree {ulysses} x ring degree {ring or '?'} is not sequence_parallel_size"
+            f" {size}."
+        )
     return ulysses
 
 
 def _group(partition: list[list[int]]) -> dist.ProcessGroup | None:
-    """The group of this process among `partition`, None where it is alone. All processes make all groups, in the same order."""
+    """The group of this process among `partition`, None where it is alone. All processes make all
+    groups, in the same order.
+    """
     if all(len(ranks) == 1 for ranks in partition):
         return None
     mine, _ = dist.new_subgroups_by_enumeration(partition)

@@ -1,13 +1,15 @@
-"""Hugging Face models under sequence parallelism: through transformers' own attention registry, by name, without patching a module.
+"""Hugging Face models under sequence parallelism: through transformers' own attention registry, by
+name, without patching a module.
 
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation=hf.ATTENTION)
-    hf.prepare(model, ctx)                  # before FSDP2, DDP, ZeRO or PEFT wrap it (PEFT may also come first)
+    hf.prepare(model, ctx)  # before FSDP2, DDP or ZeRO wrap it, before or after PEFT does
     ...wrap...
-    hf.guard(wrapped, ctx)                  # every rank
+    hf.guard(wrapped, ctx)  # every rank
     logits = wrapped(**hf.inputs(row, plan)).logits
 
-The plan travels with the call, as a keyword argument and on the `position_ids` tensor: a layer that is computed again in the backward
-pass receives the plan of its own forward pass, whatever ran in between.
+The plan travels with the call, as a keyword argument and on the `position_ids` tensor: a layer that
+is computed again in the backward pass receives the plan of its own forward pass, whatever ran in
+between.
 """
 
 from __future__ import annotations
@@ -38,7 +40,15 @@ ATTENTION = "longfactory"
 
 # Arguments that models pass to their attention function and that change nothing here.
 _WITHOUT_EFFECT = frozenset(
-    {"position_ids", "position_embeddings", "cache_position", "logits_to_keep", "num_items_in_batch", "layer_idx", "return_dict"}
+    {
+        "position_ids",
+        "position_embeddings",
+        "cache_position",
+        "logits_to_keep",
+        "num_items_in_batch",
+        "layer_idx",
+        "return_dict",
+    }
 )
 _NOT_ROUTED = "its attention does not pass through transformers' attention registry"
 DROPOUT_KEYS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
@@ -66,55 +76,93 @@ def attention(
     sp_plan: RowPlan | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function that transformers calls: query [1, H, T/n, D], key and value [1, Hkv, T/n, D] -> ([1, T/n, H, Dv], None).
+    """The attention function that transformers calls: query [1, H, T/n, D], key and value [1, Hkv,
+    T/n, D] -> ([1, T/n, H, Dv], None).
 
     Raises:
-        ValueError: the call asks for something that the engine does not compute, or was not given a plan.
+        ValueError: the call asks for something that the engine does not compute, or was not given a
+            plan.
     """
     name = type(module).__name__
     plan = sp_plan if sp_plan is not None else _carried(module, kwargs)
     if plan is None:
-        raise ValueError(f"{name}: no sp_plan reached the attention function. Call the model with hf.inputs(row, plan).")
+        raise ValueError(
+            f"{name}: no sp_plan reached the attention function. Call the model with hf.inputs(row,"
+            " plan)."
+        )
     if query.shape[0] != 1:
-        raise ValueError(f"{name}: a batch of {query.shape[0]} rows; the engine takes one flat row. Lay the samples end to end in it.")
+        raise ValueError(
+            f"{name}: a batch of {query.shape[0]} rows; the engine takes one flat row. Lay the"
+            " samples end to end in it."
+        )
     local = plan.local_length
     if query.shape[2] != local or key.shape[2] != local:
         raise ValueError(
-            f"{name}: {query.shape[2]} queries and {key.shape[2]} keys, the plan has {local} tokens on this rank. "
-            "Cross-attention, caches and prefix tokens are not supported; call the model with hf.inputs(row, plan)."
+            f"{name}: {query.shape[2]} queries and {key.shape[2]} keys, the plan has {local} tokens"
+            " on this rank. Cross-attention, caches and prefix tokens are not supported; call the"
+            " model with hf.inputs(row, plan)."
         )
     if attention_mask is not None:
-        raise ValueError(f"{name}: an attention mask would be lost: the plan's documents are the mask.")
+        raise ValueError(
+            f"{name}: an attention mask would be lost: the plan's documents are the mask."
+        )
     if dropout and module.training:
         raise ValueError(
-            f"{name}: dropout of attention weights ({dropout}) is not computed. Set attention_dropout: 0 in the model's config."
+            f"{name}: dropout of attention weights ({dropout}) is not computed. Set"
+            " attention_dropout: 0 in the model's config."
         )
     if is_causal is False or getattr(module, "is_causal", True) is False:
         raise ValueError(f"{name}: attention to later tokens (is_causal=False) is not supported.")
     if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
-        raise ValueError(f"{name}: a cache of keys and values is not supported. Call the model with use_cache=False.")
+        raise ValueError(
+            f"{name}: a cache of keys and values is not supported. Call the model with"
+            " use_cache=False."
+        )
     for argument, given in kwargs.items():
         if argument not in _WITHOUT_EFFECT and given is not None and given is not False:
-            raise ValueError(f"{name}: the argument {argument} of its attention is not implemented under sequence parallelism.")
+            raise ValueError(
+                f"{name}: the argument {argument} of its attention is not implemented under"
+                " sequence parallelism."
+            )
     window = _window(module) if sliding_window is _Absent.ABSENT else sliding_window
     chunk = _chunk(module)
     if (seen := probe.current()) is not None:
         seen.calls += 1
         seen.modules.add(id(module))
         seen.heads.add((query.shape[1], key.shape[1]))
-        seen.asked[seen.layer].add(probe.settings(query.shape[3] ** -0.5 if scaling is None else scaling, window, chunk, softcap, s_aux))
+        seen.asked[seen.layer].add(
+            probe.settings(
+                query.shape[3] ** -0.5 if scaling is None else scaling,
+                window,
+                chunk,
+                softcap,
+                s_aux,
+            )
+        )
         if window:
             seen.windows.add(window)
     if (scales := _temperature(module, plan, query.device)) is not None:
         query = (query * scales[:, None]).to(query.dtype)
     # [1, H, T/n, D] -> [T/n, H, D]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    out = engine(q, k, v, plan, scale=scaling, window=window or None, chunk=chunk, softcap=softcap or None, sinks=s_aux)
+    out = engine(
+        q,
+        k,
+        v,
+        plan,
+        scale=scaling,
+        window=window or None,
+        chunk=chunk,
+        softcap=softcap or None,
+        sinks=s_aux,
+    )
     return out[None], None
 
 
 def _carried(module: nn.Module, kwargs: Mapping[str, Any]) -> RowPlan | None:
-    """For models that keep only the arguments they know: `position_ids` is one of them, and carries the plan."""
+    """For models that keep only the arguments they know: `position_ids` is one of them, and carries
+    the plan.
+    """
     return getattr(kwargs.get("position_ids"), "sp_plan", None)
 
 
@@ -125,41 +173,62 @@ def _layer_type(module: nn.Module) -> str | None:
 
 
 def _window(module: nn.Module) -> int | None:
-    """Of models that give their window to the mask alone, which is not built here: Qwen2-MoE by layer type, PhiMoE for all layers."""
+    """Of models that give their window to the mask alone, which is not built here: Qwen2-MoE by
+    layer type, PhiMoE for all layers.
+    """
     config = getattr(module, "config", None)
-    if _layer_type(module) == "sliding_attention" or getattr(config, "model_type", None) == "phimoe":
+    if (
+        _layer_type(module) == "sliding_attention"
+        or getattr(config, "model_type", None) == "phimoe"
+    ):
         return getattr(config, "sliding_window", None)
     return None
 
 
 def _chunk(module: nn.Module) -> int | None:
-    """Llama 4: no argument of the attention function says that a layer attends inside chunks only."""
-    return module.config.attention_chunk_size if _layer_type(module) == "chunked_attention" else None
+    """Llama 4: no argument of the attention function says that a layer attends inside chunks
+    only.
+    """
+    return (
+        module.config.attention_chunk_size if _layer_type(module) == "chunked_attention" else None
+    )
 
 
 def mask(
-    *args: Any, mask_function: Callable | None = None, attention_mask: Tensor | None = None, config: Any = None, **kwargs: Any
+    *args: Any,
+    mask_function: Callable | None = None,
+    attention_mask: Tensor | None = None,
+    config: Any = None,
+    **kwargs: Any,
 ) -> None:
-    """The mask function that transformers calls. Builds nothing; refuses a mask that the plan does not say.
+    """The mask function that transformers calls. Builds nothing; refuses a mask that the plan does
+    not say.
 
-    transformers reads documents from jumps of `position_ids`. A shard's position ids jump between chunks too, so what it reads is
-    wrong and is ignored: the plan knows the documents.
+    transformers reads documents from jumps of `position_ids`. A shard's position ids jump between
+    chunks too, so what it reads is wrong and is ignored: the plan knows the documents.
     """
     model = getattr(config, "model_type", "the model")
-    # Models of the BART family make a mask of ones themselves. Reading it waits for the device; others pass none.
+    # Models of the BART family make a mask of ones themselves. Reading it waits for the device;
+    # others pass none.
     if attention_mask is not None and not bool(attention_mask.all()):
         raise ValueError(
-            f"{model}: a padding mask would be lost under sequence parallelism. Padding is a document of the row; pass attention_mask=None."
+            f"{model}: a padding mask would be lost under sequence parallelism. Padding is a"
+            " document of the row; pass attention_mask=None."
         )
     found: set[tuple[str, int]] = set()
     if mask_function is None or (reason := _lost(mask_function, found)):
-        raise ValueError(f"{model}: its mask is not causal attention inside documents ({reason if mask_function else 'no mask function'}).")
+        raise ValueError(
+            f"{model}: its mask is not causal attention inside documents"
+            f" ({reason if mask_function else 'no mask function'})."
+        )
     if (seen := probe.current()) is not None:
         seen.masks |= found
 
 
 def _lost(function: Callable, found: set[tuple[str, int]]) -> str | None:
-    """Why a mask function of transformers.masking_utils cannot be replaced by the plan, or None. Adds windows and chunks to `found`."""
+    """Why a mask function of transformers.masking_utils cannot be replaced by the plan, or None.
+    Adds windows and chunks to `found`.
+    """
     maker = function.__qualname__.split(".")[0]
     if function.__module__ != "transformers.masking_utils":
         return f"a mask function of its own, {function.__module__}.{function.__qualname__}"
@@ -175,10 +244,15 @@ def _lost(function: Callable, found: set[tuple[str, int]]) -> str | None:
             found.add(("chunk", held["chunk_size"]))
             return None
         case "and_masks":
-            return next((reason for f in held["mask_functions"] if (reason := _lost(f, found))), None)
+            return next(
+                (reason for f in held["mask_functions"] if (reason := _lost(f, found))), None
+            )
         case "remap_positions_for_packed_sequence":
             return _lost(held["mask_function"], found)
-    names = {"bidirectional_mask_function": "bidirectional attention", "or_masks": "blocks of tokens that see each other"}
+    names = {
+        "bidirectional_mask_function": "bidirectional attention",
+        "or_masks": "blocks of tokens that see each other",
+    }
     return names.get(maker, maker)
 
 
@@ -199,10 +273,11 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 
 
 def inputs(row: Mapping[str, Tensor], plan: RowPlan) -> dict[str, Any]:
-    """Keyword arguments for the model: this rank's tokens of a row of `input_ids` [T] and `position_ids` [T].
+    """Keyword arguments for the model: this rank's tokens of a row of `input_ids` [T] and
+    `position_ids` [T].
 
-    Any order of ranks' tokens is right: positions travel with the tokens. Logits come back as [1, T/n, V] in the order of
-    `plan.index`.
+    Any order of ranks' tokens is right: positions travel with the tokens. Logits come back as [1,
+    T/n, V] in the order of `plan.index`.
     """
     ids = shard(row["input_ids"], plan)[None]
     positions = shard(row["position_ids"], plan)[None]
@@ -211,7 +286,8 @@ def inputs(row: Mapping[str, Tensor], plan: RowPlan) -> dict[str, Any]:
 
 
 def of_text(config: PreTrainedConfig, attention: str = ATTENTION) -> dict[str, Any]:
-    """What `attn_implementation` must be for the text decoder alone to get an attention by name; towers keep their own.
+    """What `attn_implementation` must be for the text decoder alone to get an attention by name;
+    towers keep their own.
 
     Some towers (that of SAM) are made for transformers' own names only.
 
@@ -226,7 +302,9 @@ def of_text(config: PreTrainedConfig, attention: str = ATTENTION) -> dict[str, A
         part = getattr(config, key, None)
         if isinstance(part, PreTrainedConfig) and _holds(part, text):
             # A name where one is enough: older transformers read one level of names only.
-            parts[key] = attention if part is text and not part.sub_configs else of_text(part, attention)
+            parts[key] = (
+                attention if part is text and not part.sub_configs else of_text(part, attention)
+            )
     return parts
 
 
@@ -237,26 +315,34 @@ def _holds(config: PreTrainedConfig, part: PreTrainedConfig) -> bool:
 
 
 def prepare(model: PreTrainedModel, ctx: SequenceParallel) -> None:
-    """Routes the model's attention through the engine. Once, before it is wrapped; needed at every size, 1 too.
+    """Routes the model's attention through the engine. Once, before it is wrapped; needed at every
+    size, 1 too.
 
-    Sets the attention implementation, and hooks what depends on the length of the row: rotary embeddings with longrope or dynamic
-    frequencies, the temperature of Llama 4, and the linear attention of hybrids.
+    Sets the attention implementation, and hooks what depends on the length of the row: rotary
+    embeddings with longrope or dynamic frequencies, the temperature of Llama 4, and the linear
+    attention of hybrids.
 
     Raises:
-        ValueError: the model has layers that the engine cannot compute exactly, or its attention is not reached by the registry.
-            Names the model type and what to do.
+        ValueError: the model has layers that the engine cannot compute exactly, or its attention is
+            not reached by the registry. Names the model type and what to do.
     """
     inner = unwrap(model)
     check(inner)
     config = inner.config.get_text_config()
     inner.set_attn_implementation(of_text(inner.config))
     if config._attn_implementation != ATTENTION:
-        raise ValueError(f"Models of type {config.model_type} cannot be trained here: {_NOT_ROUTED}.")
+        raise ValueError(
+            f"Models of type {config.model_type} cannot be trained here: {_NOT_ROUTED}."
+        )
     for module in inner.modules():
         if isinstance(module, PreTrainedModel) and not hasattr(module, "sp_attached"):
             module.sp_attached = True  # type: ignore[assignment]
             module.register_forward_pre_hook(_attach, with_kwargs=True)
-        if getattr(module, "attn_temperature_tuning", False) and hasattr(module, "floor_scale") and not hasattr(module, "sp_tuned"):
+        if (
+            getattr(module, "attn_temperature_tuning", False)
+            and hasattr(module, "floor_scale")
+            and not hasattr(module, "sp_tuned")
+        ):
             module.sp_tuned = True
             module.register_forward_pre_hook(_tuning_off, with_kwargs=True)
             module.register_forward_hook(_tuning_on, always_call=True)
@@ -267,7 +353,8 @@ def prepare(model: PreTrainedModel, ctx: SequenceParallel) -> None:
 
 
 def check(model: PreTrainedModel) -> None:
-    """What `prepare` refuses whatever the size. Reads no weight: the model may be on the meta device.
+    """What `prepare` refuses whatever the size. Reads no weight: the model may be on the meta
+    device.
 
     Raises:
         ValueError: see `prepare`.
@@ -281,13 +368,16 @@ def check(model: PreTrainedModel) -> None:
     for key in DROPOUT_KEYS:
         if getattr(config, key, None):
             raise ValueError(
-                f"{config.model_type}: dropout of attention weights is not computed, and {key} is {getattr(config, key)}. "
-                f"Load the model with {key}=0 (in a run's file: attention_dropout: 0)."
+                f"{config.model_type}: dropout of attention weights is not computed, and {key} is"
+                f" {getattr(config, key)}. Load the model with {key}=0 (in a run's file:"
+                " attention_dropout: 0)."
             )
 
 
 def unsupported(config: PreTrainedConfig) -> str | None:
-    """Why no model of this configuration can be computed, as far as the configuration tells, or None."""
+    """Why no model of this configuration can be computed, as far as the configuration tells, or
+    None.
+    """
     text = config.get_text_config()
     if getattr(text, "is_causal", True) is False:
         return "its attention sees later tokens (is_causal is false)"
@@ -303,21 +393,29 @@ def layer_types(config: Any) -> list[str]:
 def values_of_layers(config: Any, key: str) -> list[Any]:
     """The different values that a key has in the layers.
 
-    Layers of Gemma 4 differ, and its configuration names no value for all; Gemma 3n has a list of values.
+    Layers of Gemma 4 differ, and its configuration names no value for all; Gemma 3n has a list of
+    values.
     """
     layers = config.per_layer_config[:] if getattr(config, "is_heterogeneous", False) else [config]
     given = [getattr(layer, key, None) for layer in layers]
-    values = [v for entry in given for v in (entry if isinstance(entry, (list, tuple)) else [entry])]
+    values = [
+        v for entry in given for v in (entry if isinstance(entry, (list, tuple)) else [entry])
+    ]
     return list(dict.fromkeys(values))
 
 
 def head_dims(config: PreTrainedConfig) -> set[tuple[int, int]]:
-    """Head dims of queries and of values of the model's layers, as far as the configuration tells."""
+    """Head dims of queries and of values of the model's layers, as far as the configuration
+    tells.
+    """
     text = config.get_text_config()
     heads, hidden = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
     dims: set[tuple[int, int]] = set()
     usual = hidden // heads if hidden and heads else None
-    for dim in (*(given or usual for given in values_of_layers(text, "head_dim")), getattr(text, "global_head_dim", None)):
+    for dim in (
+        *(given or usual for given in values_of_layers(text, "head_dim")),
+        getattr(text, "global_head_dim", None),
+    ):
         if isinstance(dim, int) and dim > 0:
             dims.add((dim, dim))
     plain, rotary = getattr(text, "qk_nope_head_dim", None), getattr(text, "qk_rope_head_dim", None)
@@ -326,21 +424,32 @@ def head_dims(config: PreTrainedConfig) -> set[tuple[int, int]]:
     return dims
 
 
-def kernel_requests(config: PreTrainedConfig, ctx: SequenceParallel, dtype: torch.dtype) -> list[Request]:
-    """The kinds of tiles that a model of this configuration will ask kernels for, as far as the configuration tells.
+def kernel_requests(
+    config: PreTrainedConfig, ctx: SequenceParallel, dtype: torch.dtype
+) -> list[Request]:
+    """The kinds of tiles that a model of this configuration will ask kernels for, as far as the
+    configuration tells.
 
     Args:
         dtype: in which attention is computed.
     """
     text = config.get_text_config()
-    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    window = (
+        getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    )
     types = getattr(text, "layer_types", None)
     windows = bool(window) and (types is None or "sliding_attention" in types)
     softcap = bool(getattr(text, "attn_logit_softcapping", None))
     heads = getattr(text, "num_attention_heads", None)
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    group = heads // kv_heads if isinstance(heads, int) and isinstance(kv_heads, int) and heads >= kv_heads else 1
-    return start.requests_of(ctx.device_type, dtype, head_dims(config), windows=windows, softcap=softcap, group=group)
+    group = (
+        heads // kv_heads
+        if isinstance(heads, int) and isinstance(kv_heads, int) and heads >= kv_heads
+        else 1
+    )
+    return start.requests_of(
+        ctx.device_type, dtype, head_dims(config), windows=windows, softcap=softcap, group=group
+    )
 
 
 def _attach(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
@@ -351,7 +460,9 @@ def _attach(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
 
 
 def _tuning_off(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-    """Llama 4 scales queries by their index in the tensor, which in a shard is not their position: `attention` does it instead."""
+    """Llama 4 scales queries by their index in the tensor, which in a shard is not their position:
+    `attention` does it instead.
+    """
     if kwargs.get("sp_plan") is not None:
         module.attn_temperature_tuning = False  # type: ignore[assignment]
 
@@ -361,7 +472,9 @@ def _tuning_on(module: nn.Module, args: Any, output: Any) -> None:
 
 
 def _temperature(module: nn.Module, plan: RowPlan, device: torch.device) -> Tensor | None:
-    """[T/n] factors of the queries, from positions in the document; None where the layer has none."""
+    """[T/n] factors of the queries, from positions in the document; None where the layer has
+    none.
+    """
     if not getattr(module, "sp_tuned", False) or module.use_rope:
         return None
     steps = torch.floor((rope.positions(plan, device).float() + 1.0) / module.floor_scale)

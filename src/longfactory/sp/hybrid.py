@@ -1,9 +1,11 @@
-"""Layers that are not softmax attention: gated delta nets (Qwen3-Next, Qwen3.5) run over an exchange of heads, others are refused.
+"""Layers that are not softmax attention: gated delta nets (Qwen3-Next, Qwen3.5) run over an
+exchange of heads, others are refused.
 
-A gated delta net (Yang et al., arXiv 2412.06464) is a short convolution of each channel and a recurrence of each head along the
-document. Both are independent between heads, so the ranks exchange tokens for heads, as in Ulysses: each runs a share of the heads over
-the whole row, and hands the tokens back. Two exchanges a layer, and no rank waits for another's state. The memory of a rank is that of
-T tokens of H/n heads.
+A gated delta net (Yang et al., arXiv 2412.06464) is a short convolution of each channel and a
+recurrence of each head along the document. Both are independent between heads, so the ranks
+exchange tokens for heads, as in Ulysses: each runs a share of the heads over the whole row, and
+hands the tokens back. Two exchanges a layer, and no rank waits for another's state. The memory of a
+rank is that of T tokens of H/n heads.
 
     x [T/n, H, D] -> [T, H/n, D] -> convolution, recurrence, document by document -> [T/n, H, D]
 """
@@ -26,13 +28,20 @@ from .layout import Segment
 from .plan import RowPlan
 
 LAYERS = frozenset({"linear_attention"})
-"""Layer types that are computed here, in models whose linear attention is a gated delta net of Qwen's shape."""
+"""Layer types that are computed here, in models whose linear attention is a gated delta net of
+Qwen's shape.
+"""
 
 GATED_DELTA_NETS = ("Qwen3NextGatedDeltaNet", "Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet")
 _GATED_DELTA_MODELS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 
-_KNOWN = frozenset({"full_attention", "sliding_attention", "chunked_attention", "sparse", "dense", "moe", "mlp"})
-_STATE = "its linear-attention or state-space layers carry a state along the document, from one rank's tokens to another's"
+_KNOWN = frozenset(
+    {"full_attention", "sliding_attention", "chunked_attention", "sparse", "dense", "moe", "mlp"}
+)
+_STATE = (
+    "its linear-attention or state-space layers carry a state along the document, from one rank's"
+    " tokens to another's"
+)
 _INDEXER = "its sparse attention chooses keys from the whole row by an indexer"
 _REASONS = {
     "linear_attention": _STATE,
@@ -43,8 +52,12 @@ _REASONS = {
     "deepseek_sparse_attention": _INDEXER,  # older names of it
     "qwen_sparse_attention": _INDEXER,
     "minimax_m3_sparse": _INDEXER,
-    "compressed_sparse_attention": "its attention reads a compressed copy of the keys of the whole row",
-    "heavily_compressed_attention": "its attention reads a compressed copy of the keys of the whole row",
+    "compressed_sparse_attention": (
+        "its attention reads a compressed copy of the keys of the whole row"
+    ),
+    "heavily_compressed_attention": (
+        "its attention reads a compressed copy of the keys of the whole row"
+    ),
 }
 
 
@@ -68,20 +81,26 @@ def prepare(model: nn.Module, ctx: SequenceParallel) -> None:
             continue
         if module.num_k_heads % ctx.size:
             raise ValueError(
-                f"{type(module).__name__} has {module.num_k_heads} key heads, which do not divide over sequence_parallel_size {ctx.size}. "
-                f"Use a size that divides {module.num_k_heads}."
+                f"{type(module).__name__} has {module.num_k_heads} key heads, which do not divide"
+                f" over sequence_parallel_size {ctx.size}. Use a size that divides"
+                f" {module.num_k_heads}."
             )
         module.sp_forward = module.forward  # its own, for calls without a plan
         module.forward = types.MethodType(_forward, module)
 
 
 def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Replaces the forward of a gated delta net on the instance. Without a plan: its own forward."""
+    """Replaces the forward of a gated delta net on the instance. Without a plan: its own
+    forward.
+    """
     plan: RowPlan | None = kwargs.get("sp_plan")
     if plan is None:
         return self.sp_forward(hidden_states, *args, **kwargs)
     if kwargs.get("attention_mask") is not None or kwargs.get("cache_params") is not None or args:
-        raise ValueError(f"{type(self).__name__}: masks and caches are not supported. Call the model with hf.inputs(row, plan).")
+        raise ValueError(
+            f"{type(self).__name__}: masks and caches are not supported. Call the model with"
+            " hf.inputs(row, plan)."
+        )
     if (seen := probe.current()) is not None:
         seen.linear.add(id(self))
     q, k, v, z, b, a = _project(self, hidden_states[0])
@@ -89,11 +108,14 @@ def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Ten
     # As in transformers: A may overflow in half precision.
     decay = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias)
     n, rank = plan.ctx.size, plan.ctx.rank
-    # Each rank's share of the heads of q, k and v, side by side, so that one exchange carries all three.
+    # Each rank's share of the heads of q, k and v, side by side, so that one exchange carries all
+    # three.
     widths = [self.key_dim // n, self.key_dim // n, self.value_dim // n]
     mixed = torch.cat([x.reshape(x.shape[0], n, -1) for x in (q, k, v)], dim=-1)
     mixed = _to_heads(mixed, plan)
-    gates = _to_heads(torch.stack([decay, beta.float()], dim=-1).reshape(decay.shape[0], n, -1), plan)
+    gates = _to_heads(
+        torch.stack([decay, beta.float()], dim=-1).reshape(decay.shape[0], n, -1), plan
+    )
     decay, beta = gates.reshape(plan.length, -1, 2).unbind(-1)
     beta = beta.to(b.dtype)
 
@@ -106,21 +128,37 @@ def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Ten
             continue
         first = sum(stop - start for start, stop in before)
 
-        def rows(x: Tensor, segment: Segment = segment, before: list[tuple[int, int]] = before) -> Tensor:
+        def rows(
+            x: Tensor, segment: Segment = segment, before: list[tuple[int, int]] = before
+        ) -> Tensor:
             return (
-                torch.cat([x[start:stop] for start, stop in (*before, (segment.start, segment.stop))])[None]
+                torch.cat(
+                    [x[start:stop] for start, stop in (*before, (segment.start, segment.stop))]
+                )[None]
                 if before
                 else x[None, segment.start : segment.stop]
             )
 
         # [1, S, C] -> [1, C, S] -> [1, S, C]
-        convolved = code.causal_conv1d_fn(rows(mixed).transpose(1, 2), weight, bias, activation=self.activation).transpose(1, 2)
+        convolved = code.causal_conv1d_fn(
+            rows(mixed).transpose(1, 2), weight, bias, activation=self.activation
+        ).transpose(1, 2)
         query, key, value = convolved.split(widths, dim=-1)
         repeats = self.num_v_heads // self.num_k_heads
-        query, key = (x.unflatten(-1, (-1, self.head_k_dim)).repeat_interleave(repeats, dim=2) for x in (query, key))
+        query, key = (
+            x.unflatten(-1, (-1, self.head_k_dim)).repeat_interleave(repeats, dim=2)
+            for x in (query, key)
+        )
         value = value.unflatten(-1, (-1, self.head_v_dim))
         out, _ = code.torch_chunk_gated_delta_rule(
-            query, key, value, g=rows(decay), beta=rows(beta), initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=True
+            query,
+            key,
+            value,
+            g=rows(decay),
+            beta=rows(beta),
+            initial_state=None,
+            output_final_state=False,
+            use_qk_l2norm_in_kernel=True,
         )
         outputs.append(out[0, first:])
     # [T, H/n, D] -> [T/n, H, D]
@@ -132,7 +170,9 @@ def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Ten
 def _project(self: Any, x: Tensor) -> tuple[Tensor, ...]:
     """[T/n, h] -> q, k [T/n, Hk * Dk], v, z [T/n, Hv * Dv], b, a [T/n, Hv]."""
     if hasattr(self, "in_proj_qkvz"):
-        parts = self.fix_query_key_value_ordering(self.in_proj_qkvz(x[None]), self.in_proj_ba(x[None]))
+        parts = self.fix_query_key_value_ordering(
+            self.in_proj_qkvz(x[None]), self.in_proj_ba(x[None])
+        )
         q, k, v, z, b, a = (p[0] for p in parts)
         return q.flatten(1), k.flatten(1), v.flatten(1), z.flatten(1), b, a
     q, k, v = self.in_proj_qkv(x).split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
@@ -146,7 +186,9 @@ def _own_channels(x: Tensor, self: Any, n: int, rank: int) -> Tensor:
 
 
 def _before(segments: tuple[Segment, ...]) -> list[list[tuple[int, int]]]:
-    """Rows of each segment's ancestors, the first one first: a branch starts from the state at its parent's end."""
+    """Rows of each segment's ancestors, the first one first: a branch starts from the state at its
+    parent's end.
+    """
     out: list[list[tuple[int, int]]] = []
     for s in segments:
         parent = segments[s.parent] if s.parent >= 0 else None
@@ -154,14 +196,24 @@ def _before(segments: tuple[Segment, ...]) -> list[list[tuple[int, int]]]:
     return out
 
 
-_orders: weakref.WeakKeyDictionary[RowPlan, dict[torch.device, tuple[Tensor, Tensor]]] = weakref.WeakKeyDictionary()
+_orders: weakref.WeakKeyDictionary[RowPlan, dict[torch.device, tuple[Tensor, Tensor]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def _order(plan: RowPlan, device: torch.device) -> tuple[Tensor, Tensor]:
-    """[T] positions of the ranks' tokens laid end to end, and the inverse. Copied to the device once for all layers."""
+    """[T] positions of the ranks' tokens laid end to end, and the inverse. Copied to the device
+    once for all layers.
+    """
     held = _orders.setdefault(plan, {})
     if device not in held:
-        order = torch.cat([torch.arange(start, stop) for intervals in plan.layout.intervals for start, stop in intervals])
+        order = torch.cat(
+            [
+                torch.arange(start, stop)
+                for intervals in plan.layout.intervals
+                for start, stop in intervals
+            ]
+        )
         held[device] = (order.to(device), order.argsort().to(device))
     return held[device]
 

@@ -35,7 +35,9 @@ class Call:
         return self.plan.mask(self.window, self.chunk)
 
     def key_gradients(self, dtype: torch.dtype) -> torch.dtype:
-        """In which a schedule gives dk and dv of keys in `dtype`: rounded, unless copies of them are still to be added."""
+        """In which a schedule gives dk and dv of keys in `dtype`: rounded, unless copies of them
+        are still to be added.
+        """
         return dtype if self.copies == 1 else accumulator_dtype(dtype)
 
 
@@ -54,7 +56,17 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile, call: Call, total: Outp
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tile: Tile, call: Call, dq: Sum, dk: Sum, dv: Sum
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tile: Tile,
+    call: Call,
+    dq: Sum,
+    dk: Sum,
+    dv: Sum,
 ) -> None:
     q, k, v = q[tile.q], k[tile.k], v[tile.k]
     backend = backends.select(call.plan.ctx.backend, tile, q, v, call.softcap)
@@ -63,8 +75,11 @@ def backward(
         lse = lse.clone()
         lse[:, : tile.valid.start] = math.inf
         lse[:, tile.valid.stop :] = math.inf
-    grads = backend.backward(dout[tile.q], q, k, v, out[tile.q], lse, tile, call.scale, call.softcap)
-    # A first tile is a square of the same queries and keys; those beyond `valid` have no gradient of it.
+    grads = backend.backward(
+        dout[tile.q], q, k, v, out[tile.q], lse, tile, call.scale, call.softcap
+    )
+    # A first tile is a square of the same queries and keys; those beyond `valid` have no gradient
+    # of it.
     keys = slice(None) if tile.valid is None or not tile.first else tile.valid
     dq.add(tile.rows, grads[0] if tile.valid is None else grads[0][tile.valid], tile.first)
     dk.add(tile.rows if tile.first else tile.k, grads[1][keys], tile.first)

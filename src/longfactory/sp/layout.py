@@ -12,10 +12,12 @@ Interval = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Tokens [start, stop) of a row that attend causally to each other and, where there is a parent, to all of the parent.
+    """Tokens [start, stop) of a row that attend causally to each other and, where there is a
+    parent, to all of the parent.
 
-    `parent` indexes the list of segments, -1 for none. Positions in a segment with a parent go on from the parent's end, which
-    is what a sliding window measures. A parent's own parent is seen too.
+    `parent` indexes the list of segments, -1 for none. Positions in a segment with a parent go on
+    from the parent's end, which is what a sliding window measures. A parent's own parent is seen
+    too.
     """
 
     start: int
@@ -25,7 +27,9 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """For each rank the intervals of the row that it holds, ascending, disjoint, and maximal. Every rank holds length / n tokens."""
+    """For each rank the intervals of the row that it holds, ascending, disjoint, and maximal. Every
+    rank holds length / n tokens.
+    """
 
     length: int
     intervals: tuple[tuple[Interval, ...], ...]
@@ -39,7 +43,9 @@ class Layout:
         return self.length // self.ranks
 
     def split(self, parts: int) -> Layout:
-        """Each rank's tokens dealt to `parts` ranks in turn: rank r becomes ranks r * parts ... r * parts + parts - 1."""
+        """Each rank's tokens dealt to `parts` ranks in turn: rank r becomes ranks r * parts ... r *
+        parts + parts - 1.
+        """
         per_rank = self.local_length // parts
         if per_rank * parts != self.local_length:
             raise ValueError(f"{self.local_length} tokens do not divide over {parts} ranks.")
@@ -76,18 +82,25 @@ def contiguous(length: int, ranks: int) -> Layout:
 
 
 def zigzag(length: int, ranks: int) -> Layout:
-    """2n equal chunks, rank r holds chunks r and 2n - 1 - r: causal attention to one document is the same work on every rank."""
+    """2n equal chunks, rank r holds chunks r and 2n - 1 - r: causal attention to one document is
+    the same work on every rank.
+    """
     return _deal(length, [min(c, 2 * ranks - 1 - c) for c in range(2 * ranks)], ranks)
 
 
-def balanced(length: int, ranks: int, segments: Sequence[Segment], smallest_chunk: int = 1) -> Layout:
-    """Chunks dealt to ranks by their attention work: longest processing time first, the same number of chunks for every rank.
+def balanced(
+    length: int, ranks: int, segments: Sequence[Segment], smallest_chunk: int = 1
+) -> Layout:
+    """Chunks dealt to ranks by their attention work: longest processing time first, the same number
+    of chunks for every rank.
 
-    2 to 8 chunks a rank: as many as divide the local length with chunks no shorter than `smallest_chunk`.
-    Graham, Bounds on multiprocessing timing anomalies, 1969.
+    2 to 8 chunks a rank: as many as divide the local length with chunks no shorter than
+    `smallest_chunk`. Graham, Bounds on multiprocessing timing anomalies, 1969.
     """
     local = length // ranks
-    per_rank = next((m for m in (8, 7, 6, 5, 4, 3, 2) if local % m == 0 and local // m >= smallest_chunk), 1)
+    per_rank = next(
+        (m for m in (8, 7, 6, 5, 4, 3, 2) if local % m == 0 and local // m >= smallest_chunk), 1
+    )
     chunks, size = per_rank * ranks, local // per_rank
     if size == 0:
         return contiguous(length, ranks)
@@ -118,17 +131,26 @@ def chunk_work(length: int, chunks: int, segments: Sequence[Segment]) -> list[in
 
 
 def ancestors_length(segments: Sequence[Segment]) -> list[int]:
-    """Tokens in each segment's parent, the parent's parent, and so on: the position of the segment's first token."""
+    """Tokens in each segment's parent, the parent's parent, and so on: the position of the
+    segment's first token.
+    """
     seen: list[int] = []
     for s in segments:
-        seen.append(seen[s.parent] + segments[s.parent].stop - segments[s.parent].start if s.parent >= 0 else 0)
+        seen.append(
+            seen[s.parent] + segments[s.parent].stop - segments[s.parent].start
+            if s.parent >= 0
+            else 0
+        )
     return seen
 
 
 def _deal(length: int, owner: Sequence[int], ranks: int) -> Layout:
     size = length // len(owner)
     if size * len(owner) != length:
-        raise ValueError(f"{length} tokens do not divide into {len(owner)} equal chunks. Pad the row to sp.alignment(ctx) first.")
+        raise ValueError(
+            f"{length} tokens do not divide into {len(owner)} equal chunks. Pad the row to"
+            " sp.alignment(ctx) first."
+        )
     held: list[list[Interval]] = [[] for _ in range(ranks)]
     for c, r in enumerate(owner):
         held[r].append((c * size, (c + 1) * size))

@@ -1,7 +1,9 @@
-"""For `auto`: the schedules that a row could have, timed on the spot. The fastest on the slowest rank is kept for rows of its class.
+"""For `auto`: the schedules that a row could have, timed on the spot. The fastest on the slowest
+rank is kept for rows of its class.
 
-A cost model does not know a machine's links, kernels and clocks well enough to tell schedules apart that differ by a few percent; a few
-passes of one layer's attention do. Rows of one class (`schedules.choose.row_class`) are measured once.
+A cost model does not know a machine's links, kernels and clocks well enough to tell schedules apart
+that differ by a few percent; a few passes of one layer's attention do. Rows of one class
+(`schedules.choose.row_class`) are measured once.
 """
 
 from __future__ import annotations
@@ -29,12 +31,15 @@ CLASSES = 8
 """So many classes are measured in a run; rows of others go by the rule."""
 ROUNDS = 3
 EQUAL = 0.01
-"""Of candidates that are as fast within this share the first one is taken, so that the same run chooses the same more often."""
+"""Of candidates that are as fast within this share the first one is taken, so that the same run
+chooses the same more often.
+"""
 
 
 @dataclasses.dataclass
 class Measure:
-    """Called with a row before its plan is made, by all ranks of a sequence-parallel group. Sets `ctx.measured` for the row's class.
+    """Called with a row before its plan is made, by all ranks of a sequence-parallel group. Sets
+    `ctx.measured` for the row's class.
 
     Args:
         head_dim, v_head_dim, dtype: of the model's attention. Head counts are the context's.
@@ -52,7 +57,8 @@ class Measure:
         ctx = self.ctx
         if ctx.mode != "auto" or ctx.size == 1 or ctx.heads is None or len(ctx.measured) >= CLASSES:
             return
-        # Sums in the order in which ranks come in cannot be had twice either way, and then the choice should be the same, too.
+        # Sums in the order in which ranks come in cannot be had twice either way, and then the
+        # choice should be the same, too.
         if torch.are_deterministic_algorithms_enabled():
             return
         kind = row_class(length, segments)
@@ -65,15 +71,26 @@ class Measure:
         chosen = next(c for c, t in times.items() if t <= (1 + EQUAL) * fastest)
         ctx.measured[kind] = chosen
         if ctx.rank == 0 and ctx.dp_rank == 0:
-            found = ", ".join(f"{c.name(ctx.size)} {1e3 * t:.1f} ms" for c, t in sorted(times.items(), key=lambda item: item[1]))
-            log.info("sequence parallelism, rows like this one of %d tokens: measured for a layer: %s", length, found)
+            found = ", ".join(
+                f"{c.name(ctx.size)} {1e3 * t:.1f} ms"
+                for c, t in sorted(times.items(), key=lambda item: item[1])
+            )
+            log.info(
+                "sequence parallelism, rows like this one of %d tokens: measured for a layer: %s",
+                length,
+                found,
+            )
 
     def _times(self, length: int, segments: tuple[Segment, ...]) -> dict[Candidate, float]:
-        """Seconds of each candidate, forward and backward, on the slowest rank: the same on every rank."""
+        """Seconds of each candidate, forward and backward, on the slowest rank: the same on every
+        rank.
+        """
         ctx = self.ctx
         names = candidates(ctx, length)
         tensors = self._tensors(length // ctx.size)
-        plans = [RowPlan(length, segments, ctx, choice_of(c, ctx.size, length, segments)) for c in names]
+        plans = [
+            RowPlan(length, segments, ctx, choice_of(c, ctx.size, length, segments)) for c in names
+        ]
         steps = [functools.partial(forward_backward, plan, *tensors) for plan in plans]
         clock = self.seconds or self._clock
         found: list[list[float]] = [[] for _ in names]
@@ -82,7 +99,9 @@ class Measure:
                 taken = clock(step)
                 if i:  # the first builds kernels and connections
                     times.append(taken)
-        slowest = torch.tensor([statistics.median(t) for t in found], dtype=torch.float64, device=self.device)
+        slowest = torch.tensor(
+            [statistics.median(t) for t in found], dtype=torch.float64, device=self.device
+        )
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=ctx.group)
         return dict(zip(names, slowest.tolist(), strict=True))
 
@@ -91,8 +110,16 @@ class Measure:
         heads, kv_heads = self.ctx.heads, self.ctx.kv_heads or self.ctx.heads
         assert heads is not None and kv_heads is not None
         generator = torch.Generator(self.device).manual_seed(self.ctx.rank)
-        shapes = ((heads, self.head_dim), (kv_heads, self.head_dim), (kv_heads, self.v_head_dim), (heads, self.v_head_dim))
-        return [torch.randn(rows, *shape, device=self.device, generator=generator).to(self.dtype) for shape in shapes]
+        shapes = (
+            (heads, self.head_dim),
+            (kv_heads, self.head_dim),
+            (kv_heads, self.v_head_dim),
+            (heads, self.v_head_dim),
+        )
+        return [
+            torch.randn(rows, *shape, device=self.device, generator=generator).to(self.dtype)
+            for shape in shapes
+        ]
 
     def _clock(self, step: Callable[[], object]) -> float:
         self._synchronize()
@@ -115,4 +142,6 @@ def forward_backward(plan: RowPlan, q: Tensor, k: Tensor, v: Tensor, dout: Tenso
 
 def cut(segments: Sequence[Segment], length: int) -> tuple[Segment, ...]:
     """The segments of the first `length` tokens."""
-    return tuple(dataclasses.replace(s, stop=min(s.stop, length)) for s in segments if s.start < length)
+    return tuple(
+        dataclasses.replace(s, stop=min(s.stop, length)) for s in segments if s.start < length
+    )

@@ -1,9 +1,11 @@
-"""Attention over a union of key sets from attention over each: the running softmax merge, in float32 or float64.
+"""Attention over a union of key sets from attention over each: the running softmax merge, in
+float32 or float64.
 
     lse = logaddexp(lse_a, lse_b);  out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
 
-The sums are rounded to the inputs' dtype once, at the end, so the error of bfloat16 inputs does not grow with the number of tiles. A
-row that is merged only once is written in place in its own dtype: that is the same single rounding, without float32 copies.
+The sums are rounded to the inputs' dtype once, at the end, so the error of bfloat16 inputs does not
+grow with the number of tiles. A row that is merged only once is written in place in its own dtype:
+that is the same single rounding, without float32 copies.
 """
 
 from __future__ import annotations
@@ -25,11 +27,14 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
-    """Adds a block to (out [S, H, D], lse [H, S]) in place. Rows that saw nothing have lse -inf, on either side."""
+    """Adds a block to (out [S, H, D], lse [H, S]) in place. Rows that saw nothing have lse -inf, on
+    either side.
+    """
     if merge_rows is not None and out.is_cuda and lse.dtype == torch.float32:
         merge_rows(out, lse, block_out, block_lse)
         return
-    # With x = block_lse - lse: the block's weight is sigmoid(x). Both -inf gives nan, which means: nothing on either side.
+    # With x = block_lse - lse: the block's weight is sigmoid(x). Both -inf gives nan, which means:
+    # nothing on either side.
     weight = torch.sigmoid(block_lse - lse).nan_to_num_(0.0).t().unsqueeze(-1)
     wide = accumulator_dtype(out.dtype)
     out.copy_(torch.lerp(out.to(wide), block_out.to(wide), weight.to(wide)))
@@ -37,9 +42,11 @@ def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> No
 
 
 class Output:
-    """The running (out, lse) of a rank's queries. A single tile that covers all of them is kept as it is, without a copy.
+    """The running (out, lse) of a rank's queries. A single tile that covers all of them is kept as
+    it is, without a copy.
 
-    `once`: no row is merged more than once, and nothing is computed from `out` before it is rounded.
+    `once`: no row is merged more than once, and nothing is computed from `out` before it is
+    rounded.
     """
 
     def __init__(self, rows: int, once: bool = False) -> None:
@@ -49,7 +56,9 @@ class Output:
         self._owned = once
 
     def add(self, rows: slice, out: Tensor, lse: Tensor, first: bool) -> None:
-        """`first`: nothing was added to these rows before. Every row has such a tile before any other."""
+        """`first`: nothing was added to these rows before. Every row has such a tile before any
+        other.
+        """
         if first:
             if rows.stop - rows.start == self.rows:
                 self.out, self.lse = out, lse
@@ -57,25 +66,36 @@ class Output:
             if self.out is None or self.lse is None:
                 dtype = out.dtype if self._owned else accumulator_dtype(out.dtype)
                 self.out = torch.empty((self.rows, *out.shape[1:]), dtype=dtype, device=out.device)
-                self.lse = torch.empty((lse.shape[0], self.rows), dtype=lse.dtype, device=lse.device)
+                self.lse = torch.empty(
+                    (lse.shape[0], self.rows), dtype=lse.dtype, device=lse.device
+                )
                 self._owned = True
             self.out[rows], self.lse[:, rows] = out, lse
             return
         assert self.out is not None and self.lse is not None
         if not self._owned:
-            self.out = self.out.to(accumulator_dtype(self.out.dtype), memory_format=torch.contiguous_format, copy=True)
+            self.out = self.out.to(
+                accumulator_dtype(self.out.dtype), memory_format=torch.contiguous_format, copy=True
+            )
             self._owned = True
         merge_(self.out[rows], self.lse[:, rows], out, lse)
 
 
 class Sum:
-    """A running sum of row blocks, from nothing. A first block that covers all rows is kept as it is, without a copy.
+    """A running sum of row blocks, from nothing. A first block that covers all rows is kept as it
+    is, without a copy.
 
     `once`: no row is added to more than once, so that the sum may be rounded as it is made.
-    `memory`: asked for when there is something to hold; gives the tensor to add in, and whether it is a sum already.
+    `memory`: asked for when there is something to hold; gives the tensor to add in, and whether it
+    is a sum already.
     """
 
-    def __init__(self, like: Tensor, once: bool = False, memory: Callable[[], tuple[Tensor, bool]] | None = None) -> None:
+    def __init__(
+        self,
+        like: Tensor,
+        once: bool = False,
+        memory: Callable[[], tuple[Tensor, bool]] | None = None,
+    ) -> None:
         self.like = like
         self.once = once
         self.memory = memory
@@ -84,8 +104,14 @@ class Sum:
         self._filling = False  # its rows are being written for the first time
 
     def add(self, rows: slice, x: Tensor, first: bool = False) -> None:
-        """`first`: nothing was added to these rows before. If there is such a block, every row has one before any other block."""
-        if self.total is None and self.memory is None and rows.stop - rows.start == self.like.shape[0]:
+        """`first`: nothing was added to these rows before. If there is such a block, every row has
+        one before any other block.
+        """
+        if (
+            self.total is None
+            and self.memory is None
+            and rows.stop - rows.start == self.like.shape[0]
+        ):
             self.total, self._wide = x, self.once
             return
         if self.total is None:
@@ -103,7 +129,9 @@ class Sum:
         self._widened()[rows].add_(x)
 
     def add_rows(self, index: Tensor, x: Tensor) -> None:
-        """Adds to the rows `index`, each named at most once, so that the order of addition is fixed."""
+        """Adds to the rows `index`, each named at most once, so that the order of addition is
+        fixed.
+        """
         self.total = self.result()
         total = self._widened()
         total.index_add_(0, index, x.to(total.dtype))
@@ -118,12 +146,20 @@ class Sum:
 
     def _take(self, dtype: torch.dtype) -> tuple[Tensor, bool]:
         self._wide = self.memory is not None or self.once or dtype == accumulator_dtype(dtype)
-        return self.memory() if self.memory is not None else (torch.empty(self.like.shape, dtype=dtype, device=self.like.device), False)
+        return (
+            self.memory()
+            if self.memory is not None
+            else (torch.empty(self.like.shape, dtype=dtype, device=self.like.device), False)
+        )
 
     def _widened(self) -> Tensor:
         assert self.total is not None
         self._filling = False
         if not self._wide:
-            self.total = self.total.to(accumulator_dtype(self.total.dtype), memory_format=torch.contiguous_format, copy=True)
+            self.total = self.total.to(
+                accumulator_dtype(self.total.dtype),
+                memory_format=torch.contiguous_format,
+                copy=True,
+            )
             self._wide = True
         return self.total

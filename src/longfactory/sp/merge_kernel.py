@@ -1,4 +1,6 @@
-"""The merge in one pass over memory: read out and block, write out. Eager PyTorch takes five passes."""
+"""The merge in one pass over memory: read out and block, write out. Eager PyTorch takes five
+passes.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +39,16 @@ def _merge(  # type: ignore[no-untyped-def]
     share = tl.exp(b - top)
     total = tl.exp(a - top) + share
     weight = tl.where(total > 0, share / total, 0.0)
-    # Every warp reads the row's log-sum-exp, one of them writes it: none may write before all have read.
+    # Every warp reads the row's log-sum-exp, one of them writes it: none may write before all have
+    # read.
     tl.debug_barrier()
     tl.store(lse + head * lse_head + row * lse_row, top + tl.log(total), mask=valid)
     both = valid[:, None] & (col < dim)[None, :]
     at = out + row[:, None] * out_row + head * out_head + col[None, :]
     x = tl.load(at, mask=both, other=0.0).to(tl.float32)
-    y = tl.load(block + row[:, None] * block_row + head * block_head + col[None, :], mask=both, other=0.0).to(tl.float32)
+    y = tl.load(
+        block + row[:, None] * block_row + head * block_head + col[None, :], mask=both, other=0.0
+    ).to(tl.float32)
     tl.store(at, (x + weight[:, None] * (y - x)).to(out.dtype.element_ty), mask=both)
 
 
@@ -57,4 +62,6 @@ def merge_rows(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -
     wide = triton.next_power_of_2(dim)
     block = max(1, 4096 // wide)
     strides = (*out.stride()[:2], *lse.stride(), *block_out.stride()[:2], *block_lse.stride())
-    _merge[(triton.cdiv(rows, block), heads)](out, lse, block_out, block_lse, rows, dim, *strides, ROWS=block, DIM=wide, num_warps=4)
+    _merge[(triton.cdiv(rows, block), heads)](
+        out, lse, block_out, block_lse, rows, dim, *strides, ROWS=block, DIM=wide, num_warps=4
+    )

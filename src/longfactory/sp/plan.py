@@ -1,4 +1,6 @@
-"""The plan of a row: which tokens this rank holds and which tiles it computes. Made once, on the host, and reused by every layer."""
+"""The plan of a row: which tokens this rank holds and which tiles it computes. Made once, on the
+host, and reused by every layer.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +19,22 @@ from .schedules.choose import Choice, choose
 from .tiles import Mask, Run, Tile, intersect, runs
 
 FETCH_BELOW = 0.5
-"""A ring gives way to a fetch of needed rows where the busiest rank needs less than this share of what the ring would bring it."""
+"""A ring gives way to a fetch of needed rows where the busiest rank needs less than this share of
+what the ring would bring it.
+"""
 
 HALO = -1
 """In place of a ring position: the rows that a rank fetches of all others, in natural order."""
 
 
 class RowPlan:
-    """See `plan`. `index` is [T/n] int64 on the host: the global positions of this rank's tokens, in local order, ascending."""
+    """See `plan`. `index` is [T/n] int64 on the host: the global positions of this rank's tokens,
+    in local order, ascending.
+    """
 
-    def __init__(self, length: int, segments: tuple[Segment, ...], ctx: SequenceParallel, choice: Choice) -> None:
+    def __init__(
+        self, length: int, segments: tuple[Segment, ...], ctx: SequenceParallel, choice: Choice
+    ) -> None:
         self.length = length
         self.segments = segments
         self.ctx = ctx
@@ -65,7 +73,9 @@ class RowPlan:
             chunk = None
         key = (window, chunk)
         if key not in self._masks:
-            self._masks[key] = MaskPlan(Mask(self.segments, window, chunk), self.ring_layout, self.ring_rank)
+            self._masks[key] = MaskPlan(
+                Mask(self.segments, window, chunk), self.ring_layout, self.ring_rank
+            )
         return self._masks[key]
 
     @functools.cached_property
@@ -80,7 +90,9 @@ class RowPlan:
 
 
 class MaskPlan:
-    """The tiles of one mask for the ring position `rank` of `layout`, by the ring position that holds the keys."""
+    """The tiles of one mask for the ring position `rank` of `layout`, by the ring position that
+    holds the keys.
+    """
 
     def __init__(self, mask: Mask, layout: Layout, rank: int) -> None:
         self.mask = mask
@@ -92,13 +104,19 @@ class MaskPlan:
         self._device: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def tiles(self, source: int, bulk: bool = False) -> tuple[Tile, ...]:
-        """This rank's queries against the keys of ring position `source`, keys in that rank's local order. `bulk`: see bulk.py."""
+        """This rank's queries against the keys of ring position `source`, keys in that rank's local
+        order. `bulk`: see bulk.py.
+        """
         if (source, bulk) not in self._tiles:
             if source == HALO:
                 tiles = self.mask.tiles(self.queries, runs(self.halo.fetched), same=False)
             else:
-                tiles = self.mask.tiles(self.queries, runs(self.layout.intervals[source]), source == self.rank)
-            self._tiles[source, bulk] = bulk_tiles(tiles, self.layout.local_length) if bulk else tiles
+                tiles = self.mask.tiles(
+                    self.queries, runs(self.layout.intervals[source]), source == self.rank
+                )
+            self._tiles[source, bulk] = (
+                bulk_tiles(tiles, self.layout.local_length) if bulk else tiles
+            )
         return self._tiles[source, bulk]
 
     def merges_once(self, sources: tuple[int, ...], bulk: bool = False) -> bool:
@@ -117,17 +135,32 @@ class MaskPlan:
 
     @functools.cached_property
     def last_step(self) -> int:
-        """The last ring step at which any rank has work: after it no keys need to travel. The same on every rank."""
+        """The last ring step at which any rank has work: after it no keys need to travel. The same
+        on every rank.
+        """
         n, last = self.layout.ranks, 0
         for r, queries in enumerate(self.layout.intervals):
             needed = self.mask.needed(queries)
-            last = max([last, *(s for s in range(1, n) if intersect(needed, self.layout.intervals[(r - s) % n]))])
+            last = max(
+                [
+                    last,
+                    *(
+                        s
+                        for s in range(1, n)
+                        if intersect(needed, self.layout.intervals[(r - s) % n])
+                    ),
+                ]
+            )
         return last
 
     @functools.cached_property
     def fetch_is_smaller(self) -> bool:
-        """Whether fetching what is needed moves much less than passing everything round the ring. The same on every rank."""
-        most = max(sum(b - a for a, b in self.mask.needed(queries)) for queries in self.layout.intervals)
+        """Whether fetching what is needed moves much less than passing everything round the ring.
+        The same on every rank.
+        """
+        most = max(
+            sum(b - a for a, b in self.mask.needed(queries)) for queries in self.layout.intervals
+        )
         return most <= FETCH_BELOW * self.last_step * self.layout.local_length
 
     @functools.cached_property
@@ -137,8 +170,14 @@ class MaskPlan:
     def halo_index(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(rows to send, order of the received rows) on the device. Copied once for all layers."""
         if device not in self._device:
-            send, order = (t.pin_memory() if device.type == "cuda" else t for t in (self.halo.send_index, self.halo.order))
-            self._device[device] = (send.to(device, non_blocking=True), order.to(device, non_blocking=True))
+            send, order = (
+                t.pin_memory() if device.type == "cuda" else t
+                for t in (self.halo.send_index, self.halo.order)
+            )
+            self._device[device] = (
+                send.to(device, non_blocking=True),
+                order.to(device, non_blocking=True),
+            )
         return self._device[device]
 
 
@@ -153,7 +192,8 @@ class Halo:
     send_index: Tensor
     """Local rows, destination after destination."""
     order: Tensor
-    """order[i]: where the i-th fetched row lies in the received buffer, which is sorted by source."""
+    """order[i]: where the i-th fetched row lies in the received buffer, which is sorted by source.
+    """
     anyone: bool
     """Whether any rank of the ring fetches anything."""
 
@@ -161,11 +201,18 @@ class Halo:
     def make(cls, mask: Mask, layout: Layout, rank: int) -> Halo:
         needed = [mask.needed(q) for q in layout.intervals]
         mine = runs(layout.intervals[rank])
-        sends = [_local_rows(mine, intersect(needed[d], layout.intervals[rank])) for d in range(layout.ranks)]
+        sends = [
+            _local_rows(mine, intersect(needed[d], layout.intervals[rank]))
+            for d in range(layout.ranks)
+        ]
         received = [runs(intersect(needed[rank], intervals)) for intervals in layout.intervals]
         counts = [sum(r.stop - r.start for r in rows) for rows in received]
         begin = itertools.accumulate(counts, initial=0)
-        arrived = sorted((r.start, at + r.offset, r.stop - r.start) for at, rows in zip(begin, received, strict=False) for r in rows)
+        arrived = sorted(
+            (r.start, at + r.offset, r.stop - r.start)
+            for at, rows in zip(begin, received, strict=False)
+            for r in rows
+        )
         return cls(
             fetched=needed[rank],
             send_counts=tuple(len(s) for s in sends),
@@ -177,33 +224,52 @@ class Halo:
 
 
 def plan(length: int, segments: Sequence[Segment] | None, ctx: SequenceParallel) -> RowPlan:
-    """How the row's tokens and its attention are spread over the sequence-parallel group. Host only: no communication.
+    """How the row's tokens and its attention are spread over the sequence-parallel group. Host
+    only: no communication.
 
     Args:
-        length: T, tokens of the row. A multiple of `alignment(ctx)`: pad the row beforehand, with a document of its own.
-        segments: the documents, ascending and without gaps from 0 to T. None: one document. Empty ones are allowed.
+        length: T, tokens of the row. A multiple of `alignment(ctx)`: pad the row beforehand, with a
+            document of its own.
+        segments: the documents, ascending and without gaps from 0 to T. None: one document. Empty
+            ones are allowed.
         ctx: the process groups.
 
     Raises:
-        ValueError: a length that is not aligned, or segments that overlap, leave gaps, or name a parent that comes after them.
+        ValueError: a length that is not aligned, or segments that overlap, leave gaps, or name a
+            parent that comes after them.
     """
     segments = tuple(segments) if segments is not None else (Segment(0, length),)
     if length < 1 or length % (2 * ctx.size if ctx.size > 1 else 1):
-        raise ValueError(f"A row of {length} tokens over {ctx.size} ranks. Pad it to a multiple of sp.alignment(ctx) = {alignment(ctx)}.")
+        raise ValueError(
+            f"A row of {length} tokens over {ctx.size} ranks. Pad it to a multiple of"
+            f" sp.alignment(ctx) = {alignment(ctx)}."
+        )
     end = 0
     for i, s in enumerate(segments):
         if s.start != end or s.stop < s.start:
-            raise ValueError(f"Segment {i} is [{s.start}, {s.stop}), but the one before it ends at {end}. Segments cover the row in order.")
+            raise ValueError(
+                f"Segment {i} is [{s.start}, {s.stop}), but the one before it ends at {end}."
+                " Segments cover the row in order."
+            )
         if not -1 <= s.parent < i:
-            raise ValueError(f"Segment {i} names segment {s.parent} as its parent; a parent comes before its branches.")
+            raise ValueError(
+                f"Segment {i} names segment {s.parent} as its parent; a parent comes before its"
+                " branches."
+            )
         end = s.stop
     if end != length:
-        raise ValueError(f"Segments end at {end}, the row at {length}. Give the padding a segment of its own.")
+        raise ValueError(
+            f"Segments end at {end}, the row at {length}. Give the padding a segment of its own."
+        )
     return RowPlan(length, segments, ctx, choose(ctx, length, segments))
 
 
 def _positions(intervals: Sequence[Interval]) -> Tensor:
-    return torch.cat([torch.arange(a, b) for a, b in intervals]) if intervals else torch.zeros(0, dtype=torch.int64)
+    return (
+        torch.cat([torch.arange(a, b) for a, b in intervals])
+        if intervals
+        else torch.zeros(0, dtype=torch.int64)
+    )
 
 
 def _local_rows(mine: Sequence[Run], rows: Sequence[Interval]) -> Tensor:

@@ -1,4 +1,6 @@
-"""What a forward pass asked of the engine and what arrived there: filled by the attention and mask functions, read by the guard."""
+"""What a forward pass asked of the engine and what arrived there: filled by the attention and mask
+functions, read by the guard.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ class Shape(NamedTuple):
 @dataclasses.dataclass
 class Probe:
     installed: bool = False
-    """Whether hand-written layers run as installed. Else they step aside for the Hugging Face layer, whose parts can be watched."""
+    """Whether hand-written layers run as installed. Else they step aside for the Hugging Face
+    layer, whose parts can be watched.
+    """
     calls: int = 0
     modules: set[int] = dataclasses.field(default_factory=set)
     """Attention modules (their `id`) that called the attention function."""
@@ -81,6 +85,12 @@ def probe(installed: bool = False) -> Iterator[Probe]:
         _open = before
 
 
-def settings(scale: float, window: int | None, chunk: int | None, softcap: float | None, sinks: torch.Tensor | None) -> Asked:
+def settings(
+    scale: float,
+    window: int | None,
+    chunk: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> Asked:
     """The call's settings in one form: 0 is None."""
     return Asked(float(scale), window or None, chunk or None, softcap or None, sinks is not None)

@@ -1,4 +1,6 @@
-"""Attention results kept across activation checkpointing, so that the recompute runs no kernel and sends no message."""
+"""Attention results kept across activation checkpointing, so that the recompute runs no kernel and
+sends no message.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,19 @@ _state = threading.local()
 
 @contextmanager
 def keep(store: MutableSequence[Any]) -> Iterator[None]:
-    """Records the (out, lse) of each attention call inside, or, where `store` already holds a pass, replays and empties it.
+    """Records the (out, lse) of each attention call inside, or, where `store` already holds a pass,
+    replays and empties it.
 
-    Enter it twice with the same store: around the forward pass, and around its recompute. With torch.utils.checkpoint
-    (use_reentrant=False): `context_fn=lambda: (keep(store), keep(store))` with a fresh `store = []` a call. Only `append`, `pop(0)` and
-    `len` of the store are used, so a store may move its entries to the host and back.
+    Enter it twice with the same store: around the forward pass, and around its recompute. With
+    torch.utils.checkpoint (use_reentrant=False): `context_fn=lambda: (keep(store), keep(store))`
+    with a fresh `store = []` a call. Only `append`, `pop(0)` and `len` of the store are used, so a
+    store may move its entries to the host and back.
 
     Costs T/n * H * (Dv * element size + 4) bytes a call.
 
     Raises:
-        RuntimeError: the recompute makes another number of attention calls than the forward pass, or with other shapes.
+        RuntimeError: the recompute makes another number of attention calls than the forward pass,
+            or with other shapes.
     """
     outer = getattr(_state, "current", None)
     replay = len(store) > 0
@@ -40,7 +45,9 @@ def kept() -> tuple[Tensor, Tensor] | None:
     if current is None or not current[1]:
         return None
     if len(current[0]) == 0:
-        raise RuntimeError("sp.keep: the recompute makes more attention calls than the forward pass did.")
+        raise RuntimeError(
+            "sp.keep: the recompute makes more attention calls than the forward pass did."
+        )
     return current[0].pop(0)
 
 

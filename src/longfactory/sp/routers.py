@@ -1,20 +1,23 @@
 """Which experts the routers of a model chose: recorded in one pass, replayed in another.
 
-A router chooses by comparing numbers. Where two of them are nearly equal, two computations that differ by rounding alone may choose
-different experts, and then their results are far apart although both are right. Two passes can be compared only where they choose alike:
+A router chooses by comparing numbers. Where two of them are nearly equal, two computations that
+differ by rounding alone may choose different experts, and then their results are far apart although
+both are right. Two passes can be compared only where they choose alike:
 
-    with routers.record(model) as choices:           # the reference, a document of n tokens
+    with routers.record(model) as choices:  # the reference, a document of n tokens
         reference(...)
-    with routers.replay(other, choices):             # the same tokens, in another precision
+    with routers.replay(other, choices):  # the same tokens, in another precision
         other(...)
-    whole = routers.join([first, second, padding])   # the row, in its natural order; a number stands for tokens that choose themselves
+    # The row, in its natural order; a number stands for tokens that choose themselves.
+    whole = routers.join([first, second, padding])
     with routers.replay(sharded, whole.take(plan.index)):
         sharded(**hf.inputs(row, plan))
 
-A choice is whatever `topk` or `max` picks inside a router, be it experts or groups of experts, and what `masked_fill` leaves out.
-What the experts themselves compute is no choice: their kernels mask rows too, in some passes and not in others.
-Replayed are the places; the values there are those of the pass at hand, with their gradients. Routers that draw at random in train
-mode do not draw inside either block.
+A choice is whatever `topk` or `max` picks inside a router, be it experts or groups of experts, and
+what `masked_fill` leaves out. What the experts themselves compute is no choice: their kernels mask
+rows too, in some passes and not in others. Replayed are the places; the values there are those of
+the pass at hand, with their gradients. Routers that draw at random in train mode do not draw inside
+either block.
 """
 
 from __future__ import annotations
@@ -41,8 +44,8 @@ _state = threading.local()
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
-    """`of[router][i]` is [tokens, picks]: where the i-th `topk` or `max` of this router found what it picked, for each token, or [tokens,
-    experts] with 1 where its `masked_fill` left one out."""
+    """`of[router][i]` is [tokens, picks]: where the i-th `topk` or `max` of this router found what
+    it picked, for each token, or [tokens, experts] with 1 where its `masked_fill` left one out."""
 
     of: dict[str, list[Tensor]]
 
@@ -54,11 +57,14 @@ class Choices:
     def take(self, index: Tensor | slice) -> Choices:
         """The choices of some tokens, such as those at `plan.index`."""
         where = index if isinstance(index, slice) else index.cpu()
-        return Choices({name: [picks[where] for picks in all_picks] for name, all_picks in self.of.items()})
+        return Choices(
+            {name: [picks[where] for picks in all_picks] for name, all_picks in self.of.items()}
+        )
 
 
 def join(parts: Sequence[Choices | int]) -> Choices:
-    """The choices of consecutive tokens. A number stands for as many tokens that choose by themselves (padding).
+    """The choices of consecutive tokens. A number stands for as many tokens that choose by
+    themselves (padding).
 
     Raises:
         ValueError: two parts were recorded by different routers.
@@ -69,17 +75,30 @@ def join(parts: Sequence[Choices | int]) -> Choices:
     first = recorded[0].of
     joined: dict[str, list[Tensor]] = {name: [] for name in first}
     for part in recorded:
-        if {name: len(picks) for name, picks in part.of.items()} != {name: len(picks) for name, picks in first.items()}:
-            raise ValueError(f"The choices of routers {sorted(part.of)} cannot follow those of {sorted(first)}: they are of two models.")
+        if {name: len(picks) for name, picks in part.of.items()} != {
+            name: len(picks) for name, picks in first.items()
+        }:
+            raise ValueError(
+                f"The choices of routers {sorted(part.of)} cannot follow those of {sorted(first)}:"
+                " they are of two models."
+            )
     for name, all_picks in first.items():
         for i, like in enumerate(all_picks):
-            pieces = [part.of[name][i] if isinstance(part, Choices) else like.new_full((part, like.shape[1]), OWN) for part in parts]
+            pieces = [
+                (
+                    part.of[name][i]
+                    if isinstance(part, Choices)
+                    else like.new_full((part, like.shape[1]), OWN)
+                )
+                for part in parts
+            ]
             joined[name].append(torch.cat(pieces))
     return Choices(joined)
 
 
 def routers(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that choose experts, by name: those whose class is called a router or gate, and blocks that hold experts.
+    """The modules that choose experts, by name: those whose class is called a router or gate, and
+    blocks that hold experts.
 
     A module that holds attention too is none: attention looks for maxima of its own.
     """
@@ -88,14 +107,18 @@ def routers(model: nn.Module) -> dict[str, nn.Module]:
         holds_experts = any(child == "experts" for child, _ in module.named_children())
         if not (_ROUTER.search(type(module).__name__) or holds_experts):
             continue
-        if not any("Attention" in type(m).__name__ or "DeltaNet" in type(m).__name__ for m in module.modules()):
+        if not any(
+            "Attention" in type(m).__name__ or "DeltaNet" in type(m).__name__
+            for m in module.modules()
+        ):
             found[_plain(name)] = module
     return found
 
 
 @contextlib.contextmanager
 def record(model: nn.Module) -> Iterator[Choices]:
-    """Inside the block the model runs one pass over some tokens, in pieces or whole, once or (recomputed) more often.
+    """Inside the block the model runs one pass over some tokens, in pieces or whole, once or
+    (recomputed) more often.
 
     The choices are there when the block has ended.
     """
@@ -104,12 +127,18 @@ def record(model: nn.Module) -> Iterator[Choices]:
 
     def seen(name: str, slot: int, start: int, places: Tensor) -> None:
         at = pieces.setdefault((name, slot), {})
-        # The first look at a few tokens, which some layers take, is a shorter piece that begins where a longer one does.
+        # The first look at a few tokens, which some layers take, is a shorter piece that begins
+        # where a longer one does.
         if start not in at or len(at[start]) < len(places):
             at[start] = places.cpu()
         return None
 
-    with _watched(model, lambda name, tokens: _Watch(lambda slot, start, places: seen(name, slot, start, places), tokens)):
+    with _watched(
+        model,
+        lambda name, tokens: _Watch(
+            lambda slot, start, places: seen(name, slot, start, places), tokens
+        ),
+    ):
         yield choices
     for (name, slot), at in sorted(pieces.items()):
         whole: list[Tensor] = []
@@ -118,7 +147,10 @@ def record(model: nn.Module) -> Iterator[Choices]:
             if start + len(at[start]) <= length:
                 continue
             if start != length:
-                raise ValueError(f"The router {name} ran over tokens {start} and on, but not over those from {length} to {start}.")
+                raise ValueError(
+                    f"The router {name} ran over tokens {start} and on, but not over those from"
+                    f" {length} to {start}."
+                )
             whole.append(at[start])
             length += len(at[start])
         choices.of.setdefault(name, []).append(torch.cat(whole))
@@ -127,25 +159,30 @@ def record(model: nn.Module) -> Iterator[Choices]:
 
 @contextlib.contextmanager
 def replay(model: nn.Module, choices: Choices) -> Iterator[None]:
-    """Inside the block the routers choose as recorded, in every pass over these tokens, recomputed ones too.
+    """Inside the block the routers choose as recorded, in every pass over these tokens, recomputed
+    ones too.
 
     Raises:
-        ValueError: (in the pass) a router that was not recorded, or another number of tokens or picks.
+        ValueError: (in the pass) a router that was not recorded, or another number of tokens or
+            picks.
     """
     device: dict[tuple[str, int, torch.device], Tensor] = {}
 
     def known(name: str, slot: int, start: int, places: Tensor) -> Tensor:
         picks = choices.of.get(name, [])
         if slot >= len(picks):
-            raise ValueError(f"The router {name} makes {slot + 1} choices or more a token; {len(picks)} were recorded.")
+            raise ValueError(
+                f"The router {name} makes {slot + 1} choices or more a token; {len(picks)} were"
+                " recorded."
+            )
         key = (name, slot, places.device)
         if key not in device:
             device[key] = picks[slot].to(places.device)
         recorded = device[key][start : start + len(places)]
         if recorded.shape != places.shape:
             raise ValueError(
-                f"The router {name} picks {tuple(places.shape)} (tokens, places) from token {start} on; recorded are "
-                f"{tuple(recorded.shape)} of {len(picks[slot])} tokens."
+                f"The router {name} picks {tuple(places.shape)} (tokens, places) from token {start}"
+                f" on; recorded are {tuple(recorded.shape)} of {len(picks[slot])} tokens."
             )
         return torch.where(recorded == OWN, places, recorded)
 
@@ -153,26 +190,39 @@ def replay(model: nn.Module, choices: Choices) -> Iterator[None]:
     if total is None:
         yield
         return
-    with _watched(model, lambda name, tokens: _Watch(lambda slot, start, places: known(name, slot, start, places), tokens, total)):
+    with _watched(
+        model,
+        lambda name, tokens: _Watch(
+            lambda slot, start, places: known(name, slot, start, places), tokens, total
+        ),
+    ):
         yield
 
 
 class _Watch(TorchFunctionMode):
-    """Hands the places that `topk`, `max` and `masked_fill` pick to `decide`, which may put others in their stead.
+    """Hands the places that `topk`, `max` and `masked_fill` pick to `decide`, which may put others
+    in their stead.
 
     Args:
-        decide: (number of the choice in this call, first token, [tokens, picks] places) -> other places, or None.
+        decide: (number of the choice in this call, first token, [tokens, picks] places) -> other
+            places, or None.
         hidden: what the router was called with: [..., tokens, H].
         total: tokens of the whole pass, if known.
     """
 
-    def __init__(self, decide: Callable[[int, int, Tensor], Tensor | None], hidden: Tensor, total: int | None = None) -> None:
+    def __init__(
+        self,
+        decide: Callable[[int, int, Tensor], Tensor | None],
+        hidden: Tensor,
+        total: int | None = None,
+    ) -> None:
         super().__init__()
         self.decide = decide
         self.slot = 0
         width = hidden.shape[-1]
         self.tokens = hidden.numel() // width
-        # A layer that works in pieces gives views of the whole: where the piece begins is where its memory does.
+        # A layer that works in pieces gives views of the whole: where the piece begins is where its
+        # memory does.
         offset = hidden.storage_offset()
         self.start = offset // width if self.tokens != total and offset % width == 0 else 0
 
@@ -222,7 +272,9 @@ def _dim(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
 
 @contextlib.contextmanager
 def _watched(model: nn.Module, watch: Callable[[str, Tensor], _Watch]) -> Iterator[None]:
-    """Inside the block each router's forward runs inside a watch of its own, on whatever thread it is called."""
+    """Inside the block each router's forward runs inside a watch of its own, on whatever thread it
+    is called.
+    """
     restore: list[Callable[[], None]] = []
     try:
         found = routers(model)
@@ -253,7 +305,9 @@ def _wrap_experts(module: nn.Module) -> Callable[[], None]:
     return _replace_forward(module, change)
 
 
-def _wrap(name: str, module: nn.Module, watch: Callable[[str, Tensor], _Watch]) -> Callable[[], None]:
+def _wrap(
+    name: str, module: nn.Module, watch: Callable[[str, Tensor], _Watch]
+) -> Callable[[], None]:
     def change(own: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
@@ -274,7 +328,8 @@ def _replace_forward(
 ) -> Callable[[], None]:
     """The module's forward becomes `change(forward)`. Returns what undoes it."""
     holder: Any = module
-    # What stands in place of a module's forward to run it in pieces keeps the module's own as `forward`: the watch goes inside.
+    # What stands in place of a module's forward to run it in pieces keeps the module's own as
+    # `forward`: the watch goes inside.
     while hasattr(holder.__dict__.get("forward"), "forward"):
         holder = holder.__dict__["forward"]
     own = holder.forward
@@ -292,4 +347,8 @@ def _replace_forward(
 
 def _plain(name: str) -> str:
     """Without what wrappers put between a module and its parent."""
-    return name.replace("module.", "", 1) if name.startswith("module.") else name.replace(".base_layer", "")
+    return (
+        name.replace("module.", "", 1)
+        if name.startswith("module.")
+        else name.replace(".base_layer", "")
+    )

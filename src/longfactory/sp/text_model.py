@@ -1,8 +1,9 @@
 """The class that a checkpoint is, and the part of a model that a row of text passes through.
 
-Many decoder models are published together with a vision or an audio tower (Gemma 3, Qwen-VL, Mistral 3, Llava). They are loaded as the
-class that their configuration names, so that what is saved has the same tensors under the same names; a row of text passes through their
-text decoder, their embedding and their output layer alone. Everything else is *idle*: it has no gradient.
+Many decoder models are published together with a vision or an audio tower (Gemma 3, Qwen-VL,
+Mistral 3, Llava). They are loaded as the class that their configuration names, so that what is
+saved has the same tensors under the same names; a row of text passes through their text decoder,
+their embedding and their output layer alone. Everything else is *idle*: it has no gradient.
 """
 
 from __future__ import annotations
@@ -20,11 +21,17 @@ from transformers.models.auto import modeling_auto
 from longfactory.errors import UserError
 from longfactory.sp import hf
 
-# In order: a checkpoint with a tower is the class that has the tower, where its configuration names none.
-_MAPPINGS = ("MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
+# In order: a checkpoint with a tower is the class that has the tower, where its configuration names
+# none.
+_MAPPINGS = (
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+)
 _AUTO = ("AutoModelForCausalLM", "AutoModelForMultimodalLM", "AutoModelForImageTextToText")
 
-# Names of modules that compute on images or sound. Read in models of several parts only, for those that hold them inside the decoder.
+# Names of modules that compute on images or sound. Read in models of several parts only, for those
+# that hold them inside the decoder.
 _NOT_TEXT = re.compile(r"(^|[._])(vision|visual|image|video|audio|speech|protein)([._]|$)")
 
 # Their forward has no way past the tower, which its signature does not tell.
@@ -36,13 +43,18 @@ _NEEDS_MORE_THAN_TEXT = {
 }
 
 _OTHER_TASKS = {
-    "shieldgemma2": "it says of images whether they break a rule, and its checkpoints load as that classifier alone",
+    "shieldgemma2": (
+        "it says of images whether they break a rule, and its checkpoints load as that classifier"
+        " alone"
+    ),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelClass:
-    """`kind` is a model class of transformers, or an Auto class for a model whose code comes with the checkpoint."""
+    """`kind` is a model class of transformers, or an Auto class for a model whose code comes with
+    the checkpoint.
+    """
 
     kind: Any
     config: PreTrainedConfig
@@ -53,7 +65,9 @@ class ModelClass:
         return self.kind.__name__
 
     def from_config(self, **kwargs: Any) -> PreTrainedModel:
-        """A model with random weights. `kwargs`: dtype, attn_implementation, experts_implementation."""
+        """A model with random weights. `kwargs`: dtype, attn_implementation,
+        experts_implementation.
+        """
         if self.remote:
             return self.kind.from_config(self.config, trust_remote_code=True, **kwargs)
         return self.kind._from_config(self.config, **kwargs)
@@ -63,13 +77,17 @@ class ModelClass:
 
 
 def model_class(config: PreTrainedConfig, trust_remote_code: bool = False) -> ModelClass:
-    """The class that a configuration names, where it generates text; else the one that transformers has for its `model_type`.
+    """The class that a configuration names, where it generates text; else the one that transformers
+    has for its `model_type`.
 
     Raises:
-        ValueError: there is none, it needs more than text, or its code comes with the checkpoint and may not be run. Names the model type,
-            the classes and what to do.
+        ValueError: there is none, it needs more than text, or its code comes with the checkpoint
+            and may not be run. Names the model type, the classes and what to do.
     """
-    kind, named = config.model_type, [str(name) for name in getattr(config, "architectures", None) or ()]
+    kind, named = (
+        config.model_type,
+        [str(name) for name in getattr(config, "architectures", None) or ()],
+    )
     remote = getattr(config, "auto_map", None) or {}
     auto = next((name for name in _AUTO if name in remote), None)
     if auto is not None and trust_remote_code:
@@ -80,25 +98,44 @@ def model_class(config: PreTrainedConfig, trust_remote_code: bool = False) -> Mo
     known = {c for mapping in mappings for value in mapping.values() for c in _all(value)}
     found = next((n for n in named if n in known and hasattr(transformers, n)), None)
     if found is None:
-        by_type = [c for mapping in mappings if kind in mapping for c in _all(mapping[kind]) if hasattr(transformers, c)]
+        by_type = [
+            c
+            for mapping in mappings
+            if kind in mapping
+            for c in _all(mapping[kind])
+            if hasattr(transformers, c)
+        ]
         found = by_type[0] if by_type else None
     if found is None:
         what = f"{' or '.join(named)} (model_type {kind})" if named else f"model_type {kind}"
         if auto is not None or remote:
-            raise ValueError(f"{what} brings its own code. If you trust it, set trust_remote_code: true.")
+            raise ValueError(
+                f"{what} brings its own code. If you trust it, set trust_remote_code: true."
+            )
         raise ValueError(
-            f"{what}: transformers {transformers.__version__} has no class of it that continues a text. "
-            "Choose a model type that docs/models.md marks exact."
+            f"{what}: transformers {transformers.__version__} has no class of it that continues a"
+            " text. Choose a model type that docs/models.md marks exact."
         )
-    decoders = {c for value in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for c in _all(value)}
+    decoders = {
+        c for value in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for c in _all(value)
+    }
     if getattr(config, "is_encoder_decoder", False) and found not in decoders:
-        raise ValueError(f"Models of type {kind} cannot be trained here: {found} has an encoder and a decoder, and continues no text.")
+        raise ValueError(
+            f"Models of type {kind} cannot be trained here: {found} has an encoder and a decoder,"
+            " and continues no text."
+        )
     cls = getattr(transformers, found)
     if lacking := _required(cls):
-        raise ValueError(f"Models of type {kind} cannot be trained here: the forward of {found} needs {', '.join(lacking)} beside text.")
+        raise ValueError(
+            f"Models of type {kind} cannot be trained here: the forward of {found} needs"
+            f" {', '.join(lacking)} beside text."
+        )
     text = config.sub_configs.get("text_config") if isinstance(config.sub_configs, dict) else None
     if text is not None and getattr(cls, "config_class", None) is text and type(config) is not text:
-        quantization, config = getattr(config, "quantization_config", None), config.get_text_config()
+        quantization, config = (
+            getattr(config, "quantization_config", None),
+            config.get_text_config(),
+        )
         if quantization is not None:
             config.quantization_config = quantization
     return ModelClass(cls, config)
@@ -125,24 +162,33 @@ def _required(cls: Any) -> list[str]:
     """Arguments that the class's forward cannot be called without, beside the tokens."""
     parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
     return [
-        p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "input_ids"
+        p.name
+        for p in parameters
+        if p.default is p.empty
+        and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        and p.name != "input_ids"
     ]
 
 
 @dataclasses.dataclass(frozen=True)
 class Idle:
-    """What a row of text does not pass through: the outermost modules, and the names of all parameters."""
+    """What a row of text does not pass through: the outermost modules, and the names of all
+    parameters.
+    """
 
     modules: tuple[str, ...] = ()
     parameters: frozenset[str] = frozenset()
 
     def __contains__(self, name: str) -> bool:
         """Whether a module or a parameter is idle or lies in an idle module."""
-        return name in self.parameters or any(name == m or name.startswith(m + ".") for m in self.modules)
+        return name in self.parameters or any(
+            name == m or name.startswith(m + ".") for m in self.modules
+        )
 
 
 def idle(model: PreTrainedModel) -> Idle:
-    """The towers, projectors and other parts of a model that a row of text does not pass through. Nothing in a model of text alone.
+    """The towers, projectors and other parts of a model that a row of text does not pass through.
+    Nothing in a model of text alone.
 
     Args:
         model: not wrapped (see `hf.unwrap`), with or without adapters.
@@ -167,14 +213,23 @@ def idle(model: PreTrainedModel) -> Idle:
 
     walk(model, "", id(model) in entered)
     # A parameter may have two names: tied weights are passed under either.
-    names = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) not in passed}
+    names = {
+        name for name, p in model.named_parameters(remove_duplicate=False) if id(p) not in passed
+    }
     return Idle(tuple(modules), frozenset(names))
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:
-    """The module that holds the text decoder's layers; the model itself where transformers finds nothing narrower."""
+    """The module that holds the text decoder's layers; the model itself where transformers finds
+    nothing narrower.
+    """
     found = model.get_decoder() if hasattr(model, "get_decoder") else None
-    return found if isinstance(found, nn.Module) and any(isinstance(m, nn.ModuleList) for m in found.modules()) else model
+    return (
+        found
+        if isinstance(found, nn.Module)
+        and any(isinstance(m, nn.ModuleList) for m in found.modules())
+        else model
+    )
 
 
 def embedding(model: PreTrainedModel) -> nn.Module | None:
@@ -186,13 +241,22 @@ def embedding(model: PreTrainedModel) -> nn.Module | None:
 
 
 def _entered(model: PreTrainedModel) -> set[int]:
-    """Modules (their `id`) that a row of text enters: the decoder, the embedding, the output layer, a value head."""
-    parts = [decoder(model), embedding(model), model.get_output_embeddings(), getattr(model, "v_head", None)]
+    """Modules (their `id`) that a row of text enters: the decoder, the embedding, the output layer,
+    a value head.
+    """
+    parts = [
+        decoder(model),
+        embedding(model),
+        model.get_output_embeddings(),
+        getattr(model, "v_head", None),
+    ]
     return {id(m) for m in parts if m is not None}
 
 
 def _skipped_layers(model: PreTrainedModel) -> set[int]:
-    """Decoder layers (their `id`) that only attend to an image: mllama leaves them out where there is none."""
+    """Decoder layers (their `id`) that only attend to an image: mllama leaves them out where there
+    is none.
+    """
     indices = getattr(model.config.get_text_config(), "cross_attention_layers", None)
     if not indices or model.config.model_type != "mllama":
         return set()

@@ -1,4 +1,6 @@
-"""The mask as a list of tiles: dense rectangles, causal squares, squares of several documents. Host integers only."""
+"""The mask as a list of tiles: dense rectangles, causal squares, squares of several documents. Host
+integers only.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +20,20 @@ Kind = Literal["full", "causal", "varlen"]
 
 @dataclasses.dataclass(eq=False)
 class Tile:
-    """One kernel call: rows `q` of the queries against rows `k` of the keys, both in the order in which they lie in memory.
+    """One kernel call: rows `q` of the queries against rows `k` of the keys, both in the order in
+    which they lie in memory.
 
-    full: every pair. causal: a square, key <= query. varlen: a square made of causal squares, with boundaries `cu_seqlens`
-    (first 0, last the number of rows). `window`, where given, keeps the pairs with
+    full: every pair. causal: a square, key <= query. varlen: a square made of causal squares, with
+    boundaries `cu_seqlens` (first 0, last the number of rows). `window`, where given, keeps the
+    pairs with
 
         query - key <= window + len(q) - len(k)        (indices inside the tile)
 
-    which is the left bound that attention kernels call bottom-right aligned. Every query of a tile sees at least one key of it.
+    which is the left bound that attention kernels call bottom-right aligned. Every query of a tile
+    sees at least one key of it.
 
-    `first`: no tile before this one has its queries. `valid`: only these of its queries count, the others only fill a shape.
+    `first`: no tile before this one has its queries. `valid`: only these of its queries count, the
+    others only fill a shape.
     """
 
     q: slice
@@ -69,13 +75,17 @@ class Tile:
         return self._device[device]
 
     def mask(self) -> Tensor:
-        """[len(q), len(k)] bool: what this tile computes. For tests and for the plain mathematics."""
+        """[len(q), len(k)] bool: what this tile computes. For tests and for the plain
+        mathematics.
+        """
         i, j = torch.arange(self.q_len).unsqueeze(1), torch.arange(self.k_len).unsqueeze(0)
         seen = torch.ones(self.q_len, self.k_len, dtype=torch.bool)
         if self.kind != "full":
             seen &= j <= i
         if self.cu_seqlens is not None:
-            document = torch.bucketize(torch.arange(self.q_len), torch.tensor(self.cu_seqlens[1:]), right=True)
+            document = torch.bucketize(
+                torch.arange(self.q_len), torch.tensor(self.cu_seqlens[1:]), right=True
+            )
             seen &= document.unsqueeze(1) == document.unsqueeze(0)
         if self.window is not None:
             seen &= i - j <= self.window + self.q_len - self.k_len
@@ -102,13 +112,17 @@ def runs(intervals: Sequence[Interval]) -> tuple[Run, ...]:
 
 
 class Mask:
-    """Who sees whom: the segments, cut further by chunked attention, with an optional sliding window.
+    """Who sees whom: the segments, cut further by chunked attention, with an optional sliding
+    window.
 
-    A query at position p of its document sees the keys of its segment and of the segment's ancestors at positions
-    p - window + 1 ... p. Chunked attention (Llama 4) keeps the keys in the query's own chunk of `chunk` positions.
+    A query at position p of its document sees the keys of its segment and of the segment's
+    ancestors at positions p - window + 1 ... p. Chunked attention (Llama 4) keeps the keys in the
+    query's own chunk of `chunk` positions.
     """
 
-    def __init__(self, segments: Sequence[Segment], window: int | None = None, chunk: int | None = None) -> None:
+    def __init__(
+        self, segments: Sequence[Segment], window: int | None = None, chunk: int | None = None
+    ) -> None:
         first = ancestors_length(segments)
         if chunk is not None:
             segments, first = _cut(segments, first, chunk)
@@ -133,7 +147,9 @@ class Mask:
         return out
 
     def before(self, segment: int, start: int) -> list[tuple[int, Interval]]:
-        """(segment, rows) that the query at row `start` sees, without what begins at `start` itself. Rows may be empty."""
+        """(segment, rows) that the query at row `start` sees, without what begins at `start`
+        itself. Rows may be empty.
+        """
         out = []
         for s in (segment, *self._ancestors[segment]):
             lo = self.segments[s].start
@@ -144,15 +160,25 @@ class Mask:
 
     def needed(self, queries: Sequence[Interval]) -> tuple[Interval, ...]:
         """Rows that some query sees, besides the queries' own rows."""
-        seen = [rows for a, b in queries for s, lo, _ in self.pieces(a, b) for _, rows in self.before(s, lo)]
+        seen = [
+            rows
+            for a, b in queries
+            for s, lo, _ in self.pieces(a, b)
+            for _, rows in self.before(s, lo)
+        ]
         return subtract(join(seen), queries)
 
     def tiles(self, queries: Sequence[Run], keys: Sequence[Run], same: bool) -> tuple[Tile, ...]:
-        """The mask between rows in memory. `same`: keys are the queries' own rows; else they are disjoint from them.
+        """The mask between rows in memory. `same`: keys are the queries' own rows; else they are
+        disjoint from them.
 
         With `same`, the first tile covers every query.
         """
-        pieces = [(s, a, b, run.offset + a - run.start) for run in queries for s, a, b in self.pieces(run.start, run.stop)]
+        pieces = [
+            (s, a, b, run.offset + a - run.start)
+            for run in queries
+            for s, a, b in self.pieces(run.start, run.stop)
+        ]
         out = self._diagonal(pieces) if same else []
         starts = [run.start for run in keys]
         full: list[tuple[int, int, int, int]] = []
@@ -167,31 +193,37 @@ class Mask:
                     if c >= d:
                         continue
                     k0 = run.offset + c - run.start
-                    distance = a + self._shift[segment] - c - self._shift[s]  # from the first query to the first key
+                    # from the first query to the first key
+                    distance = a + self._shift[segment] - c - self._shift[s]
                     n, m = b - a, d - c
                     if self.window is None or distance + n - 1 < self.window:
                         full.append((at, at + n, k0, k0 + m))
                         continue
-                    n = min(n, self.window - distance + m - 1)  # later queries see no key of this run
+                    # later queries see no key of this run
+                    n = min(n, self.window - distance + m - 1)
                     if n <= 0:
                         continue
                     first = at
                     if n > m:
-                        # FlashAttention 2 cannot say that the first of more queries than keys see every key: its right bound ends at
-                        # the number of keys. Those queries are a plain rectangle; the others are fewer than the keys.
+                        # FlashAttention 2 cannot say that the first of more queries than keys see
+                        # every key: its right bound ends at the number of keys. Those queries are a
+                        # plain rectangle; the others are fewer than the keys.
                         whole = max(0, self.window - distance)
                         full.append((at, at + whole, k0, k0 + m))
                         first, n, distance = at + whole, n - whole, distance + whole
                         if n == 0:
                             continue
                     left = self.window - 1 - distance + m - n
-                    out.append(Tile(slice(first, first + n), slice(k0, k0 + m), "full", window=left))
+                    out.append(
+                        Tile(slice(first, first + n), slice(k0, k0 + m), "full", window=left)
+                    )
         out.extend(Tile(slice(a, b), slice(c, d), "full") for a, b, c, d in merge_rectangles(full))
         return tuple(out)
 
     def _diagonal(self, pieces: list[tuple[int, int, int, int]]) -> list[Tile]:
-        """Own rows against own rows of the same segment. Rows ascend in memory, so order in memory is causal order: pieces of one
-        segment are one square, unless a window measures the gap between them."""
+        """Own rows against own rows of the same segment. Rows ascend in memory, so order in memory
+        is causal order: pieces of one segment are one square, unless a window measures the gap
+        between them."""
         cuts: list[int] = []
         last = -1
         for s, _, _, at in pieces:
@@ -210,8 +242,12 @@ class Mask:
         return [Tile(rows, rows, "varlen", tuple(cuts), window, first=True)]
 
 
-def merge_rectangles(rectangles: Sequence[tuple[int, int, int, int]]) -> list[tuple[int, int, int, int]]:
-    """(q0, q1, k0, k1): those that touch side by side become one, first along the keys, then along the queries."""
+def merge_rectangles(
+    rectangles: Sequence[tuple[int, int, int, int]],
+) -> list[tuple[int, int, int, int]]:
+    """(q0, q1, k0, k1): those that touch side by side become one, first along the keys, then along
+    the queries.
+    """
     out: list[tuple[int, int, int, int]] = []
     for a, b, c, d in sorted(rectangles):
         if out and out[-1][:2] == (a, b) and out[-1][3] == c:
@@ -258,8 +294,12 @@ def intersect(a: Sequence[Interval], b: Sequence[Interval]) -> tuple[Interval, .
     return tuple(out)
 
 
-def _cut(segments: Sequence[Segment], first: list[int], chunk: int) -> tuple[list[Segment], list[int]]:
-    """Segments cut where the position is a multiple of `chunk`. A branch that begins inside a chunk keeps the parent's last piece."""
+def _cut(
+    segments: Sequence[Segment], first: list[int], chunk: int
+) -> tuple[list[Segment], list[int]]:
+    """Segments cut where the position is a multiple of `chunk`. A branch that begins inside a chunk
+    keeps the parent's last piece.
+    """
     out: list[Segment] = []
     position: list[int] = []
     last: list[int] = []  # the last piece of each segment

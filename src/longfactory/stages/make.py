@@ -1,8 +1,10 @@
-"""The stages: what is summed over a row, and what is counted. Single-device code that never hears of sequence parallelism.
+"""The stages: what is summed over a row, and what is counted. Single-device code that never hears
+of sequence parallelism.
 
-A stage receives the row's token log-probabilities (or values) in natural order, whole, on every rank of a sequence-parallel group, and
-returns the *sum* of its items' losses. The trainer differentiates `DP * loss_sum / N`, N the items of the whole optimizer step; so every
-loss is the exact mean over the step, however items are dealt to micro-batches and groups.
+A stage receives the row's token log-probabilities (or values) in natural order, whole, on every
+rank of a sequence-parallel group, and returns the *sum* of its items' losses. The trainer
+differentiates `DP * loss_sum / N`, N the items of the whole optimizer step; so every loss is the
+exact mean over the step, however items are dealt to micro-batches and groups.
 """
 
 from __future__ import annotations
@@ -40,11 +42,15 @@ class Stage(Protocol):
     output: Literal["logps", "values"]
     """What the head must give: log-probabilities of the labels, or the value head's numbers."""
     ld_alpha: float | None
-    """How `document_logps` weighs tokens; what is computed before training must be computed with the same."""
+    """How `document_logps` weighs tokens; what is computed before training must be computed with
+    the same.
+    """
 
     @property
     def needs_reference(self) -> bool:
-        """Whether `loss_sum` wants reference log-probabilities: `TokenOutputs.reference`, or a number on each document."""
+        """Whether `loss_sum` wants reference log-probabilities: `TokenOutputs.reference`, or a
+        number on each document.
+        """
         ...
 
     @property
@@ -65,12 +71,14 @@ class Stage(Protocol):
         dp_rank: int = 0,
         dp_size: int = 1,
     ) -> tuple[Tensor, Metrics]:
-        """The sum of the items' losses (float64, attached to the graph also where there is no item) and the metrics.
+        """The sum of the items' losses (float64, attached to the graph also where there is no item)
+        and the metrics.
 
         Args:
             x: [T] in natural order, or `TokenOutputs` of such vectors.
             row: on the device of `x`.
-            dp_sum: adds a tensor over the data-parallel groups, without gradient. Called equally often for every row.
+            dp_sum: adds a tensor over the data-parallel groups, without gradient. Called equally
+                often for every row.
         """
         ...
 
@@ -101,26 +109,35 @@ def _sum(x: Tensor) -> Tensor:
 
 
 def wins(chosen: Tensor, rejected: Tensor, noise: Tensor) -> Tensor:
-    """The number of pairs whose chosen side is ahead. One that is ahead by no more than `noise` is a tie, and counts one half."""
+    """The number of pairs whose chosen side is ahead. One that is ahead by no more than `noise` is
+    a tie, and counts one half.
+    """
     ahead = (chosen - rejected).detach()
-    return torch.where(ahead.abs() <= noise, 0.5, (ahead > 0).to(torch.float64)).sum(dtype=torch.float64)
+    return torch.where(ahead.abs() <= noise, 0.5, (ahead > 0).to(torch.float64)).sum(
+        dtype=torch.float64
+    )
 
 
 def mean_logits(out: TokenOutputs, row: Row, roles: dict[str, list[int]]) -> Metrics:
-    """`logits/chosen` and the like: the mean logit over the vocabulary and the trained tokens of these documents, as TRL reports it."""
+    """`logits/chosen` and the like: the mean logit over the vocabulary and the trained tokens of
+    these documents, as TRL reports it.
+    """
     if out.mean_logit is None:
         return {}
     sums = document_sums(out.mean_logit, row)
-    return {f"logits/{role}": (pick(sums, of).sum(), float(sum(row.documents[i].trained for i in of))) for role, of in roles.items()}
+    return {
+        f"logits/{role}": (pick(sums, of).sum(), float(sum(row.documents[i].trained for i in of)))
+        for role, of in roles.items()
+    }
 
 
 @dataclasses.dataclass
 class TokenStage(Stateless):
     """Pretraining and supervised fine-tuning. An item is a trained token.
 
-    `loss` is one of nll: -logp; dft: -p logp with p constant (arXiv 2508.05629); asft: dft + alpha KL(reference || policy) over the
-    vocabulary, as LLaMA-Factory defines it (arXiv 2509.23753); eaft: -(H/3)^alpha logp, H the entropy of the 20 most probable tokens (as
-    in LLaMA-Factory).
+    `loss` is one of nll: -logp; dft: -p logp with p constant (arXiv 2508.05629); asft: dft + alpha
+    KL(reference || policy) over the vocabulary, as LLaMA-Factory defines it (arXiv 2509.23753);
+    eaft: -(H/3)^alpha logp, H the entropy of the 20 most probable tokens (as in LLaMA-Factory).
     """
 
     loss: Literal["nll", "dft", "asft", "eaft"] = "nll"
@@ -150,7 +167,10 @@ class TokenStage(Stateless):
         out = as_outputs(x)
         missing = [name for name in sorted(self.needs) if getattr(out, name) is None]
         if missing:
-            raise UserError(f"The {self.loss} loss needs {', '.join(missing)} from the output layer, which did not make it.")
+            raise UserError(
+                f"The {self.loss} loss needs {', '.join(missing)} from the output layer, which did"
+                " not make it."
+            )
         trained = row.labels != IGNORE
         metrics: Metrics = {}
         losses_ = -out.logps
@@ -158,21 +178,28 @@ class TokenStage(Stateless):
             losses_ = losses_ * out.logps.detach().exp()
         if self.loss == "asft" and out.reference_kl is not None:
             losses_ = losses_ + self.alpha * out.reference_kl
-            metrics["kl"] = (_sum(torch.where(trained, out.reference_kl, 0.0)), float(row.trained_tokens))
+            metrics["kl"] = (
+                _sum(torch.where(trained, out.reference_kl, 0.0)),
+                float(row.trained_tokens),
+            )
         if self.loss == "eaft" and out.entropy is not None:
             losses_ = losses_ * (out.entropy.detach() / 3.0) ** self.alpha
         if self.accuracy and out.top1 is not None:
             metrics["accuracy"] = (_sum(out.top1 & trained), float(row.trained_tokens))
-        return torch.where(trained, losses_, torch.zeros_like(losses_)).sum(dtype=torch.float64), metrics
+        return (
+            torch.where(trained, losses_, torch.zeros_like(losses_)).sum(dtype=torch.float64),
+            metrics,
+        )
 
 
 @dataclasses.dataclass
 class PreferenceStage:
     """Direct preference optimisation and its kin. An item is a pair.
 
-    The loss of a pair is `pref_loss`; with `bco_weight` w it is (loss + w bco) / (1 + w); then `ftx` times minus the chosen answer's mean
-    log-probability is added. The reward shift of bco is the running mean of the rewards of all pairs seen in training, over all
-    data-parallel groups; it is state, and belongs into a checkpoint (`state_dict`).
+    The loss of a pair is `pref_loss`; with `bco_weight` w it is (loss + w bco) / (1 + w); then
+    `ftx` times minus the chosen answer's mean log-probability is added. The reward shift of bco is
+    the running mean of the rewards of all pairs seen in training, over all data-parallel groups; it
+    is state, and belongs into a checkpoint (`state_dict`).
     """
 
     pref_loss: str = "sigmoid"
@@ -184,24 +211,35 @@ class PreferenceStage:
     """In which log-probabilities are computed: a margin below its rounding is a tie."""
     output: Literal["logps", "values"] = "logps"
     needs: frozenset[str] = frozenset({"mean_logit"})
-    _rewards: Tensor | None = dataclasses.field(default=None, repr=False)  # [2]: sum of rewards, number of rewards
+    # [2]: sum of rewards, number of rewards
+    _rewards: Tensor | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         o = self.options
         if self.pref_loss not in losses.PREFERENCE_LOSSES:
-            raise ConfigError(f"pref_loss: {self.pref_loss} is not known. Choose one of {', '.join(losses.PREFERENCE_LOSSES)}.")
+            raise ConfigError(
+                f"pref_loss: {self.pref_loss} is not known. Choose one of"
+                f" {', '.join(losses.PREFERENCE_LOSSES)}."
+            )
         if o.beta <= 0:
             raise ConfigError(f"pref_beta must be above 0, not {o.beta}.")
         if o.label_smoothing and self.pref_loss not in losses.SMOOTHED:
             raise ConfigError(
-                f"dpo_label_smoothing means nothing to pref_loss: {self.pref_loss}. It is read by {', '.join(sorted(losses.SMOOTHED))}."
+                f"dpo_label_smoothing means nothing to pref_loss: {self.pref_loss}. It is read by"
+                f" {', '.join(sorted(losses.SMOOTHED))}."
             )
         if not 0 <= o.label_smoothing < 0.5:
             raise ConfigError(f"dpo_label_smoothing must lie in [0, 0.5), not {o.label_smoothing}.")
         if self.pref_loss == "exo_pair" and o.label_smoothing == 0:
-            raise ConfigError("pref_loss: exo_pair needs dpo_label_smoothing above 0 (its paper uses 0.001): at 0 the loss is infinite.")
+            raise ConfigError(
+                "pref_loss: exo_pair needs dpo_label_smoothing above 0 (its paper uses 0.001): at 0"
+                " the loss is infinite."
+            )
         if self.bco_weight and not self.needs_reference:
-            raise ConfigError(f"pref_bco_weight compares with a reference, and pref_loss: {self.pref_loss} has none. Remove one of them.")
+            raise ConfigError(
+                f"pref_bco_weight compares with a reference, and pref_loss: {self.pref_loss} has"
+                " none. Remove one of them."
+            )
         if self.ld_alpha is not None and self.pref_loss == "sft":
             raise ConfigError("ld_alpha means nothing to pref_loss: sft. Remove it.")
 
@@ -221,8 +259,19 @@ class PreferenceStage:
         if self.needs_reference:
             both = reference_logps(out.reference, row, chosen + rejected, sums, self.ld_alpha)
             c_ref, r_ref = both[: len(pairs)], both[len(pairs) :]
-        lengths = torch.tensor([float(row.documents[i].trained) for i in chosen + rejected], dtype=torch.float64, device=sums.device)
-        return PairLogps(pick(sums, chosen), pick(sums, rejected), c_ref, r_ref, lengths[: len(pairs)], lengths[len(pairs) :])
+        lengths = torch.tensor(
+            [float(row.documents[i].trained) for i in chosen + rejected],
+            dtype=torch.float64,
+            device=sums.device,
+        )
+        return PairLogps(
+            pick(sums, chosen),
+            pick(sums, rejected),
+            c_ref,
+            r_ref,
+            lengths[: len(pairs)],
+            lengths[len(pairs) :],
+        )
 
     def loss_sum(
         self,
@@ -237,7 +286,9 @@ class PreferenceStage:
         p = self.pair_logps(out, row)
         loss = losses.PREFERENCE_LOSSES[self.pref_loss](p, self.options, dp)
         if self.bco_weight:
-            loss = (loss + self.bco_weight * losses.bco(p, self.options, self._reward_shift(p, dp))) / (1 + self.bco_weight)
+            loss = (
+                loss + self.bco_weight * losses.bco(p, self.options, self._reward_shift(p, dp))
+            ) / (1 + self.bco_weight)
         nll = -p.chosen / p.chosen_length.clamp(min=1)
         if self.ftx:
             loss = loss + self.ftx * nll
@@ -261,15 +312,18 @@ class PreferenceStage:
         return loss.sum(), metrics
 
     def noise(self, p: PairLogps) -> Tensor:
-        """[P] margins that rounding alone can make: an error of the precision's epsilon in the log-probability of each trained token, which
-        is of the order of 1, adds up over n tokens to sqrt(n) of it."""
+        """[P] margins that rounding alone can make: an error of the precision's epsilon in the
+        log-probability of each trained token, which is of the order of 1, adds up over n tokens to
+        sqrt(n) of it."""
         tokens = p.chosen_length.clamp(min=1), p.rejected_length.clamp(min=1)
         if self.pref_loss in losses.PER_TOKEN:
             tokens = 1 / tokens[0], 1 / tokens[1]
         return torch.finfo(self.precision).eps * torch.sqrt(tokens[0] + tokens[1])
 
     def _reward_shift(self, p: PairLogps, dp: DataParallel) -> Tensor:
-        """The running mean of the rewards, this micro-batch included. Evaluation reads it and leaves it alone."""
+        """The running mean of the rewards, this micro-batch included. Evaluation reads it and
+        leaves it alone.
+        """
         rewards = self.options.beta * torch.cat([p.chosen_ratio, p.rejected_ratio]).detach()
         batch = dp.sum(torch.stack([rewards.sum(), rewards.new_tensor(float(rewards.shape[0]))]))
         before = torch.zeros_like(batch) if self._rewards is None else self._rewards.to(batch)
@@ -281,16 +335,19 @@ class PreferenceStage:
         return {} if self._rewards is None else {"rewards": self._rewards.tolist()}
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        self._rewards = torch.tensor(state["rewards"], dtype=torch.float64) if "rewards" in state else None
+        self._rewards = (
+            torch.tensor(state["rewards"], dtype=torch.float64) if "rewards" in state else None
+        )
 
 
 @dataclasses.dataclass
 class KTOStage(Stateless):
-    """KTO. An item is a labelled answer; documents of role "kl" (a prompt with another prompt's answer) only estimate the KL term.
+    """KTO. An item is a labelled answer; documents of role "kl" (a prompt with another prompt's
+    answer) only estimate the KL term.
 
-    kl = max(0, mean over the micro-batch of all data-parallel groups of log policy - log reference of the kl documents), constant. A
-    micro-batch without an answer of one label is an ordinary batch. `ftx` adds that many times minus the mean log-probability of each
-    desirable answer.
+    kl = max(0, mean over the micro-batch of all data-parallel groups of log policy - log reference
+    of the kl documents), constant. A micro-batch without an answer of one label is an ordinary
+    batch. `ftx` adds that many times minus the mean log-probability of each desirable answer.
     """
 
     beta: float = 0.1
@@ -316,7 +373,11 @@ class KTOStage(Stateless):
     ) -> tuple[Tensor, Metrics]:
         out = as_outputs(x)
         sums = document_logps(out.logps, row)
-        chosen, rejected, other = of_role(row, "chosen"), of_role(row, "rejected"), of_role(row, "kl")
+        chosen, rejected, other = (
+            of_role(row, "chosen"),
+            of_role(row, "rejected"),
+            of_role(row, "kl"),
+        )
         answers = chosen + rejected
         reference = reference_logps(out.reference, row, answers + other, sums, None)
         ratio = pick(sums, answers) - reference[: len(answers)]
@@ -325,7 +386,9 @@ class KTOStage(Stateless):
         kl = (total[0] / total[1].clamp(min=1)).clamp(min=0)
 
         desirable = torch.arange(len(answers), device=sums.device) < len(chosen)
-        loss = losses.kto(ratio, desirable, kl, self.beta, self.chosen_weight, self.rejected_weight).sum()
+        loss = losses.kto(
+            ratio, desirable, kl, self.beta, self.chosen_weight, self.rejected_weight
+        ).sum()
         n_chosen, n_rejected = float(len(chosen)), float(len(rejected))
         rewards, logps = self.beta * ratio.detach(), pick(sums.detach(), answers)
         metrics: Metrics = {
@@ -337,7 +400,11 @@ class KTOStage(Stateless):
             "kl": (kl, 1.0),
         }
         if self.ftx:
-            lengths = torch.tensor([float(max(row.documents[i].trained, 1)) for i in chosen], dtype=torch.float64, device=sums.device)
+            lengths = torch.tensor(
+                [float(max(row.documents[i].trained, 1)) for i in chosen],
+                dtype=torch.float64,
+                device=sums.device,
+            )
             nll = (-pick(sums, chosen) / lengths).sum()
             loss = loss + self.ftx * nll
             metrics["sft_loss"] = (nll.detach(), n_chosen)
@@ -346,7 +413,9 @@ class KTOStage(Stateless):
 
 @dataclasses.dataclass
 class RewardStage(Stateless):
-    """Reward model (Bradley-Terry): -log s(v_c - v_r), v the value head at an answer's last token. An item is a pair."""
+    """Reward model (Bradley-Terry): -log s(v_c - v_r), v the value head at an answer's last token.
+    An item is a pair.
+    """
 
     output: Literal["logps", "values"] = "values"
     needs_reference: bool = False
@@ -372,7 +441,9 @@ class RewardStage(Stateless):
         rejected = pick(values, [row.documents[r].stop - 1 for _, r in pairs])
         loss = -torch.nn.functional.logsigmoid(chosen - rejected)
         n = float(len(pairs))
-        noise = torch.finfo(self.precision).eps * torch.maximum(chosen.detach().abs(), rejected.detach().abs())
+        noise = torch.finfo(self.precision).eps * torch.maximum(
+            chosen.detach().abs(), rejected.detach().abs()
+        )
         return loss.sum(), {
             "accuracy": (wins(chosen, rejected, noise), n),
             "rewards/chosen": (_sum(chosen), n),
@@ -386,25 +457,42 @@ def make_stage(stage: str, args: Any, precision: torch.dtype = torch.float32) ->
 
     Args:
         stage: pt, sft, rm, dpo or kto.
-        args: anything with the attributes pref_loss, pref_beta, pref_ftx, simpo_gamma, dpo_label_smoothing, ld_alpha, pref_bco_weight,
-            kto_chosen_weight, kto_rejected_weight, use_dft_loss, use_asft_loss, asft_alpha, use_eaft_loss, eaft_alpha, compute_accuracy
+        args: anything with the attributes pref_loss, pref_beta, pref_ftx, simpo_gamma,
+            dpo_label_smoothing, ld_alpha, pref_bco_weight, kto_chosen_weight, kto_rejected_weight,
+            use_dft_loss, use_asft_loss, asft_alpha, use_eaft_loss, eaft_alpha, compute_accuracy
             (and, optionally, discopop_tau).
         precision: in which the model computes.
     Raises:
         ConfigError: an unknown stage or loss, or options that contradict each other.
     """
     if stage in ("pt", "sft"):
-        chosen = [name for name in ("dft", "asft", "eaft") if stage == "sft" and getattr(args, f"use_{name}_loss")]
+        chosen = [
+            name
+            for name in ("dft", "asft", "eaft")
+            if stage == "sft" and getattr(args, f"use_{name}_loss")
+        ]
         if len(chosen) > 1:
-            raise ConfigError(f"use_{chosen[0]}_loss and use_{chosen[1]}_loss are both set. A run has one loss: keep one of them.")
+            raise ConfigError(
+                f"use_{chosen[0]}_loss and use_{chosen[1]}_loss are both set. A run has one loss:"
+                " keep one of them."
+            )
         loss: Any = chosen[0] if chosen else "nll"
         alpha = {"asft": args.asft_alpha, "eaft": args.eaft_alpha}.get(loss, 0.0)
         return TokenStage(loss, alpha, accuracy=bool(args.compute_accuracy))
     if stage == "dpo":
-        options = LossOptions(args.pref_beta, args.dpo_label_smoothing, args.simpo_gamma, getattr(args, "discopop_tau", 0.05))
-        return PreferenceStage(args.pref_loss, options, args.pref_ftx, args.pref_bco_weight, args.ld_alpha, precision)
+        options = LossOptions(
+            args.pref_beta,
+            args.dpo_label_smoothing,
+            args.simpo_gamma,
+            getattr(args, "discopop_tau", 0.05),
+        )
+        return PreferenceStage(
+            args.pref_loss, options, args.pref_ftx, args.pref_bco_weight, args.ld_alpha, precision
+        )
     if stage == "kto":
-        return KTOStage(args.pref_beta, args.kto_chosen_weight, args.kto_rejected_weight, args.pref_ftx)
+        return KTOStage(
+            args.pref_beta, args.kto_chosen_weight, args.kto_rejected_weight, args.pref_ftx
+        )
     if stage == "rm":
         return RewardStage(precision=precision)
     raise ConfigError(f"stage: {stage} is not known. Choose one of pt, sft, rm, dpo, kto.")

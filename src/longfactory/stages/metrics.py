@@ -1,8 +1,10 @@
-"""Metrics as sums and counts, so that adding them over micro-batches and data-parallel groups gives the true mean.
+"""Metrics as sums and counts, so that adding them over micro-batches and data-parallel groups gives
+the true mean.
 
-A mean of means is wrong as soon as two batches differ in size; and a ratio cannot be repaired once it is a ratio. The names that a
-stage reports do not depend on the row (a missing thing has count 0): every rank adds the same names in the same order, so one
-reduction of one vector serves them all.
+A mean of means is wrong as soon as two batches differ in size; and a ratio cannot be repaired once
+it is a ratio. The names that a stage reports do not depend on the row (a missing thing has count
+0): every rank adds the same names in the same order, so one reduction of one vector serves them
+all.
 """
 
 from __future__ import annotations
@@ -25,14 +27,17 @@ class MetricSums:
     def add(self, metrics: Metrics) -> None:
         for name, (total, count) in metrics.items():
             total = total.detach().to(torch.float64)
-            entry = torch.stack([total, torch.as_tensor(count, dtype=torch.float64, device=total.device)])
+            entry = torch.stack(
+                [total, torch.as_tensor(count, dtype=torch.float64, device=total.device)]
+            )
             self._sums[name] = self._sums[name] + entry if name in self._sums else entry
 
     def means(self, dp_sum: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, float]:
-        """Reduces over the data-parallel groups (one collective, entered by all ranks alike), empties itself and returns the means.
+        """Reduces over the data-parallel groups (one collective, entered by all ranks alike),
+        empties itself and returns the means.
 
-        A metric whose count is 0 is left out. `rewards/margins` is made from the two reward means where a stage does not report it
-        (KTO, whose chosen and rejected answers are not pairs).
+        A metric whose count is 0 is left out. `rewards/margins` is made from the two reward means
+        where a stage does not report it (KTO, whose chosen and rejected answers are not pairs).
         """
         if not self._sums:
             return {}

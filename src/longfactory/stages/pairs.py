@@ -1,8 +1,10 @@
-"""What the preference stages read from a row: sums of log-probabilities per document, and which documents belong together.
+"""What the preference stages read from a row: sums of log-probabilities per document, and which
+documents belong together.
 
-All sums are float64. The log-probability of an answer of 100,000 tokens is near -100,000, where neighbouring fp32 numbers are 0.008 apart:
-a log-ratio taken there would be mostly rounding. Sums in float64 also do not depend on where in a row a document lies, so a number
-computed before training is the same number in training.
+All sums are float64. The log-probability of an answer of 100,000 tokens is near -100,000, where
+neighbouring fp32 numbers are 0.008 apart: a log-ratio taken there would be mostly rounding. Sums in
+float64 also do not depend on where in a row a document lies, so a number computed before training
+is the same number in training.
 """
 
 from __future__ import annotations
@@ -20,19 +22,27 @@ from longfactory.errors import UserError
 def document_sums(x: Tensor, row: Row) -> Tensor:
     """[T] -> [D] float64: the sum of `x` over the trained tokens of each document. Differentiable.
 
-    One reduction a document, never an indexed addition: the order of additions, hence the last bit, is always the same.
+    One reduction a document, never an indexed addition: the order of additions, hence the last bit,
+    is always the same.
     """
     trained = torch.where(row.labels != IGNORE, x, torch.zeros((), dtype=x.dtype, device=x.device))
-    return torch.stack([part.sum(dtype=torch.float64) for part in trained.split([d.stop - d.start for d in row.documents])])
+    return torch.stack(
+        [
+            part.sum(dtype=torch.float64)
+            for part in trained.split([d.stop - d.start for d in row.documents])
+        ]
+    )
 
 
 def document_logps(logps: Tensor, row: Row, ld_alpha: float | None = None) -> Tensor:
-    """[T] -> [D] float64: each document's log-probability, the number that preference losses compare.
+    """[T] -> [D] float64: each document's log-probability, the number that preference losses
+    compare.
 
     Args:
         logps: [T] log-probabilities of the labels.
-        ld_alpha: length-desensitised DPO (arXiv 2409.06411): in a pair, tokens of the longer answer beyond the shorter one's length weigh
-            `ld_alpha`. Applied to policy and reference alike, as in TRL.
+        ld_alpha: length-desensitised DPO (arXiv 2409.06411): in a pair, tokens of the longer answer
+            beyond the shorter one's length weigh `ld_alpha`. Applied to policy and reference alike,
+            as in TRL.
     """
     if ld_alpha is None:
         return document_sums(logps, row)
@@ -49,7 +59,8 @@ def document_logps(logps: Tensor, row: Row, ld_alpha: float | None = None) -> Te
 
 
 def find_pairs(row: Row) -> list[tuple[int, int]]:
-    """Indices (chosen, rejected) into `row.documents`, one tuple a pair: the documents of one sample with these two roles.
+    """Indices (chosen, rejected) into `row.documents`, one tuple a pair: the documents of one
+    sample with these two roles.
 
     Raises:
         UserError: a sample with a chosen document and no rejected one, or the reverse.
@@ -62,8 +73,9 @@ def find_pairs(row: Row) -> list[tuple[int, int]]:
     for sample, (chosen, rejected) in sides.items():
         if len(chosen) != len(rejected):
             raise UserError(
-                f"Sample {sample} has {len(chosen)} chosen and {len(rejected)} rejected answers in its row. A preference stage needs one "
-                "of each; for single answers with a label use `stage: kto`."
+                f"Sample {sample} has {len(chosen)} chosen and {len(rejected)} rejected answers in"
+                " its row. A preference stage needs one of each; for single answers with a label"
+                " use `stage: kto`."
             )
         found += zip(chosen, rejected, strict=True)
     return found
@@ -75,13 +87,18 @@ def of_role(row: Row, role: str) -> list[int]:
 
 
 def pick(x: Tensor, indices: Sequence[int]) -> Tensor:
-    """`x[indices]` for indices that are known on the host; an empty choice stays attached to the graph of `x`."""
+    """`x[indices]` for indices that are known on the host; an empty choice stays attached to the
+    graph of `x`.
+    """
     return x[torch.tensor(indices, dtype=torch.int64, device=x.device)]
 
 
-def reference_logps(reference: Tensor | None, row: Row, indices: Sequence[int], like: Tensor, ld_alpha: float | None) -> Tensor:
-    """[len(indices)] float64: the reference's log-probability of these documents, from the reference's token log-probabilities of
-    this row where they were computed, else from the numbers that the documents carry.
+def reference_logps(
+    reference: Tensor | None, row: Row, indices: Sequence[int], like: Tensor, ld_alpha: float | None
+) -> Tensor:
+    """[len(indices)] float64: the reference's log-probability of these documents, from the
+    reference's token log-probabilities of this row where they were computed, else from the numbers
+    that the documents carry.
 
     Raises:
         UserError: there is neither.
@@ -92,15 +109,19 @@ def reference_logps(reference: Tensor | None, row: Row, indices: Sequence[int], 
     if None in numbers:
         document = row.documents[indices[numbers.index(None)]]
         raise UserError(
-            f"The {document.role} answer of sample {document.sample} has no reference log-probability, and no reference model was run. "
-            "Set `precompute_ref_log_probs: true`, name a `ref_model`, or train with LoRA (its reference is the model without adapter)."
+            f"The {document.role} answer of sample {document.sample} has no reference"
+            " log-probability, and no reference model was run. Set `precompute_ref_log_probs:"
+            " true`, name a `ref_model`, or train with LoRA (its reference is the model without"
+            " adapter)."
         )
     return torch.tensor(numbers, dtype=torch.float64, device=like.device)
 
 
 @dataclasses.dataclass(frozen=True)
 class PairLogps:
-    """P pairs. `chosen` and `rejected` are the policy's log-probabilities, [P] float64; lengths are trained tokens, [P] float64."""
+    """P pairs. `chosen` and `rejected` are the policy's log-probabilities, [P] float64; lengths are
+    trained tokens, [P] float64.
+    """
 
     chosen: Tensor
     rejected: Tensor
@@ -111,20 +132,30 @@ class PairLogps:
 
     @property
     def chosen_ratio(self) -> Tensor:
-        """log policy - log reference of the chosen answers (the policy alone where there is no reference)."""
+        """log policy - log reference of the chosen answers (the policy alone where there is no
+        reference).
+        """
         return self.chosen if self.chosen_reference is None else self.chosen - self.chosen_reference
 
     @property
     def rejected_ratio(self) -> Tensor:
-        return self.rejected if self.rejected_reference is None else self.rejected - self.rejected_reference
+        return (
+            self.rejected
+            if self.rejected_reference is None
+            else self.rejected - self.rejected_reference
+        )
 
     @property
     def margin(self) -> Tensor:
-        """chosen_ratio - rejected_ratio. Each difference is taken first: equal models give exactly 0."""
+        """chosen_ratio - rejected_ratio. Each difference is taken first: equal models give exactly
+        0.
+        """
         return self.chosen_ratio - self.rejected_ratio
 
     def per_token(self) -> PairLogps:
-        """The same pairs with means over trained tokens in place of sums. Lengths are those of whole documents."""
+        """The same pairs with means over trained tokens in place of sums. Lengths are those of
+        whole documents.
+        """
 
         def mean(x: Tensor | None, n: Tensor) -> Tensor | None:
             return None if x is None else x / n

@@ -1,8 +1,10 @@
-"""The specification that `longfactory verify` compares with: each document alone, in transformers' own model, with plain losses.
+"""The specification that `longfactory verify` compares with: each document alone, in transformers'
+own model, with plain losses.
 
-Nothing here knows of rows, plans, ranks, hand-written layers or the trainer. A second model is built from the run's configuration, with
-its own eager attention, and takes the values of the trained one. Each tokenised document is given to it as it is; labels are shifted
-and losses are written down once more, in a few lines each.
+Nothing here knows of rows, plans, ranks, hand-written layers or the trainer. A second model is
+built from the run's configuration, with its own eager attention, and takes the values of the
+trained one. Each tokenised document is given to it as it is; labels are shifted and losses are
+written down once more, in a few lines each.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ LOSS_SCALE = 1024.0  # of float16's backward
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """One document as the model reads it alone, after its parents. `targets[t]` is the token to predict after `tokens[t]`, or -100."""
+    """One document as the model reads it alone, after its parents. `targets[t]` is the token to
+    predict after `tokens[t]`, or -100.
+    """
 
     tokens: tuple[int, ...]
     targets: tuple[int, ...]
@@ -63,11 +67,12 @@ def texts_of(item: Item) -> list[Text]:
     return out
 
 
-# -- the model ----------------------------------------------------------------------------------------------------------------------------
+# -- the model -------------------------------------------------------------------------------------
 
 
 def build(cfg: Any, tokenizer: Any, trained: nn.Module, device: torch.device) -> nn.Module:
-    """The run's model once more, in float32 and with transformers' own attention. Its values are not the trained one's yet.
+    """The run's model once more, in float32 and with transformers' own attention. Its values are
+    not the trained one's yet.
 
     Raises:
         UserError: it cannot be loaded, or has other parameters than the model of the run.
@@ -75,7 +80,9 @@ def build(cfg: Any, tokenizer: Any, trained: nn.Module, device: torch.device) ->
     config = load.load_config(cfg.model, cfg.data.cutoff_len)
     state = torch.get_rng_state()
     try:
-        model = load.load_model(cfg.model, config, torch.float32, attention="eager", device=torch.device("cpu"))
+        model = load.load_model(
+            cfg.model, config, torch.float32, attention="eager", device=torch.device("cpu")
+        )
         grew = load.resize_vocabulary(model, tokenizer) if cfg.model.resize_vocab else False
         inner = model
         model = adapters.apply_finetuning(model, cfg.method, cfg.model, resized=grew)
@@ -86,21 +93,27 @@ def build(cfg: Any, tokenizer: Any, trained: nn.Module, device: torch.device) ->
     wanted, found = dict(trained.named_parameters()), dict(model.named_parameters())
     if wanted.keys() != found.keys():
         differ = sorted(wanted.keys() ^ found.keys())
-        raise UserError(f"verify loads the model a second time, and it has other parameters: {', '.join(differ[:3])}.")
+        raise UserError(
+            "verify loads the model a second time, and it has other parameters:"
+            f" {', '.join(differ[:3])}."
+        )
     for name, p in found.items():
         p.requires_grad_(wanted[name].requires_grad)
     model = model.float().to(device).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    # transformers' own checkpointing: eager attention keeps [heads, n, n] numbers a layer otherwise.
+    # transformers' own checkpointing: eager attention keeps [heads, n, n] numbers a layer
+    # otherwise.
     if inner.supports_gradient_checkpointing:
         inner.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
 def experts_by(model: nn.Module, implementation: str | None) -> None:
-    """How the model's experts are computed: "eager", one after the other, is the only way that has float64. None: as they are."""
+    """How the model's experts are computed: "eager", one after the other, is the only way that has
+    float64. None: as they are.
+    """
     inner: Any = hf.unwrap(model)
     if implementation is not None and hasattr(inner, "set_experts_implementation"):
         inner.set_experts_implementation(implementation)
@@ -113,7 +126,9 @@ def whole(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_values(trained: nn.Module, model: nn.Module | None) -> dict[str, torch.dtype]:
-    """The trained model's values into `model`, on the process that has one. Collective. Returns the dtypes of the run's parameters."""
+    """The trained model's values into `model`, on the process that has one. Collective. Returns the
+    dtypes of the run's parameters.
+    """
     parameters = dict(model.named_parameters()) if model is not None else {}
     buffers = dict(model.named_buffers()) if model is not None else {}
     dtypes = {}
@@ -130,7 +145,9 @@ def copy_values(trained: nn.Module, model: nn.Module | None) -> dict[str, torch.
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """How numbers are rounded: the dtype of parameters, or of each by name, and what autocast computes in (None: it is off)."""
+    """How numbers are rounded: the dtype of parameters, or of each by name, and what autocast
+    computes in (None: it is off).
+    """
 
     parameters: dict[str, torch.dtype] | torch.dtype = torch.float32
     autocast: torch.dtype | None = None
@@ -141,13 +158,21 @@ class Precision:
 
     @contextlib.contextmanager
     def of(self, model: nn.Module, device: torch.device) -> Iterator[None]:
-        """Inside the block the model computes so. Rounding loses nothing that the run's own parameters have."""
+        """Inside the block the model computes so. Rounding loses nothing that the run's own
+        parameters have.
+        """
         before = {name: p.data for name, p in model.named_parameters()}
         for name, p in model.named_parameters():
             if p.is_floating_point():
-                p.data = p.data.to(self.parameters if isinstance(self.parameters, torch.dtype) else self.parameters[name])
+                p.data = p.data.to(
+                    self.parameters
+                    if isinstance(self.parameters, torch.dtype)
+                    else self.parameters[name]
+                )
         try:
-            with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            with torch.autocast(
+                device.type, dtype=self.autocast, enabled=self.autocast is not None
+            ):
                 yield
         finally:
             for name, p in model.named_parameters():
@@ -155,12 +180,14 @@ class Precision:
                 p.data = before[name]
 
 
-# -- one document -------------------------------------------------------------------------------------------------------------------------
+# -- one document ----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class Scores:
-    """What a loss reads of one text. `logps` [k]: of the k tokens to predict (rm: [1], the value at the last token)."""
+    """What a loss reads of one text. `logps` [k]: of the k tokens to predict (rm: [1], the value at
+    the last token).
+    """
 
     text: Text
     logps: Tensor
@@ -174,20 +201,31 @@ class Scores:
         return len(self.text.places)
 
 
-def read_text(model: nn.Module, text: Text, values: bool, entropy: bool, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """([k] log-probabilities of the tokens to predict, their entropy) or, with `values`, ([1] the value at the last token, None)."""
+def read_text(
+    model: nn.Module, text: Text, values: bool, entropy: bool, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """([k] log-probabilities of the tokens to predict, their entropy) or, with `values`, ([1] the
+    value at the last token, None).
+    """
     inner = hf.unwrap(model)
     ids = torch.tensor(text.tokens, device=device)[None]
     if values:
         seen: list[Tensor] = []
-        hook = inner.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        hook = inner.get_output_embeddings().register_forward_pre_hook(
+            lambda module, args: seen.append(args[0])
+        )
         try:
             model(input_ids=ids, use_cache=False)
         finally:
             hook.remove()
         head: Any = model.v_head
         with torch.autocast(device.type, enabled=False):
-            return _wide(F.linear(seen[0][0, -1:].to(head.weight.dtype), head.weight, head.bias)[:, 0]), None
+            return (
+                _wide(
+                    F.linear(seen[0][0, -1:].to(head.weight.dtype), head.weight, head.bias)[:, 0]
+                ),
+                None,
+            )
     places = torch.tensor(text.places, dtype=torch.int64, device=device)
     logits = _wide(model(input_ids=ids, use_cache=False).logits[0, places])
     labels = torch.tensor([text.targets[t] for t in text.places], dtype=torch.int64, device=device)
@@ -203,18 +241,24 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-# -- losses -------------------------------------------------------------------------------------------------------------------------------
+# -- losses ----------------------------------------------------------------------------------------
 
 MicroBatch = list[Scores]
 """The texts of one micro-batch of all data-parallel groups."""
 
 
 Constant = Callable[[Tensor], Tensor]
-"""What is done to numbers that training takes for constants (detached); the identity, to learn how the value of a loss moves."""
+"""What is done to numbers that training takes for constants (detached); the identity, to learn how
+the value of a loss moves.
+"""
 
 
-def step_loss(method: Any, micro_batches: Sequence[MicroBatch], constant: Constant = torch.Tensor.detach) -> Tensor:
-    """The loss of an optimizer step: the sum over all items (tokens, pairs, samples) by their number."""
+def step_loss(
+    method: Any, micro_batches: Sequence[MicroBatch], constant: Constant = torch.Tensor.detach
+) -> Tensor:
+    """The loss of an optimizer step: the sum over all items (tokens, pairs, samples) by their
+    number.
+    """
     total, items = torch.zeros((), dtype=torch.float64), 0
     rewards: list[Tensor] = []
     for batch in micro_batches:
@@ -223,10 +267,16 @@ def step_loss(method: Any, micro_batches: Sequence[MicroBatch], constant: Consta
             items += sum(scores.length for scores in batch)
         elif method.stage == "kto":
             total = total + _kto(method, batch, constant)
-            items += sum(scores.text.role != "kl" for scores in batch if scores.text.role != "prompt")
+            items += sum(
+                scores.text.role != "kl" for scores in batch if scores.text.role != "prompt"
+            )
         else:
             pairs = _pairs(batch)
-            total = total + (_reward(pairs) if method.stage == "rm" else _preference(method, pairs, rewards, constant))
+            total = total + (
+                _reward(pairs)
+                if method.stage == "rm"
+                else _preference(method, pairs, rewards, constant)
+            )
             items += len(pairs)
     return total / max(items, 1)
 
@@ -249,11 +299,16 @@ def _pairs(batch: MicroBatch) -> list[tuple[Scores, Scores]]:
 
 
 def _reward(pairs: Sequence[tuple[Scores, Scores]]) -> Tensor:
-    return sum((-F.logsigmoid(c.logps[0].double() - r.logps[0].double()).cpu() for c, r in pairs), torch.zeros((), dtype=torch.float64))
+    return sum(
+        (-F.logsigmoid(c.logps[0].double() - r.logps[0].double()).cpu() for c, r in pairs),
+        torch.zeros((), dtype=torch.float64),
+    )
 
 
 def _sum(logps: Tensor, alpha: float | None, other: int) -> Tensor:
-    """A text's log-probability; with `ld_alpha`, tokens beyond the other answer's length weigh that much."""
+    """A text's log-probability; with `ld_alpha`, tokens beyond the other answer's length weigh that
+    much.
+    """
     logps = logps.double().cpu()
     if alpha is None:
         return logps.sum()
@@ -262,10 +317,16 @@ def _sum(logps: Tensor, alpha: float | None, other: int) -> Tensor:
 
 def _reference_sum(scores: Scores, alpha: float | None = None, other: int = 0) -> float:
     reference = scores.reference
-    return float(_sum(reference, alpha, other)) if isinstance(reference, Tensor) else float(reference or 0.0)
+    return (
+        float(_sum(reference, alpha, other))
+        if isinstance(reference, Tensor)
+        else float(reference or 0.0)
+    )
 
 
-def _preference(method: Any, pairs: Sequence[tuple[Scores, Scores]], rewards: list[Tensor], constant: Constant) -> Tensor:
+def _preference(
+    method: Any, pairs: Sequence[tuple[Scores, Scores]], rewards: list[Tensor], constant: Constant
+) -> Tensor:
     """The sum over pairs. `rewards` are those of earlier micro-batches, and get this one's."""
     if not pairs:
         return torch.zeros((), dtype=torch.float64)
@@ -274,12 +335,20 @@ def _preference(method: Any, pairs: Sequence[tuple[Scores, Scores]], rewards: li
     r = torch.stack([_sum(b.logps, alpha, a.length) for a, b in pairs])
     c_ref = r_ref = None
     if pairs[0][0].reference is not None:
-        c_ref = torch.tensor([_reference_sum(a, alpha, b.length) for a, b in pairs], dtype=torch.float64)
-        r_ref = torch.tensor([_reference_sum(b, alpha, a.length) for a, b in pairs], dtype=torch.float64)
-    lengths = [torch.tensor([float(s[i].length) for s in pairs], dtype=torch.float64) for i in (0, 1)]
+        c_ref = torch.tensor(
+            [_reference_sum(a, alpha, b.length) for a, b in pairs], dtype=torch.float64
+        )
+        r_ref = torch.tensor(
+            [_reference_sum(b, alpha, a.length) for a, b in pairs], dtype=torch.float64
+        )
+    lengths = [
+        torch.tensor([float(s[i].length) for s in pairs], dtype=torch.float64) for i in (0, 1)
+    ]
     beta, smoothing = method.pref_beta, method.dpo_label_smoothing
     numbers = PairLogps(c, r, c_ref, r_ref, *lengths)
-    options = LossOptions(beta, smoothing, method.simpo_gamma, getattr(method, "discopop_tau", 0.05))
+    options = LossOptions(
+        beta, smoothing, method.simpo_gamma, getattr(method, "discopop_tau", 0.05)
+    )
     if method.pref_loss == "sigmoid" and c_ref is not None and r_ref is not None:
         margin = beta * ((c - c_ref) - (r - r_ref))
         each = -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
@@ -288,7 +357,9 @@ def _preference(method: Any, pairs: Sequence[tuple[Scores, Scores]], rewards: li
     if method.pref_bco_weight:
         rewards.append(constant(beta * torch.cat([numbers.chosen_ratio, numbers.rejected_ratio])))
         shift = torch.cat(rewards).mean()
-        each = (each + method.pref_bco_weight * losses.bco(numbers, options, shift)) / (1 + method.pref_bco_weight)
+        each = (each + method.pref_bco_weight * losses.bco(numbers, options, shift)) / (
+            1 + method.pref_bco_weight
+        )
     return (each - method.pref_ftx * c / lengths[0].clamp(min=1)).sum()
 
 
@@ -301,14 +372,20 @@ def _kto(method: Any, batch: MicroBatch, constant: Constant) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for scores in batch:
         if scores.text.role == "chosen":
-            total = total + method.kto_chosen_weight * (1 - torch.sigmoid(method.pref_beta * (ratio(scores) - kl)))
-            total = total - method.pref_ftx * scores.logps.double().sum().cpu() / max(scores.length, 1)
+            total = total + method.kto_chosen_weight * (
+                1 - torch.sigmoid(method.pref_beta * (ratio(scores) - kl))
+            )
+            total = total - method.pref_ftx * scores.logps.double().sum().cpu() / max(
+                scores.length, 1
+            )
         if scores.text.role == "rejected":
-            total = total + method.kto_rejected_weight * (1 - torch.sigmoid(method.pref_beta * (kl - ratio(scores))))
+            total = total + method.kto_rejected_weight * (
+                1 - torch.sigmoid(method.pref_beta * (kl - ratio(scores)))
+            )
     return total
 
 
-# -- the step -----------------------------------------------------------------------------------------------------------------------------
+# -- the step --------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -346,9 +423,11 @@ def run_step(
 
     Args:
         batches: the texts of each micro-batch, of all data-parallel groups.
-        reference: gives the reference's number of a text; None where the loss has none or the model without its adapter is it.
+        reference: gives the reference's number of a text; None where the loss has none or the model
+            without its adapter is it.
         adapter_off: the model without its adapter is the reference.
-        step: an earlier one, whose expert choices are replayed and whose reference numbers are used.
+        step: an earlier one, whose expert choices are replayed and whose reference numbers are
+            used.
     """
     values, entropy = method.stage == "rm", bool(method.stage == "sft" and method.use_eaft_loss)
     passes: dict[Text, routers.Choices] = {}
@@ -357,7 +436,11 @@ def run_step(
         for texts in batches:
             batch = []
             for text in texts:
-                recorder = routers.record(hf.unwrap(model)) if step is None else _replayed(model, step.choices, text)
+                recorder = (
+                    routers.record(hf.unwrap(model))
+                    if step is None
+                    else _replayed(model, step.choices, text)
+                )
                 with torch.no_grad(), recorder as choices:
                     logps, bits = read_text(model, text, values, entropy, device)
                 passes[text] = choices if step is None else step.choices[text]
@@ -387,7 +470,9 @@ def run_step(
                     continue
                 with _replayed(model, passes, scores.text):
                     logps, _ = read_text(model, scores.text, values, False, device)
-                    grads = torch.autograd.grad((logps * slope).sum() * precision.scale, wanted, allow_unused=True)
+                    grads = torch.autograd.grad(
+                        (logps * slope).sum() * precision.scale, wanted, allow_unused=True
+                    )
                 for name, g in zip(names, grads, strict=True):
                     if g is not None:
                         wide = _wide(g) / precision.scale
@@ -398,7 +483,12 @@ def run_step(
         [[scores.logps.detach().cpu() for scores in batch] for batch in micro_batches],
         [[next(each).cpu() for _ in batch] for each in (iter(moves),) for batch in micro_batches],
         passes,
-        {scores.text: scores.reference for batch in micro_batches for scores in batch if isinstance(scores.reference, float)},
+        {
+            scores.text: scores.reference
+            for batch in micro_batches
+            for scores in batch
+            if isinstance(scores.reference, float)
+        },
     )
 
 
@@ -407,7 +497,9 @@ def _slopes(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
     if not leaves or not loss.requires_grad:
         return [torch.zeros_like(leaf) for leaf in leaves]
     grads = torch.autograd.grad(loss, list(leaves), allow_unused=True)
-    return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, grads, strict=True)]
+    return [
+        torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, grads, strict=True)
+    ]
 
 
 def _replayed(model: nn.Module, choices: dict[Text, routers.Choices], text: Text) -> Any:
@@ -416,5 +508,9 @@ def _replayed(model: nn.Module, choices: dict[Text, routers.Choices], text: Text
 
 def rms(found: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[Tensor]]) -> float:
     """Root mean square of the differences of all log-probabilities."""
-    differences = [a.double() - b.double() for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True)]
+    differences = [
+        a.double() - b.double()
+        for x, y in zip(found, expected, strict=True)
+        for a, b in zip(x, y, strict=True)
+    ]
     return math.sqrt(float((torch.cat(differences) ** 2).mean())) if differences else 0.0

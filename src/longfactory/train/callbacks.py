@@ -1,4 +1,6 @@
-"""What a run tells while it goes: the LLaMA-Factory log file, the start-up proof, the data order's epoch."""
+"""What a run tells while it goes: the LLaMA-Factory log file, the start-up proof, the data order's
+epoch.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,11 @@ LOG_FILE = "trainer_log.jsonl"
 
 
 class LogFile(TrainerCallback):
-    """`trainer_log.jsonl`: one line a log event, with LLaMA-Factory's field names; boards read it while the run goes.
+    """`trainer_log.jsonl`: one line a log event, with LLaMA-Factory's field names; boards read it
+    while the run goes.
 
-    Fields without a value are left out; times are H:MM:SS; `accuracy` is the share of pairs ranked right (or of tokens, for sft).
+    Fields without a value are left out; times are H:MM:SS; `accuracy` is the share of pairs ranked
+    right (or of tokens, for sft).
     """
 
     def __init__(self, output_dir: str, overwrite: bool):
@@ -33,13 +37,19 @@ class LogFile(TrainerCallback):
         self.failed = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started, self.first_step, self.first_tokens = time.time(), state.global_step, state.num_input_tokens_seen
+        self.started, self.first_step, self.first_tokens = (
+            time.time(),
+            state.global_step,
+            state.num_input_tokens_seen,
+        )
         if state.is_world_process_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.overwrite and self.path.exists() and state.global_step == 0:
                 self.path.unlink()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         logs = logs or {}
         if not state.is_world_process_zero or "train_loss" in logs:
             return
@@ -58,17 +68,26 @@ class LogFile(TrainerCallback):
             "grad_norm": logs.get("grad_norm"),
             "lr": logs.get("learning_rate"),
             "epoch": logs.get("epoch"),
-            "percentage": round(state.global_step / state.max_steps * 100, 2) if state.max_steps else 100,
+            "percentage": (
+                round(state.global_step / state.max_steps * 100, 2) if state.max_steps else 100
+            ),
             "elapsed_time": str(timedelta(seconds=int(elapsed))),
             "elapsed_seconds": round(elapsed, 3),
             "remaining_time": str(timedelta(seconds=int(remaining))),
         }
         # With eval_on_each_dataset every set has a loss of its own.
-        line |= {k: v for k, v in logs.items() if k.startswith("eval_") and k.endswith(("_loss", "_accuracy")) and k not in line}
+        line |= {
+            k: v
+            for k, v in logs.items()
+            if k.startswith("eval_") and k.endswith(("_loss", "_accuracy")) and k not in line
+        }
         if tokens is not None and elapsed > 0:
             line["throughput"] = round((tokens - self.first_tokens) / elapsed, 2)
             line["total_tokens"] = tokens
-        if os.environ.get("RECORD_VRAM", "0").lower() in ("1", "true") and torch.cuda.is_available():
+        if (
+            os.environ.get("RECORD_VRAM", "0").lower() in ("1", "true")
+            and torch.cuda.is_available()
+        ):
             line["vram_allocated"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
             line["vram_reserved"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
         try:
@@ -76,12 +95,18 @@ class LogFile(TrainerCallback):
                 f.write(json.dumps({k: v for k, v in line.items() if v is not None}) + "\n")
         except OSError as error:
             if not self.failed:
-                log.error("%s cannot be written (%s). The run goes on; lines are missing there.", self.path, error.strerror or error)
+                log.error(
+                    "%s cannot be written (%s). The run goes on; lines are missing there.",
+                    self.path,
+                    error.strerror or error,
+                )
             self.failed = True
 
 
 class AtStart(TrainerCallback):
-    """Calls functions once, in order, when the model is wrapped and before the first step. Every rank calls them: they may communicate."""
+    """Calls functions once, in order, when the model is wrapped and before the first step. Every
+    rank calls them: they may communicate.
+    """
 
     def __init__(self, *functions: Callable[[], Any]):
         self.functions = functions
@@ -92,7 +117,8 @@ class AtStart(TrainerCallback):
 
 
 class Reported(TrainerCallback):
-    """A tracker (wandb, tensorboard, ...) whose failure after the first step is one line in the log, and not the end of the run.
+    """A tracker (wandb, tensorboard, ...) whose failure after the first step is one line in the
+    log, and not the end of the run.
 
     Before the first step it raises: then a wrong key or a missing login can still be put right.
     """
@@ -121,7 +147,8 @@ class Reported(TrainerCallback):
                     raise
                 if not self._failed:
                     log.error(
-                        "report_to: %s failed (%s: %s). The run goes on; what the tracker has is not complete.",
+                        "report_to: %s failed (%s: %s). The run goes on; what the tracker has is"
+                        " not complete.",
                         type(self.tracker).__name__,
                         type(error).__name__,
                         error,
@@ -134,4 +161,7 @@ class Reported(TrainerCallback):
 
 def report_failures(handler: Any) -> None:
     """Wraps the trackers among a Trainer's callbacks (`trainer.callback_handler`) in `Reported`."""
-    handler.callbacks = [Reported(c) if type(c).__module__.startswith("transformers.integrations") else c for c in handler.callbacks]
+    handler.callbacks = [
+        Reported(c) if type(c).__module__.startswith("transformers.integrations") else c
+        for c in handler.callbacks
+    ]

@@ -1,9 +1,11 @@
-"""NEFTune (arXiv 2310.05914): uniform noise on the input embeddings while training, by `neftune_noise_alpha`.
+"""NEFTune (arXiv 2310.05914): uniform noise on the input embeddings while training, by
+`neftune_noise_alpha`.
 
-The noise of a document of L tokens lies within alpha / sqrt(L * d), d the size of an embedding. L is the document's own length: neither
-packing nor the batch size changes the noise, as a padded batch would. What is drawn for a token is a function of the seed, the step, the
-document and the token's place in it, and of nothing else: the layout of the row, sequence_parallel_size and the kind of device do
-not change it, and a pass that is repeated draws the same.
+The noise of a document of L tokens lies within alpha / sqrt(L * d), d the size of an embedding. L
+is the document's own length: neither packing nor the batch size changes the noise, as a padded
+batch would. What is drawn for a token is a function of the seed, the step, the document and the
+token's place in it, and of nothing else: the layout of the row, sequence_parallel_size and the kind
+of device do not change it, and a pass that is repeated draws the same.
 """
 
 from __future__ import annotations
@@ -42,13 +44,17 @@ def token_keys(row: Row, seed: int, step: int) -> Tensor:
         name = (d.sample, d.role)
         words = f"{seed} {step} {d.sample} {d.role} {seen[name]}"
         seen[name] += 1
-        start = int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little", signed=True)
+        start = int.from_bytes(
+            hashlib.blake2b(words.encode(), digest_size=8).digest(), "little", signed=True
+        )
         keys.append(_mix(torch.arange(1, d.stop - d.start + 1) * _signed(_GOLDEN) + start))
     return torch.cat(keys)
 
 
 def uniform(keys: Tensor, dim: int) -> Tensor:
-    """[t] keys -> [t, dim] float32 numbers that are uniform in (-1, 1), the same on every device."""
+    """[t] keys -> [t, dim] float32 numbers that are uniform in (-1, 1), the same on every
+    device.
+    """
     channels = torch.arange(1, dim + 1, device=keys.device) * _signed(_GOLDEN)
     bits = _shifted(_mix(keys[:, None] + channels), 40)  # 24 of 64 bits: what float32 holds exactly
     return (2 * bits + 1 - (1 << 24)).to(torch.float32) / (1 << 24)
@@ -56,12 +62,14 @@ def uniform(keys: Tensor, dim: int) -> Tensor:
 
 @contextlib.contextmanager
 def noisy_embeddings(embedding: nn.Module, keys: Tensor, scales: Tensor) -> Iterator[None]:
-    """While open, one pass through `embedding` adds noise to its output [1, t, d]: uniform in +-scale / sqrt(d).
+    """While open, one pass through `embedding` adds noise to its output [1, t, d]: uniform in
+    +-scale / sqrt(d).
 
     Args:
         keys, scales: [t], of the tokens that pass (`token_keys`, `token_scales`).
     Raises:
-        RuntimeError: not exactly one pass went through, or it had another number of tokens: noise would be missing or misplaced.
+        RuntimeError: not exactly one pass went through, or it had another number of tokens: noise
+            would be missing or misplaced.
     """
     passes = 0
 
@@ -69,7 +77,10 @@ def noisy_embeddings(embedding: nn.Module, keys: Tensor, scales: Tensor) -> Iter
         nonlocal passes
         passes += 1
         if output.dim() != 3 or output.shape[:2] != (1, len(keys)):
-            raise RuntimeError(f"NEFTune expected embeddings of shape [1, {len(keys)}, d], found {list(output.shape)}.")
+            raise RuntimeError(
+                f"NEFTune expected embeddings of shape [1, {len(keys)}, d], found"
+                f" {list(output.shape)}."
+            )
         noise = torch.empty_like(output)
         dim = output.shape[-1]
         size = max(1, _ELEMENTS_AT_ONCE // dim)
@@ -85,7 +96,10 @@ def noisy_embeddings(embedding: nn.Module, keys: Tensor, scales: Tensor) -> Iter
     finally:
         handle.remove()
     if passes != 1:
-        raise RuntimeError(f"NEFTune expected one pass through the input embeddings, found {passes}: this model's are elsewhere.")
+        raise RuntimeError(
+            f"NEFTune expected one pass through the input embeddings, found {passes}: this model's"
+            " are elsewhere."
+        )
 
 
 def _signed(number: int) -> int:
@@ -99,7 +113,9 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64: every bit of the result depends on every bit of `x`. Products wrap around."""
+    """The finaliser of splitmix64: every bit of the result depends on every bit of `x`. Products
+    wrap around.
+    """
     for bits, multiplier in zip((30, 27), _MULTIPLIERS, strict=True):
         x = (x ^ _shifted(x, bits)) * _signed(multiplier)
     return x ^ _shifted(x, 31)

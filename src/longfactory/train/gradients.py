@@ -1,7 +1,9 @@
-"""Trainable parameters that a row of text gives no gradient: refused where that would spoil the gradients of others, else reported.
+"""Trainable parameters that a row of text gives no gradient: refused where that would spoil the
+gradients of others, else reported.
 
-DDP sums gradients over processes in buckets. A bucket that waits for a parameter without a gradient is never summed, and its other
-parameters go on with the gradient of one process; nothing says so until the second backward.
+DDP sums gradients over processes in buckets. A bucket that waits for a parameter without a gradient
+is never summed, and its other parameters go on with the gradient of one process; nothing says so
+until the second backward.
 """
 
 from __future__ import annotations
@@ -28,14 +30,20 @@ TOKENS = 64
 
 def without_gradient(model: nn.Module) -> list[str]:
     """Names of the trainable parameters that hold no gradient."""
-    return [name.removeprefix("module.") for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    return [
+        name.removeprefix("module.")
+        for name, p in model.named_parameters()
+        if p.requires_grad and p.grad is None
+    ]
 
 
 def refuse_unused(trainer: RowTrainer) -> None:
-    """Under DDP, before the first step: one row forward and backward on each process, without summing. Collective.
+    """Under DDP, before the first step: one row forward and backward on each process, without
+    summing. Collective.
 
     Raises:
-        UserError: on every rank, where a trainable parameter has no gradient on one of them. Names the parameters.
+        UserError: on every rank, where a trainable parameter has no gradient on one of them. Names
+            the parameters.
     """
     model = trainer.model_wrapped
     if not isinstance(model, DistributedDataParallel) or model.find_unused_parameters:
@@ -48,7 +56,11 @@ def refuse_unused(trainer: RowTrainer) -> None:
     training, devices = model.training, [positions.device] if positions.is_cuda else []
     model.train()
     try:
-        with torch.random.fork_rng(devices=devices), model.no_sync(), trainer.compute_loss_context_manager():
+        with (
+            torch.random.fork_rng(devices=devices),
+            model.no_sync(),
+            trainer.compute_loss_context_manager(),
+        ):
             with trainer.head.labels(ids.cpu()[plan.index]):
                 out = model(**hf.inputs({"input_ids": ids, "position_ids": positions}, plan))
                 loss = trainer.head.outputs(out.logits).logps.sum()
@@ -63,9 +75,10 @@ def refuse_unused(trainer: RowTrainer) -> None:
         dist.all_gather_object(everyone, mine)
     if unused := sorted({name for names in everyone for name in names}):
         raise UserError(
-            f"{len(unused)} trainable parameters get no gradient from text: {_some(unused)}. DDP would leave gradients of "
-            "other parameters unsummed beside them. Leave them out of what is trained (finetuning_type: freeze or lora), "
-            "use one process or sharding: fsdp2, or set ddp_find_unused_parameters: true."
+            f"{len(unused)} trainable parameters get no gradient from text: {_some(unused)}. DDP"
+            " would leave gradients of other parameters unsummed beside them. Leave them out of"
+            " what is trained (finetuning_type: freeze or lora), use one process or sharding:"
+            " fsdp2, or set ddp_find_unused_parameters: true."
         )
 
 
@@ -74,7 +87,9 @@ def _some(names: list[str]) -> str:
 
 
 class ReportUnused(TrainerCallback):
-    """At the first update without DDP, where nothing is spoilt: says which trainable parameters have no gradient."""
+    """At the first update without DDP, where nothing is spoilt: says which trainable parameters
+    have no gradient.
+    """
 
     def __init__(self, trainer: RowTrainer) -> None:
         self.trainer, self.done = trainer, False
@@ -86,4 +101,7 @@ class ReportUnused(TrainerCallback):
             return
         self.done = True
         if unused := without_gradient(trainer.model_wrapped):
-            log.warning(f"{len(unused)} trainable parameters got no gradient in the first step and are not trained: {_some(unused)}.")
+            log.warning(
+                f"{len(unused)} trainable parameters got no gradient in the first step and are not"
+                f" trained: {_some(unused)}."
+            )

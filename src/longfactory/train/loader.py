@@ -1,8 +1,10 @@
-"""Which samples a data-parallel group reads, and when: integer arithmetic that does not know the sequence-parallel size.
+"""Which samples a data-parallel group reads, and when: integer arithmetic that does not know the
+sequence-parallel size.
 
-An optimizer step t takes the samples [t * G, (t + 1) * G) of the epoch's order, G the total batch. How the G samples are spread over
-groups and micro-batches does not matter to the gradient, so a run with another `sequence_parallel_size` and the same G takes the same
-steps, and a checkpoint resumes at the exact sample. Every rank of a sequence-parallel group reads the same samples.
+An optimizer step t takes the samples [t * G, (t + 1) * G) of the epoch's order, G the total batch.
+How the G samples are spread over groups and micro-batches does not matter to the gradient, so a run
+with another `sequence_parallel_size` and the same G takes the same steps, and a checkpoint resumes
+at the exact sample. Every rank of a sequence-parallel group reads the same samples.
 """
 
 from __future__ import annotations
@@ -22,17 +24,20 @@ from longfactory.train.reference import ReferenceCache
 class RowSampler(Sampler[list[int]]):
     """Lists of sample indices, one list for each micro-batch of this data-parallel group.
 
-    Every group gets the same number of lists, as collectives need; at the end of an epoch some lists are short or empty (an
-    empty one becomes a row without labels). Nothing is repeated and nothing is dropped.
+    Every group gets the same number of lists, as collectives need; at the end of an epoch some
+    lists are short or empty (an empty one becomes a row without labels). Nothing is repeated and
+    nothing is dropped.
 
     Args:
         length: number of samples.
         batch: samples in a micro-batch.
         groups, group: number of data-parallel groups and the place of this one.
         seed: of the shuffle; None for the data's own order.
-        lengths: token counts; given, samples of like length come together (`group_by_length`), in shuffled order.
+        lengths: token counts; given, samples of like length come together (`group_by_length`), in
+            shuffled order.
         window: samples in a stretch that is sorted by length.
-        drop_last: leave out the last step of an epoch where it is not whole; `step` is the number of samples in one.
+        drop_last: leave out the last step of an epoch where it is not whole; `step` is the number
+            of samples in one.
     """
 
     def __init__(
@@ -50,7 +55,8 @@ class RowSampler(Sampler[list[int]]):
     ):
         self.length, self.batch, self.groups, self.group = length, batch, groups, group
         self.seed, self.lengths, self.window, self.drop_last = seed, lengths, window, drop_last
-        # Samples that the last, incomplete step of an epoch would be short of are dropped by whole steps: the same under any split.
+        # Samples that the last, incomplete step of an epoch would be short of are dropped by whole
+        # steps: the same under any split.
         self.step = step or batch * groups
         self.epoch = 0
 
@@ -72,7 +78,11 @@ class RowSampler(Sampler[list[int]]):
         if self.lengths is None or self.window <= 1:
             return order
         lengths = self.lengths
-        return [i for s in range(0, self.length, self.window) for i in sorted(order[s : s + self.window], key=lambda i: -lengths[i])]
+        return [
+            i
+            for s in range(0, self.length, self.window)
+            for i in sorted(order[s : s + self.window], key=lambda i: -lengths[i])
+        ]
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self.order()
@@ -82,7 +92,9 @@ class RowSampler(Sampler[list[int]]):
 
 
 class RowStream(IterableDataset):
-    """A stream of samples -> lists of samples for this data-parallel group. Every rank reads the whole stream and keeps its turn."""
+    """A stream of samples -> lists of samples for this data-parallel group. Every rank reads the
+    whole stream and keeps its turn.
+    """
 
     def __init__(self, source: Any, batch: int, *, groups: int, group: int):
         self.source, self.batch, self.groups, self.group = source, batch, groups, group
@@ -108,8 +120,9 @@ class RowStream(IterableDataset):
 class Endless(IterableDataset):
     """A stream that begins again where it ends, in the order of the next epoch.
 
-    To the Trainer it is one epoch, in which step t takes the items [t * G, (t + 1) * G), G the total batch. Of a stream that ended it
-    would add the last micro-batches, too few for a step, to the next epoch's first step, and resume a later epoch at its beginning.
+    To the Trainer it is one epoch, in which step t takes the items [t * G, (t + 1) * G), G the
+    total batch. Of a stream that ended it would add the last micro-batches, too few for a step, to
+    the next epoch's first step, and resume a later epoch at its beginning.
     """
 
     def __init__(self, source: Any):
@@ -133,7 +146,8 @@ class Endless(IterableDataset):
 class Collate:
     """Samples -> {"row": Row}, in a worker process. No samples give a row that trains nothing.
 
-    `reference` gives the cache of the reference's log-probabilities that are attached to the documents, or None.
+    `reference` gives the cache of the reference's log-probabilities that are attached to the
+    documents, or None.
     """
 
     def __init__(
@@ -144,7 +158,13 @@ class Collate:
         empty: Callable[[int, int], Row],
         reference: Callable[[], ReferenceCache | None] = lambda: None,
     ):
-        self.collate, self.multiple, self.pad_id, self.empty, self.reference = collate, multiple, pad_id, empty, reference
+        self.collate, self.multiple, self.pad_id, self.empty, self.reference = (
+            collate,
+            multiple,
+            pad_id,
+            empty,
+            reference,
+        )
 
     def __call__(self, samples: list[Any]) -> dict[str, Row]:
         if not samples:
@@ -180,9 +200,11 @@ def make_loader(
     prefetch: int | None,
     endless: bool = False,
 ) -> DataLoader:
-    """A plain DataLoader: indexable data sets go by `sampler`, streams take turns; with `endless` they begin again where they end.
+    """A plain DataLoader: indexable data sets go by `sampler`, streams take turns; with `endless`
+    they begin again where they end.
 
-    A `StreamedDataset` uses `workers` by itself: processes of a DataLoader would each read and tokenise the whole stream.
+    A `StreamedDataset` uses `workers` by itself: processes of a DataLoader would each read and
+    tokenise the whole stream.
     """
     if isinstance(dataset, StreamedDataset):
         dataset, workers = dataclasses.replace(dataset, workers=workers, prefetch=prefetch or 2), 0
@@ -190,5 +212,9 @@ def make_loader(
     if workers:
         common.update(persistent_workers=True, prefetch_factor=prefetch or 2)
     if sampler is None:
-        return DataLoader(RowStream(Endless(dataset) if endless else dataset, batch, groups=groups, group=group), batch_size=None, **common)
+        return DataLoader(
+            RowStream(Endless(dataset) if endless else dataset, batch, groups=groups, group=group),
+            batch_size=None,
+            **common,
+        )
     return DataLoader(dataset, batch_sampler=sampler, **common)

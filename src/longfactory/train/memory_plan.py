@@ -1,4 +1,6 @@
-"""The memory plan of a run: chosen from its data and machine before anything is loaded, corrected after the first step."""
+"""The memory plan of a run: chosen from its data and machine before anything is loaded, corrected
+after the first step.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,9 @@ log = logging.getLogger("longfactory")
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What is kept where. `split`: trained weights are bf16 with a 16-bit remainder (exact fp32 masters; see SplitAdamW). `narrow`: states
-    of AdamW on the GPU that are not fp32, as the user asked."""
+    """What is kept where. `split`: trained weights are bf16 with a 16-bit remainder (exact fp32
+    masters; see SplitAdamW). `narrow`: states of AdamW on the GPU that are not fp32, as the user
+    asked."""
 
     plan: MemoryPlan
     split: bool
@@ -36,9 +39,11 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Parameters of the run's model. `trained` and `head` (the output layer is trained) are None where only the weights would tell.
+    """Parameters of the run's model. `trained` and `head` (the output layer is trained) are None
+    where only the weights would tell.
 
-    `buffers`: its checkpoints hold buffers beside parameters (the correction of a router's scores, say).
+    `buffers`: its checkpoints hold buffers beside parameters (the correction of a router's scores,
+    say).
     """
 
     total: int
@@ -48,10 +53,12 @@ class Counts:
 
 
 def count_parameters(cfg: RunConfig, model_config: Any) -> Counts:
-    """Counts on a model without storage, made trainable as the run's will be. Tokens that resize_vocab adds are not counted.
+    """Counts on a model without storage, made trainable as the run's will be. Tokens that
+    resize_vocab adds are not counted.
 
     Raises:
-        UserError: the model cannot be trained (see `load.empty_model`), or the keys of freeze or LoRA name modules that it does not have.
+        UserError: the model cannot be trained (see `load.empty_model`), or the keys of freeze or
+            LoRA name modules that it does not have.
     """
     given = cfg.model.adapter_name_or_path
     model = load.empty_model(cfg.model, model_config)
@@ -60,15 +67,19 @@ def count_parameters(cfg: RunConfig, model_config: Any) -> Counts:
         total = adapters.count_parameters(model)[1]
         if given and not cfg.method.create_new_adapter:
             return Counts(total, None, None, buffers)
-        method = dataclasses.replace(cfg.method, pissa_init=False, use_dora=False)  # both compute with weights
-        model = adapters.apply_finetuning(model, method, dataclasses.replace(cfg.model, adapter_name_or_path=()))
+        # both compute with weights
+        method = dataclasses.replace(cfg.method, pissa_init=False, use_dora=False)
+        model = adapters.apply_finetuning(
+            model, method, dataclasses.replace(cfg.model, adapter_name_or_path=())
+        )
     head = model.get_output_embeddings()
     head_trained = head is not None and any(p.requires_grad for p in head.parameters())
     return Counts(total, adapters.count_parameters(model)[0], head_trained, buffers)
 
 
 def check_model(cfg: RunConfig) -> list[str]:
-    """What `train` would refuse of the model, from its configuration alone: for `--dry_run` and `plan`. No weight is read.
+    """What `train` would refuse of the model, from its configuration alone: for `--dry_run` and
+    `plan`. No weight is read.
 
     Returns:
         What could not be checked: a model that is not on this machine.
@@ -78,23 +89,37 @@ def check_model(cfg: RunConfig) -> list[str]:
     name = str(cfg.model.model_name_or_path)
     path, _ = load.resolve(name)
     if not Path(path).exists():
-        return [f"model_name_or_path: {name} is not a folder on this machine; the model was not checked."]
+        return [
+            f"model_name_or_path: {name} is not a folder on this machine; the model was not"
+            " checked."
+        ]
     count_parameters(cfg, load.load_config(cfg.model, cfg.data.cutoff_len))
     return []
 
 
 def plan_memory(
-    cfg: RunConfig, model_config: Any, counts: Counts, datasets: Datasets, ctx_size: int, sharding: str, world: int, cuda: bool
+    cfg: RunConfig,
+    model_config: Any,
+    counts: Counts,
+    datasets: Datasets,
+    ctx_size: int,
+    sharding: str,
+    world: int,
+    cuda: bool,
 ) -> Memory:
     """`memory: auto | fast | long` on this machine, for the longest row of the data.
 
     Raises:
-        UserError: an optimizer with states in 4 or 8 bit that cannot be had here; `optimizer_overlap` or
-            `offload_gradients` where they cannot be.
+        UserError: an optimizer with states in 4 or 8 bit that cannot be had here;
+            `optimizer_overlap` or `offload_gradients` where they cannot be.
     """
     batch = int(cfg.trainer("per_device_train_batch_size"))
     train = datasets.train
-    longest = int(max(train.lengths)) if train is not None and hasattr(train, "lengths") else cfg.data.cutoff_len
+    longest = (
+        int(max(train.lengths))
+        if train is not None and hasattr(train, "lengths")
+        else cfg.data.cutoff_len
+    )
     lora = cfg.method.finetuning_type == "lora"
     gpu = torch.cuda.get_device_properties(0) if cuda else None
     exact, narrow = str(cfg.trainer("optim")) in EXACT, narrow_states(cfg, sharding)
@@ -104,16 +129,27 @@ def plan_memory(
     overlaps, fp16 = cfg.memory.optimizer_overlap, bool(cfg.trainer("fp16"))
     if overlaps and float(cfg.trainer("max_grad_norm")) > 0:
         raise UserError(
-            "optimizer_overlap updates weights before the norm of all gradients is known, and max_grad_norm is "
-            f"{cfg.trainer('max_grad_norm')}. Set max_grad_norm: 0, or offload_gradients: true instead of optimizer_overlap."
+            "optimizer_overlap updates weights before the norm of all gradients is known, and"
+            f" max_grad_norm is {cfg.trainer('max_grad_norm')}. Set max_grad_norm: 0, or"
+            " offload_gradients: true instead of optimizer_overlap."
         )
-    for key, wanted in (("optimizer_overlap", overlaps), ("offload_gradients", cfg.memory.offload_gradients is True)):
+    for key, wanted in (
+        ("optimizer_overlap", overlaps),
+        ("offload_gradients", cfg.memory.offload_gradients is True),
+    ):
         if wanted:
             check_leaving(key, sharding, fp16)
     held = reference_bytes(cfg, model_config, world if sharding == "fsdp2" else 1)
 
-    # Gradients of split weights are bf16. FSDP2 reduces them in fp32 and SplitAdamW sums micro-batches in fp32; DDP would reduce in bf16.
-    may_split = exact and bool(cfg.hf.get("bf16")) and not lora and sharding in ("none", "fsdp2") and not cfg.method.pure_bf16
+    # Gradients of split weights are bf16. FSDP2 reduces them in fp32 and SplitAdamW sums
+    # micro-batches in fp32; DDP would reduce in bf16.
+    may_split = (
+        exact
+        and bool(cfg.hf.get("bf16"))
+        and not lora
+        and sharding in ("none", "fsdp2")
+        and not cfg.method.pure_bf16
+    )
 
     def choose(split: bool) -> MemoryPlan:
         return choose_memory(
@@ -132,9 +168,11 @@ def plan_memory(
             lora=lora,
             head_trained=counts.head,
             split_master=split,
-            accumulates=int(cfg.trainer("gradient_accumulation_steps")) > 1 or sharding == "deepspeed",
+            accumulates=int(cfg.trainer("gradient_accumulation_steps")) > 1
+            or sharding == "deepspeed",
             state_bytes=_state_bytes(narrow, model_config, counts),
-            # Split weights take less, and cost no time: fp32 gradients leave only where weights cannot be split.
+            # Split weights take less, and cost no time: fp32 gradients leave only where weights
+            # cannot be split.
             leavable=sharding in ("none", "fsdp2") and not fp16 and split == may_split,
             overlaps=overlaps,
             width=2 if cfg.hf.get("bf16") or cfg.hf.get("fp16") or cfg.method.pure_bf16 else 4,
@@ -151,13 +189,16 @@ def plan_memory(
 
 
 def check_leaving(key: str, sharding: str, fp16: bool) -> None:
-    """Refuses a key by which gradients leave during backward, where they are not final when backward gives them.
+    """Refuses a key by which gradients leave during backward, where they are not final when
+    backward gives them.
 
     Raises:
         UserError: DDP, DeepSpeed or fp16.
     """
     if sharding not in ("none", "fsdp2"):
-        raise UserError(f"{key} works with FSDP2 or one process; this run has sharding: {sharding}.")
+        raise UserError(
+            f"{key} works with FSDP2 or one process; this run has sharding: {sharding}."
+        )
     if fp16:
         raise UserError(f"{key} needs gradients as they are, and fp16's are scaled. Use bf16.")
 
@@ -172,16 +213,22 @@ def _state_bytes(narrow: Narrow | None, model_config: Any, counts: Counts) -> fl
 
 
 def reference_bytes(cfg: RunConfig, model_config: Any, shards: int) -> int:
-    """Bytes a device of the second model that asft holds where there is no adapter to switch off; spread over `shards` devices."""
+    """Bytes a device of the second model that asft holds where there is no adapter to switch off;
+    spread over `shards` devices.
+    """
     method = cfg.method
     if method.stage != "sft" or not method.use_asft_loss or adapter_is_reference(method):
         return 0
-    bits = (method.ref_model_quantization_bit if method.ref_model else cfg.model.quantization_bit) or (16 if cfg.hf.get("bf16") else 32)
+    bits = (
+        method.ref_model_quantization_bit if method.ref_model else cfg.model.quantization_bit
+    ) or (16 if cfg.hf.get("bf16") else 32)
     return ModelShape.of(model_config).parameters * bits // 8 // shards
 
 
 class FitMemory(TrainerCallback):
-    """After the first step: settings corrected from its real peak. All ranks agree on it, since pieces of attention communicate."""
+    """After the first step: settings corrected from its real peak. All ranks agree on it, since
+    pieces of attention communicate.
+    """
 
     def __init__(self, plan: MemoryPlan, activations: Activations):
         self.plan, self.activations, self.done = plan, activations, False
@@ -190,7 +237,9 @@ class FitMemory(TrainerCallback):
         if self.done or args.device.type != "cuda":
             return
         self.done = True
-        peak = torch.tensor(torch.cuda.max_memory_allocated(), dtype=torch.int64, device=args.device)
+        peak = torch.tensor(
+            torch.cuda.max_memory_allocated(), dtype=torch.int64, device=args.device
+        )
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
         settings, line = corrected(self.plan, int(peak))

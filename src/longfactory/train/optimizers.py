@@ -1,4 +1,6 @@
-"""Optimizers that transformers' own choice does not cover: LoRA+, and AdamW on split master weights or on the host."""
+"""Optimizers that transformers' own choice does not cover: LoRA+, and AdamW on split master weights
+or on the host.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,11 @@ from longfactory.train.optimizer_names import EXACT
 log = logging.getLogger("longfactory")
 
 
-def optimizer_factory(cfg: RunConfig, memory: Memory) -> Callable[[Any, Any], torch.optim.Optimizer] | None:
-    """A function (model, trainer) -> optimizer, or None where the Trainer makes its own. Logs what is not the usual.
+def optimizer_factory(
+    cfg: RunConfig, memory: Memory
+) -> Callable[[Any, Any], torch.optim.Optimizer] | None:
+    """A function (model, trainer) -> optimizer, or None where the Trainer makes its own. Logs what
+    is not the usual.
 
     Raises:
         UserError: another optimizer than AdamW together with states on the host or split weights.
@@ -27,26 +32,48 @@ def optimizer_factory(cfg: RunConfig, memory: Memory) -> Callable[[Any, Any], to
     ours = memory.split or placement == "host"
     name = str(cfg.trainer("optim"))
     if ours and name not in EXACT:
-        raise UserError(f"optim: {name} cannot keep its states on the host. Use adamw_torch, or optimizer_placement: gpu.")
+        raise UserError(
+            f"optim: {name} cannot keep its states on the host. Use adamw_torch, or"
+            " optimizer_placement: gpu."
+        )
     if memory.narrow is not None and not ours:
         source = memory.narrow.package or "pure_bf16"
-        log.info(f"AdamW states in {memory.narrow.width} ({source}): not the exact fp32 trajectory.")
+        log.info(
+            f"AdamW states in {memory.narrow.width} ({source}): not the exact fp32 trajectory."
+        )
     overlap = placement == "host" and memory.plan.job.overlaps
     if overlap:
-        log.info("Nothing is clipped (max_grad_norm: 0): the host updates weights while backward goes on.")
+        log.info(
+            "Nothing is clipped (max_grad_norm: 0): the host updates weights while backward"
+            " goes on."
+        )
     elif memory.plan.job.overlaps:
-        log.warning("optimizer_overlap does nothing here: AdamW's states fit on the GPU. For the host: optimizer_placement: host.")
+        log.warning(
+            "optimizer_overlap does nothing here: AdamW's states fit on the GPU. For the host:"
+            " optimizer_placement: host."
+        )
     elsewhere = memory.plan.choice.gradients == "host" and placement == "gpu"
     if elsewhere:
-        log.warning("offload_gradients does nothing here: AdamW's states fit on the GPU. For the host: optimizer_placement: host.")
-    settings = {"placement": placement, "gradients": "gpu" if overlap else memory.plan.settings.gradients, "overlap": overlap}
+        log.warning(
+            "offload_gradients does nothing here: AdamW's states fit on the GPU. For the host:"
+            " optimizer_placement: host."
+        )
+    settings = {
+        "placement": placement,
+        "gradients": "gpu" if overlap else memory.plan.settings.gradients,
+        "overlap": overlap,
+    }
     if cfg.method.loraplus_lr_ratio is not None:
         return _lora_plus(cfg.method, settings if ours else None)
     return _split_adamw(settings) if ours else None
 
 
-def _lora_plus(method: Any, settings: dict[str, Any] | None) -> Callable[[Any, Any], torch.optim.Optimizer]:
-    """LoRA+ (Hayou et al., 2024): B matrices learn `loraplus_lr_ratio` times as fast. `settings`: SplitAdamW's; None: torch's AdamW."""
+def _lora_plus(
+    method: Any, settings: dict[str, Any] | None
+) -> Callable[[Any, Any], torch.optim.Optimizer]:
+    """LoRA+ (Hayou et al., 2024): B matrices learn `loraplus_lr_ratio` times as fast. `settings`:
+    SplitAdamW's; None: torch's AdamW.
+    """
 
     def make(model: Any, trainer: Any) -> torch.optim.Optimizer:
         from peft.optimizers import create_loraplus_optimizer
@@ -55,7 +82,14 @@ def _lora_plus(method: Any, settings: dict[str, Any] | None) -> Callable[[Any, A
         if settings is None:
             cls, kwargs = trainer.get_optimizer_cls_and_kwargs(args, model)
         else:
-            cls, kwargs = SplitAdamW, {"lr": args.learning_rate, **_adamw_settings(args), **settings}
+            cls, kwargs = (
+                SplitAdamW,
+                {
+                    "lr": args.learning_rate,
+                    **_adamw_settings(args),
+                    **settings,
+                },
+            )
         return create_loraplus_optimizer(
             model,
             optimizer_cls=cls,

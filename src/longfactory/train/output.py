@@ -1,4 +1,6 @@
-"""The files of a run: the proof before its first step that they can be written; weights, tokenizer, result files, curves, model card."""
+"""The files of a run: the proof before its first step that they can be written; weights, tokenizer,
+result files, curves, model card.
+"""
 
 from __future__ import annotations
 
@@ -27,23 +29,28 @@ log = logging.getLogger("longfactory")
 SCRATCH = ".longfactory-dry-save-"
 
 BY_US, BY_PEFT = "trained by LongFactory:", "# Model Card for Model ID"
-"""By these words a card is known that may be written anew: ours, and the empty form that peft leaves beside an adapter."""
+"""By these words a card is known that may be written anew: ours, and the empty form that peft
+leaves beside an adapter.
+"""
 CURVES = ("loss", "eval_loss", "eval_accuracy", "rewards/accuracies")
 
 
 def curves(cfg: Any) -> list[str]:
     """What is drawn of a run, where it was logged: LLaMA-Factory's pictures."""
     each = (
-        [f"eval_{name}_{what}" for name in cfg.data.eval_dataset for what in ("loss", "accuracy")] if cfg.data.eval_on_each_dataset else []
+        [f"eval_{name}_{what}" for name in cfg.data.eval_dataset for what in ("loss", "accuracy")]
+        if cfg.data.eval_on_each_dataset
+        else []
     )
     return [*CURVES, *(["rewards/chosen"] if cfg.method.stage == "kto" else []), *each]
 
 
 def save_trained(trainer: Any, cfg: Any, tokenizer: Any, result: Any) -> None:
-    """Weights as plain safetensors, tokenizer, `train_results.json`, `trainer_state.json`, curves, model card. Collective.
+    """Weights as plain safetensors, tokenizer, `train_results.json`, `trainer_state.json`, curves,
+    model card. Collective.
 
-    The model comes first; whatever fails after it is reported and loses nothing else. Of a run that had been over before, the weights
-    alone: its results are not those of no steps.
+    The model comes first; whatever fails after it is reported and loses nothing else. Of a run that
+    had been over before, the weights alone: its results are not those of no steps.
     """
     if cfg.output.save_final_model:
         trainer.save_model()
@@ -54,8 +61,15 @@ def save_trained(trainer: Any, cfg: Any, tokenizer: Any, result: Any) -> None:
         reported(write, "results of the training")
     if trainer.is_world_process_zero():
         if cfg.method.plot_loss:
-            reported(lambda: plot_history(trainer.state.log_history, trainer.args.output_dir, curves(cfg)), "plot_loss: curves")
-        reported(lambda: write_model_card(cfg, trainer.args.output_dir), "README.md, the model card,")
+            reported(
+                lambda: plot_history(
+                    trainer.state.log_history, trainer.args.output_dir, curves(cfg)
+                ),
+                "plot_loss: curves",
+            )
+        reported(
+            lambda: write_model_card(cfg, trainer.args.output_dir), "README.md, the model card,"
+        )
 
 
 def reported(write: Callable[[], Any], what: str) -> None:
@@ -63,11 +77,17 @@ def reported(write: Callable[[], Any], what: str) -> None:
     try:
         write()
     except Exception as error:
-        log.error("%s could not be written or sent (%s: %s). The run goes on without.", what, type(error).__name__, first_line(error))
+        log.error(
+            "%s could not be written or sent (%s: %s). The run goes on without.",
+            what,
+            type(error).__name__,
+            first_line(error),
+        )
 
 
 def push(trainer: Any) -> None:
-    """Uploads the output folder where `push_to_hub` asks for it: the last thing that a run does. Collective.
+    """Uploads the output folder where `push_to_hub` asks for it: the last thing that a run does.
+    Collective.
 
     Raises:
         UserError: the hub refuses; all files are complete on this machine.
@@ -78,20 +98,24 @@ def push(trainer: Any) -> None:
         trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
     except Exception as error:
         raise UserError(
-            f"push_to_hub: {trainer.args.output_dir} could not be uploaded ({type(error).__name__}: {first_line(error)}). The trained "
-            "model is complete in that folder. Upload it by `longfactory export` with export_hub_model_id, or by `hf upload`."
+            f"push_to_hub: {trainer.args.output_dir} could not be uploaded ({type(error).__name__}:"
+            f" {first_line(error)}). The trained model is complete in that folder. Upload it by"
+            " `longfactory export` with export_hub_model_id, or by `hf upload`."
         ) from error
 
 
 def first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )
 
 
-# ---- before the first step --------------------------------------------------------------------------------------------------------------
+# ---- before the first step -----------------------------------------------------------------------
 
 
 def prove_writable(args: Any, source: Source | None) -> None:
-    """Refuses an output folder that cannot be written, or that the model is read from. Collective; before the Trainer makes the folder.
+    """Refuses an output folder that cannot be written, or that the model is read from. Collective;
+    before the Trainer makes the folder.
 
     Raises:
         UserError: on every rank.
@@ -100,7 +124,8 @@ def prove_writable(args: Any, source: Source | None) -> None:
 
 
 def prove_saveable(trainer: Any) -> None:
-    """Saves all but the weights into a scratch folder, and removes it: what would fail at the first save fails now. Collective.
+    """Saves all but the weights into a scratch folder, and removes it: what would fail at the first
+    save fails now. Collective.
 
     Generation settings that transformers refuses to save are changed, with a line in the log.
 
@@ -132,7 +157,10 @@ def _agree(args: Any, problems: list[str | None]) -> None:
         dist.all_gather_object(found, mine)
     lines = list(dict.fromkeys(p for each in found for p in each))
     if lines:
-        raise UserError("This run could not save its model, so nothing was trained:\n" + "\n".join(f"- {line}" for line in lines))
+        raise UserError(
+            "This run could not save its model, so nothing was trained:\n"
+            + "\n".join(f"- {line}" for line in lines)
+        )
 
 
 def _existing(folder: str) -> Path:
@@ -144,12 +172,23 @@ def _existing(folder: str) -> Path:
 def _not_writable(args: Any, source: Source | None) -> str | None:
     parent = _existing(args.output_dir)
     is_there = parent == Path(args.output_dir).expanduser().absolute()
-    if is_there and source is not None and source.folder is not None and parent.samefile(source.folder):
-        return f"output_dir: {args.output_dir} is the folder that the model is read from. Choose another."
+    if (
+        is_there
+        and source is not None
+        and source.folder is not None
+        and parent.samefile(source.folder)
+    ):
+        return (
+            f"output_dir: {args.output_dir} is the folder that the model is read from. Choose"
+            " another."
+        )
     try:
         os.rmdir(tempfile.mkdtemp(prefix=SCRATCH, dir=parent))
     except OSError as error:
-        return f"output_dir: {args.output_dir} cannot be written: {error.strerror or error}. Choose another."
+        return (
+            f"output_dir: {args.output_dir} cannot be written: {error.strerror or error}. Choose"
+            " another."
+        )
     return None
 
 
@@ -157,8 +196,9 @@ def _tell_of_space(args: Any, model: Any) -> None:
     needed, free = saved.bytes_to_save(model), shutil.disk_usage(_existing(args.output_dir)).free
     if needed > free:
         log.warning(
-            "output_dir: %s has %.1f GB of free space, and the model that is saved there needs %.1f GB (with save_strategy, each "
-            "checkpoint needs them too, and optimizer states beside). Make room before the run ends.",
+            "output_dir: %s has %.1f GB of free space, and the model that is saved there needs %.1f"
+            " GB (with save_strategy, each checkpoint needs them too, and optimizer states beside)."
+            " Make room before the run ends.",
             args.output_dir,
             free / 1e9,
             needed / 1e9,
@@ -171,19 +211,31 @@ def _parts(trainer: Any, scratch: Path) -> list[tuple[str, Callable[[], Any]]]:
     parts: list[tuple[str, Callable[[], Any]]] = []
     if hasattr(model, "peft_config"):
         for config in model.peft_config.values():
-            parts.append(("adapter_config.json", functools.partial(config.save_pretrained, scratch)))
+            parts.append(
+                ("adapter_config.json", functools.partial(config.save_pretrained, scratch))
+            )
         if trainer.args.load_best_model_at_end:
             parts.append(("The adapter", trainer.refuse_renamed_adapter))
     else:
-        # The whole of transformers' saving, of no tensors: configuration, generation settings, custom code, quantisation.
-        parts.append(("The model's configuration", lambda: model.save_pretrained(scratch, state_dict={})))
+        # The whole of transformers' saving, of no tensors: configuration, generation settings,
+        # custom code, quantisation.
+        parts.append(
+            ("The model's configuration", lambda: model.save_pretrained(scratch, state_dict={}))
+        )
     parts.append(("The names of the tensors", lambda: saved.check_saveable(model, source)))
     if trainer.processing_class is not None:
         parts.append(("The tokenizer", lambda: trainer.processing_class.save_pretrained(scratch)))
-    parts.append(("training_args.bin", lambda: torch.save(trainer.args, scratch / "training_args.bin")))
+    parts.append(
+        ("training_args.bin", lambda: torch.save(trainer.args, scratch / "training_args.bin"))
+    )
     if source is not None:
         whole = not hasattr(model, "peft_config")
-        parts.append((f"Files of {source.folder}", lambda: saved.copy_side_files(source.folder, scratch, whole=whole)))
+        parts.append(
+            (
+                f"Files of {source.folder}",
+                lambda: saved.copy_side_files(source.folder, scratch, whole=whole),
+            )
+        )
     return parts
 
 
@@ -194,15 +246,18 @@ def _failure(what: str, write: Callable[[], Any]) -> str | None:
         return str(error)
     except Exception as error:
         log.debug("dry save", exc_info=error)
-        return f"{what} cannot be saved ({type(error).__name__}): {' '.join(str(error).split())[:500]}"
+        return (
+            f"{what} cannot be saved ({type(error).__name__}): {' '.join(str(error).split())[:500]}"
+        )
     return None
 
 
-# ---- after each save --------------------------------------------------------------------------------------------------------------------
+# ---- after each save -----------------------------------------------------------------------------
 
 
 def finish_save(trainer: Any, folder: str) -> None:
-    """Gives a folder that `save_model` has written all that the loaded checkpoint has, and compares it. On the writing process.
+    """Gives a folder that `save_model` has written all that the loaded checkpoint has, and compares
+    it. On the writing process.
 
     Raises:
         UserError: something of the model is not in the folder.
@@ -210,8 +265,12 @@ def finish_save(trainer: Any, folder: str) -> None:
     model, source = trainer.model, trainer.source
     whole = not hasattr(model, "peft_config")
     if whole and not saved.weight_files(Path(folder)):
-        # ZeRO-3 with stage3_gather_16bit_weights_on_model_save: false, which is the user's own wish.
-        log.warning("%s holds DeepSpeed's own files, and no safetensors: make them by its zero_to_fp32.py.", folder)
+        # ZeRO-3 with stage3_gather_16bit_weights_on_model_save: false, which is the user's own
+        # wish.
+        log.warning(
+            "%s holds DeepSpeed's own files, and no safetensors: make them by its zero_to_fp32.py.",
+            folder,
+        )
         return
     if not whole:
         saved.rename_for_peft(folder, model)
@@ -232,16 +291,21 @@ def _tell(trainer: Any, source: Source, changes: saved.Changes) -> None:
     stale = [name for name in changes.copied if not saved.CONSTANTS.search(name)]
     if stale:
         log.warning(
-            "%d tensors of the checkpoint that transformers does not load are saved as they were: %s. They were not trained with the "
-            "rest, so that next-token prediction heads among them are stale.",
+            "%d tensors of the checkpoint that transformers does not load are saved as they were:"
+            " %s. They were not trained with the rest, so that next-token prediction heads among"
+            " them are stale.",
             len(stale),
             in_words(stale),
         )
     if changes.elsewhere:
-        log.warning("%d tensors are saved under other names than in %s.", len(changes.elsewhere), source.folder)
+        log.warning(
+            "%d tensors are saved under other names than in %s.",
+            len(changes.elsewhere),
+            source.folder,
+        )
 
 
-# ---- after the training -----------------------------------------------------------------------------------------------------------------
+# ---- after the training --------------------------------------------------------------------------
 
 
 def evaluate(trainer: Any, cfg: Any, datasets: Any) -> dict[str, float]:
@@ -258,7 +322,10 @@ def save_value_head(trainer: Any, folder: str) -> None:
 
     full = [_whole(p) for p in (trainer.head.value.weight, trainer.head.value.bias)]
     if trainer.is_world_process_zero():
-        tensors = {value_head.WEIGHT: full[0].cpu().contiguous(), value_head.BIAS: full[1].cpu().contiguous()}
+        tensors = {
+            value_head.WEIGHT: full[0].cpu().contiguous(),
+            value_head.BIAS: full[1].cpu().contiguous(),
+        }
         path = os.path.join(folder, value_head.FILE)
         save_file(tensors, path + ".part", metadata={"format": "pt"})
         os.replace(path + ".part", path)
@@ -274,9 +341,13 @@ def _whole(p: torch.Tensor) -> torch.Tensor:
 
 
 def write_model_card(cfg: Any, folder: str) -> None:
-    """README.md of the output folder: what was trained, on what, with which keys. A card that a person has written stays."""
+    """README.md of the output folder: what was trained, on what, with which keys. A card that a
+    person has written stays.
+    """
     path = Path(folder) / "README.md"
-    if path.exists() and not any(mark in path.read_text(encoding="utf-8", errors="replace") for mark in (BY_US, BY_PEFT)):
+    if path.exists() and not any(
+        mark in path.read_text(encoding="utf-8", errors="replace") for mark in (BY_US, BY_PEFT)
+    ):
         return
     tags = ["longfactory", cfg.method.finetuning_type, cfg.method.stage]
     text = "\n".join(
@@ -291,8 +362,10 @@ def write_model_card(cfg: Any, folder: str) -> None:
             "",
             f"# {Path(folder).name}",
             "",
-            f"{cfg.model.model_name_or_path}, {BY_US} stage {cfg.method.stage}, {cfg.method.finetuning_type}, "
-            f"data {', '.join(cfg.data.dataset)}.",
+            (
+                f"{cfg.model.model_name_or_path}, {BY_US} stage {cfg.method.stage},"
+                f" {cfg.method.finetuning_type}, data {', '.join(cfg.data.dataset)}."
+            ),
             "",
             "## Configuration",
             "",

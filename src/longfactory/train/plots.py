@@ -8,7 +8,9 @@ from typing import Any
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Exponential average with a weight that grows with the number of points: few points stay as they are."""
+    """Exponential average with a weight that grows with the number of points: few points stay as
+    they are.
+    """
     if not values:
         return []
     import math
@@ -21,7 +23,11 @@ def smooth(values: Sequence[float]) -> list[float]:
     return out
 
 
-def plot_history(history: Sequence[dict[str, Any]], folder: str | Path, keys: Sequence[str] = ("loss", "eval_loss")) -> list[Path]:
+def plot_history(
+    history: Sequence[dict[str, Any]],
+    folder: str | Path,
+    keys: Sequence[str] = ("loss", "eval_loss"),
+) -> list[Path]:
     """One `training_<key>.png` for each key that was logged. Returns the files written."""
     import matplotlib
 
@@ -47,8 +53,16 @@ def plot_history(history: Sequence[dict[str, Any]], folder: str | Path, keys: Se
     return files
 
 
-def overlay(curves: dict[str, Sequence[tuple[float, float]]], path: str | Path, *, title: str, ylabel: str = "loss") -> None:
-    """Several curves on the same axes: name -> points (step, value). The first is drawn wide, the others thin on top of it."""
+def overlay(
+    curves: dict[str, Sequence[tuple[float, float]]],
+    path: str | Path,
+    *,
+    title: str,
+    ylabel: str = "loss",
+) -> None:
+    """Several curves on the same axes: name -> points (step, value). The first is drawn wide, the
+    others thin on top of it.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -60,7 +74,16 @@ def overlay(curves: dict[str, Sequence[tuple[float, float]]], path: str | Path, 
         if i == 0:
             axes.plot(x, y, color="#f5b041", linewidth=6, alpha=0.7, label=name)
         else:
-            axes.plot(x, y, color="#1b2631", linewidth=1.2, linestyle="--" if i > 1 else "-", marker="o", markersize=3, label=name)
+            axes.plot(
+                x,
+                y,
+                color="#1b2631",
+                linewidth=1.2,
+                linestyle="--" if i > 1 else "-",
+                marker="o",
+                markersize=3,
+                label=name,
+            )
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(ylabel)
     axes.set_title(title)

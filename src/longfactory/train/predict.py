@@ -1,8 +1,10 @@
-"""Generated answers for an evaluation set (`do_predict` with `predict_with_generate`), on one device or data-parallel.
+"""Generated answers for an evaluation set (`do_predict` with `predict_with_generate`), on one
+device or data-parallel.
 
-For every conversation the model reads all up to the last answer and writes its own. `generated_predictions.jsonl` holds prompt, prediction
-and label; `predict_results.json` holds ROUGE-1, -2 and -L: F-measures in percent, of words (a character of Chinese, Japanese or Korean
-is a word), averaged over the samples that have an answer to compare with.
+For every conversation the model reads all up to the last answer and writes its own.
+`generated_predictions.jsonl` holds prompt, prediction and label; `predict_results.json` holds
+ROUGE-1, -2 and -L: F-measures in percent, of words (a character of Chinese, Japanese or Korean is a
+word), averaged over the samples that have an answer to compare with.
 """
 
 from __future__ import annotations
@@ -33,8 +35,9 @@ def predict(trainer: Any, cfg: Any, tokenizer: Any, datasets: Any) -> dict[str, 
     """
     if trainer.ctx.size > 1:
         raise UserError(
-            f"Answers are generated on one device or data-parallel, not split over {trainer.ctx.size} processes. Set "
-            "sequence_parallel_size: 1 for do_predict, or generate from the saved model."
+            "Answers are generated on one device or data-parallel, not split over"
+            f" {trainer.ctx.size} processes. Set sequence_parallel_size: 1 for do_predict, or"
+            " generate from the saved model."
         )
     if not datasets.eval:
         raise UserError("do_predict needs evaluation data. Set eval_dataset or val_size.")
@@ -53,7 +56,8 @@ def _one_set(trainer: Any, cfg: Any, tokenizer: Any, dataset: Any, prefix: str) 
     rank, groups = trainer.ctx.dp_rank, trainer.ctx.dp_size
     asked = [split_last_answer(d) for i in range(len(dataset)) for d in dataset[i]]
     batch = trainer.args.eval_batch_size
-    # Every rank makes the same number of calls, as sharded parameters need; what is too many repeats the first question and is dropped.
+    # Every rank makes the same number of calls, as sharded parameters need; what is too many
+    # repeats the first question and is dropped.
     rounds = -(-len(asked) // (batch * groups))
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     stops = stop_tokens(model, tokenizer, cfg.data.template)
@@ -66,7 +70,15 @@ def _one_set(trainer: Any, cfg: Any, tokenizer: Any, dataset: Any, prefix: str) 
                 places = [(j * groups + rank) * batch + k for k in range(batch)]
                 places = [p for p in places if p < len(asked)] or [0]
                 prompts = [asked[p][0] for p in places]
-                answers = generate(model, tokenizer, prompts, cfg.generating, trainer.args.device, groups > 1, stops)
+                answers = generate(
+                    model,
+                    tokenizer,
+                    prompts,
+                    cfg.generating,
+                    trainer.args.device,
+                    groups > 1,
+                    stops,
+                )
                 mine += zip(places, answers, strict=True)
     finally:
         model.train(training)
@@ -80,19 +92,34 @@ def _one_set(trainer: Any, cfg: Any, tokenizer: Any, dataset: Any, prefix: str) 
     predictions = [answers_of[i] for i in range(len(asked))]
     if trainer.is_world_process_zero():
         os.makedirs(trainer.args.output_dir, exist_ok=True)
-        path = os.path.join(trainer.args.output_dir, FILE if prefix == "predict" else f"{prefix}_{FILE}")
+        path = os.path.join(
+            trainer.args.output_dir, FILE if prefix == "predict" else f"{prefix}_{FILE}"
+        )
         with open(path, "w", encoding="utf-8") as f:
             for (prompt, _), text, label in zip(asked, predictions, labels, strict=True):
-                line = {"prompt": tokenizer.decode(prompt, skip_special_tokens=False), "predict": text, "label": label}
+                line = {
+                    "prompt": tokenizer.decode(prompt, skip_special_tokens=False),
+                    "predict": text,
+                    "label": label,
+                }
                 f.write(json.dumps(line, ensure_ascii=False) + "\n")
     seconds = time.time() - started
-    scores = [rouge(p, label) for p, label, (_, answer) in zip(predictions, labels, asked, strict=True) if answer]
-    out = {f"{prefix}_{k}": round(sum(s[k] for s in scores) / len(scores), 4) for k in scores[0]} if scores else {}
+    scores = [
+        rouge(p, label)
+        for p, label, (_, answer) in zip(predictions, labels, asked, strict=True)
+        if answer
+    ]
+    out = (
+        {f"{prefix}_{k}": round(sum(s[k] for s in scores) / len(scores), 4) for k in scores[0]}
+        if scores
+        else {}
+    )
     return out | {f"{prefix}_samples": len(asked), f"{prefix}_runtime": round(seconds, 4)}
 
 
 def split_last_answer(document: TokenizedDocument) -> tuple[list[int], list[int]]:
-    """A conversation -> (all before its last answer, its last answer): the last stretch of trained tokens. Of a question: (all of it, []).
+    """A conversation -> (all before its last answer, its last answer): the last stretch of trained
+    tokens. Of a question: (all of it, []).
 
     Raises:
         UserError: nothing, or the very first token, is trained: there is no prompt to answer.
@@ -108,14 +135,21 @@ def split_last_answer(document: TokenizedDocument) -> tuple[list[int], list[int]
         start -= 1
     if stop == 0 or start == 0:
         raise UserError(
-            f"Sample {document.sample} has no prompt and answer to tell apart. do_predict needs conversations, and train_on_prompt: false."
+            f"Sample {document.sample} has no prompt and answer to tell apart. do_predict needs"
+            " conversations, and train_on_prompt: false."
         )
     ids = [int(x) for x in document.input_ids]
     return ids[:start], labels[start:stop]
 
 
 def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], generating: Any, device: Any, together: bool, stops: Sequence[int]
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    generating: Any,
+    device: Any,
+    together: bool,
+    stops: Sequence[int],
 ) -> list[str]:
     """Answers to a batch of prompts, padded on the left, up to one of the `stops`.
 
@@ -128,11 +162,21 @@ def generate(
     for i, p in enumerate(prompts):
         ids[i, length - len(p) :] = torch.tensor(p)
         mask[i, length - len(p) :] = 1
-    out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=True, synced_gpus=together, **options)
-    return tokenizer.batch_decode(out[:, length:], skip_special_tokens=generating.skip_special_tokens)
+    out = model.generate(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        use_cache=True,
+        synced_gpus=together,
+        **options,
+    )
+    return tokenizer.batch_decode(
+        out[:, length:], skip_special_tokens=generating.skip_special_tokens
+    )
 
 
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
+_WORD = re.compile(
+    r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+"
+)
 
 
 def rouge(prediction: str, label: str) -> dict[str, float]:

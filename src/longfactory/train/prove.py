@@ -1,4 +1,6 @@
-"""The proof before the first step: this model, wrapped as it is, gives the log-probabilities that one device would."""
+"""The proof before the first step: this model, wrapped as it is, gives the log-probabilities that
+one device would.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from longfactory.train.trainer import RowTrainer
 
 
 def prove_exact(trainer: RowTrainer) -> None:
-    """Before the first step, on the wrapped model: the guard of the attention, and the check of the output layer. Every rank calls it.
+    """Before the first step, on the wrapped model: the guard of the attention, and the check of the
+    output layer. Every rank calls it.
 
     Raises:
         UserError: the model cannot be trained exactly; the message names the reason.

@@ -1,9 +1,11 @@
-"""Reference log-probabilities: from a reference model, from the model with its adapter off, or computed once and kept on disk.
+"""Reference log-probabilities: from a reference model, from the model with its adapter off, or
+computed once and kept on disk.
 
-What a preference loss needs of the reference is one number a document. Computed before training, the reference costs one forward over the
-data and no memory afterwards; the numbers do not depend on the sequence-parallel size, and are reused by later runs. The file is
-safetensors (no pickle), written beside its place and renamed, and every number carries a checksum of the tokens that it belongs to: a
-number of another text is refused, never used.
+What a preference loss needs of the reference is one number a document. Computed before training,
+the reference costs one forward over the data and no memory afterwards; the numbers do not depend on
+the sequence-parallel size, and are reused by later runs. The file is safetensors (no pickle),
+written beside its place and renamed, and every number carries a checksum of the tokens that it
+belongs to: a number of another text is refused, never used.
 """
 
 from __future__ import annotations
@@ -28,13 +30,14 @@ from longfactory.stages.pairs import document_logps
 ROLES = ("chosen", "rejected", "kl")
 
 
-# -- where the numbers come from ----------------------------------------------------------------------------------------------------------
+# -- where the numbers come from -------------------------------------------------------------------
 
 
 def adapter_is_reference(method: Any) -> bool:
     """Whether the reference is the trained model with its adapter off.
 
-    Not with PiSSA, which moves a part of the weights into the adapter: without it the model is not the one that training starts from.
+    Not with PiSSA, which moves a part of the weights into the adapter: without it the model is not
+    the one that training starts from.
     """
     return method.finetuning_type == "lora" and method.ref_model is None and not method.pissa_init
 
@@ -43,18 +46,22 @@ def check_reference(policy: Any, reference: Any) -> None:
     """Compares the transformers configurations of the policy and of a reference model.
 
     Raises:
-        UserError: another architecture or another vocabulary: its log-probabilities would be about other tokens.
+        UserError: another architecture or another vocabulary: its log-probabilities would be about
+            other tokens.
     """
     a, b = policy.get_text_config(), reference.get_text_config()
     if a.model_type != b.model_type or a.vocab_size != b.vocab_size:
         raise UserError(
-            f"The reference model is {b.model_type} with {b.vocab_size} tokens, the trained model {a.model_type} with {a.vocab_size}. "
-            "A reference must be of the same family and vocabulary: usually the model from which training starts."
+            f"The reference model is {b.model_type} with {b.vocab_size} tokens, the trained model"
+            f" {a.model_type} with {a.vocab_size}. A reference must be of the same family and"
+            " vocabulary: usually the model from which training starts."
         )
 
 
 def disable_dropout(model: nn.Module) -> int:
-    """Sets every dropout of the model to 0 and returns how many were not. A log-ratio between two random masks is noise."""
+    """Sets every dropout of the model to 0 and returns how many were not. A log-ratio between two
+    random masks is noise.
+    """
     changed = 0
     for module in model.modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
@@ -65,12 +72,14 @@ def disable_dropout(model: nn.Module) -> int:
 
 @contextlib.contextmanager
 def as_reference(model: nn.Module, adapter_off: bool) -> Iterator[None]:
-    """While open, `model` computes reference log-probabilities: no gradient, evaluation mode and, with `adapter_off`, the base weights.
+    """While open, `model` computes reference log-probabilities: no gradient, evaluation mode and,
+    with `adapter_off`, the base weights.
 
     Args:
         model: possibly wrapped by DDP or DeepSpeed.
     Raises:
-        UserError: there is no adapter to switch off, or its initialisation changed the base weights.
+        UserError: there is no adapter to switch off, or its initialisation changed the base
+            weights.
     """
     with contextlib.ExitStack() as stack:
         if adapter_off:
@@ -89,8 +98,9 @@ def as_reference(model: nn.Module, adapter_off: bool) -> Iterator[None]:
 def _adapter_off(model: nn.Module) -> Iterator[None]:
     """While open, `model` computes as it was before its adapter.
 
-    What is trained goes on saying so, which PEFT takes away: FSDP2 looks for it in a model's first pass, which this may be, and would
-    reduce all later gradients in the type that they are computed in.
+    What is trained goes on saying so, which PEFT takes away: FSDP2 looks for it in a model's first
+    pass, which this may be, and would reduce all later gradients in the type that they are computed
+    in.
     """
     inner: Any = model
     while not hasattr(inner, "peft_config"):
@@ -99,13 +109,17 @@ def _adapter_off(model: nn.Module) -> Iterator[None]:
                 inner = getattr(inner, name)
                 break
         else:
-            raise UserError("The reference is the model without its adapter, but the model has none. Name a `ref_model`.")
+            raise UserError(
+                "The reference is the model without its adapter, but the model has none. Name a"
+                " `ref_model`."
+            )
     for name, config in inner.peft_config.items():
         start = str(getattr(config, "init_lora_weights", ""))
         if start.startswith(("pissa", "olora", "corda", "loftq")):
             raise UserError(
-                f"Adapter {name} starts from `{start}`, which changes the base weights: without the adapter the model is not the one that "
-                "training started from. Set `precompute_ref_log_probs: true` or name a `ref_model`."
+                f"Adapter {name} starts from `{start}`, which changes the base weights: without the"
+                " adapter the model is not the one that training started from. Set"
+                " `precompute_ref_log_probs: true` or name a `ref_model`."
             )
     trained = [p for p in inner.parameters() if p.requires_grad]
     with inner.disable_adapter():
@@ -114,23 +128,30 @@ def _adapter_off(model: nn.Module) -> Iterator[None]:
         yield
 
 
-# -- fingerprints -------------------------------------------------------------------------------------------------------------------------
+# -- fingerprints ----------------------------------------------------------------------------------
 
 
 def weights_fingerprint(paths: Sequence[str | Path], samples: int = 64) -> str:
-    """A hash of weight files that takes a moment for any size: names, lengths and `samples` evenly spaced pieces of 64 KiB of each file.
+    """A hash of weight files that takes a moment for any size: names, lengths and `samples` evenly
+    spaced pieces of 64 KiB of each file.
 
-    Training changes every tensor, so pieces tell checkpoints apart. Copies of a file have the same fingerprint, whatever their date.
+    Training changes every tensor, so pieces tell checkpoints apart. Copies of a file have the same
+    fingerprint, whatever their date.
 
     Args:
-        paths: files, or folders of which every *.safetensors, *.bin, *.gguf and adapter_config.json counts.
+        paths: files, or folders of which every *.safetensors, *.bin, *.gguf and adapter_config.json
+            counts.
     Raises:
         FileNotFoundError: no file there.
     """
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            files += sorted(f for f in path.iterdir() if f.suffix in (".safetensors", ".bin", ".gguf") or f.name == "adapter_config.json")
+            files += sorted(
+                f
+                for f in path.iterdir()
+                if f.suffix in (".safetensors", ".bin", ".gguf") or f.name == "adapter_config.json"
+            )
         else:
             files.append(path)
     if not files:
@@ -150,9 +171,11 @@ def weights_fingerprint(paths: Sequence[str | Path], samples: int = 64) -> str:
 
 
 def document_check(row: Row, index: int) -> int:
-    """A checksum of what the log-probability of document `index` is about: all tokens that it sees, and its labels.
+    """A checksum of what the log-probability of document `index` is about: all tokens that it sees,
+    and its labels.
 
-    The same for an answer that is a branch of a shared prompt and for one that carries its prompt itself. `row` is on the host.
+    The same for an answer that is a branch of a shared prompt and for one that carries its prompt
+    itself. `row` is on the host.
     """
     d = row.documents[index]
     check = 0
@@ -164,7 +187,7 @@ def document_check(row: Row, index: int) -> int:
     return zlib.crc32(labels[labels != IGNORE].numpy().tobytes(), check)
 
 
-# -- the cache ----------------------------------------------------------------------------------------------------------------------------
+# -- the cache -------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +201,8 @@ class ReferenceCache:
     checks: Mapping[str, Tensor]
 
     def attach(self, row: Row) -> Row:
-        """The row (on the host) with `reference_logp` on every document of a role that has a reference.
+        """The row (on the host) with `reference_logp` on every document of a role that has a
+        reference.
 
         Raises:
             UserError: no number for a document, or the number of another text.
@@ -191,13 +215,15 @@ class ReferenceCache:
             value = float(self.logps[d.role][d.sample]) if known else float("nan")
             if value != value:
                 raise UserError(
-                    f"There is no reference log-probability for the {d.role} answer of sample {d.sample}. The reference pass did not see "
-                    "this sample: delete the cached reference log-probabilities and start again."
+                    f"There is no reference log-probability for the {d.role} answer of sample"
+                    f" {d.sample}. The reference pass did not see this sample: delete the cached"
+                    " reference log-probabilities and start again."
                 )
             if int(self.checks[d.role][d.sample]) != document_check(row, i):
                 raise UserError(
-                    f"The reference log-probability of the {d.role} answer of sample {d.sample} was computed for other tokens. The data "
-                    "changed since: delete the cached reference log-probabilities and start again."
+                    f"The reference log-probability of the {d.role} answer of sample {d.sample} was"
+                    " computed for other tokens. The data changed since: delete the cached"
+                    " reference log-probabilities and start again."
                 )
             documents[i] = dataclasses.replace(d, reference_logp=value)
         return dataclasses.replace(row, documents=tuple(documents))
@@ -211,10 +237,12 @@ def precompute(
     ld_alpha: float | None = None,
     dp_sum: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> ReferenceCache:
-    """One forward over the data. Collective: every rank comes here, with the rows of its data-parallel group.
+    """One forward over the data. Collective: every rank comes here, with the rows of its
+    data-parallel group.
 
-    Give it the rows as training will see them (same batch size): then the first loss of DPO is log 2 to the last bit, because the
-    same matrix products were made. Other rows give the same numbers up to rounding.
+    Give it the rows as training will see them (same batch size): then the first loss of DPO is log
+    2 to the last bit, because the same matrix products were made. Other rows give the same numbers
+    up to rounding.
 
     Args:
         rows: on the host, every group as many as `logps_of`'s collectives need.
@@ -228,7 +256,8 @@ def precompute(
     # [role, (sum, check, how often), sample]
     table = torch.zeros(len(ROLES), 3, samples, dtype=torch.float64)
     device: torch.device | None = None
-    waiting: list[tuple[list[tuple[int, int, int]], Tensor]] = []  # read in blocks: each read waits for the device
+    # read in blocks: each read waits for the device
+    waiting: list[tuple[list[tuple[int, int, int]], Tensor]] = []
     for row in rows:
         logps = logps_of(row)
         device = logps.device
@@ -237,7 +266,10 @@ def precompute(
         for i, d in enumerate(row.documents):
             if d.role in ROLES:
                 if not 0 <= d.sample < samples:
-                    raise UserError(f"Sample number {d.sample} is not one of the {samples} samples of the data set.")
+                    raise UserError(
+                        f"Sample number {d.sample} is not one of the {samples} samples of the data"
+                        " set."
+                    )
                 places.append((i, ROLES.index(d.role), d.sample))
                 table[ROLES.index(d.role), 1, d.sample] += document_check(row, i)
         waiting.append((places, sums))
@@ -247,7 +279,9 @@ def precompute(
     _enter(waiting, table)
     table = dp_sum(table if device is None else table.to(device)).cpu()
     often = table[:, 2]
-    logps_table = torch.where(often > 0, table[:, 0] / often.clamp(min=1), torch.full_like(often, float("nan")))
+    logps_table = torch.where(
+        often > 0, table[:, 0] / often.clamp(min=1), torch.full_like(often, float("nan"))
+    )
     checks = (table[:, 1] / often.clamp(min=1)).round().to(torch.int64)
     return ReferenceCache(
         {r: logps_table[i].clone() for i, r in enumerate(ROLES) if bool((often[i] > 0).any())},
@@ -268,7 +302,9 @@ def _enter(waiting: list[tuple[list[tuple[int, int, int]], Tensor]], table: Tens
 
 
 def cache_file(folder: str | Path, parts: Mapping[str, Any]) -> Path:
-    """The file for numbers that depend on `parts`: model path, weights and data fingerprints, template, cutoff length, dtype, ld_alpha."""
+    """The file for numbers that depend on `parts`: model path, weights and data fingerprints,
+    template, cutoff length, dtype, ld_alpha.
+    """
     key = hashlib.sha256(json.dumps(dict(parts), sort_keys=True).encode()).hexdigest()[:16]
     return Path(folder) / f"reference_logps-{key}.safetensors"
 
@@ -279,7 +315,9 @@ def save(cache: ReferenceCache, file: Path, parts: Mapping[str, Any]) -> None:
 
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f".{file.name}.{os.getpid()}")
-    tensors = {f"{r}.logps": t for r, t in cache.logps.items()} | {f"{r}.checks": t for r, t in cache.checks.items()}
+    tensors = {f"{r}.logps": t for r, t in cache.logps.items()} | {
+        f"{r}.checks": t for r, t in cache.checks.items()
+    }
     save_file(tensors, beside, metadata={"parts": json.dumps(dict(parts), sort_keys=True)})
     os.replace(beside, file)
 
@@ -288,7 +326,8 @@ def load(file: Path, parts: Mapping[str, Any], samples: int) -> ReferenceCache:
     """Reads what `save` wrote.
 
     Raises:
-        UserError: it was computed for something else (named), for another number of samples, or the file is damaged.
+        UserError: it was computed for something else (named), for another number of samples, or the
+            file is damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -297,19 +336,28 @@ def load(file: Path, parts: Mapping[str, Any], samples: int) -> ReferenceCache:
             stored = json.loads((f.metadata() or {}).get("parts", "{}"))
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError) as e:
-        raise UserError(f"The cached reference log-probabilities in {file} cannot be read ({e}). Delete the file.") from e
+        raise UserError(
+            f"The cached reference log-probabilities in {file} cannot be read ({e}). Delete the"
+            " file."
+        ) from e
     wanted = json.loads(json.dumps(dict(parts)))
     differ = sorted(k for k in stored.keys() | wanted.keys() if stored.get(k) != wanted.get(k))
     if differ:
         k = differ[0]
         raise UserError(
-            f"The cached reference log-probabilities in {file} are stale: {', '.join(differ)} changed ({k} was {stored.get(k)!r}, is now "
-            f"{wanted.get(k)!r}). Delete the file to compute them again."
+            f"The cached reference log-probabilities in {file} are stale: {', '.join(differ)}"
+            f" changed ({k} was {stored.get(k)!r}, is now {wanted.get(k)!r}). Delete the file to"
+            " compute them again."
         )
     if any(len(t) != samples for t in tensors.values()) or not tensors:
-        raise UserError(f"The cached reference log-probabilities in {file} are not of {samples} samples. Delete the file.")
+        raise UserError(
+            f"The cached reference log-probabilities in {file} are not of {samples} samples. Delete"
+            " the file."
+        )
     roles = [r for r in ROLES if f"{r}.logps" in tensors]
-    return ReferenceCache({r: tensors[f"{r}.logps"] for r in roles}, {r: tensors[f"{r}.checks"] for r in roles})
+    return ReferenceCache(
+        {r: tensors[f"{r}.logps"] for r in roles}, {r: tensors[f"{r}.checks"] for r in roles}
+    )
 
 
 def load_or_precompute(
@@ -324,10 +372,11 @@ def load_or_precompute(
     everywhere: Callable[[bool], bool] = lambda x: x,
     write: bool = True,
 ) -> tuple[ReferenceCache, bool]:
-    """The cached numbers, or a reference pass that fills the cache. Returns them and whether they came from disk.
+    """The cached numbers, or a reference pass that fills the cache. Returns them and whether they
+    came from disk.
 
-    Collective. `everywhere` tells each rank whether all ranks say yes: they must agree on reading or computing. `write` is true on one rank
-    of each file system.
+    Collective. `everywhere` tells each rank whether all ranks say yes: they must agree on reading
+    or computing. `write` is true on one rank of each file system.
     """
     parts = {**parts, "ld_alpha": ld_alpha}
     file = cache_file(folder, parts)

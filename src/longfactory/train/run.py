@@ -1,4 +1,6 @@
-"""Assembles a run, top to bottom: data, memory plan, process group, model, trainer; then trains, evaluates and writes the results."""
+"""Assembles a run, top to bottom: data, memory plan, process group, model, trainer; then trains,
+evaluates and writes the results.
+"""
 
 from __future__ import annotations
 
@@ -56,8 +58,9 @@ def assemble(cfg: RunConfig, *, compares: bool = False) -> Assembled:
     """Everything that a run needs, made and wired up. Every process calls it.
 
     Args:
-        compares: for `verify`, which compares gradients in place of the first step: weights are as wide as the run's precision allows, the
-            output folder is left alone, and nothing is proved, planned or computed at the start of training.
+        compares: for `verify`, which compares gradients in place of the first step: weights are as
+            wide as the run's precision allows, the output folder is left alone, and nothing is
+            proved, planned or computed at the start of training.
     Raises:
         UserError: something that the user can put right.
     """
@@ -66,12 +69,14 @@ def assemble(cfg: RunConfig, *, compares: bool = False) -> Assembled:
     size = cfg.parallel.sequence_parallel_size
     if world % size:
         raise UserError(
-            f"sequence_parallel_size: {size} does not divide the {world} processes. Start a multiple of {size} processes, or lower it."
+            f"sequence_parallel_size: {size} does not divide the {world} processes. Start a"
+            f" multiple of {size} processes, or lower it."
         )
     if cfg.hf.get("push_to_hub") and not compares and (away := hub.unreachable()):
         raise UserError(
-            f"push_to_hub: the Hugging Face hub cannot be reached ({away}), and the run would end by uploading to it. Set push_to_hub: "
-            "false; `longfactory export` with export_hub_model_id uploads the model later."
+            f"push_to_hub: the Hugging Face hub cannot be reached ({away}), and the run would end"
+            " by uploading to it. Set push_to_hub: false; `longfactory export` with"
+            " export_hub_model_id uploads the model later."
         )
 
     model_config = load.load_config(cfg.model, cfg.data.cutoff_len)
@@ -93,7 +98,10 @@ def assemble(cfg: RunConfig, *, compares: bool = False) -> Assembled:
 
     args = training_arguments(cfg, sharding, memory, buffers=counts.buffers)
     if args.do_train and datasets.train is None:
-        raise UserError(f"{'verify' if compares else 'do_train'} needs training data. Set dataset: to names in dataset_info.json.")
+        raise UserError(
+            f"{'verify' if compares else 'do_train'} needs training data. Set dataset: to names in"
+            " dataset_info.json."
+        )
     set_seed(args.seed)  # adapters and value heads begin the same on every rank
     try:
         ctx = sp.SequenceParallel.create(
@@ -109,8 +117,9 @@ def assemble(cfg: RunConfig, *, compares: bool = False) -> Assembled:
         raise UserError(str(error)) from error
     if ctx.size != size:
         raise UserError(
-            f"Sequence parallelism is off: sequence_parallel_size is {size}, and the group that was made has {ctx.size} processes. Each "
-            "would compute a whole row. Something has replaced a part of longfactory; install it anew."
+            f"Sequence parallelism is off: sequence_parallel_size is {size}, and the group that was"
+            f" made has {ctx.size} processes. Each would compute a whole row. Something has"
+            " replaced a part of longfactory; install it anew."
         )
 
     for line in describe(cfg, ctx, args, sharding, datasets) if not compares else ():
@@ -120,16 +129,28 @@ def assemble(cfg: RunConfig, *, compares: bool = False) -> Assembled:
         log.info(line)
     model, head, source = build_model(cfg, model_config, tokenizer, ctx, args, stage, memory.split)
     aligned = -(-memory.plan.job.tokens // sp.alignment(ctx)) * sp.alignment(ctx)
-    activations = apply_memory(model, memory.plan.settings, args.device, longest=aligned // ctx.size)
+    activations = apply_memory(
+        model, memory.plan.settings, args.device, longest=aligned // ctx.size
+    )
     if args.do_train and not compares:
         output.prove_writable(args, source)
     trainer = make_trainer(cfg, args, ctx, stage, model, head, source, tokenizer, datasets, memory)
     dims = max(hf.head_dims(model_config), default=None)
-    if ctx.mode == "auto" and ctx.size > 1 and args.device.type == "cuda" and dims is not None and not compares:
-        trainer.measure = Measure(ctx, *dims, dtype=computing_dtype(cfg, args, memory.split), device=args.device)
+    if (
+        ctx.mode == "auto"
+        and ctx.size > 1
+        and args.device.type == "cuda"
+        and dims is not None
+        and not compares
+    ):
+        trainer.measure = Measure(
+            ctx, *dims, dtype=computing_dtype(cfg, args, memory.split), device=args.device
+        )
     if not compares:
         prove = (lambda: prove_exact(trainer), lambda: refuse_unused(trainer))
-        trainer.add_callback(AtStart(trainer.continue_counting, *prove, lambda: attach_reference(trainer, cfg)))
+        trainer.add_callback(
+            AtStart(trainer.continue_counting, *prove, lambda: attach_reference(trainer, cfg))
+        )
         trainer.add_callback(ReportUnused(trainer))
         trainer.add_callback(FitMemory(memory.plan, activations))
     shard.check_sharding(trainer.accelerator, sharding, world)
@@ -138,18 +159,25 @@ def assemble(cfg: RunConfig, *, compares: bool = False) -> Assembled:
     if args.do_train and not compares:
         output.prove_saveable(trainer)
     if main and not compares:
-        folder.write(cfg)  # not before all that can be refused: a run that never began leaves no folder
+        # not before all that can be refused: a run that never began leaves no folder
+        folder.write(cfg)
     return Assembled(trainer, tokenizer, datasets, memory, sharding)
 
 
 def run(cfg: RunConfig) -> dict[str, float]:
-    """The whole of `longfactory train`. Every process calls it. Returns the metrics that were written.
+    """The whole of `longfactory train`. Every process calls it. Returns the metrics that were
+    written.
 
     Raises:
         UserError: something that the user can put right; nothing half-written is left behind.
     """
     assembled = assemble(cfg)
-    trainer, tokenizer, datasets, args = assembled.trainer, assembled.tokenizer, assembled.datasets, assembled.trainer.args
+    trainer, tokenizer, datasets, args = (
+        assembled.trainer,
+        assembled.tokenizer,
+        assembled.datasets,
+        assembled.trainer.args,
+    )
     metrics: dict[str, float] = {}
     if args.do_train:
         checkpoint = cfg.resume_checkpoint()
@@ -182,7 +210,8 @@ def run(cfg: RunConfig) -> dict[str, float]:
 
 
 def same_on_every_rank(checkpoint: str | None) -> None:
-    """Refuses a run whose machines would resume from different places: they would wait for each other for ever.
+    """Refuses a run whose machines would resume from different places: they would wait for each
+    other for ever.
 
     Raises:
         UserError: on every rank.
@@ -194,8 +223,9 @@ def same_on_every_rank(checkpoint: str | None) -> None:
     if len(set(names)) > 1:
         found = ", ".join(sorted({str(n) for n in names}))
         raise UserError(
-            f"The machines do not agree on the checkpoint to go on from: {found}. output_dir must be on a file system that all machines "
-            "share, or resume_from_checkpoint must name a checkpoint that each of them has."
+            f"The machines do not agree on the checkpoint to go on from: {found}. output_dir must"
+            " be on a file system that all machines share, or resume_from_checkpoint must name a"
+            " checkpoint that each of them has."
         )
 
 
@@ -213,9 +243,21 @@ def _set_up_log(main: bool) -> None:
 def load_data(cfg: RunConfig, tokenizer: Any) -> data.Datasets:
     """The tokenised data of the run."""
     options = cfg.data_options()
-    # In pre-training a template gives the token that ends a text; without its name there is none to give.
-    template = None if cfg.method.stage == "pt" and cfg.data.template is None else get_template(options, tokenizer, log)
-    return data.load_datasets(options, stage=cfg.method.stage, tokenizer=tokenizer, template=template, seed=cfg.trainer("seed"), log=log)
+    # In pre-training a template gives the token that ends a text; without its name there is none to
+    # give.
+    template = (
+        None
+        if cfg.method.stage == "pt" and cfg.data.template is None
+        else get_template(options, tokenizer, log)
+    )
+    return data.load_datasets(
+        options,
+        stage=cfg.method.stage,
+        tokenizer=tokenizer,
+        template=template,
+        seed=cfg.trainer("seed"),
+        log=log,
+    )
 
 
 def choose_sharding(cfg: RunConfig, parameters: int, world: int, cuda: bool) -> str:
@@ -232,31 +274,43 @@ def choose_sharding(cfg: RunConfig, parameters: int, world: int, cuda: bool) -> 
     )
 
 
-def training_arguments(cfg: RunConfig, sharding: str, memory: Memory, *, buffers: bool = False) -> Any:
-    """transformers' TrainingArguments with the settings that keep gradients exact. Opens the process group.
+def training_arguments(
+    cfg: RunConfig, sharding: str, memory: Memory, *, buffers: bool = False
+) -> Any:
+    """transformers' TrainingArguments with the settings that keep gradients exact. Opens the
+    process group.
 
     Args:
-        buffers: the model's checkpoints hold buffers. accelerate's loading by the first process alone takes
-            every entry for a sharded parameter: then each process reads the files.
+        buffers: the model's checkpoints hold buffers. accelerate's loading by the first process
+            alone takes every entry for a sharded parameter: then each process reads the files.
     """
     extra: dict[str, Any] = {
         "accelerator_config": shard.accelerator_arguments(),
         "ddp_find_unused_parameters": bool(cfg.hf.get("ddp_find_unused_parameters")),
         "remove_unused_columns": False,
         "label_names": [],
-        "include_num_input_tokens_seen": "no",  # the Trainer would count a row once for each rank that holds a part of it
+        # the Trainer would count a row once for each rank that holds a part of it
+        "include_num_input_tokens_seen": "no",
     }
     if memory.split:
-        extra["bf16"] = False  # the weights themselves are bf16: nothing is cast, and no fp32 copy is made of them
+        # the weights themselves are bf16: nothing is cast, and no fp32 copy is made of them
+        extra["bf16"] = False
     if sharding == "fsdp2":
         extra |= shard.fsdp2_arguments(
-            # Random weights are made on each device; loading them by rank 0 alone would only send them round.
-            efficient_loading=not (cfg.model.train_from_scratch or cfg.model.quantization_bit or buffers),
+            # Random weights are made on each device; loading them by rank 0 alone would only send
+            # them round.
+            efficient_loading=not (
+                cfg.model.train_from_scratch or cfg.model.quantization_bit or buffers
+            ),
         )
     if sharding == "deepspeed":
-        extra["deepspeed"] = shard.deepspeed_config(cfg.hf["deepspeed"], bf16=bool(cfg.hf.get("bf16")))
+        extra["deepspeed"] = shard.deepspeed_config(
+            cfg.hf["deepspeed"], bf16=bool(cfg.hf.get("bf16"))
+        )
     if not torch.cuda.is_available() and sharding != "deepspeed":
-        extra["use_cpu"] = True  # without it accelerate opens no process group on a machine without GPUs, and every process trains alone
+        # without it accelerate opens no process group on a machine without GPUs, and every process
+        # trains alone
+        extra["use_cpu"] = True
     if sharding == "none":
         shard.forget_launcher()
     args = cfg.training_arguments(**extra)
@@ -266,20 +320,36 @@ def training_arguments(cfg: RunConfig, sharding: str, memory: Memory, *, buffers
 
 
 def build_model(
-    cfg: RunConfig, model_config: Any, tokenizer: Any, ctx: sp.SequenceParallel, args: Any, stage: Stage, split: bool
+    cfg: RunConfig,
+    model_config: Any,
+    tokenizer: Any,
+    ctx: sp.SequenceParallel,
+    args: Any,
+    stage: Stage,
+    split: bool,
 ) -> tuple[Any, Any, Source]:
-    """The model with the engine's attention, what is trained of it, and its output layer taken over; and the files that it came from."""
+    """The model with the engine's attention, what is trained of it, and its output layer taken
+    over; and the files that it came from.
+    """
     dtype = computing_dtype(cfg, args, split)
     quantization = load.quantization_config(cfg.model, dtype, sharded=bool(args.fsdp))
     on_device = args.device if cfg.model.train_from_scratch else None
-    model = load.load_model(cfg.model, model_config, dtype, attention=hf.ATTENTION, device=on_device, quantization=quantization)
+    model = load.load_model(
+        cfg.model,
+        model_config,
+        dtype,
+        attention=hf.ATTENTION,
+        device=on_device,
+        quantization=quantization,
+    )
     source = load.source_of(model, cfg.model)
     if cfg.model.enable_liger_kernel:
         apply_liger(model)
     grew = load.resize_vocabulary(model, tokenizer) if cfg.model.resize_vocab else False
     if len(tokenizer) > load.embedding_rows(model):
         raise UserError(
-            f"The tokenizer has {len(tokenizer)} tokens, the model's embedding {load.embedding_rows(model)}. Set resize_vocab: true."
+            f"The tokenizer has {len(tokenizer)} tokens, the model's embedding"
+            f" {load.embedding_rows(model)}. Set resize_vocab: true."
         )
     try:
         hf.prepare(model, ctx)
@@ -289,7 +359,11 @@ def build_model(
     head = (
         TokenValues(model)
         if stage.output == "values"
-        else TokenLogprobs(model, None if cfg.memory.logprob_chunk == "auto" else cfg.memory.logprob_chunk, stage.needs)
+        else TokenLogprobs(
+            model,
+            None if cfg.memory.logprob_chunk == "auto" else cfg.memory.logprob_chunk,
+            stage.needs,
+        )
     )
     if isinstance(head, TokenValues):
         trained = (cfg.model.adapter_name_or_path or (cfg.model.model_name_or_path or "",))[-1]
@@ -298,13 +372,22 @@ def build_model(
         except ValueError as error:
             raise UserError(str(error)) from error
         if not found and not args.do_train:
-            raise UserError(f"{trained} has no {VALUE_HEAD}: it is not a reward model, and its values would be random. Train it first.")
-    zero3 = bool(args.deepspeed) and args.hf_deepspeed_config is not None and args.hf_deepspeed_config.is_zero3()
+            raise UserError(
+                f"{trained} has no {VALUE_HEAD}: it is not a reward model, and its values would be"
+                " random. Train it first."
+            )
+    zero3 = (
+        bool(args.deepspeed)
+        and args.hf_deepspeed_config is not None
+        and args.hf_deepspeed_config.is_zero3()
+    )
     if not cfg.method.pure_bf16 and not zero3 and not split:
         adapters.cast_trainable(model)
     if zero3 and isinstance(head, TokenValues):
         # ZeRO-3 takes trained parameters of one type; its own copies of them are float32.
-        trained_types = {p.dtype for n, p in model.named_parameters() if p.requires_grad and "v_head" not in n}
+        trained_types = {
+            p.dtype for n, p in model.named_parameters() if p.requires_grad and "v_head" not in n
+        }
         head.value.to(next(iter(trained_types), torch.float32))
     for level, line in adapters.describe_trained(model):
         log.log(level, line)
@@ -316,8 +399,11 @@ def computing_dtype(cfg: RunConfig, args: Any, split: bool) -> torch.dtype:
     return torch.bfloat16 if cfg.method.pure_bf16 or split else load.compute_dtype(args)
 
 
-def kernels(cfg: RunConfig, model_config: Any, ctx: sp.SequenceParallel, args: Any, memory: Memory) -> list[str]:
-    """Chooses and self-tests the attention kernels before anything is loaded. What to say of them, a line or two.
+def kernels(
+    cfg: RunConfig, model_config: Any, ctx: sp.SequenceParallel, args: Any, memory: Memory
+) -> list[str]:
+    """Chooses and self-tests the attention kernels before anything is loaded. What to say of them,
+    a line or two.
 
     Raises:
         UserError: the kernel that `attention_backend` names cannot be used.
@@ -342,7 +428,11 @@ def make_trainer(
     memory: Memory,
 ) -> RowTrainer:
     """The Trainer of a run, with its loaders, optimizer and callbacks."""
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    pad_id = (
+        tokenizer.pad_token_id
+        if tokenizer.pad_token_id is not None
+        else tokenizer.eos_token_id or 0
+    )
     eval_sets = datasets.eval or None
     if eval_sets is not None and len(eval_sets) == 1:
         eval_sets = next(iter(eval_sets.values()))
@@ -367,23 +457,33 @@ def make_trainer(
     if cfg.method.early_stopping_steps is not None:
         from transformers import EarlyStoppingCallback
 
-        trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=cfg.method.early_stopping_steps))
+        trainer.add_callback(
+            EarlyStoppingCallback(early_stopping_patience=cfg.method.early_stopping_steps)
+        )
     return trainer
 
 
-def describe(cfg: RunConfig, ctx: sp.SequenceParallel, args: Any, sharding: str, datasets: Any) -> list[str]:
+def describe(
+    cfg: RunConfig, ctx: sp.SequenceParallel, args: Any, sharding: str, datasets: Any
+) -> list[str]:
     """What a person checks before leaving a run alone, as arithmetic."""
     b, ga = args.per_device_train_batch_size, args.gradient_accumulation_steps
     lines = [
-        f"Processes: {ctx.size} (sequence) x {ctx.dp_size} (data) = {ctx.size * ctx.dp_size}; parameters: {sharding}; "
-        f"sequence parallel: {cfg.parallel.sequence_parallel_mode if ctx.size > 1 else 'off'}",
-        f"Samples in an optimizer step: {b} (micro-batch) x {ga} (accumulation) x {ctx.dp_size} (data) = {b * ga * ctx.dp_size}",
+        (
+            f"Processes: {ctx.size} (sequence) x {ctx.dp_size} (data) = {ctx.size * ctx.dp_size};"
+            f" parameters: {sharding}; sequence parallel:"
+            f" {cfg.parallel.sequence_parallel_mode if ctx.size > 1 else 'off'}"
+        ),
+        (
+            f"Samples in an optimizer step: {b} (micro-batch) x {ga} (accumulation) x {ctx.dp_size}"
+            f" (data) = {b * ga * ctx.dp_size}"
+        ),
     ]
     if datasets.train is not None and hasattr(datasets.train, "__len__"):
         lengths = datasets.train.lengths
         longest = int(max(lengths)) if len(lengths) else 0
         lines.append(
-            f"Training data: {len(datasets.train)} rows, {int(sum(lengths)):,} tokens, longest {longest:,} "
-            f"({-(-longest // ctx.size):,} a device)"
+            f"Training data: {len(datasets.train)} rows, {int(sum(lengths)):,} tokens, longest"
+            f" {longest:,} ({-(-longest // ctx.size):,} a device)"
         )
     return lines

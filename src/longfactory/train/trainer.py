@@ -1,9 +1,11 @@
-"""transformers' Trainer on rows: loaders, the count of items, the loss, evaluation and saving under sequence parallelism.
+"""transformers' Trainer on rows: loaders, the count of items, the loss, evaluation and saving under
+sequence parallelism.
 
-The gradient rule. N counts the items (tokens, pairs, samples) of all data-parallel groups and all micro-batches of the optimizer step.
-Every rank of group d differentiates DP * S_d / N, S_d the sum over the group's items, made from log-probabilities that were gathered by
-a collective whose backward is its exact adjoint. DDP, FSDP2 and ZeRO average over all W = DP * SP ranks:
-(1/W) * sum_d SP * DP * S_d / N = S / N, whatever the split. There is no division by accumulation steps.
+The gradient rule. N counts the items (tokens, pairs, samples) of all data-parallel groups and all
+micro-batches of the optimizer step. Every rank of group d differentiates DP * S_d / N, S_d the sum
+over the group's items, made from log-probabilities that were gathered by a collective whose
+backward is its exact adjoint. DDP, FSDP2 and ZeRO average over all W = DP * SP ranks: (1/W) * sum_d
+SP * DP * S_d / N = S / N, whatever the split. There is no division by accumulation steps.
 """
 
 from __future__ import annotations
@@ -62,12 +64,14 @@ class RowTrainer(Trainer):
         collate: samples -> Row.
         pad_id: token of the padding document.
         shuffle: whether training samples are shuffled.
-        make_optimizer: builds the optimizer in place of the Trainer's own (LoRA+, optimizer on the host), or None.
+        make_optimizer: builds the optimizer in place of the Trainer's own (LoRA+, optimizer on the
+            host), or None.
         log_tokens: count input tokens and log throughput.
         source: the checkpoint that was loaded: what is saved gets all that it has.
     """
 
-    loss_is_scaled_for_ga = True  # compute_loss divides by N: the Trainer must not divide by accumulation steps
+    # compute_loss divides by N: the Trainer must not divide by accumulation steps
+    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
@@ -86,41 +90,60 @@ class RowTrainer(Trainer):
         **kwargs: Any,
     ):
         self.ctx, self.stage, self.head = ctx, stage, head
-        # For `auto`: given a row before its plan is made, finds the schedule that is fastest for rows like it (sp.measure).
+        # For `auto`: given a row before its plan is made, finds the schedule that is fastest for
+        # rows like it (sp.measure).
         self.measure: Callable[[int, tuple[sp.Segment, ...]], None] | None = None
         self.shuffle, self.make_optimizer, self.log_tokens = shuffle, make_optimizer, log_tokens
         self.collate, self.pad_id = collate, pad_id
         self.source, self.told_of_copies = source, False
-        # By data set: the reference's log-probabilities, computed before training; and whether the adapter is switched off to get them.
+        # By data set: the reference's log-probabilities, computed before training; and whether the
+        # adapter is switched off to get them.
         self.reference_caches: dict[int, ReferenceCache] = {}
         self.reference_by_adapter = False
-        # A second model and its output layer, held during training by a loss that compares whole distributions.
+        # A second model and its output layer, held during training by a loss that compares whole
+        # distributions.
         self.reference_model: tuple[nn.Module, TokenLogprobs] | None = None
         self._train_metrics, self._eval_metrics = MetricSums(), MetricSums()
         # The step of the checkpoint to go on from, and whether that is the run's last.
         self.resumed_at, self.finished = -1, False
         super().__init__(model, args, **kwargs)
-        # transformers before 5.19 has no loss_is_scaled_for_ga; it does not divide where the model takes the count itself.
+        # transformers before 5.19 has no loss_is_scaled_for_ga; it does not divide where the model
+        # takes the count itself.
         self.model_accepts_loss_kwargs = True
         self.neftune_noise_alpha = None  # of the Trainer's own hook, which knows no documents
         self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
 
-    # ---- data -----------------------------------------------------------------------------------------------------------------------
+    # ---- data ------------------------------------------------------------------------------------
 
     def loader(self, dataset: Any, batch: int, shuffle: bool, endless: bool = False) -> DataLoader:
-        """Rows of a data set for this data-parallel group. `endless`: a stream begins again where it ends."""
+        """Rows of a data set for this data-parallel group. `endless`: a stream begins again where
+        it ends.
+        """
         ctx, args = self.ctx, self.args
-        # The cache is looked up when the loader starts, not now: it is made after the training loader.
-        collate = Collate(self.collate, sp.alignment(ctx), self.pad_id, empty_row, lambda: self.reference_caches.get(id(dataset)))
+        # The cache is looked up when the loader starts, not now: it is made after the training
+        # loader.
+        collate = Collate(
+            self.collate,
+            sp.alignment(ctx),
+            self.pad_id,
+            empty_row,
+            lambda: self.reference_caches.get(id(dataset)),
+        )
         sampler = None
         if hasattr(dataset, "__len__"):
-            by_length = shuffle and getattr(args, "train_sampling_strategy", "random") == "group_by_length"
+            by_length = (
+                shuffle and getattr(args, "train_sampling_strategy", "random") == "group_by_length"
+            )
             sampler = RowSampler(
                 len(dataset),
                 batch,
                 groups=ctx.dp_size,
                 group=ctx.dp_rank,
-                seed=(args.data_seed if args.data_seed is not None else args.seed) if shuffle else None,
+                seed=(
+                    (args.data_seed if args.data_seed is not None else args.seed)
+                    if shuffle
+                    else None
+                ),
                 lengths=list(dataset.lengths) if by_length else None,
                 window=50 * self.get_total_train_batch_size(args) if by_length else 0,
                 drop_last=shuffle and args.dataloader_drop_last,
@@ -144,8 +167,9 @@ class RowTrainer(Trainer):
         source: Any = loader.dataset if loader.batch_sampler is None else loader.batch_sampler
         if isinstance(source, RowSampler) and not len(source):
             raise UserError(
-                f"dataloader_drop_last leaves no step: {source.length} samples are less than the {source.step} of an optimizer step. "
-                "Leave it out, or lower per_device_train_batch_size or gradient_accumulation_steps."
+                f"dataloader_drop_last leaves no step: {source.length} samples are less than the"
+                f" {source.step} of an optimizer step. Leave it out, or lower"
+                " per_device_train_batch_size or gradient_accumulation_steps."
             )
         loader.set_epoch = source.set_epoch  # type: ignore[attr-defined]
         return loader
@@ -153,19 +177,33 @@ class RowTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]  # type: ignore[index]
-        return self.loader(eval_dataset if eval_dataset is not None else self.eval_dataset, self.args.eval_batch_size, False)
+        return self.loader(
+            eval_dataset if eval_dataset is not None else self.eval_dataset,
+            self.args.eval_batch_size,
+            False,
+        )
 
     def get_total_train_batch_size(self, args: Any) -> int:
         return self._train_batch_size * args.gradient_accumulation_steps * self.ctx.dp_size
 
     def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> Any:
-        """The Trainer's numbers; without an epoch to come where the checkpoint has made every step: the Trainer would make one more."""
+        """The Trainer's numbers; without an epoch to come where the checkpoint has made every step:
+        the Trainer would make one more.
+        """
         epochs, updates, *others = super().set_initial_training_values(args, dataloader)
         self.finished = self.resumed_at >= others[-1]
-        return (min(epochs, self.resumed_at // updates) if self.finished else epochs, updates, *others)
+        return (
+            min(epochs, self.resumed_at // updates) if self.finished else epochs,
+            updates,
+            *others,
+        )
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Tensor]:
-        """The micro-batches of an optimizer step and N, counted on the host and summed over data-parallel groups."""
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """The micro-batches of an optimizer step and N, counted on the host and summed over
+        data-parallel groups.
+        """
         batches = []
         for _ in range(num_batches):
             try:
@@ -173,7 +211,10 @@ class RowTrainer(Trainer):
             except StopIteration:
                 break
         rows = [b["row"] for b in batches]
-        counts = torch.tensor([sum(self.stage.count_items(r) for r in rows), sum(r.real_tokens for r in rows)], dtype=torch.float64)
+        counts = torch.tensor(
+            [sum(self.stage.count_items(r) for r in rows), sum(r.real_tokens for r in rows)],
+            dtype=torch.float64,
+        )
         counts = self._sum_over_groups(counts.to(device, non_blocking=True))
         self._tokens += counts[1].long()
         return batches, counts[0].clamp(min=1)
@@ -185,43 +226,66 @@ class RowTrainer(Trainer):
             dist.all_reduce(x, group=self.ctx.dp_group)
         return x
 
-    # ---- loss -----------------------------------------------------------------------------------------------------------------------
+    # ---- loss ------------------------------------------------------------------------------------
 
     def _model_inputs(self, row: Row) -> tuple[sp.RowPlan, dict[str, Any]]:
-        """Where this rank's tokens of a row (on the host) are, and the model's keyword arguments for them."""
+        """Where this rank's tokens of a row (on the host) are, and the model's keyword arguments
+        for them.
+        """
         if self.measure is not None:
             self.measure(len(row), row.segments)
         plan = sp.plan(len(row), row.segments, self.ctx)
-        ids, positions = (x.to(self.args.device, non_blocking=True) for x in (row.input_ids, row.position_ids))
+        ids, positions = (
+            x.to(self.args.device, non_blocking=True) for x in (row.input_ids, row.position_ids)
+        )
         return plan, hf.inputs({"input_ids": ids, "position_ids": positions}, plan)
 
-    def token_outputs(self, model: nn.Module, row: Row, reference: ReferenceHidden | None = None) -> TokenOutputs:
-        """[T] log-probabilities of the whole row (or values), the same on every rank of the group. `row` is on the host.
+    def token_outputs(
+        self, model: nn.Module, row: Row, reference: ReferenceHidden | None = None
+    ) -> TokenOutputs:
+        """[T] log-probabilities of the whole row (or values), the same on every rank of the group.
+        `row` is on the host.
 
         `reference`: of this row (`reference_hidden`), for a stage that needs `reference_kl`.
         """
         plan, inputs = self._model_inputs(row)
         labels = row.labels[plan.index]
-        with self._noise(model, row, plan), self.head.labels(labels) if reference is None else self.head.labels(labels, reference):
+        with (
+            self._noise(model, row, plan),
+            self.head.labels(labels) if reference is None else self.head.labels(labels, reference),
+        ):
             out = model(**inputs)
             local = self.head.outputs(out.logits)
         gathered = {
-            name: sp.gather(value if value.is_floating_point() else value.to(torch.uint8), plan).to(value.dtype)
+            name: (
+                sp.gather(value if value.is_floating_point() else value.to(torch.uint8), plan).to(
+                    value.dtype
+                )
+            )
             for name, value in vars(local).items()
             if value is not None
         }
         return TokenOutputs(**gathered)
 
-    def _noise(self, model: nn.Module, row: Row, plan: sp.RowPlan) -> contextlib.AbstractContextManager[None]:
+    def _noise(
+        self, model: nn.Module, row: Row, plan: sp.RowPlan
+    ) -> contextlib.AbstractContextManager[None]:
         """NEFTune's noise on this rank's embeddings of a row, in training alone."""
         alpha = self.args.neftune_noise_alpha
         if not alpha or not model.training:
             return contextlib.nullcontext()
-        keys, scales = token_keys(row, self.args.seed, self.state.global_step), token_scales(row, alpha)
-        return noisy_embeddings(hf.unwrap(model).get_input_embeddings(), keys[plan.index], scales[plan.index])
+        keys, scales = (
+            token_keys(row, self.args.seed, self.state.global_step),
+            token_scales(row, alpha),
+        )
+        return noisy_embeddings(
+            hf.unwrap(model).get_input_embeddings(), keys[plan.index], scales[plan.index]
+        )
 
     def reference_hidden(self, model: nn.Module, head: TokenLogprobs, row: Row) -> ReferenceHidden:
-        """What a reference's output layer is given for this rank's trained tokens of a row, under `as_reference`."""
+        """What a reference's output layer is given for this rank's trained tokens of a row, under
+        `as_reference`.
+        """
         plan, inputs = self._model_inputs(row)
         with head.hidden(row.labels[plan.index]) as result:
             model(**inputs)
@@ -230,7 +294,9 @@ class RowTrainer(Trainer):
     def _outputs_with_reference(self, model: nn.Module, row: Row) -> TokenOutputs:
         if "reference_kl" in self.stage.needs:
             if self.reference_model is None and not self.reference_by_adapter:
-                raise RuntimeError("The loss compares with a reference, and attach_reference was not called.")
+                raise RuntimeError(
+                    "The loss compares with a reference, and attach_reference was not called."
+                )
             other, head = self.reference_model or (model, self.head)
             with as_reference(other, adapter_off=self.reference_by_adapter):
                 hidden = self.reference_hidden(other, head, row)
@@ -245,16 +311,30 @@ class RowTrainer(Trainer):
         """Sum of the loss over this group's items, in float64, and the stage's metrics."""
         outputs, ctx = self._outputs_with_reference(model, row), self.ctx
         loss_sum, metrics = self.stage.loss_sum(
-            outputs, row.to(self.args.device), dp_sum=self._sum_over_groups, dp_rank=ctx.dp_rank, dp_size=ctx.dp_size
+            outputs,
+            row.to(self.args.device),
+            dp_sum=self._sum_over_groups,
+            dp_rank=ctx.dp_rank,
+            dp_size=ctx.dp_size,
         )
         return loss_sum, metrics
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
         loss_sum, metrics = self.stage_loss(model, inputs["row"])
         if num_items_in_batch is None:
-            raise RuntimeError("compute_loss needs the number of items of the whole optimizer step (get_batch_samples gives it).")
+            raise RuntimeError(
+                "compute_loss needs the number of items of the whole optimizer step"
+                " (get_batch_samples gives it)."
+            )
         self._train_metrics.add(metrics)
-        # Divided in float64: the mean of n times log 2 is then log 2. The cast costs the gradient nothing.
+        # Divided in float64: the mean of n times log 2 is then log 2. The cast costs the gradient
+        # nothing.
         loss = (loss_sum * (self.ctx.dp_size / num_items_in_batch.to(loss_sum))).float()
         return (loss, {"loss": loss}) if return_outputs else loss
 
@@ -263,7 +343,11 @@ class RowTrainer(Trainer):
 
     def _parameter_count(self) -> int:
         if not hasattr(self, "_parameters"):
-            self._parameters = self.model.num_parameters(exclude_embeddings=True) if hasattr(self.model, "num_parameters") else 0
+            self._parameters = (
+                self.model.num_parameters(exclude_embeddings=True)
+                if hasattr(self.model, "num_parameters")
+                else 0
+            )
         return self._parameters
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -286,11 +370,14 @@ class RowTrainer(Trainer):
         except (ValueError, TypeError) as error:
             given = self.args.lr_scheduler_kwargs
             raise UserError(
-                f"lr_scheduler_type: {self.args.lr_scheduler_type.value} cannot be made with lr_scheduler_kwargs: {given}: {error}"
+                f"lr_scheduler_type: {self.args.lr_scheduler_type.value} cannot be made with"
+                f" lr_scheduler_kwargs: {given}: {error}"
             ) from error
 
     def _split_adamw(self) -> SplitAdamW | None:
-        """The optimizer, where it is the one that transformers and FSDP2's checkpoints do not know."""
+        """The optimizer, where it is the one that transformers and FSDP2's checkpoints do not
+        know.
+        """
         if self.is_deepspeed_enabled:
             return None
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
@@ -308,36 +395,61 @@ class RowTrainer(Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         optimizer = self._split_adamw()
-        return super()._clip_grad_norm(model) if optimizer is None else optimizer.clip(self.args.max_grad_norm)
+        return (
+            super()._clip_grad_norm(model)
+            if optimizer is None
+            else optimizer.clip(self.args.max_grad_norm)
+        )
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         optimizer = self._split_adamw()
-        return super()._get_grad_norm(model, grad_norm) if optimizer is None or grad_norm is not None else optimizer.clip(math.inf)
+        return (
+            super()._get_grad_norm(model, grad_norm)
+            if optimizer is None or grad_norm is not None
+            else optimizer.clip(math.inf)
+        )
 
-    # ---- evaluation -----------------------------------------------------------------------------------------------------------------
+    # ---- evaluation ------------------------------------------------------------------------------
 
     def spread(self) -> None:
-        """Shards the model by FSDP2 or ZeRO-3 where training has not: an evaluation, or the reference's pass, would fail. Collective."""
+        """Shards the model by FSDP2 or ZeRO-3 where training has not: an evaluation, or the
+        reference's pass, would fail. Collective.
+        """
         if self.is_deepspeed_enabled and self.deepspeed is None:
             deepspeed_init(self, num_training_steps=0, inference=True)
-            self.__dict__.update(model_wrapped=(engine := self.accelerator.prepare(self.model)), deepspeed=engine)
+            self.__dict__.update(
+                model_wrapped=(engine := self.accelerator.prepare(self.model)), deepspeed=engine
+            )
         if self.is_fsdp_enabled and not isinstance(self.model_wrapped, FSDPModule):
-            # accelerate takes a model for FSDP2 only together with an optimizer. This one is never used.
-            sharded, _ = self.accelerator.prepare(self.model_wrapped, torch.optim.SGD(self.model_wrapped.parameters()))
+            # accelerate takes a model for FSDP2 only together with an optimizer. This one is never
+            # used.
+            sharded, _ = self.accelerator.prepare(
+                self.model_wrapped, torch.optim.SGD(self.model_wrapped.parameters())
+            )
             self.__dict__.update(model=sharded, model_wrapped=sharded)
 
     def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         row = inputs["row"]
         with torch.no_grad(), self.compute_loss_context_manager():
             loss_sum, metrics = self.stage_loss(model, row)
-        items = torch.tensor(float(self.stage.count_items(row)), dtype=torch.float64, device=loss_sum.device)
+        items = torch.tensor(
+            float(self.stage.count_items(row)), dtype=torch.float64, device=loss_sum.device
+        )
         self._eval_metrics.add({"loss": (loss_sum, items), **metrics})
         return (loss_sum / items.clamp(min=1)).float(), None, None
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """The Trainer's loop, with loss and metrics as sums divided by counts: no sample is repeated, dropped or weighted wrong."""
+    def evaluation_loop(
+        self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """The Trainer's loop, with loss and metrics as sums divided by counts: no sample is
+        repeated, dropped or weighted wrong.
+        """
         self._eval_metrics = MetricSums()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         assert output.metrics is not None
@@ -345,7 +457,7 @@ class RowTrainer(Trainer):
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
 
-    # ---- logging --------------------------------------------------------------------------------------------------------------------
+    # ---- logging ---------------------------------------------------------------------------------
 
     def continue_counting(self) -> None:
         """At the start: tokens are counted on from what the checkpoint had seen."""
@@ -361,18 +473,28 @@ class RowTrainer(Trainer):
             logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
         super().log(logs, start_time)
 
-    # ---- saving and resuming ----------------------------------------------------------------------------------------------------------
+    # ---- saving and resuming ---------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Plain Hugging Face safetensors, whole, whatever the sharding. Collective: every rank calls it. Uploads nothing: `output.push`."""
+        """Plain Hugging Face safetensors, whole, whatever the sharding. Collective: every rank
+        calls it. Uploads nothing: `output.push`.
+        """
         output_dir = output_dir or self.args.output_dir
         if self.args.should_save and not hasattr(self.model, "peft_config"):
             remove_weights(output_dir)
         if self.is_fsdp_enabled:
-            # Gathered one by one, tied weights no longer share their memory, by which transformers would know them.
-            duplicates = tied_duplicates(self.model) if not hasattr(self.model, "peft_config") else set()
-            state = {name: t for name, t in export.full_state_dict(self.model).items() if name not in duplicates}
-            if self.args.should_save:  # the other ranks have nothing: in transformers 5.17 they would write that
+            # Gathered one by one, tied weights no longer share their memory, by which transformers
+            # would know them.
+            duplicates = (
+                tied_duplicates(self.model) if not hasattr(self.model, "peft_config") else set()
+            )
+            state = {
+                name: t
+                for name, t in export.full_state_dict(self.model).items()
+                if name not in duplicates
+            }
+            # the other ranks have nothing: in transformers 5.17 they would write that
+            if self.args.should_save:
                 self._save(output_dir, state_dict=state)
         else:
             super().save_model(output_dir, _internal_call=True)  # without its upload
@@ -388,7 +510,10 @@ class RowTrainer(Trainer):
             os.replace(path + ".part", path)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        reported(lambda: super(RowTrainer, self)._push_from_checkpoint(checkpoint_folder), f"push_to_hub: {checkpoint_folder}")
+        reported(
+            lambda: super(RowTrainer, self)._push_from_checkpoint(checkpoint_folder),
+            f"push_to_hub: {checkpoint_folder}",
+        )
 
     def _finish_current_push(self) -> None:
         reported(super()._finish_current_push, "push_to_hub: the last checkpoint")
@@ -401,8 +526,16 @@ class RowTrainer(Trainer):
         if self.is_fsdp_enabled:
             from accelerate.utils import save_fsdp_model
 
-            save_fsdp_model(self.accelerator.state.fsdp_plugin, self.accelerator, self.model, output_dir, adapter_only=True)
-        optimizer_states.save_states(optimizer, self.model.named_parameters(), output_dir, writes_whole=self.args.should_save)
+            save_fsdp_model(
+                self.accelerator.state.fsdp_plugin,
+                self.accelerator,
+                self.model,
+                output_dir,
+                adapter_only=True,
+            )
+        optimizer_states.save_states(
+            optimizer, self.model.named_parameters(), output_dir, writes_whole=self.args.should_save
+        )
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))  # type: ignore[union-attr]
 
@@ -414,14 +547,19 @@ class RowTrainer(Trainer):
         if optimizer is None:
             if optimizer_states.holds_states(checkpoint):
                 raise UserError(
-                    f"The checkpoint {checkpoint} was made by AdamW on the host or with split weights. Set optimizer_placement: host."
+                    f"The checkpoint {checkpoint} was made by AdamW on the host or with split"
+                    " weights. Set optimizer_placement: host."
                 )
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         optimizer_states.load_states(optimizer, self.model.named_parameters(), checkpoint)
-        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))  # type: ignore[union-attr]
+        self.lr_scheduler.load_state_dict(
+            torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True)
+        )  # type: ignore[union-attr]
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
         self.refuse_renamed_adapter()
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_renamed(resume_from_checkpoint)
@@ -431,7 +569,8 @@ class RowTrainer(Trainer):
         self._load_renamed(self.state.best_model_checkpoint)
 
     def _load_renamed(self, folder: str | None) -> None:
-        """What a load of one process leaves out of a whole model; of an adapter, whether it left out anything.
+        """What a load of one process leaves out of a whole model; of an adapter, whether it left
+        out anything.
 
         Raises:
             UserError: the adapter differs from the file's.
@@ -441,7 +580,9 @@ class RowTrainer(Trainer):
         if not hasattr(self.model, "peft_config"):
             load_renamed(self.model, folder)
         elif problems := check_saved(folder, self.model):
-            raise UserError(f"The adapter in {folder} was not loaded as it was saved: " + "; ".join(problems))
+            raise UserError(
+                f"The adapter in {folder} was not loaded as it was saved: " + "; ".join(problems)
+            )
 
     def refuse_renamed_adapter(self) -> None:
         """Sharded checkpoints hold an adapter under today's names.
@@ -449,15 +590,21 @@ class RowTrainer(Trainer):
         Raises:
             UserError: PEFT does not find all of these again.
         """
-        if self.is_fsdp_enabled and hasattr(self.model, "peft_config") and (names := names_for_peft(self.model)):
+        if (
+            self.is_fsdp_enabled
+            and hasattr(self.model, "peft_config")
+            and (names := names_for_peft(self.model))
+        ):
             raise UserError(
-                f"PEFT does not find {len(names)} tensors of this model's adapter in a sharded checkpoint "
-                f"({next(iter(names))}), so that the run cannot go on from it. Start from the saved adapter instead "
-                "(adapter_name_or_path: the checkpoint's folder)."
+                f"PEFT does not find {len(names)} tensors of this model's adapter in a sharded"
+                f" checkpoint ({next(iter(names))}), so that the run cannot go on from it. Start"
+                " from the saved adapter instead (adapter_name_or_path: the checkpoint's folder)."
             )
 
     def run_state(self) -> dict[str, Any]:
-        """What decides which samples a step takes. A checkpoint resumes only where this is the same."""
+        """What decides which samples a step takes. A checkpoint resumes only where this is the
+        same.
+        """
         return {
             "total_batch_size": self.get_total_train_batch_size(self.args),
             "samples": len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,  # type: ignore[arg-type]
@@ -467,7 +614,8 @@ class RowTrainer(Trainer):
         }
 
     def check_resume(self, checkpoint: str) -> None:
-        """Refuses a checkpoint whose steps took other samples than this run's would; gives the stage and the value head their states back.
+        """Refuses a checkpoint whose steps took other samples than this run's would; gives the
+        stage and the value head their states back.
 
         Raises:
             UserError: with what differs and how to make it agree.
@@ -479,7 +627,10 @@ class RowTrainer(Trainer):
         headless = self.stage.output == "values" and not load_value_head(self.head, checkpoint)
         # The weights of a whole model hold the head; those of an adapter do not.
         if headless and os.path.isfile(os.path.join(checkpoint, "adapter_config.json")):
-            raise UserError(f"The checkpoint {checkpoint} has no {VALUE_HEAD}, without which it is no reward model. Start anew.")
+            raise UserError(
+                f"The checkpoint {checkpoint} has no {VALUE_HEAD}, without which it is no reward"
+                " model. Start anew."
+            )
         path = os.path.join(checkpoint, STATE_FILE)
         if not os.path.isfile(path):
             return
@@ -491,14 +642,17 @@ class RowTrainer(Trainer):
         now = self.run_state()
         if then["total_batch_size"] != now["total_batch_size"]:
             raise UserError(
-                f"The checkpoint {checkpoint} was made with {then['total_batch_size']} samples an optimizer step; this run takes "
-                f"{now['total_batch_size']} (per_device_train_batch_size x gradient_accumulation_steps x data-parallel groups = "
-                f"{self._train_batch_size} x {self.args.gradient_accumulation_steps} x {self.ctx.dp_size}). Change "
-                "gradient_accumulation_steps so that they agree, or set ignore_data_skip: true to start the epoch's data again."
+                f"The checkpoint {checkpoint} was made with {then['total_batch_size']} samples an"
+                f" optimizer step; this run takes {now['total_batch_size']}"
+                " (per_device_train_batch_size x gradient_accumulation_steps x data-parallel"
+                f" groups = {self._train_batch_size} x {self.args.gradient_accumulation_steps} x"
+                f" {self.ctx.dp_size}). Change gradient_accumulation_steps so that they agree, or"
+                " set ignore_data_skip: true to start the epoch's data again."
             )
         for key in ("samples", "data_seed", "shuffle"):
             if then[key] != now[key]:
                 raise UserError(
-                    f"The checkpoint {checkpoint} was made with {key} = {then[key]}, this run has {now[key]}: it would go on with other "
-                    "samples. Use the same data and seed, or set ignore_data_skip: true."
+                    f"The checkpoint {checkpoint} was made with {key} = {then[key]}, this run has"
+                    f" {now[key]}: it would go on with other samples. Use the same data and seed,"
+                    " or set ignore_data_skip: true."
                 )

@@ -1,9 +1,11 @@
-"""`longfactory verify`: an optimizer step of the run itself, against the same documents one by one in transformers' own model.
+"""`longfactory verify`: an optimizer step of the run itself, against the same documents one by one
+in transformers' own model.
 
-The step is the trainer's: its loader, its count of items, its loss and scale, its micro-batches, reduction and clipping, on the model as
-it is wrapped and sharded, with the layers and kernels that train. The specification (`train/alone.py`) shares none of that. Both are
-compared with the specification in a wider precision (float32, for float32 float64); a step may be off by a few times what transformers'
-own attention in the run's precision is.
+The step is the trainer's: its loader, its count of items, its loss and scale, its micro-batches,
+reduction and clipping, on the model as it is wrapped and sharded, with the layers and kernels that
+train. The specification (`train/alone.py`) shares none of that. Both are compared with the
+specification in a wider precision (float32, for float32 float64); a step may be off by a few times
+what transformers' own attention in the run's precision is.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ from longfactory.train.trainer import RowTrainer
 ROWS, TOKENS = 2, 2048
 
 FACTOR = compare.LIMIT
-"""How many times as far from the wider precision as transformers' own attention in the run's precision a step may be: as for the
-start-up guard."""
+"""How many times as far from the wider precision as transformers' own attention in the run's
+precision a step may be: as for the start-up guard."""
 SMALLEST = 1e-4
 """A relative difference that counts as none: float32 numbers that are added in another order."""
 SMALLEST_SCORE = 2e-5
@@ -46,19 +48,23 @@ SMALLEST_SCORE = 2e-5
 UNDECIDED = 0.3
 """From here on the own gradients' relative error says that a model's gradients are rounding."""
 FLOOR = 1e-3
-"""A gradient that is zero in exact arithmetic (the bias of a key projection) is noise: differences count against at least this share of
-the whole gradient's norm."""
+"""A gradient that is zero in exact arithmetic (the bias of a key projection) is noise: differences
+count against at least this share of the whole gradient's norm."""
 MOST_SCALED_STEPS = 24
 """float16: so often the scale of the loss may halve until gradients are finite."""
 OFFSETS = {"chosen": 0.5, "rejected": -0.25, "kl": -0.5}
-"""The reference is the model itself, moved by these shares of 1 / beta: at the model's own numbers many losses are flat."""
+"""The reference is the model itself, moved by these shares of 1 / beta: at the model's own numbers
+many losses are flat.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """One number or tensor: `split` as trained, `alone` in the wider precision, to which differences are relative.
+    """One number or tensor: `split` as trained, `alone` in the wider precision, to which
+    differences are relative.
 
-    `own`: the difference of transformers' own attention in the run's precision. `allowed`: what the step's may be.
+    `own`: the difference of transformers' own attention in the run's precision. `allowed`: what the
+    step's may be.
     """
 
     split: float
@@ -82,7 +88,9 @@ class RowShape:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """One optimizer step, both ways. `parameters`: by name, the worst first. `reasons`: what is wrong, in sentences."""
+    """One optimizer step, both ways. `parameters`: by name, the worst first. `reasons`: what is
+    wrong, in sentences.
+    """
 
     rows: tuple[RowShape, ...]
     loss: Measure
@@ -98,15 +106,30 @@ class Report:
     @property
     def exact(self) -> bool:
         measures = (self.loss, self.grad_norm, self.logps, *self.parameters.values())
-        return bool(self.rows) and bool(self.parameters) and not self.reasons and all(m.exact for m in measures)
+        return (
+            bool(self.rows)
+            and bool(self.parameters)
+            and not self.reasons
+            and all(m.exact for m in measures)
+        )
 
     def table(self) -> str:
         lines = [self.title]
         for i, row in enumerate(self.rows):
-            lines.append(f"row {i + 1}: {row.tokens} tokens, {row.documents} documents, {row.crossing} of them on several ranks")
-        lines.append(f"{'':32}{'split':>14}{'alone':>14}{'difference':>12}{'own':>10}{'allowed':>10}")
-        lines += [_line(name, m, 30) for name, m in (("loss", self.loss), ("grad_norm", self.grad_norm))]
-        lines.append(f"  {'log-probabilities':<58}{self.logps.difference:>12.1e}{self.logps.own:>10.1e}{self.logps.allowed:>10.1e}")
+            lines.append(
+                f"row {i + 1}: {row.tokens} tokens, {row.documents} documents, {row.crossing} of"
+                " them on several ranks"
+            )
+        lines.append(
+            f"{'':32}{'split':>14}{'alone':>14}{'difference':>12}{'own':>10}{'allowed':>10}"
+        )
+        lines += [
+            _line(name, m, 30) for name, m in (("loss", self.loss), ("grad_norm", self.grad_norm))
+        ]
+        m = self.logps
+        lines.append(
+            f"  {'log-probabilities':<58}{m.difference:>12.1e}{m.own:>10.1e}{m.allowed:>10.1e}"
+        )
         lines.append(f"gradients of {len(self.parameters)} parameters; the worst:")
         for name, m in list(self.parameters.items())[:5]:
             lines.append(f"  {name:<58}{m.difference:>12.1e}{m.own:>10.1e}{m.allowed:>10.1e}")
@@ -114,12 +137,16 @@ class Report:
         lines.append("The same." if self.exact else "NOT the same.")
         lines += self.notes
         if self.dtype != torch.float32:
-            lines.append("Half precision rounds. For the sharp proof add bf16=false fp16=false pure_bf16=false.")
+            lines.append(
+                "Half precision rounds. For the sharp proof add bf16=false fp16=false"
+                " pure_bf16=false."
+            )
         return "\n".join(lines)
 
 
 def _line(name: str, m: Measure, width: int) -> str:
-    return f"  {name:<{width}}{m.split:>14.7g}{m.alone:>14.7g}{m.difference:>12.1e}{m.own:>10.1e}{m.allowed:>10.1e}"
+    measures = f"{m.difference:>12.1e}{m.own:>10.1e}{m.allowed:>10.1e}"
+    return f"  {name:<{width}}{m.split:>14.7g}{m.alone:>14.7g}{measures}"
 
 
 def relative(a: float, b: float) -> float:
@@ -127,29 +154,39 @@ def relative(a: float, b: float) -> float:
     return abs(a - b) / max(abs(b), 1e-12) if a != b else 0.0
 
 
-def measured(split: float, alone: float, difference: float, own: float, at_least: float = SMALLEST) -> Measure:
+def measured(
+    split: float, alone: float, difference: float, own: float, at_least: float = SMALLEST
+) -> Measure:
     return Measure(split, alone, difference, own, max(FACTOR * own, at_least))
 
 
 def verify(cfg: RunConfig, *, rows: int = ROWS, tokens: int = TOKENS) -> Report:
-    """One optimizer step of the run, compared. Every process calls it. Writes nothing to the output folder.
+    """One optimizer step of the run, compared. Every process calls it. Writes nothing to the output
+    folder.
 
-    The step has `rows` micro-batches in each data-parallel group, the first of the training data that train something. Parameters are
-    spread as without DeepSpeed. Dropout, noise and the optimizer's own work are left out, and adapters that begin at zero (half of their
-    gradients would be zero) get small random numbers.
+    The step has `rows` micro-batches in each data-parallel group, the first of the training data
+    that train something. Parameters are spread as without DeepSpeed. Dropout, noise and the
+    optimizer's own work are left out, and adapters that begin at zero (half of their gradients
+    would be zero) get small random numbers.
 
     Args:
         rows: micro-batches of each data-parallel group.
-        tokens: longest row; the documents of a longer one keep their last tokens, each in proportion to its length.
+        tokens: longest row; the documents of a longer one keep their last tokens, each in
+            proportion to its length.
     Raises:
-        UserError: the run cannot be assembled, its data have nothing to compare on, or it is not the run of its configuration.
+        UserError: the run cannot be assembled, its data have nothing to compare on, or it is not
+            the run of its configuration.
     """
     if cfg.method.finetuning_type == "lora" and cfg.model.quantization_bit:
-        raise UserError("verify compares with the model in float32, which a quantised model does not have. Leave quantization_bit out.")
+        raise UserError(
+            "verify compares with the model in float32, which a quantised model does not have."
+            " Leave quantization_bit out."
+        )
     if cfg.method.stage == "sft" and cfg.method.use_asft_loss:
         raise UserError(
-            "verify compares log-probabilities of labels, and use_asft_loss also needs whole distributions of a reference. Verify the run "
-            "with use_asft_loss=false use_dft_loss=true: the same passes through the same model."
+            "verify compares log-probabilities of labels, and use_asft_loss also needs whole"
+            " distributions of a reference. Verify the run with use_asft_loss=false"
+            " use_dft_loss=true: the same passes through the same model."
         )
     with tempfile.TemporaryDirectory(prefix="longfactory-verify-") as folder:
         run = assemble(quiet(cfg, folder, rows), compares=True)
@@ -161,8 +198,8 @@ def verify(cfg: RunConfig, *, rows: int = ROWS, tokens: int = TOKENS) -> Report:
 
 
 def quiet(cfg: RunConfig, folder: str, rows: int) -> RunConfig:
-    """The run without what it would leave behind (checkpoints, evaluation, trackers, its output folder), and without what is not compared:
-    noise, and the optimizer."""
+    """The run without what it would leave behind (checkpoints, evaluation, trackers, its output
+    folder), and without what is not compared: noise, and the optimizer."""
     drop: tuple[str, ...] = (
         "deepspeed",
         "resume_from_checkpoint",
@@ -172,23 +209,58 @@ def quiet(cfg: RunConfig, folder: str, rows: int) -> RunConfig:
         "push_to_hub",
         "run_name",
     )
-    drop += ("neftune_noise_alpha", "optim_args", "optim_target_modules", "lr_scheduler_kwargs", "dataloader_num_workers", "warmup_ratio")
+    drop += (
+        "neftune_noise_alpha",
+        "optim_args",
+        "optim_target_modules",
+        "lr_scheduler_kwargs",
+        "dataloader_num_workers",
+        "warmup_ratio",
+    )
     keys = {k: v for k, v in cfg.hf.items() if k not in drop}
-    keys |= {"output_dir": folder, "do_train": True, "do_eval": False, "do_predict": False, "eval_strategy": "no", "save_strategy": "no"}
-    keys |= {"report_to": "none", "disable_tqdm": True, "logging_strategy": "steps", "logging_steps": 1, "logging_nan_inf_filter": False}
-    keys |= {"max_steps": MOST_SCALED_STEPS if cfg.hf.get("fp16") else 1, "gradient_accumulation_steps": rows}
+    keys |= {
+        "output_dir": folder,
+        "do_train": True,
+        "do_eval": False,
+        "do_predict": False,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+    }
+    keys |= {
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+    }
+    keys |= {
+        "max_steps": MOST_SCALED_STEPS if cfg.hf.get("fp16") else 1,
+        "gradient_accumulation_steps": rows,
+    }
     # Nothing moves, and nothing is clipped; but the norm is what the trainer's own clipping finds.
-    keys |= {"optim": "sgd", "learning_rate": 0.0, "max_grad_norm": 1e30, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    keys |= {
+        "optim": "sgd",
+        "learning_rate": 0.0,
+        "max_grad_norm": 1e30,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+    }
     method = dataclasses.replace(cfg.method, early_stopping_steps=None, loraplus_lr_ratio=None)
-    memory = dataclasses.replace(cfg.memory, optimizer_placement="gpu", offload_gradients=False, optimizer_overlap=False)
+    memory = dataclasses.replace(
+        cfg.memory, optimizer_placement="gpu", offload_gradients=False, optimizer_overlap=False
+    )
     return dataclasses.replace(cfg, hf=keys, method=method, memory=memory)
 
 
-# -- the rows -----------------------------------------------------------------------------------------------------------------------------
+# -- the rows --------------------------------------------------------------------------------------
 
 
-def truncate(samples: Sequence[Sequence[TokenizedDocument]], tokens: int) -> list[list[TokenizedDocument]]:
-    """Samples of at most about `tokens` tokens together: each document keeps its last ones, in proportion to its length, at least two."""
+def truncate(
+    samples: Sequence[Sequence[TokenizedDocument]], tokens: int
+) -> list[list[TokenizedDocument]]:
+    """Samples of at most about `tokens` tokens together: each document keeps its last ones, in
+    proportion to its length, at least two.
+    """
     total = sum(len(d.input_ids) for s in samples for d in s)
     if total <= tokens:
         return [list(s) for s in samples]
@@ -201,7 +273,9 @@ def truncate(samples: Sequence[Sequence[TokenizedDocument]], tokens: int) -> lis
 
 
 class Chosen(torch.utils.data.Dataset):
-    """The entries of the data set that are compared, in the order in which a loader that does not shuffle deals them."""
+    """The entries of the data set that are compared, in the order in which a loader that does not
+    shuffle deals them.
+    """
 
     def __init__(self, items: Sequence[Item]) -> None:
         self.items = list(items)
@@ -215,15 +289,17 @@ class Chosen(torch.utils.data.Dataset):
 
 
 def choose(dataset: Any, rows: int, batch: int, tokens: int) -> list[list[Item]]:
-    """`rows` lists of `batch` entries that train something; from the first again where there are fewer. If no row has two documents
-    of different samples, the last one gets them.
+    """`rows` lists of `batch` entries that train something; from the first again where there are
+    fewer. If no row has two documents of different samples, the last one gets them.
 
     Raises:
         UserError: there is none.
     """
     found: list[list[Item]] = []
     samples: list[Item] = []
-    for sample in dataset if not hasattr(dataset, "__len__") else (dataset[i] for i in range(len(dataset))):
+    for sample in (
+        dataset if not hasattr(dataset, "__len__") else (dataset[i] for i in range(len(dataset)))
+    ):
         samples.append(sample)
         if len(samples) < batch:
             continue
@@ -234,21 +310,36 @@ def choose(dataset: Any, rows: int, batch: int, tokens: int) -> list[list[Item]]
         if len(found) == rows:
             break
     if samples and not found:  # fewer samples than a row takes
-        copies = [_renumbered(item, len(samples) * copy) for copy in range(batch) for item in samples]
+        copies = [
+            _renumbered(item, len(samples) * copy) for copy in range(batch) for item in samples
+        ]
         found.append(list(truncate(copies[:batch], tokens)))
     if not found or not any(text.places for item in found[0] for text in alone.texts_of(item)):
-        raise UserError(f"No row of the training data trains a token among the last {tokens} of its documents: nothing can be compared.")
+        raise UserError(
+            f"No row of the training data trains a token among the last {tokens} of its documents:"
+            " nothing can be compared."
+        )
     found = [found[i % len(found)] for i in range(rows)]
-    if batch == 1 and hasattr(dataset, "__len__") and all(len({d.sample for d in row[0]}) < 2 for row in found):
+    if (
+        batch == 1
+        and hasattr(dataset, "__len__")
+        and all(len({d.sample for d in row[0]}) < 2 for row in found)
+    ):
         own = {d.sample for d in found[-1][0]}
-        other = next((dataset[i] for i in range(len(dataset)) if not own & {d.sample for d in dataset[i]}), None)
+        other = next(
+            (dataset[i] for i in range(len(dataset)) if not own & {d.sample for d in dataset[i]}),
+            None,
+        )
         if other is not None:
             found[-1] = [_merged(truncate([found[-1][0], other], tokens))]
     return found
 
 
 def _renumbered(item: Item, further: int) -> Item:
-    return [dataclasses.replace(d, sample=d.sample + 1_000_000_000 * bool(further) + further) for d in item]
+    return [
+        dataclasses.replace(d, sample=d.sample + 1_000_000_000 * bool(further) + further)
+        for d in item
+    ]
 
 
 def _merged(items: Sequence[Item]) -> Item:
@@ -256,7 +347,9 @@ def _merged(items: Sequence[Item]) -> Item:
     out: list[TokenizedDocument] = []
     for item in items:
         first = len(out)
-        out += [dataclasses.replace(d, parent=d.parent + first) if d.parent >= 0 else d for d in item]
+        out += [
+            dataclasses.replace(d, parent=d.parent + first) if d.parent >= 0 else d for d in item
+        ]
     return out
 
 
@@ -265,7 +358,9 @@ def crossed(items: list[Item], trainer: RowTrainer) -> None:
     ctx, document = trainer.ctx, items[0][0]
     for quarters in (4, 3, 2, 1):
         keep = max(2, len(document.input_ids) * quarters // 4)
-        first = dataclasses.replace(document, input_ids=document.input_ids[-keep:], labels=document.labels[-keep:])
+        first = dataclasses.replace(
+            document, input_ids=document.input_ids[-keep:], labels=document.labels[-keep:]
+        )
         tried = [[first, *items[0][1:]], *items[1:]]
         row = trainer.collate([list(item) for item in tried], sp.alignment(ctx), trainer.pad_id)
         if ctx.size == 1 or _shape(row, ctx).crossing:
@@ -280,7 +375,10 @@ class _References:
         self.numbers = numbers
 
     def attach(self, row: Row) -> Row:
-        documents = [dataclasses.replace(d, reference_logp=self.numbers.get((d.role, d.sample))) for d in row.documents]
+        documents = [
+            dataclasses.replace(d, reference_logp=self.numbers.get((d.role, d.sample)))
+            for d in row.documents
+        ]
         return dataclasses.replace(row, documents=tuple(documents))
 
 
@@ -298,21 +396,34 @@ def row_reason(row: Row, texts: Sequence[Text], number: int) -> str | None:
             ("label", row.labels[here].tolist(), list(text.targets[text.before :])),
         ):
             if len(found) != len(expected):
-                return f"{place.capitalize()} has {len(found)} tokens; the data have {len(expected)}."
-            t = next((t for t, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b), None)
+                return (
+                    f"{place.capitalize()} has {len(found)} tokens; the data have {len(expected)}."
+                )
+            t = next(
+                (t for t, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b), None
+            )
             if t is None:
                 continue
             more = ""
             if what == "label":
                 trained = [sum(label != -100 for label in labels) for labels in (found, expected)]
-                more = f" (the next token that is trained, or -100). {trained[0]} labels are trained, {trained[1]} should be"
+                more = (
+                    f" (the next token that is trained, or -100). {trained[0]} labels are trained,"
+                    f" {trained[1]} should be"
+                )
                 if found[:-1] == expected[1:]:
-                    more += "; every label is that of the token after the next: labels are shifted twice"
-            return f"The {what} at token {t + 1} of {place} is {found[t]}; by its document it is {expected[t]}{more}."
+                    more += (
+                        "; every label is that of the token after the next: labels are shifted"
+                        " twice"
+                    )
+            return (
+                f"The {what} at token {t + 1} of {place} is {found[t]}; by its document it is"
+                f" {expected[t]}{more}."
+            )
     return None
 
 
-# -- the comparison -----------------------------------------------------------------------------------------------------------------------
+# -- the comparison --------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -327,7 +438,9 @@ class _Seen:
 
 
 class Comparison(TrainerCallback):
-    """Before the first step: the specification, on one process. In it: what the trainer does is watched. After it: both are compared."""
+    """Before the first step: the specification, on one process. In it: what the trainer does is
+    watched. After it: both are compared.
+    """
 
     def __init__(self, cfg: RunConfig, run: Assembled, rows: int, tokens: int, folder: str) -> None:
         self.cfg, self.run, self.trainer, self.folder = cfg, run, run.trainer, folder
@@ -354,7 +467,11 @@ class Comparison(TrainerCallback):
         trainer, method = self.trainer, self.cfg.method
         disable_dropout(trainer.model_wrapped)
         stir_adapters(trainer.model)
-        adapter_off = trainer.stage.needs_reference and adapter_is_reference(method) and not method.precompute_ref_log_probs
+        adapter_off = (
+            trainer.stage.needs_reference
+            and adapter_is_reference(method)
+            and not method.precompute_ref_log_probs
+        )
         trainer.reference_by_adapter = adapter_off
         model, failure = None, None
         if self.main:
@@ -372,11 +489,14 @@ class Comparison(TrainerCallback):
                 self._specify(model, dtypes, adapter_off)
             except torch.OutOfMemoryError as error:
                 failure = (
-                    "The first device has no room for the model in a wider precision beside the run, with the attention of a whole "
-                    f"document at once. Lower verify_tokens, or verify on larger devices ({_told(error)})."
+                    "The first device has no room for the model in a wider precision beside the"
+                    " run, with the attention of a whole document at once. Lower verify_tokens, or"
+                    f" verify on larger devices ({_told(error)})."
                 )
             except Exception as error:  # whatever the model's own code does in this precision
-                failure = f"transformers' own model cannot compute the documents alone: {_told(error)}"
+                failure = (
+                    f"transformers' own model cannot compute the documents alone: {_told(error)}"
+                )
             del model
             if args.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -385,7 +505,9 @@ class Comparison(TrainerCallback):
         if (failure := _from_main(self._idle())) is not None:
             raise UserError(failure)
         spec = self.spec
-        self.choices, references = _from_main(None if spec is None else (spec.choices, spec.references))
+        self.choices, references = _from_main(
+            None if spec is None else (spec.choices, spec.references)
+        )
         if trainer.stage.needs_reference and not adapter_off:
             numbers = {(text.role, text.sample): number for text, number in references.items()}
             trainer.reference_caches[id(self.data)] = _References(numbers)  # type: ignore[assignment]
@@ -395,7 +517,10 @@ class Comparison(TrainerCallback):
         """The step in a wider precision, and in the run's, by transformers' own model."""
         method, device = self.cfg.method, self.trainer.args.device
         # Row m * groups + g is the m-th micro-batch of group g.
-        batches = [[t for texts in self.texts[i : i + self.groups] for t in texts] for i in range(0, len(self.texts), self.groups)]
+        batches = [
+            [t for texts in self.texts[i : i + self.groups] for t in texts]
+            for i in range(0, len(self.texts), self.groups)
+        ]
         beta = method.pref_beta
 
         def reference(text: Text, logp: float) -> float:
@@ -405,36 +530,62 @@ class Comparison(TrainerCallback):
         precision = run_precision(self.trainer, self.run.sharding, dtypes)
         wider = Precision(torch.float64 if precision == Precision() else torch.float32)
         # Rounding is compared with the run's own way of computing experts.
-        experts = getattr(hf.unwrap(self.trainer.model).config.get_text_config(), "_experts_implementation", None)
+        experts = getattr(
+            hf.unwrap(self.trainer.model).config.get_text_config(), "_experts_implementation", None
+        )
         alone.experts_by(model, "eager")
-        self.spec = alone.run_step(model, method, batches, wider, device, reference=wanted, adapter_off=adapter_off)
+        self.spec = alone.run_step(
+            model, method, batches, wider, device, reference=wanted, adapter_off=adapter_off
+        )
         alone.experts_by(model, experts)
-        self.own = alone.run_step(model, method, batches, precision, device, reference=wanted, adapter_off=adapter_off, step=self.spec)
+        self.own = alone.run_step(
+            model,
+            method,
+            batches,
+            precision,
+            device,
+            reference=wanted,
+            adapter_off=adapter_off,
+            step=self.spec,
+        )
 
     def _idle(self) -> str | None:
-        """Under DDP: trained parameters that no document reaches. The first step would leave them and others unreduced, the next fail."""
+        """Under DDP: trained parameters that no document reaches. The first step would leave them
+        and others unreduced, the next fail.
+        """
         if self.spec is None or self.run.sharding != "ddp":
             return None
         model = self.trainer.model
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
-        given_zeros = tuple(f"{name}." for name, module in model.named_modules() if runs_in_pieces(module))
-        idle = [name for name in trained if name not in self.spec.gradients and not name.startswith(given_zeros)]
+        given_zeros = tuple(
+            f"{name}." for name, module in model.named_modules() if runs_in_pieces(module)
+        )
+        idle = [
+            name
+            for name in trained
+            if name not in self.spec.gradients and not name.startswith(given_zeros)
+        ]
         if not idle or getattr(self.trainer.args, "ddp_find_unused_parameters", False):
             return None
         return (
-            f"{len(idle)} of {len(trained)} trained parameters get no gradient from any document: {', '.join(map(_plain_name, idle[:3]))}. "
-            "DDP waits for them, and leaves gradients of others out of the reduction. Freeze them, or set ddp_find_unused_parameters: true."
+            f"{len(idle)} of {len(trained)} trained parameters get no gradient from any document:"
+            f" {', '.join(map(_plain_name, idle[:3]))}. DDP waits for them, and leaves gradients of"
+            " others out of the reduction. Freeze them, or set ddp_find_unused_parameters: true."
         )
 
     # The step.
 
     def _watch(self) -> None:
-        """Notes rows, the model's inputs and what the loss was given; and replays the experts of the specification."""
+        """Notes rows, the model's inputs and what the loss was given; and replays the experts of
+        the specification.
+        """
         trainer, inner = self.trainer, hf.unwrap(self.trainer.model_wrapped)
         training_step, token_outputs = trainer.training_step, trainer.token_outputs
         step: list[tuple[Row, contextlib.ExitStack]] = []
 
-        def watched_step(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        def watched_step(
+            model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+        ) -> Tensor:
             self.seen.rows.append(inputs["row"])
             with contextlib.ExitStack() as stack:
                 step.append((inputs["row"], stack))
@@ -470,10 +621,18 @@ class Comparison(TrainerCallback):
             chain = [d]
             while chain[0].parent >= 0:
                 chain.insert(0, row.documents[chain[0].parent])
-            tokens = tuple(int(token) for part in chain for token in row.input_ids[part.start : part.stop].tolist())
+            tokens = tuple(
+                int(token)
+                for part in chain
+                for token in row.input_ids[part.start : part.stop].tolist()
+            )
             before = len(tokens) - (d.stop - d.start)
             choices = known.get((tokens, before))
-            parts.append(d.stop - d.start if choices is None or choices.tokens is None else choices.take(slice(before, None)))
+            parts.append(
+                d.stop - d.start
+                if choices is None or choices.tokens is None
+                else choices.take(slice(before, None))
+            )
         return routers.join(parts)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -482,7 +641,9 @@ class Comparison(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.gradients, self.unreduced = take_gradients(self.trainer.model, self.main)
         scaler = getattr(self.trainer.accelerator, "scaler", None)
-        finite = scaler is None or _everywhere(all(bool(torch.isfinite(g).all()) for g in self.gradients.values()), args.device)
+        finite = scaler is None or _everywhere(
+            all(bool(torch.isfinite(g).all()) for g in self.gradients.values()), args.device
+        )
         self.finished = finite or state.global_step + 1 >= args.max_steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -501,10 +662,14 @@ class Comparison(TrainerCallback):
                 reasons.append(reason)
             if local * size != len(row):
                 reasons.append(
-                    f"Sequence parallelism is off: each process computed {local} of the {len(row)} tokens of a row; with "
-                    f"sequence_parallel_size: {size} it is {len(row) // size}."
+                    f"Sequence parallelism is off: each process computed {local} of the {len(row)}"
+                    f" tokens of a row; with sequence_parallel_size: {size} it is"
+                    f" {len(row) // size}."
                 )
-        outputs = {i: self._outputs_of(row, out, i) for i, row, out in zip(mine, self.seen.rows, self.seen.outputs, strict=False)}
+        outputs = {
+            i: self._outputs_of(row, out, i)
+            for i, row, out in zip(mine, self.seen.rows, self.seen.outputs, strict=False)
+        }
         shapes = {i: _shape(row, ctx) for i, row in zip(mine, self.seen.rows, strict=False)}
         parts: list[Any] = [(reasons, outputs, shapes)]
         if _distributed():
@@ -515,10 +680,14 @@ class Comparison(TrainerCallback):
         return _from_main(report)
 
     def _outputs_of(self, row: Row, outputs: Tensor, number: int) -> list[Tensor] | None:
-        """What the loss was given of each text of a row that has scores; None where the row is not the expected one."""
+        """What the loss was given of each text of a row that has scores; None where the row is not
+        the expected one.
+        """
         documents = [d for d in row.documents if d.role != "pad"]
         texts = self.texts[number]
-        if [d.stop - d.start for d in documents] != [len(text.tokens) - text.before for text in texts]:
+        if [d.stop - d.start for d in documents] != [
+            len(text.tokens) - text.before for text in texts
+        ]:
             return None
         values = self.trainer.stage.output == "values"
         found = []
@@ -529,15 +698,23 @@ class Comparison(TrainerCallback):
             found.append(outputs[places])
         return found
 
-    def _compared(self, parts: Sequence[tuple[list[str], dict[int, Any], dict[int, RowShape]]], unsaved: str | None) -> Report:
+    def _compared(
+        self,
+        parts: Sequence[tuple[list[str], dict[int, Any], dict[int, RowShape]]],
+        unsaved: str | None,
+    ) -> Report:
         spec, own, trainer = self.spec, self.own, self.trainer
         assert spec is not None and own is not None
         reasons = list(dict.fromkeys(reason for found, _, _ in parts for reason in found))
         outputs = {i: out for _, found, _ in parts for i, out in found.items()}
         shapes = {i: shape for _, _, found in parts for i, shape in found.items()}
-        reasons += mask_reasons(self.run.datasets.train, [d for row in self.items for item in row for d in item])
+        reasons += mask_reasons(
+            self.run.datasets.train, [d for row in self.items for item in row for d in item]
+        )
 
-        logs: dict[str, float] = next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
+        logs: dict[str, float] = next(
+            (entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {}
+        )
         loss = float(logs.get("loss", math.nan))
         # A sum of errors may be near zero by chance: so far off is the loss if they all add up.
         bound = sum(
@@ -550,23 +727,34 @@ class Comparison(TrainerCallback):
         logps, where = self._logps(outputs, spec, own)
         parameters, total = _gradient_measures(self.gradients, spec.gradients, own.gradients)
         logged = float(logs.get("grad_norm", math.nan))
-        grad_norm = dataclasses.replace(total, split=logged, difference=relative(logged, total.alone))
+        grad_norm = dataclasses.replace(
+            total, split=logged, difference=relative(logged, total.alone)
+        )
 
         if total.own > UNDECIDED and not all(m.exact for m in parameters.values()):
             reasons.append(
-                f"In this precision the gradients of transformers' own model are {100 * total.own:.0f} % off as well: rounding decides "
-                "them, and they cannot be compared. Verify in float32 (bf16=false fp16=false pure_bf16=false)."
+                "In this precision the gradients of transformers' own model are"
+                f" {100 * total.own:.0f} % off as well: rounding decides them, and they cannot be"
+                " compared. Verify in float32 (bf16=false fp16=false pure_bf16=false)."
             )
         reasons += where
         reasons += _scale_reasons(losses, self.gradients, spec.gradients, total)
-        unreached = [name for name, g in spec.gradients.items() if name not in self.gradients and g.norm() > FLOOR * total.alone]
+        unreached = [
+            name
+            for name, g in spec.gradients.items()
+            if name not in self.gradients and g.norm() > FLOOR * total.alone
+        ]
         if unreached:
-            reasons.append(f"No gradient reaches {len(unreached)} trained parameters: {', '.join(map(_plain_name, unreached[:3]))}.")
+            reasons.append(
+                f"No gradient reaches {len(unreached)} trained parameters:"
+                f" {', '.join(map(_plain_name, unreached[:3]))}."
+            )
         if self.unreduced:
             worst = sorted(self.unreduced, key=lambda name: -self.unreduced[name])
             reasons.append(
-                f"The gradients of {len(worst)} trained parameters differ between processes, which would train different models: "
-                f"{', '.join(map(_plain_name, worst[:3]))}. They are left out of the reduction."
+                f"The gradients of {len(worst)} trained parameters differ between processes, which"
+                f" would train different models: {', '.join(map(_plain_name, worst[:3]))}. They are"
+                " left out of the reduction."
             )
         if unsaved is not None:
             reasons.append(unsaved)
@@ -587,10 +775,16 @@ class Comparison(TrainerCallback):
         values = self.trainer.stage.output == "values"
         found, expected, ours, places = [], [], [], []
         for i in range(len(self.texts)):
-            scored = [(k, t) for k, t in enumerate(self.texts[i]) if t.role != "prompt" and (t.places or values)]
+            scored = [
+                (k, t)
+                for k, t in enumerate(self.texts[i])
+                if t.role != "prompt" and (t.places or values)
+            ]
             batch, first = i // self.groups, 0
             for other in range(batch * self.groups, i):
-                first += sum(t.role != "prompt" and bool(t.places or values) for t in self.texts[other])
+                first += sum(
+                    t.role != "prompt" and bool(t.places or values) for t in self.texts[other]
+                )
             if outputs.get(i) is None:
                 continue
             for j, (k, text) in enumerate(scored):
@@ -610,11 +804,20 @@ class Comparison(TrainerCallback):
                 if len(off):
                     token = (text.places[int(off[0])] if not values else len(text.tokens) - 1) + 1
                     agree = f"; {int(off[0])} before it agree" if off[0] else ""
-                    window = getattr(hf.unwrap(self.trainer.model).config.get_text_config(), "sliding_window", None)
-                    beyond = f" (its sliding window is {window})" if isinstance(window, int) and token > window else ""
+                    window = getattr(
+                        hf.unwrap(self.trainer.model).config.get_text_config(),
+                        "sliding_window",
+                        None,
+                    )
+                    beyond = (
+                        f" (its sliding window is {window})"
+                        if isinstance(window, int) and token > window
+                        else ""
+                    )
                     reasons.append(
-                        f"{'Values' if values else 'Log-probabilities'} differ in document {k + 1} of row {i + 1} from token {token} of "
-                        f"{len(text.tokens)} on{beyond}{agree}."
+                        f"{'Values' if values else 'Log-probabilities'} differ in document {k + 1}"
+                        f" of row {i + 1} from token {token} of {len(text.tokens)}"
+                        f" on{beyond}{agree}."
                     )
         return measure, reasons[:3]
 
@@ -625,12 +828,21 @@ class Comparison(TrainerCallback):
         for key in ("sliding_window", "attention_chunk_size"):
             size = getattr(config, key, None)
             if isinstance(size, int) and longest <= size:
-                notes.append(f"No document is longer than {key} ({size} tokens), so that it was not compared. Raise verify_tokens.")
+                notes.append(
+                    f"No document is longer than {key} ({size} tokens), so that it was not"
+                    " compared. Raise verify_tokens."
+                )
         experts = any("Experts" in type(m).__name__ for m in self.trainer.model.modules())
         if experts and all(choices.tokens is None for choices in self.choices.values()):
-            notes.append("The routers of this model are unknown: where they are undecided, other experts may make a difference.")
+            notes.append(
+                "The routers of this model are unknown: where they are undecided, other experts may"
+                " make a difference."
+            )
         if not hasattr(self.run.datasets.train, "stores"):
-            notes.append("The data are a stream: that the prompt is not trained was read from the documents, not from their parts.")
+            notes.append(
+                "The data are a stream: that the prompt is not trained was read from the documents,"
+                " not from their parts."
+            )
         return notes
 
 
@@ -662,7 +874,10 @@ def _everywhere(mine: bool, device: torch.device) -> bool:
 def _shape(row: Row, ctx: sp.SequenceParallel) -> RowShape:
     documents = [d for d in row.documents if d.role != "pad"]
     layout = sp.plan(len(row), row.segments, ctx).layout
-    holders = [sum(any(a < d.stop and d.start < b for a, b in intervals) for intervals in layout.intervals) for d in documents]
+    holders = [
+        sum(any(a < d.stop and d.start < b for a, b in intervals) for intervals in layout.intervals)
+        for d in documents
+    ]
     return RowShape(row.real_tokens, len(documents), sum(n > 1 for n in holders))
 
 
@@ -686,19 +901,26 @@ def run_precision(trainer: RowTrainer, sharding: str, dtypes: dict[str, torch.dt
 
 def _title(cfg: RunConfig, run: Assembled) -> str:
     ctx = run.trainer.ctx
-    mode = f"{ctx.size} ranks, {cfg.parallel.sequence_parallel_mode}" if ctx.size > 1 else "the engine on one rank"
+    mode = (
+        f"{ctx.size} ranks, {cfg.parallel.sequence_parallel_mode}"
+        if ctx.size > 1
+        else "the engine on one rank"
+    )
     return (
-        f"{cfg.model.model_name_or_path}, stage {cfg.method.stage}: {mode}, parameters {run.sharding}; an optimizer step against documents "
-        f"alone ({str(_precision(run.trainer)).rsplit('.', 1)[-1]})"
+        f"{cfg.model.model_name_or_path}, stage {cfg.method.stage}: {mode}, parameters"
+        f" {run.sharding}; an optimizer step against documents alone"
+        f" ({str(_precision(run.trainer)).rsplit('.', 1)[-1]})"
     )
 
 
-# -- gradients ----------------------------------------------------------------------------------------------------------------------------
+# -- gradients -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def stir_adapters(model: nn.Module) -> int:
-    """Gives adapter matrices that are zero small random numbers, the same on every process that holds a copy. Returns how many."""
+    """Gives adapter matrices that are zero small random numbers, the same on every process that
+    holds a copy. Returns how many.
+    """
     count = 0
     for number, (name, p) in enumerate(model.named_parameters()):
         if not (p.requires_grad and "lora_" in name):
@@ -714,8 +936,8 @@ def stir_adapters(model: nn.Module) -> int:
 
 @torch.no_grad()
 def take_gradients(model: nn.Module, main: bool) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """(the whole gradients by name on the host, if `main`; name -> relative difference of copies that are not the same on all
-    processes). Collective."""
+    """(the whole gradients by name on the host, if `main`; name -> relative difference of copies
+    that are not the same on all processes). Collective."""
     out: dict[str, Tensor] = {}
     unreduced: dict[str, float] = {}
     for name, p in model.named_parameters():
@@ -739,8 +961,12 @@ def take_gradients(model: nn.Module, main: bool) -> tuple[dict[str, Tensor], dic
     return out, unreduced
 
 
-def _gradient_measures(found: dict[str, Tensor], expected: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[str, Measure], Measure]:
-    """(of each parameter, the worst first; of all together). A gradient that is not there is zero."""
+def _gradient_measures(
+    found: dict[str, Tensor], expected: dict[str, Tensor], own: dict[str, Tensor]
+) -> tuple[dict[str, Measure], Measure]:
+    """(of each parameter, the worst first; of all together). A gradient that is not there is
+    zero.
+    """
 
     def norm(tensors: Sequence[Tensor]) -> float:
         return math.sqrt(sum(float((t.double() ** 2).sum()) for t in tensors))
@@ -753,7 +979,9 @@ def _gradient_measures(found: dict[str, Tensor], expected: dict[str, Tensor], ow
     names = list(dict.fromkeys([*expected, *found]))
     total = norm(list(expected.values()))
     errors = {name: (norm([off(found, name)]), norm([off(own, name)])) for name in names}
-    of_all = [math.sqrt(sum(e[i] ** 2 for e in errors.values())) / max(total, 1e-30) for i in (0, 1)]
+    of_all = [
+        math.sqrt(sum(e[i] ** 2 for e in errors.values())) / max(total, 1e-30) for i in (0, 1)
+    ]
     measures = {}
     for name in names:
         sizes = [norm([a[name]]) if name in a else 0.0 for a in (found, expected)]
@@ -769,15 +997,28 @@ def _worst_first(m: Measure) -> float:
     return math.inf if math.isnan(m.difference) else m.difference / max(m.allowed, 1e-30)
 
 
-def _scale_reasons(loss: Measure, found: dict[str, Tensor], expected: dict[str, Tensor], total: Measure) -> list[str]:
+def _scale_reasons(
+    loss: Measure, found: dict[str, Tensor], expected: dict[str, Tensor], total: Measure
+) -> list[str]:
     """A loss, or all gradients, that are a number of times what they should be."""
     reasons = []
     if not loss.exact and abs(loss.split / (loss.alone or 1.0) - 1) > 0.01:
         reasons.append(f"The loss is {loss.split / loss.alone:.4g} times what it should be.")
-    dot = sum(float((found[name].double() * g.double()).sum()) for name, g in expected.items() if name in found)
+    dot = sum(
+        float((found[name].double() * g.double()).sum())
+        for name, g in expected.items()
+        if name in found
+    )
     times = dot / max(total.alone**2, 1e-30)
-    rest = sum(float(((found[name].double() - times * g.double()) ** 2).sum()) for name, g in expected.items() if name in found)
-    if abs(times - 1) > total.allowed and math.sqrt(rest) <= max(total.allowed, 1e-3) * abs(times) * total.alone:
+    rest = sum(
+        float(((found[name].double() - times * g.double()) ** 2).sum())
+        for name, g in expected.items()
+        if name in found
+    )
+    if (
+        abs(times - 1) > total.allowed
+        and math.sqrt(rest) <= max(total.allowed, 1e-3) * abs(times) * total.alone
+    ):
         reasons.append(f"Every gradient is {times:.4g} times what it should be.")
     return reasons
 
@@ -786,13 +1027,20 @@ def _plain_name(name: str) -> str:
     return name.removeprefix("module.").replace("base_model.model.", "")
 
 
-# -- masks and saved adapters -------------------------------------------------------------------------------------------------------------
+# -- masks and saved adapters ----------------------------------------------------------------------
 
 
 def mask_reasons(dataset: Any, documents: Sequence[TokenizedDocument]) -> list[str]:
-    """Documents that train tokens of their prompts, by the parts that the data set stores and the lengths that they are cut to."""
+    """Documents that train tokens of their prompts, by the parts that the data set stores and the
+    lengths that they are cut to.
+    """
     rules, kind = getattr(dataset, "rules", None), getattr(dataset, "kind", None)
-    if rules is None or not hasattr(dataset, "stores") or kind not in ("sft", "pair", "kto") or rules.train_on_prompt:
+    if (
+        rules is None
+        or not hasattr(dataset, "stores")
+        or kind not in ("sft", "pair", "kto")
+        or rules.train_on_prompt
+    ):
         return []
     reasons = []
     for d in documents:
@@ -802,21 +1050,32 @@ def mask_reasons(dataset: Any, documents: Sequence[TokenizedDocument]) -> list[s
         lengths = [len(part) for part in dataset.stores[store].parts(i)]
         length, prompts = _prompt_places(kind, lengths, rules, d.role)
         # A document that was shortened for verify has lost its beginning.
-        trained = {t + length - len(d.labels) for t, label in enumerate(d.labels) if int(label) != -100}
-        branch = d.parent >= 0 or (kind != "sft" and rules.thought)  # begins with one token of the prompt; or is not all told by lengths
+        trained = {
+            t + length - len(d.labels) for t, label in enumerate(d.labels) if int(label) != -100
+        }
+        # begins with one token of the prompt; or is not all told by lengths
+        branch = d.parent >= 0 or (kind != "sft" and rules.thought)
         if not branch and (wrong := trained & prompts):
-            reasons.append(f"Sample {d.sample} trains {len(wrong)} of the {len(prompts)} tokens of its prompt; train_on_prompt is not set.")
+            reasons.append(
+                f"Sample {d.sample} trains {len(wrong)} of the {len(prompts)} tokens of its prompt;"
+                " train_on_prompt is not set."
+            )
     return list(dict.fromkeys(reasons))[:3]
 
 
-def _prompt_places(kind: str, lengths: Sequence[int], rules: Any, role: str) -> tuple[int, set[int]]:
-    """(tokens of the document, the places of prompt tokens in it that teach nothing), from the lengths of the stored parts."""
+def _prompt_places(
+    kind: str, lengths: Sequence[int], rules: Any, role: str
+) -> tuple[int, set[int]]:
+    """(tokens of the document, the places of prompt tokens in it that teach nothing), from the
+    lengths of the stored parts.
+    """
     end = int(rules.eos is not None)
     if kind == "sft":
         places: set[int] = set()
         start = 0
         for _, source, target in assemble_rules.cut_turns(lengths, rules):
-            places |= set(range(start + end, start + source))  # with `end`, a turn's first token teaches the end of the one before
+            # with `end`, a turn's first token teaches the end of the one before
+            places |= set(range(start + end, start + source))
             start += source + target
         return start + end, places
     answers = [n + end for n in lengths[1:]] if kind == "pair" else [lengths[1] + end]
@@ -826,8 +1085,8 @@ def _prompt_places(kind: str, lengths: Sequence[int], rules: Any, role: str) -> 
 
 
 def incomplete_save(trainer: RowTrainer, folder: str) -> str | None:
-    """Saves an adapter into `folder`, as the end of a run does. What the check of that save says, on the process that writes; of whole
-    weights, which take long to write, None. Collective."""
+    """Saves an adapter into `folder`, as the end of a run does. What the check of that save says,
+    on the process that writes; of whole weights, which take long to write, None. Collective."""
     if not hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config"):
         return None
     try:

@@ -1,10 +1,12 @@
-"""Gives a run its reference: the adapter switched off, or numbers computed once before the first step and kept on disk.
+"""Gives a run its reference: the adapter switched off, or numbers computed once before the first
+step and kept on disk.
 
-Without `ref_model` the reference is the model as it is before the first step, so the pass is made with the very model that is trained,
-wrapped and sharded as it is: no second model is ever held. With `ref_model` that model is loaded for the pass and dropped.
+Without `ref_model` the reference is the model as it is before the first step, so the pass is made
+with the very model that is trained, wrapped and sharded as it is: no second model is ever held.
+With `ref_model` that model is loaded for the pass and dropped.
 
-asft compares distributions over the whole vocabulary, of which no number a document is left to keep: where no adapter can be switched
-off, a second model is held beside the trained one.
+asft compares distributions over the whole vocabulary, of which no number a document is left to
+keep: where no adapter can be switched off, a second model is held beside the trained one.
 """
 
 from __future__ import annotations
@@ -37,12 +39,14 @@ from longfactory.train.trainer import RowTrainer
 
 
 def attach_reference(trainer: RowTrainer, cfg: Any) -> None:
-    """Called once the model is wrapped and before the first step, or before an evaluation without training; every rank calls it.
+    """Called once the model is wrapped and before the first step, or before an evaluation without
+    training; every rank calls it.
 
     Does nothing for losses without a reference.
 
     Raises:
-        UserError: the run resumes and the numbers of its beginning are gone; or the reference model does not fit.
+        UserError: the run resumes and the numbers of its beginning are gone; or the reference model
+            does not fit.
     """
     by_adapter = reference.adapter_is_reference(cfg.method)
     if "reference_kl" in trainer.stage.needs:
@@ -62,7 +66,10 @@ def attach_reference(trainer: RowTrainer, cfg: Any) -> None:
     for d in evaluation.values() if isinstance(evaluation, dict) else [evaluation]:
         datasets.append((d, trainer.args.eval_batch_size, False))
     if any(not hasattr(d, "__len__") for d, _, _ in datasets):
-        raise UserError("Reference log-probabilities are computed before training, which a stream does not allow. Set streaming: false.")
+        raise UserError(
+            "Reference log-probabilities are computed before training, which a stream does not"
+            " allow. Set streaming: false."
+        )
 
     if cfg.method.ref_model is not None:
         logps_of, close = _other_model(trainer, cfg)
@@ -71,7 +78,10 @@ def attach_reference(trainer: RowTrainer, cfg: Any) -> None:
         model = trainer.model_wrapped
 
         def logps_of(row: Row) -> Tensor:
-            with reference.as_reference(model, adapter_off=by_adapter), trainer.compute_loss_context_manager():
+            with (
+                reference.as_reference(model, adapter_off=by_adapter),
+                trainer.compute_loss_context_manager(),
+            ):
                 return trainer.token_outputs(model, row).logps
 
         started = trainer.state.global_step > 0 and not by_adapter
@@ -85,8 +95,9 @@ def attach_reference(trainer: RowTrainer, cfg: Any) -> None:
             folder = cache_root().parent / "reference"
             if started and not _everywhere(trainer)(_file(folder, parts, trainer).exists()):
                 raise UserError(
-                    "The run resumes, and the reference log-probabilities of its beginning are not in the cache "
-                    f"({folder}): the model is no longer the reference. Begin anew (overwrite_output_dir: true), or name a ref_model."
+                    "The run resumes, and the reference log-probabilities of its beginning are not"
+                    f" in the cache ({folder}): the model is no longer the reference. Begin anew"
+                    " (overwrite_output_dir: true), or name a ref_model."
                 )
             cache, _ = reference.load_or_precompute(
                 folder,
@@ -105,11 +116,15 @@ def attach_reference(trainer: RowTrainer, cfg: Any) -> None:
 
 
 def _rows(trainer: RowTrainer, dataset: Any, batch: int, shuffle: bool) -> Iterator[Row]:
-    """The rows of the first epoch, as training will see them: the numbers are then the same to the last bit."""
+    """The rows of the first epoch, as training will see them: the numbers are then the same to the
+    last bit.
+    """
     from tqdm import tqdm
 
     loader = trainer.loader(dataset, batch, shuffle)
-    for item in tqdm(loader, desc="Reference log-probabilities", disable=not trainer.is_world_process_zero()):
+    for item in tqdm(
+        loader, desc="Reference log-probabilities", disable=not trainer.is_world_process_zero()
+    ):
         yield item["row"]
 
 
@@ -131,14 +146,21 @@ def _everywhere(trainer: RowTrainer) -> Callable[[bool], bool]:
 
 
 def _parts(cfg: Any, dataset: Any) -> dict[str, Any]:
-    """What the numbers depend on. The tokens themselves are checked document by document when they are used."""
+    """What the numbers depend on. The tokens themselves are checked document by document when they
+    are used.
+    """
     other = cfg.method.ref_model
     name = other or cfg.model.model_name_or_path
     paths = cfg.method.ref_model_adapters if other else cfg.model.adapter_name_or_path
     scratch = cfg.model.train_from_scratch and not other
     lengths = hashlib.sha256(str(list(map(int, dataset.lengths))).encode()).hexdigest()[:16]
-    # The reference of a run that trains on an adapter is the model without it, merged adapters stay.
-    last_off = bool(paths) and reference.adapter_is_reference(cfg.method) and not cfg.method.create_new_adapter
+    # The reference of a run that trains on an adapter is the model without it, merged adapters
+    # stay.
+    last_off = (
+        bool(paths)
+        and reference.adapter_is_reference(cfg.method)
+        and not cfg.method.create_new_adapter
+    )
     # Tokens that are new to the embedding begin at random, and every softmax runs over them.
     grown = cfg.model.resize_vocab and not other
     bits = cfg.method.ref_model_quantization_bit if other else cfg.model.quantization_bit
@@ -156,25 +178,39 @@ def _parts(cfg: Any, dataset: Any) -> dict[str, Any]:
         "fp16": bool(cfg.hf.get("fp16")),
         "pure_bf16": cfg.method.pure_bf16,
         "from_scratch": cfg.trainer("seed") if scratch else None,
-        "new_tokens": [cfg.trainer("seed"), *cfg.model.add_tokens, *cfg.model.add_special_tokens] if grown else None,
+        "new_tokens": (
+            [cfg.trainer("seed"), *cfg.model.add_tokens, *cfg.model.add_special_tokens]
+            if grown
+            else None
+        ),
         "rope_scaling": cfg.model.rope_scaling,
         "quantization_bit": bits,
-        "quantization": [cfg.model.quantization_type, cfg.model.double_quantization] if bits else None,
+        "quantization": (
+            [cfg.model.quantization_type, cfg.model.double_quantization] if bits else None
+        ),
     }
 
 
 def _weights(cfg: Any, name: str, config: str, config_only: bool = False) -> str:
-    """What tells weights of one name apart: a hash of local files, the commit of a hub id (as far as it is in the hub's cache)."""
+    """What tells weights of one name apart: a hash of local files, the commit of a hub id (as far
+    as it is in the hub's cache).
+    """
     path, extra = load.resolve(name)
     if os.path.isdir(path):
-        return reference.weights_fingerprint([os.path.join(path, config if config_only else extra.get("gguf_file", ""))])
+        return reference.weights_fingerprint(
+            [os.path.join(path, config if config_only else extra.get("gguf_file", ""))]
+        )
     from huggingface_hub import try_to_load_from_cache
 
-    file = try_to_load_from_cache(path, config, cache_dir=cfg.model.cache_dir, revision=cfg.model.model_revision)
+    file = try_to_load_from_cache(
+        path, config, cache_dir=cfg.model.cache_dir, revision=cfg.model.model_revision
+    )
     return Path(file).parent.name if isinstance(file, str) else "unknown"
 
 
-def _other_model(trainer: RowTrainer, cfg: Any) -> tuple[Callable[[Row], Tensor], Callable[[], None]]:
+def _other_model(
+    trainer: RowTrainer, cfg: Any
+) -> tuple[Callable[[Row], Tensor], Callable[[], None]]:
     """`ref_model` for one pass, and what drops it."""
     model, head = load_reference(trainer, cfg)
 
@@ -196,10 +232,11 @@ def _other_model(trainer: RowTrainer, cfg: Any) -> tuple[Callable[[Row], Tensor]
 
 
 def load_reference(trainer: RowTrainer, cfg: Any) -> tuple[nn.Module, TokenLogprobs]:
-    """A second model and its output layer, frozen: `ref_model`, else the model from which training starts, read from its place again.
+    """A second model and its output layer, frozen: `ref_model`, else the model from which training
+    starts, read from its place again.
 
-    Sharded like the policy where that is sharded by FSDP2, else whole on each device. Its layers run in the same pieces as the policy's,
-    and with the same roundings.
+    Sharded like the policy where that is sharded by FSDP2, else whole on each device. Its layers
+    run in the same pieces as the policy's, and with the same roundings.
 
     Raises:
         UserError: it cannot be loaded, or it is of another architecture or vocabulary.
@@ -214,14 +251,21 @@ def load_reference(trainer: RowTrainer, cfg: Any) -> tuple[nn.Module, TokenLogpr
             quantization_bit=cfg.method.ref_model_quantization_bit,
         )
     config = load.load_config(named, cfg.data.cutoff_len)
-    reference.check_reference(trainer.accelerator.unwrap_model(trainer.model_wrapped).config, config)
+    reference.check_reference(
+        trainer.accelerator.unwrap_model(trainer.model_wrapped).config, config
+    )
     dtype = load.compute_dtype(args)
     sharded = trainer.is_fsdp_enabled and args.device.type == "cuda"
     if sharded and named.quantization_bit == 8:
-        raise UserError("FSDP2 cannot shard the reference's weights of 8 bits. Use ref_model_quantization_bit: 4, or sharding: ddp.")
+        raise UserError(
+            "FSDP2 cannot shard the reference's weights of 8 bits. Use ref_model_quantization_bit:"
+            " 4, or sharding: ddp."
+        )
     quantization = load.quantization_config(named, dtype, sharded=sharded)
     with _not_partitioned(args):
-        model = load.load_model(named, config, dtype, attention=hf.ATTENTION, quantization=quantization)
+        model = load.load_model(
+            named, config, dtype, attention=hf.ATTENTION, quantization=quantization
+        )
         key = "ref_model_adapters" if cfg.method.ref_model else "adapter_name_or_path"
         for path in named.adapter_name_or_path:
             model = adapters.load_adapter(model, path, key=key).merge_and_unload()
@@ -230,7 +274,13 @@ def load_reference(trainer: RowTrainer, cfg: Any) -> tuple[nn.Module, TokenLogpr
     head = TokenLogprobs(model, trainer.head.chunk)
     policy_layer = decoder_layers(trainer.model)[1][0].__dict__.get("forward")
     if isinstance(policy_layer, CheckpointedLayer):
-        settings = dataclasses.replace(policy_layer.store.settings, keep_attention=0.0, offload="none", pool_bytes=0, segment_layers=1)
+        settings = dataclasses.replace(
+            policy_layer.store.settings,
+            keep_attention=0.0,
+            offload="none",
+            pool_bytes=0,
+            segment_layers=1,
+        )
         apply_memory(model, settings, args.device)
     if sharded:
         shard_frozen(model)
@@ -241,8 +291,9 @@ def load_reference(trainer: RowTrainer, cfg: Any) -> tuple[nn.Module, TokenLogpr
 
 
 def shard_frozen(model: nn.Module, **kwargs: Any) -> None:
-    """FSDP2 for a model that is only read. Its layers are gathered one at a time; embeddings and output layer stay whole once gathered,
-    so that the output layer's weight can be used after the forward (`ReferenceHidden`).
+    """FSDP2 for a model that is only read. Its layers are gathered one at a time; embeddings and
+    output layer stay whole once gathered, so that the output layer's weight can be used after the
+    forward (`ReferenceHidden`).
 
     Args:
         kwargs: passed to `fully_shard`.
@@ -256,7 +307,9 @@ def shard_frozen(model: nn.Module, **kwargs: Any) -> None:
 
 @contextlib.contextmanager
 def _not_partitioned(args: Any) -> Iterator[None]:
-    """While open, models are loaded whole: under ZeRO-3 transformers would partition them, and only an engine could gather them again."""
+    """While open, models are loaded whole: under ZeRO-3 transformers would partition them, and only
+    an engine could gather them again.
+    """
     if not args.deepspeed:
         yield
         return

@@ -4,14 +4,16 @@
     forward(q, k, v, tile, scale, softcap) -> out, lse
     backward(dout, q, k, v, out, lse, tile, scale, softcap) -> dq, dk, dv
 
-q [Sq, H, D], k [Sk, Hk, D], v [Sk, Hk, Dv] hold just the rows of the tile; H is a multiple of Hk. out [Sq, H, Dv] has q's dtype. lse
-[H, Sq] is the natural logarithm in float32 (float64 for float64), -inf for a row that sees nothing. `backward` is given the out and
-the lse of the whole row of the mask, of which the tile is a part, so its gradients are the tile's exact share.
-A backend raises or refuses what it cannot do; it never approximates.
+q [Sq, H, D], k [Sk, Hk, D], v [Sk, Hk, Dv] hold just the rows of the tile; H is a multiple of Hk.
+out [Sq, H, Dv] has q's dtype. lse [H, Sq] is the natural logarithm in float32 (float64 for
+float64), -inf for a row that sees nothing. `backward` is given the out and the lse of the whole row
+of the mask, of which the tile is a part, so its gradients are the tile's exact share. A backend
+raises or refuses what it cannot do; it never approximates.
 
-`auto` takes the first of `BACKENDS` that does not refuse a tile and passes its self-test (selftest.py): a tiny tile of the same kind, head
-dims and dtype, forward and backward, against the formulas. That is done once a process for each kind. A backend that fails is not used, and
-one line says why.
+`auto` takes the first of `BACKENDS` that does not refuse a tile and passes its self-test
+(selftest.py): a tiny tile of the same kind, head dims and dtype, forward and backward, against the
+formulas. That is done once a process for each kind. A backend that fails is not used, and one line
+says why.
 """
 
 from __future__ import annotations
@@ -47,9 +49,11 @@ BACKENDS: dict[str, Any] = {name: _MODULES[name] for name in KERNELS}
 
 
 def select(name: str, tile: Tile, q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> Any:
-    """The backend for a tile. `name` is a backend's name, one of its other names (`kernel_names`), or "auto".
+    """The backend for a tile. `name` is a backend's name, one of its other names (`kernel_names`),
+    or "auto".
 
-    A backend that is asked for by name gets every tile that it can do; the others go where "auto" would send them.
+    A backend that is asked for by name gets every tile that it can do; the others go where "auto"
+    would send them.
 
     Raises:
         ValueError: no backend can do it, or the one that was asked for cannot be used here at all.
@@ -76,10 +80,14 @@ def request_for(tile: Tile, q: torch.Tensor, v: torch.Tensor, softcap: float | N
 
 
 def wants_bulk(name: str, q: torch.Tensor, v: torch.Tensor, softcap: float | None) -> bool:
-    """Whether tiles of packed documents should be cut to few shapes: cuDNN does those, and only FlashAttention 2 the others."""
+    """Whether tiles of packed documents should be cut to few shapes: cuDNN does those, and only
+    FlashAttention 2 the others.
+    """
     if q.device.type != "cuda":
         return False
-    any_shape = request_for(Tile(slice(0, 1), slice(0, 1), "varlen", (0, 1)), q, v, softcap)._replace(large=False)
+    any_shape = request_for(
+        Tile(slice(0, 1), slice(0, 1), "varlen", (0, 1)), q, v, softcap
+    )._replace(large=False)
     few_shapes = any_shape._replace(kind="causal", aligned=True)
     name = canonical(name)
     return _select(name, few_shapes) is cudnn and _select(name, any_shape) in (flash, flash2)
@@ -97,11 +105,16 @@ def mark_told(name: str, request: Request) -> bool:
 
 
 def failure(name: str, request: Request) -> str | None:
-    """What the self-test of this kind of tile says, once a process. None for `math`, with which the others are compared."""
+    """What the self-test of this kind of tile says, once a process. None for `math`, with which the
+    others are compared.
+    """
     if name == "math":
         return None
     # Size is no other kind of tile, and shapes that come again matter to GPUs alone.
-    return _failure(name, request._replace(large=False, aligned=request.aligned and request.device_type == "cuda"))
+    return _failure(
+        name,
+        request._replace(large=False, aligned=request.aligned and request.device_type == "cuda"),
+    )
 
 
 @functools.cache
@@ -122,7 +135,9 @@ def resolve(name: str, request: Request) -> tuple[str, dict[str, str]]:
     refusals: dict[str, str] = {}
     if name != "auto":
         if name not in BACKENDS:
-            raise ValueError(f"Unknown attention_backend {name!r}. Choose one of: auto, {', '.join(BACKENDS)}.")
+            raise ValueError(
+                f"Unknown attention_backend {name!r}. Choose one of: auto, {', '.join(BACKENDS)}."
+            )
         easiest = Request(request.device_type, request.dtype, 64, 64, "full", False, False, True)
         reason = BACKENDS[name].refuses(easiest)
         if reason is None and BACKENDS[name].refuses(request) is None:
@@ -137,14 +152,19 @@ def resolve(name: str, request: Request) -> tuple[str, dict[str, str]]:
         if reason is None:
             return candidate, refusals
         refusals[candidate] = reason
-    raise ValueError(f"No attention backend for {request}: {'; '.join(f'{n} {r}' for n, r in refusals.items())}.")
+    raise ValueError(
+        f"No attention backend for {request}: {'; '.join(f'{n} {r}' for n, r in refusals.items())}."
+    )
 
 
 @functools.cache
 def _select(name: str, request: Request) -> Any:
     chosen, refusals = resolve(name, request)
     if mark_told(chosen, request):
-        tiles = f"{request.kind} tiles{' in a window' if request.window else ''}, {request.dtype}, head dim {request.head_dim}"
+        tiles = (
+            f"{request.kind} tiles{' in a window' if request.window else ''}, {request.dtype}, head"
+            f" dim {request.head_dim}"
+        )
         why = f" ({name} {refusals[name]})" if name in refusals else ""
         log.info("attention kernel %s for %s%s", chosen, tiles, why)
     return BACKENDS[chosen]

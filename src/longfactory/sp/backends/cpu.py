@@ -1,4 +1,6 @@
-"""PyTorch's CPU attention operator: float64, float32, bfloat16 and float16, native grouped heads, exact log-sum-exp."""
+"""PyTorch's CPU attention operator: float64, float32, bfloat16 and float16, native grouped heads,
+exact log-sum-exp.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,13 @@ def refuses(request: Request) -> str | None:
     return None
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
     if tile.kind == "varlen":
-        parts = [forward(q[a:b], k[a:b], v[a:b], t, scale, softcap) for (a, b), t in _documents(tile)]
+        parts = [
+            forward(q[a:b], k[a:b], v[a:b], t, scale, softcap) for (a, b), t in _documents(tile)
+        ]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts], 1)
     out, lse = call(
         "_scaled_dot_product_flash_attention_for_cpu",
@@ -41,10 +47,21 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: 
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tile: Tile, scale: float, softcap: float | None
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tile: Tile,
+    scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if tile.kind == "varlen":
-        parts = [backward(dout[a:b], q[a:b], k[a:b], v[a:b], out[a:b], lse[:, a:b], t, scale, softcap) for (a, b), t in _documents(tile)]
+        parts = [
+            backward(dout[a:b], q[a:b], k[a:b], v[a:b], out[a:b], lse[:, a:b], t, scale, softcap)
+            for (a, b), t in _documents(tile)
+        ]
         dq, dk, dv = (torch.cat(x) for x in zip(*parts, strict=True))
         return dq, dk, dv
     grads = call(

@@ -1,7 +1,9 @@
-"""PyTorch's cuDNN attention operators: on Hopper nearly twice the speed of FlashAttention 2, in every PyTorch wheel.
+"""PyTorch's cuDNN attention operators: on Hopper nearly twice the speed of FlashAttention 2, in
+every PyTorch wheel.
 
-cuDNN builds a plan for each new shape (some 50 ms), so it gets the tiles whose sides are multiples of 128. Dense rectangles and causal
-squares only; its operator for several documents is slower than one call a document.
+cuDNN builds a plan for each new shape (some 50 ms), so it gets the tiles whose sides are multiples
+of 128. Dense rectangles and causal squares only; its operator for several documents is slower than
+one call a document.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ def refuses(request: Request) -> str | None:
     return None
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
     out, lse, *_ = call(
         "_scaled_dot_product_cudnn_attention",
         query=_bhsd(q),
@@ -55,11 +59,20 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: 
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tile: Tile, scale: float, softcap: float | None
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tile: Tile,
+    scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # out and dout need the same strides.
     dout, out = dout.contiguous(), out.contiguous()
-    empty = torch.empty((), dtype=torch.long, device=q.device)  # seed and offset, never read without dropout
+    # seed and offset, never read without dropout
+    empty = torch.empty((), dtype=torch.long, device=q.device)
     grads = call(
         "_scaled_dot_product_cudnn_attention_backward",
         grad_out=_bhsd(dout),

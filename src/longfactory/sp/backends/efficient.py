@@ -1,8 +1,9 @@
-"""PyTorch's memory-efficient attention operators (CUTLASS): the GPU kernel for float32, and for head dims over 256.
+"""PyTorch's memory-efficient attention operators (CUTLASS): the GPU kernel for float32, and for
+head dims over 256.
 
-Rectangles and causal squares; a tile of documents is one call a document. Key heads are repeated for the query heads that share them, and
-their gradients summed: the operator has no groups in every release. Products of float32 are made of three TF32 products each, which is
-float32's precision.
+Rectangles and causal squares; a tile of documents is one call a document. Key heads are repeated
+for the query heads that share them, and their gradients summed: the operator has no groups in every
+release. Products of float32 are made of three TF32 products each, which is float32's precision.
 """
 
 from __future__ import annotations
@@ -39,12 +40,19 @@ def refuses(request: Request) -> str | None:
     return None
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
     if tile.kind == "varlen":
-        parts = [forward(q[a:b], k[a:b], v[a:b], document, scale, softcap) for a, b, document in _documents(tile)]
+        parts = [
+            forward(q[a:b], k[a:b], v[a:b], document, scale, softcap)
+            for a, b, document in _documents(tile)
+        ]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts], 1)
     group, dim = q.shape[1] // k.shape[1], v.shape[-1]
-    q, k, v = (pad_head(x) for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
+    q, k, v = (
+        pad_head(x) for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
+    )
     out, lse, *_ = call(
         "_efficient_attention_forward",
         query=q.unsqueeze(0),
@@ -64,23 +72,37 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: 
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tile: Tile, scale: float, softcap: float | None
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tile: Tile,
+    scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if tile.kind == "varlen":
         parts = [
-            backward(dout[a:b], q[a:b], k[a:b], v[a:b], out[a:b], lse[:, a:b], document, scale, softcap)
+            backward(
+                dout[a:b], q[a:b], k[a:b], v[a:b], out[a:b], lse[:, a:b], document, scale, softcap
+            )
             for a, b, document in _documents(tile)
         ]
         dq, dk, dv = (torch.cat(x) for x in zip(*parts, strict=True))
         return dq, dk, dv
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
     dims = q.shape[-1], k.shape[-1], v.shape[-1]
-    q, k, v = (pad_head(x) for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
+    q, k, v = (
+        pad_head(x) for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
+    )
     out, dout = (pad_head(x).contiguous() for x in (out, dout))
-    # A row that saw nothing has no gradient: exp(score - inf) is 0. So have the rows that fill up a multiple.
+    # A row that saw nothing has no gradient: exp(score - inf) is 0. So have the rows that fill up a
+    # multiple.
     lse = torch.where(lse == -math.inf, math.inf, lse)
     lse = torch.nn.functional.pad(lse, (0, -lse.shape[1] % ROWS), value=math.inf).contiguous()
-    empty = torch.empty((), dtype=torch.long, device=q.device)  # seed and offset, never read without dropout
+    # seed and offset, never read without dropout
+    empty = torch.empty((), dtype=torch.long, device=q.device)
     grads = call(
         "_efficient_attention_backward",
         grad_out_=dout.unsqueeze(0),
@@ -103,7 +125,9 @@ def backward(
     )
     dq, dk, dv = (cut_head(g[0], dim) for g, dim in zip(grads[:3], dims, strict=True))
     # [S, Hk * group, D] -> [S, Hk, group, D], copies of a key head summed in float32
-    dk, dv = (g.unflatten(1, (kv_heads, group)).sum(2, dtype=torch.float32).to(g.dtype) for g in (dk, dv))
+    dk, dv = (
+        g.unflatten(1, (kv_heads, group)).sum(2, dtype=torch.float32).to(g.dtype) for g in (dk, dv)
+    )
     return dq, dk, dv
 
 
@@ -113,4 +137,7 @@ def _mask_type(tile: Tile) -> int:
 
 def _documents(tile: Tile) -> list[tuple[int, int, Tile]]:
     assert tile.cu_seqlens is not None
-    return [(a, b, Tile(slice(0, b - a), slice(0, b - a), "causal")) for a, b in itertools.pairwise(tile.cu_seqlens)]
+    return [
+        (a, b, Tile(slice(0, b - a), slice(0, b - a), "causal"))
+        for a, b in itertools.pairwise(tile.cu_seqlens)
+    ]

@@ -1,8 +1,9 @@
-"""flash-attn-4 (extra `fa4`): the fastest kernels on Hopper and Blackwell, with documents, windows and soft-cap.
+"""flash-attn-4 (extra `fa4`): the fastest kernels on Hopper and Blackwell, with documents, windows
+and soft-cap.
 
-Its public function hides the log-sum-exp's gradient rule and its tuple grows between releases, so the two private functions are called,
-indexed [:2] and [:3]. Lengths go in as Python integers: a tensor there
-would compile a new kernel every step.
+Its public function hides the log-sum-exp's gradient rule and its tuple grows between releases, so
+the two private functions are called, indexed [:2] and [:3]. Lengths go in as Python integers: a
+tensor there would compile a new kernel every step.
 """
 
 from __future__ import annotations
@@ -50,18 +51,30 @@ def _unusable() -> str | None:
     return None
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
     dim = v.shape[-1]
     q, k, v = pad_head(q), pad_head(k), pad_head(v)
     dense = tile.kind != "varlen"
     if dense:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-    out, lse = _interface()._flash_attn_fwd(q, k, v, softmax_scale=scale, softcap=softcap, return_lse=True, **_mask(tile, q.device))[:2]
+    out, lse = _interface()._flash_attn_fwd(
+        q, k, v, softmax_scale=scale, softcap=softcap, return_lse=True, **_mask(tile, q.device)
+    )[:2]
     return cut_head(out[0] if dense else out, dim), lse[0] if dense else lse
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tile: Tile, scale: float, softcap: float | None
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tile: Tile,
+    scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dims = q.shape[-1], k.shape[-1], v.shape[-1]
     tensors: tuple[Tensor, ...] = tuple(pad_head(x) for x in (q, k, v, out, dout))
@@ -70,7 +83,12 @@ def backward(
     if dense:
         tensors = tuple(x.unsqueeze(0) for x in tensors)
     ordered = torch.are_deterministic_algorithms_enabled()
-    settings = {"softmax_scale": scale, "softcap": softcap or 0.0, "deterministic": ordered, **_mask(tile, q.device)}
+    settings = {
+        "softmax_scale": scale,
+        "softcap": softcap or 0.0,
+        "deterministic": ordered,
+        **_mask(tile, q.device),
+    }
     grads = _interface()._flash_attn_bwd(*tensors, **settings)[:3]
     dq, dk, dv = (cut_head(g[0] if dense else g, d) for g, d in zip(grads, dims, strict=True))
     return dq, dk, dv
@@ -82,5 +100,10 @@ def _mask(tile: Tile, device: torch.device) -> dict[str, Any]:
         settings["window_size_left"] = tile.window
     if tile.kind == "varlen":
         cu = tile.cu_seqlens_on(device)
-        settings.update(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=tile.max_seqlen, max_seqlen_k=tile.max_seqlen)
+        settings.update(
+            cu_seqlens_q=cu,
+            cu_seqlens_k=cu,
+            max_seqlen_q=tile.max_seqlen,
+            max_seqlen_k=tile.max_seqlen,
+        )
     return settings

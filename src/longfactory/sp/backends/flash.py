@@ -1,7 +1,8 @@
-"""PyTorch's own FlashAttention 2 operators: any GPU since A100, documents, windows, head dims up to 256. No build step.
+"""PyTorch's own FlashAttention 2 operators: any GPU since A100, documents, windows, head dims up to
+256. No build step.
 
-Head dims are padded to one multiple of 8 for keys and values alike. The operator marks a row that saw nothing with lse +inf; here it
-is -inf, as in every other backend.
+Head dims are padded to one multiple of 8 for keys and values alike. The operator marks a row that
+saw nothing with lse +inf; here it is -inf, as in every other backend.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ def refuses(request: Request) -> str | None:
     return None
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
     dim = v.shape[-1]
     q, k, v = _padded(q, k, v)
     cu, q_len, k_len = _lengths(tile, q.device)
@@ -59,7 +62,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: 
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tile: Tile, scale: float, softcap: float | None
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tile: Tile,
+    scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dims = q.shape[-1], k.shape[-1], v.shape[-1]
     q, k, v, out, dout = _padded(q, k, v, out, dout)
@@ -91,7 +102,9 @@ def backward(
         window_size_left=-1 if tile.window is None else tile.window,
         window_size_right=_right(tile),
     )
-    dq, dk, dv = (cut_head(g if cu is not None else g[0], d) for g, d in zip(grads, dims, strict=True))
+    dq, dk, dv = (
+        cut_head(g if cu is not None else g[0], d) for g, d in zip(grads, dims, strict=True)
+    )
     return dq, dk, dv
 
 

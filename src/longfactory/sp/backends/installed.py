@@ -19,7 +19,9 @@ from .request import Request
 
 
 class Installed:
-    """A backend over the private functions of one module; the argument names of its version are looked up once."""
+    """A backend over the private functions of one module; the argument names of its version are
+    looked up once.
+    """
 
     def __init__(self, name: str, module: str, majors: tuple[int, ...]) -> None:
         self.__name__ = name
@@ -51,19 +53,32 @@ class Installed:
             return f"cannot be used ({error!r})"
         return None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
         dim = v.shape[-1]
         q, k, v = self._padded(q, k, v)
         dense = tile.kind != "varlen"
         if dense:
             q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
         settings = self._settings(tile, q.device, scale, softcap)
-        out, lse = self._call(self._pick("forward", dense), {"q": q, "k": k, "v": v, **settings})[:2]
+        out, lse = self._call(self._pick("forward", dense), {"q": q, "k": k, "v": v, **settings})[
+            :2
+        ]
         out, lse = (out[0], lse[0]) if dense else (out, lse)
         return cut_head(out, dim), torch.where(lse == torch.inf, -torch.inf, lse)
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tile: Tile, scale: float, softcap: float | None
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        tile: Tile,
+        scale: float,
+        softcap: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dims = q.shape[-1], k.shape[-1], v.shape[-1]
         q, k, v, out, dout = self._padded(q, k, v, out, dout)
@@ -72,9 +87,19 @@ class Installed:
         if dense:
             dout, q, k, v, out, lse = (x.unsqueeze(0) for x in (dout, q, k, v, out, lse))
         grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        tensors = {"dout": dout.contiguous(), "q": q, "k": k, "v": v, "out": out.contiguous(), "softmax_lse": lse}
+        tensors = {
+            "dout": dout.contiguous(),
+            "q": q,
+            "k": k,
+            "v": v,
+            "out": out.contiguous(),
+            "softmax_lse": lse,
+        }
         tensors.update(zip(("dq", "dk", "dv"), grads, strict=True))
-        self._call(self._pick("backward", dense), {**tensors, **self._settings(tile, q.device, scale, softcap)})
+        self._call(
+            self._pick("backward", dense),
+            {**tensors, **self._settings(tile, q.device, scale, softcap)},
+        )
         dq, dk, dv = (cut_head(g[0] if dense else g, d) for g, d in zip(grads, dims, strict=True))
         return dq, dk, dv
 
@@ -83,11 +108,18 @@ class Installed:
         return tuple(pad_head(x, 8, widest) for x in tensors)
 
     def _pick(self, direction: str, dense: bool) -> Any:
-        # Version 2 has a function of its own for several documents, version 3 one function for both.
+        # Version 2 has a function of its own for several documents, version 3 one function for
+        # both.
         varlen = getattr(self._functions, f"_flash_attn_varlen_{direction}", None)
-        return varlen if varlen is not None and not dense else getattr(self._functions, f"_flash_attn_{direction}")
+        return (
+            varlen
+            if varlen is not None and not dense
+            else getattr(self._functions, f"_flash_attn_{direction}")
+        )
 
-    def _settings(self, tile: Tile, device: torch.device, scale: float, softcap: float | None) -> dict[str, Any]:
+    def _settings(
+        self, tile: Tile, device: torch.device, scale: float, softcap: float | None
+    ) -> dict[str, Any]:
         left = -1 if tile.window is None else tile.window
         right = 0 if tile.window is not None and tile.kind != "full" else -1
         settings: dict[str, Any] = {
@@ -105,14 +137,18 @@ class Installed:
         }
         if tile.kind == "varlen":
             cu, longest = tile.cu_seqlens_on(device), tile.max_seqlen
-            settings.update(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
+            settings.update(
+                cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest
+            )
         return settings
 
     def _call(self, function: Any, arguments: dict[str, Any]) -> Any:
         names = _arguments(function)
         needed = {"causal", "is_causal"} & names, {"window_size", "window_size_left"} & names
         if not all(needed) or "softcap" not in names:
-            raise RuntimeError(f"{self.module} has a version whose arguments are not known: {sorted(names)}.")
+            raise RuntimeError(
+                f"{self.module} has a version whose arguments are not known: {sorted(names)}."
+            )
         return function(**{n: x for n, x in arguments.items() if n in names})
 
 

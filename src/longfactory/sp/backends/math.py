@@ -1,11 +1,14 @@
-"""The mathematics, in float32 (float64 for float64), a block of queries and keys at a time. Any head dims, any device, soft-cap. Slow.
+"""The mathematics, in float32 (float64 for float64), a block of queries and keys at a time. Any
+head dims, any device, soft-cap. Slow.
 
-s = scale * q k^T;  s = softcap * tanh(s / softcap);  p = exp(s - lse);  out = p v
-dv = p^T dout;  ds = p * (dout v^T - rowsum(dout * out));  ds *= 1 - (s / softcap)^2;  dq = scale * ds k;  dk = scale * ds^T q
+s = scale * q k^T;  s = softcap * tanh(s / softcap);  p = exp(s - lse);  out = p v dv = p^T dout;
+ds = p * (dout v^T - rowsum(dout * out));  ds *= 1 - (s / softcap)^2;  dq = scale * ds k;  dk =
+scale * ds^T q
 
-Forward, over the blocks of keys that a block of queries sees: m is the largest score so far, l the sum of exp(s - m), and the weighted
-values are scaled by exp(m before - m) where m grows. At the end out = weighted / l and lse = m + log l. Memory beyond the results does not
-grow with the length: H * BLOCK * KEY_BLOCK scores exist at once, two or three times.
+Forward, over the blocks of keys that a block of queries sees: m is the largest score so far, l the
+sum of exp(s - m), and the weighted values are scaled by exp(m before - m) where m grows. At the end
+out = weighted / l and lse = m + log l. Memory beyond the results does not grow with the length: H *
+BLOCK * KEY_BLOCK scores exist at once, two or three times.
 """
 
 from __future__ import annotations
@@ -38,7 +41,9 @@ def refuses(request: Request) -> str | None:
     return None
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     kv_heads = k.shape[1]
     out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device)
@@ -51,7 +56,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: 
         for cols, seen in blocks:
             s, _ = _scores(qb, k[cols].to(dtype), seen, scale, softcap)
             new = torch.maximum(largest, s.amax(-1, keepdim=True))
-            shift = new.clamp(min=-1e30)  # rows that have seen nothing yet: exp(-inf - shift) is 0, not nan
+            # rows that have seen nothing yet: exp(-inf - shift) is 0, not nan
+            shift = new.clamp(min=-1e30)
             p = s.sub_(shift).exp_()
             rescale = torch.exp(largest - shift)
             total = total * rescale + p.sum(-1, keepdim=True)
@@ -65,7 +71,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: 
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tile: Tile, scale: float, softcap: float | None
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tile: Tile,
+    scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     kv_heads = k.shape[1]
@@ -89,16 +103,26 @@ def backward(
             dqb.baddbmm_(ds, kb.transpose(0, 1))
             dk[:, cols].baddbmm_(ds.transpose(1, 2), qb)
         dq[rows] = dqb.view(q.shape[1], -1, q.shape[2]).transpose(0, 1).to(q.dtype)
-    return dq, dk.transpose(0, 1).to(k.dtype).contiguous(), dv.transpose(0, 1).to(v.dtype).contiguous()
+    return (
+        dq,
+        dk.transpose(0, 1).to(k.dtype).contiguous(),
+        dv.transpose(0, 1).to(v.dtype).contiguous(),
+    )
 
 
 def _by_key_head(x: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
-    """[rows, H, D] -> [Hk, g * rows, D]: the query heads that share a key head, one under the other."""
+    """[rows, H, D] -> [Hk, g * rows, D]: the query heads that share a key head, one under the
+    other.
+    """
     return x.to(dtype).transpose(0, 1).reshape(kv_heads, -1, x.shape[2])
 
 
-def _scores(q: Tensor, k: Tensor, seen: Tensor | None, scale: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
-    """[Hk, g * queries, keys] scores, and the soft-cap's derivative. q [Hk, g * queries, D], k [keys, Hk, D]."""
+def _scores(
+    q: Tensor, k: Tensor, seen: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """[Hk, g * queries, keys] scores, and the soft-cap's derivative. q [Hk, g * queries, D], k
+    [keys, Hk, D].
+    """
     s = torch.bmm(q, k.permute(1, 2, 0)).mul_(scale)
     slope = None
     if softcap is not None:
@@ -119,7 +143,13 @@ def _blocks(tile: Tile, device: torch.device) -> Iterator[tuple[slice, list[Bloc
             lo, hi = (start, b) if tile.kind != "full" else (0, tile.k_len)
             if tile.window is not None:
                 lo = max(lo, a - tile.window - offset)
-            yield slice(a, b), [_block(tile, a, b, c, min(hi, c + KEY_BLOCK), device) for c in range(lo, hi, KEY_BLOCK)]
+            yield (
+                slice(a, b),
+                [
+                    _block(tile, a, b, c, min(hi, c + KEY_BLOCK), device)
+                    for c in range(lo, hi, KEY_BLOCK)
+                ],
+            )
 
 
 def _block(tile: Tile, a: int, b: int, c: int, d: int, device: torch.device) -> Block:

@@ -1,7 +1,7 @@
 """PyTorch's private operators, called by the names of their arguments.
 
-Their schemas change between releases. A positional call would then hand one argument to another's place without a word; a call by name is
-refused here, with a sentence, before anything runs.
+Their schemas change between releases. A positional call would then hand one argument to another's
+place without a word; a call by name is refused here, with a sentence, before anything runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ def call(name: str, **arguments: Any) -> Any:
     """torch.ops.aten.<name>(**arguments).
 
     Raises:
-        RuntimeError: this PyTorch has no such operator, or its arguments are not those that are given.
+        RuntimeError: this PyTorch has no such operator, or its arguments are not those that are
+            given.
     """
     operator, problem = _operator(name, frozenset(arguments))
     if problem is not None:
@@ -34,6 +35,16 @@ def _operator(name: str, given: frozenset[str]) -> tuple[Any, str | None]:
     unknown = given - {a.name for a in arguments}
     missing = {a.name for a in arguments if not a.has_default_value()} - given
     if unknown or missing:
-        found = f"it has no {', '.join(sorted(unknown))}" if unknown else f"it also needs {', '.join(sorted(missing))}"
-        return None, f"the operator {name} of PyTorch {torch.__version__} has other arguments than expected: {found}"
+        found = (
+            f"it has no {', '.join(sorted(unknown))}"
+            if unknown
+            else f"it also needs {', '.join(sorted(missing))}"
+        )
+        return (
+            None,
+            (
+                f"the operator {name} of PyTorch {torch.__version__} has other arguments than"
+                f" expected: {found}"
+            ),
+        )
     return operator.default, None

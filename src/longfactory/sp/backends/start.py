@@ -1,4 +1,6 @@
-"""What is said of attention kernels before the first step: which will run, how fast their kind is, what would be faster."""
+"""What is said of attention kernels before the first step: which will run, how fast their kind is,
+what would be faster.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,21 @@ from . import BACKENDS, mark_told, resolve
 from .request import Request
 
 HOPPER = {"fa4": 610, "flash3": 590, "cudnn": 540, "flash2": 320, "flash": 320}
-"""TFLOP/s of forward and backward on Hopper in bf16: causal, 64k tokens, head dim 128. Measured on H200 (benchmarks/results), flash3: as
-published. The kernels that are not here have no such figure."""
+"""TFLOP/s of forward and backward on Hopper in bf16: causal, 64k tokens, head dim 128. Measured on
+H200 (benchmarks/results), flash3: as published. The kernels that are not here have no such figure.
+"""
 KINDS = ("causal", "full", "varlen")
 WORDS = {"causal": "causal tiles", "full": "rectangles", "varlen": "several documents"}
 
 
 def requests_of(
-    device_type: str, dtype: torch.dtype, dims: Iterable[tuple[int, int]], *, windows: bool, softcap: bool, group: int = 2
+    device_type: str,
+    dtype: torch.dtype,
+    dims: Iterable[tuple[int, int]],
+    *,
+    windows: bool,
+    softcap: bool,
+    group: int = 2,
 ) -> list[Request]:
     """The kinds of tiles that a model will ask for: first those that most of the work is in.
 
@@ -29,7 +38,9 @@ def requests_of(
         group: query heads for each key head.
     """
     ordered = torch.are_deterministic_algorithms_enabled()
-    shapes = [(kind, kind != "varlen") for kind in KINDS] + [(kind, False) for kind in KINDS if kind != "varlen"]
+    shapes = [(kind, kind != "varlen") for kind in KINDS] + [
+        (kind, False) for kind in KINDS if kind != "varlen"
+    ]
     if device_type != "cuda":
         shapes = [(kind, False) for kind in KINDS]
     return [
@@ -71,13 +82,27 @@ def lines(name: str, requests: Iterable[Request]) -> list[str]:
     hopper = first.device_type == "cuda" and torch.cuda.get_device_capability()[0] == 9
     parts = []
     for kernel, kinds in uses.items():
-        speed = f" (about {HOPPER[kernel]} TFLOP/s)" if hopper and kernel in HOPPER and first.dtype != torch.float32 else ""
+        speed = (
+            f" (about {HOPPER[kernel]} TFLOP/s)"
+            if hopper and kernel in HOPPER and first.dtype != torch.float32
+            else ""
+        )
         parts.append(f"{kernel}{speed}" + (f" for {', '.join(kinds)}" if len(uses) > 1 else ""))
-    dims = ", ".join(sorted({str(r.head_dim) if r.head_dim == r.v_head_dim else f"{r.head_dim}/{r.v_head_dim}" for r in requests}))
-    line = (
-        f"Attention kernel{'s' if len(uses) > 1 else ''} ({str(first.dtype).removeprefix('torch.')}, head dim {dims}): {'; '.join(parts)}."
+    dims = ", ".join(
+        sorted(
+            {
+                str(r.head_dim) if r.head_dim == r.v_head_dim else f"{r.head_dim}/{r.v_head_dim}"
+                for r in requests
+            }
+        )
     )
-    line += "".join(f" {name} does not compute {what}: it {reason}." for reason, what in asked.items())
+    line = (
+        f"Attention kernel{'s' if len(uses) > 1 else ''}"
+        f" ({str(first.dtype).removeprefix('torch.')}, head dim {dims}): {'; '.join(parts)}."
+    )
+    line += "".join(
+        f" {name} does not compute {what}: it {reason}." for reason, what in asked.items()
+    )
     if first.device_type == "cuda" and first.dtype in (torch.float32, torch.float64):
         return [f"{line} float32 is slow: set bf16: true."]
     if better and name == "auto" and first.device_type == "cuda":
@@ -91,34 +116,53 @@ def lines(name: str, requests: Iterable[Request]) -> list[str]:
 
 
 def _faster(candidate: str, chosen: str) -> bool:
-    return HOPPER.get(candidate, 0) > 1.05 * HOPPER.get(chosen, 0) and BACKENDS[candidate] is not BACKENDS[chosen]
+    return (
+        HOPPER.get(candidate, 0) > 1.05 * HOPPER.get(chosen, 0)
+        and BACKENDS[candidate] is not BACKENDS[chosen]
+    )
 
 
-def foreign_cudnn(maps: str | None = None, own: Path | None = None, version: int | None = None) -> str | None:
-    """A sentence, where the process has loaded another cuDNN than the one that was installed with PyTorch.
+def foreign_cudnn(
+    maps: str | None = None, own: Path | None = None, version: int | None = None
+) -> str | None:
+    """A sentence, where the process has loaded another cuDNN than the one that was installed with
+    PyTorch.
 
-    Another one, of the system's CUDA in LD_LIBRARY_PATH, may be older, and then attention is slower or goes to another kernel.
+    Another one, of the system's CUDA in LD_LIBRARY_PATH, may be older, and then attention is slower
+    or goes to another kernel.
 
     Args:
-        maps: what /proc/self/maps holds. own: folder of PyTorch's own libraries. version: of the loaded one. By default of this process.
+        maps: what /proc/self/maps holds. own: folder of PyTorch's own libraries. version: of the
+            loaded one. By default of this process.
     """
     if version is None:
         version = torch.backends.cudnn.version()  # loads the library
     if own is None:
-        spec = importlib.util.find_spec("nvidia.cudnn") if importlib.util.find_spec("nvidia") is not None else None
+        spec = (
+            importlib.util.find_spec("nvidia.cudnn")
+            if importlib.util.find_spec("nvidia") is not None
+            else None
+        )
         folders = list(spec.submodule_search_locations or ()) if spec is not None else []
         own = Path(folders[0]) if folders else None
     if maps is None:
         maps = Path("/proc/self/maps").read_text() if Path("/proc/self/maps").exists() else ""
     if own is None or version is None:
         return None  # PyTorch was built with cuDNN inside, or has none
-    loaded = {Path(line.split(maxsplit=5)[5].strip()) for line in maps.splitlines() if "/libcudnn" in line}
-    strange = sorted({str(path.parent) for path in loaded if not path.resolve().is_relative_to(own.resolve())})
+    loaded = {
+        Path(line.split(maxsplit=5)[5].strip()) for line in maps.splitlines() if "/libcudnn" in line
+    }
+    strange = sorted(
+        {str(path.parent) for path in loaded if not path.resolve().is_relative_to(own.resolve())}
+    )
     if not strange:
         return None
     packages = sorted(own.parent.parent.glob("nvidia_cudnn_cu*.dist-info"))
-    shipped = packages[0].name.removesuffix(".dist-info").split("-")[1] if packages else "another version"
+    shipped = (
+        packages[0].name.removesuffix(".dist-info").split("-")[1] if packages else "another version"
+    )
     return (
-        f"cuDNN {version // 10000}.{version % 10000 // 100}.{version % 100} is loaded from {', '.join(strange)}, not PyTorch's own "
-        f"({shipped} in {own}): attention may run at half its speed. Take that folder out of LD_LIBRARY_PATH."
+        f"cuDNN {version // 10000}.{version % 10000 // 100}.{version % 100} is loaded from"
+        f" {', '.join(strange)}, not PyTorch's own ({shipped} in {own}): attention may run at half"
+        " its speed. Take that folder out of LD_LIBRARY_PATH."
     )

@@ -1,7 +1,9 @@
-"""Each rank fetches, once, the keys and values that its queries see; gradients go back the same way, in float32.
+"""Each rank fetches, once, the keys and values that its queries see; gradients go back the same
+way, in float32.
 
-The all-gather scheme of Llama 3 (Dubey et al., 2024, section 3.3.2), but only needed rows travel: of a packed row the documents that
-begin before a chunk, of a sliding-window layer the window. The fetch is under way while the rank computes its own rows' tiles.
+The all-gather scheme of Llama 3 (Dubey et al., 2024, section 3.3.2), but only needed rows travel:
+of a packed row the documents that begin before a chunk, of a sliding-window layer the window. The
+fetch is under way while the rank computes its own rows' tiles.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     return total.out, total.lse
 
 
-def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
+) -> tuple[Tensor, Tensor, Tensor]:
     """dq as accumulated, dk and dv in `call.key_gradients`."""
     mask = call.mask
     bulk = kernels.bulk(q, v, call)
@@ -53,7 +57,9 @@ def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Te
 
 
 class Fetch:
-    """The exchange of needed rows, under way from construction to `wait`. Not `posted` where no rank needs any."""
+    """The exchange of needed rows, under way from construction to `wait`. Not `posted` where no
+    rank needs any.
+    """
 
     def __init__(self, k: Tensor, v: Tensor, call: Call) -> None:
         self.k, self.v = k, v
@@ -68,7 +74,9 @@ class Fetch:
         for x, part in zip((k, v), self.sent.split(widths, 1), strict=True):
             torch.index_select(x.flatten(1), 0, self.send_index, out=part)
         self.received = _rows(sum(self.halo.receive_counts), self.sent)
-        self.work = _all_to_all(self.received, self.sent, self.halo.receive_counts, self.halo.send_counts, self.group)
+        self.work = _all_to_all(
+            self.received, self.sent, self.halo.receive_counts, self.halo.send_counts, self.group
+        )
 
     def wait(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the fetched rows in natural order."""
@@ -79,19 +87,31 @@ class Fetch:
         return k, v
 
     def give_back(self, dk: Tensor, dv: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Gradients of fetched rows to their owners: (local rows, their dk, their dv) for each rank that used rows of this one."""
+        """Gradients of fetched rows to their owners: (local rows, their dk, their dv) for each rank
+        that used rows of this one.
+        """
         width = self.k.shape[1] * self.k.shape[2]
-        sent = torch.empty(self.received.shape, dtype=accumulator_dtype(self.k.dtype), device=self.k.device)
+        sent = torch.empty(
+            self.received.shape, dtype=accumulator_dtype(self.k.dtype), device=self.k.device
+        )
         sent[:, :width].index_copy_(0, self.order, dk.flatten(1).to(sent.dtype))
         sent[:, width:].index_copy_(0, self.order, dv.flatten(1).to(sent.dtype))
         received = _rows(sum(self.halo.send_counts), sent)
-        _all_to_all(received, sent, self.halo.send_counts, self.halo.receive_counts, self.group).wait()
+        _all_to_all(
+            received, sent, self.halo.send_counts, self.halo.receive_counts, self.group
+        ).wait()
         out, at = [], 0
         for count in self.halo.send_counts:
             if count:
                 part = received[at : at + count]
                 index = self.send_index[at : at + count]
-                out.append((index, part[:, :width].unflatten(1, self.k.shape[1:]), part[:, width:].unflatten(1, self.v.shape[1:])))
+                out.append(
+                    (
+                        index,
+                        part[:, :width].unflatten(1, self.k.shape[1:]),
+                        part[:, width:].unflatten(1, self.v.shape[1:]),
+                    )
+                )
             at += count
         return out
 
@@ -100,7 +120,15 @@ def _rows(count: int, like: Tensor) -> Tensor:
     return torch.empty((count, like.shape[1]), dtype=like.dtype, device=like.device)
 
 
-def _all_to_all(out: Tensor, x: Tensor, out_counts: tuple[int, ...], counts: tuple[int, ...], group: dist.ProcessGroup | None) -> dist.Work:
-    work = dist.all_to_all_single(out, x, list(out_counts), list(counts), group=group, async_op=True)
+def _all_to_all(
+    out: Tensor,
+    x: Tensor,
+    out_counts: tuple[int, ...],
+    counts: tuple[int, ...],
+    group: dist.ProcessGroup | None,
+) -> dist.Work:
+    work = dist.all_to_all_single(
+        out, x, list(out_counts), list(counts), group=group, async_op=True
+    )
     assert work is not None
     return work

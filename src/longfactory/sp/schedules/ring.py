@@ -1,4 +1,5 @@
-"""Keys and values go round a ring; each rank computes its tiles against what passes. Liu et al., Ring Attention, 2023.
+"""Keys and values go round a ring; each rank computes its tiles against what passes. Liu et al.,
+Ring Attention, 2023.
 
 Zigzag chunks make the work of a causal document equal on every rank and at every step.
 """
@@ -27,7 +28,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
         moving = None
         if step < mask.last_step:
             assert travelling is not None
-            moving = Exchange(travelling, rank + 1, rank - 1, group)  # under way while this step computes
+            # under way while this step computes
+            moving = Exchange(travelling, rank + 1, rank - 1, group)
         for tile in mask.tiles(source, bulk):
             kernels.forward(q, k, v, tile, call, total)
         if moving is not None:
@@ -37,9 +39,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     return total.out, total.lse
 
 
-def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """dq as accumulated, dk and dv in `call.key_gradients`. Gradients of keys travel with them, in float32, and go home in one step at
-    the end."""
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq as accumulated, dk and dv in `call.key_gradients`. Gradients of keys travel with them, in
+    float32, and go home in one step at the end."""
     plan, mask = call.plan, call.mask
     rank, group = plan.ring_rank, plan.axes.ring
     bulk = kernels.bulk(q, v, call)
@@ -79,10 +83,12 @@ def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Te
 
 
 class Arriving:
-    """The buffer in which sums of dk and dv travel: what arrives of the ranks before, for this rank to add to; new where none was before.
+    """The buffer in which sums of dk and dv travel: what arrives of the ranks before, for this rank
+    to add to; new where none was before.
 
-    It is waited for when there is something to add: until then the tile's kernel runs. It does not know the sums that are made in it: in
-    a circle of references a whole layer's gradients would stay until Python looks for such circles.
+    It is waited for when there is something to add: until then the tile's kernel runs. It does not
+    know the sums that are made in it: in a circle of references a whole layer's gradients would
+    stay until Python looks for such circles.
     """
 
     def __init__(self, k: Tensor, v: Tensor, carried: Exchange | None) -> None:
@@ -92,7 +98,11 @@ class Arriving:
     def buffer(self) -> Tensor:
         if self.carried is not None:
             return self.carried.wait()
-        return torch.empty(self.k.numel() + self.v.numel(), dtype=accumulator_dtype(self.k.dtype), device=self.k.device)
+        return torch.empty(
+            self.k.numel() + self.v.numel(),
+            dtype=accumulator_dtype(self.k.dtype),
+            device=self.k.device,
+        )
 
     def dk(self) -> tuple[Tensor, bool]:
         return _unpack(self.buffer, self.k, self.v)[0], self.carried is not None
@@ -102,9 +112,13 @@ class Arriving:
 
 
 class Exchange:
-    """A send to one ring position and a receive from another, under way from construction to `wait`."""
+    """A send to one ring position and a receive from another, under way from construction to
+    `wait`.
+    """
 
-    def __init__(self, buffer: Tensor, to: int, source: int, group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self, buffer: Tensor, to: int, source: int, group: dist.ProcessGroup | None
+    ) -> None:
         assert group is not None
         n = dist.get_world_size(group)
         self.sent = buffer

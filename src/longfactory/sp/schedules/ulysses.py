@@ -1,8 +1,9 @@
-"""Heads for tokens: an all-to-all gives each rank all the group's rows of a share of the heads. Jacobs et al., DeepSpeed Ulysses, 2023.
+"""Heads for tokens: an all-to-all gives each rank all the group's rows of a share of the heads.
+Jacobs et al., DeepSpeed Ulysses, 2023.
 
-Any number of key heads: each destination gets just the key heads that its query heads use. Query heads are cut into blocks of
-gcd(H / n, H / Hk) heads, the largest that never straddle a rank or a key head; each block travels with one copy of its key head, so the
-backward pass sums the copies.
+Any number of key heads: each destination gets just the key heads that its query heads use. Query
+heads are cut into blocks of gcd(H / n, H / Hk) heads, the largest that never straddle a rank or a
+key head; each block travels with one copy of its key head, so the backward pass sums the copies.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ def check(heads: int, kv_heads: int, degree: int) -> None:
     """
     if heads % degree:
         raise ValueError(
-            f"{degree} ranks cannot share {heads} query heads evenly. Tell the context the head count (ctx.set_heads) and leave the "
-            f"degrees out, or use sequence_parallel_mode: usp with sequence_parallel_ulysses_degree: {math.gcd(heads, degree)}: "
-            "a ring takes the rest."
+            f"{degree} ranks cannot share {heads} query heads evenly. Tell the context the head"
+            " count (ctx.set_heads) and leave the degrees out, or use sequence_parallel_mode: usp"
+            f" with sequence_parallel_ulysses_degree: {math.gcd(heads, degree)}: a ring takes the"
+            " rest."
         )
 
 
@@ -37,7 +39,9 @@ def copies(heads: int, kv_heads: int, degree: int) -> int:
 
 
 def to_heads(x: Tensor, group: dist.ProcessGroup | None, repeat: int = 1) -> Tensor:
-    """[m, H, D] of every rank -> [n * m, repeat * H / n, D]: all rows, in rank order, of a share of the heads."""
+    """[m, H, D] of every rank -> [n * m, repeat * H / n, D]: all rows, in rank order, of a share of
+    the heads.
+    """
     if group is None:
         return x
     n = dist.get_world_size(group)
@@ -49,7 +53,9 @@ def to_heads(x: Tensor, group: dist.ProcessGroup | None, repeat: int = 1) -> Ten
 
 
 def to_rows(x: Tensor, group: dist.ProcessGroup | None, repeat: int = 1) -> Tensor:
-    """The adjoint of `to_heads`: [n * m, repeat * H / n, D] -> [m, H, D], copies of a head summed."""
+    """The adjoint of `to_heads`: [n * m, repeat * H / n, D] -> [m, H, D], copies of a head
+    summed.
+    """
     if group is None:
         return x
     n = dist.get_world_size(group)
