@@ -41,6 +41,7 @@ from longfactory.model.value_head import load_value_head
 from longfactory.shard import export, optimizer_states
 from longfactory.sp import hf
 from longfactory.stages.metrics import Metrics, MetricSums
+from longfactory.train.contracts import check_trainer
 from longfactory.train.embedding_noise import noisy_embeddings, token_keys, token_scales
 from longfactory.train.loader import Collate, RowSampler, empty_row, make_loader
 from longfactory.train.optimizers import one_dtype_each
@@ -50,6 +51,8 @@ from longfactory.train.whole_weights import load_renamed
 
 STATE_FILE = "longfactory_state.json"
 SCHEDULER_NAME = "scheduler.pt"  # transformers' name
+
+check_trainer(Trainer)
 
 
 class RowTrainer(Trainer):
