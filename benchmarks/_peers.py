@@ -369,7 +369,7 @@ def ours(bench: Bench) -> None:
     from longfactory.model.token_logprobs import TokenLogprobs
     from longfactory.sp import hf
     from longfactory.stages.losses import LossOptions
-    from longfactory.stages.make import PreferenceStage
+    from longfactory.stages.preference import PreferenceStage
 
     job = bench.job
     NoteKernels(bench)

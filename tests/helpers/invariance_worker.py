@@ -190,7 +190,7 @@ def run_case(sharding: str, case: dict[str, str]) -> dict[str, float | str]:
     from longfactory.shard import settings
     from longfactory.shard.export import full_state_dict
     from longfactory.sp import hf
-    from longfactory.stages.make import TokenStage
+    from longfactory.stages.tokens import TokenStage
     from longfactory.train.trainer import RowTrainer
 
     world = int(os.environ["WORLD_SIZE"])

@@ -41,8 +41,12 @@ from longfactory.model.value_head import TokenValues
 from longfactory.shard import settings
 from longfactory.shard.export import full_state_dict
 from longfactory.sp import hf
+from longfactory.stages.base import Stage
+from longfactory.stages.kto import KTOStage
 from longfactory.stages.losses import LossOptions
-from longfactory.stages.make import KTOStage, PreferenceStage, RewardStage, Stage, TokenStage
+from longfactory.stages.preference import PreferenceStage
+from longfactory.stages.reward import RewardStage
+from longfactory.stages.tokens import TokenStage
 from longfactory.train import reference
 from longfactory.train.callbacks import AtStart
 from longfactory.train.trainer import RowTrainer

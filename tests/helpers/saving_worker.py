@@ -23,7 +23,7 @@ from longfactory.model.source import read_source
 from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.shard import settings
 from longfactory.sp import hf
-from longfactory.stages.make import TokenStage
+from longfactory.stages.tokens import TokenStage
 from longfactory.train import output
 from longfactory.train.trainer import RowTrainer
 

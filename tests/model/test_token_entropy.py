@@ -10,7 +10,9 @@ from test_token_logprobs import IDS, MODELS, gradients, some_labels
 
 from longfactory.errors import UserError
 from longfactory.model.token_logprobs import TokenLogprobs
-from longfactory.stages.make import KTOStage, PreferenceStage, TokenStage
+from longfactory.stages.kto import KTOStage
+from longfactory.stages.preference import PreferenceStage
+from longfactory.stages.tokens import TokenStage
 from longfactory.testing import tiny_model
 
 

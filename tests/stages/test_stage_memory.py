@@ -17,7 +17,10 @@ from longfactory.data.row import IGNORE, Row, TokenizedDocument, make_row
 from longfactory.model.outputs import TokenOutputs
 from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.sp import hf
-from longfactory.stages.make import KTOStage, PreferenceStage, Stage, TokenStage
+from longfactory.stages.base import Stage
+from longfactory.stages.kto import KTOStage
+from longfactory.stages.preference import PreferenceStage
+from longfactory.stages.tokens import TokenStage
 from longfactory.testing import tiny_model
 from longfactory.train.reference import as_reference
 

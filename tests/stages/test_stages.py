@@ -20,9 +20,13 @@ from longfactory.data.row import IGNORE, Row, TokenizedDocument, make_row
 from longfactory.errors import ConfigError, UserError
 from longfactory.model.outputs import TokenOutputs
 from longfactory.stages import losses
-from longfactory.stages.make import KTOStage, PreferenceStage, RewardStage, TokenStage, make_stage
+from longfactory.stages.kto import KTOStage
+from longfactory.stages.make import make_stage
 from longfactory.stages.metrics import MetricSums
 from longfactory.stages.pairs import document_logps, find_pairs
+from longfactory.stages.preference import PreferenceStage
+from longfactory.stages.reward import RewardStage
+from longfactory.stages.tokens import TokenStage
 from oracles import (
     AT_START,
     CHOSEN,
@@ -628,6 +632,7 @@ def arguments(**kw) -> SimpleNamespace:
         use_eaft_loss=False,
         eaft_alpha=1.0,
         compute_accuracy=False,
+        discopop_tau=0.05,
     )
     return SimpleNamespace(**(base | kw))
 

@@ -22,7 +22,11 @@ from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.model.value_head import TokenValues
 from longfactory.sp import hf
 from longfactory.stages import losses
-from longfactory.stages.make import KTOStage, PreferenceStage, RewardStage, Stage, TokenStage
+from longfactory.stages.base import Stage
+from longfactory.stages.kto import KTOStage
+from longfactory.stages.preference import PreferenceStage
+from longfactory.stages.reward import RewardStage
+from longfactory.stages.tokens import TokenStage
 from longfactory.testing import run_ranks, tiny_model
 from longfactory.train import reference
 from oracles import CHOSEN, PROMPTS, REJECTED, kto_documents, naive, pair_row, s, smoothing, whole

@@ -18,7 +18,7 @@ from longfactory.errors import UserError
 from longfactory.memory.optimizer import SplitAdamW
 from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.sp import hf
-from longfactory.stages.make import TokenStage
+from longfactory.stages.tokens import TokenStage
 from longfactory.train.memory_plan import Memory
 from longfactory.train.optimizer_names import Narrow
 from longfactory.train.optimizers import one_dtype_each, optimizer_factory

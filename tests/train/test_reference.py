@@ -17,8 +17,9 @@ from longfactory.config import from_mapping
 from longfactory.data.row import IGNORE, Row, TokenizedDocument, make_row
 from longfactory.errors import UserError
 from longfactory.model.outputs import TokenOutputs
-from longfactory.stages.make import KTOStage, PreferenceStage
+from longfactory.stages.kto import KTOStage
 from longfactory.stages.pairs import document_logps
+from longfactory.stages.preference import PreferenceStage
 from longfactory.train import reference
 from longfactory.train.with_reference import _parts
 from oracles import Groups

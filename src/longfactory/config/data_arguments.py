@@ -6,12 +6,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from longfactory.errors import DataError
-
-Stage = Literal["pt", "sft", "rm", "ppo", "dpo", "kto"]
-CutoffStrategy = Literal["llamafactory", "drop", "error", "keep_tail"]
 
 
 class DataArguments(Protocol):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +27,17 @@ from longfactory.stages.pairs import PairLogps
 
 @dataclasses.dataclass(frozen=True)
 class LossOptions:
+    """The numbers of a preference loss that a user sets."""
+
     beta: float = 0.1
     label_smoothing: float = 0.0
     simpo_gamma: float = 0.5
     discopop_tau: float = 0.05
+
+    @classmethod
+    def of(cls, args: Any) -> LossOptions:
+        """Those of a run, from its `FinetuningArguments`."""
+        return cls(args.pref_beta, args.dpo_label_smoothing, args.simpo_gamma, args.discopop_tau)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -346,9 +346,7 @@ def _preference(
     ]
     beta, smoothing = method.pref_beta, method.dpo_label_smoothing
     numbers = PairLogps(c, r, c_ref, r_ref, *lengths)
-    options = LossOptions(
-        beta, smoothing, method.simpo_gamma, getattr(method, "discopop_tau", 0.05)
-    )
+    options = LossOptions.of(method)
     if method.pref_loss == "sigmoid" and c_ref is not None and r_ref is not None:
         margin = beta * ((c - c_ref) - (r - r_ref))
         each = -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)

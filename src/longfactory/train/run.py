@@ -30,7 +30,8 @@ from longfactory.shard import settings as shard
 from longfactory.sp import hf
 from longfactory.sp.backends import start
 from longfactory.sp.measure import Measure
-from longfactory.stages.make import Stage, make_stage
+from longfactory.stages.base import Stage
+from longfactory.stages.make import make_stage
 from longfactory.train import output
 from longfactory.train.callbacks import AtStart, LogFile, report_failures
 from longfactory.train.gradients import ReportUnused, refuse_unused

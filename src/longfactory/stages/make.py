@@ -1,0 +1,34 @@
+"""The stages by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from longfactory.errors import ConfigError
+from longfactory.stages.base import Stage
+from longfactory.stages.kto import KTOStage
+from longfactory.stages.preference import PreferenceStage
+from longfactory.stages.reward import RewardStage
+from longfactory.stages.tokens import TokenStage
+
+STAGES: tuple[type[Stage], ...] = (TokenStage, RewardStage, PreferenceStage, KTOStage)
+
+
+def make_stage(stage: str, args: Any, precision: torch.dtype = torch.float32) -> Stage:
+    """The stage that a configuration names.
+
+    Args:
+        stage: pt, sft, rm, dpo or kto.
+        args: the configuration's `FinetuningArguments`, or anything with those of their keys that
+            the stage reads (`from_arguments` of its class).
+        precision: in which the model computes.
+    Raises:
+        ConfigError: an unknown stage or loss, or options that contradict each other.
+    """
+    for stage_class in STAGES:
+        if stage in stage_class.names:
+            return stage_class.from_arguments(stage, args, precision)
+    known = ", ".join(name for stage_class in STAGES for name in stage_class.names)
+    raise ConfigError(f"stage: {stage} is not known. Choose one of {known}.")
