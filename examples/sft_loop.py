@@ -1,153 +1,141 @@
-"""Sequence parallelism in a training loop of your own: torch and longfactory.sp, nothing else.
+"""Supervised fine-tuning in a training loop of your own: PyTorch and longfactory.sp, no Trainer.
 
-    torchrun --nproc_per_node 2 examples/custom_loop.py
-    torchrun --nproc_per_node 2 examples/custom_loop.py --mode ulysses --steps 50
+    python examples/sft_loop.py
+    torchrun --nproc_per_node 2 examples/sft_loop.py
+    torchrun --nproc_per_node 2 examples/sft_loop.py --mode ulysses --model path/to/a/model
 
-A small transformer learns to repeat: each document is a random phrase said over and over. The row
-of packed documents is spread over all processes. Beside it rank 0 trains the same model on whole
-rows, alone, and the two must agree: losses and parameters, in float64.
+Each row of packed conversations is sharded over all processes, and the numbers that are printed
+do not depend on how many there are. Without --model a tiny random model reads bytes. `longfactory
+train` gives the same losses and gradient norms on the same rows; a test compares them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from longfactory import sp
+from longfactory.data.row import IGNORE, Row, TokenizedDocument, make_row
+from longfactory.model.token_logprobs import TokenLogprobs
+from longfactory.sp import hf
+from longfactory.stages.make import TokenStage
 
-VOCAB, WIDTH, HEADS, KV_HEADS, DIM = 64, 64, 4, 2, 16
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH)
-        self.qkv = nn.Linear(WIDTH, (HEADS + 2 * KV_HEADS) * DIM, bias=False)
-        self.out = nn.Linear(HEADS * DIM, WIDTH, bias=False)
-        self.mlp = nn.Sequential(
-            nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
-        )
-
-    def forward(self, x: Tensor, positions: Tensor, plan: sp.RowPlan) -> Tensor:
-        # [T/n, WIDTH] -> [T/n, heads, DIM]
-        q, k, v = (
-            self.qkv(self.norm1(x)).unflatten(-1, (-1, DIM)).split([HEADS, KV_HEADS, KV_HEADS], 1)
-        )
-        # the only line that talks to other processes
-        attended = sp.attention(rotate(q, positions), rotate(k, positions), v, plan)
-        x = x + self.out(attended.flatten(1))
-        return x + self.mlp(self.norm2(x))
+DATA = Path(__file__).parents[1] / "data"
 
 
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(VOCAB, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
-        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
-
-    def forward(self, tokens: Tensor, positions: Tensor, plan: sp.RowPlan) -> Tensor:
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x = block(x, positions, plan)
-        return self.head(x)
+def conversation(tokenizer: Any, question: str, answer: str, **document: Any) -> TokenizedDocument:
+    """A question and its answer in ChatML; the answer's tokens are trained."""
+    prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
+    answer_ids = tokenizer.encode(f"{answer}<|im_end|>\n", add_special_tokens=False)
+    labels = [IGNORE] * len(prompt_ids) + answer_ids
+    return TokenizedDocument(prompt_ids + answer_ids, labels, **document)
 
 
-def rotate(x: Tensor, positions: Tensor) -> Tensor:
-    """Rotary embedding. Positions are the tokens' own, so it does not matter which rank holds
-    them.
+def read_rows(path: Path, tokenizer: Any, per_row: int, multiple: int) -> Iterator[Row]:
+    """Rows of `per_row` conversations, in the order of the file, again and again. Each has a
+    multiple of `multiple` tokens.
     """
-    angle = positions[:, None, None] / 10000 ** (
-        torch.arange(0, DIM, 2, device=x.device, dtype=x.dtype) / DIM
-    )
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+    samples = json.loads(path.read_text())
+    documents = [conversation(tokenizer, s["instruction"], s["output"]) for s in samples]
+    while True:
+        for i in range(0, len(documents), per_row):
+            yield make_row(documents[i : i + per_row]).padded(multiple, tokenizer.pad_token_id)
 
 
-def packed_row(length: int, step: int) -> tuple[Tensor, Tensor, Tensor, list[sp.Segment]]:
-    """tokens, labels (already shifted, -100 at the end of each document), positions, documents."""
-    g = torch.Generator().manual_seed(step)
-    tokens, labels, positions, segments = [], [], [], []
-    while not segments or segments[-1].stop < length:
-        start = segments[-1].stop if segments else 0
-        size = min(length - start, int(torch.randint(30, 200, (), generator=g)))
-        phrase = torch.randint(0, VOCAB, (int(torch.randint(3, 12, (), generator=g)),), generator=g)
-        document = phrase.repeat(size // len(phrase) + 1)[:size]
-        tokens.append(document)
-        labels.append(torch.cat([document[1:], torch.tensor([-100])]))
-        positions.append(torch.arange(size))
-        segments.append(sp.Segment(start, start + size))
-    return torch.cat(tokens), torch.cat(labels), torch.cat(positions), segments
+def token_logprobs(
+    model: torch.nn.Module, head: TokenLogprobs, row: Row, ctx: sp.SequenceParallel
+) -> Tensor:
+    """[T] log-probabilities of the row's labels in natural order, the same on every rank. Each
+    rank computes [T/n] of them.
+    """
+    plan = sp.plan(len(row), row.segments, ctx)
+    tensors = {"input_ids": row.input_ids, "position_ids": row.position_ids}
+    with head.labels(row.labels[plan.index]):
+        model(**hf.inputs(tensors, plan))  # the attention alone talks to other ranks
+        local = head.outputs().logps
+    return sp.gather(local, plan)  # [T/n] -> [T]
+
+
+def update(model: torch.nn.Module, optimizer: Any, ctx: sp.SequenceParallel) -> float:
+    """An optimizer step from the gradients of all ranks. Returns their norm before clipping.
+
+    Every rank has differentiated the loss of whole rows, through the exact adjoint of each
+    collective: the mean over ranks is the gradient.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if ctx.group is not None:
+        for p in parameters:
+            dist.all_reduce(p.grad, group=ctx.group)
+            p.grad /= ctx.size
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm.item()
 
 
 def train(
-    ctx: sp.SequenceParallel, steps: int, length: int, device: str
-) -> tuple[Model, list[float]]:
-    torch.manual_seed(0)
-    model = Model().to(device, torch.float64)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
-    for step in range(steps):
-        tokens, labels, positions, segments = packed_row(length, step)
-        plan = sp.plan(length, segments, ctx)
-        local_tokens, local_labels, local_positions = (
-            sp.shard(x, plan).to(device) for x in (tokens, labels, positions)
-        )
-        logits = model(local_tokens, local_positions, plan)
-        # Divide by the tokens of the whole row: then the sum over ranks of gradients is the
-        # gradient of the row's mean loss.
-        loss = (
-            F.cross_entropy(logits, local_labels, ignore_index=-100, reduction="sum")
-            / (labels != -100).sum()
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        total = loss.detach()
-        if ctx.group is not None:
-            for p in model.parameters():
-                dist.all_reduce(p.grad, group=ctx.group)
-            dist.all_reduce(total, group=ctx.group)
-        optimizer.step()
-        losses.append(total.item())
-    return model, losses
+    model: Any, rows: Iterator[Row], ctx: sp.SequenceParallel, steps: int, rows_a_step: int = 2
+) -> list[tuple[float, float]]:
+    """Trains `model` in place. Returns the loss and the gradient norm of each step."""
+    hf.prepare(model, ctx)
+    head, stage = TokenLogprobs(model), TokenStage()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.0)
+    results = []
+    for _ in range(steps):
+        step_rows = [next(rows) for _ in range(rows_a_step)]
+        # Divided by the trained tokens of the whole step: the exact mean, however they are spread.
+        trained_tokens = sum(stage.count_items(row) for row in step_rows)
+        loss = 0.0
+        for row in step_rows:
+            loss_sum, _ = stage.loss_sum(token_logprobs(model, head, row, ctx), row)
+            row_loss = loss_sum / trained_tokens
+            row_loss.backward()
+            loss += row_loss.item()
+        results.append((loss, update(model, optimizer, ctx)))
+        if ctx.rank == 0:
+            print(f"loss {loss:.6f}, gradient norm {results[-1][1]:.6f}, {trained_tokens} tokens")
+    return results
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def load(folder: str | None) -> tuple[Any, Any]:
+    """A model and its tokenizer; without a folder a tiny random model and a tokenizer of bytes."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
+
+    from longfactory.testing import tiny_model
+
+    if folder is None:
+        tokenizer = ByT5Tokenizer()
+        return tiny_model("llama", vocab_size=len(tokenizer)), tokenizer
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def arguments(description: str | None, data: Path) -> tuple[argparse.Namespace, Any]:
+    """The command line, and the sequence-parallel group of all processes (gloo, on CPUs)."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=raw)
+    parser.add_argument("--model", help="a folder with a causal language model")
+    parser.add_argument("--data", type=Path, default=data)
     parser.add_argument("--mode", default="zigzag-ring", choices=sp.MODES)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument(
-        "--length", type=int, default=1024, help="tokens of a row, over all processes"
-    )
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--per_row", type=int, default=2, help="samples packed into a row")
     args = parser.parse_args()
-
-    # float64 on CPUs, so that the comparison below is sharp; use "nccl" and bfloat16 on GPUs
-    dist.init_process_group("gloo")
-    ctx = sp.SequenceParallel.create(
-        dist.get_world_size(), mode=args.mode, heads=HEADS, kv_heads=KV_HEADS
-    )
-    model, losses = train(ctx, args.steps, args.length, "cpu")
-    if ctx.rank == 0:
-        alone, expected = train(sp.SequenceParallel(), args.steps, args.length, "cpu")
-        print(f"{args.mode} over {ctx.size} processes: loss {losses[0]:.4f} -> {losses[-1]:.4f}")
-        print(
-            f"one process:{' ' * (len(args.mode) + 6)} loss {expected[0]:.4f} -> {expected[-1]:.4f}"
-        )
-        loss_error = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
-        pairs = zip(model.parameters(), alone.parameters(), strict=True)
-        weight_error = max((a - b).abs().max().item() for a, b in pairs)
-        print(f"largest difference: loss {loss_error:.1e}, parameters {weight_error:.1e}")
-        if not max(loss_error, weight_error) < 1e-6:
-            raise SystemExit("They differ: sequence parallelism is not exact here.")
-    dist.barrier()
-    dist.destroy_process_group()
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo")
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    return args, sp.SequenceParallel.create(size, mode=args.mode)
 
 
 if __name__ == "__main__":
-    main()
+    args, ctx = arguments(__doc__, DATA / "manual_sft.json")
+    model, tokenizer = load(args.model)
+    train(model, read_rows(args.data, tokenizer, args.per_row, sp.alignment(ctx)), ctx, args.steps)
