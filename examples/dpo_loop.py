@@ -26,7 +26,7 @@ from longfactory.model.outputs import TokenOutputs
 from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.sp import hf
 from longfactory.stages.losses import LossOptions
-from longfactory.stages.make import PreferenceStage
+from longfactory.stages.preference import PreferenceStage
 
 
 def read_pairs(path: Path, tokenizer: Any, per_row: int, multiple: int) -> Iterator[Row]:

@@ -26,7 +26,7 @@ from longfactory import sp
 from longfactory.data.row import IGNORE, Row, TokenizedDocument, make_row
 from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.sp import hf
-from longfactory.stages.make import TokenStage
+from longfactory.stages.tokens import TokenStage
 
 DATA = Path(__file__).parents[1] / "data"
 
