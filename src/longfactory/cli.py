@@ -174,7 +174,7 @@ def plan_arguments(words: list[str]) -> list[str]:
     from longfactory.train.memory_plan import check_model
 
     check_model(cfg)
-    batch = 1 if cfg.packing else cfg.trainer("per_device_train_batch_size")
+    batch = 1 if cfg.packing else cfg.trainer.per_device_train_batch_size
     assert cfg.model.model_name_or_path is not None
     out = [cfg.model.model_name_or_path, "--tokens", str(cfg.data.cutoff_len * batch)]
     out += [
@@ -187,8 +187,8 @@ def plan_arguments(words: list[str]) -> list[str]:
         out += ["--lora", str(cfg.method.lora_rank)]
     if cfg.model.trust_remote_code:
         out += ["--trust-remote-code"]
-    if not (cfg.hf.get("bf16") or cfg.hf.get("fp16") or cfg.method.pure_bf16):
-        out += ["--precision", "tf32" if cfg.hf.get("tf32") else "fp32"]
+    if not (cfg.trainer.bf16 or cfg.trainer.fp16 or cfg.method.pure_bf16):
+        out += ["--precision", "tf32" if cfg.trainer.tf32 else "fp32"]
     return [*out, *words[first:]]
 
 

@@ -56,7 +56,7 @@ def local_processes(cfg: RunConfig) -> int:
     device.
     """
     asked = cfg.parallel.nproc_per_node or number("NPROC_PER_NODE", 0)
-    devices = 0 if cfg.trainer("use_cpu") else device_count()
+    devices = 0 if cfg.trainer.use_cpu else device_count()
     if asked and devices and asked > devices:
         raise UserError(
             f"nproc_per_node: {asked} processes need a device each, and this machine shows"
@@ -71,7 +71,7 @@ def needs_torchrun(cfg: RunConfig, local: int) -> bool:
         local > 1
         or number("NNODES", 1) > 1
         or is_on("FORCE_TORCHRUN")
-        or cfg.trainer("deepspeed") is not None
+        or cfg.trainer.deepspeed is not None
     )
 
 

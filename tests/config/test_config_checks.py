@@ -342,7 +342,7 @@ def test_a_null_is_the_default_where_it_has_no_meaning_of_its_own() -> None:
     )
     for key in keys:
         if key.name in TRAINER_KEYS:
-            assert cfg.trainer(key.name) == plain.trainer(key.name), key.name
+            assert getattr(cfg.trainer, key.name) == getattr(plain.trainer, key.name), key.name
     assert all(getattr(cfg, group) == getattr(plain, group) for group in GROUPS)
     for name in on:
         assert f"{name}: None was given, true or false is needed." == problem(**{name: None})
@@ -387,7 +387,7 @@ def test_one_key_under_two_names() -> None:
     assert (
         from_mapping(
             {**BASE, "val_size": 5, "eval_strategy": "steps", "evaluation_strategy": "steps"}
-        ).trainer("eval_strategy")
+        ).trainer.eval_strategy
         == "steps"
     )
 

@@ -189,8 +189,9 @@ def _mentioned() -> set[str]:
     getattr.
     """
     names: set[str] = set()
+    readers = ("run.py", "load.py", "data_arguments.py")
     for path in SOURCE.rglob("*.py"):
-        if path.parent.name == "config" and path.name != "run.py":
+        if path.parent.name == "config" and path.name not in readers:
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute):

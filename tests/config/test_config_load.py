@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 import types
@@ -147,7 +148,7 @@ def test_yaml_flags_and_overrides_are_one_language(tmp_path: Path) -> None:
 )
 def test_keys_of_transformers(written: dict[str, Any], expected: dict[str, Any]) -> None:
     cfg = from_mapping({**BASE, "dry_run": True, **written})
-    assert {k: cfg.trainer(k) for k in expected} == expected
+    assert {k: getattr(cfg.trainer, k) for k in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -244,8 +245,8 @@ def test_a_run_that_only_evaluates_does_not_train() -> None:
             "eval_dataset": "d",
         }
     )
-    assert not cfg.trainer("do_train")
-    assert from_mapping(BASE).trainer("do_train")
+    assert not cfg.trainer.do_train
+    assert from_mapping(BASE).trainer.do_train
 
 
 def test_arithmetic_of_a_run() -> None:
@@ -320,10 +321,11 @@ def test_a_whole_run_of_warming_up() -> None:
 @pytest.mark.processes
 def test_loading_imports_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys\nfrom longfactory.config import"
-        " load_config\nload_config(['--model_name_or_path', 'm', '--dataset', 'd', '--output_dir',"
-        " 'nowhere/out']).resolved()\nprint([m for m in ('torch', 'transformers', 'datasets',"
-        " 'numpy') if m in sys.modules])"
+        "import sys\n"
+        "from longfactory.config import load_config, resolved\n"
+        "words = ['--model_name_or_path', 'm', '--dataset', 'd', '--output_dir', 'nowhere/out']\n"
+        "resolved(load_config(words))\n"
+        "print([m for m in ('torch', 'transformers', 'datasets', 'numpy') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
@@ -333,3 +335,20 @@ def test_arguments_are_frozen() -> None:
     cfg = from_mapping(BASE)
     with pytest.raises(dataclasses.FrozenInstanceError):
         cfg.data.cutoff_len = 1  # type: ignore[misc]
+
+
+def test_a_run_is_frozen_with_all_its_keys() -> None:
+    """No reader changes a run, and transformers' own changes to its arguments do not reach it."""
+    cfg = from_mapping({**BASE, "use_cpu": True, "lr_scheduler_kwargs": {"min_lr": 1e-7}})
+    with pytest.raises(TypeError):
+        cfg.hf["seed"] = 1  # type: ignore[index]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        cfg.trainer.seed = 1  # type: ignore[misc]
+    environment = dict(os.environ)
+    args = cfg.training_arguments()
+    args.lr_scheduler_kwargs["min_lr"] = 1.0
+    assert cfg.trainer.lr_scheduler_kwargs == {"min_lr": 1e-7}
+    assert dict(os.environ) == environment
+    assert cfg.trainer.seed == 42 and "seed" not in cfg.hf
+    again = dataclasses.replace(cfg, hf={**cfg.hf, "seed": 7})
+    assert (again.trainer.seed, cfg.trainer.seed) == (7, 42)

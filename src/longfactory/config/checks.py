@@ -66,9 +66,9 @@ def inference(cfg: RunConfig, command: str) -> Iterator[str]:
 def _needed(cfg: RunConfig) -> Iterator[str]:
     if cfg.model.model_name_or_path is None:
         yield "model_name_or_path is missing: a folder, or a model's name on the hub."
-    if cfg.hf.get("output_dir") is None:
+    if cfg.trainer.output_dir is None:
         yield "output_dir is missing: the folder for checkpoints and results."
-    if cfg.trainer("do_train") and not cfg.data.dataset and cfg.data.tokenized_path is None:
+    if cfg.trainer.do_train and not cfg.data.dataset and cfg.data.tokenized_path is None:
         yield (
             "dataset is missing: one or more names from dataset_info.json, paths of files, or"
             " tokenized_path."
@@ -110,9 +110,7 @@ def _data(cfg: RunConfig) -> Iterator[str]:
             "eval_dataset and val_size were both given. Keep one: other data, or a part of the"
             " training data."
         )
-    wants_eval = (
-        cfg.trainer("do_eval") or cfg.trainer("eval_strategy") != "no" or cfg.trainer("do_predict")
-    )
+    wants_eval = cfg.trainer.do_eval or cfg.trainer.eval_strategy != "no" or cfg.trainer.do_predict
     if wants_eval and not data.eval_dataset and data.val_size == 0 and data.tokenized_path is None:
         yield (
             "do_eval, do_predict or eval_strategy asks for an evaluation without data. Give"
@@ -120,10 +118,10 @@ def _data(cfg: RunConfig) -> Iterator[str]:
         )
     if data.val_size > 1 and data.val_size != int(data.val_size):
         yield f"val_size: {data.val_size} is neither a share below 1 nor a whole number of samples."
-    if cfg.trainer("max_steps") == 0:
+    if cfg.trainer.max_steps == 0:
         yield "max_steps: 0 trains nothing. Give a number above 0, or -1 for num_train_epochs."
     if data.streaming:
-        if cfg.trainer("max_steps") <= 0:
+        if cfg.trainer.max_steps <= 0:
             yield "streaming does not know how long the data are. Give max_steps."
         if data.max_samples is not None:
             yield (
@@ -131,7 +129,7 @@ def _data(cfg: RunConfig) -> Iterator[str]:
                 " max_steps ends the run."
             )
         for name in ("logging_strategy", "eval_strategy", "save_strategy"):
-            if cfg.trainer(name) == "epoch":
+            if getattr(cfg.trainer, name) == "epoch":
                 yield (
                     f"{name}: epoch has no meaning with streaming: a stream is read on and on until"
                     f" max_steps. Set {name}: steps."
@@ -177,7 +175,7 @@ def _method(cfg: RunConfig) -> Iterator[str]:
             " 0.001."
         )
     if (
-        cfg.trainer("neftune_noise_alpha")
+        cfg.trainer.neftune_noise_alpha
         and m.pref_share_prompt is True
         and m.stage in ("dpo", "kto", "rm")
     ):
@@ -192,12 +190,12 @@ def _method(cfg: RunConfig) -> Iterator[str]:
         yield f"{' and '.join(losses)} were given. A run has one loss: keep one."
     if m.stage == "sft" and m.use_asft_loss:
         yield from _asft(cfg)
-    predicts = cfg.trainer("predict_with_generate")
+    predicts = cfg.trainer.predict_with_generate
     if predicts and m.stage != "sft":
         yield (
             f"predict_with_generate is for stage: sft; this run's stage is {m.stage}. Leave it out."
         )
-    if cfg.trainer("do_predict") and not predicts:
+    if cfg.trainer.do_predict and not predicts:
         yield "do_predict writes generated answers. Set predict_with_generate: true."
     if predicts and m.compute_accuracy:
         yield (
@@ -208,54 +206,54 @@ def _method(cfg: RunConfig) -> Iterator[str]:
             "predict_with_generate generates on one device. Set sequence_parallel_size: 1, or"
             " generate from the exported model."
         )
-    if m.stage == "rm" and cfg.trainer("load_best_model_at_end"):
+    if m.stage == "rm" and cfg.trainer.load_best_model_at_end:
         yield (
             "load_best_model_at_end is not supported with stage: rm. Leave it out and choose the"
             " checkpoint by its evaluation."
         )
-    if m.early_stopping_steps is not None and cfg.trainer("eval_strategy") == "no":
+    if m.early_stopping_steps is not None and cfg.trainer.eval_strategy == "no":
         yield "early_stopping_steps counts evaluations. Set eval_strategy and eval_steps."
     judged = (
-        cfg.trainer("load_best_model_at_end")
-        or cfg.trainer("save_strategy") == "best"
+        cfg.trainer.load_best_model_at_end
+        or cfg.trainer.save_strategy == "best"
         or m.early_stopping_steps is not None
     )
     if judged and cfg.data.eval_on_each_dataset and len(cfg.data.eval_dataset) > 1:
-        metric = str(cfg.trainer("metric_for_best_model") or "loss").removeprefix("eval_")
+        metric = str(cfg.trainer.metric_for_best_model or "loss").removeprefix("eval_")
         if not any(metric.startswith(f"{name}_") for name in cfg.data.eval_dataset):
             yield (
                 "With eval_on_each_dataset each data set has a loss of its own, and the best"
                 " checkpoint is chosen by one. Set metric_for_best_model:"
                 f" eval_{cfg.data.eval_dataset[0]}_loss (or another's)."
             )
-    if cfg.trainer("logging_strategy") == "steps" and cfg.trainer("logging_steps") == 0:
+    if cfg.trainer.logging_strategy == "steps" and cfg.trainer.logging_steps == 0:
         yield (
             "logging_steps: 0 was given. Give a number above 0, or -1 to log after the last step"
             " alone."
         )
-    if cfg.trainer("save_strategy") == "best" and not cfg.trainer("metric_for_best_model"):
+    if cfg.trainer.save_strategy == "best" and not cfg.trainer.metric_for_best_model:
         yield (
             "save_strategy: best compares evaluations. Set metric_for_best_model, for example loss."
         )
     odd = [
-        item for item in str(cfg.trainer("optim_args") or "").split(",") if item and "=" not in item
+        item for item in str(cfg.trainer.optim_args or "").split(",") if item and "=" not in item
     ]
     if odd:
         yield (
             f"optim_args: {', '.join(odd)} is not name=value. Write them so, with commas between"
             " them."
         )
-    optim = str(cfg.trainer("optim"))
-    if optim.startswith(("galore_", "apollo_")) and not cfg.trainer("optim_target_modules"):
+    optim = str(cfg.trainer.optim)
+    if optim.startswith(("galore_", "apollo_")) and not cfg.trainer.optim_target_modules:
         yield (
             f"optim: {optim} works on the modules that optim_target_modules names. Give them, for"
             " example q_proj,v_proj."
         )
-    if cfg.trainer("bf16") and cfg.trainer("fp16"):
+    if cfg.trainer.bf16 and cfg.trainer.fp16:
         yield "bf16 and fp16 were both given. Keep one of them."
-    if m.pure_bf16 and cfg.trainer("fp16"):
+    if m.pure_bf16 and cfg.trainer.fp16:
         yield "pure_bf16 and fp16 contradict each other. Keep one of them."
-    steps, strategy = cfg.trainer("eval_steps"), cfg.trainer("eval_strategy")
+    steps, strategy = cfg.trainer.eval_steps, cfg.trainer.eval_strategy
     if strategy == "steps" and steps == 0:
         yield (
             "eval_steps: 0 was given. Give a number above 0, or -1 to evaluate after the last step"
@@ -364,7 +362,7 @@ def _parallel(cfg: RunConfig) -> Iterator[str]:
             f" sequence_parallel_mode: usp; this run's is {p.sequence_parallel_mode}. Set usp, or"
             " leave them out."
         )
-    deepspeed = cfg.trainer("deepspeed")
+    deepspeed = cfg.trainer.deepspeed
     if deepspeed is not None:
         if p.sharding != "auto":
             yield f"deepspeed and sharding: {p.sharding} were both given. Keep one of them."
@@ -389,12 +387,12 @@ def _deepspeed(given: str | dict, cfg: RunConfig) -> Iterator[str]:
     if not isinstance(config, dict):
         yield f"deepspeed: {given} holds no mapping; DeepSpeed's own JSON is needed."
         return
-    if cfg.trainer("do_predict") and not cfg.trainer("do_train"):
+    if cfg.trainer.do_predict and not cfg.trainer.do_train:
         yield "do_predict without training has nothing for DeepSpeed to do. Leave deepspeed out."
     zero = config.get("zero_optimization")
     if (
-        cfg.trainer("do_eval")
-        and not cfg.trainer("do_train")
+        cfg.trainer.do_eval
+        and not cfg.trainer.do_train
         and not (isinstance(zero, dict) and zero.get("stage") == 3)
     ):
         yield (
@@ -402,7 +400,7 @@ def _deepspeed(given: str | dict, cfg: RunConfig) -> Iterator[str]:
             " out."
         )
     if isinstance(zero, dict) and zero.get("stage") == 3:
-        if cfg.trainer("predict_with_generate"):
+        if cfg.trainer.predict_with_generate:
             yield (
                 "predict_with_generate cannot run under ZeRO-3. Use a ZeRO-2 JSON, or generate from"
                 " the exported model."
@@ -450,7 +448,7 @@ def extras(cfg: RunConfig) -> Iterator[str]:
     def missing(module: str) -> bool:
         return importlib.util.find_spec(module) is None
 
-    if cfg.trainer("deepspeed") is not None and missing("deepspeed"):
+    if cfg.trainer.deepspeed is not None and missing("deepspeed"):
         yield 'deepspeed: the package is not installed. Run: pip install "longfactory[deepspeed]"'
     if cfg.model.quantization_bit is not None and missing("bitsandbytes"):
         yield (
@@ -497,7 +495,7 @@ bit is asked for with its memory.
 
 
 def _optimizer(cfg: RunConfig) -> Iterator[str]:
-    name = str(cfg.trainer("optim"))
+    name = str(cfg.trainer.optim)
     for start, (module, package) in OPTIMIZERS.items():
         if name.startswith(start) and importlib.util.find_spec(module) is None:
             yield (
@@ -513,11 +511,12 @@ def negative_steps(cfg: RunConfig) -> list[str]:
         "eval": "the run is evaluated once",
         "save": "one checkpoint is written",
     }
-    return [
-        f"{name}_steps: {cfg.trainer(f'{name}_steps'):g}: {words}, after the last step."
-        for name, words in what.items()
-        if cfg.trainer(f"{name}_strategy") == "steps" and (cfg.trainer(f"{name}_steps") or 0) < 0
-    ]
+    found = []
+    for name, words in what.items():
+        steps = getattr(cfg.trainer, f"{name}_steps") or 0
+        if getattr(cfg.trainer, f"{name}_strategy") == "steps" and steps < 0:
+            found.append(f"{name}_steps: {steps:g}: {words}, after the last step.")
+    return found
 
 
 def idle(cfg: RunConfig, given: set[str]) -> list[str]:
@@ -590,7 +589,7 @@ def idle(cfg: RunConfig, given: set[str]) -> list[str]:
         (lambda k: k == "buffer_size", cfg.data.streaming, "streaming is off"),
         (
             lambda k: k == "max_length",
-            cfg.trainer("do_predict"),
+            cfg.trainer.do_predict,
             (
                 "it is the length of generated answers, and the length of training samples is"
                 f" cutoff_len ({cfg.data.cutoff_len})"

@@ -58,14 +58,16 @@ def _checkpoints(folder: Path) -> list[Path]:
     return [p for _, p in sorted(found, reverse=True)]
 
 
-def settle(cfg: RunConfig) -> list[str]:
-    """Sets `resume_from_checkpoint` as LLaMA-Factory does: what was asked for, else the last
-    checkpoint of the output folder.
+def find_checkpoint(cfg: RunConfig) -> tuple[str | None, list[str]]:
+    """Where the run goes on from, as in LLaMA-Factory: what was asked for, else the last checkpoint
+    of the output folder.
 
+    Returns:
+        The checkpoint's folder, None where the run begins anew; and notes for the user.
     Raises:
         ConfigError: the checkpoint does not exist, or the folder holds another run.
     """
-    asked = cfg.hf.pop("resume_from_checkpoint", None)
+    asked = cfg.trainer.resume_from_checkpoint
     out = cfg.output_dir
     if out.exists() and not out.is_dir():
         raise ConfigError(f"output_dir: {out} is a file; a folder is needed.")
@@ -78,10 +80,9 @@ def settle(cfg: RunConfig) -> list[str]:
                 " Give a folder checkpoint-<step>; to start from weights, name them in"
                 " model_name_or_path."
             )
-        cfg.hf["resume_from_checkpoint"] = asked
-        return []
-    if not cfg.trainer("do_train") or asked is False:
-        return []
+        return asked, []
+    if not cfg.trainer.do_train or asked is False:
+        return None, []
     last = last_checkpoint(out) if out.is_dir() else None
     if asked is True and last is None:
         raise ConfigError(
@@ -90,8 +91,8 @@ def settle(cfg: RunConfig) -> list[str]:
         )
     if cfg.output.overwrite_output_dir and asked is not True:
         if last is None:
-            return []
-        return [
+            return None, []
+        return None, [
             f"{out} keeps the checkpoints of an earlier run, up to {last.name}. Remove them, lest a"
             " later start resumes there."
         ]
@@ -111,14 +112,13 @@ def settle(cfg: RunConfig) -> list[str]:
         else []
     )
     if last is not None:
-        cfg.hf["resume_from_checkpoint"] = str(last)
-        return [*notes, f"The run goes on from {last}. To begin anew: {REMEDY}"]
+        return str(last), [*notes, f"The run goes on from {last}. To begin anew: {REMEDY}"]
     if any((out / name).is_file() for name in WEIGHTS):
         raise ConfigError(
             f"output_dir: {out} holds a finished run without checkpoints. Choose another folder, or"
             " set overwrite_output_dir: true."
         )
-    return notes
+    return None, notes
 
 
 def _differences(cfg: RunConfig, out: Path) -> list[str]:

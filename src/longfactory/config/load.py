@@ -74,7 +74,7 @@ def from_mapping(
 
     cfg = RunConfig(**groups, hf=hf, notes=())
     if command == "train":
-        _finish_training(cfg)
+        cfg = dataclasses.replace(cfg, hf=_finished(cfg))
         if world_size is None and "LOCAL_RANK" in os.environ:
             world_size = int(os.environ.get("WORLD_SIZE", "1"))
         problems = list(checks.training(cfg, world_size))
@@ -89,20 +89,22 @@ def from_mapping(
     if command == "train":
         notes += checks.idle(cfg, given)
         notes += checks.negative_steps(cfg)
-        notes += folder.settle(cfg)
+        checkpoint, more = folder.find_checkpoint(cfg)
+        notes += more
+        hf = {name: value for name, value in cfg.hf.items() if name != "resume_from_checkpoint"}
+        if checkpoint is not None:
+            hf["resume_from_checkpoint"] = checkpoint
+        cfg = dataclasses.replace(cfg, hf=hf)
     return dataclasses.replace(cfg, notes=tuple(notes))
 
 
-def _finish_training(cfg: RunConfig) -> None:
-    """Fills in what follows from other keys, and what LongFactory settles itself."""
-    hf = cfg.hf
+def _finished(cfg: RunConfig) -> dict[str, Any]:
+    """`cfg.hf` with what follows from other keys."""
+    hf = dict(cfg.hf)
     if not any(hf.get(name) for name in ("do_train", "do_eval", "do_predict")):
         hf["do_train"] = True
-    if cfg.trainer("eval_strategy") != "no":
+    if cfg.trainer.eval_strategy != "no":
         hf["do_eval"] = True
-    # Rows are made by our own collator.
-    hf["remove_unused_columns"] = False
-    hf["label_names"] = ["labels"]
     for name in ("report_to", "optim_target_modules"):
         if hf.get(name) is not None:
             hf[name] = list(hf[name])
@@ -119,3 +121,4 @@ def _finish_training(cfg: RunConfig) -> None:
         hf.setdefault("metric_for_best_model", "loss")
         if hf["metric_for_best_model"] in ("loss", "eval_loss"):
             hf.setdefault("greater_is_better", False)
+    return hf

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import os
+from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from longfactory.config.arguments import (
@@ -17,7 +18,7 @@ from longfactory.config.arguments import (
     OutputArguments,
     ParallelArguments,
 )
-from longfactory.config.trainer_keys import TRAINER_KEYS
+from longfactory.config.trainer_keys import TrainerKeys
 from longfactory.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,9 +39,7 @@ DIFFERENCES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A run, checked. `hf` holds the keys for transformers' Seq2SeqTrainingArguments that were
-    given or that we set.
-    """
+    """A run, checked; nothing of it changes afterwards (`dataclasses.replace` makes another)."""
 
     model: ModelArguments
     data: DataArguments
@@ -49,24 +48,30 @@ class RunConfig:
     memory: MemoryArguments
     generating: GeneratingArguments
     output: OutputArguments
-    hf: dict[str, Any]
+    hf: Mapping[str, Any]
+    """Keys for transformers' Seq2SeqTrainingArguments that were given or that follow from others:
+    read-only, in the order in which they were written.
+    """
+    trainer: TrainerKeys = dataclasses.field(init=False)
+    """The same keys, typed, with defaults for those that are not in `hf`."""
     notes: tuple[str, ...] = ()
     """What the user should know: one sentence each, printed once."""
 
-    def trainer(self, key: str) -> Any:
-        """The value of one of transformers' keys, or its default."""
-        return self.hf[key] if key in self.hf else TRAINER_KEYS[key].default
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hf", MappingProxyType(dict(self.hf)))
+        object.__setattr__(self, "trainer", TrainerKeys(**self.hf))
 
     @property
     def output_dir(self) -> Path:
-        return Path(self.hf["output_dir"])
+        assert self.trainer.output_dir is not None  # checked for every run that writes
+        return Path(self.trainer.output_dir)
 
     @property
     def precision(self) -> str:
         """torch's name of the numbers that matrices are multiplied in."""
-        if self.method.pure_bf16 or self.trainer("bf16"):
+        if self.method.pure_bf16 or self.trainer.bf16:
             return "bfloat16"
-        return "float16" if self.trainer("fp16") else "float32"
+        return "float16" if self.trainer.fp16 else "float32"
 
     @property
     def packing(self) -> bool:
@@ -82,15 +87,15 @@ class RunConfig:
         share = self.method.pref_share_prompt
         if share == "auto":
             # NEFTune draws the noise of each answer's own sequence, prompt included.
-            share = not self.trainer("neftune_noise_alpha")
+            share = not self.trainer.neftune_noise_alpha
         return SimpleNamespace(
             **{f.name: getattr(self.data, f.name) for f in dataclasses.fields(self.data)},
             pref_share_prompt=share,
             hf_hub_token=self.model.hf_hub_token,
             disable_shuffling=self.method.disable_shuffling,
             equal_pairs=self.learns_from_equal_pairs,
-            do_predict=bool(self.trainer("do_predict")),
-            do_eval=bool(self.trainer("do_eval")),
+            do_predict=bool(self.trainer.do_predict),
+            do_eval=bool(self.trainer.do_eval),
         )
 
     @property
@@ -107,12 +112,13 @@ class RunConfig:
         """The checkpoint to go on from: the one that was asked for, else the last one of the output
         folder.
         """
-        return self.hf.get("resume_from_checkpoint")
+        checkpoint = self.trainer.resume_from_checkpoint
+        return checkpoint if isinstance(checkpoint, str) else None
 
     @property
     def log_tokens(self) -> bool:
         """Whether the number of tokens and their rate are logged."""
-        seen = self.trainer("include_num_input_tokens_seen")
+        seen = self.trainer.include_num_input_tokens_seen
         return seen not in (False, "no") or self.method.include_effective_tokens_per_second
 
     @property
@@ -128,9 +134,10 @@ class RunConfig:
         """
         from transformers import Seq2SeqTrainingArguments
 
-        os.environ.update(self.reporting_environment())
         known = {f.name for f in dataclasses.fields(Seq2SeqTrainingArguments)}
-        given = {**self.hf, **extra}
+        # Rows are made by our own collator.
+        ours = {"remove_unused_columns": False, "label_names": []}
+        given = {**ours, **copy.deepcopy(dict(self.hf)), **extra}
         missing = sorted(set(given) - known)
         if missing:
             raise ConfigError(
@@ -144,7 +151,7 @@ class RunConfig:
 
     def reporting_environment(self) -> dict[str, str]:
         """Environment variables by which transformers' reporting integrations learn what their keys
-        say.
+        say. Nothing is set here.
         """
         out, o = {"TENSORBOARD_LOGGING_DIR": self.output.logging_dir}, self.output
         if o.use_swanlab or "swanlab" in (self.hf.get("report_to") or ()):

@@ -13,8 +13,8 @@ from longfactory.config.read import EXPONENT
 from longfactory.config.run import RunConfig
 
 SECRET = ("hf_hub_token", "hub_token", "swanlab_api_key")
-OURS = ("remove_unused_columns", "label_names", "resume_from_checkpoint")
-"""Trainer keys that are settled here: written by nobody, so left out of the YAML."""
+OURS = ("resume_from_checkpoint",)
+"""Trainer keys that are found anew at each start, so left out of the YAML."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -65,8 +65,8 @@ def arithmetic(cfg: RunConfig, world_size: int | None = None) -> list[str]:
     """What follows from the numbers: groups, samples a step, tokens a device."""
     p, length = cfg.parallel, cfg.data.cutoff_len
     batch, steps = (
-        cfg.trainer("per_device_train_batch_size"),
-        cfg.trainer("gradient_accumulation_steps"),
+        cfg.trainer.per_device_train_batch_size,
+        cfg.trainer.gradient_accumulation_steps,
     )
     world = world_size if world_size is not None else processes(cfg)
     lines = [f"{cfg.method.stage}, {cfg.method.finetuning_type}, {cfg.model.model_name_or_path}"]

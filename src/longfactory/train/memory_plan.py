@@ -113,7 +113,7 @@ def plan_memory(
         UserError: an optimizer with states in 4 or 8 bit that cannot be had here;
             `optimizer_overlap` or `offload_gradients` where they cannot be.
     """
-    batch = int(cfg.trainer("per_device_train_batch_size"))
+    batch = int(cfg.trainer.per_device_train_batch_size)
     train = datasets.train
     longest = (
         int(max(train.lengths))
@@ -122,15 +122,15 @@ def plan_memory(
     )
     lora = cfg.method.finetuning_type == "lora"
     gpu = torch.cuda.get_device_properties(0) if cuda else None
-    exact, narrow = str(cfg.trainer("optim")) in EXACT, narrow_states(cfg, sharding)
+    exact, narrow = str(cfg.trainer.optim) in EXACT, narrow_states(cfg, sharding)
     user = user_keys(cfg.memory)
     if not exact:
         user.setdefault("optimizer", "gpu")  # no other optimizer computes on the host
-    overlaps, fp16 = cfg.memory.optimizer_overlap, bool(cfg.trainer("fp16"))
-    if overlaps and float(cfg.trainer("max_grad_norm")) > 0:
+    overlaps, fp16 = cfg.memory.optimizer_overlap, bool(cfg.trainer.fp16)
+    if overlaps and float(cfg.trainer.max_grad_norm) > 0:
         raise UserError(
             "optimizer_overlap updates weights before the norm of all gradients is known, and"
-            f" max_grad_norm is {cfg.trainer('max_grad_norm')}. Set max_grad_norm: 0, or"
+            f" max_grad_norm is {cfg.trainer.max_grad_norm}. Set max_grad_norm: 0, or"
             " offload_gradients: true instead of optimizer_overlap."
         )
     for key, wanted in (
@@ -145,7 +145,7 @@ def plan_memory(
     # micro-batches in fp32; DDP would reduce in bf16.
     may_split = (
         exact
-        and bool(cfg.hf.get("bf16"))
+        and bool(cfg.trainer.bf16)
         and not lora
         and sharding in ("none", "fsdp2")
         and not cfg.method.pure_bf16
@@ -168,15 +168,14 @@ def plan_memory(
             lora=lora,
             head_trained=counts.head,
             split_master=split,
-            accumulates=int(cfg.trainer("gradient_accumulation_steps")) > 1
-            or sharding == "deepspeed",
+            accumulates=int(cfg.trainer.gradient_accumulation_steps) > 1 or sharding == "deepspeed",
             state_bytes=_state_bytes(narrow, model_config, counts),
             # Split weights take less, and cost no time: fp32 gradients leave only where weights
             # cannot be split.
             leavable=sharding in ("none", "fsdp2") and not fp16 and split == may_split,
             overlaps=overlaps,
-            width=2 if cfg.hf.get("bf16") or cfg.hf.get("fp16") or cfg.method.pure_bf16 else 4,
-            tf32=bool(cfg.hf.get("tf32")),
+            width=2 if cfg.trainer.bf16 or cfg.trainer.fp16 or cfg.method.pure_bf16 else 4,
+            tf32=bool(cfg.trainer.tf32),
             user=user,
         )
 
@@ -221,7 +220,7 @@ def reference_bytes(cfg: RunConfig, model_config: Any, shards: int) -> int:
         return 0
     bits = (
         method.ref_model_quantization_bit if method.ref_model else cfg.model.quantization_bit
-    ) or (16 if cfg.hf.get("bf16") else 32)
+    ) or (16 if cfg.trainer.bf16 else 32)
     return ModelShape.of(model_config).parameters * bits // 8 // shards
 
 

@@ -44,7 +44,7 @@ def narrow_states(cfg: RunConfig, sharding: str) -> Narrow | None:
     Raises:
         UserError: the package is not installed, or cannot train what `sharding` makes.
     """
-    name = str(cfg.trainer("optim"))
+    name = str(cfg.trainer.optim)
     narrow = _NARROW.get(name)
     if narrow is None:
         return Narrow("bf16", 4, None) if cfg.method.pure_bf16 and name in EXACT else None

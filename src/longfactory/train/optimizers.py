@@ -30,7 +30,7 @@ def optimizer_factory(
     """
     placement = memory.plan.settings.optimizer
     ours = memory.split or placement == "host"
-    name = str(cfg.trainer("optim"))
+    name = str(cfg.trainer.optim)
     if ours and name not in EXACT:
         raise UserError(
             f"optim: {name} cannot keep its states on the host. Use adamw_torch, or"

@@ -66,14 +66,14 @@ def assemble(cfg: RunConfig, *, compares: bool = False) -> Assembled:
         UserError: something that the user can put right.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    cuda = torch.cuda.is_available() and not cfg.hf.get("use_cpu", False)
+    cuda = torch.cuda.is_available() and not cfg.trainer.use_cpu
     size = cfg.parallel.sequence_parallel_size
     if world % size:
         raise UserError(
             f"sequence_parallel_size: {size} does not divide the {world} processes. Start a"
             f" multiple of {size} processes, or lower it."
         )
-    if cfg.hf.get("push_to_hub") and not compares and (away := hub.unreachable()):
+    if cfg.trainer.push_to_hub and not compares and (away := hub.unreachable()):
         raise UserError(
             f"push_to_hub: the Hugging Face hub cannot be reached ({away}), and the run would end"
             " by uploading to it. Set push_to_hub: false; `longfactory export` with"
@@ -256,7 +256,7 @@ def load_data(cfg: RunConfig, tokenizer: Any) -> data.Datasets:
         stage=cfg.method.stage,
         tokenizer=tokenizer,
         template=template,
-        seed=cfg.trainer("seed"),
+        seed=cfg.trainer.seed,
         log=log,
     )
 
@@ -268,7 +268,7 @@ def choose_sharding(cfg: RunConfig, parameters: int, world: int, cuda: bool) -> 
         cfg.parallel.sharding,
         world=world,
         cuda=cuda,
-        deepspeed=bool(cfg.hf.get("deepspeed")),
+        deepspeed=bool(cfg.trainer.deepspeed),
         quantized=bool(cfg.model.quantization_bit),
         state_bytes=parameters * (16 if full else 4),
         device_bytes=torch.cuda.get_device_properties(0).total_memory if cuda else 0,
@@ -287,9 +287,7 @@ def training_arguments(
     """
     extra: dict[str, Any] = {
         "accelerator_config": shard.accelerator_arguments(),
-        "ddp_find_unused_parameters": bool(cfg.hf.get("ddp_find_unused_parameters")),
-        "remove_unused_columns": False,
-        "label_names": [],
+        "ddp_find_unused_parameters": bool(cfg.trainer.ddp_find_unused_parameters),
         # the Trainer would count a row once for each rank that holds a part of it
         "include_num_input_tokens_seen": "no",
     }
@@ -305,15 +303,15 @@ def training_arguments(
             ),
         )
     if sharding == "deepspeed":
-        extra["deepspeed"] = shard.deepspeed_config(
-            cfg.hf["deepspeed"], bf16=bool(cfg.hf.get("bf16"))
-        )
+        assert cfg.trainer.deepspeed is not None  # by choose_sharding
+        extra["deepspeed"] = shard.deepspeed_config(cfg.trainer.deepspeed, bf16=cfg.trainer.bf16)
     if not torch.cuda.is_available() and sharding != "deepspeed":
         # without it accelerate opens no process group on a machine without GPUs, and every process
         # trains alone
         extra["use_cpu"] = True
     if sharding == "none":
         shard.forget_launcher()
+    os.environ.update(cfg.reporting_environment())
     args = cfg.training_arguments(**extra)
     args.device  # noqa: B018  opens the process group
     shard.train_as_one_device(args)

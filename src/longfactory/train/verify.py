@@ -234,7 +234,7 @@ def quiet(cfg: RunConfig, folder: str, rows: int) -> RunConfig:
         "logging_nan_inf_filter": False,
     }
     keys |= {
-        "max_steps": MOST_SCALED_STEPS if cfg.hf.get("fp16") else 1,
+        "max_steps": MOST_SCALED_STEPS if cfg.trainer.fp16 else 1,
         "gradient_accumulation_steps": rows,
     }
     # Nothing moves, and nothing is clipped; but the norm is what the trainer's own clipping finds.

@@ -174,12 +174,12 @@ def _parts(cfg: Any, dataset: Any) -> dict[str, Any]:
         "lengths": lengths,
         "template": cfg.data.template,
         "cutoff_len": cfg.data.cutoff_len,
-        "bf16": bool(cfg.hf.get("bf16")),
-        "fp16": bool(cfg.hf.get("fp16")),
+        "bf16": bool(cfg.trainer.bf16),
+        "fp16": bool(cfg.trainer.fp16),
         "pure_bf16": cfg.method.pure_bf16,
-        "from_scratch": cfg.trainer("seed") if scratch else None,
+        "from_scratch": cfg.trainer.seed if scratch else None,
         "new_tokens": (
-            [cfg.trainer("seed"), *cfg.model.add_tokens, *cfg.model.add_special_tokens]
+            [cfg.trainer.seed, *cfg.model.add_tokens, *cfg.model.add_special_tokens]
             if grown
             else None
         ),
