@@ -17,6 +17,7 @@ from longfactory.errors import UserError
 
 if TYPE_CHECKING:
     from longfactory.config import RunConfig
+    from longfactory.data.kinds import Kind
     from longfactory.data.sources import Source
 
 ROWS = 20
@@ -229,7 +230,7 @@ def _data_set(
     cfg: RunConfig,
     options: Any,
     name: str,
-    kind: str,
+    kind: Kind,
     template: Any,
     tokenizer: Any,
     questions: bool,
@@ -250,7 +251,7 @@ def _data_set(
         )
         return
     source: Source = read_sources([name], cfg.data.dataset_dir, found.notes.append)[0]
-    module.check_kind(source, kind, cfg.method.stage)
+    kind.check_source(source, cfg.method.stage)
     if source.load_from != "file":
         where = "the hub" if source.load_from == "hub" else "another machine"
         found.unchecked.append(

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from longfactory.data.assemble import Rules
+from longfactory.data.kinds import KINDS
 from longfactory.data.row import TokenizedDocument, make_row
 from longfactory.errors import UserError
 from longfactory.testing import RankPool, run_ranks
@@ -444,7 +445,10 @@ def test_prompts_that_are_trained_are_found_by_the_stored_parts() -> None:
         labels: list[int], eos: int | None = None, cutoff: int = 100, **rules: Any
     ) -> list[str]:
         data = SimpleNamespace(
-            kind="sft", stores=[store], entries=[[0, 0]], rules=Rules(cutoff, eos=eos, **rules)
+            kind=KINDS["sft"],
+            stores=[store],
+            entries=[[0, 0]],
+            rules=Rules(cutoff, eos=eos, **rules),
         )
         return mask_reasons(data, [TokenizedDocument([1] * len(labels), labels, sample=0)])
 

@@ -26,13 +26,15 @@ from longfactory.config.data_arguments import (
 from longfactory.data import prepare, saved, store
 from longfactory.data.assemble import Rules
 from longfactory.data.collate import Sample, collate
-from longfactory.data.dataset import Report, TokenizedDataset
+from longfactory.data.dataset import TokenizedDataset
 from longfactory.data.errors import bad_row_sentence
+from longfactory.data.kinds import KINDS, Kind
 from longfactory.data.prepare import Preparer
 from longfactory.data.readers import Raw, read
+from longfactory.data.report import Report
 from longfactory.data.row import IGNORE
 from longfactory.data.sources import Source, name_is_path, read_sources
-from longfactory.data.store import DESIRED, Store
+from longfactory.data.store import Store, flags_of
 from longfactory.data.stream import StreamedDataset
 from longfactory.data.templates import AnyTemplate
 from longfactory.data.tokens import PieceTokenizer
@@ -68,14 +70,18 @@ def cache_root() -> Path:
     return Path(home).expanduser() / "tokens"
 
 
-def kind_of(stage: str) -> prepare.Kind:
-    """The kind of samples that a stage trains on."""
+def kind_of(stage: str) -> Kind:
+    """The kind of samples that a stage trains on.
+
+    Raises:
+        DataError: there is no such stage.
+    """
     kinds = {"pt": "pt", "sft": "sft", "rm": "pair", "dpo": "pair", "kto": "kto"}
     if stage not in kinds:
         raise DataError(
             f"Stage {stage!r} has no data set of its own; known are {', '.join(kinds)}."
         )
-    return kinds[stage]
+    return KINDS[kinds[stage]]
 
 
 def load_datasets(
@@ -120,7 +126,7 @@ def load_datasets(
     def load(wanted: list[str], questions: bool = False) -> list[Part]:
         sources = read_sources(wanted, args.dataset_dir, warn)
         for source in sources:
-            check_kind(source, kind, stage)
+            kind.check_source(source, stage)
         return [
             _tokenised(source, args, kind, template, pieces, seed, log, questions)
             for source in sources
@@ -144,11 +150,7 @@ def load_datasets(
                 f"None of the {report.samples} {what} samples has an answer: they can be answered"
                 " (do_predict), not evaluated. Leave out do_eval and eval_strategy."
             )
-        if kind == "sft" and report.untrained == report.samples:
-            raise DataError(
-                f"None of the {report.samples} {what} samples has a trained token left after"
-                f" truncation to cutoff_len ({rules.cutoff}). Raise cutoff_len."
-            )
+        kind.check(what, flags_of(data.stores, data.entries), report, rules, log)
         if report.truncated or report.untrained:
             log.warning(
                 f"{report.truncated} {what} samples are longer than cutoff_len ({rules.cutoff}) and"
@@ -160,8 +162,6 @@ def load_datasets(
                     else ""
                 )
             )
-        if kind == "kto":
-            _check_labels(data, log)
         return data
 
     if saved.is_saved(args.tokenized_path):
@@ -252,7 +252,7 @@ def stream_dataset(
     kind = kind_of(stage)
     sources = read_sources(names(args.dataset), args.dataset_dir, log.warning)
     for source in sources:
-        check_kind(source, kind, stage)
+        kind.check_source(source, stage)
     return StreamedDataset(
         preparers=[make_preparer(source, args, kind, template, pieces) for source in sources],
         readers=[
@@ -271,7 +271,7 @@ def stream_dataset(
 
 
 def _load_saved(
-    path: Path, kind: str, rules: Rules, packed: bool, tokenizer: Any, log: logging.Logger
+    path: Path, kind: Kind, rules: Rules, packed: bool, tokenizer: Any, log: logging.Logger
 ) -> Datasets:
     log.warning(
         f"The data are read from tokenized_path ({path}): dataset, template and their kin have no"
@@ -282,7 +282,7 @@ def _load_saved(
     made = {}
     for name, entries in found.splits.items():
         made[name] = TokenizedDataset(
-            found.stores, entries, found.kind, rules, packed, _report(found.stores), made=kind
+            found.stores, entries, found.kind, rules, packed, _report(found.stores)
         )
         if not len(made[name]):
             raise DataError(f"The data at {path} ({name}) are empty.")
@@ -297,7 +297,7 @@ def _save(
     path: Path,
     stores: list[Store],
     splits: dict[str, np.ndarray],
-    kind: str,
+    kind: Kind,
     rules: Rules,
     log: logging.Logger,
     args: DataArguments,
@@ -331,28 +331,10 @@ def make_rules(args: DataArguments, template: AnyTemplate | None, pieces: PieceT
     )
 
 
-def check_kind(source: Source, kind: str, stage: str) -> None:
-    """Raises DataError for a data set that another stage needs."""
-    if source.ranking != (kind == "pair"):
-        need = (
-            "needs pairs (ranking: true, with chosen and rejected)"
-            if kind == "pair"
-            else "cannot use pairs (ranking: true)"
-        )
-        raise DataError(
-            f"Stage {stage} {need}; data set {source.name!r} says otherwise in dataset_info.json."
-        )
-    if kind == "kto" and not source.kto_tag:
-        raise DataError(
-            f"Stage kto needs the column kto_tag; data set {source.name!r} does not name it in"
-            " dataset_info.json."
-        )
-
-
 def make_preparer(
     source: Source,
     args: DataArguments,
-    kind: str,
+    kind: Kind,
     template: AnyTemplate | None,
     pieces: PieceTokenizer,
     questions: bool = False,
@@ -360,27 +342,19 @@ def make_preparer(
     """What tokenises the rows of one data set. `questions`: conversations without a last answer are
     for the model to answer.
     """
-    preparer = Preparer(kind, source, template, pieces, questions=questions and kind == "sft")
-    preparer.equal_pairs = bool(option(args, "equal_pairs")) and kind == "pair"
-    preparer.strict = option(args, "on_bad_row") == "error"
-    if kind == "pt":
-        t = pieces.tokenizer
-        preparer.template = None
-        preparer.text_end = "<|end_of_text|>" if args.template == "llama3" else t.eos_token or ""
-        preparer.text_begin = (
-            t.bos_token if getattr(t, "add_bos_token", False) and t.bos_token else ""
-        )
-        return preparer
-    if template is None:
+    if not kind.uses_template:
+        template = None
+    elif template is None:
         raise DataError("This stage needs a template.")
-    preparer.last_only = bool(args.mask_history and kind == "sft" and template.thinking)
-    return preparer
+    options = kind.options(args, template, pieces.tokenizer, questions)
+    strict = option(args, "on_bad_row") == "error"
+    return Preparer(kind, source, template, pieces, options, strict)
 
 
 def _tokenised(
     source: Source,
     args: DataArguments,
-    kind: str,
+    kind: Kind,
     template: AnyTemplate | None,
     pieces: PieceTokenizer,
     seed: int,
@@ -405,7 +379,7 @@ def _tokenised(
                 count[0] += 1
                 yield item
 
-        meta: dict[str, Any] = {"name": source.name, "kind": kind}
+        meta: dict[str, Any] = {"name": source.name, "kind": kind.name}
         with tqdm(
             desc=f"Tokenising {source.name}", unit=" rows", disable=rank != 0, mininterval=1.0
         ) as bar:
@@ -508,18 +482,6 @@ def _report(stores: Sequence[Store]) -> Report:
         if opened.bad.count:
             report.bad_rows[opened.meta["name"]] = opened.bad.to_json()
     return report
-
-
-def _check_labels(data: TokenizedDataset, log: logging.Logger) -> None:
-    good = sum(
-        int(((s.flags[data.entries[data.entries[:, 0] == i, 1]] & DESIRED) > 0).sum())
-        for i, s in enumerate(data.stores)
-    )
-    if good in (0, len(data)):
-        log.warning(
-            f"All {len(data)} KTO samples are {'desired' if good else 'undesired'}: KTO learns from"
-            " both kinds."
-        )
 
 
 def describe_sample(sample: Sample, tokenizer: Any, limit: int = 2000) -> str:

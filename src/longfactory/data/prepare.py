@@ -19,45 +19,27 @@ import numpy as np
 from longfactory.data.derive import ChatTemplate
 from longfactory.data.errors import BadRow, BadRows, bad_row_sentence
 from longfactory.data.formats import Conversation, convert
+from longfactory.data.kinds import Kind, PartOptions
 from longfactory.data.readers import Raw, parse_line
 from longfactory.data.sources import Source, hint
-from longfactory.data.store import (
-    DESIRED,
-    EQUAL_PAIR,
-    FORMAT,
-    LACKS_THOUGHT,
-    LAST_ONLY,
-    NO_ANSWER,
-    SECOND_LACKS_THOUGHT,
-    Chunk,
-)
-from longfactory.data.template import Message, Piece, Template
+from longfactory.data.store import FORMAT, Chunk
+from longfactory.data.template import Piece, Template
 from longfactory.data.tokens import PieceTokenizer
 from longfactory.errors import DataError
-
-# pt: text; sft: conversations; pair: rm, dpo; kto.
-Kind = str
 
 
 @dataclasses.dataclass
 class Preparer:
     """Everything that turns rows of one data set into parts. Made once and handed to the tokenising
-    processes.
-
-    `equal_pairs`: pairs whose answers are the same are kept. `questions`: conversations without a
-    last answer are kept (sft).
+    processes. `strict`: a bad row is an error.
     """
 
     kind: Kind
     source: Source
     template: Any
     tokenizer: PieceTokenizer
-    text_end: str = ""
-    text_begin: str = ""
-    last_only: bool = False
+    options: PartOptions
     strict: bool = False
-    equal_pairs: bool = False
-    questions: bool = False
 
     def chunk(self, rows: list[tuple[int, str, Raw]]) -> Chunk:
         """[(row number, place, raw row)] -> the stored parts.
@@ -77,8 +59,8 @@ class Preparer:
                 self._bad(bad, place, e)
                 continue
             try:
-                conversation = convert(row, self.source, self.questions)
-                parts, flag = self._parts(conversation)
+                conversation = convert(row, self.source, self.options.questions)
+                parts, flag = self.kind.parts(conversation, self.template, self.options)
             except BadRow as e:
                 if not bad.hint:
                     bad.hint = hint(self.source, row)
@@ -108,89 +90,6 @@ class Preparer:
 
     def _unread(self, c: Conversation) -> Iterable[str]:
         return self.template.unread(c) if isinstance(self.template, ChatTemplate) else c.unread
-
-    def _parts(self, c: Conversation) -> tuple[list[list[Piece]], int]:
-        if self.kind == "pt":
-            text = c.prompt[0].content
-            if not text.strip():
-                raise BadRow("empty text")
-            return [[self.text_begin + text + self.text_end]], 0
-        if self.kind == "sft":
-            if (
-                self.questions
-                and c.desired is None
-                and not any(a.content.strip() for a in c.answers)
-            ):
-                return [self._question(c), []], NO_ANSWER
-            if c.desired is not None or len(c.answers) != 1:
-                raise BadRow("no answer: the row has no text to learn")
-            if not c.answers[0].content.strip():
-                raise BadRow("empty answer")
-            messages = _to_last_trained([*c.prompt, *c.answers])
-            pieces, last_only = self.template.turns(messages, c.system, c.tools, self.last_only)
-            return _untrained_in_sources(pieces, messages), LAST_ONLY if last_only else 0
-        if self.kind == "pair":
-            if len(c.answers) != 2:
-                raise BadRow("no pair: the row has no chosen and rejected answer")
-            chosen, rejected = c.answers
-            if not chosen.content.strip() or not rejected.content.strip():
-                raise BadRow(
-                    f"empty answer: the {'chosen' if not chosen.content.strip() else 'rejected'}"
-                    " side"
-                )
-            if chosen == rejected and not self.equal_pairs:
-                raise BadRow(
-                    "equal pair: chosen and rejected are the same, of which this loss learns"
-                    " nothing"
-                )
-            source, targets, lacks = self.template.one_turn(c.prompt, c.answers, c.system, c.tools)
-            equal = EQUAL_PAIR * (chosen == rejected)
-            return [source, *targets], LACKS_THOUGHT * lacks[0] + SECOND_LACKS_THOUGHT * lacks[
-                1
-            ] + equal
-        if c.desired is None or len(c.answers) != 1:
-            raise BadRow("no label: KTO needs an answer and kto_tag")
-        if not c.answers[0].content.strip():
-            raise BadRow("empty answer")
-        source, targets, lacks = self.template.one_turn(c.prompt, c.answers, c.system, c.tools)
-        return [source, *targets], DESIRED * c.desired + LACKS_THOUGHT * lacks[0]
-
-    def _question(self, c: Conversation) -> list[Piece]:
-        """What the model is to answer: all up to where its answer begins."""
-        answers = () if isinstance(self.template, ChatTemplate) else (Message("assistant", ""),)
-        return self.template.one_turn(c.prompt, answers, c.system, c.tools)[0]
-
-
-def _to_last_trained(messages: list[Message]) -> list[Message]:
-    """The conversation up to the last answer that is to be learned.
-
-    Raises:
-        BadRow: no answer is to be learned.
-    """
-    while messages and not messages[-1].trained:
-        messages = messages[:-2]
-    if not messages:
-        raise BadRow(
-            "no answer: the row's own flags (weight, loss, train) leave no answer to learn"
-        )
-    return messages
-
-
-def _untrained_in_sources(pieces: list[list[Piece]], messages: list[Message]) -> list[list[Piece]]:
-    """Source, target, source, target, ... where answers that are not to be learned are part of the
-    source that follows.
-    """
-    if len(pieces) != len(messages) or all(m.trained for m in messages[1::2]):
-        return pieces
-    out: list[list[Piece]] = []
-    before: list[Piece] = []
-    for i in range(0, len(pieces), 2):
-        if messages[i + 1].trained:
-            out += [[*before, *pieces[i]], pieces[i + 1]]
-            before = []
-        else:
-            before += [*pieces[i], *pieces[i + 1]]
-    return out
 
 
 def run(
@@ -324,18 +223,18 @@ def key(preparer: Preparer, limit: int | None) -> str:
         else json.dumps(sorted(tokenizer.get_vocab().items()))
     )
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, type(tokenizer).__name__]
-    template = preparer.template
+    template, options = preparer.template, preparer.options
     if getattr(tokenizer, "split_special_tokens", False):
         special.append("split")
     facts = [
-        *(FORMAT, preparer.kind, fingerprint(preparer.source), source, special),
+        *(FORMAT, preparer.kind.name, fingerprint(preparer.source), source, special),
         dataclasses.asdict(template) if isinstance(template, Template) else repr(template),
         *(
-            preparer.text_end,
-            preparer.text_begin,
-            preparer.last_only,
-            preparer.equal_pairs,
-            preparer.questions,
+            options.text_end,
+            options.text_begin,
+            options.last_only,
+            options.equal_pairs,
+            options.questions,
             limit,
         ),
         hashlib.sha256(vocabulary.encode()).hexdigest(),

@@ -19,6 +19,7 @@ import numpy as np
 from longfactory.data import store
 from longfactory.data.assemble import Rules
 from longfactory.data.errors import BadRows
+from longfactory.data.kinds import Kind, SavedKind
 from longfactory.data.row import IGNORE
 from longfactory.data.store import Store
 from longfactory.errors import DataError
@@ -34,7 +35,7 @@ class Saved:
 
     stores: list[Store]
     splits: dict[str, np.ndarray]
-    kind: str
+    kind: Kind
     rules: dict[str, Any]
 
     def apply(self, rules: Rules) -> Rules:
@@ -62,7 +63,7 @@ def check_free(path: Path) -> None:
 
 
 def save(
-    path: Path, stores: Sequence[Store], splits: dict[str, np.ndarray], kind: str, rules: Rules
+    path: Path, stores: Sequence[Store], splits: dict[str, np.ndarray], kind: Kind, rules: Rules
 ) -> None:
     """Copies the stores into `path`, whole or not at all.
 
@@ -78,7 +79,7 @@ def save(
         for name, entries in splits.items():
             np.save(beside / f"{name}.npy", entries)
         facts = {k: getattr(rules, k) for k in _TEMPLATE_RULES}
-        about = {"kind": kind, "stores": len(stores), "splits": list(splits), "rules": facts}
+        about = {"kind": kind.name, "stores": len(stores), "splits": list(splits), "rules": facts}
         (beside / _FILE).write_text(json.dumps(about, indent=1), encoding="utf-8")
         if path.exists():
             path.rmdir()
@@ -88,7 +89,7 @@ def save(
         raise
 
 
-def load(path: Path, kind: str, cache: Path) -> Saved:
+def load(path: Path, kind: Kind, cache: Path) -> Saved:
     """The data set saved at `path`.
 
     Raises:
@@ -98,10 +99,10 @@ def load(path: Path, kind: str, cache: Path) -> Saved:
     if not (path / _FILE).exists():
         return _from_llamafactory(path, kind, cache)
     about = json.loads((path / _FILE).read_text(encoding="utf-8"))
-    if about["kind"] != kind:
+    if about["kind"] != kind.name:
         raise DataError(
-            f"The data at {path} were tokenised for {about['kind']}; this stage needs {kind}. Name"
-            " another tokenized_path."
+            f"The data at {path} were tokenised for {about['kind']}; this stage needs {kind.name}."
+            " Name another tokenized_path."
         )
     stores = [Store(path / f"store_{i}") for i in range(about["stores"])]
     rules = about["rules"] | {"thought": tuple(about["rules"]["thought"])}
@@ -110,9 +111,9 @@ def load(path: Path, kind: str, cache: Path) -> Saved:
     )
 
 
-def _from_llamafactory(path: Path, kind: str, cache: Path) -> Saved:
+def _from_llamafactory(path: Path, kind: Kind, cache: Path) -> Saved:
     """LLaMA-Factory's DatasetDict: tokens and labels are final, so its documents are taken as they
-    are (kind "made").
+    are (`SavedKind`).
     """
     import datasets
 
@@ -121,7 +122,7 @@ def _from_llamafactory(path: Path, kind: str, cache: Path) -> Saved:
     stores: list[Store] = []
     splits: dict[str, np.ndarray] = {}
     for name, data in parts.items():
-        target = cache / f"llamafactory-{kind}-{data._fingerprint}"
+        target = cache / f"llamafactory-{kind.name}-{data._fingerprint}"
         stores.append(
             store.open_or_build(
                 target, functools.partial(_convert, data=data, kind=kind, name=os.fspath(path))
@@ -130,31 +131,27 @@ def _from_llamafactory(path: Path, kind: str, cache: Path) -> Saved:
         n = len(stores[-1])
         split = "eval" if name == "validation" else name.removeprefix("validation_")
         splits[split] = np.column_stack([np.full(n, len(stores) - 1), np.arange(n)])
-    return Saved(stores, splits, "made", {})
+    return Saved(stores, splits, SavedKind(kind), {})
 
 
-def _convert(target: Path, data: Any, kind: str, name: str) -> None:
+def _convert(target: Path, data: Any, kind: Kind, name: str) -> None:
     store.write(target, _chunks(data, kind), {"name": name, "rows": len(data)})
 
 
-def _chunks(data: Any, kind: str) -> Iterator[store.Chunk]:
-    """Parts of a "made" sample: ids, labels of its first document, ids, labels of its second,
-    ...
-    """
+def _chunks(data: Any, kind: Kind) -> Iterator[store.Chunk]:
+    """Parts of a sample of `SavedKind`."""
     columns = set(data.column_names)
-    need = {"pair": "chosen_input_ids", "kto": "kl_input_ids"}.get(kind, "input_ids")
-    if need not in columns or (kind == "sft" and "labels" not in columns):
+    if not kind.saved_columns <= columns:
         raise DataError(
             f"The saved data have the columns {sorted(columns)}: they were tokenised for another"
-            f" stage than {kind}."
+            f" stage than {kind.name}."
         )
-    prefixes = {"pair": ("chosen_", "rejected_"), "kto": ("", "kl_")}.get(kind, ("",))
     for batch in data.iter(batch_size=1000):
         parts: list[np.ndarray] = []
         counts, flags = [], []
-        for i in range(len(batch[need])):
+        for i in range(len(batch[f"{kind.saved_prefixes[0]}input_ids"])):
             documents: list[tuple[np.ndarray, np.ndarray]] = []
-            for prefix in prefixes:
+            for prefix in kind.saved_prefixes:
                 ids = np.asarray(batch[f"{prefix}input_ids"][i], np.int32)
                 labels = (
                     np.asarray(batch[f"{prefix}labels"][i], np.int32)
@@ -168,7 +165,7 @@ def _chunks(data: Any, kind: str) -> Iterator[store.Chunk]:
                 )
             parts += [p for d in documents for p in d]
             counts.append(2 * len(documents))
-            flags.append(store.DESIRED if kind == "kto" and batch["kto_tags"][i] else 0)
+            flags.append(kind.saved_flags(batch, i))
         yield (
             np.concatenate([np.zeros(0, np.int32), *parts]),
             np.array([len(p) for p in parts], np.int64),

@@ -17,7 +17,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,38 @@ class MemoryStore(Store):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+
+
+def total_lengths(stores: Sequence[Store], entries: np.ndarray) -> np.ndarray:
+    """[n] int64 tokens of each of [n, >= 2] entries (store, sample), all parts together."""
+    return _gather(stores, entries, lambda store, i: store.totals()[i])
+
+
+def flags_of(stores: Sequence[Store], entries: np.ndarray) -> np.ndarray:
+    """[n] int64 flags of each entry."""
+    return _gather(stores, entries, lambda store, i: store.flags[i])
+
+
+def part_lengths(stores: Sequence[Store], entries: np.ndarray, k: int) -> np.ndarray:
+    """[n] int64 tokens of the k-th part of each entry."""
+
+    def of(store: Store, i: np.ndarray) -> np.ndarray:
+        part = store.first_part[i] + k
+        return store.part_start[part + 1] - store.part_start[part]
+
+    return _gather(stores, entries, of)
+
+
+def _gather(
+    stores: Sequence[Store],
+    entries: np.ndarray,
+    of: Callable[[Store, np.ndarray], np.ndarray],
+) -> np.ndarray:
+    out = np.zeros(len(entries), np.int64)
+    for s, store in enumerate(stores):
+        here = entries[:, 0] == s
+        out[here] = of(store, entries[here, 1])
+    return out
 
 
 def _open(path: Path, dtype: type) -> np.ndarray:

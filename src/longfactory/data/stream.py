@@ -20,10 +20,11 @@ import torch.utils.data
 
 from longfactory.data.assemble import Rules
 from longfactory.data.collate import Sample
-from longfactory.data.dataset import Report, TokenizedDataset
+from longfactory.data.dataset import TokenizedDataset
 from longfactory.data.errors import BadRows
 from longfactory.data.prepare import Preparer
 from longfactory.data.readers import Raw
+from longfactory.data.report import Report
 from longfactory.data.store import Chunk, MemoryStore, Store
 from longfactory.errors import DataError
 

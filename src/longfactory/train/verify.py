@@ -25,7 +25,6 @@ from transformers import PrinterCallback, TrainerCallback
 
 from longfactory import sp
 from longfactory.config import RunConfig
-from longfactory.data import assemble as assemble_rules
 from longfactory.data.row import Row, TokenizedDocument
 from longfactory.errors import UserError
 from longfactory.memory.chunked import runs_in_pieces
@@ -1035,12 +1034,7 @@ def mask_reasons(dataset: Any, documents: Sequence[TokenizedDocument]) -> list[s
     lengths that they are cut to.
     """
     rules, kind = getattr(dataset, "rules", None), getattr(dataset, "kind", None)
-    if (
-        rules is None
-        or not hasattr(dataset, "stores")
-        or kind not in ("sft", "pair", "kto")
-        or rules.train_on_prompt
-    ):
+    if rules is None or kind is None or not hasattr(dataset, "stores") or rules.train_on_prompt:
         return []
     reasons = []
     for d in documents:
@@ -1048,40 +1042,20 @@ def mask_reasons(dataset: Any, documents: Sequence[TokenizedDocument]) -> list[s
             continue
         store, i = (int(x) for x in dataset.entries[d.sample][:2])
         lengths = [len(part) for part in dataset.stores[store].parts(i)]
-        length, prompts = _prompt_places(kind, lengths, rules, d.role)
+        places = kind.prompt_places(lengths, rules, d.role)
+        if places is None or d.parent >= 0:  # a branch begins with one token of the prompt
+            continue
+        length, prompts = places
         # A document that was shortened for verify has lost its beginning.
         trained = {
             t + length - len(d.labels) for t, label in enumerate(d.labels) if int(label) != -100
         }
-        # begins with one token of the prompt; or is not all told by lengths
-        branch = d.parent >= 0 or (kind != "sft" and rules.thought)
-        if not branch and (wrong := trained & prompts):
+        if wrong := trained & prompts:
             reasons.append(
                 f"Sample {d.sample} trains {len(wrong)} of the {len(prompts)} tokens of its prompt;"
                 " train_on_prompt is not set."
             )
     return list(dict.fromkeys(reasons))[:3]
-
-
-def _prompt_places(
-    kind: str, lengths: Sequence[int], rules: Any, role: str
-) -> tuple[int, set[int]]:
-    """(tokens of the document, the places of prompt tokens in it that teach nothing), from the
-    lengths of the stored parts.
-    """
-    end = int(rules.eos is not None)
-    if kind == "sft":
-        places: set[int] = set()
-        start = 0
-        for _, source, target in assemble_rules.cut_turns(lengths, rules):
-            # with `end`, a turn's first token teaches the end of the one before
-            places |= set(range(start + end, start + source))
-            start += source + target
-        return start + end, places
-    answers = [n + end for n in lengths[1:]] if kind == "pair" else [lengths[1] + end]
-    source, longest = assemble_rules.cut_pair(lengths[0], max(answers), rules.cutoff)
-    answer = answers[1] if kind == "pair" and role == "rejected" else answers[0]
-    return source + min(answer, longest), set(range(source))
 
 
 def incomplete_save(trainer: RowTrainer, folder: str) -> str | None:

@@ -1,0 +1,73 @@
+"""What became of the rows of a data set."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass
+class Report:
+    """What became of the rows. `lost_tokens` are tokens cut away (or dropped with their sample);
+    `efficiency` is the share of the packed rows' room that holds tokens. `bad_rows` holds for each
+    data set the count, the reasons and the first places."""
+
+    rows_read: int = 0
+    bad_rows: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    samples: int = 0
+    tokens: int = 0
+    truncated: int = 0
+    lost_tokens: int = 0
+    dropped: int = 0
+    untrained: int = 0
+    last_answer_only: int = 0
+    equal_pairs: int = 0
+    unanswered: int = 0
+    packed_rows: int = 0
+    efficiency: float | None = None
+
+    @property
+    def bad(self) -> int:
+        return sum(b["count"] for b in self.bad_rows.values())
+
+    def add(self, other: Report) -> None:
+        """Counts another part of the same data too (its samples; packing is that of one part)."""
+        for name in (
+            "samples",
+            "tokens",
+            "truncated",
+            "lost_tokens",
+            "dropped",
+            "untrained",
+            "last_answer_only",
+            "equal_pairs",
+            "unanswered",
+        ):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def describe(self) -> str:
+        """One line for the log."""
+        text = f"{self.samples} samples, {self.tokens} tokens"
+        if self.bad:
+            text += f"; {self.bad} of {self.rows_read} rows were bad"
+        if self.truncated:
+            text += (
+                f"; {self.truncated} samples were cut at cutoff_len and lost {self.lost_tokens}"
+                " tokens"
+            )
+        if self.dropped:
+            text += (
+                f"; {self.dropped} samples longer than cutoff_len were dropped ({self.lost_tokens}"
+                " tokens)"
+            )
+        if self.untrained:
+            text += f"; {self.untrained} samples have no trained token left"
+        if self.last_answer_only:
+            text += f"; in {self.last_answer_only} conversations only the last answer is trained"
+        if self.equal_pairs:
+            text += f"; in {self.equal_pairs} pairs both answers are the same"
+        if self.unanswered:
+            text += f"; {self.unanswered} samples have no answer and are for do_predict alone"
+        if self.efficiency is not None:
+            text += f"; packed into {self.packed_rows} rows, {100 * self.efficiency:.1f} % full"
+        return text
