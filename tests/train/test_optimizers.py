@@ -45,7 +45,7 @@ def memory(
 
 def configured(optim: str = "adamw_torch", ratio: float | None = None) -> Any:
     method = types.SimpleNamespace(loraplus_lr_ratio=ratio, loraplus_lr_embedding=1e-6)
-    return types.SimpleNamespace(trainer={"optim": optim}.__getitem__, method=method)
+    return types.SimpleNamespace(trainer=types.SimpleNamespace(optim=optim), method=method)
 
 
 def arguments(folder: Path, **changes: Any) -> Any:
