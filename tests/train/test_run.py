@@ -439,3 +439,32 @@ def test_a_wrong_input_is_one_clear_message(
         run_ranks(1, train, keys, timeout=100)
     assert UserError.__name__ in str(error.value) or "DataError" in str(error.value)
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_the_environment_is_written_where_processes_start_alone() -> None:
+    """Of what a run imports: the step that opens the process group, and the starts of processes."""
+    import ast
+
+    import longfactory
+
+    writers = set()
+    source = Path(longfactory.__file__).parent
+    for path in source.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Call(func=ast.Attribute(value=ast.Attribute(attr="environ"), attr=name)):
+                    written = name in ("update", "pop", "setdefault", "clear")
+                case ast.Subscript(value=ast.Attribute(attr="environ"), ctx=context):
+                    written = not isinstance(context, ast.Load)
+                case _:
+                    written = False
+            if written:
+                writers.add(str(path.relative_to(source)))
+    assert writers == {
+        "launch.py",
+        "testing.py",
+        "data/prepare.py",
+        "data/stream.py",
+        "shard/settings.py",
+        "train/run.py",
+    }

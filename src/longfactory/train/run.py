@@ -1,5 +1,7 @@
-"""Assembles a run, top to bottom: data, memory plan, process group, model, trainer; then trains,
-evaluates and writes the results.
+"""A run in named steps, top to bottom: data and memory plan (`prepare`), process group
+(`init_distributed`), `build_model`, memory techniques, trainer with its optimizer (`make_trainer`),
+`parallelize`; then `prepare_training`, and `run` trains, evaluates and writes the results.
+`verify` takes the same steps up to the trainer.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from longfactory.data.templates import get_template
 from longfactory.errors import UserError
 from longfactory.memory.apply import apply_memory
 from longfactory.memory.choose import explain_out_of_memory
+from longfactory.memory.offload import Activations
 from longfactory.model import adapters, load
 from longfactory.model.liger import apply_liger
 from longfactory.model.source import Source
@@ -35,13 +38,38 @@ from longfactory.stages.make import make_stage
 from longfactory.train import output
 from longfactory.train.callbacks import AtStart, LogFile, report_failures
 from longfactory.train.gradients import ReportUnused, refuse_unused
-from longfactory.train.memory_plan import FitMemory, Memory, count_parameters, plan_memory
+from longfactory.train.memory_plan import Counts, FitMemory, Memory, count_parameters, plan_memory
 from longfactory.train.optimizers import optimizer_factory
 from longfactory.train.prove import prove_exact
 from longfactory.train.trainer import RowTrainer
 from longfactory.train.with_reference import attach_reference
 
 log = logging.getLogger("longfactory")
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """What the launcher started, read from the environment before a process group is open."""
+
+    world: int
+    main: bool
+    """Whether this process speaks and writes for all."""
+    cuda: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What is known of a run before a process group is open."""
+
+    model_config: Any
+    """transformers' configuration of the model."""
+    counts: Counts
+    sharding: str
+    """none, ddp, fsdp2 or deepspeed."""
+    stage: Stage
+    tokenizer: Any
+    datasets: data.Datasets
+    memory: Memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,79 +81,32 @@ class Assembled:
     datasets: data.Datasets
     memory: Memory
     sharding: str
+    activations: Activations
+    """What `memory.apply` installed on the model's layers."""
 
 
-def assemble(cfg: RunConfig, *, compares: bool = False) -> Assembled:
-    """Everything that a run needs, made and wired up. Every process calls it.
+def assemble(cfg: RunConfig, *, wide_weights: bool = False) -> Assembled:
+    """The steps of a run up to its trainer. Every process calls it; nothing is written.
+
+    Data and the memory plan come before the process group: tokenising may take longer than the
+    group waits, and the plan decides what the group is opened for.
 
     Args:
-        compares: for `verify`, which compares gradients in place of the first step: weights are as
-            wide as the run's precision allows, the output folder is left alone, and nothing is
-            proved, planned or computed at the start of training.
+        cfg: the run.
+        wide_weights: weights are as wide as the run's precision allows, whatever the memory plan
+            says (`verify`, which leaves the optimizer out).
     Raises:
         UserError: something that the user can put right.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    cuda = torch.cuda.is_available() and not cfg.trainer.use_cpu
-    size = cfg.parallel.sequence_parallel_size
-    if world % size:
-        raise UserError(
-            f"sequence_parallel_size: {size} does not divide the {world} processes. Start a"
-            f" multiple of {size} processes, or lower it."
-        )
-    if cfg.trainer.push_to_hub and not compares and (away := hub.unreachable()):
-        raise UserError(
-            f"push_to_hub: the Hugging Face hub cannot be reached ({away}), and the run would end"
-            " by uploading to it. Set push_to_hub: false; `longfactory export` with"
-            " export_hub_model_id uploads the model later."
-        )
+    processes = read_processes(cfg)
+    _set_up_log(processes.main)
+    prepared = prepare(cfg, processes, wide_weights=wide_weights)
+    memory, sharding = prepared.memory, prepared.sharding
 
-    model_config = load.load_config(cfg.model, cfg.data.cutoff_len)
-    counts = count_parameters(cfg, model_config)
-    sharding = choose_sharding(cfg, counts.total, world, cuda)
-    main = os.environ.get("RANK", "0") == "0"
-    _set_up_log(main)
-    tokenizer = load.load_tokenizer(cfg.model)
-    try:
-        stage = make_stage(cfg.method.stage, cfg.method, getattr(torch, cfg.precision))
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    datasets = load_data(cfg, tokenizer)
-    memory = plan_memory(cfg, model_config, counts, datasets, size, sharding, world, cuda)
-    if compares:
-        memory = dataclasses.replace(memory, split=False)
-    else:
-        log.info(memory.plan.table)
-
-    args = training_arguments(cfg, sharding, memory, buffers=counts.buffers)
-    if args.do_train and datasets.train is None:
-        raise UserError(
-            f"{'verify' if compares else 'do_train'} needs training data. Set dataset: to names in"
-            " dataset_info.json."
-        )
-    set_seed(args.seed)  # adapters and value heads begin the same on every rank
-    try:
-        ctx = sp.SequenceParallel.create(
-            size,
-            mode=cfg.parallel.sequence_parallel_mode,
-            ulysses_degree=cfg.parallel.sequence_parallel_ulysses_degree,
-            ring_degree=cfg.parallel.sequence_parallel_ring_degree,
-            backend=cfg.parallel.attention_backend,
-            device_type=args.device.type,
-            flop_per_byte=memory.plan.job.machine.flop_per_byte,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if ctx.size != size:
-        raise UserError(
-            f"Sequence parallelism is off: sequence_parallel_size is {size}, and the group that was"
-            f" made has {ctx.size} processes. Each would compute a whole row. Something has"
-            " replaced a part of longfactory; install it anew."
-        )
-
-    for line in describe(cfg, ctx, args, sharding, datasets) if not compares else ():
+    args, ctx = init_distributed(cfg, prepared)
+    model_config, stage, tokenizer = prepared.model_config, prepared.stage, prepared.tokenizer
+    for line in describe(cfg, ctx, args, sharding, prepared.datasets):
         log.info(line)
-
     for line in kernels(cfg, model_config, ctx, args, memory):
         log.info(line)
     model, head, source = build_model(cfg, model_config, tokenizer, ctx, args, stage, memory.split)
@@ -133,36 +114,44 @@ def assemble(cfg: RunConfig, *, compares: bool = False) -> Assembled:
     activations = apply_memory(
         model, memory.plan.settings, args.device, longest=aligned // ctx.size
     )
-    if args.do_train and not compares:
+    if args.do_train:
         output.prove_writable(args, source)
-    trainer = make_trainer(cfg, args, ctx, stage, model, head, source, tokenizer, datasets, memory)
-    dims = max(hf.head_dims(model_config), default=None)
-    if (
-        ctx.mode == "auto"
-        and ctx.size > 1
-        and args.device.type == "cuda"
-        and dims is not None
-        and not compares
-    ):
+    trainer = make_trainer(
+        cfg, args, ctx, stage, model, head, source, tokenizer, prepared.datasets, memory
+    )
+    parallelize(trainer, sharding, processes.world, split=memory.split)
+    return Assembled(trainer, tokenizer, prepared.datasets, memory, sharding, activations)
+
+
+def prepare_training(assembled: Assembled, cfg: RunConfig) -> None:
+    """The last step before training, which `verify` leaves out: what is measured, proved and
+    computed before the first step, and the run's own file in the output folder. Collective.
+
+    Raises:
+        UserError: the run could not save its model.
+    """
+    trainer, memory = assembled.trainer, assembled.memory
+    args, ctx = trainer.args, trainer.ctx
+    dims = max(hf.head_dims(hf.unwrap(trainer.model).config), default=None)
+    if ctx.mode == "auto" and ctx.size > 1 and args.device.type == "cuda" and dims is not None:
         trainer.measure = Measure(
             ctx, *dims, dtype=computing_dtype(cfg, args, memory.split), device=args.device
         )
-    if not compares:
-        prove = (lambda: prove_exact(trainer), lambda: refuse_unused(trainer))
-        trainer.add_callback(
-            AtStart(trainer.continue_counting, *prove, lambda: attach_reference(trainer, cfg))
+    trainer.add_callback(
+        AtStart(
+            trainer.continue_counting,
+            lambda: prove_exact(trainer),
+            lambda: refuse_unused(trainer),
+            lambda: attach_reference(trainer, cfg),
         )
-        trainer.add_callback(ReportUnused(trainer))
-        trainer.add_callback(FitMemory(memory.plan, activations))
-    shard.check_sharding(trainer.accelerator, sharding, world)
-    if sharding == "fsdp2":
-        shard.fix_fsdp2_plugin(trainer.accelerator, model, split=memory.split)
-    if args.do_train and not compares:
+    )
+    trainer.add_callback(ReportUnused(trainer))
+    trainer.add_callback(FitMemory(memory.plan, assembled.activations))
+    if args.do_train:
         output.prove_saveable(trainer)
-    if main and not compares:
+    if trainer.is_world_process_zero():
         # not before all that can be refused: a run that never began leaves no folder
         folder.write(cfg)
-    return Assembled(trainer, tokenizer, datasets, memory, sharding)
 
 
 def run(cfg: RunConfig) -> dict[str, float]:
@@ -173,12 +162,9 @@ def run(cfg: RunConfig) -> dict[str, float]:
         UserError: something that the user can put right; nothing half-written is left behind.
     """
     assembled = assemble(cfg)
-    trainer, tokenizer, datasets, args = (
-        assembled.trainer,
-        assembled.tokenizer,
-        assembled.datasets,
-        assembled.trainer.args,
-    )
+    prepare_training(assembled, cfg)
+    trainer, tokenizer, datasets = assembled.trainer, assembled.tokenizer, assembled.datasets
+    args = trainer.args
     metrics: dict[str, float] = {}
     if args.do_train:
         checkpoint = cfg.resume_checkpoint()
@@ -241,6 +227,111 @@ def _set_up_log(main: bool) -> None:
         logger.propagate = False
 
 
+def read_processes(cfg: RunConfig) -> Processes:
+    """What the launcher's environment says of the run's processes.
+
+    Raises:
+        UserError: sequence_parallel_size does not divide them.
+    """
+    world, size = int(os.environ.get("WORLD_SIZE", "1")), cfg.parallel.sequence_parallel_size
+    if world % size:
+        raise UserError(
+            f"sequence_parallel_size: {size} does not divide the {world} processes. Start a"
+            f" multiple of {size} processes, or lower it."
+        )
+    cuda = torch.cuda.is_available() and not cfg.trainer.use_cpu
+    return Processes(world, os.environ.get("RANK", "0") == "0", cuda)
+
+
+def prepare(cfg: RunConfig, processes: Processes, *, wide_weights: bool) -> Prepared:
+    """The model's configuration, the stage, the tokenised data, and the memory plan that follows
+    from them.
+
+    Raises:
+        UserError: something of them cannot be used, or the run would end in an upload that cannot
+            be made.
+    """
+    if cfg.trainer.push_to_hub and (away := hub.unreachable()):
+        raise UserError(
+            f"push_to_hub: the Hugging Face hub cannot be reached ({away}), and the run would end"
+            " by uploading to it. Set push_to_hub: false; `longfactory export` with"
+            " export_hub_model_id uploads the model later."
+        )
+    world, cuda, size = processes.world, processes.cuda, cfg.parallel.sequence_parallel_size
+    model_config = load.load_config(cfg.model, cfg.data.cutoff_len)
+    counts = count_parameters(cfg, model_config)
+    sharding = choose_sharding(cfg, counts.total, world, cuda)
+    tokenizer = load.load_tokenizer(cfg.model)
+    try:
+        stage = make_stage(cfg.method.stage, cfg.method, getattr(torch, cfg.precision))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    datasets = load_data(cfg, tokenizer)
+    memory = plan_memory(cfg, model_config, counts, datasets, size, sharding, world, cuda)
+    if wide_weights:
+        memory = dataclasses.replace(memory, split=False)
+    else:
+        log.info(memory.plan.table)
+    if cfg.trainer.do_train and datasets.train is None:
+        raise UserError(
+            "There are no training data, which do_train and verify need. Set dataset: to names in"
+            " dataset_info.json."
+        )
+    return Prepared(model_config, counts, sharding, stage, tokenizer, datasets, memory)
+
+
+def init_distributed(cfg: RunConfig, prepared: Prepared) -> tuple[Any, sp.SequenceParallel]:
+    """Opens the process group, and in it the sequence-parallel groups. The one place of a run that
+    writes to the environment.
+
+    Returns:
+        transformers' TrainingArguments, and this process's place in the groups.
+    Raises:
+        UserError: the groups cannot be made.
+    """
+    if prepared.sharding == "none":
+        shard.forget_launcher()
+    os.environ.update(cfg.reporting_environment())
+    args = training_arguments(
+        cfg, prepared.sharding, prepared.memory, buffers=prepared.counts.buffers
+    )
+    device = args.device  # transformers opens the process group when it is first asked for this
+    shard.train_as_one_device(args)
+    set_seed(args.seed)  # adapters and value heads begin the same on every rank
+    size = cfg.parallel.sequence_parallel_size
+    try:
+        ctx = sp.SequenceParallel.create(
+            size,
+            mode=cfg.parallel.sequence_parallel_mode,
+            ulysses_degree=cfg.parallel.sequence_parallel_ulysses_degree,
+            ring_degree=cfg.parallel.sequence_parallel_ring_degree,
+            backend=cfg.parallel.attention_backend,
+            device_type=device.type,
+            flop_per_byte=prepared.memory.plan.job.machine.flop_per_byte,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if ctx.size != size:
+        raise UserError(
+            f"Sequence parallelism is off: sequence_parallel_size is {size}, and the group that was"
+            f" made has {ctx.size} processes. Each would compute a whole row. Something has"
+            " replaced a part of longfactory; install it anew."
+        )
+    return args, ctx
+
+
+def parallelize(trainer: RowTrainer, sharding: str, world: int, *, split: bool) -> None:
+    """How accelerate spreads the model when training starts: checked against what was chosen, and
+    FSDP2's settings made those that keep gradients exact.
+
+    Raises:
+        UserError: accelerate chose another sharding.
+    """
+    shard.check_sharding(trainer.accelerator, sharding, world)
+    if sharding == "fsdp2":
+        shard.fix_fsdp2_plugin(trainer.accelerator, trainer.model, split=split)
+
+
 def load_data(cfg: RunConfig, tokenizer: Any) -> data.Datasets:
     """The tokenised data of the run."""
     options = cfg.data_options()
@@ -278,8 +369,7 @@ def choose_sharding(cfg: RunConfig, parameters: int, world: int, cuda: bool) -> 
 def training_arguments(
     cfg: RunConfig, sharding: str, memory: Memory, *, buffers: bool = False
 ) -> Any:
-    """transformers' TrainingArguments with the settings that keep gradients exact. Opens the
-    process group.
+    """transformers' TrainingArguments with the settings that keep gradients exact.
 
     Args:
         buffers: the model's checkpoints hold buffers. accelerate's loading by the first process
@@ -309,13 +399,7 @@ def training_arguments(
         # without it accelerate opens no process group on a machine without GPUs, and every process
         # trains alone
         extra["use_cpu"] = True
-    if sharding == "none":
-        shard.forget_launcher()
-    os.environ.update(cfg.reporting_environment())
-    args = cfg.training_arguments(**extra)
-    args.device  # noqa: B018  opens the process group
-    shard.train_as_one_device(args)
-    return args
+    return cfg.training_arguments(**extra)
 
 
 def build_model(

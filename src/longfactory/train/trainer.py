@@ -114,6 +114,9 @@ class RowTrainer(Trainer):
         # takes the count itself.
         self.model_accepts_loss_kwargs = True
         self.neftune_noise_alpha = None  # of the Trainer's own hook, which knows no documents
+        self.parameter_count = 0
+        if hasattr(self.model, "num_parameters"):
+            self.parameter_count = self.model.num_parameters(exclude_embeddings=True)
         self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
 
     # ---- data ------------------------------------------------------------------------------------
@@ -342,16 +345,7 @@ class RowTrainer(Trainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return 6 * (len(inputs["row"]) // self.ctx.size) * self._parameter_count()
-
-    def _parameter_count(self) -> int:
-        if not hasattr(self, "_parameters"):
-            self._parameters = (
-                self.model.num_parameters(exclude_embeddings=True)
-                if hasattr(self.model, "num_parameters")
-                else 0
-            )
-        return self._parameters
+        return 6 * (len(inputs["row"]) // self.ctx.size) * self.parameter_count
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None and self.make_optimizer is not None:  # type: ignore[has-type]

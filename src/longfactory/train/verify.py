@@ -188,7 +188,7 @@ def verify(cfg: RunConfig, *, rows: int = ROWS, tokens: int = TOKENS) -> Report:
             " use_dft_loss=true: the same passes through the same model."
         )
     with tempfile.TemporaryDirectory(prefix="longfactory-verify-") as folder:
-        run = assemble(quiet(cfg, folder, rows), compares=True)
+        run = assemble(quiet(cfg, folder, rows), wide_weights=True)
         comparison = Comparison(cfg, run, rows, tokens, folder)
         run.trainer.add_callback(comparison)
         run.trainer.remove_callback(PrinterCallback)
