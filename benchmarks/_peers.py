@@ -365,7 +365,8 @@ def ours(bench: Bench) -> None:
     from longfactory import sp
     from longfactory.memory.apply import apply_memory
     from longfactory.memory.choose import choose_memory, host_memory
-    from longfactory.memory.cost import hidden_bytes, kept_bytes
+    from longfactory.memory.cost import TrainingJob, hidden_bytes, kept_bytes
+    from longfactory.memory.shapes import ModelShape, machine
     from longfactory.model.token_logprobs import TokenLogprobs
     from longfactory.sp import hf
     from longfactory.stages.losses import LossOptions
@@ -394,20 +395,20 @@ def ours(bench: Bench) -> None:
     stage = PreferenceStage("sigmoid", LossOptions(beta=0.1))
 
     def settings(tokens: int) -> Any:
-        plan = choose_memory(
-            config,
-            tokens,
-            gpu_bytes=gpu_bytes,
-            host_bytes=int(host_memory() * job.host_share),
-            gpu_name=gpu,
-            world=bench.world,
+        training = TrainingJob(
+            # lora: the layer's own bytes
+            shape=ModelShape.of(config, lora=layer == "generic"),
+            machine=machine(
+                gpu, bench.world, int(host_memory() * job.host_share), gpu_bytes=gpu_bytes
+            ),
+            tokens=tokens,
             sp=bench.world,
-            mode=job.memory,
-            split_master=bench.world == 1,
+            sharded=bench.world > 1,
+            master=2 if bench.world == 1 else 4,
+            leavable=True,
             overlaps=overlap,
-            user=user,
-            lora=layer == "generic",  # the layer's own bytes
         )
+        plan = choose_memory(training, user, job.memory)
         bench.log(plan.table)
         return plan, dataclasses.replace(plan.settings, layer=layer)
 

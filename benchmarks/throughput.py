@@ -29,8 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from _peers import DEEPSPEED, SHAPES, make_config
 from _table import Clock, GiB, job, log_file, machine_name, run_row, settings_line, variant, write
-from longfactory.memory.cost import Job as PlanJob
-from longfactory.memory.cost import roofline
+from longfactory.memory.cost import TrainingJob, roofline
 from longfactory.memory.shapes import ModelShape, machine
 
 NAMES = {
@@ -112,7 +111,7 @@ def render(results: list[dict[str, Any]], shape: ModelShape, gpus: int) -> str:
                     attention_forward=m["attention_forward"],
                     attention_backward=m["attention_backward"],
                 )
-                share = f"{roofline(PlanJob(shape, kind, tokens, gpus)) / r['seconds']:.2f}"
+                share = f"{roofline(TrainingJob(shape, kind, tokens, gpus)) / r['seconds']:.2f}"
             mfu = model_flops(shape, tokens) / gpus / r["seconds"] / 989e12
             settings = settings_line(r["settings"]) if "settings" in r else ""
             lines.append(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import types
+from typing import Any
 
 import pytest
 
 from longfactory.memory.cost import (
     CAREFUL,
     MARGIN,
-    Choice,
-    Job,
+    TrainingJob,
     budget,
     choose,
     fits,
@@ -22,6 +22,7 @@ from longfactory.memory.cost import (
     waiting,
     working_set,
 )
+from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import ModelShape, machine
 from longfactory.plan import main
 from longfactory.sp import SequenceParallel
@@ -29,7 +30,7 @@ from qwen_7b import QWEN_7B, qwen_7b
 
 GiB = 2**30
 SHAPE = ModelShape.of(qwen_7b())
-TWO = Job(SHAPE, machine("H200", 2, 256 * GiB), 131072, sp=2)
+TWO = TrainingJob(SHAPE, machine("H200", 2, 256 * GiB), 131072, sp=2)
 SHAPE_14B = ModelShape.of(
     qwen_7b(
         hidden_size=5120,
@@ -39,7 +40,12 @@ SHAPE_14B = ModelShape.of(
         num_key_value_heads=8,
     )
 )
-ONE = Job(SHAPE, machine("H100", 1, 128 * GiB), 262144, sp=1, sharded=False, master=2)
+ONE = TrainingJob(SHAPE, machine("H100", 1, 128 * GiB), 262144, sp=1, sharded=False, master=2)
+
+
+def saved(**keys: Any) -> MemorySettings:
+    """Every layer recomputed but for its attention, whose output is saved."""
+    return MemorySettings(keep_attention=1.0, **keys)
 
 
 def test_parameters_of_the_shape():
@@ -48,9 +54,9 @@ def test_parameters_of_the_shape():
 
 
 def test_states_of_one_and_of_two_gpus():
-    gpu, host = states(TWO, Choice())
+    gpu, host = states(TWO, saved())
     assert sum(gpu.values()) == pytest.approx(12 * SHAPE.parameters / 2) and host == 0
-    gpu, host = states(ONE, Choice(optimizer="host"))
+    gpu, host = states(ONE, saved(optimizer="host"))
     assert sum(gpu.values()) == pytest.approx(2 * SHAPE.parameters)
     assert host == pytest.approx(10 * SHAPE.parameters)
 
@@ -66,7 +72,7 @@ def test_rates_of_kinds_of_gpu():
     assert weighs["NVIDIA H100 80GB HBM3"] == SequenceParallel().flop_per_byte
     assert weighs["NVIDIA A100-SXM4-80GB"] < weighs["NVIDIA H100 80GB HBM3"] < weighs["NVIDIA L40S"]
     step = [
-        seconds(dataclasses.replace(TWO, machine=machine(name, 2, 2**40)), Choice())
+        seconds(dataclasses.replace(TWO, machine=machine(name, 2, 2**40)), saved())
         for name in ("A800", "A100")
     ]
     assert step[0] >= step[1], "the same chip with slower links"
@@ -74,14 +80,16 @@ def test_rates_of_kinds_of_gpu():
 
 def test_checkpoints_of_every_layer():
     """200.7 KB of layer inputs and 203.8 KB of attention a token, wherever they wait."""
-    for choice in (
-        Choice(),
-        Choice(offload="inputs"),
-        Choice(offload="inputs+attention", last_layers_on_gpu=5),
+    for settings in (
+        saved(),
+        saved(offload="inputs"),
+        saved(offload="inputs+attention", last_layers_on_gpu=5),
     ):
-        gpu, host = waiting(TWO, choice)
+        gpu, host = waiting(TWO, settings)
         assert (gpu + host) / TWO.local == 28 * (7168 + kept_bytes(SHAPE))
-    gpu, host = waiting(TWO, Choice(keep_attention=0.0, offload="inputs", last_layers_on_gpu=4))
+    gpu, host = waiting(
+        TWO, MemorySettings(keep_attention=0.0, offload="inputs", last_layers_on_gpu=4)
+    )
     assert gpu / TWO.local == 4 * 7168
     assert host / TWO.local == 24 * 7168
 
@@ -89,7 +97,7 @@ def test_checkpoints_of_every_layer():
 def test_segments_of_four_take_less_than_half():
     gpu, host = waiting(
         TWO,
-        Choice(
+        MemorySettings(
             keep_attention=0.0, segment_layers=4, offload="inputs+attention", last_layers_on_gpu=0
         ),
     )
@@ -97,36 +105,36 @@ def test_segments_of_four_take_less_than_half():
 
 
 def test_groups_of_heads_shrink_the_working_set():
-    lean = working_set(SHAPE, Choice(attention_groups=4, mlp_chunk=4096), 2**20) / 2**20
-    assert lean < 40_000 < working_set(SHAPE, Choice(mlp_chunk=4096), 2**20) / 2**20
+    lean = working_set(SHAPE, saved(attention_groups=4, mlp_chunk=4096), 2**20) / 2**20
+    assert lean < 40_000 < working_set(SHAPE, saved(mlp_chunk=4096), 2**20) / 2**20
     generic = dataclasses.replace(SHAPE, written_layer=False)
-    assert working_set(generic, Choice(mlp_chunk=4096), 2**20) > working_set(
-        SHAPE, Choice(mlp_chunk=4096), 2**20
+    assert working_set(generic, saved(mlp_chunk=4096), 2**20) > working_set(
+        SHAPE, saved(mlp_chunk=4096), 2**20
     )
 
 
 def test_gradients_come_while_what_waits_goes():
     """The peak holds one or the other, except where gradients are there from the start."""
-    choice = Choice(mlp_chunk=8192)
-    late = budget(TWO, choice).gpu_total
-    waits, gradients = waiting(TWO, choice)[0], 4 * SHAPE.parameters / 2
-    early = budget(dataclasses.replace(TWO, accumulates=True), choice).gpu_total
+    settings = saved(mlp_chunk=8192)
+    late = budget(TWO, settings).gpu_total
+    waits, gradients = waiting(TWO, settings)[0], 4 * SHAPE.parameters / 2
+    early = budget(dataclasses.replace(TWO, accumulates=True), settings).gpu_total
     assert 0.9 * min(waits, gradients) < early - late < 1.1 * min(waits, gradients)
 
 
-# Tokens, choice, and the bytes that torch counted at the peak of the step (benchmarks/results: two
+# Tokens, settings, and the bytes that torch counted at the peak of the step (benchmarks/results: two
 # H200, one H100).
 MEASURED = {
-    "32k": (dataclasses.replace(TWO, tokens=32768), Choice(), 62.9),
-    "128k": (TWO, Choice(), 86.9),
+    "32k": (dataclasses.replace(TWO, tokens=32768), saved(), 62.9),
+    "128k": (TWO, saved(), 86.9),
     "256k": (
         dataclasses.replace(TWO, tokens=262144),
-        Choice(offload="inputs", mlp_chunk=32768),
+        saved(offload="inputs", mlp_chunk=32768),
         83.2,
     ),
     "256k on one": (
         ONE,
-        Choice(
+        MemorySettings(
             keep_attention=0.75,
             offload="inputs+attention",
             last_layers_on_gpu=7,
@@ -138,12 +146,12 @@ MEASURED = {
     ),
     "512k": (
         dataclasses.replace(TWO, tokens=524288),
-        Choice(offload="inputs+attention", last_layers_on_gpu=3, mlp_chunk=32768),
+        saved(offload="inputs+attention", last_layers_on_gpu=3, mlp_chunk=32768),
         82.3,
     ),
     "768k": (
         dataclasses.replace(TWO, tokens=786432),
-        Choice(
+        saved(
             offload="inputs+attention",
             last_layers_on_gpu=14,
             mlp_chunk=4096,
@@ -155,7 +163,7 @@ MEASURED = {
     ),
     "192k of 14B": (
         dataclasses.replace(TWO, shape=SHAPE_14B, tokens=196608),
-        Choice(
+        saved(
             offload="inputs+attention",
             last_layers_on_gpu=12,
             mlp_chunk=4096,
@@ -170,13 +178,15 @@ MEASURED = {
 @pytest.mark.parametrize("name", MEASURED)
 def test_peaks_are_those_that_were_measured(name):
     """Never below, and at most an eighth above."""
-    job, choice, peak = MEASURED[name]
-    found = budget(job, choice)
+    job, settings, peak = MEASURED[name]
+    found = budget(job, settings)
     assert peak <= (found.gpu_total - found.gpu["runtime"]) / GiB <= 1.125 * peak
 
 
 def test_keeping_attention_saves_one_of_its_forwards():
-    saved = seconds(TWO, Choice(keep_attention=0.0)) - seconds(TWO, Choice(keep_attention=1.0))
+    saved = seconds(TWO, MemorySettings(keep_attention=0.0)) - seconds(
+        TWO, MemorySettings(keep_attention=1.0)
+    )
     attention = TWO.local * 2.0 * TWO.tokens * 28 * 128 * 28 / TWO.machine.attention_forward
     assert saved == pytest.approx(1.005 * attention / 0.925, rel=1e-6)
 
@@ -184,10 +194,14 @@ def test_keeping_attention_saves_one_of_its_forwards():
 @pytest.mark.parametrize("job", [TWO, ONE])
 @pytest.mark.parametrize("mode", ["auto", "fast", "long"])
 def test_what_is_chosen_fits(job, mode):
-    choice, found, ok = choose(job, mode)
+    settings, found, ok = choose(job, mode)
     assert ok == fits(job, found, 0.85)
     if mode == "fast":
-        assert choice.offload == "none" and choice.segment_layers == 1 and choice.optimizer == "gpu"
+        assert (
+            settings.offload == "none"
+            and settings.segment_layers == 1
+            and settings.optimizer == "gpu"
+        )
     if mode != "fast":
         assert ok
 
@@ -209,14 +223,14 @@ def test_the_last_fifth_of_the_gpu_is_taken_for_a_gain_alone():
 
 
 def test_what_the_user_set_is_kept():
-    choice, _, _ = choose(
+    settings, _, _ = choose(
         TWO,
         "auto",
         0.85,
         {"keep_attention": 0.5, "offload": "any", "mlp_chunk": 1000, "segment_layers": 2},
     )
-    assert (choice.keep_attention, choice.mlp_chunk, choice.segment_layers) == (0.5, 1000, 2)
-    assert choice.offload != "none"
+    assert (settings.keep_attention, settings.mlp_chunk, settings.segment_layers) == (0.5, 1000, 2)
+    assert settings.offload != "none"
 
 
 def test_longest_grows_with_each_mode_and_is_tight():
@@ -241,7 +255,7 @@ def test_mixture_of_experts_computes_less_than_it_stores():
     )
     assert moe.layer_parameters > 4 * moe.active_layer_parameters
     assert not moe.written_layer
-    assert budget(dataclasses.replace(TWO, shape=moe), Choice()).seconds > 0
+    assert budget(dataclasses.replace(TWO, shape=moe), saved()).seconds > 0
 
 
 def test_command(tmp_path, capsys):
@@ -289,7 +303,7 @@ def test_fp32_is_planned_as_what_will_run(tmp_path, capsys):
     says what to set.
     """
     wide = dataclasses.replace(TWO, shape=ModelShape.of(qwen_7b(), width=4))
-    for c in (Choice(), Choice(checkpoint="none", keep_attention=0.0), Choice(mlp_chunk=4096)):
+    for c in (saved(), MemorySettings(checkpoint="none"), saved(mlp_chunk=4096)):
         half, full = budget(TWO, c), budget(wide, c)
         waits = "activations" if c.checkpoint == "none" else "layer inputs and kept attention"
         assert (
@@ -300,7 +314,7 @@ def test_fp32_is_planned_as_what_will_run(tmp_path, capsys):
         )
         assert full.seconds >= 10 * half.seconds
     rounded = dataclasses.replace(wide, machine=machine("H200", 2, 256 * GiB, tf32=True))
-    assert 2 * seconds(TWO, Choice()) < seconds(rounded, Choice()) < seconds(wide, Choice()), (
+    assert 2 * seconds(TWO, saved()) < seconds(rounded, saved()) < seconds(wide, saved()), (
         "tf32 is for products, not for attention"
     )
     qwen_7b().save_pretrained(tmp_path)
@@ -342,8 +356,10 @@ def test_a_model_that_fits_many_times_over_stays_as_it_is():
         }
     )
     small.num_attention_heads, small.num_key_value_heads = 4, 2
-    choice, _, ok = choose(Job(ModelShape.of(small), machine("H100", 8, 2**40), 512, sp=8))
-    assert ok and choice == Choice(checkpoint="none", keep_attention=0.0)
+    settings, _, ok = choose(
+        TrainingJob(ModelShape.of(small), machine("H100", 8, 2**40), 512, sp=8)
+    )
+    assert ok and settings == MemorySettings(checkpoint="none")
 
 
 def test_layers_of_different_heads_are_planned_by_the_widest() -> None:

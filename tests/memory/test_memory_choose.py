@@ -10,28 +10,29 @@ import pytest
 
 from longfactory.config.arguments import MemoryArguments
 from longfactory.memory.choose import (
-    HOST_SHARE,
     choose_memory,
     corrected,
     explain_out_of_memory,
     host_memory,
     user_keys,
 )
+from longfactory.memory.cost import HOST_SHARE, TrainingJob
+from longfactory.memory.shapes import ModelShape, machine
 from qwen_7b import qwen_7b
 
 GiB = 2**30
 
 
-def plan(tokens=524288, **kw):
-    given = {
-        "gpu_bytes": 140 * GiB,
-        "host_bytes": 256 * GiB,
-        "gpu_name": "NVIDIA H200",
-        "world": 2,
-        "sp": 2,
-        **kw,
-    }
-    return choose_memory(qwen_7b(), tokens, **given)
+def plan(tokens=524288, gpus=2, gpu_bytes=140 * GiB, lora=False, fixed=None):
+    job = TrainingJob(
+        ModelShape.of(qwen_7b(), lora=lora),
+        machine("NVIDIA H200", gpus, 256 * GiB, gpu_bytes=gpu_bytes),
+        tokens,
+        sp=gpus,
+        sharded=gpus > 1,
+        leavable=True,
+    )
+    return choose_memory(job, fixed)
 
 
 def test_table_adds_up():
@@ -58,19 +59,19 @@ def test_user_keys_are_kept():
         segment_layers=2,
         optimizer_placement="host",
     )
-    s = plan(user=user_keys(args)).settings
+    s = plan(fixed=user_keys(args)).settings
     assert (s.keep_attention, s.mlp_chunk, s.segment_layers, s.optimizer) == (0.5, 2048, 2, "host")
     assert s.offload != "none" and s.pool_bytes > 0
     assert user_keys(MemoryArguments()) == {}
-    assert plan(user=user_keys(MemoryArguments(mlp_chunk=0))).settings.mlp_chunk is None
-    none = plan(4096, user=user_keys(MemoryArguments(disable_gradient_checkpointing=True))).settings
+    assert plan(fixed=user_keys(MemoryArguments(mlp_chunk=0))).settings.mlp_chunk is None
+    none = plan(
+        4096, fixed=user_keys(MemoryArguments(disable_gradient_checkpointing=True))
+    ).settings
     assert none.checkpoint == "none"
 
 
 def test_without_a_gpu_nothing_leaves_memory():
-    s = choose_memory(
-        qwen_7b(), 4096, gpu_bytes=0, host_bytes=16 * GiB, user={"offload": "any"}
-    ).settings
+    s = plan(4096, gpus=1, gpu_bytes=0, fixed={"offload": "any"}).settings
     assert s.checkpoint == "full" and s.offload == "none" and s.keep_attention == 1.0
 
 
@@ -93,7 +94,7 @@ def test_correction_after_the_first_step():
 
 
 def test_out_of_memory_says_what_to_change():
-    p = plan(8192, world=1, sp=1)
+    p = plan(8192, gpus=1)
     text = explain_out_of_memory(
         dataclasses.replace(p), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
     )
@@ -106,6 +107,6 @@ def test_out_of_memory_says_what_to_change():
 
 
 def test_adapters_need_no_states_of_the_whole_model():
-    full, lora = (plan(131072, gpu_bytes=80 * GiB, world=1, sp=1, lora=x) for x in (False, True))
+    full, lora = (plan(131072, gpu_bytes=80 * GiB, gpus=1, lora=x) for x in (False, True))
     assert lora.budget.gpu["weights"] < 2.1 * full.job.shape.parameters
     assert lora.fits and lora.budget.gpu.get("optimizer", 0) < 0.02 * 8 * full.job.shape.parameters

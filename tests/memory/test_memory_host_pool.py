@@ -10,8 +10,10 @@ import torch
 
 import fake_cuda
 from longfactory import sp
+from longfactory.errors import ConfigError
 from longfactory.memory.apply import apply_memory
 from longfactory.memory.host_pool import PAGE, HostPool
+from longfactory.memory.offload import Activations
 from longfactory.memory.settings import MemorySettings
 from memory_models import LENGTH, assert_same_gradients, gradients, make_model, run
 
@@ -185,3 +187,13 @@ def test_host_memory_is_locked_once(first, monkeypatch):
         model.zero_grad()
     # whole pages for 11,264 and 23,936 bytes
     assert len(locked) == 6 and sorted(seen) == [12288] * 3 + [28672] * 3
+
+
+def test_offload_without_host_memory_is_refused():
+    settings = MemorySettings(offload="inputs")
+    with pytest.raises(ConfigError, match="pool_bytes is 0"):
+        Activations(settings, 2, "cpu")
+    store = Activations(MemorySettings(), 2, "cpu")
+    with pytest.raises(ConfigError, match="Set pool_bytes"):
+        store.change(settings)
+    assert store.settings == MemorySettings()

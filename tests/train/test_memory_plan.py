@@ -17,7 +17,8 @@ from longfactory.config import from_mapping
 from longfactory.data.module import Datasets
 from longfactory.errors import UserError
 from longfactory.memory import host_jobs, optimizer
-from longfactory.memory.cost import LEAVING, Choice, budget, choose, longest, moments, seconds
+from longfactory.memory.cost import LEAVING, budget, choose, longest, moments, seconds
+from longfactory.memory.settings import MemorySettings
 from longfactory.model import adapters
 from longfactory.train import memory_plan, optimizer_names
 from longfactory.train.memory_plan import Memory, count_parameters, plan_memory
@@ -335,7 +336,8 @@ def test_the_plan_hides_updates_and_lets_gradients_go(
         configured(model, **keys, max_grad_norm=0, optimizer_overlap=True), monkeypatch
     ).plan.job
     assert dataclasses.replace(during, overlaps=False) == after
-    host, gpu = Choice(optimizer="host"), Choice()
+    gpu = MemorySettings(keep_attention=1.0)
+    host = dataclasses.replace(gpu, optimizer="host")
     gradients = [moments(job, host)[2]["gradients"] for job in (after, during)]
     assert gradients[0] == 2 * after.shape.trainable
     assert gradients[1] == 2 * (LEAVING + after.shape.head_parameters) < 0.3 * gradients[0]

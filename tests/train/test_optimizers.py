@@ -35,11 +35,8 @@ def memory(
     settings = types.SimpleNamespace(
         optimizer=placement, gradients=gradients if placement == "host" else "gpu"
     )
-    choice, job = (
-        types.SimpleNamespace(gradients=gradients),
-        types.SimpleNamespace(overlaps=overlaps),
-    )
-    plan = types.SimpleNamespace(settings=settings, choice=choice, job=job)
+    fixed, job = {"gradients": gradients}, types.SimpleNamespace(overlaps=overlaps)
+    plan = types.SimpleNamespace(settings=settings, fixed=fixed, job=job)
     return Memory(plan, split, narrow)  # type: ignore[arg-type]
 
 

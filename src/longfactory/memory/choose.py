@@ -7,17 +7,24 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from longfactory.memory.cost import MARGIN, Budget, Choice, Job, choose, hidden_bytes, kept_bytes
+from longfactory.memory.cost import (
+    HOST_SHARE,
+    MARGIN,
+    Budget,
+    TrainingJob,
+    choose,
+    hidden_bytes,
+    kept_bytes,
+)
 from longfactory.memory.report import advice, table
 from longfactory.memory.settings import MemorySettings
-from longfactory.memory.shapes import ModelShape, machine
 
 log = logging.getLogger(__name__)
 
-HOST_SHARE = 0.85  # of the host's memory, for optimizer states and parked activations together
 GiB = 2**30
 
 
@@ -39,131 +46,84 @@ def host_memory() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """What `choose_memory` decided. `table` is for the log."""
+    """What `choose_memory` decided.
+
+    Attributes:
+        settings: to be applied.
+        job, fixed: what it was asked.
+        budget: what the settings take.
+        fits: whether that fits the machine.
+        table: the budget, for the log.
+        advice: what makes room, for a run whose memory ran out.
+    """
 
     settings: MemorySettings
-    job: Job
-    choice: Choice
+    job: TrainingJob
+    fixed: Mapping[str, Any]
     budget: Budget
     fits: bool
     table: str
+    advice: str
 
 
 def choose_memory(
-    model_config: Any,
-    tokens: int,
-    *,
-    gpu_bytes: int,
-    host_bytes: int,
-    gpu_name: str = "",
-    world: int = 1,
-    sp: int = 1,
-    gpus_per_host: int | None = None,
-    mode: str = "auto",
-    sharded: bool | None = None,
-    trainable: int | None = None,
-    parameters: int | None = None,
-    lora: bool = False,
-    head_trained: bool | None = None,
-    split_master: bool = False,
-    accumulates: bool = False,
-    state_bytes: float = 8,
-    leavable: bool = True,
-    overlaps: bool = False,
-    width: int = 2,
-    tf32: bool = False,
-    user: dict[str, Any] | None = None,
+    job: TrainingJob, fixed: Mapping[str, Any] | None = None, mode: str = "auto"
 ) -> MemoryPlan:
-    """Memory settings for rows of at most `tokens` tokens.
+    """Memory settings for the rows of a job.
 
     Args:
-        model_config: the transformers configuration.
-        gpu_bytes: memory of one GPU; 0 without GPUs, where nothing is chosen: layers are recomputed
-            and attention is kept.
-        host_bytes: memory of one host.
-        gpu_name: for its measured rates.
-        world: GPUs of the run; sp of them share a row; gpus_per_host of them a host.
-        sharded: parameters are spread over all GPUs; by default with more than one.
-        trainable, parameters: counts, where known. lora: the trained ones are adapters (a
-            hundredth, if not counted).
-        head_trained: whether the output layer is, where known.
-        split_master: trained weights are bf16 with a 16-bit remainder (`SplitAdamW`), not fp32.
-        accumulates, state_bytes, leavable, overlaps: as in `plan.model.Job`; buffers of DDP are
-            seen here.
-        width: bytes of a number as layers compute it: 2 in bf16 and fp16, 4 in fp32. tf32: products
-            of fp32 may be rounded (`tf32: true`).
-        user: keys that the user set, as in `plan.model.Choice`; they are kept.
+        job: what is trained, and on what. On a machine without GPU memory nothing is chosen: layers
+            are recomputed and attention outputs are saved, unless `fixed` says otherwise.
+        fixed: fields of MemorySettings that the user set (`user_keys`); they are kept. `offload:
+            "any"` is any but none.
+        mode: "auto", "fast" or "long".
+
+    Raises:
+        ValueError: an unknown mode.
     """
-    user = dict(user or {})
-    shape = ModelShape.of(model_config, trainable, parameters, lora, head_trained, width)
-    if lora and trainable is None:
-        shape = dataclasses.replace(
-            shape, trainable=shape.parameters // 100, head_trained=bool(head_trained)
-        )
-    sharded = world > 1 if sharded is None else sharded
-    if gpu_bytes == 0:
-        user |= {"offload": "none"} if user.get("offload") == "any" else {}
-        choice = dataclasses.replace(Choice(), **user)
-        kept = f"layers are recomputed, attention is kept in {choice.keep_attention:.0%} of them"
-        kept = "every activation is stored" if choice.checkpoint == "none" else kept
-        job = Job(
-            shape,
-            machine("cpu", world, host_bytes, gpu_bytes=host_bytes),
-            tokens,
-            sp,
-            sharded,
-            overlaps=overlaps,
-        )
-        return MemoryPlan(
-            _settings(choice, 0),
-            job,
-            choice,
-            Budget({}, {}, 0.0),
-            True,
-            f"Memory plan: no GPU; {kept}.",
-        )
-    kind = machine(gpu_name, world, host_bytes, gpus_per_host, gpu_bytes, tf32)
-    early = accumulates or (world > 1 and not sharded)
-    leavable = leavable and (sharded or world == 1)
-    job = Job(
-        shape,
-        kind,
-        tokens,
-        sp,
-        sharded,
-        2 if split_master else 4,
-        early,
-        state_bytes,
-        leavable,
-        overlaps,
-    )
-    choice, budget, fits = choose(job, mode, HOST_SHARE, user)
-    parked = budget.host.get("layer inputs and kept attention", 0.0) / kind.on_host
-    # Sizes in the plan are estimates: a tenth more may be locked, within the share of the host.
-    free = (HOST_SHARE * host_bytes - budget.host_total) / kind.on_host + parked
+    fixed = dict(fixed or {})
+    if job.machine.gpu_bytes == 0:
+        return _without_gpu(job, fixed)
+    machine = job.machine
+    found, budget, fits = choose(job, mode, HOST_SHARE, fixed)
+    offloaded = budget.host.get("layer inputs and kept attention", 0.0) / machine.on_host
+    # Sizes in the plan are estimates: a tenth more may be pinned, within the share of the host.
+    free = (HOST_SHARE * machine.host_bytes - budget.host_total) / machine.on_host + offloaded
+    settings = _with_pool(found, int(min(1.1 * offloaded + GiB, max(free, 0))))
     return MemoryPlan(
-        _settings(choice, int(min(1.1 * parked + GiB, max(free, 0)))),
+        settings,
         job,
-        choice,
+        fixed,
         budget,
         fits,
-        table(job, choice, budget, fits, mode),
+        table(job, found, budget, fits, mode),
+        advice(job, found),
     )
 
 
-def _settings(c: Choice, pool: int) -> MemorySettings:
-    return MemorySettings(
-        checkpoint=c.checkpoint,  # type: ignore[arg-type]
-        keep_attention=c.keep_attention if c.checkpoint == "full" else 0.0,
-        offload=c.offload if pool else "none",  # type: ignore[arg-type]
-        pool_bytes=pool if c.offload != "none" else 0,
-        last_layers_on_gpu=c.last_layers_on_gpu,
-        mlp_chunk=c.mlp_chunk,
-        attention_groups=c.attention_groups,
-        segment_layers=c.segment_layers,
-        late_prefetch=c.late_prefetch,
-        optimizer=c.optimizer,  # type: ignore[arg-type]
-        gradients=c.gradients if c.optimizer == "host" else "gpu",  # type: ignore[arg-type]
+def _without_gpu(job: TrainingJob, fixed: dict[str, Any]) -> MemoryPlan:
+    if fixed.get("offload") == "any":
+        fixed["offload"] = "none"
+    if fixed.get("checkpoint") != "none":
+        fixed = {"keep_attention": 1.0, **fixed}
+    settings = _with_pool(MemorySettings(**fixed), 0)
+    done = f"layers are recomputed, attention is kept in {settings.keep_attention:.0%} of them"
+    if settings.checkpoint == "none":
+        done = "every activation is stored"
+    line = f"Memory plan: no GPU; {done}."
+    ways = advice(dataclasses.replace(job, leavable=False), settings)
+    return MemoryPlan(settings, job, fixed, Budget({}, {}, 0.0), True, line, ways)
+
+
+def _with_pool(settings: MemorySettings, pool: int) -> MemorySettings:
+    """Settings that were found, with so many bytes of host memory; without what none of them
+    leaves.
+    """
+    return dataclasses.replace(
+        settings,
+        offload=settings.offload if pool else "none",
+        pool_bytes=pool if settings.offload != "none" else 0,
+        gradients=settings.gradients if settings.optimizer == "host" else "gpu",
     )
 
 
@@ -244,5 +204,5 @@ def explain_out_of_memory(plan: MemoryPlan, error: BaseException) -> str:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
         f"Memory ran out on rows of up to {plan.job.tokens:,} tokens ({plan.job.local:,} a"
-        f" GPU).\n{plan.table}\nThe device said: {first[:200]}\n{advice(plan.job, plan.choice)}"
+        f" GPU).\n{plan.table}\nThe device said: {first[:200]}\n{plan.advice}"
     )

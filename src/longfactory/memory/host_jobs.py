@@ -21,7 +21,7 @@ AHEAD = 64  # jobs that may wait for a worker; who gives more waits
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class HostJob:
     """Work on flat pieces of a parameter and its gradient. `compute` is given them, or copies of
     them on the host; it changes the first `changed` of them. `ready`: the pieces are complete, and
     what is changed is read no more, once this has come to pass."""
@@ -32,7 +32,7 @@ class Job:
     ready: torch.cuda.Event | None = None
 
 
-class Stage:
+class PinnedBuffers:
     """Page-locked room for the pieces of one job, with a stream of its own."""
 
     def __init__(self, device: torch.device, room: int) -> None:
@@ -41,13 +41,13 @@ class Stage:
         self.ready = torch.cuda.Event()
         self.room = [torch.empty(room, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
 
-    def _views(self, job: Job) -> list[Tensor]:
+    def _views(self, job: HostJob) -> list[Tensor]:
         return [
             room[: t.numel() * t.element_size()].view(t.dtype)
             for room, t in zip(self.room, job.pieces, strict=False)
         ]
 
-    def bring(self, job: Job) -> None:
+    def bring(self, job: HostJob) -> None:
         self.stream.synchronize()  # what went back from this room is there
         if job.ready is not None:
             self.stream.wait_event(job.ready)
@@ -56,7 +56,7 @@ class Stage:
                 here.copy_(there, non_blocking=True)
             self.ready.record(self.stream)
 
-    def compute_and_return(self, job: Job) -> None:
+    def compute_and_return(self, job: HostJob) -> None:
         views = self._views(job)
         self.ready.synchronize()
         job.compute(*views)
@@ -65,12 +65,12 @@ class Stage:
                 there.copy_(here, non_blocking=True)
 
 
-def work_off(jobs: Iterable[Job | None], stages: list[Stage]) -> None:
+def work_off(jobs: Iterable[HostJob | None], stages: list[PinnedBuffers]) -> None:
     """Jobs in turn, each computed while the next one comes to the host. None: there is no next one
     yet.
     """
     turn = itertools.cycle(stages)
-    begun: tuple[Stage, Job] | None = None
+    begun: tuple[PinnedBuffers, HostJob] | None = None
     for job in itertools.chain(jobs, (None,)):
         coming = None if job is None else (next(turn), job)
         if coming is not None:
@@ -87,15 +87,15 @@ class Worker:
         stages, device: of GPU tensors. Without a device jobs are computed where their pieces are.
     """
 
-    def __init__(self, stages: list[Stage], device: torch.device | None) -> None:
-        self._jobs: queue.Queue[Job | None] = queue.Queue(AHEAD)
+    def __init__(self, stages: list[PinnedBuffers], device: torch.device | None) -> None:
+        self._jobs: queue.Queue[HostJob | None] = queue.Queue(AHEAD)
         self._error: BaseException | None = None
         self._thread = threading.Thread(
             target=self._run, args=(stages, device), name="SplitAdamW", daemon=True
         )
         self._thread.start()
 
-    def give(self, job: Job) -> None:
+    def give(self, job: HostJob) -> None:
         """Waits while `AHEAD` jobs are still to be begun."""
         self._jobs.put(job)
 
@@ -107,7 +107,7 @@ class Worker:
             raise self._error
 
     @torch.no_grad()  # which is a thread's own, as the current device is
-    def _run(self, stages: list[Stage], device: torch.device | None) -> None:
+    def _run(self, stages: list[PinnedBuffers], device: torch.device | None) -> None:
         try:
             if device is None:
                 for job in iter(self._jobs.get, None):
@@ -120,7 +120,7 @@ class Worker:
             for _ in iter(self._jobs.get, None):  # who gives jobs must not wait for ever
                 pass
 
-    def _coming(self) -> Iterator[Job | None]:
+    def _coming(self) -> Iterator[HostJob | None]:
         idle = True
         while True:
             try:

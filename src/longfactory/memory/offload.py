@@ -39,7 +39,7 @@ class LayerInput:
     """The input of one layer call and, after `keep`, what its attention returned."""
 
     def __init__(
-        self, waiting: Waiting | None, segment: Segment | None = None, position: int = 0
+        self, waiting: Waiting | None, segment: CheckpointSegment | None = None, position: int = 0
     ) -> None:
         self._waiting = waiting
         self._segment = segment
@@ -73,7 +73,7 @@ class LayerInput:
         self._kept = kept
 
 
-class Segment:
+class CheckpointSegment:
     """Consecutive layer calls of which only the first one's input waits. Backward runs them forward
     once more, all but the last.
     """
@@ -142,7 +142,7 @@ class Activations:
         attention_share: float = 1.0,
         longest: int = 0,
     ) -> None:
-        self.settings = settings
+        self.settings = _with_a_pool(settings)
         self.attention_share = attention_share
         self.longest = longest
         self.layers = layers
@@ -152,7 +152,7 @@ class Activations:
         self._open_pool()
         # a segment is being run forward again, and these are its attention outputs
         self.record: list[Pair] | None = None
-        self._segment: Segment | None = None
+        self._segment: CheckpointSegment | None = None
 
     def _open_pool(self) -> None:
         s = self.settings
@@ -186,7 +186,7 @@ class Activations:
             raise ConfigError(
                 "memory: checkpoint and layer are fixed once the engine is in the model."
             )
-        self.settings = settings
+        self.settings = _with_a_pool(settings)
         if settings.offload == "none" and self.pool is not None:
             self.pool.close()
             self.pool = None
@@ -213,7 +213,7 @@ class Activations:
             self._lock_all(x)
             return LayerInput(self.wait(index, [x]))
         if index % k == 0 or self._segment is None:
-            self._segment = Segment(self)
+            self._segment = CheckpointSegment(self)
             self._lock_all(x)
         handle = self._segment.add(index, x, call)
         if index % k == k - 1 or index == self.layers - 1:
@@ -257,3 +257,17 @@ class Activations:
             yield
         finally:
             self.record = before
+
+
+def _with_a_pool(settings: MemorySettings) -> MemorySettings:
+    """The settings, which say how much host memory offload may pin.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if settings.offload != "none" and settings.pool_bytes == 0:
+        raise ConfigError(
+            f"memory: offload is {settings.offload} and pool_bytes is 0; expected the bytes of host"
+            " memory that it may pin. Set pool_bytes."
+        )
+    return settings

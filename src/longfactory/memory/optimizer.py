@@ -42,7 +42,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from longfactory.memory.host_jobs import Job, Stage, Worker, work_off
+from longfactory.memory.host_jobs import HostJob, PinnedBuffers, Worker, work_off
 
 # elements that travel together; `host_jobs.AHEAD` blocks of gradients that leave are on the GPU at
 # most
@@ -128,7 +128,7 @@ class SplitAdamW(torch.optim.Optimizer):
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
         self.placement, self.gradients, self.overlap = placement, gradients, overlap
-        self._stages: list[Stage] = []
+        self._stages: list[PinnedBuffers] = []
         self._scale = 1.0  # of the gradients of the next step
         # parameter -> fp32 sum of this rank's part of its gradient, where the states live
         self._sums: dict[Tensor, Tensor] = {}
@@ -250,11 +250,11 @@ class SplitAdamW(torch.optim.Optimizer):
                     functools.partial(_sum_and_keep, total=t, norm=n)
                     for t, n in zip(sums, norms, strict=True)
                 ]
-                jobs = [Job((g,), k, 0) for g, k in zip(pieces, keep, strict=True)]
+                jobs = [HostJob((g,), k, 0) for g, k in zip(pieces, keep, strict=True)]
             else:
                 self._away[p] = self._room(p, grad)
                 jobs = [
-                    Job((g,), r.copy_, 0)
+                    HostJob((g,), r.copy_, 0)
                     for g, r in zip(pieces, self._away[p].split(BLOCK), strict=True)
                 ]
         p.grad = None
@@ -272,7 +272,7 @@ class SplitAdamW(torch.optim.Optimizer):
             )
         return self._sums[p]
 
-    def _give(self, jobs: list[Job]) -> None:
+    def _give(self, jobs: list[HostJob]) -> None:
         """Jobs that become possible during backward, for the thread that does them."""
         if self._worker is None:
             parts = (local(q) for g in self.param_groups for q in g["params"])
@@ -350,7 +350,7 @@ class SplitAdamW(torch.optim.Optimizer):
         """
         if last:
             self._join()
-        jobs: list[Job] = []
+        jobs: list[HostJob] = []
         taken: list[Tensor] = []
         for p in (p for g in self.param_groups for p in g["params"] if p.dtype == torch.bfloat16):
             begun = p in self._summed
@@ -368,7 +368,7 @@ class SplitAdamW(torch.optim.Optimizer):
         if last:
             self._summed.clear()
 
-    def _do(self, jobs: list[Job]) -> None:
+    def _do(self, jobs: list[HostJob]) -> None:
         """Jobs in any order; those on GPU tensors with states on the host by way of page-locked
         memory.
         """
@@ -417,14 +417,14 @@ class SplitAdamW(torch.optim.Optimizer):
     def _make_stages(self, device: torch.device) -> None:
         if not self._stages:
             widest = max(p.element_size() for g in self.param_groups for p in g["params"])
-            self._stages = [Stage(device, widest * BLOCK) for _ in range(2)]
+            self._stages = [PinnedBuffers(device, widest * BLOCK) for _ in range(2)]
 
     def _await_stages(self) -> None:
         """What reads the weights from now on waits for those that are on their way back."""
         for stage in self._stages:
             torch.cuda.current_stream(stage.device).wait_stream(stage.stream)
 
-    def _stream(self, jobs: list[Job]) -> None:
+    def _stream(self, jobs: list[HostJob]) -> None:
         """Jobs on GPU tensors, computed on the host."""
         self._join()  # its thread uses the same stages
         device = jobs[0].pieces[0].device
@@ -471,11 +471,11 @@ def _norm(t: Tensor) -> Tensor:
     return torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32))
 
 
-def _sum_jobs(grad: Tensor, total: Tensor, *, first: bool, last: bool) -> Iterator[Job]:
+def _sum_jobs(grad: Tensor, total: Tensor, *, first: bool, last: bool) -> Iterator[HostJob]:
     """`_add` in jobs."""
     for g, t in zip(grad.split(BLOCK), total.split(BLOCK), strict=True):
         if g.numel():
-            yield Job((g,), functools.partial(_add, total=t, first=first, last=last), int(last))
+            yield HostJob((g,), functools.partial(_add, total=t, first=first, last=last), int(last))
 
 
 def _add(grad: Tensor, total: Tensor, *, first: bool, last: bool) -> None:
@@ -536,14 +536,14 @@ class _Block:
             v=self.v[a:b],
         )
 
-    def jobs(self) -> Iterator[Job]:
+    def jobs(self) -> Iterator[HostJob]:
         """One AdamW step, a job for each `BLOCK` numbers."""
         for a in range(0, self.weight.numel(), BLOCK):
             part = self.cut(a, a + BLOCK)
             if self.away:
-                yield Job((part.weight,), functools.partial(part.update_at, grad=part.grad), 1)
+                yield HostJob((part.weight,), functools.partial(part.update_at, grad=part.grad), 1)
             else:
-                yield Job((part.weight, part.grad), part.update_at, 1)
+                yield HostJob((part.weight, part.grad), part.update_at, 1)
 
     def update_at(self, weight: Tensor, grad: Tensor) -> None:
         """One AdamW step of `weight`, the block's own or a copy where its states are."""

@@ -4,43 +4,46 @@ from __future__ import annotations
 
 import dataclasses
 
-from longfactory.memory.cost import MARGIN, Budget, Choice, Job, roofline
+from longfactory.memory.cost import MARGIN, Budget, TrainingJob, roofline
+from longfactory.memory.settings import MemorySettings
 
 GiB = 2**30
 
 
-def describe(c: Choice) -> str:
+def describe(settings: MemorySettings) -> str:
     """One line: what is done, in the words of the configuration."""
-    if c.checkpoint == "none":
-        return f"every activation stored; optimizer on the {c.optimizer}"
+    if settings.checkpoint == "none":
+        return f"every activation stored; optimizer on the {settings.optimizer}"
     parts = [
         (
             "every layer recomputed"
-            if c.segment_layers == 1
-            else f"a checkpoint every {c.segment_layers} layers"
+            if settings.segment_layers == 1
+            else f"a checkpoint every {settings.segment_layers} layers"
         )
     ]
     parts.append(
-        f"attention kept in {c.keep_attention:.0%} of layers"
-        if c.keep_attention
+        f"attention kept in {settings.keep_attention:.0%} of layers"
+        if settings.keep_attention
         else "attention recomputed"
     )
-    if c.offload != "none":
+    if settings.offload != "none":
         what = (
-            "layer inputs and kept attention" if c.offload == "inputs+attention" else "layer inputs"
+            "layer inputs and kept attention"
+            if settings.offload == "inputs+attention"
+            else "layer inputs"
         )
-        parts.append(f"{what} on the host except the last {c.last_layers_on_gpu} layers'")
-    if c.mlp_chunk:
-        parts.append(f"pieces of {c.mlp_chunk:,} tokens")
-    if c.attention_groups > 1:
-        parts.append(f"attention's backward in {c.attention_groups} groups of heads")
-    parts.append(f"optimizer on the {c.optimizer}")
-    if c.optimizer == "host" and c.gradients == "host":
+        parts.append(f"{what} on the host except the last {settings.last_layers_on_gpu} layers'")
+    if settings.mlp_chunk:
+        parts.append(f"pieces of {settings.mlp_chunk:,} tokens")
+    if settings.attention_groups > 1:
+        parts.append(f"attention's backward in {settings.attention_groups} groups of heads")
+    parts.append(f"optimizer on the {settings.optimizer}")
+    if settings.optimizer == "host" and settings.gradients == "host":
         parts.append("gradients go there during backward")
     return "; ".join(parts)
 
 
-def table(job: Job, c: Choice, b: Budget, ok: bool, mode: str) -> str:
+def table(job: TrainingJob, settings: MemorySettings, b: Budget, ok: bool, mode: str) -> str:
     """The budget, a line an item, in GiB."""
     m, s = job.machine, job.shape
     lines = [
@@ -49,7 +52,7 @@ def table(job: Job, c: Choice, b: Budget, ok: bool, mode: str) -> str:
             f" ({s.trainable / 1e9:.2f} B trained), rows of {job.tokens:,} tokens, {job.local:,} on"
             f" each of {job.sp} GPU{'s' if job.sp > 1 else ''} of a group, {m.gpus} in all"
         ),
-        f"  {describe(c)}",
+        f"  {describe(settings)}",
         f"  {'one GPU, when most is there':<44}{'GiB':>8}",
     ]
     lines += [f"    {name:<42}{value / GiB:>8.1f}" for name, value in b.gpu.items() if value > 0]
@@ -69,11 +72,11 @@ def table(job: Job, c: Choice, b: Budget, ok: bool, mode: str) -> str:
     if s.width == 4:
         lines.append("  " + float32_is_slow(job))
     if not ok:
-        lines.append("  " + does_not_fit(job, c, b))
+        lines.append("  " + does_not_fit(job, settings, b))
     return "\n".join(lines)
 
 
-def float32_is_slow(job: Job) -> str:
+def float32_is_slow(job: TrainingJob) -> str:
     """What fp32 costs, and what to set."""
     half = dataclasses.replace(job, shape=dataclasses.replace(job.shape, width=2))
     wide, narrow = job.machine.computing(4), job.machine
@@ -86,7 +89,7 @@ def float32_is_slow(job: Job) -> str:
     )
 
 
-def does_not_fit(job: Job, c: Choice, b: Budget) -> str:
+def does_not_fit(job: TrainingJob, settings: MemorySettings, b: Budget) -> str:
     """Which resource is short and what to change."""
     m = job.machine
     short = []
@@ -97,27 +100,32 @@ def does_not_fit(job: Job, c: Choice, b: Budget) -> str:
     missing = (
         f"It is short of {' and '.join(short)}." if short else "It is at the limit of this machine."
     )
-    return f"This does not fit. {missing} {advice(job, c)}"
+    return f"This does not fit. {missing} {advice(job, settings)}"
 
 
-def advice(job: Job, c: Choice) -> str:
+def advice(job: TrainingJob, settings: MemorySettings) -> str:
     """What makes room, strongest first, of what is not yet in use."""
     ways = []
     if job.sp < job.machine.gpus:
         ways.append(f"sequence_parallel_size: {2 * job.sp}")
-    if c.checkpoint == "none":
+    if settings.checkpoint == "none":
         ways.append("disable_gradient_checkpointing: false")
-    if c.offload == "none":
+    if settings.offload == "none":
         ways.append("offload_activations: true")
-    if job.shape.trainable == job.shape.parameters and c.optimizer == "gpu":
+    if job.shape.trainable == job.shape.parameters and settings.optimizer == "gpu":
         ways.append("optimizer_placement: host")
-    if job.leavable and not job.overlaps and c.optimizer == "host" and c.gradients == "gpu":
+    if (
+        job.leavable
+        and not job.overlaps
+        and settings.optimizer == "host"
+        and settings.gradients == "gpu"
+    ):
         ways.append("offload_gradients: true")
-    if c.mlp_chunk is None or c.mlp_chunk > 4096:
+    if settings.mlp_chunk is None or settings.mlp_chunk > 4096:
         ways.append("mlp_chunk: 4096")
-    if c.keep_attention > 0:
+    if settings.keep_attention > 0:
         ways.append("keep_attention: 0")
-    if c.segment_layers == 1 and c.offload != "none":
+    if settings.segment_layers == 1 and settings.offload != "none":
         ways.append("segment_layers: 4")
     if job.shape.trainable == job.shape.parameters:
         ways.append("finetuning_type: lora")

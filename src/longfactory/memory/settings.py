@@ -90,11 +90,6 @@ class MemorySettings:
             raise ConfigError(
                 f"memory: mlp_chunk is {self.mlp_chunk}; it is a number of tokens, at least 1."
             )
-        if self.offload != "none" and self.pool_bytes == 0:
-            raise ConfigError(
-                "memory: offload needs a bound for the host memory it may page-lock. Set"
-                " pool_bytes."
-            )
         if self.checkpoint == "none" and (
             self.offload != "none" or self.segment_layers > 1 or self.keep_attention > 0
         ):

@@ -60,7 +60,7 @@ class ModelShape:
         """From a transformers configuration.
 
         Args:
-            trainable: parameters that are trained; all by default.
+            trainable: parameters that are trained; by default all, or a hundredth with `lora`.
             parameters: all parameters, where known; else counted from the configuration.
             lora: adapters sit in the layers, so that the hand-written layer is not used.
             head_trained: the output layer is; by default where all parameters are.
@@ -88,6 +88,8 @@ class ModelShape:
             1 if tied else 2
         )
         written = c.model_type in ("llama", "mistral", "qwen2", "qwen3") and not lora
+        if lora and trainable is None:
+            trainable, head_trained = total // 100, bool(head_trained)
         return cls(
             c.num_hidden_layers,
             c.hidden_size,
@@ -215,7 +217,7 @@ def machine(
     )
     memory, gemm, forward, backward, copies, links = known
     return Machine(
-        int(gpu_bytes or memory),
+        int(memory if gpu_bytes is None else gpu_bytes),
         int(host_bytes),
         gpus,
         gpus_per_host or min(gpus, 8),

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 
 from longfactory.errors import UserError
-from longfactory.memory.cost import Job, choose, longest
+from longfactory.memory.cost import TrainingJob, choose, longest
 from longfactory.memory.report import table
 from longfactory.memory.shapes import GPUS, ModelShape, machine
 
@@ -93,12 +93,12 @@ def main(argv: list[str] | None = None) -> int:
         a.precision == "tf32",
     )
     # As in training: fp32 masters, and split ones where those do not fit.
-    wide = Job(shape, kind, a.tokens, sp, a.gpus > 1, 4, leavable=a.lora > 0)
+    wide = TrainingJob(shape, kind, a.tokens, sp, a.gpus > 1, 4, leavable=a.lora > 0)
     split = dataclasses.replace(wide, master=2, leavable=True)
-    job, (choice, budget, ok) = wide, choose(wide, a.memory)
+    job, (settings, budget, ok) = wide, choose(wide, a.memory)
     if not ok and not a.lora and width == 2 and (found := choose(split, a.memory))[2]:
-        job, (choice, budget, ok) = split, found
-    print(table(job, choice, budget, ok, a.memory))
+        job, (settings, budget, ok) = split, found
+    print(table(job, settings, budget, ok, a.memory))
     best = max(longest(j, a.memory) for j in ((wide,) if a.lora or width == 4 else (wide, split)))
     print(f"  longest row that fits: {best:,} tokens (predicted)")
     return 0 if ok else 1

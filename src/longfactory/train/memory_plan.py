@@ -17,8 +17,9 @@ from longfactory.config import RunConfig
 from longfactory.data.module import Datasets
 from longfactory.errors import UserError
 from longfactory.memory.choose import MemoryPlan, choose_memory, corrected, host_memory, user_keys
+from longfactory.memory.cost import TrainingJob
 from longfactory.memory.offload import Activations
-from longfactory.memory.shapes import ModelShape
+from longfactory.memory.shapes import ModelShape, machine
 from longfactory.model import adapters, load
 from longfactory.train.optimizer_names import EXACT, Narrow, narrow_states
 from longfactory.train.reference import adapter_is_reference
@@ -123,9 +124,9 @@ def plan_memory(
     lora = cfg.method.finetuning_type == "lora"
     gpu = torch.cuda.get_device_properties(0) if cuda else None
     exact, narrow = str(cfg.trainer.optim) in EXACT, narrow_states(cfg, sharding)
-    user = user_keys(cfg.memory)
+    fixed = user_keys(cfg.memory)
     if not exact:
-        user.setdefault("optimizer", "gpu")  # no other optimizer computes on the host
+        fixed.setdefault("optimizer", "gpu")  # no other optimizer computes on the host
     overlaps, fp16 = cfg.memory.optimizer_overlap, bool(cfg.trainer.fp16)
     if overlaps and float(cfg.trainer.max_grad_norm) > 0:
         raise UserError(
@@ -151,37 +152,41 @@ def plan_memory(
         and not cfg.method.pure_bf16
     )
 
-    def choose(split: bool) -> MemoryPlan:
-        return choose_memory(
+    narrow_layers = cfg.trainer.bf16 or cfg.trainer.fp16 or cfg.method.pure_bf16
+    final = sharding in ("none", "fsdp2") and not fp16  # gradients, when backward gives them
+    job = TrainingJob(
+        shape=ModelShape.of(
             model_config,
-            longest * batch,
-            gpu_bytes=gpu.total_memory - held if gpu else 0,
-            host_bytes=host_memory(),
-            gpu_name=gpu.name if gpu else "",
-            world=world,
-            sp=ctx_size,
-            gpus_per_host=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-            mode=cfg.memory.memory,
-            sharded=sharding in ("fsdp2", "deepspeed"),
             trainable=counts.trained,
             parameters=counts.total,
             lora=lora,
             head_trained=counts.head,
-            split_master=split,
-            accumulates=int(cfg.trainer.gradient_accumulation_steps) > 1 or sharding == "deepspeed",
-            state_bytes=_state_bytes(narrow, model_config, counts),
-            # Split weights take less, and cost no time: fp32 gradients leave only where weights
-            # cannot be split.
-            leavable=sharding in ("none", "fsdp2") and not fp16 and split == may_split,
-            overlaps=overlaps,
-            width=2 if cfg.trainer.bf16 or cfg.trainer.fp16 or cfg.method.pure_bf16 else 4,
+            width=2 if narrow_layers else 4,
+        ),
+        machine=machine(
+            gpu.name if gpu else "cpu",
+            world,
+            host_memory(),
+            gpus_per_host=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            gpu_bytes=gpu.total_memory - held if gpu else 0,
             tf32=bool(cfg.trainer.tf32),
-            user=user,
-        )
-
-    plan, host = choose(False), cfg.memory.optimizer_placement == "host"
+        ),
+        tokens=longest * batch,
+        sp=ctx_size,
+        sharded=sharding in ("fsdp2", "deepspeed"),
+        master=4,
+        accumulates=int(cfg.trainer.gradient_accumulation_steps) > 1 or sharding == "deepspeed",
+        state_bytes=_state_bytes(narrow, model_config, counts),
+        # Split weights take less, and cost no time: fp32 gradients leave only where weights cannot
+        # be split.
+        leavable=final and not may_split,
+        overlaps=overlaps,
+    )
+    plan = choose_memory(job, fixed, cfg.memory.memory)
+    host = cfg.memory.optimizer_placement == "host"
     if may_split and (host or not plan.fits):
-        other = choose(True)
+        split = dataclasses.replace(job, master=2, leavable=final)
+        other = choose_memory(split, fixed, cfg.memory.memory)
         if other.fits or host:
             return Memory(other, True)
     return Memory(plan, False, narrow)

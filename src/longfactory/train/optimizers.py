@@ -52,7 +52,7 @@ def optimizer_factory(
             "optimizer_overlap does nothing here: AdamW's states fit on the GPU. For the host:"
             " optimizer_placement: host."
         )
-    elsewhere = memory.plan.choice.gradients == "host" and placement == "gpu"
+    elsewhere = memory.plan.fixed.get("gradients") == "host" and placement == "gpu"
     if elsewhere:
         log.warning(
             "offload_gradients does nothing here: AdamW's states fit on the GPU. For the host:"
