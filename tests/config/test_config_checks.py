@@ -73,6 +73,15 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
         "means nothing to pref_loss: ipo",
     ),
     ({"stage": "dpo", "pref_loss": "exo_pair"}, "Give one, for example 0.001"),
+    ({"stage": "dpo", "pref_beta": 0}, "pref_beta must be above 0"),
+    (
+        {"stage": "dpo", "pref_loss": "orpo", "pref_bco_weight": 0.5},
+        "compares with a reference, and pref_loss: orpo has none",
+    ),
+    (
+        {"stage": "dpo", "pref_loss": "sft", "ld_alpha": 0.5},
+        "ld_alpha means nothing to pref_loss: sft",
+    ),
     ({"use_dft_loss": True, "use_asft_loss": True}, "A run has one loss"),
     (
         {"use_asft_loss": True, "precompute_ref_log_probs": True},
@@ -483,6 +492,7 @@ def test_missing_packages(
         ({"flash_attn": "fa2"}, "flash_attn: fa2 has no effect"),
         ({"image_max_pixels": 262144}, "LongFactory trains on text"),
         ({"pref_beta": 0.3}, "pref_beta has no effect: stage is sft"),
+        ({"stage": "rm", "pref_beta": 0.3}, "pref_beta has no effect: stage is rm"),
         (
             {"finetuning_type": "full", "lora_rank": 16},
             "lora_rank has no effect: finetuning_type is full",

@@ -189,7 +189,7 @@ def _mentioned() -> set[str]:
     getattr.
     """
     names: set[str] = set()
-    readers = ("run.py", "load.py", "data_arguments.py")
+    readers = ("run.py", "load.py", "data_arguments.py", "loss_facts.py")
     for path in SOURCE.rglob("*.py"):
         if path.parent.name == "config" and path.name not in readers:
             continue

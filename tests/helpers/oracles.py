@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longfactory.config.loss_facts import PREFERENCE_FACTS
 from longfactory.data.row import IGNORE, Row, TokenizedDocument, make_row
-from longfactory.stages import losses
 from longfactory.stages.losses import DataParallel
 from longfactory.stages.pairs import PairLogps
 
@@ -23,7 +23,7 @@ LENGTHS = torch.tensor([[7, 3], [12, 12], [1, 5], [4, 9], [30, 2]])  # chosen, r
 
 
 def smoothing(name: str) -> float:
-    return 0.2 if name in losses.SMOOTHED and name != "sigmoid" else 0.0
+    return 0.2 if PREFERENCE_FACTS[name].smoothing != "unread" and name != "sigmoid" else 0.0
 
 
 def example(seed: int = 0, scale: float = 0.3) -> tuple[PairLogps, torch.Tensor, torch.Tensor]:

@@ -13,10 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from longfactory.config import checks
 from longfactory.config.arguments import GROUPS
 from longfactory.config.fields import keys_of
-from longfactory.config.run import DIFFERENCES
+from longfactory.config.loss_facts import PREFERENCE_FACTS
 from longfactory.stages import losses
 from longfactory.stages.losses import DataParallel, LossOptions
 from longfactory.stages.pairs import PairLogps
@@ -44,11 +43,6 @@ def test_names_are_those_of_the_key_and_llama_factorys_are_among_them() -> None:
         named
         == set(losses.PREFERENCE_LOSSES)
         >= {"sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo"}
-    )
-    # What is checked before torch is imported.
-    assert (
-        set(checks.SMOOTHED) == losses.SMOOTHED
-        and set(checks.REFERENCE_FREE) == losses.REFERENCE_FREE
     )
 
 
@@ -243,13 +237,14 @@ def test_what_a_pair_of_equal_answers_teaches(name: str) -> None:
     is over all pairs all the same.
     """
     x = torch.tensor([-7.0], dtype=torch.float64, requires_grad=True)
-    reference = None if name in losses.REFERENCE_FREE else torch.tensor([-6.0], dtype=torch.float64)
+    compares = PREFERENCE_FACTS[name].reference
+    reference = torch.tensor([-6.0], dtype=torch.float64) if compares else None
     n = torch.tensor([5.0], dtype=torch.float64)
     smoothing = 0.1 if name == "exo_pair" else 0.0
     pairs = PairLogps(x, x, reference, reference, n, n)
     loss = losses.PREFERENCE_LOSSES[name](pairs, LossOptions(0.1, smoothing), ALONE)
     (gradient,) = torch.autograd.grad(loss.sum(), x)
-    if name in DIFFERENCES:
+    if PREFERENCE_FACTS[name].difference:
         assert gradient.item() == 0.0
     # the last three compare with other pairs of the batch
     elif name not in ("simpo", "aot", "aot_unpaired", "kto_pair"):

@@ -16,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longfactory.config.loss_facts import PREFERENCE_FACTS
+from longfactory.config.stage_facts import STAGES
 from longfactory.data.row import IGNORE, Row, TokenizedDocument, make_row
 from longfactory.errors import ConfigError, UserError
 from longfactory.model.outputs import TokenOutputs
 from longfactory.stages import losses
 from longfactory.stages.kto import KTOStage
-from longfactory.stages.make import make_stage
+from longfactory.stages.make import CLASSES, make_stage
 from longfactory.stages.metrics import MetricSums
 from longfactory.stages.pairs import document_logps, find_pairs
 from longfactory.stages.preference import PreferenceStage
@@ -147,7 +149,7 @@ def test_preference_loss_and_gradient(name: str, source: str, shared: bool) -> N
     assert_same(policy, got, want)
 
     with torch.no_grad():  # the metrics
-        if name in losses.PER_TOKEN:
+        if PREFERENCE_FACTS[name].per_token:
             pi, ref = (
                 [x / k for x, k in zip(pi, n, strict=True)],
                 [x / k for x, k in zip(ref, n, strict=True)],
@@ -588,7 +590,7 @@ EMPTY = make_row([TokenizedDocument([0, 0], [IGNORE, IGNORE], role="pad")])
             n,
             losses.LossOptions(0.1, smoothing(n)),
             ftx=0.1,
-            bco_weight=0.0 if n in losses.REFERENCE_FREE else 0.1,
+            bco_weight=0.1 if PREFERENCE_FACTS[n].reference else 0.0,
         )
         for n in losses.PREFERENCE_LOSSES
     ],
@@ -633,6 +635,7 @@ def arguments(**kw) -> SimpleNamespace:
         eaft_alpha=1.0,
         compute_accuracy=False,
         discopop_tau=0.05,
+        precompute_ref_log_probs=False,
     )
     return SimpleNamespace(**(base | kw))
 
@@ -641,7 +644,7 @@ def arguments(**kw) -> SimpleNamespace:
     ("stage", "kw", "message"),
     [
         ("dpo", {"pref_loss": "sigmoyd"}, "sigmoyd is not known. Choose one of sigmoid, hinge"),
-        ("dpo", {"pref_loss": "exo_pair"}, "needs dpo_label_smoothing above 0"),
+        ("dpo", {"pref_loss": "exo_pair"}, "is infinite without dpo_label_smoothing"),
         (
             "dpo",
             {"pref_loss": "hinge", "dpo_label_smoothing": 0.1},
@@ -651,13 +654,28 @@ def arguments(**kw) -> SimpleNamespace:
         ("dpo", {"pref_beta": 0.0}, "must be above 0"),
         ("dpo", {"pref_loss": "orpo", "pref_bco_weight": 0.5}, "has none"),
         ("dpo", {"pref_loss": "sft", "ld_alpha": 0.5}, "ld_alpha means nothing"),
-        ("sft", {"use_dft_loss": True, "use_eaft_loss": True}, "both set"),
+        ("sft", {"use_dft_loss": True, "use_eaft_loss": True}, "A run has one loss"),
         ("ppo", {}, "stage: ppo is not known"),
     ],
 )
 def test_refused_arguments(stage: str, kw: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_stage(stage, arguments(**kw))
+
+
+def test_facts_of_a_stage_are_those_of_its_class() -> None:
+    """What is told before torch is imported is true of what computes."""
+    assert sorted(STAGES) == sorted(name for c in CLASSES for name in c.names)
+    cases = [(name, {}) for name in STAGES]
+    cases += [
+        ("dpo", {"pref_loss": n, "dpo_label_smoothing": smoothing(n)}) for n in PREFERENCE_FACTS
+    ]
+    cases += [("sft", {f"use_{n}_loss": True}) for n in ("dft", "asft", "eaft")]
+    for name, keys in cases:
+        stage, facts = make_stage(name, arguments(**keys)), STAGES[name]
+        needs = stage.needs_reference or "reference_kl" in stage.needs
+        assert facts.needs_reference(arguments(**keys)) == needs, (name, keys)
+        assert (stage.output == "values") == (not facts.reloads_best)
 
 
 def test_make_stage_passes_every_argument_on() -> None:

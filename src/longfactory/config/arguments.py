@@ -11,6 +11,8 @@ import dataclasses
 from typing import Any, Literal
 
 from longfactory.config.fields import arg
+from longfactory.config.loss_facts import PreferenceName
+from longfactory.config.stage_facts import StageName
 from longfactory.kernel_names import Kernel
 
 
@@ -138,7 +140,7 @@ class DataArguments:
 class FinetuningArguments:
     """What is trained, and by which loss."""
 
-    stage: Literal["pt", "sft", "rm", "dpo", "kto"] = arg("sft", "Kind of training.")
+    stage: StageName = arg("sft", "Kind of training.")  # noqa: RUF009  it is a Literal
     finetuning_type: Literal["lora", "freeze", "full"] = arg(
         "lora", "Which parameters are trained."
     )
@@ -176,26 +178,7 @@ class FinetuningArguments:
         (), "freeze: modules outside the layers that are trained too."
     )
 
-    pref_loss: Literal[
-        "sigmoid",
-        "hinge",
-        "ipo",
-        "kto_pair",
-        "orpo",
-        "simpo",
-        "exo_pair",
-        "nca_pair",
-        "robust",
-        "bco_pair",
-        "sppo_hard",
-        "aot",
-        "aot_unpaired",
-        "apo_zero",
-        "apo_down",
-        "discopop",
-        "sft",
-        "sigmoid_norm",
-    ] = arg("sigmoid", "dpo: the loss of a pair.")
+    pref_loss: PreferenceName = arg("sigmoid", "dpo: the loss of a pair.")  # noqa: RUF009
     pref_beta: float = arg(0.1, "dpo, kto: the beta of the loss.", low=0.0)
     pref_ftx: float = arg(0.0, "dpo, kto: weight of the chosen answer's own sft loss.", low=0.0)
     pref_bco_weight: float = arg(

@@ -10,13 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from longfactory.config.run import RunConfig
+from longfactory.config.stage_facts import STAGE_KEYS, STAGES
 from longfactory.config.translate import OWN_KEYS
 from longfactory.kernel_names import not_installed
 
-SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")
-"""Preference losses that read dpo_label_smoothing."""
-REFERENCE_FREE = ("orpo", "simpo", "sft")
-"""Preference losses that have no reference model."""
 TRACKERS = {
     "azure_ml": ("azureml",),
     "clearml": ("clearml",),
@@ -93,13 +90,9 @@ def _data(cfg: RunConfig) -> Iterator[str]:
             "train_on_prompt trains every token, mask_history the last answer alone. Keep one of"
             " them."
         )
-    if cfg.method.stage != "sft":
-        for name in ("train_on_prompt", "mask_history"):
-            if getattr(data, name):
-                yield (
-                    f"{name} is for stage: sft; this run's stage is {cfg.method.stage}. Leave it"
-                    " out."
-                )
+    for name in ("train_on_prompt", "mask_history"):
+        if getattr(data, name) and name not in STAGES[cfg.method.stage].keys:
+            yield f"{name} is for stage: sft; this run's stage is {cfg.method.stage}. Leave it out."
     if data.packing is False and data.neat_packing:
         yield (
             "packing: false and neat_packing: true contradict each other. Keep packing: true;"
@@ -164,34 +157,23 @@ def _data(cfg: RunConfig) -> Iterator[str]:
 
 def _method(cfg: RunConfig) -> Iterator[str]:
     m = cfg.method
-    if m.dpo_label_smoothing > 0 and m.stage == "dpo" and m.pref_loss not in SMOOTHED:
-        yield (
-            f"dpo_label_smoothing means nothing to pref_loss: {m.pref_loss}. It is read by"
-            f" {', '.join(SMOOTHED)}."
-        )
-    if m.stage == "dpo" and m.pref_loss == "exo_pair" and m.dpo_label_smoothing == 0:
-        yield (
-            "pref_loss: exo_pair is infinite without dpo_label_smoothing. Give one, for example"
-            " 0.001."
-        )
-    if (
-        cfg.trainer.neftune_noise_alpha
-        and m.pref_share_prompt is True
-        and m.stage in ("dpo", "kto", "rm")
-    ):
+    facts = STAGES[m.stage]
+    yield from facts.problems(m)
+    if cfg.trainer.neftune_noise_alpha and m.pref_share_prompt is True and facts.shares_prompts:
         yield (
             "neftune_noise_alpha draws noise for each answer's own sequence, and pref_share_prompt:"
             " true computes a prompt once for both. Leave pref_share_prompt out."
         )
-    losses = [
-        name for name in ("use_dft_loss", "use_asft_loss", "use_eaft_loss") if getattr(m, name)
-    ]
-    if len(losses) > 1:
-        yield f"{' and '.join(losses)} were given. A run has one loss: keep one."
-    if m.stage == "sft" and m.use_asft_loss:
-        yield from _asft(cfg)
+    # Else the reference is a model by itself, or the model without its adapter.
+    reads_start = m.ref_model is None and (m.finetuning_type != "lora" or m.pissa_init)
+    if m.stage == "sft" and m.use_asft_loss and reads_start and cfg.model.train_from_scratch:
+        yield (
+            "use_asft_loss compares with the model from which training starts, and"
+            " train_from_scratch makes random weights that cannot be read again. Name a ref_model,"
+            " or use finetuning_type: lora."
+        )
     predicts = cfg.trainer.predict_with_generate
-    if predicts and m.stage != "sft":
+    if predicts and not facts.predicts:
         yield (
             f"predict_with_generate is for stage: sft; this run's stage is {m.stage}. Leave it out."
         )
@@ -206,10 +188,10 @@ def _method(cfg: RunConfig) -> Iterator[str]:
             "predict_with_generate generates on one device. Set sequence_parallel_size: 1, or"
             " generate from the exported model."
         )
-    if m.stage == "rm" and cfg.trainer.load_best_model_at_end:
+    if not facts.reloads_best and cfg.trainer.load_best_model_at_end:
         yield (
-            "load_best_model_at_end is not supported with stage: rm. Leave it out and choose the"
-            " checkpoint by its evaluation."
+            f"load_best_model_at_end is not supported with stage: {m.stage}. Leave it out and"
+            " choose the checkpoint by its evaluation."
         )
     if m.early_stopping_steps is not None and cfg.trainer.eval_strategy == "no":
         yield "early_stopping_steps counts evaluations. Set eval_strategy and eval_steps."
@@ -258,25 +240,6 @@ def _method(cfg: RunConfig) -> Iterator[str]:
         yield (
             "eval_steps: 0 was given. Give a number above 0, or -1 to evaluate after the last step"
             " alone."
-        )
-
-
-def _asft(cfg: RunConfig) -> Iterator[str]:
-    """What the reference of asft cannot be."""
-    m = cfg.method
-    if m.precompute_ref_log_probs:
-        yield (
-            "precompute_ref_log_probs keeps one number a document, and use_asft_loss compares with"
-            " the reference's whole distribution at every token. Leave precompute_ref_log_probs"
-            " out."
-        )
-    if m.ref_model is not None or (m.finetuning_type == "lora" and not m.pissa_init):
-        return  # a model by itself, or the model without its adapter
-    if cfg.model.train_from_scratch:
-        yield (
-            "use_asft_loss compares with the model from which training starts, and"
-            " train_from_scratch makes random weights that cannot be read again. Name a ref_model,"
-            " or use finetuning_type: lora."
         )
 
 
@@ -521,64 +484,8 @@ def negative_steps(cfg: RunConfig) -> list[str]:
 
 def idle(cfg: RunConfig, given: set[str]) -> list[str]:
     """Keys that were given and that this stage or method never reads, in a sentence each."""
-    stage, kind = cfg.method.stage, cfg.method.finetuning_type
-    reference = (
-        stage == "kto"
-        or (stage == "dpo" and cfg.method.pref_loss not in REFERENCE_FREE)
-        or (stage == "sft" and cfg.method.use_asft_loss)
-    )
+    facts, kind = STAGES[cfg.method.stage], cfg.method.finetuning_type
     rules: list[tuple[Callable[[str], bool], bool, str]] = [
-        (
-            lambda k: k in ("pref_beta", "pref_ftx", "pref_share_prompt"),
-            stage in ("dpo", "kto", "rm"),
-            f"stage is {stage}",
-        ),
-        (
-            lambda k: k in ("pref_loss", "pref_bco_weight", "dpo_label_smoothing", "ld_alpha"),
-            stage == "dpo",
-            f"stage is {stage}",
-        ),
-        (
-            lambda k: k == "simpo_gamma",
-            stage == "dpo" and cfg.method.pref_loss == "simpo",
-            "it is read by pref_loss: simpo alone",
-        ),
-        (
-            lambda k: k == "discopop_tau",
-            stage == "dpo" and cfg.method.pref_loss == "discopop",
-            "it is read by pref_loss: discopop alone",
-        ),
-        (lambda k: k.startswith("kto_"), stage == "kto", f"stage is {stage}"),
-        (
-            lambda k: k.startswith("ref_model") or k == "precompute_ref_log_probs",
-            reference,
-            "this run has no reference model",
-        ),
-        (
-            lambda k: (
-                k
-                in (
-                    "use_dft_loss",
-                    "use_asft_loss",
-                    "use_eaft_loss",
-                    "asft_alpha",
-                    "eaft_alpha",
-                )
-            ),
-            stage == "sft",
-            f"stage is {stage}",
-        ),
-        (
-            lambda k: k == "asft_alpha",
-            cfg.method.use_asft_loss or stage != "sft",
-            "it is read by use_asft_loss alone",
-        ),
-        (
-            lambda k: k == "eaft_alpha",
-            cfg.method.use_eaft_loss or stage != "sft",
-            "it is read by use_eaft_loss alone",
-        ),
-        (lambda k: k == "compute_accuracy", stage in ("pt", "sft"), f"stage is {stage}"),
         (
             lambda k: k.startswith(("lora_", "pissa_", "loraplus_")),
             kind == "lora",
@@ -596,12 +503,14 @@ def idle(cfg: RunConfig, given: set[str]) -> list[str]:
             ),
         ),
     ]
-    return [
-        f"{name} has no effect: {why}."
-        for name in sorted(given)
-        for applies, read, why in rules
-        if applies(name) and not read and not _is_default(cfg, name)
-    ]
+    found = []
+    for name in sorted(given):
+        reasons = [why for applies, read, why in rules if applies(name) and not read]
+        if name in STAGE_KEYS and (reason := facts.unread(name, cfg.method)) is not None:
+            reasons.append(reason)
+        if reasons and not _is_default(cfg, name):
+            found += [f"{name} has no effect: {why}." for why in reasons]
+    return found
 
 
 def _is_default(cfg: RunConfig, name: str) -> bool:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from longfactory.config.stage_facts import STAGES
 from longfactory.errors import DataError
 
 
@@ -119,11 +120,12 @@ def probabilities(args: DataArguments, count: int) -> list[float] | None:
 
 
 def packs(args: DataArguments, stage: str) -> bool:
-    """Whether documents are packed: `packing: null` packs in pre-training only; other stages than
-    pt and sft never pack.
+    """Whether documents are packed: `packing: null` packs in pre-training only; stages whose rows
+    hold pairs or labelled answers never pack.
     """
-    if stage not in ("pt", "sft"):
+    facts = STAGES[stage]
+    if not facts.packs:
         return False
     if args.neat_packing:
         return True
-    return stage == "pt" if args.packing is None else bool(args.packing)
+    return facts.packs_by_default if args.packing is None else bool(args.packing)

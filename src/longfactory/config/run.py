@@ -18,23 +18,12 @@ from longfactory.config.arguments import (
     OutputArguments,
     ParallelArguments,
 )
+from longfactory.config.stage_facts import STAGES
 from longfactory.config.trainer_keys import TrainerKeys
 from longfactory.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import Seq2SeqTrainingArguments
-
-DIFFERENCES = (
-    "sigmoid",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "robust",
-    "apo_zero",
-    "discopop",
-    "sigmoid_norm",
-)
-"""Preference losses whose gradient is 0 where both answers of a pair are the same."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +66,7 @@ class RunConfig:
     def packing(self) -> bool:
         """Whether rows are filled with several documents: as asked, else for pretraining alone."""
         if self.data.packing is None:
-            return self.data.neat_packing or self.method.stage == "pt"
+            return self.data.neat_packing or STAGES[self.method.stage].packs_by_default
         return self.data.packing
 
     def data_options(self) -> SimpleNamespace:
@@ -103,10 +92,7 @@ class RunConfig:
         """Whether a pair whose answers are the same teaches something: more than their difference
         is in the loss.
         """
-        m = self.method
-        return m.stage == "dpo" and (
-            m.pref_loss not in DIFFERENCES or m.pref_ftx > 0 or m.pref_bco_weight > 0
-        )
+        return STAGES[self.method.stage].learns_from_equal_pairs(self.method)
 
     def resume_checkpoint(self) -> str | None:
         """The checkpoint to go on from: the one that was asked for, else the last one of the output

@@ -11,6 +11,7 @@ from longfactory.config.arguments import GROUPS
 from longfactory.config.fields import keys_of
 from longfactory.config.read import EXPONENT
 from longfactory.config.run import RunConfig
+from longfactory.config.stage_facts import STAGES
 
 SECRET = ("hf_hub_token", "hub_token", "swanlab_api_key")
 OURS = ("resume_from_checkpoint",)
@@ -82,13 +83,7 @@ def arithmetic(cfg: RunConfig, world_size: int | None = None) -> list[str]:
             f" {p.sequence_parallel_size} = {-(-row // p.sequence_parallel_size)}"
             f" ({p.sequence_parallel_mode})"
         )
-    kind = (
-        "packed rows"
-        if cfg.packing
-        else "pairs"
-        if cfg.method.stage in ("dpo", "rm")
-        else "samples"
-    )
+    kind = "packed rows" if cfg.packing else STAGES[cfg.method.stage].items
     if world is None:
         lines.append(
             f"{kind} a step: (processes / sequence_parallel_size {p.sequence_parallel_size}) x "

@@ -41,7 +41,7 @@ class TokenizedDataset:
         self.report.samples = len(entries)
         self.report.tokens = int(sizes.sum())
         self.lengths = sizes
-        if packed and kind.packs and len(entries):
+        if packed and not kind.final and len(entries):
             done = pack(sizes, rules.cutoff)
             self.bins = done.bins
             self.lengths = np.array([sizes[b].sum() for b in done.bins], dtype=np.int64)

@@ -78,8 +78,8 @@ class Kind(abc.ABC):
     name: ClassVar[str]
     """As it is written into token caches and folders of `tokenized_path`."""
     uses_template: ClassVar[bool] = True
-    packs: ClassVar[bool] = False
-    """Whether rows may be filled with several samples."""
+    final: ClassVar[bool] = False
+    """Whether rows are filled already, so that nothing is packed."""
     ranking: ClassVar[bool] = False
     """Whether `dataset_info.json` must mark the data set as pairs."""
     saved_prefixes: ClassVar[tuple[str, ...]] = ("",)
@@ -222,7 +222,6 @@ class TextKind(Kind):
 
     name = "pt"
     uses_template = False
-    packs = True
 
     def options(
         self, args: DataArguments, template: AnyTemplate | None, tokenizer: Any, questions: bool
@@ -284,7 +283,6 @@ class ConversationKind(Kind):
     """
 
     name = "sft"
-    packs = True
     saved_columns = frozenset({"input_ids", "labels"})
 
     def options(
@@ -545,6 +543,7 @@ class SavedKind(Kind):
     """
 
     name = "made"
+    final = True
 
     def __init__(self, of: Kind):
         self.of = of

@@ -23,6 +23,7 @@ from longfactory.config.data_arguments import (
     packs,
     probabilities,
 )
+from longfactory.config.stage_facts import STAGES
 from longfactory.data import prepare, saved, store
 from longfactory.data.assemble import Rules
 from longfactory.data.collate import Sample, collate
@@ -76,12 +77,9 @@ def kind_of(stage: str) -> Kind:
     Raises:
         DataError: there is no such stage.
     """
-    kinds = {"pt": "pt", "sft": "sft", "rm": "pair", "dpo": "pair", "kto": "kto"}
-    if stage not in kinds:
-        raise DataError(
-            f"Stage {stage!r} has no data set of its own; known are {', '.join(kinds)}."
-        )
-    return KINDS[kinds[stage]]
+    if stage not in STAGES:
+        raise DataError(f"stage: got {stage!r}, expected one of {', '.join(STAGES)}.")
+    return KINDS[STAGES[stage].samples]
 
 
 def load_datasets(

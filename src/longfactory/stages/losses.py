@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longfactory.config.loss_facts import PREFERENCE_FACTS
 from longfactory.errors import UserError
 from longfactory.stages.pairs import PairLogps
 
@@ -267,36 +268,8 @@ def sft(p: PairLogps, o: LossOptions, dp: DataParallel) -> Tensor:
 
 PreferenceLoss = Callable[[PairLogps, LossOptions, DataParallel], Tensor]
 
-PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {
-    f.__name__: f
-    for f in (
-        sigmoid,
-        hinge,
-        ipo,
-        kto_pair,
-        orpo,
-        simpo,
-        exo_pair,
-        nca_pair,
-        robust,
-        bco_pair,
-        sppo_hard,
-        aot,
-        aot_unpaired,
-        apo_zero,
-        apo_down,
-        discopop,
-        sft,
-        sigmoid_norm,
-    )
-}  # fmt: skip
-
-REFERENCE_FREE = frozenset({"orpo", "simpo", "sft"})
-"""Losses without a reference: no second model, no second forward."""
-PER_TOKEN = frozenset({"ipo", "orpo", "simpo"})
-"""Losses whose rewards and logps are reported as means per trained token, as LLaMA-Factory does."""
-SMOOTHED = frozenset({"sigmoid", "exo_pair", "robust", "aot", "aot_unpaired"})
-"""Losses that read `dpo_label_smoothing`."""
+PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {name: globals()[name] for name in PREFERENCE_FACTS}
+"""Every loss of a pair that `config/loss_facts.py` has a line for, by its name."""
 
 
 def kto(

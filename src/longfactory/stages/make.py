@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from longfactory.config.stage_facts import STAGES
 from longfactory.errors import ConfigError
 from longfactory.stages.base import Stage
 from longfactory.stages.kto import KTOStage
@@ -13,7 +14,7 @@ from longfactory.stages.preference import PreferenceStage
 from longfactory.stages.reward import RewardStage
 from longfactory.stages.tokens import TokenStage
 
-STAGES: tuple[type[Stage], ...] = (TokenStage, RewardStage, PreferenceStage, KTOStage)
+CLASSES: tuple[type[Stage], ...] = (TokenStage, RewardStage, PreferenceStage, KTOStage)
 
 
 def make_stage(stage: str, args: Any, precision: torch.dtype = torch.float32) -> Stage:
@@ -27,8 +28,9 @@ def make_stage(stage: str, args: Any, precision: torch.dtype = torch.float32) ->
     Raises:
         ConfigError: an unknown stage or loss, or options that contradict each other.
     """
-    for stage_class in STAGES:
-        if stage in stage_class.names:
-            return stage_class.from_arguments(stage, args, precision)
-    known = ", ".join(name for stage_class in STAGES for name in stage_class.names)
-    raise ConfigError(f"stage: {stage} is not known. Choose one of {known}.")
+    if stage not in STAGES:
+        raise ConfigError(f"stage: {stage} is not known. Choose one of {', '.join(STAGES)}.")
+    for problem in STAGES[stage].problems(args):
+        raise ConfigError(problem)
+    stage_class = next(c for c in CLASSES if stage in c.names)
+    return stage_class.from_arguments(stage, args, precision)

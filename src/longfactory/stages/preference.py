@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
+from longfactory.config.loss_facts import PREFERENCE_FACTS, PreferenceFacts
+from longfactory.config.stage_facts import preference_problems
 from longfactory.data.row import Row
 from longfactory.errors import ConfigError
 from longfactory.model.outputs import TokenOutputs
@@ -51,33 +53,25 @@ class PreferenceStage:
     _rewards: Tensor | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        o = self.options
         if self.pref_loss not in losses.PREFERENCE_LOSSES:
             raise ConfigError(
                 f"pref_loss: {self.pref_loss} is not known. Choose one of"
                 f" {', '.join(losses.PREFERENCE_LOSSES)}."
             )
-        if o.beta <= 0:
-            raise ConfigError(f"pref_beta must be above 0, not {o.beta}.")
-        if o.label_smoothing and self.pref_loss not in losses.SMOOTHED:
-            raise ConfigError(
-                f"dpo_label_smoothing means nothing to pref_loss: {self.pref_loss}. It is read by"
-                f" {', '.join(sorted(losses.SMOOTHED))}."
-            )
-        if not 0 <= o.label_smoothing < 0.5:
-            raise ConfigError(f"dpo_label_smoothing must lie in [0, 0.5), not {o.label_smoothing}.")
-        if self.pref_loss == "exo_pair" and o.label_smoothing == 0:
-            raise ConfigError(
-                "pref_loss: exo_pair needs dpo_label_smoothing above 0 (its paper uses 0.001): at 0"
-                " the loss is infinite."
-            )
-        if self.bco_weight and not self.needs_reference:
-            raise ConfigError(
-                f"pref_bco_weight compares with a reference, and pref_loss: {self.pref_loss} has"
-                " none. Remove one of them."
-            )
-        if self.ld_alpha is not None and self.pref_loss == "sft":
-            raise ConfigError("ld_alpha means nothing to pref_loss: sft. Remove it.")
+        for problem in preference_problems(
+            f"pref_loss: {self.pref_loss}",
+            self.facts,
+            beta=self.options.beta,
+            label_smoothing=self.options.label_smoothing,
+            bco_weight=self.bco_weight,
+            ld_alpha=self.ld_alpha,
+        ):
+            raise ConfigError(problem)
+
+    @property
+    def facts(self) -> PreferenceFacts:
+        """What is true of the loss."""
+        return PREFERENCE_FACTS[self.pref_loss]
 
     @classmethod
     def from_arguments(cls, name: str, args: Any, precision: torch.dtype) -> Self:
@@ -95,7 +89,7 @@ class PreferenceStage:
 
     @property
     def needs_reference(self) -> bool:
-        return self.pref_loss not in losses.REFERENCE_FREE
+        return self.facts.reference
 
     def count_items(self, row: Row) -> int:
         return len(of_role(row, "chosen"))
@@ -143,7 +137,7 @@ class PreferenceStage:
         if self.ftx:
             loss = loss + self.ftx * nll
 
-        seen = p.per_token() if self.pref_loss in losses.PER_TOKEN else p
+        seen = p.per_token() if self.facts.per_token else p
         n, beta = float(p.chosen.shape[0]), self.options.beta
         chosen, rejected = beta * seen.chosen_ratio.detach(), beta * seen.rejected_ratio.detach()
         metrics: Metrics = {
@@ -166,7 +160,7 @@ class PreferenceStage:
         log-probability of each trained token, which is of the order of 1, adds up over n tokens to
         sqrt(n) of it."""
         tokens = p.chosen_length.clamp(min=1), p.rejected_length.clamp(min=1)
-        if self.pref_loss in losses.PER_TOKEN:
+        if self.facts.per_token:
             tokens = 1 / tokens[0], 1 / tokens[1]
         return torch.finfo(self.precision).eps * torch.sqrt(tokens[0] + tokens[1])
 

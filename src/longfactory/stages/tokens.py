@@ -9,25 +9,57 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
+from longfactory.config.loss_facts import TOKEN_FACTS
+from longfactory.config.stage_facts import STAGES
 from longfactory.data.row import IGNORE, Row
-from longfactory.errors import ConfigError, UserError
+from longfactory.errors import UserError
 from longfactory.model.outputs import TokenOutputs
 from longfactory.stages.base import Stateless, alone, as_outputs, detached_sum
 from longfactory.stages.metrics import Metrics
+
+
+def nll(out: TokenOutputs, alpha: float) -> Tensor:
+    """[T] -logp."""
+    return -out.logps
+
+
+def dft(out: TokenOutputs, alpha: float) -> Tensor:
+    """[T] -p logp with p constant (arXiv 2508.05629)."""
+    return -out.logps * out.logps.detach().exp()
+
+
+def asft(out: TokenOutputs, alpha: float) -> Tensor:
+    """[T] dft + alpha KL(reference || policy) over the vocabulary, as LLaMA-Factory defines it
+    (arXiv 2509.23753).
+    """
+    assert out.reference_kl is not None
+    return dft(out, alpha) + alpha * out.reference_kl
+
+
+def eaft(out: TokenOutputs, alpha: float) -> Tensor:
+    """[T] -(H/3)^alpha logp, H the entropy of the 20 most probable tokens (as in LLaMA-Factory)."""
+    assert out.entropy is not None
+    return -out.logps * (out.entropy.detach() / 3.0) ** alpha
+
+
+TokenLoss = Callable[[TokenOutputs, float], Tensor]
+
+TOKEN_LOSSES: dict[str, TokenLoss] = {name: globals()[name] for name in TOKEN_FACTS}
+"""Every loss of a token that `config/loss_facts.py` has a line for, by its name. They are given
+what the output layer made of each token, [T], and the number of their key `alpha`.
+"""
 
 
 @dataclasses.dataclass
 class TokenStage(Stateless):
     """Pretraining and supervised fine-tuning. An item is a trained token.
 
-    `loss` is one of nll: -logp; dft: -p logp with p constant (arXiv 2508.05629); asft: dft + alpha
-    KL(reference || policy) over the vocabulary, as LLaMA-Factory defines it (arXiv 2509.23753);
-    eaft: -(H/3)^alpha logp, H the entropy of the 20 most probable tokens (as in LLaMA-Factory).
+    `loss` is one of `TOKEN_LOSSES`, `alpha` its number.
     """
 
     names: ClassVar[tuple[str, ...]] = ("pt", "sft")
 
-    loss: Literal["nll", "dft", "asft", "eaft"] = "nll"
+    loss: str = "nll"
     alpha: float = 0.0
     accuracy: bool = False
     output: Literal["logps", "values"] = "logps"
@@ -36,27 +68,18 @@ class TokenStage(Stateless):
 
     @classmethod
     def from_arguments(cls, name: str, args: Any, precision: torch.dtype) -> Self:
-        """See `Stage`. Reads use_dft_loss, use_asft_loss, asft_alpha, use_eaft_loss, eaft_alpha and
-        compute_accuracy.
-        """
-        chosen = [
-            loss
-            for loss in ("dft", "asft", "eaft")
-            if name == "sft" and getattr(args, f"use_{loss}_loss")
-        ]
-        if len(chosen) > 1:
-            raise ConfigError(
-                f"use_{chosen[0]}_loss and use_{chosen[1]}_loss are both set. A run has one loss:"
-                " keep one of them."
-            )
-        loss: Any = chosen[0] if chosen else "nll"
-        alpha = {"asft": args.asft_alpha, "eaft": args.eaft_alpha}.get(loss, 0.0)
+        """See `Stage`. Reads the switches and numbers of `TOKEN_FACTS`, and compute_accuracy."""
+        loss, alpha = "nll", 0.0
+        for candidate, facts in TOKEN_FACTS.items():
+            if facts.switch in STAGES[name].keys and getattr(args, facts.switch):
+                loss = candidate
+                alpha = getattr(args, facts.alpha) if facts.alpha else 0.0
         return cls(loss, alpha, accuracy=bool(args.compute_accuracy))
 
     @property
     def needs(self) -> frozenset[str]:
-        extra = {"asft": {"reference_kl"}, "eaft": {"entropy"}}.get(self.loss, set())
-        return frozenset(extra | ({"top1"} if self.accuracy else set()))
+        needs = frozenset(TOKEN_FACTS[self.loss].needs)
+        return needs | {"top1"} if self.accuracy else needs
 
     def count_items(self, row: Row) -> int:
         return row.trained_tokens
@@ -79,20 +102,15 @@ class TokenStage(Stateless):
             )
         trained = row.labels != IGNORE
         metrics: Metrics = {}
-        losses_ = -out.logps
-        if self.loss in ("dft", "asft"):
-            losses_ = losses_ * out.logps.detach().exp()
-        if self.loss == "asft" and out.reference_kl is not None:
-            losses_ = losses_ + self.alpha * out.reference_kl
+        each = TOKEN_LOSSES[self.loss](out, self.alpha)
+        if "reference_kl" in self.needs and out.reference_kl is not None:
             metrics["kl"] = (
                 detached_sum(torch.where(trained, out.reference_kl, 0.0)),
                 float(row.trained_tokens),
             )
-        if self.loss == "eaft" and out.entropy is not None:
-            losses_ = losses_ * (out.entropy.detach() / 3.0) ** self.alpha
         if self.accuracy and out.top1 is not None:
             metrics["accuracy"] = (detached_sum(out.top1 & trained), float(row.trained_tokens))
         return (
-            torch.where(trained, losses_, torch.zeros_like(losses_)).sum(dtype=torch.float64),
+            torch.where(trained, each, torch.zeros_like(each)).sum(dtype=torch.float64),
             metrics,
         )

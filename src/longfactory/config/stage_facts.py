@@ -1,0 +1,228 @@
+"""What a configuration knows of each stage: the samples it reads, its keys, and which of them
+contradict each other. The classes that compute are in `stages/`, need torch, and check by the same
+functions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
+
+from longfactory.config.loss_facts import (
+    PREFERENCE_FACTS,
+    TOKEN_FACTS,
+    PreferenceFacts,
+)
+
+if TYPE_CHECKING:
+    from longfactory.config.arguments import FinetuningArguments
+
+REFERENCE_KEYS = frozenset(
+    {
+        "ref_model",
+        "ref_model_adapters",
+        "ref_model_quantization_bit",
+        "precompute_ref_log_probs",
+    }
+)
+"""Read by whatever compares with a reference."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StageFacts:
+    """A stage without contradictions among its keys; others say more in a class of their own."""
+
+    name: str
+    samples: Literal["pt", "sft", "pair", "kto"]
+    """The kind of samples that it reads: a name of `data.kinds.KINDS`."""
+    keys: frozenset[str] = frozenset()
+    """Keys that not every stage reads, and this one does."""
+    items: str = "samples"
+    """What a step counts, in words."""
+    packs: bool = False
+    """Whether rows may be filled with several samples."""
+    packs_by_default: bool = False
+    shares_prompts: bool = False
+    """Whether a sample is two answers to one prompt."""
+    predicts: bool = False
+    """Whether it answers questions (`predict_with_generate`)."""
+    reloads_best: bool = True
+    """Whether all that it trains can be loaded again at the end (`load_best_model_at_end`)."""
+
+    def needs_reference(self, method: FinetuningArguments) -> bool:
+        """Whether the run has a reference model."""
+        return False
+
+    def learns_from_equal_pairs(self, method: FinetuningArguments) -> bool:
+        """Whether a pair whose answers are the same teaches something."""
+        return False
+
+    def unread(self, key: str, method: FinetuningArguments) -> str | None:
+        """Why this run does not read one of the stages' keys; None where it does."""
+        if key in REFERENCE_KEYS:
+            return None if self.needs_reference(method) else "this run has no reference model"
+        return None if key in self.keys else f"stage is {self.name}"
+
+    def problems(self, method: FinetuningArguments) -> Iterator[str]:
+        """Keys of the stage that contradict each other: a sentence each."""
+        yield from ()
+
+
+@dataclasses.dataclass(frozen=True)
+class SupervisedFacts(StageFacts):
+    """sft: the loss of a token is chosen by switches."""
+
+    def needs_reference(self, method: FinetuningArguments) -> bool:
+        return method.use_asft_loss
+
+    def unread(self, key: str, method: FinetuningArguments) -> str | None:
+        for facts in TOKEN_FACTS.values():
+            if key == facts.alpha and facts.switch and not getattr(method, facts.switch):
+                return f"it is read by {facts.switch} alone"
+        return super().unread(key, method)
+
+    def problems(self, method: FinetuningArguments) -> Iterator[str]:
+        switches = [facts.switch for facts in TOKEN_FACTS.values() if facts.switch]
+        given = [switch for switch in switches if getattr(method, switch)]
+        if len(given) > 1:
+            yield f"{' and '.join(given)} were given. A run has one loss: keep one."
+        if method.use_asft_loss and method.precompute_ref_log_probs:
+            yield (
+                "precompute_ref_log_probs keeps one number a document, and use_asft_loss compares"
+                " with the reference's whole distribution at every token. Leave"
+                " precompute_ref_log_probs out."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class DPOFacts(StageFacts):
+    """dpo: the loss of a pair is chosen by `pref_loss`."""
+
+    def needs_reference(self, method: FinetuningArguments) -> bool:
+        return PREFERENCE_FACTS[method.pref_loss].reference
+
+    def learns_from_equal_pairs(self, method: FinetuningArguments) -> bool:
+        """Where more than the difference of the two answers is in the loss."""
+        more = method.pref_ftx > 0 or method.pref_bco_weight > 0
+        return more or not PREFERENCE_FACTS[method.pref_loss].difference
+
+    def unread(self, key: str, method: FinetuningArguments) -> str | None:
+        for loss, facts in PREFERENCE_FACTS.items():
+            if key in facts.keys and loss != method.pref_loss:
+                return f"it is read by pref_loss: {loss} alone"
+        return super().unread(key, method)
+
+    def problems(self, method: FinetuningArguments) -> Iterator[str]:
+        if method.pref_loss not in PREFERENCE_FACTS:
+            yield (
+                f"pref_loss: {method.pref_loss} is not known. Choose one of"
+                f" {', '.join(PREFERENCE_FACTS)}."
+            )
+            return
+        yield from preference_problems(
+            f"pref_loss: {method.pref_loss}",
+            PREFERENCE_FACTS[method.pref_loss],
+            beta=method.pref_beta,
+            label_smoothing=method.dpo_label_smoothing,
+            bco_weight=method.pref_bco_weight,
+            ld_alpha=method.ld_alpha,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class KTOFacts(StageFacts):
+    """kto: always with a reference."""
+
+    def needs_reference(self, method: FinetuningArguments) -> bool:
+        return True
+
+
+def preference_problems(
+    loss: str,
+    facts: PreferenceFacts,
+    *,
+    beta: float,
+    label_smoothing: float,
+    bco_weight: float,
+    ld_alpha: float | None,
+) -> Iterator[str]:
+    """Numbers that a preference loss cannot take: a sentence each.
+
+    Args:
+        loss: what the user wrote, for the sentences: `pref_loss: ipo`.
+        facts: what is true of that loss.
+        beta, label_smoothing, bco_weight, ld_alpha: pref_beta, dpo_label_smoothing,
+            pref_bco_weight and ld_alpha.
+    """
+    if beta <= 0:
+        yield f"pref_beta must be above 0, not {beta}."
+    if label_smoothing and facts.smoothing == "unread":
+        readers = [name for name, f in PREFERENCE_FACTS.items() if f.smoothing != "unread"]
+        yield f"dpo_label_smoothing means nothing to {loss}. It is read by {', '.join(readers)}."
+    if not 0 <= label_smoothing < 0.5:
+        yield f"dpo_label_smoothing must lie in [0, 0.5), not {label_smoothing}."
+    if not label_smoothing and facts.smoothing == "needed":
+        yield (
+            f"{loss} is infinite without dpo_label_smoothing. Give one, for example 0.001 (its"
+            " paper's)."
+        )
+    if bco_weight and not facts.reference:
+        yield (
+            f"pref_bco_weight compares with a reference, and {loss} has none. Leave one of them"
+            " out."
+        )
+    if ld_alpha is not None and not facts.ld_alpha:
+        yield f"ld_alpha means nothing to {loss}. Leave it out."
+
+
+_TOKEN_KEYS = frozenset(
+    key for facts in TOKEN_FACTS.values() for key in (facts.switch, facts.alpha) if key
+)
+_PAIR_KEYS = frozenset({"pref_beta", "pref_ftx", "pref_share_prompt"})
+
+STAGES: dict[str, StageFacts] = {
+    facts.name: facts
+    for facts in (
+        StageFacts("pt", "pt", frozenset({"compute_accuracy"}), packs=True, packs_by_default=True),
+        SupervisedFacts(
+            "sft",
+            "sft",
+            _TOKEN_KEYS | {"compute_accuracy", "train_on_prompt", "mask_history"},
+            packs=True,
+            predicts=True,
+        ),
+        StageFacts(
+            "rm",
+            "pair",
+            frozenset({"pref_share_prompt"}),
+            items="pairs",
+            shares_prompts=True,
+            reloads_best=False,
+        ),
+        DPOFacts(
+            "dpo",
+            "pair",
+            _PAIR_KEYS
+            | {"pref_loss", "pref_bco_weight", "dpo_label_smoothing", "ld_alpha"}
+            | {key for facts in PREFERENCE_FACTS.values() for key in facts.keys},
+            items="pairs",
+            shares_prompts=True,
+        ),
+        KTOFacts(
+            "kto",
+            "kto",
+            _PAIR_KEYS | {"kto_chosen_weight", "kto_rejected_weight"},
+            shares_prompts=True,
+        ),
+    )
+}
+"""By the values of the key `stage`."""
+
+STAGE_KEYS = frozenset().union(REFERENCE_KEYS, *(facts.keys for facts in STAGES.values()))
+"""Keys that some stages do not read."""
+
+if TYPE_CHECKING:
+    StageName = str
+else:
+    StageName = Literal[tuple(STAGES)]
