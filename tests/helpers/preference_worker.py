@@ -49,8 +49,8 @@ from longfactory.stages.reward import RewardStage
 from longfactory.stages.tokens import TokenStage
 from longfactory.train import reference
 from longfactory.train.callbacks import AtStart
+from longfactory.train.reference.attach import attach_reference
 from longfactory.train.trainer import RowTrainer
-from longfactory.train.with_reference import attach_reference
 
 BETA, ALPHA = 0.5, 2.0
 
@@ -260,9 +260,10 @@ def run_case(sharding: str, case: dict[str, str], shared: str) -> dict[str, floa
                     return trainer.token_outputs(trainer.model_wrapped, row).logps
 
             rows = (item["row"] for item in trainer.loader(data, batch, True))
-            trainer.reference_caches[id(data)] = reference.precompute(
+            numbers = reference.precompute(
                 rows, logps_of, len(data), dp_sum=trainer._sum_over_groups
             )
+            trainer.reference = reference.Reference(computed=((data, numbers),))
 
         if case["stage"] == "asft":
             start = Path(shared) / "start"
@@ -288,7 +289,7 @@ def run_case(sharding: str, case: dict[str, str], shared: str) -> dict[str, floa
         elif case["stage"] != "rm" and case["tune"] == "full":
             trainer.add_callback(AtStart(precompute))
         elif case["stage"] != "rm":
-            trainer.reference_by_adapter = True
+            trainer.reference = reference.Reference(by_adapter=True)
         order = trainer.get_train_dataloader().batch_sampler.order()
         trainer.train()
         if zero:  # the stage that was asked for is the one that trained

@@ -374,9 +374,9 @@ def token_losses_on_ranks(
         hf.prepare(second, ctx)
         other = (second, TokenLogprobs(second, chunk=5))
     trainer = types.SimpleNamespace(
-        ctx=ctx, head=head, reference_model=other,
+        ctx=ctx, head=head, reference=reference.Reference(by_adapter=other is None, model=other),
         args=types.SimpleNamespace(device=torch.device("cpu"), neftune_noise_alpha=None),
-        reference_by_adapter=other is None, _sum_over_groups=total, measure=None,
+        _sum_over_groups=total, measure=None,
     )  # fmt: skip
     for name in (
         "_model_inputs",

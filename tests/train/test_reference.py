@@ -21,7 +21,7 @@ from longfactory.stages.kto import KTOStage
 from longfactory.stages.pairs import document_logps
 from longfactory.stages.preference import PreferenceStage
 from longfactory.train import reference
-from longfactory.train.with_reference import _parts
+from longfactory.train.reference.attach import _parts
 from oracles import Groups
 
 PARTS = {"model": "tiny", "weights": "abc", "template": "qwen", "cutoff_len": 64}
@@ -371,3 +371,12 @@ def test_what_makes_other_numbers(
         return _parts(from_mapping(given | paths), data)
 
     assert (parts(before) == parts(after)) == same
+
+
+def test_numbers_are_those_of_one_data_set() -> None:
+    """Not of another that is equal, or that stands where one of before has been."""
+    first, second = [1], [1]
+    numbers = [reference.precompute([row_of([i])], fake_logps, i + 1) for i in range(2)]
+    found = reference.Reference(computed=((first, numbers[0]), (second, numbers[1])))
+    assert found.numbers_of(second) is numbers[1] and found.numbers_of(first) is numbers[0]
+    assert found.numbers_of([1]) is None and reference.Reference().numbers_of(first) is None

@@ -200,7 +200,7 @@ def read_sharded(folder: str) -> list[float]:
     from torch.distributed.device_mesh import init_device_mesh
 
     from longfactory.model.token_logprobs import TokenLogprobs
-    from longfactory.train.with_reference import shard_frozen
+    from longfactory.train.reference.attach import shard_frozen
 
     ids = torch.randint(3, 90, (1, 12), generator=torch.Generator().manual_seed(0))
     found = []

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from longfactory.data.row import Row
 from longfactory.data.stream import StreamedDataset
-from longfactory.train.reference import ReferenceCache
+from longfactory.train.reference import Numbers
 
 
 class RowSampler(Sampler[list[int]]):
@@ -156,7 +156,7 @@ class Collate:
         multiple: int,
         pad_id: int,
         empty: Callable[[int, int], Row],
-        reference: Callable[[], ReferenceCache | None] = lambda: None,
+        reference: Callable[[], Numbers | None] = lambda: None,
     ):
         self.collate, self.multiple, self.pad_id, self.empty, self.reference = (
             collate,

@@ -41,8 +41,8 @@ from longfactory.train.gradients import ReportUnused, refuse_unused
 from longfactory.train.memory_plan import Counts, FitMemory, Memory, count_parameters, plan_memory
 from longfactory.train.optimizers import optimizer_factory
 from longfactory.train.prove import prove_exact
+from longfactory.train.reference.attach import attach_reference
 from longfactory.train.trainer import RowTrainer
-from longfactory.train.with_reference import attach_reference
 
 log = logging.getLogger("longfactory")
 

@@ -46,7 +46,7 @@ from longfactory.train.embedding_noise import noisy_embeddings, token_keys, toke
 from longfactory.train.loader import Collate, RowSampler, empty_row, make_loader
 from longfactory.train.optimizers import one_dtype_each
 from longfactory.train.output import finish_save, reported, save_value_head
-from longfactory.train.reference import ReferenceCache, as_reference
+from longfactory.train.reference import Reference, as_reference
 from longfactory.train.whole_weights import load_renamed
 
 STATE_FILE = "longfactory_state.json"
@@ -99,13 +99,8 @@ class RowTrainer(Trainer):
         self.shuffle, self.make_optimizer, self.log_tokens = shuffle, make_optimizer, log_tokens
         self.collate, self.pad_id = collate, pad_id
         self.source, self.told_of_copies = source, False
-        # By data set: the reference's log-probabilities, computed before training; and whether the
-        # adapter is switched off to get them.
-        self.reference_caches: dict[int, ReferenceCache] = {}
-        self.reference_by_adapter = False
-        # A second model and its output layer, held during training by a loss that compares whole
-        # distributions.
-        self.reference_model: tuple[nn.Module, TokenLogprobs] | None = None
+        # Made when the model is wrapped (`reference.attach`).
+        self.reference = Reference()
         self._train_metrics, self._eval_metrics = MetricSums(), MetricSums()
         # The step of the checkpoint to go on from, and whether that is the run's last.
         self.resumed_at, self.finished = -1, False
@@ -126,14 +121,14 @@ class RowTrainer(Trainer):
         it ends.
         """
         ctx, args = self.ctx, self.args
-        # The cache is looked up when the loader starts, not now: it is made after the training
+        # Looked up when the loader starts, not now: the reference is made after the training
         # loader.
         collate = Collate(
             self.collate,
             sp.alignment(ctx),
             self.pad_id,
             empty_row,
-            lambda: self.reference_caches.get(id(dataset)),
+            lambda: self.reference.numbers_of(dataset),
         )
         sampler = None
         if hasattr(dataset, "__len__"):
@@ -247,21 +242,30 @@ class RowTrainer(Trainer):
         return plan, hf.inputs({"input_ids": ids, "position_ids": positions}, plan)
 
     def token_outputs(
-        self, model: nn.Module, row: Row, reference: ReferenceHidden | None = None
+        self,
+        model: nn.Module,
+        row: Row,
+        reference: ReferenceHidden | None = None,
+        head: Any = None,
     ) -> TokenOutputs:
         """[T] log-probabilities of the whole row (or values), the same on every rank of the group.
         `row` is on the host.
 
-        `reference`: of this row (`reference_hidden`), for a stage that needs `reference_kl`.
+        Args:
+            model: as it is wrapped.
+            row: T tokens.
+            reference: of this row (`reference_hidden`), for a stage that needs `reference_kl`.
+            head: the model's output layer, where it is not the trained model.
         """
+        head = self.head if head is None else head
         plan, inputs = self._model_inputs(row)
         labels = row.labels[plan.index]
         with (
             self._noise(model, row, plan),
-            self.head.labels(labels) if reference is None else self.head.labels(labels, reference),
+            head.labels(labels) if reference is None else head.labels(labels, reference),
         ):
             out = model(**inputs)
-            local = self.head.outputs(out.logits)
+            local = head.outputs(out.logits)
         gathered = {
             name: (
                 sp.gather(value if value.is_floating_point() else value.to(torch.uint8), plan).to(
@@ -299,15 +303,15 @@ class RowTrainer(Trainer):
 
     def _outputs_with_reference(self, model: nn.Module, row: Row) -> TokenOutputs:
         if "reference_kl" in self.stage.needs:
-            if self.reference_model is None and not self.reference_by_adapter:
+            if self.reference.model is None and not self.reference.by_adapter:
                 raise RuntimeError(
                     "The loss compares with a reference, and attach_reference was not called."
                 )
-            other, head = self.reference_model or (model, self.head)
-            with as_reference(other, adapter_off=self.reference_by_adapter):
+            other, head = self.reference.model or (model, self.head)
+            with as_reference(other, adapter_off=self.reference.by_adapter):
                 hidden = self.reference_hidden(other, head, row)
             return self.token_outputs(model, row, hidden)
-        if not self.reference_by_adapter:
+        if not self.reference.by_adapter:
             return self.token_outputs(model, row)
         with as_reference(model, adapter_off=True):
             reference = self.token_outputs(model, row).logps

@@ -31,7 +31,7 @@ from longfactory.memory.chunked import runs_in_pieces
 from longfactory.sp import compare, hf, routers
 from longfactory.train import alone
 from longfactory.train.alone import Item, Precision, Step, Text
-from longfactory.train.reference import adapter_is_reference, disable_dropout
+from longfactory.train.reference import Reference, adapter_is_reference, disable_dropout
 from longfactory.train.run import Assembled, assemble
 from longfactory.train.trainer import RowTrainer
 
@@ -471,7 +471,7 @@ class Comparison(TrainerCallback):
             and adapter_is_reference(method)
             and not method.precompute_ref_log_probs
         )
-        trainer.reference_by_adapter = adapter_off
+        trainer.reference = Reference(by_adapter=adapter_off)
         model, failure = None, None
         if self.main:
             try:
@@ -509,7 +509,7 @@ class Comparison(TrainerCallback):
         )
         if trainer.stage.needs_reference and not adapter_off:
             numbers = {(text.role, text.sample): number for text, number in references.items()}
-            trainer.reference_caches[id(self.data)] = _References(numbers)  # type: ignore[assignment]
+            trainer.reference = Reference(computed=((self.data, _References(numbers)),))
         self._watch()
 
     def _specify(self, model: nn.Module, dtypes: dict[str, torch.dtype], adapter_off: bool) -> None:

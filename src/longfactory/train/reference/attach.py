@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from longfactory.config import RunConfig
 from longfactory.data.module import cache_root
 from longfactory.data.row import Row
 from longfactory.errors import UserError
@@ -35,30 +36,39 @@ from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.sp import hf
 from longfactory.sp.text_model import decoder_layers
 from longfactory.train import reference
+from longfactory.train.reference.model import Reference
 from longfactory.train.trainer import RowTrainer
 
 
-def attach_reference(trainer: RowTrainer, cfg: Any) -> None:
-    """Called once the model is wrapped and before the first step, or before an evaluation without
-    training; every rank calls it.
-
-    Does nothing for losses without a reference.
+def attach_reference(trainer: RowTrainer, cfg: RunConfig) -> None:
+    """Gives the trainer its reference. Called once the model is wrapped and before the first step,
+    or before an evaluation without training. Collective.
 
     Raises:
-        UserError: the run resumes and the numbers of its beginning are gone; or the reference model
-            does not fit.
+        UserError: see `make_reference`.
+    """
+    trainer.reference = make_reference(trainer, cfg)
+
+
+def make_reference(trainer: RowTrainer, cfg: RunConfig) -> Reference:
+    """The reference that the run's loss needs; an empty one for losses without. Collective.
+
+    Dropout of a model that is compared with a reference is set to 0.
+
+    Raises:
+        UserError: the run resumes and the numbers of its beginning are gone; the data are a stream;
+            or the reference model does not fit.
     """
     by_adapter = reference.adapter_is_reference(cfg.method)
     if "reference_kl" in trainer.stage.needs:
-        trainer.reference_by_adapter = by_adapter
-        trainer.reference_model = None if by_adapter else load_reference(trainer, cfg)
-        return
+        if by_adapter:
+            return Reference(by_adapter=True)
+        return Reference(model=load_reference(trainer, cfg))
     if not trainer.stage.needs_reference:
-        return
+        return Reference()
     reference.disable_dropout(trainer.model_wrapped)
     if by_adapter and not cfg.method.precompute_ref_log_probs:
-        trainer.reference_by_adapter = True
-        return
+        return Reference(by_adapter=True)
     datasets: list[tuple[Any, int, bool]] = []
     if trainer.train_dataset is not None:
         datasets.append((trainer.train_dataset, trainer._train_batch_size, trainer.shuffle))
@@ -70,49 +80,77 @@ def attach_reference(trainer: RowTrainer, cfg: Any) -> None:
             "Reference log-probabilities are computed before training, which a stream does not"
             " allow. Set streaming: false."
         )
+    with _pass(trainer, cfg, by_adapter) as logps_of:
+        return Reference(
+            computed=tuple(
+                (dataset, _numbers(trainer, cfg, logps_of, dataset, batch, shuffle))
+                for dataset, batch, shuffle in datasets
+            )
+        )
 
-    if cfg.method.ref_model is not None:
-        logps_of, close = _other_model(trainer, cfg)
-        started = False
+
+@contextlib.contextmanager
+def _pass(
+    trainer: RowTrainer, cfg: RunConfig, by_adapter: bool
+) -> Iterator[Callable[[Row], Tensor]]:
+    """What computes a row's reference log-probabilities, [T]. `ref_model` is loaded for the time
+    that this is open; otherwise it is the model that is trained.
+    """
+    if cfg.method.ref_model is None:
+        model, head = trainer.model_wrapped, trainer.head
+
+        def mode() -> contextlib.AbstractContextManager[None]:
+            return reference.as_reference(model, adapter_off=by_adapter)
     else:
-        model = trainer.model_wrapped
+        model, head = load_reference(trainer, cfg)
+        mode = torch.no_grad
 
-        def logps_of(row: Row) -> Tensor:
-            with (
-                reference.as_reference(model, adapter_off=by_adapter),
-                trainer.compute_loss_context_manager(),
-            ):
-                return trainer.token_outputs(model, row).logps
-
-        started = trainer.state.global_step > 0 and not by_adapter
-
-        def close() -> None:
-            return None
+    def logps_of(row: Row) -> Tensor:
+        with mode(), trainer.compute_loss_context_manager():
+            return trainer.token_outputs(model, row, head=head).logps
 
     try:
-        for dataset, batch, shuffle in datasets:
-            parts = _parts(cfg, dataset)
-            folder = cache_root().parent / "reference"
-            if started and not _everywhere(trainer)(_file(folder, parts, trainer).exists()):
-                raise UserError(
-                    "The run resumes, and the reference log-probabilities of its beginning are not"
-                    f" in the cache ({folder}): the model is no longer the reference. Begin anew"
-                    " (overwrite_output_dir: true), or name a ref_model."
-                )
-            cache, _ = reference.load_or_precompute(
-                folder,
-                parts,
-                functools.partial(_rows, trainer, dataset, batch, shuffle),
-                logps_of,
-                len(dataset),
-                ld_alpha=trainer.stage.ld_alpha,
-                dp_sum=trainer._sum_over_groups,
-                everywhere=_everywhere(trainer),
-                write=trainer.args.local_process_index == 0,
-            )
-            trainer.reference_caches[id(dataset)] = cache
+        yield logps_of
     finally:
-        close()
+        if cfg.method.ref_model is not None:
+            del model, head
+            if trainer.args.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _numbers(
+    trainer: RowTrainer,
+    cfg: RunConfig,
+    logps_of: Callable[[Row], Tensor],
+    dataset: Any,
+    batch: int,
+    shuffle: bool,
+) -> reference.ReferenceCache:
+    """The numbers of one data set, from the cache or by one pass over it. Collective."""
+    parts = _parts(cfg, dataset)
+    folder = cache_root().parent / "reference"
+    policy_is_reference = cfg.method.ref_model is None and not reference.adapter_is_reference(
+        cfg.method
+    )
+    started = trainer.state.global_step > 0 and policy_is_reference
+    if started and not _everywhere(trainer)(_file(folder, parts, trainer).exists()):
+        raise UserError(
+            "The run resumes, and the reference log-probabilities of its beginning are not"
+            f" in the cache ({folder}): the model is no longer the reference. Begin anew"
+            " (overwrite_output_dir: true), or name a ref_model."
+        )
+    cache, _ = reference.load_or_precompute(
+        folder,
+        parts,
+        functools.partial(_rows, trainer, dataset, batch, shuffle),
+        logps_of,
+        len(dataset),
+        ld_alpha=trainer.stage.ld_alpha,
+        dp_sum=trainer._sum_over_groups,
+        everywhere=_everywhere(trainer),
+        write=trainer.args.local_process_index == 0,
+    )
+    return cache
 
 
 def _rows(trainer: RowTrainer, dataset: Any, batch: int, shuffle: bool) -> Iterator[Row]:
@@ -145,12 +183,12 @@ def _everywhere(trainer: RowTrainer) -> Callable[[bool], bool]:
     return agree
 
 
-def _parts(cfg: Any, dataset: Any) -> dict[str, Any]:
+def _parts(cfg: RunConfig, dataset: Any) -> dict[str, Any]:
     """What the numbers depend on. The tokens themselves are checked document by document when they
     are used.
     """
     other = cfg.method.ref_model
-    name = other or cfg.model.model_name_or_path
+    name = other or cfg.model.model_name_or_path or ""
     paths = cfg.method.ref_model_adapters if other else cfg.model.adapter_name_or_path
     scratch = cfg.model.train_from_scratch and not other
     lengths = hashlib.sha256(str(list(map(int, dataset.lengths))).encode()).hexdigest()[:16]
@@ -191,7 +229,7 @@ def _parts(cfg: Any, dataset: Any) -> dict[str, Any]:
     }
 
 
-def _weights(cfg: Any, name: str, config: str, config_only: bool = False) -> str:
+def _weights(cfg: RunConfig, name: str, config: str, config_only: bool = False) -> str:
     """What tells weights of one name apart: a hash of local files, the commit of a hub id (as far
     as it is in the hub's cache).
     """
@@ -208,30 +246,7 @@ def _weights(cfg: Any, name: str, config: str, config_only: bool = False) -> str
     return Path(file).parent.name if isinstance(file, str) else "unknown"
 
 
-def _other_model(
-    trainer: RowTrainer, cfg: Any
-) -> tuple[Callable[[Row], Tensor], Callable[[], None]]:
-    """`ref_model` for one pass, and what drops it."""
-    model, head = load_reference(trainer, cfg)
-
-    def logps_of(row: Row) -> Tensor:
-        own, trainer.head = trainer.head, head
-        try:
-            with torch.no_grad(), trainer.compute_loss_context_manager():
-                return trainer.token_outputs(model, row).logps
-        finally:
-            trainer.head = own
-
-    def close() -> None:
-        nonlocal model
-        del model
-        if trainer.args.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    return logps_of, close
-
-
-def load_reference(trainer: RowTrainer, cfg: Any) -> tuple[nn.Module, TokenLogprobs]:
+def load_reference(trainer: RowTrainer, cfg: RunConfig) -> tuple[nn.Module, TokenLogprobs]:
     """A second model and its output layer, frozen: `ref_model`, else the model from which training
     starts, read from its place again.
 
@@ -322,4 +337,4 @@ def _not_partitioned(args: Any) -> Iterator[None]:
         deepspeed.set_hf_deepspeed_config(args.hf_deepspeed_config)
 
 
-__all__ = ["attach_reference", "load_reference", "shard_frozen"]
+__all__ = ["attach_reference", "load_reference", "make_reference", "shard_frozen"]

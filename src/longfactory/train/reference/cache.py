@@ -1,5 +1,4 @@
-"""Reference log-probabilities: from a reference model, from the model with its adapter off, or
-computed once and kept on disk.
+"""Reference log-probabilities that are computed once and kept on disk.
 
 What a preference loss needs of the reference is one number a document. Computed before training,
 the reference costs one forward over the data and no memory afterwards; the numbers do not depend on
@@ -10,122 +9,23 @@ belongs to: a number of another text is refused, never used.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from longfactory.data.row import IGNORE, Row
 from longfactory.errors import UserError
 from longfactory.stages.pairs import document_logps
 
 ROLES = ("chosen", "rejected", "kl")
-
-
-# -- where the numbers come from -------------------------------------------------------------------
-
-
-def adapter_is_reference(method: Any) -> bool:
-    """Whether the reference is the trained model with its adapter off.
-
-    Not with PiSSA, which moves a part of the weights into the adapter: without it the model is not
-    the one that training starts from.
-    """
-    return method.finetuning_type == "lora" and method.ref_model is None and not method.pissa_init
-
-
-def check_reference(policy: Any, reference: Any) -> None:
-    """Compares the transformers configurations of the policy and of a reference model.
-
-    Raises:
-        UserError: another architecture or another vocabulary: its log-probabilities would be about
-            other tokens.
-    """
-    a, b = policy.get_text_config(), reference.get_text_config()
-    if a.model_type != b.model_type or a.vocab_size != b.vocab_size:
-        raise UserError(
-            f"The reference model is {b.model_type} with {b.vocab_size} tokens, the trained model"
-            f" {a.model_type} with {a.vocab_size}. A reference must be of the same family and"
-            " vocabulary: usually the model from which training starts."
-        )
-
-
-def disable_dropout(model: nn.Module) -> int:
-    """Sets every dropout of the model to 0 and returns how many were not. A log-ratio between two
-    random masks is noise.
-    """
-    changed = 0
-    for module in model.modules():
-        if isinstance(module, nn.Dropout) and module.p > 0:
-            module.p = 0.0
-            changed += 1
-    return changed
-
-
-@contextlib.contextmanager
-def as_reference(model: nn.Module, adapter_off: bool) -> Iterator[None]:
-    """While open, `model` computes reference log-probabilities: no gradient, evaluation mode and,
-    with `adapter_off`, the base weights.
-
-    Args:
-        model: possibly wrapped by DDP or DeepSpeed.
-    Raises:
-        UserError: there is no adapter to switch off, or its initialisation changed the base
-            weights.
-    """
-    with contextlib.ExitStack() as stack:
-        if adapter_off:
-            stack.enter_context(_adapter_off(model))
-        training = {m for m in model.modules() if m.training}
-        stack.enter_context(torch.no_grad())
-        model.eval()
-        try:
-            yield
-        finally:
-            for m in training:
-                m.training = True
-
-
-@contextlib.contextmanager
-def _adapter_off(model: nn.Module) -> Iterator[None]:
-    """While open, `model` computes as it was before its adapter.
-
-    What is trained goes on saying so, which PEFT takes away: FSDP2 looks for it in a model's first
-    pass, which this may be, and would reduce all later gradients in the type that they are computed
-    in.
-    """
-    inner: Any = model
-    while not hasattr(inner, "peft_config"):
-        for name in ("module", "_orig_mod"):
-            if isinstance(getattr(inner, name, None), nn.Module):
-                inner = getattr(inner, name)
-                break
-        else:
-            raise UserError(
-                "The reference is the model without its adapter, but the model has none. Name a"
-                " `ref_model`."
-            )
-    for name, config in inner.peft_config.items():
-        start = str(getattr(config, "init_lora_weights", ""))
-        if start.startswith(("pissa", "olora", "corda", "loftq")):
-            raise UserError(
-                f"Adapter {name} starts from `{start}`, which changes the base weights: without the"
-                " adapter the model is not the one that training started from. Set"
-                " `precompute_ref_log_probs: true` or name a `ref_model`."
-            )
-    trained = [p for p in inner.parameters() if p.requires_grad]
-    with inner.disable_adapter():
-        for p in trained:
-            p.requires_grad_(True)
-        yield
 
 
 # -- fingerprints ----------------------------------------------------------------------------------
