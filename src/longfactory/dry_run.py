@@ -48,6 +48,8 @@ def look(cfg: RunConfig) -> Found:
     found = Found()
     tokenizer = _model(cfg, found)
     _adapters(cfg, found)
+    if cfg.method.loss_path is not None:
+        _loss(cfg, found)
     if cfg.method.ref_model is not None:
         folder = _folder(cfg, "ref_model", cfg.method.ref_model, found)
         if folder is not None:
@@ -56,6 +58,16 @@ def look(cfg: RunConfig) -> Found:
     for key, path in _written(cfg):
         _writable(key, path, found)
     return found
+
+
+def _loss(cfg: RunConfig, found: Found) -> None:
+    """Runs the file of `loss_path` and looks at its function."""
+    from longfactory.stages.make import make_stage
+
+    try:
+        make_stage(cfg.method.stage, cfg.method)
+    except UserError as error:
+        found.problem(error)
 
 
 def _folder(cfg: RunConfig, key: str, name: str, found: Found) -> Path | None:

@@ -636,6 +636,10 @@ def arguments(**kw) -> SimpleNamespace:
         compute_accuracy=False,
         discopop_tau=0.05,
         precompute_ref_log_probs=False,
+        loss_path=None,
+        ref_model=None,
+        ref_model_adapters=(),
+        ref_model_quantization_bit=None,
     )
     return SimpleNamespace(**(base | kw))
 

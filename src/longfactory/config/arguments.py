@@ -179,6 +179,11 @@ class FinetuningArguments:
     )
 
     pref_loss: PreferenceName = arg("sigmoid", "dpo: the loss of a pair.")  # noqa: RUF009
+    loss_path: str | None = arg(
+        None,
+        "pt, sft, dpo: a loss of your own, file.py:function. The file's code is run: name only what"
+        " you trust.",
+    )
     pref_beta: float = arg(0.1, "dpo, kto: the beta of the loss.", low=0.0)
     pref_ftx: float = arg(0.0, "dpo, kto: weight of the chosen answer's own sft loss.", low=0.0)
     pref_bco_weight: float = arg(

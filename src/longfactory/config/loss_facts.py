@@ -5,7 +5,10 @@ both read these facts, so that a wrong key is told before torch is imported.
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from longfactory.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +51,9 @@ PREFERENCE_FACTS = {
 }
 """By the values of `pref_loss`, each the name of a function in `stages/losses.py`."""
 
+USER_FACTS = PreferenceFacts(smoothing="read")
+"""Of a function that `loss_path` names, unless it says otherwise of itself."""
+
 if TYPE_CHECKING:
     PreferenceName = str
 else:
@@ -73,3 +79,21 @@ TOKEN_FACTS = {
     "eaft": TokenFacts("use_eaft_loss", "eaft_alpha", ("entropy",)),
 }
 """By name, each a function in `stages/losses.py`."""
+
+
+def split_loss_path(loss_path: str) -> tuple[Path, str]:
+    """The file and the function that `loss_path` names. The file is looked for, and not run.
+
+    Raises:
+        ConfigError: it is not file.py:function, or there is no such file.
+    """
+    file, _, function = loss_path.rpartition(":")
+    if not file.endswith(".py") or not function.isidentifier():
+        raise ConfigError(
+            f"loss_path: got {loss_path!r}, expected file.py:function, for example"
+            " losses.py:margin."
+        )
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"loss_path: there is no file {path.absolute()}.")
+    return path, function

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Literal
 from longfactory.config.loss_facts import (
     PREFERENCE_FACTS,
     TOKEN_FACTS,
+    USER_FACTS,
     PreferenceFacts,
+    split_loss_path,
 )
+from longfactory.errors import ConfigError
 
 if TYPE_CHECKING:
     from longfactory.config.arguments import FinetuningArguments
@@ -66,7 +69,16 @@ class StageFacts:
 
     def problems(self, method: FinetuningArguments) -> Iterator[str]:
         """Keys of the stage that contradict each other: a sentence each."""
-        yield from ()
+        if method.loss_path is None:
+            return
+        if "loss_path" not in self.keys:
+            readers = ", ".join(name for name, facts in STAGES.items() if "loss_path" in facts.keys)
+            yield f"loss_path is for the stages {readers}; this run's is {self.name}. Leave it out."
+            return
+        try:
+            split_loss_path(method.loss_path)
+        except ConfigError as error:
+            yield str(error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +95,9 @@ class SupervisedFacts(StageFacts):
         return super().unread(key, method)
 
     def problems(self, method: FinetuningArguments) -> Iterator[str]:
+        yield from super().problems(method)
         switches = [facts.switch for facts in TOKEN_FACTS.values() if facts.switch]
-        given = [switch for switch in switches if getattr(method, switch)]
+        given = [switch for switch in (*switches, "loss_path") if getattr(method, switch)]
         if len(given) > 1:
             yield f"{' and '.join(given)} were given. A run has one loss: keep one."
         if method.use_asft_loss and method.precompute_ref_log_probs:
@@ -100,16 +113,17 @@ class DPOFacts(StageFacts):
     """dpo: the loss of a pair is chosen by `pref_loss`."""
 
     def needs_reference(self, method: FinetuningArguments) -> bool:
-        return PREFERENCE_FACTS[method.pref_loss].reference
+        return method.loss_path is not None or PREFERENCE_FACTS[method.pref_loss].reference
 
     def learns_from_equal_pairs(self, method: FinetuningArguments) -> bool:
         """Where more than the difference of the two answers is in the loss."""
-        more = method.pref_ftx > 0 or method.pref_bco_weight > 0
+        more = method.pref_ftx > 0 or method.pref_bco_weight > 0 or method.loss_path is not None
         return more or not PREFERENCE_FACTS[method.pref_loss].difference
 
     def unread(self, key: str, method: FinetuningArguments) -> str | None:
         for loss, facts in PREFERENCE_FACTS.items():
-            if key in facts.keys and loss != method.pref_loss:
+            # A function of the user's is given every number.
+            if key in facts.keys and loss != method.pref_loss and method.loss_path is None:
                 return f"it is read by pref_loss: {loss} alone"
         return super().unread(key, method)
 
@@ -120,9 +134,15 @@ class DPOFacts(StageFacts):
                 f" {', '.join(PREFERENCE_FACTS)}."
             )
             return
+        loss, facts = f"pref_loss: {method.pref_loss}", PREFERENCE_FACTS[method.pref_loss]
+        if method.loss_path is not None:
+            yield from super().problems(method)
+            if method.pref_loss != "sigmoid":
+                yield f"loss_path and {loss} were given. A run has one loss: keep one."
+            loss, facts = f"loss_path: {method.loss_path}", USER_FACTS
         yield from preference_problems(
-            f"pref_loss: {method.pref_loss}",
-            PREFERENCE_FACTS[method.pref_loss],
+            loss,
+            facts,
             beta=method.pref_beta,
             label_smoothing=method.dpo_label_smoothing,
             bco_weight=method.pref_bco_weight,
@@ -184,11 +204,17 @@ _PAIR_KEYS = frozenset({"pref_beta", "pref_ftx", "pref_share_prompt"})
 STAGES: dict[str, StageFacts] = {
     facts.name: facts
     for facts in (
-        StageFacts("pt", "pt", frozenset({"compute_accuracy"}), packs=True, packs_by_default=True),
+        StageFacts(
+            "pt",
+            "pt",
+            frozenset({"compute_accuracy", "loss_path"}),
+            packs=True,
+            packs_by_default=True,
+        ),
         SupervisedFacts(
             "sft",
             "sft",
-            _TOKEN_KEYS | {"compute_accuracy", "train_on_prompt", "mask_history"},
+            _TOKEN_KEYS | {"loss_path", "compute_accuracy", "train_on_prompt", "mask_history"},
             packs=True,
             predicts=True,
         ),
@@ -204,7 +230,7 @@ STAGES: dict[str, StageFacts] = {
             "dpo",
             "pair",
             _PAIR_KEYS
-            | {"pref_loss", "pref_bco_weight", "dpo_label_smoothing", "ld_alpha"}
+            | {"loss_path", "pref_loss", "pref_bco_weight", "dpo_label_smoothing", "ld_alpha"}
             | {key for facts in PREFERENCE_FACTS.values() for key in facts.keys},
             items="pairs",
             shares_prompts=True,

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from longfactory.config.loss_facts import PREFERENCE_FACTS, PreferenceFacts
-from longfactory.config.stage_facts import preference_problems
+from longfactory.config.loss_facts import PREFERENCE_FACTS, USER_FACTS, PreferenceFacts
+from longfactory.config.stage_facts import REFERENCE_KEYS, preference_problems
 from longfactory.data.row import Row
-from longfactory.errors import ConfigError
+from longfactory.errors import ConfigError, UserError
 from longfactory.model.outputs import TokenOutputs
 from longfactory.stages import losses
 from longfactory.stages.base import alone, as_outputs, detached_sum, mean_logits, wins
@@ -26,16 +26,40 @@ from longfactory.stages.pairs import (
     pick,
     reference_logps,
 )
+from longfactory.stages.user_loss import LossContract, UserLoss, load_user_loss
+
+CONTRACT = LossContract(
+    ("pairs", "options", "data_parallel"), {"reference": True, "per_token": False}, "pair"
+)
+
+
+def user_preference_loss(args: Any) -> UserLoss | None:
+    """The loss that `loss_path` names: a `losses.PreferenceLoss`. None where the key is not given.
+
+    Raises:
+        UserError: the file or the function cannot be used, or has no reference and one is named.
+    """
+    if args.loss_path is None:
+        return None
+    loss = load_user_loss(args.loss_path, CONTRACT)
+    if not loss.attributes["reference"]:
+        for key in sorted(REFERENCE_KEYS):
+            if getattr(args, key):
+                raise UserError(
+                    f"{key} was given, and loss_path: {loss.path} says that it has no reference"
+                    " (reference = False). Leave one of them out."
+                )
+    return loss
 
 
 @dataclasses.dataclass
 class PreferenceStage:
     """Direct preference optimisation and its kin. An item is a pair.
 
-    The loss of a pair is `pref_loss`; with `bco_weight` w it is (loss + w bco) / (1 + w); then
-    `ftx` times minus the chosen answer's mean log-probability is added. The reward shift of bco is
-    the running mean of the rewards of all pairs seen in training, over all data-parallel groups; it
-    is state, and belongs into a checkpoint (`state_dict`).
+    The loss of a pair is `pref_loss` (or `user_loss`); with `bco_weight` w it is (loss + w bco) /
+    (1 + w); then `ftx` times minus the chosen answer's mean log-probability is added. The reward
+    shift of bco is the running mean of the rewards of all pairs seen in training, over all
+    data-parallel groups; it is state, and belongs into a checkpoint (`state_dict`).
     """
 
     names: ClassVar[tuple[str, ...]] = ("dpo",)
@@ -49,6 +73,8 @@ class PreferenceStage:
     """In which log-probabilities are computed: a margin below its rounding is a tie."""
     output: Literal["logps", "values"] = "logps"
     needs: frozenset[str] = frozenset({"mean_logit"})
+    user_loss: UserLoss | None = None
+    """In place of `pref_loss`: a function that `loss_path` names."""
     # [2]: sum of rewards, number of rewards
     _rewards: Tensor | None = dataclasses.field(default=None, repr=False)
 
@@ -59,7 +85,7 @@ class PreferenceStage:
                 f" {', '.join(losses.PREFERENCE_LOSSES)}."
             )
         for problem in preference_problems(
-            f"pref_loss: {self.pref_loss}",
+            self.loss_name,
             self.facts,
             beta=self.options.beta,
             label_smoothing=self.options.label_smoothing,
@@ -69,14 +95,29 @@ class PreferenceStage:
             raise ConfigError(problem)
 
     @property
+    def loss_name(self) -> str:
+        """The key and what it names."""
+        if self.user_loss is None:
+            return f"pref_loss: {self.pref_loss}"
+        return f"loss_path: {self.user_loss.path}"
+
+    @property
     def facts(self) -> PreferenceFacts:
         """What is true of the loss."""
-        return PREFERENCE_FACTS[self.pref_loss]
+        if self.user_loss is None:
+            return PREFERENCE_FACTS[self.pref_loss]
+        return dataclasses.replace(USER_FACTS, **self.user_loss.attributes)
+
+    def pair_losses(self, p: PairLogps, dp: DataParallel) -> Tensor:
+        """[P] float64 the loss of each pair, without bco and ftx."""
+        if self.user_loss is None:
+            return losses.PREFERENCE_LOSSES[self.pref_loss](p, self.options, dp)
+        return self.user_loss(p.chosen, p, self.options, dp)
 
     @classmethod
     def from_arguments(cls, name: str, args: Any, precision: torch.dtype) -> Self:
-        """See `Stage`. Reads pref_loss, what `LossOptions.of` reads, pref_ftx, pref_bco_weight and
-        ld_alpha.
+        """See `Stage`. Reads loss_path, pref_loss, what `LossOptions.of` reads, pref_ftx,
+        pref_bco_weight and ld_alpha.
         """
         return cls(
             args.pref_loss,
@@ -85,6 +126,7 @@ class PreferenceStage:
             args.pref_bco_weight,
             args.ld_alpha,
             precision,
+            user_loss=user_preference_loss(args),
         )
 
     @property
@@ -128,7 +170,7 @@ class PreferenceStage:
     ) -> tuple[Tensor, Metrics]:
         out, dp = as_outputs(x), DataParallel(dp_sum, dp_rank, dp_size)
         p = self.pair_logps(out, row)
-        loss = losses.PREFERENCE_LOSSES[self.pref_loss](p, self.options, dp)
+        loss = self.pair_losses(p, dp)
         if self.bco_weight:
             loss = (
                 loss + self.bco_weight * losses.bco(p, self.options, self._reward_shift(p, dp))

@@ -16,6 +16,7 @@ from longfactory.errors import UserError
 from longfactory.model.outputs import TokenOutputs
 from longfactory.stages.base import Stateless, alone, as_outputs, detached_sum
 from longfactory.stages.metrics import Metrics
+from longfactory.stages.user_loss import LossContract, UserLoss, load_user_loss
 
 
 def nll(out: TokenOutputs, alpha: float) -> Tensor:
@@ -50,11 +51,17 @@ what the output layer made of each token, [T], and the number of their key `alph
 """
 
 
+CONTRACT = LossContract(("outputs", "row"), {"needs": ()}, "token")
+
+MADE = ("entropy", "mean_logit", "top1")
+"""Fields of `TokenOutputs` that a function of the user's may need: those without a reference."""
+
+
 @dataclasses.dataclass
 class TokenStage(Stateless):
     """Pretraining and supervised fine-tuning. An item is a trained token.
 
-    `loss` is one of `TOKEN_LOSSES`, `alpha` its number.
+    `loss` is one of `TOKEN_LOSSES`, `alpha` its number; or the loss is `user_loss`.
     """
 
     names: ClassVar[tuple[str, ...]] = ("pt", "sft")
@@ -65,20 +72,35 @@ class TokenStage(Stateless):
     output: Literal["logps", "values"] = "logps"
     ld_alpha: float | None = None
     needs_reference: bool = False
+    user_loss: UserLoss | None = None
+    """In place of `loss`: a function that `loss_path` names."""
 
     @classmethod
     def from_arguments(cls, name: str, args: Any, precision: torch.dtype) -> Self:
-        """See `Stage`. Reads the switches and numbers of `TOKEN_FACTS`, and compute_accuracy."""
+        """See `Stage`. Reads loss_path, the switches and numbers of `TOKEN_FACTS`, and
+        compute_accuracy.
+        """
         loss, alpha = "nll", 0.0
         for candidate, facts in TOKEN_FACTS.items():
             if facts.switch in STAGES[name].keys and getattr(args, facts.switch):
                 loss = candidate
                 alpha = getattr(args, facts.alpha) if facts.alpha else 0.0
-        return cls(loss, alpha, accuracy=bool(args.compute_accuracy))
+        user_loss = load_user_loss(args.loss_path, CONTRACT) if args.loss_path else None
+        if user_loss is not None:
+            unknown = [n for n in user_loss.attributes["needs"] if n not in MADE]
+            if unknown:
+                raise UserError(
+                    f"loss_path: {user_loss.path} needs {', '.join(unknown)}, which the output"
+                    f" layer does not make for it. It makes {', '.join(MADE)}."
+                )
+        return cls(loss, alpha, bool(args.compute_accuracy), user_loss=user_loss)
 
     @property
     def needs(self) -> frozenset[str]:
-        needs = frozenset(TOKEN_FACTS[self.loss].needs)
+        if self.user_loss is None:
+            needs = frozenset(TOKEN_FACTS[self.loss].needs)
+        else:
+            needs = frozenset(self.user_loss.attributes["needs"])
         return needs | {"top1"} if self.accuracy else needs
 
     def count_items(self, row: Row) -> int:
@@ -96,13 +118,17 @@ class TokenStage(Stateless):
         out = as_outputs(x)
         missing = [name for name in sorted(self.needs) if getattr(out, name) is None]
         if missing:
+            name = self.loss if self.user_loss is None else self.user_loss.path
             raise UserError(
-                f"The {self.loss} loss needs {', '.join(missing)} from the output layer, which did"
-                " not make it."
+                f"The {name} loss needs {', '.join(missing)} from the output layer, which did not"
+                " make it."
             )
         trained = row.labels != IGNORE
         metrics: Metrics = {}
-        each = TOKEN_LOSSES[self.loss](out, self.alpha)
+        if self.user_loss is None:
+            each = TOKEN_LOSSES[self.loss](out, self.alpha)
+        else:
+            each = self.user_loss(out.logps, out, row)
         if "reference_kl" in self.needs and out.reference_kl is not None:
             metrics["kl"] = (
                 detached_sum(torch.where(trained, out.reference_kl, 0.0)),

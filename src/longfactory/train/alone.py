@@ -26,6 +26,7 @@ from longfactory.sp import hf, routers
 from longfactory.stages import losses
 from longfactory.stages.losses import DataParallel, LossOptions
 from longfactory.stages.pairs import PairLogps
+from longfactory.stages.preference import user_preference_loss
 
 Item = Sequence[TokenizedDocument]
 """One entry of a data set: the documents of a sample, or of a packed block."""
@@ -347,7 +348,10 @@ def _preference(
     beta, smoothing = method.pref_beta, method.dpo_label_smoothing
     numbers = PairLogps(c, r, c_ref, r_ref, *lengths)
     options = LossOptions.of(method)
-    if method.pref_loss == "sigmoid" and c_ref is not None and r_ref is not None:
+    user_loss = user_preference_loss(method)
+    if user_loss is not None:
+        each = user_loss(c, numbers, options, DataParallel())
+    elif method.pref_loss == "sigmoid" and c_ref is not None and r_ref is not None:
         margin = beta * ((c - c_ref) - (r - r_ref))
         each = -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
     else:  # a function of these numbers alone, which its own tests compare with its paper

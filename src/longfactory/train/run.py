@@ -17,6 +17,7 @@ from transformers import set_seed
 
 from longfactory import hub, sp
 from longfactory.config import RunConfig, folder
+from longfactory.config.loss_facts import split_loss_path
 from longfactory.data import module as data
 from longfactory.data.templates import get_template
 from longfactory.errors import UserError
@@ -35,6 +36,7 @@ from longfactory.sp.backends import start
 from longfactory.sp.measure import Measure
 from longfactory.stages.base import Stage
 from longfactory.stages.make import make_stage
+from longfactory.stages.user_loss import digest_of
 from longfactory.train import output
 from longfactory.train.callbacks import AtStart, LogFile, report_failures
 from longfactory.train.gradients import ReportUnused, refuse_unused
@@ -169,6 +171,8 @@ def run(cfg: RunConfig) -> dict[str, float]:
     if args.do_train:
         checkpoint = cfg.resume_checkpoint()
         same_on_every_rank(checkpoint)
+        if cfg.method.loss_path is not None:
+            same_loss_on_every_rank(cfg.method.loss_path)
         if checkpoint:
             trainer.check_resume(checkpoint)
         try:
@@ -213,6 +217,24 @@ def same_on_every_rank(checkpoint: str | None) -> None:
             f"The machines do not agree on the checkpoint to go on from: {found}. output_dir must"
             " be on a file system that all machines share, or resume_from_checkpoint must name a"
             " checkpoint that each of them has."
+        )
+
+
+def same_loss_on_every_rank(loss_path: str) -> None:
+    """Refuses a run whose machines have different files for its loss.
+
+    Raises:
+        UserError: on every rank.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    path = split_loss_path(loss_path)[0]
+    digests: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(digests, digest_of(path.read_bytes()))
+    if len(set(digests)) > 1:
+        raise UserError(
+            f"loss_path: the machines have different files {path} (sha256"
+            f" {', '.join(sorted(set(digests)))}). Copy one of them to all."
         )
 
 

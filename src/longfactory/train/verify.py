@@ -187,6 +187,12 @@ def verify(cfg: RunConfig, *, rows: int = ROWS, tokens: int = TOKENS) -> Report:
             " distributions of a reference. Verify the run with use_asft_loss=false"
             " use_dft_loss=true: the same passes through the same model."
         )
+    if cfg.method.stage in ("pt", "sft") and cfg.method.loss_path is not None:
+        raise UserError(
+            "verify must know of which numbers a loss takes no gradient, and does not know it of"
+            f" loss_path: {cfg.method.loss_path}. Verify the run without loss_path: the same passes"
+            " through the same model."
+        )
     with tempfile.TemporaryDirectory(prefix="longfactory-verify-") as folder:
         run = assemble(quiet(cfg, folder, rows), wide_weights=True)
         comparison = Comparison(cfg, run, rows, tokens, folder)
