@@ -16,6 +16,7 @@ from longfactory import sp
 from longfactory.config import ConfigError, from_mapping
 from longfactory.config.arguments import FinetuningArguments
 from longfactory.data.row import IGNORE, TokenizedDocument, make_row
+from longfactory.dry_run import Found, _loss
 from longfactory.errors import UserError
 from longfactory.model.outputs import TokenOutputs
 from longfactory.model.token_logprobs import TokenLogprobs
@@ -299,3 +300,39 @@ def test_keys_that_a_user_loss_may_read_have_no_note(file: Path) -> None:
     keys = {"stage": "dpo", "simpo_gamma": 1.0, "dpo_label_smoothing": 0.1, "ref_model": "r"}
     cfg = from_mapping({**BASE, **keys, "loss_path": f"{file}:dpo"})
     assert cfg.notes == () and cfg.learns_from_equal_pairs
+
+
+def files_of_ranks(folder: Path) -> list[str]:
+    """What a rank is told of equal, then of different files at the same path of two machines."""
+    import os
+
+    import torch.distributed as dist
+
+    from longfactory.train.run import same_loss_on_every_rank
+
+    sp.SequenceParallel.create(1)
+    mine = folder / str(dist.get_rank())
+    mine.mkdir()
+    os.chdir(mine)
+    told = []
+    for more in ("", f"# {dist.get_rank()}"):
+        Path("losses.py").write_text(FILE + more)
+        try:
+            same_loss_on_every_rank("losses.py:dpo")
+            told.append("")
+        except UserError as error:
+            told.append(str(error))
+    return told
+
+
+@pytest.mark.processes
+def test_machines_with_different_files_are_refused(tmp_path: Path) -> None:
+    for equal, different in run_ranks(2, files_of_ranks, tmp_path):
+        assert equal == "" and "the machines have different files losses.py" in different
+
+
+def test_a_dry_run_looks_at_the_function(file: Path) -> None:
+    found = Found()
+    cfg = from_mapping({**BASE, "stage": "dpo", "loss_path": f"{file}:none", "dry_run": True})
+    _loss(cfg, found)
+    assert len(found.problems) == 1 and "has no function none" in found.problems[0]

@@ -14,7 +14,13 @@ from longfactory.stages.preference import PreferenceStage
 from longfactory.stages.reward import RewardStage
 from longfactory.stages.tokens import TokenStage
 
-CLASSES: tuple[type[Stage], ...] = (TokenStage, RewardStage, PreferenceStage, KTOStage)
+CLASSES: tuple[type[Stage], ...] = (
+    TokenStage,
+    RewardStage,
+    PreferenceStage,
+    KTOStage,
+)
+"""What is known of each without torch is in `config/stage_facts.py`."""
 
 
 def make_stage(stage: str, args: Any, precision: torch.dtype = torch.float32) -> Stage:
