@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..tiles import Tile
-from .operators import call
+from . import operators
 from .request import Request
 
 
@@ -33,7 +33,7 @@ def forward(
             forward(q[a:b], k[a:b], v[a:b], t, scale, softcap) for (a, b), t in _documents(tile)
         ]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts], 1)
-    out, lse = call(
+    out, lse = operators.forward(
         "_scaled_dot_product_flash_attention_for_cpu",
         query=_bhsd(q),
         key=_bhsd(k),
@@ -64,8 +64,8 @@ def backward(
         ]
         dq, dk, dv = (torch.cat(x) for x in zip(*parts, strict=True))
         return dq, dk, dv
-    grads = call(
-        "_scaled_dot_product_flash_attention_for_cpu_backward",
+    grads = operators.backward(
+        "_scaled_dot_product_flash_attention_for_cpu",
         grad_out=_bhsd(dout),
         query=_bhsd(q),
         key=_bhsd(k),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..tiles import Tile
-from .operators import call
+from . import operators
 from .request import Request
 
 
@@ -42,7 +42,7 @@ def refuses(request: Request) -> str | None:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = call(
+    out, lse, *_ = operators.forward(
         "_scaled_dot_product_cudnn_attention",
         query=_bhsd(q),
         key=_bhsd(k),
@@ -73,8 +73,8 @@ def backward(
     dout, out = dout.contiguous(), out.contiguous()
     # seed and offset, never read without dropout
     empty = torch.empty((), dtype=torch.long, device=q.device)
-    grads = call(
-        "_scaled_dot_product_cudnn_attention_backward",
+    grads = operators.backward(
+        "_scaled_dot_product_cudnn_attention",
         grad_out=_bhsd(dout),
         query=_bhsd(q),
         key=_bhsd(k),

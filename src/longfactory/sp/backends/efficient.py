@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..tiles import Tile
-from .operators import call
+from . import operators
 from .padding import cut_head, pad_head
 from .request import Request
 
@@ -53,8 +53,8 @@ def forward(
     q, k, v = (
         pad_head(x) for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
     )
-    out, lse, *_ = call(
-        "_efficient_attention_forward",
+    out, lse, *_ = operators.forward(
+        "_efficient_attention",
         query=q.unsqueeze(0),
         key=k.unsqueeze(0),
         value=v.unsqueeze(0),
@@ -103,8 +103,8 @@ def backward(
     lse = torch.nn.functional.pad(lse, (0, -lse.shape[1] % ROWS), value=math.inf).contiguous()
     # seed and offset, never read without dropout
     empty = torch.empty((), dtype=torch.long, device=q.device)
-    grads = call(
-        "_efficient_attention_backward",
+    grads = operators.backward(
+        "_efficient_attention",
         grad_out_=dout.unsqueeze(0),
         query=q.unsqueeze(0),
         key=k.unsqueeze(0),

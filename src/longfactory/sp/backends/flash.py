@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..tiles import Tile
-from .operators import call
+from . import operators
 from .padding import cut_head, pad_head
 from .request import Request
 
@@ -40,8 +40,8 @@ def forward(
     cu, q_len, k_len = _lengths(tile, q.device)
     if cu is None:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-    out, lse, *_ = call(
-        "_flash_attention_forward",
+    out, lse, *_ = operators.forward(
+        "_flash_attention",
         query=q,
         key=k,
         value=v,
@@ -82,8 +82,8 @@ def backward(
     # Without dropout these two are never read, but the operator wants them.
     rng = torch.empty(2, dtype=torch.uint64, device=q.device)
     unused = torch.empty((), dtype=torch.uint64, device=q.device)
-    grads = call(
-        "_flash_attention_backward",
+    grads = operators.backward(
+        "_flash_attention",
         grad_out=dout,
         query=q,
         key=k,
