@@ -18,10 +18,9 @@ from longfactory.data.kinds import KINDS
 from longfactory.data.row import TokenizedDocument, make_row
 from longfactory.errors import UserError
 from longfactory.testing import RankPool, run_ranks
-from longfactory.train.alone import texts_of
 from longfactory.train.verify import (
-    Report,
     RowShape,
+    VerifyReport,
     choose,
     crossed,
     mask_reasons,
@@ -29,6 +28,7 @@ from longfactory.train.verify import (
     row_reason,
     truncate,
 )
+from longfactory.train.verify.alone import texts_of
 from manual_runs import manual_run
 
 
@@ -270,7 +270,7 @@ def test_long_documents_keep_their_ends_in_proportion() -> None:
     assert truncate(samples, 800) == samples
 
 
-def report(**changes: Any) -> Report:
+def report(**changes: Any) -> VerifyReport:
     same = measured(1.0, 1.0, 1e-6, 0.0)
     given: dict[str, Any] = {
         "loss": same,
@@ -279,7 +279,7 @@ def report(**changes: Any) -> Report:
         "parameters": {"a": same, "b": same},
     }
     rows = (RowShape(4, 1, 1),)
-    return Report(
+    return VerifyReport(
         **{
             "rows": rows,
             **given,
@@ -411,10 +411,10 @@ def test_a_row_that_no_document_crosses_is_made_to_have_one() -> None:
     items = [[TokenizedDocument(list(range(40)), list(range(40)))]]
     with (
         mock.patch(
-            "longfactory.train.verify._shape",
+            "longfactory.train.verify.rows.row_shape",
             lambda row, ctx: SimpleNamespace(crossing=next(shapes)),
         ),
-        mock.patch("longfactory.train.verify.sp.alignment", lambda ctx: 4),
+        mock.patch("longfactory.train.verify.rows.sp.alignment", lambda ctx: 4),
     ):
         crossed(items, trainer)
     assert lengths == [40, 30, 20] and items[0][0].input_ids == list(range(20, 40))

@@ -12,7 +12,6 @@ import logging
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
@@ -20,6 +19,7 @@ from transformers import TrainerCallback
 from longfactory import sp
 from longfactory.errors import UserError
 from longfactory.sp import hf
+from longfactory.train.ranks import from_all
 from longfactory.train.trainer import RowTrainer
 
 log = logging.getLogger("longfactory")
@@ -69,11 +69,7 @@ def refuse_unused(trainer: RowTrainer) -> None:
     finally:
         model.zero_grad(set_to_none=True)
         model.train(training)
-    everyone: list[list[str]] = [mine]
-    if dist.get_world_size() > 1:
-        everyone = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, mine)
-    if unused := sorted({name for names in everyone for name in names}):
+    if unused := sorted({name for names in from_all(mine) for name in names}):
         raise UserError(
             f"{len(unused)} trainable parameters get no gradient from text: {_some(unused)}. DDP"
             " would leave gradients of other parameters unsummed beside them. Leave them out of"

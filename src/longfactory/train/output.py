@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from longfactory.config import resolved
 from longfactory.errors import UserError
@@ -24,6 +23,7 @@ from longfactory.model import saved, value_head
 from longfactory.model.generate import make_generation_config_valid
 from longfactory.model.source import Source, in_words
 from longfactory.train.plots import plot_history
+from longfactory.train.ranks import from_all
 
 log = logging.getLogger("longfactory")
 SCRATCH = ".longfactory-dry-save-"
@@ -120,7 +120,7 @@ def prove_writable(args: Any, source: Source | None) -> None:
     Raises:
         UserError: on every rank.
     """
-    _agree(args, [_not_writable(args, source)] if args.should_save else [])
+    _agree([_not_writable(args, source)] if args.should_save else [])
 
 
 def prove_saveable(trainer: Any) -> None:
@@ -146,15 +146,12 @@ def prove_saveable(trainer: Any) -> None:
             with contextlib.suppress(OSError):  # it is not empty: of a run of before
                 os.rmdir(args.output_dir)
         _tell_of_space(args, trainer.model)
-    _agree(args, problems)
+    _agree(problems)
 
 
-def _agree(args: Any, problems: list[str | None]) -> None:
+def _agree(problems: list[str | None]) -> None:
     """Raises the problems of any rank as a UserError on every rank."""
-    found: list[Any] = [[p for p in problems if p is not None]]
-    if dist.is_available() and dist.is_initialized():
-        mine, found = found[0], [None] * dist.get_world_size()
-        dist.all_gather_object(found, mine)
+    found = from_all([p for p in problems if p is not None])
     lines = list(dict.fromkeys(p for each in found for p in each))
     if lines:
         raise UserError(

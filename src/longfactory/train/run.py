@@ -43,6 +43,7 @@ from longfactory.train.gradients import ReportUnused, refuse_unused
 from longfactory.train.memory_plan import Counts, FitMemory, Memory, count_parameters, plan_memory
 from longfactory.train.optimizers import optimizer_factory
 from longfactory.train.prove import prove_exact
+from longfactory.train.ranks import from_all
 from longfactory.train.reference.attach import attach_reference
 from longfactory.train.trainer import RowTrainer
 
@@ -207,10 +208,7 @@ def same_on_every_rank(checkpoint: str | None) -> None:
     Raises:
         UserError: on every rank.
     """
-    if not torch.distributed.is_initialized():
-        return
-    names: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(names, Path(checkpoint).name if checkpoint else None)
+    names = from_all(Path(checkpoint).name if checkpoint else None)
     if len(set(names)) > 1:
         found = ", ".join(sorted({str(n) for n in names}))
         raise UserError(

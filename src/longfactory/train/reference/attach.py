@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from longfactory.config import RunConfig
@@ -36,6 +35,7 @@ from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.sp import hf
 from longfactory.sp.text_model import decoder_layers
 from longfactory.train import reference
+from longfactory.train.ranks import everywhere
 from longfactory.train.reference.model import Reference
 from longfactory.train.trainer import RowTrainer
 
@@ -133,7 +133,8 @@ def _numbers(
         cfg.method
     )
     started = trainer.state.global_step > 0 and policy_is_reference
-    if started and not _everywhere(trainer)(_file(folder, parts, trainer).exists()):
+    agreed = functools.partial(everywhere, device=trainer.args.device)
+    if started and not agreed(_file(folder, parts, trainer).exists()):
         raise UserError(
             "The run resumes, and the reference log-probabilities of its beginning are not"
             f" in the cache ({folder}): the model is no longer the reference. Begin anew"
@@ -147,7 +148,7 @@ def _numbers(
         len(dataset),
         ld_alpha=trainer.stage.ld_alpha,
         dp_sum=trainer._sum_over_groups,
-        everywhere=_everywhere(trainer),
+        everywhere=agreed,
         write=trainer.args.local_process_index == 0,
     )
     return cache
@@ -168,19 +169,6 @@ def _rows(trainer: RowTrainer, dataset: Any, batch: int, shuffle: bool) -> Itera
 
 def _file(folder: Path, parts: dict[str, Any], trainer: RowTrainer) -> Path:
     return reference.cache_file(folder, {**parts, "ld_alpha": trainer.stage.ld_alpha})
-
-
-def _everywhere(trainer: RowTrainer) -> Callable[[bool], bool]:
-    """Whether every rank says yes."""
-
-    def agree(mine: bool) -> bool:
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return mine
-        flag = torch.tensor(float(mine), device=trainer.args.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-        return bool(flag.item())
-
-    return agree
 
 
 def _parts(cfg: RunConfig, dataset: Any) -> dict[str, Any]:

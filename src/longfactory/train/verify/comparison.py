@@ -3,7 +3,7 @@ in transformers' own model.
 
 The step is the trainer's: its loader, its count of items, its loss and scale, its micro-batches,
 reduction and clipping, on the model as it is wrapped and sharded, with the layers and kernels that
-train. The specification (`train/alone.py`) shares none of that. Both are compared with the
+train. The specification (`train/verify/alone.py`) shares none of that. Both are compared with the
 specification in a wider precision (float32, for float32 float64); a step may be off by a few times
 what transformers' own attention in the run's precision is.
 """
@@ -23,32 +23,45 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 
-from longfactory import sp
 from longfactory.config import RunConfig
-from longfactory.data.row import Row, TokenizedDocument
+from longfactory.data.row import Row
 from longfactory.errors import UserError
 from longfactory.memory.chunked import runs_in_pieces
-from longfactory.sp import compare, hf, routers
-from longfactory.train import alone
-from longfactory.train.alone import Item, Precision, Step, Text
+from longfactory.sp import hf, routers
+from longfactory.train.ranks import everywhere, from_all, from_main, is_distributed
 from longfactory.train.reference import Reference, adapter_is_reference, disable_dropout
 from longfactory.train.run import Assembled, assemble
 from longfactory.train.trainer import RowTrainer
+from longfactory.train.verify import alone
+from longfactory.train.verify.alone import Precision, Step, Text
+from longfactory.train.verify.gradients import (
+    gradient_deviations,
+    plain_name,
+    scale_reasons,
+    stir_adapters,
+    take_gradients,
+)
+from longfactory.train.verify.report import (
+    FLOOR,
+    SMALLEST_SCORE,
+    Deviation,
+    RowShape,
+    VerifyReport,
+    measured,
+    relative,
+)
+from longfactory.train.verify.rows import (
+    Chosen,
+    choose,
+    crossed,
+    mask_reasons,
+    row_reason,
+    row_shape,
+)
 
 ROWS, TOKENS = 2, 2048
-
-FACTOR = compare.LIMIT
-"""How many times as far from the wider precision as transformers' own attention in the run's
-precision a step may be: as for the start-up guard."""
-SMALLEST = 1e-4
-"""A relative difference that counts as none: float32 numbers that are added in another order."""
-SMALLEST_SCORE = 2e-5
-"""The same for log-probabilities, which no sum over tokens has gone into yet."""
 UNDECIDED = 0.3
 """From here on the own gradients' relative error says that a model's gradients are rounding."""
-FLOOR = 1e-3
-"""A gradient that is zero in exact arithmetic (the bias of a key projection) is noise: differences
-count against at least this share of the whole gradient's norm."""
 MOST_SCALED_STEPS = 24
 """float16: so often the scale of the loss may halve until gradients are finite."""
 OFFSETS = {"chosen": 0.5, "rejected": -0.25, "kl": -0.5}
@@ -57,109 +70,7 @@ many losses are flat.
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class Measure:
-    """One number or tensor: `split` as trained, `alone` in the wider precision, to which
-    differences are relative.
-
-    `own`: the difference of transformers' own attention in the run's precision. `allowed`: what the
-    step's may be.
-    """
-
-    split: float
-    alone: float
-    difference: float
-    own: float
-    allowed: float
-
-    @property
-    def exact(self) -> bool:
-        return self.difference <= self.allowed  # false for NaN
-
-
-@dataclasses.dataclass(frozen=True)
-class RowShape:
-    tokens: int
-    documents: int
-    crossing: int
-    """Documents of which several ranks hold a part."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """One optimizer step, both ways. `parameters`: by name, the worst first. `reasons`: what is
-    wrong, in sentences.
-    """
-
-    rows: tuple[RowShape, ...]
-    loss: Measure
-    grad_norm: Measure
-    logps: Measure
-    """Root mean square over all tokens to predict (or values); absolute differences."""
-    parameters: dict[str, Measure]
-    reasons: tuple[str, ...]
-    notes: tuple[str, ...]
-    dtype: torch.dtype
-    title: str
-
-    @property
-    def exact(self) -> bool:
-        measures = (self.loss, self.grad_norm, self.logps, *self.parameters.values())
-        return (
-            bool(self.rows)
-            and bool(self.parameters)
-            and not self.reasons
-            and all(m.exact for m in measures)
-        )
-
-    def table(self) -> str:
-        lines = [self.title]
-        for i, row in enumerate(self.rows):
-            lines.append(
-                f"row {i + 1}: {row.tokens} tokens, {row.documents} documents, {row.crossing} of"
-                " them on several ranks"
-            )
-        lines.append(
-            f"{'':32}{'split':>14}{'alone':>14}{'difference':>12}{'own':>10}{'allowed':>10}"
-        )
-        lines += [
-            _line(name, m, 30) for name, m in (("loss", self.loss), ("grad_norm", self.grad_norm))
-        ]
-        m = self.logps
-        lines.append(
-            f"  {'log-probabilities':<58}{m.difference:>12.1e}{m.own:>10.1e}{m.allowed:>10.1e}"
-        )
-        lines.append(f"gradients of {len(self.parameters)} parameters; the worst:")
-        for name, m in list(self.parameters.items())[:5]:
-            lines.append(f"  {name:<58}{m.difference:>12.1e}{m.own:>10.1e}{m.allowed:>10.1e}")
-        lines += [f"- {reason}" for reason in self.reasons]
-        lines.append("The same." if self.exact else "NOT the same.")
-        lines += self.notes
-        if self.dtype != torch.float32:
-            lines.append(
-                "Half precision rounds. For the sharp proof add bf16=false fp16=false"
-                " pure_bf16=false."
-            )
-        return "\n".join(lines)
-
-
-def _line(name: str, m: Measure, width: int) -> str:
-    measures = f"{m.difference:>12.1e}{m.own:>10.1e}{m.allowed:>10.1e}"
-    return f"  {name:<{width}}{m.split:>14.7g}{m.alone:>14.7g}{measures}"
-
-
-def relative(a: float, b: float) -> float:
-    """|a - b| / |b|, and 0 where both are 0."""
-    return abs(a - b) / max(abs(b), 1e-12) if a != b else 0.0
-
-
-def measured(
-    split: float, alone: float, difference: float, own: float, at_least: float = SMALLEST
-) -> Measure:
-    return Measure(split, alone, difference, own, max(FACTOR * own, at_least))
-
-
-def verify(cfg: RunConfig, *, rows: int = ROWS, tokens: int = TOKENS) -> Report:
+def verify(cfg: RunConfig, *, rows: int = ROWS, tokens: int = TOKENS) -> VerifyReport:
     """One optimizer step of the run, compared. Every process calls it. Writes nothing to the output
     folder.
 
@@ -257,122 +168,6 @@ def quiet(cfg: RunConfig, folder: str, rows: int) -> RunConfig:
     return dataclasses.replace(cfg, hf=keys, method=method, memory=memory)
 
 
-# -- the rows --------------------------------------------------------------------------------------
-
-
-def truncate(
-    samples: Sequence[Sequence[TokenizedDocument]], tokens: int
-) -> list[list[TokenizedDocument]]:
-    """Samples of at most about `tokens` tokens together: each document keeps its last ones, in
-    proportion to its length, at least two.
-    """
-    total = sum(len(d.input_ids) for s in samples for d in s)
-    if total <= tokens:
-        return [list(s) for s in samples]
-
-    def cut(d: TokenizedDocument) -> TokenizedDocument:
-        keep = max(2, len(d.input_ids) * tokens // total)
-        return dataclasses.replace(d, input_ids=d.input_ids[-keep:], labels=d.labels[-keep:])
-
-    return [[cut(d) for d in s] for s in samples]
-
-
-class Chosen(torch.utils.data.Dataset):
-    """The entries of the data set that are compared, in the order in which a loader that does not
-    shuffle deals them.
-    """
-
-    def __init__(self, items: Sequence[Item]) -> None:
-        self.items = list(items)
-        self.lengths = [sum(len(d.input_ids) for d in item) for item in items]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, i: int) -> Item:
-        return self.items[i]
-
-
-def choose(dataset: Any, rows: int, batch: int, tokens: int) -> list[list[Item]]:
-    """`rows` lists of `batch` entries that train something; from the first again where there are
-    fewer. If no row has two documents of different samples, the last one gets them.
-
-    Raises:
-        UserError: there is none.
-    """
-    found: list[list[Item]] = []
-    samples: list[Item] = []
-    for sample in (
-        dataset if not hasattr(dataset, "__len__") else (dataset[i] for i in range(len(dataset)))
-    ):
-        samples.append(sample)
-        if len(samples) < batch:
-            continue
-        cut: list[Item] = list(truncate(samples, tokens))
-        samples = []
-        if any(text.places for item in cut for text in alone.texts_of(item)):
-            found.append(cut)
-        if len(found) == rows:
-            break
-    if samples and not found:  # fewer samples than a row takes
-        copies = [
-            _renumbered(item, len(samples) * copy) for copy in range(batch) for item in samples
-        ]
-        found.append(list(truncate(copies[:batch], tokens)))
-    if not found or not any(text.places for item in found[0] for text in alone.texts_of(item)):
-        raise UserError(
-            f"No row of the training data trains a token among the last {tokens} of its documents:"
-            " nothing can be compared."
-        )
-    found = [found[i % len(found)] for i in range(rows)]
-    if (
-        batch == 1
-        and hasattr(dataset, "__len__")
-        and all(len({d.sample for d in row[0]}) < 2 for row in found)
-    ):
-        own = {d.sample for d in found[-1][0]}
-        other = next(
-            (dataset[i] for i in range(len(dataset)) if not own & {d.sample for d in dataset[i]}),
-            None,
-        )
-        if other is not None:
-            found[-1] = [_merged(truncate([found[-1][0], other], tokens))]
-    return found
-
-
-def _renumbered(item: Item, further: int) -> Item:
-    return [
-        dataclasses.replace(d, sample=d.sample + 1_000_000_000 * bool(further) + further)
-        for d in item
-    ]
-
-
-def _merged(items: Sequence[Item]) -> Item:
-    """The documents of several entries as one entry."""
-    out: list[TokenizedDocument] = []
-    for item in items:
-        first = len(out)
-        out += [
-            dataclasses.replace(d, parent=d.parent + first) if d.parent >= 0 else d for d in item
-        ]
-    return out
-
-
-def crossed(items: list[Item], trainer: RowTrainer) -> None:
-    """Shortens the first document of a row until several ranks hold a part of some document."""
-    ctx, document = trainer.ctx, items[0][0]
-    for quarters in (4, 3, 2, 1):
-        keep = max(2, len(document.input_ids) * quarters // 4)
-        first = dataclasses.replace(
-            document, input_ids=document.input_ids[-keep:], labels=document.labels[-keep:]
-        )
-        tried = [[first, *items[0][1:]], *items[1:]]
-        row = trainer.collate([list(item) for item in tried], sp.alignment(ctx), trainer.pad_id)
-        if ctx.size == 1 or _shape(row, ctx).crossing:
-            items[:] = tried
-            return
-
-
 class _References:
     """Gives the documents of a row the reference's numbers, by role and sample."""
 
@@ -385,50 +180,6 @@ class _References:
             for d in row.documents
         ]
         return dataclasses.replace(row, documents=tuple(documents))
-
-
-def row_reason(row: Row, texts: Sequence[Text], number: int) -> str | None:
-    """What a row holds that its documents do not, or None."""
-    documents = [d for d in row.documents if d.role != "pad"]
-    if len(documents) != len(texts):
-        return f"Row {number} has {len(documents)} documents, its samples have {len(texts)}."
-    for k, (d, text) in enumerate(zip(documents, texts, strict=True)):
-        place, here = f"document {k + 1} of row {number}", slice(d.start, d.stop)
-        own = range(text.before, len(text.tokens))
-        for what, found, expected in (
-            ("token", row.input_ids[here].tolist(), list(text.tokens[text.before :])),
-            ("position", row.position_ids[here].tolist(), list(own)),
-            ("label", row.labels[here].tolist(), list(text.targets[text.before :])),
-        ):
-            if len(found) != len(expected):
-                return (
-                    f"{place.capitalize()} has {len(found)} tokens; the data have {len(expected)}."
-                )
-            t = next(
-                (t for t, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b), None
-            )
-            if t is None:
-                continue
-            more = ""
-            if what == "label":
-                trained = [sum(label != -100 for label in labels) for labels in (found, expected)]
-                more = (
-                    f" (the next token that is trained, or -100). {trained[0]} labels are trained,"
-                    f" {trained[1]} should be"
-                )
-                if found[:-1] == expected[1:]:
-                    more += (
-                        "; every label is that of the token after the next: labels are shifted"
-                        " twice"
-                    )
-            return (
-                f"The {what} at token {t + 1} of {place} is {found[t]}; by its document it is"
-                f" {expected[t]}{more}."
-            )
-    return None
-
-
-# -- the comparison --------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -450,7 +201,7 @@ class Comparison(TrainerCallback):
     def __init__(self, cfg: RunConfig, run: Assembled, rows: int, tokens: int, folder: str) -> None:
         self.cfg, self.run, self.trainer, self.folder = cfg, run, run.trainer, folder
         ctx = self.trainer.ctx
-        self.groups, self.main = ctx.dp_size, not _distributed() or dist.get_rank() == 0
+        self.groups, self.main = ctx.dp_size, not is_distributed() or dist.get_rank() == 0
         batch = self.trainer._train_batch_size
         self.items = choose(run.datasets.train, rows * ctx.dp_size, batch, tokens)
         crossed(self.items[0], self.trainer)
@@ -485,8 +236,8 @@ class Comparison(TrainerCallback):
             except UserError as error:
                 failure = str(error)
             except Exception as error:  # the other processes wait for this one
-                failure = f"transformers cannot make the model a second time: {_told(error)}"
-        if (failure := _from_main(failure)) is not None:
+                failure = f"transformers cannot make the model a second time: {_first_line(error)}"
+        if (failure := from_main(failure)) is not None:
             raise UserError(failure)
         dtypes = alone.copy_values(trainer.model, model)
         if model is not None:
@@ -496,21 +247,20 @@ class Comparison(TrainerCallback):
                 failure = (
                     "The first device has no room for the model in a wider precision beside the"
                     " run, with the attention of a whole document at once. Lower verify_tokens, or"
-                    f" verify on larger devices ({_told(error)})."
+                    f" verify on larger devices ({_first_line(error)})."
                 )
             except Exception as error:  # whatever the model's own code does in this precision
-                failure = (
-                    f"transformers' own model cannot compute the documents alone: {_told(error)}"
-                )
+                told = _first_line(error)
+                failure = f"transformers' own model cannot compute the documents alone: {told}"
             del model
             if args.device.type == "cuda":
                 torch.cuda.empty_cache()
-        if (failure := _from_main(failure)) is not None:
+        if (failure := from_main(failure)) is not None:
             raise UserError(failure)
-        if (failure := _from_main(self._idle())) is not None:
+        if (failure := from_main(self._idle())) is not None:
             raise UserError(failure)
         spec = self.spec
-        self.choices, references = _from_main(
+        self.choices, references = from_main(
             None if spec is None else (spec.choices, spec.references)
         )
         if trainer.stage.needs_reference and not adapter_off:
@@ -574,7 +324,7 @@ class Comparison(TrainerCallback):
             return None
         return (
             f"{len(idle)} of {len(trained)} trained parameters get no gradient from any document:"
-            f" {', '.join(map(_plain_name, idle[:3]))}. DDP waits for them, and leaves gradients of"
+            f" {', '.join(map(plain_name, idle[:3]))}. DDP waits for them, and leaves gradients of"
             " others out of the reduction. Freeze them, or set ddp_find_unused_parameters: true."
         )
 
@@ -646,7 +396,7 @@ class Comparison(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.gradients, self.unreduced = take_gradients(self.trainer.model, self.main)
         scaler = getattr(self.trainer.accelerator, "scaler", None)
-        finite = scaler is None or _everywhere(
+        finite = scaler is None or everywhere(
             all(bool(torch.isfinite(g).all()) for g in self.gradients.values()), args.device
         )
         self.finished = finite or state.global_step + 1 >= args.max_steps
@@ -656,7 +406,7 @@ class Comparison(TrainerCallback):
 
     # After it.
 
-    def report(self) -> Report:
+    def report(self) -> VerifyReport:
         """The same on every process. Collective."""
         trainer, cfg = self.trainer, self.cfg
         size, ctx = cfg.parallel.sequence_parallel_size, trainer.ctx
@@ -675,14 +425,11 @@ class Comparison(TrainerCallback):
             i: self._outputs_of(row, out, i)
             for i, row, out in zip(mine, self.seen.rows, self.seen.outputs, strict=False)
         }
-        shapes = {i: _shape(row, ctx) for i, row in zip(mine, self.seen.rows, strict=False)}
-        parts: list[Any] = [(reasons, outputs, shapes)]
-        if _distributed():
-            parts = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, (reasons, outputs, shapes))
+        shapes = {i: row_shape(row, ctx) for i, row in zip(mine, self.seen.rows, strict=False)}
+        parts = from_all((reasons, outputs, shapes))
         unsaved = incomplete_save(trainer, self.folder)
         report = self._compared(parts, unsaved) if self.main else None
-        return _from_main(report)
+        return from_main(report)
 
     def _outputs_of(self, row: Row, outputs: Tensor, number: int) -> list[Tensor] | None:
         """What the loss was given of each text of a row that has scores; None where the row is not
@@ -707,7 +454,7 @@ class Comparison(TrainerCallback):
         self,
         parts: Sequence[tuple[list[str], dict[int, Any], dict[int, RowShape]]],
         unsaved: str | None,
-    ) -> Report:
+    ) -> VerifyReport:
         spec, own, trainer = self.spec, self.own, self.trainer
         assert spec is not None and own is not None
         reasons = list(dict.fromkeys(reason for found, _, _ in parts for reason in found))
@@ -730,7 +477,7 @@ class Comparison(TrainerCallback):
         own_loss = max(relative(own.loss, spec.loss), bound / max(abs(spec.loss), 1e-12))
         losses = measured(loss, spec.loss, relative(loss, spec.loss), own_loss)
         logps, where = self._logps(outputs, spec, own)
-        parameters, total = _gradient_measures(self.gradients, spec.gradients, own.gradients)
+        parameters, total = gradient_deviations(self.gradients, spec.gradients, own.gradients)
         logged = float(logs.get("grad_norm", math.nan))
         grad_norm = dataclasses.replace(
             total, split=logged, difference=relative(logged, total.alone)
@@ -743,7 +490,7 @@ class Comparison(TrainerCallback):
                 " compared. Verify in float32 (bf16=false fp16=false pure_bf16=false)."
             )
         reasons += where
-        reasons += _scale_reasons(losses, self.gradients, spec.gradients, total)
+        reasons += scale_reasons(losses, self.gradients, spec.gradients, total)
         unreached = [
             name
             for name, g in spec.gradients.items()
@@ -752,18 +499,18 @@ class Comparison(TrainerCallback):
         if unreached:
             reasons.append(
                 f"No gradient reaches {len(unreached)} trained parameters:"
-                f" {', '.join(map(_plain_name, unreached[:3]))}."
+                f" {', '.join(map(plain_name, unreached[:3]))}."
             )
         if self.unreduced:
             worst = sorted(self.unreduced, key=lambda name: -self.unreduced[name])
             reasons.append(
                 f"The gradients of {len(worst)} trained parameters differ between processes, which"
-                f" would train different models: {', '.join(map(_plain_name, worst[:3]))}. They are"
+                f" would train different models: {', '.join(map(plain_name, worst[:3]))}. They are"
                 " left out of the reduction."
             )
         if unsaved is not None:
             reasons.append(unsaved)
-        return Report(
+        return VerifyReport(
             tuple(shapes[i] for i in sorted(shapes)),
             losses,
             grad_norm,
@@ -775,7 +522,7 @@ class Comparison(TrainerCallback):
             _title(self.cfg, self.run),
         )
 
-    def _logps(self, outputs: dict[int, Any], spec: Step, own: Step) -> tuple[Measure, list[str]]:
+    def _logps(self, outputs: dict[int, Any], spec: Step, own: Step) -> tuple[Deviation, list[str]]:
         """All log-probabilities (values), and where they begin to differ."""
         values = self.trainer.stage.output == "values"
         found, expected, ours, places = [], [], [], []
@@ -798,7 +545,7 @@ class Comparison(TrainerCallback):
                 ours.append(own.logps[batch][first + j])
                 places.append((i, k, text))
         if not found:
-            return Measure(math.nan, math.nan, math.nan, 0.0, 0.0), []
+            return Deviation(math.nan, math.nan, math.nan, 0.0, 0.0), []
         mine, rounding = alone.rms([found], [expected]), alone.rms([ours], [expected])
         norms = [math.sqrt(float((torch.cat(x).double() ** 2).mean())) for x in (found, expected)]
         measure = measured(norms[0], norms[1], mine, rounding, SMALLEST_SCORE * max(norms[1], 1.0))
@@ -851,39 +598,8 @@ class Comparison(TrainerCallback):
         return notes
 
 
-def _told(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _from_main(x: Any) -> Any:
-    """What the first process has. Collective."""
-    if not _distributed():
-        return x
-    box = [x]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def _everywhere(mine: bool, device: torch.device) -> bool:
-    if not _distributed():
-        return mine
-    flag = torch.tensor(float(mine), device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-    return bool(flag.item())
-
-
-def _shape(row: Row, ctx: sp.SequenceParallel) -> RowShape:
-    documents = [d for d in row.documents if d.role != "pad"]
-    layout = sp.plan(len(row), row.segments, ctx).layout
-    holders = [
-        sum(any(a < d.stop and d.start < b for a, b in intervals) for intervals in layout.intervals)
-        for d in documents
-    ]
-    return RowShape(row.real_tokens, len(documents), sum(n > 1 for n in holders))
 
 
 def _precision(trainer: RowTrainer) -> torch.dtype:
@@ -916,152 +632,6 @@ def _title(cfg: RunConfig, run: Assembled) -> str:
         f" {run.sharding}; an optimizer step against documents alone"
         f" ({str(_precision(run.trainer)).rsplit('.', 1)[-1]})"
     )
-
-
-# -- gradients -------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def stir_adapters(model: nn.Module) -> int:
-    """Gives adapter matrices that are zero small random numbers, the same on every process that
-    holds a copy. Returns how many.
-    """
-    count = 0
-    for number, (name, p) in enumerate(model.named_parameters()):
-        if not (p.requires_grad and "lora_" in name):
-            continue
-        local = p.to_local() if hasattr(p, "to_local") else p
-        if _everywhere(not bool(local.any()), local.device):
-            rank = dist.get_rank() if local is not p else 0
-            generator = torch.Generator().manual_seed(1000 * number + rank)
-            local.copy_(0.02 * torch.randn(local.shape, generator=generator))
-            count += 1
-    return count
-
-
-@torch.no_grad()
-def take_gradients(model: nn.Module, main: bool) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """(the whole gradients by name on the host, if `main`; name -> relative difference of copies
-    that are not the same on all processes). Collective."""
-    out: dict[str, Tensor] = {}
-    unreduced: dict[str, float] = {}
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        if p.grad is not None and hasattr(p.grad, "full_tensor"):
-            g = alone.whole(p.grad)
-        else:
-            g = p.grad
-            if _distributed():
-                mine = torch.zeros_like(p) if g is None else g.detach().clone()
-                first = mine.clone()
-                dist.broadcast(first, src=0)
-                numbers = torch.stack([(mine.float() - first.float()).norm(), first.float().norm()])
-                dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
-                difference = float(numbers[0] / numbers[1].clamp(min=1e-30))
-                if not difference <= 1e-6:
-                    unreduced[name] = difference
-        if main and g is not None:
-            out[name] = g.detach().to("cpu", torch.float32, copy=True)
-    return out, unreduced
-
-
-def _gradient_measures(
-    found: dict[str, Tensor], expected: dict[str, Tensor], own: dict[str, Tensor]
-) -> tuple[dict[str, Measure], Measure]:
-    """(of each parameter, the worst first; of all together). A gradient that is not there is
-    zero.
-    """
-
-    def norm(tensors: Sequence[Tensor]) -> float:
-        return math.sqrt(sum(float((t.double() ** 2).sum()) for t in tensors))
-
-    def off(a: dict[str, Tensor], name: str) -> Tensor:
-        x, y = a.get(name), expected.get(name)
-        zero = torch.zeros_like(x if x is not None else found.get(name, y))  # type: ignore[arg-type]
-        return (x if x is not None else zero).double() - (y if y is not None else zero).double()
-
-    names = list(dict.fromkeys([*expected, *found]))
-    total = norm(list(expected.values()))
-    errors = {name: (norm([off(found, name)]), norm([off(own, name)])) for name in names}
-    of_all = [
-        math.sqrt(sum(e[i] ** 2 for e in errors.values())) / max(total, 1e-30) for i in (0, 1)
-    ]
-    measures = {}
-    for name in names:
-        sizes = [norm([a[name]]) if name in a else 0.0 for a in (found, expected)]
-        scale = max(sizes[1], FLOOR * total, 1e-30)
-        mine, theirs = (e / scale for e in errors[name])
-        measures[name] = measured(sizes[0], sizes[1], mine, max(theirs, of_all[1]))
-    ordered = sorted(measures.items(), key=lambda item: -_worst_first(item[1]))
-    whole = measured(norm(list(found.values())), total, of_all[0], of_all[1])
-    return {_plain_name(name): m for name, m in ordered}, whole
-
-
-def _worst_first(m: Measure) -> float:
-    return math.inf if math.isnan(m.difference) else m.difference / max(m.allowed, 1e-30)
-
-
-def _scale_reasons(
-    loss: Measure, found: dict[str, Tensor], expected: dict[str, Tensor], total: Measure
-) -> list[str]:
-    """A loss, or all gradients, that are a number of times what they should be."""
-    reasons = []
-    if not loss.exact and abs(loss.split / (loss.alone or 1.0) - 1) > 0.01:
-        reasons.append(f"The loss is {loss.split / loss.alone:.4g} times what it should be.")
-    dot = sum(
-        float((found[name].double() * g.double()).sum())
-        for name, g in expected.items()
-        if name in found
-    )
-    times = dot / max(total.alone**2, 1e-30)
-    rest = sum(
-        float(((found[name].double() - times * g.double()) ** 2).sum())
-        for name, g in expected.items()
-        if name in found
-    )
-    if (
-        abs(times - 1) > total.allowed
-        and math.sqrt(rest) <= max(total.allowed, 1e-3) * abs(times) * total.alone
-    ):
-        reasons.append(f"Every gradient is {times:.4g} times what it should be.")
-    return reasons
-
-
-def _plain_name(name: str) -> str:
-    return name.removeprefix("module.").replace("base_model.model.", "")
-
-
-# -- masks and saved adapters ----------------------------------------------------------------------
-
-
-def mask_reasons(dataset: Any, documents: Sequence[TokenizedDocument]) -> list[str]:
-    """Documents that train tokens of their prompts, by the parts that the data set stores and the
-    lengths that they are cut to.
-    """
-    rules, kind = getattr(dataset, "rules", None), getattr(dataset, "kind", None)
-    if rules is None or kind is None or not hasattr(dataset, "stores") or rules.train_on_prompt:
-        return []
-    reasons = []
-    for d in documents:
-        if not 0 <= d.sample < len(dataset.entries) or d.role in ("prompt", "kl"):
-            continue
-        store, i = (int(x) for x in dataset.entries[d.sample][:2])
-        lengths = [len(part) for part in dataset.stores[store].parts(i)]
-        places = kind.prompt_places(lengths, rules, d.role)
-        if places is None or d.parent >= 0:  # a branch begins with one token of the prompt
-            continue
-        length, prompts = places
-        # A document that was shortened for verify has lost its beginning.
-        trained = {
-            t + length - len(d.labels) for t, label in enumerate(d.labels) if int(label) != -100
-        }
-        if wrong := trained & prompts:
-            reasons.append(
-                f"Sample {d.sample} trains {len(wrong)} of the {len(prompts)} tokens of its prompt;"
-                " train_on_prompt is not set."
-            )
-    return list(dict.fromkeys(reasons))[:3]
 
 
 def incomplete_save(trainer: RowTrainer, folder: str) -> str | None:

@@ -1,0 +1,125 @@
+"""Gradients of a step: taken from the processes whole, and compared parameter by parameter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from longfactory.train.ranks import everywhere, is_distributed
+from longfactory.train.verify import alone
+from longfactory.train.verify.report import FLOOR, Deviation, measured
+
+
+@torch.no_grad()
+def stir_adapters(model: nn.Module) -> int:
+    """Gives adapter matrices that are zero small random numbers, the same on every process that
+    holds a copy. Returns how many.
+    """
+    count = 0
+    for number, (name, p) in enumerate(model.named_parameters()):
+        if not (p.requires_grad and "lora_" in name):
+            continue
+        local = p.to_local() if hasattr(p, "to_local") else p
+        if everywhere(not bool(local.any()), local.device):
+            rank = dist.get_rank() if local is not p else 0
+            generator = torch.Generator().manual_seed(1000 * number + rank)
+            local.copy_(0.02 * torch.randn(local.shape, generator=generator))
+            count += 1
+    return count
+
+
+@torch.no_grad()
+def take_gradients(model: nn.Module, main: bool) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """(the whole gradients by name on the host, if `main`; name -> relative difference of copies
+    that are not the same on all processes). Collective."""
+    out: dict[str, Tensor] = {}
+    unreduced: dict[str, float] = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if p.grad is not None and hasattr(p.grad, "full_tensor"):
+            g = alone.whole(p.grad)
+        else:
+            g = p.grad
+            if is_distributed():
+                mine = torch.zeros_like(p) if g is None else g.detach().clone()
+                first = mine.clone()
+                dist.broadcast(first, src=0)
+                numbers = torch.stack([(mine.float() - first.float()).norm(), first.float().norm()])
+                dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+                difference = float(numbers[0] / numbers[1].clamp(min=1e-30))
+                if not difference <= 1e-6:
+                    unreduced[name] = difference
+        if main and g is not None:
+            out[name] = g.detach().to("cpu", torch.float32, copy=True)
+    return out, unreduced
+
+
+def gradient_deviations(
+    found: dict[str, Tensor], expected: dict[str, Tensor], own: dict[str, Tensor]
+) -> tuple[dict[str, Deviation], Deviation]:
+    """(of each parameter, the worst first; of all together). A gradient that is not there is
+    zero.
+    """
+
+    def norm(tensors: Sequence[Tensor]) -> float:
+        return math.sqrt(sum(float((t.double() ** 2).sum()) for t in tensors))
+
+    def off(a: dict[str, Tensor], name: str) -> Tensor:
+        x, y = a.get(name), expected.get(name)
+        zero = torch.zeros_like(x if x is not None else found.get(name, y))  # type: ignore[arg-type]
+        return (x if x is not None else zero).double() - (y if y is not None else zero).double()
+
+    names = list(dict.fromkeys([*expected, *found]))
+    total = norm(list(expected.values()))
+    errors = {name: (norm([off(found, name)]), norm([off(own, name)])) for name in names}
+    of_all = [
+        math.sqrt(sum(e[i] ** 2 for e in errors.values())) / max(total, 1e-30) for i in (0, 1)
+    ]
+    measures = {}
+    for name in names:
+        sizes = [norm([a[name]]) if name in a else 0.0 for a in (found, expected)]
+        scale = max(sizes[1], FLOOR * total, 1e-30)
+        mine, theirs = (e / scale for e in errors[name])
+        measures[name] = measured(sizes[0], sizes[1], mine, max(theirs, of_all[1]))
+    ordered = sorted(measures.items(), key=lambda item: -_worst_first(item[1]))
+    whole = measured(norm(list(found.values())), total, of_all[0], of_all[1])
+    return {plain_name(name): m for name, m in ordered}, whole
+
+
+def _worst_first(m: Deviation) -> float:
+    return math.inf if math.isnan(m.difference) else m.difference / max(m.allowed, 1e-30)
+
+
+def scale_reasons(
+    loss: Deviation, found: dict[str, Tensor], expected: dict[str, Tensor], total: Deviation
+) -> list[str]:
+    """A loss, or all gradients, that are a number of times what they should be."""
+    reasons = []
+    if not loss.exact and abs(loss.split / (loss.alone or 1.0) - 1) > 0.01:
+        reasons.append(f"The loss is {loss.split / loss.alone:.4g} times what it should be.")
+    dot = sum(
+        float((found[name].double() * g.double()).sum())
+        for name, g in expected.items()
+        if name in found
+    )
+    times = dot / max(total.alone**2, 1e-30)
+    rest = sum(
+        float(((found[name].double() - times * g.double()) ** 2).sum())
+        for name, g in expected.items()
+        if name in found
+    )
+    if (
+        abs(times - 1) > total.allowed
+        and math.sqrt(rest) <= max(total.allowed, 1e-3) * abs(times) * total.alone
+    ):
+        reasons.append(f"Every gradient is {times:.4g} times what it should be.")
+    return reasons
+
+
+def plain_name(name: str) -> str:
+    return name.removeprefix("module.").replace("base_model.model.", "")
