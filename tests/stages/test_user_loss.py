@@ -26,7 +26,7 @@ from longfactory.stages.make import make_stage
 from longfactory.stages.preference import PreferenceStage
 from longfactory.stages.tokens import TokenStage
 from longfactory.testing import run_ranks, tiny_model
-from longfactory.train.alone import _preference
+from longfactory.train.verify.alone import _preference
 from oracles import pair_row
 from small_runs import LORA, STEPS, home, steps, text, train
 
