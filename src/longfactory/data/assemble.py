@@ -98,11 +98,6 @@ def cut(ids: Ids, length: int, rules: Rules, prefix: int = 0) -> Ids:
     return np.concatenate([ids[:prefix], ids[len(ids) - (length - prefix) :]])
 
 
-def sft_length(lengths: Sequence[int], rules: Rules) -> int:
-    """Number of tokens of an sft sample after truncation."""
-    return sum(s + t for _, s, t in cut_turns(lengths, rules)) + (rules.eos is not None)
-
-
 def sft(
     parts: Sequence[Ids], rules: Rules, sample: int, last_only: bool = False
 ) -> TokenizedDocument:

@@ -316,13 +316,6 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def stop_token_ids(template: Template, tokenizer: Any) -> list[int]:
-    """Ids that end an answer: eos and the template's stop words."""
-    return sorted(
-        {tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(w) for w in template.stop_words)}
-    )
-
-
 def fix_tokenizer(template: Template, tokenizer: Any, log: Callable[[str], None]) -> None:
     """Gives the tokenizer what the template needs: the eos token, a pad token, stop words as
     special tokens, a chat template.

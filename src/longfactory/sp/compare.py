@@ -52,13 +52,6 @@ higher.
 """
 
 
-class Worst(NamedTuple):
-    """The largest ratio, and what it was found in."""
-
-    ratio: float
-    where: str
-
-
 def reference_dtype(dtype: torch.dtype) -> torch.dtype:
     """The wider type that a computation in `dtype` is held against."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else torch.float64

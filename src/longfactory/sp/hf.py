@@ -52,8 +52,6 @@ _WITHOUT_EFFECT = frozenset(
 )
 _NOT_ROUTED = "its attention does not pass through transformers' attention registry"
 DROPOUT_KEYS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
-ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
-"""Layer types of transformers' configurations that the attention function computes."""
 
 
 class _Absent(enum.Enum):

@@ -58,10 +58,6 @@ class RowPlan:
         return self.ctx.axes.get(self.choice.ulysses, Axes(None, None))
 
     @property
-    def ring_size(self) -> int:
-        return self.ring_layout.ranks
-
-    @property
     def ring_rank(self) -> int:
         return self.ctx.rank // self.choice.ulysses
 

@@ -1,0 +1,43 @@
+"""Names that `vulture` takes for dead code and that are not: `make check` reads this file.
+
+A name stands here only where something outside of `src/` and `examples/` calls it.
+"""
+
+# Read or called by a library: methods of callbacks and of the Trainer, attributes of their objects.
+_.on_log
+_.on_pre_optimizer_step
+_.on_step_begin
+_.on_step_end
+_.compute_loss
+_.floating_point_ops
+_.get_batch_samples
+_.get_eval_dataloader
+_.get_train_dataloader
+_.prediction_step
+_.prediction_loss_only
+_.ignore_keys
+_.loss_is_scaled_for_ga
+_.model_accepts_loss_kwargs
+_._attn_implementation_internal
+_._n_gpu
+_.disabled
+_.mixed_precision_policy
+_.pad_token
+_.padding_side
+_.transformer_cls_names_to_wrap
+_.use_cache
+
+# For tests and for users' own tests.
+_.assert_matches_single_process
+_.cast_floats
+_.forget_choices
+_.not_loaded
+_.parked_bytes
+_.read_log
+_.run_ranks
+
+# For the type checker alone, and for the tables of keys and losses.
+_.PreferenceName
+_.StageName
+_.arg
+_.reference_kl
