@@ -86,7 +86,7 @@ def test_train_resume_and_refuse(small: list[str], tmp_path: Path) -> None:
         *words, "max_steps=3", "sequence_parallel_size=1", "nproc_per_node=1", cache=cache
     )
     assert again.returncode == 0, again.stderr
-    assert "The run goes on from" in again.stderr
+    assert "Resuming from" in again.stderr
     assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 3
 
     other = longfactory(

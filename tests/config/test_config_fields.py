@@ -104,7 +104,7 @@ def test_comma_lists_are_yaml_lists(names: list[str]) -> None:
 def test_ranges() -> None:
     key = Key("share", tuple[float, ...], (), low=0, high=1)
     assert key.parse("0,1") == (0.0, 1.0)
-    with pytest.raises(ConfigError, match=r"share: 1\.5 was given, a number from 0 to 1 is needed"):
+    with pytest.raises(ConfigError, match=r"share: got 1\.5, expected a number from 0 to 1"):
         key.parse("0.2,1.5")
-    with pytest.raises(ConfigError, match="at least 1"):
+    with pytest.raises(ConfigError, match="n: got 0, expected >= 1"):
         Key("n", int, 1, low=1).parse(0)

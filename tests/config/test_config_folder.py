@@ -43,14 +43,16 @@ def test_the_last_checkpoint_goes_on(out: Path) -> None:
     (out / "checkpoint-1000").write_text("a file")
     cfg = run(out)
     assert cfg.resume_checkpoint() == str(out / "checkpoint-100") == str(last_checkpoint(out))
-    assert any("goes on from" in n for n in cfg.notes)
+    assert any("Resuming from" in n for n in cfg.notes)
 
 
-def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(out: Path) -> None:
+def test_an_incomplete_checkpoint_is_ignored(out: Path) -> None:
     leave_checkpoints(out, 5, 10)
     (out / "checkpoint-10" / "trainer_state.json").unlink()
     cfg = run(out)
-    assert cfg.resume_checkpoint() == str(out / "checkpoint-5") and "checkpoint-10" in cfg.notes[0]
+    assert cfg.resume_checkpoint() == str(out / "checkpoint-5")
+    assert "checkpoint-10 is incomplete" in cfg.notes[0] and "will be ignored" in cfg.notes[0]
+    assert f"Resuming from {out / 'checkpoint-5'}" in cfg.notes[1]
     assert run(out, resume_from_checkpoint=True).resume_checkpoint() == str(out / "checkpoint-5")
     with pytest.raises(ConfigError, match=r"holds no trainer_state\.json"):
         run(out, resume_from_checkpoint=str(out / "checkpoint-10"))
@@ -133,7 +135,7 @@ def test_checkpoints_that_are_asked_for(out: Path) -> None:
 
 def test_a_file_in_the_folder_s_place(out: Path) -> None:
     out.write_text("")
-    with pytest.raises(ConfigError, match="is a file; a folder is needed"):
+    with pytest.raises(ConfigError, match="is a file, expected a folder"):
         run(out)
 
 

@@ -78,7 +78,9 @@ def test_a_key_twice(tmp_path: Path) -> None:
     assert read_file(Path(written(tmp_path, "template: qwen\ntemplate: qwen\n"))) == {
         "template": "qwen"
     }
-    with pytest.raises(ConfigError, match=r"line 2: template stands twice, as 'qwen' and 'llama3'"):
+    with pytest.raises(
+        ConfigError, match=r"line 2: duplicate key template, with the values 'qwen' and 'llama3'"
+    ):
         read_file(Path(written(tmp_path, "template: qwen\ntemplate: llama3\n")))
 
 

@@ -236,7 +236,7 @@ class FinetuningArguments:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelArguments:
-    """How a run is spread over devices."""
+    """How a run is distributed over devices."""
 
     sequence_parallel_size: int = arg(
         1, "Devices that share one sequence. Divides the number of processes.", low=1
@@ -267,7 +267,7 @@ class ParallelArguments:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoryArguments:
-    """What is kept, recomputed or moved. Nothing here changes the result."""
+    """What is saved, recomputed or offloaded. Nothing here changes the result."""
 
     memory: Literal["auto", "fast", "long"] = arg(
         "auto", "What fits best, what is fastest, or what reaches the longest sequence."
@@ -277,14 +277,15 @@ class MemoryArguments:
     )
     keep_attention: float | Literal["auto"] = arg(
         "auto",
-        "Share of each layer's attention output kept, so that attention is not computed twice.",
+        "Share of each layer's attention outputs saved, so that attention is not recomputed"
+        " (selective checkpointing).",
         low=0.0,
         high=1.0,
     )
     offload_activations: bool | Literal["auto"] = arg(
         "auto",
-        "Move layer inputs (and kept attention, where it helps) to host memory until the backward"
-        " pass needs them.",
+        "Activation offloading: layer inputs (and saved attention outputs, where it helps) are in"
+        " host memory until the backward pass needs them.",
     )
     mlp_chunk: int | Literal["auto"] = arg(
         "auto", "Tokens of a sequence that pass an MLP at once; 0 for all.", low=0
@@ -295,7 +296,7 @@ class MemoryArguments:
     )
     offload_gradients: bool | Literal["auto"] = arg(
         "auto",
-        "Move gradients to host memory during the backward pass, where the optimizer's state lives"
+        "Offload gradients to host memory during the backward pass, where the optimizer's state is"
         " there.",
     )
     optimizer_overlap: bool = arg(

@@ -359,7 +359,7 @@ def _deepspeed(given: str | dict, cfg: RunConfig) -> Iterator[str]:
         and not (isinstance(zero, dict) and zero.get("stage") == 3)
     ):
         yield (
-            "do_eval without training spreads nothing by DeepSpeed below ZeRO-3. Leave deepspeed"
+            "do_eval without training shards nothing with DeepSpeed below ZeRO-3. Leave deepspeed"
             " out."
         )
     if isinstance(zero, dict) and zero.get("stage") == 3:

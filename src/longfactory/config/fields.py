@@ -56,7 +56,7 @@ class Key:
                 self.high is not None and number > self.high
             ):
                 raise ConfigError(
-                    f"{self.name}: {number} was given, {_range(self.low, self.high)} is needed."
+                    f"{self.name}: got {number}, expected {_range(self.low, self.high)}."
                 )
         return parsed
 
@@ -67,8 +67,8 @@ def _takes_null(kind: Any) -> bool:
 
 def _range(low: float | None, high: float | None) -> str:
     if high is None:
-        return f"at least {low}"
-    return f"at most {high}" if low is None else f"a number from {low} to {high}"
+        return f">= {low}"
+    return f"<= {high}" if low is None else f"a number from {low} to {high}"
 
 
 @functools.cache
@@ -144,7 +144,7 @@ def _union(value: Any, kinds: tuple[Any, ...], name: str) -> Any:
 
 
 def _wrong(name: str, value: Any, needed: str) -> ConfigError:
-    return ConfigError(f"{name}: {value!r} was given, {needed} is needed.")
+    return ConfigError(f"{name}: got {value!r}, expected {needed}.")
 
 
 def _choice(value: Any, choices: tuple[Any, ...], name: str) -> Any:
@@ -176,7 +176,7 @@ def _items(value: Any, name: str) -> list[Any]:
     if isinstance(value, (list, tuple)):
         return list(value)
     if isinstance(value, dict):
-        raise _wrong(name, value, "a list, or text with commas,")
+        raise _wrong(name, value, "a list, or text with commas")
     return [value]
 
 
@@ -221,9 +221,7 @@ def _str(value: Any, name: str) -> str:
         return str(value)
     if isinstance(value, float):
         # 1e5 and 1.10 would come back as other texts.
-        raise ConfigError(
-            f"{name}: {value!r} was read as a number, text is needed. Put it in quotes."
-        )
+        raise ConfigError(f"{name}: got the number {value!r}, expected text. Put it in quotes.")
     raise _wrong(name, value, "text")
 
 

@@ -70,7 +70,7 @@ def find_checkpoint(cfg: RunConfig) -> tuple[str | None, list[str]]:
     asked = cfg.trainer.resume_from_checkpoint
     out = cfg.output_dir
     if out.exists() and not out.is_dir():
-        raise ConfigError(f"output_dir: {out} is a file; a folder is needed.")
+        raise ConfigError(f"output_dir: {out} is a file, expected a folder.")
     if isinstance(asked, str):
         if not Path(asked).is_dir():
             raise ConfigError(f"resume_from_checkpoint: there is no folder {asked}.")
@@ -93,8 +93,8 @@ def find_checkpoint(cfg: RunConfig) -> tuple[str | None, list[str]]:
         if last is None:
             return None, []
         return None, [
-            f"{out} keeps the checkpoints of an earlier run, up to {last.name}. Remove them, lest a"
-            " later start resumes there."
+            f"{out} keeps the checkpoints of an earlier run, up to {last.name}. Remove them, or a"
+            " later start resumes from there."
         ]
     other = _differences(cfg, out)
     if other:
@@ -102,17 +102,13 @@ def find_checkpoint(cfg: RunConfig) -> tuple[str | None, list[str]]:
             f"output_dir: {out} holds another run ({'; '.join(other)}). Choose another folder, or"
             " set overwrite_output_dir: true."
         )
-    torn = [p.name for p in _checkpoints(out) if not (p / TRAINER_STATE).is_file()]
-    notes = (
-        [
-            f"{', '.join(torn)} in {out} was not written to its end ({TRAINER_STATE} is missing)"
-            " and is passed over."
-        ]
-        if torn
-        else []
-    )
+    incomplete = [p.name for p in _checkpoints(out) if not (p / TRAINER_STATE).is_file()]
+    notes = [
+        f"{out}/{name} is incomplete ({TRAINER_STATE} is missing) and will be ignored."
+        for name in incomplete
+    ]
     if last is not None:
-        return str(last), [*notes, f"The run goes on from {last}. To begin anew: {REMEDY}"]
+        return str(last), [*notes, f"Resuming from {last}. To begin anew: {REMEDY}"]
     if any((out / name).is_file() for name in WEIGHTS):
         raise ConfigError(
             f"output_dir: {out} holds a finished run without checkpoints. Choose another folder, or"

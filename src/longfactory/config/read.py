@@ -125,13 +125,14 @@ def _yaml(text: str, path: Path) -> Any:
                 )
                 if not isinstance(key, (str, int, float, bool, type(None))):
                     raise ConfigError(
-                        f"{path}, line {key_node.start_mark.line + 1}: a key must be text."
+                        f"{path}, line {key_node.start_mark.line + 1}: got the key {key!r},"
+                        " expected text."
                     )
                 if key in seen and seen[key] != value:
                     line = key_node.start_mark.line + 1
                     raise ConfigError(
-                        f"{path}, line {line}: {key} stands twice, as {seen[key]!r} and {value!r}."
-                        " Keep one."
+                        f"{path}, line {line}: duplicate key {key}, with the values"
+                        f" {seen[key]!r} and {value!r}. Keep one."
                     )
                 seen[key] = value
             return super().construct_mapping(node, deep)

@@ -483,7 +483,7 @@ def _report(stores: Sequence[Store]) -> Report:
 
 
 def describe_sample(sample: Sample, tokenizer: Any, limit: int = 2000) -> str:
-    """A sample for the eye: ids, text, labels and trained text of its documents; long ones are
+    """A sample for the log: ids, text, labels and trained text of its documents; long ones are
     shown in part.
     """
     out = []
