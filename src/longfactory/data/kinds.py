@@ -115,7 +115,7 @@ class Kind(abc.ABC):
         return PartOptions()
 
     def parts(
-        self, conversation: Conversation, template: Any, options: PartOptions
+        self, conversation: Conversation, template: AnyTemplate, options: PartOptions
     ) -> tuple[list[list[Piece]], int]:
         """The parts that are stored of a row, untokenised, and its flags.
 
@@ -235,7 +235,7 @@ class TextKind(Kind):
         )
 
     def parts(
-        self, conversation: Conversation, template: Any, options: PartOptions
+        self, conversation: Conversation, template: AnyTemplate, options: PartOptions
     ) -> tuple[list[list[Piece]], int]:
         text = conversation.prompt[0].content
         if not text.strip():
@@ -292,7 +292,7 @@ class ConversationKind(Kind):
         return PartOptions(last_only=bool(last_only), questions=questions)
 
     def parts(
-        self, conversation: Conversation, template: Any, options: PartOptions
+        self, conversation: Conversation, template: AnyTemplate, options: PartOptions
     ) -> tuple[list[list[Piece]], int]:
         c = conversation
         answered = any(a.content.strip() for a in c.answers)
@@ -368,7 +368,7 @@ class PairKind(Kind):
         return PartOptions(equal_pairs=bool(option(args, "equal_pairs")))
 
     def parts(
-        self, conversation: Conversation, template: Any, options: PartOptions
+        self, conversation: Conversation, template: AnyTemplate, options: PartOptions
     ) -> tuple[list[list[Piece]], int]:
         c = conversation
         if len(c.answers) != 2:
@@ -456,7 +456,7 @@ class LabelledKind(Kind):
             )
 
     def parts(
-        self, conversation: Conversation, template: Any, options: PartOptions
+        self, conversation: Conversation, template: AnyTemplate, options: PartOptions
     ) -> tuple[list[list[Piece]], int]:
         c = conversation
         if c.desired is None or len(c.answers) != 1:
@@ -593,7 +593,7 @@ def _closing(rules: Rules, lacks: np.ndarray) -> np.ndarray:
     return int(rules.eos is not None) + thought * lacks
 
 
-def _question(c: Conversation, template: Any) -> list[Piece]:
+def _question(c: Conversation, template: AnyTemplate) -> list[Piece]:
     """What the model is to answer: all up to where its answer begins."""
     answers = () if isinstance(template, ChatTemplate) else (Message("assistant", ""),)
     return template.one_turn(c.prompt, answers, c.system, c.tools)[0]

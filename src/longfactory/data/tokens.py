@@ -98,5 +98,8 @@ class PieceTokenizer:
                     parts.append(specials[p])
                 elif p:
                     parts.append(texts[p])
-            out.append(parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else empty)
+            if len(parts) == 1:
+                out.append(parts[0])
+            else:
+                out.append(np.concatenate([empty, *parts]))
         return out

@@ -10,11 +10,12 @@ exact mean over the step, however items are dealt to micro-batches and groups.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from longfactory.config.arguments import FinetuningArguments
 from longfactory.data.row import Row
 from longfactory.model.outputs import TokenOutputs
 from longfactory.stages.metrics import Metrics
@@ -39,7 +40,7 @@ class Stage(Protocol):
     """
 
     @classmethod
-    def from_arguments(cls, name: str, args: Any, precision: torch.dtype) -> Self:
+    def from_arguments(cls, name: str, args: FinetuningArguments, precision: torch.dtype) -> Self:
         """The stage of a run.
 
         Args:

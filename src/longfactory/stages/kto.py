@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
+from longfactory.config.arguments import FinetuningArguments
 from longfactory.data.row import Row
 from longfactory.model.outputs import TokenOutputs
 from longfactory.stages import losses
@@ -39,7 +40,7 @@ class KTOStage(Stateless):
     ld_alpha: float | None = None
 
     @classmethod
-    def from_arguments(cls, name: str, args: Any, precision: torch.dtype) -> Self:
+    def from_arguments(cls, name: str, args: FinetuningArguments, precision: torch.dtype) -> Self:
         """See `Stage`. Reads pref_beta, kto_chosen_weight, kto_rejected_weight and pref_ftx."""
         return cls(args.pref_beta, args.kto_chosen_weight, args.kto_rejected_weight, args.pref_ftx)
 

@@ -15,12 +15,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longfactory.config.arguments import FinetuningArguments
 from longfactory.config.loss_facts import PREFERENCE_FACTS
 from longfactory.errors import UserError
 from longfactory.stages.pairs import PairLogps
@@ -36,7 +36,7 @@ class LossOptions:
     discopop_tau: float = 0.05
 
     @classmethod
-    def of(cls, args: Any) -> LossOptions:
+    def of(cls, args: FinetuningArguments) -> LossOptions:
         """Those of a run, from its `FinetuningArguments`."""
         return cls(args.pref_beta, args.dpo_label_smoothing, args.simpo_gamma, args.discopop_tau)
 

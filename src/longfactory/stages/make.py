@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
+from longfactory.config.arguments import FinetuningArguments
 from longfactory.config.stage_facts import STAGES
 from longfactory.errors import ConfigError
 from longfactory.stages.base import Stage
@@ -23,13 +22,14 @@ CLASSES: tuple[type[Stage], ...] = (
 """What is known of each without torch is in `config/stage_facts.py`."""
 
 
-def make_stage(stage: str, args: Any, precision: torch.dtype = torch.float32) -> Stage:
+def make_stage(
+    stage: str, args: FinetuningArguments, precision: torch.dtype = torch.float32
+) -> Stage:
     """The stage that a configuration names.
 
     Args:
         stage: pt, sft, rm, dpo or kto.
-        args: the configuration's `FinetuningArguments`, or anything with those of their keys that
-            the stage reads (`from_arguments` of its class).
+        args: the run's keys; which of them the stage reads, `from_arguments` of its class says.
         precision: in which the model computes.
     Raises:
         ConfigError: an unknown stage or loss, or options that contradict each other.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
+from longfactory.config.arguments import FinetuningArguments
 from longfactory.config.loss_facts import PREFERENCE_FACTS, USER_FACTS, PreferenceFacts
 from longfactory.config.stage_facts import REFERENCE_KEYS, preference_problems
 from longfactory.data.row import Row
@@ -33,7 +34,7 @@ CONTRACT = LossContract(
 )
 
 
-def user_preference_loss(args: Any) -> UserLoss | None:
+def user_preference_loss(args: FinetuningArguments) -> UserLoss | None:
     """The loss that `loss_path` names: a `losses.PreferenceLoss`. None where the key is not given.
 
     Raises:
@@ -115,7 +116,7 @@ class PreferenceStage:
         return self.user_loss(p.chosen, p, self.options, dp)
 
     @classmethod
-    def from_arguments(cls, name: str, args: Any, precision: torch.dtype) -> Self:
+    def from_arguments(cls, name: str, args: FinetuningArguments, precision: torch.dtype) -> Self:
         """See `Stage`. Reads loss_path, pref_loss, what `LossOptions.of` reads, pref_ftx,
         pref_bco_weight and ld_alpha.
         """

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
+from longfactory.config.arguments import FinetuningArguments
 from longfactory.data.row import Row
 from longfactory.model.outputs import TokenOutputs
 from longfactory.stages.base import Stateless, alone, as_outputs, detached_sum, wins
@@ -31,7 +32,7 @@ class RewardStage(Stateless):
     precision: torch.dtype = torch.float32
 
     @classmethod
-    def from_arguments(cls, name: str, args: Any, precision: torch.dtype) -> Self:
+    def from_arguments(cls, name: str, args: FinetuningArguments, precision: torch.dtype) -> Self:
         """See `Stage`. No key beside the stage's name is read."""
         return cls(precision=precision)
 

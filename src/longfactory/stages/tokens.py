@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
+from longfactory.config.arguments import FinetuningArguments
 from longfactory.config.loss_facts import TOKEN_FACTS
 from longfactory.config.stage_facts import STAGES
 from longfactory.data.row import IGNORE, Row
@@ -76,7 +77,7 @@ class TokenStage(Stateless):
     """In place of `loss`: a function that `loss_path` names."""
 
     @classmethod
-    def from_arguments(cls, name: str, args: Any, precision: torch.dtype) -> Self:
+    def from_arguments(cls, name: str, args: FinetuningArguments, precision: torch.dtype) -> Self:
         """See `Stage`. Reads loss_path, the switches and numbers of `TOKEN_FACTS`, and
         compute_accuracy.
         """
