@@ -25,7 +25,7 @@ def predict_sharded(sharding: str, trains: bool, path: str) -> None:
     if trains:
         trainer.train()
     else:
-        trainer.spread()
+        trainer.shard_model()
         assert 4 < trainer.evaluate(trainer.train_dataset)["eval_loss"] < 5
     cfg = SimpleNamespace(generating=GREEDY, data=SimpleNamespace(template=None))
     predict(

@@ -70,7 +70,7 @@ def make_trainer(folder: Path, ctx: sp.SequenceParallel, batch: int = 2) -> Any:
         accelerator=SimpleNamespace(unwrap_model=lambda m: m),
         compute_loss_context_manager=nullcontext,
         is_world_process_zero=lambda: ctx.dp_rank == 0,
-        spread=lambda: None,
+        shard_model=lambda: None,
         log_metrics=lambda *_: None,
         save_metrics=lambda kind, m: saved.update(m),
         saved=saved,

@@ -452,6 +452,9 @@ def _lora(model: Any, method: Any, adapters: list[str], is_trainable: bool, resi
     _refuse_unknown([*targets, *(saved or [])], model, parts)
     _refuse_routers(targets, model)
     saved = _whole_where_unclear(saved, model, parts) if saved else None
+    start: bool | str = True
+    if method.pissa_init:
+        start = f"pissa_niter_{method.pissa_iter}" if method.pissa_iter > 0 else "pissa"
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         inference_mode=False,
@@ -463,11 +466,7 @@ def _lora(model: Any, method: Any, adapters: list[str], is_trainable: bool, resi
         use_rslora=method.use_rslora,
         use_dora=method.use_dora,
         modules_to_save=saved,
-        init_lora_weights=(
-            (f"pissa_niter_{method.pissa_iter}" if method.pissa_iter > 0 else "pissa")
-            if method.pissa_init
-            else True
-        ),
+        init_lora_weights=start,
     )
     try:
         with same_draws() if method.pissa_init else contextlib.nullcontext():

@@ -192,7 +192,9 @@ def _scale_rope(config: Any, kind: str, cutoff_len: int) -> None:
 
 def compute_dtype(args: Any) -> torch.dtype:
     """The dtype that matrices are multiplied in: bf16, fp16 or fp32 by the training arguments."""
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    if args.bf16:
+        return torch.bfloat16
+    return torch.float16 if args.fp16 else torch.float32
 
 
 def load_model(

@@ -153,7 +153,9 @@ class _ChunkedLogps(torch.autograd.Function):
         h, weight, bias, labels, lse, rows, reference_lse = ctx.saved_tensors
         transform, wide = ctx.transform, lse.dtype
         needs_h, needs_w, needs_b = ctx.needs_input_grad[:3]
-        gh = (torch.empty_like(h) if rows is None else torch.zeros_like(h)) if needs_h else None
+        gh = None
+        if needs_h:
+            gh = torch.empty_like(h) if rows is None else torch.zeros_like(h)
         # The weight's gradient is a sum over chunks: kept in fp32, else its error would grow with
         # length.
         gw = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs_w else None

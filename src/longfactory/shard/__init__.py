@@ -1,3 +1,3 @@
-"""How parameters are spread over devices (FSDP2, DeepSpeed ZeRO, copies), with settings that are
+"""How parameters are sharded over devices (FSDP2, DeepSpeed ZeRO, copies), with settings that are
 exact under sequence parallelism.
 """

@@ -61,7 +61,7 @@ def choose_sharding(
     if wanted == "fsdp2":
         if not cuda:
             raise UserError(
-                "sharding: fsdp2 needs GPUs: on CPU, accelerate would quietly train copies (DDP)."
+                "sharding: fsdp2 needs GPUs: on CPU, accelerate would silently train copies (DDP)."
                 " Use sharding: ddp."
             )
         return "fsdp2"
@@ -148,7 +148,7 @@ def train_as_one_device(args: Any) -> None:
         args: transformers' TrainingArguments, changed in place.
     """
     if args.n_gpu > 1:
-        args._n_gpu = 1  # as the Trainer itself does for a model that is spread by hand
+        args._n_gpu = 1  # as the Trainer itself does for a model that is placed by hand
 
 
 def forget_launcher() -> None:
@@ -163,8 +163,8 @@ def forget_launcher() -> None:
 
 
 def check_sharding(accelerator: Any, sharding: str, world: int) -> None:
-    """Refuses a run in which accelerate quietly chose something else: then each process would train
-    alone, on its own part.
+    """Refuses a run in which accelerate silently chose something else: each process would then
+    train alone, on its own part.
 
     Raises:
         UserError: with what was asked for and what accelerate made of it.

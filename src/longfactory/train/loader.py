@@ -56,7 +56,7 @@ class RowSampler(Sampler[list[int]]):
         self.length, self.batch, self.groups, self.group = length, batch, groups, group
         self.seed, self.lengths, self.window, self.drop_last = seed, lengths, window, drop_last
         # Samples that the last, incomplete step of an epoch would be short of are dropped by whole
-        # steps: the same under any split.
+        # steps: the same however rows are sharded.
         self.step = step or batch * groups
         self.epoch = 0
 

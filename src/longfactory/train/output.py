@@ -282,9 +282,9 @@ def finish_save(trainer: Any, folder: str) -> None:
 
 def _tell(trainer: Any, source: Source, changes: saved.Changes) -> None:
     """Once a run: what was copied, and that it was not trained with the rest."""
-    if trainer.told_of_copies:
+    if trainer.copies_reported:
         return
-    trainer.told_of_copies = True
+    trainer.copies_reported = True
     stale = [name for name in changes.copied if not saved.CONSTANTS.search(name)]
     if stale:
         log.warning(

@@ -41,7 +41,7 @@ def predict(trainer: Any, cfg: Any, tokenizer: Any, datasets: Any) -> dict[str, 
         )
     if not datasets.eval:
         raise UserError("do_predict needs evaluation data. Set eval_dataset or val_size.")
-    trainer.spread()
+    trainer.shard_model()
     metrics: dict[str, float] = {}
     for name, dataset in datasets.eval.items():
         prefix = "predict" if len(datasets.eval) == 1 else f"predict_{name}"

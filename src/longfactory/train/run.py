@@ -187,7 +187,7 @@ def run(cfg: RunConfig) -> dict[str, float]:
         output.save_trained(trainer, cfg, tokenizer, result)
     if args.do_eval and datasets.eval:
         if not args.do_train:
-            trainer.spread()
+            trainer.shard_model()
             attach_reference(trainer, cfg)
         metrics.update(output.evaluate(trainer, cfg, datasets))
     if args.do_predict:
@@ -341,7 +341,7 @@ def init_distributed(cfg: RunConfig, prepared: Prepared) -> tuple[Any, sp.Sequen
 
 
 def parallelize(trainer: RowTrainer, sharding: str, world: int, *, split: bool) -> None:
-    """How accelerate spreads the model when training starts: checked against what was chosen, and
+    """How accelerate shards the model when training starts: checked against what was chosen, and
     FSDP2's settings made those that keep gradients exact.
 
     Raises:
@@ -373,7 +373,7 @@ def load_data(cfg: RunConfig, tokenizer: Any) -> data.Datasets:
 
 
 def choose_sharding(cfg: RunConfig, parameters: int, world: int, cuda: bool) -> str:
-    """How parameters are spread; see `shard.settings`."""
+    """How parameters are sharded; see `shard.settings`."""
     full = cfg.method.finetuning_type == "full"
     return shard.choose_sharding(
         cfg.parallel.sharding,
@@ -459,15 +459,12 @@ def build_model(
     except ValueError as error:  # a model that cannot be exact
         raise UserError(str(error)) from error
     model = adapters.apply_finetuning(model, cfg.method, cfg.model, resized=grew)
-    head = (
-        TokenValues(model)
-        if stage.output == "values"
-        else TokenLogprobs(
-            model,
-            None if cfg.memory.logprob_chunk == "auto" else cfg.memory.logprob_chunk,
-            stage.needs,
-        )
-    )
+    chunk = None if cfg.memory.logprob_chunk == "auto" else cfg.memory.logprob_chunk
+    head: TokenValues | TokenLogprobs
+    if stage.output == "values":
+        head = TokenValues(model)
+    else:
+        head = TokenLogprobs(model, chunk, stage.needs)
     if isinstance(head, TokenValues):
         trained = (cfg.model.adapter_name_or_path or (cfg.model.model_name_or_path or "",))[-1]
         try:

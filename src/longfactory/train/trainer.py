@@ -5,7 +5,7 @@ The gradient rule. N counts the items (tokens, pairs, samples) of all data-paral
 micro-batches of the optimizer step. Every rank of group d differentiates DP * S_d / N, S_d the sum
 over the group's items, made from log-probabilities that were gathered by a collective whose
 backward is its exact adjoint. DDP, FSDP2 and ZeRO average over all W = DP * SP ranks: (1/W) * sum_d
-SP * DP * S_d / N = S / N, whatever the split. There is no division by accumulation steps.
+SP * DP * S_d / N = S / N, however the row is sharded. There is no division by accumulation steps.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class RowTrainer(Trainer):
         self.measure: Callable[[int, tuple[sp.Segment, ...]], None] | None = None
         self.shuffle, self.make_optimizer, self.log_tokens = shuffle, make_optimizer, log_tokens
         self.collate, self.pad_id = collate, pad_id
-        self.source, self.told_of_copies = source, False
+        self.source, self.copies_reported = source, False
         # Made when the model is wrapped (`reference.attach`).
         self.reference = Reference()
         self._train_metrics, self._eval_metrics = MetricSums(), MetricSums()
@@ -115,6 +115,11 @@ class RowTrainer(Trainer):
         self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
 
     # ---- data ------------------------------------------------------------------------------------
+
+    @property
+    def data_seed(self) -> int:
+        """Of the samples' order."""
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def loader(self, dataset: Any, batch: int, shuffle: bool, endless: bool = False) -> DataLoader:
         """Rows of a data set for this data-parallel group. `endless`: a stream begins again where
@@ -140,11 +145,7 @@ class RowTrainer(Trainer):
                 batch,
                 groups=ctx.dp_size,
                 group=ctx.dp_rank,
-                seed=(
-                    (args.data_seed if args.data_seed is not None else args.seed)
-                    if shuffle
-                    else None
-                ),
+                seed=self.data_seed if shuffle else None,
                 lengths=list(dataset.lengths) if by_length else None,
                 window=50 * self.get_total_train_batch_size(args) if by_length else 0,
                 drop_last=shuffle and args.dataloader_drop_last,
@@ -412,7 +413,7 @@ class RowTrainer(Trainer):
 
     # ---- evaluation ------------------------------------------------------------------------------
 
-    def spread(self) -> None:
+    def shard_model(self) -> None:
         """Shards the model by FSDP2 or ZeRO-3 where training has not: an evaluation, or the
         reference's pass, would fail. Collective.
         """
@@ -609,7 +610,7 @@ class RowTrainer(Trainer):
         return {
             "total_batch_size": self.get_total_train_batch_size(self.args),
             "samples": len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,  # type: ignore[arg-type]
-            "data_seed": self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            "data_seed": self.data_seed,
             "shuffle": self.shuffle,
             "sequence_parallel_size": self.ctx.size,
         }

@@ -239,7 +239,7 @@ def load_reference(trainer: RowTrainer, cfg: RunConfig) -> tuple[nn.Module, Toke
     starts, read from its place again.
 
     Sharded like the policy where that is sharded by FSDP2, else whole on each device. Its layers
-    run in the same pieces as the policy's, and with the same roundings.
+    run in the same chunks as the policy's, and with the same roundings.
 
     Raises:
         UserError: it cannot be loaded, or it is of another architecture or vocabulary.

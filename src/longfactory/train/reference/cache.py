@@ -33,9 +33,9 @@ ROLES = ("chosen", "rejected", "kl")
 
 def weights_fingerprint(paths: Sequence[str | Path], samples: int = 64) -> str:
     """A hash of weight files that takes a moment for any size: names, lengths and `samples` evenly
-    spaced pieces of 64 KiB of each file.
+    spaced chunks of 64 KiB of each file.
 
-    Training changes every tensor, so pieces tell checkpoints apart. Copies of a file have the same
+    Training changes every tensor, so chunks tell checkpoints apart. Copies of a file have the same
     fingerprint, whatever their date.
 
     Args:
@@ -57,15 +57,15 @@ def weights_fingerprint(paths: Sequence[str | Path], samples: int = 64) -> str:
     if not files:
         raise FileNotFoundError(f"No weight files in {', '.join(map(str, paths))}.")
     digest = hashlib.sha256()
-    piece = 1 << 16
+    chunk = 1 << 16
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name}:{size};".encode())
         with open(file, "rb") as f:
             for i in range(samples):
-                f.seek(max(0, size - piece) * i // max(1, samples - 1))
-                digest.update(f.read(piece))
-                if size <= piece:
+                f.seek(max(0, size - chunk) * i // max(1, samples - 1))
+                digest.update(f.read(chunk))
+                if size <= chunk:
                     break
     return digest.hexdigest()[:32]
 
@@ -157,7 +157,7 @@ def precompute(
     table = torch.zeros(len(ROLES), 3, samples, dtype=torch.float64)
     device: torch.device | None = None
     # read in blocks: each read waits for the device
-    waiting: list[tuple[list[tuple[int, int, int]], Tensor]] = []
+    pending: list[tuple[list[tuple[int, int, int]], Tensor]] = []
     for row in rows:
         logps = logps_of(row)
         device = logps.device
@@ -172,11 +172,11 @@ def precompute(
                     )
                 places.append((i, ROLES.index(d.role), d.sample))
                 table[ROLES.index(d.role), 1, d.sample] += document_check(row, i)
-        waiting.append((places, sums))
-        if len(waiting) == 64:
-            _enter(waiting, table)
-            waiting = []
-    _enter(waiting, table)
+        pending.append((places, sums))
+        if len(pending) == 64:
+            _enter(pending, table)
+            pending = []
+    _enter(pending, table)
     table = dp_sum(table if device is None else table.to(device)).cpu()
     often = table[:, 2]
     logps_table = torch.where(
@@ -189,12 +189,12 @@ def precompute(
     )
 
 
-def _enter(waiting: list[tuple[list[tuple[int, int, int]], Tensor]], table: Tensor) -> None:
-    if not waiting:
+def _enter(pending: list[tuple[list[tuple[int, int, int]], Tensor]], table: Tensor) -> None:
+    if not pending:
         return
-    sums = torch.cat([s for _, s in waiting]).cpu()
+    sums = torch.cat([s for _, s in pending]).cpu()
     start = 0
-    for places, s in waiting:
+    for places, s in pending:
         for i, role, sample in places:
             table[role, 0, sample] += sums[start + i]
             table[role, 2, sample] += 1

@@ -75,7 +75,7 @@ def verify(cfg: RunConfig, *, rows: int = ROWS, tokens: int = TOKENS) -> VerifyR
     folder.
 
     The step has `rows` micro-batches in each data-parallel group, the first of the training data
-    that train something. Parameters are spread as without DeepSpeed. Dropout, noise and the
+    that train something. Parameters are sharded as without DeepSpeed. Dropout, noise and the
     optimizer's own work are left out, and adapters that begin at zero (half of their gradients
     would be zero) get small random numbers.
 
@@ -109,7 +109,8 @@ def verify(cfg: RunConfig, *, rows: int = ROWS, tokens: int = TOKENS) -> VerifyR
         comparison = Comparison(cfg, run, rows, tokens, folder)
         run.trainer.add_callback(comparison)
         run.trainer.remove_callback(PrinterCallback)
-        run.trainer.train()
+        with comparison.installed:
+            run.trainer.train()
         return comparison.report()
 
 
@@ -216,6 +217,8 @@ class Comparison(TrainerCallback):
         self.spec: Step | None = None
         self.own: Step | None = None
         self.choices: dict[Text, routers.Choices] = {}
+        self.installed = contextlib.ExitStack()
+        """Takes away what `_watch` put on the trainer and its model."""
 
     # Before the step.
 
@@ -366,7 +369,10 @@ class Comparison(TrainerCallback):
 
         trainer.training_step = watched_step  # type: ignore[method-assign]
         trainer.token_outputs = watched_outputs  # type: ignore[method-assign]
-        inner.register_forward_pre_hook(before_forward, with_kwargs=True)
+        self.installed.callback(trainer.__dict__.pop, "training_step")
+        self.installed.callback(trainer.__dict__.pop, "token_outputs")
+        hook = inner.register_forward_pre_hook(before_forward, with_kwargs=True)
+        self.installed.callback(hook.remove)
 
     def _row_choices(self, row: Row) -> routers.Choices:
         """Which experts the tokens of a row chose, by what their documents hold."""
@@ -613,7 +619,7 @@ def _precision(trainer: RowTrainer) -> torch.dtype:
 def run_precision(trainer: RowTrainer, sharding: str, dtypes: dict[str, torch.dtype]) -> Precision:
     """How the run computes. FSDP2 gathers weights in the dtype that autocast computes in."""
     args = trainer.args
-    autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    autocast = _precision(trainer) if args.bf16 or args.fp16 else None
     if autocast is not None and sharding == "fsdp2":
         dtypes = dict.fromkeys(dtypes, autocast)
     plain = all(d in (torch.float32, torch.float64) for d in dtypes.values())
