@@ -1,4 +1,4 @@
-# Two commands matter: `make quickstart` (a real fine-tuning run, split over two processes) and `make test`.
+# Two commands matter: `make quickstart` (a real fine-tuning run, sharded over two processes) and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

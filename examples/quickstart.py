@@ -1,4 +1,4 @@
-"""The main job in one command: fine-tune a pretrained model on long documents that are split over
+"""The main job in one command: fine-tune a pretrained model on long documents that are sharded over
 two processes.
 
 Trains with sequence_parallel_size 2, trains again with 1, draws both loss curves into one picture,
@@ -87,7 +87,7 @@ def main() -> int:
     evals = [line["eval_loss"] for line in split if "eval_loss" in line]
     print(f"\nTraining loss     {b[0][1]:.4f} -> {b[-1][1]:.4f} in {len(b)} steps")
     print(
-        f"Evaluation loss   {evals[0]:.4f} -> {evals[-1]:.4f} (before and after, split over two"
+        f"Evaluation loss   {evals[0]:.4f} -> {evals[-1]:.4f} (before and after, sharded over two"
         " processes)"
     )
     print(

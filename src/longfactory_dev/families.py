@@ -4,7 +4,7 @@ parallelism, or refused.
     python -m longfactory_dev.families [model_type ...] [--size 2] [--write docs/models.md]
 
 A family is built with four layers and a few thousand parameters, with windows, chunks and lengths
-short enough to matter. A row of two documents is spread over the ranks; logits and the gradient of
+short enough to matter. A row of two documents is sharded over the ranks; logits and the gradient of
 every parameter are compared with the model computing each document alone, unsharded, with its own
 eager attention.
 """
@@ -183,7 +183,7 @@ def _alone(model: PreTrainedModel, reference: str) -> tuple[Tensor, dict[str, Te
 
 
 def _sharded(model: PreTrainedModel, ctx: SequenceParallel) -> tuple[Tensor, dict[str, Tensor]]:
-    """The same from one row of the documents and some padding, spread over the ranks."""
+    """The same from one row of the documents and some padding, sharded over the ranks."""
     documents = _documents(_vocabulary(model))
     labels = [_shifted(ids) for ids in documents]
     used = sum(DOCUMENTS)
@@ -351,7 +351,7 @@ Families with a vision or an audio tower are trained on text, through their text
 checkpoint is. What text does not pass through is frozen (the column "checked with" names it), carries no adapter and is saved as it was.
 
 A family is built tiny, with random weights, and with windows, chunks and lengths short enough to matter. A row of two documents
-({lengths} tokens) is spread over {size} processes. Logits and the gradient of every parameter are compared with those of the
+({lengths} tokens) is sharded over {size} processes. Logits and the gradient of every parameter are compared with those of the
 unsharded model with its own eager attention, on each document alone (on the whole row where rotary frequencies depend on the row's
 length: longrope and dynamic NTK). The errors are the largest difference over the largest value, in float64; what is left comes from
 the models' own float32 norms and rotary angles. At the start of every run the guard compares the layers of the model at hand, as they will

@@ -1,4 +1,4 @@
-"""Exact attention of one row that is spread over several processes. Imports torch, and of this
+"""Exact attention of one row that is sharded over several processes. Imports torch, and of this
 project only the list of kernel names.
 
     import torch, torch.distributed as dist

@@ -238,7 +238,7 @@ def _check(
     """Everything that could fail on one rank only, or in the middle of an exchange, fails here."""
     if dropout_p:
         raise NotImplementedError(
-            f"Attention dropout ({dropout_p}) has no exact form when a row is spread over ranks."
+            f"Attention dropout ({dropout_p}) has no exact form when a row is sharded over ranks."
             " Set attention_dropout: 0."
         )
     if not (

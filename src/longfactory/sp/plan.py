@@ -220,7 +220,7 @@ class Halo:
 
 
 def plan(length: int, segments: Sequence[Segment] | None, ctx: SequenceParallel) -> RowPlan:
-    """How the row's tokens and its attention are spread over the sequence-parallel group. Host
+    """How the row's tokens and its attention are sharded over the sequence-parallel group. Host
     only: no communication.
 
     Args:

@@ -84,7 +84,7 @@ def join(parts: Sequence[Choices | int]) -> Choices:
             )
     for name, all_picks in first.items():
         for i, like in enumerate(all_picks):
-            pieces = [
+            chunks = [
                 (
                     part.of[name][i]
                     if isinstance(part, Choices)
@@ -92,7 +92,7 @@ def join(parts: Sequence[Choices | int]) -> Choices:
                 )
                 for part in parts
             ]
-            joined[name].append(torch.cat(pieces))
+            joined[name].append(torch.cat(chunks))
     return Choices(joined)
 
 
@@ -117,17 +117,17 @@ def routers(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextlib.contextmanager
 def record(model: nn.Module) -> Iterator[Choices]:
-    """Inside the block the model runs one pass over some tokens, in pieces or whole, once or
+    """Inside the block the model runs one pass over some tokens, in chunks or whole, once or
     (recomputed) more often.
 
     The choices are there when the block has ended.
     """
     choices = Choices({})
-    pieces: dict[tuple[str, int], dict[int, Tensor]] = {}
+    chunks: dict[tuple[str, int], dict[int, Tensor]] = {}
 
     def seen(name: str, slot: int, start: int, places: Tensor) -> None:
-        at = pieces.setdefault((name, slot), {})
-        # The first look at a few tokens, which some layers take, is a shorter piece that begins
+        at = chunks.setdefault((name, slot), {})
+        # The first look at a few tokens, which some layers take, is a shorter chunk that begins
         # where a longer one does.
         if start not in at or len(at[start]) < len(places):
             at[start] = places.cpu()
@@ -140,7 +140,7 @@ def record(model: nn.Module) -> Iterator[Choices]:
         ),
     ):
         yield choices
-    for (name, slot), at in sorted(pieces.items()):
+    for (name, slot), at in sorted(chunks.items()):
         whole: list[Tensor] = []
         length = 0
         for start in sorted(at):
@@ -221,7 +221,7 @@ class _Watch(TorchFunctionMode):
         self.slot = 0
         width = hidden.shape[-1]
         self.tokens = hidden.numel() // width
-        # A layer that works in pieces gives views of the whole: where the piece begins is where its
+        # A layer that works in chunks gives views of the whole: where the chunk begins is where its
         # memory does.
         offset = hidden.storage_offset()
         self.start = offset // width if self.tokens != total and offset % width == 0 else 0
@@ -328,7 +328,7 @@ def _replace_forward(
 ) -> Callable[[], None]:
     """The module's forward becomes `change(forward)`. Returns what undoes it."""
     holder: Any = module
-    # What stands in place of a module's forward to run it in pieces keeps the module's own as
+    # What stands in place of a module's forward to run it in chunks keeps the module's own as
     # `forward`: the watch goes inside.
     while hasattr(holder.__dict__.get("forward"), "forward"):
         holder = holder.__dict__["forward"]

@@ -136,7 +136,7 @@ class Mask:
         self._order = [i for i, s in enumerate(segments) if s.stop > s.start]
         self._starts = [segments[i].start for i in self._order]
 
-    def pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+    def spans(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """(segment, start, stop) of the segments cut to the rows [start, stop)."""
         out = []
         i = bisect.bisect_right(self._starts, start) - 1
@@ -163,7 +163,7 @@ class Mask:
         seen = [
             rows
             for a, b in queries
-            for s, lo, _ in self.pieces(a, b)
+            for s, lo, _ in self.spans(a, b)
             for _, rows in self.before(s, lo)
         ]
         return subtract(join(seen), queries)
@@ -174,15 +174,15 @@ class Mask:
 
         With `same`, the first tile covers every query.
         """
-        pieces = [
+        spans = [
             (s, a, b, run.offset + a - run.start)
             for run in queries
-            for s, a, b in self.pieces(run.start, run.stop)
+            for s, a, b in self.spans(run.start, run.stop)
         ]
-        out = self._diagonal(pieces) if same else []
+        out = self._diagonal(spans) if same else []
         starts = [run.start for run in keys]
         full: list[tuple[int, int, int, int]] = []
-        for segment, a, b, at in pieces:
+        for segment, a, b, at in spans:
             for s, (lo, hi) in self.before(segment, a):
                 if same and s == segment and self.window is None:
                     continue  # inside the diagonal tile
@@ -220,19 +220,19 @@ class Mask:
         out.extend(Tile(slice(a, b), slice(c, d), "full") for a, b, c, d in merge_rectangles(full))
         return tuple(out)
 
-    def _diagonal(self, pieces: list[tuple[int, int, int, int]]) -> list[Tile]:
+    def _diagonal(self, spans: list[tuple[int, int, int, int]]) -> list[Tile]:
         """Own rows against own rows of the same segment. Rows ascend in memory, so order in memory
-        is causal order: pieces of one segment are one square, unless a window measures the gap
+        is causal order: spans of one segment are one square, unless a window measures the gap
         between them."""
         cuts: list[int] = []
         last = -1
-        for s, _, _, at in pieces:
+        for s, _, _, at in spans:
             if s != last or self.window is not None:
                 cuts.append(at)
             last = s
-        if not pieces:
+        if not spans:
             return []
-        end = pieces[-1][3] + pieces[-1][2] - pieces[-1][1]
+        end = spans[-1][3] + spans[-1][2] - spans[-1][1]
         cuts.append(end)
         longest = max(b - a for a, b in itertools.pairwise(cuts))
         window = self.window - 1 if self.window is not None and self.window < longest else None
@@ -298,11 +298,11 @@ def _cut(
     segments: Sequence[Segment], first: list[int], chunk: int
 ) -> tuple[list[Segment], list[int]]:
     """Segments cut where the position is a multiple of `chunk`. A branch that begins inside a chunk
-    keeps the parent's last piece.
+    keeps the parent's last span.
     """
     out: list[Segment] = []
     position: list[int] = []
-    last: list[int] = []  # the last piece of each segment
+    last: list[int] = []  # the last span of each segment
     for s, p in zip(segments, first, strict=True):
         parent = last[s.parent] if s.parent >= 0 and p % chunk else -1
         start = s.start
