@@ -27,6 +27,7 @@ from longfactory.stages.preference import PreferenceStage
 from longfactory.stages.tokens import TokenStage
 from longfactory.testing import run_ranks, tiny_model
 from longfactory.train.verify.alone import _preference
+from longfactory.train.verify.comparison import verify
 from oracles import pair_row
 from small_runs import LORA, STEPS, home, steps, text, train
 
@@ -218,6 +219,12 @@ def test_verify_computes_it_too(file: Path) -> None:
         for method in (arguments(file, "dpo"), FinetuningArguments(stage="dpo"))
     )
     torch.testing.assert_close(own, built_in, rtol=1e-12, atol=1e-12)
+
+
+def test_verify_refuses_a_loss_of_tokens(file: Path) -> None:
+    cfg = from_mapping({**BASE, "loss_path": f"{file}:dft"})
+    with pytest.raises(UserError, match="Verify the run without loss_path"):
+        verify(cfg)
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ class RowTrainer(Trainer):
         model: prepared by `sp.hf.prepare`; its output layer taken over by `head`.
         args: transformers' TrainingArguments.
         ctx: the place in the sequence-parallel and data-parallel axes.
-        stage: counts items and sums the loss (`stages/make.py`).
+        stage: counts items and sums the loss (`stages/base.py`).
         head: TokenLogprobs or TokenValues.
         collate: samples -> Row.
         pad_id: token of the padding document.
