@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install quickstart test test-fast test-all check clean
+.PHONY: install quickstart test test-fast test-all test-lowest check clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -35,8 +35,20 @@ test: $(VENV)/.installed-dev
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow and not gpu and not processes"
 
-test-all: $(VENV)/.installed-dev
+test-all: $(VENV)/.installed-dev test-lowest
 	$(BIN)/python -m pytest -m "not gpu"
+
+# The engine, the configuration and the models on the lowest versions that pyproject.toml allows.
+LOWEST := $(VENV)-lowest
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install -q --upgrade pip
+	$(LOWEST)/bin/python -m pip install -q -c constraints-lowest.txt torch
+	$(LOWEST)/bin/python -m pip install -q -c constraints-lowest.txt -e . pytest pytest-timeout hypothesis
+	touch $@
+
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest -m "not slow and not gpu and not processes" tests/sp tests/config tests/model
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -46,4 +58,4 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) outputs build dist
+	rm -rf $(VENV) $(VENV)-lowest outputs build dist

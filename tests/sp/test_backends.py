@@ -564,7 +564,9 @@ def test_kernels_of_a_configuration() -> None:
     }  # type: ignore[arg-type]
 
 
-def test_a_cudnn_that_is_not_pytorchs_own_is_named(tmp_path: Path) -> None:
+def test_a_cudnn_that_is_not_pytorchs_own_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own = tmp_path / "nvidia" / "cudnn"
     (tmp_path / "nvidia_cudnn_cu13-9.19.0.56.dist-info").mkdir()
     line = "7f00-7f01 r-xp 00000000 08:01 123   {}\n"
@@ -577,6 +579,7 @@ def test_a_cudnn_that_is_not_pytorchs_own_is_named(tmp_path: Path) -> None:
         found == "cuDNN 9.1.0 is loaded from /usr/local/cuda/lib64, not PyTorch's own (9.19.0.56 in"
         f" {own}): attention may run at half its speed. Take that folder out of LD_LIBRARY_PATH."
     )
+    monkeypatch.setattr(start.importlib.util, "find_spec", lambda name: None)
     assert start.foreign_cudnn(mine, None, None) is None, "a PyTorch without cuDNN"
 
 
