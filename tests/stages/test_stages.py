@@ -640,6 +640,8 @@ def arguments(**kw) -> SimpleNamespace:
         ref_model=None,
         ref_model_adapters=(),
         ref_model_quantization_bit=None,
+        finetuning_type="full",
+        pissa_init=False,
     )
     return SimpleNamespace(**(base | kw))
 

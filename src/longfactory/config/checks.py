@@ -158,19 +158,11 @@ def _data(cfg: RunConfig) -> Iterator[str]:
 def _method(cfg: RunConfig) -> Iterator[str]:
     m = cfg.method
     facts = STAGES[m.stage]
-    yield from facts.problems(m)
+    yield from facts.problems(m, cfg.model.train_from_scratch)
     if cfg.trainer.neftune_noise_alpha and m.pref_share_prompt is True and facts.shares_prompts:
         yield (
             "neftune_noise_alpha draws noise for each answer's own sequence, and pref_share_prompt:"
             " true computes a prompt once for both. Leave pref_share_prompt out."
-        )
-    # Else the reference is a model by itself, or the model without its adapter.
-    reads_start = m.ref_model is None and (m.finetuning_type != "lora" or m.pissa_init)
-    if m.stage == "sft" and m.use_asft_loss and reads_start and cfg.model.train_from_scratch:
-        yield (
-            "use_asft_loss compares with the model from which training starts, and"
-            " train_from_scratch makes random weights that cannot be read again. Name a ref_model,"
-            " or use finetuning_type: lora."
         )
     predicts = cfg.trainer.predict_with_generate
     if predicts and not facts.predicts:

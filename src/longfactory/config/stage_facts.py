@@ -67,8 +67,10 @@ class StageFacts:
             return None if self.needs_reference(method) else "this run has no reference model"
         return None if key in self.keys else f"stage is {self.name}"
 
-    def problems(self, method: FinetuningArguments) -> Iterator[str]:
-        """Keys of the stage that contradict each other: a sentence each."""
+    def problems(self, method: FinetuningArguments, from_scratch: bool = False) -> Iterator[str]:
+        """Keys of the stage that contradict each other: a sentence each. `from_scratch`: training
+        starts from random weights.
+        """
         if method.loss_path is None:
             return
         if "loss_path" not in self.keys:
@@ -94,7 +96,7 @@ class SupervisedFacts(StageFacts):
                 return f"it is read by {facts.switch} alone"
         return super().unread(key, method)
 
-    def problems(self, method: FinetuningArguments) -> Iterator[str]:
+    def problems(self, method: FinetuningArguments, from_scratch: bool = False) -> Iterator[str]:
         yield from super().problems(method)
         switches = [facts.switch for facts in TOKEN_FACTS.values() if facts.switch]
         given = [switch for switch in (*switches, "loss_path") if getattr(method, switch)]
@@ -105,6 +107,14 @@ class SupervisedFacts(StageFacts):
                 "precompute_ref_log_probs keeps one number a document, and use_asft_loss compares"
                 " with the reference's whole distribution at every token. Leave"
                 " precompute_ref_log_probs out."
+            )
+        # Else the reference is a model by itself, or the model without its adapter.
+        adapted = method.finetuning_type == "lora" and not method.pissa_init
+        if method.use_asft_loss and method.ref_model is None and not adapted and from_scratch:
+            yield (
+                "use_asft_loss compares with the model from which training starts, and"
+                " train_from_scratch makes random weights that cannot be read again. Name a"
+                " ref_model, or use finetuning_type: lora."
             )
 
 
@@ -127,7 +137,7 @@ class DPOFacts(StageFacts):
                 return f"it is read by pref_loss: {loss} alone"
         return super().unread(key, method)
 
-    def problems(self, method: FinetuningArguments) -> Iterator[str]:
+    def problems(self, method: FinetuningArguments, from_scratch: bool = False) -> Iterator[str]:
         if method.pref_loss not in PREFERENCE_FACTS:
             yield (
                 f"pref_loss: {method.pref_loss} is not known. Choose one of"
