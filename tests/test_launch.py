@@ -79,7 +79,7 @@ def test_several_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     } <= set(words)
     with pytest.raises(UserError, match="it runs from 0 to 1"):
         asked(monkeypatch, NODE_RANK="2")
-    with pytest.raises(UserError, match="NNODES is 'two'; a whole number is needed"):
+    with pytest.raises(UserError, match="NNODES: got 'two', expected a whole number"):
         asked(monkeypatch, NNODES="two")
 
 

@@ -56,6 +56,7 @@ Its own keys, which no file holds (docs/verify.md)
 
 
 def train(argv: list[str]) -> int:
+    """`longfactory train`. Returns the exit status."""
     from longfactory.config import load_config, resolved
     from longfactory.config.checks import processes
     from longfactory.config.show import processes as planned_processes
@@ -151,6 +152,7 @@ def verify(argv: list[str]) -> int:
 
 
 def plan(argv: list[str]) -> int:
+    """`longfactory plan`. Returns the exit status."""
     from longfactory.config.read import FILES
     from longfactory.plan.command import main as predict
 
@@ -193,6 +195,7 @@ def plan_arguments(words: list[str]) -> list[str]:
 
 
 def export(argv: list[str]) -> int:
+    """`longfactory export`. Returns the exit status."""
     from longfactory.config import load_config
 
     cfg = load_config(argv, command="export")
@@ -203,6 +206,7 @@ def export(argv: list[str]) -> int:
 
 
 def chat(argv: list[str]) -> int:
+    """`longfactory chat`. Returns the exit status."""
     from longfactory.config import load_config
 
     cfg = load_config(argv, command="chat")
@@ -213,6 +217,7 @@ def chat(argv: list[str]) -> int:
 
 
 def env(argv: list[str]) -> int:
+    """`longfactory env`. Returns the exit status."""
     from longfactory.output.environment import report
 
     print(report())
@@ -220,6 +225,7 @@ def env(argv: list[str]) -> int:
 
 
 def version(argv: list[str]) -> int:
+    """`longfactory version`. Returns the exit status."""
     print(__version__)
     return 0
 

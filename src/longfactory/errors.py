@@ -7,7 +7,7 @@ from __future__ import annotations
 
 class UserError(Exception):
     """Something that the person who started the run can put right. The message says what was found,
-    what was needed, what to do.
+    what was expected, what to do.
     """
 
 

@@ -24,6 +24,7 @@ def is_worker() -> bool:
 
 
 def is_on(name: str) -> bool:
+    """Whether an environment variable says yes: 1, true, y, yes or on."""
     return os.environ.get(name, "0").strip().lower() in ("1", "true", "y", "yes", "on")
 
 
@@ -40,7 +41,7 @@ def number(name: str, default: int) -> int:
         return int(text)
     except ValueError:
         raise UserError(
-            f"The environment variable {name} is {text!r}; a whole number is needed."
+            f"Environment variable {name}: got {text!r}, expected a whole number."
         ) from None
 
 

@@ -54,6 +54,8 @@ in float32, whatever the model's type.
 
 @dataclasses.dataclass(frozen=True)
 class Result:
+    """What the sweep found of one family."""
+
     family: str
     verdict: Verdict
     detail: str

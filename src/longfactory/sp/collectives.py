@@ -85,6 +85,7 @@ def _new(x: Tensor, *shape: int) -> Tensor:
 
 
 def raw_all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[a, ...] of each rank -> [n * a, ...] in the ranks' order. Without autograd."""
     n = dist.get_world_size(group)
     flat = x.contiguous().reshape(-1)
     out = _new(x, n * flat.numel())
@@ -93,6 +94,11 @@ def raw_all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def raw_reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[n * a, ...] -> [a, ...]: this rank's share of the sum over ranks. Without autograd.
+
+    Raises:
+        ValueError: the ranks do not divide the rows.
+    """
     n = dist.get_world_size(group)
     if x.shape[0] % n:
         raise ValueError(f"{x.shape[0]} rows do not divide over {n} ranks.")
@@ -103,6 +109,7 @@ def raw_reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def raw_all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[n, ...] -> [n, ...]: entry i goes to rank i, entry j comes from rank j. No autograd."""
     x = x.contiguous()
     out = _new(x, *x.shape)
     dist.all_to_all_single(out.view(-1), x.view(-1), group=group)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
+    """The settings of one attention call, the same for all of its tiles."""
+
     plan: RowPlan
     scale: float
     window: int | None = None
@@ -47,6 +49,7 @@ def bulk(q: Tensor, v: Tensor, call: Call) -> bool:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile, call: Call, total: Output) -> None:
+    """Computes one tile of this rank's queries and keys, and adds it to the running output."""
     q, k, v = q[tile.q], k[tile.k], v[tile.k]
     backend = backends.select(call.plan.ctx.backend, tile, q, v, call.softcap)
     out, lse = backend.forward(q, k, v, tile, call.scale, call.softcap)
@@ -68,6 +71,7 @@ def backward(
     dk: Sum,
     dv: Sum,
 ) -> None:
+    """Computes the gradients of one tile, and adds them to the running sums."""
     q, k, v = q[tile.q], k[tile.k], v[tile.k]
     backend = backends.select(call.plan.ctx.backend, tile, q, v, call.softcap)
     lse = lse[:, tile.q]

@@ -23,6 +23,7 @@ except ImportError:  # Triton comes with CUDA builds of PyTorch
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which results over several tiles are added: float32 (float64 for float64)."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

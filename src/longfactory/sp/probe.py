@@ -35,6 +35,8 @@ class Shape(NamedTuple):
 
 @dataclasses.dataclass
 class Probe:
+    """What was asked of the engine, and what arrived, while it is open."""
+
     installed: bool = False
     """Whether hand-written layers run as installed. Else they step aside for the Hugging Face
     layer, whose parts can be watched.
@@ -66,6 +68,7 @@ _open: Probe | None = None
 
 
 def current() -> Probe | None:
+    """The probe that is open, or None."""
     return _open
 
 

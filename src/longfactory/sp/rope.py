@@ -56,6 +56,7 @@ def prepare(model: nn.Module) -> None:
 
 
 def depends_on_length(model: nn.Module) -> bool:
+    """Whether the model has rotary embeddings whose frequencies depend on the row's length."""
     return any(_kinds(module) for module in model.modules())
 
 

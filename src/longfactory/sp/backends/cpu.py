@@ -16,6 +16,7 @@ from .request import Request
 
 
 def refuses(request: Request) -> str | None:
+    """Why this kernel cannot compute such a tile, None where it can; see `backends`."""
     if request.device_type != "cpu":
         return "runs on CPUs"
     if request.head_dim != request.v_head_dim:
@@ -28,6 +29,7 @@ def refuses(request: Request) -> str | None:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
+    """out [Sq, H, Dv] and lse [H, Sq] of a tile; see `backends`."""
     if tile.kind == "varlen":
         parts = [
             forward(q[a:b], k[a:b], v[a:b], t, scale, softcap) for (a, b), t in _documents(tile)
@@ -57,6 +59,7 @@ def backward(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of a tile, from the out and lse of the whole row; see `backends`."""
     if tile.kind == "varlen":
         parts = [
             backward(dout[a:b], q[a:b], k[a:b], v[a:b], out[a:b], lse[:, a:b], t, scale, softcap)

@@ -17,6 +17,7 @@ from .request import Request
 
 
 def refuses(request: Request) -> str | None:
+    """Why this kernel cannot compute such a tile, None where it can; see `backends`."""
     if request.device_type != "cuda":
         return "runs on GPUs"
     if request.dtype not in (torch.float16, torch.bfloat16):
@@ -42,6 +43,7 @@ def refuses(request: Request) -> str | None:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
+    """out [Sq, H, Dv] and lse [H, Sq] of a tile; see `backends`."""
     out, lse, *_ = operators.forward(
         "_scaled_dot_product_cudnn_attention",
         query=_bhsd(q),
@@ -70,6 +72,7 @@ def backward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # out and dout need the same strides.
+    """dq, dk, dv of a tile, from the out and lse of the whole row; see `backends`."""
     dout, out = dout.contiguous(), out.contiguous()
     # seed and offset, never read without dropout
     empty = torch.empty((), dtype=torch.long, device=q.device)

@@ -25,6 +25,7 @@ ROWS = 32
 
 
 def refuses(request: Request) -> str | None:
+    """Why this kernel cannot compute such a tile, None where it can; see `backends`."""
     if request.device_type != "cuda":
         return "runs on GPUs"
     if request.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -43,6 +44,7 @@ def refuses(request: Request) -> str | None:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
+    """out [Sq, H, Dv] and lse [H, Sq] of a tile; see `backends`."""
     if tile.kind == "varlen":
         parts = [
             forward(q[a:b], k[a:b], v[a:b], document, scale, softcap)
@@ -82,6 +84,7 @@ def backward(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of a tile, from the out and lse of the whole row; see `backends`."""
     if tile.kind == "varlen":
         parts = [
             backward(

@@ -20,6 +20,7 @@ from .request import Request
 
 
 def refuses(request: Request) -> str | None:
+    """Why this kernel cannot compute such a tile, None where it can; see `backends`."""
     if request.device_type != "cuda":
         return "runs on GPUs"
     if request.dtype not in (torch.float16, torch.bfloat16):
@@ -54,6 +55,7 @@ def _unusable() -> str | None:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
+    """out [Sq, H, Dv] and lse [H, Sq] of a tile; see `backends`."""
     dim = v.shape[-1]
     q, k, v = pad_head(q), pad_head(k), pad_head(v)
     dense = tile.kind != "varlen"
@@ -76,6 +78,7 @@ def backward(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of a tile, from the out and lse of the whole row; see `backends`."""
     dims = q.shape[-1], k.shape[-1], v.shape[-1]
     tensors: tuple[Tensor, ...] = tuple(pad_head(x) for x in (q, k, v, out, dout))
     tensors = (*tensors, lse.contiguous())

@@ -19,6 +19,7 @@ from .request import Request
 
 
 def refuses(request: Request) -> str | None:
+    """Why this kernel cannot compute such a tile, None where it can; see `backends`."""
     if request.device_type != "cuda":
         return "runs on GPUs"
     if request.dtype not in (torch.float16, torch.bfloat16):
@@ -35,6 +36,7 @@ def refuses(request: Request) -> str | None:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
+    """out [Sq, H, Dv] and lse [H, Sq] of a tile; see `backends`."""
     dim = v.shape[-1]
     q, k, v = _padded(q, k, v)
     cu, q_len, k_len = _lengths(tile, q.device)
@@ -72,6 +74,7 @@ def backward(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of a tile, from the out and lse of the whole row; see `backends`."""
     dims = q.shape[-1], k.shape[-1], v.shape[-1]
     q, k, v, out, dout = _padded(q, k, v, out, dout)
     lse = torch.where(lse == -math.inf, math.inf, lse).contiguous()

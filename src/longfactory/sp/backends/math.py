@@ -38,12 +38,14 @@ class Block(NamedTuple):
 
 
 def refuses(request: Request) -> str | None:
+    """Why this kernel cannot compute such a tile, None where it can; see `backends`."""
     return None
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
+    """out [Sq, H, Dv] and lse [H, Sq] of a tile; see `backends`."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     kv_heads = k.shape[1]
     out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device)
@@ -81,6 +83,7 @@ def backward(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of a tile, from the out and lse of the whole row; see `backends`."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     kv_heads = k.shape[1]
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -17,4 +17,5 @@ def pad_head(x: Tensor, multiple: int = 8, at_least: int = 0) -> Tensor:
 
 
 def cut_head(x: Tensor, dim: int) -> Tensor:
+    """[..., D'] -> [..., dim], the adjoint of `pad_head`."""
     return x if x.shape[-1] == dim else x[..., :dim]

@@ -8,6 +8,8 @@ import torch
 
 
 class Request(NamedTuple):
+    """A kind of tile: what a backend accepts or refuses."""
+
     device_type: str
     dtype: torch.dtype
     head_dim: int
