@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from longfactory.config import resolved
+from longfactory.config import RunConfig, resolved
+from longfactory.data.module import Datasets
 from longfactory.errors import UserError
 from longfactory.model import saved, value_head
 from longfactory.model.generate import make_generation_config_valid
@@ -35,7 +36,7 @@ leaves beside an adapter.
 CURVES = ("loss", "eval_loss", "eval_accuracy", "rewards/accuracies")
 
 
-def curves(cfg: Any) -> list[str]:
+def curves(cfg: RunConfig) -> list[str]:
     """What is drawn of a run, where it was logged: LLaMA-Factory's pictures."""
     each = (
         [f"eval_{name}_{what}" for name in cfg.data.eval_dataset for what in ("loss", "accuracy")]
@@ -45,7 +46,7 @@ def curves(cfg: Any) -> list[str]:
     return [*CURVES, *(["rewards/chosen"] if cfg.method.stage == "kto" else []), *each]
 
 
-def save_trained(trainer: Any, cfg: Any, tokenizer: Any, result: Any) -> None:
+def save_trained(trainer: Any, cfg: RunConfig, tokenizer: Any, result: Any) -> None:
     """Weights as plain safetensors, tokenizer, `train_results.json`, `trainer_state.json`, curves,
     model card. Collective.
 
@@ -305,7 +306,7 @@ def _tell(trainer: Any, source: Source, changes: saved.Changes) -> None:
 # ---- after the training --------------------------------------------------------------------------
 
 
-def evaluate(trainer: Any, cfg: Any, datasets: Any) -> dict[str, float]:
+def evaluate(trainer: Any, cfg: RunConfig, datasets: Datasets) -> dict[str, float]:
     """Evaluates and writes `eval_results.json`. Collective."""
     metrics = trainer.evaluate(metric_key_prefix="eval")
     trainer.log_metrics("eval", metrics)
@@ -337,7 +338,7 @@ def _whole(p: torch.Tensor) -> torch.Tensor:
     return p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
 
 
-def write_model_card(cfg: Any, folder: str) -> None:
+def write_model_card(cfg: RunConfig, folder: str) -> None:
     """README.md of the output folder: what was trained, on what, with which keys. A card that a
     person has written stays.
     """

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from longfactory.config import RunConfig
+from longfactory.data.module import Datasets
 from longfactory.data.row import IGNORE, TokenizedDocument
 from longfactory.errors import UserError
 from longfactory.model.generate import attention_with_cache, generation_arguments, stop_tokens
@@ -27,7 +29,7 @@ from longfactory.model.generate import attention_with_cache, generation_argument
 FILE = "generated_predictions.jsonl"
 
 
-def predict(trainer: Any, cfg: Any, tokenizer: Any, datasets: Any) -> dict[str, float]:
+def predict(trainer: Any, cfg: RunConfig, tokenizer: Any, datasets: Datasets) -> dict[str, float]:
     """Generates for every evaluation set and writes the files into the output folder. Collective.
 
     Raises:
@@ -51,7 +53,9 @@ def predict(trainer: Any, cfg: Any, tokenizer: Any, datasets: Any) -> dict[str, 
     return metrics
 
 
-def _one_set(trainer: Any, cfg: Any, tokenizer: Any, dataset: Any, prefix: str) -> dict[str, float]:
+def _one_set(
+    trainer: Any, cfg: RunConfig, tokenizer: Any, dataset: Any, prefix: str
+) -> dict[str, float]:
     started = time.time()
     rank, groups = trainer.ctx.dp_rank, trainer.ctx.dp_size
     asked = [split_last_answer(d) for i in range(len(dataset)) for d in dataset[i]]

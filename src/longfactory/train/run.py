@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
+from transformers import Seq2SeqTrainingArguments, set_seed
 
 from longfactory import hub, sp
 from longfactory.config import RunConfig, folder
@@ -224,11 +224,8 @@ def same_loss_on_every_rank(loss_path: str) -> None:
     Raises:
         UserError: on every rank.
     """
-    if not torch.distributed.is_initialized():
-        return
     path = split_loss_path(loss_path)[0]
-    digests: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(digests, digest_of(path.read_bytes()))
+    digests = from_all(digest_of(path.read_bytes()))
     if len(set(digests)) > 1:
         raise UserError(
             f"loss_path: the machines have different files {path} (sha256"
@@ -300,7 +297,9 @@ def prepare(cfg: RunConfig, processes: Processes, *, wide_weights: bool) -> Prep
     return Prepared(model_config, counts, sharding, stage, tokenizer, datasets, memory)
 
 
-def init_distributed(cfg: RunConfig, prepared: Prepared) -> tuple[Any, sp.SequenceParallel]:
+def init_distributed(
+    cfg: RunConfig, prepared: Prepared
+) -> tuple[Seq2SeqTrainingArguments, sp.SequenceParallel]:
     """Opens the process group, and in it the sequence-parallel groups. The one place of a run that
     writes to the environment.
 
@@ -388,7 +387,7 @@ def choose_sharding(cfg: RunConfig, parameters: int, world: int, cuda: bool) -> 
 
 def training_arguments(
     cfg: RunConfig, sharding: str, memory: Memory, *, buffers: bool = False
-) -> Any:
+) -> Seq2SeqTrainingArguments:
     """transformers' TrainingArguments with the settings that keep gradients exact.
 
     Args:
@@ -427,10 +426,10 @@ def build_model(
     model_config: Any,
     tokenizer: Any,
     ctx: sp.SequenceParallel,
-    args: Any,
+    args: Seq2SeqTrainingArguments,
     stage: Stage,
     split: bool,
-) -> tuple[Any, Any, Source]:
+) -> tuple[Any, TokenLogprobs | TokenValues, Source]:
     """The model with the engine's attention, what is trained of it, and its output layer taken
     over; and the files that it came from.
     """
@@ -494,13 +493,17 @@ def build_model(
     return model, head, source
 
 
-def computing_dtype(cfg: RunConfig, args: Any, split: bool) -> torch.dtype:
+def computing_dtype(cfg: RunConfig, args: Seq2SeqTrainingArguments, split: bool) -> torch.dtype:
     """What layers compute in."""
     return torch.bfloat16 if cfg.method.pure_bf16 or split else load.compute_dtype(args)
 
 
 def kernels(
-    cfg: RunConfig, model_config: Any, ctx: sp.SequenceParallel, args: Any, memory: Memory
+    cfg: RunConfig,
+    model_config: Any,
+    ctx: sp.SequenceParallel,
+    args: Seq2SeqTrainingArguments,
+    memory: Memory,
 ) -> list[str]:
     """Chooses and self-tests the attention kernels before anything is loaded. What to say of them,
     a line or two.
@@ -517,14 +520,14 @@ def kernels(
 
 def make_trainer(
     cfg: RunConfig,
-    args: Any,
+    args: Seq2SeqTrainingArguments,
     ctx: sp.SequenceParallel,
     stage: Stage,
     model: Any,
-    head: Any,
+    head: TokenLogprobs | TokenValues,
     source: Source,
     tokenizer: Any,
-    datasets: Any,
+    datasets: data.Datasets,
     memory: Memory,
 ) -> RowTrainer:
     """The Trainer of a run, with its loaders, optimizer and callbacks."""
@@ -533,7 +536,7 @@ def make_trainer(
         if tokenizer.pad_token_id is not None
         else tokenizer.eos_token_id or 0
     )
-    eval_sets = datasets.eval or None
+    eval_sets: Any = datasets.eval or None
     if eval_sets is not None and len(eval_sets) == 1:
         eval_sets = next(iter(eval_sets.values()))
     trainer = RowTrainer(
@@ -564,7 +567,11 @@ def make_trainer(
 
 
 def describe(
-    cfg: RunConfig, ctx: sp.SequenceParallel, args: Any, sharding: str, datasets: Any
+    cfg: RunConfig,
+    ctx: sp.SequenceParallel,
+    args: Seq2SeqTrainingArguments,
+    sharding: str,
+    datasets: data.Datasets,
 ) -> list[str]:
     """What a person checks before leaving a run alone, as arithmetic."""
     b, ga = args.per_device_train_batch_size, args.gradient_accumulation_steps

@@ -37,9 +37,10 @@ from longfactory.model.saved import check_saved, names_for_peft, remove_weights
 from longfactory.model.source import Source, tied_duplicates
 from longfactory.model.token_logprobs import ReferenceHidden, TokenLogprobs
 from longfactory.model.value_head import FILE as VALUE_HEAD
-from longfactory.model.value_head import load_value_head
+from longfactory.model.value_head import TokenValues, load_value_head
 from longfactory.shard import export, optimizer_states
 from longfactory.sp import hf
+from longfactory.stages.base import Stage
 from longfactory.stages.metrics import Metrics, MetricSums
 from longfactory.train.contracts import check_trainer
 from longfactory.train.embedding_noise import noisy_embeddings, token_keys, token_scales
@@ -82,8 +83,8 @@ class RowTrainer(Trainer):
         args: Any,
         *,
         ctx: sp.SequenceParallel,
-        stage: Any,
-        head: Any,
+        stage: Stage,
+        head: TokenLogprobs | TokenValues,
         collate: Callable[[list[Any], int, int], Row],
         pad_id: int,
         shuffle: bool = True,
@@ -92,7 +93,8 @@ class RowTrainer(Trainer):
         source: Source | None = None,
         **kwargs: Any,
     ):
-        self.ctx, self.stage, self.head = ctx, stage, head
+        self.ctx, self.stage = ctx, stage
+        self.head: Any = head  # which of the two the stage's `output` tells
         # For `auto`: given a row before its plan is made, finds the schedule that is fastest for
         # rows like it (sp.measure).
         self.measure: Callable[[int, tuple[sp.Segment, ...]], None] | None = None
@@ -247,7 +249,7 @@ class RowTrainer(Trainer):
         model: nn.Module,
         row: Row,
         reference: ReferenceHidden | None = None,
-        head: Any = None,
+        head: TokenLogprobs | TokenValues | None = None,
     ) -> TokenOutputs:
         """[T] log-probabilities of the whole row (or values), the same on every rank of the group.
         `row` is on the host.
@@ -258,15 +260,15 @@ class RowTrainer(Trainer):
             reference: of this row (`reference_hidden`), for a stage that needs `reference_kl`.
             head: the model's output layer, where it is not the trained model.
         """
-        head = self.head if head is None else head
+        layer: Any = self.head if head is None else head
         plan, inputs = self._model_inputs(row)
         labels = row.labels[plan.index]
         with (
             self._noise(model, row, plan),
-            head.labels(labels) if reference is None else head.labels(labels, reference),
+            layer.labels(labels) if reference is None else layer.labels(labels, reference),
         ):
             out = model(**inputs)
-            local = head.outputs(out.logits)
+            local = layer.outputs(out.logits)
         gathered = {
             name: (
                 sp.gather(value if value.is_floating_point() else value.to(torch.uint8), plan).to(

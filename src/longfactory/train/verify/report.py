@@ -42,6 +42,8 @@ class Deviation:
 
 @dataclasses.dataclass(frozen=True)
 class RowShape:
+    """How large a verified row is."""
+
     tokens: int
     documents: int
     crossing: int
@@ -119,4 +121,7 @@ def relative(a: float, b: float) -> float:
 def measured(
     split: float, alone: float, difference: float, own: float, at_least: float = SMALLEST
 ) -> Deviation:
+    """The deviation of `split` from `alone`: allowed are `FACTOR` times the own one, and
+    `at_least` in any case.
+    """
     return Deviation(split, alone, difference, own, max(FACTOR * own, at_least))
