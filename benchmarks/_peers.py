@@ -365,8 +365,7 @@ def ours(bench: Bench) -> None:
     from longfactory import sp
     from longfactory.memory.apply import apply_memory
     from longfactory.memory.choose import choose_memory, host_memory
-    from longfactory.memory.cost import TrainingJob, hidden_bytes, kept_bytes
-    from longfactory.memory.shapes import ModelShape, machine
+    from longfactory.memory.shapes import ModelShape, TrainingJob, machine
     from longfactory.model.token_logprobs import TokenLogprobs
     from longfactory.sp import hf
     from longfactory.stages.losses import LossOptions
@@ -438,15 +437,10 @@ def ours(bench: Bench) -> None:
         if store.pool is not None:
             store.pool.peak_bytes = 0
             # A slot holds a layer's input or what its attention returned, whichever is more.
-            parked = (
-                (hidden_bytes, kept_bytes) if new.offload == "inputs+attention" else (hidden_bytes,)
-            )
-            store.reserve(
-                facts.get("computed", tokens)
-                // bench.world
-                * max(f(plan.job.shape) for f in parked)
-                + 512
-            )
+            of_a_token = plan.job.shape.hidden_bytes
+            if new.offload == "inputs+attention":
+                of_a_token = max(of_a_token, plan.job.shape.saved_attention_bytes)
+            store.reserve(facts.get("computed", tokens) // bench.world * of_a_token + 512)
             bench.log(
                 f"{store.pool.locked_bytes / GiB:.1f} GiB page-locked in"
                 f" {time.time() - start:.1f} s"

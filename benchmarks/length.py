@@ -32,7 +32,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from _peers import SHAPES, make_config
 from _table import Clock, GiB, job, log_file, machine_name, run_row, settings_line, write
-from longfactory.memory.cost import kept_bytes
 from longfactory.memory.shapes import ModelShape
 from throughput import system
 
@@ -112,7 +111,7 @@ def slope_table(results: list[dict[str, Any]], shape: ModelShape, layers: int) -
                 per = (r["peak"] - before["peak"]) / (r["tokens"] - before["tokens"])
                 s = r.get("settings")
                 stay = layers if s is None or s["offload"] == "none" else s["last_layers_on_gpu"]
-                kept = 0 if s is None else kept_bytes(shape) * s["keep_attention"]
+                kept = 0 if s is None else shape.saved_attention_bytes * s["keep_attention"]
                 wait = stay * (
                     2 * shape.hidden + (kept if s is None or s["offload"] != "inputs" else 0)
                 )

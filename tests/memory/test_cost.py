@@ -11,19 +11,17 @@ import pytest
 from longfactory.memory.cost import (
     CAREFUL,
     MARGIN,
-    TrainingJob,
     budget,
     choose,
     fits,
-    kept_bytes,
     longest,
     seconds,
-    states,
-    waiting,
+    techniques,
     working_set,
 )
+from longfactory.memory.offload import stored_bytes
 from longfactory.memory.settings import MemorySettings
-from longfactory.memory.shapes import ModelShape, machine
+from longfactory.memory.shapes import ModelShape, TrainingJob, machine
 from longfactory.plan import main
 from longfactory.sp import SequenceParallel
 from qwen_7b import QWEN_7B, qwen_7b
@@ -54,11 +52,13 @@ def test_parameters_of_the_shape():
 
 
 def test_states_of_one_and_of_two_gpus():
-    gpu, host = states(TWO, saved())
-    assert sum(gpu.values()) == pytest.approx(12 * SHAPE.parameters / 2) and host == 0
-    gpu, host = states(ONE, saved(optimizer="host"))
-    assert sum(gpu.values()) == pytest.approx(2 * SHAPE.parameters)
-    assert host == pytest.approx(10 * SHAPE.parameters)
+    found = budget(TWO, saved())
+    states = found.gpu["weights"] + found.gpu["optimizer"]
+    assert states == pytest.approx(12 * SHAPE.parameters / 2) and "optimizer" not in found.host
+    found = budget(ONE, saved(optimizer="host"))
+    assert found.gpu["weights"] == pytest.approx(2 * SHAPE.parameters)
+    assert "optimizer" not in found.gpu
+    assert found.host["optimizer"] == pytest.approx(10 * SHAPE.parameters)
 
 
 def test_rates_of_kinds_of_gpu():
@@ -85,9 +85,9 @@ def test_checkpoints_of_every_layer():
         saved(offload="inputs"),
         saved(offload="inputs+attention", last_layers_on_gpu=5),
     ):
-        gpu, host = waiting(TWO, settings)
-        assert (gpu + host) / TWO.local == 28 * (7168 + kept_bytes(SHAPE))
-    gpu, host = waiting(
+        gpu, host = stored_bytes(TWO, settings)
+        assert (gpu + host) / TWO.local == 28 * (7168 + SHAPE.saved_attention_bytes)
+    gpu, host = stored_bytes(
         TWO, MemorySettings(keep_attention=0.0, offload="inputs", last_layers_on_gpu=4)
     )
     assert gpu / TWO.local == 4 * 7168
@@ -95,7 +95,7 @@ def test_checkpoints_of_every_layer():
 
 
 def test_segments_of_four_take_less_than_half():
-    gpu, host = waiting(
+    gpu, host = stored_bytes(
         TWO,
         MemorySettings(
             keep_attention=0.0, segment_layers=4, offload="inputs+attention", last_layers_on_gpu=0
@@ -105,19 +105,32 @@ def test_segments_of_four_take_less_than_half():
 
 
 def test_groups_of_heads_shrink_the_working_set():
-    lean = working_set(SHAPE, saved(attention_groups=4, mlp_chunk=4096), 2**20) / 2**20
-    assert lean < 40_000 < working_set(SHAPE, saved(mlp_chunk=4096), 2**20) / 2**20
+    def of_a_token(shape: ModelShape, **keys: Any) -> float:
+        job = dataclasses.replace(TWO, shape=shape, tokens=2**20, sp=1)
+        return working_set(job, saved(mlp_chunk=4096, **keys)) / 2**20
+
+    assert of_a_token(SHAPE, attention_groups=4) < 40_000 < of_a_token(SHAPE)
     generic = dataclasses.replace(SHAPE, written_layer=False)
-    assert working_set(generic, saved(mlp_chunk=4096), 2**20) > working_set(
-        SHAPE, saved(mlp_chunk=4096), 2**20
-    )
+    assert of_a_token(generic) > of_a_token(SHAPE)
+
+
+def test_every_technique_is_a_field_with_its_default_among_the_values():
+    keys = [technique.key for technique in techniques()]
+    fields = {field.name: field for field in dataclasses.fields(MemorySettings)}
+    assert len(set(keys)) == len(keys) and set(keys) == fields.keys() - {"pool_bytes", "layer"}
+    assert len({technique.depth for technique in techniques()}) == len(keys)
+    job = dataclasses.replace(TWO, leavable=True)
+    for technique in techniques():
+        at = MemorySettings(offload="inputs", optimizer="host")
+        values = technique.values(job, "auto", at)
+        assert fields[technique.key].default in values and len(set(values)) == len(values) > 1
 
 
 def test_gradients_come_while_what_waits_goes():
     """The peak holds one or the other, except where gradients are there from the start."""
     settings = saved(mlp_chunk=8192)
     late = budget(TWO, settings).gpu_total
-    waits, gradients = waiting(TWO, settings)[0], 4 * SHAPE.parameters / 2
+    waits, gradients = stored_bytes(TWO, settings)[0], 4 * SHAPE.parameters / 2
     early = budget(dataclasses.replace(TWO, accumulates=True), settings).gpu_total
     assert 0.9 * min(waits, gradients) < early - late < 1.1 * min(waits, gradients)
 

@@ -17,7 +17,8 @@ from longfactory.config import from_mapping
 from longfactory.data.module import Datasets
 from longfactory.errors import UserError
 from longfactory.memory import host_jobs, optimizer
-from longfactory.memory.cost import LEAVING, budget, choose, longest, moments, seconds
+from longfactory.memory.cost import budget, choose, longest, moments, seconds
+from longfactory.memory.optimizer import LEAVING
 from longfactory.memory.settings import MemorySettings
 from longfactory.model import adapters
 from longfactory.train import memory_plan, optimizer_names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,6 +50,10 @@ def apply_memory(
     if settings.checkpoint == "none":
         return store
     config: Any = getattr(model, "config", None)
+
+    def chunk() -> int | None:
+        return chunked.chunk_length(store.settings)
+
     moe = not getattr(config, "output_router_logits", False)
     chain, reason, reasons = Chain(), None, set()
     for index, layer in enumerate(layers):
@@ -67,9 +72,9 @@ def apply_memory(
                 " numbers, and this model has dropout. Set the model's dropout to 0 or"
                 " segment_layers to 1."
             )
-        chunked.install(layer, store.chunk, moe)
+        chunked.install(layer, chunk, moe)
         layer.forward = checkpointed
-    _final_norm(model, layers, store)
+    _final_norm(model, layers, chunk)
     if reasons:
         log.info(
             "Layers run as transformers wrote them, in pieces: %s.", "; ".join(sorted(reasons))
@@ -89,8 +94,8 @@ def _attention_share(config: Any, dtype: torch.dtype) -> float:
     return float(heads * (dim + 4 / dtype.itemsize) / hidden)
 
 
-def _final_norm(model: nn.Module, layers: nn.ModuleList, store: Activations) -> None:
+def _final_norm(model: nn.Module, layers: nn.ModuleList, chunk: Callable[[], int | None]) -> None:
     """The norm after the last layer works on the whole sequence too, in fp32."""
     for parent in model.modules():
         if any(child is layers for child in parent.children()):
-            chunked.install(parent, store.chunk, norms_only=True)
+            chunked.install(parent, chunk, norms_only=True)

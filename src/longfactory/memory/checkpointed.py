@@ -12,7 +12,7 @@ recompute; and a segment's inner layers store nothing at all.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from longfactory.memory.offload import Activations, LayerInput, Pair
+from longfactory.memory.settings import MemorySettings
+from longfactory.memory.shapes import TrainingJob
+from longfactory.memory.technique import Bytes, StepMoments, Technique, Work
 from longfactory.sp import keep
 
 
@@ -142,3 +145,90 @@ class _Call:
             yield
         if store.settings.late_prefetch:
             store.prefetch()
+
+
+# ---- what the planner needs to know --------------------------------------------------------------
+
+
+def _checkpoint_values(job: TrainingJob, mode: str, settings: MemorySettings) -> Sequence[str]:
+    return ("none", "full") if mode == "auto" else ("full",)
+
+
+def _checkpoint_bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:
+    """Without it: what autograd stores of every layer."""
+    if settings.checkpoint == "full":
+        return Bytes()
+    shape = job.shape
+    numbers = 34.0 * shape.hidden + 2 * 2 * 4 * shape.ffn + 12 * shape.heads * shape.head_dim
+    stored = job.local * shape.layers * shape.width / 2 * numbers
+    return Bytes(gpu={"activations": StepMoments(stored, stored, 0.0)})
+
+
+def _checkpoint_work(job: TrainingJob, settings: MemorySettings) -> Work:
+    """A forward pass more; the hand-written layer computes two of the MLP's three products."""
+    if settings.checkpoint == "none":
+        return Work()
+    return Work(
+        again_projections=1.0,
+        again_mlp=2 / 3 if job.shape.written_layer else 1.0,
+        again_attention=1.0,
+    )
+
+
+def _checkpoint_words(settings: MemorySettings) -> str | None:
+    return "every activation stored" if settings.checkpoint == "none" else None
+
+
+def _checkpoint_advice(job: TrainingJob, settings: MemorySettings) -> tuple[int, str] | None:
+    stored = settings.checkpoint == "none"
+    return (2, "disable_gradient_checkpointing: false") if stored else None
+
+
+CHECKPOINTING = Technique(
+    "checkpoint",
+    _checkpoint_values,
+    0,
+    bytes=_checkpoint_bytes,
+    work=_checkpoint_work,
+    words=_checkpoint_words,
+    advice=_checkpoint_advice,
+)
+
+
+def _saved_values(job: TrainingJob, mode: str, settings: MemorySettings) -> Sequence[float]:
+    shares = (1.0, 0.75, 0.5, 0.25, 0.0)
+    return shares[:-1] if settings.offload == "inputs+attention" else shares
+
+
+def _saved_fixed(arguments: Any) -> dict[str, Any]:
+    share = arguments.keep_attention
+    return {} if share == "auto" else {"keep_attention": float(share)}
+
+
+def _saved_work(job: TrainingJob, settings: MemorySettings) -> Work:
+    """Of a segment only the last layer's output is saved in the first pass."""
+    return Work(again_attention=-settings.keep_attention / settings.segment_layers)
+
+
+def _saved_words(settings: MemorySettings) -> str | None:
+    if settings.checkpoint == "none":
+        return None
+    if settings.keep_attention == 0:
+        return "attention recomputed"
+    return f"attention kept in {settings.keep_attention:.0%} of layers"
+
+
+def _saved_advice(job: TrainingJob, settings: MemorySettings) -> tuple[int, str] | None:
+    return (7, "keep_attention: 0") if settings.keep_attention > 0 else None
+
+
+# Its bytes are those of what is stored for backward: `offload.stored_bytes`.
+SAVED_ATTENTION = Technique(
+    "keep_attention",
+    _saved_values,
+    8,
+    _saved_fixed,
+    work=_saved_work,
+    words=_saved_words,
+    advice=_saved_advice,
+)

@@ -15,13 +15,12 @@ from longfactory.memory.cost import (
     HOST_SHARE,
     MARGIN,
     Budget,
-    TrainingJob,
     choose,
-    hidden_bytes,
-    kept_bytes,
+    techniques,
 )
-from longfactory.memory.report import advice, table
+from longfactory.memory.report import advice, describe, table
 from longfactory.memory.settings import MemorySettings
+from longfactory.memory.shapes import TrainingJob
 
 log = logging.getLogger(__name__)
 
@@ -127,25 +126,14 @@ def _with_pool(settings: MemorySettings, pool: int) -> MemorySettings:
     )
 
 
-def user_keys(args: Any) -> dict[str, Any]:
+def user_keys(arguments: Any) -> dict[str, Any]:
     """The memory keys of a configuration that are not "auto", as `choose_memory` takes them."""
-    keys: dict[str, Any] = {}
-    if args.disable_gradient_checkpointing:
+    if arguments.disable_gradient_checkpointing:
         return {"checkpoint": "none", "keep_attention": 0.0, "offload": "none", "segment_layers": 1}
-    if args.keep_attention != "auto":
-        keys["keep_attention"] = float(args.keep_attention)
-    if args.offload_activations not in ("auto", False):
-        keys["offload"] = "any"
-    elif args.offload_activations is False:
-        keys["offload"] = "none"
-    if args.mlp_chunk != "auto":
-        keys["mlp_chunk"] = int(args.mlp_chunk) or None
-    if args.segment_layers != "auto":
-        keys["segment_layers"] = int(args.segment_layers)
-    if args.optimizer_placement != "auto":
-        keys["optimizer"] = args.optimizer_placement
-    if args.offload_gradients != "auto":
-        keys["gradients"] = "host" if args.offload_gradients else "gpu"
+    keys: dict[str, Any] = {}
+    for technique in techniques():
+        if technique.fixed is not None:
+            keys |= technique.fixed(arguments)
     return keys
 
 
@@ -154,37 +142,26 @@ def corrected(plan: MemoryPlan, peak: int) -> tuple[MemorySettings, str | None]:
     where they change.
 
     Only what can change between steps is changed. Too near to the limit: more groups, smaller
-    pieces, later prefetch. Far below the plan: more of the last layers stay on the GPU.
+    chunks, later prefetch. Far below the plan: more of the last layers stay on the GPU.
     """
     s, total = plan.settings, plan.job.machine.gpu_bytes
     if s.checkpoint == "none":
         return s, None
     if peak > 0.96 * total:
-        kv, groups = plan.job.shape.kv_heads, s.attention_groups
-        more = (
-            next((g for g in (2, 4, 8) if g > groups and kv % g == 0), groups)
-            if plan.job.shape.written_layer
-            else groups
-        )
-        new = dataclasses.replace(
-            s,
-            attention_groups=more,
-            mlp_chunk=max(1024, (s.mlp_chunk or plan.job.local) // 2),
-            late_prefetch=True,
-            last_layers_on_gpu=max(1, s.last_layers_on_gpu // 2),
-        )
+        leaner = {
+            each.key: each.leaner(plan.job, s) for each in techniques() if each.leaner is not None
+        }
+        new = dataclasses.replace(s, **leaner)
         return (
             new,
-            (
-                f"The first step's peak was {peak / GiB:.1f} of {total / GiB:.1f} GiB: pieces of"
-                f" {new.mlp_chunk:,} tokens from now on."
-            ),
+            f"The first step's peak was {peak / GiB:.1f} of {total / GiB:.1f} GiB. From now on:"
+            f" {describe(new)}.",
         )
     free = MARGIN * total - peak
     if s.offload != "none" and s.segment_layers == 1:
         layer = plan.job.local * (
-            hidden_bytes(plan.job.shape)
-            + (kept_bytes(plan.job.shape) if s.offload == "inputs+attention" else 0)
+            plan.job.shape.hidden_bytes
+            + (plan.job.shape.saved_attention_bytes if s.offload == "inputs+attention" else 0)
         )
         stay = min(plan.job.shape.layers - 1, s.last_layers_on_gpu + int(free // layer))
         if free > 0 and stay > s.last_layers_on_gpu:

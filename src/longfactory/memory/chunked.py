@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longfactory.memory.layer_ops import autocast_as_now, wide
+from longfactory.memory.settings import MemorySettings
+from longfactory.memory.shapes import TrainingJob
+from longfactory.memory.technique import Bytes, LayerMoments, Technique, Work
 
 
 class GradientSum:
@@ -239,3 +242,60 @@ class _Chunked:
             rtol=5e-2,
             atol=1e-2 * float(whole.float().abs().max()),
         )
+
+
+def chunk_length(settings: MemorySettings) -> int | None:
+    """Tokens of a sequence that a layer works on at once; None for all."""
+    return settings.mlp_chunk
+
+
+# ---- what the planner needs to know --------------------------------------------------------------
+
+
+def _values(job: TrainingJob, mode: str, settings: MemorySettings) -> list[int | None]:
+    chunks: list[int | None] = [4096] if mode == "long" else [None, 32768, 16384, 8192, 4096, 2048]
+    return [chunk for chunk in chunks if chunk is None or chunk < job.local] or [None]
+
+
+def _fixed(arguments: Any) -> dict[str, Any]:
+    return {} if arguments.mlp_chunk == "auto" else {"mlp_chunk": int(arguments.mlp_chunk) or None}
+
+
+def _bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:
+    """Temporaries of one chunk: six MLP-wide and eight hidden-wide numbers."""
+    shape, tokens = job.shape, min(settings.mlp_chunk or job.local, job.local)
+    wide_numbers = 6 * shape.width * shape.ffn + 8 * shape.hidden_bytes
+    return Bytes(layer=LayerMoments(after_attention=tokens * wide_numbers))
+
+
+def _work(job: TrainingJob, settings: MemorySettings) -> Work:
+    chunk = settings.mlp_chunk
+    return Work(slower=min(0.05, 40.0 / chunk) if chunk and chunk < job.local else 0.0)
+
+
+def _words(settings: MemorySettings) -> str | None:
+    if settings.checkpoint == "none" or settings.mlp_chunk is None:
+        return None
+    return f"pieces of {settings.mlp_chunk:,} tokens"
+
+
+def _advice(job: TrainingJob, settings: MemorySettings) -> tuple[int, str] | None:
+    lean = settings.mlp_chunk is not None and settings.mlp_chunk <= 4096
+    return None if lean else (6, "mlp_chunk: 4096")
+
+
+def _leaner(job: TrainingJob, settings: MemorySettings) -> int:
+    return max(1024, (settings.mlp_chunk or job.local) // 2)
+
+
+CHUNKS = Technique(
+    "mlp_chunk",
+    _values,
+    4,
+    _fixed,
+    _bytes,
+    _work,
+    words=_words,
+    advice=_advice,
+    leaner=_leaner,
+)

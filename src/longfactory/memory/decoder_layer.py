@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from longfactory import sp
 from longfactory.memory.checkpointed import CheckpointedLayer
-from longfactory.memory.chunked import GradientSum
+from longfactory.memory.chunked import GradientSum, chunk_length
 from longfactory.memory.layer_ops import (
     add_rms_norm_backward,
     gated_silu,
@@ -40,6 +40,9 @@ from longfactory.memory.layer_ops import (
     rotate_backward,
 )
 from longfactory.memory.offload import Activations, LayerInput
+from longfactory.memory.settings import MemorySettings
+from longfactory.memory.shapes import TrainingJob
+from longfactory.memory.technique import Bytes, LayerMoments, Technique, Work
 from longfactory.sp import probe
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -216,7 +219,7 @@ class LayerCall:
         self.kv_heads = weights.k.shape[0] // self.head_dim
         self.options: dict[str, Any] = {"scale": owner.scale, "window": owner.window}
         settings = owner.store.settings
-        self.chunk = settings.mlp_chunk
+        self.chunk = chunk_length(settings)
         # Groups of heads cut the key heads; ulysses deals with heads itself.
         groups = settings.attention_groups if plan.choice.ulysses == 1 else 1
         self.groups = max(
@@ -496,3 +499,50 @@ class _Layer(torch.autograd.Function):
         call.weights = None  # type: ignore[assignment]
         chain.gradient = (owner.index - 1, dx.data_ptr()) if ctx.chained else (-1, 0)
         return None, None, dx[None] if ctx.needs_input_grad[2] else None, *sums.result()
+
+
+# ---- what the planner needs to know --------------------------------------------------------------
+
+
+def _group_values(job: TrainingJob, mode: str, settings: MemorySettings) -> list[int]:
+    shape = job.shape
+    groups = [
+        g for g in (1, 2, 4, 8) if shape.kv_heads % g == 0 and (g == 1 or shape.written_layer)
+    ]
+    return groups[-1:] if mode == "long" else groups
+
+
+def _group_bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:
+    """Of one group of heads: q, dq, dout, and the kernel's fp32 dq. The generic layer has none."""
+    if not job.shape.written_layer:
+        return Bytes()
+    of_a_token = 5 * job.shape.attention_bytes / settings.attention_groups
+    return Bytes(layer=LayerMoments(attention=of_a_token * job.local))
+
+
+def _group_work(job: TrainingJob, settings: MemorySettings) -> Work:
+    return Work(slower=0.01 * (settings.attention_groups.bit_length() - 1))
+
+
+def _more_groups(job: TrainingJob, settings: MemorySettings) -> int:
+    groups = settings.attention_groups
+    if not job.shape.written_layer:
+        return groups
+    return next((g for g in (2, 4, 8) if g > groups and job.shape.kv_heads % g == 0), groups)
+
+
+def _group_words(settings: MemorySettings) -> str | None:
+    if settings.checkpoint == "none" or settings.attention_groups == 1:
+        return None
+    return f"attention's backward in {settings.attention_groups} groups of heads"
+
+
+ATTENTION_GROUPS = Technique(
+    "attention_groups",
+    _group_values,
+    3,
+    bytes=_group_bytes,
+    work=_group_work,
+    words=_group_words,
+    leaner=_more_groups,
+)

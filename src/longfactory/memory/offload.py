@@ -9,7 +9,9 @@ places it is, is decided here and known to nobody else.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from longfactory.errors import ConfigError
 from longfactory.memory.host_pool import HostPool, Parked
 from longfactory.memory.layer_ops import autocast_as_now
 from longfactory.memory.settings import MemorySettings
+from longfactory.memory.shapes import TrainingJob
+from longfactory.memory.technique import Bytes, LayerMoments, StepMoments, Technique, Work
 
 Pair = tuple[Tensor, Tensor]  # attention output and log-sum-exp
 
@@ -199,9 +203,6 @@ class Activations:
         if self.pool is not None:
             self.pool.reserve(nbytes)
 
-    def chunk(self) -> int | None:
-        return self.settings.mlp_chunk
-
     def keeps(self, index: int) -> bool:
         """Whether the attention of this layer is kept in the first pass."""
         return index >= self.layers - round(self.settings.keep_attention * self.layers)
@@ -271,3 +272,222 @@ def _with_a_pool(settings: MemorySettings) -> MemorySettings:
             " memory that it may pin. Set pool_bytes."
         )
     return settings
+
+
+# ---- what the planner needs to know --------------------------------------------------------------
+
+STORED = "layer inputs and kept attention"  # item of the budget
+
+
+def stored_bytes(job: TrainingJob, settings: MemorySettings) -> tuple[float, float]:
+    """Bytes of all layers' inputs and saved attention outputs on the GPU and on the host, for one
+    GPU.
+    """
+    gpu, host = _stored_of_a_token(
+        job.shape.layers,
+        job.shape.hidden_bytes,
+        job.shape.saved_attention_bytes,
+        settings.segment_layers,
+        settings.offload,
+        settings.last_layers_on_gpu,
+        settings.keep_attention,
+    )
+    return gpu * job.local, host * job.local
+
+
+@functools.lru_cache(4096)
+def _stored_of_a_token(
+    layers: int,
+    hidden: int,
+    output: int,
+    segment_layers: int,
+    offload: str,
+    last_layers_on_gpu: int,
+    keep_attention: float,
+) -> tuple[float, float]:
+    """Bytes on the GPU and on the host, with `hidden` and `output` of a layer's input and saved
+    attention output.
+    """
+    # layers from here on stay on the GPU
+    stays = layers - last_layers_on_gpu if offload != "none" else 0
+    gpu = host = 0.0
+    for first in range(0, layers, segment_layers):
+        last = min(first + segment_layers, layers) - 1
+        saved = output if last >= layers - round(keep_attention * layers) else 0
+        leaves = first < stays
+        host += hidden if leaves else 0
+        gpu += 0 if leaves else hidden
+        if leaves and offload == "inputs+attention":
+            host += saved
+        else:
+            gpu += saved
+    if segment_layers > 1:  # the segment that is open
+        inner = segment_layers - 1
+        inner_gpu = min(inner, layers - stays)
+        gpu += inner_gpu * (hidden + output)
+        if inner_gpu < inner:
+            host += inner * (hidden + (output if offload == "inputs+attention" else 0))
+            gpu += (inner - inner_gpu) * (0 if offload == "inputs+attention" else output)
+    return gpu, host
+
+
+def _coming_bytes(job: TrainingJob, settings: MemorySettings) -> int:
+    """Of one layer's tensors, on their way from the host."""
+    if settings.offload == "none":
+        return 0
+    both = settings.offload == "inputs+attention" and settings.keep_attention > 0
+    of_a_token = job.shape.hidden_bytes + (job.shape.saved_attention_bytes if both else 0)
+    return of_a_token * job.local
+
+
+def _offload_values(job: TrainingJob, mode: str, settings: MemorySettings) -> Sequence[str]:
+    if mode == "fast":
+        return ("none",)
+    return (
+        ("inputs+attention", "inputs") if mode == "long" else ("none", "inputs+attention", "inputs")
+    )
+
+
+def _offload_fixed(arguments: Any) -> dict[str, Any]:
+    wanted = arguments.offload_activations
+    if wanted == "auto":
+        return {}
+    return {"offload": "none" if wanted is False else "any"}
+
+
+def _offload_bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:
+    if settings.checkpoint == "none":
+        return Bytes()
+    shape = job.shape
+    gpu, host = stored_bytes(job, settings)
+    # What is left for the last layer of backward: the segment that it is in, forward once more.
+    leaves = shape.layers - settings.last_layers_on_gpu > 0 and settings.offload != "none"
+    outputs_leave = leaves and settings.offload == "inputs+attention"
+    open_layer = (0 if leaves else shape.hidden_bytes) + (
+        0 if outputs_leave else shape.saved_attention_bytes
+    )
+    left = (settings.segment_layers - 1) * open_layer * job.local
+    coming = _coming_bytes(job, settings)
+    return Bytes(
+        {STORED: StepMoments(gpu, gpu, left)}, {STORED: host}, LayerMoments(coming, coming)
+    )
+
+
+def _offload_work(job: TrainingJob, settings: MemorySettings) -> Work:
+    slower = {"none": 0.0, "inputs": 0.004, "inputs+attention": 0.004 + 0.002}[settings.offload]
+    return Work(slower=slower, copied_bytes=stored_bytes(job, settings)[1])
+
+
+def _offload_words(settings: MemorySettings) -> str | None:
+    if settings.offload == "none":
+        return None
+    what = STORED if settings.offload == "inputs+attention" else "layer inputs"
+    return f"{what} on the host except the last {settings.last_layers_on_gpu} layers'"
+
+
+def _offload_advice(job: TrainingJob, settings: MemorySettings) -> tuple[int, str] | None:
+    return (3, "offload_activations: true") if settings.offload == "none" else None
+
+
+OFFLOAD = Technique(
+    "offload",
+    _offload_values,
+    2,
+    _offload_fixed,
+    _offload_bytes,
+    _offload_work,
+    words=_offload_words,
+    advice=_offload_advice,
+)
+
+
+def _last_layers_values(job: TrainingJob, mode: str, settings: MemorySettings) -> Sequence[int]:
+    """Some eighths of the layers."""
+    layers = job.shape.layers
+    if settings.offload == "none":
+        return (1,)
+    return sorted(
+        {n for n in (1, *(n * layers // 8 for n in (1, 2, 4, 6))) if 1 <= n < layers}
+    ) or (1,)
+
+
+def _fewer_last_layers(job: TrainingJob, settings: MemorySettings) -> int:
+    return max(1, settings.last_layers_on_gpu // 2)
+
+
+# Its bytes are those of `OFFLOAD`.
+LAST_LAYERS = Technique("last_layers_on_gpu", _last_layers_values, 9, leaner=_fewer_last_layers)
+
+
+def _late_values(job: TrainingJob, mode: str, settings: MemorySettings) -> Sequence[bool]:
+    if settings.offload == "none" or mode == "fast":
+        return (False,)
+    return (True,) if mode == "long" else (False, True)
+
+
+def _late_bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:
+    if not settings.late_prefetch:
+        return Bytes()
+    return Bytes(layer=LayerMoments(attention=-_coming_bytes(job, settings)))
+
+
+def _late_work(job: TrainingJob, settings: MemorySettings) -> Work:
+    return Work(slower=0.01 if settings.late_prefetch else 0.0)
+
+
+def _always_late(job: TrainingJob, settings: MemorySettings) -> bool:
+    return True
+
+
+LATE_PREFETCH = Technique(
+    "late_prefetch", _late_values, 7, bytes=_late_bytes, work=_late_work, leaner=_always_late
+)
+
+
+def _segment_values(job: TrainingJob, mode: str, settings: MemorySettings) -> Sequence[int]:
+    return (1,) if mode == "fast" else (1, 2, 4, 6)
+
+
+def _segment_fixed(arguments: Any) -> dict[str, Any]:
+    layers = arguments.segment_layers
+    return {} if layers == "auto" else {"segment_layers": int(layers)}
+
+
+def _segment_bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:
+    """What the segment's forward offloaded last is still on its way out."""
+    if settings.segment_layers == 1:
+        return Bytes()
+    shape = job.shape
+    forward = 3 * shape.hidden_bytes + 2 * shape.attention_bytes + 2 * shape.key_bytes
+    leaving = _coming_bytes(job, settings)
+    return Bytes(layer=LayerMoments(attention=leaving, segment=forward * job.local))
+
+
+def _segment_work(job: TrainingJob, settings: MemorySettings) -> Work:
+    layers = settings.segment_layers
+    return Work(again_forward=(layers - 1) / layers if layers > 1 else 0.0)
+
+
+def _segment_words(settings: MemorySettings) -> str | None:
+    if settings.checkpoint == "none":
+        return None
+    if settings.segment_layers == 1:
+        return "every layer recomputed"
+    return f"a checkpoint every {settings.segment_layers} layers"
+
+
+def _segment_advice(job: TrainingJob, settings: MemorySettings) -> tuple[int, str] | None:
+    helps = settings.segment_layers == 1 and settings.offload != "none"
+    return (8, "segment_layers: 4") if helps else None
+
+
+SEGMENTS = Technique(
+    "segment_layers",
+    _segment_values,
+    1,
+    _segment_fixed,
+    _segment_bytes,
+    _segment_work,
+    words=_segment_words,
+    advice=_segment_advice,
+)

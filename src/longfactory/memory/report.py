@@ -4,43 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 
-from longfactory.memory.cost import MARGIN, Budget, TrainingJob, roofline
+from longfactory.memory.cost import MARGIN, Budget, roofline, techniques
 from longfactory.memory.settings import MemorySettings
+from longfactory.memory.shapes import TrainingJob
 
 GiB = 2**30
 
 
 def describe(settings: MemorySettings) -> str:
     """One line: what is done, in the words of the configuration."""
-    if settings.checkpoint == "none":
-        return f"every activation stored; optimizer on the {settings.optimizer}"
-    parts = [
-        (
-            "every layer recomputed"
-            if settings.segment_layers == 1
-            else f"a checkpoint every {settings.segment_layers} layers"
-        )
-    ]
-    parts.append(
-        f"attention kept in {settings.keep_attention:.0%} of layers"
-        if settings.keep_attention
-        else "attention recomputed"
+    return "; ".join(
+        filter(None, (each.words(settings) for each in techniques() if each.words is not None))
     )
-    if settings.offload != "none":
-        what = (
-            "layer inputs and kept attention"
-            if settings.offload == "inputs+attention"
-            else "layer inputs"
-        )
-        parts.append(f"{what} on the host except the last {settings.last_layers_on_gpu} layers'")
-    if settings.mlp_chunk:
-        parts.append(f"pieces of {settings.mlp_chunk:,} tokens")
-    if settings.attention_groups > 1:
-        parts.append(f"attention's backward in {settings.attention_groups} groups of heads")
-    parts.append(f"optimizer on the {settings.optimizer}")
-    if settings.optimizer == "host" and settings.gradients == "host":
-        parts.append("gradients go there during backward")
-    return "; ".join(parts)
 
 
 def table(job: TrainingJob, settings: MemorySettings, b: Budget, ok: bool, mode: str) -> str:
@@ -108,25 +83,8 @@ def advice(job: TrainingJob, settings: MemorySettings) -> str:
     ways = []
     if job.sp < job.machine.gpus:
         ways.append(f"sequence_parallel_size: {2 * job.sp}")
-    if settings.checkpoint == "none":
-        ways.append("disable_gradient_checkpointing: false")
-    if settings.offload == "none":
-        ways.append("offload_activations: true")
-    if job.shape.trainable == job.shape.parameters and settings.optimizer == "gpu":
-        ways.append("optimizer_placement: host")
-    if (
-        job.leavable
-        and not job.overlaps
-        and settings.optimizer == "host"
-        and settings.gradients == "gpu"
-    ):
-        ways.append("offload_gradients: true")
-    if settings.mlp_chunk is None or settings.mlp_chunk > 4096:
-        ways.append("mlp_chunk: 4096")
-    if settings.keep_attention > 0:
-        ways.append("keep_attention: 0")
-    if settings.segment_layers == 1 and settings.offload != "none":
-        ways.append("segment_layers: 4")
+    stated = [each.advice(job, settings) for each in techniques() if each.advice is not None]
+    ways += [line for _, line in sorted(way for way in stated if way is not None)]
     if job.shape.trainable == job.shape.parameters:
         ways.append("finetuning_type: lora")
     ways.append("a smaller cutoff_len")

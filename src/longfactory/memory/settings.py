@@ -5,9 +5,16 @@ gradient.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from longfactory.errors import ConfigError
+
+
+def _field(default: Any, technique: str) -> Any:
+    """A field, and the `module.OBJECT` of `longfactory.memory` that states what it takes (see
+    `technique.Technique`).
+    """
+    return dataclasses.field(default=default, metadata={"technique": technique})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,18 +49,18 @@ class MemorySettings:
             the GPU during backward.
     """
 
-    checkpoint: Literal["none", "full"] = "full"
-    keep_attention: float = 0.0
-    offload: Literal["none", "inputs", "inputs+attention"] = "none"
+    checkpoint: Literal["none", "full"] = _field("full", "checkpointed.CHECKPOINTING")
+    segment_layers: int = _field(1, "offload.SEGMENTS")
+    keep_attention: float = _field(0.0, "checkpointed.SAVED_ATTENTION")
+    offload: Literal["none", "inputs", "inputs+attention"] = _field("none", "offload.OFFLOAD")
     pool_bytes: int = 0
-    last_layers_on_gpu: int = 1
+    last_layers_on_gpu: int = _field(1, "offload.LAST_LAYERS")
     layer: Literal["auto", "generic"] = "auto"
-    mlp_chunk: int | None = None
-    attention_groups: int = 1
-    segment_layers: int = 1
-    late_prefetch: bool = False
-    optimizer: Literal["gpu", "host"] = "gpu"
-    gradients: Literal["gpu", "host"] = "gpu"
+    mlp_chunk: int | None = _field(None, "chunked.CHUNKS")
+    attention_groups: int = _field(1, "decoder_layer.ATTENTION_GROUPS")
+    late_prefetch: bool = _field(False, "offload.LATE_PREFETCH")
+    optimizer: Literal["gpu", "host"] = _field("gpu", "optimizer.PLACEMENT")
+    gradients: Literal["gpu", "host"] = _field("gpu", "optimizer.GRADIENTS")
 
     def __post_init__(self) -> None:
         if self.checkpoint not in ("none", "full"):

@@ -1,4 +1,4 @@
-"""Numbers that describe a model and the machines it runs on."""
+"""Numbers that describe a model, the machines it runs on, and what is trained on them."""
 
 from __future__ import annotations
 
@@ -37,6 +37,26 @@ class ModelShape:
     @property
     def head_parameters(self) -> int:
         return self.vocab * self.hidden
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Of one token's hidden state."""
+        return self.width * self.hidden
+
+    @property
+    def attention_bytes(self) -> int:
+        """Of one token's queries, or of its attention output, in one layer."""
+        return self.width * self.heads * self.head_dim
+
+    @property
+    def key_bytes(self) -> int:
+        """Of one token's keys, or of its values, in one layer."""
+        return self.width * self.kv_heads * self.head_dim
+
+    @property
+    def saved_attention_bytes(self) -> int:
+        """Of one token's attention output and log-sum-exp, in one layer."""
+        return self.attention_bytes + 4 * self.heads
 
     @property
     def trained_layer_parameters(self) -> int:
@@ -228,3 +248,51 @@ def machine(
         links=links,
         float32=float32_rates(gpu, tf32),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingJob:
+    """What is trained, and on what.
+
+    Args:
+        tokens: T, tokens of the longest row.
+        sp: GPUs that share a row.
+        sharded: parameters, gradients and states are spread over all GPUs (FSDP2, ZeRO-3), else
+            each GPU has all.
+        master: bytes of a trained weight as it is stored: 4 for fp32 masters (FSDP2), 2 for bf16
+            with a split master.
+        accumulates: gradients are there from the start of a backward pass: those of earlier
+            micro-batches, or the buffers of ZeRO (those of DDP, where parameters are not sharded
+            over several GPUs, are seen here). Those of split masters go where the states are, and
+            are summed there in fp32.
+        state_bytes: of the optimizer's states of a trained weight on the GPU, where masters are not
+            split.
+        leavable: gradients are final when backward gives them, so that they can leave during
+            backward where states are on the host. DDP's are not.
+        overlaps: nothing is clipped either, so that states on the host are updated while backward
+            runs, and gradients leave with that.
+    """
+
+    shape: ModelShape
+    machine: Machine
+    tokens: int
+    sp: int = 1
+    sharded: bool = True
+    master: int = 4
+    accumulates: bool = False
+    state_bytes: float = 8
+    leavable: bool = False
+    overlaps: bool = False
+
+    def __post_init__(self) -> None:
+        if self.machine.gpus > 1 and not self.sharded:  # DDP
+            object.__setattr__(self, "accumulates", True)
+            object.__setattr__(self, "leavable", False)
+
+    @property
+    def local(self) -> int:
+        return -(-self.tokens // self.sp)
+
+    @property
+    def shards(self) -> int:
+        return self.machine.gpus if self.sharded else 1

@@ -7,9 +7,9 @@ import dataclasses
 import sys
 
 from longfactory.errors import UserError
-from longfactory.memory.cost import TrainingJob, choose, longest
+from longfactory.memory.cost import choose, longest
 from longfactory.memory.report import table
-from longfactory.memory.shapes import GPUS, ModelShape, machine
+from longfactory.memory.shapes import GPUS, ModelShape, TrainingJob, machine
 
 GiB = 2**30
 

@@ -17,9 +17,8 @@ from longfactory.config import RunConfig
 from longfactory.data.module import Datasets
 from longfactory.errors import UserError
 from longfactory.memory.choose import MemoryPlan, choose_memory, corrected, host_memory, user_keys
-from longfactory.memory.cost import TrainingJob
 from longfactory.memory.offload import Activations
-from longfactory.memory.shapes import ModelShape, machine
+from longfactory.memory.shapes import ModelShape, TrainingJob, machine
 from longfactory.model import adapters, load
 from longfactory.train.optimizer_names import EXACT, Narrow, narrow_states
 from longfactory.train.reference import adapter_is_reference
