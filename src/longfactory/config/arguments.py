@@ -14,6 +14,7 @@ from longfactory.config.fields import arg
 from longfactory.config.loss_facts import PreferenceName
 from longfactory.config.stage_facts import StageName
 from longfactory.kernel_names import Kernel
+from longfactory.memory.settings import MemoryArguments
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -263,46 +264,6 @@ class ParallelArguments:
         "How parameters are kept: sharded (fsdp2) or copied to each device (ddp). The key deepspeed"
         " selects ZeRO instead.",
     )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MemoryArguments:
-    """What is saved, recomputed or offloaded. Nothing here changes the result."""
-
-    memory: Literal["auto", "fast", "long"] = arg(
-        "auto", "What fits best, what is fastest, or what reaches the longest sequence."
-    )
-    disable_gradient_checkpointing: bool = arg(
-        False, "Keep every activation instead of recomputing layers in the backward pass."
-    )
-    keep_attention: float | Literal["auto"] = arg(
-        "auto",
-        "Share of each layer's attention outputs saved, so that attention is not recomputed"
-        " (selective checkpointing).",
-        low=0.0,
-        high=1.0,
-    )
-    offload_activations: bool | Literal["auto"] = arg(
-        "auto",
-        "Activation offloading: layer inputs (and saved attention outputs, where it helps) are in"
-        " host memory until the backward pass needs them.",
-    )
-    mlp_chunk: int | Literal["auto"] = arg(
-        "auto", "Tokens of a sequence that pass an MLP at once; 0 for all.", low=0
-    )
-    segment_layers: int | Literal["auto"] = arg("auto", "Layers between two checkpoints.", low=1)
-    optimizer_placement: Literal["auto", "gpu", "host"] = arg(
-        "auto", "Where the optimizer's state lives."
-    )
-    offload_gradients: bool | Literal["auto"] = arg(
-        "auto",
-        "Offload gradients to host memory during the backward pass, where the optimizer's state is"
-        " there.",
-    )
-    optimizer_overlap: bool = arg(
-        False, "AdamW on the host updates weights while backward runs. Needs max_grad_norm: 0."
-    )
-    logprob_chunk: int | Literal["auto"] = arg("auto", "Tokens whose logits exist at once.", low=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

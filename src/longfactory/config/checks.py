@@ -13,6 +13,7 @@ from longfactory.config.run import RunConfig
 from longfactory.config.stage_facts import STAGE_KEYS, STAGES
 from longfactory.config.translate import OWN_KEYS
 from longfactory.kernel_names import not_installed
+from longfactory.memory.settings import PARTS_OF_CHECKPOINTING
 
 TRACKERS = {
     "azure_ml": ("azureml",),
@@ -239,13 +240,8 @@ def _memory(cfg: RunConfig) -> Iterator[str]:
     m = cfg.memory
     if not m.disable_gradient_checkpointing:
         return
-    for name, idle in (
-        ("keep_attention", 0.0),
-        ("offload_activations", False),
-        ("segment_layers", 1),
-        ("mlp_chunk", 0),
-    ):
-        if getattr(m, name) not in ("auto", idle):
+    for name, off in PARTS_OF_CHECKPOINTING.items():
+        if getattr(m, name) not in ("auto", off):
             yield (
                 f"{name} is a part of checkpointing, and disable_gradient_checkpointing: true turns"
                 " that off. Leave one of them out."

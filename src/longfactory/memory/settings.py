@@ -1,5 +1,5 @@
-"""What the memory engine does, as data: every key changes bytes or seconds, none changes a
-gradient.
+"""What the memory engine does, as data, and the user's keys for it: every key changes bytes or
+seconds, none changes a gradient.
 """
 
 from __future__ import annotations
@@ -104,3 +104,57 @@ class MemorySettings:
                 "memory: offload, segments and kept attention are parts of checkpointing. Set"
                 " checkpoint: full."
             )
+
+
+# Keys that are parts of checkpointing, and the value that turns each of them off.
+PARTS_OF_CHECKPOINTING: dict[str, Any] = {
+    "keep_attention": 0.0,
+    "offload_activations": False,
+    "segment_layers": 1,
+    "mlp_chunk": 0,
+}
+
+
+def _key(default: Any, help: str, *, low: float | None = None, high: float | None = None) -> Any:
+    """A key of the YAML file, as `config.fields.arg` declares one."""
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryArguments:
+    """What is saved, recomputed or offloaded. Nothing here changes the result."""
+
+    memory: Literal["auto", "fast", "long"] = _key(
+        "auto", "What fits best, what is fastest, or what reaches the longest sequence."
+    )
+    disable_gradient_checkpointing: bool = _key(
+        False, "Keep every activation instead of recomputing layers in the backward pass."
+    )
+    keep_attention: float | Literal["auto"] = _key(
+        "auto",
+        "Share of each layer's attention outputs saved, so that attention is not recomputed"
+        " (selective checkpointing).",
+        low=0.0,
+        high=1.0,
+    )
+    offload_activations: bool | Literal["auto"] = _key(
+        "auto",
+        "Activation offloading: layer inputs (and saved attention outputs, where it helps) are in"
+        " host memory until the backward pass needs them.",
+    )
+    mlp_chunk: int | Literal["auto"] = _key(
+        "auto", "Tokens of a sequence that pass an MLP at once; 0 for all.", low=0
+    )
+    segment_layers: int | Literal["auto"] = _key("auto", "Layers between two checkpoints.", low=1)
+    optimizer_placement: Literal["auto", "gpu", "host"] = _key(
+        "auto", "Where the optimizer's state lives."
+    )
+    offload_gradients: bool | Literal["auto"] = _key(
+        "auto",
+        "Offload gradients to host memory during the backward pass, where the optimizer's state is"
+        " there.",
+    )
+    optimizer_overlap: bool = _key(
+        False, "AdamW on the host updates weights while backward runs. Needs max_grad_norm: 0."
+    )
+    logprob_chunk: int | Literal["auto"] = _key("auto", "Tokens whose logits exist at once.", low=1)
