@@ -262,10 +262,11 @@ def _fixed(arguments: Any) -> dict[str, Any]:
 
 
 def _bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:
-    """Temporaries of one chunk: six MLP-wide and eight hidden-wide numbers."""
-    shape, tokens = job.shape, min(settings.mlp_chunk or job.local, job.local)
-    wide_numbers = 6 * shape.width * shape.ffn + 8 * shape.hidden_bytes
-    return Bytes(layer=LayerMoments(after_attention=tokens * wide_numbers))
+    """The temporaries of one chunk in place of those of all local tokens."""
+    chunk = min(settings.mlp_chunk or job.local, job.local)
+    return Bytes(
+        layer=LayerMoments(after_attention=(chunk - job.local) * job.shape.temporary_bytes)
+    )
 
 
 def _work(job: TrainingJob, settings: MemorySettings) -> Work:

@@ -80,7 +80,7 @@ def bare_layer(shape: ModelShape, tokens: int) -> LayerMoments:
     hidden, attention, keys = shape.hidden_bytes, shape.attention_bytes, shape.key_bytes
     if shape.written_layer:
         peak = 2 * hidden + attention + 4 * keys
-        # the chunks after attention, with the next layer's tensors on their way
+        # what comes after attention, with the next layer's tensors on their way
         after = 2 * hidden + attention + 2 * keys
     else:
         # x, norms' outputs, x2, dy, dx and temporaries; q, k, v and their gradients; out, dout; the
@@ -91,6 +91,7 @@ def bare_layer(shape: ModelShape, tokens: int) -> LayerMoments:
         # key heads repeated for their query heads, and the gradients of those copies
         # (sp/backends/efficient.py)
         peak += 4 * attention
+    after += shape.temporary_bytes
     return LayerMoments(peak * tokens, after * tokens)
 
 

@@ -54,6 +54,13 @@ class ModelShape:
         return self.width * self.kv_heads * self.head_dim
 
     @property
+    def temporary_bytes(self) -> int:
+        """Of one token's temporaries in the MLP, projections and norms of one layer: six MLP-wide
+        and eight hidden-wide numbers.
+        """
+        return 6 * self.width * self.ffn + 8 * self.hidden_bytes
+
+    @property
     def saved_attention_bytes(self) -> int:
         """Of one token's attention output and log-sum-exp, in one layer."""
         return self.attention_bytes + 4 * self.heads
