@@ -318,7 +318,9 @@ def test_fp32_is_planned_as_what_will_run(tmp_path, capsys):
     wide = dataclasses.replace(TWO, shape=ModelShape.of(qwen_7b(), width=4))
     for c in (saved(), MemorySettings(checkpoint="none"), saved(mlp_chunk=4096)):
         half, full = budget(TWO, c), budget(wide, c)
-        waits = "activations" if c.checkpoint == "none" else "layer inputs and kept attention"
+        waits = (
+            "activations" if c.checkpoint == "none" else "layer inputs and saved attention outputs"
+        )
         assert (
             full.gpu[waits] >= 1.95 * half.gpu[waits] and full.gpu["weights"] == half.gpu["weights"]
         )

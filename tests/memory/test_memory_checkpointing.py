@@ -1,4 +1,4 @@
-"""Checkpointing, kept attention, offload, segments and pieces give the gradients of a model that
+"""Checkpointing, saved attention outputs, offload, segments and chunks give the gradients of a model that
 stores everything.
 """
 

@@ -25,66 +25,66 @@ def tensors(n, numbers=5000):
 def test_what_is_fetched_is_what_was_parked():
     pool = HostPool("cpu", 2**20, expect=3)
     given = [[a, b.double()] for a, b in zip(tensors(3), tensors(3, 77), strict=True)]
-    parked = [pool.park(g) for g in given]
+    offloaded = [pool.offload(g) for g in given]
     kept = [[t.clone() for t in g] for g in given]
     for g in given:
         for t in g:
             t.zero_()  # the copy does not share memory with what was given
-    for p, k in zip(reversed(parked), reversed(kept), strict=True):
+    for p, k in zip(reversed(offloaded), reversed(kept), strict=True):
         pool.prefetch(2)
         for found, wanted in zip(p.fetch(), k, strict=True):
             assert torch.equal(found, wanted) and found.dtype == wanted.dtype
     with pytest.raises(RuntimeError, match="second backward"):
-        parked[0].fetch()
+        offloaded[0].fetch()
 
 
 def test_slots_are_locked_once_and_reused():
     pool = HostPool("cpu", 2**22, expect=4)
     for step in range(3):
-        parked = [pool.park([t]) for t in tensors(4)]
+        offloaded = [pool.offload([t]) for t in tensors(4)]
         locked = pool.locked_bytes
         if step % 2:
-            for p in reversed(parked):
+            for p in reversed(offloaded):
                 p.fetch()
-        del parked  # a forward without a backward gives its slots back as well
+        del offloaded  # a forward without a backward gives its slots back as well
     assert pool.locked_bytes == locked == 4 * 5 * PAGE
     # A slot in use is never handed out a second time.
-    first = pool.park([torch.ones(5000)])
-    others = [pool.park([torch.zeros(5000)]) for _ in range(3)]
+    first = pool.offload([torch.ones(5000)])
+    others = [pool.offload([torch.zeros(5000)]) for _ in range(3)]
     assert float(first.fetch()[0].sum()) == 5000 and len(others) == 3
 
 
 def test_peak_bytes_are_the_most_that_waited_at_once():
     pool = HostPool("cpu", 2**22, expect=8)
     each = 5000 * 4 + 224  # padded to 256
-    parked = [pool.park([t]) for t in tensors(3)]
-    parked.pop().fetch()
-    del parked[0]  # never fetched: its slot is given back as well
-    parked += [pool.park([t]) for t in tensors(1)]
+    offloaded = [pool.offload([t]) for t in tensors(3)]
+    offloaded.pop().fetch()
+    del offloaded[0]  # never fetched: its slot is given back as well
+    offloaded += [pool.offload([t]) for t in tensors(1)]
     assert pool.peak_bytes == 3 * each < pool.locked_bytes == 8 * 5 * PAGE
-    for p in parked:
+    for p in offloaded:
         p.fetch()
     pool.peak_bytes = 0
-    pool.park([torch.randn(64)]).fetch()
+    pool.offload([torch.randn(64)]).fetch()
     assert pool.peak_bytes == 256
 
 
 def test_other_lengths_take_the_place_of_idle_slots():
     pool = HostPool("cpu", 20 * PAGE, expect=4)
-    [pool.park([t]).fetch() for t in tensors(4)]
+    [pool.offload([t]).fetch() for t in tensors(4)]
     assert pool.locked_bytes == 20 * PAGE
-    longer = [pool.park([t]) for t in tensors(2, 10000)]
+    longer = [pool.offload([t]) for t in tensors(2, 10000)]
     assert pool.locked_bytes <= 20 * PAGE and all(p.on_host for p in longer)
 
 
 def test_bound_is_kept_and_the_rest_stays(caplog):
     pool = HostPool("cpu", 11 * PAGE, expect=6)
     with caplog.at_level(logging.WARNING):
-        parked = [pool.park([t]) for t in tensors(6)]
+        offloaded = [pool.offload([t]) for t in tensors(6)]
     assert pool.locked_bytes <= 11 * PAGE
-    assert [p.on_host for p in parked] == [True, True, False, False, False, False]
+    assert [p.on_host for p in offloaded] == [True, True, False, False, False, False]
     assert len(caplog.records) == 1 and "stays on the GPU" in caplog.text
-    for p in reversed(parked):
+    for p in reversed(offloaded):
         assert p.fetch()[0].shape == (5000,)
 
 
@@ -92,7 +92,7 @@ def test_refused_memory_is_a_warning(monkeypatch, caplog):
     pool = HostPool("cpu", 2**30, expect=2)
     monkeypatch.setattr(pool, "_lock", lambda size: (None, True))
     with caplog.at_level(logging.WARNING):
-        p = pool.park(tensors(1))
+        p = pool.offload(tensors(1))
     assert not p.on_host and "refused" in caplog.text
     assert p.fetch()[0].shape == (5000,)
 
@@ -114,7 +114,9 @@ def test_a_step_parks_every_layer_but_the_last(layer):
     assert store.pool is not None
     inputs = LENGTH * 32 * 8
     attention = LENGTH * (32 + 4) * 8
-    assert 3 * (inputs + attention) <= store.pool.parked_bytes <= 3 * (inputs + attention + 3 * 256)
+    assert (
+        3 * (inputs + attention) <= store.pool.offloaded_bytes <= 3 * (inputs + attention + 3 * 256)
+    )
     locked = store.pool.locked_bytes
     run(model)
     assert store.pool.locked_bytes == locked
@@ -126,7 +128,7 @@ def test_a_step_parks_every_layer_but_the_last(layer):
 @pytest.mark.parametrize("layer", ["auto", "generic"])
 @pytest.mark.parametrize("late", [False, True])
 def test_the_path_for_gpus_in_order(late, layer, refuse, monkeypatch, caplog):
-    """With streams and page-locking replaced by stand-ins: the same gradients, every slot locked,
+    """With streams and pinning replaced by stand-ins: the same gradients, every slot locked,
     and given back.
     """
     model = make_model("qwen2", monkeypatch)
@@ -150,7 +152,7 @@ def test_the_path_for_gpus_in_order(late, layer, refuse, monkeypatch, caplog):
             run(model)
             assert_same_gradients(gradients(model), wanted)
     assert sum(locked.values()) == (0 if refuse else store.pool.locked_bytes)
-    assert ("page-locking failed" in caplog.text) == refuse
+    assert ("pinning failed" in caplog.text) == refuse
     store.pool.close()
     assert not locked and store.pool.locked_bytes == 0
 

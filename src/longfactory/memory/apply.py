@@ -27,8 +27,8 @@ def apply_memory(
     device: torch.device | str | None = None,
     longest: int = 0,
 ) -> Activations:
-    """Installs checkpointing, kept attention, offload and layer pieces on every decoder layer. Once
-    a model.
+    """Installs checkpointing, saved attention outputs, offload and chunks on every decoder layer.
+    Once a model.
 
     Call it after PEFT has added its adapters and after `sp.hf.prepare`, before or after FSDP2 and
     DDP wrap the model (it replaces the `forward` of instances, inside their hooks), and before
@@ -77,7 +77,7 @@ def apply_memory(
     _final_norm(model, layers, chunk)
     if reasons:
         log.info(
-            "Layers run as transformers wrote them, in pieces: %s.", "; ".join(sorted(reasons))
+            "Layers run as transformers wrote them, in chunks: %s.", "; ".join(sorted(reasons))
         )
     return store
 

@@ -126,12 +126,12 @@ class _Call:
             with keep(_Forgets()):
                 yield
             return
-        if handle is None or not owner.store.keeps(owner.index):
+        if handle is None or not owner.store.saves_attention(owner.index):
             yield
             return
         with keep(self.pairs):
             yield
-        handle.keep(owner.store.wait_attention(owner.index, self.pairs))
+        handle.set_attention(owner.store.save_attention(owner.index, self.pairs))
         self.pairs = []
 
     @contextlib.contextmanager
@@ -215,7 +215,7 @@ def _saved_words(settings: MemorySettings) -> str | None:
         return None
     if settings.keep_attention == 0:
         return "attention recomputed"
-    return f"attention kept in {settings.keep_attention:.0%} of layers"
+    return f"attention outputs saved in {settings.keep_attention:.0%} of layers"
 
 
 def _saved_advice(job: TrainingJob, settings: MemorySettings) -> tuple[int, str] | None:

@@ -85,7 +85,7 @@ def choose_memory(
         return _without_gpu(job, fixed)
     machine = job.machine
     found, budget, fits = choose(job, mode, HOST_SHARE, fixed)
-    offloaded = budget.host.get("layer inputs and kept attention", 0.0) / machine.on_host
+    offloaded = budget.host.get("layer inputs and saved attention outputs", 0.0) / machine.on_host
     # Sizes in the plan are estimates: a tenth more may be pinned, within the share of the host.
     free = (HOST_SHARE * machine.host_bytes - budget.host_total) / machine.on_host + offloaded
     settings = _with_pool(found, int(min(1.1 * offloaded + GiB, max(free, 0))))
@@ -106,7 +106,8 @@ def _without_gpu(job: TrainingJob, fixed: dict[str, Any]) -> MemoryPlan:
     if fixed.get("checkpoint") != "none":
         fixed = {"keep_attention": 1.0, **fixed}
     settings = _with_pool(MemorySettings(**fixed), 0)
-    done = f"layers are recomputed, attention is kept in {settings.keep_attention:.0%} of them"
+    share = f"{settings.keep_attention:.0%}"
+    done = f"layers are recomputed, attention outputs are saved in {share} of them"
     if settings.checkpoint == "none":
         done = "every activation is stored"
     line = f"Memory plan: no GPU; {done}."

@@ -1,8 +1,8 @@
-"""A module run in pieces of the sequence: the same values, with the intermediates of one piece at a
+"""A module run in chunks of the sequence: the same values, with the intermediates of one chunk at a
 time.
 
-`run_in_chunks(fn, x, params, chunk)` computes `fn(x)` piece by piece and stores nothing but `x`.
-Its backward runs each piece again with gradients and differentiates it there, so a piece is
+`run_in_chunks(fn, x, params, chunk)` computes `fn(x)` chunk by chunk and stores nothing but `x`.
+Its backward runs each chunk again with gradients and differentiates it there, so a chunk is
 recomputed once. It is two autograd functions on purpose. The first stores `x`, the second computes
 and stores nothing: inside a checkpointed layer the recompute stops when everything that was stored
 exists again, that is before the second one, and so the module is not computed a third time (unless
@@ -26,19 +26,19 @@ from longfactory.memory.technique import Bytes, LayerMoments, Technique, Work
 
 
 class GradientSum:
-    """The gradient of a parameter, summed over pieces. Wide if there is more than one piece; one
+    """The gradient of a parameter, summed over chunks. Wide if there is more than one chunk; one
     rounding at the end.
     """
 
-    def __init__(self, pieces: int) -> None:
-        self._pieces = pieces
+    def __init__(self, chunks: int) -> None:
+        self._chunks = chunks
         self._sum: Tensor | None = None
 
     def add(self, g: Tensor | None) -> None:
         if g is None:
             return
         if self._sum is None:
-            self._sum = g if self._pieces == 1 else g.to(wide(g.dtype))
+            self._sum = g if self._chunks == 1 else g.to(wide(g.dtype))
         else:
             self._sum += g
 
@@ -81,9 +81,9 @@ class _Store(torch.autograd.Function):
         for i in range(0, length, call.chunk):
             n = min(call.chunk, length - i)
             with torch.enable_grad(), call.amp():
-                piece = x.narrow(call.dim, i, n).detach().requires_grad_(needs_x)
-                y = call.fn(piece)
-            inputs = [piece, *wanted] if needs_x else wanted
+                part = x.narrow(call.dim, i, n).detach().requires_grad_(needs_x)
+                y = call.fn(part)
+            inputs = [part, *wanted] if needs_x else wanted
             grads = list(
                 torch.autograd.grad(y, inputs, dy.narrow(call.dim, i, n), allow_unused=True)
             )
@@ -93,8 +93,8 @@ class _Store(torch.autograd.Function):
                 target.zero_() if g is None else target.copy_(g)
             for total, g in zip(sums, grads, strict=True):
                 total.add(g)
-            del piece, y, grads
-        # Zeros for a parameter that no piece used, as an expert that no token chose: DDP waits for
+            del part, y, grads
+        # Zeros for a parameter that no chunk used, as an expert that no token chose: DDP waits for
         # every gradient.
         totals = (sum_.total(p) for sum_, p in zip(sums, wanted, strict=True))
         done = iter(
@@ -110,7 +110,7 @@ class _Compute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, x: Tensor) -> Tensor:  # type: ignore[override]
         with call.amp():
-            y = _pieces(call.fn, x, call.chunk, call.dim)
+            y = _in_chunks(call.fn, x, call.chunk, call.dim)
         call.dtype = y.dtype
         return y
 
@@ -119,7 +119,7 @@ class _Compute(torch.autograd.Function):
         return None, dy
 
 
-def _pieces(fn: Callable[[Tensor], Tensor], x: Tensor, chunk: int, dim: int) -> Tensor:
+def _in_chunks(fn: Callable[[Tensor], Tensor], x: Tensor, chunk: int, dim: int) -> Tensor:
     length = x.shape[dim]
     if length <= chunk:
         return fn(x)
@@ -147,11 +147,11 @@ def run_in_chunks(
     Args:
         params: gives the parameters that `fn` uses. They become inputs of the autograd function, so
             that hooks on their gradients (DDP, FSDP2, ZeRO) see one gradient a call.
-        chunk: positions in a piece; None for all at once (still: only `x` is stored).
+        chunk: positions in a chunk; None for all at once (still: only `x` is stored).
     """
     chunk = chunk or x.shape[dim]
     if not torch.is_grad_enabled():
-        return _pieces(fn, x, chunk, dim)
+        return _in_chunks(fn, x, chunk, dim)
     call = _Call(fn, params, chunk, dim, autocast_as_now(x.device.type))
     return _Compute.apply(call, _Store.apply(call, x, *params()))
 
@@ -163,7 +163,7 @@ _MLP_NAMES = frozenset({"mlp", "feed_forward", "ffn", "block_sparse_moe", "moe"}
 def install(
     layer: nn.Module, chunk: Callable[[], int | None], moe: bool = True, norms_only: bool = False
 ) -> list[str]:
-    """Run the MLP and the norms of a decoder layer in pieces of `chunk()` tokens. Returns the names
+    """Run the MLP and the norms of a decoder layer in chunks of `chunk()` tokens. Returns the names
     of the children that will be.
 
     A child is left as it is if it has active dropout (a recompute would draw again) or, with
@@ -184,9 +184,9 @@ def install(
     return names
 
 
-def runs_in_pieces(module: nn.Module) -> bool:
+def runs_in_chunks(module: nn.Module) -> bool:
     """Whether `install` has put its function in place of this module's forward. Parameters that no
-    piece used then have zeros.
+    chunk used then have zeros.
     """
     return isinstance(module.__dict__.get("forward"), _Chunked)
 
@@ -215,7 +215,7 @@ class _Chunked:
 
     def _under_zero3(self, x: Tensor) -> Tensor:
         """ZeRO-3 gathers a linear's weight only while it runs: its backward has to be autograd's
-        own, and pieces are checkpointed.
+        own, and chunks are checkpointed.
         """
         chunk = self.chunk()
         if (
@@ -226,7 +226,7 @@ class _Chunked:
         ):
             return self.forward(x)
         return torch.cat(
-            [checkpoint(self.forward, piece, use_reentrant=False) for piece in x.split(chunk, 1)], 1
+            [checkpoint(self.forward, part, use_reentrant=False) for part in x.split(chunk, 1)], 1
         )
 
     @torch.no_grad()
@@ -277,7 +277,7 @@ def _work(job: TrainingJob, settings: MemorySettings) -> Work:
 def _words(settings: MemorySettings) -> str | None:
     if settings.checkpoint == "none" or settings.mlp_chunk is None:
         return None
-    return f"pieces of {settings.mlp_chunk:,} tokens"
+    return f"chunks of {settings.mlp_chunk:,} tokens"
 
 
 def _advice(job: TrainingJob, settings: MemorySettings) -> tuple[int, str] | None:

@@ -34,7 +34,7 @@ HOST_SHARE = 0.85  # of the host's memory, for optimizer states and offloaded ac
 ITEMS = (
     "weights",
     "optimizer",
-    "layer inputs and kept attention",
+    "layer inputs and saved attention outputs",
     "activations",
     "gradients",
     "output layer",
@@ -42,7 +42,7 @@ ITEMS = (
     "working set of a layer",
     "runtime",
 )
-HOST_ITEMS = ("optimizer", "gradients", "layer inputs and kept attention")
+HOST_ITEMS = ("optimizer", "gradients", "layer inputs and saved attention outputs")
 
 
 @functools.cache

@@ -3,9 +3,9 @@ Qwen2, Qwen3).
 
     x2 = x + attention(norm(x)) Wo        y = x2 + mlp(norm(x2))
 
-Everything but attention works on each token alone and is done in pieces of the sequence, in both
+Everything but attention works on each token alone and is done in chunks of the sequence, in both
 directions. Stored between them: the layer's input, and attention's output and log-sum-exp if they
-are kept. What backward computes again: q, k, v, Wo, the norms and two of the MLP's three products;
+are saved. What backward computes again: q, k, v, Wo, the norms and two of the MLP's three products;
 nothing twice. In bytes a local token, h = 2 * hidden (bf16), a = 2 * heads * D, kv = 2 * key heads
 * D:
 
@@ -14,7 +14,7 @@ nothing twice. In bytes a local token, h = 2 * hidden (bf16), a = 2 * heads * D,
               k, v, dk, dv, and of one group of heads q, dq, dout     + the kernel's own fp32 dq
                                                                         / groups
 
-A gradient of a weight is a sum over pieces, kept in fp32 and rounded once. Parameters are inputs of
+A gradient of a weight is a sum over chunks, kept in fp32 and rounded once. Parameters are inputs of
 the function: whatever hangs on their gradients (DDP, FSDP2, accumulation) sees one gradient a call.
 """
 
@@ -226,7 +226,7 @@ class LayerCall:
             g for g in range(1, min(groups, self.kv_heads) + 1) if self.kv_heads % g == 0
         )
 
-    def pieces(self, length: int) -> Iterator[slice]:
+    def chunks(self, length: int) -> Iterator[slice]:
         chunk = self.chunk or length
         for i in range(0, length, chunk):
             yield slice(i, min(i + chunk, length))
@@ -273,7 +273,7 @@ def _queries(x: Tensor, c: LayerCall, heads: slice) -> Tensor:
     rows = slice(heads.start * c.head_dim, heads.stop * c.head_dim)
     bias = w.q_bias[rows] if w.q_bias is not None else None
     q = x.new_empty(x.shape[0], heads.stop - heads.start, c.head_dim)
-    for s in c.pieces(x.shape[0]):
+    for s in c.chunks(x.shape[0]):
         q[s] = _rotated(rms_norm(x[s], w.norm1, c.eps), s, c, w.q[rows], bias, w.q_norm)
     return q
 
@@ -282,7 +282,7 @@ def _keys_values(x: Tensor, c: LayerCall) -> tuple[Tensor, Tensor]:
     """[T, H] -> rotated keys and values, [T, key heads, D]."""
     w, T = c.weights, x.shape[0]
     k, v = (x.new_empty(T, c.kv_heads, c.head_dim) for _ in range(2))
-    for s in c.pieces(T):
+    for s in c.chunks(T):
         n = rms_norm(x[s], w.norm1, c.eps)
         k[s] = _rotated(n, s, c, w.k, w.k_bias, w.k_norm)
         v[s] = F.linear(n, w.v, w.v_bias).view(-1, c.kv_heads, c.head_dim)
@@ -315,7 +315,7 @@ def _forward(x: Tensor, c: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
     del k, v
     flat = out.view(T, -1)
     y = torch.empty_like(x)
-    for s in c.pieces(T):
+    for s in c.chunks(T):
         x2 = x[s] + F.linear(flat[s], w.o, w.o_bias)
         n = rms_norm(x2, w.norm2, c.eps)
         hidden = gated_silu(F.linear(n, w.gate, w.gate_bias), F.linear(n, w.up, w.up_bias))
@@ -327,9 +327,9 @@ def _forward(x: Tensor, c: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
 class _Sums:
     """Gradients of the weights that need one."""
 
-    def __init__(self, weights: Weights, needed: tuple[bool, ...], pieces: int) -> None:
+    def __init__(self, weights: Weights, needed: tuple[bool, ...], chunks: int) -> None:
         self._sums = {
-            name: GradientSum(pieces) for name, n in zip(Weights._fields, needed, strict=True) if n
+            name: GradientSum(chunks) for name, n in zip(Weights._fields, needed, strict=True) if n
         }
         self._weights = weights
         self._done: dict[str, Tensor] = {}
@@ -365,7 +365,7 @@ def _mlp_backward(
 ) -> None:
     """dx2 := gradient at x + attention(x) Wo. It may be dy itself."""
     w = c.weights
-    for s in c.pieces(x.shape[0]):
+    for s in c.chunks(x.shape[0]):
         x2 = x[s] + F.linear(out[s], w.o, w.o_bias)
         n = rms_norm(x2, w.norm2, c.eps)
         dhidden = dy[s] @ w.down
@@ -422,7 +422,7 @@ def _qkv_backward(
 ) -> None:
     """dx += gradient through the norm and the projections."""
     w = c.weights
-    for s in c.pieces(x.shape[0]):
+    for s in c.chunks(x.shape[0]):
         n = rms_norm(x[s], w.norm1, c.eps)
         g, dnorm = _rotated_backward(dq[s], n, s, c, w.q, w.q_bias, w.q_norm)
         sums.add("q_norm", dnorm)
@@ -450,8 +450,8 @@ class _Layer(torch.autograd.Function):
         store, chain = owner.store, owner.chain
         handle = store.layer_input(owner.index, x.detach(), again)
         y, out, lse = forward(x.detach()[0], call)
-        if store.keeps(owner.index) and handle.last_in_segment:
-            handle.keep(store.wait_attention(owner.index, [(out, lse)]))
+        if store.saves_attention(owner.index) and handle.last_in_segment:
+            handle.set_attention(store.save_attention(owner.index, [(out, lse)]))
         ctx.save_for_backward(*weights)
         call.weights = None  # type: ignore[assignment]  # saved by autograd, which knows when they change
         ctx.call, ctx.handle = call, handle
@@ -471,18 +471,18 @@ class _Layer(torch.autograd.Function):
         store, chain = owner.store, owner.chain
         call.weights = w = Weights(*ctx.saved_tensors)
         x = handle.input()[0]
-        kept = handle.attention()
+        saved = handle.attention()
         if not store.settings.late_prefetch:
             store.prefetch()
         T = x.shape[0]
         sums = _Sums(w, ctx.needs_input_grad[3:], call.count(T))
         k = v = None
-        if kept is None:
+        if saved is None:
             k, v = _keys_values(x, call)
             out, lse = _attention(x, k, v, call)
         else:
-            ((out, lse),) = kept
-        del kept
+            ((out, lse),) = saved
+        del saved
         own = chain.gradient == (owner.index, dy.data_ptr()) and dy.is_contiguous()
         dy = dy[0]
         dx = dy if own else torch.empty_like(x)

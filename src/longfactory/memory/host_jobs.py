@@ -1,7 +1,7 @@
-"""Computing on the host with pieces of GPU tensors: they come to page-locked memory on side streams
-and go back, one piece ahead.
+"""Computing on the host with blocks of GPU tensors: they come to pinned memory on side streams
+and go back, one block ahead.
 
-A job's pieces come over while the job before is computed, so that the host never waits for a copy
+A job's blocks come over while the job before is computed, so that the host never waits for a copy
 that it could have begun. `Worker` does the same in a thread, for jobs that are found while the GPU
 goes on with a backward pass.
 """
@@ -17,23 +17,23 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-AHEAD = 64  # jobs that may wait for a worker; who gives more waits
+AHEAD = 64  # jobs queued for a worker; who gives more blocks
 
 
 @dataclasses.dataclass(frozen=True)
 class HostJob:
-    """Work on flat pieces of a parameter and its gradient. `compute` is given them, or copies of
-    them on the host; it changes the first `changed` of them. `ready`: the pieces are complete, and
+    """Work on flat blocks of a parameter and its gradient. `compute` is given them, or copies of
+    them on the host; it changes the first `changed` of them. `ready`: the blocks are complete, and
     what is changed is read no more, once this has come to pass."""
 
-    pieces: tuple[Tensor, ...]
+    tensors: tuple[Tensor, ...]
     compute: Callable[..., None]
     changed: int
     ready: torch.cuda.Event | None = None
 
 
 class PinnedBuffers:
-    """Page-locked room for the pieces of one job, with a stream of its own."""
+    """Pinned room for the blocks of one job, with a stream of its own."""
 
     def __init__(self, device: torch.device, room: int) -> None:
         self.device = device
@@ -44,7 +44,7 @@ class PinnedBuffers:
     def _views(self, job: HostJob) -> list[Tensor]:
         return [
             room[: t.numel() * t.element_size()].view(t.dtype)
-            for room, t in zip(self.room, job.pieces, strict=False)
+            for room, t in zip(self.room, job.tensors, strict=False)
         ]
 
     def bring(self, job: HostJob) -> None:
@@ -52,7 +52,7 @@ class PinnedBuffers:
         if job.ready is not None:
             self.stream.wait_event(job.ready)
         with torch.cuda.stream(self.stream):
-            for here, there in zip(self._views(job), job.pieces, strict=True):
+            for here, there in zip(self._views(job), job.tensors, strict=True):
                 here.copy_(there, non_blocking=True)
             self.ready.record(self.stream)
 
@@ -61,7 +61,7 @@ class PinnedBuffers:
         self.ready.synchronize()
         job.compute(*views)
         with torch.cuda.stream(self.stream):
-            for here, there in zip(views[: job.changed], job.pieces, strict=False):
+            for here, there in zip(views[: job.changed], job.tensors, strict=False):
                 there.copy_(here, non_blocking=True)
 
 
@@ -84,7 +84,7 @@ class Worker:
     """A thread that does jobs in the order in which they come, until `finish`.
 
     Args:
-        stages, device: of GPU tensors. Without a device jobs are computed where their pieces are.
+        stages, device: of GPU tensors. Without a device jobs are computed where their tensors are.
     """
 
     def __init__(self, stages: list[PinnedBuffers], device: torch.device | None) -> None:
@@ -111,7 +111,7 @@ class Worker:
         try:
             if device is None:
                 for job in iter(self._jobs.get, None):
-                    job.compute(*job.pieces)
+                    job.compute(*job.tensors)
             else:
                 with torch.cuda.device(device):
                     work_off(self._coming(), stages)

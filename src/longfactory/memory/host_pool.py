@@ -1,6 +1,6 @@
-"""Activations that wait in host memory between forward and backward.
+"""Activation offloading: tensors in host memory between forward and backward.
 
-A tensor is *parked*: copied to a page-locked slot on a side stream while the GPU goes on computing,
+A tensor is *offloaded*: copied to a pinned slot on a side stream while the GPU goes on computing,
 and fetched back the same way, a layer before backward needs it. The stream waits are the whole
 synchronisation, no kernel waits for the CPU. Slots are locked once and reused in every step,
 because locking memory is slow (about 2 GB/s) and because an allocator that rounds up to powers of
@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 PAGE = 4096
 
 
-class Parked:
-    """Tensors that were given to `HostPool.park`. `fetch()` once, in backward; dropping the object
-    frees its slot.
+class OffloadedTensors:
+    """Tensors that were given to `HostPool.offload`. `fetch()` once, in backward; dropping the
+    object frees its slot.
     """
 
     def __init__(self, pool: HostPool, tensors: list[Tensor], slot: Tensor | None) -> None:
@@ -104,7 +104,7 @@ class Parked:
 
 
 class HostPool:
-    """Page-locked slots for parked tensors, at most `limit` bytes in all.
+    """Pinned slots for offloaded tensors, at most `limit` bytes in all.
 
     `expect` is the number of slots that one step will need: they are locked together, on several
     threads, when the first tensor comes. What does not fit, and what cannot be allocated, stays on
@@ -116,67 +116,67 @@ class HostPool:
         self.limit = limit
         self.expect = expect
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.parked_bytes = 0  # all that was ever parked: for logs and tests
-        # the most that waited at once, of what is locked; a reader may set it to 0
+        self.offloaded_bytes = 0  # all that was ever offloaded: for logs and tests
+        # the most that was in use at once, of what is pinned; a reader may set it to 0
         self.peak_bytes = 0
-        self._waiting: dict[int, int] = {}  # bytes in each slot that is in use
-        self._waiting_bytes = 0
+        self._in_use: dict[int, int] = {}  # bytes in each slot that is in use
+        self._bytes_in_use = 0
         self._slots: list[Tensor] = []
         self._locked: dict[int, Callable[[int], Any]] = {}  # address -> what unlocks it
         # The memory of a pool that nobody closed would be given back while it is locked: locking it
         # again, wherever it is used next, fails.
         weakref.finalize(self, _unlock, self._locked).atexit = False
         self._free: list[Tensor] = []
-        self._order: list[weakref.ref[Parked]] = []
-        self._leaving: Parked | None = None
+        self._order: list[weakref.ref[OffloadedTensors]] = []
+        self._leaving: OffloadedTensors | None = None
         self._left: torch.cuda.Event | None = None
         self._warned = False
 
     # ---- outside
 
-    def park(self, tensors: Sequence[Tensor]) -> Parked:
+    def offload(self, tensors: Sequence[Tensor]) -> OffloadedTensors:
         """Start the copy of `tensors` to the host. Each is kept alive on the device until its copy
         is done.
         """
         self._settle()
         nbytes = sum(_padded(t.numel() * t.element_size()) for t in tensors)
         slot = self._take(nbytes)
-        parked = Parked(self, list(tensors), slot)
-        self._order.append(weakref.ref(parked))
+        offloaded = OffloadedTensors(self, list(tensors), slot)
+        self._order.append(weakref.ref(offloaded))
         if slot is None:
-            return parked
-        self.parked_bytes += nbytes
-        self._waiting[slot.data_ptr()] = nbytes
-        self._waiting_bytes += nbytes
-        self.peak_bytes = max(self.peak_bytes, self._waiting_bytes)
-        views = parked._views()
+            return offloaded
+        self.offloaded_bytes += nbytes
+        self._in_use[slot.data_ptr()] = nbytes
+        self._bytes_in_use += nbytes
+        self.peak_bytes = max(self.peak_bytes, self._bytes_in_use)
+        views = offloaded._views()
         if self.stream is None:
             for v, t in zip(views, tensors, strict=True):
                 v.copy_(t)
-            parked._there = None
-            return parked
+            offloaded._there = None
+            return offloaded
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             for v, t in zip(views, tensors, strict=True):
                 v.copy_(t, non_blocking=True)
             self._left = torch.cuda.Event()
             self._left.record(self.stream)
-        self._leaving = parked
-        return parked
+        self._leaving = offloaded
+        return offloaded
 
     def prefetch(self, count: int = 1) -> None:
-        """Start the way back of the `count` tensors parked last, which are those that backward
+        """Start the copy back of the `count` tensors offloaded last, which are those that backward
         needs next.
         """
         self._order = [r for r in self._order if r() is not None]
         for ref in self._order[-count:] if count else []:
-            parked = ref()
-            if parked is not None and parked is not self._leaving:
-                parked.prefetch()
+            offloaded = ref()
+            if offloaded is not None and offloaded is not self._leaving:
+                offloaded.prefetch()
 
     def reserve(self, nbytes: int, count: int | None = None) -> None:
         """Lock slots now, until there are `count` (by default as many as a step expects) for
-        tensors, or groups of tensors parked together, of `nbytes`; as far as the limit allows.
+        tensors, or groups of tensors offloaded together, of `nbytes`; as far as the limit allows.
         Slots for larger ones count."""
         size = -(-_padded(nbytes) // PAGE) * PAGE
         missing = (self.expect if count is None else count) - sum(
@@ -190,7 +190,7 @@ class HostPool:
         return sum(s.numel() for s in self._slots)
 
     def close(self) -> None:
-        """Give all host memory back. Nothing may be parked."""
+        """Give all host memory back. Nothing may be offloaded."""
         self._settle()
         if self.stream is not None:
             self.stream.synchronize()
@@ -199,17 +199,17 @@ class HostPool:
     # ---- inside
 
     def _settle(self) -> None:
-        """Forget the device copy of what was parked last. One layer's computation has passed since:
-        the wait costs nothing.
+        """Forget the device copy of what was offloaded last. One layer's computation has passed
+        since: the wait costs nothing.
         """
-        parked, self._leaving = self._leaving, None
-        if parked is not None and parked._slot is not None:
+        offloaded, self._leaving = self._leaving, None
+        if offloaded is not None and offloaded._slot is not None:
             assert self._left is not None
             torch.cuda.current_stream(self.device).wait_event(self._left)
-            parked._there = None
+            offloaded._there = None
 
-    def _forget(self, parked: Parked) -> None:
-        self._order = [r for r in self._order if r() is not None and r() is not parked]
+    def _forget(self, offloaded: OffloadedTensors) -> None:
+        self._order = [r for r in self._order if r() is not None and r() is not offloaded]
 
     def _take(self, nbytes: int) -> Tensor | None:
         fitting = [s for s in self._free if s.numel() >= nbytes]
@@ -227,7 +227,7 @@ class HostPool:
         return slot
 
     def _give(self, slot: Tensor) -> None:
-        self._waiting_bytes -= self._waiting.pop(slot.data_ptr(), 0)
+        self._bytes_in_use -= self._in_use.pop(slot.data_ptr(), 0)
         self._free.append(slot)
 
     def _grow(self, nbytes: int) -> None:
@@ -255,7 +255,7 @@ class HostPool:
                 self._warn(f"the host refused {size / 2**30:.2f} GiB")
                 continue
             if not locked:
-                self._warn("page-locking failed, so copies will be slow", stays=False)
+                self._warn("pinning failed, so copies will be slow", stays=False)
             self._slots.append(slot)
             self._free.append(slot)
 
@@ -301,7 +301,7 @@ def _forget_error(device: torch.device) -> None:
     try:
         torch.zeros(1, device=device)
     except RuntimeError:
-        log.debug("page-locking failed", exc_info=True)
+        log.debug("pinning failed", exc_info=True)
 
 
 def _padded(nbytes: int) -> int:

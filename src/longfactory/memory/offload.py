@@ -1,7 +1,7 @@
-"""Where a layer's tensors wait between its forward and its backward: on the device, on the host, or
-nowhere (computed again).
+"""Where a layer's tensors are stored between its forward and its backward: on the device, on the
+host, or nowhere (computed again).
 
-`Activations` serves one model. Each layer call gives it the layer's input and, if it is kept, its
+`Activations` serves one model. Each layer call gives it the layer's input and, if it is saved, its
 attention's output, and gets a handle whose `get()` in backward returns them. Which of the three
 places it is, is decided here and known to nobody else.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from longfactory.errors import ConfigError
-from longfactory.memory.host_pool import HostPool, Parked
+from longfactory.memory.host_pool import HostPool, OffloadedTensors
 from longfactory.memory.layer_ops import autocast_as_now
 from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import TrainingJob
@@ -26,7 +26,7 @@ from longfactory.memory.technique import Bytes, LayerMoments, StepMoments, Techn
 Pair = tuple[Tensor, Tensor]  # attention output and log-sum-exp
 
 
-class Here:
+class OnDevice:
     """Tensors that stay on the device."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -36,19 +36,19 @@ class Here:
         return list(self._tensors)
 
 
-Waiting = Here | Parked
+Stored = OnDevice | OffloadedTensors
 
 
 class LayerInput:
-    """The input of one layer call and, after `keep`, what its attention returned."""
+    """The input of one layer call and, after `set_attention`, what its attention returned."""
 
     def __init__(
-        self, waiting: Waiting | None, segment: CheckpointSegment | None = None, position: int = 0
+        self, stored: Stored | None, segment: CheckpointSegment | None = None, position: int = 0
     ) -> None:
-        self._waiting = waiting
+        self._stored = stored
         self._segment = segment
         self._position = position
-        self._kept: Waiting | None = None
+        self._saved: Stored | None = None
 
     @property
     def last_in_segment(self) -> bool:
@@ -58,38 +58,38 @@ class LayerInput:
         """The layer's input. It may be written to if `owned`."""
         if self._segment is not None:
             return self._segment.input(self._position)
-        assert self._waiting is not None
-        return self._waiting.fetch()[0]
+        assert self._stored is not None
+        return self._stored.fetch()[0]
 
     def attention(self) -> list[Pair] | None:
-        """What the layer's attention calls returned, in their order; None if it was not kept. Ask
+        """What the layer's attention calls returned, in their order; None if it was not saved. Ask
         after `input()`.
         """
-        kept = self._kept
+        saved = self._saved
         if self._segment is not None:
-            kept = self._segment.attention(self._position) or kept
-        if kept is None:
+            saved = self._segment.attention(self._position) or saved
+        if saved is None:
             return None
-        tensors = kept.fetch()
+        tensors = saved.fetch()
         return list(zip(tensors[::2], tensors[1::2], strict=True))
 
-    def keep(self, kept: Waiting | None) -> None:
-        self._kept = kept
+    def set_attention(self, saved: Stored | None) -> None:
+        self._saved = saved
 
 
 class CheckpointSegment:
-    """Consecutive layer calls of which only the first one's input waits. Backward runs them forward
-    once more, all but the last.
+    """Consecutive layer calls of which only the first one's input is stored. Backward runs them
+    forward once more, all but the last.
     """
 
     def __init__(self, store: Activations) -> None:
         self._store = store
-        self._first: Waiting | None = None
+        self._first: Stored | None = None
         self._calls: list[tuple[int, Callable[[Tensor], Tensor]]] = []
         # backward, where they run again, is not under autocast
         self._amp = autocast_as_now(store.device.type)
-        self._inputs: dict[int, Waiting] = {}
-        self._kept: dict[int, Waiting | None] = {}
+        self._inputs: dict[int, Stored] = {}
+        self._saved: dict[int, Stored | None] = {}
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -102,7 +102,7 @@ class CheckpointSegment:
 
     def add(self, index: int, x: Tensor, call: Callable[[Tensor], Tensor]) -> LayerInput:
         if not self._calls:
-            self._first = self._store.wait(index, [x])
+            self._first = self._store.save(index, [x])
         self._calls.append((index, call))
         return LayerInput(None, self, len(self._calls) - 1)
 
@@ -111,8 +111,8 @@ class CheckpointSegment:
             self._forward(position)
         return self._inputs.pop(position).fetch()[0]
 
-    def attention(self, position: int) -> Waiting | None:
-        return self._kept.pop(position, None)
+    def attention(self, position: int) -> Stored | None:
+        return self._saved.pop(position, None)
 
     @torch.no_grad()
     def _forward(self, position: int) -> None:
@@ -121,17 +121,17 @@ class CheckpointSegment:
         (x,) = self._first.fetch()
         self._first = None
         for p, (index, call) in enumerate(self._calls[:position]):
-            self._inputs[p] = self._store.wait(index, [x])
+            self._inputs[p] = self._store.save(index, [x])
             pairs: list[Pair] = []
             with self._store.recording(pairs), self._amp():
                 x = call(x)
-            self._kept[p] = self._store.wait_attention(index, pairs)
-        self._inputs[position] = Here([x])
+            self._saved[p] = self._store.save_attention(index, pairs)
+        self._inputs[position] = OnDevice([x])
         self._calls.clear()  # they know this segment: a circle of references
 
 
 class Activations:
-    """Decides where the tensors of `layers` decoder layers wait.
+    """Decides where the tensors of `layers` decoder layers are stored.
 
     `attention_share`: bytes of what one layer's attention returns, of those of its input.
     `longest`: this rank's tokens of the longest row, if known: host memory is locked for that row,
@@ -152,7 +152,7 @@ class Activations:
         self.layers = layers
         self.device = torch.device(device)
         self.pool: HostPool | None = None
-        self._parks = (0, 0)  # inputs and attention outputs that one step sends to the host
+        self._sends = (0, 0)  # inputs and attention outputs that one step sends to the host
         self._open_pool()
         # a segment is being run forward again, and these are its attention outputs
         self.record: list[Pair] | None = None
@@ -167,14 +167,14 @@ class Activations:
             for i in range(0, self.layers, s.segment_layers)
             if i < self.layers - s.last_layers_on_gpu
         ]
-        kept = [
+        saving = [
             i
             for i in range(self.layers - s.last_layers_on_gpu)
-            if self.keeps(i) and (i + 1) % s.segment_layers == 0
+            if self.saves_attention(i) and (i + 1) % s.segment_layers == 0
         ]
-        outputs = len(kept) + s.segment_layers - 1 if s.offload == "inputs+attention" else 0
-        self._parks = (len(there) + s.segment_layers - 1, outputs)
-        expect = max(1, sum(self._parks))
+        outputs = len(saving) + s.segment_layers - 1 if s.offload == "inputs+attention" else 0
+        self._sends = (len(there) + s.segment_layers - 1, outputs)
+        expect = max(1, sum(self._sends))
         if self.pool is None:
             self.pool = HostPool(self.device, s.pool_bytes, expect)
         self.pool.limit, self.pool.expect = s.pool_bytes, expect
@@ -203,8 +203,8 @@ class Activations:
         if self.pool is not None:
             self.pool.reserve(nbytes)
 
-    def keeps(self, index: int) -> bool:
-        """Whether the attention of this layer is kept in the first pass."""
+    def saves_attention(self, index: int) -> bool:
+        """Whether the attention output of this layer is saved in the first pass."""
         return index >= self.layers - round(self.settings.keep_attention * self.layers)
 
     def layer_input(self, index: int, x: Tensor, call: Callable[[Tensor], Tensor]) -> LayerInput:
@@ -212,7 +212,7 @@ class Activations:
         k = self.settings.segment_layers
         if k == 1:
             self._lock_all(x)
-            return LayerInput(self.wait(index, [x]))
+            return LayerInput(self.save(index, [x]))
         if index % k == 0 or self._segment is None:
             self._segment = CheckpointSegment(self)
             self._lock_all(x)
@@ -221,32 +221,36 @@ class Activations:
             self._segment = None
         return handle
 
-    def wait(self, index: int, tensors: Sequence[Tensor]) -> Waiting:
+    def save(self, index: int, tensors: Sequence[Tensor]) -> Stored:
         if self.pool is None or index >= self.layers - self.settings.last_layers_on_gpu:
-            return Here(tensors)
-        return self.pool.park(tensors)
+            return OnDevice(tensors)
+        return self.pool.offload(tensors)
 
     def _lock_all(self, x: Tensor) -> None:
-        """Before the first layer input [batch, tokens, hidden] is parked: locking is slow, so all
-        slots of a step are locked at once. They are of two sizes, or they would need more than the
+        """Before the first layer input [batch, tokens, hidden] is offloaded: pinning is slow, so
+        all slots of a step are pinned at once. They are of two sizes, or they would need more than the
         memory planned for them."""
         if self.pool is None or self.pool.locked_bytes > 0:
             return
         nbytes = x.numel() * x.element_size() * max(x.shape[1], self.longest) // x.shape[1] + 512
-        kinds = zip((nbytes, int(nbytes * self.attention_share) + 512), self._parks, strict=True)
+        kinds = zip((nbytes, int(nbytes * self.attention_share) + 512), self._sends, strict=True)
         count = 0
         for size, more in sorted(kinds, reverse=True):
             count += more
             self.pool.reserve(size, count if more else 0)
 
-    def wait_attention(self, index: int, pairs: Sequence[Pair]) -> Waiting | None:
+    def save_attention(self, index: int, pairs: Sequence[Pair]) -> Stored | None:
         if not pairs:
             return None
         flat = [t for pair in pairs for t in pair]
-        return self.wait(index, flat) if self.settings.offload == "inputs+attention" else Here(flat)
+        return (
+            self.save(index, flat)
+            if self.settings.offload == "inputs+attention"
+            else OnDevice(flat)
+        )
 
     def prefetch(self) -> None:
-        """Start the way back of the layer below."""
+        """Start the copy back of the layer below."""
         if self.pool is not None:
             both = self.settings.offload == "inputs+attention" and self.settings.keep_attention > 0
             self.pool.prefetch(2 if both else 1)
@@ -276,7 +280,7 @@ def _with_a_pool(settings: MemorySettings) -> MemorySettings:
 
 # ---- what the planner needs to know --------------------------------------------------------------
 
-STORED = "layer inputs and kept attention"  # item of the budget
+STORED = "layer inputs and saved attention outputs"  # item of the budget
 
 
 def stored_bytes(job: TrainingJob, settings: MemorySettings) -> tuple[float, float]:

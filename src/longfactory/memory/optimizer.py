@@ -222,13 +222,13 @@ class SplitAdamW(torch.optim.Optimizer):
             )
         grad = _flat(p.grad, "gradient")
         summed = p in self._summed
-        pieces, sums = grad.split(BLOCK), self._sum(p).split(BLOCK) if summed or not last else ()
+        blocks, sums = grad.split(BLOCK), self._sum(p).split(BLOCK) if summed or not last else ()
         if not last:
             jobs = list(_sum_jobs(grad, self._sum(p), first=not summed, last=False))
             self._summed.add(p)
         else:
             self._summed.discard(p)
-            self._left[p] = norms = torch.zeros(len(pieces)) if summed else _norm(grad)
+            self._left[p] = norms = torch.zeros(len(blocks)) if summed else _norm(grad)
             if self.overlap:
                 self.prepare(p)
                 self.state[p]["step"] += 1
@@ -253,15 +253,15 @@ class SplitAdamW(torch.optim.Optimizer):
                     functools.partial(_sum_and_keep, total=t, norm=n)
                     for t, n in zip(sums, norms, strict=True)
                 ]
-                jobs = [HostJob((g,), k, 0) for g, k in zip(pieces, keep, strict=True)]
+                jobs = [HostJob((g,), k, 0) for g, k in zip(blocks, keep, strict=True)]
             else:
                 self._away[p] = self._room(p, grad)
                 jobs = [
                     HostJob((g,), r.copy_, 0)
-                    for g, r in zip(pieces, self._away[p].split(BLOCK), strict=True)
+                    for g, r in zip(blocks, self._away[p].split(BLOCK), strict=True)
                 ]
         p.grad = None
-        self._give([job for job in jobs if job.pieces[0].numel()])
+        self._give([job for job in jobs if job.tensors[0].numel()])
 
     def _room(self, p: Any, grad: Tensor) -> Tensor:
         if p not in self._rooms:
@@ -284,10 +284,10 @@ class SplitAdamW(torch.optim.Optimizer):
                 self._make_stages(device)
             self._worker = Worker(self._stages, device)
         for job in jobs:
-            if self._streamed(job.pieces[0]):
+            if self._streamed(job.tensors[0]):
                 ready = torch.cuda.Event()
                 # FSDP2's hooks run on the stream of its reductions
-                ready.record(torch.cuda.current_stream(job.pieces[0].device))
+                ready.record(torch.cuda.current_stream(job.tensors[0].device))
                 job = dataclasses.replace(job, ready=ready)
             self._worker.give(job)
 
@@ -372,13 +372,13 @@ class SplitAdamW(torch.optim.Optimizer):
             self._summed.clear()
 
     def _do(self, jobs: list[HostJob]) -> None:
-        """Jobs in any order; those on GPU tensors with states on the host by way of page-locked
+        """Jobs in any order; those on GPU tensors with states on the host by way of pinned
         memory.
         """
-        streamed = [j for j in jobs if self._streamed(j.pieces[0])]
+        streamed = [j for j in jobs if self._streamed(j.tensors[0])]
         for job in jobs:
-            if not self._streamed(job.pieces[0]):
-                job.compute(*job.pieces)
+            if not self._streamed(job.tensors[0]):
+                job.compute(*job.tensors)
         if streamed:
             self._stream(streamed)
 
@@ -430,7 +430,7 @@ class SplitAdamW(torch.optim.Optimizer):
     def _stream(self, jobs: list[HostJob]) -> None:
         """Jobs on GPU tensors, computed on the host."""
         self._join()  # its thread uses the same stages
-        device = jobs[0].pieces[0].device
+        device = jobs[0].tensors[0].device
         self._make_stages(device)
         now = torch.cuda.current_stream(device)
         for stage in self._stages:
@@ -515,7 +515,7 @@ def _inner(t: Tensor) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """Flat pieces, of equal length, of one parameter and what belongs to it. `scale`: of the
+    """Flat parts, of equal length, of one parameter and what belongs to it. `scale`: of the
     gradient. `away`: it is where the states are, and the weight may be elsewhere."""
 
     weight: Tensor

@@ -25,10 +25,10 @@ class MemorySettings:
         checkpoint: "full" stores one hidden state a layer and recomputes the layer in backward;
             "none" stores everything.
         keep_attention: fraction of the layers (the last ones) whose attention output and
-            log-sum-exp are kept, so that their attention kernel never runs twice. 0 keeps none, 1
+            log-sum-exp are saved, so that their attention kernel never runs twice. 0 saves none, 1
             all.
-        offload: what goes to page-locked host memory between forward and backward: nothing, the
-            layer inputs, or the layer inputs and the kept attention outputs.
+        offload: what goes to pinned host memory between forward and backward: nothing, the
+            layer inputs, or the layer inputs and the saved attention outputs.
         pool_bytes: upper bound of that host memory for this process. What does not fit stays on the
             GPU.
         last_layers_on_gpu: layers at the end of the model whose tensors are not worth a round trip
@@ -36,7 +36,7 @@ class MemorySettings:
         layer: "auto" uses one hand-written function a decoder layer where the architecture is known
             (Llama, Qwen2, Qwen3, Mistral) and its linears are plain, and the Hugging Face layer
             elsewhere; "generic" is the Hugging Face layer everywhere.
-        mlp_chunk: tokens in one piece of the layer (MLP, norms, projections); None is the whole
+        mlp_chunk: tokens in one chunk of the layer (MLP, norms, projections); None is the whole
             local sequence at once.
         attention_groups: the hand-written layer's backward runs attention this many groups of heads
             at a time.
@@ -65,23 +65,23 @@ class MemorySettings:
     def __post_init__(self) -> None:
         if self.checkpoint not in ("none", "full"):
             raise ConfigError(
-                f"memory: checkpoint is {self.checkpoint!r}; it must be none or full."
+                f"memory: checkpoint: got {self.checkpoint!r}, expected none or full."
             )
         if not 0.0 <= self.keep_attention <= 1.0:
             raise ConfigError(
-                f"memory: keep_attention is {self.keep_attention}; it is a fraction of the layers,"
-                " from 0 to 1."
+                f"memory: keep_attention: got {self.keep_attention}, expected a fraction of"
+                " the layers, from 0 to 1."
             )
         if self.offload not in ("none", "inputs", "inputs+attention"):
             raise ConfigError(
-                f"memory: offload is {self.offload!r}; it must be none, inputs or inputs+attention."
+                f"memory: offload: got {self.offload!r}, expected none, inputs or inputs+attention."
             )
         if self.layer not in ("auto", "generic"):
-            raise ConfigError(f"memory: layer is {self.layer!r}; it must be auto or generic.")
+            raise ConfigError(f"memory: layer: got {self.layer!r}, expected auto or generic.")
         for name in ("optimizer", "gradients"):
             if getattr(self, name) not in ("gpu", "host"):
                 raise ConfigError(
-                    f"memory: {name} is {getattr(self, name)!r}; it must be gpu or host."
+                    f"memory: {name}: got {getattr(self, name)!r}, expected gpu or host."
                 )
         for name, least in (
             ("attention_groups", 1),
@@ -91,18 +91,16 @@ class MemorySettings:
         ):
             if getattr(self, name) < least:
                 raise ConfigError(
-                    f"memory: {name} is {getattr(self, name)}; it must be at least {least}."
+                    f"memory: {name}: got {getattr(self, name)}, expected >= {least}."
                 )
         if self.mlp_chunk is not None and self.mlp_chunk < 1:
-            raise ConfigError(
-                f"memory: mlp_chunk is {self.mlp_chunk}; it is a number of tokens, at least 1."
-            )
+            raise ConfigError(f"memory: mlp_chunk: got {self.mlp_chunk} tokens, expected >= 1.")
         if self.checkpoint == "none" and (
             self.offload != "none" or self.segment_layers > 1 or self.keep_attention > 0
         ):
             raise ConfigError(
-                "memory: offload, segments and kept attention are parts of checkpointing. Set"
-                " checkpoint: full."
+                "memory: offload, segments and saved attention outputs are parts of checkpointing."
+                " Set checkpoint: full."
             )
 
 

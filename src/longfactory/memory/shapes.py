@@ -145,7 +145,7 @@ class Machine:
     """One kind of GPU, how many of them share a host, and measured rates.
 
     Rates are what long sequences reach, in FLOP/s and bytes/s: matrix products, attention forward
-    and backward, page-locked copies each way, host memory as the optimizer uses it, and gathering
+    and backward, pinned copies each way, host memory as the optimizer uses it, and gathering
     parameters over the links between GPUs.
     """
 

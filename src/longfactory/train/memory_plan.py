@@ -230,7 +230,7 @@ def reference_bytes(cfg: RunConfig, model_config: Any, shards: int) -> int:
 
 class FitMemory(TrainerCallback):
     """After the first step: settings corrected from its real peak. All ranks agree on it, since
-    pieces of attention communicate.
+    groups of heads communicate.
     """
 
     def __init__(self, plan: MemoryPlan, activations: Activations):

@@ -26,7 +26,7 @@ from transformers import PrinterCallback, TrainerCallback
 from longfactory.config import RunConfig
 from longfactory.data.row import Row
 from longfactory.errors import UserError
-from longfactory.memory.chunked import runs_in_pieces
+from longfactory.memory.chunked import runs_in_chunks
 from longfactory.sp import hf, routers
 from longfactory.train.ranks import everywhere, from_all, from_main, is_distributed
 from longfactory.train.reference import Reference, adapter_is_reference, disable_dropout
@@ -316,7 +316,7 @@ class Comparison(TrainerCallback):
         model = self.trainer.model
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
         given_zeros = tuple(
-            f"{name}." for name, module in model.named_modules() if runs_in_pieces(module)
+            f"{name}." for name, module in model.named_modules() if runs_in_chunks(module)
         )
         idle = [
             name
