@@ -228,8 +228,8 @@ class Activations:
 
     def _lock_all(self, x: Tensor) -> None:
         """Before the first layer input [batch, tokens, hidden] is offloaded: pinning is slow, so
-        all slots of a step are pinned at once. They are of two sizes, or they would need more than the
-        memory planned for them."""
+        all slots of a step are pinned at once. They are of two sizes, or they would need more than
+        the memory planned for them."""
         if self.pool is None or self.pool.locked_bytes > 0:
             return
         nbytes = x.numel() * x.element_size() * max(x.shape[1], self.longest) // x.shape[1] + 512
