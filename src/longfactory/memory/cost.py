@@ -317,10 +317,13 @@ def choose(
         raise ValueError(f"memory: got {mode!r}, expected auto, fast or long.")
     best: tuple[float, MemorySettings, Budget] | None = None
     least: tuple[float, MemorySettings] | None = None
+    seen: set[MemorySettings] = set()  # candidates may differ only in what is fixed
     for candidate in candidates(job, mode):
         settings = with_fixed(candidate, fixed, mode) if fixed else candidate
-        if settings is None:
+        if settings is None or settings in seen:
             continue
+        if fixed:
+            seen.add(settings)
         needs = budget(job, settings, timed=False)
         if fits(job, needs, host_share):
             needs = dataclasses.replace(needs, seconds=seconds(job, settings))
