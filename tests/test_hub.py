@@ -17,7 +17,7 @@ import pytest
 from longfactory import hub
 from longfactory.config.arguments import ModelArguments
 from longfactory.data.readers import read
-from longfactory.data.sources import Source, read_sources
+from longfactory.data.sources import DataSource, read_sources
 from longfactory.errors import DataError, UserError
 from longfactory.model import load
 
@@ -125,7 +125,7 @@ def test_what_is_not_in_the_cache_is_a_letter(
             r"someone/data could not be read from the Hugging Face hub \(the hub cannot be reached"
         ),
     ):
-        next(read(Source("someone/data", "hub", "someone/data")))
+        next(read(DataSource("someone/data", "hub", "someone/data")))
     with pytest.raises(
         DataError, match=r"REMOTE:someone/data: no dataset_info\.json .*\(Connection refused\)"
     ):
@@ -151,7 +151,7 @@ def test_what_is_on_this_machine_asks_nobody(
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
     (tmp_path / "someone___data").mkdir()
     monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: [{"text": "Eins"}])
-    assert [row for _, row in read(Source("someone/data", "hub", "someone/data"))] == [
+    assert [row for _, row in read(DataSource("someone/data", "hub", "someone/data"))] == [
         {"text": "Eins"}
     ]
 

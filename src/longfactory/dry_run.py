@@ -18,7 +18,7 @@ from longfactory.errors import UserError
 if TYPE_CHECKING:
     from longfactory.config import RunConfig
     from longfactory.data.kinds import Kind
-    from longfactory.data.sources import Source
+    from longfactory.data.sources import DataSource
 
 ROWS = 20
 """Rows of each data set that are read and tokenised."""
@@ -262,7 +262,7 @@ def _data_set(
             " looked up."
         )
         return
-    source: Source = read_sources([name], cfg.data.dataset_dir, found.notes.append)[0]
+    source: DataSource = read_sources([name], cfg.data.dataset_dir, found.notes.append)[0]
     kind.check_source(source, cfg.method.stage)
     if source.load_from != "file":
         where = "the hub" if source.load_from == "hub" else "another machine"

@@ -12,7 +12,7 @@ from longfactory.config.stage_facts import STAGES
 from longfactory.errors import DataError
 
 
-class DataArguments(Protocol):
+class DataSettings(Protocol):
     """LLaMA-Factory's data keys. `dataset` and its kin are a name, a comma list, or a list of
     names.
     """
@@ -58,7 +58,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def option(args: DataArguments, name: str) -> Any:
+def option(args: DataSettings, name: str) -> Any:
     """The value of a key that not every caller's arguments have."""
     value = getattr(args, name, None)
     return DEFAULTS[name] if value is None else value
@@ -79,7 +79,7 @@ STRATEGIES = {
 }
 
 
-def check_mix(args: DataArguments) -> str:
+def check_mix(args: DataSettings) -> str:
     """`mix_strategy`, which is concat or one of `STRATEGIES`.
 
     Raises:
@@ -92,7 +92,7 @@ def check_mix(args: DataArguments) -> str:
     return args.mix_strategy
 
 
-def probabilities(args: DataArguments, count: int) -> list[float] | None:
+def probabilities(args: DataSettings, count: int) -> list[float] | None:
     """`interleave_probs` as one number for each of `count` data sets, which add up to 1; None where
     it is not given.
 
@@ -119,7 +119,7 @@ def probabilities(args: DataArguments, count: int) -> list[float] | None:
     return chances if math.isclose(total, 1.0, abs_tol=1e-9) else [p / total for p in chances]
 
 
-def packs(args: DataArguments, stage: str) -> bool:
+def packs(args: DataSettings, stage: str) -> bool:
     """Whether documents are packed: `packing: null` packs in pre-training only; stages whose rows
     hold pairs or labelled answers never pack.
     """

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from longfactory.data.errors import BadRow
-from longfactory.data.sources import Source, parsed
+from longfactory.data.sources import DataSource, parsed
 from longfactory.data.template import Message, MessageRole
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
@@ -39,7 +39,7 @@ class Conversation:
     unread: frozenset[str] = frozenset()
 
 
-def convert(row: dict[str, Any], source: Source, open_end: bool = False) -> Conversation:
+def convert(row: dict[str, Any], source: DataSource, open_end: bool = False) -> Conversation:
     """The conversation of a row. With `open_end` it may end with a question, and then has no
     answer.
 
@@ -137,12 +137,12 @@ def _optional(row: dict[str, Any], column: str | None) -> Any:
     return row.get(column) if column else None
 
 
-def _system(row: dict[str, Any], source: Source) -> str:
+def _system(row: dict[str, Any], source: DataSource) -> str:
     value = _optional(row, source.system)
     return "" if value is None else _text(value, f"column {source.system!r}")
 
 
-def _tools(row: dict[str, Any], source: Source) -> str:
+def _tools(row: dict[str, Any], source: DataSource) -> str:
     value = _optional(row, source.tools)
     if value is None:
         return ""
@@ -160,7 +160,7 @@ def _json(value: Any, what: str) -> str:
         raise BadRow(f"not JSON: {what} holds a value that JSON cannot write ({e})") from None
 
 
-def _desired(row: dict[str, Any], source: Source) -> bool | None:
+def _desired(row: dict[str, Any], source: DataSource) -> bool | None:
     if not source.kto_tag:
         return None
     value = row.get(source.kto_tag)
@@ -171,7 +171,7 @@ def _desired(row: dict[str, Any], source: Source) -> bool | None:
     return value
 
 
-def _alpaca(row: dict[str, Any], source: Source) -> Conversation:
+def _alpaca(row: dict[str, Any], source: DataSource) -> Conversation:
     wanted = [c for c in (source.prompt, source.query) if c]
     if not any(c in row for c in wanted):
         raise BadRow(_missing(row, source.prompt or source.query, "prompt"))
@@ -209,7 +209,7 @@ def _alpaca(row: dict[str, Any], source: Source) -> Conversation:
 class _Rows:
     """Rows of messages, in the sharegpt and openai formats."""
 
-    def __init__(self, source: Source):
+    def __init__(self, source: DataSource):
         self.source = source
         self.openai = source.formatting == "openai"
         self.quirks = self.openai and source.openai_quirks

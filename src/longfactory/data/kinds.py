@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from longfactory.config.data_arguments import DataArguments, option
+from longfactory.config.data_arguments import DataSettings, option
 from longfactory.data import assemble
 from longfactory.data.assemble import Rules
 from longfactory.data.derive import ChatTemplate
@@ -23,7 +23,7 @@ from longfactory.data.errors import BadRow
 from longfactory.data.formats import Conversation
 from longfactory.data.report import Report
 from longfactory.data.row import Role, TokenizedDocument
-from longfactory.data.sources import Source
+from longfactory.data.sources import DataSource
 from longfactory.data.store import (
     DESIRED,
     EQUAL_PAIR,
@@ -93,7 +93,7 @@ class Kind(abc.ABC):
     def __hash__(self) -> int:
         return hash(self.name)
 
-    def check_source(self, source: Source, stage: str) -> None:
+    def check_source(self, source: DataSource, stage: str) -> None:
         """Raises DataError for a data set that another stage needs."""
         if source.ranking != self.ranking:
             need = (
@@ -107,7 +107,7 @@ class Kind(abc.ABC):
             )
 
     def options(
-        self, args: DataArguments, template: AnyTemplate | None, tokenizer: Any, questions: bool
+        self, args: DataSettings, template: AnyTemplate | None, tokenizer: Any, questions: bool
     ) -> PartOptions:
         """What of the run's keys changes the stored parts. `questions`: conversations without a
         last answer are for the model to answer.
@@ -224,7 +224,7 @@ class TextKind(Kind):
     uses_template = False
 
     def options(
-        self, args: DataArguments, template: AnyTemplate | None, tokenizer: Any, questions: bool
+        self, args: DataSettings, template: AnyTemplate | None, tokenizer: Any, questions: bool
     ) -> PartOptions:
         begins = getattr(tokenizer, "add_bos_token", False) and tokenizer.bos_token
         return PartOptions(
@@ -286,7 +286,7 @@ class ConversationKind(Kind):
     saved_columns = frozenset({"input_ids", "labels"})
 
     def options(
-        self, args: DataArguments, template: AnyTemplate | None, tokenizer: Any, questions: bool
+        self, args: DataSettings, template: AnyTemplate | None, tokenizer: Any, questions: bool
     ) -> PartOptions:
         last_only = args.mask_history and template is not None and template.thinking
         return PartOptions(last_only=bool(last_only), questions=questions)
@@ -363,7 +363,7 @@ class PairKind(Kind):
     saved_columns = frozenset({"chosen_input_ids"})
 
     def options(
-        self, args: DataArguments, template: AnyTemplate | None, tokenizer: Any, questions: bool
+        self, args: DataSettings, template: AnyTemplate | None, tokenizer: Any, questions: bool
     ) -> PartOptions:
         return PartOptions(equal_pairs=bool(option(args, "equal_pairs")))
 
@@ -447,7 +447,7 @@ class LabelledKind(Kind):
     saved_prefixes = ("", "kl_")
     saved_columns = frozenset({"kl_input_ids"})
 
-    def check_source(self, source: Source, stage: str) -> None:
+    def check_source(self, source: DataSource, stage: str) -> None:
         super().check_source(source, stage)
         if not source.kto_tag:
             raise DataError(

@@ -16,7 +16,7 @@ import numpy as np
 
 from longfactory.config.data_arguments import (
     STRATEGIES,
-    DataArguments,
+    DataSettings,
     check_mix,
     names,
     option,
@@ -34,7 +34,7 @@ from longfactory.data.prepare import Preparer
 from longfactory.data.readers import Raw, read
 from longfactory.data.report import Report
 from longfactory.data.row import IGNORE
-from longfactory.data.sources import Source, name_is_path, read_sources
+from longfactory.data.sources import DataSource, name_is_path, read_sources
 from longfactory.data.store import Store, flags_of
 from longfactory.data.stream import StreamedDataset
 from longfactory.data.templates import AnyTemplate
@@ -83,7 +83,7 @@ def kind_of(stage: str) -> Kind:
 
 
 def load_datasets(
-    args: DataArguments,
+    args: DataSettings,
     *,
     stage: str,
     tokenizer: Any,
@@ -235,7 +235,7 @@ def short_names(data_sets: Sequence[str]) -> list[str]:
 
 
 def stream_dataset(
-    args: DataArguments,
+    args: DataSettings,
     stage: str,
     template: AnyTemplate | None,
     pieces: PieceTokenizer,
@@ -298,14 +298,14 @@ def _save(
     kind: Kind,
     rules: Rules,
     log: logging.Logger,
-    args: DataArguments,
+    args: DataSettings,
 ) -> None:
     if _rank(args) == 0 and not saved.is_saved(str(path)):
         saved.save(path, stores, splits, kind, rules)
         log.info(f"The tokenised data are saved at {path}.")
 
 
-def make_rules(args: DataArguments, template: AnyTemplate | None, pieces: PieceTokenizer) -> Rules:
+def make_rules(args: DataSettings, template: AnyTemplate | None, pieces: PieceTokenizer) -> Rules:
     """How this run cuts and masks."""
     if args.cutoff_len < 1:
         raise DataError(f"cutoff_len must be at least 1; found {args.cutoff_len}.")
@@ -330,8 +330,8 @@ def make_rules(args: DataArguments, template: AnyTemplate | None, pieces: PieceT
 
 
 def make_preparer(
-    source: Source,
-    args: DataArguments,
+    source: DataSource,
+    args: DataSettings,
     kind: Kind,
     template: AnyTemplate | None,
     pieces: PieceTokenizer,
@@ -350,8 +350,8 @@ def make_preparer(
 
 
 def _tokenised(
-    source: Source,
-    args: DataArguments,
+    source: DataSource,
+    args: DataSettings,
     kind: Kind,
     template: AnyTemplate | None,
     pieces: PieceTokenizer,
@@ -416,7 +416,7 @@ def _tokenised(
     return opened, chosen
 
 
-def _rank(args: DataArguments) -> int:
+def _rank(args: DataSettings) -> int:
     """0 in the process that goes first: on each node, or with `data_shared_file_system` in the
     whole run.
     """
@@ -432,7 +432,7 @@ def _with_count(
     meta["rows"] = count[0]
 
 
-def _mix(parts: Sequence[Part], args: DataArguments, seed: int) -> np.ndarray:
+def _mix(parts: Sequence[Part], args: DataSettings, seed: int) -> np.ndarray:
     """[n, 2] entries (store, sample): the data sets joined or interleaved, in the order that
     `datasets` gives rows.
     """

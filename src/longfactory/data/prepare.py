@@ -21,7 +21,7 @@ from longfactory.data.errors import BadRow, BadRows, bad_row_sentence
 from longfactory.data.formats import Conversation, convert
 from longfactory.data.kinds import Kind, PartOptions
 from longfactory.data.readers import Raw, parse_line
-from longfactory.data.sources import Source, hint
+from longfactory.data.sources import DataSource, hint
 from longfactory.data.store import FORMAT, Chunk
 from longfactory.data.template import Piece, Template
 from longfactory.data.tokens import PieceTokenizer
@@ -35,7 +35,7 @@ class Preparer:
     """
 
     kind: Kind
-    source: Source
+    source: DataSource
     template: Any
     tokenizer: PieceTokenizer
     options: PartOptions
@@ -182,7 +182,7 @@ def _work(rows: list[tuple[int, str, Raw]]) -> tuple[Chunk, int]:
     return _preparer.chunk(rows), len(rows)
 
 
-def fingerprint(source: Source) -> str:
+def fingerprint(source: DataSource) -> str:
     """A digest of the data set's content: of its files' bytes where it is local, else of its
     name.
     """

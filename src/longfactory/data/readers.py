@@ -14,7 +14,7 @@ from typing import Any
 
 from longfactory import hub
 from longfactory.data.errors import BadRow
-from longfactory.data.sources import FILE_TYPES, Source
+from longfactory.data.sources import FILE_TYPES, DataSource
 from longfactory.errors import DataError
 
 # A raw row: a parsed row, a line of JSON that a worker parses, or a row that could not be read.
@@ -22,7 +22,7 @@ Raw = dict[str, Any] | bytes | BadRow
 _WHITE = re.compile(r"[ \t\n\r]*")
 
 
-def read(source: Source, token: str | None = None) -> Iterator[tuple[str, Raw]]:
+def read(source: DataSource, token: str | None = None) -> Iterator[tuple[str, Raw]]:
     """(place, raw row) of every row of a data set. Places count from 1: "file.jsonl:17", "file.json
     row 17".
     """
@@ -51,7 +51,7 @@ def read_file(path: Path) -> Iterator[tuple[str, Raw]]:
             yield from _read_arrow(path, parquet=kind == "parquet")
 
 
-def first_rows(source: Source, count: int = 20) -> list[dict[str, Any]]:
+def first_rows(source: DataSource, count: int = 20) -> list[dict[str, Any]]:
     """The first rows of a data set that can be read, to learn their form from.
 
     Raises:
@@ -216,7 +216,7 @@ def _read_arrow(path: Path, parquet: bool) -> Iterator[tuple[str, Raw]]:
         ) from None
 
 
-def _read_hub(source: Source, token: str | None) -> Iterator[tuple[str, Raw]]:
+def _read_hub(source: DataSource, token: str | None) -> Iterator[tuple[str, Raw]]:
     import datasets
 
     number = 0
@@ -252,7 +252,7 @@ def _prepared(name: str, cache: str | Path) -> bool:
     return next(Path(cache).expanduser().glob(f"{name.split('/')[0]}*"), None) is not None
 
 
-def _elsewhere(source: Source, what: str, number: int, error: Exception) -> str:
+def _elsewhere(source: DataSource, what: str, number: int, error: Exception) -> str:
     reason = next(
         (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
     )
@@ -263,7 +263,7 @@ def _elsewhere(source: Source, what: str, number: int, error: Exception) -> str:
     )
 
 
-def _read_cloud(source: Source) -> Iterator[tuple[str, Raw]]:
+def _read_cloud(source: DataSource) -> Iterator[tuple[str, Raw]]:
     import tempfile
 
     import fsspec

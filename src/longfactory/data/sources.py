@@ -51,7 +51,7 @@ _KNOWN = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class DataSource:
     """Where a data set is and how its rows are written. Columns and tags that a data set does not
     have are None.
 
@@ -242,7 +242,7 @@ def parsed(value: Any) -> Any:
     return value
 
 
-def hint(source: Source, row: dict[str, Any]) -> str:
+def hint(source: DataSource, row: dict[str, Any]) -> str:
     """What to write into dataset_info.json where a row is not in the form that its entry says; else
     nothing.
     """
@@ -261,7 +261,7 @@ def hint(source: Source, row: dict[str, Any]) -> str:
     )
 
 
-def _tagged(source: Source, row: dict[str, Any]) -> bool:
+def _tagged(source: DataSource, row: dict[str, Any]) -> bool:
     """Whether the first message of a row has the fields that the tags name."""
     messages = parsed(row.get(source.messages or ""))
     first = messages[0] if isinstance(messages, list) and messages else None
@@ -270,7 +270,7 @@ def _tagged(source: Source, row: dict[str, Any]) -> bool:
 
 def read_sources(
     dataset_names: list[str], dataset_dir: str | dict[str, Any], warn: Any = lambda text: None
-) -> list[Source]:
+) -> list[DataSource]:
     """The sources of these data sets.
 
     `dataset_dir` is a folder that holds dataset_info.json, "ONLINE" (a name is a hub id),
@@ -284,7 +284,7 @@ def read_sources(
     if not dataset_names:
         return []
     if dataset_dir == "ONLINE":
-        return [Source(name, "hub", name) for name in dataset_names]
+        return [DataSource(name, "hub", name) for name in dataset_names]
     folder = ""
     path = Path()
     if isinstance(dataset_dir, dict):
@@ -352,12 +352,12 @@ def _is_file(name: str, folder: str) -> bool:
     return name_is_path(name) and (Path(name).exists() or Path(folder, name).exists())
 
 
-def _source_of_file(name: str, folder: str, warn: Any) -> Source:
+def _source_of_file(name: str, folder: str, warn: Any) -> DataSource:
     """The source of a file that is named by its path."""
     from longfactory.data.readers import first_rows
 
     where = Path(name) if Path(name).exists() else Path(folder, name)
-    bare = Source(name=name, load_from="file", location=os.fspath(where.resolve()))
+    bare = DataSource(name=name, load_from="file", location=os.fspath(where.resolve()))
     rows = first_rows(bare)
     entry = detect(rows)
     if entry is None:
@@ -375,7 +375,7 @@ def _source_of_file(name: str, folder: str, warn: Any) -> Source:
     return _source(name, {name: entry}, "", warn)
 
 
-def _source(name: str, info: dict[str, Any], folder: str, warn: Any) -> Source:
+def _source(name: str, info: dict[str, Any], folder: str, warn: Any) -> DataSource:
     if name not in info:
         near = difflib.get_close_matches(name, info, n=1)
         also = " and is no file" if name_is_path(name) else ""
@@ -454,7 +454,7 @@ def _source(name: str, info: dict[str, Any], folder: str, warn: Any) -> Source:
             fields |= dict(zip(TAGS, roles, strict=True))
         if "columns" not in entry:
             fields |= {"messages": "messages", "tools": "tools"}
-    source = Source(
+    source = DataSource(
         name=name, load_from=load_from, location=location, dataset_dir=os.fspath(folder), **fields
     )
     _warn_unset(source, entry, warn)
@@ -509,7 +509,7 @@ def _check_values(name: str, entry: dict[str, Any]) -> None:
             )
 
 
-def _warn_unset(source: Source, entry: dict[str, Any], warn: Any) -> None:
+def _warn_unset(source: DataSource, entry: dict[str, Any], warn: Any) -> None:
     if "columns" in entry:
         need = ["prompt"] if source.formatting == "alpaca" else ["messages"]
         if source.formatting == "alpaca" and not source.ranking and not source.response:

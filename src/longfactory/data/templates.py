@@ -7,7 +7,7 @@ import difflib
 import logging
 from typing import Any
 
-from longfactory.config.data_arguments import DataArguments, option
+from longfactory.config.data_arguments import DataSettings, option
 from longfactory.data import tool_formats
 from longfactory.data.derive import ChatTemplate, check
 from longfactory.data.template import EOS, Template, fix_tokenizer
@@ -19,7 +19,7 @@ AnyTemplate = Template | ChatTemplate
 
 
 def get_template(
-    args: DataArguments, tokenizer: Any, log: logging.Logger | None = None
+    args: DataSettings, tokenizer: Any, log: logging.Logger | None = None
 ) -> AnyTemplate:
     """The template that `template:` names, with the user's changes; the tokenizer is given the
     tokens it needs.
@@ -60,7 +60,7 @@ def get_template(
     return template
 
 
-def named(args: DataArguments, log: logging.Logger) -> Template:
+def named(args: DataSettings, log: logging.Logger) -> Template:
     """The template of the table that `template:` names.
 
     Raises:
@@ -93,7 +93,7 @@ def named(args: DataArguments, log: logging.Logger) -> Template:
     return TABLE[name]
 
 
-def _derived(args: DataArguments, tokenizer: Any, log: logging.Logger) -> ChatTemplate:
+def _derived(args: DataSettings, tokenizer: Any, log: logging.Logger) -> ChatTemplate:
     template = ChatTemplate(tokenizer, args.default_system or "", args.enable_thinking)
     if args.tool_format is not None:
         raise DataError(

@@ -48,7 +48,7 @@ class GradientSum:
 
 
 @dataclasses.dataclass
-class _Call:
+class _ChunkedCall:
     fn: Callable[[Tensor], Tensor]
     # asked again in backward: sharding swaps parameters between the passes
     params: Callable[[], Sequence[Tensor]]
@@ -60,7 +60,7 @@ class _Call:
 
 class _Store(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: _Call, x: Tensor, *params: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, call: _ChunkedCall, x: Tensor, *params: Tensor) -> Tensor:  # type: ignore[override]
         ctx.call = call
         ctx.save_for_backward(x)
         return x.view_as(x)
@@ -68,7 +68,7 @@ class _Store(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """`dy` is the gradient of what `_Compute` returned."""
-        call: _Call = ctx.call
+        call: _ChunkedCall = ctx.call
         (x,) = ctx.saved_tensors
         needs_x, needs_p = ctx.needs_input_grad[1], ctx.needs_input_grad[2:]
         params = list(call.params())
@@ -108,7 +108,7 @@ class _Store(torch.autograd.Function):
 
 class _Compute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: _Call, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, call: _ChunkedCall, x: Tensor) -> Tensor:  # type: ignore[override]
         with call.amp():
             y = _in_chunks(call.fn, x, call.chunk, call.dim)
         call.dtype = y.dtype
@@ -152,7 +152,7 @@ def run_in_chunks(
     chunk = chunk or x.shape[dim]
     if not torch.is_grad_enabled():
         return _in_chunks(fn, x, chunk, dim)
-    call = _Call(fn, params, chunk, dim, autocast_as_now(x.device.type))
+    call = _ChunkedCall(fn, params, chunk, dim, autocast_as_now(x.device.type))
     return _Compute.apply(call, _Store.apply(call, x, *params()))
 
 
