@@ -442,7 +442,7 @@ def ours(bench: Bench) -> None:
                 of_a_token = max(of_a_token, plan.job.shape.saved_attention_bytes)
             store.reserve(facts.get("computed", tokens) // bench.world * of_a_token + 512)
             bench.log(
-                f"{store.pool.locked_bytes / GiB:.1f} GiB page-locked in"
+                f"{store.pool.locked_bytes / GiB:.1f} GiB pinned in"
                 f" {time.time() - start:.1f} s"
             )
         return facts | {
@@ -453,7 +453,7 @@ def ours(bench: Bench) -> None:
         }
 
     def after() -> dict[str, Any]:
-        """Host bytes of one process for activations: page-locked, and of them the most that were in
+        """Host bytes of one process for activations: pinned, and of them the most that were in
         use at once.
         """
         pool = store.pool

@@ -9,7 +9,7 @@
 First table: one complete step (forward, backward, clipping, update of AdamW with exact fp32 weights
 and states) of Qwen2.5-7B's shape with all parameters, at each length in turn until memory or time
 ends; rows as in `throughput.py`. Only `ours` takes its settings from the machine (`memory: auto`).
-Host bytes are of activations, all processes together: page-locked, and in brackets the most in use
+Host bytes are of activations, all processes together: pinned, and in brackets the most in use
 at once. The row `dpo` has a table of its own: one DPO pair a step, 95 % of its tokens the prompt
 that both answers share. Its tokens are prompt, chosen and rejected together; beside them stand
 those that were computed (with padding) and those of the same pair as two rows. Second table
@@ -62,7 +62,7 @@ def length_table(results: list[dict[str, Any]], gpus: int) -> str:
         "tokens/s a GPU",
         "peak, GiB a GPU",
     ]
-    columns += ["page-locked host, GiB", "B of it a token", "memory settings"]
+    columns += ["pinned host, GiB", "B of it a token", "memory settings"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for r in results:
         cells = [system(r), f"{r['tokens']:,}"]

@@ -80,7 +80,7 @@ def trl(options: argparse.Namespace, folder: str) -> list[dict[str, float]]:
 
     cfg = load_config([*keys(options, folder), "pref_share_prompt=false"])
     tokenizer = load.load_tokenizer(cfg.model)
-    pairs = run.load_data(cfg, tokenizer, cfg.training_arguments()).train
+    pairs = run.load_data(cfg, tokenizer).train
     rows = []
     for i in range(len(pairs)):
         documents = {d.role: d for d in pairs[i]}

@@ -1,4 +1,4 @@
-"""The memory engine on a GPU: offload through page-locked memory, accuracy in bf16, the optimizer
+"""The memory engine on a GPU: offload through pinned memory, accuracy in bf16, the optimizer
 on the host, bytes a token.
 """
 

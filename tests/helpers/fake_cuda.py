@@ -38,7 +38,7 @@ class Event:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, refuse: bool = False) -> dict[int, int]:
-    """Returns what is registered as page-locked: address -> bytes."""
+    """Returns what is registered as pinned: address -> bytes."""
     locked: dict[int, int] = {}
     current = Stream()
 

@@ -53,7 +53,7 @@ def test_the_choice(wanted: str, changes: dict[str, Any], got: str) -> None:
 
 def test_what_accelerate_would_quietly_ignore_is_refused() -> None:
     with pytest.raises(
-        UserError, match="fsdp2 needs GPUs: on CPU, accelerate would quietly train copies"
+        UserError, match="fsdp2 needs GPUs: on CPU, accelerate would silently train copies"
     ):
         choose("fsdp2", cuda=False)
     with pytest.raises(UserError, match=r"both given\. Keep one"):
