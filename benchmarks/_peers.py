@@ -442,8 +442,7 @@ def ours(bench: Bench) -> None:
                 of_a_token = max(of_a_token, plan.job.shape.saved_attention_bytes)
             store.reserve(facts.get("computed", tokens) // bench.world * of_a_token + 512)
             bench.log(
-                f"{store.pool.locked_bytes / GiB:.1f} GiB pinned in"
-                f" {time.time() - start:.1f} s"
+                f"{store.pool.locked_bytes / GiB:.1f} GiB pinned in {time.time() - start:.1f} s"
             )
         return facts | {
             "settings": dataclasses.asdict(new),
