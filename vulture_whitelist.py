@@ -41,3 +41,24 @@ _.PreferenceName
 _.StageName
 _.arg
 _.reference_kl
+
+# Techniques of memory, which the fields of MemorySettings name in text, and names of tuple places.
+_.CHECKPOINTING
+_.SAVED_ATTENTION
+_.CHUNKS
+_.ATTENTION_GROUPS
+_.OFFLOAD
+_.LAST_LAYERS
+_.LATE_PREFETCH
+_.SEGMENTS
+_.PLACEMENT
+_.GRADIENTS
+_.output_layer
+_.first_layer
+_.last_layer
+_.after_attention
+
+# The cost model's parts and the pool's counter, read by tests.
+_.working_set
+_.moments
+_.offloaded_bytes
