@@ -147,7 +147,7 @@ def test_what_is_not_usual_is_in_the_log(
     caplog.set_level("INFO", "longfactory")
 
     def said() -> list[str]:
-        """Each message once: where an earlier test left a handler, a record arrives twice."""
+        """Each message once: in a run of many tests a record may arrive twice."""
         return list(dict.fromkeys(caplog.messages))
 
     assert (

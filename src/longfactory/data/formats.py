@@ -66,43 +66,13 @@ def convert(row: dict[str, Any], source: DataSource, open_end: bool = False) -> 
     )
 
 
+_MEDIA = ("images", "videos", "audios")
+_SHARED_COLUMNS = ("system", "tools", "chosen", "rejected", "kto_tag", *_MEDIA)
+_MESSAGE_COLUMNS = ("messages", *_SHARED_COLUMNS)
 _COLUMNS_READ = {
-    "alpaca": (
-        "prompt",
-        "query",
-        "response",
-        "history",
-        "system",
-        "tools",
-        "chosen",
-        "rejected",
-        "kto_tag",
-        "images",
-        "videos",
-        "audios",
-    ),
-    "sharegpt": (
-        "messages",
-        "system",
-        "tools",
-        "chosen",
-        "rejected",
-        "kto_tag",
-        "images",
-        "videos",
-        "audios",
-    ),
-    "openai": (
-        "messages",
-        "system",
-        "tools",
-        "chosen",
-        "rejected",
-        "kto_tag",
-        "images",
-        "videos",
-        "audios",
-    ),
+    "alpaca": ("prompt", "query", "response", "history", *_SHARED_COLUMNS),
+    "sharegpt": _MESSAGE_COLUMNS,
+    "openai": _MESSAGE_COLUMNS,
 }
 
 
