@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import typing
 from typing import Any, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longfactory.config.fields import Key, coerce
+from longfactory.config.fields import Key, coerce, is_secret
+from longfactory.config.trainer_keys import TRAINER_KEYS
+from longfactory.config.translate import OWN_KEYS, TURNED
 from longfactory.errors import ConfigError
 
 
@@ -108,3 +112,60 @@ def test_ranges() -> None:
         key.parse("0.2,1.5")
     with pytest.raises(ConfigError, match="n: got 0, expected >= 1"):
         Key("n", int, 1, low=1).parse(0)
+
+
+NUMERIC = [
+    key
+    for key in (OWN_KEYS | TRAINER_KEYS | TURNED).values()
+    if {int, float} & {key.kind, *typing.get_args(key.kind)}
+]
+
+
+def test_there_are_many_numeric_keys() -> None:
+    assert len(NUMERIC) > 60
+
+
+@pytest.mark.parametrize("key", NUMERIC, ids=lambda key: key.name)
+@pytest.mark.parametrize(
+    "value", [1e30, -1e30, 10**400, "9" * 400, "9" * 5000, "1e400", float("inf"), float("nan")]
+)
+def test_every_number_has_a_range_with_two_ends(key: Key, value: Any) -> None:
+    bounds = {key.low, key.above}, {key.high, key.below}
+    assert all(found != {None} for found in bounds), "a range with two ends"
+    with pytest.raises(ConfigError, match=f"^{key.name}: ") as e:
+        key.parse(value)
+    assert len(str(e.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("adam_beta1", -0.5, "got -0.5, expected >= 0 and < 1"),
+        ("adam_beta2", 1, "got 1.0, expected >= 0 and < 1"),
+        ("adam_epsilon", 0, "got 0.0, expected > 0 and <= 1"),
+        ("lora_dropout", 1.0, "got 1.0, expected >= 0 and < 1"),
+        ("weight_decay", 1e30, "got 1e+30, expected <= 100"),
+        ("nproc_per_node", "1e30", "expected <= 4096"),
+        ("learning_rate", -1e-4, "got -0.0001, expected >= 0"),
+        ("output_dir", "x" * 300, "a name of 300 bytes, expected names of at most 255"),
+        ("output_dir", "x/" * 3000, "a path of 6000 bytes, expected at most 4095"),
+        ("dataset", "a,b\0", "a character of code 0"),
+        ("model_name_or_path", "\ud800", "not valid Unicode"),
+        ("lr_scheduler_kwargs", {"a": [{"b": math.inf}]}, "got inf inside, expected finite"),
+        ("val_size", "x" * 1000, "(1002 characters)"),
+    ],
+)
+def test_what_is_found_and_expected(name: str, value: Any, words: str) -> None:
+    with pytest.raises(ConfigError) as e:
+        (OWN_KEYS | TRAINER_KEYS)[name].parse(value)
+    assert words in str(e.value) and str(e.value).startswith(f"{name}: ")
+
+
+def test_secrets_are_those_that_names_tell() -> None:
+    keys = (OWN_KEYS | TRAINER_KEYS).values()
+    assert {k.name for k in keys if k.secret} == {k.name for k in keys if is_secret(k.name)}
+    assert [k.name for k in keys if k.secret] == ["hf_hub_token", "swanlab_api_key", "hub_token"]
+    for value in ({"a": "TOKEN"}, "TOKEN\0", ["TOKEN"], "TOKEN\ud800"):
+        with pytest.raises(ConfigError) as e:
+            TRAINER_KEYS["hub_token"].parse(value)
+        assert "TOKEN" not in str(e.value) and str(e.value).startswith("hub_token: ")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from longfactory.config.load import load_config
 from longfactory.config.read import read, read_file
 from longfactory.config.translate import is_switch
 from longfactory.errors import ConfigError
@@ -117,3 +118,59 @@ def test_bytes_that_are_not_text(tmp_path: Path) -> None:
     path.write_bytes(b"a: \xff\xfe\n")
     with pytest.raises(ConfigError, match="cannot be read"):
         read_file(path)
+
+
+BOMB = "\n".join(["a0: &a0 [1, 1]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40))])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (BOMB, "values, with what its anchors repeat; expected at most 100000"),
+        ("a: &a [*a]\n", "recursive"),
+        ("a: " + "[" * 3000 + "]" * 3000, "nested too deep"),
+        ("x" * 100000 + ": 1\n" + "y: [", "not valid YAML"),
+        ("a: " + "9" * 5000, "cannot be read"),
+    ],
+    ids=["repeated", "itself", "nested", "long", "digits"],
+)
+def test_files_that_are_too_much(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(ConfigError) as e:
+        read([written(tmp_path, text)], is_switch)
+    assert words in str(e.value) and len(str(e.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hub_token: TOKEN\nhub_token: TOKEN2\n",
+        "push_to_hub_token: TOKEN\nhub_token: TOKEN2\n",
+        "hub_token: TOKEN: x\n",
+        "hub_token: {TOKEN: [TOKEN]}\n",
+        "hub_token: 'TOKEN\n",
+        "hub_token: ${TOKEN\n",
+        "ms_hub_token: TOKEN\n",
+        "hf_hub_token: [TOKEN, 1]\n",
+        "swanlab_api_key: {a: TOKEN}\n",
+    ],
+)
+def test_secrets_are_in_no_message(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError) as e:
+        load_config([written(tmp_path, text)])
+    assert "TOKEN" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "words", [["--hub_token", "a b", "TOKEN"], ["hub_token=a", "TOKEN"], ["hub_token=[TOKEN"]]
+)
+def test_secrets_are_in_no_message_of_words(words: list[str]) -> None:
+    with pytest.raises(ConfigError) as e:
+        load_config(words)
+    assert "TOKEN" not in str(e.value)
+
+
+def test_names_of_files_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read: File name too long"):
+        read_file(tmp_path / ("x" * 300 + ".yaml"))
+    with pytest.raises(ConfigError, match="There is no file"):
+        read_file(tmp_path / "a\0b.yaml")

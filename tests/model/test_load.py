@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +282,37 @@ def test_weights_that_the_files_do_not_have(tmp_path: Path) -> None:
             torch.float32,
             attention="eager",
         )
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [
+        (math.nan, torch.float32),
+        (math.inf, torch.bfloat16),
+        (-math.inf, torch.float32),
+        (1e30, torch.float16),
+    ],
+)
+def test_weights_that_are_no_numbers(value: float, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = value
+        model.lm_head.weight[0, 0] = value
+    model.save_pretrained(tmp_path)
+    config = load.load_config(arguments(tmp_path), 64)
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight.* hold NaN or Inf"):
+        load.load_model(arguments(tmp_path), config, dtype, attention="sdpa")
+
+
+def test_words_of_quantised_weights_are_no_numbers() -> None:
+    """Four-bit weights are stored as float32 words, of which some look like NaN."""
+    words = torch.nn.Parameter(torch.full((4,), math.nan), requires_grad=False)
+    with pytest.raises(UserError):
+        load.refuse_no_numbers([("w", words)], "m")
+    words.quant_state = None  # type: ignore[attr-defined]
+    load.refuse_no_numbers([("w", words)], "m")
+    load.refuse_no_numbers([("w", torch.zeros(0)), ("x", torch.ones(3, dtype=torch.int8))], "m")
+    load.refuse_no_numbers([("w", torch.ones(3).to(torch.float8_e4m3fn))], "m")
 
 
 @pytest.mark.parametrize("kind", ["mamba", "blip-2", "t5"])

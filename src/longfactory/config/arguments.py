@@ -21,14 +21,16 @@ from longfactory.memory.settings import MemoryArguments
 class ModelArguments:
     """Which model, and how it is loaded."""
 
-    model_name_or_path: str | None = arg(None, "A folder, or the name of a model on the hub.")
+    model_name_or_path: str | None = arg(
+        None, "A folder, or the name of a model on the hub.", path=True
+    )
     adapter_name_or_path: tuple[str, ...] = arg(
-        (), "LoRA adapters: all but the last are merged, the last is trained on."
+        (), "LoRA adapters: all but the last are merged, the last is trained on.", path=True
     )
     trust_remote_code: bool = arg(False, "Run code that comes with the model.")
     model_revision: str = arg("main", "Branch, tag or commit on the hub.")
-    cache_dir: str | None = arg(None, "Where models from the hub are kept.")
-    hf_hub_token: str | None = arg(None, "Token for the Hugging Face hub.")
+    cache_dir: str | None = arg(None, "Where models from the hub are kept.", path=True)
+    hf_hub_token: str | None = arg(None, "Token for the Hugging Face hub.", secret=True)
     use_fast_tokenizer: bool = arg(
         True, "Use the tokenizer written in Rust where the model has one."
     )
@@ -67,15 +69,16 @@ class DataArguments:
     """Which data, and how they become rows."""
 
     dataset: tuple[str, ...] = arg(
-        (), "Names in dataset_info.json, or paths of files, comma separated."
+        (), "Names in dataset_info.json, or paths of files, comma separated.", path=True
     )
     eval_dataset: tuple[str, ...] = arg(
-        (), "Data sets to evaluate on, comma separated. Not together with val_size."
+        (), "Data sets to evaluate on, comma separated. Not together with val_size.", path=True
     )
     dataset_dir: str = arg(
         "data",
         "Folder of dataset_info.json, or ONLINE (names on the hub), or REMOTE:<data set on the"
         " hub>.",
+        path=True,
     )
     template: str | None = arg(
         None, "Chat template by name; default the one derived from the tokenizer's own."
@@ -83,7 +86,9 @@ class DataArguments:
     template_compat: Literal["0.9.5", "0.9.1"] = arg(
         "0.9.5", "Whose tokens: LLaMA-Factory 0.9.5, or 0.9.1 (and its 360 fork)."
     )
-    cutoff_len: int = arg(2048, "Longest sample, or length of a packed row, in tokens.", low=1)
+    cutoff_len: int = arg(
+        2048, "Longest sample, or length of a packed row, in tokens.", low=1, high=10**9
+    )
     cutoff_strategy: Literal["llamafactory", "drop", "error", "keep_tail"] = arg(
         "llamafactory",
         "A sample longer than cutoff_len: shortened by LLaMA-Factory's rule, dropped, refused, or"
@@ -103,7 +108,9 @@ class DataArguments:
         False, "The same as packing: true (packed documents are always isolated)."
     )
     streaming: bool = arg(False, "Read the data while training. Needs max_steps.")
-    buffer_size: int = arg(16384, "Samples in the shuffle buffer when streaming.", low=1)
+    buffer_size: int = arg(
+        16384, "Samples in the shuffle buffer when streaming.", low=1, high=10**9
+    )
     mix_strategy: Literal["concat", "interleave_under", "interleave_over", "interleave_once"] = arg(
         "concat",
         "Several data sets: one after the other, or mixed until the first ends, or until the last"
@@ -114,17 +121,20 @@ class DataArguments:
     )
     overwrite_cache: bool = arg(False, "Tokenise again even if the cache has the data.")
     tokenized_path: str | None = arg(
-        None, "Folder of tokenised data: read if it exists, else written."
+        None, "Folder of tokenised data: read if it exists, else written.", path=True
     )
-    preprocessing_num_workers: int | None = arg(None, "Processes that tokenise.", low=1)
+    preprocessing_num_workers: int | None = arg(None, "Processes that tokenise.", low=1, high=1024)
     preprocessing_batch_size: int = arg(
-        1000, "Samples tokenised at a time. The result does not depend on it.", low=1
+        1000, "Samples tokenised at a time. The result does not depend on it.", low=1, high=10**7
     )
-    max_samples: int | None = arg(None, "At most so many samples of each data set.", low=1)
+    max_samples: int | None = arg(
+        None, "At most so many samples of each data set.", low=1, high=10**12
+    )
     val_size: float = arg(
         0.0,
         "Part of the training data kept for evaluation: below 1 a share, else a number of samples.",
         low=0.0,
+        high=10**12,
     )
     eval_on_each_dataset: bool = arg(False, "Evaluate on each data set by itself.")
     tool_format: str | None = arg(None, "How tools are written; default the template's way.")
@@ -147,9 +157,16 @@ class FinetuningArguments:
     )
     pure_bf16: bool = arg(False, "Train in bfloat16 without float32 master weights.")
 
-    lora_rank: int = arg(8, "Rank of the adapters.", low=1)
-    lora_alpha: int | None = arg(None, "Scale of the adapters; default twice the rank.", low=1)
-    lora_dropout: float = arg(0.0, "Dropout before the adapters.", low=0.0, high=1.0)
+    on_nan: Literal["stop", "skip"] = arg(
+        "stop",
+        "A loss or gradient that is NaN or Inf, on any device: the end of the run before its update"
+        " (stop), or the step makes no update and is counted (skip).",
+    )
+    lora_rank: int = arg(8, "Rank of the adapters.", low=1, high=65536)
+    lora_alpha: int | None = arg(
+        None, "Scale of the adapters; default twice the rank.", low=1, high=10**6
+    )
+    lora_dropout: float = arg(0.0, "Dropout before the adapters.", low=0.0, below=1.0)
     lora_target: tuple[str, ...] = arg(
         ("all",), "Modules that get an adapter; all = every linear layer but the head."
     )
@@ -159,16 +176,20 @@ class FinetuningArguments:
     use_rslora: bool = arg(False, "Scale by alpha / sqrt(rank).")
     use_dora: bool = arg(False, "Weight-decomposed adapters.")
     loraplus_lr_ratio: float | None = arg(
-        None, "LoRA+: learning rate of B over that of A.", low=0.0
+        None, "LoRA+: learning rate of B over that of A.", low=0.0, high=10**6
     )
-    loraplus_lr_embedding: float = arg(1e-6, "LoRA+: learning rate of embedding adapters.", low=0.0)
+    loraplus_lr_embedding: float = arg(
+        1e-6, "LoRA+: learning rate of embedding adapters.", low=0.0, high=100
+    )
     pissa_init: bool = arg(False, "PiSSA: adapters begin as the principal part of the weights.")
     pissa_iter: int = arg(
-        16, "Iterations of PiSSA's fast decomposition; -1 for the exact one.", low=-1
+        16, "Iterations of PiSSA's fast decomposition; -1 for the exact one.", low=-1, high=10**4
     )
     create_new_adapter: bool = arg(False, "Merge every given adapter and train a new one.")
 
-    freeze_trainable_layers: int = arg(2, "freeze: train the last n layers; negative: the first n.")
+    freeze_trainable_layers: int = arg(
+        2, "freeze: train the last n layers; negative: the first n.", low=-(10**4), high=10**4
+    )
     freeze_trainable_modules: tuple[str, ...] = arg(
         ("all",), "freeze: modules trained in those layers."
     )
@@ -184,11 +205,14 @@ class FinetuningArguments:
         None,
         "pt, sft, dpo: a loss of your own, file.py:function. The file's code is run: name only what"
         " you trust.",
+        path=True,
     )
-    pref_beta: float = arg(0.1, "dpo, kto: the beta of the loss.", low=0.0)
-    pref_ftx: float = arg(0.0, "dpo, kto: weight of the chosen answer's own sft loss.", low=0.0)
+    pref_beta: float = arg(0.1, "dpo, kto: the beta of the loss.", low=0.0, high=10**4)
+    pref_ftx: float = arg(
+        0.0, "dpo, kto: weight of the chosen answer's own sft loss.", low=0.0, high=10**6
+    )
     pref_bco_weight: float = arg(
-        0.0, "dpo: weight of the BCO loss beside the chosen loss.", low=0.0
+        0.0, "dpo: weight of the BCO loss beside the chosen loss.", low=0.0, high=10**6
     )
     pref_share_prompt: bool | Literal["auto"] = arg(
         "auto", "Compute a prompt that both answers share once; exact."
@@ -196,17 +220,23 @@ class FinetuningArguments:
     dpo_label_smoothing: float = arg(
         0.0, "dpo: probability that a pair is labelled the wrong way round.", low=0.0, high=0.5
     )
-    simpo_gamma: float = arg(0.5, "simpo: target margin.")
+    simpo_gamma: float = arg(0.5, "simpo: target margin.", low=-(10**4), high=10**4)
     ld_alpha: float | None = arg(
         None, "dpo: weight of the tokens beyond the shorter answer's length.", low=0.0, high=1.0
     )
-    discopop_tau: float = arg(0.05, "discopop: temperature of the blend.", low=1e-6)
-    kto_chosen_weight: float = arg(1.0, "kto: weight of desirable answers.", low=0.0)
-    kto_rejected_weight: float = arg(1.0, "kto: weight of undesirable answers.", low=0.0)
-    ref_model: str | None = arg(
-        None, "Reference model; default the model itself (LoRA: with the adapter switched off)."
+    discopop_tau: float = arg(0.05, "discopop: temperature of the blend.", low=1e-6, high=10**4)
+    kto_chosen_weight: float = arg(1.0, "kto: weight of desirable answers.", low=0.0, high=10**6)
+    kto_rejected_weight: float = arg(
+        1.0, "kto: weight of undesirable answers.", low=0.0, high=10**6
     )
-    ref_model_adapters: tuple[str, ...] = arg((), "Adapters merged into the reference model.")
+    ref_model: str | None = arg(
+        None,
+        "Reference model; default the model itself (LoRA: with the adapter switched off).",
+        path=True,
+    )
+    ref_model_adapters: tuple[str, ...] = arg(
+        (), "Adapters merged into the reference model.", path=True
+    )
     ref_model_quantization_bit: Literal[4, 8] | None = arg(
         None, "Load the reference model in so many bits."
     )
@@ -221,13 +251,13 @@ class FinetuningArguments:
     use_asft_loss: bool = arg(
         False, "sft: the dft loss plus asft_alpha times the distance from the reference model."
     )
-    asft_alpha: float = arg(0.1, "asft: weight of the distance.", low=0.0)
+    asft_alpha: float = arg(0.1, "asft: weight of the distance.", low=0.0, high=10**6)
     use_eaft_loss: bool = arg(False, "sft: each token's loss weighted by its entropy.")
-    eaft_alpha: float = arg(1.0, "eaft: power of the entropy's weight.", low=0.0)
+    eaft_alpha: float = arg(1.0, "eaft: power of the entropy's weight.", low=0.0, high=10**3)
     compute_accuracy: bool = arg(False, "Report the accuracy of the tokens in evaluation.")
     disable_shuffling: bool = arg(False, "Keep the order of the data.")
     early_stopping_steps: int | None = arg(
-        None, "Stop after so many evaluations without a better result.", low=1
+        None, "Stop after so many evaluations without a better result.", low=1, high=10**9
     )
     plot_loss: bool = arg(False, "Draw training_loss.png at the end.")
     include_effective_tokens_per_second: bool = arg(
@@ -240,7 +270,7 @@ class ParallelArguments:
     """How a run is distributed over devices."""
 
     sequence_parallel_size: int = arg(
-        1, "Devices that share one sequence. Divides the number of processes.", low=1
+        1, "Devices that share one sequence. Divides the number of processes.", low=1, high=65536
     )
     sequence_parallel_mode: Literal["zigzag-ring", "ulysses", "llama3", "usp", "auto"] = arg(
         "zigzag-ring",
@@ -248,16 +278,16 @@ class ParallelArguments:
         " inside and a ring outside.",
     )
     sequence_parallel_ulysses_degree: int | None = arg(
-        None, "usp: devices that share by heads.", low=1
+        None, "usp: devices that share by heads.", low=1, high=65536
     )
     sequence_parallel_ring_degree: int | None = arg(
-        None, "usp: devices that share in a ring.", low=1
+        None, "usp: devices that share in a ring.", low=1, high=65536
     )
     attention_backend: Kernel = arg(  # noqa: RUF009  it is a Literal, whose name hides that
         "auto", "Attention kernel; auto: the fastest that passes its self-test."
     )
     nproc_per_node: int | None = arg(
-        None, "Processes on this machine; default one for each device.", low=1
+        None, "Processes on this machine; default one for each device.", low=1, high=4096
     )
     sharding: Literal["auto", "fsdp2", "ddp"] = arg(
         "auto",
@@ -271,18 +301,26 @@ class GeneratingArguments:
     """How text is generated (chat)."""
 
     do_sample: bool = arg(True, "Draw from the distribution; false takes the most probable token.")
-    temperature: float = arg(0.95, "Flattens the distribution above 1, sharpens it below.", low=0.0)
+    temperature: float = arg(
+        0.95, "Flattens the distribution above 1, sharpens it below.", low=0.0, high=10**3
+    )
     top_p: float = arg(
         0.7, "Draw from the most probable tokens that make up this much.", low=0.0, high=1.0
     )
-    top_k: int = arg(50, "Draw from so many tokens.", low=0)
-    num_beams: int = arg(1, "Beams.", low=1)
+    top_k: int = arg(50, "Draw from so many tokens.", low=0, high=10**7)
+    num_beams: int = arg(1, "Beams.", low=1, high=1000)
     max_length: int = arg(
-        1024, "Most tokens with the prompt; max_new_tokens comes before it.", low=1
+        1024, "Most tokens with the prompt; max_new_tokens comes before it.", low=1, high=10**9
     )
-    max_new_tokens: int = arg(1024, "Most new tokens; 0 leaves it to max_length.", low=0)
-    repetition_penalty: float = arg(1.0, "Above 1 makes repetition less probable.", low=0.0)
-    length_penalty: float = arg(1.0, "Beams: above 1 prefers longer answers.")
+    max_new_tokens: int = arg(
+        1024, "Most new tokens; 0 leaves it to max_length.", low=0, high=10**9
+    )
+    repetition_penalty: float = arg(
+        1.0, "Above 1 makes repetition less probable.", above=0.0, high=10**3
+    )
+    length_penalty: float = arg(
+        1.0, "Beams: above 1 prefers longer answers.", low=-(10**3), high=10**3
+    )
     skip_special_tokens: bool = arg(True, "Leave special tokens out of the text.")
 
 
@@ -301,7 +339,7 @@ class OutputArguments:
         "Check what is on this machine (model, data, template, folders), print the resolved run,"
         " and stop.",
     )
-    logging_dir: str | None = arg(None, "Folder for TensorBoard.")
+    logging_dir: str | None = arg(None, "Folder for TensorBoard.", path=True)
     use_swanlab: bool = arg(False, "Report to SwanLab; the same as report_to: swanlab.")
     swanlab_project: str | None = arg("llamafactory", "Project in SwanLab.")
     swanlab_workspace: str | None = arg(None, "Workspace in SwanLab.")
@@ -309,10 +347,10 @@ class OutputArguments:
     swanlab_mode: Literal["cloud", "local"] = arg(
         "cloud", "Whether SwanLab's files stay on this machine."
     )
-    swanlab_api_key: str | None = arg(None, "Key for SwanLab.")
-    swanlab_logdir: str | None = arg(None, "Folder of SwanLab's files.")
-    export_dir: str | None = arg(None, "export: folder to write the merged model to.")
-    export_size: int = arg(5, "export: largest file, in GB.", low=1)
+    swanlab_api_key: str | None = arg(None, "Key for SwanLab.", secret=True)
+    swanlab_logdir: str | None = arg(None, "Folder of SwanLab's files.", path=True)
+    export_dir: str | None = arg(None, "export: folder to write the merged model to.", path=True)
+    export_size: int = arg(5, "export: largest file, in GB.", low=1, high=10**6)
     export_device: Literal["cpu", "auto"] = arg("cpu", "export: where adapters are merged.")
     export_hub_model_id: str | None = arg(None, "export: name on the hub to push to.")
 

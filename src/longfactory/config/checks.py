@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from longfactory.config.fields import plain
 from longfactory.config.run import RunConfig
 from longfactory.config.stage_facts import STAGE_KEYS, STAGES
 from longfactory.config.translate import OWN_KEYS
@@ -74,8 +75,8 @@ def _needed(cfg: RunConfig) -> Iterator[str]:
     unknown = [name for name in _trackers(cfg) if name not in (*TRACKERS, "all", "none")]
     if unknown:
         yield (
-            f"report_to: {', '.join(unknown)} is not a choice. Choose from {', '.join(TRACKERS)},"
-            " all, none."
+            f"report_to: {plain(', '.join(unknown))} is not a choice. Choose from"
+            f" {', '.join(TRACKERS)}, all, none."
         )
 
 
@@ -114,6 +115,8 @@ def _data(cfg: RunConfig) -> Iterator[str]:
         yield f"val_size: {data.val_size} is neither a share below 1 nor a whole number of samples."
     if cfg.trainer.max_steps == 0:
         yield "max_steps: 0 trains nothing. Give a number above 0, or -1 for num_train_epochs."
+    if cfg.trainer.num_train_epochs == 0 and cfg.trainer.max_steps < 0 and cfg.trainer.do_train:
+        yield "num_train_epochs: 0 trains nothing. Give a number above 0, or max_steps."
     if data.streaming:
         if cfg.trainer.max_steps <= 0:
             yield "streaming does not know how long the data are. Give max_steps."
@@ -215,8 +218,8 @@ def _method(cfg: RunConfig) -> Iterator[str]:
     ]
     if odd:
         yield (
-            f"optim_args: {', '.join(odd)} is not name=value. Write them so, with commas between"
-            " them."
+            f"optim_args: {plain(', '.join(odd))} is not name=value. Write them so, with commas"
+            " between them."
         )
     optim = str(cfg.trainer.optim)
     if optim.startswith(("galore_", "apollo_")) and not cfg.trainer.optim_target_modules:
@@ -236,8 +239,23 @@ def _method(cfg: RunConfig) -> Iterator[str]:
         )
 
 
+def _updates_in_backward(cfg: RunConfig) -> str | None:
+    """The key by which weights are updated before the whole gradient is known, or None."""
+    optim = str(cfg.trainer.optim)
+    if cfg.trainer.deepspeed is not None:
+        return "deepspeed"
+    if cfg.memory.optimizer_overlap:
+        return "optimizer_overlap"
+    return f"optim: {optim}" if optim.endswith(("layerwise", "lomo")) else None
+
+
 def _memory(cfg: RunConfig) -> Iterator[str]:
     m = cfg.memory
+    if cfg.method.on_nan == "skip" and (key := _updates_in_backward(cfg)) is not None:
+        yield (
+            f"on_nan: skip leaves an update out, and {key} updates weights before the whole"
+            " gradient is known. Use on_nan: stop, or leave the other out."
+        )
     if not m.disable_gradient_checkpointing:
         return
     for name, off in PARTS_OF_CHECKPOINTING.items():
@@ -332,7 +350,10 @@ def _deepspeed(given: str | dict, cfg: RunConfig) -> Iterator[str]:
             return
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as e:
+        except OSError as e:
+            yield f"deepspeed: {path} cannot be read: {e.strerror or e}."
+            return
+        except (ValueError, RecursionError) as e:
             yield f"deepspeed: {path} is not valid JSON ({e})."
             return
     if not isinstance(config, dict):
@@ -435,6 +456,8 @@ OPTIMIZERS = {
     "schedule_free_": ("schedulefree", "schedulefree"),
     "stable_adamw": ("optimi", "torch-optimi"),
     "adamw_anyprecision": ("torchdistx", "torchdistx"),
+    "adamw_torch_xla": ("torch_xla", "torch_xla"),
+    "adamw_torch_npu_fused": ("torch_npu", "torch_npu"),
     **dict.fromkeys(
         ("lion_", "paged_lion_", "ademamix", "paged_ademamix", "paged_adamw_32bit", "rmsprop_bnb"),
         _BNB,

@@ -89,6 +89,9 @@ NO_EFFECT: dict[str, Other] = {
     "eval_do_concat_batches": Other((True,), "evaluation never gathers logits"),
     "dataloader_persistent_workers": Other((True, False), "loading processes always persist"),
     "dataloader_in_order": Other((True,), "rows always come in their order"),
+    "logging_nan_inf_filter": Other(
+        (False,), "the log shows what was computed; on_nan says what a NaN or Inf does to the run"
+    ),
     "local_rank": Other((None,), "the launcher's environment tells each process its rank"),
     "ray_num_workers": Other((1,), _RAY),
     "ray_init_kwargs": Other((None,), _RAY),

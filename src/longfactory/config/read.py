@@ -10,12 +10,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from longfactory.config.fields import HIDDEN, is_secret, plain, shown, told
 from longfactory.errors import ConfigError
 
 FILES = (".yaml", ".yml", ".json")
 EXPONENT = re.compile(r"[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+")
 """Numbers like 1e-4, which YAML 1.1 takes for text."""
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
+MOST_VALUES = 100_000
+"""Values in a file, with what its anchors repeat."""
 
 
 def read(argv: Sequence[str], is_switch: Callable[[str], bool]) -> dict[str, Any]:
@@ -48,8 +51,11 @@ def read(argv: Sequence[str], is_switch: Callable[[str], bool]) -> dict[str, Any
         elif OVERRIDE.match(word):
             _deep_update(values, _override(word))
         else:
+            # What stands here may be the value of a secret's key.
+            secret = any(is_secret(name) for name in values)
             raise ConfigError(
-                f"{word!r} is neither a YAML file in first place, nor key=value, nor --key value."
+                f"{'A word' if secret else shown(word)} is neither a YAML file in first place, nor"
+                " key=value, nor --key value."
             )
     return values
 
@@ -88,9 +94,10 @@ def read_file(path: Path) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    if not path.is_file():
-        raise ConfigError(f"There is no file {path}.")
+    content: Any = None
     try:
+        if not path.is_file():
+            raise ConfigError(f"There is no file {plain(str(path))}.")
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix.lower() == ".json" else _yaml(text, path)
         if content is None:
@@ -99,14 +106,56 @@ def read_file(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path} holds no keys; a mapping of keys to values is needed.")
         bad = [k for k in content if not isinstance(k, str)]
         if bad:
-            raise ConfigError(f"{path}: the key {bad[0]!r} is not text.")
+            raise ConfigError(f"{path}: the key {shown(bad[0])} is not text.")
+        _check_size(content, path)
         resolved = OmegaConf.to_container(OmegaConf.create(content), resolve=True)
     except ConfigError:
         raise
-    except (OmegaConfBaseException, ValueError, OSError) as e:
-        raise ConfigError(f"{path} cannot be read: {str(e).strip()}") from e
+    except RecursionError as e:
+        raise ConfigError(
+            f"{path} cannot be read: its lists or mappings are nested too deep."
+        ) from e
+    except OSError as e:
+        name = plain(str(path))
+        raise ConfigError(f"{name} cannot be read: {e.strerror or e}.") from e
+    except (OmegaConfBaseException, ValueError) as e:
+        raise ConfigError(f"{path} cannot be read: {_one_line(e, content)}") from None
     assert isinstance(resolved, dict)
     return {str(k): v for k, v in resolved.items()}
+
+
+def _check_size(content: Any, path: Path) -> None:
+    """Refuses a file whose anchors repeat so much that no copy of it can be made.
+
+    Raises:
+        ConfigError: with the number of values.
+    """
+    sizes: dict[int, int] = {}
+
+    def size(value: Any) -> int:
+        if not isinstance(value, (dict, list)):
+            return 1
+        if id(value) not in sizes:
+            inner = value.values() if isinstance(value, dict) else value
+            sizes[id(value)] = 1 + sum(size(x) for x in inner)
+        return sizes[id(value)]
+
+    if (count := size(content)) > MOST_VALUES:
+        raise ConfigError(
+            f"{path} holds {count:.4g} values, with what its anchors repeat; expected at most"
+            f" {MOST_VALUES}."
+        )
+
+
+def _one_line(error: Exception, content: Any = None) -> str:
+    """The first line of what another library says, without the secrets of `content`; further lines
+    quote the file.
+    """
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason")
+    for name, value in content.items() if isinstance(content, dict) else ():
+        if isinstance(value, str) and value and is_secret(str(name)):
+            text = text.replace(value, HIDDEN)
+    return text
 
 
 def _yaml(text: str, path: Path) -> Any:
@@ -125,14 +174,14 @@ def _yaml(text: str, path: Path) -> Any:
                 )
                 if not isinstance(key, (str, int, float, bool, type(None))):
                     raise ConfigError(
-                        f"{path}, line {key_node.start_mark.line + 1}: got the key {key!r},"
+                        f"{path}, line {key_node.start_mark.line + 1}: got the key {shown(key)},"
                         " expected text."
                     )
                 if key in seen and seen[key] != value:
                     line = key_node.start_mark.line + 1
                     raise ConfigError(
-                        f"{path}, line {line}: duplicate key {key}, with the values"
-                        f" {seen[key]!r} and {value!r}. Keep one."
+                        f"{path}, line {line}: duplicate key {plain(str(key))}, with the values"
+                        f" {told(str(key), seen[key])} and {told(str(key), value)}. Keep one."
                     )
                 seen[key] = value
             return super().construct_mapping(node, deep)
@@ -140,8 +189,14 @@ def _yaml(text: str, path: Path) -> Any:
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789."))
     try:
         return yaml.load(text, Loader=Loader)  # a SafeLoader
+    except yaml.MarkedYAMLError as e:
+        # Without the lines that it quotes: they may hold secrets.
+        mark = e.problem_mark or e.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        what = ", ".join(part for part in (e.context, e.problem) if part)
+        raise ConfigError(f"{path} is not valid YAML: {where}{what}") from None
     except yaml.YAMLError as e:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from e
+        raise ConfigError(f"{path} is not valid YAML: {_one_line(e)}") from e
 
 
 def _override(word: str) -> dict[str, Any]:
@@ -151,8 +206,11 @@ def _override(word: str) -> dict[str, Any]:
 
     try:
         content = OmegaConf.to_container(OmegaConf.from_dotlist([word]), resolve=True)
-    except (YAMLError, OmegaConfBaseException, ValueError) as e:
-        raise ConfigError(f"{word} cannot be read: {str(e).strip()}") from e
+    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError) as e:
+        name, _, value = word.partition("=")
+        if is_secret(name):
+            raise ConfigError(f"{name}={HIDDEN} cannot be read. Put it in quotes.") from None
+        raise ConfigError(f"{name}={plain(value)} cannot be read: {_one_line(e)}") from e
     assert isinstance(content, dict)
     return {str(k): v for k, v in content.items()}
 

@@ -18,6 +18,7 @@ from longfactory.config.arguments import (
     OutputArguments,
     ParallelArguments,
 )
+from longfactory.config.fields import is_secret
 from longfactory.config.stage_facts import STAGES
 from longfactory.config.trainer_keys import TrainerKeys
 from longfactory.errors import ConfigError
@@ -37,7 +38,7 @@ class RunConfig:
     memory: MemoryArguments
     generating: GeneratingArguments
     output: OutputArguments
-    hf: Mapping[str, Any]
+    hf: Mapping[str, Any] = dataclasses.field(repr=False)
     """Keys for transformers' Seq2SeqTrainingArguments that were given or that follow from others:
     read-only, in the order in which they were written.
     """
@@ -121,9 +122,11 @@ class RunConfig:
         from transformers import Seq2SeqTrainingArguments
 
         known = {f.name for f in dataclasses.fields(Seq2SeqTrainingArguments)}
-        # Rows are made by our own collator.
-        ours = {"remove_unused_columns": False, "label_names": []}
+        # Rows are made by our own collator; a loss that is NaN is never logged as another.
+        ours = {"remove_unused_columns": False, "label_names": [], "logging_nan_inf_filter": False}
         given = {**ours, **copy.deepcopy(dict(self.hf)), **extra}
+        # transformers pickles its arguments beside the weights: see `reporting_environment`.
+        given = {name: value for name, value in given.items() if not is_secret(name)}
         missing = sorted(set(given) - known)
         if missing:
             raise ConfigError(
@@ -132,12 +135,16 @@ class RunConfig:
             )
         try:
             return Seq2SeqTrainingArguments(**given)
-        except (ValueError, ImportError) as e:
-            raise ConfigError(f"transformers refuses the training arguments: {e}") from e
+        except (ValueError, TypeError, OverflowError, ImportError) as e:
+            what = str(e) if len(str(e)) < 500 else f"{str(e)[:400]}..."
+            raise ConfigError(f"transformers refuses the training arguments: {what}") from e
 
     def reporting_environment(self) -> dict[str, str]:
-        """Environment variables by which transformers' reporting integrations learn what their keys
-        say. Nothing is set here.
+        """Environment variables by which transformers' reporting integrations, and the hub's own
+        library, learn what their keys say. Nothing is set here.
+
+        The token for uploads goes this way because transformers would write it, as one of its
+        arguments, into every checkpoint.
         """
         out, o = {"TENSORBOARD_LOGGING_DIR": self.output.logging_dir}, self.output
         if o.use_swanlab or "swanlab" in (self.hf.get("report_to") or ()):
@@ -147,4 +154,5 @@ class RunConfig:
                 "SWANLAB_MODE": o.swanlab_mode,
             }
             out |= {"SWANLAB_API_KEY": o.swanlab_api_key, "SWANLAB_LOG_DIR": o.swanlab_logdir}
+        out["HF_TOKEN"] = self.trainer.hub_token
         return {name: value for name, value in out.items() if value is not None}

@@ -8,12 +8,11 @@ from typing import Any
 import yaml
 
 from longfactory.config.arguments import GROUPS
-from longfactory.config.fields import keys_of
+from longfactory.config.fields import is_secret, keys_of
 from longfactory.config.read import EXPONENT
 from longfactory.config.run import RunConfig
 from longfactory.config.stage_facts import STAGES
 
-SECRET = ("hf_hub_token", "hub_token", "swanlab_api_key")
 OURS = ("resume_from_checkpoint",)
 """Trainer keys that are found anew at each start, so left out of the YAML."""
 
@@ -25,9 +24,18 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789."))
 
 
+def _escaped(value: Any) -> Any:
+    """Texts so that our reader takes ${...} in them for text."""
+    if isinstance(value, str):
+        return value.replace("${", r"\${")
+    if isinstance(value, (list, tuple)):
+        return [_escaped(x) for x in value]
+    return {k: _escaped(x) for k, x in value.items()} if isinstance(value, dict) else value
+
+
 def _dump(values: dict[str, Any]) -> str:
     return yaml.dump(
-        values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120
+        _escaped(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120
     ).rstrip()
 
 
@@ -40,13 +48,13 @@ def resolved(cfg: RunConfig, world_size: int | None = None) -> str:
     for group, cls in GROUPS.items():
         for name, key in keys_of(cls).items():
             value = getattr(getattr(cfg, group), name)
-            if name in SECRET or name == "dry_run":
+            if is_secret(name) or name == "dry_run":
                 continue
             (defaults if value == key.default else chosen)[name] = (
                 list(value) if isinstance(value, tuple) else value
             )
     for name, value in cfg.hf.items():
-        if name not in SECRET and name not in OURS:
+        if not is_secret(name) and name not in OURS:
             chosen[name] = value
     parts = ["\n".join(f"# {line}" for line in arithmetic(cfg, world_size))]
     parts += [_dump(chosen)]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from longfactory.config.arguments import GROUPS
-from longfactory.config.fields import Key, coerce, keys_of
+from longfactory.config.fields import SHOWN, Key, coerce, is_secret, keys_of, plain, shown, told
 from longfactory.config.other_keys import (
     ALIASES,
     ELSEWHERE,
@@ -94,8 +94,8 @@ def rename(values: Mapping[str, Any]) -> dict[str, Any]:
             value = out[new] if value is None else value
         if new in out and out[new] is not None and _read(new, out[new]) != _read(new, value):
             raise ConfigError(
-                f"{came_from[new]} and {name} are the same key with different values ({out[new]!r},"
-                f" {value!r}). Keep one."
+                f"{came_from[new]} and {name} are the same key with different values"
+                f" ({told(new, out[new])}, {told(new, value)}). Keep one."
             )
         out[new] = value
         came_from[new] = name
@@ -137,8 +137,10 @@ def known(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[st
         if name.lower() in ELSEWHERE:
             lines.append(f"There is no key {name}. Use {ELSEWHERE[name.lower()]}.")
             continue
-        near = difflib.get_close_matches(name, sorted(KNOWN), n=1, cutoff=0.7)
-        lines.append(f"There is no key {name}." + (f" Did you mean {near[0]}?" if near else ""))
+        near = difflib.get_close_matches(name[:SHOWN], sorted(KNOWN), n=1, cutoff=0.7)
+        lines.append(
+            f"There is no key {plain(name)}." + (f" Did you mean {near[0]}?" if near else "")
+        )
     rest = {k: v for k, v in values.items() if k not in unknown}
     if os.environ.get("ALLOW_EXTRA_ARGS", "0").lower() in ("1", "true", "y"):
         return rest, [f"{line} It is left out (ALLOW_EXTRA_ARGS)." for line in lines], []
@@ -160,18 +162,25 @@ def drop_others(values: dict[str, Any]) -> list[str]:
             value = _harmful_entries(value, other)
         if _harmless(value, other):
             continue
-        shown = str(value).lower() if isinstance(value, bool) else value
+        what = _written(name, value)
         if name in NO_EFFECT:
-            notes.append(f"{name}: {shown} has no effect: {other.sentence}.")
+            notes.append(f"{name}: {what} has no effect: {other.sentence}.")
         else:
-            refusals.append(f"{name}: {shown} is refused: {other.sentence}.")
+            refusals.append(f"{name}: {what} is refused: {other.sentence}.")
     for name, sentences in REFUSED_VALUES.items():
         sentence = sentences.get(str(values.get(name)).lower())
         if sentence is not None:
-            refusals.append(f"{name}: {values[name]} is refused: {sentence}.")
+            refusals.append(f"{name}: {_written(name, values[name])} is refused: {sentence}.")
     if refusals:
         raise ConfigError("\n".join(refusals))
     return notes
+
+
+def _written(name: str, value: Any) -> str:
+    """A value as a person writes it, shortened; a secret's is not shown."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return plain(value) if isinstance(value, str) and not is_secret(name) else told(name, value)
 
 
 def _harmful_entries(value: Any, other: Other) -> Any:
@@ -240,8 +249,8 @@ def turn(values: dict[str, Any]) -> list[str]:
         kwargs = {k: v for k, v in kwargs.items() if k != "use_reentrant"}
     if kwargs:
         raise ConfigError(
-            f"gradient_checkpointing_kwargs: {kwargs} is refused: recomputation is LongFactory's"
-            " own; see memory:"
+            f"gradient_checkpointing_kwargs: {shown(kwargs)} is refused: recomputation is"
+            " LongFactory's own; see memory:"
         )
 
     if given.get("use_unsloth_gc"):
@@ -269,8 +278,8 @@ def turn(values: dict[str, Any]) -> list[str]:
         values.setdefault("sharding", "ddp")
     elif words:
         raise ConfigError(
-            f"fsdp: {' '.join(sorted(words))!r} is not a choice. Use sharding: fsdp2 or sharding:"
-            " ddp."
+            f"fsdp: {shown(' '.join(sorted(words)))} is not a choice. Use sharding: fsdp2 or"
+            " sharding: ddp."
         )
 
     if str(values.get("train_sampling_strategy")).lower() == "sequential":

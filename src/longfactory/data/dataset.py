@@ -58,5 +58,10 @@ class TokenizedDataset:
             return self._sample(i)
         return [d for e in self.bins[i].tolist() for d in self._sample(e)]
 
+    def where(self, sample: int) -> tuple[str, int]:
+        """The data set, as a message names it, and the row (from 0) of the sample with a number."""
+        store, i = self.stores[int(self.entries[sample, 0])], int(self.entries[sample, 1])
+        return f"data set {store.meta['name']!r}", int(store.rows[i])
+
     def _sample(self, e: int) -> list[TokenizedDocument]:
         return self.kind.documents(self.stores, self.entries[e], self.rules, e)

@@ -17,16 +17,27 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from longfactory.data import limits
 from longfactory.data.errors import BadRow
 from longfactory.data.formats import THOUGHTS, Conversation, content_text
 from longfactory.data.template import Message, Piece
 from longfactory.data.tokens import PieceTokenizer
 from longfactory.errors import DataError
 
+MOST_LATE = 3
+"""Renderings that may take too much before the run ends."""
 NOT_AT_PROMPT = "the chat template's answer does not begin where its generation prompt ends"
+
+
+def _texts(templates: Any) -> list[str]:
+    """The texts in what a tokenizer may hold in place of one chat template."""
+    if isinstance(templates, str):
+        return [templates]
+    inner = templates.values() if isinstance(templates, dict) else templates or ()
+    return [text for x in inner for text in _texts(x)]
 
 
 class _Rewritten(BadRow):
@@ -56,6 +67,8 @@ class ChatTemplate:
         self.enable_thinking = True
         self.thinking = False
         self.prefix: tuple[Piece, ...] = ()
+        self.late = 0
+        self._refuse_endless()
         self.marks = re.search(r"\{%-?\s*generation\s*-?%\}", self.text) is not None
         self.texts, self.parts = self._try_contents()
         self.string_arguments, self.needs_content = self._try_calls()
@@ -63,6 +76,22 @@ class ChatTemplate:
 
     def __repr__(self) -> str:
         return f"ChatTemplate({self.text!r}, {self.default_system!r}, {self.options!r})"
+
+    def _refuse_endless(self) -> None:
+        """
+        Raises:
+            DataError: rendering one short conversation does not end.
+        """
+        texts = self.tokenizer.chat_template
+        for text in _texts(texts):
+            limits.refuse_powers(text)
+        probe = [{"role": "user", "content": "some probe"}]
+        render = self.tokenizer.apply_chat_template
+        if not limits.ends_apart(lambda: render(probe, tokenize=False, **self.options)):
+            raise DataError(
+                f"The chat template takes longer than {limits.SECONDS:g} s for one short message."
+                " Name a template with `template:`."
+            )
 
     def thought(self) -> str:
         return ""
@@ -188,18 +217,15 @@ class ChatTemplate:
         return re.search(rf"\b{re.escape(key)}\b", self.text) is not None
 
     def _apply(self, shown: list[dict[str, Any]], tools: Any, answer_next: bool) -> str:
-        import jinja2
-
-        try:
-            text = self.tokenizer.apply_chat_template(
+        text = self._limited(
+            lambda: self.tokenizer.apply_chat_template(
                 shown,
                 tools=tools,
                 add_generation_prompt=answer_next,
                 tokenize=False,
                 **self.options,
             )
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError) as e:
-            raise BadRow(f"the chat template refuses the conversation: {e}") from None
+        )
         for message in shown:
             for call in message.get("tool_calls") or ():
                 if str(call["function"].get("name")) not in text:
@@ -208,6 +234,28 @@ class ChatTemplate:
                         " with `template:`"
                     )
         return text
+
+    def _limited(self, render: Callable[[], Any]) -> Any:
+        """What `render` returns.
+
+        Raises:
+            BadRow: the chat template refuses the conversation, or takes too much.
+            DataError: it takes too much again and again.
+        """
+        try:
+            with limits.limited():
+                return render()
+        except limits.TooMuch as e:
+            self.late += 1
+            if self.late >= MOST_LATE:
+                raise DataError(
+                    f"The chat template took too much for {self.late} conversations; of the last"
+                    f" one: {e}. Name a template with `template:`."
+                ) from None
+            raise BadRow(f"the chat template takes too much: {e}") from None
+        except Exception as e:  # whatever a template may do with a conversation
+            what = " ".join(str(e).split()) or type(e).__name__
+            raise BadRow(f"the chat template refuses the conversation: {what}") from None
 
     def _try_calls(self) -> tuple[bool, bool]:
         """Whether the template writes the arguments of calls as they come, so that only a JSON
@@ -292,13 +340,15 @@ class ChatTemplate:
         whole = self._apply(shown, described, False)
         template = self.tokenizer.get_chat_template(None, described)
         shown = [{k: v for k, v in m.items() if v is not None} for m in shown]
-        texts, spans = render_jinja_template(
-            [shown],
-            tools=described,
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            add_generation_prompt=False,
-            **(self.tokenizer.special_tokens_map | self.options),
+        texts, spans = self._limited(
+            lambda: render_jinja_template(
+                [shown],
+                tools=described,
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                add_generation_prompt=False,
+                **(self.tokenizer.special_tokens_map | self.options),
+            )
         )
         if texts[0] != whole:
             return []

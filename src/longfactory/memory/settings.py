@@ -141,9 +141,11 @@ class MemoryArguments:
         " host memory until the backward pass needs them.",
     )
     mlp_chunk: int | Literal["auto"] = _key(
-        "auto", "Tokens of a sequence that pass an MLP at once; 0 for all.", low=0
+        "auto", "Tokens of a sequence that pass an MLP at once; 0 for all.", low=0, high=10**9
     )
-    segment_layers: int | Literal["auto"] = _key("auto", "Layers between two checkpoints.", low=1)
+    segment_layers: int | Literal["auto"] = _key(
+        "auto", "Layers between two checkpoints.", low=1, high=10**4
+    )
     optimizer_placement: Literal["auto", "gpu", "host"] = _key(
         "auto", "Where the optimizer's state lives."
     )
@@ -155,4 +157,6 @@ class MemoryArguments:
     optimizer_overlap: bool = _key(
         False, "AdamW on the host updates weights while backward runs. Needs max_grad_norm: 0."
     )
-    logprob_chunk: int | Literal["auto"] = _key("auto", "Tokens whose logits exist at once.", low=1)
+    logprob_chunk: int | Literal["auto"] = _key(
+        "auto", "Tokens whose logits exist at once.", low=1, high=10**9
+    )

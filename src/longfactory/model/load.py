@@ -6,13 +6,16 @@ import dataclasses
 import importlib.util
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from longfactory import hub
 from longfactory.errors import UserError
+from longfactory.memory.optimizer import local
 from longfactory.model.source import Source, read_source
 from longfactory.sp import hf, text_model
 
@@ -242,6 +245,7 @@ def load_model(
             f"{args.model_name_or_path} could not be loaded: {reason(error, path)}"
         ) from error
     _refuse_missing(args, model, found)
+    refuse_no_numbers(model.named_parameters(), args.model_name_or_path)
     if quantization is not None:
         _keep_trainable(model)
     if "gguf_file" in extra:
@@ -321,6 +325,42 @@ def _refuse_missing(args: Any, model: Any, found: Any) -> None:
             f" which {type(model).__name__} needs: they would be random. Check that all of its"
             " files are there and that `architectures` in its config.json is right."
         )
+
+
+def refuse_no_numbers(named: Iterable[tuple[str, Tensor]], source: str) -> None:
+    """Refuses weights that hold NaN or Inf.
+
+    Each is read once more, for its least and greatest number: 30 GB/s on two cores, half a second
+    for seven billion in bf16, without a copy. What this process does not hold (FSDP2: the first one
+    of a host reads the files) is not looked at.
+
+    Args:
+        named: names and tensors, on any device.
+        source: what they were read from, for the message.
+    Raises:
+        UserError: with the tensors' names.
+    """
+    bad = [name for name, weight in named if not _finite(getattr(weight, "ds_tensor", weight))]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise UserError(
+            f"{source}: the weights {', '.join(bad[:3])}{more} hold NaN or Inf, as they were read"
+            " (in the run's precision). The files are damaged, were saved by a run that had"
+            " diverged, or hold numbers beyond fp16. Use another checkpoint."
+        )
+
+
+def _finite(weight: Tensor) -> bool:
+    """Whether all numbers of a tensor, or of this rank's part of it, are finite."""
+    if hasattr(weight, "quant_state"):
+        return True  # bits of quantised numbers, stored as some type of numbers
+    here = local(weight.detach())
+    if here.is_meta or not here.numel() or not here.is_floating_point():
+        return True
+    if here.element_size() == 1:  # fp8, whose least and greatest numbers torch does not compute
+        here = here.to(torch.float32)
+    least, greatest = torch.aminmax(here)
+    return bool(torch.isfinite(least) & torch.isfinite(greatest))
 
 
 def source_of(model: Any, args: Any) -> Source:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from longfactory.data import limits
 from longfactory.data.template import Message
 from longfactory.data.tokens import PieceTokenizer
 from longfactory.errors import UserError
@@ -63,9 +64,16 @@ def prompt(cfg: RunConfig, tokenizer: Any, messages: list[dict[str, str]]) -> li
             if cfg.data.enable_thinking is None
             else {"enable_thinking": cfg.data.enable_thinking}
         )
-        text = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, **extra
-        )
+        try:
+            with limits.limited():
+                text = tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, tokenize=False, **extra
+                )
+        except Exception as error:  # whatever a template may do with a conversation
+            raise UserError(
+                f"The chat template refuses the conversation: {error}. Name a template with"
+                " template:"
+            ) from error
         return tokenizer.encode(text, add_special_tokens=False)
     template = named_template(cfg, tokenizer)
     said = [

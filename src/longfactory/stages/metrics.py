@@ -32,6 +32,12 @@ class MetricSums:
             )
             self._sums[name] = self._sums[name] + entry if name in self._sums else entry
 
+    def copy(self) -> MetricSums:
+        """What has been added so far; the sums themselves are never changed in place."""
+        copy = MetricSums()
+        copy._sums = dict(self._sums)
+        return copy
+
     def means(self, dp_sum: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, float]:
         """Reduces over the data-parallel groups (one collective, entered by all ranks alike),
         empties itself and returns the means.

@@ -458,6 +458,9 @@ def build_model(
     except ValueError as error:  # a model that cannot be exact
         raise UserError(str(error)) from error
     model = adapters.apply_finetuning(model, cfg.method, cfg.model, resized=grew)
+    if cfg.model.adapter_name_or_path:
+        read = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
+        load.refuse_no_numbers(read, ", ".join(cfg.model.adapter_name_or_path))
     chunk = None if cfg.memory.logprob_chunk == "auto" else cfg.memory.logprob_chunk
     head: TokenValues | TokenLogprobs
     if stage.output == "values":
@@ -551,6 +554,7 @@ def make_trainer(
         make_optimizer=optimizer_factory(cfg, memory),
         log_tokens=cfg.log_tokens,
         source=source,
+        on_nan=cfg.method.on_nan,
         train_dataset=datasets.train,
         eval_dataset=eval_sets,
         processing_class=tokenizer,

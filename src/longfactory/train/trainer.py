@@ -16,7 +16,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -45,6 +45,7 @@ from longfactory.stages.metrics import Metrics, MetricSums
 from longfactory.train.contracts import check_trainer
 from longfactory.train.embedding_noise import noisy_embeddings, token_keys, token_scales
 from longfactory.train.loader import Collate, RowSampler, empty_row, make_loader
+from longfactory.train.numbers import LoggedSteps, Numbers
 from longfactory.train.optimizers import one_dtype_each
 from longfactory.train.output import finish_save, reported, save_value_head
 from longfactory.train.reference import Reference, as_reference
@@ -72,6 +73,7 @@ class RowTrainer(Trainer):
             host), or None.
         log_tokens: count input tokens and log throughput.
         source: the checkpoint that was loaded: what is saved gets all that it has.
+        on_nan: what a loss or gradient that is NaN or Inf does: "stop" or "skip".
     """
 
     # compute_loss divides by N: the Trainer must not divide by accumulation steps
@@ -91,6 +93,7 @@ class RowTrainer(Trainer):
         make_optimizer: Callable[[nn.Module, Any], torch.optim.Optimizer] | None = None,
         log_tokens: bool = False,
         source: Source | None = None,
+        on_nan: Literal["stop", "skip"] = "stop",
         **kwargs: Any,
     ):
         self.ctx, self.stage = ctx, stage
@@ -115,6 +118,10 @@ class RowTrainer(Trainer):
         if hasattr(self.model, "num_parameters"):
             self.parameter_count = self.model.num_parameters(exclude_embeddings=True)
         self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        self.numbers = Numbers(
+            on_nan, self._where, lambda: getattr(self.accelerator, "scaler", None) is not None
+        )
+        self._logged = LoggedSteps()
 
     # ---- data ------------------------------------------------------------------------------------
 
@@ -215,6 +222,13 @@ class RowTrainer(Trainer):
             except StopIteration:
                 break
         rows = [b["row"] for b in batches]
+        self.numbers.begin(rows)
+        if self.numbers.on_nan == "skip":
+            loss = getattr(self, "_tr_loss", None)
+            self._logged.before = (
+                None if loss is None else loss.clone(),
+                self._train_metrics.copy(),
+            )
         counts = torch.tensor(
             [sum(self.stage.count_items(r) for r in rows), sum(r.real_tokens for r in rows)],
             dtype=torch.float64,
@@ -389,11 +403,10 @@ class RowTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         optimizer, last = self._split_adamw(), self.accelerator.sync_gradients
-        if optimizer is None:
-            return super().training_step(*args, **kwargs)
-        with optimizer.during_backward(last):
+        with contextlib.nullcontext() if optimizer is None else optimizer.during_backward(last):
             loss = super().training_step(*args, **kwargs)
-        if self.args.gradient_accumulation_steps > 1:
+        self.numbers.add(loss)
+        if optimizer is not None and self.args.gradient_accumulation_steps > 1:
             optimizer.accumulate(last=last)
         return loss
 
@@ -407,11 +420,30 @@ class RowTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         optimizer = self._split_adamw()
-        return (
-            super()._get_grad_norm(model, grad_norm)
-            if optimizer is None or grad_norm is not None
-            else optimizer.clip(math.inf)
-        )
+        if optimizer is None or grad_norm is not None:
+            grad_norm = super()._get_grad_norm(model, grad_norm)
+        else:
+            grad_norm = optimizer.clip(math.inf)
+        self._logged.all += 1
+        if not self.numbers.may_update(self.state.global_step + 1, grad_norm, model):
+            self._skip_update()
+        return grad_norm
+
+    def _skip_update(self) -> None:
+        """Leaves out the update of this step: without gradients no optimizer changes a weight or a
+        state. Its loss and metrics are not in what is logged.
+        """
+        assert self.optimizer is not None
+        self.optimizer.zero_grad()
+        loss, self._train_metrics = self._logged.before
+        if loss is not None:
+            self._tr_loss = loss
+        self._logged.skipped += 1
+
+    def _where(self, sample: int) -> tuple[str, int]:
+        """Data set and row of a training sample; of a stream, which sample it is."""
+        where = getattr(self.train_dataset, "where", None)
+        return ("the stream", sample) if where is None else where(sample)
 
     # ---- evaluation ------------------------------------------------------------------------------
 
@@ -472,6 +504,7 @@ class RowTrainer(Trainer):
             return  # of no steps
         if "loss" in logs:
             logs.update(self._train_metrics.means(self._sum_over_groups))
+        self._logged.correct(logs, self.numbers.skipped)
         if self.log_tokens:
             self.state.num_input_tokens_seen = int(self._tokens)
             logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen

@@ -148,7 +148,6 @@ def quiet(cfg: RunConfig, folder: str, rows: int) -> RunConfig:
         "disable_tqdm": True,
         "logging_strategy": "steps",
         "logging_steps": 1,
-        "logging_nan_inf_filter": False,
     }
     keys |= {
         "max_steps": MOST_SCALED_STEPS if cfg.trainer.fp16 else 1,
