@@ -4,7 +4,8 @@ attention.
     python benchmarks/_matrix_reference.py JOBS.json RESULTS.jsonl
 
 Reads cases ({family, stage, finetuning, precision, yaml}) and appends a line for each: loss and
-gradient norm of every step. Only the documents (token ids and labels) come from LongFactory; model,
+gradient norm of every step. With `jitter: n` the embeddings are moved at random (seed n) by up to
+half of a rounding of the precision, which tells how far two computations in it may be apart. Only the documents (token ids and labels) come from LongFactory; model,
 adapters, losses, precision and optimizer are written out here.
 """
 
@@ -161,6 +162,16 @@ class Model:
         hook.remove()
         return self.value(kept[0][0, -1].float())[0].double()
 
+    def jitter(self, seed: int) -> None:
+        """From now on embeddings are moved by up to half of a rounding, at random."""
+        noise = torch.Generator(self.device).manual_seed(seed)
+
+        def move(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            step = torch.rand(output.shape, generator=noise, device=output.device) * 2 - 1
+            return output * (1 + step * torch.finfo(self.dtype).eps / 2).to(output.dtype)
+
+        self.model.get_input_embeddings().register_forward_hook(move)
+
     @contextlib.contextmanager
     def as_reference(self, other: Model | None) -> Iterator[Model]:
         """The model before training: the adapter off, or a second model."""
@@ -229,6 +240,9 @@ def train(case: dict[str, Any], device: str) -> dict[str, list[float]]:
     model = Model(*arguments)
     needs_other = case["stage"] in ("dpo", "kto") and not model.adapted
     other = Model(*arguments) if needs_other else None
+    if case.get("jitter"):
+        for moved in (model, *([other] if other is not None else [])):
+            moved.jitter(case["jitter"])
     trained = model.trained()
     masters = [p.detach().float().requires_grad_() for p in trained]
     wide = case["precision"] == "bf16_weights"
@@ -278,6 +292,7 @@ def main() -> None:
             found = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
         found["seconds"] = round(time.time() - begun, 1)
         about = {k: case[k] for k in ("family", "model", "stage", "finetuning", "precision")}
+        about |= {"jitter": case.get("jitter", 0)}
         with open(results, "a") as out:
             out.write(json.dumps({**about, **found}) + "\n")
         numbers = " ".join(f"{x:.6g}" for x in found.get("loss", [math.nan]))

@@ -45,6 +45,13 @@ def test_the_loops_own_error_is_the_measure(ours: float, verdict: str) -> None:
     assert matrix.compare(row(ours), row(7.0), row(7.01))[0] == verdict
 
 
+def test_loops_with_moved_embeddings_widen_what_one_loop_allows() -> None:
+    moved = [{**row(7.0), "loss": [7.0, 7.1, 7.0]}]
+    assert matrix.compare(row(7.2), row(7.0), row(7.01), moved)[0] == "same"
+    assert matrix.compare(row(7.4), row(7.0), row(7.01), moved)[0] == "DIFFERENT"
+    assert matrix.compare(row(7.2), row(7.0), row(7.01), [{"error": "memory"}])[0] == "DIFFERENT"
+
+
 def test_numbers_that_are_not_finite_or_missing_are_no_success() -> None:
     assert matrix.compare(row(float("nan")), row(7.0), row(7.01))[0].startswith("loss is [nan")
     assert matrix.compare(row(float("nan")), row(7.0), row(float("nan")))[0] == matrix.NOT_FINITE
