@@ -15,6 +15,7 @@ between.
 from __future__ import annotations
 
 import enum
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,6 +34,7 @@ from .backends import start
 from .backends.request import Request
 from .collectives import shard
 from .context import SequenceParallel
+from .hooks import ModelHooks
 from .plan import RowPlan
 
 ATTENTION = "longfactory"
@@ -52,6 +54,10 @@ _WITHOUT_EFFECT = frozenset(
 )
 _NOT_ROUTED = "its attention does not pass through transformers' attention registry"
 DROPOUT_KEYS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
+
+
+_hooks: weakref.WeakKeyDictionary[nn.Module, ModelHooks] = weakref.WeakKeyDictionary()
+"""Of the models that were prepared."""
 
 
 class _Absent(enum.Enum):
@@ -332,22 +338,25 @@ def prepare(model: PreTrainedModel, ctx: SequenceParallel) -> None:
         raise ValueError(
             f"Models of type {config.model_type} cannot be trained here: {_NOT_ROUTED}."
         )
+    hooks = _hooks.setdefault(inner, ModelHooks())
     for module in inner.modules():
-        if isinstance(module, PreTrainedModel) and not hasattr(module, "sp_attached"):
-            module.sp_attached = True  # type: ignore[assignment]
-            module.register_forward_pre_hook(_attach, with_kwargs=True)
-        if (
-            getattr(module, "attn_temperature_tuning", False)
-            and hasattr(module, "floor_scale")
-            and not hasattr(module, "sp_tuned")
-        ):
-            module.sp_tuned = True
-            module.register_forward_pre_hook(_tuning_off, with_kwargs=True)
-            module.register_forward_hook(_tuning_on, always_call=True)
-    rope.prepare(inner)
-    hybrid.prepare(inner, ctx)
+        if isinstance(module, PreTrainedModel):
+            hooks.before(module, _attach)
+        if _tunes_by_index(module):
+            hooks.before(module, _tuning_off)
+            hooks.after(module, _tuning_on, always=True)
+    rope.prepare(inner, hooks)
+    hybrid.prepare(inner, ctx, hooks)
     if ctx.heads is None and (heads := getattr(config, "num_attention_heads", None)):
         ctx.set_heads(heads, getattr(config, "num_key_value_heads", None))
+
+
+def release(model: nn.Module) -> None:
+    """Takes off what `prepare` has put on a model: it computes as transformers' own again, once it
+    is given an attention of transformers' (`set_attn_implementation`).
+    """
+    if (hooks := _hooks.pop(unwrap(model), None)) is not None:
+        hooks.remove()
 
 
 def check(model: PreTrainedModel) -> None:
@@ -457,6 +466,16 @@ def _attach(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         positions.sp_plan = plan  # type: ignore[attr-defined]
 
 
+def _tunes_by_index(module: nn.Module) -> bool:
+    """Whether this is an attention layer of Llama 4's, with the temperature on. Asked of the
+    configuration: the layer's own flag is off while it runs.
+    """
+    config = getattr(module, "config", None)
+    return hasattr(module, "floor_scale") and bool(
+        getattr(config, "attn_temperature_tuning", False)
+    )
+
+
 def _tuning_off(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
     """Llama 4 scales queries by their index in the tensor, which in a shard is not their position:
     `attention` does it instead.
@@ -473,7 +492,7 @@ def _temperature(module: nn.Module, plan: RowPlan, device: torch.device) -> Tens
     """[T/n] factors of the queries, from positions in the document; None where the layer has
     none.
     """
-    if not getattr(module, "sp_tuned", False) or module.use_rope:
+    if not _tunes_by_index(module) or module.use_rope:
         return None
     steps = torch.floor((rope.positions(plan, device).float() + 1.0) / module.floor_scale)
     return torch.log1p(steps) * module.attn_scale + 1.0

@@ -13,7 +13,6 @@ rank is that of T tokens of H/n heads.
 from __future__ import annotations
 
 import sys
-import types
 import weakref
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from . import probe
 from .collectives import all_to_all
 from .context import SequenceParallel
+from .hooks import ModelHooks
 from .layout import Segment
 from .plan import RowPlan
 
@@ -70,14 +70,14 @@ def unsupported(config: Any) -> str | None:
     return None
 
 
-def prepare(model: nn.Module, ctx: SequenceParallel) -> None:
+def prepare(model: nn.Module, ctx: SequenceParallel, hooks: ModelHooks) -> None:
     """Gives every gated delta net its forward over the exchange of heads.
 
     Raises:
         ValueError: its key heads do not divide by the size of the sequence-parallel group.
     """
     for module in model.modules():
-        if type(module).__name__ not in GATED_DELTA_NETS or hasattr(module, "sp_forward"):
+        if type(module).__name__ not in GATED_DELTA_NETS:
             continue
         if module.num_k_heads % ctx.size:
             raise ValueError(
@@ -85,17 +85,16 @@ def prepare(model: nn.Module, ctx: SequenceParallel) -> None:
                 f" over sequence_parallel_size {ctx.size}. Use a size that divides"
                 f" {module.num_k_heads}."
             )
-        module.sp_forward = module.forward  # its own, for calls without a plan
-        module.forward = types.MethodType(_forward, module)
+        hooks.replace_forward(module, _forward)
 
 
 def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Replaces the forward of a gated delta net on the instance. Without a plan: its own
-    forward.
+    """Replaces the forward of a gated delta net on the instance. Without a plan: that of its
+    class.
     """
     plan: RowPlan | None = kwargs.get("sp_plan")
     if plan is None:
-        return self.sp_forward(hidden_states, *args, **kwargs)
+        return type(self).forward(self, hidden_states, *args, **kwargs)
     if kwargs.get("attention_mask") is not None or kwargs.get("cache_params") is not None or args:
         raise ValueError(
             f"{type(self).__name__}: masks and caches are not supported. Call the model with"

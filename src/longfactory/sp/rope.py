@@ -15,12 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from . import probe
+from .hooks import ModelHooks
 from .layout import ancestors_length
 from .plan import RowPlan
 
 _positions: weakref.WeakKeyDictionary[RowPlan, dict[torch.device, Tensor]] = (
     weakref.WeakKeyDictionary()
 )
+
+_longer: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Embeddings that are being given one position more, until they return."""
 
 
 def longest_document(plan: RowPlan) -> int:
@@ -46,13 +50,12 @@ def positions(plan: RowPlan, device: torch.device) -> Tensor:
     return held[device]
 
 
-def prepare(model: nn.Module) -> None:
+def prepare(model: nn.Module, hooks: ModelHooks) -> None:
     """Hooks every rotary embedding that depends on the length. Others are left alone."""
     for module in model.modules():
-        if _kinds(module) and not hasattr(module, "sp_hooked"):
-            module.sp_hooked = True
-            module.register_forward_pre_hook(_add_last_position, with_kwargs=True)
-            module.register_forward_hook(_drop_last_position)
+        if _kinds(module):
+            hooks.before(module, _add_last_position)
+            hooks.after(module, _drop_last_position)
 
 
 def depends_on_length(model: nn.Module) -> bool:
@@ -71,9 +74,10 @@ def _add_last_position(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     positions: Tensor = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
     plan: RowPlan | None = getattr(positions, "sp_plan", None)
-    module._sp_row = plan is not None  # type: ignore[assignment]
+    _longer.discard(module)
     if plan is None:
         return None
+    _longer.add(module)
     longest = longest_document(plan)
     if (seen := probe.current()) is not None:
         seen.rows.add(longest)
@@ -88,9 +92,9 @@ def _add_last_position(
 
 
 def _drop_last_position(module: nn.Module, args: Any, output: Any) -> Any:
-    if not module._sp_row:
+    if module not in _longer:
         return None
-    module._sp_row = False  # type: ignore[assignment]
+    _longer.discard(module)
     return tuple(x[:, :-1] for x in output) if isinstance(output, tuple) else output[:, :-1]
 
 
