@@ -8,6 +8,12 @@ _.on_log
 _.on_pre_optimizer_step
 _.on_step_begin
 _.on_step_end
+_.on_train_end
+_.on_prediction_step
+_.on_save
+_.on_epoch_begin
+_.on_epoch_end
+_.on_substep_end
 _.compute_loss
 _.floating_point_ops
 _.get_batch_samples

@@ -159,7 +159,7 @@ def test_only_the_first_process_speaks(
 ) -> None:
     waits: list[float] = []
     monkeypatch.setattr(cli.time, "sleep", waits.append)
-    monkeypatch.setattr(launch, "die_with_parent", lambda: None)
+    monkeypatch.setattr(cli, "die_with_parent", lambda: None)
     for rank in ("0", "1"):
         monkeypatch.setenv("LOCAL_RANK", rank)
         monkeypatch.setenv("RANK", rank)
@@ -178,10 +178,10 @@ def test_a_worker_does_not_start_workers(monkeypatch: pytest.MonkeyPatch) -> Non
 
     ran: list[object] = []
     module = types.ModuleType("longfactory.train.run")
-    module.run = ran.append  # type: ignore[attr-defined]
+    module.run = lambda cfg, watch: ran.append(cfg)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "longfactory.train.run", module)
-    monkeypatch.setattr(launch, "die_with_parent", lambda: None)
-    monkeypatch.setattr(launch, "torchrun", lambda words: pytest.fail("started again"))
+    monkeypatch.setattr(cli, "die_with_parent", lambda: None)
+    monkeypatch.setattr(launch, "start", lambda *words, **limits: pytest.fail("started again"))
     for name, value in (
         ("LOCAL_RANK", "0"),
         ("RANK", "0"),
@@ -193,16 +193,23 @@ def test_a_worker_does_not_start_workers(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(ran) == 1
 
 
-def test_several_processes_go_through_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[list[str]] = []
+def test_several_processes_go_through_torchrun(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls: list[tuple[str, list[str], int]] = []
+    out = tmp_path / "out"
+
+    def start(module: str, argv: list[str], local: int, **limits: object) -> int:
+        calls.append((module, argv, local))
+        assert (out / "_longfactory.lock").is_file()
+        return 5
+
     monkeypatch.setattr(launch, "device_count", lambda: 0)
-    monkeypatch.setattr(launch, "torchrun", lambda words: calls.append(words) or 5)
-    assert cli.main(["train", *RUN, "nproc_per_node=2"]) == 5
-    assert calls[0][0] == "--nproc-per-node=2" and calls[0][-5:] == [
-        "train",
-        *RUN,
-        "nproc_per_node=2",
-    ]
+    monkeypatch.setattr(launch, "start", start)
+    words = [*RUN, f"output_dir={out}", "nproc_per_node=2"]
+    assert cli.main(["train", *words]) == 5
+    assert calls == [("longfactory.cli", ["train", *words], 2)]
+    assert not out.exists()  # it was made for the lock alone
 
 
 @pytest.mark.processes
@@ -211,16 +218,20 @@ def test_an_error_in_two_processes_is_told_once(tmp_path: Path) -> None:
     (tmp_path / "longfactory_failing.py").write_text(
         "import sys, types\n"
         "from longfactory import cli\nfrom longfactory.errors import UserError\n"
-        "def run(cfg): raise UserError('the data set is empty. Give another.')\n"
+        "def run(cfg, watch): raise UserError('the data set is empty. Give another.')\n"
         "module = types.ModuleType('longfactory.train.run'); module.run = run\n"
         "sys.modules['longfactory.train.run'] = module\n"
         f"sys.exit(cli.main(['train', *{RUN!r}]))\n"
     )
     code = (
         "import sys; from longfactory import launch;"
-        " sys.exit(launch.torchrun(launch.torchrun_arguments(2, 'longfactory_failing', [])))"
+        " sys.exit(launch.start('longfactory_failing', [], 2))"
     )
-    env = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]),
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=100
     )

@@ -13,6 +13,7 @@ import pytest
 from longfactory import launch
 from longfactory.config import RunConfig, from_mapping
 from longfactory.errors import UserError
+from longfactory.train.survival import launched
 
 VARIABLES = (
     "NNODES",
@@ -56,7 +57,10 @@ def test_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked(monkeypatch) == [
         "--nproc-per-node=2",
         "--max-restarts=0",
-        "--standalone",
+        "--signals-to-handle=SIGQUIT",
+        "--master-addr=127.0.0.1",
+        "--master-port=29500",
+        "--rdzv-id=attempt-0",
         "--module",
         "module",
         "x.yaml",
@@ -138,12 +142,12 @@ def test_environment_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_process_has_the_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(launch.TOLD, raising=False)
-    assert launch.claim_the_word() and launch.claim_the_word()
-    monkeypatch.setenv(launch.TOLD, str(tmp_path / "told"))
-    assert [launch.claim_the_word() for _ in range(3)] == [True, False, False]
-    monkeypatch.setenv(launch.TOLD, str(tmp_path / "absent" / "told"))
-    assert launch.claim_the_word()
+    monkeypatch.delenv(launched.TOLD, raising=False)
+    assert launched.claim_the_word() and launched.claim_the_word()
+    monkeypatch.setenv(launched.TOLD, str(tmp_path / "told"))
+    assert [launched.claim_the_word() for _ in range(3)] == [True, False, False]
+    monkeypatch.setenv(launched.TOLD, str(tmp_path / "absent" / "told"))
+    assert launched.claim_the_word()
 
 
 WORKER = """
@@ -161,10 +165,13 @@ time.sleep(120)
 def start(folder: Path, end: str) -> subprocess.CompletedProcess[str]:
     (folder / "worker_module.py").write_text(WORKER.format(folder=str(folder), end=end))
     code = (
-        "import sys; from longfactory import launch;"
-        " sys.exit(launch.torchrun(launch.torchrun_arguments(2, 'worker_module', [])))"
+        "import sys; from longfactory import launch; sys.exit(launch.start('worker_module', [], 2))"
     )
-    env = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(folder), *sys.path]),
+        "OMP_NUM_THREADS": "1",
+    }
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=100
     )

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from longfactory import __version__, launch
-from longfactory.errors import UserError
+from longfactory.errors import STOPPED, Stopped, UserError
+from longfactory.processes import die_with_parent
+from longfactory.train.survival import launched
+from longfactory.train.survival.start import begin, take_lock
+from longfactory.train.survival.words import stopped_before_training
 
 if TYPE_CHECKING:
     from longfactory.config import RunConfig
+    from longfactory.train.survival.watch import Watch
 
 USAGE = """\
 LongFactory {version}: post-train language models on sequences of any length.
@@ -55,8 +61,13 @@ Its own keys, which no file holds (docs/verify.md)
 }
 
 
-def train(argv: list[str]) -> int:
-    """`longfactory train`. Returns the exit status."""
+def train(argv: list[str], watch: Watch | None = None) -> int:
+    """`longfactory train`. Returns the exit status.
+
+    Args:
+        argv: the words of the command.
+        watch: of a process that a launcher has started.
+    """
     from longfactory.config import load_config, resolved
     from longfactory.config.checks import processes
     from longfactory.config.show import processes as planned_processes
@@ -84,7 +95,8 @@ def train(argv: list[str]) -> int:
         return status
     from longfactory.train.run import run
 
-    run(cfg)
+    with _watched(watch) as mine:
+        run(cfg, mine)
     return 0
 
 
@@ -116,15 +128,54 @@ def _start(command: str, cfg: RunConfig, argv: list[str]) -> int | None:
             raise UserError("\n".join(problems))
         launch.set_environment(local)
         if launch.needs_torchrun(cfg, local):
-            return launch.torchrun(
-                launch.torchrun_arguments(local, "longfactory.cli", [command, *argv])
-            )
+            with _locked(cfg, command) as locked:
+                return launch.start(
+                    "longfactory.cli",
+                    [command, *argv],
+                    local,
+                    stop_signals=cfg.limits.stop_signals,
+                    grace=cfg.limits.signal_grace,
+                    startup=cfg.limits.startup_timeout,
+                    locked=locked,
+                )
     else:
         launch.set_environment(launch.number("LOCAL_WORLD_SIZE", 1))
     return None
 
 
-def verify(argv: list[str]) -> int:
+@contextlib.contextmanager
+def _locked(cfg: RunConfig, command: str) -> Iterator[bool]:
+    """The output folder is this run's, through restarts of its processes. On the first machine; of
+    an elastic run it is not known which that is, and the first process locks it. Whether it is
+    locked here.
+    """
+    if command != "train" or "RDZV_ID" in os.environ or launch.number("NODE_RANK", 0) != 0:
+        yield False
+        return
+    held = take_lock(cfg.output_dir)
+    if held.note is not None:
+        print(f"note: {held.note}", file=sys.stderr)
+    try:
+        yield True
+    finally:
+        held.release()
+
+
+@contextlib.contextmanager
+def _watched(watch: Watch | None) -> Iterator[Watch | None]:
+    """The watch over the work itself: the one that a worker began with, else a new one."""
+    if watch is not None:
+        yield watch
+        return
+    own = begin()
+    try:
+        yield own
+    finally:
+        if own is not None:
+            own.close()
+
+
+def verify(argv: list[str], watch: Watch | None = None) -> int:
     """Exit status 0 where every gradient is the same, 1 where one is not."""
     from longfactory.config import load_config
 
@@ -145,7 +196,8 @@ def verify(argv: list[str]) -> int:
         return status
     from longfactory.train.verify import verify as compare
 
-    report = compare(cfg, **numbers)
+    with _watched(watch) as mine:
+        report = compare(cfg, watch=mine, **numbers)
     if _rank() == 0:
         print(report.table(), flush=True)
     return 0 if report.exact else 1
@@ -230,7 +282,7 @@ def version(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
+COMMANDS: dict[str, Callable[..., int]] = {
     "train": train,
     "plan": plan,
     "verify": verify,
@@ -240,6 +292,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "version": version,
 }
 READS_KEYS = ("train", "verify", "export", "chat")
+WATCHED = ("train", "verify")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -271,10 +324,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(USAGE.format(version=__version__), end="")
         return 0
+    more: dict[str, Any] = {}
     if launch.is_worker():
-        launch.die_with_parent()
+        die_with_parent()
+        if command in WATCHED:
+            more["watch"] = begin()
+    watch: Watch | None = more.get("watch")
     try:
-        return COMMANDS[command](rest)
+        return COMMANDS[command](rest, **more)
+    except Stopped as stopped:
+        if _rank() == 0 and launched.claim_the_word():
+            why = watch.stop if watch is not None else None
+            print(f"longfactory: {stopped or stopped_before_training(why)}", file=sys.stderr)
+        if watch is not None:
+            watch.all_left()
+        return STOPPED
     except UserError as e:
         if launch.is_on("LONGFACTORY_DEBUG"):
             raise
@@ -287,6 +351,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # while closing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    finally:
+        if watch is not None:
+            watch.close()
 
 
 def _rank() -> int:
@@ -302,7 +369,7 @@ def _tell(message: str) -> None:
         # one.
         time.sleep(3)
         message = f"Process {_rank()}: {message}"
-    if launch.claim_the_word():
+    if launched.claim_the_word():
         print(f"longfactory: {message}", file=sys.stderr, flush=True)
 
 
@@ -315,11 +382,16 @@ def run() -> NoReturn:
     except Exception:
         if not launch.is_worker():
             raise
+        # Where another process has ended, this one's collective fails too, and says less of why.
+        # The launcher is about to end it.
+        launched.wait_for_siblings(3.0)
         traceback.print_exc()
         status = 1
     if status and launch.is_worker():
         sys.stdout.flush()
         sys.stderr.flush()
+        if status == STOPPED and launched.write_status(STOPPED):
+            status = 0  # torchrun would take another one for a failure, and start again
         os._exit(status)
     sys.exit(status)
 

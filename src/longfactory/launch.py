@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import shutil
+import signal
 import sys
 import tempfile
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from longfactory.errors import UserError
+from longfactory.errors import PEER_LOST, STALLED, STOPPED, USER_ERROR, UserError
+from longfactory.processes import state_of
+from longfactory.train.survival import launched
+from longfactory.train.survival.board import ATTEMPT
+from longfactory.train.survival.lock import HOLDER
+from longfactory.train.survival.signals import DEFAULT, StopSignals
+from longfactory.train.survival.words import stopped_before_training
 
 if TYPE_CHECKING:
     from longfactory.config import RunConfig
-
-USER_ERROR = 2
-"""Exit status of a process that has told the user what to put right."""
 
 
 def is_worker() -> bool:
@@ -85,21 +94,41 @@ def set_environment(processes: int) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
 
 
-def torchrun_arguments(local: int, module: str, argv: Sequence[str]) -> list[str]:
+def torchrun_arguments(
+    local: int,
+    module: str,
+    argv: Sequence[str],
+    attempt: int = 0,
+    port: int | None = None,
+    startup: float = 3600.0,
+) -> list[str]:
     """torchrun's own command line, from LLaMA-Factory's environment variables.
 
     NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT place a fixed number of machines; RDZV_ID,
-    MIN_NNODES, MAX_NNODES, MAX_RESTARTS an elastic run.
+    MIN_NNODES, MAX_NNODES, MAX_RESTARTS an elastic run, whose restarts are torchrun's; others are
+    ours (`start`).
+
+    Args:
+        local: processes on this machine.
+        module: what each of them runs, with `argv`.
+        attempt: how often they were started before.
+        port: of the store on this machine (`host_store`), for one machine.
+        startup: seconds to wait for the other machines.
     """
     nodes = number("NNODES", 1)
-    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    restarts = number("MAX_RESTARTS", 0)
-    head = [f"--nproc-per-node={local}", f"--max-restarts={restarts}"]
+    address, given_port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     elastic = os.environ.get("RDZV_ID")
+    restarts = 0 if elastic is None else number("MAX_RESTARTS", 0)
+    # Signals that ask for a stop are ours: torchrun would end the workers, without a save.
+    head = [
+        f"--nproc-per-node={local}",
+        f"--max-restarts={restarts}",
+        "--signals-to-handle=SIGQUIT",
+    ]
     if elastic is not None:
         low, high = os.environ.get("MIN_NNODES"), os.environ.get("MAX_NNODES")
         count = f"{low}:{high}" if low is not None and high is not None else str(nodes)
-        endpoint = f"{address or '127.0.0.1'}:{port or 29500}"
+        endpoint = f"{address or '127.0.0.1'}:{given_port or 29500}"
         head += [
             f"--nnodes={count}",
             f"--rdzv-id={elastic}",
@@ -121,45 +150,231 @@ def torchrun_arguments(local: int, module: str, argv: Sequence[str]) -> list[str
             f"--nnodes={nodes}",
             f"--node-rank={rank}",
             f"--master-addr={address}",
-            f"--master-port={port or 29500}",
+            f"--master-port={given_port or 29500}",
+            f"--rdzv-id=attempt-{attempt}",
+            f"--rdzv-conf=timeout={int(startup)}",
         ]
-    elif port is not None:
-        head += [f"--master-addr={address or '127.0.0.1'}", f"--master-port={port}"]
     else:
-        head += ["--standalone"]
+        head += [
+            f"--master-addr={address or '127.0.0.1'}",
+            f"--master-port={given_port or port or 29500}",
+            f"--rdzv-id=attempt-{attempt}",
+        ]
     return [*head, "--module", module, *argv]
 
 
-TOLD = "LONGFACTORY_TOLD"
-"""Environment variable of the workers: a path that the one who tells the user of an error creates.
-"""
+def start(
+    module: str,
+    argv: Sequence[str],
+    local: int,
+    *,
+    stop_signals: Sequence[str] = DEFAULT,
+    grace: float = 300.0,
+    startup: float = 3600.0,
+    locked: bool = False,
+) -> int:
+    """Starts the run's processes on this machine through torchrun, as often as MAX_RESTARTS allows
+    where one of them fails, and returns an exit status.
 
+    A signal that asks for a stop is passed on to the processes, which save and end by themselves;
+    torchrun would end them after half a minute. The first machine's launcher holds the store by
+    which they find each other: it outlives each of them, and answers a restarted run with nothing
+    old (each attempt has its own names in it).
 
-def claim_the_word() -> bool:
-    """Whether this process is the one that tells the user: the first of a launch that asks, or any
-    where there is no launch of ours.
+    Args:
+        module: what each process runs, with `argv`.
+        local: processes on this machine.
+        stop_signals: names of signals that ask for a stop.
+        grace: seconds from such a signal to the end.
+        startup: seconds to wait for the other machines.
+        locked: this process holds the lock of the output folder.
     """
-    path = os.environ.get(TOLD)
-    if path is None:
-        return True
-    try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-    except OSError as e:
-        return not isinstance(e, FileExistsError)
-    return True
-
-
-def torchrun(arguments: list[str]) -> int:
-    """`_torchrun`, with a word that one of the workers may take."""
-    with tempfile.TemporaryDirectory(prefix="longfactory-") as folder:
-        os.environ[TOLD] = os.path.join(folder, "told")
+    elastic = "RDZV_ID" in os.environ
+    # An elastic run's workers meet at a new store after each restart, which the first of them
+    # holds: torchrun's shared one keeps the keys of the last round, on which the new one fails.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    restarts = 0 if elastic else number("MAX_RESTARTS", 0)
+    remove_stale_folders()
+    with tempfile.TemporaryDirectory(prefix=f"{FOLDER}{os.getpid()}-") as folder:
+        os.environ[launched.TOLD] = os.path.join(folder, "told")
+        if locked:
+            os.environ[HOLDER] = str(os.getpid())
+        launcher = Launcher(Path(folder), stop_signals, grace)
         try:
-            return _torchrun(arguments)
+            store = None if elastic else host_store()
+            for attempt in range(restarts + 1):
+                os.environ[ATTEMPT] = str(attempt)
+                launcher.clear()
+                port = store.port if store is not None else None
+                words = torchrun_arguments(local, module, argv, attempt, port, startup)
+                status = _torchrun(words, launcher)
+                if status in FINAL or launcher.asked is not None:
+                    return status
+                if number("NNODES", 1) > 1 and not elastic:
+                    tell_other_machines(store, attempt, status)
+                if attempt < restarts:
+                    print(
+                        f"longfactory: restart {attempt + 1} of {restarts} (MAX_RESTARTS).",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+            return status
         finally:
-            del os.environ[TOLD]
+            launcher.close()
+            for name in (launched.TOLD, ATTEMPT, HOLDER):
+                os.environ.pop(name, None)
 
 
-def _torchrun(arguments: list[str]) -> int:
+FINAL = (0, USER_ERROR, STOPPED)
+"""Exit statuses after which nothing is started again."""
+FOLDER = "longfactory-"
+
+
+def host_store() -> Any:
+    """The store of a run on this machine, or None where another machine holds it. torchrun and the
+    workers find it by its port; torchrun takes it for its own.
+    """
+    from torch.distributed import TCPStore
+
+    several = number("NNODES", 1) > 1
+    if several and number("NODE_RANK", 0) != 0:
+        return None
+    address = os.environ.get("MASTER_ADDR") or "127.0.0.1"
+    port = number("MASTER_PORT", 29500 if several else 0)
+    try:
+        return TCPStore(address, port, is_master=True, wait_for_workers=False, multi_tenant=True)
+    except RuntimeError as error:
+        raise UserError(
+            f"The run's store cannot be opened at {address}:{port} ({first_line(error)}). Set"
+            " MASTER_PORT to a free port, and MASTER_ADDR to an address of this machine."
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def tell_other_machines(store: Any, attempt: int, status: int) -> None:
+    """The run's processes have failed here: those of other machines need not wait for them."""
+    import json
+    import socket
+    from datetime import timedelta
+
+    from torch.distributed import PrefixStore, TCPStore
+
+    words = f"The run ended on {socket.gethostname()} with status {status}; see its messages."
+    with contextlib.suppress(RuntimeError):
+        if store is None:
+            store = TCPStore(
+                os.environ["MASTER_ADDR"],
+                number("MASTER_PORT", 29500),
+                is_master=False,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=10),
+            )
+        text = json.dumps({"status": PEER_LOST, "words": words})
+        PrefixStore(f"longfactory/{attempt}", store).compare_set("ended", "", text)
+
+
+def remove_stale_folders() -> None:
+    """Folders of launchers that were killed."""
+    for path in Path(tempfile.gettempdir()).glob(f"{FOLDER}*-*"):
+        pid = path.name.removeprefix(FOLDER).split("-")[0]
+        if pid.isdigit() and state_of(int(pid)) is None:
+            with contextlib.suppress(OSError):
+                if path.stat().st_uid == os.getuid():
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+class Launcher:
+    """What the launcher does while torchrun waits for the workers: passes a stop on to them, and
+    ends those that cannot end themselves.
+    """
+
+    def __init__(self, folder: Path, stop_signals: Sequence[str], grace: float):
+        self.folder, self.grace = folder, grace
+        self.asked: int | None = None
+        """The signal that asked for a stop."""
+        self.ended: int | None = None
+        """The signal by which the workers were ended without a save."""
+        self._asked_at = 0.0
+        self._stalled_at: float | None = None
+        self.signals = StopSignals(stop_signals)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="longfactory-launcher", daemon=True)
+        self._thread.start()
+
+    def clear(self) -> None:
+        """Before the workers are started again."""
+        for path in self.folder.iterdir():
+            if path.name != "stop":
+                path.unlink()
+        self._stalled_at = None
+
+    def close(self) -> None:
+        self._closing.set()
+        self.signals.wake()
+        self._thread.join(5)
+        self.signals.close()
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            again = self.signals.wait(0.2)
+            now = time.monotonic()
+            if self.signals.first is not None and self.asked is None:
+                self.asked, self._asked_at = self.signals.first, now
+                launched.ask_to_stop(self.folder, self.asked)
+            if self.asked is not None:
+                overdue = now - self._asked_at > self.grace + 15
+                if again or overdue:
+                    self._end_workers(again)
+                elif now - self._asked_at > 3 and not children():
+                    self._leave_alone()
+            if launched.read_status(self.folder) == STALLED:
+                self._stalled_at = self._stalled_at or now
+                if now - self._stalled_at > 3:
+                    kill(launched.workers(self.folder).values())
+
+    def _end_workers(self, again: bool) -> None:
+        assert self.asked is not None
+        if self.ended is None and launched.read_status(self.folder) is None:
+            why = "A second signal" if again else "signal_grace is over"
+            print(
+                f"longfactory: {why}: the run ends now. Nothing is saved of the steps since the"
+                " last checkpoint.",
+                file=sys.stderr,
+                flush=True,
+            )
+        self.ended = self.asked
+        kill({*launched.workers(self.folder).values(), *children()})
+
+    def _leave_alone(self) -> None:
+        """torchrun waits for other machines and has started nothing: it would go on waiting."""
+        print(f"longfactory: {stopped_before_training(self.asked)}", file=sys.stderr, flush=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os._exit(STOPPED)
+
+
+def children() -> list[int]:
+    """Processes that this one has started and that have not ended."""
+    found = []
+    for path in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += [int(pid) for pid in path.read_text().split()]
+    return [pid for pid in found if state_of(pid) not in (None, "Z", "X")]
+
+
+def kill(pids: Iterable[int]) -> None:
+    """SIGKILL to workers and all that they have started: each has a session of its own."""
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if os.getpgid(pid) == pid:
+                os.killpg(pid, signal.SIGKILL)
+            else:
+                os.kill(pid, signal.SIGKILL)
+
+
+def _torchrun(arguments: list[str], launcher: Launcher) -> int:
     """Runs torchrun in this process, and returns an exit status. When one worker ends with an
     error, the others are ended too.
     """
@@ -173,37 +388,43 @@ def _torchrun(arguments: list[str]) -> int:
             logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         run(parse_args(arguments))
+        failure = None
     except ChildFailedError as e:
         if debug:
             raise
-        rank, failure = e.get_first_failure()
-        status = failure.exitcode
-        if status == USER_ERROR:
-            return USER_ERROR
-        if status < 0:
-            hint = " (killed: often the machine ran out of memory)" if status == -9 else ""
-            print(
-                f"Process {rank} was ended by signal {-status}{hint}; the others were stopped.",
-                file=sys.stderr,
-            )
-            return 128 - status
+        failure = e.get_first_failure()
+    except RuntimeError as e:  # of the store: the first machine is not there
+        if debug or "torch.distributed" not in type(e).__module__ + str(type(e)):
+            raise
         print(
-            f"Process {rank} ended with status {status}; the others were stopped. Its own message"
-            " is above.",
+            f"longfactory: the first machine's store at {os.environ.get('MASTER_ADDR')}:"
+            f"{os.environ.get('MASTER_PORT', 29500)} cannot be reached: {first_line(e)}",
             file=sys.stderr,
         )
+        return PEER_LOST
+    if launcher.ended is not None:
+        return 128 + launcher.ended
+    if (left := launched.read_status(launcher.folder)) is not None:
+        return left
+    if failure is None:
+        return 0
+    rank, status = failure[0], failure[1].exitcode
+    if launcher.asked is not None and status == -launcher.asked:
+        # It had not come so far as to catch the signal.
+        print(f"longfactory: {stopped_before_training(launcher.asked)}", file=sys.stderr)
+        return STOPPED
+    if status in (USER_ERROR, STALLED, STOPPED):
         return status
-    return 0
-
-
-def die_with_parent() -> None:
-    """Ends this worker when its launcher is killed. Without it a killed launcher would leave
-    workers that hold their devices.
-    """
-    if sys.platform != "linux":
-        return
-    import ctypes
-    import signal
-
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if status < 0:
+        hint = " (killed: often the machine ran out of memory)" if status == -9 else ""
+        print(
+            f"Process {rank} was ended by signal {-status}{hint}; the others were stopped.",
+            file=sys.stderr,
+        )
+        return 128 - status
+    print(
+        f"Process {rank} ended with status {status}; the others were stopped. Its own message"
+        " is above.",
+        file=sys.stderr,
+    )
+    return status

@@ -24,7 +24,7 @@ THEIRS = sorted(p for p in FIXTURES.rglob("*.yaml") if p.parent.name != "refused
 OURS = sorted(
     p for p in (ROOT / "examples").rglob("*.yaml") if p.name not in ("export.yaml", "chat.yaml")
 )
-GROUPS = ("model", "data", "method", "parallel", "memory", "generating", "output")
+GROUPS = ("model", "data", "method", "parallel", "limits", "memory", "generating", "output")
 
 BASE: dict[str, Any] = {"model_name_or_path": "m", "dataset": "d", "output_dir": "nowhere/out"}
 

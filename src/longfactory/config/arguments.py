@@ -296,6 +296,43 @@ class ParallelArguments:
     )
 
 
+Signal = Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LimitArguments:
+    """How a run is stopped, and how long a process may stand still. Seconds, of every process."""
+
+    stop_signals: tuple[Signal, ...] = arg(
+        ("SIGTERM", "SIGINT", "SIGUSR1"),
+        "Signals that stop the run: a checkpoint after this step, then exit status 75. A second one"
+        " ends it at once.",
+    )
+    signal_grace: int = arg(
+        300, "Seconds from such a signal to the end of the run, whatever it is doing.", low=1
+    )
+    startup_timeout: int = arg(
+        3600,
+        "Longest time without progress before the first step is done: loading, compiling, waiting"
+        " for other machines.",
+        low=1,
+    )
+    step_timeout: int | None = arg(
+        None,
+        "Longest time without a finished micro-batch; default ddp_timeout, at most 1800.",
+        low=1,
+    )
+    save_timeout: int = arg(3600, "Longest time of a save.", low=1)
+    evaluation_timeout: int = arg(
+        3600, "Longest time without a finished batch of an evaluation or a prediction.", low=1
+    )
+    heartbeat_timeout: int = arg(
+        300,
+        "Longest time without a sign of life from a process: stopped, or its machine is lost.",
+        low=2,
+    )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GeneratingArguments:
     """How text is generated (chat)."""
@@ -360,6 +397,7 @@ GROUPS: dict[str, Any] = {
     "data": DataArguments,
     "method": FinetuningArguments,
     "parallel": ParallelArguments,
+    "limits": LimitArguments,
     "memory": MemoryArguments,
     "generating": GeneratingArguments,
     "output": OutputArguments,

@@ -63,6 +63,9 @@ NO_EFFECT: dict[str, Other] = {
         ("auto",),
         "attention always goes through LongFactory's own kernels; attention_backend chooses among them",
     ),
+    "enable_jit_checkpoint": Other(
+        (False,), "every signal that stops a run saves a checkpoint first (stop_signals)"
+    ),
     "use_reentrant_gc": Other((True, False), "recomputation is done by LongFactory itself"),
     "upcast_layernorm": Other(
         (False,), "norms are computed in float32 whatever the format of their weights"

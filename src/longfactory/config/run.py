@@ -13,6 +13,7 @@ from longfactory.config.arguments import (
     DataArguments,
     FinetuningArguments,
     GeneratingArguments,
+    LimitArguments,
     MemoryArguments,
     ModelArguments,
     OutputArguments,
@@ -35,6 +36,7 @@ class RunConfig:
     data: DataArguments
     method: FinetuningArguments
     parallel: ParallelArguments
+    limits: LimitArguments
     memory: MemoryArguments
     generating: GeneratingArguments
     output: OutputArguments
@@ -101,6 +103,25 @@ class RunConfig:
         """
         checkpoint = self.trainer.resume_from_checkpoint
         return checkpoint if isinstance(checkpoint, str) else None
+
+    @property
+    def step_timeout(self) -> int:
+        """Seconds that a micro-batch may take: as asked, else `ddp_timeout` up to half an hour."""
+        asked = self.limits.step_timeout
+        return min(self.trainer.ddp_timeout, 1800) if asked is None else asked
+
+    @property
+    def longest_timeout(self) -> int:
+        """Seconds of the longest time limit of a phase. No collective may give up before: one rank
+        may be saving while the others wait for it.
+        """
+        limits = self.limits
+        return max(
+            limits.startup_timeout,
+            self.step_timeout,
+            limits.save_timeout,
+            limits.evaluation_timeout,
+        )
 
     @property
     def log_tokens(self) -> bool:

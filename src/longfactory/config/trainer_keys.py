@@ -102,7 +102,6 @@ class TrainerKeys:
     save_total_limit: int | None = arg(None, "", low=-1, high=10**6)
     save_only_model: bool = False
     save_on_each_node: bool = False
-    enable_jit_checkpoint: bool = False
     restore_callback_states_from_checkpoint: bool = False
     ignore_data_skip: bool = False
     push_to_hub: bool = False

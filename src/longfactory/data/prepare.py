@@ -26,6 +26,8 @@ from longfactory.data.store import FORMAT, Chunk
 from longfactory.data.template import Piece, Template
 from longfactory.data.tokens import PieceTokenizer
 from longfactory.errors import DataError
+from longfactory.processes import die_with_parent
+from longfactory.progress import moved
 
 
 @dataclasses.dataclass
@@ -114,6 +116,7 @@ def run(
     if not workers or workers < 2:
         for some in batches():
             yield preparer.chunk(some)
+            moved()
             if progress is not None:
                 progress.update(len(some))
         return
@@ -136,6 +139,7 @@ def run(
         try:
             for chunk, n in pool.imap(_work, throttled()):
                 room.release()
+                moved()
                 yield chunk
                 if progress is not None:
                     progress.update(n)
@@ -173,6 +177,7 @@ _preparer: Preparer | None = None
 def _set(preparer: Preparer) -> None:
     """In a child: one thread for the tokenizer, as there are other children."""
     global _preparer
+    die_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _preparer = preparer
 

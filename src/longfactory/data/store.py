@@ -15,15 +15,17 @@ import fcntl
 import json
 import os
 import shutil
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
+from longfactory import progress
 from longfactory.data.errors import BadRows
 
 FORMAT = 2
@@ -147,6 +149,8 @@ def write(path: Path, chunks: Iterable[Chunk], meta: dict[str, Any]) -> None:
         with (beside / "tokens.i32").open("wb") as f:
             for tokens, part_lengths, part_counts, chunk_flags, chunk_rows, chunk_bad in chunks:
                 f.write(np.ascontiguousarray(tokens, dtype=np.int32).data)
+                if _lock_file(path).exists():
+                    os.utime(_lock_file(path))  # for those who wait (open_or_build)
                 lengths.append(part_lengths)
                 counts.append(part_counts)
                 flags.append(chunk_flags)
@@ -196,8 +200,10 @@ def open_or_build(
     """The store at `path`, built by one process while the others wait.
 
     Any process may come first; one that is not `first` (rank 0 of its node) lets it go ahead. If
-    the builder dies, its lock falls and the next process builds. `rebuild` builds again although
-    the store is there.
+    the builder dies, its lock falls, since the processes that it has started die with it, and the
+    next process builds. While it works it touches the lock's file; a builder that does not move
+    (stopped, or on a machine that is lost) is a start-up that does not move, and its time limit
+    ends it. `rebuild` builds again although the store is there.
     """
     if exists(path) and not rebuild:
         return Store(path)
@@ -205,7 +211,8 @@ def open_or_build(
     if not first:
         _wait(lambda: exists(path), 5.0)
     started = told = time.monotonic()
-    with path.with_name(f".{path.name}.lock").open("w") as lock:
+    touched = 0
+    with _lock_file(path).open("a+") as lock:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -213,6 +220,9 @@ def open_or_build(
             except BlockingIOError:
                 if exists(path) and not rebuild:
                     return Store(path)
+                if (when := os.fstat(lock.fileno()).st_mtime_ns) != touched:
+                    touched = when
+                    progress.moved(f"waiting for {_holder(lock)} to tokenise")
                 now = time.monotonic()
                 if now - told > 60:
                     log(
@@ -221,8 +231,21 @@ def open_or_build(
                     told = now
                 time.sleep(0.2)
         if rebuild or not exists(path):
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+            progress.moved("tokenising")
             build(path)
     return Store(path)
+
+
+def _lock_file(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
+def _holder(lock: IO[str]) -> str:
+    lock.seek(0)
+    return lock.read(200) or "another process"
 
 
 def _wait(ready: Callable[[], bool], seconds: float) -> None:

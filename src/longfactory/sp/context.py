@@ -5,6 +5,7 @@ that the schedules use.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import logging
 import math
 import os
@@ -79,6 +80,7 @@ class SequenceParallel:
         kv_heads: int | None = None,
         device_type: str | None = None,
         flop_per_byte: float = 2850.0,
+        timeout: float | None = None,
     ) -> SequenceParallel:
         """Makes the process groups. Collective: every process of the world calls it with the same
         arguments.
@@ -93,6 +95,8 @@ class SequenceParallel:
                 degree. See `set_heads`.
             device_type: where tensors live; by default `cuda` where the process group speaks NCCL.
             flop_per_byte: see the field.
+            timeout: seconds that a collective of these groups may take; by default those of the
+                backend (NCCL: 10 minutes), whatever the world's group was opened with.
 
         Raises:
             ValueError: a size that does not divide the world, an unknown mode or backend, degrees
@@ -139,22 +143,25 @@ class SequenceParallel:
             flop_per_byte,
         )
         if world > 1:
-            ctx.group = _group([[d * size + r for r in range(size)] for d in range(world // size)])
+            ctx.group = _group(
+                [[d * size + r for r in range(size)] for d in range(world // size)], timeout
+            )
             ctx.dp_group = _group(
-                [[d * size + r for d in range(world // size)] for r in range(size)]
+                [[d * size + r for d in range(world // size)] for r in range(size)], timeout
             )
         # The model's heads, not known yet, decide how many ranks `ulysses` shares them among.
         every = degree is None or mode == "ulysses"
         degrees = [u for u in range(1, size + 1) if size % u == 0 and (every or u == degree)]
         for u in degrees:
             blocks = [d * size + p * u for d in range(world // size) for p in range(size // u)]
-            inner = _group([[b + i for i in range(u)] for b in blocks])
+            inner = _group([[b + i for i in range(u)] for b in blocks], timeout)
             outer = _group(
                 [
                     [d * size + p * u + i for p in range(size // u)]
                     for d in range(world // size)
                     for i in range(u)
-                ]
+                ],
+                timeout,
             )
             ctx.axes[u] = Axes(inner, outer)
         return ctx
@@ -265,11 +272,12 @@ def _ulysses_degree(size: int, mode: str, ulysses: int | None, ring: int | None)
     return ulysses
 
 
-def _group(partition: list[list[int]]) -> dist.ProcessGroup | None:
+def _group(partition: list[list[int]], timeout: float | None) -> dist.ProcessGroup | None:
     """The group of this process among `partition`, None where it is alone. All processes make all
     groups, in the same order.
     """
     if all(len(ranks) == 1 for ranks in partition):
         return None
-    mine, _ = dist.new_subgroups_by_enumeration(partition)
+    limit = None if timeout is None else datetime.timedelta(seconds=timeout)
+    mine, _ = dist.new_subgroups_by_enumeration(partition, timeout=limit)
     return mine

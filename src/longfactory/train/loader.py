@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from longfactory.data.row import Row
 from longfactory.data.stream import StreamedDataset
 from longfactory.train.reference import Numbers
+from longfactory.train.survival.signals import ignore_in_loader
 
 
 class RowSampler(Sampler[list[int]]):
@@ -210,7 +211,11 @@ def make_loader(
         dataset, workers = dataclasses.replace(dataset, workers=workers, prefetch=prefetch or 2), 0
     common: dict[str, Any] = {"num_workers": workers, "pin_memory": pin, "collate_fn": collate}
     if workers:
-        common.update(persistent_workers=True, prefetch_factor=prefetch or 2)
+        common.update(
+            persistent_workers=True,
+            prefetch_factor=prefetch or 2,
+            worker_init_fn=ignore_in_loader,
+        )
     if sampler is None:
         return DataLoader(
             RowStream(Endless(dataset) if endless else dataset, batch, groups=groups, group=group),

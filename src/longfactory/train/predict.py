@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from longfactory import progress
 from longfactory.config import RunConfig
 from longfactory.data.module import Datasets
 from longfactory.data.row import IGNORE, TokenizedDocument
@@ -71,6 +72,7 @@ def _one_set(
     try:
         with torch.no_grad(), trainer.compute_loss_context_manager(), attention_with_cache(model):
             for j in range(rounds):
+                progress.moved("generating")
                 places = [(j * groups + rank) * batch + k for k in range(batch)]
                 places = [p for p in places if p < len(asked)] or [0]
                 prompts = [asked[p][0] for p in places]

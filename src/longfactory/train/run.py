@@ -7,15 +7,16 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Seq2SeqTrainingArguments, set_seed
 
-from longfactory import hub, sp
+from longfactory import hub, progress, sp
 from longfactory.config import RunConfig, folder
 from longfactory.config.loss_facts import split_loss_path
 from longfactory.data import module as data
@@ -45,7 +46,12 @@ from longfactory.train.optimizers import optimizer_factory
 from longfactory.train.prove import prove_exact
 from longfactory.train.ranks import from_all
 from longfactory.train.reference.attach import attach_reference
+from longfactory.train.survival.callback import Survive
+from longfactory.train.survival.start import meet
 from longfactory.train.trainer import RowTrainer
+
+if TYPE_CHECKING:
+    from longfactory.train.survival.watch import Watch
 
 log = logging.getLogger("longfactory")
 
@@ -88,7 +94,7 @@ class Assembled:
     """What `memory.apply` installed on the model's layers."""
 
 
-def assemble(cfg: RunConfig, *, wide_weights: bool = False) -> Assembled:
+def assemble(cfg: RunConfig, *, wide_weights: bool = False, store: Any = None) -> Assembled:
     """The steps of a run up to its trainer. Every process calls it; nothing is written.
 
     Data and the memory plan come before the process group: tokenising may take longer than the
@@ -98,6 +104,7 @@ def assemble(cfg: RunConfig, *, wide_weights: bool = False) -> Assembled:
         cfg: the run.
         wide_weights: weights are as wide as the run's precision allows, whatever the memory plan
             says (`verify`, which leaves the optimizer out).
+        store: where the process group meets (`survival.start.meet`); None: torch's default.
     Raises:
         UserError: something that the user can put right.
     """
@@ -106,7 +113,7 @@ def assemble(cfg: RunConfig, *, wide_weights: bool = False) -> Assembled:
     prepared = prepare(cfg, processes, wide_weights=wide_weights)
     memory, sharding = prepared.memory, prepared.sharding
 
-    args, ctx = init_distributed(cfg, prepared)
+    args, ctx = init_distributed(cfg, prepared, store)
     model_config, stage, tokenizer = prepared.model_config, prepared.stage, prepared.tokenizer
     for line in describe(cfg, ctx, args, sharding, prepared.datasets):
         log.info(line)
@@ -126,7 +133,7 @@ def assemble(cfg: RunConfig, *, wide_weights: bool = False) -> Assembled:
     return Assembled(trainer, tokenizer, prepared.datasets, memory, sharding, activations)
 
 
-def prepare_training(assembled: Assembled, cfg: RunConfig) -> None:
+def prepare_training(assembled: Assembled, cfg: RunConfig, watch: Watch | None = None) -> None:
     """The last step before training, which `verify` leaves out: what is measured, proved and
     computed before the first step, and the run's own file in the output folder. Collective.
 
@@ -150,6 +157,7 @@ def prepare_training(assembled: Assembled, cfg: RunConfig) -> None:
     )
     trainer.add_callback(ReportUnused(trainer))
     trainer.add_callback(FitMemory(memory.plan, assembled.activations))
+    trainer.add_callback(Survive(trainer, watch))
     if args.do_train:
         output.prove_saveable(trainer)
     if trainer.is_world_process_zero():
@@ -157,15 +165,29 @@ def prepare_training(assembled: Assembled, cfg: RunConfig) -> None:
         folder.write(cfg)
 
 
-def run(cfg: RunConfig) -> dict[str, float]:
+def run(cfg: RunConfig, watch: Watch | None = None) -> dict[str, float]:
     """The whole of `longfactory train`. Every process calls it. Returns the metrics that were
     written.
 
+    Args:
+        cfg: the run.
+        watch: over this process (`survival.start.begin`); None: signals and time limits are not
+            this run's.
     Raises:
         UserError: something that the user can put right; nothing half-written is left behind.
+        Stopped: a signal asked for a stop, and a checkpoint is saved.
     """
-    assembled = assemble(cfg)
-    prepare_training(assembled, cfg)
+    store, lock = meet(cfg, watch, writes=True)
+    try:
+        return _run(cfg, watch, store)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _run(cfg: RunConfig, watch: Watch | None, store: Any) -> dict[str, float]:
+    assembled = assemble(cfg, store=store)
+    prepare_training(assembled, cfg, watch)
     trainer, tokenizer, datasets = assembled.trainer, assembled.tokenizer, assembled.datasets
     args = trainer.args
     metrics: dict[str, float] = {}
@@ -184,7 +206,9 @@ def run(cfg: RunConfig) -> dict[str, float]:
             log.info(f"{checkpoint} has made the last step of this run: nothing was left to train.")
         else:
             metrics.update(result.metrics)
-        output.save_trained(trainer, cfg, tokenizer, result)
+        with progress.within("save", "saving the trained model"):
+            output.save_trained(trainer, cfg, tokenizer, result)
+    progress.enter("evaluation", "what follows the training")
     if args.do_eval and datasets.eval:
         if not args.do_train:
             trainer.shard_model()
@@ -298,10 +322,15 @@ def prepare(cfg: RunConfig, processes: Processes, *, wide_weights: bool) -> Prep
 
 
 def init_distributed(
-    cfg: RunConfig, prepared: Prepared
+    cfg: RunConfig, prepared: Prepared, store: Any = None
 ) -> tuple[Seq2SeqTrainingArguments, sp.SequenceParallel]:
     """Opens the process group, and in it the sequence-parallel groups. The one place of a run that
     writes to the environment.
+
+    Args:
+        cfg: the run.
+        prepared: what is known of it.
+        store: where the processes meet; None: transformers opens the group by itself.
 
     Returns:
         transformers' TrainingArguments, and this process's place in the groups.
@@ -311,10 +340,12 @@ def init_distributed(
     if prepared.sharding == "none":
         shard.forget_launcher()
     os.environ.update(cfg.reporting_environment())
+    if store is not None and prepared.sharding != "none":
+        open_process_group(cfg, store)  # else transformers does so, when the arguments are made
     args = training_arguments(
         cfg, prepared.sharding, prepared.memory, buffers=prepared.counts.buffers
     )
-    device = args.device  # transformers opens the process group when it is first asked for this
+    device = args.device
     shard.train_as_one_device(args)
     set_seed(args.seed)  # adapters and value heads begin the same on every rank
     size = cfg.parallel.sequence_parallel_size
@@ -327,6 +358,7 @@ def init_distributed(
             backend=cfg.parallel.attention_backend,
             device_type=device.type,
             flop_per_byte=prepared.memory.plan.job.machine.flop_per_byte,
+            timeout=group_timeout(cfg),
         )
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -337,6 +369,29 @@ def init_distributed(
             " replaced a part of longfactory; install it anew."
         )
     return args, ctx
+
+
+def group_timeout(cfg: RunConfig) -> float:
+    """Seconds that a collective may take: `ddp_timeout`, and longer than any phase may, since the
+    others wait in one while a rank saves. The watch ends a run that does not move before that.
+    """
+    return max(cfg.trainer.ddp_timeout, cfg.longest_timeout + 60.0)
+
+
+def open_process_group(cfg: RunConfig, store: Any) -> None:
+    """The process group as accelerate would open it, at the run's own store and with the run's own
+    time limit, which accelerate drops on CPU.
+    """
+    cuda = torch.cuda.is_available() and not cfg.trainer.use_cpu
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    torch.distributed.init_process_group(
+        cfg.trainer.ddp_backend or ("nccl" if cuda else "gloo"),
+        store=store,
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=datetime.timedelta(seconds=group_timeout(cfg)),
+    )
 
 
 def parallelize(trainer: RowTrainer, sharding: str, world: int, *, split: bool) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longfactory import progress
 from longfactory.config import RunConfig
 from longfactory.data.module import cache_root
 from longfactory.data.row import Row
@@ -164,6 +165,7 @@ def _rows(trainer: RowTrainer, dataset: Any, batch: int, shuffle: bool) -> Itera
     for item in tqdm(
         loader, desc="Reference log-probabilities", disable=not trainer.is_world_process_zero()
     ):
+        progress.moved("computing the reference's log-probabilities")
         yield item["row"]
 
 

@@ -31,6 +31,8 @@ from longfactory.sp import hf, routers
 from longfactory.train.ranks import everywhere, from_all, from_main, is_distributed
 from longfactory.train.reference import Reference, adapter_is_reference, disable_dropout
 from longfactory.train.run import Assembled, assemble
+from longfactory.train.survival.start import meet
+from longfactory.train.survival.watch import Watch
 from longfactory.train.trainer import RowTrainer
 from longfactory.train.verify import alone
 from longfactory.train.verify.alone import Precision, Step, Text
@@ -70,7 +72,9 @@ many losses are flat.
 """
 
 
-def verify(cfg: RunConfig, *, rows: int = ROWS, tokens: int = TOKENS) -> VerifyReport:
+def verify(
+    cfg: RunConfig, *, rows: int = ROWS, tokens: int = TOKENS, watch: Watch | None = None
+) -> VerifyReport:
     """One optimizer step of the run, compared. Every process calls it. Writes nothing to the output
     folder.
 
@@ -83,6 +87,7 @@ def verify(cfg: RunConfig, *, rows: int = ROWS, tokens: int = TOKENS) -> VerifyR
         rows: micro-batches of each data-parallel group.
         tokens: longest row; the documents of a longer one keep their last tokens, each in
             proportion to its length.
+        watch: over this process, where there is one.
     Raises:
         UserError: the run cannot be assembled, its data have nothing to compare on, or it is not
             the run of its configuration.
@@ -105,7 +110,8 @@ def verify(cfg: RunConfig, *, rows: int = ROWS, tokens: int = TOKENS) -> VerifyR
             " through the same model."
         )
     with tempfile.TemporaryDirectory(prefix="longfactory-verify-") as folder:
-        run = assemble(quiet(cfg, folder, rows), wide_weights=True)
+        store, _ = meet(cfg, watch, writes=False)
+        run = assemble(quiet(cfg, folder, rows), wide_weights=True, store=store)
         comparison = Comparison(cfg, run, rows, tokens, folder)
         run.trainer.add_callback(comparison)
         run.trainer.remove_callback(PrinterCallback)

@@ -1,0 +1,13 @@
+"""What is told in more than one place. Imports no torch."""
+
+from __future__ import annotations
+
+from longfactory.train.survival.signals import name_of
+
+
+def stopped_before_training(signum: int | None) -> str:
+    """The end of a run that a signal stopped early."""
+    return (
+        f"Stopped by {name_of(signum)} before the first step: nothing was trained. The same"
+        " command starts again."
+    )
