@@ -309,27 +309,36 @@ class LimitArguments:
         " ends it at once.",
     )
     signal_grace: int = arg(
-        300, "Seconds from such a signal to the end of the run, whatever it is doing.", low=1
+        300,
+        "Seconds from such a signal to the end of the run, whatever it is doing.",
+        low=1,
+        high=10**9,
     )
     startup_timeout: int = arg(
         3600,
         "Longest time without progress before the first step is done: loading, compiling, waiting"
         " for other machines.",
         low=1,
+        high=10**9,
     )
     step_timeout: int | None = arg(
         None,
         "Longest time without a finished micro-batch; default ddp_timeout, at most 1800.",
         low=1,
+        high=10**9,
     )
-    save_timeout: int = arg(3600, "Longest time of a save.", low=1)
+    save_timeout: int = arg(3600, "Longest time of a save.", low=1, high=10**9)
     evaluation_timeout: int = arg(
-        3600, "Longest time without a finished batch of an evaluation or a prediction.", low=1
+        3600,
+        "Longest time without a finished batch of an evaluation or a prediction.",
+        low=1,
+        high=10**9,
     )
     heartbeat_timeout: int = arg(
         300,
         "Longest time without a sign of life from a process: stopped, or its machine is lost.",
         low=2,
+        high=10**9,
     )
 
 

@@ -21,8 +21,8 @@ import longfactory
 from longfactory import progress
 from longfactory.config import RunConfig
 from longfactory.config.arguments import GROUPS
+from longfactory.config.fields import is_secret
 from longfactory.config.loss_facts import split_loss_path
-from longfactory.config.show import SECRET
 from longfactory.data.data_files import data_files
 from longfactory.errors import UserError
 from longfactory.train.survival.board import Board
@@ -53,10 +53,10 @@ def facts(cfg: RunConfig) -> dict[str, str]:
     for group in GROUPS:
         values = getattr(cfg, group)
         for field in dataclasses.fields(values):
-            if field.name not in SECRET and field.name not in OF_A_MACHINE:
+            if not is_secret(field.name) and field.name not in OF_A_MACHINE:
                 found[field.name] = _text(getattr(values, field.name))
     for name, value in cfg.hf.items():
-        if name not in SECRET and name not in OF_A_MACHINE:
+        if not is_secret(name) and name not in OF_A_MACHINE:
             found[name] = _text(value)
     for name, path in data_files(cfg.data_options()):
         found[f"data set {name}, {path.name}"] = digest(path)
