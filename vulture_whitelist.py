@@ -68,3 +68,10 @@ _.after_attention
 _.working_set
 _.moments
 _.offloaded_bytes
+
+# Of torch's schedulers and transformers' Trainer: they read these.
+_.base_lrs
+_._last_lr
+_._save_checkpoint
+_.stateful_callbacks
+_.eval_on_start

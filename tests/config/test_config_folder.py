@@ -31,10 +31,10 @@ def leave_checkpoints(out: Path, *steps: int) -> None:
 
 
 def test_an_absent_or_empty_folder_begins(out: Path) -> None:
-    assert run(out).resume_checkpoint() is None
+    assert run(out).checkpoints == ()
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    assert run(out).resume_checkpoint() is None
+    assert run(out).checkpoints == ()
 
 
 def test_the_last_checkpoint_goes_on(out: Path) -> None:
@@ -42,7 +42,7 @@ def test_the_last_checkpoint_goes_on(out: Path) -> None:
     (out / "checkpoint-900.tmp").mkdir()
     (out / "checkpoint-1000").write_text("a file")
     cfg = run(out)
-    assert cfg.resume_checkpoint() == str(out / "checkpoint-100") == str(last_checkpoint(out))
+    assert cfg.checkpoints[0] == str(out / "checkpoint-100") == str(last_checkpoint(out))
     assert any("Resuming from" in n for n in cfg.notes)
 
 
@@ -50,14 +50,14 @@ def test_an_incomplete_checkpoint_is_ignored(out: Path) -> None:
     leave_checkpoints(out, 5, 10)
     (out / "checkpoint-10" / "trainer_state.json").unlink()
     cfg = run(out)
-    assert cfg.resume_checkpoint() == str(out / "checkpoint-5")
+    assert cfg.checkpoints[0] == str(out / "checkpoint-5")
     assert "checkpoint-10 is incomplete" in cfg.notes[0] and "will be ignored" in cfg.notes[0]
     assert f"Resuming from {out / 'checkpoint-5'}" in cfg.notes[1]
-    assert run(out, resume_from_checkpoint=True).resume_checkpoint() == str(out / "checkpoint-5")
+    assert run(out, resume_from_checkpoint=True).checkpoints[0] == str(out / "checkpoint-5")
     with pytest.raises(ConfigError, match=r"holds no trainer_state\.json"):
         run(out, resume_from_checkpoint=str(out / "checkpoint-10"))
     (out / "checkpoint-5" / "trainer_state.json").unlink()
-    assert run(out).resume_checkpoint() is None
+    assert run(out).checkpoints == ()
     with pytest.raises(ConfigError, match="there is no checkpoint"):
         run(out, resume_from_checkpoint=True)
 
@@ -65,14 +65,11 @@ def test_an_incomplete_checkpoint_is_ignored(out: Path) -> None:
 def test_overwriting_begins_anew(out: Path) -> None:
     leave_checkpoints(out, 5)
     cfg = run(out, overwrite_output_dir=True)
-    assert (
-        cfg.resume_checkpoint() is None
-        and "keeps the checkpoints of an earlier run" in cfg.notes[0]
+    assert cfg.checkpoints == () and "keeps the checkpoints of an earlier run" in cfg.notes[0]
+    assert run(out, resume_from_checkpoint=False).checkpoints == ()
+    assert run(out, overwrite_output_dir=True, resume_from_checkpoint=True).checkpoints[0] == str(
+        out / "checkpoint-5"
     )
-    assert run(out, resume_from_checkpoint=False).resume_checkpoint() is None
-    assert run(
-        out, overwrite_output_dir=True, resume_from_checkpoint=True
-    ).resume_checkpoint() == str(out / "checkpoint-5")
 
 
 def test_a_finished_run_without_checkpoints_is_not_written_over(out: Path) -> None:
@@ -80,7 +77,7 @@ def test_a_finished_run_without_checkpoints_is_not_written_over(out: Path) -> No
     (out / "adapter_model.safetensors").write_text("")
     with pytest.raises(ConfigError, match="holds a finished run"):
         run(out)
-    assert run(out, overwrite_output_dir=True).resume_checkpoint() is None
+    assert run(out, overwrite_output_dir=True).checkpoints == ()
 
 
 def test_the_same_run_may_change_what_does_not_make_it_another(out: Path) -> None:
@@ -94,7 +91,7 @@ def test_the_same_run_may_change_what_does_not_make_it_another(out: Path) -> Non
         dataset="b,a",
         cutoff_len=4096,
     )
-    assert cfg.resume_checkpoint() == str(out / "checkpoint-5")
+    assert cfg.checkpoints[0] == str(out / "checkpoint-5")
 
 
 @pytest.mark.parametrize(
@@ -119,12 +116,12 @@ def test_another_run_s_folder_is_refused(out: Path, keys: dict[str, Any], words:
 def test_a_run_that_never_saved_does_not_hold_its_folder(out: Path) -> None:
     write(run(out))
     assert (out / RUN_FILE).is_file()
-    assert run(out, stage="kto").resume_checkpoint() is None
+    assert run(out, stage="kto").checkpoints == ()
 
 
 def test_checkpoints_that_are_asked_for(out: Path) -> None:
     leave_checkpoints(out, 5)
-    assert run(out, resume_from_checkpoint=str(out / "checkpoint-5")).resume_checkpoint() == str(
+    assert run(out, resume_from_checkpoint=str(out / "checkpoint-5")).checkpoints[0] == str(
         out / "checkpoint-5"
     )
     with pytest.raises(ConfigError, match="there is no folder"):
@@ -141,4 +138,4 @@ def test_a_file_in_the_folder_s_place(out: Path) -> None:
 
 def test_evaluation_alone_never_resumes(out: Path) -> None:
     leave_checkpoints(out, 5)
-    assert run(out, do_eval=True, eval_dataset="a", dataset=None).resume_checkpoint() is None
+    assert run(out, do_eval=True, eval_dataset="a", dataset=None).checkpoints == ()

@@ -17,9 +17,15 @@ from longfactory.train.output import read_log
 from longfactory.train.plots import overlay, plot_history, smooth
 
 
-def state(step: int, total: int = 8, tokens: int = 0, main: bool = True) -> TrainerState:
+def state(
+    step: int, total: int = 8, tokens: int = 0, main: bool = True, **more: Any
+) -> TrainerState:
     return TrainerState(
-        global_step=step, max_steps=total, num_input_tokens_seen=tokens, is_world_process_zero=main
+        global_step=step,
+        max_steps=total,
+        num_input_tokens_seen=tokens,
+        is_world_process_zero=main,
+        **more,
     )
 
 
@@ -33,7 +39,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 
 def test_a_line_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = clock(monkeypatch)
-    log = LogFile(str(tmp_path), overwrite=True)
+    log = LogFile(str(tmp_path))
     log.on_train_begin(None, state(0), None)
     now.t += 4000
     logs = {
@@ -77,7 +83,7 @@ def test_a_line_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_names_of_the_measures(
     logs: dict[str, float], fields: dict[str, float], tmp_path: Path
 ) -> None:
-    log = LogFile(str(tmp_path), overwrite=True)
+    log = LogFile(str(tmp_path))
     log.on_train_begin(None, state(0), None)
     log.on_log(None, state(1), None, logs=logs)
     (line,) = read_log(tmp_path)
@@ -99,13 +105,17 @@ def test_a_resumed_run_reckons_from_where_it_began(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = clock(monkeypatch)
-    (tmp_path / LOG_FILE).write_text('{"current_steps": 6}\n')
-    log = LogFile(str(tmp_path), overwrite=True)
-    log.on_train_begin(None, state(6, tokens=6000), None)
+    # step 7 was made before a kill and is made again; the kill cut the line of step 8
+    lines = [{"current_steps": 6}, {"current_steps": 6, "eval_loss": 1.0}, {"current_steps": 7}]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"current_st'
+    (tmp_path / LOG_FILE).write_text(text)
+    log = LogFile(str(tmp_path))
+    # the checkpoint of step 6 was saved before that step's evaluation, which comes again
+    log.on_train_begin(None, state(6, tokens=6000, log_history=[{"step": 6, "loss": 1.0}]), None)
     now.t += 10
     log.on_log(None, state(7), None, logs={"loss": 1.0, "num_input_tokens_seen": 7000})
     first, line = read_log(tmp_path)
-    assert first == {"current_steps": 6}  # the lines of the first part stay
+    assert first == {"current_steps": 6}
     assert (line["remaining_time"], line["throughput"], line["total_tokens"]) == (
         "0:00:10",
         100.0,
@@ -113,19 +123,16 @@ def test_a_resumed_run_reckons_from_where_it_began(
     )
 
 
-@pytest.mark.parametrize(("overwrite", "lines"), [(True, 1), (False, 2)])
-def test_an_old_file_is_replaced_only_where_that_is_asked_for(
-    overwrite: bool, lines: int, tmp_path: Path
-) -> None:
+def test_a_run_that_begins_replaces_an_old_file(tmp_path: Path) -> None:
     (tmp_path / LOG_FILE).write_text('{"current_steps": 6}\n')
-    log = LogFile(str(tmp_path), overwrite=overwrite)
+    log = LogFile(str(tmp_path))
     log.on_train_begin(None, state(0), None)
     log.on_log(None, state(1), None, logs={"loss": 1.0})
-    assert len(read_log(tmp_path)) == lines
+    assert [line["current_steps"] for line in read_log(tmp_path)] == [1]
 
 
 def test_other_processes_and_the_closing_summary_write_nothing(tmp_path: Path) -> None:
-    log = LogFile(str(tmp_path), overwrite=True)
+    log = LogFile(str(tmp_path))
     log.on_train_begin(None, state(0, main=False), None)
     log.on_log(None, state(1, main=False), None, logs={"loss": 1.0})
     log.on_log(None, state(1), None, logs={"train_loss": 1.0})
@@ -165,7 +172,7 @@ def test_smoothing() -> None:
 def test_a_log_file_that_cannot_be_written_does_not_end_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    log = LogFile(str(tmp_path), overwrite=True)
+    log = LogFile(str(tmp_path))
     log.on_train_begin(None, state(0), None)
     (tmp_path / LOG_FILE).mkdir()  # as a full disk would, opening it raises OSError
     logger = logging.getLogger("longfactory")

@@ -1,7 +1,16 @@
-"""The output folder before a run: empty, an earlier part of the same run, or another run's."""
+"""The output folder before a run: empty, an earlier part of the same run, or another run's.
+
+What is looked at here are names and a few small files, without torch: a wrong key is told within a
+second. Whether a checkpoint is whole is found later, by all processes together
+(`train/checkpoint/choose.py`), which reads every byte.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -16,8 +25,17 @@ RUN_FILE = "longfactory.yaml"
 <output_dir>/longfactory.yaml` runs it again.
 """
 
+RECORD = "longfactory_run.json"
+"""Written beside the checkpoints: which run the folder holds, and whether it came to its end."""
+
 TRAINER_STATE = "trainer_state.json"
 """What transformers writes last into a checkpoint."""
+
+MANIFEST = "longfactory_manifest.json"
+"""What LongFactory writes last into a checkpoint: its files with sizes and checksums."""
+
+RESULTS = "train_results.json"
+"""Of a run that came to its end."""
 
 WEIGHTS = (
     "model.safetensors",
@@ -43,13 +61,73 @@ sequence_parallel_size) may change on resuming.
 REMEDY = "Choose another folder, or set overwrite_output_dir: true."
 
 
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """Which run an output folder holds."""
+
+    run: str
+    """Drawn when a run begins; the manifests of its checkpoints name it."""
+    configuration: str
+    """`configuration_digest` of the command that began it or went on with it last."""
+    finished: bool
+    """Whether that command came to its end."""
+    ancestors: tuple[tuple[str | None, int], ...] = ()
+    """Runs that it went on from, each with the step: None for a checkpoint without a manifest."""
+
+    def holds(self, run: str | None, step: int) -> bool:
+        """Whether a checkpoint is of this run or of what it went on from."""
+        return run == self.run or any(run == r and step <= at for r, at in self.ancestors)
+
+
+def read_record(folder: Path) -> RunRecord | None:
+    """The record of an output folder; None where there is none that can be read."""
+    try:
+        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        ancestors = tuple((run, int(step)) for run, step in found["ancestors"])
+        return RunRecord(
+            str(found["run"]), str(found["configuration"]), bool(found["finished"]), ancestors
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_record(folder: Path, record: RunRecord) -> None:
+    """Writes the record, whole or not at all. For one process to call."""
+    write_whole(folder / RECORD, json.dumps(dataclasses.asdict(record), indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file beside its place, puts it on the disk and renames it: after a kill or on a full
+    disk the old file stays.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def configuration_digest(cfg: RunConfig) -> str:
+    """A hash of a run's keys, as they resolve, and of `resume_from_checkpoint`: the same command
+    has the same.
+    """
+    lines = [x for x in resolved(cfg).splitlines() if not x.startswith("#")]
+    text = "\n".join([*lines, str(cfg.trainer.resume_from_checkpoint)])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def last_checkpoint(folder: Path) -> Path | None:
-    """The `checkpoint-N` with the greatest N that was written to its end, or None."""
-    return next((p for p in _checkpoints(folder) if (p / TRAINER_STATE).is_file()), None)
+    """The `checkpoint-N` with the greatest N that seems to be written to its end, or None."""
+    return next((p for p in checkpoints(folder) if _seems_whole(p)), None)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """The last one first."""
+def checkpoints(folder: Path) -> list[Path]:
+    """The folders `checkpoint-N` of an output folder, the last one first."""
     found = [
         (int(m[1]), p)
         for p in folder.glob("checkpoint-*")
@@ -58,12 +136,34 @@ def _checkpoints(folder: Path) -> list[Path]:
     return [p for _, p in sorted(found, reverse=True)]
 
 
-def find_checkpoint(cfg: RunConfig) -> tuple[str | None, list[str]]:
-    """Where the run goes on from, as in LLaMA-Factory: what was asked for, else the last checkpoint
-    of the output folder.
+def step_of(checkpoint: Path | str) -> int:
+    """N of `checkpoint-N`, -1 for another name."""
+    m = re.fullmatch(r"checkpoint-(\d+)", Path(checkpoint).name)
+    return int(m[1]) if m else -1
+
+
+def run_of(checkpoint: Path) -> str | None:
+    """The run that wrote a checkpoint; None where it has no manifest that can be read."""
+    try:
+        return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["manifest"]["run"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _seems_whole(checkpoint: Path) -> bool:
+    return (checkpoint / TRAINER_STATE).is_file()
+
+
+def find_checkpoints(cfg: RunConfig) -> tuple[tuple[str, ...], list[str]]:
+    """Where the run may go on from, as in LLaMA-Factory: what was asked for, else the last
+    checkpoint of the output folder.
+
+    `overwrite_output_dir: true` and a folder in `resume_from_checkpoint` say where a run begins.
+    The same command started again after it was killed goes on with what it has saved since.
 
     Returns:
-        The checkpoint's folder, None where the run begins anew; and notes for the user.
+        The checkpoints' folders, the first choice first, the others in case that it is damaged;
+        empty where the run begins anew. And notes for the user.
     Raises:
         ConfigError: the checkpoint does not exist, or the folder holds another run.
     """
@@ -71,50 +171,87 @@ def find_checkpoint(cfg: RunConfig) -> tuple[str | None, list[str]]:
     out = cfg.output_dir
     if out.exists() and not out.is_dir():
         raise ConfigError(f"output_dir: {out} is a file, expected a folder.")
+    begun = _begun(cfg, out) if cfg.trainer.do_train else None
+    if begun is not None and (own := _candidates(out, begun)):
+        notes = [f"The run in {out} was stopped; resuming from {own[0]}. {_anew(cfg)}"]
+        if isinstance(asked, str) and str(Path(asked)) not in own:
+            own.append(asked)
+        return tuple(own), notes
     if isinstance(asked, str):
         if not Path(asked).is_dir():
             raise ConfigError(f"resume_from_checkpoint: there is no folder {asked}.")
-        if not (Path(asked) / TRAINER_STATE).is_file():
+        if not _seems_whole(Path(asked)):
             raise ConfigError(
                 f"resume_from_checkpoint: {asked} holds no {TRAINER_STATE}, so it is no checkpoint."
                 " Give a folder checkpoint-<step>; to start from weights, name them in"
                 " model_name_or_path."
             )
-        return asked, []
+        return (asked,), []
     if not cfg.trainer.do_train or asked is False:
-        return None, []
-    last = last_checkpoint(out) if out.is_dir() else None
-    if asked is True and last is None:
+        return (), []
+    record = read_record(out)
+    found = _candidates(out, record)
+    if asked is True and not found:
         raise ConfigError(
             f"resume_from_checkpoint: there is no checkpoint in {out}. Give the folder of one, or"
             " leave the key out."
         )
     if cfg.output.overwrite_output_dir and asked is not True:
-        if last is None:
-            return None, []
-        return None, [
+        last = last_checkpoint(out)
+        if last is None or begun is not None:
+            return (), []
+        return (), [
             f"{out} keeps the checkpoints of an earlier run, up to {last.name}. Remove them, or a"
-            " later start resumes from there."
+            " later start may resume from there."
         ]
     other = _differences(cfg, out)
     if other:
-        raise ConfigError(
-            f"output_dir: {out} holds another run ({'; '.join(other)}). Choose another folder, or"
-            " set overwrite_output_dir: true."
-        )
-    incomplete = [p.name for p in _checkpoints(out) if not (p / TRAINER_STATE).is_file()]
+        raise ConfigError(f"output_dir: {out} holds another run ({'; '.join(other)}). {REMEDY}")
+    incomplete = [p.name for p in checkpoints(out) if not _seems_whole(p)]
     notes = [
         f"{out}/{name} is incomplete ({TRAINER_STATE} is missing) and will be ignored."
         for name in incomplete
     ]
-    if last is not None:
-        return str(last), [*notes, f"Resuming from {last}. To begin anew: {REMEDY}"]
-    if any((out / name).is_file() for name in WEIGHTS):
-        raise ConfigError(
-            f"output_dir: {out} holds a finished run without checkpoints. Choose another folder, or"
-            " set overwrite_output_dir: true."
-        )
-    return None, notes
+    if found:
+        return tuple(found), [*notes, f"Resuming from {found[0]}. To begin anew: {REMEDY}"]
+    if any((out / name).is_file() for name in WEIGHTS) and not _died_at_its_end(out):
+        raise ConfigError(f"output_dir: {out} holds a finished run without checkpoints. {REMEDY}")
+    return (), notes
+
+
+def _begun(cfg: RunConfig, out: Path) -> RunRecord | None:
+    """The record of the folder, where this same command began its run and did not come to its end.
+
+    `resume_from_checkpoint: false` begins anew at each start but those of the launcher
+    (MAX_RESTARTS).
+    """
+    record = read_record(out)
+    if record is None or record.finished or record.configuration != configuration_digest(cfg):
+        return None
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
+    return record if restart or cfg.trainer.resume_from_checkpoint is not False else None
+
+
+def _candidates(out: Path, record: RunRecord | None) -> list[str]:
+    """Checkpoints of the run that the folder holds, the last one first."""
+    return [
+        str(p)
+        for p in checkpoints(out)
+        if _seems_whole(p) and (record is None or record.holds(run_of(p), step_of(p)))
+    ]
+
+
+def _anew(cfg: RunConfig) -> str:
+    if cfg.output.overwrite_output_dir or isinstance(cfg.trainer.resume_from_checkpoint, str):
+        return "To begin anew: choose another folder, or set resume_from_checkpoint: false."
+    return f"To begin anew: {REMEDY}"
+
+
+def _died_at_its_end(out: Path) -> bool:
+    """Whether a run of ours was writing its weights when it was stopped: what it writes last is
+    missing.
+    """
+    return (out / RUN_FILE).is_file() and not (out / RESULTS).is_file()
 
 
 def _differences(cfg: RunConfig, out: Path) -> list[str]:
@@ -150,4 +287,4 @@ def _words(value: Any) -> str:
 def write(cfg: RunConfig) -> None:
     """Writes the resolved run beside the checkpoints. For one process to call."""
     cfg.output_dir.mkdir(parents=True, exist_ok=True)
-    (cfg.output_dir / RUN_FILE).write_text(resolved(cfg), encoding="utf-8")
+    write_whole(cfg.output_dir / RUN_FILE, resolved(cfg))

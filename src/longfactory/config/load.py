@@ -89,12 +89,9 @@ def from_mapping(
     if command == "train":
         notes += checks.idle(cfg, given)
         notes += checks.negative_steps(cfg)
-        checkpoint, more = folder.find_checkpoint(cfg)
+        found, more = folder.find_checkpoints(cfg)
         notes += more
-        hf = {name: value for name, value in cfg.hf.items() if name != "resume_from_checkpoint"}
-        if checkpoint is not None:
-            hf["resume_from_checkpoint"] = checkpoint
-        cfg = dataclasses.replace(cfg, hf=hf)
+        cfg = dataclasses.replace(cfg, checkpoints=found)
     return dataclasses.replace(cfg, notes=tuple(notes))
 
 

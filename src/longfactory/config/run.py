@@ -46,6 +46,8 @@ class RunConfig:
     """
     trainer: TrainerKeys = dataclasses.field(init=False)
     """The same keys, typed, with defaults for those that are not in `hf`."""
+    checkpoints: tuple[str, ...] = ()
+    """Where the run may go on from, the first choice first; empty where it begins anew."""
     notes: tuple[str, ...] = ()
     """What the user should know: one sentence each, printed once."""
 
@@ -96,13 +98,6 @@ class RunConfig:
         is in the loss.
         """
         return STAGES[self.method.stage].learns_from_equal_pairs(self.method)
-
-    def resume_checkpoint(self) -> str | None:
-        """The checkpoint to go on from: the one that was asked for, else the last one of the output
-        folder.
-        """
-        checkpoint = self.trainer.resume_from_checkpoint
-        return checkpoint if isinstance(checkpoint, str) else None
 
     @property
     def step_timeout(self) -> int:

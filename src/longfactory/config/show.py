@@ -12,6 +12,7 @@ from longfactory.config.fields import is_secret, keys_of
 from longfactory.config.read import EXPONENT
 from longfactory.config.run import RunConfig
 from longfactory.config.stage_facts import STAGES
+from longfactory.config.trainer_keys import TRAINER_KEYS
 
 OURS = ("resume_from_checkpoint",)
 """Trainer keys that are found anew at each start, so left out of the YAML."""
@@ -60,6 +61,23 @@ def resolved(cfg: RunConfig, world_size: int | None = None) -> str:
     parts += [_dump(chosen)]
     parts += ["# Defaults", _dump(defaults)]
     return "\n\n".join(parts) + "\n"
+
+
+def settings(cfg: RunConfig) -> dict[str, Any]:
+    """Every key of a run with its value, as JSON can hold it; without secrets and without what is
+    found anew at each start.
+    """
+    found: dict[str, Any] = {
+        name: getattr(getattr(cfg, group), name)
+        for group, cls in GROUPS.items()
+        for name in keys_of(cls)
+    }
+    found |= {name: getattr(cfg.trainer, name) for name in TRAINER_KEYS}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in found.items()
+        if not is_secret(name) and name not in (*OURS, "dry_run")
+    }
 
 
 def processes(cfg: RunConfig) -> int | None:

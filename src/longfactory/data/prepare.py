@@ -206,8 +206,10 @@ def fingerprint(source: DataSource) -> str:
     return digest.hexdigest()
 
 
-def key(preparer: Preparer, limit: int | None) -> str:
-    """The name of the store: a digest of all that its content depends on."""
+def key(preparer: Preparer, limit: int | None, content: str | None = None) -> str:
+    """The name of the store: a digest of all that its content depends on. `content`: in place of
+    the `fingerprint` of its source.
+    """
     source = dataclasses.asdict(preparer.source)
     for unimportant in (
         "name",
@@ -232,7 +234,7 @@ def key(preparer: Preparer, limit: int | None) -> str:
     if getattr(tokenizer, "split_special_tokens", False):
         special.append("split")
     facts = [
-        *(FORMAT, preparer.kind.name, fingerprint(preparer.source), source, special),
+        *(FORMAT, preparer.kind.name, content or fingerprint(preparer.source), source, special),
         dataclasses.asdict(template) if isinstance(template, Template) else repr(template),
         *(
             options.text_end,

@@ -40,9 +40,7 @@ def states_file(rank: int, world: int) -> str:
 
 
 def holds_states(folder: str | Path) -> bool:
-    """Whether a checkpoint folder holds such states, complete: the index is written after all files
-    are.
-    """
+    """Whether a checkpoint folder holds such states."""
     return (Path(folder) / INDEX).is_file()
 
 
@@ -53,7 +51,8 @@ def save_states(
     *,
     writes_whole: bool = True,
 ) -> None:
-    """Collective. Files are written beside and renamed.
+    """Every process writes its own; none waits for another. A checkpoint is whole once all have
+    returned.
 
     Args:
         parameters: the model's, by name; those of the optimizer are among them.
@@ -64,11 +63,6 @@ def save_states(
     sharded = any(_is_sharded(p) for p in names)
     rank, world = (dist.get_rank(), dist.get_world_size()) if sharded else (0, 1)
     os.makedirs(folder, exist_ok=True)
-    if writes_whole:
-        # of an earlier writing: it would stand beside files of two
-        (Path(folder) / INDEX).unlink(missing_ok=True)
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
     tensors: dict[str, Tensor] = {}
     index: dict[str, Any] = {}
     for p, name in names.items():
@@ -86,8 +80,6 @@ def save_states(
             tensors |= {f"{name}/{key}": state[key] for key in kinds}
     if sharded or writes_whole:
         write_safetensors(Path(folder) / states_file(rank, world), tensors)
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
     if writes_whole:
         settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         groups = [

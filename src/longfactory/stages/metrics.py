@@ -38,6 +38,17 @@ class MetricSums:
         copy._sums = dict(self._sums)
         return copy
 
+    def state_dict(self) -> dict[str, list[float]]:
+        """name -> [sum, count] of what was added since the last `means`."""
+        return {name: entry.tolist() for name, entry in self._sums.items()}
+
+    def load_state_dict(self, state: dict[str, list[float]], device: torch.device) -> None:
+        """Goes on with the sums of `state_dict`."""
+        self._sums = {
+            name: torch.tensor(entry, dtype=torch.float64, device=device)
+            for name, entry in state.items()
+        }
+
     def means(self, dp_sum: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, float]:
         """Reduces over the data-parallel groups (one collective, entered by all ranks alike),
         empties itself and returns the means.

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from longfactory.config.folder import write_whole
+
 log = logging.getLogger("longfactory")
 LOG_FILE = "trainer_log.jsonl"
 
@@ -25,12 +27,12 @@ class LogFile(TrainerCallback):
     while the run goes.
 
     Fields without a value are left out; times are H:MM:SS; `accuracy` is the share of pairs ranked
-    right (or of tokens, for sft).
+    right (or of tokens, for sft). A run that begins replaces an older file; one that goes on keeps
+    the lines up to its checkpoint, so that no step stands there twice.
     """
 
-    def __init__(self, output_dir: str, overwrite: bool):
+    def __init__(self, output_dir: str):
         self.path = Path(output_dir) / LOG_FILE
-        self.overwrite = overwrite
         self.started = time.time()
         self.first_step = 0
         self.first_tokens = 0
@@ -43,9 +45,34 @@ class LogFile(TrainerCallback):
             state.num_input_tokens_seen,
         )
         if state.is_world_process_zero:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.overwrite and self.path.exists() and state.global_step == 0:
-                self.path.unlink()
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._keep_lines(state)
+            except OSError as error:
+                self._cannot(error)
+
+    def _keep_lines(self, state: Any) -> None:
+        if not self.path.exists():
+            return
+        if state.global_step == 0:
+            self.path.unlink()
+            return
+        # Of the checkpoint's own step: what was logged before it was saved. An evaluation at the
+        # end of the epoch may come after it, and comes again.
+        logged = [h for h in state.log_history if "train_loss" not in h]
+        at_step = sum(h.get("step") == state.global_step for h in logged)
+        kept = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                step = json.loads(line)["current_steps"]
+            except (ValueError, KeyError, TypeError):
+                continue  # cut by a kill
+            if step < state.global_step:
+                kept.append(line)
+            elif step == state.global_step and at_step > 0:
+                kept.append(line)
+                at_step -= 1
+        write_whole(self.path, "".join(f"{line}\n" for line in kept))
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
@@ -94,13 +121,34 @@ class LogFile(TrainerCallback):
             with open(self.path, "a", encoding="utf-8") as f:
                 f.write(json.dumps({k: v for k, v in line.items() if v is not None}) + "\n")
         except OSError as error:
-            if not self.failed:
-                log.error(
-                    "%s cannot be written (%s). The run goes on; lines are missing there.",
-                    self.path,
-                    error.strerror or error,
-                )
-            self.failed = True
+            self._cannot(error)
+
+    def _cannot(self, error: OSError) -> None:
+        if not self.failed:
+            log.error(
+                "%s cannot be written (%s). The run goes on; lines are missing there.",
+                self.path,
+                error.strerror or error,
+            )
+        self.failed = True
+
+
+class Resume(TrainerCallback):
+    """Gives a trainer that resumes what the checkpoint holds of its progress, and tells it where in
+    an epoch it is.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.continue_progress()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.epoch_ended = False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.epoch_ended = True
 
 
 class AtStart(TrainerCallback):

@@ -36,6 +36,12 @@ OVERRIDDEN = {
     "_clip_grad_norm": "model",
     "_get_grad_norm": "model, grad_norm=",
     "_determine_best_metric": "metrics, trial",
+    "_save_checkpoint": "model, trial",
+    "_maybe_log_save_evaluate": (
+        "tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate="
+    ),
+    "_finalize_training": "trial, num_train_samples, start_time",
+    "_load_rng_state": "checkpoint",
     "_save_optimizer_and_scheduler": "output_dir",
     "_load_optimizer_and_scheduler": "checkpoint",
     "_load_from_checkpoint": "resume_from_checkpoint, model=",
@@ -48,6 +54,9 @@ OVERRIDDEN = {
 CALLED = {
     "_save": "output_dir=, state_dict=",
     "compute_loss_context_manager": "",
+    "store_flos": "",
+    "_save_scaler": "output_dir",
+    "_save_rng_state": "output_dir",
 }
 """The same, of methods that are called and not overridden."""
 

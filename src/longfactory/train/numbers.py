@@ -203,6 +203,15 @@ class LoggedSteps:
     before: Any = None
     _run: tuple[int, int] = (0, 0)
 
+    def counts(self) -> list[int]:
+        """[all, skipped, those of all log lines before], for a checkpoint."""
+        return [self.all, self.skipped, *self._run]
+
+    def set_counts(self, counts: Sequence[int]) -> None:
+        """Goes on from `counts`."""
+        self.all, self.skipped, *run = counts
+        self._run = (run[0], run[1])
+
     def correct(self, logs: dict[str, Any], skipped_updates: int) -> None:
         """The loss as a mean over the steps that made an update; without any, no loss."""
         if "loss" in logs:

@@ -5,6 +5,7 @@ result files, curves, model card.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -18,16 +19,18 @@ from typing import Any
 import torch
 
 from longfactory.config import RunConfig, resolved
+from longfactory.config.folder import write_whole
 from longfactory.data.module import Datasets
 from longfactory.errors import UserError
 from longfactory.model import saved, value_head
 from longfactory.model.generate import make_generation_config_valid
 from longfactory.model.source import Source, in_words
+from longfactory.train.checkpoint.prune import SCRATCH
+from longfactory.train.checkpoint.save import together
 from longfactory.train.plots import plot_history
 from longfactory.train.ranks import from_all
 
 log = logging.getLogger("longfactory")
-SCRATCH = ".longfactory-dry-save-"
 
 BY_US, BY_PEFT = "trained by LongFactory:", "# Model Card for Model ID"
 """By these words a card is known that may be written anew: ours, and the empty form that peft
@@ -46,19 +49,30 @@ def curves(cfg: RunConfig) -> list[str]:
     return [*CURVES, *(["rewards/chosen"] if cfg.method.stage == "kto" else []), *each]
 
 
-def save_trained(trainer: Any, cfg: RunConfig, tokenizer: Any, result: Any) -> None:
+def save_trained(
+    trainer: Any, cfg: RunConfig, tokenizer: Any, result: Any, *, results: bool = True
+) -> None:
     """Weights as plain safetensors, tokenizer, `train_results.json`, `trainer_state.json`, curves,
     model card. Collective.
 
-    The model comes first; whatever fails after it is reported and loses nothing else. Of a run that
-    had been over before, the weights alone: its results are not those of no steps.
+    The model comes first; whatever fails after it is reported and loses nothing else. Every file is
+    written by every start that comes here, so that they are all there after a kill at any moment:
+    results are those of all starts together.
+
+    Args:
+        results: write more than the model. False for a run that had come to its end before.
+    Raises:
+        UserError: on every rank, where the disk refuses the model.
     """
     if cfg.output.save_final_model:
-        trainer.save_model()
-    if trainer.finished:
+        save_final_model(trainer)
+    if not results:
         return
     trainer.log_metrics("train", result.metrics)
-    for write in (lambda: trainer.save_metrics("train", result.metrics), trainer.save_state):
+    for write in (
+        lambda: save_metrics(trainer, "train", result.metrics),
+        lambda: save_trainer_state(trainer),
+    ):
         reported(write, "results of the training")
     if trainer.is_world_process_zero():
         if cfg.method.plot_loss:
@@ -71,6 +85,42 @@ def save_trained(trainer: Any, cfg: RunConfig, tokenizer: Any, result: Any) -> N
         reported(
             lambda: write_model_card(cfg, trainer.args.output_dir), "README.md, the model card,"
         )
+
+
+def save_final_model(trainer: Any) -> None:
+    """The model into the output folder. Collective.
+
+    Raises:
+        UserError: on every rank, where the disk refuses.
+    """
+    folder = Path(trainer.args.output_dir)
+    together("the model", trainer.save_model, folder, None, folder)
+
+
+def save_metrics(trainer: Any, split: str, metrics: dict[str, float]) -> None:
+    """`<split>_results.json`, and the same in `all_results.json`: each whole or as it was. By the
+    first process.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    folder = Path(trainer.args.output_dir)
+    both = folder / "all_results.json"
+    try:
+        before = json.loads(both.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = {}  # none yet, or cut by a kill
+    for path, content in (
+        (folder / f"{split}_results.json", metrics),
+        (both, {**before, **metrics}),
+    ):
+        write_whole(path, json.dumps(content, indent=4, sort_keys=True))
+
+
+def save_trainer_state(trainer: Any) -> None:
+    """`trainer_state.json` in the output folder, whole or as it was. By the first process."""
+    if trainer.is_world_process_zero():
+        text = json.dumps(dataclasses.asdict(trainer.state), indent=2, sort_keys=True) + "\n"
+        write_whole(Path(trainer.args.output_dir) / "trainer_state.json", text)
 
 
 def reported(write: Callable[[], Any], what: str) -> None:
@@ -310,23 +360,26 @@ def evaluate(trainer: Any, cfg: RunConfig, datasets: Datasets) -> dict[str, floa
     """Evaluates and writes `eval_results.json`. Collective."""
     metrics = trainer.evaluate(metric_key_prefix="eval")
     trainer.log_metrics("eval", metrics)
-    trainer.save_metrics("eval", metrics)
+    save_metrics(trainer, "eval", metrics)
     return metrics
 
 
-def save_value_head(trainer: Any, folder: str) -> None:
-    """`value_head.safetensors`, beside the weights of a reward model."""
+def value_head_tensors(trainer: Any) -> dict[str, torch.Tensor]:
+    """The whole value head of a reward model, by the names of its file. Collective."""
+    full = [_whole(p) for p in (trainer.head.value.weight, trainer.head.value.bias)]
+    return {
+        value_head.WEIGHT: full[0].cpu().contiguous(),
+        value_head.BIAS: full[1].cpu().contiguous(),
+    }
+
+
+def save_value_head(tensors: dict[str, torch.Tensor], folder: str) -> None:
+    """`value_head.safetensors`, beside the weights of a reward model. On the writing process."""
     from safetensors.torch import save_file
 
-    full = [_whole(p) for p in (trainer.head.value.weight, trainer.head.value.bias)]
-    if trainer.is_world_process_zero():
-        tensors = {
-            value_head.WEIGHT: full[0].cpu().contiguous(),
-            value_head.BIAS: full[1].cpu().contiguous(),
-        }
-        path = os.path.join(folder, value_head.FILE)
-        save_file(tensors, path + ".part", metadata={"format": "pt"})
-        os.replace(path + ".part", path)
+    path = os.path.join(folder, value_head.FILE)
+    save_file(tensors, path + ".part", metadata={"format": "pt"})
+    os.replace(path + ".part", path)
 
 
 def _whole(p: torch.Tensor) -> torch.Tensor:
@@ -376,7 +429,7 @@ def write_model_card(cfg: RunConfig, folder: str) -> None:
         ]
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)
 
 
 def read_log(folder: str | Path) -> list[dict[str, Any]]:

@@ -47,8 +47,10 @@ def plot_history(
         axes.set_ylabel(key)
         axes.legend()
         path = Path(folder) / f"training_{key.replace('/', '_')}.png"
-        figure.savefig(path, dpi=100, bbox_inches="tight")
+        part = path.with_name(f".{path.name}.part")
+        figure.savefig(part, dpi=100, bbox_inches="tight", format="png")
         plt.close(figure)
+        part.replace(path)
         files.append(path)
     return files
 

@@ -26,6 +26,7 @@ from longfactory.data.module import Datasets
 from longfactory.data.row import IGNORE, TokenizedDocument
 from longfactory.errors import UserError
 from longfactory.model.generate import attention_with_cache, generation_arguments, stop_tokens
+from longfactory.train.output import save_metrics
 
 FILE = "generated_predictions.jsonl"
 
@@ -50,7 +51,7 @@ def predict(trainer: Any, cfg: RunConfig, tokenizer: Any, datasets: Datasets) ->
         prefix = "predict" if len(datasets.eval) == 1 else f"predict_{name}"
         metrics |= _one_set(trainer, cfg, tokenizer, dataset, prefix)
     trainer.log_metrics("predict", metrics)
-    trainer.save_metrics("predict", metrics)
+    save_metrics(trainer, "predict", metrics)
     return metrics
 
 

@@ -19,7 +19,9 @@ from transformers import Seq2SeqTrainingArguments, set_seed
 from longfactory import hub, progress, sp
 from longfactory.config import RunConfig, folder
 from longfactory.config.loss_facts import split_loss_path
+from longfactory.config.show import settings as settings_of
 from longfactory.data import module as data
+from longfactory.data.fingerprint import data_fingerprint
 from longfactory.data.templates import get_template
 from longfactory.errors import UserError
 from longfactory.memory.apply import apply_memory
@@ -40,11 +42,15 @@ from longfactory.stages.make import make_stage
 from longfactory.stages.user_loss import digest_of
 from longfactory.train import output
 from longfactory.train.callbacks import AtStart, LogFile, report_failures
+from longfactory.train.checkpoint.choose import Start, choose_start
+from longfactory.train.checkpoint.facts import RunFacts
+from longfactory.train.checkpoint.place import check_place
+from longfactory.train.checkpoint.prune import remove_leftovers
 from longfactory.train.gradients import ReportUnused, refuse_unused
 from longfactory.train.memory_plan import Counts, FitMemory, Memory, count_parameters, plan_memory
 from longfactory.train.optimizers import optimizer_factory
 from longfactory.train.prove import prove_exact
-from longfactory.train.ranks import from_all
+from longfactory.train.ranks import from_all, from_main
 from longfactory.train.reference.attach import attach_reference
 from longfactory.train.survival.callback import Survive
 from longfactory.train.survival.start import meet
@@ -92,6 +98,8 @@ class Assembled:
     sharding: str
     activations: Activations
     """What `memory.apply` installed on the model's layers."""
+    start: Start | None
+    """The checkpoint to go on from, or none; None where nothing is trained."""
 
 
 def assemble(cfg: RunConfig, *, wide_weights: bool = False, store: Any = None) -> Assembled:
@@ -114,6 +122,7 @@ def assemble(cfg: RunConfig, *, wide_weights: bool = False, store: Any = None) -
     memory, sharding = prepared.memory, prepared.sharding
 
     args, ctx = init_distributed(cfg, prepared, store)
+    start = choose_start(cfg) if args.do_train and not wide_weights else None
     model_config, stage, tokenizer = prepared.model_config, prepared.stage, prepared.tokenizer
     for line in describe(cfg, ctx, args, sharding, prepared.datasets):
         log.info(line)
@@ -127,10 +136,21 @@ def assemble(cfg: RunConfig, *, wide_weights: bool = False, store: Any = None) -
     if args.do_train:
         output.prove_writable(args, source)
     trainer = make_trainer(
-        cfg, args, ctx, stage, model, head, source, tokenizer, prepared.datasets, memory
+        cfg,
+        args,
+        ctx,
+        stage,
+        model,
+        head,
+        source,
+        tokenizer,
+        prepared.datasets,
+        memory,
+        start,
+        sharding,
     )
     parallelize(trainer, sharding, processes.world, split=memory.split)
-    return Assembled(trainer, tokenizer, prepared.datasets, memory, sharding, activations)
+    return Assembled(trainer, tokenizer, prepared.datasets, memory, sharding, activations, start)
 
 
 def prepare_training(assembled: Assembled, cfg: RunConfig, watch: Watch | None = None) -> None:
@@ -149,7 +169,6 @@ def prepare_training(assembled: Assembled, cfg: RunConfig, watch: Watch | None =
         )
     trainer.add_callback(
         AtStart(
-            trainer.continue_counting,
             lambda: prove_exact(trainer),
             lambda: refuse_unused(trainer),
             lambda: attach_reference(trainer, cfg),
@@ -159,10 +178,15 @@ def prepare_training(assembled: Assembled, cfg: RunConfig, watch: Watch | None =
     trainer.add_callback(FitMemory(memory.plan, assembled.activations))
     trainer.add_callback(Survive(trainer, watch))
     if args.do_train:
+        saves = args.save_strategy != "no" and not args.save_only_model
+        check_place(args, sharded=assembled.sharding in ("fsdp2", "deepspeed"), saves=saves)
         output.prove_saveable(trainer)
+    # not before all that can be refused: a run that never began leaves no folder
     if trainer.is_world_process_zero():
-        # not before all that can be refused: a run that never began leaves no folder
         folder.write(cfg)
+    if assembled.start is not None and args.should_save:
+        remove_leftovers(Path(args.output_dir))
+        folder.write_record(Path(args.output_dir), assembled.start.record)
 
 
 def run(cfg: RunConfig, watch: Watch | None = None) -> dict[str, float]:
@@ -192,22 +216,22 @@ def _run(cfg: RunConfig, watch: Watch | None, store: Any) -> dict[str, float]:
     args = trainer.args
     metrics: dict[str, float] = {}
     if args.do_train:
-        checkpoint = cfg.resume_checkpoint()
-        same_on_every_rank(checkpoint)
+        assert assembled.start is not None  # of every run that trains
+        checkpoint = assembled.start.checkpoint
         if cfg.method.loss_path is not None:
             same_loss_on_every_rank(cfg.method.loss_path)
         if checkpoint:
-            trainer.check_resume(checkpoint)
+            trainer.check_resume(checkpoint, assembled.start.manifest)
         try:
             result = trainer.train(resume_from_checkpoint=checkpoint)
         except torch.OutOfMemoryError as error:
             raise UserError(explain_out_of_memory(assembled.memory.plan, error)) from error
         if trainer.finished:
             log.info(f"{checkpoint} has made the last step of this run: nothing was left to train.")
-        else:
-            metrics.update(result.metrics)
+        metrics.update(result.metrics)
+        over = trainer.finished and assembled.start.was_finished
         with progress.within("save", "saving the trained model"):
-            output.save_trained(trainer, cfg, tokenizer, result)
+            output.save_trained(trainer, cfg, tokenizer, result, results=not over)
     progress.enter("evaluation", "what follows the training")
     if args.do_eval and datasets.eval:
         if not args.do_train:
@@ -219,27 +243,14 @@ def _run(cfg: RunConfig, watch: Watch | None, store: Any) -> dict[str, float]:
 
         metrics.update(predict(trainer, cfg, tokenizer, datasets))
     if args.do_train:
+        from_all(None)  # every process has written its results
+        if args.should_save:
+            record = dataclasses.replace(trainer.facts.record, finished=True)
+            folder.write_record(Path(args.output_dir), record)
         output.push(trainer)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return metrics
-
-
-def same_on_every_rank(checkpoint: str | None) -> None:
-    """Refuses a run whose machines would resume from different places: they would wait for each
-    other for ever.
-
-    Raises:
-        UserError: on every rank.
-    """
-    names = from_all(Path(checkpoint).name if checkpoint else None)
-    if len(set(names)) > 1:
-        found = ", ".join(sorted({str(n) for n in names}))
-        raise UserError(
-            f"The machines do not agree on the checkpoint to go on from: {found}. output_dir must"
-            " be on a file system that all machines share, or resume_from_checkpoint must name a"
-            " checkpoint that each of them has."
-        )
 
 
 def same_loss_on_every_rank(loss_path: str) -> None:
@@ -587,8 +598,10 @@ def make_trainer(
     tokenizer: Any,
     datasets: data.Datasets,
     memory: Memory,
+    start: Start | None,
+    sharding: str,
 ) -> RowTrainer:
-    """The Trainer of a run, with its loaders, optimizer and callbacks."""
+    """The Trainer of a run, with its loaders, optimizer and callbacks. Collective."""
     pad_id = (
         tokenizer.pad_token_id
         if tokenizer.pad_token_id is not None
@@ -610,10 +623,11 @@ def make_trainer(
         log_tokens=cfg.log_tokens,
         source=source,
         on_nan=cfg.method.on_nan,
+        facts=None if start is None else run_facts(cfg, start, sharding, datasets),
         train_dataset=datasets.train,
         eval_dataset=eval_sets,
         processing_class=tokenizer,
-        callbacks=[LogFile(args.output_dir, overwrite=cfg.output.overwrite_output_dir)],
+        callbacks=[LogFile(args.output_dir)],
     )
     report_failures(trainer.callback_handler)
     if cfg.method.early_stopping_steps is not None:
@@ -623,6 +637,13 @@ def make_trainer(
             EarlyStoppingCallback(early_stopping_patience=cfg.method.early_stopping_steps)
         )
     return trainer
+
+
+def run_facts(cfg: RunConfig, start: Start, sharding: str, datasets: data.Datasets) -> RunFacts:
+    """What the run's checkpoints say of it. Collective: the first process reads the data."""
+    main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    digest = from_main(data_fingerprint(datasets.train) if main else None)
+    return RunFacts(start.record, settings_of(cfg), sharding, digest)
 
 
 def describe(

@@ -13,9 +13,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,14 +29,16 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_init
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import EarlyStoppingCallback, ExportableState
 from transformers.trainer_utils import EvalLoopOutput
 
 from longfactory import sp
+from longfactory.config import folder
 from longfactory.data.row import Row
 from longfactory.errors import UserError
 from longfactory.memory.optimizer import SplitAdamW
 from longfactory.model.outputs import TokenOutputs
-from longfactory.model.saved import check_saved, names_for_peft, remove_weights
+from longfactory.model.saved import bytes_to_save, check_saved, names_for_peft, remove_weights
 from longfactory.model.source import Source, tied_duplicates
 from longfactory.model.token_logprobs import ReferenceHidden, TokenLogprobs
 from longfactory.model.value_head import FILE as VALUE_HEAD
@@ -42,16 +47,34 @@ from longfactory.shard import export, optimizer_states
 from longfactory.sp import hf
 from longfactory.stages.base import Stage
 from longfactory.stages.metrics import Metrics, MetricSums
+from longfactory.train.callbacks import Resume
+from longfactory.train.checkpoint import changes, settings
+from longfactory.train.checkpoint.facts import RunFacts
+from longfactory.train.checkpoint.progress import (
+    Progress,
+    read_progress,
+    read_state,
+    write_state,
+)
+from longfactory.train.checkpoint.prune import prune
+from longfactory.train.checkpoint.save import Part, optimizer_bytes, save_checkpoint
 from longfactory.train.contracts import check_trainer
 from longfactory.train.embedding_noise import noisy_embeddings, token_keys, token_scales
 from longfactory.train.loader import Collate, RowSampler, empty_row, make_loader
 from longfactory.train.numbers import LoggedSteps, Numbers
 from longfactory.train.optimizers import one_dtype_each
-from longfactory.train.output import finish_save, reported, save_value_head
+from longfactory.train.output import (
+    finish_save,
+    first_line,
+    reported,
+    save_value_head,
+    value_head_tensors,
+)
+from longfactory.train.ranks import from_all
 from longfactory.train.reference import Reference, as_reference
 from longfactory.train.whole_weights import load_renamed
 
-STATE_FILE = "longfactory_state.json"
+log = logging.getLogger("longfactory")
 SCHEDULER_NAME = "scheduler.pt"  # transformers' name
 
 check_trainer(Trainer)
@@ -74,6 +97,7 @@ class RowTrainer(Trainer):
         log_tokens: count input tokens and log throughput.
         source: the checkpoint that was loaded: what is saved gets all that it has.
         on_nan: what a loss or gradient that is NaN or Inf does: "stop" or "skip".
+        facts: what the run's checkpoints say of it.
     """
 
     # compute_loss divides by N: the Trainer must not divide by accumulation steps
@@ -94,6 +118,7 @@ class RowTrainer(Trainer):
         log_tokens: bool = False,
         source: Source | None = None,
         on_nan: Literal["stop", "skip"] = "stop",
+        facts: RunFacts | None = None,
         **kwargs: Any,
     ):
         self.ctx, self.stage = ctx, stage
@@ -107,8 +132,16 @@ class RowTrainer(Trainer):
         # Made when the model is wrapped (`reference.attach`).
         self.reference = Reference()
         self._train_metrics, self._eval_metrics = MetricSums(), MetricSums()
+        self.facts = RunFacts() if facts is None else facts
         # The step of the checkpoint to go on from, and whether that is the run's last.
         self.resumed_at, self.finished = -1, False
+        # What the run had seen there; None where it begins, or the checkpoint does not say.
+        self.resumed: Progress | None = None
+        # Whether the last epoch's evaluation and rows of the log are done.
+        self.epoch_ended = True
+        self._last_step: tuple[Any, float | None] = (None, None)
+        self._began, self._train_samples, self._updates = time.monotonic(), 0.0, 0
+        self._own_settings: list[dict[str, Any]] = []
         super().__init__(model, args, **kwargs)
         # transformers before 5.19 has no loss_is_scaled_for_ga; it does not divide where the model
         # takes the count itself.
@@ -122,6 +155,10 @@ class RowTrainer(Trainer):
             on_nan, self._where, lambda: getattr(self.accelerator, "scaler", None) is not None
         )
         self._logged = LoggedSteps()
+        # transformers counts whatever is named checkpoint-N, by the files' times
+        self.save_total_limit = self.args.save_total_limit
+        self.args.save_total_limit = None
+        self.add_callback(Resume(self))
 
     # ---- data ------------------------------------------------------------------------------------
 
@@ -202,7 +239,8 @@ class RowTrainer(Trainer):
         the Trainer would make one more.
         """
         epochs, updates, *others = super().set_initial_training_values(args, dataloader)
-        self.finished = self.resumed_at >= others[-1]
+        self._train_samples, self._updates = others[1], updates
+        self.finished = self.resumed_at >= others[-1] or self._stopped_early()
         return (
             min(epochs, self.resumed_at // updates) if self.finished else epochs,
             updates,
@@ -384,7 +422,9 @@ class RowTrainer(Trainer):
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().create_scheduler(*args, **kwargs)
+            scheduler = super().create_scheduler(*args, **kwargs)
+            self._own_settings = settings.settings_of(self.optimizer)
+            return scheduler
         except (ValueError, TypeError) as error:
             given = self.args.lr_scheduler_kwargs
             raise UserError(
@@ -495,13 +535,9 @@ class RowTrainer(Trainer):
 
     # ---- logging ---------------------------------------------------------------------------------
 
-    def continue_counting(self) -> None:
-        """At the start: tokens are counted on from what the checkpoint had seen."""
-        self._tokens.fill_(self.state.num_input_tokens_seen)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.finished and "train_loss" in logs:
-            return  # of no steps
+        if "train_loss" in logs:
+            logs.update(self._of_the_whole_run(logs["train_runtime"]))
         if "loss" in logs:
             logs.update(self._train_metrics.means(self._sum_over_groups))
         self._logged.correct(logs, self.numbers.skipped)
@@ -519,6 +555,8 @@ class RowTrainer(Trainer):
         output_dir = output_dir or self.args.output_dir
         if self.args.should_save and not hasattr(self.model, "peft_config"):
             remove_weights(output_dir)
+        # what is collective comes first: a process whose disk is full must not leave others in it
+        value_head = value_head_tensors(self) if self.stage.output == "values" else None
         if self.is_fsdp_enabled:
             # Gathered one by one, tied weights no longer share their memory, by which transformers
             # would know them.
@@ -535,16 +573,213 @@ class RowTrainer(Trainer):
                 self._save(output_dir, state_dict=state)
         else:
             super().save_model(output_dir, _internal_call=True)  # without its upload
-        if self.stage.output == "values":
-            save_value_head(self, output_dir)
         if self.args.should_save:
+            if value_head is not None:
+                save_value_head(value_head, output_dir)
             finish_save(self, output_dir)
-        if _internal_call and self.args.should_save:
-            os.makedirs(output_dir, exist_ok=True)
-            path = os.path.join(output_dir, STATE_FILE)
-            with open(path + ".part", "w") as f:
-                json.dump({**self.run_state(), "stage": self.stage.state_dict()}, f, indent=1)
-            os.replace(path + ".part", path)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes `checkpoint-<step>`, whole or not at all, and removes the oldest beyond
+        `save_total_limit`. Collective.
+
+        Raises:
+            UserError: the disk refuses; earlier checkpoints are as they were.
+        """
+        self.store_flos()
+        args, step, output_dir = self.args, self.state.global_step, Path(self.args.output_dir)
+        progress = self._progress()
+        self.state.best_model_checkpoint = self._best_checkpoint(output_dir)
+        parts: list[Part] = [("weights", lambda f: self.save_model(str(f), _internal_call=True))]
+        if not args.save_only_model:
+            parts += [
+                ("the optimizer's states", lambda f: self._save_optimizer_and_scheduler(str(f))),
+                ("the scaler", lambda f: self._save_scaler(str(f))),
+                ("states of random numbers", lambda f: self._save_rng_state(str(f))),
+            ]
+        parts.append(("the run's state", lambda f: self._save_state(f, progress)))
+        manifest = {
+            "run": self.facts.record.run,
+            "step": step,
+            "samples": progress.samples,
+            "tokens": progress.tokens,
+            "resumable": not args.save_only_model,
+            "world": {
+                "processes": args.world_size,
+                "sequence_parallel_size": self.ctx.size,
+                "sharding": self.facts.sharding,
+            },
+            "data": self.facts.data,
+            "versions": changes.versions(),
+            "configuration": self.facts.configuration,
+        }
+        final = save_checkpoint(args, step, parts, manifest, bytes_needed=self._bytes_to_save())
+        if args.should_save:
+            record, best = self.facts.record, self.state.best_model_checkpoint
+            removed = prune(output_dir, self.save_total_limit, record, best)
+            if removed:
+                log.info(
+                    f"save_total_limit: {self.save_total_limit}: removed {', '.join(removed)}."
+                )
+        if args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+
+    def _best_checkpoint(self, output_dir: Path) -> str | None:
+        """The folder of the best step, where this run has saved it or is saving it now."""
+        step = self.state.best_global_step
+        best = output_dir / f"checkpoint-{step}"
+        if not step or self.args.save_strategy == "no":
+            return self.state.best_model_checkpoint
+        ours = best.is_dir() and self.facts.record.holds(folder.run_of(best), step)
+        if step == self.state.global_step or ours:
+            return str(best)
+        return self.state.best_model_checkpoint
+
+    def _bytes_to_save(self) -> int:
+        """About what this process writes into a checkpoint."""
+        weights = bytes_to_save(self.model) if self.args.should_save else 0
+        states = 0 if self.args.save_only_model else optimizer_bytes(self.optimizer)
+        if self.is_fsdp_enabled:
+            # every process writes its shards of the weights too
+            return weights + states + bytes_to_save(self.model) // self.args.world_size
+        return weights + (states if self.args.should_save else 0)
+
+    def _save_state(self, directory: Path, progress: Progress) -> None:
+        """The Trainer's state and ours, by the process that writes."""
+        if not self.args.should_save:
+            return
+        exported: dict[str, Any] = {}
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                exported.setdefault(type(callback).__name__, []).append(callback.state())
+        self.state.stateful_callbacks = {
+            name: found[0] if len(found) == 1 else found for name, found in exported.items()
+        }
+        self.state.save_to_json(str(directory / TRAINER_STATE_NAME))
+        write_state(directory, {**self.run_state(), "stage": self.stage.state_dict()}, progress)
+
+    def _progress(self) -> Progress:
+        """Where the run stands. Collective."""
+        mine = (self._tr_loss.item(), self._train_metrics.state_dict())
+        everyone = from_all(mine)
+        grad_norm, learning_rate = self._last_step
+        stopping = self._early_stopping()
+        return Progress(
+            tokens=int(self._tokens),
+            samples=self.state.global_step * self.get_total_train_batch_size(self.args),
+            runtime=self._runtime(),
+            unlogged=[loss for loss, _ in everyone],
+            total_loss=self._total_loss_scalar,
+            last_logged=self._globalstep_last_logged,
+            metrics=[metrics for _, metrics in everyone],
+            grad_norm=None if grad_norm is None else float(grad_norm),
+            learning_rate=learning_rate,
+            epoch_ended=self.epoch_ended,
+            updates=[*self._logged.counts(), self.numbers.skipped],
+            patience=None if stopping is None else stopping.early_stopping_patience_counter,
+        )
+
+    def _runtime(self) -> float:
+        before = 0.0 if self.resumed is None else self.resumed.runtime
+        return before + time.monotonic() - self._began
+
+    def _early_stopping(self) -> EarlyStoppingCallback | None:
+        found = (c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback))
+        return next(found, None)
+
+    def _stopped_early(self) -> bool:
+        """Whether the checkpoint is that of a run that early stopping has ended."""
+        stopping, resumed = self._early_stopping(), self.resumed
+        if stopping is None or resumed is None or resumed.patience is None:
+            return False
+        return resumed.patience >= stopping.early_stopping_patience
+
+    def continue_progress(self) -> None:
+        """At the start of training, once transformers has set its own counters: the run goes on
+        with the sums and counts that the checkpoint holds, and with this run's intervals.
+        """
+        self._began = time.monotonic()
+        self._tokens.fill_(self.state.num_input_tokens_seen)
+        if self.resumed_at < 0:
+            return
+        self.args.eval_on_start = False  # it is done
+        self.state.compute_steps(self.args, self.state.max_steps)
+        if self.resumed is None:
+            return
+        loss, metrics = self.resumed.for_rank(self.args.process_index, self.args.world_size)
+        self._tr_loss = torch.tensor(loss, device=self.args.device)
+        self._total_loss_scalar = self.resumed.total_loss
+        self._globalstep_last_logged = self.resumed.last_logged
+        self._train_metrics.load_state_dict(metrics, self.args.device)
+        *counts, self.numbers.skipped = self.resumed.updates
+        self._logged.set_counts(counts)
+        self._last_step = (self.resumed.grad_norm, self.resumed.learning_rate)
+        self._tokens.fill_(self.resumed.tokens)
+        self.epoch_ended = self.resumed.epoch_ended
+        if (stopping := self._early_stopping()) is not None:
+            stopping.early_stopping_patience_counter = self.resumed.patience or 0
+
+    def _maybe_log_save_evaluate(
+        self,
+        tr_loss: Tensor,
+        grad_norm: Any,
+        model: nn.Module,
+        trial: Any,
+        epoch: float,
+        ignore_keys_for_eval: Any,
+        start_time: float,
+        learning_rate: float | None = None,
+    ) -> None:
+        self._last_step = (grad_norm, learning_rate)
+        super()._maybe_log_save_evaluate(
+            tr_loss,
+            grad_norm,
+            model,
+            trial,
+            epoch,
+            ignore_keys_for_eval,
+            start_time,
+            learning_rate=learning_rate,
+        )
+
+    def _end_epoch(self) -> None:
+        """What comes at the end of an epoch, where the checkpoint was saved before it."""
+        self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)  # type: ignore[has-type]
+        grad_norm, learning_rate = self._last_step
+        self._maybe_log_save_evaluate(
+            self._tr_loss,
+            grad_norm,
+            self.model_wrapped,
+            None,
+            self.state.epoch or 0.0,
+            None,
+            time.time(),
+            learning_rate=learning_rate,
+        )
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if not self.epoch_ended and self.resumed_at % self._updates == 0:
+            # an evaluation draws from the generators, which are now as they were before it
+            self._end_epoch()
+
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
+        if self.finished and not self.epoch_ended:
+            self._end_epoch()
+        return super()._finalize_training(trial, num_train_samples, start_time)
+
+    def _of_the_whole_run(self, runtime: float) -> dict[str, float]:
+        """Results of all starts of a run together, where this one resumed."""
+        steps = self.state.global_step
+        if self.resumed is None or not steps:
+            return {}
+        runtime += self.resumed.runtime
+        samples = self._train_samples * steps / max(self.state.max_steps, 1)
+        return {
+            "train_loss": self._total_loss_scalar / steps,
+            "train_runtime": round(runtime, 4),
+            "train_samples_per_second": round(samples / runtime, 3),
+            "train_steps_per_second": round(steps / runtime, 3),
+        }
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         reported(
@@ -577,22 +812,35 @@ class RowTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))  # type: ignore[union-attr]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        optimizer = self._split_adamw()
+        """States from the checkpoint; learning rate, schedule, decay and betas from the run's keys.
+
+        Raises:
+            UserError: the states are of another optimizer or of other parameters.
+        """
         if checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
+        optimizer = self._split_adamw()
         if optimizer is None:
             if optimizer_states.holds_states(checkpoint):
                 raise UserError(
                     f"The checkpoint {checkpoint} was made by AdamW on the host or with split"
                     " weights. Set optimizer_placement: host."
                 )
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        optimizer_states.load_states(optimizer, self.model.named_parameters(), checkpoint)
-        self.lr_scheduler.load_state_dict(
-            torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True)
-        )  # type: ignore[union-attr]
+            try:
+                super()._load_optimizer_and_scheduler(checkpoint)
+            except (ValueError, KeyError, RuntimeError) as error:
+                raise UserError(
+                    f"The optimizer's states in {checkpoint} are of another optimizer or of other"
+                    f" parameters than this run's ({first_line(error)}). Use the same optim and"
+                    " finetuning_type."
+                ) from error
+        else:
+            optimizer_states.load_states(optimizer, self.model.named_parameters(), checkpoint)
+            self.lr_scheduler.load_state_dict(
+                torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True)
+            )  # type: ignore[union-attr]
+        settings.apply_settings(self.optimizer, self.lr_scheduler, self._own_settings)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -647,13 +895,19 @@ class RowTrainer(Trainer):
             "samples": len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,  # type: ignore[arg-type]
             "data_seed": self.data_seed,
             "shuffle": self.shuffle,
+            "train_sampling_strategy": str(getattr(self.args, "train_sampling_strategy", "random")),
+            "dataloader_drop_last": self.args.dataloader_drop_last,
+            "data": self.facts.data,
             "sequence_parallel_size": self.ctx.size,
         }
 
-    def check_resume(self, checkpoint: str) -> None:
-        """Refuses a checkpoint whose steps took other samples than this run's would; gives the
-        stage and the value head their states back.
+    def check_resume(self, checkpoint: str, manifest: dict[str, Any] | None = None) -> None:
+        """Refuses a checkpoint whose steps took other samples than this run's would, or whose
+        states this run cannot load; tells what else is changed, and gives the stage and the value
+        head their states back.
 
+        Args:
+            manifest: of the checkpoint, where it has one.
         Raises:
             UserError: with what differs and how to make it agree.
         """
@@ -661,6 +915,13 @@ class RowTrainer(Trainer):
         if os.path.isfile(steps):
             with open(steps) as f:
                 self.resumed_at = json.load(f)["global_step"]
+        changed: dict[str, tuple[Any, Any]] = {}
+        if manifest is not None:
+            changed = changes.changed_keys(manifest["configuration"], self.facts.configuration)
+            engines = (manifest["world"]["sharding"], self.facts.sharding)
+            changes.refuse_other_states(
+                checkpoint, changed, self.facts.configuration, sharding=engines
+            )
         headless = self.stage.output == "values" and not load_value_head(self.head, checkpoint)
         # The weights of a whole model hold the head; those of an adapter do not.
         if headless and os.path.isfile(os.path.join(checkpoint, "adapter_config.json")):
@@ -668,14 +929,18 @@ class RowTrainer(Trainer):
                 f"The checkpoint {checkpoint} has no {VALUE_HEAD}, without which it is no reward"
                 " model. Start anew."
             )
-        path = os.path.join(checkpoint, STATE_FILE)
-        if not os.path.isfile(path):
-            return
-        with open(path) as f:
-            then = json.load(f)
-        self.stage.load_state_dict(then.get("stage", {}))
-        if self.args.ignore_data_skip:
-            return
+        then = read_state(checkpoint)
+        if then is not None:
+            self.stage.load_state_dict(then.get("stage", {}))
+            self.resumed = read_progress(then)
+            if not self.args.ignore_data_skip:
+                self._refuse_other_samples(checkpoint, then, changed)
+        self._tell_changes(checkpoint, manifest, changed)
+
+    def _refuse_other_samples(
+        self, checkpoint: str, then: dict[str, Any], changed: dict[str, tuple[Any, Any]]
+    ) -> None:
+        """Raises UserError where the run would go on with other samples than the checkpoint's."""
         now = self.run_state()
         if then["total_batch_size"] != now["total_batch_size"]:
             raise UserError(
@@ -686,10 +951,60 @@ class RowTrainer(Trainer):
                 f" {self.ctx.dp_size}). Change gradient_accumulation_steps so that they agree, or"
                 " set ignore_data_skip: true to start the epoch's data again."
             )
-        for key in ("samples", "data_seed", "shuffle"):
-            if then[key] != now[key]:
+        names = (
+            "samples",
+            "data_seed",
+            "shuffle",
+            "train_sampling_strategy",
+            "dataloader_drop_last",
+        )
+        for key in names:
+            if then.get(key, now[key]) != now[key]:
                 raise UserError(
                     f"The checkpoint {checkpoint} was made with {key} = {then[key]}, this run has"
-                    f" {now[key]}: it would go on with other samples. Use the same data and seed,"
-                    " or set ignore_data_skip: true."
+                    f" {now[key]}: it would go on with other samples."
+                    f"{changes.of_the_data(changed)} Use the same data and seed, or set"
+                    " ignore_data_skip: true."
                 )
+        if None not in (then.get("data"), now["data"]) and then["data"] != now["data"]:
+            what = changes.of_the_data(changed) or " Files of the data sets were changed."
+            raise UserError(
+                f"The checkpoint {checkpoint} was made with other training data: as many samples,"
+                f" but not the same.{what} Use the same data, cutoff_len and template, or set"
+                " ignore_data_skip: true."
+            )
+
+    def _tell_changes(
+        self,
+        checkpoint: str,
+        manifest: dict[str, Any] | None,
+        changed: dict[str, tuple[Any, Any]],
+    ) -> None:
+        """What is different from the run that wrote the checkpoint, as lines of the log."""
+        if changed:
+            log.info(f"Changed since {checkpoint}, and applied: {changes.in_words(changed)}.")
+        if arithmetic := {k: v for k, v in changed.items() if k in changes.ARITHMETIC}:
+            log.warning(
+                f"{changes.in_words(arithmetic)}: numbers are rounded in another way than before"
+                f" {checkpoint}."
+            )
+        if manifest is None:
+            return
+        packages = changes.changed_keys(manifest["versions"], changes.versions())
+        if packages:
+            log.warning(
+                f"Other versions than those of {checkpoint} ({changes.in_words(packages)}): the"
+                " last bits of numbers may differ."
+            )
+        world = manifest["world"]
+        if world["processes"] != self.args.world_size:
+            log.warning(
+                f"{checkpoint} was made by {world['processes']} processes, this run has"
+                f" {self.args.world_size}. The steps take the same samples; sums are rounded in"
+                " another order, and random numbers (dropout) are drawn anew."
+            )
+        elif world["sequence_parallel_size"] != self.ctx.size:
+            log.info(
+                f"sequence_parallel_size: {world['sequence_parallel_size']} in {checkpoint},"
+                f" {self.ctx.size} now: sums are rounded in another order."
+            )

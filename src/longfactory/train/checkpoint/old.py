@@ -1,0 +1,87 @@
+"""Checkpoints without a manifest: of LongFactory before it wrote one, of LLaMA-Factory, of
+transformers.
+
+Nothing says what such a folder held when it was written, so only what can be told from the files
+themselves is: a safetensors file knows its length, a torch file has checksums of its entries, the
+JSON files can be read, and what resuming needs is there.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+from longfactory.config.folder import TRAINER_STATE
+
+_WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", "pytorch_model*.bin", "*_model.bin")
+
+
+def problems_of(folder: Path) -> list[str]:
+    """Why a checkpoint without a manifest cannot be resumed from; empty where nothing is seen."""
+    found: list[str] = []
+    try:
+        if "global_step" not in json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8")):
+            found.append(f"{TRAINER_STATE} names no step")
+    except OSError:
+        return [f"{TRAINER_STATE} is missing"]
+    except (ValueError, TypeError):
+        found.append(f"{TRAINER_STATE} ends early or is no JSON")
+    for path in sorted(folder.rglob("*.safetensors")):
+        found += _told(path, _cut(path), "has another length than its header says")
+    for path in sorted([*folder.rglob("*.pt"), *folder.rglob("*.pth"), *folder.rglob("*.bin")]):
+        found += _told(path, _torch_file_is_damaged(path), "is damaged")
+    sharded = any(folder.glob("*_fsdp_*")) or any(folder.glob("global_step*"))
+    if not sharded and not any(p for pattern in _WEIGHTS for p in folder.glob(pattern)):
+        found.append("it holds no weights")
+    return found
+
+
+def resumable(folder: Path) -> bool:
+    """Whether it holds what is more than weights."""
+    names = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
+    return any(p for name in names for p in folder.glob(name))
+
+
+def missing_states(folder: Path) -> list[str]:
+    """Of a checkpoint that holds a part of what is more than weights: the rest."""
+    found = []
+    own_scheduler = any(folder.glob("global_step*"))
+    if not own_scheduler and not (folder / "scheduler.pt").is_file():
+        found.append("scheduler.pt is missing")
+    ranks = [int(p.stem.rsplit("_", 1)[1]) for p in folder.glob("rng_state_*.pth")]
+    if not ranks and not (folder / "rng_state.pth").is_file():
+        found.append("rng_state.pth is missing")
+    found += [
+        f"rng_state_{r}.pth is missing" for r in range(max(ranks, default=0)) if r not in ranks
+    ]
+    return found
+
+
+def _told(path: Path, wrong: bool, words: str) -> list[str]:
+    return [f"{path.name} {words}"] if wrong else []
+
+
+def _cut(path: Path) -> bool:
+    """Whether a safetensors file is shorter or longer than its header says."""
+    try:
+        with open(path, "rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(length))
+        ends = [x["data_offsets"][1] for name, x in header.items() if name != "__metadata__"]
+        return 8 + length + max(ends, default=0) != path.stat().st_size
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError):
+        return True
+
+
+def _torch_file_is_damaged(path: Path) -> bool:
+    """Whether an entry of a file that torch has written differs from its checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is not None
+    except zipfile.BadZipFile:
+        with open(path, "rb") as f:
+            start = f.read(2)
+        return start != b"\x80\x02"  # what torch wrote before it wrote archives
+    except Exception:
+        return True

@@ -1,0 +1,75 @@
+"""`save_total_limit`, and folders that a killed run left."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import uuid
+from pathlib import Path
+
+from longfactory.config import folder
+from longfactory.train.checkpoint import manifest as manifests
+
+log = logging.getLogger("longfactory")
+TEMPORARY = "tmp-checkpoint-"
+SCRATCH = ".longfactory-dry-save-"
+_LEFT = re.compile(rf"({TEMPORARY}\d+-[0-9a-f]{{12}}|{re.escape(SCRATCH)}.*)")
+
+
+def temporary_name(step: int) -> str:
+    """A name beside `checkpoint-N` that nothing takes for a checkpoint."""
+    return f"{TEMPORARY}{step}-{uuid.uuid4().hex[:12]}"
+
+
+def remove_leftovers(output_dir: Path) -> list[str]:
+    """Removes what saves of killed runs have left in an output folder, and returns their names.
+    Only folders with names that this room and the dry save give.
+    """
+    if not output_dir.is_dir():
+        return []
+    left = [p for p in output_dir.iterdir() if _LEFT.fullmatch(p.name) and p.is_dir()]
+    for p in left:
+        shutil.rmtree(p, ignore_errors=True)
+    return sorted(p.name for p in left)
+
+
+def discard(checkpoint: Path) -> None:
+    """Removes a checkpoint: it is there whole, or under a name that is no checkpoint's."""
+    aside = checkpoint.with_name(temporary_name(max(0, folder.step_of(checkpoint))))
+    checkpoint.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def prune(
+    output_dir: Path, limit: int | None, record: folder.RunRecord, best: str | None
+) -> list[str]:
+    """Removes the oldest checkpoints beyond `limit`, and returns their names.
+
+    Only whole ones count (manifest and sizes are looked at, the bytes are not read again): damaged
+    ones and those without a manifest are neither counted nor removed. The newest of this run and
+    the best one always stay. Those of earlier runs in the folder go first. Times of files do not
+    matter.
+    """
+    if limit is None or limit <= 0:
+        return []
+    whole = [p for p in folder.checkpoints(output_dir) if _looks_whole(p)]
+    mine = [p for p in whole if record.holds(folder.run_of(p), folder.step_of(p))]
+    kept = {p.name for p in mine[:1]} | ({Path(best).name} if best else set())
+    by_age = [*reversed([p for p in whole if p not in mine]), *reversed(mine)]
+    removed: list[str] = []
+    for p in by_age:
+        if len(whole) - len(removed) <= max(limit, 1):
+            break
+        if p.name not in kept:
+            discard(p)
+            removed.append(p.name)
+    return removed
+
+
+def _looks_whole(checkpoint: Path) -> bool:
+    found, wrong = manifests.read(checkpoint)
+    if found is None or wrong is not None:
+        return False
+    sizes = manifests.list_files(checkpoint)
+    return all(sizes.get(name) == entry["size"] for name, entry in found["files"].items())
