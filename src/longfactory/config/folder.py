@@ -214,7 +214,8 @@ def find_checkpoints(cfg: RunConfig) -> tuple[tuple[str, ...], list[str]]:
     ]
     if found:
         return tuple(found), [*notes, f"Resuming from {found[0]}. To begin anew: {REMEDY}"]
-    if any((out / name).is_file() for name in WEIGHTS) and not _died_at_its_end(out):
+    unfinished = _died_at_its_end(out) if record is None else not record.finished
+    if any((out / name).is_file() for name in WEIGHTS) and not unfinished:
         raise ConfigError(f"output_dir: {out} holds a finished run without checkpoints. {REMEDY}")
     return (), notes
 
@@ -248,8 +249,8 @@ def _anew(cfg: RunConfig) -> str:
 
 
 def _died_at_its_end(out: Path) -> bool:
-    """Whether a run of ours was writing its weights when it was stopped: what it writes last is
-    missing.
+    """Whether a run that left no record was stopped while it wrote its weights: what comes after
+    them is missing.
     """
     return (out / RUN_FILE).is_file() and not (out / RESULTS).is_file()
 

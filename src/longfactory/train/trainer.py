@@ -140,7 +140,7 @@ class RowTrainer(Trainer):
         # Whether the last epoch's evaluation and rows of the log are done.
         self.epoch_ended = True
         self._last_step: tuple[Any, float | None] = (None, None)
-        self._began, self._train_samples, self._updates = time.monotonic(), 0.0, 0
+        self._began, self._train_samples, self._updates, self._epochs = time.monotonic(), 0.0, 0, 0
         self._own_settings: list[dict[str, Any]] = []
         super().__init__(model, args, **kwargs)
         # transformers before 5.19 has no loss_is_scaled_for_ga; it does not divide where the model
@@ -239,7 +239,7 @@ class RowTrainer(Trainer):
         the Trainer would make one more.
         """
         epochs, updates, *others = super().set_initial_training_values(args, dataloader)
-        self._train_samples, self._updates = others[1], updates
+        self._train_samples, self._updates, self._epochs = others[1], updates, epochs
         self.finished = self.resumed_at >= others[-1] or self._stopped_early()
         return (
             min(epochs, self.resumed_at // updates) if self.finished else epochs,
@@ -702,6 +702,7 @@ class RowTrainer(Trainer):
         if self.resumed_at < 0:
             return
         self.args.eval_on_start = False  # it is done
+        self.state.num_train_epochs = self._epochs
         self.state.compute_steps(self.args, self.state.max_steps)
         if self.resumed is None:
             return
