@@ -58,6 +58,9 @@ IDENTITY = (
 sequence_parallel_size) may change on resuming.
 """
 
+RESTARTS = ("LONGFACTORY_ATTEMPT", "TORCHELASTIC_RESTART_COUNT")
+"""Environment variables that count how often a launcher, ours or torchrun, has started anew."""
+
 REMEDY = "Choose another folder, or set overwrite_output_dir: true."
 
 
@@ -229,7 +232,7 @@ def _begun(cfg: RunConfig, out: Path) -> RunRecord | None:
     record = read_record(out)
     if record is None or record.finished or record.configuration != configuration_digest(cfg):
         return None
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
+    restart = any(os.environ.get(name, "") not in ("", "0") for name in RESTARTS)
     return record if restart or cfg.trainer.resume_from_checkpoint is not False else None
 
 

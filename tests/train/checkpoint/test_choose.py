@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from longfactory.config import RunConfig, from_mapping
 from longfactory.config.folder import (
     MANIFEST,
+    RESTARTS,
     RunRecord,
     configuration_digest,
     read_record,
@@ -51,7 +52,7 @@ def make(
 
 @pytest.fixture
 def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"):
+    for name in ("LOCAL_RANK", "WORLD_SIZE", *RESTARTS):
         monkeypatch.delenv(name, raising=False)
     return tmp_path / "out"
 
@@ -162,12 +163,17 @@ def test_overwriting_means_the_first_start(out: Path) -> None:
     assert chosen(out, **keys) is None
 
 
-def test_a_launcher_s_restart_never_begins_anew(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", RESTARTS)
+def test_a_launcher_s_restart_never_begins_anew(
+    name: str, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keys = {"resume_from_checkpoint": False}
     first = begin(out, config(out, **keys))
     make(out, 2, run=first.run)
     assert chosen(out, **keys) is None
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv(name, "0")
+    assert chosen(out, **keys) is None
+    monkeypatch.setenv(name, "1")
     assert chosen(out, **keys) == "checkpoint-2"
 
 

@@ -85,7 +85,7 @@ class Survive(TrainerCallback):
         saved = f"{self.trainer.args.output_dir}/checkpoint-{state.global_step}"
         raise Stopped(
             f"Stopped by {name_of(self.watch.stop)} after step {state.global_step}: {saved} is"
-            " saved. The same command goes on from there (without overwrite_output_dir)."
+            " saved. The same command goes on from there."
         )
 
 
