@@ -8,14 +8,18 @@ package is replaced for the purpose, but where a hook says so.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import functools
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -71,7 +75,10 @@ if "load" in PLAN:
 
 
 def loss(outputs, row):
-    pause("step")
+    from longfactory import progress
+
+    if progress.NOW.step >= int(os.environ.get("SURVIVAL_FROM", "0")):
+        pause("step")
     return -outputs.logps
 '''
 
@@ -314,3 +321,50 @@ def weights_digest(folder: Path) -> str:
     import hashlib
 
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
+
+
+@functools.cache
+def reference(processes: int) -> dict[str, Any]:
+    """An uninterrupted run: its losses by step and the digest of its weights. Once a process."""
+    folder = Path(tempfile.mkdtemp(prefix="survival-reference-"))
+    atexit.register(shutil.rmtree, folder, True)
+    home = make_home(folder)
+    out = home / "out"
+    command = start(home, keys(home, out, nproc_per_node=processes))
+    status = command.wait(5 * STARTED)
+    if status != 0:
+        raise RuntimeError(f"the reference run ended with {status}: {command.text()[-2000:]}")
+    return {"losses": losses(out), "weights": weights_digest(out)}
+
+
+def same_end(out: Path, processes: int) -> str:
+    """Empty where a run has ended with the rows, the weights and the files of one that was never
+    interrupted, else what differs.
+    """
+    expected = reference(processes)
+    for name in ("train_results.json", "all_results.json", "trainer_state.json", "README.md"):
+        if not (out / name).is_file():
+            return f"{name} is missing"
+    if losses(out) != expected["losses"]:
+        return "other losses in trainer_state.json"
+    if weights_digest(out) != expected["weights"]:
+        return "other weights"
+    left = [p.name for p in out.iterdir() if p.name.startswith((".longfactory", "_longfactory"))]
+    return f"left behind: {left}" if left else ""
+
+
+def problems(command: Command, pids: Sequence[int], traceback: bool = False) -> list[str]:
+    """What must not be, of a command that has ended: a stack trace, a process that lives."""
+    found = [] if traceback or "Traceback" not in command.text() else ["a stack trace"]
+    if not all_gone(pids):
+        found.append("processes are left")
+    return found
+
+
+def result(
+    ok: bool, begun: float, limit: float, end: str, command: Command | None = None, **more: Any
+) -> dict[str, Any]:
+    """What `survival.py` records; the last lines of the output where a case has failed."""
+    if not ok and command is not None:
+        end += " | " + " / ".join(command.text().strip().splitlines()[-6:])[-900:]
+    return {"ok": ok, "seconds": time.monotonic() - begun, "limit": limit, "end": end, **more}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -150,6 +151,13 @@ def test_one_process_has_the_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert launched.claim_the_word()
 
 
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(")")[-1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 WORKER = """
 import os, sys, time
 rank = int(os.environ["RANK"])
@@ -162,8 +170,15 @@ time.sleep(120)
 """
 
 
-def start(folder: Path, end: str) -> subprocess.CompletedProcess[str]:
-    (folder / "worker_module.py").write_text(WORKER.format(folder=str(folder), end=end))
+def start(folder: Path, end: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    process = launched_by(folder, WORKER.format(folder=str(folder), end=end), **variables)
+    out, err = process.communicate(timeout=100)
+    return subprocess.CompletedProcess([], process.returncode, out, err)
+
+
+def launched_by(folder: Path, worker: str, **variables: str) -> subprocess.Popen[str]:
+    """The launcher of two processes that run `worker`, as a process."""
+    (folder / "worker_module.py").write_text(worker)
     code = (
         "import sys; from longfactory import launch; sys.exit(launch.start('worker_module', [], 2))"
     )
@@ -172,16 +187,13 @@ def start(folder: Path, end: str) -> subprocess.CompletedProcess[str]:
         "PYTHONPATH": os.pathsep.join([str(folder), *sys.path]),
         "OMP_NUM_THREADS": "1",
     }
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=100
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env | variables,
     )
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split(")")[-1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.processes
@@ -209,4 +221,101 @@ def test_one_worker_s_end_is_every_worker_s(
     pids = [int((tmp_path / f"pid{r}").read_text()) for r in (0, 1)]
     while any(is_alive(p) for p in pids) and time.time() < deadline:
         time.sleep(0.1)
+    assert not any(is_alive(p) for p in pids)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("fails", "status", "restarts"),
+    [
+        pytest.param("os.kill(os.getpid(), 9)", 0, 1, id="killed"),
+        pytest.param("sys.exit(2)", 2, 0, id="told the user", marks=pytest.mark.slow),
+        pytest.param("stop()", 75, 0, id="stopped", marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_started_again(tmp_path: Path, fails: str, status: int, restarts: int) -> None:
+    """Each attempt finds the store empty of what the last one wrote."""
+    worker = f"""
+import os, sys
+from longfactory.train.survival import board, launched
+
+def stop():
+    launched.write_status(75)
+    sys.exit(0)
+
+rank = int(os.environ["RANK"])
+mine = board.Board(board.open_store(rank, 2, 20), rank, 2)
+assert not mine.has(f"here/{{rank}}"), "old keys"
+mine.put(f"here/{{rank}}", True)
+board.wait_for(lambda: mine.get_all("here"), 20)
+if board.attempt() == 0:
+    if rank == 1 or "stop" in {fails!r}:
+        {fails}
+    import time
+    time.sleep(60)
+"""
+    process = launched_by(tmp_path, worker, MAX_RESTARTS="2")
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == status, err
+    assert err.count("(MAX_RESTARTS)") == restarts
+
+
+SLEEPER = """
+import os, time
+from longfactory.processes import die_with_parent
+from longfactory.train.survival import launched
+
+die_with_parent()
+rank = int(os.environ["RANK"])
+launched.register(rank)
+open(os.path.join({folder!r}, f"pid{{rank}}"), "w").write(str(os.getpid()))
+while launched.asked_to_stop() is None or {stubborn}:
+    time.sleep(0.05)
+launched.write_status(75)
+"""
+
+
+def workers_of(folder: Path) -> list[int]:
+    """Process ids of the two workers, once they have started."""
+    paths = [folder / f"pid{rank}" for rank in (0, 1)]
+    deadline = time.time() + 60
+    while not all(p.exists() and p.read_text() for p in paths) and time.time() < deadline:
+        time.sleep(0.05)
+    return [int(p.read_text()) for p in paths]
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_a_signal_to_the_launcher_is_passed_on_and_waited_for(tmp_path: Path) -> None:
+    process = launched_by(tmp_path, SLEEPER.format(folder=str(tmp_path), stubborn=False))
+    workers_of(tmp_path)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75 and "Traceback" not in err
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_a_second_signal_ends_workers_that_do_not(tmp_path: Path) -> None:
+    process = launched_by(tmp_path, SLEEPER.format(folder=str(tmp_path), stubborn=True))
+    pids = workers_of(tmp_path)
+    process.send_signal(signal.SIGUSR1)
+    time.sleep(1.3)
+    assert all(is_alive(p) for p in pids)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGUSR1
+    assert err.count("A second signal: the run ends now.") == 1 and "Traceback" not in err
+    assert not any(is_alive(p) for p in pids)
+
+
+@pytest.mark.processes
+def test_workers_die_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    process = launched_by(tmp_path, SLEEPER.format(folder=str(tmp_path), stubborn=True))
+    pids = workers_of(tmp_path)
+    process.kill()
+    process.communicate(timeout=60)
+    deadline = time.time() + 5
+    while any(is_alive(p) for p in pids) and time.time() < deadline:
+        time.sleep(0.05)
     assert not any(is_alive(p) for p in pids)

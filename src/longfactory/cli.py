@@ -335,7 +335,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         if _rank() == 0 and launched.claim_the_word():
             why = watch.stop if watch is not None else None
-            print(f"longfactory: {stopped or stopped_before_training(why)}", file=sys.stderr)
+            said = str(stopped) or stopped_before_training(why)
+            print(f"longfactory: {said}", file=sys.stderr, flush=True)
         if watch is not None:
             watch.all_left()
         return STOPPED

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -205,13 +207,15 @@ def start(
             for attempt in range(restarts + 1):
                 os.environ[ATTEMPT] = str(attempt)
                 launcher.clear()
+                tell = functools.partial(tell_other_machines, store, attempt)
+                launcher.tell = tell
                 port = store.port if store is not None else None
-                words = torchrun_arguments(local, module, argv, attempt, port, startup)
-                status = _torchrun(words, launcher)
+                arguments = torchrun_arguments(local, module, argv, attempt, port, startup)
+                status = _torchrun(arguments, launcher)
                 if status in FINAL or launcher.asked is not None:
                     return status
-                if number("NNODES", 1) > 1 and not elastic:
-                    tell_other_machines(store, attempt, status)
+                words = f"The run ended on {socket.gethostname()} with status {status}."
+                tell("ended", {"status": PEER_LOST, "words": words})
                 if attempt < restarts:
                     print(
                         f"longfactory: restart {attempt + 1} of {restarts} (MAX_RESTARTS).",
@@ -254,15 +258,17 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def tell_other_machines(store: Any, attempt: int, status: int) -> None:
-    """The run's processes have failed here: those of other machines need not wait for them."""
+def tell_other_machines(store: Any, attempt: int, name: str, value: Any) -> None:
+    """Writes on the board of an attempt (`survival.board`) what other machines need not wait for:
+    a stop, or that the processes have failed here.
+    """
     import json
-    import socket
     from datetime import timedelta
 
     from torch.distributed import PrefixStore, TCPStore
 
-    words = f"The run ended on {socket.gethostname()} with status {status}; see its messages."
+    if number("NNODES", 1) < 2 or "RDZV_ID" in os.environ:
+        return
     with contextlib.suppress(RuntimeError):
         if store is None:
             store = TCPStore(
@@ -272,8 +278,8 @@ def tell_other_machines(store: Any, attempt: int, status: int) -> None:
                 wait_for_workers=False,
                 timeout=timedelta(seconds=10),
             )
-        text = json.dumps({"status": PEER_LOST, "words": words})
-        PrefixStore(f"longfactory/{attempt}", store).compare_set("ended", "", text)
+        board = PrefixStore(f"longfactory/{attempt}", store)
+        board.compare_set(name, "", json.dumps(value))
 
 
 def remove_stale_folders() -> None:
@@ -297,6 +303,8 @@ class Launcher:
         """The signal that asked for a stop."""
         self.ended: int | None = None
         """The signal by which the workers were ended without a save."""
+        self.tell: Callable[[str, Any], None] = lambda name, value: None
+        """Writes for the other machines."""
         self._asked_at = 0.0
         self._stalled_at: float | None = None
         self.signals = StopSignals(stop_signals)
@@ -321,9 +329,11 @@ class Launcher:
         while not self._closing.is_set():
             again = self.signals.wait(0.2)
             now = time.monotonic()
-            if self.signals.first is not None and self.asked is None:
-                self.asked, self._asked_at = self.signals.first, now
-                launched.ask_to_stop(self.folder, self.asked)
+            if self.signals.first is not None:
+                launched.ask_to_stop(self.signals.first)
+            if self.asked is None and (signum := launched.asked_to_stop()) is not None:
+                self.asked, self._asked_at = signum, now
+                self.tell("stop", signum)
             if self.asked is not None:
                 overdue = now - self._asked_at > self.grace + 15
                 if again or overdue:

@@ -81,15 +81,21 @@ def wait_for_siblings(seconds: float) -> None:
 # ---- a stop, and how it ended --------------------------------------------------------------------
 
 
-def ask_to_stop(where: Path, signum: int) -> None:
-    """The launcher got a signal."""
-    beside = where / "stop.part"
-    beside.write_text(str(signum))
-    beside.rename(where / "stop")
+def ask_to_stop(signum: int) -> None:
+    """The launcher or a worker got a signal: all of this machine stop, also those that have no
+    connection to the others yet.
+    """
+    where = folder()
+    if where is None or (where / "stop").exists():
+        return
+    beside = where / f"stop-{os.getpid()}"
+    with contextlib.suppress(OSError):
+        beside.write_text(str(signum))
+        beside.rename(where / "stop")
 
 
 def asked_to_stop() -> int | None:
-    """The signal that the launcher got, None where it got none."""
+    """The signal that the launcher or a worker got, None where none did."""
     where = folder()
     if where is None:
         return None

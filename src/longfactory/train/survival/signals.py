@@ -54,7 +54,11 @@ class StopSignals:
             self._old[number] = signal.signal(number, self._handle)
 
     def close(self) -> None:
-        """Gives the signals back to whoever had them. In the main thread."""
+        """Gives the signals back to whoever had them; where one has come, the process is about to
+        end, and another one changes nothing. In the main thread.
+        """
+        if self.first is not None:
+            self._old = dict.fromkeys(self._old, signal.SIG_IGN)
         self.install(())
         signal.set_wakeup_fd(self._old_fd)
         os.close(self._read)

@@ -176,8 +176,10 @@ class Watch:
         if self.stop is not None:
             return
         self.stop, self._stop_at = signum, time.monotonic()
-        if tell_others and self._board is not None:
-            self._board.first("stop", signum)
+        if tell_others:
+            launched.ask_to_stop(signum)
+            if self._board is not None:
+                self._board.first("stop", signum)
         if progress.NOW.step and self.rank == 0:
             _say(
                 f"{name_of(signum)}: a checkpoint is saved after this step, then the run ends, in"

@@ -1,0 +1,110 @@
+"""Whom the others wait for, and the end of a process that does not move."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longfactory import progress
+from longfactory.config import from_mapping
+from longfactory.train.survival.start import limits_of
+from longfactory.train.survival.watch import Limits, culprits, main_thread_is_at, report
+
+
+def rank(number: int, step: int = 3, collective: str | None = None, **more: Any) -> dict[str, Any]:
+    return {
+        "rank": number,
+        "host": "host",
+        "pid": 1,
+        "phase": "step",
+        "detail": "training",
+        "step": step,
+        "age": 40.0,
+        "place": "trainer.py:9 in training_step",
+        "collective": collective,
+        **more,
+    }
+
+
+def test_the_rank_that_others_wait_for() -> None:
+    waiting = {0: rank(0, collective="all_reduce"), 1: rank(1)}
+    assert culprits(waiting, {}, 2) == [1]
+    assert culprits({0: rank(0, 3), 1: rank(1, 2, "barrier")}, {}, 2) == [1]
+    assert culprits({0: rank(0, collective="barrier")}, {}, 2) == [1]  # it has never come
+    assert culprits(waiting, {0: rank(0)}, 2) == [0]  # without a sign of life
+    assert culprits({0: rank(0), 1: rank(1)}, {}, 2) == []
+
+
+def test_the_report_names_rank_phase_limit_and_collective() -> None:
+    text = report(
+        {0: rank(0, collective="all_reduce"), 1: rank(1)}, {}, 2, Limits(step=30), Path("out")
+    )
+    assert "40 s in step (step_timeout: 30): rank 1 holds up the others" in text
+    assert "in all_reduce, called by trainer.py:9" in text and "out/rank-*.txt" in text
+    lost = report({0: rank(0)}, {1: rank(1, detail="saving")}, 2, Limits(heartbeat=6), Path("o"))
+    assert "No sign of life from rank 1 for 6 s (heartbeat_timeout)" in lost
+    assert "last seen in step 3, saving" in lost
+
+
+def test_the_place_of_the_main_thread() -> None:
+    place, collective = main_thread_is_at()
+    assert "test_watch" in place or "longfactory" in place or ".py:" in place
+    assert collective is None
+
+
+def test_limits_follow_from_the_keys() -> None:
+    keys = {"model_name_or_path": "m", "dataset": "d", "output_dir": "nowhere/out"}
+    cfg = from_mapping({**keys, "ddp_timeout": 180000000, "save_timeout": 7000})
+    assert cfg.step_timeout == 1800 and cfg.longest_timeout == 7000
+    assert limits_of(cfg).save == 7000
+    assert from_mapping({**keys, "ddp_timeout": 60}).step_timeout == 60
+    assert from_mapping({**keys, "ddp_timeout": 60, "step_timeout": 90}).step_timeout == 90
+
+
+def test_a_phase_within_start_up_stays_start_up() -> None:
+    progress.enter("start-up", "loading", step=0)
+    with progress.within("evaluation", "the reference"):
+        assert progress.NOW.phase == "start-up" and progress.NOW.detail == "the reference"
+    progress.enter("step", "training", step=4)
+    with progress.within("save", "saving"):
+        assert progress.NOW.phase == "save"
+    assert progress.NOW.phase == "step" and progress.NOW.detail == "training"
+
+
+ALONE = """
+import sys, time
+from pathlib import Path
+from longfactory import progress
+from longfactory.train.survival.watch import Limits, Watch
+
+watch = Watch(0, 1)
+watch.start()
+watch.configure(Limits(step=1.0), ("SIGTERM",), Path(sys.argv[1]))
+progress.enter("step", "training", step=7)
+
+def stuck():
+    time.sleep(60)
+
+stuck()
+"""
+
+
+@pytest.mark.processes
+def test_a_process_that_does_not_move_ends_with_its_stacks(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 76 and time.monotonic() - begun < 20
+    assert "(step_timeout: 1)" in done.stderr and "step 7, training" in done.stderr
+    assert "in stuck" in (tmp_path / "rank-0.txt").read_text()
