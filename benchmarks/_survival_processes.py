@@ -60,6 +60,9 @@ def before(owner, name, place):
     setattr(owner, name, slow)
 
 
+if "SURVIVAL_CLOCK" in os.environ:
+    true_time = time.time
+    time.time = lambda: true_time() + float(os.environ["SURVIVAL_CLOCK"])
 if "tokenise" in PLAN:
     from longfactory.data import store
 
