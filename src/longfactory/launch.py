@@ -323,7 +323,7 @@ class Launcher:
         self._closing.set()
         self.signals.wake()
         self._thread.join(5)
-        self.signals.close()
+        self.signals.close(ending=self.asked is not None)
 
     def _run(self) -> None:
         while not self._closing.is_set():
@@ -338,12 +338,17 @@ class Launcher:
                 overdue = now - self._asked_at > self.grace + 15
                 if again or overdue:
                     self._end_workers(again)
-                elif now - self._asked_at > 3 and not children():
+                elif now - self._asked_at > 3 and not self._has_workers():
                     self._leave_alone()
             if launched.read_status(self.folder) == STALLED:
                 self._stalled_at = self._stalled_at or now
                 if now - self._stalled_at > 3:
                     kill(launched.workers(self.folder).values())
+
+    def _has_workers(self) -> bool:
+        """Whether any were started: those that have ended have left a file or a status."""
+        left = launched.workers(self.folder) or launched.read_status(self.folder) is not None
+        return bool(left or children())
 
     def _end_workers(self, again: bool) -> None:
         assert self.asked is not None

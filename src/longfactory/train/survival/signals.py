@@ -53,11 +53,13 @@ class StopSignals:
         for number in wanted - set(self._old):
             self._old[number] = signal.signal(number, self._handle)
 
-    def close(self) -> None:
-        """Gives the signals back to whoever had them; where one has come, the process is about to
-        end, and another one changes nothing. In the main thread.
+    def close(self, ending: bool = False) -> None:
+        """Gives the signals back to whoever had them. In the main thread.
+
+        Args:
+            ending: the process is about to end by request: signals that come now change nothing.
         """
-        if self.first is not None:
+        if ending or self.first is not None:
             self._old = dict.fromkeys(self._old, signal.SIG_IGN)
         self.install(())
         signal.set_wakeup_fd(self._old_fd)

@@ -114,7 +114,7 @@ class Watch:
         self._closing.set()
         self.signals.wake()
         self._thread.join(ANSWER)
-        self.signals.close()
+        self.signals.close(ending=self.stop is not None)
 
     # ---- for the main thread ---------------------------------------------------------------------
 
