@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install quickstart test test-fast test-all test-lowest check clean
+.PHONY: install quickstart test test-fast test-all test-lowest audit check clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -35,8 +35,12 @@ test: $(VENV)/.installed-dev
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow and not gpu and not processes"
 
-test-all: $(VENV)/.installed-dev test-lowest
+test-all: $(VENV)/.installed-dev test-lowest audit
 	$(BIN)/python -m pytest -m "not gpu"
+
+# Known vulnerabilities of what is installed. It asks pypi.org: without a network it is left out, and says so.
+audit: $(VENV)/.installed-dev
+	$(BIN)/python -m longfactory_dev.audit
 
 # The engine, the configuration and the models on the lowest versions that pyproject.toml allows.
 LOWEST := $(VENV)-lowest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -252,3 +253,52 @@ def test_training_by_path() -> None:
     )
     assert done.returncode == 2
     assert "output_dir is missing" in done.stderr and "dataset is missing" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/out/x"), "/out/x: No space left"),
+        (OSError(errno.EROFS, "Read-only file system", "/out"), "/out: Read-only file system"),
+        (PermissionError(errno.EACCES, "Permission denied", "/c"), "/c: Permission denied"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "Make room"),
+    ],
+)
+def test_a_disk_is_told_without_a_stack_trace(
+    error: Exception,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fails(argv: list[str]) -> int:
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "train", fails)
+    assert cli.main(["train"]) == 2
+    assert words in capsys.readouterr().err
+    monkeypatch.setenv("LONGFACTORY_DEBUG", "1")
+    with pytest.raises(type(error)):
+        cli.main(["train"])
+
+
+def test_other_errors_keep_their_stack_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(argv: list[str]) -> int:
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+
+    monkeypatch.setitem(cli.COMMANDS, "train", fails)
+    with pytest.raises(ConnectionRefusedError):
+        cli.main(["train"])
+
+
+def test_verify_reads_no_predictable_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever another user has put into the system's temporary folder."""
+    seen = []
+    monkeypatch.setattr(cli, "_start", lambda command, cfg, argv: seen.append(cfg) or 0)
+    given = [f"model_name_or_path={tmp_path}", "dataset=d"]
+    assert cli.main(["verify", *given]) == 0
+    out = seen[0].output_dir
+    assert not out.exists() and not out.parent.is_dir()
+    with pytest.raises(OSError):
+        out.mkdir(parents=True)

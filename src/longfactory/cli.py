@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from longfactory import __version__, launch
-from longfactory.errors import STOPPED, Stopped, UserError
+from longfactory.errors import STOPPED, Stopped, UserError, disk_sentence
 from longfactory.processes import die_with_parent
 from longfactory.train.survival import launched
 from longfactory.train.survival.start import begin, take_lock
@@ -188,10 +187,8 @@ def verify(argv: list[str], watch: Watch | None = None) -> int:
             raise UserError(f"{word}: write {key}=N with a whole number of at least 1.")
         else:
             numbers[key.removeprefix("verify_")] = int(value)
-    # Nothing is written there, and what is there is not looked at.
-    cfg = load_config(
-        [*words, f"output_dir={os.path.join(tempfile.gettempdir(), 'longfactory-verify')}"]
-    )
+    # A place where nothing can be: the comparison makes a private folder for each process.
+    cfg = load_config([*words, f"output_dir={os.path.join(os.devnull, 'longfactory-verify')}"])
     if (status := _start("verify", cfg, argv)) is not None:
         return status
     from longfactory.train.verify import verify as compare
@@ -345,13 +342,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _tell(str(e))
         return launch.USER_ERROR
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:
         # The reader (head, less) has gone: nothing is left to say, and Python must not complain
         # while closing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as e:
+        sentence = None if launch.is_on("LONGFACTORY_DEBUG") else disk_sentence(e)
+        if sentence is None:
+            raise
+        _tell(sentence)
+        return launch.USER_ERROR
     finally:
         if watch is not None:
             watch.close()

@@ -4,6 +4,8 @@ exits with a non-zero status.
 
 from __future__ import annotations
 
+import errno
+
 
 class UserError(Exception):
     """Something that the person who started the run can put right. The message says what was found,
@@ -35,3 +37,39 @@ STALLED = 76
 """A process did not move, or gave no sign of life, within its time limit."""
 PEER_LOST = 77
 """The run ended on another machine."""
+
+
+DISK = frozenset(
+    {
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EIO,
+        errno.ENAMETOOLONG,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.EMFILE,
+        errno.ENFILE,
+    }
+)
+"""What a system says of a disk, a path or its limits, and not of a program."""
+
+
+def disk_sentence(error: BaseException) -> str | None:
+    """What a disk or a path said, in a sentence; None where an error is another one.
+
+    Libraries in other languages hand on the system's words in errors of their own.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in DISK:
+            where = f"{seen.filename}: " if seen.filename is not None else ""
+            return f"{where}{seen.strerror or seen}. Make room, or name another place."
+        if "(os error 28)" in str(seen) or "No space left on device" in str(seen):
+            return f"No space left on device ({' '.join(str(seen).split())[:200]}). Make room."
+        seen = seen.__cause__
+    return None

@@ -5,6 +5,7 @@ is wrong with either.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -362,3 +363,77 @@ def test_damaged_tables_are_sentences(kind: str, tokenizer: Any, tmp_path: Path)
         except DataError as e:
             sentences += f"{path.name} cannot be read after row " in str(e)
     assert sentences >= 4
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"file_name": "/etc/passwd"}, "names the file '/etc/passwd', outside of the folder"),
+        ({"file_name": "../../x.json"}, "outside of the folder"),
+        ({"file_name": "a/../../x.json"}, "outside of the folder"),
+        ({"file_name": "..\\x.json"}, "outside of the folder"),
+        ({"file_name": "~/x.json"}, "outside of the folder"),
+        ({"file_name": "C:\\x.json"}, "outside of the folder"),
+        ({"cloud_file_name": "file:///etc/x.json"}, "is not on another machine"),
+        ({"cloud_file_name": "/etc/x.json"}, "is not on another machine"),
+        ({"cloud_file_name": "simplecache::file:///etc/x.json"}, "is not on another machine"),
+        ({"cloud_file_name": "s3://b/x.zip::/etc/x"}, "is not on another machine"),
+        ({"hf_hub_url": "HERE"}, "a path of this machine"),
+        ({"hf_hub_url": "../.."}, "a path of this machine"),
+        ({"hf_hub_url": "/etc"}, "a path of this machine"),
+    ],
+)
+def test_a_strangers_dataset_info_names_nothing_of_this_machine(
+    entry: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "HERE").mkdir()
+    remote_info(tmp_path, {"d": entry}, monkeypatch)
+    with pytest.raises(DataError, match=f"Data set 'd' of REMOTE:a/b .*{re.escape(words)}"):
+        read_sources(["d"], "REMOTE:a/b")
+
+
+def test_a_strangers_dataset_info_names_files_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.json").write_text("not this one")
+    info = {
+        "file": {"file_name": "x.json"},
+        "hub": {"hf_hub_url": "someone/data"},
+        "cloud": {"cloud_file_name": "s3://bucket/x.jsonl"},
+    }
+    asked = remote_info(tmp_path, info, monkeypatch)
+    file, far, cloud = read_sources(["file", "hub", "cloud"], "REMOTE:a/b")
+    assert asked == [("a/b", "dataset_info.json"), ("a/b", "x.json")]
+    assert file.files() == [tmp_path / "snapshot" / "x.json"]
+    assert (far.location, cloud.location) == ("someone/data", "s3://bucket/x.jsonl")
+    with pytest.raises(DataError, match="'absent' is not in dataset_info\.json"):
+        read_sources(["absent"], "REMOTE:a/b")
+    with pytest.raises(DataError, match=r"'x\.json' is not in dataset_info\.json"):
+        read_sources(["x.json"], "REMOTE:a/b")  # a file here, of that name
+
+
+def remote_info(
+    tmp_path: Path, info: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[str, str]]:
+    """The hub has a data set with this dataset_info.json and a file x.json. Returns what is asked
+    for.
+    """
+    import huggingface_hub
+
+    from longfactory import hub
+
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    (folder / "x.json").write_text("[]")
+    asked: list[tuple[str, str]] = []
+
+    def download(repo_id: str, filename: str, **kwargs: Any) -> str:
+        asked.append((repo_id, filename))
+        return str(folder / filename)
+
+    monkeypatch.setattr(hub, "unreachable", lambda: None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    return asked

@@ -22,6 +22,7 @@ from longfactory.stages.pairs import document_logps
 from longfactory.stages.preference import PreferenceStage
 from longfactory.train import reference
 from longfactory.train.reference.attach import _parts
+from longfactory.train.reference.cache import damage
 from oracles import Groups
 
 PARTS = {"model": "tiny", "weights": "abc", "template": "qwen", "cutoff_len": 64}
@@ -149,9 +150,14 @@ def test_the_file_is_reused_and_refused_when_stale(tmp_path: Path) -> None:
         reference.load(file, key | {"template": "llama3"}, 2)
     with pytest.raises(UserError, match="not of 3 samples"):
         reference.load(file, key, 3)
-    file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(UserError, match="cannot be read"):
-        run(PARTS)
+    whole = file.read_bytes()
+    for damaged in (whole[:-9], b"", whole[:-3] + b"\x01" + whole[-2:]):
+        file.write_bytes(damaged)
+        assert damage(file) is not None
+        done = len(passes)
+        assert not run(PARTS)[1] and len(passes) == done + 1, "computed again"
+        assert damage(file) is None
+    assert run(PARTS)[1]
 
 
 def test_weights_fingerprint(tmp_path: Path) -> None:

@@ -68,12 +68,12 @@ def save(
     """Copies the stores into `path`, whole or not at all.
 
     Raises:
-        DataError: there is something else.
+        DataError: there is something else, or the folder cannot be written.
     """
     check_free(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
-    beside.mkdir(parents=True)
     try:
+        beside.mkdir(parents=True)
         for i, s in enumerate(stores):
             shutil.copytree(s.path, beside / f"store_{i}")
         for name, entries in splits.items():
@@ -84,6 +84,13 @@ def save(
         if path.exists():
             path.rmdir()
         beside.rename(path)
+    except (OSError, shutil.Error) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(
+            f"tokenized_path: {path} cannot be written: {reason}. Make room, or name another"
+            " folder."
+        ) from error
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
@@ -98,17 +105,29 @@ def load(path: Path, kind: Kind, cache: Path) -> Saved:
     """
     if not (path / _FILE).exists():
         return _from_llamafactory(path, kind, cache)
-    about = json.loads((path / _FILE).read_text(encoding="utf-8"))
-    if about["kind"] != kind.name:
+    try:
+        about = json.loads((path / _FILE).read_text(encoding="utf-8"))
+        count, rules = int(about["stores"]), dict(about["rules"])
+        rules["thought"] = tuple(rules["thought"])
+        names, made_for = [str(name) for name in about["splits"]], str(about["kind"])
+        problem = next(
+            (d for i in range(count) if (d := store.damage(path / f"store_{i}")) is not None), None
+        )
+        splits = {name: np.load(path / f"{name}.npy") for name in names}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"{_FILE} or a split cannot be read ({type(error).__name__}: {error})"
+    if problem is not None:
         raise DataError(
-            f"The data at {path} were tokenised for {about['kind']}; this stage needs {kind.name}."
+            f"The data at {path} (tokenized_path) are damaged: {problem}. Remove the folder to"
+            " tokenise again, or copy it anew."
+        )
+    if made_for != kind.name:
+        raise DataError(
+            f"The data at {path} were tokenised for {made_for}; this stage needs {kind.name}."
             " Name another tokenized_path."
         )
-    stores = [Store(path / f"store_{i}") for i in range(about["stores"])]
-    rules = about["rules"] | {"thought": tuple(about["rules"]["thought"])}
-    return Saved(
-        stores, {name: np.load(path / f"{name}.npy") for name in about["splits"]}, kind, rules
-    )
+    stores = [Store(path / f"store_{i}") for i in range(count)]
+    return Saved(stores, splits, kind, rules)
 
 
 def _from_llamafactory(path: Path, kind: Kind, cache: Path) -> Saved:
@@ -117,7 +136,13 @@ def _from_llamafactory(path: Path, kind: Kind, cache: Path) -> Saved:
     """
     import datasets
 
-    found = datasets.load_from_disk(os.fspath(path))
+    try:
+        found = datasets.load_from_disk(os.fspath(path))
+    except Exception as error:  # whatever damaged files make of the library
+        raise DataError(
+            f"The data at {path} (tokenized_path) cannot be read: {type(error).__name__}:"
+            f" {' '.join(str(error).split())[:300]}. Save them again."
+        ) from error
     parts = dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
     stores: list[Store] = []
     splits: dict[str, np.ndarray] = {}

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -287,33 +288,21 @@ def read_sources(
         return [DataSource(name, "hub", name) for name in dataset_names]
     folder = ""
     path = Path()
+    remote = None
     if isinstance(dataset_dir, dict):
         info = dataset_dir
     else:
         if dataset_dir.startswith("REMOTE:"):
-            from huggingface_hub import hf_hub_download
-
-            away = hub.unreachable()  # then its cache alone is asked, without waiting
-            try:
-                path = Path(
-                    hf_hub_download(
-                        repo_id=dataset_dir[7:],
-                        filename="dataset_info.json",
-                        repo_type="dataset",
-                        local_files_only=bool(away),
-                    )
-                )
-            except (OSError, ValueError) as e:
-                raise DataError(
-                    f"dataset_dir: {dataset_dir}: no dataset_info.json could be read from the hub"
-                    f" ({away or e})."
-                ) from e
+            remote = dataset_dir[7:]
+            path = Path(_from_hub(remote, "dataset_info.json"))
         else:
             folder = dataset_dir
             path = Path(dataset_dir, "dataset_info.json")
         try:
             info = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
+            if remote is not None:
+                raise DataError(f"{path} does not exist.") from None
             if not all(_is_file(name, folder) for name in dataset_names):
                 missing = next(name for name in dataset_names if not _is_file(name, folder))
                 also = f", and {missing!r} is no file" if name_is_path(missing) else ""
@@ -330,6 +319,8 @@ def read_sources(
             raise DataError(
                 f"{path} holds a {type(info).__name__}; a mapping of names to data sets is needed."
             )
+    if remote is not None:
+        return [_of_remote(_source(name, info, "", warn), remote) for name in dataset_names]
     return [
         (
             _source_of_file(name, folder, warn)
@@ -338,6 +329,61 @@ def read_sources(
         )
         for name in dataset_names
     ]
+
+
+def _from_hub(repository: str, name: str) -> str:
+    """The path, in the hub's cache, of a file of a data set on the hub.
+
+    Raises:
+        DataError: it is not there, or the hub cannot be reached.
+    """
+    from huggingface_hub import hf_hub_download
+
+    away = hub.unreachable()  # then its cache alone is asked, without waiting
+    try:
+        return hf_hub_download(
+            repo_id=repository, filename=name, repo_type="dataset", local_files_only=bool(away)
+        )
+    except (OSError, ValueError) as e:
+        raise DataError(
+            f"dataset_dir: REMOTE:{repository}: no {name} could be read from the hub ({away or e})."
+        ) from e
+
+
+FAR = ("http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "hf", "oss")
+"""Protocols of other machines: what a dataset_info.json from the hub may name."""
+
+
+def _of_remote(source: DataSource, repository: str) -> DataSource:
+    """A source of a dataset_info.json that came from the hub: a stranger's file, which names data
+    on the hub and on other machines, and files beside it, and nothing of this machine.
+
+    Raises:
+        DataError: it names a path of this machine.
+    """
+    where = source.location
+    begin = f"Data set {source.name!r} of REMOTE:{repository}"
+    if source.load_from == "file":
+        parts = where.replace("\\", "/").split("/")
+        if where.startswith(("/", "~")) or ":" in where or ".." in parts:
+            raise DataError(
+                f"{begin} names the file {where!r}, outside of the folder of its"
+                " dataset_info.json. Copy the data here, and give a dataset_dir of your own."
+            )
+        return dataclasses.replace(source, location=_from_hub(repository, where))
+    if source.load_from == "cloud":
+        protocols = [link.partition("://")[0] for link in where.split("::")]
+        if not all("://" in link for link in where.split("::")) or not set(protocols) <= set(FAR):
+            raise DataError(
+                f"{begin} names {where!r}, which is not on another machine ({', '.join(FAR)})."
+                " Give a dataset_dir of your own."
+            )
+    elif Path(where).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", where):
+        raise DataError(
+            f"{begin} names {where!r} as a data set of the hub, which is a path of this machine or"
+            " no name. Give a dataset_dir of your own."
+        )
+    return source
 
 
 def name_is_path(name: str) -> bool:

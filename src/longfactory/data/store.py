@@ -5,20 +5,23 @@ and the tokenizer, and on nothing else: other cut-offs, masks, seeds, mixes, num
 sequence-parallel sizes read the same store.
 
 The writer works in a folder beside the final name and renames it, so a store is there completely or
-not at all. Of several processes one writes (whoever holds the lock) and the others look at the disk
-until it is there: no barrier, no time-out.
+not at all. Its meta.json holds the size and a checksum of every file; one that differs when a run
+starts is named, and the store is built again. Of several processes one writes (whoever holds the
+lock) and the others look at the disk until it is there: no barrier, no time-out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
+import logging
 import os
 import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
@@ -27,8 +30,10 @@ import numpy as np
 
 from longfactory import progress
 from longfactory.data.errors import BadRows
+from longfactory.errors import DataError
 
 FORMAT = 2
+TOKENS, ARRAYS = "tokens.i32", ("part_start.npy", "first_part.npy", "flags.npy", "rows.npy")
 
 # flags of a sample
 DESIRED, LACKS_THOUGHT, SECOND_LACKS_THOUGHT, LAST_ONLY, EQUAL_PAIR, NO_ANSWER = 1, 2, 4, 8, 16, 32
@@ -54,7 +59,7 @@ class Store:
             (self.path / "meta.json").read_text(encoding="utf-8")
         )
         self.bad = BadRows.from_json(self.meta["bad"])
-        self.tokens = _open(self.path / "tokens.i32", np.int32)
+        self.tokens = _open(self.path / TOKENS, np.int32)
         self.part_start = np.load(self.path / "part_start.npy", mmap_mode="r")
         self.first_part = np.load(self.path / "first_part.npy", mmap_mode="r")
         self.flags = np.load(self.path / "flags.npy", mmap_mode="r")
@@ -137,18 +142,59 @@ def _open(path: Path, dtype: type) -> np.ndarray:
     return np.memmap(path, dtype=dtype, mode="r")
 
 
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Around writes of a cache.
+
+    Raises:
+        DataError: the disk takes no more, or the folder cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"The cache {path} cannot be written: {error.strerror or error}. Make room, or name"
+            " another folder in the environment variable LONGFACTORY_CACHE."
+        ) from error
+
+
+def private_folder(path: Path) -> Path:
+    """The folder, made with its parents where it is not there; others cannot read what is made.
+
+    Raises:
+        DataError: it cannot be made.
+    """
+    with written(path):
+        for folder in (*reversed(path.parents), path):
+            if not folder.exists():
+                folder.mkdir(mode=0o700, exist_ok=True)
+    return path
+
+
 def write(path: Path, chunks: Iterable[Chunk], meta: dict[str, Any]) -> None:
     """Writes a store beside `path` and renames it to `path`. An older store of that name is
-    replaced.
+    replaced. For one process to call (`open_or_build` holds a lock for it).
+
+    Raises:
+        DataError: the disk is full, or cannot be written. Nothing is left behind.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    import xxhash
+
+    private_folder(path.parent)
+    remove_abandoned(path.parent, path.name)
     beside = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
-    beside.mkdir()
     lengths, counts, flags, rows, bad = [], [], [], [], BadRows()
+    digest = xxhash.xxh3_128()
     try:
-        with (beside / "tokens.i32").open("wb") as f:
+        with written(path.parent):
+            beside.mkdir(mode=0o700)
+            file = (beside / TOKENS).open("wb")
+        try:
             for tokens, part_lengths, part_counts, chunk_flags, chunk_rows, chunk_bad in chunks:
-                f.write(np.ascontiguousarray(tokens, dtype=np.int32).data)
+                data = np.ascontiguousarray(tokens, dtype=np.int32).data
+                digest.update(data)
+                with written(path.parent):
+                    file.write(data)
                 if _lock_file(path).exists():
                     os.utime(_lock_file(path))  # for those who wait (open_or_build)
                 lengths.append(part_lengths)
@@ -156,28 +202,90 @@ def write(path: Path, chunks: Iterable[Chunk], meta: dict[str, Any]) -> None:
                 flags.append(chunk_flags)
                 rows.append(chunk_rows)
                 bad.merge(chunk_bad)
-        np.save(beside / "part_start.npy", _starts(lengths))
-        np.save(beside / "first_part.npy", _starts(counts))
-        np.save(
-            beside / "flags.npy", np.concatenate([np.zeros(0, np.uint8), *flags]).astype(np.uint8)
+            with written(path.parent):
+                file.close()
+        finally:
+            with contextlib.suppress(OSError):
+                file.close()
+        arrays: tuple[np.ndarray, ...] = (
+            _starts(lengths),
+            _starts(counts),
+            np.concatenate([np.zeros(0, np.uint8), *flags]).astype(np.uint8),
+            np.concatenate([np.zeros(0, np.int64), *rows]).astype(np.int64),
         )
-        np.save(
-            beside / "rows.npy", np.concatenate([np.zeros(0, np.int64), *rows]).astype(np.int64)
-        )
-        text = json.dumps(
-            meta | {"format": FORMAT, "bad": bad.to_json()}, ensure_ascii=False, indent=1
-        )
-        (beside / "meta.json").write_text(text, encoding="utf-8")
-        if path.exists():
-            old = path.with_name(beside.name + ".old")
-            path.rename(old)
-            beside.rename(path)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            beside.rename(path)
+        with written(path.parent):
+            for name, array in zip(ARRAYS, arrays, strict=True):
+                np.save(beside / name, array)
+            files = {name: _size_and_digest(beside / name) for name in ARRAYS}
+            files[TOKENS] = ((beside / TOKENS).stat().st_size, digest.hexdigest())
+            facts = meta | {"format": FORMAT, "bad": bad.to_json(), "files": files}
+            text = json.dumps(facts, ensure_ascii=False, indent=1)
+            (beside / "meta.json").write_text(text, encoding="utf-8")
+            if path.exists():
+                old = path.with_name(beside.name + ".old")
+                path.rename(old)
+                beside.rename(path)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                beside.rename(path)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
+
+
+def remove_abandoned(folder: Path, mine: str) -> None:
+    """Removes what killed processes left of stores that they were writing: of `mine`, whose lock
+    the caller holds, and of others that nobody holds a lock for.
+    """
+    for beside in folder.glob(".*.*.*"):
+        name = beside.name[1:].split(".")[0]
+        if not beside.is_dir():
+            continue
+        if name == mine:
+            shutil.rmtree(beside, ignore_errors=True)
+            continue
+        with contextlib.suppress(OSError), (folder / f".{name}.lock").open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def _size_and_digest(path: Path) -> tuple[int, str]:
+    import xxhash
+
+    digest, size = xxhash.xxh3_128(), 0
+    with path.open("rb") as f:
+        while block := f.read(1 << 24):
+            digest.update(block)
+            size += len(block)
+    return size, digest.hexdigest()
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with the store at `path`: a file that is missing, or differs from its size or
+    checksum. None where all is right, and for what an older version wrote without checksums.
+
+    Every file is read once: at the speed of the disk, or 5 GB/s from memory.
+    """
+    try:
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        BadRows.from_json(meta["bad"])
+        files = meta.get("files") or dict.fromkeys((TOKENS, *ARRAYS))
+        for name, expected in files.items():
+            if expected is None:
+                (path / name).stat()
+                continue
+            size = (path / name).stat().st_size
+            if size != expected[0]:
+                return f"{name} has {size} bytes, expected {expected[0]}"
+            if _size_and_digest(path / name)[1] != expected[1]:
+                return f"{name} has another checksum than when it was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"it cannot be read: {error.strerror or error}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "meta.json is damaged"
+    return None
 
 
 def _starts(lengths: list[np.ndarray]) -> np.ndarray:
@@ -185,8 +293,26 @@ def _starts(lengths: list[np.ndarray]) -> np.ndarray:
     return np.cumsum(joined)
 
 
+_looked_at: dict[tuple[Path, int, int], bool] = {}
+"""Whether stores are whole, by path, file number and time of their meta.json: each is read once by
+a process."""
+
+
 def exists(path: Path) -> bool:
-    return (path / "meta.json").exists()
+    """Whether there is a whole store at `path`; of a damaged one it is logged what is wrong."""
+    try:
+        found = (path / "meta.json").stat()
+    except OSError:
+        return False
+    key = (path, found.st_ino, found.st_mtime_ns)
+    if key not in _looked_at:
+        problem = damage(path)
+        _looked_at[key] = problem is None
+        if problem is not None:
+            logging.getLogger("longfactory.data").warning(
+                f"The cached data {path} are damaged ({problem}) and are made again."
+            )
+    return _looked_at[key]
 
 
 def open_or_build(
@@ -207,12 +333,14 @@ def open_or_build(
     """
     if exists(path) and not rebuild:
         return Store(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(path.parent)
     if not first:
         _wait(lambda: exists(path), 5.0)
     started = told = time.monotonic()
     touched = 0
-    with _lock_file(path).open("a+") as lock:
+    with written(path.parent):
+        opened = _lock_file(path).open("a+")
+    with opened as lock:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -231,9 +359,9 @@ def open_or_build(
                     told = now
                 time.sleep(0.2)
         if rebuild or not exists(path):
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            lock.flush()
+            with contextlib.suppress(OSError):  # a full disk, which `build` tells of
+                os.ftruncate(lock.fileno(), 0)
+                os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
             progress.moved("tokenising")
             build(path)
     return Store(path)

@@ -12,7 +12,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
+import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,10 +24,15 @@ import torch
 from torch import Tensor
 
 from longfactory.data.row import IGNORE, Row
+from longfactory.data.store import private_folder, written
 from longfactory.errors import UserError
 from longfactory.stages.pairs import document_logps
 
+log = logging.getLogger("longfactory")
+
 ROLES = ("chosen", "rejected", "kl")
+ABANDONED = 3600
+"""Seconds after which a file that is still being written, of kilobytes, has no writer any more."""
 
 
 # -- fingerprints ----------------------------------------------------------------------------------
@@ -210,16 +217,70 @@ def cache_file(folder: str | Path, parts: Mapping[str, Any]) -> Path:
 
 
 def save(cache: ReferenceCache, file: Path, parts: Mapping[str, Any]) -> None:
-    """Writes beside `file` and renames: a killed run leaves either no file or a whole one."""
+    """Writes beside `file` and renames: a killed run leaves either no file or a whole one.
+
+    Raises:
+        DataError: the disk is full, or cannot be written. Nothing is left behind.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    file.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(file.parent)
+    for abandoned in file.parent.glob(".reference_logps-*"):  # by a killed process
+        if time.time() - abandoned.stat().st_mtime > ABANDONED:
+            abandoned.unlink(missing_ok=True)
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     tensors = {f"{r}.logps": t for r, t in cache.logps.items()} | {
         f"{r}.checks": t for r, t in cache.checks.items()
     }
-    save_file(tensors, beside, metadata={"parts": json.dumps(dict(parts), sort_keys=True)})
-    os.replace(beside, file)
+    about = {"parts": json.dumps(dict(parts), sort_keys=True), "sha256": _digest(tensors)}
+    try:
+        with written(file.parent):
+            try:
+                save_file(tensors, beside, metadata=about)
+            except SafetensorError as error:  # its word for an OSError
+                raise OSError(str(error)) from error
+            os.replace(beside, file)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def damage(file: Path) -> str | None:
+    """What is wrong with a file that `save` wrote, or None. An older version wrote no checksum."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as f:
+            about = f.metadata() or {}
+            json.loads(about["parts"])
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        return f"it cannot be read ({error})"
+    if about.get("sha256", _digest(tensors)) != _digest(tensors):
+        return "its checksum is another than when it was written"
+    return None
+
+
+def _is_there(file: Path) -> bool:
+    """Whether the numbers are there and whole; of damaged ones it is logged what is wrong."""
+    if not file.exists():
+        return False
+    problem = damage(file)
+    if problem is not None:
+        log.warning(
+            "The cached reference log-probabilities %s are damaged (%s) and are computed again.",
+            file,
+            problem,
+        )
+    return problem is None
 
 
 def load(file: Path, parts: Mapping[str, Any], samples: int) -> ReferenceCache:
@@ -280,7 +341,7 @@ def load_or_precompute(
     """
     parts = {**parts, "ld_alpha": ld_alpha}
     file = cache_file(folder, parts)
-    if everywhere(file.exists()):
+    if everywhere(_is_there(file)):
         return load(file, parts, samples), True
     cache = precompute(rows(), logps_of, samples, ld_alpha=ld_alpha, dp_sum=dp_sum)
     if write:
