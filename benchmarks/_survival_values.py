@@ -22,10 +22,11 @@ import re
 import signal
 import sys
 import time
+import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 
@@ -46,7 +47,7 @@ EACH = 100
 
 def numeric(key: Any) -> bool:
     """Whether a key's values are numbers."""
-    kinds = (key.kind, *typing.get_args(key.kind))
+    kinds = _kinds(key.kind)
     return int in kinds or float in kinds
 
 
@@ -136,8 +137,8 @@ def random_keys(draw: random.Random) -> dict[str, Any]:
 
 def usual(key: Any, draw: random.Random) -> Any:
     """A value of the key's own type, in or near its range."""
-    kinds = [k for k in (key.kind, *typing.get_args(key.kind)) if k is not type(None)]
-    choices = [c for kind in kinds for c in typing.get_args(kind) if not isinstance(c, type)]
+    kinds = [k for k in _kinds(key.kind) if k is not type(None)]
+    choices = [c for k in kinds if typing.get_origin(k) is Literal for c in typing.get_args(k)]
     if choices and draw.random() < 0.9:
         return draw.choice(choices)
     if bool in kinds and draw.random() < 0.8:
@@ -147,6 +148,14 @@ def usual(key: Any, draw: random.Random) -> Any:
         value = draw.choice([*ends, 1, 2, draw.random(), draw.randint(-3, 30)])
         return value if float in kinds else int(value)
     return draw.choice(["a", "a,b", "x/y", key.default])
+
+
+def _kinds(kind: Any) -> list[Any]:
+    """The types that a key takes: of a union each, of a tuple that of its members."""
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        return [k for member in typing.get_args(kind) for k in _kinds(member)]
+    return _kinds(typing.get_args(kind)[0]) if origin is tuple else [kind]
 
 
 def read_one(given: dict[str, Any], home: Path) -> tuple[str | None, bool]:
@@ -220,38 +229,78 @@ RUN = {
     "optim": "adamw_torch",
     "preprocessing_num_workers": 1,
 }
+STAGES: dict[str, dict[str, Any]] = {
+    "sft": {"dataset": "talks"},
+    "pt": {"dataset": "texts", "template": None},
+    "dpo": {"dataset": "pairs"},
+    "rm": {"dataset": "pairs"},
+    "kto": {"dataset": "labels"},
+}
 UNBOUNDED = ("max_steps", "num_train_epochs", "nproc_per_node", "dataloader_num_workers")
 """Keys whose large values are runs without end, or more processes than a machine has room for."""
 
 
 def write_inputs(home: Path) -> None:
-    """A tiny model and a few conversations."""
+    """A tiny model and a few samples for each stage."""
     from small_runs import text, write_model
 
     random.seed(0)
     write_model(home / "model", 0)
-    talks = [{"instruction": text(12 + i), "output": text(25 - i)} for i in range(8)]
-    (home / "talks.json").write_text(json.dumps(talks))
-    (home / "dataset_info.json").write_text(json.dumps({"talks": {"file_name": "talks.json"}}))
+    columns = {"prompt": "p", "response": "r"}
+    rows: dict[str, tuple[dict[str, Any], Any]] = {
+        "talks": ({}, lambda i: {"instruction": text(12 + i), "output": text(25 - i)}),
+        "texts": ({"columns": {"prompt": "p"}}, lambda i: {"p": text(20 + i)}),
+        "pairs": (
+            {"ranking": True, "columns": {"prompt": "p", "chosen": "c", "rejected": "r"}},
+            lambda i: {"p": text(9), "c": text(5 + i), "r": text(20 - i)},
+        ),
+        "labels": (
+            {"columns": {**columns, "kto_tag": "k"}},
+            lambda i: {"p": text(9), "r": text(9 + i), "k": bool(i % 2)},
+        ),
+    }
+    info = {}
+    for name, (entry, row) in rows.items():
+        (home / f"{name}.json").write_text(json.dumps([row(i) for i in range(8)]))
+        info[name] = {"file_name": f"{name}.json", **entry}
+    (home / "dataset_info.json").write_text(json.dumps(info))
+
+
+def draw_run(draw: random.Random, home: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The keys of a run, and those of them that are drawn. Three of four runs are ones whose
+    configuration is read, so that what comes after it is seen too.
+    """
+    from longfactory.config import ConfigError, from_mapping
+
+    reads = draw.random() < 0.75
+    while True:
+        odd = {k: v for k, v in random_keys(draw).items() if k not in UNBOUNDED or is_odd(v)}
+        stage = draw.choice(list(STAGES))
+        kind = {"finetuning_type": draw.choice(["lora", "full", "freeze"])}
+        given = base(home) | RUN | {"stage": stage} | kind | STAGES[stage] | odd
+        try:
+            from_mapping(given)
+        except ConfigError:
+            if reads:
+                continue
+        return given, {"stage": stage, **kind, **odd}
 
 
 def run_run(case: dict[str, Any], home: Path) -> dict[str, Any]:
     """One configuration as the command."""
-    draw = random.Random(f"run {case['seed']} {case['number']}")
-    odd = {k: v for k, v in random_keys(draw).items() if k not in UNBOUNDED or is_odd(v)}
     write_inputs(home)
-    given = base(home) | RUN | odd
+    given, odd = draw_run(random.Random(f"run {case['seed']} {case['number']}"), home)
     status, seconds, output = run_command(given, home, LIMIT)
-    told = "longfactory: " in output
-    traced = "Traceback (most recent call last)" in output
-    ok = status in (0, 2) and (status == 0 or told) and not (traced and not told)
     lines = [line for line in output.splitlines() if line.strip()]
-    last = next((line for line in lines if line.startswith("longfactory: ")), (lines or [""])[-1])
+    told = [line[line.index("longfactory: ") :] for line in lines if "longfactory: " in line]
+    traced = "Traceback (most recent call last)" in output
+    ok = (status == 0 and not traced) or (status == 2 and bool(told))
+    last = (told or lines or [""])[0 if told else -1]
     return {
         "ok": ok,
         "seconds": seconds,
         "limit": LIMIT,
-        "end": f"{repr(odd)[:200]}: status {status}: {last[:200]}",
+        "end": f"{repr(odd)[:300]}: status {status}: {last[:300]}",
         "group": "run",
     }
 
@@ -268,10 +317,7 @@ def run_command(given: dict[str, Any], home: Path, limit: float) -> tuple[int, f
 
     import longfactory.train.run  # noqa: F401
 
-    def numbers(value: Any) -> Any:
-        return value
-
-    (home / "run.json").write_text(json.dumps(given, default=numbers))
+    (home / "run.json").write_text(json.dumps(given, default=str))
     begun = time.monotonic()
     sys.stdout.flush()
     child = os.fork()

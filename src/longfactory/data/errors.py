@@ -37,9 +37,13 @@ MEANINGFUL_COLUMNS = {
 
 
 class BadRow(Exception):
-    """One row that cannot be used. The message is the reason; the place is added by whoever knows
-    it.
+    """One row that cannot be used. The message is the reason, shortened where it quotes the row at
+    length; the place is added by whoever knows it.
     """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if len(text) <= 400 else f"{text[:400]}..."
 
 
 def bad_row_sentence(name: str, place: str, reason: str, hint: str = "") -> str:

@@ -194,7 +194,8 @@ def _read_arrow(path: Path, parquet: bool) -> Iterator[tuple[str, Raw]]:
     number = 0
     try:
         if parquet:
-            batches = pq.ParquetFile(path).iter_batches(batch_size=1000)
+            file = pq.ParquetFile(path, page_checksum_verification=True)
+            batches = file.iter_batches(batch_size=1000)
         else:
             try:
                 batches = iter(pa.ipc.open_stream(path))
@@ -202,6 +203,8 @@ def _read_arrow(path: Path, parquet: bool) -> Iterator[tuple[str, Raw]]:
                 file = pa.ipc.open_file(path)
                 batches = (file.get_batch(i) for i in range(file.num_record_batches))
         for batch in batches:
+            # Offsets beyond the data, which a damaged file may hold, would end the process.
+            batch.validate(full=True)
             for row in batch.to_pylist(maps_as_pydicts="lossy"):
                 number += 1
                 yield f"{path.name} row {number}", row

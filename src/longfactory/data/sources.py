@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from longfactory import hub
+from longfactory.config.fields import plain
 from longfactory.errors import DataError
 
 COLUMNS = [
@@ -101,15 +102,22 @@ class DataSource:
                 several types.
         """
         path = Path(self.dataset_dir, self.location)
-        if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
-        elif path.is_file():
-            found = [path]
-        else:
+        try:
+            if path.is_dir():
+                files = (p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+                found = sorted(files)
+            elif path.is_file():
+                found = [path]
+            else:
+                raise DataError(
+                    f"Data set {self.name!r}: {path} does not exist. Check file_name in"
+                    " dataset_info.json and dataset_dir."
+                )
+        except OSError as error:
             raise DataError(
-                f"Data set {self.name!r}: {path} does not exist. Check file_name in"
-                " dataset_info.json and dataset_dir."
-            )
+                f"Data set {self.name!r}: file_name cannot be read: {error.strerror or error}"
+                f" ({plain(str(path))})."
+            ) from error
         kinds = {FILE_TYPES.get(p.suffix[1:].lower()) for p in found}
         if not found or None in kinds:
             raise DataError(
@@ -152,7 +160,7 @@ def detect(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
             entry = _detect_messages(
                 column,
                 first,
-                [m for row in rows for m in parsed(row.get(column)) or [] if isinstance(m, dict)],
+                [m for row in rows for m in _listed(row.get(column)) if isinstance(m, dict)],
             )
             return None if entry is None else _with_answers(entry, seen, (dict, list))
     prompt = next((c for c in _PROMPTS if isinstance(seen.get(c), str)), None)
@@ -180,6 +188,12 @@ def detect(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         return _with_answers({"columns": columns}, seen, (str,))
     text = next((c for c in ("text", "content") if isinstance(seen.get(c), str)), None)
     return None if text is None else {"columns": {"prompt": text}}
+
+
+def _listed(value: Any) -> list[Any]:
+    """A list, be it written as JSON; anything else is an empty one."""
+    found = parsed(value)
+    return found if isinstance(found, list) else []
 
 
 def _detect_messages(
@@ -434,7 +448,7 @@ def _source(name: str, info: dict[str, Any], folder: str, warn: Any) -> DataSour
         (
             k
             for k in ("columns", "tags")
-            if isinstance(entry, dict) and not isinstance(entry.get(k) or {}, dict)
+            if isinstance(entry, dict) and not isinstance(entry.get(k, {}), (dict, type(None)))
         ),
         None,
     )
@@ -530,7 +544,7 @@ def _check_values(name: str, entry: dict[str, Any]) -> None:
         if value is not None and not right:
             raise DataError(
                 f"dataset_info.json: {key} of data set {name!r} must be {need}; found"
-                f" {json.dumps(value, ensure_ascii=False)}."
+                f" {plain(json.dumps(value, ensure_ascii=False))}."
             )
 
     for key in _TEXTS:
@@ -542,7 +556,7 @@ def _check_values(name: str, entry: dict[str, Any]) -> None:
     check(
         "num_samples",
         count,
-        isinstance(count, int) and not isinstance(count, bool) and count > 0,
+        isinstance(count, int) and not isinstance(count, bool) and 0 < count <= 10**12,
         "a whole number from 1 on",
     )
     for group in ("columns", "tags"):
