@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -30,7 +29,8 @@ def test_without_the_tool_it_says_so(
 def test_what_it_finds_is_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audit.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(audit, "reachable", lambda host: True)
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=1))
+    ran = SimpleNamespace(run=lambda *_, **__: SimpleNamespace(returncode=1))
+    monkeypatch.setattr(audit, "subprocess", ran)
     assert audit.main() == 1
 
 
