@@ -35,6 +35,7 @@ class StopSignals:
     def __init__(self, names: Iterable[str] = DEFAULT):
         self._old: dict[int, Any] = {}
         self._unwind = False
+        self._own = False
         self.first: int | None = None
         """The number of the first signal, once there was one."""
         self._first_at = 0.0
@@ -84,7 +85,7 @@ class StopSignals:
             return False
         again = False
         for number in numbers:
-            if number not in self._old:
+            if number not in self._old or self._own:
                 continue
             if self.first is None:
                 self.first, self._first_at = number, time.monotonic()
@@ -96,7 +97,7 @@ class StopSignals:
         """Makes the main thread raise `Stopped` where it is, as Ctrl-C makes it raise
         KeyboardInterrupt: what it has opened is closed on the way out. From another thread.
         """
-        self._unwind = True
+        self._unwind = self._own = True
         number = next(iter(self._old), None)
         if number is not None:
             # a real signal: it also ends a system call that the main thread waits in

@@ -157,7 +157,8 @@ class Watch:
                 told = True
 
     def _look(self, again: bool) -> None:
-        if self.signals.first is not None and launched.a_sibling_is_gone():
+        hears = self.signals.first is not None and self._unwinding is None
+        if hears and launched.a_sibling_is_gone():
             os._exit(128 + self.signals.first)  # by torchrun; why, the other has said
         if again:
             self._end_all(f"A second signal: the run ends now. {self._kept()}")
