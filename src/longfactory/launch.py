@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longfactory.errors import PEER_LOST, STALLED, STOPPED, USER_ERROR, UserError
-from longfactory.processes import state_of
+from longfactory.processes import children_of, state_of
 from longfactory.train.survival import launched
 from longfactory.train.survival.board import ATTEMPT
 from longfactory.train.survival.lock import HOLDER
@@ -348,7 +348,7 @@ class Launcher:
     def _has_workers(self) -> bool:
         """Whether any were started: those that have ended have left a file or a status."""
         left = launched.workers(self.folder) or launched.read_status(self.folder) is not None
-        return bool(left or children())
+        return bool(left or children_of(os.getpid()))
 
     def _end_workers(self, again: bool) -> None:
         assert self.asked is not None
@@ -361,22 +361,13 @@ class Launcher:
                 flush=True,
             )
         self.ended = self.asked
-        kill({*launched.workers(self.folder).values(), *children()})
+        kill({*launched.workers(self.folder).values(), *children_of(os.getpid())})
 
     def _leave_alone(self) -> None:
         """torchrun waits for other machines and has started nothing: it would go on waiting."""
         print(f"longfactory: {stopped_before_training(self.asked)}", file=sys.stderr, flush=True)
         shutil.rmtree(self.folder, ignore_errors=True)
         os._exit(STOPPED)
-
-
-def children() -> list[int]:
-    """Processes that this one has started and that have not ended."""
-    found = []
-    for path in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            found += [int(pid) for pid in path.read_text().split()]
-    return [pid for pid in found if state_of(pid) not in (None, "Z", "X")]
 
 
 def kill(pids: Iterable[int]) -> None:

@@ -36,21 +36,26 @@ SLOW = {"step": 0.3}
 
 
 def run(
-    home: Path, name: str, slow: dict[str, float], rank: int | None = None, **more: Any
+    home: Path,
+    name: str,
+    slow: dict[str, float],
+    rank: int | None = None,
+    restarts: int = 0,
+    **changes: Any,
 ) -> Command:
-    given = keys(
-        home,
-        home / name,
-        use_cpu=None,
-        bf16=True,
-        sharding="fsdp2",
-        max_steps=10,
-        save_steps=3,
-        **{"heartbeat_timeout": 8, "signal_grace": 60, **more},
-    )
-    variables = {"MAX_RESTARTS": str(more.pop("restarts"))} if "restarts" in more else {}
-    given.pop("restarts", None)
-    return start(home, given, slow, rank, name=name, **variables)
+    """The command on two GPUs; `slow` and `rank` are those of `start`."""
+    given: dict[str, Any] = {
+        "use_cpu": None,
+        "bf16": True,
+        "sharding": "fsdp2",
+        "max_steps": 10,
+        "save_steps": 3,
+        "heartbeat_timeout": 8,
+        "signal_grace": 60,
+        **changes,
+    }
+    variables = {"MAX_RESTARTS": str(restarts)}
+    return start(home, keys(home, home / name, **given), slow, rank, name=name, **variables)
 
 
 def finish(command: Command, wanted: int, seconds: float = 120.0) -> str:
@@ -102,9 +107,8 @@ def stopped(home: Path, rank: int, moment: str) -> None:
 
 def long_save(home: Path) -> None:
     """A save of 60 s on one rank, with a step limit of 30 s and a `ddp_timeout` of 30 s."""
-    command = run(
-        home, "long-save", {"save": 60.0}, 0, max_steps=3, step_timeout=30, ddp_timeout=30
-    )
+    limits = {"step_timeout": 30, "ddp_timeout": 30}
+    command = run(home, "long-save", {"save": 60.0}, 0, max_steps=3, **limits)
     finish(command, 0, STARTED + 120)
     assert checkpoints(command.out) == [3] and (command.out / "train_results.json").exists()
 

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from longfactory import progress
 from longfactory.config import from_mapping
+from longfactory.train.survival.board import Board
 from longfactory.train.survival.start import limits_of
-from longfactory.train.survival.watch import Limits, culprits, main_thread_is_at, report
+from longfactory.train.survival.watch import Limits, Watch, culprits, main_thread_is_at, report
 
 
 def rank(number: int, step: int = 3, collective: str | None = None, **more: Any) -> dict[str, Any]:
@@ -108,3 +110,19 @@ def test_a_process_that_does_not_move_ends_with_its_stacks(tmp_path: Path) -> No
     assert done.returncode == 76 and time.monotonic() - begun < 20
     assert "(step_timeout: 1)" in done.stderr and "step 7, training" in done.stderr
     assert "in stuck" in (tmp_path / "rank-0.txt").read_text()
+
+
+def test_a_rank_may_wait_for_one_that_saves_longer_than_its_own_limit() -> None:
+    watch = Watch(0, 2)
+    try:
+        watch.limits = Limits(step=30, save=3600)
+        board = Board(dist.HashStore(), 0, 2)  # type: ignore[arg-type]
+        board.put("beat/0", [1, rank(0)])
+        board.put("beat/1", [1, rank(1, phase="save", age=50.0)])
+        assert watch._waits_for_a_longer_phase(board, 30)
+        board.put("beat/1", [2, rank(1, phase="save", age=3601.0)])
+        assert not watch._waits_for_a_longer_phase(board, 30)
+        board.put("beat/1", [3, rank(1, phase="step", age=20.0)])
+        assert not watch._waits_for_a_longer_phase(board, 30)
+    finally:
+        watch.signals.close()

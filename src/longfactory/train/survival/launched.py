@@ -9,7 +9,7 @@ import os
 import time
 from pathlib import Path
 
-from longfactory.processes import state_of
+from longfactory.processes import children_of, state_of
 
 TOLD = "LONGFACTORY_TOLD"
 """Environment variable of the workers: a path that the one who tells the user of an error creates.
@@ -63,7 +63,9 @@ def a_sibling_is_gone() -> bool:
     """
     where = folder()
     if where is None:
-        return False
+        # Of another launcher it is known how many it has started, and how many live.
+        started = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return started > 1 and len(children_of(os.getppid())) < started
     mine = os.getpid()
     return any(p != mine and state_of(p) in (None, "Z", "X") for p in workers(where).values())
 

@@ -157,9 +157,9 @@ class Watch:
                 told = True
 
     def _look(self, again: bool) -> None:
-        hears = self.signals.first is not None and self._unwinding is None
-        if hears and launched.a_sibling_is_gone():
-            os._exit(128 + self.signals.first)  # by torchrun; why, the other has said
+        heard = self.signals.first
+        if heard is not None and self._unwinding is None and launched.a_sibling_is_gone():
+            os._exit(128 + heard)  # by torchrun; why, the other has said
         if again:
             self._end_all(f"A second signal: the run ends now. {self._kept()}")
         if self._board is not None:
@@ -290,11 +290,23 @@ class Watch:
         limit, _ = self.limits.of(now.phase)
         if now.age() <= limit or self._closing.is_set():
             return
+        if self._board is not None and self._waits_for_a_longer_phase(self._board, limit):
+            return
         stall: dict[str, Any] = {"lost": {}, "by": self.rank}
         if self._board is None:
             self._end_stalled(None, stall)
         else:
             self._end_stalled(self._board, self._board.first("stall", stall))
+
+    def _waits_for_a_longer_phase(self, board: Board, limit: float) -> bool:
+        """Whether another rank is in a phase with a longer limit, and within it: this one may have
+        gone on to its next step and wait there for one that still saves.
+        """
+        for rank, (_, last) in board.present("beat").items():
+            theirs, _ = self.limits.of(last["phase"])
+            if rank != self.rank and theirs > limit and last["age"] <= theirs:
+                return True
+        return False
 
     def _end_stalled(self, board: Board | None, stall: Mapping[str, Any]) -> None:
         """Stacks of this rank, a report by one rank, and the end."""
