@@ -121,7 +121,7 @@ def _strike_command(
     """The same with the real command: the kill waits for a save's temporary folder to appear, or
     for a moment.
     """
-    started = runs.command(_argv(run), home)
+    started = runs.command(runs.words(run), home)
     moment = time.monotonic() + 12 + kill["at"] * seconds
     while started.poll() is None:
         if kill["how"] == "time" and time.monotonic() > moment:
@@ -156,14 +156,10 @@ def _wait_for_end(leader: int) -> None:
         runs.os.kill(pid, signal.SIGKILL)
 
 
-def _argv(run: str) -> list[str]:
-    return runs.words(run, nproc_per_node=runs.RUNS[run][0])
-
-
 def _to_its_end(run: str, home: Path, real: bool) -> int | None:
     if not real:
         return runs.run_whole(run, home)
-    started = runs.command(_argv(run), home)
+    started = runs.command(runs.words(run), home)
     try:
         return started.wait(180)
     finally:

@@ -118,8 +118,8 @@ _kept: list[Any] = []
 
 def words(run: str, **changes: Any) -> list[str]:
     """The command line of a run, after `longfactory`."""
-    home = changes.pop("inputs", None) or inputs()
-    given = {"model_name_or_path": home / "model", "dataset_dir": home, **COMMON, **RUNS[run][1]}
+    given = {"model_name_or_path": inputs() / "model", "dataset_dir": inputs(), **COMMON}
+    given |= {"nproc_per_node": RUNS[run][0], **RUNS[run][1]}
     given |= changes
     return ["train", *(f"{k}={_word(v)}" for k, v in given.items() if v is not None)]
 
@@ -341,7 +341,7 @@ def session(leader: int) -> set[int]:
 
 def run_whole(run: str, home: Path, limit: float = 120, **changes: Any) -> int | None:
     """A run to its end; its exit status."""
-    started = Run(words(run, **changes), home, changes.get("nproc_per_node") or RUNS[run][0])
+    started = Run(words(run, **changes), home, RUNS[run][0])
     status = started.wait(limit)
     started.gone(0.0 if status is None else 5.0)
     return status
@@ -364,6 +364,21 @@ def reference(run: str) -> tuple[Path, dict[str, str], list[list[Any]], float]:
         for rank in range(RUNS[run][0])
     ]
     return home, state_of(home / "out"), events, seconds
+
+
+def unfinish(out: Path, keep: int | None = None) -> None:
+    """Makes a finished run's folder that of a run which was killed before its last files: only
+    checkpoints and the log are left. `keep`: the last step whose checkpoint stays.
+    """
+    record = out / "longfactory_run.json"
+    facts = json.loads(record.read_text())
+    record.write_text(json.dumps({**facts, "finished": False}))
+    for p in out.iterdir():
+        step = p.name.removeprefix("checkpoint-")
+        if p.is_dir() and keep is not None and step.isdigit() and int(step) > keep:
+            shutil.rmtree(p)
+        elif p.is_file() and not p.name.startswith("longfactory") and p.name != "trainer_log.jsonl":
+            p.unlink()
 
 
 def state_of(out: Path) -> dict[str, str]:

@@ -31,6 +31,11 @@ RECORD = "longfactory_run.json"
 TRAINER_STATE = "trainer_state.json"
 """What transformers writes last into a checkpoint."""
 
+STATE_FILE = "longfactory_state.json"
+"""In a checkpoint: what decides which samples a step takes, and what the run has seen. With the
+entry `format` there is a manifest beside it.
+"""
+
 MANIFEST = "longfactory_manifest.json"
 """What LongFactory writes last into a checkpoint: its files with sizes and checksums."""
 
@@ -237,12 +242,27 @@ def _begun(cfg: RunConfig, out: Path) -> RunRecord | None:
 
 
 def _candidates(out: Path, record: RunRecord | None) -> list[str]:
-    """Checkpoints of the run that the folder holds, the last one first."""
+    """Checkpoints of the run that the folder holds, the last one first; and those that do not say
+    any more whose they are, to be named as damaged.
+    """
     return [
         str(p)
         for p in checkpoints(out)
-        if _seems_whole(p) and (record is None or record.holds(run_of(p), step_of(p)))
+        if _seems_whole(p)
+        and (record is None or record.holds(run_of(p), step_of(p)) or _lost_its_manifest(p))
     ]
+
+
+def _lost_its_manifest(checkpoint: Path) -> bool:
+    """Whether there was a manifest, and it is gone or cannot be read."""
+    if run_of(checkpoint) is not None:
+        return False
+    if (checkpoint / MANIFEST).is_file():
+        return True
+    try:
+        return "format" in json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _anew(cfg: RunConfig) -> str:

@@ -15,6 +15,7 @@ from longfactory.config import RunConfig, from_mapping
 from longfactory.config.folder import (
     MANIFEST,
     RESTARTS,
+    STATE_FILE,
     RunRecord,
     configuration_digest,
     read_record,
@@ -23,7 +24,6 @@ from longfactory.config.folder import (
 from longfactory.errors import ConfigError, UserError
 from longfactory.train.checkpoint import manifest as manifests
 from longfactory.train.checkpoint.choose import choose_start
-from longfactory.train.checkpoint.progress import STATE_FILE
 
 
 def config(out: Path, **keys: Any) -> RunConfig:
@@ -83,6 +83,7 @@ def test_a_damaged_one_is_named_and_passed_over(
     make(out, 2), make(out, 4)
     assert chosen(out) == "checkpoint-4"
     damage(out / "checkpoint-4" / name, how)
+    write_record(out, RunRecord("r", "", False))  # one without a manifest does not say whose it is
     with caplog.at_level(logging.WARNING, "longfactory"):
         assert chosen(out) == "checkpoint-2"
     # without the mark that it was written to its end it is left out before

@@ -18,6 +18,7 @@ from longfactory.errors import UserError
 from longfactory.train.checkpoint import manifest as manifests
 from longfactory.train.checkpoint import old
 from longfactory.train.checkpoint.place import share_of_files
+from longfactory.train.checkpoint.progress import read_state
 from longfactory.train.ranks import from_all, from_main
 
 log = logging.getLogger("longfactory")
@@ -119,11 +120,11 @@ def _together(problems: list[str]) -> list[str]:
 
 
 def _examine_old(path: Path) -> tuple[list[str], bool]:
-    from longfactory.train.checkpoint.progress import STATE_FILE, read_state
-
     state = read_state(path)
     if state is not None and state.get("format", 1) > 1:
-        return [f"{folder.MANIFEST} is missing, and {STATE_FILE} says that there was one"], False
+        return [
+            f"{folder.MANIFEST} is missing, and {folder.STATE_FILE} says that there was one"
+        ], False
     problems = old.problems_of(path)
     resumable = old.resumable(path)
     return [*problems, *(old.missing_states(path) if resumable else [])], not resumable

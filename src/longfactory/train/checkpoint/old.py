@@ -16,6 +16,8 @@ from longfactory.config.folder import TRAINER_STATE
 
 _WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", "pytorch_model*.bin", "*_model.bin")
 
+_OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
+
 
 def problems_of(folder: Path) -> list[str]:
     """Why a checkpoint without a manifest cannot be resumed from; empty where nothing is seen."""
@@ -33,19 +35,20 @@ def problems_of(folder: Path) -> list[str]:
         found += _told(path, _torch_file_is_damaged(path), "is damaged")
     sharded = any(folder.glob("*_fsdp_*")) or any(folder.glob("global_step*"))
     if not sharded and not any(p for pattern in _WEIGHTS for p in folder.glob(pattern)):
-        found.append("it holds no weights")
+        found.append("model.safetensors or adapter_model.safetensors is missing")
     return found
 
 
 def resumable(folder: Path) -> bool:
-    """Whether it holds what is more than weights."""
-    names = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
-    return any(p for name in names for p in folder.glob(name))
+    """Whether it holds what is more than weights, or a part of that."""
+    return any(p for name in (*_OPTIMIZER, "scheduler.pt", "rng_state*") for p in folder.glob(name))
 
 
 def missing_states(folder: Path) -> list[str]:
     """Of a checkpoint that holds a part of what is more than weights: the rest."""
     found = []
+    if not any(p for name in _OPTIMIZER for p in folder.glob(name)):
+        found.append("optimizer.pt is missing")
     own_scheduler = any(folder.glob("global_step*"))
     if not own_scheduler and not (folder / "scheduler.pt").is_file():
         found.append("scheduler.pt is missing")

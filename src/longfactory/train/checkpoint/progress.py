@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from longfactory.config.folder import write_whole
+from longfactory.config.folder import STATE_FILE, write_whole
 
-STATE_FILE = "longfactory_state.json"
 FORMAT = 2
 """1: without a manifest."""
 

@@ -81,7 +81,9 @@ def make_reference(trainer: RowTrainer, cfg: RunConfig) -> Reference:
             "Reference log-probabilities are computed before training, which a stream does not"
             " allow. Set streaming: false."
         )
-    with _pass(trainer, cfg, by_adapter) as logps_of:
+    # A pass draws seeds for its loaders, and numbers from the cache need none: what training draws
+    # must not depend on it.
+    with torch.random.fork_rng(devices=[]), _pass(trainer, cfg, by_adapter) as logps_of:
         return Reference(
             computed=tuple(
                 (dataset, _numbers(trainer, cfg, logps_of, dataset, batch, shuffle))
