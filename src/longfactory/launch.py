@@ -189,7 +189,7 @@ def start(
     A signal that asks for a stop is passed on to the processes, which save and end by themselves;
     torchrun would end them after half a minute. The first machine's launcher holds the store by
     which they find each other: it outlives each of them, and answers a restarted run with nothing
-    old (each attempt has its own names in it).
+    old (each attempt has its own store, or its own names in one at a fixed port).
 
     Args:
         module: what each process runs, with `argv`.
@@ -211,9 +211,11 @@ def start(
             os.environ[HOLDER] = str(os.getpid())
         launcher = Launcher(Path(folder), stop_signals, grace)
         try:
-            store = None if elastic else host_store()
+            store = None
             for attempt in range(restarts + 1):
                 os.environ[ATTEMPT] = str(attempt)
+                if not elastic and (store is None or "MASTER_PORT" not in os.environ):
+                    store = host_store()
                 launcher.clear()
                 tell = functools.partial(tell_other_machines, store, attempt)
                 launcher.tell = tell
