@@ -309,7 +309,9 @@ def is_odd(value: Any) -> bool:
     return beyond_all_ranges(value) or value is None or isinstance(value, (list, dict))
 
 
-def run_command(given: dict[str, Any], home: Path, limit: float) -> tuple[int, float, str]:
+def run_command(
+    given: dict[str, Any], home: Path, limit: float, cache: Path | None = None
+) -> tuple[int, float, str]:
     """`longfactory train` with these keys in a forked process. Returns its status (-9 where it was
     ended for taking longer than `limit` seconds), the seconds and what it wrote.
     """
@@ -328,7 +330,10 @@ def run_command(given: dict[str, Any], home: Path, limit: float) -> tuple[int, f
             log = os.open(home / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            os.environ["LONGFACTORY_CACHE"] = str(home / "cache")
+            # whoever started this may have put files of its own in their place
+            sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+            sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+            os.environ["LONGFACTORY_CACHE"] = str(cache or home / "cache")
             os.environ["HF_HUB_OFFLINE"] = "1"
             os.chdir(home)
             from longfactory import cli
