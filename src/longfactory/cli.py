@@ -42,9 +42,8 @@ Keys have LLaMA-Factory's names; --key value works as well as key=value. One lin
 ABOVE = {
     "plan": (
         """\
-longfactory plan run.yaml [key=value ...] [--gpu H200 --gpus 8 ...]
-  Model, tokens, sequence_parallel_size, memory and LoRA are those of the run; an option below takes their place.
-  Without a file:
+longfactory plan run.yaml [key=value ...] [--gpus 8xH200 ...]
+  Everything is as the run's file and words say; an option below takes the place of its key. Without a file:
 """
     ),
     "verify": (
@@ -118,7 +117,6 @@ def _start(command: str, cfg: RunConfig, argv: list[str]) -> int | None:
     """
     from longfactory.config.checks import processes
 
-    launch.quiet_torch()
     if not launch.is_worker():
         local = launch.local_processes(cfg)
         nodes = launch.number("NNODES", 1)
@@ -203,45 +201,12 @@ def verify(argv: list[str], watch: Watch | None = None) -> int:
 
 def plan(argv: list[str]) -> int:
     """`longfactory plan`. Returns the exit status."""
-    from longfactory.config.read import FILES
     from longfactory.plan.command import main as predict
 
-    words = [word for word in argv if word not in ("-h", "--help", "help")]
-    if len(words) < len(argv) or not words or not words[0].lower().endswith(FILES):
-        if len(words) == len(argv):
-            return predict(argv)
+    if any(word in ("-h", "--help", "help") for word in argv):
         print(ABOVE["plan"], flush=True)
         return predict(["--help"])
-    return predict(plan_arguments(words))
-
-
-def plan_arguments(words: list[str]) -> list[str]:
-    """A run's file and key=value words as arguments of the prediction; its own options (--gpus and
-    the like) go along.
-    """
-    from longfactory.config import load_config
-
-    first = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
-    cfg = load_config([*words[:first], "--dry_run"])
-    from longfactory.train.memory_plan import check_model
-
-    check_model(cfg)
-    batch = 1 if cfg.packing else cfg.trainer.per_device_train_batch_size
-    assert cfg.model.model_name_or_path is not None
-    out = [cfg.model.model_name_or_path, "--tokens", str(cfg.data.cutoff_len * batch)]
-    out += [
-        "--sequence-parallel-size",
-        str(cfg.parallel.sequence_parallel_size),
-        "--memory",
-        cfg.memory.memory,
-    ]
-    if cfg.method.finetuning_type == "lora":
-        out += ["--lora", str(cfg.method.lora_rank)]
-    if cfg.model.trust_remote_code:
-        out += ["--trust-remote-code"]
-    if not (cfg.trainer.bf16 or cfg.trainer.fp16 or cfg.method.pure_bf16):
-        out += ["--precision", "tf32" if cfg.trainer.tf32 else "fp32"]
-    return [*out, *words[first:]]
+    return predict(argv)
 
 
 def export(argv: list[str]) -> int:

@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 from make_model import make_model  # noqa: E402
 
 GiB = 2**30
+ZERO3 = ROOT / "examples" / "deepspeed" / "ds_z3_config.json"
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +136,7 @@ def planned(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world))
     data = Datasets(types.SimpleNamespace(lengths=[8192]), {})  # type: ignore[arg-type]
     config = qwen_7b()
-    return plan_memory(cfg, config, count_parameters(cfg, config), data, 1, sharding, world, cuda)
+    return plan_memory(cfg, config, count_parameters(cfg, config), data, sharding, world, cuda)
 
 
 def test_frozen_layers_have_no_gradients_and_states(
@@ -295,6 +296,12 @@ def test_gradients_leave_where_they_are_final(
         with pytest.raises(UserError, match=f"offload_gradients .*{refused}"):
             planned(configured(model, **asked), monkeypatch, sharding, world=world)
         asked.pop("offload_gradients")
+        if sharding == "deepspeed":
+            with pytest.raises(UserError, match="DeepSpeed holds the optimizer's states"):
+                planned(
+                    configured(model, **asked, deepspeed=str(ZERO3)), monkeypatch, sharding, world
+                )
+            asked |= {"optimizer_placement": "auto", "deepspeed": str(ZERO3)}
         found = planned(configured(model, **asked), monkeypatch, sharding, world=world).plan
         assert not found.job.leavable and found.settings.gradients == "gpu"
         return

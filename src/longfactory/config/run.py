@@ -19,6 +19,7 @@ from longfactory.config.arguments import (
     OutputArguments,
     ParallelArguments,
 )
+from longfactory.config.data_arguments import packs
 from longfactory.config.fields import is_secret
 from longfactory.config.stage_facts import STAGES
 from longfactory.config.trainer_keys import TrainerKeys
@@ -70,9 +71,19 @@ class RunConfig:
     @property
     def packing(self) -> bool:
         """Whether rows are filled with several documents: as asked, else for pretraining alone."""
-        if self.data.packing is None:
-            return self.data.neat_packing or STAGES[self.method.stage].packs_by_default
-        return self.data.packing
+        return packs(self.data_options(), self.method.stage)
+
+    @property
+    def longest_sample(self) -> int:
+        """Tokens of a sample, at most: of both answers of a pair, each with its prompt (a prompt
+        that they share stands once, but long answers leave it one token).
+        """
+        return self.data.cutoff_len * STAGES[self.method.stage].documents
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of a micro-batch of one data-parallel group, at most: they are one row."""
+        return int(self.trainer.per_device_train_batch_size) * self.longest_sample
 
     def data_options(self) -> SimpleNamespace:
         """What the data layer asks for: the keys for data, and those of other groups that change

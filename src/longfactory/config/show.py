@@ -90,19 +90,15 @@ def processes(cfg: RunConfig) -> int | None:
 
 def arithmetic(cfg: RunConfig, world_size: int | None = None) -> list[str]:
     """What follows from the numbers: groups, samples a step, tokens a device."""
-    p, length = cfg.parallel, cfg.data.cutoff_len
+    p, row = cfg.parallel, cfg.longest_row
     batch, steps = (
         cfg.trainer.per_device_train_batch_size,
         cfg.trainer.gradient_accumulation_steps,
     )
     world = world_size if world_size is not None else processes(cfg)
     lines = [f"{cfg.method.stage}, {cfg.method.finetuning_type}, {cfg.model.model_name_or_path}"]
-    row = length * batch if not cfg.packing else length
-    what = (
-        f"{batch} x cutoff_len {length}"
-        if batch > 1 and not cfg.packing
-        else f"cutoff_len {length}"
-    )
+    samples = [str(n) for n in (batch, STAGES[cfg.method.stage].documents) if n > 1]
+    what = " x ".join([*samples, f"cutoff_len {cfg.data.cutoff_len}"])
     if p.sequence_parallel_size > 1:
         lines.append(
             f"tokens of a row on each device: {what} / sequence_parallel_size"
@@ -124,6 +120,6 @@ def arithmetic(cfg: RunConfig, world_size: int | None = None) -> list[str]:
         total = groups * batch * steps
         lines.append(
             f"{kind} a step: {groups} groups x batch {batch} x accumulation {steps} = {total}, at"
-            f" most {total * length:,} tokens"
+            f" most {total * cfg.longest_sample:,} tokens"
         )
     return lines

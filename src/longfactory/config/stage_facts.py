@@ -53,6 +53,11 @@ class StageFacts:
     reloads_best: bool = True
     """Whether all that it trains can be loaded again at the end (`load_best_model_at_end`)."""
 
+    @property
+    def documents(self) -> int:
+        """Sequences of a sample, each of which may have `cutoff_len` tokens."""
+        return 2 if self.samples in ("pair", "kto") else 1
+
     def needs_reference(self, method: FinetuningArguments) -> bool:
         """Whether the run has a reference model."""
         return False

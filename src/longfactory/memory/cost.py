@@ -28,6 +28,7 @@ HEAD_CHUNK_NUMBERS = 2**28  # logits that exist at once (model/token_logprobs.py
 CONTEXT = 1.5e9  # CUDA context, cuBLAS and NCCL workspaces
 MARGIN = 0.92  # of the GPU's memory may be planned for: the rest is fragmentation
 CAREFUL = 0.80  # above this share settings must be faster to be chosen
+MEMORY_RATE = 2e12  # bytes/s of a GPU's own memory, for what does nothing but read and write
 HOST_SHARE = 0.85  # of the host's memory, for optimizer states and offloaded activations together
 
 # The order of a budget's items, on the GPU and on the host; others come last.
@@ -123,9 +124,8 @@ def _working_set(job: TrainingJob, stated: list[Bytes]) -> float:
 @functools.lru_cache(64)
 def bare_model(job: TrainingJob) -> dict[str, StepMoments]:
     """Bytes on one GPU of the model itself: weights, output layer, one layer's parameters."""
-    shape, shards, tokens = job.shape, job.shards, job.local
-    frozen = shape.parameters - shape.trainable
-    weights = (shape.width * frozen + job.master * shape.trainable) / shards
+    shape, shards, tokens = job.shape, job.weight_shards, job.local
+    weights = job.weight_bytes
     head = shape.head_parameters if shape.head_trained else 0
     # Sharded: the embedding and the output layer are gathered for the whole pass, and the latter's
     # gradient is reduced at its end.
@@ -133,10 +133,7 @@ def bare_model(job: TrainingJob) -> dict[str, StepMoments]:
     logits = min(HEAD_CHUNK_NUMBERS, tokens * shape.vocab) * 10
     # Gradients of one layer: fp32 sums of chunks, and the bf16 result; sharded: two gathered layers
     # and the fp32 reduction as well.
-    one, trained = (
-        shape.width * shape.layer_parameters,
-        shape.width * shape.trained_layer_parameters,
-    )
+    one, trained = shape.layer_bytes, shape.width * shape.trained_layer_parameters
     layer = 3 * trained + (2 * one + 2 * trained if shards > 1 else 0)
     return {
         "weights": StepMoments(weights, weights, weights),
@@ -197,7 +194,7 @@ def seconds(job: TrainingJob, settings: MemorySettings) -> float:
     shape, machine = job.shape, job.machine.computing(job.shape.width)
     stated = [each.work(job, settings) for each in techniques() if each.work is not None]
     work = Work(*map(sum, zip(*stated, strict=True)))
-    backward = 2.0 if shape.trainable == shape.parameters else 1.2
+    backward = backward_products(shape)
     # forward passes; what layers compute again in their own backward comes first
     projections = 1 + work.again_projections + backward + work.again_forward
     mlp = 1 + work.again_mlp + backward + work.again_forward
@@ -206,22 +203,54 @@ def seconds(job: TrainingJob, settings: MemorySettings) -> float:
     linear += 2.0 * shape.head_parameters * (2 + backward)
     attention = 2.0 * job.tokens * shape.heads * shape.head_dim * shape.layers
     runs = 1.0 + work.again_attention
-    compute = job.local * (
-        linear / machine.gemm * (1.0 + work.slower)
-        + attention * (runs / machine.attention_forward + 2.5 / machine.attention_backward)
-    )
+    # Messages of a sequence-parallel group are hidden behind attention, where that takes longer.
+    attending = job.local * attention
+    attending *= runs / machine.attention_forward + 2.5 / machine.attention_backward
+    attending = max(attending, exchanged_bytes(job, runs) / machine.between(job.sp))
+    compute = job.local * linear / machine.gemm * (1.0 + work.slower) + attending
     compute /= 0.925  # norms, rotary, launches: measured 0.88 to 0.92 of the products alone
     copied = work.copied_bytes / machine.copies
-    gathered = (2 * 3 * shape.parameters / machine.links) if job.shards > 1 else 0.0
+    sent = [each / machine.between(machine.gpus) for each in sent_bytes(job)]
     forward = compute * 0.3
-    backward_seconds = max(compute - forward, copied, gathered * 2 / 3)
-    step = max(forward, copied, gathered / 3) + backward_seconds
+    backward_seconds = max(compute - forward, copied, sent[1])
+    step = max(forward, copied, sent[0]) + backward_seconds
     # nothing is hidden wholly; and of two ways as fast, the one with less to do
     step += 0.005 * (compute + copied)
     for technique in techniques():
         if technique.update is not None:
             step += technique.update(job, settings, backward_seconds)
-    return step
+    # quantised weights are widened before each use: read and written once
+    widened = shape.quantized * (shape.quantized_bytes + shape.width)
+    return step + (2.0 + work.again_forward + work.again_mlp) * widened / MEMORY_RATE
+
+
+def backward_products(shape: ModelShape) -> float:
+    """Products of a linear layer's backward, in those of its forward: one for the input and one for
+    the weight; beside adapters the latter is small.
+    """
+    return 2.0 if shape.trainable == shape.parameters else 1.2
+
+
+def sent_bytes(job: TrainingJob) -> tuple[float, float]:
+    """Bytes of parameters and gradients that one GPU receives in forward and in backward."""
+    shape = job.shape
+    if job.machine.gpus == 1:
+        return 0.0, 0.0
+    gradients = shape.width * shape.trainable
+    if job.weight_shards == 1:
+        return 0.0, 2.0 * gradients
+    weights = shape.frozen_bytes + gradients
+    return weights, weights + gradients
+
+
+def exchanged_bytes(job: TrainingJob, forward_runs: float = 1.0) -> float:
+    """Bytes of keys, values and their fp32 gradients that one GPU receives in a step from the
+    others of its sequence-parallel group: those of a ring, whatever the schedule.
+    """
+    others = job.sp - 1
+    pair = 2 * job.local * job.shape.key_bytes * job.shape.layers
+    gradients = 4 / job.shape.width
+    return others * pair * (forward_runs + 1 + gradients)
 
 
 def roofline(job: TrainingJob) -> float:
@@ -230,7 +259,9 @@ def roofline(job: TrainingJob) -> float:
     """
     s, m = job.shape, job.machine.computing(job.shape.width)
     mlp = s.active_layer_parameters - s.attention_parameters
-    linear = 2.0 * (s.layers * (4 * s.attention_parameters + 3.67 * mlp) + 3 * s.head_parameters)
+    back = backward_products(s)
+    layer = (2 + back) * s.attention_parameters + (1.67 + back) * mlp
+    linear = 2.0 * (s.layers * layer + (1 + back) * s.head_parameters)
     attention = 2.0 * job.tokens * s.heads * s.head_dim * s.layers
     return job.local * (
         linear / m.gemm + attention * (1 / m.attention_forward + 2.5 / m.attention_backward)
@@ -349,10 +380,14 @@ def choose(
 
 
 def longest(
-    job: TrainingJob, mode: str = "auto", host_share: float = HOST_SHARE, unit: int = 8192
+    job: TrainingJob,
+    mode: str = "auto",
+    host_share: float = HOST_SHARE,
+    unit: int = 8192,
+    fixed: Mapping[str, Any] | None = None,
 ) -> int:
-    """Tokens of the longest row, in multiples of `unit`, for which some settings fit. 0 if none
-    do.
+    """Tokens of the longest row, in multiples of `unit`, for which some settings that agree with
+    what the user fixed fit. 0 if none do.
     """
     most = 2**14
 
@@ -365,6 +400,9 @@ def longest(
     # that there are. The leanest come last. A candidate is looked at further only where it fits a
     # longer row than those before it.
     of_longest = list(candidates(dataclasses.replace(job, tokens=most * unit), mode))
+    if fixed:
+        agreeing = (with_fixed(settings, fixed, mode) for settings in of_longest)
+        of_longest = list(dict.fromkeys(s for s in agreeing if s is not None))
     for settings in reversed(of_longest):
         high = low + 1
         while high < most and fit(settings, high):

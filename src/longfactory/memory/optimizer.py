@@ -681,7 +681,7 @@ def _gradient_bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:
     together, unless gradients are there from the start (`early`).
     """
     shape, shards = job.shape, job.shards
-    gradients = job.master * shape.trainable / shards
+    gradients = job.gradient_bytes
     leave = gradients_leave(job, settings)
     early = job.accumulates and job.master != 2
     if early:

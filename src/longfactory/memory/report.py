@@ -87,5 +87,7 @@ def advice(job: TrainingJob, settings: MemorySettings) -> str:
     ways += [line for _, line in sorted(way for way in stated if way is not None)]
     if job.shape.trainable == job.shape.parameters:
         ways.append("finetuning_type: lora")
+    elif job.shape.adapters and not job.shape.quantized:
+        ways.append("quantization_bit: 4")
     ways.append("a smaller cutoff_len")
     return "What makes room: " + ", ".join(ways) + "."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 from longfactory.sp.hf import values_of_layers
@@ -29,6 +30,21 @@ class ModelShape:
     head_trained: bool = True  # the output layer's weight
     adapters: bool = False  # what is trained is spread over all layers, not some layers whole
     width: int = 2  # bytes of a number as layers compute it: 2 in bf16 and fp16, 4 in fp32
+    quantized: int = 0  # frozen parameters that are held in fewer bits
+    quantized_bytes: float = 0.5  # of one of them, with its share of the scales
+
+    @property
+    def frozen_bytes(self) -> float:
+        """Of the weights that are not trained."""
+        frozen = self.parameters - self.trainable
+        quantized = min(self.quantized, frozen)
+        return self.width * (frozen - quantized) + self.quantized_bytes * quantized
+
+    @property
+    def layer_bytes(self) -> float:
+        """Of one layer's weights, as they are held."""
+        quantized = min(self.quantized / self.layers, self.layer_parameters)
+        return self.width * (self.layer_parameters - quantized) + self.quantized_bytes * quantized
 
     @property
     def attention_parameters(self) -> int:
@@ -83,6 +99,8 @@ class ModelShape:
         lora: bool = False,
         head_trained: bool | None = None,
         width: int = 2,
+        quantized: int = 0,
+        quantized_bytes: float = 0.5,
     ) -> ModelShape:
         """From a transformers configuration.
 
@@ -92,6 +110,7 @@ class ModelShape:
             lora: adapters sit in the layers, so that the hand-written layer is not used.
             head_trained: the output layer is; by default where all parameters are.
             width: bytes of a number as layers compute it.
+            quantized, quantized_bytes: parameters that are held in fewer bits, and bytes of one.
         """
         c = config.get_text_config() if hasattr(config, "get_text_config") else config
         heads = c.num_attention_heads
@@ -133,6 +152,8 @@ class ModelShape:
             trainable in (None, total) if head_trained is None else head_trained,
             lora,
             width,
+            quantized,
+            quantized_bytes,
         )
 
 
@@ -159,6 +180,7 @@ class Machine:
     copies: float = 50e9
     host_memory: float = 14e9  # measured beside one H100, 16 cores
     links: float = 200e9
+    network: float = 40e9  # of one GPU to those of other hosts
     # products, attention forward and backward where layers compute in fp32
     float32: Rates = (43e12, 25e12, 20e12)
 
@@ -180,80 +202,122 @@ class Machine:
         """
         return self.attention_forward / self.links
 
+    def between(self, gpus: int) -> float:
+        """Bytes a second that each of a group of GPUs receives from the others: where the group
+        spans hosts, what its slowest link gives.
+        """
+        return self.links if gpus <= self.gpus_per_host else min(self.links, self.network)
+
     @property
     def on_host(self) -> int:
         """GPUs of the run that share one host's memory."""
         return min(self.gpus, self.gpus_per_host)
 
 
-# name -> (bytes of memory, GEMM, attention forward, attention backward, pinned copies, links).
-# Hopper: measured; others: the vendor's peak times 0.65, and of the links times 0.45, which is what
-# Hopper reaches of its 450 GB/s each way (NVLink; PCIe for the L40 and the 4090).
-GPUS: dict[str, tuple[float, float, float, float, float, float]] = {
-    "H100": (80e9, 650e12, 570e12, 530e12, 50e9, 200e9),
-    "H200": (141e9, 650e12, 570e12, 530e12, 50e9, 200e9),
-    "B200": (180e9, 1450e12, 900e12, 800e12, 50e9, 400e9),
-    "A100": (80e9, 220e12, 190e12, 160e12, 20e9, 135e9),
-    "A800": (80e9, 220e12, 190e12, 160e12, 20e9, 90e9),
-    "L40": (48e9, 120e12, 110e12, 100e12, 20e9, 14e9),
-    "4090": (24e9, 120e12, 110e12, 100e12, 20e9, 14e9),
-}
-
-# In fp32: the vendor's peak outside the tensor cores times 0.65 for products; with `tf32: true` the
-# peak of TF32 times 0.65. Attention is PyTorch's memory-efficient kernel, three TF32 products for
-# one of fp32: a fifth of a third of the TF32 peak forward, a sixth backward. None of these is
-# measured yet; benchmarks/attention_fp32.py measures attention.
-FLOAT32: dict[str, tuple[float, float]] = {  # name -> (peak of fp32, peak of TF32)
-    "H100": (67e12, 495e12),
-    "H200": (67e12, 495e12),
-    "B200": (75e12, 1100e12),
-    "A100": (19.5e12, 156e12),
-    "A800": (19.5e12, 156e12),
-    "L40": (91e12, 91e12),
-    "4090": (83e12, 83e12),
-}
-
-
-def float32_rates(gpu: str, tf32: bool = False) -> Rates:
-    """What layers that compute in fp32 reach on a kind of GPU; `tf32`: products may round to 10
-    bits of mantissa.
-
-    Attention: an H100 reaches 47 TFLOP/s forward and 38 backward
-    (benchmarks/results/attention_fp32.md), shares of its TF32 peak that other GPUs are taken to
-    reach as well. Products: a share of the peak that was not measured.
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU, from its vendor's data sheet: bytes of memory; FLOP/s without sparsity in
+    bf16 (fp16 where it has no bf16), outside the tensor cores in fp32, and in TF32; bytes/s one way
+    to the host and to another GPU.
     """
-    peak, peak_tf32 = next(
-        (peaks for name, peaks in FLOAT32.items() if name.lower() in gpu.lower()), FLOAT32["A100"]
-    )
-    return 0.65 * (peak_tf32 if tf32 else peak), 0.095 * peak_tf32, 0.077 * peak_tf32
+
+    memory: float
+    bf16: float
+    fp32: float
+    tf32: float
+    host: float
+    link: float
+
+
+PCIE3, PCIE4, PCIE5 = 15.75e9, 31.5e9, 63e9
+
+# NVLink's rates are half of the data sheets', which count both ways.
+GPUS: dict[str, Gpu] = {
+    "H100": Gpu(80e9, 989e12, 67e12, 495e12, PCIE5, 450e9),
+    "H200": Gpu(141e9, 989e12, 67e12, 495e12, PCIE5, 450e9),
+    "GH200": Gpu(96e9, 989e12, 67e12, 495e12, 450e9, 450e9),
+    "H800": Gpu(80e9, 989e12, 67e12, 495e12, PCIE5, 200e9),
+    "H20": Gpu(96e9, 148e12, 44e12, 74e12, PCIE5, 450e9),
+    "B200": Gpu(180e9, 2250e12, 75e12, 1100e12, PCIE5, 900e9),
+    "B300": Gpu(270e9, 2250e12, 77e12, 1100e12, PCIE5, 900e9),
+    "A100": Gpu(80e9, 312e12, 19.5e12, 156e12, PCIE4, 300e9),
+    "A800": Gpu(80e9, 312e12, 19.5e12, 156e12, PCIE4, 200e9),
+    "A10": Gpu(24e9, 125e12, 31.2e12, 62.5e12, PCIE4, PCIE4),
+    "A40": Gpu(48e9, 149.7e12, 37.4e12, 74.8e12, PCIE4, PCIE4),
+    "A6000": Gpu(48e9, 154.8e12, 38.7e12, 77.4e12, PCIE4, PCIE4),
+    "L4": Gpu(24e9, 121e12, 30.3e12, 60e12, PCIE4, PCIE4),
+    "L40": Gpu(48e9, 181e12, 90.5e12, 90.5e12, PCIE4, PCIE4),
+    "L40S": Gpu(48e9, 362e12, 91.6e12, 183e12, PCIE4, PCIE4),
+    "3090": Gpu(24e9, 71e12, 35.6e12, 35.6e12, PCIE4, PCIE4),
+    "4090": Gpu(24e9, 165e12, 82.6e12, 82.6e12, PCIE4, PCIE4),
+    "5090": Gpu(32e9, 209.5e12, 104.8e12, 104.8e12, PCIE5, PCIE5),
+    "V100": Gpu(32e9, 125e12, 15.7e12, 15.7e12, PCIE3, 150e9),
+    "T4": Gpu(16e9, 65e12, 8.1e12, 8.1e12, PCIE3, PCIE3),
+    "MI300X": Gpu(192e9, 1307e12, 163.4e12, 653.7e12, PCIE5, 448e9),
+}
+"""By names as `torch.cuda.get_device_name` has them: a whole word, or the head of one that letters
+end."""
+
+# What long sequences reach of a data sheet's rates. Measured on Hopper (products, attention,
+# copies, gathering; fp32 attention: benchmarks/results/attention_fp32.md); others are taken to
+# reach as much. Attention in fp32 is PyTorch's memory-efficient kernel, three TF32 products for one
+# of fp32. Products in fp32: a share that was not measured.
+REACHED = {
+    "gemm": 650 / 989,
+    "attention_forward": 570 / 989,
+    "attention_backward": 530 / 989,
+    "host": 50 / 63,
+    "link": 200 / 450,
+    "fp32": 0.65,
+    "fp32_attention_forward": 0.095,
+    "fp32_attention_backward": 0.077,
+}
+
+
+def kind_of(name: str) -> str | None:
+    """The name in `GPUS` of a GPU that its driver or a person calls so; None for one that is not
+    known.
+    """
+    for known in sorted(GPUS, key=len, reverse=True):
+        if re.search(rf"(?<![A-Za-z0-9]){known}(?![0-9A-Z])", name, re.IGNORECASE):
+            return known
+    return None
 
 
 def machine(
-    gpu: str,
+    gpu: str | Gpu,
     gpus: int,
     host_bytes: float,
     gpus_per_host: int | None = None,
     gpu_bytes: float | None = None,
     tf32: bool = False,
+    network: float = 40e9,
 ) -> Machine:
-    """The machine with `gpus` of a kind whose name contains one of `GPUS`; rates of an A100 where
-    the kind is unknown.
+    """The machines of a run with `gpus` of a kind: a name that contains one of `GPUS`, or the
+    kind's own numbers. Rates of an A100 where the name is unknown (`kind_of`).
+
+    Args:
+        gpu_bytes: of one GPU's memory, where it is not the kind's usual one.
+        network: bytes/s that one GPU receives from other hosts.
     """
-    known = next(
-        (rates for name, rates in GPUS.items() if name.lower() in gpu.lower()), GPUS["A100"]
-    )
-    memory, gemm, forward, backward, copies, links = known
+    kind = gpu if isinstance(gpu, Gpu) else GPUS[kind_of(gpu) or "A100"]
+    products = kind.tf32 if tf32 else kind.fp32
     return Machine(
-        int(memory if gpu_bytes is None else gpu_bytes),
+        int(kind.memory if gpu_bytes is None else gpu_bytes),
         int(host_bytes),
         gpus,
         gpus_per_host or min(gpus, 8),
-        gemm,
-        forward,
-        backward,
-        copies,
-        links=links,
-        float32=float32_rates(gpu, tf32),
+        REACHED["gemm"] * kind.bf16,
+        REACHED["attention_forward"] * kind.bf16,
+        REACHED["attention_backward"] * kind.bf16,
+        REACHED["host"] * kind.host,
+        links=REACHED["link"] * kind.link,
+        network=network,
+        float32=(
+            REACHED["fp32"] * products,
+            REACHED["fp32_attention_forward"] * kind.tf32,
+            REACHED["fp32_attention_backward"] * kind.tf32,
+        ),
     )
 
 
@@ -278,6 +342,9 @@ class TrainingJob:
             backward where states are on the host. DDP's are not.
         overlaps: nothing is clipped either, so that states on the host are updated while backward
             runs, and gradients leave with that.
+        zero: DeepSpeed's stage, 0 without it. Its weights have the width that layers compute in,
+            their fp32 copies are among the states (`state_bytes` 12); whole weights are on each GPU
+            but in stage 3, whole gradients in stage 1.
     """
 
     shape: ModelShape
@@ -290,6 +357,7 @@ class TrainingJob:
     state_bytes: float = 8
     leavable: bool = False
     overlaps: bool = False
+    zero: int = 0
 
     def __post_init__(self) -> None:
         if self.machine.gpus > 1 and not self.sharded:  # DDP
@@ -302,4 +370,23 @@ class TrainingJob:
 
     @property
     def shards(self) -> int:
+        """GPUs that the states of the optimizer are spread over."""
         return self.machine.gpus if self.sharded else 1
+
+    @property
+    def weight_shards(self) -> int:
+        """GPUs that the weights are spread over."""
+        return self.shards if self.zero in (0, 3) else 1
+
+    @property
+    def weight_bytes(self) -> float:
+        """Of the weights on one GPU."""
+        trained = self.shape.width if self.zero else self.master
+        whole = self.shape.frozen_bytes + trained * self.shape.trainable
+        return whole / self.weight_shards
+
+    @property
+    def gradient_bytes(self) -> float:
+        """Of all gradients on one GPU."""
+        each = self.shape.width if self.zero else self.master
+        return each * self.shape.trainable / (1 if self.zero == 1 else self.shards)

@@ -16,10 +16,17 @@ from transformers import TrainerCallback
 from longfactory.config import RunConfig
 from longfactory.data.module import Datasets
 from longfactory.errors import UserError
-from longfactory.memory.choose import MemoryPlan, choose_memory, corrected, host_memory, user_keys
+from longfactory.memory.choose import (
+    MemoryPlan,
+    choose_masters,
+    corrected,
+    host_memory,
+    user_keys,
+)
 from longfactory.memory.offload import Activations
-from longfactory.memory.shapes import ModelShape, TrainingJob, machine
+from longfactory.memory.shapes import Machine, ModelShape, TrainingJob, kind_of, machine
 from longfactory.model import adapters, load
+from longfactory.shard import settings as shard
 from longfactory.train.optimizer_names import EXACT, Narrow, narrow_states
 from longfactory.train.reference import adapter_is_reference
 
@@ -30,11 +37,12 @@ log = logging.getLogger("longfactory")
 class Memory:
     """What is kept where. `split`: trained weights are bf16 with a 16-bit remainder (exact fp32
     masters; see SplitAdamW). `narrow`: states of AdamW on the GPU that are not fp32, as the user
-    asked."""
+    asked. `deepspeed`: DeepSpeed holds the states, where its file says."""
 
     plan: MemoryPlan
     split: bool
     narrow: Narrow | None = None
+    deepspeed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +51,14 @@ class Counts:
     where only the weights would tell.
 
     `buffers`: its checkpoints hold buffers beside parameters (the correction of a router's scores,
-    say).
+    say). `linear`: parameters of linear layers but the output layer, which quantisation reaches.
     """
 
     total: int
     trained: int | None
     head: bool | None
     buffers: bool = False
+    linear: int = 0
 
 
 def count_parameters(cfg: RunConfig, model_config: Any) -> Counts:
@@ -63,10 +72,15 @@ def count_parameters(cfg: RunConfig, model_config: Any) -> Counts:
     given = cfg.model.adapter_name_or_path
     model = load.empty_model(cfg.model, model_config)
     buffers = bool(model.state_dict().keys() & {name for name, _ in model.named_buffers()})
+    linear = sum(
+        module.weight.numel()
+        for module in model.modules()
+        if type(module) is torch.nn.Linear and module is not model.get_output_embeddings()
+    )
     with torch.device("meta"):
         total = adapters.count_parameters(model)[1]
         if given and not cfg.method.create_new_adapter:
-            return Counts(total, None, None, buffers)
+            return Counts(total, None, None, buffers, linear)
         # both compute with weights
         method = dataclasses.replace(cfg.method, pissa_init=False, use_dora=False)
         model = adapters.apply_finetuning(
@@ -74,7 +88,7 @@ def count_parameters(cfg: RunConfig, model_config: Any) -> Counts:
         )
     head = model.get_output_embeddings()
     head_trained = head is not None and any(p.requires_grad for p in head.parameters())
-    return Counts(total, adapters.count_parameters(model)[0], head_trained, buffers)
+    return Counts(total, adapters.count_parameters(model)[0], head_trained, buffers, linear)
 
 
 def check_model(cfg: RunConfig) -> list[str]:
@@ -102,7 +116,6 @@ def plan_memory(
     model_config: Any,
     counts: Counts,
     datasets: Datasets,
-    ctx_size: int,
     sharding: str,
     world: int,
     cuda: bool,
@@ -110,18 +123,47 @@ def plan_memory(
     """`memory: auto | fast | long` on this machine, for the longest row of the data.
 
     Raises:
+        UserError: as `plan_run`.
+    """
+    train = datasets.train
+    tokens = cfg.longest_row
+    if train is not None and hasattr(train, "lengths"):
+        tokens = int(max(train.lengths)) * int(cfg.trainer.per_device_train_batch_size)
+    gpu = torch.cuda.get_device_properties(0) if cuda else None
+    if gpu is not None and kind_of(gpu.name) is None:
+        log.warning(
+            f"{gpu.name} is not a kind of GPU that the memory plan knows: its bytes are right, its"
+            " seconds are those of an A100."
+        )
+    here = machine(
+        gpu.name if gpu else "cpu",
+        world,
+        host_memory(),
+        gpus_per_host=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        gpu_bytes=gpu.total_memory if gpu else 0,
+        tf32=bool(cfg.trainer.tf32),
+    )
+    return plan_run(cfg, model_config, counts, tokens, sharding, here)
+
+
+def plan_run(
+    cfg: RunConfig,
+    model_config: Any,
+    counts: Counts,
+    tokens: int,
+    sharding: str,
+    machine: Machine,
+) -> Memory:
+    """The memory settings of a run on some machine: what `train` takes, and what `plan` predicts.
+
+    Args:
+        tokens: of the longest row.
+        sharding: of `choose_sharding`.
+    Raises:
         UserError: an optimizer with states in 4 or 8 bit that cannot be had here;
             `optimizer_overlap` or `offload_gradients` where they cannot be.
     """
-    batch = int(cfg.trainer.per_device_train_batch_size)
-    train = datasets.train
-    longest = (
-        int(max(train.lengths))
-        if train is not None and hasattr(train, "lengths")
-        else cfg.data.cutoff_len
-    )
     lora = cfg.method.finetuning_type == "lora"
-    gpu = torch.cuda.get_device_properties(0) if cuda else None
     exact, narrow = str(cfg.trainer.optim) in EXACT, narrow_states(cfg, sharding)
     fixed = user_keys(cfg.memory)
     if not exact:
@@ -139,7 +181,9 @@ def plan_memory(
     ):
         if wanted:
             check_leaving(key, sharding, fp16)
-    held = reference_bytes(cfg, model_config, world if sharding == "fsdp2" else 1)
+    held = reference_bytes(cfg, model_config, machine.gpus if sharding == "fsdp2" else 1)
+    if machine.gpu_bytes:
+        machine = dataclasses.replace(machine, gpu_bytes=machine.gpu_bytes - held)
 
     # Gradients of split weights are bf16. FSDP2 reduces them in fp32 and SplitAdamW sums
     # micro-batches in fp32; DDP would reduce in bf16.
@@ -150,8 +194,19 @@ def plan_memory(
         and sharding in ("none", "fsdp2")
         and not cfg.method.pure_bf16
     )
-
-    narrow_layers = cfg.trainer.bf16 or cfg.trainer.fp16 or cfg.method.pure_bf16
+    state_bytes = _state_bytes(narrow, model_config, counts)
+    zero = 0
+    if sharding == "deepspeed":
+        zero, on_host = zero_stage(cfg)
+        if cfg.memory.optimizer_placement == "host" and not on_host:
+            raise UserError(
+                "optimizer_placement: host and deepspeed: DeepSpeed holds the optimizer's states."
+                ' Set "offload_optimizer": {"device": "cpu"} in its file, or leave'
+                " optimizer_placement out."
+            )
+        fixed["optimizer"] = "host" if on_host else "gpu"
+        state_bytes += 4  # its fp32 copies of what is trained
+    half = cfg.trainer.bf16 or cfg.trainer.fp16 or cfg.method.pure_bf16
     final = sharding in ("none", "fsdp2") and not fp16  # gradients, when backward gives them
     job = TrainingJob(
         shape=ModelShape.of(
@@ -160,35 +215,63 @@ def plan_memory(
             parameters=counts.total,
             lora=lora,
             head_trained=counts.head,
-            width=2 if narrow_layers else 4,
+            width=2 if half else 4,
+            quantized=counts.linear if cfg.model.quantization_bit else 0,
+            quantized_bytes=quantized_bytes(cfg),
         ),
-        machine=machine(
-            gpu.name if gpu else "cpu",
-            world,
-            host_memory(),
-            gpus_per_host=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-            gpu_bytes=gpu.total_memory - held if gpu else 0,
-            tf32=bool(cfg.trainer.tf32),
-        ),
-        tokens=longest * batch,
-        sp=ctx_size,
+        machine=machine,
+        tokens=tokens,
+        sp=cfg.parallel.sequence_parallel_size,
         sharded=sharding in ("fsdp2", "deepspeed"),
         master=4,
         accumulates=int(cfg.trainer.gradient_accumulation_steps) > 1 or sharding == "deepspeed",
-        state_bytes=_state_bytes(narrow, model_config, counts),
-        # Split weights take less, and cost no time: fp32 gradients leave only where weights cannot
-        # be split.
-        leavable=final and not may_split,
+        state_bytes=state_bytes,
+        leavable=final,
         overlaps=overlaps,
+        zero=zero,
     )
-    plan = choose_memory(job, fixed, cfg.memory.memory)
     host = cfg.memory.optimizer_placement == "host"
-    if may_split and (host or not plan.fits):
-        split = dataclasses.replace(job, master=2, leavable=final)
-        other = choose_memory(split, fixed, cfg.memory.memory)
-        if other.fits or host:
-            return Memory(other, True)
-    return Memory(plan, False, narrow)
+    plan, split = choose_masters(job, fixed, cfg.memory.memory, may_split, always=host)
+    return Memory(plan, split, None if split else narrow, sharding == "deepspeed")
+
+
+def zero_stage(cfg: RunConfig) -> tuple[int, bool]:
+    """DeepSpeed's stage, and whether its optimizer's states are on the host."""
+    assert cfg.trainer.deepspeed is not None  # by choose_sharding
+    zero = shard.deepspeed_config(cfg.trainer.deepspeed, bf16=False).get("zero_optimization") or {}
+    device = (zero.get("offload_optimizer") or {}).get("device", "none")
+    return int(zero.get("stage", 0)), device != "none"
+
+
+def quantized_bytes(cfg: RunConfig) -> float:
+    """Bytes of a weight that bitsandbytes holds in 4 or 8 bit, with its share of the scales: one
+    for 64 weights, in fp32 or (double quantisation) 8 bit.
+    """
+    if cfg.model.quantization_bit == 8:
+        return 1.0
+    return 0.5 + (1 + 4 / 256 if cfg.model.double_quantization else 4) / 64
+
+
+def choose_sharding(
+    cfg: RunConfig, parameters: int, world: int, cuda: bool, device_bytes: int | None = None
+) -> str:
+    """How parameters are sharded; see `shard.settings`.
+
+    Args:
+        device_bytes: memory of one GPU, where the run is not on this machine.
+    """
+    full = cfg.method.finetuning_type == "full"
+    if device_bytes is None:
+        device_bytes = torch.cuda.get_device_properties(0).total_memory if cuda else 0
+    return shard.choose_sharding(
+        cfg.parallel.sharding,
+        world=world,
+        cuda=cuda,
+        deepspeed=bool(cfg.trainer.deepspeed),
+        quantized=bool(cfg.model.quantization_bit),
+        state_bytes=parameters * (16 if full else 4),
+        device_bytes=device_bytes,
+    )
 
 
 def check_leaving(key: str, sharding: str, fp16: bool) -> None:

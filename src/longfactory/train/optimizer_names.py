@@ -28,7 +28,7 @@ class Narrow:
     package: str | None
 
 
-_NARROW = {
+NARROW = {
     "adamw_torch_8bit": Narrow("8 bit", 2, "torchao"),
     "adamw_torch_4bit": Narrow("4 bit", 1, "torchao"),
     "adamw_bnb_8bit": Narrow("8 bit", 2, "bitsandbytes"),
@@ -45,7 +45,7 @@ def narrow_states(cfg: RunConfig, sharding: str) -> Narrow | None:
         UserError: the package is not installed, or cannot train what `sharding` makes.
     """
     name = str(cfg.trainer.optim)
-    narrow = _NARROW.get(name)
+    narrow = NARROW.get(name)
     if narrow is None:
         return Narrow("bf16", 4, None) if cfg.method.pure_bf16 and name in EXACT else None
     if narrow.package is not None and importlib.util.find_spec(narrow.package) is None:

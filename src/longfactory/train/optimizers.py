@@ -29,7 +29,7 @@ def optimizer_factory(
         UserError: another optimizer than AdamW together with states on the host or split weights.
     """
     placement = memory.plan.settings.optimizer
-    ours = memory.split or placement == "host"
+    ours = memory.split or (placement == "host" and not memory.deepspeed)
     name = str(cfg.trainer.optim)
     if ours and name not in EXACT:
         raise UserError(

@@ -47,7 +47,14 @@ from longfactory.train.checkpoint.facts import RunFacts
 from longfactory.train.checkpoint.place import check_place
 from longfactory.train.checkpoint.prune import remove_leftovers
 from longfactory.train.gradients import ReportUnused, refuse_unused
-from longfactory.train.memory_plan import Counts, FitMemory, Memory, count_parameters, plan_memory
+from longfactory.train.memory_plan import (
+    Counts,
+    FitMemory,
+    Memory,
+    choose_sharding,
+    count_parameters,
+    plan_memory,
+)
 from longfactory.train.optimizers import optimizer_factory
 from longfactory.train.prove import prove_exact
 from longfactory.train.ranks import from_all, from_main
@@ -309,7 +316,7 @@ def prepare(cfg: RunConfig, processes: Processes, *, wide_weights: bool) -> Prep
             " by uploading to it. Set push_to_hub: false; `longfactory export` with"
             " export_hub_model_id uploads the model later."
         )
-    world, cuda, size = processes.world, processes.cuda, cfg.parallel.sequence_parallel_size
+    world, cuda = processes.world, processes.cuda
     model_config = load.load_config(cfg.model, cfg.data.cutoff_len)
     counts = count_parameters(cfg, model_config)
     sharding = choose_sharding(cfg, counts.total, world, cuda)
@@ -319,7 +326,7 @@ def prepare(cfg: RunConfig, processes: Processes, *, wide_weights: bool) -> Prep
     except ValueError as error:
         raise UserError(str(error)) from error
     datasets = load_data(cfg, tokenizer)
-    memory = plan_memory(cfg, model_config, counts, datasets, size, sharding, world, cuda)
+    memory = plan_memory(cfg, model_config, counts, datasets, sharding, world, cuda)
     if wide_weights:
         memory = dataclasses.replace(memory, split=False)
     else:
@@ -434,20 +441,6 @@ def load_data(cfg: RunConfig, tokenizer: Any) -> data.Datasets:
         template=template,
         seed=cfg.trainer.seed,
         log=log,
-    )
-
-
-def choose_sharding(cfg: RunConfig, parameters: int, world: int, cuda: bool) -> str:
-    """How parameters are sharded; see `shard.settings`."""
-    full = cfg.method.finetuning_type == "full"
-    return shard.choose_sharding(
-        cfg.parallel.sharding,
-        world=world,
-        cuda=cuda,
-        deepspeed=bool(cfg.trainer.deepspeed),
-        quantized=bool(cfg.model.quantization_bit),
-        state_bytes=parameters * (16 if full else 4),
-        device_bytes=torch.cuda.get_device_properties(0).total_memory if cuda else 0,
     )
 
 

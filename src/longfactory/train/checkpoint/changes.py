@@ -128,7 +128,8 @@ def refuse_other_states(
             f" values. {weights}"
         )
     old, new = sharding
-    if old and new and (old == "deepspeed") != (new == "deepspeed"):
+    engines = {"none": "whole", "ddp": "whole"}
+    if old and new and engines.get(old, old) != engines.get(new, new):
         raise UserError(
             f"The checkpoint {checkpoint} holds the states of sharding: {old}, this run has"
             f" sharding: {new}, which cannot read them. Set sharding: {old}. {weights}"

@@ -1,4 +1,4 @@
-"""The threads that look after a process: signals, signs of life, time limits, and the end of a run
+"""The thread that looks after a process: signals, signs of life, time limits, and the end of a run
 that does not move.
 
 Twice a second it looks for signals and at the board, where every rank writes a sign of life. The
@@ -94,7 +94,6 @@ class Watch:
     def start(self) -> None:
         launched.register(self.rank)
         self._thread.start()
-        threading.Thread(target=self._guard, name="longfactory-guard", daemon=True).start()
 
     def configure(self, limits: Limits, stop_signals: tuple[str, ...], stacks: Path) -> None:
         """What the configuration says. In the main thread."""
@@ -107,9 +106,8 @@ class Watch:
         Args:
             connect: opens a connection for this thread alone.
         """
-        board = connect()
-        self._connect, self._answered_at = connect, time.monotonic()
-        self._board = board
+        self._board, self._connect = connect(), connect
+        self._answered_at = time.monotonic()
 
     def close(self) -> None:
         """The run is over. In the main thread."""
@@ -131,19 +129,12 @@ class Watch:
     def all_left(self) -> None:
         """Waits until every rank has come here, so that the launcher finds none at work."""
         self._closing.set()
-        connect = self._connect
-        if connect is None:
+        if self._connect is None:
             return
-
-        def leave() -> None:
-            with contextlib.suppress(Exception):
-                board = connect()
-                board.put(f"left/{self.rank}", True)
-                wait_for(lambda: board.get_all("left"), ANSWER * 2)
-
-        thread = threading.Thread(target=leave, daemon=True)
-        thread.start()
-        thread.join(ANSWER * 3)
+        with contextlib.suppress(Exception):
+            board = self._connect()
+            board.put(f"left/{self.rank}", True)
+            wait_for(lambda: board.get_all("left"), ANSWER * 2)
 
     # ---- the thread ------------------------------------------------------------------------------
 
@@ -248,38 +239,21 @@ class Watch:
         try:
             self._exchange(self._board)
             self._answered_at = time.monotonic()
-        except Exception:
-            # What was asked is still on the way: a new connection begins with nothing.
+        except Exception as error:
+            silent = time.monotonic() - self._answered_at
+            if silent > self.limits.heartbeat:
+                host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+                self._dump()
+                if launched.claim_the_word():
+                    _say(
+                        f"Process {self.rank} on {socket.gethostname()} has not reached the run's"
+                        f" store at {host}:{port} for {silent:.0f} s (heartbeat_timeout:"
+                        f" {self.limits.heartbeat:g}): {_first_line(error)}. The machine that"
+                        " holds it, or the network, is lost."
+                    )
+                self._leave(STALLED)
             with contextlib.suppress(Exception):
                 self._board = self._connect()
-
-    def _guard(self) -> None:
-        """Of a thread of its own: the store's requests have no time limit, and one on a network
-        that is lost holds up the other thread for as long as the kernel tries.
-        """
-        before = time.monotonic()
-        while not self._closing.wait(POLL):
-            now = time.monotonic()
-            if now - before > 20 * POLL:
-                self._answered_at = now  # this process was stopped, and goes on
-            before = now
-            silent = now - self._answered_at
-            if self._board is not None and silent > self.limits.heartbeat + 2 * POLL:
-                self._lost_store(silent)
-
-    def _lost_store(self, silent: float) -> None:
-        host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-        folder = self._dump()
-        if launched.claim_the_word():
-            now = progress.NOW
-            _say(
-                f"Process {self.rank} on {socket.gethostname()} has not reached the run's store at"
-                f" {host}:{port} for {silent:.0f} s (heartbeat_timeout: {self.limits.heartbeat:g})."
-                " The machine that holds it, or the network, is lost; or the command was stopped."
-                f" It was in step {now.step}, {now.detail or now.phase}. The run ends.\n"
-                f"  Its stacks: {folder}/rank-{self.rank}.txt"
-            )
-        self._leave(STALLED)
 
     def _exchange(self, board: Board) -> None:
         """One turn: what is new for all, my sign of life, and theirs."""
@@ -383,6 +357,10 @@ class Watch:
 
 def _say(words: str) -> None:
     print(f"longfactory: {words}", file=sys.stderr, flush=True)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # ---- who holds up the others ---------------------------------------------------------------------
