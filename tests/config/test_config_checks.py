@@ -154,6 +154,14 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
         {"stage": "dpo", "pref_share_prompt": True, "neftune_noise_alpha": 5},
         "Leave pref_share_prompt out",
     ),
+    ({"ddp_backend": "ncll"}, "ddp_backend: ncll is not a choice. Choose from nccl, gloo"),
+    ({"ddp_backend": "nccl", "use_cpu": True}, "ddp_backend: nccl needs GPUs, and use_cpu"),
+    ({"on_nan": "skip", "optimizer_overlap": True, "max_grad_norm": 0}, "on_nan: skip leaves an"),
+    (
+        {"on_nan": "skip", "optim": "galore_adamw_layerwise", "optim_target_modules": "q"},
+        "layerwise",
+    ),
+    ({"num_train_epochs": 0}, "num_train_epochs: 0 trains nothing"),
     ({"neftune_noise_alpha": -1}, "got -1.0, expected >= 0"),
     (
         {

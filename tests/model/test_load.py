@@ -330,3 +330,19 @@ def test_the_meta_model_refuses_what_training_would(kind: str, tmp_path: Path) -
         UserError, match=r"cannot be trained here|no class of it that continues a text"
     ):
         main([str(tmp_path)])
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "garbage", "another shape"])
+def test_damaged_weights_are_a_sentence(how: str, tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    data = file.read_bytes()
+    if how == "another shape":
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 999}))
+    else:
+        damaged = {"truncated": data[: len(data) // 2], "empty": b"", "garbage": b"\xff" * 999}
+        file.write_bytes(damaged[how])
+    config = load.load_config(arguments(tmp_path), 64)
+    with pytest.raises(UserError, match="could not be loaded"):
+        load.load_model(arguments(tmp_path), config, torch.float32, attention="sdpa")

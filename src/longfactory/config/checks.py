@@ -309,8 +309,27 @@ def adapters(cfg: RunConfig) -> Iterator[str]:
         yield "A quantised model takes one adapter. Merge the others first (longfactory export)."
 
 
+BACKENDS = ("nccl", "gloo", "mpi", "ucc", "xccl", "ccl", "hccl", "cncl", "mccl")
+"""What a process group can talk through; which of them a machine has, torch knows."""
+
+
+def backends(ddp_backend: str) -> list[str]:
+    """The names in `ddp_backend`: nccl, or cuda:nccl,cpu:gloo."""
+    return [part.rpartition(":")[2].strip().lower() for part in ddp_backend.split(",")]
+
+
 def _parallel(cfg: RunConfig) -> Iterator[str]:
     p = cfg.parallel
+    wanted = backends(cfg.trainer.ddp_backend or "gloo")
+    if unknown := [name for name in wanted if name not in BACKENDS]:
+        yield (
+            f"ddp_backend: {plain(', '.join(unknown))} is not a choice. Choose from"
+            f" {', '.join(BACKENDS)}; or leave it out."
+        )
+    elif cfg.trainer.use_cpu and "nccl" in wanted and "gloo" not in wanted:
+        yield (
+            "ddp_backend: nccl needs GPUs, and use_cpu: true uses none. Use gloo, or leave it out."
+        )
     ulysses, ring = p.sequence_parallel_ulysses_degree, p.sequence_parallel_ring_degree
     if p.sequence_parallel_mode == "usp":
         if ulysses is not None and ring is not None and ulysses * ring != p.sequence_parallel_size:

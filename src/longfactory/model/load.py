@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from longfactory import hub
@@ -240,7 +241,9 @@ def load_model(
             kwargs["device_map"] = {"": torch.cuda.current_device()}
     try:
         model, found = kind.from_pretrained(path, output_loading_info=True, **kwargs)
-    except (OSError, ValueError, ImportError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{args.model_name_or_path} could not be loaded: {reason(error, path)}"
         ) from error

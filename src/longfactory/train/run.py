@@ -17,7 +17,7 @@ import torch
 from transformers import Seq2SeqTrainingArguments, set_seed
 
 from longfactory import hub, progress, sp
-from longfactory.config import RunConfig, folder
+from longfactory.config import RunConfig, checks, folder
 from longfactory.config.loss_facts import split_loss_path
 from longfactory.config.show import settings as settings_of
 from longfactory.data import module as data
@@ -299,6 +299,13 @@ def read_processes(cfg: RunConfig) -> Processes:
             f" multiple of {size} processes, or lower it."
         )
     cuda = torch.cuda.is_available() and not cfg.trainer.use_cpu
+    asked = cfg.trainer.ddp_backend
+    for name in checks.backends(asked) if asked else ():
+        if not torch.distributed.is_backend_available(name) or (name == "nccl" and not cuda):
+            raise UserError(
+                f"ddp_backend: {name} is not on this machine (torch {torch.__version__},"
+                f" {torch.cuda.device_count()} GPUs). Leave it out."
+            )
     return Processes(world, os.environ.get("RANK", "0") == "0", cuda)
 
 
