@@ -72,6 +72,18 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
             "overwrite_output_dir": True,
         },
     ),
+    # the second save is of the last step of an epoch, before the evaluation that ends it
+    "epochs": (
+        1,
+        {
+            "dataset": "talks",
+            **LORA,
+            "max_samples": 8,
+            "eval_dataset": "more",
+            "eval_strategy": "epoch",
+            "logging_strategy": "epoch",
+        },
+    ),
     "sp2": (2, {"dataset": "talks", "sequence_parallel_size": 2}),
     "ddp2 lora dropout": (2, {"dataset": "talks", **LORA, "gradient_accumulation_steps": 1}),
     "reward sp2": (

@@ -613,15 +613,23 @@ class RowTrainer(Trainer):
             "configuration": self.facts.configuration,
         }
         final = save_checkpoint(args, step, parts, manifest, bytes_needed=self._bytes_to_save())
-        if args.should_save:
-            record, best = self.facts.record, self.state.best_model_checkpoint
-            removed = prune(output_dir, self.save_total_limit, record, best)
-            if removed:
-                log.info(
-                    f"save_total_limit: {self.save_total_limit}: removed {', '.join(removed)}."
-                )
+        self._prune()
         if args.push_to_hub:
             self._push_from_checkpoint(str(final))
+
+    def _prune(self) -> None:
+        """Keeps `save_total_limit`, by the process that writes."""
+        if not self.args.should_save:
+            return
+        removed = prune(
+            Path(self.args.output_dir),
+            self.save_total_limit,
+            self.facts.record,
+            self.state.best_model_checkpoint,
+            self.state.global_step,
+        )
+        if removed:
+            log.info(f"save_total_limit: {self.save_total_limit}: removed {', '.join(removed)}.")
 
     def _best_checkpoint(self, output_dir: Path) -> str | None:
         """The folder of the best step, where this run has saved it or is saving it now."""
@@ -701,6 +709,7 @@ class RowTrainer(Trainer):
         self._tokens.fill_(self.state.num_input_tokens_seen)
         if self.resumed_at < 0:
             return
+        self._prune()  # the run may have been killed before it did
         self.args.eval_on_start = False  # it is done
         self.state.num_train_epochs = self._epochs
         self.state.compute_steps(self.args, self.state.max_steps)

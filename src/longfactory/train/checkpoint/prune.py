@@ -42,7 +42,7 @@ def discard(checkpoint: Path) -> None:
 
 
 def prune(
-    output_dir: Path, limit: int | None, record: folder.RunRecord, best: str | None
+    output_dir: Path, limit: int | None, record: folder.RunRecord, best: str | None, step: int
 ) -> list[str]:
     """Removes the oldest checkpoints beyond `limit`, and returns their names.
 
@@ -50,12 +50,18 @@ def prune(
     ones and those without a manifest are neither counted nor removed. The newest of this run and
     the best one always stay. Those of earlier runs in the folder go first. Times of files do not
     matter.
+
+    Args:
+        step: of the newest whole one, whose bytes have been read: saved now, or resumed from. Later
+            ones of this run were found damaged.
     """
     if limit is None or limit <= 0:
         return []
-    whole = [p for p in folder.checkpoints(output_dir) if _looks_whole(p)]
-    mine = [p for p in whole if record.holds(folder.run_of(p), folder.step_of(p))]
-    kept = {p.name for p in mine[:1]} | ({Path(best).name} if best else set())
+    there = [p for p in folder.checkpoints(output_dir) if _looks_whole(p)]
+    mine = [p for p in there if record.holds(folder.run_of(p), folder.step_of(p))]
+    whole = [p for p in there if p not in mine or folder.step_of(p) <= step]
+    mine = [p for p in mine if p in whole]
+    kept = {f"checkpoint-{step}"} | ({Path(best).name} if best else set())
     by_age = [*reversed([p for p in whole if p not in mine]), *reversed(mine)]
     removed: list[str] = []
     for p in by_age:
