@@ -75,3 +75,4 @@ _._last_lr
 _._save_checkpoint
 _.stateful_callbacks
 _.eval_on_start
+_.should_save_on_this_rank

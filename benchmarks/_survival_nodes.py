@@ -188,6 +188,8 @@ def run_case(case: dict[str, Any], home: Path) -> dict[str, Any]:
 def _run(kind: str, machine: int, home: Path, net: Network, begun: float) -> dict[str, Any]:
     port = free_port() if not net.real else 29500
     changes: dict[str, Any] = {"separate": kind == "separate"}
+    if kind == "separate":
+        changes["save_on_each_node"] = True
     if kind in ("across", "slow"):
         changes["sequence_parallel_size"] = 2
     if kind == "four":

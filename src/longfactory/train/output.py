@@ -312,7 +312,7 @@ def finish_save(trainer: Any, folder: str) -> None:
     """
     model, source = trainer.model, trainer.source
     whole = not hasattr(model, "peft_config")
-    if whole and not saved.weight_files(Path(folder)):
+    if whole and trainer.is_deepspeed_enabled and not saved.weight_files(Path(folder)):
         # ZeRO-3 with stage3_gather_16bit_weights_on_model_save: false, which is the user's own
         # wish.
         log.warning(

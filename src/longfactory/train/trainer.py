@@ -572,11 +572,27 @@ class RowTrainer(Trainer):
             if self.args.should_save:
                 self._save(output_dir, state_dict=state)
         else:
-            super().save_model(output_dir, _internal_call=True)  # without its upload
+            with self._writes_here():
+                super().save_model(output_dir, _internal_call=True)  # without its upload
         if self.args.should_save:
             if value_head is not None:
                 save_value_head(value_head, output_dir)
             finish_save(self, output_dir)
+
+    @contextlib.contextmanager
+    def _writes_here(self) -> Iterator[None]:
+        """While open, `save_pretrained` writes on the first process of each machine where
+        `save_on_each_node` asks for it; transformers writes on the run's first process alone.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        if not self.args.save_on_each_node or hasattr(model, "peft_config"):
+            yield
+            return
+        model.should_save_on_this_rank = lambda is_main_process: is_main_process
+        try:
+            yield
+        finally:
+            del model.should_save_on_this_rank
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes `checkpoint-<step>`, whole or not at all, and removes the oldest beyond

@@ -23,7 +23,7 @@ from longfactory.config.folder import (
 )
 from longfactory.errors import ConfigError, UserError
 from longfactory.train.checkpoint import manifest as manifests
-from longfactory.train.checkpoint.choose import choose_start
+from longfactory.train.checkpoint.choose import _here, _places, choose_start
 
 
 def config(out: Path, **keys: Any) -> RunConfig:
@@ -136,6 +136,17 @@ def test_where_none_is_left_the_run_begins_anew_unless_it_must_resume(
     assert "the run begins anew" in caplog.text
     with pytest.raises(UserError, match="needs a whole checkpoint"):
         choose_start(config(out, resume_from_checkpoint=True))
+
+
+def test_machines_may_have_their_folders_elsewhere(out: Path) -> None:
+    other = out.parent / "other"
+    make(out, 2), make(other, 2)
+    places = _places(config(out))
+    assert places == [("output_dir", "checkpoint-2")]
+    assert _here(config(other), places) == [str(other / "checkpoint-2")]
+    asked = _places(config(out.parent / "x", resume_from_checkpoint=str(out / "checkpoint-2")))
+    there = config(out.parent / "y", resume_from_checkpoint=str(other / "checkpoint-2"))
+    assert _here(there, asked) == [str(other / "checkpoint-2")]
 
 
 # ---- which run a folder holds --------------------------------------------------------------------

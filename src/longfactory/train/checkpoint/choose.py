@@ -46,7 +46,7 @@ def choose_start(cfg: RunConfig) -> Start:
         UserError: on every rank, where the checkpoint that was asked for cannot be resumed from.
     """
     asked = from_main(cfg.trainer.resume_from_checkpoint)
-    candidates = from_main(cfg.checkpoints)
+    candidates = _here(cfg, from_main(_places(cfg)))
     before = folder.read_record(cfg.output_dir)
     was_finished = from_main(before is not None and before.finished)
     passed: list[str] = []
@@ -75,6 +75,29 @@ def choose_start(cfg: RunConfig) -> Start:
     if passed:
         log.warning("No checkpoint is left to go on from: the run begins anew.")
     return Start(None, None, _record(cfg, None, None))
+
+
+def _places(cfg: RunConfig) -> list[tuple[str, str]]:
+    """The checkpoints in words that every machine can read: output folders, and the checkpoint that
+    was asked for, may lie elsewhere on each.
+    """
+    places = []
+    for name in cfg.checkpoints:
+        if name == cfg.trainer.resume_from_checkpoint:
+            places.append(("asked", name))
+        elif Path(name).parent == cfg.output_dir:
+            places.append(("output_dir", Path(name).name))
+        else:
+            places.append(("path", name))
+    return places
+
+
+def _here(cfg: RunConfig, places: list[tuple[str, str]]) -> list[str]:
+    """The same on this machine."""
+    asked = cfg.trainer.resume_from_checkpoint
+    own = {"asked": lambda n: asked if isinstance(asked, str) else n}
+    own |= {"output_dir": lambda n: str(cfg.output_dir / n), "path": lambda n: n}
+    return [own[kind](name) for kind, name in places]
 
 
 def _advice(asked: str | bool) -> str:
