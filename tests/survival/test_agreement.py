@@ -119,6 +119,7 @@ def test_the_lock_falls_with_its_holder(tmp_path: Path) -> None:
     assert not (tmp_path / FILE).exists()
 
 
+@pytest.mark.processes
 def test_the_first_steps_of_the_command_need_no_torch() -> None:
     names = "signals, launched, lock, board, words, watch, stopping, start"
     code = (

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longfactory.errors import UserError
 from longfactory.model.outputs import TokenOutputs
+from longfactory.sp.distance import difference
 
 # Numbers in a chunk of logits: 2^28 is 1 GiB in fp32.
 CHUNK_NUMBERS = 2**28
@@ -540,7 +541,7 @@ def check_head(model: Any, head: TokenLogprobs, inputs: dict[str, Any], labels: 
     want = torch.log_softmax(logits[trained].float(), -1).gather(
         1, labels.to(logits.device)[trained][:, None]
     )[:, 0]
-    error = (want - got[trained].float()).abs().median().item() if want.numel() else 0.0
+    error = difference(got[trained], want).abs().median().item() if want.numel() else 0.0
     # Both come from the same product in the same precision; its roundings differ in few tokens,
     # which a median does not see.
     if not error <= HEAD_TOLERANCE:

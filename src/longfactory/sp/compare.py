@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from . import routers
+from .distance import difference, distance
 from .probe import Asked
 from .routers import Choices
 
@@ -87,8 +88,7 @@ def token_errors(x: Tensor | None, reference: Tensor, lengths: Sequence[int]) ->
     """[T, ...] -> [blocks]: how far `x` is from the reference, the median of each block of tokens.
     None stands for zeros.
     """
-    wide = reference.flatten(1).double()
-    errors = (wide if x is None else x.flatten(1).double() - wide).norm(dim=1)
+    errors = difference(None if x is None else x.flatten(1), reference.flatten(1)).norm(dim=1)
     documents = errors.split(list(lengths))
     return torch.stack(
         [part.median() for d in documents for part in d.tensor_split(max(1, len(d) // BLOCK))]
@@ -103,8 +103,7 @@ def weight_ratio(run: Tensor, own: Tensor, reference: Tensor, unit: float) -> fl
 
 def _distance(x: Tensor | None, reference: Tensor) -> Tensor:
     """[...] -> [1]: how far `x` is from the reference as a whole. None stands for zeros."""
-    wide = reference.double()
-    return (wide if x is None else x.double() - wide).norm()[None]
+    return distance(x, reference)[None]
 
 
 def _unit_of_few(unit: float, numbers: int) -> float:

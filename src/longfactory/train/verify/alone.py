@@ -23,6 +23,7 @@ from longfactory.data.row import IGNORE, TokenizedDocument
 from longfactory.errors import UserError
 from longfactory.model import adapters, load
 from longfactory.sp import hf, routers
+from longfactory.sp.distance import difference
 from longfactory.stages import losses
 from longfactory.stages.losses import DataParallel, LossOptions
 from longfactory.stages.pairs import PairLogps
@@ -511,7 +512,7 @@ def _replayed(model: nn.Module, choices: dict[Text, routers.Choices], text: Text
 def rms(found: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[Tensor]]) -> float:
     """Root mean square of the differences of all log-probabilities."""
     differences = [
-        a.double() - b.double()
+        difference(a, b)
         for x, y in zip(found, expected, strict=True)
         for a, b in zip(x, y, strict=True)
     ]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from longfactory.sp.distance import distance, norm
 from longfactory.train.ranks import everywhere, is_distributed
 from longfactory.train.verify import alone
 from longfactory.train.verify.report import FLOOR, Deviation, measured
@@ -66,17 +66,15 @@ def gradient_deviations(
     zero.
     """
 
-    def norm(tensors: Sequence[Tensor]) -> float:
-        return math.sqrt(sum(float((t.double() ** 2).sum()) for t in tensors))
-
-    def off(a: dict[str, Tensor], name: str) -> Tensor:
+    def off(a: dict[str, Tensor], name: str) -> float:
         x, y = a.get(name), expected.get(name)
-        zero = torch.zeros_like(x if x is not None else found.get(name, y))  # type: ignore[arg-type]
-        return (x if x is not None else zero).double() - (y if y is not None else zero).double()
+        if y is None:
+            return 0.0 if x is None else norm([x])
+        return float(distance(x, y))
 
     names = list(dict.fromkeys([*expected, *found]))
-    total = norm(list(expected.values()))
-    errors = {name: (norm([off(found, name)]), norm([off(own, name)])) for name in names}
+    total = norm(expected.values())
+    errors = {name: (off(found, name), off(own, name)) for name in names}
     of_all = [
         math.sqrt(sum(e[i] ** 2 for e in errors.values())) / max(total, 1e-30) for i in (0, 1)
     ]
@@ -87,7 +85,7 @@ def gradient_deviations(
         mine, theirs = (e / scale for e in errors[name])
         measures[name] = measured(sizes[0], sizes[1], mine, max(theirs, of_all[1]))
     ordered = sorted(measures.items(), key=lambda item: -_worst_first(item[1]))
-    whole = measured(norm(list(found.values())), total, of_all[0], of_all[1])
+    whole = measured(norm(found.values()), total, of_all[0], of_all[1])
     return {plain_name(name): m for name, m in ordered}, whole
 
 
