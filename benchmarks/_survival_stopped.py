@@ -54,7 +54,7 @@ def run_case(case: dict[str, Any], home: Path) -> dict[str, Any]:
         slow = {moment: 600.0}
     # The first step is start-up, which has a limit of its own.
     variables = {"SURVIVAL_FROM": "3"} if how == "sleeps" else {}
-    sleeper = rank if how == "sleeps" else None
+    sleeper = rank if how == "sleeps" and moment != "tokenise" else None
     command = start(home, keys(home, out, **limits), slow, sleeper, **variables)
     if moment == "tokenise":
         # Whoever comes first tokenises; it is that one which is stopped.

@@ -214,10 +214,12 @@ def start(
                 port = store.port if store is not None else None
                 arguments = torchrun_arguments(local, module, argv, attempt, port, startup)
                 status = _torchrun(arguments, launcher)
+                if status not in (0, STOPPED):
+                    words = f"The run ended on {socket.gethostname()} with status {status}."
+                    theirs = USER_ERROR if status == USER_ERROR else PEER_LOST
+                    tell("ended", {"status": theirs, "words": words})
                 if status in FINAL or launcher.asked is not None:
                     return status
-                words = f"The run ended on {socket.gethostname()} with status {status}."
-                tell("ended", {"status": PEER_LOST, "words": words})
                 if attempt < restarts:
                     print(
                         f"longfactory: restart {attempt + 1} of {restarts} (MAX_RESTARTS).",
@@ -404,9 +406,14 @@ def _torchrun(arguments: list[str], launcher: Launcher) -> int:
     except RuntimeError as e:  # of the store: the first machine is not there
         if debug or "torch.distributed" not in type(e).__module__ + str(type(e)):
             raise
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT', 29500)}"
+        what = (
+            f"the store of the first machine, {where}, was not reached"
+            if number("NODE_RANK", 0)
+            else f"not all of the {number('NNODES', 1)} machines have come to {where}"
+        )
         print(
-            f"longfactory: the first machine's store at {os.environ.get('MASTER_ADDR')}:"
-            f"{os.environ.get('MASTER_PORT', 29500)} cannot be reached: {first_line(e)}",
+            f"longfactory: {what} within startup_timeout: {first_line(e)}",
             file=sys.stderr,
         )
         return PEER_LOST

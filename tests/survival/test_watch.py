@@ -126,3 +126,9 @@ def test_a_rank_may_wait_for_one_that_saves_longer_than_its_own_limit() -> None:
         assert not watch._waits_for_a_longer_phase(board, 30)
     finally:
         watch.signals.close()
+
+
+def test_who_waits_for_a_file_does_not_hold_up_the_others() -> None:
+    tokenising = rank(0, 0, phase="start-up", detail="tokenising")
+    waiting = rank(1, 0, phase="start-up", detail="waiting for process 9 on host to tokenise")
+    assert culprits({0: tokenising, 1: waiting}, {}, 2) == [0]

@@ -47,9 +47,12 @@ def register(rank: int) -> None:
             (where / f"worker-{rank}").write_text(str(os.getpid()))
 
 
-def workers(where: Path) -> dict[int, int]:
-    """Process ids by rank of the workers that have said so."""
-    found = {}
+def workers(where: Path | None = None) -> dict[int, int]:
+    """Process ids by rank of the workers that have said so, in the folder or in this process's."""
+    where = where or folder()
+    found: dict[int, int] = {}
+    if where is None:
+        return found
     for path in where.glob("worker-*"):
         text = path.read_text().strip()
         if text.isdigit():
@@ -67,7 +70,7 @@ def a_sibling_is_gone() -> bool:
         started = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return started > 1 and len(children_of(os.getppid())) < started
     mine = os.getpid()
-    return any(p != mine and state_of(p) in (None, "Z", "X") for p in workers(where).values())
+    return any(p != mine and state_of(p) in (None, "Z", "X") for p in workers().values())
 
 
 def wait_for_siblings(seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""The thread that looks after a process: signals, signs of life, time limits, and the end of a run
+"""The threads that look after a process: signals, signs of life, time limits, and the end of a run
 that does not move.
 
 Twice a second it looks for signals and at the board, where every rank writes a sign of life. The
@@ -86,6 +86,7 @@ class Watch:
         self._connect: Callable[[], Board] | None = None
         self._answered_at = 0.0
         self._beats: dict[int, tuple[Any, float]] = {}
+        self._stopped: dict[int, float] = {}
         self._turn = 0
         self._closing = threading.Event()
         self._unwinding: float | None = None
@@ -94,6 +95,7 @@ class Watch:
     def start(self) -> None:
         launched.register(self.rank)
         self._thread.start()
+        threading.Thread(target=self._guard, name="longfactory-guard", daemon=True).start()
 
     def configure(self, limits: Limits, stop_signals: tuple[str, ...], stacks: Path) -> None:
         """What the configuration says. In the main thread."""
@@ -106,8 +108,10 @@ class Watch:
         Args:
             connect: opens a connection for this thread alone.
         """
-        self._board, self._connect = connect(), connect
-        self._answered_at = time.monotonic()
+        board = connect()
+        board.put(f"beat/{self.rank}", [0, self._where()])  # a rank that has come can be lost
+        self._connect, self._answered_at = connect, time.monotonic()
+        self._board = board
 
     def close(self) -> None:
         """The run is over. In the main thread."""
@@ -129,12 +133,19 @@ class Watch:
     def all_left(self) -> None:
         """Waits until every rank has come here, so that the launcher finds none at work."""
         self._closing.set()
-        if self._connect is None:
+        connect = self._connect
+        if connect is None:
             return
-        with contextlib.suppress(Exception):
-            board = self._connect()
-            board.put(f"left/{self.rank}", True)
-            wait_for(lambda: board.get_all("left"), ANSWER * 2)
+
+        def leave() -> None:
+            with contextlib.suppress(Exception):
+                board = connect()
+                board.put(f"left/{self.rank}", True)
+                wait_for(lambda: board.get_all("left"), ANSWER * 2)
+
+        thread = threading.Thread(target=leave, daemon=True)
+        thread.start()
+        thread.join(ANSWER * 3)
 
     # ---- the thread ------------------------------------------------------------------------------
 
@@ -164,6 +175,7 @@ class Watch:
             self._end_all(f"A second signal: the run ends now. {self._kept()}")
         if self._board is not None:
             self._look_at_board()
+        self._look_at_siblings()
         asked = self.signals.first if self.signals.first is not None else launched.asked_to_stop()
         if asked is not None:
             self._request(asked, tell_others=True)
@@ -239,21 +251,51 @@ class Watch:
         try:
             self._exchange(self._board)
             self._answered_at = time.monotonic()
-        except Exception as error:
-            silent = time.monotonic() - self._answered_at
-            if silent > self.limits.heartbeat:
-                host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-                self._dump()
-                if launched.claim_the_word():
-                    _say(
-                        f"Process {self.rank} on {socket.gethostname()} has not reached the run's"
-                        f" store at {host}:{port} for {silent:.0f} s (heartbeat_timeout:"
-                        f" {self.limits.heartbeat:g}): {_first_line(error)}. The machine that"
-                        " holds it, or the network, is lost."
-                    )
-                self._leave(STALLED)
+        except Exception:
+            # What was asked is still on the way: a new connection begins with nothing.
             with contextlib.suppress(Exception):
                 self._board = self._connect()
+
+    def _look_at_siblings(self) -> None:
+        """Workers of this machine that are stopped before they have met the others."""
+        now, lost = time.monotonic(), {}
+        for rank, pid in launched.workers().items():
+            if rank == self.rank or state_of(pid) != "T":
+                self._stopped.pop(rank, None)
+            elif now - self._stopped.setdefault(rank, now) > self.limits.heartbeat:
+                lost[rank] = self._where() | {"rank": rank, "pid": pid, "step": 0}
+        if lost:
+            stall: Any = {"lost": lost, "by": self.rank}
+            board = self._board
+            self._end_stalled(board, stall if board is None else board.first("stall", stall))
+
+    def _guard(self) -> None:
+        """Of a thread of its own: the store's requests have no time limit, and one on a network
+        that is lost holds up the other thread for as long as the kernel tries.
+        """
+        before = time.monotonic()
+        while not self._closing.wait(POLL):
+            now = time.monotonic()
+            if now - before > 20 * POLL:
+                self._answered_at = now  # this process was stopped, and goes on
+            before = now
+            silent = now - self._answered_at
+            if self._board is not None and silent > self.limits.heartbeat + 2 * POLL:
+                self._lost_store(silent)
+
+    def _lost_store(self, silent: float) -> None:
+        host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+        folder = self._dump()
+        if launched.claim_the_word():
+            now = progress.NOW
+            _say(
+                f"Process {self.rank} on {socket.gethostname()} has not reached the run's store at"
+                f" {host}:{port} for {silent:.0f} s (heartbeat_timeout: {self.limits.heartbeat:g})."
+                " The machine that holds it, or the network, is lost; or the command was stopped."
+                f" It was in step {now.step}, {now.detail or now.phase}. The run ends.\n"
+                f"  Its stacks: {folder}/rank-{self.rank}.txt"
+            )
+        self._leave(STALLED)
 
     def _exchange(self, board: Board) -> None:
         """One turn: what is new for all, my sign of life, and theirs."""
@@ -359,10 +401,6 @@ def _say(words: str) -> None:
     print(f"longfactory: {words}", file=sys.stderr, flush=True)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 # ---- who holds up the others ---------------------------------------------------------------------
 
 
@@ -387,8 +425,12 @@ def culprits(
     behind = [r for r, f in found.items() if f["step"] == first]
     if len(behind) < len(found):
         return behind
-    # Some wait in a collective: those that do not are where they wait for.
-    outside = [r for r, f in found.items() if f["collective"] is None]
+    # Some wait, in a collective or for a file: those that do not are whom they wait for.
+    outside = [
+        r
+        for r, f in found.items()
+        if f["collective"] is None and not f["detail"].startswith("waiting for")
+    ]
     return outside if 0 < len(outside) < len(found) else []
 
 
