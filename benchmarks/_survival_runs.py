@@ -411,6 +411,9 @@ def _content(path: Path) -> bytes:
         return path.read_bytes()
     lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
     plain = [_without_times(json.loads(line)) for line in lines]
+    if path.name == "adapter_config.json":
+        # PEFT writes sets, whose order another process has not
+        plain = [{k: sorted(v) if isinstance(v, list) else v for k, v in plain[0].items()}]
     return json.dumps(plain, sort_keys=True).encode()
 
 

@@ -117,6 +117,7 @@ def _start(command: str, cfg: RunConfig, argv: list[str]) -> int | None:
     """
     from longfactory.config.checks import processes
 
+    launch.quiet_torch()
     if not launch.is_worker():
         local = launch.local_processes(cfg)
         nodes = launch.number("NNODES", 1)

@@ -87,6 +87,14 @@ def needs_torchrun(cfg: RunConfig, local: int) -> bool:
     )
 
 
+def quiet_torch() -> None:
+    """Leaves out torch's C++ warnings, before torch is imported: of a store or a process that has
+    ended they print stack traces, and say less than our own message. What the user has set stays.
+    """
+    if not is_on("LONGFACTORY_DEBUG"):
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
 def set_environment(processes: int) -> None:
     """Defaults that long sequences want. What the user has set stays."""
     if "PYTORCH_ALLOC_CONF" not in os.environ:

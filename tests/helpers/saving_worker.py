@@ -7,6 +7,7 @@ Writes `folder/result.json`, and the trained weights as they are in memory to `f
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def write_base(folder: Path) -> None:
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def make(sharding: str, folder: Path, size: int) -> RowTrainer:
+def make(sharding: str, folder: Path, size: int, adapter: bool = False) -> RowTrainer:
     cpu_sharding.reset()
     extra: dict[str, Any] = {
         "accelerator_config": settings.accelerator_arguments(),
@@ -48,7 +49,7 @@ def make(sharding: str, folder: Path, size: int) -> RowTrainer:
     }
     if sharding == "fsdp2":
         extra |= settings.fsdp2_arguments(efficient_loading=False)
-    else:
+    elif sharding != "ddp":
         stage = int(sharding[-1])
         zero = {"stage": stage, "reduce_bucket_size": 10000} | (
             {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
@@ -79,6 +80,11 @@ def make(sharding: str, folder: Path, size: int) -> RowTrainer:
     model.set_attn_implementation(hf.ATTENTION)
     ctx = sp.SequenceParallel.create(size, mode="zigzag-ring")
     hf.prepare(model, ctx)
+    if adapter:
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(3)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
     head = TokenLogprobs(model, chunk=13)
     data = Samples(samples("single", 6))
     source = read_source(model, str(folder.parent / "base"))
@@ -107,6 +113,8 @@ def whole(trainer: RowTrainer) -> dict[str, Tensor]:
     for name, p in trainer.accelerator.unwrap_model(trainer.model_wrapped).named_parameters():
         if hasattr(p, "full_tensor"):
             out[name] = p.detach().full_tensor().clone()
+        elif not hasattr(p, "ds_id"):
+            out[name] = p.detach().clone()
         else:
             import deepspeed
 
@@ -144,6 +152,38 @@ def save_and_go_on(sharding: str, path: str) -> None:
             "sharded": any(
                 n != t.numel() for n, t in zip(held(first), trained.values(), strict=True)
             ),
+        }
+        (folder / "result.json").write_text(json.dumps(result))
+
+
+def go_on_with_another_sharding(first: str, then: str, adapter: bool, path: str) -> None:
+    """Body of a rank of a pool of its own: two steps with `first`, and the second one again from
+    the first one's checkpoint with `then`.
+    """
+    folder = Path(path)
+    cpu_sharding.start("fsdp2")
+    if dist.get_rank() == 0:
+        write_base(folder / "base")
+    dist.barrier()
+    once = make(first, folder / "out", 2, adapter)
+    kinds = [str(once.accelerator.distributed_type)]
+    once.train()
+    trained = whole(once)
+    checkpoint = str(folder / "out" / "checkpoint-1")
+    for name in [n for n in os.environ if n.startswith(("FSDP_", "ACCELERATE_"))]:
+        del os.environ[name]  # of the first trainer
+    again = make(then, folder / "again", 2, adapter)
+    kinds.append(str(again.accelerator.distributed_type))
+    again.check_resume(checkpoint)
+    again.train(resume_from_checkpoint=checkpoint)
+    resumed = whole(again)
+    if dist.get_rank() == 0:
+        result = {
+            "kinds": kinds,
+            "losses": [
+                [h["loss"] for h in t.state.log_history if "loss" in h] for t in (once, again)
+            ],
+            "differ": max((resumed[n] - trained[n]).abs().max().item() for n in trained),
         }
         (folder / "result.json").write_text(json.dumps(result))
 

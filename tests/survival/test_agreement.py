@@ -104,6 +104,7 @@ def _hold(folder: Path, taken: Any) -> None:
     lock.release()
 
 
+@pytest.mark.processes
 def test_the_lock_falls_with_its_holder(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     taken = context.Event()

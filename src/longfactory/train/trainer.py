@@ -43,7 +43,7 @@ from longfactory.model.source import Source, tied_duplicates
 from longfactory.model.token_logprobs import ReferenceHidden, TokenLogprobs
 from longfactory.model.value_head import FILE as VALUE_HEAD
 from longfactory.model.value_head import TokenValues, load_value_head
-from longfactory.shard import export, optimizer_states
+from longfactory.shard import across, export, optimizer_states
 from longfactory.sp import hf
 from longfactory.stages.base import Stage
 from longfactory.stages.metrics import Metrics, MetricSums
@@ -854,7 +854,7 @@ class RowTrainer(Trainer):
                     " weights. Set optimizer_placement: host."
                 )
             try:
-                super()._load_optimizer_and_scheduler(checkpoint)
+                self._load_states(checkpoint)
             except (ValueError, KeyError, RuntimeError) as error:
                 raise UserError(
                     f"The optimizer's states in {checkpoint} are of another optimizer or of other"
@@ -868,10 +868,32 @@ class RowTrainer(Trainer):
             )  # type: ignore[union-attr]
         settings.apply_settings(self.optimizer, self.lr_scheduler, self._own_settings)
 
+    def _load_states(self, checkpoint: str) -> None:
+        """transformers' own, or states that another sharding has saved."""
+        states = across.states_of(checkpoint)
+        if self.is_fsdp_enabled and states == "whole":
+            across.load_whole_states(self.optimizer, self.model, checkpoint)
+        elif not self.is_fsdp_enabled and not self.is_deepspeed_enabled and states == "sharded":
+            across.load_sharded_states(self.optimizer, self.model, checkpoint)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        self.lr_scheduler.load_state_dict(  # type: ignore[union-attr]
+            torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True)
+        )
+
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         self.refuse_renamed_adapter()
+        saved_sharded = os.path.isdir(os.path.join(resume_from_checkpoint, across.SHARDED_MODEL))
+        if saved_sharded != self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            across.load_weights(
+                self.model if model is None else model,
+                resume_from_checkpoint,
+                sharded=self.is_fsdp_enabled,
+            )
+            return
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_renamed(resume_from_checkpoint)
 

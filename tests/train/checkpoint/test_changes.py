@@ -66,5 +66,7 @@ def test_what_a_user_may_want_is_applied(now: dict[str, Any]) -> None:
 
 
 def test_states_of_another_sharding_are_refused() -> None:
-    with pytest.raises(UserError, match="Set sharding: fsdp2"):
-        refuse_other_states("c", {}, keys(), sharding=("fsdp2", "ddp"))
+    refuse_other_states("c", {}, keys(), sharding=("fsdp2", "ddp"))
+    for pair in (("deepspeed", "ddp"), ("fsdp2", "deepspeed")):
+        with pytest.raises(UserError, match=f"Set sharding: {pair[0]}"):
+            refuse_other_states("c", {}, keys(), sharding=pair)

@@ -128,8 +128,7 @@ def refuse_other_states(
             f" values. {weights}"
         )
     old, new = sharding
-    engines = {"none": "whole", "ddp": "whole"}
-    if old and new and engines.get(old, old) != engines.get(new, new):
+    if old and new and (old == "deepspeed") != (new == "deepspeed"):
         raise UserError(
             f"The checkpoint {checkpoint} holds the states of sharding: {old}, this run has"
             f" sharding: {new}, which cannot read them. Set sharding: {old}. {weights}"
