@@ -169,9 +169,9 @@ def read_one(given: dict[str, Any], home: Path) -> tuple[str | None, bool]:
     from longfactory.errors import ConfigError
 
     what = repr({k: v for k, v in given.items() if k not in base(home) or v != base(home)[k]})[:200]
-    begun = time.monotonic()
+    begun = time.process_time()
     try:
-        with limit_of(10):
+        with limit_of(30):
             cfg = from_mapping(given | {"hub_token": given.get("hub_token", TOKEN)})
             text = resolved(cfg)
             cfg.training_arguments(use_cpu=True)
@@ -190,8 +190,8 @@ def read_one(given: dict[str, Any], home: Path) -> tuple[str | None, bool]:
         return None, True
     except Exception as error:
         return f"{what}: {type(error).__name__}: {str(error)[:200]}", False
-    if time.monotonic() - begun > 3:
-        return f"{what}: took {time.monotonic() - begun:.1f} s", False
+    if time.process_time() - begun > 3:
+        return f"{what}: took {time.process_time() - begun:.1f} s of this process", False
     keys = all_keys()
     for name, value in given.items():
         if numeric(keys[name]) and beyond_all_ranges(value):

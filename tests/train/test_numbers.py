@@ -48,8 +48,11 @@ def planted(words: list[str], cache: str, what: str, step: int) -> dict[str, Any
     def stage_loss(self: RowTrainer, model: Any, row: Any) -> Any:
         loss, metrics = original(self, model, row)
         if model.training and self.state.global_step + 1 == step and last:
-            if what == "loss":
+            if what in ("loss", "state"):
                 loss = loss * math.nan
+                if what == "state":  # as NaN log-probabilities would leave it
+                    assert self.stage._rewards is not None  # type: ignore[attr-defined]
+                    self.stage._rewards = self.stage._rewards * math.nan  # type: ignore[attr-defined]
             elif what == "gradient":
                 loss.register_hook(lambda g: g * math.inf)
         return loss, metrics
@@ -132,6 +135,25 @@ def test_a_skipped_update_is_no_update(case: str, what: str, home: Path) -> None
             assert [h["skipped_updates"] for h in log if "learning_rate" in h] == [1]
     assert found["skip"] == found["reference"]
     assert all(math.isfinite(loss) for loss, _ in found["skip"][1])
+
+
+@pytest.mark.processes
+def test_a_skipped_step_leaves_nothing_in_the_stage(home: Path) -> None:  # noqa: F811
+    """BCO's running mean of rewards: a NaN in it would make every later loss NaN."""
+    pairs = [{"p": "a" * (9 + i), "c": "b" * (5 + i), "r": "c" * (20 - i)} for i in range(12)]
+    (home / "pairs.json").write_text(json.dumps(pairs))
+    info = json.loads((home / "dataset_info.json").read_text())
+    columns = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    info["pairs"] = {"file_name": "pairs.json", "ranking": True, "columns": columns}
+    (home / "dataset_info.json").write_text(json.dumps(info))
+    bco = {"stage": "dpo", "dataset": "pairs", "pref_bco_weight": 1, "packing": None}
+    weights = []
+    for name, of in (("bco_skip", "state"), ("bco_reference", "leave out")):
+        assert run(home, name, 1, of, on_nan="skip", **bco)[0]["error"] is None
+        log = json.loads((home / name / "trainer_state.json").read_text())["log_history"]
+        assert all(math.isfinite(h["loss"]) for h in log if "loss" in h)
+        weights.append((home / name / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
 
 
 def nowhere(sample: int) -> tuple[str, int]:

@@ -195,7 +195,7 @@ class LoggedSteps:
 
     Attributes:
         all, skipped: steps since the last log line, and those without an update.
-        before: the sum of losses and the metrics before this step.
+        before: the sum of losses, the metrics and the stage's fields before this step.
     """
 
     all: int = 0

@@ -266,6 +266,7 @@ class RowTrainer(Trainer):
             self._logged.before = (
                 None if loss is None else loss.clone(),
                 self._train_metrics.copy(),
+                dict(vars(self.stage)),
             )
         counts = torch.tensor(
             [sum(self.stage.count_items(r) for r in rows), sum(r.real_tokens for r in rows)],
@@ -475,7 +476,8 @@ class RowTrainer(Trainer):
         """
         assert self.optimizer is not None
         self.optimizer.zero_grad()
-        loss, self._train_metrics = self._logged.before
+        loss, self._train_metrics, stage = self._logged.before
+        vars(self.stage).update(stage)  # a running mean of rewards, say
         if loss is not None:
             self._tr_loss = loss
         self._logged.skipped += 1
