@@ -88,11 +88,15 @@ def needs_torchrun(cfg: RunConfig, local: int) -> bool:
 
 
 def quiet_torch() -> None:
-    """Leaves out torch's C++ warnings, before torch is imported: of a store or a process that has
+    """Leaves out torch's C++ messages, before torch is imported: of a store or a process that has
     ended they print stack traces, and say less than our own message. What the user has set stays.
+    The workers' errors are told (`start`): those of NCCL say more.
     """
     if not is_on("LONGFACTORY_DEBUG"):
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        os.environ.setdefault(CPP_LOG, "ERROR" if is_worker() else "FATAL")
+
+
+CPP_LOG = "TORCH_CPP_LOG_LEVEL"
 
 
 def set_environment(processes: int) -> None:
@@ -199,6 +203,10 @@ def start(
         startup: seconds to wait for the other machines.
         locked: this process holds the lock of the output folder.
     """
+    import torch.distributed  # noqa: F401  reads the level of its messages, of this process
+
+    if os.environ.get(CPP_LOG) == "FATAL":
+        os.environ[CPP_LOG] = "ERROR"
     elastic = "RDZV_ID" in os.environ
     # An elastic run's workers meet at a new store after each restart, which the first of them
     # holds: torchrun's shared one keeps the keys of the last round, on which the new one fails.
@@ -222,7 +230,7 @@ def start(
                 port = store.port if store is not None else None
                 arguments = torchrun_arguments(local, module, argv, attempt, port, startup)
                 status = _torchrun(arguments, launcher)
-                if status not in (0, STOPPED):
+                if status not in (0, STOPPED, PEER_LOST):
                     words = f"The run ended on {socket.gethostname()} with status {status}."
                     theirs = USER_ERROR if status == USER_ERROR else PEER_LOST
                     tell("ended", {"status": theirs, "words": words})
