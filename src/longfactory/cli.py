@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from longfactory import __version__, launch
-from longfactory.errors import STOPPED, Stopped, UserError, disk_sentence
+from longfactory.errors import PEER_LOST, STOPPED, Stopped, UserError, disk_sentence
 from longfactory.processes import die_with_parent
 from longfactory.train.survival import launched
 from longfactory.train.survival.start import begin, take_lock
-from longfactory.train.survival.words import stopped_before_training
+from longfactory.train.survival.words import lost_connection, stopped_before_training
 
 if TYPE_CHECKING:
     from longfactory.config import RunConfig
@@ -348,14 +348,24 @@ def run() -> NoReturn:
     """
     try:
         status = main()
-    except Exception:
+    except Exception as error:
         if not launch.is_worker():
             raise
         # Where another process has ended, this one's collective fails too, and says less of why.
         # The launcher is about to end it.
         launched.wait_for_siblings(3.0)
-        traceback.print_exc()
         status = 1
+        if lost_connection(error) and not launch.is_on("LONGFACTORY_DEBUG"):
+            status = PEER_LOST
+            if launched.claim_the_word():
+                print(
+                    f"longfactory: Process {_rank()} lost the connection to another one, which has"
+                    f" ended, or its machine: {launch.first_line(error)}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        else:
+            traceback.print_exc()
     if status and launch.is_worker():
         sys.stdout.flush()
         sys.stderr.flush()

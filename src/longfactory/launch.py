@@ -444,7 +444,7 @@ def _torchrun(arguments: list[str], launcher: Launcher) -> int:
         # It had not come so far as to catch the signal.
         print(f"longfactory: {stopped_before_training(launcher.asked)}", file=sys.stderr)
         return STOPPED
-    if status in (USER_ERROR, STALLED, STOPPED):
+    if status in (USER_ERROR, STALLED, STOPPED, PEER_LOST):
         return status
     if status < 0:
         hint = " (killed: often the machine ran out of memory)" if status == -9 else ""

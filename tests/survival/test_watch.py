@@ -17,6 +17,7 @@ from longfactory.config import from_mapping
 from longfactory.train.survival.board import Board
 from longfactory.train.survival.start import limits_of
 from longfactory.train.survival.watch import Limits, Watch, culprits, main_thread_is_at, report
+from longfactory.train.survival.words import lost_connection
 
 
 def rank(number: int, step: int = 3, collective: str | None = None, **more: Any) -> dict[str, Any]:
@@ -84,6 +85,7 @@ import sys, time
 from pathlib import Path
 from longfactory import progress
 from longfactory.train.survival.watch import Limits, Watch
+from longfactory.train.survival.words import lost_connection
 
 watch = Watch(0, 1)
 watch.start()
@@ -132,3 +134,10 @@ def test_who_waits_for_a_file_does_not_hold_up_the_others() -> None:
     tokenising = rank(0, 0, phase="start-up", detail="tokenising")
     waiting = rank(1, 0, phase="start-up", detail="waiting for process 9 on host to tokenise")
     assert culprits({0: tokenising, 1: waiting}, {}, 2) == [0]
+
+
+def test_a_lost_connection_is_told_from_a_failure() -> None:
+    gloo = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.1]:4")
+    assert lost_connection(gloo)
+    assert not lost_connection(RuntimeError("shape mismatch"))
+    assert not lost_connection(ValueError("Connection closed by peer"))

@@ -11,3 +11,17 @@ def stopped_before_training(signum: int | None) -> str:
         f"Stopped by {name_of(signum)} before the first step: nothing was trained. The same"
         " command starts again."
     )
+
+
+LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "ncclRemoteError",
+    "remote process exited",
+)
+
+
+def lost_connection(error: BaseException) -> bool:
+    """Whether a collective failed because another process is gone: gloo's and NCCL's words."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST)
