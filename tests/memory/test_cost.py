@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from longfactory.memory.cost import (
+    ATTENTION_SHARE,
     CAREFUL,
     MARGIN,
     budget,
@@ -201,7 +202,7 @@ def test_keeping_attention_saves_one_of_its_forwards():
         TWO, MemorySettings(keep_attention=1.0)
     )
     attention = TWO.local * 2.0 * TWO.tokens * 28 * 128 * 28 / TWO.machine.attention_forward
-    assert saved == pytest.approx(1.005 * attention / 0.925, rel=1e-6)
+    assert saved == pytest.approx(1.005 * attention / ATTENTION_SHARE, rel=1e-6)
 
 
 @pytest.mark.parametrize("job", [TWO, ONE])

@@ -628,7 +628,9 @@ def _placement_bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:
 def _placement_update(job: TrainingJob, settings: MemorySettings, backward: float) -> float:
     trained, machine = job.shape.trainable, job.machine
     if settings.optimizer == "gpu":
-        return 28.0 * trained / job.shards / 2e12
+        # split masters are joined and split again, block by block
+        rate = 0.8e12 if job.master == 2 else 2e12
+        return 28.0 * trained / job.shards / rate
     update = (
         28.0 * trained / job.shards * machine.on_host / machine.host_memory
         + 4.0 * trained / job.shards / machine.copies
