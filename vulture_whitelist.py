@@ -48,7 +48,9 @@ _.StageName
 _.arg
 _.reference_kl
 
-# Techniques of memory, which the fields of MemorySettings name in text, and names of tuple places.
+# Techniques of memory and classes of stages, which fields name in text, and names of tuple places.
+KTOStage
+RewardStage
 _.CHECKPOINTING
 _.SAVED_ATTENTION
 _.CHUNKS

@@ -37,6 +37,8 @@ class StageFacts:
     """A stage without contradictions among its keys; others say more in a class of their own."""
 
     name: str
+    computed_by: str
+    """The file and the class in `longfactory.stages` that compute it, "reward.RewardStage"."""
     samples: Literal["pt", "sft", "pair", "kto"]
     """The kind of samples that it reads: a name of `data.kinds.KINDS`."""
     keys: frozenset[str] = frozenset()
@@ -221,6 +223,7 @@ STAGES: dict[str, StageFacts] = {
     for facts in (
         StageFacts(
             "pt",
+            "tokens.TokenStage",
             "pt",
             frozenset({"compute_accuracy", "loss_path"}),
             packs=True,
@@ -228,6 +231,7 @@ STAGES: dict[str, StageFacts] = {
         ),
         SupervisedFacts(
             "sft",
+            "tokens.TokenStage",
             "sft",
             _TOKEN_KEYS | {"loss_path", "compute_accuracy", "train_on_prompt", "mask_history"},
             packs=True,
@@ -235,6 +239,7 @@ STAGES: dict[str, StageFacts] = {
         ),
         StageFacts(
             "rm",
+            "reward.RewardStage",
             "pair",
             frozenset({"pref_share_prompt"}),
             items="pairs",
@@ -243,6 +248,7 @@ STAGES: dict[str, StageFacts] = {
         ),
         DPOFacts(
             "dpo",
+            "preference.PreferenceStage",
             "pair",
             _PAIR_KEYS
             | {"loss_path", "pref_loss", "pref_bco_weight", "dpo_label_smoothing", "ld_alpha"}
@@ -252,13 +258,14 @@ STAGES: dict[str, StageFacts] = {
         ),
         KTOFacts(
             "kto",
+            "kto.KTOStage",
             "kto",
             _PAIR_KEYS | {"kto_chosen_weight", "kto_rejected_weight"},
             shares_prompts=True,
         ),
     )
 }
-"""By the values of the key `stage`."""
+"""By the values of the key `stage`. A new stage is a line here and the file that it names."""
 
 STAGE_KEYS = frozenset().union(REFERENCE_KEYS, *(facts.keys for facts in STAGES.values()))
 """Keys that some stages do not read."""

@@ -10,7 +10,7 @@ exact mean over the step, however items are dealt to micro-batches and groups.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Literal, Protocol, Self
+from typing import Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -28,10 +28,10 @@ def alone(x: Tensor) -> Tensor:
 
 
 class Stage(Protocol):
-    """What is learnt from a row. One class in one file; `stages/make.py` lists them."""
+    """What is learnt from a row. One class in one file, which a line of `config/stage_facts.py`
+    names.
+    """
 
-    names: ClassVar[tuple[str, ...]]
-    """Values of the key `stage` that this class trains."""
     output: Literal["logps", "values"]
     """What the head must give: log-probabilities of the labels, or the value head's numbers."""
     ld_alpha: float | None
@@ -44,7 +44,7 @@ class Stage(Protocol):
         """The stage of a run.
 
         Args:
-            name: the value of the key `stage`, one of `names`.
+            name: the value of the key `stage`.
             args: the run's `FinetuningArguments`.
             precision: in which the model computes.
         Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -27,8 +27,6 @@ class KTOStage(Stateless):
     of the kl documents), constant. A micro-batch without an answer of one label is an ordinary
     batch. `ftx` adds that many times minus the mean log-probability of each desirable answer.
     """
-
-    names: ClassVar[tuple[str, ...]] = ("kto",)
 
     beta: float = 0.1
     chosen_weight: float = 1.0

@@ -1,25 +1,22 @@
-"""The stages by name."""
+"""The stages by name: what each of them is, `config/stage_facts.py` says."""
 
 from __future__ import annotations
+
+import importlib
 
 import torch
 
 from longfactory.config.arguments import FinetuningArguments
-from longfactory.config.stage_facts import STAGES
+from longfactory.config.stage_facts import STAGES, StageFacts
 from longfactory.errors import ConfigError
 from longfactory.stages.base import Stage
-from longfactory.stages.kto import KTOStage
-from longfactory.stages.preference import PreferenceStage
-from longfactory.stages.reward import RewardStage
-from longfactory.stages.tokens import TokenStage
 
-CLASSES: tuple[type[Stage], ...] = (
-    TokenStage,
-    RewardStage,
-    PreferenceStage,
-    KTOStage,
-)
-"""What is known of each without torch is in `config/stage_facts.py`."""
+
+def stage_class(facts: StageFacts) -> type[Stage]:
+    """The class that computes a stage."""
+    module, name = facts.computed_by.split(".")
+    found: type[Stage] = getattr(importlib.import_module(f"longfactory.stages.{module}"), name)
+    return found
 
 
 def make_stage(
@@ -38,5 +35,4 @@ def make_stage(
         raise ConfigError(f"stage: {stage} is not known. Choose one of {', '.join(STAGES)}.")
     for problem in STAGES[stage].problems(args):
         raise ConfigError(problem)
-    stage_class = next(c for c in CLASSES if stage in c.names)
-    return stage_class.from_arguments(stage, args, precision)
+    return stage_class(STAGES[stage]).from_arguments(stage, args, precision)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -62,8 +62,6 @@ class PreferenceStage:
     shift of bco is the running mean of the rewards of all pairs seen in training, over all
     data-parallel groups; it is state, and belongs into a checkpoint (`state_dict`).
     """
-
-    names: ClassVar[tuple[str, ...]] = ("dpo",)
 
     pref_loss: str = "sigmoid"
     options: LossOptions = dataclasses.field(default_factory=LossOptions)

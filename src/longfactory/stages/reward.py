@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -22,8 +22,6 @@ class RewardStage(Stateless):
     """Reward model (Bradley-Terry): -log s(v_c - v_r), v the value head at an answer's last token.
     An item is a pair.
     """
-
-    names: ClassVar[tuple[str, ...]] = ("rm",)
 
     output: Literal["logps", "values"] = "values"
     needs_reference: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -64,8 +64,6 @@ class TokenStage(Stateless):
 
     `loss` is one of `TOKEN_LOSSES`, `alpha` its number; or the loss is `user_loss`.
     """
-
-    names: ClassVar[tuple[str, ...]] = ("pt", "sft")
 
     loss: str = "nll"
     alpha: float = 0.0
