@@ -270,7 +270,7 @@ def settings_line(s: dict[str, Any]) -> str:
     parts = [f"keep {s['keep_attention']:g}", f"offload {s['offload']}"]
     if s["offload"] != "none":
         parts.append(f"last {s['last_layers_on_gpu']} on GPU")
-    parts.append(f"pieces {s['mlp_chunk'] or 'none'}")
+    parts.append(f"chunks {s['mlp_chunk'] or 'none'}")
     if s["attention_groups"] > 1:
         parts.append(f"groups {s['attention_groups']}")
     if s["segment_layers"] > 1:

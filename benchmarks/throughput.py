@@ -34,7 +34,7 @@ from longfactory.memory.shapes import ModelShape, TrainingJob, machine
 
 NAMES = {
     "ours": "LongFactory",
-    "ours-generic": "LongFactory, Hugging Face's layer in pieces",
+    "ours-generic": "LongFactory, Hugging Face's layer in chunks",
     "ours-recompute": "LongFactory, attention computed twice",
     "ours-overlap": "LongFactory, updates on the host during backward",
     "dpo": "LongFactory, DPO",
