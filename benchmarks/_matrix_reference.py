@@ -5,8 +5,9 @@ attention.
 
 Reads cases ({family, stage, finetuning, precision, yaml}) and appends a line for each: loss and
 gradient norm of every step. With `jitter: n` the embeddings are moved at random (seed n) by up to
-half of a rounding of the precision, which tells how far two computations in it may be apart. Only the documents (token ids and labels) come from LongFactory; model,
-adapters, losses, precision and optimizer are written out here.
+half of a rounding of the precision, which tells how far two computations in it may be apart. Only
+the documents (token ids and labels) come from LongFactory; model, adapters, losses, precision and
+optimizer are written out here.
 """
 
 from __future__ import annotations

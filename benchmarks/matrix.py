@@ -9,9 +9,10 @@ Each row is a run of three steps through the command. Its losses and gradient no
 with those of a loop in plain transformers (`_matrix_reference.py`): the distance to that loop in
 float32 may be at most `FACTOR` times the loop's own largest distance in the same precision, plus
 one rounding of the number. A row outside of that is compared once more, with the largest error of
-`LOOPS` further loops whose embeddings are moved by up to half of a rounding: where experts change at
-ties, one loop tells too little of its precision. Combinations that a documented rule refuses are rows as well, with the
-sentence. Rows that are in the results already are not run again (`--again` does).
+`LOOPS` further loops whose embeddings are moved by up to half of a rounding: where experts change
+at ties, one loop tells too little of its precision. Combinations that a documented rule refuses are
+rows as well, with the sentence. Rows that are in the results already are not run again (`--again`
+does).
 """
 
 from __future__ import annotations

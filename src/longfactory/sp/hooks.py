@@ -41,10 +41,6 @@ class ModelHooks:
             module.forward = types.MethodType(forward, module)
             self._replaced.add(module)
 
-    def has(self, module: nn.Module, hook: Callable[..., Any]) -> bool:
-        """Whether the module has got this hook or forward."""
-        return hook in self._done.get(module, ())
-
     def remove(self) -> None:
         """Takes everything off: the modules compute as their classes say."""
         for handle in self._handles:
