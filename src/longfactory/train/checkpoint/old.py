@@ -86,5 +86,5 @@ def _torch_file_is_damaged(path: Path) -> bool:
         with open(path, "rb") as f:
             start = f.read(2)
         return start != b"\x80\x02"  # what torch wrote before it wrote archives
-    except Exception:
+    except Exception:  # zipfile's many errors: an entry that cannot be unpacked is damaged
         return True
