@@ -51,6 +51,18 @@ SHAPES: dict[str, dict[str, Any]] = {
             "num_key_value_heads": 8,
         }
     ),
+    "qwen2.5-0.5b": (
+        QWEN
+        | {
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "vocab_size": 151936,
+            "tie_word_embeddings": True,
+        }
+    ),
     "tiny": (
         QWEN
         | {
