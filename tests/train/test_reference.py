@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from pathlib import Path
@@ -21,7 +22,7 @@ from longfactory.stages.kto import KTOStage
 from longfactory.stages.pairs import document_logps
 from longfactory.stages.preference import PreferenceStage
 from longfactory.train import reference
-from longfactory.train.reference.attach import _parts
+from longfactory.train.reference.attach import _parts, check_ref_model
 from longfactory.train.reference.cache import damage
 from oracles import Groups
 
@@ -386,3 +387,25 @@ def test_numbers_are_those_of_one_data_set() -> None:
     found = reference.Reference(computed=((first, numbers[0]), (second, numbers[1])))
     assert found.numbers_of(second) is numbers[1] and found.numbers_of(first) is numbers[0]
     assert found.numbers_of([1]) is None and reference.Reference().numbers_of(first) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [
+        ({}, "ref_model: the folder /absent does not exist"),
+        ({"vocab_size": 99}, "reference model is llama with 99 tokens, the trained model llama"),
+        ({"vocab_size": 99, "resize_vocab": True}, None),
+    ],
+    ids=["absent", "another vocabulary", "grows"],
+)
+def test_a_ref_model_is_looked_at_before_anything_is_loaded(tmp_path, kind, match):
+    folder = "/absent"
+    if "vocab_size" in kind:
+        folder = str(tmp_path / "other")
+        LlamaConfig(vocab_size=kind["vocab_size"]).save_pretrained(folder)
+    given = {"model_name_or_path": "m", "dataset": "d", "template": "empty", "output_dir": "o"}
+    given |= {"stage": "dpo", "ref_model": folder, "resize_vocab": kind.get("resize_vocab", False)}
+    given |= {"finetuning_type": "full", "do_train": True}
+    refused = pytest.raises(UserError, match=match) if match else contextlib.nullcontext()
+    with refused:
+        check_ref_model(from_mapping(given), LlamaConfig(vocab_size=100))

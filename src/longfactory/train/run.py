@@ -58,7 +58,7 @@ from longfactory.train.memory_plan import (
 from longfactory.train.optimizers import optimizer_factory
 from longfactory.train.prove import prove_exact
 from longfactory.train.ranks import from_all, from_main
-from longfactory.train.reference.attach import attach_reference
+from longfactory.train.reference.attach import attach_reference, check_ref_model
 from longfactory.train.survival.callback import Survive
 from longfactory.train.survival.start import meet
 from longfactory.train.trainer import RowTrainer
@@ -325,6 +325,7 @@ def prepare(cfg: RunConfig, processes: Processes, *, wide_weights: bool) -> Prep
         )
     world, cuda = processes.world, processes.cuda
     model_config = load.load_config(cfg.model, cfg.data.cutoff_len)
+    check_ref_model(cfg, model_config)
     counts = count_parameters(cfg, model_config)
     sharding = choose_sharding(cfg, counts.total, world, cuda)
     tokenizer = load.load_tokenizer(cfg.model)

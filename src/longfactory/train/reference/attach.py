@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from longfactory import progress
 from longfactory.config import RunConfig
+from longfactory.config.arguments import ModelArguments
 from longfactory.data.module import cache_root
 from longfactory.data.row import Row
 from longfactory.errors import UserError
@@ -238,6 +239,40 @@ def _weights(cfg: RunConfig, name: str, config: str, config_only: bool = False) 
     return Path(file).parent.name if isinstance(file, str) else "unknown"
 
 
+def reference_arguments(cfg: RunConfig) -> ModelArguments:
+    """What names the reference: `ref_model`, else the model from which training starts."""
+    named = dataclasses.replace(cfg.model, train_from_scratch=False)
+    if cfg.method.ref_model is None:
+        return named
+    return dataclasses.replace(
+        named,
+        model_name_or_path=cfg.method.ref_model,
+        adapter_name_or_path=cfg.method.ref_model_adapters,
+        quantization_bit=cfg.method.ref_model_quantization_bit,
+    )
+
+
+def check_ref_model(cfg: RunConfig, model_config: Any) -> None:
+    """`ref_model` is there and fits the trained model, before anything is loaded. A vocabulary that
+    resize_vocab will change is compared later, in `load_reference`.
+
+    Args:
+        cfg: the run.
+        model_config: transformers' configuration of the trained model.
+    Raises:
+        UserError: its configuration cannot be read, or does not fit (`check_reference`).
+    """
+    if cfg.method.ref_model is None:
+        return
+    try:
+        config = load.load_config(reference_arguments(cfg), cfg.data.cutoff_len)
+    except UserError as error:
+        said = str(error).removeprefix("model_name_or_path: ")
+        raise UserError(f"ref_model: {said}") from error
+    if not cfg.model.resize_vocab:
+        reference.check_reference(model_config, config)
+
+
 def load_reference(trainer: RowTrainer, cfg: RunConfig) -> tuple[nn.Module, TokenLogprobs]:
     """A second model and its output layer, frozen: `ref_model`, else the model from which training
     starts, read from its place again.
@@ -249,14 +284,7 @@ def load_reference(trainer: RowTrainer, cfg: RunConfig) -> tuple[nn.Module, Toke
         UserError: it cannot be loaded, or it is of another architecture or vocabulary.
     """
     args = trainer.args
-    named = dataclasses.replace(cfg.model, train_from_scratch=False)
-    if cfg.method.ref_model is not None:
-        named = dataclasses.replace(
-            named,
-            model_name_or_path=cfg.method.ref_model,
-            adapter_name_or_path=cfg.method.ref_model_adapters,
-            quantization_bit=cfg.method.ref_model_quantization_bit,
-        )
+    named = reference_arguments(cfg)
     config = load.load_config(named, cfg.data.cutoff_len)
     reference.check_reference(
         trainer.accelerator.unwrap_model(trainer.model_wrapped).config, config
