@@ -8,6 +8,7 @@ import pytest
 from transformers import Trainer
 
 from longfactory.errors import UserError
+from longfactory.train.checkpoint.trainer import ResumableTrainer
 from longfactory.train.contracts import OVERRIDDEN, check_trainer, signature_of
 from longfactory.train.trainer import RowTrainer
 
@@ -15,7 +16,8 @@ from longfactory.train.trainer import RowTrainer
 def test_every_overridden_method_has_a_contract() -> None:
     overridden = {
         name
-        for name, value in vars(RowTrainer).items()
+        for owner in (RowTrainer, ResumableTrainer)
+        for name, value in vars(owner).items()
         if callable(value) and callable(getattr(Trainer, name, None)) and name[:2] != "__"
     }
     assert overridden == set(OVERRIDDEN)

@@ -211,7 +211,7 @@ def test_a_rank_without_the_gathered_weights_writes_nothing(
     writes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two ranks wrote one file, and the last one's was empty."""
-    from longfactory.train import trainer as module
+    from longfactory.train.checkpoint import trainer as module
 
     saved: list[dict] = []
     rank = types.SimpleNamespace(
@@ -224,7 +224,7 @@ def test_a_rank_without_the_gathered_weights_writes_nothing(
     state = {"weight": torch.ones(1)} if writes else {}
     monkeypatch.setattr(module.export, "full_state_dict", lambda model: state)
     monkeypatch.setattr(module, "finish_save", lambda *_: None)
-    module.RowTrainer.save_model(rank)  # type: ignore[arg-type]
+    module.ResumableTrainer.save_model(rank)  # type: ignore[arg-type]
     assert saved == ([state] if writes else [])
 
 

@@ -1,5 +1,5 @@
-"""transformers' Trainer on rows: loaders, the count of items, the loss, evaluation and saving under
-sequence parallelism.
+"""transformers' Trainer on rows: loaders, the count of items, loss and evaluation under sequence
+parallelism. Checkpoints: `checkpoint/trainer.py`.
 
 The gradient rule. N counts the items (tokens, pairs, samples) of all data-parallel groups and all
 micro-batches of the optimizer step. Every rank of group d differentiates DP * S_d / N, S_d the sum
@@ -12,13 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
-import os
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -28,59 +24,34 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_init
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import EarlyStoppingCallback, ExportableState
 from transformers.trainer_utils import EvalLoopOutput
 
 from longfactory import sp
-from longfactory.config import folder
 from longfactory.data.row import Row
 from longfactory.errors import UserError
-from longfactory.memory.optimizer import SplitAdamW
 from longfactory.model.outputs import TokenOutputs
-from longfactory.model.saved import bytes_to_save, check_saved, names_for_peft, remove_weights
-from longfactory.model.source import Source, tied_duplicates
+from longfactory.model.source import Source
 from longfactory.model.token_logprobs import ReferenceHidden, TokenLogprobs
-from longfactory.model.value_head import FILE as VALUE_HEAD
-from longfactory.model.value_head import TokenValues, load_value_head
-from longfactory.shard import across, export, optimizer_states
+from longfactory.model.value_head import TokenValues
 from longfactory.sp import hf
 from longfactory.stages.base import Stage
 from longfactory.stages.metrics import Metrics, MetricSums
-from longfactory.train.callbacks import Resume
-from longfactory.train.checkpoint import changes, settings
+from longfactory.train.checkpoint import settings
 from longfactory.train.checkpoint.facts import RunFacts
-from longfactory.train.checkpoint.progress import (
-    Progress,
-    read_progress,
-    read_state,
-    write_state,
-)
-from longfactory.train.checkpoint.prune import prune
-from longfactory.train.checkpoint.save import Part, optimizer_bytes, save_checkpoint
+from longfactory.train.checkpoint.trainer import ResumableTrainer
 from longfactory.train.contracts import check_trainer
 from longfactory.train.embedding_noise import noisy_embeddings, token_keys, token_scales
 from longfactory.train.loader import Collate, RowSampler, empty_row, make_loader
-from longfactory.train.numbers import LoggedSteps, Numbers
+from longfactory.train.numbers import Numbers
 from longfactory.train.optimizers import one_dtype_each
-from longfactory.train.output import (
-    finish_save,
-    first_line,
-    reported,
-    save_value_head,
-    value_head_tensors,
-)
-from longfactory.train.ranks import from_all
 from longfactory.train.reference import Reference, as_reference
-from longfactory.train.whole_weights import load_renamed
 
 log = logging.getLogger("longfactory")
-SCHEDULER_NAME = "scheduler.pt"  # transformers' name
 
 check_trainer(Trainer)
 
 
-class RowTrainer(Trainer):
+class RowTrainer(ResumableTrainer):
     """A Trainer whose batches are rows and whose loss is a stage's.
 
     Args:
@@ -121,28 +92,18 @@ class RowTrainer(Trainer):
         facts: RunFacts | None = None,
         **kwargs: Any,
     ):
-        self.ctx, self.stage = ctx, stage
-        self.head: Any = head  # which of the two the stage's `output` tells
         # For `auto`: given a row before its plan is made, finds the schedule that is fastest for
         # rows like it (sp.measure).
         self.measure: Callable[[int, tuple[sp.Segment, ...]], None] | None = None
-        self.shuffle, self.make_optimizer, self.log_tokens = shuffle, make_optimizer, log_tokens
+        self.make_optimizer, self.log_tokens = make_optimizer, log_tokens
         self.collate, self.pad_id = collate, pad_id
         self.source, self.copies_reported = source, False
         # Made when the model is wrapped (`reference.attach`).
         self.reference = Reference()
-        self._train_metrics, self._eval_metrics = MetricSums(), MetricSums()
-        self.facts = RunFacts() if facts is None else facts
-        # The step of the checkpoint to go on from, and whether that is the run's last.
-        self.resumed_at, self.finished = -1, False
-        # What the run had seen there; None where it begins, or the checkpoint does not say.
-        self.resumed: Progress | None = None
-        # Whether the last epoch's evaluation and rows of the log are done.
-        self.epoch_ended = True
-        self._last_step: tuple[Any, float | None] = (None, None)
-        self._began, self._train_samples, self._updates, self._epochs = time.monotonic(), 0.0, 0, 0
-        self._own_settings: list[dict[str, Any]] = []
-        super().__init__(model, args, **kwargs)
+        self._eval_metrics = MetricSums()
+        super().__init__(
+            model, args, ctx=ctx, stage=stage, head=head, shuffle=shuffle, facts=facts, **kwargs
+        )
         # transformers before 5.19 has no loss_is_scaled_for_ga; it does not divide where the model
         # takes the count itself.
         self.model_accepts_loss_kwargs = True
@@ -150,22 +111,11 @@ class RowTrainer(Trainer):
         self.parameter_count = 0
         if hasattr(self.model, "num_parameters"):
             self.parameter_count = self.model.num_parameters(exclude_embeddings=True)
-        self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
         self.numbers = Numbers(
             on_nan, self._where, lambda: getattr(self.accelerator, "scaler", None) is not None
         )
-        self._logged = LoggedSteps()
-        # transformers counts whatever is named checkpoint-N, by the files' times
-        self.save_total_limit = self.args.save_total_limit
-        self.args.save_total_limit = None
-        self.add_callback(Resume(self))
 
     # ---- data ------------------------------------------------------------------------------------
-
-    @property
-    def data_seed(self) -> int:
-        """Of the samples' order."""
-        return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def loader(self, dataset: Any, batch: int, shuffle: bool, endless: bool = False) -> DataLoader:
         """Rows of a data set for this data-parallel group. `endless`: a stream begins again where
@@ -433,15 +383,6 @@ class RowTrainer(Trainer):
                 f" lr_scheduler_kwargs: {given}: {error}"
             ) from error
 
-    def _split_adamw(self) -> SplitAdamW | None:
-        """The optimizer, where it is the one that transformers and FSDP2's checkpoints do not
-        know.
-        """
-        if self.is_deepspeed_enabled:
-            return None
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        return inner if isinstance(inner, SplitAdamW) else None
-
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         optimizer, last = self._split_adamw(), self.accelerator.sync_gradients
         with contextlib.nullcontext() if optimizer is None else optimizer.during_backward(last):
@@ -547,514 +488,3 @@ class RowTrainer(Trainer):
             self.state.num_input_tokens_seen = int(self._tokens)
             logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
         super().log(logs, start_time)
-
-    # ---- saving and resuming ---------------------------------------------------------------------
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Plain Hugging Face safetensors, whole, whatever the sharding. Collective: every rank
-        calls it. Uploads nothing: `output.push`.
-        """
-        output_dir = output_dir or self.args.output_dir
-        if self.args.should_save and not hasattr(self.model, "peft_config"):
-            remove_weights(output_dir)
-        # what is collective comes first: a process whose disk is full must not leave others in it
-        value_head = value_head_tensors(self) if self.stage.output == "values" else None
-        if self.is_fsdp_enabled:
-            # Gathered one by one, tied weights no longer share their memory, by which transformers
-            # would know them.
-            duplicates = (
-                tied_duplicates(self.model) if not hasattr(self.model, "peft_config") else set()
-            )
-            state = {
-                name: t
-                for name, t in export.full_state_dict(self.model).items()
-                if name not in duplicates
-            }
-            # the other ranks have nothing: in transformers 5.17 they would write that
-            if self.args.should_save:
-                self._save(output_dir, state_dict=state)
-        else:
-            with self._writes_here():
-                super().save_model(output_dir, _internal_call=True)  # without its upload
-        if self.args.should_save:
-            if value_head is not None:
-                save_value_head(value_head, output_dir)
-            finish_save(self, output_dir)
-
-    @contextlib.contextmanager
-    def _writes_here(self) -> Iterator[None]:
-        """While open, `save_pretrained` writes on the first process of each machine where
-        `save_on_each_node` asks for it; transformers writes on the run's first process alone.
-        """
-        model = self.accelerator.unwrap_model(self.model)
-        if not self.args.save_on_each_node or hasattr(model, "peft_config"):
-            yield
-            return
-        model.should_save_on_this_rank = lambda is_main_process: is_main_process
-        try:
-            yield
-        finally:
-            del model.should_save_on_this_rank
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes `checkpoint-<step>`, whole or not at all, and removes the oldest beyond
-        `save_total_limit`. Collective.
-
-        Raises:
-            UserError: the disk refuses; earlier checkpoints are as they were.
-        """
-        self.store_flos()
-        args, step, output_dir = self.args, self.state.global_step, Path(self.args.output_dir)
-        progress = self._progress()
-        self.state.best_model_checkpoint = self._best_checkpoint(output_dir)
-        parts: list[Part] = [("weights", lambda f: self.save_model(str(f), _internal_call=True))]
-        if not args.save_only_model:
-            parts += [
-                ("the optimizer's states", lambda f: self._save_optimizer_and_scheduler(str(f))),
-                ("the scaler", lambda f: self._save_scaler(str(f))),
-                ("states of random numbers", lambda f: self._save_rng_state(str(f))),
-            ]
-        parts.append(("the run's state", lambda f: self._save_state(f, progress)))
-        manifest = {
-            "run": self.facts.record.run,
-            "step": step,
-            "samples": progress.samples,
-            "tokens": progress.tokens,
-            "resumable": not args.save_only_model,
-            "world": {
-                "processes": args.world_size,
-                "sequence_parallel_size": self.ctx.size,
-                "sharding": self.facts.sharding,
-            },
-            "data": self.facts.data,
-            "versions": changes.versions(),
-            "configuration": self.facts.configuration,
-        }
-        final = save_checkpoint(args, step, parts, manifest, bytes_needed=self._bytes_to_save())
-        self._prune()
-        if args.push_to_hub:
-            self._push_from_checkpoint(str(final))
-
-    def _prune(self) -> None:
-        """Keeps `save_total_limit`, by the process that writes."""
-        if not self.args.should_save:
-            return
-        removed = prune(
-            Path(self.args.output_dir),
-            self.save_total_limit,
-            self.facts.record,
-            self.state.best_model_checkpoint,
-            self.state.global_step,
-        )
-        if removed:
-            log.info(f"save_total_limit: {self.save_total_limit}: removed {', '.join(removed)}.")
-
-    def _best_checkpoint(self, output_dir: Path) -> str | None:
-        """The folder of the best step, where this run has saved it or is saving it now."""
-        step = self.state.best_global_step
-        best = output_dir / f"checkpoint-{step}"
-        if not step or self.args.save_strategy == "no":
-            return self.state.best_model_checkpoint
-        ours = best.is_dir() and self.facts.record.holds(folder.run_of(best), step)
-        if step == self.state.global_step or ours:
-            return str(best)
-        return self.state.best_model_checkpoint
-
-    def _bytes_to_save(self) -> int:
-        """About what this process writes into a checkpoint."""
-        weights = bytes_to_save(self.model) if self.args.should_save else 0
-        states = 0 if self.args.save_only_model else optimizer_bytes(self.optimizer)
-        if self.is_fsdp_enabled:
-            # every process writes its shards of the weights too
-            return weights + states + bytes_to_save(self.model) // self.args.world_size
-        return weights + (states if self.args.should_save else 0)
-
-    def _save_state(self, directory: Path, progress: Progress) -> None:
-        """The Trainer's state and ours, by the process that writes."""
-        if not self.args.should_save:
-            return
-        exported: dict[str, Any] = {}
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(callback, ExportableState):
-                exported.setdefault(type(callback).__name__, []).append(callback.state())
-        self.state.stateful_callbacks = {
-            name: found[0] if len(found) == 1 else found for name, found in exported.items()
-        }
-        self.state.save_to_json(str(directory / TRAINER_STATE_NAME))
-        write_state(directory, {**self.run_state(), "stage": self.stage.state_dict()}, progress)
-
-    def _progress(self) -> Progress:
-        """Where the run stands. Collective."""
-        mine = (self._tr_loss.item(), self._train_metrics.state_dict())
-        everyone = from_all(mine)
-        grad_norm, learning_rate = self._last_step
-        stopping = self._early_stopping()
-        return Progress(
-            tokens=int(self._tokens),
-            samples=self.state.global_step * self.get_total_train_batch_size(self.args),
-            runtime=self._runtime(),
-            unlogged=[loss for loss, _ in everyone],
-            total_loss=self._total_loss_scalar,
-            last_logged=self._globalstep_last_logged,
-            metrics=[metrics for _, metrics in everyone],
-            grad_norm=None if grad_norm is None else float(grad_norm),
-            learning_rate=learning_rate,
-            epoch_ended=self.epoch_ended,
-            updates=[*self._logged.counts(), self.numbers.skipped],
-            patience=None if stopping is None else stopping.early_stopping_patience_counter,
-        )
-
-    def _runtime(self) -> float:
-        before = 0.0 if self.resumed is None else self.resumed.runtime
-        return before + time.monotonic() - self._began
-
-    def _early_stopping(self) -> EarlyStoppingCallback | None:
-        found = (c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback))
-        return next(found, None)
-
-    def _stopped_early(self) -> bool:
-        """Whether the checkpoint is that of a run that early stopping has ended."""
-        stopping, resumed = self._early_stopping(), self.resumed
-        if stopping is None or resumed is None or resumed.patience is None:
-            return False
-        return resumed.patience >= stopping.early_stopping_patience
-
-    def continue_progress(self) -> None:
-        """At the start of training, once transformers has set its own counters: the run goes on
-        with the sums and counts that the checkpoint holds, and with this run's intervals.
-        """
-        self._began = time.monotonic()
-        self._tokens.fill_(self.state.num_input_tokens_seen)
-        if self.resumed_at < 0:
-            return
-        self._prune()  # the run may have been killed before it did
-        self.args.eval_on_start = False  # it is done
-        self.state.num_train_epochs = self._epochs
-        self.state.compute_steps(self.args, self.state.max_steps)
-        if self.resumed is None:
-            return
-        loss, metrics = self.resumed.for_rank(self.args.process_index, self.args.world_size)
-        self._tr_loss = torch.tensor(loss, device=self.args.device)
-        self._total_loss_scalar = self.resumed.total_loss
-        self._globalstep_last_logged = self.resumed.last_logged
-        self._train_metrics.load_state_dict(metrics, self.args.device)
-        *counts, self.numbers.skipped = self.resumed.updates
-        self._logged.set_counts(counts)
-        self._last_step = (self.resumed.grad_norm, self.resumed.learning_rate)
-        self._tokens.fill_(self.resumed.tokens)
-        self.epoch_ended = self.resumed.epoch_ended
-        if (stopping := self._early_stopping()) is not None:
-            stopping.early_stopping_patience_counter = self.resumed.patience or 0
-
-    def _maybe_log_save_evaluate(
-        self,
-        tr_loss: Tensor,
-        grad_norm: Any,
-        model: nn.Module,
-        trial: Any,
-        epoch: float,
-        ignore_keys_for_eval: Any,
-        start_time: float,
-        learning_rate: float | None = None,
-    ) -> None:
-        self._last_step = (grad_norm, learning_rate)
-        super()._maybe_log_save_evaluate(
-            tr_loss,
-            grad_norm,
-            model,
-            trial,
-            epoch,
-            ignore_keys_for_eval,
-            start_time,
-            learning_rate=learning_rate,
-        )
-
-    def _end_epoch(self) -> None:
-        """What comes at the end of an epoch, where the checkpoint was saved before it."""
-        self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)  # type: ignore[has-type]
-        grad_norm, learning_rate = self._last_step
-        self._maybe_log_save_evaluate(
-            self._tr_loss,
-            grad_norm,
-            self.model_wrapped,
-            None,
-            self.state.epoch or 0.0,
-            None,
-            time.time(),
-            learning_rate=learning_rate,
-        )
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        if not self.epoch_ended and self.resumed_at % self._updates == 0:
-            # an evaluation draws from the generators, which are now as they were before it
-            self._end_epoch()
-
-    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
-        if self.finished and not self.epoch_ended:
-            self._end_epoch()
-        return super()._finalize_training(trial, num_train_samples, start_time)
-
-    def _of_the_whole_run(self, runtime: float) -> dict[str, float]:
-        """Results of all starts of a run together, where this one resumed."""
-        steps = self.state.global_step
-        if self.resumed is None or not steps:
-            return {}
-        runtime += self.resumed.runtime
-        samples = self._train_samples * steps / max(self.state.max_steps, 1)
-        return {
-            "train_loss": self._total_loss_scalar / steps,
-            "train_runtime": round(runtime, 4),
-            "train_samples_per_second": round(samples / runtime, 3),
-            "train_steps_per_second": round(steps / runtime, 3),
-        }
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        reported(
-            lambda: super(RowTrainer, self)._push_from_checkpoint(checkpoint_folder),
-            f"push_to_hub: {checkpoint_folder}",
-        )
-
-    def _finish_current_push(self) -> None:
-        reported(super()._finish_current_push, "push_to_hub: the last checkpoint")
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        optimizer = self._split_adamw()
-        if optimizer is None:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        if self.is_fsdp_enabled:
-            from accelerate.utils import save_fsdp_model
-
-            save_fsdp_model(
-                self.accelerator.state.fsdp_plugin,
-                self.accelerator,
-                self.model,
-                output_dir,
-                adapter_only=True,
-            )
-        optimizer_states.save_states(
-            optimizer, self.model.named_parameters(), output_dir, writes_whole=self.args.should_save
-        )
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))  # type: ignore[union-attr]
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """States from the checkpoint; learning rate, schedule, decay and betas from the run's keys.
-
-        Raises:
-            UserError: the states are of another optimizer or of other parameters.
-        """
-        if checkpoint is None:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        optimizer = self._split_adamw()
-        if optimizer is None:
-            if optimizer_states.holds_states(checkpoint):
-                raise UserError(
-                    f"The checkpoint {checkpoint} was made by AdamW on the host or with split"
-                    " weights. Set optimizer_placement: host."
-                )
-            try:
-                self._load_states(checkpoint)
-            except (ValueError, KeyError, RuntimeError) as error:
-                raise UserError(
-                    f"The optimizer's states in {checkpoint} are of another optimizer or of other"
-                    f" parameters than this run's ({first_line(error)}). Use the same optim and"
-                    " finetuning_type."
-                ) from error
-        else:
-            optimizer_states.load_states(optimizer, self.model.named_parameters(), checkpoint)
-            self.lr_scheduler.load_state_dict(
-                torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True)
-            )  # type: ignore[union-attr]
-        settings.apply_settings(self.optimizer, self.lr_scheduler, self._own_settings)
-
-    def _load_states(self, checkpoint: str) -> None:
-        """transformers' own, or states that another sharding has saved."""
-        states = across.states_of(checkpoint)
-        if self.is_fsdp_enabled and states == "whole":
-            across.load_whole_states(self.optimizer, self.model, checkpoint)
-        elif not self.is_fsdp_enabled and not self.is_deepspeed_enabled and states == "sharded":
-            across.load_sharded_states(self.optimizer, self.model, checkpoint)
-        else:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        self.lr_scheduler.load_state_dict(  # type: ignore[union-attr]
-            torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True)
-        )
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        self.refuse_renamed_adapter()
-        saved_sharded = os.path.isdir(os.path.join(resume_from_checkpoint, across.SHARDED_MODEL))
-        if saved_sharded != self.is_fsdp_enabled and not self.is_deepspeed_enabled:
-            across.load_weights(
-                self.model if model is None else model,
-                resume_from_checkpoint,
-                sharded=self.is_fsdp_enabled,
-            )
-            return
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_renamed(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self._load_renamed(self.state.best_model_checkpoint)
-
-    def _load_renamed(self, folder: str | None) -> None:
-        """What a load of one process leaves out of a whole model; of an adapter, whether it left
-        out anything.
-
-        Raises:
-            UserError: the adapter differs from the file's.
-        """
-        if not folder or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return
-        if not hasattr(self.model, "peft_config"):
-            load_renamed(self.model, folder)
-        elif problems := check_saved(folder, self.model):
-            raise UserError(
-                f"The adapter in {folder} was not loaded as it was saved: " + "; ".join(problems)
-            )
-
-    def refuse_renamed_adapter(self) -> None:
-        """Sharded checkpoints hold an adapter under today's names.
-
-        Raises:
-            UserError: PEFT does not find all of these again.
-        """
-        if (
-            self.is_fsdp_enabled
-            and hasattr(self.model, "peft_config")
-            and (names := names_for_peft(self.model))
-        ):
-            raise UserError(
-                f"PEFT does not find {len(names)} tensors of this model's adapter in a sharded"
-                f" checkpoint ({next(iter(names))}), so that the run cannot go on from it. Start"
-                " from the saved adapter instead (adapter_name_or_path: the checkpoint's folder)."
-            )
-
-    def run_state(self) -> dict[str, Any]:
-        """What decides which samples a step takes. A checkpoint resumes only where this is the
-        same.
-        """
-        return {
-            "total_batch_size": self.get_total_train_batch_size(self.args),
-            "samples": len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,  # type: ignore[arg-type]
-            "data_seed": self.data_seed,
-            "shuffle": self.shuffle,
-            "train_sampling_strategy": str(getattr(self.args, "train_sampling_strategy", "random")),
-            "dataloader_drop_last": self.args.dataloader_drop_last,
-            "data": self.facts.data,
-            "sequence_parallel_size": self.ctx.size,
-        }
-
-    def check_resume(self, checkpoint: str, manifest: dict[str, Any] | None = None) -> None:
-        """Refuses a checkpoint whose steps took other samples than this run's would, or whose
-        states this run cannot load; tells what else is changed, and gives the stage and the value
-        head their states back.
-
-        Args:
-            manifest: of the checkpoint, where it has one.
-        Raises:
-            UserError: with what differs and how to make it agree.
-        """
-        steps = os.path.join(checkpoint, TRAINER_STATE_NAME)
-        if os.path.isfile(steps):
-            with open(steps) as f:
-                self.resumed_at = json.load(f)["global_step"]
-        changed: dict[str, tuple[Any, Any]] = {}
-        if manifest is not None:
-            changed = changes.changed_keys(manifest["configuration"], self.facts.configuration)
-            engines = (manifest["world"]["sharding"], self.facts.sharding)
-            changes.refuse_other_states(
-                checkpoint, changed, self.facts.configuration, sharding=engines
-            )
-        headless = self.stage.output == "values" and not load_value_head(self.head, checkpoint)
-        # The weights of a whole model hold the head; those of an adapter do not.
-        if headless and os.path.isfile(os.path.join(checkpoint, "adapter_config.json")):
-            raise UserError(
-                f"The checkpoint {checkpoint} has no {VALUE_HEAD}, without which it is no reward"
-                " model. Start anew."
-            )
-        then = read_state(checkpoint)
-        if then is not None:
-            self.stage.load_state_dict(then.get("stage", {}))
-            self.resumed = read_progress(then)
-            if not self.args.ignore_data_skip:
-                self._refuse_other_samples(checkpoint, then, changed)
-        self._tell_changes(checkpoint, manifest, changed)
-
-    def _refuse_other_samples(
-        self, checkpoint: str, then: dict[str, Any], changed: dict[str, tuple[Any, Any]]
-    ) -> None:
-        """Raises UserError where the run would go on with other samples than the checkpoint's."""
-        now = self.run_state()
-        if then["total_batch_size"] != now["total_batch_size"]:
-            raise UserError(
-                f"The checkpoint {checkpoint} was made with {then['total_batch_size']} samples an"
-                f" optimizer step; this run takes {now['total_batch_size']}"
-                " (per_device_train_batch_size x gradient_accumulation_steps x data-parallel"
-                f" groups = {self._train_batch_size} x {self.args.gradient_accumulation_steps} x"
-                f" {self.ctx.dp_size}). Change gradient_accumulation_steps so that they agree, or"
-                " set ignore_data_skip: true to start the epoch's data again."
-            )
-        names = (
-            "samples",
-            "data_seed",
-            "shuffle",
-            "train_sampling_strategy",
-            "dataloader_drop_last",
-        )
-        for key in names:
-            if then.get(key, now[key]) != now[key]:
-                raise UserError(
-                    f"The checkpoint {checkpoint} was made with {key} = {then[key]}, this run has"
-                    f" {now[key]}: it would go on with other samples."
-                    f"{changes.of_the_data(changed)} Use the same data and seed, or set"
-                    " ignore_data_skip: true."
-                )
-        if None not in (then.get("data"), now["data"]) and then["data"] != now["data"]:
-            what = changes.of_the_data(changed) or " Files of the data sets were changed."
-            raise UserError(
-                f"The checkpoint {checkpoint} was made with other training data: as many samples,"
-                f" but not the same.{what} Use the same data, cutoff_len and template, or set"
-                " ignore_data_skip: true."
-            )
-
-    def _tell_changes(
-        self,
-        checkpoint: str,
-        manifest: dict[str, Any] | None,
-        changed: dict[str, tuple[Any, Any]],
-    ) -> None:
-        """What is different from the run that wrote the checkpoint, as lines of the log."""
-        if changed:
-            log.info(f"Changed since {checkpoint}, and applied: {changes.in_words(changed)}.")
-        if arithmetic := {k: v for k, v in changed.items() if k in changes.ARITHMETIC}:
-            log.warning(
-                f"{changes.in_words(arithmetic)}: numbers are rounded in another way than before"
-                f" {checkpoint}."
-            )
-        if manifest is None:
-            return
-        packages = changes.changed_keys(manifest["versions"], changes.versions())
-        if packages:
-            log.warning(
-                f"Other versions than those of {checkpoint} ({changes.in_words(packages)}): the"
-                " last bits of numbers may differ."
-            )
-        world = manifest["world"]
-        if world["processes"] != self.args.world_size:
-            log.warning(
-                f"{checkpoint} was made by {world['processes']} processes, this run has"
-                f" {self.args.world_size}. The steps take the same samples; sums are rounded in"
-                " another order, and random numbers (dropout) are drawn anew."
-            )
-        elif world["sequence_parallel_size"] != self.ctx.size:
-            log.info(
-                f"sequence_parallel_size: {world['sequence_parallel_size']} in {checkpoint},"
-                f" {self.ctx.size} now: sums are rounded in another order."
-            )
