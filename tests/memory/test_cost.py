@@ -13,6 +13,7 @@ from longfactory.memory.cost import (
     CAREFUL,
     MARGIN,
     budget,
+    candidates,
     choose,
     fits,
     longest,
@@ -395,3 +396,33 @@ def test_quantised_weights_take_their_bits():
 )
 def test_kinds_of_gpu_by_their_names(name: str, kind: str | None):
     assert kind_of(name) == kind
+
+
+@pytest.mark.parametrize("name", [each.key for each in techniques() if each.ordered])
+def test_what_is_ordered_is_slower_and_leaner(name: str):
+    """The search leaves out values by it."""
+    technique = next(each for each in techniques() if each.key == name)
+    others = [candidates(job, "auto", "first") for job in (TWO, ONE)]
+    for job, settings in zip((TWO, ONE), map(list, others), strict=True):
+        for each in settings[:: max(1, len(settings) // 20)]:
+            values = technique.values(job, "auto", each)
+            changed = [dataclasses.replace(each, **{name: value}) for value in values]
+            if each.checkpoint == "none":
+                continue
+            times = [seconds(job, settings) for settings in changed]
+            sizes = [budget(job, settings, timed=False).gpu_total for settings in changed]
+            assert times == sorted(times) and sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("tokens", [32768, 262144])
+def test_the_search_finds_what_looking_at_all_finds(tokens: int):
+    job = dataclasses.replace(TWO, tokens=tokens)
+    found, needs, ok = choose(job)
+    fitting = [s for s in candidates(job, "auto") if fits(job, budget(job, s, timed=False), 0.85)]
+
+    def key(settings: MemorySettings) -> float:
+        full = budget(job, settings, timed=False).gpu_total / job.machine.gpu_bytes
+        more = 0.002 * full + 0.03 * max(0.0, full - CAREFUL) / (MARGIN - CAREFUL)
+        return seconds(job, settings) * (1 + more)
+
+    assert ok and found == min(fitting, key=key) and needs.seconds == seconds(job, found)

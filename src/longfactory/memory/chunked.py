@@ -299,4 +299,5 @@ CHUNKS = Technique(
     words=_words,
     advice=_advice,
     leaner=_leaner,
+    ordered=True,
 )

@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import importlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import ModelShape, TrainingJob
@@ -273,21 +273,37 @@ def roofline(job: TrainingJob) -> float:
     )
 
 
-def candidates(job: TrainingJob, mode: str) -> Iterator[MemorySettings]:
+def candidates(
+    job: TrainingJob, mode: str, which: Literal["all", "first", "last"] = "all"
+) -> Iterator[MemorySettings]:
     """Settings to consider. `fast`: nothing leaves the GPU. `long`: the leanest layer. `auto`:
     all. Their `pool_bytes` is 0: the budget of the settings says what the pool must hold.
+
+    Args:
+        which: values of techniques that are `ordered`: all; or the first one alone, the fastest;
+            or the last one alone, the leanest.
     """
     nested = sorted(techniques(), key=lambda technique: technique.depth)
+    return _nested(job, mode, MemorySettings(), nested, which)
 
-    def inner(settings: MemorySettings, rest: list[Technique]) -> Iterator[MemorySettings]:
-        if not rest or settings.checkpoint == "none":
-            yield settings
-            return
-        key = rest[0].key
-        for value in rest[0].values(job, mode, settings):
-            yield from inner(_with_value(settings, key, value), rest[1:])
 
-    yield from inner(MemorySettings(), nested)
+def _nested(
+    job: TrainingJob,
+    mode: str,
+    settings: MemorySettings,
+    rest: list[Technique],
+    which: Literal["all", "first", "last"],
+) -> Iterator[MemorySettings]:
+    """`settings` with every combination of the values of the other techniques."""
+    if not rest or settings.checkpoint == "none":
+        yield settings
+        return
+    technique = rest[0]
+    values = technique.values(job, mode, settings)
+    if technique.ordered and which != "all":
+        values = values[:1] if which == "first" else values[-1:]
+    for value in values:
+        yield from _nested(job, mode, _with_value(settings, technique.key, value), rest[1:], which)
 
 
 def _with_value(settings: MemorySettings, key: str, value: Any) -> MemorySettings:
@@ -352,36 +368,47 @@ def choose(
     if mode not in ("auto", "fast", "long"):
         raise ValueError(f"memory: got {mode!r}, expected auto, fast or long.")
     best: tuple[float, MemorySettings, Budget] | None = None
-    least: tuple[float, MemorySettings] | None = None
-    seen: set[MemorySettings] = set()  # candidates may differ only in what is fixed
-    for candidate in candidates(job, mode):
-        settings = with_fixed(candidate, fixed, mode) if fixed else candidate
-        if settings is None or settings in seen:
-            continue
-        if fixed:
-            seen.add(settings)
-        needs = budget(job, settings, timed=False)
-        if fits(job, needs, host_share):
-            needs = dataclasses.replace(needs, seconds=seconds(job, settings))
+    ordered = sorted((t for t in techniques() if t.ordered), key=lambda technique: technique.depth)
+    for fastest in _agreeing(candidates(job, mode, "first"), fixed, mode):
+        if best is not None and seconds(job, fastest) >= best[0]:
+            continue  # nothing that is only leaner is faster
+        for settings in _agreeing(_nested(job, mode, fastest, ordered, "all"), fixed, mode):
+            taken = seconds(job, settings)
+            if best is not None and taken >= best[0]:
+                continue
+            needs = budget(job, settings, timed=False)
+            if not fits(job, needs, host_share):
+                continue
             # Of equals, the one that leaves more room. The last eighth is taken for a gain of some
             # percent, not for less: peaks are planned within an eighth, and what a first step
             # leaves free is used from the second on (`corrected`).
             full = needs.gpu_total / job.machine.gpu_bytes
-            key = needs.seconds * (
-                1 + 0.002 * full + 0.03 * max(0.0, full - CAREFUL) / (MARGIN - CAREFUL)
-            )
+            key = taken * (1 + 0.002 * full + 0.03 * max(0.0, full - CAREFUL) / (MARGIN - CAREFUL))
             if best is None or key < best[0]:
-                best = (key, settings, needs)
-        else:
-            short = needs.gpu_total / (MARGIN * job.machine.gpu_bytes)
-            if job.machine.host_bytes:
-                short = max(short, needs.host_total / (host_share * job.machine.host_bytes))
-            if least is None or short < least[0]:
-                least = (short, settings)
+                best = (key, settings, dataclasses.replace(needs, seconds=taken))
     if best is not None:
         return best[1], best[2], True
-    assert least is not None
-    return least[1], budget(job, least[1]), False
+
+    def short(settings: MemorySettings) -> float:
+        needs = budget(job, settings, timed=False)
+        of_gpu = needs.gpu_total / (MARGIN * job.machine.gpu_bytes)
+        if not job.machine.host_bytes:
+            return of_gpu
+        return max(of_gpu, needs.host_total / (host_share * job.machine.host_bytes))
+
+    least = min(_agreeing(candidates(job, mode, "last"), fixed, mode), key=short)
+    return least, budget(job, least), False
+
+
+def _agreeing(
+    found: Iterator[MemorySettings], fixed: Mapping[str, Any] | None, mode: str
+) -> Iterator[MemorySettings]:
+    """Candidates with what the user fixed, each once; without those that contradict it."""
+    if not fixed:
+        yield from found
+        return
+    changed = (with_fixed(settings, fixed, mode) for settings in found)
+    yield from dict.fromkeys(settings for settings in changed if settings is not None)
 
 
 def longest(
@@ -404,10 +431,8 @@ def longest(
     # A chunk that is longer than a row is the whole row: the candidates of the longest row are all
     # that there are. The leanest come last. A candidate is looked at further only where it fits a
     # longer row than those before it.
-    of_longest = list(candidates(dataclasses.replace(job, tokens=most * unit), mode))
-    if fixed:
-        agreeing = (with_fixed(settings, fixed, mode) for settings in of_longest)
-        of_longest = list(dict.fromkeys(s for s in agreeing if s is not None))
+    leanest = candidates(dataclasses.replace(job, tokens=most * unit), mode, "last")
+    of_longest = list(_agreeing(leanest, fixed, mode))
     for settings in reversed(of_longest):
         high = low + 1
         while high < most and fit(settings, high):

@@ -545,4 +545,5 @@ ATTENTION_GROUPS = Technique(
     work=_group_work,
     words=_group_words,
     leaner=_more_groups,
+    ordered=True,
 )

@@ -444,7 +444,13 @@ def _always_late(job: TrainingJob, settings: MemorySettings) -> bool:
 
 
 LATE_PREFETCH = Technique(
-    "late_prefetch", _late_values, 7, bytes=_late_bytes, work=_late_work, leaner=_always_late
+    "late_prefetch",
+    _late_values,
+    7,
+    bytes=_late_bytes,
+    work=_late_work,
+    leaner=_always_late,
+    ordered=True,
 )
 
 

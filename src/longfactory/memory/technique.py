@@ -86,6 +86,8 @@ class Technique:
             where it is in use.
         leaner: (job, settings) -> a value that takes less, where the first step came too near to
             the limit. For what can change between steps.
+        ordered: each of `values` takes more seconds and no more bytes than the one before it,
+            whatever the other fields are, so that the search need not look at all of them.
     """
 
     key: str
@@ -98,3 +100,4 @@ class Technique:
     words: Callable[[MemorySettings], str | None] | None = None
     advice: Callable[[TrainingJob, MemorySettings], tuple[int, str] | None] | None = None
     leaner: Callable[[TrainingJob, MemorySettings], Any] | None = None
+    ordered: bool = False
