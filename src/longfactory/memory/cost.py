@@ -20,6 +20,7 @@ import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+from longfactory.memory import exchange
 from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import ModelShape, TrainingJob
 from longfactory.memory.technique import Bytes, LayerMoments, StepMoments, Technique, Work
@@ -119,9 +120,7 @@ def _working_set(job: TrainingJob, stated: list[Bytes]) -> float:
         segment += layer[2]
     # cos and sin; ids, labels, positions, log-probabilities
     working = max(attention, after, segment) + (4 * shape.head_dim + 64) * tokens
-    if job.sp > 1:  # keys and values on their way, and the sums of their gradients
-        working += 4 * shape.key_bytes * tokens
-    return working
+    return working + exchange.held_bytes(job)
 
 
 @functools.lru_cache(64)
@@ -206,10 +205,9 @@ def seconds(job: TrainingJob, settings: MemorySettings) -> float:
     linear += 2.0 * shape.head_parameters * (2 + backward)
     attention = 2.0 * job.tokens * shape.heads * shape.head_dim * shape.layers
     runs = 1.0 + work.again_attention
-    # Messages of a sequence-parallel group are hidden behind attention, where that takes longer.
     attending = job.local * attention
     attending *= runs / machine.attention_forward + 2.5 / machine.attention_backward
-    attending = max(attending, exchanged_bytes(job, runs) / machine.between(job.sp))
+    attending = exchange.attention_seconds(job, attending, exchanged_bytes(job, runs), runs)
     products = job.local * linear / machine.gemm * (1.0 + work.slower) / LINEAR_SHARE
     if not shape.written_layer:
         products /= GENERIC_SHARE

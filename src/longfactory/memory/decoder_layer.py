@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from longfactory import sp
 from longfactory.memory.checkpointed import CheckpointedLayer
 from longfactory.memory.chunked import GradientSum, chunk_length
+from longfactory.memory.exchange import exchanges_heads
 from longfactory.memory.layer_ops import (
     add_rms_norm_backward,
     gated_silu,
@@ -506,6 +507,8 @@ class _Layer(torch.autograd.Function):
 
 def _group_values(job: TrainingJob, mode: str, settings: MemorySettings) -> list[int]:
     shape = job.shape
+    if exchanges_heads(job):  # each exchange is of all heads
+        return [1]
     groups = [
         g for g in (1, 2, 4, 8) if shape.kv_heads % g == 0 and (g == 1 or shape.written_layer)
     ]

@@ -345,6 +345,8 @@ class TrainingJob:
         zero: DeepSpeed's stage, 0 without it. Its weights have the width that layers compute in,
             their fp32 copies are among the states (`state_bytes` 12); whole weights are on each GPU
             but in stage 3, whole gradients in stage 1.
+        mode, ulysses_degree: the schedule of sequence parallelism (`sp.context.Mode`), and GPUs
+            that exchange heads where `usp` says how many.
     """
 
     shape: ModelShape
@@ -358,6 +360,8 @@ class TrainingJob:
     leavable: bool = False
     overlaps: bool = False
     zero: int = 0
+    mode: str = "zigzag-ring"
+    ulysses_degree: int | None = None
 
     def __post_init__(self) -> None:
         if self.machine.gpus > 1 and not self.sharded:  # DDP

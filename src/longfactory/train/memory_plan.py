@@ -229,10 +229,20 @@ def plan_run(
         leavable=final,
         overlaps=overlaps,
         zero=zero,
+        mode=cfg.parallel.sequence_parallel_mode,
+        ulysses_degree=ulysses_degree(cfg),
     )
     host = cfg.memory.optimizer_placement == "host"
     plan, split = choose_masters(job, fixed, cfg.memory.memory, may_split, always=host)
     return Memory(plan, split, None if split else narrow, sharding == "deepspeed")
+
+
+def ulysses_degree(cfg: RunConfig) -> int | None:
+    """GPUs that exchange heads, as the keys of usp say; None where they say nothing."""
+    keys = cfg.parallel
+    if keys.sequence_parallel_ring_degree is not None and keys.sequence_parallel_mode == "usp":
+        return keys.sequence_parallel_size // keys.sequence_parallel_ring_degree
+    return keys.sequence_parallel_ulysses_degree
 
 
 def zero_stage(cfg: RunConfig) -> tuple[int, bool]:
