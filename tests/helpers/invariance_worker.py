@@ -50,6 +50,18 @@ def tiny(family: str) -> nn.Module:
         # soft-caps, a window
         "gemma2": dict(sliding_window=11, final_logit_softcapping=5.0, attn_logit_softcapping=7.0),
         "qwen3": {},
+        "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+        # sinks, a window; experts transposed and with biases
+        "gpt_oss": dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=11),
+        # a shared expert and a dense layer, which PEFT takes for experts; a bias on the scores
+        "glm4_moe": dict(
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            first_k_dense_replace=1,
+            n_group=1,
+            topk_group=1,
+        ),
     }[family]
     config = transformers.AutoConfig.for_model(family, **{**common, **special})
     config.use_cache = False
@@ -66,6 +78,20 @@ def add_lora(model: nn.Module) -> nn.Module:
         model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
     )
     for name, p in model.named_parameters():  # B = 0 would hide the gradient of A
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.05)
+    return model
+
+
+def add_lora_everywhere(model: nn.Module) -> nn.Module:
+    """What `lora_target: all` means, experts included."""
+    from longfactory.config.arguments import FinetuningArguments, ModelArguments
+    from longfactory.model.adapters import apply_finetuning
+
+    torch.manual_seed(11)
+    method = FinetuningArguments(finetuning_type="lora", lora_rank=3)
+    model = apply_finetuning(model, method, ModelArguments())
+    for name, p in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(p, std=0.05)
     return model
@@ -186,6 +212,8 @@ def deepspeed_json(sharding: str) -> dict | str:
 
 def run_case(sharding: str, case: dict[str, str]) -> dict[str, float | str]:
     from longfactory import sp
+    from longfactory.memory.apply import apply_memory
+    from longfactory.memory.settings import MemorySettings
     from longfactory.model.token_logprobs import TokenLogprobs
     from longfactory.shard import settings
     from longfactory.shard.export import full_state_dict
@@ -204,6 +232,8 @@ def run_case(sharding: str, case: dict[str, str]) -> dict[str, float | str]:
     model = tiny(case["family"])
     if case["tune"] == "lora":
         model = add_lora(model)
+    if case["tune"] == "experts":
+        model = add_lora_everywhere(model)
     plain = model
     model = copy.deepcopy(model)
     (
@@ -246,6 +276,8 @@ def run_case(sharding: str, case: dict[str, str]) -> dict[str, float | str]:
         args.device  # noqa: B018
         ctx = sp.SequenceParallel.create(size, mode=case["mode"])
         hf.prepare(model, ctx)
+        if case.get("recompute"):
+            apply_memory(model, MemorySettings(mlp_chunk=8))
         head = TokenLogprobs(model, chunk=13)
         trainer = RowTrainer(
             model,

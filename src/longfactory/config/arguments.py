@@ -168,7 +168,12 @@ class FinetuningArguments:
     )
     lora_dropout: float = arg(0.0, "Dropout before the adapters.", low=0.0, below=1.0)
     lora_target: tuple[str, ...] = arg(
-        ("all",), "Modules that get an adapter; all = every linear layer but the head."
+        ("all",),
+        "Modules that get an adapter; all = every linear map of the layers, routed experts"
+        " included, routers not.",
+    )
+    lora_experts: bool = arg(
+        True, "Whether routed experts get adapters where lora_target means them; false: none."
     )
     additional_target: tuple[str, ...] = arg(
         (), "Other modules that are trained whole and saved with the adapter."

@@ -5,11 +5,12 @@ by peft).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import torch
 from torch import nn
 
 from longfactory.errors import UserError
+from longfactory.model import experts
 from longfactory.sp import hf
+from longfactory.sp.routers import is_router
 from longfactory.sp.text_model import Idle, decoder_layers, idle
 
 log = logging.getLogger("longfactory")
@@ -89,33 +92,108 @@ def describe_trained(model: nn.Module) -> list[tuple[int, str]]:
             " as they were loaded."
         )
         lines.append((logging.INFO, line))
-    adapted = Counter(name.rsplit(".", 1)[-1] for name, m in model.named_modules() if _adapted(m))
-    if adapted:
-        places = ", ".join(f"{count} x {name}" for name, count in sorted(adapted.items()))
-        lines.append((logging.INFO, f"Adapters: {sum(adapted.values())} ({places})"))
-        experts = {
-            n
-            for n, _ in inner.named_parameters()
-            if re.search(r"\bexperts\b", n) and n not in parts.parameters
-        }
-        bare = {
-            n for n in experts if "lora_" not in n and not _adapted(inner.get_submodule(_owner(n)))
-        }
-        if bare:
-            share = 100 * count_parameters(inner, bare)[1] / max(total, 1)
-            line = (
-                f"The routed experts carry no adapter: {share:.0f} % of the weights stay as they"
-                " are. LoRA reaches linear layers alone."
-            )
-            lines.append((logging.WARNING, line))
+    lines += _describe_adapters(inner, parts)
     return lines
 
 
-def _owner(parameter: str) -> str:
-    """The name of the module that a parameter belongs to; of a layer that peft wrapped, that of the
-    wrapper.
+def _describe_adapters(inner: nn.Module, parts: Idle) -> list[tuple[int, str]]:
+    """How many numbers have an adapter and which matrices have none, as (level of logging,
+    line).
     """
-    return parameter.rpartition(".")[0].removesuffix(".base_layer")
+    adapted = {
+        name if parameter == "weight" else f"{name}.{parameter}"
+        for name, module in inner.named_modules()
+        if _adapted(module)
+        for name, parameter in [_adapted_parameter(name, module)]
+    }
+    if not adapted:
+        return []
+    numbers = 0
+    bare: dict[str, int] = {}
+    for name, p in inner.named_parameters():
+        owner, _, own = name.replace(".base_layer", "").rpartition(".")
+        matrix = owner if own == "weight" else f"{owner}.{own}"
+        if "lora_" in name or "modules_to_save" in name:
+            continue
+        if matrix in adapted:
+            numbers += _numbers_of(p)
+        elif len(_shape_of(p)) > 1 and not p.requires_grad and name not in parts:
+            bare[matrix] = _numbers_of(p)
+    total = count_parameters(inner)[1]
+    total -= sum(_numbers_of(p) for n, p in inner.named_parameters() if "lora_" in n)
+    lines = [
+        (
+            logging.INFO,
+            f"Adapters: {len(adapted)} ({_counted(adapted)}), on {numbers:,} of the model's"
+            f" {total:,} parameters",
+        )
+    ]
+    if bare:
+        share = 100 * sum(bare.values()) / max(total, 1)
+        lines.append(
+            (
+                logging.INFO,
+                f"No adapter on: {_counted(bare)} ({share:.2f} % of the parameters). They stay as"
+                " they are.",
+            )
+        )
+    routers = {m for r in inner.modules() if is_router(r) for m in r.modules()}
+    routing = {name.replace(".base_layer", "") for name, m in inner.named_modules() if m in routers}
+    routed = [
+        n
+        for n in bare
+        if re.search(r"\bexperts\b", n)
+        and "bias" not in n
+        and not routing & {n, n.rpartition(".")[0]}
+    ]
+    if routed:
+        share = 100 * sum(bare[n] for n in routed) / max(total, 1)
+        lines.append(
+            (
+                logging.WARNING,
+                f"The routed experts carry no adapter: {share:.0f} % of the parameters stay as they"
+                " are.",
+            )
+        )
+    return lines
+
+
+def _adapted_parameter(name: str, module: Any) -> tuple[str, str]:
+    """The name that an adapted module has without adapters, and which of its parameters has the
+    adapter.
+    """
+    parameter = module.parameter_name if experts.is_wrapper(module) else "weight"
+    return name.replace(".base_layer", ""), parameter
+
+
+def _counted(names: Iterable[str]) -> str:
+    """`4 x experts.down_proj, 4 x q_proj`: of names in numbered layers, the part behind the number,
+    as short as tells them apart.
+    """
+    ends = Counter(re.sub(r".*\.\d+\.(?=\D)", "", name) for name in names)
+    leaves = Counter(end.rsplit(".", 1)[-1] for end in ends)
+
+    def short(end: str) -> str:
+        words = end.split(".")
+        if leaves[words[-1]] > 1:
+            return end
+        return ".".join(words[-2:] if "experts" in words[-2:-1] else words[-1:])
+
+    return ", ".join(f"{count} x {short(end)}" for end, count in sorted(ends.items()))
+
+
+def _shape_of(parameter: Any) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _numbers_of(p: Any) -> int:
+    """How many numbers a parameter stands for: four-bit weights hold two in a byte; under ZeRO-3 a
+    parameter is empty between its uses.
+    """
+    n = int(getattr(p, "ds_numel", p.numel()))
+    if p.__class__.__name__ == "Params4bit":
+        n *= 2 * p.element_size() if hasattr(p, "element_size") else 2
+    return n
 
 
 def _adapted(module: nn.Module) -> bool:
@@ -141,9 +219,7 @@ def count_parameters(
     for name, p in model.named_parameters():
         if names is not None and name not in names:
             continue
-        n = getattr(p, "ds_numel", p.numel())  # under ZeRO-3 a weight is empty between its uses
-        if p.__class__.__name__ == "Params4bit":
-            n *= 2 * p.element_size() if hasattr(p, "element_size") else 2
+        n = _numbers_of(p)
         total += n
         trainable += n if p.requires_grad else 0
     return trainable, total
@@ -215,8 +291,7 @@ def linear_names(model: nn.Module) -> list[str]:
     """Names for peft of every linear layer that text passes through, but the output layer: what
     `lora_target: all` means.
 
-    A router that is a linear layer and gives more than its product (that of Llama 4) takes no
-    adapter and is left out.
+    Routers are left out: what they choose would change with their adapter.
 
     The last part of a layer's name, as q_proj, where it stands for linear layers alone. A number,
     or a part that other modules end in too, gets what stands before it: peft takes the `0` of
@@ -224,6 +299,7 @@ def linear_names(model: nn.Module) -> list[str]:
     """
     inner = hf.unwrap(model)
     parts, head = idle(inner), inner.get_output_embeddings()
+    in_routers = {m for router in inner.modules() if is_router(router) for m in router.modules()}
     linear: list[str] = []
     others: list[str] = []
     for name, module in inner.named_modules():
@@ -232,6 +308,7 @@ def linear_names(model: nn.Module) -> list[str]:
         is_linear = isinstance(module, nn.Linear) or type(module).__name__ in (*QUANTIZED, "Conv1D")
         target = (
             is_linear
+            and module not in in_routers
             and not _gives_more(module)
             and module is not head
             and not re.search(r"lm_head|score", name)
@@ -290,7 +367,8 @@ def _named_by(target: str, names: list[str]) -> list[str]:
 
 
 def _refuse_unknown(targets: list[str], model: Any, parts: Idle) -> None:
-    """Refuses targets of LoRA that are nowhere, or only where text does not pass.
+    """Refuses targets of LoRA, and modules to save, that are nowhere, or only where text does not
+    pass.
 
     Raises:
         UserError: with the linear layers that there are.
@@ -310,22 +388,154 @@ def _refuse_unknown(targets: list[str], model: Any, parts: Idle) -> None:
         )
 
 
-def _refuse_routers(targets: list[str], model: Any) -> None:
-    """Refuses targets that PEFT takes for linear layers and cannot run.
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """What PEFT is told to adapt.
+
+    Attributes:
+        modules: ends of names of linear layers (`target_modules`).
+        parameters: ends of names of parameters (`target_parameters`): stacked experts, routers, and
+            linear layers that PEFT would take for experts.
+    """
+
+    modules: list[str]
+    parameters: list[str]
+
+
+def lora_targets(model: Any, method: Any, parts: Idle) -> Targets:
+    """What `lora_target` and `lora_experts` mean in this model.
+
+    `all`: every linear map of the layers, routed experts included. A name may be that of a module,
+    of a stacked parameter, or of a linear map of each expert as old checkpoints call it
+    (gate_proj, up_proj, down_proj, w1, w2, w3). A router has an adapter where it is named.
+
+    Args:
+        model: a transformers model without adapters.
+        method: the finetuning arguments.
+        parts: what text does not pass through.
+    Raises:
+        UserError: a name is nowhere, or names half of a parameter.
+    """
+    named = _names(method.lora_target)
+    maps = experts.expert_maps(model, parts)
+    if named == ["all"]:
+        modules, chosen = linear_names(model), set(maps if method.lora_experts else ())
+    else:
+        modules, chosen = _resolved(named, model, method, maps)
+        _refuse_unknown(modules, model, parts)
+    taken = _taken_for_experts(modules, model)
+    layers = [name for name, _ in model.named_modules() if name not in parts]
+    for target in taken:
+        chosen |= {f"{name}.weight" for name in _named_by(target, layers)}
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    return Targets(
+        [target for target in modules if target not in taken], _clear_ends(chosen, parameters)
+    )
+
+
+def _resolved(
+    named: list[str], model: Any, method: Any, maps: list[str]
+) -> tuple[list[str], set[str]]:
+    """Targets that a user named -> those that name modules for PEFT, and whole names of
+    parameters.
+    """
+    modules: list[str] = []
+    chosen: set[str] = set()
+    every = dict(model.named_modules())
+    holders = {m.rpartition(".")[0] for m in maps}
+    for target in named:
+        found = _named_by(target, list(every))
+        routers = {n for n in found if _holds_routing_weight(every[n])}
+        others = set(found) - routers - holders
+        stacked = {m for m in maps if _named_by(target, [m, m.rpartition(".")[0]])}
+        if not stacked and target in experts.EXPERT_NAMES and method.lora_experts:
+            stacked = {m for m in maps if _named_by(experts.EXPERT_NAMES[target], [m])}
+            partner = experts.PARTNERS.get(target)
+            if stacked and partner not in (None, *named):
+                raise UserError(
+                    f"lora_target: {target} of the routed experts is one parameter with {partner}"
+                    f" ({experts.EXPERT_NAMES[target]}) and takes one adapter. Name both, or set"
+                    " lora_experts: false."
+                )
+        if stacked and not method.lora_experts:
+            if not others:
+                raise UserError(
+                    f"lora_target: {target} names routed experts, and lora_experts: false keeps"
+                    " adapters off them. Leave one of the two out."
+                )
+            stacked = set()
+        chosen |= stacked | {f"{name}.weight" for name in routers}
+        if others or not (stacked or routers):
+            modules.append(target)
+    return modules, chosen
+
+
+def _holds_routing_weight(module: nn.Module) -> bool:
+    """Whether a module is a router that multiplies by a matrix of its own, which PEFT can adapt as
+    a parameter alone.
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter) or len(_shape_of(weight)) != 2:
+        return False
+    return is_router(module) or _gives_more(module)
+
+
+def _taken_for_experts(targets: list[str], model: Any) -> set[str]:
+    """Names of linear layers that PEFT, where it meets them in `target_modules`, takes for those of
+    routed experts in an old checkpoint of this family, and puts on the stacked parameters instead.
+
+    In these families shared experts and dense layers have the same names.
+    """
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError:  # an earlier PEFT, which changes nothing
+        return set()
+    from peft import LoraConfig
+
+    taken = set()
+    mapping = get_model_conversion_mapping(model)
+    for target in targets:
+        config = LoraConfig(target_modules=[target])
+        try:
+            convert_peft_config_for_transformers(config, model, mapping)
+        except ValueError:  # it is half of a stacked parameter
+            taken.add(target)
+        else:
+            if target not in (config.target_modules or ()):
+                taken.add(target)
+    return taken
+
+
+def _clear_ends(chosen: set[str], every: list[str]) -> list[str]:
+    """Names of parameters -> ends of names by which PEFT finds these and no others: the part behind
+    the layer's number where that is enough.
+    """
+    ends: set[str] = set()
+    for name in chosen:
+        end = re.sub(r".*\.\d+\.(?=\D)", "", name)
+        ends.add(end if chosen.issuperset(_named_by(end, every)) else name)
+    return sorted(ends)
+
+
+def _refuse_what_parameters_cannot(targets: Targets, method: Any, model: Any) -> None:
+    """Refuses kinds of LoRA that PEFT does not have for parameters.
 
     Raises:
-        UserError: with the linear layers that there are.
+        UserError: which key, and which parameters.
     """
-    names = [name for name, _ in model.named_modules()]
-    routers = [
-        t for t in targets if any(_gives_more(model.get_submodule(n)) for n in _named_by(t, names))
-    ]
-    if routers:
-        raise UserError(
-            f"lora_target: {', '.join(routers)} gives more than the product of a linear layer, as"
-            " routers of experts do, and takes no adapter. Linear layers:"
-            f" {', '.join(linear_names(model))}."
-        )
+    keys = [name for name in ("use_dora", "lora_dropout", "pissa_init") if getattr(method, name)]
+    if not targets.parameters or not keys:
+        return
+    shown = ", ".join(targets.parameters[:4])
+    if any(_named_by(end, experts.expert_maps(model, idle(model))) for end in targets.parameters):
+        advice = "set lora_experts: false, which trains the other layers alone"
+    else:
+        advice = "name other layers in lora_target"
+    raise UserError(
+        f"{' and '.join(keys)}: PEFT has none for adapters on parameters ({shown}), as those of"
+        f" routed experts are. Leave {'it' if len(keys) == 1 else 'them'} out, or {advice}."
+    )
 
 
 def _excluded(targets: list[str], model: Any, parts: Idle) -> str | None:
@@ -389,7 +599,7 @@ def load_adapter(
         with same_draws(), warnings.catch_warnings():
             # Else PEFT makes up what an adapter lacks.
             warnings.filterwarnings("error", message=".*missing adapter keys")
-            return PeftModel.from_pretrained(
+            model = PeftModel.from_pretrained(
                 model, str(folder) if folder.exists() else path, **options
             )
     except UserWarning as warning:
@@ -408,6 +618,8 @@ def load_adapter(
         raise UserError(
             f"{key}: there is no folder {path}, and the hub gave no adapter of that name: {words}"
         ) from e
+    experts.install(model)
+    return model
 
 
 def _lora(model: Any, method: Any, adapters: list[str], is_trainable: bool, resized: bool) -> Any:
@@ -430,10 +642,9 @@ def _lora(model: Any, method: Any, adapters: list[str], is_trainable: bool, resi
         return load_adapter(model, resume, is_trainable=is_trainable)
     if not is_trainable:
         return model
-    targets: Any = _names(method.lora_target)
-    if targets == ["all"]:
-        targets = linear_names(model)
     parts = idle(model)
+    targets = lora_targets(model, method, parts)
+    _refuse_what_parameters_cannot(targets, method, model)
     saved = _names(method.additional_target) or None
     if saved is None and resized:
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -449,8 +660,7 @@ def _lora(model: Any, method: Any, adapters: list[str], is_trainable: bool, resi
             }
         )
     linear = ", ".join(linear_names(model))  # afterwards they are wrapped
-    _refuse_unknown([*targets, *(saved or [])], model, parts)
-    _refuse_routers(targets, model)
+    _refuse_unknown([*targets.modules, *(saved or [])], model, parts)
     saved = _whole_where_unclear(saved, model, parts) if saved else None
     start: bool | str = True
     if method.pissa_init:
@@ -459,8 +669,9 @@ def _lora(model: Any, method: Any, adapters: list[str], is_trainable: bool, resi
         task_type=TaskType.CAUSAL_LM,
         inference_mode=False,
         r=method.lora_rank,
-        target_modules=targets,
-        exclude_modules=_excluded(targets, model, parts),
+        target_modules=targets.modules,
+        target_parameters=targets.parameters or None,
+        exclude_modules=_excluded(targets.modules, model, parts),
         lora_alpha=method.lora_alpha or method.lora_rank * 2,
         lora_dropout=method.lora_dropout,
         use_rslora=method.use_rslora,
@@ -470,9 +681,11 @@ def _lora(model: Any, method: Any, adapters: list[str], is_trainable: bool, resi
     )
     try:
         with same_draws() if method.pissa_init else contextlib.nullcontext():
-            return get_peft_model(model, config)
+            model = get_peft_model(model, config)
     except ValueError as error:  # of a module that is no layer of one matrix
         raise UserError(
-            f"lora_target: {', '.join(targets)} cannot all take an adapter:"
+            f"lora_target: {', '.join(targets.modules)} cannot all take an adapter:"
             f" {' '.join(str(error).split())[:300]} Linear layers: {linear}."
         ) from error
+    experts.install(model)
+    return model

@@ -96,6 +96,11 @@ def join(parts: Sequence[Choices | int]) -> Choices:
     return Choices(joined)
 
 
+def is_router(module: nn.Module) -> bool:
+    """Whether a module chooses experts, by the name of its class."""
+    return _ROUTER.search(type(module).__name__) is not None
+
+
 def routers(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that choose experts, by name: those whose class is called a router or gate, and
     blocks that hold experts.
@@ -105,7 +110,7 @@ def routers(model: nn.Module) -> dict[str, nn.Module]:
     found = {}
     for name, module in model.named_modules():
         holds_experts = any(child == "experts" for child, _ in module.named_children())
-        if not (_ROUTER.search(type(module).__name__) or holds_experts):
+        if not (is_router(module) or holds_experts):
             continue
         if not any(
             "Attention" in type(m).__name__ or "DeltaNet" in type(m).__name__

@@ -1,0 +1,201 @@
+"""Adapters on routed experts, whose weights are one stacked parameter for all experts of a layer.
+
+PEFT puts an adapter on a parameter by a wrapper around the module that holds it (`ParamWrapper`,
+one around the other where a module holds several). Its own forward adds `B A` to the weights of all
+experts before each use: a second copy of a layer's experts, and in the backward pass the gradient
+of all of it. Here the wrapper computes
+
+    y = x W_e + scaling * (x A_e) B_e            of each token x and the expert e that it is sent to
+
+with grouped products over tokens sorted by expert: the adapter costs 2 r (in + out) operations a
+token, and the frozen weights have no gradient. What PEFT keeps, saves and merges is untouched.
+
+Letters in shapes: S pairs of a token and an expert, E experts, r rank.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longfactory.sp.text_model import Idle
+
+EXPERT_NAMES = {
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+    "down_proj": "down_proj",
+    "w1": "gate_up_proj",
+    "w3": "gate_up_proj",
+    "w2": "down_proj",
+}
+"""What old transformers named the linear maps of each expert -> the stacked parameter of today."""
+PARTNERS = {"gate_proj": "up_proj", "up_proj": "gate_proj", "w1": "w3", "w3": "w1"}
+"""Linear maps of an expert that share a stacked parameter."""
+_ALIGNED = 16
+"""Bytes that CUDA's grouped product wants rows to be a multiple of."""
+
+
+def expert_maps(model: nn.Module, parts: Idle) -> list[str]:
+    """Whole names of the routed experts' stacked linear maps that take an adapter, each [E, ., .].
+
+    Args:
+        model: a transformers model, not inside PEFT.
+        parts: what text does not pass through.
+    """
+    return [
+        f"{name}.{own}"
+        for name, module in model.named_modules()
+        if name not in parts and "Expert" in type(module).__name__
+        for own, parameter in module.named_parameters(recurse=False)
+        if "bias" not in own and len(getattr(parameter, "ds_shape", parameter.shape)) == 3
+    ]
+
+
+def wrapped_parameters(wrapper: nn.Module) -> Iterator[Any]:
+    """A `ParamWrapper` of PEFT and those inside it, outermost first: one for each parameter."""
+    layer: Any = wrapper
+    while is_wrapper(layer):
+        yield layer
+        layer = layer.base_layer
+
+
+def is_wrapper(module: Any) -> bool:
+    """Whether a module is PEFT's wrapper around a parameter."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    return isinstance(module, ParamWrapper)
+
+
+def install(model: nn.Module) -> None:
+    """Replaces the forward of PEFT's wrappers around parameters. A second call changes nothing.
+
+    Args:
+        model: inside PEFT, not yet wrapped by FSDP2, DDP or DeepSpeed.
+    """
+    inner = {id(w.base_layer) for w in model.modules() if is_wrapper(w)}
+    for module in model.modules():
+        if is_wrapper(module) and id(module) not in inner and "forward" not in vars(module):
+            module.forward = functools.partial(_forward, module)
+
+
+def _forward(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
+    """What the module inside a wrapper computes, with the adapters of its parameters."""
+    adapters = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
+    if wrapper.disable_adapters or wrapper.merged or len(adapters) != 1:
+        return type(wrapper).forward(wrapper, *args, **kwargs)
+    base = wrapper.get_base_layer()
+    wrappers = {w.parameter_name: w for w in wrapped_parameters(wrapper)}
+    if type(base) is nn.Linear:
+        return _linear(wrapper, base, adapters[0], *args)
+    if all(hasattr(base, name) for name in ("is_transposed", "has_gate", "_apply_gate")):
+        return _experts(base, wrappers, adapters[0], *args, **kwargs)
+    return _with_sums(base, wrappers, adapters[0], *args, **kwargs)
+
+
+def _linear(wrapper: Any, base: nn.Linear, adapter: str, x: Tensor) -> Tensor:
+    """An ordinary layer whose weight PEFT adapts as a parameter."""
+    down, up = wrapper.lora_A[adapter], wrapper.lora_B[adapter]
+    result = base(x)
+    low = up(down(x.to(down.weight.dtype)))
+    return result + (low * wrapper.scaling[adapter]).to(result.dtype)
+
+
+def _with_sums(
+    base: nn.Module, wrappers: dict[str, Any], adapter: str, *args: Any, **kwargs: Any
+) -> Any:
+    """A module with a forward of its own: it is given the sums of its weights and their adapters,
+    as PEFT gives them.
+    """
+    sums = {}
+    for name, wrapper in wrappers.items():
+        weight = getattr(base, name)
+        with torch.autocast(weight.device.type, enabled=False):
+            sums[name] = weight + wrapper.get_delta_weight(adapter).reshape(weight.shape)
+    # What stands in the instance's own dictionary is found before its parameters.
+    vars(base).update(sums)
+    try:
+        return base(*args, **kwargs)
+    finally:
+        for name in sums:
+            del vars(base)[name]
+
+
+def _experts(
+    base: Any,
+    wrappers: dict[str, Any],
+    adapter: str,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+) -> Tensor:
+    """Experts as transformers computes them by grouped products, with adapters.
+
+    Args:
+        base: a module of transformers' experts interface.
+        hidden_states: [tokens, H].
+        top_k_index: [tokens, K] experts.
+        top_k_weights: [tokens, K].
+    Returns:
+        [tokens, H].
+    """
+    tokens, picks = top_k_index.shape
+    expert, order = torch.sort(top_k_index.reshape(-1))
+    bins = torch.arange(base.num_experts, device=expert.device)
+    offsets = torch.searchsorted(expert, bins, right=True).to(torch.int32)
+
+    def product(x: Tensor, name: str) -> Tensor:
+        """[S, in] -> [S, out]"""
+        weight = getattr(base, name)
+        x = x.to(weight.dtype)
+        y = grouped_mm(x, weight if base.is_transposed else weight.transpose(1, 2), offsets)
+        if name in wrappers:
+            y = y + low_rank(wrappers[name], adapter, x, offsets)
+        return y + getattr(base, f"{name}_bias")[expert] if base.has_bias else y
+
+    x = product(hidden_states[order // picks], "gate_up_proj" if base.has_gate else "up_proj")
+    x = base._apply_gate(x) if base.has_gate else base.act_fn(x)
+    x = product(x, "down_proj")
+    if base.has_post_expert_norm:
+        x = base.post_expert_norm(x)
+    x = x * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.numel(), device=order.device)
+    # [tokens * K, H] -> [tokens, K, H]; half precision is summed in float32
+    return x[back].view(tokens, picks, -1).sum(1).to(hidden_states.dtype)
+
+
+def low_rank(wrapper: Any, adapter: str, x: Tensor, offsets: Tensor) -> Tensor:
+    """scaling * (x A_e) B_e: [S, in] -> [S, out].
+
+    Args:
+        wrapper: PEFT's. Its A is [E r, in], its B [out, r E].
+        x: sorted by expert.
+        offsets: [E] int32, where each expert's tokens end.
+    """
+    first, second = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
+    experts = wrapper.num_experts
+    # [E r, in] -> [E, r, in] -> [E, in, r]
+    a = first.view(experts, -1, first.shape[1]).transpose(1, 2).to(x.dtype)
+    # [out, r E] -> [out, r, E] -> [E, r, out]
+    b = second.view(second.shape[0], -1, experts).permute(2, 1, 0).to(x.dtype)
+    b = b * wrapper.scaling[adapter]
+    missing = -a.shape[2] % (_ALIGNED // x.element_size())
+    if missing and x.is_cuda:
+        a, b = F.pad(a, (0, missing)), F.pad(b, (0, 0, 0, missing))
+    return grouped_mm(grouped_mm(x, a.contiguous(), offsets), b.contiguous(), offsets)
+
+
+def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """[S, in] sorted by expert, [E, in, out] -> [S, out]: each token times its expert's matrix."""
+    if x.is_cuda:
+        return F.grouped_mm(x, weight, offs=offsets)
+    # torch's product for CPUs takes neither float64 nor every stride
+    ends = offsets.tolist()
+    starts = [0, *ends[:-1]]
+    matrices = weight.unbind(0)
+    return torch.cat([x[i:j] @ matrix for i, j, matrix in zip(starts, ends, matrices, strict=True)])

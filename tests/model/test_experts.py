@@ -1,0 +1,213 @@
+"""Adapters on routed experts: what is computed is what PEFT defines, and what is saved is PEFT's."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from longfactory.config.arguments import FinetuningArguments, ModelArguments
+from longfactory.errors import UserError
+from longfactory.model import experts
+from longfactory.model.adapters import apply_finetuning, describe_trained
+from longfactory_dev.tiny_models import tiny_model
+
+IDS = torch.randint(3, 250, (1, 24), generator=torch.Generator().manual_seed(0))
+ATTENTION = {f"{name}_proj" for name in "qkvo"}
+
+
+def lora(model: Any, *, b: float = 0.1, **keys: Any) -> Any:
+    """LoRA as the keys say, with B that is not zero."""
+    method = FinetuningArguments(finetuning_type="lora", lora_rank=3, **keys)
+    model = apply_finetuning(model, method, ModelArguments())
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in sorted(model.named_parameters()):
+            if "lora_B" in name:
+                p.copy_(b * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+def outputs(model: nn.Module) -> dict[str, Tensor]:
+    """Logits and the gradient of every parameter that has one."""
+    model.train()
+    out = model(input_ids=IDS).logits
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    (out * weights).sum().backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"logits": out.detach(), **gradients}
+
+
+def as_peft_computes(model: nn.Module) -> nn.Module:
+    """The same model with PEFT's own forward in its wrappers."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if experts.is_wrapper(module):
+            vars(module).pop("forward", None)
+    return model
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        scale = max(float(tensor.abs().max()), 1e-12)
+        assert float((found[name] - tensor).abs().max()) <= 1e-6 * scale, name
+
+
+BY_INTERFACE = ("qwen3_moe", "gpt_oss", "glm4_moe", "deepseek_v3")
+OTHERS = ("mixtral", "qwen2_moe", "granitemoe", "ernie4_5_moe", "hunyuan_v1_moe")
+BY_THEMSELVES = ("llama4_text", "jetmoe", "longcat_flash")
+"""Families whose experts have a forward of their own."""
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        *BY_INTERFACE,
+        "llama4_text",
+        *(pytest.param(f, marks=pytest.mark.slow) for f in (*OTHERS, *BY_THEMSELVES[1:])),
+    ],
+)
+def test_adapters_on_experts(family: str, tmp_path: Path) -> None:
+    base = tiny_model(family, torch.float64)
+    model = lora(copy.deepcopy(base), use_rslora=family != "gpt_oss")
+    inner = model.get_base_model()
+    wrappers = [m for m in inner.modules() if experts.is_wrapper(m)]
+    assert wrappers and any(m.num_experts > 1 for m in wrappers)
+    assert not any("lora_" not in n for n, p in model.named_parameters() if p.requires_grad)
+
+    found = outputs(model)
+    assert float((found["logits"] - logits(base)).abs().max()) > 1e-3
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == found.keys() - {"logits"}
+    assert all(float(found[n].abs().max()) > 0 for n in trained)
+    assert_equal(found, outputs(as_peft_computes(model)))
+
+    model.save_pretrained(tmp_path)
+    from peft import PeftModel
+
+    plain = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path))
+    expected = {"logits": logits(model)}
+    assert_equal({"logits": logits(plain)}, expected)
+    merged = model.merge_and_unload()
+    assert type(merged) is type(base)
+    assert_equal({"logits": logits(merged)}, expected)
+
+
+def test_names_in_the_adapter_are_those_that_vllm_reads(tmp_path: Path) -> None:
+    """Of a layer's experts: `experts.base_layer` is gate_up_proj and `experts` is down_proj; A is
+    [E r, in] and B [out, r E] with the expert's number running fastest.
+    """
+    base = tiny_model("qwen3_moe", torch.float64)
+    model = lora(copy.deepcopy(base))
+    model.save_pretrained(tmp_path)
+    at = "base_model.model.model.layers.0.mlp.experts"
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    held = {name: tensor for name, tensor in tensors.items() if name.startswith(at)}
+    assert {n.removeprefix(at): tuple(t.shape) for n, t in held.items()} == {
+        ".base_layer.lora_A.weight": (4 * 3, 64),
+        ".base_layer.lora_B.weight": (64, 3 * 4),
+        ".lora_A.weight": (4 * 3, 32),
+        ".lora_B.weight": (64, 3 * 4),
+    }
+    merged = model.merge_and_unload().get_submodule("model.layers.0.mlp.experts")
+    own = base.get_submodule("model.layers.0.mlp.experts")
+    for parameter, name in (("gate_up_proj", ".base_layer"), ("down_proj", "")):
+        a, b = (held[f"{at}{name}.lora_{x}.weight"] for x in "AB")
+        for e in range(4):
+            change = b.view(64, 3, 4)[:, :, e] @ a.view(4, 3, -1)[e] * 2  # alpha / r = 2
+            expected = getattr(own, parameter)[e] + change
+            torch.testing.assert_close(getattr(merged, parameter)[e], expected)
+
+
+def adapted(model: Any) -> set[str]:
+    lines = [line for _, line in describe_trained(model)]
+    line = next(line for line in lines if line.startswith("Adapters"))
+    inside = line[line.index("(") + 1 : line.index(")")]
+    return {item.split(" x ")[1] for item in inside.split(", ")}
+
+
+EXPERTS = {"experts.gate_up_proj", "experts.down_proj"}
+SHARED = {f"mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")}
+DENSE = {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "expected"),
+    [
+        ("qwen3_moe", {}, ATTENTION | EXPERTS),
+        ("qwen3_moe", {"lora_experts": False}, ATTENTION),
+        # the names of each expert's linear maps in old checkpoints
+        ("qwen3_moe", {"lora_target": ("q_proj", "gate_proj", "up_proj", "down_proj")},
+         {"q_proj"} | EXPERTS),
+        ("mixtral", {"lora_target": ("w1", "w2", "w3")}, EXPERTS),
+        ("qwen3_moe", {"lora_target": ("experts",)}, EXPERTS),
+        ("qwen3_moe", {"lora_target": ("experts.gate_up_proj",)}, {"experts.gate_up_proj"}),
+        ("qwen3_moe", {"lora_target": ("q_proj", "mlp.gate")}, {"q_proj", "gate"}),
+        ("llama4_text", {"lora_target": ("router",)}, {"router"}),
+        # PEFT would take the shared experts and the dense layer for routed experts
+        ("glm4_moe", {}, ATTENTION | SHARED | DENSE
+         | {"experts.gate_up_proj", "mlp.experts.down_proj"}),
+        ("glm4_moe", {"lora_experts": False}, ATTENTION | SHARED | DENSE),
+        ("glm4_moe", {"lora_target": ("shared_experts.down_proj",)},
+         {"down_proj"}),
+    ],
+)  # fmt: skip
+def test_what_a_target_means(family: str, keys: dict[str, Any], expected: set[str]) -> None:
+    assert adapted(lora(tiny_model(family, torch.float32), **keys)) == expected
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"use_dora": True}, r"use_dora: PEFT has none for adapters on parameters \(mlp.experts"),
+        ({"lora_dropout": 0.1, "pissa_init": True}, "lora_dropout and pissa_init: .* lora_experts"),
+        ({"lora_target": ("gate_proj",)}, "is one parameter with up_proj .* Name both"),
+        ({"lora_target": ("experts",), "lora_experts": False}, "experts names routed experts, and"),
+        ({"lora_target": ("expert",)}, "expert not found in the model"),
+    ],
+)
+def test_what_cannot_be_is_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        lora(tiny_model("qwen3_moe", torch.float32), **keys)
+
+
+def test_what_has_no_adapter_is_told() -> None:
+    model = lora(tiny_model("qwen3_moe", torch.float32))
+    (_, counts), (_, adapters), (_, bare) = describe_trained(model)
+    own = {n: p.numel() for n, p in tiny_model("qwen3_moe").named_parameters()}
+    with_adapter = sum(n for name, n in own.items() if "experts" in name or "_proj" in name)
+    total = sum(own.values())
+    assert f"on {with_adapter:,} of the model's {total:,} parameters" in adapters
+    assert "No adapter on: 1 x lm_head, 4 x gate, 1 x embed_tokens" in bare
+    assert f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} of" in counts
+    # weights of all experts in one matrix take no adapter: a warning
+    level, line = describe_trained(lora(tiny_model("dbrx", torch.float32)))[-1]
+    assert level == logging.WARNING and "routed experts carry no adapter: 78 %" in line
+
+
+def test_experts_without_a_token_and_with_all() -> None:
+    """An expert that no token is sent to has zeros as gradients, under every rank a multiple of 8
+    or not.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(9, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 5, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    ends = torch.tensor([0, 7, 7, 9], dtype=torch.int32)
+    y = experts.grouped_mm(x, weight, ends)
+    torch.testing.assert_close(y, torch.cat([x[:7] @ weight[1], x[7:] @ weight[3]]))
+    y.square().sum().backward()
+    assert weight.grad is not None
+    assert torch.equal(weight.grad[0], torch.zeros(5, 3, dtype=torch.float64))
+    assert float(weight.grad[1].abs().max()) > 0
