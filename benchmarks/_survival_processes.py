@@ -26,8 +26,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-STARTED = 60.0
-"""Seconds that two processes may take on a busy machine of two cores until they train."""
+STARTED = 150.0
+"""Seconds that two processes may take on a machine of two cores, busy with other work, until they
+train.
+"""
 
 HOOKS = '''
 """What is slow, in this process: SURVIVAL holds {place: seconds}, for rank SURVIVAL_RANK or all."""
@@ -287,6 +289,16 @@ def environment(pid: int) -> dict[str, str]:
     except OSError:
         return {}
     return dict(line.split("=", 1) for line in text.split("\0") if "=" in line)
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has installed a handler for a signal."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
 def alive(pid: int) -> bool:

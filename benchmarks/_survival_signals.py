@@ -12,6 +12,7 @@ from typing import Any
 from _survival_processes import (
     STARTED,
     Command,
+    catches,
     checkpoints,
     descendants,
     keys,
@@ -56,6 +57,15 @@ def targets(command: Command, to: str) -> list[int]:
     return [workers[int(to.split()[1])]]
 
 
+def told(command: Command, case: dict[str, Any]) -> list[int]:
+    """Process ids that a signal at the start goes to, once all are there; else none, which is not
+    yet.
+    """
+    if len(command.workers()) < case["processes"] and case["processes"] > 1:
+        return [0]
+    return targets(command, case["to"])
+
+
 def run_case(case: dict[str, Any], home: Path) -> dict[str, Any]:
     make_home(home)
     out, begun = home / "out", time.monotonic()
@@ -66,8 +76,12 @@ def run_case(case: dict[str, Any], home: Path) -> dict[str, Any]:
     if moment == "step":
         reached = command.until(lambda: command.steps() >= 2)
     elif moment == "start":
-        reached = command.until(lambda: len(command.workers()) == processes or processes == 1)
-        time.sleep(1.5)
+        # Before its first lines have run, a process has Python's own answer to a signal.
+        # It has one for SIGINT anyway; all are installed together.
+        reached = command.until(
+            lambda: all(catches(pid, signal.SIGUSR1) for pid in told(command, case))
+        )
+        time.sleep(0.2)
     else:
         reached = command.until(lambda: command.reached(moment, 0))
     if not reached:

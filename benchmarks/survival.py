@@ -10,7 +10,7 @@ specified and within its stated time. A case may hold many cheap trials (a hundr
 its number of trials is then in the result (`trials`). Every case that has run is one line of `survival.jsonl` under
 `--out`, written when the case ends; the same command goes on where it stopped, so that a long part
 can be run in several sittings. `survival.md` is the report of the whole file. A case whose code has
-changed since is run again with `--again`.
+changed since is run again with `--again`; `--again failed` takes those that did not end as specified.
 """
 
 from __future__ import annotations
@@ -92,13 +92,20 @@ def append(path: Path, record: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def run_part(name: str, seed: int, count: int, path: Path, again: bool, until: float) -> int:
-    """Runs the cases of a part that are not recorded yet. Returns how many failed."""
+def run_part(name: str, seed: int, count: int, path: Path, again: str, until: float) -> int:
+    """Runs the cases of a part that are not recorded yet; `again`: or "failed", or "all" of them.
+    Returns how many failed.
+    """
     part = load_part(name)
-    done = {json.dumps(r["case"], sort_keys=True) for r in read(path) if r["part"] == name}
+    recorded = [r for r in newest(read(path)) if r["part"] == name]
+    done = {
+        json.dumps(r["case"], sort_keys=True)
+        for r in recorded
+        if again == "no" or (again == "failed" and r["ok"])
+    }
     failed = 0
     for number, case in enumerate(part.cases(seed, count)):
-        if json.dumps(case, sort_keys=True) in done and not again:
+        if json.dumps(case, sort_keys=True) in done:
             continue
         if time.time() > until:
             print(f"{name}: the time of this command is up after {number} of {count}", flush=True)
@@ -207,7 +214,14 @@ def main() -> int:
     parser.add_argument("--part", choices=PARTS, action="append", default=[])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=10, help="cases of each part")
-    parser.add_argument("--again", action="store_true", help="run recorded cases anew")
+    parser.add_argument(
+        "--again",
+        nargs="?",
+        default="no",
+        const="all",
+        choices=["no", "failed", "all"],
+        help="run recorded cases anew: all, or those that failed",
+    )
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds in all")
     parser.add_argument("--render", action="store_true")
     parser.add_argument("--out", type=Path, default=HERE / "results")

@@ -33,7 +33,7 @@ def part(monkeypatch) -> Three:
     return made
 
 
-def run(path: Path, count: int, again: bool = False) -> int:
+def run(path: Path, count: int, again: str = "no") -> int:
     return survival.run_part("soak", 7, count, path, again, until=float("inf"))
 
 
@@ -42,8 +42,10 @@ def test_recorded_cases_are_not_run_again(part, tmp_path):
     assert run(path, 2) == 1
     assert run(path, 3) == 1
     assert part.ran == [0, 1, 2]
-    run(path, 1, again=True)
+    run(path, 1, again="all")
     assert part.ran == [0, 1, 2, 0]
+    run(path, 3, again="failed")
+    assert part.ran == [0, 1, 2, 0, 1, 2]
 
 
 def test_report_names_what_did_not_end_as_specified(part, tmp_path):

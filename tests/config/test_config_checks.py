@@ -45,6 +45,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"val_size": 0.1, "eval_dataset": "e"}, "eval_dataset and val_size were both given"),
     ({"eval_strategy": "steps"}, "Give eval_dataset, or val_size above 0"),
     ({"do_eval": True, "do_train": True}, "Give eval_dataset, or val_size above 0"),
+    ({"eval_on_start": True}, "Give eval_dataset, or val_size above 0"),
     ({"val_size": 2.5}, "whole number of samples"),
     ({"max_steps": 0}, "max_steps: 0 trains nothing"),
     (

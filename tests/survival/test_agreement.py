@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from longfactory.config import RunConfig, from_mapping
 from longfactory.errors import UserError
+from longfactory.train.survival import agreement
 from longfactory.train.survival.agreement import agree, differences, facts, refusal
 from longfactory.train.survival.board import Board
 from longfactory.train.survival.lock import FILE, FolderLock
@@ -129,3 +130,21 @@ def test_the_first_steps_of_the_command_need_no_torch() -> None:
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=env)
+
+
+def test_a_fact_that_a_rank_lacks_differs() -> None:
+    assert differences([{"a": "1"}, {}], ["x", "y"]) == [
+        "a: not set on rank 1 (y), 1 on rank 0 (x)"
+    ]
+
+
+def test_a_long_file_is_compared_at_both_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agreement, "WHOLE", 16)
+    monkeypatch.setattr(agreement, "ENDS", 4)
+    found = []
+    for text in ("a" * 40, "b" + "a" * 39, "a" * 39 + "b"):
+        (tmp_path / "x").write_text(text)
+        found.append(agreement.digest(tmp_path / "x"))
+    assert len(set(found)) == 3

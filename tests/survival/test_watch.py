@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from longfactory import progress
 from longfactory.config import from_mapping
+from longfactory.train.survival import watch as watch_module
 from longfactory.train.survival.board import Board
 from longfactory.train.survival.start import limits_of
 from longfactory.train.survival.watch import Limits, Watch, culprits, main_thread_is_at, report
@@ -141,3 +142,50 @@ def test_a_lost_connection_is_told_from_a_failure() -> None:
     assert lost_connection(gloo)
     assert not lost_connection(RuntimeError("shape mismatch"))
     assert not lost_connection(ValueError("Connection closed by peer"))
+
+
+def test_a_rank_without_a_sign_of_life_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch, clock = Watch(0, 2), [100.0]
+    ended: list[set[int]] = []
+    try:
+        monkeypatch.setattr(watch_module.time, "monotonic", lambda: clock[0])
+        monkeypatch.setattr(
+            watch, "_end_stalled", lambda board, stall: ended.append(set(stall["lost"]))
+        )
+        watch.limits = Limits(heartbeat=10)
+        board = Board(dist.HashStore(), 0, 2)  # type: ignore[arg-type]
+        for turn in (1, 2, 3):
+            board.put("beat/1", [turn, rank(1)])
+            for _ in range(2):
+                watch._exchange(board)
+            clock[0] += 9.0
+        assert ended == []
+        clock[0] += 9.0
+        for _ in range(2):
+            watch._exchange(board)
+        assert ended == [{"1"}]
+    finally:
+        watch.signals.close()
+
+
+def test_a_step_over_its_limit_ends_unless_another_rank_saves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    watch = Watch(0, 2)
+    ended: list[Any] = []
+    try:
+        monkeypatch.setattr(watch, "_end_stalled", lambda board, stall: ended.append(stall))
+        watch.limits = Limits(step=30, save=3600)
+        watch._board = board = Board(dist.HashStore(), 0, 2)  # type: ignore[arg-type]
+        progress.enter("step", "training", step=3)
+        watch._check_limits()
+        assert ended == []
+        board.put("beat/1", [1, rank(1, phase="save", age=50.0)])
+        monkeypatch.setattr(progress.NOW, "since", progress.NOW.since - 31)
+        watch._check_limits()
+        assert ended == []
+        board.put("beat/1", [2, rank(1, phase="step", age=5.0)])
+        watch._check_limits()
+        assert len(ended) == 1
+    finally:
+        watch.signals.close()

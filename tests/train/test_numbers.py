@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from cpu_sharding import on_ranks_of_their_own
 from longfactory.errors import UserError
-from longfactory.train.numbers import LEAST, SKIPS, Numbers, Spikes
+from longfactory.train import numbers as numbers_module
+from longfactory.train.numbers import LEAST, SKIPS, LoggedSteps, Numbers, Spikes
 from longfactory.train.trainer import RowTrainer
 from numbers_worker import end_of_sharded
 from small_runs import POOLS, home, keys, run_on_ranks  # noqa: F401
@@ -245,3 +246,38 @@ def test_sharded(sharding: str, on_nan: str, what: str, tmp_path: Path) -> None:
         assert results[0]["saved"] == ["checkpoint-1"]
         # DeepSpeed's engine updates with the backward, and nothing of that is saved
         assert sharding != "fsdp2" or all(r["finite"] for r in results)
+
+
+def test_every_rank_hears_of_one_infinite_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other rank's norm is infinite and this one's is not; and the other way round."""
+    sent: list[list[float]] = []
+
+    def all_reduce(found: torch.Tensor) -> None:
+        sent.append(found.tolist())
+        found += torch.tensor([0.0, 1.0, 2.0], dtype=found.dtype)
+
+    monkeypatch.setattr(numbers_module, "is_distributed", lambda: True)
+    monkeypatch.setattr(numbers_module, "from_all", lambda mine: [mine, None])
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    numbers, model = Numbers("skip", nowhere), torch.nn.Linear(1, 1)
+    for step, norm in enumerate((1.0, math.inf), 1):
+        numbers.begin([])
+        numbers.add(torch.tensor(2.0))
+        assert not numbers.may_update(step, torch.tensor(norm), model)
+    assert sent == [[0.0, 0.0, 2.0], [0.0, 1.0, 2.0]]
+
+
+def test_the_logged_loss_is_of_the_steps_that_made_an_update() -> None:
+    """transformers divides a sum of three losses by all four steps."""
+    steps = LoggedSteps(all=4, skipped=1)
+    logs = {"loss": 6.0 / 4, "grad_norm": math.inf}
+    steps.correct(logs, skipped_updates=1)
+    assert logs == {"loss": 2.0, "skipped_updates": 1}
+    steps.all, steps.skipped = 2, 2
+    none = {"loss": 0.0, "grad_norm": 1.0}
+    steps.correct(none, skipped_updates=3)
+    assert none == {"grad_norm": 1.0, "skipped_updates": 3}
+    whole = {"train_loss": 6.0 / 6}
+    steps.correct(whole, skipped_updates=3)
+    assert whole == {"train_loss": 2.0}

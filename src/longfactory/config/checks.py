@@ -105,11 +105,13 @@ def _data(cfg: RunConfig) -> Iterator[str]:
             "eval_dataset and val_size were both given. Keep one: other data, or a part of the"
             " training data."
         )
-    wants_eval = cfg.trainer.do_eval or cfg.trainer.eval_strategy != "no" or cfg.trainer.do_predict
+    trainer = cfg.trainer
+    evaluates = trainer.do_eval or trainer.eval_strategy != "no" or trainer.eval_on_start
+    wants_eval = evaluates or trainer.do_predict
     if wants_eval and not data.eval_dataset and data.val_size == 0 and data.tokenized_path is None:
         yield (
-            "do_eval, do_predict or eval_strategy asks for an evaluation without data. Give"
-            " eval_dataset, or val_size above 0."
+            "do_eval, do_predict, eval_strategy or eval_on_start asks for an evaluation without"
+            " data. Give eval_dataset, or val_size above 0."
         )
     if data.val_size > 1 and data.val_size != int(data.val_size):
         yield f"val_size: {data.val_size} is neither a share below 1 nor a whole number of samples."

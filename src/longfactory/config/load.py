@@ -100,7 +100,7 @@ def _finished(cfg: RunConfig) -> dict[str, Any]:
     hf = dict(cfg.hf)
     if not any(hf.get(name) for name in ("do_train", "do_eval", "do_predict")):
         hf["do_train"] = True
-    if cfg.trainer.eval_strategy != "no":
+    if cfg.trainer.eval_strategy != "no" or cfg.trainer.eval_on_start:
         hf["do_eval"] = True
     for name in ("report_to", "optim_target_modules"):
         if hf.get(name) is not None:

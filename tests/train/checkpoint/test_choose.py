@@ -22,6 +22,7 @@ from longfactory.config.folder import (
     write_record,
 )
 from longfactory.errors import ConfigError, UserError
+from longfactory.train.checkpoint import choose
 from longfactory.train.checkpoint import manifest as manifests
 from longfactory.train.checkpoint.choose import _here, _places, choose_start
 
@@ -222,3 +223,16 @@ def test_a_run_killed_while_it_wrote_its_results_goes_on(out: Path) -> None:
     write_record(out, RunRecord(record.run, record.configuration, True))
     with pytest.raises(ConfigError, match="holds a finished run"):
         config(out)
+
+
+def test_machines_that_find_other_checkpoints_take_none(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders of their own, and the second machine's of that name is of another step."""
+    folder = make(out, 4)
+    seen = [(True, None, 4), (True, None, 6)]
+    monkeypatch.setattr(choose, "from_all", lambda mine: seen if mine == seen[0] else [mine])
+    _, problems, _ = choose._examine(folder)
+    assert problems == [
+        "the processes do not find the same there: process 0 finds step 4, process 1 finds step 6"
+    ]

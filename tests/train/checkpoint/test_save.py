@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import shutil
 import types
 from pathlib import Path
 from typing import Any
@@ -95,3 +97,42 @@ def test_every_rank_s_part_is_there_and_every_rank_hears_of_a_failure(tmp_path: 
     found, _ = manifests.read(tmp_path / "checkpoint-2")
     assert found is not None and sorted(found["files"]) == ["a0", "a1"]
     assert all("Process 1: " in m and "No space left" in m for (m,) in told)
+
+
+def test_what_was_written_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fsync of every file and folder before the rename, and of the folder around it after."""
+    done: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def synced(descriptor: int) -> None:
+        done.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def renamed(self: Path, to: Path) -> Path:
+        done.append(f"-> {to.name}")
+        return rename(self, to)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    save_checkpoint(arguments(tmp_path), 4, [write("a")], FACTS)
+    last = done.index("-> checkpoint-4")
+    assert "a" in done[:last] and any(n.startswith("tmp-checkpoint-4-") for n in done[:last])
+    assert tmp_path.name in done[last:]
+
+
+def test_one_of_the_same_step_is_never_there_in_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(arguments(tmp_path), 4, [write("a")], FACTS)
+    removed: list[str] = []
+    rmtree = shutil.rmtree
+
+    def remove(path: Path, **options: Any) -> None:
+        removed.append(Path(path).name)
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    save_checkpoint(arguments(tmp_path), 4, [write("b")], FACTS)
+    assert removed and all(name.startswith("tmp-checkpoint-4-") for name in removed)
