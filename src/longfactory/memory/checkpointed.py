@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from longfactory.memory.layer_kinds import LayerKind
 from longfactory.memory.offload import Activations, LayerInput, Pair
 from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import TrainingJob
@@ -154,14 +155,55 @@ def _checkpoint_values(job: TrainingJob, mode: str, settings: MemorySettings) ->
     return ("none", "full") if mode == "auto" else ("full",)
 
 
+CAST = "copies of weights in half precision"  # item of the budget
+
+
 def _checkpoint_bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:
-    """Without it: what autograd stores of every layer."""
+    """Without it: what autograd stores of every layer, and the gradients within one. Autocast's
+    copies of weights live as long as the forward pass, or as what autograd stores.
+    """
+    cast = job.cast_bytes
     if settings.checkpoint == "full":
-        return Bytes()
-    shape = job.shape
-    numbers = 34.0 * shape.hidden + 2 * 2 * 4 * shape.ffn + 12 * shape.heads * shape.head_dim
-    stored = job.local * shape.layers * shape.width / 2 * numbers
-    return Bytes(gpu={"activations": StepMoments(stored, stored, 0.0)})
+        layer = job.shape.width * job.shape.layer_parameters if cast else 0.0
+        return Bytes(gpu={CAST: StepMoments(cast, layer, layer)} if cast else {})
+    stored = job.local * sum(
+        count * stored_of_a_token(job, kind) for kind, count in job.shape.layers_of_kinds
+    )
+    within = job.local * max(job.temporary_bytes(kind) for kind in job.shape.kinds) / 2
+    items = {"activations": StepMoments(stored, stored + within, within)}
+    if cast:
+        items[CAST] = StepMoments(cast, cast, 0.0)
+    return Bytes(gpu=items)
+
+
+def stored_of_a_token(job: TrainingJob, kind: LayerKind) -> float:
+    """Bytes that autograd stores of one token in one of transformers' layers: what the backward of
+    its norms (in fp32), linear maps, attention, activation and experts reads.
+    """
+    shape, hidden, width = job.shape, kind.hidden, job.shape.width
+    if shape.adapters:  # frozen norms store their input; each adapted map the input of its adapter
+        norms, maps = 4.0 * kind.norms, 5.0 * width
+        around_heads = 4.0
+    elif job.wide_hidden and width == 2:  # what a linear map is given is cast for it
+        norms, maps = 8.0 * kind.norms, 5.0 * width
+        around_heads = 6.0
+    else:
+        norms, maps = (6.0 + width) * kind.norms, 0.0
+        around_heads = 4.0 + width
+    stored = (norms + maps) * hidden
+    stored += width * (kind.queries + kind.keys_values + kind.outputs) + 4.0 * kind.heads
+    if shape.adapters:
+        stored += width * kind.outputs
+    if kind.head_norms:
+        stored += around_heads * (kind.queries + kind.kv_heads * kind.head_dim)
+    stored += 4.0 * width * kind.dense_width
+    if kind.experts:
+        # the input and the output of each expert, the output alone beside frozen ones; what its
+        # activation is made of and gives; its place in the order, three times
+        sides, parts = (1, 3) if shape.adapters else (2, 4)
+        numbers = sides * kind.used * hidden + parts * kind.expert_width
+        stored += job.expert_width * numbers + 28.0 * kind.used + 4.0 * kind.experts
+    return stored
 
 
 def _checkpoint_work(job: TrainingJob, settings: MemorySettings) -> Work:
@@ -170,7 +212,7 @@ def _checkpoint_work(job: TrainingJob, settings: MemorySettings) -> Work:
         return Work()
     return Work(
         again_projections=1.0,
-        again_mlp=2 / 3 if job.shape.written_layer else 1.0,
+        again_mlp=2 / 3 if job.written_layer else 1.0,
         again_attention=1.0,
     )
 

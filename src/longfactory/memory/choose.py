@@ -196,7 +196,7 @@ def corrected(plan: MemoryPlan, peak: int) -> tuple[MemorySettings, str | None]:
     free = MARGIN * total - peak
     if s.offload != "none" and s.segment_layers == 1:
         layer = plan.job.local * (
-            plan.job.shape.hidden_bytes
+            plan.job.hidden_bytes
             + (plan.job.shape.saved_attention_bytes if s.offload == "inputs+attention" else 0)
         )
         stay = min(plan.job.shape.layers - 1, s.last_layers_on_gpu + int(free // layer))

@@ -264,9 +264,8 @@ def _fixed(arguments: Any) -> dict[str, Any]:
 def _bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:
     """The temporaries of one chunk in place of those of all local tokens."""
     chunk = min(settings.mlp_chunk or job.local, job.local)
-    return Bytes(
-        layer=LayerMoments(after_attention=(chunk - job.local) * job.shape.temporary_bytes)
-    )
+    most = max(job.temporary_bytes(kind) for kind in job.shape.kinds)
+    return Bytes(layer=LayerMoments(after_attention=(chunk - job.local) * most))
 
 
 def _work(job: TrainingJob, settings: MemorySettings) -> Work:

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from longfactory.memory import exchange
+from longfactory.memory.layer_kinds import LayerKind
 from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import ModelShape, TrainingJob
 from longfactory.memory.technique import Bytes, LayerMoments, StepMoments, Technique, Work
@@ -29,10 +30,8 @@ HEAD_CHUNK_NUMBERS = 2**28  # logits that exist at once (model/token_logprobs.py
 CONTEXT = 1.5e9  # CUDA context, cuBLAS and NCCL workspaces
 MARGIN = 0.92  # of the GPU's memory may be planned for: the rest is fragmentation
 CAREFUL = 0.80  # above this share settings must be faster to be chosen
-# Of the time of a step's linear layers, and of its attention, the share that is products: the rest
-# is norms, rotary, the MLP's activation, launches. Transformers' own layer has more of it.
-LINEAR_SHARE, GENERIC_SHARE, ATTENTION_SHARE = 0.85, 0.86, 0.97
-MEMORY_RATE = 2e12  # bytes/s of a GPU's own memory, for what does nothing but read and write
+# Of the machine's rates, what products of linear layers and attention reach within a step.
+LINEAR_SHARE, ATTENTION_SHARE = 0.92, 0.97
 HOST_SHARE = 0.85  # of the host's memory, for optimizer states and offloaded activations together
 
 # The order of a budget's items, on the GPU and on the host; others come last.
@@ -78,12 +77,18 @@ class Budget:
         return sum(self.host.values())
 
 
-def bare_layer(shape: ModelShape, tokens: int) -> LayerMoments:
-    """Bytes while one layer of `tokens` local tokens is in its backward, beyond what is stored for
-    other layers and what techniques state.
+def bare_layer(job: TrainingJob) -> LayerMoments:
+    """Bytes while one layer is in its backward, beyond what is stored for other layers and what
+    techniques state: those of the kind of layer that takes most.
     """
-    hidden, attention, keys = shape.hidden_bytes, shape.attention_bytes, shape.key_bytes
-    if shape.written_layer:
+    each = [_bare_layer(job, kind) for kind in job.shape.kinds]
+    return LayerMoments(*(max(moment) for moment in zip(*each, strict=True)))
+
+
+def _bare_layer(job: TrainingJob, kind: LayerKind) -> LayerMoments:
+    width, hidden = job.shape.width, job.hidden_bytes
+    attention, keys = width * kind.queries, width * kind.keys_values / 2
+    if job.written_layer:
         peak = 2 * hidden + attention + 4 * keys
         # what comes after attention, with the next layer's tensors on their way
         after = 2 * hidden + attention + 2 * keys
@@ -92,12 +97,12 @@ def bare_layer(shape: ModelShape, tokens: int) -> LayerMoments:
         # kernel's fp32 dq
         peak = 6 * hidden + 4 * attention + 6 * keys + 2 * attention
         after = 4 * hidden + 2 * attention
-    if shape.width == 4:
+    if width == 4:
         # key heads repeated for their query heads, and the gradients of those copies
         # (sp/backends/efficient.py)
         peak += 4 * attention
-    after += shape.temporary_bytes
-    return LayerMoments(peak * tokens, after * tokens)
+    after += job.temporary_bytes(kind)
+    return LayerMoments(peak * job.local, after * job.local)
 
 
 def working_set(job: TrainingJob, settings: MemorySettings) -> float:
@@ -113,7 +118,7 @@ def _stated_bytes(job: TrainingJob, settings: MemorySettings) -> list[Bytes]:
 
 def _working_set(job: TrainingJob, stated: list[Bytes]) -> float:
     shape, tokens = job.shape, job.local
-    attention, after, segment = bare_layer(shape, tokens)
+    attention, after, segment = bare_layer(job)
     for _, _, layer in stated:
         attention += layer[0]
         after += layer[1]
@@ -196,22 +201,20 @@ def seconds(job: TrainingJob, settings: MemorySettings) -> float:
     shape, machine = job.shape, job.machine.computing(job.shape.width)
     stated = [each.work(job, settings) for each in techniques() if each.work is not None]
     work = Work(*map(sum, zip(*stated, strict=True)))
-    backward = backward_products(shape)
-    # forward passes; what layers compute again in their own backward comes first
-    projections = 1 + work.again_projections + backward + work.again_forward
-    mlp = 1 + work.again_mlp + backward + work.again_forward
-    mlp_parameters = shape.active_layer_parameters - shape.attention_parameters
-    linear = 2.0 * shape.layers * (shape.attention_parameters * projections + mlp_parameters * mlp)
-    linear += 2.0 * shape.head_parameters * (2 + backward)
-    attention = 2.0 * job.tokens * shape.heads * shape.head_dim * shape.layers
     runs = 1.0 + work.again_attention
+    linear = attention = moved = 0.0
+    for kind, count in shape.layers_of_kinds:
+        linear += count * _products(job, kind, work)
+        attention += count * kind.attention_flop(job.tokens)
+        moved += count * moved_bytes(job, settings, kind, work)
+    linear += head_flop(job) / machine.gemm
+    moved += HEAD_PASSES * shape.vocab
     attending = job.local * attention
     attending *= runs / machine.attention_forward + 2.5 / machine.attention_backward
     attending = exchange.attention_seconds(job, attending, exchanged_bytes(job, runs), runs)
-    products = job.local * linear / machine.gemm * (1.0 + work.slower) / LINEAR_SHARE
-    if not shape.written_layer:
-        products /= GENERIC_SHARE
-    compute = products + attending / ATTENTION_SHARE
+    products = job.local * linear * (1.0 + work.slower) / LINEAR_SHARE
+    compute = products + attending / ATTENTION_SHARE + job.local * moved / machine.memory
+    compute += (CAST_PASSES + 3 * work.again_mlp) * job.cast_bytes / machine.memory
     copied = work.copied_bytes / machine.copies
     sent = [each / machine.between(machine.gpus) for each in sent_bytes(job)]
     forward = compute * 0.3
@@ -224,14 +227,77 @@ def seconds(job: TrainingJob, settings: MemorySettings) -> float:
             step += technique.update(job, settings, backward_seconds)
     # quantised weights are widened before each use: read and written once
     widened = shape.quantized * (shape.quantized_bytes + shape.width)
-    return step + (2.0 + work.again_forward + work.again_mlp) * widened / MEMORY_RATE
+    return step + (2.0 + work.again_forward + work.again_mlp) * widened / machine.memory
+
+
+# Bytes of each of a token's logits that are read and written: made, widened, and read for the
+# log-sum-exp, the label's and the greatest; all again in backward, with the softmax.
+HEAD_PASSES = 50.0
+# Copies of weights that autocast makes read 4 bytes and write 2, three times their own; their
+# gradients are widened alike.
+CAST_PASSES = 6.0
+
+
+def head_flop(job: TrainingJob) -> float:
+    """Of one token's logits: made twice, and differentiated."""
+    return 2.0 * job.shape.head_parameters * (2 + (2.0 if job.shape.head_trained else 1.0))
+
+
+def _products(job: TrainingJob, kind: LayerKind, work: Work) -> float:
+    """Seconds of one token's linear maps in one layer, at the machine's rates."""
+    machine = job.machine.computing(job.shape.width)
+    wide = job.machine.computing(job.expert_width)
+    back = backward_products(job.shape)
+    # forward passes; what layers compute again in their own backward comes first
+    projections = 1 + work.again_projections + back + work.again_forward
+    mlp = 1 + work.again_mlp + back + work.again_forward
+    recurrent = (3 + work.again_projections + work.again_forward) * kind.recurrent_flop
+    plain = 2.0 * (kind.mixer_parameters * projections + kind.dense_parameters * mlp) + recurrent
+    return plain / machine.gemm + 2.0 * kind.active_expert_parameters * mlp / wide.gemm
+
+
+def moved_bytes(
+    job: TrainingJob, settings: MemorySettings, kind: LayerKind, work: Work
+) -> float:
+    """Bytes of one token that one layer reads and writes beside its products: norms, residuals,
+    rotary, activations, dispatch to experts. Counted in the code of `decoder_layer` (its kernels are
+    fused) and of transformers' layers (theirs are not, and norms compute in fp32).
+    """
+    width, hidden = job.shape.width, kind.hidden
+    turned = kind.queries + kind.kv_heads * kind.head_dim  # numbers that rotary turns
+    if job.written_layer and settings.checkpoint == "full":
+        forward = 12 * hidden + 3 * kind.dense_width + 2 * turned + 2 * kind.queries
+        backward = 27 * hidden + 6 * kind.dense_width + 6 * turned + 4 * kind.queries
+        return width * ((1 + work.again_forward) * forward + backward)
+    again = work.again_projections + work.again_forward
+    if job.wide_hidden and width == 2:  # fp32 norms; a cast for each linear map
+        norms, residuals, rotary = 28.0 * kind.norms + 30, 20.0, 40.0
+    else:
+        norms, residuals, rotary = 36.0 * kind.norms, 12.0, 20.0
+    turned *= 1 + int(kind.head_norms)
+    forward = (norms + residuals) * hidden + rotary * turned + 4 * width * kind.queries
+    forward += 5 * width * kind.dense_width
+    backward = (2 * norms + residuals) * hidden + rotary * turned + 8 * width * kind.queries
+    backward += 9 * width * kind.dense_width
+    if kind.experts:
+        # gathered, weighted, put back in order, summed; the adjoints of these add up by index
+        sent = job.expert_width * kind.used * hidden
+        forward += 9 * sent + 5 * job.expert_width * kind.expert_width
+        backward += 16 * sent + 9 * job.expert_width * kind.expert_width
+    if job.shape.adapters:
+        # an adapter's input is widened and narrowed again; its output is scaled and added
+        given = 5 * hidden + kind.queries + kind.dense_width
+        got = 2 * hidden + kind.queries + kind.keys_values + 2 * kind.dense_width
+        forward += 12 * given + 12 * got
+        backward += 16 * given + 12 * got
+    return (1 + again) * forward + backward
 
 
 def backward_products(shape: ModelShape) -> float:
     """Products of a linear layer's backward, in those of its forward: one for the input and one for
-    the weight; beside adapters the latter is small.
+    the weight where it is trained.
     """
-    return 2.0 if shape.trainable == shape.parameters else 1.2
+    return 1.0 if shape.adapters else 1.0 + shape.trainable / shape.parameters
 
 
 def sent_bytes(job: TrainingJob) -> tuple[float, float]:
@@ -248,24 +314,30 @@ def sent_bytes(job: TrainingJob) -> tuple[float, float]:
 
 def exchanged_bytes(job: TrainingJob, forward_runs: float = 1.0) -> float:
     """Bytes of keys, values and their fp32 gradients that one GPU receives in a step from the
-    others of its sequence-parallel group: those of a ring, whatever the schedule.
+    others of its sequence-parallel group: those of a ring, whatever the schedule. A window's keys
+    come from its neighbours alone.
     """
-    others = job.sp - 1
-    pair = 2 * job.local * job.shape.key_bytes * job.shape.layers
-    gradients = 4 / job.shape.width
-    return others * pair * (forward_runs + 1 + gradients)
+    width = job.shape.width
+    received = 0.0
+    for kind, count in job.shape.layers_of_kinds:
+        others = (job.sp - 1) * job.local
+        if kind.reach:
+            others = min(others, kind.reach)
+        received += count * others * width * kind.keys_values
+    return received * (forward_runs + 1 + 4 / width)
 
 
 def roofline(job: TrainingJob) -> float:
     """Seconds of a step that keeps attention, recomputes two thirds of the MLP and does nothing but
     products, at the machine's rates.
     """
-    s, m = job.shape, job.machine.computing(job.shape.width)
-    mlp = s.active_layer_parameters - s.attention_parameters
-    back = backward_products(s)
-    layer = (2 + back) * s.attention_parameters + (1.67 + back) * mlp
-    linear = 2.0 * (s.layers * layer + (1 + back) * s.head_parameters)
-    attention = 2.0 * job.tokens * s.heads * s.head_dim * s.layers
+    m = job.machine.computing(job.shape.width)
+    back = backward_products(job.shape)
+    linear, attention = head_flop(job), 0.0
+    for kind, count in job.shape.layers_of_kinds:
+        maps = (2 + back) * kind.mixer_parameters + (1.67 + back) * kind.mlp_parameters
+        linear += count * (2.0 * maps + 3 * kind.recurrent_flop)
+        attention += count * kind.attention_flop(job.tokens)
     return job.local * (
         linear / m.gemm + attention * (1 / m.attention_forward + 2.5 / m.attention_backward)
     )

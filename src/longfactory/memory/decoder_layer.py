@@ -509,15 +509,13 @@ def _group_values(job: TrainingJob, mode: str, settings: MemorySettings) -> list
     shape = job.shape
     if exchanges_heads(job):  # each exchange is of all heads
         return [1]
-    groups = [
-        g for g in (1, 2, 4, 8) if shape.kv_heads % g == 0 and (g == 1 or shape.written_layer)
-    ]
+    groups = [g for g in (1, 2, 4, 8) if shape.kv_heads % g == 0 and (g == 1 or job.written_layer)]
     return groups[-1:] if mode == "long" else groups
 
 
 def _group_bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:
     """Of one group of heads: q, dq, dout, and the kernel's fp32 dq. The generic layer has none."""
-    if not job.shape.written_layer:
+    if not job.written_layer:
         return Bytes()
     of_a_token = 5 * job.shape.attention_bytes / settings.attention_groups
     return Bytes(layer=LayerMoments(attention=of_a_token * job.local))
@@ -529,7 +527,7 @@ def _group_work(job: TrainingJob, settings: MemorySettings) -> Work:
 
 def _more_groups(job: TrainingJob, settings: MemorySettings) -> int:
     groups = settings.attention_groups
-    if not job.shape.written_layer:
+    if not job.written_layer:
         return groups
     return next((g for g in (2, 4, 8) if g > groups and job.shape.kv_heads % g == 0), groups)
 

@@ -288,9 +288,8 @@ def stored_bytes(job: TrainingJob, settings: MemorySettings) -> tuple[float, flo
     GPU.
     """
     gpu, host = _stored_of_a_token(
-        job.shape.layers,
-        job.shape.hidden_bytes,
-        job.shape.saved_attention_bytes,
+        job.hidden_bytes,
+        job.shape.saved_of_layers,
         settings.segment_layers,
         settings.offload,
         settings.last_layers_on_gpu,
@@ -301,23 +300,23 @@ def stored_bytes(job: TrainingJob, settings: MemorySettings) -> tuple[float, flo
 
 @functools.lru_cache(4096)
 def _stored_of_a_token(
-    layers: int,
     hidden: int,
-    output: int,
+    outputs: tuple[int, ...],
     segment_layers: int,
     offload: str,
     last_layers_on_gpu: int,
     keep_attention: float,
 ) -> tuple[float, float]:
-    """Bytes on the GPU and on the host, with `hidden` and `output` of a layer's input and saved
-    attention output.
+    """Bytes on the GPU and on the host, with `hidden` of a layer's input and `outputs` of the saved
+    attention output of each layer.
     """
+    layers = len(outputs)
     # layers from here on stay on the GPU
     stays = layers - last_layers_on_gpu if offload != "none" else 0
     gpu = host = 0.0
     for first in range(0, layers, segment_layers):
         last = min(first + segment_layers, layers) - 1
-        saved = output if last >= layers - round(keep_attention * layers) else 0
+        saved = outputs[last] if last >= layers - round(keep_attention * layers) else 0
         leaves = first < stays
         host += hidden if leaves else 0
         gpu += 0 if leaves else hidden
@@ -326,7 +325,7 @@ def _stored_of_a_token(
         else:
             gpu += saved
     if segment_layers > 1:  # the segment that is open
-        inner = segment_layers - 1
+        inner, output = segment_layers - 1, max(outputs)
         inner_gpu = min(inner, layers - stays)
         gpu += inner_gpu * (hidden + output)
         if inner_gpu < inner:
@@ -340,7 +339,7 @@ def _coming_bytes(job: TrainingJob, settings: MemorySettings) -> int:
     if settings.offload == "none":
         return 0
     both = settings.offload == "inputs+attention" and settings.keep_attention > 0
-    of_a_token = job.shape.hidden_bytes + (job.shape.saved_attention_bytes if both else 0)
+    of_a_token = job.hidden_bytes + (job.shape.saved_attention_bytes if both else 0)
     return of_a_token * job.local
 
 
@@ -367,7 +366,7 @@ def _offload_bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:
     # What is left for the last layer of backward: the segment that it is in, forward once more.
     leaves = shape.layers - settings.last_layers_on_gpu > 0 and settings.offload != "none"
     outputs_leave = leaves and settings.offload == "inputs+attention"
-    open_layer = (0 if leaves else shape.hidden_bytes) + (
+    open_layer = (0 if leaves else job.hidden_bytes) + (
         0 if outputs_leave else shape.saved_attention_bytes
     )
     left = (settings.segment_layers - 1) * open_layer * job.local
@@ -468,7 +467,7 @@ def _segment_bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:
     if settings.segment_layers == 1:
         return Bytes()
     shape = job.shape
-    forward = 3 * shape.hidden_bytes + 2 * shape.attention_bytes + 2 * shape.key_bytes
+    forward = 3 * job.hidden_bytes + 2 * shape.attention_bytes + 2 * shape.key_bytes
     leaving = _coming_bytes(job, settings)
     return Bytes(layer=LayerMoments(attention=leaving, segment=forward * job.local))
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
+from collections.abc import Sequence
 from typing import Any
 
-from longfactory.sp.hf import values_of_layers
+from longfactory.memory.layer_kinds import LayerKind, plain_kinds
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """A decoder model. Counts of parameters are whole numbers; `ffn` is the width of what one
-    token's MLP computes at once.
+    """A decoder model. Counts of parameters are whole numbers; heads and widths are those of its
+    widest layers; `ffn` is the width of what one token's MLP computes at once.
     """
 
     layers: int
@@ -32,6 +34,8 @@ class ModelShape:
     width: int = 2  # bytes of a number as layers compute it: 2 in bf16 and fp16, 4 in fp32
     quantized: int = 0  # frozen parameters that are held in fewer bits
     quantized_bytes: float = 0.5  # of one of them, with its share of the scales
+    kinds: tuple[LayerKind, ...] = ()  # of its layers, each once
+    order: tuple[int, ...] = ()  # the place in `kinds` of each layer's
 
     @property
     def frozen_bytes(self) -> float:
@@ -46,9 +50,16 @@ class ModelShape:
         quantized = min(self.quantized / self.layers, self.layer_parameters)
         return self.width * (self.layer_parameters - quantized) + self.quantized_bytes * quantized
 
-    @property
-    def attention_parameters(self) -> int:
-        return self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
+    @functools.cached_property
+    def layers_of_kinds(self) -> tuple[tuple[LayerKind, int], ...]:
+        """The kinds of layers, and how many there are of each."""
+        return tuple((kind, self.order.count(place)) for place, kind in enumerate(self.kinds))
+
+    @functools.cached_property
+    def saved_of_layers(self) -> tuple[int, ...]:
+        """Bytes of one token's attention output and log-sum-exp, in each layer."""
+        each = [self.width * kind.outputs + 4 * kind.heads for kind in self.kinds]
+        return tuple(each[place] for place in self.order)
 
     @property
     def head_parameters(self) -> int:
@@ -56,7 +67,7 @@ class ModelShape:
 
     @property
     def hidden_bytes(self) -> int:
-        """Of one token's hidden state."""
+        """Of one token's hidden state, as layers compute it."""
         return self.width * self.hidden
 
     @property
@@ -70,16 +81,9 @@ class ModelShape:
         return self.width * self.kv_heads * self.head_dim
 
     @property
-    def temporary_bytes(self) -> int:
-        """Of one token's temporaries in the MLP, projections and norms of one layer: six MLP-wide
-        and eight hidden-wide numbers.
-        """
-        return 6 * self.width * self.ffn + 8 * self.hidden_bytes
-
-    @property
     def saved_attention_bytes(self) -> int:
-        """Of one token's attention output and log-sum-exp, in one layer."""
-        return self.attention_bytes + 4 * self.heads
+        """Of one token's attention output and log-sum-exp, in the layer that has most."""
+        return max(self.saved_of_layers)
 
     @property
     def trained_layer_parameters(self) -> int:
@@ -101,6 +105,7 @@ class ModelShape:
         width: int = 2,
         quantized: int = 0,
         quantized_bytes: float = 0.5,
+        layers: Sequence[LayerKind] | None = None,
     ) -> ModelShape:
         """From a transformers configuration.
 
@@ -111,49 +116,42 @@ class ModelShape:
             head_trained: the output layer is; by default where all parameters are.
             width: bytes of a number as layers compute it.
             quantized, quantized_bytes: parameters that are held in fewer bits, and bytes of one.
+            layers: the kind of each layer (`kinds_of`); without it those of Llama's shape.
         """
         c = config.get_text_config() if hasattr(config, "get_text_config") else config
-        heads = c.num_attention_heads
-        kv = getattr(c, "num_key_value_heads", None) or heads
-        dim = max(given or c.hidden_size // heads for given in values_of_layers(c, "head_dim"))
-        ffn = max(given or 4 * c.hidden_size for given in values_of_layers(c, "intermediate_size"))
-        attention = c.hidden_size * dim * 2 * (heads + kv)
-        experts = getattr(c, "num_experts", None) or getattr(c, "num_local_experts", None) or 0
-        if experts:
-            ffn = max(given or ffn for given in values_of_layers(c, "moe_intermediate_size"))
-            used = getattr(c, "num_experts_per_tok", None) or 1
-            layer, active, ffn = (
-                attention + 3 * experts * c.hidden_size * ffn,
-                attention + 3 * used * c.hidden_size * ffn,
-                ffn * used,
-            )
-        else:
-            layer = active = attention + 3 * c.hidden_size * ffn
+        layers = plain_kinds(c) if layers is None else layers
+        kinds = tuple(dict.fromkeys(layers))
+        widest = max(kinds, key=lambda kind: kind.queries)
+        layer = max(kind.parameters for kind in kinds)
         tied = bool(getattr(c, "tie_word_embeddings", False))
-        total = parameters or c.num_hidden_layers * layer + c.vocab_size * c.hidden_size * (
-            1 if tied else 2
+        total = parameters or sum(kind.parameters for kind in layers) + (
+            c.vocab_size * c.hidden_size * (1 if tied else 2)
         )
         written = c.model_type in ("llama", "mistral", "qwen2", "qwen3") and not lora
         if lora and trainable is None:
             trainable, head_trained = total // 100, bool(head_trained)
         return cls(
-            c.num_hidden_layers,
-            c.hidden_size,
-            ffn,
-            heads,
-            kv,
-            dim,
-            c.vocab_size,
-            total,
-            layer,
-            active,
-            total if trainable is None else trainable,
-            written,
-            trainable in (None, total) if head_trained is None else head_trained,
-            lora,
-            width,
-            quantized,
-            quantized_bytes,
+            layers=len(layers),
+            hidden=c.hidden_size,
+            ffn=max(kind.dense_width + kind.expert_width for kind in kinds),
+            heads=widest.heads,
+            kv_heads=max(kind.kv_heads for kind in kinds),
+            head_dim=widest.head_dim,
+            vocab=c.vocab_size,
+            parameters=total,
+            layer_parameters=layer,
+            active_layer_parameters=max(
+                kind.mixer_parameters + kind.mlp_parameters for kind in kinds
+            ),
+            trainable=total if trainable is None else trainable,
+            written_layer=written,
+            head_trained=trainable in (None, total) if head_trained is None else head_trained,
+            adapters=lora,
+            width=width,
+            quantized=quantized,
+            quantized_bytes=quantized_bytes,
+            kinds=kinds,
+            order=tuple(kinds.index(kind) for kind in layers),
         )
 
 
@@ -166,8 +164,8 @@ class Machine:
     """One kind of GPU, how many of them share a host, and measured rates.
 
     Rates are what long sequences reach, in FLOP/s and bytes/s: matrix products, attention forward
-    and backward, pinned copies each way, host memory as the optimizer uses it, and gathering
-    parameters over the links between GPUs.
+    and backward, pinned copies each way, host memory as the optimizer uses it, a GPU's own memory
+    as norms and activations use it, and gathering parameters over the links between GPUs.
     """
 
     gpu_bytes: int
@@ -178,7 +176,8 @@ class Machine:
     attention_forward: float = 570e12
     attention_backward: float = 530e12
     copies: float = 50e9
-    host_memory: float = 14e9  # measured beside one H100, 16 cores
+    host_memory: float = 40e9
+    memory: float = 2.3e12
     links: float = 200e9
     network: float = 40e9  # of one GPU to those of other hosts
     # products, attention forward and backward where layers compute in fp32
@@ -218,7 +217,7 @@ class Machine:
 class Gpu:
     """A kind of GPU, from its vendor's data sheet: bytes of memory; FLOP/s without sparsity in
     bf16 (fp16 where it has no bf16), outside the tensor cores in fp32, and in TF32; bytes/s one way
-    to the host and to another GPU.
+    to the host and to another GPU, and of its own memory.
     """
 
     memory: float
@@ -227,40 +226,41 @@ class Gpu:
     tf32: float
     host: float
     link: float
+    own: float = 2e12
 
 
 PCIE3, PCIE4, PCIE5 = 15.75e9, 31.5e9, 63e9
 
 # NVLink's rates are half of the data sheets', which count both ways.
 GPUS: dict[str, Gpu] = {
-    "H100": Gpu(80e9, 989e12, 67e12, 495e12, PCIE5, 450e9),
-    "H200": Gpu(141e9, 989e12, 67e12, 495e12, PCIE5, 450e9),
-    "GH200": Gpu(96e9, 989e12, 67e12, 495e12, 450e9, 450e9),
-    "H800": Gpu(80e9, 989e12, 67e12, 495e12, PCIE5, 200e9),
-    "H20": Gpu(96e9, 148e12, 44e12, 74e12, PCIE5, 450e9),
-    "B200": Gpu(180e9, 2250e12, 75e12, 1100e12, PCIE5, 900e9),
-    "B300": Gpu(270e9, 2250e12, 77e12, 1100e12, PCIE5, 900e9),
-    "A100": Gpu(80e9, 312e12, 19.5e12, 156e12, PCIE4, 300e9),
-    "A800": Gpu(80e9, 312e12, 19.5e12, 156e12, PCIE4, 200e9),
-    "A10": Gpu(24e9, 125e12, 31.2e12, 62.5e12, PCIE4, PCIE4),
-    "A40": Gpu(48e9, 149.7e12, 37.4e12, 74.8e12, PCIE4, PCIE4),
-    "A6000": Gpu(48e9, 154.8e12, 38.7e12, 77.4e12, PCIE4, PCIE4),
-    "L4": Gpu(24e9, 121e12, 30.3e12, 60e12, PCIE4, PCIE4),
-    "L40": Gpu(48e9, 181e12, 90.5e12, 90.5e12, PCIE4, PCIE4),
-    "L40S": Gpu(48e9, 362e12, 91.6e12, 183e12, PCIE4, PCIE4),
-    "3090": Gpu(24e9, 71e12, 35.6e12, 35.6e12, PCIE4, PCIE4),
-    "4090": Gpu(24e9, 165e12, 82.6e12, 82.6e12, PCIE4, PCIE4),
-    "5090": Gpu(32e9, 209.5e12, 104.8e12, 104.8e12, PCIE5, PCIE5),
-    "V100": Gpu(32e9, 125e12, 15.7e12, 15.7e12, PCIE3, 150e9),
-    "T4": Gpu(16e9, 65e12, 8.1e12, 8.1e12, PCIE3, PCIE3),
-    "MI300X": Gpu(192e9, 1307e12, 163.4e12, 653.7e12, PCIE5, 448e9),
+    "H100": Gpu(80e9, 989e12, 67e12, 495e12, PCIE5, 450e9, 3.35e12),
+    "H200": Gpu(141e9, 989e12, 67e12, 495e12, PCIE5, 450e9, 4.8e12),
+    "GH200": Gpu(96e9, 989e12, 67e12, 495e12, 450e9, 450e9, 4.0e12),
+    "H800": Gpu(80e9, 989e12, 67e12, 495e12, PCIE5, 200e9, 3.35e12),
+    "H20": Gpu(96e9, 148e12, 44e12, 74e12, PCIE5, 450e9, 4.0e12),
+    "B200": Gpu(180e9, 2250e12, 75e12, 1100e12, PCIE5, 900e9, 8.0e12),
+    "B300": Gpu(270e9, 2250e12, 77e12, 1100e12, PCIE5, 900e9, 8.0e12),
+    "A100": Gpu(80e9, 312e12, 19.5e12, 156e12, PCIE4, 300e9, 2.039e12),
+    "A800": Gpu(80e9, 312e12, 19.5e12, 156e12, PCIE4, 200e9, 2.039e12),
+    "A10": Gpu(24e9, 125e12, 31.2e12, 62.5e12, PCIE4, PCIE4, 0.6e12),
+    "A40": Gpu(48e9, 149.7e12, 37.4e12, 74.8e12, PCIE4, PCIE4, 0.696e12),
+    "A6000": Gpu(48e9, 154.8e12, 38.7e12, 77.4e12, PCIE4, PCIE4, 0.768e12),
+    "L4": Gpu(24e9, 121e12, 30.3e12, 60e12, PCIE4, PCIE4, 0.3e12),
+    "L40": Gpu(48e9, 181e12, 90.5e12, 90.5e12, PCIE4, PCIE4, 0.864e12),
+    "L40S": Gpu(48e9, 362e12, 91.6e12, 183e12, PCIE4, PCIE4, 0.864e12),
+    "3090": Gpu(24e9, 71e12, 35.6e12, 35.6e12, PCIE4, PCIE4, 0.936e12),
+    "4090": Gpu(24e9, 165e12, 82.6e12, 82.6e12, PCIE4, PCIE4, 1.008e12),
+    "5090": Gpu(32e9, 209.5e12, 104.8e12, 104.8e12, PCIE5, PCIE5, 1.792e12),
+    "V100": Gpu(32e9, 125e12, 15.7e12, 15.7e12, PCIE3, 150e9, 0.9e12),
+    "T4": Gpu(16e9, 65e12, 8.1e12, 8.1e12, PCIE3, PCIE3, 0.32e12),
+    "MI300X": Gpu(192e9, 1307e12, 163.4e12, 653.7e12, PCIE5, 448e9, 5.3e12),
 }
 """By names as `torch.cuda.get_device_name` has them: a whole word, or the head of one that letters
 end."""
 
 # What long sequences reach of a data sheet's rates. Measured on Hopper (products, attention,
 # copies, gathering; fp32 attention: benchmarks/results/attention_fp32.md); others are taken to
-# reach as much. Attention in fp32 is PyTorch's memory-efficient kernel, three TF32 products for one
+# reach as much. Of their own memory all are taken to reach 0.7. Attention in fp32 is PyTorch's memory-efficient kernel, three TF32 products for one
 # of fp32. Products in fp32: a share that was not measured.
 REACHED = {
     "gemm": 650 / 989,
@@ -268,10 +268,19 @@ REACHED = {
     "attention_backward": 530 / 989,
     "host": 50 / 63,
     "link": 200 / 450,
+    "own": 0.7,
     "fp32": 0.65,
     "fp32_attention_forward": 0.095,
     "fp32_attention_backward": 0.077,
 }
+
+
+# Bytes of host memory that AdamW reads and writes a second for each core at work: 5.3 s for 7.62 B
+# parameters beside one H200 (16 threads; benchmarks/results/plan_accuracy.md), 2.7 s for half of
+# them in each of two processes (16 threads each; length_2xH200_7b.md). One host was at a third of
+# that (length_1xH100_7b.md); `plan --calibrate` measures a host's own.
+HOST_OF_A_CORE = 2.5e9
+CORES_OF_A_GPU = 16  # where a host's cores are not known
 
 
 def kind_of(name: str) -> str | None:
@@ -292,6 +301,7 @@ def machine(
     gpu_bytes: float | None = None,
     tf32: bool = False,
     network: float = 40e9,
+    cores: int = 0,
 ) -> Machine:
     """The machines of a run with `gpus` of a kind: a name that contains one of `GPUS`, or the
     kind's own numbers. Rates of an A100 where the name is unknown (`kind_of`).
@@ -299,6 +309,7 @@ def machine(
     Args:
         gpu_bytes: of one GPU's memory, where it is not the kind's usual one.
         network: bytes/s that one GPU receives from other hosts.
+        cores: of one host; 0 where they are not known.
     """
     kind = gpu if isinstance(gpu, Gpu) else GPUS[kind_of(gpu) or "A100"]
     products = kind.tf32 if tf32 else kind.fp32
@@ -311,6 +322,8 @@ def machine(
         REACHED["attention_forward"] * kind.bf16,
         REACHED["attention_backward"] * kind.bf16,
         REACHED["host"] * kind.host,
+        host_memory=HOST_OF_A_CORE * (cores or CORES_OF_A_GPU * min(gpus, gpus_per_host or 8)),
+        memory=REACHED["own"] * kind.own,
         links=REACHED["link"] * kind.link,
         network=network,
         float32=(
@@ -367,6 +380,59 @@ class TrainingJob:
         if self.machine.gpus > 1 and not self.sharded:  # DDP
             object.__setattr__(self, "accumulates", True)
             object.__setattr__(self, "leavable", False)
+
+    @property
+    def autocast(self) -> bool:
+        """Trained weights are fp32 and layers compute with copies of them that autocast makes, in
+        half precision: one process, or DDP. FSDP2 gathers such copies.
+        """
+        return (
+            self.shape.width == 2 and self.master == 4 and not (self.sharded or self.zero)
+        ) and self.shape.trainable > 0
+
+    @property
+    def embedding_trained(self) -> bool:
+        """So that what layers add to has the embedding's type."""
+        return self.shape.trainable == self.shape.parameters
+
+    @property
+    def written_layer(self) -> bool:
+        """The hand-written layer computes: it steps aside under autocast."""
+        return self.shape.written_layer and not self.autocast
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Of one token's hidden state between layers: fp32 beside an fp32 embedding."""
+        return self.shape.hidden * (4 if self.wide_hidden else self.shape.width)
+
+    @property
+    def wide_hidden(self) -> bool:
+        """Hidden states between layers are fp32, whatever the layers compute in."""
+        return self.shape.width == 4 or (self.autocast and self.embedding_trained)
+
+    @property
+    def expert_width(self) -> int:
+        """Bytes of a number as experts compute it: autocast does not reach their products, which
+        take the type of their weights.
+        """
+        return 4 if self.wide_hidden else self.shape.width
+
+    @property
+    def cast_bytes(self) -> float:
+        """Of the copies of all trained weights that autocast makes."""
+        if not (self.autocast and self.embedding_trained):
+            return 0.0
+        routed = sum(kind.expert_parameters * n for kind, n in self.shape.layers_of_kinds)
+        return self.shape.width * (self.shape.parameters - routed)
+
+    def temporary_bytes(self, kind: LayerKind) -> int:
+        """Of one token's temporaries in the MLP, projections and norms of one layer: six MLP-wide
+        and eight hidden-wide numbers; of each expert that it passes, its input and output and their
+        gradients, and seven numbers of its width.
+        """
+        wide = 4 * kind.used * kind.hidden + 7 * kind.expert_width
+        dense = 6 * self.shape.width * kind.dense_width + 8 * self.hidden_bytes
+        return dense + self.expert_width * wide
 
     @property
     def local(self) -> int:

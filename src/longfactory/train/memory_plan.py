@@ -23,6 +23,7 @@ from longfactory.memory.choose import (
     host_memory,
     user_keys,
 )
+from longfactory.memory.layer_kinds import LayerKind, kinds_of
 from longfactory.memory.offload import Activations
 from longfactory.memory.shapes import Machine, ModelShape, TrainingJob, kind_of, machine
 from longfactory.model import adapters, load
@@ -52,6 +53,7 @@ class Counts:
 
     `buffers`: its checkpoints hold buffers beside parameters (the correction of a router's scores,
     say). `linear`: parameters of linear layers but the output layer, which quantisation reaches.
+    `layers`: the kind of each decoder layer.
     """
 
     total: int
@@ -59,6 +61,7 @@ class Counts:
     head: bool | None
     buffers: bool = False
     linear: int = 0
+    layers: tuple[LayerKind, ...] | None = None
 
 
 def count_parameters(cfg: RunConfig, model_config: Any) -> Counts:
@@ -77,10 +80,11 @@ def count_parameters(cfg: RunConfig, model_config: Any) -> Counts:
         for module in model.modules()
         if type(module) is torch.nn.Linear and module is not model.get_output_embeddings()
     )
+    layers = kinds_of(model, model_config)
     with torch.device("meta"):
         total = adapters.count_parameters(model)[1]
         if given and not cfg.method.create_new_adapter:
-            return Counts(total, None, None, buffers, linear)
+            return Counts(total, None, None, buffers, linear, layers)
         # both compute with weights
         method = dataclasses.replace(cfg.method, pissa_init=False, use_dora=False)
         model = adapters.apply_finetuning(
@@ -88,7 +92,8 @@ def count_parameters(cfg: RunConfig, model_config: Any) -> Counts:
         )
     head = model.get_output_embeddings()
     head_trained = head is not None and any(p.requires_grad for p in head.parameters())
-    return Counts(total, adapters.count_parameters(model)[0], head_trained, buffers, linear)
+    trained = adapters.count_parameters(model)[0]
+    return Counts(total, trained, head_trained, buffers, linear, layers)
 
 
 def check_model(cfg: RunConfig) -> list[str]:
@@ -218,6 +223,7 @@ def plan_run(
             width=2 if half else 4,
             quantized=counts.linear if cfg.model.quantization_bit else 0,
             quantized_bytes=quantized_bytes(cfg),
+            layers=counts.layers,
         ),
         machine=machine,
         tokens=tokens,

@@ -1,0 +1,288 @@
+"""The kinds of decoder layers of a model: what one token computes in each, and how far it sees.
+
+Products are counted on the layer's own parameters (`kinds_of`, on a model without storage), so that
+latent attention, experts, shared experts, dense layers among sparse ones and linear attention need
+no rule each. The configuration says what no parameter shows: the heads of attention, windows,
+chunks, and how many experts a token passes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from torch import nn
+
+from longfactory.sp.hf import layer_types, values_of_layers
+from longfactory.sp.text_model import decoder_layers
+
+WINDOW_TILE = 128
+"""Keys beyond its window that a query's tile computes: kernels work on blocks of this many keys,
+and half of one is masked at each end."""
+RECURRENT_CHUNK = 64  # tokens that a gated delta rule computes at once
+
+_MIXERS = re.compile(r"attn|attention|conv|mamba|ssm|mixer|recurrent|temporal|linear")
+_EXPERTS = re.compile(r"(^|\.)experts?(\.|$)")
+_USED = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "top_k_experts",
+    "experts_per_token",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """Layers that are alike.
+
+    Attributes:
+        heads, kv_heads, head_dim, value_dim: of softmax attention; no heads where there is none.
+            Latent attention has as many key heads as heads, once its keys are made.
+        reach: keys that a query sees at most; 0 for all before it.
+        within_chunk: it sees those of its own chunk of `reach` tokens, not the last `reach`.
+        mixer_parameters: linear maps of attention, or of what stands in its place.
+        dense_parameters: linear maps of the MLP that every token passes: shared experts and
+            routers too.
+        expert_parameters: of all routed experts.
+        experts, used: routed experts, and those that a token passes.
+        parameters: all of the layer.
+        hidden: width of the layer's input.
+        norms: of the width of the layer's input.
+        head_norms: queries and keys are normalised by heads.
+        recurrent_flop: of a token in a linear recurrence, forward, beside its linear maps.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    mixer_parameters: int
+    dense_parameters: int
+    parameters: int
+    hidden: int
+    reach: int = 0
+    within_chunk: bool = False
+    expert_parameters: int = 0
+    experts: int = 0
+    used: int = 0
+    norms: int = 2
+    head_norms: bool = False
+    recurrent_flop: float = 0.0
+
+    @property
+    def active_expert_parameters(self) -> int:
+        """Those that one token passes."""
+        return self.expert_parameters * self.used // self.experts if self.experts else 0
+
+    @property
+    def mlp_parameters(self) -> int:
+        """That one token passes."""
+        return self.dense_parameters + self.active_expert_parameters
+
+    @property
+    def dense_width(self) -> int:
+        """Numbers of one token between the maps of a gated MLP of as many parameters."""
+        return self.dense_parameters // (3 * self.hidden)
+
+    @property
+    def expert_width(self) -> int:
+        """As `dense_width`, of the experts that one token passes."""
+        return self.active_expert_parameters // (3 * self.hidden)
+
+    @property
+    def queries(self) -> int:
+        """Numbers of one token's queries."""
+        return self.heads * self.head_dim
+
+    @property
+    def keys_values(self) -> int:
+        """Numbers of one token's keys and values."""
+        return self.kv_heads * (self.head_dim + self.value_dim)
+
+    @property
+    def outputs(self) -> int:
+        """Numbers of one token's attention output."""
+        return self.heads * self.value_dim
+
+    def keys_seen(self, tokens: int) -> float:
+        """Keys that a query of a causal row of `tokens` sees on average, as kernels compute it."""
+        if not self.reach or self.reach >= tokens:
+            return tokens / 2
+        if self.within_chunk:
+            return self.reach / 2
+        seen = self.reach - self.reach**2 / (2 * tokens)
+        return min(tokens / 2, seen + WINDOW_TILE)
+
+    def attention_flop(self, tokens: int) -> float:
+        """Of one token's softmax attention, forward, in a row of `tokens`."""
+        return 2.0 * self.keys_seen(tokens) * self.heads * (self.head_dim + self.value_dim)
+
+
+def kinds_of(model: nn.Module, config: Any) -> tuple[LayerKind, ...]:
+    """The kind of each decoder layer of a model, which may be without storage."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    _, layers = decoder_layers(model)
+    return tuple(_kind(layer, text, index) for index, layer in enumerate(layers))
+
+
+def _kind(layer: nn.Module, config: Any, index: int) -> LayerKind:
+    own = config.per_layer_config[index] if getattr(config, "is_heterogeneous", False) else config
+    hidden = int(config.hidden_size)
+    mixer = dense = routed = everything = experts = norms = 0
+    head_norms = False
+    for name, parameter in layer.named_parameters():
+        size = parameter.numel()
+        everything += size
+        if parameter.dim() == 1:
+            norms += parameter.shape[0] == hidden and "norm" in name and name.endswith("weight")
+            head_norms |= bool(re.search(r"(q|query)\w*norm", name)) and "_a_" not in name
+        elif _EXPERTS.search(name) and "shared" not in name:
+            routed += size
+            experts = max(experts, _experts_of(name, parameter, layer))
+        elif parameter.dim() == 2 and _MIXERS.search(name.split(".")[0]):
+            mixer += size
+        elif parameter.dim() == 2:
+            dense += size
+    heads, kv_heads, head_dim, value_dim = _heads(layer, own, index)
+    reach, within_chunk = _reach(layer, own, index)
+    return LayerKind(
+        heads,
+        kv_heads,
+        head_dim,
+        value_dim,
+        mixer,
+        dense,
+        everything,
+        hidden,
+        reach,
+        within_chunk,
+        routed,
+        experts,
+        _used(own, experts),
+        max(norms, 1),
+        head_norms,
+        recurrent_flop(own) if _type(config, index) == "linear_attention" else 0.0,
+    )
+
+
+def _experts_of(name: str, parameter: Any, layer: nn.Module) -> int:
+    """How many experts there are, by a parameter of theirs: its first dimension, or the list that
+    its module is in.
+    """
+    numbered = re.match(r"(.*experts)\.\d+\.", name)
+    if numbered:
+        return len(list(layer.get_submodule(numbered[1]).children()))
+    return int(parameter.shape[0]) if parameter.dim() == 3 else 1
+
+
+def _used(config: Any, experts: int) -> int:
+    """Experts that compute a token: Llama 4's all do, and all but those chosen give zeros."""
+    if str(getattr(config, "model_type", "")).startswith("llama4"):
+        return experts
+    return min(experts, used_experts(config) or 1) if experts else 0
+
+
+def used_experts(config: Any) -> int:
+    """Routed experts that a token passes, by a configuration's many names for it; 0 if it names
+    none.
+    """
+    given = (getattr(config, name, None) for name in _USED)
+    return next((int(value) for value in given if isinstance(value, int) and value > 0), 0)
+
+
+def recurrent_flop(config: Any) -> float:
+    """Of one token in a gated delta rule, forward, in chunks of `RECURRENT_CHUNK` tokens: products
+    of keys with queries and with keys, the inverse of a triangular matrix, its products with keys
+    and values, and reading and writing the state.
+    """
+    heads = getattr(config, "linear_num_value_heads", None) or 0
+    key = getattr(config, "linear_key_head_dim", None) or 0
+    value = getattr(config, "linear_value_head_dim", None) or 0
+    chunk = RECURRENT_CHUNK
+    within = 2 * chunk * key + chunk * chunk / 3 + chunk * (key + value) + chunk * value
+    return 2.0 * heads * (within + 3 * key * value)
+
+
+def _type(config: Any, index: int) -> str:
+    types = layer_types(config)
+    return types[index] if index < len(types) else "full_attention"
+
+
+def _attention(layer: nn.Module) -> nn.Module | None:
+    found = [m for name, m in layer.named_children() if re.search(r"attn|attention", name)]
+    return found[0] if found else None
+
+
+def _heads(layer: nn.Module, config: Any, index: int) -> tuple[int, int, int, int]:
+    """Heads, key heads, and the dims of queries and of values."""
+    if _type(config, index) in ("linear_attention", "conv", "mamba", "recurrent"):
+        return 0, 0, 0, 0
+    module = _attention(layer)
+    heads = int(getattr(config, "num_attention_heads", 0) or 0)
+    if module is None or not heads:
+        return 0, 0, 0, 0
+    plain = getattr(config, "qk_nope_head_dim", None)
+    rotary = getattr(config, "qk_rope_head_dim", None)
+    if plain is not None and rotary is not None:  # latent attention
+        dim = int(plain) + int(rotary)
+        return heads, heads, dim, int(getattr(config, "v_head_dim", None) or dim)
+    dim = int(
+        getattr(module, "head_dim", None)
+        or getattr(config, "head_dim", None)
+        or config.hidden_size // heads
+    )
+    keys = getattr(module, "k_proj", None)
+    if isinstance(keys, nn.Linear):
+        return heads, max(keys.out_features // dim, 1), dim, dim
+    return heads, int(getattr(config, "num_key_value_heads", None) or heads), dim, dim
+
+
+def _reach(layer: nn.Module, config: Any, index: int) -> tuple[int, bool]:
+    """Tokens of a sliding window or of a chunk, and whether it is a chunk. 0: all are seen."""
+    kind = _type(config, index)
+    if kind == "chunked_attention":
+        return int(getattr(config, "attention_chunk_size", None) or 0), True
+    module = _attention(layer)
+    given = getattr(module, "sliding_window", None)
+    if kind == "sliding_attention":
+        given = given or getattr(config, "sliding_window", None)
+    elif getattr(config, "layer_types", None):
+        given = None
+    elif given is None and getattr(config, "use_sliding_window", True) is not False:
+        given = getattr(config, "sliding_window", None)
+    return (int(given), False) if isinstance(given, int) and given > 0 else (0, False)
+
+
+def plain_kinds(config: Any) -> tuple[LayerKind, ...]:
+    """Of a configuration of Llama's shape, or of its experts, without a model."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    hidden = config.hidden_size
+    dim = max(given or hidden // heads for given in values_of_layers(config, "head_dim"))
+    ffn = max(given or 4 * hidden for given in values_of_layers(config, "intermediate_size"))
+    mixer = hidden * dim * 2 * (heads + kv_heads)
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    if not experts:
+        dense = 3 * hidden * ffn
+        kind = LayerKind(heads, kv_heads, dim, dim, mixer, dense, mixer + dense, hidden)
+    else:
+        ffn = max(given or ffn for given in values_of_layers(config, "moe_intermediate_size"))
+        routed = 3 * experts * hidden * ffn
+        kind = LayerKind(
+            heads,
+            kv_heads,
+            dim,
+            dim,
+            mixer,
+            0,
+            mixer + routed,
+            hidden,
+            expert_parameters=routed,
+            experts=experts,
+            used=_used(config, experts),
+        )
+    return (kind,) * config.num_hidden_layers
