@@ -2,34 +2,40 @@
 the GPUs of one machine.
 
     python benchmarks/plan_accuracy.py --gpus 1 --out benchmarks/results
-    python benchmarks/plan_accuracy.py --gpus 2 --only 7b-full-32k moe-full-16k --out benchmarks/results
+    python benchmarks/plan_accuracy.py --gpus 2 --only 7b-full-32k moe-full-32k --out benchmarks/results
+    python benchmarks/plan_accuracy.py --check          # no GPU: every setting is planned, not run
 
 Each setting is a run of a few steps with random weights, whose log holds the plan that it made
 before it loaded anything (`longfactory plan` prints the same). Predicted are the peak of one GPU and
 the seconds of a step; measured are the most bytes that torch had allocated, and the mean of the
-steps after the first. Nothing is left out: a setting that fails is in the table with its last
-line. With `--out`, earlier settings stay in the table unless they are run again.
+steps after the first. What torch does not allocate (the item "runtime") is left out of the predicted
+peak. Settings of one GPU run side by side where the machine has more. Nothing is left out: a
+setting that fails is in the table with its last line. With `--out`, earlier settings stay in the
+table unless they are run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import datetime
 import json
 import os
+import queue
+import random
 import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from _table import command_line, machine_name  # noqa: E402
 from make_model import QWEN, SHAPES, make_model  # noqa: E402
-from sp_training import make_data  # noqa: E402
 
 FURTHER: dict[str, dict[str, Any]] = {
     "qwen2.5-1.5b": QWEN
@@ -56,21 +62,104 @@ FURTHER: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "head_dim": 128,
     },
+    "gemma-3-12b": {
+        "model_type": "gemma3_text",
+        "architectures": ["Gemma3ForCausalLM"],
+        "vocab_size": 262208,
+        "max_position_embeddings": 1 << 21,
+        "hidden_size": 3840,
+        "intermediate_size": 15360,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 256,
+        "sliding_window": 1024,
+        "query_pre_attn_scalar": 256,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+        "torch_dtype": "bfloat16",
+    },
 }
-FULL: dict[str, Any] = {"stage": "pt", "finetuning_type": "full"}
-LORA: dict[str, Any] = {"stage": "pt", "finetuning_type": "lora", "lora_rank": 8}
-SETTINGS: dict[str, tuple[str, int | None, int, dict[str, Any]]] = {
-    # name: shape, layers (None: all), tokens, keys
-    "1.5b-full-16k": ("qwen2.5-1.5b", None, 16384, FULL),
-    "1.5b-full-64k": ("qwen2.5-1.5b", None, 65536, FULL),
-    "7b-full-16k": ("qwen2.5-7b", None, 16384, FULL),
-    "7b-full-32k": ("qwen2.5-7b", None, 32768, FULL),
-    "7b-lora-32k": ("qwen2.5-7b", None, 32768, LORA),
-    "7b-full-host-16k": ("qwen2.5-7b", None, 16384, FULL | {"optimizer_placement": "host"}),
-    "7b-12-layers-full-64k": ("qwen2.5-7b", 12, 65536, FULL),
-    "moe-6-layers-full-16k": ("qwen3-30b-a3b", 6, 16384, FULL),
-    "moe-6-layers-lora-32k": ("qwen3-30b-a3b", 6, 32768, LORA),
+PT: dict[str, Any] = {"stage": "pt", "dataset": "long"}
+SFT: dict[str, Any] = {"stage": "sft", "dataset": "answers", "template": "chatml"}
+DPO: dict[str, Any] = {"stage": "dpo", "dataset": "pairs", "template": "chatml"}
+FULL: dict[str, Any] = {"finetuning_type": "full"}
+LORA: dict[str, Any] = {"finetuning_type": "lora", "lora_rank": 8, "lora_target": "all"}
+QLORA = LORA | {"quantization_bit": 4}
+HOST: dict[str, Any] = {"optimizer_placement": "host"}
+
+
+class Setting(NamedTuple):
+    """`layers`: None for all of the shape's. `tokens`: cutoff_len; a pair of DPO is up to twice as
+    long. `gpus`: the numbers of GPUs that it is for.
+    """
+
+    shape: str
+    layers: int | None
+    tokens: int
+    keys: dict[str, Any]
+    gpus: tuple[int, ...] = (1, 2)
+
+
+SETTINGS: dict[str, Setting] = {
+    "1.5b-full-16k": Setting("qwen2.5-1.5b", None, 16384, PT | FULL, (1,)),
+    "1.5b-full-64k": Setting("qwen2.5-1.5b", None, 65536, SFT | FULL, (1,)),
+    "1.5b-dpo-full-16k": Setting("qwen2.5-1.5b", None, 8192, DPO | FULL),
+    "1.5b-4-layers-full-256k": Setting("qwen2.5-1.5b", 4, 262144, PT | FULL, (1,)),
+    "1.5b-full-ddp-32k": Setting(
+        "qwen2.5-1.5b", None, 32768, PT | FULL | {"sharding": "ddp"}, (2,)
+    ),
+    "7b-full-32k": Setting("qwen2.5-7b", None, 32768, SFT | FULL, (2,)),
+    "7b-full-host-16k": Setting("qwen2.5-7b", None, 16384, PT | FULL | HOST, (1,)),
+    "7b-8-layers-full-64k": Setting("qwen2.5-7b", 8, 65536, PT | FULL),
+    "7b-2-layers-full-512k": Setting("qwen2.5-7b", 2, 524288, PT | FULL, (2,)),
+    "7b-lora-32k": Setting("qwen2.5-7b", None, 32768, SFT | LORA),
+    "7b-dpo-lora-16k": Setting("qwen2.5-7b", None, 8192, DPO | LORA, (1,)),
+    "7b-qlora-32k": Setting("qwen2.5-7b", None, 32768, SFT | QLORA),
+    "14b-lora-16k": Setting("qwen2.5-14b", None, 16384, SFT | LORA),
+    "14b-8-layers-full-32k": Setting("qwen2.5-14b", 8, 32768, PT | FULL),
+    "moe-6-layers-full-16k": Setting("qwen3-30b-a3b", 6, 16384, PT | FULL),
+    "moe-6-layers-lora-32k": Setting("qwen3-30b-a3b", 6, 32768, SFT | LORA),
+    "gemma-12-layers-full-32k": Setting("gemma-3-12b", 12, 32768, PT | FULL),
+    "gemma-12-layers-lora-64k": Setting("gemma-3-12b", 12, 65536, SFT | LORA),
 }
+
+
+def make_data(folder: Path, rows: int, tokens: int) -> None:
+    """Long texts, answers and pairs of answers from Python's manual, each longer than `tokens`."""
+    import pydoc_data.topics
+
+    topics = sorted(pydoc_data.topics.topics.values())
+    folder.mkdir(parents=True, exist_ok=True)
+    order = random.Random(0)
+
+    def text() -> str:
+        found = ""
+        while len(found) < 4 * tokens:
+            found += "\n\n".join(order.sample(topics, len(topics)))
+        return found[: 4 * tokens]
+
+    asked = {"instruction": "Print Python's manual."}
+    kinds: dict[str, list[dict[str, str]]] = {
+        "long": [{"text": text()} for _ in range(rows)],
+        "answers": [{**asked, "output": text()} for _ in range(rows)],
+        "pairs": [{**asked, "chosen": text(), "rejected": text()} for _ in range(rows)],
+    }
+    info: dict[str, Any] = {}
+    for name, samples in kinds.items():
+        lines = "".join(json.dumps(sample) + "\n" for sample in samples)
+        (folder / f"{name}.jsonl").write_text(lines)
+        info[name] = {"file_name": f"{name}.jsonl"}
+    info["long"]["columns"] = {"prompt": "text"}
+    info["pairs"]["ranking"] = True
+    info["pairs"]["columns"] = {
+        "prompt": "instruction",
+        "chosen": "chosen",
+        "rejected": "rejected",
+    }
+    (folder / "dataset_info.json").write_text(json.dumps(info))
 
 
 def write_shape(shape: str, layers: int | None, folder: Path) -> Path:
@@ -83,18 +172,21 @@ def write_shape(shape: str, layers: int | None, folder: Path) -> Path:
     return folder
 
 
-def run(name: str, gpus: int, steps: int, home: Path) -> dict[str, Any]:
-    """One setting: what was predicted and what was measured."""
-    shape, layers, tokens, changes = SETTINGS[name]
-    keys = {
-        "model_name_or_path": write_shape(shape, layers, home / f"model-{shape}-{layers}"),
+def keys_of(name: str, gpus: int, steps: int, home: Path) -> dict[str, Any]:
+    """The run's keys, with its model and data written."""
+    at = SETTINGS[name]
+    data = home / f"data-{at.tokens}"
+    with WRITING:
+        if not data.exists():
+            make_data(data, 4, at.tokens)
+        model = write_shape(at.shape, at.layers, home / f"model-{at.shape}-{at.layers}")
+    return {
+        "model_name_or_path": model,
         "train_from_scratch": "true",
-        "dataset": "long",
-        "dataset_dir": home / "data",
-        "cutoff_len": tokens,
+        "dataset_dir": data,
+        "cutoff_len": at.tokens,
         "packing": "false",
         "sequence_parallel_size": gpus,
-        "nproc_per_node": gpus,
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": 1,
         "max_steps": steps,
@@ -107,42 +199,66 @@ def run(name: str, gpus: int, steps: int, home: Path) -> dict[str, Any]:
         "report_to": "none",
         "save_final_model": "false",
         "bf16": "true",
-        **({"sharding": "fsdp2"} if gpus > 1 else {}),
-        **changes,
+        "preprocessing_num_workers": 1,
+        **({"sharding": "fsdp2"} if gpus > 1 and "sharding" not in at.keys else {}),
+        **at.keys,
     }
+
+
+def run(name: str, gpus: int, steps: int, home: Path, devices: str | None) -> dict[str, Any]:
+    """One setting: what was predicted and what was measured. `devices`: as CUDA_VISIBLE_DEVICES."""
+    at = SETTINGS[name]
+    keys = keys_of(name, gpus, steps, home) | {"nproc_per_node": gpus}
     command = [sys.executable, "-m", "longfactory.cli", "train"]
     command += [f"{key}={value}" for key, value in keys.items()]
     env = {**os.environ, "RECORD_VRAM": "1", "LONGFACTORY_CACHE": str(home / "cache")}
+    if devices is not None:
+        env["CUDA_VISIBLE_DEVICES"] = devices
     begun = time.time()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     text = done.stdout + done.stderr
     row: dict[str, Any] = {
         "name": name,
         "gpus": gpus,
-        "shape": shape,
-        "layers": layers,
-        "tokens": tokens,
-        "keys": changes,
+        "shape": at.shape,
+        "layers": at.layers,
+        "tokens": at.tokens,
+        "keys": at.keys,
         "seconds_in_all": round(time.time() - begun),
     }
+    plan = re.search(r"Memory plan.*\n +(.*)", text)
+    if plan is not None:
+        row["settings"] = plan[1]
     if done.returncode:
         last = [line for line in text.splitlines() if line.strip()]
         return {**row, "error": last[-1][:300] if last else "no output", "log": text[-4000:]}
     total = re.search(r"^ +total +([0-9.]+) +of", text, re.MULTILINE)
+    runtime = re.search(r"^ +runtime +([0-9.]+)$", text, re.MULTILINE)
     step = re.search(r"predicted: ([0-9.]+) s a row", text)
-    plan = re.search(r"Memory plan.*\n +(.*)", text)
     logged = (home / f"out-{name}" / "trainer_log.jsonl").read_text().splitlines()
     lines = [json.loads(line) for line in logged if '"loss"' in line]
-    assert total is not None and step is not None and plan is not None
+    assert total is not None and step is not None and plan is not None and runtime is not None
     seconds = (lines[-1]["elapsed_seconds"] - lines[0]["elapsed_seconds"]) / (len(lines) - 1)
     return {
         **row,
-        "predicted_gib": float(total[1]),
+        "predicted_gib": round(float(total[1]) - float(runtime[1]), 1),
         "predicted_seconds": float(step[1]),
         "peak_gib": max(line["vram_allocated"] for line in lines),
         "step_seconds": seconds,
-        "settings": plan[1],
+        "split": "split" in (re.search(r"masters.*", text) or [""])[0],
     }
+
+
+def planned(name: str, gpus: int, home: Path, kind: str) -> dict[str, Any]:
+    """One setting, planned for `kind` of GPU without running it: its keys hold."""
+    words = [f"{key}={value}" for key, value in keys_of(name, gpus, 3, home).items()]
+    command = [sys.executable, "-m", "longfactory.cli", "plan", *words]
+    command += ["--gpus", f"{gpus}x{kind}", "--host-gib", "128"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return {"name": name, "gpus": gpus, "rc": done.returncode, "text": done.stdout + done.stderr}
+
+
+WRITING = threading.Lock()
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -161,21 +277,41 @@ def table(rows: list[dict[str, Any]]) -> str:
         )
         lines.append(
             f"| {r['name']} | {r['gpus']} | {r['predicted_gib']:.1f} | {r['peak_gib']:.1f} |"
-            f" {memory:+.0%} | {r['predicted_seconds']:.1f} | {r['step_seconds']:.2f} |"
+            f" {memory:+.0%} | {r['predicted_seconds']:.2f} | {r['step_seconds']:.2f} |"
             f" {time_off:+.0%} | {r['settings']} |"
         )
     return "\n".join(lines) + "\n"
 
 
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The results, and the same as a table."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    made = dict.fromkeys(
+        f"`{r['command']}` ({r['date']}, {r['machine']}, {r['versions']})" for r in rows
+    )
+    text = "# The plan and the run\n\n" + table(rows) + "\n" + "\n".join(made) + "\n"
+    path.with_suffix(".md").write_text(text)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--only", nargs="*", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--gpus", type=int, default=1, choices=(1, 2))
+    parser.add_argument("--only", nargs="*", choices=SETTINGS, default=None)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--limit", type=float, default=500, help="no setting begins later")
     parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--check", action="store_true", help="plan every setting, run none")
+    parser.add_argument("--kind", default="H100", help="of GPU, for --check")
     args = parser.parse_args()
+    names = args.only or [name for name, at in SETTINGS.items() if args.gpus in at.gpus]
     end = time.time() + args.limit
+    if args.check:
+        with tempfile.TemporaryDirectory() as folder:
+            every = [planned(name, args.gpus, Path(folder), args.kind) for name in names]
+        for each in every:
+            print(f"== {each['name']}, {each['gpus']} GPUs: exit {each['rc']}\n{each['text']}")
+        return int(any(each["rc"] for each in every))
     import torch
     import transformers
 
@@ -189,24 +325,35 @@ def main() -> int:
     path = None if args.out is None else args.out / "plan_accuracy.json"
     if path is not None and path.is_file():
         rows = json.loads(path.read_text())["rows"]
-    with tempfile.TemporaryDirectory() as folder:
-        home = Path(folder)
-        make_data(home / "data", 2 * args.gpus, 3 * max(SETTINGS[n][2] for n in args.only))
-        for name in args.only:
+    free: queue.Queue[str] = queue.Queue()
+    groups = max(1, torch.cuda.device_count() // args.gpus)
+    for group in range(groups):
+        devices = range(group * args.gpus, (group + 1) * args.gpus)
+        free.put(",".join(map(str, devices)))
+
+    def one(name: str) -> dict[str, Any] | None:
+        devices = free.get()
+        try:
             if time.time() > end:
+                return None
+            steps = min(args.steps, 3) if SETTINGS[name].tokens > 32768 else args.steps
+            return {**run(name, args.gpus, steps, home, devices), **about}
+        finally:
+            free.put(devices)
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        concurrent.futures.ThreadPoolExecutor(groups) as pool,
+    ):
+        home = Path(folder)
+        for name, row in zip(names, pool.map(one, names), strict=True):
+            if row is None:
                 print(f"{name}: not started, the time of this command is up", flush=True)
                 continue
-            row = {**run(name, args.gpus, args.steps, home), **about}
             print(json.dumps(row), flush=True)
             rows = [r for r in rows if (r["name"], r["gpus"]) != (name, args.gpus)] + [row]
             if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-                made = dict.fromkeys(
-                    f"`{r['command']}` ({r['date']}, {r['machine']}, {r['versions']})" for r in rows
-                )
-                text = "# The plan and the run\n\n" + table(rows) + "\n" + "\n".join(made) + "\n"
-                path.with_suffix(".md").write_text(text)
+                write(path, rows)
     print(table(rows))
     return int(any("error" in r for r in rows))
 

@@ -256,25 +256,23 @@ def _products(job: TrainingJob, kind: LayerKind, work: Work) -> float:
     return plain / machine.gemm + 2.0 * kind.active_expert_parameters * mlp / wide.gemm
 
 
-def moved_bytes(
-    job: TrainingJob, settings: MemorySettings, kind: LayerKind, work: Work
-) -> float:
+def moved_bytes(job: TrainingJob, settings: MemorySettings, kind: LayerKind, work: Work) -> float:
     """Bytes of one token that one layer reads and writes beside its products: norms, residuals,
-    rotary, activations, dispatch to experts. Counted in the code of `decoder_layer` (its kernels are
-    fused) and of transformers' layers (theirs are not, and norms compute in fp32).
+    rotary, activations, dispatch to experts. Counted in the code of `decoder_layer` (its kernels
+    are fused) and of transformers' layers (theirs are not, and norms compute in fp32).
     """
     width, hidden = job.shape.width, kind.hidden
     turned = kind.queries + kind.kv_heads * kind.head_dim  # numbers that rotary turns
     if job.written_layer and settings.checkpoint == "full":
-        forward = 12 * hidden + 3 * kind.dense_width + 2 * turned + 2 * kind.queries
-        backward = 27 * hidden + 6 * kind.dense_width + 6 * turned + 4 * kind.queries
-        return width * ((1 + work.again_forward) * forward + backward)
+        ahead = 12 * hidden + 3 * kind.dense_width + 2 * turned + 2 * kind.queries
+        back = 27 * hidden + 6 * kind.dense_width + 6 * turned + 4 * kind.queries
+        return width * ((1 + work.again_forward) * ahead + back)
     again = work.again_projections + work.again_forward
     if job.wide_hidden and width == 2:  # fp32 norms; a cast for each linear map
         norms, residuals, rotary = 28.0 * kind.norms + 30, 20.0, 40.0
     else:
         norms, residuals, rotary = 36.0 * kind.norms, 12.0, 20.0
-    turned *= 1 + int(kind.head_norms)
+    turned *= 2 if kind.head_norms else 1
     forward = (norms + residuals) * hidden + rotary * turned + 4 * width * kind.queries
     forward += 5 * width * kind.dense_width
     backward = (2 * norms + residuals) * hidden + rotary * turned + 8 * width * kind.queries

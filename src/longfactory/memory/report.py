@@ -40,8 +40,9 @@ def table(job: TrainingJob, settings: MemorySettings, b: Budget, ok: bool, mode:
         lines += [f"    {name:<42}{value / GiB:>8.1f}" for name, value in b.host.items()]
         lines.append(f"    {'total':<42}{b.host_total / GiB:>8.1f}   of {m.host_bytes / GiB:.1f}")
     rate = job.local / b.seconds
+    seconds = f"{b.seconds:.2f}" if b.seconds < 10 else f"{b.seconds:.1f}"
     lines.append(
-        f"  predicted: {b.seconds:.1f} s a row, {rate:,.0f} tokens/s a GPU"
+        f"  predicted: {seconds} s a row, {rate:,.0f} tokens/s a GPU"
         f" ({roofline(job) / b.seconds:.0%} of the roofline)"
     )
     if s.width == 4:

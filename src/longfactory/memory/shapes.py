@@ -260,8 +260,9 @@ end."""
 
 # What long sequences reach of a data sheet's rates. Measured on Hopper (products, attention,
 # copies, gathering; fp32 attention: benchmarks/results/attention_fp32.md); others are taken to
-# reach as much. Of their own memory all are taken to reach 0.7. Attention in fp32 is PyTorch's memory-efficient kernel, three TF32 products for one
-# of fp32. Products in fp32: a share that was not measured.
+# reach as much. Of its own memory's rate a GPU is taken to reach 0.7. Attention in fp32 is
+# PyTorch's memory-efficient kernel, three TF32 products for one of fp32. Products in fp32: a share
+# that was not measured.
 REACHED = {
     "gemm": 650 / 989,
     "attention_forward": 570 / 989,
@@ -383,17 +384,16 @@ class TrainingJob:
 
     @property
     def autocast(self) -> bool:
-        """Trained weights are fp32 and layers compute with copies of them that autocast makes, in
-        half precision: one process, or DDP. FSDP2 gathers such copies.
+        """All weights are fp32 and layers compute with copies of them that autocast makes, in half
+        precision: one process, or DDP. FSDP2 gathers such copies. Where some layers alone are
+        trained, most layers and what comes into them are in half precision.
         """
         return (
-            self.shape.width == 2 and self.master == 4 and not (self.sharded or self.zero)
-        ) and self.shape.trainable > 0
-
-    @property
-    def embedding_trained(self) -> bool:
-        """So that what layers add to has the embedding's type."""
-        return self.shape.trainable == self.shape.parameters
+            self.shape.width == 2
+            and self.master == 4
+            and not (self.sharded or self.zero)
+            and self.shape.trainable == self.shape.parameters
+        )
 
     @property
     def written_layer(self) -> bool:
@@ -408,7 +408,7 @@ class TrainingJob:
     @property
     def wide_hidden(self) -> bool:
         """Hidden states between layers are fp32, whatever the layers compute in."""
-        return self.shape.width == 4 or (self.autocast and self.embedding_trained)
+        return self.shape.width == 4 or self.autocast
 
     @property
     def expert_width(self) -> int:
@@ -420,7 +420,7 @@ class TrainingJob:
     @property
     def cast_bytes(self) -> float:
         """Of the copies of all trained weights that autocast makes."""
-        if not (self.autocast and self.embedding_trained):
+        if not self.autocast:
             return 0.0
         routed = sum(kind.expert_parameters * n for kind, n in self.shape.layers_of_kinds)
         return self.shape.width * (self.shape.parameters - routed)
