@@ -29,8 +29,8 @@ _BLOCK = 1 << 24
 def data_fingerprint(data: Any) -> str | None:
     """The digest of a training data set. None for data sets of other kinds.
 
-    Of a tokenised data set every token is read: about 10 GB/s where the cache is in memory, else
-    the disk's speed. `cutoff_len` and the like count only where they change a sample.
+    Of a tokenised data set every token is read. `cutoff_len` and the like count only
+    where they change a sample.
     """
     if isinstance(data, TokenizedDataset):
         return _of_tokenised(data)

@@ -264,7 +264,7 @@ def damage(path: Path) -> str | None:
     """What is wrong with the store at `path`: a file that is missing, or differs from its size or
     checksum. None where all is right, and for what an older version wrote without checksums.
 
-    Every file is read once: at the speed of the disk, or 5 GB/s from memory.
+    Every file is read once.
     """
     try:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))

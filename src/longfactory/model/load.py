@@ -333,9 +333,8 @@ def _refuse_missing(args: Any, model: Any, found: Any) -> None:
 def refuse_no_numbers(named: Iterable[tuple[str, Tensor]], source: str) -> None:
     """Refuses weights that hold NaN or Inf.
 
-    Each is read once more, for its least and greatest number: 30 GB/s on two cores, half a second
-    for seven billion in bf16, without a copy. What this process does not hold (FSDP2: the first one
-    of a host reads the files) is not looked at.
+    Each is read once more, for its least and greatest number, without a copy. What this process
+    does not hold (FSDP2: the first one of a host reads the files) is not looked at.
 
     Args:
         named: names and tensors, on any device.

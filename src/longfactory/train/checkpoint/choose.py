@@ -1,8 +1,7 @@
 """Which checkpoint a run goes on from: the newest that is whole.
 
 Every byte of the chosen one is read once before anything is loaded from it, each process a share
-of the files: the disk's speed, or 3 GB/s a process. What is read stays in the system's memory for
-the loading that follows.
+of the files. What is read stays in the system's memory for the loading that follows.
 """
 
 from __future__ import annotations
