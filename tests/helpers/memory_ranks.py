@@ -70,13 +70,13 @@ def sharded_gradients(
         return found
 
 
-def with_lora(model: nn.Module) -> nn.Module:
+def with_lora(model: nn.Module, targets: Any = None, **keys: Any) -> nn.Module:
+    """LoRA on some of the linears, B not zero, in float64."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(3)
-    model = get_peft_model(
-        model, LoraConfig(r=3, target_modules=["q_proj", "v_proj", "gate_proj", "down_proj"])
-    )
+    targets = targets or ["q_proj", "v_proj", "gate_proj", "down_proj"]
+    model = get_peft_model(model, LoraConfig(r=3, target_modules=targets, **keys))
     for name, p in model.named_parameters():
         if "lora_B" in name:
             p.data.normal_(std=0.1)

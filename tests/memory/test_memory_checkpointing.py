@@ -15,7 +15,7 @@ from longfactory import sp
 from longfactory.errors import ConfigError
 from longfactory.memory import chunked
 from longfactory.memory.apply import apply_memory
-from longfactory.memory.decoder_layer import _Layer
+from longfactory.memory.decoder_layer import _Layer, unknown_shape
 from longfactory.memory.settings import MemorySettings
 from longfactory.sp import hf
 from longfactory.sp.layout import Segment
@@ -87,14 +87,7 @@ def test_written_layer_gives_the_same_gradients(kind, name, monkeypatch):
     loss = run(model)
     wanted = gradients(model)
     apply(model, WRITTEN[name], "auto")
-    layers = []
-    monkeypatch.setattr(
-        _Layer,
-        "backward",
-        staticmethod(
-            lambda ctx, dy, backward=_Layer.backward: layers.append(1) or backward(ctx, dy)
-        ),
-    )
+    layers = written_backwards(monkeypatch)
     for _ in range(2):
         model.zero_grad()
         again = run(model)
@@ -158,6 +151,98 @@ def test_some_parameters_frozen(what, layer, monkeypatch):
     )
     run(model)
     assert_same_gradients(gradients(model), wanted)
+
+
+def written_backwards(monkeypatch) -> list[int]:
+    """Grows by one with each backward of the hand-written layer."""
+    layers: list[int] = []
+    backward = _Layer.backward
+    counted = staticmethod(lambda ctx, dy: layers.append(1) or backward(ctx, dy))
+    monkeypatch.setattr(_Layer, "backward", counted)
+    return layers
+
+
+LORA = {
+    "all": {"targets": "all-linear", "lora_alpha": 5},
+    "rslora": {"targets": "all-linear", "use_rslora": True},
+    "attention": {"targets": ["q_proj", "k_proj", "o_proj"]},
+    "norms too": {"targets": ["up_proj"], "modules_to_save": ["input_layernorm"]},
+    "a bias": {"targets": "all-linear", "bias": "all"},
+}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", ["groups, recomputed", "segments of 3, offload, kept", "pieces"])
+@pytest.mark.parametrize("what", LORA)
+def test_lora_in_the_written_layer(what, name, kind, monkeypatch):
+    changes = {"mlp_bias": True, "attention_bias": True} if kind == "llama" else {}
+
+    def make():
+        return with_lora(make_model(kind, monkeypatch, **changes), **LORA[what])
+
+    model = make()
+    loss = run(model)
+    wanted = gradients(model)
+    model = make()
+    apply(model, WRITTEN[name], "auto")
+    layers = written_backwards(monkeypatch)
+    again = run(model)
+    assert float((again - loss).abs()) < 1e-12
+    assert_same_gradients(gradients(model), wanted)
+    assert len(layers) == (0 if what == "norms too" else 4)
+
+
+def test_adapters_that_are_off_or_merged_or_two(monkeypatch):
+    """A reference's pass, weights with the adapter in them, and an adapter of its own for a second
+    use: what PEFT computes.
+    """
+    from peft import LoraConfig
+
+    def losses(settings):
+        model = with_lora(make_model("llama", monkeypatch), "all-linear")
+        model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+        torch.manual_seed(5)
+        for name, p in model.named_parameters():
+            if "second" in name:
+                p.data.normal_(std=0.1)
+        model = model.double()
+        if settings is not None:
+            apply(model, settings, "auto")
+        found = [run(model)]
+        with model.disable_adapter():
+            found.append(run_without_gradient(model))
+        model.set_adapter("second")
+        found.append(run(model))
+        model.base_model.set_adapter(["default", "second"])
+        found.append(run(model))
+        model.set_adapter("default")
+        model.merge_adapter()
+        found.append(run_without_gradient(model))
+        return [float(x) for x in found]
+
+    plain = losses(None)
+    layers = written_backwards(monkeypatch)
+    assert losses(WRITTEN["kept"]) == pytest.approx(plain, abs=1e-12)
+    assert len(layers) == 8, "with one adapter, not with two"
+    assert len({round(x, 9) for x in plain}) == 4 and plain[0] == pytest.approx(plain[4])
+
+
+def run_without_gradient(model):
+    with torch.no_grad():
+        return run(model, backward=lambda loss: None)
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ({"lora_dropout": 0.1}, "its q_proj has lora_dropout"),
+        ({"use_dora": True}, "its q_proj has DoraLinearVariant"),
+        ({"lora_bias": True}, "its q_proj has lora_bias"),
+    ],
+)
+def test_other_adapters_run_as_peft_wrote_them(keys, reason, monkeypatch):
+    model = with_lora(make_model("llama", monkeypatch), **keys)
+    assert unknown_shape(model.get_base_model().model.layers[0]) == reason
 
 
 @pytest.mark.parametrize("layer", ["auto", "generic"])
@@ -234,14 +319,7 @@ def test_bfloat16_is_no_worse_than_the_plain_layer(autocast, monkeypatch):
             for n, g in gradients(model).items()
         }
 
-    layers = []
-    monkeypatch.setattr(
-        _Layer,
-        "backward",
-        staticmethod(
-            lambda ctx, dy, backward=_Layer.backward: layers.append(1) or backward(ctx, dy)
-        ),
-    )
+    layers = written_backwards(monkeypatch)
     plain, ours = errors(None), errors(WRITTEN["groups"])
     assert len(layers) == 2
     assert sum(ours.values()) < 1.1 * sum(plain.values())

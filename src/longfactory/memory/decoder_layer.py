@@ -16,6 +16,10 @@ nothing twice. In bytes a local token, h = 2 * hidden (bf16), a = 2 * heads * D,
 
 A gradient of a weight is a sum over chunks, kept in fp32 and rounded once. Parameters are inputs of
 the function: whatever hangs on their gradients (DDP, FSDP2, accumulation) sees one gradient a call.
+
+LoRA: y = x W^T + s (x A^T) B^T, in the same chunks. The low-rank product is added to the base's in
+one kernel; of a frozen weight no gradient is computed, and g B serves both the input's gradient and
+A's. Nothing of rank r is stored between the passes.
 """
 
 from __future__ import annotations
@@ -69,6 +73,28 @@ class Weights(NamedTuple):
     up_bias: Any
     down: Any
     down_bias: Any
+    q_a: Any  # LoRA, [r, in] and [out, r], or None
+    q_b: Any
+    k_a: Any
+    k_b: Any
+    v_a: Any
+    v_b: Any
+    o_a: Any
+    o_b: Any
+    gate_a: Any
+    gate_b: Any
+    up_a: Any
+    up_b: Any
+    down_a: Any
+    down_b: Any
+
+
+class Adapter(NamedTuple):
+    """LoRA of one linear, in the type that the layer computes in."""
+
+    a: Tensor  # [r, in]
+    b: Tensor  # [out, r]
+    scale: float
 
 
 def unknown_shape(layer: nn.Module) -> str | None:
@@ -87,19 +113,54 @@ def unknown_shape(layer: nn.Module) -> str | None:
     attention, mlp = layer.self_attn, layer.mlp
     for part in _LINEARS:
         linear = getattr(attention, part, None) or getattr(mlp, part, None)
-        if type(linear) is not nn.Linear:
-            return f"its {part} is a {type(linear).__name__}"
+        if (reason := _unknown_linear(linear)) is not None:
+            return f"its {part} {reason}"
+    for module in layer.modules():
+        if type(module).__module__.startswith("peft.utils"):  # a copy that is trained, beside it
+            return f"{name} holds a {type(module).__name__}"
     if attention.config.hidden_act not in ("silu", "swish"):
         return f"its activation is {attention.config.hidden_act}"
     return None
+
+
+def _is_lora(linear: Any) -> bool:
+    """Whether it is PEFT's wrapper of a linear."""
+    return type(linear).__module__ == "peft.tuners.lora.layer" and hasattr(linear, "base_layer")
+
+
+def _unknown_linear(linear: Any) -> str | None:
+    """Why this is neither a plain linear nor one with plain LoRA, or None."""
+    if not _is_lora(linear):
+        return None if type(linear) is nn.Linear else f"is a {type(linear).__name__}"
+    if type(linear.base_layer) is not nn.Linear or linear.fan_in_fan_out:
+        return f"is LoRA on a {type(linear.base_layer).__name__}"
+    if linear.lora_variant:
+        return f"has {type(next(iter(linear.lora_variant.values()))).__name__}"
+    if any(getattr(m, "p", 0.0) > 0 for m in linear.lora_dropout.values()):
+        return "has lora_dropout"
+    if any(linear.lora_bias.values()):
+        return "has lora_bias"
+    return None
+
+
+def _active(linear: Any) -> str | None:
+    """The name of the adapter that acts now, of a linear that PEFT wraps; None for none.
+
+    Raises:
+        ValueError: several do.
+    """
+    if linear.disable_adapters or linear.merged:
+        return None
+    (name,) = [n for n in linear.active_adapters if n in linear.lora_A] or [None]
+    return name
 
 
 class DecoderLayer(CheckpointedLayer):
     """Takes the place of `layer.forward`, for layers where `unknown_shape` is None.
 
     It steps aside for torch's checkpointing of the Hugging Face layer (`CheckpointedLayer`) in
-    calls that it cannot compute: with weights of another type than the hidden states, or with hooks
-    on the layer's parts.
+    calls that it cannot compute: with weights of another type than the hidden states, with hooks on
+    the layer's parts, or with several adapters at once.
     """
 
     def __init__(self, layer: nn.Module, index: int, store: Activations, chain: Chain) -> None:
@@ -119,6 +180,12 @@ class DecoderLayer(CheckpointedLayer):
             self.window = None
         self.eps: float = layer.input_layernorm.variance_epsilon
         self.inner = [m for m in layer.modules() if m is not layer]
+        mlp = layer.mlp
+        self.linears: dict[str, Any] = {
+            part.removesuffix("_proj"): getattr(attention, part, None) or getattr(mlp, part)
+            for part in _LINEARS
+        }
+        self.adapted = {name: m for name, m in self.linears.items() if _is_lora(m)}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs.get("hidden_states")
@@ -133,7 +200,8 @@ class DecoderLayer(CheckpointedLayer):
         ):
             return super().__call__(*args, **kwargs)
         cos, sin = (t.view(-1, t.shape[-1]).detach() for t in embedding)
-        call = LayerCall(self, plan, cos, sin, self.weights())
+        weights, scales = self.weights()
+        call = LayerCall(self, plan, cos, sin, weights, scales)
         record = self.store.record
         if not torch.is_grad_enabled():
             y, out, lse = forward(x[0], call)
@@ -170,31 +238,46 @@ class DecoderLayer(CheckpointedLayer):
                 for m in self.inner
             )
             and not hasattr(layer.self_attn.q_proj.weight, "ds_id")
+            and self._adapters_fit(x)
         )
 
-    def weights(self) -> Weights:
-        a, m, layer = self.layer.self_attn, self.layer.mlp, self.layer
-        q_norm, k_norm = getattr(a, "q_norm", None), getattr(a, "k_norm", None)
-        return Weights(
-            norm1=layer.input_layernorm.weight,
-            q=a.q_proj.weight,
-            q_bias=a.q_proj.bias,
-            k=a.k_proj.weight,
-            k_bias=a.k_proj.bias,
-            v=a.v_proj.weight,
-            v_bias=a.v_proj.bias,
-            q_norm=q_norm.weight if q_norm is not None else None,
-            k_norm=k_norm.weight if k_norm is not None else None,
-            o=a.o_proj.weight,
-            o_bias=a.o_proj.bias,
-            norm2=layer.post_attention_layernorm.weight,
-            gate=m.gate_proj.weight,
-            gate_bias=m.gate_proj.bias,
-            up=m.up_proj.weight,
-            up_bias=m.up_proj.bias,
-            down=m.down_proj.weight,
-            down_bias=m.down_proj.bias,
-        )
+    def _adapters_fit(self, x: Tensor) -> bool:
+        """At most one adapter acts on a linear, and PEFT would compute it in x's type: under
+        autocast, or where the adapter has that type.
+        """
+        amp = torch.is_autocast_enabled(x.device.type)
+        for linear in self.adapted.values():
+            if linear.disable_adapters:
+                if linear.merged:
+                    return False  # PEFT takes the adapter out of the weights first
+                continue
+            names = [n for n in linear.active_adapters if n in linear.lora_A]
+            if len(names) > 1 and not linear.merged:
+                return False
+            if not amp and any(linear.lora_A[n].weight.dtype != x.dtype for n in names):
+                return False
+        return True
+
+    def weights(self) -> tuple[Weights, dict[str, float]]:
+        """The layer's parameters, and the scale of each linear's adapter by the linear's name."""
+        layer = self.layer
+        found: dict[str, Any] = dict.fromkeys(Weights._fields)
+        found["norm1"] = layer.input_layernorm.weight
+        found["norm2"] = layer.post_attention_layernorm.weight
+        for name in ("q_norm", "k_norm"):
+            norm = getattr(layer.self_attn, name, None)
+            found[name] = None if norm is None else norm.weight
+        scales: dict[str, float] = {}
+        for name, linear in self.linears.items():
+            base = linear
+            if name in self.adapted:
+                base, adapter = linear.base_layer, _active(linear)
+                if adapter is not None:
+                    found[f"{name}_a"] = linear.lora_A[adapter].weight
+                    found[f"{name}_b"] = linear.lora_B[adapter].weight
+                    scales[name] = linear.scaling[adapter]
+            found[name], found[f"{name}_bias"] = base.weight, base.bias
+        return Weights(**found), scales
 
 
 class Chain:
@@ -212,9 +295,16 @@ class LayerCall:
     """What one call's forward and backward share besides tensors to differentiate."""
 
     def __init__(
-        self, owner: DecoderLayer, plan: Any, cos: Tensor, sin: Tensor, weights: Weights
+        self,
+        owner: DecoderLayer,
+        plan: Any,
+        cos: Tensor,
+        sin: Tensor,
+        weights: Weights,
+        scales: dict[str, float],
     ) -> None:
-        self.owner, self.plan, self.cos, self.sin, self.weights = owner, plan, cos, sin, weights
+        self.owner, self.plan, self.cos, self.sin, self.scales = owner, plan, cos, sin, scales
+        self.set_weights(weights)
         self.head_dim, self.eps = owner.head_dim, owner.eps
         self.heads = weights.q.shape[0] // self.head_dim
         self.kv_heads = weights.k.shape[0] // self.head_dim
@@ -226,6 +316,18 @@ class LayerCall:
         self.groups = max(
             g for g in range(1, min(groups, self.kv_heads) + 1) if self.kv_heads % g == 0
         )
+
+    def set_weights(self, weights: Weights | None) -> None:
+        """None: autograd saves them, and knows when they change."""
+        self.weights: Any = weights
+        self.adapters: dict[str, Adapter] = {}
+        if weights is None:
+            return
+        with torch.no_grad():
+            for name, scale in self.scales.items():
+                a, b = getattr(weights, f"{name}_a"), getattr(weights, f"{name}_b")
+                dtype = weights.norm1.dtype
+                self.adapters[name] = Adapter(a.to(dtype), b.to(dtype), scale)
 
     def chunks(self, length: int) -> Iterator[slice]:
         chunk = self.chunk or length
@@ -242,29 +344,51 @@ class LayerCall:
         return -(-length // (self.chunk or length))
 
 
+ALL = slice(None)
+
+
+def _linear(x: Tensor, c: LayerCall, name: str, rows: slice = ALL) -> Tensor:
+    """[C, in] -> [C, out], of some of the linear's outputs."""
+    weight, bias = getattr(c.weights, name), getattr(c.weights, f"{name}_bias")
+    y = F.linear(x, weight[rows], bias[rows] if bias is not None else None)
+    if name in c.adapters:
+        a, b, scale = c.adapters[name]
+        y.addmm_(x @ a.t(), b[rows].t(), alpha=scale)
+    return y
+
+
+def _linear_backward(
+    g: Tensor, c: LayerCall, name: str, into: Tensor | None = None, columns: slice = ALL
+) -> tuple[Tensor, Tensor | None]:
+    """[C, out] -> the gradient at some of the linear's inputs, [C, in], added to `into` if it is
+    given; and g B, [C, r], where there is an adapter.
+    """
+    weight = getattr(c.weights, name)[:, columns]
+    dx = g @ weight if into is None else into.addmm_(g, weight)
+    if name not in c.adapters:
+        return dx, None
+    a, b, scale = c.adapters[name]
+    gb = g @ b
+    return dx.addmm_(gb, a[:, columns], alpha=scale), gb
+
+
 def _rotated(
-    n: Tensor, s: slice, c: LayerCall, weight: Tensor, bias: Tensor | None, norm: Tensor | None
+    n: Tensor, s: slice, c: LayerCall, name: str, norm: Tensor | None, rows: slice = ALL
 ) -> Tensor:
     """[C, H] normed hidden -> [C, heads, D] queries or keys."""
-    y = F.linear(n, weight, bias).view(n.shape[0], -1, c.head_dim)
+    y = _linear(n, c, name, rows).view(n.shape[0], -1, c.head_dim)
     if norm is not None:
         y = rms_norm(y, norm, c.eps)
     return rotate(y, c.cos[s], c.sin[s])
 
 
 def _rotated_backward(
-    g: Tensor,
-    n: Tensor,
-    s: slice,
-    c: LayerCall,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: Tensor | None,
+    g: Tensor, n: Tensor, s: slice, c: LayerCall, name: str, norm: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient of the projection's output [C, heads * D], and of the norm's weight."""
     g, dnorm = rotate_backward(g, c.cos[s], c.sin[s]), None
     if norm is not None:
-        g, dnorm = rms_norm_backward(g, F.linear(n, weight, bias).view_as(g), norm, c.eps)
+        g, dnorm = rms_norm_backward(g, _linear(n, c, name).view_as(g), norm, c.eps)
     return g.reshape(g.shape[0], -1), dnorm
 
 
@@ -272,10 +396,9 @@ def _queries(x: Tensor, c: LayerCall, heads: slice) -> Tensor:
     """[T, H] -> [T, heads, D] rotated queries of some heads."""
     w = c.weights
     rows = slice(heads.start * c.head_dim, heads.stop * c.head_dim)
-    bias = w.q_bias[rows] if w.q_bias is not None else None
     q = x.new_empty(x.shape[0], heads.stop - heads.start, c.head_dim)
     for s in c.chunks(x.shape[0]):
-        q[s] = _rotated(rms_norm(x[s], w.norm1, c.eps), s, c, w.q[rows], bias, w.q_norm)
+        q[s] = _rotated(rms_norm(x[s], w.norm1, c.eps), s, c, "q", w.q_norm, rows)
     return q
 
 
@@ -285,8 +408,8 @@ def _keys_values(x: Tensor, c: LayerCall) -> tuple[Tensor, Tensor]:
     k, v = (x.new_empty(T, c.kv_heads, c.head_dim) for _ in range(2))
     for s in c.chunks(T):
         n = rms_norm(x[s], w.norm1, c.eps)
-        k[s] = _rotated(n, s, c, w.k, w.k_bias, w.k_norm)
-        v[s] = F.linear(n, w.v, w.v_bias).view(-1, c.kv_heads, c.head_dim)
+        k[s] = _rotated(n, s, c, "k", w.k_norm)
+        v[s] = _linear(n, c, "v").view(-1, c.kv_heads, c.head_dim)
     return k, v
 
 
@@ -317,10 +440,10 @@ def _forward(x: Tensor, c: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
     flat = out.view(T, -1)
     y = torch.empty_like(x)
     for s in c.chunks(T):
-        x2 = x[s] + F.linear(flat[s], w.o, w.o_bias)
+        x2 = x[s] + _linear(flat[s], c, "o")
         n = rms_norm(x2, w.norm2, c.eps)
-        hidden = gated_silu(F.linear(n, w.gate, w.gate_bias), F.linear(n, w.up, w.up_bias))
-        torch.add(x2, F.linear(hidden, w.down, w.down_bias), out=y[s])
+        hidden = gated_silu(_linear(n, c, "gate"), _linear(n, c, "up"))
+        torch.add(x2, _linear(hidden, c, "down"), out=y[s])
         del hidden, n, x2
     return y, out, lse
 
@@ -328,21 +451,34 @@ def _forward(x: Tensor, c: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
 class _Sums:
     """Gradients of the weights that need one."""
 
-    def __init__(self, weights: Weights, needed: tuple[bool, ...], chunks: int) -> None:
+    def __init__(self, call: LayerCall, needed: tuple[bool, ...], chunks: int) -> None:
+        weights = call.weights
+        self._adapters = call.adapters
         self._sums = {
             name: GradientSum(chunks) for name, n in zip(Weights._fields, needed, strict=True) if n
         }
         self._weights = weights
         self._done: dict[str, Tensor] = {}
 
-    def outer(self, name: str, g: Tensor, x: Tensor, bias: str | None = None) -> None:
-        """`name` += g^T x, the gradient of a linear; and of its bias."""
+    def outer(self, name: str, g: Tensor, x: Tensor, gb: Tensor | None) -> None:
+        """`name` += g^T x, the gradient of a linear; and of its bias and its adapter.
+
+        Args:
+            gb: g B, [C, r], of `_linear_backward`.
+        """
         if name in self._sums:
             self._sums[name].add(g.t() @ x)
-        if bias in self._sums:
-            self._sums[bias].add(
+        if f"{name}_bias" in self._sums:
+            self._sums[f"{name}_bias"].add(
                 g.sum(0, dtype=torch.float64 if g.dtype == torch.float64 else torch.float32)
             )
+        if gb is None:
+            return
+        a, _, scale = self._adapters[name]
+        if f"{name}_b" in self._sums:
+            self._sums[f"{name}_b"].add(scale * (g.t() @ (x @ a.t())))
+        if f"{name}_a" in self._sums:
+            self._sums[f"{name}_a"].add(scale * (gb.t() @ x))
 
     def add(self, name: str, g: Tensor | None) -> None:
         if name in self._sums:
@@ -367,43 +503,45 @@ def _mlp_backward(
     """dx2 := gradient at x + attention(x) Wo. It may be dy itself."""
     w = c.weights
     for s in c.chunks(x.shape[0]):
-        x2 = x[s] + F.linear(out[s], w.o, w.o_bias)
+        x2 = x[s] + _linear(out[s], c, "o")
         n = rms_norm(x2, w.norm2, c.eps)
-        dhidden = dy[s] @ w.down
+        dhidden, gb = _linear_backward(dy[s], c, "down")
         hidden, dgate, dup = gated_silu_backward(
-            dhidden, F.linear(n, w.gate, w.gate_bias), F.linear(n, w.up, w.up_bias)
+            dhidden, _linear(n, c, "gate"), _linear(n, c, "up")
         )
         del dhidden
-        sums.outer("down", dy[s], hidden, "down_bias")
+        sums.outer("down", dy[s], hidden, gb)
         del hidden
-        sums.outer("gate", dgate, n, "gate_bias")
-        dn = dgate @ w.gate
+        dn, gb = _linear_backward(dgate, c, "gate")
+        sums.outer("gate", dgate, n, gb)
         del dgate
-        sums.outer("up", dup, n, "up_bias")
-        dn.addmm_(dup, w.up)
+        dn, gb = _linear_backward(dup, c, "up", into=dn)
+        sums.outer("up", dup, n, gb)
         del dup, n
         total, dnorm = add_rms_norm_backward(dn, x2, w.norm2, c.eps, dy[s])
         dx2[s] = total
         del dn, x2, total
         sums.add("norm2", dnorm)
-        sums.outer("o", dx2[s], out[s], "o_bias")
+        gb = dx2[s] @ c.adapters["o"].b if "o" in c.adapters else None
+        sums.outer("o", dx2[s], out[s], gb)
 
 
 def _attention_backward(
     x: Tensor, out: Tensor, lse: Tensor, dx2: Tensor, k: Tensor, v: Tensor, c: LayerCall
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq [T, heads, D] (with several groups: written over out), dk, dv."""
-    w, T, D = c.weights, x.shape[0], c.head_dim
+    T, D = x.shape[0], c.head_dim
     out = out.view(T, c.heads, D)
     if c.groups == 1:
-        dout = (dx2 @ w.o).view(T, c.heads, D)
+        dout = _linear_backward(dx2, c, "o")[0].view(T, c.heads, D)
         dq, dk, dv, _ = sp.attention_backward(
             dout, _queries(x, c, slice(0, c.heads)), k, v, out, lse, c.plan, **c.options
         )
         return dq, dk, dv
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     for mine, keys in c.group_slices():
-        dout = (dx2 @ w.o[:, mine.start * D : mine.stop * D]).view(T, -1, D)
+        columns = slice(mine.start * D, mine.stop * D)
+        dout = _linear_backward(dx2, c, "o", columns=columns)[0].view(T, -1, D)
         kg, vg, og, lg = (
             k[:, keys].contiguous(),
             v[:, keys].contiguous(),
@@ -425,17 +563,17 @@ def _qkv_backward(
     w = c.weights
     for s in c.chunks(x.shape[0]):
         n = rms_norm(x[s], w.norm1, c.eps)
-        g, dnorm = _rotated_backward(dq[s], n, s, c, w.q, w.q_bias, w.q_norm)
+        g, dnorm = _rotated_backward(dq[s], n, s, c, "q", w.q_norm)
         sums.add("q_norm", dnorm)
-        sums.outer("q", g, n, "q_bias")
-        dn = g @ w.q
-        g, dnorm = _rotated_backward(dk[s], n, s, c, w.k, w.k_bias, w.k_norm)
+        dn, gb = _linear_backward(g, c, "q")
+        sums.outer("q", g, n, gb)
+        g, dnorm = _rotated_backward(dk[s], n, s, c, "k", w.k_norm)
         sums.add("k_norm", dnorm)
-        sums.outer("k", g, n, "k_bias")
-        dn.addmm_(g, w.k)
+        dn, gb = _linear_backward(g, c, "k", into=dn)
+        sums.outer("k", g, n, gb)
         g = dv[s].reshape(g.shape)
-        sums.outer("v", g, n, "v_bias")
-        dn.addmm_(g, w.v)
+        dn, gb = _linear_backward(g, c, "v", into=dn)
+        sums.outer("v", g, n, gb)
         del g, n
         total, dnorm = add_rms_norm_backward(dn, x[s], w.norm1, c.eps, dx[s])
         sums.add("norm1", dnorm)
@@ -454,7 +592,7 @@ class _Layer(torch.autograd.Function):
         if store.saves_attention(owner.index) and handle.last_in_segment:
             handle.set_attention(store.save_attention(owner.index, [(out, lse)]))
         ctx.save_for_backward(*weights)
-        call.weights = None  # type: ignore[assignment]  # saved by autograd, which knows when they change
+        call.set_weights(None)
         ctx.call, ctx.handle = call, handle
         ctx.chained = chain.output == (owner.index - 1, x.data_ptr())
         chain.output = (owner.index, y.data_ptr())
@@ -470,13 +608,13 @@ class _Layer(torch.autograd.Function):
         ctx.handle = None
         owner = call.owner
         store, chain = owner.store, owner.chain
-        call.weights = w = Weights(*ctx.saved_tensors)
+        call.set_weights(Weights(*ctx.saved_tensors))
         x = handle.input()[0]
         saved = handle.attention()
         if not store.settings.late_prefetch:
             store.prefetch()
         T = x.shape[0]
-        sums = _Sums(w, ctx.needs_input_grad[3:], call.count(T))
+        sums = _Sums(call, ctx.needs_input_grad[3:], call.count(T))
         k = v = None
         if saved is None:
             k, v = _keys_values(x, call)
@@ -497,7 +635,7 @@ class _Layer(torch.autograd.Function):
         if store.settings.late_prefetch:
             store.prefetch()
         _qkv_backward(x, dq, dk, dv, dx, call, sums)
-        call.weights = None  # type: ignore[assignment]
+        call.set_weights(None)
         chain.gradient = (owner.index - 1, dx.data_ptr()) if ctx.chained else (-1, 0)
         return None, None, dx[None] if ctx.needs_input_grad[2] else None, *sums.result()
 
