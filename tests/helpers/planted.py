@@ -229,6 +229,229 @@ def _adapter_not_saved() -> Any:
     return mock.patch.object(Trainer, "_save", save)
 
 
+# -- planned from the code that trains alone, without a look at how verify works ------------------
+
+
+def _mean_of_means() -> Any:
+    """Each micro-batch is divided by its own items and by the number of micro-batches."""
+    from longfactory.train.trainer import RowTrainer
+
+    own = RowTrainer.compute_loss
+
+    def loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        items = torch.tensor(float(max(1, self.stage.count_items(inputs["row"]))))
+        items = items * self.args.gradient_accumulation_steps * self.ctx.dp_size
+        return own(self, model, inputs, *args, **{**kwargs, "num_items_in_batch": items})
+
+    return mock.patch.object(RowTrainer, "compute_loss", loss)
+
+
+def _items_of_one_group() -> Any:
+    """The items of the other data-parallel groups are not counted."""
+    from longfactory.train.trainer import RowTrainer
+
+    return mock.patch.object(
+        RowTrainer, "_sum_over_groups", lambda self, x: self.ctx.dp_size * x.detach().clone()
+    )
+
+
+def _last_document_dropped() -> Any:
+    from longfactory.data import collate
+
+    own = collate.make_row
+    return mock.patch.object(
+        collate,
+        "make_row",
+        lambda documents: own(documents[:-1] if len(documents) > 1 else documents),
+    )
+
+
+def _labels_not_shifted() -> Any:
+    from longfactory.data import row
+
+    return mock.patch.object(row, "shift_labels", lambda labels: labels)
+
+
+def _positions_of_the_row() -> Any:
+    """Positions do not begin again in each document."""
+    from longfactory.data import collate
+
+    own = collate.make_row
+
+    def make(documents: Any) -> Any:
+        row = own(documents)
+        return dataclasses.replace(row, position_ids=torch.arange(len(row)))
+
+    return mock.patch.object(collate, "make_row", make)
+
+
+def _branches_leak() -> Any:
+    """The second answer of a shared prompt sees the first."""
+    from longfactory import sp
+    from longfactory.train import trainer
+
+    def joined(segments: Any) -> Any:
+        out = list(segments)
+        for i in range(1, len(out)):
+            if out[i].parent >= 0 and out[i].parent == out[i - 1].parent:
+                out[i] = dataclasses.replace(out[i], parent=i - 1)
+        return tuple(out)
+
+    return mock.patch.object(
+        trainer,
+        "sp",
+        _Replaced(
+            trainer.sp, plan=lambda length, segments, ctx: sp.plan(length, joined(segments), ctx)
+        ),
+    )
+
+
+def _window_longer_by_one() -> Any:
+    from longfactory.sp.plan import RowPlan
+
+    own = RowPlan.mask
+    return mock.patch.object(
+        RowPlan,
+        "mask",
+        lambda self, window=None, chunk=None: own(self, window + 1 if window else window, chunk),
+    )
+
+
+def _gather_sums_in_backward() -> Any:
+    """The backward of what gathers log-probabilities sums equal gradients once more."""
+    from longfactory.sp import collectives
+    from longfactory.train import trainer
+
+    def gather(x: Any, plan: Any) -> Any:
+        scaled = x + (plan.ctx.size - 1) * (x - x.detach()) if x.is_floating_point() else x
+        return collectives.gather(scaled, plan)
+
+    return mock.patch.object(trainer, "sp", _Replaced(trainer.sp, gather=gather))
+
+
+def _padding_trained() -> Any:
+    """The padding at the end of the row has labels."""
+    from longfactory.data.row import Row
+
+    own = Row.padded
+
+    def padded(self: Any, multiple: int, pad_id: int) -> Any:
+        row = own(self, multiple, pad_id)
+        labels = row.labels.clone()
+        labels[len(self) :] = row.input_ids[len(self) :]
+        return dataclasses.replace(row, labels=labels)
+
+    return mock.patch.object(Row, "padded", padded)
+
+
+def _adapter_scale() -> Any:
+    """An adapter's update is multiplied by 1 in place of lora_alpha / lora_rank."""
+    from longfactory.train import run
+
+    own = run.build_model
+
+    def build(*args: Any) -> Any:
+        built = own(*args)
+        for module in built[0].modules():
+            if isinstance(getattr(module, "scaling", None), dict):
+                module.scaling = dict.fromkeys(module.scaling, 1.0)
+        return built
+
+    return mock.patch.object(run, "build_model", build)
+
+
+def _adapter_a_without_gradients() -> Any:
+    """What reaches an adapter's A is zero: with B at zero, as it begins, no one sees it."""
+    from longfactory.train import run
+
+    own = run.build_model
+
+    def build(*args: Any) -> Any:
+        built = own(*args)
+        for name, p in built[0].named_parameters():
+            if "lora_A" in name and p.requires_grad:
+                p.register_hook(torch.zeros_like)
+        return built
+
+    return mock.patch.object(run, "build_model", build)
+
+
+def _last_micro_batch_lost() -> Any:
+    """Gradients of the last micro-batch are not added."""
+    from longfactory.train.trainer import RowTrainer
+
+    own = RowTrainer.compute_loss
+
+    def loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+        value = own(self, *args, **kwargs)
+        last = self.accelerator.sync_gradients and self.args.gradient_accumulation_steps > 1
+        return value - (value - value.detach()) if last else value
+
+    return mock.patch.object(RowTrainer, "compute_loss", loss)
+
+
+def _answers_references_swapped() -> Any:
+    """The reference of the chosen answer is taken for that of the rejected one."""
+    from longfactory.stages import preference
+
+    own = preference.reference_logps
+
+    def swapped(*args: Any, **kwargs: Any) -> Any:
+        both = own(*args, **kwargs)
+        half = both.shape[0] // 2
+        return torch.cat([both[half:], both[:half]])
+
+    return mock.patch.object(preference, "reference_logps", swapped)
+
+
+def _long_range_frequencies_dropped() -> Any:
+    """The slowest rotary frequencies of the model that trains are those of no position at all."""
+    from longfactory.train import run
+
+    own = run.build_model
+
+    def build(*args: Any) -> Any:
+        built = own(*args)
+        for module in built[0].modules():
+            if isinstance(getattr(module, "inv_freq", None), torch.Tensor):
+                module.inv_freq[-2:] = 0.0
+        return built
+
+    return mock.patch.object(run, "build_model", build)
+
+
+def _next_token_seen() -> Any:
+    """Keys and values are those of the next token: each token sees what it is to predict."""
+    from longfactory.sp import hf
+
+    own = hf.engine
+
+    def engine(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> Any:
+        return own(q, k, torch.cat([v[1:], v[-1:]]), *args, **kwargs)
+
+    return mock.patch.object(hf, "engine", engine)
+
+
+FURTHER = {
+    "a mean of means over micro-batches": _mean_of_means,
+    "items of one data-parallel group": _items_of_one_group,
+    "the last document dropped": _last_document_dropped,
+    "labels not shifted": _labels_not_shifted,
+    "positions of the row": _positions_of_the_row,
+    "an answer sees the other": _branches_leak,
+    "a window longer by one": _window_longer_by_one,
+    "gather sums in backward": _gather_sums_in_backward,
+    "padding trained": _padding_trained,
+    "an adapter's scale is 1": _adapter_scale,
+    "an adapter's A without gradients": _adapter_a_without_gradients,
+    "the last micro-batch lost": _last_micro_batch_lost,
+    "references of the answers swapped": _answers_references_swapped,
+    "slow rotary frequencies dropped": _long_range_frequencies_dropped,
+    "the next token is seen": _next_token_seen,
+}
+"""Planned without a look at how verify works."""
+
+
 FAULTS = {
     "sequence parallelism silently off": _sp_off,
     "sequence parallelism off behind the context": _sp_off_behind_the_context,
@@ -248,6 +471,7 @@ FAULTS = {
     "a module without gradients": _module_without_gradients,
     "the tower is trained": _tower_trained,
     "an adapter that is not saved": _adapter_not_saved,
+    **FURTHER,
 }
 
 
