@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from longfactory import __version__, launch
@@ -52,7 +53,10 @@ Its own keys, which no file holds (docs/verify.md)
   verify_rows=2
       Micro-batches of each data-parallel group in the step that is compared.
   verify_tokens=2048
-      Longest row; of a longer one each document keeps its last tokens.
+      Longest row (on a CPU by default as long as takes about a minute); of a longer one each
+      document keeps its last tokens.
+  --json FILE, --html FILE
+      The report as JSON, and as one page with pictures.
 
 """
     ),
@@ -178,10 +182,19 @@ def verify(argv: list[str], watch: Watch | None = None) -> int:
     """Exit status 0 where every gradient is the same, 1 where one is not."""
     from longfactory.config import load_config
 
-    words, numbers = [], {"rows": 2, "tokens": 2048}
-    for word in argv:
+    words: list[str] = []
+    numbers: dict[str, int] = {}
+    files: dict[str, Path] = {}
+    queue = list(argv)
+    while queue:
+        word = queue.pop(0)
         key, _, value = word.removeprefix("--").partition("=")
-        if key not in ("verify_rows", "verify_tokens"):
+        if word.startswith("--") and key in ("json", "html"):
+            value = value or (queue.pop(0) if queue else "")
+            if not value or not Path(value).absolute().parent.is_dir():
+                raise UserError(f"--{key} {value}: write --{key} FILE, in a folder that exists.")
+            files[key] = Path(value)
+        elif key not in ("verify_rows", "verify_tokens"):
             words.append(word)
         elif not value.isdigit() or int(value) < 1:
             raise UserError(f"{word}: write {key}=N with a whole number of at least 1.")
@@ -191,12 +204,19 @@ def verify(argv: list[str], watch: Watch | None = None) -> int:
     cfg = load_config([*words, f"output_dir={os.path.join(os.devnull, 'longfactory-verify')}"])
     if (status := _start("verify", cfg, argv)) is not None:
         return status
+    from longfactory.train.verify import as_html, as_json
     from longfactory.train.verify import verify as compare
 
+    rows, tokens = numbers.get("rows", 2), numbers.get("tokens")
     with _watched(watch) as mine:
-        report = compare(cfg, watch=mine, **numbers)
+        report = compare(cfg, rows=rows, tokens=tokens, watch=mine, traced=True)
     if _rank() == 0:
-        print(report.table(), flush=True)
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        print(report.table(colour), flush=True)
+        if "json" in files:
+            files["json"].write_text(as_json(report), encoding="utf-8")
+        if "html" in files:
+            files["html"].write_text(as_html(report), encoding="utf-8")
     return 0 if report.exact else 1
 
 

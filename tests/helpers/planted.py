@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -478,3 +481,126 @@ FAULTS = {
 def planted(fault: str) -> Any:
     """A context in which the package has this fault; "" for none."""
     return FAULTS[fault]() if fault else contextlib.nullcontext()
+
+
+LORA = {"finetuning_type": "lora"}
+# Where a window is dropped: documents longer than the window, which is longer than a start-up probe
+# of 128 tokens.
+PRETRAINING = {"stage": "pt", "dataset": "manual_pt"}
+WINDOW = {"window": 140, "verify_tokens": 600, **PRETRAINING}
+PAIRS = {"stage": "dpo", "dataset": "manual_dpo"}
+COUNTED = "Rows count wrongly in the gradient: row 1 "
+FOUND_FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
+    "a mean of means over micro-batches": (COUNTED, {}),
+    "items of one data-parallel group": (COUNTED, {"sequence_parallel_size": 1}),
+    "the last document dropped": ("Row 1 has 1 documents, its samples have 2.", {}),
+    "labels not shifted": ("The label at token 25 of document 1 of row 1 is -100; by its", {}),
+    "positions of the row": ("The position at token 1 of document 2 of row 1 is 80; by its", {}),
+    "an answer sees the other": (
+        "Documents see each other: in row 1 the log-probability of token",
+        {**PAIRS, "pref_share_prompt": True},
+    ),
+    "a window longer by one": (
+        "from token 141 of 300 on (its sliding window is 140); 140 before it agree",
+        WINDOW,
+    ),
+    "gather sums in backward": ("Every gradient is 2 times what it should be", {}),
+    "padding trained": ("of the row, which is padding: they are trained", {}),
+    "an adapter's scale is 1": ("The difference follows LoRA: it is gone without it.", LORA),
+    "an adapter's A without gradients": ("Only the gradients of lora_A are wrong", LORA),
+    "the last micro-batch lost": (f"{COUNTED}1 times, row 2 0 times", {}),
+    "references of the answers swapped": (
+        "Log-probabilities agree and the loss does not: what the stage makes of them",
+        PAIRS,
+    ),
+    "slow rotary frequencies dropped": (
+        "The rotary frequencies model.rotary_emb.inv_freq are not those",
+        {},
+    ),
+    "the next token is seen": (
+        "Later tokens are seen: in row",
+        {"disable_gradient_checkpointing": True},
+    ),
+}
+FOUND: dict[str, tuple[str, dict[str, Any]]] = {
+    "sequence parallelism silently off": (
+        "Sequence parallelism is off: sequence_parallel_size is 2",
+        {},
+    ),
+    "sequence parallelism off behind the context": (
+        "each process computed 160 of the 160 tokens",
+        {},
+    ),
+    "loss scaled by SP": ("The loss is 2 times what it should be", {}),
+    "labels shifted twice": ("labels are shifted twice", {}),
+    "prompt tokens trained": ("tokens of its prompt; train_on_prompt is not set", {}),
+    "prompt tokens trained in the row": ("labels are trained,", {}),
+    "a long window dropped": ("on (its sliding window is 140); 1", WINDOW),
+    "the hand-written layer's window dropped": ("on (its sliding window is 140); 1", WINDOW),
+    "documents leak": ("differ in document 2 of row 1 from token", {}),
+    "local positions": ("differ in document", {}),
+    "a dead exchange": ("differ in document 1 of row 1", {"per_device_train_batch_size": 1}),
+    "gradients divided by SP": ("Every gradient is 0.5 times what it should be", {}),
+    "a module left out of the reduction": ("3 trained parameters differ between processes", {}),
+    "a module without gradients": (
+        "No gradient reaches 3 trained parameters: model.layers.1.mlp",
+        {},
+    ),
+    "the tower is trained": (
+        "trained parameters get no gradient from any document: model.vision_tower",
+        {"tower": True},
+    ),
+    "an adapter that is not saved": (
+        "is not a complete save: 4 of 28 tensors of the model are not in what was saved",
+        LORA,
+    ),
+    **FOUND_FURTHER,
+}
+"""Fault -> (a part of the sentence that names it, keys of a run that shows it)."""
+
+
+def with_keys(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`window`: the model becomes a Mistral with a sliding window of so many tokens. `tower`: a
+    Gemma 3 with a vision tower.
+    """
+    keys = {**base, **{k: v for k, v in changes.items() if k not in ("window", "tower")}}
+    if "window" not in changes and "tower" not in changes:
+        return keys
+    own = Path(base["model_name_or_path"])
+    folder = own.parent / ("gemma3" if "tower" in changes else "mistral")
+    if not folder.exists():
+        shutil.copytree(own, folder)
+        if "tower" in changes:
+            from longfactory_dev.tiny_models import tiny_config
+
+            tiny_config("gemma3", vocab_size=1024).save_pretrained(folder)
+        else:
+            config = json.loads((own / "config.json").read_text())
+            config |= {
+                "model_type": "mistral",
+                "architectures": ["MistralForCausalLM"],
+                "sliding_window": changes["window"],
+            }
+            (folder / "config.json").write_text(json.dumps(config))
+    return {**keys, "model_name_or_path": str(folder)}
+
+
+def verified_with(keys: dict[str, Any], fault: str, traced: bool = False) -> tuple[bool, str]:
+    """Body of a rank."""
+    import os
+
+    import cpu_sharding
+    from longfactory.config import from_mapping
+    from longfactory.errors import UserError
+    from longfactory.train.verify import verify
+    from planted import planted
+
+    os.environ["LONGFACTORY_CACHE"] = keys["cache"]
+    cpu_sharding.reset()
+    cfg = from_mapping({k: v for k, v in keys.items() if k not in ("cache", "verify_tokens")})
+    with planted(fault):
+        try:
+            report = verify(cfg, rows=2, tokens=keys.get("verify_tokens", 160), traced=traced)
+        except UserError as error:
+            return False, str(error)
+    return report.exact, report.table()

@@ -130,9 +130,12 @@ def whole(x: Tensor) -> Tensor:
 def copy_values(trained: nn.Module, model: nn.Module | None) -> dict[str, torch.dtype]:
     """The trained model's values into `model`, on the process that has one. Collective. Returns the
     dtypes of the run's parameters.
+
+    Buffers that no checkpoint holds (rotary frequencies) follow from the configuration, and are not
+    copied: those of the trained model may be wrong.
     """
     parameters = dict(model.named_parameters()) if model is not None else {}
-    buffers = dict(model.named_buffers()) if model is not None else {}
+    buffers = {} if model is None else saved_buffers(model)
     dtypes = {}
     for name, p in trained.named_parameters():
         value = whole(p.detach())
@@ -143,6 +146,37 @@ def copy_values(trained: nn.Module, model: nn.Module | None) -> dict[str, torch.
         if name in buffers and buffers[name].shape == b.shape:
             buffers[name].copy_(whole(b))
     return dtypes
+
+
+def wrong_frequencies(trained: nn.Module, model: nn.Module) -> list[str]:
+    """Rotary frequencies of the trained model that are not those of its configuration, as
+    sentences.
+    """
+    saved, expected = saved_buffers(model), dict(model.named_buffers())
+    reasons = []
+    for name, found in trained.named_buffers():
+        wanted = expected.get(name)
+        if name in saved or not name.endswith("inv_freq") or wanted is None:
+            continue
+        same = found.shape == wanted.shape and torch.allclose(
+            found.detach().double().cpu(), wanted.double().cpu(), rtol=1e-2, atol=0.0
+        )
+        if not same:
+            reasons.append(
+                f"The rotary frequencies {name} are not those of the model's configuration:"
+                " positions are encoded wrongly."
+            )
+    return reasons[:1]
+
+
+def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers of a model that its checkpoints hold, by name."""
+    derived = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    return {name: b for name, b in model.named_buffers() if name not in derived}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +226,7 @@ class Scores:
     """
 
     text: Text
+    row: int
     logps: Tensor
     entropy: Tensor | None = None
     """[k] nats, of the 20 most probable tokens."""
@@ -405,6 +440,19 @@ class Step:
     choices: dict[Text, routers.Choices]
     """Which experts the tokens of each text chose, its parents' first."""
     references: dict[Text, float]
+    samples: dict[int, dict[str, Tensor]]
+    """[row] a few numbers of each gradient that the row's texts give (`sampled`)."""
+
+
+SAMPLED = 256
+"""Numbers of a parameter's gradient by which the shares of rows are told apart."""
+
+
+def sampled(g: Tensor) -> Tensor:
+    """At most `SAMPLED` numbers of a tensor, spread over it, in float64 on the host."""
+    flat = g.detach().reshape(-1)
+    step = max(1, flat.numel() // SAMPLED)
+    return flat[::step][:SAMPLED].to("cpu", torch.float64)
 
 
 Reference = Callable[[Text, float], float]
@@ -414,7 +462,7 @@ Reference = Callable[[Text, float], float]
 def run_step(
     model: nn.Module,
     method: Any,
-    batches: Sequence[Sequence[Text]],
+    batches: Sequence[Sequence[Sequence[Text]]],
     precision: Precision,
     device: torch.device,
     *,
@@ -425,7 +473,7 @@ def run_step(
     """Loss and gradients of one optimizer step.
 
     Args:
-        batches: the texts of each micro-batch, of all data-parallel groups.
+        batches: of each micro-batch the texts of each row, one row a data-parallel group.
         reference: gives the reference's number of a text; None where the loss has none or the model
             without its adapter is it.
         adapter_off: the model without its adapter is the reference.
@@ -436,9 +484,10 @@ def run_step(
     passes: dict[Text, routers.Choices] = {}
     with precision.of(model, device):
         micro_batches: list[MicroBatch] = []
-        for texts in batches:
+        for m, rows in enumerate(batches):
             batch = []
-            for text in texts:
+            numbered = [(m * len(rows) + g, t) for g, texts in enumerate(rows) for t in texts]
+            for row, text in numbered:
                 recorder = (
                     routers.record(hf.unwrap(model))
                     if step is None
@@ -457,7 +506,7 @@ def run_step(
                     number = step.references.get(text)
                 elif reference is not None:
                     number = reference(text, float(logps.double().sum()))
-                batch.append(Scores(text, logps.detach().requires_grad_(), bits, number))
+                batch.append(Scores(text, row, logps.detach().requires_grad_(), bits, number))
             micro_batches.append(batch)
         loss = step_loss(method, micro_batches)
         leaves = [scores.logps for batch in micro_batches for scores in batch]
@@ -466,6 +515,7 @@ def run_step(
         names = [name for name, p in model.named_parameters() if p.requires_grad]
         wanted = [p for p in model.parameters() if p.requires_grad]
         sums: dict[str, Tensor] = {}
+        samples: dict[int, dict[str, Tensor]] = {}
         for batch in micro_batches:
             for scores in batch:
                 slope = next(slopes)
@@ -480,6 +530,8 @@ def run_step(
                     if g is not None:
                         wide = _wide(g) / precision.scale
                         sums[name] = sums[name] + wide if name in sums else wide
+                        few = samples.setdefault(scores.row, {})
+                        few[name] = few[name] + sampled(wide) if name in few else sampled(wide)
     return Step(
         float(loss.detach()),
         {name: g.cpu() for name, g in sums.items()},
@@ -492,6 +544,7 @@ def run_step(
             for scores in batch
             if isinstance(scores.reference, float)
         },
+        samples,
     )
 
 

@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 
+from longfactory import sp
 from longfactory.config import RunConfig
 from longfactory.data.row import Row
 from longfactory.errors import UserError
@@ -34,20 +35,42 @@ from longfactory.train.run import Assembled, assemble
 from longfactory.train.survival.start import meet
 from longfactory.train.survival.watch import Watch
 from longfactory.train.trainer import RowTrainer
-from longfactory.train.verify import alone
+from longfactory.train.verify import alone, causes
 from longfactory.train.verify.alone import Precision, Step, Text
 from longfactory.train.verify.gradients import (
     gradient_deviations,
+    kind_reasons,
     plain_name,
     scale_reasons,
+    share_reasons,
     stir_adapters,
     take_gradients,
+)
+from longfactory.train.verify.probes import (
+    LAYERS,
+    MASK,
+    ROWS_OF_DATA,
+    SAVED,
+    WINDOW,
+    Leak,
+    Reason,
+    TrainedPlaces,
+    counted_layers,
+    layer_reason,
+    leak_check,
+    leaks,
+    mask_reason,
+    watch_outputs,
+    watched_hidden,
 )
 from longfactory.train.verify.report import (
     FLOOR,
     SMALLEST_SCORE,
+    Check,
     Deviation,
     RowShape,
+    State,
+    TokenDistances,
     VerifyReport,
     measured,
     relative,
@@ -56,12 +79,20 @@ from longfactory.train.verify.rows import (
     Chosen,
     choose,
     crossed,
+    exercises,
+    lengthened,
     mask_reasons,
+    padded,
     row_reason,
     row_shape,
+    windows_of,
 )
+from longfactory.train.verify.samples import DecodedSample, decoded_samples
 
-ROWS, TOKENS = 2, 2048
+ROWS, TOKENS, FEWEST = 2, 2048, 256
+"""Micro-batches, and the longest row: at least `FEWEST` tokens where a CPU would take minutes."""
+CPU_OPERATIONS, GPU_OPERATIONS = 10**12, 6 * 10**14
+"""What the specification may cost: about a minute of two cores in float64, or of a GPU."""
 UNDECIDED = 0.3
 """From here on the own gradients' relative error says that a model's gradients are rounding."""
 MOST_SCALED_STEPS = 24
@@ -73,7 +104,12 @@ many losses are flat.
 
 
 def verify(
-    cfg: RunConfig, *, rows: int = ROWS, tokens: int = TOKENS, watch: Watch | None = None
+    cfg: RunConfig,
+    *,
+    rows: int = ROWS,
+    tokens: int | None = None,
+    watch: Watch | None = None,
+    traced: bool = False,
 ) -> VerifyReport:
     """One optimizer step of the run, compared. Every process calls it. Writes nothing to the output
     folder.
@@ -86,8 +122,10 @@ def verify(
     Args:
         rows: micro-batches of each data-parallel group.
         tokens: longest row; the documents of a longer one keep their last tokens, each in
-            proportion to its length.
+            proportion to its length. By default 2048, and on a CPU as many as take a minute.
         watch: over this process, where there is one.
+        traced: where the comparison fails, the run is verified again without one thing after the
+            other (`causes`).
     Raises:
         UserError: the run cannot be assembled, its data have nothing to compare on, or it is not
             the run of its configuration.
@@ -109,10 +147,49 @@ def verify(
             f" loss_path: {cfg.method.loss_path}. Verify the run without loss_path: the same passes"
             " through the same model."
         )
+    store, _ = meet(cfg, watch, writes=False)
+    report = compared(cfg, rows, tokens, store)
+    if report.exact or not traced:
+        return report
+    found = causes.variants(
+        cfg,
+        rows=rows,
+        tokens=report.longest_row,
+        several=any(len({sample for *_, sample in row.placed}) > 1 for row in report.rows),
+        windows=report.windows,
+        parameters=report.parameter_count,
+    )
+    return dataclasses.replace(
+        report,
+        causes=causes.trace(
+            found,
+            lambda variant: compared(
+                variant.cfg, variant.rows, variant.tokens, None, rerun=True, apart=variant.apart
+            ),
+        ),
+    )
+
+
+def compared(
+    cfg: RunConfig,
+    rows: int,
+    tokens: int | None,
+    store: Any,
+    *,
+    rerun: bool = False,
+    apart: bool = False,
+) -> VerifyReport:
+    """Assembles a run, makes its step, and compares it. Collective.
+
+    Args:
+        store: where the process group meets; None where it is open.
+        rerun: an earlier comparison has failed: only the step is compared, and rows are not made
+            longer than `tokens`.
+        apart: one sample a row.
+    """
     with tempfile.TemporaryDirectory(prefix="longfactory-verify-") as folder:
-        store, _ = meet(cfg, watch, writes=False)
         run = assemble(quiet(cfg, folder, rows), wide_weights=True, store=store)
-        comparison = Comparison(cfg, run, rows, tokens, folder)
+        comparison = Comparison(cfg, run, rows, tokens, folder, rerun=rerun, apart=apart)
         run.trainer.add_callback(comparison)
         run.trainer.remove_callback(PrinterCallback)
         with comparison.installed:
@@ -197,6 +274,10 @@ class _Seen:
     """[T] of each row: what the loss was given."""
     local: list[int] = dataclasses.field(default_factory=list)
     """Tokens of each row that went into the model here."""
+    layers: list[dict[int, set[int]]] = dataclasses.field(default_factory=list)
+    """Of each row how many tokens the decoder layers were called with."""
+    trained: list[TrainedPlaces] = dataclasses.field(default_factory=list)
+    leaks: list[tuple[int, Leak | None, Leak]] = dataclasses.field(default_factory=list)
 
 
 class Comparison(TrainerCallback):
@@ -204,13 +285,32 @@ class Comparison(TrainerCallback):
     watched. After it: both are compared.
     """
 
-    def __init__(self, cfg: RunConfig, run: Assembled, rows: int, tokens: int, folder: str) -> None:
+    def __init__(
+        self,
+        cfg: RunConfig,
+        run: Assembled,
+        rows: int,
+        tokens: int | None,
+        folder: str,
+        *,
+        rerun: bool = False,
+        apart: bool = False,
+    ) -> None:
+        self.rerun = rerun
         self.cfg, self.run, self.trainer, self.folder = cfg, run, run.trainer, folder
         ctx = self.trainer.ctx
         self.groups, self.main = ctx.dp_size, not is_distributed() or dist.get_rank() == 0
+        if apart:
+            self.trainer._train_batch_size = 1
         batch = self.trainer._train_batch_size
-        self.items = choose(run.datasets.train, rows * ctx.dp_size, batch, tokens)
+        if tokens is None:
+            tokens = longest_row(self.trainer, rows * ctx.dp_size)
+        self.tokens = tokens
+        self.items = choose(run.datasets.train, rows * ctx.dp_size, batch, tokens, apart)
         crossed(self.items[0], self.trainer)
+        padded(self.items[-1], self.trainer)
+        self.windows = windows_of(hf.unwrap(self.trainer.model).config.get_text_config())
+        self.window_checks = [] if rerun else self._exercise_windows(tokens)
         self.texts = [[text for item in row for text in alone.texts_of(item)] for row in self.items]
         self.data = Chosen([item for row in self.items for item in row])
         self.trainer.train_dataset = self.data
@@ -219,18 +319,81 @@ class Comparison(TrainerCallback):
         self.gradients: dict[str, Tensor] = {}
         self.unreduced: dict[str, float] = {}
         self.finished = False
+        self.stirred = 0
+        self.derived: list[str] = []
         self.spec: Step | None = None
         self.own: Step | None = None
         self.choices: dict[Text, routers.Choices] = {}
         self.installed = contextlib.ExitStack()
         """Takes away what `_watch` put on the trainer and its model."""
 
+    # What is compared.
+
+    def _exercised(self, size: int) -> bool:
+        return any(exercises(texts, size) for texts in self.texts)
+
+    def _exercise_windows(self, tokens: int) -> list[Check]:
+        """Makes the last row one in which the model's windows hide keys, where none does. What is
+        to be said of each window.
+        """
+        checks = []
+        for key, size in self.windows.items():
+            made = ""
+            if not any(exercises(_texts(row), size) for row in self.items):
+                if not affordable(self.trainer, size + size // 4 + 16):
+                    words = f"window {size} ({key}; rows of {tokens} tokens)"
+                    checks.append(Check(f"window {size}", "not exercised", words))
+                    continue
+                last = self.items[-1]
+                last[0] = lengthened(last[0], size, self.run.datasets.train)
+                made = f"; row {len(self.items)} was made longer for it"
+            words = f"tokens are trained whose first keys it hides ({key}){made}"
+            checks.append(Check(f"window {size}", "passed", words))
+        return checks
+
+    def _checks(
+        self, rows: Sequence[RowShape], reasons: Sequence[Reason], leak: Check
+    ) -> Iterator[Check]:
+        """What was looked at, in the order of a step."""
+        size = self.cfg.parallel.sequence_parallel_size
+        failed: dict[str, str] = {}
+        for name, told in reasons:
+            failed.setdefault(name, told)
+
+        def check(name: str, words: str) -> Check:
+            state: State = "failed" if name in failed else "passed"
+            return Check(name, state, failed.get(name, words))
+
+        counted = max((len(layers) for layers in self.seen.layers), default=0)
+        yield check(LAYERS, f"{counted} layers computed 1/{size} of each row")
+        if size > 1 and not any(row.crossing for row in rows):
+            words = "no document of these rows lies on several ranks"
+            yield Check("documents across ranks", "not exercised", words)
+        words = "each row holds its documents' tokens, positions and shifted labels"
+        yield check(ROWS_OF_DATA, words)
+        padding = sum(row.padding for row in rows)
+        yield check(MASK, f"no gradient comes from them, nor from {padding} of padding")
+        yield leak
+        for window in self.window_checks:
+            wrong = WINDOW in failed and window.state == "passed"
+            yield Check(window.name, "failed", failed[WINDOW]) if wrong else window
+        if self.stirred:
+            words = (
+                f"{self.stirred} matrices that begin at zero got small random numbers, so that"
+                " both of a pair have gradients"
+            )
+            yield check(SAVED, words)
+
+    def _samples(self) -> tuple[DecodedSample, ...]:
+        seed = self.trainer.args.seed
+        return decoded_samples(self.run.datasets.train, self.run.tokenizer, seed)
+
     # Before the step.
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer, method = self.trainer, self.cfg.method
         disable_dropout(trainer.model_wrapped)
-        stir_adapters(trainer.model)
+        self.stirred = stir_adapters(trainer.model)
         adapter_off = (
             trainer.stage.needs_reference
             and adapter_is_reference(method)
@@ -249,6 +412,7 @@ class Comparison(TrainerCallback):
             raise UserError(failure)
         dtypes = alone.copy_values(trainer.model, model)
         if model is not None:
+            self.derived = alone.wrong_frequencies(trainer.model, model)
             try:
                 self._specify(model, dtypes, adapter_off)
             except torch.OutOfMemoryError as error:
@@ -280,10 +444,7 @@ class Comparison(TrainerCallback):
         """The step in a wider precision, and in the run's, by transformers' own model."""
         method, device = self.cfg.method, self.trainer.args.device
         # Row m * groups + g is the m-th micro-batch of group g.
-        batches = [
-            [t for texts in self.texts[i : i + self.groups] for t in texts]
-            for i in range(0, len(self.texts), self.groups)
-        ]
+        batches = [self.texts[i : i + self.groups] for i in range(0, len(self.texts), self.groups)]
         beta = method.pref_beta
 
         def reference(text: Text, logp: float) -> float:
@@ -350,6 +511,7 @@ class Comparison(TrainerCallback):
             model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
         ) -> Tensor:
             self.seen.rows.append(inputs["row"])
+            self.seen.trained.append(TrainedPlaces())
             with contextlib.ExitStack() as stack:
                 step.append((inputs["row"], stack))
                 try:
@@ -359,8 +521,9 @@ class Comparison(TrainerCallback):
 
         def watched_outputs(*args: Any, **kwargs: Any) -> Any:
             outputs = token_outputs(*args, **kwargs)
-            if torch.is_grad_enabled() and len(self.seen.outputs) < len(self.seen.rows):
+            if step and torch.is_grad_enabled() and len(self.seen.outputs) < len(self.seen.rows):
                 self.seen.outputs.append(outputs.logps.detach().cpu())
+                watch_outputs(outputs.logps, self.seen.trained[-1])
             return outputs
 
         def before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -368,6 +531,11 @@ class Comparison(TrainerCallback):
                 return
             row, stack = step[-1]
             self.seen.local.append(kwargs["input_ids"].shape[1])
+            self.seen.layers.append({})
+            stack.enter_context(counted_layers(module, self.seen.layers[-1]))
+            if torch.is_grad_enabled():
+                index, head = kwargs["sp_plan"].index, module.get_output_embeddings()
+                stack.enter_context(watched_hidden(head, index, self.seen.trained[-1]))
             choices = self._row_choices(row)
             if choices.tokens is not None:
                 stack.enter_context(routers.replay(module, choices.take(kwargs["sp_plan"].index)))
@@ -402,7 +570,7 @@ class Comparison(TrainerCallback):
         return routers.join(parts)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seen.rows, self.seen.outputs, self.seen.local = [], [], []
+        self.seen = _Seen()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.gradients, self.unreduced = take_gradients(self.trainer.model, self.main)
@@ -414,6 +582,19 @@ class Comparison(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_training_stop = control.should_training_stop or self.finished
+        if control.should_training_stop and not self.rerun:
+            self._probe()
+
+    def _probe(self) -> None:
+        """What log-probabilities depend on: of the row with most documents, on every group."""
+        number = max(
+            range(len(self.seen.rows)), key=lambda i: (len(self.seen.rows[i].documents), -i)
+        )
+        row, ctx = self.seen.rows[number], self.trainer.ctx
+        held = sp.plan(len(row), row.segments, ctx).layout.intervals
+        borders = sorted({a for intervals in held for a, _ in intervals} - {0})
+        found = leaks(self.trainer, row, borders)
+        self.seen.leaks.append((number * self.groups + ctx.dp_rank + 1, *found))
 
     # After it.
 
@@ -422,23 +603,33 @@ class Comparison(TrainerCallback):
         trainer, cfg = self.trainer, self.cfg
         size, ctx = cfg.parallel.sequence_parallel_size, trainer.ctx
         mine = [m * self.groups + ctx.dp_rank for m in range(len(self.seen.rows))]
-        reasons: list[str] = []
-        for i, row, local in zip(mine, self.seen.rows, self.seen.local, strict=False):
+        reasons: list[Reason] = []
+        for j, i in enumerate(mine):
+            if j >= len(self.seen.local):
+                break
+            row, local = self.seen.rows[j], self.seen.local[j]
             if (reason := row_reason(row, self.texts[i], i + 1)) is not None:
-                reasons.append(reason)
+                reasons.append((ROWS_OF_DATA, reason))
             if local * size != len(row):
-                reasons.append(
+                told = (
                     f"Sequence parallelism is off: each process computed {local} of the {len(row)}"
                     f" tokens of a row; with sequence_parallel_size: {size} it is"
                     f" {len(row) // size}."
                 )
+                reasons.append((LAYERS, told))
+            elif (reason := layer_reason(self.seen.layers[j], len(row), size, i + 1)) is not None:
+                reasons.append((LAYERS, reason))
+            values = trainer.stage.output == "values"
+            reason = mask_reason(self.seen.trained[j], row, self.texts[i], i + 1, values)
+            if reason is not None:
+                reasons.append((MASK, reason))
         outputs = {
             i: self._outputs_of(row, out, i)
             for i, row, out in zip(mine, self.seen.rows, self.seen.outputs, strict=False)
         }
         shapes = {i: row_shape(row, ctx) for i, row in zip(mine, self.seen.rows, strict=False)}
-        parts = from_all((reasons, outputs, shapes))
-        unsaved = incomplete_save(trainer, self.folder)
+        parts = from_all((reasons, outputs, shapes, self.seen.leaks))
+        unsaved = None if self.rerun else incomplete_save(trainer, self.folder)
         report = self._compared(parts, unsaved) if self.main else None
         return from_main(report)
 
@@ -463,17 +654,18 @@ class Comparison(TrainerCallback):
 
     def _compared(
         self,
-        parts: Sequence[tuple[list[str], dict[int, Any], dict[int, RowShape]]],
+        parts: Sequence[tuple[list[Reason], dict[int, Any], dict[int, RowShape], list[Any]]],
         unsaved: str | None,
     ) -> VerifyReport:
         spec, own, trainer = self.spec, self.own, self.trainer
         assert spec is not None and own is not None
-        reasons = list(dict.fromkeys(reason for found, _, _ in parts for reason in found))
-        outputs = {i: out for _, found, _ in parts for i, out in found.items()}
-        shapes = {i: shape for _, _, found in parts for i, shape in found.items()}
-        reasons += mask_reasons(
-            self.run.datasets.train, [d for row in self.items for item in row for d in item]
-        )
+        tagged = list(dict.fromkeys(reason for found, *_ in parts for reason in found))
+        outputs = {i: out for _, found, *_ in parts for i, out in found.items()}
+        shapes = {i: shape for _, _, found, _ in parts for i, shape in found.items()}
+        leaked = {number: (number, *found) for *_, leaks_ in parts for number, *found in leaks_}
+        used = [d for row in self.items for item in row for d in item]
+        tagged += [(MASK, told) for told in mask_reasons(self.run.datasets.train, used)]
+        reasons = [told for _, told in tagged]
 
         logs: dict[str, float] = next(
             (entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {}
@@ -487,7 +679,7 @@ class Comparison(TrainerCallback):
         )
         own_loss = max(relative(own.loss, spec.loss), bound / max(abs(spec.loss), 1e-12))
         losses = measured(loss, spec.loss, relative(loss, spec.loss), own_loss)
-        logps, where = self._logps(outputs, spec, own)
+        logps, where, distances = self._logps(outputs, spec, own)
         parameters, total = gradient_deviations(self.gradients, spec.gradients, own.gradients)
         logged = float(logs.get("grad_norm", math.nan))
         grad_norm = dataclasses.replace(
@@ -500,12 +692,19 @@ class Comparison(TrainerCallback):
                 f" {100 * total.own:.0f} % off as well: rounding decides them, and they cannot be"
                 " compared. Verify in float32 (bf16=false fp16=false pure_bf16=false)."
             )
+        seen, sentences = leak_check([leaked[number] for number in sorted(leaked)])
+        reasons += sentences
         reasons += where
-        reasons += scale_reasons(losses, self.gradients, spec.gradients, total)
+        tagged += [(WINDOW, told) for told in where if "its sliding window is" in told]
+        reasons += self.derived
+        scaled = scale_reasons(losses, self.gradients, spec.gradients, total)
+        scaled = scaled or share_reasons(self.gradients, spec.samples, total)
+        reasons += scaled
         unreached = [
             name
             for name, g in spec.gradients.items()
-            if name not in self.gradients and g.norm() > FLOOR * total.alone
+            if g.norm() > FLOOR * total.alone
+            and (name not in self.gradients or not self.gradients[name].any())
         ]
         if unreached:
             reasons.append(
@@ -521,8 +720,17 @@ class Comparison(TrainerCallback):
             )
         if unsaved is not None:
             reasons.append(unsaved)
+            tagged.append((SAVED, unsaved))
+        if logps.exact and not losses.exact and not scaled:
+            reasons.append(
+                "Log-probabilities agree and the loss does not: what the stage makes of them is"
+                " wrong (its sum, its count of items, or the reference's numbers)."
+            )
+        if logps.exact and losses.exact and not scaled:
+            reasons += kind_reasons(parameters)
+        rows = tuple(shapes[i] for i in sorted(shapes))
         return VerifyReport(
-            tuple(shapes[i] for i in sorted(shapes)),
+            rows,
             losses,
             grad_norm,
             logps,
@@ -531,10 +739,18 @@ class Comparison(TrainerCallback):
             tuple(self._notes()),
             _precision(trainer),
             _title(self.cfg, self.run),
+            () if self.rerun else tuple(self._checks(rows, tagged, seen)),
+            samples=() if self.rerun else self._samples(),
+            tokens=tuple(distances),
+            longest_row=self.tokens,
+            windows=tuple(s for s in self.windows.values() if self._exercised(s)),
+            parameter_count=sum(p.numel() for p in trainer.model.parameters()),
         )
 
-    def _logps(self, outputs: dict[int, Any], spec: Step, own: Step) -> tuple[Deviation, list[str]]:
-        """All log-probabilities (values), and where they begin to differ."""
+    def _logps(
+        self, outputs: dict[int, Any], spec: Step, own: Step
+    ) -> tuple[Deviation, list[str], list[TokenDistances]]:
+        """All log-probabilities (values), where they begin to differ, and the distance of each."""
         values = self.trainer.stage.output == "values"
         found, expected, ours, places = [], [], [], []
         for i in range(len(self.texts)):
@@ -556,7 +772,7 @@ class Comparison(TrainerCallback):
                 ours.append(own.logps[batch][first + j])
                 places.append((i, k, text))
         if not found:
-            return Deviation(math.nan, math.nan, math.nan, 0.0, 0.0), []
+            return Deviation(math.nan, math.nan, math.nan, 0.0, 0.0), [], []
         mine, rounding = alone.rms([found], [expected]), alone.rms([ours], [expected])
         norms = [math.sqrt(float((torch.cat(x).double() ** 2).mean())) for x in (found, expected)]
         measure = measured(norms[0], norms[1], mine, rounding, SMALLEST_SCORE * max(norms[1], 1.0))
@@ -582,19 +798,19 @@ class Comparison(TrainerCallback):
                         f" of row {i + 1} from token {token} of {len(text.tokens)}"
                         f" on{beyond}{agree}."
                     )
-        return measure, reasons[:3]
+        distances = [
+            TokenDistances(
+                i,
+                k,
+                (len(text.tokens) - 1,) if values else tuple(text.places),
+                tuple((a.double() - b.double()).abs().tolist()),
+            )
+            for a, b, (i, k, text) in zip(found, expected, places, strict=True)
+        ]
+        return measure, reasons[:3], distances
 
     def _notes(self) -> list[str]:
         notes = []
-        config = hf.unwrap(self.trainer.model).config.get_text_config()
-        longest = max(len(text.tokens) for row in self.texts for text in row)
-        for key in ("sliding_window", "attention_chunk_size"):
-            size = getattr(config, key, None)
-            if isinstance(size, int) and longest <= size:
-                notes.append(
-                    f"No document is longer than {key} ({size} tokens), so that it was not"
-                    " compared. Raise verify_tokens."
-                )
         experts = any("Experts" in type(m).__name__ for m in self.trainer.model.modules())
         if experts and all(choices.tokens is None for choices in self.choices.values()):
             notes.append(
@@ -607,6 +823,52 @@ class Comparison(TrainerCallback):
                 " not from their parts."
             )
         return notes
+
+
+def _texts(row: Sequence[alone.Item]) -> list[Text]:
+    return [text for item in row for text in alone.texts_of(item)]
+
+
+def operations(trainer: RowTrainer, tokens: int) -> int:
+    """Of the specification of one document of so many tokens: two computations, each a pass to
+    read and one for the gradient, in which layers are computed again.
+    """
+    config: Any = hf.unwrap(trainer.model).config.get_text_config()
+    heads, layers, dim = _shape(config)
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    return 2 * 5 * (2 * parameters * tokens + 4 * layers * heads * dim * tokens * tokens)
+
+
+def longest_row(trainer: RowTrainer, rows: int) -> int:
+    """How long rows are by default."""
+    tokens = TOKENS
+    while (
+        trainer.args.device.type == "cpu"
+        and tokens > FEWEST
+        and rows * operations(trainer, tokens) > CPU_OPERATIONS
+    ):
+        tokens //= 2
+    return tokens
+
+
+def affordable(trainer: RowTrainer, tokens: int) -> bool:
+    """Whether transformers' own attention of a document of so many tokens, in a wider precision,
+    fits beside the run and takes no more than a minute or so.
+    """
+    heads, _, _ = _shape(hf.unwrap(trainer.model).config.get_text_config())
+    scores = 5 * 8 * heads * tokens * tokens  # float64: scores, weights and their gradients
+    if trainer.args.device.type == "cuda":
+        free = torch.cuda.mem_get_info(trainer.args.device)[0]
+        return scores < free / 2 and operations(trainer, tokens) < GPU_OPERATIONS
+    return scores < 2 * 2**30 and operations(trainer, tokens) < CPU_OPERATIONS
+
+
+def _shape(config: Any) -> tuple[int, int, int]:
+    """(query heads, layers, head dim)."""
+    heads = getattr(config, "num_attention_heads", None) or 1
+    hidden = getattr(config, "hidden_size", None) or heads
+    dim = getattr(config, "head_dim", None) or hidden // heads
+    return heads, getattr(config, "num_hidden_layers", None) or 1, dim
 
 
 def _first_line(error: Exception) -> str:

@@ -96,10 +96,10 @@ def _worst_first(m: Deviation) -> float:
 def scale_reasons(
     loss: Deviation, found: dict[str, Tensor], expected: dict[str, Tensor], total: Deviation
 ) -> list[str]:
-    """A loss, or all gradients, that are a number of times what they should be."""
+    """A loss, or all gradients, that are a number of times what they should be. Where gradients
+    differ otherwise, a loss that does too is no scale.
+    """
     reasons = []
-    if not loss.exact and abs(loss.split / (loss.alone or 1.0) - 1) > 0.01:
-        reasons.append(f"The loss is {loss.split / loss.alone:.4g} times what it should be.")
     dot = sum(
         float((found[name].double() * g.double()).sum())
         for name, g in expected.items()
@@ -111,13 +111,63 @@ def scale_reasons(
         for name, g in expected.items()
         if name in found
     )
-    if (
-        abs(times - 1) > total.allowed
-        and math.sqrt(rest) <= max(total.allowed, 1e-3) * abs(times) * total.alone
-    ):
+    same_direction = math.sqrt(rest) <= max(total.allowed, 1e-3) * abs(times) * total.alone
+    if same_direction and not loss.exact and abs(loss.split / (loss.alone or 1.0) - 1) > 0.01:
+        reasons.append(f"The loss is {loss.split / loss.alone:.4g} times what it should be.")
+    if same_direction and abs(times - 1) > total.allowed:
         reasons.append(f"Every gradient is {times:.4g} times what it should be.")
     return reasons
 
 
 def plain_name(name: str) -> str:
     return name.removeprefix("module.").replace("base_model.model.", "")
+
+
+def share_reasons(
+    found: dict[str, Tensor], samples: dict[int, dict[str, Tensor]], total: Deviation
+) -> list[str]:
+    """How many times each row counts in the gradient, where that is not once.
+
+    Args:
+        samples: [row] a few numbers of the gradient of each parameter that the row gives.
+        total: of the gradient as a whole.
+    """
+    rows = sorted(samples)
+    names = [name for name in found if any(name in samples[row] for row in rows)]
+    if total.exact or len(rows) < 2 or not names:
+        return []
+    given = torch.cat([alone.sampled(found[name]) for name in names])
+    columns = []
+    for row in rows:
+        nothing = [torch.zeros_like(alone.sampled(found[name])) for name in names]
+        pairs = zip(names, nothing, strict=True)
+        columns.append(torch.cat([samples[row].get(name, zero) for name, zero in pairs]))
+    shares = torch.linalg.lstsq(torch.stack(columns, 1), given[:, None]).solution[:, 0]
+    rest = (torch.stack(columns, 1) @ shares - given).norm() / given.norm().clamp(min=1e-30)
+    if not float(rest) <= max(total.allowed, 1e-3) or float((shares - 1).abs().max()) < 0.003:
+        return []
+    counted = zip(rows, shares.tolist(), strict=True)
+    told = ", ".join(f"row {row + 1} {round(share, 3) + 0:g} times" for row, share in counted)
+    return [
+        f"Rows count wrongly in the gradient: {told}. They are divided by other numbers of items"
+        " than those of the whole step (a mean of means), or one is lost."
+    ]
+
+
+def kind_reasons(parameters: dict[str, Deviation]) -> list[str]:
+    """The part of parameters' names that those with a wrong gradient have in common, and no
+    other.
+    """
+    wrong = {name for name, m in parameters.items() if not m.exact}
+    right = set(parameters) - wrong
+    if not wrong or not right:
+        return []
+    common = set.intersection(*(set(name.split(".")) for name in wrong))
+    common -= {word for name in right for word in name.split(".")}
+    common -= {word for word in common if word.isdigit()}
+    if not common:
+        return []
+    return [
+        f"Only the gradients of {', '.join(sorted(common))} are wrong ({len(wrong)} parameters);"
+        f" those of the other {len(right)} agree."
+    ]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
 from longfactory.sp import compare
+from longfactory.train.verify.samples import DecodedSample, told
 
 FACTOR = compare.LIMIT
 """How many times as far from the wider precision as transformers' own attention in the run's
@@ -48,6 +51,47 @@ class RowShape:
     documents: int
     crossing: int
     """Documents of which several ranks hold a part."""
+    padding: int = 0
+    """Tokens at the end of the row that belong to no sample."""
+    placed: tuple[tuple[int, int, int, str, int], ...] = ()
+    """(start, stop, index of the parent or -1, role, sample) of each document."""
+    ranks: tuple[tuple[tuple[int, int], ...], ...] = ()
+    """The intervals of the row that each rank holds."""
+
+
+State = Literal["passed", "failed", "not exercised"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What was looked at, and what came of it."""
+
+    name: str
+    state: State
+    words: str
+    """What was found, or why it was not exercised."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenDistances:
+    """How far the log-probabilities (values) of a document's tokens are from the specification."""
+
+    row: int
+    document: int
+    places: tuple[int, ...]
+    """Tokens of the document (with its parents) after which a token is predicted."""
+    distances: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cause:
+    """What became of a difference when one thing was left out of the run."""
+
+    left_out: str
+    gone: bool | None
+    """None: the run could not be made without it."""
+    words: str = ""
+    """Why not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +110,16 @@ class VerifyReport:
     notes: tuple[str, ...]
     dtype: torch.dtype
     title: str
+    checks: tuple[Check, ...] = ()
+    causes: tuple[Cause, ...] = ()
+    """Of a failing comparison: what became of it without one thing or another."""
+    samples: tuple[DecodedSample, ...] = ()
+    tokens: tuple[TokenDistances, ...] = ()
+    windows: tuple[int, ...] = ()
+    """Sizes of the model's sliding windows or chunks that these rows exceed."""
+    parameter_count: int = 0
+    longest_row: int = 0
+    """Tokens that a row had at most."""
 
     @property
     def exact(self) -> bool:
@@ -74,10 +128,12 @@ class VerifyReport:
             bool(self.rows)
             and bool(self.parameters)
             and not self.reasons
+            and all(check.state != "failed" for check in self.checks)
             and all(m.exact for m in measures)
         )
 
-    def table(self) -> str:
+    def table(self, colour: bool = False) -> str:
+        """The report for a terminal. `colour`: trained text is green."""
         lines = [self.title]
         for i, row in enumerate(self.rows):
             lines.append(
@@ -97,15 +153,43 @@ class VerifyReport:
         lines.append(f"gradients of {len(self.parameters)} parameters; the worst:")
         for name, m in list(self.parameters.items())[:5]:
             lines.append(f"  {name:<58}{m.difference:>12.1e}{m.own:>10.1e}{m.allowed:>10.1e}")
+        lines += [f"  {check.state:<13} {check.name}: {check.words}" for check in self.checks]
         lines += [f"- {reason}" for reason in self.reasons]
         lines.append("The same." if self.exact else "NOT the same.")
+        lines += [f"  without {cause.left_out}: {outcome(cause)}" for cause in self.causes]
+        if self.causes:
+            lines.append(conclusion(self.causes))
         lines += self.notes
+        lines += told(self.samples, colour)
         if self.dtype != torch.float32:
             lines.append(
                 "Half precision rounds. For the sharp proof add bf16=false fp16=false"
                 " pure_bf16=false."
             )
         return "\n".join(lines)
+
+
+def outcome(cause: Cause) -> str:
+    """What became of the difference, in words."""
+    if cause.gone is None:
+        return f"not compared ({cause.words})"
+    return "the same" if cause.gone else "NOT the same"
+
+
+def conclusion(causes: Sequence[Cause]) -> str:
+    """Which difference the failure follows, in one sentence."""
+    gone = [cause.left_out for cause in causes if cause.gone]
+    tried = [cause.left_out for cause in causes if cause.gone is not None]
+    if gone:
+        alone = "either" if len(gone) == 2 else "any of them"
+        without = alone if len(gone) > 1 else "it"
+        return f"The difference follows {' and '.join(gone)}: it is gone without {without}."
+    if tried:
+        return (
+            f"The difference stays without each of {', '.join(tried)}: look at the model, the data,"
+            " the loss or the reduction of gradients."
+        )
+    return "No part of the run could be left out to find what the difference follows."
 
 
 def _line(name: str, m: Deviation, width: int) -> str:

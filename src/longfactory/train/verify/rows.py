@@ -5,13 +5,13 @@ trainer made holds what its documents do.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from longfactory import sp
-from longfactory.data.row import Row, TokenizedDocument
+from longfactory.data.row import IGNORE, Row, TokenizedDocument
 from longfactory.errors import UserError
 from longfactory.train.trainer import RowTrainer
 from longfactory.train.verify import alone
@@ -52,9 +52,14 @@ class Chosen(torch.utils.data.Dataset):
         return self.items[i]
 
 
-def choose(dataset: Any, rows: int, batch: int, tokens: int) -> list[list[Item]]:
+def choose(
+    dataset: Any, rows: int, batch: int, tokens: int, apart: bool = False
+) -> list[list[Item]]:
     """`rows` lists of `batch` entries that train something; from the first again where there are
     fewer. If no row has two documents of different samples, the last one gets them.
+
+    Args:
+        apart: one sample a row, also of packed blocks.
 
     Raises:
         UserError: there is none.
@@ -62,7 +67,7 @@ def choose(dataset: Any, rows: int, batch: int, tokens: int) -> list[list[Item]]
     found: list[list[Item]] = []
     samples: list[Item] = []
     for sample in (
-        dataset if not hasattr(dataset, "__len__") else (dataset[i] for i in range(len(dataset)))
+        entries_of(dataset) if not apart else (s for e in entries_of(dataset) for s in parted(e))
     ):
         samples.append(sample)
         if len(samples) < batch:
@@ -86,6 +91,7 @@ def choose(dataset: Any, rows: int, batch: int, tokens: int) -> list[list[Item]]
     found = [found[i % len(found)] for i in range(rows)]
     if (
         batch == 1
+        and not apart
         and hasattr(dataset, "__len__")
         and all(len({d.sample for d in row[0]}) < 2 for row in found)
     ):
@@ -97,6 +103,26 @@ def choose(dataset: Any, rows: int, batch: int, tokens: int) -> list[list[Item]]
         if other is not None:
             found[-1] = [_merged(truncate([found[-1][0], other], tokens))]
     return found
+
+
+def entries_of(dataset: Any) -> Iterator[Item]:
+    """The entries of a data set, or of a stream."""
+    if not hasattr(dataset, "__len__"):
+        yield from dataset
+        return
+    for i in range(len(dataset)):
+        yield dataset[i]
+
+
+def parted(item: Item) -> list[Item]:
+    """The samples of a packed block."""
+    samples: dict[int, list[TokenizedDocument]] = {}
+    places: dict[int, int] = {}
+    for i, d in enumerate(item):
+        mine = samples.setdefault(d.sample, [])
+        places[i] = len(mine)
+        mine.append(dataclasses.replace(d, parent=places[d.parent]) if d.parent >= 0 else d)
+    return list(samples.values())
 
 
 def _renumbered(item: Item, further: int) -> Item:
@@ -132,14 +158,86 @@ def crossed(items: list[Item], trainer: RowTrainer) -> None:
             return
 
 
+def padded(items: list[Item], trainer: RowTrainer) -> None:
+    """Takes the first token of a row's longest document away where the row has no padding and its
+    length must be a multiple of some number: padding is a document that is never trained.
+    """
+    multiple = sp.alignment(trainer.ctx)
+    if multiple == 1 or sum(len(d.input_ids) for item in items for d in item) % multiple:
+        return
+    i, k = max(
+        ((i, k) for i, item in enumerate(items) for k in range(len(item))),
+        key=lambda place: len(items[place[0]][place[1]].input_ids),
+    )
+    longest = items[i][k]
+    if len(longest.input_ids) < 3 or longest.parent >= 0:
+        return
+    shorter = dataclasses.replace(
+        longest, input_ids=longest.input_ids[1:], labels=longest.labels[1:]
+    )
+    items[i] = [*items[i][:k], shorter, *items[i][k + 1 :]]
+
+
+def windows_of(config: Any) -> dict[str, int]:
+    """Sizes beyond which a layer of the model sees no key, by the key of the configuration."""
+    types = getattr(config, "layer_types", None) or ()
+    found = {}
+    for key, kind in (("sliding_window", "sliding"), ("attention_chunk_size", "chunked")):
+        size = getattr(config, key, None)
+        used = not types or any(kind in str(each) for each in types)
+        if isinstance(size, int) and size > 0 and used:
+            found[key] = size
+    return found
+
+
+def exercises(texts: Sequence[Text], size: int) -> bool:
+    """Whether a token is to be predicted from further back than a window of `size` tokens."""
+    return any(text.places[-1] > size for text in texts if text.places)
+
+
+def lengthened(item: Item, size: int, dataset: Any) -> Item:
+    """An item whose documents have so many tokens of other samples in front, none of them trained,
+    that the last token that is trained lies beyond a window of `size` tokens by a quarter.
+    """
+    wanted = size + size // 4 + 16
+    texts = [text for text in alone.texts_of(item) if text.places]
+    short = wanted - min(text.places[-1] for text in texts)
+    if short <= 0:
+        return item
+    filler: list[int] = []
+    for entry in entries_of(dataset):
+        filler += [int(token) for d in entry for token in d.input_ids]
+        if len(filler) >= short:
+            break
+    filler = (filler * -(-short // len(filler)))[:short]
+
+    def longer(d: TokenizedDocument) -> TokenizedDocument:
+        if d.parent >= 0:  # it begins where its parent ends
+            return d
+        labels = [IGNORE] * short + [int(label) for label in d.labels]
+        return dataclasses.replace(
+            d, input_ids=filler + [int(token) for token in d.input_ids], labels=labels
+        )
+
+    return [longer(d) for d in item]
+
+
 def row_shape(row: Row, ctx: sp.SequenceParallel) -> RowShape:
+    """How large a row is, and which of its tokens each rank holds."""
     documents = [d for d in row.documents if d.role != "pad"]
     layout = sp.plan(len(row), row.segments, ctx).layout
     holders = [
         sum(any(a < d.stop and d.start < b for a, b in intervals) for intervals in layout.intervals)
         for d in documents
     ]
-    return RowShape(row.real_tokens, len(documents), sum(n > 1 for n in holders))
+    return RowShape(
+        row.real_tokens,
+        len(documents),
+        sum(n > 1 for n in holders),
+        len(row) - row.real_tokens,
+        tuple((d.start, d.stop, d.parent, d.role, d.sample) for d in documents),
+        layout.intervals,
+    )
 
 
 def row_reason(row: Row, texts: Sequence[Text], number: int) -> str | None:
