@@ -31,27 +31,42 @@ from longfactory.train.verify import (
 from longfactory.train.verify.alone import texts_of
 from manual_runs import manual_run
 
+ZERO = {
+    stage: {
+        "zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu"}},
+        "optimizer": {"type": "AdamW"},
+        "bf16": {"enabled": "auto"},
+        "zero_allow_untested_optimizer": True,
+    }
+    for stage in (2, 3)
+}
+"""What a user's file may say; the optimizer is no part of the comparison."""
 
-def sharded_by_fsdp2(keys: dict[str, Any], more: list[dict[str, Any]]) -> list[tuple[bool, str]]:
-    """Body of a rank of a pool of its own: FSDP2 on a CPU, which a run refuses."""
+
+def sharded(
+    keys: dict[str, Any], more: list[dict[str, Any]], sharding: str, fault: str = ""
+) -> list[tuple[bool, str]]:
+    """Body of a rank of a pool of its own: FSDP2 or ZeRO on a CPU, which a run refuses."""
     import os
 
     import cpu_sharding
     from longfactory.config import from_mapping
     from longfactory.train import run
     from longfactory.train.verify import verify
+    from planted import planted
 
-    cpu_sharding.install_fsdp()
-    run.choose_sharding = lambda *args: "fsdp2"  # type: ignore[assignment]
+    cpu_sharding.start("fsdp2" if sharding == "fsdp2" else "zero")
+    run.choose_sharding = lambda *args: sharding  # type: ignore[assignment]
     os.environ["LONGFACTORY_CACHE"] = keys["cache"]
     reports = []
     for changes in more:
         cpu_sharding.reset()
         given = {**keys, **changes}
-        report = verify(
-            from_mapping({k: v for k, v in given.items() if k != "cache"}), rows=2, tokens=160
-        )
-        reports.append((report.exact and "parameters fsdp2" in report.title, report.table()))
+        cfg = from_mapping({k: v for k, v in given.items() if k != "cache"})
+        with planted(fault):
+            report = verify(cfg, rows=2, tokens=160)
+        assert f"parameters {sharding}" in report.title
+        reports.append((report.exact, report.table()))
     return reports
 
 
@@ -236,22 +251,30 @@ def test_without_their_choices_replayed_experts_in_bf16_are_not_the_same(
 @pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_sharded_parameters_are_compared_whole(base: dict[str, Any]) -> None:
-    pool = RankPool(2)
+@pytest.mark.parametrize("sharding", ["fsdp2", "deepspeed"])
+def test_sharded_parameters_are_compared_whole(sharding: str, base: dict[str, Any]) -> None:
+    pool = RankPool(2, keep_groups=sharding == "deepspeed")
     lora = {"finetuning_type": "lora", "stage": "dpo", "dataset": "manual_dpo"}
+    cases: list[dict[str, Any]] = [
+        {},
+        {"bf16": True},
+        {"stage": "rm", "dataset": "manual_dpo"},
+        lora,
+    ]
+    if sharding == "deepspeed":
+        given = [ZERO[3], ZERO[3], ZERO[3], ZERO[3], ZERO[2]]
+        cases = [{**c, "deepspeed": z} for c, z in zip([*cases, {}], given, strict=True)]
     try:
-        reports = pool.run(
-            sharded_by_fsdp2,
-            base,
-            [{}, {"bf16": True}, {"stage": "rm", "dataset": "manual_dpo"}, lora],
-            timeout=300,
-        )
+        reports = pool.run(sharded, base, cases, sharding, timeout=350)
+        found = pool.run(sharded, base, cases[:1], sharding, "gather sums in backward", timeout=100)
     finally:
         pool.stop()
     for rank in reports:
-        assert len(rank) == 4
+        assert len(rank) == len(cases)
         for exact, table in rank:
             assert exact, table
+    for ((exact, table),) in found:
+        assert not exact and "Every gradient is 2 times what it should be." in table, table
 
 
 @pytest.mark.processes

@@ -28,6 +28,7 @@ from longfactory.stages import losses
 from longfactory.stages.losses import DataParallel, LossOptions
 from longfactory.stages.pairs import PairLogps
 from longfactory.stages.preference import user_preference_loss
+from longfactory.train.verify import zero
 
 Item = Sequence[TokenizedDocument]
 """One entry of a data set: the documents of a sample, or of a packed block."""
@@ -138,10 +139,11 @@ def copy_values(trained: nn.Module, model: nn.Module | None) -> dict[str, torch.
     buffers = {} if model is None else saved_buffers(model)
     dtypes = {}
     for name, p in trained.named_parameters():
-        value = whole(p.detach())
         dtypes[name] = p.dtype
-        if name in parameters:
-            parameters[name].copy_(value)
+        with zero.whole(p):
+            value = whole(p.detach())
+            if name in parameters:
+                parameters[name].copy_(value)
     for name, b in trained.named_buffers():
         if name in buffers and buffers[name].shape == b.shape:
             buffers[name].copy_(whole(b))

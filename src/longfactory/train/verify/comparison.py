@@ -35,7 +35,7 @@ from longfactory.train.run import Assembled, assemble
 from longfactory.train.survival.start import meet
 from longfactory.train.survival.watch import Watch
 from longfactory.train.trainer import RowTrainer
-from longfactory.train.verify import alone, causes
+from longfactory.train.verify import alone, causes, zero
 from longfactory.train.verify.alone import Precision, Step, Text
 from longfactory.train.verify.gradients import (
     gradient_deviations,
@@ -115,7 +115,7 @@ def verify(
     folder.
 
     The step has `rows` micro-batches in each data-parallel group, the first of the training data
-    that train something. Parameters are sharded as without DeepSpeed. Dropout, noise and the
+    that train something. Dropout, noise and the
     optimizer's own work are left out, and adapters that begin at zero (half of their gradients
     would be zero) get small random numbers.
 
@@ -134,6 +134,11 @@ def verify(
         raise UserError(
             "verify compares with the model in float32, which a quantised model does not have."
             " Leave quantization_bit out."
+        )
+    if cfg.trainer.deepspeed is not None and cfg.trainer.fp16:
+        raise UserError(
+            "verify does not follow DeepSpeed's own loss scale. Verify the run with fp16=false"
+            " (float32) or bf16=true, or without deepspeed."
         )
     if cfg.method.stage == "sft" and cfg.method.use_asft_loss:
         raise UserError(
@@ -201,7 +206,6 @@ def quiet(cfg: RunConfig, folder: str, rows: int) -> RunConfig:
     """The run without what it would leave behind (checkpoints, evaluation, trackers, its output
     folder), and without what is not compared: noise, and the optimizer."""
     drop: tuple[str, ...] = (
-        "deepspeed",
         "resume_from_checkpoint",
         "load_best_model_at_end",
         "eval_steps",
@@ -244,6 +248,8 @@ def quiet(cfg: RunConfig, folder: str, rows: int) -> RunConfig:
         "lr_scheduler_type": "constant",
         "warmup_steps": 0,
     }
+    if cfg.trainer.deepspeed is not None:
+        keys["deepspeed"] = zero.without_optimizer(cfg.trainer.deepspeed, bf16=cfg.trainer.bf16)
     method = dataclasses.replace(cfg.method, early_stopping_steps=None, loraplus_lr_ratio=None)
     memory = dataclasses.replace(
         cfg.memory, optimizer_placement="gpu", offload_gradients=False, optimizer_overlap=False
@@ -403,7 +409,8 @@ class Comparison(TrainerCallback):
         model, failure = None, None
         if self.main:
             try:
-                model = alone.build(self.cfg, self.run.tokenizer, trainer.model, args.device)
+                with zero.plain_models(getattr(args, "hf_deepspeed_config", None)):
+                    model = alone.build(self.cfg, self.run.tokenizer, trainer.model, args.device)
             except UserError as error:
                 failure = str(error)
             except Exception as error:  # the other processes wait for this one
@@ -546,6 +553,8 @@ class Comparison(TrainerCallback):
         self.installed.callback(trainer.__dict__.pop, "token_outputs")
         hook = inner.register_forward_pre_hook(before_forward, with_kwargs=True)
         self.installed.callback(hook.remove)
+        if self.run.sharding == "deepspeed":
+            self.installed.callback(zero.before_step(trainer.model_wrapped, self._take))
 
     def _row_choices(self, row: Row) -> routers.Choices:
         """Which experts the tokens of a row chose, by what their documents hold."""
@@ -573,12 +582,19 @@ class Comparison(TrainerCallback):
         self.seen = _Seen()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.gradients, self.unreduced = take_gradients(self.trainer.model, self.main)
+        if self.run.sharding != "deepspeed":  # its engine has made its step by now
+            self._take()
         scaler = getattr(self.trainer.accelerator, "scaler", None)
         finite = scaler is None or everywhere(
             all(bool(torch.isfinite(g).all()) for g in self.gradients.values()), args.device
         )
         self.finished = finite or state.global_step + 1 >= args.max_steps
+
+    def _take(self) -> None:
+        if self.run.sharding == "deepspeed":
+            self.gradients = zero.gradients(self.trainer.model, self.main)
+        else:
+            self.gradients, self.unreduced = take_gradients(self.trainer.model, self.main)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_training_stop = control.should_training_stop or self.finished
@@ -744,7 +760,7 @@ class Comparison(TrainerCallback):
             tokens=tuple(distances),
             longest_row=self.tokens,
             windows=tuple(s for s in self.windows.values() if self._exercised(s)),
-            parameter_count=sum(p.numel() for p in trainer.model.parameters()),
+            parameter_count=sum(map(zero.count, trainer.model.parameters())),
         )
 
     def _logps(
@@ -835,7 +851,7 @@ def operations(trainer: RowTrainer, tokens: int) -> int:
     """
     config: Any = hf.unwrap(trainer.model).config.get_text_config()
     heads, layers, dim = _shape(config)
-    parameters = sum(p.numel() for p in trainer.model.parameters())
+    parameters = sum(map(zero.count, trainer.model.parameters()))
     return 2 * 5 * (2 * parameters * tokens + 4 * layers * heads * dim * tokens * tokens)
 
 
@@ -887,6 +903,8 @@ def run_precision(trainer: RowTrainer, sharding: str, dtypes: dict[str, torch.dt
     """How the run computes. FSDP2 gathers weights in the dtype that autocast computes in."""
     args = trainer.args
     autocast = _precision(trainer) if args.bf16 or args.fp16 else None
+    if sharding == "deepspeed":  # its engine computes in the weights' own type
+        return Precision(dtypes if autocast is not None else torch.float32, None)
     if autocast is not None and sharding == "fsdp2":
         dtypes = dict.fromkeys(dtypes, autocast)
     plain = all(d in (torch.float32, torch.float64) for d in dtypes.values())

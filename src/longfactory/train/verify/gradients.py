@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from longfactory.sp.distance import distance, norm
 from longfactory.train.ranks import everywhere, is_distributed
-from longfactory.train.verify import alone
+from longfactory.train.verify import alone, zero
 from longfactory.train.verify.report import FLOOR, Deviation, measured
 
 
@@ -23,12 +23,13 @@ def stir_adapters(model: nn.Module) -> int:
     for number, (name, p) in enumerate(model.named_parameters()):
         if not (p.requires_grad and "lora_" in name):
             continue
-        local = p.to_local() if hasattr(p, "to_local") else p
-        if everywhere(not bool(local.any()), local.device):
-            rank = dist.get_rank() if local is not p else 0
-            generator = torch.Generator().manual_seed(1000 * number + rank)
-            local.copy_(0.02 * torch.randn(local.shape, generator=generator))
-            count += 1
+        with zero.whole(p, writes=True):
+            local = p.to_local() if hasattr(p, "to_local") else p
+            if everywhere(not bool(local.any()), local.device):
+                rank = dist.get_rank() if local is not p else 0
+                generator = torch.Generator().manual_seed(1000 * number + rank)
+                local.copy_(0.02 * torch.randn(local.shape, generator=generator))
+                count += 1
     return count
 
 
