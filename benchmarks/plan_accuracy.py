@@ -24,6 +24,7 @@ import os
 import queue
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -172,17 +173,37 @@ def write_shape(shape: str, layers: int | None, folder: Path) -> Path:
     return folder
 
 
-def keys_of(name: str, gpus: int, steps: int, home: Path) -> dict[str, Any]:
-    """The run's keys, with its model and data written."""
+def write_weights(model: Path, folder: Path) -> Path:
+    """The folder of a model with random weights, which quantisation reads."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not folder.exists():
+        shutil.copytree(model, folder)
+        with torch.device("cuda"):
+            made = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(model), dtype=torch.bfloat16
+            )
+        made.save_pretrained(folder)
+        del made
+        torch.cuda.empty_cache()
+    return folder
+
+
+def keys_of(name: str, gpus: int, steps: int, home: Path, weights: bool = True) -> dict[str, Any]:
+    """The run's keys, with its model and data written; `weights`: those that quantisation reads."""
     at = SETTINGS[name]
     data = home / f"data-{at.tokens}"
     with WRITING:
         if not data.exists():
             make_data(data, 4, at.tokens)
         model = write_shape(at.shape, at.layers, home / f"model-{at.shape}-{at.layers}")
+        quantised = "quantization_bit" in at.keys
+        if quantised and weights:
+            model = write_weights(model, home / f"weights-{at.shape}-{at.layers}")
     return {
         "model_name_or_path": model,
-        "train_from_scratch": "true",
+        **({} if quantised else {"train_from_scratch": "true"}),
         "dataset_dir": data,
         "cutoff_len": at.tokens,
         "packing": "false",
@@ -251,7 +272,7 @@ def run(name: str, gpus: int, steps: int, home: Path, devices: str | None) -> di
 
 def planned(name: str, gpus: int, home: Path, kind: str) -> dict[str, Any]:
     """One setting, planned for `kind` of GPU without running it: its keys hold."""
-    words = [f"{key}={value}" for key, value in keys_of(name, gpus, 3, home).items()]
+    words = [f"{key}={value}" for key, value in keys_of(name, gpus, 3, home, weights=False).items()]
     command = [sys.executable, "-m", "longfactory.cli", "plan", *words]
     command += ["--gpus", f"{gpus}x{kind}", "--host-gib", "128"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

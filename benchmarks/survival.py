@@ -92,9 +92,25 @@ def append(path: Path, record: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def run_part(name: str, seed: int, count: int, path: Path, again: str, until: float) -> int:
+def share(text: str) -> tuple[int, int]:
+    """`1/4`: the first of four shares."""
+    part, _, parts = text.partition("/")
+    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a share such as 1/4")
+    return int(part) - 1, int(parts)
+
+
+def run_part(
+    name: str,
+    seed: int,
+    count: int,
+    path: Path,
+    again: str,
+    until: float,
+    of: tuple[int, int] = (0, 1),
+) -> int:
     """Runs the cases of a part that are not recorded yet; `again`: or "failed", or "all" of them.
-    Returns how many failed.
+    `of`: (k, n), the cases k, k + n, k + 2 n, ... Returns how many failed.
     """
     part = load_part(name)
     recorded = [r for r in newest(read(path)) if r["part"] == name]
@@ -105,7 +121,7 @@ def run_part(name: str, seed: int, count: int, path: Path, again: str, until: fl
     }
     failed = 0
     for number, case in enumerate(part.cases(seed, count)):
-        if json.dumps(case, sort_keys=True) in done:
+        if number % of[1] != of[0] or json.dumps(case, sort_keys=True) in done:
             continue
         if time.time() > until:
             print(f"{name}: the time of this command is up after {number} of {count}", flush=True)
@@ -223,12 +239,20 @@ def main() -> int:
         help="run recorded cases anew: all, or those that failed",
     )
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds in all")
+    parser.add_argument(
+        "--share",
+        type=share,
+        default=(0, 1),
+        help="of the cases, such as 1/4: for several commands side by side, each with its own --out",
+    )
     parser.add_argument("--render", action="store_true")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args()
     path = args.out / "survival.jsonl"
     until = time.time() + args.limit
-    failed = sum(run_part(p, args.seed, args.count, path, args.again, until) for p in args.part)
+    failed = sum(
+        run_part(p, args.seed, args.count, path, args.again, until, args.share) for p in args.part
+    )
     report = render(read(path))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "survival.md").write_text(report)

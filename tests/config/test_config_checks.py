@@ -46,6 +46,10 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"eval_strategy": "steps"}, "Give eval_dataset, or val_size above 0"),
     ({"do_eval": True, "do_train": True}, "Give eval_dataset, or val_size above 0"),
     ({"eval_on_start": True}, "Give eval_dataset, or val_size above 0"),
+    (
+        {"train_from_scratch": True, "quantization_bit": 4, "finetuning_type": "lora"},
+        "train_from_scratch reads none",
+    ),
     ({"val_size": 2.5}, "whole number of samples"),
     ({"max_steps": 0}, "max_steps: 0 trains nothing"),
     (

@@ -165,6 +165,11 @@ def _method(cfg: RunConfig) -> Iterator[str]:
     m = cfg.method
     facts = STAGES[m.stage]
     yield from facts.problems(m, cfg.model.train_from_scratch)
+    if cfg.model.train_from_scratch and cfg.model.quantization_bit is not None:
+        yield (
+            "quantization_bit quantises weights as they are read, and train_from_scratch reads"
+            " none. Leave out one of them."
+        )
     if cfg.trainer.neftune_noise_alpha and m.pref_share_prompt is True and facts.shares_prompts:
         yield (
             "neftune_noise_alpha draws noise for each answer's own sequence, and pref_share_prompt:"

@@ -160,7 +160,7 @@ def _experts(
     x = product(hidden_states[order // picks], "gate_up_proj" if base.has_gate else "up_proj")
     x = base._apply_gate(x) if base.has_gate else base.act_fn(x)
     x = product(x, "down_proj")
-    if base.has_post_expert_norm:
+    if getattr(base, "has_post_expert_norm", False):  # transformers 5.17 has none
         x = base.post_expert_norm(x)
     x = x * top_k_weights.reshape(-1)[order].unsqueeze(-1)
     back = torch.empty_like(order)
