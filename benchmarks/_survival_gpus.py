@@ -16,7 +16,9 @@ from typing import Any
 
 from _survival_processes import (
     Command,
+    catches,
     checkpoints,
+    command_line,
     descendants,
     keys,
     make_home,
@@ -159,11 +161,15 @@ def signalled(home: Path, number: int, to: str) -> str:
     if missed := reach(command, "step", 0):
         return wrong(command, missed)
     pids = [command.process.pid, *descendants(command.process.pid)]
-    send(command.process.pid if to == "launcher" else command.workers()[int(to)], number)
+    to_pid = command.process.pid if to == "launcher" else command.workers()[int(to)]
+    heard = catches(to_pid, number)
+    sent, at = send(to_pid, number), command.steps()
     status = command.wait(75)
     text = command.text()
     bad = wrong(
         command,
+        "" if sent and heard else f"sent to {to_pid}: {sent}, it listened: {heard}",
+        "" if status == 75 else f"after step {at}, {command_line(to_pid)[:80]!r}",
         "" if status == 75 else f"exit status {status}",
         "" if checkpoints(command.out) else "no checkpoint",
         "" if text.count("Stopped by") == 1 else f"{text.count('Stopped by')} messages",
