@@ -322,6 +322,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--limit", type=float, default=500, help="no setting begins later")
     parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--calibrate", action="store_true", help="plan with rates measured first")
     parser.add_argument("--check", action="store_true", help="plan every setting, run none")
     parser.add_argument("--kind", default="H100", help="of GPU, for --check")
     args = parser.parse_args()
@@ -336,7 +337,7 @@ def main() -> int:
     import torch
     import transformers
 
-    about = {
+    about: dict[str, Any] = {
         "machine": f"{args.gpus} x {machine_name()}",
         "command": command_line(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -367,6 +368,12 @@ def main() -> int:
         concurrent.futures.ThreadPoolExecutor(groups) as pool,
     ):
         home = Path(folder)
+        if args.calibrate:
+            file = home / "calibration.json"
+            words = [sys.executable, "-m", "longfactory.cli", "plan", "--calibrate", str(file)]
+            subprocess.run(words, cwd=ROOT, check=True)
+            os.environ["LONGFACTORY_CALIBRATION"] = str(file)
+            about["rates"] = json.loads(file.read_text())
         for name, row in zip(names, pool.map(one, names), strict=True):
             if row is None:
                 print(f"{name}: not started, the time of this command is up", flush=True)

@@ -6,9 +6,11 @@ import argparse
 import dataclasses
 import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longfactory.errors import UserError
+from longfactory.memory import calibration
 from longfactory.memory.cost import longest
 from longfactory.memory.shapes import GPUS, Gpu, Machine, kind_of, machine
 
@@ -61,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "run",
-        nargs="+",
+        nargs="*",
         metavar="RUN",
         help="a run's file, and key=value words that change it; or a model: a folder or hub id with"
         " a config.json",
@@ -108,6 +110,16 @@ def make_parser() -> argparse.ArgumentParser:
         "--precision",
         choices=["bf16", "fp32", "tf32"],
         help="what layers compute in (a model: bf16)",
+    )
+    parser.add_argument(
+        "--calibrate",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="measure this machine's rates, and write them where training looks for them, or here",
+    )
+    parser.add_argument(
+        "--calibrated", metavar="FILE", help="plan with the rates that --calibrate wrote"
     )
     return parser
 
@@ -185,6 +197,8 @@ def machine_of(a: argparse.Namespace, tf32: bool) -> tuple[Machine, str]:
         tf32,
         a.network_gbit / 8 * 1e9,
     )
+    if a.calibrated is not None:
+        where = calibration.of_file(Path(a.calibrated), where, name)
     return where, name
 
 
@@ -213,6 +227,12 @@ def main(argv: list[str] | None = None) -> int:
     does not, 2 a mistake in the run, 3 it fits but for what could not be counted.
     """
     a = make_parser().parse_intermixed_args(argv)
+    if a.calibrate is not None:
+        from longfactory.plan import calibrate
+
+        return calibrate.main(Path(a.calibrate) if a.calibrate else None)
+    if not a.run:
+        raise UserError("plan needs a run's file or a model.")
     from longfactory.config import load_config
     from longfactory.train.memory_plan import choose_sharding, count_parameters, plan_run
 

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from longfactory.config import RunConfig
 from longfactory.data.module import Datasets
 from longfactory.errors import UserError
+from longfactory.memory import calibration
 from longfactory.memory.choose import (
     MemoryPlan,
     choose_masters,
@@ -147,8 +148,32 @@ def plan_memory(
         gpus_per_host=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         gpu_bytes=gpu.total_memory if gpu else 0,
         tf32=bool(cfg.trainer.tf32),
+        cores=os.cpu_count() or 0,
     )
+    here = with_calibration(here, gpu.name if gpu else None, world)
     return plan_run(cfg, model_config, counts, tokens, sharding, here)
+
+
+def with_calibration(here: Machine, gpu: str | None, world: int) -> Machine:
+    """The machine with the rates that `plan --calibrate` measured on it, where it did.
+
+    Args:
+        gpu: its GPU's name; None without one.
+        world: processes of the run.
+    """
+    one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == world
+    path = calibration.found(one_machine) if gpu is not None else None
+    if gpu is None or path is None:
+        return here
+    measured = calibration.read(path)
+    if not measured.is_of(gpu):
+        log.warning(
+            f"{path} was measured on {measured.gpu}, and this GPU is {gpu}: the memory plan takes"
+            " the rates of its kind. Measure this one with longfactory plan --calibrate."
+        )
+        return here
+    log.info(f"The memory plan takes the rates that were measured here ({path}).")
+    return measured.of_machine(here)
 
 
 def plan_run(

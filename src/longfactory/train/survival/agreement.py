@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
+import os
 import platform
 import socket
 import time
@@ -25,6 +26,7 @@ from longfactory.config.fields import is_secret
 from longfactory.config.loss_facts import split_loss_path
 from longfactory.data.data_files import data_files
 from longfactory.errors import UserError
+from longfactory.memory import calibration
 from longfactory.train.survival.board import Board
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "numpy", "flash-attn")
@@ -72,6 +74,9 @@ def facts(cfg: RunConfig) -> dict[str, str]:
             found["model_name_or_path, config.json"] = digest(config)
         else:
             found["model_name_or_path"] = cfg.model.model_name_or_path
+    measured = os.environ.get(calibration.VARIABLE)
+    if measured and Path(measured).is_file():
+        found[f"{calibration.VARIABLE}, the file"] = digest(Path(measured))
     for name in PACKAGES:
         found[f"version of {name}"] = _version(name)
     found["version of Python"] = ".".join(platform.python_version_tuple()[:2])
