@@ -396,7 +396,7 @@ def ours(bench: Bench) -> None:
     def settings(tokens: int) -> Any:
         training = TrainingJob(
             # lora: the layer's own bytes
-            shape=ModelShape.of(config, lora=layer == "generic"),
+            shape=ModelShape.of(config, written=layer != "generic"),
             machine=machine(
                 gpu, bench.world, int(host_memory() * job.host_share), gpu_bytes=gpu_bytes
             ),

@@ -26,6 +26,7 @@ MEASURED = Calibration(
     products=700e12,
     attention_forward=500e12,
     attention_backward=400e12,
+    wide_heads=0.5,
     copies=25e9,
     links=150e9,
     gpus=8,
@@ -53,7 +54,7 @@ def test_rates_are_work_over_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert calibrate.products(cpu) == 2 * 16**3 / 0.5
     causal = 2 * 32**2 * 32 * 128  # both products of half of the scores
-    assert calibrate.attention(cpu) == (causal / 0.5, 2.5 * causal / 0.5)
+    assert calibrate.attention(cpu, 128) == (causal / 0.5, 2.5 * causal / 0.5)
     assert calibrate.copies(cpu) == 64 / 0.5
     assert calibrate.host_update(1) == 28 * 128 / 0.5
     assert len(calls) == 6

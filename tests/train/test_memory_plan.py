@@ -20,6 +20,7 @@ from longfactory.memory import host_jobs, optimizer
 from longfactory.memory.cost import budget, choose, longest, moments, seconds
 from longfactory.memory.optimizer import LEAVING
 from longfactory.memory.settings import MemorySettings
+from longfactory.memory.shapes import ModelShape
 from longfactory.model import adapters
 from longfactory.train import memory_plan, optimizer_names
 from longfactory.train.memory_plan import Memory, count_parameters, plan_memory
@@ -322,7 +323,7 @@ def test_gradients_leave_where_room_is_short(model: str, monkeypatch: pytest.Mon
     job = dataclasses.replace(job, machine=dataclasses.replace(job.machine, host_bytes=10**13))
     assert job.leavable and choose(dataclasses.replace(job, tokens=32768))[0].gradients == "gpu"
     stays, goes = (longest(j, "long") for j in (dataclasses.replace(job, leavable=False), job))
-    assert goes > 1.05 * stays
+    assert goes > 1.04 * stays
     chosen, needs, fits = choose(dataclasses.replace(job, tokens=goes), "long")
     assert fits and (chosen.optimizer, chosen.gradients) == ("host", "host")
     assert needs.host["gradients"] == 2 * job.shape.trainable
@@ -331,7 +332,7 @@ def test_gradients_leave_where_room_is_short(model: str, monkeypatch: pytest.Mon
         moments(job, dataclasses.replace(chosen, gradients=g))[2]["gradients"]
         for g in ("gpu", "host")
     )
-    assert more == 2 * job.shape.trainable and less == 2 * (LEAVING + job.shape.head_parameters)
+    assert more == made(job.shape) and less == 2 * (LEAVING + job.shape.head_parameters)
 
 
 def test_the_plan_hides_updates_and_lets_gradients_go(
@@ -347,7 +348,7 @@ def test_the_plan_hides_updates_and_lets_gradients_go(
     gpu = MemorySettings(keep_attention=1.0)
     host = dataclasses.replace(gpu, optimizer="host")
     gradients = [moments(job, host)[2]["gradients"] for job in (after, during)]
-    assert gradients[0] == 2 * after.shape.trainable
+    assert gradients[0] == made(after.shape)
     assert gradients[1] == 2 * (LEAVING + after.shape.head_parameters) < 0.3 * gradients[0]
     assert moments(during, gpu) == moments(after, gpu) and seconds(during, gpu) == seconds(
         after, gpu
@@ -364,6 +365,15 @@ def test_the_plan_hides_updates_and_lets_gradients_go(
     assert 0.9 * whole < saved < whole, "all but the last gradient's"
     short = [seconds(dataclasses.replace(job, tokens=512), host) for job in (after, during)]
     assert 0 < short[0] - short[1] < 0.5 * whole, "a short backward hides no more than it takes"
+
+
+def made(shape: ModelShape) -> float:
+    """Bytes of gradients in the backward of the last layer, whose own and the embedding's are not
+    there yet.
+    """
+    return pytest.approx(
+        2 * (shape.trainable - shape.layer_parameters - shape.head_parameters), rel=1e-9
+    )
 
 
 def endless(machine: Any) -> Any:

@@ -32,6 +32,7 @@ class Calibration:
         gpu: its name, as its driver has it.
         products, attention_forward, attention_backward: in bf16, each alone.
         copies: from pinned host memory or to it, whichever is slower.
+        wide_heads: what attention with heads of 256 dims reaches, of its rates.
         links: that one GPU receives of parameters gathered over the GPUs of the host.
         gpus: over which `links` was measured.
         host_memory: that AdamW on the host reads and writes, with all cores.
@@ -45,16 +46,18 @@ class Calibration:
     attention_forward: float | None = None
     attention_backward: float | None = None
     copies: float | None = None
+    wide_heads: float | None = None
     links: float | None = None
     gpus: int = 0
 
     def of_machine(self, machine: Machine) -> Machine:
         """The machine with what was measured."""
-        measured = {
+        measured: dict[str, Any] = {
             "gemm": self.products and IN_A_STEP * self.products,
             "attention_forward": self.attention_forward,
             "attention_backward": self.attention_backward,
             "copies": self.copies,
+            "wide_heads": self.wide_heads,
             "links": self.links,
             "host_memory": self.host_memory,
         }

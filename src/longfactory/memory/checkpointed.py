@@ -198,9 +198,10 @@ def stored_of_a_token(job: TrainingJob, kind: LayerKind) -> float:
         stored += around_heads * (kind.queries + kind.kv_heads * kind.head_dim)
     stored += 4.0 * width * kind.dense_width
     if kind.experts:
-        # the input and the output of each expert, the output alone beside frozen ones; what its
+        # the input and the output of each expert, the output alone of a frozen one; what its
         # activation is made of and gives; its place in the order, three times
-        sides, parts = (1, 3) if shape.adapters else (2, 4)
+        frozen = shape.adapters and not shape.adapted_experts
+        sides, parts = (1, 3) if frozen else (2, 4)
         numbers = sides * kind.used * hidden + parts * kind.expert_width
         stored += job.expert_width * numbers + 28.0 * kind.used + 4.0 * kind.experts
     return stored

@@ -202,11 +202,15 @@ def seconds(job: TrainingJob, settings: MemorySettings) -> float:
     stated = [each.work(job, settings) for each in techniques() if each.work is not None]
     work = Work(*map(sum, zip(*stated, strict=True)))
     runs = 1.0 + work.again_attention
-    linear = attention = moved = 0.0
+    linear = attention = moved = ahead = 0.0
     for kind, count in shape.layers_of_kinds:
         linear += count * _products(job, kind, work)
-        attention += count * kind.attention_flop(job.tokens)
-        moved += count * moved_bytes(job, settings, kind, work)
+        attention += count * kind.attention_flop(job.tokens) / machine.attention_share(kind)
+        forward, backward = moved_bytes(job, settings, kind)
+        fused = job.written_layer and settings.checkpoint == "full"
+        again = work.again_forward + (0.0 if fused else work.again_projections)
+        moved += count * ((1 + again) * forward + backward)
+        ahead += count * forward
     linear += head_flop(job) / machine.gemm
     moved += HEAD_PASSES * shape.vocab
     attending = job.local * attention
@@ -215,6 +219,11 @@ def seconds(job: TrainingJob, settings: MemorySettings) -> float:
     products = job.local * linear * (1.0 + work.slower) / LINEAR_SHARE
     compute = products + attending / ATTENTION_SHARE + job.local * moved / machine.memory
     compute += (CAST_PASSES + 3 * work.again_mlp) * job.cast_bytes / machine.memory
+    if job.reference_passes:
+        once = sum(count * _products(job, kind, ONCE) for kind, count in shape.layers_of_kinds)
+        reference = once / LINEAR_SHARE + ahead / machine.memory
+        reference += attention / machine.attention_forward / ATTENTION_SHARE
+        compute += job.reference_passes * job.local * reference
     copied = work.copied_bytes / machine.copies
     sent = [each / machine.between(machine.gpus) for each in sent_bytes(job)]
     forward = compute * 0.3
@@ -230,6 +239,10 @@ def seconds(job: TrainingJob, settings: MemorySettings) -> float:
     return step + (2.0 + work.again_forward + work.again_mlp) * widened / machine.memory
 
 
+# Of the rate of products, what grouped products of experts in 16 bit reach: a mixture's runs with
+# 1,024 and 2,048 tokens an expert (benchmarks/results/plan_accuracy.md). In fp32 they are products
+# of one expert after the other.
+GROUPED = 0.33
 # Bytes of each of a token's logits that are read and written: made, widened, and read for the
 # log-sum-exp, the label's and the greatest; all again in backward, with the softmax.
 HEAD_PASSES = 50.0
@@ -243,31 +256,52 @@ def head_flop(job: TrainingJob) -> float:
     return 2.0 * job.shape.head_parameters * (2 + (2.0 if job.shape.head_trained else 1.0))
 
 
-def _products(job: TrainingJob, kind: LayerKind, work: Work) -> float:
-    """Seconds of one token's linear maps in one layer, at the machine's rates."""
+ONCE: Work | None = None  # a forward pass alone
+
+
+def _products(job: TrainingJob, kind: LayerKind, work: Work | None) -> float:
+    """Seconds of one token's linear maps in one layer, at the machine's rates: of a forward pass
+    alone, or of all that a step computes.
+    """
     machine = job.machine.computing(job.shape.width)
     wide = job.machine.computing(job.expert_width)
-    back = backward_products(job.shape)
-    # forward passes; what layers compute again in their own backward comes first
-    projections = 1 + work.again_projections + back + work.again_forward
-    mlp = 1 + work.again_mlp + back + work.again_forward
-    recurrent = (3 + work.again_projections + work.again_forward) * kind.recurrent_flop
+    projections = mlp = recurrences = 1.0
+    if work is not None:
+        back = backward_products(job.shape)
+        # forward passes; what layers compute again in their own backward comes first
+        projections += work.again_projections + back + work.again_forward
+        mlp += work.again_mlp + back + work.again_forward
+        recurrences += 2 + work.again_projections + work.again_forward
+    recurrent = recurrences * kind.recurrent_flop
     plain = 2.0 * (kind.mixer_parameters * projections + kind.dense_parameters * mlp) + recurrent
-    return plain / machine.gemm + 2.0 * kind.active_expert_parameters * mlp / wide.gemm
+    if not kind.experts:
+        return plain / machine.gemm
+    rate = wide.gemm * (GROUPED if job.expert_width == 2 else 1.0)
+    # with few tokens an expert, reading its weights takes longer
+    read = job.expert_width * kind.expert_parameters / machine.memory / job.local
+    routed = max(2.0 * kind.active_expert_parameters / rate, read)
+    return plain / machine.gemm + mlp * routed
 
 
-def moved_bytes(job: TrainingJob, settings: MemorySettings, kind: LayerKind, work: Work) -> float:
-    """Bytes of one token that one layer reads and writes beside its products: norms, residuals,
+def moved_bytes(job: TrainingJob, settings: MemorySettings, kind: LayerKind) -> tuple[float, float]:
+    """Bytes of one token that one layer reads and writes beside its products, in its forward and in
+    its backward (of the hand-written layer with what it computes again): norms, residuals,
     rotary, activations, dispatch to experts. Counted in the code of `decoder_layer` (its kernels
     are fused) and of transformers' layers (theirs are not, and norms compute in fp32).
     """
     width, hidden = job.shape.width, kind.hidden
     turned = kind.queries + kind.kv_heads * kind.head_dim  # numbers that rotary turns
+    given = 5 * hidden + kind.queries + kind.dense_width  # numbers that adapted maps take
+    got = 2 * hidden + kind.queries + kind.keys_values + 2 * kind.dense_width
+    forward: float
+    backward: float
     if job.written_layer and settings.checkpoint == "full":
-        ahead = 12 * hidden + 3 * kind.dense_width + 2 * turned + 2 * kind.queries
-        back = 27 * hidden + 6 * kind.dense_width + 6 * turned + 4 * kind.queries
-        return width * ((1 + work.again_forward) * ahead + back)
-    again = work.again_projections + work.again_forward
+        forward = 12 * hidden + 3 * kind.dense_width + 2 * turned + 2 * kind.queries
+        backward = 27 * hidden + 6 * kind.dense_width + 6 * turned + 4 * kind.queries
+        if job.shape.adapters:
+            forward += given + 2 * got
+            backward += 4 * given + 4 * got
+        return width * forward, width * backward
     if job.wide_hidden and width == 2:  # fp32 norms; a cast for each linear map
         norms, residuals, rotary = 28.0 * kind.norms + 30, 20.0, 40.0
     else:
@@ -277,18 +311,20 @@ def moved_bytes(job: TrainingJob, settings: MemorySettings, kind: LayerKind, wor
     forward += 5 * width * kind.dense_width
     backward = (2 * norms + residuals) * hidden + rotary * turned + 8 * width * kind.queries
     backward += 9 * width * kind.dense_width
-    if kind.experts:
-        # gathered, weighted, put back in order, summed; the adjoints of these add up by index
-        sent = job.expert_width * kind.used * hidden
-        forward += 9 * sent + 5 * job.expert_width * kind.expert_width
-        backward += 16 * sent + 9 * job.expert_width * kind.expert_width
     if job.shape.adapters:
         # an adapter's input is widened and narrowed again; its output is scaled and added
-        given = 5 * hidden + kind.queries + kind.dense_width
-        got = 2 * hidden + kind.queries + kind.keys_values + 2 * kind.dense_width
         forward += 12 * given + 12 * got
         backward += 16 * given + 12 * got
-    return (1 + again) * forward + backward
+    if kind.experts:
+        # gathered, weighted, put back in order, summed; the adjoints of these add up by index
+        sent = kind.used * hidden
+        dispatch, gradients = 9 * sent + 5 * kind.expert_width, 16 * sent + 9 * kind.expert_width
+        if job.shape.adapted_experts:
+            dispatch += 5 * sent + 9 * kind.expert_width
+            gradients += 7 * sent + 10 * kind.expert_width
+        forward += job.expert_width * dispatch
+        backward += job.expert_width * gradients
+    return forward, backward
 
 
 def backward_products(shape: ModelShape) -> float:

@@ -696,10 +696,17 @@ def _gradient_bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:
     else:
         head = shape.head_parameters if shape.head_trained else 0
         last = gradients
+        if shards == 1 and not shape.adapters:
+            # In the last layer's backward its own are not there yet, nor is the embedding's.
+            # (FSDP2 holds the output layer's until the end, and those two would be too few.)
+            coming = shape.trained_layer_parameters
+            if shape.trainable == shape.parameters and not shape.tied:
+                coming += shape.head_parameters
+            last *= 1 - min(1.0, coming / max(shape.trainable, 1))
         if leave:
             # A matrix, or a layer's shard, is given up as a whole.
             largest = max(shape.head_parameters, shape.trained_layer_parameters) / shards
-            last = min(gradients, job.master * (LEAVING + largest))
+            last = min(last, job.master * (LEAVING + largest))
         on_gpu = StepMoments(0.0, job.master * head / shards, last)
     # Split ones of several micro-batches are in the sums, beside the states.
     in_sums = job.accumulates and job.master == 2

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from longfactory.memory.cost import MARGIN, Budget, roofline, techniques
+from longfactory.memory.cost import MARGIN, Budget, budget, roofline, techniques
 from longfactory.memory.settings import MemorySettings
-from longfactory.memory.shapes import TrainingJob
+from longfactory.memory.shapes import ModelShape, TrainingJob
 
 GiB = 2**30
 
@@ -86,9 +86,27 @@ def advice(job: TrainingJob, settings: MemorySettings) -> str:
         ways.append(f"sequence_parallel_size: {2 * job.sp}")
     stated = [each.advice(job, settings) for each in techniques() if each.advice is not None]
     ways += [line for _, line in sorted(way for way in stated if way is not None)]
-    if job.shape.trainable == job.shape.parameters:
-        ways.append("finetuning_type: lora")
-    elif job.shape.adapters and not job.shape.quantized:
-        ways.append("quantization_bit: 4")
+    shape = job.shape
+    if shape.trainable == shape.parameters:
+        few = dataclasses.replace(shape, trainable=shape.parameters // 100, adapters=True)
+        if _takes_less(job, dataclasses.replace(few, head_trained=False), settings):
+            ways.append("finetuning_type: lora")
+    elif shape.adapters and not shape.quantized:
+        linear = sum(
+            count * (kind.mixer_parameters + kind.dense_parameters)
+            for kind, count in shape.layers_of_kinds
+        )
+        four = dataclasses.replace(shape, quantized=linear, written_layer=False)
+        if _takes_less(job, four, settings):
+            ways.append("quantization_bit: 4")
     ways.append("a smaller cutoff_len")
     return "What makes room: " + ", ".join(ways) + "."
+
+
+def _takes_less(job: TrainingJob, shape: ModelShape, settings: MemorySettings) -> bool:
+    """Whether another shape takes less of the GPU: adapters change what layers store."""
+    other = dataclasses.replace(job, shape=shape, master=4)
+    return (
+        budget(other, settings, timed=False).gpu_total
+        < budget(job, settings, timed=False).gpu_total
+    )

@@ -31,6 +31,8 @@ class ModelShape:
     written_layer: bool  # the decoder layer has a hand-written function (see docs/memory.md)
     head_trained: bool = True  # the output layer's weight
     adapters: bool = False  # what is trained is spread over all layers, not some layers whole
+    adapted_experts: bool = False  # routed experts have adapters too
+    tied: bool = False  # the embedding is the output layer's weight
     width: int = 2  # bytes of a number as layers compute it: 2 in bf16 and fp16, 4 in fp32
     quantized: int = 0  # frozen parameters that are held in fewer bits
     quantized_bytes: float = 0.5  # of one of them, with its share of the scales
@@ -106,17 +108,21 @@ class ModelShape:
         quantized: int = 0,
         quantized_bytes: float = 0.5,
         layers: Sequence[LayerKind] | None = None,
+        written: bool = True,
+        adapted_experts: bool = False,
     ) -> ModelShape:
         """From a transformers configuration.
 
         Args:
             trainable: parameters that are trained; by default all, or a hundredth with `lora`.
             parameters: all parameters, where known; else counted from the configuration.
-            lora: adapters sit in the layers, so that the hand-written layer is not used.
+            lora: adapters sit in the layers.
             head_trained: the output layer is; by default where all parameters are.
             width: bytes of a number as layers compute it.
             quantized, quantized_bytes: parameters that are held in fewer bits, and bytes of one.
             layers: the kind of each layer (`kinds_of`); without it those of Llama's shape.
+            written: the hand-written layer may be used, where the family has one.
+            adapted_experts: routed experts have adapters too.
         """
         c = config.get_text_config() if hasattr(config, "get_text_config") else config
         layers = plain_kinds(c) if layers is None else layers
@@ -127,7 +133,7 @@ class ModelShape:
         total = parameters or sum(kind.parameters for kind in layers) + (
             c.vocab_size * c.hidden_size * (1 if tied else 2)
         )
-        written = c.model_type in ("llama", "mistral", "qwen2", "qwen3") and not lora
+        written &= c.model_type in ("llama", "mistral", "qwen2", "qwen3") and not quantized
         if lora and trainable is None:
             trainable, head_trained = total // 100, bool(head_trained)
         return cls(
@@ -147,6 +153,8 @@ class ModelShape:
             written_layer=written,
             head_trained=trainable in (None, total) if head_trained is None else head_trained,
             adapters=lora,
+            adapted_experts=adapted_experts,
+            tied=tied,
             width=width,
             quantized=quantized,
             quantized_bytes=quantized_bytes,
@@ -157,6 +165,14 @@ class ModelShape:
 
 Rates = tuple[float, float, float]
 """FLOP/s of matrix products, of attention forward and of attention backward."""
+
+
+WIDE_HEADS = 0.33
+"""Of attention's rates, what heads of 256 dims reach: two runs of Gemma 3's shape on a H200
+(benchmarks/results/plan_accuracy.md)."""
+WINDOWS = 0.57
+"""The same for tiles in a window, which FlashAttention 2 computes where cuDNN does the others
+(benchmarks/results/attention.md: 334 of 596 TFLOP/s forward, 317 of 554 in all)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +194,7 @@ class Machine:
     copies: float = 50e9
     host_memory: float = 40e9
     memory: float = 2.3e12
+    wide_heads: float = WIDE_HEADS  # of attention's rates, what heads above 192 dims reach
     links: float = 200e9
     network: float = 40e9  # of one GPU to those of other hosts
     # products, attention forward and backward where layers compute in fp32
@@ -193,6 +210,12 @@ class Machine:
         return dataclasses.replace(
             self, gemm=gemm, attention_forward=forward, attention_backward=backward
         )
+
+    def attention_share(self, kind: LayerKind) -> float:
+        """Of attention's rates, what a kind of layer reaches."""
+        if kind.head_dim > 192:
+            return self.wide_heads
+        return WINDOWS if kind.reach and not kind.within_chunk else 1.0
 
     @property
     def flop_per_byte(self) -> float:
@@ -276,12 +299,19 @@ REACHED = {
 }
 
 
-# Bytes of host memory that AdamW reads and writes a second for each core at work: 5.3 s for 7.62 B
-# parameters beside one H200 (16 threads; benchmarks/results/plan_accuracy.md), 2.7 s for half of
-# them in each of two processes (16 threads each; length_2xH200_7b.md). One host was at a third of
-# that (length_1xH100_7b.md); `plan --calibrate` measures a host's own.
-HOST_OF_A_CORE = 2.5e9
+# Bytes of host memory that AdamW reads and writes a second, for each core at work and for each
+# process at most: 5.3 s for 7.62 B parameters beside one H200 with 16 cores, 3.6 s with 64
+# (benchmarks/results/plan_accuracy.md), 2.7 s for half of them in each of two processes of 16
+# threads (length_2xH200_7b.md). One host was at a third of that (length_1xH100_7b.md);
+# `plan --calibrate` measures a host's own.
+HOST_OF_A_CORE, HOST_OF_A_PROCESS = 2.5e9, 60e9
 CORES_OF_A_GPU = 16  # where a host's cores are not known
+
+
+def host_rate(processes: int, cores: int = 0) -> float:
+    """Bytes/s of host memory that AdamW on the host reaches, all processes of a host together."""
+    cores = cores or CORES_OF_A_GPU * processes
+    return min(HOST_OF_A_CORE * cores, HOST_OF_A_PROCESS * processes)
 
 
 def kind_of(name: str) -> str | None:
@@ -323,7 +353,7 @@ def machine(
         REACHED["attention_forward"] * kind.bf16,
         REACHED["attention_backward"] * kind.bf16,
         REACHED["host"] * kind.host,
-        host_memory=HOST_OF_A_CORE * (cores or CORES_OF_A_GPU * min(gpus, gpus_per_host or 8)),
+        host_memory=host_rate(min(gpus, gpus_per_host or 8), cores),
         memory=REACHED["own"] * kind.own,
         links=REACHED["link"] * kind.link,
         network=network,
@@ -356,6 +386,8 @@ class TrainingJob:
             backward where states are on the host. DDP's are not.
         overlaps: nothing is clipped either, so that states on the host are updated while backward
             runs, and gradients leave with that.
+        reference_passes: forward passes of a step without adapters, for the reference's
+            log-probabilities.
         zero: DeepSpeed's stage, 0 without it. Its weights have the width that layers compute in,
             their fp32 copies are among the states (`state_bytes` 12); whole weights are on each GPU
             but in stage 3, whole gradients in stage 1.
@@ -374,6 +406,7 @@ class TrainingJob:
     leavable: bool = False
     overlaps: bool = False
     zero: int = 0
+    reference_passes: int = 0
     mode: str = "zigzag-ring"
     ulysses_degree: int | None = None
 
@@ -427,11 +460,14 @@ class TrainingJob:
 
     def temporary_bytes(self, kind: LayerKind) -> int:
         """Of one token's temporaries in the MLP, projections and norms of one layer: six MLP-wide
-        and eight hidden-wide numbers; of each expert that it passes, its input and output and their
-        gradients, and seven numbers of its width.
+        and eight hidden-wide numbers, three more for each norm beyond two; of each expert that it
+        passes, its input and output and their gradients, and seven numbers of its width. PEFT's
+        adapters compute with wide copies of what they are given, two MLP-wide numbers more.
         """
         wide = 4 * kind.used * kind.hidden + 7 * kind.expert_width
-        dense = 6 * self.shape.width * kind.dense_width + 8 * self.hidden_bytes
+        inner = 8 if self.shape.adapters and not self.written_layer else 6
+        dense = inner * self.shape.width * kind.dense_width
+        dense += (8 + 3 * max(0, kind.norms - 2)) * self.hidden_bytes
         return dense + self.expert_width * wide
 
     @property

@@ -45,7 +45,8 @@ def measure() -> Calibration:
     if not torch.cuda.is_available():
         return Calibration(host, cores)
     device = torch.device("cuda", 0)
-    forward, backward = attention(device)
+    forward, backward = attention(device, HEAD_DIM)
+    wide = sum(1 / rate for rate in attention(device, 2 * HEAD_DIM))
     gpus = torch.cuda.device_count()
     return Calibration(
         host_memory=host,
@@ -54,6 +55,7 @@ def measure() -> Calibration:
         products=products(device),
         attention_forward=forward,
         attention_backward=backward,
+        wide_heads=(1 / forward + 1 / backward) / wide,
         copies=copies(device),
         links=links(gpus) if gpus > 1 else None,
         gpus=gpus if gpus > 1 else 0,
@@ -74,7 +76,8 @@ def lines(measured: Calibration) -> list[str]:
     found = [
         f"{measured.gpu}: products {measured.products / 1e12:.0f} TFLOP/s, attention forward"
         f" {measured.attention_forward / 1e12:.0f}, backward"
-        f" {measured.attention_backward / 1e12:.0f}",
+        f" {measured.attention_backward / 1e12:.0f} (heads of 256:"
+        f" {measured.wide_heads or 0:.0%} of that)",
         f"pinned copies: {measured.copies / 1e9:.1f} GB/s",
         host,
     ]
@@ -109,14 +112,14 @@ def products(device: torch.device) -> float:
     return 2.0 * SIDE**3 / seconds_of(lambda: torch.mm(a, b, out=out), device)
 
 
-def attention(device: torch.device) -> tuple[float, float]:
+def attention(device: torch.device, head_dim: int) -> tuple[float, float]:
     """FLOP/s of causal attention in bf16, forward and backward, with the kernel that training
     would take.
     """
     ctx = sp.SequenceParallel.create(1)
     plan = sp.plan(TOKENS, [Segment(0, TOKENS)], ctx)
     q, k, v = (
-        torch.randn(TOKENS, heads, HEAD_DIM, device=device).to(torch.bfloat16)
+        torch.randn(TOKENS, heads, head_dim, device=device).to(torch.bfloat16)
         for heads in (HEADS, KEY_HEADS, KEY_HEADS)
     )
     out, lse = sp.attention_forward(q, k, v, plan)
@@ -124,7 +127,7 @@ def attention(device: torch.device) -> tuple[float, float]:
     backward = functools.partial(
         sp.attention_backward, torch.randn_like(out), q, k, v, out, lse, plan
     )
-    flop = 2.0 * TOKENS**2 * HEADS * HEAD_DIM
+    flop = 2.0 * TOKENS**2 * HEADS * head_dim
     return flop / seconds_of(forward, device), 2.5 * flop / seconds_of(backward, device)
 
 

@@ -14,6 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from longfactory.config import RunConfig
+from longfactory.config.stage_facts import STAGES
 from longfactory.data.module import Datasets
 from longfactory.errors import UserError
 from longfactory.memory import calibration
@@ -54,7 +55,7 @@ class Counts:
 
     `buffers`: its checkpoints hold buffers beside parameters (the correction of a router's scores,
     say). `linear`: parameters of linear layers but the output layer, which quantisation reaches.
-    `layers`: the kind of each decoder layer.
+    `layers`: the kind of each decoder layer. `adapted_experts`: routed experts have adapters.
     """
 
     total: int
@@ -63,6 +64,7 @@ class Counts:
     buffers: bool = False
     linear: int = 0
     layers: tuple[LayerKind, ...] | None = None
+    adapted_experts: bool = False
 
 
 def count_parameters(cfg: RunConfig, model_config: Any) -> Counts:
@@ -94,7 +96,12 @@ def count_parameters(cfg: RunConfig, model_config: Any) -> Counts:
     head = model.get_output_embeddings()
     head_trained = head is not None and any(p.requires_grad for p in head.parameters())
     trained = adapters.count_parameters(model)[0]
-    return Counts(total, trained, head_trained, buffers, linear, layers)
+    adapted = any(
+        "lora_" in name and "experts" in name and "shared" not in name
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    )
+    return Counts(total, trained, head_trained, buffers, linear, layers, adapted)
 
 
 def check_model(cfg: RunConfig) -> list[str]:
@@ -236,6 +243,7 @@ def plan_run(
             )
         fixed["optimizer"] = "host" if on_host else "gpu"
         state_bytes += 4  # its fp32 copies of what is trained
+    method = cfg.method
     half = cfg.trainer.bf16 or cfg.trainer.fp16 or cfg.method.pure_bf16
     final = sharding in ("none", "fsdp2") and not fp16  # gradients, when backward gives them
     job = TrainingJob(
@@ -249,6 +257,8 @@ def plan_run(
             quantized=counts.linear if cfg.model.quantization_bit else 0,
             quantized_bytes=quantized_bytes(cfg),
             layers=counts.layers,
+            written=not (lora and (method.use_dora or method.lora_dropout > 0)),
+            adapted_experts=counts.adapted_experts,
         ),
         machine=machine,
         tokens=tokens,
@@ -260,6 +270,7 @@ def plan_run(
         leavable=final,
         overlaps=overlaps,
         zero=zero,
+        reference_passes=reference_passes(cfg),
         mode=cfg.parallel.sequence_parallel_mode,
         ulysses_degree=ulysses_degree(cfg),
     )
@@ -337,6 +348,17 @@ def _state_bytes(narrow: Narrow | None, model_config: Any, counts: Counts) -> fl
     text = model_config.get_text_config()
     embedding = min(1.0, text.vocab_size * text.hidden_size / counts.total)
     return narrow.bytes + (8 - narrow.bytes) * embedding
+
+
+def reference_passes(cfg: RunConfig) -> int:
+    """Forward passes of a step for the reference's log-probabilities: none where they are computed
+    before training.
+    """
+    method = cfg.method
+    if method.stage == "sft":
+        return int(bool(method.use_asft_loss))
+    needed = STAGES[method.stage].needs_reference(method)
+    return int(needed and adapter_is_reference(method) and not method.precompute_ref_log_probs)
 
 
 def reference_bytes(cfg: RunConfig, model_config: Any, shards: int) -> int:

@@ -1,0 +1,188 @@
+"""What layers of each family compute, against counts of a pass through a model: FLOP of its products
+by torch's counter, heads and windows by what reaches the attention engine.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from longfactory import sp
+from longfactory.memory.checkpointed import stored_of_a_token
+from longfactory.memory.layer_kinds import LayerKind, kinds_of
+from longfactory.memory.shapes import ModelShape, TrainingJob, machine
+from longfactory.sp import hf
+from longfactory.sp.layout import Segment
+from longfactory.sp.text_model import decoder_layers
+from longfactory_dev.tiny_models import tiny_config, tiny_model
+
+TOKENS = 64
+# Each has something that the others have not: windows of all layers and of some, two dims of heads,
+# latent attention with dense layers first, shared experts, chunks and experts that all compute,
+# biases of experts, maps in one, gated delta nets, no gate.
+FAMILIES = [
+    "mistral",
+    "gemma3_text",
+    "gemma4_text",
+    "gpt_oss",
+    "qwen2_moe",
+    "qwen3_moe",
+    "deepseek_v3",
+    "glm4_moe",
+    "llama4_text",
+    "qwen3_next",
+    "phi3",
+    "gpt2",
+    "hunyuan_v1_moe",
+]
+
+
+def one_row(model: Any) -> dict[str, Any]:
+    ctx = sp.SequenceParallel.create(1)
+    hf.prepare(hf.unwrap(model), ctx)
+    plan = sp.plan(TOKENS, [Segment(0, TOKENS)], ctx)
+    row = {"input_ids": torch.arange(TOKENS) + 3, "position_ids": torch.arange(TOKENS)}
+    return hf.inputs(row, plan)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kinds_are_what_a_pass_computes(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(family)
+    model = tiny_model(family, torch.float32)
+    model.set_attn_implementation(hf.ATTENTION)
+    inputs = one_row(model)
+    asked: list[list[tuple[int, ...]]] = []
+    counter = FlopCounterMode(display=False)
+    marks: list[int] = []
+
+    def engine(q: Any, k: Any, v: Any, plan: Any, **how: Any) -> Any:
+        reach = how["window"] or how["chunk"] or 0
+        heads = (q.shape[1], k.shape[1], q.shape[2], v.shape[2])
+        asked[-1].append((*heads, reach, int(bool(how["chunk"]))))
+        return q.new_zeros(TOKENS, q.shape[1], v.shape[2])
+
+    def begins(*_: Any) -> None:
+        asked.append([])
+        marks.append(counter.get_total_flops())
+
+    def ends(*_: Any) -> None:
+        marks[-1] = counter.get_total_flops() - marks[-1]
+
+    monkeypatch.setattr(hf, "engine", engine)
+    for layer in decoder_layers(model)[1]:
+        layer.register_forward_pre_hook(begins)
+        layer.register_forward_hook(ends)
+    with counter:
+        model(**inputs)
+    kinds = kinds_of(model, config)
+    assert len(kinds) == len(marks) == 4
+    for kind, flop, calls in zip(kinds, marks, asked, strict=True):
+        maps = 2 * (kind.mixer_parameters + kind.mlp_parameters)
+        if kind.recurrent_flop:  # PyTorch's own form of the rule makes its inverse without products
+            assert maps < flop / TOKENS < maps + kind.recurrent_flop
+        else:
+            assert maps == pytest.approx(flop / TOKENS, rel=0.02)
+        heads = (kind.heads, kind.kv_heads, kind.head_dim, kind.value_dim)
+        assert calls == ([(*heads, kind.reach, int(kind.within_chunk))] if kind.heads else [])
+    # all but what stands outside of the layers
+    inside = sum(p.numel() for p in decoder_layers(model)[1].parameters())
+    assert sum(kind.parameters for kind in kinds) == inside
+
+
+def plain(**changes: Any) -> LayerKind:
+    fields = {"heads": 4, "kv_heads": 2, "head_dim": 16, "value_dim": 16, "hidden": 64}
+    counts = {"mixer_parameters": 1, "dense_parameters": 1, "parameters": 2}
+    return LayerKind(**{**fields, **counts, **changes})
+
+
+@pytest.mark.parametrize("reach", [0, 64, 256, 4096])
+@pytest.mark.parametrize("within_chunk", [False, True])
+def test_keys_that_a_query_sees(reach: int, within_chunk: bool) -> None:
+    """By the mask itself; a window's kernel computes half a tile more at either end."""
+    tokens = 1024
+    kind = plain(reach=reach, within_chunk=within_chunk)
+    q, k = torch.arange(tokens)[:, None], torch.arange(tokens)[None]
+    mask = k <= q
+    if reach:
+        mask &= (q // reach == k // reach) if within_chunk else (q - k < reach)
+    seen = float(mask.sum()) / tokens - 0.5  # the diagonal is counted by half
+    found = kind.keys_seen(tokens)
+    if 0 < reach < tokens and not within_chunk:
+        assert found == pytest.approx(min(seen + 128, tokens / 2), abs=1)
+    else:
+        assert found == pytest.approx(seen, abs=0.5)
+    assert kind.attention_flop(tokens) == 2 * found * 4 * 32
+
+
+def stored(config: Any, mode: str) -> float:
+    """Bytes that autograd stores of a token in the last layer, but for the layer's weights."""
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=hf.ATTENTION)
+    if hasattr(config, "num_experts"):
+        model.set_experts_implementation("grouped_mm")
+    model = model.to(torch.float32 if mode == "autocast" else torch.bfloat16)
+    if mode == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        if not hasattr(config, "num_experts"):
+            targets += ["gate_proj", "up_proj", "down_proj"]
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=targets))
+        for p in model.parameters():
+            p.data = p.data.float() if p.requires_grad else p.data
+    model.train()
+    inputs = one_row(model)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    shapes = {p.shape for p in model.parameters()} | {
+        torch.Size(reversed(p.shape)) for p in model.parameters()
+    }
+    held: dict[int, Any] = {}
+    inside = [False]
+
+    def pack(t: Any) -> Any:
+        if inside[0] and t.untyped_storage().data_ptr() not in weights and t.shape not in shapes:
+            held[t.untyped_storage().data_ptr()] = t
+        return t
+
+    layer = decoder_layers(hf.unwrap(model))[1][-1]
+    layer.register_forward_pre_hook(lambda *_: inside.__setitem__(0, True))
+    layer.register_forward_hook(lambda *_: inside.__setitem__(0, False))
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=mode != "bf16"):
+        hf.unwrap(model).model(**inputs)
+    return sum(t.untyped_storage().nbytes() for t in held.values()) / TOKENS
+
+
+SIZES = {
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "vocab_size": 128,
+}
+EXPERTS = {"moe_intermediate_size": 80, "num_experts": 8, "num_experts_per_tok": 3}
+
+
+@pytest.mark.parametrize("mode", ["bf16", "autocast", "lora"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe"])
+def test_what_autograd_stores(family: str, mode: str) -> None:
+    """Of a layer that is not recomputed. Adapters of rank 2 store 4 bytes each besides."""
+    config = AutoConfig.for_model(family, **SIZES, **(EXPERTS if family == "qwen3_moe" else {}))
+    model = AutoModelForCausalLM.from_config(config)
+    shape = ModelShape.of(config, lora=mode == "lora", layers=kinds_of(model, config))
+    job = TrainingJob(
+        shape,
+        machine("H100", 1, 2**40),
+        TOKENS,
+        sharded=False,
+        master=2 if mode == "bf16" else 4,
+    )
+    assert job.autocast == (mode == "autocast")
+    found = stored(config, mode)
+    assert stored_of_a_token(job, shape.kinds[0]) == pytest.approx(found, rel=0.05)
