@@ -393,8 +393,7 @@ The sweep could not build a tiny one. The guard decides when a run starts.
 
 ## Router losses
 
-These compute an auxiliary loss of their routers when `output_router_logits` is set, from the tokens that they are given, which under
-sequence parallelism are a part of the row: {aux}.
+These have an auxiliary loss of their routers (`moe_aux_loss_coef`, [experts.md](experts.md#router-losses)): {aux}.
 """
 
 

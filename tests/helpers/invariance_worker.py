@@ -1,6 +1,7 @@
 """Runs the trainer on many cases in one set of processes and compares each with a plain
 single-process loop.
 
+A case may also name "aux=0.5" (the routers' loss) and "recompute=1" (checkpointed layers in chunks).
 A case is "sp=2 mode=ulysses rows=packed ga=3 tune=lora family=llama". Among those of zero3 a case
 may name another way that DeepSpeed has: "sharding=zero1", "zero2" or "zero3-file".
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -152,27 +154,57 @@ def noisy_inputs(
     return [x[None] for x in (embedded + noise).split([len(d.input_ids) for d in sample])]
 
 
+def router_loss(model: nn.Module, logits: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
+    """transformers' auxiliary loss of a row, from the router logits of its documents."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    function = sys.modules[type(inner).__module__].load_balancing_loss_func
+    layers = tuple(torch.cat(parts) for parts in zip(*logits, strict=True))
+    return function(layers, inner.num_experts, inner.num_experts_per_tok)
+
+
 def reference(
-    model: nn.Module, data: list, order: list[int], batch: int, alpha: float
+    model: nn.Module,
+    data: list,
+    order: list[int],
+    batch: int,
+    alpha: float,
+    aux: float = 0.0,
+    rows: int = 1,
 ) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """The specification: each document by itself through the model, one process, plain SGD on the
-    mean over the step's trained tokens.
+    mean over the step's trained tokens. With `aux` times the routers' loss of each row of `rows`
+    samples, rows weighted by their trained tokens.
     """
     model = copy.deepcopy(model).double()
+    if any(name.endswith(".experts") for name, _ in model.named_modules()):
+        # the grouped products of a CPU know no float64
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner.set_experts_implementation("eager")
     params = [p for p in model.parameters() if p.requires_grad]
     losses, norms = [], []
     for step in range(STEPS):
         model.zero_grad()
         total, count = 0.0, 0
-        for i in order[step * batch : (step + 1) * batch]:
+        in_row: list[tuple[torch.Tensor, ...]] = []
+        tokens = 0
+        for place, i in enumerate(order[step * batch : (step + 1) * batch]):
             for d, embedded in zip(data[i], noisy_inputs(model, data[i], step, alpha), strict=True):
                 labels = torch.tensor(d.labels)
-                logits = model(inputs_embeds=embedded).logits[0, :-1].double()
+                out = model(
+                    inputs_embeds=embedded, **({"output_router_logits": True} if aux else {})
+                )
+                logits = out.logits[0, :-1].double()
                 target = labels[1:]
                 keep = target != IGNORE
                 logp = torch.log_softmax(logits, -1).gather(1, target.clamp(min=0)[:, None])[:, 0]
                 total = total - (logp * keep).sum()
                 count += int(keep.sum())
+                tokens += int(keep.sum())
+                if aux:
+                    in_row.append(out.router_logits)
+            if aux and place % rows == rows - 1:
+                total = total + aux * tokens * router_loss(model, in_row)
+                in_row, tokens = [], 0
         loss = total / max(count, 1)
         loss.backward()
         norms.append(nn.utils.clip_grad_norm_(params, CLIP).item())
@@ -214,6 +246,7 @@ def run_case(sharding: str, case: dict[str, str]) -> dict[str, float | str]:
     from longfactory import sp
     from longfactory.memory.apply import apply_memory
     from longfactory.memory.settings import MemorySettings
+    from longfactory.model.routing import Routing
     from longfactory.model.token_logprobs import TokenLogprobs
     from longfactory.shard import settings
     from longfactory.shard.export import full_state_dict
@@ -287,6 +320,7 @@ def run_case(sharding: str, case: dict[str, str]) -> dict[str, float | str]:
             head=head,
             collate=collate,
             pad_id=0,
+            routing=Routing(model, ctx, float(case.get("aux", 0))),
             train_dataset=data,
             eval_dataset=data,
         )
@@ -325,7 +359,13 @@ def run_case(sharding: str, case: dict[str, str]) -> dict[str, float | str]:
     if dist.get_rank() != 0:
         return {}
     losses, norms, params = reference(
-        plain, data, sampler.order(), total, float(case.get("noise", 0))
+        plain,
+        data,
+        sampler.order(),
+        total,
+        float(case.get("noise", 0)),
+        float(case.get("aux", 0)),
+        batch,
     )
     return {
         "loss": max(abs(a["loss"] - b) for a, b in zip(logs, losses, strict=True)),

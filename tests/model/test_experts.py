@@ -211,3 +211,35 @@ def test_experts_without_a_token_and_with_all() -> None:
     assert weight.grad is not None
     assert torch.equal(weight.grad[0], torch.zeros(5, 3, dtype=torch.float64))
     assert float(weight.grad[1].abs().max()) > 0
+
+
+@pytest.mark.parametrize("kind", ["lora", "full", "freeze"])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_routers_are_trained_or_frozen(kind: str, wanted: bool, tmp_path: Path) -> None:
+    method = FinetuningArguments(
+        finetuning_type=kind,  # type: ignore[arg-type]
+        train_routers=wanted,
+        lora_target=("q_proj", "experts"),
+        freeze_trainable_layers=1,
+    )
+    base = tiny_model("qwen3_moe", torch.float64)
+    model = apply_finetuning(copy.deepcopy(base), method, ModelArguments())
+    trained = {n for n, p in model.named_parameters() if p.requires_grad and "mlp.gate" in n}
+    assert len(trained) == (4 if wanted else 0)
+    assert any(p.requires_grad for n, p in model.named_parameters() if "experts" in n)
+    if kind == "lora" and wanted:
+        with torch.no_grad():
+            for n, p in model.named_parameters():
+                if n in trained:
+                    p.mul_(-1)
+        model.save_pretrained(tmp_path)
+        from peft import PeftModel
+
+        plain = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path))
+        assert torch.equal(logits(plain), logits(model))
+        assert not torch.equal(logits(plain), logits(base))
+
+
+def test_routers_that_are_not_there_are_told() -> None:
+    with pytest.raises(UserError, match="train_routers: llama has no routers"):
+        lora(tiny_model("llama", torch.float32), train_routers=True)

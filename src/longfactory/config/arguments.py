@@ -175,6 +175,18 @@ class FinetuningArguments:
     lora_experts: bool = arg(
         True, "Whether routed experts get adapters where lora_target means them; false: none."
     )
+    moe_aux_loss_coef: float | None = arg(
+        None,
+        "Coefficient of the routers' auxiliary loss; by default the model's own where its"
+        " configuration sets output_router_logits, else none.",
+        low=0.0,
+        high=1000.0,
+    )
+    train_routers: bool | None = arg(
+        None,
+        "Whether routers of experts are trained: false in no case, true beside adapters too; by"
+        " default as finetuning_type says.",
+    )
     additional_target: tuple[str, ...] = arg(
         (), "Other modules that are trained whole and saved with the adapter."
     )

@@ -153,10 +153,6 @@ REFUSED: dict[str, Other] = {
     "use_unsloth": Other(
         (False,), "Unsloth replaces the model's layers and cannot share a sequence; leave it out"
     ),
-    "moe_aux_loss_coef": Other(
-        (None,),
-        "the routers' auxiliary loss is not computed; train with router weights frozen, or leave it out",
-    ),
     "upcast_lmhead_output": Other(
         (False,), "log-probabilities are always computed in float32; leave it out"
     ),

@@ -11,7 +11,9 @@ a later module of the layer stores its output).
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +25,24 @@ from longfactory.memory.layer_ops import autocast_as_now, wide
 from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import TrainingJob
 from longfactory.memory.technique import Bytes, LayerMoments, Technique, Work
+
+_position: contextvars.ContextVar[int | None] = contextvars.ContextVar("position", default=0)
+
+
+def position() -> int | None:
+    """Which token of a module's input the chunk begins with that is being computed, on this thread;
+    None while a few tokens are tried. For hooks inside the module.
+    """
+    return _position.get()
+
+
+def _run_at(start: int | None, fn: Callable[[Tensor], Any], x: Tensor) -> Any:
+    """`fn(x)`, where x begins at token `start` of a module's input."""
+    token = _position.set(start)
+    try:
+        return fn(x)
+    finally:
+        _position.reset(token)
 
 
 class GradientSum:
@@ -82,7 +102,7 @@ class _Store(torch.autograd.Function):
             n = min(call.chunk, length - i)
             with torch.enable_grad(), call.amp():
                 part = x.narrow(call.dim, i, n).detach().requires_grad_(needs_x)
-                y = call.fn(part)
+                y = _run_at(i, call.fn, part)
             inputs = [part, *wanted] if needs_x else wanted
             grads = list(
                 torch.autograd.grad(y, inputs, dy.narrow(call.dim, i, n), allow_unused=True)
@@ -126,7 +146,7 @@ def _in_chunks(fn: Callable[[Tensor], Tensor], x: Tensor, chunk: int, dim: int) 
     out: Tensor | None = None
     for i in range(0, length, chunk):
         n = min(chunk, length - i)
-        y = fn(x.narrow(dim, i, n))
+        y = _run_at(i, fn, x.narrow(dim, i, n))
         if out is None:
             out = torch.empty(x.shape, dtype=y.dtype, device=y.device)
         out.narrow(dim, i, n).copy_(y)
@@ -225,14 +245,20 @@ class _Chunked:
             or type(self.module).__name__.endswith("Norm")
         ):
             return self.forward(x)
-        return torch.cat(
-            [checkpoint(self.forward, part, use_reentrant=False) for part in x.split(chunk, 1)], 1
-        )
+        parts = [
+            checkpoint(
+                functools.partial(_run_at, i * chunk, self.forward), part, use_reentrant=False
+            )
+            for i, part in enumerate(x.split(chunk, 1))
+        ]
+        return torch.cat(parts, 1)
 
     @torch.no_grad()
     def _token_wise(self, x: Tensor) -> bool:
         head = x[:, : min(16, x.shape[1])]
-        whole, half = self.forward(head), self.forward(head[:, : head.shape[1] // 2])
+        whole, half = (
+            _run_at(None, self.forward, part) for part in (head, head[:, : head.shape[1] // 2])
+        )
         if not isinstance(whole, Tensor) or whole.shape != head.shape:
             return False
         # Matrix products of another shape may round differently.

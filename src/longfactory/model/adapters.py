@@ -53,8 +53,36 @@ def apply_finetuning(
         model = _lora(model, method, adapters, is_trainable, resized)
     else:
         raise UserError(f"finetuning_type: {kind} is not supported. Use full, freeze or lora.")
+    if method.train_routers is not None and is_trainable:
+        _train_routers(model, method.train_routers)
     freeze_idle(model)
     return model
+
+
+def _train_routers(model: nn.Module, trained: bool) -> None:
+    """`train_routers`. Beside adapters PEFT holds the trained copies (`modules_to_save`)."""
+    inner = hf.unwrap(model)
+    routers = router_names(inner)
+    if not routers:
+        raise UserError(
+            f"train_routers: {inner.config.model_type} has no routers of experts. Leave it out."
+        )
+    for name, p in inner.named_parameters():
+        in_router = any(name.startswith(f"{router}.") for router in routers)
+        if in_router and "original_module" not in name and ".base_layer." not in name:
+            adapter = hasattr(model, "peft_config")
+            p.requires_grad_(trained and (not adapter or "modules_to_save" in name))
+
+
+def router_names(inner: nn.Module) -> list[str]:
+    """Whole names of the routers that text passes through, as they are without adapters."""
+    parts = idle(inner)
+    names = {
+        re.sub(r"\.(modules_to_save\.\w+|original_module|base_layer)\b", "", name)
+        for name, module in inner.named_modules()
+        if is_router(module) and name not in parts
+    }
+    return sorted(names)
 
 
 def freeze_idle(model: nn.Module) -> Idle:
@@ -646,6 +674,9 @@ def _lora(model: Any, method: Any, adapters: list[str], is_trainable: bool, resi
     targets = lora_targets(model, method, parts)
     _refuse_what_parameters_cannot(targets, method, model)
     saved = _names(method.additional_target) or None
+    if method.train_routers:
+        routers = _clear_ends(set(router_names(model)), [n for n, _ in model.named_modules()])
+        saved = [*(saved or []), *routers]
     if saved is None and resized:
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         grown = [name for name, m in model.named_modules() if m is head or m is embedding]

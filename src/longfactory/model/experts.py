@@ -71,6 +71,11 @@ def is_wrapper(module: Any) -> bool:
     return isinstance(module, ParamWrapper)
 
 
+def of_interface(module: nn.Module) -> bool:
+    """Whether a module holds experts that transformers computes through its experts interface."""
+    return all(hasattr(module, name) for name in ("is_transposed", "has_gate", "_apply_gate"))
+
+
 def install(model: nn.Module) -> None:
     """Replaces the forward of PEFT's wrappers around parameters. A second call changes nothing.
 
@@ -92,7 +97,7 @@ def _forward(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
     wrappers = {w.parameter_name: w for w in wrapped_parameters(wrapper)}
     if type(base) is nn.Linear:
         return _linear(wrapper, base, adapters[0], *args)
-    if all(hasattr(base, name) for name in ("is_transposed", "has_gate", "_apply_gate")):
+    if of_interface(base):
         return _experts(base, wrappers, adapters[0], *args, **kwargs)
     return _with_sums(base, wrappers, adapters[0], *args, **kwargs)
 

@@ -29,6 +29,7 @@ from longfactory.memory.choose import explain_out_of_memory
 from longfactory.memory.offload import Activations
 from longfactory.model import adapters, load
 from longfactory.model.liger import apply_liger
+from longfactory.model.routing import Routing, router_loss_coefficient
 from longfactory.model.source import Source
 from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.model.value_head import FILE as VALUE_HEAD
@@ -611,6 +612,12 @@ def make_trainer(
     eval_sets: Any = datasets.eval or None
     if eval_sets is not None and len(eval_sets) == 1:
         eval_sets = next(iter(eval_sets.values()))
+    coefficient = router_loss_coefficient(cfg.method.moe_aux_loss_coef, hf.unwrap(model).config)
+    if coefficient:
+        log.info(
+            f"Routers: {coefficient:g} x the auxiliary loss of each row is added to the loss, rows"
+            " weighted as their losses are."
+        )
     trainer = RowTrainer(
         model,
         args,
@@ -625,6 +632,7 @@ def make_trainer(
         source=source,
         on_nan=cfg.method.on_nan,
         facts=None if start is None else run_facts(cfg, start, sharding, datasets),
+        routing=Routing(model, ctx, coefficient),
         train_dataset=datasets.train,
         eval_dataset=eval_sets,
         processing_class=tokenizer,

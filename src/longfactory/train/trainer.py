@@ -30,6 +30,7 @@ from longfactory import sp
 from longfactory.data.row import Row
 from longfactory.errors import UserError
 from longfactory.model.outputs import TokenOutputs
+from longfactory.model.routing import Routing
 from longfactory.model.source import Source
 from longfactory.model.token_logprobs import ReferenceHidden, TokenLogprobs
 from longfactory.model.value_head import TokenValues
@@ -60,6 +61,7 @@ class RowTrainer(ResumableTrainer):
         ctx: the place in the sequence-parallel and data-parallel axes.
         stage: counts items and sums the loss (`stages/base.py`).
         head: TokenLogprobs or TokenValues.
+        routing: watches the routers; None: without their loss.
         collate: samples -> Row.
         pad_id: token of the padding document.
         shuffle: whether training samples are shuffled.
@@ -90,6 +92,7 @@ class RowTrainer(ResumableTrainer):
         source: Source | None = None,
         on_nan: Literal["stop", "skip"] = "stop",
         facts: RunFacts | None = None,
+        routing: Routing | None = None,
         **kwargs: Any,
     ):
         # For `auto`: given a row before its plan is made, finds the schedule that is fastest for
@@ -101,6 +104,7 @@ class RowTrainer(ResumableTrainer):
         # Made when the model is wrapped (`reference.attach`).
         self.reference = Reference()
         self._eval_metrics = MetricSums()
+        self.routing = Routing(model, ctx) if routing is None else routing
         super().__init__(
             model, args, ctx=ctx, stage=stage, head=head, shuffle=shuffle, facts=facts, **kwargs
         )
@@ -253,6 +257,8 @@ class RowTrainer(ResumableTrainer):
         row: Row,
         reference: ReferenceHidden | None = None,
         head: TokenLogprobs | TokenValues | None = None,
+        *,
+        routed: bool = False,
     ) -> TokenOutputs:
         """[T] log-probabilities of the whole row (or values), the same on every rank of the group.
         `row` is on the host.
@@ -262,16 +268,23 @@ class RowTrainer(ResumableTrainer):
             row: T tokens.
             reference: of this row (`reference_hidden`), for a stage that needs `reference_kl`.
             head: the model's output layer, where it is not the trained model.
+            routed: this is the trained model's pass, whose routers are watched.
         """
         layer: Any = self.head if head is None else head
         plan, inputs = self._model_inputs(row)
         labels = row.labels[plan.index]
+        watched: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if routed:
+            watched = self.routing.row(plan.index < row.real_tokens, self.args.device)
         with (
             self._noise(model, row, plan),
             layer.labels(labels) if reference is None else layer.labels(labels, reference),
+            watched,
         ):
-            out = model(**inputs)
+            out = model(**inputs, **self.routing.arguments)
             local = layer.outputs(out.logits)
+        if routed:
+            local = self.routing.join(local)
         gathered = {
             name: (
                 sp.gather(value if value.is_floating_point() else value.to(torch.uint8), plan).to(
@@ -304,7 +317,7 @@ class RowTrainer(ResumableTrainer):
         """
         plan, inputs = self._model_inputs(row)
         with head.hidden(row.labels[plan.index]) as result:
-            model(**inputs)
+            model(**inputs, **self.routing.arguments)
             return result()
 
     def _outputs_with_reference(self, model: nn.Module, row: Row) -> TokenOutputs:
@@ -316,12 +329,13 @@ class RowTrainer(ResumableTrainer):
             other, head = self.reference.model or (model, self.head)
             with as_reference(other, adapter_off=self.reference.by_adapter):
                 hidden = self.reference_hidden(other, head, row)
-            return self.token_outputs(model, row, hidden)
+            return self.token_outputs(model, row, hidden, routed=True)
         if not self.reference.by_adapter:
-            return self.token_outputs(model, row)
+            return self.token_outputs(model, row, routed=True)
         with as_reference(model, adapter_off=True):
             reference = self.token_outputs(model, row).logps
-        return dataclasses.replace(self.token_outputs(model, row), reference=reference)
+        policy = self.token_outputs(model, row, routed=True)
+        return dataclasses.replace(policy, reference=reference)
 
     def stage_loss(self, model: nn.Module, row: Row) -> tuple[Tensor, Metrics]:
         """Sum of the loss over this group's items, in float64, and the stage's metrics."""
@@ -333,7 +347,10 @@ class RowTrainer(ResumableTrainer):
             dp_rank=ctx.dp_rank,
             dp_size=ctx.dp_size,
         )
-        return loss_sum, metrics
+        items = self.stage.count_items(row)
+        if self.routing.coefficient:
+            loss_sum = loss_sum + self.routing.loss_sum(items)
+        return loss_sum, {**metrics, **self.routing.metrics(items)}
 
     def compute_loss(
         self,

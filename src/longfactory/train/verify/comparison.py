@@ -250,7 +250,10 @@ def quiet(cfg: RunConfig, folder: str, rows: int) -> RunConfig:
     }
     if cfg.trainer.deepspeed is not None:
         keys["deepspeed"] = zero.without_optimizer(cfg.trainer.deepspeed, bf16=cfg.trainer.bf16)
-    method = dataclasses.replace(cfg.method, early_stopping_steps=None, loraplus_lr_ratio=None)
+    # the routers' auxiliary loss is of whole rows, not of documents: it is left out of both sides
+    method = dataclasses.replace(
+        cfg.method, early_stopping_steps=None, loraplus_lr_ratio=None, moe_aux_loss_coef=0.0
+    )
     memory = dataclasses.replace(
         cfg.memory, optimizer_placement="gpu", offload_gradients=False, optimizer_overlap=False
     )

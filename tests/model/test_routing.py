@@ -1,0 +1,129 @@
+"""The routers' auxiliary loss of a row, and its gradient, are transformers' own, in layers that are
+computed once or twice, whole or in chunks, padding left out.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from longfactory import sp
+from longfactory.errors import UserError
+from longfactory.memory.apply import apply_memory
+from longfactory.memory.settings import MemorySettings
+from longfactory.model.routing import Routing, router_loss_coefficient
+from longfactory.model.token_logprobs import TokenLogprobs
+from longfactory.sp import hf
+from longfactory_dev.tiny_models import tiny_config, tiny_model
+
+IDS = torch.randint(3, 250, (24,), generator=torch.Generator().manual_seed(0))
+PADDING = 8
+COEFFICIENT = 0.3
+
+
+@functools.cache
+def base(family: str) -> nn.Module:
+    return tiny_model(family, torch.float64)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def specified(family: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """transformers' loss of the tokens alone, and its gradients."""
+    model: Any = copy.deepcopy(base(family))
+    out = model(input_ids=IDS[None], output_router_logits=True)
+    (out.aux_loss * COEFFICIENT + out.logits.log_softmax(-1)[0, :, 7].sum()).backward()
+    return out.aux_loss.detach(), gradients(model)
+
+
+def found(family: str, settings: MemorySettings | None) -> tuple[Routing, dict[str, Tensor]]:
+    """Ours, with padding behind the tokens."""
+    model: Any = copy.deepcopy(base(family))
+    model.set_attn_implementation(hf.ATTENTION)
+    ctx = sp.SequenceParallel.create(1)
+    hf.prepare(model, ctx)
+    if settings is not None:
+        apply_memory(model.train(), settings)
+    head, routing = TokenLogprobs(model, chunk=5), Routing(model, ctx, COEFFICIENT)
+    length = len(IDS) + PADDING
+    plan = sp.plan(length, (sp.Segment(0, len(IDS)), sp.Segment(len(IDS), length)), ctx)
+    row = {
+        "input_ids": torch.cat([IDS, torch.zeros(PADDING, dtype=torch.long)]),
+        "position_ids": torch.cat([torch.arange(len(IDS)), torch.arange(PADDING)]),
+    }
+    labels = torch.full((length,), -100)
+    labels[: len(IDS)] = 7
+    with head.labels(labels), routing.row(torch.arange(length) < len(IDS), torch.device("cpu")):
+        out = head.outputs(model(**hf.inputs(row, plan), **routing.arguments).logits)
+    out = routing.join(out)
+    (out.logps.sum() + routing.loss_sum(3) / 3).backward()
+    return routing, gradients(model)
+
+
+SETTINGS = {
+    "stored": None,
+    "whole": MemorySettings(mlp_chunk=None),
+    "chunks": MemorySettings(mlp_chunk=5),
+}
+FAMILIES = ("qwen3_moe", "gpt_oss", "mixtral", "qwen2_moe")
+MORE = ("olmoe", "phimoe", "ernie4_5_moe", "granitemoe", "qwen3_next", "minimax_m2", "dbrx")
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        *(("qwen3_moe", s) for s in SETTINGS),
+        *((f, "chunks") for f in FAMILIES[1:]),
+        *(pytest.param(f, "chunks", marks=pytest.mark.slow) for f in MORE),
+    ],
+)
+def test_the_loss_is_that_of_transformers(family: str, settings: str) -> None:
+    aux, expected = specified(family)
+    routing, ours = found(family, SETTINGS[settings])
+    assert float(aux) > 1
+    assert float(routing.metrics(3)["router_aux_loss"][0]) == pytest.approx(
+        3 * float(aux), rel=1e-6
+    )
+    assert ours.keys() >= expected.keys()
+    for name, g in expected.items():
+        assert float((ours[name] - g).abs().max()) <= 3e-6 * float(g.abs().max()), name
+    assert routing._row is None, "the hooks still inject after the backward pass"
+
+
+def test_how_evenly_experts_are_used() -> None:
+    routing, _ = found("qwen3_moe", None)
+    state = routing._last
+    assert len(state.load) == 4
+    assert all(float(x.sum()) == len(IDS) * 2 for x in state.load.values())
+    metrics = {name: float(total) / float(n) for name, (total, n) in routing.metrics(1).items()}
+    shares = torch.stack(list(state.load.values())) / (2 * len(IDS))
+    entropy = -(shares * shares.clamp(min=1e-30).log()).sum(1) / torch.tensor(4.0).log()
+    assert metrics["expert_max_load"] == pytest.approx(float(shares.max(1).values.mean()) * 4)
+    assert metrics["expert_entropy"] == pytest.approx(float(entropy.mean()))
+    assert metrics["expert_dead"] == pytest.approx(float((shares == 0).double().mean()))
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3", "jetmoe", "llama"])
+def test_a_model_without_that_loss_is_refused(family: str) -> None:
+    model = tiny_model(family, torch.float32)
+    ctx = sp.SequenceParallel.create(1)
+    assert Routing(model, ctx, 0.0).coefficient == 0
+    with pytest.raises(UserError, match=f"moe_aux_loss_coef: .* {family} "):
+        Routing(model, ctx, 0.1)
+
+
+def test_the_coefficient_is_the_key_or_the_model_s_own() -> None:
+    config = tiny_config("qwen3_moe", output_router_logits=True, router_aux_loss_coef=0.25)
+    assert router_loss_coefficient(None, config) == 0.25
+    assert router_loss_coefficient(0.0, config) == 0
+    config.output_router_logits = False
+    assert router_loss_coefficient(None, config) == 0
+    assert router_loss_coefficient(0.5, config) == 0.5
+    assert router_loss_coefficient(None, tiny_config("llama")) == 0
