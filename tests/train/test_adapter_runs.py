@@ -4,6 +4,8 @@ saves.
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from small_runs import LORA, STEPS, home, steps, train
+from longfactory.testing import tiny_model
+from small_runs import LORA, STEPS, home, steps, text, train, write_tokenizer
 
 pytestmark = pytest.mark.processes
 
@@ -72,3 +75,66 @@ def test_two_processes_train_what_one_trains(
         )
     if kind != "plain":  # the key does something: another run than plain LoRA's
         assert max(abs(x["loss"] / y["loss"] - 1) for x, y in zip(one, plain, strict=True)) > 1e-4
+
+
+@pytest.fixture(scope="module")
+def experts(home: Path) -> Path:
+    """Tiny mixtures of experts, and pairs of answers."""
+    for family in ("qwen3_moe", "gpt_oss"):
+        vocabulary = write_tokenizer(home / family)
+        tiny_model(family, vocab_size=vocabulary).save_pretrained(home / family)
+    random.seed(0)
+    pairs = [
+        {"instruction": text(12 + i), "chosen": text(20 - i), "rejected": text(9 + i)}
+        for i in range(12)
+    ]
+    (home / "pairs.json").write_text(json.dumps(pairs))
+    info: dict[str, Any] = {
+        "talks": {"file_name": "talks.json"},
+        "pairs": {
+            "file_name": "pairs.json",
+            "ranking": True,
+            "columns": {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"},
+        },
+    }
+    (home / "dataset_info.json").write_text(json.dumps(info))
+    return home
+
+
+DPO = {"stage": "dpo", "dataset": "pairs", "packing": None}
+ON_EXPERTS = {**LORA, "lora_target": "all", "moe_aux_loss_coef": 0.5}
+EXPERT_RUNS: dict[str, dict[str, Any]] = {
+    "sft": {**ON_EXPERTS},
+    "dpo": {**ON_EXPERTS, **DPO, "train_routers": True},
+    "full": {"moe_aux_loss_coef": 0.5},
+    "dpo, full": {"moe_aux_loss_coef": 0.5, **DPO},
+    "rm": {**ON_EXPERTS, **DPO, "stage": "rm"},
+}
+EXPERT_GRID = [
+    pytest.param(
+        kind, family, marks=[] if (kind, family) == ("dpo", "gpt_oss") else [pytest.mark.slow]
+    )
+    for kind in EXPERT_RUNS
+    for family in ("qwen3_moe", "gpt_oss")
+]
+
+
+@pytest.mark.parametrize(("kind", "family"), EXPERT_GRID)
+def test_two_processes_train_the_experts_that_one_trains(
+    experts: Path, kind: str, family: str
+) -> None:
+    changes = {**EXPERT_RUNS[kind], "model_name_or_path": experts / family}
+    folders = [f"{kind}_{family}_{n}" for n in (1, 2)]
+    one = steps(train(experts, folders[0], 1, **changes))
+    two = steps(train(experts, folders[1], 2, **changes, sequence_parallel_mode="ulysses"))
+    assert len(one) == STEPS
+    for key in ("loss", "grad_norm", "router_aux_loss", "expert_max_load", "expert_entropy"):
+        assert [h[key] for h in two] == pytest.approx([h[key] for h in one], rel=2e-5), key
+    assert all(h["expert_max_load"] >= 1 and h["router_aux_loss"] > 1 for h in one)
+    name = "adapter_model.safetensors" if "full" not in kind else "model.safetensors"
+    a, b = (load_file(experts / f / name) for f in folders)
+    assert a.keys() == b.keys()
+    if "full" not in kind:
+        assert sum("experts" in n for n in a) == 2 * 2 * 2  # A and B, two parameters, two layers
+    for n, x in a.items():
+        torch.testing.assert_close(b[n], x, rtol=1e-4, atol=2e-6, msg=lambda m, n=n: f"{n}: {m}")
