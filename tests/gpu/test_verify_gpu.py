@@ -1,9 +1,10 @@
 """`longfactory verify` on GPUs: every precision, the kernels that train, experts; one GPU, and two
-under FSDP2 and DDP.
+under DDP, FSDP2 and ZeRO-3.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -29,7 +30,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 
 
 def verified(
-    folder: Path, family: str, processes: int, **keys: Any
+    folder: Path, family: str, processes: int, *options: str, **keys: Any
 ) -> subprocess.CompletedProcess[str]:
     """The command, on a tiny model with the real heads' dim."""
     from verify_ratios import make_folder
@@ -60,6 +61,7 @@ def verified(
         "verify",
         *words,
         f"nproc_per_node={processes}",
+        *options,
     ]
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=280)
 
@@ -83,3 +85,41 @@ def test_two_gpus(precision: str, sharding: str, tmp_path_factory: pytest.TempPa
     ):
         done = verified(folder, family, 2, sharding=sharding, **PRECISIONS[precision], **keys)
         assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+SHARDED: dict[str, dict[str, Any]] = {
+    "ddp": {"sharding": "ddp"},
+    "fsdp2": {"sharding": "fsdp2"},
+    "zero3": {"deepspeed": ROOT / "examples" / "deepspeed" / "ds_z3_config.json"},
+}
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("sharding", list(SHARDED))
+def test_one_run_each_on_two_gpus(sharding: str, tmp_path: Path) -> None:
+    """bf16, a sliding window, and all that the report has."""
+    files = {kind: tmp_path / f"report.{kind}" for kind in ("json", "html")}
+    options = [f"--{kind}={path}" for kind, path in files.items()]
+    done = verified(
+        tmp_path,
+        "mistral",
+        2,
+        *options,
+        "verify_tokens=400",
+        bf16=True,
+        cutoff_len=2048,
+        **SHARDED[sharding],
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    report = json.loads(files["json"].read_text())
+    assert report["exact"] and report["causes"] == []
+    states = {check["name"]: check["state"] for check in report["checks"]}
+    assert states == {
+        "tokens of each layer": "passed",
+        "rows and labels": "passed",
+        "untrained tokens": "passed",
+        "documents and later tokens": "passed",
+        "window 48": "passed",
+    }
+    assert {"ddp": "ddp", "fsdp2": "fsdp2", "zero3": "deepspeed"}[sharding] in report["title"]
+    assert "<svg" in files["html"].read_text()

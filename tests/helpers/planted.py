@@ -567,7 +567,8 @@ def with_keys(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     if "window" not in changes and "tower" not in changes:
         return keys
     own = Path(base["model_name_or_path"])
-    folder = own.parent / ("gemma3" if "tower" in changes else "mistral")
+    name = "gemma3" if "tower" in changes else f"mistral-{changes['window']}"
+    folder = own.parent / name
     if not folder.exists():
         shutil.copytree(own, folder)
         if "tower" in changes:

@@ -29,10 +29,11 @@ FAST = (
 )
 FOLLOWS = {
     "a dead exchange": "follows sequence parallelism: it is gone without it.",
-    "documents leak": "follows packing (one sample a row): it is gone without it.",
-    "a window longer by one": "follows the window (no document longer than 140 tokens): it is gone",
-    "the hand-written layer's window dropped": "hand-written layers, chunks): it is gone without",
-    "a mean of means over micro-batches": "follows accumulation (one micro-batch): it is gone",
+    "documents leak": "follows packing: it is gone without it.",
+    "a window longer by one": "follows the window: it is gone without it.",
+    "the hand-written layer's window dropped": "the window and memory techniques: it is gone without either.",
+    "a mean of means over micro-batches": "follows accumulation: it is gone without it.",
+    "an adapter that is not saved": "follows LoRA: it is gone without it.",
     "references of the answers swapped": "The difference stays without each of sequence",
 }
 
@@ -69,6 +70,28 @@ def test_what_a_failure_follows_is_said(fault: str, base: dict[str, Any]) -> Non
     keys = with_keys(base, FOUND[fault][1])
     for exact, said in run_ranks(2, verified_with, keys, fault, True, timeout=350):
         assert not exact and FOLLOWS[fault] in said, said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_window_that_no_row_reaches_gets_a_row(base: dict[str, Any]) -> None:
+    keys = with_keys(base, {**WINDOW, "window": 400, "verify_tokens": 160})
+    made = "window 400: tokens are trained whose first keys it hides (sliding_window); row 2 was"
+    for exact, said in run_ranks(2, verified_with, keys, "", timeout=250):
+        assert exact and made in said, said
+    for exact, said in run_ranks(2, verified_with, keys, "a long window dropped", timeout=250):
+        assert not exact and "(its sliding window is 400)" in said, said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_window_that_would_take_too_long_is_said_not_to_be_exercised(
+    base: dict[str, Any],
+) -> None:
+    keys = with_keys(base, {**WINDOW, "window": 100_000, "verify_tokens": 160})
+    words = "not exercised window 100000: window 100000 (sliding_window; rows of 160 tokens)"
+    for exact, said in run_ranks(2, verified_with, keys, "", timeout=250):
+        assert exact and words in said, said
 
 
 @pytest.mark.slow

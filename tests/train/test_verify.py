@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,8 +28,10 @@ from longfactory.train.verify import (
     truncate,
 )
 from longfactory.train.verify.alone import texts_of
+from longfactory.train.verify.rows import exercises, lengthened, padded, parted, windows_of
 from manual_runs import manual_run
 from planted import LORA
+from verify_faults import healthy, with_family
 
 ZERO = {
     stage: {
@@ -148,22 +149,6 @@ CASES = {
 }
 
 
-def with_family(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`family`: a tiny model of that family; `spread`: standard deviation of its weights (0.02:
-    routers are nearly undecided).
-    """
-    keys = {**base, **{k: v for k, v in changes.items() if k not in ("family", "spread")}}
-    if "family" in changes:
-        from verify_ratios import make_folder
-
-        spread = changes.get("spread", 0.02)
-        folder = Path(base["model_name_or_path"]).parent / f"{changes['family']}-{spread}"
-        keys["model_name_or_path"] = str(
-            folder if folder.exists() else make_folder(folder, changes["family"], spread)
-        )
-    return keys
-
-
 @pytest.mark.processes
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("case", list(CASES))
@@ -175,50 +160,6 @@ def test_an_exact_engine_passes(case: str, base: dict[str, Any]) -> None:
         assert len(parameters) > 10
         assert "The same." in table and "grad_norm" in table
     assert not Path(base["output_dir"]).exists()
-
-
-def healthy() -> Iterator[tuple[int, dict[str, Any]]]:
-    """(processes, keys): every stage in float32 and bf16 at SP 1 and 2, then methods, families,
-    schedules.
-    """
-    from verify_ratios import STAGES
-
-    for stage in STAGES.values():
-        yield 1, {**stage, "sequence_parallel_size": 1, "bf16": True}
-        yield 2, stage
-        yield 2, {**stage, "bf16": True}
-    for family in ("qwen3_moe", "gpt_oss", "mixtral", "gemma2", "mistral", "phi3"):
-        yield 2, {"family": family, "spread": 0.15, "bf16": True, "pure_bf16": True}
-        yield (
-            2,
-            {
-                "family": family,
-                "bf16": True,
-                "finetuning_type": "lora",
-                "stage": "dpo",
-                "dataset": "manual_dpo",
-            },
-        )
-    yield 2, {"finetuning_type": "freeze", "freeze_trainable_layers": 1, "bf16": True}
-    yield 2, {"finetuning_type": "lora", "stage": "kto", "dataset": "manual_kto", "use_dora": True}
-    yield (
-        2,
-        {
-            "finetuning_type": "lora",
-            "stage": "dpo",
-            "dataset": "manual_dpo",
-            "ld_alpha": 0.3,
-            "pref_loss": "ipo",
-        },
-    )
-    yield 2, {"finetuning_type": "lora", "additional_target": "embed_tokens,lm_head", "bf16": True}
-    yield 2, {"sequence_parallel_mode": "ulysses", "packing": True, "bf16": True}
-    yield 2, {"sequence_parallel_mode": "llama3", "per_device_train_batch_size": 1}
-    yield 2, {"train_on_prompt": True, "gradient_accumulation_steps": 3, "neftune_noise_alpha": 5.0}
-    yield 2, {"streaming": True, "max_steps": 5, "max_samples": None}
-    yield 4, {"bf16": True}
-    yield 4, {"stage": "dpo", "dataset": "manual_dpo", "pref_loss": "kto_pair"}
-    yield 4, {"stage": "kto", "dataset": "manual_kto", "sequence_parallel_size": 2}
 
 
 @pytest.mark.processes
@@ -343,7 +284,8 @@ def test_a_number_that_is_none_is_not_exact() -> None:
 
 @pytest.mark.processes
 @pytest.mark.timeout(300)
-def test_the_command(base: dict[str, Any]) -> None:
+def test_the_command(base: dict[str, Any], tmp_path: Path) -> None:
+    import json
     import os
     import subprocess
 
@@ -356,7 +298,14 @@ def test_the_command(base: dict[str, Any]) -> None:
     ]
     command = [sys.executable, "-m", "longfactory.cli", "verify", *words, "nproc_per_node=2"]
     done = subprocess.run(
-        [*command, "verify_rows=1", "--verify_tokens=120"],
+        [
+            *command,
+            "verify_rows=1",
+            "--verify_tokens=120",
+            "--json",
+            str(tmp_path / "report.json"),
+            f"--html={tmp_path / 'report.html'}",
+        ],
         capture_output=True,
         text=True,
         env=env,
@@ -369,6 +318,17 @@ def test_the_command(base: dict[str, Any]) -> None:
         and "2 ranks, zigzag-ring" in done.stdout
     )
     assert not Path(base["output_dir"]).exists()
+    samples = done.stdout.split("sample 0 (first): ")[1].splitlines()
+    assert "tokens are trained, [[like this]]:" in samples[0] and len(samples) <= 40
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["exact"] and {check["state"] for check in report["checks"]} == {"passed"}
+    assert [check["name"] for check in report["checks"]] == [
+        "tokens of each layer",
+        "rows and labels",
+        "untrained tokens",
+        "documents and later tokens",
+    ]
+    assert (tmp_path / "report.html").read_text().count("<svg") == 4
     wrong = subprocess.run(
         [*command, "verify_rows=none"], capture_output=True, text=True, env=env, timeout=100
     )
@@ -447,6 +407,55 @@ def test_a_row_that_no_document_crosses_is_made_to_have_one() -> None:
     ):
         crossed(items, trainer)
     assert lengths == [40, 30, 20] and items[0][0].input_ids == list(range(20, 40))
+
+
+def test_a_row_without_padding_loses_a_token() -> None:
+    trainer: Any = SimpleNamespace(ctx=None)
+    items = [[TokenizedDocument([1] * n, [1] * n)] for n in (3, 5)]
+    with mock.patch("longfactory.train.verify.rows.sp.alignment", lambda ctx: 4):
+        padded(items, trainer)
+        assert [len(item[0].input_ids) for item in items] == [3, 4]
+        padded(items, trainer)
+    assert [len(item[0].input_ids) for item in items] == [3, 4]
+
+
+def test_an_item_is_made_longer_than_a_window() -> None:
+    pair = documents()[:3]
+    longer = lengthened(pair, 20, [pair])
+    assert [len(d.input_ids) for d in longer] == [3 + 37, 3, 4]  # the prompt, for both answers
+    assert not exercises(texts_of(pair), 20) and exercises(texts_of(longer), 20)
+    assert all(text.places[-1] > 20 for text in texts_of(longer) if text.places)
+    assert set(longer[0].labels) == {-100} and list(longer[0].input_ids[-3:]) == [5, 6, 7]
+    text = [TokenizedDocument([1, 2], [-100, 2])]
+    (single,) = lengthened(text, 8, [pair, text])
+    assert list(single.labels[-2:]) == [-100, 2] and set(single.labels[:-2]) == {-100}
+    assert lengthened([single], 8, [pair]) == [single]
+
+
+def test_windows_are_those_that_a_layer_has() -> None:
+    full = ["full_attention"] * 2
+    for given, expected in (
+        ({"sliding_window": 140}, {"sliding_window": 140}),
+        ({"sliding_window": None}, {}),
+        ({"sliding_window": 140, "layer_types": full}, {}),
+        (
+            {"sliding_window": 140, "layer_types": [*full, "sliding_attention"]},
+            {"sliding_window": 140},
+        ),
+        (
+            {"attention_chunk_size": 64, "layer_types": ["chunked_attention"]},
+            {"attention_chunk_size": 64},
+        ),
+    ):
+        assert windows_of(SimpleNamespace(**given)) == expected
+
+
+def test_a_packed_block_is_parted_into_its_samples() -> None:
+    block = [documents()[3], *(dataclasses.replace(d, sample=7) for d in documents()[:1])]
+    block += [dataclasses.replace(d, sample=7, parent=1) for d in documents()[1:3]]
+    assert [[d.parent for d in sample] for sample in parted(block)] == [[-1], [-1, 0, 0]]
+    rows = choose([block], rows=2, batch=1, tokens=100, apart=True)
+    assert [[d.sample for d in row[0]] for row in rows] == [[1], [7, 7, 7]]
 
 
 def test_rows_are_chosen_that_train_and_one_has_two_samples() -> None:

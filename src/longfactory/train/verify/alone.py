@@ -73,9 +73,15 @@ def texts_of(item: Item) -> list[Text]:
 # -- the model -------------------------------------------------------------------------------------
 
 
-def build(cfg: Any, tokenizer: Any, trained: nn.Module, device: torch.device) -> nn.Module:
+def build(
+    cfg: Any, tokenizer: Any, trained: nn.Module, device: torch.device, *, recompute: bool
+) -> nn.Module:
     """The run's model once more, in float32 and with transformers' own attention. Its values are
     not the trained one's yet.
+
+    Args:
+        recompute: layers are computed again in the backward pass, because eager attention keeps
+            [heads, n, n] numbers a layer otherwise.
 
     Raises:
         UserError: it cannot be loaded, or has other parameters than the model of the run.
@@ -106,9 +112,7 @@ def build(cfg: Any, tokenizer: Any, trained: nn.Module, device: torch.device) ->
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    # transformers' own checkpointing: eager attention keeps [heads, n, n] numbers a layer
-    # otherwise.
-    if inner.supports_gradient_checkpointing:
+    if recompute and inner.supports_gradient_checkpointing:  # transformers' own
         inner.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 

@@ -89,9 +89,11 @@ from longfactory.train.verify.rows import (
 )
 from longfactory.train.verify.samples import DecodedSample, decoded_samples
 
-ROWS, TOKENS, FEWEST = 2, 2048, 256
+ROWS, TOKENS, FEWEST = 2, 2048, 128
 """Micro-batches, and the longest row: at least `FEWEST` tokens where a CPU would take minutes."""
-CPU_OPERATIONS, GPU_OPERATIONS = 10**12, 6 * 10**14
+KEPT_BYTES = 2**31
+"""What a pass may keep for its backward pass before layers are computed again."""
+CPU_OPERATIONS, GPU_OPERATIONS = 6 * 10**11, 6 * 10**14
 """What the specification may cost: about a minute of two cores in float64, or of a GPU."""
 UNDECIDED = 0.3
 """From here on the own gradients' relative error says that a model's gradients are rounding."""
@@ -188,8 +190,8 @@ def compared(
 
     Args:
         store: where the process group meets; None where it is open.
-        rerun: an earlier comparison has failed: only the step is compared, and rows are not made
-            longer than `tokens`.
+        rerun: an earlier comparison has failed: rows are not made longer than `tokens`, and samples
+            are not shown again.
         apart: one sample a row.
     """
     with tempfile.TemporaryDirectory(prefix="longfactory-verify-") as folder:
@@ -354,7 +356,8 @@ class Comparison(TrainerCallback):
                     checks.append(Check(f"window {size}", "not exercised", words))
                     continue
                 last = self.items[-1]
-                last[0] = lengthened(last[0], size, self.run.datasets.train)
+                i = next(i for i, item in enumerate(last) if any(t.places for t in _texts([item])))
+                last[i] = lengthened(last[i], size, self.run.datasets.train)
                 made = f"; row {len(self.items)} was made longer for it"
             words = f"tokens are trained whose first keys it hides ({key}){made}"
             checks.append(Check(f"window {size}", "passed", words))
@@ -413,7 +416,14 @@ class Comparison(TrainerCallback):
         if self.main:
             try:
                 with zero.plain_models(getattr(args, "hf_deepspeed_config", None)):
-                    model = alone.build(self.cfg, self.run.tokenizer, trainer.model, args.device)
+                    longest = max(len(text.tokens) for row in self.texts for text in row)
+                    model = alone.build(
+                        self.cfg,
+                        self.run.tokenizer,
+                        trainer.model,
+                        args.device,
+                        recompute=kept_bytes(trainer, longest) > KEPT_BYTES,
+                    )
             except UserError as error:
                 failure = str(error)
             except Exception as error:  # the other processes wait for this one
@@ -601,7 +611,7 @@ class Comparison(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_training_stop = control.should_training_stop or self.finished
-        if control.should_training_stop and not self.rerun:
+        if control.should_training_stop:
             self._probe()
 
     def _probe(self) -> None:
@@ -648,7 +658,7 @@ class Comparison(TrainerCallback):
         }
         shapes = {i: row_shape(row, ctx) for i, row in zip(mine, self.seen.rows, strict=False)}
         parts = from_all((reasons, outputs, shapes, self.seen.leaks))
-        unsaved = None if self.rerun else incomplete_save(trainer, self.folder)
+        unsaved = incomplete_save(trainer, self.folder)
         report = self._compared(parts, unsaved) if self.main else None
         return from_main(report)
 
@@ -856,6 +866,16 @@ def operations(trainer: RowTrainer, tokens: int) -> int:
     heads, layers, dim = _shape(config)
     parameters = sum(map(zero.count, trainer.model.parameters()))
     return 2 * 5 * (2 * parameters * tokens + 4 * layers * heads * dim * tokens * tokens)
+
+
+def kept_bytes(trainer: RowTrainer, tokens: int) -> int:
+    """About what a pass of the specification over so many tokens keeps for its backward pass, in
+    float64.
+    """
+    config: Any = hf.unwrap(trainer.model).config.get_text_config()
+    heads, layers, _ = _shape(config)
+    hidden = getattr(config, "hidden_size", None) or 1
+    return 8 * layers * tokens * (3 * heads * tokens + 24 * hidden)
 
 
 def longest_row(trainer: RowTrainer, rows: int) -> int:

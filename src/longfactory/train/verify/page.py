@@ -27,6 +27,8 @@ SIDE, STRIP = 360, 12
 """Pixels: a mask, and the strip that tells its ranks."""
 WIDTH = 720
 RANKS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#edc948", "#b07aa1", "#9c755f")
+SEEN = ("#7f9fbf", "#a3b8cc")
+"""What a document sees, of neighbours in turn."""
 RIGHT, WRONG, PALE = "#2f7d4f", "#b3261e", "#c9d6e2"
 DOCUMENTS = 24
 """Of which token distances are drawn."""
@@ -215,7 +217,7 @@ def mask_figure(number: int, row: RowShape, windows: Sequence[int]) -> str:
     for i in range(len(row.placed)):
         for polygon in seen_by(row, i, window):
             points = " ".join(f"{k * scale:.1f},{q * scale:.1f}" for k, q in polygon)
-            shapes.append(f'<polygon points="{points}" fill="#7f9fbf"/>')
+            shapes.append(f'<polygon points="{points}" fill="{SEEN[i % 2]}"/>')
     for rank, intervals in enumerate(row.ranks):
         colour = RANKS[rank % len(RANKS)]
         for start, stop in intervals:

@@ -158,6 +158,7 @@ class Leak:
     where: str
     """Of the largest change."""
     changed: str
+    """Subject and verb of what was changed."""
     noise: float
     """Largest difference of two passes over the same tokens."""
 
@@ -226,11 +227,12 @@ def leaks(trainer: RowTrainer, row: Row, borders: Sequence[int]) -> tuple[Leak |
 
     some = [row.documents[i] for i in ends[::2]]
     whole = torch.cat([every[d.start : d.stop] for d in some])
-    told = f"documents {', '.join(str(i + 1) for i in ends[::2][:4])}"
+    numbers = ", ".join(str(i + 1) for i in ends[::2][:4])
+    told = f"documents {numbers} are" if len(some) > 1 else f"document {numbers} is"
     documents = compared(whole, whole, told)
     cuts = [(row.documents[i], cut_of(row.documents[i], borders)) for i in ends]
     later = torch.cat([every[cut : d.stop] for d, cut in cuts])
-    future = compared(later, later, "later tokens of its document")
+    future = compared(later, later, "later tokens of its document are")
     return (documents if len(ends) > 1 else None), future
 
 
@@ -243,13 +245,13 @@ def leak_check(found: Sequence[tuple[int, Leak | None, Leak]]) -> tuple[Check, l
         if documents is not None and documents.found:
             reasons.append(
                 f"Documents see each other: in row {number} the log-probability of"
-                f" {documents.where} moves by {documents.others:.2g} when {documents.changed} are"
+                f" {documents.where} moves by {documents.others:.2g} when {documents.changed}"
                 " changed."
             )
         elif future.found:  # else it may be the other documents' later tokens
             reasons.append(
                 f"Later tokens are seen: in row {number} the log-probability of"
-                f" {future.where} moves by {future.others:.2g} when {future.changed} are changed."
+                f" {future.where} moves by {future.others:.2g} when {future.changed} changed."
             )
         exercised[0] |= documents is not None and documents.exercised
         exercised[1] |= future.exercised

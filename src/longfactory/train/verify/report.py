@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -178,8 +178,12 @@ def outcome(cause: Cause) -> str:
 
 def conclusion(causes: Sequence[Cause]) -> str:
     """Which difference the failure follows, in one sentence."""
-    gone = [cause.left_out for cause in causes if cause.gone]
-    tried = [cause.left_out for cause in causes if cause.gone is not None]
+
+    def named(chosen: Iterable[Cause]) -> list[str]:
+        return [cause.left_out.split(" (")[0] for cause in chosen]
+
+    gone = named(cause for cause in causes if cause.gone)
+    tried = named(cause for cause in causes if cause.gone is not None)
     if gone:
         alone = "either" if len(gone) == 2 else "any of them"
         without = alone if len(gone) > 1 else "it"
