@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
@@ -106,7 +107,7 @@ def told(changes: dict[str, Any]) -> str:
 
 def lines_of(said: str) -> dict[str, Any]:
     """What a report says is wrong, and what the difference follows."""
-    lines = said.splitlines()
+    lines = re.sub(r"\S*/longfactory-verify-\w+", "FOLDER", said).splitlines()
     reasons = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
     follows = [line for line in lines if line.startswith(("The difference ", "No part of the run"))]
     return {"reasons": reasons, "follows": follows[0] if follows else ""}

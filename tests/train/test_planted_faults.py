@@ -4,13 +4,15 @@ sentence that tells which it is.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from longfactory.testing import run_ranks
 from manual_runs import manual_run
-from planted import FOUND, LORA, WINDOW, verified_with, with_keys
+from planted import FOUND, FURTHER, LORA, WINDOW, verified_with, with_keys
 
 pytestmark = pytest.mark.processes
 
@@ -102,3 +104,14 @@ def test_a_window_that_would_take_too_long_is_said_not_to_be_exercised(
 def test_without_a_fault_the_same_runs_pass(changes: dict[str, Any], base: dict[str, Any]) -> None:
     for exact, said in run_ranks(2, verified_with, with_keys(base, changes), "", timeout=250):
         assert exact, said
+
+
+def test_the_committed_table_is_of_these_faults() -> None:
+    """`benchmarks/verify_faults.py` wrote it; healthy runs gave no alarm."""
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / "verify_faults.json"
+    rows = json.loads(path.read_text())
+    assert [row["fault"] for row in rows if row["fault"]] == list(FOUND)
+    assert len(FOUND) - len(FURTHER) >= 12 and len(FURTHER) >= 10
+    assert all(row["named"] and not row["exact"] for row in rows if row["fault"])
+    good = [row for row in rows if not row["fault"]]
+    assert len(good) >= 30 and all(row["exact"] for row in good)

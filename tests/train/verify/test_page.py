@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from longfactory import cli
+from longfactory.errors import UserError
 from longfactory.train.verify.page import as_html, as_json, by_layer, clipped, seen_by
 from longfactory.train.verify.report import (
     Cause,
@@ -137,3 +139,9 @@ def test_distances_by_layer_are_in_their_order() -> None:
     shares = by_layer({f"model.layers.{i}.mlp.weight": off for i in (10, 2)} | {"norm.weight": off})
     assert list(shares) == ["layer 2", "layer 10", "norm"]
     assert all(re.fullmatch(r"2\.0+", f"{share:.6f}") for share in shares.values())
+
+
+@pytest.mark.parametrize("words", [["--json"], ["--html", "/nowhere/at/all/report.html"]])
+def test_a_file_that_cannot_be_is_told_before_the_run(words: list[str]) -> None:
+    with pytest.raises(UserError, match="in a folder that exists"):
+        cli.verify(["run.yaml", *words])
