@@ -18,6 +18,7 @@ from torch import Tensor
 from longfactory import sp
 from longfactory.data.row import Row, make_row
 from longfactory.model.outputs import TokenOutputs
+from longfactory.model.routing import Routing
 from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.model.value_head import TokenValues
 from longfactory.sp import hf
@@ -376,7 +377,7 @@ def token_losses_on_ranks(
     trainer = types.SimpleNamespace(
         ctx=ctx, head=head, reference=reference.Reference(by_adapter=other is None, model=other),
         args=types.SimpleNamespace(device=torch.device("cpu"), neftune_noise_alpha=None),
-        _sum_over_groups=total, measure=None,
+        _sum_over_groups=total, measure=None, routing=Routing(model, ctx),
     )  # fmt: skip
     for name in (
         "_model_inputs",

@@ -145,7 +145,7 @@ def _describe_adapters(inner: nn.Module, parts: Idle) -> list[tuple[int, str]]:
             continue
         if matrix in adapted:
             numbers += _numbers_of(p)
-        elif len(_shape_of(p)) > 1 and not p.requires_grad and name not in parts:
+        elif len(experts.whole_shape(p)) > 1 and not p.requires_grad and name not in parts:
             bare[matrix] = _numbers_of(p)
     total = count_parameters(inner)[1]
     total -= sum(_numbers_of(p) for n, p in inner.named_parameters() if "lora_" in n)
@@ -208,10 +208,6 @@ def _counted(names: Iterable[str]) -> str:
         return ".".join(words[-2:] if "experts" in words[-2:-1] else words[-1:])
 
     return ", ".join(f"{count} x {short(end)}" for end, count in sorted(ends.items()))
-
-
-def _shape_of(parameter: Any) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _numbers_of(p: Any) -> int:
@@ -503,7 +499,7 @@ def _holds_routing_weight(module: nn.Module) -> bool:
     a parameter alone.
     """
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, nn.Parameter) or len(_shape_of(weight)) != 2:
+    if not isinstance(weight, nn.Parameter) or len(experts.whole_shape(weight)) != 2:
         return False
     return is_router(module) or _gives_more(module)
 
@@ -603,6 +599,13 @@ def same_draws() -> Iterator[None]:
         yield
 
 
+def _parameters_of_adapter(path: str | Path) -> Iterable[str]:
+    """`target_parameters` of a saved adapter."""
+    from peft import PeftConfig
+
+    return getattr(PeftConfig.from_pretrained(str(path)), "target_parameters", None) or ()
+
+
 def load_adapter(
     model: Any, path: str, *, key: str = "adapter_name_or_path", **options: Any
 ) -> Any:
@@ -624,7 +627,8 @@ def load_adapter(
             " written."
         )
     try:
-        with same_draws(), warnings.catch_warnings():
+        ends = _parameters_of_adapter(folder if folder.exists() else path)
+        with same_draws(), warnings.catch_warnings(), experts.whole_shapes(model, ends):
             # Else PEFT makes up what an adapter lacks.
             warnings.filterwarnings("error", message=".*missing adapter keys")
             model = PeftModel.from_pretrained(
@@ -711,7 +715,10 @@ def _lora(model: Any, method: Any, adapters: list[str], is_trainable: bool, resi
         init_lora_weights=start,
     )
     try:
-        with same_draws() if method.pissa_init else contextlib.nullcontext():
+        with (
+            same_draws() if method.pissa_init else contextlib.nullcontext(),
+            experts.whole_shapes(model, targets.parameters),
+        ):
             model = get_peft_model(model, config)
     except ValueError as error:  # of a module that is no layer of one matrix
         raise UserError(

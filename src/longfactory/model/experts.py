@@ -15,8 +15,9 @@ Letters in shapes: S pairs of a token and an expert, E experts, r rank.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -52,8 +53,17 @@ def expert_maps(model: nn.Module, parts: Idle) -> list[str]:
         for name, module in model.named_modules()
         if name not in parts and "Expert" in type(module).__name__
         for own, parameter in module.named_parameters(recurse=False)
-        if "bias" not in own and len(getattr(parameter, "ds_shape", parameter.shape)) == 3
+        if "bias" not in own and len(whole_shape(parameter)) == 3
     ]
+
+
+def whole_shape(parameter: Any) -> tuple[int, ...]:
+    """The shape of the numbers that a parameter stands for, which four-bit weights do not have and
+    those under ZeRO-3 have between their uses alone.
+    """
+    state = getattr(parameter, "quant_state", None)
+    shape = parameter.shape if state is None else getattr(state, "shape", parameter.shape)
+    return tuple(getattr(parameter, "ds_shape", shape))
 
 
 def wrapped_parameters(wrapper: nn.Module) -> Iterator[Any]:
@@ -156,8 +166,12 @@ def _experts(
     def product(x: Tensor, name: str) -> Tensor:
         """[S, in] -> [S, out]"""
         weight = getattr(base, name)
-        x = x.to(weight.dtype)
-        y = grouped_mm(x, weight if base.is_transposed else weight.transpose(1, 2), offsets)
+        if hasattr(weight, "quant_state"):
+            x = x.to(weight.quant_state.dtype)
+            y = _FourBitProduct.apply(x, weight, offsets, base.is_transposed)
+        else:
+            x = x.to(weight.dtype)
+            y = grouped_mm(x, weight if base.is_transposed else weight.transpose(1, 2), offsets)
         if name in wrappers:
             y = y + low_rank(wrappers[name], adapter, x, offsets)
         return y + getattr(base, f"{name}_bias")[expert] if base.has_bias else y
@@ -204,3 +218,147 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     starts = [0, *ends[:-1]]
     matrices = weight.unbind(0)
     return torch.cat([x[i:j] @ matrix for i, j, matrix in zip(starts, ends, matrices, strict=True)])
+
+
+# ---- weights of four bits ------------------------------------------------------------------------
+
+
+class _FourBitProduct(torch.autograd.Function):
+    """`grouped_mm` with frozen weights of four bits. They are made whole for the product, in both
+    directions, and not kept between.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Any, offsets: Tensor, transposed: bool
+    ) -> Tensor:
+        ctx.weight, ctx.transposed = weight, transposed
+        ctx.save_for_backward(offsets)
+        whole = dequantised(weight)
+        return grouped_mm(x, whole if transposed else whole.transpose(1, 2), offsets)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        (offsets,) = ctx.saved_tensors
+        whole = dequantised(ctx.weight)
+        dx = grouped_mm(
+            dy.contiguous(), whole.transpose(1, 2) if ctx.transposed else whole, offsets
+        )
+        return dx, None, None, None
+
+
+def dequantised(weight: Any) -> Tensor:
+    """The numbers that a four-bit weight stands for, in their own shape and type."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, weight.quant_state)
+
+
+@contextlib.contextmanager
+def experts_in_four_bits() -> Iterator[None]:
+    """While open, transformers loads routed experts in four bits too, one parameter after the
+    other, where it loads linear layers so. By itself it leaves them in half precision.
+
+    Those with a forward of their own stay as they are; so do all where FSDP2 or ZeRO-3 shards the
+    weights.
+    """
+    from transformers.core_model_loading import ConversionOps
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    from transformers.quantizers.quantizers_utils import get_module_from_name
+
+    name = "bitsandbytes_4bit"
+    own = AUTO_QUANTIZER_MAPPING[name]
+
+    def is_expert(quantizer: Any, model: Any, parameter: str) -> bool:
+        storage = quantizer.quantization_config.bnb_4bit_quant_storage
+        if storage != torch.uint8 or is_deepspeed_zero3_enabled():
+            return False
+        module, end = get_module_from_name(model, parameter)
+        return (
+            of_interface(module)
+            and "bias" not in end
+            and isinstance(whole := getattr(module, end, None), nn.Parameter)
+            and whole.dim() == 3
+        )
+
+    class Quantize(ConversionOps):
+        """Of linear layers as transformers does it; of experts in place of their parameter."""
+
+        def __init__(self, quantizer: Any) -> None:
+            self.quantizer, self.linear = quantizer, own.get_quantize_ops(quantizer)
+
+        def convert(self, input_dict: Any, model: Any = None, **kwargs: Any) -> Any:
+            if not any(is_expert(self.quantizer, model, n) for n in input_dict):
+                return self.linear.convert(input_dict, model=model, **kwargs)
+            return {
+                n: self.four_bits(value[0] if isinstance(value, list) else value)
+                for n, value in input_dict.items()
+            }
+
+        def four_bits(self, value: Tensor) -> Any:
+            from bitsandbytes.nn import Params4bit
+
+            config = self.quantizer.quantization_config
+            return Params4bit(
+                value.contiguous(),
+                requires_grad=False,
+                quant_type=config.bnb_4bit_quant_type,
+                compress_statistics=config.bnb_4bit_use_double_quant,
+            ).to(value.device)
+
+    class Quantizer(own):  # type: ignore[misc, valid-type]
+        def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+            linear = super().param_needs_quantization(model, param_name, **kwargs)
+            return linear or is_expert(self, model, param_name)
+
+        def get_quantize_ops(self) -> Any:
+            return Quantize(self)
+
+    AUTO_QUANTIZER_MAPPING[name] = Quantizer
+    try:
+        yield
+    finally:
+        AUTO_QUANTIZER_MAPPING[name] = own
+
+
+def install_four_bits(model: nn.Module) -> int:
+    """Gives experts in four bits a forward that computes with them. Returns how many numbers they
+    hold.
+    """
+    numbers = 0
+    for module in model.modules():
+        if of_interface(module):
+            packed = [p for p in module.parameters(recurse=False) if hasattr(p, "quant_state")]
+            numbers += sum(torch.Size(whole_shape(p)).numel() for p in packed)
+            if packed:
+                module.forward = functools.partial(_experts, module, {}, "")
+    return numbers
+
+
+@contextlib.contextmanager
+def whole_shapes(model: nn.Module, ends: Iterable[str]) -> Iterator[None]:
+    """While open, stacked parameters of four bits have the shape of the numbers that they stand
+    for, as PEFT looks at them to make its adapters; their values are not there. (Linear layers of
+    four bits it knows.)
+
+    Args:
+        ends: of the parameters' names.
+    """
+    ends = tuple(ends)
+    swapped = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            continue
+        for own, p in list(module.named_parameters(recurse=False)):
+            whole = f"{name}.{own}"
+            if hasattr(p, "quant_state") and any(f".{whole}".endswith(f".{end}") for end in ends):
+                shape, dtype = whole_shape(p), p.quant_state.dtype
+                one = torch.zeros(1, dtype=dtype, device=p.device).expand(shape)
+                module._parameters[own] = nn.Parameter(one, requires_grad=False)
+                swapped.append((module, own, p))
+    try:
+        yield
+    finally:
+        for module, own, p in swapped:
+            module._parameters[own] = p

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import math
@@ -17,6 +18,7 @@ from torch import Tensor
 from longfactory import hub
 from longfactory.errors import UserError
 from longfactory.memory.optimizer import local
+from longfactory.model import experts
 from longfactory.model.source import Source, read_source
 from longfactory.sp import hf, text_model
 
@@ -240,7 +242,9 @@ def load_model(
         if torch.cuda.is_available():
             kwargs["device_map"] = {"": torch.cuda.current_device()}
     try:
-        model, found = kind.from_pretrained(path, output_loading_info=True, **kwargs)
+        four = getattr(quantization, "load_in_4bit", False)
+        with experts.experts_in_four_bits() if four else contextlib.nullcontext():
+            model, found = kind.from_pretrained(path, output_loading_info=True, **kwargs)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
@@ -251,6 +255,7 @@ def load_model(
     refuse_no_numbers(model.named_parameters(), args.model_name_or_path)
     if quantization is not None:
         _keep_trainable(model)
+        experts.install_four_bits(model)
     if "gguf_file" in extra:
         # The weights are ordinary numbers now; saved as such, the folder must not claim to be
         # quantised.
@@ -389,6 +394,31 @@ def _keep_trainable(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def describe_quantised(model: Any) -> str:
+    """How many parameters are in four or eight bits, how many are not, and the bytes of all."""
+    numbers = {True: 0, False: 0}
+    size = 0
+    wide: list[str] = []
+    for name, p in model.named_parameters():
+        packed = hasattr(p, "quant_state") or p.dtype == torch.int8
+        count = math.prod(experts.whole_shape(p))
+        numbers[packed] += count
+        size += p.numel() * p.element_size()
+        state = getattr(p, "quant_state", None)
+        for x in (state, getattr(state, "state2", None)):
+            size += 0 if x is None else x.absmax.numel() * x.absmax.element_size()
+        if not packed and count >= 2**20:
+            wide.append(name)
+    line = (
+        f"Quantised: {numbers[True]:,} parameters; {numbers[False]:,} in {str(model.dtype)[6:]};"
+        f" {size / 2**30:.2f} GiB in all."
+    )
+    routed = [name for name in wide if ".experts." in name]
+    if routed:
+        line += f" Routed experts are not quantised here ({routed[0]})."
+    return line
 
 
 def quantization_config(args: Any, dtype: torch.dtype, *, sharded: bool = False) -> Any:

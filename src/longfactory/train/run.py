@@ -512,6 +512,8 @@ def build_model(
         device=on_device,
         quantization=quantization,
     )
+    if quantization is not None:
+        log.info(load.describe_quantised(model))
     source = load.source_of(model, cfg.model)
     if cfg.model.enable_liger_kernel:
         apply_liger(model)
