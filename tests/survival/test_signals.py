@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
@@ -18,6 +19,7 @@ from longfactory.errors import Stopped
 from longfactory.train.survival.board import Board
 from longfactory.train.survival.signals import TOGETHER, StopSignals
 from longfactory.train.survival.stopping import FINISHED, StopAgreement
+from longfactory.train.survival.watch import Watch
 from small_runs import POOLS, home, keys, steps  # noqa: F401  a fixture
 from survival_worker import HOOK, run_until_stopped
 
@@ -150,3 +152,19 @@ def test_the_main_thread_leaves_what_it_waits_in() -> None:
     finally:
         timer.join()
         signals.close()
+
+
+def test_a_handler_that_a_library_has_put_in_place_of_ours() -> None:
+    """LLVM does so in a process in which Triton compiles, and swallows SIGUSR1."""
+    swallow = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: None)
+    watch = Watch(0, 1)
+    try:
+        ctypes.CDLL(None).signal(signal.SIGUSR1, swallow)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert not watch.signals.wait(0.2) and watch.signals.first is None
+        watch.at_boundary(1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        watch.signals.wait(1.0)
+        assert watch.signals.first == signal.SIGUSR1
+    finally:
+        watch.signals.close()

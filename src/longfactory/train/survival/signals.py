@@ -54,6 +54,14 @@ class StopSignals:
         for number in wanted - set(self._old):
             self._old[number] = signal.signal(number, self._handle)
 
+    def renew(self) -> None:
+        """Installs the handlers again, in the main thread. LLVM, which Triton compiles kernels with,
+        puts its own in their place in the process: it passes SIGTERM and SIGINT on to whoever had
+        them, and swallows SIGUSR1 (llvm/lib/Support/Unix/Signals.inc).
+        """
+        for number in self._old:
+            signal.signal(number, self._handle)
+
     def close(self, ending: bool = False) -> None:
         """Gives the signals back to whoever had them. In the main thread.
 

@@ -124,6 +124,7 @@ class Watch:
 
     def at_boundary(self, following: int) -> bool:
         """See `StopAgreement.arrive`."""
+        self.signals.renew()
         return self.agreement.arrive(following)
 
     def finished(self) -> None:
