@@ -7,6 +7,7 @@ import types
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from longfactory.memory.cost import (
     ATTENTION_SHARE,
@@ -22,6 +23,7 @@ from longfactory.memory.cost import (
     working_set,
 )
 from longfactory.memory.offload import stored_bytes
+from longfactory.memory.report import advice
 from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import ModelShape, TrainingJob, kind_of, machine
 from longfactory.sp import SequenceParallel
@@ -427,3 +429,82 @@ def test_the_search_finds_what_looking_at_all_finds(tokens: int):
         return seconds(job, settings) * (1 + more)
 
     assert ok and found == min(fitting, key=key) and needs.seconds == seconds(job, found)
+
+
+# ---- adapters, and what is chosen ----------------------------------------------------------------
+
+SMALL_7B = {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12}
+MIXTURE = {
+    "hidden_size": 2048,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+}
+SHAPES = {
+    "7B": qwen_7b(),
+    "1.5B": qwen_7b(**SMALL_7B, num_key_value_heads=2, tie_word_embeddings=True),
+    "generic layer": AutoConfig.for_model("phi3", num_hidden_layers=32),
+    "mixture": AutoConfig.for_model("qwen3_moe", **MIXTURE),
+}
+
+
+def jobs_of(name: str, gpus: int, tokens: int = 8192) -> dict[str, TrainingJob]:
+    """Ways of training a shape, on H100s with 200 GiB of host memory each."""
+    config, where = SHAPES[name], machine("H100", gpus, gpus * 200 * GiB)
+    full = TrainingJob(ModelShape.of(config), where, tokens, sp=gpus, sharded=gpus > 1)
+    few = full.shape.parameters // 150
+    lora = ModelShape.of(config, lora=True, trainable=few)
+    linear = int(0.9 * full.shape.parameters)
+    four = ModelShape.of(config, lora=True, trainable=few, quantized=linear, quantized_bytes=0.52)
+    return {
+        "full": dataclasses.replace(full, leavable=True),
+        "split": dataclasses.replace(full, master=2, leavable=True),
+        "lora": dataclasses.replace(full, shape=lora),
+        "qlora": dataclasses.replace(full, shape=four),
+    }
+
+
+@pytest.mark.parametrize("gpus", [1, 8])
+@pytest.mark.parametrize("name", SHAPES)
+def test_adapters_reach_longer_rows_than_all_parameters(name: str, gpus: int):
+    reached = {way: longest(job) for way, job in jobs_of(name, gpus).items()}
+    assert reached["lora"] >= max(reached["full"], reached["split"])
+
+
+@pytest.mark.parametrize("gpus", [1, 8])
+@pytest.mark.parametrize("name", SHAPES)
+def test_advice_agrees_with_the_numbers(name: str, gpus: int):
+    """What is said to make room takes less, with the settings that did not fit."""
+    for tokens in (65536, 1048576):
+        jobs = jobs_of(name, gpus, tokens)
+        for way, better, words in (
+            ("full", "lora", "finetuning_type: lora"),
+            ("lora", "qlora", "quantization_bit: 4"),
+        ):
+            settings, needs, _ = choose(jobs[way])
+            less = budget(jobs[better], settings).gpu_total < needs.gpu_total
+            assert (words in advice(jobs[way], settings)) == less
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["full", "split", "lora"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_nothing_that_fits_is_faster_than_what_is_chosen(name: str, way: str):
+    """By the same cost model, over every combination of techniques; but for the percent that room
+    is worth.
+    """
+    for gpus, tokens in ((1, 32768), (8, 262144)):
+        job = jobs_of(name, gpus, tokens)[way]
+        _, chosen, ok = choose(job)
+        fitting = [
+            found.seconds
+            for settings in candidates(job, "auto")
+            if fits(job, found := budget(job, settings), 0.85)
+        ]
+        assert ok == bool(fitting)
+        if ok:
+            assert chosen.seconds <= 1.035 * min(fitting)

@@ -196,7 +196,7 @@ def stored_of_a_token(job: TrainingJob, kind: LayerKind) -> float:
         stored += width * kind.outputs
     if kind.head_norms:
         stored += around_heads * (kind.queries + kind.kv_heads * kind.head_dim)
-    stored += 4.0 * width * kind.dense_width
+    stored += 4.0 * width * kind.dense_width + kind.recurrent_bytes
     if kind.experts:
         # the input and the output of each expert, the output alone of a frozen one; what its
         # activation is made of and gives; its place in the order, three times

@@ -279,7 +279,9 @@ def chunk_length(settings: MemorySettings) -> int | None:
 
 
 def _values(job: TrainingJob, mode: str, settings: MemorySettings) -> list[int | None]:
-    chunks: list[int | None] = [4096] if mode == "long" else [None, 32768, 16384, 8192, 4096, 2048]
+    chunks: list[int | None] = (
+        [4096, 2048] if mode == "long" else [None, 32768, 16384, 8192, 4096, 2048]
+    )
     return [chunk for chunk in chunks if chunk is None or chunk < job.local] or [None]
 
 

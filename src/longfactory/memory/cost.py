@@ -101,7 +101,9 @@ def _bare_layer(job: TrainingJob, kind: LayerKind) -> LayerMoments:
         # key heads repeated for their query heads, and the gradients of those copies
         # (sp/backends/efficient.py)
         peak += 4 * attention
-    after += job.temporary_bytes(kind)
+    # what a recurrence stores, and the gradients of a third of it at once
+    peak += 1.3 * kind.recurrent_bytes
+    after += job.temporary_bytes(kind) + kind.recurrent_bytes
     return LayerMoments(peak * job.local, after * job.local)
 
 
@@ -315,6 +317,8 @@ def moved_bytes(job: TrainingJob, settings: MemorySettings, kind: LayerKind) -> 
         # an adapter's input is widened and narrowed again; its output is scaled and added
         forward += 12 * given + 12 * got
         backward += 16 * given + 12 * got
+    forward += 2 * kind.recurrent_bytes
+    backward += 4 * kind.recurrent_bytes
     if kind.experts:
         # gathered, weighted, put back in order, summed; the adjoints of these add up by index
         sent = kind.used * hidden

@@ -53,7 +53,9 @@ class LayerKind:
         hidden: width of the layer's input.
         norms: of the width of the layer's input.
         head_norms: queries and keys are normalised by heads.
+        softcap: scores are capped.
         recurrent_flop: of a token in a linear recurrence, forward, beside its linear maps.
+        recurrent_bytes: that autograd stores of a token in it.
     """
 
     heads: int
@@ -71,7 +73,9 @@ class LayerKind:
     used: int = 0
     norms: int = 2
     head_norms: bool = False
+    softcap: bool = False
     recurrent_flop: float = 0.0
+    recurrent_bytes: float = 0.0
 
     @property
     def active_expert_parameters(self) -> int:
@@ -149,6 +153,7 @@ def _kind(layer: nn.Module, config: Any, index: int) -> LayerKind:
             dense += size
     heads, kv_heads, head_dim, value_dim = _heads(layer, own, index)
     reach, within_chunk = _reach(layer, own, index)
+    linear = _type(config, index) == "linear_attention"
     return LayerKind(
         heads,
         kv_heads,
@@ -165,7 +170,9 @@ def _kind(layer: nn.Module, config: Any, index: int) -> LayerKind:
         _used(own, experts),
         max(norms, 1),
         head_norms,
-        recurrent_flop(own) if _type(config, index) == "linear_attention" else 0.0,
+        bool(getattr(own, "attn_logit_softcapping", None)),
+        recurrent_flop(own) if linear else 0.0,
+        recurrent_bytes(own) if linear else 0.0,
     )
 
 
@@ -194,14 +201,29 @@ def used_experts(config: Any) -> int:
     return next((int(value) for value in given if isinstance(value, int) and value > 0), 0)
 
 
+def _recurrence(config: Any) -> tuple[int, int, int, int]:
+    """Heads of values and of keys of a gated delta rule, and their dims."""
+    names = ("num_value_heads", "num_key_heads", "key_head_dim", "value_head_dim")
+    heads, key_heads, key, value = (getattr(config, f"linear_{n}", None) or 0 for n in names)
+    return heads, key_heads, key, value
+
+
+def recurrent_bytes(config: Any) -> float:
+    """That autograd stores of one token in a gated delta net but for its input, in PyTorch's own
+    form of the rule, which computes in fp32: fitted to counts of its stored tensors.
+    """
+    heads, key_heads, key, value = _recurrence(config)
+    states = heads * key * value / RECURRENT_CHUNK
+    each = heads * (32 * key + 34 * value + 20.6 * RECURRENT_CHUNK)
+    return each + 8.2 * key_heads * key + 3.6 * states
+
+
 def recurrent_flop(config: Any) -> float:
     """Of one token in a gated delta rule, forward, in chunks of `RECURRENT_CHUNK` tokens: products
     of keys with queries and with keys, the inverse of a triangular matrix, its products with keys
     and values, and reading and writing the state.
     """
-    heads = getattr(config, "linear_num_value_heads", None) or 0
-    key = getattr(config, "linear_key_head_dim", None) or 0
-    value = getattr(config, "linear_value_head_dim", None) or 0
+    heads, _, key, value = _recurrence(config)
     chunk = RECURRENT_CHUNK
     within = 2 * chunk * key + chunk * chunk / 3 + chunk * (key + value) + chunk * value
     return 2.0 * heads * (within + 3 * key * value)

@@ -167,12 +167,12 @@ Rates = tuple[float, float, float]
 """FLOP/s of matrix products, of attention forward and of attention backward."""
 
 
+FLASH = 0.57
+"""Of the rates of cuDNN's attention on Hopper, what FlashAttention 2 reaches (attention.md in
+benchmarks/results: 334 of 596 TFLOP/s forward, 317 of 554 in all). It computes windows, soft-caps
+and heads above 128 dims there, and everything on other GPUs."""
 WIDE_HEADS = 0.33
-"""Of attention's rates, what heads of 256 dims reach: two runs of Gemma 3's shape on a H200
-(benchmarks/results/plan_accuracy.md)."""
-WINDOWS = 0.57
-"""The same for tiles in a window, which FlashAttention 2 computes where cuDNN does the others
-(benchmarks/results/attention.md: 334 of 596 TFLOP/s forward, 317 of 554 in all)."""
+"""The same with heads of 256 dims: two runs of Gemma 3's shape on a H200 (plan_accuracy.md)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +194,8 @@ class Machine:
     copies: float = 50e9
     host_memory: float = 40e9
     memory: float = 2.3e12
-    wide_heads: float = WIDE_HEADS  # of attention's rates, what heads above 192 dims reach
+    flash: float = FLASH  # of attention's rates, what tiles reach that cuDNN does not compute
+    wide_heads: float = WIDE_HEADS  # and those with heads above 192 dims
     links: float = 200e9
     network: float = 40e9  # of one GPU to those of other hosts
     # products, attention forward and backward where layers compute in fp32
@@ -215,7 +216,8 @@ class Machine:
         """Of attention's rates, what a kind of layer reaches."""
         if kind.head_dim > 192:
             return self.wide_heads
-        return WINDOWS if kind.reach and not kind.within_chunk else 1.0
+        window = kind.reach and not kind.within_chunk
+        return self.flash if window or kind.softcap or kind.head_dim > 128 else 1.0
 
     @property
     def flop_per_byte(self) -> float:
@@ -250,19 +252,20 @@ class Gpu:
     host: float
     link: float
     own: float = 2e12
+    cudnn: bool = False  # its attention is cuDNN's, where that computes a tile
 
 
 PCIE3, PCIE4, PCIE5 = 15.75e9, 31.5e9, 63e9
 
 # NVLink's rates are half of the data sheets', which count both ways.
 GPUS: dict[str, Gpu] = {
-    "H100": Gpu(80e9, 989e12, 67e12, 495e12, PCIE5, 450e9, 3.35e12),
-    "H200": Gpu(141e9, 989e12, 67e12, 495e12, PCIE5, 450e9, 4.8e12),
-    "GH200": Gpu(96e9, 989e12, 67e12, 495e12, 450e9, 450e9, 4.0e12),
-    "H800": Gpu(80e9, 989e12, 67e12, 495e12, PCIE5, 200e9, 3.35e12),
-    "H20": Gpu(96e9, 148e12, 44e12, 74e12, PCIE5, 450e9, 4.0e12),
-    "B200": Gpu(180e9, 2250e12, 75e12, 1100e12, PCIE5, 900e9, 8.0e12),
-    "B300": Gpu(270e9, 2250e12, 77e12, 1100e12, PCIE5, 900e9, 8.0e12),
+    "H100": Gpu(80e9, 989e12, 67e12, 495e12, PCIE5, 450e9, 3.35e12, True),
+    "H200": Gpu(141e9, 989e12, 67e12, 495e12, PCIE5, 450e9, 4.8e12, True),
+    "GH200": Gpu(96e9, 989e12, 67e12, 495e12, 450e9, 450e9, 4.0e12, True),
+    "H800": Gpu(80e9, 989e12, 67e12, 495e12, PCIE5, 200e9, 3.35e12, True),
+    "H20": Gpu(96e9, 148e12, 44e12, 74e12, PCIE5, 450e9, 4.0e12, True),
+    "B200": Gpu(180e9, 2250e12, 75e12, 1100e12, PCIE5, 900e9, 8.0e12, True),
+    "B300": Gpu(270e9, 2250e12, 77e12, 1100e12, PCIE5, 900e9, 8.0e12, True),
     "A100": Gpu(80e9, 312e12, 19.5e12, 156e12, PCIE4, 300e9, 2.039e12),
     "A800": Gpu(80e9, 312e12, 19.5e12, 156e12, PCIE4, 200e9, 2.039e12),
     "A10": Gpu(24e9, 125e12, 31.2e12, 62.5e12, PCIE4, PCIE4, 0.6e12),
@@ -355,6 +358,8 @@ def machine(
         REACHED["host"] * kind.host,
         host_memory=host_rate(min(gpus, gpus_per_host or 8), cores),
         memory=REACHED["own"] * kind.own,
+        flash=FLASH if kind.cudnn else 1.0,
+        wide_heads=WIDE_HEADS if kind.cudnn else WIDE_HEADS / FLASH,
         links=REACHED["link"] * kind.link,
         network=network,
         float32=(
