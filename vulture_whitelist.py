@@ -66,10 +66,11 @@ _.first_layer
 _.last_layer
 _.after_attention
 
-# The cost model's parts and the pool's counter, read by tests.
+# The cost model's parts and the pool's counter, read by tests and benchmarks.
 _.working_set
 _.moments
 _.offloaded_bytes
+_.active_layer_parameters
 
 # Of torch's schedulers and transformers' Trainer: they read these.
 _.base_lrs

@@ -44,7 +44,7 @@ ABOVE = {
     "plan": (
         """\
 longfactory plan run.yaml [key=value ...] [--gpus 8xH200 ...]
-  Everything is as the run's file and words say; an option below takes the place of its key. Without a file:
+  Everything is as the run's file and words say; an option below takes the place of its key (docs/planning.md).
 """
     ),
     "verify": (

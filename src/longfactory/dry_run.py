@@ -127,7 +127,7 @@ def _model(cfg: RunConfig, found: Found) -> Any:
         if (folder / "config.json").is_file() and not model.train_from_scratch:
             _weights("model_name_or_path", folder, found)
     try:
-        config = load.load_config(model, cfg.data.cutoff_len)
+        config = load.load_config(model, cfg.known_cutoff_len)
         load.empty_model(model, config)
     except UserError as error:
         found.problem(error)

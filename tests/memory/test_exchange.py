@@ -55,7 +55,7 @@ def test_between_hosts_heads_are_dearer_than_a_ring():
     )
     shared = dataclasses.replace(SHAPE, heads=32, kv_heads=8)
     wide = [TrainingJob(shared, far, 262144, sp=16, mode=m) for m in ("ulysses", "zigzag-ring")]
-    assert seconds(wide[0], SAVED) > 1.03 * seconds(wide[1], SAVED)
+    assert seconds(wide[0], SAVED) > 1.02 * seconds(wide[1], SAVED)
     assert ulysses < 1.05 * ring  # heads inside a host
 
 

@@ -101,7 +101,16 @@ def test_masters_are_split_where_that_is_faster(tmp_path, capsys):
     shape = {"hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64}
     heads = {"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128}
     qwen_7b(**shape, **heads, architectures=["Qwen2ForCausalLM"]).save_pretrained(tmp_path)
-    out = planned(capsys, str(tmp_path), "--gpus", "8xH100", "--tokens", "32k")
+    out = planned(
+        capsys,
+        str(tmp_path),
+        "--gpus",
+        "8xH100",
+        "--tokens",
+        "32k",
+        "--sequence-parallel-size",
+        "8",
+    )
     assert "masters: split" in out and "optimizer on the gpu" in out
     assert float(re.search(r"predicted: ([0-9.]+) s a row", out)[1]) < 4  # type: ignore[index]
 

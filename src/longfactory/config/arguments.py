@@ -86,8 +86,12 @@ class DataArguments:
     template_compat: Literal["0.9.5", "0.9.1"] = arg(
         "0.9.5", "Whose tokens: LLaMA-Factory 0.9.5, or 0.9.1 (and its 360 fork)."
     )
-    cutoff_len: int = arg(
-        2048, "Longest sample, or length of a packed row, in tokens.", low=1, high=10**9
+    cutoff_len: int | Literal["auto"] = arg(
+        2048,
+        "Longest sample, or length of a packed row, in tokens; auto: the data's longest sample, or"
+        " the longest that fits.",
+        low=1,
+        high=10**9,
     )
     cutoff_strategy: Literal["llamafactory", "drop", "error", "keep_tail"] = arg(
         "llamafactory",
@@ -286,8 +290,12 @@ class FinetuningArguments:
 class ParallelArguments:
     """How a run is distributed over devices."""
 
-    sequence_parallel_size: int = arg(
-        1, "Devices that share one sequence. Divides the number of processes.", low=1, high=65536
+    sequence_parallel_size: int | Literal["auto"] = arg(
+        1,
+        "Devices that share one sequence. Divides the number of processes; auto: the fastest that"
+        " fits (longfactory plan).",
+        low=1,
+        high=65536,
     )
     sequence_parallel_mode: Literal["zigzag-ring", "ulysses", "llama3", "usp", "auto"] = arg(
         "zigzag-ring",

@@ -51,6 +51,11 @@ def inference(cfg: RunConfig, command: str) -> Iterator[str]:
     """The problems of an export or a chat."""
     if cfg.model.model_name_or_path is None:
         yield "model_name_or_path is missing: a folder, or a model's name on the hub."
+    if cfg.data.cutoff_len == "auto" and cfg.model.rope_scaling is not None:
+        yield (
+            "cutoff_len: auto is decided when a run starts, and rope_scaling follows from it. Give"
+            " the number: the run's longfactory.yaml has it."
+        )
     if command == "export":
         if cfg.output.export_dir is None:
             yield "export_dir is missing: the folder to write the merged model to."
@@ -87,6 +92,11 @@ def _trackers(cfg: RunConfig) -> tuple[str, ...]:
 
 def _data(cfg: RunConfig) -> Iterator[str]:
     data = cfg.data
+    if data.streaming and data.cutoff_len == "auto":
+        yield (
+            "cutoff_len: auto needs the length of every sample, which streaming does not know. Give"
+            " a number."
+        )
     if data.train_on_prompt and data.mask_history:
         yield (
             "train_on_prompt trains every token, mask_history the last answer alone. Keep one of"
@@ -186,7 +196,7 @@ def _method(cfg: RunConfig) -> Iterator[str]:
         yield (
             "predict_with_generate and compute_accuracy cannot be used together. Keep one of them."
         )
-    if predicts and cfg.parallel.sequence_parallel_size > 1:
+    if predicts and cfg.parallel.sequence_parallel_size not in (1, "auto"):
         yield (
             "predict_with_generate generates on one device. Set sequence_parallel_size: 1, or"
             " generate from the exported model."
@@ -338,18 +348,26 @@ def _parallel(cfg: RunConfig) -> Iterator[str]:
             "ddp_backend: nccl needs GPUs, and use_cpu: true uses none. Use gloo, or leave it out."
         )
     ulysses, ring = p.sequence_parallel_ulysses_degree, p.sequence_parallel_ring_degree
-    if p.sequence_parallel_mode == "usp":
-        if ulysses is not None and ring is not None and ulysses * ring != p.sequence_parallel_size:
+    size = p.sequence_parallel_size
+    if size == "auto":
+        for name, degree in (("ulysses", ulysses), ("ring", ring)):
+            if degree is not None:
+                yield (
+                    f"sequence_parallel_{name}_degree: {degree} is of a sequence_parallel_size that"
+                    " is known, and this run's is auto. Give the size, or leave the degree out."
+                )
+    elif p.sequence_parallel_mode == "usp":
+        if ulysses is not None and ring is not None and ulysses * ring != size:
             yield (
                 f"usp: sequence_parallel_ulysses_degree {ulysses} x sequence_parallel_ring_degree"
                 f" {ring} = {ulysses * ring}, and sequence_parallel_size is"
-                f" {p.sequence_parallel_size}. Make them equal, or give one degree alone."
+                f" {size}. Make them equal, or give one degree alone."
             )
         for name, degree in (("ulysses", ulysses), ("ring", ring)):
-            if degree is not None and p.sequence_parallel_size % degree:
+            if degree is not None and size % degree:
                 yield (
                     f"sequence_parallel_{name}_degree: {degree} does not divide"
-                    f" sequence_parallel_size: {p.sequence_parallel_size}."
+                    f" sequence_parallel_size: {size}."
                 )
     elif (ulysses or 1) > 1 or (ring or 1) > 1:
         yield (
@@ -423,7 +441,7 @@ def _deepspeed(given: str | dict, cfg: RunConfig) -> Iterator[str]:
 def processes(cfg: RunConfig, world_size: int) -> Iterator[str]:
     """Whether the run fits so many processes."""
     size = cfg.parallel.sequence_parallel_size
-    if world_size % size == 0:
+    if size == "auto" or world_size % size == 0:
         return
     if world_size < size:
         yield (

@@ -124,9 +124,19 @@ def configuration_digest(cfg: RunConfig) -> str:
     """A hash of a run's keys, as they resolve, and of `resume_from_checkpoint`: the same command
     has the same.
     """
-    lines = [x for x in resolved(cfg).splitlines() if not x.startswith("#")]
+    lines = [x for x in resolved(undecided(cfg)).splitlines() if not x.startswith("#")]
     text = "\n".join([*lines, str(cfg.trainer.resume_from_checkpoint)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def undecided(cfg: RunConfig) -> RunConfig:
+    """The run as it was written: keys that have been decided are `auto` again."""
+    parallel, data = cfg.parallel, cfg.data
+    if "sequence_parallel_size" in cfg.decided:
+        parallel = dataclasses.replace(parallel, sequence_parallel_size="auto")
+    if "cutoff_len" in cfg.decided:
+        data = dataclasses.replace(data, cutoff_len="auto")
+    return dataclasses.replace(cfg, parallel=parallel, data=data, decided=())
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -51,6 +51,8 @@ class RunConfig:
     """Where the run may go on from, the first choice first; empty where it begins anew."""
     notes: tuple[str, ...] = ()
     """What the user should know: one sentence each, printed once."""
+    decided: tuple[str, ...] = ()
+    """Keys that were `auto` and have been decided (`train.auto`): their groups hold the numbers."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hf", MappingProxyType(dict(self.hf)))
@@ -60,6 +62,33 @@ class RunConfig:
     def output_dir(self) -> Path:
         assert self.trainer.output_dir is not None  # checked for every run that writes
         return Path(self.trainer.output_dir)
+
+    @property
+    def sequence_parallel_size(self) -> int:
+        """Processes that share a row, once that is decided."""
+        size = self.parallel.sequence_parallel_size
+        assert size != "auto", "sequence_parallel_size is not decided yet"
+        return size
+
+    @property
+    def cutoff_len(self) -> int:
+        """Tokens of a document, at most, once that is decided."""
+        assert self.data.cutoff_len != "auto", "cutoff_len is not decided yet"
+        return self.data.cutoff_len
+
+    @property
+    def known_cutoff_len(self) -> int:
+        """The same; 0 where it is not decided yet."""
+        return 0 if self.data.cutoff_len == "auto" else self.data.cutoff_len
+
+    @property
+    def undecided(self) -> tuple[str, ...]:
+        """Keys that are `auto` until the run starts."""
+        both = (
+            ("sequence_parallel_size", self.parallel.sequence_parallel_size),
+            ("cutoff_len", self.data.cutoff_len),
+        )
+        return tuple(name for name, value in both if value == "auto")
 
     @property
     def precision(self) -> str:
@@ -78,7 +107,7 @@ class RunConfig:
         """Tokens of a sample, at most: of both answers of a pair, each with its prompt (a prompt
         that they share stands once, but long answers leave it one token).
         """
-        return self.data.cutoff_len * STAGES[self.method.stage].documents
+        return self.cutoff_len * STAGES[self.method.stage].documents
 
     @property
     def longest_row(self) -> int:

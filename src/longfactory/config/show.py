@@ -90,33 +90,37 @@ def processes(cfg: RunConfig) -> int | None:
 
 def arithmetic(cfg: RunConfig, world_size: int | None = None) -> list[str]:
     """What follows from the numbers: groups, samples a step, tokens a device."""
-    p, row = cfg.parallel, cfg.longest_row
     batch, steps = (
         cfg.trainer.per_device_train_batch_size,
         cfg.trainer.gradient_accumulation_steps,
     )
     world = world_size if world_size is not None else processes(cfg)
     lines = [f"{cfg.method.stage}, {cfg.method.finetuning_type}, {cfg.model.model_name_or_path}"]
+    if cfg.undecided:
+        keys = " and ".join(f"{name}: auto" for name in cfg.undecided)
+        return [*lines, f"{keys}: decided when the run starts, as `longfactory plan` says"]
+    mode, size, row = (
+        cfg.parallel.sequence_parallel_mode,
+        cfg.sequence_parallel_size,
+        cfg.longest_row,
+    )
     samples = [str(n) for n in (batch, STAGES[cfg.method.stage].documents) if n > 1]
-    what = " x ".join([*samples, f"cutoff_len {cfg.data.cutoff_len}"])
-    if p.sequence_parallel_size > 1:
+    what = " x ".join([*samples, f"cutoff_len {cfg.cutoff_len}"])
+    if size > 1:
         lines.append(
             f"tokens of a row on each device: {what} / sequence_parallel_size"
-            f" {p.sequence_parallel_size} = {-(-row // p.sequence_parallel_size)}"
-            f" ({p.sequence_parallel_mode})"
+            f" {size} = {-(-row // size)}"
+            f" ({mode})"
         )
     kind = "packed rows" if cfg.packing else STAGES[cfg.method.stage].items
     if world is None:
         lines.append(
-            f"{kind} a step: (processes / sequence_parallel_size {p.sequence_parallel_size}) x "
+            f"{kind} a step: (processes / sequence_parallel_size {size}) x "
             f"per_device_train_batch_size {batch} x gradient_accumulation_steps {steps}"
         )
     else:
-        groups = world // p.sequence_parallel_size
-        lines.append(
-            f"processes: {world} = {groups} groups x sequence_parallel_size"
-            f" {p.sequence_parallel_size}"
-        )
+        groups = world // size
+        lines.append(f"processes: {world} = {groups} groups x sequence_parallel_size {size}")
         total = groups * batch * steps
         lines.append(
             f"{kind} a step: {groups} groups x batch {batch} x accumulation {steps} = {total}, at"

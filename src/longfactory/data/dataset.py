@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -57,6 +58,20 @@ class TokenizedDataset:
         if self.bins is None:
             return self._sample(i)
         return [d for e in self.bins[i].tolist() for d in self._sample(e)]
+
+    def longest_uncut(self) -> int:
+        """The smallest cutoff_len by which no sample is cut: the tokens of the longest one, or of
+        the longer of its two answers with their prompt.
+        """
+        if self.kind.final:  # saved as they are
+            return int(max(self.lengths, default=0))
+        low, high = 0, int(max(self.lengths, default=0))
+        while high - low > 1:
+            middle = (low + high) // 2
+            rules = dataclasses.replace(self.rules, cutoff=middle, strategy="llamafactory")
+            found = self.kind.lengths(self.stores, self.entries, rules)
+            low, high = (middle, high) if (found.before > found.after).any() else (low, middle)
+        return high
 
     def where(self, sample: int) -> tuple[str, int]:
         """The data set, as a message names it, and the row (from 0) of the sample with a number."""

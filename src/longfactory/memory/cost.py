@@ -476,10 +476,22 @@ def choose(
     if mode not in ("auto", "fast", "long"):
         raise ValueError(f"memory: got {mode!r}, expected auto, fast or long.")
     best: tuple[float, MemorySettings, Budget] | None = None
+    least: tuple[float, MemorySettings] | None = None
     ordered = sorted((t for t in techniques() if t.ordered), key=lambda technique: technique.depth)
     for fastest in _agreeing(candidates(job, mode, "first"), fixed, mode):
         if best is not None and seconds(job, fastest) >= best[0]:
             continue  # nothing that is only leaner is faster
+        for leanest in _agreeing(_nested(job, mode, fastest, ordered, "last"), fixed, mode):
+            needs = budget(job, leanest, timed=False)
+            if fits(job, needs, host_share):
+                break
+            short = needs.gpu_total / (MARGIN * job.machine.gpu_bytes)
+            if job.machine.host_bytes:
+                short = max(short, needs.host_total / (host_share * job.machine.host_bytes))
+            if least is None or short < least[0]:
+                least = (short, leanest)
+        else:
+            continue  # nor does anything that takes more fit
         for settings in _agreeing(_nested(job, mode, fastest, ordered, "all"), fixed, mode):
             taken = seconds(job, settings)
             if best is not None and taken >= best[0]:
@@ -496,16 +508,8 @@ def choose(
                 best = (key, settings, dataclasses.replace(needs, seconds=taken))
     if best is not None:
         return best[1], best[2], True
-
-    def short(settings: MemorySettings) -> float:
-        needs = budget(job, settings, timed=False)
-        of_gpu = needs.gpu_total / (MARGIN * job.machine.gpu_bytes)
-        if not job.machine.host_bytes:
-            return of_gpu
-        return max(of_gpu, needs.host_total / (host_share * job.machine.host_bytes))
-
-    least = min(_agreeing(candidates(job, mode, "last"), fixed, mode), key=short)
-    return least, budget(job, least), False
+    assert least is not None
+    return least[1], budget(job, least[1]), False
 
 
 def _agreeing(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from longfactory.memory.shapes import TrainingJob
 from longfactory.sp.schedules.ulysses import copies
 
-MERGE_RATE = 2e12  # bytes/s of a GPU's own memory
+MERGE_REACHES = 0.6  # of the rate of a GPU's own memory (fitted: benchmarks/results/auto_choice.md)
 MERGE_BYTES = 22  # of a number of the attention output: 10 in forward, 12 of its query in backward
 
 
@@ -87,8 +87,8 @@ def _seconds(
     if how.ulysses > 1:
         waited += exchanged_heads(job, how, forward_runs) / machine.between(how.ulysses)
     merges = min(ring - 1, 1) if how.gathers else ring - 1
-    numbers = job.local * shape.heads * shape.head_dim * shape.layers
-    waited += merges * MERGE_BYTES * numbers / MERGE_RATE
+    numbers = job.local * sum(count * kind.outputs for kind, count in shape.layers_of_kinds)
+    waited += merges * MERGE_BYTES * numbers / (MERGE_REACHES * machine.memory)
     return max(attending, hidden) + waited
 
 
@@ -97,11 +97,13 @@ def exchanged_heads(job: TrainingJob, how: Schedule, forward_runs: float) -> flo
     in forward; these, their gradients and the output's in backward.
     """
     shape = job.shape
-    keys = shape.key_bytes * copies(shape.heads, shape.kv_heads, how.ulysses)
-    forward = 2 * shape.attention_bytes + 2 * keys
-    backward = 4 * shape.attention_bytes + 4 * keys
+    times = copies(shape.heads, shape.kv_heads, how.ulysses)
     share = (how.ulysses - 1) / how.ulysses
-    return job.local * shape.layers * share * (forward_runs * forward + backward)
+    numbers = sum(
+        count * (kind.queries + kind.outputs + times * kind.keys_values)
+        for kind, count in shape.layers_of_kinds
+    )
+    return job.local * shape.width * share * numbers * (forward_runs + 2)
 
 
 def held_bytes(job: TrainingJob) -> float:

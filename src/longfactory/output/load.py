@@ -34,7 +34,7 @@ def load_with_source(cfg: RunConfig, device: torch.device) -> tuple[Any, Any, So
     from longfactory.model import load as models
 
     tokenizer = load_tokenizer(cfg)
-    config = models.load_config(cfg.model, cfg.data.cutoff_len)
+    config = models.load_config(cfg.model, cfg.known_cutoff_len)
     dtype = DTYPES.get(cfg.model.infer_dtype) or getattr(config, "dtype", None) or torch.float32
     quantization = models.quantization_config(cfg.model, dtype)
     model = models.load_model(cfg.model, config, dtype, attention="sdpa", quantization=quantization)

@@ -5,18 +5,26 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+import shlex
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from longfactory.errors import UserError
 from longfactory.memory import calibration
-from longfactory.memory.cost import longest
 from longfactory.memory.shapes import GPUS, Gpu, Machine, kind_of, machine
+from longfactory.plan import facts
+from longfactory.plan.curve import chart, check_picture, falls, picture, points
+from longfactory.plan.sizes import SIZES, model_folder
+from longfactory.plan.table import Compared, compare, longest_ways, table, with_other_memory
+from longfactory.plan.write import chosen_keys, write
+from longfactory.train.auto import WORTH, Planned, Way
 
 if TYPE_CHECKING:
     from longfactory.config import RunConfig
-    from longfactory.train.memory_plan import Memory
+    from longfactory.data.module import Datasets
 
 GiB = 2**30
 FITS, DOES_NOT_FIT, NOT_ALL_PRICED = 0, 1, 3
@@ -49,6 +57,13 @@ def positive(text: str) -> float:
     return number
 
 
+def whole(text: str) -> int:
+    """A whole number above 0."""
+    if not text.strip().isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number above 0")
+    return int(text)
+
+
 def several(text: str) -> tuple[int, str | None]:
     """`8` or `8xH100`: how many GPUs, and of what kind."""
     match = re.fullmatch(r"([0-9]+)(?:x(.+))?", text.strip(), re.IGNORECASE)
@@ -65,16 +80,23 @@ def make_parser() -> argparse.ArgumentParser:
         "run",
         nargs="*",
         metavar="RUN",
-        help="a run's file, and key=value words that change it; or a model: a folder or hub id with"
-        " a config.json",
+        help="a run's file, and key=value words that change it; or a model, as --model takes it",
+    )
+    parser.add_argument(
+        "--model",
+        help="in place of the run's: a folder, a hub id in this machine's cache, a config.json, or"
+        f" a size: {', '.join(SIZES)}",
     )
     parser.add_argument("--tokens", type=count, help="cutoff_len: 131072 or 128k")
     parser.add_argument(
-        "--gpus", type=several, default=(8, None), help="GPUs of the run, 8 or 8xH100 (default 8)"
+        "--gpus",
+        type=several,
+        default=(None, None),
+        help="GPUs of the run, 8 or 8xH100 (default 8, or as many as a row is spread over)",
     )
     parser.add_argument("--gpu", help=f"kind of GPU: {', '.join(GPUS)} (default H100)")
     parser.add_argument(
-        "--gpus-per-host", type=int, default=None, help="GPUs of one host (default: up to 8)"
+        "--gpus-per-host", type=whole, default=None, help="GPUs of one host (default: up to 8)"
     )
     parser.add_argument(
         "--gpu-gib", type=positive, help="memory of one GPU in GiB, where it is not the usual one"
@@ -97,14 +119,14 @@ def make_parser() -> argparse.ArgumentParser:
         help="Gbit/s of a GPU to other hosts (default 400)",
     )
     parser.add_argument(
-        "--sequence-parallel-size", type=int, help="GPUs that share a row (a model: all)"
+        "--sequence-parallel-size", help="GPUs that share a row, or auto (a model: auto)"
     )
     parser.add_argument("--memory", choices=["auto", "fast", "long"])
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the code that comes with the model"
     )
     parser.add_argument(
-        "--lora", type=int, metavar="RANK", default=0, help="train adapters of this rank"
+        "--lora", type=whole, metavar="RANK", default=0, help="train adapters of this rank"
     )
     parser.add_argument(
         "--precision",
@@ -121,6 +143,18 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--calibrated", metavar="FILE", help="plan with the rates that --calibrate wrote"
     )
+    parser.add_argument(
+        "--read-data",
+        action="store_true",
+        help="tokenise the run's data, as training does, for the time of an epoch and cutoff_len:"
+        " auto",
+    )
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="peak and seconds over length: png, svg or pdf"
+    )
+    parser.add_argument(
+        "--write", type=Path, metavar="FILE", help="the run's file with the best way's keys"
+    )
     return parser
 
 
@@ -129,20 +163,31 @@ def words_of(a: argparse.Namespace) -> list[str]:
     from longfactory.config.read import FILES
 
     words = list(a.run)
-    if not words[0].lower().endswith(FILES):
-        # A model alone: all its weights, rows of 128k tokens over all GPUs.
+    is_file = bool(words) and words[0].lower().endswith(FILES)
+    if is_file and Path(words[0]).name == "config.json":
+        is_file = False  # a model's
+    if not is_file:
+        if words and "=" not in words[0]:
+            if a.model is not None:
+                raise UserError(f"{words[0]} and --model {a.model} name two models. Keep one.")
+            a.model = words.pop(0)
+        if a.model is None:
+            raise UserError("plan needs a run's file, or --model.")
+        # A model alone: all its weights, rows of 128k tokens.
         words = [
-            f"model_name_or_path={words[0]}",
             "stage=sft",
             "finetuning_type=full",
             "template=empty",
             "dataset=not_given",
             "output_dir=not_given",
             "per_device_train_batch_size=1",
-            *words[1:],
+            *words,
         ]
-        a.tokens = a.tokens or 131072
-        a.sequence_parallel_size = a.sequence_parallel_size or a.gpus[0]
+        given = [word.partition("=")[0] for word in words]
+        if "cutoff_len" not in given:
+            a.tokens = a.tokens or 131072
+        if "sequence_parallel_size" not in given:
+            a.sequence_parallel_size = a.sequence_parallel_size or "auto"
         a.precision = a.precision or "bf16"
     if a.tokens:
         words.append(f"cutoff_len={a.tokens}")
@@ -160,15 +205,16 @@ def words_of(a: argparse.Namespace) -> list[str]:
     return words
 
 
-def machine_of(a: argparse.Namespace, tf32: bool) -> tuple[Machine, str]:
-    """The machines that the options describe, and their kind of GPU in words.
+def machine_of(a: argparse.Namespace, gpus: int, tf32: bool) -> tuple[Machine, str, Gpu]:
+    """The machines that the options describe, with so many GPUs, and their kind of GPU: its name,
+    and its data sheet.
 
     Raises:
         UserError: a kind of GPU that is not known, and not described.
     """
-    gpus, kind = a.gpus
+    kind = a.gpus[1]
     if kind is not None and a.gpu is not None and kind_of(kind) != kind_of(a.gpu):
-        raise UserError(f"--gpus {gpus}x{kind} and --gpu {a.gpu} name two kinds. Keep one.")
+        raise UserError(f"--gpus {a.gpus[0]}x{kind} and --gpu {a.gpu} name two kinds. Keep one.")
     name = kind or a.gpu or "H100"
     known = kind_of(name)
     if a.gpu_tflops is not None:
@@ -180,14 +226,14 @@ def machine_of(a: argparse.Namespace, tf32: bool) -> tuple[Machine, str]:
         described = dataclasses.replace(usual, memory=memory, bf16=rate)
         if known is None:
             described = Gpu(memory, rate, rate / 16, rate / 2, usual.host, usual.host)
-        found: str | Gpu = described
+        found = described
     elif known is None:
         raise UserError(
             f"--gpu: got {name!r}, which is not a kind that is known: {', '.join(GPUS)}. Give its"
             " memory and its dense bf16 rate from the data sheet: --gpu-gib 32 --gpu-tflops 210."
         )
     else:
-        found = known
+        found = GPUS[known]
     where = machine(
         found,
         gpus,
@@ -199,7 +245,7 @@ def machine_of(a: argparse.Namespace, tf32: bool) -> tuple[Machine, str]:
     )
     if a.calibrated is not None:
         where = calibration.of_file(Path(a.calibrated), where, name)
-    return where, name
+    return where, name, found
 
 
 def not_priced(cfg: RunConfig) -> list[str]:
@@ -222,55 +268,179 @@ def not_priced(cfg: RunConfig) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the budget of the settings that `memory:` would choose for a run's longest row, and
-    the longest cutoff_len that fits. Needs no GPU and no weights. Exit status: 0 it fits, 1 it
-    does not, 2 a mistake in the run, 3 it fits but for what could not be counted.
+    """Compares the ways of spreading a run's longest row over its GPUs, and prints the budget of
+    the run as it is, the longest rows that fit, and what else it needs. Needs no GPU and no
+    weights. Exit status: 0 the run fits, 1 it does not, 2 a mistake in the run, 3 it fits but for
+    what could not be counted.
     """
-    a = make_parser().parse_intermixed_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    a = make_parser().parse_intermixed_args(words)
     if a.calibrate is not None:
         from longfactory.plan import calibrate
 
         return calibrate.main(Path(a.calibrate) if a.calibrate else None)
-    if not a.run:
-        raise UserError("plan needs a run's file or a model.")
+    for path, check in ((a.picture, check_picture), (a.write, partial(check_target, a.run))):
+        if path is not None:
+            check(path)
+    run = words_of(a)
+    if a.model is None:
+        return plan(a, run, f"longfactory plan {shlex.join(words)}")
+    with model_folder(a.model) as folder:
+        run.append(f"model_name_or_path={folder}")
+        return plan(a, run, f"longfactory plan {shlex.join(words)}")
+
+
+def check_target(run: Sequence[str], path: Path) -> None:
+    """Refuses a file that --write cannot make.
+
+    Raises:
+        UserError: there is no run's file to complete, or no folder.
+    """
+    if not run or "=" in run[0] or not Path(run[0]).is_file():
+        raise UserError("--write completes a run's file: give one.")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--write: there is no folder {path.parent}.")
+
+
+def plan(a: argparse.Namespace, run: list[str], command: str) -> int:
+    """Plans a run and prints what was found. Returns the exit status.
+
+    Args:
+        a: the options.
+        run: the run's file and words.
+        command: all of it, for the file that is written.
+    """
     from longfactory.config import load_config
-    from longfactory.train.memory_plan import choose_sharding, count_parameters, plan_run
-
-    cfg = load_config([*words_of(a), "--dry_run"])
-    size = cfg.parallel.sequence_parallel_size
-    gpus = a.gpus[0]
-    if gpus % size:
-        raise UserError(f"sequence_parallel_size: {size} does not divide the {gpus} GPUs.")
-    where, kind = machine_of(a, bool(cfg.trainer.tf32))
-
+    from longfactory.config.stage_facts import STAGES
     from longfactory.model import load
+    from longfactory.train.auto import decide_on, longest_sample, uncut
+    from longfactory.train.memory_plan import choose_sharding, count_parameters
 
-    model_config = load.load_config(cfg.model, 0)
+    cfg = load_config([*run, "--dry_run"])
+    size = cfg.parallel.sequence_parallel_size
+    gpus = a.gpus[0] or (8 if size == "auto" else max(size, 8))
+    if size != "auto" and gpus % size:
+        raise UserError(f"sequence_parallel_size: {size} does not divide the {gpus} GPUs.")
+    where, kind, sheet = machine_of(a, gpus, bool(cfg.trainer.tf32))
+
+    own = dataclasses.replace(cfg.model, rope_scaling=None)
+    model_config = load.load_config(own, 0)
     counts = count_parameters(cfg, model_config)
     sharding = choose_sharding(cfg, counts.total, gpus, True, where.gpu_bytes)
-    memory = plan_run(cfg, model_config, counts, cfg.longest_row, sharding, where)
-    print("\n".join(lines(cfg, memory, kind, sharding)))
+    planned = Planned(cfg, model_config, counts, sharding, where)
+    notes = []
+    if cfg.undecided:
+        sample = None
+        if "cutoff_len" in cfg.undecided and a.read_data:
+            sample = longest_sample(read_data(uncut(cfg)))
+        elif "cutoff_len" in cfg.undecided:
+            notes.append("cutoff_len: auto: data not read (--read-data), the longest that fits.")
+        decision = decide_on(planned, sample)
+        cfg = decision.applied(cfg)
+        notes += decision.lines
+    planned = dataclasses.replace(planned, cfg=cfg)
+    if cfg.model.rope_scaling is not None:
+        load.load_config(cfg.model, cfg.cutoff_len)  # refuses one that is not for the model
+    data = (
+        facts.lengths_of(read_data(cfg), STAGES[cfg.method.stage].documents)
+        if a.read_data
+        else None
+    )
+
+    compared = compare(planned, cfg.longest_row)
+    found = compared.best
+    far = longest_ways(planned, found)
+    curve = points(planned, found or compared.own)
+    print("\n".join(title(planned, compared.own, kind)))
+    print("\n".join(notes), end="\n" if notes else "")
+    peak = sheet_rate(sheet, compared.own.memory.plan.job.shape.width, bool(cfg.trainer.tf32))
+    more = with_other_memory(planned, cfg.longest_row, found) if found else []
+    print("\n".join(table(planned, compared, peak, more, far)))
+    if curve:
+        print(f"Growing rows, SP {curve[0].size}, memory: {cfg.memory.memory}:")
+        print("\n".join([*chart(curve), *falls(curve)]))
+    print(compared.own.memory.plan.table)
+    lines = [
+        advice(compared),
+        facts.context(cfg, model_config),
+        facts.epoch(planned, compared.own, data),
+        facts.disk(planned, compared.own, data.tokens if data else None),
+    ]
     missing = not_priced(cfg)
     if missing:
-        print("  not counted: " + "; ".join(missing))
-    if not memory.plan.fits:
+        lines.append("not counted: " + "; ".join(missing))
+    print("\n".join(line for line in lines if line))
+    if a.picture is not None and curve:
+        about = f"{title(planned, curve[0], kind)[0]}, SP {curve[0].size} ({curve[0].mode})"
+        picture(curve, a.picture, about)
+        print(f"{a.picture} is written.")
+    if a.write is not None:
+        if found is None:
+            print(f"{a.write} is not written: nothing fits.")
+        else:
+            keys = {**given_keys(a.run, run), **chosen_keys(cfg, found)}
+            write(Path(a.run[0]), a.write, keys, command)
+            print(f"{a.write} is written.")
+    if not compared.own.fits:
         return DOES_NOT_FIT
     return NOT_ALL_PRICED if missing else FITS
 
 
-def lines(cfg: RunConfig, memory: Memory, kind: str, sharding: str) -> list[str]:
-    """The budget, and the longest rows."""
-    job, mode = memory.plan.job, cfg.memory.memory
-    each = cfg.longest_row // cfg.data.cutoff_len  # sequences of up to cutoff_len in a row
-    best = longest(job, mode, fixed=memory.plan.fixed)
-    masters = "split into bf16 weights and 16-bit remainders" if memory.split else "fp32"
+def read_data(cfg: RunConfig) -> Datasets:
+    """The run's data, tokenised as training does, or from its cache."""
+    from longfactory.model import load
+    from longfactory.train.run import load_data
+
+    if not cfg.data.dataset and not cfg.data.tokenized_path:
+        raise UserError("--read-data: the run names no data.")
+    return load_data(cfg, load.load_tokenizer(cfg.model), quiet=True)
+
+
+def given_keys(file: Sequence[str], run: Sequence[str]) -> dict[str, Any]:
+    """What words and options change of the run's file, but for the model that stands in for its
+    own.
+    """
+    from longfactory.config import translate
+    from longfactory.config.read import read
+
+    words = [word for word in run if word != file[0]]
+    found = read(words, translate.is_switch)
+    found.pop("model_name_or_path", None)
+    return found
+
+
+def sheet_rate(sheet: Gpu, width: int, tf32: bool) -> float:
+    """FLOP/s of a GPU by its data sheet, for numbers of so many bytes."""
+    if width == 2:
+        return sheet.bf16
+    return sheet.tf32 if tf32 else sheet.fp32
+
+
+def title(planned: Planned, own: Way, kind: str) -> list[str]:
+    """What is planned, in a line."""
+    cfg, job = planned.cfg, own.memory.plan.job
+    masters = "split into bf16 weights and 16-bit remainders" if own.memory.split else "fp32"
     trained = f"; masters: {masters}" if cfg.method.finetuning_type == "full" else ""
-    row = f"{best:,} tokens" if each == 1 else f"{best // each:,} (rows of {best:,} tokens)"
+    hosts = -(-job.machine.gpus // job.machine.gpus_per_host)
+    where = f" on {hosts} hosts" if hosts > 1 else ""
     return [
-        f"{job.machine.gpus} x {kind}, parameters: {sharding}{trained}",
-        memory.plan.table,
-        f"  longest cutoff_len that fits with these masters: {row} (predicted)",
+        f"{job.machine.gpus} x {kind}{where}, parameters: {planned.sharding}{trained}; stage:"
+        f" {cfg.method.stage}, {cfg.method.finetuning_type}"
     ]
+
+
+def advice(compared: Compared) -> str:
+    """What to set for the best way, where the run is another."""
+    own, found = compared.own, compared.best
+    if found is None:
+        return "No way of spreading these rows fits."
+    if found is own or (own.fits and own.rate >= WORTH * found.rate):
+        return ""
+    keys = f"sequence_parallel_size: {found.size}"
+    if found.mode != own.mode and found.size > 1:
+        keys += f", sequence_parallel_mode: {found.mode}"
+    gain = f"{found.rate / own.rate - 1:.0%} more tokens/s" if own.fits else "fits"
+    return f"Better: {keys} ({gain})."
 
 
 if __name__ == "__main__":

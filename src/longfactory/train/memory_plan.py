@@ -120,7 +120,7 @@ def check_model(cfg: RunConfig) -> list[str]:
             f"model_name_or_path: {name} is not a folder on this machine; the model was not"
             " checked."
         ]
-    count_parameters(cfg, load.load_config(cfg.model, cfg.data.cutoff_len))
+    count_parameters(cfg, load.load_config(cfg.model, cfg.known_cutoff_len))
     return []
 
 
@@ -142,6 +142,11 @@ def plan_memory(
     tokens = cfg.longest_row
     if train is not None and hasattr(train, "lengths"):
         tokens = int(max(train.lengths)) * int(cfg.trainer.per_device_train_batch_size)
+    return plan_run(cfg, model_config, counts, tokens, sharding, this_machine(cfg, world, cuda))
+
+
+def this_machine(cfg: RunConfig, world: int, cuda: bool) -> Machine:
+    """The machines of a run that starts here."""
     gpu = torch.cuda.get_device_properties(0) if cuda else None
     if gpu is not None and kind_of(gpu.name) is None:
         log.warning(
@@ -157,8 +162,7 @@ def plan_memory(
         tf32=bool(cfg.trainer.tf32),
         cores=os.cpu_count() or 0,
     )
-    here = with_calibration(here, gpu.name if gpu else None, world)
-    return plan_run(cfg, model_config, counts, tokens, sharding, here)
+    return with_calibration(here, gpu.name if gpu else None, world)
 
 
 def with_calibration(here: Machine, gpu: str | None, world: int) -> Machine:
@@ -262,7 +266,7 @@ def plan_run(
         ),
         machine=machine,
         tokens=tokens,
-        sp=cfg.parallel.sequence_parallel_size,
+        sp=cfg.sequence_parallel_size,
         sharded=sharding in ("fsdp2", "deepspeed"),
         master=4,
         accumulates=int(cfg.trainer.gradient_accumulation_steps) > 1 or sharding == "deepspeed",
@@ -283,7 +287,7 @@ def ulysses_degree(cfg: RunConfig) -> int | None:
     """GPUs that exchange heads, as the keys of usp say; None where they say nothing."""
     keys = cfg.parallel
     if keys.sequence_parallel_ring_degree is not None and keys.sequence_parallel_mode == "usp":
-        return keys.sequence_parallel_size // keys.sequence_parallel_ring_degree
+        return cfg.sequence_parallel_size // keys.sequence_parallel_ring_degree
     return keys.sequence_parallel_ulysses_degree
 
 

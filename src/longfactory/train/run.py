@@ -41,7 +41,7 @@ from longfactory.sp.measure import Measure
 from longfactory.stages.base import Stage
 from longfactory.stages.make import make_stage
 from longfactory.stages.user_loss import digest_of
-from longfactory.train import output
+from longfactory.train import auto, output
 from longfactory.train.callbacks import AtStart, LogFile, report_failures
 from longfactory.train.checkpoint.choose import Start, choose_start
 from longfactory.train.checkpoint.facts import RunFacts
@@ -211,7 +211,7 @@ def run(cfg: RunConfig, watch: Watch | None = None) -> dict[str, float]:
     """
     store, lock = meet(cfg, watch, writes=True)
     try:
-        return _run(cfg, watch, store)
+        return _run(decided(cfg, store), watch, store)
     finally:
         if lock is not None:
             lock.release()
@@ -293,7 +293,7 @@ def read_processes(cfg: RunConfig) -> Processes:
     Raises:
         UserError: sequence_parallel_size does not divide them.
     """
-    world, size = int(os.environ.get("WORLD_SIZE", "1")), cfg.parallel.sequence_parallel_size
+    world, size = int(os.environ.get("WORLD_SIZE", "1")), cfg.sequence_parallel_size
     if world % size:
         raise UserError(
             f"sequence_parallel_size: {size} does not divide the {world} processes. Start a"
@@ -325,7 +325,7 @@ def prepare(cfg: RunConfig, processes: Processes, *, wide_weights: bool) -> Prep
             " export_hub_model_id uploads the model later."
         )
     world, cuda = processes.world, processes.cuda
-    model_config = load.load_config(cfg.model, cfg.data.cutoff_len)
+    model_config = load.load_config(cfg.model, cfg.cutoff_len)
     check_ref_model(cfg, model_config)
     counts = count_parameters(cfg, model_config)
     sharding = choose_sharding(cfg, counts.total, world, cuda)
@@ -375,7 +375,7 @@ def init_distributed(
     device = args.device
     shard.train_as_one_device(args)
     set_seed(args.seed)  # adapters and value heads begin the same on every rank
-    size = cfg.parallel.sequence_parallel_size
+    size = cfg.sequence_parallel_size
     try:
         ctx = sp.SequenceParallel.create(
             size,
@@ -433,15 +433,44 @@ def parallelize(trainer: RowTrainer, sharding: str, world: int, *, split: bool) 
         shard.fix_fsdp2_plugin(trainer.accelerator, trainer.model, split=split)
 
 
-def load_data(cfg: RunConfig, tokenizer: Any) -> data.Datasets:
-    """The tokenised data of the run."""
+def decided(cfg: RunConfig, store: Any) -> RunConfig:
+    """The run with numbers in place of `auto` in sequence_parallel_size and cutoff_len: those of
+    the checkpoint that it goes on from, else by the plan of this machine. The first process's count
+    for all. Collective; the process group need not be open.
+
+    Args:
+        cfg: the run.
+        store: where its processes meet; None where there is one, or the group is open.
+    Raises:
+        UserError: nothing fits; or as `prepare`.
+    """
+    if not cfg.undecided:
+        return cfg
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    cuda = torch.cuda.is_available() and not cfg.trainer.use_cpu
+    _set_up_log(os.environ.get("RANK", "0") == "0")
+    longest = None
+    if "cutoff_len" in cfg.undecided and auto.of_checkpoint(cfg, world).cutoff_len is None:
+        tokenizer = load.load_tokenizer(cfg.model)
+        longest = auto.longest_sample(load_data(auto.uncut(cfg), tokenizer, quiet=True))
+    found = auto.share(auto.decide(cfg, world, cuda, longest), store)
+    for line in found.lines:
+        log.info(line)
+    return found.applied(cfg)
+
+
+def load_data(cfg: RunConfig, tokenizer: Any, *, quiet: bool = False) -> data.Datasets:
+    """The tokenised data of the run. `quiet`: what became of the rows is not logged."""
     options = cfg.data_options()
+    said = log.getChild("quiet") if quiet else log
+    if quiet:
+        said.setLevel(logging.ERROR)
     # In pre-training a template gives the token that ends a text; without its name there is none to
     # give.
     template = (
         None
         if cfg.method.stage == "pt" and cfg.data.template is None
-        else get_template(options, tokenizer, log)
+        else get_template(options, tokenizer, said)
     )
     return data.load_datasets(
         options,
@@ -449,7 +478,7 @@ def load_data(cfg: RunConfig, tokenizer: Any) -> data.Datasets:
         tokenizer=tokenizer,
         template=template,
         seed=cfg.trainer.seed,
-        log=log,
+        log=said,
     )
 
 

@@ -204,7 +204,7 @@ def _parts(cfg: RunConfig, dataset: Any) -> dict[str, Any]:
         "data": [*cfg.data.dataset, *cfg.data.eval_dataset],
         "lengths": lengths,
         "template": cfg.data.template,
-        "cutoff_len": cfg.data.cutoff_len,
+        "cutoff_len": cfg.cutoff_len,
         "bf16": bool(cfg.trainer.bf16),
         "fp16": bool(cfg.trainer.fp16),
         "pure_bf16": cfg.method.pure_bf16,
@@ -265,7 +265,7 @@ def check_ref_model(cfg: RunConfig, model_config: Any) -> None:
     if cfg.method.ref_model is None:
         return
     try:
-        config = load.load_config(reference_arguments(cfg), cfg.data.cutoff_len)
+        config = load.load_config(reference_arguments(cfg), cfg.cutoff_len)
     except UserError as error:
         said = str(error).removeprefix("model_name_or_path: ")
         raise UserError(f"ref_model: {said}") from error
@@ -285,7 +285,7 @@ def load_reference(trainer: RowTrainer, cfg: RunConfig) -> tuple[nn.Module, Toke
     """
     args = trainer.args
     named = reference_arguments(cfg)
-    config = load.load_config(named, cfg.data.cutoff_len)
+    config = load.load_config(named, cfg.cutoff_len)
     reference.check_reference(
         trainer.accelerator.unwrap_model(trainer.model_wrapped).config, config
     )

@@ -86,7 +86,7 @@ def build(
     Raises:
         UserError: it cannot be loaded, or has other parameters than the model of the run.
     """
-    config = load.load_config(cfg.model, cfg.data.cutoff_len)
+    config = load.load_config(cfg.model, cfg.cutoff_len)
     state = torch.get_rng_state()
     try:
         model = load.load_model(

@@ -54,7 +54,7 @@ def variants(
     def without(what: str, run: RunConfig = cfg, **more: int | bool) -> None:
         found.append(Variant(what, run, **{"rows": rows, "tokens": tokens, **more}))  # type: ignore[arg-type]
 
-    size = cfg.parallel.sequence_parallel_size
+    size = cfg.sequence_parallel_size
     if size > 1:
         parallel = dataclasses.replace(
             cfg.parallel,

@@ -31,7 +31,7 @@ from longfactory.memory.chunked import runs_in_chunks
 from longfactory.sp import hf, routers
 from longfactory.train.ranks import everywhere, from_all, from_main, is_distributed
 from longfactory.train.reference import Reference, adapter_is_reference, disable_dropout
-from longfactory.train.run import Assembled, assemble
+from longfactory.train.run import Assembled, assemble, decided
 from longfactory.train.survival.start import meet
 from longfactory.train.survival.watch import Watch
 from longfactory.train.trainer import RowTrainer
@@ -155,6 +155,7 @@ def verify(
             " through the same model."
         )
     store, _ = meet(cfg, watch, writes=False)
+    cfg = decided(cfg, store)
     report = compared(cfg, rows, tokens, store)
     if report.exact or not traced:
         return report
@@ -367,7 +368,7 @@ class Comparison(TrainerCallback):
         self, rows: Sequence[RowShape], reasons: Sequence[Reason], leak: Check
     ) -> Iterator[Check]:
         """What was looked at, in the order of a step."""
-        size = self.cfg.parallel.sequence_parallel_size
+        size = self.cfg.sequence_parallel_size
         failed: dict[str, str] = {}
         for name, told in reasons:
             failed.setdefault(name, told)
@@ -630,7 +631,7 @@ class Comparison(TrainerCallback):
     def report(self) -> VerifyReport:
         """The same on every process. Collective."""
         trainer, cfg = self.trainer, self.cfg
-        size, ctx = cfg.parallel.sequence_parallel_size, trainer.ctx
+        size, ctx = cfg.sequence_parallel_size, trainer.ctx
         mine = [m * self.groups + ctx.dp_rank for m in range(len(self.seen.rows))]
         reasons: list[Reason] = []
         for j, i in enumerate(mine):
