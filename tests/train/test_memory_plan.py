@@ -20,7 +20,7 @@ from longfactory.memory import host_jobs, optimizer
 from longfactory.memory.cost import budget, choose, longest, moments, seconds
 from longfactory.memory.optimizer import LEAVING
 from longfactory.memory.settings import MemorySettings
-from longfactory.memory.shapes import ModelShape
+from longfactory.memory.shapes import ModelShape, machine
 from longfactory.model import adapters
 from longfactory.train import memory_plan, optimizer_names
 from longfactory.train.memory_plan import Memory, count_parameters, plan_memory
@@ -443,3 +443,51 @@ def test_other_optimizers_are_not_sent_to_the_host(
 ) -> None:
     found = planned(configured(model, bf16=True, optim="adafactor"), monkeypatch, gib=48)
     assert found.plan.settings.optimizer == "gpu" and not found.split and found.narrow is None
+
+
+def test_experts_are_counted_as_they_are_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In four bits where weights are not sharded; adapters on them are seen."""
+    tiny_config("qwen3_moe").save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    lora = {"finetuning_type": "lora", "bf16": True}
+    cfg = configured(str(tmp_path), **lora)
+    counts = count_parameters(cfg, config)
+    assert counts.routed == 4 * 4 * 3 * 64 * 32, "layers, experts, maps"
+    assert counts.adapted_experts
+    assert not count_parameters(
+        configured(str(tmp_path), **lora, lora_experts=False), config
+    ).adapted_experts
+    four, eight = (
+        dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, quantization_bit=bits))
+        for bits in (4, 8)
+    )
+    found = [memory_plan.quantized_parameters(four, counts, s) for s in ("none", "ddp", "fsdp2")]
+    assert found == [counts.linear + counts.routed] * 2 + [counts.linear]
+    assert memory_plan.quantized_parameters(eight, counts, "none") == counts.linear
+    assert memory_plan.quantized_parameters(cfg, counts, "none") == 0
+
+
+@pytest.mark.parametrize(
+    ("keys", "passes"),
+    [
+        ({"stage": "sft"}, 0),
+        ({"stage": "dpo", "dataset": "manual_dpo"}, 1),
+        ({"stage": "dpo", "dataset": "manual_dpo", "precompute_ref_log_probs": True}, 0),
+        ({"stage": "dpo", "dataset": "manual_dpo", "pref_loss": "simpo"}, 0),
+        ({"stage": "dpo", "dataset": "manual_dpo", "finetuning_type": "full"}, 0),
+    ],
+)
+def test_passes_of_the_reference_take_time(keys: dict[str, Any], passes: int, model: str) -> None:
+    """With the adapter off, in every step; a full run's are before training."""
+    cfg = configured(model, **{"finetuning_type": "lora", "bf16": True, **keys})
+    config = qwen_7b()
+    counts = count_parameters(cfg, config)
+    job = memory_plan.plan_run(
+        cfg, config, counts, 16384, "none", machine("H100", 1, 512 * GiB)
+    ).plan.job
+    assert job.reference_passes == passes
+    settings = MemorySettings(keep_attention=1.0)
+    more = seconds(job, settings) / seconds(dataclasses.replace(job, reference_passes=0), settings)
+    assert more == 1 if not passes else 1.2 < more < 1.4

@@ -144,12 +144,19 @@ def bare_model(job: TrainingJob) -> dict[str, StepMoments]:
     # and the fp32 reduction as well.
     one, trained = shape.layer_bytes, shape.width * shape.trained_layer_parameters
     layer = 3 * trained + (2 * one + 2 * trained if shards > 1 else 0)
+    if shape.quantized:  # the widest map, made whole
+        layer += shape.width * max(_widest_map(kind) for kind in shape.kinds)
     return {
         "weights": StepMoments(weights, weights, weights),
         "output layer": StepMoments(gathered + 6 * head + logits, gathered, gathered),
         "one layer's parameters and gradients": StepMoments(0.0, layer, layer),
         "runtime": StepMoments(CONTEXT, CONTEXT, CONTEXT),
     }
+
+
+def _widest_map(kind: LayerKind) -> int:
+    """Parameters of the largest that is made whole at once: gate and up of all experts are one."""
+    return max(kind.hidden * kind.dense_width, 2 * kind.expert_parameters // 3)
 
 
 def moments(job: TrainingJob, settings: MemorySettings) -> list[dict[str, float]]:

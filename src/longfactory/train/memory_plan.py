@@ -28,7 +28,7 @@ from longfactory.memory.choose import (
 from longfactory.memory.layer_kinds import LayerKind, kinds_of
 from longfactory.memory.offload import Activations
 from longfactory.memory.shapes import Machine, ModelShape, TrainingJob, kind_of, machine
-from longfactory.model import adapters, load
+from longfactory.model import adapters, experts, load
 from longfactory.shard import settings as shard
 from longfactory.train.optimizer_names import EXACT, Narrow, narrow_states
 from longfactory.train.reference import adapter_is_reference
@@ -55,7 +55,8 @@ class Counts:
 
     `buffers`: its checkpoints hold buffers beside parameters (the correction of a router's scores,
     say). `linear`: parameters of linear layers but the output layer, which quantisation reaches.
-    `layers`: the kind of each decoder layer. `adapted_experts`: routed experts have adapters.
+    `routed`: parameters of experts, which four bits reach where weights are not sharded. `layers`:
+    the kind of each decoder layer. `adapted_experts`: routed experts have adapters.
     """
 
     total: int
@@ -63,6 +64,7 @@ class Counts:
     head: bool | None
     buffers: bool = False
     linear: int = 0
+    routed: int = 0
     layers: tuple[LayerKind, ...] | None = None
     adapted_experts: bool = False
 
@@ -83,11 +85,18 @@ def count_parameters(cfg: RunConfig, model_config: Any) -> Counts:
         for module in model.modules()
         if type(module) is torch.nn.Linear and module is not model.get_output_embeddings()
     )
+    routed = sum(
+        parameter.numel()
+        for module in model.modules()
+        if experts.of_interface(module)
+        for parameter in module.parameters()
+        if parameter.dim() == 3
+    )
     layers = kinds_of(model, model_config)
     with torch.device("meta"):
         total = adapters.count_parameters(model)[1]
         if given and not cfg.method.create_new_adapter:
-            return Counts(total, None, None, buffers, linear, layers)
+            return Counts(total, None, None, buffers, linear, routed, layers)
         # both compute with weights
         method = dataclasses.replace(cfg.method, pissa_init=False, use_dora=False)
         model = adapters.apply_finetuning(
@@ -101,7 +110,7 @@ def count_parameters(cfg: RunConfig, model_config: Any) -> Counts:
         for name, p in model.named_parameters()
         if p.requires_grad
     )
-    return Counts(total, trained, head_trained, buffers, linear, layers, adapted)
+    return Counts(total, trained, head_trained, buffers, linear, routed, layers, adapted)
 
 
 def check_model(cfg: RunConfig) -> list[str]:
@@ -258,7 +267,7 @@ def plan_run(
             lora=lora,
             head_trained=counts.head,
             width=2 if half else 4,
-            quantized=counts.linear if cfg.model.quantization_bit else 0,
+            quantized=quantized_parameters(cfg, counts, sharding),
             quantized_bytes=quantized_bytes(cfg),
             layers=counts.layers,
             written=not (lora and (method.use_dora or method.lora_dropout > 0)),
@@ -297,6 +306,16 @@ def zero_stage(cfg: RunConfig) -> tuple[int, bool]:
     zero = shard.deepspeed_config(cfg.trainer.deepspeed, bf16=False).get("zero_optimization") or {}
     device = (zero.get("offload_optimizer") or {}).get("device", "none")
     return int(zero.get("stage", 0)), device != "none"
+
+
+def quantized_parameters(cfg: RunConfig, counts: Counts, sharding: str) -> int:
+    """Parameters that are held in fewer bits: of linear layers, and in four bits of routed experts
+    where neither FSDP2 nor ZeRO shards the weights.
+    """
+    if not cfg.model.quantization_bit:
+        return 0
+    whole = cfg.model.quantization_bit == 4 and sharding in ("none", "ddp")
+    return counts.linear + (counts.routed if whole else 0)
 
 
 def quantized_bytes(cfg: RunConfig) -> float:
