@@ -458,8 +458,8 @@ def jobs_of(name: str, gpus: int, tokens: int = 8192) -> dict[str, TrainingJob]:
     full = TrainingJob(ModelShape.of(config), where, tokens, sp=gpus, sharded=gpus > 1)
     few = full.shape.parameters // 150
     lora = ModelShape.of(config, lora=True, trainable=few)
-    linear = int(0.9 * full.shape.parameters)
-    four = ModelShape.of(config, lora=True, trainable=few, quantized=linear, quantized_bytes=0.52)
+    reached = lora.linear_parameters + (lora.routed_parameters if gpus == 1 else 0)
+    four = ModelShape.of(config, lora=True, trainable=few, quantized=reached, quantized_bytes=0.52)
     return {
         "full": dataclasses.replace(full, leavable=True),
         "split": dataclasses.replace(full, master=2, leavable=True),

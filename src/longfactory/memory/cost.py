@@ -145,7 +145,7 @@ def bare_model(job: TrainingJob) -> dict[str, StepMoments]:
     one, trained = shape.layer_bytes, shape.width * shape.trained_layer_parameters
     layer = 3 * trained + (2 * one + 2 * trained if shards > 1 else 0)
     if shape.quantized:  # the widest map, made whole
-        layer += shape.width * max(_widest_map(kind) for kind in shape.kinds)
+        layer += shape.width * max(_widest_map(shape, kind) for kind in shape.kinds)
     return {
         "weights": StepMoments(weights, weights, weights),
         "output layer": StepMoments(gathered + 6 * head + logits, gathered, gathered),
@@ -154,9 +154,12 @@ def bare_model(job: TrainingJob) -> dict[str, StepMoments]:
     }
 
 
-def _widest_map(kind: LayerKind) -> int:
-    """Parameters of the largest that is made whole at once: gate and up of all experts are one."""
-    return max(kind.hidden * kind.dense_width, 2 * kind.expert_parameters // 3)
+def _widest_map(shape: ModelShape, kind: LayerKind) -> int:
+    """Parameters of the largest quantised one that is made whole at once: gate and up of all
+    experts are one.
+    """
+    routed = kind.expert_parameters if shape.quantized > 1.01 * shape.linear_parameters else 0
+    return max(kind.hidden * kind.dense_width, kind.mixer_parameters // 4, 2 * routed // 3)
 
 
 def moments(job: TrainingJob, settings: MemorySettings) -> list[dict[str, float]]:

@@ -92,11 +92,9 @@ def advice(job: TrainingJob, settings: MemorySettings) -> str:
         if _takes_less(job, dataclasses.replace(few, head_trained=False), settings):
             ways.append("finetuning_type: lora")
     elif shape.adapters and not shape.quantized:
-        linear = sum(
-            count * (kind.mixer_parameters + kind.dense_parameters)
-            for kind, count in shape.layers_of_kinds
-        )
-        four = dataclasses.replace(shape, quantized=linear, written_layer=False)
+        # experts too, where weights are not sharded
+        reached = shape.linear_parameters + (0 if job.sharded else shape.routed_parameters)
+        four = dataclasses.replace(shape, quantized=reached, written_layer=False)
         if _takes_less(job, four, settings):
             ways.append("quantization_bit: 4")
     ways.append("a smaller cutoff_len")

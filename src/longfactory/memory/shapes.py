@@ -58,6 +58,19 @@ class ModelShape:
         return tuple((kind, self.order.count(place)) for place, kind in enumerate(self.kinds))
 
     @functools.cached_property
+    def linear_parameters(self) -> int:
+        """Of the layers' linear maps, but for routed experts."""
+        each = (
+            (kind.mixer_parameters + kind.dense_parameters) * n for kind, n in self.layers_of_kinds
+        )
+        return sum(each)
+
+    @functools.cached_property
+    def routed_parameters(self) -> int:
+        """Of the layers' routed experts."""
+        return sum(kind.expert_parameters * count for kind, count in self.layers_of_kinds)
+
+    @functools.cached_property
     def saved_of_layers(self) -> tuple[int, ...]:
         """Bytes of one token's attention output and log-sum-exp, in each layer."""
         each = [self.width * kind.outputs + 4 * kind.heads for kind in self.kinds]
@@ -460,8 +473,7 @@ class TrainingJob:
         """Of the copies of all trained weights that autocast makes."""
         if not self.autocast:
             return 0.0
-        routed = sum(kind.expert_parameters * n for kind, n in self.shape.layers_of_kinds)
-        return self.shape.width * (self.shape.parameters - routed)
+        return self.shape.width * (self.shape.parameters - self.shape.routed_parameters)
 
     def temporary_bytes(self, kind: LayerKind) -> int:
         """Of one token's temporaries in the MLP, projections and norms of one layer: six MLP-wide
