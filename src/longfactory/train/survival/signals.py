@@ -55,9 +55,9 @@ class StopSignals:
             self._old[number] = signal.signal(number, self._handle)
 
     def renew(self) -> None:
-        """Installs the handlers again, in the main thread. LLVM, which Triton compiles kernels with,
-        puts its own in their place in the process: it passes SIGTERM and SIGINT on to whoever had
-        them, and swallows SIGUSR1 (llvm/lib/Support/Unix/Signals.inc).
+        """Installs the handlers again, in the main thread. LLVM, which Triton compiles with, puts
+        its own in their place in the process: it passes SIGTERM and SIGINT on to whoever had them,
+        and swallows SIGUSR1 (llvm/lib/Support/Unix/Signals.inc).
         """
         for number in self._old:
             signal.signal(number, self._handle)
