@@ -42,17 +42,17 @@ test-all: $(VENV)/.installed-dev test-lowest audit
 audit: $(VENV)/.installed-dev
 	$(BIN)/python -m longfactory_dev.audit
 
-# The engine, the configuration and the models on the lowest versions that pyproject.toml allows.
+# What computes in one process, on the lowest versions that pyproject.toml allows.
 LOWEST := $(VENV)-lowest
 $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install -q --upgrade pip
 	$(LOWEST)/bin/python -m pip install -q -c constraints-lowest.txt torch
-	$(LOWEST)/bin/python -m pip install -q -c constraints-lowest.txt -e . pytest pytest-timeout hypothesis
+	$(LOWEST)/bin/python -m pip install -q -c constraints-lowest.txt -e . pytest pytest-timeout hypothesis trl
 	touch $@
 
 test-lowest: $(LOWEST)/.installed
-	$(LOWEST)/bin/python -m pytest -m "not slow and not gpu and not processes" tests/sp tests/config tests/model
+	$(LOWEST)/bin/python -m pytest -m "not slow and not gpu and not processes"
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -55,7 +55,7 @@ from longfactory.train.ranks import from_all
 from longfactory.train.whole_weights import load_renamed
 
 log = logging.getLogger("longfactory")
-SCHEDULER_NAME = "scheduler.pt"  # transformers' name
+OPTIMIZER_NAME, SCHEDULER_NAME = "optimizer.pt", "scheduler.pt"  # transformers' names
 
 
 class ResumableTrainer(Trainer):
@@ -447,6 +447,11 @@ class ResumableTrainer(Trainer):
             across.load_whole_states(self.optimizer, self.model, checkpoint)
         elif not self.is_fsdp_enabled and not self.is_deepspeed_enabled and states == "sharded":
             across.load_sharded_states(self.optimizer, self.model, checkpoint)
+        elif self.args.world_size > 1 and self.args.device.type == "cpu" and states == "whole":
+            # transformers loads to the process's own device, and torch 2.11 knows no cpu:1
+            path = os.path.join(checkpoint, OPTIMIZER_NAME)
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            self.optimizer.load_state_dict(loaded)  # type: ignore[union-attr]
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
