@@ -199,6 +199,13 @@ def plain_layer(
                 n: weights.get(prefix + n, t) if t is not None else None
                 for n, t in module.__dict__[kept].items()
             }
+            if not isinstance(module, nn.Linear):
+                # stacked experts of four bits, with which transformers' own module cannot compute
+                held |= {
+                    n: _dequantised(t)
+                    for n, t in module.__dict__[kept].items()
+                    if getattr(t, "quant_state", None) is not None
+                }
             new.__dict__[kept] = {
                 n: None if t is None else cast(t, _is_packed(module, n)) for n, t in held.items()
             }
@@ -219,6 +226,14 @@ def _is_packed(module: nn.Module, name: str) -> bool:
         getattr(module._parameters.get(name), "quant_state", None),
     )
     return name == "weight" and any(state is not None for state in states)
+
+
+def _dequantised(weight: Any) -> Tensor:
+    """The numbers that a weight of four bits stands for."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    whole: Tensor = dequantize_4bit(weight.data, weight.quant_state)
+    return whole
 
 
 def _is_wrapper(kind: type) -> bool:
