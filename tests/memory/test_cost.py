@@ -18,6 +18,7 @@ from longfactory.memory.cost import (
     choose,
     fits,
     longest,
+    moments,
     seconds,
     techniques,
     working_set,
@@ -508,3 +509,15 @@ def test_nothing_that_fits_is_faster_than_what_is_chosen(name: str, way: str):
         assert ok == bool(fitting)
         if ok:
             assert chosen.seconds <= 1.035 * min(fitting)
+
+
+def test_ddp_holds_gradients_twice():
+    """In its buckets from the start, and as they come: it has no view of the one in the other."""
+    where = machine("H100", 2, 2**40)
+    job = TrainingJob(SHAPE, where, 8192, sharded=False)
+    assert job.ddp and job.autocast and not job.written_layer
+    given = [moment["gradients"] for moment in moments(job, saved())]
+    every = 4 * SHAPE.parameters
+    assert given[0] == every and given[2] == pytest.approx(2 * every, rel=0.12) and given[2] > every
+    more = dataclasses.replace(job, accumulates=True)
+    assert [moment["gradients"] for moment in moments(more, saved())] == [2 * every] * 3

@@ -690,9 +690,10 @@ def _gradient_bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:
     shape, shards = job.shape, job.shards
     gradients = job.gradient_bytes
     leave = gradients_leave(job, settings)
+    buckets = gradients if job.ddp else 0.0
     early = job.accumulates and job.master != 2
     if early:
-        on_gpu = StepMoments(gradients, gradients, gradients)
+        on_gpu = StepMoments(*(3 * [gradients + buckets]))
     else:
         head = shape.head_parameters if shape.head_trained else 0
         last = gradients
@@ -707,7 +708,7 @@ def _gradient_bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:
             # A matrix, or a layer's shard, is given up as a whole.
             largest = max(shape.head_parameters, shape.trained_layer_parameters) / shards
             last = min(last, job.master * (LEAVING + largest))
-        on_gpu = StepMoments(0.0, job.master * head / shards, last)
+        on_gpu = StepMoments(buckets, buckets + job.master * head / shards, buckets + last)
     # Split ones of several micro-batches are in the sums, beside the states.
     in_sums = job.accumulates and job.master == 2
     on_host = gradients if leave and not job.overlaps and not in_sums else 0.0

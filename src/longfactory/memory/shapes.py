@@ -395,8 +395,7 @@ class TrainingJob:
         master: bytes of a trained weight as it is stored: 4 for fp32 masters (FSDP2), 2 for bf16
             with a split master.
         accumulates: gradients are there from the start of a backward pass: those of earlier
-            micro-batches, or the buffers of ZeRO (those of DDP, where parameters are not sharded
-            over several GPUs, are seen here). Those of split masters go where the states are, and
+            micro-batches, or the buffers of ZeRO. Those of split masters go where the states are, and
             are summed there in fp32.
         state_bytes: of the optimizer's states of a trained weight on the GPU, where masters are not
             split.
@@ -429,9 +428,15 @@ class TrainingJob:
     ulysses_degree: int | None = None
 
     def __post_init__(self) -> None:
-        if self.machine.gpus > 1 and not self.sharded:  # DDP
-            object.__setattr__(self, "accumulates", True)
+        if self.ddp:
             object.__setattr__(self, "leavable", False)
+
+    @property
+    def ddp(self) -> bool:
+        """Several GPUs have all parameters each: DDP, whose buckets are a second copy of the
+        gradients.
+        """
+        return self.machine.gpus > 1 and not self.sharded
 
     @property
     def autocast(self) -> bool:
