@@ -395,8 +395,8 @@ class TrainingJob:
         master: bytes of a trained weight as it is stored: 4 for fp32 masters (FSDP2), 2 for bf16
             with a split master.
         accumulates: gradients are there from the start of a backward pass: those of earlier
-            micro-batches, or the buffers of ZeRO. Those of split masters go where the states are, and
-            are summed there in fp32.
+            micro-batches, or the buffers of ZeRO. Those of split masters go where the states are,
+            and are summed there in fp32.
         state_bytes: of the optimizer's states of a trained weight on the GPU, where masters are not
             split.
         leavable: gradients are final when backward gives them, so that they can leave during
