@@ -114,6 +114,15 @@ def test_an_adapter_that_goes_on_is_estimated(model: str, tmp_path: Path) -> Non
     assert count_parameters(again, AutoConfig.from_pretrained(model)).trained
 
 
+def test_kinds_of_lora_that_experts_cannot_have_are_refused_before_anything_is_loaded(
+    tmp_path: Path,
+) -> None:
+    tiny_config("qwen3_moe").save_pretrained(tmp_path)
+    cfg = configured(str(tmp_path), finetuning_type="lora", use_dora=True)
+    with pytest.raises(UserError, match="use_dora: PEFT has none for adapters on parameters"):
+        count_parameters(cfg, AutoConfig.from_pretrained(tmp_path))
+
+
 def test_unknown_modules_are_named_before_anything_is_loaded(model: str) -> None:
     with pytest.raises(UserError, match="nothing_such"):
         count_parameters(

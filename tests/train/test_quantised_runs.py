@@ -116,3 +116,24 @@ def test_four_bits_train_like_the_weights_that_they_stand_for(home: Path, size: 
         torch.testing.assert_close(
             b[name], x, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gpt_oss",))]
+)
+def test_experts_in_four_bits(home: Path, family: str) -> None:
+    """Every linear map of the layers in four bits and with an adapter, experts included."""
+    from longfactory_dev.tiny_models import tiny_model as of_family
+
+    folder = home / family
+    vocabulary = write_tokenizer(folder)
+    of_family(family, torch.float32, vocab_size=vocabulary).save_pretrained(folder)
+    changes = {**LORA, "quantization_bit": 4, "model_name_or_path": folder}
+    one, two = (steps(train(home, f"{family}{n}", n, **changes)) for n in (1, 2))
+    assert len(one) == STEPS and one[-1]["loss"] < one[0]["loss"]
+    for key in ("loss", "grad_norm", "expert_max_load"):
+        assert [h[key] for h in two] == pytest.approx([h[key] for h in one], rel=5e-5), key
+    a, b = (adapter(home / f"{family}{n}") for n in (1, 2))
+    assert a.keys() == b.keys() and sum("experts" in n and "lora_B" in n for n in a) == 2 * 4
+    for name, x in a.items():
+        assert (b[name] - x).norm() <= 3e-4 * x.norm(), name

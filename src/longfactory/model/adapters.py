@@ -542,6 +542,17 @@ def _clear_ends(chosen: set[str], every: list[str]) -> list[str]:
     return sorted(ends)
 
 
+def check_targets(model: Any, method: Any) -> Targets:
+    """What a new LoRA adapter is put on. Computes with no weight.
+
+    Raises:
+        UserError: `lora_target` names what is not there, or another key is not for it.
+    """
+    targets = lora_targets(model, method, idle(model))
+    _refuse_what_parameters_cannot(targets, method, model)
+    return targets
+
+
 def _refuse_what_parameters_cannot(targets: Targets, method: Any, model: Any) -> None:
     """Refuses kinds of LoRA that PEFT does not have for parameters.
 
@@ -675,8 +686,7 @@ def _lora(model: Any, method: Any, adapters: list[str], is_trainable: bool, resi
     if not is_trainable:
         return model
     parts = idle(model)
-    targets = lora_targets(model, method, parts)
-    _refuse_what_parameters_cannot(targets, method, model)
+    targets = check_targets(model, method)
     saved = _names(method.additional_target) or None
     if method.train_routers:
         routers = _clear_ends(set(router_names(model)), [n for n, _ in model.named_modules()])

@@ -97,6 +97,8 @@ def count_parameters(cfg: RunConfig, model_config: Any) -> Counts:
         total = adapters.count_parameters(model)[1]
         if given and not cfg.method.create_new_adapter:
             return Counts(total, None, None, buffers, linear, routed, layers)
+        if cfg.method.finetuning_type == "lora":
+            adapters.check_targets(model, cfg.method)
         # both compute with weights
         method = dataclasses.replace(cfg.method, pissa_init=False, use_dora=False)
         model = adapters.apply_finetuning(

@@ -17,6 +17,8 @@ ADAPTER = (
     "lora_rank",
     "lora_alpha",
     "lora_target",
+    "lora_experts",
+    "train_routers",
     "use_rslora",
     "use_dora",
     "additional_target",
