@@ -191,7 +191,8 @@ def verify(argv: list[str], watch: Watch | None = None) -> int:
         key, _, value = word.removeprefix("--").partition("=")
         if word.startswith("--") and key in ("json", "html"):
             value = value or (queue.pop(0) if queue else "")
-            if not value or not Path(value).absolute().parent.is_dir():
+            elsewhere = _rank() > 0 or launch.number("NODE_RANK", 0) > 0
+            if not value or not (elsewhere or Path(value).absolute().parent.is_dir()):
                 raise UserError(f"--{key} {value}: write --{key} FILE, in a folder that exists.")
             files[key] = Path(value)
         elif key not in ("verify_rows", "verify_tokens"):

@@ -458,6 +458,38 @@ def test_a_packed_block_is_parted_into_its_samples() -> None:
     assert [[d.sample for d in row[0]] for row in rows] == [[1], [7, 7, 7]]
 
 
+def test_nothing_is_evaluated_or_saved() -> None:
+    from longfactory.config import from_mapping
+    from longfactory.train.verify.comparison import quiet
+
+    given = {
+        "model_name_or_path": "model",
+        "stage": "sft",
+        "dataset": "manual_sft",
+        "dataset_dir": str(Path(__file__).parents[2] / "data"),
+        "eval_dataset": "manual_sft_eval",
+        "template": "chatml",
+        "output_dir": "out",
+        "do_eval": True,
+        "eval_on_start": True,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+        "gradient_accumulation_steps": 8,
+        "deepspeed": ZERO[3],
+    }
+    found = quiet(from_mapping(given), "folder", 3).trainer
+    assert not (found.do_eval or found.eval_on_start or found.load_best_model_at_end)
+    assert (found.eval_strategy, found.save_strategy, found.output_dir) == ("no", "no", "folder")
+    assert (found.max_steps, found.gradient_accumulation_steps) == (1, 3)
+    assert found.deepspeed["zero_optimization"] == {
+        "stage": 3,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    }
+    assert "optimizer" not in found.deepspeed and found.deepspeed["gradient_clipping"] == "auto"
+
+
 def test_rows_are_chosen_that_train_and_one_has_two_samples() -> None:
     def sample(i: int, trained: bool = True) -> list[TokenizedDocument]:
         return [TokenizedDocument([i] * 6, [-100] * 3 + [i if trained else -100] * 3, sample=i)]

@@ -211,6 +211,7 @@ def quiet(cfg: RunConfig, folder: str, rows: int) -> RunConfig:
     drop: tuple[str, ...] = (
         "resume_from_checkpoint",
         "load_best_model_at_end",
+        "eval_on_start",
         "eval_steps",
         "save_steps",
         "push_to_hub",
@@ -352,8 +353,12 @@ class Comparison(TrainerCallback):
         for key, size in self.windows.items():
             made = ""
             if not any(exercises(_texts(row), size) for row in self.items):
-                if not affordable(self.trainer, size + size // 4 + 16):
-                    words = f"window {size} ({key}; rows of {tokens} tokens)"
+                needed = size + size // 4 + 16
+                if needed > tokens and not affordable(self.trainer, needed):
+                    words = (
+                        f"{key}; rows have {tokens} tokens, and one of {needed} would take too much"
+                        f" memory or time. verify_tokens={needed} asks for it"
+                    )
                     checks.append(Check(f"window {size}", "not exercised", words))
                     continue
                 last = self.items[-1]
