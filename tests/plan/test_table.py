@@ -109,6 +109,10 @@ def test_context_and_disk(seven: str):
     assert text == "context: the model's own is 32,768 tokens."
     longer = planned(seven, cutoff_len=100000)
     assert "rope_scaling: yarn (factor 4)" in facts.context(longer.cfg, longer.model_config)
+    with model_folder("gemma-3-12b") as folder:
+        layered = planned(folder, cutoff_len=200000)
+        text = facts.context(layered.cfg, layered.model_config)
+    assert "rope_scaling: " in text and "200,000" in text
     scaled = planned(seven, cutoff_len=100000, rope_scaling="yarn")
     own = load.load_config(dataclasses.replace(scaled.cfg.model, rope_scaling=None), 0)
     assert "stretches its positions 4 times" in facts.context(scaled.cfg, own)

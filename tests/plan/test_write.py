@@ -16,6 +16,7 @@ from longfactory.plan.command import DOES_NOT_FIT, FITS, main
 from longfactory.plan.write import changed, write
 from make_model import make_model
 from qwen_7b import qwen_7b
+from small_runs import POOLS, home, keys, run_on_ranks  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,6 +69,26 @@ def test_the_written_file_plans_to_the_same_numbers(run: Path, words: list[str],
     keys = read_file(target)
     assert keys["sequence_parallel_size"] in (1, 2) and keys["cutoff_len"] == 65536
     load_config([str(target), "--dry_run"])  # all keys are known
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_the_written_file_trains(home: Path, capsys):  # noqa: F811
+    source, target = home / "run.yaml", home / "chosen.yaml"
+    words = keys(home, "chosen", packing=False, max_steps=2, cutoff_len=200)
+    source.write_text(yaml.safe_dump(words))
+    assert main([str(source), "--gpus", "2xL4", "memory=long", "--write", str(target)]) == FITS
+    size = yaml.safe_load(target.read_text())["sequence_parallel_size"]
+    POOLS[2].run(run_on_ranks, [str(target)], str(home / "cache"))
+    trained = yaml.safe_load((home / "chosen" / "longfactory.yaml").read_text())
+    written = yaml.safe_load(target.read_text())
+    assert trained["sequence_parallel_size"] == size
+    chosen = ["memory", "keep_attention", "offload_activations", "mlp_chunk", "segment_layers"]
+    if written.get("disable_gradient_checkpointing"):
+        chosen = ["memory", "disable_gradient_checkpointing"]
+    assert {k: trained[k] for k in chosen} == {k: written[k] for k in chosen}
+    state = json.loads((home / "chosen" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
 
 
 def test_lines_stay_where_they_are():

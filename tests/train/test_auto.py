@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from longfactory.config import RunConfig, from_mapping
@@ -64,6 +66,26 @@ def test_the_size_is_the_fastest_that_fits(seven: Path):
     longer = dataclasses.replace(run, cfg=auto.with_length(run.cfg, far))
     size = decide_on(longer, None).sequence_parallel_size
     assert size is not None and size > 1 and way(run, far, size).fits
+
+
+def test_the_best_of_several_ways():
+    """The fastest that fits; of those that are as fast, one that needs nothing of the host."""
+
+    def made(name: str, rate: float, host: float = 0, fits: bool = True) -> Any:
+        budget = types.SimpleNamespace(host_total=host)
+        memory = types.SimpleNamespace(plan=types.SimpleNamespace(budget=budget))
+        return types.SimpleNamespace(name=name, rate=rate, fits=fits, memory=memory)
+
+    for ways, expected in (
+        ([("slow", 90), ("fast", 100)], "fast"),
+        ([("as fast", 98), ("fast", 100)], "as fast"),
+        ([("on the host", 100, 1), ("as fast", 98), ("also", 99)], "as fast"),
+        ([("on the host", 100, 1), ("slow", 90)], "on the host"),
+        ([("too large", 200, 0, False), ("fits", 10)], "fits"),
+    ):
+        found = auto.best([made(*each) for each in ways])
+        assert found is not None and found.name == expected  # type: ignore[attr-defined]
+    assert auto.best([made("too large", 200, 0, False)]) is None
 
 
 def test_the_length_is_that_of_the_longest_sample_or_what_fits(seven: Path):
@@ -146,6 +168,19 @@ def test_the_longest_sample_is_cut_by_a_token_less(stage: str, data: str, home, 
     for cutoff, cut in ((longest, 0), (longest - 1, 1)):
         report = load_data(auto.with_length(plain, cutoff), tokenizer, quiet=True).train.report
         assert (report.truncated > 0) == bool(cut), (cutoff, report)
+
+
+def test_the_first_process_decides_for_all(monkeypatch: pytest.MonkeyPatch):
+    """Before the group is open: through the store by which the processes have met."""
+    store = torch.distributed.HashStore()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    mine = [Decision(2, 4096, ("because",)), Decision(1, 8192, ("here is less memory",))]
+    found = []
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        found.append(auto.share(mine[rank], store))
+    assert found == [mine[0], mine[0]]
+    assert auto.share(mine[1], None) == mine[1]
 
 
 @pytest.mark.processes

@@ -10,11 +10,26 @@ import numpy as np
 
 from longfactory.config import RunConfig
 from longfactory.data.module import Datasets
+from longfactory.errors import UserError
 from longfactory.memory.cost import seconds
+from longfactory.model import load
 from longfactory.train.auto import Planned, Way
 
 GiB = 2**30
 ORDERS = 3  # random orders of the data whose mean an epoch's time is
+
+
+def stretching(cfg: RunConfig, model_config: Any) -> str | None:
+    """A kind of rope_scaling that the model can have for the run's cutoff_len; None for none."""
+    if not getattr(model_config.get_text_config(), "rope_parameters", None):
+        return None
+    for kind in ("yarn", "linear"):
+        try:
+            load.load_config(dataclasses.replace(cfg.model, rope_scaling=kind), cfg.cutoff_len)
+        except UserError:
+            continue
+        return kind
+    return None
 
 
 def context(cfg: RunConfig, model_config: Any) -> str:
@@ -36,9 +51,13 @@ def context(cfg: RunConfig, model_config: Any) -> str:
             f"context: the model's own is {own:,} tokens; rope_scaling: {cfg.model.rope_scaling}"
             f" stretches its positions {factor} times."
         )
+    kind = stretching(cfg, model_config)
+    remedy = f"Set rope_scaling: {kind} (factor {factor})."
+    if kind is None:
+        remedy = "rope_scaling cannot stretch them: lower cutoff_len, or edit its config.json."
     return (
         f"context: the model's own is {own:,} tokens, and cutoff_len is {cutoff:,}: later positions"
-        f" are ones that it has not seen. Set rope_scaling: yarn (factor {factor})."
+        f" are ones that it has not seen. {remedy}"
     )
 
 
@@ -47,8 +66,8 @@ def checkpoint_bytes(planned: Planned, found: Way) -> tuple[float, float]:
     cfg, job, memory = planned.cfg, found.memory.plan.job, found.memory
     shape = job.shape
     held = 2 if memory.split else 4  # of a trained weight
-    if cfg.method.pure_bf16:
-        held = 2
+    if cfg.method.pure_bf16 or memory.deepspeed:  # whose fp32 copies are among its states
+        held = shape.width
     adapters = cfg.method.finetuning_type == "lora"
     frozen = 0 if adapters else shape.width * (shape.parameters - shape.trainable)
     model = held * shape.trainable + frozen
