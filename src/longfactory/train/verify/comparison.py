@@ -559,9 +559,9 @@ class Comparison(TrainerCallback):
             self.seen.local.append(kwargs["input_ids"].shape[1])
             self.seen.layers.append({})
             stack.enter_context(counted_layers(module, self.seen.layers[-1]))
-            if torch.is_grad_enabled():
-                index, head = kwargs["sp_plan"].index, module.get_output_embeddings()
-                stack.enter_context(watched_hidden(head, index, self.seen.trained[-1]))
+            # A pass of the reference may come first: it notes nothing, for want of gradients.
+            index, head = kwargs["sp_plan"].index, module.get_output_embeddings()
+            stack.enter_context(watched_hidden(head, index, self.seen.trained[-1]))
             choices = self._row_choices(row)
             if choices.tokens is not None:
                 stack.enter_context(routers.replay(module, choices.take(kwargs["sp_plan"].index)))
