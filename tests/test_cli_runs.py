@@ -214,7 +214,12 @@ def test_a_reference_of_weights_that_zero3_has_taken_apart_without_training(
             id="modules",
             marks=pytest.mark.slow,
         ),
-        pytest.param(["train_from_scratch=false"], "could not be loaded", id="weights"),
+        pytest.param(
+            ["train_from_scratch=false"],
+            "could not be loaded",
+            id="weights",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_only_the_workers_can_find_is_told_once(

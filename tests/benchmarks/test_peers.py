@@ -41,6 +41,7 @@ def test_a_pair_is_prompt_chosen_rejected_of_as_many_tokens_as_asked() -> None:
         assert bool((row.labels[: prompt.stop] == IGNORE).all())
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.timeout(200)
 def test_a_pair_over_two_processes_is_the_pair_in_one(tmp_path: Path) -> None:

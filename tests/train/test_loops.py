@@ -84,6 +84,7 @@ def test_the_trainer_computes_what_a_plain_loop_computes(home: Path, stage: str)
     assert plain[0] != plain[-1]
 
 
+@pytest.mark.slow
 def test_an_example_starts_as_its_first_lines_say() -> None:
     """Two processes by torchrun on the project's data: rank 0 prints the steps."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

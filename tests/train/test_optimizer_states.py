@@ -216,7 +216,12 @@ def test_a_resumed_run_is_the_uninterrupted_one_in_every_bit(
 @pytest.mark.processes
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "case", ["split, fsdp2, two ranks a row, accumulated", "lora, fsdp2", "split, one process"]
+    "case",
+    [
+        "split, fsdp2, two ranks a row, accumulated",
+        pytest.param("lora, fsdp2", marks=pytest.mark.slow),
+        "split, one process",
+    ],
 )
 def test_gradients_that_leave_during_backward_change_no_bit(
     case: str, base: dict[str, Any], tmp_path: Path, alone: Any
