@@ -96,10 +96,10 @@ def run(
     ctx = ctx or sp.SequenceParallel.create(1)
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, TINY["vocab_size"], (length,), generator=g)
-    weight = torch.randn(length, TINY["vocab_size"], generator=g, dtype=torch.float64)
     positions = torch.cat([torch.arange(s.stop - s.start) for s in segments])
     plan = sp.plan(length, segments, ctx)
     logits = model(**hf.inputs({"input_ids": ids, "position_ids": positions}, plan)).logits[0]
+    weight = torch.randn(length, logits.shape[-1], generator=g, dtype=torch.float64)
     loss = (torch.log_softmax(logits, -1) * sp.shard(weight, plan)).sum() / length
     backward(loss)
     return loss.detach()

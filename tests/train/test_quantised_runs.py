@@ -7,12 +7,17 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from longfactory.memory.apply import apply_memory
+from longfactory.memory.settings import MemorySettings
+from longfactory.sp.layout import Segment
 from longfactory.testing import tiny_model
+from memory_models import run
 from small_runs import LORA, STEPS, home, steps, train, write_tokenizer
 
 pytestmark = pytest.mark.processes
@@ -137,3 +142,63 @@ def test_experts_in_four_bits(home: Path, family: str) -> None:
     assert a.keys() == b.keys() and sum("experts" in n and "lora_B" in n for n in a) == 2 * 4
     for name, x in a.items():
         assert (b[name] - x).norm() <= 3e-4 * x.norm(), name
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_the_hand_written_layer_computes_with_four_bits(home: Path, double: bool) -> None:
+    """Gradients of one row equal those of the layer as PEFT and bitsandbytes compute it."""
+    from longfactory.memory.decoder_layer import _Layer
+
+    def gradients(layer: str) -> tuple[float, dict[str, torch.Tensor]]:
+        model = four_bit_lora(home / "model", double)
+        apply_memory(model, MemorySettings(layer=layer, mlp_chunk=9, keep_attention=1.0))
+        loss = run(model, length=40, segments=(Segment(0, 25), Segment(25, 40)))
+        found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        return float(loss), found
+
+    calls: list[int] = []
+    backward = _Layer.backward
+    with mock.patch.object(
+        _Layer, "backward", staticmethod(lambda c, g: calls.append(1) or backward(c, g))
+    ):
+        loss, wanted = gradients("generic")
+        assert not calls
+        again, found = gradients("auto")
+    assert len(calls) == 2
+    assert again == pytest.approx(loss, rel=1e-6)
+    for name, g in wanted.items():
+        torch.testing.assert_close(
+            found[name], g, rtol=2e-4, atol=1e-6, msg=lambda m, n=name: n + m
+        )
+
+
+def four_bit_lora(folder: Path, double: bool) -> Any:
+    """A model of four bits with LoRA on all linears, B not zero, prepared for the engine."""
+    from peft import LoraConfig, get_peft_model
+
+    from longfactory.model import load
+    from longfactory.sp import SequenceParallel, hf
+
+    args = SimpleNamespace(
+        model_name_or_path=str(folder),
+        train_from_scratch=False,
+        trust_remote_code=False,
+        attention_dropout=None,
+        rope_scaling=None,
+        quantization_bit=4,
+        quantization_method="bnb",
+        double_quantization=double,
+        quantization_type="nf4",
+    )
+    config = load.load_config(args, 128)
+    quantization = load.quantization_config(args, torch.float32)
+    model = load.load_model(
+        args, config, torch.float32, attention=hf.ATTENTION, quantization=quantization
+    )
+    torch.manual_seed(1)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(std=0.1)
+    hf.prepare(model, SequenceParallel.create(1))
+    return model.train()

@@ -19,7 +19,8 @@ the function: whatever hangs on their gradients (DDP, FSDP2, accumulation) sees 
 
 LoRA: y = x W^T + s (x A^T) B^T, in the same chunks. The low-rank product is added to the base's in
 one kernel; of a frozen weight no gradient is computed, and g B serves both the input's gradient and
-A's. Nothing of rank r is stored between the passes.
+A's. Nothing of rank r is stored between the passes. Weights of four bits are made whole once in
+each pass, and let go of when it ends.
 """
 
 from __future__ import annotations
@@ -125,15 +126,24 @@ def unknown_shape(layer: nn.Module) -> str | None:
 
 def _is_lora(linear: Any) -> bool:
     """Whether it is PEFT's wrapper of a linear."""
-    return type(linear).__module__ == "peft.tuners.lora.layer" and hasattr(linear, "base_layer")
+    module = type(linear).__module__
+    return module.startswith("peft.tuners.lora") and hasattr(linear, "base_layer")
+
+
+def _is_four_bit(linear: Any) -> bool:
+    """Whether it is a linear of bitsandbytes with weights of four bits."""
+    return type(linear).__module__.startswith("bitsandbytes") and hasattr(linear, "quant_state")
 
 
 def _unknown_linear(linear: Any) -> str | None:
     """Why this is neither a plain linear nor one with plain LoRA, or None."""
-    if not _is_lora(linear):
-        return None if type(linear) is nn.Linear else f"is a {type(linear).__name__}"
-    if type(linear.base_layer) is not nn.Linear or linear.fan_in_fan_out:
-        return f"is LoRA on a {type(linear.base_layer).__name__}"
+    base = linear.base_layer if _is_lora(linear) else linear
+    if type(base) is not nn.Linear and not _is_four_bit(base):
+        return f"is a {type(linear).__name__}"
+    if base is linear:
+        return None
+    if getattr(linear, "fan_in_fan_out", False):
+        return f"is a {type(linear).__name__} of a transposed weight"
     if linear.lora_variant:
         return f"has {type(next(iter(linear.lora_variant.values()))).__name__}"
     if any(getattr(m, "p", 0.0) > 0 for m in linear.lora_dropout.values()):
@@ -186,6 +196,8 @@ class DecoderLayer(CheckpointedLayer):
             for part in _LINEARS
         }
         self.adapted = {name: m for name, m in self.linears.items() if _is_lora(m)}
+        bases = {name: getattr(m, "base_layer", m) for name, m in self.linears.items()}
+        self.quantised = {name: base for name, base in bases.items() if _is_four_bit(base)}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs.get("hidden_states")
@@ -225,7 +237,8 @@ class DecoderLayer(CheckpointedLayer):
             and x.shape[0] == 1
             and cos.shape[-1] == self.head_dim
             and cos.numel() == x.shape[1] * self.head_dim
-            and layer.self_attn.q_proj.weight.dtype == x.dtype == layer.input_layernorm.weight.dtype
+            and layer.input_layernorm.weight.dtype == x.dtype
+            and all(self._weight_fits(linear, x) for linear in self.linears.values())
             and (
                 not torch.is_autocast_enabled(x.device.type)
                 or torch.get_autocast_dtype(x.device.type) == x.dtype
@@ -239,6 +252,18 @@ class DecoderLayer(CheckpointedLayer):
             )
             and not hasattr(layer.self_attn.q_proj.weight, "ds_id")
             and self._adapters_fit(x)
+        )
+
+    def _weight_fits(self, linear: Any, x: Tensor) -> bool:
+        """It has x's type, or four bits that are made whole in x's type."""
+        base = getattr(linear, "base_layer", linear)
+        if not _is_four_bit(base):
+            return base.weight.dtype == x.dtype
+        state = getattr(base.weight, "quant_state", None)  # FSDP2's gathered weights have none
+        return (
+            state is not None
+            and base.compute_dtype in (None, x.dtype)
+            and not getattr(state, "packing_format_for_cpu", False)
         )
 
     def _adapters_fit(self, x: Tensor) -> bool:
@@ -306,8 +331,8 @@ class LayerCall:
         self.owner, self.plan, self.cos, self.sin, self.scales = owner, plan, cos, sin, scales
         self.set_weights(weights)
         self.head_dim, self.eps = owner.head_dim, owner.eps
-        self.heads = weights.q.shape[0] // self.head_dim
-        self.kv_heads = weights.k.shape[0] // self.head_dim
+        self.heads = owner.linears["q"].out_features // self.head_dim
+        self.kv_heads = owner.linears["k"].out_features // self.head_dim
         self.options: dict[str, Any] = {"scale": owner.scale, "window": owner.window}
         settings = owner.store.settings
         self.chunk = chunk_length(settings)
@@ -321,6 +346,7 @@ class LayerCall:
         """None: autograd saves them, and knows when they change."""
         self.weights: Any = weights
         self.adapters: dict[str, Adapter] = {}
+        self._whole: dict[str, Tensor] = {}
         if weights is None:
             return
         with torch.no_grad():
@@ -328,6 +354,19 @@ class LayerCall:
                 a, b = getattr(weights, f"{name}_a"), getattr(weights, f"{name}_b")
                 dtype = weights.norm1.dtype
                 self.adapters[name] = Adapter(a.to(dtype), b.to(dtype), scale)
+
+    def weight(self, name: str) -> Tensor:
+        """[out, in] of a linear, in the type that the layer computes in."""
+        stored = getattr(self.weights, name)
+        states = self.owner.quantised
+        if name not in states:
+            return stored
+        if name not in self._whole:
+            from bitsandbytes.functional import dequantize_4bit
+
+            whole = dequantize_4bit(stored, states[name].weight.quant_state)
+            self._whole[name] = whole.to(self.weights.norm1.dtype)
+        return self._whole[name]
 
     def chunks(self, length: int) -> Iterator[slice]:
         chunk = self.chunk or length
@@ -349,8 +388,9 @@ ALL = slice(None)
 
 def _linear(x: Tensor, c: LayerCall, name: str, rows: slice = ALL) -> Tensor:
     """[C, in] -> [C, out], of some of the linear's outputs."""
-    weight, bias = getattr(c.weights, name), getattr(c.weights, f"{name}_bias")
-    y = F.linear(x, weight[rows], bias[rows] if bias is not None else None)
+    bias = getattr(c.weights, f"{name}_bias")
+    bias = None if bias is None else bias[rows].to(x.dtype)
+    y = F.linear(x, c.weight(name)[rows], bias)
     if name in c.adapters:
         a, b, scale = c.adapters[name]
         y.addmm_(x @ a.t(), b[rows].t(), alpha=scale)
@@ -363,7 +403,7 @@ def _linear_backward(
     """[C, out] -> the gradient at some of the linear's inputs, [C, in], added to `into` if it is
     given; and g B, [C, r], where there is an adapter.
     """
-    weight = getattr(c.weights, name)[:, columns]
+    weight = c.weight(name)[:, columns]
     dx = g @ weight if into is None else into.addmm_(g, weight)
     if name not in c.adapters:
         return dx, None
