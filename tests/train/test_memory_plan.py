@@ -442,6 +442,9 @@ def test_states_of_pure_bf16_are_bf16(model: str, monkeypatch: pytest.MonkeyPatc
     found = planned(configured(model, pure_bf16=True, optimizer_placement="gpu"), monkeypatch)
     assert found.narrow is not None and (found.narrow.width, found.narrow.package) == ("bf16", None)
     assert found.plan.budget.gpu["optimizer"] == 4 * found.plan.job.shape.trainable
+    assert found.plan.budget.gpu["weights"] == 2 * found.plan.job.shape.parameters
+    assert found.plan.job.gradient_bytes == 2 * found.plan.job.shape.trainable
+    assert found.plan.job.written_layer
     assert (
         planned(configured(model, bf16=True, optimizer_placement="gpu"), monkeypatch).narrow is None
     )

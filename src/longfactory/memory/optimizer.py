@@ -707,8 +707,8 @@ def _gradient_bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:
         if leave:
             # A matrix, or a layer's shard, is given up as a whole.
             largest = max(shape.head_parameters, shape.trained_layer_parameters) / shards
-            last = min(last, job.master * (LEAVING + largest))
-        on_gpu = StepMoments(buckets, buckets + job.master * head / shards, buckets + last)
+            last = min(last, job.gradient_width * (LEAVING + largest))
+        on_gpu = StepMoments(buckets, buckets + job.gradient_width * head / shards, buckets + last)
     # Split ones of several micro-batches are in the sums, beside the states.
     in_sums = job.accumulates and job.master == 2
     on_host = gradients if leave and not job.overlaps and not in_sums else 0.0

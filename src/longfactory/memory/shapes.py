@@ -403,6 +403,7 @@ class TrainingJob:
             backward where states are on the host. DDP's are not.
         overlaps: nothing is clipped either, so that states on the host are updated while backward
             runs, and gradients leave with that.
+        pure: trained weights are in the width that layers compute in, without masters.
         reference_passes: forward passes of a step without adapters, for the reference's
             log-probabilities.
         zero: DeepSpeed's stage, 0 without it. Its weights have the width that layers compute in,
@@ -423,6 +424,7 @@ class TrainingJob:
     leavable: bool = False
     overlaps: bool = False
     zero: int = 0
+    pure: bool = False
     reference_passes: int = 0
     mode: str = "zigzag-ring"
     ulysses_degree: int | None = None
@@ -447,7 +449,7 @@ class TrainingJob:
         return (
             self.shape.width == 2
             and self.master == 4
-            and not (self.sharded or self.zero)
+            and not (self.sharded or self.zero or self.pure)
             and self.shape.trainable == self.shape.parameters
         )
 
@@ -509,12 +511,15 @@ class TrainingJob:
     @property
     def weight_bytes(self) -> float:
         """Of the weights on one GPU."""
-        trained = self.shape.width if self.zero else self.master
-        whole = self.shape.frozen_bytes + trained * self.shape.trainable
+        whole = self.shape.frozen_bytes + self.gradient_width * self.shape.trainable
         return whole / self.weight_shards
+
+    @property
+    def gradient_width(self) -> int:
+        """Bytes of a trained weight on the GPU, and of its gradient."""
+        return self.shape.width if self.zero or self.pure else self.master
 
     @property
     def gradient_bytes(self) -> float:
         """Of all gradients on one GPU."""
-        each = self.shape.width if self.zero else self.master
-        return each * self.shape.trainable / (1 if self.zero == 1 else self.shards)
+        return self.gradient_width * self.shape.trainable / (1 if self.zero == 1 else self.shards)

@@ -285,6 +285,7 @@ def plan_run(
         leavable=final,
         overlaps=overlaps,
         zero=zero,
+        pure=bool(cfg.method.pure_bf16),
         reference_passes=reference_passes(cfg),
         mode=cfg.parallel.sequence_parallel_mode,
         ulysses_degree=ulysses_degree(cfg),
