@@ -144,7 +144,7 @@ CASES = {
     "packed": {"packing": True},
     "dpo, shared prompt": {"stage": "dpo", "dataset": "manual_dpo", "pref_share_prompt": True},
     "rm": {"stage": "rm", "dataset": "manual_dpo"},
-    "experts in bf16": {"family": "qwen3_moe", "bf16": True},
+    "experts in bf16": {"family": "qwen3_moe", "bf16": True, "moe_aux_loss_coef": 0.01},
     "two data-parallel groups": {"sequence_parallel_size": 1},
 }
 
@@ -159,6 +159,7 @@ def test_an_exact_engine_passes(case: str, base: dict[str, Any]) -> None:
         assert exact, table
         assert len(parameters) > 10
         assert "The same." in table and "grad_norm" in table
+        assert ("auxiliary loss (moe_aux_loss_coef) is left out" in table) == ("experts" in case)
     assert not Path(base["output_dir"]).exists()
 
 

@@ -28,6 +28,7 @@ from longfactory.config import RunConfig
 from longfactory.data.row import Row
 from longfactory.errors import UserError
 from longfactory.memory.chunked import runs_in_chunks
+from longfactory.model.routing import router_loss_coefficient
 from longfactory.sp import hf, routers
 from longfactory.train.ranks import everywhere, from_all, from_main, is_distributed
 from longfactory.train.reference import Reference, adapter_is_reference, disable_dropout
@@ -846,6 +847,12 @@ class Comparison(TrainerCallback):
 
     def _notes(self) -> list[str]:
         notes = []
+        inner = hf.unwrap(self.trainer.model)
+        if router_loss_coefficient(self.cfg.method.moe_aux_loss_coef, inner.config):
+            notes.append(
+                "The routers' auxiliary loss (moe_aux_loss_coef) is left out of both sides: it was"
+                " not compared."
+            )
         experts = any("Experts" in type(m).__name__ for m in self.trainer.model.modules())
         if experts and all(choices.tokens is None for choices in self.choices.values()):
             notes.append(
