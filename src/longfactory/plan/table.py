@@ -27,6 +27,8 @@ def other_modes(own: Way) -> list[str]:
     found = []
     for mode in ("zigzag-ring", "llama3", "ulysses", "usp"):
         other = schedule(dataclasses.replace(job, mode=mode, ulysses_degree=None))
+        if mode == "ulysses" and other.ulysses < own.size:
+            continue  # its heads go round a ring as well, and it is usp
         if other not in seen:
             found.append(mode)
         seen.add(other)
@@ -85,25 +87,26 @@ def with_other_memory(planned: Planned, tokens: int, found: Way) -> list[Way]:
     ]
 
 
-def longest_ways(planned: Planned, found: Way | None) -> list[Way]:
-    """The longest rows, of the size that reaches furthest: in the run's own mode, and in the best
-    one where that is another.
+def longest_ways(planned: Planned, found: Way | None) -> list[tuple[Way, str]]:
+    """The longest rows, of the size that reaches furthest, and what is short for longer ones: in
+    the run's own mode, and in the best one where that is another.
     """
     own = planned.cfg.parallel.sequence_parallel_mode
     reached = {size: longest_row(planned, size) for size in planned.sizes[-2:]}
     size = max(reached, key=lambda each: reached[each])
-    ways = []
-    if reached[size]:
-        ways.append(way(planned, reached[size], size))
+    lengths: dict[str, int] = {own: reached[size]}
     if found is not None and found.mode != own and size > 1:
-        tokens = longest_row(planned, size, found.mode)
+        lengths[found.mode] = longest_row(planned, size, found.mode)
+    ways = []
+    for mode, tokens in lengths.items():
         if tokens:
-            ways.append(way(planned, tokens, size, found.mode))
+            longer = short_of(way(planned, tokens + 8192, size, mode))
+            ways.append((way(planned, tokens, size, mode), " and ".join(longer)))
     return ways
 
 
-def row(each: Way, peak: float, memory: str, mark: str = "") -> str:
-    """A line of the table."""
+def row(each: Way, peak: float, memory: str, mark: str = "", bound: str = "") -> str:
+    """A line of the table. `bound`: what binds; by default what the step would gain most from."""
     budget, job = each.memory.plan.budget, each.memory.plan.job
     mode = each.mode if each.size > 1 else "-"
     host = f"{budget.host_total / GiB:,.0f}" if budget.host_total else "-"
@@ -115,7 +118,7 @@ def row(each: Way, peak: float, memory: str, mark: str = "") -> str:
         return f"{line}{'-':>9}{'-':>13}{'-':>6}  {' and '.join(short_of(each))}"
     rate = each.rate / job.machine.gpus
     used = utilisation(each, peak)
-    return f"{line}{number(each.step):>9}{rate:>13,.0f}{used:>6.0%}  {bound_by(each)}"
+    return f"{line}{number(each.step):>9}{rate:>13,.0f}{used:>6.0%}  {bound or bound_by(each)}"
 
 
 def short_of(each: Way) -> list[str]:
@@ -180,7 +183,11 @@ def model_flop(job: TrainingJob) -> float:
 
 
 def table(
-    planned: Planned, compared: Compared, peak: float, more: Sequence[Way], far: Sequence[Way]
+    planned: Planned,
+    compared: Compared,
+    peak: float,
+    more: Sequence[Way],
+    far: Sequence[tuple[Way, str]],
 ) -> list[str]:
     """The lines: ways for the asked rows, `more` values of memory, and the longest rows."""
     own, found = compared.own, compared.best
@@ -196,12 +203,11 @@ def table(
         f" *  the run as it is   >  the best (the plan does not tell ways apart that are within"
         f" {1 - WORTH:.0%}); sequence_parallel_size: auto takes its size"
     )
-    if far:
-        lines.append("The longest rows that fit:")
-        for each in far:
-            tokens = each.memory.plan.job.tokens
-            size = f"  {tokens:,} tokens" + _of_cutoff(planned, tokens)
-            lines += [row(each, peak, memory) + size]
+    lines.append("The longest rows that fit:" if far else "No rows fit, however short.")
+    for each, short in far:
+        tokens = each.memory.plan.job.tokens
+        length = f": {tokens:,} tokens" + _of_cutoff(planned, tokens)
+        lines.append(row(each, peak, memory, bound=short) + length)
     return lines
 
 

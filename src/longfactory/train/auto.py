@@ -326,7 +326,7 @@ def decide_on(planned: Planned, sample: int | None) -> Decision:
         found = best(ways)
         size = ways[-1].size if found is None else found.size
         if found is None:
-            lines.append(f"sequence_parallel_size: auto is {size}, and this may not fit either.")
+            lines.append(f"sequence_parallel_size: auto is {size}, the largest: none fits.")
         else:
             rates = ", ".join(
                 f"{w.size}: {w.rate / planned.machine.gpus:,.0f}"
