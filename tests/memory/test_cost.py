@@ -461,6 +461,7 @@ def jobs_of(name: str, gpus: int, tokens: int = 8192) -> dict[str, TrainingJob]:
     lora = ModelShape.of(config, lora=True, trainable=few)
     reached = lora.linear_parameters + (lora.routed_parameters if gpus == 1 else 0)
     four = ModelShape.of(config, lora=True, trainable=few, quantized=reached, quantized_bytes=0.52)
+    four = dataclasses.replace(four, written_layer=four.written_layer and gpus == 1)
     return {
         "full": dataclasses.replace(full, leavable=True),
         "split": dataclasses.replace(full, master=2, leavable=True),

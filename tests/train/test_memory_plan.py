@@ -503,3 +503,29 @@ def test_passes_of_the_reference_take_time(keys: dict[str, Any], passes: int, mo
     settings = MemorySettings(keep_attention=1.0)
     more = seconds(job, settings) / seconds(dataclasses.replace(job, reference_passes=0), settings)
     assert more == 1 if not passes else 1.2 < more < 1.4
+
+
+@pytest.mark.parametrize(
+    ("keys", "bits", "sharding", "written"),
+    [
+        ({"finetuning_type": "lora"}, None, "none", True),
+        ({"finetuning_type": "lora"}, 4, "none", True),
+        ({"finetuning_type": "lora"}, 4, "ddp", True),
+        ({"finetuning_type": "lora"}, 4, "fsdp2", False),
+        ({"finetuning_type": "lora"}, 8, "none", False),
+        ({"finetuning_type": "lora", "use_dora": True}, None, "none", False),
+        ({"finetuning_type": "lora", "lora_dropout": 0.1}, None, "none", False),
+        ({"finetuning_type": "full", "sharding": "fsdp2"}, None, "fsdp2", True),
+        ({"finetuning_type": "full", "sharding": "ddp"}, None, "ddp", False),  # autocast
+    ],
+)
+def test_when_the_hand_written_layer_is_planned(
+    keys: dict[str, Any], bits: int | None, sharding: str, written: bool, model: str
+) -> None:
+    cfg = configured(model, bf16=True, **keys)
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, quantization_bit=bits))
+    config, where = qwen_7b(), machine("H100", 1 if sharding == "none" else 2, 512 * GiB)
+    plain = configured(model, bf16=True, **{**keys, "use_dora": False})
+    counts = count_parameters(plain, config)
+    job = memory_plan.plan_run(cfg, config, counts, 8192, sharding, where).plan.job
+    assert job.written_layer == written

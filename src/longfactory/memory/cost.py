@@ -144,8 +144,11 @@ def bare_model(job: TrainingJob) -> dict[str, StepMoments]:
     # and the fp32 reduction as well.
     one, trained = shape.layer_bytes, shape.width * shape.trained_layer_parameters
     layer = 3 * trained + (2 * one + 2 * trained if shards > 1 else 0)
-    if shape.quantized:  # the widest map, made whole
-        layer += shape.width * max(_widest_map(shape, kind) for kind in shape.kinds)
+    if shape.quantized:  # made whole: the widest map, or all of the hand-written layer's
+        whole = shape.linear_parameters // shape.layers
+        if not job.written_layer:
+            whole = max(_widest_map(shape, kind) for kind in shape.kinds)
+        layer += shape.width * whole
     return {
         "weights": StepMoments(weights, weights, weights),
         "output layer": StepMoments(gathered + 6 * head + logits, gathered, gathered),

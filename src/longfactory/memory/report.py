@@ -94,7 +94,9 @@ def advice(job: TrainingJob, settings: MemorySettings) -> str:
     elif shape.adapters and not shape.quantized:
         # experts too, where weights are not sharded
         reached = shape.linear_parameters + (0 if job.sharded else shape.routed_parameters)
-        four = dataclasses.replace(shape, quantized=reached, written_layer=False)
+        four = dataclasses.replace(shape, quantized=reached)
+        if job.sharded:  # the hand-written layer steps aside for gathered weights of four bits
+            four = dataclasses.replace(four, written_layer=False)
         if _takes_less(job, four, settings):
             ways.append("quantization_bit: 4")
     ways.append("a smaller cutoff_len")

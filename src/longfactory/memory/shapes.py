@@ -146,7 +146,7 @@ class ModelShape:
         total = parameters or sum(kind.parameters for kind in layers) + (
             c.vocab_size * c.hidden_size * (1 if tied else 2)
         )
-        written &= c.model_type in ("llama", "mistral", "qwen2", "qwen3") and not quantized
+        written &= c.model_type in ("llama", "mistral", "qwen2", "qwen3")
         if lora and trainable is None:
             trainable, head_trained = total // 100, bool(head_trained)
         return cls(

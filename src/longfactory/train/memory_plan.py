@@ -258,7 +258,6 @@ def plan_run(
             )
         fixed["optimizer"] = "host" if on_host else "gpu"
         state_bytes += 4  # its fp32 copies of what is trained
-    method = cfg.method
     half = cfg.trainer.bf16 or cfg.trainer.fp16 or cfg.method.pure_bf16
     final = sharding in ("none", "fsdp2") and not fp16  # gradients, when backward gives them
     job = TrainingJob(
@@ -272,7 +271,7 @@ def plan_run(
             quantized=quantized_parameters(cfg, counts, sharding),
             quantized_bytes=quantized_bytes(cfg),
             layers=counts.layers,
-            written=not (lora and (method.use_dora or method.lora_dropout > 0)),
+            written=layers_can_be_written(cfg, sharding, zero),
             adapted_experts=counts.adapted_experts,
         ),
         machine=machine,
@@ -309,6 +308,18 @@ def zero_stage(cfg: RunConfig) -> tuple[int, bool]:
     zero = shard.deepspeed_config(cfg.trainer.deepspeed, bf16=False).get("zero_optimization") or {}
     device = (zero.get("offload_optimizer") or {}).get("device", "none")
     return int(zero.get("stage", 0)), device != "none"
+
+
+def layers_can_be_written(cfg: RunConfig, sharding: str, zero: int) -> bool:
+    """Whether the hand-written layer takes the run's weights and adapters, where the family has one
+    (`decoder_layer.unknown_shape` and what it steps aside for).
+    """
+    method, bits = cfg.method, cfg.model.quantization_bit
+    if method.finetuning_type == "lora" and (method.use_dora or method.lora_dropout > 0):
+        return False
+    if bits == 8 or (bits is not None and sharding == "fsdp2"):
+        return False
+    return zero != 3
 
 
 def quantized_parameters(cfg: RunConfig, counts: Counts, sharding: str) -> int:
