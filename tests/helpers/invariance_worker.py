@@ -310,7 +310,7 @@ def run_case(sharding: str, case: dict[str, str]) -> dict[str, float | str]:
         ctx = sp.SequenceParallel.create(size, mode=case["mode"])
         hf.prepare(model, ctx)
         if case.get("recompute"):
-            apply_memory(model, MemorySettings(mlp_chunk=8))
+            apply_memory(model, MemorySettings(mlp_chunk=8), longest=20)
         head = TokenLogprobs(model, chunk=13)
         trainer = RowTrainer(
             model,

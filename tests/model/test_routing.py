@@ -110,6 +110,19 @@ def test_how_evenly_experts_are_used() -> None:
     assert metrics["expert_dead"] == pytest.approx(float((shares == 0).double().mean()))
 
 
+def test_a_row_of_padding_alone_counts_for_nothing() -> None:
+    """A data-parallel group whose data are used up runs such rows."""
+    model: Any = copy.deepcopy(base("qwen3_moe"))
+    ctx = sp.SequenceParallel.create(1)
+    head, routing = TokenLogprobs(model), Routing(model, ctx, COEFFICIENT)
+    labels = torch.full((PADDING,), -100)
+    with head.labels(labels), routing.row(torch.zeros(PADDING, dtype=torch.bool), IDS.device):
+        out = head.outputs(model(input_ids=IDS[None, :PADDING]).logits)
+    routing.join(out)
+    assert float(routing.loss_sum(0)) == 0
+    assert all(float(n) == 0 and float(total) == 0 for total, n in routing.metrics(0).values())
+
+
 @pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3", "jetmoe", "llama"])
 def test_a_model_without_that_loss_is_refused(family: str) -> None:
     model = tiny_model(family, torch.float32)

@@ -32,7 +32,7 @@ def apply_memory(
 
     Call it after PEFT has added its adapters and after `sp.hf.prepare`, before or after FSDP2 and
     DDP wrap the model (it replaces the `forward` of instances, inside their hooks), and before
-    DeepSpeed does (it marks layers as units whose parameters ZeRO-3 gathers together).
+    DeepSpeed does.
     transformers' own gradient checkpointing must stay off.
 
     Args:
@@ -72,7 +72,7 @@ def apply_memory(
                 " numbers, and this model has dropout. Set the model's dropout to 0 or"
                 " segment_layers to 1."
             )
-        chunked.install(layer, chunk, moe)
+        chunked.install(layer, chunk, moe, longest=longest)
         layer.forward = checkpointed
     _final_norm(model, layers, chunk)
     if reasons:

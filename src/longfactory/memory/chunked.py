@@ -181,7 +181,11 @@ _MLP_NAMES = frozenset({"mlp", "feed_forward", "ffn", "block_sparse_moe", "moe"}
 
 
 def install(
-    layer: nn.Module, chunk: Callable[[], int | None], moe: bool = True, norms_only: bool = False
+    layer: nn.Module,
+    chunk: Callable[[], int | None],
+    moe: bool = True,
+    norms_only: bool = False,
+    longest: int = 0,
 ) -> list[str]:
     """Run the MLP and the norms of a decoder layer in chunks of `chunk()` tokens. Returns the names
     of the children that will be.
@@ -189,6 +193,10 @@ def install(
     A child is left as it is if it has active dropout (a recompute would draw again) or, with
     `moe=False`, if it is a mixture of experts (whose router's outputs are being recorded, one
     record a call). The first call proves on a few tokens that the child treats tokens alone.
+
+    `longest`: tokens of the longest sequence of any rank, 0 if unknown. ZeRO-3 gathers weights each
+    time that a part runs, on all ranks together: there every rank runs as many chunks as that
+    sequence has.
     """
     names = []
     for name, child in layer.named_children():
@@ -199,7 +207,7 @@ def install(
             continue
         if not moe and any("router" in n or "experts" in n for n, _ in child.named_modules()):
             continue
-        child.forward = _Chunked(child, chunk)
+        child.forward = _Chunked(child, chunk, longest)
         names.append(name)
     return names
 
@@ -214,10 +222,13 @@ def runs_in_chunks(module: nn.Module) -> bool:
 class _Chunked:
     """Takes the place of a module's `forward`."""
 
-    def __init__(self, module: nn.Module, chunk: Callable[[], int | None]) -> None:
+    def __init__(
+        self, module: nn.Module, chunk: Callable[[], int | None], longest: int = 0
+    ) -> None:
         self.forward = module.forward
         self.module = module
         self.chunk = chunk
+        self.longest = longest
         self.fits: bool | None = None
 
     def params(self) -> list[Tensor]:
@@ -238,20 +249,24 @@ class _Chunked:
         own, and chunks are checkpointed.
         """
         chunk = self.chunk()
-        if (
-            chunk is None
-            or x.shape[1] <= chunk
-            or not torch.is_grad_enabled()
-            or type(self.module).__name__.endswith("Norm")
-        ):
+        # as many on every rank, however long its own sequence is
+        count = -(-self.longest // chunk) if chunk is not None else 1
+        is_norm = type(self.module).__name__.endswith("Norm")
+        if count < 2 or not torch.is_grad_enabled() or is_norm:
             return self.forward(x)
-        parts = [
-            checkpoint(
-                functools.partial(_run_at, i * chunk, self.forward), part, use_reentrant=False
-            )
-            for i, part in enumerate(x.split(chunk, 1))
-        ]
-        return torch.cat(parts, 1)
+        start = 0
+        results: list[Tensor] = []
+        beyond: list[Tensor] = []
+        for part in x.tensor_split(count, 1):
+            empty = not part.shape[1]
+            run = functools.partial(_run_at, None if empty else start, self.forward)
+            result = checkpoint(run, x[:, :1] if empty else part, use_reentrant=False)
+            (beyond if empty else results).append(result)
+            start += part.shape[1]
+        out = torch.cat(results, 1)
+        for result in beyond:
+            out = out + 0.0 * result.sum()
+        return out
 
     @torch.no_grad()
     def _token_wise(self, x: Tensor) -> bool:

@@ -53,7 +53,7 @@ class _RowState:
         counts, probabilities: [E], C and P of this rank, then of the group.
         load: [layers, E] how many of this rank's, then the group's, tokens went to an expert.
         seen: tokens by router that were counted.
-        rows: R, once known.
+        filled: 1, or 0 where the row has no token but padding.
         slope: gradient of what is differentiated with regard to aux, in the backward pass.
     """
 
@@ -64,9 +64,9 @@ class _RowState:
     probabilities: Tensor | None = None
     load: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     seen: dict[int, int] = dataclasses.field(default_factory=dict)
-    rows: float = 0.0
     slope: Tensor | None = None
     aux: Tensor | None = None
+    filled: Tensor | float = 1.0
 
 
 class Routing:
@@ -147,6 +147,7 @@ class Routing:
         if self.ctx.size > 1:
             dist.all_reduce(whole, group=self.ctx.group)
         tokens, *parts = whole.split([len(x) for x in sums])
+        state.filled = (tokens[0] > 0).to(torch.float64)
         if self.coefficient:
             state.counts, state.probabilities, *parts = parts
             rows = tokens[0].clamp(min=1) * self._routers
@@ -187,9 +188,10 @@ class Routing:
         if layers:
             shares = [x / x.sum().clamp(min=1) for x in layers]
             even = [torch.special.entr(s).sum() / math.log(len(s)) for s in shares]
-            out["expert_max_load"] = (_mean([s.max() * len(s) for s in shares]), 1.0)
-            out["expert_entropy"] = (_mean(even), 1.0)
-            out["expert_dead"] = (_mean([(x == 0).double().mean() for x in layers]), 1.0)
+            dead = [(x == 0).double().mean() * state.filled for x in layers]
+            out["expert_max_load"] = (_mean([s.max() * len(s) for s in shares]), state.filled)
+            out["expert_entropy"] = (_mean(even), state.filled)
+            out["expert_dead"] = (_mean(dead), state.filled)
         return out
 
     # ---- hooks -----------------------------------------------------------------------------------
