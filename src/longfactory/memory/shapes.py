@@ -484,14 +484,16 @@ class TrainingJob:
 
     def temporary_bytes(self, kind: LayerKind) -> int:
         """Of one token's temporaries in the MLP, projections and norms of one layer: six MLP-wide
-        and eight hidden-wide numbers, three more for each norm beyond two; of each expert that it
+        and eight hidden-wide numbers (three in the hand-written layer, which holds no part of a
+        norm), three more for each norm beyond two; of each expert that it
         passes, its input and output and their gradients, and seven numbers of its width. PEFT's
         adapters compute with wide copies of what they are given, two MLP-wide numbers more.
         """
         wide = 4 * kind.used * kind.hidden + 7 * kind.expert_width
         inner = 8 if self.shape.adapters and not self.written_layer else 6
         dense = inner * self.shape.width * kind.dense_width
-        dense += (8 + 3 * max(0, kind.norms - 2)) * self.hidden_bytes
+        around = 3 if self.written_layer else 8 + 3 * max(0, kind.norms - 2)
+        dense += around * self.hidden_bytes
         return dense + self.expert_width * wide
 
     @property
