@@ -55,39 +55,19 @@ _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-class Weights(NamedTuple):
-    norm1: Any
-    q: Any
-    q_bias: Any
-    k: Any
-    k_bias: Any
-    v: Any
-    v_bias: Any
-    q_norm: Any
-    k_norm: Any
-    o: Any
-    o_bias: Any
-    norm2: Any
-    gate: Any
-    gate_bias: Any
-    up: Any
-    up_bias: Any
-    down: Any
-    down_bias: Any
-    q_a: Any  # LoRA, [r, in] and [out, r], or None
-    q_b: Any
-    k_a: Any
-    k_b: Any
-    v_a: Any
-    v_b: Any
-    o_a: Any
-    o_b: Any
-    gate_a: Any
-    gate_b: Any
-    up_a: Any
-    up_b: Any
-    down_a: Any
-    down_b: Any
+NAMES = (
+    *("norm1", "q_norm", "k_norm", "norm2"),
+    *(
+        f"{part.removesuffix('_proj')}{end}"
+        for part in _LINEARS
+        for end in ("", "_bias", "_a", "_b")
+    ),
+)
+"""A layer's parameters, in the order in which autograd gets them. Of a linear, `q`: its weight and
+bias, and LoRA's A [r, in] and B [out, r].
+"""
+Weights = dict[str, Any]
+"""By these names; None for what a layer has not."""
 
 
 class Adapter(NamedTuple):
@@ -228,7 +208,7 @@ class DecoderLayer(CheckpointedLayer):
         def again(x: Tensor) -> Tensor:
             return self.layer(x, *rest, **kwargs)
 
-        return _Layer.apply(call, again, x, *call.weights)
+        return _Layer.apply(call, again, x, *(call.weights[name] for name in NAMES))
 
     def _fits(self, x: Tensor, cos: Tensor) -> bool:
         layer = self.layer
@@ -286,7 +266,7 @@ class DecoderLayer(CheckpointedLayer):
     def weights(self) -> tuple[Weights, dict[str, float]]:
         """The layer's parameters, and the scale of each linear's adapter by the linear's name."""
         layer = self.layer
-        found: dict[str, Any] = dict.fromkeys(Weights._fields)
+        found: Weights = dict.fromkeys(NAMES)
         found["norm1"] = layer.input_layernorm.weight
         found["norm2"] = layer.post_attention_layernorm.weight
         for name in ("q_norm", "k_norm"):
@@ -302,7 +282,7 @@ class DecoderLayer(CheckpointedLayer):
                     found[f"{name}_b"] = linear.lora_B[adapter].weight
                     scales[name] = linear.scaling[adapter]
             found[name], found[f"{name}_bias"] = base.weight, base.bias
-        return Weights(**found), scales
+        return found, scales
 
 
 class Chain:
@@ -351,13 +331,13 @@ class LayerCall:
             return
         with torch.no_grad():
             for name, scale in self.scales.items():
-                a, b = getattr(weights, f"{name}_a"), getattr(weights, f"{name}_b")
-                dtype = weights.norm1.dtype
+                a, b = weights[f"{name}_a"], weights[f"{name}_b"]
+                dtype = weights["norm1"].dtype
                 self.adapters[name] = Adapter(a.to(dtype), b.to(dtype), scale)
 
     def weight(self, name: str) -> Tensor:
         """[out, in] of a linear, in the type that the layer computes in."""
-        stored = getattr(self.weights, name)
+        stored = self.weights[name]
         states = self.owner.quantised
         if name not in states:
             return stored
@@ -365,7 +345,7 @@ class LayerCall:
             from bitsandbytes.functional import dequantize_4bit
 
             whole = dequantize_4bit(stored, states[name].weight.quant_state)
-            self._whole[name] = whole.to(self.weights.norm1.dtype)
+            self._whole[name] = whole.to(self.weights["norm1"].dtype)
         return self._whole[name]
 
     def chunks(self, length: int) -> Iterator[slice]:
@@ -388,7 +368,7 @@ ALL = slice(None)
 
 def _linear(x: Tensor, c: LayerCall, name: str, rows: slice = ALL) -> Tensor:
     """[C, in] -> [C, out], of some of the linear's outputs."""
-    bias = getattr(c.weights, f"{name}_bias")
+    bias = c.weights[f"{name}_bias"]
     bias = None if bias is None else bias[rows].to(x.dtype)
     y = F.linear(x, c.weight(name)[rows], bias)
     if name in c.adapters:
@@ -438,7 +418,7 @@ def _queries(x: Tensor, c: LayerCall, heads: slice) -> Tensor:
     rows = slice(heads.start * c.head_dim, heads.stop * c.head_dim)
     q = x.new_empty(x.shape[0], heads.stop - heads.start, c.head_dim)
     for s in c.chunks(x.shape[0]):
-        q[s] = _rotated(rms_norm(x[s], w.norm1, c.eps), s, c, "q", w.q_norm, rows)
+        q[s] = _rotated(rms_norm(x[s], w["norm1"], c.eps), s, c, "q", w["q_norm"], rows)
     return q
 
 
@@ -447,8 +427,8 @@ def _keys_values(x: Tensor, c: LayerCall) -> tuple[Tensor, Tensor]:
     w, T = c.weights, x.shape[0]
     k, v = (x.new_empty(T, c.kv_heads, c.head_dim) for _ in range(2))
     for s in c.chunks(T):
-        n = rms_norm(x[s], w.norm1, c.eps)
-        k[s] = _rotated(n, s, c, "k", w.k_norm)
+        n = rms_norm(x[s], w["norm1"], c.eps)
+        k[s] = _rotated(n, s, c, "k", w["k_norm"])
         v[s] = _linear(n, c, "v").view(-1, c.kv_heads, c.head_dim)
     return k, v
 
@@ -481,7 +461,7 @@ def _forward(x: Tensor, c: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
     y = torch.empty_like(x)
     for s in c.chunks(T):
         x2 = x[s] + _linear(flat[s], c, "o")
-        n = rms_norm(x2, w.norm2, c.eps)
+        n = rms_norm(x2, w["norm2"], c.eps)
         hidden = gated_silu(_linear(n, c, "gate"), _linear(n, c, "up"))
         torch.add(x2, _linear(hidden, c, "down"), out=y[s])
         del hidden, n, x2
@@ -494,9 +474,7 @@ class _Sums:
     def __init__(self, call: LayerCall, needed: tuple[bool, ...], chunks: int) -> None:
         weights = call.weights
         self._adapters = call.adapters
-        self._sums = {
-            name: GradientSum(chunks) for name, n in zip(Weights._fields, needed, strict=True) if n
-        }
+        self._sums = {name: GradientSum(chunks) for name, n in zip(NAMES, needed, strict=True) if n}
         self._weights = weights
         self._done: dict[str, Tensor] = {}
 
@@ -527,14 +505,14 @@ class _Sums:
     def settle(self) -> None:
         """Round what is complete: the fp32 sums of the MLP need not outlive it."""
         for name in list(self._sums):
-            total = self._sums[name].total(getattr(self._weights, name))
+            total = self._sums[name].total(self._weights[name])
             if total is not None:
                 self._done[name] = total
                 del self._sums[name]
 
     def result(self) -> list[Tensor | None]:
         self.settle()
-        return [self._done.get(name) for name in Weights._fields]
+        return [self._done.get(name) for name in NAMES]
 
 
 def _mlp_backward(
@@ -544,7 +522,7 @@ def _mlp_backward(
     w = c.weights
     for s in c.chunks(x.shape[0]):
         x2 = x[s] + _linear(out[s], c, "o")
-        n = rms_norm(x2, w.norm2, c.eps)
+        n = rms_norm(x2, w["norm2"], c.eps)
         dhidden, gb = _linear_backward(dy[s], c, "down")
         hidden, dgate, dup = gated_silu_backward(
             dhidden, _linear(n, c, "gate"), _linear(n, c, "up")
@@ -558,7 +536,7 @@ def _mlp_backward(
         dn, gb = _linear_backward(dup, c, "up", into=dn)
         sums.outer("up", dup, n, gb)
         del dup, n
-        total, dnorm = add_rms_norm_backward(dn, x2, w.norm2, c.eps, dy[s])
+        total, dnorm = add_rms_norm_backward(dn, x2, w["norm2"], c.eps, dy[s])
         dx2[s] = total
         del dn, x2, total
         sums.add("norm2", dnorm)
@@ -602,12 +580,12 @@ def _qkv_backward(
     """dx += gradient through the norm and the projections."""
     w = c.weights
     for s in c.chunks(x.shape[0]):
-        n = rms_norm(x[s], w.norm1, c.eps)
-        g, dnorm = _rotated_backward(dq[s], n, s, c, "q", w.q_norm)
+        n = rms_norm(x[s], w["norm1"], c.eps)
+        g, dnorm = _rotated_backward(dq[s], n, s, c, "q", w["q_norm"])
         sums.add("q_norm", dnorm)
         dn, gb = _linear_backward(g, c, "q")
         sums.outer("q", g, n, gb)
-        g, dnorm = _rotated_backward(dk[s], n, s, c, "k", w.k_norm)
+        g, dnorm = _rotated_backward(dk[s], n, s, c, "k", w["k_norm"])
         sums.add("k_norm", dnorm)
         dn, gb = _linear_backward(g, c, "k", into=dn)
         sums.outer("k", g, n, gb)
@@ -615,7 +593,7 @@ def _qkv_backward(
         dn, gb = _linear_backward(g, c, "v", into=dn)
         sums.outer("v", g, n, gb)
         del g, n
-        total, dnorm = add_rms_norm_backward(dn, x[s], w.norm1, c.eps, dx[s])
+        total, dnorm = add_rms_norm_backward(dn, x[s], w["norm1"], c.eps, dx[s])
         sums.add("norm1", dnorm)
         dx[s] = total
 
@@ -648,7 +626,7 @@ class _Layer(torch.autograd.Function):
         ctx.handle = None
         owner = call.owner
         store, chain = owner.store, owner.chain
-        call.set_weights(Weights(*ctx.saved_tensors))
+        call.set_weights(dict(zip(NAMES, ctx.saved_tensors, strict=True)))
         x = handle.input()[0]
         saved = handle.attention()
         if not store.settings.late_prefetch:
