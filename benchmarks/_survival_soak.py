@@ -6,7 +6,8 @@ sampled. `SURVIVAL_SOAK_MINUTES` is how long, 120 by default.
 
 What is specified: the first quarter is warm-up; after it no rank's resident memory grows by more
 than 1 % (the median of the last quarter of the time against that of the second), and it has no more
-handles and threads than before. The log has a row for every `LOGGED` steps, with finite losses;
+handles and threads than before: the fewest of each quarter are compared, since a sample may see a
+file that is open for a moment. The log has a row for every `LOGGED` steps, with finite losses;
 `save_total_limit` checkpoints are left, and the stop saves the last step.
 """
 
@@ -18,7 +19,7 @@ import os
 import signal
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,8 @@ def watch(command: Command, seconds: float) -> dict[str, list[dict[str, int]]]:
 
 
 def growth(samples: list[dict[str, int]]) -> dict[str, float]:
-    """Resident memory of the last quarter over that of the second, and the most handles and threads
-    of the last quarter beyond the most of the second.
+    """Resident memory of the last quarter over that of the second, and the fewest handles and
+    threads of the last quarter beyond the fewest of the second; `most`: the same of the most.
     """
     quarter = len(samples) // 4
     before, after = samples[quarter : 2 * quarter], samples[3 * quarter :]
@@ -102,14 +103,15 @@ def growth(samples: list[dict[str, int]]) -> dict[str, float]:
     def median(part: list[dict[str, int]]) -> float:
         return statistics.median(s["rss"] for s in part)
 
-    def most(part: list[dict[str, int]], name: str) -> int:
-        return max(s[name] for s in part)
+    def more(name: str, of: Callable[[Iterable[int]], int]) -> int:
+        return of(s[name] for s in after) - of(s[name] for s in before)
 
     return {
         "rss_mib": round(median(after) / 1024, 1),
         "rss": round(median(after) / median(before) - 1, 5),
-        "handles": most(after, "handles") - most(before, "handles"),
-        "threads": most(after, "threads") - most(before, "threads"),
+        "handles": more("handles", min),
+        "threads": more("threads", min),
+        "most_handles": more("handles", max),
     }
 
 
