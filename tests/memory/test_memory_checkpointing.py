@@ -172,7 +172,14 @@ LORA = {
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
-@pytest.mark.parametrize("name", ["groups, recomputed", "segments of 3, offload, kept", "pieces"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "groups, recomputed",
+        pytest.param("segments of 3, offload, kept", marks=pytest.mark.slow),
+        pytest.param("pieces", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("what", LORA)
 def test_lora_in_the_written_layer(what, name, kind, monkeypatch):
     changes = {"mlp_bias": True, "attention_bias": True} if kind == "llama" else {}

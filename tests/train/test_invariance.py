@@ -95,8 +95,15 @@ def check(result: dict) -> None:
     assert result["param"] < 1e-5
 
 
+# ZeRO-3 in the default suite: test_preference_sharding.py
+MARKS = {"zero3": [pytest.mark.slow]}
+
+
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("sharding", "case"), [(s, c) for s in SHARDINGS for c in QUICK[s]])
+@pytest.mark.parametrize(
+    ("sharding", "case"),
+    [pytest.param(s, c, marks=MARKS.get(s, [])) for s in SHARDINGS for c in QUICK[s]],
+)
 def test_invariance(quick: dict[str, dict], sharding: str, case: str) -> None:
     check(quick[sharding][case])
 
