@@ -135,6 +135,7 @@ def run_part(
             result.setdefault("seconds", time.time() - begun)
         late = result["limit"] and result["seconds"] > result["limit"]
         result["ok"] = bool(result["ok"]) and not late
+        result["end"] = str(result["end"]).replace(home, "HOME")  # a folder of this case alone
         failed += not result["ok"]
         record = {"part": name, "seed": seed, "case": case, **result, **about()}
         append(path, record)

@@ -23,7 +23,13 @@ class Three:
         assert home.is_dir() and not list(home.iterdir())
         self.ran.append(case["n"])
         late = 9.0 if case["n"] == 2 else 0.1
-        return {"ok": case["n"] != 1, "seconds": late, "limit": 1.0, "end": "ended so", "trials": 5}
+        return {
+            "ok": case["n"] != 1,
+            "seconds": late,
+            "limit": 1.0,
+            "end": f"ended so: {home}/x",
+            "trials": 5,
+        }
 
 
 @pytest.fixture
@@ -53,7 +59,7 @@ def test_report_names_what_did_not_end_as_specified(part, tmp_path):
     run(path, 3)
     report = survival.render(survival.read(path))
     assert "| 3 | 15 | 1 | 2 |" in report
-    assert report.count("ended so") == 2
+    assert report.count("ended so: HOME/x") == 2
 
 
 def test_a_line_that_was_cut_is_no_case(part, tmp_path):
