@@ -81,6 +81,8 @@ def test_the_fork_s_file_means_what_it_says() -> None:
     assert cfg.hf["warmup_steps"] == 0.066
     assert cfg.hf["lr_scheduler_kwargs"] == {"min_lr": 1e-7}
     assert cfg.hf["eval_strategy"] == "steps" and cfg.hf["do_eval"] is True
+    given = {"model_name_or_path": "m", "dataset": "d", "output_dir": "o", "val_size": 2}
+    assert from_mapping({**given, "eval_on_start": True}).hf["do_eval"] is True
     assert cfg.hf["report_to"] == ["tensorboard"]
     assert cfg.hf["deepspeed"] == "examples/deepspeed/ds_z3_offload_config.json"
     assert cfg.gradient_checkpointing and "gradient_checkpointing" not in cfg.hf

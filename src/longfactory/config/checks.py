@@ -116,8 +116,7 @@ def _data(cfg: RunConfig) -> Iterator[str]:
             " training data."
         )
     trainer = cfg.trainer
-    evaluates = trainer.do_eval or trainer.eval_strategy != "no" or trainer.eval_on_start
-    wants_eval = evaluates or trainer.do_predict
+    wants_eval = trainer.do_eval or trainer.eval_strategy != "no" or trainer.do_predict
     if wants_eval and not data.eval_dataset and data.val_size == 0 and data.tokenized_path is None:
         yield (
             "do_eval, do_predict, eval_strategy or eval_on_start asks for an evaluation without"
