@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longfactory.data.media.units import LoadedMedia, MediaUnit
 from longfactory.sp.layout import Segment
 
 IGNORE = -100
@@ -39,6 +40,8 @@ class TokenizedDocument:
     sample: int = -1
     parent: int = -1
     reference_logp: float | None = None
+    media: tuple[MediaUnit, ...] = ()
+    """Its images and videos, whole, in the order of their placeholders."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +67,10 @@ class Row:
 
     `position_ids` restart in each document (in a branch: after its parent). `document_ids[t]`
     indexes `documents`. Padding is a document of its own, with role "pad", at the end.
+
+    `media` are all images and videos of the row, with spans from the row's first token, in the
+    order of their placeholders; the same on every rank. `pixels` are those that this rank was dealt
+    and has decoded.
     """
 
     input_ids: Tensor  # [T] int64
@@ -71,6 +78,8 @@ class Row:
     position_ids: Tensor  # [T] int64
     document_ids: Tensor  # [T] int64
     documents: tuple[Document, ...]
+    media: tuple[MediaUnit, ...] = ()
+    pixels: tuple[LoadedMedia, ...] = ()
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -96,7 +105,8 @@ class Row:
             for f in dataclasses.fields(self)
             if isinstance(getattr(self, f.name), Tensor)
         }
-        return dataclasses.replace(self, **move)
+        pixels = tuple(m.to(device, non_blocking=non_blocking) for m in self.pixels)
+        return dataclasses.replace(self, **move, pixels=pixels)
 
     def pin_memory(self) -> Row:
         pin = {
@@ -104,7 +114,8 @@ class Row:
             for f in dataclasses.fields(self)
             if isinstance(getattr(self, f.name), Tensor)
         }
-        return dataclasses.replace(self, **pin)
+        pixels = tuple(m.pin_memory() for m in self.pixels)
+        return dataclasses.replace(self, **pin, pixels=pixels)
 
     def padded(self, multiple: int, pad_id: int) -> Row:
         """The row with a padding document at its end, so that T is a multiple of `multiple`."""
@@ -116,7 +127,8 @@ class Row:
             return torch.cat([x, tail.to(x)])
 
         pad = Document(len(self), len(self) + short, role="pad")
-        return Row(
+        return dataclasses.replace(
+            self,
             input_ids=extend(self.input_ids, torch.full((short,), pad_id)),
             labels=extend(self.labels, torch.full((short,), IGNORE)),
             position_ids=extend(self.position_ids, torch.arange(short)),
@@ -140,6 +152,7 @@ def make_row(documents: Sequence[TokenizedDocument]) -> Row:
     if not documents:
         raise ValueError("A row needs at least one document.")
     ids, labels, positions, indices, placed = [], [], [], [], []
+    media: list[MediaUnit] = []
     start = 0
     ends: list[int] = []  # position id that follows each document's last token
     for i, d in enumerate(documents):
@@ -164,6 +177,7 @@ def make_row(documents: Sequence[TokenizedDocument]) -> Row:
         positions.append(torch.arange(first, first + n))
         indices.append(torch.full((n,), i))
         ends.append(first + n)
+        media += [unit.shifted(start, i) for unit in d.media]
         placed.append(
             Document(
                 start,
@@ -177,5 +191,10 @@ def make_row(documents: Sequence[TokenizedDocument]) -> Row:
         )
         start += n
     return Row(
-        torch.cat(ids), torch.cat(labels), torch.cat(positions), torch.cat(indices), tuple(placed)
+        torch.cat(ids),
+        torch.cat(labels),
+        torch.cat(positions),
+        torch.cat(indices),
+        tuple(placed),
+        tuple(media),
     )
