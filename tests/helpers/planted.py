@@ -104,15 +104,25 @@ def _window_dropped(above: int) -> Any:
 
 def _layer_window_dropped() -> Any:
     """In the hand-written layer alone."""
-    from longfactory.memory.decoder_layer import DecoderLayer
+    from longfactory.memory import decoder_layer
 
-    own = DecoderLayer.__init__
+    own = decoder_layer.DecoderLayer.__init__
 
     def init(self: Any, *args: Any) -> None:
         own(self, *args)
         self.window = None
 
-    return mock.patch.object(DecoderLayer, "__init__", init)
+    # which would run the layer's own code in its place
+    unproved = mock.patch.object(decoder_layer, "difference", lambda *args: None)
+    return _all(mock.patch.object(decoder_layer.DecoderLayer, "__init__", init), unproved)
+
+
+@contextlib.contextmanager
+def _all(*patches: Any) -> Any:
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        yield
 
 
 def _documents_leak() -> Any:

@@ -15,7 +15,8 @@ from longfactory import sp
 from longfactory.errors import ConfigError
 from longfactory.memory import chunked
 from longfactory.memory.apply import apply_memory
-from longfactory.memory.decoder_layer import _Layer, unknown_shape
+from longfactory.memory.decoder_layer import _Layer
+from longfactory.memory.layer.recognise import recognise
 from longfactory.memory.settings import MemorySettings
 from longfactory.sp import hf
 from longfactory.sp.layout import Segment
@@ -249,7 +250,7 @@ def run_without_gradient(model):
 )
 def test_other_adapters_run_as_peft_wrote_them(keys, reason, monkeypatch):
     model = with_lora(make_model("llama", monkeypatch), **keys)
-    assert unknown_shape(model.get_base_model().model.layers[0]) == reason
+    assert recognise(model.get_base_model().model.layers[0]) == reason
 
 
 @pytest.mark.parametrize("layer", ["auto", "generic"])

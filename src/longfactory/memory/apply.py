@@ -12,7 +12,8 @@ from torch import nn
 from longfactory.errors import ConfigError
 from longfactory.memory import chunked
 from longfactory.memory.checkpointed import CheckpointedLayer
-from longfactory.memory.decoder_layer import Chain, DecoderLayer, unknown_shape
+from longfactory.memory.decoder_layer import Chain, DecoderLayer
+from longfactory.memory.layer.recognise import recognise
 from longfactory.memory.offload import Activations
 from longfactory.memory.settings import MemorySettings
 from longfactory.sp.hf import values_of_layers
@@ -55,17 +56,19 @@ def apply_memory(
         return chunked.chunk_length(store.settings)
 
     moe = not getattr(config, "output_router_logits", False)
-    chain, reason, reasons = Chain(), None, set()
+    chain, reasons = Chain(), set()
     for index, layer in enumerate(layers):
         if isinstance(layer.forward, CheckpointedLayer):
             raise ConfigError("The memory engine is already in this model. Call apply_memory once.")
-        known = settings.layer == "auto" and (reason := unknown_shape(layer)) is None
-        reasons |= {reason} if not known and reason else set()
-        checkpointed = (
-            DecoderLayer(layer, index, store, chain)
-            if known
-            else CheckpointedLayer(layer, index, store)
-        )
+        checkpointed = CheckpointedLayer(layer, index, store)
+        if settings.layer == "auto":
+            parts = recognise(layer)
+            if not isinstance(parts, str) and parts.mlp is not None and not moe:
+                parts = "its routers' outputs are recorded"
+            if isinstance(parts, str):
+                reasons.add(parts)
+            else:
+                checkpointed = DecoderLayer(layer, index, store, chain, parts)
         if checkpointed.random and settings.segment_layers > 1:
             raise ConfigError(
                 f"segment_layers: {settings.segment_layers} runs layers again with other random"

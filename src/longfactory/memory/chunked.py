@@ -11,10 +11,11 @@ a later module of the layer stores its output).
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,24 +26,28 @@ from longfactory.memory.layer_ops import autocast_as_now, wide
 from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import TrainingJob
 from longfactory.memory.technique import Bytes, LayerMoments, Technique, Work
+from longfactory.sp.position import at
 
-_position: contextvars.ContextVar[int | None] = contextvars.ContextVar("position", default=0)
-
-
-def position() -> int | None:
-    """Which token of a module's input the chunk begins with that is being computed, on this thread;
-    None while a few tokens are tried. For hooks inside the module.
-    """
-    return _position.get()
+_inside: contextvars.ContextVar[bool] = contextvars.ContextVar("inside", default=False)
 
 
 def _run_at(start: int | None, fn: Callable[[Tensor], Any], x: Tensor) -> Any:
     """`fn(x)`, where x begins at token `start` of a module's input."""
-    token = _position.set(start)
-    try:
+    with at(start):
         return fn(x)
+
+
+@contextlib.contextmanager
+def whole(start: int | None = 0) -> Iterator[None]:
+    """Inside the block modules run without what `install` has put in place of their forward, on
+    tokens that begin at `start`.
+    """
+    token = _inside.set(True)
+    try:
+        with at(start):
+            yield
     finally:
-        _position.reset(token)
+        _inside.reset(token)
 
 
 class GradientSum:
@@ -236,9 +241,9 @@ class _Chunked:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         plain = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and args[0].dim() == 3
-        if plain and self.fits is None and args[0].shape[1] > 1:
+        if plain and self.fits is None and args[0].shape[1] > 1 and not _inside.get():
             self.fits = self._token_wise(args[0])
-        if not plain or not self.fits:
+        if not plain or not self.fits or _inside.get():
             return self.forward(*args, **kwargs)
         if any(hasattr(p, "ds_id") for p in self.module.parameters()):
             return self._under_zero3(args[0])

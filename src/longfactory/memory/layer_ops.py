@@ -1,5 +1,5 @@
-"""The elementwise mathematics of a Llama-shaped decoder layer, forward and backward: RMS norm,
-rotary embedding, gated SiLU.
+"""The elementwise mathematics of the hand-written decoder layer, forward and backward: norms,
+rotary embedding, gated activations.
 
 Plain functions of tensors. On a GPU each is compiled into one or two kernels at its first use (5 to
 7 s in all, once a process); where the compiler is missing or fails they run as they are, three to
@@ -87,80 +87,179 @@ def fused(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @fused
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """[..., H] -> weight * x / sqrt(mean(x^2) + eps)."""
+def norm(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    mean: bool = False,
+    zero_centred: bool = False,
+    wide_weight: bool = False,
+) -> Tensor:
+    """[..., H] -> weight * x / sqrt(mean(x^2) + eps), RMS norm.
+
+    Args:
+        weight: of the last dimensions of x; None for 1.
+        mean: the mean of x is taken off first (layer norm).
+        zero_centred: the factor is 1 + weight.
+        wide_weight: the product with the weight is rounded, not x / sqrt(...) alone.
+    """
     xw = x.to(wide(x.dtype))
-    r = torch.rsqrt(xw.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * (xw * r).to(x.dtype)
+    if mean:
+        xw = xw - xw.mean(-1, keepdim=True)
+    unit = xw * torch.rsqrt(xw.pow(2).mean(-1, keepdim=True) + eps)
+    if weight is None:
+        return unit.to(x.dtype)
+    if not wide_weight:
+        return weight * unit.to(x.dtype)
+    factor = weight.to(unit.dtype)
+    return (unit * (1.0 + factor if zero_centred else factor)).to(x.dtype)
 
 
 @fused
-def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """dx in x's dtype and the weight's gradient, [H], in the wide one."""
+def norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    mean: bool = False,
+    zero_centred: bool = False,
+    other: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """dx in x's dtype, and the weight's gradient in the wide one.
+
+    Args:
+        other: added to dx: the gradient that came past the norm, through the residual.
+    """
     xw, g = x.to(wide(x.dtype)), dy.to(wide(x.dtype))
+    if mean:
+        xw = xw - xw.mean(-1, keepdim=True)
     r = torch.rsqrt(xw.pow(2).mean(-1, keepdim=True) + eps)
     unit = xw * r
-    dweight = (g * unit).flatten(0, -2).sum(0)
-    g = g * weight.to(g.dtype)
+    dweight = None
+    if weight is not None:
+        # [..., H] -> [tokens, *weight.shape]
+        dweight = (g * unit).flatten(0, -1 - weight.dim()).sum(0)
+        factor = weight.to(g.dtype)
+        g = g * (1.0 + factor if zero_centred else factor)
     dx = r * (g - unit * (g * unit).mean(-1, keepdim=True))
+    if mean:
+        dx = dx - dx.mean(-1, keepdim=True)
+    if other is not None:
+        dx = dx + other.to(dx.dtype)
     return dx.to(x.dtype), dweight
 
 
+HALVES, INTERLEAVED, GATHERED = "halves", "interleaved", "gathered"
+"""Which dims of a head turn together, i with i + R/2 or 2i with 2i + 1; GATHERED: the latter, laid
+out as the former afterwards."""
+
+
+def _pair(x: Tensor, pairs: str) -> tuple[Tensor, Tensor]:
+    if pairs == HALVES:
+        first, second = x.chunk(2, -1)
+        return first, second
+    return x[..., ::2], x[..., 1::2]
+
+
+def _joined(first: Tensor, second: Tensor, pairs: str) -> Tensor:
+    if pairs == INTERLEAVED:
+        return torch.stack((first, second), -1).flatten(-2)
+    return torch.cat((first, second), -1)
+
+
 @fused
-def add_rms_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, eps: float, other: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`rms_norm_backward` with `other` (the gradient that came past the norm, through the residual)
-    added to dx.
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, pairs: str = HALVES, last: bool = False) -> Tensor:
+    """Rotary embedding of [T, heads, D] by the angles of R/2 pairs of dims: cos, sin [T, R/2].
+
+    Args:
+        pairs: see `HALVES`.
+        last: the last R dims of a head turn, else the first.
     """
-    xw, g = x.to(wide(x.dtype)), dy.to(wide(x.dtype))
-    r = torch.rsqrt(xw.pow(2).mean(-1, keepdim=True) + eps)
-    unit = xw * r
-    dweight = (g * unit).flatten(0, -2).sum(0)
-    g = g * weight.to(g.dtype)
-    dx = r * (g - unit * (g * unit).mean(-1, keepdim=True))
-    return (dx + other.to(dx.dtype)).to(x.dtype), dweight
+    turned = 2 * cos.shape[-1]
+    xw = x.to(wide(x.dtype))
+    c, s = cos.to(xw.dtype).unsqueeze(1), sin.to(xw.dtype).unsqueeze(1)
+    part = xw[..., -turned:] if last else xw[..., :turned]
+    x1, x2 = _pair(part, pairs)
+    y = _joined(x1 * c - x2 * s, x2 * c + x1 * s, pairs)
+    if turned < x.shape[-1]:
+        kept = xw[..., :-turned] if last else xw[..., turned:]
+        y = torch.cat((kept, y) if last else (y, kept), -1)
+    return y.to(x.dtype)
 
 
 @fused
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of [T, heads, D] with cos, sin [T, D]: x cos + (-x2, x1) sin."""
-    xw, c, s = (
-        x.to(wide(x.dtype)),
-        cos.to(wide(x.dtype)).unsqueeze(1),
-        sin.to(wide(x.dtype)).unsqueeze(1),
-    )
-    x1, x2 = xw.chunk(2, -1)
-    return (xw * c + torch.cat((-x2, x1), -1) * s).to(x.dtype)
-
-
-@fused
-def rotate_backward(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_backward(
+    dy: Tensor, cos: Tensor, sin: Tensor, pairs: str = HALVES, last: bool = False
+) -> Tensor:
     """The adjoint of `rotate`."""
-    g, c, s = (
-        dy.to(wide(dy.dtype)),
-        cos.to(wide(dy.dtype)).unsqueeze(1),
-        sin.to(wide(dy.dtype)).unsqueeze(1),
-    )
-    g1, g2 = (g * s).chunk(2, -1)
-    return (g * c + torch.cat((g2, -g1), -1)).to(dy.dtype)
+    turned = 2 * cos.shape[-1]
+    g = dy.to(wide(dy.dtype))
+    c, s = cos.to(g.dtype).unsqueeze(1), sin.to(g.dtype).unsqueeze(1)
+    part = g[..., -turned:] if last else g[..., :turned]
+    g1, g2 = _pair(part, INTERLEAVED if pairs == INTERLEAVED else HALVES)
+    dx = _joined(g1 * c + g2 * s, g2 * c - g1 * s, HALVES if pairs == HALVES else INTERLEAVED)
+    if turned < dy.shape[-1]:
+        kept = g[..., :-turned] if last else g[..., turned:]
+        dx = torch.cat((kept, dx) if last else (dx, kept), -1)
+    return dx.to(dy.dtype)
+
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+}
+"""transformers' names of the gates' activations that are computed here -> ours."""
+_TANH = 0.7978845608028654  # sqrt(2 / pi)
+_CUBIC = 0.044715
+
+
+def _activated(g: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """The activation and its derivative."""
+    if activation == "silu":
+        s = torch.sigmoid(g)
+        value = g * s
+        return value, s + value * (1 - s)
+    if activation == "gelu":
+        share = 0.5 * (1 + torch.erf(g * 0.7071067811865476))
+        return g * share, share + g * torch.exp(-0.5 * g * g) * 0.3989422804014327
+    t = torch.tanh(_TANH * (g + _CUBIC * g * g * g))
+    half = 0.5 * (1 + t)
+    slope = half + 0.5 * g * (1 - t * t) * _TANH * (1 + 3 * _CUBIC * g * g)
+    return g * half, slope
 
 
 @fused
-def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up."""
-    g = gate.to(wide(gate.dtype))
-    return (g * torch.sigmoid(g) * up.to(g.dtype)).to(gate.dtype)
+def gated(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
+    """activation(gate) * up."""
+    value, _ = _activated(gate.to(wide(gate.dtype)), activation)
+    return (value * up.to(value.dtype)).to(gate.dtype)
 
 
 @fused
-def gated_silu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(silu(gate) * up again, dgate, dup)."""
-    g, u, d = gate.to(wide(gate.dtype)), up.to(wide(gate.dtype)), dy.to(wide(gate.dtype))
-    s = torch.sigmoid(g)
-    silu = g * s
+def gated_backward(
+    dy: Tensor, gate: Tensor, up: Tensor, activation: str = "silu"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(activation(gate) * up again, dgate, dup)."""
+    u, d = up.to(wide(gate.dtype)), dy.to(wide(gate.dtype))
+    value, slope = _activated(gate.to(u.dtype), activation)
     return (
-        (silu * u).to(gate.dtype),
-        (d * u * (s + silu * (1 - s))).to(gate.dtype),
-        (d * silu).to(gate.dtype),
+        (value * u).to(gate.dtype),
+        (d * u * slope).to(gate.dtype),
+        (d * value).to(gate.dtype),
     )
+
+
+@fused
+def sigmoid_gated(x: Tensor, gate: Tensor) -> Tensor:
+    """x * sigmoid(gate)."""
+    return (x.to(wide(x.dtype)) * torch.sigmoid(gate.to(wide(x.dtype)))).to(x.dtype)
+
+
+@fused
+def sigmoid_gated_backward(dy: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """dx and dgate."""
+    d, s = dy.to(wide(x.dtype)), torch.sigmoid(gate.to(wide(x.dtype)))
+    dgate = d * x.to(d.dtype) * s * (1 - s)
+    return (d * s).to(x.dtype), dgate.to(x.dtype)

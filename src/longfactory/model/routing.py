@@ -35,10 +35,10 @@ from torch import Tensor, nn
 
 from longfactory import sp
 from longfactory.errors import UserError
-from longfactory.memory import chunked
 from longfactory.model import experts
 from longfactory.model.outputs import TokenOutputs
 from longfactory.sp import hf
+from longfactory.sp.position import position
 from longfactory.sp.routers import is_router
 
 
@@ -197,7 +197,7 @@ class Routing:
     # ---- hooks -----------------------------------------------------------------------------------
 
     def _routed(self, number: int, router: nn.Module, args: Any, output: Any) -> Any:
-        state, start = self._row, chunked.position()
+        state, start = self._row, position()
         if state is None or start is None:
             return None
         logits, scores, *others = output
@@ -221,7 +221,7 @@ class Routing:
 
     @torch.no_grad()
     def _sent(self, number: int, width: int, block: nn.Module, args: Any, kwargs: Any) -> None:
-        state, start = self._row, chunked.position()
+        state, start = self._row, position()
         if state is None or start is None or not state.open:
             return
         chosen = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]

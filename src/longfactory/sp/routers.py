@@ -33,6 +33,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .position import position
+
 _ROUTER = re.compile(r"(Router|Gating|Gate)$")
 _TOPK = (torch.topk, torch.Tensor.topk)
 _MAX = (torch.max, torch.Tensor.max)
@@ -191,14 +193,13 @@ def replay(model: nn.Module, choices: Choices) -> Iterator[None]:
             )
         return torch.where(recorded == OWN, places, recorded)
 
-    total = choices.tokens
-    if total is None:
+    if choices.tokens is None:
         yield
         return
     with _watched(
         model,
         lambda name, tokens: _Watch(
-            lambda slot, start, places: known(name, slot, start, places), tokens, total
+            lambda slot, start, places: known(name, slot, start, places), tokens
         ),
     ):
         yield
@@ -212,24 +213,18 @@ class _Watch(TorchFunctionMode):
         decide: (number of the choice in this call, first token, [tokens, picks] places) -> other
             places, or None.
         hidden: what the router was called with: [..., tokens, H].
-        total: tokens of the whole pass, if known.
     """
 
     def __init__(
         self,
         decide: Callable[[int, int, Tensor], Tensor | None],
         hidden: Tensor,
-        total: int | None = None,
     ) -> None:
         super().__init__()
         self.decide = decide
         self.slot = 0
-        width = hidden.shape[-1]
-        self.tokens = hidden.numel() // width
-        # A layer that works in chunks gives views of the whole: where the chunk begins is where its
-        # memory does.
-        offset = hidden.storage_offset()
-        self.start = offset // width if self.tokens != total and offset % width == 0 else 0
+        self.tokens = hidden.numel() // hidden.shape[-1]
+        self.start = position() or 0
 
     def __enter__(self) -> _Watch:
         self.outer = getattr(_state, "innermost", None)

@@ -312,7 +312,7 @@ def zero_stage(cfg: RunConfig) -> tuple[int, bool]:
 
 def layers_can_be_written(cfg: RunConfig, sharding: str, zero: int) -> bool:
     """Whether the hand-written layer takes the run's weights and adapters, where the family has one
-    (`decoder_layer.unknown_shape` and what it steps aside for).
+    (`layer.recognise` and what `decoder_layer` steps aside for).
     """
     method, bits = cfg.method, cfg.model.quantization_bit
     if method.finetuning_type == "lora" and (method.use_dora or method.lora_dropout > 0):

@@ -1,0 +1,383 @@
+"""One decoder layer of each hand-written family at its real size: the hand-written function against
+the layer's own code, recomputed in chunks as it trains where it is not hand-written.
+
+    python benchmarks/layers.py --out benchmarks/results           # all GPUs of the host, 3 min on two
+    python benchmarks/layers.py --smoke --out /tmp/results         # CPU, tiny shapes: does it run?
+
+A row is a layer in bf16 on one document of 32,768 tokens, attention outputs saved, chunks of 8,192
+tokens: seconds of forward and backward (median of five, both ways by turns), their ratio, the peak
+of memory. `errors`: of the input's gradient and of each weight's in bf16 on 2,048 tokens, from the
+layer's own code in fp32 with the same experts chosen, those of the hand-written function over those
+of the layer's own code: median and largest. Each row has a process of its own, one at a time on
+each GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TOKENS, SHORT, CHUNK, ROUNDS = 32_768, 2_048, 8_192, 5
+MARK = "ROW "
+
+
+def _heads(heads: int, kv_heads: int, dim: int = 128) -> dict[str, int]:
+    return {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": dim}
+
+
+def _widths(hidden: int, intermediate: int) -> dict[str, int]:
+    return {"hidden_size": hidden, "intermediate_size": intermediate}
+
+
+def _experts(experts: int, picks: int, width: int) -> dict[str, int]:
+    return {
+        "num_experts": experts,
+        "num_local_experts": experts,
+        "n_routed_experts": experts,
+        "num_experts_per_tok": picks,
+        "moe_intermediate_size": width,
+    }
+
+
+_FULL = {"layer_types": ["full_attention"]}
+_SLIDING = {"layer_types": ["sliding_attention"]}
+_GEMMA3 = {**_widths(3840, 15360), **_heads(16, 8, 256), "sliding_window": 1024}
+_LATENT = {
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 0,
+}
+_QWEN_7B = {**_widths(3584, 18944), "num_attention_heads": 28, "num_key_value_heads": 4}
+LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Gemma-3-12B, window": ("gemma3_text", {**_GEMMA3, **_SLIDING}),
+    "Qwen3-30B-A3B": (
+        "qwen3_moe",
+        {**_widths(2048, 6144), **_heads(32, 4), **_experts(128, 8, 768)},
+    ),
+    "gpt-oss-20b, window": (
+        "gpt_oss",
+        {**_widths(2880, 2880), **_heads(64, 8, 64), **_experts(32, 4, 2880), **_SLIDING}
+        | {"sliding_window": 128},
+    ),
+    "Gemma-2-9B, full": (
+        "gemma2",
+        {**_widths(3584, 14336), **_heads(16, 8, 256), **_FULL, "query_pre_attn_scalar": 256},
+    ),
+    "GLM-4-9B-0414": ("glm4", {**_widths(4096, 13696), **_heads(32, 2)}),
+    "Phi-4": ("phi3", {**_widths(5120, 17920), **_heads(40, 10), "sliding_window": None}),
+    "OLMo-2-13B": ("olmo2", {**_widths(5120, 13824), **_heads(40, 40)}),
+    "Command-R7B, window": (
+        "cohere2",
+        {**_widths(4096, 14336), **_heads(32, 8), **_SLIDING, "sliding_window": 4096},
+    ),
+    "Granite-3.3-8B": (
+        "granite",
+        {**_widths(4096, 12800), **_heads(32, 8), "residual_multiplier": 0.22}
+        | {"attention_multiplier": 0.0078125},
+    ),
+    "Seed-OSS-36B": (
+        "seed_oss",
+        {**_widths(5120, 27648), **_heads(80, 8), "residual_dropout": 0.0},
+    ),
+    "GLM-4.5-Air": (
+        "glm4_moe",
+        {**_widths(4096, 10944), **_heads(96, 8), **_experts(128, 8, 1408)}
+        | {"first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
+    ),
+    "DeepSeek-V2-Lite's sizes in V3's code": (
+        "deepseek_v3",
+        {**_widths(2048, 10944), **_LATENT, **_experts(64, 6, 1408)}
+        | {"q_lora_rank": None, "n_shared_experts": 2},
+    ),
+    "Gemma-3-12B, full": ("gemma3_text", {**_GEMMA3, **_FULL}),
+    "Qwen3-Next-80B-A3B, full": (
+        "qwen3_next",
+        {**_widths(2048, 5120), **_heads(16, 2, 256), **_experts(512, 10, 512), **_FULL}
+        | {"shared_expert_intermediate_size": 512},
+    ),
+    "Qwen2.5-7B": ("qwen2", _QWEN_7B),
+    "Qwen2.5-7B, LoRA on all linears": ("qwen2", {**_QWEN_7B, "lora": True}),
+}
+"""Name -> model type, and fields of its configuration."""
+
+
+# ---- one row, in a process of its own ------------------------------------------------------------
+
+
+def _model(name: str, device: torch.device, smoke: bool) -> nn.Module:
+    """A model of one layer, in float32 where it is tiny, else in bf16."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind, fields = LAYERS[name]
+    fields = dict(fields)
+    lora = fields.pop("lora", False)
+    torch.manual_seed(0)
+    if smoke:
+        from longfactory_dev.tiny_models import tiny_model
+
+        kinds = {k: v * 4 for k, v in fields.items() if k == "layer_types"}
+        model = tiny_model(kind, torch.float32, **kinds)
+    else:
+        config = AutoConfig.for_model(
+            kind, **fields, num_hidden_layers=1, vocab_size=1024, use_cache=False
+        )
+        config.pad_token_id = 0
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        with torch.no_grad():
+            for p in model.parameters():  # sinks, biases and routers are not set by all families
+                p.normal_(0.0, 0.02) if p.dim() > 1 else p.add_(0.02 * torch.randn_like(p))
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        keys = LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)
+        model = get_peft_model(model, keys).to(next(model.parameters()).dtype)
+    return model.train()
+
+
+def _call(model: nn.Module, tokens: int, device: torch.device) -> tuple[Any, Any, dict[str, Any]]:
+    """The first layer, and with what the model calls it on a row of one document."""
+    from longfactory import sp
+    from longfactory.sp import hf
+    from longfactory.sp.text_model import decoder_layers
+
+    ctx = sp.SequenceParallel.create(1)
+    hf.prepare(hf.unwrap(model), ctx)
+    layer: Any = decoder_layers(model)[1][0]
+    found: list[Any] = []
+
+    class Found(Exception):
+        pass
+
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        found.append((args, kwargs))
+        raise Found
+
+    hook = layer.register_forward_pre_hook(note, with_kwargs=True)
+    ids = torch.randint(0, 200, (tokens,), device=device)
+    positions = torch.arange(tokens, device=device)
+    plan = sp.plan(tokens, None, ctx)
+    with contextlib.suppress(Found):
+        model(**hf.inputs({"input_ids": ids, "position_ids": positions}, plan))
+    hook.remove()
+    args, kwargs = found[0]
+    return layer, args, {n: v for n, v in kwargs.items() if n != "hidden_states"}
+
+
+def _step(layer: Any, x: Tensor, dy: Tensor, args: Any, kwargs: Any) -> dict[str, Tensor]:
+    """Gradients of one forward and backward."""
+    leaf = x.detach().requires_grad_()
+    y = layer(leaf, *args[1:], **kwargs)
+    (y[0] if isinstance(y, tuple) else y).backward(dy)
+    found = {n: p.grad for n, p in layer.named_parameters() if p.grad is not None}
+    for p in layer.parameters():
+        p.grad = None
+    assert leaf.grad is not None
+    return {"input": leaf.grad, **found}
+
+
+def _errors(
+    model: nn.Module, ways: dict[str, Callable[[], None]], width: int, device: torch.device
+) -> dict[str, float]:
+    from longfactory.sp import routers
+
+    tokens = 64 if device.type == "cpu" else SHORT
+    layer, args, kwargs = _call(model, tokens, device)
+    dtype = next(model.parameters()).dtype
+    x, dy = (torch.randn(1, tokens, width, device=device).to(dtype) for _ in range(2))
+    ways["own"]()
+    with routers.record(layer) as choices:
+        layer(x, *args[1:], **kwargs)
+    found: dict[str, dict[str, Tensor]] = {}
+    with routers.replay(layer, choices):
+        for way, choose in ways.items():
+            choose()
+            found[way] = _step(layer, x, dy, args, kwargs)
+        ways["own"]()
+        model.float()
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        given = {n: _float(v) for n, v in kwargs.items()}
+        exact = _step(layer, x.float(), dy.float(), args, given)
+        torch.set_float32_matmul_precision(before)
+        model.to(dtype)
+    ratios = []
+    for name, g in exact.items():
+        far = {w: float((r[name].float() - g).norm()) for w, r in found.items()}
+        ratios.append(far["written"] / max(far["own"], 1e-6 * float(g.norm()), 1e-30))
+    return {"errors": statistics.median(ratios), "worst error": max(ratios)}
+
+
+def _float(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)(_float(v) for v in value)
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.float() if floating else value
+
+
+def measure(name: str, smoke: bool) -> dict[str, Any]:
+    """One row."""
+    from longfactory.memory.apply import apply_memory
+    from longfactory.memory.decoder_layer import DecoderLayer
+    from longfactory.memory.settings import MemorySettings
+
+    device = torch.device("cpu" if smoke else "cuda")
+    tokens = 128 if smoke else TOKENS
+    model = _model(name, device, smoke)
+    layer, args, kwargs = _call(model, tokens, device)
+    settings = MemorySettings(keep_attention=1.0, mlp_chunk=32 if smoke else CHUNK)
+    apply_memory(model, settings)
+    installed: Any = layer.forward
+    if not isinstance(installed, DecoderLayer):
+        raise RuntimeError("this layer has no hand-written function")
+    own = super(DecoderLayer, installed).__call__
+    ways: dict[str, Callable[[], None]] = {
+        "own": lambda: setattr(layer, "forward", _Plain(own, installed)),
+        "written": lambda: setattr(layer, "forward", installed),
+    }
+    width = model.config.get_text_config().hidden_size
+    dtype = next(model.parameters()).dtype
+    row: dict[str, Any] = {"name": name, "kind": LAYERS[name][0]}
+    x, dy = (torch.randn(1, tokens, width, device=device).to(dtype) for _ in range(2))
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for turn in range(ROUNDS + 1):  # the first compiles
+        for way, choose in ways.items():
+            choose()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            _step(layer, x, dy, args, kwargs)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                row[f"{way} GiB"] = torch.cuda.max_memory_allocated() / 2**30
+            if turn:
+                seconds[way].append(time.perf_counter() - start)
+    if not all(installed.chain.proved.values()):
+        raise RuntimeError("the hand-written function was found to differ")
+    for way, each in seconds.items():
+        row[f"{way} ms"] = 1000 * statistics.median(each)
+    row["speed"] = row["own ms"] / row["written ms"]
+    del x, dy
+    return row | _errors(model, ways, width, device)
+
+
+class _Plain:
+    """The layer as it trains without a hand-written function."""
+
+    def __init__(self, call: Any, installed: Any) -> None:
+        self.call, self.forward = call, installed.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+
+# ---- all rows ------------------------------------------------------------------------------------
+
+
+def _start(name: str, gpu: int | None, smoke: bool, limit: float) -> dict[str, Any]:
+    """A row's process."""
+    command = [sys.executable, "-u", __file__, "--row", name, *(["--smoke"] if smoke else [])]
+    env = dict(os.environ)
+    if gpu is not None:
+        shown = env.get("CUDA_VISIBLE_DEVICES")
+        env["CUDA_VISIBLE_DEVICES"] = shown.split(",")[gpu] if shown else str(gpu)
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"name": name, "error": f"not done in {limit:.0f} s"}
+    for line in done.stdout.splitlines():
+        if line.startswith(MARK):
+            return json.loads(line.removeprefix(MARK))
+    return {"name": name, "error": (done.stderr.strip().splitlines() or ["no output"])[-1][:300]}
+
+
+def _line(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"| {row['name']} | | | | | | {row['error']} |"
+    peaks = [
+        f"{row[f'{way} GiB']:.1f}" if f"{way} GiB" in row else "" for way in ("own", "written")
+    ]
+    return (
+        f"| {row['name']} | {row['own ms']:.1f} | {row['written ms']:.1f} | {row['speed']:.2f}"
+        f" | {peaks[0]} | {peaks[1]} | {row['errors']:.2f}, {row['worst error']:.2f} |"
+    )
+
+
+HEAD = (
+    "| layer | own code, ms | hand-written, ms | speed | own code, GiB | hand-written, GiB"
+    " | errors: median, largest |\n|---|---|---|---|---|---|---|"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("benchmark_results"))
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--only", nargs="+", default=list(LAYERS), help="names of rows")
+    parser.add_argument("--seconds", type=float, default=175.0, help="of the whole command")
+    parser.add_argument("--row", help="for this command's own processes")
+    a = parser.parse_args()
+    if a.row:
+        try:
+            row = measure(a.row, a.smoke)
+        except Exception as error:
+            traceback.print_exc()
+            row = {"name": a.row, "error": f"{type(error).__name__}: {error}"[:300]}
+        print(MARK + json.dumps(row), flush=True)
+        return
+    end = time.monotonic() + a.seconds
+    gpus: list[int | None] = [None] if a.smoke else list(range(torch.cuda.device_count()))
+    if not gpus:
+        raise SystemExit("No GPU here. --smoke runs tiny shapes on a CPU.")
+    free = list(gpus)
+    rows: list[dict[str, Any]] = []
+    print(HEAD, flush=True)
+
+    def one(name: str) -> None:
+        left = end - time.monotonic()
+        if left < 15:
+            row: dict[str, Any] = {"name": name, "error": "not started: time is up"}
+        else:
+            gpu = free.pop()
+            row = _start(name, gpu, a.smoke, left)
+            free.append(gpu)
+        rows.append(row)
+        print(_line(row), flush=True)
+
+    with concurrent.futures.ThreadPoolExecutor(len(gpus)) as pool:
+        list(pool.map(one, a.only))
+    rows.sort(key=lambda row: a.only.index(row["name"]))
+    a.out.mkdir(parents=True, exist_ok=True)
+    device = "CPU" if a.smoke else torch.cuda.get_device_name(0)
+    about = f"One layer on one {device}, torch {torch.__version__}, {TOKENS:,} tokens, bf16."
+    (a.out / "layers.json").write_text(json.dumps(rows, indent=1) + "\n")
+    table = "\n".join([HEAD, *map(_line, rows)])
+    (a.out / "layers.md").write_text(f"# The hand-written layer\n\n{about}\n\n{table}\n")
+    raise SystemExit(any("error" in row for row in rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""Queries, keys and values of the hand-written layer, attention, and their backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longfactory import sp
+from longfactory.memory.layer import latent
+from longfactory.memory.layer.linears import (
+    ALL,
+    LayerCall,
+    Rows,
+    Sums,
+    linear,
+    linear_backward,
+    normed,
+    normed_backward,
+    through,
+)
+from longfactory.memory.layer_ops import (
+    rotate,
+    rotate_backward,
+    sigmoid_gated,
+    sigmoid_gated_backward,
+)
+
+
+def turned(y: Tensor, s: slice, c: LayerCall) -> Tensor:
+    """Rotary embedding of the tokens `s`: [C, heads, D] -> the same."""
+    if c.shape.rotary is None or c.cos is None or c.sin is None:
+        return y
+    return rotate(y, c.cos[s], c.sin[s], c.shape.rotary.pairs, c.shape.rotary.last)
+
+
+def turned_backward(g: Tensor, s: slice, c: LayerCall) -> Tensor:
+    """The adjoint of `turned`."""
+    if c.shape.rotary is None or c.cos is None or c.sin is None:
+        return g
+    return rotate_backward(g, c.cos[s], c.sin[s], c.shape.rotary.pairs, c.shape.rotary.last)
+
+
+def _head_rows(c: LayerCall, name: str, heads: slice, part: int = 0) -> tuple[str, Rows]:
+    """The linear and its outputs that make some heads of a projection. With an output gate the
+    query (part 0) and the gate (part 1) of a head stand beside each other.
+    """
+    source, rows = c.rows(name)
+    dim = c.shape.head_dim
+    if name == "q" and c.shape.output_gate:
+        every = torch.arange(2 * c.shape.heads * dim, device=c.weights["q"].device)
+        # [heads * 2 * D] -> [heads, 2, D]
+        return source, every.view(c.shape.heads, 2, dim)[heads, part].reshape(-1)
+    if heads == ALL:
+        return source, rows
+    start = rows.start or 0
+    return source, slice(start + heads.start * dim, start + heads.stop * dim)
+
+
+def _projected(n: Tensor, c: LayerCall, name: str, heads: slice = ALL) -> Tensor:
+    """[C, H] -> [C, heads, D], before norm and rotary embedding."""
+    source, rows = _head_rows(c, name, heads)
+    return linear(n, c, source, rows).view(n.shape[0], -1, c.shape.head_dim)
+
+
+def _made(n: Tensor, s: slice, c: LayerCall, name: str, heads: slice = ALL) -> Tensor:
+    """[C, H] normed hidden -> [C, heads, D] queries, keys or values."""
+    if c.shape.whole_norm and name != "v":
+        y = normed(_projected(n, c, name).flatten(1), c, f"{name}_norm")
+        y = y.view(n.shape[0], -1, c.shape.head_dim)[:, heads]
+    else:
+        y = normed(_projected(n, c, name, heads), c, f"{name}_norm", heads)
+    return y if name == "v" else turned(y, s, c)
+
+
+def _made_backward(g: Tensor, n: Tensor, s: slice, c: LayerCall, name: str, sums: Sums) -> Tensor:
+    """[C, heads, D] -> the gradient of the projection's output, [C, heads * D]."""
+    if name != "v":
+        g = turned_backward(g, s, c)
+    if c.shape.norm(f"{name}_norm") is not None:
+        y = _projected(n, c, name)
+        if c.shape.whole_norm:
+            y, g = y.flatten(1), g.flatten(1)
+        g = normed_backward(g, y, c, f"{name}_norm", sums)
+    return g.reshape(g.shape[0], -1)
+
+
+def queries(x: Tensor, c: LayerCall, heads: slice) -> Tensor:
+    """[T, H] -> [T, heads, D] queries of some heads."""
+    count = c.shape.heads if heads == ALL else heads.stop - heads.start
+    q = x.new_empty(x.shape[0], count, c.shape.head_dim)
+    for s in c.chunks(x.shape[0]):
+        n = normed(x[s], c, "norm1")
+        if c.shape.latent is not None:
+            q[s] = turned(latent.query_heads(n, c, heads), s, c)
+        else:
+            q[s] = _made(n, s, c, "q", heads)
+    return q
+
+
+def keys_values(x: Tensor, c: LayerCall) -> tuple[Tensor, Tensor]:
+    """[T, H] -> keys [T, key heads, D] and values [T, key heads, Dv]."""
+    T, shape = x.shape[0], c.shape
+    k = x.new_empty(T, shape.kv_heads, shape.head_dim)
+    v = x.new_empty(T, shape.kv_heads, shape.value_dim)
+    for s in c.chunks(T):
+        n = normed(x[s], c, "norm1")
+        if shape.latent is not None:
+            keys, v[s] = latent.keys_values(n, c)
+            k[s] = turned(keys, s, c)
+        else:
+            k[s] = _made(n, s, c, "k")
+            v[s] = _made(n, s, c, "v")
+    return k, v
+
+
+def attention(x: Tensor, k: Tensor, v: Tensor, c: LayerCall) -> tuple[Tensor, Tensor]:
+    """out [T, heads, Dv] and its log-sum-exp, a group of heads at a time."""
+    if c.groups == 1:
+        q = queries(x, c, ALL)
+        return sp.attention_forward(q, k, v, c.plan, **c.options, **c.sinks(ALL))
+    out, lses = x.new_empty(x.shape[0], c.shape.heads, c.shape.value_dim), []
+    for mine, keys in c.group_slices():
+        kg, vg = k[:, keys].contiguous(), v[:, keys].contiguous()
+        q = queries(x, c, mine)
+        out[:, mine], lse = sp.attention_forward(q, kg, vg, c.plan, **c.options, **c.sinks(mine))
+        lses.append(lse)
+    return out, torch.cat(lses)
+
+
+def gate_of(x: Tensor, s: slice, c: LayerCall) -> Tensor:
+    """[C, heads * D]: the output gate of the tokens `s`."""
+    source, rows = _head_rows(c, "q", ALL, 1)
+    return linear(normed(x[s], c, "norm1"), c, source, rows)
+
+
+def attended(x: Tensor, out: Tensor, s: slice, c: LayerCall) -> Tensor:
+    """What the output projection gets of the tokens `s`: [C, heads * Dv]."""
+    return sigmoid_gated(out[s], gate_of(x, s, c)) if c.shape.output_gate else out[s]
+
+
+def attention_backward(
+    x: Tensor, out: Tensor, lse: Tensor, da: Tensor, k: Tensor, v: Tensor, c: LayerCall, sums: Sums
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradients of queries [T, heads, D] (with several groups of heads as wide as values:
+    written over out), keys, values, and of the output gate [T, heads * D], where there is one.
+
+    Args:
+        out: [T, heads * Dv].
+        da: gradient of the output projection, [T, H].
+    """
+    T, shape = x.shape[0], c.shape
+    dgate = None
+    if c.groups == 1:
+        if shape.output_gate:
+            dout, dgate = torch.empty_like(out), torch.empty_like(out)
+            for s in c.chunks(T):
+                g = linear_backward(da[s], c, "o")[0]
+                dout[s], dgate[s] = sigmoid_gated_backward(g, out[s], gate_of(x, s, c))
+        else:
+            dout = linear_backward(da, c, "o")[0]
+        whole = (T, shape.heads, shape.value_dim)
+        dq, dk, dv, dsinks = sp.attention_backward(
+            dout.view(whole),
+            queries(x, c, ALL),
+            k,
+            v,
+            out.view(whole),
+            lse,
+            c.plan,
+            **c.options,
+            **c.sinks(ALL),
+        )
+        sums.add("sinks", dsinks)
+        return dq, dk, dv, dgate
+    out = out.view(T, shape.heads, shape.value_dim)
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    dqs = out
+    if shape.value_dim != shape.head_dim:
+        dqs = x.new_empty(T, shape.heads, shape.head_dim)
+    all_sinks: list[Any] = []
+    for mine, keys in c.group_slices():
+        columns = slice(mine.start * shape.value_dim, mine.stop * shape.value_dim)
+        dout = linear_backward(da, c, "o", columns=columns)[0].view(T, -1, shape.value_dim)
+        kg, vg, og, lg = (
+            k[:, keys].contiguous(),
+            v[:, keys].contiguous(),
+            out[:, mine].contiguous(),
+            lse[mine].contiguous(),
+        )
+        q = queries(x, c, mine)
+        dq, dkg, dvg, dsinks = sp.attention_backward(
+            dout, q, kg, vg, og, lg, c.plan, **c.options, **c.sinks(mine)
+        )
+        del q, dout, kg, vg, og, lg
+        dqs[:, mine], dk[:, keys], dv[:, keys] = dq, dkg, dvg
+        all_sinks.append(dsinks)
+        del dq, dkg, dvg
+    if shape.sinks:
+        sums.add("sinks", torch.cat(all_sinks))
+    return dqs, dk, dv, None
+
+
+def projections_backward(
+    x: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dgate: Tensor | None,
+    dx: Tensor,
+    pending: Tensor | None,
+    c: LayerCall,
+    sums: Sums,
+) -> None:
+    """dx += gradient through the norm and the projections.
+
+    Args:
+        pending: [T, H] of a parallel layer: the gradient that the norm's output has from the MLP.
+    """
+    for s in c.chunks(x.shape[0]):
+        n = normed(x[s], c, "norm1")
+        dn = None if pending is None else pending[s]
+        if c.shape.latent is not None:
+            gq, gk = turned_backward(dq[s], s, c), turned_backward(dk[s], s, c)
+            dn = latent.projections_backward(gq, gk, dv[s], n, c, sums, dn)
+        else:
+            dn = _plain_backward(dq[s], dk[s], dv[s], dgate, n, s, c, sums, dn)
+        dx[s] = normed_backward(dn, x[s], c, "norm1", sums, dx[s])
+
+
+def _plain_backward(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dgate: Tensor | None,
+    n: Tensor,
+    s: slice,
+    c: LayerCall,
+    sums: Sums,
+    dn: Tensor | None,
+) -> Tensor:
+    """The gradient at the projections' input, [C, H], added to `dn` if it is given."""
+    gq = _made_backward(dq, n, s, c, "q", sums)
+    if dgate is not None:
+        # [C, heads * D] twice -> [C, heads, 2, D] -> [C, heads * 2 * D]
+        wide = (n.shape[0], c.shape.heads, c.shape.head_dim)
+        gq = torch.stack((gq.view(wide), dgate[s].view(wide)), 2).flatten(1)
+    gk = _made_backward(dk, n, s, c, "k", sums)
+    gv = _made_backward(dv, n, s, c, "v", sums)
+    if c.rows("q")[0] == "qkv":
+        return through(torch.cat((gq, gk, gv), 1), n, c, "qkv", sums, dn)
+    dn = through(gq, n, c, "q", sums, dn)
+    if c.rows("v")[0] == "k":
+        return through(gk + gv, n, c, "k", sums, dn)
+    dn = through(gk, n, c, "k", sums, dn)
+    return through(gv, n, c, "v", sums, dn)

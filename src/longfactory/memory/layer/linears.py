@@ -1,0 +1,264 @@
+"""One call of the hand-written layer: its weights as autograd has them, products with them in both
+directions, sums of their gradients.
+
+LoRA: y = x W^T + s (x A^T) B^T, in the same chunks. The low-rank product is added to the base's in
+one kernel; of a frozen weight no gradient is computed, and g B serves both the input's gradient and
+A's. Nothing of rank r is stored between the passes. Weights of four bits are made whole once in
+each pass, and let go of when it ends.
+
+Letters in shapes: C tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longfactory.memory.chunked import GradientSum
+from longfactory.memory.layer.description import LayerDescription
+from longfactory.memory.layer_ops import norm, norm_backward
+
+ALL = slice(None)
+Rows: TypeAlias = slice | Tensor
+Weights = dict[str, Any]
+"""By the names of `names_of`; None for what a layer has not."""
+ENDS = ("", "_bias", "_a", "_b")
+"""Of a linear, `q`: its weight and bias, and LoRA's A [r, in] and B [out, r]."""
+
+
+class Adapter(NamedTuple):
+    """LoRA of one linear, in the type that the layer computes in."""
+
+    a: Tensor  # [r, in]
+    b: Tensor  # [out, r]
+    scale: float
+
+
+class LayerCall:
+    """What one call's forward and backward share besides tensors to differentiate.
+
+    Args:
+        shape: the layer.
+        names: of its weights, in the order in which autograd gets them.
+        plan: of the row.
+        cos, sin: [T, R/2]; None where nothing turns.
+        weights: by `names`.
+        scales: of each linear's adapter that acts.
+        quantised: the linears whose weights have four bits.
+        options: of attention: scale and window.
+        chunk: tokens that are worked on at once; None for all.
+        groups: groups of heads that attention's backward takes one after the other.
+        mlp: runs the MLP that is a module of its own: (tokens [C, H], first token) -> [C, H].
+        mlp_weights: its trained parameters, asked for in each pass.
+        scalar: s of the description, [1].
+        owner: the `DecoderLayer`.
+    """
+
+    def __init__(
+        self,
+        shape: LayerDescription,
+        names: Sequence[str],
+        plan: Any,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        weights: Weights,
+        scales: dict[str, float],
+        quantised: dict[str, Any],
+        options: dict[str, Any],
+        dtype: torch.dtype,
+        chunk: int | None = None,
+        groups: int = 1,
+        mlp: Any = None,
+        mlp_weights: Any = tuple,
+        scalar: Tensor | None = None,
+        owner: Any = None,
+    ) -> None:
+        self.owner = owner
+        self.shape, self.names, self.plan, self.cos, self.sin = shape, names, plan, cos, sin
+        self.scales, self.quantised, self.dtype = scales, quantised, dtype
+        self.options = {**options, "softcap": shape.softcap}
+        self.chunk, self.groups, self.mlp, self.mlp_weights = chunk, groups, mlp, mlp_weights
+        self.scalar = scalar
+        self._rows = {name: (linear, slice(i, j)) for name, linear, i, j in shape.rows}
+        self.set_weights(weights)
+
+    def set_weights(self, weights: Weights | None) -> None:
+        """None: autograd saves them, and knows when they change."""
+        self.weights: Any = weights
+        self.adapters: dict[str, Adapter] = {}
+        self._whole: dict[str, Tensor] = {}
+        if weights is None:
+            return
+        weights |= {mlp_name(i): p for i, p in enumerate(self.mlp_weights())}
+        with torch.no_grad():
+            for name, scale in self.scales.items():
+                a, b = weights[f"{name}_a"], weights[f"{name}_b"]
+                self.adapters[name] = Adapter(a.to(self.dtype), b.to(self.dtype), scale)
+
+    def weight(self, name: str) -> Tensor:
+        """[out, in] of a linear, in the type that the layer computes in."""
+        stored = self.weights[name]
+        if name not in self.quantised:
+            return stored
+        if name not in self._whole:
+            from bitsandbytes.functional import dequantize_4bit
+
+            whole = dequantize_4bit(stored, self.quantised[name].weight.quant_state)
+            self._whole[name] = whole.to(self.dtype)
+        return self._whole[name]
+
+    def rows(self, name: str) -> tuple[str, slice]:
+        """The linear that makes a projection, and which of its outputs."""
+        return self._rows.get(name, (name, ALL))
+
+    def sinks(self, heads: slice) -> dict[str, Any]:
+        """The argument of attention for some heads."""
+        return {"sinks": self.weights["sinks"][heads]} if self.shape.sinks else {}
+
+    def chunks(self, length: int) -> Iterator[slice]:
+        chunk = self.chunk or length
+        for i in range(0, length, chunk):
+            yield slice(i, min(i + chunk, length))
+
+    def count(self, length: int) -> int:
+        return -(-length // (self.chunk or length))
+
+    def group_slices(self) -> Iterator[tuple[slice, slice]]:
+        """Query heads and key heads of each group."""
+        heads, kv = self.shape.heads // self.groups, self.shape.kv_heads // self.groups
+        for g in range(self.groups):
+            yield slice(g * heads, (g + 1) * heads), slice(g * kv, (g + 1) * kv)
+
+
+def mlp_name(place: int) -> str:
+    """What a trained parameter of the MLP's module is called among a call's names."""
+    return f"mlp.{place}"
+
+
+def normed(x: Tensor, c: LayerCall, name: str, heads: slice = ALL) -> Tensor:
+    """A norm of the description, of some heads where it has a weight for each; x where there is
+    none.
+    """
+    form = c.shape.norm(name)
+    return x if form is None else norm(x, _norm_weight(c, name, heads), *form)
+
+
+def normed_backward(
+    dy: Tensor,
+    x: Tensor,
+    c: LayerCall,
+    name: str,
+    sums: Sums,
+    other: Tensor | None = None,
+) -> Tensor:
+    """The gradient at a norm's input, `other` added to it; `dy` where there is no norm."""
+    form = c.shape.norm(name)
+    if form is None:
+        return dy if other is None else dy + other
+    dx, dweight = norm_backward(
+        dy, x, _norm_weight(c, name, ALL), form.eps, form.mean, form.zero_centred, other
+    )
+    sums.add(name, dweight)
+    return dx
+
+
+def _norm_weight(c: LayerCall, name: str, heads: slice) -> Tensor | None:
+    weight = c.weights.get(name)
+    return weight[heads] if weight is not None and weight.dim() == 2 else weight
+
+
+def linear(x: Tensor, c: LayerCall, name: str, rows: Rows = ALL) -> Tensor:
+    """[C, in] -> [C, out], of some of the linear's outputs."""
+    bias = c.weights[f"{name}_bias"]
+    bias = None if bias is None else bias[rows].to(x.dtype)
+    y = F.linear(x, c.weight(name)[rows], bias)
+    if name in c.adapters:
+        a, b, scale = c.adapters[name]
+        y.addmm_(x @ a.t(), b[rows].t(), alpha=scale)
+    return y
+
+
+def linear_backward(
+    g: Tensor, c: LayerCall, name: str, into: Tensor | None = None, columns: slice = ALL
+) -> tuple[Tensor, Tensor | None]:
+    """[C, out] -> the gradient at some of the linear's inputs, [C, in], added to `into` if it is
+    given; and g B, [C, r], where there is an adapter.
+    """
+    weight = c.weight(name)[:, columns]
+    dx = g @ weight if into is None else into.addmm_(g, weight)
+    if name not in c.adapters:
+        return dx, None
+    a, b, scale = c.adapters[name]
+    gb = g @ b
+    return dx.addmm_(gb, a[:, columns], alpha=scale), gb
+
+
+def through(
+    g: Tensor, x: Tensor, c: LayerCall, name: str, sums: Sums, into: Tensor | None = None
+) -> Tensor:
+    """`linear_backward` at the input x, and the gradients of the linear's weights."""
+    dx, gb = linear_backward(g, c, name, into)
+    sums.outer(name, g, x, gb)
+    return dx
+
+
+class Sums:
+    """Gradients of the weights that need one.
+
+    Args:
+        needed: of each of the call's names.
+        chunks: how many are summed.
+    """
+
+    def __init__(self, call: LayerCall, needed: Sequence[bool], chunks: int) -> None:
+        self._names = call.names
+        self._adapters = call.adapters
+        self._weights = call.weights
+        self._sums = {
+            n: GradientSum(chunks) for n, yes in zip(call.names, needed, strict=True) if yes
+        }
+        self._done: dict[str, Tensor] = {}
+
+    def outer(self, name: str, g: Tensor, x: Tensor, gb: Tensor | None) -> None:
+        """`name` += g^T x, the gradient of a linear; and of its bias and its adapter.
+
+        Args:
+            gb: g B, [C, r], of `linear_backward`.
+        """
+        if name in self._sums:
+            self._sums[name].add(g.t() @ x)
+        if f"{name}_bias" in self._sums:
+            self._sums[f"{name}_bias"].add(
+                g.sum(0, dtype=torch.float64 if g.dtype == torch.float64 else torch.float32)
+            )
+        if gb is None:
+            return
+        a, _, scale = self._adapters[name]
+        if f"{name}_b" in self._sums:
+            self._sums[f"{name}_b"].add(scale * (g.t() @ (x @ a.t())))
+        if f"{name}_a" in self._sums:
+            self._sums[f"{name}_a"].add(scale * (gb.t() @ x))
+
+    def add(self, name: str, g: Tensor | None) -> None:
+        if name in self._sums:
+            self._sums[name].add(g)
+
+    def settle(self) -> None:
+        """Round what is complete: the fp32 sums of the MLP need not outlive it."""
+        for name in list(self._sums):
+            total = self._sums[name].total(self._weights[name])
+            if total is not None:
+                self._done[name] = total
+                del self._sums[name]
+
+    def result(self) -> list[Tensor | None]:
+        """By the call's names. Zeros of a weight that no chunk used, as an expert that no token
+        chose: DDP waits for every gradient.
+        """
+        self.settle()
+        unused = {name: torch.zeros_like(self._weights[name]) for name in self._sums}
+        return [(self._done | unused).get(name) for name in self._names]

@@ -1,0 +1,126 @@
+"""What comes after attention in the hand-written layer: output projection, norms, MLP, residuals,
+and their backward.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longfactory.memory.layer.attention_half import attended
+from longfactory.memory.layer.linears import (
+    LayerCall,
+    Sums,
+    linear,
+    linear_backward,
+    mlp_name,
+    normed,
+    normed_backward,
+    through,
+)
+from longfactory.memory.layer_ops import gated, gated_backward
+
+
+def mlp_forward(x: Tensor, out: Tensor, y: Tensor, s: slice, c: LayerCall) -> None:
+    """y[s] := what the layer gives for the tokens `s`.
+
+    Args:
+        out: attention's, [T, heads * Dv].
+    """
+    _, x2 = _after_attention(x, attended(x, out, s, c), s, c)
+    n = _mlp_input(x, x2, s, c)
+    if c.mlp is not None:
+        m = c.mlp(n, s.start)
+    else:
+        assert c.shape.activation is not None
+        m = linear(gated(*_gate_up(n, c), c.shape.activation), c, "down")
+    m = normed(m, c, "norm2_after")
+    torch.add(x2, m, alpha=c.shape.residual, out=y[s])
+
+
+def _after_attention(x: Tensor, given: Tensor, s: slice, c: LayerCall) -> tuple[Tensor, Tensor]:
+    """The output projection of the tokens `s`, and x2, [C, H] both."""
+    a = linear(given, c, "o")
+    return a, torch.add(x[s], normed(a, c, "norm1_after"), alpha=c.shape.residual)
+
+
+def _mlp_input(x: Tensor, x2: Tensor, s: slice, c: LayerCall) -> Tensor:
+    return normed(x[s], c, "norm1") if c.shape.parallel else normed(x2, c, "norm2")
+
+
+def _gate_up(n: Tensor, c: LayerCall) -> tuple[Tensor, Tensor]:
+    if "gate_up" not in c.weights:
+        return linear(n, c, "gate"), linear(n, c, "up")
+    gate, up = linear(n, c, "gate_up").chunk(2, -1)
+    return gate, up
+
+
+def mlp_backward(
+    x: Tensor,
+    out: Tensor,
+    dy: Tensor,
+    dx2: Tensor,
+    da: Tensor,
+    pending: Tensor | None,
+    c: LayerCall,
+    sums: Sums,
+) -> None:
+    """dx2 := gradient at x2; da := that at the output projection; `pending` := that at the norm's
+    output, of a parallel layer. dx2 may be dy itself, and da dx2.
+
+    Args:
+        out: attention's, [T, heads * Dv]. All others: [T, H].
+    """
+    for s in c.chunks(x.shape[0]):
+        given = attended(x, out, s, c)
+        a, x2 = _after_attention(x, given, s, c)
+        n = _mlp_input(x, x2, s, c)
+        slope = dy[s] if c.scalar is None else dy[s] * c.scalar
+        g = slope if c.shape.residual == 1.0 else slope * c.shape.residual
+        if c.mlp is not None:
+            dn = _module_backward(g, n, s, c, sums)
+        else:
+            dn = _gated_backward(g, n, c, sums)
+        if pending is not None:
+            pending[s], dx2[s] = dn, slope
+        else:
+            dx2[s] = normed_backward(dn, x2, c, "norm2", sums, slope)
+        del dn, n, x2, slope, g
+        if c.shape.separate_gradient:
+            g = dx2[s] if c.shape.residual == 1.0 else dx2[s] * c.shape.residual
+            da[s] = normed_backward(g, a, c, "norm1_after", sums)
+        gb = da[s] @ c.adapters["o"].b if "o" in c.adapters else None
+        sums.outer("o", da[s], given, gb)
+
+
+def _gated_backward(dm: Tensor, n: Tensor, c: LayerCall, sums: Sums) -> Tensor:
+    """The gradient at the MLP's input, from that of what its norm gives. [C, H]"""
+    gate, up = _gate_up(n, c)
+    assert c.shape.activation is not None
+    if c.shape.norm("norm2_after") is not None:
+        made = linear(gated(gate, up, c.shape.activation), c, "down")
+        dm = normed_backward(dm, made, c, "norm2_after", sums)
+        del made
+    dhidden, gb = linear_backward(dm, c, "down")
+    hidden, dgate, dup = gated_backward(dhidden, gate, up, c.shape.activation)
+    del dhidden, gate, up
+    sums.outer("down", dm, hidden, gb)
+    del hidden
+    if "gate_up" in c.weights:
+        return through(torch.cat((dgate, dup), 1), n, c, "gate_up", sums)
+    dn = through(dgate, n, c, "gate", sums)
+    del dgate
+    return through(dup, n, c, "up", sums, dn)
+
+
+def _module_backward(dm: Tensor, n: Tensor, s: slice, c: LayerCall, sums: Sums) -> Tensor:
+    """The same through a module of its own, which autograd differentiates."""
+    weights = list(c.mlp_weights())
+    with torch.enable_grad():
+        given = n.detach().requires_grad_()
+        made = c.mlp(given, s.start)
+    dm = normed_backward(dm, made.detach(), c, "norm2_after", sums)
+    dn, *gradients = torch.autograd.grad(made, [given, *weights], dm, allow_unused=True)
+    for place, g in enumerate(gradients):
+        sums.add(mlp_name(place), g)
+    return dn

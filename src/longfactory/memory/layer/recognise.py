@@ -1,0 +1,347 @@
+"""Reads a decoder layer of transformers: a `LayerParts`, or why it has no hand-written function.
+
+What can be read from the modules is read there: which norms there are and where, biases, widths,
+heads, experts. What only the code says stands in `FAMILIES`. Nothing of this is believed: at the
+first call `proof` compares the function that is made from it with the layer's own code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from longfactory.memory.layer.description import (
+    Latent,
+    LayerDescription,
+    LayerParts,
+    Norm,
+    Rotary,
+)
+from longfactory.memory.layer_ops import ACTIVATIONS, GATHERED, INTERLEAVED
+
+PLAIN = {"mean": False, "zero_centred": False, "wide_weight": False}
+WIDE = {**PLAIN, "wide_weight": True}
+ZERO_CENTRED = {**WIDE, "zero_centred": True}
+LAYER_NORM = {**WIDE, "mean": True}
+
+
+def _always(attention: Any) -> bool:
+    return True
+
+
+def _only_in_windows(attention: Any) -> bool:
+    return attention.sliding_window is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What the code of a family's modules does and no module shows.
+
+    Attributes:
+        norm: how its norms multiply by their weight.
+        pairs, angles: see `Rotary`.
+        turns: whether an attention module turns queries and keys.
+        window: where the window comes from that its attention is given: the "module", the "config",
+            or None.
+        softcap: its attention is given `attn_logit_softcapping`.
+        output_gate: see `LayerDescription`.
+        whole_norm: see `LayerDescription`.
+    """
+
+    norm: dict[str, bool] = dataclasses.field(default_factory=lambda: PLAIN)
+    pairs: str = "halves"
+    angles: str = "twice"
+    turns: Callable[[Any], bool] = _always
+    window: str | None = None
+    softcap: bool = False
+    output_gate: bool = False
+    whole_norm: bool = False
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(window="config"),
+    "qwen2": Family(window="module"),
+    "qwen3": Family(window="module"),
+    "gemma2": Family(ZERO_CENTRED, window="module", softcap=True),
+    "gemma3": Family(ZERO_CENTRED, window="module"),
+    "gemma4": Family(WIDE, window="module"),
+    "qwen3_moe": Family(window="module"),
+    "gpt_oss": Family(WIDE, angles="once", window="module"),
+    "glm4": Family(pairs=INTERLEAVED),
+    "glm4_moe": Family(),
+    "phi3": Family(window="config"),
+    "olmo2": Family(WIDE, whole_norm=True),
+    "olmo3": Family(WIDE, whole_norm=True, window="module"),
+    "cohere": Family(LAYER_NORM, pairs=INTERLEAVED, angles="repeated"),
+    "cohere2": Family(
+        LAYER_NORM,
+        pairs=INTERLEAVED,
+        angles="repeated",
+        turns=_only_in_windows,
+        window="module",
+    ),
+    "granite": Family(),
+    "seed_oss": Family(),
+    "deepseek_v3": Family(),
+    "qwen3_next": Family(ZERO_CENTRED, output_gate=True),
+    "qwen3_5": Family(ZERO_CENTRED, output_gate=True),
+    "qwen3_5_moe": Family(ZERO_CENTRED, output_gate=True),
+}
+"""By the name of transformers' module, `transformers.models.NAME.modeling_NAME`."""
+
+_NORMS = (
+    {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"},
+    {"norm1_after": "post_attention_layernorm", "norm2_after": "post_feedforward_layernorm"},
+    {
+        "norm1": "input_layernorm",
+        "norm1_after": "post_attention_layernorm",
+        "norm2": "pre_feedforward_layernorm",
+        "norm2_after": "post_feedforward_layernorm",
+    },
+    {
+        "norm1": "input_layernorm",
+        "norm1_after": "post_self_attn_layernorm",
+        "norm2": "post_attention_layernorm",
+        "norm2_after": "post_mlp_layernorm",
+    },
+    {"norm1": "input_layernorm"},  # parallel
+)
+"""The norms of a layer, by our names and transformers'."""
+_HEADS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
+_JOINT_HEADS = {"qkv": "qkv_proj", "o": "o_proj"}
+_LATENT = {"kv_a": "kv_a_proj_with_mqa", "kv_b": "kv_b_proj", "o": "o_proj"}
+_GATED = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+_JOINT_GATED = {"gate_up": "gate_up_proj", "down": "down_proj"}
+
+
+class Unknown(Exception):
+    """Why a layer has no hand-written function."""
+
+
+def recognise(layer: nn.Module) -> LayerParts | str:
+    """A decoder layer's parts, or why it has no hand-written function. Reads no weight: it may be
+    on the meta device, inside PEFT or sharded.
+    """
+    try:
+        return _recognise(layer)
+    except Unknown as reason:
+        return str(reason)
+
+
+def family_of(layer: nn.Module) -> str | None:
+    """The family in `FAMILIES` that a decoder layer's code is of."""
+    for kind in type(layer).__mro__:
+        if kind.__module__.startswith("torch.distributed"):  # FSDP2 makes a subclass
+            continue
+        parts = kind.__module__.split(".")
+        found = parts[-2] if parts[:2] == ["transformers", "models"] else None
+        return found if found in FAMILIES else None
+    return None
+
+
+def _recognise(layer: nn.Module) -> LayerParts:
+    name = type(layer).__name__.removeprefix("FSDP")
+    family = FAMILIES.get(family_of(layer) or "")
+    if family is None:
+        raise Unknown(f"{name} is of no family that is hand-written")
+    children = {n for n, m in layer.named_children() if not isinstance(m, nn.Dropout)}
+    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+    if attention is None or mlp is None:
+        raise Unknown(f"{name} has no softmax attention")
+    places = next((p for p in _NORMS if children == {"self_attn", "mlp", *p.values()}), None)
+    if places is None:
+        raise Unknown(f"{name} has other parts than expected ({', '.join(sorted(children))})")
+    _no_dropout(layer, name)
+    for module in layer.modules():
+        if type(module).__module__.startswith("peft.utils"):  # a copy that is trained, beside it
+            raise Unknown(f"{name} holds a {type(module).__name__}")
+    norms = {ours: getattr(layer, theirs) for ours, theirs in places.items()}
+    linears: dict[str, Any] = {}
+    fields = _attention(attention, family, linears, norms)
+    fields |= _mlp(mlp, name, linears)
+    for part, linear in linears.items():
+        if (reason := unknown_linear(linear)) is not None:
+            raise Unknown(f"its {_theirs(part)} {reason}")
+    fields["norms"] = tuple((ours, _norm(norm, family)) for ours, norm in norms.items())
+    scalar = getattr(layer, "layer_scalar", None) is not None
+    if scalar and _differs_from_one(layer):
+        raise Unknown(f"{name} holds weights that are no parameters")
+    shape = LayerDescription(
+        parallel=len(places) == 1,
+        residual=float(getattr(layer, "residual_multiplier", 1.0)),
+        scalar=scalar,
+        **fields,
+    )
+    opaque = mlp if shape.activation is None else None
+    window = None
+    if family.window == "module":
+        window = getattr(attention, "sliding_window", None)
+    elif family.window == "config":
+        window = getattr(attention.config, "sliding_window", None)
+    return LayerParts(shape, linears, norms, opaque, attention, float(attention.scaling), window)
+
+
+def _differs_from_one(layer: Any) -> bool:
+    """Gemma 4's layers with an input of their own for each token."""
+    return bool(getattr(layer, "hidden_size_per_layer_input", 0))
+
+
+def _no_dropout(layer: nn.Module, name: str) -> None:
+    """Of adapters their linear says it."""
+    active = any(isinstance(m, nn.Dropout) and m.p > 0 for m in layer.children())
+    if active or any(getattr(m, "residual_dropout", 0.0) for m in layer.modules()):
+        raise Unknown(f"{name} has dropout")
+
+
+def _norm(module: Any, family: Family) -> Norm:
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if eps is None or getattr(module, "bias", None) is not None:
+        raise Unknown(f"its norm is a {type(module).__name__}")
+    return Norm(float(eps), **family.norm)
+
+
+def _take(module: Any, names: dict[str, str]) -> dict[str, Any] | None:
+    """The children that have these names, by ours; None where one is missing."""
+    found = {ours: getattr(module, theirs, None) for ours, theirs in names.items()}
+    return None if any(child is None for child in found.values()) else found
+
+
+def _attention(
+    module: Any, family: Family, linears: dict[str, Any], norms: dict[str, nn.Module]
+) -> dict[str, Any]:
+    if getattr(module, "kv_lora_rank", None):
+        return _latent_attention(module, linears, norms)
+    if getattr(module, "is_kv_shared_layer", False) or getattr(
+        module, "store_full_length_kv", False
+    ):
+        raise Unknown("its layers share keys and values")
+    dim = int(module.head_dim)
+    rows: tuple[tuple[str, str, int, int], ...] = ()
+    found = _take(module, _HEADS)
+    joint = None if found is not None else _take(module, _JOINT_HEADS)
+    if found is not None:
+        kv_heads = _outputs(found["k"]) // dim
+        heads = _outputs(found["q"]) // dim // (2 if family.output_gate else 1)
+    elif joint is not None:
+        found, heads = joint, int(module.config.num_attention_heads)
+        kv_heads = int(module.num_key_value_heads)
+        q, k = heads * dim, (heads + kv_heads) * dim
+        end = k + kv_heads * dim
+        rows = (("q", "qkv", 0, q), ("k", "qkv", q, k), ("v", "qkv", k, end))
+    else:
+        found = _take(module, {n: m for n, m in _HEADS.items() if n != "v"})
+        if found is None:
+            raise Unknown(f"{type(module).__name__} has other projections than expected")
+        # values are the keys before their norm
+        kv_heads, heads = _outputs(found["k"]) // dim, _outputs(found["q"]) // dim
+        rows = (("v", "k", 0, kv_heads * dim),)
+    linears |= found
+    fields: dict[str, Any] = {}
+    for name in ("q_norm", "k_norm"):
+        if getattr(module, name, None) is not None:
+            norms[name] = getattr(module, name)
+    if (v_norm := getattr(module, "v_norm", None)) is not None:
+        if getattr(v_norm, "with_scale", True):
+            raise Unknown("its values have a norm")
+        norms["v_norm"] = v_norm
+    rotary = Rotary(family.pairs, False, family.angles) if family.turns(module) else None
+    softcap = module.attn_logit_softcapping if family.softcap else None
+    return fields | {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": dim,
+        "value_dim": dim,
+        "rotary": rotary,
+        "softcap": softcap,
+        "sinks": getattr(module, "sinks", None) is not None,
+        "output_gate": family.output_gate,
+        "whole_norm": family.whole_norm,
+        "rows": rows,
+    }
+
+
+def _latent_attention(
+    module: Any, linears: dict[str, Any], norms: dict[str, nn.Module]
+) -> dict[str, Any]:
+    found = _take(module, _LATENT)
+    if found is None:
+        raise Unknown(f"{type(module).__name__} has other projections than expected")
+    linears |= found
+    query_rank = int(module.q_lora_rank or 0)
+    if query_rank:
+        linears |= {"q_a": module.q_a_proj, "q_b": module.q_b_proj}
+        norms["q_a_norm"] = module.q_a_layernorm
+    else:
+        linears["q"] = module.q_proj
+    norms["kv_a_norm"] = module.kv_a_layernorm
+    interleaved = bool(getattr(module.config, "rope_interleave", False))
+    plain, rotary = int(module.qk_nope_head_dim), int(module.qk_rope_head_dim)
+    return {
+        "heads": int(module.num_heads),
+        "kv_heads": int(module.num_heads),
+        "head_dim": plain + rotary,
+        "value_dim": int(module.v_head_dim),
+        "rotary": Rotary(GATHERED if interleaved else "halves", True),
+        "latent": Latent(int(module.kv_lora_rank), plain, rotary, query_rank),
+    }
+
+
+def _mlp(module: Any, name: str, linears: dict[str, Any]) -> dict[str, Any]:
+    if any("experts" in n or "router" in n for n, _ in module.named_children()):
+        if any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.modules()):
+            raise Unknown(f"{name} has dropout")
+        return {"activation": None}
+    found = _take(module, _GATED) or _take(module, _JOINT_GATED)
+    if found is None:
+        raise Unknown(f"{name} has an MLP of another shape")
+    config = module.config
+    given = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    if given not in ACTIVATIONS:
+        raise Unknown(f"its activation is {given}")
+    linears |= found
+    return {"activation": ACTIVATIONS[given]}
+
+
+def _theirs(part: str) -> str:
+    names = {**_HEADS, **_JOINT_HEADS, **_LATENT, **_GATED, **_JOINT_GATED}
+    return names.get(part, f"{part}_proj")
+
+
+def _outputs(linear: Any) -> int:
+    return int(getattr(linear, "base_layer", linear).out_features)
+
+
+# ---- linear maps ---------------------------------------------------------------------------------
+
+
+def is_lora(linear: Any) -> bool:
+    """Whether it is PEFT's wrapper of a linear."""
+    module = type(linear).__module__
+    return module.startswith("peft.tuners.lora") and hasattr(linear, "base_layer")
+
+
+def is_four_bit(linear: Any) -> bool:
+    """Whether it is a linear of bitsandbytes with weights of four bits."""
+    return type(linear).__module__.startswith("bitsandbytes") and hasattr(linear, "quant_state")
+
+
+def unknown_linear(linear: Any) -> str | None:
+    """Why this is neither a plain linear nor one with plain LoRA, or None."""
+    base = linear.base_layer if is_lora(linear) else linear
+    if type(base) is not nn.Linear and not is_four_bit(base):
+        return f"is a {type(linear).__name__}"
+    if base is linear:
+        return None
+    if getattr(linear, "fan_in_fan_out", False):
+        return f"is a {type(linear).__name__} of a transposed weight"
+    if linear.lora_variant:
+        return f"has {type(next(iter(linear.lora_variant.values()))).__name__}"
+    if any(getattr(m, "p", 0.0) > 0 for m in linear.lora_dropout.values()):
+        return "has lora_dropout"
+    if any(linear.lora_bias.values()):
+        return "has lora_bias"
+    return None

@@ -1,0 +1,28 @@
+"""Where in a rank's tokens a chunk begins that a module is being run on, for what watches modules
+from inside (routers).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+_position: contextvars.ContextVar[int | None] = contextvars.ContextVar("position", default=0)
+
+
+def position() -> int | None:
+    """Which token of a module's input the chunk begins with that is being computed, on this thread;
+    None while a few tokens are tried. For hooks inside the module.
+    """
+    return _position.get()
+
+
+@contextlib.contextmanager
+def at(start: int | None) -> Iterator[None]:
+    """Inside the block a module's input begins at token `start`."""
+    token = _position.set(start)
+    try:
+        yield
+    finally:
+        _position.reset(token)

@@ -1,0 +1,187 @@
+"""The hand-written layer of every family that has one: loss and gradients of the family's own code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from longfactory import sp
+from longfactory.memory.apply import apply_memory
+from longfactory.memory.layer.recognise import FAMILIES
+from longfactory.memory.settings import MemorySettings
+from longfactory.sp import hf
+from longfactory.sp.layout import Segment
+from longfactory.sp.text_model import decoder_layers
+from longfactory_dev.tiny_models import tiny_model
+from memory_models import assert_same_gradients, gradients
+from memory_ranks import with_lora
+
+ONE = sp.SequenceParallel.create(1)
+LENGTH = 44
+PACKED = (Segment(0, 17), Segment(17, 40), Segment(40, 44))
+DENSE = (Segment(0, LENGTH),)
+SETTINGS = {
+    "whole": MemorySettings(),
+    "saved, chunks": MemorySettings(keep_attention=1.0, mlp_chunk=10),
+    "groups": MemorySettings(attention_groups=2, mlp_chunk=16),
+    "segments": MemorySettings(segment_layers=3, keep_attention=0.5, mlp_chunk=16),
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "mistral": ("mistral", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+    "gemma2": ("gemma2", {}),
+    "gemma3": ("gemma3_text", {}),
+    "gemma4": ("gemma4_text", {"hidden_size_per_layer_input": 0}),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "gpt_oss": ("gpt_oss", {}),
+    "glm4": ("glm4", {}),
+    "glm4_moe": ("glm4_moe", {"use_qk_norm": True}),
+    "phi3": ("phi3", {}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {}),
+    "cohere": ("cohere", {"use_qk_norm": True}),
+    "cohere2": ("cohere2", {}),
+    "granite": ("granite", {"residual_multiplier": 0.3, "attention_multiplier": 0.2}),
+    "seed_oss": ("seed_oss", {}),
+    "deepseek_v3": ("deepseek_v3", {}),
+    "qwen3_next": ("qwen3_next", {}),
+    "qwen3_5": ("qwen3_5_text", {}),
+    "qwen3_5_moe": ("qwen3_5_moe_text", {}),
+}
+"""Family -> its model type, and fields of its tiny configuration."""
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers of float64 stay so where transformers makes them float32: a difference of 1e-16
+    before a norm is 1e-7 after.
+    """
+
+    def patch(place: Any, name: str) -> None:
+        own = getattr(place, name)
+
+        def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if x.dtype == torch.float64:
+                if name == "float" or torch.float32 in args:
+                    return x
+                if kwargs.get("dtype") is torch.float32:
+                    kwargs["dtype"] = torch.float64
+            return own(x, *args, **kwargs)
+
+        monkeypatch.setattr(place, name, call)
+
+    for name in ("float", "to", "type", "softmax", "sum"):
+        patch(Tensor, name)
+    patch(torch.nn.functional, "softmax")
+
+
+def make(name: str, dtype: torch.dtype = torch.float64, lora: bool = False) -> nn.Module:
+    kind, fields = MODELS[name]
+    model = tiny_model(kind, dtype, **fields)
+    hf.prepare(model, ONE)
+    if lora:
+        targets = r".*layers\.\d+\.(self_attn|mlp|mlp\.shared_experts?)\.\w+_proj(_with_mqa)?"
+        model = with_lora(model, targets).to(dtype)
+    return model.train()
+
+
+def run(model: nn.Module, segments: Any, rounds: int = 1) -> float:
+    """Adds the gradients of a loss with another weight for each token, of several rows."""
+    total = 0.0
+    for number in range(rounds):
+        draw = torch.Generator().manual_seed(number)
+        ids = torch.randint(0, 200, (LENGTH,), generator=draw)
+        positions = torch.cat([torch.arange(s.stop - s.start) for s in segments])
+        plan = sp.plan(LENGTH, segments, ONE)
+        given = hf.inputs({"input_ids": ids, "position_ids": positions}, plan)
+        logits = model(**given).logits[0]
+        weight = torch.randn(logits.shape, generator=draw, dtype=torch.float64).to(logits.dtype)
+        loss = (torch.log_softmax(logits, -1) * weight).sum() / LENGTH
+        loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+def written_layers(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by a layer's place with each backward of the hand-written function."""
+    from longfactory.memory import decoder_layer
+
+    ran: list[int] = []
+    own = decoder_layer.backward
+
+    def backward(x: Any, dy: Any, dx: Any, saved: Any, call: Any, *rest: Any) -> Any:
+        ran.append(call.owner.index)
+        return own(x, dy, dx, saved, call, *rest)
+
+    monkeypatch.setattr(decoder_layer, "backward", backward)
+    return ran
+
+
+def full_attention(model: nn.Module) -> list[int]:
+    """The layers that are not of a linear recurrence."""
+    layers = decoder_layers(model)[1]
+    return [i for i, layer in enumerate(layers) if hasattr(layer, "self_attn")]
+
+
+def compare(
+    name: str,
+    settings: MemorySettings,
+    segments: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    lora: bool = False,
+    dtype: torch.dtype = torch.float64,
+    rounds: int = 1,
+) -> None:
+    model = make(name, dtype, lora)
+    loss = run(model, segments, rounds)
+    wanted = gradients(model)
+    model.zero_grad()
+    apply_memory(model, settings)
+    ran = written_layers(model, monkeypatch)
+    again = run(model, segments, rounds)
+    tolerance = 1e-9 if dtype == torch.float64 else 2e-5
+    assert again == pytest.approx(loss, abs=tolerance, rel=tolerance)
+    assert_same_gradients(gradients(model), wanted, tolerance)
+    assert sorted(ran) == sorted(full_attention(model) * rounds)
+
+
+def test_every_family_is_here() -> None:
+    assert set(MODELS) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_are_those_of_the_familys_own_code(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare(name, SETTINGS["saved, chunks"], PACKED, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", ["whole", "groups", "segments"])
+@pytest.mark.parametrize("segments", [PACKED, DENSE], ids=["packed", "dense"])
+@pytest.mark.parametrize("name", MODELS)
+def test_with_other_settings(
+    name: str, segments: Any, settings: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare(name, SETTINGS[settings], segments, monkeypatch, rounds=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_in_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare(name, SETTINGS["groups"], PACKED, monkeypatch, dtype=torch.float32)
+
+
+LORA = ("gemma3", "phi3", "deepseek_v3", "qwen3_5", "qwen3_moe")
+
+
+@pytest.mark.parametrize(
+    "name", [*LORA, *(pytest.param(n, marks=pytest.mark.slow) for n in MODELS if n not in LORA)]
+)
+def test_with_adapters(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare(name, SETTINGS["saved, chunks"], PACKED, monkeypatch, lora=True)
