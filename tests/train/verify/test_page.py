@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from longfactory import cli
+from longfactory.data.samples import DecodedDocument, DecodedSample, Part
 from longfactory.errors import UserError
 from longfactory.train.verify.page import as_html, as_json, by_layer, clipped, seen_by
 from longfactory.train.verify.report import (
@@ -24,7 +25,6 @@ from longfactory.train.verify.report import (
     VerifyReport,
     measured,
 )
-from longfactory.train.verify.samples import DecodedDocument, DecodedSample, Part
 
 ROW = RowShape(
     14,

@@ -26,6 +26,7 @@ from transformers import PrinterCallback, TrainerCallback
 from longfactory import sp
 from longfactory.config import RunConfig
 from longfactory.data.row import Row
+from longfactory.data.samples import DecodedSample, decoded_samples
 from longfactory.errors import UserError
 from longfactory.memory.chunked import runs_in_chunks
 from longfactory.model.routing import router_loss_coefficient
@@ -88,7 +89,6 @@ from longfactory.train.verify.rows import (
     row_shape,
     windows_of,
 )
-from longfactory.train.verify.samples import DecodedSample, decoded_samples
 
 ROWS, TOKENS, FEWEST = 2, 2048, 128
 """Micro-batches, and the longest row: at least `FEWEST` tokens where a CPU would take minutes."""

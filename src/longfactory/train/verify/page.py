@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from longfactory.data.samples import DecodedSample
 from longfactory.train.verify.report import (
     Cause,
     Deviation,
@@ -21,7 +22,6 @@ from longfactory.train.verify.report import (
     conclusion,
     outcome,
 )
-from longfactory.train.verify.samples import DecodedSample
 
 SIDE, STRIP = 360, 12
 """Pixels: a mask, and the strip that tells its ranks."""

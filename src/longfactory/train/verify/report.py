@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 
+from longfactory.data.samples import DecodedSample, told
 from longfactory.sp import compare
-from longfactory.train.verify.samples import DecodedSample, told
 
 FACTOR = compare.LIMIT
 """How many times as far from the wider precision as transformers' own attention in the run's

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from longfactory.data.row import TokenizedDocument
-from longfactory.train.verify.samples import GREEN, decoded_samples, told
+from longfactory.data.samples import GREEN, decoded_samples, told
 
 
 class Words:
