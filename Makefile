@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install quickstart test test-fast test-all test-lowest audit check clean
+.PHONY: install quickstart test test-fast test-all test-lowest test-wheel audit check docs clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -35,8 +35,12 @@ test: $(VENV)/.installed-dev
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow and not gpu and not processes"
 
-test-all: $(VENV)/.installed-dev test-lowest audit
+test-all: $(VENV)/.installed-dev test-lowest test-wheel audit
 	$(BIN)/python -m pytest -m "not gpu"
+
+# The wheel, in an environment of its own outside of the repository: what README says, done.
+test-wheel: $(VENV)/.installed-dev
+	tests/wheel.sh $(BIN)/python
 
 # Known vulnerabilities of what is installed. It asks pypi.org: without a network it is left out, and says so.
 audit: $(VENV)/.installed-dev
@@ -63,6 +67,12 @@ check: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 	$(BIN)/vulture
 	$(BIN)/mypy
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q --strict
+
+# The documentation as a site, in site/.
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q --strict
+	@echo "site/index.html; $(BIN)/mkdocs serve shows it as it is written"
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest outputs build dist
+	rm -rf $(VENV) $(VENV)-lowest outputs build dist site

@@ -79,3 +79,8 @@ _._save_checkpoint
 _.stateful_callbacks
 _.eval_on_start
 _.should_save_on_this_rank
+
+# Callbacks that transformers' Trainer calls, and a rate that is read by its name.
+_.on_evaluate
+_.on_predict
+_.seconds_per_step

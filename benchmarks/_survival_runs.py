@@ -93,7 +93,10 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 """Name -> (processes, keys beside `COMMON`)."""
 
-RUNTIMES = ("runtime", "per_second", "elapsed", "remaining_time", "throughput")
+RUNTIMES = (
+    *("runtime", "per_second", "elapsed", "remaining_time", "throughput", "per_step"),
+    *("mfu", "peak_memory", "data_wait", "padding", "packing"),  # of the steps since the start
+)
 
 
 def write_inputs(home: Path) -> None:

@@ -76,7 +76,7 @@ def test_plan_takes_its_words_as_they_are(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["trian"]) == 2
-    assert "no command 'trian'. It has train, plan, verify, export" in capsys.readouterr().err
+    assert "no command 'trian'. It has init, train, plan, verify, export" in capsys.readouterr().err
 
 
 def test_dry_run_prints_the_run_and_stops(

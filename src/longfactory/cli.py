@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from longfactory import __version__, launch
+from longfactory import __version__, launch, terminal
 from longfactory.errors import PEER_LOST, STOPPED, Stopped, UserError, disk_sentence
 from longfactory.processes import die_with_parent
 from longfactory.train.survival import launched
@@ -25,12 +26,15 @@ if TYPE_CHECKING:
 USAGE = """\
 LongFactory {version}: post-train language models on sequences of any length.
 
+  longfactory init   sft|dpo|kto|rm|pt           write a run's YAML with comments; --model, --data, --lora
   longfactory train  run.yaml [key=value ...]    train, evaluate
   longfactory plan   run.yaml [--gpus 8 ...]     predict the memory and time of a run, without a GPU
   longfactory verify run.yaml [key=value ...]    prove on the run's own model and data that splitting changes no gradient
   longfactory export run.yaml [key=value ...]    merge LoRA adapters, write a plain model, push it
   longfactory chat   run.yaml [key=value ...]    talk to a model
   longfactory env                                what is installed, for a bug report
+  longfactory schema                             JSON schema of the YAML, for editors
+  longfactory completion bash|zsh|fish           a script that completes commands and keys
   longfactory version
 
   longfactory train run.yaml --dry_run           resolve a run, check all of it that is on this machine, print it, stop
@@ -76,8 +80,8 @@ def train(argv: list[str], watch: Watch | None = None) -> int:
 
     worker = launch.is_worker()
     cfg = load_config(argv)
-    if not worker or _rank() == 0:
-        for note in cfg.notes:
+    if not worker or (_rank() == 0 and launched.TOLD not in os.environ):
+        for note in cfg.notes:  # once: our own launcher has told them
             print(f"note: {note}", file=sys.stderr)
     if cfg.output.dry_run:
         known = planned_processes(cfg)
@@ -253,6 +257,34 @@ def chat(argv: list[str]) -> int:
     return 0
 
 
+def init(argv: list[str]) -> int:
+    """`longfactory init`. Returns the exit status."""
+    from longfactory.init import main as write
+
+    return write(argv)
+
+
+def schema(argv: list[str]) -> int:
+    """`longfactory schema`. Returns the exit status."""
+    import json
+
+    from longfactory.config.schema import schema as make
+
+    print(json.dumps(make(), indent=1))
+    return 0
+
+
+def completion(argv: list[str]) -> int:
+    """`longfactory completion`. Returns the exit status."""
+    from longfactory.config.completion import SHELLS, script
+    from longfactory.init import STAGES
+
+    if len(argv) != 1 or argv[0] not in SHELLS:
+        raise UserError(f"longfactory completion: name a shell: {', '.join(SHELLS)}.")
+    print(script(argv[0], list(COMMANDS), [*STAGES, "examples"]), end="")
+    return 0
+
+
 def env(argv: list[str]) -> int:
     """`longfactory env`. Returns the exit status."""
     from longfactory.output.environment import report
@@ -268,12 +300,15 @@ def version(argv: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[..., int]] = {
+    "init": init,
     "train": train,
     "plan": plan,
     "verify": verify,
     "export": export,
     "chat": chat,
     "env": env,
+    "schema": schema,
+    "completion": completion,
     "version": version,
 }
 READS_KEYS = ("train", "verify", "export", "chat")
@@ -297,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return launch.USER_ERROR
-    if rest and rest[0] in ("-h", "--help", "help") and command != "plan":
+    if rest and rest[0] in ("-h", "--help", "help") and command not in ("plan", "init"):
         if command in READS_KEYS:
             from longfactory.config.help import help_text
 
@@ -321,7 +356,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _rank() == 0 and launched.claim_the_word():
             why = watch.stop if watch is not None else None
             said = str(stopped) or stopped_before_training(why)
+            terminal.close_bars()
             print(f"longfactory: {said}", file=sys.stderr, flush=True)
+            if not launch.number("NNODES", 1) > 1:
+                print(f"  longfactory {command_line(words)}", file=sys.stderr, flush=True)
         if watch is not None:
             watch.all_left()
         return STOPPED
@@ -350,6 +388,25 @@ def _rank() -> int:
     return launch.number("RANK", 0) if launch.is_worker() else 0
 
 
+def command_line(words: Sequence[str]) -> str:
+    """The words of a command as they can be typed again, without the values of secrets."""
+    from longfactory.config.fields import is_secret
+
+    shown: list[str] = []
+    hides = False
+    for word in words:
+        name, sign, _ = word.partition("=")
+        secret = is_secret(name.lstrip("-"))
+        if hides:
+            shown.append("...")
+        elif secret and sign:
+            shown.append(f"{name}=...")
+        else:
+            shown.append(shlex.quote(word))
+        hides = secret and not sign and word.startswith("--")
+    return " ".join(shown)
+
+
 def _tell(message: str) -> None:
     """Prints an error once for the whole run: the first process speaks, and another only where the
     first has stayed silent.
@@ -360,6 +417,7 @@ def _tell(message: str) -> None:
         time.sleep(3)
         message = f"Process {_rank()}: {message}"
     if launched.claim_the_word():
+        terminal.close_bars()
         print(f"longfactory: {message}", file=sys.stderr, flush=True)
 
 

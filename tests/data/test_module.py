@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from conftest import make_args
 
 from longfactory.data import module, prepare
-from longfactory.data.module import collate, describe_sample, load_datasets
+from longfactory.data.module import collate, load_datasets
 from longfactory.data.row import IGNORE
 from longfactory.data.templates import get_template
 from longfactory.errors import DataError
@@ -343,7 +344,9 @@ def test_val_size_max_samples_and_eval_sets(tokenizer: Any, write_data: Any) -> 
 # -- cutting, packing ------------------------------------------------------------------------------
 
 
-def test_cutoff_strategies_report_what_they_lose(tokenizer: Any, write_data: Any) -> None:
+def test_cutoff_strategies_report_what_they_lose(
+    tokenizer: Any, write_data: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = write_data(d=({}, ALPACA))
     full = load(tokenizer, folder, dataset="d").train
     cutoff = int(np.sort(full.lengths)[-5]) - 1
@@ -359,6 +362,10 @@ def test_cutoff_strategies_report_what_they_lose(tokenizer: Any, write_data: Any
             data.lengths[i] == sum(len(d.input_ids) for d in data[i]) <= cutoff
             for i in range(len(data))
         )
+        told = next(m for m in reversed(caplog.messages) if "longer than cutoff_len" in m)
+        assert f"cutoff_len: {full.lengths.max()} keeps all" in told
+        assert ("the question itself" in told) == (strategy == "llamafactory")
+        assert ("keep_tail keeps the end of prompts" in told) == (strategy == "llamafactory")
     dropped = load(tokenizer, folder, dataset="d", cutoff_len=cutoff, cutoff_strategy="drop").train
     assert (
         dropped.report.dropped == len(over)
@@ -501,17 +508,31 @@ def test_the_data_set_goes_to_workers_by_its_path(tokenizer: Any, write_data: An
     assert flat(pickle.loads(sent)) == flat(data)
 
 
+@pytest.mark.parametrize(("stage", "name"), [("dpo", "p"), ("sft", "d")])
+def test_the_cutoff_len_that_is_named_keeps_all_and_one_less_does_not(
+    stage: str, name: str, tokenizer: Any, write_data: Any
+) -> None:
+    pairs = [
+        {"q": f"Question {i}? " * i, "good": "Yes. " * i, "bad": "No. " * (9 - i)} for i in range(9)
+    ]
+    columns = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    folder = write_data(d=({}, ALPACA), p=({"ranking": True, "columns": columns}, pairs))
+    cut = load(tokenizer, folder, stage=stage, dataset=name, cutoff_len=16).train
+    keeps_all = cut.longest_uncut()
+    for length, lost in ((keeps_all, False), (keeps_all - 1, True)):
+        found = load(tokenizer, folder, stage=stage, dataset=name, cutoff_len=length).train
+        assert (found.report.lost_tokens > 0) == lost
+
+
 def test_the_first_sample_is_shown(
     tokenizer: Any, write_data: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     data = load(tokenizer, write_data(d=({}, ALPACA)), dataset="d").train
-    assert (
-        "training example:" in caplog.text
-        and "label_ids:" in caplog.text
-        and "Question 0?" in caplog.text
-    )
-    assert "... (" in describe_sample(data[6], tokenizer, limit=5)
+    (shown,) = (m for m in caplog.messages if m.startswith("Training example: "))
+    trained = sum(label != -100 for label in data[0][0].labels)
+    assert shown.startswith(f"Training example: {trained} of {data.lengths[0]} tokens are trained")
+    assert re.search(r"Question 0\?.*\[\[", shown, re.DOTALL) and "input_ids" not in shown
 
 
 @pytest.mark.parametrize("cutoff", [2048, 60, 12, 3, 1])

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from longfactory.data.row import TokenizedDocument
-from longfactory.data.samples import GREEN, decoded_samples, told
+from longfactory.data.samples import ENDS, GREEN, decoded_samples, preview, told
 
 
 class Words:
@@ -62,3 +62,36 @@ def test_text_cannot_move_the_cursor() -> None:
 
     lines = told(decoded_samples(Items(data()[:1]), Escapes(), 0), False)
     assert not any(c in line for line in lines for c in "\x1b\r") and "�[2Jbad�" in lines[1]
+
+
+class Counting(Words):
+    """Counts what it is asked to decode."""
+
+    decoded = 0
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool = False) -> str:
+        self.decoded += len(tokens)
+        return super().decode(tokens, skip_special_tokens)
+
+
+def test_the_sample_that_a_run_shows_has_at_most_40_lines_however_long_it_is() -> None:
+    n = 200_000
+    first, last = [9] * (n - 10), list(range(10, 20))
+    long = [TokenizedDocument(first + last, [-100] * (n - 10) + last)]
+    tokenizer = Counting()
+    lines = preview(long, tokenizer).splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) < 120
+    assert lines[0] == "10 of 200,000 tokens are trained, [[like this]]:"
+    assert lines[1].strip() == "line" and lines[-1].endswith("w18 w19 ]]")
+    assert tokenizer.decoded == 2 * ENDS
+
+    packed = [TokenizedDocument([1, 2], [-100, 2], sample=i) for i in range(60)]
+    lines = preview(packed, tokenizer).splitlines()
+    assert len(lines) == 40 and lines[0].startswith("60 of 120 tokens are trained")
+    assert lines[1] == "  1 text: w1 [[w2 ]]" and lines[-1] == "  60 text: w1 [[w2 ]]"
+    assert lines[20] == "    ... 22 lines ..."
+    # of a pair that is longer than its ends, both answers' ends keep their numbers
+    pair = [TokenizedDocument([1] * n, [1] * n, role) for role in ("chosen", "rejected")]
+    lines = preview(pair, tokenizer).splitlines()
+    assert len(lines) <= 40 and lines[1].startswith("  1 chosen: [[w1 ")
+    assert lines[-1].endswith("w1 ]]")

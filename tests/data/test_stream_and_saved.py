@@ -79,7 +79,11 @@ def test_a_stream_tells_what_is_lost(
     assert len(told) == 2 and told[-1] == f"training (the stream so far): {expected.describe()}."
     assert (
         len(
-            [m for m in caplog.messages if m.startswith("training example:") and "Question 0?" in m]
+            [
+                m
+                for m in caplog.messages
+                if m.startswith("Training example: ") and "Question 0?" in m
+            ]
         )
         == 1
     )

@@ -63,9 +63,12 @@ class TokenizedDataset:
         """The smallest cutoff_len by which no sample is cut: the tokens of the longest one, or of
         the longer of its two answers with their prompt.
         """
-        if self.kind.final:  # saved as they are
+        if self.kind.final or not len(self.entries):  # saved as they are
             return int(max(self.lengths, default=0))
-        low, high = 0, int(max(self.lengths, default=0))
+        uncut = dataclasses.replace(self.rules, cutoff=2**40, strategy="llamafactory")
+        low, high = 0, int(self.kind.lengths(self.stores, self.entries, uncut).before.max())
+        if self.kind.name in ("pt", "sft"):  # of one document: it is cut where it is longer
+            return high
         while high - low > 1:
             middle = (low + high) // 2
             rules = dataclasses.replace(self.rules, cutoff=middle, strategy="llamafactory")

@@ -32,8 +32,8 @@ from longfactory.data.errors import bad_row_sentence
 from longfactory.data.kinds import KINDS, Kind
 from longfactory.data.prepare import Preparer
 from longfactory.data.readers import Raw, read
-from longfactory.data.report import Report
-from longfactory.data.row import IGNORE
+from longfactory.data.report import Report, of_truncation
+from longfactory.data.samples import preview
 from longfactory.data.sources import DataSource, name_is_path, read_sources
 from longfactory.data.store import Store, flags_of
 from longfactory.data.stream import StreamedDataset
@@ -47,7 +47,6 @@ __all__ = [
     "Sample",
     "TokenizedDataset",
     "collate",
-    "describe_sample",
     "load_datasets",
 ]
 
@@ -150,16 +149,8 @@ def load_datasets(
             )
         kind.check(what, flags_of(data.stores, data.entries), report, rules, log)
         if report.truncated or report.untrained:
-            log.warning(
-                f"{report.truncated} {what} samples are longer than cutoff_len ({rules.cutoff}) and"
-                f" lost {report.lost_tokens} tokens"
-                + (" (the end of long prompts)." if rules.strategy == "llamafactory" else ".")
-                + (
-                    f" {report.untrained} of them have no trained token left."
-                    if report.untrained
-                    else ""
-                )
-            )
+            keeps_all = data.longest_uncut()
+            log.warning(of_truncation(what, report, rules.cutoff, rules.strategy, keeps_all))
         return data
 
     if saved.is_saved(args.tokenized_path):
@@ -215,7 +206,7 @@ def load_datasets(
         data = finish(own, local, what)
         if name == "train":
             train = data
-            log.info("training example:\n" + describe_sample(data[0], tokenizer))
+            log.info("Training example: " + preview(data[0], tokenizer))
         else:
             evaluation[name] = data
     if args.tokenized_path is not None and splits:
@@ -263,7 +254,7 @@ def stream_dataset(
         mix=check_mix(args) if len(sources) > 1 else "concat",
         probabilities=probabilities(args, len(sources)) if len(sources) > 1 else None,
         seed=seed,
-        describe=functools.partial(describe_sample, tokenizer=pieces.tokenizer),
+        describe=functools.partial(preview, tokenizer=pieces.tokenizer),
         log=log,
     )
 
@@ -287,7 +278,7 @@ def _load_saved(
         log.info(f"{name}: {made[name].report.describe()}.")
     train = made.pop("train", None)
     if train is not None:
-        log.info("training example:\n" + describe_sample(train[0], tokenizer))
+        log.info("Training example: " + preview(train[0], tokenizer))
     return Datasets(train, made)
 
 
@@ -480,23 +471,3 @@ def _report(stores: Sequence[Store]) -> Report:
         if opened.bad.count:
             report.bad_rows[opened.meta["name"]] = opened.bad.to_json()
     return report
-
-
-def describe_sample(sample: Sample, tokenizer: Any, limit: int = 2000) -> str:
-    """A sample for the log: ids, text, labels and trained text of its documents; long ones are
-    shown in part.
-    """
-    out = []
-    for d in sample[:3]:
-        ids, labels = [int(i) for i in d.input_ids], [int(i) for i in d.labels]
-        trained = [i for i in labels if i != IGNORE]
-        more = f" ... ({len(ids)} tokens)" if len(ids) > limit else ""
-        inputs = tokenizer.decode(ids[:limit], skip_special_tokens=False)
-        answers = tokenizer.decode(trained[:limit], skip_special_tokens=False)
-        out.append(
-            f"{d.role}\ninput_ids:\n{ids[:limit]}{more}\ninputs:\n{inputs}{more}\n"
-            f"label_ids:\n{labels[:limit]}{more}\nlabels:\n{answers}"
-        )
-    if len(sample) > 3:
-        out.append(f"... {len(sample) - 3} more documents")
-    return "\n".join(out)

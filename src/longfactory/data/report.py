@@ -71,3 +71,30 @@ class Report:
         if self.efficiency is not None:
             text += f"; packed into {self.packed_rows} rows, {100 * self.efficiency:.1f} % full"
         return text
+
+
+def of_truncation(what: str, report: Report, cutoff: int, strategy: str, keeps_all: int) -> str:
+    """What was cut, what that means, and what keeps it.
+
+    Args:
+        what: the data are for: training, or an evaluation.
+        cutoff, strategy: the keys `cutoff_len` and `cutoff_strategy`.
+        keeps_all: the `cutoff_len` that cuts nothing.
+    """
+    if not report.truncated:
+        return f"{report.untrained} {what} samples have no trained token."
+    lost = {
+        "llamafactory": " of their ends. In a long prompt that is the part next to the answer,"
+        " often the question itself",
+        "keep_tail": " of the middle of their prompts",
+    }.get(strategy, "")
+    text = (
+        f"{report.truncated} {what} samples are longer than cutoff_len ({cutoff}) and lost"
+        f" {report.lost_tokens} tokens{lost}."
+    )
+    if report.untrained:
+        text += f" {report.untrained} of them have no trained token left."
+    text += f" cutoff_len: {keeps_all} keeps all"
+    if strategy == "llamafactory":
+        text += "; cutoff_strategy: keep_tail keeps the end of prompts and cuts their middle"
+    return f"{text}."

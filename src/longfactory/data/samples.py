@@ -1,5 +1,5 @@
-"""The data probe of `longfactory verify`: samples of the training data as text, with the
-tokens that are trained told from the others.
+"""Samples of the training data as text, with the tokens that are trained told from the others: for
+the log of a run, and for the data probe of `longfactory verify`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ OF_A_STREAM = 64
 """Samples of a stream among which the longest and the random one are."""
 LINES = 12
 """Of a sample on the terminal, so that three of them have less than 40."""
+LINES_OF_AN_END, ENDS = 19, 4000
+"""Of the sample that a run shows: lines of its head, and of its tail; tokens of either that are
+decoded.
+"""
 WIDTH = 100
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 
@@ -90,6 +94,44 @@ def _text(tokenizer: Any, tokens: Sequence[int]) -> str:
 # -- on a terminal ---------------------------------------------------------------------------------
 
 
+def preview(item: Sequence[TokenizedDocument], tokenizer: Any) -> str:
+    """The first training sample for the log of a run, with trained text in `[[ ]]`: at most 40
+    lines, its head and its tail. No more of it is decoded than is shown.
+    """
+    tokens = sum(len(d.input_ids) for d in item)
+    trained = sum(int(label) != IGNORE for d in item for label in d.labels)
+    lines = [f"{trained:,} of {tokens:,} tokens are trained, [[like this]]:"]
+    if tokens <= 2 * ENDS:
+        shown = list(_lines(_decoded(item, tokenizer, "first", 0), "[[", "]]"))
+        if len(shown) > 2 * LINES_OF_AN_END:
+            left_out = f"    ... {len(shown) - 2 * LINES_OF_AN_END} lines ..."
+            shown[LINES_OF_AN_END:-LINES_OF_AN_END] = [left_out]
+        return "\n".join(lines + shown).rstrip()
+    head = _decoded(_ends(item, ENDS), tokenizer, "first", 0)
+    tail = _decoded(_ends(item, -ENDS), tokenizer, "first", 0)
+    return "\n".join(
+        [
+            *lines,
+            *list(_lines(head, "[[", "]]"))[:LINES_OF_AN_END],
+            "    ...",
+            *list(_lines(tail, "[[", "]]"))[-LINES_OF_AN_END:],
+        ]
+    ).rstrip()
+
+
+def _ends(item: Sequence[TokenizedDocument], tokens: int) -> list[TokenizedDocument]:
+    """The first tokens of a sample, or with a negative number the last ones; documents that are
+    left out altogether are empty.
+    """
+    kept, left = [], abs(tokens)
+    for d in item if tokens > 0 else reversed(item):
+        n = min(left, len(d.input_ids))
+        part = slice(0, n) if tokens > 0 else slice(len(d.input_ids) - n, None)
+        kept.append(dataclasses.replace(d, input_ids=d.input_ids[part], labels=d.labels[part]))
+        left -= n
+    return kept if tokens > 0 else kept[::-1]
+
+
 def told(samples: Sequence[DecodedSample], colour: bool) -> list[str]:
     """At most 40 lines: the head and tail of each sample. Trained text is green, or, without
     colours, in `[[ ]]`.
@@ -114,6 +156,8 @@ def _lines(sample: DecodedSample, before: str, after: str) -> Iterator[str]:
     """Lines of a terminal's width; each has its own marks, so that any of them may be left out."""
     several = len(sample.documents) > 1
     for number, document in enumerate(sample.documents):
+        if not document.parts:
+            continue
         mark = f"  {number + 1} {document.role}: " if several else "    "
         for line in _wrapped(document):
             runs = itertools.groupby(line, key=lambda pair: pair[1])

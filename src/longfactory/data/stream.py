@@ -87,7 +87,7 @@ class StreamedDataset(torch.utils.data.IterableDataset):
                 # At first, and whenever twice as much has passed.
                 self.log.info(f"training (the stream so far): {seen.describe()}.")
                 if not told and self.describe is not None:
-                    self.log.info("training example:\n" + self.describe(data[0]))
+                    self.log.info("Training example: " + self.describe(data[0]))
                 told = seen.samples
             for i in range(len(data)):
                 if number % count == index:

@@ -271,6 +271,29 @@ def head_flop(job: TrainingJob) -> float:
     return 2.0 * job.shape.head_parameters * (2 + (2.0 if job.shape.head_trained else 1.0))
 
 
+def document_flop(
+    shape: ModelShape, tokens: int, before: int = 0, heads: float | None = None
+) -> float:
+    """What the model needs for a document, forward and backward: products of causal attention by
+    each kind of layer, without what is computed again and without a reference's pass.
+
+    Args:
+        tokens: of the document.
+        before: tokens that all of them see besides: a shared prompt's.
+        heads: tokens whose logits are made, the trained ones; by default all.
+    """
+    back = backward_products(shape)
+    flop = 2.0 * (1 + back) * shape.head_parameters * (tokens if heads is None else heads)
+    end = before + tokens
+    for kind, count in shape.layers_of_kinds:
+        maps = 2.0 * (1 + back) * (kind.mixer_parameters + kind.mlp_parameters)
+        attention = end * kind.attention_flop(end)
+        if before:
+            attention -= before * kind.attention_flop(before)
+        flop += count * (tokens * (maps + 3 * kind.recurrent_flop) + 3 * attention)
+    return flop
+
+
 ONCE: Work | None = None  # a forward pass alone
 
 

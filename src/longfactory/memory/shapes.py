@@ -267,6 +267,12 @@ class Gpu:
     own: float = 2e12
     cudnn: bool = False  # its attention is cuDNN's, where that computes a tile
 
+    def rate(self, width: int, tf32: bool) -> float:
+        """FLOP/s of products by the data sheet, for numbers of so many bytes."""
+        if width == 2:
+            return self.bf16
+        return self.tf32 if tf32 else self.fp32
+
 
 PCIE3, PCIE4, PCIE5 = 15.75e9, 31.5e9, 63e9
 

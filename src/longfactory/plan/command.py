@@ -353,7 +353,7 @@ def plan(a: argparse.Namespace, run: list[str], command: str) -> int:
     curve = points(planned, found or compared.own)
     print("\n".join(title(planned, compared.own, kind)))
     print("\n".join(notes), end="\n" if notes else "")
-    peak = sheet_rate(sheet, compared.own.memory.plan.job.shape.width, bool(cfg.trainer.tf32))
+    peak = sheet.rate(compared.own.memory.plan.job.shape.width, bool(cfg.trainer.tf32))
     more = with_other_memory(planned, cfg.longest_row, found) if found else []
     print("\n".join(table(planned, compared, peak, more, far)))
     if curve:
@@ -407,13 +407,6 @@ def given_keys(file: Sequence[str], run: Sequence[str]) -> dict[str, Any]:
     found = read(words, translate.is_switch)
     found.pop("model_name_or_path", None)
     return found
-
-
-def sheet_rate(sheet: Gpu, width: int, tf32: bool) -> float:
-    """FLOP/s of a GPU by its data sheet, for numbers of so many bytes."""
-    if width == 2:
-        return sheet.bf16
-    return sheet.tf32 if tf32 else sheet.fp32
 
 
 def title(planned: Planned, own: Way, kind: str) -> list[str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from longfactory.memory.cost import HOST_SHARE, MARGIN, backward_products, seconds
+from longfactory.memory.cost import HOST_SHARE, MARGIN, document_flop, seconds
 from longfactory.memory.exchange import schedule
-from longfactory.memory.shapes import Machine, TrainingJob
+from longfactory.memory.shapes import Machine
 from longfactory.plan.curve import number
 from longfactory.train.auto import WORTH, Planned, Way, best, longest_row, way
 
@@ -169,17 +169,8 @@ def utilisation(each: Way, peak: float) -> float:
     """
     job = each.memory.plan.job
     rows = each.accumulation
-    return rows * job.local * model_flop(job) / each.step / peak
-
-
-def model_flop(job: TrainingJob) -> float:
-    """Of one token of the longest row, forward and backward."""
-    back = backward_products(job.shape)
-    flop = 2.0 * (1 + back) * job.shape.head_parameters
-    for kind, count in job.shape.layers_of_kinds:
-        maps = 2.0 * (1 + back) * (kind.mixer_parameters + kind.mlp_parameters)
-        flop += count * (maps + 3 * (kind.attention_flop(job.tokens) + kind.recurrent_flop))
-    return flop
+    flop = document_flop(job.shape, job.tokens) / job.sp
+    return rows * flop / each.step / peak
 
 
 def table(

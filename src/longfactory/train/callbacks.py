@@ -17,6 +17,7 @@ import torch
 from transformers import TrainerCallback
 
 from longfactory.config.folder import write_whole
+from longfactory.train.meter import Rates
 
 log = logging.getLogger("longfactory")
 LOG_FILE = "trainer_log.jsonl"
@@ -29,10 +30,21 @@ class LogFile(TrainerCallback):
     Fields without a value are left out; times are H:MM:SS; `accuracy` is the share of pairs ranked
     right (or of tokens, for sft). A run that begins replaces an older file; one that goes on keeps
     the lines up to its checkpoint, so that no step stands there twice.
+
+    Rates (`meter.Rates`), where they are known, have names of our own.
+
+    Args:
+        output_dir: its folder.
+        remaining: gives the seconds from the end of a step to that of the last one; without it, or
+            where it does not know, steps are taken to last alike.
     """
 
-    def __init__(self, output_dir: str):
-        self.path = Path(output_dir) / LOG_FILE
+    def __init__(
+        self,
+        output_dir: str,
+        remaining: Callable[[int, int], float | None] = lambda step, last: None,
+    ):
+        self.path, self.remaining = Path(output_dir) / LOG_FILE, remaining
         self.started = time.time()
         self.first_step = 0
         self.first_tokens = 0
@@ -82,7 +94,9 @@ class LogFile(TrainerCallback):
             return
         elapsed = time.time() - self.started
         done = state.global_step - self.first_step
-        remaining = elapsed / done * (state.max_steps - state.global_step) if done > 0 else 0.0
+        remaining = self.remaining(state.global_step, state.max_steps)
+        if remaining is None:
+            remaining = elapsed / done * (state.max_steps - state.global_step) if done > 0 else 0.0
         tokens = logs.get("num_input_tokens_seen")
         line = {
             "current_steps": state.global_step,
@@ -102,6 +116,7 @@ class LogFile(TrainerCallback):
             "elapsed_seconds": round(elapsed, 3),
             "remaining_time": str(timedelta(seconds=int(remaining))),
         }
+        line |= {name: logs[name] for name in Rates.__dataclass_fields__ if name in logs}
         # With eval_on_each_dataset every set has a loss of its own.
         line |= {
             k: v

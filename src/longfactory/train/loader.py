@@ -167,12 +167,14 @@ class Collate:
             reference,
         )
 
-    def __call__(self, samples: list[Any]) -> dict[str, Row]:
+    def __call__(self, samples: list[Any]) -> dict[str, Any]:
+        """The row, and how many samples it holds."""
         if not samples:
-            return {"row": self.empty(self.multiple, self.pad_id)}
+            return {"row": self.empty(self.multiple, self.pad_id), "samples": 0}
         row = self.collate(samples, self.multiple, self.pad_id)
         cache = self.reference()
-        return {"row": row if cache is None else cache.attach(row)}
+        row = row if cache is None else cache.attach(row)
+        return {"row": row, "samples": len(samples)}
 
 
 def empty_row(multiple: int, pad_id: int) -> Row:

@@ -10,6 +10,7 @@ import functools
 import json
 import logging
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -389,6 +390,47 @@ def _whole(p: torch.Tensor) -> torch.Tensor:
         with deepspeed.zero.GatheredParameters([p]):
             return p.detach().clone()
     return p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
+
+
+def closing_lines(cfg: RunConfig) -> list[str]:
+    """The last lines of a run that trained: where the model is, its picture, the next command."""
+    folder = cfg.output_dir
+    lines = []
+    if cfg.output.save_final_model:
+        what = "adapter" if cfg.method.finetuning_type == "lora" else "model"
+        lines.append(f"The {what} is in {folder}.")
+    pictures = [folder / f"training_{name.replace('/', '_')}.png" for name in curves(cfg)]
+    if drawn := [str(path) for path in pictures if cfg.method.plot_loss and path.exists()]:
+        lines.append(f"Pictures: {', '.join(drawn)}.")
+    if cfg.output.save_final_model:
+        lines.append(f"Next: {next_command(cfg)}")
+    return lines
+
+
+def next_command(cfg: RunConfig) -> str:
+    """What is done with a trained model first: a chat with it; a reward model is evaluated, or made
+    whole where it is an adapter; a pretrained one is fine-tuned.
+    """
+    folder, model = str(cfg.output_dir), str(cfg.model.model_name_or_path)
+    adapter = cfg.method.finetuning_type == "lora"
+    words = [f"model_name_or_path={folder}"]
+    if adapter:
+        words = [f"model_name_or_path={model}", f"adapter_name_or_path={folder}"]
+    if cfg.model.trust_remote_code:
+        words.append("trust_remote_code=true")
+    if cfg.data.template is not None:
+        words.append(f"template={cfg.data.template}")
+    if adapter and cfg.method.stage in ("rm", "pt"):
+        # The value head stands beside the weights; `export` copies it with them.
+        return f"longfactory export {shlex.join([*words, f'export_dir={folder}_merged'])}"
+    if cfg.method.stage == "rm":
+        judged = ",".join(cfg.data.eval_dataset or cfg.data.dataset)
+        words += ["do_train=false", "do_eval=true", f"eval_dataset={judged}", "val_size=0"]
+        words.append(f"output_dir={folder}_eval")
+        return f"longfactory train {shlex.join([f'{folder}/longfactory.yaml', *words])}"
+    if cfg.method.stage == "pt":
+        return f"longfactory init sft --model {shlex.quote(folder)}"
+    return f"longfactory chat {shlex.join(words)}"
 
 
 def write_model_card(cfg: RunConfig, folder: str) -> None:

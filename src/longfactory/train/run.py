@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Seq2SeqTrainingArguments, set_seed
+from transformers import PrinterCallback, ProgressCallback, Seq2SeqTrainingArguments, set_seed
+from transformers.utils import logging as transformers_logging
 
-from longfactory import hub, progress, sp
+from longfactory import hub, progress, sp, terminal
 from longfactory.config import RunConfig, checks, folder
 from longfactory.config.loss_facts import split_loss_path
 from longfactory.config.show import settings as settings_of
@@ -47,6 +48,7 @@ from longfactory.train.checkpoint.choose import Start, choose_start
 from longfactory.train.checkpoint.facts import RunFacts
 from longfactory.train.checkpoint.place import check_place
 from longfactory.train.checkpoint.prune import remove_leftovers
+from longfactory.train.display import Measured, ProgressLine
 from longfactory.train.gradients import ReportUnused, refuse_unused
 from longfactory.train.memory_plan import (
     Counts,
@@ -56,6 +58,7 @@ from longfactory.train.memory_plan import (
     count_parameters,
     plan_memory,
 )
+from longfactory.train.meter import Meter, peak_rate
 from longfactory.train.optimizers import optimizer_factory
 from longfactory.train.prove import prove_exact
 from longfactory.train.ranks import from_all, from_main
@@ -137,6 +140,7 @@ def assemble(cfg: RunConfig, *, wide_weights: bool = False, store: Any = None) -
     for line in kernels(cfg, model_config, ctx, args, memory):
         log.info(line)
     model, head, source = build_model(cfg, model_config, tokenizer, ctx, args, stage, memory.split)
+    transformers_logging.disable_progress_bar()  # of saves our log tells, beside the progress line
     aligned = -(-memory.plan.job.tokens // sp.alignment(ctx)) * sp.alignment(ctx)
     activations = apply_memory(
         model, memory.plan.settings, args.device, longest=aligned // ctx.size
@@ -256,6 +260,8 @@ def _run(cfg: RunConfig, watch: Watch | None, store: Any) -> dict[str, float]:
             record = dataclasses.replace(trainer.facts.record, finished=True)
             folder.write_record(Path(args.output_dir), record)
         output.push(trainer)
+        for line in output.closing_lines(cfg):
+            log.info(line)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return metrics
@@ -278,13 +284,9 @@ def same_loss_on_every_rank(loss_path: str) -> None:
 
 def _set_up_log(main: bool) -> None:
     """One process speaks; the others keep to errors."""
-    logger = logging.getLogger("longfactory")
-    logger.setLevel(logging.INFO if main else logging.ERROR)
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%H:%M:%S"))
-        logger.addHandler(handler)
-        logger.propagate = False
+    terminal.set_up(main)
+    if not main or not terminal.interactive():
+        transformers_logging.disable_progress_bar()
 
 
 def read_processes(cfg: RunConfig) -> Processes:
@@ -649,6 +651,7 @@ def make_trainer(
             f"Routers: {coefficient:g} x the auxiliary loss of each row is added to the loss, rows"
             " weighted as their losses are."
         )
+    meter = run_meter(cfg, args, memory, datasets)
     trainer = RowTrainer(
         model,
         args,
@@ -667,9 +670,16 @@ def make_trainer(
         train_dataset=datasets.train,
         eval_dataset=eval_sets,
         processing_class=tokenizer,
-        callbacks=[LogFile(args.output_dir)],
+        meter=meter,
+        callbacks=[LogFile(args.output_dir, meter.remaining)],
     )
     report_failures(trainer.callback_handler)
+    for theirs in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(theirs)
+    trainer.callback_handler.callbacks.insert(0, Measured(meter))
+    trainer.add_callback(
+        ProgressLine(meter, bar=not args.disable_tqdm, gpus=args.device.type == "cuda")
+    )
     if cfg.method.early_stopping_steps is not None:
         from transformers import EarlyStoppingCallback
 
@@ -677,6 +687,17 @@ def make_trainer(
             EarlyStoppingCallback(early_stopping_patience=cfg.method.early_stopping_steps)
         )
     return trainer
+
+
+def run_meter(
+    cfg: RunConfig, args: Seq2SeqTrainingArguments, memory: Memory, datasets: data.Datasets
+) -> Meter:
+    """Counts what the steps of a run cost."""
+    shape = memory.plan.job.shape
+    gpu = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else None
+    peak = peak_rate(gpu, shape.width, bool(cfg.trainer.tf32))
+    packed = getattr(datasets.train, "packed", False) or getattr(datasets.train, "bins", None)
+    return Meter(args.world_size, shape, peak, cfg.cutoff_len if packed else None)
 
 
 def run_facts(cfg: RunConfig, start: Start, sharding: str, datasets: data.Datasets) -> RunFacts:

@@ -43,6 +43,7 @@ from longfactory.train.checkpoint.trainer import ResumableTrainer
 from longfactory.train.contracts import check_trainer
 from longfactory.train.embedding_noise import noisy_embeddings, token_keys, token_scales
 from longfactory.train.loader import Collate, RowSampler, empty_row, make_loader
+from longfactory.train.meter import Meter, TokensLeft
 from longfactory.train.numbers import Numbers
 from longfactory.train.optimizers import one_dtype_each
 from longfactory.train.reference import Reference, as_reference
@@ -71,6 +72,7 @@ class RowTrainer(ResumableTrainer):
         source: the checkpoint that was loaded: what is saved gets all that it has.
         on_nan: what a loss or gradient that is NaN or Inf does: "stop" or "skip".
         facts: what the run's checkpoints say of it.
+        meter: counts what steps cost.
     """
 
     # compute_loss divides by N: the Trainer must not divide by accumulation steps
@@ -93,6 +95,7 @@ class RowTrainer(ResumableTrainer):
         on_nan: Literal["stop", "skip"] = "stop",
         facts: RunFacts | None = None,
         routing: Routing | None = None,
+        meter: Meter | None = None,
         **kwargs: Any,
     ):
         # For `auto`: given a row before its plan is made, finds the schedule that is fastest for
@@ -104,6 +107,8 @@ class RowTrainer(ResumableTrainer):
         # Made when the model is wrapped (`reference.attach`).
         self.reference = Reference()
         self._eval_metrics = MetricSums()
+        self.meter = Meter() if meter is None else meter
+        self._sums = torch.zeros(0)
         self.routing = Routing(model, ctx) if routing is None else routing
         super().__init__(
             model, args, ctx=ctx, stage=stage, head=head, shuffle=shuffle, facts=facts, **kwargs
@@ -174,6 +179,8 @@ class RowTrainer(ResumableTrainer):
                 " per_device_train_batch_size or gradient_accumulation_steps."
             )
         loader.set_epoch = source.set_epoch  # type: ignore[attr-defined]
+        if isinstance(source, RowSampler):
+            self.meter.left = TokensLeft(source, getattr(self.train_dataset, "lengths", None))
         return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -208,6 +215,7 @@ class RowTrainer(ResumableTrainer):
         data-parallel groups.
         """
         batches = []
+        self.meter.begin()
         for _ in range(num_batches):
             try:
                 batches.append(next(epoch_iterator))
@@ -222,12 +230,13 @@ class RowTrainer(ResumableTrainer):
                 self._train_metrics.copy(),
                 dict(vars(self.stage)),
             )
-        counts = torch.tensor(
-            [sum(self.stage.count_items(r) for r in rows), sum(r.real_tokens for r in rows)],
-            dtype=torch.float64,
-        )
-        counts = self._sum_over_groups(counts.to(device, non_blocking=True))
+        measured = self.meter.fetched(rows, sum(b.get("samples", 0) for b in batches))
+        items = sum(self.stage.count_items(r) for r in rows)
+        here = torch.tensor([items, *measured], dtype=torch.float64)
+        counts = self._sum_over_groups(here.to(device, non_blocking=True))
         self._tokens += counts[1].long()
+        # Read once the device is waited for anyway (`_get_grad_norm`).
+        self._sums = (counts if self.ctx.dp_size > 1 else here)[1:]
         return batches, counts[0].clamp(min=1)
 
     def _sum_over_groups(self, x: Tensor) -> Tensor:
@@ -424,7 +433,9 @@ class RowTrainer(ResumableTrainer):
         else:
             grad_norm = optimizer.clip(math.inf)
         self._logged.all += 1
-        if not self.numbers.may_update(self.state.global_step + 1, grad_norm, model):
+        may_update = self.numbers.may_update(self.state.global_step + 1, grad_norm, model)
+        self.meter.summed(self._sums.tolist())
+        if not may_update:
             self._skip_update()
         return grad_norm
 
@@ -500,6 +511,7 @@ class RowTrainer(ResumableTrainer):
             logs.update(self._of_the_whole_run(logs["train_runtime"]))
         if "loss" in logs:
             logs.update(self._train_metrics.means(self._sum_over_groups))
+            self.meter.compare_memory(self.args.device)
         self._logged.correct(logs, self.numbers.skipped)
         if self.log_tokens:
             self.state.num_input_tokens_seen = int(self._tokens)

@@ -28,7 +28,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from longfactory import progress
+from longfactory import progress, terminal
 from longfactory.errors import STALLED, STOPPED
 from longfactory.processes import state_of
 from longfactory.train.survival import launched
@@ -239,6 +239,7 @@ class Watch:
 
     def _leave(self, status: int) -> None:
         """Ends the process without unwinding: its main thread may wait for a rank that is gone."""
+        terminal.close_bars()
         sys.stdout.flush()
         sys.stderr.flush()
         if launched.write_status(status) and status == STOPPED:
@@ -399,7 +400,7 @@ class Watch:
 
 
 def _say(words: str) -> None:
-    print(f"longfactory: {words}", file=sys.stderr, flush=True)
+    terminal.say(f"longfactory: {words}")
 
 
 # ---- who holds up the others ---------------------------------------------------------------------

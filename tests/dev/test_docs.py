@@ -1,0 +1,69 @@
+"""The pages of docs/: commands, keys and messages that they name are those of the program."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from longfactory.cli import COMMANDS
+from longfactory.config.schema import schema
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
+
+
+def source() -> str:
+    """All code, with strings that go on in the next line as one."""
+    text = "\n".join(p.read_text() for p in sorted((ROOT / "src" / "longfactory").rglob("*.py")))
+    return re.sub(r'"\s*\n\s*(?:f|rf)?"', "", text)
+
+
+def test_messages_of_the_troubleshooting_page_are_those_of_the_program() -> None:
+    code, found = source(), 0
+    for line in (ROOT / "docs" / "troubleshooting.md").read_text().splitlines():
+        cell = line.split("|")[1] if line.startswith("| `") else ""
+        for message in re.findall(r"`([^`]+)`", cell):
+            parts = re.split(r"\.\.\.|'x'|\b[NMx]\b|\d+|: ", message)
+            parts = [part.strip(" ,.'") for part in parts]
+            longest = max(parts, key=len)
+            assert longest in code, f"{message!r}: no code says {longest!r}"
+            found += 1
+    assert found > 25
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_and_keys_of_a_page_exist(page: Path) -> None:
+    keys = schema()["properties"]
+    for block in [*blocks(page, "console"), *blocks(page, "bash")]:
+        for line in block.splitlines():
+            match = re.search(r"(?:^|\s)longfactory ([a-z_]+)([^#`;|&]*)", line)
+            if match is None or line.lstrip().startswith(("#", "docker", "[")):
+                continue
+            command, rest = match.groups()
+            if "pip install" in line or "git clone" in line:
+                continue
+            assert command in COMMANDS, line
+            for word in shlex.split(rest, posix=False):
+                name, sign, _ = word.lstrip("-").partition("=")
+                if sign and not word.startswith("--") and command in ("train", "chat", "export"):
+                    assert name in keys or name.isupper(), f"{page.name}: {line}: {name}"
+    for block in blocks(page, "yaml"):
+        if any(word in block for word in ("containers:", "python/object", "${")):
+            continue
+        found = yaml.safe_load(block)
+        if isinstance(found, dict):
+            assert set(map(str, found)) <= set(keys), f"{page.name}: {set(found) - set(keys)}"
+
+
+def test_every_page_is_in_the_site() -> None:
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    named = set(re.findall(r"[\w]+\.md", str(nav)))
+    assert named == {page.name for page in (ROOT / "docs").glob("*.md")}
