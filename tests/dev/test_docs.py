@@ -27,7 +27,7 @@ def test_messages_of_the_troubleshooting_page_are_those_of_the_program() -> None
     for line in (ROOT / "docs" / "troubleshooting.md").read_text().splitlines():
         cell = line.split("|")[1] if line.startswith("| `") else ""
         for message in re.findall(r"`([^`]+)`", cell):
-            parts = re.split(r"\.\.\.|'x'|\b[NMx]\b|\d+|: ", message)
+            parts = re.split(r"\.\.\.|'x'|\b[NMx]\b|\b(?:sft|dpo|nan)\b|\d+|: ", message)
             parts = [part.strip(" ,.'") for part in parts]
             longest = max(parts, key=len)
             assert longest in code, f"{message!r}: no code says {longest!r}"

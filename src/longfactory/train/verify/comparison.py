@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 
 from longfactory import sp
 from longfactory.config import RunConfig
@@ -31,6 +31,7 @@ from longfactory.errors import UserError
 from longfactory.memory.chunked import runs_in_chunks
 from longfactory.model.routing import router_loss_coefficient
 from longfactory.sp import hf, routers
+from longfactory.train.display import ProgressLine
 from longfactory.train.ranks import everywhere, from_all, from_main, is_distributed
 from longfactory.train.reference import Reference, adapter_is_reference, disable_dropout
 from longfactory.train.run import Assembled, assemble, decided
@@ -200,7 +201,7 @@ def compared(
         run = assemble(quiet(cfg, folder, rows), wide_weights=True, store=store)
         comparison = Comparison(cfg, run, rows, tokens, folder, rerun=rerun, apart=apart)
         run.trainer.add_callback(comparison)
-        run.trainer.remove_callback(PrinterCallback)
+        run.trainer.remove_callback(ProgressLine)
         with comparison.installed:
             run.trainer.train()
         return comparison.report()
