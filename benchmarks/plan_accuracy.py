@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from _table import command_line, machine_name  # noqa: E402
+from _table import MARK, command_line, end_marked, machine_name  # noqa: E402
 from make_model import QWEN, SHAPES, make_model  # noqa: E402
 
 FURTHER: dict[str, dict[str, Any]] = {
@@ -77,6 +77,90 @@ FURTHER: dict[str, dict[str, Any]] = {
         "sliding_window": 1024,
         "query_pre_attn_scalar": 256,
         "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+        "torch_dtype": "bfloat16",
+    },
+    "gpt-oss-20b": {
+        "model_type": "gpt_oss",
+        "architectures": ["GptOssForCausalLM"],
+        "vocab_size": 201088,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "sliding_window": 128,
+        "max_position_embeddings": 131072,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+        "torch_dtype": "bfloat16",
+    },
+    "glm-4.5-air": {
+        "model_type": "glm4_moe",
+        "architectures": ["Glm4MoeForCausalLM"],
+        "vocab_size": 151552,
+        "hidden_size": 4096,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "num_hidden_layers": 46,
+        "num_attention_heads": 96,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "n_routed_experts": 128,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "first_k_dense_replace": 1,
+        "attention_bias": True,
+        "max_position_embeddings": 1 << 21,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1000000.0,
+            "partial_rotary_factor": 0.5,
+        },
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+        "torch_dtype": "bfloat16",
+    },
+    "deepseek-v2-lite": {
+        "model_type": "deepseek_v2",
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "vocab_size": 102400,
+        "hidden_size": 2048,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "kv_lora_rank": 512,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 6,
+        "first_k_dense_replace": 1,
+        "topk_method": "greedy",
+        "max_position_embeddings": 1 << 21,
+        "tie_word_embeddings": False,
         "bos_token_id": 0,
         "eos_token_id": 0,
         "pad_token_id": 1,
@@ -190,9 +274,10 @@ def write_weights(model: Path, folder: Path) -> Path:
     return folder
 
 
-def keys_of(name: str, gpus: int, steps: int, home: Path, weights: bool = True) -> dict[str, Any]:
+def keys_of(
+    name: str, at: Setting, gpus: int, steps: int, home: Path, weights: bool = True
+) -> dict[str, Any]:
     """The run's keys, with its model and data written; `weights`: those that quantisation reads."""
-    at = SETTINGS[name]
     data = home / f"data-{at.tokens}"
     with WRITING:
         if not data.exists():
@@ -226,18 +311,29 @@ def keys_of(name: str, gpus: int, steps: int, home: Path, weights: bool = True) 
     }
 
 
-def run(name: str, gpus: int, steps: int, home: Path, devices: str | None) -> dict[str, Any]:
-    """One setting: what was predicted and what was measured. `devices`: as CUDA_VISIBLE_DEVICES."""
-    at = SETTINGS[name]
-    keys = keys_of(name, gpus, steps, home) | {"nproc_per_node": gpus}
+def run(
+    name: str,
+    at: Setting,
+    gpus: int,
+    steps: int,
+    home: Path,
+    devices: str | None = None,
+    limit: float | None = None,
+) -> dict[str, Any]:
+    """One setting: what was predicted and what was measured.
+
+    Args:
+        devices: as CUDA_VISIBLE_DEVICES.
+        limit: seconds after which the run is ended, which is its error then.
+    """
+    keys = keys_of(name, at, gpus, steps, home) | {"nproc_per_node": gpus}
     command = [sys.executable, "-m", "longfactory.cli", "train"]
     command += [f"{key}={value}" for key, value in keys.items()]
     env = {**os.environ, "RECORD_VRAM": "1", "LONGFACTORY_CACHE": str(home / "cache")}
     if devices is not None:
         env["CUDA_VISIBLE_DEVICES"] = devices
     begun = time.time()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
-    text = done.stdout + done.stderr
+    code, text = ended_in_time(command, env, limit)
     row: dict[str, Any] = {
         "name": name,
         "gpus": gpus,
@@ -250,29 +346,74 @@ def run(name: str, gpus: int, steps: int, home: Path, devices: str | None) -> di
     plan = re.search(r"Memory plan.*\n +(.*)", text)
     if plan is not None:
         row["settings"] = plan[1]
-    if done.returncode:
+    if code:
         last = [line for line in text.splitlines() if line.strip()]
-        return {**row, "error": last[-1][:300] if last else "no output", "log": text[-4000:]}
+        why = last[-1][:300] if last else "no output"
+        if code == TOO_LONG:
+            why = f"ended after {limit:.0f} s: {why}"
+        return {**row, "error": why, "log": text[-4000:]}
     total = re.search(r"^ +total +([0-9.]+) +of", text, re.MULTILINE)
     runtime = re.search(r"^ +runtime +([0-9.]+)$", text, re.MULTILINE)
     step = re.search(r"predicted: ([0-9.]+) s a row", text)
     logged = (home / f"out-{name}" / "trainer_log.jsonl").read_text().splitlines()
     lines = [json.loads(line) for line in logged if '"loss"' in line]
-    assert total is not None and step is not None and plan is not None and runtime is not None
+    predicted: dict[str, Any] = {}
+    if total is not None and step is not None and runtime is not None:  # not on CPUs
+        predicted["predicted_gib"] = round(float(total[1]) - float(runtime[1]), 1)
+        predicted["predicted_seconds"] = float(step[1])
     seconds = (lines[-1]["elapsed_seconds"] - lines[0]["elapsed_seconds"]) / (len(lines) - 1)
+    kernels = re.search(r"Attention kernels? \(.*?\): (.*)", text)
+    said = ("expert_max_load", "expert_dead")  # of a mixture of experts
     return {
         **row,
-        "predicted_gib": round(float(total[1]) - float(runtime[1]), 1),
-        "predicted_seconds": float(step[1]),
-        "peak_gib": max(line["vram_allocated"] for line in lines),
+        "loss": lines[-1]["loss"],
+        **({} if kernels is None else {"kernels": kernels[1]}),
+        **{key: lines[-1][key] for key in said if key in lines[-1]},
+        **predicted,
+        "peak_gib": max(line.get("vram_allocated", 0.0) for line in lines),
         "step_seconds": seconds,
         "split": "split" in (re.search(r"masters.*", text) or [""])[0],
     }
 
 
+TOO_LONG = -1
+
+
+def ended_in_time(command: list[str], env: dict[str, str], limit: float | None) -> tuple[int, str]:
+    """The exit status of a command, `TOO_LONG` where it was ended, and all that it wrote. None of
+    its processes is left.
+    """
+    mark = f"{os.getpid()}-{time.monotonic_ns()}"
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**env, MARK: mark},
+        start_new_session=True,
+    )
+    over = threading.Event()
+
+    def end() -> None:
+        over.set()
+        end_marked(mark, process.pid)
+
+    timer = threading.Timer(limit or 1e6, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        text, _ = process.communicate()
+    finally:
+        timer.cancel()
+        end_marked(mark, process.pid)
+    return (TOO_LONG if over.is_set() else process.returncode), text
+
+
 def planned(name: str, gpus: int, home: Path, kind: str) -> dict[str, Any]:
     """One setting, planned for `kind` of GPU without running it: its keys hold."""
-    words = [f"{key}={value}" for key, value in keys_of(name, gpus, 3, home, weights=False).items()]
+    given = keys_of(name, SETTINGS[name], gpus, 3, home, weights=False)
+    words = [f"{key}={value}" for key, value in given.items()]
     command = [sys.executable, "-m", "longfactory.cli", "plan", *words]
     command += ["--gpus", f"{gpus}x{kind}", "--host-gib", "128"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -358,8 +499,9 @@ def main() -> int:
         try:
             if time.time() > end:
                 return None
-            steps = min(args.steps, 3) if SETTINGS[name].tokens > 32768 else args.steps
-            return {**run(name, args.gpus, steps, home, devices), **about}
+            at = SETTINGS[name]
+            steps = min(args.steps, 3) if at.tokens > 32768 else args.steps
+            return {**run(name, at, args.gpus, steps, home, devices), **about}
         finally:
             free.put(devices)
 

@@ -165,6 +165,48 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+def real_heads(family: str) -> dict[str, Any]:
+    """Fields of a tiny configuration's text part that give its attention the head dims of the
+    family's default configuration; all else stays tiny.
+    """
+    default = CONFIG_MAPPING[family]().get_text_config()
+    values = default.to_dict()
+    heads = next(
+        (
+            values[k]
+            for k in ("num_attention_heads", "n_head", "n_heads", "num_heads")
+            if k in values
+        ),
+        getattr(default, "num_attention_heads", 0),
+    )
+    dim = values.get("head_dim") or getattr(default, "head_dim", None)
+    if not isinstance(dim, int):
+        dim = default.hidden_size // heads
+    fields = {
+        key: values[key]
+        for key in (*_LATENT, "swa_head_dim", "swa_v_head_dim", "global_head_dim", "d_kv")
+        if isinstance(values.get(key), int)
+    }
+    if "qk_rope_head_dim" in fields:
+        return {**fields, **({"head_dim": values["head_dim"]} if "head_dim" in values else {})}
+    if "head_dim" in values or "kv_channels" in values or "attention_head_dim" in values:
+        named = ("head_dim", "kv_channels", "attention_head_dim")
+        fields |= {key: dim for key in named if key in values}
+    else:  # the width over the number of heads, which is 4
+        has = set(values) | set(type(default).attribute_map)
+        fields |= {k: 4 * dim for k, v in _TINY.items() if v == 64 and k in has}
+        fields = {k: v for k, v in fields.items() if k not in type(default).attribute_map}
+    if "rotary_dim" in values:
+        fields["rotary_dim"] = min(int(values["rotary_dim"] or dim), dim)
+    rope = values.get("rope_parameters")
+    if isinstance(rope, dict) and "mrope_section" in rope:
+        fields["rope_parameters"] = rope
+    return fields
+
+
+_LATENT = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
+
 def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
     """A configuration of a few thousand parameters. `overrides` are fields of its text part.
 
@@ -221,13 +263,13 @@ def _shrunk(
 
 
 def tiny_model(
-    family: str, dtype: torch.dtype = torch.float64, **overrides: Any
+    family: str, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides: Any
 ) -> PreTrainedModel:
     """Random weights, large enough that attention changes the logits by more than a rounding error.
     The same on every rank.
     """
     config = tiny_config(family, **overrides)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     with torch.device("meta"):
         size = sum(p.numel() for p in model_class(config).from_config().parameters())
     if size > 20_000_000:
@@ -238,7 +280,7 @@ def tiny_model(
         .to(dtype)
         .eval()
     )
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() >= 2:

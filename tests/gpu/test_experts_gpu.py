@@ -80,6 +80,64 @@ def test_grouped_low_rank_products(rank: int, dtype: torch.dtype) -> None:
         assert float((one.double() - other).norm()) <= tolerance * float(other.norm())
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, "deepseek_v3"])
+@pytest.mark.parametrize("masters", [True, False])
+def test_grouped_experts_in_bf16(family: str, masters: bool) -> None:
+    """Forward and every gradient of a layer's experts, one of which has one token and one none:
+    with fp32 masters under autocast and with bf16 weights, as near to float32 as the model's own
+    loop in bf16 (RMS, median of five seeds). An expert without a token has zeros as gradients.
+    """
+    import statistics
+
+    from longfactory.model import experts
+    from longfactory_dev.tiny_models import tiny_model
+
+    sizes = {k: v for k, v in SIZES.items() if family != "gpt_oss" or k != "moe_intermediate_size"}
+    ratios: dict[str, list[float]] = {}
+    for seed in range(5):
+        model = tiny_model(family, torch.float32, seed, **sizes).cuda()
+        model.set_experts_implementation("grouped_mm")
+        experts.install_grouped(model)
+        block = next(m for m in model.modules() if experts.of_interface(m))
+        generator = torch.Generator("cuda").manual_seed(seed)
+        with torch.no_grad():
+            for p in block.parameters():
+                p.copy_(p.bfloat16())
+        tokens = torch.randn(300, 256, device="cuda", generator=generator).bfloat16()
+        chosen = torch.tensor([[2, 3]], device="cuda").repeat(300, 1)
+        chosen[7, 1] = 0
+        shares = torch.rand(300, 2, device="cuda", generator=generator).bfloat16()
+        dy = torch.randn(300, 256, device="cuda", generator=generator)
+
+        def run(
+            block: Any, dtype: torch.dtype, autocast: bool, kind: str
+        ) -> dict[str, torch.Tensor]:
+            block.config._experts_implementation = kind
+            x, w = (t.to(dtype).requires_grad_() for t in (tokens, shares))  # noqa: B023
+            with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+                y = block(x, chosen, w)  # noqa: B023
+            names = [n for n, _ in block.named_parameters()]
+            found = torch.autograd.grad(y, [x, w, *block.parameters()], dy.to(y.dtype))  # noqa: B023
+            return {"out": y, **dict(zip(("x", "shares", *names), found, strict=True))}
+
+        exact = run(block, torch.float32, False, "eager")
+        half = copy.deepcopy(block).bfloat16()
+        own = run(half, torch.bfloat16, False, "eager")
+        if masters:
+            ours = run(block, torch.float32, True, "grouped_mm")
+        else:
+            ours = run(half, torch.bfloat16, False, "grouped_mm")
+        for name, tensor in exact.items():
+            if name in dict(block.named_parameters()):
+                assert not ours[name][1].any() and ours[name][0].any(), name
+                assert ours[name].dtype == (torch.float32 if masters else torch.bfloat16)
+            errors = [float((r[name].float() - tensor).norm()) for r in (ours, own)]
+            ratios.setdefault(name, []).append(errors[0] / errors[1])
+    medians = {name: statistics.median(found) for name, found in ratios.items()}
+    print(family, masters, medians)
+    assert all(median <= 1.2 for median in medians.values()), medians
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_layer_computes_what_peft_defines(family: str, tmp_path: Path) -> None:
     """bf16: as near to float32 as PEFT's own form, which rounds the sum of weight and adapter."""

@@ -243,3 +243,125 @@ def test_routers_are_trained_or_frozen(kind: str, wanted: bool, tmp_path: Path) 
 def test_routers_that_are_not_there_are_told() -> None:
     with pytest.raises(UserError, match="train_routers: llama has no routers"):
         lora(tiny_model("llama", torch.float32), train_routers=True)
+
+
+# ---- under autocast ------------------------------------------------------------------------------
+
+
+def block_of(family: str, seed: int) -> Any:
+    """The experts of one layer with fp32 weights, by grouped products."""
+    model = tiny_model(family, torch.float32)
+    model.set_experts_implementation("grouped_mm")
+    experts.install_grouped(model)
+    experts.install_grouped(model)
+    block = next(m for m in model.modules() if experts.of_interface(m))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in block.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) / p.shape[-1] ** 0.5)
+    return block
+
+
+def routed(seed: int, hidden: int = 64, tokens: int = 40) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, their experts and shares: expert 0 has one token, expert 1 none."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.tensor([[2, 3]]).repeat(tokens, 1)
+    chosen[7, 1] = 0
+    shares = torch.rand(tokens, 2, generator=generator)
+    return torch.randn(tokens, hidden, generator=generator), chosen, shares
+
+
+def run_block(
+    block: Any, seed: int, low: torch.dtype | None = None, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Its output and the gradients of the tokens, shares and weights; under autocast where `low` is
+    given.
+    """
+    x, chosen, shares = routed(seed)
+    x, shares = (t.to(dtype).requires_grad_() for t in (x, shares))
+    with torch.autocast("cpu", dtype=low, enabled=low is not None):
+        y = block(x, chosen, shares)
+    names = [n for n, _ in block.named_parameters()]
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed + 1))
+    wanted = [x, shares, *block.parameters()]
+    gradients = torch.autograd.grad(y, wanted, dy.to(y.dtype))
+    return {"out": y.detach(), **dict(zip(("x", "shares", *names), gradients, strict=True))}
+
+
+@pytest.mark.parametrize("family", BY_INTERFACE)
+def test_experts_compute_as_autocast_says(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products are made in half precision, masters and their gradients stay fp32, and the error
+    against float32 is that of the model's own loop over experts under autocast. gpt-oss' grouped
+    form adds biases in half precision: there it is that of the loop of a model in half precision.
+    """
+    types: set[torch.dtype] = set()
+    grouped = experts.grouped_mm
+
+    def noted(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+        types.add(weight.dtype)
+        return grouped(x, weight, offsets)
+
+    monkeypatch.setattr(experts, "grouped_mm", noted)
+    ratios: dict[str, list[float]] = {}
+    for seed in range(5):
+        block = block_of(family, seed)
+        exact = run_block(block, seed)
+        assert types == {torch.float32}
+        types.clear()
+        ours = run_block(block, seed, torch.bfloat16)
+        assert types == {torch.bfloat16}
+        types.clear()
+        block.config._experts_implementation = "eager"
+        own = run_block(block, seed, torch.bfloat16)
+        for name, tensor in ours.items():
+            assert tensor.dtype == own[name].dtype, name
+        if family == "gpt_oss":
+            half = copy.deepcopy(block).bfloat16()
+            own = run_block(half, seed, dtype=torch.bfloat16)
+        assert not types
+        assert all(p.dtype == torch.float32 for p in block.parameters())
+        for name, tensor in exact.items():
+            errors = [float((r[name] - tensor).norm()) for r in (ours, own)]
+            if name in dict(block.named_parameters()):
+                # of experts without a token it is zero; of the one with a token it is not
+                assert not ours[name][1].any() and ours[name][0].any(), name
+            ratios.setdefault(name, []).append(errors[0] / errors[1])
+    medians = {name: sorted(found)[2] for name, found in ratios.items()}
+    assert all(median <= 1.2 for median in medians.values()), medians
+
+
+def test_nothing_is_cast_without_autocast_or_in_float64() -> None:
+    weight = torch.zeros(2, 3, 4)
+    assert experts.in_autocast(weight) is weight
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert experts.in_autocast(weight).dtype == torch.bfloat16
+        half, double = weight.bfloat16(), weight.double()
+        assert experts.in_autocast(half) is half and experts.in_autocast(double) is double
+
+
+@pytest.mark.parametrize("family", (*BY_INTERFACE, "mixtral", "granitemoe"))
+def test_grouped_experts_are_those_of_the_model(family: str) -> None:
+    """In float64, with an expert of one token and one of none: output and every gradient are those
+    of the model's own loop, which other implementations than grouped products still run.
+    """
+    block = block_of(family, 0).double()
+    found = run_block(block, 0, dtype=torch.float64)
+    block.config._experts_implementation = "eager"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experts, "_experts", None)
+        expected = run_block(block, 0, dtype=torch.float64)
+    assert_equal(found, expected)
+    assert all(float(t.abs().max()) > 0 for t in found.values())
+
+
+def test_a_run_trains_through_the_grouped_experts() -> None:
+    """The model that a run loads has them, from scratch as well as from files."""
+    model = tiny_model("qwen3_moe", torch.float32)
+    assert not any("forward" in vars(m) for m in model.modules())
+    from longfactory.model import load
+
+    config = model.config
+    args = ModelArguments(model_name_or_path="unused", train_from_scratch=True)
+    made = load.load_model(args, config, torch.float32, attention="sdpa")
+    held = [m for m in made.modules() if experts.of_interface(m)]
+    assert held and all("forward" in vars(m) for m in held)

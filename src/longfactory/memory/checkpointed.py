@@ -163,11 +163,14 @@ CAST = "copies of weights in half precision"  # item of the budget
 
 def _checkpoint_bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:
     """Without it: what autograd stores of every layer, and the gradients within one. Autocast's
-    copies of weights live as long as the forward pass, or as what autograd stores.
+    copies of weights live as long as the forward pass, or as what autograd stores; those of routed
+    experts as long as their layer's pass.
     """
     cast = job.cast_bytes
     if settings.checkpoint == "full":
         layer = job.shape.width * job.shape.layer_parameters if cast else 0.0
+        if job.shape.routed_parameters:
+            cast = min(cast, job.held_cast_bytes + layer)
         return Bytes(gpu={CAST: StepMoments(cast, layer, layer)} if cast else {})
     stored = job.local * sum(
         count * stored_of_a_token(job, kind) for kind, count in job.shape.layers_of_kinds
@@ -206,7 +209,7 @@ def stored_of_a_token(job: TrainingJob, kind: LayerKind) -> float:
         frozen = shape.adapters and not shape.adapted_experts
         sides, parts = (1, 3) if frozen else (2, 4)
         numbers = sides * kind.used * hidden + parts * kind.expert_width
-        stored += job.expert_width * numbers + 28.0 * kind.used + 4.0 * kind.experts
+        stored += width * numbers + 28.0 * kind.used + 4.0 * kind.experts
     return stored
 
 

@@ -255,8 +255,8 @@ def seconds(job: TrainingJob, settings: MemorySettings) -> float:
 
 
 # Of the rate of products, what grouped products of experts in 16 bit reach: a mixture's runs with
-# 1,024 and 2,048 tokens an expert (benchmarks/results/plan_accuracy.md). In fp32 they are products
-# of one expert after the other.
+# 1,024 and 2,048 tokens an expert (benchmarks/results/plan_accuracy.md). In fp32, where a run has
+# no half precision, they are products of one expert after the other.
 GROUPED = 0.33
 # Bytes of each of a token's logits that are read and written: made, widened, and read for the
 # log-sum-exp, the label's and the greatest; all again in backward, with the softmax.
@@ -301,8 +301,8 @@ def _products(job: TrainingJob, kind: LayerKind, work: Work | None) -> float:
     """Seconds of one token's linear maps in one layer, at the machine's rates: of a forward pass
     alone, or of all that a step computes.
     """
-    machine = job.machine.computing(job.shape.width)
-    wide = job.machine.computing(job.expert_width)
+    width = job.shape.width
+    machine = job.machine.computing(width)
     projections = mlp = recurrences = 1.0
     if work is not None:
         back = backward_products(job.shape)
@@ -314,9 +314,9 @@ def _products(job: TrainingJob, kind: LayerKind, work: Work | None) -> float:
     plain = 2.0 * (kind.mixer_parameters * projections + kind.dense_parameters * mlp) + recurrent
     if not kind.experts:
         return plain / machine.gemm
-    rate = wide.gemm * (GROUPED if job.expert_width == 2 else 1.0)
+    rate = machine.gemm * (GROUPED if width == 2 else 1.0)
     # with few tokens an expert, reading its weights takes longer
-    read = job.expert_width * kind.expert_parameters / machine.memory / job.local
+    read = width * kind.expert_parameters / machine.memory / job.local
     routed = max(2.0 * kind.active_expert_parameters / rate, read)
     return plain / machine.gemm + mlp * routed
 
@@ -362,8 +362,8 @@ def moved_bytes(job: TrainingJob, settings: MemorySettings, kind: LayerKind) -> 
         if job.shape.adapted_experts:
             dispatch += 5 * sent + 9 * kind.expert_width
             gradients += 7 * sent + 10 * kind.expert_width
-        forward += job.expert_width * dispatch
-        backward += job.expert_width * gradients
+        forward += width * dispatch
+        backward += width * gradients
     return forward, backward
 
 

@@ -475,18 +475,18 @@ class TrainingJob:
         return self.shape.width == 4 or self.autocast
 
     @property
-    def expert_width(self) -> int:
-        """Bytes of a number as experts compute it: autocast does not reach their products, which
-        take the type of their weights.
-        """
-        return 4 if self.wide_hidden else self.shape.width
+    def cast_bytes(self) -> float:
+        """Of the copies of all trained weights that autocast makes, routed experts' too."""
+        return float(self.shape.width * self.shape.parameters) if self.autocast else 0.0
 
     @property
-    def cast_bytes(self) -> float:
-        """Of the copies of all trained weights that autocast makes."""
+    def held_cast_bytes(self) -> float:
+        """Of those that live as long as autocast does. Those of routed experts go with what their
+        layer stores.
+        """
         if not self.autocast:
             return 0.0
-        return self.shape.width * (self.shape.parameters - self.shape.routed_parameters)
+        return self.cast_bytes - self.shape.width * self.shape.routed_parameters
 
     def temporary_bytes(self, kind: LayerKind) -> int:
         """Of one token's temporaries in the MLP, projections and norms of one layer: six MLP-wide
@@ -500,7 +500,7 @@ class TrainingJob:
         dense = inner * self.shape.width * kind.dense_width
         around = 3 if self.written_layer else 8 + 3 * max(0, kind.norms - 2)
         dense += around * self.hidden_bytes
-        return dense + self.expert_width * wide
+        return dense + self.shape.width * wide
 
     @property
     def local(self) -> int:

@@ -10,6 +10,12 @@ of all of it. Here the wrapper computes
 with grouped products over tokens sorted by expert: the adapter costs 2 r (in + out) operations a
 token, and the frozen weights have no gradient. What PEFT keeps, saves and merges is untouched.
 
+Full training runs through the same function instead of transformers' (`install_grouped`). It sorts
+tokens as that does, with adjoints that are gathers and sums; those that autograd makes add up by
+index. And autocast does not reach grouped products, which take the type of the weights: with fp32
+masters they would run in fp32, one expert after the other. Here they get the weights that autocast
+gives linear layers.
+
 Letters in shapes: S pairs of a token and an expert, E experts, r rank.
 """
 
@@ -112,6 +118,39 @@ def _forward(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
     return _with_sums(base, wrappers, adapters[0], *args, **kwargs)
 
 
+def install_grouped(model: nn.Module) -> None:
+    """Modules of transformers' experts interface compute by `_experts` wherever they would compute
+    by transformers' grouped products, in training and out of it; the other implementations
+    (`eager`, with which the guard compares) stay. A second call changes nothing.
+
+    Args:
+        model: not yet wrapped by FSDP2, DDP or DeepSpeed, with or without PEFT.
+    """
+    for module in model.modules():
+        if of_interface(module) and "forward" not in vars(module):
+            module.forward = functools.partial(_grouped_or_own, module)
+
+
+def _grouped_or_own(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a module of experts whose weights are parameters of its own."""
+    grouped = module.config._experts_implementation == "grouped_mm"
+    if grouped and not module._is_expert_parallel:
+        return _experts(module, {}, "", *args, **kwargs)
+    return type(module).forward(module, *args, **kwargs)
+
+
+def in_autocast(weight: Tensor) -> Tensor:
+    """The weight in the type in which autocast would have a product computed; itself where autocast
+    is off, and where it changes no type (float64, integers).
+    """
+    kind = weight.device.type
+    if not torch.is_autocast_enabled(kind) or not weight.is_floating_point():
+        return weight
+    if weight.dtype == torch.float64:
+        return weight
+    return weight.to(torch.get_autocast_dtype(kind))
+
+
 def _linear(wrapper: Any, base: nn.Linear, adapter: str, x: Tensor) -> Tensor:
     """An ordinary layer whose weight PEFT adapts as a parameter."""
     down, up = wrapper.lora_A[adapter], wrapper.lora_B[adapter]
@@ -170,22 +209,88 @@ def _experts(
             x = x.to(weight.quant_state.dtype)
             y = _FourBitProduct.apply(x, weight, offsets, base.is_transposed)
         else:
+            weight = in_autocast(weight)
             x = x.to(weight.dtype)
             y = grouped_mm(x, weight if base.is_transposed else weight.transpose(1, 2), offsets)
         if name in wrappers:
             y = y + low_rank(wrappers[name], adapter, x, offsets)
-        return y + getattr(base, f"{name}_bias")[expert] if base.has_bias else y
+        if not base.has_bias:
+            return y
+        return _Biased.apply(y, in_autocast(getattr(base, f"{name}_bias")), expert)
 
-    x = product(hidden_states[order // picks], "gate_up_proj" if base.has_gate else "up_proj")
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.numel(), device=order.device)
+    x = _Sent.apply(hidden_states, order, back, picks)
+    x = product(x, "gate_up_proj" if base.has_gate else "up_proj")
     x = base._apply_gate(x) if base.has_gate else base.act_fn(x)
     x = product(x, "down_proj")
     if getattr(base, "has_post_expert_norm", False):  # transformers 5.17 has none
         x = base.post_expert_norm(x)
-    x = x * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(order.numel(), device=order.device)
     # [tokens * K, H] -> [tokens, K, H]; half precision is summed in float32
-    return x[back].view(tokens, picks, -1).sum(1).to(hidden_states.dtype)
+    x = _Returned.apply(x, order, back).view(tokens, picks, -1) * top_k_weights.unsqueeze(-1)
+    return x.sum(1).to(hidden_states.dtype)
+
+
+class _Sent(torch.autograd.Function):
+    """[tokens, H] -> [S, H]: a token for each of the experts that it is sent to, sorted by expert.
+
+    Its adjoint is a gather and a sum; autograd's own adds up by index.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, order: Tensor, back: Tensor, picks: int
+    ) -> Tensor:
+        ctx.picks = picks
+        ctx.save_for_backward(back)
+        return x[order // picks]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        (back,) = ctx.saved_tensors
+        # [S, H] -> [tokens, K, H]; half precision is summed in float32
+        return dy[back].view(-1, ctx.picks, dy.shape[1]).sum(1), None, None, None
+
+
+class _Biased(torch.autograd.Function):
+    """[S, out] + [E, out] of each token's expert, in the tokens' type.
+
+    The bias' gradient is a product with a matrix of ones; autograd's own adds up by index, one
+    token after the other where experts are few.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, y: Tensor, bias: Tensor, expert: Tensor
+    ) -> Tensor:
+        ctx.experts, ctx.dtype = len(bias), bias.dtype
+        ctx.save_for_backward(expert)
+        return y + bias.to(y.dtype)[expert]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        (expert,) = ctx.saved_tensors
+        if not ctx.needs_input_grad[1]:
+            return dy, None, None
+        # [E, S]
+        sent = torch.arange(ctx.experts, device=expert.device).unsqueeze(1) == expert
+        return dy, (sent.to(dy.dtype) @ dy).to(ctx.dtype), None
+
+
+class _Returned(torch.autograd.Function):
+    """[S, H] sorted by expert -> [S, H] in the tokens' order."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, order: Tensor, back: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(order)
+        return x[back]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        (order,) = ctx.saved_tensors
+        return dy[order], None, None
 
 
 def low_rank(wrapper: Any, adapter: str, x: Tensor, offsets: Tensor) -> Tensor:

@@ -230,7 +230,9 @@ def load_model(
     implementation = hf.of_text(kind.config, attention)
     if args.train_from_scratch:
         with torch.device(device or "cpu"):
-            return kind.from_config(dtype=dtype, attn_implementation=implementation)
+            model = kind.from_config(dtype=dtype, attn_implementation=implementation)
+        experts.install_grouped(model)
+        return model
     kwargs: dict[str, Any] = {
         "dtype": dtype,
         "attn_implementation": implementation,
@@ -256,6 +258,7 @@ def load_model(
     if quantization is not None:
         _keep_trainable(model)
         experts.install_four_bits(model)
+    experts.install_grouped(model)
     if "gguf_file" in extra:
         # The weights are ordinary numbers now; saved as such, the folder must not claim to be
         # quantised.

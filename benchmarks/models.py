@@ -1,0 +1,310 @@
+"""Complete training steps of the shapes that are post-trained now, through `longfactory train` with
+random weights, beside transformers alone and beside a roofline that is measured in the same command.
+
+    python benchmarks/models.py --gpus 0 --rows gemma-12-layers-8k gemma-12-layers-32k --out DIR
+    python benchmarks/models.py --gpus 0,1 --rows moe-6-layers-16k --systems ours --out DIR
+    python benchmarks/models.py --render DIR/models.json ... --out benchmarks/results
+
+A row is a shape, a method and the tokens that each GPU holds; with several GPUs
+(`--gpus 0,1`) they share one row of so many times the length (sequence_parallel_size). Systems:
+
+    ours       longfactory train, memory: auto
+    rates      seconds of the row's products, grouped products and attention on one GPU, each at its
+               own shape (`_model_rows.py`)
+    hf         transformers alone with sdpa and gradient checkpointing, hf-stored without it; with
+               Liger's kernels where they are installed and know the family
+
+The roofline of a step is the time of its products at the rates measured for their shapes, of grouped
+products at the experts' shapes, of attention with the heads and masks of its layers, and of the
+optimizer's bytes at the speed of a copy; what the run computes twice counts twice. Norms, rotary,
+routing, dispatch to experts and messages between GPUs have no part in it. `ideal` is the
+attention-corrected speed of several GPUs: 1 / (t1 - a1 + a2), t1 the time of a token on one GPU with
+as many tokens, a1 and a2 attention's time of a token at this length and at the whole row's.
+
+Each measurement is a process of its own with a time limit; one that fails is in the table with its
+reason. Several commands can run side by side on the GPUs of one machine, each with its own --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "src"))
+from _table import (  # noqa: E402
+    LEAST,
+    Clock,
+    GiB,
+    command_line,
+    job,
+    log_file,
+    machine_name,
+    run_row,
+    write,
+)
+from plan_accuracy import FULL, LORA, PT, QLORA, Setting, run, write_shape  # noqa: E402
+
+DDP: dict[str, Any] = {"sharding": "ddp"}
+ROWS: dict[str, Setting] = {
+    "moe-6-layers-16k": Setting("qwen3-30b-a3b", 6, 16384, PT | FULL),
+    "moe-6-layers-64k": Setting("qwen3-30b-a3b", 6, 65536, PT | FULL),
+    "gemma-12-layers-8k": Setting("gemma-3-12b", 12, 8192, PT | FULL),
+    "gemma-12-layers-32k": Setting("gemma-3-12b", 12, 32768, PT | FULL),
+    "7b-full-8k": Setting("qwen2.5-7b", None, 8192, PT | FULL),
+    "7b-full-32k": Setting("qwen2.5-7b", None, 32768, PT | FULL),
+    "7b-lora-8k": Setting("qwen2.5-7b", None, 8192, PT | LORA),
+    "7b-lora-32k": Setting("qwen2.5-7b", None, 32768, PT | LORA),
+    "gpt-oss-6-layers-32k": Setting("gpt-oss-20b", 6, 32768, PT | FULL),
+    "glm-4.5-air-2-layers-16k": Setting("glm-4.5-air", 2, 16384, PT | FULL),
+    "deepseek-v2-lite-6-layers-16k": Setting("deepseek-v2-lite", 6, 16384, PT | FULL),
+    "moe-lora-64k": Setting("qwen3-30b-a3b", None, 65536, PT | LORA),
+    "moe-qlora-64k": Setting("qwen3-30b-a3b", None, 65536, PT | QLORA | DDP),
+}
+"""`tokens`: of each GPU."""
+SMOKE: dict[str, Setting] = {
+    "tiny-full": Setting("tiny", None, 256, PT | FULL),
+    "tiny-lora": Setting("tiny", None, 256, PT | LORA),
+}
+SYSTEMS = ("ours", "rates", "hf", "hf-stored")
+NAMES = {
+    "ours": "LongFactory",
+    "hf": "transformers alone",
+    "hf-stored": "transformers alone, nothing recomputed",
+}
+UPDATE_BYTES = 32
+"""Of one trained weight in an optimizer step: AdamW reads weight, two states and gradient and writes
+three of them, in float32; clipping reads the gradient."""
+
+
+def ours(name: str, at: Setting, gpus: int, steps: int, home: Path, limit: float) -> dict[str, Any]:
+    """One run of the command, in the form of `_table.py`'s results."""
+    whole = at._replace(tokens=at.tokens * gpus)
+    about = {"row": "ours", "kernel": "auto", "tokens": at.tokens, "gpus": gpus, "name": name}
+    stamp = {"command": command_line(), "date": today()}
+    try:
+        found = run(name, whole, gpus, steps, home, limit=limit)
+    except Exception as error:  # a log that lacks what is read from it
+        return {**about, **stamp, "error": f"{type(error).__name__}: {str(error)[:200]}"}
+    if "error" in found:
+        print(found["log"], flush=True)
+        return {**about, **stamp, "error": found["error"]}
+    keep = ("kernels", "expert_max_load", "expert_dead", "predicted_seconds", "loss")
+    return {
+        **about,
+        **stamp,
+        **{key: found[key] for key in keep if key in found},
+        "seconds": found["step_seconds"],
+        "peak": found["peak_gib"] * GiB,
+        "settings": found.get("settings", ""),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    import torch
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def today() -> str:
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
+
+
+def trained(at: Setting, rates: dict[str, Any]) -> float:
+    """Weights that the optimizer updates."""
+    if at.keys["finetuning_type"] != "full":
+        return 0.0  # adapters: less than a hundredth
+    return float(rates["layer_parameters"] + rates["head_parameters"])
+
+
+def attention_seconds(rates: dict[str, Any], length: int, again: float) -> float:
+    """Of a whole row of `length` on one GPU, forward, backward and what is computed again."""
+    at = rates["attention"][str(length)]
+    return float((1 + again) * at["forward"] + at["backward"])
+
+
+def passes(settings: str) -> tuple[float, float]:
+    """How often a run computes layers and attention once more, by what its plan said."""
+    if "every activation stored" in settings:
+        return 0.0, 0.0
+    saved = re.search(r"attention outputs saved in (\d+)%", settings)
+    return 1.0, 1.0 - (int(saved[1]) / 100 if saved else 0.0)
+
+
+def roofline(at: Setting, gpus: int, rates: dict[str, Any], settings: str) -> dict[str, float]:
+    """Seconds of a step by kind of work, on each of `gpus` GPUs with `at.tokens` tokens."""
+    again, attention_again = passes(settings)
+    full = at.keys["finetuning_type"] == "full"
+
+    def products(of: dict[str, float], forwards: float, weights: bool) -> float:
+        if not of:
+            return 0.0
+        return forwards * of["forward"] + of["input"] + (of["weight"] if weights else 0.0)
+
+    return {
+        "products": products(rates["linear"], 1 + again, full),
+        "experts": products(rates["experts"], 1 + again, full),
+        "adapters": products(rates["adapters"], 1 + again, True),
+        "attention": attention_seconds(rates, at.tokens * gpus, attention_again) / gpus,
+        # logits are made a second time in the backward pass
+        "output layer": products(rates["head"], 2.0, full),
+        "optimizer": UPDATE_BYTES * trained(at, rates) / gpus / rates["bandwidth"],
+    }
+
+
+def ideal(
+    at: Setting, gpus: int, rates: dict[str, Any], one: dict[str, Any], settings: str
+) -> float:
+    """Attention-corrected tokens a second of each of several GPUs."""
+    again = passes(settings)[1]
+    t1 = one["seconds"] / at.tokens
+    a1 = attention_seconds(rates, at.tokens, again) / at.tokens
+    whole = at.tokens * gpus
+    a2 = attention_seconds(rates, whole, again) / whole
+    return 1 / (t1 - a1 + a2)
+
+
+def render(results: list[dict[str, Any]]) -> str:
+    """The table, and what each share is made of."""
+    lines = [
+        "| shape and method | tokens a GPU | GPUs | system | step, s | tokens/s a GPU |"
+        " over transformers | share of roofline | share of ideal | peak, GiB a GPU | settings |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    parts = []
+    every = {**ROWS, **SMOKE}
+    order = {name: i for i, name in enumerate(every)}
+    found = [r for r in results if r.get("name") in every and r["row"] != "rates"]
+    found.sort(key=lambda r: (order[r["name"]], r["gpus"], SYSTEMS.index(r["row"])))
+    for r in found:
+        name, gpus, at = r["name"], r["gpus"], every[r["name"]]
+        system = NAMES[r["row"]] + (" with Liger" if r.get("liger") else "")
+        start = f"| {name} | {at.tokens:,} | {gpus} | {system} |"
+        if "error" in r:
+            lines.append(f"{start} {r['error']} | | | | | | |")
+            continue
+        rates = _one(results, name, "rates", 1)
+        speed = at.tokens / r["seconds"]
+        others = [_one(results, name, row, 1) for row in ("hf", "hf-stored")]
+        best = max((at.tokens / o["seconds"] for o in others if o), default=0.0)
+        over = f"{speed / best:.2f}x" if best and r["row"] == "ours" else ""
+        share = of_ideal = ""
+        if rates and r["row"] == "ours":
+            seconds = roofline(at, gpus, rates, r["settings"])
+            share = f"{sum(seconds.values()) / r['seconds']:.2f}"
+            made = ", ".join(f"{k} {v:.3f}" for k, v in seconds.items() if v)
+            parts.append(f"- {name}, {gpus} GPU{'s' if gpus > 1 else ''}: {made}")
+            one = _one(results, name, "ours", 1)
+            if gpus > 1 and one:
+                of_ideal = f"{speed / ideal(at, gpus, rates, one, r['settings']):.2f}"
+        lines.append(
+            f"{start} {r['seconds']:.3f} | {speed:,.0f} | {over} | {share} | {of_ideal} |"
+            f" {r['peak'] / GiB:.1f} | {r.get('settings', '')} |"
+        )
+    lines += ["", "Seconds of the rooflines:", "", *parts, "", "Measured rates, TFLOP/s:", ""]
+    for r in results:
+        if r["row"] == "rates" and "gemm" in r:
+            grouped = f", grouped {r['grouped_mm'] / 1e12:.0f}" if r.get("grouped_mm") else ""
+            lines.append(
+                f"- {r['name']}: products {r['gemm'] / 1e12:.0f}{grouped}, attention forward"
+                f" {r['attention_forward'] / 1e12:.0f}, backward"
+                f" {r['attention_backward'] / 1e12:.0f}; copies {r['bandwidth'] / 1e12:.2f} TB/s"
+            )
+    return "\n".join(lines)
+
+
+def _one(results: list[dict[str, Any]], name: str, row: str, gpus: int) -> dict[str, Any] | None:
+    """The measurement of a row, None where there is none."""
+    wanted = (name, row, gpus)
+    for r in results:
+        if (r.get("name"), r["row"], r["gpus"]) == wanted and "error" not in r:
+            return r
+    return None
+
+
+def measure(args: argparse.Namespace, home: Path) -> int:
+    rows = SMOKE if args.smoke else ROWS
+    names = args.rows or list(rows)
+    gpus = [] if args.smoke else args.gpus.split(",")
+    count = max(1, len(gpus))
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = args.gpus
+    clock, log = Clock(args.limit), log_file("models")
+    about = {"machine": machine_name()}
+    failed = False
+    for name in names:
+        at = rows[name]
+        lora = at.keys["finetuning_type"] == "lora"
+        for system in args.systems:
+            if clock.left < LEAST:
+                print(f"{name}, {system}: not started, the time of this command is up", flush=True)
+                continue
+            alone = system not in ("ours", "rates")
+            if (system != "ours" and count > 1) or (alone and "quantization_bit" in at.keys):
+                continue
+            limit = min(args.each, clock.left)
+            if system == "ours":
+                results = [ours(name, at, count, args.steps, home, limit)]
+                print(json.dumps(results[0]), flush=True)
+            else:
+                model = write_shape(at.shape, at.layers, home / f"model-{at.shape}-{at.layers}")
+                keys = {
+                    "kernel": "auto" if system == "rates" else "sdpa",
+                    "name": name,
+                    "lora": lora,
+                    "model": str(model),
+                    "steps": args.steps,
+                    "lengths": [at.tokens, 2 * at.tokens],
+                }
+                script = ROOT / "benchmarks" / "_model_rows.py"
+                row = job(system, [at.tokens], **keys)
+                results = run_row(row, 1, Clock(limit), log, script)
+            failed |= any("error" in r for r in results)
+            write(args.out, "models", TITLE, render, results, about)
+    print(f"log: {log}")
+    return clock.exit_code(failed and args.smoke)
+
+
+TITLE = "# Shapes of models, complete training steps"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--gpus", default="0", help="numbers of the GPUs that share a row: 0 or 0,1"
+    )
+    parser.add_argument("--rows", nargs="+", choices=[*ROWS, *SMOKE], default=None)
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--steps", type=int, default=4, help="the first is not timed")
+    parser.add_argument("--each", type=float, default=90, help="seconds for one measurement")
+    parser.add_argument("--limit", type=float, default=240, help="seconds for the whole command")
+    parser.add_argument("--out", type=Path, default=Path("benchmark_results"))
+    parser.add_argument("--scratch", type=Path, default=None, help="where models are written")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU: does it run?")
+    parser.add_argument("--render", type=Path, nargs="*", default=None, help="results to merge")
+    args = parser.parse_args()
+    if args.render is not None:
+        for path in args.render:
+            found = json.loads(path.read_text())
+            about = {k: v for k, v in found.items() if k != "results"}
+            table = write(args.out, "models", TITLE, render, found["results"], about)
+            print(table)
+        return 0
+    with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
+        return measure(args, Path(folder))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
