@@ -242,15 +242,15 @@ def measure(args: argparse.Namespace, home: Path) -> int:
     clock, log = Clock(args.limit), log_file("models")
     about = {"machine": machine_name()}
     failed = False
-    for name in names:
-        at = rows[name]
-        lora = at.keys["finetuning_type"] == "lora"
-        for system in args.systems:
-            if clock.left < LEAST:
-                print(f"{name}, {system}: not started, the time of this command is up", flush=True)
-                continue
+    for system in args.systems:  # of each row the first before the second of any
+        for name in names:
+            at = rows[name]
+            lora = at.keys["finetuning_type"] == "lora"
             alone = system not in ("ours", "rates")
             if (system != "ours" and count > 1) or (alone and "quantization_bit" in at.keys):
+                continue
+            if clock.left < LEAST:
+                print(f"{name}, {system}: not started, the time of this command is up", flush=True)
                 continue
             limit = min(args.each, clock.left)
             if system == "ours":

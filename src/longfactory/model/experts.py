@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longfactory.model import expert_ops
 from longfactory.sp.text_model import Idle
 
 EXPERT_NAMES = {
@@ -197,7 +198,7 @@ def _experts(
     Returns:
         [tokens, H].
     """
-    tokens, picks = top_k_index.shape
+    picks = top_k_index.shape[1]
     expert, order = torch.sort(top_k_index.reshape(-1))
     bins = torch.arange(base.num_experts, device=expert.device)
     offsets = torch.searchsorted(expert, bins, right=True).to(torch.int32)
@@ -222,13 +223,22 @@ def _experts(
     back[order] = torch.arange(order.numel(), device=order.device)
     x = _Sent.apply(hidden_states, order, back, picks)
     x = product(x, "gate_up_proj" if base.has_gate else "up_proj")
-    x = base._apply_gate(x) if base.has_gate else base.act_fn(x)
+    if _gates_plainly(base):
+        x = _Gated.apply(x)
+    else:
+        x = base._apply_gate(x) if base.has_gate else base.act_fn(x)
     x = product(x, "down_proj")
     if getattr(base, "has_post_expert_norm", False):  # transformers 5.17 has none
         x = base.post_expert_norm(x)
-    # [tokens * K, H] -> [tokens, K, H]; half precision is summed in float32
-    x = _Returned.apply(x, order, back).view(tokens, picks, -1) * top_k_weights.unsqueeze(-1)
-    return x.sum(1).to(hidden_states.dtype)
+    return _Combined.apply(x, top_k_weights, order, back, hidden_states)
+
+
+def _gates_plainly(base: Any) -> bool:
+    """Whether the gate is transformers' own, silu of the first half times the second."""
+    from transformers.integrations.moe import _default_apply_gate
+
+    plain = type(base)._apply_gate is _default_apply_gate
+    return base.has_gate and plain and type(base.act_fn).__name__ in ("SiLU", "SiLUActivation")
 
 
 class _Sent(torch.autograd.Function):
@@ -248,8 +258,7 @@ class _Sent(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         (back,) = ctx.saved_tensors
-        # [S, H] -> [tokens, K, H]; half precision is summed in float32
-        return dy[back].view(-1, ctx.picks, dy.shape[1]).sum(1), None, None, None
+        return expert_ops.sum_over_picks(dy, back, ctx.picks), None, None, None
 
 
 class _Biased(torch.autograd.Function):
@@ -277,20 +286,38 @@ class _Biased(torch.autograd.Function):
         return dy, (sent.to(dy.dtype) @ dy).to(ctx.dtype), None
 
 
-class _Returned(torch.autograd.Function):
-    """[S, H] sorted by expert -> [S, H] in the tokens' order."""
+class _Gated(torch.autograd.Function):
+    """silu(gate) * up of [S, 2 I]; the input alone is stored."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        return expert_ops.gated(x)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return expert_ops.gated_backward(dy, x)  # type: ignore[no-any-return]
+
+
+class _Combined(torch.autograd.Function):
+    """[S, H] sorted by expert -> [tokens, H]: the weighted sum over each token's experts, in the
+    type of `like`.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, order: Tensor, back: Tensor
+        ctx: Any, x: Tensor, weights: Tensor, order: Tensor, back: Tensor, like: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(order)
-        return x[back]
+        ctx.save_for_backward(x, weights, order, back)
+        return expert_ops.weighted_sum(x, weights, back, like)  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        (order,) = ctx.saved_tensors
-        return dy[order], None, None
+    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        x, weights, order, back = ctx.saved_tensors
+        dx, own = expert_ops.weighted_sum_backward(dout.contiguous(), x, weights, order)
+        dweights = own[back].view_as(weights).to(weights.dtype)
+        return dx, dweights, None, None, None
 
 
 def low_rank(wrapper: Any, adapter: str, x: Tensor, offsets: Tensor) -> Tensor:

@@ -1,0 +1,62 @@
+"""What stands around the grouped products of routed experts, forward and backward: gate, sums over
+a token's experts, weights.
+
+Plain functions of tensors, compiled into one or two kernels on a GPU (`layer_ops.fused`). Sums and
+products are float32 for 16-bit types, rounded once at the end.
+
+Letters in shapes: T tokens, K experts of each, S = T K pairs sorted by expert. `order` [S] is the
+pair's number in the tokens' order, `back` [S] its inverse.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longfactory.memory.layer_ops import fused, wide
+
+
+@fused
+def sum_over_picks(y: Tensor, back: Tensor, picks: int) -> Tensor:
+    """[S, H] -> [T, H]: the sum over each token's experts."""
+    # [S, H] -> [T, K, H]
+    return y[back].view(-1, picks, y.shape[1]).to(wide(y.dtype)).sum(1).to(y.dtype)
+
+
+@fused
+def weighted_sum(y: Tensor, weights: Tensor, back: Tensor, like: Tensor) -> Tensor:
+    """[S, H] and weights [T, K] -> [T, H] in the type of `like`."""
+    inner = torch.promote_types(wide(y.dtype), wide(weights.dtype))
+    # [S, H] -> [T, K, H]
+    found = y[back].view(*weights.shape, y.shape[1]).to(inner)
+    return (found * weights.to(inner).unsqueeze(-1)).sum(1).to(like.dtype)
+
+
+@fused
+def weighted_sum_backward(
+    dout: Tensor, y: Tensor, weights: Tensor, order: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of dout [T, H]: the gradient of y [S, H], and [S] those of the weights, in the pairs' order
+    and the wide type.
+    """
+    inner = torch.promote_types(wide(y.dtype), wide(weights.dtype))
+    sent = dout[order // weights.shape[1]].to(inner)
+    own = weights.reshape(-1)[order].to(inner)
+    return (sent * own.unsqueeze(-1)).to(y.dtype), (sent * y.to(inner)).sum(-1)
+
+
+@fused
+def gated(x: Tensor) -> Tensor:
+    """[S, 2 I] -> [S, I]: silu of the first half times the second."""
+    gate, up = x.to(wide(x.dtype)).chunk(2, -1)
+    return (gate * torch.sigmoid(gate) * up).to(x.dtype)
+
+
+@fused
+def gated_backward(dy: Tensor, x: Tensor) -> Tensor:
+    """[S, 2 I], the gradient of x."""
+    gate, up = x.to(wide(x.dtype)).chunk(2, -1)
+    g = dy.to(gate.dtype)
+    s = torch.sigmoid(gate)
+    silu = gate * s
+    return torch.cat((g * up * (s + silu * (1 - s)), g * silu), -1).to(x.dtype)

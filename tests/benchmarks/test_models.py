@@ -1,0 +1,129 @@
+"""What the benchmarks of models, kernels and families count."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import _model_rows
+import family_sweep
+import kernels
+import models
+from plan_accuracy import FULL, LORA, PT, Setting, write_shape
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+ONE = {"forward": 1.0, "input": 2.0, "weight": 4.0}
+RATES: dict[str, Any] = {
+    "linear": ONE,
+    "experts": {},
+    "adapters": {},
+    "head": ONE,
+    "attention": {
+        "100": {"forward": 10.0, "backward": 20.0},
+        "200": {"forward": 40.0, "backward": 80.0},
+    },
+    "bandwidth": 32.0,
+    "layer_parameters": 5,
+    "head_parameters": 3,
+}
+SAVED = "every layer recomputed; attention outputs saved in 50% of layers; optimizer on the gpu"
+
+
+def test_the_roofline_counts_what_a_run_computes_twice() -> None:
+    at = Setting("tiny", None, 100, PT | FULL)
+    stored = models.roofline(at, 1, RATES, "every activation stored; optimizer on the gpu")
+    assert stored == {
+        "products": 7.0,
+        "experts": 0.0,
+        "adapters": 0.0,
+        "attention": 30.0,
+        "output layer": 8.0,
+        "optimizer": 8.0,
+    }
+    again = models.roofline(at, 1, RATES, SAVED)
+    assert again["products"] == 8.0 and again["attention"] == 35.0
+    two = models.roofline(at, 2, RATES, SAVED)  # 200 tokens, half of them on each GPU
+    assert two["attention"] == (1.5 * 40 + 80) / 2 and two["optimizer"] == 4.0
+    frozen = models.roofline(at._replace(keys=PT | LORA), 1, RATES, SAVED)
+    assert frozen["products"] == 4.0 and frozen["optimizer"] == 0.0
+    assert frozen["output layer"] == 4.0
+
+
+def test_the_ideal_of_two_gpus_is_one_gpu_with_longer_attention() -> None:
+    at = Setting("tiny", None, 100, PT | FULL)
+    one = {"seconds": 200.0}
+    # 2 s a token, 0.3 of them attention; in a row of 200 attention takes 0.6
+    speed = models.ideal(at, 2, RATES, one, "every activation stored")
+    assert speed == pytest.approx(1 / 2.3)
+
+
+def test_a_table_of_results() -> None:
+    about = {"kernel": "auto", "tokens": 256, "gpus": 1, "name": "tiny-full"}
+    results = [
+        {**about, "row": "ours", "seconds": 2.0, "peak": 2**30, "settings": "", "loss": 1.0},
+        {**about, "row": "hf", "seconds": 4.0, "peak": 2**31, "liger": True},
+        {**about, "row": "hf-stored", "error": "out of memory"},
+    ]
+    table = models.render(results)
+    assert "| tiny-full | 256 | 1 | LongFactory | 2.000 | 128 | 2.00x |" in table
+    assert "transformers alone with Liger | 4.000 | 64 |" in table
+    assert "nothing recomputed | out of memory |" in table
+
+
+@pytest.mark.parametrize(
+    ("shape", "layers", "experts"),
+    [("qwen3-30b-a3b", 2, 2), ("gpt-oss-20b", 2, 2), ("deepseek-v2-lite", 3, 2)],
+)
+def test_the_shapes_of_a_model(shape: str, layers: int, experts: int, tmp_path: Path) -> None:
+    """Every weight of a layer is in one of the products."""
+    config = _model_rows.make_config(str(write_shape(shape, layers, tmp_path)))
+    found = _model_rows.shapes_of(config)
+    assert sum(found.attention.values()) == layers
+    assert sum(found.experts.values()) == experts
+    counted = sum(n * given * got for (given, got), n in found.linear.items())
+    counted += sum(
+        n * e.count * sum(given * got for given, got in e.maps) for e, n in found.experts.items()
+    )
+    # what is left are norms, biases and sinks
+    assert 0 <= found.layer_parameters - counted < 0.001 * found.layer_parameters
+
+
+def test_pairs_of_a_mask() -> None:
+    for case in kernels.CASES:
+        small = case._replace(window=None if case.window is None else 7)
+        tile = kernels.whole_tile(small, 96)
+        assert kernels.pairs(small, 96) == int(tile.mask().sum()), case.name
+
+
+def test_a_column_of_the_page(tmp_path: Path) -> None:
+    page = tmp_path / "models.md"
+    page.write_text((ROOT / "docs" / "models.md").read_text())
+    names = family_sweep.exact_families(page)
+    assert {"llama", "gemma3_text", "llama with YaRN"} <= set(names)
+    found = {"ratio": 1.034, "dims": ["64", "128"], "medians": {"SP 1, x": 1.0, "SP 2, x": 1.0}}
+    results = tmp_path / "sweep.json"
+    results.write_text(json.dumps({"families": [{"family": "llama", **found}]}))
+    before = page.read_text()
+    for _ in range(2):  # a second time it is put in the same place
+        family_sweep.column(results, page)
+        text = page.read_text()
+        row = next(line for line in text.splitlines() if line.startswith("| llama |"))
+        assert row.endswith(" | 1.03 (heads of 64, 128; SP 1, 2) |")
+        assert family_sweep.exact_families(page) == names
+        assert text.count("\n") == before.count("\n")
+    after = text.partition("\n## Refused")[2]
+    assert after == before.partition("\n## Refused")[2]
+
+
+def test_distances_want_every_gradient() -> None:
+    exact = (torch.zeros(2), {"a.attn": torch.zeros(2), "b": torch.zeros(2)})
+    ours = (torch.ones(2), {"a.attn": torch.full((2,), 2.0), "b": torch.zeros(2)})
+    found = family_sweep.distances(ours, exact)
+    assert found["logits"] == 1.0 and found["attention's gradients"] == 2.0
+    assert found["gradients"] == pytest.approx(2**0.5)
+    with pytest.raises(ValueError, match="gradients of other parameters"):
+        family_sweep.distances((ours[0], {"b": torch.zeros(2)}), exact)
