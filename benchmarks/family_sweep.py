@@ -248,9 +248,11 @@ def through_engine(
     import torch.distributed as dist
 
     from longfactory import sp
+    from longfactory.model import experts
     from longfactory.sp import hf, routers
 
     model = copy.deepcopy(model)
+    experts.install_grouped(model)
     hf.prepare(model, ctx)
     device = next(model.parameters()).device
     documents = tokens_of(lengths, seed, model)
@@ -338,7 +340,8 @@ def lines_of(names: list[str], processes: int, seeds: int, end: float) -> Iterat
     command = [sys.executable, "-u", "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", str(processes), __file__]
     command += ["--worker", json.dumps(names), "--seeds", str(seeds)]
-    env = {**os.environ, MARK: mark, "OMP_NUM_THREADS": "1"}
+    # small models of many shapes: compiling would take longer than they do
+    env = {**os.environ, MARK: mark, "OMP_NUM_THREADS": "1", "LONGFACTORY_COMPILE": "0"}
     env.setdefault("NCCL_NVLS_ENABLE", "0")
     path = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
     env["PYTHONPATH"] = os.pathsep.join(path)

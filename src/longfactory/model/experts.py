@@ -135,7 +135,7 @@ def install_grouped(model: nn.Module) -> None:
 def _grouped_or_own(module: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of a module of experts whose weights are parameters of its own."""
     grouped = module.config._experts_implementation == "grouped_mm"
-    if grouped and not module._is_expert_parallel:
+    if grouped and not getattr(module, "_is_expert_parallel", False):
         return _experts(module, {}, "", *args, **kwargs)
     return type(module).forward(module, *args, **kwargs)
 
