@@ -41,6 +41,7 @@ from longfactory.sp.context import SequenceParallel, alignment
 from longfactory.sp.distance import largest
 from longfactory.sp.layout import Segment
 from longfactory.sp.plan import plan as make_plan
+from longfactory.sp.recurrent import layers as recurrent
 from longfactory.sp.text_model import idle, model_class
 from longfactory_dev.tiny_models import OVERRIDES, tiny_model
 
@@ -106,7 +107,9 @@ def check(
         except Exception as error:  # a family that the rules do not fit is reported, not hidden
             return Result(family, "not built", _line(error))
         try:
-            alone = _alone(copy.deepcopy(model), reference)
+            plain = copy.deepcopy(model)
+            recurrent.widen(plain)
+            alone = _alone(plain, reference)
         except Exception as error:
             last = _line(error)
             continue
@@ -229,8 +232,7 @@ def _features(model: PreTrainedModel) -> str:
         out.append("sliding window")
     if "chunked_attention" in types:
         out.append("chunked attention")
-    if "linear_attention" in types:
-        out.append("gated delta net")
+    out += recurrent.names(model)
     if getattr(config, "attn_logit_softcapping", None):
         out.append("soft-cap")
     if any("sink" in n for n, _ in model.named_parameters()):

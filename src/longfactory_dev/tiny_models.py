@@ -122,6 +122,17 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             for k in ("sliding_attention", "full_attention")
         }
     },
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 8},
+    "nemotron_h": {"n_groups": 4},
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "mamba_ngroups": 2,
+        "mamba_headdim": 16,
+        "attention_head_dim": 32,
+        "attention_hidden_size": 128,
+    },
     "xlm": {"emb_dim": 64, "n_words": 256},
     "reformer": {"is_decoder": True},
     "ministral3": {
@@ -233,6 +244,11 @@ def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
     )
 
 
+def _computed(kind: type[PreTrainedConfig], name: str) -> bool:
+    """Whether a configuration makes a field of its others."""
+    return isinstance(getattr(kind, kind.attribute_map.get(name, name), None), property)
+
+
 def _shrunk(
     kind: type[PreTrainedConfig], default: PreTrainedConfig, overrides: Mapping[str, Any]
 ) -> PreTrainedConfig:
@@ -249,11 +265,7 @@ def _shrunk(
     if "mrope_section" in getattr(kind, "ignore_keys_at_rope_validation", ()):
         fields["rope_parameters"] = dict(_MROPE)
     types = getattr(default, "layer_types", None)
-    if (
-        types
-        and "layer_types" in has
-        and not isinstance(getattr(kind, "layer_types", None), property)
-    ):
+    if types and "layer_types" in has and not _computed(kind, "layer_types"):
         kinds = list(dict.fromkeys(types))
         if kinds == ["full_attention"] and "sliding_window" in has:
             kinds = ["sliding_attention", "full_attention"]

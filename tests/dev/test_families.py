@@ -33,7 +33,6 @@ REFUSED = {
     "doge": "attention mask would be lost",
     "bert": "bidirectional attention",
     "jamba": "carry a state along the document",
-    "lfm2": "short convolutions",
     "deepseek_v32": "indexer",
 }
 

@@ -25,6 +25,7 @@ from longfactory.memory.layer_kinds import LayerKind
 from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import ModelShape, TrainingJob
 from longfactory.memory.technique import Bytes, LayerMoments, StepMoments, Technique, Work
+from longfactory.sp.recurrent.chunked import WORKSPACE
 
 HEAD_CHUNK_NUMBERS = 2**28  # logits that exist at once (model/token_logprobs.py)
 CONTEXT = 1.5e9  # CUDA context, cuBLAS and NCCL workspaces
@@ -101,10 +102,11 @@ def _bare_layer(job: TrainingJob, kind: LayerKind) -> LayerMoments:
         # key heads repeated for their query heads, and the gradients of those copies
         # (sp/backends/efficient.py)
         peak += 4 * attention
-    # what a recurrence stores, and the gradients of a third of it at once
+    # what a recurrence stores, and the gradients of a third of it at once; some heads' chunks
     peak += 1.3 * kind.recurrent_bytes
+    chunks = min(kind.recurrent_workspace * job.local, WORKSPACE)
     after += job.temporary_bytes(kind) + kind.recurrent_bytes
-    return LayerMoments(peak * job.local, after * job.local)
+    return LayerMoments(peak * job.local + chunks, after * job.local)
 
 
 def working_set(job: TrainingJob, settings: MemorySettings) -> float:
@@ -353,8 +355,8 @@ def moved_bytes(job: TrainingJob, settings: MemorySettings, kind: LayerKind) -> 
         # an adapter's input is widened and narrowed again; its output is scaled and added
         forward += 12 * given + 12 * got
         backward += 16 * given + 12 * got
-    forward += 2 * kind.recurrent_bytes
-    backward += 4 * kind.recurrent_bytes
+    forward += 2 * kind.recurrent_bytes + kind.recurrent_workspace
+    backward += 4 * kind.recurrent_bytes + 3 * kind.recurrent_workspace
     if kind.experts:
         # gathered, weighted, put back in order, summed; the adjoints of these add up by index
         sent = kind.used * hidden

@@ -15,12 +15,13 @@ from typing import Any
 from torch import nn
 
 from longfactory.sp.hf import layer_types, values_of_layers
+from longfactory.sp.recurrent.chunked import CHUNK, head_bytes
+from longfactory.sp.recurrent.layers import Mixer, mixer_of
 from longfactory.sp.text_model import decoder_layers
 
 WINDOW_TILE = 128
 """Keys beyond its window that a query's tile computes: kernels work on blocks of this many keys,
 and half of one is masked at each end."""
-RECURRENT_CHUNK = 64  # tokens that a gated delta rule computes at once
 
 _MIXERS = re.compile(r"attn|attention|conv|mamba|ssm|mixer|recurrent|temporal|linear")
 _EXPERTS = re.compile(r"(^|\.)experts?(\.|$)")
@@ -54,8 +55,11 @@ class LayerKind:
         norms: of the width of the layer's input.
         head_norms: queries and keys are normalised by heads.
         softcap: scores are capped.
-        recurrent_flop: of a token in a linear recurrence, forward, beside its linear maps.
+        recurrent_flop: of a token in a recurrence and its convolution, forward, beside its linear
+            maps.
         recurrent_bytes: that autograd stores of a token in it.
+        recurrent_workspace: bytes of a token while the backward pass computes it, all heads at
+            once.
     """
 
     heads: int
@@ -76,6 +80,7 @@ class LayerKind:
     softcap: bool = False
     recurrent_flop: float = 0.0
     recurrent_bytes: float = 0.0
+    recurrent_workspace: float = 0.0
 
     @property
     def active_expert_parameters(self) -> int:
@@ -153,7 +158,7 @@ def _kind(layer: nn.Module, config: Any, index: int) -> LayerKind:
             dense += size
     heads, kv_heads, head_dim, value_dim = _heads(layer, own, index)
     reach, within_chunk = _reach(layer, own, index)
-    linear = _type(config, index) == "linear_attention"
+    recurrent = mixer_of(layer)
     return LayerKind(
         heads,
         kv_heads,
@@ -171,8 +176,9 @@ def _kind(layer: nn.Module, config: Any, index: int) -> LayerKind:
         max(norms, 1),
         head_norms,
         bool(getattr(own, "attn_logit_softcapping", None)),
-        recurrent_flop(own) if linear else 0.0,
-        recurrent_bytes(own) if linear else 0.0,
+        recurrent_flop(recurrent) if recurrent else 0.0,
+        recurrent_bytes(recurrent) if recurrent else 0.0,
+        recurrent_workspace(recurrent) if recurrent else 0.0,
     )
 
 
@@ -201,32 +207,35 @@ def used_experts(config: Any) -> int:
     return next((int(value) for value in given if isinstance(value, int) and value > 0), 0)
 
 
-def _recurrence(config: Any) -> tuple[int, int, int, int]:
-    """Heads of values and of keys of a gated delta rule, and their dims."""
-    names = ("num_value_heads", "num_key_heads", "key_head_dim", "value_head_dim")
-    heads, key_heads, key, value = (getattr(config, f"linear_{n}", None) or 0 for n in names)
-    return heads, key_heads, key, value
-
-
-def recurrent_bytes(config: Any) -> float:
-    """That autograd stores of one token in a gated delta net but for its input, in PyTorch's own
-    form of the rule, which computes in fp32: fitted to counts of its stored tensors.
+def recurrent_bytes(mixer: Mixer) -> float:
+    """That autograd stores of one token in a mixer but for its input, in half precision: fitted to
+    counts of its stored tensors.
     """
-    heads, key_heads, key, value = _recurrence(config)
-    states = heads * key * value / RECURRENT_CHUNK
-    each = heads * (32 * key + 34 * value + 20.6 * RECURRENT_CHUNK)
-    return each + 8.2 * key_heads * key + 3.6 * states
+    return 1.0 * mixer.channels
 
 
-def recurrent_flop(config: Any) -> float:
-    """Of one token in a gated delta rule, forward, in chunks of `RECURRENT_CHUNK` tokens: products
-    of keys with queries and with keys, the inverse of a triangular matrix, its products with keys
-    and values, and reading and writing the state.
+def recurrent_workspace(mixer: Mixer) -> float:
+    """Bytes of one token in the chunks of a recurrence, all heads at once, by the kernels."""
+    if mixer.kind is None:
+        return 0.0
+    one = head_bytes(mixer.key_dim, mixer.value_dim, mixer.per_channel, not mixer.per_channel)
+    return mixer.heads * one
+
+
+def recurrent_flop(mixer: Mixer) -> float:
+    """Of one token in a mixer, forward: its convolution; in chunks of `CHUNK` tokens products of
+    keys with queries, reading and writing the state; in a delta rule also products of keys with
+    keys, the inverse of a triangular matrix, its products with keys and values, and what is read of
+    the state to be taken out.
     """
-    heads, _, key, value = _recurrence(config)
-    chunk = RECURRENT_CHUNK
-    within = 2 * chunk * key + chunk * chunk / 3 + chunk * (key + value) + chunk * value
-    return 2.0 * heads * (within + 3 * key * value)
+    key, value = mixer.key_dim, mixer.value_dim
+    scores = CHUNK * key
+    products = 2.0 * key * value + CHUNK * value
+    if mixer.kind == "delta":
+        scores += CHUNK * key
+        products += key * value + CHUNK * CHUNK / 3 + CHUNK * (key + value)
+    recurrence = mixer.key_heads * scores + mixer.heads * products
+    return 2.0 * (recurrence + mixer.channels * mixer.width)
 
 
 def _type(config: Any, index: int) -> str:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from . import compare, hf, hybrid, rope, routers
+from . import compare, hf, rope, routers
 from .attention import attention as engine
 from .collectives import all_reduce, gather, shard
 from .compare import Alone, LayerRun, OwnCall
@@ -40,6 +40,7 @@ from .layout import Segment
 from .plan import RowPlan
 from .plan import plan as make_plan
 from .probe import Asked, Probe, Shape, probe
+from .recurrent import layers as recurrent
 from .routers import Choices
 
 log = logging.getLogger(__name__)
@@ -419,19 +420,18 @@ class _Executed:
 
 def _not_reached(model: PreTrainedModel, seen: Probe, executed: _Executed) -> str | None:
     """A layer or a window that did not arrive at the engine."""
-    if not seen.calls:
+    if not seen.calls and not seen.linear:
         return "none of its layers pass through transformers' attention registry"
-    if missed := executed.missed(seen.modules):
+    if missed := executed.missed(seen.modules | seen.linear):
         return (
             f"{len(missed)} of its attention layers do not pass through transformers' attention"
             f" registry ({missed[0]})"
         )
     types = hf.layer_types(model.config.get_text_config())
-    linear = sum(t in hybrid.LAYERS for t in types)
-    if len(seen.linear) < linear:
+    wanted = sum(t in recurrent.LAYERS for t in types)
+    if len(seen.linear) < wanted:
         return (
-            f"{len(seen.linear)} of its {linear} linear-attention layers are computed over the"
-            " whole row"
+            f"{len(seen.linear)} of its {wanted} recurrent layers are computed over the whole row"
         )
     asked = {size for kind, size in seen.masks if kind == "window"}
     if wrong := seen.windows - asked:
@@ -439,7 +439,7 @@ def _not_reached(model: PreTrainedModel, seen: Probe, executed: _Executed) -> st
             f"its attention names a sliding window of {min(wrong)} tokens that its own mask does"
             " not have"
         )
-    if asked - seen.windows and not set(types) <= {"full_attention", *hybrid.LAYERS}:
+    if asked - seen.windows and not set(types) <= {"full_attention", *recurrent.LAYERS}:
         return (
             f"its sliding window of {min(asked - seen.windows)} tokens does not reach the attention"
             " function"
@@ -887,6 +887,7 @@ def _own_and_reference(
         plain = compare.plain_layer(run.layer, run.weights).train()
         own = compare.run_alone(plain, run, calls, lengths, None, device)
         plain = compare.plain_layer(run.layer, run.weights, wide).train()
+        recurrent.widen(plain)
         with _exact_matmul():
             reference = compare.run_alone(plain, run, calls, lengths, wide, device)
     return own, reference

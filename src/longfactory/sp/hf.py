@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from . import hybrid, probe, rope
+from . import probe, rope
 from .attention import attention as engine
 from .backends import start
 from .backends.request import Request
@@ -36,6 +36,7 @@ from .collectives import shard
 from .context import SequenceParallel
 from .hooks import ModelHooks
 from .plan import RowPlan
+from .recurrent import layers as recurrent
 
 ATTENTION = "longfactory"
 """The registered name. Pass it as `attn_implementation`."""
@@ -323,8 +324,8 @@ def prepare(model: PreTrainedModel, ctx: SequenceParallel) -> None:
     size, 1 too.
 
     Sets the attention implementation, and hooks what depends on the length of the row: rotary
-    embeddings with longrope or dynamic frequencies, the temperature of Llama 4, and the linear
-    attention of hybrids.
+    embeddings with longrope or dynamic frequencies, the temperature of Llama 4, and recurrent and
+    convolutional layers.
 
     Raises:
         ValueError: the model has layers that the engine cannot compute exactly, or its attention is
@@ -346,7 +347,7 @@ def prepare(model: PreTrainedModel, ctx: SequenceParallel) -> None:
             hooks.before(module, _tuning_off)
             hooks.after(module, _tuning_on, always=True)
     rope.prepare(inner, hooks)
-    hybrid.prepare(inner, ctx, hooks)
+    recurrent.prepare(inner, ctx, hooks)
     if ctx.heads is None and (heads := getattr(config, "num_attention_heads", None)):
         ctx.set_heads(heads, getattr(config, "num_key_value_heads", None))
 
@@ -388,7 +389,7 @@ def unsupported(config: PreTrainedConfig) -> str | None:
     text = config.get_text_config()
     if getattr(text, "is_causal", True) is False:
         return "its attention sees later tokens (is_causal is false)"
-    return hybrid.unsupported(text)
+    return recurrent.unsupported(text)
 
 
 def layer_types(config: Any) -> list[str]:

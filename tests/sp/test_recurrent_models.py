@@ -1,4 +1,4 @@
-"""Gated delta nets over an exchange of heads: branches, documents, and what is refused."""
+"""Models with recurrent layers: branches, documents, what their layers are made of."""
 
 import copy
 
@@ -8,17 +8,20 @@ import torch
 from longfactory import sp
 from longfactory.sp import hf
 from longfactory.sp.guard import guard
+from longfactory.sp.recurrent import layers
 from longfactory.testing import run_ranks
+from longfactory_dev.families import check_on_rank
 from longfactory_dev.tiny_models import tiny_model
 
 
-def branches(size: int) -> tuple[float, float]:
+def branches(size: int, family: str, fields: dict[str, int]) -> tuple[float, float]:
     """A shared prompt with two branches, and a document beside it: the error of the logits and of
     the gradients.
     """
     ctx = sp.SequenceParallel.create(size)
-    model = tiny_model("qwen3_5_text")
+    model = tiny_model(family, **fields)
     plain = copy.deepcopy(model)
+    layers.widen(plain)
     hf.prepare(model, ctx)
     ids = torch.randint(3, 200, (64,), generator=torch.Generator().manual_seed(5))
     segments = [sp.Segment(0, 19), sp.Segment(19, 33, 0), sp.Segment(33, 50, 0), sp.Segment(50, 64)]
@@ -53,20 +56,37 @@ def branches(size: int) -> tuple[float, float]:
     return ((whole - reference).abs().max() / reference.abs().max()).item(), worst
 
 
+ODD = {
+    "qwen3_5_text": {"linear_num_key_heads": 3, "linear_num_value_heads": 6},
+    "nemotron_h": {},
+    "kimi_linear": {},
+    "lfm2": {},
+}
+"""Families, and fields that make their heads divide by no number of ranks."""
+
+
 @pytest.mark.processes
-@pytest.mark.parametrize("size", [2, 4])
-def test_branches_start_from_their_parents_state(size: int) -> None:
-    for logits, gradients in run_ranks(size, branches, size):
+@pytest.mark.parametrize("family", ["qwen3_5_text", "nemotron_h", "lfm2"])
+def test_branches_start_from_their_parents_state(family: str) -> None:
+    for logits, gradients in run_ranks(2, branches, 2, family, ODD[family]):
         assert logits < 1e-5 and gradients < 1e-4
 
 
-def test_refuses_heads_that_do_not_divide() -> None:
-    model = tiny_model("qwen3_next", linear_num_key_heads=3, linear_num_value_heads=6)
-    ctx = sp.SequenceParallel(size=2)
-    with pytest.raises(
-        ValueError, match="3 key heads, which do not divide over sequence_parallel_size 2"
-    ):
-        hf.prepare(model, ctx)
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.parametrize("family", ODD)
+def test_branches_start_from_their_parents_state_over_four_ranks(family: str) -> None:
+    for logits, gradients in run_ranks(4, branches, 4, family, ODD[family]):
+        assert logits < 1e-5 and gradients < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("family", sorted(layers.MODELS))
+def test_recurrent_family_is_exact(family: str, size: int) -> None:
+    for result in run_ranks(size, check_on_rank, family, size):
+        assert result.verdict == "exact", result
 
 
 def test_guard_counts_linear_layers() -> None:
@@ -76,5 +96,5 @@ def test_guard_counts_linear_layers() -> None:
     guard(model, ctx)
     layer = next(m for m in model.modules() if type(m).__name__ == "Qwen3NextGatedDeltaNet")
     del layer.forward  # that of its class again
-    with pytest.raises(ValueError, match="1 of its 2 linear-attention layers"):
+    with pytest.raises(ValueError, match="1 of its 2 recurrent layers"):
         guard(model, ctx)

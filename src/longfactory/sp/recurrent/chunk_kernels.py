@@ -1,0 +1,719 @@
+"""Chunks of a recurrence in Triton: what `chunked` computes with PyTorch, for one decay of a head.
+
+A program has one chunk of one head, but for the two that go through the states of a stretch, chunk
+after chunk. Tokens are read where they lie; nothing is laid out in chunks but what is computed.
+Products are of TF32 with sums in fp32, the inverse is of three TF32 products: a bf16 model's own
+rounding is four times as large.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .fragments import Chunks
+
+
+@triton.jit
+def _decay(sums, size: tl.constexpr, apart: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[C] -> [C, C]: the decay from token j to token i; 0 unless i is `apart` after j or later."""
+    i = tl.arange(0, size)
+    seen = i[:, None] - i[None, :] >= apart
+    return tl.where(seen, tl.exp(tl.where(seen, sums[:, None] - sums[None, :], 0.0)), 0.0)
+
+
+@triton.jit
+def _inverse(lower, size: tl.constexpr, LEVELS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The inverse of I + lower: inverses of the blocks on the diagonal, merged two by two."""
+    i = tl.arange(0, size)
+    out = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
+    for level in tl.static_range(LEVELS):
+        half: tl.constexpr = 1 << level
+        block_i, block_j = i[:, None] // half, i[None, :] // half
+        given = tl.where((block_i == block_j + 1) & (block_i % 2 == 1), lower, 0.0)
+        if level == 0:
+            out = out - given
+        else:
+            x = tl.dot(out, given, input_precision="tf32x3")
+            out = out - tl.dot(x, out, input_precision="tf32x3")
+    return out
+
+
+@triton.jit
+def _prepare(  # type: ignore[no-untyped-def]
+    k,
+    v,
+    g,
+    beta,
+    row_of,
+    length_of,
+    sums,
+    w,
+    u,
+    t,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    g_row,
+    beta_row,
+    HEADS: tl.constexpr,
+    SHARE: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    LEVELS: tl.constexpr,
+    DELTA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    first, length = tl.load(row_of + chunk).to(tl.int64), tl.load(length_of + chunk)
+    i, dk = tl.arange(0, C), tl.arange(0, BK)
+    here = i < length
+    row = first + i
+    decay = tl.load(g + row * g_row + head, mask=here, other=0.0).to(tl.float32)
+    total = tl.cumsum(decay, 0)
+    at = chunk * HEADS + head
+    tl.store(sums + at * C + i, total)
+    if DELTA:
+        keys = tl.load(
+            k + row[:, None] * k_row + (head // SHARE) * k_head + dk[None, :],
+            mask=here[:, None] & (dk < DK)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        rate = tl.load(beta + row * beta_row + head, mask=here, other=0.0).to(tl.float32)
+        lower = tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
+        lower = lower * _decay(total, C, 1) * rate[:, None]
+        solved = _inverse(lower, C, LEVELS)
+        tl.store(t + (at * C + i[:, None]) * C + i[None, :], solved)
+        reads = tl.dot(solved, keys * (tl.exp(total) * rate)[:, None], input_precision=PRECISION)
+        tl.store(w + (at * C + i[:, None]) * DK + dk[None, :], reads, mask=(dk < DK)[None, :])
+        for start in range(0, DV, BV):
+            dv = start + tl.arange(0, BV)
+            inside = (dv < DV)[None, :]
+            values = tl.load(
+                v + row[:, None] * v_row + head * v_head + dv[None, :],
+                mask=here[:, None] & inside,
+                other=0.0,
+            ).to(tl.float32)
+            writes = tl.dot(solved, values * rate[:, None], input_precision=PRECISION)
+            tl.store(u + (at * C + i[:, None]) * DV + dv[None, :], writes, mask=inside)
+
+
+@triton.jit
+def _scan(  # type: ignore[no-untyped-def]
+    k,
+    v,
+    beta,
+    row_of,
+    length_of,
+    sums,
+    w,
+    u,
+    start,
+    states,
+    written,
+    ends,
+    step_of,
+    count_of,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    beta_row,
+    HEADS: tl.constexpr,
+    SHARE: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    DELTA: tl.constexpr,
+    KEEP: tl.constexpr,
+    VALUES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """KEEP: store the states before the chunks and what is written. VALUES: there are values; else
+    the state is only carried on.
+    """
+    fragment, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    i, dk = tl.arange(0, C), tl.arange(0, BK)
+    dv = tl.program_id(2) * BV + tl.arange(0, BV)
+    both = (dk < DK)[:, None] & (dv < DV)[None, :]
+    place = dk[:, None] * DV + dv[None, :]
+    size = DK * DV
+    state = tl.load(start + (fragment * HEADS + head) * size + place, mask=both, other=0.0)
+    for step in range(tl.load(count_of + fragment)):
+        chunk = tl.load(step_of + step).to(tl.int64) + fragment
+        first, length = tl.load(row_of + chunk).to(tl.int64), tl.load(length_of + chunk)
+        here = i < length
+        row = first + i
+        at = chunk * HEADS + head
+        total = tl.load(sums + at * C + i)
+        last = tl.sum(tl.where(i == C - 1, total, 0.0), 0)
+        keys = tl.load(
+            k + row[:, None] * k_row + (head // SHARE) * k_head + dk[None, :],
+            mask=here[:, None] & (dk < DK)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        if KEEP:
+            tl.store(states + at * size + place, state, mask=both)
+        values = tl.zeros([C, BV], dtype=tl.float32)
+        if VALUES:
+            if DELTA:
+                values = tl.load(
+                    u + (at * C + i[:, None]) * DV + dv[None, :], mask=(dv < DV)[None, :], other=0.0
+                )
+            else:
+                rate = tl.load(beta + row * beta_row + head, mask=here, other=0.0).to(tl.float32)
+                values = (
+                    tl.load(
+                        v + row[:, None] * v_row + head * v_head + dv[None, :],
+                        mask=here[:, None] & (dv < DV)[None, :],
+                        other=0.0,
+                    ).to(tl.float32)
+                    * rate[:, None]
+                )
+        if DELTA:
+            reads = tl.load(
+                w + (at * C + i[:, None]) * DK + dk[None, :], mask=(dk < DK)[None, :], other=0.0
+            )
+            values -= tl.dot(reads, state, input_precision=PRECISION)
+            if KEEP:
+                tl.store(
+                    written + (at * C + i[:, None]) * DV + dv[None, :],
+                    values,
+                    mask=(dv < DV)[None, :],
+                )
+        keys = keys * tl.exp(last - total)[:, None]
+        state = state * tl.exp(last)
+        if DELTA or VALUES:
+            state += tl.dot(tl.trans(keys), values, input_precision=PRECISION)
+    tl.store(ends + (fragment * HEADS + head) * size + place, state, mask=both)
+
+
+@triton.jit
+def _outputs(  # type: ignore[no-untyped-def]
+    q,
+    k,
+    v,
+    beta,
+    row_of,
+    length_of,
+    sums,
+    states,
+    written,
+    out,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    beta_row,
+    out_row,
+    out_head,
+    HEADS: tl.constexpr,
+    SHARE: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    DELTA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    first, length = tl.load(row_of + chunk).to(tl.int64), tl.load(length_of + chunk)
+    i, dk = tl.arange(0, C), tl.arange(0, BK)
+    here = i < length
+    row = first + i
+    at = chunk * HEADS + head
+    total = tl.load(sums + at * C + i)
+    place = row[:, None] * k_row + (head // SHARE) * k_head + dk[None, :]
+    inside = here[:, None] & (dk < DK)[None, :]
+    queries = tl.load(q + place, mask=inside, other=0.0).to(tl.float32)
+    keys = tl.load(k + place, mask=inside, other=0.0).to(tl.float32)
+    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * _decay(total, C, 0)
+    queries = queries * tl.exp(total)[:, None]
+    for begin in range(0, DV, BV):
+        dv = begin + tl.arange(0, BV)
+        columns = (dv < DV)[None, :]
+        if DELTA:
+            values = tl.load(
+                written + (at * C + i[:, None]) * DV + dv[None, :], mask=columns, other=0.0
+            )
+        else:
+            rate = tl.load(beta + row * beta_row + head, mask=here, other=0.0).to(tl.float32)
+            values = (
+                tl.load(
+                    v + row[:, None] * v_row + head * v_head + dv[None, :],
+                    mask=here[:, None] & columns,
+                    other=0.0,
+                ).to(tl.float32)
+                * rate[:, None]
+            )
+        state = tl.load(
+            states + at * DK * DV + dk[:, None] * DV + dv[None, :],
+            mask=(dk < DK)[:, None] & columns,
+            other=0.0,
+        )
+        result = tl.dot(queries, state, input_precision=PRECISION)
+        result += tl.dot(scores, values, input_precision=PRECISION)
+        tl.store(
+            out + row[:, None] * out_row + head * out_head + dv[None, :],
+            result.to(out.dtype.element_ty),
+            mask=here[:, None] & columns,
+        )
+
+
+@triton.jit
+def _output_gradients(  # type: ignore[no-untyped-def]
+    q,
+    k,
+    grad,
+    row_of,
+    length_of,
+    sums,
+    d_states,
+    d_written,
+    k_row,
+    k_head,
+    grad_row,
+    grad_head,
+    HEADS: tl.constexpr,
+    SHARE: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradients of the states before the chunks and of what is written, by the outputs alone."""
+    chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    first, length = tl.load(row_of + chunk).to(tl.int64), tl.load(length_of + chunk)
+    i, dk = tl.arange(0, C), tl.arange(0, BK)
+    here = i < length
+    row = first + i
+    at = chunk * HEADS + head
+    total = tl.load(sums + at * C + i)
+    place = row[:, None] * k_row + (head // SHARE) * k_head + dk[None, :]
+    inside = here[:, None] & (dk < DK)[None, :]
+    queries = tl.load(q + place, mask=inside, other=0.0).to(tl.float32)
+    keys = tl.load(k + place, mask=inside, other=0.0).to(tl.float32)
+    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * _decay(total, C, 0)
+    queries = queries * tl.exp(total)[:, None]
+    for begin in range(0, DV, BV):
+        dv = begin + tl.arange(0, BV)
+        columns = (dv < DV)[None, :]
+        slope = tl.load(
+            grad + row[:, None] * grad_row + head * grad_head + dv[None, :],
+            mask=here[:, None] & columns,
+            other=0.0,
+        ).to(tl.float32)
+        tl.store(
+            d_states + at * DK * DV + dk[:, None] * DV + dv[None, :],
+            tl.dot(tl.trans(queries), slope, input_precision=PRECISION),
+            mask=(dk < DK)[:, None] & columns,
+        )
+        tl.store(
+            d_written + (at * C + i[:, None]) * DV + dv[None, :],
+            tl.dot(tl.trans(scores), slope, input_precision=PRECISION),
+            mask=columns,
+        )
+
+
+@triton.jit
+def _reverse(  # type: ignore[no-untyped-def]
+    k,
+    row_of,
+    length_of,
+    sums,
+    w,
+    d_states,
+    d_written,
+    d_ends,
+    d_start,
+    step_of,
+    count_of,
+    k_row,
+    k_head,
+    HEADS: tl.constexpr,
+    SHARE: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    DELTA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """In place: `d_states` becomes the gradients of the states after the chunks, `d_written` those
+    of all that is written.
+    """
+    fragment, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    i, dk = tl.arange(0, C), tl.arange(0, BK)
+    dv = tl.program_id(2) * BV + tl.arange(0, BV)
+    both = (dk < DK)[:, None] & (dv < DV)[None, :]
+    place = dk[:, None] * DV + dv[None, :]
+    size = DK * DV
+    slope = tl.load(d_ends + (fragment * HEADS + head) * size + place, mask=both, other=0.0)
+    count = tl.load(count_of + fragment)
+    for back in range(count):
+        chunk = tl.load(step_of + count - 1 - back).to(tl.int64) + fragment
+        first, length = tl.load(row_of + chunk).to(tl.int64), tl.load(length_of + chunk)
+        here = i < length
+        row = first + i
+        at = chunk * HEADS + head
+        total = tl.load(sums + at * C + i)
+        last = tl.sum(tl.where(i == C - 1, total, 0.0), 0)
+        keys = tl.load(
+            k + row[:, None] * k_row + (head // SHARE) * k_head + dk[None, :],
+            mask=here[:, None] & (dk < DK)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        keys = keys * tl.exp(last - total)[:, None]
+        values = d_written + (at * C + i[:, None]) * DV + dv[None, :]
+        columns = (dv < DV)[None, :]
+        given = tl.load(values, mask=columns, other=0.0)
+        given += tl.dot(keys, slope, input_precision=PRECISION)
+        before = tl.load(d_states + at * size + place, mask=both, other=0.0)
+        # Written over what other warps may not have read yet.
+        tl.debug_barrier()
+        tl.store(values, given, mask=columns)
+        tl.store(d_states + at * size + place, slope, mask=both)
+        slope = before + slope * tl.exp(last)
+        if DELTA:
+            reads = tl.load(
+                w + (at * C + i[:, None]) * DK + dk[None, :], mask=(dk < DK)[None, :], other=0.0
+            )
+            slope -= tl.dot(tl.trans(reads), given, input_precision=PRECISION)
+    tl.store(d_start + (fragment * HEADS + head) * size + place, slope, mask=both)
+
+
+@triton.jit
+def _input_gradients(  # type: ignore[no-untyped-def]
+    q,
+    k,
+    v,
+    beta,
+    grad,
+    row_of,
+    length_of,
+    sums,
+    t,
+    states,
+    written,
+    after,
+    d_written,
+    dq,
+    dk_out,
+    dv_out,
+    dg,
+    d_beta,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    beta_row,
+    grad_row,
+    grad_head,
+    HEADS: tl.constexpr,
+    SHARE: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    DELTA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradients of a chunk's inputs. Those of queries and keys are of each head of the values."""
+    chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    first, length = tl.load(row_of + chunk).to(tl.int64), tl.load(length_of + chunk)
+    i, dk = tl.arange(0, C), tl.arange(0, BK)
+    here = i < length
+    row = first + i
+    at = chunk * HEADS + head
+    total = tl.load(sums + at * C + i)
+    last = tl.sum(tl.where(i == C - 1, total, 0.0), 0)
+    rate = tl.load(beta + row * beta_row + head, mask=here, other=0.0).to(tl.float32)
+    d_qd = tl.zeros([C, BK], dtype=tl.float32)
+    d_kd = tl.zeros([C, BK], dtype=tl.float32)
+    d_w = tl.zeros([C, BK], dtype=tl.float32)
+    d_scores = tl.zeros([C, C], dtype=tl.float32)
+    d_solved = tl.zeros([C, C], dtype=tl.float32)
+    d_rate = tl.zeros([C], dtype=tl.float32)
+    d_last = 0.0
+    if DELTA:
+        solved = tl.load(t + (at * C + i[:, None]) * C + i[None, :])
+    for begin in range(0, DV, BV):
+        dv = begin + tl.arange(0, BV)
+        columns = (dv < DV)[None, :]
+        rows = here[:, None] & columns
+        state_place = at * DK * DV + dk[:, None] * DV + dv[None, :]
+        both = (dk < DK)[:, None] & columns
+        state = tl.load(states + state_place, mask=both, other=0.0)
+        slope_after = tl.load(after + state_place, mask=both, other=0.0)
+        own = (at * C + i[:, None]) * DV + dv[None, :]
+        d_values = tl.load(d_written + own, mask=columns, other=0.0)
+        slope = tl.load(
+            grad + row[:, None] * grad_row + head * grad_head + dv[None, :], mask=rows, other=0.0
+        ).to(tl.float32)
+        value = tl.load(
+            v + row[:, None] * v_row + head * v_head + dv[None, :], mask=rows, other=0.0
+        ).to(tl.float32)
+        values = value * rate[:, None]
+        if DELTA:
+            values = tl.load(written + own, mask=columns, other=0.0)
+        d_last += tl.sum(tl.sum(slope_after * state, 1), 0)
+        d_qd += tl.dot(slope, tl.trans(state), input_precision=PRECISION)
+        d_kd += tl.dot(values, tl.trans(slope_after), input_precision=PRECISION)
+        d_scores += tl.dot(slope, tl.trans(values), input_precision=PRECISION)
+        if DELTA:
+            d_w -= tl.dot(d_values, tl.trans(state), input_precision=PRECISION)
+            d_solved += tl.dot(d_values, tl.trans(value * rate[:, None]), input_precision=PRECISION)
+            d_values = tl.dot(tl.trans(solved), d_values, input_precision=PRECISION)
+        d_rate += tl.sum(d_values * value, 1)
+        tl.store(
+            dv_out + (row[:, None] * HEADS + head) * DV + dv[None, :],
+            (d_values * rate[:, None]).to(dv_out.dtype.element_ty),
+            mask=rows,
+        )
+    place = row[:, None] * k_row + (head // SHARE) * k_head + dk[None, :]
+    inside = here[:, None] & (dk < DK)[None, :]
+    queries = tl.load(q + place, mask=inside, other=0.0).to(tl.float32)
+    keys = tl.load(k + place, mask=inside, other=0.0).to(tl.float32)
+    grown, left = tl.exp(total), tl.exp(last - total)
+    falls = _decay(total, C, 0)
+    d_total = tl.sum(d_qd * queries, 1) * grown
+    ended = tl.sum(d_kd * keys, 1) * left
+    d_total -= ended
+    d_last = d_last * tl.exp(last) + tl.sum(ended, 0)
+    d_queries = d_qd * grown[:, None]
+    d_keys = d_kd * left[:, None]
+    d_scores = d_scores * falls
+    products = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * d_scores
+    d_total += tl.sum(products, 1) - tl.sum(products, 0)
+    d_queries += tl.dot(d_scores, keys, input_precision=PRECISION)
+    d_keys += tl.dot(tl.trans(d_scores), queries, input_precision=PRECISION)
+    if DELTA:
+        scaled = keys * (grown * rate)[:, None]
+        d_solved += tl.dot(d_w, tl.trans(scaled), input_precision=PRECISION)
+        d_scaled = tl.dot(tl.trans(solved), d_w, input_precision=PRECISION)
+        d_keys += d_scaled * (grown * rate)[:, None]
+        along = tl.sum(d_scaled * keys, 1) * grown
+        d_rate += along
+        d_total += along * rate
+        d_lower = tl.dot(tl.trans(solved), d_solved, input_precision="tf32x3")
+        d_lower = -tl.dot(d_lower, tl.trans(solved), input_precision="tf32x3")
+        d_lower = tl.where(i[:, None] > i[None, :], d_lower, 0.0) * falls
+        raw = tl.dot(keys, tl.trans(keys), input_precision=PRECISION) * d_lower
+        d_rate += tl.sum(raw, 1)
+        raw = raw * rate[:, None]
+        d_total += tl.sum(raw, 1) - tl.sum(raw, 0)
+        d_lower = d_lower * rate[:, None]
+        d_keys += tl.dot(d_lower, keys, input_precision=PRECISION)
+        d_keys += tl.dot(tl.trans(d_lower), keys, input_precision=PRECISION)
+    d_total += tl.where(i == C - 1, d_last, 0.0)
+    # the sum of what comes at and after each token
+    upto = tl.cumsum(d_total, 0)
+    every = tl.sum(d_total, 0)
+    d_decay = every - upto + d_total
+    results = (row[:, None] * HEADS + head) * DK + dk[None, :]
+    tl.store(dq + results, d_queries, mask=inside)
+    tl.store(dk_out + results, d_keys, mask=inside)
+    tl.store(dg + row * HEADS + head, d_decay, mask=here)
+    tl.store(d_beta + row * HEADS + head, d_rate, mask=here)
+
+
+# ---- calls
+
+SETTINGS: dict[str, tuple[int, int, int]] = {
+    "prepare": (4, 1, 32),
+    "scan": (4, 2, 32),
+    "outputs": (4, 1, 32),
+    "output_gradients": (4, 1, 32),
+    "reverse": (4, 2, 32),
+    "input_gradients": (8, 1, 32),
+}
+"""Warps and stages of each kernel, and the columns of values that it takes at once."""
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether Triton computes on this device: a CUDA device, or any where it interprets."""
+    return device.type == "cuda" or bool(triton.knobs.runtime.interpret)
+
+
+@dataclasses.dataclass
+class Job:
+    """Some heads of a recurrence, and their chunks.
+
+    Attributes:
+        q, k: [T, hk, Dk], fp32, normalised and scaled.
+        v: [T, h, Dv]. g, beta: [T, h].
+        delta: the kind of recurrence.
+        precision: of products: tf32, or tf32x3, which is near that of float32.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+    chunks: Chunks
+    delta: bool
+    precision: str = "tf32"
+
+    def __post_init__(self) -> None:
+        self.v = self.v if self.v.stride(2) == 1 else self.v.contiguous()
+        self.g, self.beta = (x if x.stride(1) == 1 else x.contiguous() for x in (self.g, self.beta))
+        self.q, self.k = self.q.contiguous(), self.k.contiguous()
+        n, h, c = self.chunks.count, self.heads, self.chunks.size
+        self.sums = self._new(n, h, c)
+        nothing = self._new(1)
+        self.w = self._new(n, h, c, self.key_dim) if self.delta else nothing
+        self.u = self._new(n, h, c, self.value_dim) if self.delta else nothing
+        self.t = self._new(n, h, c, c) if self.delta else nothing
+        _prepare[(n, h)](
+            self.k, self.v, self.g, self.beta, *self._chunk_rows, self.sums, self.w, self.u, self.t,
+            *self.k.stride()[:2], *self.v.stride()[:2], self.g.stride(0), self.beta.stride(0),
+            *self._sizes, **self._settings("prepare"), LEVELS=c.bit_length() - 1, DELTA=self.delta,
+        )  # fmt: skip
+
+    @property
+    def heads(self) -> int:
+        return self.v.shape[1]
+
+    @property
+    def key_dim(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def value_dim(self) -> int:
+        return self.v.shape[2]
+
+    @property
+    def _sizes(self) -> tuple[int, int, int, int]:
+        return self.heads, self.heads // self.k.shape[1], self.key_dim, self.value_dim
+
+    def _settings(self, kernel: str) -> dict[str, Any]:
+        warps, stages, columns = SETTINGS[kernel]
+        return {
+            "C": self.chunks.size,
+            "BK": max(16, triton.next_power_of_2(self.key_dim)),
+            "BV": min(max(16, triton.next_power_of_2(self.value_dim)), columns),
+            "PRECISION": self.precision,
+            "num_warps": warps,
+            "num_stages": stages,
+        }
+
+    @property
+    def _chunk_rows(self) -> tuple[Tensor, Tensor]:
+        return self.chunks.first_rows, self.chunks.lengths
+
+    def _new(self, *shape: int) -> Tensor:
+        return self.v.new_empty(*shape, dtype=torch.float32)
+
+    def scan(
+        self, start: Tensor, keep: bool = True, counts: Tensor | None = None, values: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """States before the chunks, what is written, and states after the fragments.
+
+        Args:
+            start: [F, h, Dk, X], in the order of the chunks' fragments.
+            keep: else only the last are returned.
+            counts: chunks of each fragment that are gone through; by default all.
+            values: X is Dv; else nothing new is written, and X is any width.
+        """
+        n, h, c = self.chunks.count, self.heads, self.chunks.size
+        wide = start.shape[3]
+        states = self._new(n, h, self.key_dim, wide) if keep else start
+        written = self._new(n, h, c, wide) if keep and self.delta else start
+        ends = torch.empty_like(start)
+        settings = self._settings("scan")
+        _scan[(len(start), h, triton.cdiv(wide, settings["BV"]))](
+            self.k, self.v, self.beta, *self._chunk_rows, self.sums, self.w, self.u, start, states,
+            written, ends, self.chunks.step_starts,
+            self.chunks.step_counts if counts is None else counts,
+            *self.k.stride()[:2], *self.v.stride()[:2], self.beta.stride(0),
+            *self._sizes[:3], wide, **settings, DELTA=self.delta, KEEP=keep, VALUES=values,
+        )  # fmt: skip
+        return states, written, ends
+
+    def outputs(self, states: Tensor, written: Tensor, out: Tensor) -> None:
+        """Writes [T, h, Dv]."""
+        _outputs[(self.chunks.count, self.heads)](
+            self.q, self.k, self.v, self.beta, *self._chunk_rows, self.sums, states, written, out,
+            *self.k.stride()[:2], *self.v.stride()[:2], self.beta.stride(0), *out.stride()[:2],
+            *self._sizes, **self._settings("outputs"), DELTA=self.delta,
+        )  # fmt: skip
+
+    def output_gradients(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the states before the chunks and of what is written, by the outputs alone."""
+        n, h, c = self.chunks.count, self.heads, self.chunks.size
+        d_states = self._new(n, h, self.key_dim, self.value_dim)
+        d_written = self._new(n, h, c, self.value_dim)
+        _output_gradients[(n, h)](
+            self.q, self.k, grad, *self._chunk_rows, self.sums, d_states, d_written,
+            *self.k.stride()[:2], *grad.stride()[:2],
+            *self._sizes, **self._settings("output_gradients"),
+        )  # fmt: skip
+        return d_states, d_written
+
+    def reverse(self, d_states: Tensor, d_written: Tensor, d_ends: Tensor) -> Tensor:
+        """Makes them, in place, gradients of the states after the chunks and of all that is
+        written. Returns those of the fragments' first states.
+        """
+        d_start = torch.empty_like(d_ends)
+        settings = self._settings("reverse")
+        _reverse[(len(d_ends), self.heads, triton.cdiv(self.value_dim, settings["BV"]))](
+            self.k, *self._chunk_rows, self.sums, self.w, d_states, d_written, d_ends, d_start,
+            self.chunks.step_starts, self.chunks.step_counts,
+            *self.k.stride()[:2], *self._sizes, **settings, DELTA=self.delta,
+        )  # fmt: skip
+        return d_start
+
+    def input_gradients(
+        self, grad: Tensor, states: Tensor, written: Tensor, after: Tensor, d_written: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Of q, k [T, hk, Dk], v [T, h, Dv], g, beta [T, h], fp32 but for v's."""
+        rows, h = self.v.shape[:2]
+        dq, dk = self._new(rows, h, self.key_dim), self._new(rows, h, self.key_dim)
+        dv = self.v.new_empty(rows, h, self.value_dim)
+        dg, d_beta = self._new(rows, h), self._new(rows, h)
+        _input_gradients[(self.chunks.count, h)](
+            self.q, self.k, self.v, self.beta, grad, *self._chunk_rows, self.sums, self.t, states,
+            written, after, d_written, dq, dk, dv, dg, d_beta,
+            *self.k.stride()[:2], *self.v.stride()[:2], self.beta.stride(0), *grad.stride()[:2],
+            *self._sizes, **self._settings("input_gradients"), DELTA=self.delta,
+        )  # fmt: skip
+        if h != self.k.shape[1]:
+            # [T, h, Dk] -> [T, hk, Dk]
+            dq, dk = (x.unflatten(1, (self.k.shape[1], -1)).sum(2) for x in (dq, dk))
+        return dq, dk, dv, dg, d_beta
+
+    def changes(self, chosen: list[int]) -> tuple[Tensor, Tensor]:
+        """How the fragments at these places of `chunks.order` change a state: what they add to it
+        [F, h, Dk, Dv], and the matrix [F, h, Dk, Dk] or number [F, h, 1, 1] before it.
+        """
+        every, h = len(self.chunks.order), self.heads
+        device = self.v.device
+        counts = torch.zeros_like(self.chunks.step_counts)
+        index = torch.tensor(chosen, device=device)
+        counts[index] = self.chunks.step_counts[index]
+        zero = self._new(every, h, self.key_dim, self.value_dim).zero_()
+        state = self.scan(zero, keep=False, counts=counts)[2][index]
+        if not self.delta:
+            fragment = self.chunks.fragment_of
+            whole = self._new(every, h).zero_()
+            whole.index_add_(0, fragment, self.sums[..., -1])
+            return state, whole[index].exp()[..., None, None]
+        eye = torch.eye(self.key_dim, device=device).expand(every, h, -1, -1).contiguous()
+        return state, self.scan(eye, keep=False, counts=counts, values=False)[2][index]

@@ -1,0 +1,299 @@
+"""Which stretches of documents a rank holds, and from which stretch each one's state comes. Host
+arithmetic, made once for a row.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+import weakref
+
+import torch
+from torch import Tensor
+
+from ..plan import RowPlan
+
+
+@dataclasses.dataclass(frozen=True)
+class Fragment:
+    """Consecutive tokens of one document that lie side by side on one rank.
+
+    Attributes:
+        rank: that holds it.
+        start: its first row in the rank's local order.
+        length: tokens.
+        first: position in the row of its first token.
+        previous: the fragment whose last state it starts from, as an index of all fragments; -1
+            where it starts from zero. A branch starts from the end of its parent.
+    """
+
+    rank: int
+    start: int
+    length: int
+    first: int
+    previous: int
+
+
+class Fragments:
+    """All fragments of a row, `previous` before what comes after it, and those of one rank.
+
+    Attributes:
+        every: of all ranks.
+        local: indices of this rank's, in local order.
+        open: indices of those that another one starts from.
+        rows: tokens on this rank.
+        ranks: that share the row.
+        orders: the order of the row's tokens on each device, for an exchange of heads.
+    """
+
+    def __init__(self, every: tuple[Fragment, ...], rank: int, ranks: int, rows: int) -> None:
+        self.every = every
+        self.rank, self.ranks, self.rows = rank, ranks, rows
+        self.local = sorted(
+            (i for i, f in enumerate(every) if f.rank == rank), key=lambda i: every[i].start
+        )
+        self.open = sorted({f.previous for f in every if f.previous >= 0})
+        self._chunks: dict[tuple[int, torch.device], Chunks] = {}
+        self._halo: dict[tuple[int, torch.device], Halo] = {}
+        self.orders: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    @functools.cached_property
+    def open_local(self) -> list[int]:
+        """Open ones of this rank, in the row's order."""
+        return [i for i in self.open if self.every[i].rank == self.rank]
+
+    @functools.cached_property
+    def width(self) -> int:
+        """The most open fragments that a rank holds."""
+        counts = [0] * self.ranks
+        for i in self.open:
+            counts[self.every[i].rank] += 1
+        return max(counts)
+
+    @functools.cached_property
+    def place(self) -> dict[int, int]:
+        """Where the ranks' open fragments lie, `width` of each rank one after another."""
+        counts, place = [0] * self.ranks, {}
+        for i in self.open:
+            rank = self.every[i].rank
+            place[i] = rank * self.width + counts[rank]
+            counts[rank] += 1
+        return place
+
+    def chunks(self, size: int, device: torch.device) -> Chunks:
+        """This rank's fragments in chunks of `size` tokens. Copied to the device once."""
+        key = (size, device)
+        if key not in self._chunks:
+            self._chunks[key] = Chunks(self, size, device)
+        return self._chunks[key]
+
+    def halo(self, width: int, device: torch.device) -> Halo:
+        """For a convolution that reads `width` tokens before each. Copied to the device once."""
+        key = (width, device)
+        if key not in self._halo:
+            self._halo[key] = Halo(self, width, device)
+        return self._halo[key]
+
+    def before(self, index: int, count: int) -> list[tuple[int, int]]:
+        """(rank, local row) of up to `count` tokens before a fragment, the nearest one first."""
+        found: list[tuple[int, int]] = []
+        at = self.every[index].previous
+        while at >= 0 and len(found) < count:
+            f = self.every[at]
+            take = min(f.length, count - len(found))
+            found += [(f.rank, f.start + f.length - 1 - i) for i in range(take)]
+            at = f.previous
+        return found
+
+
+class Chunks:
+    """This rank's fragments, cut into chunks of equal size from each one's first token, and laid
+    out step by step: the first chunks of all fragments, then the second ones, and so on, longer
+    fragments first. So the chunks of one step lie side by side.
+
+    Attributes:
+        size: tokens of a chunk.
+        order: this rank's fragments, the longest first: positions in `Fragments.local`.
+        steps: [start, stop) of each step's chunks. Step s has the fragments order[: stop - start].
+        rows: [N * size] the local row of each place; what is left of a last chunk names row 0.
+        filled: [N * size, 1] which places hold a token; None where all do.
+        places: [rows] where each local row lies.
+        first_rows, lengths: [N] of the chunks' tokens, which are consecutive local rows.
+        step_starts: [S] the first chunk of each step.
+        step_counts: [F] chunks of each fragment, in `order`.
+        fragment_of: [N] the fragment of each chunk, as a place in `order`.
+    """
+
+    def __init__(self, fragments: Fragments, size: int, device: torch.device) -> None:
+        local = [fragments.every[i] for i in fragments.local]
+        self.size = size
+        counts = [-(-f.length // size) for f in local]
+        self.order = sorted(range(len(local)), key=lambda i: -counts[i])
+        self.rank_of = {fragments.local[i]: at for at, i in enumerate(self.order)}
+        self.counts = [counts[i] for i in self.order]
+        self.steps = steps_of(self.counts)
+        rows = torch.zeros(sum(counts), size, dtype=torch.int64)
+        filled = torch.zeros(sum(counts), size, dtype=torch.bool)
+        for at, i in enumerate(self.order):
+            f, mine = local[i], self.of(at)
+            stretch = torch.zeros(counts[i] * size, dtype=torch.int64)
+            stretch[: f.length] = torch.arange(f.start, f.start + f.length)
+            rows[mine] = stretch.view(-1, size)
+            filled[mine] = (torch.arange(counts[i] * size) < f.length).view(-1, size)
+        rows, filled = rows.flatten(), filled.flatten()
+        places = torch.empty(fragments.rows, dtype=torch.int64)
+        places[rows[filled]] = filled.nonzero()[:, 0]
+        self.count = sum(counts)
+        self.in_order = bool(filled.all()) and bool((rows == torch.arange(len(rows))).all())
+        self.first_rows = rows.view(-1, size)[:, 0].to(torch.int32).to(device)
+        self.lengths = filled.view(-1, size).sum(1).to(torch.int32).to(device)
+        self.step_starts = torch.tensor([a for a, _ in self.steps], dtype=torch.int32).to(device)
+        self.step_counts = torch.tensor(self.counts, dtype=torch.int32).to(device)
+        fragment_of = [at for a, b in self.steps for at in range(b - a)]
+        self.fragment_of = torch.tensor(fragment_of, dtype=torch.int64).to(device)
+        self.rows = rows.to(device)
+        self.filled = None if bool(filled.all()) else filled[:, None].to(device)
+        self.places = places.to(device)
+
+    def of(self, at: int) -> Tensor:
+        """Chunks of the fragment order[at], in its order."""
+        return torch.tensor([self.steps[s][0] + at for s in range(self.counts[at])])
+
+    def part(self, chosen: list[int]) -> tuple[Tensor, list[tuple[int, int]]]:
+        """The chunks of some fragments (places in `order`, ascending), step by step, and where
+        each step begins and ends among them.
+        """
+        counts = [self.counts[at] for at in chosen]
+        steps = steps_of(counts)
+        index = [
+            self.steps[s][0] + chosen[i] for s, (a, b) in enumerate(steps) for i in range(b - a)
+        ]
+        return torch.tensor(index), steps
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        """[rows, ...] -> [N * size, ...], zero where there is no token."""
+        if self.in_order:
+            return x
+        x = x.index_select(0, self.rows)
+        if self.filled is None:
+            return x
+        return x * self.filled.view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
+
+    def taken_back(self, x: Tensor) -> Tensor:
+        """[N * size, ...] -> [rows, ...]."""
+        return x if self.in_order else x.index_select(0, self.places)
+
+
+def steps_of(counts: list[int]) -> list[tuple[int, int]]:
+    """[start, stop) of the chunks of each step, of fragments with so many chunks, descending."""
+    steps, at = [], 0
+    ascending = counts[::-1]
+    for step in range(counts[0] if counts else 0):
+        alive = len(counts) - bisect.bisect_right(ascending, step)
+        steps.append((at, at + alive))
+        at += alive
+    return steps
+
+
+class Halo:
+    """Rows that fragments read of what comes before them, and where a convolution finds them.
+
+    Attributes:
+        sent: [S] local rows that this rank gives to all, padded to the same number on each rank;
+            empty where no rank needs any.
+        table: [rows + halo rows] of what is convolved: indices into this rank's rows, then the
+            rows given by all ranks, then one row of zeros.
+        outputs: [rows] where each local row's window begins in what is convolved.
+        taps: [rows, width + 1] the entries of `table` in each local row's window.
+        stops: [rows] the local row at which each row's fragment ends.
+        readers, reader_taps, read: [P] the local rows and their taps that read from before their
+            fragment, and what they read.
+    """
+
+    def __init__(self, fragments: Fragments, width: int, device: torch.device) -> None:
+        needed = {i: fragments.before(i, width) for i in range(len(fragments.every))}
+        given: list[list[int]] = [[] for _ in range(fragments.ranks)]
+        if fragments.ranks > 1:
+            wanted = {
+                source
+                for i, sources in needed.items()
+                for source in sources
+                if source[0] != fragments.every[i].rank
+            }
+            for rank, row in sorted(wanted):
+                given[rank].append(row)
+        most = max(len(rows) for rows in given)
+        place = {
+            (rank, row): fragments.rows + rank * most + at
+            for rank, rows in enumerate(given)
+            for at, row in enumerate(rows)
+        }
+        zero = fragments.rows + most * fragments.ranks
+        table, outputs, at = [], torch.empty(fragments.rows, dtype=torch.int64), 0
+        for i in fragments.local:
+            f = fragments.every[i]
+            before = [
+                row if rank == fragments.rank else place[rank, row] for rank, row in needed[i]
+            ]
+            before += [zero] * (width - len(before))
+            table += [torch.tensor(before[::-1], dtype=torch.int64)]
+            table += [torch.arange(f.start, f.start + f.length)]
+            outputs[f.start : f.start + f.length] = torch.arange(at, at + f.length)
+            at += f.length + width
+        first, stops = torch.empty_like(outputs), torch.empty_like(outputs)
+        for i in fragments.local:
+            f = fragments.every[i]
+            first[f.start : f.start + f.length] = f.start
+            stops[f.start : f.start + f.length] = f.start + f.length
+        whole = torch.cat(table)
+        taps = whole[outputs[:, None] + torch.arange(width + 1)]
+        own = (taps >= first[:, None]) & (taps < stops[:, None])
+        pairs = ((taps < zero) & ~own).nonzero()
+        self.taps = taps.to(torch.int32).to(device)
+        self.stops = stops.to(torch.int32).to(device)
+        self.readers, self.reader_taps = pairs[:, 0].to(device), pairs[:, 1].to(device)
+        self.read = taps[pairs[:, 0], pairs[:, 1]].to(device)
+        mine = given[fragments.rank]
+        self.sent = torch.tensor(mine + [0] * (most - len(mine)), dtype=torch.int64).to(device)
+        self.table = whole.to(device)
+        self.outputs = outputs.to(device)
+
+
+_of_plans: weakref.WeakKeyDictionary[RowPlan, dict[bool, Fragments]] = weakref.WeakKeyDictionary()
+
+
+def fragments_of(plan: RowPlan, whole: bool = False) -> Fragments:
+    """The fragments of a row. Made once.
+
+    Args:
+        whole: as if this rank held the row in natural order, which it does for its share of the
+            heads after an exchange of heads.
+    """
+    held = _of_plans.setdefault(plan, {})
+    if whole not in held:
+        runs = [(0, 0, plan.length)] if whole else plan._natural_runs
+        rows = plan.length if whole else plan.local_length
+        ranks = 1 if whole else plan.ctx.size
+        rank = 0 if whole else plan.ctx.rank
+        held[whole] = Fragments(_cut(plan, runs, rows), rank, ranks, rows)
+    return held[whole]
+
+
+def _cut(plan: RowPlan, runs: list[tuple[int, int, int]], rows: int) -> tuple[Fragment, ...]:
+    """Every document cut where it goes from one run of local rows to another."""
+    every: list[Fragment] = []
+    last: list[int] = []
+    starts = [start for _, start, _ in runs]
+    for s in plan.segments:
+        previous = last[s.parent] if s.parent >= 0 else -1
+        at = s.start
+        while at < s.stop:
+            offset, start, stop = runs[bisect.bisect_right(starts, at) - 1]
+            end = min(stop, s.stop)
+            rank, row = divmod(offset + at - start, rows)
+            every.append(Fragment(rank, row, end - at, at, previous))
+            previous = len(every) - 1
+            at = end
+        last.append(previous)
+    return tuple(every)

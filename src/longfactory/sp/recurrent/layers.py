@@ -1,0 +1,443 @@
+"""Recurrent and convolutional layers of transformers' models, under sequence parallelism.
+
+Such a layer (a mixer) is transformers' own code around one or two functions of its module: a short
+convolution, and a recurrence. Its own forward runs with those functions exchanged for the engine's,
+which know documents and ranks. So projections, gates, norms and whatever differs between families
+stay transformers', and what a version of transformers computes is what is trained.
+
+    causal_conv1d_fn                 convolution.py
+    torch_chunk_gated_delta_rule     chunked.py, gated delta net: Qwen3-Next, Qwen3.5, OLMo hybrid
+    chunk_kimi_delta_attention       chunked.py, a decay of each channel: Kimi Linear
+    mamba2_chunk_scan                chunked.py, Mamba 2: Nemotron-H, Granite 4, Falcon-H1, Bamba
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import inspect
+import logging
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .. import probe
+from ..collectives import all_to_all
+from ..context import SequenceParallel
+from ..hooks import ModelHooks
+from ..plan import RowPlan
+from .chunked import Kind, Rule, recurrence
+from .convolution import convolution
+from .fragments import fragments_of
+
+log = logging.getLogger(__name__)
+
+LAYERS = frozenset({"linear_attention", "conv", "hybrid"})
+"""Layer types that are computed here, in the models below."""
+
+MODELS = frozenset(
+    {
+        "qwen3_next",
+        "qwen3_5_text",
+        "qwen3_5_moe_text",
+        "olmo_hybrid",
+        "kimi_linear",
+        "nemotron_h",
+        "granitemoehybrid",
+        "falcon_h1",
+        "bamba",
+        "zamba2",
+        "mamba2",
+        "lfm2",
+        "lfm2_moe",
+        "lfm3",
+    }
+)
+"""Text models whose mixers are made of the functions above."""
+
+_KNOWN = frozenset(
+    {
+        "full_attention",
+        "sliding_attention",
+        "chunked_attention",
+        "sparse",
+        "dense",
+        "moe",
+        "mlp",
+    }
+)
+_STATE = (
+    "its linear-attention or state-space layers carry a state along the document, from one rank's"
+    " tokens to another's, by a recurrence that is not implemented"
+)
+_INDEXER = "its sparse attention chooses keys from the whole row by an indexer"
+_COMPRESSED = "its attention reads a compressed copy of the keys of the whole row"
+_REASONS = {
+    "linear_attention": _STATE,
+    "hybrid": _STATE,
+    "hybrid_sliding": _STATE,
+    "conv": "its short convolutions read tokens of another rank at the ends of a shard",
+    "indexed_attention": _INDEXER,
+    "deepseek_sparse_attention": _INDEXER,  # older names of it
+    "qwen_sparse_attention": _INDEXER,
+    "minimax_m3_sparse": _INDEXER,
+    "compressed_sparse_attention": _COMPRESSED,
+    "heavily_compressed_attention": _COMPRESSED,
+}
+
+
+def unsupported(config: Any) -> str | None:
+    """Why layers of this configuration cannot be computed, or None."""
+    for kind in dict.fromkeys(getattr(config, "layer_types", None) or ()):
+        if kind in LAYERS and config.model_type in MODELS:
+            continue
+        if kind in LAYERS or kind not in _KNOWN:
+            return _REASONS.get(kind, f"layers of type {kind} are unknown to the engine")
+    return None
+
+
+def prepare(model: nn.Module, ctx: SequenceParallel, hooks: ModelHooks) -> None:
+    """Gives every mixer its forward over the ranks, and says by what it will be computed."""
+    mixers = [m for m in model.modules() if _exchanged(type(m))]
+    for module in mixers:
+        hooks.replace_forward(module, _forward)
+    if mixers and ctx.rank == 0 and ctx.dp_rank == 0:
+        log.info(
+            "%d recurrent layers (%s) are computed by %s.",
+            len(mixers),
+            ", ".join(names(model)),
+            _computed_by(names(model), ctx.device_type),
+        )
+
+
+def _computed_by(kinds: list[str], device_type: str) -> str:
+    if importlib.util.find_spec("triton") is None or device_type != "cuda":
+        return "PyTorch" + (", slowly: Triton is not installed" if device_type == "cuda" else "")
+    if "Kimi delta attention" in kinds:
+        return "PyTorch, slowly: there is no kernel for a decay of each channel"
+    return "Triton kernels of LongFactory; flash-linear-attention and mamba-ssm are not used"
+
+
+def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Replaces the forward of a mixer on the instance. Without a plan: that of its class."""
+    plan: RowPlan | None = kwargs.get("sp_plan")
+    if plan is None:
+        return type(self).forward(self, hidden_states, *args, **kwargs)
+    caches = ("attention_mask", "cache_params", "past_key_values")
+    if args or any(kwargs.get(name) is not None for name in caches):
+        raise ValueError(
+            f"{type(self).__name__}: masks and caches are not supported. Call the model with"
+            " hf.inputs(row, plan)."
+        )
+    if hidden_states.shape[0] != 1 or hidden_states.shape[1] != plan.local_length:
+        raise ValueError(
+            f"{type(self).__name__}: hidden states {tuple(hidden_states.shape)}, expected one row"
+            f" of this rank's {plan.local_length} tokens. Call the model with hf.inputs(row, plan)."
+        )
+    if (seen := probe.current()) is not None:
+        seen.linear.add(id(self))
+    own = _own_forward(type(self))
+    engine = {name: _bound(make, plan) for name, make in _FUNCTIONS.items()}
+    forward = types.FunctionType(
+        own.__code__,
+        {**own.__globals__, **engine},
+        own.__name__,
+        own.__defaults__,
+        own.__closure__,
+    )
+    forward.__kwdefaults__ = own.__kwdefaults__
+    return forward(self, hidden_states, **kwargs)
+
+
+def _own_forward(kind: type[nn.Module]) -> types.FunctionType:
+    """The forward of a class as it is written, without what decorates it."""
+    forward = inspect.unwrap(kind.forward)
+    assert isinstance(forward, types.FunctionType)
+    return forward
+
+
+def _exchanged(kind: type[nn.Module]) -> bool:
+    """Whether a class is a mixer: it calls a function that is exchanged."""
+    forward = inspect.unwrap(kind.forward)
+    return isinstance(forward, types.FunctionType) and any(
+        name in _FUNCTIONS and name in forward.__globals__ for name in forward.__code__.co_names
+    )
+
+
+def _bound(function: Callable[..., Any], plan: RowPlan) -> Callable[..., Any]:
+    def bound(*args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("sp_plan", None)
+        return function(plan, *args, **kwargs)
+
+    return bound
+
+
+class _Widened(TorchFunctionMode):
+    """What is cast to float32 is cast to float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.float:
+            return args[0].double()
+        if func is Tensor.to:
+            args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+            if kwargs.get("dtype") is torch.float32:
+                kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
+
+
+def widen(model: nn.Module) -> None:
+    """Lets mixers in float64 compute in float64 all through, as a reference: transformers' own
+    recurrences are in float32 whatever the model's type, and what they round grows along a
+    document. Only for models that `prepare` does not touch.
+    """
+    for module in model.modules():
+        if _exchanged(type(module)) and next(module.parameters()).dtype == torch.float64:
+            module.forward = types.MethodType(_widened_forward, module)
+
+
+def _widened_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    with _Widened():
+        return type(self).forward(self, *args, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixer:
+    """The sizes of a mixer.
+
+    Attributes:
+        kind: of its recurrence; None for a convolution alone.
+        key_heads, heads, key_dim, value_dim: of the recurrence.
+        per_channel: each key channel has a decay of its own.
+        channels, width: of the convolution.
+    """
+
+    kind: Kind | None
+    key_heads: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    per_channel: bool
+    channels: int
+    width: int
+
+
+def mixer_of(layer: nn.Module) -> Mixer | None:
+    """The mixer in a decoder layer, which may be without storage; None where there is none."""
+    for module in layer.modules():
+        if not _exchanged(type(module)):
+            continue
+        m: Any = module
+        convolution = next(c for c in m.children() if isinstance(c, nn.Conv1d))
+        sizes = convolution.in_channels, convolution.kernel_size[0]
+        used = _own_forward(type(module)).__code__.co_names
+        if "torch_chunk_gated_delta_rule" in used:
+            heads = m.num_k_heads, m.num_v_heads, m.head_k_dim, m.head_v_dim
+            return Mixer("delta", *heads, False, *sizes)
+        if "chunk_kimi_delta_attention" in used:
+            heads = m.num_heads, m.num_heads, m.head_dim, m.head_dim
+            return Mixer("delta", *heads, True, *sizes)
+        if "mamba2_chunk_scan" in used:
+            heads = m.n_groups, m.num_heads, m.ssm_state_size, m.head_dim
+            return Mixer("plain", *heads, False, *sizes)
+        return Mixer(None, 0, 0, 0, 0, False, *sizes)
+    return None
+
+
+# ---- the functions, as transformers calls them
+
+
+def _convolution(
+    plan: RowPlan,
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    **_: Any,
+) -> Tensor:
+    """[1, C, T/n] -> [1, C, T/n]."""
+    out = convolution(
+        hidden_states[0].t(), weight, bias, activation, fragments_of(plan), plan.ctx.group
+    )
+    return out.t()[None]
+
+
+def _delta_rule(
+    plan: RowPlan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """[1, T/n, H, D] -> [1, T/n, H, Dv]."""
+    _no_state(initial_state, output_final_state)
+    rule = Rule("delta", query.shape[-1] ** -0.5, use_qk_l2norm_in_kernel)
+    out = over_ranks(query[0], key[0], value[0], g[0], beta[0], rule, plan, query.dtype)
+    return out[None], None
+
+
+def _mamba2(
+    plan: RowPlan,
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    **_: Any,
+) -> Tensor:
+    """[1, T/n, H, P] -> [1, T/n, H, P] in the wide type, as transformers' own."""
+    _no_state(initial_states, return_final_states)
+    if z is not None:
+        raise ValueError("a Mamba 2 layer gates inside its scan, which is not implemented.")
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(dt.dtype)
+    if dt_softplus:
+        dt = F.softplus(dt)
+    dt = dt.clamp(dt_limit[0], dt_limit[1])[0]
+    wide = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+    x, dt = hidden_states[0], dt.to(wide)
+    out = over_ranks(C[0], B[0], x, A.to(wide) * dt, dt, Rule("plain", 1.0), plan, wide)
+    if D is not None:
+        out = out + D[:, None] * x.to(wide)
+    return out[None]
+
+
+def _no_state(initial: Tensor | None, final: bool) -> None:
+    if initial is not None or final:
+        raise ValueError(
+            "a recurrence is asked to start from a cached state or to return one. Call the model"
+            " with hf.inputs(row, plan)."
+        )
+
+
+def _nothing(plan: RowPlan, *args: Any, **kwargs: Any) -> None:
+    """A fused form, which mixers try first in training: None lets them go on with their parts."""
+
+
+_NAMES = {
+    "torch_chunk_gated_delta_rule": "gated delta net",
+    "chunk_kimi_delta_attention": "Kimi delta attention",
+    "mamba2_chunk_scan": "Mamba 2",
+}
+
+
+def names(model: nn.Module) -> list[str]:
+    """What the recurrent layers of a model are called."""
+    found: dict[str, None] = {}
+    for kind in {type(m) for m in model.modules() if _exchanged(type(m))}:
+        used = [_NAMES[n] for n in _own_forward(kind).__code__.co_names if n in _NAMES]
+        found |= dict.fromkeys(used or ["short convolution"])
+    return sorted(found)
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "causal_conv1d_fn": _convolution,
+    "torch_chunk_gated_delta_rule": _delta_rule,
+    "chunk_kimi_delta_attention": _delta_rule,
+    "mamba2_chunk_scan": _mamba2,
+    "mamba2_split_conv1d_scan_combined": _nothing,
+}
+"""Functions of transformers' modules, by their names there."""
+
+
+# ---- states over ranks, or heads over ranks
+
+
+MEMORY_PER_LINK = 15.0
+"""Bytes that a rank reads or writes in its memory in the time of a byte between ranks: 3 TB/s,
+200 GB/s."""
+STATE_PASSES = 8.0
+"""How often state passing goes once more over a recurrence's keys and values."""
+
+
+def over_ranks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    rule: Rule,
+    plan: RowPlan,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See `chunked.recurrence`: by passing states along the ranks, or by exchanging tokens for
+    heads, whichever moves less. Collective.
+    """
+    group = plan.ctx.group
+    if group is None or not exchange_is_cheaper(q, v, rule, plan):
+        return recurrence(q, k, v, g, beta, rule, fragments_of(plan), group, dtype)
+    n = plan.ctx.size
+    kinds = (q, k, v), (g, beta)
+    mine: list[Tensor] = []
+    # The ranks' shares of the heads of several tensors, side by side: one exchange carries all.
+    for tensors in kinds:
+        parts = [x.unflatten(1, (n, -1)).flatten(2) for x in tensors]
+        received = _to_heads(torch.cat(parts, -1), plan).split([x.shape[2] for x in parts], 1)
+        shapes = [(x.shape[1] // n, *x.shape[2:]) for x in tensors]
+        mine += [x.unflatten(1, shape) for x, shape in zip(received, shapes, strict=True)]
+    q, k, v, g, beta = mine
+    out = recurrence(q, k, v, g, beta, rule, fragments_of(plan, whole=True), None, dtype)
+    return _to_rows(out, plan)
+
+
+def exchange_is_cheaper(q: Tensor, v: Tensor, rule: Rule, plan: RowPlan) -> bool:
+    """Whether each rank should run a share of the heads over the whole row. The same on every rank
+    of the group.
+    """
+    n, (tokens, keys, dim), (_, heads, value_dim) = plan.ctx.size, q.shape, v.shape
+    if keys % n:
+        return False
+    fragments = fragments_of(plan)
+    if not fragments.open:
+        return False
+    exchanged = tokens * (2 * keys * dim + 2 * heads * value_dim) * v.element_size()
+    square = dim if rule.kind == "delta" else 0
+    states = fragments.width * n * heads * dim * (value_dim + square) * 4
+    again = tokens * heads * (dim + value_dim) * 4 * STATE_PASSES / MEMORY_PER_LINK
+    return exchanged * (n - 1) / n < states + again
+
+
+def _order(plan: RowPlan, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[T] positions of the ranks' tokens laid end to end, and the inverse. Copied to the device
+    once for all layers.
+    """
+    held = fragments_of(plan).orders
+    if device not in held:
+        stretches = [torch.arange(a, b) for runs in plan.layout.intervals for a, b in runs]
+        order = torch.cat(stretches)
+        held[device] = (order.to(device), order.argsort().to(device))
+    return held[device]
+
+
+def _to_heads(x: Tensor, plan: RowPlan) -> Tensor:
+    """[T/n, n, C] -> [T, C]: part r of each token goes to rank r; rows in natural order."""
+    received = all_to_all(x.transpose(0, 1), plan.ctx.group)
+    # [n, T/n, C] -> [T, C]
+    return received.flatten(0, 1).index_select(0, _order(plan, x.device)[1])
+
+
+def _to_rows(x: Tensor, plan: RowPlan) -> Tensor:
+    """[T, H/n, D] -> [T/n, H, D]: the way back."""
+    n = plan.ctx.size
+    sent = x.index_select(0, _order(plan, x.device)[0]).unflatten(0, (n, plan.local_length))
+    # [n, T/n, H/n, D] -> [T/n, n * H/n, D]
+    return all_to_all(sent, plan.ctx.group).transpose(0, 1).flatten(1, 2)

@@ -1,0 +1,109 @@
+"""Recurrent layers on a GPU: the Triton kernels against float64, and against transformers' own
+functions in the same precision.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from longfactory import sp
+from longfactory.sp import Segment
+from longfactory.sp.recurrent import chunked
+from longfactory.sp.recurrent.chunked import Rule, recurrence
+from longfactory.sp.recurrent.convolution import convolution
+from longfactory.sp.recurrent.fragments import fragments_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(600),  # a first call compiles kernels
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+ROW = [Segment(0, 400), Segment(400, 401, 0), Segment(401, 700, 0), Segment(700, 1024)]
+SHAPES = {
+    "delta 128": ("delta", 2, 4, 128, 128),
+    "delta 64 and 100": ("delta", 2, 2, 64, 100),
+    "plain 128 and 64": ("plain", 1, 8, 128, 64),
+    "plain 256 and 64": ("plain", 1, 2, 256, 64),
+}
+
+
+def draw(name: str, dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Rule]:
+    kind, keys, heads, dim, value_dim = SHAPES[name]
+    torch.manual_seed(0)
+    tokens = ROW[-1].stop
+    q, k = torch.randn(2, tokens, keys, dim, device="cuda", dtype=dtype)
+    v = torch.randn(tokens, heads, value_dim, device="cuda", dtype=dtype)
+    beta = torch.rand(tokens, heads, device="cuda")
+    g = -0.3 * torch.rand(tokens, heads, device="cuda")
+    slope = torch.randn(v.shape, device="cuda", dtype=dtype)
+    rule = Rule("delta", dim**-0.5, True) if kind == "delta" else Rule("plain", dim**-0.5)
+    return [q, k, v, g, beta], slope, rule
+
+
+def graded(run: Any, x: list[Tensor], slope: Tensor) -> list[Tensor]:
+    leaves = [t.clone().requires_grad_() for t in x]
+    out = run(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, slope.to(out.dtype))]
+
+
+def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
+    pairs = zip(found, exact, strict=True)
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", SHAPES)
+def test_recurrent_kernels(name: str, dtype: torch.dtype) -> None:
+    x, slope, rule = draw(name, dtype)
+    fragments = fragments_of(sp.plan(ROW[-1].stop, ROW, sp.SequenceParallel(device_type="cuda")))
+
+    def run(*x: Tensor) -> Tensor:
+        return recurrence(*x, rule, fragments, None, None)
+
+    exact = graded(run, [t.double() for t in x], slope.double())
+    assert chunked._triton(x)
+    found = errors(graded(run, x, slope), exact)
+    assert max(found) < (4e-3 if dtype == torch.bfloat16 else 1e-5), found
+
+
+def test_recurrent_kernels_beside_transformers() -> None:
+    code = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+    x, slope, rule = draw("delta 128", torch.bfloat16)
+    fragments = fragments_of(sp.plan(1024, None, sp.SequenceParallel(device_type="cuda")))
+
+    def ours(*x: Tensor) -> Tensor:
+        return recurrence(*x, rule, fragments, None, None)
+
+    def theirs(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+        q, k = (t.repeat_interleave(2, 1) for t in (q, k))
+        out, _ = code.torch_chunk_gated_delta_rule(
+            q[None], k[None], v[None], g=g[None], beta=beta[None], initial_state=None,
+            output_final_state=False, use_qk_l2norm_in_kernel=True,
+        )  # fmt: skip
+        return out[0]
+
+    exact = graded(ours, [t.double() for t in x], slope.double())
+    mine, own = (errors(graded(run, x, slope), exact) for run in (ours, theirs))
+    # Those of g and beta are of float32 there: they are held to the outputs' rounding.
+    assert all(a < 1.2 * max(b, 1e-3) for a, b in zip(mine, own, strict=True)), (mine, own)
+
+
+@pytest.mark.parametrize("activation", ["silu", None])
+def test_recurrent_convolution_kernels(activation: str | None) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1024, 200, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(200, 4, device="cuda", dtype=torch.bfloat16)
+    bias = torch.randn(200, device="cuda", dtype=torch.bfloat16)
+    slope = torch.randn_like(x)
+    fragments = fragments_of(sp.plan(1024, ROW, sp.SequenceParallel(device_type="cuda")))
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return convolution(x, weight, bias, activation, fragments)
+
+    exact = graded(run, [t.double() for t in (x, weight, bias)], slope.double())
+    assert max(errors(graded(run, [x, weight, bias], slope), exact)) < 4e-3
