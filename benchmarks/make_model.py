@@ -30,6 +30,17 @@ QWEN = {
     "pad_token_id": 1,
     "torch_dtype": "bfloat16",
 }
+COMMON = {
+    "max_position_embeddings": 1 << 21,
+    "tie_word_embeddings": False,
+    "attention_dropout": 0.0,
+    "initializer_range": 0.02,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+    "torch_dtype": "bfloat16",
+}
+"""Slices of hybrid models: 8 layers, in the whole model's proportion of kinds."""
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen2.5-7b": (
         QWEN
@@ -61,6 +72,69 @@ SHAPES: dict[str, dict[str, Any]] = {
             "num_key_value_heads": 2,
             "vocab_size": 151936,
             "tie_word_embeddings": True,
+        }
+    ),
+    "qwen3.5-9b": (
+        COMMON
+        | {
+            "model_type": "qwen3_5_text",
+            "architectures": ["Qwen3_5ForCausalLM"],
+            "vocab_size": 248320,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 32,
+            "layer_types": ["linear_attention"] * 3
+            + ["full_attention"]
+            + ["linear_attention"] * 3
+            + ["full_attention"],
+        }
+    ),
+    "nemotron-h-8b": (
+        COMMON
+        | {
+            "model_type": "nemotron_h",
+            "architectures": ["NemotronHForCausalLM"],
+            "vocab_size": 131072,
+            "hidden_size": 4096,
+            "intermediate_size": 21504,
+            "layers_block_type": ["linear_attention", "mlp"] * 2
+            + ["full_attention", "mlp", "linear_attention", "mlp"],
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "mamba_num_heads": 128,
+            "mamba_head_dim": 64,
+            "n_groups": 8,
+            "ssm_state_size": 128,
+        }
+    ),
+    "tiny-hybrid": (
+        COMMON
+        | {
+            "model_type": "qwen3_5_text",
+            "architectures": ["Qwen3_5ForCausalLM"],
+            "vocab_size": 1024,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [2, 3, 3],
+            },
+            "layer_types": ["linear_attention", "full_attention"],
         }
     ),
     "tiny": (

@@ -551,7 +551,7 @@ def _start(start: Tensor | None, part: _Heads, chunks: Chunks, inputs: list[Tens
     if start is None:
         heads = part.stop - part.start
         return v.new_zeros(len(chunks.order), heads, k.shape[2], v.shape[2], dtype=_wide(v))
-    return start[chunks.order, part.start : part.stop]
+    return start[chunks.order, part.start : part.stop].contiguous()
 
 
 def _changes(

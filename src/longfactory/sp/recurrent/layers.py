@@ -56,9 +56,14 @@ MODELS = frozenset(
         "lfm2",
         "lfm2_moe",
         "lfm3",
+        "minimax",
+        "bailing_hybrid",
     }
 )
 """Text models whose mixers are made of the functions above."""
+
+_LIGHTNING = frozenset({"MiniMaxLightningAttention"})
+"""Classes whose recurrence stands in their forward, which is written here."""
 
 _KNOWN = frozenset(
     {
@@ -105,7 +110,8 @@ def prepare(model: nn.Module, ctx: SequenceParallel, hooks: ModelHooks) -> None:
     """Gives every mixer its forward over the ranks, and says by what it will be computed."""
     mixers = [m for m in model.modules() if _exchanged(type(m))]
     for module in mixers:
-        hooks.replace_forward(module, _forward)
+        lightning = type(module).__name__ in _LIGHTNING
+        hooks.replace_forward(module, _lightning if lightning else _forward)
     if mixers and ctx.rank == 0 and ctx.dp_rank == 0:
         log.info(
             "%d recurrent layers (%s) are computed by %s.",
@@ -128,19 +134,7 @@ def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any
     plan: RowPlan | None = kwargs.get("sp_plan")
     if plan is None:
         return type(self).forward(self, hidden_states, *args, **kwargs)
-    caches = ("attention_mask", "cache_params", "past_key_values")
-    if args or any(kwargs.get(name) is not None for name in caches):
-        raise ValueError(
-            f"{type(self).__name__}: masks and caches are not supported. Call the model with"
-            " hf.inputs(row, plan)."
-        )
-    if hidden_states.shape[0] != 1 or hidden_states.shape[1] != plan.local_length:
-        raise ValueError(
-            f"{type(self).__name__}: hidden states {tuple(hidden_states.shape)}, expected one row"
-            f" of this rank's {plan.local_length} tokens. Call the model with hf.inputs(row, plan)."
-        )
-    if (seen := probe.current()) is not None:
-        seen.linear.add(id(self))
+    _check(self, plan, hidden_states, args, kwargs)
     own = _own_forward(type(self))
     engine = {name: _bound(make, plan) for name, make in _FUNCTIONS.items()}
     forward = types.FunctionType(
@@ -154,6 +148,44 @@ def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any
     return forward(self, hidden_states, **kwargs)
 
 
+def _lightning(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """In place of the forward of MiniMax's lightning attention, which calls no function."""
+    plan: RowPlan | None = kwargs.get("sp_plan")
+    if plan is None:
+        return type(self).forward(self, hidden_states, *args, **kwargs)
+    _check(self, plan, hidden_states, args, kwargs)
+    x = hidden_states[0]
+    qkv = self.act_fn(self.qkv_proj(x)).unflatten(-1, (self.num_attention_heads, -1))
+    q, k, v = qkv.split(self.head_dim, dim=-1)
+    g = -self.slope_rate.to(_wide(x)).flatten().expand(len(x), -1)
+    out = over_ranks(q, k, v, g, torch.ones_like(g), Rule("plain", 1.0), plan, x.dtype)
+    out = self.norm(out.flatten(1)) * self.output_gate(x).sigmoid()
+    return self.out_proj(out)[None], None
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _check(
+    self: Any, plan: RowPlan, hidden_states: Tensor, args: Any, kwargs: dict[str, Any]
+) -> None:
+    """Refuses what would be lost, and tells the guard that this mixer is reached."""
+    caches = ("attention_mask", "cache_params", "past_key_values")
+    if args or any(kwargs.get(name) is not None for name in caches):
+        raise ValueError(
+            f"{type(self).__name__}: masks and caches are not supported. Call the model with"
+            " hf.inputs(row, plan)."
+        )
+    if hidden_states.shape[0] != 1 or hidden_states.shape[1] != plan.local_length:
+        raise ValueError(
+            f"{type(self).__name__}: hidden states {tuple(hidden_states.shape)}, expected one row"
+            f" of this rank's {plan.local_length} tokens. Call the model with hf.inputs(row, plan)."
+        )
+    if (seen := probe.current()) is not None:
+        seen.linear.add(id(self))
+
+
 def _own_forward(kind: type[nn.Module]) -> types.FunctionType:
     """The forward of a class as it is written, without what decorates it."""
     forward = inspect.unwrap(kind.forward)
@@ -162,7 +194,9 @@ def _own_forward(kind: type[nn.Module]) -> types.FunctionType:
 
 
 def _exchanged(kind: type[nn.Module]) -> bool:
-    """Whether a class is a mixer: it calls a function that is exchanged."""
+    """Whether a class is a mixer: it calls a function that is exchanged, or is written here."""
+    if kind.__name__ in _LIGHTNING:
+        return True
     forward = inspect.unwrap(kind.forward)
     return isinstance(forward, types.FunctionType) and any(
         name in _FUNCTIONS and name in forward.__globals__ for name in forward.__code__.co_names
@@ -233,18 +267,21 @@ def mixer_of(layer: nn.Module) -> Mixer | None:
         if not _exchanged(type(module)):
             continue
         m: Any = module
+        if type(m).__name__ in _LIGHTNING:
+            heads = m.num_attention_heads
+            return Mixer("plain", heads, heads, m.head_dim, m.head_dim, False, 0, 0)
         convolution = next(c for c in m.children() if isinstance(c, nn.Conv1d))
         sizes = convolution.in_channels, convolution.kernel_size[0]
         used = _own_forward(type(module)).__code__.co_names
         if "torch_chunk_gated_delta_rule" in used:
-            heads = m.num_k_heads, m.num_v_heads, m.head_k_dim, m.head_v_dim
-            return Mixer("delta", *heads, False, *sizes)
+            dims = m.num_k_heads, m.num_v_heads, m.head_k_dim, m.head_v_dim
+            return Mixer("delta", *dims, False, *sizes)
         if "chunk_kimi_delta_attention" in used:
-            heads = m.num_heads, m.num_heads, m.head_dim, m.head_dim
-            return Mixer("delta", *heads, True, *sizes)
+            dims = m.num_heads, m.num_heads, m.head_dim, m.head_dim
+            return Mixer("delta", *dims, True, *sizes)
         if "mamba2_chunk_scan" in used:
-            heads = m.n_groups, m.num_heads, m.ssm_state_size, m.head_dim
-            return Mixer("plain", *heads, False, *sizes)
+            dims = m.n_groups, m.num_heads, m.ssm_state_size, m.head_dim
+            return Mixer("plain", *dims, False, *sizes)
         return Mixer(None, 0, 0, 0, 0, False, *sizes)
     return None
 
@@ -344,6 +381,9 @@ def names(model: nn.Module) -> list[str]:
     """What the recurrent layers of a model are called."""
     found: dict[str, None] = {}
     for kind in {type(m) for m in model.modules() if _exchanged(type(m))}:
+        if kind.__name__ in _LIGHTNING:
+            found["lightning attention"] = None
+            continue
         used = [_NAMES[n] for n in _own_forward(kind).__code__.co_names if n in _NAMES]
         found |= dict.fromkeys(used or ["short convolution"])
     return sorted(found)
