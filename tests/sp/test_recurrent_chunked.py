@@ -130,13 +130,14 @@ def delta_rule(code: Any, x: Inputs) -> Tensor:
 )
 def test_recurrent_delta_rules_are_those_of_transformers(family: str, per_channel: bool) -> None:
     code = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    x = draw(per_channel, torch.float32)
-    expected = with_gradients(delta_rule(code, x), x)
+    x = draw(per_channel)
+    with layers._Widened():
+        expected = with_gradients(delta_rule(code, x), x)
     plan = sp.plan(160, None, sp.SequenceParallel())
     out, _ = layers._delta_rule(
         plan, *(t[None] for t in x), use_qk_l2norm_in_kernel=True, unknown=None
     )
-    assert worst(with_gradients(out[0], x), expected) < 2e-6
+    assert worst(with_gradients(out[0], x), expected) < 1e-12
 
 
 @pytest.mark.parametrize("family", ["nemotron_h", "granitemoehybrid", "mamba2"])
@@ -146,12 +147,14 @@ def test_recurrent_scan_of_mamba_2_is_that_of_transformers(family: str) -> None:
     x, dt = torch.randn(1, 160, 4, 6), torch.randn(1, 160, 4)
     b, c = torch.randn(2, 1, 160, 2, 8)
     a, d, bias = -torch.rand(4) - 0.1, torch.randn(4), torch.randn(4)
-    leaves = [t.requires_grad_() for t in (x, dt, a, b, c, d, bias)]
+    leaves = [t.double().requires_grad_() for t in (x, dt, a, b, c, d, bias)]
+    x, dt, a, b, c, d, bias = leaves
     settings = {"D": d, "dt_bias": bias, "dt_softplus": True, "dt_limit": (0.1, 2.0)}
-    expected = code.mamba2_chunk_scan(x, dt, a, b, c, chunk_size=32, **settings)
+    with layers._Widened():
+        expected = code.mamba2_chunk_scan(x, dt, a, b, c, chunk_size=32, **settings)
     plan = sp.plan(160, None, sp.SequenceParallel())
     out = layers._mamba2(plan, x, dt, a, b, c, chunk_size=32, **settings)
-    assert worst(with_gradients(out, leaves), with_gradients(expected, leaves)) < 2e-6
+    assert worst(with_gradients(out, leaves), with_gradients(expected, leaves)) < 1e-12
 
 
 def test_recurrent_states_of_a_cache_are_refused() -> None:

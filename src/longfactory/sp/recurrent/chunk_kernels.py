@@ -34,8 +34,7 @@ def _inverse(lower, size: tl.constexpr, LEVELS: tl.constexpr):  # type: ignore[n
     i = tl.arange(0, size)
     out = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
     for level in tl.static_range(LEVELS):
-        half: tl.constexpr = 1 << level
-        block_i, block_j = i[:, None] // half, i[None, :] // half
+        block_i, block_j = i[:, None] >> level, i[None, :] >> level
         given = tl.where((block_i == block_j + 1) & (block_i % 2 == 1), lower, 0.0)
         if level == 0:
             out = out - given
@@ -399,15 +398,12 @@ def _reverse(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _input_gradients(  # type: ignore[no-untyped-def]
-    q,
-    k,
+def _value_gradients(  # type: ignore[no-untyped-def]
     v,
     beta,
     grad,
     row_of,
     length_of,
-    sums,
     t,
     states,
     written,
@@ -416,10 +412,11 @@ def _input_gradients(  # type: ignore[no-untyped-def]
     dq,
     dk_out,
     dv_out,
-    dg,
     d_beta,
-    k_row,
-    k_head,
+    d_w_out,
+    d_scores_out,
+    d_solved_out,
+    d_last_out,
     v_row,
     v_head,
     beta_row,
@@ -435,15 +432,15 @@ def _input_gradients(  # type: ignore[no-untyped-def]
     DELTA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of a chunk's inputs. Those of queries and keys are of each head of the values."""
+    """Gradients of values, and by them of what the other inputs make: queries and keys as they are
+    decayed, scores, the inverse, and what is taken out of states.
+    """
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     first, length = tl.load(row_of + chunk).to(tl.int64), tl.load(length_of + chunk)
     i, dk = tl.arange(0, C), tl.arange(0, BK)
     here = i < length
     row = first + i
     at = chunk * HEADS + head
-    total = tl.load(sums + at * C + i)
-    last = tl.sum(tl.where(i == C - 1, total, 0.0), 0)
     rate = tl.load(beta + row * beta_row + head, mask=here, other=0.0).to(tl.float32)
     d_qd = tl.zeros([C, BK], dtype=tl.float32)
     d_kd = tl.zeros([C, BK], dtype=tl.float32)
@@ -487,12 +484,72 @@ def _input_gradients(  # type: ignore[no-untyped-def]
             (d_values * rate[:, None]).to(dv_out.dtype.element_ty),
             mask=rows,
         )
-    place = row[:, None] * k_row + (head // SHARE) * k_head + dk[None, :]
+    results = (row[:, None] * HEADS + head) * DK + dk[None, :]
     inside = here[:, None] & (dk < DK)[None, :]
+    square = (at * C + i[:, None]) * C + i[None, :]
+    tl.store(dq + results, d_qd, mask=inside)
+    tl.store(dk_out + results, d_kd, mask=inside)
+    tl.store(d_beta + row * HEADS + head, d_rate, mask=here)
+    tl.store(d_scores_out + square, d_scores)
+    tl.store(d_last_out + at, d_last)
+    if DELTA:
+        tl.store(d_w_out + (at * C + i[:, None]) * DK + dk[None, :], d_w, mask=(dk < DK)[None, :])
+        tl.store(d_solved_out + square, d_solved)
+
+
+@triton.jit
+def _key_gradients(  # type: ignore[no-untyped-def]
+    q,
+    k,
+    beta,
+    row_of,
+    length_of,
+    sums,
+    t,
+    dq,
+    dk_out,
+    dg,
+    d_beta,
+    d_w_in,
+    d_scores_in,
+    d_solved_in,
+    d_last_in,
+    k_row,
+    k_head,
+    beta_row,
+    HEADS: tl.constexpr,
+    SHARE: tl.constexpr,
+    DK: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    DELTA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """From `_value_gradients`, in place, to the gradients of queries, keys, decays and rates. Those
+    of queries and keys are of each head of the values.
+    """
+    chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    first, length = tl.load(row_of + chunk).to(tl.int64), tl.load(length_of + chunk)
+    i, dk = tl.arange(0, C), tl.arange(0, BK)
+    here = i < length
+    row = first + i
+    at = chunk * HEADS + head
+    total = tl.load(sums + at * C + i)
+    last = tl.sum(tl.where(i == C - 1, total, 0.0), 0)
+    rate = tl.load(beta + row * beta_row + head, mask=here, other=0.0).to(tl.float32)
+    results = (row[:, None] * HEADS + head) * DK + dk[None, :]
+    inside = here[:, None] & (dk < DK)[None, :]
+    square = (at * C + i[:, None]) * C + i[None, :]
+    d_rate = tl.load(d_beta + row * HEADS + head, mask=here, other=0.0)
+    d_scores = tl.load(d_scores_in + square)
+    d_last = tl.load(d_last_in + at)
+    place = row[:, None] * k_row + (head // SHARE) * k_head + dk[None, :]
     queries = tl.load(q + place, mask=inside, other=0.0).to(tl.float32)
     keys = tl.load(k + place, mask=inside, other=0.0).to(tl.float32)
     grown, left = tl.exp(total), tl.exp(last - total)
     falls = _decay(total, C, 0)
+    d_qd = tl.load(dq + results, mask=inside, other=0.0)
+    d_kd = tl.load(dk_out + results, mask=inside, other=0.0)
     d_total = tl.sum(d_qd * queries, 1) * grown
     ended = tl.sum(d_kd * keys, 1) * left
     d_total -= ended
@@ -505,6 +562,11 @@ def _input_gradients(  # type: ignore[no-untyped-def]
     d_queries += tl.dot(d_scores, keys, input_precision=PRECISION)
     d_keys += tl.dot(tl.trans(d_scores), queries, input_precision=PRECISION)
     if DELTA:
+        solved = tl.load(t + square)
+        d_w = tl.load(
+            d_w_in + (at * C + i[:, None]) * DK + dk[None, :], mask=(dk < DK)[None, :], other=0.0
+        )
+        d_solved = tl.load(d_solved_in + square)
         scaled = keys * (grown * rate)[:, None]
         d_solved += tl.dot(d_w, tl.trans(scaled), input_precision=PRECISION)
         d_scaled = tl.dot(tl.trans(solved), d_w, input_precision=PRECISION)
@@ -527,7 +589,8 @@ def _input_gradients(  # type: ignore[no-untyped-def]
     upto = tl.cumsum(d_total, 0)
     every = tl.sum(d_total, 0)
     d_decay = every - upto + d_total
-    results = (row[:, None] * HEADS + head) * DK + dk[None, :]
+    # Written over what other warps may not have read yet.
+    tl.debug_barrier()
     tl.store(dq + results, d_queries, mask=inside)
     tl.store(dk_out + results, d_keys, mask=inside)
     tl.store(dg + row * HEADS + head, d_decay, mask=here)
@@ -542,7 +605,8 @@ SETTINGS: dict[str, tuple[int, int, int]] = {
     "outputs": (4, 1, 32),
     "output_gradients": (4, 1, 32),
     "reverse": (4, 2, 32),
-    "input_gradients": (8, 1, 32),
+    "value_gradients": (8, 1, 32),
+    "key_gradients": (8, 1, 32),
 }
 """Warps and stages of each kernel, and the columns of values that it takes at once."""
 
@@ -689,11 +753,23 @@ class Job:
         dq, dk = self._new(rows, h, self.key_dim), self._new(rows, h, self.key_dim)
         dv = self.v.new_empty(rows, h, self.value_dim)
         dg, d_beta = self._new(rows, h), self._new(rows, h)
-        _input_gradients[(self.chunks.count, h)](
-            self.q, self.k, self.v, self.beta, grad, *self._chunk_rows, self.sums, self.t, states,
-            written, after, d_written, dq, dk, dv, dg, d_beta,
-            *self.k.stride()[:2], *self.v.stride()[:2], self.beta.stride(0), *grad.stride()[:2],
-            *self._sizes, **self._settings("input_gradients"), DELTA=self.delta,
+        n, c = self.chunks.count, self.chunks.size
+        d_scores, d_last = self._new(n, h, c, c), self._new(n, h)
+        d_solved = torch.empty_like(self.t)
+        # What is taken out of the states is not read any more.
+        d_w = self.w
+        _value_gradients[(n, h)](
+            self.v, self.beta, grad, *self._chunk_rows, self.t, states, written, after, d_written,
+            dq, dk, dv, d_beta, d_w, d_scores, d_solved, d_last,
+            *self.v.stride()[:2], self.beta.stride(0), *grad.stride()[:2],
+            *self._sizes, **self._settings("value_gradients"), DELTA=self.delta,
+        )  # fmt: skip
+        settings = self._settings("key_gradients")
+        del settings["BV"]
+        _key_gradients[(n, h)](
+            self.q, self.k, self.beta, *self._chunk_rows, self.sums, self.t, dq, dk, dg, d_beta,
+            d_w, d_scores, d_solved, d_last, *self.k.stride()[:2], self.beta.stride(0),
+            *self._sizes[:3], **settings, DELTA=self.delta,
         )  # fmt: skip
         if h != self.k.shape[1]:
             # [T, h, Dk] -> [T, hk, Dk]

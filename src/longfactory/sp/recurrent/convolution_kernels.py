@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .fragments import Halo
 
-ROWS = 64
+ROWS = 32
 COLUMNS = 128
 ACTIVATIONS = frozenset({None, "silu", "swish"})
 """What is applied to the result here; swish is another name of silu."""
