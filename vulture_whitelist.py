@@ -71,6 +71,7 @@ _.working_set
 _.moments
 _.offloaded_bytes
 _.active_layer_parameters
+_.real_heads
 
 # Of torch's schedulers and transformers' Trainer: they read these.
 _.base_lrs

@@ -13,6 +13,9 @@ import _model_rows
 import family_sweep
 import kernels
 import models
+from longfactory.memory.layer_kinds import kinds_of
+from longfactory.sp.text_model import model_class
+from longfactory_dev.tiny_models import real_heads, tiny_config
 from plan_accuracy import FULL, LORA, PT, Setting, write_shape
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -127,3 +130,22 @@ def test_distances_want_every_gradient() -> None:
     assert found["gradients"] == pytest.approx(2**0.5)
     with pytest.raises(ValueError, match="gradients of other parameters"):
         family_sweep.distances((ours[0], {"b": torch.zeros(2)}), exact)
+
+
+@pytest.mark.parametrize(
+    ("family", "dims"),
+    [
+        ("gemma3_text", {(256, 256)}),
+        ("deepseek_v3", {(192, 128)}),
+        ("gpt_oss", {(64, 64)}),
+        ("gpt2", {(64, 64)}),
+        ("llama", {(128, 128)}),
+    ],
+)
+def test_tiny_models_with_real_heads(family: str, dims: set[tuple[int, int]]) -> None:
+    config = tiny_config(family, **real_heads(family))
+    with torch.device("meta"):
+        model = model_class(config).from_config()
+    kinds = kinds_of(model, config)
+    assert {(kind.head_dim, kind.value_dim) for kind in kinds} == dims
+    assert sum(p.numel() for p in model.parameters()) < 5_000_000

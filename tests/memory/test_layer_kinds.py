@@ -15,6 +15,7 @@ from longfactory import sp
 from longfactory.memory.checkpointed import stored_of_a_token
 from longfactory.memory.layer_kinds import LayerKind, kinds_of
 from longfactory.memory.shapes import ModelShape, TrainingJob, machine
+from longfactory.model import experts
 from longfactory.sp import hf
 from longfactory.sp.layout import Segment
 from longfactory.sp.text_model import decoder_layers
@@ -122,6 +123,7 @@ def stored(config: Any, mode: str) -> float:
     model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=hf.ATTENTION)
     if hasattr(config, "num_experts"):
         model.set_experts_implementation("grouped_mm")
+        experts.install_grouped(model)
     model = model.to(torch.float32 if mode == "autocast" else torch.bfloat16)
     if mode == "lora":
         from peft import LoraConfig, get_peft_model
@@ -138,6 +140,7 @@ def stored(config: Any, mode: str) -> float:
     shapes = {p.shape for p in model.parameters()} | {
         torch.Size(reversed(p.shape)) for p in model.parameters()
     }
+    shapes |= {p.transpose(1, 2).shape for p in model.parameters() if p.dim() == 3}
     held: dict[int, Any] = {}
     inside = [False]
 

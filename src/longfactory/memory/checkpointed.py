@@ -205,11 +205,11 @@ def stored_of_a_token(job: TrainingJob, kind: LayerKind) -> float:
     stored += 4.0 * width * kind.dense_width + kind.recurrent_bytes
     if kind.experts:
         # the input and the output of each expert, the output alone of a frozen one; what its
-        # activation is made of and gives; its place in the order, three times
+        # gate is made of, and gives; its place in the order, twice
         frozen = shape.adapters and not shape.adapted_experts
-        sides, parts = (1, 3) if frozen else (2, 4)
+        sides, parts = (1, 2) if frozen else (2, 3)
         numbers = sides * kind.used * hidden + parts * kind.expert_width
-        stored += width * numbers + 28.0 * kind.used + 4.0 * kind.experts
+        stored += width * numbers + 20.0 * kind.used + 4.0 * kind.experts
     return stored
 
 

@@ -17,10 +17,10 @@ from longfactory.memory.layer_ops import fused, wide
 
 
 @fused
-def sum_over_picks(y: Tensor, back: Tensor, picks: int) -> Tensor:
-    """[S, H] -> [T, H]: the sum over each token's experts."""
+def sum_over_picks(y: Tensor, back: Tensor, picks: int, dtype: torch.dtype) -> Tensor:
+    """[S, H] -> [T, H] in `dtype`: the sum over each token's experts."""
     # [S, H] -> [T, K, H]
-    return y[back].view(-1, picks, y.shape[1]).to(wide(y.dtype)).sum(1).to(y.dtype)
+    return y[back].view(-1, picks, y.shape[1]).to(wide(y.dtype)).sum(1).to(dtype)
 
 
 @fused

@@ -140,16 +140,25 @@ def _grouped_or_own(module: Any, *args: Any, **kwargs: Any) -> Any:
     return type(module).forward(module, *args, **kwargs)
 
 
+def _computed_in(weight: Any) -> torch.dtype:
+    """The type of a product with the weight."""
+    if hasattr(weight, "quant_state"):
+        return weight.quant_state.dtype  # type: ignore[no-any-return]
+    kind = weight.device.type
+    if torch.is_autocast_enabled(kind) and weight.dtype in (
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+    ):
+        return torch.get_autocast_dtype(kind)
+    return weight.dtype  # type: ignore[no-any-return]
+
+
 def in_autocast(weight: Tensor) -> Tensor:
     """The weight in the type in which autocast would have a product computed; itself where autocast
-    is off, and where it changes no type (float64, integers).
+    is off, and where it changes no type (float64).
     """
-    kind = weight.device.type
-    if not torch.is_autocast_enabled(kind) or not weight.is_floating_point():
-        return weight
-    if weight.dtype == torch.float64:
-        return weight
-    return weight.to(torch.get_autocast_dtype(kind))
+    return weight.to(_computed_in(weight))
 
 
 def _linear(wrapper: Any, base: nn.Linear, adapter: str, x: Tensor) -> Tensor:
@@ -207,7 +216,7 @@ def _experts(
         """[S, in] -> [S, out]"""
         weight = getattr(base, name)
         if hasattr(weight, "quant_state"):
-            x = x.to(weight.quant_state.dtype)
+            x = x.to(_computed_in(weight))
             y = _FourBitProduct.apply(x, weight, offsets, base.is_transposed)
         else:
             weight = in_autocast(weight)
@@ -221,8 +230,9 @@ def _experts(
 
     back = torch.empty_like(order)
     back[order] = torch.arange(order.numel(), device=order.device)
-    x = _Sent.apply(hidden_states, order, back, picks)
-    x = product(x, "gate_up_proj" if base.has_gate else "up_proj")
+    first = "gate_up_proj" if base.has_gate else "up_proj"
+    x = _Sent.apply(hidden_states, order, back, picks, _computed_in(getattr(base, first)))
+    x = product(x, first)
     if _gates_plainly(base):
         x = _Gated.apply(x)
     else:
@@ -242,23 +252,25 @@ def _gates_plainly(base: Any) -> bool:
 
 
 class _Sent(torch.autograd.Function):
-    """[tokens, H] -> [S, H]: a token for each of the experts that it is sent to, sorted by expert.
+    """[tokens, H] -> [S, H]: a token for each of the experts that it is sent to, sorted by expert,
+    in the type that they compute in.
 
     Its adjoint is a gather and a sum; autograd's own adds up by index.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, order: Tensor, back: Tensor, picks: int
+        ctx: Any, x: Tensor, order: Tensor, back: Tensor, picks: int, dtype: torch.dtype
     ) -> Tensor:
-        ctx.picks = picks
+        ctx.picks, ctx.dtype = picks, x.dtype
         ctx.save_for_backward(back)
-        return x[order // picks]
+        return x.to(dtype)[order // picks]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         (back,) = ctx.saved_tensors
-        return expert_ops.sum_over_picks(dy, back, ctx.picks), None, None, None
+        dx = expert_ops.sum_over_picks(dy, back, ctx.picks, ctx.dtype)
+        return dx, None, None, None, None
 
 
 class _Biased(torch.autograd.Function):
