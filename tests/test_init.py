@@ -16,7 +16,7 @@ from longfactory.config.arguments import GROUPS
 from longfactory.config.fields import keys_of
 from longfactory.config.schema import schema
 from longfactory.errors import UserError
-from longfactory.init import STAGES
+from longfactory.init import DEMO_MODEL, STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,6 +35,7 @@ def test_what_init_writes_is_a_run(stage: str, more: list[str], tmp_path: Path) 
     assert cfg.method.finetuning_type == ("lora" if more else "full")
     info = json.loads((tmp_path / "data" / "dataset_info.json").read_text())
     (name,) = cfg.data.dataset
+    assert cfg.model.model_name_or_path == DEMO_MODEL and name.startswith("manual_")
     assert (tmp_path / "data" / info[name]["file_name"]).is_file()
     text = (tmp_path / f"{stage}.yaml").read_text()
     assert max(map(len, text.splitlines())) <= 110 and text.count("#") > 10

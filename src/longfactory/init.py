@@ -288,7 +288,7 @@ def run_file(
 def key(name: str, value: str, why: str = "") -> str:
     """A line of the file."""
     line = f"{name}: {value}"
-    return f"{line:<40}# {why}" if why else line
+    return f"{line:<38}  # {why}" if why else line
 
 
 def quoted(text: str) -> str:

@@ -63,7 +63,8 @@ def test_commands_and_keys_of_a_page_exist(page: Path) -> None:
             assert set(map(str, found)) <= set(keys), f"{page.name}: {set(found) - set(keys)}"
 
 
-def test_every_page_is_in_the_site() -> None:
+def test_pages_of_the_navigation_exist() -> None:
     nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
-    named = set(re.findall(r"[\w]+\.md", str(nav)))
-    assert named == {page.name for page in (ROOT / "docs").glob("*.md")}
+    named = re.findall(r"[\w]+\.md", str(nav))
+    assert len(named) == len(set(named)) > 20
+    assert set(named) <= {page.name for page in (ROOT / "docs").glob("*.md")}
