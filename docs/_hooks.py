@@ -1,6 +1,6 @@
 """For mkdocs. Pages link to files of the repository that are no pages (results, code): on the site
 such a link is the file's path, and one to a path that is not there is a warning, which ends a
-strict build. Pages that the navigation of mkdocs.yml does not name come at the end of its reference.
+strict build. Pages that the navigation of mkdocs.yml leaves out come at the end of its reference.
 """
 
 from __future__ import annotations

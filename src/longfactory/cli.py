@@ -320,6 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     another where the program failed.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    terminal.slow_bars()
     if not words or words[0] in ("help", "-h", "--help"):
         print(USAGE.format(version=__version__), end="")
         return 0

@@ -46,6 +46,15 @@ def interactive(stream: TextIO | None = None) -> bool:
     return bool(is_terminal()) and os.environ.get("TERM") != "dumb"
 
 
+def slow_bars() -> None:
+    """Where no one watches, progress bars of all packages write a line in half a minute, not ten a
+    second. Before tqdm is imported, which reads it then; what the user has set stays.
+    """
+    if not interactive():
+        for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"):
+            os.environ.setdefault(name, "30")
+
+
 @contextlib.contextmanager
 def beside_bars(stream: TextIO) -> Iterator[None]:
     """Takes progress bars off the screen for a moment, so that lines can be written above them."""

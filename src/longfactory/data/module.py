@@ -369,9 +369,7 @@ def _tokenised(
                 yield item
 
         meta: dict[str, Any] = {"name": source.name, "kind": kind.name}
-        with tqdm(
-            desc=f"Tokenising {source.name}", unit=" rows", disable=rank != 0, mininterval=1.0
-        ) as bar:
+        with tqdm(desc=f"Tokenising {source.name}", unit=" rows", disable=rank != 0) as bar:
             chunks = prepare.run(
                 preparer, rows(), args.preprocessing_num_workers, args.preprocessing_batch_size, bar
             )
