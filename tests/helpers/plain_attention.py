@@ -40,7 +40,7 @@ def plain_mask(
                 seen = seen and position[i] - position[j] < window
             if chunk is not None:
                 seen = seen and position[i] // chunk == position[j] // chunk
-            mask[i, j] = seen
+            mask[i, j] = seen or (owner[i] == owner[j] and segments[owner[i]].block)
     return mask
 
 

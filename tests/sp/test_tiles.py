@@ -7,16 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longfactory.sp.layout import Segment, balanced, contiguous, zigzag
+from longfactory.sp.layout import Segment, balanced, contiguous, with_blocks, zigzag
 from longfactory.sp.plan import HALO, MaskPlan
 from longfactory.sp.tiles import Mask, Run, intersect, merge_rectangles, subtract
 from plain_attention import plain_mask
 
 
 @st.composite
-def segmented_rows(draw: st.DrawFn) -> tuple[int, int, int, list[Segment]]:
+def segmented_rows(draw: st.DrawFn, blocks: bool = False) -> tuple[int, int, int, list[Segment]]:
     """(ranks, ulysses degree, length, segments), with empty documents, branches, and branches of
-    branches.
+    branches; with `blocks` some of them are blocks of tokens that see each other.
     """
     ranks = draw(st.integers(1, 5))
     ulysses = draw(st.sampled_from([u for u in range(1, ranks + 1) if ranks % u == 0]))
@@ -26,7 +26,7 @@ def segmented_rows(draw: st.DrawFn) -> tuple[int, int, int, list[Segment]]:
     segments: list[Segment] = []
     for i, (a, b) in enumerate(itertools.pairwise(edges)):
         parent = draw(st.integers(-1, i - 1)) if i and draw(st.booleans()) else -1
-        segments.append(Segment(a, b, parent))
+        segments.append(Segment(a, b, parent, block=blocks and draw(st.booleans())))
     return ranks, ulysses, length, segments
 
 
@@ -38,6 +38,24 @@ def segmented_rows(draw: st.DrawFn) -> tuple[int, int, int, list[Segment]]:
     chunk=st.none() | st.integers(1, 40),
 )
 def test_tiles_of_all_ranks_are_the_plain_mask(
+    row: tuple[int, int, int, list[Segment]], kind: str, window: int | None, chunk: int | None
+) -> None:
+    _all_ranks_are_the_plain_mask(row, kind, window, chunk)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    row=segmented_rows(blocks=True),
+    kind=st.sampled_from(["zigzag", "balanced", "contiguous"]),
+    window=st.none() | st.integers(1, 40),
+)
+def test_tiles_of_vision_blocks_are_the_plain_mask(
+    row: tuple[int, int, int, list[Segment]], kind: str, window: int | None
+) -> None:
+    _all_ranks_are_the_plain_mask(row, kind, window, None)
+
+
+def _all_ranks_are_the_plain_mask(
     row: tuple[int, int, int, list[Segment]], kind: str, window: int | None, chunk: int | None
 ) -> None:
     ranks, ulysses, length, segments = row
@@ -56,7 +74,12 @@ def test_tiles_of_all_ranks_are_the_plain_mask(
         plan = MaskPlan(mask, layout, rank)
         rows = _rows(layout.intervals[rank])
         own = plan.tiles(rank)
-        assert own[0].q == slice(0, len(rows)) and own[0].first, "the first tile covers every query"
+        firsts = list(itertools.takewhile(lambda tile: tile.first, own))
+        assert not any(tile.first for tile in own[len(firsts) :])
+        covered = [i for tile in firsts for i in range(tile.q.start, tile.q.stop)]
+        assert covered == list(range(len(rows))), "the first tiles cover every query, once"
+        if not any(s.block for s in segments):
+            assert len(firsts) == 1
         for step in range(ring):
             source = (rank - step) % ring
             tiles = plan.tiles(source)
@@ -89,6 +112,20 @@ def _add(count: torch.Tensor, tiles: tuple, q_rows: torch.Tensor, k_rows: torch.
             "every query of a tile sees a key: kernels disagree about rows that see nothing"
         )
         count[q_rows[tile.q].unsqueeze(1), k_rows[tile.k].unsqueeze(0)] += seen.int()
+
+
+def test_vision_blocks_cut_segments_into_chains() -> None:
+    found = with_blocks([Segment(0, 9), Segment(9, 12, 0)], [(2, 4), (4, 6), (9, 10)])
+    assert found == (
+        Segment(0, 2),
+        Segment(2, 4, 0, block=True),
+        Segment(4, 6, 1, block=True),
+        Segment(6, 9, 2),
+        Segment(9, 10, 3, block=True),
+        Segment(10, 12, 4),
+    )
+    with pytest.raises(ValueError, match="no one document"):
+        with_blocks([Segment(0, 5), Segment(5, 9)], [(4, 6)])
 
 
 def test_a_zigzag_rank_has_three_tiles_at_most() -> None:

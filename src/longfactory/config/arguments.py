@@ -221,6 +221,13 @@ class FinetuningArguments:
         (), "freeze: modules outside the layers that are trained too."
     )
 
+    freeze_vision_tower: bool = arg(True, "Rows with images: the vision tower is not trained.")
+    freeze_multi_modal_projector: bool = arg(
+        True, "Rows with images: what maps the tower's features to the text model is not trained."
+    )
+    freeze_language_model: bool = arg(False, "Rows with images: the text model is not trained.")
+    train_mm_proj_only: bool = arg(False, "Rows with images: the projector alone is trained.")
+
     pref_loss: PreferenceName = arg("sigmoid", "dpo: the loss of a pair.")  # noqa: RUF009
     loss_path: str | None = arg(
         None,

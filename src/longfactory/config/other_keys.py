@@ -115,8 +115,6 @@ NO_EFFECT: dict[str, Other] = {
     "visual_inputs": Other((False,), "LongFactory trains on text"),
     "use_audio_in_video": Other((False,), "LongFactory trains on text"),
     "audio_sampling_rate": Other((16000,), "LongFactory trains on text"),
-    "freeze_vision_tower": Other((True,), "LongFactory trains the text model alone"),
-    "freeze_multi_modal_projector": Other((True,), "LongFactory trains the text model alone"),
 }
 """Keys whose value changes nothing here. A value that is not harmless is noted at the start of the
 run.
@@ -169,11 +167,6 @@ REFUSED: dict[str, Other] = {
         (None,), "a quantised model is placed on one device by each process; leave it out"
     ),
     "infer_backend": Other(("huggingface", "hf"), _VLLM),
-    "train_mm_proj_only": Other((False,), "LongFactory trains the text model alone"),
-    "freeze_language_model": Other(
-        (False,),
-        "LongFactory trains the text model; use finetuning_type: freeze to train a part of it",
-    ),
     # export and serving
     "export_legacy_format": Other((False,), "export writes safetensors"),
     "export_quantization_bit": Other((None,), _EXPORT_Q),

@@ -56,10 +56,12 @@ Part = tuple[Store, np.ndarray]  # a store, and which of its samples are used, i
 @dataclasses.dataclass
 class Datasets:
     """`train` is a `StreamedDataset` with `streaming`. `eval` holds one data set under the name
-    "eval", or with `eval_on_each_dataset` each under its own name."""
+    "eval", or with `eval_on_each_dataset` each under its own name. `processing` is what makes
+    tensors of images and videos; None where no data set has any."""
 
     train: TokenizedDataset | StreamedDataset | None
     eval: dict[str, TokenizedDataset]
+    processing: Any = None
 
 
 def cache_root() -> Path:

@@ -151,7 +151,12 @@ def bare_model(job: TrainingJob) -> dict[str, StepMoments]:
         if not job.written_layer:
             whole = max(_widest_map(shape, kind) for kind in shape.kinds)
         layer += shape.width * whole
+    tower: dict[str, StepMoments] = {}
+    if job.tower is not None:
+        held, batch = job.tower.bytes(tokens, shape.width, shards > 1)
+        tower["vision tower"] = StepMoments(held, held, held + batch)
     return {
+        **tower,
         "weights": StepMoments(weights, weights, weights),
         "output layer": StepMoments(gathered + 6 * head + logits, gathered, gathered),
         "one layer's parameters and gradients": StepMoments(0.0, layer, layer),

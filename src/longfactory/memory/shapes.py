@@ -390,6 +390,40 @@ def machine(
 
 
 @dataclasses.dataclass(frozen=True)
+class Tower:
+    """The vision tower that rows with images pass through.
+
+    Attributes:
+        parameters: of tower and projector.
+        of_a_patch: numbers that autograd stores of one patch, in all layers of the tower.
+        levels: features that a placeholder gets: its embedding's, and those of deeper layers.
+        hidden: of the text model.
+        batch: patches that are computed at a time.
+        trained: tower or projector is trained: a batch is stored while its backward runs.
+    """
+
+    parameters: int
+    of_a_patch: int
+    levels: int
+    hidden: int
+    batch: int
+    trained: bool
+
+    def bytes(self, local: int, width: int, gathered: bool) -> tuple[float, float]:
+        """(all the time, while a batch is in its backward) on one GPU.
+
+        Args:
+            local: tokens of a rank, all of which may be of images.
+            width: bytes of a number in a layer.
+            gathered: weights are sharded, and whole during a step.
+        """
+        held = width * self.parameters * (1 + self.trained) if gathered else 0
+        features = local * self.levels * self.hidden * width
+        batch = self.batch * self.of_a_patch * width if self.trained else 0
+        return held + features, batch
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainingJob:
     """What is trained, and on what.
 
@@ -417,6 +451,7 @@ class TrainingJob:
             but in stage 3, whole gradients in stage 1.
         mode, ulysses_degree: the schedule of sequence parallelism (`sp.context.Mode`), and GPUs
             that exchange heads where `usp` says how many.
+        tower: of rows with images; None of rows of text.
     """
 
     shape: ModelShape
@@ -434,6 +469,7 @@ class TrainingJob:
     reference_passes: int = 0
     mode: str = "zigzag-ring"
     ulysses_degree: int | None = None
+    tower: Tower | None = None
 
     def __post_init__(self) -> None:
         if self.ddp:

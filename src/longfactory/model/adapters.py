@@ -19,7 +19,7 @@ from torch import nn
 
 from longfactory.errors import UserError
 from longfactory.model import experts
-from longfactory.sp import hf
+from longfactory.sp import hf, text_model, vision
 from longfactory.sp.routers import is_router
 from longfactory.sp.text_model import Idle, decoder_layers, idle
 
@@ -56,7 +56,64 @@ def apply_finetuning(
     if method.train_routers is not None and is_trainable:
         _train_routers(model, method.train_routers)
     freeze_idle(model)
+    _freeze_parts(model, method)
     return model
+
+
+def frozen_parts(method: Any) -> frozenset[str]:
+    """Of a model that images pass through, which of `tower`, `projector` and `language` the keys
+    freeze.
+    """
+    if method.train_mm_proj_only:
+        return frozenset({"tower", "language"})
+    keys = {
+        "tower": method.freeze_vision_tower,
+        "projector": method.freeze_multi_modal_projector,
+        "language": method.freeze_language_model,
+    }
+    return frozenset(part for part, frozen in keys.items() if frozen)
+
+
+def _frozen_names(inner: Any, method: Any) -> set[str]:
+    """Names of the parameters of an unwrapped model that the keys of its parts freeze; none of a
+    model that text alone passes through.
+    """
+    if not text_model.enters_more_than_text(inner):
+        return set()
+    modules = vision.modules_of(inner)
+    held = {
+        part: {id(p) for m in modules[part] for p in m.parameters()}
+        for part in ("tower", "projector")
+    }
+    held["projector"] |= {id(p) for p in vision.own_parameters(inner)}
+    of: dict[str, set[int]] = {
+        "projector": held["projector"],
+        "tower": held["tower"] - held["projector"],
+    }
+    language = [text_model.decoder(inner), inner.get_output_embeddings()]
+    of["language"] = {id(p) for m in language if m is not None for p in m.parameters()}
+    frozen = set().union(*(of[part] for part in frozen_parts(method)))
+    return {n for n, p in inner.named_parameters(remove_duplicate=False) if id(p) in frozen}
+
+
+def _freeze_parts(model: nn.Module, method: Any) -> None:
+    """`freeze_vision_tower` and its kin.
+
+    Raises:
+        UserError: nothing is left to train.
+    """
+    inner = hf.unwrap(model)
+    names = _frozen_names(inner, method)
+    before = any(p.requires_grad for p in model.parameters())
+    for name, p in inner.named_parameters(remove_duplicate=False):
+        if name in names and "modules_to_save" not in name:
+            p.requires_grad_(False)
+    if before and not any(p.requires_grad for p in model.parameters()):
+        raise UserError(
+            f"freeze_vision_tower, freeze_multi_modal_projector, freeze_language_model and"
+            f" train_mm_proj_only leave nothing to train with finetuning_type:"
+            f" {method.finetuning_type}. Set one of them to false."
+        )
 
 
 def _train_routers(model: nn.Module, trained: bool) -> None:
@@ -311,9 +368,39 @@ def _freeze(model: nn.Module, method: Any) -> None:
         p.requires_grad_(in_layer or any(m in name.split(".") for m in extra))
 
 
-def linear_names(model: nn.Module) -> list[str]:
+def unadapted(model: nn.Module, method: Any) -> Idle:
+    """What gets no adapter: what rows do not pass through, and of a model that images pass through
+    its frozen parts, and under `lora_target: all` the projector.
+
+    Args:
+        model: without adapters.
+    """
+    parts = idle(model)
+    if not text_model.enters_more_than_text(model):
+        return parts
+    frozen = set(frozen_parts(method))
+    if _names(method.lora_target) == ["all"]:
+        frozen.add("projector")
+    modules = vision.modules_of(model)
+    projector = {id(m) for m in modules["projector"]}
+    chosen = {id(m) for m in modules["projector"] if "projector" in frozen}
+    if "tower" in frozen:
+        for tower in modules["tower"]:
+            inside = any(id(m) in projector for m in tower.modules())
+            outermost = list(tower.children()) if inside else [tower]
+            chosen |= {id(m) for m in outermost if id(m) not in projector}
+    if "language" in frozen:
+        chosen |= {id(text_model.decoder(model)), id(model.get_output_embeddings())}
+    names = tuple(name for name, m in model.named_modules() if id(m) in chosen)
+    inside_of = {
+        n for n, _ in model.named_parameters() if any(n.startswith(m + ".") for m in names)
+    }
+    return Idle((*parts.modules, *names), parts.parameters | inside_of)
+
+
+def linear_names(model: nn.Module, parts: Idle | None = None) -> list[str]:
     """Names for peft of every linear layer that text passes through, but the output layer: what
-    `lora_target: all` means.
+    `lora_target: all` means. `parts`: what gets none; by default what rows do not pass through.
 
     Routers are left out: what they choose would change with their adapter.
 
@@ -322,7 +409,8 @@ def linear_names(model: nn.Module) -> list[str]:
     `ffn.0` for every first layer of the decoder.
     """
     inner = hf.unwrap(model)
-    parts, head = idle(inner), inner.get_output_embeddings()
+    parts = idle(inner) if parts is None else parts
+    head = inner.get_output_embeddings()
     in_routers = {m for router in inner.modules() if is_router(router) for m in router.modules()}
     linear: list[str] = []
     others: list[str] = []
@@ -405,10 +493,14 @@ def _refuse_unknown(targets: list[str], model: Any, parts: Idle) -> None:
             f"lora_target or additional_target: {', '.join(unknown)} not found in the model."
             f" {there}"
         )
+    frozen = ""
+    if text_model.enters_more_than_text(model):
+        frozen = " or which freeze_vision_tower and its kin freeze"
     if unpassed := [t for t, at in found.items() if all(n in parts for n in at)]:
         raise UserError(
             f"lora_target or additional_target: {', '.join(unpassed)} cannot be trained on text: it"
-            f" lies in {', '.join(parts.modules)}, which text does not pass through. {there}"
+            f" lies in {', '.join(parts.modules)}, which text does not pass through{frozen}."
+            f" {there}"
         )
 
 
@@ -443,7 +535,8 @@ def lora_targets(model: Any, method: Any, parts: Idle) -> Targets:
     named = _names(method.lora_target)
     maps = experts.expert_maps(model, parts)
     if named == ["all"]:
-        modules, chosen = linear_names(model), set(maps if method.lora_experts else ())
+        modules = linear_names(model, parts)
+        chosen = set(maps if method.lora_experts else ())
     else:
         modules, chosen = _resolved(named, model, method, maps)
         _refuse_unknown(modules, model, parts)
@@ -548,7 +641,12 @@ def check_targets(model: Any, method: Any) -> Targets:
     Raises:
         UserError: `lora_target` names what is not there, or another key is not for it.
     """
-    targets = lora_targets(model, method, idle(model))
+    targets = lora_targets(model, method, unadapted(model, method))
+    if not targets.modules and not targets.parameters:
+        raise UserError(
+            "lora_target: all finds no layer: freeze_vision_tower and freeze_language_model freeze"
+            " every part that may have an adapter. Set one of them to false."
+        )
     _refuse_what_parameters_cannot(targets, method, model)
     return targets
 
@@ -685,7 +783,7 @@ def _lora(model: Any, method: Any, adapters: list[str], is_trainable: bool, resi
         return load_adapter(model, resume, is_trainable=is_trainable)
     if not is_trainable:
         return model
-    parts = idle(model)
+    parts = unadapted(model, method)
     targets = check_targets(model, method)
     saved = _names(method.additional_target) or None
     if method.train_routers:
@@ -705,8 +803,9 @@ def _lora(model: Any, method: Any, adapters: list[str], is_trainable: bool, resi
             }
         )
     linear = ", ".join(linear_names(model))  # afterwards they are wrapped
-    _refuse_unknown([*targets.modules, *(saved or [])], model, parts)
-    saved = _whole_where_unclear(saved, model, parts) if saved else None
+    _refuse_unknown(targets.modules, model, parts)
+    _refuse_unknown(saved or [], model, idle(model))
+    saved = _whole_where_unclear(saved, model, idle(model)) if saved else None
     start: bool | str = True
     if method.pissa_init:
         start = f"pissa_niter_{method.pissa_iter}" if method.pissa_iter > 0 else "pissa"

@@ -96,6 +96,23 @@ def accelerator_arguments() -> dict[str, Any]:
     }
 
 
+def _computed_unequally(model: Any) -> set[str]:
+    """Classes of layers that the ranks run unequally often: those of a tower that images pass
+    through. A layer that is wrapped by itself gathers its weights in each call, which all ranks
+    must make; the tower's are gathered with those outside the layers, once.
+    """
+    from longfactory.sp import hf, text_model, vision
+
+    try:
+        inner = hf.unwrap(model)
+    except ValueError:
+        return set()
+    if not text_model.enters_more_than_text(inner):
+        return set()
+    tower = [m for part in vision.modules_of(inner).values() for m in part]
+    return {type(layer).__name__ for m in tower for layer in m.modules()}
+
+
 def wrap_classes(model: Any) -> list[str]:
     """Names of the decoder layer classes that are in the model. `_no_split_modules` may also name
     classes that are absent.
@@ -106,6 +123,7 @@ def wrap_classes(model: Any) -> list[str]:
         or []
     )
     present = {type(m).__name__ for m in model.modules()}
+    present -= _computed_unequally(model)
     found = sorted(set(named) & present)
     if not found:
         from longfactory.sp.text_model import decoder_layers

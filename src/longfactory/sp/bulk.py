@@ -25,7 +25,7 @@ def bulk_tiles(tiles: Sequence[Tile], rows: int) -> tuple[Tile, ...]:
     """The same pairs of queries and keys. `rows`: queries that this rank holds."""
     out: list[Tile] = []
     for tile in tiles:
-        if tile.window is not None:
+        if tile.window is not None or (tile.kind == "full" and tile.first):
             out.append(tile)
         elif tile.kind == "full":
             out.extend(_rectangle(tile, rows))

@@ -11,6 +11,8 @@ Three passes of the wrapped model over one row of two documents:
 3. Each document alone through the model's own attention: what its layers are called with
    (positions, masks).
 
+Where images pass through the model, `guard_images` compares a row of two images as well.
+
 Then each of those layers is computed again, one at a time: transformers' own code with its own
 attention on each document alone, in the run's precision and in a wider one, from the same input and
 the same gradient. `compare` says what differs too much.
@@ -31,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from . import compare, hf, rope, routers
+from . import compare, guard_images, hf, rope, routers, vision
 from .attention import attention as engine
 from .collectives import all_reduce, gather, shard
 from .compare import Alone, LayerRun, OwnCall
@@ -78,6 +80,9 @@ def guard(model: nn.Module, ctx: SequenceParallel) -> None:
     try:
         with _fixed(model), _no_random_trace(device), _unsaid(ctx):
             reason, seen = _prove(model, inner, ctx, device)
+            if vision.has_images(inner) and not _anyone(reason is not None, device):
+                model.eval()
+                reason = guard_images.differences(model, inner, ctx, device)
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(
             f"The start-up guard ran out of memory: it trains on a row of {sum(DOCUMENTS)} tokens"
@@ -284,20 +289,6 @@ def _lowered_windows(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for fields, name, value in held:
             fields[name] = value
-
-
-@contextlib.contextmanager
-def _own_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the block the model computes its attention itself."""
-    held: list[Any] = [m.config for m in model.modules() if getattr(m, "config", None) is not None]
-    configs = {id(c): c for c in held if getattr(c, "_attn_implementation", None) == hf.ATTENTION}
-    try:
-        for c in configs.values():
-            c._attn_implementation_internal = "eager"
-        yield
-    finally:
-        for c in configs.values():
-            c._attn_implementation_internal = hf.ATTENTION
 
 
 # ---- layers
@@ -819,7 +810,7 @@ def _differences(
     calls: dict[int, list[list[OwnCall]]] = {run.index: [] for run in runs}
     model.eval()
     start, reason = 0, None
-    with _own_attention(inner):
+    with hf.own_attention(inner):
         for number, ids in enumerate(documents):
             inputs = _own_calls(model, layers, runs, calls, ids)
             part = first[start : start + len(ids)]
@@ -856,7 +847,7 @@ def _times(ratio: float, dtype: torch.dtype) -> str:
 def ratios(
     run: LayerRun, calls: list[OwnCall], lengths: list[int], device: torch.device
 ) -> dict[str, float]:
-    """What `compare.judge` says of one layer. Under `_own_attention`."""
+    """What `compare.judge` says of one layer. Under `hf.own_attention`."""
     own, reference = _own_and_reference(run, calls, lengths, device)
     if not compare.is_finite(own):
         log.warning(

@@ -14,9 +14,10 @@ between.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -282,10 +283,15 @@ def inputs(row: Mapping[str, Tensor], plan: RowPlan) -> dict[str, Any]:
     `position_ids` [T].
 
     Any order of ranks' tokens is right: positions travel with the tokens. Logits come back as [1,
-    T/n, V] in the order of `plan.index`.
+    T/n, V] in the order of `plan.index`. Positions of images in several dimensions are [4, T],
+    those of text first.
     """
     ids = shard(row["input_ids"], plan)[None]
-    positions = shard(row["position_ids"], plan)[None]
+    positions = row["position_ids"]
+    if positions.dim() == 1:
+        positions = shard(positions, plan)[None]
+    else:  # [4, T] -> [4, 1, T/n]
+        positions = shard(positions.t(), plan).t()[:, None].contiguous()
     positions.sp_plan = plan  # type: ignore[attr-defined]
     return {"input_ids": ids, "position_ids": positions, "sp_plan": plan, "use_cache": False}
 
@@ -358,6 +364,20 @@ def release(model: nn.Module) -> None:
     """
     if (hooks := _hooks.pop(unwrap(model), None)) is not None:
         hooks.remove()
+
+
+@contextlib.contextmanager
+def own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block the model computes its attention itself."""
+    held: list[Any] = [m.config for m in model.modules() if getattr(m, "config", None) is not None]
+    configs = {id(c): c for c in held if getattr(c, "_attn_implementation", None) == ATTENTION}
+    try:
+        for c in configs.values():
+            c._attn_implementation_internal = "eager"
+        yield
+    finally:
+        for c in configs.values():
+            c._attn_implementation_internal = ATTENTION
 
 
 def check(model: PreTrainedModel) -> None:

@@ -30,10 +30,19 @@ class ModelHooks:
         if self._is_new(module, hook):
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def after(self, module: nn.Module, hook: Callable[..., Any], always: bool = False) -> None:
-        """Runs `hook(module, args, output)` after it; `always`: also where it raised."""
+    def after(
+        self,
+        module: nn.Module,
+        hook: Callable[..., Any],
+        always: bool = False,
+        with_kwargs: bool = False,
+    ) -> None:
+        """Runs `hook(module, args, output)` after it, with `with_kwargs` `hook(module, args,
+        kwargs, output)`; `always`: also where it raised.
+        """
         if self._is_new(module, hook):
-            self._handles.append(module.register_forward_hook(hook, always_call=always))
+            handle = module.register_forward_hook(hook, always_call=always, with_kwargs=with_kwargs)
+            self._handles.append(handle)
 
     def replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         """Calls `forward(module, ...)` in place of the forward of the module's class."""

@@ -17,12 +17,49 @@ class Segment:
 
     `parent` indexes the list of segments, -1 for none. Positions in a segment with a parent go on
     from the parent's end, which is what a sliding window measures. A parent's own parent is seen
-    too.
+    too. In a `block` (an image of Gemma 3) every token sees every other, whatever the window.
     """
 
     start: int
     stop: int
     parent: int = -1
+    block: bool = False
+
+
+def with_blocks(segments: Sequence[Segment], blocks: Sequence[Interval]) -> tuple[Segment, ...]:
+    """Segments cut at blocks of tokens that see each other: a chain of segments, each the parent of
+    the next, in place of each.
+
+    Args:
+        segments: of a row.
+        blocks: rows [start, stop), ascending, disjoint, each inside one segment.
+    Raises:
+        ValueError: a block that no segment holds.
+    """
+    out: list[Segment] = []
+    last: list[int] = []  # the last piece of each segment
+    waiting = list(reversed(blocks))
+    for s in segments:
+        parent = last[s.parent] if s.parent >= 0 else -1
+        at = s.start
+        while waiting and waiting[-1][0] < s.stop:
+            start, stop = waiting.pop()
+            if start < at or stop > s.stop:
+                raise ValueError(
+                    f"The tokens {start} to {stop} see each other, and are in no one document."
+                )
+            if start > at:
+                out.append(Segment(at, start, parent))
+                parent = len(out) - 1
+            out.append(Segment(start, stop, parent, block=True))
+            parent, at = len(out) - 1, stop
+        if at < s.stop or s.start == s.stop:
+            out.append(Segment(at, s.stop, parent))
+            parent = len(out) - 1
+        last.append(parent)
+    if waiting:
+        raise ValueError(f"The tokens {waiting[-1]} see each other, and are in no document.")
+    return tuple(out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +162,9 @@ def chunk_work(length: int, chunks: int, segments: Sequence[Segment]) -> list[in
     for s, before in zip(segments, seen, strict=True):
         for c in range(s.start // size, -(-s.stop // size)):
             a, b = max(s.start, c * size) - s.start, min(s.stop, (c + 1) * size) - s.start
-            if b > a:
+            if b > a and s.block:
+                work[c] += (before + s.stop - s.start) * (b - a)
+            elif b > a:
                 work[c] += b * (b + 1) // 2 - a * (a + 1) // 2 + before * (b - a)
     return work
 

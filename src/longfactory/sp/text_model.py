@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import transformers
@@ -186,9 +188,24 @@ class Idle:
         )
 
 
+_also_entered: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def also_enter(model: nn.Module, modules: Iterable[nn.Module]) -> None:
+    """From now on rows of this model pass through these modules too: its tower, say (`vision`)."""
+    _also_entered.setdefault(model, weakref.WeakSet()).update(modules)
+
+
+def enters_more_than_text(model: nn.Module) -> bool:
+    """Whether `also_enter` has named modules of this model."""
+    return model in _also_entered
+
+
 def idle(model: PreTrainedModel) -> Idle:
-    """The towers, projectors and other parts of a model that a row of text does not pass through.
-    Nothing in a model of text alone.
+    """The towers, projectors and other parts of a model that its rows do not pass through: of rows
+    of text, but for what `also_enter` names. Nothing in a model of text alone.
 
     Args:
         model: not wrapped (see `hf.unwrap`), with or without adapters.
@@ -199,12 +216,17 @@ def idle(model: PreTrainedModel) -> Idle:
     entered, skipped = _entered(model), _skipped_layers(model)
     modules: list[str] = []
     passed: set[int] = set()
+    others = _also_entered.get(model, ())
+    entered |= {id(m) for m in others}
 
     def walk(module: nn.Module, path: str, inside: bool) -> None:
-        if inside:
+        if inside or (others and module is getattr(model, "model", None)):
             passed.update(id(p) for p in module._parameters.values() if p is not None)
         for name, child in module.named_children():
             below, enters = f"{path}{name}", inside or id(child) in entered
+            if child in others:
+                passed.update(id(p) for p in child.parameters())
+                continue
             leads = enters or any(id(m) in entered for m in child.modules())
             if not leads or id(child) in skipped or _NOT_TEXT.search(below):
                 modules.append(below)

@@ -117,7 +117,7 @@ class Mask:
 
     A query at position p of its document sees the keys of its segment and of the segment's
     ancestors at positions p - window + 1 ... p. Chunked attention (Llama 4) keeps the keys in the
-    query's own chunk of `chunk` positions.
+    query's own chunk of `chunk` positions. In a block a query sees all of the block too.
     """
 
     def __init__(
@@ -129,9 +129,17 @@ class Mask:
         self.window = window
         # Position of a token is its row index plus the shift of its segment.
         self._shift = [p - s.start for p, s in zip(first, segments, strict=True)]
-        self._ancestors: list[list[int]] = []
+        # Of each segment: (shift, start, stop) of its ancestors' rows, those that lie side by side
+        # as one.
+        self._ancestors: list[list[tuple[int, int, int]]] = []
         for s in segments:
-            self._ancestors.append([] if s.parent < 0 else [s.parent, *self._ancestors[s.parent]])
+            rows: list[tuple[int, int, int]] = []
+            if s.parent >= 0:
+                p = segments[s.parent]
+                rows = [(self._shift[s.parent], p.start, p.stop), *self._ancestors[s.parent]]
+                if len(rows) > 1 and rows[1][0] == rows[0][0] and rows[1][2] == rows[0][1]:
+                    rows[:2] = [(rows[0][0], rows[1][1], rows[0][2])]
+            self._ancestors.append(rows)
         self.segments = tuple(segments)
         self._order = [i for i, s in enumerate(segments) if s.stop > s.start]
         self._starts = [segments[i].start for i in self._order]
@@ -147,15 +155,18 @@ class Mask:
         return out
 
     def before(self, segment: int, start: int) -> list[tuple[int, Interval]]:
-        """(segment, rows) that the query at row `start` sees, without what begins at `start`
-        itself. Rows may be empty.
+        """(shift, rows) that the query at row `start` sees, those of its own segment first, without
+        what begins at `start` itself; of a block the whole block. Rows may be empty.
         """
+        own, shift = self.segments[segment], self._shift[segment]
+        rows = [(shift, own.start, start), *self._ancestors[segment]]
         out = []
-        for s in (segment, *self._ancestors[segment]):
-            lo = self.segments[s].start
+        for at, lo, hi in rows:
             if self.window is not None:
-                lo = max(lo, start + self._shift[segment] - self.window + 1 - self._shift[s])
-            out.append((s, (lo, start if s == segment else self.segments[s].stop)))
+                lo = max(lo, start + shift - self.window + 1 - at)
+            out.append((at, (lo, hi)))
+        if own.block:
+            out[0] = (shift, (own.start, own.stop))
         return out
 
     def needed(self, queries: Sequence[Interval]) -> tuple[Interval, ...]:
@@ -172,7 +183,7 @@ class Mask:
         """The mask between rows in memory. `same`: keys are the queries' own rows; else they are
         disjoint from them.
 
-        With `same`, the first tile covers every query.
+        With `same`, the first tile covers every query; where there are blocks, the first ones do.
         """
         spans = [
             (s, a, b, run.offset + a - run.start)
@@ -183,8 +194,10 @@ class Mask:
         starts = [run.start for run in keys]
         full: list[tuple[int, int, int, int]] = []
         for segment, a, b, at in spans:
-            for s, (lo, hi) in self.before(segment, a):
-                if same and s == segment and self.window is None:
+            block = self.segments[segment].block
+            for place, (shift, (lo, hi)) in enumerate(self.before(segment, a)):
+                own = place == 0
+                if same and own and (self.window is None or block):
                     continue  # inside the diagonal tile
                 for run in keys[max(0, bisect.bisect_right(starts, lo) - 1) :]:
                     if run.start >= hi:
@@ -194,9 +207,10 @@ class Mask:
                         continue
                     k0 = run.offset + c - run.start
                     # from the first query to the first key
-                    distance = a + self._shift[segment] - c - self._shift[s]
+                    distance = a + self._shift[segment] - c - shift
                     n, m = b - a, d - c
-                    if self.window is None or distance + n - 1 < self.window:
+                    in_block = own and block
+                    if self.window is None or in_block or distance + n - 1 < self.window:
                         full.append((at, at + n, k0, k0 + m))
                         continue
                     # later queries see no key of this run
@@ -221,9 +235,26 @@ class Mask:
         return tuple(out)
 
     def _diagonal(self, spans: list[tuple[int, int, int, int]]) -> list[Tile]:
-        """Own rows against own rows of the same segment. Rows ascend in memory, so order in memory
-        is causal order: spans of one segment are one square, unless a window measures the gap
-        between them."""
+        """Own rows against own rows of the same segment: of blocks full squares, of the stretches
+        between them causal ones.
+        """
+        out: list[Tile] = []
+        stretch: list[tuple[int, int, int, int]] = []
+        for s, same in itertools.groupby(spans, key=lambda span: span[0]):
+            rows = list(same)
+            if not self.segments[s].block:
+                stretch += rows
+                continue
+            _, a, b, last = rows[-1]
+            square = slice(rows[0][3], last + b - a)
+            out += [*self._causal(stretch), Tile(square, square, "full", first=True)]
+            stretch = []
+        return out + self._causal(stretch)
+
+    def _causal(self, spans: list[tuple[int, int, int, int]]) -> list[Tile]:
+        """Rows ascend in memory, so order in memory is causal order: spans of one segment are one
+        square, unless a window measures the gap between them.
+        """
         cuts: list[int] = []
         last = -1
         for s, _, _, at in spans:
@@ -236,10 +267,12 @@ class Mask:
         cuts.append(end)
         longest = max(b - a for a, b in itertools.pairwise(cuts))
         window = self.window - 1 if self.window is not None and self.window < longest else None
-        rows = slice(0, end)
+        start = cuts[0]
+        rows = slice(start, end)
         if len(cuts) == 2:
             return [Tile(rows, rows, "causal", window=window, first=True)]
-        return [Tile(rows, rows, "varlen", tuple(cuts), window, first=True)]
+        lengths = tuple(c - start for c in cuts)
+        return [Tile(rows, rows, "varlen", lengths, window, first=True)]
 
 
 def merge_rectangles(
@@ -303,6 +336,8 @@ def _cut(
     out: list[Segment] = []
     position: list[int] = []
     last: list[int] = []  # the last span of each segment
+    if any(s.block for s in segments):
+        raise ValueError("Chunked attention has no blocks of tokens that see each other.")
     for s, p in zip(segments, first, strict=True):
         parent = last[s.parent] if s.parent >= 0 and p % chunk else -1
         start = s.start

@@ -51,8 +51,10 @@ def refuse_unused(trainer: RowTrainer) -> None:
     alignment = sp.alignment(trainer.ctx)
     length = -(-TOKENS // alignment) * alignment
     plan = sp.plan(length, (sp.Segment(0, length),), trainer.ctx)
-    positions = torch.arange(length, device=trainer.args.device)
+    device = trainer.args.device
+    positions = torch.arange(length, device=device)
     ids = positions % 97 + 3
+    images = {} if trainer.images is None else {"sp_media": trainer.images.none(plan, device)}
     training, devices = model.training, [positions.device] if positions.is_cuda else []
     model.train()
     try:
@@ -62,7 +64,8 @@ def refuse_unused(trainer: RowTrainer) -> None:
             trainer.compute_loss_context_manager(),
         ):
             with trainer.head.labels(ids.cpu()[plan.index]):
-                out = model(**hf.inputs({"input_ids": ids, "position_ids": positions}, plan))
+                row = hf.inputs({"input_ids": ids, "position_ids": positions}, plan)
+                out = model(**row, **images)
                 loss = trainer.head.outputs(out.logits).logps.sum()
             loss.backward()
         mine = without_gradient(model)

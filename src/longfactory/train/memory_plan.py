@@ -27,9 +27,17 @@ from longfactory.memory.choose import (
 )
 from longfactory.memory.layer_kinds import LayerKind, kinds_of
 from longfactory.memory.offload import Activations
-from longfactory.memory.shapes import Machine, ModelShape, TrainingJob, kind_of, machine
+from longfactory.memory.shapes import (
+    Machine,
+    ModelShape,
+    Tower,
+    TrainingJob,
+    kind_of,
+    machine,
+)
 from longfactory.model import adapters, experts, load
 from longfactory.shard import settings as shard
+from longfactory.sp import hf, vision
 from longfactory.train.optimizer_names import EXACT, Narrow, narrow_states
 from longfactory.train.reference import adapter_is_reference
 
@@ -57,6 +65,7 @@ class Counts:
     say). `linear`: parameters of linear layers but the output layer, which quantisation reaches.
     `routed`: parameters of experts, which four bits reach where weights are not sharded. `layers`:
     the kind of each decoder layer. `adapted_experts`: routed experts have adapters.
+    `tower`: of a run whose rows have images.
     """
 
     total: int
@@ -67,18 +76,26 @@ class Counts:
     routed: int = 0
     layers: tuple[LayerKind, ...] | None = None
     adapted_experts: bool = False
+    tower: Tower | None = None
 
 
-def count_parameters(cfg: RunConfig, model_config: Any) -> Counts:
+def count_parameters(cfg: RunConfig, model_config: Any, *, images: bool = False) -> Counts:
     """Counts on a model without storage, made trainable as the run's will be. Tokens that
     resize_vocab adds are not counted.
 
+    Args:
+        images: the run's rows have images.
     Raises:
         UserError: the model cannot be trained (see `load.empty_model`), or the keys of freeze or
             LoRA name modules that it does not have.
     """
     given = cfg.model.adapter_name_or_path
     model = load.empty_model(cfg.model, model_config)
+    if images:
+        try:
+            vision.let_in(model)
+        except ValueError as error:
+            raise UserError(f"dataset: {error}") from error
     buffers = bool(model.state_dict().keys() & {name for name, _ in model.named_buffers()})
     linear = sum(
         module.weight.numel()
@@ -112,7 +129,29 @@ def count_parameters(cfg: RunConfig, model_config: Any) -> Counts:
         for name, p in model.named_parameters()
         if p.requires_grad
     )
-    return Counts(total, trained, head_trained, buffers, linear, routed, layers, adapted)
+    tower = tower_of(model) if images else None
+    return Counts(total, trained, head_trained, buffers, linear, routed, layers, adapted, tower)
+
+
+def tower_of(model: Any) -> Tower:
+    """The vision tower of a model, made trainable as the run's will be."""
+    inner = hf.unwrap(model)
+    config = inner.config.vision_config
+    parts = {m for part in vision.modules_of(inner).values() for m in part}
+    trained = vision.is_trained(inner)
+    hidden, inside, depth = vision.tower_sizes(config)
+    # of a layer: two norms and what they give, q, k, v, attention's output, and of the MLP twice
+    # its width
+    stored = depth * (8 * hidden + 2 * inside)
+    levels = 1 + len(getattr(config, "deepstack_visual_indexes", None) or ())
+    return Tower(
+        sum(p.numel() for p in {p for m in parts for p in m.parameters()}),
+        stored,
+        levels,
+        inner.config.get_text_config().hidden_size,
+        vision.TRAINED_BATCH if trained else vision.BATCH,
+        trained,
+    )
 
 
 def check_model(cfg: RunConfig) -> list[str]:
@@ -288,6 +327,7 @@ def plan_run(
         reference_passes=reference_passes(cfg),
         mode=cfg.parallel.sequence_parallel_mode,
         ulysses_degree=ulysses_degree(cfg),
+        tower=counts.tower,
     )
     host = cfg.memory.optimizer_placement == "host"
     plan, split = choose_masters(job, fixed, cfg.memory.memory, may_split, always=host)

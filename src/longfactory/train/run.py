@@ -35,8 +35,9 @@ from longfactory.model.source import Source
 from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.model.value_head import FILE as VALUE_HEAD
 from longfactory.model.value_head import TokenValues, load_value_head
+from longfactory.model.vision import RowImages
 from longfactory.shard import settings as shard
-from longfactory.sp import hf
+from longfactory.sp import hf, vision
 from longfactory.sp.backends import start
 from longfactory.sp.measure import Measure
 from longfactory.stages.base import Stage
@@ -139,7 +140,10 @@ def assemble(cfg: RunConfig, *, wide_weights: bool = False, store: Any = None) -
         log.info(line)
     for line in kernels(cfg, model_config, ctx, args, memory):
         log.info(line)
-    model, head, source = build_model(cfg, model_config, tokenizer, ctx, args, stage, memory.split)
+    images = prepared.datasets.processing is not None
+    model, head, source = build_model(
+        cfg, model_config, tokenizer, ctx, args, stage, memory.split, images=images
+    )
     transformers_logging.disable_progress_bar()  # of saves our log tells, beside the progress line
     aligned = -(-memory.plan.job.tokens // sp.alignment(ctx)) * sp.alignment(ctx)
     activations = apply_memory(
@@ -337,6 +341,8 @@ def prepare(cfg: RunConfig, processes: Processes, *, wide_weights: bool) -> Prep
     except ValueError as error:
         raise UserError(str(error)) from error
     datasets = load_data(cfg, tokenizer)
+    if datasets.processing is not None:
+        counts = count_parameters(cfg, model_config, images=True)
     memory = plan_memory(cfg, model_config, counts, datasets, sharding, world, cuda)
     if wide_weights:
         memory = dataclasses.replace(memory, split=False)
@@ -528,9 +534,14 @@ def build_model(
     args: Seq2SeqTrainingArguments,
     stage: Stage,
     split: bool,
+    *,
+    images: bool = False,
 ) -> tuple[Any, TokenLogprobs | TokenValues, Source]:
     """The model with the engine's attention, what is trained of it, and its output layer taken
     over; and the files that it came from.
+
+    Args:
+        images: the run's rows have images, which pass through the model's tower.
     """
     dtype = computing_dtype(cfg, args, split)
     quantization = load.quantization_config(cfg.model, dtype, sharded=bool(args.fsdp))
@@ -556,6 +567,8 @@ def build_model(
         )
     try:
         hf.prepare(model, ctx)
+        if images:
+            vision.install(model)
     except ValueError as error:  # a model that cannot be exact
         raise UserError(str(error)) from error
     model = adapters.apply_finetuning(model, cfg.method, cfg.model, resized=grew)
@@ -667,6 +680,7 @@ def make_trainer(
         on_nan=cfg.method.on_nan,
         facts=None if start is None else run_facts(cfg, start, sharding, datasets),
         routing=Routing(model, ctx, coefficient),
+        images=row_images(model, ctx, args, datasets),
         train_dataset=datasets.train,
         eval_dataset=eval_sets,
         processing_class=tokenizer,
@@ -698,6 +712,16 @@ def run_meter(
     peak = peak_rate(gpu, shape.width, bool(cfg.trainer.tf32))
     packed = getattr(datasets.train, "packed", False) or getattr(datasets.train, "bins", None)
     return Meter(args.world_size, shape, peak, cfg.cutoff_len if packed else None)
+
+
+def row_images(
+    model: Any, ctx: sp.SequenceParallel, args: Seq2SeqTrainingArguments, datasets: data.Datasets
+) -> RowImages | None:
+    """What rows with images need; None where no data set of the run has any."""
+    if datasets.processing is None:
+        return None
+    zero3 = args.hf_deepspeed_config is not None and args.hf_deepspeed_config.is_zero3()
+    return RowImages(model, ctx, equal_calls=zero3, processing=datasets.processing)
 
 
 def run_facts(cfg: RunConfig, start: Start, sharding: str, datasets: data.Datasets) -> RunFacts:

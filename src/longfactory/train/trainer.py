@@ -34,6 +34,7 @@ from longfactory.model.routing import Routing
 from longfactory.model.source import Source
 from longfactory.model.token_logprobs import ReferenceHidden, TokenLogprobs
 from longfactory.model.value_head import TokenValues
+from longfactory.model.vision import RowImages
 from longfactory.sp import hf
 from longfactory.stages.base import Stage
 from longfactory.stages.metrics import Metrics, MetricSums
@@ -73,6 +74,7 @@ class RowTrainer(ResumableTrainer):
         on_nan: what a loss or gradient that is NaN or Inf does: "stop" or "skip".
         facts: what the run's checkpoints say of it.
         meter: counts what steps cost.
+        images: of a model that images pass through; None: rows of text.
     """
 
     # compute_loss divides by N: the Trainer must not divide by accumulation steps
@@ -96,13 +98,14 @@ class RowTrainer(ResumableTrainer):
         facts: RunFacts | None = None,
         routing: Routing | None = None,
         meter: Meter | None = None,
+        images: RowImages | None = None,
         **kwargs: Any,
     ):
         # For `auto`: given a row before its plan is made, finds the schedule that is fastest for
         # rows like it (sp.measure).
         self.measure: Callable[[int, tuple[sp.Segment, ...]], None] | None = None
         self.make_optimizer, self.log_tokens = make_optimizer, log_tokens
-        self.collate, self.pad_id = collate, pad_id
+        self.collate, self.pad_id, self.images = collate, pad_id, images
         self.source, self.copies_reported = source, False
         # Made when the model is wrapped (`reference.attach`).
         self.reference = Reference()
@@ -252,13 +255,22 @@ class RowTrainer(ResumableTrainer):
         """Where this rank's tokens of a row (on the host) are, and the model's keyword arguments
         for them.
         """
+        segments, positions = row.segments, row.position_ids
+        if self.images is not None:
+            segments, positions = self.images.segments(row), self.images.positions(row)
+        elif row.media:
+            raise RuntimeError("A row has images, and the model was prepared for text alone.")
         if self.measure is not None:
-            self.measure(len(row), row.segments)
-        plan = sp.plan(len(row), row.segments, self.ctx)
-        ids, positions = (
-            x.to(self.args.device, non_blocking=True) for x in (row.input_ids, row.position_ids)
-        )
-        return plan, hf.inputs({"input_ids": ids, "position_ids": positions}, plan)
+            self.measure(len(row), segments)
+        plan = sp.plan(len(row), segments, self.ctx)
+        tensors = {
+            name: x.to(self.args.device, non_blocking=True)
+            for name, x in (("input_ids", row.input_ids), ("position_ids", positions))
+        }
+        inputs = hf.inputs(tensors, plan)
+        if self.images is not None:
+            inputs["sp_media"] = self.images.media(row, plan, self.args.device)
+        return plan, inputs
 
     def token_outputs(
         self,
@@ -351,7 +363,7 @@ class RowTrainer(ResumableTrainer):
         outputs, ctx = self._outputs_with_reference(model, row), self.ctx
         loss_sum, metrics = self.stage.loss_sum(
             outputs,
-            row.to(self.args.device),
+            dataclasses.replace(row, pixels=()).to(self.args.device),
             dp_sum=self._sum_over_groups,
             dp_rank=ctx.dp_rank,
             dp_size=ctx.dp_size,

@@ -34,7 +34,7 @@ from longfactory.memory.apply import apply_memory
 from longfactory.memory.checkpointed import CheckpointedLayer
 from longfactory.model import adapters, load
 from longfactory.model.token_logprobs import TokenLogprobs
-from longfactory.sp import hf
+from longfactory.sp import hf, vision
 from longfactory.sp.text_model import decoder_layers
 from longfactory.train import reference
 from longfactory.train.ranks import everywhere
@@ -306,6 +306,8 @@ def load_reference(trainer: RowTrainer, cfg: RunConfig) -> tuple[nn.Module, Toke
             model = adapters.load_adapter(model, path, key=key).merge_and_unload()
     model.requires_grad_(False)
     hf.prepare(model, copy.copy(trainer.ctx))
+    if trainer.images is not None:
+        vision.install(model)
     head = TokenLogprobs(model, trainer.head.chunk)
     policy_layer = decoder_layers(trainer.model)[1][0].__dict__.get("forward")
     if isinstance(policy_layer, CheckpointedLayer):
