@@ -47,9 +47,12 @@ def interactive(stream: TextIO | None = None) -> bool:
 
 
 def slow_bars() -> None:
-    """Where no one watches, progress bars of all packages write a line in half a minute, not ten a
-    second. Before tqdm is imported, which reads it then; what the user has set stays.
+    """Progress bars of all packages: by the first process alone, and where no one watches a line in
+    half a minute, not ten a second. Before tqdm is imported, which reads it then; what the user has
+    set stays.
     """
+    if os.environ.get("RANK", "0") != "0":
+        os.environ.setdefault("TQDM_DISABLE", "1")
     if not interactive():
         for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"):
             os.environ.setdefault(name, "30")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 import types
 import warnings
@@ -81,10 +82,12 @@ def test_lines_never_break_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     handler.emit(logging.LogRecord("x", logging.INFO, "", 0, "a line of the log", (), None))
     terminal.say("a sentence")
     line.on_step_end(None, state(2), None)
+    line.on_log(None, state(2), None, logs={"loss": 0.5})
     line.on_train_end(None, state(4), None)
     assert not tqdm._instances
     text = screen.getvalue()
-    assert "50%" in text and "2/4, 1,000 tokens/s/GPU, MFU 50 %, peak 62.9 GiB" in text
+    assert "2/4, loss 0.5, 1,000 tokens/s" in text.split("a sentence")[1]
+    assert "25%" in text and "1/4, 1,000 tokens/s/GPU, MFU 50 %, peak 62.9 GiB" in text
     # each line begins where a bar was wiped, and the bar comes again below it
     assert re.search(r"\r *\r\[\d\d:\d\d:\d\d\] a line of the log\n", text)
     assert re.search(r"\r *\ra sentence\n.*Training", text, re.DOTALL)
@@ -121,6 +124,20 @@ def test_others_are_heard_once_and_errors_always(monkeypatch: pytest.MonkeyPatch
     lines = heard.getvalue().splitlines()
     assert sum("a warning that matters" in line for line in lines) == 1
     assert sum("an error" in line for line in lines) == 2 and len(lines) == 3
+
+
+def test_bars_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("TQDM_DISABLE", "TQDM_MININTERVAL", "TQDM_MAXINTERVAL")
+    for name in (*names, "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("sys.stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    terminal.slow_bars()
+    assert not set(names) & set(os.environ)
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    monkeypatch.setenv("RANK", "1")
+    terminal.slow_bars()
+    assert [os.environ.pop(name) for name in names] == ["1", "30", "30"]
 
 
 @pytest.mark.parametrize("message", ["barrier(): using the device under current context.", "mine"])

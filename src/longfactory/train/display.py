@@ -80,10 +80,7 @@ class ProgressLine(TrainerCallback):
         if not state.is_world_process_zero:
             return
         if self.bar is not None:
-            words = self._now(state)
-            if self.loss is not None:
-                words.insert(0, f"loss {self.loss:.4g}")
-            self.bar.set_postfix_str(", ".join(words), refresh=False)
+            self._put_words(state)
             self.bar.update(state.global_step - self.bar.n)
         elif time.monotonic() - self._told_at > SILENCE:
             self._tell(f"step {state.global_step}/{state.max_steps}: {', '.join(self._now(state))}")
@@ -100,6 +97,8 @@ class ProgressLine(TrainerCallback):
             rates = Rates(**{name: logs.get(name) for name in RATES})
             words += told(rates, self.gpus)
             words += left(self.meter.remaining(state.global_step, state.max_steps))
+        if self.bar is not None:
+            self._put_words(state)
         kind = "evaluation after step" if "loss" not in logs else "step"
         self._tell(f"{kind} {state.global_step}/{state.max_steps}: {', '.join(words)}")
 
@@ -128,6 +127,10 @@ class ProgressLine(TrainerCallback):
         if self.evaluation is not None:
             self.evaluation.close()
             self.evaluation = None
+
+    def _put_words(self, state: Any) -> None:
+        words = [] if self.loss is None else [f"loss {self.loss:.4g}"]
+        self.bar.set_postfix_str(", ".join(words + self._now(state)), refresh=False)
 
     def _now(self, state: Any) -> list[str]:
         """The last steps' rates, and the time that is left."""
