@@ -130,7 +130,9 @@ class ProgressLine(TrainerCallback):
 
     def _put_words(self, state: Any) -> None:
         words = [] if self.loss is None else [f"loss {self.loss:.4g}"]
-        self.bar.set_postfix_str(", ".join(words + self._now(state)), refresh=False)
+        words += left(self.meter.remaining(state.global_step, state.max_steps))
+        words += told(self.meter.of_recent(), self.gpus)
+        self.bar.set_postfix_str(", ".join(words), refresh=False)
 
     def _now(self, state: Any) -> list[str]:
         """The last steps' rates, and the time that is left."""
