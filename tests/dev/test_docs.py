@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 
 from longfactory.cli import COMMANDS
 from longfactory.config.schema import schema
+from longfactory.init import data_set
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
@@ -68,3 +70,18 @@ def test_pages_of_the_navigation_exist() -> None:
     named = re.findall(r"[\w]+\.md", str(nav))
     assert len(named) == len(set(named)) > 20
     assert set(named) <= {page.name for page in (ROOT / "docs").glob("*.md")}
+
+
+def test_every_form_of_your_data_is_recognised(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "your_data.md").read_text().split("## The forms")[1]
+    forms = re.findall(r"^\*\*.*?\(`init (\w+)`.*?$(.*?)^```json\n(.*?)^```", text, re.M | re.S)
+    checked = 0
+    for stage, _, block in forms:
+        for number, line in enumerate(block.splitlines()):
+            folder = tmp_path / f"{stage}-{number}-{checked}"
+            folder.mkdir()
+            (folder / "rows.jsonl").write_text(line + "\n")
+            name, longest, rows = data_set(stage, str(folder / "rows.jsonl"), folder)
+            assert (name, rows) == ("rows", 1) and longest == len(json.dumps(json.loads(line)))
+            checked += 1
+    assert checked == 7
