@@ -235,6 +235,9 @@ def run_file(
         cutoff = max(1024, -(-int(longest / CHARACTERS_OF_A_TOKEN) // 1024) * 1024)
         why = f"tokens of a sample; the longest of {rows:,} rows has {longest:,} characters"
     template = model_template(model, stage)
+    where = "a folder, or a name on the hub"
+    if model == DEMO_MODEL:
+        where = "carried by a package, the extra smollm2; or a folder, or a hub name"
     lines = [
         f"# {WHAT[stage]}",
         f"# longfactory train {out}",
@@ -243,7 +246,7 @@ def run_file(
         "# longfactory train --help WORD    what a key means",
         "",
         "# ---- model",
-        key("model_name_or_path", quoted(model), "a folder, or a name on the hub"),
+        key("model_name_or_path", quoted(model), where),
         *template,
         "",
         "# ---- what is learnt, and of what",

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import shutil
 import types
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -362,6 +363,17 @@ def test_the_saved_folder_is_a_plain_checkpoint(base: dict[str, Any], tmp_path: 
         "total_tokens",
     }
     assert fields <= set(lines[0])
+    # A row's own steps: tokens of both processes, and seconds that are not those of start-up.
+    rows = [line for line in lines if "loss" in line]
+    counted = [r["tokens_per_second_per_gpu"] * 2 * r["seconds_per_step"] for r in rows]
+    totals = [0, *(r["total_tokens"] for r in rows)]
+    assert counted == pytest.approx([b - a for a, b in pairwise(totals)], rel=2e-3)
+    assert sum(r["seconds_per_step"] for r in rows) < rows[-1]["elapsed_seconds"]
+    assert all(0 <= r["padding"] < 0.2 and 0 < r["data_wait"] < 1 for r in rows)
+    assert all(0.1 < r["peak_memory_gib"] < 100 for r in rows) and "mfu" not in rows[0]
+    # What a checkpoint keeps of the log does not hold times.
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert not {"seconds_per_step", "data_wait"} & {name for row in history for name in row}
 
     # The evaluation under sequence parallelism is the token mean that plain transformers computes.
     from longfactory.config import from_mapping
