@@ -99,17 +99,24 @@ class Handler(logging.StreamHandler):
 
 
 class OfOthers(logging.Filter):
-    """Lets pass what another package says once, in one line; errors as they are."""
+    """Lets pass what another package says once, in one line; errors as they are. How much it says
+    is for its own level (`log_level`).
 
-    def __init__(self, level: int = logging.WARNING) -> None:
+    Args:
+        main: of the process that speaks; the others keep to errors, where `log_level_replica` or
+            TRANSFORMERS_VERBOSITY has not asked transformers for more than warnings.
+    """
+
+    def __init__(self, main: bool = True) -> None:
         super().__init__()
-        self.level = level
+        self.main = main
         self._said: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno >= logging.ERROR:
             return True
-        if record.levelno < self.level:
+        asked = 0 < logging.getLogger("transformers").level < logging.WARNING
+        if not self.main and not asked:
             return False
         text = record.getMessage()
         if NOISE.search(text) or text in self._said:
@@ -146,7 +153,7 @@ def set_up(main: bool) -> None:
         quiet(logging.getLogger(name), main)
     deepspeed = logging.getLogger("DeepSpeed")
     if not any(isinstance(f, OfOthers) for f in deepspeed.filters):
-        deepspeed.addFilter(OfOthers(logging.WARNING if main else logging.ERROR))
+        deepspeed.addFilter(OfOthers(main))
 
 
 def quiet(logger: logging.Logger, main: bool) -> None:
@@ -159,6 +166,6 @@ def quiet(logger: logging.Logger, main: bool) -> None:
         if type(handler) is logging.StreamHandler:
             logger.removeHandler(handler)
     ours = Handler()
-    ours.addFilter(OfOthers(logging.WARNING if main else logging.ERROR))
+    ours.addFilter(OfOthers(main))
     logger.addHandler(ours)
     logger.propagate = False

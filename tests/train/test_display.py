@@ -113,8 +113,9 @@ def test_others_are_heard_once_and_errors_always(monkeypatch: pytest.MonkeyPatch
     heard = io.StringIO()
     monkeypatch.setattr("sys.stderr", heard)
     monkeypatch.delenv("LONGFACTORY_DEBUG", raising=False)
-    other = logging.Logger("transformers.copy")
+    other = logging.getLogger("a_package_of_this_test")
     other.addHandler(logging.StreamHandler(heard))
+    other.setLevel(logging.WARNING)
     terminal.quiet(other, main=True)
     for _ in range(2):
         other.warning("a warning that matters")
@@ -124,6 +125,25 @@ def test_others_are_heard_once_and_errors_always(monkeypatch: pytest.MonkeyPatch
     lines = heard.getvalue().splitlines()
     assert sum("a warning that matters" in line for line in lines) == 1
     assert sum("an error" in line for line in lines) == 2 and len(lines) == 3
+    other.setLevel(logging.INFO)  # log_level: info
+    other.info("a note")
+    assert "a note" in heard.getvalue()
+
+
+def test_replicas_keep_to_errors_unless_they_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    filter_, theirs = terminal.OfOthers(main=False), logging.getLogger("transformers")
+    before = theirs.level
+
+    def passes(level: int) -> bool:
+        return filter_.filter(logging.LogRecord("x", level, "", 0, f"{level}", (), None))
+
+    try:
+        theirs.setLevel(logging.WARNING)
+        assert [passes(n) for n in (logging.INFO, logging.WARNING, logging.ERROR)] == [0, 0, 1]
+        theirs.setLevel(logging.INFO)  # log_level_replica: info
+        assert passes(logging.INFO)
+    finally:
+        theirs.setLevel(before)
 
 
 def test_bars_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
