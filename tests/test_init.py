@@ -183,3 +183,11 @@ def test_completion_completes(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_command_is_shown_again_without_secrets() -> None:
     words = ["train", "a b.yaml", "hf_hub_token=x", "--hub_token", "y", "--bf16"]
     assert cli.command_line(words) == "train 'a b.yaml' hf_hub_token=... --hub_token ... --bf16"
+
+
+def test_a_name_on_the_hub(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["init", "sft", "--data", "someone/chats"]) == 0
+    assert "were not looked at" in capsys.readouterr().out
+    info = json.loads((tmp_path / "data" / "dataset_info.json").read_text())
+    assert info == {"chats": {"hf_hub_url": "someone/chats"}}
+    assert load_config(["sft.yaml"]).cutoff_len == 8192

@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     if a.stage == "examples":
         written = resources.copy_all(Path.cwd())
         print(f"Wrote {len(written)} files into examples/ and data/.")
-        print("Next: longfactory train examples/quickstart.yaml use_cpu=true  (or examples/README)")
+        print("Next: python examples/quickstart.py")
         return 0
     target = Path(a.out or f"{a.stage}.yaml")
     if target.exists() and not a.force:
@@ -62,6 +62,11 @@ def main(argv: Sequence[str]) -> int:
     text = run_file(a.stage, a.model, name, a.dataset_dir, longest, rows, lora=a.lora, out=target)
     write_whole(target, text)
     print(f"Wrote {target}, and the data set {name!r} in {folder / 'dataset_info.json'}.")
+    if longest is None:
+        print(
+            "Its rows were not looked at. Name their columns in dataset_info.json where they are not"
+            " instruction, input and output, and set cutoff_len."
+        )
     print(f"Next: longfactory train {target}")
     return 0
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from tqdm import tqdm
-from transformers import TrainerState
+from transformers import TrainerControl, TrainerState
 
 from longfactory import terminal
 from longfactory.train import display
@@ -77,11 +77,11 @@ def test_lines_never_break_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     line = ProgressLine(metered())
     line.on_train_begin(None, state(0), None)
-    line.on_step_end(None, state(1), None)
+    line.on_step_end(None, state(1), TrainerControl())
     handler = terminal.Handler()
     handler.emit(logging.LogRecord("x", logging.INFO, "", 0, "a line of the log", (), None))
     terminal.say("a sentence")
-    line.on_step_end(None, state(2), None)
+    line.on_step_end(None, state(2), TrainerControl())
     line.on_log(None, state(2), None, logs={"loss": 0.5})
     line.on_train_end(None, state(4), None)
     assert not tqdm._instances
@@ -101,9 +101,10 @@ def test_without_a_terminal_there_is_no_bar_and_no_silence(
     monkeypatch.setattr(display.time, "monotonic", lambda: now.t)
     line = ProgressLine(metered())
     line.on_train_begin(None, state(0), None)
-    for step in (1, 2, 3):
+    for step in (1, 2, 3, 4):
         now.t += 40.0
-        line.on_step_end(None, state(step), None)
+        # of step 4 there is a row of the log
+        line.on_step_end(None, state(step), TrainerControl(should_log=step == 4))
     assert not tqdm._instances
     (message,) = caplog.messages
     assert message.startswith("step 2/4: 1,000 tokens/s/GPU, MFU 50 %")

@@ -82,7 +82,7 @@ class ProgressLine(TrainerCallback):
         if self.bar is not None:
             self._put_words(state)
             self.bar.update(state.global_step - self.bar.n)
-        elif time.monotonic() - self._told_at > SILENCE:
+        elif time.monotonic() - self._told_at > SILENCE and not control.should_log:
             self._tell(f"step {state.global_step}/{state.max_steps}: {', '.join(self._now(state))}")
 
     def on_log(

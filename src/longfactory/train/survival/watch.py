@@ -194,11 +194,15 @@ class Watch:
             launched.ask_to_stop(signum)
             if self._board is not None:
                 self._board.first("stop", signum)
-        if progress.NOW.step and self.rank == 0:
+        if self.rank != 0:
+            return
+        if progress.NOW.step:
             _say(
                 f"{name_of(signum)}: a checkpoint is saved after this step, then the run ends, in"
                 f" at most {self.limits.grace:g} s. A second signal ends it at once."
             )
+        else:
+            _say(f"{name_of(signum)}: the run ends before its first step.")
 
     def _stopping(self) -> None:
         if self._board is None and self.world > 1:
