@@ -64,8 +64,8 @@ def main(argv: Sequence[str]) -> int:
     print(f"Wrote {target}, and the data set {name!r} in {folder / 'dataset_info.json'}.")
     if longest is None:
         print(
-            "Its rows were not looked at. Name their columns in dataset_info.json where they are not"
-            " instruction, input and output, and set cutoff_len."
+            "Its rows were not looked at. Name their columns in dataset_info.json where they are"
+            " not instruction, input and output, and set cutoff_len."
         )
     print(f"Next: longfactory train {target}")
     return 0
@@ -242,7 +242,7 @@ def run_file(
     template = model_template(model, stage)
     where = "a folder, or a name on the hub"
     if model == DEMO_MODEL:
-        where = "carried by a package, the extra smollm2; or a folder, or a hub name"
+        where = "of the extra smollm2; or a folder, or a hub name"
     lines = [
         f"# {WHAT[stage]}",
         f"# longfactory train {out}",
