@@ -444,6 +444,12 @@ ELSEWHERE: dict[str, str] = {
     "loss_type": "pref_loss",
     **dict.fromkeys(("beta", "rl_beta"), "pref_beta"),
     "rpo_alpha": "pref_ftx",
+    "label_smoothing": "dpo_label_smoothing",
+    "desirable_weight": "kto_chosen_weight",
+    "undesirable_weight": "kto_rejected_weight",
+    "truncation_mode": "cutoff_strategy",
+    "activation_offloading": "offload_activations",
+    "tiled_mlp": "mlp_chunk",
     "ref_model_name_or_path": "ref_model",
     **dict.fromkeys(("torch_dtype", "dtype", "mixed_precision"), "bf16"),
     **dict.fromkeys(
