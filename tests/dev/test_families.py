@@ -32,7 +32,7 @@ REFUSED = {
     "bloom": "does not pass through transformers' attention registry",
     "doge": "attention mask would be lost",
     "bert": "bidirectional attention",
-    "jamba": "carry a state along the document",
+    "recurrent_gemma": "carry a state along the document",
     "deepseek_v32": "indexer",
 }
 

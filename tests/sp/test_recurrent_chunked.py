@@ -235,7 +235,7 @@ def _over_all(out: Tensor, x: Inputs, size: int) -> list[Tensor]:
 
 @pytest.mark.processes
 def test_recurrent_states_travel_over_two_ranks() -> None:
-    for error in run_ranks(2, over_ranks, 2, ["branches", "empty"], [False]):
+    for error in run_ranks(2, over_ranks, 2, ["branches"], [False]):
         assert error < 1e-11
 
 

@@ -9,6 +9,7 @@ stay transformers', and what a version of transformers computes is what is train
     torch_chunk_gated_delta_rule     chunked.py, gated delta net: Qwen3-Next, Qwen3.5, OLMo hybrid
     chunk_kimi_delta_attention       chunked.py, a decay of each channel: Kimi Linear
     mamba2_chunk_scan                chunked.py, Mamba 2: Nemotron-H, Granite 4, Falcon-H1, Bamba
+    mamba_selective_scan             chunked.py, Mamba: Jamba, Falcon Mamba, Zamba
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from .. import probe
 from ..collectives import all_to_all
@@ -36,6 +38,9 @@ from .convolution import convolution
 from .fragments import fragments_of
 
 log = logging.getLogger(__name__)
+
+CHANNELS = 512
+"""Channels of a Mamba layer that are computed at once."""
 
 LAYERS = frozenset({"linear_attention", "conv", "hybrid"})
 """Layer types that are computed here, in the models below."""
@@ -57,6 +62,10 @@ MODELS = frozenset(
         "lfm2_moe",
         "lfm3",
         "minimax",
+        "jamba",
+        "mamba",
+        "falcon_mamba",
+        "zamba",
         "bailing_hybrid",
     }
 )
@@ -77,8 +86,9 @@ _KNOWN = frozenset(
     }
 )
 _STATE = (
-    "its linear-attention or state-space layers carry a state along the document, from one rank's"
-    " tokens to another's, by a recurrence that is not implemented"
+    "its recurrent layers carry a state along the document, from one rank's tokens to another's, by"
+    " code of their own that is not implemented (known: gated delta nets, Kimi delta attention,"
+    " Mamba, Mamba 2, lightning attention, short convolutions)"
 )
 _INDEXER = "its sparse attention chooses keys from the whole row by an indexer"
 _COMPRESSED = "its attention reads a compressed copy of the keys of the whole row"
@@ -124,7 +134,7 @@ def prepare(model: nn.Module, ctx: SequenceParallel, hooks: ModelHooks) -> None:
 def _computed_by(kinds: list[str], device_type: str) -> str:
     if importlib.util.find_spec("triton") is None or device_type != "cuda":
         return "PyTorch" + (", slowly: Triton is not installed" if device_type == "cuda" else "")
-    if "Kimi delta attention" in kinds:
+    if {"Kimi delta attention", "Mamba"} & set(kinds):
         return "PyTorch, slowly: there is no kernel for a decay of each channel"
     return "Triton kernels of LongFactory; flash-linear-attention and mamba-ssm are not used"
 
@@ -282,6 +292,8 @@ def mixer_of(layer: nn.Module) -> Mixer | None:
         if "mamba2_chunk_scan" in used:
             dims = m.n_groups, m.num_heads, m.ssm_state_size, m.head_dim
             return Mixer("plain", *dims, False, *sizes)
+        if "mamba_selective_scan" in used:
+            return Mixer("plain", 1, m.intermediate_size, m.ssm_state_size, 1, True, *sizes)
         return Mixer(None, 0, 0, 0, 0, False, *sizes)
     return None
 
@@ -358,6 +370,52 @@ def _mamba2(
     return out[None]
 
 
+def _mamba1(
+    plan: RowPlan,
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    **_: Any,
+) -> Tensor:
+    """[1, I, T/n] -> [1, I, T/n]: every channel is a head of one value, with a decay of each number
+    of its state.
+    """
+    _no_state(None, return_last_state)
+    if delta_bias is not None:
+        dt = dt + delta_bias.to(dt.dtype)[:, None]
+    if delta_softplus:
+        dt = F.softplus(dt)
+    wide = _wide(hidden_states)
+    # [1, I, T/n] -> [T/n, I]; [1, N, T/n] -> [T/n, 1, N]
+    x, dt = hidden_states[0].t(), dt[0].t().to(wide)
+    keys, queries = B[0].t()[:, None], C[0].t()[:, None]
+
+    def some(x: Tensor, dt: Tensor, A: Tensor, keys: Tensor, queries: Tensor) -> Tensor:
+        g = dt[..., None] * A.to(wide)
+        rule = Rule("plain", 1.0)
+        return over_ranks(queries, keys, x[..., None], g, dt, rule, plan, wide)[..., 0]
+
+    # The decays are as many numbers as all states of all tokens: those of some channels at a time.
+    parts = zip(x.split(CHANNELS, 1), dt.split(CHANNELS, 1), A.split(CHANNELS), strict=True)
+    outputs = [
+        checkpoint(some, *part, keys, queries, use_reentrant=False, preserve_rng_state=False)
+        for part in parts
+    ]
+    out = torch.cat(outputs, 1)
+    if D is not None:
+        out = out + x * D
+    out = out.t()[None]
+    return out if z is None else out * F.silu(z)
+
+
 def _no_state(initial: Tensor | None, final: bool) -> None:
     if initial is not None or final:
         raise ValueError(
@@ -374,6 +432,7 @@ _NAMES = {
     "torch_chunk_gated_delta_rule": "gated delta net",
     "chunk_kimi_delta_attention": "Kimi delta attention",
     "mamba2_chunk_scan": "Mamba 2",
+    "mamba_selective_scan": "Mamba",
 }
 
 
@@ -394,7 +453,9 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "torch_chunk_gated_delta_rule": _delta_rule,
     "chunk_kimi_delta_attention": _delta_rule,
     "mamba2_chunk_scan": _mamba2,
+    "mamba_selective_scan": _mamba1,
     "mamba2_split_conv1d_scan_combined": _nothing,
+    "mamba_inner_fn": _nothing,
 }
 """Functions of transformers' modules, by their names there."""
 
