@@ -123,11 +123,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         }
     },
     "bamba": {"attn_layer_indices": [1, 3]},
+    "kimi_linear": {"linear_num_heads": 4, "linear_head_dim": 8},
+    "bailing_hybrid": {"linear_num_heads": 4, "linear_head_dim": 8, "num_expert_group": 1},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 8},
     "nemotron_h": {"n_groups": 4},
     "zamba2": {
         "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "n_mamba_heads": 8,
         "mamba_ngroups": 2,
         "mamba_headdim": 16,
         "attention_head_dim": 32,

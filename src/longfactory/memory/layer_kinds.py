@@ -211,7 +211,12 @@ def recurrent_bytes(mixer: Mixer) -> float:
     """That autograd stores of one token in a mixer but for its input, in half precision: fitted to
     counts of its stored tensors.
     """
-    return 6.0 * mixer.channels + 18.0 * mixer.heads * mixer.value_dim + 33.0 * mixer.heads
+    values = mixer.heads * mixer.value_dim
+    # a scan's output is in fp32, and so is what a layer adds to it
+    stored = 6.0 * mixer.channels + (26.0 if mixer.kind == "plain" else 18.0) * values
+    if mixer.per_channel:
+        stored += 17.2 * mixer.heads * mixer.key_dim
+    return stored + 18.0 * mixer.heads
 
 
 def recurrent_workspace(mixer: Mixer) -> float:

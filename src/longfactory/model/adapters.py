@@ -597,6 +597,23 @@ def _holds_routing_weight(module: nn.Module) -> bool:
     return is_router(module) or _gives_more(module)
 
 
+def _refused_by_peft(target: str, model: Any) -> bool:
+    """Whether PEFT puts no adapter on layers of this name in this family: on the last map of state
+    space layers, which fused kernels read without its module. The log names it among what has none.
+    """
+    from peft import LoraConfig
+    from peft.tuners import tuners_utils
+
+    check = getattr(tuners_utils, "_check_lora_target_modules_mamba", None)
+    if check is None:
+        return False
+    try:
+        check(LoraConfig(), model, target.rpartition(".")[2])
+    except ValueError:
+        return True
+    return False
+
+
 def _taken_for_experts(targets: list[str], model: Any) -> set[str]:
     """Names of linear layers that PEFT, where it meets them in `target_modules`, takes for those of
     routed experts in an old checkpoint of this family, and puts on the stacked parameters instead.

@@ -544,23 +544,27 @@ def _key_gradients(  # type: ignore[no-untyped-def]
     d_scores = tl.load(d_scores_in + square)
     d_last = tl.load(d_last_in + at)
     place = row[:, None] * k_row + (head // SHARE) * k_head + dk[None, :]
-    queries = tl.load(q + place, mask=inside, other=0.0).to(tl.float32)
-    keys = tl.load(k + place, mask=inside, other=0.0).to(tl.float32)
     grown, left = tl.exp(total), tl.exp(last - total)
     falls = _decay(total, C, 0)
-    d_qd = tl.load(dq + results, mask=inside, other=0.0)
+    keys = tl.load(k + place, mask=inside, other=0.0).to(tl.float32)
+    # What scores and decayed queries give; what was read is written over.
+    queries = tl.load(q + place, mask=inside, other=0.0).to(tl.float32)
+    d_scores = d_scores * falls
+    products = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * d_scores
+    d_total = tl.sum(products, 1) - tl.sum(products, 0)
+    d_keys = tl.dot(tl.trans(d_scores), queries, input_precision=PRECISION)
+    d_queries = tl.load(dq + results, mask=inside, other=0.0)
+    d_total += tl.sum(d_queries * queries, 1) * grown
+    d_queries = d_queries * grown[:, None]
+    d_queries += tl.dot(d_scores, keys, input_precision=PRECISION)
+    tl.debug_barrier()
+    tl.store(dq + results, d_queries, mask=inside)
+    # What decayed keys give.
     d_kd = tl.load(dk_out + results, mask=inside, other=0.0)
-    d_total = tl.sum(d_qd * queries, 1) * grown
     ended = tl.sum(d_kd * keys, 1) * left
     d_total -= ended
     d_last = d_last * tl.exp(last) + tl.sum(ended, 0)
-    d_queries = d_qd * grown[:, None]
-    d_keys = d_kd * left[:, None]
-    d_scores = d_scores * falls
-    products = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * d_scores
-    d_total += tl.sum(products, 1) - tl.sum(products, 0)
-    d_queries += tl.dot(d_scores, keys, input_precision=PRECISION)
-    d_keys += tl.dot(tl.trans(d_scores), queries, input_precision=PRECISION)
+    d_keys += d_kd * left[:, None]
     if DELTA:
         solved = tl.load(t + square)
         d_w = tl.load(
@@ -582,16 +586,13 @@ def _key_gradients(  # type: ignore[no-untyped-def]
         raw = raw * rate[:, None]
         d_total += tl.sum(raw, 1) - tl.sum(raw, 0)
         d_lower = d_lower * rate[:, None]
-        d_keys += tl.dot(d_lower, keys, input_precision=PRECISION)
-        d_keys += tl.dot(tl.trans(d_lower), keys, input_precision=PRECISION)
+        both = d_lower + tl.trans(d_lower)
+        d_keys += tl.dot(both, keys, input_precision=PRECISION)
     d_total += tl.where(i == C - 1, d_last, 0.0)
     # the sum of what comes at and after each token
     upto = tl.cumsum(d_total, 0)
-    every = tl.sum(d_total, 0)
-    d_decay = every - upto + d_total
-    # Written over what other warps may not have read yet.
+    d_decay = tl.sum(d_total, 0) - upto + d_total
     tl.debug_barrier()
-    tl.store(dq + results, d_queries, mask=inside)
     tl.store(dk_out + results, d_keys, mask=inside)
     tl.store(dg + row * HEADS + head, d_decay, mask=here)
     tl.store(d_beta + row * HEADS + head, d_rate, mask=here)

@@ -116,16 +116,21 @@ def unsupported(config: Any) -> str | None:
     return None
 
 
+def mixers(model: nn.Module) -> list[nn.Module]:
+    """The recurrent and convolutional layers of a model."""
+    return [m for m in model.modules() if _exchanged(type(m))]
+
+
 def prepare(model: nn.Module, ctx: SequenceParallel, hooks: ModelHooks) -> None:
     """Gives every mixer its forward over the ranks, and says by what it will be computed."""
-    mixers = [m for m in model.modules() if _exchanged(type(m))]
-    for module in mixers:
+    found = mixers(model)
+    for module in found:
         lightning = type(module).__name__ in _LIGHTNING
         hooks.replace_forward(module, _lightning if lightning else _forward)
-    if mixers and ctx.rank == 0 and ctx.dp_rank == 0:
+    if found and ctx.rank == 0 and ctx.dp_rank == 0:
         log.info(
             "%d recurrent layers (%s) are computed by %s.",
-            len(mixers),
+            len(found),
             ", ".join(names(model)),
             _computed_by(names(model), ctx.device_type),
         )
