@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import collections
 import importlib
+import itertools
 import json
 import statistics
 import subprocess
@@ -326,6 +327,57 @@ def by_pytorch(name: str, shape: tuple[Any, ...], device: str, tokens: int) -> d
         chunked._triton = held
 
 
+VARIANTS = [(4, 1, 32), (4, 1, 64), (8, 1, 32), (8, 1, 64), (4, 2, 32), (8, 2, 64), (4, 1, 16)]
+"""Warps, stages and columns of values that `tune` tries."""
+
+
+def run_tune(a: argparse.Namespace, clock: float) -> list[dict[str, Any]]:
+    """Each kernel of the first two recurrences with other settings, the others unchanged."""
+    from longfactory.sp.recurrent import chunk_kernels
+
+    rows: list[dict[str, Any]] = []
+    names = ["Qwen3.5-9B gated delta net", "Nemotron-H-8B Mamba 2"]
+    for variant, name in itertools.product(VARIANTS, names):
+        shape = SHAPES[name]
+        before = dict(chunk_kernels.SETTINGS)
+        row: dict[str, Any] = {"what": "tune", "shape": name, "settings": variant}
+        try:
+            chunk_kernels.SETTINGS.update(dict.fromkeys(before, variant))
+            plan = plan_of([32768], "cuda")
+            x = inputs(shape, 32768, "cuda", torch.bfloat16)
+            slope = torch.randn(32768, shape[2], shape[4], device="cuda").bfloat16()
+            run = ours(shape, plan)
+            row["failed"] = apart(chunk_kernels, before, variant, lambda: graded(run, x, slope))
+            found = kernels(lambda: graded(run, x, slope))
+            row["kernels ms"] = {k: v for k, v in found.items() if k.startswith("_")}
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {error}"[:300]
+        finally:
+            chunk_kernels.SETTINGS.update(before)
+        rows.append(row)
+        print(shown(row), flush=True)
+        if time.time() > clock:
+            break
+    return rows
+
+
+def apart(module: Any, before: dict[str, Any], variant: Any, run: Callable[[], Any]) -> str:
+    """Kernels that do not fit with these settings keep their own. Returns their names."""
+    failed = []
+    for _ in range(len(before) + 1):
+        try:
+            run()
+            break
+        except Exception as error:
+            text = "".join(traceback.format_exception(error))
+            name = next((n for n in reversed([*before]) if f" _{n}[" in text), None)
+            if name is None or name in failed:
+                raise
+            failed.append(name)
+            module.SETTINGS[name] = before[name]
+    return ", ".join(failed)
+
+
 MODELS = {
     "qwen3.5-9b": [(32768, 1), (8192, 4)],
     "nemotron-h-8b": [(32768, 1)],
@@ -399,7 +451,13 @@ def train(
         if done.returncode or not log.is_file():
             raise RuntimeError((done.stdout + done.stderr)[-1500:])
         lines = [json.loads(line) for line in log.read_text().splitlines()]
-        return {"log": lines[-1], "settings": _said(done.stdout + done.stderr)}
+        speeds = [x["tokens_per_second_per_gpu"] for x in lines[2:] if "loss" in x]
+        return {
+            "tokens/s a GPU": statistics.median(speeds),
+            "of steps": len(speeds),
+            "last line": lines[-1],
+            "said": _said(done.stdout + done.stderr),
+        }
 
 
 def _said(text: str) -> list[str]:
@@ -410,7 +468,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=["kernels", "command"])
+    parser.add_argument("part", choices=["kernels", "tune", "command"])
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--models", nargs="+", choices=[*MODELS], default=None)
@@ -419,7 +477,8 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true")
     a = parser.parse_args()
     clock = time.time() + a.limit
-    rows = run_kernels(a, clock) if a.part == "kernels" else run_command(a, clock)
+    parts = {"kernels": run_kernels, "tune": run_tune, "command": run_command}
+    rows = parts[a.part](a, clock)
     if a.out is not None:
         a.out.mkdir(parents=True, exist_ok=True)
         report = {"machine": machine_name(), "command": command_line(), "rows": rows}
