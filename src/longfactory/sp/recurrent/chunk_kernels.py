@@ -44,7 +44,7 @@ def _inverse(lower, size: tl.constexpr, LEVELS: tl.constexpr):  # type: ignore[n
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["HEADS", "SHARE"])
 def _prepare(  # type: ignore[no-untyped-def]
     k,
     v,
@@ -62,8 +62,8 @@ def _prepare(  # type: ignore[no-untyped-def]
     v_head,
     g_row,
     beta_row,
-    HEADS: tl.constexpr,
-    SHARE: tl.constexpr,
+    HEADS,
+    SHARE,
     DK: tl.constexpr,
     DV: tl.constexpr,
     C: tl.constexpr,
@@ -107,7 +107,7 @@ def _prepare(  # type: ignore[no-untyped-def]
             tl.store(u + (at * C + i[:, None]) * DV + dv[None, :], writes, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["HEADS", "SHARE"])
 def _scan(  # type: ignore[no-untyped-def]
     k,
     v,
@@ -128,8 +128,8 @@ def _scan(  # type: ignore[no-untyped-def]
     v_row,
     v_head,
     beta_row,
-    HEADS: tl.constexpr,
-    SHARE: tl.constexpr,
+    HEADS,
+    SHARE,
     DK: tl.constexpr,
     DV: tl.constexpr,
     C: tl.constexpr,
@@ -199,7 +199,7 @@ def _scan(  # type: ignore[no-untyped-def]
     tl.store(ends + (fragment * HEADS + head) * size + place, state, mask=both)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["HEADS", "SHARE"])
 def _outputs(  # type: ignore[no-untyped-def]
     q,
     k,
@@ -218,8 +218,8 @@ def _outputs(  # type: ignore[no-untyped-def]
     beta_row,
     out_row,
     out_head,
-    HEADS: tl.constexpr,
-    SHARE: tl.constexpr,
+    HEADS,
+    SHARE,
     DK: tl.constexpr,
     DV: tl.constexpr,
     C: tl.constexpr,
@@ -272,7 +272,7 @@ def _outputs(  # type: ignore[no-untyped-def]
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["HEADS", "SHARE"])
 def _output_gradients(  # type: ignore[no-untyped-def]
     q,
     k,
@@ -286,8 +286,8 @@ def _output_gradients(  # type: ignore[no-untyped-def]
     k_head,
     grad_row,
     grad_head,
-    HEADS: tl.constexpr,
-    SHARE: tl.constexpr,
+    HEADS,
+    SHARE,
     DK: tl.constexpr,
     DV: tl.constexpr,
     C: tl.constexpr,
@@ -329,7 +329,7 @@ def _output_gradients(  # type: ignore[no-untyped-def]
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["HEADS", "SHARE"])
 def _reverse(  # type: ignore[no-untyped-def]
     k,
     row_of,
@@ -344,8 +344,8 @@ def _reverse(  # type: ignore[no-untyped-def]
     count_of,
     k_row,
     k_head,
-    HEADS: tl.constexpr,
-    SHARE: tl.constexpr,
+    HEADS,
+    SHARE,
     DK: tl.constexpr,
     DV: tl.constexpr,
     C: tl.constexpr,
@@ -397,7 +397,7 @@ def _reverse(  # type: ignore[no-untyped-def]
     tl.store(d_start + (fragment * HEADS + head) * size + place, slope, mask=both)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["HEADS", "SHARE"])
 def _value_gradients(  # type: ignore[no-untyped-def]
     v,
     beta,
@@ -422,8 +422,8 @@ def _value_gradients(  # type: ignore[no-untyped-def]
     beta_row,
     grad_row,
     grad_head,
-    HEADS: tl.constexpr,
-    SHARE: tl.constexpr,
+    HEADS,
+    SHARE,
     DK: tl.constexpr,
     DV: tl.constexpr,
     C: tl.constexpr,
@@ -497,7 +497,7 @@ def _value_gradients(  # type: ignore[no-untyped-def]
         tl.store(d_solved_out + square, d_solved)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["HEADS", "SHARE"])
 def _key_gradients(  # type: ignore[no-untyped-def]
     q,
     k,
@@ -517,8 +517,8 @@ def _key_gradients(  # type: ignore[no-untyped-def]
     k_row,
     k_head,
     beta_row,
-    HEADS: tl.constexpr,
-    SHARE: tl.constexpr,
+    HEADS,
+    SHARE,
     DK: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,

@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import logging
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -29,7 +30,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..collectives import raw_all_gather
-from .fragments import Chunks, Fragments
+from .fragments import Chunks, Fragment, Fragments
+
+log = logging.getLogger(__name__)
 
 Kind = Literal["plain", "delta"]
 CHUNK = 64
@@ -488,34 +491,36 @@ class _Recurrence(torch.autograd.Function):
         chunks = fragments.chunks(CHUNK, q.device)
         start, matrix = None, None
         with torch.autocast(q.device.type, enabled=False):
-            parts = list(_parts_of(inputs, chunks))
+            kernels = by_kernels(inputs, rule)
+            parts = list(_parts_of(inputs, chunks, kernels))
             if fragments.open:
-                mine = _changes(inputs, rule, fragments, chunks, parts)
+                mine = _changes(inputs, rule, fragments, chunks, parts, kernels)
                 every = gathered(mine, fragments, group)
                 start, matrix = first_states(every, fragments), every.matrix
             out = v.new_empty(v.shape, dtype=dtype)
             for part in parts:
                 first = _start(start, part, chunks, inputs)
-                _forward(part.inputs(inputs), rule, chunks, first, out[:, part.start : part.stop])
+                mine_out = out[:, part.start : part.stop]
+                _forward(part.inputs(inputs), rule, chunks, first, mine_out, kernels)
         ctx.save_for_backward(*inputs, start, matrix)
-        ctx.settings = rule, fragments, group
+        ctx.settings = rule, fragments, group, kernels
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, start, matrix = ctx.saved_tensors
-        rule, fragments, group = ctx.settings
+        rule, fragments, group, kernels = ctx.settings
         chunks = fragments.chunks(CHUNK, grad.device)
         grads = [torch.zeros_like(x) for x in inputs]
         grad = grad if grad.stride(2) == 1 else grad.contiguous()
         with torch.autocast(grad.device.type, enabled=False):
-            parts = list(_parts_of(inputs, chunks))
+            parts = list(_parts_of(inputs, chunks, kernels))
             ends = None
             if fragments.open:
                 d_first = torch.empty_like(start)
                 for part in parts:
                     mine = grad[:, part.start : part.stop]
-                    found = _first_gradients(part.inputs(inputs), rule, chunks, mine)
+                    found = _first_gradients(part.inputs(inputs), rule, chunks, mine, kernels)
                     d_first[chunks.order, part.start : part.stop] = found
                 ends = last_gradients(d_first, matrix, fragments, group)
             for part in parts:
@@ -525,7 +530,8 @@ class _Recurrence(torch.autograd.Function):
                     at = [chunks.rank_of[i] for i in fragments.open_local]
                     d_after[at] = ends[:, part.start : part.stop].to(d_after.dtype)
                 mine = grad[:, part.start : part.stop]
-                found = _gradients(part.inputs(inputs), rule, chunks, first, mine, d_after)
+                given = first, mine, d_after
+                found = _gradients(part.inputs(inputs), rule, chunks, *given, kernels)
                 for total, one in zip(part.inputs(grads), found, strict=True):
                     total.add_(one)
         return (*grads, None, None, None, None)
@@ -535,11 +541,11 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _parts_of(inputs: list[Tensor], chunks: Chunks) -> Iterator[_Heads]:
+def _parts_of(inputs: list[Tensor], chunks: Chunks, kernels: bool) -> Iterator[_Heads]:
     """All heads, in equal parts whose chunks fit in the workspace."""
     _, k, v, g, _ = inputs
     heads = v.shape[1]
-    one = head_bytes(k.shape[2], v.shape[2], g.dim() == 3, _triton(inputs))
+    one = head_bytes(k.shape[2], v.shape[2], g.dim() == 3, kernels)
     most = max(1, int(WORKSPACE / (chunks.count * chunks.size * one)))
     parts = -(-heads // most)
     return _parts(heads, k.shape[1], -(-heads // parts))
@@ -555,7 +561,12 @@ def _start(start: Tensor | None, part: _Heads, chunks: Chunks, inputs: list[Tens
 
 
 def _changes(
-    inputs: list[Tensor], rule: Rule, fragments: Fragments, chunks: Chunks, parts: list[_Heads]
+    inputs: list[Tensor],
+    rule: Rule,
+    fragments: Fragments,
+    chunks: Chunks,
+    parts: list[_Heads],
+    kernels: bool,
 ) -> Changes:
     """Of this rank's open fragments, in the order of `open_local`."""
     _, k, v, g, _ = inputs
@@ -571,7 +582,7 @@ def _changes(
     chosen = sorted(at)
     order = [chosen.index(place) for place in at]
     for part in parts:
-        found = _changes_of(part.inputs(inputs), rule, chunks, chosen)
+        found = _changes_of(part.inputs(inputs), rule, chunks, chosen, kernels)
         state[:, part.start : part.stop] = found.state[order]
         matrix[:, part.start : part.stop] = found.matrix[order]
     return Changes(state, matrix)
@@ -580,16 +591,86 @@ def _changes(
 # ---- some heads, by Triton where it computes them, else by PyTorch
 
 
-def _triton(inputs: list[Tensor]) -> bool:
+def by_kernels(inputs: list[Tensor], rule: Rule) -> bool:
+    """Whether Triton computes a recurrence of these: it can, and is right on this device."""
     _, k, v, g, _ = inputs
     kernels = _kernels()
-    return (
-        kernels is not None
-        and kernels.runs_on(v.device)
-        and v.dtype != torch.float64
-        and g.dim() == 2
-        and max(k.shape[2], v.shape[2]) <= 256
+    if (
+        kernels is None
+        or not kernels.runs_on(v.device)
+        or v.dtype == torch.float64
+        or g.dim() == 3
+        or max(k.shape[2], v.shape[2]) > 256
+    ):
+        return False
+    return _are_right(v.device, v.dtype, rule.kind, k.shape[2], v.shape[2])
+
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+"""Of the kernels on a few tokens, from float64: the norm of the error over that of the result."""
+
+
+@functools.cache
+def _are_right(
+    device: torch.device, dtype: torch.dtype, kind: Kind, key_dim: int, value_dim: int
+) -> bool:
+    """Computes two short documents by the kernels, forward and backward, and compares. Once a
+    process for each kind of call.
+    """
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=draw).to(device)
+
+    tokens, rule = 96, Rule(kind, key_dim**-0.5, normalize=kind == "delta")
+    both = (
+        Fragment(0, 0, 70, 0, -1),
+        Fragment(0, 70, tokens - 70, 70, -1),
     )
+    chunks = Fragments(both, 0, 1, tokens).chunks(CHUNK, device)
+    low = [normal(tokens, 1, key_dim), normal(tokens, 1, key_dim), normal(tokens, 2, value_dim)]
+    gates = [-0.2 * normal(tokens, 2).square(), normal(tokens, 2).sigmoid()]
+    inputs = [*(x.to(dtype) for x in low), *gates]
+    first, after = normal(2, 2, 2, key_dim, value_dim)
+    slope = normal(tokens, 2, value_dim).to(dtype)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            found = _results(inputs, rule, chunks, first, slope, after, True)
+        wide = [x.double() for x in inputs]
+        given = first.double(), slope.double(), after.double()
+        expected = _results(wide, rule, chunks, *given, False)
+        pairs = zip(found, expected, strict=True)
+        worst = max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
+        reason = "" if worst <= TOLERANCE[dtype] else f"is {worst:.1e} from float64"
+    except Exception as error:  # a version of Triton or a GPU on which they cannot be made
+        reason = f"fails with {type(error).__name__}: {str(error)[:200]}"
+    if reason:
+        log.warning(
+            "A %s recurrence with keys of %d and values of %d runs in PyTorch, slowly:"
+            " LongFactory's Triton kernel %s on this device.",
+            kind,
+            key_dim,
+            value_dim,
+            reason,
+        )
+    return not reason
+
+
+def _results(
+    inputs: list[Tensor],
+    rule: Rule,
+    chunks: Chunks,
+    first: Tensor,
+    slope: Tensor,
+    after: Tensor,
+    kernels: bool,
+) -> list[Tensor]:
+    out = torch.empty_like(inputs[2])
+    _forward(inputs, rule, chunks, first, out, kernels)
+    found = _changes_of(inputs, rule, chunks, [0, 1], kernels)
+    gradients = _gradients(inputs, rule, chunks, first, slope, after.clone(), kernels)
+    start = _first_gradients(inputs, rule, chunks, slope, kernels)
+    return [out, found.state, found.matrix, *gradients, start]
 
 
 @functools.cache
@@ -617,9 +698,11 @@ def normalized(x: Tensor, rule: Rule) -> Tensor:
     return x
 
 
-def _forward(inputs: list[Tensor], rule: Rule, chunks: Chunks, first: Tensor, out: Tensor) -> None:
+def _forward(
+    inputs: list[Tensor], rule: Rule, chunks: Chunks, first: Tensor, out: Tensor, kernels: bool
+) -> None:
     """Writes the outputs [T/n, h, Dv]."""
-    if _triton(inputs):
+    if kernels:
         job = _job(inputs, rule, chunks)
         states, written, _ = job.scan(first)
         job.outputs(states, written, out)
@@ -629,17 +712,21 @@ def _forward(inputs: list[Tensor], rule: Rule, chunks: Chunks, first: Tensor, ou
     out.copy_(_outputs(x, states, written, chunks))
 
 
-def _changes_of(inputs: list[Tensor], rule: Rule, chunks: Chunks, chosen: list[int]) -> Changes:
-    if _triton(inputs):
+def _changes_of(
+    inputs: list[Tensor], rule: Rule, chunks: Chunks, chosen: list[int], kernels: bool
+) -> Changes:
+    if kernels:
         return Changes(*_job(inputs, rule, chunks).changes(chosen))
     return changes(_within(inputs, rule, chunks), chunks, chosen)
 
 
-def _first_gradients(inputs: list[Tensor], rule: Rule, chunks: Chunks, grad: Tensor) -> Tensor:
+def _first_gradients(
+    inputs: list[Tensor], rule: Rule, chunks: Chunks, grad: Tensor, kernels: bool
+) -> Tensor:
     """[F, h, Dk, Dv] gradients of the states from which fragments start, by their own outputs, in
     the order of the chunks' fragments.
     """
-    if _triton(inputs):
+    if kernels:
         job = _job(inputs, rule, chunks)
         d_states, d_written = job.output_gradients(grad)
         d_ends = d_states.new_zeros(len(chunks.order), *d_states.shape[1:])
@@ -655,10 +742,16 @@ def _first_gradients(inputs: list[Tensor], rule: Rule, chunks: Chunks, grad: Ten
 
 
 def _gradients(
-    inputs: list[Tensor], rule: Rule, chunks: Chunks, first: Tensor, grad: Tensor, d_after: Tensor
+    inputs: list[Tensor],
+    rule: Rule,
+    chunks: Chunks,
+    first: Tensor,
+    grad: Tensor,
+    d_after: Tensor,
+    kernels: bool,
 ) -> tuple[Tensor, ...]:
     """Of the inputs, from those of the outputs and of the states after the fragments."""
-    if _triton(inputs):
+    if kernels:
         leaves = [x.detach().requires_grad_() for x in inputs[:2]]
         with torch.enable_grad():
             q, k = (normalized(x, rule) for x in leaves)

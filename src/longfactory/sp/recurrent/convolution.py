@@ -4,7 +4,9 @@ the few tokens before a stretch travel to it, and before a document there are ze
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
 from typing import Any
 
 import torch
@@ -14,16 +16,71 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from ..collectives import all_gather
-from .fragments import Fragments
+from .chunked import TOLERANCE
+from .fragments import Fragment, Fragments, Halo
+
+log = logging.getLogger(__name__)
 
 
-def kernels_on(x: Tensor) -> Any:
-    """The module of Triton kernels where it computes what `x` is, or None."""
+def kernels_on(x: Tensor, width: int) -> Any:
+    """The module of Triton kernels where it computes what `x` is, and is right on its device, or
+    None.
+    """
     if x.dtype == torch.float64 or importlib.util.find_spec("triton") is None:
         return None
     from . import chunk_kernels, convolution_kernels
 
-    return convolution_kernels if chunk_kernels.runs_on(x.device) else None
+    runs = chunk_kernels.runs_on(x.device) and _is_right(x.device, x.dtype, width)
+    return convolution_kernels if runs else None
+
+
+@functools.cache
+def _is_right(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Computes two short documents by the kernels, forward and backward, and compares with
+    PyTorch in float64. Once a process for each kind of call.
+    """
+    from . import convolution_kernels
+
+    draw = torch.Generator().manual_seed(0)
+    stretches = Fragment(0, 0, 40, 0, -1), Fragment(0, 40, 30, 40, -1)
+    halo = Fragments(stretches, 0, 1, 70).halo(width - 1, device)
+    x, weight, bias, slope = (
+        torch.randn(*size, generator=draw).to(device, dtype)
+        for size in ((70, 16), (16, width), (16,), (70, 16))
+    )
+
+    def graded(run: Any, given: list[Tensor], slope: Tensor) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in given]
+        with torch.enable_grad():
+            out = run(leaves[0], leaves[0][:0], leaves[1], leaves[2], True, halo)
+        return [out.detach(), *torch.autograd.grad(out, leaves, slope)]
+
+    given = [x, weight, bias]
+    try:
+        found = graded(convolution_kernels.convolved, given, slope)
+        expected = graded(_by_pytorch, [t.double() for t in given], slope.double())
+        pairs = zip(found, expected, strict=True)
+        worst = max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
+        reason = "" if worst <= TOLERANCE[dtype] else f"is {worst:.1e} from float64"
+    except Exception as error:  # a version of Triton or a GPU on which they cannot be made
+        reason = f"fails with {type(error).__name__}: {str(error)[:200]}"
+    if reason:
+        log.warning(
+            "Short convolutions run in PyTorch, slowly: LongFactory's Triton kernel %s on this"
+            " device.",
+            reason,
+        )
+    return not reason
+
+
+def _by_pytorch(
+    x: Tensor, given: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, halo: Halo
+) -> Tensor:
+    # [T/n + what comes before each stretch, C] -> [1, C, ...]
+    rows = torch.cat([x, given, x.new_zeros(1, x.shape[1])]).index_select(0, halo.table)
+    out = F.conv1d(rows.t()[None].to(weight.dtype), weight[:, None], bias, groups=weight.shape[0])
+    out = out[0].t().index_select(0, halo.outputs)
+    return F.silu(out) if silu else out
 
 
 def convolution(
@@ -50,15 +107,11 @@ def convolution(
     given = x[:0]
     if len(halo.sent):
         given = all_gather(x.index_select(0, halo.sent), group)
-    if (kernels := kernels_on(x)) is not None and activation in kernels.ACTIVATIONS:
-        out = kernels.convolved(x, given, weight, bias, activation is not None, halo)
+    kernels = kernels_on(x, weight.shape[1])
+    if kernels is not None and activation in kernels.ACTIVATIONS:
+        out: Tensor = kernels.convolved(x, given, weight, bias, activation is not None, halo)
         return out
-    # [T/n + what comes before each stretch, C] -> [1, C, ...]
-    rows = torch.cat([x, given, x.new_zeros(1, x.shape[1])]).index_select(0, halo.table)
-    out = F.conv1d(rows.t()[None].to(weight.dtype), weight[:, None], bias, groups=weight.shape[0])[
-        0
-    ].t()
-    out = out.index_select(0, halo.outputs)
+    out = _by_pytorch(x, given, weight, bias, False, halo)
     if activation is not None:
         out = ACT2FN[activation](out)
     return out.to(x.dtype)
