@@ -535,7 +535,8 @@ def lora_targets(model: Any, method: Any, parts: Idle) -> Targets:
     named = _names(method.lora_target)
     maps = experts.expert_maps(model, parts)
     if named == ["all"]:
-        modules = linear_names(model, parts)
+        every = linear_names(model, parts)
+        modules = [name for name in every if not _refused_by_peft(name, model)]
         chosen = set(maps if method.lora_experts else ())
     else:
         modules, chosen = _resolved(named, model, method, maps)

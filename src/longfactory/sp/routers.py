@@ -35,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 
 from .position import position
 
-_ROUTER = re.compile(r"(Router|Gating|Gate)$")
+_ROUTER = re.compile(r"(Router|Gating|(?<!Forget)Gate)$")  # a forget gate is part of a recurrence
 _TOPK = (torch.topk, torch.Tensor.topk)
 _MAX = (torch.max, torch.Tensor.max)
 _MASKED_FILL = (torch.masked_fill, torch.Tensor.masked_fill)

@@ -489,7 +489,7 @@ def over_ranks(
     heads, whichever moves less. Collective.
     """
     group = plan.ctx.group
-    if group is None or not exchange_is_cheaper(q, v, rule, plan):
+    if group is None or not exchange_is_cheaper(q, v, g, rule, plan):
         return recurrence(q, k, v, g, beta, rule, fragments_of(plan), group, dtype)
     n = plan.ctx.size
     kinds = (q, k, v), (g, beta)
@@ -505,7 +505,7 @@ def over_ranks(
     return _to_rows(out, plan)
 
 
-def exchange_is_cheaper(q: Tensor, v: Tensor, rule: Rule, plan: RowPlan) -> bool:
+def exchange_is_cheaper(q: Tensor, v: Tensor, g: Tensor, rule: Rule, plan: RowPlan) -> bool:
     """Whether each rank should run a share of the heads over the whole row. The same on every rank
     of the group.
     """
@@ -516,6 +516,7 @@ def exchange_is_cheaper(q: Tensor, v: Tensor, rule: Rule, plan: RowPlan) -> bool
     if not fragments.open:
         return False
     exchanged = tokens * (2 * keys * dim + 2 * heads * value_dim) * v.element_size()
+    exchanged += 4 * (g.numel() + tokens * heads)
     square = dim if rule.kind == "delta" else 0
     states = fragments.width * n * heads * dim * (value_dim + square) * 4
     again = tokens * heads * (dim + value_dim) * 4 * STATE_PASSES / MEMORY_PER_LINK
