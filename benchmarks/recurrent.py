@@ -18,6 +18,7 @@ import collections
 import importlib
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
@@ -41,6 +43,7 @@ from longfactory.sp.recurrent.convolution import convolution
 from longfactory.sp.recurrent.fragments import fragments_of
 from make_model import make_model
 
+ROOT = Path(__file__).resolve().parent.parent
 # kind, key heads, heads, key dim, value dim, channels of the convolution
 SHAPES: dict[str, tuple[str, int, int, int, int, int]] = {
     "Qwen3.5-9B gated delta net": ("delta", 16, 32, 128, 128, 8192),
@@ -378,6 +381,7 @@ def apart(module: Any, before: dict[str, Any], variant: Any, run: Callable[[], A
     return ", ".join(failed)
 
 
+PHRASE = "".join(f"the quick brown fox is number {i} " for i in range(4))
 MODELS = {
     "qwen3.5-9b": [(32768, 1), (8192, 4)],
     "nemotron-h-8b": [(32768, 1)],
@@ -398,6 +402,8 @@ def run_command(a: argparse.Namespace, clock: float) -> list[dict[str, Any]]:
             row |= {"tokens": tokens * documents, "documents": documents}
             try:
                 row |= train(model, tokens, documents, a, clock)
+            except subprocess.TimeoutExpired as error:
+                row["error"] = "the time is up: " + _text(error.stdout)[-1500:]
             except Exception as error:
                 row["error"] = f"{type(error).__name__}: {error}"[-1500:]
             rows.append(row)
@@ -414,7 +420,11 @@ def train(
         make_model(model, at / "model")
         ids = at / "data"
         ids.mkdir()
-        line = json.dumps({"text": "the quick brown fox " * (tokens * 2)})
+        # Documents a little shorter than `tokens`, so that a packed row has all of them.
+        repeats = (tokens - 16) // len(
+            AutoTokenizer.from_pretrained(at / "model")(PHRASE).input_ids
+        )
+        line = json.dumps({"text": PHRASE * repeats})
         (ids / "rows.jsonl").write_text(f"{line}\n" * (documents * 8))
         (ids / "dataset_info.json").write_text(
             json.dumps({"rows": {"file_name": "rows.jsonl", "columns": {"prompt": "text"}}})
@@ -444,9 +454,11 @@ def train(
         }
         command = [sys.executable, "-m", "longfactory.cli", "train"]
         command += [f"{key}={value}" for key, value in keys.items()]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=max(20.0, clock - time.time())
-        )
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(a.gpus)))
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(visible.split(",")[: a.gpus])}
+        env["PYTHONPATH"] = f"{ROOT / 'src'}:{os.environ.get('PYTHONPATH', '')}"
+        seconds = max(20.0, clock - time.time())
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=env)
         log = at / "out" / "trainer_log.jsonl"
         if done.returncode or not log.is_file():
             raise RuntimeError((done.stdout + done.stderr)[-1500:])
@@ -458,6 +470,10 @@ def train(
             "last line": lines[-1],
             "said": _said(done.stdout + done.stderr),
         }
+
+
+def _text(output: Any) -> str:
+    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
 
 
 def _said(text: str) -> list[str]:
