@@ -108,7 +108,8 @@ _REASONS = {
 
 def unsupported(config: Any) -> str | None:
     """Why layers of this configuration cannot be computed, or None."""
-    for kind in dict.fromkeys(getattr(config, "layer_types", None) or ()):
+    kinds = dict.fromkeys(getattr(config, "layer_types", None) or ())
+    for kind in sorted(kinds, key=lambda kind: kind in LAYERS):
         if kind in LAYERS and config.model_type in MODELS:
             continue
         if kind in LAYERS or kind not in _KNOWN:
