@@ -66,7 +66,7 @@ ROWS: dict[str, Setting] = {
     "gpt-oss-6-layers-32k": Setting("gpt-oss-20b", 6, 32768, PT | FULL),
     "glm-4.5-air-2-layers-16k": Setting("glm-4.5-air", 2, 16384, PT | FULL),
     "deepseek-v2-lite-6-layers-16k": Setting("deepseek-v2-lite", 6, 16384, PT | FULL),
-    "moe-lora-64k": Setting("qwen3-30b-a3b", None, 65536, PT | LORA),
+    "moe-lora-64k": Setting("qwen3-30b-a3b", None, 65536, PT | LORA | DDP),
     "moe-qlora-64k": Setting("qwen3-30b-a3b", None, 65536, PT | QLORA | DDP),
 }
 """`tokens`: of each GPU."""
