@@ -1,10 +1,12 @@
 """One measurement beside `models.py`, in a process of its own with a job as JSON: transformers alone
-(rows `hf` and `hf-stored`), and what one GPU reaches at the shapes of a model (row `rates`).
+(rows `hf` and `hf-stored`), Unsloth, and what one GPU reaches at the shapes of a model (`rates`).
 
 hf         transformers' layers and loss, sdpa, gradient checkpointing; Liger's kernels where they
            are installed and know the family. Full training: fp32 weights under autocast in bf16 and
            fused AdamW. LoRA: PEFT on every linear map of a bf16 model.
 hf-stored  the same without checkpointing.
+unsloth    LoRA by Unsloth, where it can be imported: its FastLanguageModel with its own checkpointing on
+           random weights that are written first; the same steps as `hf`.
 rates      seconds of a step's products at the shapes of every linear map, of its grouped products at
            the experts' shapes, of the output layer, and of attention with the heads and the mask of
            every kind of layer; bytes a second of copies.
@@ -54,7 +56,7 @@ def transformers_alone(job: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config, lora, tokens = make_config(job["model"]), job["lora"], job["tokens"][0]
+    config, lora = make_config(job["model"]), job["lora"]
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(
@@ -70,6 +72,20 @@ def transformers_alone(job: dict[str, Any]) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if lora:
             model.enable_input_require_grads()
+    liger_version = ["liger-kernel"] if liger else []
+    train(job, model, config, device, {"liger": liger}, liger_version)
+
+
+def train(
+    job: dict[str, Any],
+    model: Any,
+    config: Any,
+    device: torch.device,
+    facts: dict[str, Any],
+    packages: list[str],
+) -> None:
+    """Some steps on one row of random tokens, and what they took."""
+    tokens = job["tokens"][0]
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=device.type == "cuda")
     generator = torch.Generator().manual_seed(0)
@@ -90,9 +106,37 @@ def transformers_alone(job: dict[str, Any]) -> None:
         seconds=sum(seconds[1:]) / len(seconds[1:]),
         peak=torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
         loss=float(loss.detach()),
-        liger=liger,
-        versions=versions("torch", "transformers", *(["liger-kernel"] if liger else [])),
+        versions=versions("torch", "transformers", *packages),
+        **facts,
     )
+
+
+def unsloth(job: dict[str, Any]) -> None:
+    """Unsloth wants to be imported before transformers, and a folder with weights."""
+    from unsloth import FastLanguageModel  # type: ignore[import-not-found]  # isort: skip
+
+    from plan_accuracy import write_weights
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    folder = write_weights(Path(job["model"]), Path(job["model"] + "-weights"))
+    model, _ = FastLanguageModel.from_pretrained(
+        model_name=str(folder),
+        max_seq_length=job["tokens"][0],
+        dtype=torch.bfloat16,
+        load_in_4bit=False,
+    )
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=LORA_RANK,
+        lora_alpha=2 * LORA_RANK,
+        lora_dropout=0,
+        bias="none",
+        target_modules=[f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down")],
+        use_gradient_checkpointing="unsloth",
+        max_seq_length=job["tokens"][0],
+    )
+    model.train()
+    train(job, model, make_config(job["model"]), device, {}, ["unsloth"])
 
 
 def use_liger(model: Any) -> bool:
@@ -338,7 +382,8 @@ def bandwidth(device: torch.device) -> float:
 def main() -> int:
     job = json.loads(sys.argv[1])
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
-    work = measure_rates if job["row"] == "rates" else transformers_alone
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    work = {"rates": measure_rates, "unsloth": unsloth}.get(job["row"], transformers_alone)
     try:
         work(job)
     except (torch.OutOfMemoryError, MemoryError) as error:

@@ -383,32 +383,25 @@ def short(r: dict[str, Any]) -> str:
 
 def column(results: Path, page: Path) -> None:
     """Writes the numbers into the table of exact families as its last column."""
-    data = json.loads(results.read_text())
-    by = {r["family"]: r for r in data["families"]}
+    from longfactory_dev.families import ABOUT_GPUS, ON_GPUS, on_gpus
+
+    by = on_gpus(results)
     before, mark, rest = page.read_text().partition("## Exact")
     table, end, after = rest.partition("\n## ")
-    head = "bf16 on GPUs"
     out = []
     for line in table.splitlines():
-        cells = line.strip().strip("|").split(" | ") if line.startswith("| ") else []
+        cells = [c.strip() for c in line.strip().strip("|").split(" | ")][:4]
         if line.startswith("|---"):
             line = "|---|---|---|---|---|"
-        elif cells:
-            cells = [c.strip() for c in cells][:4]
-            found = by.get(cells[0], {})
-            new = head if cells[0] == "model type" else _cell(found)
+        elif line.startswith("| "):
+            new = ON_GPUS if cells[0] == "model type" else by.get(cells[0], "")
             line = f"| {' | '.join([*cells, new])} |"
         out.append(line)
+    if ABOUT_GPUS not in before:
+        told = "on a few tokens.\n"
+        assert told in before, page
+        before = before.replace(told, told + ABOUT_GPUS, 1)
     page.write_text(before + mark + "\n".join(out) + ("\n" if end else "") + end + after)
-
-
-def _cell(found: dict[str, Any]) -> str:
-    if "ratio" in found:
-        degrees = sorted({k.partition(",")[0].removeprefix("SP ") for k in found["medians"]})
-        return (
-            f"{found['ratio']:.2f} (heads of {', '.join(found['dims'])}; SP {', '.join(degrees)})"
-        )
-    return str(found.get("skipped") or ("failed" if "failed" in found else ""))
 
 
 def main() -> int:

@@ -13,6 +13,7 @@ A row is a shape, a method and the tokens that each GPU holds; with several GPUs
                own shape (`_model_rows.py`)
     hf         transformers alone with sdpa and gradient checkpointing, hf-stored without it; with
                Liger's kernels where they are installed and know the family
+    unsloth    LoRA of dense models by Unsloth, where it can be imported
 
 The roofline of a step is the time of its products at the rates measured for their shapes, of grouped
 products at the experts' shapes, of attention with the heads and masks of its layers, and of the
@@ -74,11 +75,12 @@ SMOKE: dict[str, Setting] = {
     "tiny-full": Setting("tiny", None, 256, PT | FULL),
     "tiny-lora": Setting("tiny", None, 256, PT | LORA),
 }
-SYSTEMS = ("ours", "rates", "hf", "hf-stored")
+SYSTEMS = ("ours", "rates", "hf", "hf-stored", "unsloth")
 NAMES = {
     "ours": "LongFactory",
     "hf": "transformers alone",
     "hf-stored": "transformers alone, nothing recomputed",
+    "unsloth": "Unsloth",
 }
 UPDATE_BYTES = 32
 """Of one trained weight in an optimizer step: AdamW reads weight, two states and gradient and writes
@@ -247,6 +249,8 @@ def measure(args: argparse.Namespace, home: Path) -> int:
             at = rows[name]
             lora = at.keys["finetuning_type"] == "lora"
             alone = system not in ("ours", "rates")
+            if system == "unsloth" and (not lora or at.layers or "moe" in name):
+                continue
             if (system != "ours" and count > 1) or (alone and "quantization_bit" in at.keys):
                 continue
             if clock.left < LEAST:

@@ -264,7 +264,7 @@ def write_weights(model: Path, folder: Path) -> Path:
 
     if not folder.exists():
         shutil.copytree(model, folder)
-        with torch.device("cuda"):
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             made = AutoModelForCausalLM.from_config(
                 AutoConfig.from_pretrained(model), dtype=torch.bfloat16
             )

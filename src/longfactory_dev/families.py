@@ -2,6 +2,9 @@
 parallelism, or refused.
 
     python -m longfactory_dev.families [model_type ...] [--size 2] [--write docs/models.md]
+        [--gpus benchmarks/results/family_sweep.json]
+
+With `--gpus` the page has a column of what `benchmarks/family_sweep.py` measured.
 
 A family is built with four layers and a few thousand parameters, with windows, chunks and lengths
 short enough to matter. A row of two documents is sharded over the ranks; logits and the gradient of
@@ -16,11 +19,12 @@ import contextlib
 import copy
 import dataclasses
 import itertools
+import json
 import math
 import pathlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -339,13 +343,38 @@ def sweep(names: Sequence[str], size: int, seconds: float = 60.0) -> list[Result
     return results
 
 
-def table(results: Sequence[Result], size: int) -> str:
-    """docs/models.md."""
+ON_GPUS = "bf16 on GPUs"
+"""Title of the column of what `benchmarks/family_sweep.py` measured."""
+
+
+ABOUT_GPUS = """
+The last column of the exact families is of GPUs in bf16 (`benchmarks/family_sweep.py`): tiny models with the head dims of the family's default
+configuration, a row of one document and one of two. It is how far logits and gradients are from float32, over how far the model's own attention in bf16 (sdpa, or eager
+where it has no other) is: root mean squares, the largest of the medians of five seeds. 1 is as near as the model's own.
+"""
+
+
+def on_gpus(path: pathlib.Path) -> dict[str, str]:
+    """What that column says of each family, by the file that the sweep on GPUs wrote."""
+    cells = {}
+    for found in json.loads(path.read_text())["families"]:
+        if "ratio" in found:
+            degrees = sorted({k.partition(",")[0].removeprefix("SP ") for k in found["medians"]})
+            heads = ", ".join(found["dims"]) or "none"
+            cell = f"{found['ratio']:.2f} (heads of {heads}; SP {', '.join(degrees)})"
+        else:
+            cell = found.get("skipped") or "failed"
+        cells[found["family"]] = cell
+    return cells
+
+
+def table(results: Sequence[Result], size: int, measured: Mapping[str, str] | None = None) -> str:
+    """docs/models.md, with the column of `on_gpus` where it is given."""
     by = {
         v: [r for r in results if r.verdict == v]
         for v in ("exact", "wrong", "refused", "not built")
     }
-    rows = {v: "\n".join(_row(r) for r in by[v]) for v in by}
+    rows = {v: "\n".join(_row(r, measured if v == "exact" else None) for r in by[v]) for v in by}
     lengths = " and ".join(map(str, DOCUMENTS))
     head = f"""# Models
 
@@ -361,13 +390,13 @@ unsharded model with its own eager attention, on each document alone (on the who
 length: longrope and dynamic NTK). The errors are the largest difference over the largest value, in float64; what is left comes from
 the models' own float32 norms and rotary angles. At the start of every run the guard compares the layers of the model at hand, as they will
 be trained, with transformers' own, forward and backward, on a few tokens.
-
+{"" if measured is None else ABOUT_GPUS}
 {len(by["exact"])} exact, {len(by["wrong"])} wrong, {len(by["refused"])} refused, {len(by["not built"])} not checked.
 
 ## Exact
 
-| model type | checked with | logits | gradients |
-|---|---|---|---|
+| model type | checked with | logits | gradients |{"" if measured is None else f" {ON_GPUS} |"}
+|---|---|---|---|{"" if measured is None else "---|"}
 {rows["exact"]}
 
 """
@@ -399,10 +428,11 @@ These have an auxiliary loss of their routers (`moe_aux_loss_coef`, [experts.md]
 """
 
 
-def _row(r: Result) -> str:
+def _row(r: Result, measured: Mapping[str, str] | None = None) -> str:
     detail = r.detail.replace("|", "\\|")
+    last = "" if measured is None else f" {measured.get(r.family, '')} |"
     return (
-        f"| {r.family} | {detail} | {r.logits:.0e} | {r.gradients:.0e} |"
+        f"| {r.family} | {detail} | {r.logits:.0e} | {r.gradients:.0e} |{last}"
         if r.verdict in ("exact", "wrong")
         else f"| {r.family} | {detail} |"
     )
@@ -420,10 +450,14 @@ def main() -> int:
     )
     parser.add_argument("--size", type=int, default=2, help="processes that share the row")
     parser.add_argument("--write", type=pathlib.Path, help="write the table to this file")
+    parser.add_argument(
+        "--gpus", type=pathlib.Path, help="what benchmarks/family_sweep.py wrote, for the table"
+    )
     args = parser.parse_args()
     results = sweep(args.families or [*families(), *VARIANTS], args.size)
     if args.write:
-        args.write.write_text(table(results, args.size))
+        measured = None if args.gpus is None else on_gpus(args.gpus)
+        args.write.write_text(table(results, args.size, measured))
     return int(any(r.verdict == "wrong" for r in results))
 
 

@@ -15,6 +15,7 @@ import kernels
 import models
 from longfactory.memory.layer_kinds import kinds_of
 from longfactory.sp.text_model import model_class
+from longfactory_dev import families
 from longfactory_dev.tiny_models import real_heads, tiny_config
 from plan_accuracy import FULL, LORA, PT, Setting, write_shape
 
@@ -117,7 +118,9 @@ def test_a_column_of_the_page(tmp_path: Path) -> None:
         row = next(line for line in text.splitlines() if line.startswith("| llama |"))
         assert row.endswith(" | 1.03 (heads of 64, 128; SP 1, 2) |")
         assert family_sweep.exact_families(page) == names
-        assert text.count("\n") == before.count("\n")
+        assert text.count("\n") == before.count("\n") + families.ABOUT_GPUS.count("\n")
+    made = families.table([families.Result("llama", "exact", "")], 2, families.on_gpus(results))
+    assert families.ABOUT_GPUS in made and row.rpartition(" | ")[2] in made
     after = text.partition("\n## Refused")[2]
     assert after == before.partition("\n## Refused")[2]
 

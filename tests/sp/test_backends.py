@@ -537,6 +537,29 @@ def test_one_line_says_which_kernels_run(
     ]
 
 
+@pytest.mark.parametrize(
+    ("dims", "expected"),
+    [
+        ((128, 128), "cudnn"),
+        ((64, 64), "cudnn"),
+        ((192, 128), "cudnn"),  # latent attention
+        ((192, 192), "flash"),
+        ((128, 64), "flash"),
+        ((256, 256), "flash"),
+        ((512, 512), "efficient"),
+    ],
+)
+def test_kernels_by_head_dims(
+    dims: tuple[int, int],
+    expected: str,
+    nothing_chosen: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on_a_gpu(monkeypatch)
+    requests = start.requests_of("cuda", torch.bfloat16, [dims], windows=False, softcap=False)
+    assert backends.resolve("auto", requests[0])[0] == expected
+
+
 def test_kernels_of_a_configuration() -> None:
     ctx = SequenceParallel()
     kinds = {

@@ -230,7 +230,9 @@ class Machine:
         if kind.head_dim > 192:
             return self.wide_heads
         window = kind.reach and not kind.within_chunk
-        return self.flash if window or kind.softcap or kind.head_dim > 128 else 1.0
+        latent = (kind.head_dim, kind.value_dim) == (192, 128)
+        wide = kind.head_dim > 128 and not latent
+        return self.flash if window or kind.softcap or wide else 1.0
 
     @property
     def flop_per_byte(self) -> float:

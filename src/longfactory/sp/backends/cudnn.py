@@ -15,6 +15,9 @@ from ..tiles import Tile
 from . import operators
 from .request import Request
 
+LATENT = (192, 128)
+"""Head dims of latent attention (DeepSeek): cuDNN has a kernel for them on Hopper and Blackwell."""
+
 
 def refuses(request: Request) -> str | None:
     """Why this kernel cannot compute such a tile, None where it can; see `backends`."""
@@ -31,8 +34,9 @@ def refuses(request: Request) -> str | None:
     if not request.aligned:
         return "needs sides that are multiples of 128"
     dims = request.head_dim, request.v_head_dim
-    if max(dims) > 128 or dims[0] != dims[1] or dims[0] % 8:
-        return "needs one head dim, a multiple of 8 up to 128"
+    plain = dims[0] == dims[1] <= 128 and dims[0] % 8 == 0
+    if not plain and dims != LATENT:
+        return "needs one head dim, a multiple of 8 up to 128, or 192 with values of 128"
     if torch.cuda.get_device_capability()[0] not in (9, 10):
         return "is fast on Hopper and Blackwell only"
     if not torch.backends.cudnn.is_available() or torch.backends.cudnn.version() < 91000:
