@@ -29,31 +29,27 @@ SETTINGS = {
     "groups": MemorySettings(attention_groups=2, mlp_chunk=16),
     "segments": MemorySettings(segment_layers=3, keep_attention=0.5, mlp_chunk=16),
 }
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
-    "mistral": ("mistral", {}),
-    "qwen2": ("qwen2", {}),
-    "qwen3": ("qwen3", {}),
-    "gemma2": ("gemma2", {}),
+SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {}),
     "gemma4": ("gemma4_text", {"hidden_size_per_layer_input": 0}),
-    "qwen3_moe": ("qwen3_moe", {}),
-    "gpt_oss": ("gpt_oss", {}),
-    "glm4": ("glm4", {}),
     "glm4_moe": ("glm4_moe", {"use_qk_norm": True}),
-    "phi3": ("phi3", {}),
-    "olmo2": ("olmo2", {}),
-    "olmo3": ("olmo3", {}),
     "cohere": ("cohere", {"use_qk_norm": True}),
-    "cohere2": ("cohere2", {}),
     "granite": ("granite", {"residual_multiplier": 0.3, "attention_multiplier": 0.2}),
-    "seed_oss": ("seed_oss", {}),
-    "deepseek_v3": ("deepseek_v3", {}),
-    "qwen3_next": ("qwen3_next", {}),
     "qwen3_5": ("qwen3_5_text", {}),
     "qwen3_5_moe": ("qwen3_5_moe_text", {}),
+    "aria": ("aria_text", {}),
+    "qwen3_vl": ("qwen3_vl_text", {}),
+    "qwen3_vl_moe": ("qwen3_vl_moe_text", {}),
 }
+MODELS = {name: SPECIAL.get(name, (name, {})) for name in FAMILIES}
 """Family -> its model type, and fields of its tiny configuration."""
+FAST = ("gemma3", "qwen3_moe", "gpt_oss", "phi3", "olmo2", "cohere", "deepseek_v3", "qwen3_5")
+"""The others are slow tests."""
+
+
+def some(names: tuple[str, ...]) -> list[Any]:
+    """All families, those but `names` as slow ones."""
+    return [n if n in names else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
 
 
 @pytest.fixture(autouse=True)
@@ -150,11 +146,7 @@ def compare(
     assert sorted(ran) == sorted(full_attention(model) * rounds)
 
 
-def test_every_family_is_here() -> None:
-    assert set(MODELS) == set(FAMILIES)
-
-
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", some(FAST))
 def test_gradients_are_those_of_the_familys_own_code(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,11 +169,6 @@ def test_in_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compare(name, SETTINGS["groups"], PACKED, monkeypatch, dtype=torch.float32)
 
 
-LORA = ("gemma3", "phi3", "deepseek_v3", "qwen3_5", "qwen3_moe")
-
-
-@pytest.mark.parametrize(
-    "name", [*LORA, *(pytest.param(n, marks=pytest.mark.slow) for n in MODELS if n not in LORA)]
-)
+@pytest.mark.parametrize("name", some(("gemma3", "phi3", "deepseek_v3")))
 def test_with_adapters(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compare(name, SETTINGS["saved, chunks"], PACKED, monkeypatch, lora=True)

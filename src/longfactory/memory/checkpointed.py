@@ -214,12 +214,15 @@ def stored_of_a_token(job: TrainingJob, kind: LayerKind) -> float:
 
 
 def _checkpoint_work(job: TrainingJob, settings: MemorySettings) -> Work:
-    """A forward pass more; the hand-written layer computes two of the MLP's three products."""
+    """A forward pass more; the hand-written layer computes two of a dense MLP's three products,
+    where no norm follows.
+    """
     if settings.checkpoint == "none":
         return Work()
+    two = all(job.written(k) and not (k.experts or k.norms_after) for k in job.shape.kinds)
     return Work(
         again_projections=1.0,
-        again_mlp=2 / 3 if job.written_layer else 1.0,
+        again_mlp=2 / 3 if two else 1.0,
         again_attention=1.0,
     )
 

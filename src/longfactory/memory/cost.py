@@ -89,10 +89,13 @@ def bare_layer(job: TrainingJob) -> LayerMoments:
 def _bare_layer(job: TrainingJob, kind: LayerKind) -> LayerMoments:
     width, hidden = job.shape.width, job.hidden_bytes
     attention, keys = width * kind.queries, width * kind.keys_values / 2
-    if job.written_layer:
-        peak = 2 * hidden + attention + 4 * keys
+    if job.written(kind):
+        # x and dx; the gradient of attention's output projection, where it is another tensor, or
+        # that of the one norm of a parallel layer
+        rows = 3 if kind.norms_after or kind.norms == 1 else 2
+        peak = rows * hidden + attention + 4 * keys
         # what comes after attention, with the next layer's tensors on their way
-        after = 2 * hidden + attention + 2 * keys
+        after = rows * hidden + attention + 2 * keys
     else:
         # x, norms' outputs, x2, dy, dx and temporaries; q, k, v and their gradients; out, dout; the
         # kernel's fp32 dq
@@ -229,7 +232,7 @@ def seconds(job: TrainingJob, settings: MemorySettings) -> float:
         linear += count * _products(job, kind, work)
         attention += count * kind.attention_flop(job.tokens) / machine.attention_share(kind)
         forward, backward = moved_bytes(job, settings, kind)
-        fused = job.written_layer and settings.checkpoint == "full"
+        fused = job.written(kind) and settings.checkpoint == "full"
         again = work.again_forward + (0.0 if fused else work.again_projections)
         moved += count * ((1 + again) * forward + backward)
         ahead += count * forward
@@ -340,13 +343,16 @@ def moved_bytes(job: TrainingJob, settings: MemorySettings, kind: LayerKind) -> 
     got = 2 * hidden + kind.queries + kind.keys_values + 2 * kind.dense_width
     forward: float
     backward: float
-    if job.written_layer and settings.checkpoint == "full":
-        forward = 12 * hidden + 3 * kind.dense_width + 2 * turned + 2 * kind.queries
-        backward = 27 * hidden + 6 * kind.dense_width + 6 * turned + 4 * kind.queries
+    dispatch, gradients = _dispatched_bytes(job, kind)
+    if job.written(kind) and settings.checkpoint == "full":
+        more = 2 if kind.norms_after else 0  # norms
+        forward = (12 + 3 * more) * hidden + 3 * kind.dense_width + 2 * turned + 2 * kind.queries
+        backward = (27 + 7 * more) * hidden + 6 * kind.dense_width + 6 * turned + 4 * kind.queries
         if job.shape.adapters:
             forward += given + 2 * got
             backward += 4 * given + 4 * got
-        return width * forward, width * backward
+        # experts run again before they are differentiated
+        return width * forward + dispatch, width * backward + dispatch + gradients
     if job.wide_hidden and width == 2:  # fp32 norms; a cast for each linear map
         norms, residuals, rotary = 28.0 * kind.norms + 30, 20.0, 40.0
     else:
@@ -362,16 +368,20 @@ def moved_bytes(job: TrainingJob, settings: MemorySettings, kind: LayerKind) -> 
         backward += 16 * given + 12 * got
     forward += 2 * kind.recurrent_bytes + kind.recurrent_workspace
     backward += 4 * kind.recurrent_bytes + 3 * kind.recurrent_workspace
-    if kind.experts:
-        # gathered, weighted, put back in order, summed; the adjoints of these add up by index
-        sent = kind.used * hidden
-        dispatch, gradients = 9 * sent + 5 * kind.expert_width, 16 * sent + 9 * kind.expert_width
-        if job.shape.adapted_experts:
-            dispatch += 5 * sent + 9 * kind.expert_width
-            gradients += 7 * sent + 10 * kind.expert_width
-        forward += width * dispatch
-        backward += width * gradients
-    return forward, backward
+    return forward + dispatch, backward + gradients
+
+
+def _dispatched_bytes(job: TrainingJob, kind: LayerKind) -> tuple[float, float]:
+    """Of one token, on its way to its experts and back, and of the gradients: gathered, weighted,
+    put back in order, summed; the adjoints of these add up by index.
+    """
+    sent = kind.used * kind.hidden if kind.experts else 0
+    dispatch, gradients = 9 * sent + 5 * kind.expert_width, 16 * sent + 9 * kind.expert_width
+    if job.shape.adapted_experts:
+        dispatch += 5 * sent + 9 * kind.expert_width
+        gradients += 7 * sent + 10 * kind.expert_width
+    width = job.shape.width
+    return width * dispatch, width * gradients
 
 
 def backward_products(shape: ModelShape) -> float:

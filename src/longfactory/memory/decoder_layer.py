@@ -134,10 +134,8 @@ class DecoderLayer(CheckpointedLayer):
             )
         weights, scales = self.weights()
         settings = self.store.settings
-        # Groups of heads cut the key heads; ulysses deals with heads itself, and gates stand
-        # beside all queries.
+        # Groups of heads cut the key heads; ulysses deals with heads itself.
         groups = settings.attention_groups if plan.choice.ulysses == 1 else 1
-        groups = 1 if self.shape.output_gate else groups
         kv_heads = self.shape.kv_heads
         return LayerCall(
             self.shape,

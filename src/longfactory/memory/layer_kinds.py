@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from longfactory.memory.layer.recognise import FAMILIES, recognise
 from longfactory.sp.hf import layer_types, values_of_layers
 from longfactory.sp.recurrent.chunked import CHUNK, head_bytes
 from longfactory.sp.recurrent.layers import Mixer, mixer_of
@@ -60,6 +61,8 @@ class LayerKind:
         recurrent_bytes: that autograd stores of a token in it.
         recurrent_workspace: bytes of a token while the backward pass computes it, all heads at
             once.
+        written: the hand-written function computes them (`layer.recognise`).
+        norms_after: there are norms behind attention and the MLP.
     """
 
     heads: int
@@ -81,6 +84,8 @@ class LayerKind:
     recurrent_flop: float = 0.0
     recurrent_bytes: float = 0.0
     recurrent_workspace: float = 0.0
+    written: bool = False
+    norms_after: bool = False
 
     @property
     def active_expert_parameters(self) -> int:
@@ -159,6 +164,8 @@ def _kind(layer: nn.Module, config: Any, index: int) -> LayerKind:
     heads, kv_heads, head_dim, value_dim = _heads(layer, own, index)
     reach, within_chunk = _reach(layer, own, index)
     recurrent = mixer_of(layer)
+    parts = recognise(layer)
+    shape = None if isinstance(parts, str) else parts.shape
     return LayerKind(
         heads,
         kv_heads,
@@ -179,6 +186,8 @@ def _kind(layer: nn.Module, config: Any, index: int) -> LayerKind:
         recurrent_flop(recurrent) if recurrent else 0.0,
         recurrent_bytes(recurrent) if recurrent else 0.0,
         recurrent_workspace(recurrent) if recurrent else 0.0,
+        shape is not None,
+        shape is not None and shape.norm("norm2_after") is not None,
     )
 
 
@@ -301,10 +310,13 @@ def plain_kinds(config: Any) -> tuple[LayerKind, ...]:
     dim = max(given or hidden // heads for given in values_of_layers(config, "head_dim"))
     ffn = max(given or 4 * hidden for given in values_of_layers(config, "intermediate_size"))
     mixer = hidden * dim * 2 * (heads + kv_heads)
+    written = config.model_type.removesuffix("_text") in FAMILIES
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
     if not experts:
         dense = 3 * hidden * ffn
-        kind = LayerKind(heads, kv_heads, dim, dim, mixer, dense, mixer + dense, hidden)
+        kind = LayerKind(
+            heads, kv_heads, dim, dim, mixer, dense, mixer + dense, hidden, written=written
+        )
     else:
         ffn = max(given or ffn for given in values_of_layers(config, "moe_intermediate_size"))
         routed = 3 * experts * hidden * ffn
@@ -320,5 +332,6 @@ def plain_kinds(config: Any) -> tuple[LayerKind, ...]:
             expert_parameters=routed,
             experts=experts,
             used=_used(config, experts),
+            written=written,
         )
     return (kind,) * config.num_hidden_layers

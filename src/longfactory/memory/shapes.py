@@ -28,7 +28,7 @@ class ModelShape:
     layer_parameters: int  # all parameters of one layer
     active_layer_parameters: int  # those that one token passes: fewer in a mixture of experts
     trainable: int
-    written_layer: bool  # the decoder layer has a hand-written function (see docs/memory.md)
+    written_layer: bool  # some layers have a hand-written function (see docs/memory.md)
     head_trained: bool = True  # the output layer's weight
     adapters: bool = False  # what is trained is spread over all layers, not some layers whole
     adapted_experts: bool = False  # routed experts have adapters too
@@ -146,7 +146,7 @@ class ModelShape:
         total = parameters or sum(kind.parameters for kind in layers) + (
             c.vocab_size * c.hidden_size * (1 if tied else 2)
         )
-        written &= c.model_type in ("llama", "mistral", "qwen2", "qwen3")
+        written &= any(kind.written for kind in kinds)
         if lora and trainable is None:
             trainable, head_trained = total // 100, bool(head_trained)
         return cls(
@@ -499,8 +499,12 @@ class TrainingJob:
 
     @property
     def written_layer(self) -> bool:
-        """The hand-written layer computes: it steps aside under autocast."""
+        """Hand-written layers compute, where there are some: they step aside under autocast."""
         return self.shape.written_layer and not self.autocast
+
+    def written(self, kind: LayerKind) -> bool:
+        """The hand-written function computes layers of this kind."""
+        return self.written_layer and kind.written
 
     @property
     def hidden_bytes(self) -> int:
@@ -529,14 +533,16 @@ class TrainingJob:
     def temporary_bytes(self, kind: LayerKind) -> int:
         """Of one token's temporaries in the MLP, projections and norms of one layer: six MLP-wide
         and eight hidden-wide numbers (three in the hand-written layer, which holds no part of a
-        norm), three more for each norm beyond two; of each expert that it
-        passes, its input and output and their gradients, and seven numbers of its width. PEFT's
-        adapters compute with wide copies of what they are given, two MLP-wide numbers more.
+        norm; two more there where norms follow attention and the MLP), three more for each norm
+        beyond two; of each expert that it passes, its input and output and their gradients, and
+        seven numbers of its width. PEFT's adapters compute with wide copies of what they are given,
+        two MLP-wide numbers more.
         """
         wide = 4 * kind.used * kind.hidden + 7 * kind.expert_width
-        inner = 8 if self.shape.adapters and not self.written_layer else 6
+        written = self.written(kind)
+        inner = 8 if self.shape.adapters and not written else 6
         dense = inner * self.shape.width * kind.dense_width
-        around = 3 if self.written_layer else 8 + 3 * max(0, kind.norms - 2)
+        around = 3 + 2 * kind.norms_after if written else 8 + 3 * max(0, kind.norms - 2)
         dense += around * self.hidden_bytes
         return dense + self.shape.width * wide
 

@@ -129,15 +129,33 @@ def attention(x: Tensor, k: Tensor, v: Tensor, c: LayerCall) -> tuple[Tensor, Te
     return out, torch.cat(lses)
 
 
-def gate_of(x: Tensor, s: slice, c: LayerCall) -> Tensor:
-    """[C, heads * D]: the output gate of the tokens `s`."""
-    source, rows = _head_rows(c, "q", ALL, 1)
+def gate_of(x: Tensor, s: slice, c: LayerCall, heads: slice = ALL) -> Tensor:
+    """[C, heads * D]: the output gate of the tokens `s`, for some heads."""
+    source, rows = _head_rows(c, "q", heads, 1)
     return linear(normed(x[s], c, "norm1"), c, source, rows)
 
 
 def attended(x: Tensor, out: Tensor, s: slice, c: LayerCall) -> Tensor:
     """What the output projection gets of the tokens `s`: [C, heads * Dv]."""
     return sigmoid_gated(out[s], gate_of(x, s, c)) if c.shape.output_gate else out[s]
+
+
+def _ungated(
+    x: Tensor, out: Tensor, da: Tensor, dgate: Tensor | None, c: LayerCall, heads: slice
+) -> Tensor:
+    """The gradient of attention's output for some heads, [T, heads * Dv]; and into `dgate` that of
+    their gates, where there are some.
+    """
+    dim = c.shape.value_dim
+    columns = heads if heads == ALL else slice(heads.start * dim, heads.stop * dim)
+    if dgate is None:
+        return linear_backward(da, c, "o", columns=columns)[0]
+    dout = x.new_empty(x.shape[0], dgate[:, columns].shape[1])
+    for s in c.chunks(x.shape[0]):
+        g = linear_backward(da[s], c, "o", columns=columns)[0]
+        gate = gate_of(x, s, c, heads)
+        dout[s], dgate[s, columns] = sigmoid_gated_backward(g, out[s, columns], gate)
+    return dout
 
 
 def attention_backward(
@@ -151,42 +169,27 @@ def attention_backward(
         da: gradient of the output projection, [T, H].
     """
     T, shape = x.shape[0], c.shape
-    dgate = None
+    dgate = torch.empty_like(out) if shape.output_gate else None
+    whole = out.view(T, shape.heads, shape.value_dim)
     if c.groups == 1:
-        if shape.output_gate:
-            dout, dgate = torch.empty_like(out), torch.empty_like(out)
-            for s in c.chunks(T):
-                g = linear_backward(da[s], c, "o")[0]
-                dout[s], dgate[s] = sigmoid_gated_backward(g, out[s], gate_of(x, s, c))
-        else:
-            dout = linear_backward(da, c, "o")[0]
-        whole = (T, shape.heads, shape.value_dim)
+        dout = _ungated(x, out, da, dgate, c, ALL).view(whole.shape)
+        q = queries(x, c, ALL)
         dq, dk, dv, dsinks = sp.attention_backward(
-            dout.view(whole),
-            queries(x, c, ALL),
-            k,
-            v,
-            out.view(whole),
-            lse,
-            c.plan,
-            **c.options,
-            **c.sinks(ALL),
+            dout, q, k, v, whole, lse, c.plan, **c.options, **c.sinks(ALL)
         )
         sums.add("sinks", dsinks)
         return dq, dk, dv, dgate
-    out = out.view(T, shape.heads, shape.value_dim)
     dk, dv = torch.empty_like(k), torch.empty_like(v)
-    dqs = out
+    dqs = whole
     if shape.value_dim != shape.head_dim:
         dqs = x.new_empty(T, shape.heads, shape.head_dim)
     all_sinks: list[Any] = []
     for mine, keys in c.group_slices():
-        columns = slice(mine.start * shape.value_dim, mine.stop * shape.value_dim)
-        dout = linear_backward(da, c, "o", columns=columns)[0].view(T, -1, shape.value_dim)
+        dout = _ungated(x, out, da, dgate, c, mine).view(T, -1, shape.value_dim)
         kg, vg, og, lg = (
             k[:, keys].contiguous(),
             v[:, keys].contiguous(),
-            out[:, mine].contiguous(),
+            whole[:, mine].contiguous(),
             lse[mine].contiguous(),
         )
         q = queries(x, c, mine)
@@ -199,7 +202,7 @@ def attention_backward(
         del dq, dkg, dvg
     if shape.sinks:
         sums.add("sinks", torch.cat(all_sinks))
-    return dqs, dk, dv, None
+    return dqs, dk, dv, dgate
 
 
 def projections_backward(

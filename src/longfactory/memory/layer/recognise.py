@@ -21,6 +21,7 @@ from longfactory.memory.layer.description import (
     Rotary,
 )
 from longfactory.memory.layer_ops import ACTIVATIONS, GATHERED, INTERLEAVED
+from longfactory.sp.hf import layer_types
 
 PLAIN = {"mean": False, "zero_centred": False, "wide_weight": False}
 WIDE = {**PLAIN, "wide_weight": True}
@@ -36,6 +37,15 @@ def _only_in_windows(attention: Any) -> bool:
     return attention.sliding_window is not None
 
 
+def _but_beside_windows(attention: Any) -> bool:
+    """Everywhere but in the full layers of a model that has windows."""
+    return attention.sliding_window is None or attention.is_sliding
+
+
+def _by_flag(attention: Any) -> bool:
+    return bool(attention.use_rope)
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """What the code of a family's modules does and no module shows.
@@ -45,7 +55,7 @@ class Family:
         pairs, angles: see `Rotary`.
         turns: whether an attention module turns queries and keys.
         window: where the window comes from that its attention is given: the "module", the "config",
-            or None.
+            the config by the layer's "type", or None.
         softcap: its attention is given `attn_logit_softcapping`.
         output_gate: see `LayerDescription`.
         whole_norm: see `LayerDescription`.
@@ -90,6 +100,31 @@ FAMILIES: dict[str, Family] = {
     "qwen3_next": Family(ZERO_CENTRED, output_gate=True),
     "qwen3_5": Family(ZERO_CENTRED, output_gate=True),
     "qwen3_5_moe": Family(ZERO_CENTRED, output_gate=True),
+    "aria": Family(),
+    "axk1": Family(),
+    "cwm": Family(window="module"),
+    "dots1": Family(window="module"),
+    "ernie4_5": Family(pairs=INTERLEAVED),
+    "ernie4_5_moe": Family(pairs=INTERLEAVED),
+    "exaone4": Family(window="module", turns=_but_beside_windows),
+    "flex_olmo": Family(WIDE, whole_norm=True),
+    "gemma": Family(ZERO_CENTRED),
+    "glm": Family(pairs=INTERLEAVED),
+    "glm4_moe_lite": Family(),
+    "granite_swa": Family(window="module"),
+    "helium": Family(WIDE, pairs=INTERLEAVED),
+    "hy_v3": Family(),
+    "mellum": Family(window="module"),
+    "minimax_m2": Family(whole_norm=True),
+    "ministral": Family(window="module"),
+    "mixtral": Family(window="config"),
+    "olmoe": Family(window="config", whole_norm=True),
+    "qwen2_moe": Family(window="type"),
+    "qwen3_vl": Family(),
+    "qwen3_vl_moe": Family(),
+    "smollm3": Family(window="module", turns=_by_flag),
+    "solar_open": Family(),
+    "youtu": Family(),
 }
 """By the name of transformers' module, `transformers.models.NAME.modeling_NAME`."""
 
@@ -177,12 +212,19 @@ def _recognise(layer: nn.Module) -> LayerParts:
         **fields,
     )
     opaque = mlp if shape.activation is None else None
-    window = None
-    if family.window == "module":
-        window = getattr(attention, "sliding_window", None)
-    elif family.window == "config":
-        window = getattr(attention.config, "sliding_window", None)
+    window = _window(attention, family)
     return LayerParts(shape, linears, norms, opaque, attention, float(attention.scaling), window)
+
+
+def _window(attention: Any, family: Family) -> int | None:
+    if family.window is None or getattr(attention, "is_sliding", True) is False:
+        return None
+    if family.window == "module":
+        return getattr(attention, "sliding_window", None)
+    config = attention.config
+    if family.window == "type" and layer_types(config)[attention.layer_idx] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
 
 
 def _differs_from_one(layer: Any) -> bool:
@@ -219,6 +261,8 @@ def _attention(
         module, "store_full_length_kv", False
     ):
         raise Unknown("its layers share keys and values")
+    if getattr(module.config, "clip_qkv", None):
+        raise Unknown("its queries, keys and values are clipped")
     dim = int(module.head_dim)
     rows: tuple[tuple[str, str, int, int], ...] = ()
     found = _take(module, _HEADS)
