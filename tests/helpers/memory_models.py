@@ -36,6 +36,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 24,
         "decoder_sparse_step": 1,
     },
+    "gpt_oss": {
+        "head_dim": 8,
+        "sliding_window": 9,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "olmo2": {},
     "gpt_neox": {},
 }
 LENGTH = 44

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from longfactory import sp
 from longfactory.memory.apply import apply_memory
+from longfactory.memory.decoder_layer import DecoderLayer
+from longfactory.memory.layer.recognise import FAMILIES
 from longfactory.memory.settings import MemorySettings
 from longfactory.sp import hf
 from longfactory.sp.text_model import decoder_layers
@@ -59,6 +61,10 @@ def sharded_gradients(
         for _ in range(2):
             model.zero_grad()
             run(wrapped, ctx)
+        for layer in decoder_layers(model)[1]:  # hand-written where they can be
+            installed = layer.forward
+            assert not isinstance(installed, DecoderLayer) or all(installed.chain.proved.values())
+            assert isinstance(installed, DecoderLayer) == (kind in FAMILIES)
         world = dist.get_world_size()
         # Sharding engines average over ranks; the loss of the row is the sum of its ranks' losses,
         # once for each group.

@@ -38,6 +38,9 @@ SEGMENTS = MemorySettings(
         ("gemma2", SEGMENTS, "fsdp2", "wrap"),
         ("qwen3_moe", ALL, "fsdp2", "memory"),
         ("qwen2", ALL, "ddp", "memory"),
+        pytest.param("gpt_oss", ALL, "fsdp2", "wrap", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", SEGMENTS, "ddp", "memory", marks=pytest.mark.slow),
+        pytest.param("olmo2", ALL, "fsdp2", "memory", marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks(kind, settings, engine, first, size, monkeypatch):

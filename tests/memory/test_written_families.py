@@ -172,3 +172,77 @@ def test_in_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", some(("gemma3", "phi3", "deepseek_v3")))
 def test_with_adapters(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compare(name, SETTINGS["saved, chunks"], PACKED, monkeypatch, lora=True)
+
+
+KEPT = MemorySettings(keep_attention=1.0, keep_mlp=0.5, mlp_chunk=10)
+KEPT_ALL = MemorySettings(keep_mlp=1.0, segment_layers=3)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("gemma3", KEPT),
+        ("phi3", KEPT),
+        pytest.param("qwen2", KEPT_ALL, marks=pytest.mark.slow),
+        pytest.param("phi3", KEPT_ALL, marks=pytest.mark.slow),
+        pytest.param("cohere", KEPT_ALL, marks=pytest.mark.slow),
+    ],
+)
+def test_gate_and_up_saved(
+    name: str, settings: MemorySettings, lora: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare(name, settings, PACKED, monkeypatch, lora)
+
+
+def test_what_is_saved_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing is left of it when backward is over."""
+    from longfactory.memory.layer import mlp_half
+
+    counts: dict[float, int] = {}
+    calls: list[int] = []
+    own = mlp_half._gate_up
+    for share in (0.0, 0.5, 1.0):
+        model = make("qwen2")
+        apply_memory(model, MemorySettings(keep_mlp=share))
+        run(model, PACKED)  # the first call compares the layer with its own code
+        calls.clear()
+        monkeypatch.setattr(mlp_half, "_gate_up", lambda *a: calls.append(1) or own(*a))
+        run(model, PACKED)
+        monkeypatch.setattr(mlp_half, "_gate_up", own)
+        counts[share] = len(calls)
+    assert counts == {0.0: 8, 0.5: 6, 1.0: 4}
+
+
+def test_saving_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    apply_memory(make("qwen3_moe"), MemorySettings(keep_mlp=1.0))
+    assert "keep_mlp: 1.0 saves nothing" in caplog.text
+
+
+@pytest.mark.parametrize("fault", ["scale", "window", "gradient"])
+def test_a_layer_that_differs_runs_as_its_own_code(
+    fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the recogniser believes of a layer is compared before it is used."""
+    from longfactory.memory.layer import mlp_half
+
+    model = make("qwen3")
+    loss = run(model, PACKED)
+    wanted = gradients(model)
+    model.zero_grad()
+    apply_memory(model, MemorySettings())
+    for layer in decoder_layers(model)[1]:
+        if fault == "scale":
+            layer.forward.scale *= 1.02
+        elif fault == "window":
+            layer.forward.window = None
+    if fault == "gradient":
+        own = mlp_half.gated_backward
+        monkeypatch.setattr(
+            mlp_half, "gated_backward", lambda *a: (lambda h, g, u: (h, g, 1.1 * u))(*own(*a))
+        )
+    ran = written_layers(model, monkeypatch)
+    assert run(model, PACKED) == pytest.approx(loss, abs=1e-12)
+    assert_same_gradients(gradients(model), wanted, 1e-9)
+    assert set(ran) <= ({1, 3} if fault == "window" else set())
+    assert "run as transformers wrote them" in caplog.text

@@ -36,13 +36,15 @@ from longfactory.memory.checkpointed import CheckpointedLayer
 from longfactory.memory.exchange import exchanges_heads
 from longfactory.memory.layer.description import LayerParts
 from longfactory.memory.layer.linears import ENDS, LayerCall, Weights, mlp_name
+from longfactory.memory.layer.mlp_half import room_for_products
 from longfactory.memory.layer.passes import backward, forward
 from longfactory.memory.layer.proof import difference
 from longfactory.memory.layer.recognise import is_four_bit, is_lora
+from longfactory.memory.layer_kinds import LayerKind
 from longfactory.memory.offload import Activations, LayerInput
 from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import TrainingJob
-from longfactory.memory.technique import Bytes, LayerMoments, Technique, Work
+from longfactory.memory.technique import Bytes, LayerMoments, StepMoments, Technique, Work
 from longfactory.sp import probe
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,16 @@ def _active(linear: Any) -> str | None:
         return None
     (name,) = [n for n in linear.active_adapters if n in linear.lora_A] or [None]
     return name
+
+
+def _facts(module: nn.Module) -> frozenset[tuple[str, Any]]:
+    """The numbers and flags that a module's code may look at: layers of one class differ in them
+    (windows, which of them turn queries and keys).
+    """
+    others = ("layer_idx", "training", "gradient_checkpointing")
+    plain = (bool, int, float, str, type(None))
+    facts = vars(module).items()
+    return frozenset((n, v) for n, v in facts if isinstance(v, plain) and n not in others)
 
 
 class DecoderLayer(CheckpointedLayer):
@@ -236,7 +248,8 @@ class DecoderLayer(CheckpointedLayer):
         key = (
             type(self.layer),
             self.shape,
-            self.window is None,
+            _facts(self.layer),
+            _facts(self.attention),
             tuple(self.adapted),
             tuple(self.quantised),
             x.dtype,
@@ -293,7 +306,10 @@ class _Layer(torch.autograd.Function):
         owner = call.owner
         store, chain = owner.store, owner.chain
         handle = store.layer_input(owner.index, x.detach(), again)
+        if owner.mlp is None and store.saves_mlp(owner.index) and handle.last_in_segment:
+            call.products = room_for_products(x[0], call)
         y, out, lse = forward(x.detach()[0], call)
+        ctx.products, call.products = call.products, None
         if store.saves_attention(owner.index) and handle.last_in_segment:
             handle.set_attention(store.save_attention(owner.index, [(out, lse)]))
         # The MLP's module has its own at hand in backward.
@@ -315,6 +331,7 @@ class _Layer(torch.autograd.Function):
         owner = call.owner
         store, chain = owner.store, owner.chain
         call.set_weights(dict(zip(owner.names, ctx.saved_tensors, strict=True)))
+        call.products, ctx.products = ctx.products, None
         x = handle.input()[0]
         saved = handle.attention()
         if not store.settings.late_prefetch:
@@ -373,4 +390,67 @@ ATTENTION_GROUPS = Technique(
     words=_group_words,
     leaner=_more_groups,
     ordered=True,
+)
+
+
+MLP_PRODUCTS = "saved MLP products"  # item of the budget
+
+
+def _mlp_layers(job: TrainingJob, share: float) -> list[LayerKind]:
+    """The layers of which gate and up are saved."""
+    shape = job.shape
+    first = shape.layers - round(share * shape.layers)
+    kinds = (shape.kinds[place] for place in shape.order[first:])
+    return [kind for kind in kinds if job.written(kind) and not kind.experts]
+
+
+def _mlp_values(job: TrainingJob, mode: str, settings: MemorySettings) -> list[float]:
+    """None by itself: no GPU has timed it yet."""
+    return [0.0]
+
+
+def _mlp_fixed(arguments: Any) -> dict[str, Any]:
+    return {"keep_mlp": float(arguments.keep_mlp)} if arguments.keep_mlp else {}
+
+
+def _mlp_bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:
+    if settings.checkpoint == "none" or settings.keep_mlp == 0:
+        return Bytes()
+    each = [kind.dense_width for kind in _mlp_layers(job, settings.keep_mlp)]
+    stored = 2.0 * job.shape.width * job.local
+    whole = stored * sum(each)
+    return Bytes({MLP_PRODUCTS: StepMoments(whole, whole, stored * max(each, default=0))})
+
+
+def _mlp_work(job: TrainingJob, settings: MemorySettings) -> Work:
+    if settings.keep_mlp == 0:
+        return Work()
+    saved = len(_mlp_layers(job, settings.keep_mlp)) / job.shape.layers
+    return Work(again_mlp=-2 / 3 * saved)
+
+
+def _mlp_words(settings: MemorySettings) -> str | None:
+    if settings.checkpoint == "none" or settings.keep_mlp == 0:
+        return None
+    return f"gate and up outputs saved in {settings.keep_mlp:.0%} of layers"
+
+
+def _mlp_advice(job: TrainingJob, settings: MemorySettings) -> tuple[int, str] | None:
+    return (4, "keep_mlp: 0") if settings.keep_mlp > 0 else None
+
+
+def _less_mlp(job: TrainingJob, settings: MemorySettings) -> float:
+    return max(0.0, settings.keep_mlp - 0.25)
+
+
+SAVED_MLP = Technique(
+    "keep_mlp",
+    _mlp_values,
+    10,
+    _mlp_fixed,
+    _mlp_bytes,
+    _mlp_work,
+    words=_mlp_words,
+    advice=_mlp_advice,
+    leaner=_less_mlp,
 )

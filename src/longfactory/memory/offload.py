@@ -207,6 +207,10 @@ class Activations:
         """Whether the attention output of this layer is saved in the first pass."""
         return index >= self.layers - round(self.settings.keep_attention * self.layers)
 
+    def saves_mlp(self, index: int) -> bool:
+        """Whether gate and up outputs of this layer are saved in the first pass."""
+        return index >= self.layers - round(self.settings.keep_mlp * self.layers)
+
     def layer_input(self, index: int, x: Tensor, call: Callable[[Tensor], Tensor]) -> LayerInput:
         """`call(x)` runs the layer again, for segments; it is used under `torch.no_grad()`."""
         k = self.settings.segment_layers

@@ -27,6 +27,8 @@ class MemorySettings:
         keep_attention: fraction of the layers (the last ones) whose attention output and
             log-sum-exp are saved, so that their attention kernel never runs twice. 0 saves none, 1
             all.
+        keep_mlp: fraction of the layers (the last ones) of which the hand-written function saves
+            what gate and up give, so that backward does not compute these products again.
         offload: what goes to pinned host memory between forward and backward: nothing, the
             layer inputs, or the layer inputs and the saved attention outputs.
         pool_bytes: upper bound of that host memory for this process. What does not fit stays on the
@@ -52,6 +54,7 @@ class MemorySettings:
     checkpoint: Literal["none", "full"] = _field("full", "checkpointed.CHECKPOINTING")
     segment_layers: int = _field(1, "offload.SEGMENTS")
     keep_attention: float = _field(0.0, "checkpointed.SAVED_ATTENTION")
+    keep_mlp: float = _field(0.0, "decoder_layer.SAVED_MLP")
     offload: Literal["none", "inputs", "inputs+attention"] = _field("none", "offload.OFFLOAD")
     pool_bytes: int = 0
     last_layers_on_gpu: int = _field(1, "offload.LAST_LAYERS")
@@ -67,11 +70,12 @@ class MemorySettings:
             raise ConfigError(
                 f"memory: checkpoint: got {self.checkpoint!r}, expected none or full."
             )
-        if not 0.0 <= self.keep_attention <= 1.0:
-            raise ConfigError(
-                f"memory: keep_attention: got {self.keep_attention}, expected a fraction of"
-                " the layers, from 0 to 1."
-            )
+        for name in ("keep_attention", "keep_mlp"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(
+                    f"memory: {name}: got {getattr(self, name)}, expected a fraction of the"
+                    " layers, from 0 to 1."
+                )
         if self.offload not in ("none", "inputs", "inputs+attention"):
             raise ConfigError(
                 f"memory: offload: got {self.offload!r}, expected none, inputs or inputs+attention."
@@ -96,17 +100,21 @@ class MemorySettings:
         if self.mlp_chunk is not None and self.mlp_chunk < 1:
             raise ConfigError(f"memory: mlp_chunk: got {self.mlp_chunk} tokens, expected >= 1.")
         if self.checkpoint == "none" and (
-            self.offload != "none" or self.segment_layers > 1 or self.keep_attention > 0
+            self.offload != "none"
+            or self.segment_layers > 1
+            or self.keep_attention > 0
+            or self.keep_mlp > 0
         ):
             raise ConfigError(
-                "memory: offload, segments and saved attention outputs are parts of checkpointing."
-                " Set checkpoint: full."
+                "memory: offload, segments, saved attention outputs and saved MLP products are"
+                " parts of checkpointing. Set checkpoint: full."
             )
 
 
 # Keys that are parts of checkpointing, and the value that turns each of them off.
 PARTS_OF_CHECKPOINTING: dict[str, Any] = {
     "keep_attention": 0.0,
+    "keep_mlp": 0.0,
     "offload_activations": False,
     "segment_layers": 1,
     "mlp_chunk": 0,
@@ -132,6 +140,13 @@ class MemoryArguments:
         "auto",
         "Share of each layer's attention outputs saved, so that attention is not recomputed"
         " (selective checkpointing).",
+        low=0.0,
+        high=1.0,
+    )
+    keep_mlp: float = _key(
+        0.0,
+        "Share of the layers whose MLPs' gate and up outputs are saved, so that these products are"
+        " not computed again (hand-written layers without experts).",
         low=0.0,
         high=1.0,
     )

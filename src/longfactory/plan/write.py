@@ -38,6 +38,8 @@ def chosen_keys(cfg: RunConfig, found: Way) -> dict[str, Any]:
             "mlp_chunk": settings.mlp_chunk or 0,
             "segment_layers": settings.segment_layers,
         }
+        if settings.keep_mlp:
+            keys["keep_mlp"] = settings.keep_mlp
     # "host" asks for split masters wherever these can be had
     if not found.memory.deepspeed and (settings.optimizer == "gpu" or found.memory.split):
         keys["optimizer_placement"] = settings.optimizer

@@ -83,6 +83,9 @@ class LayerCall:
         self.options = {**options, "softcap": shape.softcap}
         self.chunk, self.groups, self.mlp, self.mlp_weights = chunk, groups, mlp, mlp_weights
         self.scalar = scalar
+        self.products: dict[str, Tensor] | None = None
+        """What gate and up give for all tokens, [T, out] by linear, where they are saved: written
+        in the forward pass, read in the backward pass."""
         self._rows = {name: (linear, slice(i, j)) for name, linear, i, j in shape.rows}
         self.set_weights(weights)
 
@@ -110,6 +113,12 @@ class LayerCall:
             whole = dequantize_4bit(stored, self.quantised[name].weight.quant_state)
             self._whole[name] = whole.to(self.dtype)
         return self._whole[name]
+
+    def width(self, name: str) -> int:
+        """Outputs of a linear."""
+        if name in self.quantised:
+            return int(self.quantised[name].out_features)
+        return int(self.weights[name].shape[0])
 
     def rows(self, name: str) -> tuple[str, slice]:
         """The linear that makes a projection, and which of its outputs."""
@@ -171,11 +180,19 @@ def _norm_weight(c: LayerCall, name: str, heads: slice) -> Tensor | None:
     return weight[heads] if weight is not None and weight.dim() == 2 else weight
 
 
-def linear(x: Tensor, c: LayerCall, name: str, rows: Rows = ALL) -> Tensor:
-    """[C, in] -> [C, out], of some of the linear's outputs."""
+def linear(
+    x: Tensor, c: LayerCall, name: str, rows: Rows = ALL, out: Tensor | None = None
+) -> Tensor:
+    """[C, in] -> [C, out], of some of the linear's outputs; written to `out` if it is given."""
     bias = c.weights[f"{name}_bias"]
     bias = None if bias is None else bias[rows].to(x.dtype)
-    y = F.linear(x, c.weight(name)[rows], bias)
+    weight = c.weight(name)[rows]
+    if out is None:
+        y = F.linear(x, weight, bias)
+    elif bias is None:
+        y = torch.mm(x, weight.t(), out=out)
+    else:
+        y = torch.addmm(bias, x, weight.t(), out=out)
     if name in c.adapters:
         a, b, scale = c.adapters[name]
         y.addmm_(x @ a.t(), b[rows].t(), alpha=scale)

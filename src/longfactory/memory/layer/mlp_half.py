@@ -33,7 +33,8 @@ def mlp_forward(x: Tensor, out: Tensor, y: Tensor, s: slice, c: LayerCall) -> No
         m = c.mlp(n, s.start)
     else:
         assert c.shape.activation is not None
-        m = linear(gated(*_gate_up(n, c), c.shape.activation), c, "down")
+        gate, up = _gate_up(n, c, None if c.products is None else saved_rows(c.products, s))
+        m = linear(gated(gate, up, c.shape.activation), c, "down")
     m = normed(m, c, "norm2_after")
     torch.add(x2, m, alpha=c.shape.residual, out=y[s])
 
@@ -48,11 +49,35 @@ def _mlp_input(x: Tensor, x2: Tensor, s: slice, c: LayerCall) -> Tensor:
     return normed(x[s], c, "norm1") if c.shape.parallel else normed(x2, c, "norm2")
 
 
-def _gate_up(n: Tensor, c: LayerCall) -> tuple[Tensor, Tensor]:
+def saved_rows(products: dict[str, Tensor], s: slice) -> dict[str, Tensor]:
+    """Saved products of the tokens `s`."""
+    return {name: product[s] for name, product in products.items()}
+
+
+def room_for_products(x: Tensor, c: LayerCall) -> dict[str, Tensor]:
+    """For what gate and up give for all tokens."""
+    names = ("gate_up",) if "gate_up" in c.weights else ("gate", "up")
+    return {name: x.new_empty(x.shape[0], c.width(name)) for name in names}
+
+
+def _gate_up(
+    n: Tensor, c: LayerCall, into: dict[str, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    into = into or {}
     if "gate_up" not in c.weights:
-        return linear(n, c, "gate"), linear(n, c, "up")
-    gate, up = linear(n, c, "gate_up").chunk(2, -1)
+        gate, up = (linear(n, c, name, out=into.get(name)) for name in ("gate", "up"))
+        return gate, up
+    return _halves(linear(n, c, "gate_up", out=into.get("gate_up")))
+
+
+def _halves(both: Tensor) -> tuple[Tensor, Tensor]:
+    gate, up = both.chunk(2, -1)
     return gate, up
+
+
+def _saved(products: dict[str, Tensor], s: slice) -> tuple[Tensor, Tensor]:
+    rows = saved_rows(products, s)
+    return _halves(rows["gate_up"]) if "gate_up" in rows else (rows["gate"], rows["up"])
 
 
 def mlp_backward(
@@ -80,7 +105,7 @@ def mlp_backward(
         if c.mlp is not None:
             dn = _module_backward(g, n, s, c, sums)
         else:
-            dn = _gated_backward(g, n, c, sums)
+            dn = _gated_backward(g, n, s, c, sums)
         if pending is not None:
             pending[s], dx2[s] = dn, slope
         else:
@@ -93,9 +118,9 @@ def mlp_backward(
         sums.outer("o", da[s], given, gb)
 
 
-def _gated_backward(dm: Tensor, n: Tensor, c: LayerCall, sums: Sums) -> Tensor:
+def _gated_backward(dm: Tensor, n: Tensor, s: slice, c: LayerCall, sums: Sums) -> Tensor:
     """The gradient at the MLP's input, from that of what its norm gives. [C, H]"""
-    gate, up = _gate_up(n, c)
+    gate, up = _gate_up(n, c) if c.products is None else _saved(c.products, s)
     assert c.shape.activation is not None
     if c.shape.norm("norm2_after") is not None:
         made = linear(gated(gate, up, c.shape.activation), c, "down")
