@@ -36,8 +36,8 @@ class MemorySettings:
         last_layers_on_gpu: layers at the end of the model whose tensors are not worth a round trip
             to the host.
         layer: "auto" uses one hand-written function a decoder layer where the architecture is known
-            (Llama, Qwen2, Qwen3, Mistral) and its linears are plain, and the Hugging Face layer
-            elsewhere; "generic" is the Hugging Face layer everywhere.
+            (`layer.recognise`) and its linears are plain, and the Hugging Face layer elsewhere;
+            "generic" is the Hugging Face layer everywhere.
         mlp_chunk: tokens in one chunk of the layer (MLP, norms, projections); None is the whole
             local sequence at once.
         attention_groups: the hand-written layer's backward runs attention this many groups of heads
