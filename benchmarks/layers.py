@@ -117,6 +117,8 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "Qwen2.5-7B": ("qwen2", _QWEN_7B),
     "Qwen2.5-7B, LoRA on all linears": ("qwen2", {**_QWEN_7B, "lora": True}),
+    "Qwen2.5-7B, gate and up saved": ("qwen2", {**_QWEN_7B, "keep_mlp": 1.0}),
+    "Qwen2.5-7B, LoRA, gate and up saved": ("qwen2", {**_QWEN_7B, "lora": True, "keep_mlp": 1.0}),
 }
 """Name -> model type, and fields of its configuration."""
 
@@ -131,6 +133,7 @@ def _model(name: str, device: torch.device, smoke: bool) -> nn.Module:
     kind, fields = LAYERS[name]
     fields = dict(fields)
     lora = fields.pop("lora", False)
+    fields.pop("keep_mlp", None)
     torch.manual_seed(0)
     if smoke:
         from longfactory_dev.tiny_models import tiny_model
@@ -245,7 +248,9 @@ def measure(name: str, smoke: bool) -> dict[str, Any]:
     tokens = 128 if smoke else TOKENS
     model = _model(name, device, smoke)
     layer, args, kwargs = _call(model, tokens, device)
-    settings = MemorySettings(keep_attention=1.0, mlp_chunk=32 if smoke else CHUNK)
+    kept = LAYERS[name][1].get("keep_mlp", 0.0)
+    chunk = 32 if smoke else CHUNK
+    settings = MemorySettings(keep_attention=1.0, keep_mlp=kept, mlp_chunk=chunk)
     apply_memory(model, settings)
     installed: Any = layer.forward
     if not isinstance(installed, DecoderLayer):
