@@ -159,7 +159,7 @@ def test_prepare_refuses() -> None:
         hf.prepare(bidirectional, ONE)
 
 
-@pytest.mark.parametrize("family", ["llama", "stablelm", "llama4_text", "qwen3_next"])
+@pytest.mark.parametrize("family", ["llama", "stablelm", "llama4_text", "qwen3_next", "nemotron_h"])
 def test_a_layer_computed_again_has_the_plan_of_its_own_forward(family: str) -> None:
     """Two forward passes with different documents, then their backward passes, with every layer
     checkpointed.

@@ -63,6 +63,8 @@ ODD = {
     "lfm2": {},
 }
 """Families, and fields that make their heads divide by no number of ranks."""
+UNREACHED = {"jamba", "mamba", "mamba2", "falcon_mamba"}
+"""Families whose decoder layers are not given the arguments of the call."""
 
 
 @pytest.mark.processes
@@ -70,6 +72,56 @@ ODD = {
 def test_branches_start_from_their_parents_state(family: str) -> None:
     for logits, gradients in run_ranks(2, branches, 2, family, ODD[family]):
         assert logits < 1e-5 and gradients < 1e-4
+
+
+def accumulated(size: int, family: str, fields: dict[str, int]) -> float:
+    """The error of gradients of two rows with recomputed layers: documents of one token, and one
+    that lies on all ranks.
+    """
+    ctx = sp.SequenceParallel.create(size)
+    model = tiny_model(family, **fields)
+    plain = copy.deepcopy(model)
+    layers.widen(plain)
+    hf.prepare(model, ctx)
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    draw = torch.Generator().manual_seed(7)
+    for lengths in ([1, 1, 2, 60], [3, 57, 1, 3]):
+        documents = [torch.randint(3, 200, (n,), generator=draw) for n in lengths]
+        ends = torch.tensor(lengths).cumsum(0).tolist()
+        segments = [sp.Segment(end - n, end) for n, end in zip(lengths, ends, strict=True)]
+        row = {
+            "input_ids": torch.cat(documents),
+            "position_ids": torch.cat([torch.arange(n) for n in lengths]),
+        }
+        logits = model(**hf.inputs(row, sp.plan(ends[-1], segments, ctx))).logits
+        logits.pow(2).sum().backward()
+        for ids in documents:
+            plain(input_ids=ids[None], use_cache=False).logits.pow(2).sum().backward()
+    scale = max(p.grad.abs().max() for p in plain.parameters() if p.grad is not None)
+    worst = 0.0
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        if q.grad is None:
+            continue
+        grad = p.grad.clone()
+        torch.distributed.all_reduce(grad)
+        worst = max(worst, ((grad - q.grad).abs().max() / scale).item())
+    return worst
+
+
+@pytest.mark.processes
+def test_recurrent_rows_accumulate_with_recomputed_layers() -> None:
+    for error in run_ranks(2, accumulated, 2, "qwen3_5_text", ODD["qwen3_5_text"]):
+        assert error < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("family", ODD)
+def test_recurrent_rows_accumulate_in_every_kind(family: str, size: int) -> None:
+    for error in run_ranks(size, accumulated, size, family, ODD[family]):
+        assert error < 1e-4
 
 
 @pytest.mark.slow
@@ -83,10 +135,19 @@ def test_branches_start_from_their_parents_state_over_four_ranks(family: str) ->
 @pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("family", sorted(layers.MODELS))
+@pytest.mark.parametrize("family", sorted(layers.MODELS - UNREACHED))
 def test_recurrent_family_is_exact(family: str, size: int) -> None:
     for result in run_ranks(size, check_on_rank, family, size):
         assert result.verdict == "exact", result
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.parametrize("family", sorted(UNREACHED))
+def test_recurrent_layers_without_the_plan_are_refused(family: str) -> None:
+    for result in run_ranks(2, check_on_rank, family, 2):
+        assert result.verdict == "refused", result
+        assert "does not reach its recurrent layers" in result.detail
 
 
 def test_guard_counts_linear_layers() -> None:
