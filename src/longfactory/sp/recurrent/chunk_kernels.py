@@ -521,7 +521,7 @@ def _key_gradients(  # type: ignore[no-untyped-def]
     SHARE,
     DK: tl.constexpr,
     C: tl.constexpr,
-    BK: tl.constexpr,
+    BD: tl.constexpr,
     DELTA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -530,70 +530,93 @@ def _key_gradients(  # type: ignore[no-untyped-def]
     """
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     first, length = tl.load(row_of + chunk).to(tl.int64), tl.load(length_of + chunk)
-    i, dk = tl.arange(0, C), tl.arange(0, BK)
+    i = tl.arange(0, C)
     here = i < length
     row = first + i
     at = chunk * HEADS + head
     total = tl.load(sums + at * C + i)
     last = tl.sum(tl.where(i == C - 1, total, 0.0), 0)
     rate = tl.load(beta + row * beta_row + head, mask=here, other=0.0).to(tl.float32)
-    results = (row[:, None] * HEADS + head) * DK + dk[None, :]
-    inside = here[:, None] & (dk < DK)[None, :]
     square = (at * C + i[:, None]) * C + i[None, :]
-    d_rate = tl.load(d_beta + row * HEADS + head, mask=here, other=0.0)
-    d_scores = tl.load(d_scores_in + square)
-    d_last = tl.load(d_last_in + at)
-    place = row[:, None] * k_row + (head // SHARE) * k_head + dk[None, :]
     grown, left = tl.exp(total), tl.exp(last - total)
     falls = _decay(total, C, 0)
-    keys = tl.load(k + place, mask=inside, other=0.0).to(tl.float32)
-    # What scores and decayed queries give; what was read is written over.
-    queries = tl.load(q + place, mask=inside, other=0.0).to(tl.float32)
-    d_scores = d_scores * falls
-    products = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * d_scores
+    # Squares of tokens, from all columns of queries and keys.
+    scores = tl.zeros([C, C], dtype=tl.float32)
+    alike = tl.zeros([C, C], dtype=tl.float32)
+    d_solved = tl.zeros([C, C], dtype=tl.float32)
+    for begin in range(0, DK, BD):
+        dk = begin + tl.arange(0, BD)
+        inside = here[:, None] & (dk < DK)[None, :]
+        place = row[:, None] * k_row + (head // SHARE) * k_head + dk[None, :]
+        keys = tl.load(k + place, mask=inside, other=0.0).to(tl.float32)
+        queries = tl.load(q + place, mask=inside, other=0.0).to(tl.float32)
+        scores += tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        if DELTA:
+            alike += tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
+            d_w = tl.load(
+                d_w_in + (at * C + i[:, None]) * DK + dk[None, :],
+                mask=(dk < DK)[None, :],
+                other=0.0,
+            )
+            scaled = keys * (grown * rate)[:, None]
+            d_solved += tl.dot(d_w, tl.trans(scaled), input_precision=PRECISION)
+    d_scores = tl.load(d_scores_in + square) * falls
+    products = scores * d_scores
     d_total = tl.sum(products, 1) - tl.sum(products, 0)
-    d_keys = tl.dot(tl.trans(d_scores), queries, input_precision=PRECISION)
-    d_queries = tl.load(dq + results, mask=inside, other=0.0)
-    d_total += tl.sum(d_queries * queries, 1) * grown
-    d_queries = d_queries * grown[:, None]
-    d_queries += tl.dot(d_scores, keys, input_precision=PRECISION)
-    tl.debug_barrier()
-    tl.store(dq + results, d_queries, mask=inside)
-    # What decayed keys give.
-    d_kd = tl.load(dk_out + results, mask=inside, other=0.0)
-    ended = tl.sum(d_kd * keys, 1) * left
-    d_total -= ended
-    d_last = d_last * tl.exp(last) + tl.sum(ended, 0)
-    d_keys += d_kd * left[:, None]
+    d_rate = tl.load(d_beta + row * HEADS + head, mask=here, other=0.0)
+    d_alike = tl.zeros([C, C], dtype=tl.float32)
     if DELTA:
+        d_solved += tl.load(d_solved_in + square)
         solved = tl.load(t + square)
-        d_w = tl.load(
-            d_w_in + (at * C + i[:, None]) * DK + dk[None, :], mask=(dk < DK)[None, :], other=0.0
-        )
-        d_solved = tl.load(d_solved_in + square)
-        scaled = keys * (grown * rate)[:, None]
-        d_solved += tl.dot(d_w, tl.trans(scaled), input_precision=PRECISION)
-        d_scaled = tl.dot(tl.trans(solved), d_w, input_precision=PRECISION)
-        d_keys += d_scaled * (grown * rate)[:, None]
-        along = tl.sum(d_scaled * keys, 1) * grown
-        d_rate += along
-        d_total += along * rate
         d_lower = tl.dot(tl.trans(solved), d_solved, input_precision="tf32x3")
         d_lower = -tl.dot(d_lower, tl.trans(solved), input_precision="tf32x3")
         d_lower = tl.where(i[:, None] > i[None, :], d_lower, 0.0) * falls
-        raw = tl.dot(keys, tl.trans(keys), input_precision=PRECISION) * d_lower
+        raw = alike * d_lower
         d_rate += tl.sum(raw, 1)
         raw = raw * rate[:, None]
         d_total += tl.sum(raw, 1) - tl.sum(raw, 0)
         d_lower = d_lower * rate[:, None]
-        both = d_lower + tl.trans(d_lower)
-        d_keys += tl.dot(both, keys, input_precision=PRECISION)
+        d_alike = d_lower + tl.trans(d_lower)
+    # Columns of queries and keys, from the squares; what was read is written over.
+    ended = tl.zeros([C], dtype=tl.float32)
+    for begin in range(0, DK, BD):
+        dk = begin + tl.arange(0, BD)
+        inside = here[:, None] & (dk < DK)[None, :]
+        place = row[:, None] * k_row + (head // SHARE) * k_head + dk[None, :]
+        results = (row[:, None] * HEADS + head) * DK + dk[None, :]
+        keys = tl.load(k + place, mask=inside, other=0.0).to(tl.float32)
+        queries = tl.load(q + place, mask=inside, other=0.0).to(tl.float32)
+        d_queries = tl.load(dq + results, mask=inside, other=0.0)
+        d_total += tl.sum(d_queries * queries, 1) * grown
+        d_queries = d_queries * grown[:, None]
+        d_queries += tl.dot(d_scores, keys, input_precision=PRECISION)
+        d_keys = tl.load(dk_out + results, mask=inside, other=0.0)
+        ended += tl.sum(d_keys * keys, 1) * left
+        d_keys = d_keys * left[:, None]
+        d_keys += tl.dot(tl.trans(d_scores), queries, input_precision=PRECISION)
+        if DELTA:
+            d_w = tl.load(
+                d_w_in + (at * C + i[:, None]) * DK + dk[None, :],
+                mask=(dk < DK)[None, :],
+                other=0.0,
+            )
+            d_scaled = tl.dot(tl.trans(solved), d_w, input_precision=PRECISION)
+            d_keys += d_scaled * (grown * rate)[:, None]
+            along = tl.sum(d_scaled * keys, 1) * grown
+            d_rate += along
+            d_total += along * rate
+            d_keys += tl.dot(d_alike, keys, input_precision=PRECISION)
+        # Written over what other warps may not have read yet.
+        tl.debug_barrier()
+        tl.store(dq + results, d_queries, mask=inside)
+        tl.store(dk_out + results, d_keys, mask=inside)
+    d_total -= ended
+    d_last = tl.load(d_last_in + at) * tl.exp(last) + tl.sum(ended, 0)
     d_total += tl.where(i == C - 1, d_last, 0.0)
     # the sum of what comes at and after each token
     upto = tl.cumsum(d_total, 0)
     d_decay = tl.sum(d_total, 0) - upto + d_total
     tl.debug_barrier()
-    tl.store(dk_out + results, d_keys, mask=inside)
     tl.store(dg + row * HEADS + head, d_decay, mask=here)
     tl.store(d_beta + row * HEADS + head, d_rate, mask=here)
 
@@ -607,9 +630,11 @@ SETTINGS: dict[str, tuple[int, int, int]] = {
     "output_gradients": (4, 1, 32),
     "reverse": (4, 2, 32),
     "value_gradients": (8, 1, 32),
-    "key_gradients": (8, 1, 32),
+    "key_gradients": (4, 1, 64),
 }
-"""Warps and stages of each kernel, and the columns of values that it takes at once."""
+"""Warps and stages of each kernel, and the columns of values (the last: of keys) that it takes at
+once.
+"""
 
 
 def runs_on(device: torch.device) -> bool:
@@ -767,6 +792,7 @@ class Job:
         )  # fmt: skip
         settings = self._settings("key_gradients")
         del settings["BV"]
+        settings["BD"] = min(settings.pop("BK"), SETTINGS["key_gradients"][2])
         _key_gradients[(n, h)](
             self.q, self.k, self.beta, *self._chunk_rows, self.sums, self.t, dq, dk, dg, d_beta,
             d_w, d_scores, d_solved, d_last, *self.k.stride()[:2], self.beta.stride(0),
