@@ -38,8 +38,8 @@ SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5": ("qwen3_5_text", {}),
     "qwen3_5_moe": ("qwen3_5_moe_text", {}),
     "aria": ("aria_text", {}),
-    "qwen3_vl": ("qwen3_vl_text", {}),
-    "qwen3_vl_moe": ("qwen3_vl_moe_text", {}),
+    "qwen3_vl": ("qwen3_vl", {}),
+    "qwen3_vl_moe": ("qwen3_vl_moe", {}),
 }
 MODELS = {name: SPECIAL.get(name, (name, {})) for name in FAMILIES}
 """Family -> its model type, and fields of its tiny configuration."""
