@@ -37,6 +37,7 @@ longfactory version
 longfactory --help > /dev/null
 longfactory schema > schema.json
 longfactory completion bash > completion.sh && bash -n completion.sh
+if longfactory --help | grep -q webui; then longfactory webui --help > /dev/null; fi
 
 step "init, dry run, plan, train, chat: the demo data"
 longfactory init sft
