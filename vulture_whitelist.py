@@ -51,6 +51,8 @@ _.reference_kl
 # Techniques of memory and classes of stages, which fields name in text, and names of tuple places.
 KTOStage
 RewardStage
+PolicyStage
+DistillStage
 _.CHECKPOINTING
 _.SAVED_ATTENTION
 _.CHUNKS

@@ -30,7 +30,9 @@ LongFactory {version}: post-train language models on sequences of any length.
   longfactory train  run.yaml [key=value ...]    train, evaluate
   longfactory plan   run.yaml [--gpus 8 ...]     predict the memory and time of a run, without a GPU
   longfactory verify run.yaml [key=value ...]    prove on the run's own model and data that splitting changes no gradient
+  longfactory eval   run.yaml [lengths=...]      what the model finds in long texts, by length and depth; its loss by position
   longfactory export run.yaml [key=value ...]    merge LoRA adapters, write a plain model, push it
+  longfactory expand model_name_or_path=... export_dir=... num_expand=8    add layers for use_llama_pro
   longfactory chat   run.yaml [key=value ...]    talk to a model
   longfactory env                                what is installed, for a bug report
   longfactory schema                             JSON schema of the YAML, for editors
@@ -49,6 +51,20 @@ ABOVE = {
         """\
 longfactory plan run.yaml [key=value ...] [--gpus 8xH200 ...]
   Everything is as the run's file and words say; an option below takes the place of its key (docs/planning.md).
+"""
+    ),
+    "eval": (
+        """\
+Its own keys, which no file holds (docs/long_context.md)
+  lengths=4096,16384  depths=0,0.25,0.5,0.75,1  samples=3
+      Tokens of the texts, shares of a text before what is to be found, and texts of each.
+  tasks=needle,needles,chain,common
+      Which texts are made.
+  documents=a.txt,b.jsonl
+      Long texts, of which the loss by position is measured.
+  report_dir=.
+      Folder of long_context.json and long_context.png.
+
 """
     ),
     "verify": (
@@ -225,6 +241,67 @@ def verify(argv: list[str], watch: Watch | None = None) -> int:
     return 0 if report.exact else 1
 
 
+def evaluate_long(argv: list[str], watch: Watch | None = None) -> int:
+    """`longfactory eval`: prints a table and writes `long_context.json` and `.png`."""
+    from longfactory.config import load_config
+
+    words: list[str] = []
+    given = {"lengths": "4096,16384", "depths": "0,0.25,0.5,0.75,1", "samples": "3"}
+    given |= {"tasks": "needle,needles,chain,common", "documents": "", "report_dir": "."}
+    for word in argv:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if equals and key in given:
+            given[key] = value
+        else:
+            words.append(word)
+    lengths = _numbers("lengths", given["lengths"], int, 32, 10**8)
+    depths = _numbers("depths", given["depths"], float, 0, 1)
+    (samples,) = _numbers("samples", given["samples"], int, 1, 10**5)[:1]
+    folder = Path(given["report_dir"])
+    if _rank() == 0 and not folder.is_dir():
+        raise UserError(f"report_dir: there is no folder {folder}.")
+    nowhere = os.path.join(os.devnull, "longfactory-eval")
+    cfg = load_config([*words, f"output_dir={nowhere}", "dataset=none", "do_train=true"])
+    if (status := _start("eval", cfg, argv)) is not None:
+        return status
+    from longfactory.train.long_context import as_json, draw, evaluate, table
+    from longfactory.train.long_context.measure import checked_tasks
+
+    tasks = checked_tasks([t.strip() for t in given["tasks"].split(",") if t.strip()])
+    documents = [d.strip() for d in given["documents"].split(",") if d.strip()]
+    with _watched(watch) as mine:
+        report = evaluate(
+            cfg,
+            lengths=lengths,
+            depths=depths,
+            tasks=tasks,
+            samples=samples,
+            documents=documents,
+            watch=mine,
+        )
+    if _rank() == 0:
+        print(table(report), flush=True)
+        (folder / "long_context.json").write_text(as_json(report), encoding="utf-8")
+        draw(report, folder / "long_context.png")
+        print(f"Written: {folder / 'long_context.json'}, {folder / 'long_context.png'}")
+    return 0
+
+
+def _numbers(
+    name: str, text: str, kind: Callable[[str], Any], low: float, high: float
+) -> list[Any]:
+    """Numbers with commas between them, each in a range."""
+    try:
+        found = [kind(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(low <= number <= high for number in found):
+        raise UserError(
+            f"{name}: got {text!r}, expected numbers from {low} to {high}, with commas."
+        )
+    return found
+
+
 def plan(argv: list[str]) -> int:
     """`longfactory plan`. Returns the exit status."""
     from longfactory.plan.command import main as predict
@@ -243,6 +320,26 @@ def export(argv: list[str]) -> int:
     from longfactory.output.export import export as merge
 
     print(f"The model is in {merge(cfg)}.")
+    return 0
+
+
+def expand(argv: list[str]) -> int:
+    """`longfactory expand`: layers for `use_llama_pro`. Returns the exit status."""
+    given = dict(word.removeprefix("--").partition("=")[::2] for word in argv)
+    wanted = ("model_name_or_path", "export_dir", "num_expand")
+    if set(given) != set(wanted) or not given["num_expand"].isdigit():
+        raise UserError(
+            "longfactory expand model_name_or_path=FOLDER export_dir=FOLDER num_expand=N: layers to"
+            " add, which N must divide evenly."
+        )
+    from longfactory.model.load import resolve
+    from longfactory.output.expand import expand as grow
+
+    folder = Path(resolve(given["model_name_or_path"])[0])
+    if not folder.is_dir():
+        raise UserError(f"model_name_or_path: {folder} is not a folder. Download the model first.")
+    layers = grow(folder, given["export_dir"], int(given["num_expand"]))
+    print(f"A model of {layers} layers is in {given['export_dir']}.")
     return 0
 
 
@@ -304,15 +401,17 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "train": train,
     "plan": plan,
     "verify": verify,
+    "eval": evaluate_long,
     "export": export,
+    "expand": expand,
     "chat": chat,
     "env": env,
     "schema": schema,
     "completion": completion,
     "version": version,
 }
-READS_KEYS = ("train", "verify", "export", "chat")
-WATCHED = ("train", "verify")
+READS_KEYS = ("train", "verify", "eval", "export", "chat")
+WATCHED = ("train", "verify", "eval")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

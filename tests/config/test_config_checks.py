@@ -210,9 +210,22 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"cutoff_len": 0}, "cutoff_len: got 0, expected >= 1"),
     ({"stage": "ppo"}, "ppo is not supported; use stage: dpo or kto"),
-    ({"finetuning_type": "oft"}, "use finetuning_type: lora"),
+    ({"finetuning_type": "oft", "oft_rank": 4}, "oft_rank and oft_block_size were both given"),
+    ({"finetuning_type": "oft", "oft_block_size": 0}, "oft_rank and oft_block_size are both 0"),
+    ({"finetuning_type": "oft", "use_dora": True}, "use_dora is for finetuning_type: lora"),
+    ({"init_lora_weights": "eva"}, "looks at the layers' inputs on some data"),
+    ({"init_lora_weights": "loftq"}, "use quantization_bit: 4"),
+    ({"pissa_convert": True}, "Set pissa_init: true"),
+    ({"pissa_init": True, "init_lora_weights": "olora"}, "Keep one of them"),
+    (
+        {"pissa_init": True, "pissa_convert": True, "adapter_name_or_path": "x"},
+        "goes on with a trained one",
+    ),
+    ({"init_lora_weights": "olora", "quantization_bit": 4}, "olora decomposes the full weights"),
+    ({"mixture_of_depths": "convert"}, "those that come later included"),
     ({"quantization_bit": 4, "quantization_method": "hqq"}, "quantization_method: bnb"),
-    ({"label_smoothing_factor": 0.1}, "logits"),
+    ({"label_smoothing_factor": 0.1, "use_dft_loss": True}, "A run has one loss"),
+    ({"label_smoothing_factor": 1.0}, "expected >= 0 and < 1"),
     (
         {"train_sampling_strategy": "batch_rebalance"},
         "Choose from random, sequential, group_by_length",
@@ -377,13 +390,11 @@ def test_unknown_keys_pass_where_the_environment_says_so(monkeypatch: pytest.Mon
 
 
 def test_unknown_and_refused_keys_are_told_together() -> None:
-    told = problem(
-        lerning_rate=1, use_galore=True, use_badam=True, report_to="neptune"
-    ).splitlines()
+    told = problem(lerning_rate=1, use_kt=True, use_mca=True, report_to="neptune").splitlines()
     assert told[0] == "There is no key lerning_rate. Did you mean learning_rate?"
     assert [line.split(" is refused")[0] for line in told[1:]] == [
-        "use_galore: true",
-        "use_badam: true",
+        "use_kt: true",
+        "use_mca: true",
     ]
     # What else a key says is not hidden either.
     assert (

@@ -99,6 +99,20 @@ def add_lora_everywhere(model: nn.Module) -> nn.Module:
     return model
 
 
+def add_oft(model: nn.Module) -> nn.Module:
+    """OFT on every linear layer but the output, with rotations that are not the identity."""
+    from longfactory.config.arguments import FinetuningArguments, ModelArguments
+    from longfactory.model.adapters import apply_finetuning
+
+    torch.manual_seed(11)
+    method = FinetuningArguments(finetuning_type="oft", oft_block_size=8)
+    model = apply_finetuning(model, method, ModelArguments())
+    for name, p in model.named_parameters():
+        if "oft_R" in name:
+            nn.init.normal_(p, std=0.05)
+    return model
+
+
 def samples(rows: str, total: int) -> list[list[TokenizedDocument]]:
     """`total` samples. Labels are uneven: sample 0 is trained in its first quarter alone (a rank
     has nothing), sample 1 nowhere.
@@ -267,6 +281,8 @@ def run_case(sharding: str, case: dict[str, str]) -> dict[str, float | str]:
         model = add_lora(model)
     if case["tune"] == "experts":
         model = add_lora_everywhere(model)
+    if case["tune"] == "oft":
+        model = add_oft(model)
     plain = model
     model = copy.deepcopy(model)
     (

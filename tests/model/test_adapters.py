@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from longfactory.config.arguments import FinetuningArguments, ModelArguments
 from longfactory.errors import UserError
+from longfactory.model import pissa
 from longfactory.model.adapters import (
     apply_finetuning,
     cast_trainable,
@@ -22,6 +24,7 @@ from longfactory.model.adapters import (
     linear_names,
     load_adapter,
 )
+from longfactory.model.saved import adapter_name
 from longfactory.sp.text_model import decoder_layers
 from longfactory.testing import tiny_model
 
@@ -266,7 +269,7 @@ def test_an_unknown_target_is_refused_with_those_that_there_are(keys: dict[str, 
 
 def test_an_adapter_needs_lora() -> None:
     with pytest.raises(
-        UserError, match="adapter_name_or_path needs finetuning_type: lora, not full"
+        UserError, match="adapter_name_or_path needs finetuning_type: lora or oft, not full"
     ):
         apply(tiny_model(), "full", ("somewhere",))
 
@@ -454,3 +457,63 @@ def test_routed_experts_without_an_adapter_are_told() -> None:
         UserError, match=r"lora_target: mlp cannot all take an adapter.*Linear layers: .*q_proj"
     ):
         apply(tiny_model("qwen3_moe"), "lora", lora_target=("mlp",))
+
+
+@pytest.mark.parametrize("keys", [{}, {"use_rslora": True, "lora_alpha": 3}])
+def test_a_pissa_adapter_becomes_an_ordinary_one(keys: dict[str, Any], tmp_path: Path) -> None:
+    """Of the untouched base weights, with the same outputs."""
+    keys = {"lora_target": ("q_proj", "up_proj"), "lora_rank": 4, "pissa_init": True, **keys}
+    model = apply(tiny_model(), "lora", **keys)
+    start = pissa.start_of(model)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_(0.1 * torch.randn_like(p)) if "lora_" in name else None
+    model.save_pretrained(tmp_path)
+    folder = pissa.convert(tmp_path, start)
+    plain = load_adapter(tiny_model(), str(folder))
+    assert plain.peft_config["default"].r == 8
+    torch.testing.assert_close(logits(plain), logits(model), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(plain.unload()), logits(tiny_model()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("start", ["gaussian", "orthogonal", "olora"])
+def test_other_beginnings_of_lora_change_nothing_at_first(start: str, tmp_path: Path) -> None:
+    """And an adapter that is saved loads as it was, whatever it took out of the base weights."""
+    keys = {"lora_target": ("q_proj",), "lora_rank": 4, "init_lora_weights": start}
+    model = apply(tiny_model(), "lora", **keys)
+    torch.testing.assert_close(logits(model), logits(tiny_model()), rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_(0.1 * torch.randn_like(p)) if "lora_" in name else None
+    model.save_pretrained(tmp_path)
+    again = load_adapter(tiny_model(), str(tmp_path))
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-6)
+
+
+def test_oft_turns_the_inputs_of_linear_layers(tmp_path: Path) -> None:
+    """It begins as the model, is saved under PEFT's names and can be merged."""
+    model = apply(tiny_model(), "oft", oft_block_size=8)
+    names = {n.split(".")[-4] for n in trained(model)}
+    assert names == LINEAR and all(".oft_R.default." in n for n in trained(model))
+    torch.testing.assert_close(logits(model), logits(tiny_model()))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_(0.1 * torch.randn_like(p)) if "oft_R" in name else None
+    moved = logits(model)
+    assert float((moved - logits(tiny_model())).abs().max()) > 1e-3
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "adapter_model.safetensors", framework="pt") as file:
+        assert set(file.keys()) == {adapter_name(n) for n in trained(model)}
+    again = load_adapter(tiny_model(), str(tmp_path))
+    torch.testing.assert_close(logits(again), moved, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits(again.merge_and_unload()), moved, rtol=1e-3, atol=1e-4)
+
+
+def test_oft_takes_layers_and_not_stacked_experts() -> None:
+    model = tiny_model("qwen3_moe")
+    with pytest.raises(UserError, match="OFT has no adapters for parameters"):
+        apply(model, "oft", oft_target=("experts.down_proj",))
+    adapted = apply(tiny_model("qwen3_moe"), "oft", oft_block_size=8)
+    assert not any("experts" in n for n in trained(adapted))
+    said = [line for _, line in describe_trained(adapted)]
+    assert any("routed experts carry no adapter" in line for line in said)

@@ -124,6 +124,41 @@ def test_values_and_gradients_are_those_of_whole_logits(kind: str, chunk: int | 
             )
 
 
+@pytest.mark.parametrize("chunk", [5, None])
+@pytest.mark.parametrize("kind", ["bias", "softcap", "divided", "lora on the head"])
+def test_mean_and_candidates_are_those_of_whole_logits(kind: str, chunk: int | None) -> None:
+    """The mean log-probability, and those of three vocabulary entries at each token, one of them
+    the label in places.
+    """
+    model = MODELS[kind]()
+    labels = some_labels()
+    g = torch.Generator().manual_seed(3)
+    candidates = torch.randint(0, 90, (T, 3), generator=g)
+    candidates[::2, 1] = labels.clamp(min=0)[::2]
+    weights = torch.randn(T, 5, dtype=torch.float64, generator=g)
+    trained = (labels >= 0)[:, None]
+
+    logps = model(input_ids=IDS).logits[0].log_softmax(-1)
+    of_labels = logps.gather(1, labels.clamp(min=0)[:, None])
+    whole = torch.cat([of_labels, logps.mean(1, keepdim=True), logps.gather(1, candidates)], 1)
+    want = torch.where(trained, whole, 0.0)
+    (want * weights).sum().backward()
+    expected = gradients(model)
+    model.zero_grad()
+
+    head = TokenLogprobs(model, chunk, frozenset({"mean_logp", "candidates"}))
+    with head.labels(labels, candidates=candidates):
+        out = model(input_ids=IDS)
+        made = head.outputs(out.logits)
+    assert made.mean_logp is not None and made.candidates is not None
+    got = torch.cat([made.logps[:, None], made.mean_logp[:, None], made.candidates], 1)
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+    (got * weights).sum().backward()
+    for name, found in gradients(model).items():
+        if expected[name] is not None:
+            torch.testing.assert_close(found, expected[name], rtol=1e-9, atol=1e-11)
+
+
 def test_whether_a_label_was_the_most_probable_token() -> None:
     model = f64("llama")
     best = model(input_ids=IDS).logits[0].argmax(-1)

@@ -433,20 +433,25 @@ def sft_row() -> Row:
     return make_row([whole(PROMPTS[i], CHOSEN[i]) for i in range(4)]).padded(8, 0)
 
 
-@pytest.mark.parametrize("loss", ["nll", "dft", "asft", "eaft"])
+@pytest.mark.parametrize("loss", ["nll", "dft", "asft", "eaft", "smoothed"])
 def test_token_losses(loss: str) -> None:
     model, reference, row = Tiny(4), Tiny(5), sft_row()
-    every, tokens, kl, entropy = [], [], [], []
+    every, tokens, kl, entropy, means, smooth = [], [], [], [], [], []
     for i in range(4):
         lp = model.of_text(PROMPTS[i] + CHOSEN[i])[0][len(PROMPTS[i]) - 1 :]
         ref = reference.of_text(PROMPTS[i] + CHOSEN[i])[0][len(PROMPTS[i]) - 1 :].detach()
         tokens += lp.gather(1, torch.tensor(CHOSEN[i])[:, None])[:, 0]
         kl += F.kl_div(lp, ref.exp(), reduction="none").sum(-1)
+        means += lp.mean(-1)
+        smooth.append(
+            F.cross_entropy(lp, torch.tensor(CHOSEN[i]), reduction="sum", label_smoothing=0.4)
+        )
         top = lp.detach().topk(20)[0].log_softmax(-1)
         entropy += -(top.exp() * top).sum(-1)
         every += (lp.argmax(-1) == torch.tensor(CHOSEN[i])).tolist()
-    x, k, h = torch.stack(tokens), torch.stack(kl), torch.stack(entropy)
+    x, k, h, m = (torch.stack(parts) for parts in (tokens, kl, entropy, means))
     want = {
+        "smoothed": torch.stack(smooth),
         "nll": -x,
         "dft": -x * x.detach().exp(),
         "asft": -x * x.detach().exp() + 0.4 * k,
@@ -459,6 +464,7 @@ def test_token_losses(loss: str) -> None:
         top1=torch.ones(len(row), dtype=torch.bool).index_put((trained,), torch.tensor(every)),
         entropy=torch.ones(len(row)).double().masked_scatter(trained, h),
         reference_kl=torch.ones(len(row)).double().masked_scatter(trained, k),
+        mean_logp=torch.ones(len(row)).double().masked_scatter(trained, m),
     )
     stage = TokenStage(loss, 0.4, accuracy=True)
     got, metrics = stage.loss_sum(out, row)
@@ -633,6 +639,7 @@ def arguments(**kw) -> SimpleNamespace:
         asft_alpha=0.1,
         use_eaft_loss=False,
         eaft_alpha=1.0,
+        label_smoothing_factor=0.0,
         compute_accuracy=False,
         discopop_tau=0.05,
         precompute_ref_log_probs=False,
@@ -642,6 +649,20 @@ def arguments(**kw) -> SimpleNamespace:
         ref_model_quantization_bit=None,
         finetuning_type="full",
         pissa_init=False,
+        init_lora_weights=None,
+        rl_loss="clip",
+        rl_normalization="token",
+        rl_constant_length=None,
+        rl_ratio="token",
+        rl_clip_low=0.2,
+        rl_clip_high=None,
+        rl_dual_clip=None,
+        rl_is_cap=None,
+        rl_kl_beta=0.0,
+        teacher_model="teacher",
+        distill_loss="forward",
+        distill_js_beta=0.5,
+        distill_alpha=1.0,
     )
     return SimpleNamespace(**(base | kw))
 

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import TrainerCallback, TrainerState
 
 from longfactory.train.callbacks import LOG_FILE, AtStart, LogFile, Reported, report_failures
 from longfactory.train.output import read_log
 from longfactory.train.plots import overlay, plot_history, smooth
+from longfactory.train.profiler import Profiler
 
 
 def state(
@@ -224,3 +226,28 @@ def test_a_tracker_that_fails_ends_the_run_before_its_first_step_alone(
         == 1
     )
     assert board.on_log(None, state(3), None) == "control"
+
+
+def test_the_profiler_writes_a_trace_of_the_steps_it_was_asked_for(tmp_path: Path) -> None:
+    """Two recordings of two steps, each after one that is left out and one to warm up; where the
+    folder cannot be made, a warning and no error.
+    """
+
+    def run(folder: Path) -> None:
+        state = types.SimpleNamespace(global_step=0)
+        profiler = Profiler(folder, wait=1, warmup=1, active=2, repeat=2, record_shapes=True)
+        profiler.on_train_begin(None, state, None)
+        for _ in range(10):
+            torch.ones(7, 3) @ torch.ones(3, 5)
+            state.global_step += 1
+            profiler.on_step_end(None, state, None)
+        profiler.on_train_end(None, state, None)
+
+    run(tmp_path / "traces")
+    files = sorted((tmp_path / "traces").iterdir())
+    assert [f.name for f in files] == ["trace_rank0_step4.json", "trace_rank0_step8.json"]
+    events = json.loads(files[0].read_text())["traceEvents"]
+    products = [e for e in events if e.get("name") == "aten::mm"]
+    assert len(products) == 2 and products[0]["args"]["Input Dims"][:2] == [[7, 3], [3, 5]]
+    (tmp_path / "file").write_text("")
+    run(tmp_path / "file" / "inside")

@@ -65,6 +65,9 @@ EXPERTS = [
     "sp=2 mode=zigzag-ring rows=single ga=1 tune=full family=gpt_oss aux=0.5",
     "sp=4 mode=zigzag-ring rows=packed ga=3 tune=experts family=glm4_moe",
 ]
+# OFT turns the inputs of each layer.
+QUICK["ddp"] += ["sp=2 mode=ulysses rows=packed ga=1 tune=oft family=qwen3 recompute=1"]
+QUICK["fsdp2"] += ["sp=4 mode=zigzag-ring rows=single ga=3 tune=oft family=llama"]
 for _place, _sharding in enumerate(SHARDINGS):
     QUICK[_sharding] += EXPERTS[_place : _place + 2]
 REST = {s: [c for c in GRID if c not in GRID[k :: STRIDE[k]]] for k, s in enumerate(SHARDINGS)}

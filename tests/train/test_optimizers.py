@@ -14,6 +14,7 @@ import torch
 import cpu_sharding
 from invariance_worker import Samples, add_lora, collate, samples, tiny
 from longfactory import sp
+from longfactory.config.arguments import FinetuningArguments
 from longfactory.errors import UserError
 from longfactory.memory.optimizer import SplitAdamW
 from longfactory.model.token_logprobs import TokenLogprobs
@@ -41,7 +42,7 @@ def memory(
 
 
 def configured(optim: str = "adamw_torch", ratio: float | None = None) -> Any:
-    method = types.SimpleNamespace(loraplus_lr_ratio=ratio, loraplus_lr_embedding=1e-6)
+    method = FinetuningArguments(loraplus_lr_ratio=ratio)
     return types.SimpleNamespace(trainer=types.SimpleNamespace(optim=optim), method=method)
 
 

@@ -156,7 +156,7 @@ class FinetuningArguments:
     """What is trained, and by which loss."""
 
     stage: StageName = arg("sft", "Kind of training.")  # noqa: RUF009  it is a Literal
-    finetuning_type: Literal["lora", "freeze", "full"] = arg(
+    finetuning_type: Literal["lora", "oft", "freeze", "full"] = arg(
         "lora", "Which parameters are trained."
     )
     pure_bf16: bool = arg(False, "Train in bfloat16 without float32 master weights.")
@@ -205,6 +205,26 @@ class FinetuningArguments:
     pissa_init: bool = arg(False, "PiSSA: adapters begin as the principal part of the weights.")
     pissa_iter: int = arg(
         16, "Iterations of PiSSA's fast decomposition; -1 for the exact one.", low=-1, high=10**4
+    )
+    pissa_convert: bool = arg(
+        False,
+        "Also write an ordinary LoRA adapter of twice the rank, for the untouched base weights, to"
+        " pissa_converted/.",
+    )
+    init_lora_weights: Literal["gaussian", "orthogonal", "olora"] | None = arg(
+        None, "How LoRA begins, by PEFT's names; default B = 0. pissa_init is another way."
+    )
+    oft_rank: int = arg(
+        0, "oft: number of blocks of a rotation; 0: it follows from the size.", low=0, high=65536
+    )
+    oft_block_size: int = arg(
+        32, "oft: size of the rotated blocks; 0: it follows from oft_rank.", low=0, high=65536
+    )
+    oft_target: tuple[str, ...] = arg(
+        ("all",), "oft: modules that get an adapter; all = every linear layer but the output."
+    )
+    module_dropout: float = arg(
+        0.0, "oft: probability that a block is not rotated.", low=0.0, below=1.0
     )
     create_new_adapter: bool = arg(False, "Merge every given adapter and train a new one.")
 
@@ -257,6 +277,65 @@ class FinetuningArguments:
     kto_rejected_weight: float = arg(
         1.0, "kto: weight of undesirable answers.", low=0.0, high=10**6
     )
+    rl_loss: Literal["clip", "reinforce", "nll"] = arg(
+        "clip", "rl: clipped policy gradient (PPO, GRPO, DAPO, GSPO), REINFORCE, or weighted NLL."
+    )
+    rl_normalization: Literal["token", "sequence", "constant"] = arg(
+        "token",
+        "rl: mean over tokens (DAPO), over rollouts of their tokens' means (GRPO), or over rollouts"
+        " of sums / rl_constant_length (Dr. GRPO).",
+    )
+    rl_constant_length: int | None = arg(
+        None, "rl, rl_normalization: constant: tokens by which sums are divided.", low=1, high=10**9
+    )
+    rl_ratio: Literal["token", "sequence"] = arg(
+        "token", "rl: ratios of tokens, or the geometric mean of a rollout's (GSPO)."
+    )
+    rl_clip_low: float = arg(0.2, "rl, clip: a ratio counts down to 1 minus this.", low=0.0, high=1)
+    rl_clip_high: float | None = arg(
+        None,
+        "rl, clip: a ratio counts up to 1 plus this; default rl_clip_low.",
+        low=0.0,
+        high=10**6,
+    )
+    rl_dual_clip: float | None = arg(
+        None, "rl, clip: greatest ratio where the advantage is negative.", above=1.0, high=10**6
+    )
+    rl_is_cap: float | None = arg(
+        None,
+        "rl, reinforce: importance weights p / p_behaviour are cut off here; needs logprobs.",
+        above=0.0,
+        high=10**6,
+    )
+    rl_kl_beta: float = arg(
+        0.0,
+        "rl: weight of KL(policy || reference), estimated from ref_logprobs.",
+        low=0.0,
+        high=10**4,
+    )
+    rl_share_prompt: bool = arg(
+        True, "rl: compute the prompt that neighbouring rollouts of a group share once; exact."
+    )
+    teacher_model: str | None = arg(
+        None,
+        "distill: the teacher, of the same tokenizer: a folder or a name on the hub.",
+        path=True,
+    )
+    distill_top_k: int = arg(
+        64, "distill: entries that are stored of the teacher at each token.", low=1, high=4096
+    )
+    distill_loss: Literal["forward", "reverse", "js"] = arg(
+        "forward", "distill: KL(teacher || student), KL(student || teacher), or Jensen-Shannon."
+    )
+    distill_js_beta: float = arg(
+        0.5, "distill, js: weight of the teacher in the mixture.", above=0.0, below=1.0
+    )
+    distill_alpha: float = arg(
+        1.0,
+        "distill: share of the divergence; the rest is the label's own loss.",
+        low=0.0,
+        high=1.0,
+    )
     ref_model: str | None = arg(
         None,
         "Reference model; default the model itself (LoRA: with the adapter switched off).",
@@ -273,6 +352,65 @@ class FinetuningArguments:
         "Compute the reference's log-probabilities once, before training, and keep them on disk.",
     )
 
+    use_muon: bool = arg(
+        False, "Muon for the matrices inside the layers, AdamW for embeddings, output and vectors."
+    )
+    use_adam_mini: bool = arg(
+        False, "Adam-mini: one second moment for each head or neuron (package adam-mini)."
+    )
+    use_galore: bool = arg(
+        False, "GaLore: AdamW's states of gradients projected to a low rank (package galore-torch)."
+    )
+    galore_target: tuple[str, ...] = arg(
+        ("all",), "GaLore: parts of the names of linear layers; all = every one."
+    )
+    galore_rank: int = arg(16, "GaLore: rank of the gradients.", low=1, high=65536)
+    galore_update_interval: int = arg(
+        200, "GaLore: updates after which the projection is made anew.", low=1, high=10**9
+    )
+    galore_scale: float = arg(2.0, "GaLore: factor of the update.", low=0.0, high=10**4)
+    galore_proj_type: Literal["std", "reverse_std", "right", "left", "full"] = arg(
+        "std", "GaLore: which side is projected."
+    )
+    galore_layerwise: bool = arg(
+        False, "GaLore: update each matrix in the backward pass (one process, nothing is clipped)."
+    )
+    use_apollo: bool = arg(
+        False, "APOLLO: the learning rate of a channel from a random projection (apollo-torch)."
+    )
+    apollo_target: tuple[str, ...] = arg(
+        ("all",), "APOLLO: parts of the names of linear layers; all = every one."
+    )
+    apollo_rank: int = arg(16, "APOLLO: rank of the projection.", low=1, high=65536)
+    apollo_update_interval: int = arg(
+        200, "APOLLO: updates after which the projection is made anew.", low=1, high=10**9
+    )
+    apollo_scale: float = arg(32.0, "APOLLO: factor of the update.", low=0.0, high=10**6)
+    apollo_proj: Literal["svd", "random"] = arg("random", "APOLLO: how the projection is made.")
+    apollo_proj_type: Literal["std", "right", "left"] = arg(
+        "std", "APOLLO: which side is projected."
+    )
+    apollo_scale_type: Literal["channel", "tensor"] = arg(
+        "channel", "APOLLO: one learning rate for each channel, or for each matrix."
+    )
+    apollo_layerwise: bool = arg(
+        False, "APOLLO: update each matrix in the backward pass (one process, nothing is clipped)."
+    )
+    apollo_scale_front: bool = arg(
+        False, "APOLLO: scale before the growth of the norm is limited, not after."
+    )
+    use_badam: bool = arg(False, "BAdam: AdamW on one decoder layer at a time.")
+    badam_start_block: int | None = arg(None, "BAdam: the first layer.", low=0, high=10**4)
+    badam_switch_mode: Literal["ascending", "descending", "random", "fixed"] = arg(
+        "ascending", "BAdam: the order of the layers."
+    )
+    badam_switch_interval: int = arg(
+        50,
+        "BAdam: updates of a layer before the next one's turn; -1: none ever.",
+        low=-1,
+        high=10**9,
+    )
+
     use_dft_loss: bool = arg(
         False, "sft: dynamic fine-tuning, each token's loss weighted by its own probability."
     )
@@ -282,6 +420,9 @@ class FinetuningArguments:
     asft_alpha: float = arg(0.1, "asft: weight of the distance.", low=0.0, high=10**6)
     use_eaft_loss: bool = arg(False, "sft: each token's loss weighted by its entropy.")
     eaft_alpha: float = arg(1.0, "eaft: power of the entropy's weight.", low=0.0, high=10**3)
+    label_smoothing_factor: float = arg(
+        0.0, "pt, sft: share of the loss that is the mean over the vocabulary.", low=0.0, below=1.0
+    )
     compute_accuracy: bool = arg(False, "Report the accuracy of the tokens in evaluation.")
     disable_shuffling: bool = arg(False, "Keep the order of the data.")
     early_stopping_steps: int | None = arg(
@@ -418,6 +559,25 @@ class OutputArguments:
         " and stop.",
     )
     logging_dir: str | None = arg(None, "Folder for TensorBoard.", path=True)
+    enable_torch_profiler: bool = arg(
+        False, "Record some steps with torch.profiler: a trace of each process."
+    )
+    profiler_output_dir: str | None = arg(
+        None, "Folder of the traces; default profiler/ in output_dir.", path=True
+    )
+    profiler_wait_steps: int = arg(
+        1, "Profiler: steps before each recording that are not looked at.", low=0, high=10**9
+    )
+    profiler_warmup_steps: int = arg(
+        1, "Profiler: steps that are recorded and thrown away.", low=0, high=10**9
+    )
+    profiler_active_steps: int = arg(1, "Profiler: steps that are kept.", low=1, high=10**6)
+    profiler_repeat: int = arg(
+        1, "Profiler: recordings; 0: until the end of the run.", low=0, high=10**6
+    )
+    profiler_record_shapes: bool = arg(True, "Profiler: shapes of operations' inputs.")
+    profiler_profile_memory: bool = arg(True, "Profiler: memory that is taken and freed.")
+    profiler_with_stack: bool = arg(True, "Profiler: lines of source code.")
     use_swanlab: bool = arg(False, "Report to SwanLab; the same as report_to: swanlab.")
     swanlab_project: str | None = arg("llamafactory", "Project in SwanLab.")
     swanlab_workspace: str | None = arg(None, "Workspace in SwanLab.")

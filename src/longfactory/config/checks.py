@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from longfactory.config import adapter_facts, optimizer_facts
 from longfactory.config.fields import plain
 from longfactory.config.run import RunConfig
 from longfactory.config.stage_facts import STAGE_KEYS, STAGES
@@ -40,6 +41,7 @@ def training(cfg: RunConfig, world_size: int | None) -> Iterator[str]:
     yield from _needed(cfg)
     yield from _data(cfg)
     yield from _method(cfg)
+    yield from optimizer_facts.problems(cfg)
     yield from adapters(cfg)
     yield from _parallel(cfg)
     yield from _memory(cfg)
@@ -262,6 +264,8 @@ def _updates_in_backward(cfg: RunConfig) -> str | None:
         return "deepspeed"
     if cfg.memory.optimizer_overlap:
         return "optimizer_overlap"
+    if (layerwise := optimizer_facts.in_backward(cfg)) is not None:
+        return layerwise
     return f"optim: {optim}" if optim.endswith(("layerwise", "lomo")) else None
 
 
@@ -285,30 +289,31 @@ def _memory(cfg: RunConfig) -> Iterator[str]:
 def adapters(cfg: RunConfig) -> Iterator[str]:
     """Contradictions about LoRA and quantised weights."""
     model, m = cfg.model, cfg.method
-    lora = m.finetuning_type == "lora"
+    lora = adapter_facts.trains_adapters(m)
     if model.adapter_name_or_path and not lora:
         yield (
-            f"adapter_name_or_path is for finetuning_type: lora; this run's is {m.finetuning_type}."
-            " Merge it first (longfactory export)."
+            "adapter_name_or_path is for finetuning_type: lora or oft; this run's is"
+            f" {m.finetuning_type}. Merge it first (longfactory export)."
         )
-    for name in ("loraplus_lr_ratio", "pissa_init", "use_dora", "use_rslora"):
-        if getattr(m, name) and not lora:
-            yield (
-                f"{name} is for finetuning_type: lora; this run's is {m.finetuning_type}. Leave it"
-                " out."
-            )
+    yield from adapter_facts.problems(m)
+    if m.pissa_convert and model.adapter_name_or_path and not m.create_new_adapter:
+        yield (
+            "pissa_convert needs the adapter that PiSSA began with, and adapter_name_or_path goes"
+            " on with a trained one. Leave one of them out."
+        )
     if model.quantization_bit == 8 and cfg.parallel.sharding == "fsdp2":
         yield "FSDP2 cannot shard weights of 8 bits. Use quantization_bit: 4, or sharding: ddp."
     if model.quantization_bit is None:
         return
     if not lora:
         yield (
-            f"quantization_bit is for finetuning_type: lora; this run's is {m.finetuning_type}. Use"
-            " lora, or leave quantization_bit out."
+            f"quantization_bit is for finetuning_type: lora or oft; this run's is"
+            f" {m.finetuning_type}. Use lora, or leave quantization_bit out."
         )
-    if m.pissa_init:
+    if adapter_facts.moves_base_weights(m):
+        key = "pissa_init" if m.pissa_init else "init_lora_weights: olora"
         yield (
-            "pissa_init decomposes the full weights and cannot read quantised ones. Leave one of"
+            f"{key} decomposes the full weights and cannot read quantised ones. Leave one of"
             " the two out."
         )
     if model.resize_vocab:
@@ -512,6 +517,12 @@ bit is asked for with its memory.
 
 
 def _optimizer(cfg: RunConfig) -> Iterator[str]:
+    facts = optimizer_facts.chosen(cfg)
+    if facts is not None and facts.module and importlib.util.find_spec(facts.module) is None:
+        yield (
+            f"{facts.name} needs {facts.package}, which is not installed. Run: pip install"
+            f" {facts.package}; or leave {facts.name} out."
+        )
     name = str(cfg.trainer.optim)
     for start, (module, package) in OPTIMIZERS.items():
         if name.startswith(start) and importlib.util.find_spec(module) is None:
@@ -539,14 +550,30 @@ def negative_steps(cfg: RunConfig) -> list[str]:
 def idle(cfg: RunConfig, given: set[str]) -> list[str]:
     """Keys that were given and that this stage or method never reads, in a sentence each."""
     facts, kind = STAGES[cfg.method.stage], cfg.method.finetuning_type
+    methods = optimizer_facts.METHOD_OPTIMIZERS.values()
+    switched = [(f.name, f.prefix) for f in methods if f.prefix]
     rules: list[tuple[Callable[[str], bool], bool, str]] = [
         (
             lambda k: k.startswith(("lora_", "pissa_", "loraplus_")),
             kind == "lora",
             f"finetuning_type is {kind}",
         ),
-        (lambda k: k == "additional_target", kind == "lora", f"finetuning_type is {kind}"),
+        (
+            lambda k: k == "additional_target",
+            kind in adapter_facts.ADAPTERS,
+            f"finetuning_type is {kind}",
+        ),
+        (lambda k: k.startswith("oft_"), kind == "oft", f"finetuning_type is {kind}"),
+        (lambda k: k == "module_dropout", kind == "oft", f"finetuning_type is {kind}"),
         (lambda k: k.startswith("freeze_"), kind == "freeze", f"finetuning_type is {kind}"),
+        *(
+            (
+                (lambda k, start=prefix: k.startswith(start)),
+                getattr(cfg.method, name),
+                f"{name} is off",
+            )
+            for name, prefix in switched
+        ),
         (lambda k: k == "buffer_size", cfg.data.streaming, "streaming is off"),
         (
             lambda k: k == "max_length",

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from longfactory.config import checks, folder, translate
+from longfactory.config.adapter_facts import trains_adapters
 from longfactory.config.arguments import GROUPS
 from longfactory.config.fields import keys_of
 from longfactory.config.read import read
@@ -112,7 +113,7 @@ def _finished(cfg: RunConfig) -> dict[str, Any]:
             hf.setdefault("run_name", cfg.output.swanlab_run_name)
     if not hf.get("report_to", True):
         hf["report_to"] = "none"
-    if cfg.method.finetuning_type == "lora":
+    if trains_adapters(cfg.method):
         hf.setdefault("ddp_find_unused_parameters", False)
     if cfg.method.early_stopping_steps is not None:
         hf.setdefault("metric_for_best_model", "loss")

@@ -77,6 +77,7 @@ TOKEN_FACTS = {
     "dft": TokenFacts("use_dft_loss"),
     "asft": TokenFacts("use_asft_loss", "asft_alpha", ("reference_kl",)),
     "eaft": TokenFacts("use_eaft_loss", "eaft_alpha", ("entropy",)),
+    "smoothed": TokenFacts("label_smoothing_factor", "label_smoothing_factor", ("mean_logp",)),
 }
 """By name, each a function in `stages/losses.py`."""
 

@@ -67,6 +67,9 @@ NO_EFFECT: dict[str, Other] = {
         (False,), "every signal that stops a run saves a checkpoint first (stop_signals)"
     ),
     "use_reentrant_gc": Other((True, False), "recomputation is done by LongFactory itself"),
+    "use_v1_kernels": Other(
+        (False, None), "kernels are chosen here; enable_liger_kernel: true has fused ones"
+    ),
     "upcast_layernorm": Other(
         (False,), "norms are computed in float32 whatever the format of their weights"
     ),
@@ -103,6 +106,9 @@ NO_EFFECT: dict[str, Other] = {
     "ray_scope": Other(("last",), _RAY),
     "placement_strategy": Other(("PACK",), _RAY),
     "resources_per_worker": Other((None,), _RAY),
+    "badam_update_ratio": Other((0.05,), "it is for badam_mode: ratio, which is refused"),
+    "badam_mask_mode": Other(("adjacent",), "it is for badam_mode: ratio, which is refused"),
+    "badam_verbose": Other((0,), "the order of layers and their interval are logged at the start"),
     "media_dir": Other((None,), "LongFactory trains on text"),
     "image_max_pixels": Other((768 * 768,), "LongFactory trains on text"),
     "image_min_pixels": Other((32 * 32,), "LongFactory trains on text"),
@@ -120,18 +126,14 @@ NO_EFFECT: dict[str, Other] = {
 run.
 """
 
-_GALORE = "use optim: galore_adamw with optim_target_modules, transformers' own GaLore, or finetuning_type: lora"
-_APOLLO = "use optim: apollo_adamw with optim_target_modules, transformers' own APOLLO, or finetuning_type: lora"
-_BADAM = "BAdam is not supported; use finetuning_type: freeze or lora, or optimizer_placement: host"
 _VLLM = "LongFactory trains; serve the exported model with vLLM or SGLang themselves"
 _EXPORT_Q = "export writes full precision; quantise the exported folder with a tool made for it (llm-compressor, GPTQModel)"
 _KT = "KTransformers is not supported; use optimizer_placement: host or a DeepSpeed offload JSON"
-_PPO = "ppo is not supported; use stage: dpo or kto, or stage: rm for a reward model alone"
+_PPO = "ppo is not supported; use stage: dpo or kto, or stage: rm for a reward model alone; roll out with vLLM (TRL, verl) and learn from the rollouts with stage: rl"
 _SWAN = "messages to Lark are not sent; register SwanLab's own Lark callback in a script"
-_PROF = "the profiler is not built in; wrap the run in nsys, or use torch.profiler in a callback"
+_PROF = "modules are not annotated in the trace; profiler_with_stack: true shows the lines of each operation"
 _FP8 = "fp8 training is not supported; use bf16: true"
 _MCA = "Megatron back ends are not supported; use sequence_parallel_size and sharding: fsdp2"
-_LOGITS = "it needs the logits of every token, which are never materialised here"
 _HUB = "use a local folder, or a model on the Hugging Face hub"
 
 REFUSED: dict[str, Other] = {
@@ -146,7 +148,9 @@ REFUSED: dict[str, Other] = {
         (False,), "S2-Attn approximates; use sequence_parallel_size, which is exact"
     ),
     "mixture_of_depths": Other(
-        (None,), "mixture of depths is not supported; train the model as it is"
+        (None,),
+        "tokens that skip a layer are chosen by their rank among all tokens of the row, those that come later included: a causal model of "
+        "length T has no such choice under sequence parallelism or in generation; train the model as it is",
     ),
     "use_unsloth": Other(
         (False,), "Unsloth replaces the model's layers and cannot share a sequence; leave it out"
@@ -157,9 +161,6 @@ REFUSED: dict[str, Other] = {
     "offload_folder": Other(
         ("offload",),
         "weights are not offloaded to disk; use optimizer_placement: host or a DeepSpeed JSON",
-    ),
-    "use_v1_kernels": Other(
-        (False, None), "leave it out; enable_liger_kernel: true has fused kernels"
     ),
     "ms_hub_token": Other((None,), _HUB),
     "om_hub_token": Other((None,), _HUB),
@@ -185,6 +186,7 @@ REFUSED: dict[str, Other] = {
     "sglang_lora_backend": Other(("triton",), _VLLM),
     # KTransformers
     "use_kt": Other((False,), _KT),
+    "kt_config": Other((None,), _KT),
     "kt_cpu_activation": Other((None,), _KT),
     "kt_weight_path": Other((None,), _KT),
     "kt_non_expert_weight_path": Other((None,), _KT),
@@ -199,14 +201,6 @@ REFUSED: dict[str, Other] = {
     "cpu_infer": Other((32,), _KT),
     "chunk_size": Other((8192,), _KT),
     "kt_lora_expert_intermediate_size": Other((None,), _KT),
-    # adapters
-    "pissa_convert": Other(
-        (False,), "the adapter is saved as it is trained; merge it with longfactory export"
-    ),
-    "module_dropout": Other((0.0,), "oft is not supported; use finetuning_type: lora"),
-    "oft_rank": Other((0,), "oft is not supported; use finetuning_type: lora"),
-    "oft_block_size": Other((32,), "oft is not supported; use finetuning_type: lora"),
-    "oft_target": Other(("all",), "oft is not supported; use finetuning_type: lora"),
     # reinforcement learning
     "ppo_buffer_size": Other((1,), _PPO),
     "ppo_epochs": Other((4,), _PPO),
@@ -217,38 +211,12 @@ REFUSED: dict[str, Other] = {
     "reward_model_adapters": Other((None,), _PPO),
     "reward_model_quantization_bit": Other((None,), _PPO),
     "reward_model_type": Other(("lora",), _PPO),
-    # losses
-    "label_smoothing_factor": Other((0.0,), f"{_LOGITS}; for pairs use dpo_label_smoothing"),
     # optimizers
-    "use_galore": Other((False,), _GALORE),
-    "galore_target": Other(("all",), _GALORE),
-    "galore_rank": Other((16,), _GALORE),
-    "galore_update_interval": Other((200,), _GALORE),
-    "galore_scale": Other((2.0,), _GALORE),
-    "galore_proj_type": Other(("std",), _GALORE),
-    "galore_layerwise": Other((False,), _GALORE),
-    "use_apollo": Other((False,), _APOLLO),
-    "apollo_target": Other(("all",), _APOLLO),
-    "apollo_rank": Other((16,), _APOLLO),
-    "apollo_update_interval": Other((200,), _APOLLO),
-    "apollo_scale": Other((32.0,), _APOLLO),
-    "apollo_proj": Other(("random",), _APOLLO),
-    "apollo_proj_type": Other(("std",), _APOLLO),
-    "apollo_scale_type": Other(("channel",), _APOLLO),
-    "apollo_layerwise": Other((False,), _APOLLO),
-    "apollo_scale_front": Other((False,), _APOLLO),
-    "use_badam": Other((False,), _BADAM),
-    "badam_mode": Other(("layer",), _BADAM),
-    "badam_start_block": Other((None,), _BADAM),
-    "badam_switch_mode": Other(("ascending",), _BADAM),
-    "badam_switch_interval": Other((50,), _BADAM),
-    "badam_update_ratio": Other((0.05,), _BADAM),
-    "badam_mask_mode": Other(("adjacent",), _BADAM),
-    "badam_verbose": Other((0,), _BADAM),
-    "use_adam_mini": Other(
-        (False,), "Adam-mini is not supported; use optim: adamw_8bit, or finetuning_type: lora"
+    "badam_mode": Other(
+        ("layer",),
+        "the entries that it trains are drawn again and again, and no checkpoint of the package badam holds them: a resumed run would train "
+        "others; use badam_mode: layer",
     ),
-    "use_muon": Other((False,), "Muon is not supported; use optim: adamw_torch_fused"),
     # other systems
     "use_mca": Other((False,), _MCA),
     "use_megatron_bridge": Other((False,), _MCA),
@@ -259,15 +227,6 @@ REFUSED: dict[str, Other] = {
     "fp8": Other((False,), _FP8),
     "fp8_backend": Other(("auto",), _FP8),
     "fp8_enable_fsdp_float8_all_gather": Other((False,), _FP8),
-    "enable_torch_profiler": Other((False,), _PROF),
-    "profiler_output_dir": Other((None,), _PROF),
-    "profiler_wait_steps": Other((1,), _PROF),
-    "profiler_warmup_steps": Other((1,), _PROF),
-    "profiler_active_steps": Other((1,), _PROF),
-    "profiler_repeat": Other((1,), _PROF),
-    "profiler_record_shapes": Other((True,), _PROF),
-    "profiler_profile_memory": Other((True,), _PROF),
-    "profiler_with_stack": Other((True,), _PROF),
     "profile_modules": Other((None,), _PROF),
     "swanlab_lark_webhook_url": Other((None,), _SWAN),
     "swanlab_lark_secret": Other((None,), _SWAN),
@@ -382,7 +341,14 @@ REFUSED_VALUES: dict[str, dict[str, str]] = {
         "ppo": _PPO,
         **{name: f"use stage: dpo with pref_loss: {name}" for name in ("orpo", "simpo", "ipo")},
     },
-    "finetuning_type": {"oft": "oft is not supported; use finetuning_type: lora"},
+    "init_lora_weights": {
+        **dict.fromkeys(
+            ("eva", "corda"),
+            "it looks at the layers' inputs on some data before training, which runs do not collect; use pissa_init: true",
+        ),
+        "loftq": "PEFT's LoftQ keeps the rounded weights in full precision, so that nothing is saved; use quantization_bit: 4 with plain LoRA",
+        "pissa": "use pissa_init: true, with pissa_iter",
+    },
     "quantization_method": {
         name: _OTHER_QUANTISER
         for name in ("gptq", "awq", "aqlm", "quanto", "eetq", "hqq", "mxfp4", "fp8")

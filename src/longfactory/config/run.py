@@ -125,6 +125,7 @@ class RunConfig:
         return SimpleNamespace(
             **{f.name: getattr(self.data, f.name) for f in dataclasses.fields(self.data)},
             pref_share_prompt=share,
+            rl_share_prompt=self.method.rl_share_prompt,
             hf_hub_token=self.model.hf_hub_token,
             disable_shuffling=self.method.disable_shuffling,
             equal_pairs=self.learns_from_equal_pairs,

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
+from longfactory.config.adapter_facts import adapter_is_start
 from longfactory.config.loss_facts import (
     PREFERENCE_FACTS,
     TOKEN_FACTS,
@@ -39,8 +40,8 @@ class StageFacts:
     name: str
     computed_by: str
     """The file and the class in `longfactory.stages` that compute it, "reward.RewardStage"."""
-    samples: Literal["pt", "sft", "pair", "kto"]
-    """The kind of samples that it reads: a name of `data.kinds.KINDS`."""
+    samples: Literal["pt", "sft", "pair", "kto", "rollout"]
+    """The kind of samples that it reads: a name of `data.kinds.KINDS`, or rollouts."""
     keys: frozenset[str] = frozenset()
     """Keys that not every stage reads, and this one does."""
     items: str = "samples"
@@ -80,6 +81,8 @@ class StageFacts:
         """
         if method.loss_path is None:
             return
+        if method.label_smoothing_factor and "label_smoothing_factor" in self.keys:
+            yield "label_smoothing_factor and loss_path were given. A run has one loss: keep one."
         if "loss_path" not in self.keys:
             readers = ", ".join(name for name, facts in STAGES.items() if "loss_path" in facts.keys)
             yield f"loss_path is for the stages {readers}; this run's is {self.name}. Leave it out."
@@ -106,7 +109,9 @@ class SupervisedFacts(StageFacts):
     def problems(self, method: FinetuningArguments, from_scratch: bool = False) -> Iterator[str]:
         yield from super().problems(method)
         switches = [facts.switch for facts in TOKEN_FACTS.values() if facts.switch]
-        given = [switch for switch in (*switches, "loss_path") if getattr(method, switch)]
+        given = [switch for switch in switches if getattr(method, switch)]
+        if method.loss_path is not None and given != ["label_smoothing_factor"]:  # see above
+            given.append("loss_path")
         if len(given) > 1:
             yield f"{' and '.join(given)} were given. A run has one loss: keep one."
         if method.use_asft_loss and method.precompute_ref_log_probs:
@@ -116,7 +121,7 @@ class SupervisedFacts(StageFacts):
                 " precompute_ref_log_probs out."
             )
         # Else the reference is a model by itself, or the model without its adapter.
-        adapted = method.finetuning_type == "lora" and not method.pissa_init
+        adapted = adapter_is_start(method)
         if method.use_asft_loss and method.ref_model is None and not adapted and from_scratch:
             yield (
                 "use_asft_loss compares with the model from which training starts, and"
@@ -175,6 +180,49 @@ class KTOFacts(StageFacts):
         return True
 
 
+@dataclasses.dataclass(frozen=True)
+class PolicyFacts(StageFacts):
+    """rl: rollouts of files, with their advantages."""
+
+    def unread(self, key: str, method: FinetuningArguments) -> str | None:
+        clip = ("rl_clip_low", "rl_clip_high", "rl_dual_clip")
+        if key in clip and method.rl_loss != "clip":
+            return f"it is read by rl_loss: clip, and this run's is {method.rl_loss}"
+        if key == "rl_ratio" and method.rl_loss == "nll":
+            return "rl_loss: nll has no ratios"
+        if key == "rl_constant_length" and method.rl_normalization != "constant":
+            return "it is read by rl_normalization: constant alone"
+        return super().unread(key, method)
+
+    def problems(self, method: FinetuningArguments, from_scratch: bool = False) -> Iterator[str]:
+        yield from super().problems(method)
+        if method.rl_normalization == "constant" and method.rl_constant_length is None:
+            yield (
+                "rl_normalization: constant divides by a length. Give rl_constant_length, for"
+                " example the longest completion."
+            )
+        if method.rl_is_cap is not None and method.rl_loss != "reinforce":
+            yield (
+                f"rl_is_cap is for rl_loss: reinforce; this run's is {method.rl_loss}. Leave it"
+                " out."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillFacts(StageFacts):
+    """distill: conversations, with a teacher's distributions."""
+
+    def unread(self, key: str, method: FinetuningArguments) -> str | None:
+        if key == "distill_js_beta" and method.distill_loss != "js":
+            return "it is read by distill_loss: js alone"
+        return super().unread(key, method)
+
+    def problems(self, method: FinetuningArguments, from_scratch: bool = False) -> Iterator[str]:
+        yield from super().problems(method)
+        if method.teacher_model is None:
+            yield "teacher_model is missing: the model whose distributions are learnt."
+
+
 def preference_problems(
     loss: str,
     facts: PreferenceFacts,
@@ -225,7 +273,7 @@ STAGES: dict[str, StageFacts] = {
             "pt",
             "tokens.TokenStage",
             "pt",
-            frozenset({"compute_accuracy", "loss_path"}),
+            frozenset({"compute_accuracy", "loss_path", "label_smoothing_factor"}),
             packs=True,
             packs_by_default=True,
         ),
@@ -262,6 +310,27 @@ STAGES: dict[str, StageFacts] = {
             "kto",
             _PAIR_KEYS | {"kto_chosen_weight", "kto_rejected_weight"},
             shares_prompts=True,
+        ),
+        PolicyFacts(
+            "rl",
+            "policy.PolicyStage",
+            "rollout",
+            frozenset(
+                {"rl_loss", "rl_normalization", "rl_constant_length", "rl_ratio", "rl_clip_low"}
+                | {"rl_clip_high", "rl_dual_clip", "rl_is_cap", "rl_kl_beta", "rl_share_prompt"}
+            ),
+            items="trained tokens or rollouts",
+            packs=True,
+        ),
+        DistillFacts(
+            "distill",
+            "distill.DistillStage",
+            "sft",
+            frozenset(
+                {"teacher_model", "distill_top_k", "distill_loss", "distill_js_beta"}
+                | {"distill_alpha", "train_on_prompt", "mask_history"}
+            ),
+            packs=True,
         ),
     )
 }

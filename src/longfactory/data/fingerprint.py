@@ -14,6 +14,7 @@ import xxhash
 
 from longfactory.data import prepare
 from longfactory.data.dataset import TokenizedDataset
+from longfactory.data.rollouts import RolloutDataset
 from longfactory.data.store import Store
 from longfactory.data.stream import StreamedDataset
 
@@ -34,6 +35,8 @@ def data_fingerprint(data: Any) -> str | None:
     """
     if isinstance(data, TokenizedDataset):
         return _of_tokenised(data)
+    if isinstance(data, RolloutDataset):
+        return data.fingerprint()
     return _of_stream(data) if isinstance(data, StreamedDataset) else None
 
 

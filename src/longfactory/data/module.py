@@ -33,6 +33,7 @@ from longfactory.data.kinds import KINDS, Kind
 from longfactory.data.prepare import Preparer
 from longfactory.data.readers import Raw, read
 from longfactory.data.report import Report, of_truncation
+from longfactory.data.rollouts import RolloutDataset, load_rollouts
 from longfactory.data.samples import preview
 from longfactory.data.sources import DataSource, name_is_path, read_sources
 from longfactory.data.store import Store, flags_of
@@ -59,8 +60,8 @@ class Datasets:
     "eval", or with `eval_on_each_dataset` each under its own name. `processing` is what makes
     tensors of images and videos; None where no data set has any."""
 
-    train: TokenizedDataset | StreamedDataset | None
-    eval: dict[str, TokenizedDataset]
+    train: TokenizedDataset | StreamedDataset | RolloutDataset | None
+    eval: dict[str, TokenizedDataset] | dict[str, RolloutDataset]
     processing: Any = None
 
 
@@ -78,7 +79,7 @@ def kind_of(stage: str) -> Kind:
     Raises:
         DataError: there is no such stage.
     """
-    if stage not in STAGES:
+    if stage not in STAGES or STAGES[stage].samples not in KINDS:
         raise DataError(f"stage: got {stage!r}, expected one of {', '.join(STAGES)}.")
     return KINDS[STAGES[stage].samples]
 
@@ -102,6 +103,12 @@ def load_datasets(
             rows are skipped.
     """
     log = log or logging.getLogger("longfactory.data")
+    if stage in STAGES and STAGES[stage].samples == "rollout":
+        rolled, held = load_rollouts(args, tokenizer=tokenizer, template=template, log=log)
+        return Datasets(
+            rolled if len(rolled) else None,
+            {"eval": held} if len(held) else {},
+        )
     kind = kind_of(stage)
     train_names, eval_names = names(args.dataset), names(args.eval_dataset)
     if not train_names and not eval_names and not saved.is_saved(args.tokenized_path):

@@ -8,7 +8,7 @@ two documents (or of a shared prompt and two branches). Letters: T tokens of the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -42,6 +42,8 @@ class TokenizedDocument:
     reference_logp: float | None = None
     media: tuple[MediaUnit, ...] = ()
     """Its images and videos, whole, in the order of their placeholders."""
+    numbers: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    """What is known of each token beside its label, at the token itself (not shifted)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +82,10 @@ class Row:
     documents: tuple[Document, ...]
     media: tuple[MediaUnit, ...] = ()
     pixels: tuple[LoadedMedia, ...] = ()
+    numbers: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    """[T, ...] by name, of the token that is predicted at each position: shifted as `labels` are,
+    0 where there is none. Empty but for stages that bring numbers of their own.
+    """
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -106,7 +112,8 @@ class Row:
             if isinstance(getattr(self, f.name), Tensor)
         }
         pixels = tuple(m.to(device, non_blocking=non_blocking) for m in self.pixels)
-        return dataclasses.replace(self, **move, pixels=pixels)
+        numbers = {n: x.to(device, non_blocking=non_blocking) for n, x in self.numbers.items()}
+        return dataclasses.replace(self, **move, pixels=pixels, numbers=numbers)
 
     def pin_memory(self) -> Row:
         pin = {
@@ -115,7 +122,8 @@ class Row:
             if isinstance(getattr(self, f.name), Tensor)
         }
         pixels = tuple(m.pin_memory() for m in self.pixels)
-        return dataclasses.replace(self, **pin, pixels=pixels)
+        numbers = {name: x.pin_memory() for name, x in self.numbers.items()}
+        return dataclasses.replace(self, **pin, pixels=pixels, numbers=numbers)
 
     def padded(self, multiple: int, pad_id: int) -> Row:
         """The row with a padding document at its end, so that T is a multiple of `multiple`."""
@@ -134,6 +142,10 @@ class Row:
             position_ids=extend(self.position_ids, torch.arange(short)),
             document_ids=extend(self.document_ids, torch.full((short,), len(self.documents))),
             documents=(*self.documents, pad),
+            numbers={
+                name: extend(x, x.new_zeros(short, *x.shape[1:]))
+                for name, x in self.numbers.items()
+            },
         )
 
 
@@ -197,4 +209,27 @@ def make_row(documents: Sequence[TokenizedDocument]) -> Row:
         torch.cat(indices),
         tuple(placed),
         tuple(media),
+        numbers=_numbers(documents),
     )
+
+
+def _numbers(documents: Sequence[TokenizedDocument]) -> dict[str, Tensor]:
+    """[T, ...] of what documents bring beside labels, shifted as those are; 0 in documents without
+    it.
+    """
+    shapes = {name: (x.shape[1:], x.dtype) for d in documents for name, x in d.numbers.items()}
+    out = {}
+    for name, (shape, dtype) in shapes.items():
+        parts = []
+        for i, d in enumerate(documents):
+            part = np.zeros((len(d.input_ids), *shape), dtype=dtype)
+            if name in d.numbers:
+                if len(d.numbers[name]) != len(part):
+                    raise ValueError(
+                        f"Document {i} of sample {d.sample} has {len(part)} tokens and"
+                        f" {len(d.numbers[name])} numbers of {name}."
+                    )
+                part[:-1] = d.numbers[name][1:]
+            parts.append(torch.from_numpy(part))
+        out[name] = torch.cat(parts)
+    return out

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from longfactory.config.adapter_facts import ADAPTERS, moves_base_weights
 from longfactory.errors import UserError
 from longfactory.model import experts
 from longfactory.sp import hf, text_model, vision
@@ -25,12 +26,15 @@ from longfactory.sp.text_model import Idle, decoder_layers, idle
 
 log = logging.getLogger("longfactory")
 
+_OF_ADAPTER = re.compile(r"lora_|\.oft_R\.")
+"""In the names of an adapter's own parameters."""
+
 
 def apply_finetuning(
     model: Any, method: Any, model_args: Any, *, is_trainable: bool = True, resized: bool = False
 ) -> Any:
     """Makes the model trainable as `finetuning_type` says and returns it (wrapped by peft for
-    LoRA).
+    LoRA and OFT).
 
     What a row of text does not pass through (towers, projectors) is frozen whatever
     `finetuning_type` says: it has no gradient.
@@ -43,16 +47,16 @@ def apply_finetuning(
     """
     kind = method.finetuning_type
     adapters = _names(model_args.adapter_name_or_path)
-    if adapters and kind != "lora":
-        raise UserError(f"adapter_name_or_path needs finetuning_type: lora, not {kind}.")
+    if adapters and kind not in ADAPTERS:
+        raise UserError(f"adapter_name_or_path needs finetuning_type: lora or oft, not {kind}.")
     if kind == "full":
         model.requires_grad_(is_trainable)
     elif kind == "freeze":
         _freeze(model, method)
-    elif kind == "lora":
-        model = _lora(model, method, adapters, is_trainable, resized)
+    elif kind in ADAPTERS:
+        model = _adapter(model, method, adapters, is_trainable, resized)
     else:
-        raise UserError(f"finetuning_type: {kind} is not supported. Use full, freeze or lora.")
+        raise UserError(f"finetuning_type: {kind} is not supported. Use full, freeze, lora or oft.")
     if method.train_routers is not None and is_trainable:
         _train_routers(model, method.train_routers)
     freeze_idle(model)
@@ -198,14 +202,14 @@ def _describe_adapters(inner: nn.Module, parts: Idle) -> list[tuple[int, str]]:
     for name, p in inner.named_parameters():
         owner, _, own = name.replace(".base_layer", "").rpartition(".")
         matrix = owner if own == "weight" else f"{owner}.{own}"
-        if "lora_" in name or "modules_to_save" in name:
+        if _OF_ADAPTER.search(name) or "modules_to_save" in name:
             continue
         if matrix in adapted:
             numbers += _numbers_of(p)
         elif len(experts.whole_shape(p)) > 1 and not p.requires_grad and name not in parts:
             bare[matrix] = _numbers_of(p)
     total = count_parameters(inner)[1]
-    total -= sum(_numbers_of(p) for n, p in inner.named_parameters() if "lora_" in n)
+    total -= sum(_numbers_of(p) for n, p in inner.named_parameters() if _OF_ADAPTER.search(n))
     lines = [
         (
             logging.INFO,
@@ -379,7 +383,8 @@ def unadapted(model: nn.Module, method: Any) -> Idle:
     if not text_model.enters_more_than_text(model):
         return parts
     frozen = set(frozen_parts(method))
-    if _names(method.lora_target) == ["all"]:
+    named = method.oft_target if method.finetuning_type == "oft" else method.lora_target
+    if _names(named) == ["all"]:
         frozen.add("projector")
     modules = vision.modules_of(model)
     projector = {id(m) for m in modules["projector"]}
@@ -551,6 +556,28 @@ def lora_targets(model: Any, method: Any, parts: Idle) -> Targets:
     )
 
 
+def oft_targets(model: Any, method: Any, parts: Idle) -> Targets:
+    """What `oft_target` means: linear layers alone, since PEFT rotates the inputs of modules and
+    not of stacked parameters.
+
+    Raises:
+        UserError: a name is nowhere, or names routed experts or routers.
+    """
+    named = _names(method.oft_target)
+    if named == ["all"]:
+        modules = linear_names(model, parts)
+        taken = _taken_for_experts(modules, model)
+        return Targets([target for target in modules if target not in taken], [])
+    found = lora_targets(model, dataclasses.replace(method, lora_target=tuple(named)), parts)
+    if found.parameters:
+        raise UserError(
+            f"oft_target: PEFT's OFT has no adapters for parameters ({', '.join(found.parameters)})"
+            ", as those of routed experts and routers are. Name other layers, or use"
+            " finetuning_type: lora."
+        )
+    return found
+
+
 def _resolved(
     named: list[str], model: Any, method: Any, maps: list[str]
 ) -> tuple[list[str], set[str]]:
@@ -654,17 +681,22 @@ def _clear_ends(chosen: set[str], every: list[str]) -> list[str]:
 
 
 def check_targets(model: Any, method: Any) -> Targets:
-    """What a new LoRA adapter is put on. Computes with no weight.
+    """What a new adapter is put on. Computes with no weight.
 
     Raises:
         UserError: `lora_target` names what is not there, or another key is not for it.
     """
-    targets = lora_targets(model, method, unadapted(model, method))
+    parts = unadapted(model, method)
+    oft = method.finetuning_type == "oft"
+    targets = (oft_targets if oft else lora_targets)(model, method, parts)
     if not targets.modules and not targets.parameters:
         raise UserError(
-            "lora_target: all finds no layer: freeze_vision_tower and freeze_language_model freeze"
-            " every part that may have an adapter. Set one of them to false."
+            f"{method.finetuning_type}_target: all finds no layer: freeze_vision_tower and"
+            " freeze_language_model freeze every part that may have an adapter. Set one of them to"
+            " false."
         )
+    if oft:
+        return targets
     _refuse_what_parameters_cannot(targets, method, model)
     return targets
 
@@ -781,8 +813,45 @@ def load_adapter(
     return model
 
 
-def _lora(model: Any, method: Any, adapters: list[str], is_trainable: bool, resized: bool) -> Any:
-    from peft import LoraConfig, TaskType, get_peft_model
+def _lora_config(method: Any, targets: Targets, options: dict[str, Any]) -> Any:
+    from peft import LoraConfig, TaskType
+
+    start: bool | str = method.init_lora_weights or True
+    if method.pissa_init:
+        start = f"pissa_niter_{method.pissa_iter}" if method.pissa_iter > 0 else "pissa"
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        inference_mode=False,
+        r=method.lora_rank,
+        target_modules=targets.modules,
+        target_parameters=targets.parameters or None,
+        lora_alpha=method.lora_alpha or method.lora_rank * 2,
+        lora_dropout=method.lora_dropout,
+        use_rslora=method.use_rslora,
+        use_dora=method.use_dora,
+        init_lora_weights=start,
+        **options,
+    )
+
+
+def _oft_config(method: Any, targets: Targets, options: dict[str, Any]) -> Any:
+    from peft import OFTConfig, TaskType
+
+    return OFTConfig(
+        task_type=TaskType.CAUSAL_LM,
+        inference_mode=False,
+        r=method.oft_rank,
+        oft_block_size=method.oft_block_size,
+        module_dropout=method.module_dropout,
+        target_modules=targets.modules,
+        **options,
+    )
+
+
+def _adapter(
+    model: Any, method: Any, adapters: list[str], is_trainable: bool, resized: bool
+) -> Any:
+    from peft import get_peft_model
 
     if getattr(model, "is_quantized", False):
         model.requires_grad_(False)
@@ -824,33 +893,22 @@ def _lora(model: Any, method: Any, adapters: list[str], is_trainable: bool, resi
     _refuse_unknown(targets.modules, model, parts)
     _refuse_unknown(saved or [], model, idle(model))
     saved = _whole_where_unclear(saved, model, idle(model)) if saved else None
-    start: bool | str = True
-    if method.pissa_init:
-        start = f"pissa_niter_{method.pissa_iter}" if method.pissa_iter > 0 else "pissa"
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        inference_mode=False,
-        r=method.lora_rank,
-        target_modules=targets.modules,
-        target_parameters=targets.parameters or None,
-        exclude_modules=_excluded(targets.modules, model, parts),
-        lora_alpha=method.lora_alpha or method.lora_rank * 2,
-        lora_dropout=method.lora_dropout,
-        use_rslora=method.use_rslora,
-        use_dora=method.use_dora,
-        modules_to_save=saved,
-        init_lora_weights=start,
-    )
+    options = {
+        "exclude_modules": _excluded(targets.modules, model, parts),
+        "modules_to_save": saved,
+    }
+    oft = method.finetuning_type == "oft"
+    config = (_oft_config if oft else _lora_config)(method, targets, options)
     try:
         with (
-            same_draws() if method.pissa_init else contextlib.nullcontext(),
+            same_draws() if moves_base_weights(method) else contextlib.nullcontext(),
             experts.whole_shapes(model, targets.parameters),
         ):
             model = get_peft_model(model, config)
     except ValueError as error:  # of a module that is no layer of one matrix
         raise UserError(
-            f"lora_target: {', '.join(targets.modules)} cannot all take an adapter:"
-            f" {' '.join(str(error).split())[:300]} Linear layers: {linear}."
+            f"{method.finetuning_type}_target: {', '.join(targets.modules)} cannot all take an"
+            f" adapter: {' '.join(str(error).split())[:300]} Linear layers: {linear}."
         ) from error
     experts.install(model)
     return model

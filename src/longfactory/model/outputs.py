@@ -9,8 +9,8 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class TokenOutputs:
-    """Vectors over tokens, in the row's natural order once gathered. Entries without a label are 0
-    (False).
+    """Vectors over tokens (first dimension T), in the row's natural order once gathered. Entries
+    without a label are 0 (False).
     """
 
     logps: Tensor
@@ -24,6 +24,12 @@ class TokenOutputs:
     mean_logit: Tensor | None = None
     """[T] mean of the token's logits over the vocabulary; carries no gradient. Made only for a
     stage that asks.
+    """
+    mean_logp: Tensor | None = None
+    """[T] mean log-probability over the vocabulary. Made only for a stage that asks."""
+    candidates: Tensor | None = None
+    """[T, K] log-probabilities of the vocabulary entries that the row names (`Row.candidates`).
+    Made only for a stage that asks.
     """
     reference_kl: Tensor | None = None
     """[T] KL(reference || policy) over the vocabulary, differentiable in the policy. Made only for

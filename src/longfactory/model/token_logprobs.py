@@ -28,6 +28,9 @@ from longfactory.errors import UserError
 from longfactory.model.outputs import TokenOutputs
 from longfactory.sp.distance import difference
 
+MADE = {"top1", "entropy", "mean_logit", "mean_logp", "reference_kl", "candidates"}
+"""Fields of `TokenOutputs` that are made here."""
+
 # Numbers in a chunk of logits: 2^28 is 1 GiB in fp32.
 CHUNK_NUMBERS = 2**28
 
@@ -80,6 +83,33 @@ class ReferenceHidden:
     head: TokenLogprobs
 
 
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What is made of each trained token beside the label's log-probability.
+
+    `mean_logit`: the mean of the logits, without gradient. `mean_logp`: the mean log-probability
+    over the vocabulary. `candidates` [N, K]: vocabulary entries whose log-probabilities are given.
+    """
+
+    mean_logit: bool = False
+    mean_logp: bool = False
+    candidates: Tensor | None = None
+
+
+@dataclasses.dataclass
+class Made:
+    """Of each trained token: what the output layer made, [N] (`candidates` [N, K]); None where it
+    was not asked for.
+    """
+
+    logps: Tensor
+    top1: Tensor
+    kl: Tensor | None = None
+    mean_logit: Tensor | None = None
+    mean_logp: Tensor | None = None
+    candidates: Tensor | None = None
+
+
 # A slice of the trained tokens -> the reference's logits there, [n, V], a buffer that may be
 # overwritten.
 _LogitsOf = Callable[[slice], Tensor]
@@ -87,8 +117,9 @@ _LogitsOf = Callable[[slice], Tensor]
 
 class _ChunkedLogps(torch.autograd.Function):
     """[T, H] hidden, [V, H] weight, [N] labels -> [N] log-probabilities in fp32 (fp64 for fp64),
-    [N] whether the label is the top token, with a `reference` [N] KL(reference || policy), with
-    `means` [N] the mean of the logits; else None.
+    [N] whether the label is the top token, with a `reference` [N] KL(reference || policy), and what
+    is `wanted`: [N] the mean of the logits, [N] the mean log-probability, [N, K] log-probabilities
+    of candidates; else None.
 
     `rows` [N] are the rows of the hidden states that have a label, None for all: they are picked a
     chunk at a time, without a copy of all.
@@ -106,8 +137,8 @@ class _ChunkedLogps(torch.autograd.Function):
         chunk: int,
         grad_dtype: torch.dtype,
         reference: _LogitsOf | None,
-        means: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        wanted: Wanted,
+    ) -> tuple[Tensor | None, ...]:
         wide = torch.float64 if h.dtype == torch.float64 else torch.float32
         logps = torch.empty(labels.shape[0], dtype=wide, device=h.device)
         lse = torch.empty_like(logps)
@@ -117,7 +148,10 @@ class _ChunkedLogps(torch.autograd.Function):
             if reference is not None
             else (None, None)
         )
-        mean = torch.empty_like(logps) if means else None
+        mean = torch.empty_like(logps) if wanted.mean_logit else None
+        mean_logp = torch.empty_like(logps) if wanted.mean_logp else None
+        ids = wanted.candidates
+        picked = None if ids is None else logps.new_empty(ids.shape)
         for i in range(0, labels.shape[0], chunk):
             s = slice(i, i + chunk)
             z = transform(F.linear(h[s] if rows is None else h[rows[s]], weight, bias).to(wide))
@@ -127,6 +161,10 @@ class _ChunkedLogps(torch.autograd.Function):
             top1[s] = label >= z.amax(1)
             if mean is not None:
                 mean[s] = z.mean(1)
+            if mean_logp is not None:
+                mean_logp[s] = z.mean(1) - lse[s]
+            if picked is not None and ids is not None:
+                picked[s] = z.gather(1, ids[s]) - lse[s, None]
             if reference is not None and kl is not None and reference_lse is not None:
                 r = reference(s)
                 reference_lse[s] = r.logsumexp(1)
@@ -137,7 +175,7 @@ class _ChunkedLogps(torch.autograd.Function):
                 kl[s] = r.exp_().mul_(z).sum(1)
                 del r
             del z
-        ctx.save_for_backward(h, weight, bias, labels, lse, rows, reference_lse)
+        ctx.save_for_backward(h, weight, bias, labels, lse, rows, reference_lse, ids)
         ctx.transform, ctx.chunk, ctx.grad_dtype, ctx.reference = (
             transform,
             chunk,
@@ -145,13 +183,19 @@ class _ChunkedLogps(torch.autograd.Function):
             reference,
         )
         ctx.mark_non_differentiable(top1, *(() if mean is None else (mean,)))
-        return logps, top1, kl, mean
+        return logps, top1, kl, mean, mean_logp, picked
 
     @staticmethod
     def backward(  # type: ignore[override]
-        ctx: Any, g: Tensor, _: Tensor | None, g_kl: Tensor | None, __: Tensor | None
+        ctx: Any,
+        g: Tensor,
+        _: Tensor | None,
+        g_kl: Tensor | None,
+        __: Tensor | None,
+        g_mean: Tensor | None,
+        g_picked: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        h, weight, bias, labels, lse, rows, reference_lse = ctx.saved_tensors
+        h, weight, bias, labels, lse, rows, reference_lse, ids = ctx.saved_tensors
         transform, wide = ctx.transform, lse.dtype
         needs_h, needs_w, needs_b = ctx.needs_input_grad[:3]
         gh = None
@@ -178,9 +222,19 @@ class _ChunkedLogps(torch.autograd.Function):
                 # d KL / dz = softmax(z) - softmax(r)
                 q = ctx.reference(s).sub_(reference_lse[s, None]).exp_().neg_().add_(p)
                 q *= g_kl[s, None]
-            # d logp / dz = onehot(label) - softmax(z)
-            p.neg_().scatter_add_(1, labels[s, None], torch.ones_like(lse[s, None]))
-            p *= g[s, None]
+            # d logp / dz = onehot(label) - softmax(z); of candidates likewise; of the mean
+            # log-probability 1/V - softmax(z)
+            softmaxes = g[s]
+            if g_mean is not None:
+                softmaxes = softmaxes + g_mean[s]
+            if g_picked is not None and ids is not None:
+                softmaxes = softmaxes + g_picked[s].sum(1)
+            p *= -softmaxes[:, None]
+            p.scatter_add_(1, labels[s, None], g[s, None])
+            if g_mean is not None:
+                p += g_mean[s, None] / p.shape[1]
+            if g_picked is not None and ids is not None:
+                p.scatter_add_(1, ids[s], g_picked[s])
             if q is not None:
                 p += q
                 del q
@@ -237,7 +291,7 @@ class TokenLogprobs:
     """
 
     def __init__(self, model: Any, chunk: int | None = None, needs: frozenset[str] = frozenset()):
-        if unknown := sorted(needs - {"top1", "entropy", "mean_logit", "reference_kl"}):
+        if unknown := sorted(needs - MADE):
             raise UserError(
                 f"This loss needs {', '.join(unknown)}, which the output layer does not make."
             )
@@ -257,6 +311,7 @@ class TokenLogprobs:
         self._labels: Tensor | None = None
         self._trained: Tensor | None = None
         self._reference: ReferenceHidden | None = None
+        self._candidates: Tensor | None = None
         # what the layer was given at the trained tokens, while `hidden` is open
         self._picked: Tensor | None = None
         self._picking = False
@@ -272,7 +327,10 @@ class TokenLogprobs:
 
     @contextlib.contextmanager
     def labels(
-        self, labels: Tensor, reference: ReferenceHidden | None = None
+        self,
+        labels: Tensor,
+        reference: ReferenceHidden | None = None,
+        candidates: Tensor | None = None,
     ) -> Iterator[TokenLogprobs]:
         """While open, a forward of the model computes the log-probabilities of `labels`.
 
@@ -283,6 +341,8 @@ class TokenLogprobs:
             reference: of a forward on the same tokens and labels (`hidden`); the outputs then have
                 `reference_kl`. Where it is this very head's, the reference is the layer without its
                 adapter.
+            candidates: [T, K] on the host, vocabulary entries at each position; the outputs then
+                have their log-probabilities.
         """
         trained = torch.nonzero(labels >= 0)[:, 0]
         if reference is not None and reference.hidden.shape[0] != max(1, trained.numel()):
@@ -296,10 +356,12 @@ class TokenLogprobs:
             None,
             reference,
         )
+        self._candidates = None if candidates is None else candidates[trained]
         try:
             yield self
         finally:
             self._trained = self._labels = self._out = self._reference = None
+            self._candidates = None
 
     @contextlib.contextmanager
     def hidden(self, labels: Tensor) -> Iterator[Callable[[], ReferenceHidden]]:
@@ -356,30 +418,36 @@ class TokenLogprobs:
             self._picked = h.detach().index_select(0, trained)
             return h.new_zeros(*hidden.shape[:-1], 1)
         labels = labels.to(h.device, non_blocking=True)
-        logps, top1, kl, mean = self._logps(
-            h, labels, None if trained.numel() == h.shape[0] else trained
-        )
-        if nothing:
-            logps = logps * 0.0
-            top1 = torch.zeros_like(top1)
-            kl = None if kl is None else kl * 0.0
-            mean = None if mean is None else torch.zeros_like(mean)
-        full = logps.new_zeros(h.shape[0]).index_copy(0, trained, logps)
+        candidates = self._candidates
+        if candidates is not None:
+            if nothing:
+                candidates = candidates.new_zeros(1, candidates.shape[1])
+            candidates = candidates.to(h.device, non_blocking=True)
+        wanted = Wanted("mean_logit" in self.needs, "mean_logp" in self.needs, candidates)
+        rows = None if trained.numel() == h.shape[0] else trained
+        made = self._logps(h, labels, rows, wanted)
         entropy = None
         if "entropy" in self.needs:
-            entropy = full.new_zeros(h.shape[0]).index_copy(
-                0, trained, self._entropy(h.detach().index_select(0, trained)).to(full.dtype)
-            )
+            entropy = self._entropy(h.detach().index_select(0, trained)).to(made.logps.dtype)
+
+        def spread(values: Tensor | None) -> Tensor | None:
+            """[N, ...] of trained tokens -> [T, ...], 0 elsewhere."""
+            if values is None:
+                return None
+            if nothing:
+                values = values * 0 if values.is_floating_point() else torch.zeros_like(values)
+            return values.new_zeros(h.shape[0], *values.shape[1:]).index_copy(0, trained, values)
+
+        full = spread(made.logps)
+        assert full is not None
         self._out = TokenOutputs(
             logps=full,
-            top1=top1.new_zeros(h.shape[0]).index_copy(0, trained, top1),
-            entropy=entropy,
-            mean_logit=(
-                None if mean is None else mean.new_zeros(h.shape[0]).index_copy(0, trained, mean)
-            ),
-            reference_kl=(
-                None if kl is None else kl.new_zeros(h.shape[0]).index_copy(0, trained, kl)
-            ),
+            top1=spread(made.top1),
+            entropy=spread(entropy),
+            mean_logit=spread(made.mean_logit),
+            mean_logp=spread(made.mean_logp),
+            reference_kl=spread(made.kl),
+            candidates=spread(made.candidates),
         )
         if self._logits_too:
             # What the model does to its logits is then computed in float32, as in the chunks.
@@ -387,10 +455,7 @@ class TokenLogprobs:
             return logits if logits.dtype == torch.float64 else logits.float()
         return full.view(*hidden.shape[:-1], 1)
 
-    def _logps(
-        self, h: Tensor, labels: Tensor, rows: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        means = "mean_logit" in self.needs
+    def _logps(self, h: Tensor, labels: Tensor, rows: Tensor | None, wanted: Wanted) -> Made:
         chunk = self.chunk or max(128, CHUNK_NUMBERS // self._vocabulary())
         if self._reference is not None and self.chunk is None:
             chunk = -(-chunk // 2)  # two distributions at once, in the memory of one
@@ -405,17 +470,19 @@ class TokenLogprobs:
                 h = h.to(dtype)
             reference = self._reference_logits(weight, bias)
             with torch.autocast(h.device.type, enabled=False):
-                return _ChunkedLogps.apply(
-                    h,
-                    weight,
-                    bias,
-                    labels,
-                    rows,
-                    self.transform,
-                    chunk,
-                    weight.dtype,
-                    reference,
-                    means,
+                return Made(
+                    *_ChunkedLogps.apply(
+                        h,
+                        weight,
+                        bias,
+                        labels,
+                        rows,
+                        self.transform,
+                        chunk,
+                        weight.dtype,
+                        reference,
+                        wanted,
+                    )
                 )
         # LoRA on the head, modules_to_save, quantised weights: the layer's own forward, a chunk at
         # a time, recomputed in the backward.
@@ -428,24 +495,21 @@ class TokenLogprobs:
                 labels[s],
                 s,
                 reference,
-                means,
+                wanted,
                 use_reentrant=False,
                 preserve_rng_state=True,
             )
             for s in (slice(i, i + chunk) for i in range(0, h.shape[0], chunk))
         ]
-        logps, top1, kl, mean = (
-            None if of[0] is None else torch.cat(of) for of in zip(*parts, strict=True)
-        )
-        assert logps is not None and top1 is not None
-        return logps, top1, kl, mean
+        joined = [None if of[0] is None else torch.cat(of) for of in zip(*parts, strict=True)]
+        return Made(*joined)  # type: ignore[arg-type]
 
     def _generic(
-        self, h: Tensor, labels: Tensor, s: slice, reference: _LogitsOf | None, means: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        self, h: Tensor, labels: Tensor, s: slice, reference: _LogitsOf | None, wanted: Wanted
+    ) -> tuple[Tensor | None, ...]:
         z = _wide(self.transform, self._forward(h))
         label, lse = z.gather(1, labels[:, None])[:, 0], z.logsumexp(1)
-        kl = None
+        kl, ids = None, wanted.candidates
         if reference is not None:
             with torch.no_grad():
                 r = reference(s)
@@ -455,7 +519,9 @@ class TokenLogprobs:
             label - lse,
             label.detach() >= z.detach().amax(1),
             kl,
-            z.detach().mean(1) if means else None,
+            z.detach().mean(1) if wanted.mean_logit else None,
+            z.mean(1) - lse if wanted.mean_logp else None,
+            None if ids is None else z.gather(1, ids[s]) - lse[:, None],
         )
 
     def _reference_logits(
@@ -487,6 +553,17 @@ class TokenLogprobs:
 
         return logits
 
+    def _logits_of(self, hidden: ReferenceHidden) -> _LogitsOf:
+        """The logits of some tokens of `hidden`, whose model this layer is of."""
+        self._reference = hidden
+        try:
+            own = (self.head.weight, self.head.bias) if self._plain else (None, None)
+            logits = self._reference_logits(*own)
+        finally:
+            self._reference = None
+        assert logits is not None
+        return logits
+
     def _without_adapter(self) -> Callable[[Tensor], Tensor]:
         """The forward of the layer that PEFT wrapped, or the layer's own."""
         for name in ("base_layer", "original_module"):
@@ -511,6 +588,26 @@ class TokenLogprobs:
     def _vocabulary(self) -> int:
         out = getattr(self.head, "out_features", None)
         return int(out) if out else int(self.head.weight.shape[0])
+
+
+@torch.no_grad()
+def top_candidates(hidden: ReferenceHidden, k: int, limit: int) -> tuple[Tensor, Tensor]:
+    """([N, k] the most probable entries of the vocabulary, [N, k] their log-probabilities), most
+    probable first, of a model stopped before its output layer. Logits are made a chunk at a time.
+
+    Args:
+        limit: entries from this number on are not taken (another model does not have them).
+    """
+    head = hidden.head
+    chunk = head.chunk or max(128, CHUNK_NUMBERS // head._vocabulary())
+    logits = head._logits_of(hidden)
+    ids, logps = [], []
+    for start in range(0, hidden.hidden.shape[0], chunk):
+        z = logits(slice(start, start + chunk))
+        top = z[:, :limit].topk(k)
+        ids.append(top.indices)
+        logps.append(top.values - z.logsumexp(1, keepdim=True))
+    return torch.cat(ids), torch.cat(logps)
 
 
 HEAD_TOLERANCE = 1e-3

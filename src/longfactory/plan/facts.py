@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from longfactory.config import RunConfig
+from longfactory.config.adapter_facts import trains_adapters
 from longfactory.data.module import Datasets
 from longfactory.errors import UserError
 from longfactory.memory.cost import seconds
@@ -68,7 +69,7 @@ def checkpoint_bytes(planned: Planned, found: Way) -> tuple[float, float]:
     held = 2 if memory.split else 4  # of a trained weight
     if cfg.method.pure_bf16 or memory.deepspeed:  # whose fp32 copies are among its states
         held = shape.width
-    adapters = cfg.method.finetuning_type == "lora"
+    adapters = trains_adapters(cfg.method)
     frozen = 0 if adapters else shape.width * (shape.parameters - shape.trainable)
     model = held * shape.trainable + frozen
     if cfg.trainer.save_only_model:

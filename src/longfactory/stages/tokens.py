@@ -44,6 +44,14 @@ def eaft(out: TokenOutputs, alpha: float) -> Tensor:
     return -out.logps * (out.entropy.detach() / 3.0) ** alpha
 
 
+def smoothed(out: TokenOutputs, alpha: float) -> Tensor:
+    """[T] -(1 - alpha) logp - alpha mean logp over the vocabulary: label smoothing, as in
+    transformers' LabelSmoother.
+    """
+    assert out.mean_logp is not None
+    return -(1 - alpha) * out.logps - alpha * out.mean_logp
+
+
 TokenLoss = Callable[[TokenOutputs, float], Tensor]
 
 TOKEN_LOSSES: dict[str, TokenLoss] = {name: globals()[name] for name in TOKEN_FACTS}

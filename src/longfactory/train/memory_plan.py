@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from longfactory.config import RunConfig
+from longfactory.config import RunConfig, optimizer_facts
+from longfactory.config.adapter_facts import trains_adapters
 from longfactory.config.stage_facts import STAGES
 from longfactory.data.module import Datasets
 from longfactory.errors import UserError
@@ -38,6 +39,7 @@ from longfactory.memory.shapes import (
 from longfactory.model import adapters, experts, load
 from longfactory.shard import settings as shard
 from longfactory.sp import hf, vision
+from longfactory.sp.text_model import decoder_layers
 from longfactory.train.optimizer_names import EXACT, Narrow, narrow_states
 from longfactory.train.reference import adapter_is_reference
 
@@ -65,7 +67,8 @@ class Counts:
     say). `linear`: parameters of linear layers but the output layer, which quantisation reaches.
     `routed`: parameters of experts, which four bits reach where weights are not sharded. `layers`:
     the kind of each decoder layer. `adapted_experts`: routed experts have adapters.
-    `tower`: of a run whose rows have images.
+    `tower`: of a run whose rows have images. `state_bytes`: of a trained
+    parameter's states, on average, under an optimizer that has a switch of its own.
     """
 
     total: int
@@ -77,6 +80,7 @@ class Counts:
     layers: tuple[LayerKind, ...] | None = None
     adapted_experts: bool = False
     tower: Tower | None = None
+    state_bytes: float | None = None
 
 
 def count_parameters(cfg: RunConfig, model_config: Any, *, images: bool = False) -> Counts:
@@ -114,10 +118,12 @@ def count_parameters(cfg: RunConfig, model_config: Any, *, images: bool = False)
         total = adapters.count_parameters(model)[1]
         if given and not cfg.method.create_new_adapter:
             return Counts(total, None, None, buffers, linear, routed, layers)
-        if cfg.method.finetuning_type == "lora":
+        if trains_adapters(cfg.method):
             adapters.check_targets(model, cfg.method)
         # both compute with weights
-        method = dataclasses.replace(cfg.method, pissa_init=False, use_dora=False)
+        method = dataclasses.replace(
+            cfg.method, pissa_init=False, use_dora=False, init_lora_weights=None
+        )
         model = adapters.apply_finetuning(
             model, method, dataclasses.replace(cfg.model, adapter_name_or_path=())
         )
@@ -130,7 +136,10 @@ def count_parameters(cfg: RunConfig, model_config: Any, *, images: bool = False)
         if p.requires_grad
     )
     tower = tower_of(model) if images else None
-    return Counts(total, trained, head_trained, buffers, linear, routed, layers, adapted, tower)
+    states = states_of_method(cfg, model, trained)
+    return Counts(
+        total, trained, head_trained, buffers, linear, routed, layers, adapted, tower, states
+    )
 
 
 def tower_of(model: Any) -> Tower:
@@ -152,6 +161,37 @@ def tower_of(model: Any) -> Tower:
         vision.TRAINED_BATCH if trained else vision.BATCH,
         trained,
     )
+
+
+def states_of_method(cfg: RunConfig, model: Any, trained: int) -> float | None:
+    """Bytes a trained parameter of the states that `use_muon` and its like keep, on average over
+    the model; None without such an optimizer. Small matrices of norms and biases count as AdamW's.
+    """
+    facts = optimizer_facts.chosen(cfg)
+    if facts is None or not trained:
+        return None
+    method, width = cfg.method, 2 if cfg.method.pure_bf16 else 4
+    if facts.name == "use_badam":
+        layers = decoder_layers(model)[1]
+        largest = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
+        return (8 + (4 if method.pure_bf16 else 0)) * largest / trained
+    total = 0.0
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    linear = {
+        id(m.weight)
+        for m in model.modules()
+        if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()
+    }
+    rank = {"use_galore": method.galore_rank, "use_apollo": method.apollo_rank}.get(facts.name)
+    for _, p in named:
+        if p.ndim < 2 or (id(p) not in linear and facts.name != "use_adam_mini"):
+            total += 2 * width * p.numel()
+        elif rank is None:  # Muon's momentum; Adam-mini's first moment
+            total += width * p.numel()
+        else:  # two moments of the projected gradient, and the projection
+            short, long = sorted(p.shape)
+            total += width * min(rank, short) * (2 * long + short)
+    return total / trained
 
 
 def check_model(cfg: RunConfig) -> list[str]:
@@ -254,8 +294,11 @@ def plan_run(
         UserError: an optimizer with states in 4 or 8 bit that cannot be had here;
             `optimizer_overlap` or `offload_gradients` where they cannot be.
     """
-    lora = cfg.method.finetuning_type == "lora"
-    exact, narrow = str(cfg.trainer.optim) in EXACT, narrow_states(cfg, sharding)
+    lora = trains_adapters(cfg.method)
+    check_method_optimizer(cfg, sharding, machine.gpus)
+    method_optimizer = optimizer_facts.chosen(cfg) is not None
+    exact = str(cfg.trainer.optim) in EXACT and not method_optimizer
+    narrow = None if method_optimizer else narrow_states(cfg, sharding)
     fixed = user_keys(cfg.memory)
     if not exact:
         fixed.setdefault("optimizer", "gpu")  # no other optimizer computes on the host
@@ -286,6 +329,8 @@ def plan_run(
         and not cfg.method.pure_bf16
     )
     state_bytes = _state_bytes(narrow, model_config, counts)
+    if counts.state_bytes is not None:
+        state_bytes = counts.state_bytes
     zero = 0
     if sharding == "deepspeed":
         zero, on_host = zero_stage(cfg)
@@ -334,6 +379,19 @@ def plan_run(
     return Memory(plan, split, None if split else narrow, sharding == "deepspeed")
 
 
+def check_method_optimizer(cfg: RunConfig, sharding: str, processes: int) -> None:
+    """Refuses `use_galore` and its like where the run's sharding does not allow them.
+
+    Raises:
+        UserError: FSDP2, or updates in the backward pass with several processes.
+    """
+    facts, layerwise = optimizer_facts.chosen(cfg), optimizer_facts.in_backward(cfg)
+    if facts is not None and facts.fsdp2 is not None and sharding == "fsdp2":
+        raise UserError(f"{facts.name}: {facts.fsdp2}. Use sharding: ddp, or use_muon.")
+    if layerwise is not None and processes > 1:
+        raise UserError(optimizer_facts.layerwise_refusal(layerwise))
+
+
 def ulysses_degree(cfg: RunConfig) -> int | None:
     """GPUs that exchange heads, as the keys of usp say; None where they say nothing."""
     keys = cfg.parallel
@@ -355,6 +413,8 @@ def layers_can_be_written(cfg: RunConfig, sharding: str, zero: int) -> bool:
     (`layer.recognise` and what `decoder_layer` steps aside for).
     """
     method, bits = cfg.method, cfg.model.quantization_bit
+    if method.finetuning_type == "oft":
+        return False
     if method.finetuning_type == "lora" and (method.use_dora or method.lora_dropout > 0):
         return False
     if bits == 8 or (bits is not None and sharding == "fsdp2"):
@@ -392,8 +452,10 @@ def choose_sharding(
     full = cfg.method.finetuning_type == "full"
     if device_bytes is None:
         device_bytes = torch.cuda.get_device_properties(0).total_memory if cuda else 0
+    facts = optimizer_facts.chosen(cfg)
+    whole = facts is not None and facts.fsdp2 is not None and cfg.parallel.sharding == "auto"
     return shard.choose_sharding(
-        cfg.parallel.sharding,
+        "ddp" if whole and world > 1 else cfg.parallel.sharding,
         world=world,
         cuda=cuda,
         deepspeed=bool(cfg.trainer.deepspeed),

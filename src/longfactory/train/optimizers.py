@@ -4,16 +4,23 @@ or on the host.
 
 from __future__ import annotations
 
+import functools
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from longfactory.config import RunConfig
+from longfactory.config.optimizer_facts import OptimizerFacts, chosen, in_backward
 from longfactory.errors import UserError
 from longfactory.memory.optimizer import SplitAdamW
+from longfactory.sp.text_model import decoder_layers
+from longfactory.train import package_optimizers
+from longfactory.train.block_adamw import BlockAdamW
 from longfactory.train.memory_plan import Memory
+from longfactory.train.muon import MuonAdamW, muon_groups
 from longfactory.train.optimizer_names import EXACT
 
 log = logging.getLogger("longfactory")
@@ -63,9 +70,113 @@ def optimizer_factory(
         "gradients": "gpu" if overlap else memory.plan.settings.gradients,
         "overlap": overlap,
     }
+    facts = chosen(cfg)
+    if facts is not None:
+        return _method_optimizer(cfg, facts)
     if cfg.method.loraplus_lr_ratio is not None:
         return _lora_plus(cfg.method, settings if ours else None)
     return _split_adamw(settings) if ours else None
+
+
+def _method_optimizer(
+    cfg: RunConfig, facts: OptimizerFacts
+) -> Callable[[Any, Any], torch.optim.Optimizer]:
+    """The optimizer that a switch of the run names."""
+    if (layerwise := in_backward(cfg)) is not None:
+        log.info(
+            f"{layerwise}: weights are updated in the backward pass; nothing is clipped, and"
+            " grad_norm is 0 in the log."
+        )
+    make = {"use_muon": _muon, "use_badam": _badam, "use_adam_mini": _adam_mini}
+    return functools.partial(make.get(facts.name, _low_rank), cfg, facts.name)
+
+
+def _muon(cfg: RunConfig, name: str, model: Any, trainer: Any) -> torch.optim.Optimizer:
+    args = trainer.args
+    decay = set(trainer.get_decay_parameter_names(model))
+    groups = muon_groups(model, decay, args.weight_decay)
+    stacked = sum(p.ndim > 2 for p in model.parameters() if p.requires_grad)
+    count = sum(len(g["params"]) for g in groups if g.get("muon"))
+    rest = sum(len(g["params"]) for g in groups) - count
+    log.info(f"Muon trains {count} matrices, AdamW the other {rest} parameters.")
+    if stacked:
+        log.warning(
+            f"{stacked} parameters hold several matrices each (routed experts): AdamW trains them."
+        )
+    return MuonAdamW(groups, lr=args.learning_rate, **_adamw_settings(args))
+
+
+def _adam_mini(cfg: RunConfig, name: str, model: Any, trainer: Any) -> torch.optim.Optimizer:
+    return package_optimizers.adam_mini(model, trainer.args)
+
+
+def _low_rank(cfg: RunConfig, name: str, model: Any, trainer: Any) -> torch.optim.Optimizer:
+    args = trainer.args
+    cls, settings, targets, layerwise = package_optimizers.low_rank(
+        cfg.method, str(cfg.trainer.optim), name
+    )
+    decay = set(trainer.get_decay_parameter_names(model))
+    groups = package_optimizers.low_rank_groups(model, targets, decay, args.weight_decay, settings)
+    projected = sum(len(g["params"]) for g in groups if "rank" in g)
+    if not projected:
+        raise UserError(
+            f"{name.replace('use_', '')}_target: {', '.join(targets)} names no linear layer that is"
+            " trained. Give parts of their names, or all."
+        )
+    log.info(f"{name}: {projected} matrices of rank {settings['rank']}.")
+    if layerwise:
+        groups = package_optimizers.one_parameter_each(groups)
+    others = _adamw_settings(args)
+    if str(cfg.trainer.optim) == "adafactor":
+        others = {"scale_parameter": False, "relative_step": False}
+    optimizer = cls(groups, lr=args.learning_rate, **others)
+    optimizer = package_optimizers.keep_projections(optimizer)
+    return package_optimizers.update_in_backward(optimizer) if layerwise else optimizer
+
+
+def _badam(cfg: RunConfig, name: str, model: Any, trainer: Any) -> torch.optim.Optimizer:
+    args, method = trainer.args, cfg.method
+    decay = set(trainer.get_decay_parameter_names(model))
+    prefix, layers = decoder_layers(model)
+    if method.badam_start_block is not None and method.badam_start_block >= len(layers):
+        raise UserError(
+            f"badam_start_block: {method.badam_start_block} was given, and the model has layers 0"
+            f" to {len(layers) - 1}."
+        )
+    groups: list[dict[str, Any]] = []
+    blocks = 0
+    for i in range(len(layers)):
+        named = [
+            (n, p)
+            for n, p in model.named_parameters()
+            if n.startswith(f"{prefix}.{i}.") and p.requires_grad
+        ]
+        for decays in (True, False):
+            parameters = [p for n, p in named if (n in decay) is decays]
+            if parameters:
+                weight_decay = args.weight_decay if decays else 0.0
+                groups.append({"params": parameters, "block": blocks, "weight_decay": weight_decay})
+        blocks += bool(named)
+    inside = {id(p) for g in groups for p in g["params"]}
+    for p in model.parameters():
+        if id(p) not in inside:
+            p.requires_grad_(False)
+    interval = method.badam_switch_interval
+    interval = sys.maxsize if interval < 1 else interval
+    log.info(
+        f"BAdam trains one of {blocks} decoder layers at a time, each for"
+        f" {method.badam_switch_interval} updates ({method.badam_switch_mode}). Embeddings, output"
+        " layer and last norm stay as they are."
+    )
+    return BlockAdamW(
+        groups,
+        lr=args.learning_rate,
+        **_adamw_settings(args),
+        interval=interval,
+        order=method.badam_switch_mode,
+        start=method.badam_start_block,
+        seed=args.seed,
+    )
 
 
 def _lora_plus(

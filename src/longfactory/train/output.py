@@ -23,7 +23,7 @@ from longfactory.config import RunConfig, resolved
 from longfactory.config.folder import write_whole
 from longfactory.data.module import Datasets
 from longfactory.errors import UserError
-from longfactory.model import saved, value_head
+from longfactory.model import pissa, saved, value_head
 from longfactory.model.generate import make_generation_config_valid
 from longfactory.model.source import Source, in_words
 from longfactory.train.checkpoint.prune import SCRATCH
@@ -96,6 +96,13 @@ def save_final_model(trainer: Any) -> None:
     """
     folder = Path(trainer.args.output_dir)
     together("the model", trainer.save_model, folder, None, folder)
+
+
+def convert_pissa(trainer: Any, start: dict[str, torch.Tensor]) -> None:
+    """`pissa_convert`: beside the adapter that was saved, an ordinary one of twice the rank."""
+    folder = trainer.args.output_dir
+    if trainer.is_world_process_zero():
+        reported(lambda: pissa.convert(folder, start), f"{pissa.FOLDER}, the converted adapter,")
 
 
 def save_metrics(trainer: Any, split: str, metrics: dict[str, float]) -> None:

@@ -28,7 +28,7 @@ from longfactory.errors import UserError
 from longfactory.memory.apply import apply_memory
 from longfactory.memory.choose import explain_out_of_memory
 from longfactory.memory.offload import Activations
-from longfactory.model import adapters, load
+from longfactory.model import adapters, load, pissa
 from longfactory.model.liger import apply_liger
 from longfactory.model.routing import Routing, router_loss_coefficient
 from longfactory.model.source import Source
@@ -61,6 +61,7 @@ from longfactory.train.memory_plan import (
 )
 from longfactory.train.meter import Meter, peak_rate
 from longfactory.train.optimizers import optimizer_factory
+from longfactory.train.profiler import Profiler
 from longfactory.train.prove import prove_exact
 from longfactory.train.ranks import from_all, from_main
 from longfactory.train.reference.attach import attach_reference, check_ref_model
@@ -112,6 +113,8 @@ class Assembled:
     """What `memory.apply` installed on the model's layers."""
     start: Start | None
     """The checkpoint to go on from, or none; None where nothing is trained."""
+    pissa_start: dict[str, torch.Tensor] | None = None
+    """`pissa_convert`: the adapter as PiSSA began."""
 
 
 def assemble(cfg: RunConfig, *, wide_weights: bool = False, store: Any = None) -> Assembled:
@@ -146,6 +149,7 @@ def assemble(cfg: RunConfig, *, wide_weights: bool = False, store: Any = None) -
     )
     transformers_logging.disable_progress_bar()  # of saves our log tells, beside the progress line
     aligned = -(-memory.plan.job.tokens // sp.alignment(ctx)) * sp.alignment(ctx)
+    pissa_start = pissa.start_of(model) if cfg.method.pissa_convert else None
     activations = apply_memory(
         model, memory.plan.settings, args.device, longest=aligned // ctx.size
     )
@@ -166,7 +170,9 @@ def assemble(cfg: RunConfig, *, wide_weights: bool = False, store: Any = None) -
         sharding,
     )
     parallelize(trainer, sharding, processes.world, split=memory.split)
-    return Assembled(trainer, tokenizer, prepared.datasets, memory, sharding, activations, start)
+    return Assembled(
+        trainer, tokenizer, prepared.datasets, memory, sharding, activations, start, pissa_start
+    )
 
 
 def prepare_training(assembled: Assembled, cfg: RunConfig, watch: Watch | None = None) -> None:
@@ -248,6 +254,8 @@ def _run(cfg: RunConfig, watch: Watch | None, store: Any) -> dict[str, float]:
         over = trainer.finished and assembled.start.was_finished
         with progress.within("save", "saving the trained model"):
             output.save_trained(trainer, cfg, tokenizer, result, results=not over)
+            if assembled.pissa_start is not None and cfg.output.save_final_model:
+                output.convert_pissa(trainer, assembled.pissa_start)
     progress.enter("evaluation", "what follows the training")
     if args.do_eval and datasets.eval:
         if not args.do_train:
@@ -474,11 +482,12 @@ def load_data(cfg: RunConfig, tokenizer: Any, *, quiet: bool = False) -> data.Da
     if quiet:
         said.setLevel(logging.ERROR)
     # In pre-training a template gives the token that ends a text; without its name there is none to
-    # give.
+    # give. Rollouts of token ids need none.
+    unneeded = cfg.method.stage == "pt" or (
+        cfg.method.stage == "rl" and not getattr(tokenizer, "chat_template", None)
+    )
     template = (
-        None
-        if cfg.method.stage == "pt" and cfg.data.template is None
-        else get_template(options, tokenizer, said)
+        None if unneeded and cfg.data.template is None else get_template(options, tokenizer, said)
     )
     return data.load_datasets(
         options,
@@ -687,6 +696,8 @@ def make_trainer(
         meter=meter,
         callbacks=[LogFile(args.output_dir, meter.remaining)],
     )
+    if cfg.output.enable_torch_profiler:
+        trainer.add_callback(Profiler.of_run(cfg))
     report_failures(trainer.callback_handler)
     for theirs in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(theirs)

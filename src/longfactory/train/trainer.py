@@ -38,6 +38,7 @@ from longfactory.model.vision import RowImages
 from longfactory.sp import hf
 from longfactory.stages.base import Stage
 from longfactory.stages.metrics import Metrics, MetricSums
+from longfactory.train.block_adamw import BlockAdamW
 from longfactory.train.checkpoint import settings
 from longfactory.train.checkpoint.facts import RunFacts
 from longfactory.train.checkpoint.trainer import ResumableTrainer
@@ -47,6 +48,7 @@ from longfactory.train.loader import Collate, RowSampler, empty_row, make_loader
 from longfactory.train.meter import Meter, TokensLeft
 from longfactory.train.numbers import Numbers
 from longfactory.train.optimizers import one_dtype_each
+from longfactory.train.package_optimizers import keep_projections
 from longfactory.train.reference import Reference, as_reference
 
 log = logging.getLogger("longfactory")
@@ -294,12 +296,15 @@ class RowTrainer(ResumableTrainer):
         layer: Any = self.head if head is None else head
         plan, inputs = self._model_inputs(row)
         labels = row.labels[plan.index]
+        more: dict[str, Any] = {} if reference is None else {"reference": reference}
+        if head is None and "candidates" in self.stage.needs and "teacher_ids" in row.numbers:
+            more["candidates"] = row.numbers["teacher_ids"][plan.index]
         watched: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if routed:
             watched = self.routing.row(plan.index < row.real_tokens, self.args.device)
         with (
             self._noise(model, row, plan),
-            layer.labels(labels) if reference is None else layer.labels(labels, reference),
+            layer.labels(labels, **more),
             watched,
         ):
             out = model(**inputs, **self.routing.arguments)
@@ -399,6 +404,8 @@ class RowTrainer(ResumableTrainer):
         if self.optimizer is None and self.make_optimizer is not None:  # type: ignore[has-type]
             self.optimizer = self.make_optimizer(self.model if model is None else model, self)
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        if str(self.args.optim.value).startswith(("galore_", "apollo_")):
+            keep_projections(optimizer)  # transformers' own
         if self.is_deepspeed_enabled:
             optimizer.param_groups[:] = one_dtype_each(optimizer.param_groups)
         return optimizer
@@ -430,8 +437,15 @@ class RowTrainer(ResumableTrainer):
             optimizer.accumulate(last=last)
         return loss
 
+    def _drop_inactive(self) -> None:
+        """BAdam: gradients of layers whose turn it is not are neither clipped nor counted."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if isinstance(optimizer, BlockAdamW):
+            optimizer.drop_inactive()
+
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         optimizer = self._split_adamw()
+        self._drop_inactive()
         return (
             super()._clip_grad_norm(model)
             if optimizer is None
@@ -440,6 +454,7 @@ class RowTrainer(ResumableTrainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         optimizer = self._split_adamw()
+        self._drop_inactive()
         if optimizer is None or grad_norm is not None:
             grad_norm = super()._get_grad_norm(model, grad_norm)
         else:

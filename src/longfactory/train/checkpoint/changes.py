@@ -9,7 +9,9 @@ import sys
 from importlib import metadata
 from typing import Any
 
+from longfactory.config.adapter_facts import ADAPTERS
 from longfactory.config.arguments import DataArguments
+from longfactory.config.optimizer_facts import STATE_KEYS
 from longfactory.errors import UserError
 
 ADAPTER = (
@@ -22,6 +24,9 @@ ADAPTER = (
     "use_rslora",
     "use_dora",
     "additional_target",
+    "oft_rank",
+    "oft_block_size",
+    "oft_target",
 )
 """Keys of what is trained: with other values the checkpoint's weights are of another model."""
 
@@ -102,11 +107,13 @@ def refuse_other_states(
     Raises:
         UserError: with the key, both values, and what to do.
     """
-    lora = now.get("finetuning_type") == "lora"
+    lora = now.get("finetuning_type") in ADAPTERS
     key = "adapter_name_or_path" if lora else "model_name_or_path"
     weights = f"To start from its weights alone, name {checkpoint} in {key}."
     names = [
-        n for n in ADAPTER if lora or not n.startswith(("lora_", "use_")) or n == "finetuning_type"
+        n
+        for n in ADAPTER
+        if lora or not n.startswith(("lora_", "oft_", "use_")) or n == "finetuning_type"
     ]
     if now.get("finetuning_type") == "freeze":
         names += TRAINED
@@ -120,6 +127,12 @@ def refuse_other_states(
         raise UserError(
             f"The checkpoint {checkpoint} holds the states of another optimizer:"
             f" {in_words({'optim': changes['optim']})}. Use the same optim. {weights}"
+        )
+    states = {n: changes[n] for n in STATE_KEYS if n in changes}
+    if states:
+        raise UserError(
+            f"The checkpoint {checkpoint} holds the states of another optimizer, or of other"
+            f" settings of it: {in_words(states)}. Use the same values. {weights}"
         )
     schedule = {n: changes[n] for n in SCHEDULE if n in changes}
     kinds = changes.get("lr_scheduler_type", (now.get("lr_scheduler_type"),) * 2)

@@ -61,6 +61,10 @@ def make_reference(trainer: RowTrainer, cfg: RunConfig) -> Reference:
         UserError: the run resumes and the numbers of its beginning are gone; the data are a stream;
             or the reference model does not fit.
     """
+    if "candidates" in trainer.stage.needs:
+        from longfactory.train.reference.teacher import make_teacher
+
+        return make_teacher(trainer, cfg)
     by_adapter = reference.adapter_is_reference(cfg.method)
     if "reference_kl" in trainer.stage.needs:
         if by_adapter:
@@ -131,7 +135,7 @@ def _numbers(
     shuffle: bool,
 ) -> reference.ReferenceCache:
     """The numbers of one data set, from the cache or by one pass over it. Collective."""
-    parts = _parts(cfg, dataset)
+    parts = reference_parts(cfg, dataset)
     folder = cache_root().parent / "reference"
     policy_is_reference = cfg.method.ref_model is None and not reference.adapter_is_reference(
         cfg.method
@@ -176,7 +180,7 @@ def _file(folder: Path, parts: dict[str, Any], trainer: RowTrainer) -> Path:
     return reference.cache_file(folder, {**parts, "ld_alpha": trainer.stage.ld_alpha})
 
 
-def _parts(cfg: RunConfig, dataset: Any) -> dict[str, Any]:
+def reference_parts(cfg: RunConfig, dataset: Any) -> dict[str, Any]:
     """What the numbers depend on. The tokens themselves are checked document by document when they
     are used.
     """
@@ -273,7 +277,9 @@ def check_ref_model(cfg: RunConfig, model_config: Any) -> None:
         reference.check_reference(model_config, config)
 
 
-def load_reference(trainer: RowTrainer, cfg: RunConfig) -> tuple[nn.Module, TokenLogprobs]:
+def load_reference(
+    trainer: RowTrainer, cfg: RunConfig, *, same_architecture: bool = True
+) -> tuple[nn.Module, TokenLogprobs]:
     """A second model and its output layer, frozen: `ref_model`, else the model from which training
     starts, read from its place again.
 
@@ -287,7 +293,9 @@ def load_reference(trainer: RowTrainer, cfg: RunConfig) -> tuple[nn.Module, Toke
     named = reference_arguments(cfg)
     config = load.load_config(named, cfg.cutoff_len)
     reference.check_reference(
-        trainer.accelerator.unwrap_model(trainer.model_wrapped).config, config
+        trainer.accelerator.unwrap_model(trainer.model_wrapped).config,
+        config,
+        same_architecture=same_architecture,
     )
     dtype = load.compute_dtype(args)
     sharded = trainer.is_fsdp_enabled and args.device.type == "cuda"
@@ -310,7 +318,7 @@ def load_reference(trainer: RowTrainer, cfg: RunConfig) -> tuple[nn.Module, Toke
         vision.install(model)
     head = TokenLogprobs(model, trainer.head.chunk)
     policy_layer = decoder_layers(trainer.model)[1][0].__dict__.get("forward")
-    if isinstance(policy_layer, CheckpointedLayer):
+    if same_architecture and isinstance(policy_layer, CheckpointedLayer):
         settings = dataclasses.replace(
             policy_layer.store.settings,
             keep_attention=0.0,
@@ -359,4 +367,10 @@ def _not_partitioned(args: Any) -> Iterator[None]:
         deepspeed.set_hf_deepspeed_config(args.hf_deepspeed_config)
 
 
-__all__ = ["attach_reference", "load_reference", "make_reference", "shard_frozen"]
+__all__ = [
+    "attach_reference",
+    "load_reference",
+    "make_reference",
+    "reference_parts",
+    "shard_frozen",
+]

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from longfactory.config.adapter_facts import adapter_is_start
 from longfactory.data.row import Row
 from longfactory.errors import UserError
 from longfactory.model.token_logprobs import TokenLogprobs
@@ -45,19 +46,25 @@ class Reference:
 def adapter_is_reference(method: Any) -> bool:
     """Whether the reference is the trained model with its adapter off.
 
-    Not with PiSSA, which moves a part of the weights into the adapter: without it the model is not
-    the one that training starts from.
+    Not with PiSSA or OLoRA, which move a part of the weights into the adapter: without it the model
+    is not the one that training starts from.
     """
-    return method.finetuning_type == "lora" and method.ref_model is None and not method.pissa_init
+    return adapter_is_start(method) and method.ref_model is None
 
 
-def check_reference(policy: Any, reference: Any) -> None:
+def check_reference(policy: Any, reference: Any, *, same_architecture: bool = True) -> None:
     """Compares the transformers configurations of the policy and of a reference model.
+
+    Args:
+        same_architecture: False for a teacher, whose family and vocabulary may be others
+            (`teacher.make_teacher` looks at the vocabulary).
 
     Raises:
         UserError: another architecture or another vocabulary: its log-probabilities would be about
             other tokens.
     """
+    if not same_architecture:
+        return
     a, b = policy.get_text_config(), reference.get_text_config()
     if a.model_type != b.model_type or a.vocab_size != b.vocab_size:
         raise UserError(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from longfactory.config import RunConfig
+from longfactory.config.adapter_facts import trains_adapters
 from longfactory.errors import UserError
 from longfactory.memory.settings import PARTS_OF_CHECKPOINTING
 from longfactory.train.verify.report import Cause, VerifyReport
@@ -82,7 +83,7 @@ def variants(
             "memory techniques (checkpointing, hand-written layers, chunks)",
             dataclasses.replace(cfg, memory=memory),
         )
-    if cfg.method.finetuning_type == "lora" and parameters <= LARGEST_FULL:
+    if trains_adapters(cfg.method) and parameters <= LARGEST_FULL:
         method = dataclasses.replace(cfg.method, finetuning_type="full")
         model = dataclasses.replace(cfg.model, adapter_name_or_path=())
         without("LoRA", dataclasses.replace(cfg, method=method, model=model))

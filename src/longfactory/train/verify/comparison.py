@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 
 from longfactory import sp
 from longfactory.config import RunConfig
+from longfactory.config.adapter_facts import trains_adapters
 from longfactory.data.row import Row
 from longfactory.data.samples import DecodedSample, decoded_samples
 from longfactory.errors import UserError
@@ -134,7 +135,7 @@ def verify(
         UserError: the run cannot be assembled, its data have nothing to compare on, or it is not
             the run of its configuration.
     """
-    if cfg.method.finetuning_type == "lora" and cfg.model.quantization_bit:
+    if trains_adapters(cfg.method) and cfg.model.quantization_bit:
         raise UserError(
             "verify compares with the model in float32, which a quantised model does not have."
             " Leave quantization_bit out."

@@ -21,7 +21,7 @@ def stir_adapters(model: nn.Module) -> int:
     """
     count = 0
     for number, (name, p) in enumerate(model.named_parameters()):
-        if not (p.requires_grad and "lora_" in name):
+        if not (p.requires_grad and ("lora_" in name or "oft_R" in name)):
             continue
         with zero.whole(p, writes=True):
             local = p.to_local() if hasattr(p, "to_local") else p

@@ -1,0 +1,159 @@
+"""Trains a tiny model for three steps with an optimizer of its own switch, on as many processes as
+there are, and gives its parameters.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+
+import cpu_sharding
+from invariance_worker import VOCAB, Samples, collate, samples
+
+STEPS = 3
+
+
+def model(family: str = "qwen3") -> Any:
+    """With rows that two ranks cannot share evenly, and a head that is not hidden / heads wide."""
+    torch.manual_seed(7)
+    config = transformers.AutoConfig.for_model(
+        family,
+        hidden_size=36,
+        intermediate_size=50,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=VOCAB,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    return transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", dtype=torch.float32
+    )
+
+
+def run_config(keys: dict[str, Any]) -> Any:
+    from longfactory.config import from_mapping
+
+    base = {"model_name_or_path": "m", "dataset": "d", "output_dir": "nowhere", "dry_run": True}
+    return from_mapping({**base, "finetuning_type": "full", "learning_rate": 0.02, **keys})
+
+
+def memory() -> Any:
+    from longfactory.train.memory_plan import Memory
+
+    settings = types.SimpleNamespace(optimizer="gpu", gradients="gpu")
+    plan = types.SimpleNamespace(
+        settings=settings, fixed={}, job=types.SimpleNamespace(overlaps=False)
+    )
+    return Memory(plan, False)  # type: ignore[arg-type]
+
+
+def train(
+    keys: dict[str, Any],
+    size: int,
+    sharding: str,
+    *,
+    watch: Callable[[torch.optim.Optimizer], None] | None = None,
+    folder: str | None = None,
+    resume: bool = False,
+    steps: int = STEPS,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, torch.Tensor]:
+    """Parameters after the run, whole, on the host.
+
+    Args:
+        keys: the run's, by which its optimizer is made.
+        size: of the sequence-parallel group.
+        sharding: none, ddp or fsdp2.
+        watch: called with the optimizer before each of its steps.
+        folder: where a checkpoint is written after the second step.
+        resume: go on from that checkpoint.
+    """
+    from longfactory import sp
+    from longfactory.model.token_logprobs import TokenLogprobs
+    from longfactory.shard import settings
+    from longfactory.shard.export import full_state_dict
+    from longfactory.sp import hf
+    from longfactory.stages.tokens import TokenStage
+    from longfactory.train.optimizers import optimizer_factory
+    from longfactory.train.trainer import RowTrainer
+
+    cpu_sharding.reset()
+    cfg = run_config(keys)
+    trained = model().to(dtype)
+    trained.set_attn_implementation(hf.ATTENTION)
+    extra: dict[str, Any] = {
+        "accelerator_config": settings.accelerator_arguments(),
+        "ddp_find_unused_parameters": False,
+        "label_names": [],
+    }
+    if sharding == "fsdp2":
+        extra |= settings.fsdp2_arguments(efficient_loading=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        args = transformers.TrainingArguments(
+            output_dir=folder or scratch,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=cfg.trainer.gradient_accumulation_steps,
+            max_steps=steps,
+            learning_rate=cfg.trainer.learning_rate,
+            weight_decay=0.1,
+            lr_scheduler_type="linear",
+            max_grad_norm=1.0,
+            logging_steps=1,
+            save_strategy="steps" if folder and not resume else "no",
+            save_steps=2,
+            report_to="none",
+            disable_tqdm=True,
+            seed=5,
+            remove_unused_columns=False,
+            use_cpu=True,
+            **extra,
+        )
+        args.device  # noqa: B018
+        ctx = sp.SequenceParallel.create(size)
+        hf.prepare(trained, ctx)
+        trainer = RowTrainer(
+            trained,
+            args,
+            ctx=ctx,
+            stage=TokenStage(),
+            head=TokenLogprobs(trained, chunk=13),
+            collate=collate,
+            pad_id=0,
+            make_optimizer=optimizer_factory(cfg, memory()),
+            train_dataset=Samples(samples("single", 6 * STEPS)),
+        )
+        if sharding == "fsdp2":
+            settings.fix_fsdp2_plugin(trainer.accelerator, trained)
+        if watch is not None:
+            make = trainer.create_optimizer
+
+            def watched(*given: Any) -> Any:
+                optimizer = make(*given)
+                optimizer.register_step_pre_hook(lambda o, a, k: watch(o))
+                return optimizer
+
+            trainer.create_optimizer = watched  # type: ignore[method-assign]
+        place = str(Path(folder or "") / "checkpoint-2") if resume else None
+        trainer.train(resume_from_checkpoint=place)
+        if sharding == "fsdp2":
+            return {n: p.detach().cpu() for n, p in full_state_dict(trainer.model).items()}
+        state = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+        return {n: p.detach().clone() for n, p in state.items()}
+
+
+def on_a_rank(sharding: str, runs: list[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
+    """Body of a rank: `train` under SP over all ranks for each of these arguments."""
+    cpu_sharding.start(sharding)
+    found = [train(size=dist.get_world_size(), sharding=sharding, **run) for run in runs]
+    return found if dist.get_rank() == 0 else []
