@@ -42,8 +42,8 @@ def test_help_on_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--help"]) == 0
     out = capsys.readouterr().out
     assert "cutoff_len: 2048" in out and "learning_rate: 5e-05" in out
-    assert cli.main(["train", "--help", "galore"]) == 0
-    assert "use_galore is refused: use optim: galore_adamw" in capsys.readouterr().out
+    assert cli.main(["train", "--help", "badam_mode"]) == 0
+    assert "badam_mode is refused: the entries that it trains" in capsys.readouterr().out
     assert cli.main(["train", "--help", "evaluation_strategy"]) == 0
     assert "evaluation_strategy is another name of eval_strategy" in capsys.readouterr().out
     assert cli.main(["train", "--help", "no such thing"]) == 0
@@ -76,7 +76,10 @@ def test_plan_takes_its_words_as_they_are(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["trian"]) == 2
-    assert "no command 'trian'. It has init, train, plan, verify, export" in capsys.readouterr().err
+    assert (
+        "no command 'trian'. It has init, train, plan, verify, eval, export"
+        in capsys.readouterr().err
+    )
 
 
 def test_dry_run_prints_the_run_and_stops(

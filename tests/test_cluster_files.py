@@ -102,3 +102,61 @@ def test_skypilot() -> None:
     jsonschema.validate(given, schemas.get_task_schema())
     resources = given["resources"]
     jsonschema.validate(resources, schemas.get_resources_schema())
+
+
+def test_ray_machines() -> None:
+    """Workers by machine, neighbours together, that of the first worker first."""
+    from longfactory.errors import UserError
+    from longfactory.ray_launch import by_machine
+
+    found = [("b", "10.0.0.2", ["0"]), ("a", "10.0.0.1", ["3"]), ("b", "10.0.0.2", ["1"])]
+    with pytest.raises(UserError, match=r"Ray placed 2 on 10\.0\.0\.2, 1 on 10\.0\.0\.1"):
+        by_machine(found)
+    assert by_machine([*found, ("a", "10.0.0.1", ["2"])]) == [
+        ("10.0.0.2", [0, 2], ["0", "1"]),
+        ("10.0.0.1", [1, 3], ["3", "2"]),
+    ]
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_ray_runs_two_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of two processes that share each sequence, started by Ray on this machine."""
+    pytest.importorskip("ray")
+    import json
+    import os
+    import sys
+
+    from small_runs import write_model
+
+    write_model(tmp_path / "model", 0)
+    rows = [{"input_ids": list(range(3, 40 + i)), "mask": [0] + [1] * (36 + i)} for i in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = {
+        "model_name_or_path": tmp_path / "model",
+        "stage": "rl",
+        "rl_loss": "nll",
+        "dataset": tmp_path / "rows.jsonl",
+        "finetuning_type": "full",
+        "output_dir": tmp_path / "out",
+        "max_steps": 2,
+        "per_device_train_batch_size": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "sequence_parallel_size": 2,
+        "ray_num_workers": 2,
+        "ray_init_kwargs": json.dumps({"num_cpus": 2, "include_dashboard": False}),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "longfactory.cli", "train", *(f"{k}={v}" for k, v in words.items())],
+        env={**os.environ, "USE_RAY": "1", "LONGFACTORY_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "runs 2 workers (machine 1 of 1, found by Ray)" in done.stderr
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2

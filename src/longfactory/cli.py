@@ -113,6 +113,10 @@ def train(argv: list[str], watch: Watch | None = None) -> int:
         if _rank() == 0:
             print(resolved(cfg), end="")
         return 0
+    if launch.is_on("USE_RAY") and not worker:
+        from longfactory.ray_launch import start_on_ray
+
+        return start_on_ray(cfg, argv)
     if (status := _start("train", cfg, argv)) is not None:
         return status
     from longfactory.train.run import run
@@ -261,7 +265,7 @@ def evaluate_long(argv: list[str], watch: Watch | None = None) -> int:
     if _rank() == 0 and not folder.is_dir():
         raise UserError(f"report_dir: there is no folder {folder}.")
     nowhere = os.path.join(os.devnull, "longfactory-eval")
-    cfg = load_config([*words, f"output_dir={nowhere}", "dataset=none", "do_train=true"])
+    cfg = load_config([*words, f"output_dir={nowhere}", "dataset=unused"])
     if (status := _start("eval", cfg, argv)) is not None:
         return status
     from longfactory.train.long_context import as_json, draw, evaluate, table

@@ -22,7 +22,9 @@ ROOT = Path(__file__).parents[2]
 FIXTURES = Path(__file__).parent / "fixtures"
 THEIRS = sorted(p for p in FIXTURES.rglob("*.yaml") if p.parent.name != "refused")
 OURS = sorted(
-    p for p in (ROOT / "examples").rglob("*.yaml") if p.name not in ("export.yaml", "chat.yaml")
+    p
+    for p in (ROOT / "examples").rglob("*.yaml")
+    if p.name not in ("export.yaml", "chat.yaml") and p.parent.name != "cluster"
 )
 GROUPS = ("model", "data", "method", "parallel", "limits", "memory", "generating", "output")
 

@@ -61,5 +61,5 @@ def test_what_cannot_be_expanded_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="exists and is not empty"):
         expand(tmp_path / "model", tmp_path / "full", 2)
     tiny_model("gpt2", num_hidden_layers=2).save_pretrained(tmp_path / "other")
-    with pytest.raises(UserError, match=r"no numbered layers|cannot be expanded"):
+    with pytest.raises(UserError, match=r"cannot be expanded"):
         expand(tmp_path / "other", tmp_path / "grown", 2)

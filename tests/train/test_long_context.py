@@ -108,7 +108,7 @@ def test_two_processes_measure_what_one_measures(home: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     results = {}
     for name, size, sp in (("one", 1, 1), ("shared", 2, 2), ("apart", 2, 1)):
-        given = keys(home, "eval", sequence_parallel_size=sp, dataset="none", packing=None)
+        given = keys(home, "eval", sequence_parallel_size=sp, dataset="unused", packing=None)
         argv = [f"{k}={v}" for k, v in given.items()]
         results[name] = POOLS[size].run(
             measured, argv, ["needle", "common"], [str(path)], str(home / "cache")

@@ -462,6 +462,18 @@ class ParallelArguments:
     nproc_per_node: int | None = arg(
         None, "Processes on this machine; default one for each device.", low=1, high=4096
     )
+    ray_num_workers: int = arg(
+        1, "USE_RAY=1: processes of the run, for which Ray reserves room.", low=1, high=65536
+    )
+    resources_per_worker: dict | None = arg(  # noqa: RUF009  ruff trusts `str | None` alone
+        None, "USE_RAY=1: what Ray reserves for each; default one GPU (with use_cpu one CPU)."
+    )
+    placement_strategy: Literal["SPREAD", "PACK", "STRICT_SPREAD", "STRICT_PACK"] = arg(
+        "PACK", "USE_RAY=1: on few machines or on many."
+    )
+    ray_init_kwargs: dict | None = arg(  # noqa: RUF009
+        None, "USE_RAY=1: arguments of ray.init, for example address: auto."
+    )
     sharding: Literal["auto", "fsdp2", "ddp"] = arg(
         "auto",
         "How parameters are kept: sharded (fsdp2) or copied to each device (ddp). The key deepspeed"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -547,6 +548,9 @@ def negative_steps(cfg: RunConfig) -> list[str]:
     return found
 
 
+RAY_KEYS = ("ray_num_workers", "resources_per_worker", "placement_strategy", "ray_init_kwargs")
+
+
 def idle(cfg: RunConfig, given: set[str]) -> list[str]:
     """Keys that were given and that this stage or method never reads, in a sentence each."""
     facts, kind = STAGES[cfg.method.stage], cfg.method.finetuning_type
@@ -566,6 +570,11 @@ def idle(cfg: RunConfig, given: set[str]) -> list[str]:
         (lambda k: k.startswith("oft_"), kind == "oft", f"finetuning_type is {kind}"),
         (lambda k: k == "module_dropout", kind == "oft", f"finetuning_type is {kind}"),
         (lambda k: k.startswith("freeze_"), kind == "freeze", f"finetuning_type is {kind}"),
+        (
+            lambda k: k in RAY_KEYS,
+            os.environ.get("USE_RAY", "0").lower() in ("1", "true"),
+            "USE_RAY=1 is not set, and Ray starts nothing",
+        ),
         *(
             (
                 (lambda k, start=prefix: k.startswith(start)),

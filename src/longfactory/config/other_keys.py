@@ -56,7 +56,7 @@ class Other:
     sentence: str
 
 
-_RAY = "processes are started by longfactory train (NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT) or torchrun, not by Ray"
+_RAY = "Ray starts the processes (USE_RAY=1), and output_dir is where they write"
 
 NO_EFFECT: dict[str, Other] = {
     "flash_attn": Other(
@@ -99,13 +99,9 @@ NO_EFFECT: dict[str, Other] = {
         (False,), "the log shows what was computed; on_nan says what a NaN or Inf does to the run"
     ),
     "local_rank": Other((None,), "the launcher's environment tells each process its rank"),
-    "ray_num_workers": Other((1,), _RAY),
-    "ray_init_kwargs": Other((None,), _RAY),
     "ray_run_name": Other((None,), _RAY),
     "ray_storage_path": Other((None,), _RAY),
     "ray_scope": Other(("last",), _RAY),
-    "placement_strategy": Other(("PACK",), _RAY),
-    "resources_per_worker": Other((None,), _RAY),
     "badam_update_ratio": Other((0.05,), "it is for badam_mode: ratio, which is refused"),
     "badam_mask_mode": Other(("adjacent",), "it is for badam_mode: ratio, which is refused"),
     "badam_verbose": Other((0,), "the order of layers and their interval are logged at the start"),
@@ -127,7 +123,7 @@ run.
 """
 
 _VLLM = "LongFactory trains; serve the exported model with vLLM or SGLang themselves"
-_EXPORT_Q = "export writes full precision; quantise the exported folder with a tool made for it (llm-compressor, GPTQModel)"
+_EXPORT_Q = "export writes full precision; quantise the exported folder with GPTQModel or llm-compressor (docs/methods.md has the calls)"
 _KT = "KTransformers is not supported; use optimizer_placement: host or a DeepSpeed offload JSON"
 _PPO = "ppo is not supported; use stage: dpo or kto, or stage: rm for a reward model alone; roll out with vLLM (TRL, verl) and learn from the rollouts with stage: rl"
 _SWAN = "messages to Lark are not sent; register SwanLab's own Lark callback in a script"

@@ -74,7 +74,7 @@ class RolloutDataset:
         self.report = report
         sizes = np.array([_tokens(group) for group in self.groups], dtype=np.int64)
         self.bins: list[np.ndarray] | None = None
-        self.lengths = sizes
+        self.lengths = self.sizes = sizes
         if packed and len(sizes):
             done = pack(sizes, max(cutoff, int(sizes.max())))
             self.bins = done.bins
@@ -221,7 +221,8 @@ class _Reader:
                 groups.append([r])
         kinds = {tuple(sorted(r.numbers)) for group in groups for r in group}
         if len(kinds) > 1:
-            some = sorted(set().union(*kinds) - set.intersection(*map(set, kinds)))
+            every = {name for kind in kinds for name in kind}
+            some = {name for name in every if any(name not in kind for kind in kinds)}
             columns = [column for column, name in NUMBERS.items() if name in some]
             raise DataError(
                 f"Some rollouts have {', '.join(columns)} and others have not. Give every row the"
@@ -241,14 +242,14 @@ class _Reader:
                 row = readers.parse_line(raw) if isinstance(raw, bytes) else raw
                 r = self._rollout(row, place)
             except BadRow as error:
-                if self.args.on_bad_row == "error":
+                if option(self.args, "on_bad_row") == "error":
                     raise DataError(f"{place}: {error}.") from error
                 self.bad[str(error)] += 1
                 self.first_bad = self.first_bad or f"First: {place}: {error}."
                 continue
             self.unread |= {k for k in row if k not in READ}
             if len(r.ids) > int(self.args.cutoff_len):
-                if self.args.cutoff_strategy == "error":
+                if option(self.args, "cutoff_strategy") == "error":
                     raise DataError(
                         f"{place}: a rollout of {len(r.ids)} tokens is longer than cutoff_len"
                         f" ({self.args.cutoff_len}). Raise it, or leave cutoff_strategy out."

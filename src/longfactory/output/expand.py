@@ -47,6 +47,10 @@ def expand(folder: str | Path, target: str | Path, added: int, shard_bytes: int 
         raise UserError(f"export_dir: {target} exists and is not empty. Choose another folder.")
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     text = config.get("text_config", config)
+    if "num_hidden_layers" not in text:
+        raise UserError(
+            f"{source}: its configuration has no num_hidden_layers. This family cannot be expanded."
+        )
     count = int(text["num_hidden_layers"])
     if added < 1 or count % added:
         raise UserError(

@@ -10,7 +10,9 @@ import numpy as np
 
 from longfactory.config import RunConfig
 from longfactory.config.adapter_facts import trains_adapters
+from longfactory.data.dataset import TokenizedDataset
 from longfactory.data.module import Datasets
+from longfactory.data.rollouts import RolloutDataset
 from longfactory.errors import UserError
 from longfactory.memory.cost import seconds
 from longfactory.model import load
@@ -131,7 +133,10 @@ def lengths_of(datasets: Datasets, documents: int) -> Lengths | None:
     rows = np.asarray(train.lengths, dtype=np.float64)
     squares = rows**2 / documents
     bins = getattr(train, "bins", None)
-    if bins is not None:
+    if bins is not None and isinstance(train, RolloutDataset):
+        each = np.asarray(train.sizes, dtype=np.float64) ** 2
+        squares = np.array([each[members].sum() for members in bins])
+    elif bins is not None and isinstance(train, TokenizedDataset):
         if train.entries.shape[1] == 4:  # ranges of texts
             sizes = train.entries[:, 3] - train.entries[:, 2]
         else:

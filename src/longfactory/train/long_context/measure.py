@@ -243,9 +243,10 @@ def _cells(
     places: dict[tuple[str, int, float], list[int]] = {}
     for number, text in enumerate(texts):
         places.setdefault((text.task, text.length, text.depth), []).append(number)
+    means = {place: values[numbers].mean(0).tolist() for place, numbers in places.items()}
     return tuple(
-        Cell(*place, *(float(x) for x in values[numbers].mean(0)), len(numbers))
-        for place, numbers in places.items()
+        Cell(task, length, depth, *means[task, length, depth], len(numbers))
+        for (task, length, depth), numbers in places.items()
     )
 
 
