@@ -142,6 +142,8 @@ def accepts(rule: dict[str, Any], value: Any) -> bool:
 def test_every_example_is_what_the_schema_says() -> None:
     rules = schema()["properties"]
     for path in sorted((ROOT / "examples").rglob("*.yaml")):
+        if path.parent.name == "cluster":  # of Kubernetes and SkyPilot
+            continue
         for name, value in yaml.safe_load(path.read_text()).items():
             # PyYAML reads 1.0e-5 as a number and 1e-5 as text, as editors do not
             value = float(value) if isinstance(value, str) and value[:1].isdigit() else value
