@@ -243,11 +243,11 @@ def _cells(
     places: dict[tuple[str, int, float], list[int]] = {}
     for number, text in enumerate(texts):
         places.setdefault((text.task, text.length, text.depth), []).append(number)
-    means = {place: values[numbers].mean(0).tolist() for place, numbers in places.items()}
-    return tuple(
-        Cell(task, length, depth, *means[task, length, depth], len(numbers))
-        for (task, length, depth), numbers in places.items()
-    )
+    cells = []
+    for (task, length, depth), numbers in places.items():
+        found, logp = values[numbers].mean(0).tolist()
+        cells.append(Cell(task, length, depth, found, logp, len(numbers)))
+    return tuple(cells)
 
 
 def _losses(
