@@ -377,7 +377,7 @@ def token_losses_on_ranks(
     trainer = types.SimpleNamespace(
         ctx=ctx, head=head, reference=reference.Reference(by_adapter=other is None, model=other),
         args=types.SimpleNamespace(device=torch.device("cpu"), neftune_noise_alpha=None),
-        _sum_over_groups=total, measure=None, routing=Routing(model, ctx),
+        _sum_over_groups=total, measure=None, routing=Routing(model, ctx), images=None,
     )  # fmt: skip
     for name in (
         "_model_inputs",

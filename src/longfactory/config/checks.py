@@ -604,7 +604,7 @@ def idle(cfg: RunConfig, given: set[str]) -> list[str]:
 
 
 def _is_default(cfg: RunConfig, name: str) -> bool:
-    groups = (cfg.model, cfg.data, cfg.method, cfg.generating)
+    groups = (cfg.model, cfg.data, cfg.method, cfg.parallel, cfg.generating)
     return (
         next((getattr(g, name) for g in groups if hasattr(g, name)), None) == OWN_KEYS[name].default
     )
