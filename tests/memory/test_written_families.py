@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from longfactory import sp
 from longfactory.memory.apply import apply_memory
-from longfactory.memory.layer.recognise import FAMILIES
+from longfactory.memory.layer.recognise import FAMILIES, recognise
 from longfactory.memory.settings import MemorySettings
 from longfactory.sp import hf
 from longfactory.sp.layout import Segment
@@ -246,3 +246,20 @@ def test_a_layer_that_differs_runs_as_its_own_code(
     assert_same_gradients(gradients(model), wanted, 1e-9)
     assert set(ran) <= ({1, 3} if fault == "window" else set())
     assert "run as transformers wrote them" in caplog.text
+
+
+def test_a_layer_of_another_version_has_a_reason() -> None:
+    """A part that is gone or new, an activation, dropout: one line says which."""
+    layer: Any = decoder_layers(make("gemma3"))[1][0]
+    del layer.self_attn.scaling
+    assert "scaling" in str(recognise(layer))
+    layer = decoder_layers(make("qwen3"))[1][0]
+    layer.extra = nn.Linear(2, 2)
+    assert "other parts than expected" in str(recognise(layer))
+    layer = decoder_layers(make("seed_oss"))[1][0]
+    layer.mlp.residual_dropout = 0.1
+    assert recognise(layer) == "SeedOssDecoderLayer has dropout"
+    layer = decoder_layers(make("granite"))[1][0]
+    layer.mlp.config.hidden_act = "relu"
+    assert recognise(layer) == "its activation is relu"
+    assert "is of no family" in str(recognise(decoder_layers(tiny_model("opt"))[1][0]))

@@ -165,6 +165,8 @@ def recognise(layer: nn.Module) -> LayerParts | str:
         return _recognise(layer)
     except Unknown as reason:
         return str(reason)
+    except AttributeError as error:  # another version of transformers
+        return f"{type(layer).__name__} is not as it is known: {error}"
 
 
 def family_of(layer: nn.Module) -> str | None:
