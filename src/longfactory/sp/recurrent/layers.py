@@ -9,7 +9,10 @@ stay transformers', and what a version of transformers computes is what is train
     torch_chunk_gated_delta_rule     chunked.py, gated delta net: Qwen3-Next, Qwen3.5, OLMo hybrid
     chunk_kimi_delta_attention       chunked.py, a decay of each channel: Kimi Linear
     mamba2_chunk_scan                chunked.py, Mamba 2: Nemotron-H, Granite 4, Falcon-H1, Bamba
-    mamba_selective_scan             chunked.py, Mamba: Jamba, Falcon Mamba, Zamba
+    mamba_selective_scan             chunked.py, Mamba: Zamba
+
+Jamba, Mamba, Mamba 2 and Falcon Mamba have the same mixers, but their decoder layers are not given
+the arguments of the model's call, and so no plan: the guard refuses them.
 """
 
 from __future__ import annotations
