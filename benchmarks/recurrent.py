@@ -421,9 +421,8 @@ def train(
         ids = at / "data"
         ids.mkdir()
         # Documents a little shorter than `tokens`, so that a packed row has all of them.
-        repeats = (tokens - 16) // len(
-            AutoTokenizer.from_pretrained(at / "model")(PHRASE).input_ids
-        )
+        phrase = len(AutoTokenizer.from_pretrained(at / "model")(PHRASE).input_ids)
+        repeats = max(1, (tokens - 16) // phrase)
         line = json.dumps({"text": PHRASE * repeats})
         (ids / "rows.jsonl").write_text(f"{line}\n" * (documents * 8))
         (ids / "dataset_info.json").write_text(
