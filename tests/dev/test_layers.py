@@ -20,6 +20,7 @@ def page() -> tuple[dict[str, str], str]:
     return dict(re.findall(r"^\| ([a-z0-9_]+) \| ([^|]+) \|", yes, re.MULTILINE)), no
 
 
+@pytest.mark.slow  # as the page itself, which follows docs/models.md
 def test_the_page_has_every_exact_family() -> None:
     yes, no = page()
     others = {
