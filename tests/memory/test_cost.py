@@ -128,7 +128,20 @@ def test_every_technique_is_a_field_with_its_default_among_the_values():
     for technique in techniques():
         at = MemorySettings(offload="inputs", optimizer="host")
         values = technique.values(job, "auto", at)
-        assert fields[technique.key].default in values and len(set(values)) == len(values) > 1
+        assert fields[technique.key].default in values and len(set(values)) == len(values)
+        assert len(values) > 1 or technique.key == "keep_mlp"  # which the user alone chooses
+
+
+def test_saved_mlp_products_take_bytes_and_spare_products():
+    """4 bytes a number of the MLP's width, token and layer in bf16; and time, by share."""
+    shares = (0.0, 0.5, 1.0)
+    found = [budget(TWO, saved(keep_mlp=share)) for share in shares]
+    whole = 4 * SHAPE.ffn * TWO.local * SHAPE.layers
+    item = "saved MLP products"
+    assert [b.gpu.get(item, 0.0) / whole for b in found] == pytest.approx(shares, rel=0.01)
+    assert found[0].seconds > found[1].seconds > found[2].seconds
+    generic = dataclasses.replace(SHAPE, written_layer=False)
+    assert item not in budget(dataclasses.replace(TWO, shape=generic), saved(keep_mlp=1.0)).gpu
 
 
 def test_gradients_come_while_what_waits_goes():
