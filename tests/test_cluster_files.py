@@ -16,6 +16,8 @@ from longfactory.config import from_mapping
 from longfactory.config.read import read
 from longfactory.config.translate import is_switch
 
+pytestmark = pytest.mark.processes
+
 FOLDER = Path(__file__).parents[1] / "examples" / "cluster"
 SBATCH = {
     "job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "time",
@@ -118,7 +120,6 @@ def test_ray_machines() -> None:
     ]
 
 
-@pytest.mark.processes
 @pytest.mark.slow
 def test_ray_runs_two_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of two processes that share each sequence, started by Ray on this machine."""
