@@ -255,6 +255,7 @@ def _data_set(
     from longfactory.data.sources import read_sources
     from longfactory.data.tokens import PieceTokenizer
     from longfactory.errors import DataError
+    from longfactory.model import load
 
     if cfg.data.dataset_dir == "ONLINE" or cfg.data.dataset_dir.startswith("REMOTE:"):
         found.unchecked.append(
@@ -284,10 +285,11 @@ def _data_set(
             except BadRow as error:
                 raise DataError(f"Data set {name!r}, {place}: {error}.") from None
         return
+    media = load.load_media(cfg.model, options, tokenizer)
     preparer = module.make_preparer(
-        source, options, kind, template, PieceTokenizer(tokenizer), questions
+        source, options, kind, template, PieceTokenizer(tokenizer), questions, media
     )
-    bad = preparer.chunk([(i, place, raw) for i, (place, raw) in enumerate(rows)])[-1]
+    bad = preparer.chunk([(i, place, raw) for i, (place, raw) in enumerate(rows)]).bad
     if bad.count == len(rows):
         place, reason = bad.places[0]
         more = f" {bad.hint}" if bad.hint else ""

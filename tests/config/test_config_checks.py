@@ -514,7 +514,7 @@ def test_missing_packages(
     ("keys", "note"),
     [
         ({"flash_attn": "fa2"}, "flash_attn: fa2 has no effect"),
-        ({"image_max_pixels": 262144}, "LongFactory trains on text"),
+        ({"audio_sampling_rate": 8000}, "audio is not supported"),
         ({"pref_beta": 0.3}, "pref_beta has no effect: stage is sft"),
         ({"stage": "rm", "pref_beta": 0.3}, "pref_beta has no effect: stage is rm"),
         (

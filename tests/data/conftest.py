@@ -129,7 +129,10 @@ def make_args(**changes: Any) -> SimpleNamespace:
         "template_compat": None,
         "pref_share_prompt": False,
     }
-    unknown = changes.keys() - values.keys() - {"eval_on_each_dataset", "data_shared_file_system"}
+    others = {"eval_on_each_dataset", "data_shared_file_system", "media_allow", "crop_to_patches"}
+    others |= {"image_max_pixels", "image_min_pixels", "image_do_pan_and_scan", "video_fps"}
+    others |= {"video_max_pixels", "video_min_pixels", "video_maxlen"}
+    unknown = changes.keys() - values.keys() - others
     assert not unknown, unknown
     return SimpleNamespace(**(values | changes))
 

@@ -7,22 +7,26 @@ and passes text through unchanged.
 
 from __future__ import annotations
 
+import ast
 import copy
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
+import math
 import sys
 import types
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
 
 class _TextOnly:
-    def __init__(self, **kwargs: Any):
-        pass
+    def __init__(self, name: str = "base", **tokens: Any):
+        self.asked = (name, tokens)
 
     def process_messages(self, messages: Any, *args: Any) -> Any:
         return messages
@@ -46,7 +50,7 @@ def load() -> SimpleNamespace:
         sys.modules["llamafactory" + package] = module
     plugin: Any = types.ModuleType("llamafactory.data.mm_plugin")
     plugin.BasePlugin = _TextOnly
-    plugin.get_mm_plugin = lambda name, **kwargs: _TextOnly()
+    plugin.get_mm_plugin = _TextOnly
     sys.modules["llamafactory.data.mm_plugin"] = plugin
     get = importlib.import_module
     return SimpleNamespace(
@@ -63,6 +67,8 @@ def load() -> SimpleNamespace:
 
 class Oracle:
     """The wheel's tokens of rows."""
+
+    processor: Any = None
 
     def __init__(self) -> None:
         self.lf = load()
@@ -101,6 +107,73 @@ class Oracle:
             "pt": self.lf.pretrain.PretrainDatasetProcessor,
         }
         processor = kinds[stage](
-            template=template, tokenizer=tokenizer, processor=None, data_args=args
+            template=template, tokenizer=tokenizer, processor=self.processor, data_args=args
         )
         return dict(processor.preprocess_dataset(self.aligned(rows, info, args)))
+
+
+@functools.cache
+def load_plugins() -> Any:
+    """The wheel's own `mm_plugin`, with stand-ins for the audio and video libraries that it
+    imports.
+    """
+    lf = load()
+    root = Path(str(lf.template.__file__)).parent
+    sys.modules.setdefault("torchaudio", types.ModuleType("torchaudio"))
+    spec = importlib.util.spec_from_file_location(
+        "llamafactory.data.real_mm_plugin", root / "mm_plugin.py"
+    )
+    assert spec is not None and spec.loader is not None
+    plugins = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = plugins
+    spec.loader.exec_module(plugins)
+    return plugins
+
+
+@functools.cache
+def _sizes_without_torchvision() -> dict[str, Any]:
+    """Modules in place of those of transformers that the plug-ins take `smart_resize` from."""
+    found = {}
+    for kind, family in (("video", "qwen3_vl"), ("image", "qwen2_vl")):
+        name = f"{kind}_processing_{family}"
+        stand_in: Any = types.ModuleType(name)
+        stand_in.smart_resize = function_of(f"models/{family}/{name}.py", "smart_resize")
+        found[f"transformers.models.{family}.{name}"] = stand_in
+    return found
+
+
+def function_of(path: str, name: str) -> Any:
+    """One function of a file of transformers that cannot be imported without torchvision."""
+    import transformers
+
+    file = Path(transformers.__file__).parent / path
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    found = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name)
+    scope: dict[str, Any] = {"math": math}
+    exec(compile(ast.Module([found], []), str(file), "exec"), scope)
+    return scope[name]
+
+
+class VisionOracle(Oracle):
+    """The wheel's tokens of rows with images and videos, for a processor as its plug-ins read
+    it.
+    """
+
+    def __init__(self, processor: Any):
+        super().__init__()
+        self.processor = processor
+        self.plugins = load_plugins()
+
+    def template(self, tokenizer: Any, args: Any) -> Any:
+        template = super().template(tokenizer, args)
+        name, tokens = template.mm_plugin.asked
+        template.mm_plugin = self.plugins.get_mm_plugin(name=name, **tokens)
+        return template
+
+    def encode(
+        self, stage: str, rows: list[dict], info: dict, tokenizer: Any, args: Any
+    ) -> dict[str, list]:
+        columns = [c for c in ("images", "videos") if c in info["columns"]]
+        whole = [dict.fromkeys(columns, None) | row for row in rows]
+        with mock.patch.dict(sys.modules, _sizes_without_torchvision()):
+            return super().encode(stage, whole, info, tokenizer, args)

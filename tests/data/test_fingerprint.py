@@ -12,14 +12,14 @@ from longfactory.data.dataset import TokenizedDataset
 from longfactory.data.errors import BadRows
 from longfactory.data.fingerprint import data_fingerprint
 from longfactory.data.kinds import ConversationKind
-from longfactory.data.store import MemoryStore
+from longfactory.data.store import Chunk, MemoryStore
 
 
 def data(
     tokens: Any = range(40), order: Any = (0, 1, 2, 3), packed: bool = False, **rules: Any
 ) -> TokenizedDataset:
     """Four conversations of a question and an answer of five tokens each."""
-    arrays = (
+    arrays = Chunk(
         np.array(tokens, np.int32),
         np.full(8, 5, np.int64),
         np.full(4, 2, np.int64),

@@ -539,7 +539,7 @@ def test_images_and_unfit_messages_are_sentences(tokenizer: Any, write_data: Any
     bad = [
         (
             [user([{"type": "image_url", "image_url": {"url": "x"}}]), answer("A")],
-            "media: a message has a part of the type 'image_url'",
+            "media: the row has images, and the model takes text alone",
         ),
         ([user([3]), answer("A")], "not text: a part of a message is a int"),
         (

@@ -12,7 +12,13 @@ from longfactory.data.errors import BadRows
 from longfactory.data.kinds import KINDS, SavedKind
 from longfactory.data.report import Report
 from longfactory.data.row import IGNORE
-from longfactory.data.store import DESIRED, LACKS_THOUGHT, SECOND_LACKS_THOUGHT, MemoryStore
+from longfactory.data.store import (
+    DESIRED,
+    LACKS_THOUGHT,
+    SECOND_LACKS_THOUGHT,
+    Chunk,
+    MemoryStore,
+)
 
 PARTS = {"pt": 1, "sft": 6, "pair": 3, "kto": 2}
 FLAGS = {
@@ -26,7 +32,7 @@ FLAGS = {
 def samples(name: str, count: int, seed: int) -> MemoryStore:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 30 if name == "pt" else 9, count * PARTS[name])
-    chunk = (
+    chunk = Chunk(
         rng.integers(1, 50, lengths.sum()).astype(np.int32),
         lengths.astype(np.int64),
         np.full(count, PARTS[name], np.int64),

@@ -28,7 +28,7 @@ def chunk(first: int, samples: int) -> Chunk:
     lengths = np.array([len(p) for p in parts], np.int64)
     bad = BadRows()
     bad.add("f:1", "empty answer")
-    return (
+    return Chunk(
         np.concatenate(parts),
         lengths,
         np.full(samples, 2, np.int64),
@@ -112,7 +112,7 @@ def test_a_rebuild_does_not_disturb_readers(tmp_path: Path) -> None:
 
 
 def small_store(path: Path) -> Path:
-    chunk = (
+    chunk = Chunk(
         np.arange(60, dtype=np.int32),
         np.full(6, 10, np.int64),
         np.full(3, 2, np.int64),

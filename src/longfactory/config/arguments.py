@@ -141,6 +141,33 @@ class DataArguments:
         high=10**12,
     )
     eval_on_each_dataset: bool = arg(False, "Evaluate on each data set by itself.")
+    media_dir: str | None = arg(
+        None,
+        "Folder that paths of images and videos are seen from, and must not leave; default"
+        " dataset_dir.",
+        path=True,
+    )
+    media_allow: tuple[Literal["outside", "url"], ...] = arg(
+        (),
+        "Images and videos that may be read beside those inside media_dir: outside (paths and links"
+        " that leave it), url (fetched when the data are tokenised).",
+    )
+    image_max_pixels: int = arg(
+        768 * 768, "Larger images are made smaller before their processor.", low=1, high=10**9
+    )
+    image_min_pixels: int = arg(
+        32 * 32, "Smaller images are made larger before their processor.", low=1, high=10**9
+    )
+    image_do_pan_and_scan: bool = arg(False, "Show long images as crops too (gemma3).")
+    crop_to_patches: bool = arg(False, "Cut images into tiles (internvl).")
+    video_max_pixels: int = arg(
+        256 * 256, "Larger frames of videos are made smaller.", low=1, high=10**9
+    )
+    video_min_pixels: int = arg(
+        16 * 16, "Smaller frames of videos are made larger.", low=1, high=10**9
+    )
+    video_fps: float = arg(2.0, "Frames of a video that are used, a second.", above=0.0, high=1000)
+    video_maxlen: int = arg(128, "Frames of a video that are used, at most.", low=1, high=10**6)
     tool_format: str | None = arg(None, "How tools are written; default the template's way.")
     default_system: str | None = arg(
         None, "System message where the data have none; default the template's."

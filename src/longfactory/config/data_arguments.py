@@ -55,6 +55,16 @@ DEFAULTS: dict[str, Any] = {
     "equal_pairs": False,
     "do_predict": False,
     "do_eval": False,
+    "media_dir": None,
+    "media_allow": (),
+    "image_max_pixels": 768 * 768,
+    "image_min_pixels": 32 * 32,
+    "image_do_pan_and_scan": False,
+    "crop_to_patches": False,
+    "video_max_pixels": 256 * 256,
+    "video_min_pixels": 16 * 16,
+    "video_fps": 2.0,
+    "video_maxlen": 128,
 }
 
 

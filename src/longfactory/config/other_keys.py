@@ -105,18 +105,9 @@ NO_EFFECT: dict[str, Other] = {
     "badam_update_ratio": Other((0.05,), "it is for badam_mode: ratio, which is refused"),
     "badam_mask_mode": Other(("adjacent",), "it is for badam_mode: ratio, which is refused"),
     "badam_verbose": Other((0,), "the order of layers and their interval are logged at the start"),
-    "media_dir": Other((None,), "LongFactory trains on text"),
-    "image_max_pixels": Other((768 * 768,), "LongFactory trains on text"),
-    "image_min_pixels": Other((32 * 32,), "LongFactory trains on text"),
-    "image_do_pan_and_scan": Other((False,), "LongFactory trains on text"),
-    "crop_to_patches": Other((False,), "LongFactory trains on text"),
-    "video_max_pixels": Other((256 * 256,), "LongFactory trains on text"),
-    "video_min_pixels": Other((16 * 16,), "LongFactory trains on text"),
-    "video_fps": Other((2.0,), "LongFactory trains on text"),
-    "video_maxlen": Other((128,), "LongFactory trains on text"),
-    "visual_inputs": Other((False,), "LongFactory trains on text"),
-    "use_audio_in_video": Other((False,), "LongFactory trains on text"),
-    "audio_sampling_rate": Other((16000,), "LongFactory trains on text"),
+    "visual_inputs": Other((False,), "whether a model takes images is read from its files"),
+    "use_audio_in_video": Other((False,), "audio is not supported"),
+    "audio_sampling_rate": Other((16000,), "audio is not supported"),
 }
 """Keys whose value changes nothing here. A value that is not harmless is noted at the start of the
 run.

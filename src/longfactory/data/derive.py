@@ -23,6 +23,7 @@ from typing import Any
 from longfactory.data import limits
 from longfactory.data.errors import BadRow
 from longfactory.data.formats import THOUGHTS, Conversation, content_text
+from longfactory.data.media.marks import parts_of
 from longfactory.data.template import Message, Piece
 from longfactory.data.tokens import PieceTokenizer
 from longfactory.errors import DataError
@@ -68,6 +69,7 @@ class ChatTemplate:
         self.thinking = False
         self.prefix: tuple[Piece, ...] = ()
         self.late = 0
+        self.media: frozenset[str] = frozenset()  # kinds of media that it writes (`show_media`)
         self._refuse_endless()
         self.marks = re.search(r"\{%-?\s*generation\s*-?%\}", self.text) is not None
         self.texts, self.parts = self._try_contents()
@@ -205,8 +207,30 @@ class ChatTemplate:
             out[read] = out.pop(thought)
         return out
 
+    def show_media(self, written: dict[str, str]) -> None:
+        """Finds out by trying which kinds of media the template writes for a part of that type.
+
+        Args:
+            written: what stands in its text for each kind, if it does.
+        """
+        known = set()
+        for kind, text in written.items():
+            probe = [{"type": kind}, {"type": "text", "text": "some probe"}]
+            try:
+                found = self._apply([{"role": "user", "content": probe}], None, True)
+            except BadRow:
+                continue
+            if text in found and "some probe" in found:
+                known.add(kind)
+        self.media = frozenset(known)
+
     def _contents(self, message: dict[str, Any]) -> dict[str, Any]:
         content = message.get("content")
+        if self.media and isinstance(content, (str, list)):
+            text = content if isinstance(content, str) else content_text(content)
+            parts = parts_of(text, self.media)
+            if parts is not None:
+                return message | {"content": parts}
         if isinstance(content, list) and not self.parts:
             return message | {"content": content_text(content)}
         if isinstance(content, str) and not self.texts:

@@ -14,6 +14,7 @@ import xxhash
 
 from longfactory.data import prepare
 from longfactory.data.dataset import TokenizedDataset
+from longfactory.data.media import records
 from longfactory.data.rollouts import RolloutDataset
 from longfactory.data.store import Store
 from longfactory.data.stream import StreamedDataset
@@ -59,6 +60,9 @@ def _add_store(digest: Any, store: Store) -> None:
         step = max(1, _BLOCK // flat.itemsize)
         for start in range(0, len(flat), step):
             digest.update(np.ascontiguousarray(flat[start : start + step]).data)
+    if store.records is not None:
+        for fact in records.facts(store.records, len(store)):
+            digest.update(fact.encode())
 
 
 def _of_stream(data: StreamedDataset) -> str:

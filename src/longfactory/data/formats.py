@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from longfactory.data.errors import BadRow
+from longfactory.data.media.parts import without_media
 from longfactory.data.sources import DataSource, parsed
 from longfactory.data.template import Message, MessageRole
 
@@ -37,6 +38,9 @@ class Conversation:
     desired: bool | None = None
     fields: frozenset[str] = frozenset()
     unread: frozenset[str] = frozenset()
+    images: tuple[Any, ...] = ()
+    """As the row names them (a path, bytes, ...), in the order of their placeholders."""
+    videos: tuple[Any, ...] = ()
 
 
 def convert(row: dict[str, Any], source: DataSource, open_end: bool = False) -> Conversation:
@@ -45,16 +49,27 @@ def convert(row: dict[str, Any], source: DataSource, open_end: bool = False) -> 
 
     Raises:
         BadRow: the row lacks a column, has a content that is not text, has roles in a wrong order,
-            or carries media.
+            or carries audio.
     """
-    for column in (source.images, source.videos, source.audios):
-        if column and row.get(column):
-            raise BadRow(f"media: the row has {column}, and only text is trained")
+    if source.audios and row.get(source.audios):
+        raise BadRow(f"audio: the row has {source.audios}, and audio is not supported")
+    columns_of_media = {
+        "image": _media(row, source.images),
+        "video": _media(row, source.videos),
+    }
+    if source.formatting != "alpaca":
+        row, columns_of_media = without_media(row, source, columns_of_media)
     conversation = (
         _alpaca(row, source)
         if source.formatting == "alpaca"
         else _Rows(source).conversation(row, open_end)
     )
+    if any(columns_of_media.values()):
+        conversation = dataclasses.replace(
+            conversation,
+            images=tuple(columns_of_media["image"]),
+            videos=tuple(columns_of_media["video"]),
+        )
     used = {getattr(source, key) for key in _COLUMNS_READ[source.formatting]}
     columns = frozenset(
         f"column {c!r}" for c, v in row.items() if c not in used and v not in (None, "", [])
@@ -64,6 +79,14 @@ def convert(row: dict[str, Any], source: DataSource, open_end: bool = False) -> 
         if columns
         else conversation
     )
+
+
+def _media(row: dict[str, Any], column: str | None) -> list[Any]:
+    """The media in a column, one or a list of them."""
+    value = parsed(row.get(column)) if column else None
+    if value is None or (isinstance(value, (str, list, tuple)) and not value):
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 _MEDIA = ("images", "videos", "audios")
@@ -490,7 +513,7 @@ def _part(part: Any) -> str:
     if kind == "refusal":
         return _text(part.get("refusal"), "a refusal part")
     if kind not in ("text", "input_text", "output_text"):
-        raise BadRow(f"media: a message has a part of the type {kind!r}, and only text is trained")
+        raise BadRow(f"unknown part: a message has a part of the type {kind!r}, expected text")
     return _text(part.get("text"), "a text part")
 
 

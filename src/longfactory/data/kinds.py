@@ -21,6 +21,12 @@ from longfactory.data.assemble import Rules
 from longfactory.data.derive import ChatTemplate
 from longfactory.data.errors import BadRow
 from longfactory.data.formats import Conversation
+from longfactory.data.media.documents import (
+    MediaCut,
+    Parts,
+    documents_around,
+    with_media,
+)
 from longfactory.data.report import Report
 from longfactory.data.row import Role, TokenizedDocument
 from longfactory.data.sources import DataSource
@@ -33,6 +39,7 @@ from longfactory.data.store import (
     SECOND_LACKS_THOUGHT,
     Store,
     flags_of,
+    media_of,
     part_lengths,
     total_lengths,
 )
@@ -82,6 +89,10 @@ class Kind(abc.ABC):
     """Whether rows are filled already, so that nothing is packed."""
     ranking: ClassVar[bool] = False
     """Whether `dataset_info.json` must mark the data set as pairs."""
+    samples: ClassVar[int] = 1
+    """Stored samples that an entry names."""
+    branches: ClassVar[bool] = False
+    """Whether each part after the first goes on from the first, not from the one before it."""
     saved_prefixes: ClassVar[tuple[str, ...]] = ("",)
     """Of the columns of a data set that LLaMA-Factory tokenised, one for each document."""
     saved_columns: ClassVar[frozenset[str]] = frozenset({"input_ids"})
@@ -161,12 +172,26 @@ class Kind(abc.ABC):
         else:
             report.truncated = int(cut.sum())
             report.untrained = int(lengths.untrained[keep].sum())
+        with_media = media_of(stores, entries) & keep
+        for e in np.flatnonzero(with_media & (cut | rules.share_prompt)).tolist():
+            if not self._whole(stores, entries[e], rules):
+                keep[e] = False
+                report.media_cut += 1
+        report.with_media = int((with_media & keep).sum())
         entries, after = entries[keep], after[keep]
         flags = flags_of(stores, entries)
         report.equal_pairs += int(((flags & EQUAL_PAIR) > 0).sum())
         report.last_answer_only += int(((flags & LAST_ONLY) > 0).sum())
         report.unanswered += int(((flags & NO_ANSWER) > 0).sum())
         return entries, after
+
+    def _whole(self, stores: Sequence[Store], entry: np.ndarray, rules: Rules) -> bool:
+        """Whether no image or video is cut in two."""
+        try:
+            self.documents(stores, entry, rules, 0)
+        except MediaCut:
+            return False
+        return True
 
     def borrow(self, entries: np.ndarray) -> np.ndarray:
         """Entries with what they need of other samples."""
@@ -176,11 +201,30 @@ class Kind(abc.ABC):
     def lengths(self, stores: Sequence[Store], entries: np.ndarray, rules: Rules) -> Lengths:
         """Tokens of each entry, as many as `documents` makes."""
 
-    @abc.abstractmethod
     def documents(
         self, stores: Sequence[Store], entry: np.ndarray, rules: Rules, sample: int
     ) -> list[TokenizedDocument]:
-        """The documents of one entry, cut, with labels and roles."""
+        """The documents of one entry, cut, with labels, roles, and their images and videos.
+
+        Raises:
+            MediaCut: the cut goes through an image or a video (`fit` leaves out such entries).
+        """
+        places = [(stores[entry[2 * k]], int(entry[2 * k + 1])) for k in range(self.samples)]
+        parts = [store.parts(i) for store, i in places]
+        flags = [int(store.flags[i]) for store, i in places]
+        documents = self.assembled(parts, flags, entry, rules, sample)
+        media = [store.media(i) for store, i in places]
+        if not any(media):
+            return documents
+        return with_media(
+            documents, parts, media, lambda p: self.assembled(p, flags, entry, rules, sample)
+        )
+
+    @abc.abstractmethod
+    def assembled(
+        self, parts: Parts, flags: Sequence[int], entry: np.ndarray, rules: Rules, sample: int
+    ) -> list[TokenizedDocument]:
+        """The documents of one entry from the parts and flags of its samples."""
 
     def saved_flags(self, batch: dict[str, list], i: int) -> int:
         """The flags of row i of a data set that LLaMA-Factory tokenised."""
@@ -262,16 +306,49 @@ class TextKind(Kind):
         start = (np.arange(len(out)) - first) * rules.cutoff
         stop = np.minimum(start + rules.cutoff, np.repeat(totals, counts))
         out = np.column_stack([out, start, stop])[stop > start]
+        with_media = media_of(stores, entries)
+        if with_media.any():
+            out = self._around_media(stores, entries, out, rules, report)
+        report.with_media = int(with_media.sum())
         return out, out[:, 3] - out[:, 2]
+
+    def _around_media(
+        self,
+        stores: Sequence[Store],
+        entries: np.ndarray,
+        cut: np.ndarray,
+        rules: Rules,
+        report: Report,
+    ) -> np.ndarray:
+        """[m, 4] ranges of tokens that cut no image or video: a document ends before one that does
+        not fit any more. A text with one that is longer than the cutoff is left out.
+        """
+        without = ~media_of(stores, cut)
+        out = [cut[without]]
+        for s, i in entries[media_of(stores, entries)].tolist():
+            units = stores[s].media(i)
+            bounds = documents_around(
+                [(u.spans[0][0], sum(u.spans[-1])) for u in units],
+                int(stores[s].totals()[i]),
+                rules.cutoff,
+            )
+            if bounds is None:
+                report.media_cut += 1
+                continue
+            out.append(np.array([[s, i, a, b] for a, b in bounds], np.int64))
+        joined = np.concatenate(out)
+        place = {(s, i): k for k, (s, i) in enumerate(map(tuple, entries.tolist()))}
+        order = [(place[s, i], a) for s, i, a, _ in joined.tolist()]
+        return joined[sorted(range(len(order)), key=order.__getitem__)]
 
     def lengths(self, stores: Sequence[Store], entries: np.ndarray, rules: Rules) -> Lengths:
         before = total_lengths(stores, entries)
         return Lengths(before, np.minimum(before, rules.cutoff), np.zeros(len(entries), bool))
 
-    def documents(
-        self, stores: Sequence[Store], entry: np.ndarray, rules: Rules, sample: int
+    def assembled(
+        self, parts: Parts, flags: Sequence[int], entry: np.ndarray, rules: Rules, sample: int
     ) -> list[TokenizedDocument]:
-        ids = stores[entry[0]].parts(int(entry[1]))[0]
+        ids = parts[0][0]
         if len(entry) == 4:
             return [assemble.plain(ids[entry[2] : entry[3]], sample)]
         return [assemble.plain(assemble.cut(ids, rules.cutoff, rules, rules.prefix), sample)]
@@ -323,14 +400,12 @@ class ConversationKind(Kind):
             untrained[e] = not trained
         return Lengths(before, after, untrained)
 
-    def documents(
-        self, stores: Sequence[Store], entry: np.ndarray, rules: Rules, sample: int
+    def assembled(
+        self, parts: Parts, flags: Sequence[int], entry: np.ndarray, rules: Rules, sample: int
     ) -> list[TokenizedDocument]:
-        store, i = stores[entry[0]], int(entry[1])
-        parts, flags = store.parts(i), int(store.flags[i])
-        if flags & NO_ANSWER:
-            return [assemble.question(parts[0], rules, sample)]
-        return [assemble.sft(parts, rules, sample, bool(flags & LAST_ONLY))]
+        if flags[0] & NO_ANSWER:
+            return [assemble.question(parts[0][0], rules, sample)]
+        return [assemble.sft(parts[0], rules, sample, bool(flags[0] & LAST_ONLY))]
 
     def check(
         self, what: str, flags: np.ndarray, report: Report, rules: Rules, log: logging.Logger
@@ -358,6 +433,7 @@ class PairKind(Kind):
     """A prompt with a chosen and a rejected answer. Parts: prompt, chosen, rejected."""
 
     name = "pair"
+    branches = True
     ranking = True
     saved_prefixes = ("chosen_", "rejected_")
     saved_columns = frozenset({"chosen_input_ids"})
@@ -408,13 +484,11 @@ class PairKind(Kind):
             (chosen_cut == 0) | (rejected_cut == 0),
         )
 
-    def documents(
-        self, stores: Sequence[Store], entry: np.ndarray, rules: Rules, sample: int
+    def assembled(
+        self, parts: Parts, flags: Sequence[int], entry: np.ndarray, rules: Rules, sample: int
     ) -> list[TokenizedDocument]:
-        store, i = stores[entry[0]], int(entry[1])
-        flags = int(store.flags[i])
-        lacks = (bool(flags & LACKS_THOUGHT), bool(flags & SECOND_LACKS_THOUGHT))
-        return assemble.pair(store.parts(i), rules, sample, lacks)
+        lacks = (bool(flags[0] & LACKS_THOUGHT), bool(flags[0] & SECOND_LACKS_THOUGHT))
+        return assemble.pair(parts[0], rules, sample, lacks)
 
     def saved_documents(
         self, documents: Sequence[tuple[np.ndarray, np.ndarray]], flags: int, sample: int
@@ -444,6 +518,8 @@ class LabelledKind(Kind):
     """
 
     name = "kto"
+    samples = 2
+    branches = True
     saved_prefixes = ("", "kl_")
     saved_columns = frozenset({"kl_input_ids"})
 
@@ -487,21 +563,19 @@ class LabelledKind(Kind):
         after = target + other_target + np.where(shared, source + 1, source + other_source)
         return Lengths(before, after, target == 0)
 
-    def documents(
-        self, stores: Sequence[Store], entry: np.ndarray, rules: Rules, sample: int
+    def assembled(
+        self, parts: Parts, flags: Sequence[int], entry: np.ndarray, rules: Rules, sample: int
     ) -> list[TokenizedDocument]:
-        own, i, other, j = stores[entry[0]], int(entry[1]), stores[entry[2]], int(entry[3])
-        prompt, answer = own.parts(i)
-        flags, other_flags = int(own.flags[i]), int(other.flags[j])
+        prompt, answer = parts[0]
         return assemble.kto(
             prompt,
             answer,
-            other.parts(j)[1],
+            parts[1][1],
             rules,
             sample,
-            bool(flags & DESIRED),
-            bool(flags & LACKS_THOUGHT),
-            bool(other_flags & LACKS_THOUGHT),
+            bool(flags[0] & DESIRED),
+            bool(flags[0] & LACKS_THOUGHT),
+            bool(flags[1] & LACKS_THOUGHT),
         )
 
     def saved_flags(self, batch: dict[str, list], i: int) -> int:
@@ -562,13 +636,11 @@ class SavedKind(Kind):
         tokens = total_lengths(stores, entries) // 2
         return Lengths(tokens, tokens, np.zeros(len(entries), bool))
 
-    def documents(
-        self, stores: Sequence[Store], entry: np.ndarray, rules: Rules, sample: int
+    def assembled(
+        self, parts: Parts, flags: Sequence[int], entry: np.ndarray, rules: Rules, sample: int
     ) -> list[TokenizedDocument]:
-        store, i = stores[entry[0]], int(entry[1])
-        parts = store.parts(i)
-        documents = list(zip(parts[::2], parts[1::2], strict=True))
-        return self.of.saved_documents(documents, int(store.flags[i]), sample)
+        documents = list(zip(parts[0][::2], parts[0][1::2], strict=True))
+        return self.of.saved_documents(documents, flags[0], sample)
 
 
 KINDS: dict[str, Kind] = {

@@ -28,8 +28,10 @@ from longfactory.data import prepare, saved, store
 from longfactory.data.assemble import Rules
 from longfactory.data.collate import Sample, collate
 from longfactory.data.dataset import TokenizedDataset
+from longfactory.data.derive import ChatTemplate
 from longfactory.data.errors import bad_row_sentence
 from longfactory.data.kinds import KINDS, Kind
+from longfactory.data.media.process import Processing
 from longfactory.data.prepare import Preparer
 from longfactory.data.readers import Raw, read
 from longfactory.data.report import Report, of_truncation
@@ -92,11 +94,13 @@ def load_datasets(
     template: AnyTemplate | None,
     seed: int,
     log: logging.Logger | None = None,
+    media: Processing | None = None,
 ) -> Datasets:
     """The training and evaluation data of a run.
 
     The same on every process; one of them tokenises while the others wait. `template` comes from
-    `templates.get_template` (it may be None for pt).
+    `templates.get_template` (it may be None for pt); `media` from `media.process.make_processing`
+    (None for a model that takes text alone).
 
     Raises:
         DataError: a data set is missing, broken, of the wrong kind for the stage, or empty once bad
@@ -134,7 +138,7 @@ def load_datasets(
         for source in sources:
             kind.check_source(source, stage)
         return [
-            _tokenised(source, args, kind, template, pieces, seed, log, questions)
+            _tokenised(source, args, kind, template, pieces, seed, log, questions, media)
             for source in sources
         ]
 
@@ -177,7 +181,7 @@ def load_datasets(
                 "streaming does not tokenise beforehand, so it cannot fill tokenized_path: turn one"
                 " of them off."
             )
-        train = stream_dataset(args, stage, template, pieces, rules, packed, seed, log)
+        train = stream_dataset(args, stage, template, pieces, rules, packed, seed, log, media)
         if args.val_size > 1e-6:
             if args.val_size < 1 or int(args.val_size) != args.val_size:
                 raise DataError(
@@ -243,6 +247,7 @@ def stream_dataset(
     packed: bool,
     seed: int,
     log: logging.Logger,
+    media: Processing | None = None,
 ) -> StreamedDataset:
     """The training data as a stream."""
     if args.max_samples is not None:
@@ -252,7 +257,9 @@ def stream_dataset(
     for source in sources:
         kind.check_source(source, stage)
     return StreamedDataset(
-        preparers=[make_preparer(source, args, kind, template, pieces) for source in sources],
+        preparers=[
+            make_preparer(source, args, kind, template, pieces, media=media) for source in sources
+        ],
         readers=[
             functools.partial(read, source, option(args, "hf_hub_token")) for source in sources
         ],
@@ -336,6 +343,7 @@ def make_preparer(
     template: AnyTemplate | None,
     pieces: PieceTokenizer,
     questions: bool = False,
+    media: Processing | None = None,
 ) -> Preparer:
     """What tokenises the rows of one data set. `questions`: conversations without a last answer are
     for the model to answer.
@@ -346,7 +354,10 @@ def make_preparer(
         raise DataError("This stage needs a template.")
     options = kind.options(args, template, pieces.tokenizer, questions)
     strict = option(args, "on_bad_row") == "error"
-    return Preparer(kind, source, template, pieces, options, strict)
+    if media is not None and isinstance(template, ChatTemplate):
+        written = {"image": media.family.written_image, "video": media.family.written_video}
+        template.show_media(written)
+    return Preparer(kind, source, template, pieces, options, strict, media)
 
 
 def _tokenised(
@@ -358,9 +369,10 @@ def _tokenised(
     seed: int,
     log: logging.Logger,
     questions: bool = False,
+    media: Processing | None = None,
 ) -> Part:
     """The store of one data set, and which of its samples are used, in order."""
-    preparer = make_preparer(source, args, kind, template, pieces, questions)
+    preparer = make_preparer(source, args, kind, template, pieces, questions, media)
     limit = args.max_samples if source.num_samples is None else None
     path = cache_root() / prepare.key(preparer, limit)
     rank = _rank(args)

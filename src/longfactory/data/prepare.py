@@ -20,6 +20,10 @@ from longfactory.data.derive import ChatTemplate
 from longfactory.data.errors import BadRow, BadRows, bad_row_sentence
 from longfactory.data.formats import Conversation, convert
 from longfactory.data.kinds import Kind, PartOptions
+from longfactory.data.media import text
+from longfactory.data.media.measure import Found
+from longfactory.data.media.process import Processing
+from longfactory.data.media.units import MediaUnit
 from longfactory.data.readers import Raw, parse_line
 from longfactory.data.sources import DataSource, hint
 from longfactory.data.store import FORMAT, Chunk
@@ -30,10 +34,32 @@ from longfactory.processes import die_with_parent
 from longfactory.progress import moved
 
 
+@dataclasses.dataclass(frozen=True)
+class _Media:
+    """The media of one sample before its pieces are tokenised: `numbers[p]` are those of part p."""
+
+    found: tuple[Found, ...]
+    numbers: list[list[int]]
+    processing: Processing
+
+    @property
+    def notes(self) -> set[str]:
+        return {note for found in self.found for note in found.notes}
+
+    def placed(self, ids: list[np.ndarray]) -> list[MediaUnit]:
+        """The units, with the places of their tokens in the ids of their part."""
+        return [
+            unit
+            for part, (own, numbers) in enumerate(zip(ids, self.numbers, strict=True))
+            for unit in text.placed(own, numbers, self.found, self.processing, part)
+        ]
+
+
 @dataclasses.dataclass
 class Preparer:
     """Everything that turns rows of one data set into parts. Made once and handed to the tokenising
-    processes. `strict`: a bad row is an error.
+    processes. `strict`: a bad row is an error. `media`: how images and videos are processed; None
+    for a model that takes text alone.
     """
 
     kind: Kind
@@ -42,6 +68,7 @@ class Preparer:
     tokenizer: PieceTokenizer
     options: PartOptions
     strict: bool = False
+    media: Processing | None = None
 
     def chunk(self, rows: list[tuple[int, str, Raw]]) -> Chunk:
         """[(row number, place, raw row)] -> the stored parts.
@@ -50,7 +77,8 @@ class Preparer:
             DataError: a bad row, where bad rows are errors.
         """
         groups: list[list[Piece]] = []
-        counts, flags, numbers = [], [], []
+        counts, flags, numbers, places = [], [], [], []
+        media: list[_Media | None] = []
         bad = BadRows()
         for number, place, raw in rows:
             try:
@@ -62,28 +90,73 @@ class Preparer:
                 continue
             try:
                 conversation = convert(row, self.source, self.options.questions)
-                parts, flag = self.kind.parts(conversation, self.template, self.options)
+                parts, flag, found = self._parts(conversation, place)
             except BadRow as e:
                 if not bad.hint:
                     bad.hint = hint(self.source, row)
                 self._bad(bad, place, e, bad.hint)
                 continue
-            for field in self._unread(conversation):
+            for field in (*self._unread(conversation), *(found.notes if found else ())):
                 bad.add_unread(field, place)
             groups += parts
             counts.append(len(parts))
             flags.append(flag)
             numbers.append(number)
+            places.append(place)
+            media.append(found)
         ids = self.tokenizer.pieces(groups)
-        tokens = np.concatenate(ids) if ids else np.zeros(0, np.int32)
-        return (
-            tokens,
+        kept = np.ones(len(counts), bool)
+        units: list[list[MediaUnit]] = [[] for _ in counts]
+        if any(media):
+            starts = np.cumsum([0, *counts])
+            for i, found in enumerate(media):
+                if found is None:
+                    continue
+                try:
+                    units[i] = found.placed(ids[starts[i] : starts[i + 1]])
+                except BadRow as e:
+                    self._bad(bad, places[i], e)
+                    kept[i] = False
+            if not kept.all():
+                of_part = np.repeat(kept, counts)
+                ids = [x for x, keep in zip(ids, of_part, strict=True) if keep]
+                units = [u for u, keep in zip(units, kept, strict=True) if keep]
+        return Chunk(
+            np.concatenate(ids) if ids else np.zeros(0, np.int32),
             np.array([len(x) for x in ids], np.int64),
-            np.array(counts, np.int64),
-            np.array(flags, np.uint8),
-            np.array(numbers, np.int64),
+            np.array(counts, np.int64)[kept],
+            np.array(flags, np.uint8)[kept],
+            np.array(numbers, np.int64)[kept],
             bad,
+            units if any(units) else (),
         )
+
+    def _parts(
+        self, conversation: Conversation, place: str
+    ) -> tuple[list[list[Piece]], int, _Media | None]:
+        """Pieces of the parts of a row, its flags, and its media.
+
+        Raises:
+            BadRow: the row holds no such sample, or media that cannot be used.
+        """
+        if self.media is None:
+            if conversation.images or conversation.videos:
+                what = "images" if conversation.images else "videos"
+                raise BadRow(f"media: the row has {what}, and the model takes text alone")
+            return *self.kind.parts(conversation, self.template, self.options), None
+        marked = text.mark(conversation, self.media, place)
+        parts, flag = self.kind.parts(marked.conversation, self.template, self.options)
+        if not marked.found:
+            return parts, flag, None
+        filled, numbers = text.fill(
+            parts,
+            marked.found,
+            self.media,
+            branches=self.kind.branches,
+            chat=isinstance(self.template, ChatTemplate),
+            shortened=not all(m.trained for m in marked.conversation.answers),
+        )
+        return filled, flag, _Media(marked.found, numbers, self.media)
 
     def _bad(self, bad: BadRows, place: str, reason: BadRow, hint: str = "") -> None:
         if self.strict:
@@ -246,6 +319,8 @@ def key(preparer: Preparer, limit: int | None, content: str | None = None) -> st
         ),
         hashlib.sha256(vocabulary.encode()).hexdigest(),
     ]
+    if preparer.media is not None:
+        facts.append(preparer.media.facts())
     return hashlib.sha256(json.dumps(facts, ensure_ascii=False, default=str).encode()).hexdigest()[
         :32
     ]

@@ -23,6 +23,8 @@ class Report:
     last_answer_only: int = 0
     equal_pairs: int = 0
     unanswered: int = 0
+    with_media: int = 0
+    media_cut: int = 0
     packed_rows: int = 0
     efficiency: float | None = None
 
@@ -42,6 +44,8 @@ class Report:
             "last_answer_only",
             "equal_pairs",
             "unanswered",
+            "with_media",
+            "media_cut",
         ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
@@ -68,6 +72,13 @@ class Report:
             text += f"; in {self.equal_pairs} pairs both answers are the same"
         if self.unanswered:
             text += f"; {self.unanswered} samples have no answer and are for do_predict alone"
+        if self.with_media:
+            text += f"; {self.with_media} samples have images or videos"
+        if self.media_cut:
+            text += (
+                f"; {self.media_cut} samples were dropped, because cutoff_len cuts through an image"
+                " or a video"
+            )
         if self.efficiency is not None:
             text += f"; packed into {self.packed_rows} rows, {100 * self.efficiency:.1f} % full"
         return text

@@ -191,7 +191,7 @@ def _chunks(data: Any, kind: Kind) -> Iterator[store.Chunk]:
             parts += [p for d in documents for p in d]
             counts.append(2 * len(documents))
             flags.append(kind.saved_flags(batch, i))
-        yield (
+        yield store.Chunk(
             np.concatenate([np.zeros(0, np.int32), *parts]),
             np.array([len(p) for p in parts], np.int64),
             np.array(counts, np.int64),

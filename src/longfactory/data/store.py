@@ -24,12 +24,14 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from longfactory import progress
 from longfactory.data.errors import BadRows
+from longfactory.data.media import records
+from longfactory.data.media.units import MediaUnit
 from longfactory.errors import DataError
 
 FORMAT = 2
@@ -39,10 +41,20 @@ TOKENS, ARRAYS = "tokens.i32", ("part_start.npy", "first_part.npy", "flags.npy",
 DESIRED, LACKS_THOUGHT, SECOND_LACKS_THOUGHT, LAST_ONLY, EQUAL_PAIR, NO_ANSWER = 1, 2, 4, 8, 16, 32
 
 
-# One piece of work that a tokenising process hands over: tokens of all parts laid end to end,
-# lengths of the parts, number of parts, flags and row numbers of the samples, and the rows that
-# were bad.
-Chunk = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, BadRows]
+class Chunk(NamedTuple):
+    """One piece of work that a tokenising process hands over: tokens of all parts laid end to end,
+    lengths of the parts, number of parts, flags and row numbers of the samples, the rows that were
+    bad, and the media of each sample (empty where none has any), spans from the first token of
+    their part.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    counts: np.ndarray
+    flags: np.ndarray
+    rows: np.ndarray
+    bad: BadRows
+    media: Sequence[Sequence[MediaUnit]] = ()
 
 
 class Store:
@@ -64,6 +76,7 @@ class Store:
         self.first_part = np.load(self.path / "first_part.npy", mmap_mode="r")
         self.flags = np.load(self.path / "flags.npy", mmap_mode="r")
         self.rows = np.load(self.path / "rows.npy", mmap_mode="r")
+        self.records = records.opened(self.path)
 
     def __len__(self) -> int:
         return len(self.flags)
@@ -84,6 +97,16 @@ class Store:
         bounds = self.part_start[self.first_part[i] : self.first_part[i + 1] + 1]
         return np.diff(bounds).tolist()
 
+    def media(self, i: int) -> list[MediaUnit]:
+        """The images and videos of sample i, spans from the first token of their part."""
+        return self.records.of(i) if self.records is not None else []
+
+    def has_media(self) -> np.ndarray:
+        """[samples] bool: whether a sample has images or videos."""
+        if self.records is None:
+            return np.zeros(len(self), bool)
+        return self.records.present()
+
     def totals(self) -> np.ndarray:
         """[samples] number of tokens of each sample, all parts together."""
         return np.diff(self.part_start[self.first_part])
@@ -93,8 +116,14 @@ class MemoryStore(Store):
     """A store in memory, made of one chunk."""
 
     def __init__(self, chunk: Chunk, name: str):
-        self.tokens, lengths, counts, self.flags, self.rows, self.bad = chunk
-        self.part_start, self.first_part = _starts([lengths]), _starts([counts])
+        self.tokens, self.flags, self.rows, self.bad = (
+            chunk.tokens,
+            chunk.flags,
+            chunk.rows,
+            chunk.bad,
+        )
+        self.part_start, self.first_part = _starts([chunk.lengths]), _starts([chunk.counts])
+        self.records = records.InMemory(chunk.media) if any(chunk.media) else None
         self.meta = {"name": name}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -102,6 +131,16 @@ class MemoryStore(Store):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+
+
+def media_of(stores: Sequence[Store], entries: np.ndarray) -> np.ndarray:
+    """[n] bool: whether each of [n, >= 2] entries (store, sample) has images or videos."""
+    out = np.zeros(len(entries), bool)
+    for s, store in enumerate(stores):
+        if store.records is not None:
+            here = entries[:, 0] == s
+            out[here] = store.has_media()[entries[here, 1]]
+    return out
 
 
 def total_lengths(stores: Sequence[Store], entries: np.ndarray) -> np.ndarray:
@@ -189,21 +228,25 @@ def write(path: Path, chunks: Iterable[Chunk], meta: dict[str, Any]) -> None:
         with written(path.parent):
             beside.mkdir(mode=0o700)
             file = (beside / TOKENS).open("wb")
+        media = records.Writer(beside)
         try:
-            for tokens, part_lengths, part_counts, chunk_flags, chunk_rows, chunk_bad in chunks:
-                data = np.ascontiguousarray(tokens, dtype=np.int32).data
+            for chunk in chunks:
+                data = np.ascontiguousarray(chunk.tokens, dtype=np.int32).data
                 digest.update(data)
                 with written(path.parent):
                     file.write(data)
                 if _lock_file(path).exists():
                     os.utime(_lock_file(path))  # for those who wait (open_or_build)
-                lengths.append(part_lengths)
-                counts.append(part_counts)
-                flags.append(chunk_flags)
-                rows.append(chunk_rows)
-                bad.merge(chunk_bad)
+                with written(path.parent):
+                    media.add(chunk.media, len(chunk.flags))
+                lengths.append(chunk.lengths)
+                counts.append(chunk.counts)
+                flags.append(chunk.flags)
+                rows.append(chunk.rows)
+                bad.merge(chunk.bad)
             with written(path.parent):
                 file.close()
+                media.close()
         finally:
             with contextlib.suppress(OSError):
                 file.close()
@@ -216,7 +259,7 @@ def write(path: Path, chunks: Iterable[Chunk], meta: dict[str, Any]) -> None:
         with written(path.parent):
             for name, array in zip(ARRAYS, arrays, strict=True):
                 np.save(beside / name, array)
-            files = {name: _size_and_digest(beside / name) for name in ARRAYS}
+            files = {name: _size_and_digest(beside / name) for name in (*ARRAYS, *media.names)}
             files[TOKENS] = ((beside / TOKENS).stat().st_size, digest.hexdigest())
             facts = meta | {"format": FORMAT, "bad": bad.to_json(), "files": files}
             text = json.dumps(facts, ensure_ascii=False, indent=1)

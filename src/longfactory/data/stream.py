@@ -193,8 +193,8 @@ class StreamedDataset(torch.utils.data.IterableDataset):
         for s, preparer in enumerate(self.preparers):
             bad = BadRows()
             for chunks in made:
-                bad.merge(chunks[s][-1])
-                where |= {int(n): (len(stores), i) for i, n in enumerate(chunks[s][4])}
+                bad.merge(chunks[s].bad)
+                where |= {int(n): (len(stores), i) for i, n in enumerate(chunks[s].rows)}
                 stores.append(MemoryStore(chunks[s], preparer.source.name))
             if bad.count:
                 self.log.warning(f"Data set {preparer.source.name!r}: {bad.describe()}")

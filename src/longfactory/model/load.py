@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from longfactory import hub
+from longfactory.config.data_arguments import DataSettings
+from longfactory.data.media.process import Processing, make_processing
 from longfactory.errors import UserError
 from longfactory.memory.optimizer import local
 from longfactory.model import experts
@@ -155,6 +157,22 @@ def load_config(args: Any, cutoff_len: int) -> Any:
     if args.rope_scaling:
         _scale_rope(config, args.rope_scaling, cutoff_len)
     return config
+
+
+def load_media(args: Any, data: DataSettings, tokenizer: Any) -> Processing | None:
+    """How the images and videos of a run are processed: by the model's own processor. None for a
+    model that takes text alone.
+
+    Args:
+        args: the model's keys.
+        data: the data's keys.
+        tokenizer: the model's.
+    Raises:
+        DataError: the processor is missing, or does not fit the template.
+    """
+    path, _ = resolve(args.model_name_or_path)
+    config = load_config(args, 1).to_dict()
+    return make_processing(str(path), config, data, tokenizer)
 
 
 def _scale_rope(config: Any, kind: str, cutoff_len: int) -> None:

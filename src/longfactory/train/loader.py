@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
+from longfactory.data.media.load import MediaLoading
 from longfactory.data.row import Row
 from longfactory.data.stream import StreamedDataset
+from longfactory.errors import DataError
 from longfactory.train.reference import Numbers
 from longfactory.train.survival.signals import ignore_in_loader
 
@@ -148,7 +150,9 @@ class Collate:
     """Samples -> {"row": Row}, in a worker process. No samples give a row that trains nothing.
 
     `reference` gives the cache of the reference's log-probabilities that are attached to the
-    documents, or None.
+    documents, or None. `media` decodes the images and videos that this rank is dealt. What is wrong
+    with them comes back in place of the row (`RowLoader` raises it): raised in a worker process it
+    would come with a stack trace.
     """
 
     def __init__(
@@ -158,7 +162,9 @@ class Collate:
         pad_id: int,
         empty: Callable[[int, int], Row],
         reference: Callable[[], Numbers | None] = lambda: None,
+        media: MediaLoading | None = None,
     ):
+        self.media = media
         self.collate, self.multiple, self.pad_id, self.empty, self.reference = (
             collate,
             multiple,
@@ -172,6 +178,15 @@ class Collate:
         if not samples:
             return {"row": self.empty(self.multiple, self.pad_id), "samples": 0}
         row = self.collate(samples, self.multiple, self.pad_id)
+        if row.media:
+            if self.media is None:
+                return {
+                    "problem": "The data have images or videos, which this run cannot train on."
+                }
+            try:
+                row = self.media(row)
+            except DataError as error:
+                return {"problem": str(error)}
         cache = self.reference()
         row = row if cache is None else cache.attach(row)
         return {"row": row, "samples": len(samples)}
@@ -188,6 +203,20 @@ def empty_row(multiple: int, pad_id: int) -> Row:
         document_ids=torch.zeros(multiple, dtype=torch.int64),
         documents=(Document(0, multiple, role="pad"),),
     )
+
+
+class RowLoader(DataLoader):
+    """A DataLoader of rows.
+
+    Raises:
+        DataError: while it is iterated: images or videos of a row cannot be decoded.
+    """
+
+    def __iter__(self) -> Any:
+        for batch in super().__iter__():
+            if isinstance(batch, dict) and "problem" in batch:
+                raise DataError(batch["problem"])
+            yield batch
 
 
 def make_loader(
@@ -219,9 +248,9 @@ def make_loader(
             worker_init_fn=ignore_in_loader,
         )
     if sampler is None:
-        return DataLoader(
+        return RowLoader(
             RowStream(Endless(dataset) if endless else dataset, batch, groups=groups, group=group),
             batch_size=None,
             **common,
         )
-    return DataLoader(dataset, batch_sampler=sampler, **common)
+    return RowLoader(dataset, batch_sampler=sampler, **common)

@@ -496,6 +496,7 @@ def load_data(cfg: RunConfig, tokenizer: Any, *, quiet: bool = False) -> data.Da
         template=template,
         seed=cfg.trainer.seed,
         log=said,
+        media=load.load_media(cfg.model, options, tokenizer),
     )
 
 
