@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from longfactory import sp
+from longfactory.data.media.load import load_unit
 from longfactory.data.media.units import Dealt, MediaUnit
-from longfactory.data.row import Row
+from longfactory.data.row import Row, TokenizedDocument
 from longfactory.sp import hf, vision
 from longfactory.sp.layout import Interval, with_blocks
 from longfactory.sp.media import Part, Route, deal
@@ -131,6 +132,35 @@ def _joined(steps: Sequence[Step]) -> list[Dealt]:
         else:
             out.append(Dealt(step.index, step.first, step.last))
     return out
+
+
+def document_inputs(
+    config: Any,
+    ids: Sequence[int],
+    media: Sequence[MediaUnit],
+    load: Callable[[MediaUnit], dict[str, Tensor]],
+    device: torch.device | str,
+) -> dict[str, Any]:
+    """What transformers' own forward, or `generate`, is given for one document with its images.
+
+    Args:
+        config: of the model.
+        ids: tokens of the document.
+        media: of the document, with spans from its first token.
+        load: a unit -> its tensors (`data.media.load.load_unit`).
+    """
+    tokens = torch.tensor(list(ids))
+    if not media:
+        return {"input_ids": tokens[None].to(device), "use_cache": False}
+    kinds, images = torch.zeros_like(tokens), []
+    for unit in media:
+        for start, count in unit.spans:
+            kinds[start : start + count] = 1 if unit.kind == "image" else 2
+        pixels = load(unit)["pixel_values"]
+        images.append(vision.Images(unit.kind, unit.grid, pixels, unit.sizes))
+    seconds = [u.seconds_per_step for u in media if u.kind == "video"]
+    found = vision.own_inputs(config, tokens, kinds, images, [s for s in seconds if s is not None])
+    return {k: x.to(device) if isinstance(x, Tensor) else x for k, x in found.items()}
 
 
 class RowImages:
@@ -271,3 +301,14 @@ class RowImages:
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
         return int(most)
+
+    def of_prompt(self, prompt: Sequence[int], document: TokenizedDocument) -> dict[str, Any]:
+        """Further arguments of `generate` for the first tokens of a document: their images."""
+        media = [u for u in document.media if u.spans[-1][0] < len(prompt)]
+        if not media:
+            return {}
+        device = next(self.model.parameters()).device
+        found = document_inputs(
+            self.model.config, prompt, media, lambda u: load_unit(u, self.processing), device
+        )
+        return {k: x for k, x in found.items() if k not in ("input_ids", "use_cache")}

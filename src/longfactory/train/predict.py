@@ -14,7 +14,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,8 +60,10 @@ def _one_set(
 ) -> dict[str, float]:
     started = time.time()
     rank, groups = trainer.ctx.dp_rank, trainer.ctx.dp_size
-    asked = [split_last_answer(d) for i in range(len(dataset)) for d in dataset[i]]
-    batch = trainer.args.eval_batch_size
+    documents = [d for i in range(len(dataset)) for d in dataset[i]]
+    asked = [split_last_answer(d) for d in documents]
+    # Images of several prompts have no common shape: each prompt is answered by itself.
+    batch = trainer.args.eval_batch_size if trainer.images is None else 1
     # Every rank makes the same number of calls, as sharded parameters need; what is too many
     # repeats the first question and is dropped.
     rounds = -(-len(asked) // (batch * groups))
@@ -77,6 +79,9 @@ def _one_set(
                 places = [(j * groups + rank) * batch + k for k in range(batch)]
                 places = [p for p in places if p < len(asked)] or [0]
                 prompts = [asked[p][0] for p in places]
+                images = {}
+                if trainer.images is not None:
+                    images = trainer.images.of_prompt(*prompts, documents[places[0]])
                 answers = generate(
                     model,
                     tokenizer,
@@ -85,6 +90,7 @@ def _one_set(
                     trainer.args.device,
                     groups > 1,
                     stops,
+                    images,
                 )
                 mine += zip(places, answers, strict=True)
     finally:
@@ -157,10 +163,12 @@ def generate(
     device: Any,
     together: bool,
     stops: Sequence[int],
+    images: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Answers to a batch of prompts, padded on the left, up to one of the `stops`.
 
-    `together`: other ranks generate too and parameters may be sharded.
+    `together`: other ranks generate too and parameters may be sharded. `images`: further arguments,
+    of a single prompt's images.
     """
     length = max(map(len, prompts))
     options = generation_arguments(generating, tokenizer, length, stops)
@@ -174,6 +182,7 @@ def generate(
         attention_mask=mask.to(device),
         use_cache=True,
         synced_gpus=together,
+        **(images or {}),
         **options,
     )
     return tokenizer.batch_decode(

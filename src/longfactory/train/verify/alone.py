@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,10 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longfactory.data.media.load import load_unit
+from longfactory.data.media.process import Processing
+from longfactory.data.media.units import MediaUnit
 from longfactory.data.row import IGNORE, TokenizedDocument
 from longfactory.errors import UserError
 from longfactory.model import adapters, load
-from longfactory.sp import hf, routers
+from longfactory.model.vision import document_inputs
+from longfactory.sp import hf, routers, vision
 from longfactory.sp.distance import difference
 from longfactory.stages import losses
 from longfactory.stages.losses import DataParallel, LossOptions
@@ -48,6 +55,8 @@ class Text:
     """Number of tokens that are the parents'."""
     role: str
     sample: int
+    media: tuple[MediaUnit, ...] = ()
+    """Its images and videos and its parents', with spans from the first token."""
 
     @property
     def places(self) -> list[int]:
@@ -66,7 +75,15 @@ def texts_of(item: Item) -> list[Text]:
         own = [int(label) for label in document.labels]
         before = len(tokens) - len(own)
         targets = [IGNORE] * before + own[1:] + [IGNORE]
-        out.append(Text(tuple(tokens), tuple(targets), before, document.role, document.sample))
+        starts = itertools.accumulate((len(part.input_ids) for part in chain), initial=0)
+        media = tuple(
+            unit.shifted(start)
+            for part, start in zip(chain, starts, strict=False)
+            for unit in part.media
+        )
+        out.append(
+            Text(tuple(tokens), tuple(targets), before, document.role, document.sample, media)
+        )
     return out
 
 
@@ -74,7 +91,13 @@ def texts_of(item: Item) -> list[Text]:
 
 
 def build(
-    cfg: Any, tokenizer: Any, trained: nn.Module, device: torch.device, *, recompute: bool
+    cfg: Any,
+    tokenizer: Any,
+    trained: nn.Module,
+    device: torch.device,
+    *,
+    recompute: bool,
+    processing: Processing | None = None,
 ) -> nn.Module:
     """The run's model once more, in float32 and with transformers' own attention. Its values are
     not the trained one's yet.
@@ -82,6 +105,7 @@ def build(
     Args:
         recompute: layers are computed again in the backward pass, because eager attention keeps
             [heads, n, n] numbers a layer otherwise.
+        processing: of the images in texts; None where there are none.
 
     Raises:
         UserError: it cannot be loaded, or has other parameters than the model of the run.
@@ -94,6 +118,9 @@ def build(
         )
         grew = load.resize_vocabulary(model, tokenizer) if cfg.model.resize_vocab else False
         inner = model
+        if processing is not None:
+            vision.let_in(model)
+            _processing[model] = processing
         model = adapters.apply_finetuning(model, cfg.method, cfg.model, resized=grew)
     finally:
         torch.set_rng_state(state)
@@ -244,6 +271,16 @@ class Scores:
         return len(self.text.places)
 
 
+_processing: weakref.WeakKeyDictionary[nn.Module, Processing] = weakref.WeakKeyDictionary()
+"""What makes tensors of the images of texts, by the model that reads them."""
+
+
+def inputs_of(inner: Any, text: Text, device: torch.device) -> dict[str, Any]:
+    """What transformers' own forward is given for a text, with its images."""
+    load = functools.partial(load_unit, processing=_processing.get(inner))  # type: ignore[arg-type]
+    return document_inputs(inner.config, text.tokens, text.media, load, device)
+
+
 def read_text(
     model: nn.Module, text: Text, values: bool, entropy: bool, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
@@ -251,14 +288,14 @@ def read_text(
     value at the last token, None).
     """
     inner = hf.unwrap(model)
-    ids = torch.tensor(text.tokens, device=device)[None]
+    inputs = inputs_of(inner, text, device)
     if values:
         seen: list[Tensor] = []
         hook = inner.get_output_embeddings().register_forward_pre_hook(
             lambda module, args: seen.append(args[0])
         )
         try:
-            model(input_ids=ids, use_cache=False)
+            model(**inputs)
         finally:
             hook.remove()
         head: Any = model.v_head
@@ -270,7 +307,7 @@ def read_text(
                 None,
             )
     places = torch.tensor(text.places, dtype=torch.int64, device=device)
-    logits = _wide(model(input_ids=ids, use_cache=False).logits[0, places])
+    logits = _wide(model(**inputs).logits[0, places])
     labels = torch.tensor([text.targets[t] for t in text.places], dtype=torch.int64, device=device)
     logps = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
     if not entropy:

@@ -432,6 +432,7 @@ class Comparison(TrainerCallback):
                         trainer.model,
                         args.device,
                         recompute=kept_bytes(trainer, longest) > KEPT_BYTES,
+                        processing=None if trainer.images is None else trainer.images.processing,
                     )
             except UserError as error:
                 failure = str(error)

@@ -30,10 +30,30 @@ def truncate(
         return [list(s) for s in samples]
 
     def cut(d: TokenizedDocument) -> TokenizedDocument:
-        keep = max(2, len(d.input_ids) * tokens // total)
-        return dataclasses.replace(d, input_ids=d.input_ids[-keep:], labels=d.labels[-keep:])
+        return last_tokens(d, max(2, len(d.input_ids) * tokens // total))
 
     return [[cut(d) for d in s] for s in samples]
+
+
+def last_tokens(document: TokenizedDocument, keep: int) -> TokenizedDocument:
+    """A document's last `keep` tokens, or fewer: it does not begin inside an image. Where nothing
+    but an image is left it stays whole.
+    """
+    length = len(document.input_ids)
+    start = max(0, length - keep)
+    for unit in document.media:
+        end = sum(unit.spans[-1])
+        if unit.spans[0][0] < start < end:
+            start = end
+    if length - start < 2:
+        return document
+    media = tuple(u.shifted(-start) for u in document.media if u.spans[0][0] >= start)
+    return dataclasses.replace(
+        document,
+        input_ids=document.input_ids[start:],
+        labels=document.labels[start:],
+        media=media,
+    )
 
 
 class Chosen(torch.utils.data.Dataset):
@@ -148,9 +168,7 @@ def crossed(items: list[Item], trainer: RowTrainer) -> None:
     ctx, document = trainer.ctx, items[0][0]
     for quarters in (4, 3, 2, 1):
         keep = max(2, len(document.input_ids) * quarters // 4)
-        first = dataclasses.replace(
-            document, input_ids=document.input_ids[-keep:], labels=document.labels[-keep:]
-        )
+        first = last_tokens(document, keep)
         tried = [[first, *items[0][1:]], *items[1:]]
         row = trainer.collate([list(item) for item in tried], sp.alignment(ctx), trainer.pad_id)
         if ctx.size == 1 or row_shape(row, ctx).crossing:
@@ -172,9 +190,7 @@ def padded(items: list[Item], trainer: RowTrainer) -> None:
     longest = items[i][k]
     if len(longest.input_ids) < 3 or longest.parent >= 0:
         return
-    shorter = dataclasses.replace(
-        longest, input_ids=longest.input_ids[1:], labels=longest.labels[1:]
-    )
+    shorter = last_tokens(longest, len(longest.input_ids) - 1)
     items[i] = [*items[i][:k], shorter, *items[i][k + 1 :]]
 
 
@@ -206,9 +222,11 @@ def lengthened(item: Item, size: int, dataset: Any) -> Item:
         return item
     filler: list[int] = []
     for entry in entries_of(dataset):
-        filler += [int(token) for d in entry for token in d.input_ids]
+        filler += [int(token) for d in entry if not d.media for token in d.input_ids]
         if len(filler) >= short:
             break
+    if not filler:  # every sample has images
+        return item
     filler = (filler * -(-short // len(filler)))[:short]
 
     def longer(d: TokenizedDocument) -> TokenizedDocument:
@@ -216,7 +234,10 @@ def lengthened(item: Item, size: int, dataset: Any) -> Item:
             return d
         labels = [IGNORE] * short + [int(label) for label in d.labels]
         return dataclasses.replace(
-            d, input_ids=filler + [int(token) for token in d.input_ids], labels=labels
+            d,
+            input_ids=filler + [int(token) for token in d.input_ids],
+            labels=labels,
+            media=tuple(unit.shifted(short) for unit in d.media),
         )
 
     return [longer(d) for d in item]

@@ -1,0 +1,250 @@
+"""Whole runs on rows with images: sharded over two processes they take the steps of one, in every
+stage, with the tower frozen, trained or under adapters; and what they save loads.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_media
+import torch
+from safetensors.torch import load_file
+
+import vision_models
+from longfactory.sp.text_model import model_class
+from longfactory.testing import RankError
+from small_runs import POOLS, keys, run_on_ranks, steps, train
+
+pytestmark = pytest.mark.processes
+slow = pytest.mark.slow
+
+FAMILIES = {
+    "qwen3_vl": ("qwen3_vl", "qwen3_vl"),
+    "qwen2_5_vl": ("qwen2_vl", "qwen2_vl"),
+    "gemma3": ("gemma3", "gemma3"),
+}
+"""Of a model type: the family of its images and its template."""
+TRAINED = {
+    "freeze_vision_tower": False,
+    "freeze_multi_modal_projector": False,
+}
+
+
+def write_model(folder: Path, family: str) -> None:
+    """A tiny model with a tower, a tokenizer and an image processor."""
+    from transformers import AutoConfig
+
+    processor = FAMILIES[family][0]
+    tiny_media.folder(folder, processor)
+    tokenizer = tiny_media.tokenizer(processor)
+    tokenizer.save_pretrained(folder)
+    given = vision_models.config(family).to_dict()
+    given["text_config"]["vocab_size"] = len(tokenizer)
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        given["text_config"][key] = tokenizer.pad_token_id
+    vision = given["vision_config"]
+    if family == "gemma3":
+        vision |= {"image_size": 56, "patch_size": 14}
+        given["image_token_index"] = tokenizer.convert_tokens_to_ids("<image_soft_token>")
+        given.pop("image_token_id", None)
+    else:
+        vision["patch_size"] = 16 if family == "qwen3_vl" else 14
+        for kind in ("image", "video"):
+            given[f"{kind}_token_id"] = tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>")
+    config = AutoConfig.for_model(**given)
+    torch.manual_seed(0)
+    model = model_class(config).from_config()
+    about = json.loads((folder / "config.json").read_text())
+    model.save_pretrained(folder)
+    assert about["model_type"] == model.config.model_type
+
+
+def write_data(home: Path) -> None:
+    draw = random.Random(0)
+
+    def text(low: int, high: int) -> str:
+        return "".join(draw.choice("abcdefgh ") for _ in range(draw.randint(low, high))).strip()
+
+    for i in range(6):
+        tiny_media.picture(64 + 32 * (i % 3), 64 + 16 * i, seed=i).save(home / f"{i}.png")
+    rows: dict[str, list[dict[str, Any]]] = {"talks": [], "pairs": [], "labels": [], "texts": []}
+    for i in range(16):
+        count = i % 3
+        images = [f"{draw.randrange(6)}.png" for _ in range(count)]
+        prompt = "<image>" * count + text(5, 30) + "?"
+        answer, worse = text(3, 30) + "a", text(3, 20) + "b"
+        rows["talks"].append({"instruction": prompt, "output": answer, "images": images})
+        rows["pairs"].append(
+            {"instruction": prompt, "chosen": answer, "rejected": worse, "images": images}
+        )
+        turns = [
+            {"from": "human", "value": prompt},
+            {"from": "gpt", "value": answer},
+        ]
+        rows["labels"].append({"conversations": turns, "label": i % 2 == 0, "images": images})
+        rows["texts"].append({"text": prompt + answer, "images": images})
+    columns = {
+        "talks": {"prompt": "instruction", "response": "output"},
+        "pairs": {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"},
+        "labels": {"messages": "conversations", "kto_tag": "label"},
+        "texts": {"prompt": "text"},
+    }
+    info: dict[str, Any] = {}
+    for name, entries in rows.items():
+        (home / f"{name}.json").write_text(json.dumps(entries))
+        info[name] = {
+            "file_name": f"{name}.json",
+            "columns": columns[name] | {"images": "images"},
+        }
+    info["pairs"]["ranking"] = True
+    info["labels"]["formatting"] = "sharegpt"
+    words = [{"instruction": text(5, 30), "output": text(3, 30) + "a"} for _ in range(8)]
+    (home / "words.json").write_text(json.dumps(words))
+    info["words"] = {"file_name": "words.json"}
+    (home / "dataset_info.json").write_text(json.dumps(info))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    home = tmp_path_factory.mktemp("vision")
+    for family in FAMILIES:
+        write_model(home / family, family)
+    write_data(home)
+    yield home
+    for pool in POOLS.values():
+        pool.stop()
+
+
+def run(home: Path, name: str, size: int, family: str = "qwen3_vl", **changes: Any) -> Any:
+    given: dict[str, Any] = {
+        "model_name_or_path": home / family,
+        "template": FAMILIES[family][1],
+        "media_dir": home,
+        "cutoff_len": 1024,
+        "packing": False,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 2,
+        "image_max_pixels": 4096,
+        "seed": 3,
+    }
+    return steps(train(home, name, size, **(given | changes)))
+
+
+def same(one: list[dict[str, float]], two: list[dict[str, float]]) -> None:
+    assert len(one) == len(two) > 0
+    for key in ("loss", "grad_norm"):
+        assert [h[key] for h in two] == pytest.approx([h[key] for h in one], rel=3e-5), key
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "sft": {},
+    "packed": {"packing": True, "per_device_train_batch_size": 1} | TRAINED,
+    "dpo": {"stage": "dpo", "dataset": "pairs", "pref_share_prompt": True} | TRAINED,
+    "dpo_unshared": {"stage": "dpo", "dataset": "pairs", "pref_share_prompt": False} | TRAINED,
+    "kto": {"stage": "kto", "dataset": "labels"} | TRAINED,
+    "rm": {"stage": "rm", "dataset": "pairs"} | TRAINED,
+    "pt": {"stage": "pt", "dataset": "texts"} | TRAINED,
+    "projector": {"train_mm_proj_only": True},
+    "lora": {"finetuning_type": "lora", "lora_rank": 4, "learning_rate": 1e-2},
+    "lora_tower": {"finetuning_type": "lora", "lora_rank": 4, "freeze_vision_tower": False},
+    "text_too": {"dataset": "talks,words"} | TRAINED,
+}
+
+
+@pytest.mark.parametrize(
+    "kind", ["packed", *(pytest.param(k, marks=slow) for k in KINDS if k != "packed")]
+)
+def test_vision_runs_sharded_are_those_of_one_process(home: Path, kind: str) -> None:
+    changes = KINDS[kind]
+    if kind.startswith("dpo") or kind == "kto":
+        changes = changes | {"ref_model": home / "qwen3_vl"}
+    one = run(home, f"{kind}1", 1, **changes)
+    same(one, run(home, f"{kind}2", 2, **changes))
+    if kind == "packed":
+        check_saved(home, home / "packed2", ("",))
+    if kind == "sft":
+        check_saved(home, home / "sft2", ("language_model", "lm_head"))
+    if kind == "projector":
+        check_saved(home, home / "projector2", ("visual.merger.",))
+
+
+def check_saved(home: Path, folder: Path, changed: tuple[str, ...]) -> None:
+    """Every tensor of the checkpoint is there; those whose name has a part of `changed` have moved,
+    no others.
+    """
+    before = load_file(home / "qwen3_vl" / "model.safetensors")
+    after = load_file(folder / "model.safetensors")
+    assert before.keys() == after.keys()
+    moved = {n for n in before if not torch.equal(before[n], after[n])}
+    allowed = {n for n in before if any(part in n for part in changed)}
+    assert moved and moved <= allowed
+    assert any("visual" in n for n in moved) == any("visual" in n for n in allowed)
+
+
+@slow
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_vision_runs_of_other_families(home: Path, family: str) -> None:
+    one = run(home, f"{family}1", 1, family, **TRAINED)
+    same(one, run(home, f"{family}2", 2, family, **TRAINED))
+
+
+@slow
+def test_vision_runs_resume_evaluate_and_go_on_with_another_size(home: Path) -> None:
+    changes: dict[str, Any] = {
+        **TRAINED,
+        "max_steps": 4,
+        "val_size": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+    }
+    whole = train_log(home, "whole", 1, **changes)
+    train_log(home, "resumed", 2, **changes, save_strategy="steps", save_steps=2)
+    checkpoint = home / "resumed" / "checkpoint-2"
+    again = train_log(
+        home, "resumed", 1, **changes, resume_from_checkpoint=checkpoint, overwrite_output_dir=False
+    )
+    for key in ("loss", "eval_loss"):
+        expected = [h[key] for h in whole if key in h]
+        found = [h[key] for h in again if key in h]
+        assert found == pytest.approx(expected, rel=3e-5), key
+
+
+def train_log(home: Path, name: str, size: int, **changes: Any) -> list[dict[str, float]]:
+    given: dict[str, Any] = {
+        "model_name_or_path": home / "qwen3_vl",
+        "template": "qwen3_vl",
+        "media_dir": home,
+        "cutoff_len": 1024,
+        "packing": False,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "image_max_pixels": 4096,
+    }
+    return train(home, name, size, **(given | changes))
+
+
+def test_vision_runs_of_text_alone_do_not_touch_the_tower(home: Path) -> None:
+    one = run(home, "words1", 1, dataset="words", **TRAINED)
+    same(one, run(home, "words2", 2, dataset="words", **TRAINED))
+    check_saved(home, home / "words2", ("language_model", "lm_head"))
+
+
+def test_vision_runs_refuse_keys_that_leave_nothing_to_train(home: Path) -> None:
+    given = keys(
+        home,
+        "nothing",
+        model_name_or_path=home / "qwen3_vl",
+        template="qwen3_vl",
+        media_dir=home,
+        freeze_language_model=True,
+        cutoff_len=1024,
+        packing=False,
+    )
+    with pytest.raises(RankError, match="leave nothing to train"):
+        POOLS[1].run(run_on_ranks, [f"{k}={v}" for k, v in given.items()], str(home / "cache"))
