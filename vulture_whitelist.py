@@ -88,3 +88,7 @@ _.should_save_on_this_rank
 _.on_evaluate
 _.on_predict
 _.seconds_per_step
+
+# PyAV and tokenizers read these.
+_.thread_type
+_.pre_tokenizer

@@ -62,6 +62,7 @@ def make_trainer(folder: Path, ctx: sp.SequenceParallel, batch: int = 2) -> Any:
     model = prepared_model(ctx)
     return SimpleNamespace(
         ctx=ctx,
+        images=None,
         args=SimpleNamespace(
             eval_batch_size=batch, device=torch.device("cpu"), output_dir=str(folder)
         ),

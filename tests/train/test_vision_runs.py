@@ -5,16 +5,19 @@ stage, with the tower frozen, trained or under adapters; and what they save load
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_media
 import torch
 from safetensors.torch import load_file
 
+import tiny_media
 import vision_models
 from longfactory.sp.text_model import model_class
 from longfactory.testing import RankError
@@ -248,3 +251,72 @@ def test_vision_runs_refuse_keys_that_leave_nothing_to_train(home: Path) -> None
     )
     with pytest.raises(RankError, match="leave nothing to train"):
         POOLS[1].run(run_on_ranks, [f"{k}={v}" for k, v in given.items()], str(home / "cache"))
+
+
+def verified(argv: list[str], cache: str) -> tuple[bool, str]:
+    """`longfactory verify` in this process: whether the run is exact, and its report."""
+    import os
+
+    os.environ["LONGFACTORY_CACHE"] = cache
+    from longfactory.config import load_config
+    from longfactory.train.verify import verify
+
+    report = verify(load_config(argv), rows=2, tokens=400)
+    return report.exact, report.table()
+
+
+@slow
+@pytest.mark.parametrize("kind", ["packed", "dpo"])
+def test_vision_runs_verify(home: Path, kind: str) -> None:
+    """Gradients of tower, projector and text against transformers' own model."""
+    given = keys(
+        home,
+        f"verify_{kind}",
+        sequence_parallel_size=2,
+        model_name_or_path=home / "qwen3_vl",
+        template="qwen3_vl",
+        media_dir=home,
+        cutoff_len=1024,
+        image_max_pixels=4096,
+        **(KINDS[kind] | {"ref_model": home / "qwen3_vl" if kind == "dpo" else None}),
+    )
+    words = [f"{k}={v}" for k, v in given.items()]
+    for exact, report in POOLS[2].run(verified, words, str(home / "cache")):
+        assert exact, report
+
+
+@slow
+def test_vision_runs_predict(home: Path) -> None:
+    run(
+        home,
+        "predicted",
+        1,
+        do_predict=True,
+        predict_with_generate=True,
+        eval_dataset="talks",
+        max_new_tokens=4,
+    )
+    lines = (home / "predicted" / "generated_predictions.jsonl").read_text().splitlines()
+    assert len(lines) == 16
+    assert any("<|image_pad|>" in json.loads(line)["prompt"] for line in lines)
+
+
+@slow
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_vision_examples_run(tmp_path: Path, name: str) -> None:
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "longfactory.cli", "train"),
+            root / "examples" / "vision" / f"{name}.yaml",
+            *(f"output_dir={tmp_path}", "max_steps=2"),
+        ],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LONGFACTORY_CACHE": str(tmp_path / "cache")},
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert len(steps(log)) == 2

@@ -64,7 +64,7 @@ class Datasets:
 
     train: TokenizedDataset | StreamedDataset | RolloutDataset | None
     eval: dict[str, TokenizedDataset] | dict[str, RolloutDataset]
-    processing: Any = None
+    processing: Processing | None = None
 
 
 def cache_root() -> Path:
@@ -168,7 +168,7 @@ def load_datasets(
 
     if saved.is_saved(args.tokenized_path):
         assert args.tokenized_path is not None
-        return _load_saved(Path(args.tokenized_path), kind, rules, packed, tokenizer, log)
+        return _load_saved(Path(args.tokenized_path), kind, rules, packed, tokenizer, log, media)
 
     evaluation: dict[str, TokenizedDataset] = {}
     train: TokenizedDataset | StreamedDataset | None = None
@@ -224,7 +224,20 @@ def load_datasets(
             evaluation[name] = data
     if args.tokenized_path is not None and splits:
         _save(Path(args.tokenized_path), stores, splits, kind, rules, log, args)
-    return Datasets(train, evaluation)
+    return Datasets(train, evaluation, _used(media, (train, *evaluation.values())))
+
+
+def _used(media: Processing | None, sets: Sequence[Any]) -> Processing | None:
+    """The processing where a sample has images or videos; of a stream, where one may."""
+    found = any(
+        isinstance(data, StreamedDataset)
+        or (
+            isinstance(data, TokenizedDataset)
+            and bool(store.media_of(data.stores, data.entries).any())
+        )
+        for data in sets
+    )
+    return media if found else None
 
 
 def short_names(data_sets: Sequence[str]) -> list[str]:
@@ -276,7 +289,13 @@ def stream_dataset(
 
 
 def _load_saved(
-    path: Path, kind: Kind, rules: Rules, packed: bool, tokenizer: Any, log: logging.Logger
+    path: Path,
+    kind: Kind,
+    rules: Rules,
+    packed: bool,
+    tokenizer: Any,
+    log: logging.Logger,
+    media: Processing | None,
 ) -> Datasets:
     log.warning(
         f"The data are read from tokenized_path ({path}): dataset, template and their kin have no"
@@ -295,7 +314,7 @@ def _load_saved(
     train = made.pop("train", None)
     if train is not None:
         log.info("Training example: " + preview(train[0], tokenizer))
-    return Datasets(train, made)
+    return Datasets(train, made, _used(media, (train, *made.values())))
 
 
 def _save(

@@ -8,6 +8,7 @@ Both know the whole row and come to the same answer on every rank.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
@@ -103,24 +104,31 @@ def steps_of(row: Row) -> list[Step]:
     for at, *others in same.values():
         unit = row.media[at]
         numbers = range(unit.steps + 1) if unit.even else (0, unit.steps)
+        held = [_Placeholders(row.media[i].spans) for i in (at, *others)]
         for first, last in itertools.pairwise(numbers):
-            places = _cut(unit.spans, *unit.features(first, last))
-            copies = tuple(
-                _cut(row.media[i].spans, *row.media[i].features(first, last)) for i in others
-            )
-            out.append(Step(unit, at, first, last, places, copies))
+            places, *copies = (rows.rows(*unit.features(first, last)) for rows in held)
+            out.append(Step(unit, at, first, last, places, tuple(copies)))
     return out
 
 
-def _cut(spans: Sequence[tuple[int, int]], first: int, last: int) -> tuple[Interval, ...]:
-    """The rows of placeholders [first, last) of those in spans of (start, number)."""
-    out, before = [], 0
-    for start, number in spans:
-        a, b = max(first - before, 0), min(last - before, number)
-        if a < b:
-            out.append((start + a, start + b))
-        before += number
-    return tuple(out)
+class _Placeholders:
+    """The rows of a unit's placeholders, by their place among them."""
+
+    def __init__(self, spans: Sequence[tuple[int, int]]) -> None:
+        self.spans = spans
+        self.before = list(itertools.accumulate((count for _, count in spans), initial=0))
+
+    def rows(self, first: int, last: int) -> tuple[Interval, ...]:
+        """Of the placeholders [first, last)."""
+        out = []
+        at = bisect.bisect_right(self.before, first) - 1
+        while at < len(self.spans) and self.before[at] < last:
+            start, before = self.spans[at][0], self.before[at]
+            a, b = max(first, before), min(last, self.before[at + 1])
+            if a < b:
+                out.append((start + a - before, start + b - before))
+            at += 1
+        return tuple(out)
 
 
 def _joined(steps: Sequence[Step]) -> list[Dealt]:

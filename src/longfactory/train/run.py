@@ -732,7 +732,8 @@ def row_images(
     """What rows with images need; None where no data set of the run has any."""
     if datasets.processing is None:
         return None
-    zero3 = args.hf_deepspeed_config is not None and args.hf_deepspeed_config.is_zero3()
+    deepspeed = getattr(args, "hf_deepspeed_config", None)
+    zero3 = deepspeed is not None and deepspeed.is_zero3()
     return RowImages(model, ctx, equal_calls=zero3, processing=datasets.processing)
 
 

@@ -27,6 +27,7 @@ from transformers.integrations.deepspeed import deepspeed_init
 from transformers.trainer_utils import EvalLoopOutput
 
 from longfactory import sp
+from longfactory.data.media.load import MediaLoading
 from longfactory.data.row import Row
 from longfactory.errors import UserError
 from longfactory.model.outputs import TokenOutputs
@@ -144,6 +145,7 @@ class RowTrainer(ResumableTrainer):
             self.pad_id,
             empty_row,
             lambda: self.reference.numbers_of(dataset),
+            self._media_loading(),
         )
         sampler = None
         if hasattr(dataset, "__len__"):
@@ -173,6 +175,12 @@ class RowTrainer(ResumableTrainer):
             prefetch=args.dataloader_prefetch_factor,
             endless=endless,
         )
+
+    def _media_loading(self) -> MediaLoading | None:
+        """How a loader decodes what this rank is dealt of a row's images."""
+        if self.images is None or self.images.processing is None:
+            return None
+        return MediaLoading(self.images.processing, self.images.dealing)
 
     def get_train_dataloader(self) -> DataLoader:
         loader = self.loader(self.train_dataset, self._train_batch_size, self.shuffle, endless=True)

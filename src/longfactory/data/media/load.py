@@ -30,11 +30,6 @@ class MediaLoading:
         return load_dealt(row, self.deal(row), self.processing) if row.media else row
 
 
-def deal_all(row: Row) -> list[Dealt]:
-    """Every unit, whole: for one process, chat and predictions."""
-    return [Dealt(i, 0, unit.steps) for i, unit in enumerate(row.media)]
-
-
 def load_dealt(row: Row, dealt: Sequence[Dealt], processing: Processing) -> Row:
     """The row with its `pixels`.
 

@@ -18,6 +18,9 @@ from longfactory.train.verify import alone
 from longfactory.train.verify.alone import Item, Text
 from longfactory.train.verify.report import RowShape
 
+IMAGE_TOKENS = 1024
+"""By how many tokens a shortened document may be longer, so that it keeps an image."""
+
 
 def truncate(
     samples: Sequence[Sequence[TokenizedDocument]], tokens: int
@@ -36,11 +39,14 @@ def truncate(
 
 
 def last_tokens(document: TokenizedDocument, keep: int) -> TokenizedDocument:
-    """A document's last `keep` tokens, or fewer: it does not begin inside an image. Where nothing
-    but an image is left it stays whole.
+    """A document's last `keep` tokens, or fewer: it does not begin inside an image. Its last image
+    stays in it where that takes at most `IMAGE_TOKENS` more; where nothing but an image is left the
+    document stays whole.
     """
     length = len(document.input_ids)
     start = max(0, length - keep)
+    if document.media and 0 < start - document.media[-1].spans[0][0] <= IMAGE_TOKENS:
+        start = document.media[-1].spans[0][0]
     for unit in document.media:
         end = sum(unit.spans[-1])
         if unit.spans[0][0] < start < end:
