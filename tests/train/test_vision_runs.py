@@ -57,6 +57,8 @@ def write_model(folder: Path, family: str) -> None:
         given.pop("image_token_id", None)
     else:
         vision["patch_size"] = 16 if family == "qwen3_vl" else 14
+        if "window_size" in vision:
+            vision["window_size"] = 56
         for kind in ("image", "video"):
             given[f"{kind}_token_id"] = tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>")
     config = AutoConfig.for_model(**given)

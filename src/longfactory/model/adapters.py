@@ -97,6 +97,7 @@ def _frozen_names(inner: Any, method: Any) -> set[str]:
     language = [text_model.decoder(inner), inner.get_output_embeddings()]
     of["language"] = {id(p) for m in language if m is not None for p in m.parameters()}
     frozen = set().union(*(of[part] for part in frozen_parts(method)))
+    frozen |= {id(p) for p in vision.unused_parameters(inner)}
     return {n for n, p in inner.named_parameters(remove_duplicate=False) if id(p) in frozen}
 
 

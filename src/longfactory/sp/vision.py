@@ -205,6 +205,7 @@ _REASONS = {
     ),
 }
 
+_SIGLIP = "siglip_vision_model"
 _BLOCKS = ("gemma3",)
 """Families whose text decoder lets the tokens of an image see each other."""
 
@@ -423,6 +424,20 @@ def is_trained(model: PreTrainedModel) -> bool:
     return any(p.requires_grad for m in modules for p in m.parameters()) or any(
         p.requires_grad for p in own_parameters(model)
     )
+
+
+def unused_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Parameters of a tower that no feature passes through: the pooling head of SigLIP, whose
+    output no text model reads.
+    """
+    if family_of(model.config) is None or model.config.vision_config.model_type != _SIGLIP:
+        return []
+    return [
+        p
+        for tower in modules_of(model)["tower"]
+        for name, p in tower.named_parameters()
+        if "head" in name.split(".")
+    ]
 
 
 def own_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
