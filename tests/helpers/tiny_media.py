@@ -180,12 +180,18 @@ def encoded(image: Image.Image, form: str = "PNG") -> bytes:
 
 
 def write_video(
-    path: Path, frames: int, width: int = 64, height: int = 48, rate: int = 8, codec: str = "mpeg4"
+    path: Path,
+    frames: int,
+    width: int = 64,
+    height: int = 48,
+    rate: int = 8,
+    codec: str = "mpeg4",
+    options: dict[str, str] | None = None,
 ) -> Path:
     """A short video; needs PyAV."""
     import av
 
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=options or {}) as container:
         stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.gop_size = 4
