@@ -410,9 +410,9 @@ def ended_in_time(command: list[str], env: dict[str, str], limit: float | None) 
     return (TOO_LONG if over.is_set() else process.returncode), text
 
 
-def planned(name: str, gpus: int, home: Path, kind: str) -> dict[str, Any]:
+def planned(name: str, at: Setting, gpus: int, home: Path, kind: str) -> dict[str, Any]:
     """One setting, planned for `kind` of GPU without running it: its keys hold."""
-    given = keys_of(name, SETTINGS[name], gpus, 3, home, weights=False)
+    given = keys_of(name, at, gpus, 3, home, weights=False)
     words = [f"{key}={value}" for key, value in given.items()]
     command = [sys.executable, "-m", "longfactory.cli", "plan", *words]
     command += ["--gpus", f"{gpus}x{kind}", "--host-gib", "128"]
@@ -471,7 +471,9 @@ def main() -> int:
     end = time.time() + args.limit
     if args.check:
         with tempfile.TemporaryDirectory() as folder:
-            every = [planned(name, args.gpus, Path(folder), args.kind) for name in names]
+            every = [
+                planned(name, SETTINGS[name], args.gpus, Path(folder), args.kind) for name in names
+            ]
         for each in every:
             print(f"== {each['name']}, {each['gpus']} GPUs: exit {each['rc']}\n{each['text']}")
         return int(any(each["rc"] for each in every))

@@ -65,6 +65,14 @@ def test_words_stand_anywhere(run, capsys):
     assert first == planned(capsys, run, "--gpu", "H100", "--gpus", "4", "memory=long")
 
 
+def test_words_alone_are_a_run(run, capsys):
+    words = [line.replace(": ", "=") for line in Path(run).read_text().splitlines()]
+    alone = planned(capsys, *words, "memory=long", "--gpus", "4xH100")
+    assert alone == planned(capsys, run, "memory=long", "--gpus", "4xH100")
+    with pytest.raises(UserError, match="needs a run's file"):
+        main(["memory=long", "--gpus", "4xH100"])
+
+
 def test_quantised_and_adapted_weights_are_counted(run, capsys):
     words = [run, "--gpus", "1xH100", "sequence_parallel_size=1"]
     lora = planned(capsys, *words, "finetuning_type=lora", "lora_rank=8")

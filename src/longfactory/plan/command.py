@@ -159,20 +159,23 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def words_of(a: argparse.Namespace) -> list[str]:
-    """The run's file and words, with what the options change, as `load_config` reads them."""
+    """The run's file and words, with what the options change, as `load_config` reads them. Words
+    alone are a run, as for `longfactory train`, where they name its model.
+    """
     from longfactory.config.read import FILES
 
     words = list(a.run)
     is_file = bool(words) and words[0].lower().endswith(FILES)
     if is_file and Path(words[0]).name == "config.json":
         is_file = False  # a model's
-    if not is_file:
+    named = any(word.startswith("model_name_or_path=") for word in words)
+    if not is_file and not (named and "=" in words[0] and a.model is None):
         if words and "=" not in words[0]:
             if a.model is not None:
                 raise UserError(f"{words[0]} and --model {a.model} name two models. Keep one.")
             a.model = words.pop(0)
         if a.model is None:
-            raise UserError("plan needs a run's file, or --model.")
+            raise UserError("plan needs a run's file, model_name_or_path=..., or --model.")
         # A model alone: all its weights, rows of 128k tokens.
         words = [
             "stage=sft",
