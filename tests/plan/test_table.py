@@ -169,7 +169,7 @@ def test_a_config_json_is_a_model(seven: str, tmp_path: Path, capsys):
         main(["--model", str(tmp_path / "config.json")])
     with pytest.raises(UserError, match="two models"):
         main([seven, "--model", "7b"])
-    with pytest.raises(UserError, match=r"a run's file, or --model"):
+    with pytest.raises(UserError, match=r"a run's file, model_name_or_path=..., or --model"):
         main(["--gpus", "8"])
 
 

@@ -22,7 +22,7 @@ from longfactory.stages.kto import KTOStage
 from longfactory.stages.pairs import document_logps
 from longfactory.stages.preference import PreferenceStage
 from longfactory.train import reference
-from longfactory.train.reference.attach import _parts, check_ref_model
+from longfactory.train.reference.attach import check_ref_model, reference_parts
 from longfactory.train.reference.cache import damage
 from oracles import Groups
 
@@ -375,7 +375,7 @@ def test_what_makes_other_numbers(
             for k, v in given.items()
             if k in ("model_name_or_path", "ref_model", "adapter_name_or_path")
         }
-        return _parts(from_mapping(given | paths), data)
+        return reference_parts(from_mapping(given | paths), data)
 
     assert (parts(before) == parts(after)) == same
 
