@@ -142,7 +142,10 @@ class Preparer:
         if self.media is None:
             if conversation.images or conversation.videos:
                 what = "images" if conversation.images else "videos"
-                raise BadRow(f"media: the row has {what}, and the model takes text alone")
+                raise BadRow(
+                    f"media: the row has {what}, and the model takes text alone, or its folder has"
+                    " no preprocessor_config.json or processor_config.json"
+                )
             return *self.kind.parts(conversation, self.template, self.options), None
         marked = text.mark(conversation, self.media, place)
         parts, flag = self.kind.parts(marked.conversation, self.template, self.options)

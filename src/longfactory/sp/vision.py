@@ -133,7 +133,9 @@ def _grid_features(model: Any, images: Sequence[Images], device: torch.device) -
         grid = _to(grid, device)
     out = model.get_image_features(_pixels(images, device), grid, return_dict=True, **kwargs)
     levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or ())]
-    return torch.cat([torch.cat(tuple(level)) for level in levels], dim=-1)
+    # A level is one tensor of all images, or one for each of them.
+    whole = [x if isinstance(x, Tensor) else torch.cat(tuple(x)) for x in levels]
+    return torch.cat(whole, dim=-1)
 
 
 def _tile_features(model: Any, images: Sequence[Images], device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from longfactory.data.media.families import (
 )
 from longfactory.data.template_table import TABLE
 from longfactory.errors import DataError
+
+log = logging.getLogger("longfactory")
 
 URL = "url"
 OUTSIDE = "outside"
@@ -80,7 +83,8 @@ class Processing:
 def make_processing(
     folder: str, config: dict[str, Any], args: DataSettings, tokenizer: Any
 ) -> Processing | None:
-    """The processing of a model's media; None for a model that takes text alone.
+    """The processing of a model's media; None for a model that takes text alone, and for a folder
+    without a processor, which trains on text: its rows with media are bad rows.
 
     Args:
         folder: the model's, or its name on the hub.
@@ -92,6 +96,13 @@ def make_processing(
             another family, or a tokenizer without the placeholder tokens.
     """
     if not config.get("vision_config"):
+        return None
+    files = ("preprocessor_config.json", "processor_config.json")
+    if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in files):
+        log.warning(
+            f"{folder} has neither {files[0]} nor {files[1]}: the model is trained on text alone,"
+            " and a row with images or videos is a bad row."
+        )
         return None
     model_type = str(config.get("model_type"))
     name = OF_MODEL.get(model_type)

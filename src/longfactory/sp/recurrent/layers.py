@@ -74,6 +74,13 @@ MODELS = frozenset(
 )
 """Text models whose mixers are made of the functions above."""
 
+NOT_REACHED = (
+    "the plan of the row does not reach its recurrent layers: the model does not pass the"
+    " arguments of its call on to them"
+)
+_UNREACHED = frozenset({"jamba", "mamba", "mamba2", "falcon_mamba"})
+"""Of these, models that call their decoder layers without the arguments of their own call."""
+
 _LIGHTNING = frozenset({"MiniMaxLightningAttention"})
 """Classes whose recurrence stands in their forward, which is written here."""
 
@@ -111,6 +118,8 @@ _REASONS = {
 
 def unsupported(config: Any) -> str | None:
     """Why layers of this configuration cannot be computed, or None."""
+    if config.model_type in _UNREACHED:
+        return NOT_REACHED
     kinds = dict.fromkeys(getattr(config, "layer_types", None) or ())
     for kind in sorted(kinds, key=lambda kind: kind in LAYERS):
         if kind in LAYERS and config.model_type in MODELS:
