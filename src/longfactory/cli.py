@@ -34,6 +34,7 @@ LongFactory {version}: post-train language models on sequences of any length.
   longfactory export run.yaml [key=value ...]    merge LoRA adapters, write a plain model, push it
   longfactory expand model_name_or_path=... export_dir=... num_expand=8    add layers for use_llama_pro
   longfactory chat   run.yaml [key=value ...]    talk to a model
+  longfactory webui  [--port 7860 ...]           a page to compose, start, follow and compare runs
   longfactory env                                what is installed, for a bug report
   longfactory schema                             JSON schema of the YAML, for editors
   longfactory completion bash|zsh|fish           a script that completes commands and keys
@@ -386,6 +387,13 @@ def completion(argv: list[str]) -> int:
     return 0
 
 
+def webui(argv: list[str]) -> int:
+    """`longfactory webui`. Returns the exit status."""
+    from longfactory.webui.command import main as serve
+
+    return serve(argv)
+
+
 def env(argv: list[str]) -> int:
     """`longfactory env`. Returns the exit status."""
     from longfactory.output.environment import report
@@ -409,6 +417,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "export": export,
     "expand": expand,
     "chat": chat,
+    "webui": webui,
     "env": env,
     "schema": schema,
     "completion": completion,
@@ -436,7 +445,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return launch.USER_ERROR
-    if rest and rest[0] in ("-h", "--help", "help") and command not in ("plan", "init"):
+    own_help = command in ("plan", "init", "webui")
+    if rest and rest[0] in ("-h", "--help", "help") and not own_help:
         if command in READS_KEYS:
             from longfactory.config.help import help_text
 
