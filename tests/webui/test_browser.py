@@ -193,7 +193,9 @@ def test_a_run_is_followed_by_two_viewers_and_compared(
     second.check("#board input[type=checkbox]")
     # A line that is cut, and a run that vanishes, while the board is open.
     with (home / "out" / "one" / "trainer_log.jsonl").open("a") as log:
-        log.write('{"current_steps": 7, "loss"\n{"current_steps": 8, "total_steps": 8, "loss": 1}\n')
+        log.write(
+            '{"current_steps": 7, "loss"\n{"current_steps": 8, "total_steps": 8, "loss": 1}\n'
+        )
     second.wait_for_selector("#board >> text=1 lines of its log cannot be read")
     os.rename(home / "out" / "two", tmp_path / "two")
     second.wait_for_selector("#board >> text=its log is not there any more")
@@ -236,21 +238,26 @@ def test_chat_and_export(open_page: Callable[[], Any], home: Path) -> None:
     page.wait_for_function("document.querySelector('#model-yaml').value.includes('model')")
     keys = page.input_value("#model-yaml").replace("256", "8")
     page.fill("#model-yaml", keys + f"template: chatml\nexport_dir: {home / 'exported'}\n")
-    page.fill("#model-yaml", "\n".join(dict.fromkeys(
-        line for line in page.input_value("#model-yaml").splitlines() if "_exported" not in line
-    )))
+    page.fill(
+        "#model-yaml",
+        "\n".join(
+            dict.fromkeys(
+                line
+                for line in page.input_value("#model-yaml").splitlines()
+                if "_exported" not in line
+            )
+        ),
+    )
     page.click("#load")
     page.wait_for_function(
-        "document.querySelector('#chat-state').textContent === "
-        f"{json.dumps(str(home / 'model'))}",
+        f"document.querySelector('#chat-state').textContent === {json.dumps(str(home / 'model'))}",
         timeout=LONG,
     )
     page.fill("#message", "hello <b>you</b>")
     page.press("#message", "Enter")
     page.wait_for_selector(".message.user >> text=hello <b>you</b>")
     page.wait_for_function(
-        "document.querySelector('#chat-state').textContent === "
-        f"{json.dumps(str(home / 'model'))}",
+        f"document.querySelector('#chat-state').textContent === {json.dumps(str(home / 'model'))}",
         timeout=LONG,
     )
     other = open_page()

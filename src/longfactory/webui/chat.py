@@ -29,6 +29,7 @@ class Chat:
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
+        self._starting = threading.Lock()
         self._errors: list[str] = []
         self.state = "none"
         """none, loading, ready, answering, ended"""
@@ -44,6 +45,10 @@ class Chat:
             run: the file of its keys, which the caller has checked.
             model: what the page calls it.
         """
+        with self._starting:  # two viewers at once
+            self._start(run, model)
+
+    def _start(self, run: Path, model: str) -> None:
         self.close()
         process = subprocess.Popen(
             talk_command(run),

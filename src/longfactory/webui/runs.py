@@ -172,6 +172,7 @@ class Board:
         self._looked = -math.inf
         self._lock = threading.Lock()
         self._files: dict[Path, tuple[tuple[int, int], Any]] = {}
+        self._curves: dict[Path, tuple[str, dict[str, list[list[float]]]]] = {}
 
     def find(self, at_once: bool = False) -> list[Path]:
         """Folders that hold a run, the last written first. Those that have vanished stay until the
@@ -204,26 +205,31 @@ class Board:
             log = self.logs.setdefault(folder, Log(folder / LOG_FILE))
             log.refresh()
             rows, malformed, gone = list(log.rows), log.malformed, log.gone
-            generation = log.generation
+            version = f"{log.generation}:{len(rows)}:{malformed}:{int(gone)}"
         last = rows[-1] if rows else {}
+        drawn = self._curves.get(folder)
+        if drawn is None or drawn[0] != version:
+            drawn = self._curves[folder] = (version, curves(rows))
         return {
             "folder": str(folder),
             "name": self.name(folder),
-            "version": f"{generation}:{len(rows)}:{malformed}:{int(gone)}",
+            "version": version,
             "gone": gone,
             "malformed": malformed,
             "step": last.get(STEP),
             "steps": last.get(TOTAL),
             "updated": _written_at(folder),
-            "curves": curves(rows),
+            "curves": drawn[1],
             "keys": self.keys(folder),
             "results": self.results(folder),
             "verify": self.verify(folder, reports),
         }
 
-    def last_row(self, folder: Path) -> dict[str, float]:
-        """The last line of a run's log; empty where there is none."""
-        if not self.folders.holds(folder / LOG_FILE):
+    def last_row(self, folder: Path, since: float) -> dict[str, float]:
+        """The last line of a run's log; empty where there is none, or the log was last written
+        before that time: then it is of another run in the same folder.
+        """
+        if not self.folders.holds(folder / LOG_FILE) or _written_at(folder) < since:
             return {}
         with self._lock:
             log = self.logs.setdefault(folder, Log(folder / LOG_FILE))

@@ -88,11 +88,7 @@ class Page:
 
     def job_as_json(self, job: Job) -> dict[str, Any]:
         """A job with how far it is."""
-        row = self.board.last_row(Path(job.output_dir)) if job.output_dir else {}
-        # A line that is older than the job is of a run before it in the same folder.
-        log = Path(job.output_dir) / "trainer_log.jsonl"
-        if not row or not log.exists() or log.stat().st_mtime < job.started:
-            row = {}
+        row = self.board.last_row(Path(job.output_dir), job.started) if job.output_dir else {}
         return {**job.as_json(), "last": row}
 
 

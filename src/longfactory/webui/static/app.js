@@ -153,7 +153,7 @@ function showVerdict(found, fine) {
     api(`/api/data_sets?folder=${encodeURIComponent(folder)}`).catch(() => ({ data_sets: [] })).then((answer) =>
       by("data-sets").replaceChildren(...answer.data_sets.map((name) => make("option", { value: name }))));
   }
-  if (fine) { askDry(); askPlan(); }
+  if (fine) askSoon();
 }
 
 // Asks a process of its own; a question that has changed meanwhile is given up.
@@ -190,6 +190,7 @@ async function askPlan() {
 for (const id of ["gpus", "gpu"]) by(id).onchange = () => { if (checkedFine) askPlan(); };
 
 const checkSoon = later(250, checkRun);
+const askSoon = later(700, () => { if (checkedFine) { askDry(); askPlan(); } });  // each starts a process
 function yamlChanged() {
   checkedFine = false;
   for (const id of ["start", "verify", "show-data"]) by(id).disabled = true;
