@@ -70,6 +70,15 @@ def test_a_line_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert all(re.fullmatch(r"\d+:\d\d:\d\d", line[k]) for k in ("elapsed_time", "remaining_time"))
 
 
+def test_rewards_of_pairs_stand_in_the_line(tmp_path: Path) -> None:
+    log = LogFile(str(tmp_path))
+    log.on_train_begin(None, state(0), None)
+    rewards = {"rewards/chosen": 0.5, "rewards/rejected": 0.25, "rewards/margins": 0.25}
+    log.on_log(None, state(1), None, logs={"loss": 1.0, **rewards, "logps/chosen": -3.0})
+    (line,) = read_log(tmp_path)
+    assert {name: line.get(name) for name in rewards} == rewards and "logps/chosen" not in line
+
+
 @pytest.mark.parametrize(
     ("logs", "fields"),
     [

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from served_page import Served, served
 from small_runs import text, write_model
 

@@ -10,8 +10,8 @@ import pytest
 
 from longfactory.config import load_config
 from longfactory.data.module import cache_root
+from longfactory.data.samples import DecodedDocument, Part
 from longfactory.errors import UserError
-from longfactory.train.verify.samples import DecodedDocument, Part
 from longfactory.webui import preview as previews
 from longfactory.webui.folders import Folders
 from longfactory.webui.preview import preview

@@ -117,6 +117,8 @@ class LogFile(TrainerCallback):
             "remaining_time": str(timedelta(seconds=int(remaining))),
         }
         line |= {name: logs[name] for name in Rates.__dataclass_fields__ if name in logs}
+        means = ("rewards/chosen", "rewards/rejected", "rewards/margins")
+        line |= {name: logs[name] for name in means if name in logs}
         # With eval_on_each_dataset every set has a loss of its own.
         line |= {
             k: v

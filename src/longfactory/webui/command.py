@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from longfactory import resources
 from longfactory.errors import UserError
 from longfactory.webui.access import SHORTEST_TOKEN, Access, is_loopback, own_names
 from longfactory.webui.folders import Folders
@@ -150,7 +151,7 @@ def serve(a: argparse.Namespace, folders: Folders, token: str | None, port: sock
     from longfactory.webui.server import Page, make_app
 
     number = port.getsockname()[1]
-    page = Page(folders, a.allow_code, recipes_folder())
+    page = Page(folders, a.allow_code, resources.folder("examples"))
     app = Access(
         make_app(page), own_names(a.host, a.allow_host), is_loopback(a.host), token, number
     )
@@ -181,11 +182,3 @@ def serve(a: argparse.Namespace, folders: Folders, token: str | None, port: sock
     running = [job.name for job in page.jobs.all() if job.ended is None]
     if running:
         print(f"The page is closed. {len(running)} runs go on: {', '.join(running)}.")
-
-
-def recipes_folder() -> Path | None:
-    """The examples that come with LongFactory, where they are there."""
-    for place in (Path(__file__).parents[1] / "examples", Path(__file__).parents[3] / "examples"):
-        if place.is_dir():
-            return place
-    return None

@@ -20,7 +20,7 @@ from longfactory.webui.folders import Folders
 
 if TYPE_CHECKING:
     from longfactory.config import RunConfig
-    from longfactory.train.verify.samples import DecodedDocument
+    from longfactory.data.samples import DecodedDocument
 
 ROWS = 64
 """Of each data set that are read."""
@@ -36,10 +36,10 @@ def preview(cfg: RunConfig, folders: Folders) -> dict[str, Any]:
         UserError: data that cannot be used, or that lie outside of the chosen folders.
     """
     from longfactory.data.module import kind_of
+    from longfactory.data.samples import decoded_samples
     from longfactory.data.sources import read_sources
     from longfactory.model import load
     from longfactory.train.run import load_data
-    from longfactory.train.verify.samples import decoded_samples
 
     if cfg.known_cutoff_len == 0:
         raise UserError("cutoff_len: auto: the preview needs a number.")

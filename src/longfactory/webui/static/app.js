@@ -259,7 +259,8 @@ function progressOf(job) {
   if (!row.total_steps || row.current_steps === undefined) return "";
   const parts = [`step ${row.current_steps} of ${row.total_steps}`];
   if (row.loss !== undefined) parts.push(`loss ${shortNumber(row.loss)}`);
-  if (row.throughput !== undefined) parts.push(`${shortNumber(row.throughput)} tokens/s`);
+  const rate = row.tokens_per_second_per_gpu ?? row.throughput;
+  if (rate !== undefined) parts.push(`${shortNumber(rate)} tokens/s a GPU`);
   return parts.join(", ");
 }
 

@@ -4,8 +4,12 @@
 
 const TITLES = { loss: "Loss", eval_loss: "Loss of the evaluation", reward: "Reward", accuracy: "Accuracy",
   eval_accuracy: "Accuracy of the evaluation", lr: "Learning rate", grad_norm: "Norm of the gradient",
-  throughput: "Tokens/s", vram_allocated: "Memory allocated, GiB", vram_reserved: "Memory reserved, GiB" };
-const ORDER = ["loss", "eval_loss", "reward", "accuracy", "eval_accuracy", "grad_norm", "lr", "throughput"];
+  throughput: "Tokens/s",
+  tokens_per_second_per_gpu: "Tokens/s of one GPU", mfu: "MFU", peak_memory_gib: "Peak of memory, GiB",
+  data_wait: "Share of the time that waits for data", padding: "Padding, share of the tokens",
+  packing: "Packed rows: share that is filled", seconds_per_step: "Seconds of a step", vram_allocated: "Memory allocated, GiB", vram_reserved: "Memory reserved, GiB" };
+const ORDER = ["loss", "eval_loss", "reward", "accuracy", "eval_accuracy", "grad_norm", "lr", "tokens_per_second_per_gpu", "throughput",
+  "peak_memory_gib", "mfu"];
 const AXES = [["steps", 0], ["seconds", 2], ["tokens", 3]];
 
 function make(name, properties, ...children) {
@@ -37,7 +41,8 @@ function runTable(runs, colours) {
     ["loss", (r) => shortNumber(last(r.curves.loss))], ["lowest loss", (r) => shortNumber(lowest(r.curves.loss))],
     ["eval loss", (r) => shortNumber(last(r.curves.eval_loss))], ["reward", (r) => shortNumber(last(r.curves.reward))],
     ["accuracy", (r) => shortNumber(last(r.curves.accuracy))], ["grad norm", (r) => shortNumber(last(r.curves.grad_norm))],
-    ["lr", (r) => shortNumber(last(r.curves.lr))], ["tokens/s", (r) => shortNumber(last(r.curves.throughput))],
+    ["lr", (r) => shortNumber(last(r.curves.lr))],
+    ["tokens/s a GPU", (r) => shortNumber(last(r.curves.tokens_per_second_per_gpu ?? r.curves.throughput))],
     ["memory, GiB", (r) => shortNumber(last(r.curves[memory(r)]))]];
   const shown = columns.filter(([, value]) => runs.some((run) => value(run) !== ""));
   const table = make("table", { className: "summary" });
