@@ -20,7 +20,7 @@ from small_runs import write_model
 ANSWERS = """
 import json, sys
 def say(**m): print(json.dumps(m), flush=True)
-print("not json", flush=True)
+print("not json", flush=True); print("5", flush=True)
 say(ready=True)
 for line in sys.stdin:
     asked = json.loads(line)
@@ -65,7 +65,6 @@ def test_a_conversation(chat: Chat) -> None:
     chat.ask("crash")
     wait(lambda: chat.as_json()["state"] == "ended")
     assert "status 9" in chat.as_json()["error"]
-    wait(lambda: "out of memory" in chat.as_json()["error"] or True)
     chat.start(Path("run.yaml"), "another")
     wait(lambda: chat.as_json()["state"] == "ready")
     assert chat.as_json()["error"] == "" and chat.as_json()["model"] == "another"
@@ -87,9 +86,10 @@ def test_the_process_that_answers(
     asked = [{"text": "hello"}, {"clear": True}, {"text": "hello"}]
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(json.dumps(x) + "\n" for x in asked)))
     assert talk.main(words) == 0
-    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    lines = capsys.readouterr().out.splitlines()
+    said = [json.loads(line) for line in lines if line.startswith("{")]
     assert said[0] == {"ready": True}
     answers = [x["answer"] for x in said if "answer" in x]
     assert len(answers) == 2 and answers[0] == answers[1], "the conversation was not forgotten"
     assert talk.main([f"model_name_or_path={tmp_path / 'missing'}", "template=chatml"]) == 2
-    assert "error" in json.loads(capsys.readouterr().out)
+    assert "error" in json.loads(capsys.readouterr().out.splitlines()[-1])

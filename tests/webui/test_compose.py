@@ -107,9 +107,12 @@ def test_variables_of_the_server_are_not_shown(home: Path, value: str) -> None:
 
 def test_repeated_anchors_and_long_files(home: Path) -> None:
     bomb = "a: &a [x, x]\n" + "".join(
-        f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n" for i in range(20)
+        f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n" for i in range(24)
     )
-    assert check(home, bomb).problems
+    assert "anchors" in check(home, bomb).problems[0]
+    assert "anchors" in check(home, "a: &a [*a]\n").problems[0]
+    shared = run() + "lora_target: &t [q_proj, v_proj]\nadditional_target: *t\n"
+    assert check(home, shared).problems == ()
     assert "expected at most" in check(home, "# " + "x" * compose.LONGEST).problems[0]
 
 

@@ -51,8 +51,8 @@ def test_trained_tokens_are_marked(home: Path, monkeypatch: pytest.MonkeyPatch) 
     trained = "".join(p["text"] for p in parts if p["trained"])
     other = "".join(p["text"] for p in parts if not p["trained"])
     rows = json.loads((home / "talks.json").read_text())
-    assert trained == rows[0]["output"] + "<|im_end|>" and "say 0" in other
-    assert which["first"]["trained"] == len(trained) - len("<|im_end|>") + 1
+    assert trained == rows[0]["output"] + "<|im_end|>\n" and "say 0" in other
+    assert which["first"]["trained"] == len(rows[0]["output"]) + 2
     assert not (home / "cache").exists() or not list(cache_root().glob("*"))
 
 

@@ -136,6 +136,8 @@ class Chat:
             try:
                 said = json.loads(line)
             except ValueError:
+                continue  # what a library prints
+            if not isinstance(said, dict):
                 continue
             with self._lock:
                 if process is not self._process:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,8 @@ Command = Literal["train", "verify", "export", "chat"]
 COMMANDS: tuple[str, ...] = typing.get_args(Command)
 LONGEST = 200_000
 """Characters of a run's YAML."""
+MOST_VALUES = 10_000
+"""Values in it, with what its anchors repeat."""
 MODELS = ("model_name_or_path", "ref_model", "adapter_name_or_path", "ref_model_adapters")
 """Keys that name a folder or what the hub has."""
 CODE = ("trust_remote_code", "loss_path")
@@ -128,12 +131,36 @@ def parse(text: str) -> dict[str, Any]:
         return {}
     if not isinstance(found, dict):
         raise ConfigError("The run holds no keys; a mapping of keys to values is needed.")
+    if _count(found) > MOST_VALUES:
+        raise RefusedError(
+            "The run holds too many values, with what its anchors repeat; expected at most"
+            f" {MOST_VALUES}."
+        )
     if any("${" in text for text in _texts(found, set())):
         raise RefusedError(
             "The run holds ${...}, which the command replaces by variables of its environment. On"
             " this page that would show the server's: write the value itself."
         )
     return {str(name): value for name, value in found.items()}
+
+
+def _count(content: Any) -> float:
+    """Values in a YAML file, with what its anchors repeat; infinite where one holds itself."""
+    counts: dict[int, float] = {}
+
+    def count(value: Any) -> float:
+        if not isinstance(value, (dict, list)):
+            return 1
+        if id(value) not in counts:
+            counts[id(value)] = math.inf  # until it is known: met again inside of itself
+            inner = value.values() if isinstance(value, dict) else value
+            counts[id(value)] = 1 + sum(count(part) for part in inner)
+        return counts[id(value)]
+
+    try:
+        return count(content)
+    except RecursionError:
+        return math.inf
 
 
 def _texts(value: Any, seen: set[int]) -> Iterator[str]:
