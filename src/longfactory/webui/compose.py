@@ -31,7 +31,10 @@ LONGEST = 200_000
 """Characters of a run's YAML."""
 MOST_VALUES = 10_000
 """Values in it, with what its anchors repeat."""
-MODELS = ("model_name_or_path", "ref_model", "adapter_name_or_path", "ref_model_adapters")
+MODELS = (
+    *("model_name_or_path", "ref_model", "adapter_name_or_path", "ref_model_adapters"),
+    "teacher_model",
+)
 """Keys that name a folder or what the hub has."""
 CODE = ("trust_remote_code", "loss_path")
 """Keys by which a run executes code that is not LongFactory's."""
