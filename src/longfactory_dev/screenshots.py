@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ finetuning_type: full
 sequence_parallel_size: 1       # 8 shards each row over eight GPUs
 dataset: manual_sft
 template: chatml
-cutoff_len: 512
+cutoff_len: 2048
 packing: true
 
 output_dir: outputs/small_rate
@@ -37,7 +38,7 @@ logging_steps: 1
 include_num_input_tokens_seen: true
 per_device_train_batch_size: 1
 learning_rate: 1.0e-3
-max_steps: 30
+max_steps: 200
 use_cpu: true
 """
 
@@ -61,14 +62,31 @@ def take(page: Any, target: Path, selector: str | None = None) -> None:
         raise SystemExit(f"{target} has {size} bytes, expected fewer than {SMALL}.")
 
 
+def until(page: Any, expression: str, timeout: float = 30_000) -> None:
+    """Waits until a JavaScript expression is true in the page.
+
+    playwright's own wait_for_function makes code from a text inside of the page, which the page's
+    content security policy forbids.
+
+    Args:
+        timeout: milliseconds.
+    Raises:
+        AssertionError: it does not become true.
+    """
+    end = time.monotonic() + timeout / 1000
+    while not page.evaluate(f"() => Boolean({expression})"):
+        assert time.monotonic() < end, f"not true after {timeout / 1000:.0f} s: {expression}"
+        page.wait_for_timeout(100)
+
+
 def walk_through(page: Any, folder: Path) -> None:
     """Composes a run, trains it twice, and compares."""
-    page.wait_for_function("document.querySelectorAll('#recipe option').length > 1")
+    until(page, "document.querySelectorAll('#recipe option').length > 1")
     page.select_option("#recipe", label="run.yaml")
     page.wait_for_selector("#start:not([disabled])")
     for place, said in (("#dry", "output_dir"), ("#plan", "H100")):
-        page.wait_for_function(
-            f"document.querySelector('{place}').textContent.includes('{said}')", timeout=LONG
+        until(
+            page, f"document.querySelector('{place}').textContent.includes('{said}')", timeout=LONG
         )
     take(page, folder / "webui_compose.png")
     page.click("#show-data")
@@ -81,11 +99,15 @@ def walk_through(page: Any, folder: Path) -> None:
     page.fill("[data-key=output_dir]", "outputs/large_rate")
     page.wait_for_selector("#start:not([disabled])")
     page.click("#start")
-    page.wait_for_function(
-        "document.querySelector('.job.here')?.textContent.match(/step 1\\d of 30/)", timeout=LONG
+    until(page, "document.querySelectorAll('.job').length === 2")
+    until(
+        page,
+        "document.querySelector('.job.here')?.textContent.match(/step (?!\\d of)\\d+ of 200/)",
+        timeout=LONG,
     )
     take(page, folder / "webui_runs.png")
-    page.wait_for_function(
+    until(
+        page,
         "[...document.querySelectorAll('.job')].every((job) => job.textContent.includes('done'))",
         timeout=LONG,
     )
@@ -125,7 +147,7 @@ def main() -> None:
                 browser = driver.chromium.launch(
                     executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage"]
                 )
-                page = browser.new_page(viewport={"width": 1440, "height": 860})
+                page = browser.new_page(viewport={"width": 1360, "height": 720})
                 page.goto(f"http://127.0.0.1:{PORT}")
                 walk_through(page, folder)
                 browser.close()

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from longfactory_dev.screenshots import until
 from served_page import Served, served
 from small_runs import text, write_model
 
@@ -114,9 +115,9 @@ def open_page(browser: Any, server: Served) -> Iterator[Callable[[], Any]]:
 
 def compose(page: Any, **keys: object) -> None:
     """The recipe, with keys changed through the form."""
-    page.wait_for_function("document.querySelectorAll('#recipe option').length > 1")
+    until(page, "document.querySelectorAll('#recipe option').length > 1")
     page.select_option("#recipe", label="tiny.yaml")
-    page.wait_for_function("document.querySelector('#yaml').value.includes('A tiny model')")
+    until(page, "document.querySelector('#yaml').value.includes('A tiny model')")
     for name, value in keys.items():
         page.fill(f"[data-key={name}]", str(value))
     page.wait_for_selector("#start:not([disabled])")
@@ -148,13 +149,13 @@ def test_composing_says_what_is_wrong_as_one_types(open_page: Callable[[], Any])
 def test_dry_run_plan_and_data_stand_beside_the_run(open_page: Callable[[], Any]) -> None:
     page = open_page()
     compose(page)
-    page.wait_for_function(
-        "document.querySelector('#dry').textContent.includes('output_dir: out/one')", timeout=LONG
+    until(
+        page,
+        "document.querySelector('#dry').textContent.includes('output_dir: out/one')",
+        timeout=LONG,
     )
     page.select_option("#gpus", "2")
-    page.wait_for_function(
-        "document.querySelector('#plan').textContent.includes('2 x H100')", timeout=LONG
-    )
+    until(page, "document.querySelector('#plan').textContent.includes('2 x H100')", timeout=LONG)
     page.click("#show-data")
     page.wait_for_selector("#samples .sample", timeout=LONG)
     trained = page.text_content("#samples .sample .trained")
@@ -170,13 +171,14 @@ def test_a_run_is_followed_by_two_viewers_and_compared(
     for out, rate in (("out/one", "1e-3"), ("out/two", "5e-3")):
         compose(first, output_dir=out, learning_rate=rate)
         first.click("#start")
-        first.wait_for_selector("#job-bar")
+        first.wait_for_selector(f"#jobs .job.here >> text={out}")
         first.click("nav button[data-tab=compose]")
     second = open_page()
     second.click("nav button[data-tab=runs]")
-    second.wait_for_function("document.querySelectorAll('.job').length >= 2")
+    until(second, "document.querySelectorAll('.job').length >= 2")
     first.close()  # the runs go on
-    second.wait_for_function(
+    until(
+        second,
         "[...document.querySelectorAll('.job')].slice(0, 2)"
         ".every((job) => job.textContent.includes('done'))",
         timeout=LONG,
@@ -223,21 +225,23 @@ def test_a_run_is_stopped_and_has_saved(open_page: Callable[[], Any], home: Path
     page = open_page()
     compose(page, output_dir="out/long", max_steps=100000)
     page.click("#start")
-    page.wait_for_function(
-        "document.querySelector('#job')?.textContent.match(/step \\d+ of 100000/)", timeout=LONG
+    until(
+        page,
+        "document.querySelector('#job')?.textContent.match(/step \\d+ of 100000/)",
+        timeout=LONG,
     )
     page.click("#stop")
     page.wait_for_selector("#job-bar >> text=the same run goes on from there", timeout=LONG)
     assert list((home / "out" / "long").glob("checkpoint-*/trainer_state.json"))
-    assert "resum" in (page.text_content("#console") or "").lower()
+    assert "longfactory train" in (page.text_content("#console") or ""), "how it goes on"
 
 
 def test_chat_and_export(open_page: Callable[[], Any], home: Path) -> None:
     page = open_page()
     page.click("nav button[data-tab=models]")
-    page.wait_for_function("document.querySelectorAll('#model option').length > 1")
+    until(page, "document.querySelectorAll('#model option').length > 1")
     page.select_option("#model", label="model (model)")
-    page.wait_for_function("document.querySelector('#model-yaml').value.includes('model')")
+    until(page, "document.querySelector('#model-yaml').value.includes('model')")
     keys = page.input_value("#model-yaml").replace("256", "8")
     page.fill("#model-yaml", keys + f"template: chatml\nexport_dir: {home / 'exported'}\n")
     page.fill(
@@ -251,14 +255,16 @@ def test_chat_and_export(open_page: Callable[[], Any], home: Path) -> None:
         ),
     )
     page.click("#load")
-    page.wait_for_function(
+    until(
+        page,
         f"document.querySelector('#chat-state').textContent === {json.dumps(str(home / 'model'))}",
         timeout=LONG,
     )
     page.fill("#message", "hello <b>you</b>")
     page.press("#message", "Enter")
     page.wait_for_selector(".message.user >> text=hello <b>you</b>")
-    page.wait_for_function(
+    until(
+        page,
         f"document.querySelector('#chat-state').textContent === {json.dumps(str(home / 'model'))}",
         timeout=LONG,
     )
@@ -267,8 +273,10 @@ def test_chat_and_export(open_page: Callable[[], Any], home: Path) -> None:
     other.wait_for_selector(".message.user >> text=hello <b>you</b>")
     page.click("#unload")
     page.click("#export")
-    page.wait_for_function(
-        "document.querySelector('#job')?.textContent.includes('The model is in')", timeout=LONG
+    until(
+        page,
+        "document.querySelector('#job')?.textContent.includes('The model is in')",
+        timeout=LONG,
     )
     assert (home / "exported" / "model.safetensors").is_file()
 
@@ -298,7 +306,7 @@ def test_a_page_of_another_site_can_do_nothing(
     try:
         page = context.new_page()
         page.goto(f"http://localhost:{other.server_port}/")
-        page.wait_for_function("window.done === true", timeout=60_000)
+        until(page, "window.done === true", timeout=60_000)
         assert all(t in ("refused", "opaque") for t in page.evaluate("told"))
         time.sleep(0.2)
         assert len(server.page.jobs.all()) == started

@@ -246,6 +246,10 @@ by("show-data").onclick = async () => {
         sample.documents.length > 1 ? make("span", { className: "pale", textContent: `${i + 1} ${document.role}\n` }) : null,
         ...document.parts.map((part) => make("span", { textContent: part.text,
           className: part.trained === null ? "cut" : part.trained ? "trained" : "" })))))));
+  for (const text of by("samples").querySelectorAll("pre")) {  // what is trained often stands at the end
+    const first = text.querySelector(".trained");
+    if (first) text.scrollTop = first.offsetTop - text.offsetTop - text.clientHeight / 2;
+  }
 };
 
 // -- runs --------------------------------------------------------------------------------------------
@@ -253,6 +257,12 @@ by("show-data").onclick = async () => {
 let chosenJob = null;
 const STATES = { running: "good", stopping: "warning", done: "good", stopped: "warning", failed: "problem", unknown: "problem" };
 const MEANING = { stopped: "stopped, saved: the same run goes on from there", unknown: "ended while this server did not run: its console says how" };
+
+// A path from the chosen folder on, as the board names its runs.
+function shortPath(path) {
+  const root = about.folders.find((folder) => path.startsWith(`${folder}/`));
+  return root ? path.slice(root.length + 1) : path;
+}
 
 function progressOf(job) {
   const row = job.last || {};
@@ -270,7 +280,7 @@ async function showJobs() {
   by("jobs").replaceChildren(...jobs.map((job) => {
     const button = make("button", { className: `job${job.name === chosenJob ? " here" : ""}`, onclick: () => { chosenJob = job.name; showJobs(); } },
       make("strong", { textContent: `${job.command} ` }), make("span", { className: STATES[job.state], textContent: job.state }),
-      make("div", { className: "where", textContent: job.output_dir || job.name }),
+      make("div", { className: "where", textContent: shortPath(job.output_dir) || job.name }),
       make("div", { className: "pale", textContent: [new Date(job.started * 1000).toLocaleString(), progressOf(job)].filter(Boolean).join(" \u00b7 ") }));
     if (job.last && job.last.total_steps)
       button.append(make("progress", { max: job.last.total_steps, value: job.last.current_steps }));
@@ -310,12 +320,16 @@ repeat("runs", 1.5, showJobs);
 
 // -- the board ---------------------------------------------------------------------------------------
 
-const chosenRuns = new Set(), kept = {};
+const chosenRuns = new Set(), seenRuns = new Set(), kept = {};
 let firstLook = true, drawn = "";
 
 async function showRuns() {
   const { runs } = await api("/api/runs");
-  if (firstLook && runs.length) { firstLook = false; runs.slice(0, 4).forEach((run) => chosenRuns.add(run.folder)); }
+  runs.forEach((run, i) => {  // the last four, and what begins while the page is open
+    if (!seenRuns.has(run.folder) && (firstLook ? i < 4 : chosenRuns.size < 10)) chosenRuns.add(run.folder);
+    seenRuns.add(run.folder);
+  });
+  firstLook = firstLook && !runs.length;
   const shown = [...by("choices").querySelectorAll("input")].map((input) => input.value);
   if (JSON.stringify(shown) !== JSON.stringify(runs.map((run) => run.folder)))
     by("choices").replaceChildren(make("div", { className: "choices" }, ...runs.map((run) => {

@@ -4,7 +4,7 @@
 
 const TITLES = { loss: "Loss", eval_loss: "Loss of the evaluation", reward: "Reward", accuracy: "Accuracy",
   eval_accuracy: "Accuracy of the evaluation", lr: "Learning rate", grad_norm: "Norm of the gradient",
-  throughput: "Tokens/s",
+  throughput: "Tokens/s since the start",
   tokens_per_second_per_gpu: "Tokens/s of one GPU", mfu: "MFU", peak_memory_gib: "Peak of memory, GiB",
   data_wait: "Share of the time that waits for data", padding: "Padding, share of the tokens",
   packing: "Packed rows: share that is filled", seconds_per_step: "Seconds of a step", vram_allocated: "Memory allocated, GiB", vram_reserved: "Memory reserved, GiB" };
