@@ -52,7 +52,7 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install -q --upgrade pip
 	$(LOWEST)/bin/python -m pip install -q -c constraints-lowest.txt torch
-	$(LOWEST)/bin/python -m pip install -q -c constraints-lowest.txt -e . pytest pytest-timeout hypothesis trl
+	$(LOWEST)/bin/python -m pip install -q -c constraints-lowest.txt -e ".[webui]" pytest pytest-timeout hypothesis trl
 	$(LOWEST)/bin/python -m pip install -q setuptools wheel ninja py-cpuinfo
 	DS_BUILD_OPS=0 $(LOWEST)/bin/python -m pip install -q -c constraints-lowest.txt --no-build-isolation deepspeed
 	$(LOWEST)/bin/python -m pip install -q --no-deps llamafactory==0.9.5

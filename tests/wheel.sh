@@ -66,6 +66,20 @@ grep -q "30 samples\|27 samples" chats.log && ! grep -q "longer than cutoff_len"
 test -f outputs/chats/adapter_model.safetensors
 $(grep -o 'longfactory chat .*' chats.log) max_new_tokens=4 <<< "What is 3 plus 3?"
 
+step "the page"
+longfactory webui --port 0 > page.txt & page=$!
+until grep -q "The page:" page.txt; do sleep 0.2; kill -0 $page; done
+"$place/venv/bin/python" - "$(grep -o 'http://[^ ]*' page.txt)" <<'PY'
+import json, sys, urllib.request
+url = sys.argv[1]
+for path in ("/", "/static/app.js", "/static/board.js", "/static/charts.js", "/static/style.css"):
+    assert urllib.request.urlopen(url + path).status == 200, path
+found = json.load(urllib.request.urlopen(url + "/api/recipes"))["recipes"]
+assert any(recipe["name"] == "quickstart.yaml" for recipe in found), found
+PY
+kill $page && wait $page
+longfactory webui --export board.html && grep -q outputs/sft board.html
+
 if [ "${QUICKSTART:-1}" = 1 ]; then
   step "quickstart"
   longfactory init examples
