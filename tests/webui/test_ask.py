@@ -12,6 +12,8 @@ from longfactory.processes import state_of
 from longfactory.webui import ask
 from longfactory.webui.ask import Answer
 
+pytestmark = pytest.mark.processes
+
 
 async def waits() -> bool:
     return False

@@ -171,6 +171,7 @@ def test_every_recipe_is_a_run_that_the_page_reads(monkeypatch: pytest.MonkeyPat
         compose.parse("a: [")
 
 
+@pytest.mark.processes
 def test_the_server_imports_neither_torch_nor_transformers() -> None:
     code = (
         "import sys; import longfactory.webui.server, longfactory.webui.command as c;"

@@ -20,6 +20,8 @@ from longfactory.processes import state_of
 from longfactory.webui import ask, jobs
 from longfactory.webui.jobs import Jobs, terminal_text
 
+pytestmark = pytest.mark.processes
+
 LATER = "import time; print('began', flush=True); time.sleep(60)"
 SAVES = (
     "import signal, sys, time\n"
