@@ -189,8 +189,8 @@ def _module_unreduced() -> Any:
 
     own = run.build_model
 
-    def build(*args: Any) -> Any:
-        built = own(*args)
+    def build(*args: Any, **kwargs: Any) -> Any:
+        built = own(*args, **kwargs)
         model = built[0]
         names = [name for name, _ in model.named_parameters() if ".layers.1.mlp" in name]
         torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
