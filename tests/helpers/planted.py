@@ -363,8 +363,8 @@ def _adapter_scale() -> Any:
 
     own = run.build_model
 
-    def build(*args: Any) -> Any:
-        built = own(*args)
+    def build(*args: Any, **kwargs: Any) -> Any:
+        built = own(*args, **kwargs)
         for module in built[0].modules():
             if isinstance(getattr(module, "scaling", None), dict):
                 module.scaling = dict.fromkeys(module.scaling, 1.0)
@@ -379,8 +379,8 @@ def _adapter_a_without_gradients() -> Any:
 
     own = run.build_model
 
-    def build(*args: Any) -> Any:
-        built = own(*args)
+    def build(*args: Any, **kwargs: Any) -> Any:
+        built = own(*args, **kwargs)
         for name, p in built[0].named_parameters():
             if "lora_A" in name and p.requires_grad:
                 p.register_hook(torch.zeros_like)
@@ -423,8 +423,8 @@ def _long_range_frequencies_dropped() -> Any:
 
     own = run.build_model
 
-    def build(*args: Any) -> Any:
-        built = own(*args)
+    def build(*args: Any, **kwargs: Any) -> Any:
+        built = own(*args, **kwargs)
         for module in built[0].modules():
             if isinstance(getattr(module, "inv_freq", None), torch.Tensor):
                 module.inv_freq[-2:] = 0.0
