@@ -67,7 +67,7 @@ test -f outputs/chats/adapter_model.safetensors
 $(grep -o 'longfactory chat .*' chats.log) max_new_tokens=4 <<< "What is 3 plus 3?"
 
 step "the page"
-longfactory webui --port 0 > page.txt & page=$!
+"$place/venv/bin/longfactory" webui --port 0 > page.txt & page=$!
 until grep -q "The page:" page.txt; do sleep 0.2; kill -0 $page; done
 "$place/venv/bin/python" - "$(grep -o 'http://[^ ]*' page.txt)" <<'PY'
 import json, sys, urllib.request
