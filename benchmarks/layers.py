@@ -2,7 +2,7 @@
 the layer's own code, recomputed in chunks as it trains where it is not hand-written.
 
     python benchmarks/layers.py --out benchmarks/results           # all GPUs of the host, 3 min on two
-    python benchmarks/layers.py --smoke --out /tmp/results         # CPU, tiny shapes: does it run?
+    python benchmarks/layers.py --smoke --out results         # CPU, tiny shapes: does it run?
 
 A row is a layer in bf16 on one document of 32,768 tokens, attention outputs saved, chunks of 8,192
 tokens: seconds of forward and backward (median of five, both ways by turns), their ratio, the peak

@@ -1,4 +1,4 @@
-"""Sequence parallelism over the GPUs of one machine: attention, scaling, length, peers, parity.
+"""Sequence parallelism over the GPUs of one machine: attention, scaling, data parallel, parity.
 
     python benchmarks/many_gpus.py --gpus 4 --part attention --out benchmarks/results
     python benchmarks/many_gpus.py --gpus 4 --part scaling --out benchmarks/results

@@ -2,7 +2,7 @@
 
     python benchmarks/recurrent.py kernels --out benchmarks/results     # one GPU, some three minutes
     python benchmarks/recurrent.py command --gpus 1 --out benchmarks/results
-    python benchmarks/recurrent.py kernels --smoke --out /tmp/r         # CPU, tiny: does it run?
+    python benchmarks/recurrent.py kernels --smoke --out results   # CPU, tiny: does it run?
 
 `kernels` prints, for each shape: errors of the output and of every gradient from float64, as shares
 of the largest value, in bf16 and beside them those of transformers' own function on the same

@@ -412,10 +412,7 @@ class _Executed:
 def _not_reached(model: PreTrainedModel, seen: Probe, executed: _Executed) -> str | None:
     """A layer or a window that did not arrive at the engine."""
     if not seen.linear and recurrent.mixers(model):
-        return (
-            "the plan of the row does not reach its recurrent layers: the model does not pass the"
-            " arguments of its call on to them"
-        )
+        return recurrent.NOT_REACHED
     if not seen.calls and not seen.linear:
         return "none of its layers pass through transformers' attention registry"
     if missed := executed.missed(seen.modules | seen.linear):
