@@ -480,4 +480,5 @@ def test_the_environment_is_written_where_processes_start_alone() -> None:
         "data/stream.py",
         "shard/settings.py",
         "train/run.py",
+        "webui/preview.py",  # a process of its own
     }
