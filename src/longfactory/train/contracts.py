@@ -28,6 +28,7 @@ OVERRIDDEN = {
     "create_scheduler": "num_training_steps, optimizer=",
     "training_step": "model, inputs, num_items_in_batch=",
     "prediction_step": "model, inputs, prediction_loss_only, ignore_keys=",
+    "evaluate": "eval_dataset=, ignore_keys=, metric_key_prefix=",
     "evaluation_loop": (
         "dataloader, description, prediction_loss_only=, ignore_keys=, metric_key_prefix="
     ),

@@ -365,8 +365,8 @@ def _tell(trainer: Any, source: Source, changes: saved.Changes) -> None:
 
 
 def evaluate(trainer: Any, cfg: RunConfig, datasets: Datasets) -> dict[str, float]:
-    """Evaluates and writes `eval_results.json`. Collective."""
-    metrics = trainer.evaluate(metric_key_prefix="eval")
+    """Evaluates, unless the last step was evaluated, and writes `eval_results.json`. Collective."""
+    metrics = trainer.evaluated()
     trainer.log_metrics("eval", metrics)
     save_metrics(trainer, "eval", metrics)
     return metrics

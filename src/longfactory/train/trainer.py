@@ -113,6 +113,7 @@ class RowTrainer(ResumableTrainer):
         # Made when the model is wrapped (`reference.attach`).
         self.reference = Reference()
         self._eval_metrics = MetricSums()
+        self._evaluation: tuple[int, dict[str, float]] | None = None
         self.meter = Meter() if meter is None else meter
         self._sums = torch.zeros(0)
         self.routing = Routing(model, ctx) if routing is None else routing
@@ -525,6 +526,29 @@ class RowTrainer(ResumableTrainer):
         )
         self._eval_metrics.add({"loss": (loss_sum, items), **metrics})
         return (loss_sum / items.clamp(min=1)).float(), None, None
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if eval_dataset is None:
+            self._evaluation = self.state.global_step, dict(metrics)
+        return metrics
+
+    def evaluated(self) -> dict[str, float]:
+        """The metrics of the evaluation data for the weights as they are: those of the evaluation
+        that was made after the last step, or of one that is made now. Collective.
+        """
+        if self._evaluation is None or self._evaluation[0] != self.state.global_step:
+            return self.evaluate()
+        return self._evaluation[1]
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._evaluation = None  # of other weights
 
     def evaluation_loop(
         self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
