@@ -5,6 +5,7 @@ and the budget that says why.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Mapping
@@ -88,7 +89,7 @@ def choose_memory(
     if job.machine.gpu_bytes == 0:
         return _without_gpu(job, fixed)
     machine = job.machine
-    found, budget, fits = choose(job, mode, HOST_SHARE, fixed)
+    found, budget, fits = _chosen(job, mode, tuple(fixed.items()))
     offloaded = budget.host.get("layer inputs and saved attention outputs", 0.0) / machine.on_host
     # Sizes in the plan are estimates: a tenth more may be pinned, within the share of the host.
     free = (HOST_SHARE * machine.host_bytes - budget.host_total) / machine.on_host + offloaded
@@ -102,6 +103,14 @@ def choose_memory(
         table(job, found, budget, fits, mode),
         advice(job, found),
     )
+
+
+@functools.lru_cache(256)
+def _chosen(
+    job: TrainingJob, mode: str, fixed: tuple[tuple[str, Any], ...]
+) -> tuple[MemorySettings, Budget, bool]:
+    """`cost.choose`, once for each job: `longfactory plan` asks for some several times."""
+    return choose(job, mode, HOST_SHARE, dict(fixed))
 
 
 def choose_masters(

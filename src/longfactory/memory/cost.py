@@ -531,9 +531,11 @@ def choose(
     best: tuple[float, MemorySettings, Budget] | None = None
     least: tuple[float, MemorySettings] | None = None
     ordered = sorted((t for t in techniques() if t.ordered), key=lambda technique: technique.depth)
-    for fastest in _agreeing(candidates(job, mode, "first"), fixed, mode):
-        if best is not None and seconds(job, fastest) >= best[0]:
-            continue  # nothing that is only leaner is faster
+    found = _agreeing(candidates(job, mode, "first"), fixed, mode)
+    first = [(seconds(job, settings), settings) for settings in found]
+    for least_seconds, fastest in sorted(first, key=lambda each: each[0]):
+        if best is not None and least_seconds >= best[0]:
+            break  # nothing that is only leaner is faster, nor are the others
         for leanest in _agreeing(_nested(job, mode, fastest, ordered, "last"), fixed, mode):
             needs = budget(job, leanest, timed=False)
             if fits(job, needs, host_share):
