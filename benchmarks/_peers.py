@@ -46,6 +46,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from _device_time import divided
 from _table import variant
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class Job:
     optimizer: bool = True
     host_share: float = 1.0  # of the host's memory, as if the machine had less
     mode: str = "zigzag-ring"
+    profile: bool = False  # one further step under the profiler: where its time goes
     name: str = ""  # what the table calls it, where rows differ in their settings alone
 
 
@@ -219,6 +221,8 @@ class Bench:
             peak = torch.cuda.max_memory_allocated() if self.cuda else 0
             reserved = torch.cuda.max_memory_reserved() if self.cuda else 0
             facts |= {"kernels": sorted(self.kernels), **after(), "versions": versions}
+            if self.job.profile and self.cuda:
+                facts["device_ms"] = divided(lambda tokens=tokens: step(tokens))
             if self.rank == 0:
                 self.say(
                     seconds=seconds,

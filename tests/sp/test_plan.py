@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import os
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from attention import MIXES, documents
 from longfactory import sp
 from longfactory.sp import Segment, SequenceParallel
 from longfactory.sp.context import over_machines
+from longfactory.sp.schedules.choose import Candidate
 from longfactory.testing import run_ranks
 
 
@@ -107,7 +111,9 @@ def test_ulysses_gives_the_ring_what_its_heads_do_not_divide(
     ("size", "heads", "kv_heads", "length", "documents", "node", "expected"),
     [
         (8, 28, 4, 65536, 1, 8, (1, "gather")),  # two merges in place of seven
-        (4, 32, 8, 65536, 1, 4, (1, "gather")),
+        (4, 32, 8, 65536, 1, 4, (4, "ring")),  # a ring of four would have small tiles
+        (4, 28, 4, 65536, 1, 4, (4, "ring")),
+        (4, 28, 4, 131072, 1, 4, (1, "gather")),
         (8, 28, 4, 1048576, 1, 8, (1, "ring")),  # keys of the whole row would take 6 GiB
         (2, 28, 4, 65536, 1, 2, (1, "ring")),  # one merge either way
         # short, as many key heads as query heads: ulysses sends least
@@ -149,11 +155,44 @@ def test_auto_knows_the_links() -> None:
     """4096 local tokens of heads without groups: 2 * 2000 FLOP a byte are done while a key travels,
     2 * 2100 are not.
     """
-    for flop_per_byte, ulysses in ((2000.0, 1), (2100.0, 4)):
+    for flop_per_byte, ulysses in ((2000.0, 1), (2100.0, 3)):
         ctx = SequenceParallel(
-            size=4, mode="auto", heads=32, kv_heads=32, flop_per_byte=flop_per_byte
+            size=3, mode="auto", heads=33, kv_heads=33, flop_per_byte=flop_per_byte
         )
-        assert sp.plan(16384, None, ctx).choice.ulysses == ulysses
+        assert sp.plan(12288, None, ctx).choice.ulysses == ulysses
+
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+def measured_speeds() -> dict[tuple[int, str], dict[str, float]]:
+    """TFLOP/s of each schedule on H200s, by the number of ranks and the name of the row."""
+    found: dict[tuple[int, str], dict[str, float]] = {}
+    for row in json.loads((RESULTS / "auto_choice.json").read_text())["rows"]:
+        speeds = {k: v for k, v in row.items() if isinstance(v, float) and "auto" not in k}
+        speeds.pop("seconds of measuring")
+        found[4, row["row"].removeprefix("one document, ")] = speeds
+    for row in json.loads((RESULTS / "attention.json").read_text())["rows"]:
+        schedule, _, what = row["row"].partition(", ")
+        if schedule in ("zigzag-ring", "ulysses", "llama3") and "both" in row:
+            name = ", ".join(reversed(what.split(", "))) if "heads" in what else what
+            found.setdefault((2, name), {})[schedule] = row["both"]
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "name"), measured_speeds())
+def test_the_rule_is_within_3_percent_of_the_fastest_schedule(ranks: int, name: str) -> None:
+    heads, kv_heads = (32, 8) if "32/8" in name else (28, 4)
+    length = 65536 if "64k" in name else 131072
+    mix = next((m for m in MIXES if m in name), None)
+    sizes = [length] if mix is None else documents(length, *MIXES[mix], seed=1)
+    edges = [0, *itertools.accumulate(sizes)]
+    segments = [Segment(a, b) for a, b in itertools.pairwise(edges)]
+    ctx = SequenceParallel(size=ranks, mode="auto", heads=heads, kv_heads=kv_heads)
+    choice = sp.plan(length, segments, ctx).choice
+    taken = Candidate(choice.ulysses, choice.exchange).name(ranks)
+    speeds = measured_speeds()[ranks, name]
+    assert speeds[taken] >= 0.97 * max(speeds.values()), speeds
 
 
 @pytest.mark.parametrize(

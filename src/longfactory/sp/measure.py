@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 CLASSES = 8
 """So many classes are measured in a run; rows of others go by the rule."""
 ROUNDS = 3
+SECONDS = 1.0
+"""What the timed rounds of a class may take. Long rows, whose times scatter less, have two."""
 EQUAL = 0.01
 """Of candidates that are as fast within this share the first one is taken, so that the same run
 chooses the same more often.
@@ -93,17 +95,22 @@ class Measure:
         ]
         steps = [functools.partial(forward_backward, plan, *tensors) for plan in plans]
         clock = self.seconds or self._clock
-        found: list[list[float]] = [[] for _ in names]
-        for i in range(ROUNDS + 1):  # in turn: a GPU's clock falls as it grows warm
-            for step, times in zip(steps, found, strict=True):
-                taken = clock(step)
-                if i:  # the first builds kernels and connections
-                    times.append(taken)
-        slowest = torch.tensor(
-            [statistics.median(t) for t in found], dtype=torch.float64, device=self.device
-        )
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=ctx.group)
-        return dict(zip(names, slowest.tolist(), strict=True))
+        for step in steps:  # builds kernels and connections
+            clock(step)
+        found = [[clock(step) for step in steps]]
+        rounds = round(SECONDS / max(1e-9, sum(self._slowest(found[0]))))
+        # in turn: a GPU's clock falls as it grows warm
+        while len(found) < min(ROUNDS, max(2, rounds)):
+            found.append([clock(step) for step in steps])
+        # of two the faster one: what else the machine did slowed the other
+        medians = [statistics.median_low(times) for times in zip(*found, strict=True)]
+        return dict(zip(names, self._slowest(medians), strict=True))
+
+    def _slowest(self, times: list[float]) -> list[float]:
+        """Each time on the rank where it is largest."""
+        found = torch.tensor(times, dtype=torch.float64, device=self.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.ctx.group)
+        return found.tolist()
 
     def _tensors(self, rows: int) -> list[Tensor]:
         """q, k, v and dout of this rank, random."""

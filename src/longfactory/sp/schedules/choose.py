@@ -102,11 +102,12 @@ def _auto(ctx: SequenceParallel, length: int, segments: Sequence[Segment], node:
     # Elements that a rank sends in the forward pass, for each local token and head dim.
     ring = 2 * kv_heads * (n - 1)
     ulysses = (2 * heads + 2 * max(kv_heads, n)) * (n - 1) / n
+    # Under ulysses documents stay whole, and nothing of the exchange is hidden: 4 bytes of an
+    # element, there and back, against 14 * keys FLOP of a query, head and number of its dim.
+    exchanged = 4 * ulysses * ctx.flop_per_byte / (14 * mean_keys(length, segments) * heads)
+    may_exchange = heads % n == 0 and n <= node and exchanged <= EXCHANGE
     if documents > 1 and n <= node:
-        # Under ulysses documents stay whole, and nothing of the exchange is hidden: 4 bytes of an
-        # element, there and back, against 14 * keys FLOP of a query, head and number of its dim.
-        keys = mean_keys(length, segments)
-        if heads % n == 0 and 4 * ulysses * ctx.flop_per_byte <= EXCHANGE * 14 * keys * heads:
+        if may_exchange:
             return Choice(
                 n, "ring", "zigzag", "ulysses: packed row of long documents, which stay whole"
             )
@@ -132,6 +133,13 @@ def _auto(ctx: SequenceParallel, length: int, segments: Sequence[Segment], node:
         return Choice(
             1, "gather", _layout(n, length, segments), "llama3: packed row over several nodes"
         )
+    if n >= 4 and may_exchange and length // n <= SMALL:
+        return Choice(
+            n,
+            "ring",
+            "zigzag",
+            f"ulysses: one document, a ring of {n} would cut it into tiles of {length // n} rows",
+        )
     if 4 <= n <= node and _gatherable(length, kv_heads):
         # A ring of n merges n - 1 times; of gathered keys a query has two tiles at most.
         return Choice(
@@ -148,6 +156,11 @@ EXCHANGE = 0.25
 """Packed rows go by heads up to this share of attention's time for the exchange. Documents of a
 median of 8k (shares of 0.10 on two H200 and of 0.16 on four) were 6 and 14 % faster by heads, those
 of a median of 1k (0.46 on two) 20 % slower."""
+SMALL = 16384
+"""Up to so many local tokens of one document, four ranks or more lose more by the many small tiles
+of a ring, and by merging them, than by an exchange of heads: 10 % against 7 and 9 on four H200 with
+rows of 64k, 2 to 4 % against 4 at twice the length (benchmarks/results/auto_choice.md).
+"""
 GATHERED = 2**30
 """Bytes that gathered keys, values and their gradients may take."""
 LONGEST = 131072
