@@ -222,7 +222,8 @@ def shapes_of(config: Any) -> Shapes:
         parameters += sum(p.numel() for p in layer.parameters())
         for module in layer.modules():
             own = [p for _, p in module.named_parameters(recurse=False)]
-            stacked = [p for p in own if p.dim() == 3]
+            convolves = isinstance(module, torch.nn.Conv1d)
+            stacked = [p for p in own if p.dim() == 3 and not convolves]
             if stacked:
                 flipped = bool(getattr(module, "is_transposed", False))
                 maps = [p.shape[1:] if flipped else p.shape[1:][::-1] for p in stacked]

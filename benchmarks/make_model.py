@@ -94,6 +94,54 @@ SHAPES: dict[str, dict[str, Any]] = {
             + ["full_attention"],
         }
     ),
+    "qwen3.5-35b-a3b": (
+        COMMON
+        | {
+            "model_type": "qwen3_5_moe_text",
+            "architectures": ["Qwen3_5MoeForCausalLM"],
+            "vocab_size": 248320,
+            "hidden_size": 2048,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 2,
+            "head_dim": 256,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 32,
+            "num_experts": 256,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+            "layer_types": ["linear_attention"] * 3
+            + ["full_attention"]
+            + ["linear_attention"] * 3
+            + ["full_attention"],
+        }
+    ),
+    "granite-4-h-tiny": (
+        COMMON
+        | {
+            "model_type": "granitemoehybrid",
+            "architectures": ["GraniteMoeHybridForCausalLM"],
+            "vocab_size": 100352,
+            "hidden_size": 1536,
+            "intermediate_size": 512,
+            "shared_intermediate_size": 1024,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 4,
+            "num_local_experts": 64,
+            "num_experts_per_tok": 6,
+            "mamba_n_heads": 48,
+            "mamba_d_head": 64,
+            "mamba_d_state": 128,
+            "mamba_n_groups": 1,
+            "mamba_expand": 2,
+            "mamba_chunk_size": 256,
+            "position_embedding_type": "nope",
+            "tie_word_embeddings": True,
+            "layer_types": ["mamba"] * 5 + ["attention"] + ["mamba"] * 2,
+        }
+    ),
     "nemotron-h-8b": (
         COMMON
         | {

@@ -19,6 +19,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
+from _parts import table as parts_table
 from _table import command_line, machine_name
 from longfactory import sp
 from longfactory.sp.recurrent import chunked
@@ -255,14 +257,17 @@ def convolving(
     with torch.no_grad():
         row["forward ms"] = milliseconds(lambda: run(x, weight), device)
     row["both ms"] = milliseconds(lambda: graded(run, [x, weight], slope), device)
+    if device == "cuda":
+        row["kernels ms"] = kernels(lambda: graded(run, [x, weight], slope))
+    # float64 on fewer tokens, with which `run` goes on
+    plan = plan_of([tokens // 32 * (i + 1) // documents for i in range(documents)], device)
+    x, slope = x[: tokens // 32], slope[: tokens // 32]
     exact = graded(run, [x.double(), weight.double()], slope.double())
     found = graded(run, [x, weight], slope)
     row["errors"] = {
         n: ((a.double() - b).norm() / b.norm()).item()
         for n, a, b in zip(("out", "x", "weight"), found, exact, strict=True)
     }
-    if device == "cuda":
-        row["kernels ms"] = kernels(lambda: graded(run, [x, weight], slope))
     return row
 
 
@@ -296,7 +301,9 @@ def run_kernels(a: argparse.Namespace, clock: float) -> list[dict[str, Any]]:
         jobs.append(lambda n=name, s=shape: convolving(n, s, device, long, 4))
     for name, shape in shapes.items():
         if shape[0] != "channels":
-            jobs.append(lambda n=name, s=shape: speed(n, s, device, long // 4, 1, own=True))
+            # transformers' Mamba 2 makes 8 GiB of every 1,024 tokens of such a layer
+            tokens = long // 4 if shape[0] == "delta" else long // 32
+            jobs.append(lambda n=name, s=shape, t=tokens: speed(n, s, device, t, 1, own=True))
     if not a.smoke:
         jobs.insert(len(shapes) + 2, lambda: by_pytorch(*first(shapes), device, long))
     rows: list[dict[str, Any]] = []
@@ -382,93 +389,168 @@ def apart(module: Any, before: dict[str, Any], variant: Any, run: Callable[[], A
 
 
 PHRASE = "".join(f"the quick brown fox is number {i} " for i in range(4))
-MODELS = {
-    "qwen3.5-9b": [(32768, 1), (8192, 4)],
-    "nemotron-h-8b": [(32768, 1)],
-    "tiny-hybrid": [(256, 1), (64, 4)],
+MODELS: dict[str, list[tuple[int, int, dict[str, Any]]]] = {
+    "qwen3.5-9b": [(32768, 1, {}), (8192, 4, {})],
+    "qwen3.5-35b-a3b": [(65536, 1, {"pure_bf16": "true"})],
+    "nemotron-h-8b": [(32768, 1, {})],
+    "granite-4-h-tiny": [(32768, 1, {})],
+    "tiny-hybrid": [(256, 1, {}), (64, 4, {})],
 }
-"""Shapes of `make_model`, and (tokens of a document, documents of a row)."""
+"""Shapes of `make_model`, and (tokens of a document, documents of a row, further keys)."""
+PROFILED = 5
+"""The optimizer step of which a trace is made; the ones after the second and before it are timed."""
 
 
 def run_command(a: argparse.Namespace, clock: float) -> list[dict[str, Any]]:
     rows = []
-    models = ["tiny-hybrid"] if a.smoke else ["qwen3.5-9b", "nemotron-h-8b"]
-    for model in a.models or models:
-        for tokens, documents in MODELS[model]:
-            if time.time() > clock - 20:
-                print("The time of this command is up.", flush=True)
-                return rows
-            row: dict[str, Any] = {"what": "step", "model": model, "gpus": a.gpus}
-            row |= {"tokens": tokens * documents, "documents": documents}
-            try:
-                row |= train(model, tokens, documents, a, clock)
-            except subprocess.TimeoutExpired as error:
-                row["error"] = "the time is up: " + _text(error.stdout)[-1500:]
-            except Exception as error:
-                row["error"] = f"{type(error).__name__}: {error}"[-1500:]
-            rows.append(row)
-            print(shown(row), flush=True)
+    models = ["tiny-hybrid"] if a.smoke else [name for name in MODELS if name != "tiny-hybrid"]
+    with tempfile.TemporaryDirectory() as folder:
+        for model in a.models or models:
+            for tokens, documents, keys in MODELS[model]:
+                if time.time() > clock - 20:
+                    print("The time of this command is up.", flush=True)
+                    return rows
+                row: dict[str, Any] = {"what": "step", "model": model, "gpus": a.gpus}
+                row |= {"tokens": tokens * documents, "documents": documents, **keys}
+                at = Path(folder) / f"{model}-{documents}"
+                try:
+                    row |= train(model, tokens, documents, keys, a, clock, at)
+                    if a.gpus == 1 and documents == 1:
+                        row |= against_roofline(row, at, tokens, clock)
+                except subprocess.TimeoutExpired as error:
+                    row["error"] = "the time is up: " + _text(error.stdout)[-1500:]
+                except Exception as error:
+                    row["error"] = f"{type(error).__name__}: {error}"[-1500:]
+                rows.append(row)
+                print(shown(row), flush=True)
+                for trace in sorted((at / "trace").glob("*.json"))[:1]:
+                    try:
+                        print(parts_table(trace), flush=True)
+                    except Exception as error:
+                        print(f"the trace: {type(error).__name__}: {error}", flush=True)
     return rows
 
 
 def train(
-    model: str, tokens: int, documents: int, a: argparse.Namespace, clock: float
+    model: str,
+    tokens: int,
+    documents: int,
+    further: dict[str, Any],
+    a: argparse.Namespace,
+    clock: float,
+    at: Path,
 ) -> dict[str, Any]:
     """Steps of `longfactory train` on rows of `documents` documents of `tokens` tokens."""
-    with tempfile.TemporaryDirectory() as folder:
-        at = Path(folder)
-        make_model(model, at / "model")
-        ids = at / "data"
-        ids.mkdir()
-        # Documents a little shorter than `tokens`, so that a packed row has all of them.
-        phrase = len(AutoTokenizer.from_pretrained(at / "model")(PHRASE).input_ids)
-        repeats = max(1, (tokens - 16) // phrase)
-        line = json.dumps({"text": PHRASE * repeats})
-        (ids / "rows.jsonl").write_text(f"{line}\n" * (documents * 8))
-        (ids / "dataset_info.json").write_text(
-            json.dumps({"rows": {"file_name": "rows.jsonl", "columns": {"prompt": "text"}}})
-        )
-        keys = {
-            "model_name_or_path": at / "model",
-            "train_from_scratch": "true",
-            "stage": "pt",
-            "finetuning_type": "full",
-            "dataset": "rows",
-            "dataset_dir": ids,
-            "cutoff_len": tokens * documents,
-            "packing": "true",
-            "sequence_parallel_size": a.gpus,
-            "output_dir": at / "out",
-            "overwrite_output_dir": "true",
-            "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": 1,
-            "learning_rate": 1e-5,
-            "max_steps": a.steps,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "bf16": "true",
-            "memory": "auto",
-            "report_to": "none",
-            "use_cpu": str(a.smoke).lower(),
+    make_model(model, at / "model")
+    ids = at / "data"
+    ids.mkdir()
+    # Documents a little shorter than `tokens`, so that a packed row has all of them.
+    phrase = len(AutoTokenizer.from_pretrained(at / "model")(PHRASE).input_ids)
+    repeats = max(1, (tokens * a.gpus - 16) // phrase)
+    line = json.dumps({"text": PHRASE * repeats})
+    (ids / "rows.jsonl").write_text(f"{line}\n" * (documents * (a.steps + 1)))
+    (ids / "dataset_info.json").write_text(
+        json.dumps({"rows": {"file_name": "rows.jsonl", "columns": {"prompt": "text"}}})
+    )
+    keys = {
+        "model_name_or_path": at / "model",
+        "train_from_scratch": "true",
+        "stage": "pt",
+        "finetuning_type": "full",
+        "dataset": "rows",
+        "dataset_dir": ids,
+        "cutoff_len": tokens * documents * a.gpus,
+        "packing": "true",
+        "sequence_parallel_size": a.gpus,
+        "output_dir": at / "out",
+        "overwrite_output_dir": "true",
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-5,
+        "max_steps": a.steps,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "bf16": "true",
+        "memory": "auto",
+        "report_to": "none",
+        "use_cpu": str(a.smoke).lower(),
+        **further,
+    }
+    if a.steps >= PROFILED:
+        keys |= {
+            "enable_torch_profiler": "true",
+            "profiler_output_dir": at / "trace",
+            "profiler_wait_steps": PROFILED - 2,
+            "profiler_warmup_steps": 1,
+            "profiler_record_shapes": "false",
+            "profiler_profile_memory": "false",
         }
-        command = [sys.executable, "-m", "longfactory.cli", "train"]
-        command += [f"{key}={value}" for key, value in keys.items()]
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(a.gpus)))
-        env = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(visible.split(",")[: a.gpus])}
-        env["PYTHONPATH"] = f"{ROOT / 'src'}:{os.environ.get('PYTHONPATH', '')}"
-        seconds = max(20.0, clock - time.time())
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=env)
-        log = at / "out" / "trainer_log.jsonl"
-        if done.returncode or not log.is_file():
-            raise RuntimeError((done.stdout + done.stderr)[-1500:])
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
-        speeds = [x["tokens_per_second_per_gpu"] for x in lines[2:] if "loss" in x]
-        return {
-            "tokens/s a GPU": statistics.median(speeds),
-            "of steps": len(speeds),
-            "last line": lines[-1],
-            "said": _said(done.stdout + done.stderr),
-        }
+    if keys.get("pure_bf16"):
+        del keys["bf16"]
+    command = [sys.executable, "-m", "longfactory.cli", "train"]
+    command += [f"{key}={value}" for key, value in keys.items()]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(a.gpus)))
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(visible.split(",")[: a.gpus])}
+    env["PYTHONPATH"] = f"{ROOT / 'src'}:{os.environ.get('PYTHONPATH', '')}"
+    seconds = max(20.0, clock - time.time())
+    started = time.time()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=env)
+    log = at / "out" / "trainer_log.jsonl"
+    if done.returncode or not log.is_file():
+        raise RuntimeError((done.stdout + done.stderr)[-1500:])
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    plan = re.search(r"Memory plan.*\n +(.*)", done.stdout + done.stderr)
+    # The step that warms the profiler up, and the one it records, are not timed.
+    speeds = [x["tokens_per_second_per_gpu"] for x in lines if "loss" in x][1 : PROFILED - 2]
+    return {
+        "tokens/s a GPU": statistics.median(speeds),
+        "of steps": len(speeds),
+        "seconds of the command": time.time() - started,
+        "settings": plan[1] if plan else "",
+        "last line": lines[-1],
+        "said": _said(done.stdout + done.stderr),
+    }
+
+
+def against_roofline(row: dict[str, Any], at: Path, tokens: int, clock: float) -> dict[str, Any]:
+    """The share of its roofline (`models.py`) that a row of one document reaches, and its parts.
+    A recurrence and its convolution have the time of their operations at the rate of the layers'
+    products: no bytes are counted for them.
+    """
+    from _model_rows import make_config
+    from longfactory.memory.layer_kinds import kinds_of
+    from models import roofline
+    from plan_accuracy import Setting
+
+    job = {
+        "row": "rates", "tokens": [tokens], "lengths": [tokens], "lora": False, "kernel": "auto",
+        "model": str(at / "model"),
+    }  # fmt: skip
+    script = ROOT / "benchmarks" / "_model_rows.py"
+    seconds = max(10.0, clock - time.time())
+    done = subprocess.run(
+        [sys.executable, str(script), json.dumps(job)],
+        capture_output=True, text=True, timeout=seconds,
+    )  # fmt: skip
+    found = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
+    if not found:
+        return {"no roofline": (done.stdout + done.stderr)[-500:]}
+    rates = json.loads(found[0].removeprefix("RESULT "))
+    if "error" in rates:
+        return {"no roofline": rates["error"]}
+    said = row["settings"]
+    setting = Setting("", None, tokens, {"finetuning_type": "full"})
+    made = roofline(setting, 1, rates, said)
+    from transformers import AutoModelForCausalLM
+
+    config = make_config(job["model"])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    flop = sum(kind.recurrent_flop for kind in kinds_of(model, config))
+    again = 0.0 if "every activation stored" in said else 1.0
+    made["recurrences"] = (3 + again) * tokens * flop / rates["gemm"]
+    share = sum(made.values()) * row["tokens/s a GPU"] / tokens
+    return {"share of its roofline": share, "roofline s": {k: round(v, 4) for k, v in made.items()}}
 
 
 def _text(output: Any) -> str:
@@ -485,7 +567,7 @@ def main() -> int:
     )
     parser.add_argument("part", choices=["kernels", "tune", "command"])
     parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=6, help="with 5 or more, one is profiled")
     parser.add_argument("--models", nargs="+", choices=[*MODELS], default=None)
     parser.add_argument("--limit", type=float, default=200, help="seconds (default 200)")
     parser.add_argument("--out", type=Path, default=None)

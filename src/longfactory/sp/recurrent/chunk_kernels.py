@@ -2,8 +2,8 @@
 
 A program has one chunk of one head, but for the two that go through the states of a stretch, chunk
 after chunk. Tokens are read where they lie; nothing is laid out in chunks but what is computed.
-Products are of TF32 with sums in fp32, the inverse is of three TF32 products: a bf16 model's own
-rounding is four times as large.
+Products are of TF32, rounded to the nearest, with sums in fp32; the inverse is of three TF32
+products. A bf16 model's own rounding is four times as large.
 """
 
 from __future__ import annotations
@@ -18,6 +18,30 @@ import triton.language as tl
 from torch import Tensor
 
 from .fragments import Chunks
+
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def _rounded(x):  # type: ignore[no-untyped-def]
+    """fp32 -> the nearest TF32. Tensor cores leave out the last bits of what they read, which makes
+    every product a little too small and its error four times as large.
+    """
+    if _INTERPRETED:
+        bits = x.to(tl.int32, bitcast=True)
+        near = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        return tl.where(x == x, near, x)
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _product(x, y, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    if PRECISION == "tf32":
+        x, y = _rounded(x), _rounded(y)
+    return tl.dot(x, y, input_precision=PRECISION)
 
 
 @triton.jit
@@ -89,11 +113,11 @@ def _prepare(  # type: ignore[no-untyped-def]
             other=0.0,
         ).to(tl.float32)
         rate = tl.load(beta + row * beta_row + head, mask=here, other=0.0).to(tl.float32)
-        lower = tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
+        lower = _product(keys, tl.trans(keys), PRECISION)
         lower = lower * _decay(total, C, 1) * rate[:, None]
         solved = _inverse(lower, C, LEVELS)
         tl.store(t + (at * C + i[:, None]) * C + i[None, :], solved)
-        reads = tl.dot(solved, keys * (tl.exp(total) * rate)[:, None], input_precision=PRECISION)
+        reads = _product(solved, keys * (tl.exp(total) * rate)[:, None], PRECISION)
         tl.store(w + (at * C + i[:, None]) * DK + dk[None, :], reads, mask=(dk < DK)[None, :])
         for start in range(0, DV, BV):
             dv = start + tl.arange(0, BV)
@@ -103,7 +127,7 @@ def _prepare(  # type: ignore[no-untyped-def]
                 mask=here[:, None] & inside,
                 other=0.0,
             ).to(tl.float32)
-            writes = tl.dot(solved, values * rate[:, None], input_precision=PRECISION)
+            writes = _product(solved, values * rate[:, None], PRECISION)
             tl.store(u + (at * C + i[:, None]) * DV + dv[None, :], writes, mask=inside)
 
 
@@ -185,7 +209,7 @@ def _scan(  # type: ignore[no-untyped-def]
             reads = tl.load(
                 w + (at * C + i[:, None]) * DK + dk[None, :], mask=(dk < DK)[None, :], other=0.0
             )
-            values -= tl.dot(reads, state, input_precision=PRECISION)
+            values -= _product(reads, state, PRECISION)
             if KEEP:
                 tl.store(
                     written + (at * C + i[:, None]) * DV + dv[None, :],
@@ -195,7 +219,7 @@ def _scan(  # type: ignore[no-untyped-def]
         keys = keys * tl.exp(last - total)[:, None]
         state = state * tl.exp(last)
         if DELTA or VALUES:
-            state += tl.dot(tl.trans(keys), values, input_precision=PRECISION)
+            state += _product(tl.trans(keys), values, PRECISION)
     tl.store(ends + (fragment * HEADS + head) * size + place, state, mask=both)
 
 
@@ -239,7 +263,7 @@ def _outputs(  # type: ignore[no-untyped-def]
     inside = here[:, None] & (dk < DK)[None, :]
     queries = tl.load(q + place, mask=inside, other=0.0).to(tl.float32)
     keys = tl.load(k + place, mask=inside, other=0.0).to(tl.float32)
-    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * _decay(total, C, 0)
+    scores = _product(queries, tl.trans(keys), PRECISION) * _decay(total, C, 0)
     queries = queries * tl.exp(total)[:, None]
     for begin in range(0, DV, BV):
         dv = begin + tl.arange(0, BV)
@@ -263,8 +287,8 @@ def _outputs(  # type: ignore[no-untyped-def]
             mask=(dk < DK)[:, None] & columns,
             other=0.0,
         )
-        result = tl.dot(queries, state, input_precision=PRECISION)
-        result += tl.dot(scores, values, input_precision=PRECISION)
+        result = _product(queries, state, PRECISION)
+        result += _product(scores, values, PRECISION)
         tl.store(
             out + row[:, None] * out_row + head * out_head + dv[None, :],
             result.to(out.dtype.element_ty),
@@ -307,7 +331,7 @@ def _output_gradients(  # type: ignore[no-untyped-def]
     inside = here[:, None] & (dk < DK)[None, :]
     queries = tl.load(q + place, mask=inside, other=0.0).to(tl.float32)
     keys = tl.load(k + place, mask=inside, other=0.0).to(tl.float32)
-    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * _decay(total, C, 0)
+    scores = _product(queries, tl.trans(keys), PRECISION) * _decay(total, C, 0)
     queries = queries * tl.exp(total)[:, None]
     for begin in range(0, DV, BV):
         dv = begin + tl.arange(0, BV)
@@ -319,12 +343,12 @@ def _output_gradients(  # type: ignore[no-untyped-def]
         ).to(tl.float32)
         tl.store(
             d_states + at * DK * DV + dk[:, None] * DV + dv[None, :],
-            tl.dot(tl.trans(queries), slope, input_precision=PRECISION),
+            _product(tl.trans(queries), slope, PRECISION),
             mask=(dk < DK)[:, None] & columns,
         )
         tl.store(
             d_written + (at * C + i[:, None]) * DV + dv[None, :],
-            tl.dot(tl.trans(scores), slope, input_precision=PRECISION),
+            _product(tl.trans(scores), slope, PRECISION),
             mask=columns,
         )
 
@@ -382,7 +406,7 @@ def _reverse(  # type: ignore[no-untyped-def]
         values = d_written + (at * C + i[:, None]) * DV + dv[None, :]
         columns = (dv < DV)[None, :]
         given = tl.load(values, mask=columns, other=0.0)
-        given += tl.dot(keys, slope, input_precision=PRECISION)
+        given += _product(keys, slope, PRECISION)
         before = tl.load(d_states + at * size + place, mask=both, other=0.0)
         # Written over what other warps may not have read yet.
         tl.debug_barrier()
@@ -393,7 +417,7 @@ def _reverse(  # type: ignore[no-untyped-def]
             reads = tl.load(
                 w + (at * C + i[:, None]) * DK + dk[None, :], mask=(dk < DK)[None, :], other=0.0
             )
-            slope -= tl.dot(tl.trans(reads), given, input_precision=PRECISION)
+            slope -= _product(tl.trans(reads), given, PRECISION)
     tl.store(d_start + (fragment * HEADS + head) * size + place, slope, mask=both)
 
 
@@ -471,13 +495,13 @@ def _value_gradients(  # type: ignore[no-untyped-def]
         if DELTA:
             values = tl.load(written + own, mask=columns, other=0.0)
         d_last += tl.sum(tl.sum(slope_after * state, 1), 0)
-        d_qd += tl.dot(slope, tl.trans(state), input_precision=PRECISION)
-        d_kd += tl.dot(values, tl.trans(slope_after), input_precision=PRECISION)
-        d_scores += tl.dot(slope, tl.trans(values), input_precision=PRECISION)
+        d_qd += _product(slope, tl.trans(state), PRECISION)
+        d_kd += _product(values, tl.trans(slope_after), PRECISION)
+        d_scores += _product(slope, tl.trans(values), PRECISION)
         if DELTA:
-            d_w -= tl.dot(d_values, tl.trans(state), input_precision=PRECISION)
-            d_solved += tl.dot(d_values, tl.trans(value * rate[:, None]), input_precision=PRECISION)
-            d_values = tl.dot(tl.trans(solved), d_values, input_precision=PRECISION)
+            d_w -= _product(d_values, tl.trans(state), PRECISION)
+            d_solved += _product(d_values, tl.trans(value * rate[:, None]), PRECISION)
+            d_values = _product(tl.trans(solved), d_values, PRECISION)
         d_rate += tl.sum(d_values * value, 1)
         tl.store(
             dv_out + (row[:, None] * HEADS + head) * DV + dv[None, :],
@@ -550,16 +574,16 @@ def _key_gradients(  # type: ignore[no-untyped-def]
         place = row[:, None] * k_row + (head // SHARE) * k_head + dk[None, :]
         keys = tl.load(k + place, mask=inside, other=0.0).to(tl.float32)
         queries = tl.load(q + place, mask=inside, other=0.0).to(tl.float32)
-        scores += tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        scores += _product(queries, tl.trans(keys), PRECISION)
         if DELTA:
-            alike += tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
+            alike += _product(keys, tl.trans(keys), PRECISION)
             d_w = tl.load(
                 d_w_in + (at * C + i[:, None]) * DK + dk[None, :],
                 mask=(dk < DK)[None, :],
                 other=0.0,
             )
             scaled = keys * (grown * rate)[:, None]
-            d_solved += tl.dot(d_w, tl.trans(scaled), input_precision=PRECISION)
+            d_solved += _product(d_w, tl.trans(scaled), PRECISION)
     d_scores = tl.load(d_scores_in + square) * falls
     products = scores * d_scores
     d_total = tl.sum(products, 1) - tl.sum(products, 0)
@@ -589,23 +613,23 @@ def _key_gradients(  # type: ignore[no-untyped-def]
         d_queries = tl.load(dq + results, mask=inside, other=0.0)
         d_total += tl.sum(d_queries * queries, 1) * grown
         d_queries = d_queries * grown[:, None]
-        d_queries += tl.dot(d_scores, keys, input_precision=PRECISION)
+        d_queries += _product(d_scores, keys, PRECISION)
         d_keys = tl.load(dk_out + results, mask=inside, other=0.0)
         ended += tl.sum(d_keys * keys, 1) * left
         d_keys = d_keys * left[:, None]
-        d_keys += tl.dot(tl.trans(d_scores), queries, input_precision=PRECISION)
+        d_keys += _product(tl.trans(d_scores), queries, PRECISION)
         if DELTA:
             d_w = tl.load(
                 d_w_in + (at * C + i[:, None]) * DK + dk[None, :],
                 mask=(dk < DK)[None, :],
                 other=0.0,
             )
-            d_scaled = tl.dot(tl.trans(solved), d_w, input_precision=PRECISION)
+            d_scaled = _product(tl.trans(solved), d_w, PRECISION)
             d_keys += d_scaled * (grown * rate)[:, None]
             along = tl.sum(d_scaled * keys, 1) * grown
             d_rate += along
             d_total += along * rate
-            d_keys += tl.dot(d_alike, keys, input_precision=PRECISION)
+            d_keys += _product(d_alike, keys, PRECISION)
         # Written over what other warps may not have read yet.
         tl.debug_barrier()
         tl.store(dq + results, d_queries, mask=inside)
