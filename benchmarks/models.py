@@ -3,6 +3,7 @@ random weights, beside transformers alone and beside a roofline that is measured
 
     python benchmarks/models.py --gpus 0 --rows gemma-12-layers-8k gemma-12-layers-32k --out DIR
     python benchmarks/models.py --gpus 0,1 --rows moe-6-layers-16k --systems ours --out DIR
+    python benchmarks/models.py --gpus 0 --rows moe-6-layers-16k --systems ours --profile
     python benchmarks/models.py --render DIR/models.json ... --out benchmarks/results
 
 A row is a shape, a method and the tokens that each GPU holds; with several GPUs
@@ -41,6 +42,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 sys.path.insert(0, str(ROOT / "src"))
+import _profile  # noqa: E402
 from _table import (  # noqa: E402
     LEAST,
     Clock,
@@ -87,18 +89,37 @@ UPDATE_BYTES = 32
 three of them, in float32; clipping reads the gradient."""
 
 
-def ours(name: str, at: Setting, gpus: int, steps: int, home: Path, limit: float) -> dict[str, Any]:
-    """One run of the command, in the form of `_table.py`'s results."""
+RECORDED = {
+    "enable_torch_profiler": "true",
+    "profiler_warmup_steps": 1,
+    "profiler_active_steps": 1,
+    "profiler_with_stack": "false",
+    "profiler_record_shapes": "false",
+    "profiler_profile_memory": "false",
+}
+
+
+def ours(
+    name: str, at: Setting, gpus: int, steps: int, home: Path, limit: float, profile: bool = False
+) -> dict[str, Any]:
+    """One run of the command, in the form of `_table.py`'s results. `profile`: a step more is
+    recorded after those that are timed, and printed by its parts.
+    """
     whole = at._replace(tokens=at.tokens * gpus)
+    if profile:
+        whole = whole._replace(keys=whole.keys | RECORDED | {"profiler_wait_steps": steps})
     about = {"row": "ours", "kernel": "auto", "tokens": at.tokens, "gpus": gpus, "name": name}
     stamp = {"command": command_line(), "date": today()}
     try:
-        found = run(name, whole, gpus, steps, home, limit=limit)
+        more = 2 if profile else 0
+        found = run(name, whole, gpus, steps + more, home, limit=limit, timed=steps)
     except Exception as error:  # a log that lacks what is read from it
         return {**about, **stamp, "error": f"{type(error).__name__}: {str(error)[:200]}"}
     if "error" in found:
         print(found["log"], flush=True)
         return {**about, **stamp, "error": found["error"]}
+    for trace in sorted((home / f"out-{name}" / "profiler").glob("trace_rank0_*.json"))[:1]:
+        print(f"\n{name}, one step on GPU 0:\n{_profile.table(trace)}\n", flush=True)
     keep = ("kernels", "expert_max_load", "expert_dead", "predicted_seconds", "loss")
     return {
         **about,
@@ -258,7 +279,8 @@ def measure(args: argparse.Namespace, home: Path) -> int:
                 continue
             limit = min(args.each, clock.left)
             if system == "ours":
-                results = [ours(name, at, count, args.steps, home, limit)]
+                profile = args.profile
+                results = [ours(name, at, count, args.steps, home, limit, profile)]
                 print(json.dumps(results[0]), flush=True)
             else:
                 model = write_shape(at.shape, at.layers, home / f"model-{at.shape}-{at.layers}")
@@ -292,6 +314,9 @@ def main() -> int:
     parser.add_argument("--rows", nargs="+", choices=[*ROWS, *SMOKE], default=None)
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--steps", type=int, default=4, help="the first is not timed")
+    parser.add_argument(
+        "--profile", action="store_true", help="where a step's GPU time goes (system ours)"
+    )
     parser.add_argument("--each", type=float, default=90, help="seconds for one measurement")
     parser.add_argument("--limit", type=float, default=240, help="seconds for the whole command")
     parser.add_argument("--out", type=Path, default=Path("benchmark_results"))

@@ -319,12 +319,14 @@ def run(
     home: Path,
     devices: str | None = None,
     limit: float | None = None,
+    timed: int | None = None,
 ) -> dict[str, Any]:
     """One setting: what was predicted and what was measured.
 
     Args:
         devices: as CUDA_VISIBLE_DEVICES.
         limit: seconds after which the run is ended, which is its error then.
+        timed: the first steps, whose time is taken (but the very first's); by default all.
     """
     keys = keys_of(name, at, gpus, steps, home) | {"nproc_per_node": gpus}
     command = [sys.executable, "-m", "longfactory.cli", "train"]
@@ -361,7 +363,8 @@ def run(
     if total is not None and step is not None and runtime is not None:  # not on CPUs
         predicted["predicted_gib"] = round(float(total[1]) - float(runtime[1]), 1)
         predicted["predicted_seconds"] = float(step[1])
-    seconds = (lines[-1]["elapsed_seconds"] - lines[0]["elapsed_seconds"]) / (len(lines) - 1)
+    clocks = [line["elapsed_seconds"] for line in lines[:timed]]
+    seconds = (clocks[-1] - clocks[0]) / (len(clocks) - 1)
     kernels = re.search(r"Attention kernels? \(.*?\): (.*)", text)
     said = ("expert_max_load", "expert_dead")  # of a mixture of experts
     return {

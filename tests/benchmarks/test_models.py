@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import _model_rows
+import _profile
 import family_sweep
 import kernels
 import models
@@ -152,3 +153,46 @@ def test_tiny_models_with_real_heads(family: str, dims: set[tuple[int, int]]) ->
     kinds = kinds_of(model, config)
     assert {(kind.head_dim, kind.value_dim) for kind in kinds} == dims
     assert sum(p.numel() for p in model.parameters()) < 5_000_000
+
+
+def test_gpu_time_of_a_step_by_parts(tmp_path: Path) -> None:
+    """A trace of two overlapping kernels, a copy of the optimizer and a wait of the host."""
+
+    def event(cat: str, name: str, ts: float, dur: float, external: int | None = None) -> Any:
+        args = {} if external is None else {"External id": external}
+        return {
+            "ph": "X",
+            "cat": cat,
+            "name": name,
+            "ts": ts,
+            "dur": dur,
+            "tid": cat,
+            "args": args,
+        }
+
+    def host(name: str, ts: float, dur: float, external: int | None = None) -> Any:
+        return {**event("cpu_op", name, ts, dur, external), "tid": 1}
+
+    events = [
+        {**event("user_annotation", "ProfilerStep#3", 0, 5000), "tid": 1},
+        host("aten::_scaled_dot_product_cudnn_attention", 10, 20, 1),
+        host("autograd::engine::evaluate_function: GroupedMmBackward0", 100, 100),
+        host("aten::_grouped_mm", 120, 30, 2),
+        {**event("user_annotation", "Optimizer.step#SplitAdamW.step", 300, 200), "tid": 1},
+        host("aten::copy_", 310, 20, 3),
+        event("kernel", "cudnn_generated_fort_native_sdpa", 1000, 2000, 1),
+        event("kernel", "cutlass_device_kernel", 2500, 1000, 2),
+        event("gpu_memcpy", "Memcpy DtoD", 4000, 500, 3),
+        event("cuda_runtime", "cudaStreamSynchronize", 600, 10),
+    ]
+    trace = tmp_path / "trace_rank0_step3.json"
+    trace.write_text(json.dumps({"traceEvents": events}))
+    text = _profile.table(trace)
+    assert text.startswith(
+        "GPU busy 3.0 ms of 3.5 ms (the host's step 5.0 ms), 3 kernels and copies;"
+        " 1 cudaStreamSynchronize"
+    )
+    assert "| attention | 2.0 | 0.0 | 0.0 |" in text
+    assert "| experts: products | 0.0 | 1.0 | 0.0 |" in text
+    assert "| optimizer | 0.0 | 0.0 | 0.5 |" in text
+    assert "| experts: products | GroupedMmBackward0 | aten::_grouped_mm |" in text

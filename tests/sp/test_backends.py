@@ -502,18 +502,19 @@ def test_one_line_says_which_kernels_run(
     faster = "Faster: fa4 is not installed (pip install 'longfactory[fa4]')."
     assert start_lines("auto", torch.bfloat16) == [
         "Attention kernels (bfloat16, head dim 128): cudnn (about 540 TFLOP/s) for causal tiles,"
-        f" rectangles; flash (about 320 TFLOP/s) for several documents. {faster}"
+        f" rectangles; flash (about 320 TFLOP/s) for documents of less than 2,048 tokens. {faster}"
     ]
     assert start_lines("auto", torch.bfloat16, 256) == [
-        f"Attention kernel (bfloat16, head dim 256): flash (about 320 TFLOP/s). {faster}"
+        "Attention kernels (bfloat16, head dim 256): cudnn (about 430 TFLOP/s) for causal tiles,"
+        f" rectangles; flash (about 270 TFLOP/s) for documents of less than 2,048 tokens. {faster}"
     ]
     assert start_lines("flash", torch.bfloat16) == [
         "Attention kernel (bfloat16, head dim 128): flash (about 320 TFLOP/s)."
     ]
     assert start_lines("cudnn", torch.float16) == [
         "Attention kernels (float16, head dim 128): cudnn (about 540 TFLOP/s) for causal tiles,"
-        " rectangles; flash (about 320 TFLOP/s) for several documents. cudnn does not compute"
-        " several documents: it is slow on packed documents."
+        " rectangles; flash (about 320 TFLOP/s) for documents of less than 2,048 tokens. cudnn does"
+        " not compute documents of less than 2,048 tokens: it is slow on packed documents."
     ]
     # float32 has a kernel that is not O(T^2) in memory, and what is slow is said.
     assert start_lines("auto", torch.float32) == [
@@ -537,6 +538,18 @@ def test_one_line_says_which_kernels_run(
     ]
 
 
+def test_kernels_of_layers_with_windows(
+    nothing_chosen: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_gpu(monkeypatch)
+    (line,) = start_lines("auto", torch.bfloat16, 256, windows=True)
+    assert line.startswith(
+        "Attention kernels (bfloat16, head dim 256): cudnn (about 430 TFLOP/s) for causal tiles,"
+        " rectangles; flash (about 270 TFLOP/s) for causal tiles in a window, rectangles in a"
+        " window, documents of less than 2,048 tokens, several documents in a window."
+    )
+
+
 @pytest.mark.parametrize(
     ("dims", "expected"),
     [
@@ -545,7 +558,9 @@ def test_one_line_says_which_kernels_run(
         ((192, 128), "cudnn"),  # latent attention
         ((192, 192), "flash"),
         ((128, 64), "flash"),
-        ((256, 256), "flash"),
+        ((256, 256), "cudnn"),  # 433 TFLOP/s, FlashAttention 2 has 272
+        ((256, 128), "flash"),
+        ((160, 160), "flash"),
         ((512, 512), "efficient"),
     ],
 )
@@ -558,6 +573,78 @@ def test_kernels_by_head_dims(
     on_a_gpu(monkeypatch)
     requests = start.requests_of("cuda", torch.bfloat16, [dims], windows=False, softcap=False)
     assert backends.resolve("auto", requests[0])[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "major", "expected"),
+    [
+        ({}, 9, "cudnn"),
+        ({}, 10, "flash"),  # not measured
+        ({}, 8, "flash"),
+        ({"window": True}, 9, "flash"),
+        ({"softcap": True}, 9, "math"),
+        ({"deterministic": True}, 9, "flash"),
+        ({"aligned": False}, 9, "flash"),
+        ({"kind": "varlen", "aligned": False}, 9, "flash"),
+        ({"dtype": torch.float32}, 9, "efficient"),
+    ],
+)
+def test_heads_of_256_go_to_cudnn_where_it_computes_what_is_asked(
+    change: dict[str, Any],
+    major: int,
+    expected: str,
+    nothing_chosen: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on_a_gpu(monkeypatch, major)
+    request = start.requests_of("cuda", torch.bfloat16, [(256, 256)], windows=False, softcap=False)[
+        0
+    ]
+    assert backends.resolve("auto", request._replace(**change))[0] == expected
+
+
+def test_heads_of_256_stay_with_flash_where_cudnn_fails_its_self_test(
+    nothing_chosen: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_gpu(monkeypatch)
+    monkeypatch.setattr(
+        backends,
+        "selftest",
+        lambda backend, request: "fails" if backend is backends.BACKENDS["cudnn"] else None,
+    )
+    request = start.requests_of("cuda", torch.bfloat16, [(256, 256)], windows=False, softcap=False)[
+        0
+    ]
+    assert backends.resolve("auto", request)[0] == "flash"
+    assert not backends.cuts_documents("auto", request._replace(kind="varlen", aligned=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "change", "expected"),
+    [
+        ("auto", 128, {}, True),
+        ("auto", 256, {}, True),
+        ("auto", 160, {}, False),
+        ("auto", 128, {"window": True}, False),
+        ("auto", 128, {"softcap": True}, False),
+        ("auto", 128, {"deterministic": True}, False),
+        ("flash", 128, {}, False),
+        ("cudnn", 128, {}, True),
+    ],
+)
+def test_long_documents_get_calls_of_their_own(
+    name: str,
+    dim: int,
+    change: dict[str, Any],
+    expected: bool,
+    nothing_chosen: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where cuDNN has one document and FlashAttention 2 has several."""
+    on_a_gpu(monkeypatch)
+    requests = start.requests_of("cuda", torch.bfloat16, [(dim, dim)], windows=False, softcap=False)
+    (documents,) = (r for r in requests if r.kind == "varlen")
+    assert backends.cuts_documents(name, documents._replace(**change)) is expected
 
 
 def test_kernels_of_a_configuration() -> None:

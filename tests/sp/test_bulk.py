@@ -72,6 +72,20 @@ def test_shapes_are_few() -> None:
     assert max(x % 128 for x in squares) == 0
 
 
+def test_documents_of_2048_tokens_get_calls_of_their_own_and_shorter_ones_one_call() -> None:
+    edges = [0, 2048, 2500, 3000, 5129, 7176, 8192]
+    tile = Tile(slice(0, 8192), slice(0, 8192), "varlen", tuple(edges), first=True)
+    found = [(t.kind, t.q.start, t.q.stop, t.rows.stop) for t in bulk_tiles([tile], 8192)]
+    assert found == [
+        ("causal", 0, 2048, 2048),
+        ("varlen", 2048, 3000, 3000),
+        ("causal", 3000, 5176, 5129),  # 2,129 tokens, and 47 of the next document
+        ("varlen", 5129, 8192, 8192),
+    ]
+    many = Tile(slice(0, 8192), slice(0, 8192), "varlen", tuple(range(0, 8193, 512)), first=True)
+    assert [t.kind for t in bulk_tiles([many], 8192)] == ["varlen"]
+
+
 def test_additional_queries_never_leave_the_rank() -> None:
     tile, spare = bulk_tiles([Tile(slice(3000, 8000), slice(0, 6000), "full")], 8000)
     assert (

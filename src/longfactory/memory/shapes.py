@@ -184,8 +184,10 @@ FLASH = 0.57
 """Of the rates of cuDNN's attention on Hopper, what FlashAttention 2 reaches (attention.md in
 benchmarks/results: 334 of 596 TFLOP/s forward, 317 of 554 in all). It computes windows, soft-caps
 and heads above 128 dims there, and everything on other GPUs."""
-WIDE_HEADS = 0.33
-"""The same with heads of 256 dims: two runs of Gemma 3's shape on a H200 (plan_accuracy.md)."""
+WIDE_FLASH = 0.33
+"""The same with heads above 192 dims: two runs of Gemma 3's shape on a H200 (plan_accuracy.md)."""
+CUDNN_WIDE = 0.79
+"""What cuDNN reaches with heads of 256 dims and no window: 433 of 549 TFLOP/s (kernels.md)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +210,8 @@ class Machine:
     host_memory: float = 40e9
     memory: float = 2.3e12
     flash: float = FLASH  # of attention's rates, what tiles reach that cuDNN does not compute
-    wide_heads: float = WIDE_HEADS  # and those with heads above 192 dims
+    wide_flash: float = WIDE_FLASH  # and those of them with heads above 192 dims
+    wide_heads: float = CUDNN_WIDE  # tiles with heads of 256 dims that cuDNN computes
     links: float = 200e9
     network: float = 40e9  # of one GPU to those of other hosts
     # products, attention forward and backward where layers compute in fp32
@@ -227,9 +230,10 @@ class Machine:
 
     def attention_share(self, kind: LayerKind) -> float:
         """Of attention's rates, what a kind of layer reaches."""
-        if kind.head_dim > 192:
-            return self.wide_heads
         window = kind.reach and not kind.within_chunk
+        if kind.head_dim > 192:
+            plain = kind.head_dim == kind.value_dim == 256 and not window and not kind.softcap
+            return self.wide_heads if plain else self.wide_flash
         latent = (kind.head_dim, kind.value_dim) == (192, 128)
         wide = kind.head_dim > 128 and not latent
         return self.flash if window or kind.softcap or wide else 1.0
@@ -268,6 +272,7 @@ class Gpu:
     link: float
     own: float = 2e12
     cudnn: bool = False  # its attention is cuDNN's, where that computes a tile
+    cudnn_wide: bool = False  # also with heads of 256 dims
 
     def rate(self, width: int, tf32: bool) -> float:
         """FLOP/s of products by the data sheet, for numbers of so many bytes."""
@@ -280,11 +285,11 @@ PCIE3, PCIE4, PCIE5 = 15.75e9, 31.5e9, 63e9
 
 # NVLink's rates are half of the data sheets', which count both ways.
 GPUS: dict[str, Gpu] = {
-    "H100": Gpu(80e9, 989e12, 67e12, 495e12, PCIE5, 450e9, 3.35e12, True),
-    "H200": Gpu(141e9, 989e12, 67e12, 495e12, PCIE5, 450e9, 4.8e12, True),
-    "GH200": Gpu(96e9, 989e12, 67e12, 495e12, 450e9, 450e9, 4.0e12, True),
-    "H800": Gpu(80e9, 989e12, 67e12, 495e12, PCIE5, 200e9, 3.35e12, True),
-    "H20": Gpu(96e9, 148e12, 44e12, 74e12, PCIE5, 450e9, 4.0e12, True),
+    "H100": Gpu(80e9, 989e12, 67e12, 495e12, PCIE5, 450e9, 3.35e12, True, True),
+    "H200": Gpu(141e9, 989e12, 67e12, 495e12, PCIE5, 450e9, 4.8e12, True, True),
+    "GH200": Gpu(96e9, 989e12, 67e12, 495e12, 450e9, 450e9, 4.0e12, True, True),
+    "H800": Gpu(80e9, 989e12, 67e12, 495e12, PCIE5, 200e9, 3.35e12, True, True),
+    "H20": Gpu(96e9, 148e12, 44e12, 74e12, PCIE5, 450e9, 4.0e12, True, True),
     "B200": Gpu(180e9, 2250e12, 75e12, 1100e12, PCIE5, 900e9, 8.0e12, True),
     "B300": Gpu(270e9, 2250e12, 77e12, 1100e12, PCIE5, 900e9, 8.0e12, True),
     "A100": Gpu(80e9, 312e12, 19.5e12, 156e12, PCIE4, 300e9, 2.039e12),
@@ -368,6 +373,9 @@ def machine(
     """
     kind = gpu if isinstance(gpu, Gpu) else GPUS[kind_of(gpu) or "A100"]
     products = kind.tf32 if tf32 else kind.fp32
+    wide_heads = WIDE_FLASH if kind.cudnn else WIDE_FLASH / FLASH
+    if kind.cudnn_wide:
+        wide_heads = CUDNN_WIDE
     return Machine(
         int(kind.memory if gpu_bytes is None else gpu_bytes),
         int(host_bytes),
@@ -380,7 +388,8 @@ def machine(
         host_memory=host_rate(min(gpus, gpus_per_host or 8), cores),
         memory=REACHED["own"] * kind.own,
         flash=FLASH if kind.cudnn else 1.0,
-        wide_heads=WIDE_HEADS if kind.cudnn else WIDE_HEADS / FLASH,
+        wide_flash=WIDE_FLASH if kind.cudnn else WIDE_FLASH / FLASH,
+        wide_heads=wide_heads,
         links=REACHED["link"] * kind.link,
         network=network,
         float32=(

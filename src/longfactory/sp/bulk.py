@@ -7,6 +7,9 @@ become a small rectangle for another kernel. In the backward pass the additional
 +inf: their probabilities are zero, so they add nothing to any gradient.
 
 Additional work: half a unit of queries a tile on average, 3 % of a square and 6 % of a rectangle.
+
+Documents shorter than `SMALLEST` stay together in one call of a kernel for documents: a call of
+their own would take the host as long as it takes the GPU.
 """
 
 from __future__ import annotations
@@ -17,8 +20,10 @@ from collections.abc import Sequence
 
 from .tiles import Tile
 
-SMALLEST = 4096
-"""Shorter tiles are left alone."""
+SMALLEST = 2048
+"""Shorter tiles are left alone. One cuDNN call for each document was 1.1 to 1.6 times as fast as
+documents in one FlashAttention 2 call where most of them were this long
+(benchmarks/results/kernels.md)."""
 
 
 def bulk_tiles(tiles: Sequence[Tile], rows: int) -> tuple[Tile, ...]:

@@ -124,6 +124,12 @@ class MaskPlan:
             self._once[key] = max(itertools.accumulate(change for _, change in events)) <= 2
         return self._once[key]
 
+    def writes_once(self, source: int, bulk: bool = False) -> bool:
+        """Each row is in one tile with the keys of `source`, as a query and as a key: gradients of
+        keys are written, not added.
+        """
+        return all(tile.first for tile in self.tiles(source, bulk))
+
     @functools.cached_property
     def ring_order(self) -> tuple[int, ...]:
         """The ring position whose keys are here, step by step."""

@@ -85,12 +85,23 @@ def wants_bulk(name: str, q: torch.Tensor, v: torch.Tensor, softcap: float | Non
     """
     if q.device.type != "cuda":
         return False
-    any_shape = request_for(
-        Tile(slice(0, 1), slice(0, 1), "varlen", (0, 1)), q, v, softcap
-    )._replace(large=False)
-    few_shapes = any_shape._replace(kind="causal", aligned=True)
-    name = canonical(name)
-    return _select(name, few_shapes) is cudnn and _select(name, any_shape) in (flash, flash2)
+    documents = request_for(Tile(slice(0, 1), slice(0, 1), "varlen", (0, 1)), q, v, softcap)
+    return cuts_documents(canonical(name), documents)
+
+
+def cuts_documents(name: str, request: Request) -> bool:
+    """Whether long documents of a row leave the call that has several documents, for calls of their
+    own.
+
+    Args:
+        request: for several documents.
+    """
+    if request.device_type != "cuda" or request.window:
+        return False
+    documents = request._replace(kind="varlen", aligned=False, large=False)
+    one = request._replace(kind="causal", aligned=True, large=False)
+    chosen = resolve(name, one)[0], resolve(name, documents)[0]
+    return chosen[0] == "cudnn" and chosen[1] in ("flash", "flash2")
 
 
 _told: set[tuple[str, str, bool]] = set()

@@ -17,6 +17,9 @@ from .request import Request
 
 LATENT = (192, 128)
 """Head dims of latent attention (DeepSeek): cuDNN has a kernel for them on Hopper and Blackwell."""
+WIDE = (256, 256)
+"""Head dims of Gemma and Qwen3.5: measured on Hopper, 1.6 times the speed of FlashAttention 2
+(benchmarks/results/kernels.md)."""
 
 
 def refuses(request: Request) -> str | None:
@@ -35,10 +38,13 @@ def refuses(request: Request) -> str | None:
         return "needs sides that are multiples of 128"
     dims = request.head_dim, request.v_head_dim
     plain = dims[0] == dims[1] <= 128 and dims[0] % 8 == 0
-    if not plain and dims != LATENT:
-        return "needs one head dim, a multiple of 8 up to 128, or 192 with values of 128"
-    if torch.cuda.get_device_capability()[0] not in (9, 10):
+    if not plain and dims not in (LATENT, WIDE):
+        return "needs one head dim, a multiple of 8 up to 128 or 256, or 192 with values of 128"
+    major = torch.cuda.get_device_capability()[0]
+    if major not in (9, 10):
         return "is fast on Hopper and Blackwell only"
+    if dims == WIDE and major != 9:
+        return "was measured with heads of 256 on Hopper only"
     if not torch.backends.cudnn.is_available() or torch.backends.cudnn.version() < 91000:
         return f"needs cuDNN 9.10 (found {torch.backends.cudnn.version()})"
     return None

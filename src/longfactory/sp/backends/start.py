@@ -10,15 +10,33 @@ from pathlib import Path
 
 import torch
 
-from . import BACKENDS, mark_told, resolve
+from ..bulk import SMALLEST
+from . import BACKENDS, cuts_documents, mark_told, resolve
 from .request import Request
 
 HOPPER = {"fa4": 610, "flash3": 590, "cudnn": 540, "flash2": 320, "flash": 320}
 """TFLOP/s of forward and backward on Hopper in bf16: causal, 64k tokens, head dim 128. Measured on
 H200 (benchmarks/results), flash3: as published. The kernels that are not here have no such figure.
 """
+OTHER_DIMS = {
+    ("cudnn", 64): 430,
+    ("flash2", 64): 290,
+    ("flash", 64): 290,
+    ("cudnn", 192): 500,
+    ("flash2", 192): 240,
+    ("flash", 192): 240,
+    ("cudnn", 256): 430,
+    ("flash2", 256): 270,
+    ("flash", 256): 270,
+}
+"""The same with heads of another size (of queries), 32k tokens (benchmarks/results/kernels.md)."""
 KINDS = ("causal", "full", "varlen")
 WORDS = {"causal": "causal tiles", "full": "rectangles", "varlen": "several documents"}
+
+
+def teraflops(kernel: str, head_dim: int) -> int | None:
+    """What the kernel reaches on Hopper, None where no figure is known."""
+    return OTHER_DIMS.get((kernel, head_dim), HOPPER.get(kernel))
 
 
 def requests_of(
@@ -67,6 +85,8 @@ def lines(name: str, requests: Iterable[Request]) -> list[str]:
         chosen, refusals = resolve(name, request)
         mark_told(chosen, request)
         what = WORDS[request.kind] + (" in a window" if request.window else "")
+        if request.kind == "varlen" and cuts_documents(name, request):
+            what = f"documents of less than {SMALLEST:,} tokens"
         if request.device_type == "cuda" and request.kind != "varlen" and not request.aligned:
             if chosen in uses:
                 continue
@@ -76,17 +96,15 @@ def lines(name: str, requests: Iterable[Request]) -> list[str]:
         if name in refusals:
             asked.setdefault(refusals[name], what)
         for candidate, reason in refusals.items():
-            if candidate != name and _faster(candidate, chosen):
+            if candidate != name and _faster(candidate, chosen, request.head_dim):
                 better.setdefault(candidate, reason)
     first = requests[0]
     hopper = first.device_type == "cuda" and torch.cuda.get_device_capability()[0] == 9
     parts = []
     for kernel, kinds in uses.items():
-        speed = (
-            f" (about {HOPPER[kernel]} TFLOP/s)"
-            if hopper and kernel in HOPPER and first.dtype != torch.float32
-            else ""
-        )
+        figure = teraflops(kernel, first.head_dim)
+        known = hopper and figure is not None and first.dtype != torch.float32
+        speed = f" (about {figure} TFLOP/s)" if known else ""
         parts.append(f"{kernel}{speed}" + (f" for {', '.join(kinds)}" if len(uses) > 1 else ""))
     dims = ", ".join(
         sorted(
@@ -115,11 +133,9 @@ def lines(name: str, requests: Iterable[Request]) -> list[str]:
     return out
 
 
-def _faster(candidate: str, chosen: str) -> bool:
-    return (
-        HOPPER.get(candidate, 0) > 1.05 * HOPPER.get(chosen, 0)
-        and BACKENDS[candidate] is not BACKENDS[chosen]
-    )
+def _faster(candidate: str, chosen: str, head_dim: int) -> bool:
+    speeds = [teraflops(kernel, head_dim) or 0 for kernel in (candidate, chosen)]
+    return speeds[0] > 1.05 * speeds[1] and BACKENDS[candidate] is not BACKENDS[chosen]
 
 
 def foreign_cudnn(

@@ -40,8 +40,10 @@ def backward(
     """dq as accumulated, dk and dv in `call.key_gradients`."""
     mask = call.mask
     bulk = kernels.bulk(q, v, call)
-    dq, dk, dv = Sum(q, once=mask.merges_once((mask.rank, HALO), bulk)), Sum(k), Sum(v)
+    dq = Sum(q, once=mask.merges_once((mask.rank, HALO), bulk))
     fetch = Fetch(k, v, call)
+    once = not fetch.posted and mask.writes_once(mask.rank, bulk)
+    dk, dv = Sum(k, once), Sum(v, once)
     for tile in mask.tiles(mask.rank, bulk):
         kernels.backward(dout, q, k, v, out, lse, tile, call, dq, dk, dv)
     if fetch.posted:
