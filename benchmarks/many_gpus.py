@@ -66,7 +66,13 @@ from _table import (  # noqa: E402
     run_row,
 )
 from longfactory import sp  # noqa: E402
-from longfactory.sp.measure import Measure, forward_backward  # noqa: E402
+from longfactory.sp.measure import (  # noqa: E402
+    MOST_PASSES,
+    PASSES,
+    Measure,
+    forward_backward,
+    repeated,
+)
 from longfactory.sp.plan import RowPlan  # noqa: E402
 from longfactory.sp.schedules.choose import candidates, choice_of  # noqa: E402
 from make_model import SHAPES, make_model  # noqa: E402
@@ -291,15 +297,17 @@ def attention_row(
     }
     tensors = inputs(setting, length // setting.ranks, heads_name)
     steps = [functools.partial(forward_backward, plan, *tensors) for plan in plans.values()]
-    times = dict(zip(plans, bench.timed_in_turn(setting, steps, repeats), strict=True))
     flop = 3.5 * 2.0 * attention_pairs(sizes) * heads * (dim + value_dim) / setting.ranks / 1e12
+    times = dict(zip(plans, in_turn(setting, steps, repeats, flop), strict=True))
     base = one_gpu(setting, sizes, heads_name)
     row: Row = {}
+    parts: dict[str, dict[str, float]] = {}
     for (schedule, seconds), step in zip(times.items(), steps, strict=True):
         text = f"{flop / seconds:.0f} ({flop / seconds / base:.2f}"
         if setting.device.type == "cuda" and not slow:
-            parts = divided(step)
-            text += f"; {parts['messages']:.1f} ms, exposed {parts['exposed']:.1f}"
+            parts[schedule] = divided(step)
+            message, exposed = (parts[schedule][k] for k in ("messages", "exposed"))
+            text += f"; {message:.1f} ms, exposed {exposed:.1f}"
         row[schedule] = text + ")"
     choice = sp.plan(length, segments, ctx).choice
     taken = next(
@@ -312,6 +320,10 @@ def attention_row(
         n for n, c in names.items() if (c.ulysses, c.exchange) == (ruled.ulysses, ruled.exchange)
     )
     best = min(times.values())
+    if taken in parts:
+        row["auto's ms"] = ", ".join(f"{k} {v:.1f}" for k, v in parts[taken].items())
+        row["ms"] = 1e3 * times[taken]
+        row["one GPU's ms / n"] = 1e3 * flop / base
     row |= {
         "one GPU": base,
         "auto takes": taken,
@@ -338,8 +350,21 @@ def beside(
     tensors = bench.inputs(len(peer.rows), *shape, theirs, seed=setting.rank)
     attention = peer.make()
     step = functools.partial(bench.forward_backward, attention, *tensors)
-    (seconds,) = bench.timed_in_turn(theirs, [step], min(2, setting.repeats))
+    (seconds,) = in_turn(theirs, [step], min(2, setting.repeats), flop)
     return f"{flop / seconds:.0f} (ours {seconds / best:.2f}x)"
+
+
+def in_turn(
+    setting: bench.Setting, steps: Sequence[Callable[[], object]], repeats: int, flop: float
+) -> list[float]:
+    """Seconds of each step. Short ones are timed some at a time, as layers follow each other.
+
+    Args:
+        flop: of a step on a GPU, in units of 10^12.
+    """
+    passes = max(1, min(MOST_PASSES, int(PASSES / (flop / 400)))) if not setting.smoke else 2
+    many = [functools.partial(repeated, step, passes) for step in steps]
+    return [seconds / passes for seconds in bench.timed_in_turn(setting, many, repeats)]
 
 
 def inputs(setting: bench.Setting, rows: int, heads_name: str) -> list[torch.Tensor]:
@@ -366,10 +391,9 @@ def one_gpu(setting: bench.Setting, sizes: list[int], heads_name: str) -> float:
         ctx = setting.one
         plan = sp.plan(sum(sizes), bench.segments_of(sizes), ctx)
         step = functools.partial(forward_backward, plan, *inputs(setting, sum(sizes), heads_name))
-        seconds = bench.timed(setting, step)
-        _BASES[key] = (
-            3.5 * 2.0 * attention_pairs(sizes) * heads * (dim + value_dim) / seconds / 1e12
-        )
+        flop = 3.5 * 2.0 * attention_pairs(sizes) * heads * (dim + value_dim) / 1e12
+        (seconds,) = in_turn(setting, [step], setting.repeats, flop)
+        _BASES[key] = flop / seconds
     return _BASES[key]
 
 

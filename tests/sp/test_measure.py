@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from longfactory import sp
 from longfactory.sp import Segment, SequenceParallel
-from longfactory.sp.measure import Measure, cut
+from longfactory.sp.measure import ROUNDS, Measure, cut
 from longfactory.sp.schedules.choose import LONGEST, Candidate, candidates, row_class
 from longfactory.testing import run_ranks
 from plain_attention import plain_attention, plain_mask, random_inputs
@@ -98,6 +98,15 @@ def test_what_is_as_fast_is_chosen_in_the_same_order() -> None:
         assert [kept for kept, *_ in run_ranks(4, measured, table, [(LENGTH, PACKED)])] == [
             {row_class(LENGTH, PACKED): RING}
         ] * 4
+
+
+@pytest.mark.processes
+def test_short_steps_are_timed_some_at_a_time() -> None:
+    """A warm one, a single one, and as many rounds of several as there are."""
+    table = [{c: 0.004 + 0.001 * (c != ULYSSES) for c in (RING, GATHER, BY_TWO, ULYSSES)}] * 4
+    for kept, _, calls, error in run_ranks(4, measured, table, [(LENGTH, PACKED)]):
+        assert list(kept.values()) == [ULYSSES]
+        assert calls == 4 * (2 + ROUNDS) and error <= 1e-12
 
 
 @pytest.mark.processes
