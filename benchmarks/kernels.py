@@ -6,7 +6,8 @@ GPU, each kernel beside the one that `attention_backend: auto` takes.
 
 Heads: those of Gemma 3 (256), DeepSeek (192 for queries and keys, 128 for values), gpt-oss (64, eight
 queries to a key, with sinks) and Qwen3 (128). Masks: causal, causal in a sliding window, packed
-documents. Every kernel of the engine is called on the whole mask as one tile; on packed documents
+documents, and rows of documents of one length (where calls of their own begin to pay). Every
+kernel of the engine is called on the whole mask as one tile; on packed documents
 also one call a document (`a call each`), the only form that some have. A kernel that the engine's
 rules refuse is tried all the same: what the table shows is what it does, beside why it is refused.
 `engine` is what a run gets: tiles cut and chosen by `auto`, with everything around the kernels.
@@ -45,7 +46,8 @@ from longfactory.sp.tiles import Tile  # noqa: E402
 
 
 class Case(NamedTuple):
-    """`window`: keys that a query sees, itself included. `shares`: of the row, by document."""
+    """`window`: keys that a query sees, itself included. `shares`: of the row, by document.
+    `few`: only what `auto` chooses between is measured."""
 
     name: str
     heads: int
@@ -54,9 +56,11 @@ class Case(NamedTuple):
     value_dim: int
     window: int | None = None
     shares: tuple[int, ...] | None = None
+    few: bool = False
 
 
 PACKED = (300, 5, 200, 120, 60, 250, 65)  # thousandths of the row
+DOCUMENTS = (512, 1024, 2048, 4096)  # tokens of each in a row of 32,768
 MODELS = {
     "Gemma 3": (16, 8, 256, 256),
     "DeepSeek": (16, 16, 192, 128),
@@ -77,6 +81,10 @@ CASES = [
             else ()
         ),
     )
+] + [
+    Case(f"{model}, documents of {tokens:,}", *heads, None, (1,) * (32768 // tokens), True)
+    for model, heads in MODELS.items()
+    for tokens in DOCUMENTS
 ]
 Timed = Callable[[], Any]
 Both = Callable[[Tensor, Tensor, Tensor, Tensor], list[Tensor]]
@@ -87,7 +95,8 @@ def documents(case: Case, length: int) -> tuple[int, ...]:
     """Where documents begin, and the length. Each a multiple of nothing in particular."""
     if case.shares is None:
         return (0, length)
-    ends = [length * end // 1000 + 1 for end in itertools.accumulate(case.shares)]
+    whole = sum(case.shares)
+    ends = [length * end // whole + 1 for end in itertools.accumulate(case.shares)]
     return (0, *ends[:-1], length)
 
 
@@ -246,13 +255,15 @@ def candidates(case: Case, length: int, device: str) -> dict[str, Callable[[int]
     names = (
         ("cpu",) if device == "cpu" else ("fa4", "flash3", "cudnn", "flash2", "flash", "efficient")
     )
+    if case.few:
+        names = ("cpu",) if device == "cpu" else ("cudnn", "flash")
     for name in names:
         backend = backends.BACKENDS[name]
         if name != "cudnn" or case.shares is None:
             found[name] = functools.partial(of_backend, backend, case)
         elif case.window is None:
             found[f"{name}, a call each"] = functools.partial(a_call_each, backend, case)
-    if device == "cuda":
+    if device == "cuda" and not case.few:
         found["flex_attention"] = functools.partial(of_flex, case, device=device)
     return found
 
