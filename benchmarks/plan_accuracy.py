@@ -209,6 +209,12 @@ SETTINGS: dict[str, Setting] = {
     "moe-6-layers-lora-32k": Setting("qwen3-30b-a3b", 6, 32768, SFT | LORA),
     "gemma-12-layers-full-32k": Setting("gemma-3-12b", 12, 32768, PT | FULL),
     "gemma-12-layers-lora-64k": Setting("gemma-3-12b", 12, 65536, SFT | LORA),
+    # windows and sinks, and recurrent layers, where attention is most of a step
+    "gpt-oss-4-layers-full-131k": Setting("gpt-oss-20b", 4, 131072, PT | FULL, (1,)),
+    "hybrid-8-layers-full-131k": Setting("qwen3.5-9b", 8, 131072, PT | FULL, (1,)),
+    # steps that are shorter than what the host has to start
+    "1.5b-full-4k": Setting("qwen2.5-1.5b", None, 4096, PT | FULL),
+    "7b-lora-2k": Setting("qwen2.5-7b", None, 2048, SFT | LORA),
 }
 
 
@@ -449,14 +455,17 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """The results, and the same as a table."""
+    """The results, and the same as a table; what else the file has, its `notes` among it, stays,
+    and the notes stand below the table.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    old = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**old, "rows": rows}, indent=1) + "\n")
     made = dict.fromkeys(
         f"`{r['command']}` ({r['date']}, {r['machine']}, {r['versions']})" for r in rows
     )
-    text = "# The plan and the run\n\n" + table(rows) + "\n" + "\n".join(made) + "\n"
-    path.with_suffix(".md").write_text(text)
+    text = ["# The plan and the run", table(rows).strip(), "\n".join(made), *old.get("notes", [])]
+    path.with_suffix(".md").write_text("\n\n".join(text) + "\n")
 
 
 def main() -> int:
