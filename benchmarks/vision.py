@@ -1,68 +1,81 @@
-"""Training steps of a vision-language model on long rows of images and of video, sharded over the
-GPUs of one machine and on one GPU at the same local length.
+"""Training of a vision-language model on long rows of images and of video through `longfactory
+train`, sharded over the GPUs of one machine and on one GPU at the same local length.
 
     python benchmarks/vision.py --gpus 2 --out benchmarks/results
 
-Qwen3-VL-8B's shape with random weights in bf16, fewer text layers (`--layers`), the whole tower,
-which is frozen but for `--train-tower`. A step is one forward and one backward pass of a row: 32
-images of 1024 x 1024 in 64k tokens, and a video of 512 frames of 512 x 1024 (131,072 tokens of
-frames). Pixels are random and in host memory, as a loader gives them.
+Qwen3-VL-8B's shape with random weights and the whole tower (`--layers` text layers of 36), LoRA on
+the text model, in bf16. A row is 32 images of 1024 x 1024 in 64k tokens, or a video of 512 frames
+of 512 x 1024 (131,072 tokens of frames; `--frames`); the same rows for DPO are the prompt of a pair.
+Pictures are JPEG files, which the run's own loader decodes.
 
-Ideal: a step of one GPU on a row of half the length with half the images, and attention scaled to
-the whole length: each of n GPUs computes n times the attention of its own length, at the rate
-measured in the same process. Beside it transformers' own forward and backward on one GPU, with its
-own checkpointing.
+`of the ideal`: a run of one GPU on a row of half the length with half the images, attention's time
+of a token replaced by that of the whole length, as measured on one GPU in the same command. Host
+memory is what the processes of a run hold at most, shared memory counted once (PSS). Beside it
+transformers' own loop on one GPU: the same model with PEFT, its own checkpointing, its own loss,
+pixels that are in memory already.
+
+Runs of one GPU go side by side where more are free. Each is a process of its own; one that fails is
+in the table with its reason.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import datetime
+import io
 import json
 import os
-import subprocess
+import random
+import re
+import shutil
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
-from longfactory import sp
-from longfactory.data.media.units import LoadedMedia, MediaReference, MediaUnit
-from longfactory.data.row import Row, TokenizedDocument, make_row
-from longfactory.memory.apply import apply_memory
-from longfactory.memory.settings import MemorySettings
-from longfactory.model.token_logprobs import TokenLogprobs
-from longfactory.model.vision import RowImages
-from longfactory.sp import hf, vision
-from longfactory.sp.text_model import decoder_layers
+import numpy as np
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "src"))
+from _table import Clock, command_line, machine_name  # noqa: E402
+from plan_accuracy import ended_in_time  # noqa: E402
 
+EXAMPLE = ROOT / "examples" / "vision" / "model"
+"""Its tokenizer has a token for each byte, and the placeholders."""
 TEXT = {
+    "model_type": "qwen3_vl_text",
     "vocab_size": 151936,
     "hidden_size": 4096,
     "intermediate_size": 12288,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "head_dim": 128,
-    "max_position_embeddings": 262144,
+    "max_position_embeddings": 1 << 20,
     "rope_parameters": {
         "rope_type": "default",
         "rope_theta": 5e6,
         "mrope_section": [24, 20, 20],
     },
+    "pad_token_id": 0,
+    "eos_token_id": 2,
 }
 TOWER = {
+    "model_type": "qwen3_vl_vision",
     "depth": 27,
     "hidden_size": 1152,
     "intermediate_size": 4304,
     "num_heads": 16,
     "out_hidden_size": 4096,
     "patch_size": 16,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "num_position_embeddings": 2304,
     "deepstack_visual_indexes": [8, 16, 24],
 }
 SMALL_TEXT = TEXT | {
@@ -80,374 +93,607 @@ SMALL_TOWER = TOWER | {
     "intermediate_size": 48,
     "num_heads": 2,
     "out_hidden_size": 64,
+    "num_position_embeddings": 64,
     "deepstack_visual_indexes": [0, 1, 2],
 }
+EDGE = 2**31  # pixels of a video, at most: no frame is made smaller
+MERGED = 32  # pixels of a token's side
+ATTENTION_ROWS = 2
 
 
-def make_config(layers: int, small: bool) -> Any:
-    from transformers.models.qwen3_vl import Qwen3VLConfig
+class Case(NamedTuple):
+    """What a row shows. `side`: width and height of a picture."""
 
-    text, tower = (SMALL_TEXT, SMALL_TOWER) if small else (TEXT, TOWER)
-    vocabulary = text["vocab_size"]
-    return Qwen3VLConfig(
-        text_config=text | {"num_hidden_layers": layers},
-        vision_config=tower,
-        image_token_id=vocabulary - 4,  # type: ignore[operator]
-        video_token_id=vocabulary - 3,  # type: ignore[operator]
-        tie_word_embeddings=False,
-    )
+    name: str
+    pictures: int
+    side: tuple[int, int]
+    tokens: int
+
+    @property
+    def video(self) -> bool:
+        return self.name == "video"
+
+    def part(self, share: int) -> Case:
+        """A row of one n-th of it."""
+        return self._replace(pictures=self.pictures // share, tokens=self.tokens // share)
 
 
-def make_example(kind: str, share: int, small: bool, config: Any) -> Row:
-    """A row of which one n-th (`share`) is taken: 32 images, or 256 pairs of frames."""
-    draw = torch.Generator().manual_seed(0)
-    side = 4 if small else 64
-    count = (8 if small else 32) // share
-    steps = (16 if small else 256) // share
-    text = 24 if small else 1024
-    ids: list[Tensor] = []
-    units: list[MediaUnit] = []
-    length = 0
-
-    def add(tokens: Tensor) -> None:
-        nonlocal length
-        ids.append(tokens)
-        length += len(tokens)
-
-    def words(n: int) -> None:
-        add(torch.randint(3, config.text_config.vocab_size - 8, (n,), generator=draw))
-
-    if kind == "images":
-        each = side * side // 4
-        for i in range(count):
-            words(text)
-            units.append(_unit("image", i, (1, side, side), ((length, each),)))
-            add(torch.full((each,), config.image_token_id))
+def cases(small: bool, frames: int) -> dict[str, Case]:
+    if small:
+        every = (Case("images", 8, (128, 128), 512), Case("video", 16, (128, 64), 256))
     else:
-        grid = (steps, side // 2, side)
-        each = grid[1] * grid[2] // 4
-        words(text)
-        spans = []
-        for _ in range(steps):
-            words(8)  # a time stamp
-            spans.append((length, each))
-            add(torch.full((each,), config.video_token_id))
-        units.append(_unit("video", 0, grid, tuple(spans)))
-        words(text)
-    tokens = torch.cat(ids).tolist()
-    return make_row([TokenizedDocument(tokens, tokens, media=tuple(units))])
+        video = (frames // 2) * (512 * 1024 // MERGED**2 + 20)  # and a time stamp for each pair
+        every = (
+            Case("images", 32, (1024, 1024), 65536),
+            Case("video", frames, (1024, 512), video + 4096),
+        )
+    return {case.name: case for case in every}
 
 
-def _unit(
-    kind: Any, number: int, grid: tuple[int, int, int], spans: tuple[tuple[int, int], ...]
-) -> MediaUnit:
-    reference = MediaReference(path=f"{kind}-{number}")
-    return MediaUnit(kind, reference, grid, spans, steps=grid[0], seconds_per_step=None)
+# ---- model and data ------------------------------------------------------------------------------
 
 
-def load(row: Row, images: RowImages, patch: int, pin: bool) -> Row:
-    """The row with random pixels of what this rank was dealt."""
-    import dataclasses
+def write_model(folder: Path, layers: int, small: bool) -> Path:
+    """A model's folder without weights."""
+    shutil.copytree(EXAMPLE, folder)
+    config = json.loads((EXAMPLE / "config.json").read_text())
+    text, tower = (SMALL_TEXT, SMALL_TOWER) if small else (TEXT, TOWER)
+    config["text_config"] = text | {"num_hidden_layers": layers}
+    config["vision_config"] = tower
+    config["torch_dtype"] = "bfloat16"
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        settings = json.loads((EXAMPLE / name).read_text())
+        settings["size"] = {"shortest_edge": 1024, "longest_edge": EDGE}
+        (folder / name).write_text(json.dumps(settings))
+    return folder
 
-    pixels = []
-    for dealt in images.dealing(row):
-        unit = row.media[dealt.unit]
-        patches = (dealt.last - dealt.first) * unit.grid[1] * unit.grid[2]
-        pixels.append(LoadedMedia(dealt, {"pixel_values": torch.rand(patches, patch)}))
-    row = dataclasses.replace(row, pixels=tuple(pixels))
-    return row.pin_memory() if pin else row
+
+def write_pictures(folder: Path, case: Case) -> list[str]:
+    """Files of pictures, all different."""
+    folder.mkdir(parents=True, exist_ok=True)
+    width, height = case.side
+    draw = np.random.default_rng(0)
+    coarse = draw.integers(0, 256, (height // 16 + 1, width // 16 + 1, 3), np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize((width, height)), np.uint8)
+    grain = draw.integers(0, 12, smooth.shape, np.uint8)
+    base = smooth // 2 + 32 + grain
+
+    def write(number: int) -> str:
+        shown = np.roll(base, (3 * number, 7 * number), (0, 1))
+        out = io.BytesIO()
+        Image.fromarray(shown).save(out, "JPEG", quality=90)
+        name = f"{case.name}-{number}.jpg"
+        (folder / name).write_bytes(out.getvalue())
+        return name
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(write, range(case.pictures)))
 
 
-class Clock:
-    """Seconds and peak memory of calls on one device."""
+def write_data(folder: Path, every: dict[str, Case], shares: tuple[int, ...], rows: int) -> None:
+    """Answers and pairs of answers to what shows the pictures: data sets `images-1`,
+    `images-1-pairs`, ... by the share of the row.
+    """
+    info: dict[str, Any] = {}
+    draw = random.Random(0)
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def text(tokens: int) -> str:
+        letters = draw.choices("abcdefghijklmnopqrstuvwxyz     ", k=max(1, tokens - 1))
+        return "a" + "".join(letters)
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
+    for whole in every.values():
+        names = write_pictures(folder, whole)
+        for share in shares:
+            case = whole.part(share)
+            shown = names[: case.pictures]
+            each = case.side[0] * case.side[1] // MERGED**2 + 2
+            answer = case.tokens // 64
+            samples = []
+            for _ in range(rows):
+                if case.video:
+                    asked = "<video>" + text(32)
+                    found: dict[str, Any] = {"videos": [shown]}
+                else:
+                    room = (case.tokens - 2 * answer - 128) // case.pictures - each
+                    asked = "".join("<image>" + text(room) for _ in shown)
+                    found = {"images": shown}
+                answers = {"output": text(answer)}
+                pair = {"chosen": text(answer), "rejected": text(answer)}
+                samples.append({"instruction": asked, **answers, **pair, **found})
+            name = f"{case.name}-{share}"
+            (folder / f"{name}.json").write_text(json.dumps(samples))
+            media = {"videos": "videos"} if case.video else {"images": "images"}
+            plain = {"prompt": "instruction", **media}
+            info[name] = {
+                "file_name": f"{name}.json",
+                "columns": {**plain, "response": "output"},
+            }
+            info[f"{name}-pairs"] = {
+                "file_name": f"{name}.json",
+                "ranking": True,
+                "columns": {**plain, "chosen": "chosen", "rejected": "rejected"},
+            }
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+
+
+# ---- runs of the command -------------------------------------------------------------------------
+
+
+class Job(NamedTuple):
+    """A row of the table. `system`: ours, or transformers' own. `share`: of the whole row."""
+
+    case: Case
+    gpus: int
+    share: int
+    stage: str = "sft"
+    system: str = "ours"
+
+    @property
+    def name(self) -> str:
+        end = "" if self.system == "ours" else ", transformers' own"
+        return f"{self.case.name}, {self.stage}{end}"
+
+
+def run_command(
+    job: Job, args: argparse.Namespace, home: Path, devices: list[int], limit: float
+) -> dict[str, Any]:
+    """One run of `longfactory train`: what its log says of the steps after the first."""
+    case = job.case.part(job.share)
+    out = home / f"out-{job.case.name}-{job.stage}-{job.gpus}"
+    stage: dict[str, Any] = {"stage": "sft", "dataset": f"{case.name}-{job.share}"}
+    if job.stage == "dpo":
+        stage = {"stage": "dpo", "dataset": f"{case.name}-{job.share}-pairs"}
+    keys = {
+        "model_name_or_path": home / "model",
+        "train_from_scratch": "true",
+        "template": "qwen3_vl_nothink",
+        "finetuning_type": "lora",
+        "lora_rank": 8,
+        "lora_target": "all",
+        **stage,
+        "dataset_dir": home / "data",
+        "media_dir": home / "data",
+        "image_max_pixels": case.side[0] * case.side[1],
+        "video_max_pixels": case.side[0] * case.side[1],
+        "video_maxlen": max(2, case.pictures),
+        "cutoff_len": 2 * case.tokens,
+        "packing": "false",
+        "sequence_parallel_size": job.gpus,
+        "nproc_per_node": job.gpus,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "max_steps": args.steps,
+        "learning_rate": "1e-5",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "save_final_model": "false",
+        "output_dir": out,
+        "overwrite_output_dir": "true",
+        "report_to": "none",
+        "preprocessing_num_workers": 1 if args.smoke else args.steps,
+        "dataloader_num_workers": 1 if args.smoke else args.workers,
+        "dataloader_prefetch_factor": 1,
+        **({} if args.smoke else {"bf16": "true"}),
+        **({"sharding": "ddp" if args.smoke else "fsdp2"} if job.gpus > 1 else {}),
+        **dict(word.split("=", 1) for word in args.keys),
+    }
+    command = [sys.executable, "-m", "longfactory.cli", "train"]
+    command += [f"{key}={value}" for key, value in keys.items()]
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
+        "RECORD_VRAM": "1",
+        "LONGFACTORY_CACHE": str(home / "cache"),
+        "CUDA_VISIBLE_DEVICES": ",".join(map(str, devices)),
+    }
+    begun = time.time()
+    memory = HostMemory(str(out))
+    with memory:
+        code, text = ended_in_time(command, env, limit)
+    found: dict[str, Any] = {"seconds_in_all": round(time.time() - begun)}
+    log = out / "trainer_log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    lines = [line for line in lines if "loss" in line]
+    timed = lines[1:]
+    if code:
+        print(text[-3000:], flush=True)
+        errors = [line for line in text.splitlines() if "rror" in line] or text.splitlines()
+        last = errors[-1].strip() if errors else "no output"
+        over = f"ended after {limit:.0f} s: " if time.time() - begun >= limit else ""
+        found["problem"] = (over + last)[:300]
+    if not timed:
+        return found | {"error": found.get("problem", "no step in its log")}
+    seconds = (lines[-1]["elapsed_seconds"] - lines[0]["elapsed_seconds"]) / len(timed)
+
+    def mean(key: str) -> float:
+        values = [line[key] for line in timed if key in line]
+        return sum(values) / len(values) if values else 0.0
+
+    plan = re.search(r"Memory plan.*\n +(.*)", text)
+    # Tokens of documents a second of each GPU, while a step runs: of a step, its tokens.
+    steps = [x["tokens_per_second_per_gpu"] * x["seconds_per_step"] * job.gpus for x in timed]
+    tokens = sum(steps) / len(steps)
+    width = (SMALL_TEXT if args.smoke else TEXT)["hidden_size"]
+    return found | {
+        "tokens": round(tokens),
+        "seconds": seconds,
+        "tokens_per_s_gpu": tokens / seconds / job.gpus,
+        "peak_gib": max(line.get("vram_allocated", 0.0) for line in lines),
+        "embeddings_gib": tokens / job.gpus * int(str(width)) * 2 / 2**30,
+        "data_wait": mean("data_wait"),
+        "host_gib": memory.most / 2**30,
+        "settings": "" if plan is None else plan[1],
+        "loss": lines[-1]["loss"],
+    }
+
+
+class HostMemory:
+    """The most that the processes hold whose command names a folder, in bytes, while it is open."""
+
+    def __init__(self, mark: str):
+        self.mark, self.most = mark, 0
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.thread.join()
+
+    def _watch(self) -> None:
+        while not self.done.wait(1.0):
+            self.most = max(self.most, sum(map(self._held, Path("/proc").glob("[0-9]*"))))
+
+    def _held(self, process: Path) -> int:
+        try:
+            if self.mark not in (process / "cmdline").read_bytes().decode(errors="replace"):
+                return 0
+            found = re.search(r"^Pss: +(\d+)", (process / "smaps_rollup").read_text(), re.M)
+        except OSError:
+            return 0
+        return 0 if found is None else 1024 * int(found[1])
+
+
+# ---- beside it: attention's rate and transformers' own loop --------------------------------------
+
+
+def measured(call: Callable[[], Any], repeats: int, device: Any) -> tuple[float, float]:
+    """Seconds of a call after one that is not counted, and GiB that it took at most."""
+    import torch
+
+    def wait() -> None:
+        if device.type == "cuda":
             torch.cuda.synchronize()
 
-    def measure(self, call: Callable[[], Any], repeats: int) -> dict[str, float]:
-        call()
-        self._wait()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        self._wait()
-        seconds = (time.perf_counter() - started) / repeats
-        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
-        return {"seconds": seconds, "peak_gib": peak / 2**30}
-
-
-def make_model(config: Any, attention: str, device: torch.device, dtype: torch.dtype) -> Any:
-    from transformers.models.qwen3_vl import Qwen3VLForConditionalGeneration
-
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = Qwen3VLForConditionalGeneration._from_config(
-            config, dtype=dtype, attn_implementation=hf.of_text(config, attention)
-        )
-    return model.train()
-
-
-def worker(args: argparse.Namespace) -> dict[str, Any]:
-    """One case on all processes that were started; the first one's numbers."""
-    cuda = torch.cuda.is_available() and not args.smoke
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    ctx = sp.SequenceParallel.create(world, mode=args.mode, device_type=device.type)
-    dtype = torch.bfloat16 if cuda else torch.float32
-    config = make_config(args.layers, args.smoke)
-    model = make_model(config, hf.ATTENTION, device, dtype)
-    hf.prepare(model, ctx)
-    vision.install(model)
-    if not args.train_tower:
-        model.model.visual.requires_grad_(False)
-    head = TokenLogprobs(model)
-    settings = MemorySettings(keep_attention=1.0, mlp_chunk=8192)
-    apply_memory(model, settings, device)
-    if world > 1:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = init_device_mesh(device.type, (world,))
-        for layer in decoder_layers(model)[1]:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-    images = RowImages(model, ctx)
-    row = make_example(args.case, args.share, args.smoke, config)
-    row = row.padded(sp.alignment(ctx) * (1 if args.smoke else 64), 0)
-    vision_config = config.vision_config
-    patch = 3 * vision_config.temporal_patch_size * vision_config.patch_size**2
+    call()
+    wait()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
-    row = load(row, images, patch, cuda)
-    loaded = time.perf_counter() - started
-    host: list[float] = []
-
-    def step() -> None:
-        started = time.perf_counter()
-        positions = images.positions(row).to(device, non_blocking=True)
-        plan = sp.plan(len(row), images.segments(row), ctx)
-        inputs = hf.inputs({"input_ids": row.input_ids.to(device), "position_ids": positions}, plan)
-        inputs["sp_media"] = images.media(row, plan, device)
-        host.append(time.perf_counter() - started)
-        labels = row.labels[plan.index]
-        with head.labels(labels):
-            out = model(**inputs)
-            loss = -head.outputs(out.logits).logps.sum() / row.trained_tokens
-        (loss * ctx.size).backward()
-        model.zero_grad(set_to_none=True)
-
-    clock = Clock(device)
-    found: dict[str, Any] = {
-        "case": args.case,
-        "gpus": world,
-        "share": args.share,
-        "tokens": len(row),
-        **clock.measure(step, args.repeats),
-    }
-    found["tokens_per_s_gpu"] = len(row) / world / found["seconds"]
-    found["host_seconds"] = sum(host[1:]) / max(1, len(host) - 1)
-    found["make_pixels_seconds"] = loaded
-    found["embeddings_gib"] = len(row) / world * config.text_config.hidden_size * 2 / 2**30
-    if world == 1:
-        media = images.media(row, sp.plan(len(row), images.segments(row), ctx), device)
-        assert media is not None
-
-        def tower() -> None:
-            with torch.no_grad():
-                for batch in media.batches:
-                    vision.features_of(model, batch, device)
-
-        found["tower_seconds"] = clock.measure(tower, 1)["seconds"]
-        found["attention_seconds"] = args.layers * attention_seconds(len(row), config, ctx, clock)
-    if world > 1:
-        dist.barrier()
-    return found
+    for _ in range(repeats):
+        call()
+    wait()
+    seconds = (time.perf_counter() - started) / repeats
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    return seconds, peak / 2**30
 
 
-def attention_seconds(length: int, config: Any, ctx: Any, clock: Clock) -> float:
-    """Forward and backward of one layer's attention over a whole row of one GPU."""
-    text, device = config.text_config, clock.device
+def attention_seconds(length: int, config: Any, device: Any) -> dict[str, float]:
+    """Of one layer's attention over a row on one GPU."""
+    import torch
+
+    from longfactory import sp
+
+    text = config.text_config
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    ctx = sp.SequenceParallel.create(1, device_type=device.type)
     plan = sp.plan(length, (sp.Segment(0, length),), ctx)
     heads = (text.num_attention_heads, text.num_key_value_heads, text.num_key_value_heads)
-    tensors = [
-        torch.randn(length, n, text.head_dim, device=device, dtype=dtype, requires_grad=True)
-        for n in heads
-    ]
-
-    def run() -> None:
-        out = sp.attention(*tensors, plan)
-        torch.autograd.grad(out, tensors, torch.ones_like(out))
-
-    return clock.measure(run, 2)["seconds"]
+    q, k, v = (torch.randn(length, n, text.head_dim, device=device, dtype=dtype) for n in heads)
+    out, lse = sp.attention_forward(q, k, v, plan)
+    forward = measured(lambda: sp.attention_forward(q, k, v, plan), ATTENTION_ROWS, device)[0]
+    backward = measured(
+        lambda: sp.attention_backward(out, q, k, v, out, lse, plan), ATTENTION_ROWS, device
+    )[0]
+    return {"forward": forward, "backward": backward}
 
 
-def peer(args: argparse.Namespace) -> dict[str, Any]:
-    """transformers' own forward and backward on one GPU, with its own checkpointing."""
-    cuda = torch.cuda.is_available() and not args.smoke
-    device = torch.device("cuda") if cuda else torch.device("cpu")
-    dtype = torch.bfloat16 if cuda else torch.float32
-    config = make_config(args.layers, args.smoke)
-    model = make_model(config, "sdpa", device, dtype)
-    model.model.visual.requires_grad_(False)
+def beside(args: argparse.Namespace) -> None:
+    """Prints attention's seconds at the length of a GPU's part of the row, then transformers' own
+    loop on such a row.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.smoke else "cpu")
+    case = cases(args.smoke, args.frames)[args.case].part(args.share)
+    config = AutoConfig.from_pretrained(args.model)
+    config.use_cache = False
+    length = case.tokens // 64 * 64
+    found = attention_seconds(length, config, device)
+    layers = config.text_config.num_hidden_layers
+    rates = {"length": length} | {k: layers * v for k, v in found.items()}
+    print("RATES " + json.dumps(rates), flush=True)
+    if args.rates_only:
+        return
+    torch.cuda.empty_cache()
+    print("RESULT " + json.dumps(peer(case, config, device, args.steps)), flush=True)
+
+
+def peer(case: Case, config: Any, device: Any, steps: int) -> dict[str, Any]:
+    """transformers' own forward and backward of a row on one GPU, with PEFT's adapters."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers.models.qwen3_vl import Qwen3VLForConditionalGeneration
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.manual_seed(0)
+    with device:
+        model: Any = Qwen3VLForConditionalGeneration._from_config(
+            config, dtype=dtype, attn_implementation="sdpa"
+        )
+    maps = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+    model = get_peft_model(model, LoraConfig(r=8, target_modules=maps))
+    model.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    row = make_example(args.case, args.share, args.smoke, config)
-    kind = row.media[0].kind
-    patch = 3 * config.vision_config.temporal_patch_size * config.vision_config.patch_size**2
-    pixels = torch.rand(sum(u.patches for u in row.media), patch)
-    kinds = torch.zeros_like(row.input_ids)
-    for unit in row.media:
-        for start, count in unit.spans:
-            kinds[start : start + count] = 1 if kind == "image" else 2
-    names = ("pixel_values", "image_grid_thw")
-    if kind == "video":
-        names = ("pixel_values_videos", "video_grid_thw")
+    model.enable_input_require_grads()
+    rows, columns = (side // 16 for side in reversed(case.side))
+    each = rows * columns // 4
+    ids: list[torch.Tensor] = []
+    token = config.video_token_id if case.video else config.image_token_id
+    parts = case.pictures // 2 if case.video else case.pictures
+    between = max(1, case.tokens // parts - each)
+    for _ in range(parts):
+        ids += [torch.randint(7, 263, (between,)), torch.full((each,), token)]
+    tokens = torch.cat(ids)
+    kinds = (tokens == token).long() * (2 if case.video else 1)
+    pixels = torch.rand(parts * rows * columns, 3 * 2 * 16 * 16)
+    grid = [[parts, rows, columns]] if case.video else [[1, rows, columns]] * parts
+    names = ("pixel_values_videos", "video_grid_thw")
+    if not case.video:
+        names = ("pixel_values", "image_grid_thw")
 
     def step() -> None:
         out = model(
-            input_ids=row.input_ids[None].to(device),
+            input_ids=tokens[None].to(device),
             mm_token_type_ids=kinds[None].to(device),
-            labels=row.input_ids[None].to(device),
+            labels=tokens[None].to(device),
             use_cache=False,
-            **{
-                names[0]: pixels.to(device, dtype),
-                names[1]: torch.tensor([u.grid for u in row.media], device=device),
-            },
+            **{names[0]: pixels.to(device, dtype), names[1]: torch.tensor(grid, device=device)},
         )
         out.loss.backward()
         model.zero_grad(set_to_none=True)
 
-    found: dict[str, Any] = {"case": args.case, "gpus": 1, "share": args.share, "peer": True}
-    found |= {"tokens": len(row), **Clock(device).measure(step, args.repeats)}
-    found["tokens_per_s_gpu"] = len(row) / found["seconds"]
+    seconds, peak = measured(step, max(1, steps - 2), device)
+    return {
+        "tokens": len(tokens),
+        "seconds": seconds,
+        "tokens_per_s_gpu": len(tokens) / seconds,
+        "peak_gib": peak,
+    }
+
+
+def run_beside(
+    job: Job, args: argparse.Namespace, home: Path, devices: list[int], limit: float
+) -> dict[str, Any]:
+    command = [sys.executable, "-u", __file__, "--beside", "--case", job.case.name]
+    command += ["--share", str(job.share), "--model", str(home / "model")]
+    command += ["--steps", str(args.steps), "--frames", str(args.frames)]
+    command += ["--smoke"] if args.smoke else []
+    command += ["--rates-only"] if job.case.name not in args.peers else []
+    env = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": ",".join(map(str, devices)),
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    }
+    begun = time.time()
+    code, text = ended_in_time(command, env, limit)
+    found: dict[str, Any] = {"seconds_in_all": round(time.time() - begun)}
+    for line in text.splitlines():
+        if line.startswith("RATES "):
+            found["rates"] = json.loads(line.removeprefix("RATES "))
+        if line.startswith("RESULT "):
+            found |= json.loads(line.removeprefix("RESULT "))
+    if code and "tokens" not in found:
+        print(text[-2000:], flush=True)
+        errors = [line for line in text.splitlines() if "Error" in line] or ["no output"]
+        found["error"] = errors[-1].strip()[:200]
     return found
 
 
-def start(args: argparse.Namespace, case: str, gpus: int, share: int, peer: bool) -> dict[str, Any]:
-    """One case in processes of its own; its error where it fails."""
-    command = [sys.executable]
-    if gpus > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
-    command += [__file__, "--worker", "--case", case, "--share", str(share)]
-    command += ["--layers", str(args.layers), "--repeats", str(args.repeats), "--mode", args.mode]
-    flags = (
-        ("--peer", peer),
-        ("--smoke", args.smoke),
-        ("--train-tower", args.train_tower and not peer),
-    )
-    command += [flag for flag, on in flags if on]
-    environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=args.limit, env=environment
-        )
-        lines = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
-        if lines:
-            return json.loads(lines[-1].removeprefix("RESULT "))
-        error = (done.stderr or done.stdout).strip()
-        reasons = [x for x in error.splitlines() if "Error" in x]
-        reason = (reasons or error.splitlines() or ["no output"])[-1]
-    except subprocess.TimeoutExpired:
-        reason, error = f"more than {args.limit} s", ""
-    print(error[-3000:], file=sys.stderr, flush=True)
-    return {"case": case, "gpus": gpus, "share": share, "peer": peer, "error": reason[:200]}
+# ---- all rows ------------------------------------------------------------------------------------
+
+
+class Devices:
+    """GPUs of this machine, given to jobs in the jobs' order."""
+
+    def __init__(self, count: int):
+        self.free = list(range(count))
+        self.changed = threading.Condition()
+
+    def take(self, number: int) -> list[int]:
+        with self.changed:
+            self.changed.wait_for(lambda: len(self.free) >= number)
+            taken, self.free = self.free[:number], self.free[number:]
+        return taken
+
+    def give(self, devices: list[int]) -> None:
+        with self.changed:
+            self.free = sorted(self.free + devices)
+            self.changed.notify_all()
+
+
+def ideal(one: dict[str, Any], rates: dict[str, float], tokens: float, again: bool) -> float:
+    """Tokens a second of each GPU, from one GPU's step with attention at the whole length."""
+    seconds = (1 + again) * rates["forward"] + rates["backward"]
+
+    def of_a_token(length: float) -> float:
+        return seconds * (length / rates["length"]) ** 2 / length
+
+    whole = one["seconds"] / one["tokens"] - of_a_token(one["tokens"]) + of_a_token(tokens)
+    return 1 / whole
 
 
 def table(rows: list[dict[str, Any]], header: str) -> str:
     out = [
         header,
         "",
-        "| row | GPUs | tokens | s a step | tokens/s a GPU | of the ideal | peak GiB | embeddings GiB"
-        " | tower s | attention s | host s |",
+        "| row | GPUs | tokens | s a step | tokens/s a GPU | of the ideal | peak GiB a GPU"
+        " | of it embeddings | host GiB | decode wait | settings |",
         "|" + "---|" * 11,
     ]
-    base = {r["case"]: r for r in rows if r["gpus"] == 1 and not r.get("peer") and "error" not in r}
+    good = [r for r in rows if "error" not in r and "tokens" in r]
+    rates = {r["case"]: r["rates"] for r in rows if "rates" in r}
     for r in rows:
-        name = f"{r['case']}, transformers' own" if r.get("peer") else r["case"]
-        if "error" in r:
-            out.append(f"| {name} | {r['gpus']} | failed: {r['error']} |" + " |" * 8)
+        start = f"| {r['row']} | {r['gpus']} |"
+        if r not in good:
+            out.append(f"{start} {r.get('error', 'attention alone')} |" + " |" * 8)
             continue
-        share = "-"
-        if r["gpus"] > 1 and (one := base.get(r["case"])) is not None:
-            ideal = one["seconds"] + (r["gpus"] - 1) * one["attention_seconds"]
-            share = f"{ideal / r['seconds'] * r['tokens'] / r['gpus'] / one['tokens']:.2f}"
+        ones = [
+            o
+            for o in good
+            if (o["case"], o["stage"], o["gpus"], o["system"]) == (r["case"], "sft", 1, "ours")
+        ]
+        share = ""
+        if r["gpus"] > 1 and r["stage"] == "sft" and ones and r["case"] in rates:
+            again = "attention outputs saved in 100%" not in r["settings"]
+            again = again and "every activation stored" not in r["settings"]
+            best = ideal(ones[0], rates[r["case"]], r["tokens"], again)
+            share = f"{r['tokens_per_s_gpu'] / best:.2f}"
         cells = [
-            name,
-            r["gpus"],
             f"{r['tokens']:,}",
             f"{r['seconds']:.2f}",
             f"{r['tokens_per_s_gpu']:,.0f}",
             share,
             f"{r['peak_gib']:.1f}",
         ]
-        for key in ("embeddings_gib", "tower_seconds", "attention_seconds", "host_seconds"):
-            cells.append(f"{r[key]:.2f}" if key in r else "-")
-        out.append("| " + " | ".join(map(str, cells)) + " |")
+        if r["system"] == "ours":
+            of_peak = r["embeddings_gib"] / r["peak_gib"] if r["peak_gib"] else 0.0
+            cells += [f"{r['embeddings_gib']:.2f} GiB, {of_peak:.1%}", f"{r['host_gib']:.1f}"]
+            cells += [f"{r['data_wait']:.1%}", r["settings"]]
+        else:
+            cells += [""] * 4
+        out.append(f"{start} " + " | ".join(cells) + " |")
+    out.append("")
+    for case, found in rates.items():
+        out.append(
+            f"Attention of all layers, {case}, one GPU, {found['length']:,} tokens: forward"
+            f" {found['forward']:.3f} s, backward {found['backward']:.3f} s."
+        )
     return "\n".join(out) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--gpus", type=int, default=2)
-    parser.add_argument("--layers", type=int, default=8, help="text layers, of 36")
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--mode", default="zigzag-ring")
-    parser.add_argument("--cases", nargs="*", default=["images", "video"])
-    parser.add_argument("--peer-cases", nargs="*", default=["images"])
-    parser.add_argument("--train-tower", action="store_true")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
-    parser.add_argument("--limit", type=int, default=75, help="seconds for one case")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--case", default="images", help=argparse.SUPPRESS)
-    parser.add_argument("--share", type=int, default=1, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.worker:
-        found = peer(args) if args.peer else worker(args)
-        if int(os.environ.get("RANK", "0")) == 0:
-            print("RESULT " + json.dumps(found), flush=True)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        return
+def all_jobs(args: argparse.Namespace) -> list[Job]:
+    """In the order of their worth."""
+    every = cases(args.smoke, args.frames)
+    chosen = [every[name] for name in args.cases]
+    n = args.gpus
+    jobs = [Job(case, 1, n) for case in chosen] if "one" in args.parts else []
+    if "all" in args.parts:
+        jobs += [Job(case, n, 1) for case in chosen]
+    if "beside" in args.parts:
+        jobs += [Job(case, 1, n, system="transformers") for case in chosen]
+    if "dpo" in args.parts:
+        jobs += [Job(case, n, 1, "dpo") for case in chosen]
+    return jobs
+
+
+def measure(args: argparse.Namespace, home: Path) -> int:
+    import torch
     import transformers
 
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
-    trained = "tower trained" if args.train_tower else "tower frozen"
+    clock = Clock(args.seconds)
+    shared = shutil.disk_usage("/dev/shm").free / 2**30
+    if args.workers < 0:
+        args.workers = 4 if shared > 24 else 0
+    write_model(home / "model", args.layers, args.smoke)
+    every = cases(args.smoke, args.frames)
+    wanted = {name: every[name] for name in args.cases}
+    write_data(home / "data", wanted, tuple({1, args.gpus}), args.steps)
+    print(
+        f"{args.seconds - clock.left:.0f} s: model and data written; /dev/shm {shared:.0f} GiB,"
+        f" {os.cpu_count()} cores, {args.workers} loader processes a rank",
+        flush=True,
+    )
+    devices = Devices(max(args.gpus, 1 if args.smoke else torch.cuda.device_count()))
     header = (
-        f"Qwen3-VL-8B's shape, {args.layers} of 36 text layers, {trained}, {args.mode},"
-        f" {args.gpus} x {gpu}, torch {torch.__version__}, transformers {transformers.__version__}"
+        f"Qwen3-VL-8B's shape, {args.layers} of 36 text layers, LoRA, tower frozen, {machine_name()},"
+        f" torch {torch.__version__}, transformers {transformers.__version__}; `{command_line()}`,"
+        f" {datetime.datetime.now(datetime.UTC).date().isoformat()}"
     )
     rows: list[dict[str, Any]] = []
-    for case in args.cases:
-        for gpus, share, is_peer in (
-            (1, args.gpus, False),
-            (args.gpus, 1, False),
-            (1, args.gpus, True),
-        ):
-            if is_peer and case not in args.peer_cases:
-                continue
-            row = start(args, case, gpus, share, is_peer)
-            rows.append(row)
-            print(json.dumps(row), flush=True)
+    lock = threading.Lock()
+
+    def one(job: Job, taken: list[int]) -> None:
+        about = {
+            "row": job.name,
+            "case": job.case.name,
+            "gpus": job.gpus,
+            "stage": job.stage,
+            "system": job.system,
+        }
+        start = run_command if job.system == "ours" else run_beside
+        try:
+            found = start(job, args, home, taken, min(args.each, clock.left))
+        except Exception as error:  # one row must not end the others
+            found = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+        finally:
+            devices.give(taken)
+        with lock:
+            rows.append(about | found)
+            print(f"{args.seconds - clock.left:.0f} s: " + json.dumps(rows[-1]), flush=True)
             if not args.smoke:
                 args.out.mkdir(parents=True, exist_ok=True)
-                name = f"vision_{args.gpus}_gpus{'_tower' if args.train_tower else ''}"
+                name = f"vision_{args.gpus}_gpus_{args.layers}_layers"
                 text = json.dumps({"header": header, "rows": rows}, indent=1)
                 (args.out / f"{name}.json").write_text(text)
                 (args.out / f"{name}.md").write_text(table(rows, header))
+
+    with concurrent.futures.ThreadPoolExecutor(len(devices.free)) as pool:
+        for job in all_jobs(args):
+            taken = devices.take(job.gpus)
+            if clock.left < 25:
+                print(f"{job.name}, {job.gpus} GPUs: not started, the time is up", flush=True)
+                devices.give(taken)
+                continue
+            pool.submit(one, job, taken)
     print(table(rows, header), flush=True)
+    return int(args.smoke and any("error" in r for r in rows))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--gpus", type=int, default=2, help="that share a row")
+    parser.add_argument("--layers", type=int, default=12, help="text layers, of 36")
+    parser.add_argument("--steps", type=int, default=4, help="the first is not timed")
+    parser.add_argument("--frames", type=int, default=512, help="of the video")
+    parser.add_argument("--cases", nargs="+", default=["images", "video"])
+    parser.add_argument("--parts", nargs="+", default=["one", "all", "beside", "dpo"])
+    parser.add_argument("--peers", nargs="*", default=["images", "video"])
+    parser.add_argument("--keys", nargs="*", default=[], help="further keys of the runs, key=value")
+    parser.add_argument("--workers", type=int, default=-1, help="loader processes; -1: by /dev/shm")
+    parser.add_argument("--each", type=float, default=110, help="seconds for one row")
+    parser.add_argument("--seconds", type=float, default=235, help="of the whole command")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
+    parser.add_argument("--beside", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--rates-only", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--case", default="images", help=argparse.SUPPRESS)
+    parser.add_argument("--share", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.beside:
+        beside(args)
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        return measure(args, Path(folder))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

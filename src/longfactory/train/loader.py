@@ -9,7 +9,9 @@ at the exact sample. Every rank of a sequence-parallel group reads the same samp
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -205,6 +207,18 @@ def empty_row(multiple: int, pad_id: int) -> Row:
     )
 
 
+_ended_at_exit: weakref.WeakSet[DataLoader] = weakref.WeakSet()
+
+
+def _end_workers(reference: weakref.ref[Any]) -> None:
+    """Ends a loader's processes before Python waits for them: they ignore its SIGTERM
+    (`ignore_in_loader`), and it would wait for ever.
+    """
+    batches = reference()
+    if batches is not None:
+        batches._shutdown_workers()
+
+
 class RowLoader(DataLoader):
     """A DataLoader of rows.
 
@@ -213,7 +227,11 @@ class RowLoader(DataLoader):
     """
 
     def __iter__(self) -> Any:
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        if self.num_workers and self not in _ended_at_exit:
+            _ended_at_exit.add(self)
+            atexit.register(_end_workers, weakref.ref(batches))
+        for batch in batches:
             if isinstance(batch, dict) and "problem" in batch:
                 raise DataError(batch["problem"])
             yield batch

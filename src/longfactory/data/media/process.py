@@ -167,7 +167,8 @@ def load_image_processor(folder: str) -> Any:
     Raises:
         DataError: it is missing, or cannot be read.
     """
-    from transformers import AutoImageProcessor
+    # Not `from transformers`: up to 5.17 that name asks for torchvision, which is not needed here.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     try:
         return AutoImageProcessor.from_pretrained(folder, backend="pil")
