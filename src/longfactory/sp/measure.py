@@ -98,7 +98,9 @@ class Measure:
         plans = [
             RowPlan(length, segments, ctx, choice_of(c, ctx.size, length, segments)) for c in names
         ]
-        steps = [functools.partial(forward_backward, plan, *tensors) for plan in plans]
+        steps: list[Callable[[], object]] = [
+            functools.partial(forward_backward, plan, *tensors) for plan in plans
+        ]
         clock = self.seconds or self._clock
         for step in steps:  # builds kernels and connections
             clock(step)
