@@ -779,14 +779,14 @@ class Long(NamedTuple):
 
 LONG: dict[str, Long] = {
     "7B, 1,048,576 tokens, full SFT": Long("qwen2.5-7b", None, 1 << 20, SFT | FULL, 1, 575),
+    "Qwen3-30B-A3B, 131,072 tokens, full SFT": Long(
+        "qwen3-30b-a3b", None, 131072, SFT | FULL, 2, 180
+    ),
     "14B, 6 of 48 layers, 524,288 tokens, full SFT": Long(
         "qwen2.5-14b", 6, 1 << 19, SFT | FULL, 2, 150
     ),
     "7B, 4 of 28 layers, 786,432 tokens, full DPO pair": Long(
         "qwen2.5-7b", 4, 786432, DPO | FULL, 2, 200
-    ),
-    "Qwen3-30B-A3B, 12 of 48 layers, 131,072 tokens, full SFT": Long(
-        "qwen3-30b-a3b", 12, 131072, SFT | FULL, 2, 120
     ),
     "Qwen3-30B-A3B, 8 of 48 layers, 524,288 tokens, LoRA SFT": Long(
         "qwen3-30b-a3b", 8, 1 << 19, SFT | LORA, 2, 150
@@ -796,9 +796,6 @@ LONG: dict[str, Long] = {
     ),
     "14B, 524,288 tokens, full SFT": Long("qwen2.5-14b", None, 1 << 19, SFT | FULL, 1, 420),
     "7B, 786,432 tokens, full DPO pair": Long("qwen2.5-7b", None, 786432, DPO | FULL, 1, 480),
-    "Qwen3-30B-A3B, 131,072 tokens, full SFT": Long(
-        "qwen3-30b-a3b", None, 131072, SFT | FULL, 1, 420
-    ),
     "Qwen3-30B-A3B, 524,288 tokens, LoRA SFT": Long(
         "qwen3-30b-a3b", None, 1 << 19, SFT | LORA, 1, 420
     ),

@@ -431,6 +431,14 @@ def test_what_is_ordered_is_slower_and_leaner(name: str):
             assert times == sorted(times) and sizes == sorted(sizes, reverse=True)
 
 
+def test_of_equals_the_one_that_pins_less() -> None:
+    """A million tokens of 7B on four H200: what fits the GPUs stays there, at the same time."""
+    job = dataclasses.replace(TWO, tokens=1 << 20, sp=4, machine=machine("H200", 4, 500 * GiB))
+    settings, needs, ok = choose(job)
+    assert ok and settings.keep_attention == 1.0
+    assert needs.host_total < 200 * GiB, "it was 381 GiB"
+
+
 @pytest.mark.parametrize("tokens", [32768, 262144])
 def test_the_search_finds_what_looking_at_all_finds(tokens: int):
     job = dataclasses.replace(TWO, tokens=tokens)
@@ -438,8 +446,10 @@ def test_the_search_finds_what_looking_at_all_finds(tokens: int):
     fitting = [s for s in candidates(job, "auto") if fits(job, budget(job, s, timed=False), 0.85)]
 
     def key(settings: MemorySettings) -> float:
-        full = budget(job, settings, timed=False).gpu_total / job.machine.gpu_bytes
-        more = 0.002 * full + 0.03 * max(0.0, full - CAREFUL) / (MARGIN - CAREFUL)
+        needs = budget(job, settings, timed=False)
+        full = needs.gpu_total / job.machine.gpu_bytes
+        pinned = needs.host_total / job.machine.host_bytes
+        more = 0.002 * (full + pinned) + 0.03 * max(0.0, full - CAREFUL) / (MARGIN - CAREFUL)
         return seconds(job, settings) * (1 + more)
 
     assert ok and found == min(fitting, key=key) and needs.seconds == seconds(job, found)

@@ -557,8 +557,11 @@ def choose(
             # Of equals, the one that leaves more room. The last eighth is taken for a gain of some
             # percent, not for less: peaks are planned within an eighth, and what a first step
             # leaves free is used from the second on (`corrected`).
+            # The host's counts alike: pinning it takes a second for some gigabytes.
             full = needs.gpu_total / job.machine.gpu_bytes
-            key = taken * (1 + 0.002 * full + 0.03 * max(0.0, full - CAREFUL) / (MARGIN - CAREFUL))
+            pinned = needs.host_total / job.machine.host_bytes if job.machine.host_bytes else 0.0
+            room = 0.002 * (full + pinned)
+            key = taken * (1 + room + 0.03 * max(0.0, full - CAREFUL) / (MARGIN - CAREFUL))
             if best is None or key < best[0]:
                 best = (key, settings, dataclasses.replace(needs, seconds=taken))
     if best is not None:
