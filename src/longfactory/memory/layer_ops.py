@@ -45,6 +45,11 @@ _failed: set[str] = set()
 _compiled: dict[str, Callable[..., Any]] = {}
 
 
+def compiles(x: Tensor) -> bool:
+    """Whether `fused` functions of x are compiled, as long as the compiler does not fail."""
+    return x.is_cuda and os.environ.get("LONGFACTORY_COMPILE", "1") != "0"
+
+
 def fused(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles `fn` where its first argument is on a GPU. LONGFACTORY_COMPILE=0 turns it off.
 
@@ -63,11 +68,7 @@ def fused(fn: Callable[..., Any]) -> Callable[..., Any]:
     def call(first: Tensor, *rest: Any) -> Any:
         plain = fn if probe.current() is None else other
         name = plain.__name__
-        if (
-            not first.is_cuda
-            or name in _failed
-            or os.environ.get("LONGFACTORY_COMPILE", "1") == "0"
-        ):
+        if not compiles(first) or name in _failed:
             return plain(first, *rest)
         if name not in _compiled:
             _compiled[name] = torch.compile(plain)

@@ -25,13 +25,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longfactory.errors import UserError
+from longfactory.memory.layer_ops import compiles
+from longfactory.model import logit_ops
 from longfactory.model.outputs import TokenOutputs
 from longfactory.sp.distance import difference
 
 MADE = {"top1", "entropy", "mean_logit", "mean_logp", "reference_kl", "candidates"}
 """Fields of `TokenOutputs` that are made here."""
 
-# Numbers in a chunk of logits: 2^28 is 1 GiB in fp32.
+# Numbers in a chunk of logits: 2^28 is 1 GiB in fp32. Twice as many where they are in 16 bit alone.
 CHUNK_NUMBERS = 2**28
 
 
@@ -154,7 +156,15 @@ class _ChunkedLogps(torch.autograd.Function):
         picked = None if ids is None else logps.new_empty(ids.shape)
         for i in range(0, labels.shape[0], chunk):
             s = slice(i, i + chunk)
-            z = transform(F.linear(h[s] if rows is None else h[rows[s]], weight, bias).to(wide))
+            z = F.linear(h[s] if rows is None else h[rows[s]], weight, bias)
+            if reference is None and wanted == Wanted():
+                lse[s], label, most = logit_ops.statistics(
+                    z, labels[s], transform.scale, transform.softcap
+                )
+                logps[s] = label - lse[s]
+                top1[s] = label >= most
+                continue
+            z = transform(z.to(wide))
             label = z.gather(1, labels[s, None])[:, 0]
             lse[s] = z.logsumexp(1)
             logps[s] = label - lse[s]
@@ -208,7 +218,16 @@ class _ChunkedLogps(torch.autograd.Function):
         for i in range(0, labels.shape[0], ctx.chunk):
             s = slice(i, i + ctx.chunk)
             hs = h[s] if rows is None else h[rows[s]]
-            z = F.linear(hs, weight, bias).to(wide)
+            z = F.linear(hs, weight, bias)
+            plain = g_kl is None and g_mean is None and g_picked is None and gb is None
+            if plain:
+                p = logit_ops.label_gradient(
+                    z, lse[s], labels[s], g[s], transform.scale, transform.softcap
+                )
+                _multiplied(p, weight, hs, s, rows, gh, gw)
+                del z, p, hs
+                continue
+            z = z.to(wide)
             slope = transform.scale
             if transform.softcap:
                 t = torch.tanh(z * (transform.scale / transform.softcap))
@@ -243,12 +262,7 @@ class _ChunkedLogps(torch.autograd.Function):
             if gb is not None:
                 gb += p.sum(0)
             p = p.to(h.dtype)
-            if gh is not None and rows is None:
-                torch.mm(p, weight, out=gh[s])
-            elif gh is not None:
-                gh[rows[s]] = p @ weight
-            if gw is not None:
-                gw += _mm_wide(p.t(), hs, wide)
+            _multiplied(p, weight, hs, s, rows, gh, gw)
             del z, p, hs
         return (
             gh,
@@ -263,15 +277,25 @@ def _wide(transform: LogitTransform, z: Tensor) -> Tensor:
     return transform(z.to(torch.float64 if z.dtype == torch.float64 else torch.float32))
 
 
-def _mm_wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """`a @ b` accumulated and returned in `dtype`. On CUDA the matrix units do that from bf16
-    inputs.
+def _multiplied(
+    p: Tensor,
+    weight: Tensor,
+    hs: Tensor,
+    s: slice,
+    rows: Tensor | None,
+    gh: Tensor | None,
+    gw: Tensor | None,
+) -> None:
+    """From the gradient of a chunk's logits, p [n, V]: that of its hidden states hs [n, H], written
+    into `gh`, and the weight's, added to `gw`.
     """
-    if a.dtype == dtype:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=dtype)
-    return a.to(dtype) @ b.to(dtype)
+    if gh is not None and rows is None:
+        torch.mm(p, weight, out=gh[s])
+    elif gh is not None:
+        assert rows is not None
+        gh[rows[s]] = p @ weight
+    if gw is not None:
+        logit_ops.add_product(gw, p.t(), hs)
 
 
 class TokenLogprobs:
@@ -456,9 +480,12 @@ class TokenLogprobs:
         return full.view(*hidden.shape[:-1], 1)
 
     def _logps(self, h: Tensor, labels: Tensor, rows: Tensor | None, wanted: Wanted) -> Made:
-        chunk = self.chunk or max(128, CHUNK_NUMBERS // self._vocabulary())
-        if self._reference is not None and self.chunk is None:
-            chunk = -(-chunk // 2)  # two distributions at once, in the memory of one
+        numbers = CHUNK_NUMBERS
+        if self._reference is not None:
+            numbers //= 2  # two distributions at once, in the memory of one
+        elif self._narrow(h) and wanted == Wanted():
+            numbers *= 2
+        chunk = self.chunk or max(128, numbers // self._vocabulary())
         if self._plain:
             weight, bias = self.head.weight, self.head.bias
             dtype = weight.dtype
@@ -584,6 +611,14 @@ class TokenLogprobs:
             top = z.topk(min(20, z.shape[1])).values.log_softmax(1)
             parts.append(-(top.exp() * top).sum(1))
         return torch.cat(parts)
+
+    def _narrow(self, h: Tensor) -> bool:
+        """Whether a chunk of logits exists in 16 bit alone: `logit_ops` is compiled."""
+        kind, dtype = h.device.type, self.head.weight.dtype if self._plain else torch.float32
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        narrow = dtype in (torch.bfloat16, torch.float16)
+        return self._plain and self.head.bias is None and narrow and compiles(h)
 
     def _vocabulary(self) -> int:
         out = getattr(self.head, "out_features", None)
