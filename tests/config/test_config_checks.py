@@ -292,14 +292,6 @@ def test_every_name_of_another_tool_leads_to_a_key() -> None:
     ("keys", "words"),
     [
         (
-            {"model": "m", "model_class": "llm", "train_dataset": "d.yaml", "output_dir": "o"},
-            "rewritten engine (v1)",
-        ),
-        (
-            {"model": "m", "kernel_config": {"name": "auto"}, "dist_config": {"name": "fsdp2"}},
-            "rewritten engine (v1)",
-        ),
-        (
             {**BASE, "tensor_model_parallel_size": 1, "expert_model_parallel_size": 2},
             "Megatron back ends (mcore)",
         ),

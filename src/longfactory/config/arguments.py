@@ -59,6 +59,11 @@ class ModelArguments:
     quantization_method: Literal["bnb"] = arg("bnb", "Which library quantises: bitsandbytes.")
     quantization_type: Literal["nf4", "fp4"] = arg("nf4", "Number format of 4-bit weights.")
     double_quantization: bool = arg(True, "Quantise the quantisation constants too.")
+    fp8: bool = arg(
+        False,
+        "Linear layers of the decoder multiply numbers of eight bits, a scale for each token (Ada,"
+        " Hopper and later; extra: fp8).",
+    )
     infer_dtype: Literal["auto", "float16", "bfloat16", "float32"] = arg(
         "auto", "Number format for chat and export."
     )

@@ -302,6 +302,10 @@ def adapters(cfg: RunConfig) -> Iterator[str]:
             "pissa_convert needs the adapter that PiSSA began with, and adapter_name_or_path goes"
             " on with a trained one. Leave one of them out."
         )
+    if model.fp8 and not (cfg.trainer.bf16 or m.pure_bf16):
+        yield "fp8: true multiplies bf16 numbers in eight bits. Set bf16 or pure_bf16: true."
+    if model.fp8 and model.quantization_bit is not None:
+        yield "fp8 and quantization_bit are two formats of the same weights. Leave one of them out."
     if model.quantization_bit == 8 and cfg.parallel.sharding == "fsdp2":
         yield "FSDP2 cannot shard weights of 8 bits. Use quantization_bit: 4, or sharding: ddp."
     if model.quantization_bit is None:
@@ -476,6 +480,8 @@ def extras(cfg: RunConfig) -> Iterator[str]:
             "quantization_bit: bitsandbytes is not installed. Run: pip install"
             ' "longfactory[quantization]"'
         )
+    if cfg.model.fp8 and missing("torchao"):
+        yield 'fp8: torchao is not installed. Run: pip install "longfactory[fp8]"'
     if cfg.model.enable_liger_kernel and missing("liger_kernel"):
         yield (
             "enable_liger_kernel: the package is not installed. Run: pip install"

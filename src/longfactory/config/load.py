@@ -9,10 +9,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from longfactory.config import checks, folder, translate
+from longfactory.config import accelerate_launch, checks, folder, translate, v1_keys
 from longfactory.config.adapter_facts import trains_adapters
 from longfactory.config.arguments import GROUPS
-from longfactory.config.fields import keys_of
+from longfactory.config.fields import keys_of, plain
 from longfactory.config.read import read
 from longfactory.config.run import RunConfig
 from longfactory.config.trainer_keys import TRAINER_KEYS
@@ -40,15 +40,24 @@ def from_mapping(
     written: Mapping[str, Any], *, command: Command = "train", world_size: int | None = None
 ) -> RunConfig:
     """`load_config` from keys and values."""
+    of_v1: list[str] = []
+    if v1_keys.is_v1(written):
+        written, of_v1 = v1_keys.translated(written)
     translate.other_file(written)
     # What is wrong is gathered before anything is raised, so that a person sees it at once.
     values, notes, problems = translate.known(written)
+    notes = [*of_v1, *notes]
     try:
         values = translate.rename(values)
         notes += translate.drop_others(values)
         notes += translate.turn(values)
     except ConfigError as e:
         raise ConfigError("\n".join([*problems, str(e)])) from e
+
+    if command == "train" and (asked := accelerate_launch.keys_of(os.environ, values)):
+        values |= asked
+        said = ", ".join(f"{name}: {value}" for name, value in asked.items())
+        notes.append(f"accelerate launch asks for {plain(said)}.")
 
     groups: dict[str, Any] = {}
     given: set[str] = set()

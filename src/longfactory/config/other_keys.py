@@ -99,6 +99,9 @@ NO_EFFECT: dict[str, Other] = {
         (False,), "the log shows what was computed; on_nan says what a NaN or Inf does to the run"
     ),
     "local_rank": Other((None,), "the launcher's environment tells each process its rank"),
+    "fp8_enable_fsdp_float8_all_gather": Other(
+        (False,), "weights have a scale for each row, and are gathered in the run's own precision"
+    ),
     "ray_run_name": Other((None,), _RAY),
     "ray_storage_path": Other((None,), _RAY),
     "ray_scope": Other(("last",), _RAY),
@@ -119,7 +122,6 @@ _KT = "KTransformers is not supported; use optimizer_placement: host or a DeepSp
 _PPO = "ppo is not supported; use stage: dpo or kto, or stage: rm for a reward model alone; roll out with vLLM (TRL, verl) and learn from the rollouts with stage: rl"
 _SWAN = "messages to Lark are not sent; register SwanLab's own Lark callback in a script"
 _PROF = "modules are not annotated in the trace; profiler_with_stack: true shows the lines of each operation"
-_FP8 = "fp8 training is not supported; use bf16: true"
 _MCA = "Megatron back ends are not supported; use sequence_parallel_size and sharding: fsdp2"
 _HUB = "use a local folder, or a model on the Hugging Face hub"
 
@@ -211,9 +213,10 @@ REFUSED: dict[str, Other] = {
     "hyper_parallel_args": Other((None,), _MCA),
     "master_addr": Other((None,), "set the environment variable MASTER_ADDR"),
     "master_port": Other((None,), "set the environment variable MASTER_PORT"),
-    "fp8": Other((False,), _FP8),
-    "fp8_backend": Other(("auto",), _FP8),
-    "fp8_enable_fsdp_float8_all_gather": Other((False,), _FP8),
+    "fp8_backend": Other(
+        ("auto", "torchao"),
+        "Transformer Engine replaces whole layers, attention among them; use torchao",
+    ),
     "profile_modules": Other((None,), _PROF),
     "swanlab_lark_webhook_url": Other((None,), _SWAN),
     "swanlab_lark_secret": Other((None,), _SWAN),
@@ -475,10 +478,6 @@ class OtherFile:
     sentence: str
 
 
-_V1 = (
-    "model model_class train_dataset kernel_config dist_config quant_config peft_config init_config optim_config mtp_config sample_backend "
-    "lr_scheduler_config micro_batch_size global_batch_size batching_strategy custom_chat_template enable_activation_checkpointing"
-)
 _MEGATRON = (
     "tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size expert_model_parallel_size "
     "use_distributed_optimizer overlap_param_gather overlap_grad_reduce moe_grouped_gemm moe_token_dispatcher_type recompute_granularity "
@@ -493,13 +492,6 @@ _DEEPSPEED = "zero_optimization train_micro_batch_size_per_gpu train_batch_size 
 
 OTHER_FILES: tuple[OtherFile, ...] = (
     OtherFile(
-        frozenset(_V1.split()),
-        2,
-        "a file for LLaMA-Factory's rewritten engine (v1), whose keys are others. Write it with LLaMA-Factory's usual keys: "
-        "model_name_or_path for model, dataset for train_dataset, per_device_train_batch_size for micro_batch_size, finetuning_type and "
-        "lora_rank for peft_config, sharding (or deepspeed) and sequence_parallel_size for dist_config, quantization_bit for quant_config",
-    ),
-    OtherFile(
         frozenset(_MEGATRON.split()),
         1,
         "a file for LLaMA-Factory's Megatron back ends (mcore), which are not supported. Leave these keys out; sequence_parallel_size and "
@@ -508,8 +500,8 @@ OTHER_FILES: tuple[OtherFile, ...] = (
     OtherFile(
         frozenset(_ACCELERATE.split()),
         3,
-        "accelerate's own configuration, not a run. `longfactory train` starts the processes by itself; give it the run's file, with "
-        "sharding: fsdp2 or deepspeed",
+        "accelerate's own configuration, not a run. Start it with the run's file: accelerate launch --config_file <this file> "
+        "src/train.py run.yaml; or give `longfactory train`, which starts the processes by itself, the run's file with sharding: fsdp2",
     ),
     OtherFile(
         frozenset(_DEEPSPEED.split()),

@@ -81,6 +81,28 @@ def convert(row: dict[str, Any], source: DataSource, open_end: bool = False) -> 
     )
 
 
+def _apart(row: dict[str, Any], source: DataSource) -> dict[str, Any]:
+    """A pair of whole conversations as their common beginning, in `messages`, and two answers.
+
+    Raises:
+        BadRow: they are no lists of messages, or differ before their last message.
+    """
+    pair = []
+    for column in (source.chosen, source.rejected):
+        messages = parsed(row.get(column)) if column else None
+        if not isinstance(messages, (list, tuple)) or len(messages) < 2:
+            raise BadRow(
+                f"missing column: {column!r} must hold a conversation that ends with an answer"
+            )
+        pair.append([*messages])
+    if pair[0][:-1] != pair[1][:-1]:
+        raise BadRow(
+            f"no pair: {source.chosen!r} and {source.rejected!r} differ before their last message"
+        )
+    ends = {str(source.chosen): pair[0][-1:], str(source.rejected): pair[1][-1:]}
+    return {**row, **ends, "messages": pair[0][:-1]}
+
+
 def _media(row: dict[str, Any], column: str | None) -> list[Any]:
     """The media in a column, one or a list of them."""
     value = parsed(row.get(column)) if column else None
@@ -211,6 +233,9 @@ class _Rows:
         self.unread: set[str] = set()
 
     def conversation(self, row: dict[str, Any], open_end: bool) -> Conversation:
+        if self.source.ranking and self.source.messages is None and self.openai:
+            row = _apart(row, self.source)
+            self.source = dataclasses.replace(self.source, messages="messages")
         source = self.source
         if not source.messages or source.messages not in row:
             raise BadRow(_missing(row, source.messages, "messages"))
@@ -514,7 +539,7 @@ def _part(part: Any) -> str:
         return _text(part.get("refusal"), "a refusal part")
     if kind not in ("text", "input_text", "output_text"):
         raise BadRow(f"unknown part: a message has a part of the type {kind!r}, expected text")
-    return _text(part.get("text"), "a text part")
+    return _text(part.get("text", part.get("value")), "a text part")  # "value": LLaMA-Factory's v1
 
 
 def _thought(message: dict[str, Any]) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from longfactory import hub
 from longfactory.config.fields import plain
 from longfactory.errors import DataError
@@ -163,8 +165,19 @@ def detect(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
                 [m for row in rows for m in _listed(row.get(column)) if isinstance(m, dict)],
             )
             return None if entry is None else _with_answers(entry, seen, (dict, list))
+    ends = [parsed(seen.get(c)) for c in ("chosen", "rejected")]
+    if all(isinstance(p, list) and p and isinstance(p[0], dict) and "role" in p[0] for p in ends):
+        # whole conversations, which begin with the same messages
+        columns = {"chosen": "chosen", "rejected": "rejected"}
+        columns |= {c: c for c in ("system", "tools") if c in seen}
+        return {
+            "formatting": "openai",
+            "ranking": True,
+            "columns": columns,
+            "tags": dict(_OPENAI_TAGS),
+        }
     prompt = next((c for c in _PROMPTS if isinstance(seen.get(c), str)), None)
-    columns: dict[str, str] = {}
+    columns = {}
     if prompt is not None:
         columns["prompt"] = prompt
         if prompt != "input" and isinstance(seen.get("input"), str):
@@ -335,14 +348,77 @@ def read_sources(
             )
     if remote is not None:
         return [_of_remote(_source(name, info, "", warn), remote) for name in dataset_names]
-    return [
-        (
-            _source_of_file(name, folder, warn)
-            if name not in info and _is_file(name, folder)
-            else _source(name, info, folder, warn)
-        )
-        for name in dataset_names
-    ]
+    sources: list[DataSource] = []
+    for name in dataset_names:
+        if name in info or not _is_file(name, folder):
+            sources.append(_source(name, info, folder, warn))
+        elif name.endswith((".yaml", ".yml")):
+            sources += _described(name, folder, warn)
+        else:
+            sources.append(_source_of_file(name, folder, warn))
+    return sources
+
+
+_CONVERTERS: dict[str, dict[str, Any]] = {
+    "alpaca": {},
+    "sharegpt": {"formatting": "sharegpt"},
+    "pair": {
+        "formatting": "openai",
+        "ranking": True,
+        "columns": {"chosen": "chosen", "rejected": "rejected", "tools": "tools"},
+    },
+}
+"""Of LLaMA-Factory's v1, the forms of rows -> the entry of dataset_info.json that says the same."""
+
+
+def _described(name: str, folder: str, warn: Any) -> list[DataSource]:
+    """The data sets of a YAML file of LLaMA-Factory's v1: names with path, source, converter, ...
+
+    Raises:
+        DataError: the file is broken, or asks for what there is not.
+    """
+    where = Path(name) if Path(name).exists() else Path(folder, name)
+    try:
+        read = yaml.safe_load(where.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise DataError(f"{name} cannot be read as YAML: {plain(str(error))}.") from None
+    if not isinstance(read, dict) or not read:
+        raise DataError(f"{name}: expected data sets, each a name with path and converter.")
+    sources = []
+    for title, entry in read.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+            raise DataError(f"{name}: {plain(title)} has no path.")
+        for key in ("weight", "streaming"):
+            if entry.get(key):
+                warn(f"{name}: {key} of {title} has no effect: use interleave_probs, streaming.")
+        for key in entry.keys() - {
+            *("path", "source", "converter", "split", "subset", "size", "weight", "streaming"),
+        }:
+            warn(f"{name}: the key {key!r} of {title} is not known and has no effect.")
+        local = entry.get("source", "hf_hub") == "local"
+        path = entry["path"]
+        converter = entry.get("converter")
+        if converter is None and local:
+            place = path if Path(path).exists() else os.fspath(where.parent / Path(path).name)
+            found = _source_of_file(place, "", warn)
+            sources.append(dataclasses.replace(found, num_samples=entry.get("size")))
+            continue
+        if converter not in _CONVERTERS:
+            raise DataError(
+                f"{name}: converter of {title} is {plain(str(converter))}; known are"
+                f" {', '.join(_CONVERTERS)}."
+            )
+        same = {"split": entry.get("split"), "subset": entry.get("subset")}
+        as_here = {
+            **_CONVERTERS[converter],
+            **same,
+            "num_samples": entry.get("size"),
+            "file_name" if local else "hf_hub_url": path,
+        }
+        if local and not Path(path).exists():
+            as_here["file_name"] = os.fspath(where.parent / Path(path).name)
+        sources.append(_source(str(title), {str(title): as_here}, "", warn))
+    return sources
 
 
 def _from_hub(repository: str, name: str) -> str:
@@ -402,9 +478,9 @@ def _of_remote(source: DataSource, repository: str) -> DataSource:
 
 def name_is_path(name: str) -> bool:
     """Whether a data set's name can be no other than a path: it has a slash, or the ending of a
-    known file type.
+    known file type, or of a YAML file that names data sets.
     """
-    return "/" in name or name.rpartition(".")[2].lower() in FILE_TYPES
+    return "/" in name or name.rpartition(".")[2].lower() in (*FILE_TYPES, "yaml", "yml")
 
 
 def _is_file(name: str, folder: str) -> bool:

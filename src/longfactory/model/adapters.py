@@ -42,6 +42,7 @@ def apply_finetuning(
     Args:
         method: the finetuning arguments (`finetuning_type`, `lora_*`, `freeze_*`, ...).
         model_args: the model arguments (`adapter_name_or_path`).
+        is_trainable: False: adapters that are named are merged, and none is made.
         resized: the vocabulary grew, so that embeddings must be trained and saved beside an
             adapter.
     """
@@ -870,7 +871,7 @@ def _adapter(
     if resume is not None:
         return load_adapter(model, resume, is_trainable=is_trainable)
     if not is_trainable:
-        return model
+        return model.requires_grad_(False)
     parts = unadapted(model, method)
     targets = check_targets(model, method)
     saved = _names(method.additional_target) or None

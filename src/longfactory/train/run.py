@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from longfactory import hub, progress, sp, terminal
 from longfactory.config import RunConfig, checks, folder
+from longfactory.config.adapter_facts import trains_adapters
 from longfactory.config.loss_facts import split_loss_path
 from longfactory.config.show import settings as settings_of
 from longfactory.data import module as data
@@ -28,7 +29,7 @@ from longfactory.errors import UserError
 from longfactory.memory.apply import apply_memory
 from longfactory.memory.choose import explain_out_of_memory
 from longfactory.memory.offload import Activations
-from longfactory.model import adapters, load, pissa
+from longfactory.model import adapters, fp8, load, pissa
 from longfactory.model.liger import apply_liger
 from longfactory.model.routing import Routing, router_loss_coefficient
 from longfactory.model.source import Source
@@ -581,7 +582,19 @@ def build_model(
             vision.install(model)
     except ValueError as error:  # a model that cannot be exact
         raise UserError(str(error)) from error
-    model = adapters.apply_finetuning(model, cfg.method, cfg.model, resized=grew)
+    # An evaluation alone makes no adapter, unless a reference is the model with it switched off.
+    compares = stage.needs_reference or "reference_kl" in stage.needs
+    bare = not (args.do_train or cfg.model.adapter_name_or_path or compares)
+    model = adapters.apply_finetuning(
+        model,
+        cfg.method,
+        cfg.model,
+        is_trainable=not (bare and trains_adapters(cfg.method)),
+        resized=grew,
+    )
+    if cfg.model.fp8:
+        count, weights = fp8.install(model, args.device)
+        log.info(f"fp8: {count} linear layers of the decoder, {weights:,} weights ({fp8.RECIPE}).")
     if cfg.model.adapter_name_or_path:
         read = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
         load.refuse_no_numbers(read, ", ".join(cfg.model.adapter_name_or_path))

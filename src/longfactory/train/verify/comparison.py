@@ -264,7 +264,9 @@ def quiet(cfg: RunConfig, folder: str, rows: int) -> RunConfig:
     memory = dataclasses.replace(
         cfg.memory, optimizer_placement="gpu", offload_gradients=False, optimizer_overlap=False
     )
-    return dataclasses.replace(cfg, hf=keys, method=method, memory=memory)
+    # numbers of eight bits have no reference in float32
+    model = dataclasses.replace(cfg.model, fp8=False)
+    return dataclasses.replace(cfg, hf=keys, model=model, method=method, memory=memory)
 
 
 class _References:
