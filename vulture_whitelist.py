@@ -92,3 +92,6 @@ _.seconds_per_step
 # PyAV and tokenizers read these.
 _.thread_type
 _.pre_tokenizer
+
+# Indexers of transformers call a cache.
+_.update_index

@@ -39,7 +39,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from longfactory.sp import guard as start_guard
-from longfactory.sp import hf
+from longfactory.sp import hf, indexer
 from longfactory.sp.collectives import shard
 from longfactory.sp.context import SequenceParallel, alignment
 from longfactory.sp.distance import largest
@@ -237,6 +237,8 @@ def _features(model: PreTrainedModel) -> str:
     if "chunked_attention" in types:
         out.append("chunked attention")
     out += recurrent.names(model)
+    if indexer.indexers(model):
+        out.append("indexer")
     if getattr(config, "attn_logit_softcapping", None):
         out.append("soft-cap")
     if any("sink" in n for n, _ in model.named_parameters()):

@@ -148,6 +148,26 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
 }
 
+OVERRIDES |= {
+    "glm_moe_dsa": {"indexer_types": ["full", "shared", "full", "shared"]},
+    "dots3_note_text": {
+        "shared_experts_intermediate_size": 32,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 16,
+        "swa_kv_lora_rank": 16,
+        "swa_head_dim": 32,
+        "swa_qk_nope_head_dim": 24,
+        "swa_v_head_dim": 16,
+    },
+    "mistral_large4_text": {"indexer_types": ["full", "shared", "full", "full"]},
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"] * 2,
+        "index_block_size": 4,
+        "index_topk_blocks": 3,
+    },
+}
+
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 """Sections of a rotary embedding in three dimensions, for heads of 16."""
 OVERRIDES |= {
@@ -166,6 +186,16 @@ OVERRIDES |= {
 # Of a configuration of several parts: fields of the whole ("") and of its parts.
 PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "chameleon": {"": {"vocabulary_map": {"<image>": 200}}},
+    "dots3_note": {
+        "vision_config": {
+            "pyramid_num_routed": [-1, -1, 4, 4],
+            "adapter_in_dim": 64,
+            "adapter_out_dim": 64,
+            "adapter_merge_size": 2,
+            "spatial_merge_size": 2,
+        },
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
+    },
     "emu3": {"": {"vocabulary_map": {"<image>": 200, "<|extra_200|>": 201}}},
     "granite4_vision": {"": {"deepstack_layer_map": []}},
     "granite_docling": {"vision_config": {"out_hidden_size": 64}},

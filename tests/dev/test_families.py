@@ -33,7 +33,7 @@ REFUSED = {
     "doge": "attention mask would be lost",
     "bert": "bidirectional attention",
     "recurrent_gemma": "carry a state along the document",
-    "deepseek_v32": "indexer",
+    "qwen4_exp_text": "indexer",
 }
 
 

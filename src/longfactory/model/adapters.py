@@ -20,7 +20,7 @@ from torch import nn
 from longfactory.config.adapter_facts import ADAPTERS, moves_base_weights
 from longfactory.errors import UserError
 from longfactory.model import experts
-from longfactory.sp import hf, text_model, vision
+from longfactory.sp import hf, indexer, text_model, vision
 from longfactory.sp.routers import is_router
 from longfactory.sp.text_model import Idle, decoder_layers, idle
 
@@ -173,18 +173,31 @@ def describe_trained(model: nn.Module) -> list[tuple[int, str]]:
             ),
         )
     ]
-    if (parts := idle(inner)).modules:
-        numbers = count_parameters(inner, parts.parameters)[1]
-        names = ", ".join(parts.modules[:6]) + (
-            f" and {len(parts.modules) - 6} more" if len(parts.modules) > 6 else ""
-        )
+    parts, choosers = idle(inner), set(indexer.indexers(inner))
+    chooses = [name for name, m in inner.named_modules() if m in choosers]
+    if others := [name for name in parts.modules if name not in chooses]:
+        numbers = _inside(inner, others)
+        names = ", ".join(others[:6]) + (f" and {len(others) - 6} more" if len(others) > 6 else "")
         line = (
             f"Text does not pass through {names}: {numbers:,} parameters are frozen and are saved"
             " as they were loaded."
         )
         lines.append((logging.INFO, line))
+    if chooses:
+        line = (
+            f"{len(chooses)} indexers choose the keys of each query, and no gradient comes to them:"
+            f" {_inside(inner, chooses):,} parameters are frozen."
+        )
+        lines.append((logging.INFO, line))
     lines += _describe_adapters(inner, parts)
     return lines
+
+
+def _inside(inner: nn.Module, modules: list[str]) -> int:
+    """Numbers in the parameters of these modules."""
+    inside = tuple(f"{name}." for name in modules)
+    names = {name for name, _ in inner.named_parameters() if name.startswith(inside)}
+    return count_parameters(inner, names)[1]
 
 
 def _describe_adapters(inner: nn.Module, parts: Idle) -> list[tuple[int, str]]:

@@ -145,7 +145,9 @@ class LayerRun:
     gradients: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     """Of `trained`, of this rank's tokens; summed over ranks when they are compared."""
     choices: Choices = dataclasses.field(default_factory=lambda: Choices({}))
-    """The experts that its routers chose."""
+    """The experts that its routers chose, and the keys that its indexers chose."""
+    previous: Tensor | None = None
+    """[T, K]: the keys that an earlier layer's indexer chose for it."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -321,6 +323,11 @@ def run_alone(
             args[call.hidden] = x
         else:
             kwargs[call.hidden] = x
+        if run.previous is not None:
+            own = kwargs["prev_topk_indices"]
+            given = run.previous[document].to(own.device)
+            # Of another width: every key is seen.
+            kwargs["prev_topk_indices"] = given[None] if given.shape == own.shape[1:] else own
         autocast = torch.autocast(device.type, dtype=low, enabled=low is not None)
         with routers.replay(layer, run.choices.take(document)):
             with autocast, torch.enable_grad():

@@ -268,23 +268,30 @@ def _fixed(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lowered_windows(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the block no sliding window and no attention chunk is longer than WINDOW, wherever it
-    is written: in configurations, in attention modules, in hand-written layers."""
-    names = ("sliding_window", "attention_chunk_size", "window_size", "window")
+    """Inside the block no sliding window and no attention chunk is longer than WINDOW, and no
+    indexer chooses more keys, wherever it is written: in configurations, in attention modules, in
+    hand-written layers."""
+    names = ("sliding_window", "attention_chunk_size", "window_size", "window", "index_topk")
     owners: dict[int, dict[str, Any]] = {}
     for module in model.modules():
         for owner in (module, getattr(module, "config", None), module.__dict__.get("forward")):
             if owner is not None and hasattr(owner, "__dict__"):
                 owners[id(owner)] = owner.__dict__
-    held = [
-        (fields, name, fields[name])
+    lowered = [
+        (fields, name, WINDOW)
         for fields in owners.values()
         for name in names
         if type(fields.get(name)) is int and fields[name] > WINDOW
     ]
+    for fields in owners.values():
+        blocks = fields.get("topk_blocks")
+        if blocks and blocks * fields["block_size"] > WINDOW:  # an indexer that chooses blocks
+            fewer = min(blocks, 8)
+            lowered += [(fields, "topk_blocks", fewer), (fields, "block_size", WINDOW // fewer)]
+    held = [(fields, name, fields[name]) for fields, name, _ in lowered]
     try:
-        for fields, name, _ in held:
-            fields[name] = WINDOW
+        for fields, name, value in lowered:
+            fields[name] = value
         yield
     finally:
         for fields, name, value in held:
@@ -552,6 +559,9 @@ def _train(
             run.trained = {}  # weights that are used again: their gradient is not of one call
         elif run is not None:
             run.dim, run.call = _token_dim(x, local), number[id(layer)]
+            given = kwargs.get("prev_topk_indices")
+            if given is not None and given.shape[-1]:
+                run.previous = given[0].detach()
             run.x = x.detach().clone()
             kind = x.device.type
             run.autocast = (
@@ -609,6 +619,8 @@ def _train(
         run.choices = Choices(
             {n: [_documents(t.to(device), 0, row) for t in picks] for n, picks in chosen.of.items()}
         )
+        if run.previous is not None:
+            run.previous = _documents(run.previous, 0, row)
     for (run, name, _), g in zip(trained, grads[1:], strict=True):
         if g is not None:
             run.gradients[name] = g.detach()

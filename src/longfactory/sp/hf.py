@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from . import probe, rope
+from . import indexer, probe, rope, sparse
 from .attention import attention as engine
 from .backends import start
 from .backends.request import Request
@@ -71,7 +71,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | indexer.RowMask | None = None,
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -108,7 +108,7 @@ def attention(
             " on this rank. Cross-attention, caches and prefix tokens are not supported; call the"
             " model with hf.inputs(row, plan)."
         )
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask is not indexer.MASK:
         raise ValueError(
             f"{name}: an attention mask would be lost: the plan's documents are the mask."
         )
@@ -124,6 +124,7 @@ def attention(
             f"{name}: a cache of keys and values is not supported. Call the model with"
             " use_cache=False."
         )
+    chosen = indexer.chosen(module, kwargs)
     for argument, given in kwargs.items():
         if argument not in _WITHOUT_EFFECT and given is not None and given is not False:
             raise ValueError(
@@ -151,6 +152,14 @@ def attention(
         query = (query * scales[:, None]).to(query.dtype)
     # [1, H, T/n, D] -> [T/n, H, D]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if chosen is not None:
+        if window or chunk or softcap:
+            raise ValueError(
+                f"{name}: chosen keys with a sliding window ({window}), attention chunks ({chunk})"
+                f" or a soft-cap ({softcap}) are not implemented."
+            )
+        scale = q.shape[2] ** -0.5 if scaling is None else scaling
+        return sparse.attention(q, k, v, plan, chosen, scale=scale, sinks=s_aux)[None], None
     out = engine(
         q,
         k,
@@ -330,8 +339,8 @@ def prepare(model: PreTrainedModel, ctx: SequenceParallel) -> None:
     size, 1 too.
 
     Sets the attention implementation, and hooks what depends on the length of the row: rotary
-    embeddings with longrope or dynamic frequencies, the temperature of Llama 4, and recurrent and
-    convolutional layers.
+    embeddings with longrope or dynamic frequencies, the temperature of Llama 4, recurrent and
+    convolutional layers, and indexers.
 
     Raises:
         ValueError: the model has layers that the engine cannot compute exactly, or its attention is
@@ -354,6 +363,7 @@ def prepare(model: PreTrainedModel, ctx: SequenceParallel) -> None:
             hooks.after(module, _tuning_on, always=True)
     rope.prepare(inner, hooks)
     recurrent.prepare(inner, ctx, hooks)
+    indexer.prepare(inner, hooks)
     if ctx.heads is None and (heads := getattr(config, "num_attention_heads", None)):
         ctx.set_heads(heads, getattr(config, "num_key_value_heads", None))
 

@@ -1,4 +1,5 @@
-"""Which experts the routers of a model chose: recorded in one pass, replayed in another.
+"""Which experts the routers of a model chose, and which keys its indexers: recorded in one pass,
+replayed in another.
 
 A router chooses by comparing numbers. Where two of them are nearly equal, two computations that
 differ by rounding alone may choose different experts, and then their results are far apart although
@@ -18,6 +19,8 @@ what `masked_fill` leaves out. What the experts themselves compute is no choice:
 rows too, in some passes and not in others. Replayed are the places; the values there are those of
 the pass at hand, with their gradients. Routers that draw at random in train mode do not draw inside
 either block.
+
+The choice of an indexer (`indexer.py`) is what it returns: positions in each query's document.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from torch.overrides import TorchFunctionMode
 
 from .position import position
 
+_INDEXER = re.compile(r"Indexer$")
 _ROUTER = re.compile(r"(Router|Gating|(?<!Forget)Gate)$")  # a forget gate is part of a recurrence
 _TOPK = (torch.topk, torch.Tensor.topk)
 _MAX = (torch.max, torch.Tensor.max)
@@ -47,7 +51,8 @@ _state = threading.local()
 @dataclasses.dataclass(frozen=True)
 class Choices:
     """`of[router][i]` is [tokens, picks]: where the i-th `topk` or `max` of this router found what
-    it picked, for each token, or [tokens, experts] with 1 where its `masked_fill` left one out."""
+    it picked, for each token, or [tokens, experts] with 1 where its `masked_fill` left one out.
+    Of an indexer, [tokens, keys] that it chose, -1 for none; 0 keys where all are seen."""
 
     of: dict[str, list[Tensor]]
 
@@ -86,16 +91,23 @@ def join(parts: Sequence[Choices | int]) -> Choices:
             )
     for name, all_picks in first.items():
         for i, like in enumerate(all_picks):
+            # The indexer of a short document chooses fewer keys.
+            width = max(part.of[name][i].shape[1] for part in recorded)
             chunks = [
                 (
-                    part.of[name][i]
+                    _widened(part.of[name][i], width)
                     if isinstance(part, Choices)
-                    else like.new_full((part, like.shape[1]), OWN)
+                    else like.new_full((part, width), OWN)
                 )
                 for part in parts
             ]
             joined[name].append(torch.cat(chunks))
     return Choices(joined)
+
+
+def _widened(picks: Tensor, width: int) -> Tensor:
+    missing = width - picks.shape[1]
+    return torch.cat([picks, picks.new_full((len(picks), missing), OWN)], 1) if missing else picks
 
 
 def is_router(module: nn.Module) -> bool:
@@ -122,6 +134,15 @@ def routers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def indexers(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that choose keys, by name: those whose class is called an indexer."""
+    return {
+        _plain(name): module
+        for name, module in model.named_modules()
+        if _INDEXER.search(type(module).__name__)
+    }
+
+
 @contextlib.contextmanager
 def record(model: nn.Module) -> Iterator[Choices]:
     """Inside the block the model runs one pass over some tokens, in chunks or whole, once or
@@ -133,12 +154,13 @@ def record(model: nn.Module) -> Iterator[Choices]:
     chunks: dict[tuple[str, int], dict[int, Tensor]] = {}
 
     def seen(name: str, slot: int, start: int, places: Tensor) -> None:
+        if places.shape[1] == 0:  # an indexer's, where every key is seen
+            return
         at = chunks.setdefault((name, slot), {})
         # The first look at a few tokens, which some layers take, is a shorter chunk that begins
         # where a longer one does.
         if start not in at or len(at[start]) < len(places):
             at[start] = places.cpu()
-        return None
 
     with _watched(
         model,
@@ -177,6 +199,8 @@ def replay(model: nn.Module, choices: Choices) -> Iterator[None]:
 
     def known(name: str, slot: int, start: int, places: Tensor) -> Tensor:
         picks = choices.of.get(name, [])
+        if not picks and name in choosers:
+            return places
         if slot >= len(picks):
             raise ValueError(
                 f"The router {name} makes {slot + 1} choices or more a token; {len(picks)} were"
@@ -186,7 +210,11 @@ def replay(model: nn.Module, choices: Choices) -> Iterator[None]:
         if key not in device:
             device[key] = picks[slot].to(places.device)
         recorded = device[key][start : start + len(places)]
-        if recorded.shape != places.shape:
+        if name in choosers and len(recorded) == len(places):
+            # Of another width: every key is seen, here or where it was recorded.
+            if recorded.shape != places.shape:
+                return places
+        elif recorded.shape != places.shape:
             raise ValueError(
                 f"The router {name} picks {tuple(places.shape)} (tokens, places) from token {start}"
                 f" on; recorded are {tuple(recorded.shape)} of {len(picks[slot])} tokens."
@@ -196,6 +224,7 @@ def replay(model: nn.Module, choices: Choices) -> Iterator[None]:
     if choices.tokens is None:
         yield
         return
+    choosers = indexers(model)
     with _watched(
         model,
         lambda name, tokens: _Watch(
@@ -277,6 +306,8 @@ def _watched(model: nn.Module, watch: Callable[[str, Tensor], _Watch]) -> Iterat
     """
     restore: list[Callable[[], None]] = []
     try:
+        for name, module in indexers(model).items():
+            restore.append(_wrap_indexer(name, module, watch))
         found = routers(model)
         for name, module in found.items():
             restore.append(_wrap(name, module, watch))
@@ -317,6 +348,26 @@ def _wrap(
                     return own(*args, **kwargs)
             finally:
                 module.training = training
+
+        return forward
+
+    return _replace_forward(module, change)
+
+
+def _wrap_indexer(
+    name: str, module: nn.Module, watch: Callable[[str, Tensor], _Watch]
+) -> Callable[[], None]:
+    def change(own: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            # [1, T, K], or [1, heads, T, K] of blocks
+            picks: Tensor = own(*args, **kwargs)
+            rows = picks[0] if picks.dim() == 3 else picks[0].transpose(0, 1)
+            decided = watch(name, hidden).decide(0, position() or 0, rows.flatten(1))
+            if decided is None:
+                return picks
+            decided = decided.reshape(rows.shape).to(picks.dtype)
+            return decided[None] if picks.dim() == 3 else decided.transpose(0, 1)[None]
 
         return forward
 

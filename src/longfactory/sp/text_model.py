@@ -22,6 +22,7 @@ from transformers.models.auto import modeling_auto
 
 from longfactory.errors import UserError
 from longfactory.sp import hf
+from longfactory.sp.indexer import indexers
 
 # In order: a checkpoint with a tower is the class that has the tower, where its configuration names
 # none.
@@ -174,7 +175,7 @@ def _required(cls: Any) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Idle:
-    """What a row of text does not pass through: the outermost modules, and the names of all
+    """What gets no gradient of a row of text: the outermost modules, and the names of all
     parameters.
     """
 
@@ -205,11 +206,23 @@ def enters_more_than_text(model: nn.Module) -> bool:
 
 def idle(model: PreTrainedModel) -> Idle:
     """The towers, projectors and other parts of a model that its rows do not pass through: of rows
-    of text, but for what `also_enter` names. Nothing in a model of text alone.
+    of text, but for what `also_enter` names. And the indexers, to which no gradient comes.
 
     Args:
         model: not wrapped (see `hf.unwrap`), with or without adapters.
     """
+    beside, chooses = _beside_text(model), {id(m) for m in indexers(model)}
+    if not chooses:
+        return beside
+    names = tuple(name for name, m in model.named_modules() if id(m) in chooses)
+    below = tuple(f"{name}." for name in names)
+    every = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    inside = {name for name in every if name.startswith(below)}
+    return Idle((*beside.modules, *names), beside.parameters | inside)
+
+
+def _beside_text(model: PreTrainedModel) -> Idle:
+    """Of `idle`: what rows do not pass through. Nothing in a model of text alone."""
     config = model.config
     if not getattr(config, "sub_configs", None):
         return Idle()

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from .. import probe
+from .. import indexer, probe
 from ..collectives import all_to_all
 from ..context import SequenceParallel
 from ..hooks import ModelHooks
@@ -123,6 +123,8 @@ def unsupported(config: Any) -> str | None:
     kinds = dict.fromkeys(getattr(config, "layer_types", None) or ())
     for kind in sorted(kinds, key=lambda kind: kind in LAYERS):
         if kind in LAYERS and config.model_type in MODELS:
+            continue
+        if kind in indexer.LAYERS and config.model_type in indexer.MODELS:
             continue
         if kind in LAYERS or kind not in _KNOWN:
             return _REASONS.get(kind, f"layers of type {kind} are unknown to the engine")
