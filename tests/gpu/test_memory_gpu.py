@@ -299,3 +299,31 @@ def test_bytes_a_token_of_the_7b_layer(settings, most):
     slope = (peaks[3] - peaks[2]) / 32768 - waiting
     print(f"working set {slope:.0f} bytes a token; pool {store.pool.locked_bytes / GiB:.1f} GiB")
     assert slope <= most
+
+
+def test_adamw_of_split_masters_in_one_pass() -> None:
+    """The kernel follows torch's AdamW in fp32 over twenty steps, with clipping and decay."""
+    from longfactory.memory import optimizer
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert optimizer.split_update is not None
+    assert optimizer.difference_of_one_pass(device) < 1e-5
+    assert optimizer._one_pass(device)
+    torch.manual_seed(0)
+    start = [torch.randn(n, device=device).bfloat16() for n in (100_003, 7)]
+    wide = [torch.nn.Parameter(t.float()) for t in start]
+    ours = [torch.nn.Parameter(t.clone()) for t in start]
+    reference = torch.optim.AdamW(wide, lr=1e-3, weight_decay=0.1)
+    split = optimizer.SplitAdamW(ours, lr=1e-3, weight_decay=0.1, placement="gpu")
+    for _ in range(20):
+        for p, q in zip(wide, ours, strict=True):
+            q.grad = torch.randn_like(q)
+            p.grad = q.grad.float()
+        norm = torch.nn.utils.clip_grad_norm_(wide, 1.0)
+        assert float(split.clip(1.0)) == pytest.approx(float(norm), rel=1e-5)
+        reference.step()
+        split.step()
+    for p, q in zip(wide, ours, strict=True):
+        master = split.master(q)
+        torch.testing.assert_close(master, p.detach(), rtol=3e-6, atol=3e-6)
+        assert torch.equal(q.detach(), optimizer.split(master)[0])

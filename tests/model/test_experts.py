@@ -365,3 +365,22 @@ def test_a_run_trains_through_the_grouped_experts() -> None:
     made = load.load_model(args, config, torch.float32, attention="sdpa")
     held = [m for m in made.modules() if experts.of_interface(m)]
     assert held and all("forward" in vars(m) for m in held)
+
+
+def test_the_gate_of_gpt_oss_is_its_own() -> None:
+    """Values and gradients, inside and beyond the limits, against the module's own gate."""
+    model = tiny_model("gpt_oss")
+    base: Any = next(m for m in model.modules() if experts.of_interface(m))
+    assert experts._gates_clamped(base) and not experts._gates_plainly(base)
+    x = 6 * torch.randn(40, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[0, :4] = torch.tensor([base.limit, -base.limit, -base.limit, base.limit])
+    assert (x.abs() > base.limit).any()
+    dy = torch.randn(40, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    want = base._apply_gate(leaves[0])
+    got = experts._Clamped.apply(leaves[1], float(base.alpha), float(base.limit))
+    torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
+    gradients = [
+        torch.autograd.grad(y, leaf, dy)[0] for y, leaf in zip((want, got), leaves, strict=True)
+    ]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-13)

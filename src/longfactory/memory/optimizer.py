@@ -9,7 +9,8 @@ half is kept, as a 16-bit number.
 
 So master = join(bf16, low) without loss, and the model computes with a correctly rounded weight.
 With the two fp32 moments that is 2 + 4 + 4 bytes a parameter, where fp32 master weights take 12.
-The update itself is torch's fused AdamW in fp32 on blocks.
+The update itself is torch's fused AdamW in fp32 on blocks; on a GPU it is one Triton kernel, in
+one pass over memory (`split_kernel`).
 
 On the host the blocks of gradient and weight come over on a side stream while the block before is
 computed, and go back likewise; about 28 bytes of host memory traffic a parameter: 15 s for 7.6
@@ -35,6 +36,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -46,6 +48,14 @@ from longfactory.memory.host_jobs import AHEAD, HostJob, PinnedBuffers, Worker, 
 from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import TrainingJob
 from longfactory.memory.technique import Bytes, StepMoments, Technique
+
+split_update: Callable[..., None] | None
+try:
+    from longfactory.memory.split_kernel import update as split_update
+except ImportError:  # Triton comes with CUDA builds of PyTorch
+    split_update = None
+
+log = logging.getLogger(__name__)
 
 # elements that travel together; `host_jobs.AHEAD` blocks of gradients that leave are on the GPU at
 # most
@@ -560,6 +570,9 @@ class _Block:
                 f"SplitAdamW: states are on {self.m.device}, the parameter is on"
                 f" {self.weight.device}."
             )
+        if self.low is not None and self.weight.is_cuda and _one_pass(self.weight.device):
+            self.update_in_one_pass()
+            return
         n = self.weight.numel()
         inner = min(_inner(self.weight), n)
         # Scratch is allocated once: fresh memory for each part would cost the host more than the
@@ -578,6 +591,66 @@ class _Block:
             _adamw(master, grad, part)
             if part.low is not None:
                 _split_into(part.weight, part.low, master, spare[:here])
+
+    def update_in_one_pass(self) -> None:
+        """`update` of a split master, by the kernel."""
+        assert split_update is not None
+        group = self.group
+        split_update(
+            self.weight,
+            self.low,
+            self.grad,
+            self.m,
+            self.v,
+            step=float(self.step),
+            scale=self.scale,
+            lr=float(group["lr"]),
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
+
+
+@functools.cache
+def _one_pass(device: torch.device) -> bool:
+    """Whether the Triton kernel is there and computes what PyTorch's operations compute: tried once
+    a process.
+    """
+    if split_update is None:
+        return False
+    reason = None
+    try:
+        far = difference_of_one_pass(device)
+        if not far <= 1e-5:
+            reason = f"weights are off by {far:.1e}, tolerated are 1e-5"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # Triton's many errors have no common type
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+    if reason is not None:
+        log.warning("AdamW of split masters runs in several passes: its kernel fails (%s).", reason)
+    return reason is None
+
+
+def difference_of_one_pass(device: torch.device) -> float:
+    """The largest relative difference of masters and moments after a step, between the kernel and
+    PyTorch's operations. Infinity where bf16 weights are not the rounded masters.
+    """
+    generator = torch.Generator().manual_seed(0)
+    n = 5000
+    master, m, v, grad = (torch.randn(n, generator=generator).to(device) for _ in range(4))
+    weight, low = split(master)
+    group = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    v, narrow = v.abs(), grad.bfloat16()
+    step = torch.tensor(3.0)
+    ours = _Block(weight, narrow, low, m.clone(), v.clone(), step, group, 0.5)
+    ours.update_in_one_pass()
+    _adamw(master, narrow.float() * 0.5, dataclasses.replace(ours, m=m, v=v))
+    found = join(ours.weight, low)
+    if not torch.equal(split(found)[0], ours.weight):
+        return math.inf
+    pairs = ((found, master), (ours.m, m), (ours.v, v))
+    return max(float(((a - b).abs() / b.abs().clamp(min=1e-3)).max()) for a, b in pairs)
 
 
 def _adamw(master: Tensor, grad: Tensor, part: _Block) -> None:
@@ -603,7 +676,7 @@ def _adamw(master: Tensor, grad: Tensor, part: _Block) -> None:
 
 # Of the rate of the GPU's memory, what AdamW reaches: 0.05 s for 3.8 B parameters on a H200
 # (benchmarks/results/throughput_2xH200_7b.md).
-UPDATE, SPLIT_UPDATE = 0.65, 0.25
+UPDATE = 0.65
 LEAVING = AHEAD * BLOCK  # numbers of gradients on their way to the host at once, at most
 
 
@@ -631,8 +704,7 @@ def _placement_bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:
 def _placement_update(job: TrainingJob, settings: MemorySettings, backward: float) -> float:
     trained, machine = job.shape.trainable, job.machine
     if settings.optimizer == "gpu":
-        # split masters are joined and split again, block by block
-        rate = (SPLIT_UPDATE if job.master == 2 else UPDATE) * machine.memory
+        rate = UPDATE * machine.memory  # split masters move two bytes less
         # the norm of the gradients, and clipping them
         clipped = 3 * job.gradient_bytes / machine.memory
         return 28.0 * trained / job.shards / rate + clipped

@@ -60,3 +60,33 @@ def gated_backward(dy: Tensor, x: Tensor) -> Tensor:
     s = torch.sigmoid(gate)
     silu = gate * s
     return torch.cat((g * up * (s + silu * (1 - s)), g * silu), -1).to(x.dtype)
+
+
+@fused
+def clamped(x: Tensor, alpha: float, limit: float) -> Tensor:
+    """[S, 2 I] -> [S, I] as gpt-oss: gate and up stand side by side, both are clamped, and
+    (up + 1) gate sigmoid(alpha gate).
+    """
+    # [S, 2 I] -> [S, I, 2]
+    gate, up = x.to(wide(x.dtype)).unflatten(-1, (-1, 2)).unbind(-1)
+    gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+    return ((up + 1) * gate * torch.sigmoid(alpha * gate)).to(x.dtype)
+
+
+@fused
+def clamped_backward(dy: Tensor, x: Tensor, alpha: float, limit: float) -> Tensor:
+    """[S, 2 I], the gradient of x; none of what was cut off."""
+    gate, up = x.to(wide(x.dtype)).unflatten(-1, (-1, 2)).unbind(-1)
+    g = dy.to(gate.dtype)
+    inside = (gate <= limit, (up >= -limit) & (up <= limit))
+    gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+    s = torch.sigmoid(alpha * gate)
+    dgate = g * (up + 1) * (s + alpha * gate * s * (1 - s)) * inside[0]
+    dup = g * gate * s * inside[1]
+    return torch.stack((dgate, dup), -1).flatten(-2).to(x.dtype)
+
+
+@fused
+def biased(y: Tensor, bias: Tensor, expert: Tensor) -> Tensor:
+    """[S, out] + [E, out] of each token's expert, in the tokens' type."""
+    return y + bias.to(y.dtype)[expert]

@@ -235,6 +235,8 @@ def _experts(
     x = product(x, first)
     if _gates_plainly(base):
         x = _Gated.apply(x)
+    elif _gates_clamped(base):
+        x = _Clamped.apply(x, float(base.alpha), float(base.limit))
     else:
         x = base._apply_gate(x) if base.has_gate else base.act_fn(x)
     x = product(x, "down_proj")
@@ -249,6 +251,12 @@ def _gates_plainly(base: Any) -> bool:
 
     plain = type(base)._apply_gate is _default_apply_gate
     return base.has_gate and plain and type(base.act_fn).__name__ in ("SiLU", "SiLUActivation")
+
+
+def _gates_clamped(base: Any) -> bool:
+    """Whether the gate is gpt-oss's own."""
+    own = getattr(type(base)._apply_gate, "__qualname__", "") == "GptOssExperts._apply_gate"
+    return own and base.has_gate and hasattr(base, "alpha") and hasattr(base, "limit")
 
 
 class _Sent(torch.autograd.Function):
@@ -286,7 +294,7 @@ class _Biased(torch.autograd.Function):
     ) -> Tensor:
         ctx.experts, ctx.dtype = len(bias), bias.dtype
         ctx.save_for_backward(expert)
-        return y + bias.to(y.dtype)[expert]
+        return expert_ops.biased(y, bias, expert)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
@@ -310,6 +318,21 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Tensor:  # type: ignore[override]
         (x,) = ctx.saved_tensors
         return expert_ops.gated_backward(dy, x)  # type: ignore[no-any-return]
+
+
+class _Clamped(torch.autograd.Function):
+    """gpt-oss's gate of [S, 2 I]; the input alone is stored."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alpha: float, limit: float) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        ctx.alpha, ctx.limit = alpha, limit
+        return expert_ops.clamped(x, alpha, limit)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return expert_ops.clamped_backward(dy, x, ctx.alpha, ctx.limit), None, None
 
 
 class _Combined(torch.autograd.Function):
