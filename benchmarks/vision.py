@@ -14,14 +14,16 @@ memory is what the processes of a run hold at most, shared memory counted once (
 transformers' own loop on one GPU: the same model with PEFT, its own checkpointing, its own loss,
 pixels that are in memory already.
 
-Runs of one GPU go side by side where more are free. Each is a process of its own; one that fails is
-in the table with its reason.
+The processes of all rows are started once, and each row's run begins in them as the command begins
+it: what Python takes to start is not paid for each row. A row that fails is tried once more through
+the command itself, and is in the table with its reason if that fails too.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import datetime
 import io
 import json
@@ -33,7 +35,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +44,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 sys.path.insert(0, str(ROOT / "src"))
-from _table import Clock, command_line, machine_name  # noqa: E402
+import _vision_rows  # noqa: E402
+from _table import LEAST, Clock, command_line, machine_name  # noqa: E402
+from longfactory.testing import RankError, RankPool  # noqa: E402
 from plan_accuracy import ended_in_time  # noqa: E402
 
 EXAMPLE = ROOT / "examples" / "vision" / "model"
@@ -98,7 +101,6 @@ SMALL_TOWER = TOWER | {
 }
 EDGE = 2**31  # pixels of a video, at most: no frame is made smaller
 MERGED = 32  # pixels of a token's side
-ATTENTION_ROWS = 2
 
 
 class Case(NamedTuple):
@@ -217,7 +219,7 @@ def write_data(folder: Path, every: dict[str, Case], shares: tuple[int, ...], ro
     (folder / "dataset_info.json").write_text(json.dumps(info))
 
 
-# ---- runs of the command -------------------------------------------------------------------------
+# ---- runs ----------------------------------------------------------------------------------------
 
 
 class Job(NamedTuple):
@@ -234,13 +236,14 @@ class Job(NamedTuple):
         end = "" if self.system == "ours" else ", transformers' own"
         return f"{self.case.name}, {self.stage}{end}"
 
+    @property
+    def out(self) -> str:
+        return f"out-{self.case.name}-{self.stage}-{self.gpus}"
 
-def run_command(
-    job: Job, args: argparse.Namespace, home: Path, devices: list[int], limit: float
-) -> dict[str, Any]:
-    """One run of `longfactory train`: what its log says of the steps after the first."""
+
+def words_of(job: Job, args: argparse.Namespace, home: Path) -> list[str]:
+    """The run's keys."""
     case = job.case.part(job.share)
-    out = home / f"out-{job.case.name}-{job.stage}-{job.gpus}"
     stage: dict[str, Any] = {"stage": "sft", "dataset": f"{case.name}-{job.share}"}
     if job.stage == "dpo":
         stage = {"stage": "dpo", "dataset": f"{case.name}-{job.share}-pairs"}
@@ -268,71 +271,94 @@ def run_command(
         "logging_steps": 1,
         "save_strategy": "no",
         "save_final_model": "false",
-        "output_dir": out,
+        "output_dir": home / job.out,
         "overwrite_output_dir": "true",
         "report_to": "none",
         "preprocessing_num_workers": 1 if args.smoke else args.steps,
         "dataloader_num_workers": 1 if args.smoke else args.workers,
-        "dataloader_prefetch_factor": 1,
+        **({"dataloader_prefetch_factor": 1} if args.workers or args.smoke else {}),
         **({} if args.smoke else {"bf16": "true"}),
         **({"sharding": "ddp" if args.smoke else "fsdp2"} if job.gpus > 1 else {}),
         **dict(word.split("=", 1) for word in args.keys),
     }
-    command = [sys.executable, "-m", "longfactory.cli", "train"]
-    command += [f"{key}={value}" for key, value in keys.items()]
+    return [f"{key}={value}" for key, value in keys.items()]
+
+
+def run_in(
+    pool: RankPool, job: Job, args: argparse.Namespace, home: Path, limit: float
+) -> dict[str, Any]:
+    """A run in processes that stay: what its log says of the steps after the first."""
+    begun = time.time()
+    memory = HostMemory()
+    try:
+        with memory:
+            text = pool.run(
+                _vision_rows.train, words_of(job, args, home), str(home / "cache"), timeout=limit
+            )[0]
+    except RankError as error:
+        print(str(error)[-2500:], flush=True)
+        left = limit - (time.time() - begun)
+        if left < 40:
+            return {"error": _reason(str(error))}
+        text = by_command(job, args, home, left)
+    return logged(job, args, home, text) | {
+        "seconds_in_all": round(time.time() - begun),
+        "host_gib": memory.most / 2**30,
+    }
+
+
+def by_command(job: Job, args: argparse.Namespace, home: Path, limit: float) -> str:
+    """The same run by the command, in processes of its own. Returns what it wrote."""
+    command = [sys.executable, "-m", "longfactory.cli", "train", *words_of(job, args, home)]
     env = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
-        "RECORD_VRAM": "1",
         "LONGFACTORY_CACHE": str(home / "cache"),
-        "CUDA_VISIBLE_DEVICES": ",".join(map(str, devices)),
     }
-    begun = time.time()
-    memory = HostMemory(str(out))
-    with memory:
-        code, text = ended_in_time(command, env, limit)
-    found: dict[str, Any] = {"seconds_in_all": round(time.time() - begun)}
-    log = out / "trainer_log.jsonl"
+    code, text = ended_in_time(command, env, limit)
+    if code:
+        print(text[-2500:], flush=True)
+    return text
+
+
+def _reason(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line or line.startswith("longfactory:")]
+    return (errors or lines or ["no output"])[-1][:250]
+
+
+def logged(job: Job, args: argparse.Namespace, home: Path, text: str) -> dict[str, Any]:
+    """What a run's log says of the steps after the first."""
+    log = home / job.out / "trainer_log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     lines = [line for line in lines if "loss" in line]
     timed = lines[1:]
-    if code:
-        print(text[-3000:], flush=True)
-        errors = [line for line in text.splitlines() if "rror" in line] or text.splitlines()
-        last = errors[-1].strip() if errors else "no output"
-        over = f"ended after {limit:.0f} s: " if time.time() - begun >= limit else ""
-        found["problem"] = (over + last)[:300]
     if not timed:
-        return found | {"error": found.get("problem", "no step in its log")}
+        return {"error": _reason(text)}
     seconds = (lines[-1]["elapsed_seconds"] - lines[0]["elapsed_seconds"]) / len(timed)
-
-    def mean(key: str) -> float:
-        values = [line[key] for line in timed if key in line]
-        return sum(values) / len(values) if values else 0.0
-
     plan = re.search(r"Memory plan.*\n +(.*)", text)
     # Tokens of documents a second of each GPU, while a step runs: of a step, its tokens.
     steps = [x["tokens_per_second_per_gpu"] * x["seconds_per_step"] * job.gpus for x in timed]
     tokens = sum(steps) / len(steps)
-    width = (SMALL_TEXT if args.smoke else TEXT)["hidden_size"]
-    return found | {
+    width = int(str((SMALL_TEXT if args.smoke else TEXT)["hidden_size"]))
+    return {
         "tokens": round(tokens),
         "seconds": seconds,
         "tokens_per_s_gpu": tokens / seconds / job.gpus,
         "peak_gib": max(line.get("vram_allocated", 0.0) for line in lines),
-        "embeddings_gib": tokens / job.gpus * int(str(width)) * 2 / 2**30,
-        "data_wait": mean("data_wait"),
-        "host_gib": memory.most / 2**30,
+        "embeddings_gib": tokens / job.gpus * width * 2 / 2**30,
+        "data_wait": sum(line.get("data_wait", 0.0) for line in timed) / len(timed),
         "settings": "" if plan is None else plan[1],
         "loss": lines[-1]["loss"],
+        "steps": len(lines),
     }
 
 
 class HostMemory:
-    """The most that the processes hold whose command names a folder, in bytes, while it is open."""
+    """The most that the processes hold that this one has started, in bytes, while it is open."""
 
-    def __init__(self, mark: str):
-        self.mark, self.most = mark, 0
+    def __init__(self) -> None:
+        self.most = 0
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -345,186 +371,53 @@ class HostMemory:
 
     def _watch(self) -> None:
         while not self.done.wait(1.0):
-            self.most = max(self.most, sum(map(self._held, Path("/proc").glob("[0-9]*"))))
+            self.most = max(self.most, self._now())
 
-    def _held(self, process: Path) -> int:
-        try:
-            if self.mark not in (process / "cmdline").read_bytes().decode(errors="replace"):
-                return 0
-            found = re.search(r"^Pss: +(\d+)", (process / "smaps_rollup").read_text(), re.M)
-        except OSError:
-            return 0
-        return 0 if found is None else 1024 * int(found[1])
-
-
-# ---- beside it: attention's rate and transformers' own loop --------------------------------------
-
-
-def measured(call: Callable[[], Any], repeats: int, device: Any) -> tuple[float, float]:
-    """Seconds of a call after one that is not counted, and GiB that it took at most."""
-    import torch
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    call()
-    wait()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    wait()
-    seconds = (time.perf_counter() - started) / repeats
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    return seconds, peak / 2**30
+    @staticmethod
+    def _now() -> int:
+        parents: dict[int, int] = {}
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                after_name = (process / "stat").read_text().rsplit(")", 1)[1]
+                parents[int(process.name)] = int(after_name.split()[1])
+        held = 0
+        for number in parents:
+            at, own = number, os.getpid()
+            while at in parents and parents[at] != own:
+                at = parents[at]
+            if at not in parents:
+                continue
+            with contextlib.suppress(OSError):
+                text = Path(f"/proc/{number}/smaps_rollup").read_text()
+                found = re.search(r"^Pss: +(\d+)", text, re.MULTILINE)
+                held += 0 if found is None else 1024 * int(found[1])
+        return held
 
 
-def attention_seconds(length: int, config: Any, device: Any) -> dict[str, float]:
-    """Of one layer's attention over a row on one GPU."""
-    import torch
-
-    from longfactory import sp
-
-    text = config.text_config
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    ctx = sp.SequenceParallel.create(1, device_type=device.type)
-    plan = sp.plan(length, (sp.Segment(0, length),), ctx)
-    heads = (text.num_attention_heads, text.num_key_value_heads, text.num_key_value_heads)
-    q, k, v = (torch.randn(length, n, text.head_dim, device=device, dtype=dtype) for n in heads)
-    out, lse = sp.attention_forward(q, k, v, plan)
-    forward = measured(lambda: sp.attention_forward(q, k, v, plan), ATTENTION_ROWS, device)[0]
-    backward = measured(
-        lambda: sp.attention_backward(out, q, k, v, out, lse, plan), ATTENTION_ROWS, device
-    )[0]
-    return {"forward": forward, "backward": backward}
-
-
-def beside(args: argparse.Namespace) -> None:
-    """Prints attention's seconds at the length of a GPU's part of the row, then transformers' own
-    loop on such a row.
-    """
-    import torch
-    from transformers import AutoConfig
-
-    device = torch.device("cuda" if torch.cuda.is_available() and not args.smoke else "cpu")
-    case = cases(args.smoke, args.frames)[args.case].part(args.share)
-    config = AutoConfig.from_pretrained(args.model)
-    config.use_cache = False
-    length = case.tokens // 64 * 64
-    found = attention_seconds(length, config, device)
-    layers = config.text_config.num_hidden_layers
-    rates = {"length": length} | {k: layers * v for k, v in found.items()}
-    print("RATES " + json.dumps(rates), flush=True)
-    if args.rates_only:
-        return
-    torch.cuda.empty_cache()
-    print("RESULT " + json.dumps(peer(case, config, device, args.steps)), flush=True)
-
-
-def peer(case: Case, config: Any, device: Any, steps: int) -> dict[str, Any]:
-    """transformers' own forward and backward of a row on one GPU, with PEFT's adapters."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers.models.qwen3_vl import Qwen3VLForConditionalGeneration
-
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    torch.manual_seed(0)
-    with device:
-        model: Any = Qwen3VLForConditionalGeneration._from_config(
-            config, dtype=dtype, attn_implementation="sdpa"
-        )
-    maps = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
-    model = get_peft_model(model, LoraConfig(r=8, target_modules=maps))
-    model.train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.enable_input_require_grads()
-    rows, columns = (side // 16 for side in reversed(case.side))
-    each = rows * columns // 4
-    ids: list[torch.Tensor] = []
-    token = config.video_token_id if case.video else config.image_token_id
-    parts = case.pictures // 2 if case.video else case.pictures
-    between = max(1, case.tokens // parts - each)
-    for _ in range(parts):
-        ids += [torch.randint(7, 263, (between,)), torch.full((each,), token)]
-    tokens = torch.cat(ids)
-    kinds = (tokens == token).long() * (2 if case.video else 1)
-    pixels = torch.rand(parts * rows * columns, 3 * 2 * 16 * 16)
-    grid = [[parts, rows, columns]] if case.video else [[1, rows, columns]] * parts
-    names = ("pixel_values_videos", "video_grid_thw")
-    if not case.video:
-        names = ("pixel_values", "image_grid_thw")
-
-    def step() -> None:
-        out = model(
-            input_ids=tokens[None].to(device),
-            mm_token_type_ids=kinds[None].to(device),
-            labels=tokens[None].to(device),
-            use_cache=False,
-            **{names[0]: pixels.to(device, dtype), names[1]: torch.tensor(grid, device=device)},
-        )
-        out.loss.backward()
-        model.zero_grad(set_to_none=True)
-
-    seconds, peak = measured(step, max(1, steps - 2), device)
-    return {
-        "tokens": len(tokens),
-        "seconds": seconds,
-        "tokens_per_s_gpu": len(tokens) / seconds,
-        "peak_gib": peak,
-    }
-
-
-def run_beside(
-    job: Job, args: argparse.Namespace, home: Path, devices: list[int], limit: float
+def beside(
+    pool: RankPool, job: Job, args: argparse.Namespace, home: Path, limit: float
 ) -> dict[str, Any]:
-    command = [sys.executable, "-u", __file__, "--beside", "--case", job.case.name]
-    command += ["--share", str(job.share), "--model", str(home / "model")]
-    command += ["--steps", str(args.steps), "--frames", str(args.frames)]
-    command += ["--smoke"] if args.smoke else []
-    command += ["--rates-only"] if job.case.name not in args.peers else []
-    env = {
-        **os.environ,
-        "CUDA_VISIBLE_DEVICES": ",".join(map(str, devices)),
-        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
-    }
-    begun = time.time()
-    code, text = ended_in_time(command, env, limit)
-    found: dict[str, Any] = {"seconds_in_all": round(time.time() - begun)}
-    for line in text.splitlines():
-        if line.startswith("RATES "):
-            found["rates"] = json.loads(line.removeprefix("RATES "))
-        if line.startswith("RESULT "):
-            found |= json.loads(line.removeprefix("RESULT "))
-    if code and "tokens" not in found:
-        print(text[-2000:], flush=True)
-        errors = [line for line in text.splitlines() if "Error" in line] or ["no output"]
-        found["error"] = errors[-1].strip()[:200]
-    return found
+    """Attention's seconds at the length of a GPU's part of the row, then transformers' own loop on
+    such a row.
+    """
+    case, begun, model = job.case.part(job.share), time.time(), str(home / "model")
+    found: dict[str, Any] = {}
+    try:
+        length = case.tokens // 64 * 64
+        found["rates"] = pool.run(
+            _vision_rows.attention, model, length, args.smoke, timeout=limit / 2
+        )[0]
+        if job.case.name in args.peers:
+            given = (model, case.video, case.pictures, case.side, case.tokens, args.steps)
+            left = limit - (time.time() - begun)
+            found |= pool.run(_vision_rows.peer, *given, args.smoke, timeout=left)[0]
+    except RankError as error:
+        print(str(error)[-1500:], flush=True)
+        found["error"] = _reason(str(error))
+    return found | {"seconds_in_all": round(time.time() - begun)}
 
 
 # ---- all rows ------------------------------------------------------------------------------------
-
-
-class Devices:
-    """GPUs of this machine, given to jobs in the jobs' order."""
-
-    def __init__(self, count: int):
-        self.free = list(range(count))
-        self.changed = threading.Condition()
-
-    def take(self, number: int) -> list[int]:
-        with self.changed:
-            self.changed.wait_for(lambda: len(self.free) >= number)
-            taken, self.free = self.free[:number], self.free[number:]
-        return taken
-
-    def give(self, devices: list[int]) -> None:
-        with self.changed:
-            self.free = sorted(self.free + devices)
-            self.changed.notify_all()
 
 
 def ideal(one: dict[str, Any], rates: dict[str, float], tokens: float, again: bool) -> float:
@@ -587,21 +480,6 @@ def table(rows: list[dict[str, Any]], header: str) -> str:
     return "\n".join(out) + "\n"
 
 
-def all_jobs(args: argparse.Namespace) -> list[Job]:
-    """In the order of their worth."""
-    every = cases(args.smoke, args.frames)
-    chosen = [every[name] for name in args.cases]
-    n = args.gpus
-    jobs = [Job(case, 1, n) for case in chosen] if "one" in args.parts else []
-    if "all" in args.parts:
-        jobs += [Job(case, n, 1) for case in chosen]
-    if "beside" in args.parts:
-        jobs += [Job(case, 1, n, system="transformers") for case in chosen]
-    if "dpo" in args.parts:
-        jobs += [Job(case, n, 1, "dpo") for case in chosen]
-    return jobs
-
-
 def measure(args: argparse.Namespace, home: Path) -> int:
     import torch
     import transformers
@@ -610,16 +488,32 @@ def measure(args: argparse.Namespace, home: Path) -> int:
     shared = shutil.disk_usage("/dev/shm").free / 2**30
     if args.workers < 0:
         args.workers = 4 if shared > 24 else 0
-    write_model(home / "model", args.layers, args.smoke)
+    os.environ["RECORD_VRAM"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    threads = max(1, (os.cpu_count() or 1) // args.gpus // 2)
+    backend = "gloo" if args.smoke else "nccl"
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(args.gpus)))
     every = cases(args.smoke, args.frames)
-    wanted = {name: every[name] for name in args.cases}
+    chosen = [every[name] for name in args.cases]
+    alone = bool({"one", "beside"} & set(args.parts))
+    ones = {}
+    for number, case in enumerate(chosen if alone else []):
+        pool = RankPool(1, threads, backend)
+        os.environ["CUDA_VISIBLE_DEVICES"] = shown.split(",")[number % args.gpus]
+        pool.start()
+        ones[case.name] = pool
+    os.environ["CUDA_VISIBLE_DEVICES"] = shown
+    together = RankPool(args.gpus, threads, backend)
+    together.start()
+    write_model(home / "model", args.layers, args.smoke)
+    wanted = {case.name: case for case in chosen}
     write_data(home / "data", wanted, tuple({1, args.gpus}), args.steps)
     print(
         f"{args.seconds - clock.left:.0f} s: model and data written; /dev/shm {shared:.0f} GiB,"
         f" {os.cpu_count()} cores, {args.workers} loader processes a rank",
         flush=True,
     )
-    devices = Devices(max(args.gpus, 1 if args.smoke else torch.cuda.device_count()))
     header = (
         f"Qwen3-VL-8B's shape, {args.layers} of 36 text layers, LoRA, tower frozen, {machine_name()},"
         f" torch {torch.__version__}, transformers {transformers.__version__}; `{command_line()}`,"
@@ -628,7 +522,10 @@ def measure(args: argparse.Namespace, home: Path) -> int:
     rows: list[dict[str, Any]] = []
     lock = threading.Lock()
 
-    def one(job: Job, taken: list[int]) -> None:
+    def one(job: Job, pool: RankPool) -> None:
+        if clock.left < LEAST:
+            print(f"{job.name}, {job.gpus} GPUs: not started, the time is up", flush=True)
+            return
         about = {
             "row": job.name,
             "case": job.case.name,
@@ -636,13 +533,11 @@ def measure(args: argparse.Namespace, home: Path) -> int:
             "stage": job.stage,
             "system": job.system,
         }
-        start = run_command if job.system == "ours" else run_beside
+        start = run_in if job.system == "ours" else beside
         try:
-            found = start(job, args, home, taken, min(args.each, clock.left))
+            found = start(pool, job, args, home, min(args.each, clock.left))
         except Exception as error:  # one row must not end the others
             found = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
-        finally:
-            devices.give(taken)
         with lock:
             rows.append(about | found)
             print(f"{args.seconds - clock.left:.0f} s: " + json.dumps(rows[-1]), flush=True)
@@ -653,14 +548,21 @@ def measure(args: argparse.Namespace, home: Path) -> int:
                 (args.out / f"{name}.json").write_text(text)
                 (args.out / f"{name}.md").write_text(table(rows, header))
 
-    with concurrent.futures.ThreadPoolExecutor(len(devices.free)) as pool:
-        for job in all_jobs(args):
-            taken = devices.take(job.gpus)
-            if clock.left < 25:
-                print(f"{job.name}, {job.gpus} GPUs: not started, the time is up", flush=True)
-                devices.give(taken)
-                continue
-            pool.submit(one, job, taken)
+    def alone_on(case: Case) -> None:
+        if "one" in args.parts:
+            one(Job(case, 1, args.gpus), ones[case.name])
+        if "beside" in args.parts:
+            one(Job(case, 1, args.gpus, system="transformers"), ones[case.name])
+        ones[case.name].stop()
+
+    if alone:
+        with concurrent.futures.ThreadPoolExecutor(args.gpus) as executor:
+            list(executor.map(alone_on, chosen))
+    for stage in ("sft", "dpo"):
+        if {"sft": "all", "dpo": "dpo"}[stage] in args.parts:
+            for case in chosen:
+                one(Job(case, args.gpus, 1, stage), together)
+    together.stop()
     print(table(rows, header), flush=True)
     return int(args.smoke and any("error" in r for r in rows))
 
@@ -682,15 +584,7 @@ def main() -> int:
     parser.add_argument("--each", type=float, default=110, help="seconds for one row")
     parser.add_argument("--seconds", type=float, default=235, help="of the whole command")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
-    parser.add_argument("--beside", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--rates-only", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--case", default="images", help=argparse.SUPPRESS)
-    parser.add_argument("--share", type=int, default=1, help=argparse.SUPPRESS)
-    parser.add_argument("--model", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.beside:
-        beside(args)
-        return 0
     with tempfile.TemporaryDirectory() as folder:
         return measure(args, Path(folder))
 

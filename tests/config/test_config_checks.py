@@ -540,6 +540,8 @@ def test_defaults_pass_without_a_word() -> None:
         "vllm_maxlen": "4096",
         "swanlab_project": "llamafactory",
         "export_quantization_bit": None,
+        "freeze_vision_tower": False,  # of every finetuning_type
+        "freeze_multi_modal_projector": False,
     }
     assert (
         from_mapping(

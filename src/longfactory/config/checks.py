@@ -554,6 +554,8 @@ def negative_steps(cfg: RunConfig) -> list[str]:
     return found
 
 
+FREEZE_PARTS = ("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model")
+"""Of a model with images, in every finetuning_type."""
 RAY_KEYS = ("ray_num_workers", "resources_per_worker", "placement_strategy", "ray_init_kwargs")
 
 
@@ -575,7 +577,11 @@ def idle(cfg: RunConfig, given: set[str]) -> list[str]:
         ),
         (lambda k: k.startswith("oft_"), kind == "oft", f"finetuning_type is {kind}"),
         (lambda k: k == "module_dropout", kind == "oft", f"finetuning_type is {kind}"),
-        (lambda k: k.startswith("freeze_"), kind == "freeze", f"finetuning_type is {kind}"),
+        (
+            lambda k: k.startswith("freeze_") and k not in FREEZE_PARTS,
+            kind == "freeze",
+            f"finetuning_type is {kind}",
+        ),
         (
             lambda k: k in RAY_KEYS,
             os.environ.get("USE_RAY", "0").lower() in ("1", "true"),

@@ -207,15 +207,16 @@ def empty_row(multiple: int, pad_id: int) -> Row:
     )
 
 
-_ended_at_exit: weakref.WeakSet[DataLoader] = weakref.WeakSet()
+_with_processes: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Iterators of loaders that have processes of their own."""
 
 
-def _end_workers(reference: weakref.ref[Any]) -> None:
-    """Ends a loader's processes before Python waits for them: they ignore its SIGTERM
-    (`ignore_in_loader`), and it would wait for ever.
+@atexit.register
+def end_processes() -> None:
+    """Ends the processes of all loaders. They ignore SIGTERM (`ignore_in_loader`), with which
+    Python would end them when this one ends, and would then wait for them for ever.
     """
-    batches = reference()
-    if batches is not None:
+    for batches in list(_with_processes):
         batches._shutdown_workers()
 
 
@@ -228,9 +229,8 @@ class RowLoader(DataLoader):
 
     def __iter__(self) -> Any:
         batches = super().__iter__()
-        if self.num_workers and self not in _ended_at_exit:
-            _ended_at_exit.add(self)
-            atexit.register(_end_workers, weakref.ref(batches))
+        if self.num_workers:
+            _with_processes.add(batches)
         for batch in batches:
             if isinstance(batch, dict) and "problem" in batch:
                 raise DataError(batch["problem"])

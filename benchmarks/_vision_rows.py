@@ -1,0 +1,204 @@
+"""What `vision.py` measures in processes that stay: runs of `longfactory train`, attention's
+seconds on one GPU, transformers' own loop.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import multiprocessing
+import os
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+ATTENTION_ROWS = 2
+
+
+class _Said(logging.Handler):
+    """What a run says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def _prepare() -> None:
+    """Before a row: this process may have loader processes, and holds nothing of the last row."""
+    import torch
+    import torch.distributed as dist
+
+    multiprocessing.set_start_method("fork", force=True)  # as in a process of the command
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    if dist.is_initialized() and dist.get_world_size() == 1:
+        dist.destroy_process_group()
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def warm() -> str:
+    """Imports what rows need."""
+    import peft  # noqa: F401
+    import transformers.models.qwen3_vl  # noqa: F401
+
+    import longfactory.train.run  # noqa: F401
+
+    return "ready"
+
+
+def train(words: list[str], cache: str) -> str:
+    """What every process of `longfactory train` calls. Returns what its run said of its plan."""
+    from longfactory.config import load_config
+    from longfactory.train.loader import end_processes
+    from longfactory.train.run import run
+
+    _prepare()
+    os.environ["LONGFACTORY_CACHE"] = cache
+    said = _Said()
+    logger = logging.getLogger("longfactory")
+    logger.addHandler(said)
+    try:
+        run(load_config(words))
+    finally:
+        logger.removeHandler(said)
+        end_processes()
+    return "\n".join(said.lines)
+
+
+def measured(call: Callable[[], Any], repeats: int, device: Any) -> tuple[float, float]:
+    """Seconds of a call after one that is not counted, and GiB that it took at most."""
+    import torch
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    call()
+    wait()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    wait()
+    seconds = (time.perf_counter() - started) / repeats
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    return seconds, peak / 2**30
+
+
+def _device(smoke: bool) -> Any:
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() and not smoke else "cpu")
+
+
+def attention(model: str, length: int, smoke: bool) -> dict[str, float]:
+    """Seconds of the attention of all layers over a row of `length` on one GPU."""
+    import torch
+    from transformers import AutoConfig
+
+    from longfactory import sp
+
+    _prepare()
+    device = _device(smoke)
+    text = AutoConfig.from_pretrained(model).text_config
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    ctx = sp.SequenceParallel.create(1, device_type=device.type)
+    plan = sp.plan(length, (sp.Segment(0, length),), ctx)
+    heads = (text.num_attention_heads, text.num_key_value_heads, text.num_key_value_heads)
+    q, k, v = (torch.randn(length, n, text.head_dim, device=device, dtype=dtype) for n in heads)
+    out, lse = sp.attention_forward(q, k, v, plan)
+    calls = {
+        "forward": lambda: sp.attention_forward(q, k, v, plan),
+        "backward": lambda: sp.attention_backward(out, q, k, v, out, lse, plan),
+    }
+    found: dict[str, float] = {"length": length}
+    for name, call in calls.items():
+        seconds = measured(call, ATTENTION_ROWS, device)[0]
+        found[name] = text.num_hidden_layers * seconds
+    return found
+
+
+def peer(
+    model: str,
+    video: bool,
+    pictures: int,
+    side: tuple[int, int],
+    tokens: int,
+    steps: int,
+    smoke: bool,
+) -> dict[str, Any]:
+    """transformers' own forward and backward of a row on one GPU, with PEFT's adapters.
+
+    Args:
+        pictures, side: of the row, width and height.
+        tokens: of the row, about.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig
+    from transformers.models.qwen3_vl import Qwen3VLForConditionalGeneration
+
+    _prepare()
+    device = _device(smoke)
+    config = AutoConfig.from_pretrained(model)
+    config.use_cache = False
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.manual_seed(0)
+    with device:
+        made: Any = Qwen3VLForConditionalGeneration._from_config(
+            config, dtype=dtype, attn_implementation="sdpa"
+        )
+    maps = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+    made = get_peft_model(made, LoraConfig(r=8, target_modules=maps))
+    made.train()
+    made.gradient_checkpointing_enable({"use_reentrant": False})
+    made.enable_input_require_grads()
+    rows, columns = (length // 16 for length in reversed(side))
+    each = rows * columns // 4
+    token = config.video_token_id if video else config.image_token_id
+    parts = pictures // 2 if video else pictures
+    between = max(1, tokens // parts - each)
+    ids = torch.cat(
+        [
+            x
+            for _ in range(parts)
+            for x in (torch.randint(7, 263, (between,)), torch.full((each,), token))
+        ]
+    )
+    kinds = (ids == token).long() * (2 if video else 1)
+    pixels = torch.rand(parts * rows * columns, 3 * 2 * 16 * 16)
+    grid = [[parts, rows, columns]] if video else [[1, rows, columns]] * parts
+    name = (
+        ("pixel_values_videos", "video_grid_thw") if video else ("pixel_values", "image_grid_thw")
+    )
+
+    def step() -> None:
+        out = made(
+            input_ids=ids[None].to(device),
+            mm_token_type_ids=kinds[None].to(device),
+            labels=ids[None].to(device),
+            use_cache=False,
+            **{name[0]: pixels.to(device, dtype), name[1]: torch.tensor(grid, device=device)},
+        )
+        out.loss.backward()
+        made.zero_grad(set_to_none=True)
+
+    try:
+        seconds, peak = measured(step, max(1, steps - 2), device)
+    except torch.OutOfMemoryError as error:
+        return {"error": "out of memory: " + re.sub(r"\s+", " ", str(error))[:120]}
+    return {
+        "tokens": len(ids),
+        "seconds": seconds,
+        "tokens_per_s_gpu": len(ids) / seconds,
+        "peak_gib": peak,
+    }
