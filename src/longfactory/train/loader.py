@@ -211,13 +211,15 @@ _with_processes: weakref.WeakSet[Any] = weakref.WeakSet()
 """Iterators of loaders that have processes of their own."""
 
 
-@atexit.register
 def end_processes() -> None:
     """Ends the processes of all loaders. They ignore SIGTERM (`ignore_in_loader`), with which
     Python would end them when this one ends, and would then wait for them for ever.
     """
     for batches in list(_with_processes):
         batches._shutdown_workers()
+
+
+atexit.register(end_processes)
 
 
 class RowLoader(DataLoader):
