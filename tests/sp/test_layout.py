@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -7,7 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longfactory.sp.layout import Layout, Segment, balanced, chunk_work, contiguous, join, zigzag
+from longfactory.sp.layout import (
+    Layout,
+    Segment,
+    balanced,
+    chunk_work,
+    contiguous,
+    cost,
+    families,
+    join,
+    whole,
+    zigzag,
+)
 
 
 @settings(max_examples=100, deadline=None)
@@ -15,7 +27,7 @@ from longfactory.sp.layout import Layout, Segment, balanced, chunk_work, contigu
     ranks=st.integers(1, 8),
     parts=st.integers(1, 4),
     blocks=st.integers(1, 9),
-    kind=st.sampled_from(["zigzag", "contiguous", "balanced"]),
+    kind=st.sampled_from(["zigzag", "contiguous", "balanced", "whole"]),
     data=st.data(),
 )
 def test_layouts_deal_every_token_once_and_evenly(
@@ -24,23 +36,25 @@ def test_layouts_deal_every_token_once_and_evenly(
     length = 2 * ranks * parts * blocks
     cut = data.draw(st.integers(0, length))
     segments = [Segment(0, cut), Segment(cut, length)]
-    layout = (
-        balanced(length, ranks, segments)
-        if kind == "balanced"
-        else (zigzag if kind == "zigzag" else contiguous)(length, ranks)
-    )
+    kinds = {
+        "balanced": lambda: balanced(length, ranks, segments),
+        "whole": lambda: whole(length, ranks, segments, 0.5),
+        "zigzag": lambda: zigzag(length, ranks),
+        "contiguous": lambda: contiguous(length, ranks),
+    }
+    layout = kinds[kind]()
     for dealt in (layout, layout.split(parts)):
         rows = [[t for a, b in intervals for t in range(a, b)] for intervals in dealt.intervals]
         assert sorted(t for r in rows for t in r) == list(range(length))
         assert {len(r) for r in rows} == {dealt.local_length}
         assert all(r == sorted(r) for r in rows)
-    whole = [
+    together = [
         t
         for intervals in layout.split(parts).intervals[:parts]
         for a, b in intervals
         for t in range(a, b)
     ]
-    assert whole == [t for a, b in layout.intervals[0] for t in range(a, b)], (
+    assert together == [t for a, b in layout.intervals[0] for t in range(a, b)], (
         "parts follow each other"
     )
 
@@ -62,10 +76,12 @@ def test_chunk_work_counts_the_plain_mask() -> None:
     assert chunk_work(24, 6, segments) == [int(x.sum()) for x in torch.split(seen, 4)]
 
 
-@pytest.mark.parametrize(("median", "sigma", "cap"), [(8192, 1.0, 65536), (1024, 1.2, 32768)])
-def test_packed_rows_are_balanced_within_ten_percent(median: int, sigma: float, cap: int) -> None:
-    """40 packs of 131072 tokens with heavy-tailed documents over 8 ranks: work of the busiest rank
-    over the mean.
+@pytest.mark.parametrize(
+    ("median", "sigma", "cap", "most"), [(8192, 1.0, 65536, 1.3), (1024, 1.2, 32768, 1.2)]
+)
+def test_packed_rows_are_balanced(median: int, sigma: float, cap: int, most: float) -> None:
+    """40 packs of 131072 tokens with heavy-tailed documents over 4 ranks: what the busiest rank has
+    to do over a fourth of one GPU's work. Chunks dealt by work alone have 1.41 and 1.48.
     """
     rng = random.Random(0)
     ratios = []
@@ -75,16 +91,31 @@ def test_packed_rows_are_balanced_within_ten_percent(median: int, sigma: float, 
             start = segments[-1].stop if segments else 0
             size = int(min(cap, max(16, median * rng.lognormvariate(0, sigma))))
             segments.append(Segment(start, min(length, start + size)))
-        layout = balanced(length, 8, segments, 512)
-        work = chunk_work(length, 8 * 64, segments)
-        size = length // len(work)
-        load = [
-            sum(work[c] for a, b in intervals for c in range(a // size, b // size))
-            for intervals in layout.intervals
-        ]
-        ratios.append(max(load) * 8 / sum(load))
-    assert sum(ratios) / len(ratios) <= 1.10
-    assert sorted(ratios)[36] <= 1.10, "nine packs of ten"
+        (alone,) = cost(contiguous(length, 1), segments)
+        assert alone == sum(chunk_work(length, 64, segments)), "nothing is cut"
+        busiest = max(cost(balanced(length, 4, segments, 512), segments))
+        ratios.append(busiest * 4 / alone)
+    assert sum(ratios) / len(ratios) <= most
+
+
+def test_documents_that_fit_stay_whole() -> None:
+    """Twelve documents of four lengths, the same of each for every rank; a row in which one document
+    has most of the work is cut.
+    """
+    sizes = [5, 3, 2, 6] * 3
+    edges = [0, *itertools.accumulate(sizes)]
+    segments = [Segment(a, b) for a, b in itertools.pairwise(edges)]
+    held = balanced(48, 3, segments).intervals
+    cuts = {edge for intervals in held for interval in intervals for edge in interval}
+    assert cuts <= set(edges), "every rank's rows begin and end with documents"
+    one = [Segment(0, 29000), *(Segment(a, a + 1000) for a in range(29000, 60000, 1000))]
+    costs = cost(balanced(60000, 2, one), one)
+    assert max(costs) < 0.8 * max(cost(whole(60000, 2, one), one))
+
+
+def test_a_prompt_and_its_answers_are_one_family() -> None:
+    segments = [Segment(0, 4), Segment(4, 7, 0), Segment(7, 9, 0), Segment(9, 9), Segment(9, 12)]
+    assert families(segments) == [([0, 1, 2], (0, 9)), ([4], (9, 12))]
 
 
 def test_join() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import heapq
+import itertools
+import math
 from collections.abc import Sequence
 
 Interval = tuple[int, int]
@@ -128,6 +131,21 @@ def zigzag(length: int, ranks: int) -> Layout:
 def balanced(
     length: int, ranks: int, segments: Sequence[Segment], smallest_chunk: int = 1
 ) -> Layout:
+    """Of several layouts the one whose busiest rank has least to do (`cost`): chunks dealt by their
+    work, documents dealt whole or in few parts, zigzag.
+
+    Args:
+        smallest_chunk: dealt chunks are no shorter than this.
+    """
+    options = [dealt(length, ranks, segments, smallest_chunk)]
+    if len(families(segments)) > 1:
+        options += [whole(length, ranks, segments, share) for share in (math.inf, 1.0, 0.5, 0.25)]
+        if length % (2 * ranks) == 0:
+            options.append(zigzag(length, ranks))
+    return min(options, key=lambda layout: max(cost(layout, segments)))
+
+
+def dealt(length: int, ranks: int, segments: Sequence[Segment], smallest_chunk: int = 1) -> Layout:
     """Chunks dealt to ranks by their attention work: longest processing time first, the same number
     of chunks for every rank.
 
@@ -154,6 +172,94 @@ def balanced(
     return _deal(length, owner, ranks)
 
 
+def whole(
+    length: int, ranks: int, segments: Sequence[Segment], largest: float = math.inf
+) -> Layout:
+    """Documents dealt to ranks as wholes, those of most work first, each to the rank that has least
+    to do among those with room for it. What is left over at the end is cut.
+
+    Args:
+        largest: a document of more work than this share of a rank's is cut beforehand, into parts
+            of equal work.
+    """
+    seen = ancestors_length(segments)
+    work = [_pairs(s, before, s.start, s.stop) for s, before in zip(segments, seen, strict=True)]
+    most = largest * sum(work) / ranks
+    parts: list[tuple[float, Interval]] = []
+    for family, (start, stop) in families(segments):
+        total = sum(work[i] for i in family)
+        count = max(1, math.ceil(total / most)) if most else 1
+        # causal: the first x of a document have x squared of its work
+        edges = [start + round((stop - start) * math.sqrt(i / count)) for i in range(count + 1)]
+        parts += [(total / count, (a, b)) for a, b in itertools.pairwise(edges)]
+    room = [length // ranks] * ranks
+    load = [0.0] * ranks
+    held: list[list[Interval]] = [[] for _ in range(ranks)]
+    for todo, (start, stop) in sorted(parts, key=lambda part: (-part[0], part[1])):
+        each = todo / max(1, stop - start)
+        while start < stop:
+            fitting = [r for r in range(ranks) if room[r] >= stop - start]
+            r = min(fitting or [r for r in range(ranks) if room[r]], key=lambda r: (load[r], r))
+            end = min(stop, start + room[r])
+            held[r].append((start, end))
+            room[r] -= end - start
+            load[r] += each * (end - start)
+            start = end
+    return Layout(length, tuple(join(h) for h in held))
+
+
+def families(segments: Sequence[Segment]) -> list[tuple[list[int], Interval]]:
+    """Segments that see each other and follow each other in the row: their indices, and the rows
+    [start, stop) of all. Empty ones belong to none.
+    """
+    out: list[tuple[list[int], Interval]] = []
+    for i, s in enumerate(segments):
+        if s.parent >= 0 and out and s.parent >= out[-1][0][0]:
+            members, (start, _) = out[-1]
+            out[-1] = ([*members, i], (start, s.stop))
+        elif s.stop > s.start:
+            out.append(([i], (s.start, s.stop)))
+    return out
+
+
+TILE = 1500
+"""What a tile adds to its pairs of queries and keys: so many for each row of its longer side.
+Kernels are slow on short sides.
+"""
+
+
+def cost(layout: Layout, segments: Sequence[Segment]) -> list[int]:
+    """What each rank has to do: pairs of queries and keys, and `TILE` for each rectangle that the
+    layout cuts off a document. (Squares add up to the same on all ranks.)
+    """
+    seen = ancestors_length(segments)
+    starts = [s.start for s in segments]
+    out = []
+    for intervals in layout.intervals:
+        total = 0
+        for start, stop in intervals:
+            i = bisect.bisect_right(starts, start) - 1
+            while i < len(segments) and segments[i].start < stop:
+                s = segments[i]
+                a, b = max(s.start, start), min(s.stop, stop)
+                if b > a:
+                    total += _pairs(s, seen[i], a, b)
+                    total += TILE * max(b - a, a - s.start) if a > s.start else 0
+                i += 1
+        out.append(total)
+    return out
+
+
+def _pairs(s: Segment, before: int, start: int, stop: int) -> int:
+    """(query, key) pairs of the queries [start, stop) of a segment that sees `before` tokens of its
+    ancestors.
+    """
+    if s.block:
+        return (before + s.stop - s.start) * (stop - start)
+    a, b = start - s.start, stop - s.start
+    return b * (b + 1) // 2 - a * (a + 1) // 2 + before * (b - a)
+
+
 def chunk_work(length: int, chunks: int, segments: Sequence[Segment]) -> list[int]:
     """(query, key) pairs of the queries in each of `chunks` equal chunks."""
     size = length // chunks
@@ -161,11 +267,9 @@ def chunk_work(length: int, chunks: int, segments: Sequence[Segment]) -> list[in
     seen = ancestors_length(segments)
     for s, before in zip(segments, seen, strict=True):
         for c in range(s.start // size, -(-s.stop // size)):
-            a, b = max(s.start, c * size) - s.start, min(s.stop, (c + 1) * size) - s.start
-            if b > a and s.block:
-                work[c] += (before + s.stop - s.start) * (b - a)
-            elif b > a:
-                work[c] += b * (b + 1) // 2 - a * (a + 1) // 2 + before * (b - a)
+            a, b = max(s.start, c * size), min(s.stop, (c + 1) * size)
+            if b > a:
+                work[c] += _pairs(s, before, a, b)
     return work
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from ..context import SequenceParallel, largest_ulysses_degree, neighbours
-from ..layout import Segment, chunk_work
+from ..layout import Segment, chunk_work, families
 
 log = logging.getLogger(__name__)
 
@@ -229,7 +229,11 @@ def _gatherable(length: int, kv_heads: int) -> bool:
 
 
 def _layout(n: int, length: int, segments: Sequence[Segment]) -> Literal["zigzag", "balanced"]:
-    """Zigzag where it is within 2 % of perfect balance, for it has the fewest tiles."""
+    """Of one document zigzag where it is within 2 % of perfect balance: it has the fewest tiles. Of
+    several `layout.balanced` weighs it against others.
+    """
+    if len(families(segments)) > 1:
+        return "balanced"
     work = chunk_work(length, 2 * n, segments)
     load = [work[r] + work[2 * n - 1 - r] for r in range(n)]
     return "zigzag" if max(load) * n <= 1.02 * sum(load) else "balanced"

@@ -1,0 +1,113 @@
+"""The tables of `many_gpus.py`: rows that are printed as they end, kept beside those of earlier
+commands, and written again from a log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from _table import command_line, machine_name
+
+Row = dict[str, Any]
+K = 1024
+
+
+def keep(a: argparse.Namespace, row: Row, rows: list[Row]) -> None:
+    """Adds a row, prints it, and writes the table of the part anew. A row of the same name that was
+    measured by an earlier command gives way.
+    """
+    print(json.dumps(row), flush=True)
+    rows[:] = [r for r in rows if r["row"] != row["row"]] + [{**row, "made": about(a)}]
+    write(a, rows)
+
+
+def write(a: argparse.Namespace, rows: list[Row]) -> None:
+    """The table of a part, where there is a folder for it."""
+    if a.out is None:
+        return
+    path = stem(a)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"part": a.part, "rows": rows}, indent=1) + "\n"
+    path.with_suffix(".json").write_text(text)
+    made = dict.fromkeys(
+        f"`{m['command']}` ({m['date']}, {m['machine']}, {m['versions']})"
+        for m in (r["made"] for r in rows)
+    )
+    parts = [f"# {a.title}", table(rows), *a.notes, "\n".join(made)]
+    path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+
+
+_ABOUT: Row = {}
+
+
+def about(a: argparse.Namespace) -> Row:
+    """The machine, the command, the day and the versions; printed once."""
+    import transformers
+
+    if not _ABOUT:
+        _ABOUT.update(
+            machine=f"{a.gpus} x {machine_name() if not a.smoke else 'CPU process'}",
+            command=command_line(),
+            date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+            versions=f"torch {torch.__version__}, transformers {transformers.__version__}",
+        )
+        print("ABOUT " + json.dumps(_ABOUT), flush=True)
+    return dict(_ABOUT)
+
+
+def from_log(a: argparse.Namespace) -> int:
+    """Tables from what earlier commands printed, whose files are elsewhere."""
+    lines = a.log.read_text().splitlines()
+    for line in lines:
+        if line.startswith("ABOUT "):
+            _ABOUT.update(json.loads(line[6:]))
+    rows = earlier(a)
+    for line in lines:
+        if line.startswith('{"row": '):
+            row = json.loads(line)
+            rows = [r for r in rows if r["row"] != row["row"]] + [{**row, "made": dict(_ABOUT)}]
+    write(a, rows)
+    return 0
+
+
+def stem(a: argparse.Namespace) -> Path:
+    """Where a part's results go, without the suffix."""
+    gpu = "CPU" if a.smoke else (_ABOUT.get("machine") or about(a)["machine"]).split()[2]
+    return Path(a.out) / f"many_gpus_{a.part}_{a.gpus}x{gpu}"
+
+
+def earlier(a: argparse.Namespace) -> list[Row]:
+    """Rows that earlier commands measured."""
+    if a.out is None or not stem(a).with_suffix(".json").is_file():
+        return []
+    found: list[Row] = json.loads(stem(a).with_suffix(".json").read_text())["rows"]
+    return found
+
+
+HIDDEN = ("made", "losses", "schedule")
+"""Of a row, what its table does not show."""
+
+
+def table(rows: Sequence[Row]) -> str:
+    columns = list(dict.fromkeys(k for r in rows for k in r if k not in HIDDEN))
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for r in rows:
+        lines.append("| " + " | ".join(cell(r.get(c, "")) for c in columns) + " |")
+    return "\n".join(lines)
+
+
+def cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def wanted(a: argparse.Namespace, name: str) -> bool:
+    return a.only is None or any(word in name for word in a.only)

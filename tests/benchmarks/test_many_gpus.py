@@ -1,0 +1,80 @@
+"""What the benchmark of many GPUs counts and writes; its parts as two CPU processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import _device_time
+import _many_commands
+import many_gpus
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_messages_that_nothing_hides() -> None:
+    sent = _device_time.union([(4.0, 6.0), (0.0, 2.0), (1.0, 3.0)])
+    busy = _device_time.union([(2.5, 5.0), (5.5, 9.0)])
+    assert sent == [(0.0, 3.0), (4.0, 6.0)]
+    assert _device_time.shared(sent, busy) == 0.5 + 1.0 + 0.5
+    assert _device_time.shared(busy, sent) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", "messages"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26", "attention"),
+        ("void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd>", "attention"),
+        ("nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_NNT", "products"),
+        ("void at::native::vectorized_elementwise_kernel<4>", "rest"),
+    ],
+)
+def test_kinds_of_kernels(name: str, kind: str) -> None:
+    assert _device_time.kind(name) == kind
+
+
+def test_samples_have_the_tokens_that_are_asked_for(tmp_path: Path) -> None:
+    """By a tokenizer of bytes; a pair is its prompt and both answers."""
+    many_gpus.make_long(tmp_path, 5000, 2, pairs=False)
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [len(line["output"].encode()) for line in lines] == [5000, 5000]
+    many_gpus.make_long(tmp_path, 5000, 1, pairs=True)
+    pair = json.loads((tmp_path / "samples.jsonl").read_text())
+    total = sum(len(pair[key].encode()) for key in ("instruction", "chosen", "rejected"))
+    assert 4900 < total <= 5000 and len(pair["chosen"]) == 125
+
+
+def test_the_log_of_a_run_is_read() -> None:
+    text = (
+        "[08:00:00] Memory plan (memory: auto): 7.62 B parameters, rows of 1,048,576 tokens\n"
+        "  every layer recomputed; optimizer on the gpu\n  one GPU, when most is there\n"
+        "  predicted: 1,396.4 s a row, 661 tokens/s a GPU (95% of the roofline)\n"
+    )
+    row = _many_commands.planned(text)
+    assert row == {
+        "settings": "every layer recomputed; optimizer on the gpu",
+        "predicted s": 1396.4,
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["scaling", "resume", "parity"])
+def test_parts_run_on_cpus(part: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "many_gpus.py"), "--smoke"]
+    done = subprocess.run(
+        [*command, "--part", part, "--out", str(tmp_path), "--limit", "240"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (file,) = tmp_path.glob("*.json")
+    rows = json.loads(file.read_text())["rows"]
+    assert rows and not [row for row in rows if "error" in row]
