@@ -23,8 +23,9 @@ def keep(a: argparse.Namespace, row: Row, rows: list[Row]) -> None:
     """Adds a row, prints it, and writes the table of the part anew. A row of the same name that was
     measured by an earlier command gives way.
     """
+    made = about(a)
     print(json.dumps(row), flush=True)
-    rows[:] = [r for r in rows if r["row"] != row["row"]] + [{**row, "made": about(a)}]
+    rows[:] = [r for r in rows if r["row"] != row["row"]] + [{**row, "made": made}]
     write(a, rows)
 
 

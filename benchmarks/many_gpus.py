@@ -159,7 +159,9 @@ def scaling(a: argparse.Namespace) -> int:
 
         by_size = {n: job(n, local * n, 1) for n in sizes}
         spread = {n: job(n, local, n) for n in sizes[1:]}
-        jobs = [*by_size.values(), *spread.values()]
+        # the widest first after SP 1, should time end
+        widest = sorted(by_size, key=lambda n: (n > 1, -n))
+        jobs = [*(by_size[n] for n in widest), *reversed(spread.values())]
 
         def tell(name: str, row: Row) -> None:
             if "step s" in row:
