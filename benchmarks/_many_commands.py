@@ -90,10 +90,13 @@ def in_one_group(
             text.append(line)
             continue
         fact = json.loads(line[7:])
+        if fact["name"] in found:  # of another process, whose run failed, too
+            continue
         row = {"seconds in all": round(fact["seconds"]), **planned("".join(text))}
         row |= timed(home / f"out-{fact['name']}")
         if "error" in fact:
             row["error"] = fact["error"]
+            print("".join(text)[-3000:], file=sys.stderr, flush=True)
         else:
             text.clear()
         found[fact["name"]] = row

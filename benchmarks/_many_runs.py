@@ -39,7 +39,7 @@ def main() -> int:
             traceback.print_exc()
             found = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
         sys.stderr.flush()
-        if os.environ.get("RANK", "0") == "0" or not LAUNCHED:
+        if "error" in found or os.environ.get("RANK", "0") == "0" or not LAUNCHED:
             found |= {"name": job["name"], "seconds": time.time() - begun}
             print("RESULT " + json.dumps(found), flush=True)
         if "error" in found:
