@@ -25,8 +25,10 @@ from longfactory_dev.tiny_models import tiny_config, tiny_model
 TOKENS = 64
 # Each has something that the others have not: windows of all layers and of some, two dims of heads,
 # latent attention with dense layers first, shared experts, chunks and experts that all compute,
-# biases of experts, maps in one, gated delta nets, no gate.
-FAMILIES = ("gemma3_text", "gpt_oss", "qwen3_moe", "deepseek_v3", "qwen3_next", "lfm2")
+# biases of experts, maps in one, gated delta nets, no gate, blocks of one mixer.
+FAMILIES = (
+    "gemma3_text", "gpt_oss", "qwen3_moe", "deepseek_v3", "qwen3_next", "lfm2", "nemotron_h",
+)  # fmt: skip
 MORE = (
     "mistral",
     "gemma4_text",
@@ -36,6 +38,11 @@ MORE = (
     "phi3",
     "gpt2",
     "hunyuan_v1_moe",
+    "granitemoehybrid",
+    "falcon_h1",
+    "bamba",
+    "qwen3_5_text",
+    "olmo_hybrid",
 )
 
 

@@ -19,6 +19,7 @@ from longfactory.memory.settings import MemorySettings
 from longfactory.model.routing import Routing, router_loss_coefficient
 from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.sp import hf
+from longfactory.sp.recurrent.layers import mixers, widen
 from longfactory_dev.tiny_models import tiny_config, tiny_model
 
 IDS = torch.randint(3, 250, (24,), generator=torch.Generator().manual_seed(0))
@@ -38,6 +39,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def specified(family: str) -> tuple[Tensor, dict[str, Tensor]]:
     """transformers' loss of the tokens alone, and its gradients."""
     model: Any = copy.deepcopy(base(family))
+    widen(model)
     out = model(input_ids=IDS[None], output_router_logits=True)
     (out.aux_loss * COEFFICIENT + out.logits.log_softmax(-1)[0, :, 7].sum()).backward()
     return out.aux_loss.detach(), gradients(model)
@@ -87,13 +89,15 @@ MORE = ("olmoe", "phimoe", "ernie4_5_moe", "granitemoe", "qwen3_next", "minimax_
 def test_the_loss_is_that_of_transformers(family: str, settings: str) -> None:
     aux, expected = specified(family)
     routing, ours = found(family, SETTINGS[settings])
+    # The norms of recurrent layers round to float32, and along the row what they round grows.
+    error = 1e-5 if mixers(base(family)) else 3e-6
     assert float(aux) > 1
     assert float(routing.metrics(3)["router_aux_loss"][0]) == pytest.approx(
         3 * float(aux), rel=1e-6
     )
     assert ours.keys() >= expected.keys()
     for name, g in expected.items():
-        assert float((ours[name] - g).abs().max()) <= 3e-6 * float(g.abs().max()), name
+        assert float((ours[name] - g).abs().max()) <= error * float(g.abs().max()), name
     assert routing._row is None, "the hooks still inject after the backward pass"
 
 

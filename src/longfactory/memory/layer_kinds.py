@@ -157,7 +157,7 @@ def _kind(layer: nn.Module, config: Any, index: int) -> LayerKind:
         elif _EXPERTS.search(name) and "shared" not in name:
             routed += size
             experts = max(experts, _experts_of(name, parameter, layer))
-        elif parameter.dim() == 2 and _MIXERS.search(name.split(".")[0]):
+        elif parameter.dim() == 2 and _mixes(layer, name.split(".")[0]):
             mixer += size
         elif parameter.dim() == 2:
             dense += size
@@ -257,8 +257,17 @@ def _type(config: Any, index: int) -> str:
     return types[index] if index < len(types) else "full_attention"
 
 
+def _mixes(layer: nn.Module, child: str) -> bool:
+    """Whether a child of a layer mixes tokens, by its name. Blocks of one mixer each (Nemotron-H)
+    call their MLPs mixers, too: those, by their class, do not.
+    """
+    kind = type(getattr(layer, child)).__name__
+    return bool(_MIXERS.search(child)) and not re.search(r"MLP|MoE|MOE", kind)
+
+
 def _attention(layer: nn.Module) -> nn.Module | None:
     found = [m for name, m in layer.named_children() if re.search(r"attn|attention", name)]
+    found += [m for m in layer.children() if "Attention" in type(m).__name__]
     return found[0] if found else None
 
 

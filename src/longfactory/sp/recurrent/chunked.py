@@ -123,21 +123,22 @@ def within(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, rule: Rule)
     repeats = v.shape[1] // k.shape[1]
     sums = g.cumsum(2)
     v = v * beta[..., None]
+    delta, kk = rule.kind == "delta", None
     if g.dim() == 3:
         # [N, hk, C, C] -> [N, h, C, C]
-        products = q @ k.transpose(-1, -2), k @ k.transpose(-1, -2)
-        both = [x.repeat_interleave(repeats, 1) for x in products]
+        products = [x @ k.transpose(-1, -2) for x in ((q, k) if delta else (q,))]
         falls = _falls(sums)
-        p, kk = both[0] * falls, both[1] * falls
+        p, *rest = [x.repeat_interleave(repeats, 1) * falls for x in products]
+        kk = rest[0] if delta else None
         sums = sums[..., None]
     else:
-        p, kk = decayed_products(q, k, sums), None
-        if rule.kind == "delta":
+        p = decayed_products(q, k, sums)
+        if delta:
             kk = decayed_products(k, k, sums)
     q, k = (x.repeat_interleave(repeats, 1) for x in (q, k))
     last = sums[:, :, -1:]
     w, u = None, v
-    if rule.kind == "delta":
+    if kk is not None:
         solved = inverse((kk * beta[..., None]).tril(-1))
         w, u = solved @ (k * sums.exp() * beta[..., None]), solved @ v
     return Within(q * sums.exp(), k * (last - sums).exp(), p, w, u, last.transpose(-1, -2).exp())
