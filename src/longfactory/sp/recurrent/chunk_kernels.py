@@ -53,50 +53,96 @@ def _decay(sums, size: tl.constexpr, apart: tl.constexpr):  # type: ignore[no-un
 
 
 @triton.jit
-def _inverse(lower, size: tl.constexpr, LEVELS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The inverse of I + lower: inverses of the blocks on the diagonal, merged two by two."""
-    i = tl.arange(0, size)
+def _inverse(lower):  # type: ignore[no-untyped-def]
+    """[16, 16] -> the inverse of I + lower: those of blocks on the diagonal, merged two by two."""
+    i = tl.arange(0, 16)
     out = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
-    for level in tl.static_range(LEVELS):
+    for level in tl.static_range(4):
         block_i, block_j = i[:, None] >> level, i[None, :] >> level
         given = tl.where((block_i == block_j + 1) & (block_i % 2 == 1), lower, 0.0)
-        if level == 0:
+        if level == 0:  # noqa: SIM108
             out = out - given
         else:
-            x = tl.dot(out, given, input_precision="tf32x3")
-            out = out - tl.dot(x, out, input_precision="tf32x3")
+            out = out - _exact(_exact(out, given), out)
     return out
 
 
+@triton.jit
+def _exact(x, y):  # type: ignore[no-untyped-def]
+    """A product of nearly float32's precision."""
+    return tl.dot(x, y, input_precision="tf32x3")
+
+
+@triton.jit(do_not_specialize=["HEADS"])
+def _invert(t, HEADS, C: tl.constexpr):  # type: ignore[no-untyped-def]
+    """In place: I + a strictly lower triangular matrix becomes its inverse, in the blocks of 16 on
+    the diagonal; a program has one.
+    """
+    at = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
+    i = tl.arange(0, 16)
+    block = t + at * C * C + tl.program_id(2) * 16 * (C + 1) + i[:, None] * C + i[None, :]
+    lower = tl.load(block)
+    # Written over what other warps may not have read yet.
+    tl.debug_barrier()
+    tl.store(block, _inverse(lower))
+
+
+@triton.jit(do_not_specialize=["HEADS"])
+def _merge(t, HEADS, C: tl.constexpr):  # type: ignore[no-untyped-def]
+    """In place: the blocks below the diagonal of an inverse, from those on it. What lies above the
+    diagonal stays.
+    """
+    tl.static_assert(C == 64)
+    at = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
+    i = tl.arange(0, 16)
+    block = t + at * C * C + i[:, None] * C + i[None, :]
+    down: tl.constexpr = 16 * C
+    t0, t1 = tl.load(block), tl.load(block + down + 16)
+    t2, t3 = tl.load(block + 2 * down + 32), tl.load(block + 3 * down + 48)
+    l10, l21 = tl.load(block + down), tl.load(block + 2 * down + 16)
+    l32 = tl.load(block + 3 * down + 32)
+    l20, l31 = tl.load(block + 2 * down), tl.load(block + 3 * down + 16)
+    l30 = tl.load(block + 3 * down)
+    t10 = -_exact(t1, _exact(l10, t0))
+    t21 = -_exact(t2, _exact(l21, t1))
+    t32 = -_exact(t3, _exact(l32, t2))
+    t20 = -_exact(t2, _exact(l20, t0) + _exact(l21, t10))
+    t31 = -_exact(t3, _exact(l31, t1) + _exact(l32, t21))
+    t30 = -_exact(t3, _exact(l30, t0) + _exact(l31, t10) + _exact(l32, t20))
+    # Written over what other warps may not have read yet.
+    tl.debug_barrier()
+    tl.store(block + down, t10)
+    tl.store(block + 2 * down + 16, t21)
+    tl.store(block + 3 * down + 32, t32)
+    tl.store(block + 2 * down, t20)
+    tl.store(block + 3 * down + 16, t31)
+    tl.store(block + 3 * down, t30)
+
+
 @triton.jit(do_not_specialize=["HEADS", "SHARE"])
-def _prepare(  # type: ignore[no-untyped-def]
+def _lower(  # type: ignore[no-untyped-def]
     k,
-    v,
     g,
     beta,
     row_of,
     length_of,
     sums,
-    w,
-    u,
     t,
     k_row,
     k_head,
-    v_row,
-    v_head,
     g_row,
     beta_row,
     HEADS,
     SHARE,
     DK: tl.constexpr,
-    DV: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,
-    BV: tl.constexpr,
-    LEVELS: tl.constexpr,
     DELTA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Sums of the decays' logarithms; for deltas, what each token takes out of what earlier ones of
+    its chunk wrote, [C, C].
+    """
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     first, length = tl.load(row_of + chunk).to(tl.int64), tl.load(length_of + chunk)
     i, dk = tl.arange(0, C), tl.arange(0, BK)
@@ -115,20 +161,64 @@ def _prepare(  # type: ignore[no-untyped-def]
         rate = tl.load(beta + row * beta_row + head, mask=here, other=0.0).to(tl.float32)
         lower = _product(keys, tl.trans(keys), PRECISION)
         lower = lower * _decay(total, C, 1) * rate[:, None]
-        solved = _inverse(lower, C, LEVELS)
-        tl.store(t + (at * C + i[:, None]) * C + i[None, :], solved)
-        reads = _product(solved, keys * (tl.exp(total) * rate)[:, None], PRECISION)
-        tl.store(w + (at * C + i[:, None]) * DK + dk[None, :], reads, mask=(dk < DK)[None, :])
-        for start in range(0, DV, BV):
-            dv = start + tl.arange(0, BV)
-            inside = (dv < DV)[None, :]
-            values = tl.load(
-                v + row[:, None] * v_row + head * v_head + dv[None, :],
-                mask=here[:, None] & inside,
-                other=0.0,
-            ).to(tl.float32)
-            writes = _product(solved, values * rate[:, None], PRECISION)
-            tl.store(u + (at * C + i[:, None]) * DV + dv[None, :], writes, mask=inside)
+        tl.store(t + (at * C + i[:, None]) * C + i[None, :], lower)
+
+
+@triton.jit(do_not_specialize=["HEADS", "SHARE"])
+def _solve(  # type: ignore[no-untyped-def]
+    k,
+    v,
+    beta,
+    row_of,
+    length_of,
+    sums,
+    w,
+    u,
+    t,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    beta_row,
+    HEADS,
+    SHARE,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What the tokens of a chunk take out of the state before it, and what they write without."""
+    chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    first, length = tl.load(row_of + chunk).to(tl.int64), tl.load(length_of + chunk)
+    i = tl.arange(0, C)
+    here = i < length
+    row = first + i
+    at = chunk * HEADS + head
+    grown = tl.exp(tl.load(sums + at * C + i))
+    rate = tl.load(beta + row * beta_row + head, mask=here, other=0.0).to(tl.float32)
+    solved = tl.load(t + (at * C + i[:, None]) * C + i[None, :])
+    for begin in range(0, DK, BK):
+        dk = begin + tl.arange(0, BK)
+        inside = (dk < DK)[None, :]
+        keys = tl.load(
+            k + row[:, None] * k_row + (head // SHARE) * k_head + dk[None, :],
+            mask=here[:, None] & inside,
+            other=0.0,
+        ).to(tl.float32)
+        reads = _product(solved, keys * (grown * rate)[:, None], PRECISION)
+        tl.store(w + (at * C + i[:, None]) * DK + dk[None, :], reads, mask=inside)
+    for begin in range(0, DV, BV):
+        dv = begin + tl.arange(0, BV)
+        inside = (dv < DV)[None, :]
+        values = tl.load(
+            v + row[:, None] * v_row + head * v_head + dv[None, :],
+            mask=here[:, None] & inside,
+            other=0.0,
+        ).to(tl.float32)
+        writes = _product(solved, values * rate[:, None], PRECISION)
+        tl.store(u + (at * C + i[:, None]) * DV + dv[None, :], writes, mask=inside)
 
 
 @triton.jit(do_not_specialize=["HEADS", "SHARE"])
@@ -592,8 +682,8 @@ def _key_gradients(  # type: ignore[no-untyped-def]
     if DELTA:
         d_solved += tl.load(d_solved_in + square)
         solved = tl.load(t + square)
-        d_lower = tl.dot(tl.trans(solved), d_solved, input_precision="tf32x3")
-        d_lower = -tl.dot(d_lower, tl.trans(solved), input_precision="tf32x3")
+        d_lower = _product(tl.trans(solved), d_solved, PRECISION)
+        d_lower = -_product(d_lower, tl.trans(solved), PRECISION)
         d_lower = tl.where(i[:, None] > i[None, :], d_lower, 0.0) * falls
         raw = alike * d_lower
         d_rate += tl.sum(raw, 1)
@@ -645,10 +735,108 @@ def _key_gradients(  # type: ignore[no-untyped-def]
     tl.store(d_beta + row * HEADS + head, d_rate, mask=here)
 
 
+@triton.jit(do_not_specialize=["count", "HEADS"])
+def _unit(  # type: ignore[no-untyped-def]
+    x,
+    out,
+    count,
+    scale,
+    eps,
+    x_row,
+    x_head,
+    HEADS,
+    DK: tl.constexpr,
+    BK: tl.constexpr,
+    R: tl.constexpr,
+):
+    """Vectors over their lengths, times `scale`."""
+    i, dk = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R), tl.arange(0, BK)
+    inside = (i < count)[:, None] & (dk < DK)[None, :]
+    place = (i // HEADS)[:, None] * x_row + (i % HEADS)[:, None] * x_head + dk[None, :]
+    given = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    over = scale * tl.rsqrt(tl.sum(given * given, 1) + eps)
+    tl.store(out + i[:, None] * DK + dk[None, :], given * over[:, None], mask=inside)
+
+
+@triton.jit(do_not_specialize=["count", "HEADS", "SHARE"])
+def _unit_gradients(  # type: ignore[no-untyped-def]
+    x,
+    grad,
+    dx,
+    count,
+    scale,
+    eps,
+    x_row,
+    x_head,
+    HEADS,
+    SHARE,
+    DK: tl.constexpr,
+    BK: tl.constexpr,
+    R: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):
+    """From gradients of each head of the values to those of what `_unit` read, or, without
+    NORMALIZE, of what was only scaled.
+    """
+    i, dk = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R), tl.arange(0, BK)
+    inside = (i < count)[:, None] & (dk < DK)[None, :]
+    total = tl.zeros([R, BK], dtype=tl.float32)
+    for one in range(SHARE):
+        place = (i * SHARE + one)[:, None] * DK + dk[None, :]
+        total += tl.load(grad + place, mask=inside, other=0.0)
+    if NORMALIZE:
+        place = (i // HEADS)[:, None] * x_row + (i % HEADS)[:, None] * x_head + dk[None, :]
+        given = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        over = tl.rsqrt(tl.sum(given * given, 1) + eps)
+        along = tl.sum(given * total, 1) * over * over
+        total = (total - given * along[:, None]) * over[:, None]
+    tl.store(
+        dx + i[:, None] * DK + dk[None, :], (total * scale).to(dx.dtype.element_ty), mask=inside
+    )
+
+
 # ---- calls
 
+VECTORS = 16
+"""Vectors that a program of `_unit` has."""
+
+
+def scaled(x: Tensor, scale: float, eps: float | None) -> Tensor:
+    """[T, hk, Dk] times `scale`, in fp32 and over its length plus `eps`, or as it is for None."""
+    if eps is None:
+        return x if scale == 1.0 else x.float() * scale
+    x = x if x.stride(2) == 1 else x.contiguous()
+    rows, heads, dim = x.shape
+    out = x.new_empty(x.shape, dtype=torch.float32)
+    _unit[(triton.cdiv(rows * heads, VECTORS),)](
+        x, out, rows * heads, scale, eps, *x.stride()[:2], heads,
+        DK=dim, BK=max(16, triton.next_power_of_2(dim)), R=VECTORS,
+    )  # fmt: skip
+    return out
+
+
+def scaled_gradients(x: Tensor, grad: Tensor, scale: float, eps: float | None) -> Tensor:
+    """Gradients of x from those of `scaled`, which are of each head of the values.
+
+    Args:
+        grad: [T, h, Dk] in fp32.
+    """
+    x = x if x.stride(2) == 1 else x.contiguous()
+    rows, heads, dim = x.shape
+    dx = x.new_empty(x.shape)
+    _unit_gradients[(triton.cdiv(rows * heads, VECTORS),)](
+        x, grad, dx, rows * heads, scale, eps or 0.0, *x.stride()[:2], heads,
+        grad.shape[1] // heads,
+        DK=dim, BK=max(16, triton.next_power_of_2(dim)), R=VECTORS, NORMALIZE=eps is not None,
+    )  # fmt: skip
+    return dx
+
+
 SETTINGS: dict[str, tuple[int, int, int]] = {
-    "prepare": (4, 1, 32),
+    "lower": (4, 1, 32),
+    "invert": (1, 1, 16),
+    "merge": (1, 1, 16),
+    "solve": (4, 1, 32),
     "scan": (4, 2, 32),
     "outputs": (4, 1, 32),
     "output_gradients": (4, 1, 32),
@@ -671,7 +859,7 @@ class Job:
     """Some heads of a recurrence, and their chunks.
 
     Attributes:
-        q, k: [T, hk, Dk], fp32, normalised and scaled.
+        q, k: [T, hk, Dk], normalised and scaled.
         v: [T, h, Dv]. g, beta: [T, h].
         delta: the kind of recurrence.
         precision: of products: tf32, or tf32x3, which is near that of float32.
@@ -689,18 +877,30 @@ class Job:
     def __post_init__(self) -> None:
         self.v = self.v if self.v.stride(2) == 1 else self.v.contiguous()
         self.g, self.beta = (x if x.stride(1) == 1 else x.contiguous() for x in (self.g, self.beta))
-        self.q, self.k = self.q.contiguous(), self.k.contiguous()
+        if self.q.stride() != self.k.stride() or self.q.stride(2) != 1:
+            self.q, self.k = self.q.contiguous(), self.k.contiguous()
         n, h, c = self.chunks.count, self.heads, self.chunks.size
         self.sums = self._new(n, h, c)
         nothing = self._new(1)
         self.w = self._new(n, h, c, self.key_dim) if self.delta else nothing
         self.u = self._new(n, h, c, self.value_dim) if self.delta else nothing
         self.t = self._new(n, h, c, c) if self.delta else nothing
-        _prepare[(n, h)](
-            self.k, self.v, self.g, self.beta, *self._chunk_rows, self.sums, self.w, self.u, self.t,
-            *self.k.stride()[:2], *self.v.stride()[:2], self.g.stride(0), self.beta.stride(0),
-            *self._sizes, **self._settings("prepare"), LEVELS=c.bit_length() - 1, DELTA=self.delta,
+        strides = *self.k.stride()[:2], *self.v.stride()[:2]
+        settings = self._settings("lower")
+        del settings["BV"]
+        _lower[(n, h)](
+            self.k, self.g, self.beta, *self._chunk_rows, self.sums, self.t, *strides[:2],
+            self.g.stride(0), self.beta.stride(0), *self._sizes[:3], **settings, DELTA=self.delta,
         )  # fmt: skip
+        if self.delta:
+            _invert[(n, h, c // 16)](self.t, h, C=c, num_warps=SETTINGS["invert"][0])
+            _merge[(n, h)](self.t, h, C=c, num_warps=SETTINGS["merge"][0])
+            settings = self._settings("solve")
+            settings["BK"] = min(settings["BK"], 2 * settings["BV"])
+            _solve[(n, h)](
+                self.k, self.v, self.beta, *self._chunk_rows, self.sums, self.w, self.u, self.t,
+                *strides, self.beta.stride(0), *self._sizes, **settings,
+            )  # fmt: skip
 
     @property
     def heads(self) -> int:
@@ -798,7 +998,7 @@ class Job:
     def input_gradients(
         self, grad: Tensor, states: Tensor, written: Tensor, after: Tensor, d_written: Tensor
     ) -> tuple[Tensor, ...]:
-        """Of q, k [T, hk, Dk], v [T, h, Dv], g, beta [T, h], fp32 but for v's."""
+        """Of q, k [T, h, Dk], v [T, h, Dv], g, beta [T, h], fp32 but for v's."""
         rows, h = self.v.shape[:2]
         dq, dk = self._new(rows, h, self.key_dim), self._new(rows, h, self.key_dim)
         dv = self.v.new_empty(rows, h, self.value_dim)
@@ -822,9 +1022,6 @@ class Job:
             d_w, d_scores, d_solved, d_last, *self.k.stride()[:2], self.beta.stride(0),
             *self._sizes[:3], **settings, DELTA=self.delta,
         )  # fmt: skip
-        if h != self.k.shape[1]:
-            # [T, h, Dk] -> [T, hk, Dk]
-            dq, dk = (x.unflatten(1, (self.k.shape[1], -1)).sum(2) for x in (dq, dk))
         return dq, dk, dv, dg, d_beta
 
     def changes(self, chosen: list[int]) -> tuple[Tensor, Tensor]:

@@ -457,16 +457,30 @@ def _parts(heads: int, key_heads: int, at_once: int) -> Iterator[_Heads]:
         yield _Heads(start, start + size, start // share, start // share + 1)
 
 
-def head_bytes(key_dim: int, value_dim: int, per_channel: bool, kernels: bool) -> float:
-    """That a backward pass takes of a token and a head while it computes them.
+def head_bytes(
+    kind: Kind,
+    key_dim: int,
+    value_dim: int,
+    per_channel: bool,
+    kernels: bool,
+    backward: bool = True,
+) -> float:
+    """That a pass takes of a token and a head while it computes them.
 
     Args:
         kernels: whether Triton computes it, which stores no more than it must.
     """
-    if kernels:
-        numbers = 4 * key_dim + 4 * value_dim + CHUNK + 2 * key_dim * value_dim / CHUNK
+    states = key_dim * value_dim / CHUNK
+    if not kernels:
+        numbers = 14 * key_dim + 10 * value_dim + 12 * CHUNK + 4 * states
     else:
-        numbers = 14 * key_dim + 10 * value_dim + 12 * CHUNK + 4 * key_dim * value_dim / CHUNK
+        numbers = states
+        if kind == "delta":
+            numbers += key_dim + 2 * value_dim + CHUNK
+        if backward:
+            numbers += states + 2 * key_dim + 1.5 * value_dim + CHUNK
+        if backward and kind == "delta":
+            numbers += CHUNK
     if per_channel:
         numbers += 8 * BLOCK * key_dim
     return 4.0 * numbers
@@ -493,7 +507,7 @@ class _Recurrence(torch.autograd.Function):
         start, matrix = None, None
         with torch.autocast(q.device.type, enabled=False):
             kernels = by_kernels(inputs, rule)
-            parts = list(_parts_of(inputs, chunks, kernels))
+            parts = list(_parts_of(inputs, rule, chunks, kernels, False))
             if fragments.open:
                 mine = _changes(inputs, rule, fragments, chunks, parts, kernels)
                 every = gathered(mine, fragments, group)
@@ -512,10 +526,9 @@ class _Recurrence(torch.autograd.Function):
         *inputs, start, matrix = ctx.saved_tensors
         rule, fragments, group, kernels = ctx.settings
         chunks = fragments.chunks(CHUNK, grad.device)
-        grads = [torch.zeros_like(x) for x in inputs]
         grad = grad if grad.stride(2) == 1 else grad.contiguous()
         with torch.autocast(grad.device.type, enabled=False):
-            parts = list(_parts_of(inputs, chunks, kernels))
+            parts = list(_parts_of(inputs, rule, chunks, kernels, True))
             ends = None
             if fragments.open:
                 d_first = torch.empty_like(start)
@@ -524,6 +537,9 @@ class _Recurrence(torch.autograd.Function):
                     found = _first_gradients(part.inputs(inputs), rule, chunks, mine, kernels)
                     d_first[chunks.order, part.start : part.stop] = found
                 ends = last_gradients(d_first, matrix, fragments, group)
+            grads: list[Tensor] = []
+            if len(parts) > 1:
+                grads = [torch.zeros_like(x) for x in inputs]
             for part in parts:
                 first = _start(start, part, chunks, inputs)
                 d_after = torch.zeros_like(first)
@@ -533,6 +549,9 @@ class _Recurrence(torch.autograd.Function):
                 mine = grad[:, part.start : part.stop]
                 given = first, mine, d_after
                 found = _gradients(part.inputs(inputs), rule, chunks, *given, kernels)
+                if len(parts) == 1:
+                    grads = [one.to(x.dtype) for one, x in zip(found, inputs, strict=True)]
+                    break
                 for total, one in zip(part.inputs(grads), found, strict=True):
                     total.add_(one)
         return (*grads, None, None, None, None)
@@ -542,11 +561,13 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _parts_of(inputs: list[Tensor], chunks: Chunks, kernels: bool) -> Iterator[_Heads]:
+def _parts_of(
+    inputs: list[Tensor], rule: Rule, chunks: Chunks, kernels: bool, backward: bool
+) -> Iterator[_Heads]:
     """All heads, in equal parts whose chunks fit in the workspace."""
     _, k, v, g, _ = inputs
     heads = v.shape[1]
-    one = head_bytes(k.shape[2], v.shape[2], g.dim() == 3, kernels)
+    one = head_bytes(rule.kind, k.shape[2], v.shape[2], g.dim() == 3, kernels, backward)
     most = max(1, int(WORKSPACE / (chunks.count * chunks.size * one)))
     parts = -(-heads // most)
     return _parts(heads, k.shape[1], -(-heads // parts))
@@ -686,9 +707,10 @@ def _kernels() -> Any:
 
 def _job(inputs: list[Tensor], rule: Rule, chunks: Chunks) -> Any:
     q, k, v, g, beta = inputs
-    q, k = (normalized(x, rule) for x in (q, k))
+    kernels, eps = _kernels(), rule.eps if rule.normalize else None
+    q, k = kernels.scaled(q, rule.scale, eps), kernels.scaled(k, 1.0, eps)
     precision = "tf32x3" if v.dtype == torch.float32 else "tf32"
-    return _kernels().Job(q * rule.scale, k, v, g, beta, chunks, rule.kind == "delta", precision)
+    return kernels.Job(q, k, v, g, beta, chunks, rule.kind == "delta", precision)
 
 
 def normalized(x: Tensor, rule: Rule) -> Tensor:
@@ -753,19 +775,16 @@ def _gradients(
 ) -> tuple[Tensor, ...]:
     """Of the inputs, from those of the outputs and of the states after the fragments."""
     if kernels:
-        leaves = [x.detach().requires_grad_() for x in inputs[:2]]
-        with torch.enable_grad():
-            q, k = (normalized(x, rule) for x in leaves)
-            q = q * rule.scale
-        job = _kernels().Job(
-            q.detach(), k.detach(), *inputs[2:], chunks, rule.kind == "delta",
-            "tf32x3" if inputs[2].dtype == torch.float32 else "tf32",
-        )  # fmt: skip
+        q, k = inputs[:2]
+        triton, eps = _kernels(), rule.eps if rule.normalize else None
+        job = _job(inputs, rule, chunks)
         states, written, _ = job.scan(first)
         d_states, d_written = job.output_gradients(grad)
         job.reverse(d_states, d_written, d_after)
         dq, dk, *others = job.input_gradients(grad, states, written, d_states, d_written)
-        return (*torch.autograd.grad([q, k], leaves, [dq, dk]), *others)
+        dq = triton.scaled_gradients(q, dq, rule.scale, eps)
+        dk = triton.scaled_gradients(k, dk, 1.0, eps)
+        return (dq, dk, *others)
     leaves = [x.detach().requires_grad_() for x in inputs]
     with torch.enable_grad():
         x = _within(leaves, rule, chunks)
