@@ -1,8 +1,11 @@
-"""Puts the examples and the demo data into the wheel, as `longfactory/share`; the rest is in
-pyproject.toml.
+"""Puts the examples and the demo data into the wheel, as `longfactory/share`, and the address of
+the repository that it is built from into its metadata; the rest is in pyproject.toml.
 """
 
+import os
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 from setuptools import setup
@@ -26,4 +29,29 @@ class BuildWithExamples(build_py):
             )
 
 
-setup(cmdclass={"build_py": BuildWithExamples})
+def project_urls():
+    """The pages of the project: of LONGFACTORY_URL where it is set, else of the clone's origin. A
+    folder, or an archive without a repository, has none.
+    """
+    address = os.environ.get("LONGFACTORY_URL", "")
+    if not address and (ROOT / ".git").exists():
+        origin = ["git", "-C", str(ROOT), "config", "--get", "remote.origin.url"]
+        try:
+            found = subprocess.run(origin, capture_output=True, text=True, check=False)
+        except OSError:  # no git
+            return {}
+        address = found.stdout.strip()
+    address = re.sub(r"^(ssh://)?git@([^:/]+)[:/]", r"https://\2/", address)
+    match = re.fullmatch(r"https?://(?:[^@/]*@)?([^@]+?)(?:\.git)?/?", address)
+    if match is None:
+        return {}
+    page = f"https://{match[1]}"
+    return {
+        "Homepage": page,
+        "Source": page,
+        "Issues": f"{page}/issues",
+        "Changelog": f"{page}/blob/main/CHANGELOG.md",
+    }
+
+
+setup(cmdclass={"build_py": BuildWithExamples}, project_urls=project_urls())

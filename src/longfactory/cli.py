@@ -34,6 +34,7 @@ LongFactory {version}: post-train language models on sequences of any length.
   longfactory export run.yaml [key=value ...]    merge LoRA adapters, write a plain model, push it
   longfactory expand model_name_or_path=... export_dir=... num_expand=8    add layers for use_llama_pro
   longfactory chat   run.yaml [key=value ...]    talk to a model
+  longfactory api    run.yaml [key=value ...]    an OpenAI-compatible server: transformers', or vLLM's with infer_backend=vllm
   longfactory webui  [--port 7860 ...]           a page to compose, start, follow and compare runs
   longfactory env                                what is installed, for a bug report
   longfactory schema                             JSON schema of the YAML, for editors
@@ -113,6 +114,11 @@ def train(argv: list[str], watch: Watch | None = None) -> int:
             print(f"note: {note}", file=sys.stderr)
         if _rank() == 0:
             print(resolved(cfg), end="")
+        return 0
+    if cfg.model.infer_backend == "vllm":  # which starts processes of its own
+        from longfactory.output.predict_vllm import predict
+
+        predict(cfg)
         return 0
     if launch.is_on("USE_RAY") and not worker:
         from longfactory.ray_launch import start_on_ray
@@ -361,6 +367,16 @@ def chat(argv: list[str]) -> int:
     return 0
 
 
+def api(argv: list[str]) -> int:
+    """`longfactory api`. Returns the server's exit status."""
+    from longfactory.config import load_config
+
+    cfg = load_config(argv, command="api")
+    from longfactory.output.serve import serve
+
+    return serve(cfg)
+
+
 def init(argv: list[str]) -> int:
     """`longfactory init`. Returns the exit status."""
     from longfactory.init import main as write
@@ -419,13 +435,14 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "export": export,
     "expand": expand,
     "chat": chat,
+    "api": api,
     "webui": webui,
     "env": env,
     "schema": schema,
     "completion": completion,
     "version": version,
 }
-READS_KEYS = ("train", "verify", "eval", "export", "chat")
+READS_KEYS = ("train", "verify", "eval", "export", "chat", "api")
 WATCHED = ("train", "verify", "eval")
 
 

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 FORMAT, TIME = "[%(asctime)s] %(message)s", "%H:%M:%S"
 
-OTHERS = ("transformers", "accelerate", "datasets", "peft", "py.warnings")
+OTHERS = ("transformers", "accelerate", "datasets", "peft", "torchao", "py.warnings")
 """Loggers of other packages; of Python's warnings the last. DeepSpeed's puts its own handler in
 place when it is imported (`set_up`).
 """
@@ -31,6 +31,7 @@ NOISE = re.compile(
             r"The tokenizer has new PAD/BOS/EOS tokens",  # transformers: it makes them agree
             r"`use_cache=True` is incompatible with gradient checkpointing",
             r"Token indices sequence length is longer than",
+            r"Failed to load .*torchao",  # kernels for other devices than this machine's
             # PEFT, of a layer that is trained and saved on purpose
             r"Setting `save_embedding_layers` to `True`",
         )

@@ -180,7 +180,9 @@ def wait_for(pids: Path, count: int) -> list[int]:
 
 @pytest.mark.processes
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_leaves_no_process_and_loses_no_result(
     tmp_path: Path, signum: signal.Signals
 ) -> None:

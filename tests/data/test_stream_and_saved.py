@@ -233,7 +233,7 @@ def test_processes_share_the_tokenising_and_change_nothing(
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_bad_row_ends_a_strict_stream_in_a_sentence(
     workers: int, tokenizer: Any, write_data: Any
 ) -> None:

@@ -75,8 +75,7 @@ BY_THEMSELVES = ("llama4_text", "jetmoe", "longcat_flash")
     "family",
     [
         *BY_INTERFACE,
-        "llama4_text",
-        *(pytest.param(f, marks=pytest.mark.slow) for f in (*OTHERS, *BY_THEMSELVES[1:])),
+        *(pytest.param(f, marks=pytest.mark.slow) for f in (*OTHERS, *BY_THEMSELVES)),
     ],
 )
 def test_adapters_on_experts(family: str, tmp_path: Path) -> None:

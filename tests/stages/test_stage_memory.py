@@ -121,7 +121,14 @@ def peak(kind: str, stage: Stage, vocabulary: int, length: int) -> int:
 STAGES = {"dpo": PreferenceStage(), "kto": KTOStage(), "asft": TokenStage("asft", 0.5)}
 
 
-@pytest.mark.parametrize(("kind", "stage"), STAGES.items(), ids=list(STAGES))
+@pytest.mark.parametrize(
+    ("kind", "stage"),
+    [
+        # kto's pass is dpo's
+        pytest.param(k, s, id=k, marks=[pytest.mark.slow] if k == "kto" else [])
+        for k, s in STAGES.items()
+    ],
+)
 def test_slope_over_length_does_not_know_the_vocabulary(kind: str, stage: Stage) -> None:
     # Lengths at which the peak is in the layers: below, the chunk itself is the peak and the slope
     # is of another moment.

@@ -275,14 +275,14 @@ def check(kind: str, size: int, mode: str, world: int, shared: bool, source: str
 
 
 def whole_grid() -> list[Any]:
-    """size x schedule x shared prompt x source; by default a half in which all values occur, with
+    """size x schedule x shared prompt x source; by default a third in which all values occur, with
     `make test-all` all.
     """
     grid = [
         (*case, shared, source) for case in CASES for shared in (False, True) for source in SOURCES
     ]
     quick = [
-        (size == 2 and shared) or source == SOURCES[(CASES.index((size, mode, world)) + shared) % 3]
+        source == SOURCES[(CASES.index((size, mode, world)) + shared) % 3]
         for size, mode, world, shared, source in grid
     ]
     return [
@@ -296,8 +296,15 @@ def test_preference_losses(size: int, mode: str, world: int, shared: bool, sourc
     check("dpo", size, mode, world, shared, source)
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize(("size", "mode", "world"), CASES)
+@pytest.mark.parametrize(
+    ("size", "mode", "world", "source"),
+    [
+        # every source on two ranks, one of them for each of the others
+        pytest.param(*case, s, marks=[] if case == CASES[1] or i % 3 == k else [pytest.mark.slow])
+        for i, case in enumerate(CASES)
+        for k, s in enumerate(SOURCES)
+    ],
+)
 def test_kto(size: int, mode: str, world: int, source: str) -> None:
     check("kto", size, mode, world, False, source)
 
@@ -403,10 +410,11 @@ def token_losses_on_ranks(
 
 
 def token_grid() -> list[Any]:
-    """By default every case on one and two ranks, and one on four for each of the others."""
+    """By default every pair on two ranks, and one of them for each of the other cases."""
     grid = [(*case, *pair) for case in CASES for pair in PAIRS]
     quick = [
-        world < 4 or PAIRS.index((tuning, source)) == CASES.index((size, mode, world)) % 4
+        (size, mode, world) == CASES[1]
+        or PAIRS.index((tuning, source)) == CASES.index((size, mode, world)) % 4
         for size, mode, world, tuning, source in grid
     ]
     return [

@@ -219,8 +219,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_in_every_bit(
     "case",
     [
         "split, fsdp2, two ranks a row, accumulated",
-        pytest.param("lora, fsdp2", marks=pytest.mark.slow),
-        "split, one process",
+        *(pytest.param(c, marks=pytest.mark.slow) for c in ("lora, fsdp2", "split, one process")),
     ],
 )
 def test_gradients_that_leave_during_backward_change_no_bit(

@@ -281,6 +281,26 @@ def test_chat_and_export(open_page: Callable[[], Any], home: Path) -> None:
     assert (home / "exported" / "model.safetensors").is_file()
 
 
+def test_a_model_is_measured_and_gets_layers(open_page: Callable[[], Any], home: Path) -> None:
+    page = open_page()
+    page.click("nav button[data-tab=models]")
+    keys = f"model_name_or_path: {home / 'model'}\ntemplate: chatml\nuse_cpu: true\n"
+    page.fill("#model-yaml", keys + f"nproc_per_node: 1\nexport_dir: {home / 'grown'}\n")
+    page.fill("#lengths", "600")
+    page.fill("#texts", "1")
+    page.click("#measure")
+    page.wait_for_selector("#job-picture img", timeout=LONG)
+    until(page, "document.querySelector('#job-picture img').naturalWidth > 100", timeout=LONG)
+    assert "needle" in page.text_content("#console")
+    page.click("nav button[data-tab=models]")
+    page.fill("#layers", "2")
+    page.click("#expand")
+    until(
+        page, "document.querySelector('#console')?.textContent.includes('A model of')", timeout=LONG
+    )
+    assert (home / "grown" / "model.safetensors").is_file()
+
+
 def test_a_page_of_another_site_can_do_nothing(
     open_page: Callable[[], Any], browser: Any, server: Served, tmp_path: Path
 ) -> None:

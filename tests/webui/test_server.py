@@ -128,6 +128,34 @@ def test_answers_of_processes(page: Served, monkeypatch: pytest.MonkeyPatch) -> 
     assert "gpu" in bad(page.ask("/api/plan", {**sent, "gpu": "H100 --write x"}))
 
 
+def test_a_model_is_measured_and_expanded(
+    page: Served, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = (
+        "import sys, pathlib; print(sys.argv[1:])\n"
+        "folder = [w for w in sys.argv if w.startswith('report_dir=')]\n"
+        "if folder: pathlib.Path(folder[0][11:], 'long_context.png').write_bytes(b'a picture')"
+    )
+    monkeypatch.setattr(jobs, "command_line", lambda *words: [sys.executable, "-c", draw, *words])
+    yaml = "model_name_or_path: org/model\nexport_dir: bigger\n"
+    sent = {"command": "eval", "yaml": yaml, "lengths": "200,400", "samples": "2"}
+    found = wait_for(page, good(page.ask("/api/jobs", sent))["name"])
+    assert "'eval'" in found["console"] and "'lengths=200,400', 'samples=2'" in found["console"]
+    assert found["picture"] and page.ask(f"/api/jobs/{found['name']}/picture")[0] == 200
+    for wrong in ({"lengths": "1;2"}, {"lengths": ""}, {"samples": "0"}, {"samples": "2 x=1"}):
+        assert "expected" in bad(page.ask("/api/jobs", {**sent, **wrong}))
+    sent = {"command": "expand", "yaml": yaml, "layers": "2"}
+    found = wait_for(page, good(page.ask("/api/jobs", sent))["name"])
+    words = ["expand", "num_expand=2", "model_name_or_path=org/model"]
+    assert found["console"] == f"{[*words, f'export_dir={home}/bigger']}\n"
+    assert not found["picture"] and "no picture" in bad(
+        page.ask(f"/api/jobs/{found['name']}/picture")
+    )
+    assert "expected" in bad(page.ask("/api/jobs", {**sent, "layers": "2 --x"}))
+    elsewhere = {**sent, "yaml": yaml.replace("bigger", "/etc/x")}
+    assert "outside" in bad(page.ask("/api/jobs", elsewhere))
+
+
 def test_a_run_is_started_and_two_viewers_see_it(
     page: Served, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

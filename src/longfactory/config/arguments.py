@@ -65,7 +65,17 @@ class ModelArguments:
         " Hopper and later; extra: fp8).",
     )
     infer_dtype: Literal["auto", "float16", "bfloat16", "float32"] = arg(
-        "auto", "Number format for chat and export."
+        "auto", "Number format for chat, export and api."
+    )
+    infer_backend: Literal["huggingface", "vllm"] = arg(
+        "huggingface", "What answers in do_predict and api: transformers, or vLLM."
+    )
+    vllm_maxlen: int = arg(4096, "vLLM: longest prompt with its answer.", low=1, high=10**9)
+    vllm_gpu_util: float = arg(0.7, "vLLM: share of a GPU's memory.", above=0.0, high=1.0)
+    vllm_enforce_eager: bool = arg(False, "vLLM: without CUDA graphs.")
+    vllm_max_lora_rank: int = arg(32, "vLLM: largest rank of an adapter.", low=1, high=4096)
+    vllm_config: dict | None = arg(  # noqa: RUF009  ruff trusts `str | None` alone
+        None, "vLLM: further arguments of its engine, by their names there."
     )
 
 

@@ -59,6 +59,8 @@ def inference(cfg: RunConfig, command: str) -> Iterator[str]:
             "cutoff_len: auto is decided when a run starts, and rope_scaling follows from it. Give"
             " the number: the run's longfactory.yaml has it."
         )
+    if command == "chat" and cfg.model.infer_backend == "vllm":
+        yield "infer_backend: vllm is for longfactory api and do_predict; chat is transformers'."
     if command == "export":
         if cfg.output.export_dir is None:
             yield "export_dir is missing: the folder to write the merged model to."
@@ -191,6 +193,13 @@ def _method(cfg: RunConfig) -> Iterator[str]:
     if predicts and not facts.predicts:
         yield (
             f"predict_with_generate is for stage: sft; this run's stage is {m.stage}. Leave it out."
+        )
+    if cfg.model.infer_backend == "vllm" and (
+        not cfg.trainer.do_predict or cfg.trainer.do_train or cfg.trainer.do_eval
+    ):
+        yield (
+            "infer_backend: vllm writes the answers of a saved model: do_predict: true with"
+            " do_train: false and do_eval: false. Leave it out of a training run."
         )
     if cfg.trainer.do_predict and not predicts:
         yield "do_predict writes generated answers. Set predict_with_generate: true."
@@ -480,6 +489,8 @@ def extras(cfg: RunConfig) -> Iterator[str]:
             "quantization_bit: bitsandbytes is not installed. Run: pip install"
             ' "longfactory[quantization]"'
         )
+    if cfg.model.infer_backend == "vllm" and missing("vllm"):
+        yield "infer_backend: vllm is not installed. Run: pip install vllm"
     if cfg.model.fp8 and missing("torchao"):
         yield 'fp8: torchao is not installed. Run: pip install "longfactory[fp8]"'
     if cfg.model.enable_liger_kernel and missing("liger_kernel"):

@@ -18,7 +18,7 @@ from longfactory.config.run import RunConfig
 from longfactory.config.trainer_keys import TRAINER_KEYS
 from longfactory.errors import ConfigError
 
-Command = Literal["train", "export", "chat"]
+Command = Literal["train", "export", "chat", "api"]
 
 
 def load_config(

@@ -116,7 +116,7 @@ NO_EFFECT: dict[str, Other] = {
 run.
 """
 
-_VLLM = "LongFactory trains; serve the exported model with vLLM or SGLang themselves"
+_SGLANG = "SGLang is not started from here; use infer_backend: vllm, or serve the exported model with SGLang itself"
 _EXPORT_Q = "export writes full precision; quantise the exported folder with GPTQModel or llm-compressor (docs/methods.md has the calls)"
 _KT = "KTransformers is not supported; use optimizer_placement: host or a DeepSpeed offload JSON"
 _PPO = "ppo is not supported; use stage: dpo or kto, or stage: rm for a reward model alone; roll out with vLLM (TRL, verl) and learn from the rollouts with stage: rl"
@@ -156,23 +156,17 @@ REFUSED: dict[str, Other] = {
     "quantization_device_map": Other(
         (None,), "a quantised model is placed on one device by each process; leave it out"
     ),
-    "infer_backend": Other(("huggingface", "hf"), _VLLM),
     # export and serving
     "export_legacy_format": Other((False,), "export writes safetensors"),
     "export_quantization_bit": Other((None,), _EXPORT_Q),
     "export_quantization_dataset": Other((None,), _EXPORT_Q),
     "export_quantization_nsamples": Other((128,), _EXPORT_Q),
     "export_quantization_maxlen": Other((1024,), _EXPORT_Q),
-    "vllm_maxlen": Other((4096,), _VLLM),
-    "vllm_gpu_util": Other((0.7,), _VLLM),
-    "vllm_enforce_eager": Other((False,), _VLLM),
-    "vllm_max_lora_rank": Other((32,), _VLLM),
-    "vllm_config": Other((None,), _VLLM),
-    "sglang_maxlen": Other((4096,), _VLLM),
-    "sglang_mem_fraction": Other((0.7,), _VLLM),
-    "sglang_tp_size": Other((-1,), _VLLM),
-    "sglang_config": Other((None,), _VLLM),
-    "sglang_lora_backend": Other(("triton",), _VLLM),
+    "sglang_maxlen": Other((4096,), _SGLANG),
+    "sglang_mem_fraction": Other((0.7,), _SGLANG),
+    "sglang_tp_size": Other((-1,), _SGLANG),
+    "sglang_config": Other((None,), _SGLANG),
+    "sglang_lora_backend": Other(("triton",), _SGLANG),
     # KTransformers
     "use_kt": Other((False,), _KT),
     "kt_config": Other((None,), _KT),
@@ -339,6 +333,7 @@ REFUSED_VALUES: dict[str, dict[str, str]] = {
         "loftq": "PEFT's LoftQ keeps the rounded weights in full precision, so that nothing is saved; use quantization_bit: 4 with plain LoRA",
         "pissa": "use pissa_init: true, with pissa_iter",
     },
+    "infer_backend": {"sglang": _SGLANG, "ktransformers": _SGLANG},
     "quantization_method": {
         name: _OTHER_QUANTISER
         for name in ("gptq", "awq", "aqlm", "quanto", "eetq", "hqq", "mxfp4", "fp8")

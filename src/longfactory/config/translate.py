@@ -86,6 +86,8 @@ def rename(values: Mapping[str, Any]) -> dict[str, Any]:
             value = {"zigzag": "zigzag-ring", "ring": "zigzag-ring"}.get(str(value), value)
         elif name == "quantization_method" and value == "bitsandbytes":
             value = "bnb"
+        elif name == "infer_backend" and value == "hf":
+            value = "huggingface"
         elif new == "attention_backend" and isinstance(value, str):
             value = canonical(value.strip().lower())
         elif name == "debug" and str(value).lower() == "false":

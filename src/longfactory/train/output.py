@@ -109,9 +109,12 @@ def save_metrics(trainer: Any, split: str, metrics: dict[str, float]) -> None:
     """`<split>_results.json`, and the same in `all_results.json`: each whole or as it was. By the
     first process.
     """
-    if not trainer.is_world_process_zero():
-        return
-    folder = Path(trainer.args.output_dir)
+    if trainer.is_world_process_zero():
+        write_metrics(Path(trainer.args.output_dir), split, metrics)
+
+
+def write_metrics(folder: Path, split: str, metrics: dict[str, float]) -> None:
+    """The same, of a run without a trainer."""
     both = folder / "all_results.json"
     try:
         before = json.loads(both.read_text(encoding="utf-8"))

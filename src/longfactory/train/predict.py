@@ -105,18 +105,41 @@ def _one_set(
     predictions = [answers_of[i] for i in range(len(asked))]
     if trainer.is_world_process_zero():
         os.makedirs(trainer.args.output_dir, exist_ok=True)
-        path = os.path.join(
-            trainer.args.output_dir, FILE if prefix == "predict" else f"{prefix}_{FILE}"
-        )
+        path = os.path.join(trainer.args.output_dir, answers_file(prefix))
         with open(path, "w", encoding="utf-8") as f:
-            for (prompt, _), text, label in zip(asked, predictions, labels, strict=True):
-                line = {
-                    "prompt": tokenizer.decode(prompt, skip_special_tokens=False),
-                    "predict": text,
-                    "label": label,
-                }
-                f.write(json.dumps(line, ensure_ascii=False) + "\n")
-    seconds = time.time() - started
+            f.write(written(tokenizer, asked, predictions, labels))
+    return scores_of(prefix, asked, predictions, labels, time.time() - started)
+
+
+Asked = Sequence[tuple[list[int], list[int]]]
+"""(prompt, answer) of each conversation, as token ids."""
+
+
+def answers_file(prefix: str) -> str:
+    """The file of the answers to a set; `prefix` is that of its metrics."""
+    return FILE if prefix == "predict" else f"{prefix}_{FILE}"
+
+
+def written(tokenizer: Any, asked: Asked, predictions: Sequence[str], labels: Sequence[str]) -> str:
+    """The lines of that file: prompt, prediction and label of each conversation."""
+    lines = []
+    for (prompt, _), text, label in zip(asked, predictions, labels, strict=True):
+        asked_text = tokenizer.decode(prompt, skip_special_tokens=False)
+        line = {"prompt": asked_text, "predict": text, "label": label}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return "".join(lines)
+
+
+def scores_of(
+    prefix: str,
+    asked: Asked,
+    predictions: Sequence[str],
+    labels: Sequence[str],
+    seconds: float,
+) -> dict[str, float]:
+    """The metrics of a set: ROUGE over the conversations that have an answer, how many there are,
+    and the seconds they took.
+    """
     scores = [
         rouge(p, label)
         for p, label, (_, answer) in zip(predictions, labels, asked, strict=True)

@@ -25,7 +25,7 @@ from longfactory.config.trainer_keys import TRAINER_KEYS
 from longfactory.errors import ConfigError, UserError
 from longfactory.webui.folders import Folders
 
-Command = Literal["train", "verify", "export", "chat"]
+Command = Literal["train", "verify", "export", "chat", "eval", "expand"]
 COMMANDS: tuple[str, ...] = typing.get_args(Command)
 LONGEST = 200_000
 """Characters of a run's YAML."""
@@ -93,7 +93,8 @@ def check(path: Path, command: Command, folders: Folders, allow_code: bool) -> C
     shown = without_secrets(written)
     if refused:
         return Checked(None, shown, tuple(refused), tuple(_warned(names)))
-    kind: Any = "train" if command == "verify" else command
+    reads = {"verify": "train", "eval": "chat", "expand": "export"}
+    kind: Any = reads.get(command, command)
     words = [str(path)]
     if command == "verify":
         words.append("output_dir=/dev/null/longfactory-verify")

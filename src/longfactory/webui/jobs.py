@@ -15,6 +15,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,9 +82,23 @@ class Jobs:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._lock = threading.Lock()
 
-    def start(self, command: str, yaml: str, output_dir: str) -> Job:
+    def start(
+        self,
+        command: str,
+        yaml: str,
+        output_dir: str,
+        more: Sequence[str] = (),
+        *,
+        file: bool = True,
+    ) -> Job:
         """Starts `longfactory COMMAND` on a run that has been checked.
 
+        Args:
+            command: its word.
+            yaml: the run.
+            output_dir: where it writes.
+            more: further words.
+            file: the command reads the run's file; else `more` says all.
         Raises:
             UserError: its folder cannot be written.
         """
@@ -94,9 +109,14 @@ class Jobs:
             run = folder / "run.yaml"
             run.touch(mode=0o600)  # it may hold a token
             run.write_text(yaml, encoding="utf-8")
-            words = [command, str(run)]
+            words = [command, *([str(run)] if file else []), *more]
             if command == "verify":
                 words += ["--json", str(folder / "verify.json")]
+            if command == "eval":
+                words.append(f"report_dir={folder}")
+            # before the process: it may have written its first lines when Popen returns; files'
+            # times are those of the kernel's last tick
+            started = time.time() - 0.05
             with (folder / "console.log").open("wb") as console:
                 process = subprocess.Popen(
                     command_line(*words),
@@ -109,7 +129,7 @@ class Jobs:
         except OSError as error:
             raise UserError(f"{folder} cannot be written: {error.strerror or error}.") from error
         began = began_at(process.pid) or 0
-        job = Job(name, command, output_dir, process.pid, began, time.time())
+        job = Job(name, command, output_dir, process.pid, began, started)
         with self._lock:
             self._processes[name] = process
             self._write(job)
@@ -194,6 +214,10 @@ class Jobs:
             return redacted((self.home / name / "run.yaml").read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError):
             return ""
+
+    def picture(self, name: str) -> Path:
+        """Where `eval` draws what a model finds."""
+        return self.home / name / "long_context.png"
 
     def report(self, name: str) -> Path:
         """Where `verify` writes its report."""

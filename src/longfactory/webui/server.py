@@ -9,6 +9,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -18,7 +19,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
@@ -263,20 +264,64 @@ async def jobs(page: Page, request: Request) -> Response:
     return JSONResponse({"jobs": await run_in_threadpool(look)})
 
 
+RUNS = ("train", "verify", "export")
+"""Commands that read a run's file alone."""
+
+
+def eval_words(sent: dict[str, Any]) -> list[str]:
+    """What the page says of a measurement at length: texts of which lengths, and how many.
+
+    Raises:
+        UserError: they are no numbers.
+    """
+    lengths, samples = str(sent.get("lengths", "")), str(sent.get("samples", ""))
+    if not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9}){0,31}", lengths):
+        raise UserError("lengths: expected numbers of tokens with commas, such as 4096,16384.")
+    if not re.fullmatch(r"[1-9][0-9]{0,3}", samples):
+        raise UserError("samples: expected how many texts of each kind, from 1 to 9999.")
+    return [f"lengths={lengths}", f"samples={samples}"]
+
+
+def expand_words(sent: dict[str, Any]) -> list[str]:
+    """How many layers the page adds to a model.
+
+    Raises:
+        UserError: it is no number.
+    """
+    layers = str(sent.get("layers", ""))
+    if not re.fullmatch(r"[1-9][0-9]{0,3}", layers):
+        raise UserError("layers: expected how many layers to add, from 1 to 9999.")
+    return [f"num_expand={layers}"]
+
+
+async def picture(page: Page, request: Request) -> Response:
+    """What `eval` has drawn."""
+    path = page.jobs.picture(job_of(page, request).name)
+    if not path.is_file():
+        raise UserError("There is no picture yet.")
+    return FileResponse(path, media_type="image/png")
+
+
 async def start(page: Page, request: Request) -> Response:
     """Starts the command on a run."""
     sent = await body(request)
     kind, yaml = text_of(sent, "command"), text_of(sent, "yaml")
-    if kind not in ("train", "verify", "export"):
-        raise UserError(f"command: got {kind!r}, expected train, verify or export.")
+    if kind not in (*RUNS, "eval", "expand"):
+        raise UserError(f"command: got {kind!r}, expected {', '.join(RUNS)}, eval or expand.")
+    more = {"eval": eval_words, "expand": expand_words}.get(kind, lambda sent: [])(sent)
 
     def begin() -> Job:
         with page.written(yaml) as path:
             found = page.usable(path, kind)
         assert found.cfg is not None
         out = found.cfg.trainer.output_dir if kind == "train" else found.values.get("output_dir")
-        where = found.cfg.output.export_dir if kind == "export" else out
-        return page.jobs.start(kind, yaml, str(Path(str(where)).resolve()) if where else "")
+        where = found.cfg.output.export_dir if kind in ("export", "expand") else out
+        where = "" if kind == "eval" or not where else str(Path(str(where)).resolve())
+        words = list(more)
+        if kind == "expand":
+            words += [f"model_name_or_path={found.cfg.model.model_name_or_path}"]
+            words += [f"export_dir={where}"]
+        return page.jobs.start(kind, yaml, where, words, file=kind != "expand")
 
     return JSONResponse((await run_in_threadpool(begin)).as_json())
 
@@ -301,7 +346,8 @@ async def job(page: Page, request: Request) -> Response:
         found = job_of(page, request)
         console = page.jobs.console(found.name)
         report = page.board.verify(page.jobs.home / found.name)
-        more = {"console": console, "yaml": page.jobs.yaml(found.name), "verify": report}
+        more: dict[str, Any] = {"console": console, "yaml": page.jobs.yaml(found.name)}
+        more |= {"verify": report, "picture": page.jobs.picture(found.name).is_file()}
         return {**page.job_as_json(found), **more}
 
     return JSONResponse(await run_in_threadpool(look))
@@ -435,6 +481,7 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("/api/jobs", "POST", start),
     ("/api/jobs/{name}", "GET", job),
     ("/api/jobs/{name}/stop", "POST", stop),
+    ("/api/jobs/{name}/picture", "GET", picture),
     ("/api/runs", "GET", runs),
     ("/api/compare", "POST", compare),
     ("/api/export_board", "POST", export_board),

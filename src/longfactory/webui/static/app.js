@@ -219,9 +219,9 @@ function save(blob, name) {
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }
 
-async function startJob(command, yaml, said) {
+async function startJob(command, yaml, said, more = {}) {
   try {
-    const job = await api("/api/jobs", { command, yaml });
+    const job = await api("/api/jobs", { command, yaml, ...more });
     said.textContent = "";
     chosenJob = job.name;
     showTab("runs");
@@ -296,7 +296,7 @@ async function showJob() {
   const box = by("job");
   if (shownJob !== job.name) {
     shownJob = job.name;
-    box.replaceChildren(make("div", { className: "bar", id: "job-bar" }), make("div", { id: "job-verify" }),
+    box.replaceChildren(make("div", { className: "bar", id: "job-bar" }), make("div", { id: "job-verify" }), make("div", { id: "job-picture" }),
       make("pre", { id: "console" }), make("details", {}, make("summary", { textContent: "YAML" }), make("pre", { id: "job-yaml" })));
   }
   const bar = by("job-bar"), runs = job.ended === null;
@@ -308,6 +308,8 @@ async function showJob() {
   if (runs && job.asked !== null) buttons.push(make("button", { className: "danger", textContent: "End it now, without saving", onclick: stopWith(true) }));
   buttons.push(make("button", { className: "small", textContent: "Compose from it", onclick: () => { by("yaml").value = job.yaml; yamlChanged(); showTab("compose"); } }));
   bar.replaceChildren(make("span", { textContent: job.command }), state, make("span", { className: "pale", textContent: progressOf(job) }), ...buttons);
+  if (job.picture && !by("job-picture").firstChild)
+    by("job-picture").append(make("img", { src: `/api/jobs/${job.name}/picture`, alt: "what the model finds, by length and depth", className: "picture" }));
   by("job-verify").replaceChildren(...(job.verify ? [verifyReport({ name: job.output_dir, verify: job.verify }, "#888")] : []));
   const text = by("console"), atEnd = text.scrollTop + text.clientHeight >= text.scrollHeight - 30;
   if (text.textContent !== job.console) {
@@ -381,6 +383,8 @@ by("load").onclick = () => chatDo({ do: "load", yaml: by("model-yaml").value });
 by("clear").onclick = () => chatDo({ do: "clear" });
 by("unload").onclick = () => chatDo({ do: "close" });
 by("export").onclick = () => startJob("export", by("model-yaml").value, by("model-said"));
+by("measure").onclick = () => startJob("eval", by("model-yaml").value, by("model-said"), { lengths: by("lengths").value, samples: by("texts").value });
+by("expand").onclick = () => startJob("expand", by("model-yaml").value, by("model-said"), { layers: by("layers").value });
 by("ask").onsubmit = (event) => {
   event.preventDefault();
   const text = by("message").value.trim();
