@@ -116,6 +116,23 @@ def test_deterministic_runs_go_by_the_rule() -> None:
         assert (kept, calls) == ({}, 0)
 
 
+def test_a_long_row_is_measured_with_what_it_can_take() -> None:
+    """It is timed on its first 131072 tokens, whose keys could be gathered; its own could not."""
+    ctx = SequenceParallel(size=4, mode="auto", heads=28, kv_heads=4)
+    measure = Measure(ctx, 8, 8, torch.float64, torch.device("cpu"))
+    asked: list[tuple[int, list[Candidate]]] = []
+
+    def times(length: int, segments: Any, names: list[Candidate]) -> dict[Candidate, float]:
+        asked.append((length, names))
+        return dict.fromkeys(names, 1.0)
+
+    measure._times = times  # type: ignore[method-assign]
+    measure(2**20, (Segment(0, 2**20),))
+    ((length, names),) = asked
+    assert length == LONGEST and Candidate(1, "gather") not in names
+    assert ctx.measured == {row_class(2**20, [Segment(0, 2**20)]): RING}
+
+
 def test_classes_of_rows() -> None:
     one = row_class(65536, [Segment(0, 65536)])
     assert one == (16, 15) and row_class(70000, [Segment(0, 70000)]) == one

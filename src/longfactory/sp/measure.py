@@ -73,7 +73,7 @@ class Measure:
             return
         unit = alignment(ctx)
         tokens = min(length, LONGEST // unit * unit)
-        times = self._times(tokens, cut(segments, tokens))
+        times = self._times(tokens, cut(segments, tokens), candidates(ctx, length))
         fastest = min(times.values())
         chosen = next(c for c, t in times.items() if t <= (1 + EQUAL) * fastest)
         ctx.measured[kind] = chosen
@@ -88,12 +88,13 @@ class Measure:
                 found,
             )
 
-    def _times(self, length: int, segments: tuple[Segment, ...]) -> dict[Candidate, float]:
-        """Seconds of each candidate, forward and backward, on the slowest rank: the same on every
-        rank.
+    def _times(
+        self, length: int, segments: tuple[Segment, ...], names: list[Candidate]
+    ) -> dict[Candidate, float]:
+        """Seconds of each candidate in `names`, forward and backward, on the slowest rank: the same
+        on every rank.
         """
         ctx = self.ctx
-        names = candidates(ctx, length)
         tensors = self._tensors(length // ctx.size)
         plans = [
             RowPlan(length, segments, ctx, choice_of(c, ctx.size, length, segments)) for c in names
