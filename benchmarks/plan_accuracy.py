@@ -4,6 +4,7 @@ the GPUs of one machine.
     python benchmarks/plan_accuracy.py --gpus 1 --out benchmarks/results
     python benchmarks/plan_accuracy.py --gpus 2 --only 7b-full-32k moe-full-32k --out benchmarks/results
     python benchmarks/plan_accuracy.py --check          # no GPU: every setting is planned, not run
+    python benchmarks/plan_accuracy.py --again benchmarks/results/plan_accuracy.json   # no GPU
 
 Each setting is a run of a few steps with random weights, whose log holds the plan that it made
 before it loaded anything (`longfactory plan` prints the same). Predicted are the peak of one GPU and
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import dataclasses
 import datetime
 import json
 import os
@@ -432,6 +434,60 @@ def planned(name: str, at: Setting, gpus: int, home: Path, kind: str) -> dict[st
 WRITING = threading.Lock()
 
 
+def again(row: dict[str, Any], home: Path) -> dict[str, float] | None:
+    """GiB and seconds that the code of now gives a row's settings; None where it does not find
+    them among those that it says fit.
+    """
+    from longfactory.config import load_config
+    from longfactory.memory.choose import choose_memory
+    from longfactory.memory.cost import HOST_SHARE, budget, candidates, fits
+    from longfactory.memory.report import describe
+    from longfactory.memory.shapes import machine
+    from longfactory.model import load
+    from longfactory.train.memory_plan import choose_sharding, count_parameters, plan_run
+
+    name, gpus = row["name"], row["gpus"]
+    keys = keys_of(name, SETTINGS[name], gpus, 3, home, weights=False)
+    cfg = load_config([*(f"{key}={value}" for key, value in keys.items()), "--dry_run"])
+    config = load.load_config(cfg.model, cfg.cutoff_len)
+    counts = count_parameters(cfg, config)
+    where = machine(row["machine"], gpus, HOST, gpu_bytes=GPU, cores=CORES)
+    sharding = choose_sharding(cfg, counts.total, gpus, True, where.gpu_bytes)
+    job = plan_run(cfg, config, counts, cfg.longest_row, sharding, where).plan.job
+    if job.master != (2 if row["split"] else 4):
+        split = job.shape.trainable == job.shape.parameters and sharding in ("none", "fsdp2")
+        leavable = row["split"] or not split
+        job = dataclasses.replace(job, master=2 if row["split"] else 4, leavable=leavable)
+    found = choose_memory(job, {}, "auto")
+    best = found.budget if describe(found.settings) == row["settings"] else None
+    if best is None:
+        same = (each for each in candidates(job, "auto") if describe(each) == row["settings"])
+        taken = [budget(job, each) for each in same]
+        fitting = [each for each in taken if fits(job, each, HOST_SHARE)]
+        best = min(fitting, key=lambda each: each.seconds, default=None)
+    if best is None:
+        return None
+    gib = (best.gpu_total - best.gpu.get("runtime", 0.0)) / 2**30
+    return {"predicted_gib": gib, "predicted_seconds": best.seconds}
+
+
+# Of the machines whose rows are in the table: memory of host and GPU, as they report it; cores.
+HOST, GPU, CORES = 256 * 2**30, 139.8 * 2**30, 64
+
+
+def planned_again(rows: list[dict[str, Any]]) -> str:
+    """The table with what the code of now predicts for the settings that ran."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for row in rows:
+            if "error" in row or row["name"] not in SETTINGS:
+                continue
+            now = again(row, Path(folder))
+            none = {"error": "the plan does not have these settings now"}
+            found.append({**row, **(none if now is None else now)})
+    return table(found)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "| setting | GPUs | predicted GiB | peak GiB | off | predicted s | step s | off |"
@@ -478,7 +534,13 @@ def main() -> int:
     parser.add_argument("--calibrate", action="store_true", help="plan with rates measured first")
     parser.add_argument("--check", action="store_true", help="plan every setting, run none")
     parser.add_argument("--kind", default="H100", help="of GPU, for --check")
+    parser.add_argument(
+        "--again", type=Path, metavar="JSON", help="what the code of now predicts for its rows"
+    )
     args = parser.parse_args()
+    if args.again is not None:
+        print(planned_again(json.loads(args.again.read_text())["rows"]))
+        return 0
     names = args.only or [name for name, at in SETTINGS.items() if args.gpus in at.gpus]
     end = time.time() + args.limit
     if args.check:

@@ -94,6 +94,7 @@ def plans(name: str, home: Path, steps: int, kind: str | None) -> Plans:
         this_machine,
     )
 
+    steps = min(steps, 3) if SETTINGS[name].tokens > 16384 else steps
     words = [f"{k}={v}" for k, v in keys_of(name, SETTINGS[name], 1, steps, home).items()]
     cfg = load_config(words)
     model_config = load.load_config(cfg.model, cfg.cutoff_len)
@@ -175,6 +176,7 @@ def measured(cfg: Any, way: Combination | None) -> dict[str, Any]:
     from longfactory.train.verify.causes import release_memory
 
     release_memory()
+    torch._dynamo.reset()  # functions compiled for other shapes count towards its limit
     torch.cuda.reset_peak_memory_stats()
     begun = time.time()
     with contextlib.nullcontext() if way is None else forced(way):
@@ -305,7 +307,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--share", type=share_of, default=(1, 1), help="1/2: every other setting")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=4, help="at most 3 for rows above 16,384")
     parser.add_argument("--ways", type=int, default=4, help="competitors of a setting")
     parser.add_argument("--slower", type=float, default=1.6)
     parser.add_argument("--limit", type=float, default=270, help="no run begins later")

@@ -43,10 +43,13 @@ def command(folder: Path, *words: str, limit: float = 120) -> tuple[str, float]:
     return done.stdout, time.time() - begun
 
 
-def test_rates_are_measured_in_a_minute(tmp_path: Path) -> None:
+def test_rates_are_measured_in_a_minute(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every rate, each within what such a machine can have; and a plan takes them."""
+    from longfactory.plan import command as plan
+
     said, seconds = command(tmp_path, "plan", "--calibrate", str(tmp_path / "rates.json"))
-    print(f"plan --calibrate, {seconds:.1f} s:\n{said}")
+    with capsys.disabled():
+        print(f"plan --calibrate, {seconds:.1f} s:\n{said}", flush=True)
     rates = json.loads((tmp_path / "rates.json").read_text())
     gpus = torch.cuda.device_count()
     assert rates["gpu"] == torch.cuda.get_device_name(0)
@@ -57,17 +60,14 @@ def test_rates_are_measured_in_a_minute(tmp_path: Path) -> None:
         highest["links"] = 2e12
     for name, most in highest.items():
         assert most / 1000 < rates[name] < most, name
-    words = ["plan", "--model", "7b", "--gpus", f"1x{rates['gpu']}", "--tokens", "16k"]
-    usual = command(tmp_path, *words)[0]
-    with_rates = command(tmp_path, *words, "--calibrated", str(tmp_path / "rates.json"))[0]
-    print(
-        "".join(
-            f"{name}: {step_of(text)} s a row\n"
-            for name, text in (("usual", usual), ("measured", with_rates))
-        )
-    )
-    assert step_of(with_rates) == pytest.approx(step_of(usual), rel=0.5)
-    assert with_rates != usual
+    words = ["--model", "7b", "--gpus", f"1x{rates['gpu']}", "--tokens", "16k"]
+    assert plan.main(words) in (0, 1)
+    usual = step_of(capsys.readouterr().out)
+    assert plan.main([*words, "--calibrated", str(tmp_path / "rates.json")]) in (0, 1)
+    measured = step_of(capsys.readouterr().out)
+    with capsys.disabled():
+        print(f"7b, 16k: usually {usual} s a row, with these rates {measured} s", flush=True)
+    assert measured == pytest.approx(usual, rel=0.5) and measured != usual
     assert seconds < 60
 
 
@@ -135,7 +135,7 @@ def trained(folder: Path, keys: dict[str, Any]) -> tuple[str, dict[str, Any], li
     """What a run said, the keys that its folder holds, and its log."""
     said, seconds = command(folder, "train", *(f"{k}={v}" for k, v in keys.items()), limit=150)
     lines = [line for line in said.splitlines() if "auto" in line]
-    print(f"{keys['output_dir'].name}, {seconds:.1f} s:", *lines, sep="\n")
+    print(f"{keys['output_dir'].name}, {seconds:.1f} s:", *lines, sep="\n", flush=True)
     out = Path(keys["output_dir"])
     log = [json.loads(line) for line in (out / "trainer_log.jsonl").read_text().splitlines()]
     return said, yaml.safe_load((out / "longfactory.yaml").read_text()), log

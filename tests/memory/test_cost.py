@@ -13,6 +13,8 @@ from longfactory.memory.cost import (
     ATTENTION_SHARE,
     CAREFUL,
     MARGIN,
+    WHOLE,
+    bare_model,
     budget,
     candidates,
     choose,
@@ -208,10 +210,48 @@ MEASURED = {
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_peaks_are_those_that_were_measured(name):
-    """Never below, and at most an eighth above."""
+    """Within 4 %: half of what is left free (`MARGIN`)."""
     job, settings, peak = MEASURED[name]
     found = budget(job, settings)
-    assert peak <= (found.gpu_total - found.gpu["runtime"]) / GiB <= 1.125 * peak
+    assert (found.gpu_total - found.gpu["runtime"]) / GiB == pytest.approx(peak, rel=0.04)
+
+
+def test_random_weights_are_whole_before_they_are_sharded():
+    """Two runs of two GPUs (benchmarks/results/plan_accuracy.md): 14B 41.5 GiB, where a step takes
+    28, and of 7B 61.7, where a step takes more.
+    """
+    lora = dataclasses.replace(SHAPE_14B, trainable=34_406_400, adapters=True, head_trained=False)
+    job = dataclasses.replace(TWO, shape=lora, tokens=16384)
+    plain, made = (budget(dataclasses.replace(job, made_here=here), saved()) for here in (0, 1))
+    assert plain.gpu_total / GiB == pytest.approx(28, rel=0.05) and WHOLE not in plain.gpu
+    assert (made.gpu_total - made.gpu["runtime"]) / GiB == pytest.approx(41.5, rel=0.02)
+    assert made.gpu[WHOLE] == 2 * made.gpu["weights"] and made.seconds == plain.seconds
+    small = dataclasses.replace(job.machine, gpu_bytes=int(made.gpu_total))
+    assert fits(dataclasses.replace(job, machine=small), plain, 0.85)
+    assert not fits(dataclasses.replace(job, machine=small), made, 0.85)
+    for other in ({"sharded": False}, {"zero": 3}):
+        job = dataclasses.replace(TWO, made_here=True, **other)
+        assert WHOLE not in budget(job, saved()).gpu
+    longer = dataclasses.replace(TWO, made_here=True)
+    assert budget(longer, saved()) == budget(dataclasses.replace(TWO, made_here=False), saved())
+
+
+def test_what_is_gathered_of_the_embedding_and_the_output_layer():
+    """FSDP2 has an untied output layer until its gradient is reduced, and fetches the embedding for
+    the end of backward; ZeRO-3 may hold both.
+    """
+    one = 2 * SHAPE.head_parameters
+
+    def gathered(**changes):
+        shape = dataclasses.replace(SHAPE, tied=changes.pop("tied", False))
+        job = dataclasses.replace(TWO, shape=shape, **changes)
+        bare = dataclasses.replace(job, sharded=False)
+        each = zip(bare_model(job)["output layer"], bare_model(bare)["output layer"], strict=True)
+        return [sharded - whole for sharded, whole in each]
+
+    assert gathered() == [one, 0, one]
+    assert gathered(tied=True) == [one, 2 * one, 2 * one]
+    assert gathered(zero=3) == [3 * one, 3 * one, 3 * one]
 
 
 def test_keeping_attention_saves_one_of_its_forwards():

@@ -412,6 +412,7 @@ def test_narrow_states_are_counted_as_they_are(
     optim: str, package: str, width: str, size: int, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = configured(model, bf16=True, optim=optim)
+    installed(monkeypatch)
     with pytest.raises(
         UserError, match=f"optim: {optim} needs {package}. Run: pip install {package}"
     ):

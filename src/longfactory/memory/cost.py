@@ -47,6 +47,7 @@ ITEMS = (
     "working set of a layer",
     "runtime",
 )
+WHOLE = "random weights, before they are sharded"
 HOST_ITEMS = ("optimizer", "gradients", "layer inputs and saved attention outputs")
 
 
@@ -141,9 +142,7 @@ def bare_model(job: TrainingJob) -> dict[str, StepMoments]:
     shape, shards, tokens = job.shape, job.weight_shards, job.local
     weights = job.weight_bytes
     head = shape.head_parameters if shape.head_trained else 0
-    # Sharded: the embedding and the output layer are gathered for the whole pass, and the latter's
-    # gradient is reduced at its end.
-    gathered = shape.width * (2 * shape.head_parameters + head) if shards > 1 else 0
+    gathered = _gathered_head(job)
     logits = min(HEAD_CHUNK_NUMBERS, tokens * shape.vocab) * 10
     # Gradients of one layer: fp32 sums of chunks, and the bf16 result; sharded: two gathered layers
     # and the fp32 reduction as well.
@@ -161,10 +160,30 @@ def bare_model(job: TrainingJob) -> dict[str, StepMoments]:
     return {
         **tower,
         "weights": StepMoments(weights, weights, weights),
-        "output layer": StepMoments(gathered + 6 * head + logits, gathered, gathered),
+        "output layer": gathered._replace(output_layer=gathered.output_layer + 6 * head + logits),
         "one layer's parameters and gradients": StepMoments(0.0, layer, layer),
         "runtime": StepMoments(CONTEXT, CONTEXT, CONTEXT),
     }
+
+
+def _gathered_head(job: TrainingJob) -> StepMoments:
+    """Bytes on one GPU of what is gathered of a sharded embedding and output layer.
+
+    FSDP2 has the output layer (with a tied embedding) whole from the forward pass until its
+    gradient is reduced: a tied one's is at the end of backward. The embedding alone is fetched
+    while the last layer is in its backward. ZeRO-3 is taken to hold both all the time.
+    """
+    shape = job.shape
+    if job.weight_shards == 1:
+        return StepMoments(0.0, 0.0, 0.0)
+    one = float(shape.width * shape.head_parameters)
+    if job.zero:
+        both = one * (3 if shape.head_trained else 2)
+        return StepMoments(both, both, both)
+    if not shape.tied:
+        return StepMoments(one, 0.0, one)
+    until_the_end = one * (2 if shape.head_trained else 1)
+    return StepMoments(one, until_the_end, until_the_end)
 
 
 def _widest_map(shape: ModelShape, kind: LayerKind) -> int:
@@ -209,13 +228,16 @@ def budget(job: TrainingJob, settings: MemorySettings, timed: bool = True) -> Bu
     items = _items(job, settings, stated)
     totals = [sum(moment) for moment in zip(*items.values(), strict=True)]
     peak = totals.index(max(totals))
+    gpu = {name: each[peak] for name, each in items.items() if each[peak]}
+    if job.made_whole_bytes + job.weight_bytes + CONTEXT > totals[peak]:
+        gpu = {WHOLE: job.made_whole_bytes, "weights": job.weight_bytes, "runtime": CONTEXT}
     host: dict[str, float] = {}
     for _, on_host, _ in stated:
         for name, value in on_host.items():
             if value:
                 host[name] = host.get(name, 0.0) + value * job.machine.on_host
     return Budget(
-        {name: each[peak] for name, each in items.items() if each[peak]},
+        _ordered(gpu, ITEMS),
         _ordered(host, HOST_ITEMS),
         seconds(job, settings) if timed else 0.0,
     )

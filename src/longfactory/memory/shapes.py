@@ -463,6 +463,8 @@ class TrainingJob:
         mode, ulysses_degree: the schedule of sequence parallelism (`sp.context.Mode`), and GPUs
             that exchange heads where `usp` says how many.
         tower: of rows with images; None of rows of text.
+        made_here: weights are random ones, which each GPU makes whole: FSDP2 shards them before the
+            first step.
     """
 
     shape: ModelShape
@@ -481,6 +483,7 @@ class TrainingJob:
     mode: str = "zigzag-ring"
     ulysses_degree: int | None = None
     tower: Tower | None = None
+    made_here: bool = False
 
     def __post_init__(self) -> None:
         if self.ddp:
@@ -574,6 +577,12 @@ class TrainingJob:
         """Of the weights on one GPU."""
         whole = self.shape.frozen_bytes + self.gradient_width * self.shape.trainable
         return whole / self.weight_shards
+
+    @property
+    def made_whole_bytes(self) -> float:
+        """Of random weights that are whole on one GPU while FSDP2 shards them."""
+        sharded_here = self.made_here and self.weight_shards > 1 and not self.zero
+        return self.weight_bytes * self.weight_shards if sharded_here else 0.0
 
     @property
     def gradient_width(self) -> int:

@@ -20,6 +20,7 @@ from longfactory.plan.curve import chart, check_picture, falls, picture, points
 from longfactory.plan.sizes import SIZES, model_folder
 from longfactory.plan.table import Compared, compare, longest_ways, table, with_other_memory
 from longfactory.plan.write import chosen_keys, write
+from longfactory.shard.settings import in_words
 from longfactory.train.auto import WORTH, Planned, Way
 
 if TYPE_CHECKING:
@@ -420,7 +421,8 @@ def title(planned: Planned, own: Way, kind: str) -> list[str]:
     hosts = -(-job.machine.gpus // job.machine.gpus_per_host)
     where = f" on {hosts} hosts" if hosts > 1 else ""
     return [
-        f"{job.machine.gpus} x {kind}{where}, parameters: {planned.sharding}{trained}; stage:"
+        f"{job.machine.gpus} x {kind}{where}, parameters:"
+        f" {in_words(planned.sharding)}{trained}; stage:"
         f" {cfg.method.stage}, {cfg.method.finetuning_type}"
     ]
 

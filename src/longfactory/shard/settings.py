@@ -26,6 +26,21 @@ from longfactory.errors import UserError
 SMALL_SHARE = 0.2
 
 
+def in_words(sharding: str) -> str:
+    """Where parameters are, for people: `none` would be read as no parameters.
+
+    Args:
+        sharding: none, ddp, fsdp2 or deepspeed.
+    """
+    words = {
+        "none": "whole (one process)",
+        "ddp": "whole in each process (ddp)",
+        "fsdp2": "sharded (fsdp2)",
+        "deepspeed": "as DeepSpeed's file says",
+    }
+    return words[sharding]
+
+
 def choose_sharding(
     wanted: str,
     *,

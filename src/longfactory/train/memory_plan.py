@@ -373,6 +373,7 @@ def plan_run(
         mode=cfg.parallel.sequence_parallel_mode,
         ulysses_degree=ulysses_degree(cfg),
         tower=counts.tower,
+        made_here=bool(cfg.model.train_from_scratch),
     )
     host = cfg.memory.optimizer_placement == "host"
     plan, split = choose_masters(job, fixed, cfg.memory.memory, may_split, always=host)

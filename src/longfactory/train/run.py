@@ -769,7 +769,7 @@ def describe(
     lines = [
         (
             f"Processes: {ctx.size} (sequence) x {ctx.dp_size} (data) = {ctx.size * ctx.dp_size};"
-            f" parameters: {sharding}; sequence parallel:"
+            f" parameters: {shard.in_words(sharding)}; sequence parallel:"
             f" {cfg.parallel.sequence_parallel_mode if ctx.size > 1 else 'off'}"
         ),
         (
