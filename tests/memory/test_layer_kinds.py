@@ -4,6 +4,7 @@ by torch's counter, heads and windows by what reaches the attention engine.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from longfactory import sp
 from longfactory.memory.checkpointed import stored_of_a_token
+from longfactory.memory.cost import bare_layer, seconds
 from longfactory.memory.layer_kinds import LayerKind, kinds_of
+from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import ModelShape, TrainingJob, machine
 from longfactory.model import experts
 from longfactory.sp import hf
@@ -231,3 +234,29 @@ def test_what_autograd_stores_of_a_recurrent_layer(family: str) -> None:
         model.model(**hf.inputs(row, plan))
     found = sum(t.untyped_storage().nbytes() for t in held.values()) / tokens
     assert kinds_of(model, config)[number].recurrent_bytes == pytest.approx(found, rel=0.08)
+
+
+def test_indexer_layers_are_counted() -> None:
+    """What an indexer scores is counted where it leaves keys out, and those keys are not needed."""
+    config = tiny_config("glm_moe_dsa")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    full, shared, *_ = kinds_of(model, config)
+    per_key = 2.0 * config.index_n_heads * (config.index_head_dim + 1)
+    assert (full.chosen, full.scored) == (config.index_topk, per_key)
+    assert (shared.chosen, shared.scored) == (config.index_topk, 0.0)
+    assert full.scoring_flop(8) == 0 and full.needed_flop(8) == full.attention_flop(8)
+    assert full.scoring_flop(64) == 64 * per_key
+    # queries 1 to 8 see all, 8 on average 4; the others 8 of them
+    assert full.needed_flop(64) == pytest.approx(full.attention_flop(64) * 7.5 / 32)
+    where = machine("H100", 1, 2**37)
+    shape = ModelShape.of(config, layers=kinds_of(model, config))
+    short, long = (TrainingJob(shape, where, n, sharded=False) for n in (8, 1 << 20))
+    assert sum(k.chosen for k in shape.kinds)
+    blind = tuple(dataclasses.replace(k, chosen=0, scored=0.0) for k in shape.kinds)
+    plain = dataclasses.replace(shape, kinds=blind)
+    for job, more in ((short, False), (long, True)):
+        without = dataclasses.replace(job, shape=plain)
+        settings = MemorySettings()
+        assert (seconds(job, settings) > seconds(without, settings)) == more
+        assert (bare_layer(job).attention > bare_layer(without).attention) == more

@@ -203,6 +203,8 @@ def stored_of_a_token(job: TrainingJob, kind: LayerKind) -> float:
     if kind.head_norms:
         stored += around_heads * (kind.queries + kind.kv_heads * kind.head_dim)
     stored += 4.0 * width * kind.dense_width + kind.recurrent_bytes
+    if kind.chooses(job.tokens):
+        stored += 4.0 * kind.chosen
     if kind.experts:
         # the input and the output of each expert, the output alone of a frozen one; what its
         # gate is made of, and gives; its place in the order, twice

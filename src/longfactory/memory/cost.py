@@ -25,6 +25,7 @@ from longfactory.memory.layer_kinds import LayerKind
 from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import ModelShape, TrainingJob
 from longfactory.memory.technique import Bytes, LayerMoments, StepMoments, Technique, Work
+from longfactory.sp import sparse
 from longfactory.sp.recurrent.chunked import WORKSPACE
 
 HEAD_CHUNK_NUMBERS = 2**28  # logits that exist at once (model/token_logprobs.py)
@@ -108,9 +109,20 @@ def _bare_layer(job: TrainingJob, kind: LayerKind) -> LayerMoments:
         peak += 4 * attention
     # what a recurrence stores, and the gradients of a third of it at once; some heads' chunks
     peak += 1.3 * kind.recurrent_bytes
-    chunks = min(kind.recurrent_workspace * job.local, WORKSPACE)
+    chunks = min(kind.recurrent_workspace * job.local, WORKSPACE) + _masked_bytes(job, kind)
     after += job.temporary_bytes(kind) + kind.recurrent_bytes
     return LayerMoments(peak * job.local + chunks, after * job.local)
+
+
+def _masked_bytes(job: TrainingJob, kind: LayerKind) -> float:
+    """Of attention over keys that an indexer chose: gathered keys and values of some heads with
+    their fp32 gradients, and a chunk's scores.
+    """
+    if not kind.chooses(job.tokens):
+        return 0.0
+    every = job.tokens * job.shape.width * kind.keys_values
+    gathered = min(every, max(sparse.GATHERED, every / kind.kv_heads))
+    return gathered * (1 + 4 / job.shape.width) + 4 * sparse.WORKSPACE
 
 
 def working_set(job: TrainingJob, settings: MemorySettings) -> float:
@@ -249,7 +261,7 @@ def seconds(job: TrainingJob, settings: MemorySettings) -> float:
     stated = [each.work(job, settings) for each in techniques() if each.work is not None]
     work = Work(*map(sum, zip(*stated, strict=True)))
     runs = 1.0 + work.again_attention
-    linear = attention = moved = ahead = 0.0
+    linear = attention = moved = ahead = scoring = 0.0
     for kind, count in shape.layers_of_kinds:
         linear += count * _products(job, kind, work)
         attention += count * kind.attention_flop(job.tokens) / machine.attention_share(kind)
@@ -258,6 +270,7 @@ def seconds(job: TrainingJob, settings: MemorySettings) -> float:
         again = work.again_forward + (0.0 if fused else work.again_projections)
         moved += count * ((1 + again) * forward + backward)
         ahead += count * forward
+        scoring += count * kind.scoring_flop(job.tokens) / machine.float32[0]
     linear += head_flop(job) / machine.gemm
     moved += HEAD_PASSES * shape.vocab
     attending = job.local * attention
@@ -265,6 +278,7 @@ def seconds(job: TrainingJob, settings: MemorySettings) -> float:
     attending = exchange.attention_seconds(job, attending, exchanged_bytes(job, runs), runs)
     products = job.local * linear * (1.0 + work.slower) / LINEAR_SHARE
     compute = products + attending / ATTENTION_SHARE + job.local * moved / machine.memory
+    compute += job.local * scoring * (1.0 + work.again_projections)
     compute += (CAST_PASSES + 3 * work.again_mlp) * job.cast_bytes / machine.memory
     if job.reference_passes:
         once = sum(count * _products(job, kind, ONCE) for kind, count in shape.layers_of_kinds)
@@ -319,10 +333,12 @@ def document_flop(
     end = before + tokens
     for kind, count in shape.layers_of_kinds:
         maps = 2.0 * (1 + back) * (kind.mixer_parameters + kind.mlp_parameters)
-        attention = end * kind.attention_flop(end)
+        attention = end * kind.needed_flop(end)
+        scoring = end * kind.scoring_flop(end) / 2  # causal, and without a backward pass
         if before:
-            attention -= before * kind.attention_flop(before)
-        flop += count * (tokens * (maps + 3 * kind.recurrent_flop) + 3 * attention)
+            attention -= before * kind.needed_flop(before)
+            scoring -= before * kind.scoring_flop(before) / 2
+        flop += count * (tokens * (maps + 3 * kind.recurrent_flop) + 3 * attention + scoring)
     return flop
 
 

@@ -63,6 +63,9 @@ class LayerKind:
             once.
         written: the hand-written function computes them (`layer.recognise`).
         norms_after: there are norms behind attention and the MLP.
+        chosen: keys that an indexer chooses for a query; 0 without one. Attention is computed over
+            all keys, with the others masked.
+        scored: FLOP of an indexer for a query and a key.
     """
 
     heads: int
@@ -86,6 +89,8 @@ class LayerKind:
     recurrent_workspace: float = 0.0
     written: bool = False
     norms_after: bool = False
+    chosen: int = 0
+    scored: float = 0.0
 
     @property
     def active_expert_parameters(self) -> int:
@@ -134,6 +139,23 @@ class LayerKind:
     def attention_flop(self, tokens: int) -> float:
         """Of one token's softmax attention, forward, in a row of `tokens`."""
         return 2.0 * self.keys_seen(tokens) * self.heads * (self.head_dim + self.value_dim)
+
+    def chooses(self, tokens: int) -> bool:
+        """Whether an indexer leaves keys out of a document of `tokens`."""
+        return bool(self.chosen) and tokens > self.chosen
+
+    def needed_flop(self, tokens: int) -> float:
+        """Of one token's softmax attention, forward: as `attention_flop`, but for keys that an
+        indexer leaves out.
+        """
+        if not self.chooses(tokens):
+            return self.attention_flop(tokens)
+        keys = self.chosen - self.chosen**2 / (2 * tokens)
+        return 2.0 * keys * self.heads * (self.head_dim + self.value_dim)
+
+    def scoring_flop(self, tokens: int) -> float:
+        """Of one token's query of an indexer: all keys of a document of `tokens`, in fp32."""
+        return self.scored * tokens if self.chooses(tokens) else 0.0
 
 
 def kinds_of(model: nn.Module, config: Any) -> tuple[LayerKind, ...]:
@@ -188,7 +210,24 @@ def _kind(layer: nn.Module, config: Any, index: int) -> LayerKind:
         recurrent_workspace(recurrent) if recurrent else 0.0,
         shape is not None,
         shape is not None and shape.norm("norm2_after") is not None,
+        *_choice(layer),
     )
+
+
+def _choice(layer: nn.Module) -> tuple[int, float]:
+    """Keys that an indexer in the layer, or in an earlier one, chooses for a query; and its FLOP
+    for a query and a key. 0 where every key is seen.
+    """
+    found: Any = next((m for m in layer.modules() if hasattr(m, "indexer")), None)
+    indexer = getattr(found, "indexer", None)
+    if indexer is None:
+        # It may use the choice of an earlier layer.
+        shared = getattr(found, "skip_topk", False)
+        return (int(found.config.index_topk) if shared else 0), 0.0
+    if hasattr(indexer, "block_size"):
+        keys = indexer.topk_blocks * indexer.block_size
+        return int(keys), 2.0 * indexer.num_heads * indexer.head_dim
+    return int(indexer.index_topk), 2.0 * indexer.n_heads * (indexer.head_dim + 1)
 
 
 def _experts_of(name: str, parameter: Any, layer: nn.Module) -> int:
