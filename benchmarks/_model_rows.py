@@ -293,8 +293,8 @@ def measure_rates(job: dict[str, Any]) -> None:
         **found,
         gemm=found["linear_flop"] / linear["forward"],
         grouped_mm=found["experts_flop"] / grouped["forward"] if grouped else None,
-        attention_forward=area / here["forward"],
-        attention_backward=2.5 * area / here["backward"],
+        attention_forward=area / max(here["forward"], 1e-9),
+        attention_backward=2.5 * area / max(here["backward"], 1e-9),
         versions=versions("torch"),
     )
 

@@ -419,8 +419,9 @@ def run_command(a: argparse.Namespace, clock: float) -> list[dict[str, Any]]:
                 at = Path(folder) / f"{model}-{documents}"
                 try:
                     row |= train(model, tokens, documents, keys, a, clock, at)
-                    if a.gpus == 1 and documents == 1:
-                        row |= against_roofline(row, at, tokens, clock)
+                    print(f"{model}: {row['tokens/s a GPU']:.0f} tokens/s a GPU", flush=True)
+                    if documents == 1:
+                        row |= against_roofline(row, at, tokens, clock, a)
                 except subprocess.TimeoutExpired as error:
                     row["error"] = "the time is up: " + _text(error.stdout)[-1500:]
                 except Exception as error:
@@ -466,6 +467,7 @@ def train(
         "cutoff_len": tokens * documents * a.gpus,
         "packing": "true",
         "sequence_parallel_size": a.gpus,
+        "nproc_per_node": a.gpus,
         "output_dir": at / "out",
         "overwrite_output_dir": "true",
         "per_device_train_batch_size": 1,
@@ -516,19 +518,22 @@ def train(
     }
 
 
-def against_roofline(row: dict[str, Any], at: Path, tokens: int, clock: float) -> dict[str, Any]:
+def against_roofline(
+    row: dict[str, Any], at: Path, tokens: int, clock: float, a: argparse.Namespace
+) -> dict[str, Any]:
     """The share of its roofline (`models.py`) that a row of one document reaches, and its parts.
     A recurrence and its convolution have the time of their operations at the rate of the layers'
-    products: no bytes are counted for them.
+    products: no bytes are counted for them. On several GPUs: the share of the attention-corrected
+    ideal, from a run on one GPU with as many tokens.
     """
     from _model_rows import make_config
     from longfactory.memory.layer_kinds import kinds_of
-    from models import roofline
+    from models import ideal, roofline
     from plan_accuracy import Setting
 
     job = {
-        "row": "rates", "tokens": [tokens], "lengths": [tokens], "lora": False, "kernel": "auto",
-        "model": str(at / "model"),
+        "row": "rates", "tokens": [tokens], "lengths": [tokens, tokens * a.gpus], "lora": False,
+        "kernel": "auto", "model": str(at / "model"),
     }  # fmt: skip
     script = ROOT / "benchmarks" / "_model_rows.py"
     seconds = max(10.0, clock - time.time())
@@ -544,6 +549,16 @@ def against_roofline(row: dict[str, Any], at: Path, tokens: int, clock: float) -
         return {"no roofline": rates["error"]}
     said = row["settings"]
     setting = Setting("", None, tokens, {"finetuning_type": "full"})
+    if a.gpus > 1:
+        alone = argparse.Namespace(gpus=1, steps=PROFILED - 1, smoke=a.smoke)
+        one = train(row["model"], tokens, 1, {}, alone, clock, at.with_name(at.name + "-alone"))
+        seconds = tokens / one["tokens/s a GPU"]
+        best = ideal(setting, a.gpus, rates, {"seconds": seconds}, said)
+        return {
+            "tokens/s on one GPU": one["tokens/s a GPU"],
+            "ideal tokens/s": best,
+            "share of the ideal": row["tokens/s a GPU"] / best,
+        }
     made = roofline(setting, 1, rates, said)
     from transformers import AutoModelForCausalLM
 
