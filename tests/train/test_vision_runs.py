@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,101 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import tiny_media
-import vision_models
-from longfactory.sp.text_model import model_class
 from longfactory.testing import RankError
 from small_runs import POOLS, keys, run_on_ranks, steps, train
+from vision_runs import FAMILIES, TRAINED, of_run, write_data, write_model
 
 pytestmark = pytest.mark.processes
 slow = pytest.mark.slow
-
-FAMILIES = {
-    "qwen3_vl": ("qwen3_vl", "qwen3_vl"),
-    "qwen2_5_vl": ("qwen2_vl", "qwen2_vl"),
-    "gemma3": ("gemma3", "gemma3"),
-}
-"""Of a model type: the family of its images and its template."""
-TRAINED = {
-    "freeze_vision_tower": False,
-    "freeze_multi_modal_projector": False,
-}
-
-
-def write_model(folder: Path, family: str) -> None:
-    """A tiny model with a tower, a tokenizer and an image processor."""
-    from transformers import AutoConfig
-
-    processor = FAMILIES[family][0]
-    tiny_media.folder(folder, processor)
-    tokenizer = tiny_media.tokenizer(processor)
-    tokenizer.save_pretrained(folder)
-    given = vision_models.config(family).to_dict()
-    given["text_config"]["vocab_size"] = len(tokenizer)
-    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        given["text_config"][key] = tokenizer.pad_token_id
-    vision = given["vision_config"]
-    if family == "gemma3":
-        vision |= {"image_size": 56, "patch_size": 14}
-        given["image_token_index"] = tokenizer.convert_tokens_to_ids("<image_soft_token>")
-        given.pop("image_token_id", None)
-    else:
-        vision["patch_size"] = 16 if family == "qwen3_vl" else 14
-        if "window_size" in vision:
-            vision["window_size"] = 56
-        for kind in ("image", "video"):
-            given[f"{kind}_token_id"] = tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>")
-    config = AutoConfig.for_model(**given)
-    torch.manual_seed(0)
-    model = model_class(config).from_config()
-    about = json.loads((folder / "config.json").read_text())
-    model.save_pretrained(folder)
-    assert about["model_type"] == model.config.model_type
-
-
-def write_data(home: Path) -> None:
-    draw = random.Random(0)
-
-    def text(low: int, high: int) -> str:
-        return "".join(draw.choice("abcdefgh ") for _ in range(draw.randint(low, high))).strip()
-
-    for i in range(6):
-        tiny_media.picture(64 + 32 * (i % 3), 64 + 16 * i, seed=i).save(home / f"{i}.png")
-    rows: dict[str, list[dict[str, Any]]] = {"talks": [], "pairs": [], "labels": [], "texts": []}
-    for i in range(16):
-        count = i % 3
-        images = [f"{draw.randrange(6)}.png" for _ in range(count)]
-        prompt = "<image>" * count + text(5, 30) + "?"
-        answer, worse = text(3, 30) + "a", text(3, 20) + "b"
-        rows["talks"].append({"instruction": prompt, "output": answer, "images": images})
-        rows["pairs"].append(
-            {"instruction": prompt, "chosen": answer, "rejected": worse, "images": images}
-        )
-        turns = [
-            {"from": "human", "value": prompt},
-            {"from": "gpt", "value": answer},
-        ]
-        rows["labels"].append({"conversations": turns, "label": i % 2 == 0, "images": images})
-        rows["texts"].append({"text": prompt + answer, "images": images})
-    columns = {
-        "talks": {"prompt": "instruction", "response": "output"},
-        "pairs": {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"},
-        "labels": {"messages": "conversations", "kto_tag": "label"},
-        "texts": {"prompt": "text"},
-    }
-    info: dict[str, Any] = {}
-    for name, entries in rows.items():
-        (home / f"{name}.json").write_text(json.dumps(entries))
-        info[name] = {
-            "file_name": f"{name}.json",
-            "columns": columns[name] | {"images": "images"},
-        }
-    info["pairs"]["ranking"] = True
-    info["labels"]["formatting"] = "sharegpt"
-    words = [{"instruction": text(5, 30), "output": text(3, 30) + "a"} for _ in range(8)]
-    (home / "words.json").write_text(json.dumps(words))
-    info["words"] = {"file_name": "words.json"}
-    (home / "dataset_info.json").write_text(json.dumps(info))
 
 
 @pytest.fixture(scope="module")
@@ -126,19 +36,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def run(home: Path, name: str, size: int, family: str = "qwen3_vl", **changes: Any) -> Any:
-    given: dict[str, Any] = {
-        "model_name_or_path": home / family,
-        "template": FAMILIES[family][1],
-        "media_dir": home,
-        "cutoff_len": 1024,
-        "packing": False,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 2,
-        "image_max_pixels": 4096,
-        "seed": 3,
-    }
-    return steps(train(home, name, size, **(given | changes)))
+    return steps(train(home, name, size, **of_run(home, name, family, **changes)))
 
 
 def same(one: list[dict[str, float]], two: list[dict[str, float]]) -> None:
