@@ -25,6 +25,7 @@ ALL = MemorySettings(
 SEGMENTS = MemorySettings(
     segment_layers=2, keep_attention=0.5, offload="inputs", pool_bytes=64 * MiB, mlp_chunk=8
 )
+KEPT = MemorySettings(keep_attention=1.0, keep_mlp=1.0, mlp_chunk=5)
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -38,6 +39,9 @@ SEGMENTS = MemorySettings(
         ("gemma2", SEGMENTS, "fsdp2", "wrap"),
         ("qwen3_moe", ALL, "fsdp2", "memory"),
         ("qwen2", ALL, "ddp", "memory"),
+        ("qwen3_moe", KEPT, "fsdp2", "memory"),
+        pytest.param("qwen3_moe", KEPT, "ddp", "memory", marks=pytest.mark.slow),
+        pytest.param("gpt_oss", KEPT, "fsdp2", "wrap", marks=pytest.mark.slow),
         pytest.param("gpt_oss", ALL, "fsdp2", "wrap", marks=pytest.mark.slow),
         pytest.param("qwen3_moe", SEGMENTS, "ddp", "memory", marks=pytest.mark.slow),
         pytest.param("olmo2", ALL, "fsdp2", "memory", marks=pytest.mark.slow),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -184,6 +186,9 @@ KEPT_ALL = MemorySettings(keep_mlp=1.0, segment_layers=3)
     [
         ("gemma3", KEPT),
         ("phi3", KEPT),
+        ("qwen3_moe", KEPT),
+        pytest.param("deepseek_v3", KEPT, marks=pytest.mark.slow),
+        pytest.param("gpt_oss", KEPT_ALL, marks=pytest.mark.slow),
         pytest.param("qwen2", KEPT_ALL, marks=pytest.mark.slow),
         pytest.param("phi3", KEPT_ALL, marks=pytest.mark.slow),
         pytest.param("cohere", KEPT_ALL, marks=pytest.mark.slow),
@@ -214,8 +219,37 @@ def test_what_is_saved_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) ->
     assert counts == {0.0: 8, 0.5: 6, 1.0: 4}
 
 
+def test_a_mixture_of_experts_that_is_saved_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first pass with a graph, which is gone when backward is over."""
+    from longfactory.memory.decoder_layer import DecoderLayer
+
+    calls: list[bool] = []
+    own = DecoderLayer._run_mlp
+
+    def run_mlp(self: DecoderLayer, n: Tensor, start: int) -> Tensor:
+        calls.append(torch.is_grad_enabled())
+        return own(self, n, start)
+
+    monkeypatch.setattr(DecoderLayer, "_run_mlp", run_mlp)
+    no, yes = [False] * 2, [True] * 2
+    for share, expected in ((0.0, no + no + yes + yes), (0.5, no + yes + yes), (1.0, yes + yes)):
+        model = make("qwen3_moe")
+        apply_memory(model, MemorySettings(keep_mlp=share))
+        run(model, PACKED)  # the first call compares the layer with its own code
+        calls.clear()
+        run(model, PACKED)
+        assert calls == expected
+    calls.clear()
+    seen: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    for layer in decoder_layers(model)[1]:
+        layer.mlp.register_forward_hook(lambda m, args, out: seen.add(out))
+    run(model, PACKED)
+    gc.collect()
+    assert calls and not seen
+
+
 def test_saving_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    apply_memory(make("qwen3_moe"), MemorySettings(keep_mlp=1.0))
+    apply_memory(tiny_model("stablelm", torch.float64), MemorySettings(keep_mlp=1.0))
     assert "keep_mlp: 1.0 saves nothing" in caplog.text
 
 

@@ -78,11 +78,10 @@ def apply_memory(
         chunked.install(layer, chunk, moe, longest=longest)
         layer.forward = checkpointed
     _final_norm(model, layers, chunk)
-    dense = (isinstance(f, DecoderLayer) and f.mlp is None for f in (x.forward for x in layers))
-    if settings.keep_mlp and not any(dense):
+    written = (isinstance(layer.forward, DecoderLayer) for layer in layers)
+    if settings.keep_mlp and not any(written):
         log.warning(
-            "keep_mlp: %s saves nothing: no layer of this model has a dense MLP that is"
-            " hand-written (docs/layers.md).",
+            "keep_mlp: %s saves nothing: no layer of this model is hand-written (docs/layers.md).",
             settings.keep_mlp,
         )
     if reasons:

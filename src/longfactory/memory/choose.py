@@ -174,7 +174,13 @@ def _with_pool(settings: MemorySettings, pool: int) -> MemorySettings:
 def user_keys(arguments: Any) -> dict[str, Any]:
     """The memory keys of a configuration that are not "auto", as `choose_memory` takes them."""
     if arguments.disable_gradient_checkpointing:
-        return {"checkpoint": "none", "keep_attention": 0.0, "offload": "none", "segment_layers": 1}
+        return {
+            "checkpoint": "none",
+            "keep_attention": 0.0,
+            "keep_mlp": 0.0,
+            "offload": "none",
+            "segment_layers": 1,
+        }
     keys: dict[str, Any] = {}
     for technique in techniques():
         if technique.fixed is not None:

@@ -306,10 +306,14 @@ class _Layer(torch.autograd.Function):
         owner = call.owner
         store, chain = owner.store, owner.chain
         handle = store.layer_input(owner.index, x.detach(), again)
-        if owner.mlp is None and store.saves_mlp(owner.index) and handle.last_in_segment:
-            call.products = room_for_products(x[0], call)
+        if store.saves_mlp(owner.index) and handle.last_in_segment:
+            if owner.mlp is None:
+                call.products = room_for_products(x[0], call)
+            else:
+                call.kept = {}
         y, out, lse = forward(x.detach()[0], call)
         ctx.products, call.products = call.products, None
+        ctx.kept, call.kept = call.kept, None
         if store.saves_attention(owner.index) and handle.last_in_segment:
             handle.set_attention(store.save_attention(owner.index, [(out, lse)]))
         # The MLP's module has its own at hand in backward.
@@ -332,6 +336,7 @@ class _Layer(torch.autograd.Function):
         store, chain = owner.store, owner.chain
         call.set_weights(dict(zip(owner.names, ctx.saved_tensors, strict=True)))
         call.products, ctx.products = ctx.products, None
+        call.kept, ctx.kept = ctx.kept, None
         x = handle.input()[0]
         saved = handle.attention()
         if not store.settings.late_prefetch:
@@ -397,42 +402,57 @@ MLP_PRODUCTS = "saved MLP products"  # item of the budget
 
 
 def _mlp_layers(job: TrainingJob, share: float) -> list[LayerKind]:
-    """The layers of which gate and up are saved."""
+    """The layers of which the MLP's products are saved."""
     shape = job.shape
     first = shape.layers - round(share * shape.layers)
     kinds = (shape.kinds[place] for place in shape.order[first:])
-    return [kind for kind in kinds if job.written(kind) and not kind.experts]
+    return [kind for kind in kinds if job.written(kind)]
 
 
 def _mlp_values(job: TrainingJob, mode: str, settings: MemorySettings) -> list[float]:
-    """None by itself: no GPU has timed it yet."""
-    return [0.0]
+    """Where activations are sent to the host, there is no room for more of them on the GPU."""
+    room = settings.offload == "none" and settings.segment_layers == 1 and mode != "long"
+    if not room or settings.checkpoint == "none" or not _mlp_layers(job, 1.0):
+        return [0.0]
+    return [1.0, 0.75, 0.5, 0.25, 0.0]
 
 
 def _mlp_fixed(arguments: Any) -> dict[str, Any]:
-    return {"keep_mlp": float(arguments.keep_mlp)} if arguments.keep_mlp else {}
+    share = arguments.keep_mlp
+    return {} if share == "auto" else {"keep_mlp": float(share)}
+
+
+def _mlp_of_a_token(job: TrainingJob, kind: LayerKind) -> float:
+    """Bytes: what gate and up give; of a mixture of experts what autograd stores of it."""
+    width = job.shape.width
+    if not kind.experts:
+        return 2.0 * width * kind.dense_width
+    # what experts are given and make; gate, up and their product; the order, and the router's
+    numbers = 2 * kind.used * kind.hidden + 3 * kind.expert_width + kind.hidden
+    numbers += 4 * kind.dense_width
+    return width * numbers + 20.0 * kind.used + 8.0 * kind.experts
 
 
 def _mlp_bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:
     if settings.checkpoint == "none" or settings.keep_mlp == 0:
         return Bytes()
-    each = [kind.dense_width for kind in _mlp_layers(job, settings.keep_mlp)]
-    stored = 2.0 * job.shape.width * job.local
-    whole = stored * sum(each)
-    return Bytes({MLP_PRODUCTS: StepMoments(whole, whole, stored * max(each, default=0))})
+    layers = _mlp_layers(job, settings.keep_mlp)
+    each = [job.local * _mlp_of_a_token(job, kind) for kind in layers]
+    whole = sum(each)
+    return Bytes({MLP_PRODUCTS: StepMoments(whole, whole, max(each, default=0.0))})
 
 
 def _mlp_work(job: TrainingJob, settings: MemorySettings) -> Work:
     if settings.keep_mlp == 0:
         return Work()
-    saved = len(_mlp_layers(job, settings.keep_mlp)) / job.shape.layers
-    return Work(again_mlp=-2 / 3 * saved)
+    saved = sum(1.0 if k.experts else 2 / 3 for k in _mlp_layers(job, settings.keep_mlp))
+    return Work(again_mlp=-saved / job.shape.layers)
 
 
 def _mlp_words(settings: MemorySettings) -> str | None:
     if settings.checkpoint == "none" or settings.keep_mlp == 0:
         return None
-    return f"gate and up outputs saved in {settings.keep_mlp:.0%} of layers"
+    return f"MLP products saved in {settings.keep_mlp:.0%} of layers"
 
 
 def _mlp_advice(job: TrainingJob, settings: MemorySettings) -> tuple[int, str] | None:
@@ -453,4 +473,5 @@ SAVED_MLP = Technique(
     words=_mlp_words,
     advice=_mlp_advice,
     leaner=_less_mlp,
+    ordered=True,
 )

@@ -86,6 +86,9 @@ class LayerCall:
         self.products: dict[str, Tensor] | None = None
         """What gate and up give for all tokens, [T, out] by linear, where they are saved: written
         in the forward pass, read in the backward pass."""
+        self.kept: dict[int, tuple[Tensor, Tensor]] | None = None
+        """Of an MLP that is a module of its own, where what it stores is kept for the backward
+        pass: what each chunk gave it and what it made of that, by the chunk's first token."""
         self._rows = {name: (linear, slice(i, j)) for name, linear, i, j in shape.rows}
         self.set_weights(weights)
 

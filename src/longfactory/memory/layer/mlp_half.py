@@ -30,7 +30,7 @@ def mlp_forward(x: Tensor, out: Tensor, y: Tensor, s: slice, c: LayerCall) -> No
     _, x2 = _after_attention(x, attended(x, out, s, c), s, c)
     n = _mlp_input(x, x2, s, c)
     if c.mlp is not None:
-        m = c.mlp(n, s.start)
+        m = _module_forward(n, s, c)
     else:
         assert c.shape.activation is not None
         gate, up = _gate_up(n, c, None if c.products is None else saved_rows(c.products, s))
@@ -138,12 +138,26 @@ def _gated_backward(dm: Tensor, n: Tensor, s: slice, c: LayerCall, sums: Sums) -
     return through(dup, n, c, "up", sums, dn)
 
 
+def _module_forward(n: Tensor, s: slice, c: LayerCall) -> Tensor:
+    """Through a module of its own: without a graph, or with the one that backward will need."""
+    if c.kept is None:
+        return c.mlp(n, s.start)  # type: ignore[no-any-return]
+    c.kept[s.start] = _differentiable(n, s, c)
+    return c.kept[s.start][1].detach()
+
+
+def _differentiable(n: Tensor, s: slice, c: LayerCall) -> tuple[Tensor, Tensor]:
+    """What the module is given, and what it makes of that: with a graph."""
+    with torch.enable_grad():
+        given = n.detach().requires_grad_()
+        return given, c.mlp(given, s.start)
+
+
 def _module_backward(dm: Tensor, n: Tensor, s: slice, c: LayerCall, sums: Sums) -> Tensor:
     """The same through a module of its own, which autograd differentiates."""
     weights = list(c.mlp_weights())
-    with torch.enable_grad():
-        given = n.detach().requires_grad_()
-        made = c.mlp(given, s.start)
+    kept = None if c.kept is None else c.kept.pop(s.start, None)
+    given, made = kept or _differentiable(n, s, c)
     dm = normed_backward(dm, made.detach(), c, "norm2_after", sums)
     dn, *gradients = torch.autograd.grad(made, [given, *weights], dm, allow_unused=True)
     for place, g in enumerate(gradients):

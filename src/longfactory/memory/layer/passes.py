@@ -64,7 +64,7 @@ def backward(
     da = torch.empty_like(x) if call.shape.separate_gradient else dx
     pending = torch.empty_like(x) if call.shape.parallel else None
     mlp_backward(x, flat, dy, dx, da, pending, call, sums)
-    call.products = None
+    call.products = call.kept = None
     sums.settle()
     if k is None or v is None:
         k, v = keys_values(x, call)
