@@ -8,8 +8,8 @@ A row is a layer in bf16 on one document of 32,768 tokens, attention outputs sav
 tokens: seconds of forward and backward (median of five, both ways by turns), their ratio, the peak
 of memory. `errors`: of the input's gradient and of each weight's in bf16 on 2,048 tokens, from the
 layer's own code in fp32 with the same experts chosen, those of the hand-written function over those
-of the layer's own code: median and largest. Each row has a process of its own, one at a time on
-each GPU.
+of the layer's own code: median and largest. Each GPU has a process, which takes its share of the
+rows one after the other, and another one for those behind a row that kills it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import gc
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -114,6 +117,15 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_next",
         {**_widths(2048, 5120), **_heads(16, 2, 256), **_experts(512, 10, 512), **_FULL}
         | {"shared_expert_intermediate_size": 512},
+    ),
+    "Qwen3-30B-A3B, experts saved": (
+        "qwen3_moe",
+        {**_widths(2048, 6144), **_heads(32, 4), **_experts(128, 8, 768), "keep_mlp": 1.0},
+    ),
+    "gpt-oss-20b, window, experts saved": (
+        "gpt_oss",
+        {**_widths(2880, 2880), **_heads(64, 8, 64), **_experts(32, 4, 2880), **_SLIDING}
+        | {"sliding_window": 128, "keep_mlp": 1.0},
     ),
     "Qwen2.5-7B": ("qwen2", _QWEN_7B),
     "Qwen2.5-7B, LoRA on all linears": ("qwen2", {**_QWEN_7B, "lora": True}),
@@ -287,6 +299,17 @@ def measure(name: str, smoke: bool) -> dict[str, Any]:
     return row | _errors(model, ways, width, device)
 
 
+def _forget() -> None:
+    """Of a row's memory, and of what was compiled for it."""
+    from longfactory.memory import layer_ops
+
+    layer_ops._compiled.clear()
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 class _Plain:
     """The layer as it trains without a hand-written function."""
 
@@ -300,21 +323,42 @@ class _Plain:
 # ---- all rows ------------------------------------------------------------------------------------
 
 
-def _start(name: str, gpu: int | None, smoke: bool, limit: float) -> dict[str, Any]:
-    """A row's process."""
-    command = [sys.executable, "-u", __file__, "--row", name, *(["--smoke"] if smoke else [])]
+def _start(
+    names: list[str], gpu: int | None, smoke: bool, limit: float, say: Callable[[Any], None]
+) -> None:
+    """A process for some rows on one GPU; `say` gets each as it comes."""
+    command = [sys.executable, "-u", __file__, "--row", *names, *(["--smoke"] if smoke else [])]
     env = dict(os.environ)
     if gpu is not None:
         shown = env.get("CUDA_VISIBLE_DEVICES")
         env["CUDA_VISIBLE_DEVICES"] = shown.split(",")[gpu] if shown else str(gpu)
-    try:
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return {"name": name, "error": f"not done in {limit:.0f} s"}
-    for line in done.stdout.splitlines():
-        if line.startswith(MARK):
-            return json.loads(line.removeprefix(MARK))
-    return {"name": name, "error": (done.stderr.strip().splitlines() or ["no output"])[-1][:300]}
+    left, begun = list(names), time.monotonic()
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+        timer = threading.Timer(limit, process.kill)
+        timer.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(MARK):
+                say(json.loads(line.removeprefix(MARK)))
+                left = left[1:]
+        process.wait()
+        over = not timer.is_alive()
+        timer.cancel()
+        errors.seek(0)
+        last = (errors.read().strip().splitlines() or ["no output"])[-1][:300]
+    if left and not over:
+        say({"name": left[0], "error": last})
+        rest = limit - (time.monotonic() - begun)
+        if left[1:] and rest > 15:
+            _start(left[1:], gpu, smoke, rest, say)
+            return
+        left = left[1:]
+    for place, name in enumerate(left):
+        why = "not started: time is up" if place or not over else f"not done in {limit:.0f} s"
+        say({"name": name, "error": why})
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -343,37 +387,35 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--only", nargs="+", default=list(LAYERS), help="names of rows")
     parser.add_argument("--seconds", type=float, default=175.0, help="of the whole command")
-    parser.add_argument("--row", help="for this command's own processes")
+    parser.add_argument("--row", nargs="+", help="for this command's own processes")
     a = parser.parse_args()
-    if a.row:
+    for name in a.row or ():
         try:
-            row = measure(a.row, a.smoke)
+            row = measure(name, a.smoke)
         except Exception as error:
             traceback.print_exc()
-            row = {"name": a.row, "error": f"{type(error).__name__}: {error}"[:300]}
+            row = {"name": name, "error": f"{type(error).__name__}: {error}"[:300]}
         print(MARK + json.dumps(row), flush=True)
+        _forget()
+    if a.row:
         return
-    end = time.monotonic() + a.seconds
     gpus: list[int | None] = [None] if a.smoke else list(range(torch.cuda.device_count()))
     if not gpus:
         raise SystemExit("No GPU here. --smoke runs tiny shapes on a CPU.")
-    free = list(gpus)
     rows: list[dict[str, Any]] = []
     print(HEAD, flush=True)
 
-    def one(name: str) -> None:
-        left = end - time.monotonic()
-        if left < 15:
-            row: dict[str, Any] = {"name": name, "error": "not started: time is up"}
-        else:
-            gpu = free.pop()
-            row = _start(name, gpu, a.smoke, left)
-            free.append(gpu)
+    def say(row: dict[str, Any]) -> None:
         rows.append(row)
         print(_line(row), flush=True)
 
     with concurrent.futures.ThreadPoolExecutor(len(gpus)) as pool:
-        list(pool.map(one, a.only))
+        list(
+            pool.map(
+                lambda i: _start(a.only[i :: len(gpus)], gpus[i], a.smoke, a.seconds, say),
+                range(min(len(gpus), len(a.only))),
+            )
+        )
     rows.sort(key=lambda row: a.only.index(row["name"]))
     a.out.mkdir(parents=True, exist_ok=True)
     device = "CPU" if a.smoke else torch.cuda.get_device_name(0)

@@ -45,6 +45,19 @@ _failed: set[str] = set()
 _compiled: dict[str, Callable[..., Any]] = {}
 
 
+FORMS = 64
+"""Kinds of arguments (types, numbers of dims, widths) that a function is compiled for. torch's own
+limit is 8, and a model whose heads, widths and norms differ by layer has more: beyond it functions
+would run uncompiled."""
+
+
+def _raise_limit() -> None:
+    import torch._dynamo.config as dynamo
+
+    dynamo.recompile_limit = max(dynamo.recompile_limit, FORMS)
+    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 16 * FORMS)
+
+
 def compiles(x: Tensor) -> bool:
     """Whether `fused` functions of x are compiled, as long as the compiler does not fail."""
     return x.is_cuda and os.environ.get("LONGFACTORY_COMPILE", "1") != "0"
@@ -71,6 +84,7 @@ def fused(fn: Callable[..., Any]) -> Callable[..., Any]:
         if not compiles(first) or name in _failed:
             return plain(first, *rest)
         if name not in _compiled:
+            _raise_limit()
             _compiled[name] = torch.compile(plain)
         try:
             return _compiled[name](first, *rest)
