@@ -379,6 +379,25 @@ HEAD = (
 )
 
 
+def write(out: Path, rows: list[dict[str, Any]], machine: str) -> None:
+    """The results as JSON and as a table. Earlier rows stay, unless they were measured again."""
+    path = out / "layers.json"
+    earlier = json.loads(path.read_text()) if path.is_file() else []
+    found = {row["name"]: row for row in earlier}
+    for row in rows:
+        if "error" not in row or row["name"] not in found:
+            found[row["name"]] = row | {"machine": machine}
+    ordered = sorted(found.values(), key=lambda row: list(LAYERS).index(row["name"]))
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(ordered, indent=1) + "\n")
+    machines = "; ".join(sorted({row["machine"] for row in ordered if "machine" in row}))
+    about = f"One layer on {machines}; {TOKENS:,} tokens, bf16. Rows without numbers: not measured."
+    table = "\n".join([HEAD, *map(_line, ordered)])
+    (out / "layers.md").write_text(
+        f"# The hand-written layer beside the generic one\n\n{about}\n\n{table}\n"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -387,6 +406,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--only", nargs="+", default=list(LAYERS), help="names of rows")
     parser.add_argument("--seconds", type=float, default=175.0, help="of the whole command")
+    parser.add_argument("--render", type=Path, nargs="*", help="results to merge into --out")
     parser.add_argument("--row", nargs="+", help="for this command's own processes")
     a = parser.parse_args()
     for name in a.row or ():
@@ -398,6 +418,11 @@ def main() -> None:
         print(MARK + json.dumps(row), flush=True)
         _forget()
     if a.row:
+        return
+    if a.render is not None:
+        for file in a.render:
+            for row in json.loads(file.read_text()):
+                write(a.out, [row], row.get("machine", "one H200"))
         return
     gpus: list[int | None] = [None] if a.smoke else list(range(torch.cuda.device_count()))
     if not gpus:
@@ -416,13 +441,8 @@ def main() -> None:
                 range(min(len(gpus), len(a.only))),
             )
         )
-    rows.sort(key=lambda row: a.only.index(row["name"]))
-    a.out.mkdir(parents=True, exist_ok=True)
     device = "CPU" if a.smoke else torch.cuda.get_device_name(0)
-    about = f"One layer on one {device}, torch {torch.__version__}, {TOKENS:,} tokens, bf16."
-    (a.out / "layers.json").write_text(json.dumps(rows, indent=1) + "\n")
-    table = "\n".join([HEAD, *map(_line, rows)])
-    (a.out / "layers.md").write_text(f"# The hand-written layer\n\n{about}\n\n{table}\n")
+    write(a.out, rows, f"one {device}, torch {torch.__version__}")
     raise SystemExit(any("error" in row for row in rows))
 
 
