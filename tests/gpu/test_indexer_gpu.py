@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import copy
 import time
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from longfactory import sp
-from longfactory.sp import hf, routers, sparse
+from longfactory.sp import hf, indexer, routers, sparse
 from longfactory.sp.guard import guard
+from longfactory.sp.hooks import ModelHooks
 from longfactory.sp.sparse import Chosen
 from longfactory_dev.tiny_models import tiny_model
 
@@ -156,29 +158,84 @@ def test_indexer_guard_passes_in_bf16(family: str) -> None:
 
 
 def test_indexer_memory_grows_with_the_row() -> None:
-    """Never [T, T]: of 32k tokens that would be 1 GiB a head in bits of a mask alone."""
-    peaks = {}
-    for tokens in (16384, 32768):
+    """Never [T, T]: of 32k tokens and 16 heads those scores would be 32 GiB in bf16."""
+    heads, peaks = 16, {}
+    for tokens in (4096, 16384, 32768):
         x = [
-            torch.randn(tokens, 4, d, device="cuda", dtype=torch.bfloat16).requires_grad_()
+            torch.randn(tokens, heads, d, device="cuda", dtype=torch.bfloat16).requires_grad_()
             for d in (192, 192, 128)
         ]
         visible = torch.arange(1, tokens + 1, device="cuda")[:, None]
-        picks = (torch.rand(1, tokens, 512, device="cuda") * visible).int()
+        picks = (torch.rand(1, tokens, 2048, device="cuda") * visible).int()
+        plan = plan_of((tokens,))
+
+        def chosen_keys(x: list[Tensor] = x, picks: Tensor = picks, plan: Any = plan) -> Tensor:
+            return sparse.attention(*x, plan, Chosen(picks), scale=0.07)
+
+        def every_key(x: list[Tensor] = x, plan: Any = plan) -> Tensor:
+            return sp.attention(*x, plan, scale=0.07)
+
+        for name, run in (("chosen keys", chosen_keys), ("every key", every_key)):
+            torch.autograd.grad(run().sum(), x)  # kernels are loaded
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before, start = torch.cuda.memory_allocated(), time.perf_counter()
+            out = run()
+            torch.cuda.synchronize()
+            forward = time.perf_counter() - start
+            torch.autograd.grad(out.sum(), x)
+            torch.cuda.synchronize()
+            both = time.perf_counter() - start
+            peak = torch.cuda.max_memory_allocated() - before
+            flop = tokens**2 * heads * (192 + 128)
+            print(
+                f"{name}, {tokens} tokens, {heads} heads: forward {forward:.3f} s"
+                f" ({flop / forward / 1e12:.0f} TFLOP/s causal), backward {both - forward:.3f} s"
+                f" ({2.5 * flop / (both - forward) / 1e12:.0f}), peak {peak / 2**30:.2f} GiB",
+                flush=True,
+            )
+            if name == "chosen keys":
+                peaks[tokens] = peak
+            del out
+        del x, picks
+    assert peaks[32768] < 2.5 * peaks[16384]
+    assert peaks[32768] < 6 * 2**30
+
+
+def test_indexer_scores_of_many_keys() -> None:
+    """One layer of DeepSeek-V3.2's indexer: 64 heads of 128, of 2,048 queries among 32k keys."""
+    layer = tiny_model(
+        "deepseek_v32", torch.bfloat16, index_topk=2048, index_n_heads=64, index_head_dim=128,
+        max_position_embeddings=32768,
+    ).model.layers[0].self_attn.indexer.cuda()  # fmt: skip
+    tokens, queries = 32768, 2048
+    torch.manual_seed(0)
+    hidden = torch.randn(1, tokens, 64, device="cuda", dtype=torch.bfloat16)
+    compressed = torch.randn(1, tokens, layer.q_lora_rank, device="cuda", dtype=torch.bfloat16)
+    turns = torch.rand(1, tokens, layer.qk_rope_head_dim, device="cuda", dtype=torch.bfloat16)
+    hooks = ModelHooks()
+    holder = torch.nn.Module()
+    holder.indexer = layer
+    indexer.prepare(holder, hooks)
+    plan = plan_of((tokens,))
+    last = [
+        sparse.Stretch(slice(0, queries), 0, tokens, ((0, tokens),)),
+        sparse.Stretch(slice(tokens - queries, tokens), tokens - queries, tokens, ((0, tokens),)),
+    ]
+    sparse._stretches[plan] = tuple(last)
+    for _ in range(2):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before, start = torch.cuda.memory_allocated(), time.perf_counter()
-        out = sparse.attention(*x, plan_of((tokens,)), Chosen(picks), scale=0.07)
+        picks = layer(hidden, compressed, (turns, turns), indexer.MASK, None, indexer.RowKeys(plan))
         torch.cuda.synchronize()
-        forward = time.perf_counter() - start
-        torch.autograd.grad(out.sum(), x)
-        torch.cuda.synchronize()
-        peaks[tokens] = torch.cuda.max_memory_allocated() - before
-        print(
-            f"{tokens} tokens, 4 heads: forward {forward:.2f} s, with backward"
-            f" {time.perf_counter() - start:.2f} s, peak {peaks[tokens] / 2**30:.2f} GiB",
-            flush=True,
-        )
-        del x, out, picks
-    assert peaks[32768] < 2.5 * peaks[16384]
-    assert peaks[32768] < 4 * 2**30
+        seconds = time.perf_counter() - start
+        peak = torch.cuda.max_memory_allocated() - before
+    print(
+        f"scores of {queries} queries among {tokens} keys: {seconds:.3f} s"
+        f" ({2 * 64 * 129 * queries * tokens / seconds / 1e12:.1f} TFLOP/s), peak"
+        f" {peak / 2**30:.2f} GiB",
+        flush=True,
+    )
+    assert picks.shape == (1, tokens, 2048)
+    assert peak < 4 * 2**30

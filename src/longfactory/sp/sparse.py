@@ -11,11 +11,13 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import probe, replay
 from .collectives import raw_all_gather, raw_reduce_scatter
@@ -26,7 +28,8 @@ from .tiles import runs
 GATHERED = 1 << 30
 """Bytes of gathered keys and values that are held at once; those of one key head at least."""
 WORKSPACE = 1 << 28
-"""Bytes of the scores of a chunk of queries; those of one query at least."""
+"""Bytes of the scores of a chunk of queries, or of its mask where scores are not stored; those of
+one query at least."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,10 +161,13 @@ class Chosen:
 @dataclasses.dataclass(frozen=True)
 class _Call:
     plan: RowPlan
-    chosen: Chosen
+    choices: int
+    block: int
     scale: float
     heads: int
     """Key heads that are gathered at once."""
+    fused: bool
+    """Whether a kernel computes a chunk without storing its scores."""
 
 
 def attention(
@@ -195,7 +201,21 @@ def attention(
     if (seen := probe.current()) is not None:
         seen.arrived[seen.layer].add(probe.settings(scale, None, None, None, sinks))
     with torch.autocast(kind, enabled=False):
-        return _Attention.apply(q, k, v, sinks, _Call(plan, chosen, float(scale), heads))
+        fused = sinks is None and _is_fused(q, v)
+        sets = len(chosen.indices)
+        call = _Call(plan, sets, chosen.block, float(scale), heads, fused)
+        return _Attention.apply(q, k, v, sinks, chosen.indices, call)
+
+
+def _is_fused(q: Tensor, v: Tensor) -> bool:
+    """Whether PyTorch's memory-efficient kernel takes a mask with these."""
+    return (
+        q.is_cuda
+        and q.dtype != torch.float64
+        and q.shape[2] % 8 == v.shape[2] % 8 == 0
+        and torch.cuda.get_device_capability(q.device)[0] >= 8
+        and not torch.are_deterministic_algorithms_enabled()  # it adds gradients in any order
+    )
 
 
 def _check(
@@ -228,23 +248,29 @@ def _check(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: _Call
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        indices: Tensor,
+        call: _Call,
     ) -> Tensor:
-        ctx.chosen = (call.chosen.block, call.plan, call.scale, call.heads)
-        ctx.save_for_backward(q, k, v, sinks, call.chosen.indices)
+        ctx.call = call
+        ctx.save_for_backward(q, k, v, sinks, indices)
         if (replayed := replay.kept()) is not None:
             return replayed[0]
         out = q.new_empty((*q.shape[:2], v.shape[2]))
         for part in _parts(q.shape[1], k.shape[1], call):
             keys, values = (_gathered(x[:, part.keys], call.plan) for x in (k, v))
             mine = None if sinks is None else sinks[part.queries]
-            for piece in _pieces(part, call):
+            for piece in _pieces(part, indices, call):
                 out[piece.rows, part.queries] = _softmax(
                     q[piece.rows, part.queries],
                     piece.stretch.of(keys)[: piece.seen],
                     piece.stretch.of(values)[: piece.seen],
                     piece.mask,
-                    call.scale,
+                    call,
                     mine,
                 )
         replay.record(out, out.new_empty(0))
@@ -254,8 +280,8 @@ class _Attention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sinks, indices = ctx.saved_tensors
-        block, plan, scale, heads = ctx.chosen
-        call = _Call(plan, Chosen(indices, block), scale, heads)
+        call: _Call = ctx.call
+        plan = call.plan
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         dsinks = None if sinks is None else torch.zeros_like(sinks, dtype=wide)
@@ -263,7 +289,7 @@ class _Attention(torch.autograd.Function):
             for part in _parts(q.shape[1], k.shape[1], call):
                 keys, values = (_gathered(x[:, part.keys], plan) for x in (k, v))
                 gathered = [torch.zeros_like(x, dtype=wide) for x in (keys, values)]
-                for piece in _pieces(part, call):
+                for piece in _pieces(part, indices, call):
                     some_q = q[piece.rows, part.queries].detach().requires_grad_()
                     some_k = piece.stretch.of(keys)[: piece.seen].detach().requires_grad_()
                     some_v = piece.stretch.of(values)[: piece.seen].detach().requires_grad_()
@@ -273,7 +299,7 @@ class _Attention(torch.autograd.Function):
                         mine = sinks[part.queries].detach().requires_grad_()
                         leaves.append(mine)
                     with torch.enable_grad():
-                        out = _softmax(some_q, some_k, some_v, piece.mask, scale, mine)
+                        out = _softmax(some_q, some_k, some_v, piece.mask, call, mine)
                     grads = torch.autograd.grad(out, leaves, dout[piece.rows, part.queries])
                     dq[piece.rows, part.queries] = grads[0]
                     for total, grad in zip(gathered, grads[1:3], strict=True):
@@ -283,7 +309,7 @@ class _Attention(torch.autograd.Function):
                 dk[:, part.keys], dv[:, part.keys] = (_given_back(x, plan) for x in gathered)
         if dsinks is not None:
             dsinks = dsinks.to(sinks.dtype)
-        return dq, dk, dv, dsinks, None
+        return dq, dk, dv, dsinks, None, None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,7 +333,7 @@ class _Piece:
 
 
 def _parts(heads: int, kv_heads: int, call: _Call) -> Iterator[_Part]:
-    group, each = heads // kv_heads, kv_heads // call.chosen.indices.shape[0]
+    group, each = heads // kv_heads, kv_heads // call.choices
     for start in range(0, kv_heads, call.heads):
         stop = start + call.heads
         choice = start // each
@@ -316,9 +342,9 @@ def _parts(heads: int, kv_heads: int, call: _Call) -> Iterator[_Part]:
         )
 
 
-def _pieces(part: _Part, call: _Call) -> Iterator[_Piece]:
-    chosen = Chosen(call.chosen.indices[part.choice], call.chosen.block)
-    heads = part.queries.stop - part.queries.start
+def _pieces(part: _Part, indices: Tensor, call: _Call) -> Iterator[_Piece]:
+    chosen = Chosen(indices[part.choice], call.block)
+    heads = 1 if call.fused else part.queries.stop - part.queries.start
     for stretch in stretches_of(call.plan):
         size = max(1, WORKSPACE // (4 * heads * (stretch.first + len(stretch))))
         for rows, positions in stretch.chunks(size):
@@ -326,17 +352,23 @@ def _pieces(part: _Part, call: _Call) -> Iterator[_Piece]:
 
 
 def _softmax(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, sinks: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, call: _Call, sinks: Tensor | None
 ) -> Tensor:
     """q [c, H, D], k [L, Hk, D], v [L, Hk, Dv], mask [1, c, L] -> [c, H, Dv]."""
     group = q.shape[1] // k.shape[1]
     # [L, Hk, D] -> [H, L, D]
-    k, v = (x.transpose(0, 1).repeat_interleave(group, 0) for x in (k, v))
+    k, v = (x.transpose(0, 1) for x in (k, v))
+    if group > 1:
+        k, v = (x.repeat_interleave(group, 0) for x in (k, v))
     q = q.transpose(0, 1)
     if sinks is None:
-        out = F.scaled_dot_product_attention(q[None], k[None], v[None], mask[None], scale=scale)[0]
-        return out.transpose(0, 1)
-    scores = (q @ k.transpose(1, 2) * scale).masked_fill(~mask, float("-inf"))
+        kernel = sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if call.fused else nullcontext()
+        with kernel:
+            out = F.scaled_dot_product_attention(
+                q[None], k[None], v[None], mask[None], scale=call.scale
+            )
+        return out[0].transpose(0, 1)
+    scores = (q @ k.transpose(1, 2) * call.scale).masked_fill(~mask, float("-inf"))
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     sink = sinks[:, None, None].to(wide).expand(-1, len(q[0]), 1)
     weights = torch.cat([scores.to(wide), sink], -1).softmax(-1)[..., :-1]
