@@ -45,6 +45,21 @@ def _product(x, y, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _rows(x, row, x_row, x_head, head, column, here, size):  # type: ignore[no-untyped-def]
+    """[C, B] some columns of a head's vectors of these tokens, in fp32; 0 where there is none."""
+    place = row[:, None] * x_row + head * x_head + column[None, :]
+    inside = here[:, None] & (column < size)[None, :]
+    return tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _of_chunk(x, at, i, column, size, C: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[C, B] some columns of what is stored of a chunk's tokens; 0 where there is none."""
+    place = (at * C + i[:, None]) * size + column[None, :]
+    return tl.load(x + place, mask=(column < size)[None, :], other=0.0)
+
+
+@triton.jit
 def _decay(sums, size: tl.constexpr, apart: tl.constexpr):  # type: ignore[no-untyped-def]
     """[C] -> [C, C]: the decay from token j to token i; 0 unless i is `apart` after j or later."""
     i = tl.arange(0, size)
@@ -153,11 +168,7 @@ def _lower(  # type: ignore[no-untyped-def]
     at = chunk * HEADS + head
     tl.store(sums + at * C + i, total)
     if DELTA:
-        keys = tl.load(
-            k + row[:, None] * k_row + (head // SHARE) * k_head + dk[None, :],
-            mask=here[:, None] & (dk < DK)[None, :],
-            other=0.0,
-        ).to(tl.float32)
+        keys = _rows(k, row, k_row, k_head, head // SHARE, dk, here, DK)
         rate = tl.load(beta + row * beta_row + head, mask=here, other=0.0).to(tl.float32)
         lower = _product(keys, tl.trans(keys), PRECISION)
         lower = lower * _decay(total, C, 1) * rate[:, None]
@@ -202,21 +213,13 @@ def _solve(  # type: ignore[no-untyped-def]
     for begin in range(0, DK, BK):
         dk = begin + tl.arange(0, BK)
         inside = (dk < DK)[None, :]
-        keys = tl.load(
-            k + row[:, None] * k_row + (head // SHARE) * k_head + dk[None, :],
-            mask=here[:, None] & inside,
-            other=0.0,
-        ).to(tl.float32)
+        keys = _rows(k, row, k_row, k_head, head // SHARE, dk, here, DK)
         reads = _product(solved, keys * (grown * rate)[:, None], PRECISION)
         tl.store(w + (at * C + i[:, None]) * DK + dk[None, :], reads, mask=inside)
     for begin in range(0, DV, BV):
         dv = begin + tl.arange(0, BV)
         inside = (dv < DV)[None, :]
-        values = tl.load(
-            v + row[:, None] * v_row + head * v_head + dv[None, :],
-            mask=here[:, None] & inside,
-            other=0.0,
-        ).to(tl.float32)
+        values = _rows(v, row, v_row, v_head, head, dv, here, DV)
         writes = _product(solved, values * rate[:, None], PRECISION)
         tl.store(u + (at * C + i[:, None]) * DV + dv[None, :], writes, mask=inside)
 
@@ -272,33 +275,18 @@ def _scan(  # type: ignore[no-untyped-def]
         at = chunk * HEADS + head
         total = tl.load(sums + at * C + i)
         last = tl.sum(tl.where(i == C - 1, total, 0.0), 0)
-        keys = tl.load(
-            k + row[:, None] * k_row + (head // SHARE) * k_head + dk[None, :],
-            mask=here[:, None] & (dk < DK)[None, :],
-            other=0.0,
-        ).to(tl.float32)
+        keys = _rows(k, row, k_row, k_head, head // SHARE, dk, here, DK)
         if KEEP:
             tl.store(states + at * size + place, state, mask=both)
         values = tl.zeros([C, BV], dtype=tl.float32)
         if VALUES:
             if DELTA:
-                values = tl.load(
-                    u + (at * C + i[:, None]) * DV + dv[None, :], mask=(dv < DV)[None, :], other=0.0
-                )
+                values = _of_chunk(u, at, i, dv, DV, C)
             else:
                 rate = tl.load(beta + row * beta_row + head, mask=here, other=0.0).to(tl.float32)
-                values = (
-                    tl.load(
-                        v + row[:, None] * v_row + head * v_head + dv[None, :],
-                        mask=here[:, None] & (dv < DV)[None, :],
-                        other=0.0,
-                    ).to(tl.float32)
-                    * rate[:, None]
-                )
+                values = _rows(v, row, v_row, v_head, head, dv, here, DV) * rate[:, None]
         if DELTA:
-            reads = tl.load(
-                w + (at * C + i[:, None]) * DK + dk[None, :], mask=(dk < DK)[None, :], other=0.0
-            )
+            reads = _of_chunk(w, at, i, dk, DK, C)
             values -= _product(reads, state, PRECISION)
             if KEEP:
                 tl.store(
@@ -349,29 +337,18 @@ def _outputs(  # type: ignore[no-untyped-def]
     row = first + i
     at = chunk * HEADS + head
     total = tl.load(sums + at * C + i)
-    place = row[:, None] * k_row + (head // SHARE) * k_head + dk[None, :]
-    inside = here[:, None] & (dk < DK)[None, :]
-    queries = tl.load(q + place, mask=inside, other=0.0).to(tl.float32)
-    keys = tl.load(k + place, mask=inside, other=0.0).to(tl.float32)
+    queries = _rows(q, row, k_row, k_head, head // SHARE, dk, here, DK)
+    keys = _rows(k, row, k_row, k_head, head // SHARE, dk, here, DK)
     scores = _product(queries, tl.trans(keys), PRECISION) * _decay(total, C, 0)
     queries = queries * tl.exp(total)[:, None]
     for begin in range(0, DV, BV):
         dv = begin + tl.arange(0, BV)
         columns = (dv < DV)[None, :]
         if DELTA:
-            values = tl.load(
-                written + (at * C + i[:, None]) * DV + dv[None, :], mask=columns, other=0.0
-            )
+            values = _of_chunk(written, at, i, dv, DV, C)
         else:
             rate = tl.load(beta + row * beta_row + head, mask=here, other=0.0).to(tl.float32)
-            values = (
-                tl.load(
-                    v + row[:, None] * v_row + head * v_head + dv[None, :],
-                    mask=here[:, None] & columns,
-                    other=0.0,
-                ).to(tl.float32)
-                * rate[:, None]
-            )
+            values = _rows(v, row, v_row, v_head, head, dv, here, DV) * rate[:, None]
         state = tl.load(
             states + at * DK * DV + dk[:, None] * DV + dv[None, :],
             mask=(dk < DK)[:, None] & columns,
@@ -417,20 +394,14 @@ def _output_gradients(  # type: ignore[no-untyped-def]
     row = first + i
     at = chunk * HEADS + head
     total = tl.load(sums + at * C + i)
-    place = row[:, None] * k_row + (head // SHARE) * k_head + dk[None, :]
-    inside = here[:, None] & (dk < DK)[None, :]
-    queries = tl.load(q + place, mask=inside, other=0.0).to(tl.float32)
-    keys = tl.load(k + place, mask=inside, other=0.0).to(tl.float32)
+    queries = _rows(q, row, k_row, k_head, head // SHARE, dk, here, DK)
+    keys = _rows(k, row, k_row, k_head, head // SHARE, dk, here, DK)
     scores = _product(queries, tl.trans(keys), PRECISION) * _decay(total, C, 0)
     queries = queries * tl.exp(total)[:, None]
     for begin in range(0, DV, BV):
         dv = begin + tl.arange(0, BV)
         columns = (dv < DV)[None, :]
-        slope = tl.load(
-            grad + row[:, None] * grad_row + head * grad_head + dv[None, :],
-            mask=here[:, None] & columns,
-            other=0.0,
-        ).to(tl.float32)
+        slope = _rows(grad, row, grad_row, grad_head, head, dv, here, DV)
         tl.store(
             d_states + at * DK * DV + dk[:, None] * DV + dv[None, :],
             _product(tl.trans(queries), slope, PRECISION),
@@ -487,11 +458,7 @@ def _reverse(  # type: ignore[no-untyped-def]
         at = chunk * HEADS + head
         total = tl.load(sums + at * C + i)
         last = tl.sum(tl.where(i == C - 1, total, 0.0), 0)
-        keys = tl.load(
-            k + row[:, None] * k_row + (head // SHARE) * k_head + dk[None, :],
-            mask=here[:, None] & (dk < DK)[None, :],
-            other=0.0,
-        ).to(tl.float32)
+        keys = _rows(k, row, k_row, k_head, head // SHARE, dk, here, DK)
         keys = keys * tl.exp(last - total)[:, None]
         values = d_written + (at * C + i[:, None]) * DV + dv[None, :]
         columns = (dv < DV)[None, :]
@@ -504,9 +471,7 @@ def _reverse(  # type: ignore[no-untyped-def]
         tl.store(d_states + at * size + place, slope, mask=both)
         slope = before + slope * tl.exp(last)
         if DELTA:
-            reads = tl.load(
-                w + (at * C + i[:, None]) * DK + dk[None, :], mask=(dk < DK)[None, :], other=0.0
-            )
+            reads = _of_chunk(w, at, i, dk, DK, C)
             slope -= _product(tl.trans(reads), given, PRECISION)
     tl.store(d_start + (fragment * HEADS + head) * size + place, slope, mask=both)
 
@@ -573,17 +538,12 @@ def _value_gradients(  # type: ignore[no-untyped-def]
         both = (dk < DK)[:, None] & columns
         state = tl.load(states + state_place, mask=both, other=0.0)
         slope_after = tl.load(after + state_place, mask=both, other=0.0)
-        own = (at * C + i[:, None]) * DV + dv[None, :]
-        d_values = tl.load(d_written + own, mask=columns, other=0.0)
-        slope = tl.load(
-            grad + row[:, None] * grad_row + head * grad_head + dv[None, :], mask=rows, other=0.0
-        ).to(tl.float32)
-        value = tl.load(
-            v + row[:, None] * v_row + head * v_head + dv[None, :], mask=rows, other=0.0
-        ).to(tl.float32)
+        d_values = _of_chunk(d_written, at, i, dv, DV, C)
+        slope = _rows(grad, row, grad_row, grad_head, head, dv, here, DV)
+        value = _rows(v, row, v_row, v_head, head, dv, here, DV)
         values = value * rate[:, None]
         if DELTA:
-            values = tl.load(written + own, mask=columns, other=0.0)
+            values = _of_chunk(written, at, i, dv, DV, C)
         d_last += tl.sum(tl.sum(slope_after * state, 1), 0)
         d_qd += _product(slope, tl.trans(state), PRECISION)
         d_kd += _product(values, tl.trans(slope_after), PRECISION)
@@ -660,18 +620,12 @@ def _key_gradients(  # type: ignore[no-untyped-def]
     d_solved = tl.zeros([C, C], dtype=tl.float32)
     for begin in range(0, DK, BD):
         dk = begin + tl.arange(0, BD)
-        inside = here[:, None] & (dk < DK)[None, :]
-        place = row[:, None] * k_row + (head // SHARE) * k_head + dk[None, :]
-        keys = tl.load(k + place, mask=inside, other=0.0).to(tl.float32)
-        queries = tl.load(q + place, mask=inside, other=0.0).to(tl.float32)
+        keys = _rows(k, row, k_row, k_head, head // SHARE, dk, here, DK)
+        queries = _rows(q, row, k_row, k_head, head // SHARE, dk, here, DK)
         scores += _product(queries, tl.trans(keys), PRECISION)
         if DELTA:
             alike += _product(keys, tl.trans(keys), PRECISION)
-            d_w = tl.load(
-                d_w_in + (at * C + i[:, None]) * DK + dk[None, :],
-                mask=(dk < DK)[None, :],
-                other=0.0,
-            )
+            d_w = _of_chunk(d_w_in, at, i, dk, DK, C)
             scaled = keys * (grown * rate)[:, None]
             d_solved += _product(d_w, tl.trans(scaled), PRECISION)
     d_scores = tl.load(d_scores_in + square) * falls
@@ -682,8 +636,8 @@ def _key_gradients(  # type: ignore[no-untyped-def]
     if DELTA:
         d_solved += tl.load(d_solved_in + square)
         solved = tl.load(t + square)
-        d_lower = _product(tl.trans(solved), d_solved, PRECISION)
-        d_lower = -_product(d_lower, tl.trans(solved), PRECISION)
+        d_lower = _exact(tl.trans(solved), d_solved)
+        d_lower = -_exact(d_lower, tl.trans(solved))
         d_lower = tl.where(i[:, None] > i[None, :], d_lower, 0.0) * falls
         raw = alike * d_lower
         d_rate += tl.sum(raw, 1)
@@ -696,10 +650,9 @@ def _key_gradients(  # type: ignore[no-untyped-def]
     for begin in range(0, DK, BD):
         dk = begin + tl.arange(0, BD)
         inside = here[:, None] & (dk < DK)[None, :]
-        place = row[:, None] * k_row + (head // SHARE) * k_head + dk[None, :]
         results = (row[:, None] * HEADS + head) * DK + dk[None, :]
-        keys = tl.load(k + place, mask=inside, other=0.0).to(tl.float32)
-        queries = tl.load(q + place, mask=inside, other=0.0).to(tl.float32)
+        keys = _rows(k, row, k_row, k_head, head // SHARE, dk, here, DK)
+        queries = _rows(q, row, k_row, k_head, head // SHARE, dk, here, DK)
         d_queries = tl.load(dq + results, mask=inside, other=0.0)
         d_total += tl.sum(d_queries * queries, 1) * grown
         d_queries = d_queries * grown[:, None]
@@ -709,11 +662,7 @@ def _key_gradients(  # type: ignore[no-untyped-def]
         d_keys = d_keys * left[:, None]
         d_keys += _product(tl.trans(d_scores), queries, PRECISION)
         if DELTA:
-            d_w = tl.load(
-                d_w_in + (at * C + i[:, None]) * DK + dk[None, :],
-                mask=(dk < DK)[None, :],
-                other=0.0,
-            )
+            d_w = _of_chunk(d_w_in, at, i, dk, DK, C)
             d_scaled = _product(tl.trans(solved), d_w, PRECISION)
             d_keys += d_scaled * (grown * rate)[:, None]
             along = tl.sum(d_scaled * keys, 1) * grown

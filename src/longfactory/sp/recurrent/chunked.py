@@ -21,7 +21,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-import logging
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -30,9 +29,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..collectives import raw_all_gather
+from .checked import are_right
 from .fragments import Chunks, Fragment, Fragments
-
-log = logging.getLogger(__name__)
 
 Kind = Literal["plain", "delta"]
 CHUNK = 64
@@ -628,10 +626,6 @@ def by_kernels(inputs: list[Tensor], rule: Rule) -> bool:
     return _are_right(v.device, v.dtype, rule.kind, k.shape[2], v.shape[2])
 
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-"""Of the kernels on a few tokens, from float64: the norm of the error over that of the result."""
-
-
 @functools.cache
 def _are_right(
     device: torch.device, dtype: torch.dtype, kind: Kind, key_dim: int, value_dim: int
@@ -655,27 +649,17 @@ def _are_right(
     inputs = [*(x.to(dtype) for x in low), *gates]
     first, after = normal(2, 2, 2, key_dim, value_dim)
     slope = normal(tokens, 2, value_dim).to(dtype)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            found = _results(inputs, rule, chunks, first, slope, after, True)
+
+    def kernels() -> list[Tensor]:
+        return _results(inputs, rule, chunks, first, slope, after, True)
+
+    def expected() -> list[Tensor]:
         wide = [x.double() for x in inputs]
         given = first.double(), slope.double(), after.double()
-        expected = _results(wide, rule, chunks, *given, False)
-        pairs = zip(found, expected, strict=True)
-        worst = max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
-        reason = "" if worst <= TOLERANCE[dtype] else f"is {worst:.1e} from float64"
-    except Exception as error:  # a version of Triton or a GPU on which they cannot be made
-        reason = f"fails with {type(error).__name__}: {str(error)[:200]}"
-    if reason:
-        log.warning(
-            "A %s recurrence with keys of %d and values of %d runs in PyTorch, slowly:"
-            " LongFactory's Triton kernel %s on this device.",
-            kind,
-            key_dim,
-            value_dim,
-            reason,
-        )
-    return not reason
+        return _results(wide, rule, chunks, *given, False)
+
+    what = f"A {kind} recurrence with keys of {key_dim} and values of {value_dim} runs"
+    return are_right(what, kernels, expected, dtype)
 
 
 def _results(

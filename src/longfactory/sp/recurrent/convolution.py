@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import logging
 from typing import Any
 
 import torch
@@ -16,10 +15,8 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from ..collectives import all_gather
-from .chunked import TOLERANCE
+from .checked import are_right
 from .fragments import Fragment, Fragments, Halo
-
-log = logging.getLogger(__name__)
 
 
 def kernels_on(x: Tensor, width: int) -> Any:
@@ -55,22 +52,13 @@ def _is_right(device: torch.device, dtype: torch.dtype, width: int) -> bool:
             out = run(leaves[0], leaves[0][:0], leaves[1], leaves[2], True, halo)
         return [out.detach(), *torch.autograd.grad(out, leaves, slope)]
 
-    given = [x, weight, bias]
-    try:
-        found = graded(convolution_kernels.convolved, given, slope)
-        expected = graded(_by_pytorch, [t.double() for t in given], slope.double())
-        pairs = zip(found, expected, strict=True)
-        worst = max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
-        reason = "" if worst <= TOLERANCE[dtype] else f"is {worst:.1e} from float64"
-    except Exception as error:  # a version of Triton or a GPU on which they cannot be made
-        reason = f"fails with {type(error).__name__}: {str(error)[:200]}"
-    if reason:
-        log.warning(
-            "Short convolutions run in PyTorch, slowly: LongFactory's Triton kernel %s on this"
-            " device.",
-            reason,
-        )
-    return not reason
+    def kernels() -> list[Tensor]:
+        return graded(convolution_kernels.convolved, [x, weight, bias], slope)
+
+    def expected() -> list[Tensor]:
+        return graded(_by_pytorch, [t.double() for t in (x, weight, bias)], slope.double())
+
+    return are_right("Short convolutions run", kernels, expected, x.dtype)
 
 
 def _by_pytorch(

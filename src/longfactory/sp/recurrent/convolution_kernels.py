@@ -35,6 +35,38 @@ def _tap(x, given, source, rows, zero, column, inside, x_row, given_row):  # typ
 
 
 @triton.jit
+def _sum_of_taps(  # type: ignore[no-untyped-def]
+    x,
+    given,
+    weight,
+    bias,
+    taps,
+    row,
+    column,
+    rows,
+    zero,
+    columns,
+    x_row,
+    given_row,
+    WIDTH: tl.constexpr,
+    BIAS: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+):
+    """[R, C] the convolution before its activation."""
+    inside = (column < columns)[None, :]
+    total = tl.zeros([R, C], dtype=tl.float32)
+    for tap in tl.static_range(WIDTH):
+        source = tl.load(taps + row * WIDTH + tap, mask=row < rows, other=0).to(tl.int64)
+        factor = tl.load(weight + column * WIDTH + tap, mask=column < columns, other=0.0)
+        read = _tap(x, given, source, rows, zero, column, inside, x_row, given_row)
+        total += factor.to(tl.float32)[None, :] * read
+    if BIAS:
+        total += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+    return total
+
+
+@triton.jit
 def _forward(  # type: ignore[no-untyped-def]
     x,
     given,
@@ -57,14 +89,10 @@ def _forward(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     column = tl.program_id(1) * C + tl.arange(0, C)
     inside = (column < columns)[None, :]
-    total = tl.zeros([R, C], dtype=tl.float32)
-    for tap in tl.static_range(WIDTH):
-        source = tl.load(taps + row * WIDTH + tap, mask=row < rows, other=0).to(tl.int64)
-        factor = tl.load(weight + column * WIDTH + tap, mask=column < columns, other=0.0)
-        read = _tap(x, given, source, rows, zero, column, inside, x_row, given_row)
-        total += factor.to(tl.float32)[None, :] * read
-    if BIAS:
-        total += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+    total = _sum_of_taps(
+        x, given, weight, bias, taps, row, column, rows, zero, columns, x_row, given_row,
+        WIDTH, BIAS, R, C,
+    )  # fmt: skip
     if SILU:
         total = total / (1 + tl.exp(-total))
     both = (row < rows)[:, None] & inside
@@ -106,15 +134,10 @@ def _slopes(  # type: ignore[no-untyped-def]
         grad + row[:, None] * grad_row + column[None, :], mask=both, other=0.0
     ).to(tl.float32)
     if SILU:
-        total = tl.zeros([R, C], dtype=tl.float32)
-        for tap in tl.static_range(WIDTH):
-            source = tl.load(taps + row * WIDTH + tap, mask=row < rows, other=0).to(tl.int64)
-            factor = tl.load(weight + column * WIDTH + tap, mask=column < columns, other=0.0)
-            read = _tap(x, given, source, rows, zero, column, inside, x_row, given_row)
-            total += factor.to(tl.float32)[None, :] * read
-        if BIAS:
-            added = tl.load(bias + column, mask=column < columns, other=0.0)
-            total += added.to(tl.float32)[None, :]
+        total = _sum_of_taps(
+            x, given, weight, bias, taps, row, column, rows, zero, columns, x_row, given_row,
+            WIDTH, BIAS, R, C,
+        )  # fmt: skip
         share = 1 / (1 + tl.exp(-total))
         given_slope = given_slope * share * (1 + total * (1 - share))
     tl.store(

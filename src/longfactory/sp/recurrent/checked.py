@@ -1,0 +1,39 @@
+"""Whether kernels of Triton are right on a device: a small example of theirs beside float64."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+"""Of an example's results, from float64: the norm of the error over that of the result."""
+
+
+def are_right(
+    what: str,
+    kernels: Callable[[], list[Tensor]],
+    expected: Callable[[], list[Tensor]],
+    dtype: torch.dtype,
+) -> bool:
+    """Runs an example by kernels and as it should be, and compares. What is wrong is logged.
+
+    Args:
+        what: runs in PyTorch where the kernels are not right, in the words of a log line.
+        dtype: of the example.
+    """
+    try:
+        pairs = zip(kernels(), expected(), strict=True)
+        worst = max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
+        reason = "" if worst <= TOLERANCE[dtype] else f"is {worst:.1e} from float64"
+    except Exception as error:  # a version of Triton or a GPU on which they cannot be made
+        reason = f"fails with {type(error).__name__}: {str(error)[:200]}"
+    if reason:
+        log.warning(
+            "%s in PyTorch, slowly: LongFactory's Triton kernel %s on this device.", what, reason
+        )
+    return not reason
