@@ -14,8 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from PIL import Image
 from safetensors.torch import load_file
 
+import tiny_media
+from longfactory.data.media.images import steps_to_size
 from longfactory.testing import RankError
 from small_runs import POOLS, keys, run_on_ranks, steps, train
 from vision_runs import FAMILIES, TRAINED, of_run, write_data, write_model
@@ -199,6 +203,56 @@ def test_vision_runs_predict(home: Path) -> None:
     lines = (home / "predicted" / "generated_predictions.jsonl").read_text().splitlines()
     assert len(lines) == 16
     assert any("<|image_pad|>" in json.loads(line)["prompt"] for line in lines)
+
+
+def test_vision_chat_with_an_image(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model's answer to an image is that of transformers' own `generate` to its processor's
+    tensors; a file that cannot be read takes its message back.
+    """
+    from transformers import AutoTokenizer
+
+    from longfactory.config import load_config
+    from longfactory.output import chat
+
+    lines = iter([f"<image:{home}/1.png>What? <video:no.mp4>", f"<image:{home}/1.png>What?"])
+
+    def line(prompt: str = "") -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", line)
+    seen: list[dict[str, Any]] = []
+    generate = transformers.GenerationMixin.generate
+
+    def noting(self: Any, **given: Any) -> Any:
+        seen.append(given | {"made": generate(self, **given)})
+        return seen[-1]["made"]
+
+    monkeypatch.setattr(transformers.GenerationMixin, "generate", noting)
+    folder = home / "qwen3_vl"
+    given = {"template": "qwen3_vl_nothink", "max_new_tokens": 4, "do_sample": "false"}
+    words = [f"{k}={v}" for k, v in {"model_name_or_path": folder, **given}.items()]
+    chat.chat(load_config([*words, "image_max_pixels=4096"], command="chat"))
+    out = capsys.readouterr().out
+    assert chat.WITH_MEDIA in out
+    assert "not answered: missing media: no.mp4" in out and len(seen) == 1
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    picture = Image.open(home / "1.png").convert("RGB")
+    picture = picture.resize(steps_to_size(picture.size, 4096, 1024, True)[-1])
+    processed = tiny_media.image_processor("qwen3_vl")(images=[picture], return_tensors="pt")
+    count = int(processed["image_grid_thw"].prod()) // 4
+    text = (
+        f"<|im_start|>user\n<|vision_start|>{'<|image_pad|>' * count}<|vision_end|>What?<|im_end|>"
+        "\n<|im_start|>assistant\n"
+    )
+    assert tokenizer.decode(seen[0]["input_ids"][0]) == text
+    assert torch.equal(seen[0]["pixel_values"], processed["pixel_values"])
+    assert torch.equal(seen[0]["image_grid_thw"], processed["image_grid_thw"])
+    assert seen[0]["made"].shape[1] == seen[0]["input_ids"].shape[1] + 4
 
 
 @slow

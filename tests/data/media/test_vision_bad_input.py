@@ -49,6 +49,9 @@ def media(tmp_path: Path) -> Path:
     for name in ("good.png", "whole.jpg"):
         data = (folder / name).read_bytes()
         (folder / f"cut_{name}").write_bytes(data[: len(data) // 2])
+    flipped = bytearray((folder / "good.png").read_bytes())
+    flipped[len(flipped) // 2] ^= 0xFF
+    (folder / "flipped.png").write_bytes(flipped)
     (folder / "a_folder.png").mkdir()
     picture.convert("CMYK").save(folder / "cmyk.jpg")
     deep = (np.linspace(0, 65535, 200 * 120).reshape(120, 200)).astype(np.uint16)
@@ -82,6 +85,7 @@ def test_vision_bad_images_are_counted_with_file_and_row(
         (row(images=["text.png"]), "broken image: "),
         (row(images=["cut_good.png"]), "broken image: "),
         (row(images=["cut_whole.jpg"]), "broken image: "),
+        (row(images=["flipped.png"]), "broken image: "),
         (row(images=["a_folder.png"]), "missing media: a_folder.png is not a file"),
         (row(images=["../secret.png"]), "media outside media_dir: ../secret.png"),
         (row(images=["link.png"]), "media outside media_dir: link.png, which leads to"),
@@ -204,11 +208,15 @@ def test_vision_bad_videos_are_counted(tmp_path: Path, write_data: Any, media: P
     (media / "short.mp4").write_bytes(front.read_bytes()[: front.stat().st_size * 3 // 4])
     (media / "noise.mp4").write_bytes(b"\0\1" * 3000)
     (media / "empty.mp4").write_bytes(b"")
+    flags = {"movflags": "frag_keyframe+empty_moov"}
+    fragments = tiny_media.write_video(media / "fragments.mp4", 9, options=flags).read_bytes()
+    (media / "none.mp4").write_bytes(fragments[: fragments.index(b"moof") - 4])
     bad = [
         (["cut.avi"], "broken video: "),
         (["short.mp4"], "broken video: "),
         (["noise.mp4"], "broken video: "),
         (["empty.mp4"], "empty media: "),
+        (["none.mp4"], "broken video: "),
         ([[]], "broken video: a list of no frames"),
         ([["good.png", "wide.png"]], "broken video: its frames have different sizes"),
     ]
