@@ -219,6 +219,38 @@ def test_what_is_saved_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) ->
     assert counts == {0.0: 8, 0.5: 6, 1.0: 4}
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [(MemorySettings(keep_attention=1.0), 4), (SETTINGS["saved, chunks"], 30)],
+)
+def test_queries_and_keys_before_their_norm_are_made_once_in_backward(
+    settings: MemorySettings, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a row is worked on at once; in chunks they would have to be kept for all of them."""
+    from longfactory.memory.layer import attention_half
+
+    calls: list[str] = []
+    own = attention_half._projected
+
+    def projected(n: Tensor, c: Any, name: str, heads: slice = attention_half.ALL) -> Tensor:
+        if name != "v":
+            calls.append(name)
+        return own(n, c, name, heads)
+
+    model = make("qwen3")
+    loss = run(model, PACKED)
+    wanted = gradients(model)
+    model.zero_grad()
+    apply_memory(model, settings)
+    monkeypatch.setattr(attention_half, "_projected", projected)
+    assert run(model, PACKED) == pytest.approx(loss, abs=1e-9)
+    assert_same_gradients(gradients(model), wanted, 1e-9)
+    calls.clear()
+    run(model, PACKED)
+    layers = len(decoder_layers(model)[1])
+    assert len(calls) == layers * expected
+
+
 def test_a_mixture_of_experts_that_is_saved_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the first pass with a graph, which is gone when backward is over."""
     from longfactory.memory.decoder_layer import DecoderLayer

@@ -96,6 +96,8 @@ def _bare_layer(job: TrainingJob, kind: LayerKind) -> LayerMoments:
         # that of the one norm of a parallel layer
         rows = 3 if kind.norms_after or kind.norms == 1 else 2
         peak = rows * hidden + attention + 4 * keys
+        if kind.head_norms:  # queries and keys before their norms
+            peak += attention + keys / 2
         # what comes after attention, with the next layer's tensors on their way
         after = rows * hidden + attention + 2 * keys
     else:

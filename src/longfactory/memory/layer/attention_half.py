@@ -70,7 +70,10 @@ def _made(n: Tensor, s: slice, c: LayerCall, name: str, heads: slice = ALL) -> T
         y = normed(_projected(n, c, name).flatten(1), c, f"{name}_norm")
         y = y.view(n.shape[0], -1, c.shape.head_dim)[:, heads]
     else:
-        y = normed(_projected(n, c, name, heads), c, f"{name}_norm", heads)
+        y = _projected(n, c, name, heads)
+        if c.before_norm is not None and c.shape.norm(f"{name}_norm") is not None:
+            c.before_norm[name] = y
+        y = normed(y, c, f"{name}_norm", heads)
     return y if name == "v" else turned(y, s, c)
 
 
@@ -79,7 +82,9 @@ def _made_backward(g: Tensor, n: Tensor, s: slice, c: LayerCall, name: str, sums
     if name != "v":
         g = turned_backward(g, s, c)
     if c.shape.norm(f"{name}_norm") is not None:
-        y = _projected(n, c, name)
+        y = None if c.before_norm is None else c.before_norm.pop(name, None)
+        if y is None:
+            y = _projected(n, c, name)
         if c.shape.whole_norm:
             y, g = y.flatten(1), g.flatten(1)
         g = normed_backward(g, y, c, f"{name}_norm", sums)

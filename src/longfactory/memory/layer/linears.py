@@ -89,6 +89,9 @@ class LayerCall:
         self.kept: dict[int, tuple[Tensor, Tensor]] | None = None
         """Of an MLP that is a module of its own, where what it stores is kept for the backward
         pass: what each chunk gave it and what it made of that, by the chunk's first token."""
+        self.before_norm: dict[str, Tensor] | None = None
+        """In a backward pass over whole rows: the queries and keys that attention's backward makes
+        again, before their norm, for the norm's own backward."""
         self._rows = {name: (linear, slice(i, j)) for name, linear, i, j in shape.rows}
         self.set_weights(weights)
 

@@ -66,6 +66,8 @@ def backward(
     mlp_backward(x, flat, dy, dx, da, pending, call, sums)
     call.products = call.kept = None
     sums.settle()
+    if call.groups == 1 and call.count(T) == 1:
+        call.before_norm = {}
     if k is None or v is None:
         k, v = keys_values(x, call)
     dq, dk, dv, dgate = attention_backward(x, flat, lse, da, k, v, call, sums)
@@ -73,4 +75,5 @@ def backward(
     if late is not None:
         late()
     projections_backward(x, dq, dk, dv, dgate, dx, pending, call, sums)
+    call.before_norm = None
     return sums.result()
