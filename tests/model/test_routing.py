@@ -73,6 +73,7 @@ SETTINGS = {
     "stored": None,
     "whole": MemorySettings(mlp_chunk=None),
     "chunks": MemorySettings(mlp_chunk=5),
+    "saved": MemorySettings(mlp_chunk=5, keep_mlp=0.5),
 }
 FAMILIES = ("qwen3_moe", "gpt_oss", "mixtral", "qwen2_moe")
 MORE = ("olmoe", "phimoe", "ernie4_5_moe", "granitemoe", "qwen3_next", "minimax_m2", "dbrx")
