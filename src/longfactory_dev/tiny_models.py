@@ -152,8 +152,8 @@ OVERRIDES |= {
     "glm_moe_dsa": {"indexer_types": ["full", "shared", "full", "shared"]},
     "dots3_note_text": {
         "shared_experts_intermediate_size": 32,
-        "swa_num_attention_heads": 4,
-        "swa_num_key_value_heads": 4,
+        "swa_num_attention_heads": 8,
+        "swa_num_key_value_heads": 8,
         "swa_q_lora_rank": 16,
         "swa_kv_lora_rank": 16,
         "swa_head_dim": 32,

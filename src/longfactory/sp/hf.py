@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -364,8 +365,11 @@ def prepare(model: PreTrainedModel, ctx: SequenceParallel) -> None:
     rope.prepare(inner, hooks)
     recurrent.prepare(inner, ctx, hooks)
     indexer.prepare(inner, hooks)
-    if ctx.heads is None and (heads := getattr(config, "num_attention_heads", None)):
-        ctx.set_heads(heads, getattr(config, "num_key_value_heads", None))
+    layers = layer_configs(config)
+    heads = [n for layer in layers if (n := getattr(layer, "num_attention_heads", None))]
+    keys = [n for layer in layers if (n := getattr(layer, "num_key_value_heads", None))]
+    if ctx.heads is None and heads:
+        ctx.set_heads(math.gcd(*heads), math.gcd(*keys) if keys else None)
 
 
 def release(model: nn.Module) -> None:
@@ -428,14 +432,18 @@ def layer_types(config: Any) -> list[str]:
     return list(given) if given else ["full_attention"] * config.num_hidden_layers
 
 
+def layer_configs(config: Any) -> list[Any]:
+    """The configurations of the layers, where they differ; else the one that all have."""
+    return config.per_layer_config[:] if getattr(config, "is_heterogeneous", False) else [config]
+
+
 def values_of_layers(config: Any, key: str) -> list[Any]:
     """The different values that a key has in the layers.
 
     Layers of Gemma 4 differ, and its configuration names no value for all; Gemma 3n has a list of
     values.
     """
-    layers = config.per_layer_config[:] if getattr(config, "is_heterogeneous", False) else [config]
-    given = [getattr(layer, key, None) for layer in layers]
+    given = [getattr(layer, key, None) for layer in layer_configs(config)]
     values = [
         v for entry in given for v in (entry if isinstance(entry, (list, tuple)) else [entry])
     ]
@@ -447,6 +455,11 @@ def head_dims(config: PreTrainedConfig) -> set[tuple[int, int]]:
     tells.
     """
     text = config.get_text_config()
+    return set().union(*(_head_dims(layer) for layer in layer_configs(text)))
+
+
+def _head_dims(text: Any) -> set[tuple[int, int]]:
+    """Of layers of one configuration."""
     heads, hidden = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
     dims: set[tuple[int, int]] = set()
     usual = hidden // heads if hidden and heads else None
@@ -478,16 +491,19 @@ def kernel_requests(
     types = getattr(text, "layer_types", None)
     windows = bool(window) and (types is None or "sliding_attention" in types)
     softcap = bool(getattr(text, "attn_logit_softcapping", None))
-    heads = getattr(text, "num_attention_heads", None)
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    group = (
-        heads // kv_heads
-        if isinstance(heads, int) and isinstance(kv_heads, int) and heads >= kv_heads
-        else 1
-    )
+    group = max(_group(layer) for layer in layer_configs(text))
     return start.requests_of(
         ctx.device_type, dtype, head_dims(config), windows=windows, softcap=softcap, group=group
     )
+
+
+def _group(config: Any) -> int:
+    """Query heads of a key head, as far as the configuration tells."""
+    heads = getattr(config, "num_attention_heads", None)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if isinstance(heads, int) and isinstance(kv_heads, int) and heads >= kv_heads:
+        return heads // kv_heads
+    return 1
 
 
 def _attach(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
