@@ -46,6 +46,7 @@ def in_one_group(
     jobs: Sequence[Job],
     end: float,
     tell: Callable[[str, Row], None] = lambda name, row: None,
+    after: Path | None = None,
 ) -> dict[str, Row]:
     """Runs one after another in the processes of one group (`_many_runs.py`): Python starts once.
 
@@ -53,6 +54,7 @@ def in_one_group(
         devices: a process each; one is a run without a launcher.
         end: when the group is ended, if it is not done.
         tell: called with a run's name and row as it ends.
+        after: the first run begins when there is such a file.
     """
     mark = f"{os.getpid()}-{time.monotonic_ns()}"
     file = home / f"jobs-{mark}.json"
@@ -70,8 +72,9 @@ def in_one_group(
     env = {**environment(home, devices), MARK: mark}
     env.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 8)))
+    waiting = [] if after is None else [after]
     process = subprocess.Popen(
-        [*command, str(ROOT / "benchmarks" / "_many_runs.py"), str(file)],
+        [*command, *map(str, (ROOT / "benchmarks" / "_many_runs.py", file, *waiting))],
         cwd=ROOT,
         env=env,
         stdout=subprocess.PIPE,

@@ -3,6 +3,7 @@ not wait for Python to start.
 
     torchrun --nproc_per_node 4 benchmarks/_many_runs.py JOBS.json
     python benchmarks/_many_runs.py JOBS.json           # one process
+    python benchmarks/_many_runs.py JOBS.json FILE      # begins when there is such a file
 
 Run by `many_gpus.py`. A job is {"name", "command", "words"}: each process calls what
 `longfactory COMMAND WORDS...` calls in it. The first process prints a line `RESULT {...}` after each.
@@ -27,8 +28,11 @@ OF_A_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_AD
 
 
 def main() -> int:
+    import longfactory.train.run  # noqa: F401  what a run imports, before the GPUs are free
     from longfactory import cli
 
+    while len(sys.argv) > 2 and not Path(sys.argv[2]).exists():
+        time.sleep(0.1)
     commands = {"train": cli.train, "verify": cli.verify}
     for job in json.loads(Path(sys.argv[1]).read_text()):
         begun = time.time()

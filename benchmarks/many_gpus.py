@@ -74,6 +74,11 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--limit", type=float, default=540, help="no row begins later (seconds)")
     parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument(
+        "--after",
+        type=Path,
+        help="runs in a group begin, all imported, when there is such a file",
+    )
     parser.add_argument("--log", type=Path, help="what this command printed, to write tables of")
     parser.add_argument("--smoke", action="store_true")
     a = parser.parse_args()
@@ -168,7 +173,7 @@ def scaling(a: argparse.Namespace) -> int:
                 row["tokens/s a GPU"] = row["tokens"] / row["step s"] / a.gpus
             keep(a, {"row": name, **row}, rows)
 
-        found = in_one_group(home, range(a.gpus), jobs, a.end - 10, tell)
+        found = in_one_group(home, range(a.gpus), jobs, a.end - 10, tell, a.after)
     first = found.get(by_size[1].name, {})
     rate: dict[int, float] = {}
     if not a.smoke and "step s" in first:
@@ -267,7 +272,7 @@ def parity(a: argparse.Namespace) -> int:
         groups = [([i], alone[i :: a.gpus]) for i in range(a.gpus)]
         groups = [(list(range(a.gpus)), every), *groups]
         calls = [
-            functools.partial(in_one_group, home, devices, jobs, a.end - 5)
+            functools.partial(in_one_group, home, devices, jobs, a.end - 5, after=a.after)
             for devices, jobs in groups
             if jobs
         ]
@@ -415,7 +420,7 @@ def length(a: argparse.Namespace) -> int:
                 for i, (name, at) in enumerate(left.items())
                 if at.steps > 1
             ]
-            in_one_group(home, range(a.gpus), jobs, a.end - 5, tell)
+            in_one_group(home, range(a.gpus), jobs, a.end - 5, tell, a.after)
     for name in list(left):
         tell(name, {"error": "not started: the time of this command was up"})
     return int(failed)
