@@ -16,7 +16,8 @@ pixels that are in memory already.
 
 The processes of all rows are started once, and each row's run begins in them as the command begins
 it: what Python takes to start is not paid for each row. A row that fails is tried once more through
-the command itself, and is in the table with its reason if that fails too.
+the command itself, and is in the table with its reason if that fails too. Earlier rows in `--out`
+stay in the table unless they are run again.
 """
 
 from __future__ import annotations
@@ -431,9 +432,11 @@ def ideal(one: dict[str, Any], rates: dict[str, float], tokens: float, again: bo
     return 1 / whole
 
 
-def table(rows: list[dict[str, Any]], header: str) -> str:
+def table(rows: list[dict[str, Any]], headers: list[str]) -> str:
     out = [
-        header,
+        "# Images and video",
+        "",
+        *headers,
         "",
         "| row | GPUs | tokens | s a step | tokens/s a GPU | of the ideal | peak GiB a GPU"
         " | of it embeddings | host GiB | decode wait | settings |",
@@ -480,6 +483,14 @@ def table(rows: list[dict[str, Any]], header: str) -> str:
     return "\n".join(out) + "\n"
 
 
+def earlier(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows that were measured before, and what was said of them. Those that failed are left out."""
+    if not path.is_file():
+        return [], []
+    found = json.loads(path.read_text())
+    return [row for row in found["rows"] if "tokens" in row or "rates" in row], found["headers"]
+
+
 def measure(args: argparse.Namespace, home: Path) -> int:
     import torch
     import transformers
@@ -519,7 +530,9 @@ def measure(args: argparse.Namespace, home: Path) -> int:
         f" torch {torch.__version__}, transformers {transformers.__version__}; `{command_line()}`,"
         f" {datetime.datetime.now(datetime.UTC).date().isoformat()}"
     )
-    rows: list[dict[str, Any]] = []
+    path = args.out / f"vision_{args.gpus}_gpus_{args.layers}_layers.json"
+    rows, headers = earlier(path) if not args.smoke else ([], [])
+    headers.append(header)
     lock = threading.Lock()
 
     def one(job: Job, pool: RankPool) -> None:
@@ -539,14 +552,14 @@ def measure(args: argparse.Namespace, home: Path) -> int:
         except Exception as error:  # one row must not end the others
             found = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
         with lock:
-            rows.append(about | found)
-            print(f"{args.seconds - clock.left:.0f} s: " + json.dumps(rows[-1]), flush=True)
+            new = about | found
+            rows[:] = [r for r in rows if (r["row"], r["gpus"]) != (new["row"], new["gpus"])]
+            rows.append(new)
+            print(f"{args.seconds - clock.left:.0f} s: " + json.dumps(new), flush=True)
             if not args.smoke:
-                args.out.mkdir(parents=True, exist_ok=True)
-                name = f"vision_{args.gpus}_gpus_{args.layers}_layers"
-                text = json.dumps({"header": header, "rows": rows}, indent=1)
-                (args.out / f"{name}.json").write_text(text)
-                (args.out / f"{name}.md").write_text(table(rows, header))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps({"headers": headers, "rows": rows}, indent=1) + "\n")
+                path.with_suffix(".md").write_text(table(rows, headers))
 
     def alone_on(case: Case) -> None:
         if "one" in args.parts:
@@ -563,7 +576,7 @@ def measure(args: argparse.Namespace, home: Path) -> int:
             for case in chosen:
                 one(Job(case, args.gpus, 1, stage), together)
     together.stop()
-    print(table(rows, header), flush=True)
+    print(table(rows, headers), flush=True)
     return int(args.smoke and any("error" in r for r in rows))
 
 
@@ -581,10 +594,15 @@ def main() -> int:
     parser.add_argument("--peers", nargs="*", default=["images", "video"])
     parser.add_argument("--keys", nargs="*", default=[], help="further keys of the runs, key=value")
     parser.add_argument("--workers", type=int, default=-1, help="loader processes; -1: by /dev/shm")
-    parser.add_argument("--each", type=float, default=110, help="seconds for one row")
+    parser.add_argument("--each", type=float, default=150, help="seconds for one row")
     parser.add_argument("--seconds", type=float, default=235, help="of the whole command")
+    parser.add_argument("--render", type=Path, help="only write the table of a file of results")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
     args = parser.parse_args()
+    if args.render:
+        found = json.loads(args.render.read_text())
+        args.render.with_suffix(".md").write_text(table(found["rows"], found["headers"]))
+        return 0
     with tempfile.TemporaryDirectory() as folder:
         return measure(args, Path(folder))
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from longfactory.testing import RankPool
+from longfactory.testing import RankError, RankPool
 from small_runs import keys, run_on_ranks, steps
 from vision_runs import TRAINED, of_run, write_data, write_model, write_zero3
 
@@ -45,7 +45,11 @@ def run(home: Path, name: str, size: int, **changes: Any) -> list[dict[str, floa
     given = keys(home, name, sequence_parallel_size=size, **of_run(home, name, **changes))
     given |= {"use_cpu": False, "tf32": False} | changes
     words = [f"{k}={v}" for k, v in given.items()]
-    POOLS[size].run(run_on_ranks, words, str(home / "cache"), timeout=90)
+    try:
+        POOLS[size].run(run_on_ranks, words, str(home / "cache"), timeout=90)
+    except RankError as error:
+        print(name, str(error)[-3000:], flush=True)
+        raise
     log = steps(json.loads((home / name / "trainer_state.json").read_text())["log_history"])
     print(name, [(h["loss"], h["grad_norm"]) for h in log], flush=True)
     return log

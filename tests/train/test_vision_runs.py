@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import tiny_media
+from longfactory import cli
 from longfactory.data.media.images import steps_to_size
 from longfactory.testing import RankError
 from small_runs import POOLS, keys, run_on_ranks, steps, train
@@ -187,6 +189,67 @@ def test_vision_runs_verify(home: Path, kind: str) -> None:
     words = [f"{k}={v}" for k, v in given.items()]
     for exact, report in POOLS[2].run(verified, words, str(home / "cache")):
         assert exact, report
+
+
+@slow
+def test_vision_runs_from_a_stream_and_from_saved_data(home: Path) -> None:
+    """They take the steps of the data set itself; other sizes of images are refused."""
+    given: dict[str, Any] = {"disable_shuffling": True, "preprocessing_batch_size": 8, **TRAINED}
+    one = run(home, "own", 1, **given)
+    saved = given | {"tokenized_path": home / "tokenised"}
+    same(one, run(home, "saving", 1, **saved))
+    same(one, run(home, "saved", 2, **saved | {"dataset": None}))
+    same(one, run(home, "streamed", 2, streaming=True, **given))
+    with pytest.raises(RankError, match=r"other settings of images and videos: image_max_pixels"):
+        run(home, "other", 1, **saved | {"image_max_pixels": 8192})
+
+
+@slow
+def test_vision_verify_of_rows_without_images(home: Path) -> None:
+    """A run that trains the tower, of which verify chooses rows of text."""
+    rows = json.loads((home / "words.json").read_text())
+    long = [{**row, "output": row["output"] * 12} for row in rows]
+    talks = json.loads((home / "talks.json").read_text())
+    last = next(row for row in talks if row["images"])
+    (home / "few.json").write_text(json.dumps([*({"images": [], **r} for r in long), last]))
+    info = json.loads((home / "dataset_info.json").read_text())
+    info["few"] = {"file_name": "few.json", "columns": info["talks"]["columns"]}
+    (home / "dataset_info.json").write_text(json.dumps(info))
+    given = keys(home, "verify_few", sequence_parallel_size=2, **of_run(home, "few", **TRAINED))
+    words = [f"{k}={v}" for k, v in (given | {"dataset": "few"}).items()]
+    for exact, report in POOLS[2].run(verified, words, str(home / "cache")):
+        assert exact, report
+
+
+def test_vision_plan_counts_the_tower(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = keys(home, "planned", **of_run(home, "planned"))
+    words = [f"{k}={v}" for k, v in given.items()]
+    assert cli.main(["plan", *words, "--gpus", "2xH100", "--host-gib", "64"]) == 0
+    assert "vision tower" in capsys.readouterr().out
+    words = [f"{k}={v}" for k, v in (given | {"dataset": "words"}).items()]
+    assert cli.main(["plan", *words, "--gpus", "2xH100", "--host-gib", "64"]) == 0
+    assert "vision tower" not in capsys.readouterr().out
+
+
+@slow
+def test_vision_a_file_that_vanishes_ends_every_rank(home: Path, tmp_path: Path) -> None:
+    """The rank that is dealt it says so; the others do not wait."""
+    for name in ("dataset_info.json", "talks.json", *(f"{i}.png" for i in range(6))):
+        shutil.copy(home / name, tmp_path / name)
+    given = of_run(home, "vanished", **TRAINED) | {"media_dir": tmp_path, "max_steps": 1}
+    given = keys(home, "vanished", sequence_parallel_size=2, **given)
+    given |= {"dataset_dir": str(tmp_path), "nproc_per_node": 2, "dataloader_num_workers": 1}
+    done = []
+    for more in ({"max_steps": 1}, {"max_steps": 8}):
+        words = [f"{k}={v}" for k, v in (given | more).items()]
+        command = [sys.executable, "-m", "longfactory.cli", "train", *words]
+        env = {**os.environ, "LONGFACTORY_CACHE": str(tmp_path / "cache")}
+        done.append(subprocess.run(command, capture_output=True, text=True, env=env, timeout=120))
+        (tmp_path / "3.png").unlink(missing_ok=True)
+    assert done[0].returncode == 0, done[0].stderr[-2000:]
+    assert done[1].returncode == 2
+    assert "3.png (talks.json row" in done[1].stderr and "overwrite_cache" in done[1].stderr
+    assert "Traceback" not in done[1].stderr
 
 
 @slow

@@ -223,7 +223,7 @@ def load_datasets(
         else:
             evaluation[name] = data
     if args.tokenized_path is not None and splits:
-        _save(Path(args.tokenized_path), stores, splits, kind, rules, log, args)
+        _save(Path(args.tokenized_path), stores, splits, kind, rules, log, args, media)
     return Datasets(train, evaluation, _used(media, (train, *evaluation.values())))
 
 
@@ -301,7 +301,7 @@ def _load_saved(
         f"The data are read from tokenized_path ({path}): dataset, template and their kin have no"
         " effect."
     )
-    found = saved.load(path, kind, cache_root())
+    found = saved.load(path, kind, cache_root(), None if media is None else media.facts())
     rules = found.apply(rules)
     made = {}
     for name, entries in found.splits.items():
@@ -325,9 +325,11 @@ def _save(
     rules: Rules,
     log: logging.Logger,
     args: DataSettings,
+    media: Processing | None,
 ) -> None:
     if _rank(args) == 0 and not saved.is_saved(str(path)):
-        saved.save(path, stores, splits, kind, rules)
+        facts = None if media is None else media.facts()
+        saved.save(path, stores, splits, kind, rules, facts)
         log.info(f"The tokenised data are saved at {path}.")
 
 

@@ -63,10 +63,17 @@ def check_free(path: Path) -> None:
 
 
 def save(
-    path: Path, stores: Sequence[Store], splits: dict[str, np.ndarray], kind: Kind, rules: Rules
+    path: Path,
+    stores: Sequence[Store],
+    splits: dict[str, np.ndarray],
+    kind: Kind,
+    rules: Rules,
+    media: dict[str, Any] | None = None,
 ) -> None:
     """Copies the stores into `path`, whole or not at all.
 
+    Args:
+        media: what the tokens of their images and videos depend on (`Processing.facts`).
     Raises:
         DataError: there is something else, or the folder cannot be written.
     """
@@ -80,6 +87,7 @@ def save(
             np.save(beside / f"{name}.npy", entries)
         facts = {k: getattr(rules, k) for k in _TEMPLATE_RULES}
         about = {"kind": kind.name, "stores": len(stores), "splits": list(splits), "rules": facts}
+        about["media"] = _plain(media)
         (beside / _FILE).write_text(json.dumps(about, indent=1), encoding="utf-8")
         if path.exists():
             path.rmdir()
@@ -96,12 +104,22 @@ def save(
         raise
 
 
-def load(path: Path, kind: Kind, cache: Path) -> Saved:
+def _plain(media: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Facts of media as JSON gives them back; where files stand may change."""
+    if media is None:
+        return None
+    kept = {k: v for k, v in media.items() if k not in ("media_dir", "allow")}
+    return json.loads(json.dumps(kept, default=str))
+
+
+def load(path: Path, kind: Kind, cache: Path, media: dict[str, Any] | None = None) -> Saved:
     """The data set saved at `path`.
 
+    Args:
+        media: as this run would process images and videos; None where it would not.
     Raises:
-        DataError: it was made for another kind of stage, or cannot be used without mixing
-            documents.
+        DataError: it was made for another kind of stage, has images that this run would process
+            otherwise, or cannot be used without mixing documents.
     """
     if not (path / _FILE).exists():
         return _from_llamafactory(path, kind, cache)
@@ -127,7 +145,31 @@ def load(path: Path, kind: Kind, cache: Path) -> Saved:
             " Name another tokenized_path."
         )
     stores = [Store(path / f"store_{i}") for i in range(count)]
+    if any(s.has_media().any() for s in stores):
+        _check_media(path, about.get("media"), _plain(media))
     return Saved(stores, splits, kind, rules)
+
+
+def _check_media(path: Path, made: dict[str, Any] | None, media: dict[str, Any] | None) -> None:
+    """Raises DataError where the run would make other tokens of the images."""
+    if media is None:
+        raise DataError(
+            f"The data at {path} (tokenized_path) have images or videos, and the model takes text"
+            " alone, or its folder has no preprocessor_config.json or processor_config.json."
+        )
+    if made is None or made == media:
+        return
+    differing = sorted(
+        name
+        for part in ("keys", "processor", "facts")
+        for name in made[part].keys() | media[part].keys()
+        if made[part].get(name) != media[part].get(name)
+    )
+    differing += ["family"] * (made["family"] != media["family"])
+    raise DataError(
+        f"The data at {path} (tokenized_path) were tokenised with other settings of images and"
+        f" videos: {', '.join(differing)}. Set them as they were, or name another tokenized_path."
+    )
 
 
 def _from_llamafactory(path: Path, kind: Kind, cache: Path) -> Saved:
@@ -172,6 +214,13 @@ def _chunks(data: Any, kind: Kind) -> Iterator[store.Chunk]:
             f" stage than {kind.name}."
         )
     for batch in data.iter(batch_size=1000):
+        for name in sorted(columns & {"images", "videos", "audios"}):
+            if any(batch[name]):
+                raise DataError(
+                    f"The saved data have {name}: LLaMA-Factory saves them without what their"
+                    " placeholder tokens stand for in the model. Name the data set by dataset:,"
+                    " which tokenises it here."
+                )
         parts: list[np.ndarray] = []
         counts, flags = [], []
         for i in range(len(batch[f"{kind.saved_prefixes[0]}input_ids"])):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import re
 import shlex
 import sys
@@ -329,7 +330,7 @@ def plan(a: argparse.Namespace, run: list[str], command: str) -> int:
 
     own = dataclasses.replace(cfg.model, rope_scaling=None)
     model_config = load.load_config(own, 0)
-    counts = count_parameters(cfg, model_config)
+    counts = count_parameters(cfg, model_config, images=names_media(cfg, model_config))
     sharding = choose_sharding(cfg, counts.total, gpus, True, where.gpu_bytes)
     planned = Planned(cfg, model_config, counts, sharding, where)
     notes = []
@@ -398,6 +399,24 @@ def read_data(cfg: RunConfig) -> Datasets:
     if not cfg.data.dataset and not cfg.data.tokenized_path:
         raise UserError("--read-data: the run names no data.")
     return load_data(cfg, load.load_tokenizer(cfg.model), quiet=True)
+
+
+def names_media(cfg: RunConfig, model_config: Any) -> bool:
+    """Whether rows of the run's data sets have images or videos, by the columns that
+    dataset_info.json names. No data are read.
+    """
+    from longfactory.config.data_arguments import names
+    from longfactory.data.sources import read_sources
+    from longfactory.sp import vision
+
+    if not cfg.data.dataset or vision.family_of(model_config) is None:
+        return False
+    log = logging.getLogger("longfactory")
+    try:
+        sources = read_sources(names(cfg.data.dataset), cfg.data.dataset_dir, log.debug)
+    except UserError:  # said where the data are read
+        return False
+    return any(source.images or source.videos for source in sources)
 
 
 def given_keys(file: Sequence[str], run: Sequence[str]) -> dict[str, Any]:

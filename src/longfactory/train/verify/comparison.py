@@ -31,7 +31,7 @@ from longfactory.data.samples import DecodedSample, decoded_samples
 from longfactory.errors import UserError
 from longfactory.memory.chunked import runs_in_chunks
 from longfactory.model.routing import router_loss_coefficient
-from longfactory.sp import hf, routers
+from longfactory.sp import hf, routers, vision
 from longfactory.train.display import ProgressLine
 from longfactory.train.ranks import everywhere, from_all, from_main, is_distributed
 from longfactory.train.reference import Reference, adapter_is_reference, disable_dropout
@@ -516,10 +516,14 @@ class Comparison(TrainerCallback):
         given_zeros = tuple(
             f"{name}." for name, module in model.named_modules() if runs_in_chunks(module)
         )
+        of_images = self._of_images()
         idle = [
             name
-            for name in trained
-            if name not in self.spec.gradients and not name.startswith(given_zeros)
+            for name, p in model.named_parameters()
+            if p.requires_grad
+            and name not in self.spec.gradients
+            and not name.startswith(given_zeros)
+            and id(p) not in of_images
         ]
         if not idle or getattr(self.trainer.args, "ddp_find_unused_parameters", False):
             return None
@@ -528,6 +532,17 @@ class Comparison(TrainerCallback):
             f" {', '.join(map(plain_name, idle[:3]))}. DDP waits for them, and leaves gradients of"
             " others out of the reduction. Freeze them, or set ddp_find_unused_parameters: true."
         )
+
+    def _of_images(self) -> set[int]:
+        """Parameters that every row gives a gradient, zeros without images: of tower and
+        projector.
+        """
+        if self.trainer.images is None:
+            return set()
+        inner = hf.unwrap(self.trainer.model)
+        modules = [m for part in vision.modules_of(inner).values() for m in part]
+        found = {id(p) for module in modules for p in module.parameters()}
+        return found | {id(p) for p in vision.own_parameters(inner)}
 
     # The step.
 
