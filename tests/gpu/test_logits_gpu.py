@@ -34,7 +34,9 @@ def test_compiled_functions_of_logits(rows: int, scale: float, softcap: float | 
     assert (label >= most)[: rows // 2].all()
     found = logit_ops.label_gradient(z, lse, labels, g, scale, softcap)
     assert "_softmax_gradient" not in layer_ops._failed
-    torch.testing.assert_close(found.double(), want, rtol=2**-8, atol=1e-9)
+    # of a label that is nearly certain, 1 - softmax has the rounding of a log-sum-exp around 30,
+    # 1e-6, times g
+    torch.testing.assert_close(found.double(), want, rtol=2**-8, atol=1e-6 * float(g.abs().max()))
 
 
 def test_products_of_16_bit_are_added_in_float32_in_place() -> None:

@@ -325,5 +325,5 @@ def test_adamw_of_split_masters_in_one_pass() -> None:
         split.step()
     for p, q in zip(wide, ours, strict=True):
         master = split.master(q)
-        torch.testing.assert_close(master, p.detach(), rtol=3e-6, atol=3e-6)
+        torch.testing.assert_close(master, p.detach(), rtol=5e-6, atol=5e-6)
         assert torch.equal(q.detach(), optimizer.split(master)[0])
