@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def about(a: argparse.Namespace) -> Row:
     if not _ABOUT:
         _ABOUT.update(
             machine=f"{a.gpus} x {machine_name() if not a.smoke else 'CPU process'}",
-            command=command_line(),
+            command=re.sub(r" --after \S+", "", command_line()),
             date=datetime.datetime.now(datetime.UTC).date().isoformat(),
             versions=f"torch {torch.__version__}, transformers {transformers.__version__}",
         )
