@@ -335,8 +335,9 @@ REFUSED_VALUES: dict[str, dict[str, str]] = {
     },
     "infer_backend": {"sglang": _SGLANG, "ktransformers": _SGLANG},
     "quantization_method": {
-        name: _OTHER_QUANTISER
-        for name in ("gptq", "awq", "aqlm", "quanto", "eetq", "hqq", "mxfp4", "fp8")
+        "hqq": "transformers 5 has no quantising by HQQ while loading yet; use quantization_method: bnb",
+        "eetq": "transformers 5 takes EETQ's kernels from the hub at run time; use quantization_method: bnb",
+        **dict.fromkeys(("gptq", "awq", "aqlm", "quanto", "mxfp4", "fp8"), _OTHER_QUANTISER),
     },
 }
 """Values of our own keys that LLaMA-Factory knows and that are refused, with what to use instead.

@@ -257,6 +257,9 @@ def load_model(
         **_hub_arguments(args, path),
         **extra,
     }
+    widening = None if quantization is not None else widened(config)
+    if widening is not None:
+        kwargs["quantization_config"] = widening
     if quantization is not None:
         kwargs["quantization_config"] = quantization
         if torch.cuda.is_available():
@@ -482,6 +485,25 @@ def quantization_config(args: Any, dtype: torch.dtype, *, sharded: bool = False)
             bnb_4bit_quant_storage=torch.float32 if sharded else torch.uint8,
         )
     raise UserError(f"quantization_bit: {args.quantization_bit} is not supported. Use 4 or 8.")
+
+
+def widened(config: Any) -> Any:
+    """The configuration by which transformers turns published weights of eight bits (FP8, as
+    DeepSeek's) or four (MXFP4, as gpt-oss's) into numbers that can be trained while it reads them;
+    None for all others.
+
+    Their kernels compute forward alone.
+
+    Args:
+        config: transformers' configuration of the model.
+    """
+    from transformers import FineGrainedFP8Config, Mxfp4Config
+
+    found = getattr(config, "quantization_config", None) or {}
+    stored: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
+    kinds = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
+    kind = kinds.get(str(stored.get("quant_method")))
+    return None if kind is None else kind.from_dict({**stored, "dequantize": True})
 
 
 def embedding_rows(model: Any) -> int:

@@ -1,0 +1,97 @@
+"""A checkpoint as it is published in eight bits (FP8 with a scale for each block, as DeepSeek's): it
+is read as ordinary numbers, trained, and saved as such.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from longfactory.model.load import widened
+from longfactory.testing import tiny_model
+from small_runs import LORA, home, steps, train, write_tokenizer
+
+pytestmark = pytest.mark.processes
+
+__all__ = ["home"]  # a fixture
+
+BLOCK, MOST = 32, 448.0
+STORED = {
+    "quant_method": "fp8",
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "weight_block_size": [BLOCK, BLOCK],
+}
+
+
+@pytest.fixture(scope="module")
+def published(home: Path) -> Path:
+    """A tiny model whose linear weights are eight bits; beside it, in `whole`, what they mean."""
+    folder, whole = home / "published", home / "whole"
+    for place in (folder, whole):
+        size = write_tokenizer(place)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    model = tiny_model("llama", seed=0, vocab_size=size, tie_word_embeddings=False, **sizes)
+    for place in (folder, whole):
+        model.save_pretrained(place)
+    stored, meant = {}, {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        stored[name] = meant[name] = weight
+        if not name.endswith("proj.weight"):
+            continue
+        rows, columns = (n // BLOCK for n in weight.shape)
+        blocks = weight.reshape(rows, BLOCK, columns, BLOCK)  # [O, I] -> [O/B, B, I/B, B]
+        scale = blocks.abs().amax((1, 3)) / MOST
+        eight = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+        stored[name] = eight.reshape(weight.shape)
+        stored[f"{name}_scale_inv"] = scale
+        meant[name] = (eight.float() * scale[:, None, :, None]).reshape(weight.shape)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(meant, whole / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": STORED}))
+    return folder
+
+
+@pytest.mark.parametrize("changes", [{}, LORA], ids=["full", "lora"])
+def test_it_trains_as_what_it_means(home: Path, published: Path, changes: dict[str, Any]) -> None:
+    name = "lora" if changes else "full"
+    runs = {
+        "one": (published, 1),
+        "two": (published, 2),
+        "meant": (home / "whole", 1),
+    }
+    logs = {
+        key: steps(train(home, f"{name}_{key}", size, model_name_or_path=folder, **changes))
+        for key, (folder, size) in runs.items()
+    }
+    for other in ("two", "meant"):
+        for key in ("loss", "grad_norm"):
+            found = [h[key] for h in logs[other]]
+            assert found == pytest.approx([h[key] for h in logs["one"]], rel=1e-4), (other, key)
+    assert logs["one"][0]["loss"] != logs["one"][-1]["loss"]
+    if changes:
+        return
+    saved = home / "full_one"
+    assert "quantization_config" not in json.loads((saved / "config.json").read_text())
+    weights, meant = (load_file(p / "model.safetensors") for p in (saved, home / "full_meant"))
+    assert weights.keys() == meant.keys()
+    for key, weight in weights.items():
+        torch.testing.assert_close(weight, meant[key], rtol=1e-5, atol=1e-6)
+
+
+def test_which_checkpoints_are_read_so() -> None:
+    """On a GPU too, where transformers would keep FP8 and MXFP4 as they are."""
+    assert widened(SimpleNamespace(quantization_config=STORED)).dequantize
+    gpt_oss = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    found = widened(SimpleNamespace(quantization_config=gpt_oss))
+    assert found.dequantize and found.modules_to_not_convert == ["lm_head"]
+    for other in (None, {"quant_method": "gptq", "bits": 4}, {"quant_method": "bitsandbytes"}):
+        assert widened(SimpleNamespace(quantization_config=other)) is None
+    assert widened(SimpleNamespace()) is None
