@@ -42,8 +42,8 @@ def test_help_on_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--help"]) == 0
     out = capsys.readouterr().out
     assert "cutoff_len: 2048" in out and "learning_rate: 5e-05" in out
-    assert cli.main(["train", "--help", "badam_mode"]) == 0
-    assert "badam_mode is refused: the entries that it trains" in capsys.readouterr().out
+    assert cli.main(["train", "--help", "badam_mask_mode"]) == 0
+    assert "badam_mask_mode is refused: entries that are drawn" in capsys.readouterr().out
     assert cli.main(["train", "--help", "evaluation_strategy"]) == 0
     assert "evaluation_strategy is another name of eval_strategy" in capsys.readouterr().out
     assert cli.main(["train", "--help", "no such thing"]) == 0

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,41 @@ def under_zero3(tmp_path: Path, example: str, *words: str) -> subprocess.Complet
     )
     assert done.returncode == 0, done.stderr
     return done
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_deepspeed_s_launcher_with_a_hostfile(small: list[str], tmp_path: Path) -> None:
+    """Two machines of one process each: `deepspeed` is started on both, as its `--no_ssh` asks."""
+    pytest.importorskip("deepspeed")
+    hosts = tmp_path / "hosts"
+    hosts.write_text("one slots=1\ntwo slots=1\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    given = [*small, f"output_dir={tmp_path / 'out'}", "sequence_parallel_size=2", "use_cpu=true"]
+    keys = "stage=sft do_train=true finetuning_type=full dataset=manual_sft save_strategy=no"
+    flags = [f"--{word}" for word in [*given, *keys.split()]]
+    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "WORLD_SIZE")}
+    environment |= {"LONGFACTORY_CACHE": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+    processes = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hosts)),
+                *("--no_ssh", "--node_rank", str(rank), "--master_addr", "127.0.0.1"),
+                *("--master_port", str(port), str(ROOT / "src" / "train.py"), *flags),
+            ],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    said = [process.communicate(timeout=280)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert "Processes: 2 (sequence) x 1 (data) = 2" in said[0]
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow

@@ -18,11 +18,18 @@ from longfactory.config import ConfigError
 from longfactory.config.optimizer_facts import METHOD_OPTIMIZERS
 from longfactory.train.block_adamw import BlockAdamW, block_of
 from longfactory.train.muon import MuonAdamW, muon_groups
+from longfactory.train.ratio_adamw import RatioAdamW, parts_of
 from optimizer_worker import model, on_a_rank, run_config, train
 
 RUNS: dict[str, dict[str, Any]] = {
     "muon": {"use_muon": True},
     "badam": {"use_badam": True, "badam_switch_interval": 2, "badam_switch_mode": "random"},
+    "badam_ratio": {
+        "use_badam": True,
+        "badam_mode": "ratio",
+        "badam_update_ratio": 0.3,
+        "badam_switch_interval": 2,
+    },
     "galore": {"use_galore": True, "galore_rank": 4, "galore_update_interval": 2},
     "galore_adafactor": {"use_galore": True, "galore_rank": 4, "optim": "adafactor"},
     "apollo": {"use_apollo": True, "apollo_rank": 4, "apollo_update_interval": 2},
@@ -36,7 +43,9 @@ LAYERWISE = {
 
 
 def facts_of(name: str) -> Any:
-    return METHOD_OPTIMIZERS["use_" + name.removesuffix("_adafactor").removesuffix("_svd")]
+    for ending in ("_adafactor", "_svd", "_ratio"):
+        name = name.removesuffix(ending)
+    return METHOD_OPTIMIZERS[f"use_{name}"]
 
 
 def needs_package(name: str) -> None:
@@ -74,9 +83,9 @@ def alone() -> dict[str, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize(
     ("sharding", "names"),
     [
-        ("ddp", ["muon", "badam"]),
+        ("ddp", ["muon", "badam", "badam_ratio"]),
         ("fsdp2", ["muon", "badam"]),
-        pytest.param("ddp", list(RUNS)[2:], marks=pytest.mark.slow),
+        pytest.param("ddp", list(RUNS)[3:], marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks_change_the_weights_as_one_process(
@@ -99,7 +108,11 @@ def test_two_ranks_change_the_weights_as_one_process(
 
 @pytest.mark.processes
 @pytest.mark.parametrize(
-    "name", [n if n in ("muon", "badam") else pytest.param(n, marks=pytest.mark.slow) for n in RUNS]
+    "name",
+    [
+        n if n in ("muon", "badam", "badam_ratio") else pytest.param(n, marks=pytest.mark.slow)
+        for n in RUNS
+    ],
 )
 def test_a_resumed_run_is_the_same(name: str, tmp_path: Path) -> None:
     needs_package(name)
@@ -195,6 +208,40 @@ def test_badam_keeps_half_precision_apart_from_its_states() -> None:
     assert float(optimizer.state[p]["master"][0]) == pytest.approx(1 - 100 * 5e-5, abs=1e-6)
 
 
+def test_badam_by_shares_trains_some_entries_with_torchs_adamw() -> None:
+    """Two turns of two updates, over the end of a matrix; a bias is small and trained whole."""
+    torch.manual_seed(0)
+    weight, bias = (torch.randn(*shape).requires_grad_() for shape in ((20, 15), (7,)))
+    optimizer = RatioAdamW(
+        [{"params": [weight, bias], "weight_decay": 0.1}], lr=0.1, share=0.6, interval=2
+    )
+    plain = [weight.detach().clone().view(-1), bias.detach().clone()]
+    turns = [[slice(0, 180)], [slice(0, 60), slice(180, 300)]]
+    assert [parts_of(300, turn, 0.6) for turn in (0, 1)] == turns
+    assert parts_of(7, 3, 0.6) == [slice(0, 7)]
+    for parts in turns:
+        chosen = torch.cat([plain[0][part] for part in parts]).requires_grad_()
+        other = plain[1].clone().requires_grad_()
+        adamw = torch.optim.AdamW([chosen, other], lr=0.1, weight_decay=0.1)
+        for _ in range(2):
+            weight.grad, bias.grad = torch.randn(20, 15), torch.randn(7)
+            optimizer.drop_inactive()
+            flat = weight.grad.view(-1)
+            chosen.grad = torch.cat([flat[part] for part in parts]).clone()
+            other.grad = bias.grad.clone()
+            assert int((flat == 0).sum()) == 300 - len(chosen)
+            optimizer.step()
+            adamw.step()
+        start = 0
+        for part in parts:
+            length = part.stop - part.start
+            plain[0][part] = chosen.detach()[start : start + length]
+            start += length
+        plain[1] = other.detach()
+        torch.testing.assert_close(weight.detach().view(-1), plain[0], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(bias.detach(), plain[1], rtol=1e-6, atol=1e-7)
+
+
 def test_orders_of_layers() -> None:
     assert [block_of(t, 3, "ascending", 1) for t in range(4)] == [1, 2, 0, 1]
     assert [block_of(t, 3, "descending") for t in range(4)] == [2, 1, 0, 2]
@@ -227,7 +274,17 @@ def test_contradictions_are_sentences() -> None:
             "galore_layerwise": True,
             "on_nan": "skip",
         },
-        "badam_mode: ratio is refused": {"use_badam": True, "badam_mode": "ratio"},
+        "counts the entries of whole matrices": {
+            "use_badam": True,
+            "badam_mode": "ratio",
+            "sharding": "fsdp2",
+        },
+        "badam_start_block is for badam_mode: layer": {
+            "use_badam": True,
+            "badam_mode": "ratio",
+            "badam_start_block": 1,
+        },
+        "four times the states' own memory": {"use_badam": True, "badam_mask_mode": "scatter"},
         "Give badam_start_block": {"use_badam": True, "badam_switch_mode": "fixed"},
         "DeepSpeed lays parameters end to end": {
             "use_muon": True,

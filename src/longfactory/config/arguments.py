@@ -441,7 +441,13 @@ class FinetuningArguments:
     apollo_scale_front: bool = arg(
         False, "APOLLO: scale before the growth of the norm is limited, not after."
     )
-    use_badam: bool = arg(False, "BAdam: AdamW on one decoder layer at a time.")
+    use_badam: bool = arg(False, "BAdam: AdamW on a part of the decoder at a time.")
+    badam_mode: Literal["layer", "ratio"] = arg(
+        "layer", "BAdam: the part is one layer, or a share of the entries of each matrix."
+    )
+    badam_update_ratio: float = arg(
+        0.05, "BAdam, ratio: which share of the entries is trained at a time.", above=0.0, high=1.0
+    )
     badam_start_block: int | None = arg(None, "BAdam: the first layer.", low=0, high=10**4)
     badam_switch_mode: Literal["ascending", "descending", "random", "fixed"] = arg(
         "ascending", "BAdam: the order of the layers."

@@ -70,14 +70,19 @@ STATE_KEYS = (
     *METHOD_OPTIMIZERS,
     *("galore_target", "galore_rank", "galore_proj_type", "galore_layerwise"),
     *("apollo_target", "apollo_rank", "apollo_proj", "apollo_proj_type", "apollo_layerwise"),
-    *("badam_start_block", "badam_switch_mode", "badam_switch_interval"),
+    *("badam_start_block", "badam_switch_mode", "badam_switch_interval", "badam_mode"),
+    "badam_update_ratio",
 )
 """Keys that say which states there are: with other values a checkpoint's are of something else."""
 
 
 def chosen(cfg: RunConfig) -> OptimizerFacts | None:
     """The optimizer that a switch of the run names, or None for `optim` alone."""
-    return next((f for f in METHOD_OPTIMIZERS.values() if getattr(cfg.method, f.name)), None)
+    facts = next((f for f in METHOD_OPTIMIZERS.values() if getattr(cfg.method, f.name)), None)
+    if facts is not None and facts.name == "use_badam" and cfg.method.badam_mode == "ratio":
+        why = "badam_mode: ratio counts the entries of whole matrices, and "
+        return dataclasses.replace(facts, fsdp2=why + _ROWS)
+    return facts
 
 
 def in_backward(cfg: RunConfig) -> str | None:
@@ -137,8 +142,12 @@ def problems(cfg: RunConfig) -> Iterator[str]:
             yield f"{layerwise} needs gradients as they are, and fp16's are scaled. Use bf16."
         if cfg.parallel.sequence_parallel_size not in (1, "auto"):
             yield layerwise_refusal(layerwise)
+    if cfg.method.badam_mode == "ratio" and cfg.method.badam_start_block is not None:
+        yield "badam_start_block is for badam_mode: layer. Leave it out."
     if cfg.method.use_badam and (
-        cfg.method.badam_switch_mode == "fixed" and cfg.method.badam_start_block is None
+        cfg.method.badam_mode == "layer"
+        and cfg.method.badam_switch_mode == "fixed"
+        and cfg.method.badam_start_block is None
     ):
         yield "badam_switch_mode: fixed trains one layer. Give badam_start_block."
 

@@ -105,8 +105,6 @@ NO_EFFECT: dict[str, Other] = {
     "ray_run_name": Other((None,), _RAY),
     "ray_storage_path": Other((None,), _RAY),
     "ray_scope": Other(("last",), _RAY),
-    "badam_update_ratio": Other((0.05,), "it is for badam_mode: ratio, which is refused"),
-    "badam_mask_mode": Other(("adjacent",), "it is for badam_mode: ratio, which is refused"),
     "badam_verbose": Other((0,), "the order of layers and their interval are logged at the start"),
     "visual_inputs": Other((False,), "whether a model takes images is read from its files"),
     "use_audio_in_video": Other((False,), "audio is not supported"),
@@ -195,11 +193,6 @@ REFUSED: dict[str, Other] = {
     "reward_model_quantization_bit": Other((None,), _PPO),
     "reward_model_type": Other(("lora",), _PPO),
     # optimizers
-    "badam_mode": Other(
-        ("layer",),
-        "the entries that it trains are drawn again and again, and no checkpoint of the package badam holds them: a resumed run would train "
-        "others; use badam_mode: layer",
-    ),
     # other systems
     "use_mca": Other((False,), _MCA),
     "use_megatron_bridge": Other((False,), _MCA),
@@ -210,6 +203,10 @@ REFUSED: dict[str, Other] = {
     "fp8_backend": Other(
         ("auto", "torchao"),
         "Transformer Engine replaces whole layers, attention among them; use torchao",
+    ),
+    "badam_mask_mode": Other(
+        ("adjacent",),
+        "entries that are drawn one by one need an index each, four times the states' own memory; use adjacent",
     ),
     "profile_modules": Other((None,), _PROF),
     "swanlab_lark_webhook_url": Other((None,), _SWAN),

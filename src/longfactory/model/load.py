@@ -276,6 +276,9 @@ def load_model(
         ) from error
     _refuse_missing(args, model, found)
     refuse_no_numbers(model.named_parameters(), args.model_name_or_path)
+    if widening is not None:
+        # By these a save would round the weights to the published format again.
+        model.__dict__.pop("_weight_conversions", None)
     if quantization is not None:
         _keep_trainable(model)
         experts.install_four_bits(model)
@@ -396,7 +399,7 @@ def _finite(weight: Tensor) -> bool:
 
 def source_of(model: Any, args: Any) -> Source:
     """The files that `load_model` has just read the model from; without tensors where its weights
-    are random, or come from a gguf file.
+    are random, come from a gguf file, or are stored in fewer bits than it has now.
     """
     path, extra = resolve(args.model_name_or_path)
     source = read_source(
@@ -405,7 +408,7 @@ def source_of(model: Any, args: Any) -> Source:
         revision=getattr(args, "model_revision", None),
         cache_dir=getattr(args, "cache_dir", None),
     )
-    if args.train_from_scratch or extra:
+    if args.train_from_scratch or extra or widened(load_config(args, 1)) is not None:
         return dataclasses.replace(
             source, folder=None if extra else source.folder, tensors={}, targets={}
         )

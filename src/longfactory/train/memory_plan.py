@@ -173,6 +173,9 @@ def states_of_method(cfg: RunConfig, model: Any, trained: int) -> float | None:
     method, width = cfg.method, 2 if cfg.method.pure_bf16 else 4
     if facts.name == "use_badam":
         layers = decoder_layers(model)[1]
+        if method.badam_mode == "ratio":  # two moments and the entries themselves, in float32
+            inside = sum(p.numel() for layer in layers for p in layer.parameters())
+            return 12 * method.badam_update_ratio * inside / trained
         largest = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
         return (8 + (4 if method.pure_bf16 else 0)) * largest / trained
     total = 0.0

@@ -22,6 +22,7 @@ from longfactory.train.block_adamw import BlockAdamW
 from longfactory.train.memory_plan import Memory
 from longfactory.train.muon import MuonAdamW, muon_groups
 from longfactory.train.optimizer_names import EXACT
+from longfactory.train.ratio_adamw import RatioAdamW
 
 log = logging.getLogger("longfactory")
 
@@ -163,6 +164,21 @@ def _badam(cfg: RunConfig, name: str, model: Any, trainer: Any) -> torch.optim.O
             p.requires_grad_(False)
     interval = method.badam_switch_interval
     interval = sys.maxsize if interval < 1 else interval
+    if method.badam_mode == "ratio":
+        log.info(
+            f"BAdam trains {100 * method.badam_update_ratio:g} % of the entries of each matrix in"
+            f" the decoder's layers at a time, for {method.badam_switch_interval} updates, then the"
+            " next ones. Embeddings, output layer and last norm stay as they are."
+        )
+        for group in groups:
+            del group["block"]
+        return RatioAdamW(
+            groups,
+            lr=args.learning_rate,
+            **_adamw_settings(args),
+            share=method.badam_update_ratio,
+            interval=interval,
+        )
     log.info(
         f"BAdam trains one of {blocks} decoder layers at a time, each for"
         f" {method.badam_switch_interval} updates ({method.badam_switch_mode}). Embeddings, output"

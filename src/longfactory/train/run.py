@@ -568,8 +568,10 @@ def build_model(
     if quantization is not None:
         log.info(load.describe_quantised(model))
     elif load.widened(model_config) is not None:
-        stored = load.widened(model_config).quant_method.value
-        log.info(f"The checkpoint's weights ({stored}) are read as {str(dtype).split('.')[-1]}.")
+        log.info(
+            "The checkpoint's weights are stored in fewer bits; they are read, and trained, as"
+            f" {str(dtype).removeprefix('torch.')}."
+        )
     source = load.source_of(model, cfg.model)
     if cfg.model.enable_liger_kernel:
         apply_liger(model)

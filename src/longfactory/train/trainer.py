@@ -50,6 +50,7 @@ from longfactory.train.meter import Meter, TokensLeft
 from longfactory.train.numbers import Numbers
 from longfactory.train.optimizers import one_dtype_each
 from longfactory.train.package_optimizers import keep_projections
+from longfactory.train.ratio_adamw import RatioAdamW
 from longfactory.train.reference import Reference, as_reference
 
 log = logging.getLogger("longfactory")
@@ -447,9 +448,9 @@ class RowTrainer(ResumableTrainer):
         return loss
 
     def _drop_inactive(self) -> None:
-        """BAdam: gradients of layers whose turn it is not are neither clipped nor counted."""
+        """BAdam: gradients of what is not trained in this turn are neither clipped nor counted."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        if isinstance(optimizer, BlockAdamW):
+        if isinstance(optimizer, BlockAdamW | RatioAdamW):
             optimizer.drop_inactive()
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
