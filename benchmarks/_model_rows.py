@@ -196,6 +196,9 @@ class Shapes:
     """What the layers of a model multiply, each shape with how often it is there."""
 
     linear: collections.Counter[tuple[int, int]]
+    mlp: collections.Counter[tuple[int, int]]
+    """Those of `linear` that are parts of MLPs: routers and shared experts too."""
+    norms_after: bool
     experts: collections.Counter[Experts]
     attention: collections.Counter[tuple[int, int, int, int, int]]
     """(heads, key heads, head dim, value dim, keys that a query sees at most or 0)"""
@@ -214,13 +217,14 @@ def shapes_of(config: Any) -> Shapes:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     linear: collections.Counter[tuple[int, int]] = collections.Counter()
+    mlp: collections.Counter[tuple[int, int]] = collections.Counter()
     experts: collections.Counter[Experts] = collections.Counter()
     _, layers = decoder_layers(model)
     used = used_experts(config.get_text_config())
     parameters = 0
     for layer in layers:
         parameters += sum(p.numel() for p in layer.parameters())
-        for module in layer.modules():
+        for name, module in layer.named_modules():
             own = [p for _, p in module.named_parameters(recurse=False)]
             convolves = isinstance(module, torch.nn.Conv1d)
             stacked = [p for p in own if p.dim() == 3 and not convolves]
@@ -231,13 +235,17 @@ def shapes_of(config: Any) -> Shapes:
             for p in own:
                 if p.dim() == 2 and not stacked:
                     linear[p.shape[1], p.shape[0]] += 1
+                    if name.startswith(("mlp", "feed_forward", "block_sparse_moe")):
+                        mlp[p.shape[1], p.shape[0]] += 1
+    kinds = kinds_of(model, config)
     attention = collections.Counter(
-        (k.heads, k.kv_heads, k.head_dim, k.value_dim, k.reach) for k in kinds_of(model, config)
+        (k.heads, k.kv_heads, k.head_dim, k.value_dim, k.reach) for k in kinds
     )
+    after = any(k.norms_after for k in kinds)
     head = model.get_output_embeddings().weight.shape
     total = sum(p.numel() for p in model.parameters())  # tied weights count once
     outside = total - parameters
-    return Shapes(linear, experts, attention, (head[1], head[0]), parameters, outside)
+    return Shapes(linear, mlp, after, experts, attention, (head[1], head[0]), parameters, outside)
 
 
 def measure_rates(job: dict[str, Any]) -> None:
@@ -248,17 +256,20 @@ def measure_rates(job: dict[str, Any]) -> None:
     scale = tokens / rows
     found: dict[str, Any] = {}
     linear: collections.Counter[str] = collections.Counter()
+    mlp = 0.0
     adapters: collections.Counter[str] = collections.Counter()
     flop = 0.0
     for (given, got), times in shapes.linear.items():
         seconds = products(rows, given, got, device)
         linear.update({k: times * scale * v for k, v in seconds.items()})
+        mlp += shapes.mlp[given, got] * scale * seconds["forward"]
         flop += times * 2.0 * tokens * given * got
         if job["lora"]:
             for pair in ((given, LORA_RANK), (LORA_RANK, got)):
                 seconds = products(rows, *pair, device)
                 adapters.update({k: times * scale * v for k, v in seconds.items()})
     found["linear"], found["linear_flop"] = dict(linear), flop
+    found["mlp_forward"], found["norms_after"] = mlp, shapes.norms_after
     grouped: collections.Counter[str] = collections.Counter()
     flop = 0.0
     for layer, times in shapes.experts.items():

@@ -84,9 +84,9 @@ NAMES = {
     "hf-stored": "transformers alone, nothing recomputed",
     "unsloth": "Unsloth",
 }
-UPDATE_BYTES = 32
+UPDATE_BYTES, SPLIT_UPDATE_BYTES = 32, 28
 """Of one trained weight in an optimizer step: AdamW reads weight, two states and gradient and writes
-three of them, in float32; clipping reads the gradient."""
+three of them, in float32; clipping reads the gradient. Split masters: gradients have 2 bytes."""
 
 
 RECORDED = {
@@ -120,7 +120,7 @@ def ours(
         return {**about, **stamp, "error": found["error"]}
     for trace in sorted((home / f"out-{name}" / "profiler").glob("trace_rank0_*.json"))[:1]:
         print(f"\n{name}, one step on GPU 0:\n{_profile.table(trace)}\n", flush=True)
-    keep = ("kernels", "expert_max_load", "expert_dead", "predicted_seconds", "loss")
+    keep = ("split", "kernels", "expert_max_load", "expert_dead", "predicted_seconds", "loss")
     return {
         **about,
         **stamp,
@@ -164,9 +164,26 @@ def passes(settings: str) -> tuple[float, float]:
     return 1.0, 1.0 - (int(saved[1]) / 100 if saved else 0.0)
 
 
-def roofline(at: Setting, gpus: int, rates: dict[str, Any], settings: str) -> dict[str, float]:
-    """Seconds of a step by kind of work, on each of `gpus` GPUs with `at.tokens` tokens."""
+def saved_mlps(settings: str) -> float:
+    """The share of layers whose MLP a run does not compute again, by what its plan said."""
+    saved = re.search(r"MLP products saved in (\d+)%", settings)
+    return int(saved[1]) / 100 if saved else 0.0
+
+
+def roofline(
+    at: Setting, gpus: int, rates: dict[str, Any], settings: str, split: bool = False
+) -> dict[str, float]:
+    """Seconds of a step by kind of work, on each of `gpus` GPUs with `at.tokens` tokens.
+
+    Args:
+        split: masters are split (`SplitAdamW`).
+    """
     again, attention_again = passes(settings)
+    saved = saved_mlps(settings)
+    # the product whose output a norm takes is computed again all the same
+    spared = saved * (2 / 3 if rates.get("norms_after") and not rates["experts"] else 1.0)
+    spared *= again * rates.get("mlp_forward", 0.0)
+    update = SPLIT_UPDATE_BYTES if split else UPDATE_BYTES
     full = at.keys["finetuning_type"] == "full"
 
     def products(of: dict[str, float], forwards: float, weights: bool) -> float:
@@ -175,13 +192,13 @@ def roofline(at: Setting, gpus: int, rates: dict[str, Any], settings: str) -> di
         return forwards * of["forward"] + of["input"] + (of["weight"] if weights else 0.0)
 
     return {
-        "products": products(rates["linear"], 1 + again, full),
-        "experts": products(rates["experts"], 1 + again, full),
+        "products": products(rates["linear"], 1 + again, full) - spared,
+        "experts": products(rates["experts"], 1 + again * (1 - saved), full),
         "adapters": products(rates["adapters"], 1 + again, True),
         "attention": attention_seconds(rates, at.tokens * gpus, attention_again) / gpus,
         # logits are made a second time in the backward pass
         "output layer": products(rates["head"], 2.0, full),
-        "optimizer": UPDATE_BYTES * trained(at, rates) / gpus / rates["bandwidth"],
+        "optimizer": update * trained(at, rates) / gpus / rates["bandwidth"],
     }
 
 
@@ -223,7 +240,7 @@ def render(results: list[dict[str, Any]]) -> str:
         over = f"{speed / best:.2f}x" if best and r["row"] == "ours" else ""
         share = of_ideal = ""
         if rates and r["row"] == "ours":
-            seconds = roofline(at, gpus, rates, r["settings"])
+            seconds = roofline(at, gpus, rates, r["settings"], r.get("split", False))
             share = f"{sum(seconds.values()) / r['seconds']:.2f}"
             made = ", ".join(f"{k} {v:.3f}" for k, v in seconds.items() if v)
             parts.append(f"- {name}, {gpus} GPU{'s' if gpus > 1 else ''}: {made}")

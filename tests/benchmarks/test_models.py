@@ -51,6 +51,12 @@ def test_the_roofline_counts_what_a_run_computes_twice() -> None:
     }
     again = models.roofline(at, 1, RATES, SAVED)
     assert again["products"] == 8.0 and again["attention"] == 35.0
+    kept = f"{SAVED}; MLP products saved in 50% of layers"
+    rates = RATES | {"experts": ONE, "mlp_forward": 0.5, "norms_after": True}
+    saved = models.roofline(at, 1, rates, kept, split=True)
+    assert saved["products"] == 8.0 - 0.25 and saved["experts"] == 7.5 and saved["optimizer"] == 7.0
+    dense = models.roofline(at, 1, rates | {"experts": {}}, kept)
+    assert dense["products"] == pytest.approx(8.0 - 0.5 * 2 / 3 * 0.5)
     two = models.roofline(at, 2, RATES, SAVED)  # 200 tokens, half of them on each GPU
     assert two["attention"] == (1.5 * 40 + 80) / 2 and two["optimizer"] == 4.0
     frozen = models.roofline(at._replace(keys=PT | LORA), 1, RATES, SAVED)
