@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_verify import verified
+from test_verify import ZERO, sharded, verified
 
-from longfactory.testing import run_ranks
+from longfactory.testing import RankPool, run_ranks
 from longfactory_dev.tiny_models import tiny_config
 from make_model import make_model
 from manual_runs import manual_run
@@ -64,3 +64,21 @@ def test_indexer_runs_as_in_one_process(case: str, family: str, base: dict[str, 
         assert exact, table
         assert not [name for name in parameters if "indexer" in name]
     assert not Path(base["output_dir"]).exists()
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("sharding", ["fsdp2", "deepspeed"])
+def test_indexer_runs_with_sharded_parameters(sharding: str, base: dict[str, Any]) -> None:
+    """Frozen indexers, a part of which stays in fp32, beside parameters in bf16."""
+    pool = RankPool(2, keep_groups=sharding == "deepspeed")
+    cases: list[dict[str, Any]] = [{}, {"bf16": True}, {"bf16": True, "pure_bf16": True}]
+    if sharding == "deepspeed":
+        cases = [{"deepspeed": ZERO[3]}]
+    keys = with_family(base, "glm_moe_dsa")
+    try:
+        for exact, table in pool.run(sharded, keys, cases, sharding, timeout=800)[0]:
+            assert exact, table
+    finally:
+        pool.stop()
