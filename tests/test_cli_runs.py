@@ -88,7 +88,7 @@ def test_train_resume_and_refuse(small: list[str], tmp_path: Path) -> None:
     alone = ["sequence_parallel_size=1", "nproc_per_node=1"]
     again = longfactory(*words, "max_steps=3", *alone, cache=cache, FORCE_TORCHRUN="1")
     assert again.returncode == 0, again.stderr
-    assert "parameters: none" in again.stderr
+    assert "parameters: whole (one process)" in again.stderr
     assert "Resuming from" in again.stderr
     assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 3
 
