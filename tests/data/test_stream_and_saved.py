@@ -442,6 +442,15 @@ def test_packed_rows_of_0_9_1_cannot_be_told_apart(tokenizer: Any, tmp_path: Pat
         load(tokenizer, tmp_path, tokenized_path=str(tmp_path / "old"))
 
 
+def test_vision_data_that_llamafactory_saved_are_refused(tokenizer: Any, tmp_path: Path) -> None:
+    row = {"input_ids": [[1, 2]] * 2, "labels": [[1, 2]] * 2, "images": [[], ["a.png"]]}
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict(row)}).save_to_disk(
+        str(tmp_path / "seen")
+    )
+    with pytest.raises(DataError, match="The saved data have images: LLaMA-Factory saves them"):
+        load(tokenizer, tmp_path, tokenized_path=str(tmp_path / "seen"))
+
+
 def test_pairs_and_pretraining_that_llamafactory_saved(tokenizer: Any, tmp_path: Path) -> None:
     pair = {
         f"{s}_{k}": [[1, 2, 3]]

@@ -206,7 +206,7 @@ def write_video(
 
 def oracle_processor(family: str, tokens: Any, args: Any, video: Any = None) -> SimpleNamespace:
     """What the wheel's plug-ins read of a processor."""
-    from longfactory.data.media.families import MediaKeys
+    from longfactory.data.media.family import MediaKeys
 
     images = image_processor(family)
     found = SimpleNamespace(

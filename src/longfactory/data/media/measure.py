@@ -9,7 +9,7 @@ from typing import Any
 
 from longfactory.data.errors import BadRow
 from longfactory.data.media import images, videos
-from longfactory.data.media.families import Frames, Measured
+from longfactory.data.media.family import Frames, Measured
 from longfactory.data.media.load import frames_of_step
 from longfactory.data.media.process import Processing
 from longfactory.data.media.sources import read, reference_of

@@ -15,14 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from longfactory.config.data_arguments import DataSettings, option
-from longfactory.data.media.families import (
-    FAMILIES,
-    OF_MODEL,
-    OF_TEMPLATE,
-    Facts,
-    Family,
-    MediaKeys,
-)
+from longfactory.data.media.families import FAMILIES, OF_MODEL, OF_TEMPLATE
+from longfactory.data.media.family import Facts, Family, MediaKeys
 from longfactory.data.template_table import TABLE
 from longfactory.errors import DataError
 
