@@ -65,17 +65,23 @@ def about(a: argparse.Namespace) -> Row:
 
 
 def from_log(a: argparse.Namespace) -> int:
-    """Tables from what earlier commands printed, whose files are elsewhere."""
-    lines = a.log.read_text().splitlines()
-    for line in lines:
+    """The table of a part from what commands printed whose files are elsewhere; other parts' rows in
+    the same log are passed over.
+    """
+    found: list[Row] = []
+    made: Row = {}
+    for line in a.log.read_text().splitlines():
         if line.startswith("ABOUT "):
-            _ABOUT.update(json.loads(line[6:]))
-    rows = earlier(a)
-    for line in lines:
-        if line.startswith('{"row": '):
-            row = json.loads(line)
-            rows = [r for r in rows if r["row"] != row["row"]] + [{**row, "made": dict(_ABOUT)}]
-    write(a, rows)
+            made = json.loads(line[6:])
+        elif line.startswith('{"row": ') and f"--part {a.part} " in made["command"] + " ":
+            found.append({**json.loads(line), "made": made})
+    if not found:
+        raise SystemExit(f"{a.log} holds no row of the part {a.part}.")
+    _ABOUT.update(found[-1]["made"])
+    names = [row["row"] for row in found]
+    rows = [row for row in earlier(a) if row["row"] not in names]
+    # a row that was printed again, with more in it, counts in its first place
+    write(a, rows + [found[len(names) - 1 - names[::-1].index(n)] for n in dict.fromkeys(names)])
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 import _device_time
 import _many_commands
+import _many_table
 import many_gpus
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +63,30 @@ def test_the_log_of_a_run_is_read() -> None:
         "settings": "every layer recomputed; optimizer on the gpu",
         "predicted s": 1396.4,
     }
+
+
+def test_tables_from_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of one part, the last of a name in its first place; other parts' and noise are passed
+    over.
+    """
+    made = {"machine": "4 x H200", "date": "2026-11-27", "versions": "torch 2"}
+    lines = []
+    for part, rows in (
+        ("scaling", [{"row": "SP 1", "x": 1.5}, {"row": "SP 4", "x": 2}, {"row": "SP 1", "x": 3}]),
+        ("parity", [{"row": "seed 0", "ratio": 1.0}]),
+    ):
+        command = f"python benchmarks/many_gpus.py --gpus 4 --part {part}"
+        lines += ["ABOUT " + json.dumps({**made, "command": command}), "noise"]
+        lines += [json.dumps(row) for row in rows]
+    (tmp_path / "log").write_text("\n".join(lines))
+    given = argparse.Namespace(
+        part="scaling", log=tmp_path / "log", out=tmp_path, gpus=4, smoke=False, title="T", notes=[]
+    )
+    monkeypatch.setattr(_many_table, "_ABOUT", {})
+    _many_table.from_log(given)
+    text = (tmp_path / "many_gpus_scaling_4xH200.md").read_text()
+    assert "| SP 1 | 3 |\n| SP 4 | 2 |" in text and "seed" not in text
+    assert "--part scaling` (2026-11-27, 4 x H200, torch 2)" in text
 
 
 @pytest.mark.slow
