@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from longfactory.memory.cost import budget, seconds
+from longfactory.memory.cost import ATTENTION_SHARE, budget, seconds
 from longfactory.memory.exchange import Schedule, held_bytes, schedule, schedules
 from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import ModelShape, TrainingJob, machine
@@ -57,6 +57,40 @@ def test_between_hosts_heads_are_dearer_than_a_ring():
     wide = [TrainingJob(shared, far, 262144, sp=16, mode=m) for m in ("ulysses", "zigzag-ring")]
     assert seconds(wide[0], SAVED) > 1.02 * seconds(wide[1], SAVED)
     assert ulysses < 1.05 * ring  # heads inside a host
+
+
+def test_messages_between_hosts_wait_for_each_other():
+    """Short rows over two hosts: a ring's turns cost their latency, a fetch pays it once a layer; a
+    group inside a host pays none of the network's.
+    """
+
+    def taken(latency: float, sp: int, mode: str, tokens: int = 16384) -> float:
+        far = machine("H100", 16, 2**40, gpus_per_host=8, network_latency=latency)
+        given = TrainingJob(adapted, far, tokens, sp=sp, mode=mode, sharded=False)  # type: ignore[arg-type]
+        return seconds(given, SAVED)
+
+    adapted = dataclasses.replace(SHAPE, trainable=1, adapters=True)  # no gradients to wait for
+    more = 200e-6
+    for mode, messages in (("zigzag-ring", 2 * 15 + 1), ("llama3", 2 + 1)):
+        added = taken(0.01 + more, 16, mode) - taken(0.01, 16, mode)
+        expected = 28 * messages * more * 1.005 / ATTENTION_SHARE
+        assert added == pytest.approx(expected, rel=1e-3), mode
+    within = taken(0.01 + more, 8, "zigzag-ring") - taken(0.01, 8, "zigzag-ring")
+    assert within <= 8 * more * 1.01  # of DDP's gradients
+    # which schedule is fastest depends on it: of long rows the ring hides what the fetch does not
+    slow, quick = 1e-3, 1e-6
+    assert taken(slow, 16, "llama3") < taken(slow, 16, "zigzag-ring")
+    ratio = [taken(each, 16, "zigzag-ring") / taken(each, 16, "llama3") for each in (slow, quick)]
+    assert ratio[0] > 1.5 * ratio[1]
+
+
+def test_parameters_that_are_gathered_between_hosts_wait_once_a_layer():
+    def taken(latency: float, gpus: int) -> float:
+        where = machine("H100", gpus, 2**40, gpus_per_host=8, network_latency=latency)
+        return seconds(TrainingJob(SHAPE, where, 256), SAVED)
+
+    assert taken(1e-3, 8) == taken(1e-6, 8)
+    assert taken(1e-3, 16) - taken(1e-6, 16) == pytest.approx(3 * 28 * 8 * 1e-3, rel=0.02)
 
 
 def test_gathered_keys_are_held_whole():

@@ -289,7 +289,11 @@ def seconds(job: TrainingJob, settings: MemorySettings) -> float:
         reference += attention / machine.attention_forward / ATTENTION_SHARE
         compute += job.reference_passes * job.local * reference
     copied = work.copied_bytes / machine.copies
-    sent = [each / machine.between(machine.gpus) for each in sent_bytes(job)]
+    between = machine.between(machine.gpus)
+    sent = [
+        received / between + messages * machine.waits(machine.gpus)
+        for received, messages in zip(sent_bytes(job), sent_messages(job), strict=True)
+    ]
     forward = compute * 0.3
     backward_seconds = max(compute - forward, copied, sent[1])
     step = max(forward, copied, sent[0]) + backward_seconds
@@ -454,6 +458,19 @@ def sent_bytes(job: TrainingJob) -> tuple[float, float]:
         return 0.0, 2.0 * gradients
     weights = shape.frozen_bytes + gradients
     return weights, weights + gradients
+
+
+def sent_messages(job: TrainingJob) -> tuple[int, int]:
+    """Messages, one after the other, in which these come: each layer's parameters in forward and
+    again in backward, and its gradients, each in a ring over all GPUs (NCCL's trees take fewer).
+    """
+    gpus, layers = job.machine.gpus, job.shape.layers
+    if gpus == 1:
+        return 0, 0
+    hops = min(gpus - 1, 2 * (gpus - 1).bit_length())
+    if job.weight_shards == 1:
+        return 0, hops
+    return layers * hops, 2 * layers * hops
 
 
 def exchanged_bytes(job: TrainingJob, forward_runs: float = 1.0) -> float:

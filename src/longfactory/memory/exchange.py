@@ -3,6 +3,7 @@ their way, buffers, and merges of partial outputs.
 
 A ring's messages are hidden behind its tiles; of gathered keys and values the fetch is, and what
 goes back is not; heads that are exchanged wait for each other. A merge reads and writes fp32 sums.
+Every message takes its latency beside its bytes, which is what binds short rows between hosts.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from longfactory.memory.shapes import TrainingJob
 from longfactory.sp.schedules.ulysses import copies
 
 MERGE_REACHES = 0.6  # of the rate of a GPU's own memory (fitted: benchmarks/results/auto_choice.md)
+EXCHANGES = 4  # of heads in a pass: queries, keys, values and the output, each one all-to-all
 MERGE_BYTES = 22  # of a number of the attention output: 10 in forward, 12 of its query in backward
 
 
@@ -81,11 +83,22 @@ def _seconds(
     times = copies(shape.heads, shape.kv_heads, how.ulysses) if how.ulysses > 1 else 1
     hidden = ring_bytes / machine.between(job.sp) * times * (ring - 1) / (job.sp - 1)
     waited = 0.0
+    layers = sum(count for kind, count in shape.layers_of_kinds if kind.heads)
     if how.gathers:
         waited = hidden * (4 / shape.width) / passes
         hidden -= waited
+        # keys and values are fetched at once from all; their gradients go back alike
+        fetched = layers * (forward_runs + 1) * machine.waits(job.sp)
+        hidden, waited = hidden + fetched, waited + layers * machine.waits(job.sp)
+    elif ring > 1:
+        # keys and values at each turn, and in backward the sums of their gradients, once more
+        turns = (forward_runs + 1) * (ring - 1) + 1
+        hidden += layers * turns * machine.waits(job.sp)
     if how.ulysses > 1:
         waited += exchanged_heads(job, how, forward_runs) / machine.between(how.ulysses)
+        # queries, keys, values; the output; in backward these again, and their gradients
+        exchanges = EXCHANGES * (forward_runs + 2)
+        waited += layers * exchanges * machine.waits(how.ulysses)
     merges = min(ring - 1, 1) if how.gathers else ring - 1
     numbers = job.local * sum(count * kind.outputs for kind, count in shape.layers_of_kinds)
     waited += merges * MERGE_BYTES * numbers / (MERGE_REACHES * machine.memory)

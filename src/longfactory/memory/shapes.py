@@ -190,6 +190,11 @@ CUDNN_WIDE = 0.79
 """What cuDNN reaches with heads of 256 dims and no window: 433 of 549 TFLOP/s (kernels.md)."""
 
 
+LATENCY, NETWORK_LATENCY = 10e-6, 25e-6
+"""Seconds until a message arrives, beside its bytes, with what NCCL takes to send it: over NVLink
+or PCIe, and over InfiniBand. Taken, not measured; `plan --network-latency-us` sets the latter."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Machine:
     """One kind of GPU, how many of them share a host, and measured rates.
@@ -214,6 +219,9 @@ class Machine:
     wide_heads: float = CUDNN_WIDE  # tiles with heads of 256 dims that cuDNN computes
     links: float = 200e9
     network: float = 40e9  # of one GPU to those of other hosts
+    # seconds until a message arrives, beside its bytes: within a host, and between hosts
+    latency: float = LATENCY
+    network_latency: float = NETWORK_LATENCY
     # products, attention forward and backward where layers compute in fp32
     float32: Rates = (43e12, 25e12, 20e12)
 
@@ -250,6 +258,12 @@ class Machine:
         spans hosts, what its slowest link gives.
         """
         return self.links if gpus <= self.gpus_per_host else min(self.links, self.network)
+
+    def waits(self, gpus: int) -> float:
+        """Seconds until a message arrives within a group of GPUs: where it spans hosts, the
+        slowest link's.
+        """
+        return self.latency if gpus <= self.gpus_per_host else self.network_latency
 
     @property
     def on_host(self) -> int:
@@ -362,6 +376,7 @@ def machine(
     tf32: bool = False,
     network: float = 40e9,
     cores: int = 0,
+    network_latency: float = NETWORK_LATENCY,
 ) -> Machine:
     """The machines of a run with `gpus` of a kind: a name that contains one of `GPUS`, or the
     kind's own numbers. Rates of an A100 where the name is unknown (`kind_of`).
@@ -369,6 +384,7 @@ def machine(
     Args:
         gpu_bytes: of one GPU's memory, where it is not the kind's usual one.
         network: bytes/s that one GPU receives from other hosts.
+        network_latency: seconds until a message from another host arrives.
         cores: of one host; 0 where they are not known.
     """
     kind = gpu if isinstance(gpu, Gpu) else GPUS[kind_of(gpu) or "A100"]
@@ -392,6 +408,7 @@ def machine(
         wide_heads=wide_heads,
         links=REACHED["link"] * kind.link,
         network=network,
+        network_latency=network_latency,
         float32=(
             REACHED["fp32"] * products,
             REACHED["fp32_attention_forward"] * kind.tf32,

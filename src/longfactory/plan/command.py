@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from longfactory.errors import UserError
 from longfactory.memory import calibration
-from longfactory.memory.shapes import GPUS, Gpu, Machine, kind_of, machine
+from longfactory.memory.shapes import (
+    GPUS,
+    NETWORK_LATENCY,
+    Gpu,
+    Machine,
+    kind_of,
+    machine,
+)
 from longfactory.plan import facts
 from longfactory.plan.curve import chart, check_picture, falls, picture, points
 from longfactory.plan.sizes import SIZES, model_folder
@@ -119,6 +126,13 @@ def make_parser() -> argparse.ArgumentParser:
         type=positive,
         default=400.0,
         help="Gbit/s of a GPU to other hosts (default 400)",
+    )
+    parser.add_argument(
+        "--network-latency-us",
+        type=positive,
+        default=1e6 * NETWORK_LATENCY,
+        help="microseconds until a message from another host arrives: InfiniBand some 25 (default),"
+        " Ethernet some 60",
     )
     parser.add_argument(
         "--sequence-parallel-size", help="GPUs that share a row, or auto (a model: auto)"
@@ -247,6 +261,7 @@ def machine_of(a: argparse.Namespace, gpus: int, tf32: bool) -> tuple[Machine, s
         a.gpu_gib * GiB if a.gpu_gib else None,
         tf32,
         a.network_gbit / 8 * 1e9,
+        network_latency=a.network_latency_us / 1e6,
     )
     if a.calibrated is not None:
         where = calibration.of_file(Path(a.calibrated), where, name)

@@ -148,7 +148,12 @@ def bound_by(each: Way) -> str:
     gains = {
         "compute": gained(**_twice_the_rates(m)),
         "copies to the host": gained(copies=2 * m.copies),
-        between: gained(links=2 * m.links, network=2 * m.network),
+        between: gained(
+            links=2 * m.links,
+            network=2 * m.network,
+            latency=m.latency / 2,
+            network_latency=m.network_latency / 2,
+        ),
         "AdamW on the host": gained(host_memory=2 * m.host_memory),
     }
     return max(gains, key=lambda name: gains[name])
