@@ -8,9 +8,9 @@ the GPUs of one machine.
 
 Each setting is a run of a few steps with random weights, whose log holds the plan that it made
 before it loaded anything (`longfactory plan` prints the same). Predicted are the peak of one GPU and
-the seconds of a step; measured are the most bytes that torch had allocated, and the mean of the
-steps after the first. What torch does not allocate (the item "runtime") is left out of the predicted
-peak. Settings of one GPU run side by side where the machine has more. Nothing is left out: a
+the seconds of a step; measured are the most bytes that torch had allocated, and the median of the
+steps after the first (rows without `steps`: the mean). What torch does not allocate (the item
+"runtime") is left out of the predicted peak. Settings of one GPU run side by side where the machine has more. Nothing is left out: a
 setting that fails is in the table with its last line. With `--out`, earlier settings stay in the
 table unless they are run again.
 """
@@ -21,12 +21,14 @@ import argparse
 import concurrent.futures
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 import queue
 import random
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -372,7 +374,7 @@ def run(
         predicted["predicted_gib"] = round(float(total[1]) - float(runtime[1]), 1)
         predicted["predicted_seconds"] = float(step[1])
     clocks = [line["elapsed_seconds"] for line in lines[:timed]]
-    seconds = (clocks[-1] - clocks[0]) / (len(clocks) - 1)
+    taken = [after - before for before, after in itertools.pairwise(clocks)]
     kernels = re.search(r"Attention kernels? \(.*?\): (.*)", text)
     said = ("expert_max_load", "expert_dead")  # of a mixture of experts
     return {
@@ -382,7 +384,8 @@ def run(
         **{key: lines[-1][key] for key in said if key in lines[-1]},
         **predicted,
         "peak_gib": max(line.get("vram_allocated", 0.0) for line in lines),
-        "step_seconds": seconds,
+        "step_seconds": statistics.median(taken),
+        "steps": [round(each, 4) for each in taken],
         "split": "split" in (re.search(r"masters.*", text) or [""])[0],
     }
 

@@ -237,6 +237,30 @@ def test_random_weights_are_whole_before_they_are_sharded():
     assert budget(longer, saved()) == budget(dataclasses.replace(TWO, made_here=False), saved())
 
 
+def test_a_short_step_waits_for_what_starts_its_kernels():
+    """Two steps of 1.5B parameters under FSDP2 on two H200: 0.48 s with rows of 4,096 tokens, 0.50
+    with 16,384.
+    """
+    shape = ModelShape.of(
+        qwen_7b(
+            hidden_size=1536,
+            intermediate_size=8960,
+            num_attention_heads=12,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        )
+    )
+    job = dataclasses.replace(TWO, shape=shape)
+    for tokens, taken in ((4096, 0.483), (16384, 0.496)):
+        assert seconds(dataclasses.replace(job, tokens=tokens), saved()) == pytest.approx(
+            taken, rel=0.05
+        )
+    long = dataclasses.replace(job, tokens=131072)
+    none = dataclasses.replace(long, machine=dataclasses.replace(long.machine, layer_start=0.0))
+    assert seconds(long, saved()) == seconds(none, saved()) > 1
+    assert seconds(dataclasses.replace(job, tokens=4096, sharded=False), saved()) < 0.4
+
+
 def test_what_is_gathered_of_the_embedding_and_the_output_layer():
     """FSDP2 has an untied output layer until its gradient is reduced, and fetches the embedding for
     the end of backward; ZeRO-3 may hold both.

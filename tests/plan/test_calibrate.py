@@ -71,6 +71,38 @@ def test_seconds_are_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     assert now[0] >= calibrate.SECONDS
 
 
+def test_a_call_that_is_far_too_slow_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = [0.0], []
+
+    def call() -> None:
+        calls.append(0)
+        now[0] += 19.0
+
+    monkeypatch.setattr(calibrate.time, "perf_counter", lambda: now[0])
+    assert calibrate.seconds_of(call, torch.device("cpu")) == 19.0 and len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "best", "tried"),
+    [({1: 4.0, 2: 2.0, 4: 1.0}, 1.0, [1, 2, 4]), ({1: 3.0, 2: 5.0, 4: 19.0}, 3.0, [1, 2])],
+    ids=["idle", "cores that others hold"],
+)
+def test_the_host_is_measured_with_as_many_threads_as_are_fastest(
+    seconds: dict[int, float], best: float, tried: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+
+    def taken(call: object, device: object) -> float:
+        threads.append(torch.get_num_threads())
+        return seconds[threads[-1]]
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr(calibrate, "seconds_of", taken)
+    monkeypatch.setattr(calibrate, "UPDATED", 128)
+    assert calibrate.host_update(4) == 28 * 128 / best
+    assert threads == tried and torch.get_num_threads() == before
+
+
 def test_without_a_gpu_the_host_alone_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

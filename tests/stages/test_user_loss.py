@@ -27,7 +27,7 @@ from longfactory.stages.preference import PreferenceStage
 from longfactory.stages.tokens import TokenStage
 from longfactory.testing import run_ranks, tiny_model
 from longfactory.train.verify.alone import _preference
-from longfactory.train.verify.comparison import verify
+from longfactory.train.verify.command import verify
 from oracles import pair_row
 from small_runs import LORA, STEPS, home, steps, text, train
 

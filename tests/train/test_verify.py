@@ -461,7 +461,7 @@ def test_a_packed_block_is_parted_into_its_samples() -> None:
 
 def test_nothing_is_evaluated_or_saved() -> None:
     from longfactory.config import from_mapping
-    from longfactory.train.verify.comparison import quiet
+    from longfactory.train.verify.command import quiet
 
     given = {
         "model_name_or_path": "model",

@@ -302,9 +302,17 @@ def seconds(job: TrainingJob, settings: MemorySettings) -> float:
     for technique in techniques():
         if technique.update is not None:
             step += technique.update(job, settings, backward_seconds)
+    # of two ways that both wait for it, the one with less to do
+    step = max(step, starting_seconds(job) + 0.01 * step)
     # quantised weights are widened before each use: read and written once
     widened = shape.quantized * (shape.quantized_bytes + shape.width)
     return step + (2.0 + work.again_forward + work.again_mlp) * widened / machine.memory
+
+
+def starting_seconds(job: TrainingJob) -> float:
+    """What a step takes at least: short rows wait for the process that starts their kernels."""
+    sharded = job.weight_shards > 1 and not job.zero
+    return job.shape.layers * job.machine.layer_start if sharded else 0.0
 
 
 # Of the rate of products, what grouped products of experts in 16 bit reach: 585 TFLOP/s with 1,024

@@ -190,6 +190,11 @@ CUDNN_WIDE = 0.79
 """What cuDNN reaches with heads of 256 dims and no window: 433 of 549 TFLOP/s (kernels.md)."""
 
 
+LAYER_START = 17e-3
+"""Seconds that a process takes to start all kernels and collectives of one layer of a step whose
+parameters FSDP2 shards, with its share of the optimizer's: steps of 28 layers on two H200 took 0.48
+s with rows of 4,096 tokens and 0.50 s with 16,384, where products take 0.06 and 0.3
+(benchmarks/results/plan_accuracy.md). Without FSDP2 it was not measured, and is left out."""
 LATENCY, NETWORK_LATENCY = 10e-6, 25e-6
 """Seconds until a message arrives, beside its bytes, with what NCCL takes to send it: over NVLink
 or PCIe, and over InfiniBand. Taken, not measured; `plan --network-latency-us` sets the latter."""
@@ -219,6 +224,7 @@ class Machine:
     wide_heads: float = CUDNN_WIDE  # tiles with heads of 256 dims that cuDNN computes
     links: float = 200e9
     network: float = 40e9  # of one GPU to those of other hosts
+    layer_start: float = LAYER_START
     # seconds until a message arrives, beside its bytes: within a host, and between hosts
     latency: float = LATENCY
     network_latency: float = NETWORK_LATENCY

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -139,7 +141,10 @@ def load_config(args: Any, cutoff_len: int) -> Any:
             " base model there, and this folder in adapter_name_or_path."
         )
     try:
-        config = AutoConfig.from_pretrained(path, **_hub_arguments(args, path), **extra)
+        if "gguf_file" in extra:
+            config = copy.deepcopy(_embedded_config(path))
+        else:
+            config = AutoConfig.from_pretrained(path, **_hub_arguments(args, path))
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(
@@ -157,6 +162,14 @@ def load_config(args: Any, cutoff_len: int) -> Any:
     if args.rope_scaling:
         _scale_rope(config, args.rope_scaling, cutoff_len)
     return config
+
+
+@functools.lru_cache(1)
+def _embedded_config(folder: str) -> Any:
+    """The configuration in the file of the embedded model, which takes seconds to read."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, gguf_file=_EMBEDDED_FILE)
 
 
 def load_media(args: Any, data: DataSettings, tokenizer: Any) -> Processing | None:

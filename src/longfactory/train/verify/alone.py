@@ -111,11 +111,14 @@ def build(
         UserError: it cannot be loaded, or has other parameters than the model of the run.
     """
     config = load.load_config(cfg.model, cfg.cutoff_len)
+    args = cfg.model
+    if getattr(config, "quantization_config", None) is None:
+        # its values come from the run's model: reading the checkpoint again only takes time
+        args = dataclasses.replace(args, train_from_scratch=True)
     state = torch.get_rng_state()
     try:
-        model = load.load_model(
-            cfg.model, config, torch.float32, attention="eager", device=torch.device("cpu")
-        )
+        model = load.load_model(args, config, torch.float32, attention="eager", device=device)
+        model.config.use_cache = False
         grew = load.resize_vocabulary(model, tokenizer) if cfg.model.resize_vocab else False
         inner = model
         if processing is not None:

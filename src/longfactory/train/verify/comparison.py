@@ -1,5 +1,5 @@
-"""`longfactory verify`: an optimizer step of the run itself, against the same documents one by one
-in transformers' own model.
+"""An optimizer step of the run itself, against the same documents one by one in transformers' own
+model.
 
 The step is the trainer's: its loader, its count of items, its loss and scale, its micro-batches,
 reduction and clipping, on the model as it is wrapped and sharded, with the layers and kernels that
@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,22 +24,20 @@ from transformers import TrainerCallback
 
 from longfactory import sp
 from longfactory.config import RunConfig
-from longfactory.config.adapter_facts import trains_adapters
 from longfactory.data.row import Row
 from longfactory.data.samples import DecodedSample, decoded_samples
 from longfactory.errors import UserError
 from longfactory.memory.chunked import runs_in_chunks
 from longfactory.model.routing import router_loss_coefficient
+from longfactory.shard.settings import in_words
 from longfactory.sp import hf, routers, vision
-from longfactory.train.display import ProgressLine
 from longfactory.train.ranks import everywhere, from_all, from_main, is_distributed
 from longfactory.train.reference import Reference, adapter_is_reference, disable_dropout
-from longfactory.train.run import Assembled, assemble, decided
-from longfactory.train.survival.start import meet
-from longfactory.train.survival.watch import Watch
+from longfactory.train.run import Assembled
 from longfactory.train.trainer import RowTrainer
-from longfactory.train.verify import alone, causes, zero
+from longfactory.train.verify import alone, zero
 from longfactory.train.verify.alone import Precision, Step, Text
+from longfactory.train.verify.cost import KEPT_BYTES, affordable, kept_bytes, longest_row
 from longfactory.train.verify.gradients import (
     gradient_deviations,
     kind_reasons,
@@ -92,181 +89,12 @@ from longfactory.train.verify.rows import (
     windows_of,
 )
 
-ROWS, TOKENS, FEWEST = 2, 2048, 128
-"""Micro-batches, and the longest row: at least `FEWEST` tokens where a CPU would take minutes."""
-KEPT_BYTES = 2**31
-"""What a pass may keep for its backward pass before layers are computed again."""
-CPU_OPERATIONS, GPU_OPERATIONS = 6 * 10**11, 6 * 10**14
-"""What the specification may cost: about a minute of two cores in float64, or of a GPU."""
 UNDECIDED = 0.3
 """From here on the own gradients' relative error says that a model's gradients are rounding."""
-MOST_SCALED_STEPS = 24
-"""float16: so often the scale of the loss may halve until gradients are finite."""
 OFFSETS = {"chosen": 0.5, "rejected": -0.25, "kl": -0.5}
 """The reference is the model itself, moved by these shares of 1 / beta: at the model's own numbers
 many losses are flat.
 """
-
-
-def verify(
-    cfg: RunConfig,
-    *,
-    rows: int = ROWS,
-    tokens: int | None = None,
-    watch: Watch | None = None,
-    traced: bool = False,
-) -> VerifyReport:
-    """One optimizer step of the run, compared. Every process calls it. Writes nothing to the output
-    folder.
-
-    The step has `rows` micro-batches in each data-parallel group, the first of the training data
-    that train something. Dropout, noise and the
-    optimizer's own work are left out, and adapters that begin at zero (half of their gradients
-    would be zero) get small random numbers.
-
-    Args:
-        rows: micro-batches of each data-parallel group.
-        tokens: longest row; the documents of a longer one keep their last tokens, each in
-            proportion to its length. By default 2048, and on a CPU as many as take a minute.
-        watch: over this process, where there is one.
-        traced: where the comparison fails, the run is verified again without one thing after the
-            other (`causes`).
-    Raises:
-        UserError: the run cannot be assembled, its data have nothing to compare on, or it is not
-            the run of its configuration.
-    """
-    if trains_adapters(cfg.method) and cfg.model.quantization_bit:
-        raise UserError(
-            "verify compares with the model in float32, which a quantised model does not have."
-            " Leave quantization_bit out."
-        )
-    if cfg.trainer.deepspeed is not None and cfg.trainer.fp16:
-        raise UserError(
-            "verify does not follow DeepSpeed's own loss scale. Verify the run with fp16=false"
-            " (float32) or bf16=true, or without deepspeed."
-        )
-    if cfg.method.stage == "sft" and cfg.method.use_asft_loss:
-        raise UserError(
-            "verify compares log-probabilities of labels, and use_asft_loss also needs whole"
-            " distributions of a reference. Verify the run with use_asft_loss=false"
-            " use_dft_loss=true: the same passes through the same model."
-        )
-    if cfg.method.stage in ("pt", "sft") and cfg.method.loss_path is not None:
-        raise UserError(
-            "verify must know of which numbers a loss takes no gradient, and does not know it of"
-            f" loss_path: {cfg.method.loss_path}. Verify the run without loss_path: the same passes"
-            " through the same model."
-        )
-    store, _ = meet(cfg, watch, writes=False)
-    cfg = decided(cfg, store)
-    report = compared(cfg, rows, tokens, store)
-    if report.exact or not traced:
-        return report
-    found = causes.variants(
-        cfg,
-        rows=rows,
-        tokens=report.longest_row,
-        several=any(len({sample for *_, sample in row.placed}) > 1 for row in report.rows),
-        windows=report.windows,
-        parameters=report.parameter_count,
-    )
-    return dataclasses.replace(
-        report,
-        causes=causes.trace(
-            found,
-            lambda variant: compared(
-                variant.cfg, variant.rows, variant.tokens, None, rerun=True, apart=variant.apart
-            ),
-        ),
-    )
-
-
-def compared(
-    cfg: RunConfig,
-    rows: int,
-    tokens: int | None,
-    store: Any,
-    *,
-    rerun: bool = False,
-    apart: bool = False,
-) -> VerifyReport:
-    """Assembles a run, makes its step, and compares it. Collective.
-
-    Args:
-        store: where the process group meets; None where it is open.
-        rerun: an earlier comparison has failed: rows are not made longer than `tokens`, and samples
-            are not shown again.
-        apart: one sample a row.
-    """
-    with tempfile.TemporaryDirectory(prefix="longfactory-verify-") as folder:
-        run = assemble(quiet(cfg, folder, rows), wide_weights=True, store=store)
-        comparison = Comparison(cfg, run, rows, tokens, folder, rerun=rerun, apart=apart)
-        run.trainer.add_callback(comparison)
-        run.trainer.remove_callback(ProgressLine)
-        with comparison.installed:
-            run.trainer.train()
-        return comparison.report()
-
-
-def quiet(cfg: RunConfig, folder: str, rows: int) -> RunConfig:
-    """The run without what it would leave behind (checkpoints, evaluation, trackers, its output
-    folder), and without what is not compared: noise, and the optimizer."""
-    drop: tuple[str, ...] = (
-        "resume_from_checkpoint",
-        "load_best_model_at_end",
-        "eval_on_start",
-        "eval_steps",
-        "save_steps",
-        "push_to_hub",
-        "run_name",
-    )
-    drop += (
-        "neftune_noise_alpha",
-        "optim_args",
-        "optim_target_modules",
-        "lr_scheduler_kwargs",
-        "dataloader_num_workers",
-        "warmup_ratio",
-    )
-    keys = {k: v for k, v in cfg.hf.items() if k not in drop}
-    keys |= {
-        "output_dir": folder,
-        "do_train": True,
-        "do_eval": False,
-        "do_predict": False,
-        "eval_strategy": "no",
-        "save_strategy": "no",
-    }
-    keys |= {
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_strategy": "steps",
-        "logging_steps": 1,
-    }
-    keys |= {
-        "max_steps": MOST_SCALED_STEPS if cfg.trainer.fp16 else 1,
-        "gradient_accumulation_steps": rows,
-    }
-    # Nothing moves, and nothing is clipped; but the norm is what the trainer's own clipping finds.
-    keys |= {
-        "optim": "sgd",
-        "learning_rate": 0.0,
-        "max_grad_norm": 1e30,
-        "lr_scheduler_type": "constant",
-        "warmup_steps": 0,
-    }
-    if cfg.trainer.deepspeed is not None:
-        keys["deepspeed"] = zero.without_optimizer(cfg.trainer.deepspeed, bf16=cfg.trainer.bf16)
-    # the routers' auxiliary loss is of whole rows, not of documents: it is left out of both sides
-    method = dataclasses.replace(
-        cfg.method, early_stopping_steps=None, loraplus_lr_ratio=None, moe_aux_loss_coef=0.0
-    )
-    memory = dataclasses.replace(
-        cfg.memory, optimizer_placement="gpu", offload_gradients=False, optimizer_overlap=False
-    )
-    # numbers of eight bits have no reference in float32
-    model = dataclasses.replace(cfg.model, fp8=False)
-    return dataclasses.replace(cfg, hf=keys, model=model, method=method, memory=memory)
 
 
 class _References:
@@ -891,58 +719,6 @@ def _texts(row: Sequence[alone.Item]) -> list[Text]:
     return [text for item in row for text in alone.texts_of(item)]
 
 
-def operations(trainer: RowTrainer, tokens: int) -> int:
-    """Of the specification of one document of so many tokens: two computations, each a pass to
-    read and one for the gradient, in which layers are computed again.
-    """
-    config: Any = hf.unwrap(trainer.model).config.get_text_config()
-    heads, layers, dim = _shape(config)
-    parameters = sum(map(zero.count, trainer.model.parameters()))
-    return 2 * 5 * (2 * parameters * tokens + 4 * layers * heads * dim * tokens * tokens)
-
-
-def kept_bytes(trainer: RowTrainer, tokens: int) -> int:
-    """About what a pass of the specification over so many tokens keeps for its backward pass, in
-    float64.
-    """
-    config: Any = hf.unwrap(trainer.model).config.get_text_config()
-    heads, layers, _ = _shape(config)
-    hidden = getattr(config, "hidden_size", None) or 1
-    return 8 * layers * tokens * (3 * heads * tokens + 24 * hidden)
-
-
-def longest_row(trainer: RowTrainer, rows: int) -> int:
-    """How long rows are by default."""
-    tokens = TOKENS
-    while (
-        trainer.args.device.type == "cpu"
-        and tokens > FEWEST
-        and rows * operations(trainer, tokens) > CPU_OPERATIONS
-    ):
-        tokens //= 2
-    return tokens
-
-
-def affordable(trainer: RowTrainer, tokens: int) -> bool:
-    """Whether transformers' own attention of a document of so many tokens, in a wider precision,
-    fits beside the run and takes no more than a minute or so.
-    """
-    heads, _, _ = _shape(hf.unwrap(trainer.model).config.get_text_config())
-    scores = 5 * 8 * heads * tokens * tokens  # float64: scores, weights and their gradients
-    if trainer.args.device.type == "cuda":
-        free = torch.cuda.mem_get_info(trainer.args.device)[0]
-        return scores < free / 2 and operations(trainer, tokens) < GPU_OPERATIONS
-    return scores < 2 * 2**30 and operations(trainer, tokens) < CPU_OPERATIONS
-
-
-def _shape(config: Any) -> tuple[int, int, int]:
-    """(query heads, layers, head dim)."""
-    heads = getattr(config, "num_attention_heads", None) or 1
-    hidden = getattr(config, "hidden_size", None) or heads
-    dim = getattr(config, "head_dim", None) or hidden // heads
-    return heads, getattr(config, "num_hidden_layers", None) or 1, dim
-
-
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
@@ -976,7 +752,7 @@ def _title(cfg: RunConfig, run: Assembled) -> str:
     )
     return (
         f"{cfg.model.model_name_or_path}, stage {cfg.method.stage}: {mode}, parameters"
-        f" {run.sharding}; an optimizer step against documents alone"
+        f" {in_words(run.sharding)}; an optimizer step against documents alone"
         f" ({str(_precision(run.trainer)).rsplit('.', 1)[-1]})"
     )
 
