@@ -256,7 +256,7 @@ def write(out: Path, rows: Sequence[dict[str, Any]], made: dict[str, str]) -> No
     path.write_text(json.dumps({**old, "rows": every}, indent=1) + "\n")
     lines = dict.fromkeys(made_by(r["made"]) for r in every)
     title = "# What memory: auto chooses, beside its competitors"
-    text = [title, table(every), *old.get("notes", []), *lines]
+    text = [title, table(every).strip(), *old.get("notes", []), *lines]
     path.with_suffix(".md").write_text("\n\n".join(text) + "\n")
 
 

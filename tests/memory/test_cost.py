@@ -396,7 +396,11 @@ def test_a_model_that_fits_many_times_over_stays_as_it_is():
     settings, _, ok = choose(
         TrainingJob(ModelShape.of(small), machine("H100", 8, 2**40), 512, sp=8)
     )
-    assert ok and settings in (MemorySettings(checkpoint="none"), saved(keep_mlp=1.0))
+    # where all wait for what starts their kernels, the MLPs' products may be saved or not
+    assert ok and dataclasses.replace(settings, keep_mlp=0.0) in (
+        MemorySettings(checkpoint="none"),
+        saved(),
+    )
 
 
 def test_layers_of_different_heads_are_planned_by_the_widest() -> None:

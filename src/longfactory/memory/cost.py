@@ -303,7 +303,7 @@ def seconds(job: TrainingJob, settings: MemorySettings) -> float:
         if technique.update is not None:
             step += technique.update(job, settings, backward_seconds)
     # of two ways that both wait for it, the one with less to do
-    step = max(step, starting_seconds(job) + 0.01 * step)
+    step = max(step, starting_seconds(job) + 0.1 * step)
     # quantised weights are widened before each use: read and written once
     widened = shape.quantized * (shape.quantized_bytes + shape.width)
     return step + (2.0 + work.again_forward + work.again_mlp) * widened / machine.memory
