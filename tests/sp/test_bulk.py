@@ -86,6 +86,16 @@ def test_documents_of_2048_tokens_get_calls_of_their_own_and_shorter_ones_one_ca
     assert [t.kind for t in bulk_tiles([many], 8192)] == ["varlen"]
 
 
+def test_a_long_document_at_the_end_of_the_row_becomes_a_multiple_of_128() -> None:
+    """32,210 tokens and the padding to 32,256, which is less than the next of the few lengths."""
+    tile = Tile(slice(0, 32256), slice(0, 32256), "varlen", (0, 32210, 32256), first=True)
+    square, padding = bulk_tiles([tile], 32256)
+    assert (square.q_len, square.k_len, square.rows) == (32256, 32256, slice(0, 32210))
+    assert padding.q == slice(32210, 32256)
+    short = Tile(slice(0, 9088), slice(0, 9088), "varlen", (0, 9000, 9088), first=True)
+    assert bulk_tiles([short], 9088)[0].q_len == 9000
+
+
 def test_additional_queries_never_leave_the_rank() -> None:
     tile, spare = bulk_tiles([Tile(slice(3000, 8000), slice(0, 6000), "full")], 8000)
     assert (

@@ -63,8 +63,6 @@ ODD = {
     "lfm2": {},
 }
 """Families, and fields that make their heads divide by no number of ranks."""
-UNREACHED = {"jamba", "mamba", "mamba2", "falcon_mamba"}
-"""Families whose decoder layers are not given the arguments of the call."""
 
 
 @pytest.mark.processes
@@ -135,19 +133,10 @@ def test_branches_start_from_their_parents_state_over_four_ranks(family: str) ->
 @pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("family", sorted(layers.MODELS - UNREACHED))
+@pytest.mark.parametrize("family", sorted(layers.MODELS))
 def test_recurrent_family_is_exact(family: str, size: int) -> None:
     for result in run_ranks(size, check_on_rank, family, size):
         assert result.verdict == "exact", result
-
-
-@pytest.mark.slow
-@pytest.mark.processes
-@pytest.mark.parametrize("family", sorted(UNREACHED))
-def test_recurrent_layers_without_the_plan_are_refused(family: str) -> None:
-    for result in run_ranks(2, check_on_rank, family, 2):
-        assert result.verdict == "refused", result
-        assert "does not reach its recurrent layers" in result.detail
 
 
 def test_guard_counts_linear_layers() -> None:

@@ -26,6 +26,11 @@ documents in one FlashAttention 2 call where most of them were this long
 (benchmarks/results/kernels.md)."""
 
 
+LONG = 16384
+"""From this length on, a square that ends with the row is worth a shape of its own where none of
+the few shapes fits: building it takes as long as its attention saves in a few layers."""
+
+
 def bulk_tiles(tiles: Sequence[Tile], rows: int) -> tuple[Tile, ...]:
     """The same pairs of queries and keys. `rows`: queries that this rank holds."""
     out: list[Tile] = []
@@ -47,13 +52,16 @@ def unit(length: int, shapes: int) -> int:
 
 
 def _longer(length: int, limit: int, unit: int) -> int:
-    """The length rounded up, or the length itself where that does not fit or is a good one
-    already.
+    """The length rounded up, if long at least to a multiple of 128, or the length itself where that
+    does not fit or is a good one already.
     """
     if length % 128 == 0:
         return length
-    rounded = -(-length // unit) * unit
-    return rounded if rounded <= limit else length
+    for step in (unit, 128) if length >= LONG else (unit,):
+        rounded = -(-length // step) * step
+        if rounded <= limit:
+            return rounded
+    return length
 
 
 def _squares(tile: Tile, rows: int) -> list[Tile]:

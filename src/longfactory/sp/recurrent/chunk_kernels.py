@@ -274,7 +274,7 @@ def _scan(  # type: ignore[no-untyped-def]
         row = first + i
         at = chunk * HEADS + head
         total = tl.load(sums + at * C + i)
-        last = tl.sum(tl.where(i == C - 1, total, 0.0), 0)
+        last = tl.load(sums + at * C + C - 1)
         keys = _rows(k, row, k_row, k_head, head // SHARE, dk, here, DK)
         if KEEP:
             tl.store(states + at * size + place, state, mask=both)
@@ -457,7 +457,7 @@ def _reverse(  # type: ignore[no-untyped-def]
         row = first + i
         at = chunk * HEADS + head
         total = tl.load(sums + at * C + i)
-        last = tl.sum(tl.where(i == C - 1, total, 0.0), 0)
+        last = tl.load(sums + at * C + C - 1)
         keys = _rows(k, row, k_row, k_head, head // SHARE, dk, here, DK)
         keys = keys * tl.exp(last - total)[:, None]
         values = d_written + (at * C + i[:, None]) * DV + dv[None, :]
@@ -785,16 +785,16 @@ SETTINGS: dict[str, tuple[int, int, int]] = {
     "lower": (4, 1, 32),
     "invert": (1, 1, 16),
     "merge": (1, 1, 16),
-    "solve": (4, 1, 32),
-    "scan": (4, 2, 32),
+    "solve": (4, 1, 16),
+    "scan": (8, 2, 32),
     "outputs": (4, 1, 32),
-    "output_gradients": (4, 1, 32),
+    "output_gradients": (4, 1, 64),
     "reverse": (4, 2, 32),
     "value_gradients": (8, 1, 32),
-    "key_gradients": (4, 1, 64),
+    "key_gradients": (4, 2, 16),
 }
 """Warps and stages of each kernel, and the columns of values (the last: of keys) that it takes at
-once.
+once: the fastest of those that `benchmarks/recurrent.py tune` tried on a H200.
 """
 
 

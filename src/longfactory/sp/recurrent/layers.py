@@ -11,17 +11,20 @@ stay transformers', and what a version of transformers computes is what is train
     mamba2_chunk_scan                chunked.py, Mamba 2: Nemotron-H, Granite 4, Falcon-H1, Bamba
     mamba_selective_scan             chunked.py, Mamba: Zamba
 
-Jamba, Mamba, Mamba 2 and Falcon Mamba have the same mixers, but their decoder layers are not given
-the arguments of the model's call, and so no plan: the guard refuses them.
+The decoder layers of Jamba, Mamba, Mamba 2 and Falcon Mamba are not given all arguments of the
+model's call, or do not give them to their mixers: a hook hands the plan to each of these layers,
+and its mixer knows it while the layer's forward runs.
 """
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import importlib.util
 import inspect
 import logging
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -78,8 +81,8 @@ NOT_REACHED = (
     "the plan of the row does not reach its recurrent layers: the model does not pass the"
     " arguments of its call on to them"
 )
-_UNREACHED = frozenset({"jamba", "mamba", "mamba2", "falcon_mamba"})
-"""Of these, models that call their decoder layers without the arguments of their own call."""
+_CARRIED = frozenset({"jamba", "mamba", "mamba2", "falcon_mamba"})
+"""Of these, models on the way to whose mixers arguments of the call are lost."""
 
 _LIGHTNING = frozenset({"MiniMaxLightningAttention"})
 """Classes whose recurrence stands in their forward, which is written here."""
@@ -118,8 +121,6 @@ _REASONS = {
 
 def unsupported(config: Any) -> str | None:
     """Why layers of this configuration cannot be computed, or None."""
-    if config.model_type in _UNREACHED:
-        return NOT_REACHED
     kinds = dict.fromkeys(getattr(config, "layer_types", None) or ())
     for kind in sorted(kinds, key=lambda kind: kind in LAYERS):
         if kind in LAYERS and config.model_type in MODELS:
@@ -142,6 +143,11 @@ def prepare(model: nn.Module, ctx: SequenceParallel, hooks: ModelHooks) -> None:
     for module in found:
         lightning = type(module).__name__ in _LIGHTNING
         hooks.replace_forward(module, _lightning if lightning else _forward)
+    if getattr(model.config, "model_type", None) in _CARRIED:
+        hooks.before(model, _hold)
+        for block in _blocks(model):
+            hooks.before(block, _hand_over)
+            hooks.replace_forward(block, _with_plan)
     if found and ctx.rank == 0 and ctx.dp_rank == 0:
         log.info(
             "%d recurrent layers (%s) are computed by %s.",
@@ -159,9 +165,56 @@ def _computed_by(kinds: list[str], device_type: str) -> str:
     return "Triton kernels of LongFactory; flash-linear-attention and mamba-ssm are not used"
 
 
+# ---- models that lose the plan on its way
+
+
+_held: weakref.WeakKeyDictionary[nn.Module, RowPlan] = weakref.WeakKeyDictionary()
+"""The plan of the model's call, of each decoder layer with a mixer."""
+_current: contextvars.ContextVar[RowPlan | None] = contextvars.ContextVar("plan", default=None)
+"""Of the decoder layer whose forward runs."""
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Modules that hold a mixer as their own child."""
+    return [m for m in model.modules() if any(_exchanged(type(child)) for child in m.children())]
+
+
+def _hold(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Before the model's forward."""
+    for block in _blocks(module):
+        _held.pop(block, None)
+        if kwargs.get("sp_plan") is not None:
+            _held[block] = kwargs["sp_plan"]
+
+
+def _hand_over(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Before a decoder layer's forward: it gets the plan as an argument, which layers that are
+    computed again store with the others.
+    """
+    plan = _held.get(module)
+    if kwargs.get("sp_plan") is not None or plan is None:
+        return None
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"{type(module).__name__}: transformers' gradient checkpointing computes this layer"
+            " again without its arguments. Let LongFactory's memory keys recompute it:"
+            " gradient_checkpointing_disable() on the model."
+        )
+    return args, {**kwargs, "sp_plan": plan}
+
+
+def _with_plan(self: Any, *args: Any, sp_plan: RowPlan | None = None, **kwargs: Any) -> Any:
+    """Replaces the forward of such a decoder layer on the instance."""
+    token = _current.set(sp_plan)
+    try:
+        return type(self).forward(self, *args, **kwargs)
+    finally:
+        _current.reset(token)
+
+
 def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Replaces the forward of a mixer on the instance. Without a plan: that of its class."""
-    plan: RowPlan | None = kwargs.get("sp_plan")
+    plan: RowPlan | None = kwargs.get("sp_plan", _current.get())
     if plan is None:
         return type(self).forward(self, hidden_states, *args, **kwargs)
     _check(self, plan, hidden_states, args, kwargs)
