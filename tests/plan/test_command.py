@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from transformers import DeepseekV32Config
 
 from longfactory.config import load_config
 from longfactory.errors import ConfigError, UserError
@@ -209,6 +210,17 @@ def test_what_does_not_fit_has_its_status(model, capsys):
 def test_what_is_not_priced_is_named(run, capsys):
     out = planned(capsys, run, "optim=adafactor", status=NOT_ALL_PRICED)
     assert "not counted: optim: adafactor" in out
+
+
+def test_sparse_attention_is_named_where_it_leaves_keys_out(run, tmp_path, capsys):
+    config = DeepseekV32Config(
+        **{"num_hidden_layers": 2, "n_routed_experts": 8, "hidden_size": 512, "vocab_size": 1024},
+        architectures=["DeepseekV32ForCausalLM"],
+    )
+    config.save_pretrained(tmp_path / "sparse")
+    words = [run, f"model_name_or_path={tmp_path / 'sparse'}", "--gpus", "4xH200"]
+    assert "sparse attention (2,048 keys a query)" in planned(capsys, *words, "--tokens", "16k")
+    assert "sparse attention" not in planned(capsys, *words, "--tokens", "2k")
 
 
 def test_precision_is_the_run_s(run, model, capsys):

@@ -20,6 +20,7 @@ from longfactory.memory.shapes import (
     NETWORK_LATENCY,
     Gpu,
     Machine,
+    TrainingJob,
     kind_of,
     machine,
 )
@@ -287,6 +288,19 @@ def not_priced(cfg: RunConfig) -> list[str]:
     return found
 
 
+def masked(job: TrainingJob) -> str:
+    """Of attention over keys that an indexer chose: how its seconds are counted; "" without any."""
+    chosen = sorted({kind.chosen for kind in job.shape.kinds if kind.chooses(job.tokens)})
+    if not chosen:
+        return ""
+    keys = " or ".join(f"{n:,}" for n in chosen)
+    return (
+        f"sparse attention ({keys} keys a query): computed over all earlier keys with the others"
+        " masked, counted at the rates of full attention, which no run has measured; an indexer's"
+        " scores at those of fp32"
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Compares the ways of spreading a run's longest row over its GPUs, and prints the budget of
     the run as it is, the longest rows that fit, and what else it needs. Needs no GPU and no
@@ -386,6 +400,7 @@ def plan(a: argparse.Namespace, run: list[str], command: str) -> int:
         facts.epoch(planned, compared.own, data),
         facts.disk(planned, compared.own, data.tokens if data else None),
     ]
+    lines.append(masked(compared.own.memory.plan.job))
     missing = not_priced(cfg)
     if missing:
         lines.append("not counted: " + "; ".join(missing))

@@ -103,7 +103,10 @@ _STATE = (
     " code of their own that is not implemented (known: gated delta nets, Kimi delta attention,"
     " Mamba, Mamba 2, lightning attention, short convolutions)"
 )
-_INDEXER = "its sparse attention chooses keys from the whole row by an indexer"
+_INDEXER = (
+    "its sparse attention chooses keys by an indexer of its own that is not implemented (known: one"
+    " key a token, as in DeepSeek-V3.2, and blocks of keys, as in MiniMax-M3)"
+)
 _COMPRESSED = "its attention reads a compressed copy of the keys of the whole row"
 _REASONS = {
     "linear_attention": _STATE,
