@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from longfactory import sp
+from longfactory.memory.apply import apply_memory
+from longfactory.memory.settings import MemorySettings
 from longfactory.sp import hf
 from longfactory.sp.guard import guard
 from longfactory.sp.recurrent import layers
@@ -137,6 +139,47 @@ def test_branches_start_from_their_parents_state_over_four_ranks(family: str) ->
 def test_recurrent_family_is_exact(family: str, size: int) -> None:
     for result in run_ranks(size, check_on_rank, family, size):
         assert result.verdict == "exact", result
+
+
+@pytest.mark.parametrize("family", ["mamba2", pytest.param("jamba", marks=pytest.mark.slow)])
+def test_recomputed_layers_keep_the_plan_of_their_own_row(family: str) -> None:
+    """Of models that lose the plan on its way: two rows forward, then both backward."""
+    model = tiny_model(family)
+    plain = copy.deepcopy(model)
+    layers.widen(plain)
+    ctx = sp.SequenceParallel.create(1)
+    hf.prepare(model, ctx)
+    apply_memory(model.train(), MemorySettings())
+    loss = torch.zeros(())
+    for seed, lengths in enumerate(([5, 19], [20, 4])):
+        draw = torch.Generator().manual_seed(seed)
+        documents = [torch.randint(3, 200, (n,), generator=draw) for n in lengths]
+        segments = [sp.Segment(0, lengths[0]), sp.Segment(lengths[0], 24)]
+        row = {
+            "input_ids": torch.cat(documents),
+            "position_ids": torch.cat([torch.arange(n) for n in lengths]),
+        }
+        loss = loss + model(**hf.inputs(row, sp.plan(24, segments, ctx))).logits.pow(2).sum()
+        for ids in documents:
+            plain(input_ids=ids[None], use_cache=False).logits.pow(2).sum().backward()
+    loss.backward()
+    scale = max(p.grad.abs().max() for p in plain.parameters() if p.grad is not None)
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        if q.grad is not None:
+            assert ((p.grad - q.grad).abs().max() / scale).item() < 1e-5
+
+
+def test_a_plan_that_recomputation_would_lose_is_refused() -> None:
+    model = tiny_model("mamba2")
+    ctx = sp.SequenceParallel.create(1)
+    hf.prepare(model, ctx)
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    row = {"input_ids": torch.arange(24) + 3, "position_ids": torch.arange(24)}
+    logits = model(**hf.inputs(row, sp.plan(24, None, ctx))).logits
+    # The second by torch, where transformers computes again without the module's hooks.
+    with pytest.raises(RuntimeError, match="LongFactory's memory keys|Recomputed values"):
+        logits.sum().backward()
 
 
 def test_guard_counts_linear_layers() -> None:
