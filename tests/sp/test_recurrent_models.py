@@ -178,7 +178,7 @@ def test_a_plan_that_recomputation_would_lose_is_refused() -> None:
     row = {"input_ids": torch.arange(24) + 3, "position_ids": torch.arange(24)}
     logits = model(**hf.inputs(row, sp.plan(24, None, ctx))).logits
     # The second by torch, where transformers computes again without the module's hooks.
-    with pytest.raises(RuntimeError, match="LongFactory's memory keys|Recomputed values"):
+    with pytest.raises(RuntimeError, match=r"LongFactory's memory keys|Recomputed values"):
         logits.sum().backward()
 
 
