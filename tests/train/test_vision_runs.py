@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 import tiny_media
 from longfactory import cli
 from longfactory.data.media.images import steps_to_size
+from longfactory.data.media.process import load_image_processor
 from longfactory.testing import RankError
 from small_runs import POOLS, keys, run_on_ranks, steps, train
 from vision_runs import FAMILIES, TRAINED, of_run, write_data, write_model
@@ -250,6 +251,32 @@ def test_vision_a_file_that_vanishes_ends_every_rank(home: Path, tmp_path: Path)
     assert done[1].returncode == 2
     assert "3.png (talks.json row" in done[1].stderr and "overwrite_cache" in done[1].stderr
     assert "Traceback" not in done[1].stderr
+
+
+@slow
+def test_vision_adapters_of_tower_and_text_are_exported(home: Path) -> None:
+    """transformers loads the folder, with its image processor; both adapters are in the weights."""
+    changes = KINDS["lora_tower"]
+    run(home, "adapters", 2, **changes)
+    folder = home / "exported"
+    given = {
+        "model_name_or_path": home / "qwen3_vl",
+        "adapter_name_or_path": home / "adapters",
+        "template": "qwen3_vl",
+        "finetuning_type": "lora",
+        "export_dir": folder,
+    }
+    assert cli.main(["export", *(f"{k}={v}" for k, v in given.items())]) == 0
+    before = load_file(home / "qwen3_vl" / "model.safetensors")
+    after = load_file(folder / "model.safetensors")
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("visual.blocks" in name for name in moved)
+    assert any("language_model.layers" in name for name in moved)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder)
+    assert all(torch.equal(after[n], x) for n, x in model.state_dict().items() if n in after)
+    processor = load_image_processor(str(folder))
+    assert processor.to_dict() == load_image_processor(str(home / "qwen3_vl")).to_dict()
 
 
 @slow
