@@ -21,10 +21,11 @@ slow = pytest.mark.slow
 
 
 def tolerance(family: str) -> float:
-    """Recurrences of gated delta nets are computed in float32, whose rounding random weights
-    enlarge: text alone differs as much. GLM's tower adds positions in float32.
+    """In float64 too: transformers' norms, rotary embeddings and softmax compute in float32, whose
+    rounding is what remains. That of gated delta nets is enlarged by random weights (text alone
+    differs as much), and GLM's tower adds positions in float32.
     """
-    return 1e-5 if family in ("qwen3_5", "glm4v") else 1e-6
+    return {"qwen3_5": 1e-5, "glm4v": 1e-5, "llava_onevision": 2e-6}.get(family, 1e-6)
 
 
 def weights(tokens: int, seed: int = 5) -> Tensor:
@@ -186,6 +187,12 @@ CASES = [
     pytest.param("internvl", "packed", "usp", None, marks=slow),
     pytest.param("llava_onevision", "packed", "ulysses", None, marks=slow),
     pytest.param("glm4v", "packed", "zigzag-ring", None, marks=slow),
+    pytest.param("qwen2_vl", "packed", "zigzag-ring", None, marks=slow),
+    pytest.param("qwen3_vl_moe", "dense", "zigzag-ring", None, marks=slow),
+    pytest.param("qwen3_5", "packed", "zigzag-ring", None, marks=slow),
+    pytest.param("internvl", "dense", "zigzag-ring", None, marks=slow),
+    pytest.param("llava_onevision", "dense", "llama3", None, marks=slow),
+    pytest.param("glm4v", "dense", "ulysses", None, marks=slow),
     # All images on one rank: the others have none of their own.
     ("qwen3_vl", "dense", "zigzag-ring", [1, 1, 1, 1, 1]),
 ]
