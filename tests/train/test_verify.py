@@ -19,6 +19,7 @@ from longfactory.data.assemble import Rules
 from longfactory.data.kinds import KINDS
 from longfactory.data.row import TokenizedDocument, make_row
 from longfactory.errors import UserError
+from longfactory.shard.settings import in_words
 from longfactory.testing import RankPool, run_ranks
 from longfactory.train.verify import (
     RowShape,
@@ -72,7 +73,7 @@ def sharded(
         cfg = from_mapping({k: v for k, v in given.items() if k != "cache"})
         with planted(fault):
             report = verify(cfg, rows=2, tokens=160)
-        assert f"parameters {sharding}" in report.title
+        assert f"parameters {in_words(sharding)}" in report.title
         reports.append((report.exact, report.table()))
     return reports
 
