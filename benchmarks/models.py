@@ -251,15 +251,19 @@ def render(results: list[dict[str, Any]]) -> str:
             f"{start} {r['seconds']:.3f} | {speed:,.0f} | {over} | {share} | {of_ideal} |"
             f" {r['peak'] / GiB:.1f} | {r.get('settings', '')} |"
         )
-    lines += ["", "Seconds of the rooflines:", "", *parts, "", "Measured rates, TFLOP/s:", ""]
+    if parts:
+        lines += ["", "Seconds of the rooflines:", "", *parts]
+    measured = []
     for r in results:
         if r["row"] == "rates" and "gemm" in r:
             grouped = f", grouped {r['grouped_mm'] / 1e12:.0f}" if r.get("grouped_mm") else ""
-            lines.append(
+            measured.append(
                 f"- {r['name']}: products {r['gemm'] / 1e12:.0f}{grouped}, attention forward"
                 f" {r['attention_forward'] / 1e12:.0f}, backward"
                 f" {r['attention_backward'] / 1e12:.0f}; copies {r['bandwidth'] / 1e12:.2f} TB/s"
             )
+    if measured:
+        lines += ["", "Measured rates, TFLOP/s:", "", *measured]
     return "\n".join(lines)
 
 

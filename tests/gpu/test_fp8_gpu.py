@@ -1,5 +1,5 @@
 """`fp8: true` on a GPU that multiplies numbers of eight bits: a token's numbers do not depend on its
-neighbours, runs learn what bf16 learns, and the products are faster.
+neighbours, and runs learn what bf16 learns. The speed of its products beside bf16's is printed.
 """
 
 from __future__ import annotations
@@ -67,10 +67,13 @@ def test_a_token_does_not_depend_on_its_neighbours() -> None:
         assert name == "weight's" or error > 1e-3  # it is arithmetic of eight bits
 
 
-def test_products_are_faster() -> None:
+def test_speed_of_products_is_printed() -> None:
+    """On a H200 they were slower than bf16's (docs/methods.md), so no speed is asserted."""
     layer, plain = linears(4096, 11008)
     x = torch.randn(16384, 4096, device="cuda").bfloat16()
     upstream = torch.randn(16384, 11008, device="cuda").bfloat16()
+    for a, b in zip(both(layer, x, upstream), both(plain, x, upstream), strict=True):
+        assert (a - b).float().norm() < 0.1 * b.float().norm()
     seconds = []
     for module in (plain, layer):
         for step in range(13):
@@ -82,8 +85,11 @@ def test_products_are_faster() -> None:
         seconds.append((time.perf_counter() - start) / 10)
     flops = 6 * 16384 * 4096 * 11008
     shown = ", ".join(f"{1e3 * s:.2f} ms ({flops / s / 1e12:.0f} TFLOP/s)" for s in seconds)
-    print(f"4096 x 11008, 16384 tokens, forward and backward, bf16 and fp8: {shown}", flush=True)
-    assert seconds[1] < seconds[0]
+    print(
+        f"4096 x 11008, 16384 tokens, forward and backward, bf16 and fp8: {shown};"
+        f" fp8 at {seconds[0] / seconds[1]:.2f} of the speed of bf16",
+        flush=True,
+    )
 
 
 def test_runs_learn_what_bf16_learns(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from longfactory.memory.checkpointed import stored_of_a_token
 from longfactory.memory.cost import bare_layer, seconds
 from longfactory.memory.layer_kinds import LayerKind, kinds_of
 from longfactory.memory.settings import MemorySettings
-from longfactory.memory.shapes import ModelShape, TrainingJob, machine
+from longfactory.memory.shapes import CHOSEN, ModelShape, TrainingJob, machine
 from longfactory.model import experts
 from longfactory.sp import hf
 from longfactory.sp.layout import Segment
@@ -253,6 +253,7 @@ def test_indexer_layers_are_counted() -> None:
     shape = ModelShape.of(config, layers=kinds_of(model, config))
     short, long = (TrainingJob(shape, where, n, sharded=False) for n in (8, 1 << 20))
     assert sum(k.chosen for k in shape.kinds)
+    assert where.attention_share(full, 1 << 20) == CHOSEN < where.attention_share(full, 8)
     blind = tuple(dataclasses.replace(k, chosen=0, scored=0.0) for k in shape.kinds)
     plain = dataclasses.replace(shape, kinds=blind)
     for job, more in ((short, False), (long, True)):

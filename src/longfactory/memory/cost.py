@@ -266,7 +266,9 @@ def seconds(job: TrainingJob, settings: MemorySettings) -> float:
     linear = attention = moved = ahead = scoring = 0.0
     for kind, count in shape.layers_of_kinds:
         linear += count * _products(job, kind, work)
-        attention += count * kind.attention_flop(job.tokens) / machine.attention_share(kind)
+        attention += (
+            count * kind.attention_flop(job.tokens) / machine.attention_share(kind, job.tokens)
+        )
         forward, backward = moved_bytes(job, settings, kind)
         fused = job.written(kind) and settings.checkpoint == "full"
         again = work.again_forward + (0.0 if fused else work.again_projections)

@@ -188,6 +188,10 @@ WIDE_FLASH = 0.33
 """The same with heads above 192 dims: two runs of Gemma 3's shape on a H200 (plan_accuracy.md)."""
 CUDNN_WIDE = 0.79
 """What cuDNN reaches with heads of 256 dims and no window: 433 of 549 TFLOP/s (kernels.md)."""
+CHOSEN = 0.08
+"""The same of attention over keys that an indexer chose, all earlier ones with a mask: 16 heads of
+192 and 128 dims on one H200 took 12 times full attention's time at 32,768 tokens (share 0.081),
+14 times at 16,384 (0.072); docs/sequence_parallelism.md."""
 
 
 LAYER_START = 17e-3
@@ -242,8 +246,10 @@ class Machine:
             self, gemm=gemm, attention_forward=forward, attention_backward=backward
         )
 
-    def attention_share(self, kind: LayerKind) -> float:
-        """Of attention's rates, what a kind of layer reaches."""
+    def attention_share(self, kind: LayerKind, tokens: int) -> float:
+        """Of attention's rates, what a kind of layer reaches in a row of `tokens`."""
+        if kind.chooses(tokens):
+            return CHOSEN * self.flash / FLASH
         window = kind.reach and not kind.within_chunk
         if kind.head_dim > 192:
             plain = kind.head_dim == kind.value_dim == 256 and not window and not kind.softcap

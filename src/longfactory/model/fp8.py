@@ -21,6 +21,10 @@ from longfactory.sp.text_model import decoder_layers
 
 RECIPE = "rowwise_with_gw_hp"
 """torchao's name: a scale for each row of inputs and of gradients, weights' gradients in bf16."""
+SPEED = (
+    "It may be slower than bf16: a product took 8.85 ms against 6.07 ms on one H200"
+    " (docs/methods.md)."
+)
 ALIGNED = 16
 """What the kernels need both widths of a layer to be a multiple of."""
 LOWEST = (8, 9)

@@ -599,7 +599,10 @@ def build_model(
     )
     if cfg.model.fp8:
         count, weights = fp8.install(model, args.device)
-        log.info(f"fp8: {count} linear layers of the decoder, {weights:,} weights ({fp8.RECIPE}).")
+        log.info(
+            f"fp8: {count} linear layers of the decoder, {weights:,} weights ({fp8.RECIPE})."
+            f" {fp8.SPEED}"
+        )
     if cfg.model.adapter_name_or_path:
         read = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
         load.refuse_no_numbers(read, ", ".join(cfg.model.adapter_name_or_path))
