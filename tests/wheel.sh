@@ -83,6 +83,6 @@ longfactory webui --export board.html && grep -q outputs/sft board.html
 if [ "${QUICKSTART:-1}" = 1 ]; then
   step "quickstart"
   longfactory init examples
-  "$place/venv/bin/python" examples/quickstart.py 2>&1 | tail -n 12
+  "$place/venv/bin/python" examples/quickstart.py 2>&1 | tail -n 60
 fi
 step "done"
