@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from longfactory.config import ConfigError, from_mapping
+from longfactory.config.v1_keys import translated
 
 BASE: dict[str, Any] = {
     "model": "m",
@@ -68,3 +69,12 @@ def test_parts() -> None:
 def test_what_there_is_not(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         from_mapping({**BASE, **changes})
+
+
+def test_entries_of_parts_are_refused_or_named() -> None:
+    values = {"model": "m", "train_dataset": "d", "stage": "sft"}
+    sharding = {"name": "fsdp2", "ep_size": 2}
+    _, notes = translated({**values, "dist_config": sharding})
+    assert "dist_config: ep_size: no effect here." in notes
+    with pytest.raises(ConfigError, match="optim_config: lr is refused: give learning_rate"):
+        translated({**values, "optim_config": {"name": "muon", "lr": 1e-3}})

@@ -64,6 +64,13 @@ FREEZE = {
 MUON = {"momentum": 0.95, "nesterov": True, "ns_steps": 5}
 """Of v1's Muon, what is fixed here."""
 
+NO_EFFECT = {
+    "dist_config": ("ep_size", "ep_dispatcher"),
+    "peft_config": ("cast_trainable_params_to_fp32",),
+}
+"""Entries of parts that change no result here: experts are sharded like all other weights, and
+what trains has float32 masters where the run asks for them."""
+
 Part = Mapping[str, Any]
 
 
@@ -99,6 +106,8 @@ def translated(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
                 problems.append(f"{name}: got {plain(str(value))}, expected a mapping with name.")
                 continue
             problems += parts[name](value, out)
+            if unused := [entry for entry in NO_EFFECT.get(name, ()) if entry in value]:
+                notes.append(f"{name}: {', '.join(unused)}: no effect here.")
         elif name == "init_config":
             notes.append("init_config has no effect: how weights are loaded follows from sharding.")
         elif name == "batching_workers":
@@ -193,6 +202,8 @@ def _optimizer(value: Part, out: dict[str, Any]) -> Iterator[str]:
     for name, key in (("wd", "weight_decay"), ("adamw_eps", "adam_epsilon")):
         if name in value:
             out[key] = value[name]
+    if "lr" in value:
+        yield "optim_config: lr is refused: give learning_rate, which the whole model has."
     if "adamw_betas" in value:
         out["adam_beta1"], out["adam_beta2"] = value["adamw_betas"]
     for name, fixed in MUON.items():

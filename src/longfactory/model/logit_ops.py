@@ -18,7 +18,8 @@ from longfactory.memory.layer_ops import fused, wide
 log = logging.getLogger(__name__)
 
 
-def _transformed(z: Tensor, scale: float, softcap: float | None) -> Tensor:
+def transformed(z: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """`softcap * tanh(scale * z / softcap)`, what a model does to its logits."""
     z = z * scale if scale != 1.0 else z
     return softcap * torch.tanh(z / softcap) if softcap else z
 
@@ -28,7 +29,7 @@ def statistics(
     z: Tensor, labels: Tensor, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits [n, V], labels [n] -> [n] each: log-sum-exp, the label's logit, the largest one."""
-    zw = _transformed(z.to(wide(z.dtype)), scale, softcap)
+    zw = transformed(z.to(wide(z.dtype)), scale, softcap)
     return zw.logsumexp(1), zw.gather(1, labels[:, None])[:, 0], zw.amax(1)
 
 

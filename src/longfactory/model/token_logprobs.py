@@ -45,8 +45,7 @@ class LogitTransform:
     softcap: float | None = None
 
     def __call__(self, z: Tensor) -> Tensor:
-        z = z * self.scale if self.scale != 1.0 else z
-        return self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
+        return logit_ops.transformed(z, self.scale, self.softcap)
 
 
 # Configuration key -> the factor that it puts on logits.

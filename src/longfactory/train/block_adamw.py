@@ -104,22 +104,8 @@ class BlockAdamW(torch.optim.Optimizer):
             states.append(state)
         if not parameters:
             return False
-        adamw(
-            masters,
-            [p.grad.to(torch.float32) for p in parameters],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            [],
-            [s["step"] for s in states],
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-            foreach=False,
-        )
+        gradients = [p.grad.to(torch.float32) for p in parameters]
+        adamw_update(masters, gradients, states, group)
         for p, master in zip(parameters, masters, strict=True):
             if master is not p:
                 p.copy_(master)
@@ -128,12 +114,7 @@ class BlockAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but float32 states stay float32 beside parameters in half precision."""
         super().load_state_dict(state_dict)
-        numbers = [n for g in state_dict["param_groups"] for n in g["params"]]
-        parameters = [p for g in self.param_groups for p in g["params"]]
-        for number, p in zip(numbers, parameters, strict=True):
-            for name, value in state_dict["state"].get(number, {}).items():
-                if isinstance(value, Tensor) and name != "step":
-                    self.state[p][name] = value.detach().clone().to(p.device)
+        keep_saved_types(self, state_dict)
 
 
 def block_of(turn: int, blocks: int, order: str, start: int | None = None, seed: int = 0) -> int:
@@ -147,3 +128,41 @@ def block_of(turn: int, blocks: int, order: str, start: int | None = None, seed:
     numbers = list(range(blocks))
     random.Random(f"{seed}-{turn // blocks}").shuffle(numbers)
     return numbers[turn % blocks]
+
+
+def adamw_update(
+    masters: list[Tensor],
+    gradients: list[Tensor],
+    states: list[dict[str, Any]],
+    group: dict[str, Any],
+) -> None:
+    """One AdamW update of float32 tensors, in place, by the group's numbers. `states` hold `step`
+    and `STATES`.
+    """
+    adamw(
+        masters,
+        gradients,
+        *([state[name] for state in states] for name in STATES),
+        [],
+        [state["step"] for state in states],
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+        foreach=False,
+    )
+
+
+def keep_saved_types(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """After torch's load_state_dict, which gives states their parameter's type: those of the
+    state_dict once more, as they were saved.
+    """
+    numbers = [n for g in state_dict["param_groups"] for n in g["params"]]
+    parameters = [p for g in optimizer.param_groups for p in g["params"]]
+    for number, p in zip(numbers, parameters, strict=True):
+        for name, value in state_dict["state"].get(number, {}).items():
+            if isinstance(value, Tensor) and name != "step":
+                optimizer.state[p][name] = value.detach().clone().to(p.device)

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
-from longfactory.train.block_adamw import STATES
+from longfactory.train.block_adamw import STATES, adamw_update, keep_saved_types
 
 SMALL = 100
 """Entries up to which a parameter is trained whole, as in the package."""
@@ -94,21 +93,7 @@ class RatioAdamW(torch.optim.Optimizer):
             state["master"] = torch.cat([flat[part] for part in parts]).float()
             for name in STATES:
                 state[name] = torch.zeros_like(gradient)
-        adamw(
-            [state["master"]],
-            [gradient],
-            *([state[name]] for name in STATES),
-            [],
-            [state["step"]],
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-            foreach=False,
-        )
+        adamw_update([state["master"]], [gradient], [state], group)
         start = 0
         for part in parts:
             length = part.stop - part.start
@@ -118,12 +103,7 @@ class RatioAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but float32 states stay float32 beside parameters in half precision."""
         super().load_state_dict(state_dict)
-        numbers = [n for g in state_dict["param_groups"] for n in g["params"]]
-        parameters = [p for g in self.param_groups for p in g["params"]]
-        for number, p in zip(numbers, parameters, strict=True):
-            for name, value in state_dict["state"].get(number, {}).items():
-                if isinstance(value, Tensor) and name != "step":
-                    self.state[p][name] = value.detach().clone().to(p.device)
+        keep_saved_types(self, state_dict)
 
 
 def parts_of(size: int, turn: int, share: float) -> list[slice]:
