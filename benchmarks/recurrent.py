@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import concurrent.futures
 import importlib
 import itertools
 import json
@@ -140,6 +141,12 @@ def graded(run: Callable[..., Tensor], x: list[Tensor], slope: Tensor) -> list[T
     out = run(*leaves)
     grads = torch.autograd.grad(out, leaves, slope.to(out.dtype), allow_unused=True)
     return [out.detach(), *(g for g in grads if g is not None)]
+
+
+def errors(found: list[Tensor], exact: list[Tensor]) -> dict[str, float]:
+    """Norms of the errors over those of the results, of the output and of the inputs' gradients."""
+    pairs = zip(("out", *NAMES), found, exact, strict=False)
+    return {name: ((a.double() - b).norm() / b.norm()).item() for name, a, b in pairs}
 
 
 def correctness(
@@ -394,7 +401,7 @@ def apart(module: Any, before: dict[str, Any], variant: Any, run: Callable[[], A
 
 PHRASE = "".join(f"the quick brown fox is number {i} " for i in range(4))
 MODELS: dict[str, list[tuple[int, int, dict[str, Any]]]] = {
-    "qwen3.5-9b": [(32768, 1, {}), (8192, 4, {})],
+    "qwen3.5-9b": [(32768, 1, {}), (8192, 1, {}), (8192, 4, {})],
     "qwen3.5-35b-a3b": [(65536, 1, {"pure_bf16": "true"})],
     "nemotron-h-8b": [(32768, 1, {})],
     "granite-4-h-tiny": [(32768, 1, {})],
@@ -417,17 +424,21 @@ def run_command(a: argparse.Namespace, clock: float) -> list[dict[str, Any]]:
                 if packed == (row[1] > 1)
             ]
             for model, tokens, documents, keys in chosen:
+                name = f"{model} {documents}x{tokens}"
+                if a.only and not any(part in name for part in a.only):
+                    continue
                 if time.time() > clock - 20:
                     print("The time of this command is up.", flush=True)
                     return rows
                 row: dict[str, Any] = {"what": "step", "model": model, "gpus": a.gpus}
                 row |= {"tokens": tokens * documents, "documents": documents, **keys}
-                at = Path(folder) / f"{model}-{documents}"
+                at = Path(folder) / name.replace(" ", "-")
                 try:
                     row |= train(model, tokens, documents, keys, a, clock, at)
                     print(f"{model}: {row['tokens/s a GPU']:.0f} tokens/s a GPU", flush=True)
                     if documents == 1:
-                        row |= against_roofline(row, at, tokens, clock, a)
+                        share = against_roofline if a.gpus == 1 else against_ideal
+                        row |= share(row, at, tokens, clock, a)
                 except subprocess.TimeoutExpired as error:
                     row["error"] = "the time is up: " + _text(error.stdout)[-1500:]
                 except Exception as error:
@@ -501,8 +512,7 @@ def train(
         del keys["bf16"]
     command = [sys.executable, "-m", "longfactory.cli", "train"]
     command += [f"{key}={value}" for key, value in keys.items()]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(a.gpus)))
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(visible.split(",")[: a.gpus])}
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(visible_gpus(a.gpus))}
     env["PYTHONPATH"] = f"{ROOT / 'src'}:{os.environ.get('PYTHONPATH', '')}"
     seconds = max(20.0, clock - time.time())
     started = time.time()
@@ -524,51 +534,57 @@ def train(
     }
 
 
+def measured_rates(at: Path, tokens: int, clock: float, gpus: int, device: int) -> dict[str, Any]:
+    """What one GPU reaches at the shapes of a model, in a process of its own.
+
+    Raises:
+        RuntimeError: nothing was measured.
+    """
+    job = {
+        "row": "rates", "tokens": [tokens], "lengths": sorted({tokens, tokens * gpus}),
+        "lora": False, "kernel": "auto", "model": str(at / "model"),
+    }  # fmt: skip
+    script = ROOT / "benchmarks" / "_model_rows.py"
+    done = subprocess.run(
+        [sys.executable, str(script), json.dumps(job)],
+        capture_output=True,
+        text=True,
+        timeout=max(10.0, clock - time.time()),
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": visible_gpus(device + 1)[device]},
+    )
+    found = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
+    if not found:
+        raise RuntimeError((done.stdout + done.stderr)[-500:])
+    rates: dict[str, Any] = json.loads(found[0].removeprefix("RESULT "))
+    if "error" in rates:
+        raise RuntimeError(rates["error"])
+    return rates
+
+
+def visible_gpus(count: int) -> list[str]:
+    """The first GPUs that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return visible.split(",")[:count]
+
+
 def against_roofline(
     row: dict[str, Any], at: Path, tokens: int, clock: float, a: argparse.Namespace
 ) -> dict[str, Any]:
     """The share of its roofline (`models.py`) that a row of one document reaches, and its parts.
     A recurrence and its convolution have the time of their operations at the rate of the layers'
-    products: no bytes are counted for them. On several GPUs: the share of the attention-corrected
-    ideal, from a run on one GPU with as many tokens.
+    products: no bytes are counted for them.
     """
-    from _model_rows import make_config
-    from longfactory.memory.layer_kinds import kinds_of
-    from models import ideal, roofline
-    from plan_accuracy import Setting
-
-    job = {
-        "row": "rates", "tokens": [tokens], "lengths": [tokens, tokens * a.gpus], "lora": False,
-        "kernel": "auto", "model": str(at / "model"),
-    }  # fmt: skip
-    script = ROOT / "benchmarks" / "_model_rows.py"
-    seconds = max(10.0, clock - time.time())
-    done = subprocess.run(
-        [sys.executable, str(script), json.dumps(job)],
-        capture_output=True, text=True, timeout=seconds,
-    )  # fmt: skip
-    found = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
-    if not found:
-        return {"no roofline": (done.stdout + done.stderr)[-500:]}
-    rates = json.loads(found[0].removeprefix("RESULT "))
-    if "error" in rates:
-        return {"no roofline": rates["error"]}
-    said = row["settings"]
-    setting = Setting("", None, tokens, {"finetuning_type": "full"})
-    if a.gpus > 1:
-        alone = argparse.Namespace(gpus=1, steps=PROFILED - 1, smoke=a.smoke)
-        one = train(row["model"], tokens, 1, {}, alone, clock, at.with_name(at.name + "-alone"))
-        seconds = tokens / one["tokens/s a GPU"]
-        best = ideal(setting, a.gpus, rates, {"seconds": seconds}, said)
-        return {
-            "tokens/s on one GPU": one["tokens/s a GPU"],
-            "ideal tokens/s": best,
-            "share of the ideal": row["tokens/s a GPU"] / best,
-        }
-    made = roofline(setting, 1, rates, said)
     from transformers import AutoModelForCausalLM
 
-    config = make_config(job["model"])
+    from _model_rows import make_config
+    from longfactory.memory.layer_kinds import kinds_of
+    from models import roofline
+    from plan_accuracy import Setting
+
+    rates = measured_rates(at, tokens, clock, 1, 0)
+    said = row["settings"]
+    made = roofline(Setting("", None, tokens, {"finetuning_type": "full"}), 1, rates, said)
+    config = make_config(str(at / "model"))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     flop = sum(kind.recurrent_flop for kind in kinds_of(model, config))
@@ -576,6 +592,58 @@ def against_roofline(
     made["recurrences"] = (3 + again) * tokens * flop / rates["gemm"]
     share = sum(made.values()) * row["tokens/s a GPU"] / tokens
     return {"share of its roofline": share, "roofline s": {k: round(v, 4) for k, v in made.items()}}
+
+
+def against_ideal(
+    row: dict[str, Any], at: Path, tokens: int, clock: float, a: argparse.Namespace
+) -> dict[str, Any]:
+    """The share of the attention-corrected ideal (`models.py`): from a run on one GPU with as many
+    tokens, while another one measures the rates of attention.
+    """
+    from models import ideal
+    from plan_accuracy import Setting
+
+    alone = argparse.Namespace(gpus=1, steps=PROFILED - 1, smoke=a.smoke)
+    keys = {k: v for k, v in row.items() if k == "pure_bf16"}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        rates = pool.submit(measured_rates, at, tokens, clock, a.gpus, a.gpus - 1)
+        one = train(row["model"], tokens, 1, keys, alone, clock, at.with_name(at.name + "-alone"))
+        found = rates.result()
+    setting = Setting("", None, tokens, {"finetuning_type": "full"})
+    seconds = {"seconds": tokens / one["tokens/s a GPU"]}
+    best = ideal(setting, a.gpus, found, seconds, row["settings"])
+    return {
+        "tokens/s on one GPU": one["tokens/s a GPU"],
+        "settings on one GPU": one["settings"],
+        "attention s by tokens": {k: sum(v.values()) for k, v in found["attention"].items()},
+        "ideal tokens/s": best,
+        "share of the ideal": row["tokens/s a GPU"] / best,
+    }
+
+
+def run_fla(a: argparse.Namespace, clock: float) -> list[dict[str, Any]]:
+    """flash-linear-attention's gated delta rule from each of some folders, side by side."""
+    script = ROOT / "benchmarks" / "_fla.py"
+    command = [sys.executable, "-u", str(script)] + (["--smoke"] if a.smoke else [])
+    jobs = [
+        subprocess.Popen(
+            [*command, str(package)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for package in a.packages or [Path()]
+    ]
+    rows: list[dict[str, Any]] = []
+    for job, package in zip(jobs, a.packages or [Path()], strict=True):
+        try:
+            text, _ = job.communicate(timeout=max(1.0, clock - time.time()))
+        except subprocess.TimeoutExpired:
+            job.kill()
+            text = job.communicate()[0] + "\nThe time is up."
+        print(f"---- {package}\n{text[-4000:]}", flush=True)
+        rows += [json.loads(x[7:]) for x in text.splitlines() if x.startswith("RESULT ")]
+    return rows
 
 
 def _text(output: Any) -> str:
@@ -590,16 +658,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=["kernels", "tune", "command"])
+    parser.add_argument("part", choices=["kernels", "tune", "command", "fla"])
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--steps", type=int, default=6, help="with 5 or more, one is profiled")
     parser.add_argument("--models", nargs="+", choices=[*MODELS], default=None)
+    parser.add_argument("--only", nargs="+", help="parts of rows' names, as 8192 or 4x8192")
+    parser.add_argument("--packages", nargs="+", type=Path, help="folders of `fla` packages")
     parser.add_argument("--limit", type=float, default=200, help="seconds (default 200)")
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--smoke", action="store_true")
     a = parser.parse_args()
     clock = time.time() + a.limit
-    parts = {"kernels": run_kernels, "tune": run_tune, "command": run_command}
+    parts = {"kernels": run_kernels, "tune": run_tune, "command": run_command, "fla": run_fla}
     rows = parts[a.part](a, clock)
     if a.out is not None:
         a.out.mkdir(parents=True, exist_ok=True)
