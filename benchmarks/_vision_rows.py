@@ -17,14 +17,21 @@ ATTENTION_ROWS = 2
 
 
 class _Said(logging.Handler):
-    """What a run says."""
+    """What a run says, and after how many seconds."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.begun = time.time()
         self.lines: list[str] = []
+        self.after: list[tuple[float, str]] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
+        message = record.getMessage()
+        self.lines.append(message)
+        self.note(message)
+
+    def note(self, message: str) -> None:
+        self.after.append((time.time() - self.begun, message.strip().split("\n")[0][:60]))
 
 
 def _prepare() -> None:
@@ -44,18 +51,23 @@ def _prepare() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def warm() -> str:
-    """Imports what rows need."""
+def tokenise(words: list[str], cache: str) -> str:
+    """Imports what rows need, and tokenises a run's data into the cache, as the run itself would."""
     import peft  # noqa: F401
     import transformers.models.qwen3_vl  # noqa: F401
 
-    import longfactory.train.run  # noqa: F401
+    from longfactory.config import load_config
+    from longfactory.model import load
+    from longfactory.train.run import load_data
 
+    os.environ["LONGFACTORY_CACHE"] = cache
+    cfg = load_config(words)
+    load_data(cfg, load.load_tokenizer(cfg.model))
     return "ready"
 
 
-def train(words: list[str], cache: str) -> str:
-    """What every process of `longfactory train` calls. Returns what its run said of its plan."""
+def train(words: list[str], cache: str) -> tuple[str, list[tuple[float, str]]]:
+    """What every process of `longfactory train` calls. Returns what its run said, and when."""
     from longfactory.config import load_config
     from longfactory.train.loader import end_processes
     from longfactory.train.run import run
@@ -70,7 +82,8 @@ def train(words: list[str], cache: str) -> str:
     finally:
         logger.removeHandler(said)
         end_processes()
-    return "\n".join(said.lines)
+        said.note("end")
+    return "\n".join(said.lines), said.after
 
 
 def measured(call: Callable[[], Any], repeats: int, device: Any) -> tuple[float, float]:
@@ -162,11 +175,57 @@ def peer(
     made.train()
     made.gradient_checkpointing_enable({"use_reentrant": False})
     made.enable_input_require_grads()
+    each = side[0] * side[1] // 32**2
+    parts = pictures // 2 if video else pictures
+    between = max(1, tokens // parts - each)
+    begun = parts
+    while True:
+        step = _own_step(made, config, device, dtype, video, parts, side, between)
+        try:
+            seconds, peak = measured(step, max(1, steps - 2), device)
+            break
+        except torch.OutOfMemoryError as error:
+            # Half of the row, as often as it must be.
+            if parts < begun // 2 or parts < 2:
+                said = re.sub(r"\s+", " ", str(error))[:120]
+                return {"error": f"{parts * (each + between):,} tokens: out of memory: {said}"}
+            print(
+                f"transformers' own: {parts * (each + between):,} tokens: out of memory", flush=True
+            )
+            parts //= 2
+        del step
+        gc.collect()
+        torch.cuda.empty_cache()
+    length = parts * (each + between)
+    found = {
+        "tokens": length,
+        "seconds": seconds,
+        "tokens_per_s_gpu": length / seconds,
+        "peak_gib": peak,
+    }
+    if parts < begun:
+        found["settings"] = f"of {begun * (each + between):,} tokens it runs out of memory"
+    return found
+
+
+def _own_step(
+    made: Any,
+    config: Any,
+    device: Any,
+    dtype: Any,
+    video: bool,
+    parts: int,
+    side: tuple[int, int],
+    between: int,
+) -> Callable[[], None]:
+    """Forward and backward of a row of `parts` images or pairs of frames, with `between` tokens of
+    text before each.
+    """
+    import torch
+
     rows, columns = (length // 16 for length in reversed(side))
     each = rows * columns // 4
     token = config.video_token_id if video else config.image_token_id
-    parts = pictures // 2 if video else pictures
-    between = max(1, tokens // parts - each)
     ids = torch.cat(
         [
             x
@@ -192,13 +251,4 @@ def peer(
         out.loss.backward()
         made.zero_grad(set_to_none=True)
 
-    try:
-        seconds, peak = measured(step, max(1, steps - 2), device)
-    except torch.OutOfMemoryError as error:
-        return {"error": "out of memory: " + re.sub(r"\s+", " ", str(error))[:120]}
-    return {
-        "tokens": len(ids),
-        "seconds": seconds,
-        "tokens_per_s_gpu": len(ids) / seconds,
-        "peak_gib": peak,
-    }
+    return step

@@ -9,7 +9,9 @@ of 512 x 1024 (131,072 tokens of frames; `--frames`); the same rows for DPO are 
 Pictures are JPEG files, which the run's own loader decodes.
 
 `of the ideal`: a run of one GPU on a row of half the length with half the images, attention's time
-of a token replaced by that of the whole length, as measured on one GPU in the same command. Host
+of a token replaced by that of the whole length, as measured on one GPU; only of runs on the same
+machine. The first step of a run is not timed. Rows are more than loader processes, so that their
+pixels are made while steps are timed. Host
 memory is what the processes of a run hold at most, shared memory counted once (PSS). Beside it
 transformers' own loop on one GPU: the same model with PEFT, its own checkpointing, its own loss,
 pixels that are in memory already.
@@ -27,6 +29,7 @@ import concurrent.futures
 import contextlib
 import datetime
 import io
+import itertools
 import json
 import os
 import random
@@ -290,12 +293,14 @@ def run_in(
 ) -> dict[str, Any]:
     """A run in processes that stay: what its log says of the steps after the first."""
     begun = time.time()
-    memory = HostMemory()
+    memory = HostMemory(pool)
     try:
         with memory:
-            text = pool.run(
+            text, after = pool.run(
                 _vision_rows.train, words_of(job, args, home), str(home / "cache"), timeout=limit
             )[0]
+        said = "; ".join(f"{seconds:.0f} s {line}" for seconds, line in after)
+        print(f"{job.name}, {job.gpus} GPUs: {said}", flush=True)
     except RankError as error:
         print(str(error)[-2500:], flush=True)
         left = limit - (time.time() - begun)
@@ -336,7 +341,8 @@ def logged(job: Job, args: argparse.Namespace, home: Path, text: str) -> dict[st
     timed = lines[1:]
     if not timed:
         return {"error": _reason(text)}
-    seconds = (lines[-1]["elapsed_seconds"] - lines[0]["elapsed_seconds"]) / len(timed)
+    at = [line["elapsed_seconds"] for line in lines]
+    seconds = (at[-1] - at[0]) / len(timed)
     plan = re.search(r"Memory plan.*\n +(.*)", text)
     # Tokens of documents a second of each GPU, while a step runs: of a step, its tokens.
     steps = [x["tokens_per_second_per_gpu"] * x["seconds_per_step"] * job.gpus for x in timed]
@@ -352,14 +358,18 @@ def logged(job: Job, args: argparse.Namespace, home: Path, text: str) -> dict[st
         "settings": "" if plan is None else plan[1],
         "loss": lines[-1]["loss"],
         "steps": len(lines),
+        "each_step": [round(b - a, 2) for a, b in itertools.pairwise([0.0, *at])],
     }
 
 
 class HostMemory:
-    """The most that the processes hold that this one has started, in bytes, while it is open."""
+    """The most that a pool's processes and those that they started hold, in bytes, while it is
+    open.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, pool: RankPool) -> None:
         self.most = 0
+        self.pool = pool
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -374,19 +384,18 @@ class HostMemory:
         while not self.done.wait(1.0):
             self.most = max(self.most, self._now())
 
-    @staticmethod
-    def _now() -> int:
+    def _now(self) -> int:
         parents: dict[int, int] = {}
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError, ValueError, IndexError):
                 after_name = (process / "stat").read_text().rsplit(")", 1)[1]
                 parents[int(process.name)] = int(after_name.split()[1])
-        held = 0
+        held, roots = 0, {process.pid for process in self.pool._processes}
         for number in parents:
-            at, own = number, os.getpid()
-            while at in parents and parents[at] != own:
+            at = number
+            while at in parents and at not in roots:
                 at = parents[at]
-            if at not in parents:
+            if at not in roots:
                 continue
             with contextlib.suppress(OSError):
                 text = Path(f"/proc/{number}/smaps_rollup").read_text()
@@ -438,12 +447,13 @@ def table(rows: list[dict[str, Any]], headers: list[str]) -> str:
         "",
         *headers,
         "",
-        "| row | GPUs | tokens | s a step | tokens/s a GPU | of the ideal | peak GiB a GPU"
+        "| row | GPUs | tokens | s a step (each) | tokens/s a GPU | of the ideal | peak GiB a GPU"
         " | of it embeddings | host GiB | decode wait | settings |",
         "|" + "---|" * 11,
     ]
     good = [r for r in rows if "error" not in r and "tokens" in r]
     rates = {r["case"]: r["rates"] for r in rows if "rates" in r}
+    machines = {r["case"]: r.get("machine") for r in rows if "rates" in r}
     for r in rows:
         start = f"| {r['row']} | {r['gpus']} |"
         if r not in good:
@@ -453,16 +463,19 @@ def table(rows: list[dict[str, Any]], headers: list[str]) -> str:
             o
             for o in good
             if (o["case"], o["stage"], o["gpus"], o["system"]) == (r["case"], "sft", 1, "ours")
+            and o.get("machine") == r.get("machine") == machines.get(r["case"])
         ]
         share = ""
-        if r["gpus"] > 1 and r["stage"] == "sft" and ones and r["case"] in rates:
+        if r["gpus"] > 1 and r["stage"] == "sft" and ones:
             again = "attention outputs saved in 100%" not in r["settings"]
             again = again and "every activation stored" not in r["settings"]
             best = ideal(ones[0], rates[r["case"]], r["tokens"], again)
             share = f"{r['tokens_per_s_gpu'] / best:.2f}"
+        each = r.get("each_step", [])[1:]
+        single = f" ({', '.join(f'{seconds:.2f}' for seconds in each)})" if each else ""
         cells = [
             f"{r['tokens']:,}",
-            f"{r['seconds']:.2f}",
+            f"{r['seconds']:.2f}{single}",
             f"{r['tokens_per_s_gpu']:,.0f}",
             share,
             f"{r['peak_gib']:.1f}",
@@ -472,7 +485,7 @@ def table(rows: list[dict[str, Any]], headers: list[str]) -> str:
             cells += [f"{r['embeddings_gib']:.2f} GiB, {of_peak:.1%}", f"{r['host_gib']:.1f}"]
             cells += [f"{r['data_wait']:.1%}", r["settings"]]
         else:
-            cells += [""] * 4
+            cells += ["", "", "", r.get("settings", "")]
         out.append(f"{start} " + " | ".join(cells) + " |")
     out.append("")
     for case, found in rates.items():
@@ -498,7 +511,7 @@ def measure(args: argparse.Namespace, home: Path) -> int:
     clock = Clock(args.seconds)
     shared = shutil.disk_usage("/dev/shm").free / 2**30
     if args.workers < 0:
-        args.workers = 4 if shared > 24 else 0
+        args.workers = 2 if shared > 24 else 0
     os.environ["RECORD_VRAM"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -507,13 +520,18 @@ def measure(args: argparse.Namespace, home: Path) -> int:
     shown = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(args.gpus)))
     every = cases(args.smoke, args.frames)
     chosen = [every[name] for name in args.cases]
-    alone = bool({"one", "beside"} & set(args.parts))
-    ones = {}
-    for number, case in enumerate(chosen if alone else []):
-        pool = RankPool(1, threads, backend)
+    # Each case has a GPU of its own; where GPUs are left, what is measured beside it another one.
+    lanes: list[list[Job]] = []
+    for case in chosen:
+        own = [Job(case, 1, args.gpus)] if "one" in args.parts else []
+        other = [Job(case, 1, args.gpus, system="transformers")] if "beside" in args.parts else []
+        lanes += [own, other] if len(chosen) < args.gpus else [own + other]
+    lanes = [lane for lane in lanes if lane]
+    pools = []
+    for number in range(len(lanes)):
+        pools.append(RankPool(1, threads, backend))
         os.environ["CUDA_VISIBLE_DEVICES"] = shown.split(",")[number % args.gpus]
-        pool.start()
-        ones[case.name] = pool
+        pools[-1].start()
     os.environ["CUDA_VISIBLE_DEVICES"] = shown
     together = RankPool(args.gpus, threads, backend)
     together.start()
@@ -534,6 +552,7 @@ def measure(args: argparse.Namespace, home: Path) -> int:
     rows, headers = earlier(path) if not args.smoke else ([], [])
     headers.append(header)
     lock = threading.Lock()
+    machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
 
     def one(job: Job, pool: RankPool) -> None:
         if clock.left < LEAST:
@@ -545,6 +564,7 @@ def measure(args: argparse.Namespace, home: Path) -> int:
             "gpus": job.gpus,
             "stage": job.stage,
             "system": job.system,
+            "machine": machine,
         }
         start = run_in if job.system == "ours" else beside
         try:
@@ -561,20 +581,32 @@ def measure(args: argparse.Namespace, home: Path) -> int:
                 path.write_text(json.dumps({"headers": headers, "rows": rows}, indent=1) + "\n")
                 path.with_suffix(".md").write_text(table(rows, headers))
 
-    def alone_on(case: Case) -> None:
-        if "one" in args.parts:
-            one(Job(case, 1, args.gpus), ones[case.name])
-        if "beside" in args.parts:
-            one(Job(case, 1, args.gpus, system="transformers"), ones[case.name])
-        ones[case.name].stop()
+    def alone(pool: RankPool, lane: list[Job]) -> None:
+        for job in lane:
+            one(job, pool)
+        pool.stop()
 
-    if alone:
-        with concurrent.futures.ThreadPoolExecutor(args.gpus) as executor:
-            list(executor.map(alone_on, chosen))
-    for stage in ("sft", "dpo"):
-        if {"sft": "all", "dpo": "dpo"}[stage] in args.parts:
-            for case in chosen:
-                one(Job(case, args.gpus, 1, stage), together)
+    stages = {"all": "sft", "dpo": "dpo"}
+    shared_rows = [
+        Job(case, args.gpus, 1, stage)
+        for part, stage in stages.items()
+        if part in args.parts
+        for case in chosen
+    ]
+
+    def before() -> None:
+        """What runs of all GPUs do before they need one, while single GPUs compute."""
+        for job in shared_rows:
+            words = words_of(job, args, home)
+            together.run(_vision_rows.tokenise, words, str(home / "cache"), timeout=args.each)
+
+    with concurrent.futures.ThreadPoolExecutor(len(lanes) + 1) as executor:
+        ready = executor.submit(before)
+        list(executor.map(alone, pools, lanes))
+    if error := ready.exception():
+        print(f"tokenising: {str(error)[-1500:]}", flush=True)
+    for job in shared_rows:
+        one(job, together)
     together.stop()
     print(table(rows, headers), flush=True)
     return int(args.smoke and any("error" in r for r in rows))

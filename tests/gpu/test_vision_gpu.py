@@ -1,7 +1,9 @@
-"""Whole runs on rows with images on two GPUs, in float32: they take the steps of one GPU, with
-copies, FSDP2 and ZeRO-3; a bf16 run of packed rows in every mode is near them.
+"""Whole runs on rows with images through the command on two GPUs, in float32: they take the steps of
+one GPU, with copies, FSDP2 and ZeRO-3; bf16 runs of packed rows in two modes are near them.
 
     python -m pytest -q -s tests/gpu/test_vision_gpu.py     # about a minute on two GPUs
+
+All commands of the tests that were asked for are started at once: most of their time is Python's.
 """
 
 from __future__ import annotations
@@ -9,15 +11,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from longfactory.testing import RankError, RankPool
-from small_runs import keys, run_on_ranks, steps
+from small_runs import keys, steps
 from vision_runs import TRAINED, of_run, write_data, write_model, write_zero3
 
 pytestmark = [
@@ -26,41 +30,93 @@ pytestmark = [
     pytest.mark.timeout(200),
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
-POOLS = {size: RankPool(size, backend="nccl") for size in (1, 2)}
+ROOT = Path(__file__).resolve().parents[2]
+BF16 = TRAINED | {"bf16": True, "packing": True, "per_device_train_batch_size": 1}
+RUNS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, TRAINED),
+    "ddp": (2, TRAINED | {"sharding": "ddp"}),
+    "fsdp2": (2, TRAINED | {"sharding": "fsdp2"}),
+    "deepspeed": (2, TRAINED | {"deepspeed": "zero3.json"}),
+    "bf16_one": (1, BF16),
+    "bf16_zigzag-ring": (2, BF16 | {"sequence_parallel_mode": "zigzag-ring"}),
+    "bf16_ulysses": (2, BF16 | {"sequence_parallel_mode": "ulysses"}),
+}
+"""Of a run: GPUs, which share its rows, and further keys."""
+SHARDED = ("ddp", "fsdp2", "deepspeed")
+
+
+class Started(NamedTuple):
+    """A command that runs, and what it writes."""
+
+    process: subprocess.Popen[bytes]
+    said: Path
+    folder: Path
+
+
+def start(home: Path, name: str) -> Started:
+    size, changes = RUNS[name]
+    changes = {k: home / v if k == "deepspeed" else v for k, v in changes.items()}
+    given = keys(home, name, sequence_parallel_size=size, **of_run(home, name, **changes))
+    given |= {"use_cpu": False, "tf32": False, "nproc_per_node": size}
+    words = [f"{k}={v}" for k, v in given.items()]
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
+        "LONGFACTORY_CACHE": str(home / f"cache_{name}"),
+        # DeepSpeed would want CUDA's compiler, which it does not need here.
+        "DS_IGNORE_CUDA_DETECTION": "1",
+    }
+    said = home / f"{name}.txt"
+    with said.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "longfactory.cli", "train", *words],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=env,
+        )
+    return Started(process, said, home / name)
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    # DeepSpeed would want CUDA's compiler, which it does not need here.
-    os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
-    for pool in POOLS.values():
-        pool.start()  # while files are written
+def started(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Started]]:
     home = tmp_path_factory.mktemp("vision")
     write_model(home / "qwen3_vl", "qwen3_vl")
     write_data(home)
     write_zero3(home)
-    yield home
-    for pool in POOLS.values():
-        pool.stop()
+    asked = " ".join(item.name for item in request.session.items)
+    chosen = {"bf16" if name.startswith("bf16") else name for name in RUNS if name in asked}
+    if "bf16" in asked:
+        chosen |= {name for name in RUNS if name.startswith("bf16")}
+    if chosen & set(SHARDED):
+        chosen.add("one")
+    if importlib.util.find_spec("deepspeed") is None:
+        chosen.discard("deepspeed")
+    runs = {name: start(home, name) for name in RUNS if name in chosen}
+    yield runs
+    for run in runs.values():
+        if run.process.poll() is None:
+            run.process.kill()
+            run.process.wait()
 
 
-def run(home: Path, name: str, size: int, **changes: Any) -> list[dict[str, float]]:
-    given = keys(home, name, sequence_parallel_size=size, **of_run(home, name, **changes))
-    given |= {"use_cpu": False, "tf32": False} | changes
-    words = [f"{k}={v}" for k, v in given.items()]
+def log_of(run: Started, limit: float = 150.0) -> list[dict[str, float]]:
+    """The steps of a run that ended well."""
+    begun = time.monotonic()
+    name = run.folder.name
     try:
-        POOLS[size].run(run_on_ranks, words, str(home / "cache"), timeout=90)
-    except RankError as error:
-        print(name, str(error)[-3000:], flush=True)
-        raise
-    log = steps(json.loads((home / name / "trainer_state.json").read_text())["log_history"])
-    print(name, [(h["loss"], h["grad_norm"]) for h in log], flush=True)
+        code = run.process.wait(limit)
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"{name} did not end in {limit:.0f} s:\n{run.said.read_text()[-3000:]}")
+    said = run.said.read_text(errors="replace")
+    if code:
+        print(name, said[-6000:], flush=True)
+        pytest.fail(f"{name} ended with {code}:\n{said[-3000:]}")
+    log = steps(json.loads((run.folder / "trainer_state.json").read_text())["log_history"])
+    waited = time.monotonic() - begun
+    print(name, [(h["loss"], h["grad_norm"]) for h in log], f"{waited:.0f} s", flush=True)
     return log
-
-
-@pytest.fixture(scope="module")
-def one(home: Path) -> list[dict[str, float]]:
-    return run(home, "one", 1, **TRAINED)
 
 
 def same(one: list[dict[str, float]], two: list[dict[str, float]], error: float) -> None:
@@ -69,19 +125,15 @@ def same(one: list[dict[str, float]], two: list[dict[str, float]], error: float)
         assert [h[key] for h in two] == pytest.approx([h[key] for h in one], rel=error), key
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2", "deepspeed"])
-def test_vision_runs_on_two_gpus(home: Path, one: list[dict[str, float]], sharding: str) -> None:
-    changes: dict[str, Any] = {"sharding": sharding}
-    if sharding == "deepspeed":
-        if importlib.util.find_spec("deepspeed") is None:
-            pytest.skip("needs deepspeed")
-        changes = {"deepspeed": str(home / "zero3.json")}
-    same(one, run(home, sharding, 2, **TRAINED, **changes), 1e-4)
+@pytest.mark.parametrize("sharding", SHARDED)
+def test_vision_runs_on_two_gpus(started: dict[str, Started], sharding: str) -> None:
+    if sharding not in started:
+        pytest.skip("needs deepspeed")
+    same(log_of(started["one"]), log_of(started[sharding]), 1e-4)
+    named = {"ddp": "ddp", "fsdp2": "fsdp2", "deepspeed": "deepspeed"}[sharding]
+    assert named in started[sharding].said.read_text().lower()
 
 
-def test_vision_runs_in_bf16(home: Path) -> None:
-    given = TRAINED | {"bf16": True, "packing": True, "per_device_train_batch_size": 1}
-    alone = run(home, "bf16_one", 1, **given)
-    for mode in ("zigzag-ring", "ulysses"):
-        found = run(home, f"bf16_{mode}", 2, sequence_parallel_mode=mode, **given)
-        same(alone, found, 2e-2)
+@pytest.mark.parametrize("mode", ["zigzag-ring", "ulysses"])
+def test_vision_runs_in_bf16(started: dict[str, Started], mode: str) -> None:
+    same(log_of(started["bf16_one"]), log_of(started[f"bf16_{mode}"]), 2e-2)

@@ -77,8 +77,14 @@ class GridFamily(Family):
     def frame_tensors(self, frames: Sequence[Image.Image], grid: Sequence[int]) -> Tensor:
         _, rows, columns = grid
         width, height = columns * self.video_patch, rows * self.video_patch
-        pixels = torch.stack([normal(f, (width, height), self.video_settings) for f in frames])
-        return patches_of(pixels, self.video_patch, self.video_merge)
+        steps, numbers = len(frames) // TEMPORAL_PATCH, 3 * TEMPORAL_PATCH * self.video_patch**2
+        # Step by step into the tensor of all: a long video is not in memory twice.
+        out = torch.empty(steps, rows * columns, numbers)
+        for step in range(steps):
+            pair = frames[step * TEMPORAL_PATCH : (step + 1) * TEMPORAL_PATCH]
+            pixels = torch.stack([normal(f, (width, height), self.video_settings) for f in pair])
+            out[step] = patches_of(pixels, self.video_patch, self.video_merge)
+        return out.flatten(0, 1)
 
 
 def patches_of(pixels: Tensor, patch: int, merge: int) -> Tensor:
