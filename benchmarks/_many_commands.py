@@ -42,11 +42,12 @@ class Job(NamedTuple):
 
 def in_one_group(
     home: Path,
-    devices: Sequence[int],
+    devices: Sequence[int | str],
     jobs: Sequence[Job],
     end: float,
     tell: Callable[[str, Row], None] = lambda name, row: None,
     after: Path | None = None,
+    read: Callable[[str, Path], Row] = lambda text, out: planned(text) | timed(out),
 ) -> dict[str, Row]:
     """Runs one after another in the processes of one group (`_many_runs.py`): Python starts once.
 
@@ -55,6 +56,7 @@ def in_one_group(
         end: when the group is ended, if it is not done.
         tell: called with a run's name and row as it ends.
         after: the first run begins when there is such a file.
+        read: makes a run's row from what it wrote and its output_dir.
     """
     mark = f"{os.getpid()}-{time.monotonic_ns()}"
     file = home / f"jobs-{mark}.json"
@@ -95,12 +97,13 @@ def in_one_group(
         fact = json.loads(line[7:])
         if fact["name"] in found:  # of another process, whose run failed, too
             continue
-        row = {"seconds in all": round(fact["seconds"]), **planned("".join(text))}
-        row |= timed(home / f"out-{fact['name']}")
+        row = {"seconds in all": round(fact["seconds"])}
         if "error" in fact:
+            row |= planned("".join(text)) | timed(home / f"out-{fact['name']}")
             row["error"] = fact["error"]
             print("".join(text)[-3000:], file=sys.stderr, flush=True)
         else:
+            row |= read("".join(text), home / f"out-{fact['name']}")
             text.clear()
         found[fact["name"]] = row
         tell(fact["name"], row)
@@ -171,7 +174,7 @@ def words_of(command: str, keys: Row) -> list[str]:
     return words + [f"{key}={value}" for key, value in keys.items()]
 
 
-def environment(home: Path, devices: Sequence[int]) -> dict[str, str]:
+def environment(home: Path, devices: Sequence[int | str]) -> dict[str, str]:
     """Of a run on some GPUs: no network, a cache of its own."""
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     own = {

@@ -58,6 +58,7 @@ def forget() -> None:
         dist.destroy_process_group()
         for name in OF_A_GROUP:
             os.environ.pop(name, None)
+    torch._dynamo.reset()  # functions compiled for other shapes count towards its limit
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

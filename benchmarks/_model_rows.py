@@ -1,5 +1,6 @@
-"""One measurement beside `models.py`, in a process of its own with a job as JSON: transformers alone
-(rows `hf` and `hf-stored`), Unsloth, and what one GPU reaches at the shapes of a model (`rates`).
+"""Measurements beside `models.py`, in a process of their own with jobs as JSON, one after another:
+transformers alone (rows `hf` and `hf-stored`), Unsloth, and what one GPU reaches at the shapes of a
+model (`rates`).
 
 hf         transformers' layers and loss, sdpa, gradient checkpointing; Liger's kernels where they
            are installed and know the family. Full training: fp32 weights under autocast in bf16 and
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import gc
 import importlib.metadata
 import json
 import os
@@ -111,32 +113,45 @@ def train(
     )
 
 
-def unsloth(job: dict[str, Any]) -> None:
-    """Unsloth wants to be imported before transformers, and a folder with weights."""
-    from unsloth import FastLanguageModel  # type: ignore[import-not-found]  # isort: skip
+def unsloth(jobs: list[dict[str, Any]]) -> None:
+    """Rows of one model. Unsloth wants to be imported before transformers, and a folder with
+    weights.
+    """
+    try:
+        from unsloth import FastLanguageModel  # type: ignore[import-not-found]  # isort: skip
 
-    from plan_accuracy import write_weights
+        from plan_accuracy import write_weights
 
+        model_folder = Path(jobs[0]["model"])
+        folder = write_weights(model_folder, Path(f"{model_folder}-weights"))
+        longest = max(job["tokens"][0] for job in jobs)
+        model, _ = FastLanguageModel.from_pretrained(
+            model_name=str(folder),
+            max_seq_length=longest,
+            dtype=torch.bfloat16,
+            load_in_4bit=False,
+        )
+        model = FastLanguageModel.get_peft_model(
+            model,
+            r=LORA_RANK,
+            lora_alpha=2 * LORA_RANK,
+            lora_dropout=0,
+            bias="none",
+            target_modules=[f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down")],
+            use_gradient_checkpointing="unsloth",
+            max_seq_length=longest,
+        )
+        model.train()
+    except Exception as error:
+        traceback.print_exc()
+        lines = str(error).strip().splitlines() or [""]
+        for job in jobs:
+            say(job, error=f"{type(error).__name__}: {lines[0][:200]}")
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    folder = write_weights(Path(job["model"]), Path(job["model"] + "-weights"))
-    model, _ = FastLanguageModel.from_pretrained(
-        model_name=str(folder),
-        max_seq_length=job["tokens"][0],
-        dtype=torch.bfloat16,
-        load_in_4bit=False,
-    )
-    model = FastLanguageModel.get_peft_model(
-        model,
-        r=LORA_RANK,
-        lora_alpha=2 * LORA_RANK,
-        lora_dropout=0,
-        bias="none",
-        target_modules=[f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down")],
-        use_gradient_checkpointing="unsloth",
-        max_seq_length=job["tokens"][0],
-    )
-    model.train()
-    train(job, model, make_config(job["model"]), device, {}, ["unsloth"])
+    config = make_config(jobs[0]["model"])
+    for job in jobs:
+        one(job, lambda job: train(job, model, config, device, {}, ["unsloth"]))
 
 
 def use_liger(model: Any) -> bool:
@@ -395,7 +410,17 @@ def main() -> int:
     job = json.loads(sys.argv[1])
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
     sys.path.insert(0, str(Path(__file__).resolve().parent))
-    work = {"rates": measure_rates, "unsloth": unsloth}.get(job["row"], transformers_alone)
+    if job["row"] == "unsloth":
+        unsloth(job["jobs"])
+    else:
+        for each in job["jobs"]:
+            one(each, {"rates": measure_rates}.get(each["row"], transformers_alone))
+    sys.stdout.flush()
+    os._exit(0)  # a launcher waits for nothing
+
+
+def one(job: dict[str, Any], work: Callable[[dict[str, Any]], None]) -> None:
+    """One measurement; what it failed with is its result."""
     try:
         work(job)
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -404,8 +429,16 @@ def main() -> int:
         traceback.print_exc()
         lines = str(error).strip().splitlines() or [""]
         say(job, error=f"{type(error).__name__}: {lines[0][:200]}")
-    sys.stdout.flush()
-    os._exit(0)  # a launcher waits for nothing
+    release_memory()
+
+
+def release_memory() -> None:
+    """What a measurement leaves in its process."""
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 if __name__ == "__main__":

@@ -62,9 +62,15 @@ class Clock:
 
 
 def run_row(
-    job: dict[str, Any], gpus: int, clock: Clock, log: Path, script: Path = HERE / "_peers.py"
+    job: dict[str, Any],
+    gpus: int,
+    clock: Clock,
+    log: Path,
+    script: Path = HERE / "_peers.py",
+    tell: Callable[[dict[str, Any]], None] = lambda fact: None,
 ) -> list[dict[str, Any]]:
-    """The results of one row; an entry with `error` for what did not run.
+    """The results of one row; an entry with `error` for what did not run. `tell` is called with each
+    that is measured as it comes.
 
     Its output goes to `log`, its results to the screen as they come. When the time is up, or
     SIGTERM, SIGINT or SIGHUP reaches this process, every process of the row is ended, also those
@@ -120,6 +126,7 @@ def run_row(
                 fact = json.loads(line[7:])
                 found.append(fact)
                 print("    " + _short(fact), flush=True)
+                tell(_stamped(fact))
         process.wait()
         ending.join()
     if process.returncode < 0 or (process.returncode and not any("error" in f for f in found)):

@@ -2,19 +2,21 @@
 random weights, beside transformers alone and beside a roofline that is measured in the same command.
 
     python benchmarks/models.py --gpus 0 --rows gemma-12-layers-8k gemma-12-layers-32k --out DIR
-    python benchmarks/models.py --gpus 0,1 --rows moe-6-layers-16k --systems ours --out DIR
+    python benchmarks/models.py --gpus 0,1 --rows moe-6-layers-16k --systems ours --together
     python benchmarks/models.py --gpus 0 --rows moe-6-layers-16k --systems ours --profile
-    python benchmarks/models.py --render DIR/models.json ... --out benchmarks/results
+    python benchmarks/models.py --render DIR/models.json PRINTED.log ... --out benchmarks/results
 
 A row is a shape, a method and the tokens that each GPU holds; with several GPUs
-(`--gpus 0,1`) they share one row of so many times the length (sequence_parallel_size). Systems:
+(`--gpus 0,1`; by default the visible ones) they share one row of so many times the length
+(sequence_parallel_size). Systems:
 
-    ours       longfactory train, memory: auto
+    ours       longfactory train, memory: auto; `--sharding` as by default of the command, or fsdp2, ddp
     rates      seconds of the row's products, grouped products and attention on one GPU, each at its
                own shape (`_model_rows.py`)
     hf         transformers alone with sdpa and gradient checkpointing, hf-stored without it; with
                Liger's kernels where they are installed and know the family
-    unsloth    LoRA of dense models by Unsloth, where it can be imported
+    unsloth    LoRA of dense models by Unsloth, where it can be imported; rows of one model share a
+               process
 
 The roofline of a step is the time of its products at the rates measured for their shapes, of grouped
 products at the experts' shapes, of attention with the heads and masks of its layers, and of the
@@ -23,8 +25,11 @@ routing, dispatch to experts and messages between GPUs have no part in it. `idea
 attention-corrected speed of several GPUs: 1 / (t1 - a1 + a2), t1 the time of a token on one GPU with
 as many tokens, a1 and a2 attention's time of a token at this length and at the whole row's.
 
-Each measurement is a process of its own with a time limit; one that fails is in the table with its
-reason. Several commands can run side by side on the GPUs of one machine, each with its own --out.
+Each measurement is a process of its own with a time limit. With `--together` Python starts once for
+all rows of the command, and once for all other systems but Unsloth: each process calls what
+`longfactory train` calls in it, one row after another, and a row that fails begins a new group of
+processes. One that fails is in the table with its reason. What is printed is enough to make the table
+(`--render`). Several commands can run side by side on the GPUs of one machine, each with its own --out.
 """
 
 from __future__ import annotations
@@ -36,6 +41,7 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +49,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 sys.path.insert(0, str(ROOT / "src"))
 import _profile  # noqa: E402
+from _many_commands import Job, in_one_group  # noqa: E402
 from _table import (  # noqa: E402
     LEAST,
     Clock,
@@ -54,7 +61,17 @@ from _table import (  # noqa: E402
     run_row,
     write,
 )
-from plan_accuracy import FULL, LORA, PT, QLORA, Setting, run, write_shape  # noqa: E402
+from plan_accuracy import (  # noqa: E402
+    FULL,
+    LORA,
+    PT,
+    QLORA,
+    Setting,
+    keys_of,
+    of_run,
+    run,
+    write_shape,
+)
 
 DDP: dict[str, Any] = {"sharding": "ddp"}
 ROWS: dict[str, Setting] = {
@@ -105,31 +122,87 @@ def ours(
     """One run of the command, in the form of `_table.py`'s results. `profile`: a step more is
     recorded after those that are timed, and printed by its parts.
     """
-    whole = at._replace(tokens=at.tokens * gpus)
+    whole = whole_row(at, gpus)
+    steps = steps_of(whole, steps)
     if profile:
         whole = whole._replace(keys=whole.keys | RECORDED | {"profiler_wait_steps": steps})
-    about = {"row": "ours", "kernel": "auto", "tokens": at.tokens, "gpus": gpus, "name": name}
-    stamp = {"command": command_line(), "date": today()}
+    about = about_ours(name, at, gpus)
     try:
         more = 2 if profile else 0
         found = run(name, whole, gpus, steps + more, home, limit=limit, timed=steps)
     except Exception as error:  # a log that lacks what is read from it
-        return {**about, **stamp, "error": f"{type(error).__name__}: {str(error)[:200]}"}
+        return {**about, "error": f"{type(error).__name__}: {str(error)[:200]}"}
     if "error" in found:
         print(found["log"], flush=True)
-        return {**about, **stamp, "error": found["error"]}
+        return {**about, "error": found["error"]}
     for trace in sorted((home / f"out-{name}" / "profiler").glob("trace_rank0_*.json"))[:1]:
         print(f"\n{name}, one step on GPU 0:\n{_profile.table(trace)}\n", flush=True)
+    return {**about, **measured(found)}
+
+
+def about_ours(name: str, at: Setting, gpus: int) -> dict[str, Any]:
+    """What tells a measurement of ours from others, and where it comes from."""
+    about = {"row": "ours", "kernel": "auto", "tokens": at.tokens, "gpus": gpus, "name": name}
+    return {**about, "command": command_line(), "date": today()}
+
+
+def whole_row(at: Setting, gpus: int) -> Setting:
+    """The row that several GPUs share."""
+    return at._replace(tokens=at.tokens * gpus)
+
+
+def steps_of(whole: Setting, steps: int) -> int:
+    """Two of rows whose step takes half a minute."""
+    return min(steps, 2) if whole.layers is None and whole.tokens > 100_000 else steps
+
+
+def measured(found: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a run, as `plan_accuracy.of_run` reads it."""
     keep = ("split", "kernels", "expert_max_load", "expert_dead", "predicted_seconds", "loss")
     return {
-        **about,
-        **stamp,
         **{key: found[key] for key in keep if key in found},
         "seconds": found["step_seconds"],
         "peak": found["peak_gib"] * GiB,
+        "steps": found["steps"],
         "settings": found.get("settings", ""),
         "versions": versions(),
     }
+
+
+def ours_together(
+    names: Sequence[str],
+    rows: dict[str, Setting],
+    devices: Sequence[str],
+    steps: int,
+    home: Path,
+    clock: Clock,
+    after: Path | None,
+) -> Iterator[dict[str, Any]]:
+    """Runs of several rows in the processes of one group, in turn; after one that failed the rest in
+    another group. `after`: the first begins when there is such a file.
+    """
+    left, gpus = list(names), len(devices)
+    jobs = {}
+    for name in left:
+        whole = whole_row(rows[name], gpus)
+        keys = keys_of(name, whole, gpus, steps_of(whole, steps), home)
+        jobs[name] = Job(name, {key: str(value) for key, value in keys.items()})
+    while left and clock.left > LEAST:
+        done: list[dict[str, Any]] = []
+
+        def tell(name: str, row: dict[str, Any]) -> None:
+            about = about_ours(name, rows[name], gpus)
+            left.remove(name)
+            if "error" not in row:
+                row = measured(row)
+            done.append({**about, **row})
+            print(json.dumps(done[-1]), flush=True)
+
+        in_one_group(home, devices, [jobs[name] for name in left], clock.end, tell, after, of_run)
+        yield from done
+        after = None
+    for name in left:
+        print(f"{name}, ours: not started, the time of this command is up", flush=True)
 
 
 def versions() -> dict[str, str]:
@@ -267,6 +340,15 @@ def render(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def results_of(path: Path) -> dict[str, Any]:
+    """The results in a file that this command wrote, or among the lines that it printed."""
+    text = path.read_text()
+    if path.suffix == ".json":
+        return json.loads(text)  # type: ignore[no-any-return]
+    lines = [json.loads(line) for line in text.splitlines() if line.startswith('{"')]
+    return {"results": [each for each in lines if "row" in each and "name" in each]}
+
+
 def _one(results: list[dict[str, Any]], name: str, row: str, gpus: int) -> dict[str, Any] | None:
     """The measurement of a row, None where there is none."""
     wanted = (name, row, gpus)
@@ -277,49 +359,103 @@ def _one(results: list[dict[str, Any]], name: str, row: str, gpus: int) -> dict[
 
 
 def measure(args: argparse.Namespace, home: Path) -> int:
-    rows = SMOKE if args.smoke else ROWS
+    rows = {
+        name: at._replace(keys={"sharding": args.sharding, **at.keys})
+        for name, at in (SMOKE if args.smoke else ROWS).items()
+    }
     names = args.rows or list(rows)
-    gpus = [] if args.smoke else args.gpus.split(",")
-    count = max(1, len(gpus))
-    if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = args.gpus
+    gpus = args.gpus.split(",")
     clock, log = Clock(args.limit), log_file("models")
     about = {"machine": machine_name()}
+    if not args.smoke:
+        os.environ["CUDA_VISIBLE_DEVICES"] = args.gpus
     failed = False
+
+    def keep(found: dict[str, Any], show: bool = True) -> None:
+        nonlocal failed
+        failed |= "error" in found
+        if show:
+            print(json.dumps(found), flush=True)
+        write(args.out, "models", TITLE, render, [found], about)
+
+    if "ours" in args.systems and args.together:
+        for found in ours_together(names, rows, gpus, args.steps, home, clock, args.after):
+            keep(found, show=False)
+    jobs = []
     for system in args.systems:  # of each row the first before the second of any
         for name in names:
             at = rows[name]
-            lora = at.keys["finetuning_type"] == "lora"
-            alone = system not in ("ours", "rates")
-            if system == "unsloth" and (not lora or at.layers or "moe" in name):
-                continue
-            if (system != "ours" and count > 1) or (alone and "quantization_bit" in at.keys):
-                continue
-            if clock.left < LEAST:
-                print(f"{name}, {system}: not started, the time of this command is up", flush=True)
-                continue
-            limit = min(args.each, clock.left)
             if system == "ours":
-                profile = args.profile
-                results = [ours(name, at, count, args.steps, home, limit, profile)]
-                print(json.dumps(results[0]), flush=True)
-            else:
+                if args.together:
+                    continue
+                if clock.left < LEAST:
+                    print(f"{name}, {system}: not started, the time of this command is up")
+                    continue
+                limit = min(args.each, clock.left)
+                keep(ours(name, at, len(gpus), args.steps, home, limit, args.profile))
+            elif runs_beside(system, name, at, len(gpus)):
                 model = write_shape(at.shape, at.layers, home / f"model-{at.shape}-{at.layers}")
-                keys = {
-                    "kernel": "auto" if system == "rates" else "sdpa",
-                    "name": name,
-                    "lora": lora,
-                    "model": str(model),
-                    "steps": args.steps,
-                    "lengths": [at.tokens, 2 * at.tokens],
-                }
-                script = ROOT / "benchmarks" / "_model_rows.py"
-                row = job(system, [at.tokens], **keys)
-                results = run_row(row, 1, Clock(limit), log, script)
-            failed |= any("error" in r for r in results)
-            write(args.out, "models", TITLE, render, results, about)
+                jobs.append(beside(system, name, at, model, args.steps))
+    for several in in_processes(jobs, args.together):
+        if clock.left < LEAST:
+            for each in several:
+                about_it = f"{each['name']}, {each['row']}"
+                print(f"{about_it}: not started, the time of this command is up", flush=True)
+            continue
+        limit = clock.left if args.together else min(args.each, clock.left)
+        script = ROOT / "benchmarks" / "_model_rows.py"
+        whole = {**several[0], "jobs": several}
+        told: set[tuple[str, str]] = set()
+
+        def tell(found: dict[str, Any], told: set[tuple[str, str]] = told) -> None:
+            told.add((found["name"], found["row"]))
+            keep(found)
+
+        found = run_row(whole, 1, Clock(limit), log, script, tell)
+        why = next((each["error"] for each in found if "error" in each), "not reached")
+        for each in several:
+            if (each["name"], each["row"]) not in told:
+                about_it = {key: each[key] for key in ("row", "kernel", "name")}
+                keep({**about_it, "tokens": each["tokens"][0], "gpus": 1, "error": why})
+                why = "not reached"
     print(f"log: {log}")
     return clock.exit_code(failed and args.smoke)
+
+
+def runs_beside(system: str, name: str, at: Setting, gpus: int) -> bool:
+    """Whether another system than ours is measured on a row: on one GPU, and what it can."""
+    if gpus > 1 or (system != "rates" and "quantization_bit" in at.keys):
+        return False
+    return system != "unsloth" or (
+        at.keys["finetuning_type"] == "lora" and at.layers is None and "moe" not in name
+    )
+
+
+def beside(system: str, name: str, at: Setting, model: Path, steps: int) -> dict[str, Any]:
+    """A job of `_model_rows.py`."""
+    return job(
+        system,
+        [at.tokens],
+        kernel="auto" if system == "rates" else "sdpa",
+        name=name,
+        lora=at.keys["finetuning_type"] == "lora",
+        model=str(model),
+        steps=steps,
+        lengths=[at.tokens, 2 * at.tokens],
+    )
+
+
+def in_processes(jobs: list[dict[str, Any]], together: bool) -> Iterator[list[dict[str, Any]]]:
+    """Jobs by the process that does them. Unsloth changes transformers for its whole process."""
+    by: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for each in jobs:
+        own = (each["row"], each["name"])
+        if each["row"] == "unsloth":
+            own = ("unsloth", each["model"])
+        by.setdefault(("together",) if together and each["row"] != "unsloth" else own, []).append(
+            each
+        )
+    yield from by.values()
 
 
 TITLE = "# Shapes of models, complete training steps"
@@ -330,14 +466,24 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--gpus", default="0", help="numbers of the GPUs that share a row: 0 or 0,1"
+        "--gpus",
+        default=os.environ.get("CUDA_VISIBLE_DEVICES") or "0",
+        help="numbers of the GPUs that share a row: 0 or 0,1; by default those that are visible",
     )
     parser.add_argument("--rows", nargs="+", choices=[*ROWS, *SMOKE], default=None)
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
-    parser.add_argument("--steps", type=int, default=4, help="the first is not timed")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=4,
+        help="the first is not timed; two of whole models in rows over 100,000 tokens",
+    )
     parser.add_argument(
         "--profile", action="store_true", help="where a step's GPU time goes (system ours)"
     )
+    parser.add_argument("--together", action="store_true", help="Python starts once for all rows")
+    parser.add_argument("--after", type=Path, help="begin when there is such a file (--together)")
+    parser.add_argument("--sharding", default="auto", choices=("auto", "ddp", "fsdp2"))
     parser.add_argument("--each", type=float, default=90, help="seconds for one measurement")
     parser.add_argument("--limit", type=float, default=240, help="seconds for the whole command")
     parser.add_argument("--out", type=Path, default=Path("benchmark_results"))
@@ -347,7 +493,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.render is not None:
         for path in args.render:
-            found = json.loads(path.read_text())
+            found = results_of(path)
             about = {k: v for k, v in found.items() if k != "results"}
             table = write(args.out, "models", TITLE, render, found["results"], about)
             print(table)

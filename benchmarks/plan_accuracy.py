@@ -355,19 +355,27 @@ def run(
         "keys": at.keys,
         "seconds_in_all": round(time.time() - begun),
     }
-    plan = re.search(r"Memory plan.*\n +(.*)", text)
-    if plan is not None:
-        row["settings"] = plan[1]
     if code:
         last = [line for line in text.splitlines() if line.strip()]
         why = last[-1][:300] if last else "no output"
         if code == TOO_LONG:
             why = f"ended after {limit:.0f} s: {why}"
         return {**row, "error": why, "log": text[-4000:]}
+    return {**row, **of_run(text, home / f"out-{name}", timed)}
+
+
+def of_run(text: str, out: Path, timed: int | None = None) -> dict[str, Any]:
+    """What a run took and what its plan had said.
+
+    Args:
+        text: all that it wrote.
+        out: its output_dir, with its log.
+        timed: as of `run`.
+    """
     total = re.search(r"^ +total +([0-9.]+) +of", text, re.MULTILINE)
     runtime = re.search(r"^ +runtime +([0-9.]+)$", text, re.MULTILINE)
     step = re.search(r"predicted: ([0-9.]+) s a row", text)
-    logged = (home / f"out-{name}" / "trainer_log.jsonl").read_text().splitlines()
+    logged = (out / "trainer_log.jsonl").read_text().splitlines()
     lines = [json.loads(line) for line in logged if '"loss"' in line]
     predicted: dict[str, Any] = {}
     if total is not None and step is not None and runtime is not None:  # not on CPUs
@@ -377,8 +385,9 @@ def run(
     taken = [after - before for before, after in itertools.pairwise(clocks)]
     kernels = re.search(r"Attention kernels? \(.*?\): (.*)", text)
     said = ("expert_max_load", "expert_dead")  # of a mixture of experts
+    plan = re.search(r"Memory plan.*\n +(.*)", text)
     return {
-        **row,
+        **({} if plan is None else {"settings": plan[1]}),
         "loss": lines[-1]["loss"],
         **({} if kernels is None else {"kernels": kernels[1]}),
         **{key: lines[-1][key] for key in said if key in lines[-1]},

@@ -85,6 +85,33 @@ def test_a_table_of_results() -> None:
     assert "nothing recomputed | out of memory |" in table
 
 
+def test_which_process_measures_what(tmp_path: Path) -> None:
+    """Together: one for all but Unsloth, which has one for each model."""
+    jobs = [
+        {"row": row, "name": name, "model": "a"}
+        for row in ("rates", "hf", "unsloth")
+        for name in ("short", "long")
+    ]
+    together = [[(j["row"], j["name"]) for j in each] for each in models.in_processes(jobs, True)]
+    assert together == [
+        [("rates", "short"), ("rates", "long"), ("hf", "short"), ("hf", "long")],
+        [("unsloth", "short"), ("unsloth", "long")],
+    ]
+    assert len(list(models.in_processes(jobs, False))) == 5
+    at = models.ROWS["7b-lora-8k"]
+    assert models.runs_beside("unsloth", "7b-lora-8k", at, 1)
+    assert not models.runs_beside("unsloth", "7b-lora-8k", at, 2)
+    assert not models.runs_beside("unsloth", "7b-full-8k", models.ROWS["7b-full-8k"], 1)
+    assert models.runs_beside("rates", "moe-qlora-64k", models.ROWS["moe-qlora-64k"], 1)
+
+
+def test_the_printed_lines_are_enough(tmp_path: Path) -> None:
+    result = {"row": "ours", "kernel": "auto", "tokens": 256, "gpus": 1, "name": "tiny-full"}
+    printed = tmp_path / "printed.log"
+    printed.write_text(f'step 1\n{json.dumps(result)}\n{{"other": 1}}\n{{no json\n')
+    assert models.results_of(printed) == {"results": [result]}
+
+
 @pytest.mark.parametrize(
     ("shape", "layers", "experts"),
     [("qwen3-30b-a3b", 2, 2), ("gpt-oss-20b", 2, 2), ("deepseek-v2-lite", 3, 2)],
