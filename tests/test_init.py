@@ -100,10 +100,33 @@ def test_the_examples_come_with_the_package(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes()
     assert (tmp_path / "data" / "manual_sft.json").is_file()
     (tmp_path / "examples" / "sft_full.yaml").write_text("mine")
-    assert resources.copy_all(tmp_path) == []
+    assert resources.copy_all(tmp_path) == ([], [tmp_path / "examples" / "sft_full.yaml"])
     assert (tmp_path / "examples" / "sft_full.yaml").read_text() == "mine"
     with pytest.raises(UserError, match="no folder nothing"):
         resources.folder("nothing")
+
+
+def test_the_quickstart_finds_its_data_where_others_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """dataset_info.json is there: of `longfactory init sft`, and with data of one's own."""
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"instruction": "a", "output": "b"}) + "\n")
+    assert cli.main(["init", "sft", "--data", "mine.jsonl", "--out", "mine.yaml"]) == 0
+    assert cli.main(["init", "sft"]) == 0
+    listed = tmp_path / "data" / "dataset_info.json"
+    before = json.loads(listed.read_text()) | {"manual_dpo": {"file_name": "another.json"}}
+    listed.write_text(json.dumps(before))
+    capsys.readouterr()
+    assert cli.main(["init", "examples"]) == 0
+    said = capsys.readouterr().out
+    after, ours = json.loads(listed.read_text()), resources.data_sets()
+    assert after == ours | before and set(before) == {"mine", "manual_sft", "manual_dpo"}
+    assert "Added to data/dataset_info.json: manual_sft_eval, manual_sft_eval_4" in said
+    assert "the name of the demo data's, which stay: manual_dpo." in said
+    cfg = load_config(["examples/quickstart.yaml"])
+    assert {*cfg.data.dataset, *cfg.data.eval_dataset} <= set(after)
+    assert cli.main(["init", "examples"]) == 0
+    assert "Added" not in capsys.readouterr().out and json.loads(listed.read_text()) == after
 
 
 def accepts(rule: dict[str, Any], value: Any) -> bool:

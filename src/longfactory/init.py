@@ -50,10 +50,7 @@ def main(argv: Sequence[str]) -> int:
     parser = arguments()
     a = parser.parse_args(list(argv))
     if a.stage == "examples":
-        written = resources.copy_all(Path.cwd())
-        print(f"Wrote {len(written)} files into examples/ and data/.")
-        print("Next: python examples/quickstart.py")
-        return 0
+        return examples(Path.cwd())
     target = Path(a.out or f"{a.stage}.yaml")
     if target.exists() and not a.force:
         raise UserError(f"{target} exists. Give another name by --out, or replace it by --force.")
@@ -92,6 +89,36 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
+def examples(target: Path) -> int:
+    """Copies the examples and the demo data into a folder, and adds the demo data's entries to a
+    dataset_info.json that is there. Returns the exit status.
+
+    Raises:
+        UserError: that file cannot be read.
+    """
+    listed = target / "data" / "dataset_info.json"
+    known = read_info(listed.parent)
+    written, others = resources.copy_all(target)
+    print(f"Wrote {len(written)} files into examples/ and data/.")
+    if known:
+        ours = resources.data_sets()
+        added = [name for name in ours if name not in known]
+        if added:
+            write_info(listed.parent, {**known, **{name: ours[name] for name in added}})
+            print(f"Added to {listed.relative_to(target)}: {', '.join(added)}.")
+        kept = [name for name in ours if known.get(name, ours[name]) != ours[name]]
+        if kept:
+            print(
+                f"{listed.relative_to(target)} has other data sets by the name of the demo data's,"
+                f" which stay: {', '.join(kept)}."
+            )
+    stay = [str(path.relative_to(target)) for path in others if path != listed]
+    if stay:
+        print(f"These are there already and stay as they are: {', '.join(stay)}.")
+    print("Next: python examples/quickstart.py")
+    return 0
+
+
 # ---- the data ------------------------------------------------------------------------------------
 
 
@@ -111,7 +138,7 @@ def data_set(stage: str, data: str | None, folder: Path) -> tuple[str, int | Non
     info = read_info(folder)
     if data is None:
         name = DEMO.get(stage, f"manual_{stage}")
-        entry = json.loads((resources.folder("data") / "dataset_info.json").read_text())[name]
+        entry = resources.data_sets()[name]
         source, copy = resources.folder("data") / entry["file_name"], folder / entry["file_name"]
         folder.mkdir(parents=True, exist_ok=True)
         if not copy.exists():
@@ -131,9 +158,7 @@ def data_set(stage: str, data: str | None, folder: Path) -> tuple[str, int | Non
             f" --data {name}, or rename the file."
         )
     if name not in info:
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**info, name: entry}, indent=2, ensure_ascii=False)
-        write_whole(folder / "dataset_info.json", text + "\n")
+        write_info(folder, {**info, name: entry})
     if "file_name" not in entry:
         return name, None, 0
     rows = some_rows(folder / entry["file_name"], LOOKED_AT)
@@ -160,6 +185,13 @@ def read_info(folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path}: got a {type(found).__name__}, expected a mapping of data sets.")
     return found
+
+
+def write_info(folder: Path, info: dict[str, Any]) -> None:
+    """Writes dataset_info.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(info, indent=2, ensure_ascii=False)
+    write_whole(folder / "dataset_info.json", text + "\n")
 
 
 def some_rows(path: Path, count: int) -> list[dict[str, Any]]:
