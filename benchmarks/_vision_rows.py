@@ -140,6 +140,39 @@ def attention(model: str, length: int, smoke: bool) -> dict[str, float]:
     return found
 
 
+def tower(model: str, side: tuple[int, int], video: bool, smoke: bool) -> dict[str, float]:
+    """Seconds of a frozen tower on a batch of images of `side` (width, height), on one GPU."""
+    import torch
+    from transformers import AutoConfig
+    from transformers.models.qwen3_vl import Qwen3VLForConditionalGeneration
+
+    from longfactory.sp import vision
+
+    _prepare()
+    device = _device(smoke)
+    config = AutoConfig.from_pretrained(model)
+    config.text_config.num_hidden_layers = 1
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with device:
+        made: Any = Qwen3VLForConditionalGeneration._from_config(
+            config, dtype=dtype, attn_implementation="sdpa"
+        )
+    grid = (1, side[1] // 16, side[0] // 16)
+    each = grid[1] * grid[2]
+    number = max(1, (512 if smoke else vision.BATCH) // each)
+    pixels = torch.rand(each, 3 * 2 * 16 * 16)
+    if device.type == "cuda":
+        pixels = pixels.pin_memory()
+    images = [vision.Images("video" if video else "image", grid, pixels)] * number
+
+    def run() -> None:
+        with torch.no_grad():
+            vision._grid_features(vision.base_of(made), images, device)
+
+    seconds = measured(run, 4, device)[0]
+    return {"patches": number * each, "seconds": seconds}
+
+
 def peer(
     model: str,
     video: bool,

@@ -417,6 +417,9 @@ def beside(
         found["rates"] = pool.run(
             _vision_rows.attention, model, length, args.smoke, timeout=limit / 2
         )[0]
+        found["tower"] = pool.run(
+            _vision_rows.tower, model, case.side, case.video, args.smoke, timeout=limit / 2
+        )[0]
         if job.case.name in args.peers:
             given = (model, case.video, case.pictures, case.side, case.tokens, args.steps)
             left = limit - (time.time() - begun)
@@ -493,6 +496,13 @@ def table(rows: list[dict[str, Any]], headers: list[str]) -> str:
             f"Attention of all layers, {case}, one GPU, {found['length']:,} tokens: forward"
             f" {found['forward']:.3f} s, backward {found['backward']:.3f} s."
         )
+    for r in rows:
+        if "tower" in r:
+            found = r["tower"]
+            out.append(
+                f"The tower, {r['case']}, frozen, one GPU: {found['seconds']:.3f} s for"
+                f" {found['patches']:,} patches ({found['patches'] // 4:,} tokens)."
+            )
     return "\n".join(out) + "\n"
 
 
