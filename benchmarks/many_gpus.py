@@ -13,6 +13,8 @@ attention  every schedule, and `auto`, on documents of 64k to 1M tokens and on p
            dims 128, 256 and 192/128; TFLOP/s a GPU, over one GPU's kernel at the same work, and the
            exchange: NCCL's kernels (with waiting for other ranks) and what of them no other kernel
            hides
+packed     packed rows taken apart: small tiles, imbalance, launches, exchange; any number of ranks,
+           timed share by share on what GPUs there are
 scaling    Qwen2.5-7B's shape, all parameters, 32,768 local tokens, SP 1, 2, 4, ... with DP for the rest;
            tokens/s a GPU over the attention-corrected ideal; and DP x SP at the same samples a step:
            tokens/s and losses
@@ -55,6 +57,7 @@ from _many_commands import (  # noqa: E402
     words_of,
     workplace,
 )
+from _many_packed import PACKED_NOTE, packed  # noqa: E402
 from _many_table import K, Row, earlier, from_log, keep, wanted  # noqa: E402
 from _table import MARK, Clock, GiB, end_marked, job, log_file, run_row  # noqa: E402
 from longfactory import sp  # noqa: E402
@@ -96,7 +99,7 @@ def main() -> int:
     a.end = time.time() + a.limit
     if a.check:
         return check(a)
-    if a.part == "attention" and "RANK" not in os.environ:
+    if a.part in ("attention", "packed") and "RANK" not in os.environ:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         return subprocess.run([*command, f"--nproc_per_node={a.gpus}", *sys.argv]).returncode
     return PARTS[a.part](a)
@@ -660,6 +663,7 @@ def check(a: argparse.Namespace) -> int:
 
 PARTS: dict[str, Callable[[argparse.Namespace], int]] = {
     "attention": attention,
+    "packed": packed,
     "scaling": scaling,
     "length": length,
     "peers": peers,
@@ -670,6 +674,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 TITLES = {
     "attention": "Attention over the GPUs of one machine",
+    "packed": "Packed rows: what binds",
     "scaling": "Sequence parallelism: tokens a second of a GPU as a row is spread wider",
     "length": "The longest rows",
     "peers": "Beside DeepSpeed ALST",
@@ -680,6 +685,7 @@ TITLES = {
 
 NOTES = {
     "attention": [ATTENTION_NOTE],
+    "packed": [PACKED_NOTE],
     "scaling": [SCALING_NOTE],
     "length": [LENGTH_NOTE],
     "peers": [PEERS_NOTE],

@@ -16,6 +16,7 @@ from longfactory.sp.layout import (
     contiguous,
     cost,
     families,
+    filled,
     join,
     whole,
     zigzag,
@@ -96,6 +97,21 @@ def test_packed_rows_are_balanced(median: int, sigma: float, cap: int, most: flo
         busiest = max(cost(balanced(length, 4, segments, 512), segments))
         ratios.append(busiest * 4 / alone)
     assert sum(ratios) / len(ratios) <= most
+
+
+def test_short_documents_fill_ranks_so_that_none_is_cut() -> None:
+    """Long ones are dealt by work; the rest adds up to each rank's room."""
+    sizes = [9000, 7000, 5000, 11, 700, 233, 1056, 2000, 1500, 3000, 988]
+    edges = [0, *itertools.accumulate(sizes)]
+    segments = [Segment(a, b) for a, b in itertools.pairwise(edges)]
+    layout = filled(edges[-1], 2, segments, 7)
+    assert layout is not None
+    cuts = {edge for intervals in layout.intervals for interval in intervals for edge in interval}
+    assert cuts <= set(edges)
+    assert [sum(b - a for a, b in held) for held in layout.intervals] == [edges[-1] // 2] * 2
+    odd = [Segment(0, 5), Segment(5, 9), Segment(9, 12)]
+    assert filled(12, 2, odd, 2) is None, "5, 4 and 3 do not make two sixes"
+    assert filled(12, 2, odd, 1) is None
 
 
 def test_documents_that_fit_stay_whole() -> None:

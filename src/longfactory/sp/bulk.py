@@ -1,10 +1,12 @@
 """Large tiles cut to few shapes, for a kernel that is fast but builds a plan for each shape.
 
 Packed rows have documents of any length, so their tiles have any shape. A large causal square is
-made a little longer: the additional queries belong to other documents, and are dropped. A large
-rectangle gets additional queries in the same way, and the keys that are left over at its beginning
-become a small rectangle for another kernel. In the backward pass the additional queries have lse =
-+inf: their probabilities are zero, so they add nothing to any gradient.
+made a little longer: the additional queries belong to other documents, and are dropped. Where the
+rank's rows end before it does, the square reaches beyond them, and `kernels` pads the tensors with
+zeros. A large rectangle gets additional queries among the rank's rows, and the keys that are left
+over at its beginning become a small rectangle for another kernel. In the backward pass the
+additional queries have lse = +inf: their probabilities are zero, so they add nothing to any
+gradient.
 
 Additional work: half a unit of queries a tile on average, 3 % of a square and 6 % of a rectangle.
 
@@ -51,9 +53,9 @@ def unit(length: int, shapes: int) -> int:
     return 2 ** max(0, (length // shapes).bit_length() - 1)
 
 
-def _longer(length: int, limit: int, unit: int) -> int:
-    """The length rounded up, if long at least to a multiple of 128, or the length itself where that
-    does not fit or is a good one already.
+def _longer(length: int, limit: int, unit: int) -> int | None:
+    """The length rounded up to a multiple of `unit`, if long at least to one of 128, or the length
+    itself where that is a good one already. None where no such length is within `limit`.
     """
     if length % 128 == 0:
         return length
@@ -61,7 +63,7 @@ def _longer(length: int, limit: int, unit: int) -> int:
         rounded = -(-length // step) * step
         if rounded <= limit:
             return rounded
-    return length
+    return None
 
 
 def _squares(tile: Tile, rows: int) -> list[Tile]:
@@ -74,7 +76,9 @@ def _squares(tile: Tile, rows: int) -> list[Tile]:
         out.extend(_run(tile, run))
         run = [b]
         start = tile.q.start + a
-        length = _longer(b - a, rows - start, unit(b - a, 16))
+        step = unit(b - a, 16)
+        # the last document of the rank may have no rows after it: then the tile ends beyond them
+        length = _longer(b - a, rows - start, step) or -(-(b - a) // step) * step
         square = slice(start, start + length)
         out.append(
             Tile(
@@ -105,7 +109,7 @@ def _rectangle(tile: Tile, rows: int) -> list[Tile]:
     spare = tile.k_len % unit(tile.k_len, 8) if tile.k_len % 128 else 0
     if spare == tile.k_len:
         return [tile]
-    length = _longer(tile.q_len, rows, unit(tile.q_len, 8))
+    length = _longer(tile.q_len, rows, unit(tile.q_len, 8)) or tile.q_len
     start = min(tile.q.start, rows - length)
     valid = slice(tile.q.start - start, tile.q.stop - start)
     whole = length == tile.q_len

@@ -8,6 +8,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends
@@ -48,9 +49,15 @@ def bulk(q: Tensor, v: Tensor, call: Call) -> bool:
     return backends.wants_bulk(call.plan.ctx.backend, q, v, call.softcap)
 
 
+def rows_of(x: Tensor, rows: slice) -> Tensor:
+    """[S, H, D] -> [len(rows), H, D]: rows of a tile; those beyond the tensor's end are zeros."""
+    missing = rows.stop - x.shape[0]
+    return x[rows] if missing <= 0 else F.pad(x[rows], (0, 0, 0, 0, 0, missing))
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile, call: Call, total: Output) -> None:
     """Computes one tile of this rank's queries and keys, and adds it to the running output."""
-    q, k, v = q[tile.q], k[tile.k], v[tile.k]
+    q, k, v = rows_of(q, tile.q), rows_of(k, tile.k), rows_of(v, tile.k)
     backend = backends.select(call.plan.ctx.backend, tile, q, v, call.softcap)
     out, lse = backend.forward(q, k, v, tile, call.scale, call.softcap)
     if tile.valid is not None:
@@ -72,16 +79,16 @@ def backward(
     dv: Sum,
 ) -> None:
     """Computes the gradients of one tile, and adds them to the running sums."""
-    q, k, v = q[tile.q], k[tile.k], v[tile.k]
+    q, k, v = rows_of(q, tile.q), rows_of(k, tile.k), rows_of(v, tile.k)
     backend = backends.select(call.plan.ctx.backend, tile, q, v, call.softcap)
-    lse = lse[:, tile.q]
-    if tile.valid is not None:
-        lse = lse.clone()
-        lse[:, : tile.valid.start] = math.inf
-        lse[:, tile.valid.stop :] = math.inf
-    grads = backend.backward(
-        dout[tile.q], q, k, v, out[tile.q], lse, tile, call.scale, call.softcap
-    )
+    if tile.valid is None:
+        lse = lse[:, tile.q]
+    else:  # the other queries have no probability, so they add nothing to any gradient
+        valid = lse[:, tile.rows]
+        lse = lse.new_full((lse.shape[0], tile.q_len), math.inf)
+        lse[:, tile.valid] = valid
+    dout, out = rows_of(dout, tile.q), rows_of(out, tile.q)
+    grads = backend.backward(dout, q, k, v, out, lse, tile, call.scale, call.softcap)
     # A first tile is a square of the same queries and keys; those beyond `valid` have no gradient
     # of it.
     keys = slice(None) if tile.valid is None or not tile.first else tile.valid

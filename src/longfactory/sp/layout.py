@@ -132,7 +132,7 @@ def balanced(
     length: int, ranks: int, segments: Sequence[Segment], smallest_chunk: int = 1
 ) -> Layout:
     """Of several layouts the one whose busiest rank has least to do (`cost`): chunks dealt by their
-    work, documents dealt whole or in few parts, zigzag.
+    work, documents dealt whole, with or without a cut, or in few parts, zigzag.
 
     Args:
         smallest_chunk: dealt chunks are no shorter than this.
@@ -140,6 +140,8 @@ def balanced(
     options = [dealt(length, ranks, segments, smallest_chunk)]
     if len(families(segments)) > 1:
         options += [whole(length, ranks, segments, share) for share in (math.inf, 1.0, 0.5, 0.25)]
+        uncut = (filled(length, ranks, segments, last) for last in (8, 16, 32, 64))
+        options += [layout for layout in uncut if layout is not None]
         if length % (2 * ranks) == 0:
             options.append(zigzag(length, ranks))
     return min(options, key=lambda layout: max(cost(layout, segments)))
@@ -182,8 +184,7 @@ def whole(
         largest: a document of more work than this share of a rank's is cut beforehand, into parts
             of equal work.
     """
-    seen = ancestors_length(segments)
-    work = [_pairs(s, before, s.start, s.stop) for s, before in zip(segments, seen, strict=True)]
+    work = _work(segments)
     most = largest * sum(work) / ranks
     parts: list[tuple[float, Interval]] = []
     for family, (start, stop) in families(segments):
@@ -208,6 +209,60 @@ def whole(
     return Layout(length, tuple(join(h) for h in held))
 
 
+def filled(length: int, ranks: int, segments: Sequence[Segment], last: int) -> Layout | None:
+    """Documents dealt to ranks as wholes, and none is cut: nothing travels. None where that does
+    not come out.
+
+    Args:
+        last: of so many shortest documents each rank gets some whose tokens add up to the room that
+            it has left. The others are dealt before, those of most work first, as in `whole`.
+    """
+    work = _work(segments)
+    documents = [(sum(work[i] for i in family), rows) for family, rows in families(segments)]
+    documents.sort(key=lambda d: (d[1][1] - d[1][0], d[1]))
+    rest = [rows for _, rows in documents[:last]]
+    room, load = [length // ranks] * ranks, [0] * ranks
+    held: list[list[Interval]] = [[] for _ in range(ranks)]
+    for todo, (start, stop) in sorted(documents[last:], key=lambda d: (-d[0], d[1])):
+        fitting = [r for r in range(ranks) if room[r] >= stop - start]
+        if not fitting:
+            return None
+        r = min(fitting, key=lambda r: (load[r], r))
+        held[r].append((start, stop))
+        room[r] -= stop - start
+        load[r] += todo
+    # the busiest ranks choose first, and choose long ones, of which few are needed
+    for r in sorted(range(ranks), key=lambda r: (-load[r], r)):
+        chosen = _adding_up_to(room[r], [stop - start for start, stop in rest])
+        if chosen is None:
+            return None
+        held[r] += [rest[i] for i in chosen]
+        rest = [rows for i, rows in enumerate(rest) if i not in chosen]
+    return Layout(length, tuple(join(h) for h in held))
+
+
+def _adding_up_to(total: int, numbers: Sequence[int]) -> set[int] | None:
+    """Indices of numbers whose sum is `total`, the last ones first; None if there are none."""
+    # reached[i]: bit s is set where some of the first i numbers have the sum s
+    reached, kept = [1], (1 << total + 1) - 1
+    for number in numbers:
+        reached.append((reached[-1] | reached[-1] << number) & kept)
+    if not reached[-1] >> total & 1:
+        return None
+    chosen: set[int] = set()
+    for i in reversed(range(len(numbers))):
+        if total >= numbers[i] and reached[i] >> total - numbers[i] & 1:
+            chosen.add(i)
+            total -= numbers[i]
+    return chosen
+
+
+def _work(segments: Sequence[Segment]) -> list[int]:
+    """(query, key) pairs of each segment."""
+    seen = ancestors_length(segments)
+    return [_pairs(s, before, s.start, s.stop) for s, before in zip(segments, seen, strict=True)]
+
+
 def families(segments: Sequence[Segment]) -> list[tuple[list[int], Interval]]:
     """Segments that see each other and follow each other in the row: their indices, and the rows
     [start, stop) of all. Empty ones belong to none.
@@ -226,15 +281,20 @@ TILE = 1500
 """What a tile adds to its pairs of queries and keys: so many for each row of its longer side.
 Kernels are slow on short sides.
 """
+FETCH = 1_000_000
+"""What fetching rows adds on each rank, however few they are: messages to wait for, sums in float32
+of what comes back."""
 
 
 def cost(layout: Layout, segments: Sequence[Segment]) -> list[int]:
-    """What each rank has to do: pairs of queries and keys, and `TILE` for each rectangle that the
-    layout cuts off a document. (Squares add up to the same on all ranks.)
+    """What each rank has to do: pairs of queries and keys, `TILE` for each rectangle that the
+    layout cuts off a document, and `FETCH` where there is any. (Squares add up to the same on all
+    ranks.)
     """
     seen = ancestors_length(segments)
     starts = [s.start for s in segments]
     out = []
+    cut = False
     for intervals in layout.intervals:
         total = 0
         for start, stop in intervals:
@@ -244,10 +304,12 @@ def cost(layout: Layout, segments: Sequence[Segment]) -> list[int]:
                 a, b = max(s.start, start), min(s.stop, stop)
                 if b > a:
                     total += _pairs(s, seen[i], a, b)
-                    total += TILE * max(b - a, a - s.start) if a > s.start else 0
+                    if a > s.start:
+                        total += TILE * max(b - a, a - s.start)
+                        cut = True
                 i += 1
         out.append(total)
-    return out
+    return [total + FETCH * cut for total in out]
 
 
 def _pairs(s: Segment, before: int, start: int, stop: int) -> int:

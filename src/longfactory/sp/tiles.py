@@ -33,7 +33,7 @@ class Tile:
     sees at least one key of it.
 
     `first`: no tile before this one has its queries. `valid`: only these of its queries count, the
-    others only fill a shape.
+    others only fill a shape; they may lie beyond the rank's rows.
     """
 
     q: slice
