@@ -10,7 +10,9 @@ import importlib.util
 from pathlib import Path
 from typing import Literal, get_args
 
-Kernel = Literal["auto", "fa4", "flash3", "cudnn", "flash2", "flash", "efficient", "cpu", "math"]
+Kernel = Literal[
+    "auto", "fa4", "flash3", "cudnn", "flash2", "flash", "triton", "efficient", "cpu", "math"
+]
 KERNELS: tuple[str, ...] = get_args(Kernel)[1:]
 """In order of preference."""
 

@@ -49,7 +49,9 @@ SHAPES = {
 @pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("name", ["fa4", "flash3", "cudnn", "flash2", "flash", "efficient"])
+@pytest.mark.parametrize(
+    "name", ["fa4", "flash3", "cudnn", "flash2", "flash", "efficient", "triton"]
+)
 def test_backend_contract(name: str, tile: str, shape: str, softcap: float | None) -> None:
     heads, kv_heads, dim, v_dim = SHAPES[shape]
     t, backend, exact = TILES[tile], backends.BACKENDS[name], backends.BACKENDS["math"]

@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
+import os
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -63,6 +66,46 @@ def test_backend_is_plain_attention(
         backend.backward(dout, q, k, v, out, lse, t, 0.5, None), leaves, strict=True
     ):
         torch.testing.assert_close(found, leaf.grad, rtol=0, atol=1e-13)
+
+
+def test_triton_kernels_are_the_formulas_where_they_are_interpreted() -> None:
+    """All of `TILES` with and without a soft-cap, heads that fill their blocks and such that do
+    not. Triton looks at the environment when it is imported.
+    """
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", "import test_backends; test_backends.interpreted()"]
+    folder = Path(__file__).parent
+    done = subprocess.run(
+        command, env=environment, cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def interpreted() -> None:
+    """Compares, in a process in which Triton interprets; raises where something differs."""
+    from longfactory.sp.backends import tile_kernels as kernels
+
+    small = {"forward": (16, 16), "keys": (16, 16), "queries": (16, 32)}
+    for kernel, (m, n) in small.items():
+        kernels.SETTINGS[kernel] = {256: kernels.Blocks(m, n, 4, 2)}
+    shapes = ((4, 2, 16, 16), (3, 1, 20, 12))
+    for (name, t), softcap, (heads, kv_heads, dim, value) in itertools.product(
+        TILES.items(), (None, 7.0), shapes
+    ):
+        q, _, _, dout = random_inputs(t.q_len, heads, kv_heads, dim, value, torch.float16)
+        _, k, v, _ = random_inputs(t.k_len, heads, kv_heads, dim, value, torch.float16, seed=1)
+        wide = [x.double() for x in (q, k, v)]
+        out, lse = kernels.forward(q, k, v, t, 0.5, softcap)
+        true_out, true_lse = backends.math.forward(*wide, t, 0.5, softcap)
+        assert (lse - true_lse).abs().max() <= 1e-3, name
+        # as much probability lies outside of the tile as inside
+        found = (out, *kernels.backward(dout, q, k, v, out * 0.5, lse + 0.69, t, 0.5, softcap))
+        grads = backends.math.backward(
+            dout.double(), *wide, out.double() * 0.5, true_lse + 0.69, t, 0.5, softcap
+        )
+        for a, b in zip(found, (true_out, *grads), strict=True):
+            assert float((a.double() - b).norm()) <= 3e-3 * float(b.norm()), (name, softcap, dim)
 
 
 @pytest.mark.parametrize("name", ["cpu", "math"])
@@ -582,7 +625,9 @@ def test_kernels_by_head_dims(
         ({}, 10, "flash"),  # not measured
         ({}, 8, "flash"),
         ({"window": True}, 9, "flash"),
-        ({"softcap": True}, 9, "math"),
+        ({"softcap": True}, 9, "triton"),
+        ({"softcap": True, "window": True}, 8, "triton"),
+        ({"softcap": True, "dtype": torch.float32}, 9, "math"),
         ({"deterministic": True}, 9, "flash"),
         ({"aligned": False}, 9, "flash"),
         ({"kind": "varlen", "aligned": False}, 9, "flash"),
@@ -597,6 +642,7 @@ def test_heads_of_256_go_to_cudnn_where_it_computes_what_is_asked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     on_a_gpu(monkeypatch, major)
+    monkeypatch.setattr(backends.triton_tiles, "_installed", lambda: True)
     request = start.requests_of("cuda", torch.bfloat16, [(256, 256)], windows=False, softcap=False)[
         0
     ]

@@ -200,12 +200,15 @@ class Routing:
         state, start = self._row, position()
         if state is None or start is None:
             return None
-        logits, scores, *others = output
+        # dbrx's routers give their logits alone, and the block makes the scores
+        alone = isinstance(output, Tensor)
+        logits, scores, *others = (output, output) if alone else output
         if state.open:
             self._count(state, number, start, logits.detach())
         if not (torch.is_grad_enabled() and logits.requires_grad):
             return None
-        return (logits, _Inject.apply(scores, logits, state, start), *others)
+        scores = _Inject.apply(scores, logits, state, start)
+        return scores if alone else (logits, scores, *others)
 
     @torch.no_grad()
     def _count(self, state: _RowState, number: int, start: int, logits: Tensor) -> None:
@@ -344,7 +347,7 @@ class _Join(torch.autograd.Function):
 
 class _Inject(torch.autograd.Function):
     """[tokens, K] scores, [tokens, E] logits -> scores; the backward pass adds aux's gradient to
-    the logits'.
+    the logits'. The scores may be the logits themselves.
     """
 
     @staticmethod

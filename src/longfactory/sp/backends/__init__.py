@@ -27,7 +27,7 @@ import torch
 from longfactory.kernel_names import KERNELS, canonical
 
 from ..tiles import Tile
-from . import cpu, cudnn, efficient, fa4, flash, math
+from . import cpu, cudnn, efficient, fa4, flash, math, triton_tiles
 from .installed import flash2, flash3
 from .request import Request
 from .selftest import selftest
@@ -40,6 +40,7 @@ _MODULES: dict[str, Any] = {
     "cudnn": cudnn,
     "flash2": flash2,
     "flash": flash,
+    "triton": triton_tiles,
     "efficient": efficient,
     "cpu": cpu,
     "math": math,
