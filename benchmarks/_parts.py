@@ -18,8 +18,10 @@ NODE = "autograd::engine::evaluate_function: "
 MODULE = "nn.Module: "
 KINDS = {
     "recurrence": (
-        "_prepare", "_scan", "_outputs", "_output_gradients", "_reverse", "_value_gradients",
-        "_key_gradients",
+        "chunk_lower", "chunk_invert", "chunk_merge", "chunk_solve", "chunk_scan",
+        "chunk_outputs", "chunk_output_gradients", "chunk_reverse", "chunk_value_gradients",
+        "chunk_key_gradients", "channel_sums", "channel_products", "channel_squares",
+        "channel_gradients", "channel_decays", "_unit", "_unit_gradients",
     ),
     "convolution": ("_forward", "_slopes", "_inputs"),
 }  # fmt: skip

@@ -349,11 +349,11 @@ VARIANTS = [None, (8, 1, 64), (4, 2, 16), (8, 2, 32), (4, 1, 64), (4, 1, 16)]
 
 
 def run_tune(a: argparse.Namespace, clock: float) -> list[dict[str, Any]]:
-    """Each kernel of the first two recurrences with other settings, the others unchanged."""
+    """Each kernel of some recurrences with other settings, the others unchanged."""
     from longfactory.sp.recurrent import chunk_kernels
 
     rows: list[dict[str, Any]] = []
-    names = ["Qwen3.5-9B gated delta net", "Nemotron-H-8B Mamba 2"]
+    names = [name for name in SHAPES if not a.only or any(part in name for part in a.only)]
     for variant, name in itertools.product(VARIANTS, names):
         shape = SHAPES[name]
         before = dict(chunk_kernels.SETTINGS)
@@ -370,7 +370,7 @@ def run_tune(a: argparse.Namespace, clock: float) -> list[dict[str, Any]]:
             row["failed"] = apart(chunk_kernels, before, variant, lambda: graded(run, x, slope))
             row["first call s"] = time.time() - started
             found = kernels(lambda: graded(run, x, slope))
-            row["kernels ms"] = {k: v for k, v in found.items() if k.startswith("_")}
+            row["kernels ms"] = {k: v for k, v in found.items() if k.startswith(("chunk_", "chan"))}
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {error}"[:300]
         finally:
@@ -391,7 +391,7 @@ def apart(module: Any, before: dict[str, Any], variant: Any, run: Callable[[], A
             break
         except Exception as error:
             text = "".join(traceback.format_exception(error))
-            name = next((n for n in reversed([*before]) if f" _{n}[" in text), None)
+            name = next((n for n in reversed([*before]) if f"{n}[" in text), None)
             if name is None or name in failed:
                 raise
             failed.append(name)

@@ -30,6 +30,9 @@ SHAPES = {
     "delta 64 and 100": ("delta", 2, 2, 64, 100),
     "plain 128 and 64": ("plain", 1, 8, 128, 64),
     "plain 256 and 64": ("plain", 1, 2, 256, 64),
+    "delta 128, a decay of each channel": ("delta", 2, 2, 128, 128),
+    "delta 64 and 100, a decay of each channel": ("delta", 1, 2, 64, 100),
+    "plain 16 and 1, a decay of each channel": ("plain", 1, 32, 16, 1),
 }
 
 
@@ -44,7 +47,8 @@ def draw(name: str, dtype: torch.dtype, seed: int = 0) -> tuple[list[Tensor], Te
     q, k = torch.randn(2, tokens, keys, dim, device="cuda", dtype=dtype)
     v = torch.randn(tokens, heads, value_dim, device="cuda", dtype=dtype)
     beta = torch.rand(tokens, heads, device="cuda")
-    g = -0.3 * torch.rand(tokens, heads, device="cuda")
+    decays = (tokens, heads, dim) if "channel" in name else (tokens, heads)
+    g = -0.3 * torch.rand(*decays, device="cuda")
     slope = torch.randn(v.shape, device="cuda", dtype=dtype)
     rule = Rule("delta", dim**-0.5, True) if kind == "delta" else Rule("plain", dim**-0.5)
     return [q, k, v, g, beta], slope, rule
@@ -76,20 +80,29 @@ def test_recurrent_kernels(name: str, dtype: torch.dtype) -> None:
     assert max(found) < (4e-3 if dtype == torch.bfloat16 else 1e-5), found
 
 
-def test_recurrent_kernels_beside_transformers() -> None:
-    code = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+FUNCTIONS = {
+    "delta 128": ("qwen3_next", "torch_chunk_gated_delta_rule"),
+    "delta 128, a decay of each channel": ("kimi_linear", "chunk_kimi_delta_attention"),
+}
+"""Of transformers, by shape: the module of a family and its recurrence."""
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_recurrent_kernels_beside_transformers(name: str) -> None:
+    family, function = FUNCTIONS[name]
+    code = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     fragments = fragments_of(sp.plan(1024, None, sp.SequenceParallel(device_type="cuda")))
     mine: list[list[float]] = []
     own: list[list[float]] = []
     for seed in SEEDS:
-        x, slope, rule = draw("delta 128", torch.bfloat16, seed)
+        x, slope, rule = draw(name, torch.bfloat16, seed)
 
         def ours(*x: Tensor, rule: Rule = rule) -> Tensor:
             return recurrence(*x, rule, fragments, None, None)
 
         def theirs(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
-            q, k = (t.repeat_interleave(2, 1) for t in (q, k))
-            out, _ = code.torch_chunk_gated_delta_rule(
+            q, k = (t.repeat_interleave(v.shape[1] // k.shape[1], 1) for t in (q, k))
+            out, _ = getattr(code, function)(
                 q[None], k[None], v[None], g=g[None], beta=beta[None], initial_state=None,
                 output_final_state=False, use_qk_l2norm_in_kernel=True,
             )  # fmt: skip
@@ -100,13 +113,13 @@ def test_recurrent_kernels_beside_transformers() -> None:
         own.append(errors(graded(theirs, x, slope), exact))
     # Those of g and beta are of float32 there: they are held to the outputs' rounding.
     medians = [
-        (name, statistics.median(a), statistics.median(b))
-        for name, a, b in zip(NAMES, zip(*mine, strict=True), zip(*own, strict=True), strict=True)
+        (part, statistics.median(a), statistics.median(b))
+        for part, a, b in zip(NAMES, zip(*mine, strict=True), zip(*own, strict=True), strict=True)
     ]
     table = "\n".join(
-        f"{name:5} ours {a:.2e}  transformers {b:.2e}  over the larger of that and 1e-3:"
+        f"{part:5} ours {a:.2e}  transformers {b:.2e}  over the larger of that and 1e-3:"
         f" {a / max(b, 1e-3):.2f}"
-        for name, a, b in medians
+        for part, a, b in medians
     )
     print("\n" + table)
     assert all(a < 1.2 * max(b, 1e-3) for _, a, b in medians), "\n" + table

@@ -271,8 +271,7 @@ def recurrent_workspace(mixer: Mixer) -> float:
     """Bytes of one token in the chunks of a recurrence, all heads at once, by the kernels."""
     if mixer.kind is None:
         return 0.0
-    kernels = not mixer.per_channel
-    one = head_bytes(mixer.kind, mixer.key_dim, mixer.value_dim, mixer.per_channel, kernels)
+    one = head_bytes(mixer.kind, mixer.key_dim, mixer.value_dim, mixer.per_channel, kernels=True)
     return mixer.heads * one
 
 

@@ -471,16 +471,18 @@ def head_bytes(
     states = key_dim * value_dim / CHUNK
     if not kernels:
         numbers = 14 * key_dim + 10 * value_dim + 12 * CHUNK + 4 * states
-    else:
-        numbers = states
-        if kind == "delta":
-            numbers += key_dim + 2 * value_dim + CHUNK
-        if backward:
-            numbers += states + 2 * key_dim + 1.5 * value_dim + CHUNK
-        if backward and kind == "delta":
-            numbers += CHUNK
+        return 4.0 * (numbers + 8 * BLOCK * key_dim if per_channel else numbers)
+    numbers = states
+    if kind == "delta":
+        numbers += key_dim + 2 * value_dim + CHUNK
     if per_channel:
-        numbers += 8 * BLOCK * key_dim
+        numbers += key_dim + CHUNK
+    if backward:
+        numbers += states + 2 * key_dim + 1.5 * value_dim + CHUNK
+    if backward and kind == "delta":
+        numbers += CHUNK
+    if backward and per_channel:
+        numbers += key_dim
     return 4.0 * numbers
 
 
@@ -619,16 +621,20 @@ def by_kernels(inputs: list[Tensor], rule: Rule) -> bool:
         kernels is None
         or not kernels.runs_on(v.device)
         or v.dtype == torch.float64
-        or g.dim() == 3
         or max(k.shape[2], v.shape[2]) > 256
     ):
         return False
-    return _are_right(v.device, v.dtype, rule.kind, k.shape[2], v.shape[2])
+    return _are_right(v.device, v.dtype, rule.kind, k.shape[2], v.shape[2], g.dim() == 3)
 
 
 @functools.cache
 def _are_right(
-    device: torch.device, dtype: torch.dtype, kind: Kind, key_dim: int, value_dim: int
+    device: torch.device,
+    dtype: torch.dtype,
+    kind: Kind,
+    key_dim: int,
+    value_dim: int,
+    per_channel: bool,
 ) -> bool:
     """Computes two short documents by the kernels, forward and backward, and compares. Once a
     process for each kind of call.
@@ -645,7 +651,8 @@ def _are_right(
     )
     chunks = Fragments(both, 0, 1, tokens).chunks(CHUNK, device)
     low = [normal(tokens, 1, key_dim), normal(tokens, 1, key_dim), normal(tokens, 2, value_dim)]
-    gates = [-0.2 * normal(tokens, 2).square(), normal(tokens, 2).sigmoid()]
+    decays = (tokens, 2, key_dim) if per_channel else (tokens, 2)
+    gates = [-0.2 * normal(*decays).square(), normal(tokens, 2).sigmoid()]
     inputs = [*(x.to(dtype) for x in low), *gates]
     first, after = normal(2, 2, 2, key_dim, value_dim)
     slope = normal(tokens, 2, value_dim).to(dtype)
@@ -659,6 +666,8 @@ def _are_right(
         return _results(wide, rule, chunks, *given, False)
 
     what = f"A {kind} recurrence with keys of {key_dim} and values of {value_dim} runs"
+    if per_channel:
+        what = what.replace(" with", " with a decay of each channel,")
     return are_right(what, kernels, expected, dtype)
 
 
@@ -690,11 +699,13 @@ def _kernels() -> Any:
 
 
 def _job(inputs: list[Tensor], rule: Rule, chunks: Chunks) -> Any:
+    from . import unit_kernels
+
     q, k, v, g, beta = inputs
-    kernels, eps = _kernels(), rule.eps if rule.normalize else None
-    q, k = kernels.scaled(q, rule.scale, eps), kernels.scaled(k, 1.0, eps)
+    eps = rule.eps if rule.normalize else None
+    q, k = unit_kernels.scaled(q, rule.scale, eps), unit_kernels.scaled(k, 1.0, eps)
     precision = "tf32x3" if v.dtype == torch.float32 else "tf32"
-    return kernels.Job(q, k, v, g, beta, chunks, rule.kind == "delta", precision)
+    return _kernels().Job(q, k, v, g, beta, chunks, rule.kind == "delta", precision)
 
 
 def normalized(x: Tensor, rule: Rule) -> Tensor:
@@ -759,15 +770,17 @@ def _gradients(
 ) -> tuple[Tensor, ...]:
     """Of the inputs, from those of the outputs and of the states after the fragments."""
     if kernels:
+        from . import unit_kernels
+
         q, k = inputs[:2]
-        triton, eps = _kernels(), rule.eps if rule.normalize else None
+        eps = rule.eps if rule.normalize else None
         job = _job(inputs, rule, chunks)
         states, written, _ = job.scan(first)
         d_states, d_written = job.output_gradients(grad)
         job.reverse(d_states, d_written, d_after)
         dq, dk, *others = job.input_gradients(grad, states, written, d_states, d_written)
-        dq = triton.scaled_gradients(q, dq, rule.scale, eps)
-        dk = triton.scaled_gradients(k, dk, 1.0, eps)
+        dq = unit_kernels.scaled_gradients(q, dq, rule.scale, eps)
+        dk = unit_kernels.scaled_gradients(k, dk, 1.0, eps)
         return (dq, dk, *others)
     leaves = [x.detach().requires_grad_() for x in inputs]
     with torch.enable_grad():

@@ -156,15 +156,13 @@ def prepare(model: nn.Module, ctx: SequenceParallel, hooks: ModelHooks) -> None:
             "%d recurrent layers (%s) are computed by %s.",
             len(found),
             ", ".join(names(model)),
-            _computed_by(names(model), ctx.device_type),
+            _computed_by(ctx.device_type),
         )
 
 
-def _computed_by(kinds: list[str], device_type: str) -> str:
+def _computed_by(device_type: str) -> str:
     if importlib.util.find_spec("triton") is None or device_type != "cuda":
         return "PyTorch" + (", slowly: Triton is not installed" if device_type == "cuda" else "")
-    if {"Kimi delta attention", "Mamba"} & set(kinds):
-        return "PyTorch, slowly: there is no kernel for a decay of each channel"
     return "Triton kernels of LongFactory; flash-linear-attention and mamba-ssm are not used"
 
 
