@@ -121,7 +121,7 @@ def test_the_quickstart_finds_its_data_where_others_are(
     said = capsys.readouterr().out
     after, ours = json.loads(listed.read_text()), resources.data_sets()
     assert after == ours | before and set(before) == {"mine", "manual_sft", "manual_dpo"}
-    assert "Added to data/dataset_info.json: manual_sft_eval, manual_sft_eval_4" in said
+    assert "Added to data/dataset_info.json: manual_sft_eval, manual_sft_eval_2" in said
     assert "the name of the demo data's, which stay: manual_dpo." in said
     cfg = load_config(["examples/quickstart.yaml"])
     assert {*cfg.data.dataset, *cfg.data.eval_dataset} <= set(after)
