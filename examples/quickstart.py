@@ -8,6 +8,7 @@ Needs no GPU and no model hub.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -24,7 +25,11 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
 
 
 def train(size: int, dtype: str, gpus: bool) -> list[dict]:
-    """One run in processes of its own, with its progress bar. Returns the lines of its log."""
+    """One run in processes of its own, with its progress bar. Returns the lines of its log.
+
+    Raises:
+        SystemExit: it failed, or was stopped; it has said why.
+    """
     folder = OUT / f"sp{size}"
     keys = [f"sequence_parallel_size={size}", f"nproc_per_node={size}", f"output_dir={folder}"]
     keys += ["bf16=true"] if dtype == "bfloat16" else []
@@ -33,9 +38,14 @@ def train(size: int, dtype: str, gpus: bool) -> list[dict]:
     command = [sys.executable, "-m", "longfactory.cli", "train", str(CONFIG), *keys]
     print(f"\n$ longfactory train examples/quickstart.yaml {' '.join(keys[:2])}", flush=True)
     started = time.time()
-    subprocess.run(
-        command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
-    )
+    run = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+    status = None
+    while status is None:
+        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C reaches the run too, which stops
+            status = run.wait()
+    if status != 0:
+        print(f"The run ended with exit status {status}.", file=sys.stderr)
+        sys.exit(1)
     print(f"sequence_parallel_size {size}: {time.time() - started:.0f} s", flush=True)
     return [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from longfactory import __version__, cli, launch
 from longfactory.errors import ConfigError, UserError
@@ -97,7 +98,8 @@ def test_dry_run_prints_the_run_and_stops(
     assert cli.main(words) == 0
     out, err = capsys.readouterr()
     assert "# processes: 4 = 2 groups x sequence_parallel_size 2" in out
-    assert "model_name_or_path: m" in out
+    assert yaml.safe_load(out)["model_name_or_path"] == "m"
+    assert out.splitlines()[-1].startswith("# Nothing was found that stops this run")
     assert err.startswith("note: flash_attn: fa2 has no effect")
     assert not Path("nowhere").exists()
     assert cli.main([*words, "nproc_per_node=3"]) == 2

@@ -113,7 +113,10 @@ def train(argv: list[str], watch: Watch | None = None) -> int:
         for note in check_model(cfg):
             print(f"note: {note}", file=sys.stderr)
         if _rank() == 0:
-            print(resolved(cfg), end="")
+            print(resolved(cfg))
+            print(
+                "# Nothing was found that stops this run; without --dry_run the command starts it."
+            )
         return 0
     if cfg.model.infer_backend == "vllm":  # which starts processes of its own
         from longfactory.output.predict_vllm import predict

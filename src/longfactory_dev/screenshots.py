@@ -1,5 +1,6 @@
 """The pictures of docs/webui.md: real runs of a tiny model, started and watched through the page in
-Chromium. `python -m longfactory_dev.screenshots [FOLDER]`, by default docs/images.
+Chromium. `python -m longfactory_dev.screenshots [FOLDER] [--part runs|models]`, by default all of
+them, into docs/images.
 """
 
 from __future__ import annotations
@@ -20,6 +21,13 @@ LONG = 600_000
 """Milliseconds for what trains."""
 SMALL = 200_000
 """Bytes of a picture."""
+MODEL = """\
+model_name_or_path: smollm2-135m-instruct
+export_dir: expanded
+max_new_tokens: 64
+use_cpu: true
+nproc_per_node: 1
+"""
 RUN = """\
 # Full fine-tuning of a tiny model, to try the page.
 model_name_or_path: model
@@ -117,6 +125,34 @@ def walk_through(page: Any, folder: Path) -> None:
     take(page, folder / "webui_board.png")
 
 
+def talk_and_measure(page: Any, folder: Path) -> None:
+    """Talks with a model, measures it at length, and adds layers to it."""
+    page.click("nav button[data-tab=models]")
+    page.fill("#model-yaml", MODEL)
+    page.click("#load")
+    ready = "document.querySelector('#chat-state').textContent === 'smollm2-135m-instruct'"
+    until(page, ready, timeout=LONG)
+    page.fill("#message", "What is a list in Python?")
+    page.press("#message", "Enter")
+    page.wait_for_selector(".message.assistant", timeout=LONG)
+    until(page, ready, timeout=LONG)
+    page.fill("#lengths", "256,512,1024")
+    page.fill("#texts", "1")
+    page.fill("#layers", "6")
+    take(page, folder / "webui_models.png")
+    page.click("#unload")
+    page.click("#measure")
+    page.wait_for_selector("#job-picture img", timeout=LONG)
+    until(page, "document.querySelector('#job-picture img').naturalWidth > 100", timeout=LONG)
+    take(page, folder / "webui_measure.png")
+    page.click("nav button[data-tab=models]")
+    page.click("#expand")
+    said = "document.querySelector('#console')?.textContent.includes('A model of')"
+    until(page, said, timeout=LONG)
+    page.wait_for_selector("#job >> text=done", timeout=LONG)
+    take(page, folder / "webui_expand.png")
+
+
 def main() -> None:
     """Takes the pictures.
 
@@ -125,7 +161,9 @@ def main() -> None:
     """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "docs" / "images")
-    folder = parser.parse_args().folder.absolute()
+    parser.add_argument("--part", choices=("runs", "models", "all"), default="all")
+    args = parser.parse_args()
+    folder = args.folder.absolute()
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         raise SystemExit("Chromium is missing. Run: apt-get install chromium")
@@ -149,7 +187,10 @@ def main() -> None:
                 )
                 page = browser.new_page(viewport={"width": 1360, "height": 720})
                 page.goto(f"http://127.0.0.1:{PORT}")
-                walk_through(page, folder)
+                if args.part != "models":
+                    walk_through(page, folder)
+                if args.part != "runs":
+                    talk_and_measure(page, folder)
                 browser.close()
         finally:
             server.terminate()
