@@ -144,6 +144,7 @@ def talk_and_measure(page: Any, folder: Path) -> None:
     page.click("#measure")
     page.wait_for_selector("#job-picture img", timeout=LONG)
     until(page, "document.querySelector('#job-picture img').naturalWidth > 100", timeout=LONG)
+    page.wait_for_selector("#job >> text=done", timeout=LONG)
     take(page, folder / "webui_measure.png")
     page.click("nav button[data-tab=models]")
     page.click("#expand")
