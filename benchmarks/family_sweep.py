@@ -109,8 +109,10 @@ def check(name: str, contexts: list[Any], device: Any, seeds: int) -> dict[str, 
         return {"skipped": "not in this transformers"}
     note = ""
     try:
-        fields = {**real_heads(family), **fields}
-        build(family, 0, device, fields)
+        fields = {**real_heads(family), **longer_factors(family, fields)}
+        wide, _ = build(family, 0, device, fields)
+        ids = tokens_of((24,), 0, wide)[0].to(device)
+        wide(input_ids=ids[None], use_cache=False)
     except Exception as error:
         note = f"tiny head dims: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
         fields = VARIANTS.get(name, (name, "documents", {}))[2]
@@ -144,6 +146,22 @@ def check(name: str, contexts: list[Any], device: Any, seeds: int) -> dict[str, 
         "dims": sorted(dims),
         **({"note": note} if note else {}),
     }
+
+
+def longer_factors(family: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a tiny variant, with longrope's factors for the head dim of the family's default."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    rope = fields.get("rope_parameters", {})
+    if "short_factor" not in rope:
+        return fields
+    default = CONFIG_MAPPING[family]().get_text_config()
+    dim = getattr(default, "head_dim", None) or default.hidden_size // default.num_attention_heads
+    named = {
+        key: [factor for factor in rope[key] for _ in range(dim // 2 // len(rope[key]))]
+        for key in ("short_factor", "long_factor")
+    }
+    return {**fields, "rope_parameters": {**rope, **named}}
 
 
 def build(family: str, seed: int, device: Any, fields: dict[str, Any]) -> tuple[Any, Any]:

@@ -44,7 +44,7 @@ _VALUES: tuple[tuple[Any, str], ...] = (
             " n_mamba_heads index_n_heads num_codebooks num_query_groups"
         ),
     ),
-    (512, "max_position_embeddings n_positions max_seq_len"),
+    (512, "max_position_embeddings n_positions max_seq_len max_target_positions"),
     (
         64,
         (
@@ -223,6 +223,8 @@ def real_heads(family: str) -> dict[str, Any]:
         ),
         getattr(default, "num_attention_heads", 0),
     )
+    if not heads:
+        return {}
     dim = values.get("head_dim") or getattr(default, "head_dim", None)
     if not isinstance(dim, int):
         dim = default.hidden_size // heads
@@ -242,13 +244,20 @@ def real_heads(family: str) -> dict[str, Any]:
         fields = {k: v for k, v in fields.items() if k not in type(default).attribute_map}
     if "rotary_dim" in values:
         fields["rotary_dim"] = min(int(values["rotary_dim"] or dim), dim)
-    rope = values.get("rope_parameters")
-    if isinstance(rope, dict) and "mrope_section" in rope:
+    if "mamba_d_head" in values and "hidden_size" in fields:
+        inner = _TINY["mamba_expand"] * fields["hidden_size"]
+        fields["mamba_d_head"] = inner // _TINY["mamba_n_heads"]
+    rope = values.get("rope_parameters") or {}
+    tiny = getattr(tiny_config(family).get_text_config(), "rope_parameters", None) or {}
+    if "mrope_section" in rope:
         fields["rope_parameters"] = rope
+    elif "mrope_section" in tiny:  # of heads of 16
+        section = [part * dim // 16 for part in tiny["mrope_section"]]
+        fields["rope_parameters"] = {**tiny, "mrope_section": section}
     return fields
 
 
-_LATENT = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_LATENT = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "index_head_dim")
 
 
 def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:

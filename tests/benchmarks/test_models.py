@@ -177,6 +177,9 @@ def test_distances_want_every_gradient() -> None:
         ("gpt_oss", {(64, 64)}),
         ("gpt2", {(64, 64)}),
         ("llama", {(128, 128)}),
+        ("mamba", {(0, 0)}),
+        ("bamba", {(0, 0), (128, 128)}),
+        ("qwen2_vl", {(128, 128)}),
     ],
 )
 def test_tiny_models_with_real_heads(family: str, dims: set[tuple[int, int]]) -> None:
@@ -185,7 +188,7 @@ def test_tiny_models_with_real_heads(family: str, dims: set[tuple[int, int]]) ->
         model = model_class(config).from_config()
     kinds = kinds_of(model, config)
     assert {(kind.head_dim, kind.value_dim) for kind in kinds} == dims
-    assert sum(p.numel() for p in model.parameters()) < 5_000_000
+    assert sum(p.numel() for p in model.parameters()) < 6_000_000
 
 
 def test_gpu_time_of_a_step_by_parts(tmp_path: Path) -> None:
