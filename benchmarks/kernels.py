@@ -4,9 +4,10 @@ GPU, each kernel beside the one that `attention_backend: auto` takes.
     python benchmarks/kernels.py --out benchmarks/results      # one GPU, under four minutes
     python benchmarks/kernels.py --smoke                       # tiny shapes on the CPU: does it run?
 
-Heads: those of Gemma 3 (256), DeepSeek (192 for queries and keys, 128 for values), gpt-oss (64, eight
-queries to a key, with sinks) and Qwen3 (128). Masks: causal, causal in a sliding window, packed
-documents, and rows of documents of one length (where calls of their own begin to pay). Every
+Heads: those of Gemma 3 (256), Gemma 2 (256, scores soft-capped at 50), DeepSeek (192 for queries and
+keys, 128 for values), gpt-oss (64, eight queries to a key; `sinks`: what the engine does with them,
+outside of the kernels) and Qwen3 (128). Masks: causal, causal in a sliding window, packed documents,
+and rows of documents of one length (where calls of their own begin to pay). Every
 kernel of the engine is called on the whole mask as one tile; on packed documents
 also one call a document (`a call each`), the only form that some have. A kernel that the engine's
 rules refuse is tried all the same: what the table shows is what it does, beside why it is refused.
@@ -47,7 +48,7 @@ from longfactory.sp.tiles import Tile  # noqa: E402
 
 class Case(NamedTuple):
     """`window`: keys that a query sees, itself included. `shares`: of the row, by document.
-    `few`: only what `auto` chooses between is measured."""
+    `few`: only what `auto` chooses between is measured. `sinks`: of the engine alone."""
 
     name: str
     heads: int
@@ -57,6 +58,8 @@ class Case(NamedTuple):
     window: int | None = None
     shares: tuple[int, ...] | None = None
     few: bool = False
+    softcap: float | None = None
+    sinks: bool = False
 
 
 PACKED = (300, 5, 200, 120, 60, 250, 65)  # thousandths of the row
@@ -68,24 +71,34 @@ MODELS = {
     "Qwen3": (32, 4, 128, 128),
 }
 WINDOWS = {"Gemma 3": 1024, "gpt-oss": 128, "Qwen3": 4096}
-CASES = [
-    case
-    for model, heads in MODELS.items()
-    for case in (
-        Case(f"{model}, causal", *heads),
-        *((Case(f"{model}, window", *heads, WINDOWS[model]),) if model in WINDOWS else ()),
-        Case(f"{model}, packed", *heads, None, PACKED),
-        *(
-            (Case(f"{model}, packed, window", *heads, WINDOWS[model], PACKED),)
-            if model in ("Gemma 3", "gpt-oss")
-            else ()
-        ),
-    )
-] + [
-    Case(f"{model}, documents of {tokens:,}", *heads, None, (1,) * (32768 // tokens), True)
-    for model, heads in MODELS.items()
-    for tokens in DOCUMENTS
-]
+CASES = (
+    [
+        case
+        for model, heads in MODELS.items()
+        for case in (
+            Case(f"{model}, causal", *heads),
+            *((Case(f"{model}, window", *heads, WINDOWS[model]),) if model in WINDOWS else ()),
+            Case(f"{model}, packed", *heads, None, PACKED),
+            *(
+                (Case(f"{model}, packed, window", *heads, WINDOWS[model], PACKED),)
+                if model in ("Gemma 3", "gpt-oss")
+                else ()
+            ),
+        )
+    ]
+    + [
+        Case("Gemma 2, causal", 16, 8, 256, 256, softcap=50.0),
+        Case("Gemma 2, window", 16, 8, 256, 256, 4096, softcap=50.0),
+        Case("Gemma 2, packed", 16, 8, 256, 256, None, PACKED, softcap=50.0),
+        Case("gpt-oss, causal, sinks", 64, 8, 64, 64, sinks=True),
+        Case("gpt-oss, window, sinks", 64, 8, 64, 64, 128, sinks=True),
+    ]
+    + [
+        Case(f"{model}, documents of {tokens:,}", *heads, None, (1,) * (32768 // tokens), True)
+        for model, heads in MODELS.items()
+        for tokens in DOCUMENTS
+    ]
+)
 Timed = Callable[[], Any]
 Both = Callable[[Tensor, Tensor, Tensor, Tensor], list[Tensor]]
 """(q, k, v, dout), each [T, H, D] -> out, dq, dk, dv"""
@@ -132,8 +145,8 @@ def of_backend(backend: Any, case: Case, length: int) -> Both:
     tile, scale = whole_tile(case, length), case.dim**-0.5
 
     def both(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
-        out, lse = backend.forward(q, k, v, tile, scale, None)
-        return [out, *backend.backward(dout, q, k, v, out, lse, tile, scale, None)]
+        out, lse = backend.forward(q, k, v, tile, scale, case.softcap)
+        return [out, *backend.backward(dout, q, k, v, out, lse, tile, scale, case.softcap)]
 
     return both
 
@@ -148,8 +161,10 @@ def a_call_each(backend: Any, case: Case, length: int) -> Both:
             rows = slice(0, b - a)
             window = None if case.window is None else case.window - 1
             tile = Tile(rows, rows, "causal", window=window)
-            out, lse = backend.forward(q[a:b], k[a:b], v[a:b], tile, scale, None)
-            grads = backend.backward(dout[a:b], q[a:b], k[a:b], v[a:b], out, lse, tile, scale, None)
+            out, lse = backend.forward(q[a:b], k[a:b], v[a:b], tile, scale, case.softcap)
+            grads = backend.backward(
+                dout[a:b], q[a:b], k[a:b], v[a:b], out, lse, tile, scale, case.softcap
+            )
             parts.append((out, *grads))
         return [torch.cat(part) for part in zip(*parts, strict=True)]
 
@@ -162,11 +177,19 @@ def of_engine(case: Case, length: int, device: str) -> Both:
     plan = sp.plan(length, segments, ctx)
 
     def both(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
-        out, lse = sp.attention_forward(q, k, v, plan, window=case.window)
-        grads = sp.attention_backward(dout, q, k, v, out, lse, plan, window=case.window)
+        more = {"window": case.window, "softcap": case.softcap, "sinks": sinks_of(case, q)}
+        out, lse = sp.attention_forward(q, k, v, plan, **more)
+        grads = sp.attention_backward(dout, q, k, v, out, lse, plan, **more)
         return [out, *grads[:3]]
 
     return both
+
+
+def sinks_of(case: Case, q: Tensor) -> Tensor | None:
+    """Of each head, in the type that a model in half precision has."""
+    if not case.sinks:
+        return None
+    return torch.linspace(-2, 2, case.heads, device=q.device).to(q.dtype)
 
 
 def of_flex(case: Case, length: int, device: str) -> Both:
@@ -186,24 +209,32 @@ def of_flex(case: Case, length: int, device: str) -> Both:
     mask = create_block_mask(seen, None, None, length, length, device=device, _compile=True)
     compiled = torch.compile(flex_attention, dynamic=False)
 
+    def capped(score: Tensor, *place: Tensor) -> Tensor:
+        assert case.softcap is not None
+        return case.softcap * torch.tanh(score / case.softcap)
+
+    change = None if case.softcap is None else capped
+
     def both(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         # [T, H, D] -> [1, H, T, D]
         batched = [x.transpose(0, 1).unsqueeze(0) for x in leaves]
-        out = compiled(*batched, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+        out = compiled(*batched, score_mod=change, block_mask=mask, enable_gqa=True)
+        out = out[0].transpose(0, 1)
         return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
     return both
 
 
-def refusal(backend: Any, tile: Tile, q: Tensor, v: Tensor) -> str | None:
-    return backend.refuses(backends.request_for(tile, q, v, None))  # type: ignore[no-any-return]
+def refusal(backend: Any, case: Case, length: int, q: Tensor, v: Tensor) -> str | None:
+    request = backends.request_for(whole_tile(case, length), q, v, case.softcap)
+    return backend.refuses(request)  # type: ignore[no-any-return]
 
 
 def picked(case: Case, length: int, q: Tensor, v: Tensor) -> str:
     """What `auto` takes for the whole mask as one tile."""
-    chosen, _ = backends.resolve("auto", backends.request_for(whole_tile(case, length), q, v, None))
-    return chosen
+    request = backends.request_for(whole_tile(case, length), q, v, case.softcap)
+    return backends.resolve("auto", request)[0]
 
 
 # ---- measuring -----------------------------------------------------------------------------------
@@ -237,7 +268,26 @@ def seconds_of(work: Timed, device: str, repeats: int) -> float:
 
 def exact(case: Case, length: int, device: str) -> list[Tensor]:
     wide = [x.double() for x in inputs(case, length, device)]
+    if case.sinks:
+        return with_sinks(case, *wide)
     return of_backend(backends.BACKENDS["math"], case, length)(*wide)
+
+
+def with_sinks(case: Case, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
+    """The softmax over a head's scores and its sink, whose column is left out then."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    # [T, H, D] -> [H, T, D]
+    query, key, value = (x.transpose(0, 1) for x in leaves)
+    group = case.heads // case.kv_heads
+    key, value = (x.repeat_interleave(group, 0) for x in (key, value))
+    mask = whole_tile(case, len(q)).mask().to(q.device)
+    scores = (query @ key.transpose(1, 2) * case.dim**-0.5).masked_fill(~mask, -torch.inf)
+    sinks = sinks_of(case, inputs(case, 1, str(q.device.type))[0])
+    assert sinks is not None
+    column = sinks.to(q.dtype)[:, None, None].expand(-1, len(q), 1)
+    shares = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+    out = (shares @ value).transpose(0, 1)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
 def error_of(both: Both, case: Case, length: int, device: str, expected: list[Tensor]) -> float:
@@ -253,8 +303,14 @@ def candidates(case: Case, length: int, device: str) -> dict[str, Callable[[int]
         "engine": functools.partial(of_engine, case, device=device)
     }
     names = (
-        ("cpu",) if device == "cpu" else ("fa4", "flash3", "cudnn", "flash2", "flash", "efficient")
+        ("cpu",)
+        if device == "cpu"
+        else ("fa4", "flash3", "cudnn", "flash2", "flash", "efficient", "triton")
     )
+    if case.softcap is None:
+        names = tuple(name for name in names if name != "triton")
+    if case.sinks:
+        return found
     if case.few:
         names = ("cpu",) if device == "cpu" else ("cudnn", "flash")
     for name in names:
@@ -275,14 +331,15 @@ def measure(case: Case, name: str, make: Callable[..., Both], args: Any) -> dict
     q, k, v, dout = inputs(case, args.length, device)
     backend = backends.BACKENDS.get(name.partition(",")[0])
     if backend is not None:
-        tile = whole_tile(case, args.length)
-        reason = refusal(backend, tile, q, v)
+        reason = refusal(backend, case, args.length, q, v)
         if reason is not None:
             row["refused"] = reason
             if reason.startswith(("is not", "cannot be", "runs on")):
                 return row
             if case.window is not None and "window" in reason:
                 return row  # it would compute another mask
+            if case.softcap is not None and "soft-cap" in reason:
+                return row
     short = args.short
     row["error"] = error_of(make(short), case, short, device, exact(case, short, device))
     if row["error"] > TOLERANCE[q.dtype]:
@@ -333,6 +390,8 @@ def render(rows: list[dict[str, Any]]) -> str:
                 f"| {case} | {engine['auto']} | {engine['tflops']:.0f} | {best['kernel']} |"
                 f" {best['tflops']:.0f} | {share:.2f} |"
             )
+        elif engine:
+            head.append(f"| {case} | {engine['auto']} | {engine['tflops']:.0f} | | | |")
         for r in own:
             start = f"| {case} | {r['kernel']} |"
             rule = r.get("refused", "")
