@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import attention as bench
+import _attention_published as others
+import _attention_rows as mixes
+import _attention_setting as bench
 import published
 from _device_time import divided
 from _many_table import K, Row, earlier, keep, wanted
@@ -58,7 +60,7 @@ def attention(a: argparse.Namespace) -> int:
     """Runs in each process of a group."""
     setting = bench.start(a.smoke)
     rows = earlier(a) if setting.rank == 0 else []
-    packed = [(mix, setting.packed_length) for mix in bench.MIXES]
+    packed = [(mix, setting.packed_length) for mix in mixes.MIXES]
     smaller = 256 if a.smoke else 16 if a.small else 1
     if a.small and not a.smoke:
         setting = dataclasses.replace(setting, packed_length=setting.packed_length // 4)
@@ -66,15 +68,15 @@ def attention(a: argparse.Namespace) -> int:
         (f"one document of {length // K}k, {heads}", [length // smaller], heads)
         for length, heads in LENGTHS
     ]
-    mixes = [
+    of_documents = [
         (
             f"{mix}, {length // K}k, 28/4 heads of 128",
-            bench.mixed(setting, mix, length),
+            mixes.mixed(setting, mix, length),
             "28/4 heads of 128",
         )
         for mix, length in packed
     ]
-    cases = [*documents[:2], *mixes, *documents[2:]]
+    cases = [*documents[:2], *of_documents, *documents[2:]]
     for name, sizes, heads in cases:
         if not wanted(a, name):
             continue
@@ -121,7 +123,7 @@ def attention_row(
     ctx.set_heads(heads, kv_heads)
     unit = sp.alignment(ctx)
     sizes = [*sizes[:-1], sizes[-1] - sum(sizes) % unit]
-    segments = bench.segments_of(sizes)
+    segments = mixes.segments_of(sizes)
     length = segments[-1].stop
     slow = length >= 256 * K
     if slow:
@@ -176,7 +178,7 @@ def attention_row(
         "the rule over the best": best / times[by_the_rule],
     }
     if (heads, dim) == (28, 128) and not slow:
-        for peer in bench.peers(setting, sizes):
+        for peer in others.peers(setting, sizes):
             row[peer.name] = beside(setting, peer, (heads, kv_heads, dim), flop, best)
     return row
 
@@ -193,14 +195,14 @@ def in_chunks(plan: RowPlan) -> RowPlan:
 
 
 def beside(
-    setting: bench.Setting, peer: bench.Peer, shape: tuple[int, int, int], flop: float, best: float
+    setting: bench.Setting, peer: others.Peer, shape: tuple[int, int, int], flop: float, best: float
 ) -> str:
     """TFLOP/s of a published implementation on the same documents, and the speed of the best
     schedule over it.
     """
     if published.version(peer.package) is None:
         return "not installed"
-    theirs = bench.theirs(setting)
+    theirs = others.theirs(setting)
     tensors = bench.inputs(len(peer.rows), *shape, theirs, seed=setting.rank)
     attention = peer.make()
     step = functools.partial(bench.forward_backward, attention, *tensors)
@@ -243,7 +245,7 @@ def one_gpu(setting: bench.Setting, sizes: list[int], heads_name: str) -> float:
     if key not in _BASES:
         heads, _, dim, value_dim = SHAPES_OF_HEADS[heads_name]
         ctx = setting.one
-        plan = sp.plan(sum(sizes), bench.segments_of(sizes), ctx)
+        plan = sp.plan(sum(sizes), mixes.segments_of(sizes), ctx)
         step = functools.partial(forward_backward, plan, *inputs(setting, sum(sizes), heads_name))
         flop = 3.5 * 2.0 * attention_pairs(sizes) * heads * (dim + value_dim) / 1e12
         (seconds,) = in_turn(setting, [step], setting.repeats, flop)

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import attention as bench
+import _attention_rows as mixes
+import _attention_setting as bench
 from _device_time import divided
 from _many_attention import attempt, inputs
 from _many_table import K, Row, earlier, keep, wanted
@@ -45,7 +46,7 @@ def packed(a: argparse.Namespace) -> int:
     cases = [
         (mix, seed, n)
         for seed in SEEDS
-        for mix in reversed(bench.MIXES)
+        for mix in reversed(mixes.MIXES)
         for n in (setting.ranks, *RANKS)
         if n > 1
     ]
@@ -80,16 +81,16 @@ PACKED_NOTE = (
 
 def documents(setting: bench.Setting, mix: str, seed: int) -> list[int]:
     """Lengths of a row's documents; the row divides over all ranks."""
-    median, sigma, cap = bench.MIXES[mix]
+    median, sigma, cap = mixes.MIXES[mix]
     if setting.smoke:
         median, cap = median // 128, cap // 128
-    return bench.documents(setting.packed_length, median, sigma, cap, seed)
+    return mixes.documents(setting.packed_length, median, sigma, cap, seed)
 
 
 def packed_row(setting: bench.Setting, mix: str, seed: int, n: int) -> Row:
     """A row of documents over `n` ranks, taken apart."""
     sizes = documents(setting, mix, seed)
-    segments = tuple(bench.segments_of(sizes))
+    segments = tuple(mixes.segments_of(sizes))
     length = segments[-1].stop
     one_call, engine, in_order = whole_row(setting, tuple(sizes))
     layouts = options(length, n, segments)
@@ -168,12 +169,12 @@ def whole_row(setting: bench.Setting, sizes: tuple[int, ...]) -> tuple[float, fl
     """
     if sizes not in _WHOLE:
         heads, kv_heads = 28, 4
-        kernel = bench.varlen_kernel(setting, (heads, kv_heads))
+        kernel = mixes.varlen_kernel(setting, (heads, kv_heads))
         call = sp.SequenceParallel(device_type=setting.device.type, backend=kernel)
         tensors = inputs(setting, sum(sizes), HEADS)
         ordered = sorted(sizes, reverse=True)
         plans = [
-            sp.plan(sum(sizes), bench.segments_of(list(some)), ctx)
+            sp.plan(sum(sizes), mixes.segments_of(list(some)), ctx)
             for some, ctx in ((sizes, call), (sizes, setting.one), (ordered, setting.one))
         ]
         steps = [functools.partial(forward_backward, plan, *tensors) for plan in plans]

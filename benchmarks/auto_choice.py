@@ -24,12 +24,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import attention as bench
+import _attention_rows as mixes
+import _attention_setting as bench
 from _table import command_line
 from longfactory import sp
 from longfactory.sp.measure import Measure, forward_backward
 from longfactory.sp.plan import RowPlan
 from longfactory.sp.schedules.choose import candidates, choice_of
+from per_document_zigzag import attention_pairs
 
 Row = dict[str, str | float]
 
@@ -73,7 +75,7 @@ def main() -> None:
         }
         if shape == setting.heads[0]:
             documents |= {
-                mix: bench.mixed(setting, mix, setting.packed_length) for mix in bench.MIXES
+                mix: mixes.mixed(setting, mix, setting.packed_length) for mix in mixes.MIXES
             }
         for label, sizes in documents.items():
             rows.append(
@@ -81,7 +83,7 @@ def main() -> None:
                     f"{label}, {shape[0]}/{shape[1]} heads",
                     setting,
                     shape,
-                    bench.segments_of(sizes),
+                    mixes.segments_of(sizes),
                     measure,
                     by_rule,
                     a.repeats,
@@ -130,7 +132,7 @@ def row(
     flop = (
         3.5
         * 4.0
-        * bench.attention_pairs([s.stop - s.start for s in segments])
+        * attention_pairs([s.stop - s.start for s in segments])
         * shape[0]
         * setting.dim
         / setting.ranks

@@ -8,12 +8,17 @@ Length": Qwen2.5 on A800 of 80 GB, full parameters, with ZeRO-3 offload and grad
 Predicted, at the same sequence_parallel_size: bf16, FSDP2, AdamW with exact fp32 masters, 1024 GiB of
 memory on each host of eight GPUs, the links of the data sheet; `longfactory plan` on such a run prints
 the same. A DPO row holds both answers of a pair, each of the length in the table. Nothing here was run.
+
+Beside the 7B's rows stands what its growth of memory with length, measured on two H200 at up to
+2,097,152 tokens (`length.py --probe`), gives at that length: bytes of a local token that a layer
+works in, and what the last layers leave on the GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import sys
 from pathlib import Path
 
@@ -63,6 +68,14 @@ def planned(folder: str, gpus: int, stage: str, size: int) -> Planned:
     return Planned(cfg, config, count_parameters(cfg, config), "fsdp2", where)
 
 
+def slope() -> float:
+    """Bytes of GPU memory a local token of the 7B's shape, measured between two lengths."""
+    page = json.loads((ROOT / "benchmarks/results/probe_2xH200_7b.json").read_text())
+    first, last = sorted(page["results"], key=lambda r: r["tokens"])[:: len(page["results"]) - 1]
+    more = (last["tokens"] - first["tokens"]) / page["gpus"]
+    return float((last["peak"] - first["peak"]) / more)
+
+
 def within(run: Planned, size: int, longest: int) -> int:
     """Tokens of the longest row whose step takes no more than `LIMIT`."""
     low, high = 0, longest // 8192
@@ -86,9 +99,11 @@ def main() -> None:
         " a sequence; a DPO row holds both answers of a pair.",
         "",
         "| model | A800 | stage | SP | published | there, predicted: a step, peak a GPU |"
-        f" longest whose step takes {LIMIT:.0f} s | longest that fits, and its step |",
-        "|---|---|---|---|---|---|---|---|",
+        f" longest whose step takes {LIMIT:.0f} s | longest that fits, and its step |"
+        " by the measured slope, GiB a GPU |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
+    per_token = slope()
     for model, gpus, stage, size, tokens in PUBLISHED:
         with model_folder(model) as folder:
             run = planned(folder, gpus, stage, size)
@@ -100,10 +115,16 @@ def main() -> None:
         lines.append(
             f"| {model.upper()} | {gpus} | {stage} | {size} | {tokens:,} | {duration(there.step)},"
             f" {peak:.1f} GiB | {soon:,} | {longest // run.documents:,}, {duration(far.step)} |"
+            f" {f'{per_token * tokens * run.documents / size / GiB:.2f}' if model == '7b' else ''} |"
         )
         print(lines[-1], flush=True)
     day = datetime.datetime.now(datetime.UTC).date().isoformat()
-    text = "\n".join([*lines, "", f"`{command_line()}` ({day})"]) + "\n"
+    note = (
+        f"Last column: {per_token:,.0f} bytes a local token, which two layers of the 7B's shape took on"
+        " two H200 from 524,288 to 2,097,152 tokens (probe_2xH200_7b.md), at the published length:"
+        " the part of the peak that grows with it when all that can leave the GPU does."
+    )
+    text = "\n".join([*lines, "", note, "", f"`{command_line()}` ({day})"]) + "\n"
     if a.out is not None:
         (a.out / "seed_table.md").write_text(text)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from attention import MIXES, documents
+from _attention_rows import MIXES, documents
 from longfactory import sp
 from longfactory.sp import Segment, SequenceParallel
 from longfactory.sp.context import over_machines
