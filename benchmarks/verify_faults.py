@@ -196,20 +196,11 @@ def main() -> int:
     parser.add_argument("--write", type=Path, help="the page, with its numbers beside it as .json")
     parser.add_argument("--only", choices=("healthy", "faults", ""), default="")
     options = parser.parse_args()
-    from manual_runs import manual_run
+    from manual_runs import manual_sft
 
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        base = manual_run(
-            folder,
-            max_samples=12,
-            stage="sft",
-            dataset="manual_sft",
-            per_device_train_batch_size=2,
-            sequence_parallel_size=2,
-            output_dir=str(folder / "out"),
-        )
+        base = manual_sft(Path(scratch))
         for row in rows_of(base, options.only):
             rows.append(row)
             print(json.dumps({k: row.get(k) for k in ("fault", "run", "exact", "named", "error", "seconds")}), flush=True)  # fmt: skip

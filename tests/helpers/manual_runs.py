@@ -23,3 +23,16 @@ def manual_run(folder: Path, **keys: Any) -> dict[str, Any]:
         "finetuning_type": "full",
         **keys,
     }
+
+
+def manual_sft(folder: Path) -> dict[str, Any]:
+    """Keys of a run over two processes, two conversations in a row."""
+    return manual_run(
+        folder,
+        max_samples=12,
+        stage="sft",
+        dataset="manual_sft",
+        per_device_train_batch_size=2,
+        sequence_parallel_size=2,
+        output_dir=str(folder / "out"),
+    )

@@ -9,26 +9,11 @@ from test_verify import ZERO, sharded, verified
 from longfactory.testing import RankPool, run_ranks
 from longfactory_dev.tiny_models import tiny_config
 from make_model import make_model
-from manual_runs import manual_run
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("indexer")
-    return manual_run(
-        folder,
-        max_samples=12,
-        stage="sft",
-        dataset="manual_sft",
-        per_device_train_batch_size=2,
-        sequence_parallel_size=2,
-        output_dir=str(folder / "out"),
-    )
-
-
-def with_family(base: dict[str, Any], family: str) -> dict[str, Any]:
+def with_family(sft_keys: dict[str, Any], family: str) -> dict[str, Any]:
     """With a tiny model's configuration and a tokenizer."""
-    folder = Path(base["output_dir"]).parent / family
+    folder = Path(sft_keys["output_dir"]).parent / family
     if not folder.exists():
         make_model("tiny", folder, vocabulary=600)
         tiny_config(
@@ -43,7 +28,7 @@ def with_family(base: dict[str, Any], family: str) -> dict[str, Any]:
             # length of the document, and a shared prompt belongs to two.
             **({} if "minimax" in family else {"index_n_heads": 16}),
         ).save_pretrained(folder)
-    return {**base, "model_name_or_path": str(folder)}
+    return {**sft_keys, "model_name_or_path": str(folder)}
 
 
 CASES = {
@@ -58,25 +43,25 @@ CASES = {
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa", "minimax_m3_vl_text"])
 @pytest.mark.parametrize("case", list(CASES))
-def test_indexer_runs_as_in_one_process(case: str, family: str, base: dict[str, Any]) -> None:
-    keys = {**with_family(base, family), **CASES[case]}
+def test_indexer_runs_as_in_one_process(case: str, family: str, sft_keys: dict[str, Any]) -> None:
+    keys = {**with_family(sft_keys, family), **CASES[case]}
     for exact, table, parameters in run_ranks(2, verified, keys, timeout=500):
         assert exact, table
         assert not [name for name in parameters if "indexer" in name]
-    assert not Path(base["output_dir"]).exists()
+    assert not Path(sft_keys["output_dir"]).exists()
 
 
 @pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("sharding", ["fsdp2", "deepspeed"])
-def test_indexer_runs_with_sharded_parameters(sharding: str, base: dict[str, Any]) -> None:
+def test_indexer_runs_with_sharded_parameters(sharding: str, sft_keys: dict[str, Any]) -> None:
     """Frozen indexers, a part of which stays in fp32, beside parameters in bf16."""
     pool = RankPool(2, keep_groups=sharding == "deepspeed")
     cases: list[dict[str, Any]] = [{}, {"bf16": True}, {"bf16": True, "pure_bf16": True}]
     if sharding == "deepspeed":
         cases = [{"deepspeed": ZERO[3]}]
-    keys = with_family(base, "glm_moe_dsa")
+    keys = with_family(sft_keys, "glm_moe_dsa")
     try:
         for exact, table in pool.run(sharded, keys, cases, sharding, timeout=800)[0]:
             assert exact, table

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from longfactory.testing import run_ranks
-from manual_runs import manual_run
 from planted import FOUND, FURTHER, LORA, WINDOW, verified_with, with_keys
 
 pytestmark = pytest.mark.processes
@@ -40,27 +39,13 @@ FOLLOWS = {
 }
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("planted")
-    return manual_run(
-        folder,
-        max_samples=12,
-        stage="sft",
-        dataset="manual_sft",
-        per_device_train_batch_size=2,
-        sequence_parallel_size=2,
-        output_dir=str(folder / "out"),
-    )
-
-
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "fault", [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in FOUND]
 )
-def test_a_planted_fault_is_found_and_named(fault: str, base: dict[str, Any]) -> None:
+def test_a_planted_fault_is_found_and_named(fault: str, sft_keys: dict[str, Any]) -> None:
     sentence, changes = FOUND[fault]
-    traced, keys = sentence.startswith("The difference follows"), with_keys(base, changes)
+    traced, keys = sentence.startswith("The difference follows"), with_keys(sft_keys, changes)
     for exact, said in run_ranks(2, verified_with, keys, fault, traced, timeout=250):
         assert not exact and sentence in said, said
 
@@ -68,16 +53,16 @@ def test_a_planted_fault_is_found_and_named(fault: str, base: dict[str, Any]) ->
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("fault", FOLLOWS)
-def test_what_a_failure_follows_is_said(fault: str, base: dict[str, Any]) -> None:
-    keys = with_keys(base, FOUND[fault][1])
+def test_what_a_failure_follows_is_said(fault: str, sft_keys: dict[str, Any]) -> None:
+    keys = with_keys(sft_keys, FOUND[fault][1])
     for exact, said in run_ranks(2, verified_with, keys, fault, True, timeout=350):
         assert not exact and FOLLOWS[fault] in said, said
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_window_that_no_row_reaches_gets_a_row(base: dict[str, Any]) -> None:
-    keys = with_keys(base, {**WINDOW, "window": 400, "verify_tokens": 160})
+def test_a_window_that_no_row_reaches_gets_a_row(sft_keys: dict[str, Any]) -> None:
+    keys = with_keys(sft_keys, {**WINDOW, "window": 400, "verify_tokens": 160})
     made = "window 400: tokens are trained whose first keys it hides (sliding_window); row 2 was"
     for exact, said in run_ranks(2, verified_with, keys, "", timeout=250):
         assert exact and made in said, said
@@ -88,9 +73,9 @@ def test_a_window_that_no_row_reaches_gets_a_row(base: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_window_that_would_take_too_long_is_said_not_to_be_exercised(
-    base: dict[str, Any],
+    sft_keys: dict[str, Any],
 ) -> None:
-    keys = with_keys(base, {**WINDOW, "window": 100_000, "verify_tokens": 160})
+    keys = with_keys(sft_keys, {**WINDOW, "window": 100_000, "verify_tokens": 160})
     words = "not exercised window 100000: sliding_window; rows have 160 tokens, and one of 125016"
     for exact, said in run_ranks(2, verified_with, keys, "", timeout=250):
         assert exact and words in said, said
@@ -101,8 +86,10 @@ def test_a_window_that_would_take_too_long_is_said_not_to_be_exercised(
 @pytest.mark.parametrize(
     "changes", [{}, WINDOW, LORA, {"tower": True}], ids=["plain", "window", "lora", "tower"]
 )
-def test_without_a_fault_the_same_runs_pass(changes: dict[str, Any], base: dict[str, Any]) -> None:
-    for exact, said in run_ranks(2, verified_with, with_keys(base, changes), "", timeout=250):
+def test_without_a_fault_the_same_runs_pass(
+    changes: dict[str, Any], sft_keys: dict[str, Any]
+) -> None:
+    for exact, said in run_ranks(2, verified_with, with_keys(sft_keys, changes), "", timeout=250):
         assert exact, said
 
 

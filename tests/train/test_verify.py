@@ -33,9 +33,8 @@ from longfactory.train.verify import (
 )
 from longfactory.train.verify.alone import texts_of
 from longfactory.train.verify.rows import exercises, lengthened, padded, parted, windows_of
-from manual_runs import manual_run
 from planted import LORA
-from verify_faults import healthy, with_family
+from verify_faults import healthy, told, with_family
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -127,20 +126,6 @@ def verified(keys: dict[str, Any], broken: str = "") -> tuple[bool, str, dict[st
     )
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("verify")
-    return manual_run(
-        folder,
-        max_samples=12,
-        stage="sft",
-        dataset="manual_sft",
-        per_device_train_batch_size=2,
-        sequence_parallel_size=2,
-        output_dir=str(folder / "out"),
-    )
-
-
 CASES = {
     "sft": {},
     "ulysses, lora, hand-written layers off": {
@@ -158,41 +143,48 @@ CASES = {
 @pytest.mark.processes
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("case", list(CASES))
-def test_an_exact_engine_passes(case: str, base: dict[str, Any]) -> None:
+def test_an_exact_engine_passes(case: str, sft_keys: dict[str, Any]) -> None:
     for exact, table, parameters in run_ranks(
-        2, verified, with_family(base, CASES[case]), timeout=250
+        2, verified, with_family(sft_keys, CASES[case]), timeout=250
     ):
         assert exact, table
         assert len(parameters) > 10
         assert "The same." in table and "grad_norm" in table
         assert ("auxiliary loss (moe_aux_loss_coef) is left out" in table) == ("experts" in case)
-    assert not Path(base["output_dir"]).exists()
+    assert not Path(sft_keys["output_dir"]).exists()
+
+
+HEALTHY = list(healthy())
 
 
 @pytest.mark.processes
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_no_healthy_run_gives_an_alarm(base: dict[str, Any]) -> None:
-    alarms, count = [], 0
-    for processes, changes in healthy():
-        exact, table, _ = run_ranks(processes, verified, with_family(base, changes), timeout=250)[0]
-        count += 1
-        if not exact:
-            alarms.append(f"{processes} {changes}\n{table}")
-    assert count >= 30 and not alarms, "\n\n".join(alarms)
+@pytest.mark.parametrize(
+    ("processes", "changes"), HEALTHY, ids=[f"{n} of {told(changes)}" for n, changes in HEALTHY]
+)
+def test_no_healthy_run_gives_an_alarm(
+    processes: int, changes: dict[str, Any], sft_keys: dict[str, Any]
+) -> None:
+    keys = with_family(sft_keys, changes)
+    exact, table, _ = run_ranks(processes, verified, keys, timeout=250)[0]
+    assert exact, table
+
+
+def test_healthy_runs_are_many() -> None:
+    assert len(HEALTHY) >= 30
 
 
 @pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_without_their_choices_replayed_experts_in_bf16_are_not_the_same(
-    base: dict[str, Any],
+    sft_keys: dict[str, Any],
 ) -> None:
     """The routers of small random weights are nearly undecided: what is replayed is what makes the
     comparison.
     """
     exact, table, _ = run_ranks(
-        2, verified, with_family(base, CASES["experts in bf16"]), "routers", timeout=250
+        2, verified, with_family(sft_keys, CASES["experts in bf16"]), "routers", timeout=250
     )[0]
     assert not exact, table
 
@@ -201,7 +193,7 @@ def test_without_their_choices_replayed_experts_in_bf16_are_not_the_same(
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("sharding", ["fsdp2", "deepspeed"])
-def test_sharded_parameters_are_compared_whole(sharding: str, base: dict[str, Any]) -> None:
+def test_sharded_parameters_are_compared_whole(sharding: str, sft_keys: dict[str, Any]) -> None:
     pool = RankPool(2, keep_groups=sharding == "deepspeed")
     pairs = {"dataset": "manual_dpo"}
     cases: list[dict[str, Any]] = [{}, {"stage": "rm", **pairs}, {**LORA, "stage": "dpo", **pairs}]
@@ -210,8 +202,10 @@ def test_sharded_parameters_are_compared_whole(sharding: str, base: dict[str, An
     else:
         cases.append({"bf16": True})
     try:
-        reports = pool.run(sharded, base, cases, sharding, timeout=350)
-        found = pool.run(sharded, base, cases[:1], sharding, "gather sums in backward", timeout=100)
+        reports = pool.run(sharded, sft_keys, cases, sharding, timeout=350)
+        found = pool.run(
+            sharded, sft_keys, cases[:1], sharding, "gather sums in backward", timeout=100
+        )
     finally:
         pool.stop()
     for rank in reports:
@@ -229,9 +223,11 @@ def test_sharded_parameters_are_compared_whole(sharding: str, base: dict[str, An
     [("gradient", {"disable_gradient_checkpointing": True}), ("isolation", {})],
 )
 def test_a_broken_engine_is_found(
-    broken: str, memory: dict[str, Any], base: dict[str, Any]
+    broken: str, memory: dict[str, Any], sft_keys: dict[str, Any]
 ) -> None:
-    for exact, table, parameters in run_ranks(2, verified, {**base, **memory}, broken, timeout=250):
+    for exact, table, parameters in run_ranks(
+        2, verified, {**sft_keys, **memory}, broken, timeout=250
+    ):
         assert not exact and "NOT the same." in table, table
         assert max(parameters.values()) > 1e-3
 
@@ -291,16 +287,20 @@ def test_a_number_that_is_none_is_not_exact() -> None:
 
 @pytest.mark.processes
 @pytest.mark.timeout(300)
-def test_the_command(base: dict[str, Any], tmp_path: Path) -> None:
+def test_the_command(sft_keys: dict[str, Any], tmp_path: Path) -> None:
     import json
     import os
     import subprocess
 
     env = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
-    env |= {"LONGFACTORY_CACHE": base["cache"], "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env |= {
+        "LONGFACTORY_CACHE": sft_keys["cache"],
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     words = [
         f"{k}={str(v).lower() if isinstance(v, bool) else v}"
-        for k, v in base.items()
+        for k, v in sft_keys.items()
         if k != "cache"
     ]
     command = [sys.executable, "-m", "longfactory.cli", "verify", *words, "nproc_per_node=2"]
@@ -324,7 +324,7 @@ def test_the_command(base: dict[str, Any], tmp_path: Path) -> None:
         and "row 2" not in done.stdout
         and "2 ranks, zigzag-ring" in done.stdout
     )
-    assert not Path(base["output_dir"]).exists()
+    assert not Path(sft_keys["output_dir"]).exists()
     samples = done.stdout.split("sample 0 (first): ")[1].splitlines()
     assert "tokens are trained, [[like this]]:" in samples[0] and len(samples) <= 40
     report = json.loads((tmp_path / "report.json").read_text())
