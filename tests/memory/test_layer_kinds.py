@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longfactory import sp
+from longfactory.memory.apply import apply_memory
 from longfactory.memory.checkpointed import stored_of_a_token
 from longfactory.memory.cost import bare_layer, seconds
 from longfactory.memory.layer_kinds import LayerKind, kinds_of
@@ -261,3 +262,13 @@ def test_indexer_layers_are_counted() -> None:
         settings = MemorySettings()
         assert (seconds(job, settings) > seconds(without, settings)) == more
         assert (bare_layer(job).attention > bare_layer(without).attention) == more
+
+
+def test_saved_attention_outputs_are_those_of_the_widest_layer() -> None:
+    """Layers of dots3.note differ in their heads: their configuration names no number for all."""
+    model = tiny_model("dots3_note_text", torch.bfloat16)
+    configs = hf.layer_configs(model.config)
+    assert len({config.num_attention_heads for config in configs}) > 1
+    store = apply_memory(model, MemorySettings(), "cpu")
+    widths = [config.num_attention_heads * (config.v_head_dim + 2) for config in configs]
+    assert store.attention_share == max(widths) / model.config.hidden_size

@@ -32,7 +32,9 @@ from longfactory.train.verify import (
     truncate,
 )
 from longfactory.train.verify.alone import texts_of
+from longfactory.train.verify.cost import _shape
 from longfactory.train.verify.rows import exercises, lengthened, padded, parted, windows_of
+from longfactory_dev.tiny_models import tiny_config
 from planted import LORA
 from verify_faults import healthy, told, with_family
 
@@ -477,6 +479,24 @@ def test_windows_are_those_that_a_layer_has() -> None:
         ),
     ):
         assert windows_of(SimpleNamespace(**given)) == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "shape", "windows"),
+    [
+        ("gemma4_text", (4, 4, 512), {"sliding_window": 8}),
+        ("dots3_note_text", (8, 4, 32), {"sliding_window": 8}),
+    ],
+)
+def test_layers_that_differ_count_as_the_largest(
+    family: str, shape: tuple[int, int, int], windows: dict[str, int]
+) -> None:
+    """Their configuration names no value for all layers, and reading one raises."""
+    config = tiny_config(family).get_text_config()
+    assert _shape(config) == shape and windows_of(config) == windows
+    each = [SimpleNamespace(sliding_window=size) for size in (64, None, 256)]
+    differ = SimpleNamespace(is_heterogeneous=True, per_layer_config=each)
+    assert windows_of(differ) == {"sliding_window": 256}
 
 
 def test_a_packed_block_is_parted_into_its_samples() -> None:

@@ -16,7 +16,7 @@ from longfactory.memory.decoder_layer import Chain, DecoderLayer
 from longfactory.memory.layer.recognise import recognise
 from longfactory.memory.offload import Activations
 from longfactory.memory.settings import MemorySettings
-from longfactory.sp.hf import values_of_layers
+from longfactory.sp.hf import layer_configs, values_of_layers
 from longfactory.sp.text_model import decoder_layers
 
 log = logging.getLogger(__name__)
@@ -92,14 +92,19 @@ def apply_memory(
 
 
 def _attention_share(config: Any, dtype: torch.dtype) -> float:
-    """Bytes of attention's output and fp32 log-sum-exp, of those of a layer's input."""
+    """Bytes of attention's output and fp32 log-sum-exp, of those of a layer's input: the largest
+    of the layers.
+    """
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return max(_share_of_layer(layer, dtype) for layer in layer_configs(config))
+
+
+def _share_of_layer(config: Any, dtype: torch.dtype) -> float:
     hidden, heads = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
     if not hidden or not heads:
         return 1.0
-    dim = getattr(config, "v_head_dim", None) or max(
-        given or hidden // heads for given in values_of_layers(config, "head_dim")
-    )
+    dims = (given or hidden // heads for given in values_of_layers(config, "head_dim"))
+    dim = getattr(config, "v_head_dim", None) or max(dims)
     return float(heads * (dim + 4 / dtype.itemsize) / hidden)
 
 

@@ -485,11 +485,10 @@ def kernel_requests(
         dtype: in which attention is computed.
     """
     text = config.get_text_config()
-    window = (
-        getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-    )
+    windowed = any(values_of_layers(text, "sliding_window"))
     types = getattr(text, "layer_types", None)
-    windows = bool(window) and (types is None or "sliding_attention" in types)
+    used = getattr(text, "use_sliding_window", True)
+    windows = windowed and used and (types is None or "sliding_attention" in types)
     softcap = bool(getattr(text, "attn_logit_softcapping", None))
     group = max(_group(layer) for layer in layer_configs(text))
     return start.requests_of(

@@ -15,6 +15,7 @@ from torch import nn
 
 from longfactory.config.optimizer_facts import METHOD_OPTIMIZERS
 from longfactory.errors import UserError
+from longfactory.sp.hf import layer_configs
 
 PROJECTOR = "projector"
 """The name of the object that holds a low-rank projection in the packages' states."""
@@ -193,7 +194,13 @@ def adam_mini(model: Any, args: Any) -> torch.optim.Optimizer:
     from adam_mini import Adam_mini
 
     text = model.config.get_text_config()
-    heads = text.num_attention_heads
+    if len(shapes := {_heads(layer) for layer in layer_configs(text)}) > 1:
+        raise UserError(
+            "use_adam_mini: layers of this model differ in their heads (query heads, key heads,"
+            f" width: {', '.join(map(str, sorted(shapes)))}), and Adam-mini takes one number for"
+            " all. Use use_muon, or optim: adamw_torch_8bit."
+        )
+    heads, kv_heads, width = shapes.pop()
     optimizer = Adam_mini(
         named_parameters=model.named_parameters(),
         lr=args.learning_rate,
@@ -202,11 +209,10 @@ def adam_mini(model: Any, args: Any) -> torch.optim.Optimizer:
         weight_decay=args.weight_decay,
         dim=text.hidden_size,
         n_heads=heads,
-        n_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        n_kv_heads=kv_heads,
         verbose=False,
     )
     # The package takes a head for hidden_size / heads wide, which is not so in every model.
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
     optimizer.head_numel = width * text.hidden_size
     for group in optimizer.param_groups:
         (p,) = group["params"]
@@ -220,3 +226,10 @@ def adam_mini(model: Any, args: Any) -> torch.optim.Optimizer:
     # It would talk to as many processes as there are GPUs; DDP has summed the gradients already.
     optimizer.world_size = 1
     return optimizer
+
+
+def _heads(config: Any) -> tuple[int, int, int]:
+    """Query heads, key heads and the width of a head in the layers of one configuration."""
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, getattr(config, "num_key_value_heads", None) or heads, width

@@ -65,8 +65,8 @@ def affordable(trainer: RowTrainer, tokens: int) -> bool:
 
 
 def _shape(config: Any) -> tuple[int, int, int]:
-    """(query heads, layers, head dim)."""
-    heads = getattr(config, "num_attention_heads", None) or 1
+    """(query heads, layers, head dim): the most of any layer."""
+    heads = max(given or 1 for given in hf.values_of_layers(config, "num_attention_heads"))
     hidden = getattr(config, "hidden_size", None) or heads
-    dim = getattr(config, "head_dim", None) or hidden // heads
+    dim = max(given or hidden // heads for given in hf.values_of_layers(config, "head_dim"))
     return heads, getattr(config, "num_hidden_layers", None) or 1, dim

@@ -13,6 +13,7 @@ import torch
 from longfactory import sp
 from longfactory.data.row import IGNORE, Row, TokenizedDocument
 from longfactory.errors import UserError
+from longfactory.sp import hf
 from longfactory.train.trainer import RowTrainer
 from longfactory.train.verify import alone
 from longfactory.train.verify.alone import Item, Text
@@ -201,14 +202,17 @@ def padded(items: list[Item], trainer: RowTrainer) -> None:
 
 
 def windows_of(config: Any) -> dict[str, int]:
-    """Sizes beyond which a layer of the model sees no key, by the key of the configuration."""
+    """Sizes beyond which a layer of the model sees no key, by the key of the configuration; the
+    largest where layers differ.
+    """
     types = getattr(config, "layer_types", None) or ()
     found = {}
     for key, kind in (("sliding_window", "sliding"), ("attention_chunk_size", "chunked")):
-        size = getattr(config, key, None)
+        given = hf.values_of_layers(config, key)
+        sizes = [size for size in given if isinstance(size, int) and size > 0]
         used = not types or any(kind in str(each) for each in types)
-        if isinstance(size, int) and size > 0 and used:
-            found[key] = size
+        if sizes and used:
+            found[key] = max(sizes)
     return found
 
 
