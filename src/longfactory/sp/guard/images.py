@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import compare, hf, text_model, vision
-from .collectives import gather
-from .context import SequenceParallel, alignment
-from .layout import Interval, Segment, with_blocks
-from .media import Part, Route, deal
-from .plan import RowPlan
-from .plan import plan as make_plan
-from .vision import Images, Media
+from .. import compare, hf, text_model, vision
+from ..collectives import gather
+from ..context import SequenceParallel, alignment
+from ..layout import Interval, Segment, with_blocks
+from ..media import Part, Route, deal
+from ..plan import RowPlan
+from ..plan import plan as make_plan
+from ..vision import Images, Media
 
 TEXT = (8, 5, 11)
 """Tokens before, between and after the images."""

@@ -11,7 +11,7 @@ Three passes of the wrapped model over one row of two documents:
 3. Each document alone through the model's own attention: what its layers are called with
    (positions, masks).
 
-Where images pass through the model, `guard_images` compares a row of two images as well.
+Where images pass through the model, `images` compares a row of two images as well.
 
 Then each of those layers is computed again, one at a time: transformers' own code with its own
 attention on each document alone, in the run's precision and in a wider one, from the same input and
@@ -33,17 +33,18 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from . import compare, guard_images, hf, rope, routers, vision
-from .attention import attention as engine
-from .collectives import all_reduce, gather, shard
-from .compare import Alone, LayerRun, OwnCall
-from .context import SequenceParallel, alignment
-from .layout import Segment
-from .plan import RowPlan
-from .plan import plan as make_plan
-from .probe import Asked, Probe, Shape, probe
-from .recurrent import layers as recurrent
-from .routers import Choices
+from .. import compare, hf, rope, routers, vision
+from ..attention import attention as engine
+from ..collectives import all_reduce, gather, shard
+from ..compare import Alone, LayerRun, OwnCall
+from ..context import SequenceParallel, alignment
+from ..layout import Segment
+from ..plan import RowPlan
+from ..plan import plan as make_plan
+from ..probe import Asked, Probe, Shape, probe
+from ..recurrent import layers as recurrent
+from ..routers import Choices
+from . import images
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def guard(model: nn.Module, ctx: SequenceParallel) -> None:
             reason, seen = _prove(model, inner, ctx, device)
             if vision.has_images(inner) and not _anyone(reason is not None, device):
                 model.eval()
-                reason = guard_images.differences(model, inner, ctx, device)
+                reason = images.differences(model, inner, ctx, device)
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(
             f"The start-up guard ran out of memory: it trains on a row of {sum(DOCUMENTS)} tokens"
