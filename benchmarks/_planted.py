@@ -15,7 +15,8 @@ from torch import nn
 from longfactory import sp
 from longfactory.memory import decoder_layer
 from longfactory.memory.layer import mlp_half
-from longfactory.sp import collectives, guard, kernels
+from longfactory.sp import collectives, hf, kernels
+from longfactory.sp.guard import row as guard_row
 
 # the package has a function of this name
 attention: Any = importlib.import_module("longfactory.sp.attention")
@@ -112,7 +113,7 @@ def _scaled_gradient(ending: str, factor: float) -> Callable[[nn.Module], Any]:
 def _leak(model: nn.Module) -> Any:
     """Every document sees those before it."""
     return changed(
-        guard,
+        guard_row,
         "make_plan",
         lambda make: lambda length, segments, ctx: make(length, [sp.Segment(0, length)], ctx),
     )
@@ -130,7 +131,7 @@ def _local_positions(model: nn.Module) -> Any:
 
         return call
 
-    return changed(guard.hf, "inputs", change)
+    return changed(hf, "inputs", change)
 
 
 def _scaled_dk(model: nn.Module) -> Any:
@@ -212,7 +213,7 @@ FAULTS: dict[str, tuple[Callable[[nn.Module], Any], tuple[str, ...], dict[str, A
         {},
     ),
     "engine: window over the probe's row dropped": (
-        lambda m: changed(guard.hf, "engine", _without_long_windows),
+        lambda m: changed(hf, "engine", _without_long_windows),
         ("gemma3_text", "gpt_oss"),
         {"sliding_window": 500},
     ),

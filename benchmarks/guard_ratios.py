@@ -147,8 +147,8 @@ def recorded() -> Iterator[dict[str, float]]:
         return call
 
     with (
-        _planted.changed(guard, "ratios", layers),
-        _planted.changed(guard, "attention_ratios", attention),
+        _planted.changed(guard.alone, "ratios", layers),
+        _planted.changed(guard.attention, "attention_ratios", attention),
     ):
         yield found
 
@@ -253,7 +253,7 @@ def table(rows: list[dict[str, Any]], device: str) -> str:
             " arithmetic in the same precision, both against"
         ),
         (
-            f"a wider type, on {' and '.join(map(str, guard.DOCUMENTS))} tokens. The guard refuses"
+            f"a wider type, on {' and '.join(map(str, guard.row.DOCUMENTS))} tokens. The guard refuses"
             f" above **{compare.LIMIT:g}**"
         ),
         (

@@ -176,7 +176,7 @@ def test_guard_refuses_planted_in_every_precision(precision: str) -> None:
 def two_ranks(mode: str, alignment: int) -> sp.SequenceParallel:
     """On GPUs a row is padded to 256 tokens a rank."""
     ctx = sp.SequenceParallel.create(2, mode=mode)
-    guard_module.alignment = lambda ctx: alignment  # type: ignore[attr-defined]
+    guard_module.row.alignment = lambda ctx: alignment  # type: ignore[attr-defined]
     return ctx
 
 
@@ -199,6 +199,21 @@ def test_guard_refuses_planted_on_two_ranks(mode: str, alignment: int) -> None:
         for said in run_ranks(2, planted_on_two, fault, mode, alignment):
             for family, message in said.items():
                 assert message, f"{fault}: accepted for {family} with {mode}"
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("mode", ["zigzag-ring", "llama3"])
+def test_the_longer_document_is_on_several_ranks(mode: Any, size: int) -> None:
+    """A GPU holds 256 tokens of the row at least: documents that fit there are dealt whole, and
+    nothing is exchanged.
+    """
+    ctx = sp.SequenceParallel(size, mode=mode, device_type="cuda")
+    shorter, longer = guard_module.row.compared_lengths(ctx)
+    row = guard_module.row.Row([torch.ones(shorter).long(), torch.ones(longer).long()], ctx)
+    begin, end = row.span.start + shorter, row.span.stop
+    intervals = row.plan.layout.intervals
+    holders = [any(a < end and b > begin for a, b in of_rank) for of_rank in intervals]
+    assert sum(holders) > 1, intervals
 
 
 # What is left behind
@@ -345,7 +360,7 @@ def test_experts_of_the_comparison_take_any_type() -> None:
     model = tiny_model("qwen3_moe", torch.float32)
     model.set_experts_implementation("grouped_mm")
     layer = model.model.layers[0]
-    with guard_module._eager_experts(layer):
+    with guard_module.fixed.eager_experts(layer):
         assert layer.mlp.experts.config._experts_implementation == "eager"
     assert layer.mlp.experts.config._experts_implementation == "grouped_mm"
 

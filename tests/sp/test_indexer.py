@@ -350,6 +350,6 @@ def test_indexer_guard_passes_with_real_sizes_lowered(dtype: torch.dtype) -> Non
     for module in indexer.indexers(model):
         module.register_forward_hook(lambda m, a, out: seen.append(out.shape[-1]))
     guard.guard(model, ctx)
-    assert guard.WINDOW in seen
+    assert guard.fixed.WINDOW in seen
     assert {m.index_topk for m in indexer.indexers(model)} == {2048}
     assert compare.limit(dtype) > 1
