@@ -303,18 +303,18 @@ def test_bytes_a_token_of_the_7b_layer(settings, most):
 
 def test_adamw_of_split_masters_in_one_pass() -> None:
     """The kernel follows torch's AdamW in fp32 over twenty steps, with clipping and decay."""
-    from longfactory.memory import optimizer
+    from longfactory.memory import split_masters
 
     device = torch.device("cuda", torch.cuda.current_device())
-    assert optimizer.split_update is not None
-    assert optimizer.difference_of_one_pass(device) < 1e-5
-    assert optimizer._one_pass(device)
+    assert split_masters.split_update is not None
+    assert split_masters.difference_of_one_pass(device) < 1e-5
+    assert split_masters._one_pass(device)
     torch.manual_seed(0)
     start = [torch.randn(n, device=device).bfloat16() for n in (100_003, 7)]
     wide = [torch.nn.Parameter(t.float()) for t in start]
     ours = [torch.nn.Parameter(t.clone()) for t in start]
     reference = torch.optim.AdamW(wide, lr=1e-3, weight_decay=0.1)
-    split = optimizer.SplitAdamW(ours, lr=1e-3, weight_decay=0.1, placement="gpu")
+    split = SplitAdamW(ours, lr=1e-3, weight_decay=0.1, placement="gpu")
     for _ in range(20):
         for p, q in zip(wide, ours, strict=True):
             q.grad = torch.randn_like(q)
@@ -326,4 +326,4 @@ def test_adamw_of_split_masters_in_one_pass() -> None:
     for p, q in zip(wide, ours, strict=True):
         master = split.master(q)
         torch.testing.assert_close(master, p.detach(), rtol=5e-6, atol=5e-6)
-        assert torch.equal(q.detach(), optimizer.split(master)[0])
+        assert torch.equal(q.detach(), split_masters.split(master)[0])

@@ -14,8 +14,9 @@ from torch import nn
 
 import fake_cuda
 import memory_ranks
-from longfactory.memory import host_jobs, optimizer
-from longfactory.memory.optimizer import SplitAdamW, join, split
+from longfactory.memory import host_jobs, optimizer, split_masters
+from longfactory.memory.optimizer import SplitAdamW
+from longfactory.memory.split_masters import Block, join, split
 from longfactory.testing import run_ranks
 
 
@@ -77,7 +78,7 @@ def trajectories(dtype, placement, steps=20, clip=None):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_twenty_steps_equal_torch(dtype, placement, monkeypatch):
     monkeypatch.setattr(optimizer, "BLOCK", 100)
-    monkeypatch.setattr(optimizer, "_INNER", 32)
+    monkeypatch.setattr(split_masters, "INNER", 32)
     reference, ours, opt = trajectories(dtype, placement)
     for p, q in zip(reference, ours, strict=True):
         assert (
@@ -167,7 +168,7 @@ def micro_gradients(shape, number, parts):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_gradients_of_micro_batches_are_summed_in_fp32(dtype, placement, monkeypatch):
     monkeypatch.setattr(optimizer, "BLOCK", 100)
-    monkeypatch.setattr(optimizer, "_INNER", 32)
+    monkeypatch.setattr(split_masters, "INNER", 32)
     torch.manual_seed(0)
     shapes = [(33, 17), (5,), (3, 4), (7,)]
     params = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
@@ -264,7 +265,7 @@ def test_steps_whose_gradients_leave_are_those_whose_gradients_stay(
     micro-batch, two groups, a schedule.
     """
     monkeypatch.setattr(optimizer, "BLOCK", 100)
-    monkeypatch.setattr(optimizer, "_INNER", 32)
+    monkeypatch.setattr(split_masters, "INNER", 32)
     if fake_gpu:
         fake_cuda.install(monkeypatch)
         empty = torch.empty
@@ -285,14 +286,14 @@ def test_gradients_of_shards_that_leave():
 def test_gradients_leave_layer_by_layer_and_backward_waits_for_slow_updates(monkeypatch):
     monkeypatch.setattr(host_jobs, "AHEAD", 2)
     release, begun = threading.Event(), []
-    compute = optimizer._Block.update_at
+    compute = Block.update_at
 
     def slow(self, weight, grad):
         begun.append(len(begun))
         assert release.wait(60)
         compute(self, weight, grad)
 
-    monkeypatch.setattr(optimizer._Block, "update_at", slow)
+    monkeypatch.setattr(Block, "update_at", slow)
     layers = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(6)))
     before = [layer.weight.detach().clone() for layer in layers]
     opt = SplitAdamW(layers.parameters(), lr=1e-2, overlap=True)
@@ -324,7 +325,7 @@ def test_what_goes_wrong_in_an_update_is_raised_by_step(monkeypatch):
     def broken(self, weight, grad):
         raise ArithmeticError("broken")
 
-    monkeypatch.setattr(optimizer._Block, "update_at", broken)
+    monkeypatch.setattr(Block, "update_at", broken)
     params = [nn.Parameter(torch.ones(3)) for _ in range(5)]
     opt = SplitAdamW(params, overlap=True)
     with opt.during_backward():

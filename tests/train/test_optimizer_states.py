@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from longfactory.errors import UserError
-from longfactory.memory.optimizer import SplitAdamW, join
+from longfactory.memory.optimizer import SplitAdamW
+from longfactory.memory.split_masters import join
 from longfactory.shard import optimizer_states
 from longfactory.shard.optimizer_states import (
     INDEX,

@@ -1,16 +1,8 @@
 """AdamW with exact fp32 weights at 10 bytes a parameter beside the model's own bf16 weight, on the
 GPU or on the host.
 
-The fp32 master weight is not stored: its upper half is the model's bf16 weight, and only the lower
-half is kept, as a 16-bit number.
-
-    master bits = (bf16 bits << 16) + low,   low in [-32768, 32767],
-    bf16 = master rounded to nearest (a tie goes up)
-
-So master = join(bf16, low) without loss, and the model computes with a correctly rounded weight.
-With the two fp32 moments that is 2 + 4 + 4 bytes a parameter, where fp32 master weights take 12.
-The update itself is torch's fused AdamW in fp32 on blocks; on a GPU it is one Triton kernel, in
-one pass over memory (`split_kernel`).
+Of a bf16 parameter the fp32 master weight is kept as a 16-bit remainder (`split_masters`): with the
+two fp32 moments that is 2 + 4 + 4 bytes a parameter, where fp32 master weights take 12.
 
 On the host the blocks of gradient and weight come over on a side stream while the block before is
 computed, and go back likewise; about 28 bytes of host memory traffic a parameter: 15 s for 7.6
@@ -47,49 +39,14 @@ from torch import Tensor
 from longfactory.memory.host_jobs import AHEAD, HostJob, PinnedBuffers, Worker, work_off
 from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import TrainingJob
+from longfactory.memory.split_masters import Block, inner_length, join
 from longfactory.memory.technique import Bytes, StepMoments, Technique
-
-split_update: Callable[..., None] | None
-try:
-    from longfactory.memory.split_kernel import update as split_update
-except ImportError:  # Triton comes with CUDA builds of PyTorch
-    split_update = None
 
 log = logging.getLogger(__name__)
 
 # elements that travel together; `host_jobs.AHEAD` blocks of gradients that leave are on the GPU at
 # most
 BLOCK = 1 << 24
-# elements computed together on the host: a core's share and its scratch stay in its cache
-_INNER = (1 << 15) * torch.get_num_threads()
-
-
-def split(master: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 -> (bf16 rounded to nearest, int16 remainder)."""
-    weight, low = (
-        torch.empty(master.shape, dtype=t, device=master.device)
-        for t in (torch.bfloat16, torch.int16)
-    )
-    _split_into(weight, low, master, torch.empty_like(master, dtype=torch.int32))
-    return weight, low
-
-
-def _split_into(weight: Tensor, low: Tensor, master: Tensor, scratch: Tensor) -> None:
-    bits = master.view(torch.int32)
-    high = torch.add(bits, 0x8000, out=scratch).bitwise_right_shift_(16)
-    weight.view(torch.int16).copy_(high)
-    # the lower 16 bits, with their sign, are the remainder: bits = (high << 16) + low
-    low.copy_(bits)
-
-
-def join(weight: Tensor, low: Tensor, out: Tensor | None = None) -> Tensor:
-    """(bf16, int16) -> the fp32 master weight; in the memory of `out`, int32, if it is given."""
-    bits = (
-        torch.empty(weight.shape, dtype=torch.int32, device=weight.device) if out is None else out
-    )
-    return (
-        bits.copy_(weight.view(torch.int16)).bitwise_left_shift_(16).add_(low).view(torch.float32)
-    )
 
 
 def local(t: Tensor) -> Tensor:
@@ -177,7 +134,7 @@ class SplitAdamW(torch.optim.Optimizer):
                 if p.grad is not None or p in self._away:
                     self.prepare(p)
                     self.state[p]["step"] += 1
-        self._do([job for work in self._work() for job in work.jobs()])
+        self._do([job for block in self._work() for job in _update_jobs(block)])
         self._scale = 1.0
         self._left.clear()
         self._away.clear()
@@ -243,7 +200,7 @@ class SplitAdamW(torch.optim.Optimizer):
                 self.prepare(p)
                 self.state[p]["step"] += 1
                 block = self._block(p, group, grad)
-                jobs = list(block.jobs())
+                jobs = list(_update_jobs(block))
                 # now, and not when the thread comes to write it
                 torch.autograd.graph.increment_version(block.weight)
                 if summed:
@@ -411,7 +368,7 @@ class SplitAdamW(torch.optim.Optimizer):
         if p.dtype == torch.bfloat16:
             state["low"] = torch.zeros(here.shape, dtype=torch.int16, device=device)
 
-    def _work(self) -> Iterator[_Block]:
+    def _work(self) -> Iterator[Block]:
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -419,11 +376,11 @@ class SplitAdamW(torch.optim.Optimizer):
                 elif p in self._away:
                     yield self._block(p, group, self._away[p], away=True)
 
-    def _block(self, p: Any, group: dict[str, Any], grad: Tensor, away: bool = False) -> _Block:
+    def _block(self, p: Any, group: dict[str, Any], grad: Tensor, away: bool = False) -> Block:
         s = self.state[p]
         low = s["low"].view(-1) if "low" in s else None
         m, v = s["exp_avg"].view(-1), s["exp_avg_sq"].view(-1)
-        return _Block(
+        return Block(
             _flat(p.detach(), "parameter"), grad, low, m, v, s["step"], group, self._scale, away
         )
 
@@ -484,6 +441,16 @@ def _norm(t: Tensor) -> Tensor:
     return torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32))
 
 
+def _update_jobs(block: Block) -> Iterator[HostJob]:
+    """One AdamW step, a job for each `BLOCK` numbers."""
+    for a in range(0, block.weight.numel(), BLOCK):
+        part = block.cut(a, a + BLOCK)
+        if part.away:
+            yield HostJob((part.weight,), functools.partial(part.update_at, grad=part.grad), 1)
+        else:
+            yield HostJob((part.weight, part.grad), part.update_at, 1)
+
+
 def _sum_jobs(grad: Tensor, total: Tensor, *, first: bool, last: bool) -> Iterator[HostJob]:
     """`_add` in jobs."""
     for g, t in zip(grad.split(BLOCK), total.split(BLOCK), strict=True):
@@ -493,7 +460,7 @@ def _sum_jobs(grad: Tensor, total: Tensor, *, first: bool, last: bool) -> Iterat
 
 def _add(grad: Tensor, total: Tensor, *, first: bool, last: bool) -> None:
     """fp32 `total` = `grad` (first) or `total` + `grad`; the last one rounds it into `grad`."""
-    for g, t in zip(grad.split(_inner(grad)), total.split(_inner(grad)), strict=True):
+    for g, t in zip(grad.split(inner_length(grad)), total.split(inner_length(grad)), strict=True):
         t.copy_(g) if first else t.add_(g)
         if last:
             g.copy_(t)
@@ -517,160 +484,6 @@ def _sum_and_keep(grad: Tensor, *, total: Tensor, norm: Tensor) -> None:
     _add(grad, total, first=False, last=True)
     total.copy_(grad)
     norm.copy_(_norm(grad))
-
-
-def _inner(t: Tensor) -> int:
-    return max(t.numel(), 1) if t.is_cuda else _INNER
-
-
-@dataclasses.dataclass(frozen=True)
-class _Block:
-    """Flat parts, of equal length, of one parameter and what belongs to it. `scale`: of the
-    gradient. `away`: it is where the states are, and the weight may be elsewhere."""
-
-    weight: Tensor
-    grad: Tensor
-    low: Tensor | None
-    m: Tensor
-    v: Tensor
-    step: Tensor
-    group: dict[str, Any]
-    scale: float
-    away: bool = False
-
-    def cut(self, a: int, b: int) -> _Block:
-        low = self.low[a:b] if self.low is not None else None
-        return dataclasses.replace(
-            self,
-            weight=self.weight[a:b],
-            grad=self.grad[a:b],
-            low=low,
-            m=self.m[a:b],
-            v=self.v[a:b],
-        )
-
-    def jobs(self) -> Iterator[HostJob]:
-        """One AdamW step, a job for each `BLOCK` numbers."""
-        for a in range(0, self.weight.numel(), BLOCK):
-            part = self.cut(a, a + BLOCK)
-            if self.away:
-                yield HostJob((part.weight,), functools.partial(part.update_at, grad=part.grad), 1)
-            else:
-                yield HostJob((part.weight, part.grad), part.update_at, 1)
-
-    def update_at(self, weight: Tensor, grad: Tensor) -> None:
-        """One AdamW step of `weight`, the block's own or a copy where its states are."""
-        dataclasses.replace(self, weight=weight, grad=grad).update()
-
-    def update(self) -> None:
-        """One AdamW step of tensors that are all on one device."""
-        # CPU parameters with states elsewhere, or the reverse
-        if self.weight.device != self.m.device:
-            raise RuntimeError(
-                f"SplitAdamW: states are on {self.m.device}, the parameter is on"
-                f" {self.weight.device}."
-            )
-        if self.low is not None and self.weight.is_cuda and _one_pass(self.weight.device):
-            self.update_in_one_pass()
-            return
-        n = self.weight.numel()
-        inner = min(_inner(self.weight), n)
-        # Scratch is allocated once: fresh memory for each part would cost the host more than the
-        # update itself.
-        grads = torch.empty(inner, dtype=self.m.dtype, device=self.m.device)
-        wide, spare = torch.empty(
-            2, inner if self.low is not None else 0, dtype=torch.int32, device=self.m.device
-        )
-        for a in range(0, n, inner):
-            part = self.cut(a, a + inner)
-            here = len(part.weight)
-            grad = grads[:here].copy_(part.grad)
-            if part.scale != 1.0:
-                grad.mul_(part.scale)
-            master = part.weight if part.low is None else join(part.weight, part.low, wide[:here])
-            _adamw(master, grad, part)
-            if part.low is not None:
-                _split_into(part.weight, part.low, master, spare[:here])
-
-    def update_in_one_pass(self) -> None:
-        """`update` of a split master, by the kernel."""
-        assert split_update is not None
-        group = self.group
-        split_update(
-            self.weight,
-            self.low,
-            self.grad,
-            self.m,
-            self.v,
-            step=float(self.step),
-            scale=self.scale,
-            lr=float(group["lr"]),
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-        )
-
-
-@functools.cache
-def _one_pass(device: torch.device) -> bool:
-    """Whether the Triton kernel is there and computes what PyTorch's operations compute: tried once
-    a process.
-    """
-    if split_update is None:
-        return False
-    reason = None
-    try:
-        far = difference_of_one_pass(device)
-        if not far <= 1e-5:
-            reason = f"weights are off by {far:.1e}, tolerated are 1e-5"
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # Triton's many errors have no common type
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
-    if reason is not None:
-        log.warning("AdamW of split masters runs in several passes: its kernel fails (%s).", reason)
-    return reason is None
-
-
-def difference_of_one_pass(device: torch.device) -> float:
-    """The largest difference of masters and moments after a step, between the kernel and PyTorch's
-    operations. Relative for numbers above 1; smaller ones are differences of numbers around 1, and
-    have their roundings. Infinity where bf16 weights are not the rounded masters.
-    """
-    generator = torch.Generator().manual_seed(0)
-    n = 5000
-    master, m, v, grad = (torch.randn(n, generator=generator).to(device) for _ in range(4))
-    weight, low = split(master)
-    group = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-    v, narrow = v.abs(), grad.bfloat16()
-    step = torch.tensor(3.0)
-    ours = _Block(weight, narrow, low, m.clone(), v.clone(), step, group, 0.5)
-    ours.update_in_one_pass()
-    _adamw(master, narrow.float() * 0.5, dataclasses.replace(ours, m=m, v=v))
-    found = join(ours.weight, low)
-    if not torch.equal(split(found)[0], ours.weight):
-        return math.inf
-    pairs = ((found, master), (ours.m, m), (ours.v, v))
-    return max(float(((a - b).abs() / b.abs().clamp(min=1.0)).max()) for a, b in pairs)
-
-
-def _adamw(master: Tensor, grad: Tensor, part: _Block) -> None:
-    group = part.group
-    torch._fused_adamw_(
-        [master],
-        [grad],
-        [part.m],
-        [part.v],
-        [],
-        [part.step.to(master.device)],
-        lr=float(group["lr"]),
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        amsgrad=False,
-        maximize=False,
-    )
 
 
 # ---- what the planner needs to know --------------------------------------------------------------

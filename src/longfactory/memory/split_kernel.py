@@ -1,5 +1,5 @@
 """One AdamW step of split master weights in one pass over memory, 26 bytes a parameter: PyTorch's
-elementwise operations take some sixty (`optimizer.join`, `_split_into`).
+elementwise operations take some sixty (`split_masters.join`, `split_into`).
 """
 
 from __future__ import annotations
