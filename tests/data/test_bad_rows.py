@@ -7,8 +7,8 @@ import logging
 from typing import Any
 
 import pytest
-from conftest import make_args
 
+from data_arguments import make_args
 from longfactory.data.module import load_datasets
 from longfactory.data.templates import get_template
 from longfactory.errors import DataError

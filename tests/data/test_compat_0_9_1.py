@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_args
 from make_golden_0_9_1 import CASES, NAMES, characters
 
+from data_arguments import make_args
 from longfactory.data.module import load_datasets
 from longfactory.data.templates import get_template
 

@@ -8,8 +8,8 @@ import logging
 from typing import Any
 
 import pytest
-from conftest import make_args
 
+from data_arguments import make_args
 from longfactory.data.derive import ChatTemplate, check
 from longfactory.data.errors import BadRow
 from longfactory.data.module import load_datasets

@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_args
 
+from data_arguments import make_args
 from longfactory.data import module, prepare
 from longfactory.data.module import collate, load_datasets
 from longfactory.data.row import IGNORE

@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_args
 
+from data_arguments import make_args
 from longfactory.data.module import load_datasets, short_names
 from longfactory.data.sources import detect, read_sources
 from longfactory.data.templates import get_template

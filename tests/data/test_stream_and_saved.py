@@ -11,8 +11,8 @@ import lf_oracle
 import numpy as np
 import pytest
 import torch
-from conftest import make_args
 
+from data_arguments import make_args
 from longfactory.config.data_arguments import STRATEGIES
 from longfactory.data.module import collate, load_datasets
 from longfactory.data.prepare import Preparer

@@ -11,8 +11,8 @@ from typing import Any
 
 import lf_oracle
 import pytest
-from conftest import make_args
 
+from data_arguments import make_args
 from longfactory.data.module import load_datasets
 from longfactory.data.row import IGNORE
 from longfactory.data.template_table import TABLE

@@ -6,7 +6,6 @@ import random
 from typing import Any
 
 import pytest
-from conftest import CORPUS, SPECIAL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import (
@@ -23,6 +22,7 @@ from tokenizers import (
 from longfactory.data import tokens
 from longfactory.data.tokens import PieceTokenizer
 from longfactory.data.words import GPT2, Words, words_of
+from small_tokenizers import CORPUS, SPECIAL
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"

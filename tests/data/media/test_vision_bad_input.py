@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_args
 from PIL import Image
 
 import tiny_media
+from data_arguments import make_args
 from longfactory.data.media import images
 from longfactory.data.media.load import load_unit
 from longfactory.data.module import load_datasets

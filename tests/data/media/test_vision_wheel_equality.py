@@ -13,9 +13,9 @@ import lf_oracle
 import numpy as np
 import pytest
 import torch
-from conftest import make_args
 
 import tiny_media
+from data_arguments import make_args
 from longfactory.data.media.load import load_unit
 from longfactory.data.module import load_datasets
 from longfactory.data.templates import get_template
