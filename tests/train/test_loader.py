@@ -5,7 +5,9 @@ micro-batch.
 from __future__ import annotations
 
 import itertools
+import pickle
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch.utils.data import IterableDataset
 
 from longfactory.data.row import IGNORE, TokenizedDocument, make_row
 from longfactory.train.loader import Collate, Endless, RowSampler, RowStream, empty_row, make_loader
+from longfactory.train.survival.signals import ignore_in_loader
 
 
 def lists_of_all_groups(
@@ -161,10 +164,33 @@ def test_a_reference_cache_made_after_the_loader_is_used() -> None:
             return "attached"
 
     caches: list[Cache] = []
-    rows = Collate(collate, 8, 3, empty_row, lambda: caches[0] if caches else None)
-    assert rows([1])["row"] != "attached"
+    rows = Collate(collate, 8, 3, empty_row)
+    common = {"batch": 1, "groups": 1, "group": 0, "workers": 0, "pin": False, "prefetch": None}
+    reference = lambda: caches[0] if caches else None  # noqa: E731
+    loader = make_loader([1], RowSampler(1, 1), rows, **common, reference=reference)
+    assert [item["row"] for item in loader] != ["attached"]
     caches.append(Cache())
-    assert rows([1])["row"] == "attached"
+    assert [item["row"] for item in loader] == ["attached"]
+
+
+def test_what_a_loader_sends_to_its_processes_is_data_alone() -> None:
+    """Where processes do not start as copies of this one (Python 3.14's way on Linux), all of it is
+    pickled: a function of the run's own would fail, and a model would go with it.
+    """
+
+    class Reference:
+        def __reduce__(self) -> Any:
+            raise AssertionError("what computes the reference is sent")
+
+        def numbers(self) -> None:
+            return None
+
+    common = {"batch": 1, "groups": 1, "group": 0, "workers": 0, "pin": False, "prefetch": None}
+    given = Collate(collate, 8, 3, empty_row)
+    loader = make_loader([1], RowSampler(1, 1), given, **common, reference=Reference().numbers)
+    (expected,) = loader
+    sent = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn, ignore_in_loader)))
+    assert torch.equal(sent[1](sent[0])["row"].input_ids, expected["row"].input_ids)
 
 
 class Stream(IterableDataset):

@@ -151,10 +151,10 @@ class Endless(IterableDataset):
 class Collate:
     """Samples -> {"row": Row}, in a worker process. No samples give a row that trains nothing.
 
-    `reference` gives the cache of the reference's log-probabilities that are attached to the
-    documents, or None. `media` decodes the images and videos that this rank is dealt. What is wrong
-    with them comes back in place of the row (`RowLoader` raises it): raised in a worker process it
-    would come with a stack trace.
+    `reference`: the reference's log-probabilities, which are attached to the documents, or None;
+    `RowLoader` sets it when it begins. `media` decodes the images and videos that this rank is
+    dealt. What is wrong with them comes back in place of the row (`RowLoader` raises it): raised in
+    a worker process it would come with a stack trace.
     """
 
     def __init__(
@@ -163,17 +163,11 @@ class Collate:
         multiple: int,
         pad_id: int,
         empty: Callable[[int, int], Row],
-        reference: Callable[[], Numbers | None] = lambda: None,
         media: MediaLoading | None = None,
     ):
+        self.collate, self.multiple, self.pad_id, self.empty = collate, multiple, pad_id, empty
         self.media = media
-        self.collate, self.multiple, self.pad_id, self.empty, self.reference = (
-            collate,
-            multiple,
-            pad_id,
-            empty,
-            reference,
-        )
+        self.reference: Numbers | None = None
 
     def __call__(self, samples: list[Any]) -> dict[str, Any]:
         """The row, and how many samples it holds."""
@@ -189,8 +183,8 @@ class Collate:
                 row = self.media(row)
             except DataError as error:
                 return {"problem": str(error)}
-        cache = self.reference()
-        row = row if cache is None else cache.attach(row)
+        if self.reference is not None:
+            row = self.reference.attach(row)
         return {"row": row, "samples": len(samples)}
 
 
@@ -222,14 +216,27 @@ def end_processes() -> None:
 atexit.register(end_processes)
 
 
+def no_reference() -> None:
+    """Of a run that has none."""
+
+
 class RowLoader(DataLoader):
     """A DataLoader of rows.
 
+    Args:
+        reference: the numbers that `Collate` attaches. Called whenever the loader begins, in this
+            process: they may be made after the loader is, and what computes them (a model) is not
+            sent to the loader's processes, however these start.
     Raises:
         DataError: while it is iterated: images or videos of a row cannot be decoded.
     """
 
+    def __init__(self, *args: Any, reference: Callable[[], Numbers | None], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.reference = reference
+
     def __iter__(self) -> Any:
+        self.collate_fn.reference = self.reference()
         batches = super().__iter__()
         if self.num_workers:
             _with_processes.add(batches)
@@ -251,9 +258,10 @@ def make_loader(
     pin: bool,
     prefetch: int | None,
     endless: bool = False,
+    reference: Callable[[], Numbers | None] = no_reference,
 ) -> DataLoader:
     """A plain DataLoader: indexable data sets go by `sampler`, streams take turns; with `endless`
-    they begin again where they end.
+    they begin again where they end. `reference`: see `RowLoader`.
 
     A `StreamedDataset` uses `workers` by itself: processes of a DataLoader would each read and
     tokenise the whole stream.
@@ -261,6 +269,7 @@ def make_loader(
     if isinstance(dataset, StreamedDataset):
         dataset, workers = dataclasses.replace(dataset, workers=workers, prefetch=prefetch or 2), 0
     common: dict[str, Any] = {"num_workers": workers, "pin_memory": pin, "collate_fn": collate}
+    common["reference"] = reference
     if workers:
         common.update(
             persistent_workers=True,

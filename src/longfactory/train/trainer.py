@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -139,16 +140,8 @@ class RowTrainer(ResumableTrainer):
         it ends.
         """
         ctx, args = self.ctx, self.args
-        # Looked up when the loader starts, not now: the reference is made after the training
-        # loader.
-        collate = Collate(
-            self.collate,
-            sp.alignment(ctx),
-            self.pad_id,
-            empty_row,
-            lambda: self.reference.numbers_of(dataset),
-            self._media_loading(),
-        )
+        media = self._media_loading()
+        collate = Collate(self.collate, sp.alignment(ctx), self.pad_id, empty_row, media)
         sampler = None
         if hasattr(dataset, "__len__"):
             by_length = (
@@ -176,7 +169,12 @@ class RowTrainer(ResumableTrainer):
             pin=args.dataloader_pin_memory and args.device.type == "cuda",
             prefetch=args.dataloader_prefetch_factor,
             endless=endless,
+            reference=functools.partial(self._reference_numbers, dataset),
         )
+
+    def _reference_numbers(self, dataset: Any) -> Any:
+        """What the reference gave for a data set, which is made after the training loader is."""
+        return self.reference.numbers_of(dataset)
 
     def _media_loading(self) -> MediaLoading | None:
         """How a loader decodes what this rank is dealt of a row's images."""
