@@ -189,19 +189,32 @@ def _method(cfg: RunConfig) -> Iterator[str]:
             "neftune_noise_alpha draws noise for each answer's own sequence, and pref_share_prompt:"
             " true computes a prompt once for both. Leave pref_share_prompt out."
         )
-    predicts = cfg.trainer.predict_with_generate
-    if predicts and not facts.predicts:
+    yield from _predicting(cfg)
+    yield from _best_checkpoint(cfg)
+    yield from _steps(cfg)
+    yield from _optim_words(cfg)
+    if cfg.trainer.bf16 and cfg.trainer.fp16:
+        yield "bf16 and fp16 were both given. Keep one of them."
+    if m.pure_bf16 and cfg.trainer.fp16:
+        yield "pure_bf16 and fp16 contradict each other. Keep one of them."
+
+
+def _predicting(cfg: RunConfig) -> Iterator[str]:
+    """Generated answers: do_predict, predict_with_generate, infer_backend."""
+    m, trainer = cfg.method, cfg.trainer
+    predicts = trainer.predict_with_generate
+    if predicts and not STAGES[m.stage].predicts:
         yield (
             f"predict_with_generate is for stage: sft; this run's stage is {m.stage}. Leave it out."
         )
     if cfg.model.infer_backend == "vllm" and (
-        not cfg.trainer.do_predict or cfg.trainer.do_train or cfg.trainer.do_eval
+        not trainer.do_predict or trainer.do_train or trainer.do_eval
     ):
         yield (
             "infer_backend: vllm writes the answers of a saved model: do_predict: true with"
             " do_train: false and do_eval: false. Leave it out of a training run."
         )
-    if cfg.trainer.do_predict and not predicts:
+    if trainer.do_predict and not predicts:
         yield "do_predict writes generated answers. Set predict_with_generate: true."
     if predicts and m.compute_accuracy:
         yield (
@@ -212,38 +225,54 @@ def _method(cfg: RunConfig) -> Iterator[str]:
             "predict_with_generate generates on one device. Set sequence_parallel_size: 1, or"
             " generate from the exported model."
         )
-    if not facts.reloads_best and cfg.trainer.load_best_model_at_end:
+
+
+def _best_checkpoint(cfg: RunConfig) -> Iterator[str]:
+    """By what the best checkpoint is chosen, and when a run stops for want of a better one."""
+    m, trainer = cfg.method, cfg.trainer
+    if not STAGES[m.stage].reloads_best and trainer.load_best_model_at_end:
         yield (
             f"load_best_model_at_end is not supported with stage: {m.stage}. Leave it out and"
             " choose the checkpoint by its evaluation."
         )
-    if m.early_stopping_steps is not None and cfg.trainer.eval_strategy == "no":
+    if m.early_stopping_steps is not None and trainer.eval_strategy == "no":
         yield "early_stopping_steps counts evaluations. Set eval_strategy and eval_steps."
     judged = (
-        cfg.trainer.load_best_model_at_end
-        or cfg.trainer.save_strategy == "best"
+        trainer.load_best_model_at_end
+        or trainer.save_strategy == "best"
         or m.early_stopping_steps is not None
     )
     if judged and cfg.data.eval_on_each_dataset and len(cfg.data.eval_dataset) > 1:
-        metric = str(cfg.trainer.metric_for_best_model or "loss").removeprefix("eval_")
+        metric = str(trainer.metric_for_best_model or "loss").removeprefix("eval_")
         if not any(metric.startswith(f"{name}_") for name in cfg.data.eval_dataset):
             yield (
                 "With eval_on_each_dataset each data set has a loss of its own, and the best"
                 " checkpoint is chosen by one. Set metric_for_best_model:"
                 f" eval_{cfg.data.eval_dataset[0]}_loss (or another's)."
             )
-    if cfg.trainer.logging_strategy == "steps" and cfg.trainer.logging_steps == 0:
-        yield (
-            "logging_steps: 0 was given. Give a number above 0, or -1 to log after the last step"
-            " alone."
-        )
-    if cfg.trainer.save_strategy == "best" and not cfg.trainer.metric_for_best_model:
+    if trainer.save_strategy == "best" and not trainer.metric_for_best_model:
         yield (
             "save_strategy: best compares evaluations. Set metric_for_best_model, for example loss."
         )
-    odd = [
-        item for item in str(cfg.trainer.optim_args or "").split(",") if item and "=" not in item
-    ]
+
+
+def _steps(cfg: RunConfig) -> Iterator[str]:
+    """After how many steps something is done: not after none."""
+    for strategy, key, words in (
+        (cfg.trainer.logging_strategy, "logging_steps", "log"),
+        (cfg.trainer.eval_strategy, "eval_steps", "evaluate"),
+    ):
+        if strategy == "steps" and getattr(cfg.trainer, key) == 0:
+            yield (
+                f"{key}: 0 was given. Give a number above 0, or -1 to {words} after the last step"
+                " alone."
+            )
+
+
+def _optim_words(cfg: RunConfig) -> Iterator[str]:
+    """transformers' own optimizers: optim, optim_args, optim_target_modules."""
+    given = str(cfg.trainer.optim_args or "").split(",")
+    odd = [item for item in given if item and "=" not in item]
     if odd:
         yield (
             f"optim_args: {plain(', '.join(odd))} is not name=value. Write them so, with commas"
@@ -254,16 +283,6 @@ def _method(cfg: RunConfig) -> Iterator[str]:
         yield (
             f"optim: {optim} works on the modules that optim_target_modules names. Give them, for"
             " example q_proj,v_proj."
-        )
-    if cfg.trainer.bf16 and cfg.trainer.fp16:
-        yield "bf16 and fp16 were both given. Keep one of them."
-    if m.pure_bf16 and cfg.trainer.fp16:
-        yield "pure_bf16 and fp16 contradict each other. Keep one of them."
-    steps, strategy = cfg.trainer.eval_steps, cfg.trainer.eval_strategy
-    if strategy == "steps" and steps == 0:
-        yield (
-            "eval_steps: 0 was given. Give a number above 0, or -1 to evaluate after the last step"
-            " alone."
         )
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from longfactory.config import accelerate_launch, checks, folder, translate, v1_keys
@@ -59,39 +59,16 @@ def from_mapping(
         said = ", ".join(f"{name}: {value}" for name, value in asked.items())
         notes.append(f"accelerate launch asks for {plain(said)}.")
 
-    groups: dict[str, Any] = {}
-    given: set[str] = set()
-    for group, cls in GROUPS.items():
-        parsed = {}
-        for name, key in keys_of(cls).items():
-            if name in values:
-                given.add(name)
-                try:
-                    parsed[name] = key.parse(values.pop(name))
-                except ConfigError as e:
-                    problems.append(str(e))
-        groups[group] = cls(**parsed)
-    hf: dict[str, Any] = {}
-    for name in list(values):
-        given.add(name)
-        try:
-            hf[name] = TRAINER_KEYS[name].parse(values.pop(name))
-        except ConfigError as e:
-            problems.append(str(e))
-    assert not values
-    if problems:
+    given = set(values)
+    groups, hf, wrong = _parsed(values)
+    if problems := [*problems, *wrong]:
         raise ConfigError("\n".join(problems))
 
     cfg = RunConfig(**groups, hf=hf, notes=())
     if command == "train":
         cfg = dataclasses.replace(cfg, hf=_finished(cfg))
-        if world_size is None and "LOCAL_RANK" in os.environ:
-            world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        problems = list(checks.training(cfg, world_size))
-        if not problems:
-            missing = list(checks.extras(cfg))
-            notes += missing if cfg.output.dry_run else []
-            problems += [] if cfg.output.dry_run else missing
+        problems, missing = _problems_of_training(cfg, world_size)
+        notes += missing
     else:
         problems = list(checks.inference(cfg, command))
     if problems:
@@ -103,6 +80,39 @@ def from_mapping(
         notes += more
         cfg = dataclasses.replace(cfg, checkpoints=found)
     return dataclasses.replace(cfg, notes=tuple(notes))
+
+
+def _parsed(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """The groups of arguments, transformers' own, and a sentence for each value that is none."""
+    problems: list[str] = []
+
+    def parse(keys: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+        parsed = {}
+        for name in names:
+            try:
+                parsed[name] = keys[name].parse(values[name])
+            except ConfigError as e:
+                problems.append(str(e))
+        return parsed
+
+    groups, grouped = {}, set()
+    for group, cls in GROUPS.items():
+        keys = keys_of(cls)
+        names = [name for name in keys if name in values]
+        grouped.update(names)
+        groups[group] = cls(**parse(keys, names))
+    hf = parse(TRAINER_KEYS, [name for name in values if name not in grouped])
+    return groups, hf, problems
+
+
+def _problems_of_training(cfg: RunConfig, world_size: int | None) -> tuple[list[str], list[str]]:
+    """What a run cannot be started with; and, for --dry_run alone, packages that are missing."""
+    if world_size is None and "LOCAL_RANK" in os.environ:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if problems := list(checks.training(cfg, world_size)):
+        return problems, []
+    missing = list(checks.extras(cfg))
+    return ([], missing) if cfg.output.dry_run else (missing, [])
 
 
 def _finished(cfg: RunConfig) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -115,108 +115,27 @@ def load_datasets(
         )
     kind = kind_of(stage)
     train_names, eval_names = names(args.dataset), names(args.eval_dataset)
-    if not train_names and not eval_names and not saved.is_saved(args.tokenized_path):
-        raise DataError("No data set: name one with `dataset:` (or `eval_dataset:`).")
-    if eval_names and args.val_size > 1e-6:
-        raise DataError("val_size and eval_dataset exclude each other: keep one.")
-    if args.mask_history and args.train_on_prompt:
-        raise DataError("mask_history and train_on_prompt exclude each other: keep one.")
-    if args.tokenized_path is not None:
-        saved.check_free(Path(args.tokenized_path))  # before hours of tokenising, not after
-    warn = functools.lru_cache(maxsize=None)(log.warning)
+    _check_keys(args, train_names, eval_names)
     pieces = PieceTokenizer(tokenizer)
-    rules = make_rules(args, template, pieces)
-    packed = packs(args, stage)
+    rules, packed = make_rules(args, template, pieces), packs(args, stage)
     if (args.packing or args.neat_packing) and not packed:
         log.warning(
             f"packing has no effect in stage {stage}: a row already holds every document of a"
             " batch."
         )
-
-    def load(wanted: list[str], questions: bool = False) -> list[Part]:
-        sources = read_sources(wanted, args.dataset_dir, warn)
-        for source in sources:
-            kind.check_source(source, stage)
-        return [
-            _tokenised(source, args, kind, template, pieces, seed, log, questions, media)
-            for source in sources
-        ]
-
-    def finish(stores: Sequence[Store], entries: np.ndarray, what: str) -> TokenizedDataset:
-        report = _report(stores)
-        data = TokenizedDataset(stores, entries, kind, rules, packed, report)
-        if not len(data):
-            first = next(
-                (f" First: {p[0]}: {p[1]}." for b in report.bad_rows.values() for p in b["places"]),
-                "",
-            )
-            raise DataError(
-                f"The {what} data are empty: of {report.rows_read} rows {report.bad} were bad and"
-                f" {report.dropped} dropped.{first}"
-            )
-        log.info(f"{what}: {report.describe()}.")
-        if option(args, "do_eval") and report.unanswered == report.samples:
-            raise DataError(
-                f"None of the {report.samples} {what} samples has an answer: they can be answered"
-                " (do_predict), not evaluated. Leave out do_eval and eval_strategy."
-            )
-        kind.check(what, flags_of(data.stores, data.entries), report, rules, log)
-        if report.truncated or report.untrained:
-            keeps_all = data.longest_uncut()
-            log.warning(of_truncation(what, report, rules.cutoff, rules.strategy, keeps_all))
-        return data
-
     if saved.is_saved(args.tokenized_path):
         assert args.tokenized_path is not None
         return _load_saved(Path(args.tokenized_path), kind, rules, packed, tokenizer, log, media)
 
-    evaluation: dict[str, TokenizedDataset] = {}
+    request = _Request(args, stage, kind, template, pieces, rules, packed, seed, log, media)
     train: TokenizedDataset | StreamedDataset | None = None
-    splits: dict[str, np.ndarray] = {}
-    stores: list[Store] = []
-
+    evaluation: dict[str, TokenizedDataset] = {}
     if train_names and args.streaming:
-        if args.tokenized_path is not None:
-            raise DataError(
-                "streaming does not tokenise beforehand, so it cannot fill tokenized_path: turn one"
-                " of them off."
-            )
-        train = stream_dataset(args, stage, template, pieces, rules, packed, seed, log, media)
-        if args.val_size > 1e-6:
-            if args.val_size < 1 or int(args.val_size) != args.val_size:
-                raise DataError(
-                    f"With streaming, val_size is a number of rows; found {args.val_size:g}."
-                )
-            train.skip = int(args.val_size)
-            evaluation["eval"] = train.held_out(train.skip)
-            log.info(f"evaluation: {evaluation['eval'].report.describe()}.")
-    elif train_names:
-        parts = load(train_names)
-        stores += [s for s, _ in parts]
-        splits["train"] = _mix(parts, args, seed)
-        if args.val_size > 1e-6:
-            splits["train"], splits["eval"] = _split(splits["train"], args.val_size, seed)
-    if eval_names:
-        parts = load(eval_names, questions=bool(option(args, "do_predict")))
-        each = bool(option(args, "eval_on_each_dataset"))
-        for name, group in (
-            zip(short_names(eval_names), [[p] for p in parts], strict=True)
-            if each
-            else [("eval", parts)]
-        ):
-            entries = _mix(group, args, seed)
-            entries[:, 0] += len(stores)
-            stores += [s for s, _ in group]
-            splits[name] = entries
-
+        train, evaluation = _streamed(request)
+    stores, splits = _read_splits(request, [] if args.streaming else train_names, eval_names)
     for name, entries in splits.items():
-        used = {int(s) for s in np.unique(entries[:, 0])}
-        own = [s for i, s in enumerate(stores) if i in used] or stores
-        renumber = {old: new for new, old in enumerate(sorted(used))}
-        local = entries.copy()
-        local[:, 0] = [renumber[int(s)] for s in entries[:, 0]]
         what = {"train": "training", "eval": "evaluation"}.get(name, f"evaluation ({name})")
-        data = finish(own, local, what)
+        data = _finished(request, *_own_stores(stores, entries), what)
         if name == "train":
             train = data
             log.info("Training example: " + preview(data[0], tokenizer))
@@ -225,6 +144,152 @@ def load_datasets(
     if args.tokenized_path is not None and splits:
         _save(Path(args.tokenized_path), stores, splits, kind, rules, log, args, media)
     return Datasets(train, evaluation, _used(media, (train, *evaluation.values())))
+
+
+def _check_keys(args: DataSettings, train_names: list[str], eval_names: list[str]) -> None:
+    if not train_names and not eval_names and not saved.is_saved(args.tokenized_path):
+        raise DataError("No data set: name one with `dataset:` (or `eval_dataset:`).")
+    if eval_names and args.val_size > 1e-6:
+        raise DataError("val_size and eval_dataset exclude each other: keep one.")
+    if args.mask_history and args.train_on_prompt:
+        raise DataError("mask_history and train_on_prompt exclude each other: keep one.")
+    if args.tokenized_path is not None:
+        saved.check_free(Path(args.tokenized_path))  # before hours of tokenising, not after
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """What all data sets of a run are read with."""
+
+    args: DataSettings
+    stage: str
+    kind: Kind
+    template: AnyTemplate | None
+    pieces: PieceTokenizer
+    rules: Rules
+    packed: bool
+    seed: int
+    log: logging.Logger
+    media: Processing | None
+
+
+def _streamed(request: _Request) -> tuple[StreamedDataset, dict[str, TokenizedDataset]]:
+    """The training data as a stream, and the rows at its beginning that `val_size` holds out."""
+    args, log = request.args, request.log
+    if args.tokenized_path is not None:
+        raise DataError(
+            "streaming does not tokenise beforehand, so it cannot fill tokenized_path: turn one"
+            " of them off."
+        )
+    train = stream_dataset(
+        args,
+        request.stage,
+        request.template,
+        request.pieces,
+        request.rules,
+        request.packed,
+        request.seed,
+        log,
+        request.media,
+    )
+    if args.val_size <= 1e-6:
+        return train, {}
+    if args.val_size < 1 or int(args.val_size) != args.val_size:
+        raise DataError(f"With streaming, val_size is a number of rows; found {args.val_size:g}.")
+    train.skip = int(args.val_size)
+    held_out = train.held_out(train.skip)
+    log.info(f"evaluation: {held_out.report.describe()}.")
+    return train, {"eval": held_out}
+
+
+def _read_splits(
+    request: _Request, train_names: list[str], eval_names: list[str]
+) -> tuple[list[Store], dict[str, np.ndarray]]:
+    """All data sets, tokenised; and by the name of each split the entries (store, sample) of its
+    samples, in order.
+    """
+    args, seed = request.args, request.seed
+    warn = functools.lru_cache(maxsize=None)(request.log.warning)
+    stores: list[Store] = []
+    splits: dict[str, np.ndarray] = {}
+    if train_names:
+        parts = _read(request, train_names, warn)
+        stores += [s for s, _ in parts]
+        splits["train"] = _mix(parts, args, seed)
+        if args.val_size > 1e-6:
+            splits["train"], splits["eval"] = _split(splits["train"], args.val_size, seed)
+    if eval_names:
+        parts = _read(request, eval_names, warn, questions=bool(option(args, "do_predict")))
+        groups = [("eval", parts)]
+        if option(args, "eval_on_each_dataset"):
+            groups = [(n, [p]) for n, p in zip(short_names(eval_names), parts, strict=True)]
+        for name, group in groups:
+            entries = _mix(group, args, seed)
+            entries[:, 0] += len(stores)
+            stores += [s for s, _ in group]
+            splits[name] = entries
+    return stores, splits
+
+
+def _read(
+    request: _Request, wanted: list[str], warn: Callable[[str], None], questions: bool = False
+) -> list[Part]:
+    sources = read_sources(wanted, request.args.dataset_dir, warn)
+    for source in sources:
+        request.kind.check_source(source, request.stage)
+    return [
+        _tokenised(
+            source,
+            request.args,
+            request.kind,
+            request.template,
+            request.pieces,
+            request.seed,
+            request.log,
+            questions,
+            request.media,
+        )
+        for source in sources
+    ]
+
+
+def _own_stores(stores: list[Store], entries: np.ndarray) -> tuple[list[Store], np.ndarray]:
+    """The stores that a split's entries name, and its entries with their numbers among these."""
+    used = {int(s) for s in np.unique(entries[:, 0])}
+    own = [s for i, s in enumerate(stores) if i in used] or stores
+    renumber = {old: new for new, old in enumerate(sorted(used))}
+    local = entries.copy()
+    local[:, 0] = [renumber[int(s)] for s in entries[:, 0]]
+    return own, local
+
+
+def _finished(
+    request: _Request, stores: Sequence[Store], entries: np.ndarray, what: str
+) -> TokenizedDataset:
+    """One split as a data set, checked; the log says what is in it."""
+    kind, rules, log = request.kind, request.rules, request.log
+    report = _report(stores)
+    data = TokenizedDataset(stores, entries, kind, rules, request.packed, report)
+    if not len(data):
+        first = next(
+            (f" First: {p[0]}: {p[1]}." for b in report.bad_rows.values() for p in b["places"]),
+            "",
+        )
+        raise DataError(
+            f"The {what} data are empty: of {report.rows_read} rows {report.bad} were bad and"
+            f" {report.dropped} dropped.{first}"
+        )
+    log.info(f"{what}: {report.describe()}.")
+    if option(request.args, "do_eval") and report.unanswered == report.samples:
+        raise DataError(
+            f"None of the {report.samples} {what} samples has an answer: they can be answered"
+            " (do_predict), not evaluated. Leave out do_eval and eval_strategy."
+        )
+    kind.check(what, flags_of(data.stores, data.entries), report, rules, log)
+    if report.truncated or report.untrained:
+        keeps_all = data.longest_uncut()
+        log.warning(of_truncation(what, report, rules.cutoff, rules.strategy, keeps_all))
+    return data
 
 
 def _used(media: Processing | None, sets: Sequence[Any]) -> Processing | None:

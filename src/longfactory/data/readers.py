@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -280,8 +281,7 @@ def _read_cloud(source: DataSource) -> Iterator[tuple[str, Raw]]:
             local = Path(folder, Path(file.path).name)
             try:
                 with file as remote, local.open("wb") as copy:
-                    while block := remote.read(1 << 24):
-                        copy.write(block)
+                    shutil.copyfileobj(remote, copy, 1 << 24)
             except OSError as e:
                 raise DataError(_elsewhere(source, "copied", 0, e)) from e
             yield from read_file(local)

@@ -379,28 +379,11 @@ def open_or_build(
     private_folder(path.parent)
     if not first:
         _wait(lambda: exists(path), 5.0)
-    started = told = time.monotonic()
-    touched = 0
     with written(path.parent):
         opened = _lock_file(path).open("a+")
     with opened as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if exists(path) and not rebuild:
-                    return Store(path)
-                if (when := os.fstat(lock.fileno()).st_mtime_ns) != touched:
-                    touched = when
-                    progress.moved(f"waiting for {_holder(lock)} to tokenise")
-                now = time.monotonic()
-                if now - told > 60:
-                    log(
-                        f"Waiting for another process to tokenise ({(now - started) / 60:.0f} min)."
-                    )
-                    told = now
-                time.sleep(0.2)
+        if not _locked(lock, lambda: exists(path) and not rebuild, log):
+            return Store(path)
         if rebuild or not exists(path):
             with contextlib.suppress(OSError):  # a full disk, which `build` tells of
                 os.ftruncate(lock.fileno(), 0)
@@ -408,6 +391,27 @@ def open_or_build(
             progress.moved("tokenising")
             build(path)
     return Store(path)
+
+
+def _locked(lock: IO[str], done: Callable[[], bool], log: Callable[[str], None]) -> bool:
+    """Waits for the lock; False where what it is for is `done` by another process."""
+    started = told = time.monotonic()
+    touched = 0
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if done():
+                return False
+        if (when := os.fstat(lock.fileno()).st_mtime_ns) != touched:
+            touched = when
+            progress.moved(f"waiting for {_holder(lock)} to tokenise")
+        now = time.monotonic()
+        if now - told > 60:
+            log(f"Waiting for another process to tokenise ({(now - started) / 60:.0f} min).")
+            told = now
+        time.sleep(0.2)
 
 
 def _lock_file(path: Path) -> Path:

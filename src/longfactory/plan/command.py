@@ -99,6 +99,27 @@ def make_parser() -> argparse.ArgumentParser:
         f" a size: {', '.join(SIZES)}",
     )
     parser.add_argument("--tokens", type=count, help="cutoff_len: 131072 or 128k")
+    _machine_options(parser)
+    parser.add_argument(
+        "--sequence-parallel-size", help="GPUs that share a row, or auto (a model: auto)"
+    )
+    parser.add_argument("--memory", choices=["auto", "fast", "long"])
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that comes with the model"
+    )
+    parser.add_argument(
+        "--lora", type=whole, metavar="RANK", default=0, help="train adapters of this rank"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=["bf16", "fp32", "tf32"],
+        help="what layers compute in (a model: bf16)",
+    )
+    _further_options(parser)
+    return parser
+
+
+def _machine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpus",
         type=several,
@@ -136,21 +157,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="microseconds until a message from another host arrives: InfiniBand some 25 (default),"
         " Ethernet some 60",
     )
-    parser.add_argument(
-        "--sequence-parallel-size", help="GPUs that share a row, or auto (a model: auto)"
-    )
-    parser.add_argument("--memory", choices=["auto", "fast", "long"])
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the code that comes with the model"
-    )
-    parser.add_argument(
-        "--lora", type=whole, metavar="RANK", default=0, help="train adapters of this rank"
-    )
-    parser.add_argument(
-        "--precision",
-        choices=["bf16", "fp32", "tf32"],
-        help="what layers compute in (a model: bf16)",
-    )
+
+
+def _further_options(parser: argparse.ArgumentParser) -> None:
+    """Rates, the run's data, and what is written."""
     parser.add_argument(
         "--calibrate",
         nargs="?",
@@ -173,7 +183,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--write", type=Path, metavar="FILE", help="the run's file with the best way's keys"
     )
-    return parser
 
 
 def words_of(a: argparse.Namespace) -> list[str]:

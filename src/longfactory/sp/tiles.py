@@ -208,29 +208,13 @@ class Mask:
                     k0 = run.offset + c - run.start
                     # from the first query to the first key
                     distance = a + self._shift[segment] - c - shift
-                    n, m = b - a, d - c
                     in_block = own and block
-                    if self.window is None or in_block or distance + n - 1 < self.window:
-                        full.append((at, at + n, k0, k0 + m))
+                    if self.window is None or in_block or distance + b - a - 1 < self.window:
+                        full.append((at, at + b - a, k0, k0 + d - c))
                         continue
-                    # later queries see no key of this run
-                    n = min(n, self.window - distance + m - 1)
-                    if n <= 0:
-                        continue
-                    first = at
-                    if n > m:
-                        # FlashAttention 2 cannot say that the first of more queries than keys see
-                        # every key: its right bound ends at the number of keys. Those queries are a
-                        # plain rectangle; the others are fewer than the keys.
-                        whole = max(0, self.window - distance)
-                        full.append((at, at + whole, k0, k0 + m))
-                        first, n, distance = at + whole, n - whole, distance + whole
-                        if n == 0:
-                            continue
-                    left = self.window - 1 - distance + m - n
-                    out.append(
-                        Tile(slice(first, first + n), slice(k0, k0 + m), "full", window=left)
-                    )
+                    whole, tile = _in_window(self.window, at, b - a, k0, d - c, distance)
+                    full += whole
+                    out += tile
         out.extend(Tile(slice(a, b), slice(c, d), "full") for a, b, c, d in merge_rectangles(full))
         return tuple(out)
 
@@ -273,6 +257,34 @@ class Mask:
             return [Tile(rows, rows, "causal", window=window, first=True)]
         lengths = tuple(c - start for c in cuts)
         return [Tile(rows, rows, "varlen", lengths, window, first=True)]
+
+
+def _in_window(
+    window: int, at: int, queries: int, k0: int, keys: int, distance: int
+) -> tuple[list[tuple[int, int, int, int]], list[Tile]]:
+    """What queries see of earlier keys through a window that some of the keys have left: a plain
+    rectangle and a tile, each at most one.
+
+    Args:
+        at, k0: places of the first query and of the first key; `queries`, `keys`: how many.
+        distance: from the first query back to the first key, in tokens.
+    """
+    # later queries see no key of this run
+    n = min(queries, window - distance + keys - 1)
+    if n <= 0:
+        return [], []
+    full = []
+    if n > keys:
+        # FlashAttention 2 cannot say that the first of more queries than keys see every key: its
+        # right bound ends at the number of keys. Those queries are a plain rectangle; the others
+        # are fewer than the keys.
+        whole = max(0, window - distance)
+        full.append((at, at + whole, k0, k0 + keys))
+        at, n, distance = at + whole, n - whole, distance + whole
+        if n == 0:
+            return full, []
+    left = window - 1 - distance + keys - n
+    return full, [Tile(slice(at, at + n), slice(k0, k0 + keys), "full", window=left)]
 
 
 def merge_rectangles(

@@ -526,72 +526,107 @@ def run_step(
         step: an earlier one, whose expert choices are replayed and whose reference numbers are
             used.
     """
-    values, entropy = method.stage == "rm", bool(method.stage == "sft" and method.use_eaft_loss)
-    passes: dict[Text, routers.Choices] = {}
+    reader = _Reader(model, method, device, reference, adapter_off, step)
     with precision.of(model, device):
         micro_batches: list[MicroBatch] = []
         for m, rows in enumerate(batches):
-            batch = []
             numbered = [(m * len(rows) + g, t) for g, texts in enumerate(rows) for t in texts]
-            for row, text in numbered:
-                recorder = (
-                    routers.record(hf.unwrap(model))
-                    if step is None
-                    else _replayed(model, step.choices, text)
-                )
-                with torch.no_grad(), recorder as choices:
-                    logps, bits = read_text(model, text, values, entropy, device)
-                passes[text] = choices if step is None else step.choices[text]
-                if text.role == "prompt" or not (text.places or values):
-                    continue  # nothing is learnt of it; its experts are read by others
-                number: Tensor | float | None = None
-                if adapter_off:
-                    with torch.no_grad(), model.disable_adapter(), _replayed(model, passes, text):  # type: ignore[operator]
-                        number = read_text(model, text, False, False, device)[0]
-                elif step is not None:
-                    number = step.references.get(text)
-                elif reference is not None:
-                    number = reference(text, float(logps.double().sum()))
-                batch.append(Scores(text, row, logps.detach().requires_grad_(), bits, number))
-            micro_batches.append(batch)
+            scored = [reader.scores(text, row) for row, text in numbered]
+            micro_batches.append([scores for scores in scored if scores is not None])
         loss = step_loss(method, micro_batches)
-        leaves = [scores.logps for batch in micro_batches for scores in batch]
-        moves = _slopes(step_loss(method, micro_batches, lambda x: x), leaves)
-        slopes = iter(_slopes(loss, leaves))
-        names = [name for name, p in model.named_parameters() if p.requires_grad]
-        wanted = [p for p in model.parameters() if p.requires_grad]
-        sums: dict[str, Tensor] = {}
-        samples: dict[int, dict[str, Tensor]] = {}
-        for batch in micro_batches:
-            for scores in batch:
-                slope = next(slopes)
-                if not slope.any():
-                    continue
-                with _replayed(model, passes, scores.text):
-                    logps, _ = read_text(model, scores.text, values, False, device)
-                    grads = torch.autograd.grad(
-                        (logps * slope).sum() * precision.scale, wanted, allow_unused=True
-                    )
-                for name, g in zip(names, grads, strict=True):
-                    if g is not None:
-                        wide = _wide(g) / precision.scale
-                        sums[name] = sums[name] + wide if name in sums else wide
-                        few = samples.setdefault(scores.row, {})
-                        few[name] = few[name] + sampled(wide) if name in few else sampled(wide)
+        every = [scores for batch in micro_batches for scores in batch]
+        leaves = [scores.logps for scores in every]
+        moves = iter(_slopes(step_loss(method, micro_batches, lambda x: x), leaves))
+        sums = _Sums(model, precision.scale)
+        for scores, slope in zip(every, _slopes(loss, leaves), strict=True):
+            if slope.any():
+                sums.add(scores.row, reader.gradients(scores.text, slope, sums))
     return Step(
         float(loss.detach()),
-        {name: g.cpu() for name, g in sums.items()},
+        {name: g.cpu() for name, g in sums.gradients.items()},
         [[scores.logps.detach().cpu() for scores in batch] for batch in micro_batches],
-        [[next(each).cpu() for _ in batch] for each in (iter(moves),) for batch in micro_batches],
-        passes,
-        {
-            scores.text: scores.reference
-            for batch in micro_batches
-            for scores in batch
-            if isinstance(scores.reference, float)
-        },
-        samples,
+        [[next(moves).cpu() for _ in batch] for batch in micro_batches],
+        reader.passes,
+        {scores.text: scores.reference for scores in every if isinstance(scores.reference, float)},
+        sums.samples,
     )
+
+
+class _Sums:
+    """Gradients over the texts of a step, whole; and some numbers of each row's own, by row."""
+
+    def __init__(self, model: nn.Module, scale: float) -> None:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.names = [name for name, _ in named]
+        self.wanted = [p for _, p in named]
+        self.scale = scale
+        self.gradients: dict[str, Tensor] = {}
+        self.samples: dict[int, dict[str, Tensor]] = {}
+
+    def add(self, row: int, grads: Sequence[Tensor | None]) -> None:
+        few = self.samples.setdefault(row, {})
+        for name, g in zip(self.names, grads, strict=True):
+            if g is None:
+                continue
+            wide = _wide(g) / self.scale
+            for sums, more in ((self.gradients, wide), (few, sampled(wide))):
+                sums[name] = sums[name] + more if name in sums else more
+
+
+class _Reader:
+    """Texts through the model, one at a time; `passes`: what its routers chose for each.
+
+    Args: as of `run_step`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Any,
+        device: torch.device,
+        reference: Reference | None,
+        adapter_off: bool,
+        step: Step | None,
+    ) -> None:
+        self.model, self.device = model, device
+        self.reference, self.adapter_off, self.step = reference, adapter_off, step
+        self.values = method.stage == "rm"
+        self.entropy = bool(method.stage == "sft" and method.use_eaft_loss)
+        self.passes: dict[Text, routers.Choices] = {}
+
+    def scores(self, text: Text, row: int) -> Scores | None:
+        """What the loss reads of a text, as a leaf of its graph; None where nothing is learnt of
+        it: its experts are read by others.
+        """
+        if self.step is None:
+            recorder = routers.record(hf.unwrap(self.model))
+        else:
+            recorder = _replayed(self.model, self.step.choices, text)
+        with torch.no_grad(), recorder as choices:
+            logps, bits = read_text(self.model, text, self.values, self.entropy, self.device)
+        self.passes[text] = choices if self.step is None else self.step.choices[text]
+        if text.role == "prompt" or not (text.places or self.values):
+            return None
+        number = self._reference_number(text, logps)
+        return Scores(text, row, logps.detach().requires_grad_(), bits, number)
+
+    def _reference_number(self, text: Text, logps: Tensor) -> Tensor | float | None:
+        if self.adapter_off:
+            without: Any = self.model.disable_adapter  # type: ignore[operator]
+            with torch.no_grad(), without(), _replayed(self.model, self.passes, text):
+                return read_text(self.model, text, False, False, self.device)[0]
+        if self.step is not None:
+            return self.step.references.get(text)
+        if self.reference is not None:
+            return self.reference(text, float(logps.double().sum()))
+        return None
+
+    def gradients(self, text: Text, slope: Tensor, sums: _Sums) -> Sequence[Tensor | None]:
+        """Of the parameters, where `slope` is the loss's gradient in the text's numbers; scaled."""
+        with _replayed(self.model, self.passes, text):
+            logps, _ = read_text(self.model, text, self.values, False, self.device)
+            total = (logps * slope).sum() * sums.scale
+            return torch.autograd.grad(total, sums.wanted, allow_unused=True)
 
 
 def _slopes(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:

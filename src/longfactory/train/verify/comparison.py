@@ -554,15 +554,7 @@ class Comparison(TrainerCallback):
         logs: dict[str, float] = next(
             (entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {}
         )
-        loss = float(logs.get("loss", math.nan))
-        # A sum of errors may be near zero by chance: so far off is the loss if they all add up.
-        bound = sum(
-            float((slope.double().abs() * (a.double() - b.double()).abs()).sum())
-            for slopes, x, y in zip(spec.sensitivity, own.logps, spec.logps, strict=True)
-            for slope, a, b in zip(slopes, x, y, strict=True)
-        )
-        own_loss = max(relative(own.loss, spec.loss), bound / max(abs(spec.loss), 1e-12))
-        losses = measured(loss, spec.loss, relative(loss, spec.loss), own_loss)
+        losses = _loss_deviation(float(logs.get("loss", math.nan)), spec, own)
         logps, where, distances = self._logps(outputs, spec, own)
         parameters, total = gradient_deviations(self.gradients, spec.gradients, own.gradients)
         logged = float(logs.get("grad_norm", math.nan))
@@ -584,24 +576,7 @@ class Comparison(TrainerCallback):
         scaled = scale_reasons(losses, self.gradients, spec.gradients, total)
         scaled = scaled or share_reasons(self.gradients, spec.samples, total)
         reasons += scaled
-        unreached = [
-            name
-            for name, g in spec.gradients.items()
-            if g.norm() > FLOOR * total.alone
-            and (name not in self.gradients or not self.gradients[name].any())
-        ]
-        if unreached:
-            reasons.append(
-                f"No gradient reaches {len(unreached)} trained parameters:"
-                f" {', '.join(map(plain_name, unreached[:3]))}."
-            )
-        if self.unreduced:
-            worst = sorted(self.unreduced, key=lambda name: -self.unreduced[name])
-            reasons.append(
-                f"The gradients of {len(worst)} trained parameters differ between processes, which"
-                f" would train different models: {', '.join(map(plain_name, worst[:3]))}. They are"
-                " left out of the reduction."
-            )
+        reasons += self._gradient_reasons(spec, total)
         if unsaved is not None:
             reasons.append(unsaved)
             tagged.append((SAVED, unsaved))
@@ -630,6 +605,27 @@ class Comparison(TrainerCallback):
             windows=tuple(s for s in self.windows.values() if self._exercised(s)),
             parameter_count=sum(map(zero.count, trainer.model.parameters())),
         )
+
+    def _gradient_reasons(self, spec: Step, total: Deviation) -> Iterator[str]:
+        """Trained parameters whose gradients are missing, or differ between processes."""
+        unreached = [
+            name
+            for name, g in spec.gradients.items()
+            if g.norm() > FLOOR * total.alone
+            and (name not in self.gradients or not self.gradients[name].any())
+        ]
+        if unreached:
+            yield (
+                f"No gradient reaches {len(unreached)} trained parameters:"
+                f" {', '.join(map(plain_name, unreached[:3]))}."
+            )
+        if self.unreduced:
+            worst = sorted(self.unreduced, key=lambda name: -self.unreduced[name])
+            yield (
+                f"The gradients of {len(worst)} trained parameters differ between processes, which"
+                f" would train different models: {', '.join(map(plain_name, worst[:3]))}. They are"
+                " left out of the reduction."
+            )
 
     def _logps(
         self, outputs: dict[int, Any], spec: Step, own: Step
@@ -717,6 +713,18 @@ class Comparison(TrainerCallback):
 
 def _texts(row: Sequence[alone.Item]) -> list[Text]:
     return [text for item in row for text in alone.texts_of(item)]
+
+
+def _loss_deviation(loss: float, spec: Step, own: Step) -> Deviation:
+    """The run's loss against the specification's, and what the model's own arithmetic explains."""
+    # A sum of errors may be near zero by chance: so far off is the loss if they all add up.
+    bound = sum(
+        float((slope.double().abs() * (a.double() - b.double()).abs()).sum())
+        for slopes, x, y in zip(spec.sensitivity, own.logps, spec.logps, strict=True)
+        for slope, a, b in zip(slopes, x, y, strict=True)
+    )
+    own_loss = max(relative(own.loss, spec.loss), bound / max(abs(spec.loss), 1e-12))
+    return measured(loss, spec.loss, relative(loss, spec.loss), own_loss)
 
 
 def _first_line(error: Exception) -> str:
