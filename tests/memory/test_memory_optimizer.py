@@ -152,7 +152,7 @@ def test_streaming_blocks_of_gpu_parameters(monkeypatch):
                     opt.prepare(p)
                     opt.state[p]["step"] += 1
                 with torch.no_grad():
-                    opt._stream([job for work in opt._work() for job in work.jobs()])
+                    opt._stream([j for block in opt._work() for j in optimizer._update_jobs(block)])
             else:
                 opt.step()
         results.append(torch.cat([opt.master(p) for p in params]))
