@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launcher import without_launcher
 from longfactory import __version__, cli, launch
 from longfactory.errors import ConfigError, UserError
 
@@ -19,16 +20,7 @@ RUN = ["model_name_or_path=m", "dataset=d", "output_dir=nowhere/out"]
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (
-        "LOCAL_RANK",
-        "RANK",
-        "WORLD_SIZE",
-        "NNODES",
-        "NPROC_PER_NODE",
-        "FORCE_TORCHRUN",
-        "LONGFACTORY_DEBUG",
-    ):
-        monkeypatch.delenv(name, raising=False)
+    without_launcher(monkeypatch)
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from launcher import without_launcher
 from longfactory import cli
 from small_runs import write_model
 
@@ -50,16 +51,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _clean(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (
-        "LOCAL_RANK",
-        "RANK",
-        "WORLD_SIZE",
-        "NNODES",
-        "NPROC_PER_NODE",
-        "FORCE_TORCHRUN",
-        "LONGFACTORY_DEBUG",
-    ):
-        monkeypatch.delenv(name, raising=False)
+    without_launcher(monkeypatch)
     monkeypatch.setenv("LONGFACTORY_CACHE", str(home / "cache"))
     monkeypatch.chdir(home)
 

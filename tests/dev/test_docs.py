@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 from longfactory.cli import COMMANDS
+from longfactory.config import other_keys
 from longfactory.config.schema import schema
+from longfactory.config.trainer_keys import TRAINER_KEYS
 from longfactory.init import data_set
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,6 +65,32 @@ def test_commands_and_keys_of_a_page_exist(page: Path) -> None:
         found = yaml.safe_load(block)
         if isinstance(found, dict):
             assert set(map(str, found)) <= set(keys), f"{page.name}: {set(found) - set(keys)}"
+
+
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+OF_OTHERS = {"quant_method"}
+"""Keys of other programs' files that pages name."""
+ROOMS = (ROOT, ROOT / "src" / "longfactory")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_files_and_keys_that_a_sentence_names_exist(page: Path) -> None:
+    text = prose(page)
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+    of_llamafactory = (other_keys.ALIASES, other_keys.NO_EFFECT, other_keys.REFUSED)
+    keys = {*schema()["properties"], *TRAINER_KEYS, *OF_OTHERS}.union(*of_llamafactory)
+    for code in re.findall(r"`([^`\n]+)`", text):
+        path = re.fullmatch(r"\w+/[\w./-]+\.(?:py|md|yaml|sh)", code)
+        if path is not None and any((room / code.split("/")[0]).exists() for room in ROOMS):
+            assert any((room / code).exists() for room in ROOMS), f"{code} is no file"
+        key = re.match(r"([a-z]+(?:_[a-z0-9]+)+)(?:: |=)", code)
+        known = key is None or key[1] in keys or page.name == "migrating_others.md"
+        assert known, f"{code}: {key and key[1]} is no key"
 
 
 def test_pages_of_the_navigation_exist() -> None:

@@ -34,6 +34,33 @@ def start(sharding: str) -> None:
         install_fsdp()
 
 
+def training_arguments(sharding: str, output_dir: str, **given: Any) -> Any:
+    """transformers' TrainingArguments of a run on CPUs with parameters sharded so; nothing is
+    saved or reported unless `given` says so. DeepSpeed's configuration is `given`.
+    """
+    import transformers
+
+    from longfactory.shard import settings
+
+    keys: dict[str, Any] = {
+        "accelerator_config": settings.accelerator_arguments(),
+        "ddp_find_unused_parameters": False,
+        "label_names": [],
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 5,
+        "remove_unused_columns": False,
+        "use_cpu": "deepspeed" not in given,
+    }
+    if sharding == "fsdp2":
+        keys |= settings.fsdp2_arguments(efficient_loading=False)
+    args = transformers.TrainingArguments(output_dir=output_dir, **keys | given)
+    args.device  # noqa: B018
+    return args
+
+
 def install_fsdp() -> None:
     import accelerate.state as state
     from accelerate.utils import DistributedType

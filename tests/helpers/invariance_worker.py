@@ -291,19 +291,14 @@ def run_case(sharding: str, case: dict[str, str]) -> dict[str, float | str]:
         else model.base_model.model.set_attn_implementation(hf.ATTENTION)
     )
 
-    extra: dict = {
-        "accelerator_config": settings.accelerator_arguments(),
-        "ddp_find_unused_parameters": False,
-        "label_names": [],
-    }
-    if sharding == "fsdp2":
-        extra |= settings.fsdp2_arguments(efficient_loading=False)
     zero = sharding.startswith("zero")
+    extra: dict[str, Any] = {}
     if zero:
         extra["deepspeed"] = settings.deepspeed_config(deepspeed_json(sharding), bf16=False)
     with tempfile.TemporaryDirectory() as folder:
-        args = transformers.TrainingArguments(
-            output_dir=folder,
+        args = cpu_sharding.training_arguments(
+            sharding,
+            folder,
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=ga,
             max_steps=STEPS,
@@ -311,18 +306,10 @@ def run_case(sharding: str, case: dict[str, str]) -> dict[str, float | str]:
             optim="sgd",
             lr_scheduler_type="constant",
             max_grad_norm=CLIP,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
             seed=SEED,
             neftune_noise_alpha=float(case.get("noise", 0)) or None,
-            remove_unused_columns=False,
-            use_cpu=not zero,
-            dataloader_num_workers=0,
             **extra,
         )
-        args.device  # noqa: B018
         ctx = sp.SequenceParallel.create(size, mode=case["mode"])
         hf.prepare(model, ctx)
         if case.get("recompute"):

@@ -92,16 +92,10 @@ def train(
     cfg = run_config(keys)
     trained = model().to(dtype)
     trained.set_attn_implementation(hf.ATTENTION)
-    extra: dict[str, Any] = {
-        "accelerator_config": settings.accelerator_arguments(),
-        "ddp_find_unused_parameters": False,
-        "label_names": [],
-    }
-    if sharding == "fsdp2":
-        extra |= settings.fsdp2_arguments(efficient_loading=False)
     with tempfile.TemporaryDirectory() as scratch:
-        args = transformers.TrainingArguments(
-            output_dir=folder or scratch,
+        args = cpu_sharding.training_arguments(
+            sharding,
+            folder or scratch,
             per_device_train_batch_size=1,
             gradient_accumulation_steps=cfg.trainer.gradient_accumulation_steps,
             max_steps=steps,
@@ -109,17 +103,9 @@ def train(
             weight_decay=0.1,
             lr_scheduler_type="linear",
             max_grad_norm=1.0,
-            logging_steps=1,
             save_strategy="steps" if folder and not resume else "no",
             save_steps=2,
-            report_to="none",
-            disable_tqdm=True,
-            seed=5,
-            remove_unused_columns=False,
-            use_cpu=True,
-            **extra,
         )
-        args.device  # noqa: B018
         ctx = sp.SequenceParallel.create(size)
         hf.prepare(trained, ctx)
         trainer = RowTrainer(

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 
 import cpu_sharding
@@ -208,36 +207,22 @@ def run_case(sharding: str, case: dict[str, str], shared: str) -> dict[str, floa
         plain = add_lora(plain)
     model = copy.deepcopy(plain)
     compared = another(plain) if case["stage"] == "asft" and case["tune"] == "full" else plain
-    extra: dict[str, Any] = {
-        "accelerator_config": settings.accelerator_arguments(),
-        "ddp_find_unused_parameters": False,
-        "label_names": [],
-    }
-    if sharding == "fsdp2":
-        extra |= settings.fsdp2_arguments(efficient_loading=False)
     zero = sharding.startswith("zero")
+    extra: dict[str, Any] = {}
     if zero:
         extra["deepspeed"] = settings.deepspeed_config(deepspeed_json(sharding), bf16=False)
     with tempfile.TemporaryDirectory() as folder:
-        args = transformers.TrainingArguments(
-            output_dir=folder,
+        args = cpu_sharding.training_arguments(
+            sharding,
+            folder,
             per_device_train_batch_size=batch,
             max_steps=STEPS,
             learning_rate=rate(case["stage"]),
             optim="sgd",
             lr_scheduler_type="constant",
             max_grad_norm=CLIP,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            seed=5,
-            remove_unused_columns=False,
-            use_cpu=not zero,
-            dataloader_num_workers=0,
             **extra,
         )
-        args.device  # noqa: B018
         ctx = sp.SequenceParallel.create(size)
         hf.prepare(model, ctx)
         head = make_value_head(model) if case["stage"] == "rm" else TokenLogprobs(model, chunk=13)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -43,13 +42,8 @@ def write_base(folder: Path) -> None:
 
 def make(sharding: str, folder: Path, size: int, adapter: bool = False) -> RowTrainer:
     cpu_sharding.reset()
-    extra: dict[str, Any] = {
-        "accelerator_config": settings.accelerator_arguments(),
-        "label_names": [],
-    }
-    if sharding == "fsdp2":
-        extra |= settings.fsdp2_arguments(efficient_loading=False)
-    elif sharding != "ddp":
+    extra: dict[str, Any] = {}
+    if sharding.startswith("zero"):
         stage = int(sharding[-1])
         zero = {"stage": stage, "reduce_bucket_size": 10000} | (
             {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
@@ -57,25 +51,19 @@ def make(sharding: str, folder: Path, size: int, adapter: bool = False) -> RowTr
         extra["deepspeed"] = settings.deepspeed_config(
             {"zero_optimization": zero, "zero_allow_untested_optimizer": True}, bf16=False
         )
-    args = transformers.TrainingArguments(
-        output_dir=str(folder),
+    args = cpu_sharding.training_arguments(
+        sharding,
+        str(folder),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=size,  # two samples a step, with either size
         max_steps=2,
         learning_rate=0.05,
         optim="adamw_torch",
         lr_scheduler_type="constant",
-        logging_steps=1,
         save_strategy="steps",
         save_steps=1,
-        report_to="none",
-        disable_tqdm=True,
-        seed=5,
-        remove_unused_columns=False,
-        use_cpu=not sharding.startswith("zero"),
         **extra,
     )
-    args.device  # noqa: B018
     model = tiny("llama")
     model.set_attn_implementation(hf.ATTENTION)
     ctx = sp.SequenceParallel.create(size, mode="zigzag-ring")
