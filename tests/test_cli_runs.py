@@ -39,7 +39,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
 
 
-def longfactory(*words: str, cache: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+def longfactory(
+    *words: str, cache: Path, start: tuple[str, ...] = ("-m", "longfactory.cli"), **variables: str
+) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
     env |= {
         "LONGFACTORY_CACHE": str(cache),
@@ -47,7 +49,7 @@ def longfactory(*words: str, cache: Path, **variables: str) -> subprocess.Comple
         "CUDA_VISIBLE_DEVICES": "",
     } | variables
     return subprocess.run(
-        [sys.executable, "-m", "longfactory.cli", *words],
+        [sys.executable, *start, *words],
         capture_output=True,
         text=True,
         env=env,
@@ -158,6 +160,28 @@ def under_zero3(tmp_path: Path, example: str, *words: str) -> subprocess.Complet
     )
     assert done.returncode == 0, done.stderr
     return done
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_loader_processes_that_are_no_copies_of_this_one(small: list[str], tmp_path: Path) -> None:
+    """Python 3.14's way on Linux: what such a process needs is sent to it. A preference loss also
+    attaches the reference's numbers there, which are made after the loader is.
+    """
+    code = (
+        "import multiprocessing, sys; multiprocessing.set_start_method('forkserver');"
+        " from longfactory.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = ["train", str(ROOT / "examples" / "dpo_full.yaml"), *small, "eval_strategy=no"]
+    losses = []
+    for workers in (0, 1):
+        out = tmp_path / f"out{workers}"
+        given = [f"output_dir={out}", f"dataloader_num_workers={workers}", "save_strategy=no"]
+        done = longfactory(*words, *given, cache=tmp_path / "cache", start=("-c", code))
+        assert done.returncode == 0, done.stderr
+        log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+        losses.append([entry["loss"] for entry in log if "loss" in entry])
+    assert len(losses[0]) == 2 and losses[0] == losses[1]
 
 
 @pytest.mark.slow
