@@ -216,6 +216,23 @@ def test_the_longer_document_is_on_several_ranks(mode: Any, size: int) -> None:
     assert sum(holders) > 1, intervals
 
 
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("mode", ["zigzag-ring", "llama3"])
+@pytest.mark.parametrize("counts", [[32, 3], [256, 256]])
+def test_an_image_is_on_several_ranks(mode: Any, size: int, counts: list[int]) -> None:
+    ctx = sp.SequenceParallel(size, mode=mode, device_type="cuda")
+    before, between, after = guard_module.images.text_lengths(counts, ctx, blocks=False)
+    length = before + between + after + sum(counts)
+    first = (before, before + counts[0])
+    places = [first, (first[1] + between, first[1] + between + counts[1])]
+    intervals = guard_module.images._plan(length, places, ctx, False).layout.intervals
+    holders = [
+        [any(a < end and b > begin for a, b in of_rank) for of_rank in intervals]
+        for begin, end in places
+    ]
+    assert max(map(sum, holders)) > 1, intervals
+
+
 # What is left behind
 
 

@@ -27,7 +27,7 @@ from ..plan import plan as make_plan
 from ..vision import Images, Media
 
 TEXT = (8, 5, 11)
-"""Tokens before, between and after the images."""
+"""Tokens before, between and after the images, at least."""
 ROUNDINGS = 16
 """By how many roundings of the run's precision features may differ: a tower of some thirty layers,
 whose matrix products may have other shapes.
@@ -56,8 +56,10 @@ def differences(
     """
     images = vision.two_images(inner.config)
     counts = [vision.tokens_of(inner.config, image) for image in images]
-    ids, kinds, places = _document(inner, counts)
-    plan, media = _sharded(inner, ctx, images, places, len(ids), device)
+    blocks = vision.has_blocks(inner.config)
+    ids, kinds, places = _document(inner, counts, text_lengths(counts, ctx, blocks))
+    plan = _plan(len(ids), places, ctx, blocks)
+    media = _media(inner, ctx, images, places, plan, device)
     padding = plan.length - len(ids)
     positions = torch.cat([torch.arange(len(ids)), torch.arange(padding)])
     rule = vision.position_rule(inner.config)
@@ -80,13 +82,38 @@ def differences(
     return _compared(found, _own(seen, kinds.to(device)), kinds.to(device))
 
 
-def _document(inner: PreTrainedModel, counts: list[int]) -> tuple[Tensor, Tensor, list[Interval]]:
+def text_lengths(counts: list[int], ctx: SequenceParallel, blocks: bool) -> tuple[int, ...]:
+    """Tokens before, between and after the images, by which several ranks hold a part of an image,
+    where the layout of rows allows it: a document that fits one rank may be dealt to it whole.
+
+    Args:
+        counts: placeholders of each image.
+        blocks: tokens of an image see each other.
+    """
+    least = sum(TEXT) + sum(counts)
+    more = max(0, alignment(ctx) // ctx.size + 32 - least) if ctx.size > 1 else 0
+    for before in range(more + 1):
+        text = (TEXT[0] + before, TEXT[1], TEXT[2] + more - before)
+        start = text[0]
+        places = [(start, start + counts[0])]
+        start += counts[0] + text[1]
+        places.append((start, start + counts[1]))
+        intervals = _plan(least + more, places, ctx, blocks).layout.intervals
+        for first, end in places:
+            if sum(any(a < end and b > first for a, b in held) for held in intervals) > 1:
+                return text
+    return TEXT
+
+
+def _document(
+    inner: PreTrainedModel, counts: list[int], texts: tuple[int, ...]
+) -> tuple[Tensor, Tensor, list[Interval]]:
     """Token ids, kinds (1 of images) and the placeholders of each image."""
     vocabulary = inner.config.get_text_config().vocab_size
     token = vision.image_token(inner.config)
     draw = torch.Generator().manual_seed(0)
     ids, kinds, places, length = [], [], [], 0
-    for number, text in enumerate(TEXT):
+    for number, text in enumerate(texts):
         ids.append(torch.randint(vocabulary // 8, vocabulary // 2, (text,), generator=draw))
         kinds.append(torch.zeros(text, dtype=torch.int64))
         length += text
@@ -98,28 +125,32 @@ def _document(inner: PreTrainedModel, counts: list[int]) -> tuple[Tensor, Tensor
     return torch.cat(ids), torch.cat(kinds), places
 
 
-def _sharded(
-    inner: PreTrainedModel,
-    ctx: SequenceParallel,
-    images: list[Images],
-    places: list[Interval],
-    length: int,
-    device: torch.device,
-) -> tuple[RowPlan, Media]:
-    """The plan of the row, and what this rank computes of its images: every rank as many."""
+def _plan(length: int, places: list[Interval], ctx: SequenceParallel, blocks: bool) -> RowPlan:
+    """Of a row that is one document and padding."""
     padding = -length % alignment(ctx)
     segments = [Segment(0, length)]
     if padding:
         segments.append(Segment(length, length + padding))
-    if vision.has_blocks(inner.config):
+    if blocks:
         segments = list(with_blocks(segments, places))
-    plan = make_plan(length + padding, segments, ctx)
+    return make_plan(length + padding, segments, ctx)
+
+
+def _media(
+    inner: PreTrainedModel,
+    ctx: SequenceParallel,
+    images: list[Images],
+    places: list[Interval],
+    plan: RowPlan,
+    device: torch.device,
+) -> Media:
+    """What this rank computes of the row's images: every rank as many."""
     owner = deal([float(stop - start) for start, stop in places], ctx.size)
     mine = [image for image, rank in zip(images, owner, strict=True) if rank == ctx.rank]
     route = Route.make([Part((place,)) for place in places], owner, plan).to(device)
     most = max(owner.count(rank) for rank in range(ctx.size))
     empty = (vision.empty_image(inner.config),) * (most - len(mine))
-    return plan, Media(route, tuple((image,) for image in mine), empty)
+    return Media(route, tuple((image,) for image in mine), empty)
 
 
 @contextmanager
