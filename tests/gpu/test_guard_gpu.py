@@ -151,7 +151,7 @@ def planted_on_two(mode: str) -> list[str]:
 
 
 @two_gpus
-@pytest.mark.parametrize("mode", ["auto", "zigzag-ring", "ulysses"])
+@pytest.mark.parametrize("mode", ["auto", "zigzag-ring", "ulysses", "llama3"])
 def test_guard_on_two_gpus(mode: str) -> None:
     assert run_ranks(2, accepted_on_two, mode, timeout=500, process_group="nccl") == [[], []]
     assert run_ranks(2, planted_on_two, mode, timeout=300, process_group="nccl") == [[], []]
