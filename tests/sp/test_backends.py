@@ -68,6 +68,7 @@ def test_backend_is_plain_attention(
         torch.testing.assert_close(found, leaf.grad, rtol=0, atol=1e-13)
 
 
+@pytest.mark.processes
 def test_triton_kernels_are_the_formulas_where_they_are_interpreted() -> None:
     """All of `TILES` with and without a soft-cap, heads that fill their blocks and such that do
     not. Triton looks at the environment when it is imported.
