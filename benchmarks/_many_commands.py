@@ -1,5 +1,5 @@
-"""Runs of LongFactory's commands for `many_gpus.py`: by the command, or several in one group's
-processes; and what their logs say.
+"""Runs of LongFactory's commands for `many_gpus.py`: by the command, or several for which
+Python starts once; and what their logs say.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def in_one_group(
     after: Path | None = None,
     read: Callable[[str, Path], Row] = lambda text, out: planned(text) | timed(out),
 ) -> dict[str, Row]:
-    """Runs one after another in the processes of one group (`_many_runs.py`): Python starts once.
+    """Runs one after another, forked from one process (`_many_runs.py`): Python starts once.
 
     Args:
         devices: a process each; one is a run without a launcher.
@@ -67,16 +67,13 @@ def in_one_group(
         words = [f"{key}={value}" for key, value in keys.items()] + list(each.words)
         listed.append({"name": each.name, "command": each.command, "words": words})
     file.write_text(json.dumps(listed))
-    command = [sys.executable, "-u"]
-    if len(devices) > 1:
-        command += ["-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc_per_node={len(devices)}"]
+    command = [sys.executable, "-u", str(ROOT / "benchmarks" / "_many_runs.py"), str(len(devices))]
     env = {**environment(home, devices), MARK: mark}
     env.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 8)))
     waiting = [] if after is None else [after]
     process = subprocess.Popen(
-        [*command, *map(str, (ROOT / "benchmarks" / "_many_runs.py", file, *waiting))],
+        [*command, *map(str, (file, *waiting))],
         cwd=ROOT,
         env=env,
         stdout=subprocess.PIPE,
@@ -104,7 +101,7 @@ def in_one_group(
             print("".join(text)[-3000:], file=sys.stderr, flush=True)
         else:
             row |= read("".join(text), home / f"out-{fact['name']}")
-            text.clear()
+        text.clear()
         found[fact["name"]] = row
         tell(fact["name"], row)
     process.wait()

@@ -1,69 +1,144 @@
-"""Several runs of LongFactory's commands, one after another in the same processes, so that a GPU does
-not wait for Python to start.
+"""Several runs of LongFactory's commands, one after another, each in processes of its own that have
+imported everything already, so that a GPU does not wait for Python to start.
 
-    torchrun --nproc_per_node 4 benchmarks/_many_runs.py JOBS.json
-    python benchmarks/_many_runs.py JOBS.json           # one process
-    python benchmarks/_many_runs.py JOBS.json FILE      # begins when there is such a file
+    python benchmarks/_many_runs.py 4 JOBS.json           # four processes a run
+    python benchmarks/_many_runs.py 1 JOBS.json FILE      # begins when there is such a file
 
-Run by `many_gpus.py`. A job is {"name", "command", "words"}: each process calls what
-`longfactory COMMAND WORDS...` calls in it. The first process prints a line `RESULT {...}` after each.
-A run that fails ends all: other processes may wait for it.
+Run by `many_gpus.py` and `models.py`. A job is {"name", "command", "words"}: each process calls what
+`longfactory COMMAND WORDS...` calls in it. This process imports what they need and is forked for
+each; it claims no GPU, so that a run finds what it would find alone: nothing compiled for other
+shapes, no memory that an earlier one held. (Where something has claimed one all the same, each
+process starts anew.) A line `RESULT {...}` is printed after each job; one that fails does not stop
+the others.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import json
+import multiprocessing.util
 import os
+import signal
+import socket
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
+from typing import Any, NoReturn
 
-import torch
-import torch.distributed as dist
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a look at GPUs claims none
 
-LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
-OF_A_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+GRACE = 5.0  # seconds that the others of a run have, after one failed
 
 
 def main() -> int:
     import longfactory.train.run  # noqa: F401  what a run imports, before the GPUs are free
-    from longfactory import cli
 
-    while len(sys.argv) > 2 and not Path(sys.argv[2]).exists():
+    size, jobs = int(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    while len(sys.argv) > 3 and not Path(sys.argv[3]).exists():
         time.sleep(0.1)
-    commands = {"train": cli.train, "verify": cli.verify}
-    for job in json.loads(Path(sys.argv[1]).read_text()):
+    forks = not driver_started()
+    if not forks:
+        print("An import has started the GPU's driver: each process starts anew.", flush=True)
+    gc.collect()
+    gc.freeze()
+    for job in jobs:
         begun = time.time()
-        try:
-            commands[job["command"]](job["words"])
-            found = {}
-        except BaseException as error:
-            traceback.print_exc()
-            found = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
-        sys.stderr.flush()
-        if "error" in found or os.environ.get("RANK", "0") == "0" or not LAUNCHED:
-            found |= {"name": job["name"], "seconds": time.time() - begun}
-            print("RESULT " + json.dumps(found), flush=True)
-        if "error" in found:
-            os._exit(1)
-        forget()
+        with tempfile.TemporaryDirectory() as folder:
+            error = in_processes(job, size, Path(folder), forks)
+        found = {"name": job["name"], "seconds": time.time() - begun}
+        print("RESULT " + json.dumps(found | ({"error": error} if error else {})), flush=True)
     return 0
 
 
-def forget() -> None:
-    """What a run leaves in its process."""
-    if dist.is_initialized() and not LAUNCHED:
-        dist.destroy_process_group()
-        for name in OF_A_GROUP:
-            os.environ.pop(name, None)
-    torch._dynamo.reset()  # functions compiled for other shapes count towards its limit
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+def driver_started() -> bool:
+    """Whether this process has started CUDA's driver, which a forked process could not use."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    not_initialised = 3
+    count = ctypes.c_int()
+    return bool(driver.cuDeviceGetCount(ctypes.byref(count)) != not_initialised)
+
+
+def in_processes(job: dict[str, Any], size: int, folder: Path, forks: bool) -> str | None:
+    """Runs a job; what the first process that failed says, or None."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    places = [environment_of(rank, size, port) for rank in range(size)]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    running = {}
+    for rank, place in enumerate(places):
+        report = folder / f"failed-{rank}"
+        if forks:
+            pid = os.fork()
+            if pid == 0:
+                work(job, place, report)
+        else:
+            words = [sys.executable, "-u", __file__, "--work", json.dumps(job), str(report)]
+            pid = subprocess.Popen(words, env={**os.environ, **place}).pid
+        running[pid] = report
+    first: str | None = None
+    end = float("inf")
+    while running:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid == 0:
+            if time.time() > end:
+                for left in running:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(left, signal.SIGKILL)
+                end = float("inf")
+            time.sleep(0.05)
+            continue
+        report = running.pop(pid, folder / "none")
+        code = os.waitstatus_to_exitcode(status)
+        if code and first is None:
+            first = report.read_text() if report.exists() else f"its process ended with {code}"
+            end = time.time() + GRACE
+    return first
+
+
+def environment_of(rank: int, size: int, port: int) -> dict[str, str]:
+    """What torchrun tells a process; of one process nothing."""
+    if size == 1:
+        return {}
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def work(job: dict[str, Any], place: dict[str, str], report: Path) -> NoReturn:
+    """What one process does, to its end."""
+    os.environ.update(place)
+    code = 0
+    try:
+        from longfactory import cli
+
+        commands = {"train": cli.train, "verify": cli.verify}
+        code = int(commands[job["command"]](job["words"]) or 0)
+    except BaseException as error:
+        traceback.print_exc()
+        report.write_text(f"{type(error).__name__}: {error}".splitlines()[0][:300])
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    multiprocessing.util._exit_function()  # type: ignore[attr-defined]  # loaders of this process
+    os._exit(code)
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "--work":
+        work(json.loads(sys.argv[2]), {}, Path(sys.argv[3]))
     sys.exit(main())

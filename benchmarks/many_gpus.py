@@ -136,7 +136,7 @@ def on_gpus(a: argparse.Namespace, n: int) -> Row:
 
 
 def scaling(a: argparse.Namespace) -> int:
-    """All runs in one group over all GPUs: SP 1, 2, 4, ... at the same local tokens, and the same
+    """Runs over all GPUs: SP 1, 2, 4, ... at the same local tokens, and the same
     samples a step as DP x SP.
     """
     layers, local, steps = 28, 32768, 3
@@ -203,8 +203,8 @@ def scaling(a: argparse.Namespace) -> int:
 
 SCALING_NOTE = (
     "Qwen2.5-7B's shape, all parameters, FSDP2 over all GPUs, memory: auto, mode auto, rows of real text;"
-    " what `longfactory train` calls in each process, all runs in one group; seconds of the steps after"
-    " the first. Ideal, for rows of 32,768 tokens times SP: 1 / (t1 - a1 + a2) tokens/s a GPU, t1 the"
+    " what `longfactory train` calls, each run in processes of its own that have imported everything;"
+    " seconds of the steps after the first. Ideal, for rows of 32,768 tokens times SP: 1 / (t1 - a1 + a2) tokens/s a GPU, t1 the"
     " seconds of a local token at SP 1, a1 and a2 those of attention (all layers, forward and backward,"
     " one GPU's kernel, timed in the same command) at the local and at the whole length. Losses of the"
     " last rows beside those of the first row: the same samples in each step."
@@ -388,9 +388,7 @@ have some of its layers."""
 
 
 def length(a: argparse.Namespace) -> int:
-    """Whole models of one step by the command, one after another; all others in one group, which is
-    begun anew after a row that failed.
-    """
+    """Whole models of one step by the command, one after another; for all others Python starts once."""
     rows, failed = earlier(a), False
     left = {name: at for name, at in LONG.items() if wanted(a, name)}
     if a.small:

@@ -26,9 +26,9 @@ attention-corrected speed of several GPUs: 1 / (t1 - a1 + a2), t1 the time of a 
 as many tokens, a1 and a2 attention's time of a token at this length and at the whole row's.
 
 Each measurement is a process of its own with a time limit. With `--together` Python starts once for
-all rows of the command, and once for all other systems but Unsloth: each process calls what
-`longfactory train` calls in it, one row after another, and a row that fails begins a new group of
-processes. One that fails is in the table with its reason. What is printed is enough to make the table
+all rows of the command, and once for all other systems but Unsloth: a row's processes are forked from
+one that has imported everything, and each calls what `longfactory train` calls in it. One that fails is
+in the table with its reason. What is printed is enough to make the table
 (`--render`). Several commands can run side by side on the GPUs of one machine, each with its own --out.
 """
 
@@ -178,8 +178,8 @@ def ours_together(
     clock: Clock,
     after: Path | None,
 ) -> Iterator[dict[str, Any]]:
-    """Runs of several rows in the processes of one group, in turn; after one that failed the rest in
-    another group. `after`: the first begins when there is such a file.
+    """Runs of several rows, Python started once. `after`: the first begins when there is such a
+    file.
     """
     left, gpus = list(names), len(devices)
     jobs = {}
@@ -187,20 +187,16 @@ def ours_together(
         whole = whole_row(rows[name], gpus)
         keys = keys_of(name, whole, gpus, steps_of(whole, steps), home)
         jobs[name] = Job(name, {key: str(value) for key, value in keys.items()})
-    while left and clock.left > LEAST:
-        done: list[dict[str, Any]] = []
+    done: list[dict[str, Any]] = []
 
-        def tell(name: str, row: dict[str, Any]) -> None:
-            about = about_ours(name, rows[name], gpus)
-            left.remove(name)
-            if "error" not in row:
-                row = measured(row)
-            done.append({**about, **row})
-            print(json.dumps(done[-1]), flush=True)
+    def tell(name: str, row: dict[str, Any]) -> None:
+        left.remove(name)
+        found = row if "error" in row else measured(row)
+        done.append({**about_ours(name, rows[name], gpus), **found})
+        print(json.dumps(done[-1]), flush=True)
 
-        in_one_group(home, devices, [jobs[name] for name in left], clock.end, tell, after, of_run)
-        yield from done
-        after = None
+    in_one_group(home, devices, list(jobs.values()), clock.end, tell, after, of_run)
+    yield from done
     for name in left:
         print(f"{name}, ours: not started, the time of this command is up", flush=True)
 
