@@ -16,7 +16,7 @@ from longfactory.config.arguments import GROUPS
 from longfactory.config.fields import keys_of
 from longfactory.config.schema import schema
 from longfactory.errors import UserError
-from longfactory.init import DEMO_MODEL, STAGES
+from longfactory.init import DEMO_MODEL, STAGES, most_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -72,6 +72,24 @@ def test_init_for_a_file_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "chats.jsonl").write_text(json.dumps({"instruction": "a", "output": "b"}))
     assert cli.main(["init", "sft", "--data", "chats.jsonl", "--out", "c.yaml"]) == 2
     assert not (tmp_path / "c.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        # as SmolLM2's tokenizer counts them
+        ("Record 7: box 7 stands in room 91 and weighs 49 kg.\n" * 100, 2100),
+        ("机器学习是人工智能的一个分支。" * 50, 1150),
+        (
+            "Die Donaudampfschifffahrtsgesellschaft hat größere Veränderungen angekündigt. " * 30,
+            961,
+        ),
+        ("THE QUICK BROWN FOX JUMPS OVER THE LAZY DOG; SEE SECTION IX. " * 40, 1041),
+        ("What is a list? It is a sequence of things in their order. " * 40, 601),
+    ],
+)
+def test_tokens_of_a_text_are_estimated_from_above(text: str, tokens: int) -> None:
+    assert tokens <= most_tokens(text) < 2.5 * tokens
 
 
 @pytest.mark.parametrize(

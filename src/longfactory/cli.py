@@ -344,9 +344,10 @@ def expand(argv: list[str]) -> int:
     given = dict(word.removeprefix("--").partition("=")[::2] for word in argv)
     wanted = ("model_name_or_path", "export_dir", "num_expand")
     if set(given) != set(wanted) or not given["num_expand"].isdigit():
+        got = " ".join(argv) or "nothing"
         raise UserError(
-            "longfactory expand model_name_or_path=FOLDER export_dir=FOLDER num_expand=N: layers to"
-            " add, which N must divide evenly."
+            f"expand: got {got}, expected model_name_or_path=FOLDER export_dir=FOLDER num_expand=N"
+            " and no other key; N, the layers to add, divides the model's."
         )
     from longfactory.model.load import resolve
     from longfactory.output.expand import expand as grow

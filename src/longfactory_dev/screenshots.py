@@ -22,7 +22,7 @@ LONG = 600_000
 SMALL = 200_000
 """Bytes of a picture."""
 MODEL = """\
-model_name_or_path: smollm2-135m-instruct
+model_name_or_path: smollm2
 export_dir: expanded
 max_new_tokens: 64
 use_cpu: true
@@ -130,7 +130,7 @@ def talk_and_measure(page: Any, folder: Path) -> None:
     page.click("nav button[data-tab=models]")
     page.fill("#model-yaml", MODEL)
     page.click("#load")
-    ready = "document.querySelector('#chat-state').textContent === 'smollm2-135m-instruct'"
+    ready = "document.querySelector('#chat-state').textContent .endsWith('smollm2')"
     until(page, ready, timeout=LONG)
     page.fill("#message", "What is a list in Python?")
     page.press("#message", "Enter")
@@ -172,6 +172,10 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="longfactory-page-") as home:
         make_home(Path(home))
+        if args.part != "runs":
+            words = ["model_name_or_path=smollm2-135m-instruct", "export_dir=smollm2"]
+            command = [sys.executable, "-m", "longfactory.cli", "export", *words]
+            subprocess.run(command, cwd=home, check=True)
         server = subprocess.Popen(
             [sys.executable, "-m", "longfactory.cli", "webui", "--port", str(PORT)],
             cwd=home,

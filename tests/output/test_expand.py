@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from longfactory import cli
 from longfactory.config.arguments import FinetuningArguments, ModelArguments
 from longfactory.errors import UserError
 from longfactory.model.adapters import apply_finetuning
@@ -58,6 +59,11 @@ def test_what_cannot_be_expanded_is_a_sentence(tmp_path: Path) -> None:
         expand(tmp_path / "model", tmp_path / "grown", 3)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
+    (tmp_path / "gguf").mkdir()  # as of a model in one GGUF file
+    with pytest.raises(UserError, match=r"no config.json, expected .*: longfactory export"):
+        expand(tmp_path / "gguf", tmp_path / "grown", 2)
+    with pytest.raises(UserError, match=r"expand: got num_expand=2 use_cpu=true, expected"):
+        cli.expand(["num_expand=2", "use_cpu=true"])
     with pytest.raises(UserError, match="exists and is not empty"):
         expand(tmp_path / "model", tmp_path / "full", 2)
     tiny_model("gpt2", num_hidden_layers=2).save_pretrained(tmp_path / "other")

@@ -39,12 +39,18 @@ def expand(folder: str | Path, target: str | Path, added: int, shard_bytes: int 
         added: layers to add; divides the number of layers.
         shard_bytes: size of a file, at most (one tensor may be larger).
     Raises:
-        UserError: the layers cannot be divided so, or the folder is in use, or the model's layers
-            have no maps by the names o_proj and down_proj.
+        UserError: the folder holds no safetensors with a configuration, the layers cannot be
+            divided so, the target is in use, or the model's layers have no maps by the names o_proj
+            and down_proj.
     """
     source, target = Path(folder), Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"export_dir: {target} exists and is not empty. Choose another folder.")
+    if not (source / "config.json").is_file():
+        raise UserError(
+            f"{source} has no config.json, expected a folder of safetensors. Write one first:"
+            " longfactory export model_name_or_path=... export_dir=FOLDER."
+        )
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     text = config.get("text_config", config)
     if "num_hidden_layers" not in text:
