@@ -129,6 +129,7 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "Qwen2.5-7B": ("qwen2", _QWEN_7B),
     "Qwen2.5-7B, LoRA on all linears": ("qwen2", {**_QWEN_7B, "lora": True}),
+    "Qwen2.5-7B, DoRA": ("qwen2", {**_QWEN_7B, "lora": True, "dora": True}),
     "Qwen2.5-7B, gate and up saved": ("qwen2", {**_QWEN_7B, "keep_mlp": 1.0}),
     "Qwen2.5-7B, LoRA, gate and up saved": ("qwen2", {**_QWEN_7B, "lora": True, "keep_mlp": 1.0}),
 }
@@ -144,7 +145,7 @@ def _model(name: str, device: torch.device, smoke: bool) -> nn.Module:
 
     kind, fields = LAYERS[name]
     fields = dict(fields)
-    lora = fields.pop("lora", False)
+    lora, dora = fields.pop("lora", False), fields.pop("dora", False)
     fields.pop("keep_mlp", None)
     torch.manual_seed(0)
     if smoke:
@@ -165,7 +166,7 @@ def _model(name: str, device: torch.device, smoke: bool) -> nn.Module:
     if lora:
         from peft import LoraConfig, get_peft_model
 
-        keys = LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)
+        keys = LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False, use_dora=dora)
         model = get_peft_model(model, keys).to(next(model.parameters()).dtype)
     return model.train()
 

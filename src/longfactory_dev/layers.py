@@ -129,7 +129,7 @@ def table(found: Sequence[Found], speeds: dict[str, list[dict[str, Any]]]) -> st
 Written by `python -m longfactory_dev.layers --write docs/layers.md` with transformers
 {transformers.__version__}: of the families that [models.md](models.md) calls exact, those whose
 decoder layer runs by one hand-written function ([memory.md](memory.md#the-techniques)), with full
-weights, LoRA or rsLoRA. A tiny model of each is built and trained for one step; "all" are its
+weights, LoRA, rsLoRA or DoRA. A tiny model of each is built and trained for one step; "all" are its
 layers that ran so. Layers of a linear recurrence run as transformers wrote them, beside
 hand-written ones.
 

@@ -8,12 +8,15 @@ import dataclasses
 import functools
 import gc
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from longfactory import sp
+from longfactory.memory import layer_ops
 from longfactory.memory.apply import apply_memory
 from longfactory.memory.optimizer import SplitAdamW
 from longfactory.memory.settings import MemorySettings
@@ -327,3 +330,55 @@ def test_adamw_of_split_masters_in_one_pass() -> None:
         master = split.master(q)
         torch.testing.assert_close(master, p.detach(), rtol=5e-6, atol=5e-6)
         assert torch.equal(q.detach(), split_masters.split(master)[0])
+
+
+def test_kernels_are_as_fast_after_other_lengths_and_widths() -> None:
+    """A run whose rows have many lengths, or a process with several models: what is compiled for
+    16,384 tokens first and what has seen three lengths and other widths before.
+    """
+
+    def calls(length: int, width: int) -> dict[str, Callable[[], Any]]:
+        x, dy = (torch.randn(length, width, device="cuda").bfloat16() for _ in range(2))
+        wide, up = (torch.randn(length, 4 * width, device="cuda").bfloat16() for _ in range(2))
+        heads = x.view(length, -1, 128)
+        weight, own = torch.ones(width, device="cuda").bfloat16(), torch.ones(128, device="cuda")
+        cos, sin = torch.randn(2, length, 64, device="cuda")
+        return {
+            "norm": lambda: layer_ops.norm(x, weight, 1e-6),
+            "norm_backward": lambda: layer_ops.norm_backward(dy, x, weight, 1e-6),
+            "norm of heads": lambda: layer_ops.norm(heads, own.bfloat16(), 1e-6),
+            "rotate": lambda: layer_ops.rotate(heads, cos, sin),
+            "gated": lambda: layer_ops.gated(wide, up),
+            "gated_backward": lambda: layer_ops.gated_backward(wide, wide, up),
+        }
+
+    def milliseconds() -> dict[str, float]:
+        found = {}
+        for name, call in calls(16384, 3584).items():
+            call()
+            least = []
+            for _ in range(5):
+                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                for _ in range(10):
+                    call()
+                stop.record()
+                torch.cuda.synchronize()
+                least.append(start.elapsed_time(stop) / 10)
+            found[name] = min(least)
+        return found
+
+    def forget() -> None:
+        layer_ops._compiled.clear()
+        torch._dynamo.reset()
+
+    forget()
+    alone = milliseconds()
+    forget()
+    for length, width in ((8192, 3584), (12000, 3584), (5000, 2048), (1000, 5120), (777, 3584)):
+        for call in calls(length, width).values():
+            call()
+    after = milliseconds()
+    for name, ms in after.items():
+        print(f"{name}: {alone[name]:.3f} ms alone, {ms:.3f} ms after others", flush=True)
+    assert sum(after.values()) <= 1.05 * sum(alone.values())

@@ -78,13 +78,18 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     patch(torch.nn.functional, "softmax")
 
 
-def make(name: str, dtype: torch.dtype = torch.float64, lora: bool = False) -> nn.Module:
+def make(
+    name: str, dtype: torch.dtype = torch.float64, lora: bool = False, dora: bool = False
+) -> nn.Module:
     kind, fields = MODELS[name]
     model = tiny_model(kind, dtype, **fields)
     hf.prepare(model, ONE)
     if lora:
         targets = r".*layers\.\d+\.(self_attn|mlp|mlp\.shared_experts?)\.\w+_proj(_with_mqa)?"
-        model = with_lora(model, targets).to(dtype)
+        if dora and any(name.endswith("experts") for name, _ in model.named_modules()):
+            # in some of these families PEFT takes names of the MLP's maps for those of experts
+            targets = r".*layers\.\d+\.self_attn\.\w+_proj(_with_mqa)?"
+        model = with_lora(model, targets, use_dora=dora).to(dtype)
     return model.train()
 
 
@@ -134,8 +139,9 @@ def compare(
     lora: bool = False,
     dtype: torch.dtype = torch.float64,
     rounds: int = 1,
+    dora: bool = False,
 ) -> None:
-    model = make(name, dtype, lora)
+    model = make(name, dtype, lora, dora)
     loss = run(model, segments, rounds)
     wanted = gradients(model)
     model.zero_grad()
@@ -174,6 +180,14 @@ def test_in_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", some(("gemma3", "phi3", "deepseek_v3")))
 def test_with_adapters(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compare(name, SETTINGS["saved, chunks"], PACKED, monkeypatch, lora=True)
+
+
+@pytest.mark.parametrize("settings", ["saved, chunks", "groups"])
+@pytest.mark.parametrize("name", some(("qwen2", "gemma3", "phi3")))
+def test_with_dora(name: str, settings: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Magnitudes have gradients too, with biases (qwen2), norms behind (gemma3), joint maps (phi3)."""
+    compare(name, SETTINGS[settings], PACKED, monkeypatch, lora=True, dora=True)
+    compare(name, KEPT, PACKED, monkeypatch, lora=True, dora=True)
 
 
 KEPT = MemorySettings(keep_attention=1.0, keep_mlp=0.5, mlp_chunk=10)

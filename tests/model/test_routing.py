@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from longfactory import sp
 from longfactory.errors import UserError
 from longfactory.memory.apply import apply_memory
+from longfactory.memory.decoder_layer import DecoderLayer
 from longfactory.memory.settings import MemorySettings
 from longfactory.model.routing import Routing, router_loss_coefficient
 from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.sp import hf
 from longfactory.sp.recurrent.layers import mixers, widen
+from longfactory.sp.text_model import decoder_layers
 from longfactory_dev.tiny_models import tiny_config, tiny_model
 
 IDS = torch.randint(3, 250, (24,), generator=torch.Generator().manual_seed(0))
@@ -66,9 +68,15 @@ def found(family: str, settings: MemorySettings | None) -> tuple[Routing, dict[s
         out = head.outputs(model(**hf.inputs(row, plan), **routing.arguments).logits)
     out = routing.join(out)
     (out.logps.sum() + routing.loss_sum(3) / 3).backward()
+    written = [f for layer in decoder_layers(model)[1] if type(f := layer.forward) is DecoderLayer]
+    # compared with the layers' own code while the row's tokens were being counted
+    assert all(good for f in written for good in f.chain.proved.values())
+    assert settings is None or written or family in NOT_WRITTEN
     return routing, gradients(model)
 
 
+NOT_WRITTEN = ("phimoe", "granitemoe", "dbrx")
+"""Their layers run as transformers wrote them."""
 SETTINGS = {
     "stored": None,
     "whole": MemorySettings(mlp_chunk=None),
@@ -90,8 +98,9 @@ MORE = ("olmoe", "phimoe", "ernie4_5_moe", "granitemoe", "qwen3_next", "minimax_
 def test_the_loss_is_that_of_transformers(family: str, settings: str) -> None:
     aux, expected = specified(family)
     routing, ours = found(family, SETTINGS[settings])
-    # The norms of recurrent layers round to float32, and along the row what they round grows.
-    error = 1e-5 if mixers(base(family)) else 3e-6
+    # The norms of recurrent layers round to float32, and along the row what they round grows; those
+    # of hand-written layers beside them do not.
+    error = 3e-5 if mixers(base(family)) else 3e-6
     assert float(aux) > 1
     assert float(routing.metrics(3)["router_aux_loss"][0]) == pytest.approx(
         3 * float(aux), rel=1e-6
@@ -102,8 +111,9 @@ def test_the_loss_is_that_of_transformers(family: str, settings: str) -> None:
     assert routing._row is None, "the hooks still inject after the backward pass"
 
 
-def test_how_evenly_experts_are_used() -> None:
-    routing, _ = found("qwen3_moe", None)
+@pytest.mark.parametrize("settings", [None, MemorySettings(mlp_chunk=5)])
+def test_how_evenly_experts_are_used(settings: MemorySettings | None) -> None:
+    routing, _ = found("qwen3_moe", settings)
     state = routing._last
     assert len(state.load) == 4
     assert all(float(x.sum()) == len(IDS) * 2 for x in state.load.values())

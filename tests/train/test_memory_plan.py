@@ -514,7 +514,7 @@ def test_passes_of_the_reference_take_time(keys: dict[str, Any], passes: int, mo
         ({"finetuning_type": "lora"}, 4, "ddp", True),
         ({"finetuning_type": "lora"}, 4, "fsdp2", False),
         ({"finetuning_type": "lora"}, 8, "none", False),
-        ({"finetuning_type": "lora", "use_dora": True}, None, "none", False),
+        ({"finetuning_type": "lora", "use_dora": True}, None, "none", True),
         ({"finetuning_type": "lora", "lora_dropout": 0.1}, None, "none", False),
         ({"finetuning_type": "full", "sharding": "fsdp2"}, None, "fsdp2", True),
         ({"finetuning_type": "full", "sharding": "ddp"}, None, "ddp", False),  # autocast

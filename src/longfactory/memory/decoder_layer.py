@@ -281,6 +281,8 @@ class DecoderLayer(CheckpointedLayer):
                     found[f"{name}_a"] = linear.lora_A[adapter].weight
                     found[f"{name}_b"] = linear.lora_B[adapter].weight
                     scales[name] = linear.scaling[adapter]
+                    if adapter in linear.lora_magnitude_vector:  # DoRA
+                        found[f"{name}_m"] = linear.lora_magnitude_vector[adapter].weight
             found[name], found[f"{name}_bias"] = base.weight, base.bias
         return found, scales
 

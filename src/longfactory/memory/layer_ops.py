@@ -42,20 +42,19 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 _failed: set[str] = set()
-_compiled: dict[str, Callable[..., Any]] = {}
+_compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
 
 FORMS = 64
-"""Kinds of arguments (types, numbers of dims, widths) that a function is compiled for. torch's own
-limit is 8, and a model whose heads, widths and norms differ by layer has more: beyond it functions
-would run uncompiled."""
+"""Forms of arguments for which a function is compiled by itself. Beyond them one compiled function
+serves all others, of any widths, with slower kernels."""
 
 
 def _raise_limit() -> None:
     import torch._dynamo.config as dynamo
 
     dynamo.recompile_limit = max(dynamo.recompile_limit, FORMS)
-    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 16 * FORMS)
+    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 64 * FORMS)
 
 
 def compiles(x: Tensor) -> bool:
@@ -63,40 +62,60 @@ def compiles(x: Tensor) -> bool:
     return x.is_cuda and os.environ.get("LONGFACTORY_COMPILE", "1") != "0"
 
 
-def fused(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles `fn` where its first argument is on a GPU. LONGFACTORY_COMPILE=0 turns it off.
-
-    The start-up guard has a compiled copy for its own short row: torch compiles for any length at
-    all, with slower kernels, what it has seen with two lengths, and most runs have one.
+def form_of(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a compiled function may take for constant: all but the first size of tensors, which
+    counts tokens.
     """
-    other = types.FunctionType(
-        fn.__code__.replace(co_name=f"{fn.__name__}_in_guard"),
-        fn.__globals__,
-        f"{fn.__name__}_in_guard",
-        fn.__defaults__,
-        fn.__closure__,
+    return tuple(
+        (a.dtype, a.shape[1:], a.stride()) if isinstance(a, Tensor) else a for a in arguments
     )
 
-    @functools.wraps(fn)
-    def call(first: Tensor, *rest: Any) -> Any:
-        plain = fn if probe.current() is None else other
-        name = plain.__name__
-        if not compiles(first) or name in _failed:
-            return plain(first, *rest)
-        if name not in _compiled:
+
+def _copy(fn: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """The same function under another name, by which torch remembers what sizes it has seen."""
+    return types.FunctionType(
+        fn.__code__.replace(co_name=name), fn.__globals__, name, fn.__defaults__, fn.__closure__
+    )
+
+
+def _compiled_for(fn: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[..., Any]:
+    """`fn`, compiled for the form of these arguments.
+
+    torch takes a size for variable that it has seen with two values. Norms of hidden states and of
+    heads, layers and models of other widths would make widths variable, and kernels slow. So each
+    form has a copy, in which the number of tokens alone may vary. The start-up guard has copies of
+    its own for its short row: most runs have one length.
+    """
+    name = fn.__name__ if probe.current() is None else f"{fn.__name__}_in_guard"
+    key = (name, *form_of(arguments))
+    if key not in _compiled:
+        number = sum(other[0] == name for other in _compiled)
+        if number >= FORMS:
+            key = (name, "all others")
+        if key not in _compiled:
             _raise_limit()
-            _compiled[name] = torch.compile(plain)
+            _compiled[key] = torch.compile(_copy(fn, f"{name}_{number}"))
+    return _compiled[key]
+
+
+def fused(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles `fn` where its first argument is on a GPU. LONGFACTORY_COMPILE=0 turns it off."""
+
+    @functools.wraps(fn)
+    def call(*arguments: Any) -> Any:
+        if not compiles(arguments[0]) or fn.__name__ in _failed:
+            return fn(*arguments)
         try:
-            return _compiled[name](first, *rest)
+            return _compiled_for(fn, arguments)(*arguments)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the compiler's many errors have no common type
-            _failed.add(name)
+            _failed.add(fn.__name__)
             reason = (
                 str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             )
-            log.warning("%s runs uncompiled: %s", name, reason)
-            return plain(first, *rest)
+            log.warning("%s runs uncompiled: %s", fn.__name__, reason)
+            return fn(*arguments)
 
     return call
 
@@ -162,6 +181,35 @@ def norm_backward(
     if other is not None:
         dx = dx + other.to(dx.dtype)
     return dx.to(x.dtype), dweight
+
+
+@fused
+def row_norms(weight: Tensor, low: Tensor, scale: float) -> Tensor:
+    """|weight + scale * low| of each row, [out, in] both -> [out], in the weight's type."""
+    whole = weight.to(wide(weight.dtype)) + scale * low.to(wide(low.dtype))
+    return whole.pow(2).sum(1).sqrt().to(weight.dtype)
+
+
+@fused
+def scaled(y: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+    """y * factor + bias, of each output: [C, out]."""
+    made = y.to(factor.dtype) * factor
+    return (made if bias is None else made + bias.to(factor.dtype)).to(y.dtype)
+
+
+@fused
+def scaled_gradient(g: Tensor, factor: Tensor) -> Tensor:
+    """The gradient of `scaled`'s y."""
+    return (g.to(factor.dtype) * factor).to(g.dtype)
+
+
+@fused
+def column_products(g: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+    """The sum over tokens of g * (y - bias): [C, out] -> [out], in the wide type."""
+    made = y.to(wide(y.dtype))
+    if bias is not None:
+        made = made - bias.to(made.dtype)
+    return (g.to(made.dtype) * made).sum(0)
 
 
 HALVES, INTERLEAVED, GATHERED = "halves", "interleaved", "gathered"

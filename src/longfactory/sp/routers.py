@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .position import position
+from .position import start_of_chunk
 
 _INDEXER = re.compile(r"Indexer$")
 _ROUTER = re.compile(r"(Router|Gating|(?<!Forget)Gate)$")  # a forget gate is part of a recurrence
@@ -253,7 +253,7 @@ class _Watch(TorchFunctionMode):
         self.decide = decide
         self.slot = 0
         self.tokens = hidden.numel() // hidden.shape[-1]
-        self.start = position() or 0
+        self.start = start_of_chunk()
 
     def __enter__(self) -> _Watch:
         self.outer = getattr(_state, "innermost", None)
@@ -363,7 +363,7 @@ def _wrap_indexer(
             # [1, T, K], or [1, heads, T, K] of blocks
             picks: Tensor = own(*args, **kwargs)
             rows = picks[0] if picks.dim() == 3 else picks[0].transpose(0, 1)
-            decided = watch(name, hidden).decide(0, position() or 0, rows.flatten(1))
+            decided = watch(name, hidden).decide(0, start_of_chunk(), rows.flatten(1))
             if decided is None:
                 return picks
             decided = decided.reshape(rows.shape).to(picks.dtype)

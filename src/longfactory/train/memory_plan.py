@@ -419,7 +419,7 @@ def layers_can_be_written(cfg: RunConfig, sharding: str, zero: int) -> bool:
     method, bits = cfg.method, cfg.model.quantization_bit
     if method.finetuning_type == "oft":
         return False
-    if method.finetuning_type == "lora" and (method.use_dora or method.lora_dropout > 0):
+    if method.finetuning_type == "lora" and method.lora_dropout > 0:
         return False
     if bits == 8 or (bits is not None and sharding == "fsdp2"):
         return False

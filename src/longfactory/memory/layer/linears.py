@@ -6,6 +6,10 @@ one kernel; of a frozen weight no gradient is computed, and g B serves both the 
 A's. Nothing of rank r is stored between the passes. Weights of four bits are made whole once in
 each pass, and let go of when it ends.
 
+DoRA: y = f * (x W^T + s (x A^T) B^T), f = m / |W + s B A| for each output, by the norms of rows,
+which count as constants (PEFT, and the paper). The gradient of m is the sum of g * y over tokens,
+over m: where y is at hand it is used, else it is made again.
+
 Letters in shapes: C tokens of a chunk.
 """
 
@@ -20,22 +24,31 @@ from torch import Tensor
 
 from longfactory.memory.chunked import GradientSum
 from longfactory.memory.layer.description import LayerDescription
-from longfactory.memory.layer_ops import norm, norm_backward
+from longfactory.memory.layer_ops import (
+    column_products,
+    norm,
+    norm_backward,
+    row_norms,
+    scaled,
+    scaled_gradient,
+    wide,
+)
 
 ALL = slice(None)
 Rows: TypeAlias = slice | Tensor
 Weights = dict[str, Any]
 """By the names of `names_of`; None for what a layer has not."""
-ENDS = ("", "_bias", "_a", "_b")
-"""Of a linear, `q`: its weight and bias, and LoRA's A [r, in] and B [out, r]."""
+ENDS = ("", "_bias", "_a", "_b", "_m")
+"""Of a linear, `q`: its weight and bias, LoRA's A [r, in] and B [out, r], and DoRA's m [out]."""
 
 
 class Adapter(NamedTuple):
-    """LoRA of one linear, in the type that the layer computes in."""
+    """LoRA of one linear, in the type that the layer computes in, and DoRA's magnitudes."""
 
     a: Tensor  # [r, in]
     b: Tensor  # [out, r]
     scale: float
+    magnitude: Tensor | None = None  # [out]
 
 
 class LayerCall:
@@ -100,13 +113,14 @@ class LayerCall:
         self.weights: Any = weights
         self.adapters: dict[str, Adapter] = {}
         self._whole: dict[str, Tensor] = {}
+        self._factors: dict[str, Tensor] = {}
         if weights is None:
             return
         weights |= {mlp_name(i): p for i, p in enumerate(self.mlp_weights())}
         with torch.no_grad():
             for name, scale in self.scales.items():
-                a, b = weights[f"{name}_a"], weights[f"{name}_b"]
-                self.adapters[name] = Adapter(a.to(self.dtype), b.to(self.dtype), scale)
+                a, b, m = (weights[f"{name}{end}"] for end in ("_a", "_b", "_m"))
+                self.adapters[name] = Adapter(a.to(self.dtype), b.to(self.dtype), scale, m)
 
     def weight(self, name: str) -> Tensor:
         """[out, in] of a linear, in the type that the layer computes in."""
@@ -119,6 +133,19 @@ class LayerCall:
             whole = dequantize_4bit(stored, self.quantised[name].weight.quant_state)
             self._whole[name] = whole.to(self.dtype)
         return self._whole[name]
+
+    def factor(self, name: str) -> Tensor | None:
+        """DoRA's f of a linear, [out], in the type of sums; None without one."""
+        adapter = self.adapters.get(name)
+        if adapter is None or adapter.magnitude is None:
+            return None
+        if name not in self._factors:
+            with torch.no_grad():
+                weight = self.weight(name)
+                # PEFT rounds the norms to the weight's type, as m is where training begins
+                norms = row_norms(weight, adapter.b @ adapter.a, adapter.scale)
+                self._factors[name] = (adapter.magnitude / norms).to(wide(self.dtype))
+        return self._factors[name]
 
     def width(self, name: str) -> int:
         """Outputs of a linear."""
@@ -190,9 +217,11 @@ def linear(
     x: Tensor, c: LayerCall, name: str, rows: Rows = ALL, out: Tensor | None = None
 ) -> Tensor:
     """[C, in] -> [C, out], of some of the linear's outputs; written to `out` if it is given."""
-    bias = c.weights[f"{name}_bias"]
+    bias = given = c.weights[f"{name}_bias"]
     bias = None if bias is None else bias[rows].to(x.dtype)
-    weight = c.weight(name)[rows]
+    weight, factor = c.weight(name)[rows], c.factor(name)
+    if factor is not None:
+        bias = None
     if out is None:
         y = F.linear(x, weight, bias)
     elif bias is None:
@@ -200,32 +229,57 @@ def linear(
     else:
         y = torch.addmm(bias, x, weight.t(), out=out)
     if name in c.adapters:
-        a, b, scale = c.adapters[name]
+        a, b, scale, _ = c.adapters[name]
         y.addmm_(x @ a.t(), b[rows].t(), alpha=scale)
-    return y
+    if factor is None:
+        return y
+    y_scaled = scaled(y, factor[rows], None if given is None else given[rows])
+    return y_scaled if out is None else out.copy_(y_scaled)
 
 
 def linear_backward(
     g: Tensor, c: LayerCall, name: str, into: Tensor | None = None, columns: slice = ALL
 ) -> tuple[Tensor, Tensor | None]:
     """[C, out] -> the gradient at some of the linear's inputs, [C, in], added to `into` if it is
-    given; and g B, [C, r], where there is an adapter.
+    given; and g B, [C, r], where there is an adapter (with DoRA of f g).
     """
     weight = c.weight(name)[:, columns]
+    g = _of_product(g, c, name)
     dx = g @ weight if into is None else into.addmm_(g, weight)
     if name not in c.adapters:
         return dx, None
-    a, b, scale = c.adapters[name]
+    a, b, scale, _ = c.adapters[name]
     gb = g @ b
     return dx.addmm_(gb, a[:, columns], alpha=scale), gb
 
 
+def _of_product(g: Tensor, c: LayerCall, name: str) -> Tensor:
+    """The gradient of the products with a linear's weights, from that of what it gives."""
+    factor = c.factor(name)
+    return g if factor is None else scaled_gradient(g, factor)
+
+
+def low_gradient(g: Tensor, c: LayerCall, name: str) -> Tensor | None:
+    """g B, [C, r], as `linear_backward` gives it; None without an adapter."""
+    return _of_product(g, c, name) @ c.adapters[name].b if name in c.adapters else None
+
+
 def through(
-    g: Tensor, x: Tensor, c: LayerCall, name: str, sums: Sums, into: Tensor | None = None
+    g: Tensor,
+    x: Tensor,
+    c: LayerCall,
+    name: str,
+    sums: Sums,
+    into: Tensor | None = None,
+    made: Tensor | None = None,
 ) -> Tensor:
-    """`linear_backward` at the input x, and the gradients of the linear's weights."""
+    """`linear_backward` at the input x, and the gradients of the linear's weights.
+
+    Args:
+        made: what the linear gives, where it is at hand.
+    """
     dx, gb = linear_backward(g, c, name, into)
-    sums.outer(name, g, x, gb)
+    sums.outer(name, g, x, gb, made)
     return dx
 
 
@@ -239,6 +293,7 @@ class Sums:
 
     def __init__(self, call: LayerCall, needed: Sequence[bool], chunks: int) -> None:
         self._names = call.names
+        self._call = call
         self._adapters = call.adapters
         self._weights = call.weights
         self._sums = {
@@ -246,21 +301,30 @@ class Sums:
         }
         self._done: dict[str, Tensor] = {}
 
-    def outer(self, name: str, g: Tensor, x: Tensor, gb: Tensor | None) -> None:
+    def outer(
+        self, name: str, g: Tensor, x: Tensor, gb: Tensor | None, made: Tensor | None = None
+    ) -> None:
         """`name` += g^T x, the gradient of a linear; and of its bias and its adapter.
 
         Args:
             gb: g B, [C, r], of `linear_backward`.
+            made: what the linear gives at x, where it is at hand.
         """
-        if name in self._sums:
-            self._sums[name].add(g.t() @ x)
         if f"{name}_bias" in self._sums:
             self._sums[f"{name}_bias"].add(
                 g.sum(0, dtype=torch.float64 if g.dtype == torch.float64 else torch.float32)
             )
+        if f"{name}_m" in self._sums:
+            made = linear(x, self._call, name) if made is None else made
+            products = column_products(g, made, self._weights[f"{name}_bias"])
+            self._sums[f"{name}_m"].add(products / self._weights[f"{name}_m"])
+        if name in self._sums or f"{name}_b" in self._sums:
+            g = _of_product(g, self._call, name)
+        if name in self._sums:
+            self._sums[name].add(g.t() @ x)
         if gb is None:
             return
-        a, _, scale = self._adapters[name]
+        a, _, scale, _ = self._adapters[name]
         if f"{name}_b" in self._sums:
             self._sums[f"{name}_b"].add(scale * (g.t() @ (x @ a.t())))
         if f"{name}_a" in self._sums:

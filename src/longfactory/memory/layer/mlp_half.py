@@ -13,6 +13,7 @@ from longfactory.memory.layer.linears import (
     Sums,
     linear,
     linear_backward,
+    low_gradient,
     mlp_name,
     normed,
     normed_backward,
@@ -114,28 +115,32 @@ def mlp_backward(
         if c.shape.separate_gradient:
             g = dx2[s] if c.shape.residual == 1.0 else dx2[s] * c.shape.residual
             da[s] = normed_backward(g, a, c, "norm1_after", sums)
-        gb = da[s] @ c.adapters["o"].b if "o" in c.adapters else None
-        sums.outer("o", da[s], given, gb)
+        sums.outer("o", da[s], given, low_gradient(da[s], c, "o"), a)
 
 
 def _gated_backward(dm: Tensor, n: Tensor, s: slice, c: LayerCall, sums: Sums) -> Tensor:
     """The gradient at the MLP's input, from that of what its norm gives. [C, H]"""
     gate, up = _gate_up(n, c) if c.products is None else _saved(c.products, s)
     assert c.shape.activation is not None
+    made = None
     if c.shape.norm("norm2_after") is not None:
         made = linear(gated(gate, up, c.shape.activation), c, "down")
         dm = normed_backward(dm, made, c, "norm2_after", sums)
-        del made
+    if c.factor("down") is None:
+        made = None
     dhidden, gb = linear_backward(dm, c, "down")
     hidden, dgate, dup = gated_backward(dhidden, gate, up, c.shape.activation)
-    del dhidden, gate, up
-    sums.outer("down", dm, hidden, gb)
-    del hidden
+    del dhidden
+    if not any(c.factor(name) is not None for name in ("gate", "up", "gate_up")):
+        gate = up = None
+    sums.outer("down", dm, hidden, gb, made)
+    del hidden, made
     if "gate_up" in c.weights:
-        return through(torch.cat((dgate, dup), 1), n, c, "gate_up", sums)
-    dn = through(dgate, n, c, "gate", sums)
-    del dgate
-    return through(dup, n, c, "up", sums, dn)
+        both = None if gate is None else torch.cat((gate, up), 1)
+        return through(torch.cat((dgate, dup), 1), n, c, "gate_up", sums, made=both)
+    dn = through(dgate, n, c, "gate", sums, made=gate)
+    del dgate, gate
+    return through(dup, n, c, "up", sums, dn, up)
 
 
 def _module_forward(n: Tensor, s: slice, c: LayerCall) -> Tensor:

@@ -21,6 +21,7 @@ from longfactory.memory import chunked
 from longfactory.memory.layer.passes import backward, forward
 from longfactory.sp import routers
 from longfactory.sp.context import Axes
+from longfactory.sp.position import trial
 from longfactory.sp.probe import probe
 
 TOKENS = 32
@@ -58,8 +59,7 @@ def difference(owner: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
     trained = {n: w for n, w in weights.items() if w is not None and w.requires_grad}
 
     def own(point: Tensor) -> dict[str, Tensor]:
-        # None: these are no tokens of a row
-        with torch.enable_grad(), chunked.whole(None):
+        with torch.enable_grad(), chunked.whole():
             leaf = point.clone().requires_grad_()
             y = owner.forward(leaf, *rest, **named)
             y = y[0] if isinstance(y, tuple) else y
@@ -76,12 +76,13 @@ def difference(owner: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
         return _results(y[None], point, dx[None], slope, {n: every[n] for n in trained})
 
     try:
-        with probe(installed=True) as asked, routers.record(owner.layer) as choices:
-            wanted = own(given)
-        with routers.replay(owner.layer, choices):
-            near = own(given * (1 + moved * moves))
-            with probe(installed=True) as arrived:
-                found = written(given)
+        with trial():  # what counts tokens of a row does not count these
+            with probe(installed=True) as asked, routers.record(owner.layer) as choices:
+                wanted = own(given)
+            with routers.replay(owner.layer, choices):
+                near = own(given * (1 + moved * moves))
+                with probe(installed=True) as arrived:
+                    found = written(given)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a changed module does

@@ -376,7 +376,7 @@ def is_four_bit(linear: Any) -> bool:
 
 
 def unknown_linear(linear: Any) -> str | None:
-    """Why this is neither a plain linear nor one with plain LoRA, or None."""
+    """Why this is neither a plain linear nor one with LoRA or DoRA, or None."""
     base = linear.base_layer if is_lora(linear) else linear
     if type(base) is not nn.Linear and not is_four_bit(base):
         return f"is a {type(linear).__name__}"
@@ -384,8 +384,9 @@ def unknown_linear(linear: Any) -> str | None:
         return None
     if getattr(linear, "fan_in_fan_out", False):
         return f"is a {type(linear).__name__} of a transposed weight"
-    if linear.lora_variant:
-        return f"has {type(next(iter(linear.lora_variant.values()))).__name__}"
+    variants = {type(variant).__name__ for variant in linear.lora_variant.values()}
+    if variants - {"DoraLinearVariant"}:
+        return f"has {', '.join(sorted(variants))}"
     if any(getattr(m, "p", 0.0) > 0 for m in linear.lora_dropout.values()):
         return "has lora_dropout"
     if any(linear.lora_bias.values()):
