@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import _many_runs
 import _model_rows
 import _profile
 import family_sweep
@@ -103,6 +105,27 @@ def test_which_process_measures_what(tmp_path: Path) -> None:
     assert not models.runs_beside("unsloth", "7b-lora-8k", at, 2)
     assert not models.runs_beside("unsloth", "7b-full-8k", models.ROWS["7b-full-8k"], 1)
     assert models.runs_beside("rates", "moe-qlora-64k", models.ROWS["moe-qlora-64k"], 1)
+
+
+def test_a_run_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In processes of its own: what it changes is not there for the next."""
+    from longfactory import cli
+
+    def train(words: list[str]) -> int:
+        if words == ["fails"]:
+            raise ValueError(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}")
+        assert "CHANGED" not in os.environ
+        os.environ["CHANGED"] = "yes"
+        return 0
+
+    monkeypatch.setattr(cli, "train", train)
+    for _ in range(2):
+        job = {"command": "train", "words": ["runs"]}
+        assert _many_runs.in_processes(job, 2, tmp_path, True) is None
+    failed = _many_runs.in_processes({"command": "train", "words": ["fails"]}, 2, tmp_path, True)
+    assert failed in ("ValueError: rank 0 of 2", "ValueError: rank 1 of 2")
+    anew = _many_runs.in_processes({"command": "none", "words": []}, 1, tmp_path, False)
+    assert anew == "KeyError: 'none'"
 
 
 def test_the_printed_lines_are_enough(tmp_path: Path) -> None:
