@@ -215,6 +215,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"finetuning_type": "oft", "use_dora": True}, "use_dora is for finetuning_type: lora"),
     ({"init_lora_weights": "eva"}, "looks at the layers' inputs on some data"),
     ({"init_lora_weights": "loftq"}, "use quantization_bit: 4"),
+    ({"init_lora_weights": "lora_ga"}, "begins from the whole weights' gradients"),
     ({"pissa_convert": True}, "Set pissa_init: true"),
     ({"pissa_init": True, "init_lora_weights": "olora"}, "Keep one of them"),
     (
@@ -223,7 +224,12 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"init_lora_weights": "olora", "quantization_bit": 4}, "olora decomposes the full weights"),
     ({"mixture_of_depths": "convert"}, "those that come later included"),
-    ({"quantization_bit": 4, "quantization_method": "hqq"}, "quantization_method: bnb"),
+    ({"quantization_bit": 8, "quantization_method": "eetq"}, "use quantization_method: hqq"),
+    ({"quantization_bit": 3, "finetuning_type": "lora"}, "got 3, expected 4 or 8 for"),
+    (
+        {"quantization_bit": 4, "quantization_method": "hqq", "sharding": "fsdp2"},
+        "HQQ keeps a layer's scales beside its weights",
+    ),
     ({"label_smoothing_factor": 0.1, "use_dft_loss": True}, "A run has one loss"),
     ({"label_smoothing_factor": 1.0}, "expected >= 0 and < 1"),
     (
@@ -291,11 +297,6 @@ def test_every_name_of_another_tool_leads_to_a_key() -> None:
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        (
-            {**BASE, "tensor_model_parallel_size": 1, "expert_model_parallel_size": 2},
-            "Megatron back ends (mcore)",
-        ),
-        ({**BASE, "use_distributed_optimizer": True}, "Megatron back ends (mcore)"),
         (
             {
                 "compute_environment": "LOCAL_MACHINE",
@@ -475,6 +476,7 @@ def test_the_deepspeed_files_that_everyone_quotes(name: str) -> None:
             'pip install "longfactory[deepspeed]"',
         ),
         ({"quantization_bit": 4}, 'pip install "longfactory[quantization]"'),
+        ({"quantization_bit": 4, "quantization_method": "hqq"}, 'install "longfactory[hqq]"'),
         ({"enable_liger_kernel": True}, 'pip install "longfactory[liger]"'),
         ({"attention_backend": "fa4"}, 'pip install "longfactory[fa4]"'),
         (

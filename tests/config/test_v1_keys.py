@@ -78,3 +78,24 @@ def test_entries_of_parts_are_refused_or_named() -> None:
     assert "dist_config: ep_size: no effect here." in notes
     with pytest.raises(ConfigError, match="optim_config: lr is refused: give learning_rate"):
         translated({**values, "optim_config": {"name": "muon", "lr": 1e-3}})
+
+
+def test_kernels_and_attention_are_named() -> None:
+    """Liger's are used; what else a file asks for has no effect and is named, or is refused."""
+    values = {"model": "m", "train_dataset": "d", "stage": "sft"}
+    kernels = {
+        "name": "auto, liger_kernel, flash-linear-attention",
+        "include_kernels": "chunk_gated_delta_rule",
+        "chunk_size": 64,
+    }
+    out, notes = translated({**values, "kernel_config": kernels, "flash_attn": "flash_attention_2"})
+    assert out["enable_liger_kernel"] and "flash_attn" not in out
+    assert "kernel_config: include_kernels, chunk_size: no effect here." in notes
+    assert any(n.startswith("kernel_config: name: flash-linear-attention: no eff") for n in notes)
+    assert any(n.startswith("flash_attn: flash_attention_2: no effect here") for n in notes)
+    out, notes = translated({**values, "kernel_config": {"name": "auto"}})
+    assert len(notes) == 1 and "enable_liger_kernel" not in out
+    with pytest.raises(ConfigError, match="kernel_config: there is no entry tiles; known are inc"):
+        translated({**values, "kernel_config": {"name": "auto", "tiles": 4}})
+    with pytest.raises(ConfigError, match="flash_attn: got other, expected one of eager, sdpa"):
+        translated({**values, "flash_attn": "other"})

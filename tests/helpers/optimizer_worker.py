@@ -41,6 +41,31 @@ def model(family: str = "qwen3") -> Any:
     )
 
 
+def loaded(folder: str) -> Any:
+    """A checkpoint as a run loads it."""
+    from longfactory.config.arguments import ModelArguments
+    from longfactory.model import load
+    from longfactory.sp import hf
+
+    args = ModelArguments(model_name_or_path=folder)
+    config = load.load_config(args, 64)
+    return load.load_model(args, config, torch.float32, attention=hf.ATTENTION)
+
+
+def made(cfg: Any, ctx: Any, dtype: torch.dtype = torch.float32, base: str | None = None) -> Any:
+    """What a run trains: the model, or it with its adapters, ready for the engine."""
+    from longfactory.model import adapters
+    from longfactory.sp import hf
+
+    trained = model().to(dtype) if base is None else loaded(base)
+    trained.set_attn_implementation(hf.ATTENTION)
+    hf.prepare(trained, ctx)
+    if cfg.method.finetuning_type == "full":
+        return trained
+    torch.manual_seed(5)
+    return adapters.apply_finetuning(trained, cfg.method, cfg.model, is_trainable=True)
+
+
 def run_config(keys: dict[str, Any]) -> Any:
     from longfactory.config import from_mapping
 
@@ -68,6 +93,8 @@ def train(
     resume: bool = False,
     steps: int = STEPS,
     dtype: torch.dtype = torch.float32,
+    base: str | None = None,
+    efficient_loading: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Parameters after the run, whole, on the host.
 
@@ -78,20 +105,19 @@ def train(
         watch: called with the optimizer before each of its steps.
         folder: where a checkpoint is written after the second step.
         resume: go on from that checkpoint.
+        base: the folder that the model is loaded from, as a run does it.
+        efficient_loading: under FSDP2 the first process alone reads the files.
     """
     from longfactory import sp
     from longfactory.model.token_logprobs import TokenLogprobs
     from longfactory.shard import settings
     from longfactory.shard.export import full_state_dict
-    from longfactory.sp import hf
     from longfactory.stages.tokens import TokenStage
     from longfactory.train.optimizers import optimizer_factory
     from longfactory.train.trainer import RowTrainer
 
     cpu_sharding.reset()
     cfg = run_config(keys)
-    trained = model().to(dtype)
-    trained.set_attn_implementation(hf.ATTENTION)
     with tempfile.TemporaryDirectory() as scratch:
         args = cpu_sharding.training_arguments(
             sharding,
@@ -107,7 +133,7 @@ def train(
             save_steps=2,
         )
         ctx = sp.SequenceParallel.create(size)
-        hf.prepare(trained, ctx)
+        trained = made(cfg, ctx, dtype, base)
         trainer = RowTrainer(
             trained,
             args,

@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import optimizer_worker
+from cpu_sharding import on_ranks_of_their_own
 from longfactory.model.load import widened
 from longfactory.testing import tiny_model
 from small_runs import LORA, home, steps, train, write_tokenizer
@@ -84,6 +86,46 @@ def test_it_trains_as_what_it_means(home: Path, published: Path, changes: dict[s
     assert weights.keys() == meant.keys()
     for key, weight in weights.items():
         torch.testing.assert_close(weight, meant[key], rtol=1e-5, atol=1e-6)
+
+
+def write_eight_bits(folder: Path, whole: Path, block: int) -> None:
+    """The model of `optimizer_worker` as FP8 in blocks, and beside it what that means."""
+    for place in (folder, whole):
+        optimizer_worker.model().save_pretrained(place)
+    stored, meant = {}, {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        stored[name] = meant[name] = weight
+        if name.endswith("proj.weight"):
+            rows, columns = (n // block for n in weight.shape)
+            blocks = weight.reshape(rows, block, columns, block)  # [O, I] -> [O/B, B, I/B, B]
+            scale = blocks.abs().amax((1, 3)) / MOST
+            eight = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+            stored[name] = eight.reshape(weight.shape)
+            stored[f"{name}_scale_inv"] = scale
+            meant[name] = (eight.float() * scale[:, None, :, None]).reshape(weight.shape)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(meant, whole / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {**STORED, "weight_block_size": [block, block]}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_fsdp2_trains_them_as_one_process(tmp_path: Path) -> None:
+    """Also where the first process alone reads the files, which a run chooses."""
+    write_eight_bits(tmp_path / "stored", tmp_path / "meant", 2)
+    before = optimizer_worker.loaded(str(tmp_path / "meant")).state_dict()
+    keys: dict[str, Any] = {"learning_rate": 0.02}
+    alone = optimizer_worker.train(keys, 1, "none", base=str(tmp_path / "meant"))
+    runs = [
+        {"keys": keys, "base": str(tmp_path / "stored"), "efficient_loading": efficient}
+        for efficient in (False, True)
+    ]
+    sharded = on_ranks_of_their_own(2, 250, optimizer_worker.on_a_rank, "fsdp2", runs)[0]
+    for after in sharded:
+        change = torch.cat([(alone[n] - before[n]).flatten().double() for n in before])
+        far = torch.cat([(after[n] - alone[n]).flatten().double() for n in before])
+        assert float(change.abs().max()) > 1e-2
+        assert far.norm() <= 1e-4 * change.norm(), float(far.norm() / change.norm())
 
 
 def test_which_checkpoints_are_read_so() -> None:

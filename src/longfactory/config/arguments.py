@@ -53,10 +53,13 @@ class ModelArguments:
     enable_liger_kernel: bool = arg(
         False, "Liger's kernels for norms, rotary embedding and MLP (extra: liger)."
     )
-    quantization_bit: Literal[4, 8] | None = arg(
-        None, "Load the frozen weights in so many bits (QLoRA; extra: quantization)."
+    quantization_bit: Literal[1, 2, 3, 4, 5, 6, 8] | None = arg(
+        None,
+        "Load the frozen weights in so many bits (QLoRA; bnb: 4 or 8; extra: quantization, hqq).",
     )
-    quantization_method: Literal["bnb"] = arg("bnb", "Which library quantises: bitsandbytes.")
+    quantization_method: Literal["bnb", "hqq"] = arg(
+        "bnb", "Which library quantises: bitsandbytes or hqq."
+    )
     quantization_type: Literal["nf4", "fp4"] = arg("nf4", "Number format of 4-bit weights.")
     double_quantization: bool = arg(True, "Quantise the quantisation constants too.")
     fp8: bool = arg(

@@ -334,10 +334,9 @@ def adapters(cfg: RunConfig) -> Iterator[str]:
         yield "fp8: true multiplies bf16 numbers in eight bits. Set bf16 or pure_bf16: true."
     if model.fp8 and model.quantization_bit is not None:
         yield "fp8 and quantization_bit are two formats of the same weights. Leave one of them out."
-    if model.quantization_bit == 8 and cfg.parallel.sharding == "fsdp2":
-        yield "FSDP2 cannot shard weights of 8 bits. Use quantization_bit: 4, or sharding: ddp."
     if model.quantization_bit is None:
         return
+    yield from _quantisation(cfg)
     if not lora:
         yield (
             f"quantization_bit is for finetuning_type: lora or oft; this run's is"
@@ -361,6 +360,24 @@ def adapters(cfg: RunConfig) -> Iterator[str]:
         )
     if len(model.adapter_name_or_path) > 1:
         yield "A quantised model takes one adapter. Merge the others first (longfactory export)."
+
+
+def _quantisation(cfg: RunConfig) -> Iterator[str]:
+    """Contradictions between a package that quantises, its bits and the sharding."""
+    model, sharded = cfg.model, cfg.parallel.sharding == "fsdp2"
+    if model.quantization_method == "hqq":
+        if sharded:
+            yield (
+                "HQQ keeps a layer's scales beside its weights, where FSDP2 does not shard them."
+                " Use sharding: ddp, or quantization_method: bnb with quantization_bit: 4."
+            )
+    elif model.quantization_bit not in (4, 8):
+        yield (
+            f"quantization_bit: got {model.quantization_bit}, expected 4 or 8 for"
+            " quantization_method: bnb. Use one of them, or quantization_method: hqq."
+        )
+    elif model.quantization_bit == 8 and sharded:
+        yield "FSDP2 cannot shard weights of 8 bits. Use quantization_bit: 4, or sharding: ddp."
 
 
 BACKENDS = ("nccl", "gloo", "mpi", "ucc", "xccl", "ccl", "hccl", "cncl", "mccl")
@@ -503,10 +520,11 @@ def extras(cfg: RunConfig) -> Iterator[str]:
 
     if cfg.trainer.deepspeed is not None and missing("deepspeed"):
         yield 'deepspeed: the package is not installed. Run: pip install "longfactory[deepspeed]"'
-    if cfg.model.quantization_bit is not None and missing("bitsandbytes"):
+    by_hqq = cfg.model.quantization_method == "hqq"
+    package, extra = ("hqq", "hqq") if by_hqq else ("bitsandbytes", "quantization")
+    if cfg.model.quantization_bit is not None and missing(package):
         yield (
-            "quantization_bit: bitsandbytes is not installed. Run: pip install"
-            ' "longfactory[quantization]"'
+            f'quantization_bit: {package} is not installed. Run: pip install "longfactory[{extra}]"'
         )
     if cfg.model.infer_backend == "vllm" and missing("vllm"):
         yield "infer_backend: vllm is not installed. Run: pip install vllm"

@@ -9,7 +9,14 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from longfactory.config import accelerate_launch, checks, folder, translate, v1_keys
+from longfactory.config import (
+    accelerate_launch,
+    checks,
+    folder,
+    megatron_keys,
+    translate,
+    v1_keys,
+)
 from longfactory.config.adapter_facts import trains_adapters
 from longfactory.config.arguments import GROUPS
 from longfactory.config.fields import keys_of, plain
@@ -40,13 +47,15 @@ def from_mapping(
     written: Mapping[str, Any], *, command: Command = "train", world_size: int | None = None
 ) -> RunConfig:
     """`load_config` from keys and values."""
-    of_v1: list[str] = []
+    of_others: list[str] = []
     if v1_keys.is_v1(written):
-        written, of_v1 = v1_keys.translated(written)
+        written, of_others = v1_keys.translated(written)
+    elif megatron_keys.is_megatron(written):
+        written, of_others = megatron_keys.translated(written)
     translate.other_file(written)
     # What is wrong is gathered before anything is raised, so that a person sees it at once.
     values, notes, problems = translate.known(written)
-    notes = [*of_v1, *notes]
+    notes = [*of_others, *notes]
     try:
         values = translate.rename(values)
         notes += translate.drop_others(values)

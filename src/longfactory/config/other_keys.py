@@ -120,7 +120,7 @@ _KT = "KTransformers is not supported; use optimizer_placement: host or a DeepSp
 _PPO = "ppo is not supported; use stage: dpo or kto, or stage: rm for a reward model alone; roll out with vLLM (TRL, verl) and learn from the rollouts with stage: rl"
 _SWAN = "messages to Lark are not sent; register SwanLab's own Lark callback in a script"
 _PROF = "modules are not annotated in the trace; profiler_with_stack: true shows the lines of each operation"
-_MCA = "Megatron back ends are not supported; use sequence_parallel_size and sharding: fsdp2"
+_MCA = "Megatron back ends are not supported; their files are read as runs of Hugging Face's model: leave it out"
 _HUB = "use a local folder, or a model on the Hugging Face hub"
 
 REFUSED: dict[str, Other] = {
@@ -315,7 +315,7 @@ REFUSED: dict[str, Other] = {
 }
 """Keys that are refused unless harmless, with what to use instead."""
 
-_OTHER_QUANTISER = "only bitsandbytes quantises while loading (quantization_method: bnb); a model that is already quantised needs no key"
+_OTHER_QUANTISER = "bitsandbytes and hqq quantise while loading (quantization_method: bnb or hqq); a model that is already quantised needs no key"
 
 REFUSED_VALUES: dict[str, dict[str, str]] = {
     "stage": {
@@ -327,13 +327,16 @@ REFUSED_VALUES: dict[str, dict[str, str]] = {
             ("eva", "corda"),
             "it looks at the layers' inputs on some data before training, which runs do not collect; use pissa_init: true",
         ),
+        **dict.fromkeys(
+            ("lora_ga", "loraga"),
+            "it begins from the whole weights' gradients on some data before training, which runs do not compute; use pissa_init: true",
+        ),
         "loftq": "PEFT's LoftQ keeps the rounded weights in full precision, so that nothing is saved; use quantization_bit: 4 with plain LoRA",
         "pissa": "use pissa_init: true, with pissa_iter",
     },
     "infer_backend": {"sglang": _SGLANG, "ktransformers": _SGLANG},
     "quantization_method": {
-        "hqq": "transformers 5 has no quantising by HQQ while loading yet; use quantization_method: bnb",
-        "eetq": "transformers 5 takes EETQ's kernels from the hub at run time; use quantization_method: bnb",
+        "eetq": "transformers 5 takes EETQ's kernels from the hub at run time, and runs use no network; use quantization_method: hqq with quantization_bit: 8",
         **dict.fromkeys(("gptq", "awq", "aqlm", "quanto", "mxfp4", "fp8"), _OTHER_QUANTISER),
     },
 }
@@ -471,12 +474,6 @@ class OtherFile:
     sentence: str
 
 
-_MEGATRON = (
-    "tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size expert_model_parallel_size "
-    "use_distributed_optimizer overlap_param_gather overlap_grad_reduce moe_grouped_gemm moe_token_dispatcher_type recompute_granularity "
-    "recompute_method recompute_num_layers bias_activation_fusion apply_rope_fusion masked_softmax_fusion cross_entropy_loss_fusion "
-    "use_packed_sequences megatron_pretrained_checkpoint"
-)
 _ACCELERATE = (
     "compute_environment distributed_type num_processes num_machines machine_rank main_training_function rdzv_backend same_network "
     "downcast_bf16 tpu_use_cluster deepspeed_config"
@@ -484,12 +481,6 @@ _ACCELERATE = (
 _DEEPSPEED = "zero_optimization train_micro_batch_size_per_gpu train_batch_size zero_allow_untested_optimizer wall_clock_breakdown"
 
 OTHER_FILES: tuple[OtherFile, ...] = (
-    OtherFile(
-        frozenset(_MEGATRON.split()),
-        1,
-        "a file for LLaMA-Factory's Megatron back ends (mcore), which are not supported. Leave these keys out; sequence_parallel_size and "
-        "sharding: fsdp2 spread a run over devices",
-    ),
     OtherFile(
         frozenset(_ACCELERATE.split()),
         3,

@@ -67,9 +67,13 @@ MUON = {"momentum": 0.95, "nesterov": True, "ns_steps": 5}
 NO_EFFECT = {
     "dist_config": ("ep_size", "ep_dispatcher"),
     "peft_config": ("cast_trainable_params_to_fp32",),
+    "kernel_config": ("include_kernels", "chunk_size"),
 }
-"""Entries of parts that change no result here: experts are sharded like all other weights, and
-what trains has float32 masters where the run asks for them."""
+"""Entries of parts that change no result here: experts are sharded like all other weights, what
+trains has float32 masters where the run asks for them, and kernels are chosen when a run starts."""
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
+"""v1's values of flash_attn: each computes the same attention, as the kernel chosen here does."""
+LIGER, AUTO = "liger_kernel", "auto"
 
 Part = Mapping[str, Any]
 
@@ -108,6 +112,21 @@ def translated(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             problems += parts[name](value, out)
             if unused := [entry for entry in NO_EFFECT.get(name, ()) if entry in value]:
                 notes.append(f"{name}: {', '.join(unused)}: no effect here.")
+            if name == "kernel_config" and (others := _other_kernels(value)):
+                notes.append(
+                    f"kernel_config: name: {', '.join(others)}: no effect here: kernels are chosen"
+                    " when the run starts."
+                )
+        elif name == "flash_attn":
+            if value is not None and str(value) not in ATTENTION:
+                problems.append(
+                    f"flash_attn: got {plain(str(value))}, expected one of {', '.join(ATTENTION)}."
+                )
+            elif value is not None:
+                notes.append(
+                    f"flash_attn: {value}: no effect here: the fastest exact kernel is chosen"
+                    " (attention_backend names one)."
+                )
         elif name == "init_config":
             notes.append("init_config has no effect: how weights are loaded follows from sharding.")
         elif name == "batching_workers":
@@ -141,7 +160,6 @@ def translated(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         raise ConfigError("\n".join(problems))
     if "save_steps" not in values and "save_epochs" not in values:
         out.setdefault("save_strategy", "no")
-    out.pop("flash_attn", None)  # of v1's three each has an exact kernel here
     return {**DEFAULTS, **out}, notes
 
 
@@ -215,9 +233,18 @@ def _optimizer(value: Part, out: dict[str, Any]) -> Iterator[str]:
 
 def _kernels(value: Part, out: dict[str, Any]) -> Iterator[str]:
     """Kernels are chosen here, but Liger's, which are asked for by name."""
-    if "liger_kernel" in str(value["name"]):
+    if LIGER in _names(value):
         out["enable_liger_kernel"] = True
-    yield from ()
+    yield from _rest("kernel_config", value, dict.fromkeys(NO_EFFECT["kernel_config"]))
+
+
+def _names(value: Part) -> list[str]:
+    return [name.strip() for name in str(value["name"]).split(",")]
+
+
+def _other_kernels(value: Part) -> list[str]:
+    """The kernels that a file names, but Liger's and what v1 would choose."""
+    return [plain(name) for name in _names(value) if name not in (LIGER, AUTO)]
 
 
 def _schedule(value: Part, out: dict[str, Any]) -> Iterator[str]:

@@ -437,7 +437,8 @@ def linear_names(model: nn.Module, parts: Idle | None = None) -> list[str]:
     for name, module in inner.named_modules():
         if not name or name in parts:
             continue
-        is_linear = isinstance(module, nn.Linear) or type(module).__name__ in (*QUANTIZED, "Conv1D")
+        is_linear = isinstance(module, nn.Linear) or _holds_packed(module)
+        is_linear = is_linear or type(module).__name__ == "Conv1D"
         target = (
             is_linear
             and module not in in_routers
@@ -450,7 +451,17 @@ def linear_names(model: nn.Module, parts: Idle | None = None) -> list[str]:
     return sorted({_first_clear_end(name, taken) for name in linear})
 
 
-QUANTIZED = ("Linear4bit", "Linear8bitLt")
+QUANTIZED = ("Linear4bit", "Linear8bitLt", "HQQLinear", "QuantizedLinear")
+"""Classes of bitsandbytes, hqq and AQLM."""
+
+
+def _holds_packed(module: nn.Module) -> bool:
+    """Whether a linear layer's weights are quantised; those of GPTQ and AWQ are known by `qweight`,
+    since each kernel has a class of its own.
+    """
+    return type(module).__name__ in QUANTIZED or isinstance(
+        getattr(module, "qweight", None), torch.Tensor
+    )
 
 
 def _gives_more(module: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from longfactory.config.data_arguments import DataSettings
 from longfactory.data.media.process import Processing, make_processing
 from longfactory.errors import UserError
 from longfactory.memory.optimizer import local
-from longfactory.model import experts
+from longfactory.model import experts, hqq
 from longfactory.model.source import Source, read_source
 from longfactory.sp import hf, text_model
 
@@ -252,7 +252,7 @@ def load_model(
         attention: the registered attention name, for the text decoder; towers have their own.
         device: where random weights are made (`train_from_scratch`); pretrained weights are loaded
             on the host.
-        quantization: a transformers quantization config, or None.
+        quantization: from `quantization_config`, or None.
     Raises:
         UserError: the weights cannot be loaded.
     """
@@ -273,7 +273,10 @@ def load_model(
     widening = None if quantization is not None else widened(config)
     if widening is not None:
         kwargs["quantization_config"] = widening
-    if quantization is not None:
+    elif (trainable := trainable_kernels(config)) is not None:
+        kwargs["quantization_config"] = trainable
+    by_hqq = quantization if isinstance(quantization, hqq.Hqq) else None
+    if quantization is not None and by_hqq is None:
         kwargs["quantization_config"] = quantization
         if torch.cuda.is_available():
             kwargs["device_map"] = {"": torch.cuda.current_device()}
@@ -292,7 +295,11 @@ def load_model(
     if widening is not None:
         # By these a save would round the weights to the published format again.
         model.__dict__.pop("_weight_conversions", None)
-    if quantization is not None:
+    if by_hqq is not None:
+        cuda = torch.cuda.is_available()
+        where = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        hqq.install(model, by_hqq, where)
+    elif quantization is not None:
         _keep_trainable(model)
         experts.install_four_bits(model)
     experts.install_grouped(model)
@@ -437,14 +444,17 @@ def _keep_trainable(model: Any) -> None:
 
 
 def describe_quantised(model: Any) -> str:
-    """How many parameters are in four or eight bits, how many are not, and the bytes of all."""
+    """How many parameters are quantised, how many are not, and the bytes of all."""
     numbers = {True: 0, False: 0}
     size = 0
     wide: list[str] = []
     for name, p in model.named_parameters():
-        packed = hasattr(p, "quant_state") or p.dtype == torch.int8
-        count = math.prod(experts.whole_shape(p))
+        by_hqq = hqq.layer_of(model, name)
+        packed = hasattr(p, "quant_state") or p.dtype == torch.int8 or by_hqq is not None
+        shape = experts.whole_shape(p) if by_hqq is None else by_hqq.meta["shape"]
+        count = math.prod(shape)
         numbers[packed] += count
+        size += hqq.bytes_of_scales(by_hqq)
         size += p.numel() * p.element_size()
         state = getattr(p, "quant_state", None)
         for x in (state, getattr(state, "state2", None)):
@@ -462,7 +472,7 @@ def describe_quantised(model: Any) -> str:
 
 
 def quantization_config(args: Any, dtype: torch.dtype, *, sharded: bool = False) -> Any:
-    """`quantization_bit: 4 | 8` -> a bitsandbytes configuration, or None.
+    """`quantization_bit` -> a bitsandbytes configuration, `hqq.Hqq`, or None.
 
     Args:
         args: the model's arguments.
@@ -470,14 +480,16 @@ def quantization_config(args: Any, dtype: torch.dtype, *, sharded: bool = False)
         sharded: FSDP2 will shard the weights.
 
     Raises:
-        UserError: bitsandbytes is not installed, or another method or width is asked for.
+        UserError: the package is not installed, or another method or width is asked for.
     """
     if not args.quantization_bit:
         return None
+    if args.quantization_method == "hqq":
+        return hqq.settings(args.quantization_bit, dtype)
     if args.quantization_method not in ("bnb", "bitsandbytes"):
         raise UserError(
             f"quantization_method: {args.quantization_method} is not supported for training. Use"
-            " bnb (bitsandbytes)."
+            " bnb (bitsandbytes) or hqq."
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
@@ -515,11 +527,65 @@ def widened(config: Any) -> Any:
     """
     from transformers import FineGrainedFP8Config, Mxfp4Config
 
-    found = getattr(config, "quantization_config", None) or {}
-    stored: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
+    stored = _stored(config)
     kinds = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
     kind = kinds.get(str(stored.get("quant_method")))
     return None if kind is None else kind.from_dict({**stored, "dequantize": True})
+
+
+def trainable_kernels(config: Any) -> Any:
+    """The configuration by which a checkpoint of GPTQ or AWQ gets layers with a backward pass: of
+    the kernels that GPTQModel takes by itself most compute forward alone. Its layers of plain torch
+    make the weights whole and multiply them, which long rows are bound by anyway. None for all
+    other checkpoints.
+
+    Args:
+        config: transformers' configuration of the model.
+    Raises:
+        UserError: a package is not installed.
+    """
+    from transformers import AwqConfig, GPTQConfig
+
+    method = _stored(config).get("quant_method")
+    if method not in ("gptq", "awq"):
+        return None
+    missing = [name for name in ("gptqmodel", "optimum") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"model_name_or_path: this checkpoint is quantised ({method}), and"
+            f" {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed. Run:"
+            ' pip install "longfactory[gptq]"'
+        )
+    if method == "gptq":
+        return GPTQConfig(int(_stored(config)["bits"]), backend="torch")
+    return AwqConfig(backend="torch_awq")
+
+
+def refuse_training_packed(config: Any) -> None:
+    """Refuses a quantised checkpoint for a run without adapters, which would train what lies beside
+    the packed weights alone (norms, embeddings).
+
+    Args:
+        config: transformers' configuration of the model.
+    Raises:
+        UserError: how the checkpoint is quantised, and what to use.
+    """
+    method = _stored(config).get("quant_method")
+    if method is None or widened(config) is not None:
+        return
+    raise UserError(
+        f"model_name_or_path: this checkpoint is quantised ({method}): its linear layers hold"
+        " packed integers, which have no gradient. Use finetuning_type: lora, or the checkpoint in"
+        " full precision."
+    )
+
+
+def _stored(config: Any) -> dict[str, Any]:
+    """How a checkpoint says that it is quantised; empty where it does not."""
+    found = getattr(config, "quantization_config", None) or {}
+    stored: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
+    method = stored.get("quant_method")
+    return {**stored, "quant_method": getattr(method, "value", method)} if stored else {}
 
 
 def embedding_rows(model: Any) -> int:

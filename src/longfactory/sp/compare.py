@@ -183,6 +183,10 @@ def plain_layer(
     def plain(module: nn.Module, prefix: str) -> nn.Module:
         if id(module) in memo:
             return memo[id(module)]
+        whole = None if dtype is None else _unpacked(module)
+        if whole is not None:
+            memo[id(module)] = _linear(whole.to(dtype), getattr(module, "bias", None))
+            return memo[id(module)]
         kind: Any = next(k for k in type(module).__mro__ if not _is_wrapper(k))
         if dtype is not None and hasattr(module, "linear_mm_config"):
             kind = nn.Linear  # torchao's layer, which rounds what it multiplies to eight bits
@@ -219,6 +223,26 @@ def plain_layer(
         return new
 
     return plain(layer, "")
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A frozen layer with these numbers, in the weight's type."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
+    return linear
+
+
+def _unpacked(module: nn.Module) -> Tensor | None:
+    """[out, in]: the numbers that the packed weight of a linear layer of hqq stands for, whose own
+    products are in the type of its scales alone; None for all other modules.
+    """
+    if not hasattr(module, "W_q"):
+        return None
+    layer: Any = module
+    whole: Tensor = layer.dequantize()
+    return whole
 
 
 def _is_packed(module: nn.Module, name: str) -> bool:

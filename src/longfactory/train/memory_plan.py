@@ -417,6 +417,8 @@ def layers_can_be_written(cfg: RunConfig, sharding: str, zero: int) -> bool:
     (`layer.recognise` and what `decoder_layer` steps aside for).
     """
     method, bits = cfg.method, cfg.model.quantization_bit
+    if bits is not None and cfg.model.quantization_method == "hqq":
+        return False
     if method.finetuning_type == "oft":
         return False
     if method.finetuning_type == "lora" and method.lora_dropout > 0:
@@ -427,19 +429,25 @@ def layers_can_be_written(cfg: RunConfig, sharding: str, zero: int) -> bool:
 
 
 def quantized_parameters(cfg: RunConfig, counts: Counts, sharding: str) -> int:
-    """Parameters that are held in fewer bits: of linear layers, and in four bits of routed experts
-    where neither FSDP2 nor ZeRO shards the weights.
+    """Parameters that are held in fewer bits: of linear layers, and in bitsandbytes' four bits of
+    routed experts where neither FSDP2 nor ZeRO shards the weights.
     """
     if not cfg.model.quantization_bit:
         return 0
-    whole = cfg.model.quantization_bit == 4 and sharding in ("none", "ddp")
+    four = cfg.model.quantization_bit == 4 and cfg.model.quantization_method == "bnb"
+    whole = four and sharding in ("none", "ddp")
     return counts.linear + (counts.routed if whole else 0)
 
 
 def quantized_bytes(cfg: RunConfig) -> float:
-    """Bytes of a weight that bitsandbytes holds in 4 or 8 bit, with its share of the scales: one
-    for 64 weights, in fp32 or (double quantisation) 8 bit.
+    """Bytes of a quantised weight, with its share of the scales: of bitsandbytes' 4 bit one for 64
+    weights, in fp32 or (double quantisation) 8 bit; of hqq a scale and a zero point.
     """
+    if cfg.model.quantization_method == "hqq":
+        bits = cfg.model.quantization_bit
+        packed = {1: 1 / 8, 2: 1 / 4, 3: 4 / 10, 4: 1 / 2}.get(bits or 8, 1.0)
+        half = cfg.trainer.bf16 or cfg.trainer.fp16 or cfg.method.pure_bf16
+        return packed + 2 * (2 if half else 4) / 64
     if cfg.model.quantization_bit == 8:
         return 1.0
     return 0.5 + (1 + 4 / 256 if cfg.model.double_quantization else 4) / 64
@@ -457,7 +465,9 @@ def choose_sharding(
     if device_bytes is None:
         device_bytes = torch.cuda.get_device_properties(0).total_memory if cuda else 0
     facts = optimizer_facts.chosen(cfg)
-    whole = facts is not None and facts.fsdp2 is not None and cfg.parallel.sharding == "auto"
+    by_hqq = cfg.model.quantization_bit is not None and cfg.model.quantization_method == "hqq"
+    cannot = by_hqq or (facts is not None and facts.fsdp2 is not None)
+    whole = cannot and cfg.parallel.sharding == "auto"
     return shard.choose_sharding(
         "ddp" if whole and world > 1 else cfg.parallel.sharding,
         world=world,

@@ -41,7 +41,10 @@ SCHEDULE = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup
 BY_ITS_STATE = ("reduce_lr_on_plateau", "greedy")
 """Schedules whose learning rate follows from what they have seen, and not from the step."""
 
-ARITHMETIC = ("bf16", "fp16", "pure_bf16", "tf32", "attention_backend", "quantization_bit")
+ARITHMETIC = (
+    *("bf16", "fp16", "pure_bf16", "tf32", "attention_backend"),
+    *("quantization_bit", "quantization_method"),
+)
 
 DATA = frozenset({f.name for f in dataclasses.fields(DataArguments)} | {"seed", "data_seed"})
 """Keys that make samples and their order."""

@@ -220,9 +220,7 @@ def reference_parts(cfg: RunConfig, dataset: Any) -> dict[str, Any]:
         ),
         "rope_scaling": cfg.model.rope_scaling,
         "quantization_bit": bits,
-        "quantization": (
-            [cfg.model.quantization_type, cfg.model.double_quantization] if bits else None
-        ),
+        "quantization": _quantised_by(cfg) if bits else None,
     }
 
 
@@ -241,6 +239,13 @@ def _weights(cfg: RunConfig, name: str, config: str, config_only: bool = False) 
         path, config, cache_dir=cfg.model.cache_dir, revision=cfg.model.model_revision
     )
     return Path(file).parent.name if isinstance(file, str) else "unknown"
+
+
+def _quantised_by(cfg: RunConfig) -> list[Any]:
+    """What of a quantised reference changes its numbers, beside its bits."""
+    if cfg.model.quantization_method == "hqq":
+        return ["hqq"]
+    return [cfg.model.quantization_type, cfg.model.double_quantization]
 
 
 def reference_arguments(cfg: RunConfig) -> ModelArguments:
@@ -299,10 +304,11 @@ def load_reference(
     )
     dtype = load.compute_dtype(args)
     sharded = trainer.is_fsdp_enabled and args.device.type == "cuda"
-    if sharded and named.quantization_bit == 8:
+    by_hqq = named.quantization_bit and named.quantization_method == "hqq"
+    if sharded and (by_hqq or named.quantization_bit == 8):
         raise UserError(
-            "FSDP2 cannot shard the reference's weights of 8 bits. Use ref_model_quantization_bit:"
-            " 4, or sharding: ddp."
+            "FSDP2 cannot shard the reference's weights of 8 bits, or those of hqq. Use"
+            " ref_model_quantization_bit: 4 with quantization_method: bnb, or sharding: ddp."
         )
     quantization = load.quantization_config(named, dtype, sharded=sharded)
     with _not_partitioned(args):
