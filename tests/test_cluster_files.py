@@ -4,10 +4,14 @@ they run are words that the command knows.
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -120,26 +124,20 @@ def test_ray_machines() -> None:
     ]
 
 
-@pytest.mark.slow
-def test_ray_runs_two_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def on_ray(folder: Path, **changes: Any) -> subprocess.CompletedProcess[str]:
     """A run of two processes that share each sequence, started by Ray on this machine."""
-    pytest.importorskip("ray")
-    import json
-    import os
-    import sys
-
     from small_runs import write_model
 
-    write_model(tmp_path / "model", 0)
+    write_model(folder / "model", 0)
     rows = [{"input_ids": list(range(3, 40 + i)), "mask": [0] + [1] * (36 + i)} for i in range(6)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = {
-        "model_name_or_path": tmp_path / "model",
+        "model_name_or_path": folder / "model",
         "stage": "rl",
         "rl_loss": "nll",
-        "dataset": tmp_path / "rows.jsonl",
+        "dataset": folder / "rows.jsonl",
         "finetuning_type": "full",
-        "output_dir": tmp_path / "out",
+        "output_dir": folder / "out",
         "max_steps": 2,
         "per_device_train_batch_size": 1,
         "save_strategy": "no",
@@ -148,16 +146,34 @@ def test_ray_runs_two_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "sequence_parallel_size": 2,
         "ray_num_workers": 2,
         "ray_init_kwargs": json.dumps({"num_cpus": 2, "include_dashboard": False}),
+        **changes,
     }
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-m", "longfactory.cli", "train", *(f"{k}={v}" for k, v in words.items())],
-        env={**os.environ, "USE_RAY": "1", "LONGFACTORY_CACHE": str(tmp_path / "cache")},
+        env={**os.environ, "USE_RAY": "1", "LONGFACTORY_CACHE": str(folder / "cache")},
         capture_output=True,
         text=True,
         timeout=240,
         check=False,
     )
+
+
+@pytest.mark.slow
+def test_ray_runs_two_workers(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    done = on_ray(tmp_path, placement_strategy="STRICT_PACK")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "runs 2 workers (machine 1 of 1, found by Ray)" in done.stderr
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["global_step"] == 2
+
+
+@pytest.mark.slow
+def test_ray_gives_the_status_of_a_run_that_fails(tmp_path: Path) -> None:
+    """Its reason is in the command's own output."""
+    pytest.importorskip("ray")
+    (tmp_path / "bad.jsonl").write_text('{"input_ids": "no ids"}\n')
+    done = on_ray(tmp_path, dataset=tmp_path / "bad.jsonl")
+    assert done.returncode not in (0, None)
+    said = done.stdout + done.stderr
+    assert "bad.jsonl" in said.split("found by Ray)", 1)[1], said[-3000:]

@@ -192,7 +192,15 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
         {"deepspeed": {"zero_optimization": {"stage": 2}}, "sharding": "fsdp2"},
         "deepspeed and sharding: fsdp2",
     ),
-    ({"deepspeed": {"zero_optimization": {"stage": 3}}, "pure_bf16": True}, "Use bf16: true"),
+    (
+        {
+            "deepspeed": {
+                "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}
+            },
+            "pure_bf16": True,
+        },
+        "optimizer on the host keeps float32",
+    ),
     ({"deepspeed": {"zero_optimization": {"stage": 3}}, "quantization_bit": 4}, "ZeRO-2"),
     ({"deepspeed": {"zero_optimization": {"stage": 3}}, "pissa_init": True}, "ZeRO-2"),
     ({"predict_with_generate": True, "stage": "dpo"}, "is for stage: sft"),

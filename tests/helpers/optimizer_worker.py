@@ -15,7 +15,8 @@ import torch.distributed as dist
 import transformers
 
 import cpu_sharding
-from invariance_worker import VOCAB, Samples, collate, samples
+import saving_worker
+from invariance_worker import VOCAB, Samples, collate, deepspeed_json, samples
 
 STEPS = 3
 
@@ -73,6 +74,15 @@ def run_config(keys: dict[str, Any]) -> Any:
     return from_mapping({**base, "finetuning_type": "full", "learning_rate": 0.02, **keys})
 
 
+def nudge(optimizer: torch.optim.Optimizer) -> None:
+    """1e-7 of each gradient, up or down."""
+    g = torch.Generator().manual_seed(17)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None:
+                p.grad.mul_(1 + 1e-7 * torch.randn(p.shape, generator=g).sign())
+
+
 def memory() -> Any:
     from longfactory.train.memory_plan import Memory
 
@@ -101,7 +111,7 @@ def train(
     Args:
         keys: the run's, by which its optimizer is made.
         size: of the sequence-parallel group.
-        sharding: none, ddp or fsdp2.
+        sharding: none, ddp, fsdp2 or zero3 (in bf16).
         watch: called with the optimizer before each of its steps.
         folder: where a checkpoint is written after the second step.
         resume: go on from that checkpoint.
@@ -118,6 +128,14 @@ def train(
 
     cpu_sharding.reset()
     cfg = run_config(keys)
+    extra: dict[str, Any] = {}
+    if sharding == "fsdp2" and efficient_loading:
+        extra = settings.fsdp2_arguments(efficient_loading=True)
+    if sharding == "zero3":
+        zero = deepspeed_json("zero3")
+        pure = cfg.method.pure_bf16
+        extra["deepspeed"] = settings.deepspeed_config(zero, bf16=True, pure=pure)
+        extra["bf16"] = True
     with tempfile.TemporaryDirectory() as scratch:
         args = cpu_sharding.training_arguments(
             sharding,
@@ -131,6 +149,7 @@ def train(
             max_grad_norm=1.0,
             save_strategy="steps" if folder and not resume else "no",
             save_steps=2,
+            **extra,
         )
         ctx = sp.SequenceParallel.create(size)
         trained = made(cfg, ctx, dtype, base)
@@ -160,6 +179,8 @@ def train(
         trainer.train(resume_from_checkpoint=place)
         if sharding == "fsdp2":
             return {n: p.detach().cpu() for n, p in full_state_dict(trainer.model).items()}
+        if sharding == "zero3":
+            return saving_worker.whole(trainer)
         state = trainer.accelerator.unwrap_model(trainer.model).state_dict()
         return {n: p.detach().clone() for n, p in state.items()}
 
@@ -169,3 +190,21 @@ def on_a_rank(sharding: str, runs: list[dict[str, Any]]) -> list[dict[str, torch
     cpu_sharding.start(sharding)
     found = [train(size=dist.get_world_size(), sharding=sharding, **run) for run in runs]
     return found if dist.get_rank() == 0 else []
+
+
+def with_types(sharding: str, keys: dict[str, Any]) -> tuple[dict[str, torch.Tensor], set[str]]:
+    """Body of a rank: `train` under SP over all ranks, and the types of what the optimizer updates
+    and of its states.
+    """
+    cpu_sharding.start(sharding)
+    types: set[str] = set()
+
+    def look(optimizer: torch.optim.Optimizer) -> None:
+        for group in optimizer.param_groups:
+            types.update(str(p.dtype) for p in group["params"])
+        for state in optimizer.state.values():
+            found = [x for x in state.values() if isinstance(x, torch.Tensor) and x.ndim]
+            types.update(str(x.dtype) for x in found)
+
+    size = dist.get_world_size()
+    return train(keys, size, sharding, watch=look, dtype=torch.bfloat16), types

@@ -37,7 +37,7 @@ PACKAGES = {
     "use_galore": "galore_torch",
     "use_apollo": "apollo_torch",
     "use_adam_mini": "adam_mini",
-    "enable_liger_kernel": "liger_kernel",
+    "enable_liger_kernel": "liger_kernel triton",
     "fp8": "torchao",
 }
 ELSEWHERE = (
@@ -48,6 +48,7 @@ ELSEWHERE = (
     *("per_device_eval_batch_size", "adapter_name_or_path", "deepspeed_config", "val_size"),
     *("ray_run_name", "ray_storage_path", "ray_num_workers", "placement_strategy"),
     *("resources_per_worker", "ref_model", "reward_model", "ref_model_adapters", "rope_scaling"),
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size"),
     *("tokenized_path", "cp_mode", "freeze_trainable_layers", "resume_from_checkpoint"),
 )
 """Keys of devices, services and sizes, which a tiny run has its own of."""
@@ -86,9 +87,10 @@ def test_three_steps(name: str, data: Path) -> None:
     example = EXAMPLES[name]
     keys = {**example["keys"], **example.get("words", {})}
     asks = {**keys, "enable_liger_kernel": "liger" in str(keys.get("kernel_config"))}
-    for key, package in PACKAGES.items():
-        if asks.get(key) and importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed")
+    for key, packages in PACKAGES.items():
+        for package in packages.split():
+            if asks.get(key) and importlib.util.find_spec(package) is None:
+                pytest.skip(f"{package} is not installed")
     stage = keys.get("stage", "sft")
     given = {key: value for key, value in keys.items() if key not in ELSEWHERE}
     own = "model" if "model" in keys else "model_name_or_path"

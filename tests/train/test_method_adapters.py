@@ -12,7 +12,7 @@ import torch
 
 from cpu_sharding import on_ranks_of_their_own
 from longfactory import sp
-from optimizer_worker import made, on_a_rank, run_config, train
+from optimizer_worker import made, nudge, on_a_rank, run_config, train
 
 pytestmark = pytest.mark.processes
 
@@ -65,9 +65,13 @@ def test_two_ranks_change_the_weights_as_one_process(sharding: str) -> None:
         alone = of_names(train(keys, 1, "none"), before)
         change = far(alone, before)
         distance = far(of_names(state, before), alone) / change
-        print(f"{sharding} {name}: {distance:.1e} of a change of {change:.2g}")
         assert max(float((alone[n] - before[n]).abs().max()) for n in before) > 1e-2, name
-        assert distance <= 1e-4, name
+        response = 0.0
+        if distance > 1e-4:  # Adam's first steps are signs: where a gradient is near nothing, noise
+            nudged = of_names(train(keys, 1, "none", watch=nudge), before)
+            response = far(nudged, alone) / change
+        print(f"{sharding} {name}: {distance:.1e}; a nudge of 1e-7: {response:.1e}")
+        assert distance <= max(1e-4, 2 * response), name
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from longfactory.config.optimizer_facts import METHOD_OPTIMIZERS
 from longfactory.train.block_adamw import BlockAdamW, block_of
 from longfactory.train.muon import MuonAdamW, muon_groups
 from longfactory.train.ratio_adamw import RatioAdamW, parts_of
-from optimizer_worker import model, on_a_rank, run_config, train
+from optimizer_worker import model, nudge, on_a_rank, run_config, train, with_types
 
 RUNS: dict[str, dict[str, Any]] = {
     "muon": {"use_muon": True},
@@ -56,15 +56,6 @@ def needs_package(name: str) -> None:
 
 def moved(after: dict[str, torch.Tensor], before: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([(after[n] - before[n]).flatten().double() for n in before])
-
-
-def nudge(optimizer: torch.optim.Optimizer) -> None:
-    """1e-7 of each gradient, up or down."""
-    g = torch.Generator().manual_seed(17)
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if p.grad is not None:
-                p.grad.mul_(1 + 1e-7 * torch.randn(p.shape, generator=g).sign())
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +123,26 @@ def test_updates_in_the_backward_pass_are_those_without_clipping(name: str, tmp_
     at_once = train(LAYERWISE[name], 1, "none", folder=str(tmp_path))
     again = train(LAYERWISE[name], 1, "none", folder=str(tmp_path), resume=True)
     assert all(torch.equal(at_once[n], again[n]) for n in at_once)
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_zero3_in_pure_bf16_has_no_float32() -> None:
+    """Weights and the optimizer's states are bf16, and change as those of one process do but for
+    the rounding: bf16's sums in another order.
+    """
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    keys: dict[str, Any] = {"pure_bf16": True}
+    shared, types = on_ranks_of_their_own(2, 250, with_types, "zero3", keys)[0]
+    assert types == {"torch.bfloat16"}
+    before = model().to(torch.bfloat16).state_dict()
+    alone = train(keys, 1, "none", dtype=torch.bfloat16)
+    change = moved(alone, before)
+    far = float((moved(shared, before) - change).norm() / change.norm())
+    print(f"zero3, pure bf16: {far:.1e}")
+    assert float(change.abs().max()) > 1e-2 and far < 0.1
+    _, types = on_ranks_of_their_own(2, 250, with_types, "zero3", {})[0]
+    assert types == {"torch.float32"}  # masters and states, where a run does not ask for it
 
 
 def test_muon_is_torchs_muon_and_torchs_adamw() -> None:

@@ -1,5 +1,5 @@
-"""A checkpoint as it is published in eight bits (FP8 with a scale for each block, as DeepSeek's): it
-is read as ordinary numbers, trained, and saved as such.
+"""Checkpoints as they are published in eight bits (FP8 with a scale for each block, as DeepSeek's)
+and in four (MXFP4, as gpt-oss's): they are read as ordinary numbers, trained, and saved as such.
 """
 
 from __future__ import annotations
@@ -86,6 +86,63 @@ def test_it_trains_as_what_it_means(home: Path, published: Path, changes: dict[s
     assert weights.keys() == meant.keys()
     for key, weight in weights.items():
         torch.testing.assert_close(weight, meant[key], rtol=1e-5, atol=1e-6)
+
+
+FOUR_BITS = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
+"""The numbers of MXFP4 whose sign bit is 0."""
+
+
+def write_four_bits(folder: Path, whole: Path) -> None:
+    """A tiny gpt-oss whose experts are MXFP4, 32 numbers with one power of two; beside it what they
+    mean.
+    """
+    for place in (folder, whole):
+        size = write_tokenizer(place)
+    widths = {"hidden_size": 64, "intermediate_size": 32}
+    model = tiny_model("gpt_oss", seed=0, vocab_size=size, tie_word_embeddings=False, **widths)
+    for place in (folder, whole):
+        model.save_pretrained(place)
+    draw = torch.Generator().manual_seed(0)
+    table = torch.tensor([*FOUR_BITS, *(-x for x in FOUR_BITS)])
+    stored: dict[str, torch.Tensor] = {}
+    meant: dict[str, torch.Tensor] = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        stored[name] = meant[name] = weight
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            continue
+        experts, width, out = weight.shape
+        shape = (experts, out, width // 32)
+        blocks = torch.randint(0, 256, (*shape, 16), generator=draw, dtype=torch.uint8)
+        scales = torch.randint(119, 124, shape, generator=draw, dtype=torch.uint8)
+        # two numbers in a byte, the first in its lower half: [E, O, W/32, 16] -> [E, O, W/32, 32]
+        numbers = table[torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2).long()]
+        numbers = numbers * torch.exp2(scales.float() - 127)[..., None]
+        del stored[name]
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        meant[name] = numbers.flatten(-2).transpose(1, 2).contiguous()  # [E, O, W] -> [E, W, O]
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(meant, whole / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "changes", [pytest.param({}, marks=pytest.mark.slow), LORA], ids=["full", "lora"]
+)
+def test_mxfp4_trains_as_what_it_means(home: Path, changes: dict[str, Any]) -> None:
+    write_four_bits(home / "four", home / "four meant")
+    name = "four lora" if changes else "four full"
+    folders = {"one": ("four", 1), "two": ("four", 2), "meant": ("four meant", 1)}
+    logs = {
+        key: steps(train(home, f"{name} {key}", n, model_name_or_path=home / folder, **changes))
+        for key, (folder, n) in folders.items()
+    }
+    assert logs["one"][0]["loss"] != logs["one"][-1]["loss"]
+    for other in ("two", "meant"):
+        for key in ("loss", "grad_norm"):
+            found = [h[key] for h in logs[other]]
+            assert found == pytest.approx([h[key] for h in logs["one"]], rel=1e-4), (other, key)
 
 
 def write_eight_bits(folder: Path, whole: Path, block: int) -> None:

@@ -38,6 +38,15 @@ KINDS: dict[str, tuple[dict[str, Any], float]] = {
     ),
     "4 bits, bf16": ({"quantization_bit": 4, "bf16": True}, 2e-2),
     "4 bits, asft": ({"quantization_bit": 4, "use_asft_loss": True, "learning_rate": 0.1}, 5e-5),
+    "4 bits, oft": (
+        {
+            "quantization_bit": 4,
+            "finetuning_type": "oft",
+            "oft_block_size": 8,
+            **dict.fromkeys(("lora_target", "lora_rank")),
+        },
+        5e-5,
+    ),
     "8 bits": ({"quantization_bit": 8}, 2e-3),
 }
 
@@ -56,7 +65,8 @@ def test_two_processes_train_what_one_trains(home: Path, kind: str, mode: str) -
     for key in ("loss", "grad_norm"):
         assert [h[key] for h in two] == pytest.approx([h[key] for h in one], rel=tolerance), key
     a, b = (adapter(home / f"{kind}_{mode}_{n}") for n in (1, 2))
-    assert a.keys() == b.keys() and sum("lora_B" in n for n in a) == 14
+    part = "oft_R" if "oft" in kind else "lora_B"
+    assert a.keys() == b.keys() and sum(part in n for n in a) == 14
     for name, x in a.items():
         assert (b[name] - x).norm() <= 5 * tolerance * x.norm(), name
 

@@ -480,10 +480,10 @@ def _deepspeed(given: str | dict, cfg: RunConfig) -> Iterator[str]:
                 "ZeRO-3 cannot shard quantised weights. Use a ZeRO-2 JSON, or leave"
                 " quantization_bit out."
             )
-        if cfg.method.pure_bf16:
+        if cfg.method.pure_bf16 and zero.get("offload_optimizer"):
             yield (
-                "pure_bf16 and ZeRO-3 cannot be used together: ZeRO-3 keeps float32 master weights."
-                " Use bf16: true."
+                "pure_bf16 and offload_optimizer: DeepSpeed's optimizer on the host keeps float32"
+                " states. Use bf16: true, or leave offload_optimizer out."
             )
         if cfg.method.pissa_init:
             yield (
@@ -521,11 +521,13 @@ def extras(cfg: RunConfig) -> Iterator[str]:
     if cfg.trainer.deepspeed is not None and missing("deepspeed"):
         yield 'deepspeed: the package is not installed. Run: pip install "longfactory[deepspeed]"'
     by_hqq = cfg.model.quantization_method == "hqq"
-    package, extra = ("hqq", "hqq") if by_hqq else ("bitsandbytes", "quantization")
-    if cfg.model.quantization_bit is not None and missing(package):
+    if cfg.model.quantization_bit is not None and not by_hqq and missing("bitsandbytes"):
         yield (
-            f'quantization_bit: {package} is not installed. Run: pip install "longfactory[{extra}]"'
+            "quantization_bit: bitsandbytes is not installed. Run: pip install"
+            ' "longfactory[quantization]"'
         )
+    if cfg.model.quantization_bit is not None and by_hqq and missing("hqq"):
+        yield 'quantization_method: hqq is not installed. Run: pip install "longfactory[hqq]"'
     if cfg.model.infer_backend == "vllm" and missing("vllm"):
         yield "infer_backend: vllm is not installed. Run: pip install vllm"
     if cfg.model.fp8 and missing("torchao"):

@@ -217,10 +217,20 @@ def check_sharding(accelerator: Any, sharding: str, world: int) -> None:
         )
 
 
-def deepspeed_config(path_or_dict: str | dict[str, Any], *, bf16: bool) -> dict[str, Any]:
+PURE = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+"""DeepSpeed's words for `pure_bf16`."""
+
+
+def deepspeed_config(
+    path_or_dict: str | dict[str, Any], *, bf16: bool, pure: bool = False
+) -> dict[str, Any]:
     """The user's DeepSpeed JSON with what it leaves open filled in. What the user wrote is never
     changed.
 
+    Args:
+        path_or_dict: the file, or what it holds.
+        bf16: gradients are bf16, and summed in float32.
+        pure: ZeRO-3 keeps its masters and the optimizer's states in bf16.
     Raises:
         UserError: the file is missing or is not JSON.
     """
@@ -245,6 +255,9 @@ def deepspeed_config(path_or_dict: str | dict[str, Any], *, bf16: bool) -> dict[
     config.setdefault("gradient_accumulation_steps", "auto")
     if bf16:
         config.setdefault("communication_data_type", "fp32")
+    if pure:
+        given = config.get("bf16")
+        config["bf16"] = {**PURE, **(given if isinstance(given, dict) else {"enabled": "auto"})}
     zero = config.get("zero_optimization")
     if isinstance(zero, dict) and zero.get("stage") == 3:
         zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)

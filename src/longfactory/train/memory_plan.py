@@ -344,7 +344,7 @@ def plan_run(
                 " optimizer_placement out."
             )
         fixed["optimizer"] = "host" if on_host else "gpu"
-        state_bytes += 4  # its fp32 copies of what is trained
+        state_bytes += 2 if cfg.method.pure_bf16 and zero == 3 else 4  # its copies of the trained
     half = cfg.trainer.bf16 or cfg.trainer.fp16 or cfg.method.pure_bf16
     final = sharding in ("none", "fsdp2") and not fp16  # gradients, when backward gives them
     job = TrainingJob(

@@ -59,6 +59,7 @@ from longfactory.train.memory_plan import (
     choose_sharding,
     count_parameters,
     plan_memory,
+    zero_stage,
 )
 from longfactory.train.meter import Meter, peak_rate
 from longfactory.train.optimizers import optimizer_factory
@@ -531,7 +532,10 @@ def training_arguments(
         )
     if sharding == "deepspeed":
         assert cfg.trainer.deepspeed is not None  # by choose_sharding
-        extra["deepspeed"] = shard.deepspeed_config(cfg.trainer.deepspeed, bf16=cfg.trainer.bf16)
+        pure = cfg.method.pure_bf16 and zero_stage(cfg)[0] == 3
+        bf16 = cfg.trainer.bf16 or pure
+        extra["deepspeed"] = shard.deepspeed_config(cfg.trainer.deepspeed, bf16=bf16, pure=pure)
+        extra["bf16"] = bf16
     if not torch.cuda.is_available() and sharding != "deepspeed":
         # without it accelerate opens no process group on a machine without GPUs, and every process
         # trains alone
