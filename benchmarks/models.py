@@ -135,9 +135,14 @@ def ours(
     if "error" in found:
         print(found["log"], flush=True)
         return {**about, "error": found["error"]}
+    print_trace(name, home)
+    return {**about, **measured(found)}
+
+
+def print_trace(name: str, home: Path) -> None:
+    """Where the recorded step of a run spent its time, if one was recorded."""
     for trace in sorted((home / f"out-{name}" / "profiler").glob("trace_rank0_*.json"))[:1]:
         print(f"\n{name}, one step on GPU 0:\n{_profile.table(trace)}\n", flush=True)
-    return {**about, **measured(found)}
 
 
 def about_ours(name: str, at: Setting, gpus: int) -> dict[str, Any]:
@@ -177,15 +182,23 @@ def ours_together(
     home: Path,
     clock: Clock,
     after: Path | None,
+    profile: bool,
 ) -> Iterator[dict[str, Any]]:
-    """Runs of several rows, Python started once. `after`: the first begins when there is such a
-    file.
+    """Runs of several rows, Python started once.
+
+    Args:
+        after: the first begins when there is such a file.
+        profile: as of `ours`, but of rows that have as many steps as the others.
     """
     left, gpus = list(names), len(devices)
     jobs = {}
     for name in left:
         whole = whole_row(rows[name], gpus)
-        keys = keys_of(name, whole, gpus, steps_of(whole, steps), home)
+        ran = steps_of(whole, steps)
+        if profile and ran == steps:
+            whole = whole._replace(keys=whole.keys | RECORDED | {"profiler_wait_steps": steps})
+            ran += 2
+        keys = keys_of(name, whole, gpus, ran, home)
         jobs[name] = Job(name, {key: str(value) for key, value in keys.items()})
     done: list[dict[str, Any]] = []
 
@@ -194,8 +207,12 @@ def ours_together(
         found = row if "error" in row else measured(row)
         done.append({**about_ours(name, rows[name], gpus), **found})
         print(json.dumps(done[-1]), flush=True)
+        print_trace(name, home)
 
-    in_one_group(home, devices, list(jobs.values()), clock.end, tell, after, of_run)
+    def read(text: str, out: Path) -> dict[str, Any]:
+        return of_run(text, out, steps)
+
+    in_one_group(home, devices, list(jobs.values()), clock.end, tell, after, read)
     yield from done
     for name in left:
         print(f"{name}, ours: not started, the time of this command is up", flush=True)
@@ -375,7 +392,9 @@ def measure(args: argparse.Namespace, home: Path) -> int:
         write(args.out, "models", TITLE, render, [found], about)
 
     if "ours" in args.systems and args.together:
-        for found in ours_together(names, rows, gpus, args.steps, home, clock, args.after):
+        for found in ours_together(
+            names, rows, gpus, args.steps, home, clock, args.after, args.profile
+        ):
             keep(found, show=False)
     jobs = []
     for system in args.systems:  # of each row the first before the second of any
