@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from longfactory.errors import ConfigError
-from longfactory.memory import chunked
+from longfactory.memory import chunked, norms
 from longfactory.memory.checkpointed import CheckpointedLayer
 from longfactory.memory.decoder_layer import Chain, DecoderLayer
 from longfactory.memory.layer.recognise import recognise
 from longfactory.memory.offload import Activations
 from longfactory.memory.settings import MemorySettings
 from longfactory.sp.hf import layer_configs, values_of_layers
+from longfactory.sp.recurrent.layers import mixers
 from longfactory.sp.text_model import decoder_layers
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ def apply_memory(
     device = torch.device(device) if device is not None else next(model.parameters()).device
     share = _attention_share(getattr(model, "config", None), next(model.parameters()).dtype)
     store = Activations(settings, len(layers), device, share, longest)
+    if mixers(model):
+        norms.install(model)
     if settings.checkpoint == "none":
         return store
     config: Any = getattr(model, "config", None)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from longfactory.memory import norms
 from longfactory.memory.layer_ops import autocast_as_now, wide
 from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import TrainingJob
@@ -210,6 +211,8 @@ def install(
             isinstance(m, nn.Dropout) and m.p > 0 for m in child.modules()
         ):
             continue
+        if norms.is_fused(child):
+            continue  # it stores its input alone
         if not moe and any("router" in n or "experts" in n for n, _ in child.named_modules()):
             continue
         child.forward = _Chunked(child, chunk, longest)

@@ -212,6 +212,70 @@ def column_products(g: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
     return (g.to(made.dtype) * made).sum(0)
 
 
+def _grouped(x: Tensor, eps: float, groups: int) -> tuple[Tensor, Tensor]:
+    """[..., H] -> [..., groups, H / groups] of length 1, and [..., groups, 1] what x was multiplied
+    by.
+    """
+    parts = x.unflatten(-1, (groups, -1))
+    factor = torch.rsqrt(parts.pow(2).mean(-1, keepdim=True) + eps)
+    return parts * factor, factor
+
+
+@fused
+def gated_norm(
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    eps: float,
+    activation: str = "silu",
+    gate_first: bool = False,
+    groups: int = 1,
+    wide_weight: bool = False,
+) -> Tensor:
+    """[..., H] -> weight * norm(x) * activation(gate), RMS norm.
+
+    Args:
+        gate_first: weight * norm(x * activation(gate)).
+        groups: of H, each with a length of its own.
+        wide_weight: the product with the weight is rounded, not norm(x) alone.
+    """
+    value, _ = _activated(gate.to(wide(x.dtype)), activation)
+    xw = x.to(value.dtype)
+    unit = _grouped(xw * value if gate_first else xw, eps, groups)[0].flatten(-2)
+    y = weight * (unit if wide_weight else unit.to(x.dtype))
+    if gate_first and not wide_weight:
+        return y
+    return (y if gate_first else y * value).to(x.dtype)
+
+
+@fused
+def gated_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    eps: float,
+    activation: str = "silu",
+    gate_first: bool = False,
+    groups: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx and dgate in their own types, and the weight's gradient in the wide one."""
+    value, slope = _activated(gate.to(wide(x.dtype)), activation)
+    xw, g = x.to(value.dtype), dy.to(value.dtype)
+    unit, factor = _grouped(xw * value if gate_first else xw, eps, groups)
+    flat = unit.flatten(-2)
+    weighted = weight.to(g.dtype) * flat
+    dgate = g * weighted * slope
+    if not gate_first:
+        g = g * value
+    dweight = (g * flat).flatten(0, -2).sum(0)
+    parts = (g * weight.to(g.dtype)).unflatten(-1, (groups, -1))
+    dx = (factor * (parts - unit * (parts * unit).mean(-1, keepdim=True))).flatten(-2)
+    if gate_first:
+        dgate, dx = dx * xw * slope, dx * value
+    return dx.to(x.dtype), dgate.to(gate.dtype), dweight
+
+
 HALVES, INTERLEAVED, GATHERED = "halves", "interleaved", "gathered"
 """Which dims of a head turn together, i with i + R/2 or 2i with 2i + 1; GATHERED: the latter, laid
 out as the former afterwards."""
@@ -284,6 +348,9 @@ def _activated(g: Tensor, activation: str) -> tuple[Tensor, Tensor]:
         s = torch.sigmoid(g)
         value = g * s
         return value, s + value * (1 - s)
+    if activation == "sigmoid":
+        s = torch.sigmoid(g)
+        return s, s * (1 - s)
     if activation == "gelu":
         share = 0.5 * (1 + torch.erf(g * 0.7071067811865476))
         return g * share, share + g * torch.exp(-0.5 * g * g) * 0.3989422804014327
