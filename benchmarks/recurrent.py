@@ -25,11 +25,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+# A process that has asked the driver for its GPUs cannot be forked: NVML is asked.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 import torch
 from torch import Tensor
@@ -39,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from _parts import table as parts_table
 from _table import command_line, machine_name
-from longfactory import sp
+from longfactory import cli, sp
 from longfactory.sp.recurrent import chunked
 from longfactory.sp.recurrent.chunked import Rule, recurrence
 from longfactory.sp.recurrent.convolution import convolution
@@ -413,6 +417,9 @@ PROFILED = 5
 
 
 def run_command(a: argparse.Namespace, clock: float) -> list[dict[str, Any]]:
+    started = time.time()
+    importlib.import_module("longfactory.train.run")
+    print(f"the command's modules took {time.time() - started:.1f} s", flush=True)
     rows: list[dict[str, Any]] = []
     models = ["tiny-hybrid"] if a.smoke else [name for name in MODELS if name != "tiny-hybrid"]
     with tempfile.TemporaryDirectory() as folder:
@@ -439,8 +446,6 @@ def run_command(a: argparse.Namespace, clock: float) -> list[dict[str, Any]]:
                     if documents == 1:
                         share = against_roofline if a.gpus == 1 else against_ideal
                         row |= share(row, at, tokens, clock, a)
-                except subprocess.TimeoutExpired as error:
-                    row["error"] = "the time is up: " + _text(error.stdout)[-1500:]
                 except Exception as error:
                     row["error"] = f"{type(error).__name__}: {error}"[-1500:]
                 rows.append(row)
@@ -510,18 +515,16 @@ def train(
         }
     if keys.get("pure_bf16"):
         del keys["bf16"]
-    command = [sys.executable, "-m", "longfactory.cli", "train"]
-    command += [f"{key}={value}" for key, value in keys.items()]
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(visible_gpus(a.gpus))}
-    env["PYTHONPATH"] = f"{ROOT / 'src'}:{os.environ.get('PYTHONPATH', '')}"
-    seconds = max(20.0, clock - time.time())
+    words = ["train", *(f"{key}={value}" for key, value in keys.items())]
     started = time.time()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=env)
+    status, text = forked(words, visible_gpus(a.gpus), clock)
     log = at / "out" / "trainer_log.jsonl"
-    if done.returncode or not log.is_file():
-        raise RuntimeError((done.stdout + done.stderr)[-1500:])
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    plan = re.search(r"Memory plan.*\n +(.*)", done.stdout + done.stderr)
+    lines = log.read_text().splitlines() if log.is_file() else []
+    if status is None or status or not lines:
+        why = "the time is up" if status is None else f"exit status {status}"
+        raise RuntimeError(f"{why}, after {len(lines)} lines of its log: {text[-1500:]}")
+    lines = [json.loads(line) for line in lines]
+    plan = re.search(r"Memory plan.*\n +(.*)", text)
     # The step that warms the profiler up, and the one it records, are not timed.
     speeds = [x["tokens_per_second_per_gpu"] for x in lines if "loss" in x][1 : PROFILED - 2]
     return {
@@ -530,7 +533,7 @@ def train(
         "seconds of the command": time.time() - started,
         "settings": plan[1] if plan else "",
         "last line": lines[-1],
-        "said": _said(done.stdout + done.stderr),
+        "said": _said(text),
     }
 
 
@@ -565,6 +568,48 @@ def visible_gpus(count: int) -> list[str]:
     """The first GPUs that this process may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
     return visible.split(",")[:count]
+
+
+def forked(words: list[str], gpus: list[str], clock: float) -> tuple[int | None, str]:
+    """Runs the command in a process that has its modules already: imports take 10 to 30 s. Prints
+    its lines as they come, with seconds since its start.
+
+    Returns:
+        Its exit status, None where it was stopped since the time was up, and what it printed.
+    """
+    read, write = os.pipe()
+    started = time.time()
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            os.setsid()
+            os.dup2(write, 1)
+            os.dup2(write, 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+            path = os.environ.get("PYTHONPATH", "")
+            os.environ["PYTHONPATH"] = f"{ROOT / 'src'}:{path}"
+            sys.argv = ["longfactory", *words]
+            status = cli.main(words)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    os.close(write)
+    found: list[str] = []
+    with os.fdopen(read, errors="replace") as given:
+        stop = threading.Timer(max(1.0, clock - time.time()), lambda: os.killpg(child, 9))
+        stop.start()
+        for line in given:
+            found.append(line)
+            if line.strip() and "%|" not in line:
+                print(f"  {time.time() - started:5.1f} {line.rstrip()[:220]}", flush=True)
+        stop.cancel()
+    status = os.waitpid(child, 0)[1]
+    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == 9
+    return None if killed else os.waitstatus_to_exitcode(status), "".join(found)
 
 
 def against_roofline(
@@ -644,10 +689,6 @@ def run_fla(a: argparse.Namespace, clock: float) -> list[dict[str, Any]]:
         print(f"---- {package}\n{text[-4000:]}", flush=True)
         rows += [json.loads(x[7:]) for x in text.splitlines() if x.startswith("RESULT ")]
     return rows
-
-
-def _text(output: Any) -> str:
-    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
 
 
 def _said(text: str) -> list[str]:
