@@ -4,13 +4,17 @@ seconds on one GPU, transformers' own loop.
 
 from __future__ import annotations
 
+import collections
 import gc
 import logging
 import multiprocessing
 import os
 import re
+import sys
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 ATTENTION_ROWS = 2
@@ -34,6 +38,38 @@ class _Said(logging.Handler):
         self.after.append((time.time() - self.begun, message.strip().split("\n")[0][:60]))
 
 
+class _Watch:
+    """In what functions this thread is, asked four times a second: where a run's start goes."""
+
+    def __init__(self) -> None:
+        self.found: collections.Counter[str] = collections.Counter()
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._ask, args=(threading.get_ident(),), daemon=True)
+        self.thread.start()
+
+    def _ask(self, of: int) -> None:
+        while not self.over.wait(0.25):
+            frame = sys._current_frames().get(of)
+            name = ""
+            while frame is not None:
+                code = frame.f_code
+                if any(part in code.co_filename for part in _TELLING):
+                    own = Path(code.co_filename)
+                    name = f"{own.parent.name}/{own.stem}.{code.co_name}"
+                    break
+                frame = frame.f_back
+            self.found[name] += 1
+
+    def end(self) -> list[tuple[float, str]]:
+        """(seconds, function), those of most first."""
+        self.over.set()
+        self.thread.join()
+        return [(count / 4, f"in {name}") for name, count in self.found.most_common(14)]
+
+
+_TELLING = ("/longfactory/", "/torch/_dynamo/", "/torch/_inductor/", "/torch/utils/data/")
+
+
 def _prepare() -> None:
     """Before a row: this process may have loader processes, and holds nothing of the last row."""
     import torch
@@ -45,6 +81,8 @@ def _prepare() -> None:
         dist.destroy_process_group()
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # else a second row's lengths are compiled as lengths of any size
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -60,6 +98,7 @@ def tokenise(words: list[str], cache: str) -> str:
     from longfactory.model import load
     from longfactory.train.run import load_data
 
+    _prepare()
     os.environ["LONGFACTORY_CACHE"] = cache
     cfg = load_config(words)
     load_data(cfg, load.load_tokenizer(cfg.model))
@@ -75,6 +114,7 @@ def train(words: list[str], cache: str) -> tuple[str, list[tuple[float, str]]]:
     _prepare()
     os.environ["LONGFACTORY_CACHE"] = cache
     said = _Said()
+    watch = _Watch()
     logger = logging.getLogger("longfactory")
     logger.addHandler(said)
     try:
@@ -83,6 +123,7 @@ def train(words: list[str], cache: str) -> tuple[str, list[tuple[float, str]]]:
         logger.removeHandler(said)
         end_processes()
         said.note("end")
+        said.after += watch.end()
     return "\n".join(said.lines), said.after
 
 

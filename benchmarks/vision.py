@@ -279,8 +279,7 @@ def words_of(job: Job, args: argparse.Namespace, home: Path) -> list[str]:
         "overwrite_output_dir": "true",
         "report_to": "none",
         "preprocessing_num_workers": 1 if args.smoke else args.steps,
-        "dataloader_num_workers": 1 if args.smoke else args.workers,
-        **({"dataloader_prefetch_factor": 1} if args.workers or args.smoke else {}),
+        **({} if args.workers < 0 else {"dataloader_num_workers": args.workers}),
         **({} if args.smoke else {"bf16": "true"}),
         **({"sharding": "ddp" if args.smoke else "fsdp2"} if job.gpus > 1 else {}),
         **dict(word.split("=", 1) for word in args.keys),
@@ -344,6 +343,7 @@ def logged(job: Job, args: argparse.Namespace, home: Path, text: str) -> dict[st
     at = [line["elapsed_seconds"] for line in lines]
     seconds = (at[-1] - at[0]) / len(timed)
     plan = re.search(r"Memory plan.*\n +(.*)", text)
+    said = re.search(r"predicted: ([\d.]+) s a row", text)
     # Tokens of documents a second of each GPU, while a step runs: of a step, its tokens.
     steps = [x["tokens_per_second_per_gpu"] * x["seconds_per_step"] * job.gpus for x in timed]
     tokens = sum(steps) / len(steps)
@@ -356,8 +356,10 @@ def logged(job: Job, args: argparse.Namespace, home: Path, text: str) -> dict[st
         "embeddings_gib": tokens / job.gpus * width * 2 / 2**30,
         "data_wait": sum(line.get("data_wait", 0.0) for line in timed) / len(timed),
         "settings": "" if plan is None else plan[1],
+        "predicted": None if said is None else float(said[1]),
         "loss": lines[-1]["loss"],
         "steps": len(lines),
+        "first_waited": round(lines[0].get("data_wait", 0.0) * lines[0]["seconds_per_step"], 1),
         "each_step": [round(b - a, 2) for a, b in itertools.pairwise([0.0, *at])],
     }
 
@@ -486,7 +488,8 @@ def table(rows: list[dict[str, Any]], headers: list[str]) -> str:
         if r["system"] == "ours":
             of_peak = r["embeddings_gib"] / r["peak_gib"] if r["peak_gib"] else 0.0
             cells += [f"{r['embeddings_gib']:.2f} GiB, {of_peak:.1%}", f"{r['host_gib']:.1f}"]
-            cells += [f"{r['data_wait']:.1%}", r["settings"]]
+            told = f"; {r['predicted']:.2f} s predicted" if r.get("predicted") else ""
+            cells += [f"{r['data_wait']:.1%}", r["settings"] + told]
         else:
             cells += ["", "", "", r.get("settings", "")]
         out.append(f"{start} " + " | ".join(cells) + " |")
@@ -520,8 +523,8 @@ def measure(args: argparse.Namespace, home: Path) -> int:
 
     clock = Clock(args.seconds)
     shared = shutil.disk_usage("/dev/shm").free / 2**30
-    if args.workers < 0:
-        args.workers = 2 if shared > 24 else 0
+    if args.smoke:
+        args.workers = 1
     os.environ["RECORD_VRAM"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -530,27 +533,29 @@ def measure(args: argparse.Namespace, home: Path) -> int:
     shown = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(args.gpus)))
     every = cases(args.smoke, args.frames)
     chosen = [every[name] for name in args.cases]
+    visible = len(shown.split(","))
     # Each case has a GPU of its own; where GPUs are left, what is measured beside it another one.
     lanes: list[list[Job]] = []
     for case in chosen:
         own = [Job(case, 1, args.gpus)] if "one" in args.parts else []
         other = [Job(case, 1, args.gpus, system="transformers")] if "beside" in args.parts else []
-        lanes += [own, other] if len(chosen) < args.gpus else [own + other]
+        lanes += [own, other] if len(chosen) < visible else [own + other]
     lanes = [lane for lane in lanes if lane]
     pools = []
     for number in range(len(lanes)):
         pools.append(RankPool(1, threads, backend))
-        os.environ["CUDA_VISIBLE_DEVICES"] = shown.split(",")[number % args.gpus]
+        os.environ["CUDA_VISIBLE_DEVICES"] = shown.split(",")[number % visible]
         pools[-1].start()
     os.environ["CUDA_VISIBLE_DEVICES"] = shown
     together = RankPool(args.gpus, threads, backend)
-    together.start()
+    if {"all", "dpo"} & set(args.parts):
+        together.start()
     write_model(home / "model", args.layers, args.smoke)
     wanted = {case.name: case for case in chosen}
     write_data(home / "data", wanted, tuple({1, args.gpus}), args.steps)
     print(
         f"{args.seconds - clock.left:.0f} s: model and data written; /dev/shm {shared:.0f} GiB,"
-        f" {os.cpu_count()} cores, {args.workers} loader processes a rank",
+        f" {os.cpu_count()} cores",
         flush=True,
     )
     header = (
@@ -635,7 +640,9 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", default=["one", "all", "beside", "dpo"])
     parser.add_argument("--peers", nargs="*", default=["images", "video"])
     parser.add_argument("--keys", nargs="*", default=[], help="further keys of the runs, key=value")
-    parser.add_argument("--workers", type=int, default=-1, help="loader processes; -1: by /dev/shm")
+    parser.add_argument(
+        "--workers", type=int, default=-1, help="loader processes of a rank; -1: not given"
+    )
     parser.add_argument("--each", type=float, default=150, help="seconds for one row")
     parser.add_argument("--seconds", type=float, default=235, help="of the whole command")
     parser.add_argument("--render", type=Path, help="only write the table of a file of results")

@@ -49,6 +49,7 @@ from longfactory.sp.recurrent import layers as recurrent
 from longfactory.sp.text_model import idle, model_class
 from longfactory_dev.tiny_models import OVERRIDES, tiny_model
 
+IMAGES = "## Images and video"
 Verdict = Literal["exact", "refused", "wrong", "not built"]
 DOCUMENTS = (21, 38)
 """Lengths. With the padding, 64 tokens on 2 or 4 ranks."""
@@ -440,6 +441,13 @@ def _row(r: Result, measured: Mapping[str, str] | None = None) -> str:
     )
 
 
+def images_section(page: pathlib.Path) -> str:
+    """What `benchmarks/vision_families.py` has put at the end of the page."""
+    text = page.read_text() if page.exists() else ""
+    start = text.find(f"\n{IMAGES}\n")
+    return "" if start < 0 else text[start:]
+
+
 def main() -> int:
     """Returns 1 where a family is wrong: neither exact nor refused."""
     parser = argparse.ArgumentParser(
@@ -459,7 +467,8 @@ def main() -> int:
     results = sweep(args.families or [*families(), *VARIANTS], args.size)
     if args.write:
         measured = None if args.gpus is None else on_gpus(args.gpus)
-        args.write.write_text(table(results, args.size, measured))
+        written_elsewhere = images_section(args.write)
+        args.write.write_text(table(results, args.size, measured) + written_elsewhere)
     return int(any(r.verdict == "wrong" for r in results))
 
 

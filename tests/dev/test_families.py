@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from longfactory.sp import vision
 from longfactory.testing import run_ranks
 from longfactory_dev import families
 
@@ -54,6 +55,23 @@ def test_refused_with_the_reason(name: str) -> None:
     for result in run_ranks(2, families.check_on_rank, name, 2):
         assert result.verdict == "refused", result
         assert REFUSED[name] in result.detail
+
+
+def test_vision_table_of_the_page_has_every_family() -> None:
+    """What benchmarks/vision_families.py has measured is as near as the tests ask, and stays when
+    the rest of the page is written anew.
+    """
+    page = pathlib.Path(__file__).parents[2] / "docs" / "models.md"
+    section = families.images_section(page)
+    found = {
+        kind: max(float(a), float(b))
+        for kind, a, b in re.findall(
+            r"^\| (\w+) \| [^|]+ \| (\S+) \| (\S+) \|$", section, re.MULTILINE
+        )
+    }
+    known = {kind for family in vision.FAMILIES for kind in family.types}
+    assert found.keys() == known and max(found.values()) < 1e-5
+    assert page.read_text().endswith(section)
 
 
 @pytest.mark.slow

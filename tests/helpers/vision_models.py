@@ -107,6 +107,42 @@ MODELS: dict[str, dict[str, Any]] = {
             "image_size": 16,
         },
     },
+    "qwen3_5_moe": {
+        "text_config": {
+            "rope_parameters": _MROPE | {"partial_rotary_factor": 1.0},
+            "head_dim": 16,
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 8,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        },
+        "vision_config": _QWEN3_TOWER,
+    },
+    "glm4v_moe": {
+        "text_config": {
+            "rope_parameters": _MROPE | {"mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5},
+            "head_dim": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+        "vision_config": _GRID
+        | {
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "image_size": 16,
+        },
+    },
     "llava_onevision": {
         "text_config": {"model_type": "qwen2"},
         "vision_config": _SIGLIP | {"model_type": "siglip_vision_model"},

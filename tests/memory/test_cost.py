@@ -23,12 +23,13 @@ from longfactory.memory.cost import (
     moments,
     seconds,
     techniques,
+    tower_seconds,
     working_set,
 )
 from longfactory.memory.offload import stored_bytes
 from longfactory.memory.report import advice
 from longfactory.memory.settings import MemorySettings
-from longfactory.memory.shapes import ModelShape, TrainingJob, kind_of, machine
+from longfactory.memory.shapes import ModelShape, Tower, TrainingJob, kind_of, machine
 from longfactory.sp import SequenceParallel
 from qwen_7b import QWEN_7B, qwen_7b
 
@@ -65,6 +66,34 @@ def test_states_of_one_and_of_two_gpus():
     assert found.gpu["weights"] == pytest.approx(2 * SHAPE.parameters)
     assert "optimizer" not in found.gpu
     assert found.host["optimizer"] == pytest.approx(10 * SHAPE.parameters)
+
+
+def test_seconds_of_a_vision_tower():
+    """One pass where it is frozen, four where it is trained, one more for a reference."""
+    tower = Tower(
+        parameters=400_000_000,
+        of_a_patch=27 * (8 * 1152 + 2 * 4304),
+        levels=4,
+        hidden=3584,
+        batch=16384,
+        trained=False,
+        linear=8.2e8,
+        attention=1.2e5,
+        patches=4.0,
+        seen=2048.0,
+    )
+    once = tower_seconds(dataclasses.replace(ONE, tower=tower))
+    here = dataclasses.replace(ONE, machine=machine("H200", 1, 256 * GiB), tokens=4096, tower=tower)
+    assert tower_seconds(here) == pytest.approx(0.068, rel=0.1)  # measured
+    plain = seconds(ONE, saved())
+    for trained, passes in ((False, 1), (True, 4)):
+        job = dataclasses.replace(ONE, tower=dataclasses.replace(tower, trained=trained))
+        assert seconds(job, saved()) - plain == pytest.approx(1.005 * passes * once, rel=1e-6)
+    compared = dataclasses.replace(ONE, reference_passes=1)
+    job = dataclasses.replace(compared, tower=tower)
+    assert seconds(job, saved()) - seconds(compared, saved()) == pytest.approx(
+        1.005 * 2 * once, rel=1e-6
+    )
 
 
 def test_rates_of_kinds_of_gpu():

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vision_models as tiny
 from longfactory import sp
@@ -25,7 +26,8 @@ def tolerance(family: str) -> float:
     rounding is what remains. That of gated delta nets is enlarged by random weights (text alone
     differs as much), and GLM's tower adds positions in float32.
     """
-    return {"qwen3_5": 1e-5, "glm4v": 1e-5, "llava_onevision": 2e-6}.get(family, 1e-6)
+    wider = {"qwen3_5": 1e-5, "qwen3_5_moe": 1e-5, "glm4v": 1e-5, "glm4v_moe": 1e-5}
+    return (wider | {"llava_onevision": 2e-6}).get(family, 1e-6)
 
 
 def weights(tokens: int, seed: int = 5) -> Tensor:
@@ -133,7 +135,7 @@ def rows(family: str) -> dict[str, list[tiny.Document]]:
         pieces = ([3, "tiles", 4, "frames", 2], [6, "tiles", 1], [8])
         documents = [tiny.document(family, p, seed) for seed, p in enumerate(pieces)]
         return {"dense": documents[:1], "packed": documents}
-    if family == "glm4v":
+    if family.startswith("glm4v"):
         pieces = ([3, (2, 3), 4, (4, 2), 2], [6, (3, 3), 1], [8])
         documents = [tiny.document(family, p, seed) for seed, p in enumerate(pieces)]
         return {"dense": documents[:1], "packed": documents}
@@ -193,6 +195,10 @@ CASES = [
     pytest.param("internvl", "dense", "zigzag-ring", None, marks=slow),
     pytest.param("llava_onevision", "dense", "llama3", None, marks=slow),
     pytest.param("glm4v", "dense", "ulysses", None, marks=slow),
+    pytest.param("qwen3_5_moe", "packed", "usp", None, marks=slow),
+    pytest.param("qwen3_5_moe", "dense", "zigzag-ring", None, marks=slow),
+    pytest.param("glm4v_moe", "packed", "ulysses", None, marks=slow),
+    pytest.param("glm4v_moe", "dense", "llama3", None, marks=slow),
     # All images on one rank: the others have none of their own.
     ("qwen3_vl", "dense", "zigzag-ring", [1, 1, 1, 1, 1]),
 ]
@@ -202,6 +208,37 @@ CASES = [
 def test_vision_on_four_ranks(family: str, row: str, mode: str, owner: list[int] | None) -> None:
     for found in run_ranks(4, on_rank, family, row, mode, owner):
         assert found["difference"] < tolerance(family), found
+
+
+class Rows(TorchDispatchMode):
+    """The most rows of any tensor as wide as the text model, or as the features of all levels."""
+
+    widths = (64, 3 * 64)
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor) and x.dim() and x.shape[-1] in self.widths:
+                self.most = max(self.most, x.numel() // x.shape[-1])
+        return out
+
+
+def most_rows() -> tuple[int, int, int]:
+    """Tokens of a row, features of all its images, and `Rows.most` of one forward and backward."""
+    size = torch.distributed.get_world_size()
+    document = tiny.document("qwen3_vl", [40, (16, 16), 20, (4, 6, 6), 30])
+    with Rows() as found:
+        sharded("qwen3_vl", [document], size, "zigzag-ring", torch.float64)
+    return len(document.ids), int((document.kinds > 0).sum()), found.most
+
+
+def test_vision_no_rank_holds_the_whole_row_or_all_features() -> None:
+    for tokens, features, most in run_ranks(4, most_rows):
+        # 256 rows has the embedding, and the largest image, which one rank computes
+        assert most == 256 < features < tokens
+    ((tokens, features, most),) = run_ranks(1, most_rows)
+    assert most >= tokens > features
 
 
 def test_vision_text_alone_in_a_row_that_trains_the_tower() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,16 @@ from hypothesis import strategies as st
 from torch.utils.data import IterableDataset
 
 from longfactory.data.row import IGNORE, TokenizedDocument, make_row
-from longfactory.train.loader import Collate, Endless, RowSampler, RowStream, empty_row, make_loader
+from longfactory.train.loader import (
+    MEDIA_WORKERS,
+    Collate,
+    Endless,
+    RowSampler,
+    RowStream,
+    empty_row,
+    make_loader,
+    media_workers,
+)
 from longfactory.train.survival.signals import ignore_in_loader
 
 
@@ -227,3 +237,29 @@ def test_dropping_the_last_step_does_not_depend_on_the_split() -> None:
 
     assert taken(1, 2) == taken(4, 2) == taken(2, 1) == taken(1, 1)
     assert len(taken(1, 1)) == 16
+
+
+@pytest.mark.parametrize(
+    ("cores", "room", "pixels", "ranks", "expected"),
+    [
+        (32, 256.0, 1.6, 2, MEDIA_WORKERS),
+        (4, 256.0, 1.6, 2, 1),
+        (2, 256.0, 1.6, 2, 0),
+        (32, 0.0625, 1.6, 2, 0),  # a container's usual /dev/shm
+        (32, 16.0, 1.6, 2, 1),
+        (32, 0.0625, 0.001, 2, MEDIA_WORKERS),
+    ],
+)
+def test_vision_loader_processes_by_cores_and_shared_memory(
+    monkeypatch: pytest.MonkeyPatch,
+    cores: int,
+    room: float,
+    pixels: float,
+    ranks: int,
+    expected: int,
+) -> None:
+    """`room` and `pixels` in GiB."""
+    usage = shutil._ntuple_diskusage(2**40, 0, int(room * 2**30))  # type: ignore[attr-defined]
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    assert media_workers(pixels * 2**30, ranks) == expected

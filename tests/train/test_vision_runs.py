@@ -226,7 +226,8 @@ def test_vision_plan_counts_the_tower(home: Path, capsys: pytest.CaptureFixture[
     given = keys(home, "planned", **of_run(home, "planned"))
     words = [f"{k}={v}" for k, v in given.items()]
     assert cli.main(["plan", *words, "--gpus", "2xH100", "--host-gib", "64"]) == 0
-    assert "vision tower" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "vision tower   " in out and "every token of a row is taken to be of an image" in out
     words = [f"{k}={v}" for k, v in (given | {"dataset": "words"}).items()]
     assert cli.main(["plan", *words, "--gpus", "2xH100", "--host-gib", "64"]) == 0
     assert "vision tower" not in capsys.readouterr().out

@@ -4,10 +4,11 @@ process.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -36,21 +37,76 @@ CASES: list[tuple[str, int, int, dict[str, Any]]] = [
 ]
 """Sharding, processes, sequence_parallel_size, further keys."""
 
+LORA = {"finetuning_type": "lora", "lora_rank": 4, "learning_rate": 1e-2}
+TUNINGS: dict[str, dict[str, Any]] = {
+    "all": TRAINED,
+    "lora": LORA,
+    "lora of the tower too": LORA | {"freeze_vision_tower": False},
+    "projector": {"train_mm_proj_only": True},
+}
+MODES = ("zigzag-ring", "ulysses", "llama3", "usp")
+SHARDINGS = ("ddp", "fsdp2", "deepspeed")
+ACCUMULATIONS = (1, 3)
+
+
+class Pair(NamedTuple):
+    mode: str
+    tuning: str
+    sharding: str
+    accumulation: int
+
+
+PAIRS = [
+    Pair(mode, tuning, SHARDINGS[(m + t) % 3], ACCUMULATIONS[(m // 2 + t) % 2])
+    for m, mode in enumerate(MODES)
+    for t, tuning in enumerate(TUNINGS)
+]
+
+
+def test_vision_pairs_have_all_pairs() -> None:
+    """Every value of a setting meets every value of each other setting in some run."""
+    values = (MODES, tuple(TUNINGS), SHARDINGS, ACCUMULATIONS)
+    for a, b in itertools.combinations(range(4), 2):
+        met = {(pair[a], pair[b]) for pair in PAIRS}
+        assert met == set(itertools.product(values[a], values[b])), (a, b)
+
 
 @pytest.mark.parametrize(("sharding", "processes", "size", "more"), CASES)
 def test_vision_runs_that_are_sharded_are_those_of_one_process(
     home: Path, sharding: str, processes: int, size: int, more: dict[str, Any]
 ) -> None:
+    name = f"{sharding}_{processes}"
+    same_as_one(home, name, sharding, processes, size, 2, more)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda p: "-".join(map(str, p)).replace(" ", "_"))
+def test_vision_runs_of_each_mode_sharding_accumulation_and_tuning(home: Path, pair: Pair) -> None:
+    processes = 4 if pair.mode == "usp" else 2
+    more = TUNINGS[pair.tuning] | {"sequence_parallel_mode": pair.mode}
+    name = f"{pair.mode}_{pair.tuning}".replace(" ", "_")
+    same_as_one(home, name, pair.sharding, processes, processes, pair.accumulation, more)
+
+
+def same_as_one(
+    home: Path,
+    name: str,
+    sharding: str,
+    processes: int,
+    size: int,
+    accumulation: int,
+    more: dict[str, Any],
+) -> None:
+    """A run's losses and norms are those of one process that takes the same samples."""
     groups = processes // size
     # Rows of one micro-batch and group are one row: as many samples in a step of one process.
     changes = of_run(home, "one", **more) | {
         "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": 2 * groups,
+        "gradient_accumulation_steps": accumulation * groups,
     }
-    one = steps(train(home, f"one_{sharding}_{processes}", 1, **changes))
-    name = f"{sharding}_{processes}"
+    alone = {k: v for k, v in changes.items() if k != "sequence_parallel_mode"}
+    one = steps(train(home, f"one_{name}", 1, **alone))
     given = keys(home, name, sequence_parallel_size=size, **changes)
-    given |= {"gradient_accumulation_steps": 2, "sharding": sharding}
+    given |= {"gradient_accumulation_steps": accumulation, "sharding": sharding}
     if sharding == "deepspeed":
         given |= {"deepspeed": str(home / "zero3.json"), "use_cpu": False, "sharding": "auto"}
     words = [f"{k}={v}" for k, v in given.items()]

@@ -51,6 +51,20 @@ class TokenizedDataset:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def image_patches(self, most: int = 256) -> tuple[float, float]:
+        """(patches of images and videos for each token, patches that one of them sees): means over
+        at most `most` samples, which lie evenly in the data.
+        """
+        chosen = self.entries[:: max(1, -(-len(self.entries) // most))]
+        tokens = patches = seen = 0
+        for store, sample in chosen[:, :2].tolist():
+            tokens += sum(self.stores[store].lengths(sample))
+            for unit in self.stores[store].media(sample):
+                parts, each = unit.grid[0], unit.grid[1] * unit.grid[2]
+                patches += parts * each
+                seen += parts * each**2
+        return patches / max(1, tokens), seen / max(1, patches)
+
     def __getitem__(self, i: int) -> Sample:
         if not -len(self) <= i < len(self):
             raise IndexError(f"Item {i} of a data set of {len(self)} items.")

@@ -440,6 +440,10 @@ class Tower:
         hidden: of the text model.
         batch: patches that are computed at a time.
         trained: tower or projector is trained: a batch is stored while its backward runs.
+        linear: products of one patch in the tower's linear maps, in FLOP, once forward.
+        attention: the same in its attention, for each patch that the patch sees.
+        patches: of a token of the rows, on average.
+        seen: patches that a patch sees, on average.
     """
 
     parameters: int
@@ -448,6 +452,16 @@ class Tower:
     hidden: int
     batch: int
     trained: bool
+    linear: float = 0.0
+    attention: float = 0.0
+    patches: float = 0.0
+    seen: float = 0.0
+
+    def passes(self, references: int) -> float:
+        """Forward passes that a step's work is as long as: of what is trained each batch is run,
+        run again and differentiated; a reference model runs the tower once more.
+        """
+        return (4.0 if self.trained else 1.0) + references
 
     def bytes(self, local: int, width: int, gathered: bool) -> tuple[float, float]:
         """(all the time, while a batch is in its backward) on one GPU.

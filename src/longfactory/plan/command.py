@@ -358,7 +358,11 @@ def plan(a: argparse.Namespace, run: list[str], command: str) -> int:
     from longfactory.config.stage_facts import STAGES
     from longfactory.model import load
     from longfactory.train.auto import decide_on, longest_sample, uncut
-    from longfactory.train.memory_plan import choose_sharding, count_parameters
+    from longfactory.train.memory_plan import (
+        choose_sharding,
+        count_parameters,
+        with_images_of,
+    )
 
     cfg = load_config([*run, "--dry_run"])
     size = cfg.parallel.sequence_parallel_size
@@ -385,11 +389,16 @@ def plan(a: argparse.Namespace, run: list[str], command: str) -> int:
     planned = dataclasses.replace(planned, cfg=cfg)
     if cfg.model.rope_scaling is not None:
         load.load_config(cfg.model, cfg.cutoff_len)  # refuses one that is not for the model
-    data = (
-        facts.lengths_of(read_data(cfg), STAGES[cfg.method.stage].documents)
-        if a.read_data
-        else None
-    )
+    data = None
+    if a.read_data:
+        read = read_data(cfg)
+        data = facts.lengths_of(read, STAGES[cfg.method.stage].documents)
+        planned = dataclasses.replace(planned, counts=with_images_of(counts, read.train))
+    elif counts.tower is not None:
+        notes.append(
+            "vision tower: data not read (--read-data), every token of a row is taken to be of an"
+            " image of image_max_pixels."
+        )
 
     compared = compare(planned, cfg.longest_row)
     found = compared.best

@@ -515,6 +515,11 @@ def tokens_of(config: PreTrainedConfig, image: Images) -> int:
     return number * height * width // config.vision_config.spatial_merge_size**2
 
 
+def patch_size(tower: Any) -> int:
+    """Pixels of a patch's side."""
+    return _two(tower.patch_size)[0]
+
+
 def tower_sizes(tower: Any) -> tuple[int, int, int]:
     """Hidden size, width of the MLPs and number of layers of a tower's configuration."""
     hidden = getattr(tower, "embed_dim", None) or tower.hidden_size

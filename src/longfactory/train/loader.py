@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import os
+import shutil
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -244,6 +246,30 @@ class RowLoader(DataLoader):
             if isinstance(batch, dict) and "problem" in batch:
                 raise DataError(batch["problem"])
             yield batch
+
+
+MEDIA_WORKERS = 2
+"""Loader processes of a rank whose rows have images, where nothing else is asked for: one row is
+made while another waits, and a row's own frames are decoded by several threads.
+"""
+
+
+def media_workers(row_bytes: float, ranks: int) -> int:
+    """Loader processes of each rank that decode images beside the training, where
+    `dataloader_num_workers` is not given: as many as this machine has cores and shared memory for.
+
+    Args:
+        row_bytes: pixels of a rank's part of the longest row.
+        ranks: on this machine.
+    """
+    cores = len(os.sched_getaffinity(0)) // ranks
+    try:
+        room = shutil.disk_usage("/dev/shm").free / ranks
+    except OSError:
+        return 0
+    # Of each process a row that is on its way and the next one, and as much again for other uses.
+    rows = int(room // (4 * max(row_bytes, 1.0)))
+    return max(0, min(MEDIA_WORKERS, cores // 2, rows))
 
 
 def make_loader(

@@ -135,15 +135,21 @@ def count_parameters(cfg: RunConfig, model_config: Any, *, images: bool = False)
         for name, p in model.named_parameters()
         if p.requires_grad
     )
-    tower = tower_of(model) if images else None
+    tower = tower_of(model, int(cfg.data.image_max_pixels)) if images else None
     states = states_of_method(cfg, model, trained)
     return Counts(
         total, trained, head_trained, buffers, linear, routed, layers, adapted, tower, states
     )
 
 
-def tower_of(model: Any) -> Tower:
-    """The vision tower of a model, made trainable as the run's will be."""
+def tower_of(model: Any, pixels: int) -> Tower:
+    """The vision tower of a model, made trainable as the run's will be.
+
+    Until the data are known (`with_images_of`) every token of a row is taken to be of an image.
+
+    Args:
+        pixels: that an image has at most (`image_max_pixels`).
+    """
     inner = hf.unwrap(model)
     config = inner.config.vision_config
     parts = {m for part in vision.modules_of(inner).values() for m in part}
@@ -153,6 +159,12 @@ def tower_of(model: Any) -> Tower:
     # its width
     stored = depth * (8 * hidden + 2 * inside)
     levels = 1 + len(getattr(config, "deepstack_visual_indexes", None) or ())
+    smallest = vision.empty_image(inner.config)
+    seen = smallest.patches
+    if smallest.pixels.dim() == 2:  # images of any size
+        seen = max(seen, pixels // vision.patch_size(config) ** 2)
+    whole = getattr(config, "fullatt_block_indexes", None)
+    attending = len(whole) if whole else depth  # the other layers see windows
     return Tower(
         sum(p.numel() for p in {p for m in parts for p in m.parameters()}),
         stored,
@@ -160,7 +172,20 @@ def tower_of(model: Any) -> Tower:
         inner.config.get_text_config().hidden_size,
         vision.TRAINED_BATCH if trained else vision.BATCH,
         trained,
+        linear=2.0 * depth * (4 * hidden**2 + 2 * hidden * inside),
+        attention=4.0 * hidden * attending,
+        patches=smallest.patches / vision.tokens_of(inner.config, smallest),
+        seen=seen,
     )
+
+
+def with_images_of(counts: Counts, train: Any) -> Counts:
+    """Counts whose tower has the images that the data have, where they can be looked at."""
+    if counts.tower is None or not hasattr(train, "image_patches"):
+        return counts
+    patches, seen = train.image_patches()
+    tower = dataclasses.replace(counts.tower, patches=patches, seen=seen)
+    return dataclasses.replace(counts, tower=tower)
 
 
 def states_of_method(cfg: RunConfig, model: Any, trained: int) -> float | None:
@@ -235,6 +260,7 @@ def plan_memory(
     tokens = cfg.longest_row
     if train is not None and hasattr(train, "lengths"):
         tokens = int(max(train.lengths)) * int(cfg.trainer.per_device_train_batch_size)
+    counts = with_images_of(counts, train)
     return plan_run(cfg, model_config, counts, tokens, sharding, this_machine(cfg, world, cuda))
 
 

@@ -52,6 +52,7 @@ from longfactory.train.checkpoint.place import check_place
 from longfactory.train.checkpoint.prune import remove_leftovers
 from longfactory.train.display import Measured, ProgressLine
 from longfactory.train.gradients import ReportUnused, refuse_unused
+from longfactory.train.loader import media_workers
 from longfactory.train.memory_plan import (
     Counts,
     FitMemory,
@@ -393,6 +394,7 @@ def init_distributed(
         cfg, prepared.sharding, prepared.memory, buffers=prepared.counts.buffers
     )
     device = args.device
+    decode_beside(cfg, args, prepared)
     shard.train_as_one_device(args)
     set_seed(args.seed)  # adapters and value heads begin the same on every rank
     size = cfg.sequence_parallel_size
@@ -416,6 +418,36 @@ def init_distributed(
             " replaced a part of longfactory; install it anew."
         )
     return args, ctx
+
+
+def decode_beside(cfg: RunConfig, args: Seq2SeqTrainingArguments, prepared: Prepared) -> None:
+    """Has images decoded by loader processes, beside the steps on a GPU, where the run's keys say
+    nothing of them.
+    """
+    train, tower = prepared.datasets.train, prepared.memory.plan.job.tower
+    if "dataloader_num_workers" in cfg.hf or tower is None or not hasattr(train, "image_patches"):
+        return
+    if args.device.type != "cuda":
+        return  # the processor trains
+    smallest = vision.empty_image(prepared.model_config)
+    of_a_patch = 4 * smallest.pixels.numel() / smallest.patches
+    pixels = prepared.memory.plan.job.local * tower.patches * of_a_patch
+    size = f"{pixels / 2**30:.2g} GiB of pixels"
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    args.dataloader_num_workers = media_workers(pixels, ranks)
+    if args.dataloader_num_workers:
+        if args.dataloader_prefetch_factor is None:
+            args.dataloader_prefetch_factor = 1
+        log.info(
+            f"Images are decoded by {args.dataloader_num_workers} loader processes of each rank"
+            f" (dataloader_num_workers): {size} in a rank's part of the longest row."
+        )
+    else:
+        log.warning(
+            f"Images are decoded between steps: a rank's part of the longest row has {size}, and"
+            " there are too few cores or too little shared memory (/dev/shm) for loader processes."
+            " Enlarge /dev/shm (docker run --shm-size), or set dataloader_num_workers."
+        )
 
 
 def group_timeout(cfg: RunConfig) -> float:

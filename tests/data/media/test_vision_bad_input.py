@@ -130,6 +130,19 @@ def test_vision_unusual_images_are_used(tmp_path: Path, write_data: Any, media: 
     assert any("animated" in field for field in data.stores[0].bad.unread)
 
 
+def test_vision_patches_of_the_data(tmp_path: Path, write_data: Any, media: Path) -> None:
+    """What the plan's seconds of the tower are made of: patches of a token, and how many of them
+    one sees.
+    """
+    rows = [row(images=["good.png"]), row("<image><image>?", images=["good.png", "wide.png"])]
+    data, _ = load(tmp_path, write_data, media, SHAREGPT, [*rows, row("What?")])
+    good, wide = (unit.patches for unit in data[1][0].media)
+    tokens = sum(len(data[i][0].input_ids) for i in range(3))
+    patches, seen = data.image_patches()
+    assert patches == pytest.approx((2 * good + wide) / tokens)
+    assert seen == pytest.approx((2 * good**2 + wide**2) / (2 * good + wide))
+
+
 def test_vision_bytes_and_content_parts(tmp_path: Path, write_data: Any, media: Path) -> None:
     import base64
 

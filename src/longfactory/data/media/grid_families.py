@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longfactory.data.errors import BadRow
 from longfactory.data.media.family import Facts, Family, Frames, Measured, MediaKeys, normal
-from longfactory.data.media.images import Size
+from longfactory.data.media.images import Size, in_threads
 from longfactory.errors import DataError
 
 TEMPORAL_PATCH = 2
@@ -80,10 +80,13 @@ class GridFamily(Family):
         steps, numbers = len(frames) // TEMPORAL_PATCH, 3 * TEMPORAL_PATCH * self.video_patch**2
         # Step by step into the tensor of all: a long video is not in memory twice.
         out = torch.empty(steps, rows * columns, numbers)
-        for step in range(steps):
+
+        def write(step: int) -> None:
             pair = frames[step * TEMPORAL_PATCH : (step + 1) * TEMPORAL_PATCH]
             pixels = torch.stack([normal(f, (width, height), self.video_settings) for f in pair])
             out[step] = patches_of(pixels, self.video_patch, self.video_merge)
+
+        in_threads(write, range(steps))
         return out.flatten(0, 1)
 
 

@@ -84,7 +84,8 @@ def _video(unit: MediaUnit, processing: Processing, first: int, last: int) -> Te
     each = frames_of_step(processing)
     frames = _frames(reference, first * each, last * each)
     sizes = family.frame_sizes(frames[0].size)
-    pixels = family.frame_tensors([images.resized(f, sizes) for f in frames], unit.grid)
+    frames = images.in_threads(lambda frame: images.resized(frame, sizes), frames)
+    pixels = family.frame_tensors(frames, unit.grid)
     _check(pixels, unit, last - first)
     return pixels
 
@@ -96,7 +97,10 @@ def frames_of_step(processing: Processing) -> int:
 
 def _frames(reference: MediaReference, first: int, last: int) -> list[Image.Image]:
     if reference.frames:
-        return [images.decode(read(f), f.describe()) for f in reference.frames[first:last]]
+        return images.in_threads(
+            lambda frame: images.decode(read(frame), frame.describe()),
+            reference.frames[first:last],
+        )
     encoded: bytes | str = reference.path
     if reference.data or reference.offset >= 0:
         encoded = read(reference)
