@@ -54,6 +54,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "olmoe": {"num_experts": 8, "num_experts_per_tok": 2},
 }
+NOT_IN_THE_TABLE: dict[str, dict[str, Any]] = {
+    "gemma4_text": {
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+        "sliding_window": 48,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}
+"""Families of runs of the tests."""
 EXPERTS = ("gpt_oss", "qwen3_moe", "mixtral", "olmoe")
 PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -110,9 +121,8 @@ def make_folder(folder: Path, family: str, spread: float, **changes: Any) -> Pat
         "eos_token_id": 0,
         "pad_token_id": 1,
     }
-    AutoConfig.for_model(family, **{**fields, **FAMILIES[family], **changes}).save_pretrained(
-        folder
-    )
+    own = {**FAMILIES, **NOT_IN_THE_TABLE}[family]
+    AutoConfig.for_model(family, **{**fields, **own, **changes}).save_pretrained(folder)
     return folder
 
 

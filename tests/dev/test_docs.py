@@ -92,6 +92,16 @@ def test_files_and_keys_that_a_sentence_names_exist(page: Path) -> None:
         assert known, f"{code}: {key and key[1]} is no key"
 
 
+def test_the_technique_that_a_page_adds_is_the_tree_s() -> None:
+    """Its diff is of what the tree has, so what it adds stands there."""
+    (diff,) = blocks(ROOT / "docs" / "adding_a_technique.md", "diff")
+    for part in diff.split("--- a/")[1:]:
+        code = (ROOT / part.splitlines()[0]).read_text()
+        for hunk in re.split(r"^@@.*\n", part, flags=re.MULTILINE)[1:]:
+            after = [line[1:] for line in hunk.splitlines() if not line.startswith("-")]
+            assert "\n".join(after) in code, f"{part.splitlines()[0]} has other lines:\n{hunk}"
+
+
 def test_pages_of_the_navigation_exist() -> None:
     nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
     named = re.findall(r"[\w]+\.md", str(nav))

@@ -7,7 +7,9 @@ A package that is not installed is skipped: the optional extra `optimizers` has 
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +18,12 @@ import torch
 from cpu_sharding import on_ranks_of_their_own
 from longfactory.config import ConfigError
 from longfactory.config.optimizer_facts import METHOD_OPTIMIZERS
+from longfactory.errors import UserError
+from longfactory.train import package_optimizers
 from longfactory.train.block_adamw import BlockAdamW, block_of
 from longfactory.train.muon import MuonAdamW, muon_groups
 from longfactory.train.ratio_adamw import RatioAdamW, parts_of
+from longfactory_dev.tiny_models import tiny_config
 from optimizer_worker import model, nudge, on_a_rank, run_config, train, with_types
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -321,6 +326,13 @@ def test_a_missing_package_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
         package = facts_of(name).package
         with pytest.raises(ConfigError, match=f"needs {package}, which is not installed. Run: pip"):
             run_config({**RUNS[name], "dry_run": False})
+
+
+def test_adam_mini_refuses_layers_whose_heads_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "adam_mini", SimpleNamespace(Adam_mini=None))
+    gemma = SimpleNamespace(config=tiny_config("gemma4_text"))
+    with pytest.raises(UserError, match=r"differ in their heads .*\(4, 2, 16\), \(4, 2, 512\)"):
+        package_optimizers.adam_mini(gemma, None)
 
 
 def test_the_plan_counts_the_states() -> None:

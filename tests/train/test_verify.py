@@ -139,6 +139,7 @@ CASES = {
     "rm": {"stage": "rm", "dataset": "manual_dpo"},
     "experts in bf16": {"family": "qwen3_moe", "bf16": True, "moe_aux_loss_coef": 0.01},
     "two data-parallel groups": {"sequence_parallel_size": 1},
+    "layers that differ in their heads": {"family": "gemma4_text"},
 }
 
 
