@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +107,24 @@ def test_adapters_on_experts(family: str, tmp_path: Path) -> None:
 
 def test_names_in_the_adapter_are_those_that_vllm_reads(tmp_path: Path) -> None:
     """Of a layer's experts: `experts.base_layer` is gate_up_proj and `experts` is down_proj; A is
-    [E r, in] and B [out, r E] with the expert's number running fastest.
+    [E r, in] and B [out, r E] with the expert's number running fastest. So its loader has it
+    (vllm/lora/lora_model.py, model_manager.py): of a module inside experts it knows the whole name
+    from `experts` on, of others the last part.
     """
     base = tiny_model("qwen3_moe", torch.float64)
     model = lora(copy.deepcopy(base))
     model.save_pretrained(tmp_path)
     at = "base_model.model.model.layers.0.mlp.experts"
     tensors = load_file(tmp_path / "adapter_model.safetensors")
+    ends = set()
+    for name in tensors:
+        found = re.fullmatch(
+            r"base_model\.model\.(model\.layers\.\d+\..+)\.lora_[AB]\.weight", name
+        )
+        assert found is not None, name
+        before, inside, _ = found[1].partition(".experts")
+        ends.add(found[1][len(before) + 1 :] if inside else before.rpartition(".")[2])
+    assert ends == {"experts", "experts.base_layer", "q_proj", "k_proj", "v_proj", "o_proj"}
     held = {name: tensor for name, tensor in tensors.items() if name.startswith(at)}
     assert {n.removeprefix(at): tuple(t.shape) for n, t in held.items()} == {
         ".base_layer.lora_A.weight": (4 * 3, 64),
