@@ -268,20 +268,74 @@ def write_shape(shape: str, layers: int | None, folder: Path) -> Path:
 
 
 def write_weights(model: Path, folder: Path) -> Path:
-    """The folder of a model with random weights, which quantisation reads."""
+    """The folder of a model with random weights in bf16 (norms are ones, biases zeros), which
+    quantisation reads. What is written are parts of one random block, by several threads.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
 
-    if not folder.exists():
-        shutil.copytree(model, folder)
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            made = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(model), dtype=torch.bfloat16
-            )
-        made.save_pretrained(folder)
-        del made
-        torch.cuda.empty_cache()
+    if folder.exists():
+        return folder
+    shutil.copytree(model, folder)
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(model), dtype=torch.bfloat16
+        )
+        tied = set(getattr(made, "all_tied_weights_keys", None) or ())
+        state = {k: v for k, v in made.state_dict().items() if k not in tied}
+        state = revert_weight_conversion(made, state)
+    shards: list[dict[str, Any]] = [{}]
+    held = 0
+    for name, tensor in state.items():
+        if held > SHARD:
+            shards.append({})
+            held = 0
+        shards[-1][name] = tensor
+        held += tensor.numel()
+    names = {
+        name: f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        for i, shard in enumerate(shards)
+        for name in shard
+    }
+    size = 2 * sum(t.numel() for t in state.values())
+    index = {"metadata": {"total_size": size}, "weight_map": names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    generator = torch.Generator().manual_seed(0)
+    block = torch.empty(BLOCK, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+    vector = torch.ones(1 << 20, dtype=torch.bfloat16)
+    numbers, ones, zeros = (
+        memoryview(x.view(torch.uint8).numpy()).cast("B") for x in (block, vector, 0 * vector)
+    )
+
+    def write(shard: dict[str, Any]) -> None:
+        header, at = {"__metadata__": {"format": "pt"}}, 0
+        for name, t in shard.items():
+            header[name] = {
+                "dtype": "BF16",
+                "shape": list(t.shape),
+                "data_offsets": [at, at + 2 * t.numel()],
+            }
+            at += 2 * t.numel()
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with open(folder / names[next(iter(shard))], "wb", buffering=0) as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for i, (name, t) in enumerate(shard.items()):
+                source = numbers
+                if t.dim() == 1:
+                    source = zeros if name.endswith("bias") else ones
+                start, left = 2 * (i * 4099 % (len(source) // 4)), 2 * t.numel()
+                while left:
+                    left -= file.write(source[start : start + left])
+                    start = 0
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        list(pool.map(write, shards))
     return folder
+
+
+SHARD, BLOCK = 2 * 10**9, 1 << 25  # numbers
 
 
 def keys_of(

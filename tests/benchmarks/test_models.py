@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import _many_runs
 import _model_rows
@@ -16,6 +17,7 @@ import _profile
 import family_sweep
 import kernels
 import models
+import plan_accuracy
 from longfactory.memory.layer_kinds import kinds_of
 from longfactory.sp.text_model import model_class
 from longfactory_dev import families
@@ -151,6 +153,39 @@ def test_the_shapes_of_a_model(shape: str, layers: int, experts: int, tmp_path: 
     )
     # what is left are norms, biases and sinks
     assert 0 <= found.layer_parameters - counted < 0.001 * found.layer_parameters
+
+
+def test_random_weights_are_a_checkpoint(tmp_path: Path) -> None:
+    """Every parameter is read, from several files."""
+    config = plan_accuracy.FURTHER["qwen3-30b-a3b"] | {
+        "hidden_size": 32,
+        "moe_intermediate_size": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "vocab_size": 64,
+    }
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    sizes = plan_accuracy.SHARD, plan_accuracy.BLOCK
+    plan_accuracy.SHARD, plan_accuracy.BLOCK = 5000, 1000
+    try:
+        folder = plan_accuracy.write_weights(tmp_path / "model", tmp_path / "weights")
+    finally:
+        plan_accuracy.SHARD, plan_accuracy.BLOCK = sizes
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not any(found.values())
+    for name, p in model.named_parameters():
+        if "norm" in name:
+            assert (p == 1).all()
+        else:
+            assert 0.01 < p.std() < 0.03, name
 
 
 def test_pairs_of_a_mask() -> None:
