@@ -137,7 +137,7 @@ def packed_row(setting: bench.Setting, mix: str, seed: int, n: int) -> Row:
 def options(length: int, n: int, segments: tuple[sp.Segment, ...]) -> dict[str, Layout]:
     """Layouts by name; "chosen" is what the plan takes."""
     out = {"chunks by work": dealt(length, n, segments, 512), "whole": whole(length, n, segments)}
-    for share in (1.0, 0.5):
+    for share in (1.5, 1.0, 0.7, 0.5):
         out[f"parts of {share:g}"] = whole(length, n, segments, share)
     for last in (8, 16, 32, 64):
         layout = filled(length, n, segments, last)
@@ -150,8 +150,6 @@ def options(length: int, n: int, segments: tuple[sp.Segment, ...]) -> dict[str, 
         if layout not in list(out.values())[:i]
     }
     best = balanced(length, n, segments, 512)
-    if best not in out.values():
-        out["parts of 0.25"] = best
     return out | {"chosen": best}
 
 
@@ -209,10 +207,22 @@ def alone(
     with at_hand():
         times = [statistics.median(x) for x in timed(setting, steps)]
         enqueued = [enqueue(setting, step) for step in steps]
+        if n == RANKS[-1] and setting.rank == 0:
+            print(f"host: {host_time(setting, steps[0])}", flush=True)
     found: list[Any] = [None] * setting.ranks
     dist.all_gather_object(found, list(zip(mine, times, enqueued, strict=True)))
     by_rank = {r: (t, e) for each in found for r, t, e in each}
     return [by_rank[r] for r in range(n)]
+
+
+def host_time(setting: bench.Setting, step: Callable[[], object]) -> str:
+    """The operators on which the host spends most time in a step."""
+    bench.synchronize(setting)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    bench.synchronize(setting)
+    most = sorted(profile.key_averages(), key=lambda e: -e.self_cpu_time_total)[:8]
+    return ", ".join(f"{e.key} {e.self_cpu_time_total / 1e3:.2f} ms ({e.count})" for e in most)
 
 
 def on_layout(plan: RowPlan, layout: Layout) -> RowPlan:

@@ -9,6 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longfactory.sp.layout import (
+    FETCH,
+    SIDE,
+    TILE,
     Layout,
     Segment,
     balanced,
@@ -78,11 +81,11 @@ def test_chunk_work_counts_the_plain_mask() -> None:
 
 
 @pytest.mark.parametrize(
-    ("median", "sigma", "cap", "most"), [(8192, 1.0, 65536, 1.3), (1024, 1.2, 32768, 1.2)]
+    ("median", "sigma", "cap", "most"), [(8192, 1.0, 65536, 1.3), (1024, 1.2, 32768, 1.25)]
 )
 def test_packed_rows_are_balanced(median: int, sigma: float, cap: int, most: float) -> None:
     """40 packs of 131072 tokens with heavy-tailed documents over 4 ranks: what the busiest rank has
-    to do over a fourth of one GPU's work. Chunks dealt by work alone have 1.41 and 1.48.
+    to do over a fourth of what one GPU has. Chunks dealt by work alone have 1.46 and 1.63.
     """
     rng = random.Random(0)
     ratios = []
@@ -93,7 +96,6 @@ def test_packed_rows_are_balanced(median: int, sigma: float, cap: int, most: flo
             size = int(min(cap, max(16, median * rng.lognormvariate(0, sigma))))
             segments.append(Segment(start, min(length, start + size)))
         (alone,) = cost(contiguous(length, 1), segments)
-        assert alone == sum(chunk_work(length, 64, segments)), "nothing is cut"
         busiest = max(cost(balanced(length, 4, segments, 512), segments))
         ratios.append(busiest * 4 / alone)
     assert sum(ratios) / len(ratios) <= most
@@ -112,6 +114,22 @@ def test_short_documents_fill_ranks_so_that_none_is_cut() -> None:
     odd = [Segment(0, 5), Segment(5, 9), Segment(9, 12)]
     assert filled(12, 2, odd, 2) is None, "5, 4 and 3 do not make two sixes"
     assert filled(12, 2, odd, 1) is None
+
+
+def test_what_a_rank_has_to_do() -> None:
+    """Pairs, and for each tile what it takes beside them: two long documents and a run of two short
+    ones are three; a cut is one more, with a fetch for everyone.
+    """
+    segments = [Segment(0, 3000), Segment(3000, 4000), Segment(4000, 5000), Segment(5000, 8000)]
+    pairs = sum(chunk_work(8000, 8, segments))
+    assert cost(contiguous(8000, 1), segments) == [pairs + 3 * TILE]
+    first, second = chunk_work(8000, 2, segments)
+    assert cost(contiguous(8000, 2), segments) == [first + 2 * TILE, second + 2 * TILE]
+    first, second = chunk_work(6000, 2, [Segment(0, 6000)])
+    assert cost(contiguous(6000, 2), [Segment(0, 6000)]) == [
+        first + TILE + FETCH,
+        second + 2 * TILE + 3000 * SIDE + FETCH,
+    ]
 
 
 def test_documents_that_fit_stay_whole() -> None:

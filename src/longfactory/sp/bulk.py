@@ -20,11 +20,12 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
+from .layout import OWN_CALL
 from .tiles import Tile
 
-SMALLEST = 2048
-"""Shorter tiles are left alone. One cuDNN call for each document was 1.1 to 1.6 times as fast as
-documents in one FlashAttention 2 call where most of them were this long
+SMALLEST = OWN_CALL
+"""2,048 tokens: shorter tiles are left alone. One cuDNN call for each document was 1.1 to 1.6 times
+as fast as documents in one FlashAttention 2 call where most of them were this long
 (benchmarks/results/kernels.md)."""
 
 

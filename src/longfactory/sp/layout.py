@@ -139,7 +139,9 @@ def balanced(
     """
     options = [dealt(length, ranks, segments, smallest_chunk)]
     if len(families(segments)) > 1:
-        options += [whole(length, ranks, segments, share) for share in (math.inf, 1.0, 0.5, 0.25)]
+        options += [
+            whole(length, ranks, segments, share) for share in (math.inf, 1.5, 1.0, 0.7, 0.5)
+        ]
         uncut = (filled(length, ranks, segments, last) for last in (8, 16, 32, 64))
         options += [layout for layout in uncut if layout is not None]
         if length % (2 * ranks) == 0:
@@ -277,26 +279,30 @@ def families(segments: Sequence[Segment]) -> list[tuple[list[int], Interval]]:
     return out
 
 
-TILE = 1500
-"""What a tile adds to its pairs of queries and keys: so many for each row of its longer side.
-Kernels are slow on short sides.
-"""
-FETCH = 1_000_000
-"""What fetching rows adds on each rank, however few they are: messages to wait for, sums in float32
-of what comes back."""
+OWN_CALL = 2048
+"""Documents, or parts of one, from so many tokens on are a tile of their own where a kernel wants
+that (`bulk`); runs of shorter ones are a tile together."""
+TILE = 3_500_000
+"""What a tile takes beside its pairs of queries and keys, in pairs: launches, tails of kernels,
+sums. These three were fitted to the times of 49 layouts of packed rows over 2, 4 and 8 ranks, of 28
+query heads on an H200 (benchmarks/results/many_gpus_packed_2xH200.md)."""
+SIDE = 1100
+"""What a rectangle takes beside that, for each row of its longer side."""
+FETCH = 15_000_000
+"""What fetching rows takes on each rank, however few they are: messages to wait for, sums in
+float32 of what comes back."""
 
 
 def cost(layout: Layout, segments: Sequence[Segment]) -> list[int]:
-    """What each rank has to do: pairs of queries and keys, `TILE` for each rectangle that the
-    layout cuts off a document, and `FETCH` where there is any. (Squares add up to the same on all
-    ranks.)
+    """What each rank has to do: pairs of queries and keys, and what tiles, sides of the rectangles
+    that the layout cuts off documents, and a fetch take beside them.
     """
     seen = ancestors_length(segments)
     starts = [s.start for s in segments]
     out = []
     cut = False
     for intervals in layout.intervals:
-        total = 0
+        total, in_run = 0, False
         for start, stop in intervals:
             i = bisect.bisect_right(starts, start) - 1
             while i < len(segments) and segments[i].start < stop:
@@ -304,8 +310,11 @@ def cost(layout: Layout, segments: Sequence[Segment]) -> list[int]:
                 a, b = max(s.start, start), min(s.stop, stop)
                 if b > a:
                     total += _pairs(s, seen[i], a, b)
+                    short = b - a < OWN_CALL
+                    total += TILE * (not (short and in_run))
+                    in_run = short
                     if a > s.start:
-                        total += TILE * max(b - a, a - s.start)
+                        total += TILE + SIDE * max(b - a, a - s.start)
                         cut = True
                 i += 1
         out.append(total)
