@@ -90,7 +90,8 @@ def test_packed_rows_are_balanced(median: int, sigma: float, cap: int, most: flo
     rng = random.Random(0)
     ratios = []
     for _ in range(40):
-        length, segments = 131072, []
+        length = 131072
+        segments: list[Segment] = []
         while not segments or segments[-1].stop < length:
             start = segments[-1].stop if segments else 0
             size = int(min(cap, max(16, median * rng.lognormvariate(0, sigma))))
