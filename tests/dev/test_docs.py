@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 from longfactory.cli import COMMANDS
@@ -122,3 +124,46 @@ def test_every_form_of_your_data_is_recognised(tmp_path: Path) -> None:
             assert (name, rows) == ("rows", 1) and 8 < longest < len(line)
             checked += 1
     assert checked == 7
+
+
+def changes(page: str) -> list[tuple[str, list[str]]]:
+    """(file, lines of its diff) of each file that the diffs of a page change."""
+    found: list[tuple[str, list[str]]] = []
+    for block in blocks(ROOT / "docs" / page, "diff"):
+        for line in block.splitlines():
+            if line.startswith("+++ b/"):
+                found.append((line.removeprefix("+++ b/"), []))
+            elif found and not line.startswith(("---", "@@")):
+                found[-1][1].append(line)
+    return found
+
+
+def test_what_adding_a_technique_adds_is_what_the_code_has() -> None:
+    """The page's diff leads from a tree without `mlp_chunk` to this one."""
+    files = changes("adding_a_technique.md")
+    assert len(files) == 2
+    for file, lines in files:
+        code = {line.strip() for line in (ROOT / file).read_text().splitlines()}
+        missing = [line for line in lines if line[:1] in "+ " and line[1:].strip() not in code]
+        assert not missing, f"{file} lacks {missing}"
+
+
+def test_what_adding_a_loss_changes_is_in_the_code() -> None:
+    """Lines that the page's diffs leave or take away stand in these files; its loss is a formula
+    of names that the module has.
+    """
+    for file, lines in changes("adding_a_loss.md"):
+        if not (ROOT / file).exists():
+            continue  # the page's new file
+        code = (ROOT / file).read_text().splitlines()
+        kept = [line[1:] for line in lines if line[:1] in " -"]
+        assert all(line in code for line in kept), (file, kept)
+    from longfactory.stages import losses
+
+    [(_, lines), *_] = changes("adding_a_loss.md")
+    names = dict(vars(losses))
+    exec("\n".join(line[1:] for line in lines), names)
+    one = torch.tensor([[0.0, 0.5]], dtype=torch.float64)
+    pair = SimpleNamespace(margin=one[0])
+    options = SimpleNamespace(beta=2.0)
+    assert torch.equal(names["exponential"](pair, options, None), torch.exp(-2.0 * one[0]))
