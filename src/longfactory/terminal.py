@@ -32,6 +32,9 @@ NOISE = re.compile(
             r"`use_cache=True` is incompatible with gradient checkpointing",
             r"Token indices sequence length is longer than",
             r"Failed to load .*torchao",  # kernels for other devices than this machine's
+            # transformers, resuming: a tied output layer is in the file once, as the embedding;
+            # what a checkpoint holds has been compared with its manifest
+            r"missing keys in the checkpoint model loaded: \['lm_head\.weight'\]",
             # PEFT, of a layer that is trained and saved on purpose
             r"Setting `save_embedding_layers` to `True`",
         )

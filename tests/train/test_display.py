@@ -122,10 +122,15 @@ def test_others_are_heard_once_and_errors_always(monkeypatch: pytest.MonkeyPatch
         other.warning("a warning that matters")
         other.error("an error: Setting accelerator to CPU")
         other.warning("Setting accelerator to CPU. If you have GPU ...")
+        other.warning("There were missing keys in the checkpoint model loaded: ['lm_head.weight'].")
         other.info("chatter")
     lines = heard.getvalue().splitlines()
     assert sum("a warning that matters" in line for line in lines) == 1
     assert sum("an error" in line for line in lines) == 2 and len(lines) == 3
+    other.warning(
+        "There were missing keys in the checkpoint model loaded: ['a', 'lm_head.weight']."
+    )
+    assert "['a', 'lm_head.weight']" in heard.getvalue()
     other.setLevel(logging.INFO)  # log_level: info
     other.info("a note")
     assert "a note" in heard.getvalue()
