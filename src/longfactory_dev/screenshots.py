@@ -141,17 +141,17 @@ def talk_and_measure(page: Any, folder: Path) -> None:
     page.fill("#layers", "6")
     take(page, folder / "webui_models.png")
     page.click("#unload")
-    page.click("#measure")
-    page.wait_for_selector("#job-picture img", timeout=LONG)
-    until(page, "document.querySelector('#job-picture img').naturalWidth > 100", timeout=LONG)
-    page.wait_for_selector("#job >> text=done", timeout=LONG)
-    take(page, folder / "webui_measure.png")
-    page.click("nav button[data-tab=models]")
     page.click("#expand")
     said = "document.querySelector('#console')?.textContent.includes('A model of')"
     until(page, said, timeout=LONG)
     page.wait_for_selector("#job >> text=done", timeout=LONG)
     take(page, folder / "webui_expand.png")
+    page.click("nav button[data-tab=models]")
+    page.click("#measure")
+    page.wait_for_selector("#job-picture img", timeout=LONG)
+    until(page, "document.querySelector('#job-picture img').naturalWidth > 100", timeout=LONG)
+    page.wait_for_selector("#job >> text=done", timeout=LONG)
+    take(page, folder / "webui_measure.png")
 
 
 def main() -> None:
