@@ -75,6 +75,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="small shapes, on GPUs")
     parser.add_argument("--only", nargs="*", default=None, help="rows whose name has one of these")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=28, help="of the part scaling")
     parser.add_argument("--limit", type=float, default=540, help="no row begins later (seconds)")
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument(
@@ -139,7 +140,7 @@ def scaling(a: argparse.Namespace) -> int:
     """Runs over all GPUs: SP 1, 2, 4, ... at the same local tokens, and the same
     samples a step as DP x SP.
     """
-    layers, local, steps = 28, 32768, 3
+    layers, local, steps = a.layers, 32768, 3
     if a.small:
         layers, local, steps = 2, 256 if a.smoke else 2048, 3
     sizes = [n for n in (1, 2, 4, 8) if n <= a.gpus]
@@ -163,6 +164,8 @@ def scaling(a: argparse.Namespace) -> int:
                 **on_gpus(a, a.gpus),
             }
             name = f"DP {a.gpus // n} x SP {n}, {a.gpus // n * accumulation} rows of {length:,}"
+            if layers != 28 and not a.small:
+                name += f", {layers} of 28 layers"
             return Job(name, keys)
 
         by_size = {n: job(n, local * n, 1) for n in sizes}
