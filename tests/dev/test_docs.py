@@ -138,16 +138,6 @@ def changes(page: str) -> list[tuple[str, list[str]]]:
     return found
 
 
-def test_what_adding_a_technique_adds_is_what_the_code_has() -> None:
-    """The page's diff leads from a tree without `mlp_chunk` to this one."""
-    files = changes("adding_a_technique.md")
-    assert len(files) == 2
-    for file, lines in files:
-        code = {line.strip() for line in (ROOT / file).read_text().splitlines()}
-        missing = [line for line in lines if line[:1] in "+ " and line[1:].strip() not in code]
-        assert not missing, f"{file} lacks {missing}"
-
-
 def test_what_adding_a_loss_changes_is_in_the_code() -> None:
     """Lines that the page's diffs leave or take away stand in these files; its loss is a formula
     of names that the module has.
