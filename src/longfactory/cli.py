@@ -121,6 +121,7 @@ def train(argv: list[str], watch: Watch | None = None) -> int:
     if cfg.model.infer_backend == "vllm":  # which starts processes of its own
         from longfactory.output.predict_vllm import predict
 
+        _set_up_log()
         predict(cfg)
         return 0
     if launch.is_on("USE_RAY") and not worker:
@@ -136,12 +137,23 @@ def train(argv: list[str], watch: Watch | None = None) -> int:
     return 0
 
 
+def _set_up_log() -> None:
+    """Our own log, and what other packages say once, of a command that is one process. After the
+    import of transformers, which would put a handler of its own beside ours.
+    """
+    import transformers.utils.logging
+
+    transformers.utils.logging.get_logger()
+    terminal.set_up(_rank() == 0)
+
+
 def _look(cfg: RunConfig) -> list[str]:
     """The problems of a run that can be seen from what lies on this machine; prints what could not
     be checked.
     """
     from longfactory.dry_run import look
 
+    _set_up_log()
     found = look(cfg)
     for label, lines in (("note", found.notes), ("not checked", found.unchecked)):
         for line in lines:
@@ -335,6 +347,7 @@ def export(argv: list[str]) -> int:
     cfg = load_config(argv, command="export")
     from longfactory.output.export import export as merge
 
+    _set_up_log()
     print(f"The model is in {merge(cfg)}.")
     return 0
 
@@ -352,6 +365,7 @@ def expand(argv: list[str]) -> int:
     from longfactory.model.load import resolve
     from longfactory.output.expand import expand as grow
 
+    _set_up_log()
     folder = Path(resolve(given["model_name_or_path"])[0])
     if not folder.is_dir():
         raise UserError(f"model_name_or_path: {folder} is not a folder. Download the model first.")

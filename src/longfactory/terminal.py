@@ -30,6 +30,7 @@ NOISE = re.compile(
             r"This DataLoader will create \d+ worker processes",
             r"The tokenizer has new PAD/BOS/EOS tokens",  # transformers: it makes them agree
             r"`use_cache=True` is incompatible with gradient checkpointing",
+            r"`is_gradient_checkpointing` is deprecated",  # asked for by PEFT
             r"Token indices sequence length is longer than",
             r"Failed to load .*torchao",  # kernels for other devices than this machine's
             # transformers, resuming: a tied output layer is in the file once, as the embedding;

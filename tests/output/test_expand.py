@@ -53,6 +53,17 @@ def test_the_expanded_model_is_the_model(family: str, tmp_path: Path) -> None:
     assert zero and {n.split("layers.")[1].split(".")[0] for n in zero} == {"2", "5"}
 
 
+def test_the_command_says_how_the_layers_are_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model("llama", num_hidden_layers=2).save_pretrained(tmp_path / "model")
+    keys = {"model_name_or_path": tmp_path / "model", "export_dir": tmp_path / "grown"}
+    assert cli.expand([f"{k}={v}" for k, v in keys.items()] + ["num_expand=1"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("A model of 3 layers is in ")
+    assert "use_llama_pro: true, freeze_trainable_layers: 1" in err
+
+
 def test_what_cannot_be_expanded_is_a_sentence(tmp_path: Path) -> None:
     tiny_model("llama", num_hidden_layers=4).save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match=r"num_expand: 3 does not divide the 4 layers .* 1, 2, 4"):
