@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ATTENTION_ROWS = 2
 
@@ -105,21 +105,62 @@ def tokenise(words: list[str], cache: str) -> str:
     return "ready"
 
 
-def train(words: list[str], cache: str) -> tuple[str, list[tuple[float, str]]]:
+class Turns(NamedTuple):
+    """Of a run that starts while another one runs: after its first step it makes the file `ready`,
+    and waits for the file `go` before the steps that are timed, at most `limit` seconds.
+    """
+
+    ready: str
+    go: str
+    limit: float
+
+    def callback(self) -> Any:
+        import torch
+        from transformers import TrainerCallback
+
+        turns = self
+
+        class Wait(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                if state.global_step != 1:
+                    return
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                Path(turns.ready).touch()
+                begun = time.time()
+                while not Path(turns.go).exists() and time.time() - begun < turns.limit:
+                    time.sleep(0.05)
+
+        return Wait()
+
+
+def train(
+    words: list[str], cache: str, turns: Turns | None = None
+) -> tuple[str, list[tuple[float, str]]]:
     """What every process of `longfactory train` calls. Returns what its run said, and when."""
     from longfactory.config import load_config
+    from longfactory.train import run as module
     from longfactory.train.loader import end_processes
-    from longfactory.train.run import run
 
     _prepare()
     os.environ["LONGFACTORY_CACHE"] = cache
+    make_trainer = module.make_trainer
+    if turns is not None:
+
+        def waiting(*args: Any, **kwargs: Any) -> Any:
+            trainer = make_trainer(*args, **kwargs)
+            trainer.add_callback(turns.callback())
+            return trainer
+
+        module.make_trainer = waiting
     said = _Said()
     watch = _Watch()
     logger = logging.getLogger("longfactory")
     logger.addHandler(said)
     try:
-        run(load_config(words))
+        module.run(load_config(words))
     finally:
+        module.make_trainer = make_trainer
         logger.removeHandler(said)
         end_processes()
         said.note("end")

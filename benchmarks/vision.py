@@ -291,13 +291,30 @@ def run_in(
     pool: RankPool, job: Job, args: argparse.Namespace, home: Path, limit: float
 ) -> dict[str, Any]:
     """A run in processes that stay: what its log says of the steps after the first."""
+    turns, own, other = None, home / f"ready-{job.gpus}", home / "ready-0"
+    if args.turns and job.stage == "sft":
+        other = home / (f"ready-{args.gpus}" if job.gpus == 1 else "alone-done")
+        turns = _vision_rows.Turns(str(own), str(other), limit)
+    try:
+        return _run_in(pool, job, args, home, limit, turns)
+    finally:
+        own.touch()
+
+
+def _run_in(
+    pool: RankPool,
+    job: Job,
+    args: argparse.Namespace,
+    home: Path,
+    limit: float,
+    turns: _vision_rows.Turns | None,
+) -> dict[str, Any]:
     begun = time.time()
     memory = HostMemory(pool)
     try:
         with memory:
-            text, after = pool.run(
-                _vision_rows.train, words_of(job, args, home), str(home / "cache"), timeout=limit
-            )[0]
+            words, cache = words_of(job, args, home), str(home / "cache")
+            text, after = pool.run(_vision_rows.train, words, cache, turns, timeout=limit)[0]
         said = "; ".join(f"{seconds:.0f} s {line}" for seconds, line in after)
         print(f"{job.name}, {job.gpus} GPUs: {said}", flush=True)
     except RankError as error:
@@ -539,7 +556,7 @@ def measure(args: argparse.Namespace, home: Path) -> int:
     for case in chosen:
         own = [Job(case, 1, args.gpus)] if "one" in args.parts else []
         other = [Job(case, 1, args.gpus, system="transformers")] if "beside" in args.parts else []
-        lanes += [own, other] if len(chosen) < visible else [own + other]
+        lanes += [own, other] if len(chosen) < visible and not args.turns else [own + other]
     lanes = [lane for lane in lanes if lane]
     pools = []
     for number in range(len(lanes)):
@@ -610,15 +627,20 @@ def measure(args: argparse.Namespace, home: Path) -> int:
     ]
 
     def before() -> None:
-        """What runs of all GPUs do before they need one, while single GPUs compute."""
-        for job in shared_rows:
+        """What a run of all GPUs does before it needs one, while single GPUs compute; with turns,
+        its first step too.
+        """
+        for job in shared_rows[:1]:
             words = words_of(job, args, home)
             together.run(_vision_rows.tokenise, words, str(home / "cache"), timeout=args.each)
+            if args.turns:
+                one(shared_rows.pop(0), together)
 
     with concurrent.futures.ThreadPoolExecutor(len(lanes) + 1) as executor:
-        ready = executor.submit(before)
+        ready = executor.submit(before) if lanes else None
         list(executor.map(alone, pools, lanes))
-    if error := ready.exception():
+        (home / "alone-done").touch()
+    if ready is not None and (error := ready.exception()):
         print(f"tokenising: {str(error)[-1500:]}", flush=True)
     for job in shared_rows:
         one(job, together)
@@ -645,6 +667,12 @@ def main() -> int:
     )
     parser.add_argument("--each", type=float, default=150, help="seconds for one row")
     parser.add_argument("--seconds", type=float, default=235, help="of the whole command")
+    parser.add_argument(
+        "--turns",
+        action="store_true",
+        help="the run of all GPUs makes its first step while the one of one GPU does, and waits"
+        " for its turn then: both are in memory (--keys keep_mlp=0.5)",
+    )
     parser.add_argument("--render", type=Path, help="only write the table of a file of results")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
     args = parser.parse_args()

@@ -3,19 +3,21 @@ one GPU, with copies, FSDP2 and ZeRO-3; bf16 runs of packed rows in two modes ar
 
     python -m pytest -q -s tests/gpu/test_vision_gpu.py     # about a minute on two GPUs
 
-All commands of the tests that were asked for are started at once: most of their time is Python's.
+What the tests that were asked for need is started at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,36 +52,48 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
 SHARDED = ("ddp", "fsdp2", "deepspeed")
 
 
+GROUPS = (("one", "bf16_one"), ("deepspeed", "bf16_zigzag-ring"), ("fsdp2", "bf16_ulysses", "ddp"))
+"""Runs one after another, in processes forked from one that has imported what they need: most of a
+command's time would be Python's. The groups run side by side.
+"""
+
+
 class Started(NamedTuple):
-    """A command that runs, and what it writes."""
+    """A group that runs, what it writes, and where the output of its runs is."""
 
     process: subprocess.Popen[bytes]
     said: Path
-    folder: Path
+    home: Path
 
 
-def start(home: Path, name: str) -> Started:
+def words_of(home: Path, name: str) -> list[str]:
     size, changes = RUNS[name]
     changes = {k: home / v if k == "deepspeed" else v for k, v in changes.items()}
     given = keys(home, name, sequence_parallel_size=size, **of_run(home, name, **changes))
     given |= {"use_cpu": False, "tf32": False, "nproc_per_node": size}
-    words = [f"{k}={v}" for k, v in given.items()]
+    return [f"{k}={v}" for k, v in given.items()]
+
+
+def start(home: Path, names: Sequence[str]) -> Started:
+    """What `longfactory train` calls in each of its processes, for one run after another."""
+    jobs = [{"name": n, "command": "train", "words": words_of(home, n)} for n in names]
+    file, said = home / f"{names[0]}.jobs.json", home / f"{names[0]}.txt"
+    file.write_text(json.dumps(jobs))
     env = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
-        "LONGFACTORY_CACHE": str(home / f"cache_{name}"),
+        "LONGFACTORY_CACHE": str(home / f"cache_{names[0]}"),
+        "TQDM_DISABLE": "1",
         # DeepSpeed would want CUDA's compiler, which it does not need here.
         "DS_IGNORE_CUDA_DETECTION": "1",
     }
-    said = home / f"{name}.txt"
+    runs = ROOT / "benchmarks" / "_many_runs.py"
+    command = [sys.executable, "-u", str(runs), str(RUNS[names[0]][0]), str(file)]
     with said.open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "longfactory.cli", "train", *words],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=env,
+            command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
         )
-    return Started(process, said, home / name)
+    return Started(process, said, home)
 
 
 @pytest.fixture(scope="module")
@@ -91,36 +105,43 @@ def started(
     write_data(home)
     write_zero3(home)
     asked = " ".join(item.name for item in request.session.items)
-    chosen = {"bf16" if name.startswith("bf16") else name for name in RUNS if name in asked}
+    chosen = {name for name in RUNS if name.removeprefix("bf16_") in asked}
     if "bf16" in asked:
-        chosen |= {name for name in RUNS if name.startswith("bf16")}
+        chosen.add("bf16_one")
     if chosen & set(SHARDED):
         chosen.add("one")
     if importlib.util.find_spec("deepspeed") is None:
         chosen.discard("deepspeed")
-    runs = {name: start(home, name) for name in RUNS if name in chosen}
+    runs: dict[str, Started] = {}
+    for group in GROUPS:
+        if names := [name for name in group if name in chosen]:
+            runs |= dict.fromkeys(names, start(home, names))
     yield runs
     for run in runs.values():
-        if run.process.poll() is None:
-            run.process.kill()
-            run.process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.process.pid, signal.SIGKILL)
+        run.process.wait()
 
 
-def log_of(run: Started, limit: float = 150.0) -> list[dict[str, float]]:
+def log_of(started: dict[str, Started], name: str, limit: float = 150.0) -> list[dict[str, float]]:
     """The steps of a run that ended well."""
-    begun = time.monotonic()
-    name = run.folder.name
-    try:
-        code = run.process.wait(limit)
-    except subprocess.TimeoutExpired:
-        pytest.fail(f"{name} did not end in {limit:.0f} s:\n{run.said.read_text()[-3000:]}")
-    said = run.said.read_text(errors="replace")
-    if code:
-        print(name, said[-6000:], flush=True)
-        pytest.fail(f"{name} ended with {code}:\n{said[-3000:]}")
-    log = steps(json.loads((run.folder / "trainer_state.json").read_text())["log_history"])
-    waited = time.monotonic() - begun
-    print(name, [(h["loss"], h["grad_norm"]) for h in log], f"{waited:.0f} s", flush=True)
+    begun, run = time.monotonic(), started[name]
+    found: dict[str, Any] | None = None
+    while found is None:
+        over = run.process.poll() is not None or time.monotonic() - begun > limit
+        said = run.said.read_text(errors="replace")
+        results = [json.loads(x[7:]) for x in said.splitlines() if x.startswith("RESULT ")]
+        found = next((r for r in results if r["name"] == name), None)
+        if found is None and over:
+            found = {"error": f"no result after {time.monotonic() - begun:.0f} s", "seconds": 0.0}
+        time.sleep(0.1)
+    if "error" in found:
+        print(name, said[-8000:], flush=True)
+        pytest.fail(f"{name}: {found['error']}")
+    state = json.loads((run.home / name / "trainer_state.json").read_text())
+    log = steps(state["log_history"])
+    told = [(h["loss"], h["grad_norm"]) for h in log]
+    print(name, told, f"{found['seconds']:.0f} s", flush=True)
     return log
 
 
@@ -135,15 +156,15 @@ def same(one: list[dict[str, float]], two: list[dict[str, float]], error: float)
 def test_vision_runs_on_two_gpus(started: dict[str, Started], sharding: str) -> None:
     if sharding not in started:
         pytest.skip("needs deepspeed")
-    same(log_of(started["one"]), log_of(started[sharding]), 1e-4)
-    named = {"ddp": "ddp", "fsdp2": "fsdp2", "deepspeed": "deepspeed"}[sharding]
+    same(log_of(started, "one"), log_of(started, sharding), 1e-4)
+    named = {"ddp": "(ddp)", "fsdp2": "(fsdp2)", "deepspeed": "as deepspeed's file says"}[sharding]
     assert named in started[sharding].said.read_text().lower()
 
 
 @two_gpus
 @pytest.mark.parametrize("mode", ["zigzag-ring", "ulysses"])
 def test_vision_runs_in_bf16(started: dict[str, Started], mode: str) -> None:
-    same(log_of(started["bf16_one"]), log_of(started[f"bf16_{mode}"]), 2e-2)
+    same(log_of(started, "bf16_one"), log_of(started, f"bf16_{mode}"), 2e-2)
 
 
 def row_on_gpu(model: Any, frames: int, side: int) -> tuple[dict[str, Any], vision.Media]:
