@@ -63,7 +63,7 @@ TEXT = {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "head_dim": 128,
-    "max_position_embeddings": 1 << 20,
+    "max_position_embeddings": 1 << 21,
     "rope_parameters": {
         "rope_type": "default",
         "rope_theta": 5e6,
