@@ -36,6 +36,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -244,12 +245,14 @@ def parity(a: argparse.Namespace) -> int:
     """Losses of 20 steps, SP over all GPUs and one GPU in bf16, from those of one GPU in float32;
     and the gradients of a tiny model in float32 under every mode, by `longfactory verify`.
 
-    Each seed gives another order of the data and other weights. All runs go at once.
+    Each seed gives another order of the data and other weights. All runs go at once; a row is
+    printed when its runs have ended.
     """
-    length, steps, seeds, layers = 8192, 20, 5, None
+    length, steps, seeds, layers = 4096, 20, 5, None
     if a.small:
         length, steps, seeds, layers = 128 if a.smoke else 1024, 4, 1, 2
-    rows = earlier(a)
+    rows, found = earlier(a), {}
+    one_at_a_time = threading.Lock()
     with workplace() as home:
         model = model_folder(a, home / "model", "qwen2.5-0.5b", layers)
         make_data(home / "data", steps, 2 * length)
@@ -271,51 +274,66 @@ def parity(a: argparse.Namespace) -> int:
             }
             return Job(f"{kind}-{seed}", keys)
 
-        alone = [run(k, s, [0]) for s in range(seeds) for k in ("float32", "one GPU")]
-        every = [run("all", seed, range(a.gpus)) for seed in range(seeds)]
+        def tell(name: str, row: Row) -> None:
+            with one_at_a_time:
+                found[name] = row
+                kind, _, which = name.partition("-")
+                if kind != "gradients":
+                    ends = [found.get(f"{k}-{which}") for k in ("float32", "one GPU", "all")]
+                    if None not in ends:
+                        about = f"seed {which}, {steps} steps of {length:,} tokens"
+                        keep(a, {"row": about, **distances(a, ends)}, rows)
+                    return
+                report = home / f"verify-{which}.json"
+                if report.exists():
+                    row |= verified(json.loads(report.read_text()))
+                keep(a, {"row": f"float32, {which}: gradients", **row}, rows)
+
+        every = list(range(a.gpus))
         modes = ("zigzag-ring", "ulysses", "llama3", "usp")
-        every += [gradients(a, home, mode) for mode in modes]
-        groups = [([i], alone[i :: a.gpus]) for i in range(a.gpus)]
-        groups = [(list(range(a.gpus)), every), *groups]
+        # two groups side by side on the same GPUs: nothing is timed
+        groups = [
+            (every, [run("all", s, every) for s in range(0, seeds, 2)]),
+            (every, [run("all", s, every) for s in range(1, seeds, 2)]),
+            (every, [gradients(a, home, mode) for mode in modes]),
+        ]
+        for i in every:
+            mine = range(i, seeds, a.gpus)
+            groups += [([i], [run(k, s, [i]) for s in mine]) for k in ("float32", "one GPU")]
         calls = [
-            functools.partial(in_one_group, home, devices, jobs, a.end - 5, after=a.after)
+            functools.partial(in_one_group, home, devices, jobs, a.end - 5, tell, a.after)
             for devices, jobs in groups
             if jobs
         ]
-        found: dict[str, Row] = {}
-        for some in side_by_side(calls, most=2 if a.smoke else 8):
-            found |= some
-        for mode in modes:
-            report = home / f"verify-{mode}.json"
-            row = found.get(f"gradients-{mode}", {})
-            if report.exists():
-                row |= verified(json.loads(report.read_text()))
-    for seed in range(seeds):
-        ends = [
-            found.get(f"{kind}-{seed}", {"error": "not run"})
-            for kind in ("float32", "one GPU", "all")
-        ]
-        bad = [r["error"] for r in ends if "error" in r]
-        row: Row = {"row": f"seed {seed}, {steps} steps of {length:,} tokens"}
-        if bad:
-            row["error"] = bad[0]
-        else:
-            exact, one, every = (r["losses"] for r in ends)
-            near, far = rms(one, exact), rms(every, exact)
-            row |= {
-                "one GPU from float32 (RMS)": near,
-                f"SP {a.gpus} from float32 (RMS)": far,
-                "ratio": far / near if near else float("inf"),
-                "last loss": exact[-1],
-            }
-        keep(a, row, rows)
-    ratios = sorted(r["ratio"] for r in rows if "ratio" in r and r["row"] != "median")
+        side_by_side(calls, most=2 if a.smoke else len(calls))
+    ratios = sorted(r["ratio"] for r in rows if "ratio" in r and not r["row"].startswith("median"))
     if ratios:
-        keep(a, {"row": "median", "ratio": ratios[len(ratios) // 2]}, rows)
-    for mode in modes:
-        row = found.get(f"gradients-{mode}", {"error": "not run"})
-        keep(a, {"row": f"float32, {mode}: gradients", **row}, rows)
+        keep(a, {"row": f"median of {len(ratios)}", "ratio": ratios[len(ratios) // 2]}, rows)
     return int(not ratios or any("error" in r for r in found.values()))
+
+
+PARITY_NOTE = (
+    "Qwen2.5-0.5B's shape, random weights, all parameters: root mean square, over the steps, of the"
+    " differences of a step's loss (the mean over its tokens) from that of the same run on one GPU in"
+    " float32. Gradients: a tiny model in float32, every parameter's gradient beside one process in"
+    " float64, by `longfactory verify`."
+)
+
+
+def distances(a: argparse.Namespace, ends: Sequence[Row | None]) -> Row:
+    """Of one seed: how far the losses of one GPU and of all in bf16 are from those in float32."""
+    runs = [row or {} for row in ends]
+    bad = [row["error"] for row in runs if "error" in row]
+    if bad:
+        return {"error": bad[0]}
+    exact, one, every = (row["losses"] for row in runs)
+    near, far = rms(one, exact), rms(every, exact)
+    return {
+        "one GPU from float32 (RMS)": near,
+        f"SP {a.gpus} from float32 (RMS)": far,
+        "ratio": far / near if near else float("inf"),
+        "last loss": exact[-1],
+    }
 
 
 def gradients(a: argparse.Namespace, home: Path, mode: str) -> Job:
@@ -702,6 +720,7 @@ NOTES = {
     "scaling": [SCALING_NOTE],
     "length": [LENGTH_NOTE],
     "peers": [PEERS_NOTE],
+    "parity": [PARITY_NOTE],
 }
 
 
