@@ -89,6 +89,48 @@ def test_tables_from_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "--part scaling` (2026-11-27, 4 x H200, torch 2)" in text
 
 
+def test_parity_keeps_a_row_when_its_three_runs_have_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two steps a run: SP is twice as far from float32 as one GPU for seed 0; a run of seed 1
+    failed.
+    """
+    losses = {"float32": [2.0, 1.0], "one GPU": [2.1, 0.9], "all": [2.2, 1.2]}
+
+    def runs(home, devices, jobs, end, tell, after):  # type: ignore[no-untyped-def]
+        for job in jobs:
+            kind, _, seed = job.name.partition("-")
+            if kind == "gradients":
+                parameters = {"w": {"difference": 2e-7}}
+                nothing = {"difference": 0.0}
+                report = {"exact": True, "parameters": parameters}
+                report |= {"loss": nothing, "grad_norm": nothing}
+                (home / f"verify-{seed}.json").write_text(json.dumps(report))
+                tell(job.name, {})
+            elif (kind, seed) == ("all", "1"):
+                tell(job.name, {"error": "out of memory"})
+            else:
+                tell(job.name, {"losses": losses[kind]})
+        return {}
+
+    monkeypatch.setattr(many_gpus, "in_one_group", runs)
+    for name in ("model_folder", "make_data", "make_model"):
+        monkeypatch.setattr(many_gpus, name, lambda *given, **more: tmp_path)
+    monkeypatch.setattr(_many_table, "_ABOUT", {"machine": "2 x H200"})
+    given = argparse.Namespace(
+        part="parity", out=None, gpus=2, small=False, smoke=False, end=0.0, after=None
+    )
+    assert many_gpus.parity(given) == 1, "a run failed"
+    printed = capsys.readouterr().out.splitlines()
+    rows = {row["row"]: row for row in map(json.loads, printed)}
+    assert len(rows) == 10, "five seeds, four modes, the median"
+    first = rows["seed 0, 20 steps of 4,096 tokens"]
+    assert first["ratio"] == pytest.approx(2.0) and first["last loss"] == 1.0
+    assert rows["seed 1, 20 steps of 4,096 tokens"]["error"] == "out of memory"
+    assert rows["float32, usp: gradients"]["worst gradient"] == 2e-7
+    assert rows["median of 4"]["ratio"] == pytest.approx(2.0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["scaling", "resume", "parity"])
 def test_parts_run_on_cpus(part: str, tmp_path: Path) -> None:
