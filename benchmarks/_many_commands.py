@@ -43,30 +43,26 @@ class Job(NamedTuple):
 def in_one_group(
     home: Path,
     devices: Sequence[int | str],
-    jobs: Sequence[Job],
+    jobs: Sequence[Job] | Callable[[], Sequence[Job]],
     end: float,
     tell: Callable[[str, Row], None] = lambda name, row: None,
     after: Path | None = None,
     read: Callable[[str, Path], Row] = lambda text, out: planned(text) | timed(out),
+    show: str = "",
 ) -> dict[str, Row]:
     """Runs one after another, forked from one process (`_many_runs.py`): Python starts once.
 
     Args:
         devices: a process each; one is a run without a launcher.
+        jobs: or what makes them, called while Python starts.
         end: when the group is ended, if it is not done.
         tell: called with a run's name and row as it ends.
         after: the first run begins when there is such a file.
         read: makes a run's row from what it wrote and its output_dir.
+        show: a pattern; lines in which it is found are printed as they come.
     """
     mark = f"{os.getpid()}-{time.monotonic_ns()}"
     file = home / f"jobs-{mark}.json"
-    listed = []
-    for each in jobs:
-        keys = {"output_dir": home / f"out-{each.name}", **each.keys}
-        keys = {**PLAIN, **keys} if each.command == "train" else keys
-        words = [f"{key}={value}" for key, value in keys.items()] + list(each.words)
-        listed.append({"name": each.name, "command": each.command, "words": words})
-    file.write_text(json.dumps(listed))
     command = [sys.executable, "-u", str(ROOT / "benchmarks" / "_many_runs.py"), str(len(devices))]
     env = {**environment(home, devices), MARK: mark}
     env.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -84,12 +80,24 @@ def in_one_group(
     timer = threading.Timer(max(1.0, end - time.time()), end_marked, (mark, process.pid))
     timer.daemon = True
     timer.start()
+    listed = []
+    made = jobs() if callable(jobs) else jobs
+    for each in made:
+        keys = {"output_dir": home / f"out-{each.name}", **each.keys}
+        keys = {**PLAIN, **keys} if each.command == "train" else keys
+        words = [f"{key}={value}" for key, value in keys.items()] + list(each.words)
+        listed.append({"name": each.name, "command": each.command, "words": words})
+    beside = file.with_suffix(".new")
+    beside.write_text(json.dumps(listed))
+    beside.rename(file)
     found: dict[str, Row] = {}
     text: list[str] = []
     assert process.stdout is not None
     for line in process.stdout:
         if not line.startswith("RESULT "):
             text.append(line)
+            if show and re.search(show, line):
+                print(line, end="", flush=True)
             continue
         fact = json.loads(line[7:])
         if fact["name"] in found:  # of another process, whose run failed, too
@@ -107,7 +115,7 @@ def in_one_group(
     process.wait()
     timer.cancel()
     end_marked(mark, process.pid)
-    missing = [each.name for each in jobs if each.name not in found][:1]
+    missing = [each.name for each in made if each.name not in found][:1]
     for name in missing:
         late = time.time() >= end - 1
         row = failure(TOO_LONG if late else process.returncode, "".join(text))

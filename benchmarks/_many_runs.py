@@ -2,7 +2,7 @@
 imported everything already, so that a GPU does not wait for Python to start.
 
     python benchmarks/_many_runs.py 4 JOBS.json           # four processes a run
-    python benchmarks/_many_runs.py 1 JOBS.json FILE      # begins when there is such a file
+    python benchmarks/_many_runs.py 1 JOBS.json FILE      # begins when there are such files
 
 Run by `many_gpus.py` and `models.py`. A job is {"name", "command", "words"}: each process calls what
 `longfactory COMMAND WORDS...` calls in it. This process imports what they need and is forked for
@@ -36,11 +36,14 @@ GRACE = 5.0  # seconds that the others of a run have, after one failed
 
 
 def main() -> int:
+    begun = time.time()
     import longfactory.train.run  # noqa: F401  what a run imports, before the GPUs are free
 
+    print(f"Imported in {time.time() - begun:.1f} s", flush=True)
+    for file in sys.argv[2:]:
+        while not Path(file).exists():
+            time.sleep(0.1)
     size, jobs = int(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-    while len(sys.argv) > 3 and not Path(sys.argv[3]).exists():
-        time.sleep(0.1)
     forks = not driver_started()
     if not forks:
         print("An import has started the GPU's driver: each process starts anew.", flush=True)

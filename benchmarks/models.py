@@ -174,6 +174,10 @@ def measured(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+SHOWN = r"^(Imported in|\[[0-9:]+\] (Training data|Attention kernel|Trainable parameters|step ))"
+"""Of a run's lines, those that say how far it is."""
+
+
 def ours_together(
     names: Sequence[str],
     rows: dict[str, Setting],
@@ -191,15 +195,19 @@ def ours_together(
         profile: as of `ours`, but of rows that have as many steps as the others.
     """
     left, gpus = list(names), len(devices)
-    jobs = {}
-    for name in left:
-        whole = whole_row(rows[name], gpus)
-        ran = steps_of(whole, steps)
-        if profile and ran == steps:
-            whole = whole._replace(keys=whole.keys | RECORDED | {"profiler_wait_steps": steps})
-            ran += 2
-        keys = keys_of(name, whole, gpus, ran, home)
-        jobs[name] = Job(name, {key: str(value) for key, value in keys.items()})
+
+    def jobs() -> list[Job]:
+        found = []
+        for name in names:
+            whole = whole_row(rows[name], gpus)
+            ran = steps_of(whole, steps)
+            if profile and ran == steps:
+                whole = whole._replace(keys=whole.keys | RECORDED | {"profiler_wait_steps": steps})
+                ran += 2
+            keys = keys_of(name, whole, gpus, ran, home)
+            found.append(Job(name, {key: str(value) for key, value in keys.items()}))
+        return found
+
     done: list[dict[str, Any]] = []
 
     def tell(name: str, row: dict[str, Any]) -> None:
@@ -212,7 +220,7 @@ def ours_together(
     def read(text: str, out: Path) -> dict[str, Any]:
         return of_run(text, out, steps)
 
-    in_one_group(home, devices, list(jobs.values()), clock.end, tell, after, read)
+    in_one_group(home, devices, jobs, clock.end, tell, after, read, SHOWN)
     yield from done
     for name in left:
         print(f"{name}, ours: not started, the time of this command is up", flush=True)
