@@ -23,7 +23,8 @@ products at the experts' shapes, of attention with the heads and masks of its la
 optimizer's bytes at the speed of a copy; what the run computes twice counts twice. Norms, rotary,
 routing, dispatch to experts and messages between GPUs have no part in it. `ideal` is the
 attention-corrected speed of several GPUs: 1 / (t1 - a1 + a2), t1 the time of a token on one GPU with
-as many tokens, a1 and a2 attention's time of a token at this length and at the whole row's.
+as many tokens, a1 and a2 attention's time of a token at this length and at the whole row's. Shares
+are of measurements of one run on one machine; others have none.
 
 Each measurement is a process of its own with a time limit. With `--together` Python starts once for
 all rows of the command, and once for all other systems but Unsloth: a row's processes are forked from
@@ -148,7 +149,13 @@ def print_trace(name: str, home: Path) -> None:
 def about_ours(name: str, at: Setting, gpus: int) -> dict[str, Any]:
     """What tells a measurement of ours from others, and where it comes from."""
     about = {"row": "ours", "kernel": "auto", "tokens": at.tokens, "gpus": gpus, "name": name}
-    return {**about, "command": command_line(), "date": today()}
+    return {**about, "command": command_line(), "date": today(), "run": this_run()}
+
+
+def this_run() -> str:
+    """The same for commands on one machine that was not started anew between them."""
+    file = Path("/proc/sys/kernel/random/boot_id")
+    return file.read_text().strip()[:8] if file.exists() else ""
 
 
 def whole_row(at: Setting, gpus: int) -> Setting:
@@ -327,9 +334,9 @@ def render(results: list[dict[str, Any]]) -> str:
         if "error" in r:
             lines.append(f"{start} {r['error']} | | | | | | |")
             continue
-        rates = _one(results, name, "rates", 1)
+        rates = _of_run(_one(results, name, "rates", 1), r)
         speed = at.tokens / r["seconds"]
-        others = [_one(results, name, row, 1) for row in ("hf", "hf-stored")]
+        others = [_of_run(_one(results, name, row, 1), r) for row in ("hf", "hf-stored")]
         best = max((at.tokens / o["seconds"] for o in others if o), default=0.0)
         over = f"{speed / best:.2f}x" if best and r["row"] == "ours" else ""
         share = of_ideal = ""
@@ -338,7 +345,7 @@ def render(results: list[dict[str, Any]]) -> str:
             share = f"{sum(seconds.values()) / r['seconds']:.2f}"
             made = ", ".join(f"{k} {v:.3f}" for k, v in seconds.items() if v)
             parts.append(f"- {name}, {gpus} GPU{'s' if gpus > 1 else ''}: {made}")
-            one = _one(results, name, "ours", 1)
+            one = _of_run(_one(results, name, "ours", 1), r)
             if gpus > 1 and one:
                 of_ideal = f"{speed / ideal(at, gpus, rates, one, r['settings']):.2f}"
         lines.append(
@@ -359,6 +366,12 @@ def render(results: list[dict[str, Any]]) -> str:
     if measured:
         lines += ["", "Measured rates, TFLOP/s:", "", *measured]
     return "\n".join(lines)
+
+
+def _of_run(found: dict[str, Any] | None, beside: dict[str, Any]) -> dict[str, Any] | None:
+    """A measurement, if it is of the same machine's run as another."""
+    same = found is not None and found.get("run") == beside.get("run")
+    return found if same else None
 
 
 def results_of(path: Path) -> dict[str, Any]:
@@ -394,6 +407,7 @@ def measure(args: argparse.Namespace, home: Path) -> int:
 
     def keep(found: dict[str, Any], show: bool = True) -> None:
         nonlocal failed
+        found = {**found, "run": this_run()}
         failed |= "error" in found
         if show:
             print(json.dumps(found), flush=True)

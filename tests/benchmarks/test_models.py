@@ -87,6 +87,8 @@ def test_a_table_of_results() -> None:
     assert "| tiny-full | 256 | 1 | LongFactory | 2.000 | 128 | 2.00x |" in table
     assert "transformers alone with Liger | 4.000 | 64 |" in table
     assert "nothing recomputed | out of memory |" in table
+    elsewhere = models.render([{**results[0], "run": "a"}, {**results[1], "run": "b"}])
+    assert "| 2.000 | 128 |  |" in elsewhere
 
 
 def test_which_process_measures_what(tmp_path: Path) -> None:
