@@ -16,15 +16,10 @@ from torch import Tensor, nn
 from longfactory.config.arguments import FinetuningArguments, ModelArguments
 from longfactory.errors import UserError
 from longfactory.model import pissa
-from longfactory.model.adapters import (
-    apply_finetuning,
-    cast_trainable,
-    count_parameters,
-    describe_trained,
-    linear_names,
-    load_adapter,
-)
+from longfactory.model.adapter_targets import linear_names
+from longfactory.model.adapters import apply_finetuning, cast_trainable, load_adapter
 from longfactory.model.saved import adapter_name
+from longfactory.model.trained_parameters import count_parameters, describe_trained
 from longfactory.sp.text_model import decoder_layers
 from longfactory.testing import tiny_model
 

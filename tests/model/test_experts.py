@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from longfactory.config.arguments import FinetuningArguments, ModelArguments
 from longfactory.errors import UserError
 from longfactory.model import experts
-from longfactory.model.adapters import apply_finetuning, describe_trained
+from longfactory.model.adapters import apply_finetuning
+from longfactory.model.trained_parameters import describe_trained
 from longfactory_dev.tiny_models import tiny_model
 
 IDS = torch.randint(3, 250, (1, 24), generator=torch.Generator().manual_seed(0))

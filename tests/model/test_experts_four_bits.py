@@ -13,7 +13,8 @@ from torch import nn
 
 from longfactory.config.arguments import FinetuningArguments, ModelArguments
 from longfactory.model import experts, load
-from longfactory.model.adapters import apply_finetuning, count_parameters, load_adapter
+from longfactory.model.adapters import apply_finetuning, load_adapter
+from longfactory.model.trained_parameters import count_parameters
 from longfactory.sp import hf
 from longfactory_dev.tiny_models import tiny_model
 

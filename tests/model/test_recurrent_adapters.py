@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from longfactory.model.adapters import lora_targets
+from longfactory.model.adapter_targets import lora_targets
 from longfactory.sp.text_model import idle
 from longfactory_dev.tiny_models import tiny_model
 

@@ -4,11 +4,13 @@ whole, as the class that they are.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -242,14 +244,13 @@ def test_other_ways_of_training_them(towers: Path, family: str, kind: str) -> No
 
 def run_with_a_trained_tower(argv: list[str], cache: str) -> None:
     """A whole run that takes every part of the model for one that text passes through."""
-    from longfactory.model import adapters
+    from longfactory.model import adapter_targets, adapters, trained_parameters
     from longfactory.sp.text_model import Idle
 
-    found, adapters.idle = adapters.idle, lambda model: Idle()
-    try:
+    with contextlib.ExitStack() as patched:
+        for module in (adapters, adapter_targets, trained_parameters):
+            patched.enter_context(mock.patch.object(module, "idle", lambda model: Idle()))
         run_on_ranks(argv, cache)
-    finally:
-        adapters.idle = found
 
 
 def test_a_trained_parameter_without_a_gradient_is_refused_before_the_first_step(

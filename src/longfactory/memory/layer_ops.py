@@ -9,6 +9,7 @@ types (float64 for float64), rounded once at the end.
 
 from __future__ import annotations
 
+import collections
 import functools
 import logging
 import os
@@ -42,12 +43,14 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 _failed: set[str] = set()
-_compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
 
 FORMS = 64
 """Forms of arguments for which a function is compiled by itself. Beyond them one compiled function
 serves all others, of any widths, with slower kernels."""
+FIRST_LENGTHS, LENGTHS, OFTEN = 2, 8, 64
+"""Numbers of tokens for which a form is compiled by itself: the first that come, and others once
+they have come often. The kernels of all lengths are slower, a gate's 1.8 times (H200)."""
 
 
 def _raise_limit() -> None:
@@ -71,31 +74,65 @@ def form_of(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
-def _copy(fn: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """The same function under another name, by which torch remembers what sizes it has seen."""
-    return types.FunctionType(
-        fn.__code__.replace(co_name=name), fn.__globals__, name, fn.__defaults__, fn.__closure__
-    )
+def _compile(fn: Callable[..., Any], name: str, dynamic: bool | None) -> Callable[..., Any]:
+    """A compiled copy of `fn` under a name of its own, by which torch remembers what sizes it has
+    seen.
+    """
+    _raise_limit()
+    code = fn.__code__.replace(co_name=name)
+    copy = types.FunctionType(code, fn.__globals__, name, fn.__defaults__, fn.__closure__)
+    return torch.compile(copy, dynamic=dynamic)
 
 
-def _compiled_for(fn: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[..., Any]:
-    """`fn`, compiled for the form of these arguments.
+class _Form:
+    """A function compiled for one form of arguments.
 
     torch takes a size for variable that it has seen with two values. Norms of hidden states and of
     heads, layers and models of other widths would make widths variable, and kernels slow. So each
-    form has a copy, in which the number of tokens alone may vary. The start-up guard has copies of
-    its own for its short row: most runs have one length.
+    form has copies of the function: of several numbers of tokens, and one of all others.
+
+    Args:
+        most: copies for a number of tokens at most.
+    """
+
+    def __init__(self, fn: Callable[..., Any], name: str, most: int) -> None:
+        self.fn, self.name, self.most = fn, name, most
+        self.own: dict[int, Callable[..., Any]] = {}
+        self.others: Callable[..., Any] | None = None
+        self.came: collections.Counter[int] = collections.Counter()
+
+    def for_length(self, length: int) -> Callable[..., Any]:
+        """The copy for this many tokens."""
+        if length in self.own:
+            return self.own[length]
+        self.came[length] += 1
+        often = len(self.own) < FIRST_LENGTHS or self.came[length] > OFTEN
+        if often and len(self.own) < self.most:
+            name = f"{self.name}_{len(self.own)}"
+            self.own[length] = _compile(self.fn, name, dynamic=False)
+            return self.own[length]
+        if self.others is None:
+            self.others = _compile(self.fn, f"{self.name}_any", dynamic=None)
+        return self.others
+
+
+_compiled: dict[tuple[Any, ...], _Form] = {}
+
+
+def _compiled_for(fn: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[..., Any]:
+    """`fn`, compiled for the form of these arguments. The start-up guard has copies of its own for
+    its short row.
     """
     name = fn.__name__ if probe.current() is None else f"{fn.__name__}_in_guard"
     key = (name, *form_of(arguments))
     if key not in _compiled:
         number = sum(other[0] == name for other in _compiled)
+        most = LENGTHS
         if number >= FORMS:
-            key = (name, "all others")
+            key, most = (name, "all others"), 0
         if key not in _compiled:
-            _raise_limit()
-            _compiled[key] = torch.compile(_copy(fn, f"{name}_{number}"))
-    return _compiled[key]
+            _compiled[key] = _Form(fn, f"{name}_{number}", most)
+    return _compiled[key].for_length(len(arguments[0]))
 
 
 def fused(fn: Callable[..., Any]) -> Callable[..., Any]:

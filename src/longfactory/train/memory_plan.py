@@ -36,7 +36,7 @@ from longfactory.memory.shapes import (
     kind_of,
     machine,
 )
-from longfactory.model import adapters, experts, load
+from longfactory.model import adapter_targets, adapters, experts, load, trained_parameters
 from longfactory.shard import settings as shard
 from longfactory.sp import hf, vision
 from longfactory.sp.text_model import decoder_layers
@@ -115,11 +115,11 @@ def count_parameters(cfg: RunConfig, model_config: Any, *, images: bool = False)
     )
     layers = kinds_of(model, model_config)
     with torch.device("meta"):
-        total = adapters.count_parameters(model)[1]
+        total = trained_parameters.count_parameters(model)[1]
         if given and not cfg.method.create_new_adapter:
             return Counts(total, None, None, buffers, linear, routed, layers)
         if trains_adapters(cfg.method):
-            adapters.check_targets(model, cfg.method)
+            adapter_targets.check_targets(model, cfg.method)
         # both compute with weights
         method = dataclasses.replace(
             cfg.method, pissa_init=False, use_dora=False, init_lora_weights=None
@@ -129,7 +129,7 @@ def count_parameters(cfg: RunConfig, model_config: Any, *, images: bool = False)
         )
     head = model.get_output_embeddings()
     head_trained = head is not None and any(p.requires_grad for p in head.parameters())
-    trained = adapters.count_parameters(model)[0]
+    trained = trained_parameters.count_parameters(model)[0]
     adapted = any(
         "lora_" in name and "experts" in name and "shared" not in name
         for name, p in model.named_parameters()

@@ -29,7 +29,7 @@ from longfactory.errors import UserError
 from longfactory.memory.apply import apply_memory
 from longfactory.memory.choose import explain_out_of_memory
 from longfactory.memory.offload import Activations
-from longfactory.model import adapters, fp8, load, pissa
+from longfactory.model import adapters, fp8, load, pissa, trained_parameters
 from longfactory.model.liger import apply_liger
 from longfactory.model.routing import Routing, router_loss_coefficient
 from longfactory.model.source import Source
@@ -674,7 +674,7 @@ def build_model(
             p.dtype for n, p in model.named_parameters() if p.requires_grad and "v_head" not in n
         }
         head.value.to(next(iter(trained_types), torch.float32))
-    for level, line in adapters.describe_trained(model):
+    for level, line in trained_parameters.describe_trained(model):
         log.log(level, line)
     return model, head, source
 
