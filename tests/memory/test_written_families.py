@@ -106,9 +106,9 @@ def test_with_other_settings(
 
 @pytest.mark.parametrize("name", some(("gemma3", "qwen3_moe")))
 def test_in_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loss and gradient are those of the family's own code to 1e-6; and no gradient is farther from
-    float64 than its own code's, which is 1e-6 to 1e-5 away by itself (a product of 64 numbers of
-    float32 is right to 5e-7, and a gradient has passed twenty of them).
+    """Loss and gradient are those of the family's own code to 1e-6, or as near as that is to
+    float64 (gemma4 and recurrences of tiny models, some 1e-5: two computations in float32 cannot
+    be nearer to each other); and no gradient is farther from float64 than its own code's.
     """
     model = make(name, torch.float32)
     wide_model = copy.deepcopy(model).double()
@@ -128,7 +128,7 @@ def test_in_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         apart = sum(float((a[n].double() - b[n].double()).square().sum()) for n in names)
         return float((apart / sum(float(b[n].double().square().sum()) for n in names)) ** 0.5)
 
-    assert far(found, own, own) <= 1e-6
+    assert far(found, own, own) <= max(1e-6, 1.5 * far(own, exact, own))
     for n in exact:
         if float(exact[n].abs().max()) > 1e-9:
             assert far(found, exact, [n]) <= 1.5 * far(own, exact, [n]) + 5e-7, n
