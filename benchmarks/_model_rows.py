@@ -411,9 +411,9 @@ def main() -> int:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     if job["row"] == "unsloth":
-        unsloth(job["jobs"])
+        unsloth(job.get("jobs", [job]))
     else:
-        for each in job["jobs"]:
+        for each in job.get("jobs", [job]):
             one(each, {"rates": measure_rates}.get(each["row"], transformers_alone))
     sys.stdout.flush()
     os._exit(0)  # a launcher waits for nothing
