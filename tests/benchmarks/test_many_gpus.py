@@ -89,6 +89,22 @@ def test_tables_from_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "--part scaling` (2026-11-27, 4 x H200, torch 2)" in text
 
 
+def test_what_another_system_needs_more_is_divided() -> None:
+    spent = {"attention": 100.0, "products": 50.0, "messages": 9.0, "exposed": 1.0, "idle": 0.0}
+    ours = {"seconds": 1.0, "peak": 2**30, "kernels": ["cudnn"], "device_ms": spent}
+    theirs = {**ours, "seconds": 1.5, "device_ms": {**spent, "attention": 135.0, "exposed": 5.0}}
+    first = many_gpus.peer_row(ours, 1000, 2, None)
+    row = many_gpus.peer_row(theirs, 1000, 2, first)
+    assert (first["tokens/s a GPU"], first["peak GiB"]) == (500.0, 1.0)
+    assert row["LongFactory is"] == "1.50x"
+    assert row["more than LongFactory"] == (
+        "attention ms +35, products ms +0, exposed ms +4, idle ms +0"
+    )
+    assert many_gpus.peer_row({"error": "out of memory"}, 1000, 2, first) == {
+        "error": "out of memory"
+    }
+
+
 def test_parity_keeps_a_row_when_its_three_runs_have_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,7 +148,7 @@ def test_parity_keeps_a_row_when_its_three_runs_have_ended(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["scaling", "resume", "parity"])
+@pytest.mark.parametrize("part", ["packed", "scaling", "resume", "parity"])
 def test_parts_run_on_cpus(part: str, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "many_gpus.py"), "--smoke"]
     done = subprocess.run(
