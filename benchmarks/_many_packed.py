@@ -139,7 +139,7 @@ def options(length: int, n: int, segments: tuple[sp.Segment, ...]) -> dict[str, 
     out = {"chunks by work": dealt(length, n, segments, 512), "whole": whole(length, n, segments)}
     for share in (1.5, 1.0, 0.7, 0.5):
         out[f"parts of {share:g}"] = whole(length, n, segments, share)
-    for last in (8, 16, 32, 64):
+    for last in (16, 24, 32, 48):
         layout = filled(length, n, segments, last)
         if layout is not None:
             out[f"uncut, {last}"] = layout

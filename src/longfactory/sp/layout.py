@@ -142,7 +142,7 @@ def balanced(
         options += [
             whole(length, ranks, segments, share) for share in (math.inf, 1.5, 1.0, 0.7, 0.5)
         ]
-        uncut = (filled(length, ranks, segments, last) for last in (8, 16, 32, 64))
+        uncut = (filled(length, ranks, segments, last) for last in (16, 24, 32, 48))
         options += [layout for layout in uncut if layout is not None]
         if length % (2 * ranks) == 0:
             options.append(zigzag(length, ranks))
