@@ -298,6 +298,8 @@ def shown(row: dict[str, Any]) -> str:
 def run_kernels(a: argparse.Namespace, clock: float) -> list[dict[str, Any]]:
     device = "cpu" if a.smoke else "cuda"
     shapes = TINY if a.smoke else SHAPES
+    if a.only:
+        shapes = {k: v for k, v in shapes.items() if any(part in k for part in a.only)}
     long, short = (256, 200) if a.smoke else (32768, 2048)
     jobs: list[Callable[[], dict[str, Any]]] = []
     for name, shape in shapes.items():

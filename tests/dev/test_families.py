@@ -33,8 +33,9 @@ REFUSED = {
     "bloom": "does not pass through transformers' attention registry",
     "doge": "attention mask would be lost",
     "bert": "bidirectional attention",
-    "recurrent_gemma": "carry a state along the document",
-    "qwen4_exp_text": "indexer",
+    "zaya": "carry a state along the document",
+    "qwen4_exp_text": "its indexer scores means of several keys",
+    "deepseek_v4": "one compressed key for each group of tokens",
 }
 
 

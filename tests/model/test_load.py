@@ -314,7 +314,7 @@ def test_words_of_quantised_weights_are_no_numbers() -> None:
     load.refuse_no_numbers([("w", torch.ones(3).to(torch.float8_e4m3fn))], "m")
 
 
-@pytest.mark.parametrize("kind", ["recurrent_gemma", "blip-2", "t5"])
+@pytest.mark.parametrize("kind", ["deepseek_v4", "blip-2", "t5"])
 def test_the_meta_model_refuses_what_training_would(kind: str, tmp_path: Path) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

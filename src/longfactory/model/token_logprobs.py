@@ -69,7 +69,8 @@ def logit_transform(config: Any) -> LogitTransform:
             break
     if getattr(text, "model_type", "") == "hyperclovax" and getattr(text, "logits_scaling", None):
         scale = float(text.logits_scaling)  # this family multiplies
-    return LogitTransform(scale, getattr(text, "final_logit_softcapping", None))
+    caps = (getattr(text, key, None) for key in ("final_logit_softcapping", "logits_soft_cap"))
+    return LogitTransform(scale, next((cap for cap in caps if cap), None))
 
 
 @dataclasses.dataclass(frozen=True)

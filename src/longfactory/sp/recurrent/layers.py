@@ -11,6 +11,9 @@ stay transformers', and what a version of transformers computes is what is train
     mamba2_chunk_scan                chunked.py, Mamba 2: Nemotron-H, Granite 4, Falcon-H1, Bamba
     mamba_selective_scan             chunked.py, Mamba: Zamba
 
+Two classes call none: MiniMax's lightning attention is written here, and RecurrentGemma's recurrent
+block runs on a stand-in, whose convolution and scan are the engine's.
+
 The decoder layers of Jamba, Mamba, Mamba 2 and Falcon Mamba are not given all arguments of the
 model's call, or do not give them to their mixers: a hook hands the plan to each of these layers,
 and its mixer knows it while the layer's forward runs.
@@ -73,6 +76,7 @@ MODELS = frozenset(
         "falcon_mamba",
         "zamba",
         "bailing_hybrid",
+        "recurrent_gemma",
     }
 )
 """Text models whose mixers are made of the functions above."""
@@ -83,9 +87,6 @@ NOT_REACHED = (
 )
 _CARRIED = frozenset({"jamba", "mamba", "mamba2", "falcon_mamba"})
 """Of these, models on the way to whose mixers arguments of the call are lost."""
-
-_LIGHTNING = frozenset({"MiniMaxLightningAttention"})
-"""Classes whose recurrence stands in their forward, which is written here."""
 
 _KNOWN = frozenset(
     {
@@ -108,6 +109,23 @@ _INDEXER = (
     " key a token, as in DeepSeek-V3.2, and blocks of keys, as in MiniMax-M3)"
 )
 _COMPRESSED = "its attention reads a compressed copy of the keys of the whole row"
+_OF_MODELS = {
+    "qwen4_exp_text": (
+        "its indexer scores means of several keys, one query after another, by the mask of the"
+        " whole row, and its n-gram embeddings read earlier tokens; an indexer of one key a token"
+        " and one of blocks of keys are implemented"
+    ),
+    "glm5_next_text": (
+        "its indexer scores pools of several keys and gives queries the tokens of a pool that is"
+        " not full yet; an indexer of one key a token and one of blocks of keys are implemented"
+    ),
+    "deepseek_v4": (
+        "its attention reads, beside a window, one compressed key for each group of tokens of the"
+        " whole row, with a softmax over both; attention of a sharded row over two kinds of keys is"
+        " not implemented"
+    ),
+}
+"""Why a model's own kinds of layers are not computed, where its code is known."""
 _REASONS = {
     "linear_attention": _STATE,
     "hybrid": _STATE,
@@ -131,6 +149,8 @@ def unsupported(config: Any) -> str | None:
         if kind in indexer.LAYERS and config.model_type in indexer.MODELS:
             continue
         if kind in LAYERS or kind not in _KNOWN:
+            if config.model_type in _OF_MODELS:
+                return _OF_MODELS[config.model_type]
             return _REASONS.get(kind, f"layers of type {kind} are unknown to the engine")
     return None
 
@@ -144,8 +164,7 @@ def prepare(model: nn.Module, ctx: SequenceParallel, hooks: ModelHooks) -> None:
     """Gives every mixer its forward over the ranks, and says by what it will be computed."""
     found = mixers(model)
     for module in found:
-        lightning = type(module).__name__ in _LIGHTNING
-        hooks.replace_forward(module, _lightning if lightning else _forward)
+        hooks.replace_forward(module, _WRITTEN.get(type(module).__name__, _forward))
     if getattr(model.config, "model_type", None) in _CARRIED:
         hooks.before(model, _hold)
         for block in _blocks(model):
@@ -247,6 +266,58 @@ def _lightning(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> A
     return self.out_proj(out)[None], None
 
 
+class _StandIn:
+    """A module with some of its parts exchanged, for the module's own code."""
+
+    def __init__(self, module: nn.Module, **parts: Any) -> None:
+        self.__dict__.update(parts, _module=module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self._module).forward(self, *args, **kwargs)  # type: ignore[arg-type]
+
+
+def _griffin(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """In place of the forward of RecurrentGemma's recurrent block."""
+    plan: RowPlan | None = kwargs.get("sp_plan")
+    if plan is None:
+        return type(self).forward(self, hidden_states, *args, **kwargs)
+    _check(self, plan, hidden_states, args, kwargs)
+    weights = self.conv_1d
+
+    def convolved(x: Tensor) -> Tensor:
+        return _convolution(plan, x, weights.weight[:, 0], weights.bias)
+
+    def scanned(hidden_states: Tensor, recurrent_gate: Tensor, **_: Any) -> tuple[Tensor, None]:
+        """[1, T/n, W] each -> [1, T/n, W]: every channel is a state of one number. Where a document
+        begins there is none, whatever the gate.
+        """
+        wide = _wide(hidden_states)
+        g = recurrent_gate[0].to(wide).log()
+        v = hidden_states[0][..., None]
+        one = v.new_ones(len(v), 1, 1)
+        rule = Rule("plain", 1.0)
+        out = over_ranks(one, one, v, g, torch.ones_like(g), rule, plan, hidden_states.dtype)
+        return out[None, ..., 0], None
+
+    unit = _StandIn(self.rg_lru, _rnn_scan=scanned)
+    block = _StandIn(self, conv_1d=convolved, rg_lru=unit)
+    return block(hidden_states, **{**kwargs, "use_cache": False, "attention_mask": None})
+
+
+_WRITTEN: dict[str, Callable[..., Any]] = {
+    "MiniMaxLightningAttention": _lightning,
+    "RecurrentGemmaRecurrentBlock": _griffin,
+}
+"""Classes whose recurrence stands in their own code, and what runs in place of their forward."""
+_WRITTEN_NAMES = {
+    "MiniMaxLightningAttention": "lightning attention",
+    "RecurrentGemmaRecurrentBlock": "gated linear recurrent unit",
+}
+
+
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -279,7 +350,7 @@ def _own_forward(kind: type[nn.Module]) -> types.FunctionType:
 
 def _exchanged(kind: type[nn.Module]) -> bool:
     """Whether a class is a mixer: it calls a function that is exchanged, or is written here."""
-    if kind.__name__ in _LIGHTNING:
+    if kind.__name__ in _WRITTEN:
         return True
     forward = inspect.unwrap(kind.forward)
     return isinstance(forward, types.FunctionType) and any(
@@ -302,7 +373,7 @@ class _Widened(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.float:
             return args[0].double()
-        if func is Tensor.to:
+        if func in (Tensor.to, Tensor.type):
             args = tuple(torch.float64 if a is torch.float32 else a for a in args)
             if kwargs.get("dtype") is torch.float32:
                 kwargs = {**kwargs, "dtype": torch.float64}
@@ -351,11 +422,13 @@ def mixer_of(layer: nn.Module) -> Mixer | None:
         if not _exchanged(type(module)):
             continue
         m: Any = module
-        if type(m).__name__ in _LIGHTNING:
+        if _WRITTEN.get(type(m).__name__) is _lightning:
             heads = m.num_attention_heads
             return Mixer("plain", heads, heads, m.head_dim, m.head_dim, False, 0, 0)
         convolution = next(c for c in m.children() if isinstance(c, nn.Conv1d))
         sizes = convolution.in_channels, convolution.kernel_size[0]
+        if _WRITTEN.get(type(m).__name__) is _griffin:
+            return Mixer("plain", 1, m.lru_width, 1, 1, False, *sizes)
         used = _own_forward(type(module)).__code__.co_names
         if "torch_chunk_gated_delta_rule" in used:
             dims = m.num_k_heads, m.num_v_heads, m.head_k_dim, m.head_v_dim
@@ -514,8 +587,8 @@ def names(model: nn.Module) -> list[str]:
     """What the recurrent layers of a model are called."""
     found: dict[str, None] = {}
     for kind in {type(m) for m in model.modules() if _exchanged(type(m))}:
-        if kind.__name__ in _LIGHTNING:
-            found["lightning attention"] = None
+        if kind.__name__ in _WRITTEN:
+            found[_WRITTEN_NAMES[kind.__name__]] = None
             continue
         used = [_NAMES[n] for n in _own_forward(kind).__code__.co_names if n in _NAMES]
         found |= dict.fromkeys(used or ["short convolution"])
