@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import math
+import types
 from typing import Any
 
 import pytest
@@ -110,6 +111,17 @@ def test_recurrent_inverse_of_a_matrix_whose_powers_grow() -> None:
     slope = torch.randn_like(out)
     mine, theirs = (torch.autograd.grad(x, lower, slope)[0] for x in (out, exact))
     assert (mine - theirs.tril(-1)).abs().max() < 1e-10
+
+
+def test_recurrent_heads_that_are_too_wide_for_the_kernels_say_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kernels = types.SimpleNamespace(runs_on=lambda device: True)
+    monkeypatch.setattr(chunked, "_kernels", lambda: kernels)
+    narrow, wide = torch.zeros(4, 1, 8), torch.zeros(4, 1, chunked.WIDEST + 1)
+    gates = torch.zeros(2, 4, 1).unbind()
+    assert not chunked.by_kernels([narrow, narrow, wide, *gates], Rule("delta", 1.0))
+    assert "keys of 8 and values of 257 runs in PyTorch, slowly" in caplog.text
 
 
 # ---- transformers' own functions

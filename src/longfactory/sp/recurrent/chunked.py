@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import logging
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -32,11 +33,15 @@ from ..collectives import raw_all_gather
 from .checked import are_right
 from .fragments import Chunks, Fragment, Fragments
 
+log = logging.getLogger(__name__)
+
 Kind = Literal["plain", "delta"]
 CHUNK = 64
 """Tokens of a chunk."""
 BLOCK = 16
 """Tokens of a chunk's parts, where each key channel has a decay of its own."""
+WIDEST = 256
+"""Channels of keys, and of values, of a head that kernels take."""
 WORKSPACE = 8 << 30
 """Bytes that the chunks of the heads computed at once may take."""
 
@@ -617,14 +622,24 @@ def by_kernels(inputs: list[Tensor], rule: Rule) -> bool:
     """Whether Triton computes a recurrence of these: it can, and is right on this device."""
     _, k, v, g, _ = inputs
     kernels = _kernels()
-    if (
-        kernels is None
-        or not kernels.runs_on(v.device)
-        or v.dtype == torch.float64
-        or max(k.shape[2], v.shape[2]) > 256
-    ):
+    if kernels is None or not kernels.runs_on(v.device) or v.dtype == torch.float64:
+        return False
+    if max(k.shape[2], v.shape[2]) > WIDEST:
+        _say_too_wide(k.shape[2], v.shape[2])
         return False
     return _are_right(v.device, v.dtype, rule.kind, k.shape[2], v.shape[2], g.dim() == 3)
+
+
+@functools.cache
+def _say_too_wide(key_dim: int, value_dim: int) -> None:
+    """Once a process for each kind of call."""
+    log.warning(
+        "A recurrence with keys of %d and values of %d runs in PyTorch, slowly: LongFactory's"
+        " Triton kernels take at most %d.",
+        key_dim,
+        value_dim,
+        WIDEST,
+    )
 
 
 @functools.cache
