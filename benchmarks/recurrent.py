@@ -447,7 +447,10 @@ def run_command(a: argparse.Namespace, clock: float) -> list[dict[str, Any]]:
                     print(f"{model}: {row['tokens/s a GPU']:.0f} tokens/s a GPU", flush=True)
                     if documents == 1:
                         share = against_roofline if a.gpus == 1 else against_ideal
-                        row |= share(row, at, tokens, clock, a)
+                        try:
+                            row |= share(row, at, tokens, clock, a)
+                        except Exception as error:
+                            row["no share"] = f"{type(error).__name__}: {error}"[-1000:]
                 except Exception as error:
                     row["error"] = f"{type(error).__name__}: {error}"[-1500:]
                 rows.append(row)
@@ -551,7 +554,7 @@ def measured_rates(at: Path, tokens: int, clock: float, gpus: int, device: int) 
     }  # fmt: skip
     script = ROOT / "benchmarks" / "_model_rows.py"
     done = subprocess.run(
-        [sys.executable, str(script), json.dumps(job)],
+        [sys.executable, str(script), json.dumps({**job, "jobs": [job]})],
         capture_output=True,
         text=True,
         timeout=max(10.0, clock - time.time()),
