@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import importlib
 import itertools
 import json
@@ -35,6 +36,7 @@ from typing import Any
 # A process that has asked the driver for its GPUs cannot be forked: NVML is asked.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -522,7 +524,9 @@ def train(
         del keys["bf16"]
     words = ["train", *(f"{key}={value}" for key, value in keys.items())]
     started = time.time()
-    status, text = forked(words, visible_gpus(a.gpus), clock)
+    # What comes after the last step is not waited for: writing the model takes up to 20 s.
+    last = "" if a.steps >= PROFILED else f"step {a.steps}/{a.steps}:"
+    status, text = forked(words, visible_gpus(a.gpus), clock, last)
     log = at / "out" / "trainer_log.jsonl"
     lines = log.read_text().splitlines() if log.is_file() else []
     if status is None or status or not lines:
@@ -575,12 +579,15 @@ def visible_gpus(count: int) -> list[str]:
     return visible.split(",")[:count]
 
 
-def forked(words: list[str], gpus: list[str], clock: float) -> tuple[int | None, str]:
+def forked(words: list[str], gpus: list[str], clock: float, last: str) -> tuple[int | None, str]:
     """Runs the command in a process that has its modules already: imports take 10 to 30 s. Prints
     its lines as they come, with seconds since its start.
 
+    Args:
+        last: part of a line after which it is stopped; "" for none.
     Returns:
-        Its exit status, None where it was stopped since the time was up, and what it printed.
+        Its exit status (0 if stopped after that line), None where it was stopped since the time was
+        up, and what it printed.
     """
     read, write = os.pipe()
     started = time.time()
@@ -604,17 +611,34 @@ def forked(words: list[str], gpus: list[str], clock: float) -> tuple[int | None,
             os._exit(status)
     os.close(write)
     found: list[str] = []
+    reached = False
     with os.fdopen(read, errors="replace") as given:
-        stop = threading.Timer(max(1.0, clock - time.time()), lambda: os.killpg(child, 9))
+        stop = threading.Timer(max(1.0, clock - time.time()), lambda: end(child))
         stop.start()
         for line in given:
             found.append(line)
-            if line.strip() and "%|" not in line:
+            if last and last in line:
+                time.sleep(1.0)  # for its log file
+                stop.cancel()
+                end(child)
+                reached = True
+            if line.strip() and "%|" not in line and "    [[" not in line:
                 print(f"  {time.time() - started:5.1f} {line.rstrip()[:220]}", flush=True)
         stop.cancel()
     status = os.waitpid(child, 0)[1]
+    if reached:
+        return 0, "".join(found)
     killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == 9
     return None if killed else os.waitstatus_to_exitcode(status), "".join(found)
+
+
+def end(process: int) -> None:
+    """Kills a process and all that it has started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        first = psutil.Process(process)
+        for each in [*first.children(recursive=True), first]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
 
 
 def against_roofline(
@@ -653,7 +677,7 @@ def against_ideal(
     from models import ideal
     from plan_accuracy import Setting
 
-    alone = argparse.Namespace(gpus=1, steps=PROFILED - 1, smoke=a.smoke)
+    alone = argparse.Namespace(gpus=1, steps=min(a.steps, PROFILED - 1), smoke=a.smoke)
     keys = {k: v for k, v in row.items() if k == "pure_bf16"}
     with concurrent.futures.ThreadPoolExecutor() as pool:
         rates = pool.submit(measured_rates, at, tokens, clock, a.gpus, a.gpus - 1)

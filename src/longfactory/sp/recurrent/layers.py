@@ -638,7 +638,8 @@ def over_ranks(
     mine: list[Tensor] = []
     # The ranks' shares of the heads of several tensors, side by side: one exchange carries all.
     for tensors in kinds:
-        parts = [x.unflatten(1, (n, -1)).flatten(2) for x in tensors]
+        # [T/n, H, D] or [T/n, H] -> [n, T/n, H/n * D]
+        parts = [x.unflatten(1, (n, -1)).flatten(2).transpose(0, 1) for x in tensors]
         received = _to_heads(torch.cat(parts, -1), plan).split([x.shape[2] for x in parts], 1)
         shapes = [(x.shape[1] // n, *x.shape[2:]) for x in tensors]
         mine += [x.unflatten(1, shape) for x, shape in zip(received, shapes, strict=True)]
@@ -677,16 +678,29 @@ def _order(plan: RowPlan, device: torch.device) -> tuple[Tensor, Tensor]:
     return held[device]
 
 
+class _Permuted(torch.autograd.Function):
+    """Rows in another order. index_select's own backward adds up rows by atomic operations."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
 def _to_heads(x: Tensor, plan: RowPlan) -> Tensor:
-    """[T/n, n, C] -> [T, C]: part r of each token goes to rank r; rows in natural order."""
-    received = all_to_all(x.transpose(0, 1), plan.ctx.group)
-    # [n, T/n, C] -> [T, C]
-    return received.flatten(0, 1).index_select(0, _order(plan, x.device)[1])
+    """[n, T/n, C] -> [T, C]: part r of each token goes to rank r; rows in natural order."""
+    order, inverse = _order(plan, x.device)
+    received: Tensor = all_to_all(x, plan.ctx.group).flatten(0, 1)
+    return _Permuted.apply(received, inverse, order)  # type: ignore[no-any-return]
 
 
 def _to_rows(x: Tensor, plan: RowPlan) -> Tensor:
     """[T, H/n, D] -> [T/n, H, D]: the way back."""
-    n = plan.ctx.size
-    sent = x.index_select(0, _order(plan, x.device)[0]).unflatten(0, (n, plan.local_length))
+    n, (order, inverse) = plan.ctx.size, _order(plan, x.device)
+    sent = _Permuted.apply(x, order, inverse).unflatten(0, (n, plan.local_length))
     # [n, T/n, H/n, D] -> [T/n, n * H/n, D]
     return all_to_all(sent, plan.ctx.group).transpose(0, 1).flatten(1, 2)
