@@ -655,7 +655,8 @@ def against_roofline(
     from models import roofline
     from plan_accuracy import Setting
 
-    rates = measured_rates(at, tokens, clock, 1, 0)
+    # Attention of twice the length too, which the ideal of two GPUs wants.
+    rates = measured_rates(at, tokens, clock, 2 if tokens <= 32768 else 1, 0)
     said = row["settings"]
     made = roofline(Setting("", None, tokens, {"finetuning_type": "full"}), 1, rates, said)
     config = make_config(str(at / "model"))
@@ -665,7 +666,11 @@ def against_roofline(
     again = 0.0 if "every activation stored" in said else 1.0
     made["recurrences"] = (3 + again) * tokens * flop / rates["gemm"]
     share = sum(made.values()) * row["tokens/s a GPU"] / tokens
-    return {"share of its roofline": share, "roofline s": {k: round(v, 4) for k, v in made.items()}}
+    return {
+        "share of its roofline": share,
+        "roofline s": {k: round(v, 4) for k, v in made.items()},
+        "attention": rates["attention"],
+    }
 
 
 def against_ideal(
@@ -674,22 +679,31 @@ def against_ideal(
     """The share of the attention-corrected ideal (`models.py`): from a run on one GPU with as many
     tokens, while another one measures the rates of attention.
     """
-    from models import ideal
-    from plan_accuracy import Setting
-
+    if a.alone is not None and a.alone.is_file():
+        rows = json.loads(a.alone.read_text())["rows"]
+        one = next(r for r in rows if r["model"] == row["model"] and r["tokens"] == tokens)
+        return of_ideal(row, tokens, a.gpus, one, {"attention": one["attention"]})
     alone = argparse.Namespace(gpus=1, steps=min(a.steps, PROFILED - 1), smoke=a.smoke)
     keys = {k: v for k, v in row.items() if k == "pure_bf16"}
     with concurrent.futures.ThreadPoolExecutor() as pool:
         rates = pool.submit(measured_rates, at, tokens, clock, a.gpus, a.gpus - 1)
         one = train(row["model"], tokens, 1, keys, alone, clock, at.with_name(at.name + "-alone"))
-        found = rates.result()
+        return of_ideal(row, tokens, a.gpus, one, rates.result())
+
+
+def of_ideal(
+    row: dict[str, Any], tokens: int, gpus: int, one: dict[str, Any], rates: dict[str, Any]
+) -> dict[str, Any]:
+    from models import ideal
+    from plan_accuracy import Setting
+
     setting = Setting("", None, tokens, {"finetuning_type": "full"})
     seconds = {"seconds": tokens / one["tokens/s a GPU"]}
-    best = ideal(setting, a.gpus, found, seconds, row["settings"])
+    best = ideal(setting, gpus, rates, seconds, row["settings"])
     return {
         "tokens/s on one GPU": one["tokens/s a GPU"],
         "settings on one GPU": one["settings"],
-        "attention s by tokens": {k: sum(v.values()) for k, v in found["attention"].items()},
+        "attention s by tokens": {k: sum(v.values()) for k, v in rates["attention"].items()},
         "ideal tokens/s": best,
         "share of the ideal": row["tokens/s a GPU"] / best,
     }
@@ -733,6 +747,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=6, help="with 5 or more, one is profiled")
     parser.add_argument("--models", nargs="+", choices=[*MODELS], default=None)
     parser.add_argument("--only", nargs="+", help="parts of rows' names, as 8192 or 4x8192")
+    parser.add_argument("--alone", type=Path, help="the file of `--gpus 1` for the ideal")
     parser.add_argument("--packages", nargs="+", type=Path, help="folders of `fla` packages")
     parser.add_argument("--limit", type=float, default=200, help="seconds (default 200)")
     parser.add_argument("--out", type=Path, default=None)

@@ -660,17 +660,19 @@ def _are_right(
         return torch.randn(*size, generator=draw).to(device)
 
     tokens, rule = 96, Rule(kind, key_dim**-0.5, normalize=kind == "delta")
+    # Triton compiles for strides that 16 divides, as those of a model are: the run's own kernels.
+    heads = 16
     both = (
         Fragment(0, 0, 70, 0, -1),
         Fragment(0, 70, tokens - 70, 70, -1),
     )
     chunks = Fragments(both, 0, 1, tokens).chunks(CHUNK, device)
-    low = [normal(tokens, 1, key_dim), normal(tokens, 1, key_dim), normal(tokens, 2, value_dim)]
-    decays = (tokens, 2, key_dim) if per_channel else (tokens, 2)
-    gates = [-0.2 * normal(*decays).square(), normal(tokens, 2).sigmoid()]
+    low = [normal(tokens, 1, key_dim), normal(tokens, 1, key_dim), normal(tokens, heads, value_dim)]
+    decays = (tokens, heads, key_dim) if per_channel else (tokens, heads)
+    gates = [-0.2 * normal(*decays).square(), normal(tokens, heads).sigmoid()]
     inputs = [*(x.to(dtype) for x in low), *gates]
-    first, after = normal(2, 2, 2, key_dim, value_dim)
-    slope = normal(tokens, 2, value_dim).to(dtype)
+    first, after = normal(2, 2, heads, key_dim, value_dim)
+    slope = normal(tokens, heads, value_dim).to(dtype)
 
     def kernels() -> list[Tensor]:
         return _results(inputs, rule, chunks, first, slope, after, True)
