@@ -447,7 +447,7 @@ def run_command(a: argparse.Namespace, clock: float) -> list[dict[str, Any]]:
                 try:
                     row |= train(model, tokens, documents, keys, a, clock, at)
                     print(f"{model}: {row['tokens/s a GPU']:.0f} tokens/s a GPU", flush=True)
-                    if documents == 1:
+                    if documents == 1 and (tokens >= 32768 or a.smoke):
                         share = against_roofline if a.gpus == 1 else against_ideal
                         try:
                             row |= share(row, at, tokens, clock, a)
