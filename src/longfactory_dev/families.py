@@ -113,7 +113,7 @@ def check(
             return Result(family, "not built", _line(error))
         try:
             plain = copy.deepcopy(model)
-            recurrent.widen(plain)
+            recurrent.as_reference(plain)
             alone = _alone(plain, reference)
         except Exception as error:
             last = _line(error)

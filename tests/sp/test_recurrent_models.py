@@ -1,6 +1,9 @@
 """Models with recurrent layers: branches, documents, what their layers are made of."""
 
 import copy
+import functools
+import importlib
+import inspect
 
 import pytest
 import torch
@@ -23,7 +26,7 @@ def branches(size: int, family: str, fields: dict[str, int]) -> tuple[float, flo
     ctx = sp.SequenceParallel.create(size)
     model = tiny_model(family, **fields)
     plain = copy.deepcopy(model)
-    layers.widen(plain)
+    layers.as_reference(plain)
     hf.prepare(model, ctx)
     ids = torch.randint(3, 200, (64,), generator=torch.Generator().manual_seed(5))
     segments = [sp.Segment(0, 19), sp.Segment(19, 33, 0), sp.Segment(33, 50, 0), sp.Segment(50, 64)]
@@ -81,7 +84,7 @@ def accumulated(size: int, family: str, fields: dict[str, int]) -> float:
     ctx = sp.SequenceParallel.create(size)
     model = tiny_model(family, **fields)
     plain = copy.deepcopy(model)
-    layers.widen(plain)
+    layers.as_reference(plain)
     hf.prepare(model, ctx)
     model.train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -146,7 +149,7 @@ def test_recomputed_layers_keep_the_plan_of_their_own_row(family: str) -> None:
     """Of models that lose the plan on its way: two rows forward, then both backward."""
     model = tiny_model(family)
     plain = copy.deepcopy(model)
-    layers.widen(plain)
+    layers.as_reference(plain)
     ctx = sp.SequenceParallel.create(1)
     hf.prepare(model, ctx)
     apply_memory(model.train(), MemorySettings())
@@ -180,6 +183,26 @@ def test_a_plan_that_recomputation_would_lose_is_refused() -> None:
     # The second by torch, where transformers computes again without the module's hooks.
     with pytest.raises(RuntimeError, match=r"LongFactory's memory keys|Recomputed values"):
         logits.sum().backward()
+
+
+def test_packages_in_place_of_transformers_functions_are_no_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As flash-linear-attention is, which refuses some GPUs in its backward pass."""
+    code = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+    plain = inspect.unwrap(code.torch_chunk_gated_delta_rule)
+
+    @functools.wraps(plain)
+    def package(*args: object, **kwargs: object) -> object:
+        if torch.is_grad_enabled():
+            raise RuntimeError("not on this GPU")
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(code, "torch_chunk_gated_delta_rule", package)
+    model = tiny_model("qwen3_next")
+    ctx = sp.SequenceParallel.create(1)
+    hf.prepare(model, ctx)
+    guard(model, ctx)
 
 
 def test_guard_counts_linear_layers() -> None:

@@ -144,9 +144,10 @@ def _own_and_reference(
     wide = compare.reference_dtype(run.dtype)
     with eager_experts(run.layer):
         plain = compare.plain_layer(run.layer, run.weights).train()
+        recurrent.as_reference(plain)
         own = compare.run_alone(plain, run, calls, lengths, None, device)
         plain = compare.plain_layer(run.layer, run.weights, wide).train()
-        recurrent.widen(plain)
+        recurrent.as_reference(plain)
         with exact_matmul():
             reference = compare.run_alone(plain, run, calls, lengths, wide, device)
     return own, reference

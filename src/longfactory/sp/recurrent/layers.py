@@ -21,6 +21,7 @@ and its mixer knows it while the layer's forward runs.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import dataclasses
 import importlib.util
@@ -240,15 +241,7 @@ def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any
     _check(self, plan, hidden_states, args, kwargs)
     own = _own_forward(type(self))
     engine = {name: _bound(make, plan) for name, make in _FUNCTIONS.items()}
-    forward = types.FunctionType(
-        own.__code__,
-        {**own.__globals__, **engine},
-        own.__name__,
-        own.__defaults__,
-        own.__closure__,
-    )
-    forward.__kwdefaults__ = own.__kwdefaults__
-    return forward(self, hidden_states, **kwargs)
+    return _exchanged_in(own, engine)(self, hidden_states, **kwargs)
 
 
 def _lightning(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -348,6 +341,19 @@ def _own_forward(kind: type[nn.Module]) -> types.FunctionType:
     return forward
 
 
+def _exchanged_in(own: types.FunctionType, functions: dict[str, Any]) -> types.FunctionType:
+    """A copy of a function for which these names mean others."""
+    made = types.FunctionType(
+        own.__code__,
+        {**own.__globals__, **functions},
+        own.__name__,
+        own.__defaults__,
+        own.__closure__,
+    )
+    made.__kwdefaults__ = own.__kwdefaults__
+    return made
+
+
 def _exchanged(kind: type[nn.Module]) -> bool:
     """Whether a class is a mixer: it calls a function that is exchanged, or is written here."""
     if kind.__name__ in _WRITTEN:
@@ -380,19 +386,25 @@ class _Widened(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def widen(model: nn.Module) -> None:
-    """Lets mixers in float64 compute in float64 all through, as a reference: transformers' own
-    recurrences are in float32 whatever the model's type, and what they round grows along a
-    document. Only for models that `prepare` does not touch.
+def as_reference(model: nn.Module) -> None:
+    """Lets mixers compute by transformers' own PyTorch functions, and those in float64 in float64
+    all through: packages that are installed (flash-linear-attention, mamba-ssm, causal-conv1d) take
+    their place in transformers, and are no reference; and transformers' functions are in float32
+    whatever the model's type, so that what they round grows along a document. Only for models that
+    `prepare` does not touch.
     """
     for module in model.modules():
-        if _exchanged(type(module)) and next(module.parameters()).dtype == torch.float64:
-            module.forward = types.MethodType(_widened_forward, module)
+        if _exchanged(type(module)):
+            module.forward = types.MethodType(_reference_forward, module)
 
 
-def _widened_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    with _Widened():
-        return type(self).forward(self, *args, **kwargs)
+def _reference_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    own = _own_forward(type(self))
+    names = [name for name in own.__code__.co_names if name in _FUNCTIONS]
+    plain = {name: inspect.unwrap(own.__globals__[name]) for name in names}
+    widened = next(self.parameters()).dtype == torch.float64
+    with _Widened() if widened else contextlib.nullcontext():
+        return _exchanged_in(own, plain)(self, *args, **kwargs)
 
 
 @dataclasses.dataclass(frozen=True)
