@@ -75,7 +75,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="every part at once, small")
     parser.add_argument("--small", action="store_true", help="small shapes, on GPUs")
     parser.add_argument("--only", nargs="*", default=None, help="rows whose name has one of these")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, help="default 5: of what is timed; seeds of parity")
     parser.add_argument("--layers", type=int, default=28, help="of the part scaling")
     parser.add_argument("--limit", type=float, default=540, help="no row begins later (seconds)")
     parser.add_argument("--out", type=Path, default=None)
@@ -95,7 +95,8 @@ def main() -> int:
     if a.smoke:
         a.gpus = 2
     if a.smoke or a.small:
-        a.repeats, a.small = 1, True
+        a.repeats, a.small = a.repeats or 1, True
+    a.repeats = a.repeats or 5
     if not a.smoke and torch.cuda.device_count() < a.gpus:
         raise SystemExit(f"{a.gpus} GPUs are needed, found {torch.cuda.device_count()}.")
     a.end = time.time() + a.limit
@@ -248,9 +249,9 @@ def parity(a: argparse.Namespace) -> int:
     Each seed gives another order of the data and other weights. All runs go at once; a row is
     printed when its runs have ended.
     """
-    length, steps, seeds, layers = 4096, 20, 5, None
+    length, steps, seeds, layers = 4096, 20, a.repeats, None
     if a.small:
-        length, steps, seeds, layers = 128 if a.smoke else 1024, 4, 1, 2
+        length, layers = 128 if a.smoke else 1024, 2
     rows, found = earlier(a), {}
     one_at_a_time = threading.Lock()
     with workplace() as home:
@@ -269,7 +270,7 @@ def parity(a: argparse.Namespace) -> int:
                 "learning_rate": "1e-4",
                 "seed": seed,
                 "disable_shuffling": "false",
-                "bf16": str(kind != "float32" and not a.smoke).lower(),
+                "bf16": str(kind != "float32").lower(),
                 **({"sharding": "ddp"} if len(devices) > 1 else {}),
             }
             return Job(f"{kind}-{seed}", keys)

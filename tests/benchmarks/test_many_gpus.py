@@ -134,7 +134,7 @@ def test_parity_keeps_a_row_when_its_three_runs_have_ended(
         monkeypatch.setattr(many_gpus, name, lambda *given, **more: tmp_path)
     monkeypatch.setattr(_many_table, "_ABOUT", {"machine": "2 x H200"})
     given = argparse.Namespace(
-        part="parity", out=None, gpus=2, small=False, smoke=False, end=0.0, after=None
+        part="parity", out=None, gpus=2, small=False, smoke=False, end=0.0, after=None, repeats=5
     )
     assert many_gpus.parity(given) == 1, "a run failed"
     printed = capsys.readouterr().out.splitlines()
