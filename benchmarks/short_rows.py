@@ -1,6 +1,7 @@
 """What starting the kernels of a layer takes: steps of narrow models with rows that are too short to
 keep a GPU busy, at several depths. The seconds that a layer adds are the least that it can take,
-and what `longfactory plan` counts for it (`LAYER_START_WHOLE` in memory/shapes.py).
+and what `longfactory plan` would have to count for it: today it counts `LAYER_START`, of FSDP2,
+alone, and says so of rows that are too short.
 
     python benchmarks/short_rows.py [--layers 4 12 28] [--tokens 256] [--steps 12] [--out FOLDER]
 

@@ -18,7 +18,7 @@ from longfactory.plan import facts
 from longfactory.plan.command import DOES_NOT_FIT, FITS, NOT_ALL_PRICED, main
 from longfactory.plan.curve import changed, falls, points
 from longfactory.plan.sizes import SIZES, model_folder
-from longfactory.plan.table import bound_by, compare, row, utilisation
+from longfactory.plan.table import bound_by, compare, row, table, too_short, utilisation
 from longfactory.train.auto import WORTH, Planned, decide_on, way
 from longfactory.train.memory_plan import count_parameters
 from qwen_7b import qwen_7b
@@ -67,6 +67,23 @@ def test_accumulation_counts_the_update_once(seven: str):
     alone = found.memory.plan.budget.seconds
     assert 0 < found.update < alone and found.step == pytest.approx(4 * alone - 3 * found.update)
     assert found.tokens == 4 * 32768 and found.rate == found.tokens / found.step
+
+
+def test_rows_too_short_for_what_is_counted(tmp_path: Path):
+    """Where parameters are whole, starts of kernels are not counted, and that is said."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1024}
+    qwen_7b(architectures=["Qwen2ForCausalLM"], **sizes).save_pretrained(tmp_path)
+    narrow = planned(str(tmp_path), 1)
+
+    def lines(tokens: int) -> str:
+        run = dataclasses.replace(narrow, sharding="ddp")
+        return "\n".join(table(run, compare(run, tokens), 989e12, [], []))
+
+    said = "not counted: starting the kernels of layers whose parameters are whole."
+    assert said in lines(2048) and said not in lines(2**20)
+    two = planned(str(tmp_path), 2, sequence_parallel_size=2)
+    assert not too_short(way(two, 2048, 2)), "FSDP2's starts are counted"
 
 
 def test_what_binds(seven: str):

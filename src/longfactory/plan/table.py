@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from longfactory.memory.cost import HOST_SHARE, MARGIN, document_flop, seconds
+from longfactory.memory.cost import HOST_SHARE, MARGIN, document_flop, seconds, starting_seconds
 from longfactory.memory.exchange import schedule
 from longfactory.memory.shapes import Machine
 from longfactory.plan.curve import number
 from longfactory.train.auto import WORTH, Planned, Way, best, longest_row, way
 
 GiB = 2**30
+SHORT = 1e-3
+"""Seconds of a layer, forward and backward, below which the plan says that it counts no starts of
+kernels (where parameters are whole they have not been measured).
+"""
 HEADER = (
     f"    {'SP':>3} {'mode':<12}{'memory':<7}{'fits':<5}{'GPU GiB':>8}{'host GiB':>9}{'step s':>9}"
     f"{'tokens/s/GPU':>13}{'MFU':>6}  bound by"
@@ -179,6 +183,17 @@ def utilisation(each: Way, peak: float) -> float:
     return rows * flop / each.step / peak
 
 
+def too_short(each: Way) -> bool:
+    """Whether a row takes so little that starting its kernels, which is not counted, is what it
+    would wait for.
+    """
+    plan = each.memory.plan
+    least = SHORT * plan.job.shape.layers
+    return (
+        each.fits and not starting_seconds(plan.job) and plan.budget.seconds - each.update < least
+    )
+
+
 def table(
     planned: Planned,
     compared: Compared,
@@ -200,6 +215,11 @@ def table(
         f" *  the run as it is   >  the best (the plan does not tell ways apart that are within"
         f" {1 - WORTH:.0%}); sequence_parallel_size: auto takes its size"
     )
+    if any(too_short(each) for each in (*compared.ways, *more)):
+        lines.append(
+            "not counted: starting the kernels of layers whose parameters are whole. Rows that take"
+            f" less than {1000 * SHORT:.0f} ms a layer take longer than planned here."
+        )
     lines.append("The longest rows that fit:" if far else "No rows fit, however short.")
     for each, short in far:
         tokens = each.memory.plan.job.tokens
