@@ -26,7 +26,7 @@ import torch
 
 import vision_models as tiny
 from longfactory import sp
-from longfactory.sp import hf, media, vision
+from longfactory.sp import hf, media, text_model, vision
 from small_runs import keys, steps
 from vision_runs import TRAINED, of_run, write_data, write_model, write_zero3
 
@@ -196,16 +196,28 @@ def on_gpu() -> Iterator[Any]:
     hf.release(model)
 
 
-def test_vision_forward_does_not_wait_for_the_device(on_gpu: Any) -> None:
-    """Neither the tower, the merge nor the deeper features."""
+def test_vision_merge_does_not_wait_for_the_device(on_gpu: Any) -> None:
+    """Neither the tower nor the merge. What follows is the text decoder's own: transformers looks
+    for packed rows in the position ids, which waits once.
+    """
     inputs, given = row_on_gpu(on_gpu, frames=6, side=4)
     on_gpu(**inputs, sp_media=given)
     torch.cuda.synchronize()
+    begun: list[int] = []
+
+    def decoder_begins(*_: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+        begun.append(1)
+
+    # Behind the hook of the merge, which `install` has put on the same module.
+    hook = text_model.decoder(on_gpu).register_forward_pre_hook(decoder_begins)
     torch.cuda.set_sync_debug_mode("error")
     try:
         on_gpu(**inputs, sp_media=given)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+        hook.remove()
+    assert begun == [1]
 
 
 def test_vision_memory_of_a_trained_tower_does_not_grow_with_a_video(on_gpu: Any) -> None:
@@ -213,7 +225,7 @@ def test_vision_memory_of_a_trained_tower_does_not_grow_with_a_video(on_gpu: Any
     in the backward pass. What autograd stores of a frame is some forty times that.
     """
     peaks, features = {}, 0
-    for frames in (16, 64):
+    for frames in (16, 16, 64):  # the first holds what libraries allocate once
         _, given = row_on_gpu(on_gpu, frames, side=16)
         embeddings = torch.zeros(1, 1, 64, device="cuda")
         torch.cuda.synchronize()
