@@ -251,6 +251,16 @@ def test_tiny_models_with_real_heads(family: str, dims: set[tuple[int, int]]) ->
     assert sum(p.numel() for p in model.parameters()) < 6_000_000
 
 
+@pytest.mark.parametrize(
+    ("family", "found"),
+    [("helium", {"head_dim": 128, "hidden_size": 512}), ("granite_docling", {})],
+)
+def test_heads_that_a_family_runs_with(family: str, found: dict[str, int]) -> None:
+    """Tiny ones, and why, where the family's own do not run."""
+    fields, why = family_sweep.with_real_heads(family, {}, torch.device("cpu"))
+    assert fields == found and why.startswith("tiny head dims: ") is (not found)
+
+
 def test_gpu_time_of_a_step_by_parts(tmp_path: Path) -> None:
     """A trace of two overlapping kernels, a copy of the optimizer and a wait of the host."""
 
