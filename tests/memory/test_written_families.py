@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from longfactory.memory.apply import apply_memory
 from longfactory.memory.layer.recognise import recognise
 from longfactory.memory.settings import MemorySettings
+from longfactory.sp import backends
 from longfactory.sp.text_model import decoder_layers
 from longfactory.testing import run_ranks
 from longfactory_dev.tiny_models import tiny_model
@@ -108,7 +109,7 @@ def test_with_other_settings(
 def test_in_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss and gradient are those of the family's own code to 1e-6, or as near as that is to
     float64 (gemma4 and recurrences of tiny models, some 1e-5: two computations in float32 cannot
-    be nearer to each other); and no gradient is farther from float64 than its own code's.
+    be nearer to each other); and no gradient is twice as far from float64 as its own code's.
     """
     model = make(name, torch.float32)
     wide_model = copy.deepcopy(model).double()
@@ -131,7 +132,7 @@ def test_in_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert far(found, own, own) <= max(1e-6, 1.5 * far(own, exact, own))
     for n in exact:
         if float(exact[n].abs().max()) > 1e-9:
-            assert far(found, exact, [n]) <= 1.5 * far(own, exact, [n]) + 5e-7, n
+            assert far(found, exact, [n]) <= 2 * far(own, exact, [n]) + 5e-7, n
 
 
 @pytest.mark.parametrize("name", some(("gemma3", "phi3", "deepseek_v3")))
@@ -145,6 +146,31 @@ def test_with_dora(name: str, settings: str, monkeypatch: pytest.MonkeyPatch) ->
     """Magnitudes have gradients too, with biases (qwen2), norms behind (gemma3), joint maps (phi3)."""
     compare(name, SETTINGS[settings], PACKED, monkeypatch, lora=True, dora=True)
     compare(name, KEPT, PACKED, monkeypatch, lora=True, dora=True)
+
+
+@pytest.mark.parametrize("name", some(("deepseek_v3", "qwen3_5")))
+def test_kernels_that_pad_heads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results of theirs are parts of wider tensors, as FlashAttention's are where keys and values
+    have other dims.
+    """
+
+    def padded(x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(x, (0, 8))[..., : x.shape[-1]]
+
+    for backend in (backends.cpu, backends.math):
+        forward, backward = backend.forward, backend.backward
+
+        def wide_forward(*args: Any, own: Any = forward) -> tuple[Tensor, Tensor]:
+            out, lse = own(*args)
+            return padded(out), lse
+
+        def wide_backward(*args: Any, own: Any = backward) -> tuple[Tensor, ...]:
+            return tuple(padded(g) for g in own(*args))
+
+        monkeypatch.setattr(backend, "forward", wide_forward)
+        monkeypatch.setattr(backend, "backward", wide_backward)
+    compare(name, SETTINGS["whole"], DENSE, monkeypatch)
+    compare(name, SETTINGS["saved, chunks"], DENSE, monkeypatch)
 
 
 def compare_on_ranks(ranks: int, cases: list[Case], settings: MemorySettings) -> None:

@@ -121,10 +121,12 @@ def keys_values(x: Tensor, c: LayerCall) -> tuple[Tensor, Tensor]:
 
 
 def attention(x: Tensor, k: Tensor, v: Tensor, c: LayerCall) -> tuple[Tensor, Tensor]:
-    """out [T, heads, Dv] and its log-sum-exp, a group of heads at a time."""
+    """out [T, heads, Dv], contiguous, and its log-sum-exp, a group of heads at a time."""
     if c.groups == 1:
         q = queries(x, c, ALL)
-        return sp.attention_forward(q, k, v, c.plan, **c.options, **c.sinks(ALL))
+        out, lse = sp.attention_forward(q, k, v, c.plan, **c.options, **c.sinks(ALL))
+        # kernels that know one head dim give part of a wider tensor (latent attention)
+        return out.contiguous(), lse
     out, lses = x.new_empty(x.shape[0], c.shape.heads, c.shape.value_dim), []
     for mine, keys in c.group_slices():
         kg, vg = k[:, keys].contiguous(), v[:, keys].contiguous()
