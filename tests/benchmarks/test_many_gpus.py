@@ -13,8 +13,10 @@ import pytest
 
 import _device_time
 import _many_commands
+import _many_length
+import _many_parity
+import _many_peers
 import _many_table
-import many_gpus
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,10 +45,10 @@ def test_kinds_of_kernels(name: str, kind: str) -> None:
 
 def test_samples_have_the_tokens_that_are_asked_for(tmp_path: Path) -> None:
     """By a tokenizer of bytes; a pair is its prompt and both answers."""
-    many_gpus.make_long(tmp_path, 5000, 2, pairs=False)
+    _many_length.make_long(tmp_path, 5000, 2, pairs=False)
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [len(line["output"].encode()) for line in lines] == [5000, 5000]
-    many_gpus.make_long(tmp_path, 5000, 1, pairs=True)
+    _many_length.make_long(tmp_path, 5000, 1, pairs=True)
     pair = json.loads((tmp_path / "samples.jsonl").read_text())
     total = sum(len(pair[key].encode()) for key in ("instruction", "chosen", "rejected"))
     assert 4900 < total <= 5000 and len(pair["chosen"]) == 125
@@ -93,14 +95,14 @@ def test_what_another_system_needs_more_is_divided() -> None:
     spent = {"attention": 100.0, "products": 50.0, "messages": 9.0, "exposed": 1.0, "idle": 0.0}
     ours = {"seconds": 1.0, "peak": 2**30, "kernels": ["cudnn"], "device_ms": spent}
     theirs = {**ours, "seconds": 1.5, "device_ms": {**spent, "attention": 135.0, "exposed": 5.0}}
-    first = many_gpus.peer_row(ours, 1000, 2, None)
-    row = many_gpus.peer_row(theirs, 1000, 2, first)
+    first = _many_peers.peer_row(ours, 1000, 2, None)
+    row = _many_peers.peer_row(theirs, 1000, 2, first)
     assert (first["tokens/s a GPU"], first["peak GiB"]) == (500.0, 1.0)
     assert row["LongFactory is"] == "1.50x"
     assert row["more than LongFactory"] == (
         "attention ms +35, products ms +0, exposed ms +4, idle ms +0"
     )
-    assert many_gpus.peer_row({"error": "out of memory"}, 1000, 2, first) == {
+    assert _many_peers.peer_row({"error": "out of memory"}, 1000, 2, first) == {
         "error": "out of memory"
     }
 
@@ -129,14 +131,14 @@ def test_parity_keeps_a_row_when_its_three_runs_have_ended(
                 tell(job.name, {"losses": losses[kind]})
         return {}
 
-    monkeypatch.setattr(many_gpus, "in_one_group", runs)
+    monkeypatch.setattr(_many_parity, "in_one_group", runs)
     for name in ("model_folder", "make_data", "make_model"):
-        monkeypatch.setattr(many_gpus, name, lambda *given, **more: tmp_path)
+        monkeypatch.setattr(_many_parity, name, lambda *given, **more: tmp_path)
     monkeypatch.setattr(_many_table, "_ABOUT", {"machine": "2 x H200"})
     given = argparse.Namespace(
         part="parity", out=None, gpus=2, small=False, smoke=False, end=0.0, after=None, repeats=5
     )
-    assert many_gpus.parity(given) == 1, "a run failed"
+    assert _many_parity.parity(given) == 1, "a run failed"
     printed = capsys.readouterr().out.splitlines()
     rows = {row["row"]: row for row in map(json.loads, printed)}
     assert len(rows) == 10, "five seeds, four modes, the median"
