@@ -93,10 +93,11 @@ def parity(a: argparse.Namespace) -> int:
 
 
 PARITY_NOTE = (
-    "Qwen2.5-0.5B's shape, random weights, all parameters: root mean square, over the steps, of the"
-    " differences of a step's loss (the mean over its tokens) from that of the same run on one GPU in"
-    " float32. Gradients: a tiny model in float32, every parameter's gradient beside one process in"
-    " float64, by `longfactory verify`."
+    "Qwen2.5-0.5B's shape (with --smoke a tiny one, and CPU processes in place of GPUs), random"
+    " weights, all parameters: root mean square, over the steps, of the differences of a step's loss"
+    " (the mean over its tokens) from that of the same run on one GPU in float32. Gradients: a tiny"
+    " model in float32, every parameter's gradient beside one process in float64, by `longfactory"
+    " verify`."
 )
 
 
