@@ -182,8 +182,9 @@ Rates = tuple[float, float, float]
 
 FLASH = 0.57
 """Of the rates of cuDNN's attention on Hopper, what FlashAttention 2 reaches (attention.md in
-benchmarks/results: 334 of 596 TFLOP/s forward, 317 of 554 in all). It computes windows, soft-caps
-and heads above 128 dims there, and everything on other GPUs."""
+benchmarks/results: 334 of 596 TFLOP/s forward, 317 of 554 in all). It computes windows and heads
+above 128 dims there, and everything on other GPUs. The engine's own kernels, which compute
+soft-caps, are taken to be as fast, and were not measured."""
 WIDE_FLASH = 0.33
 """The same with heads above 192 dims: two runs of Gemma 3's shape on a H200 (plan_accuracy.md)."""
 CUDNN_WIDE = 0.79
