@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import gc
 import json
+import multiprocessing.process
 import multiprocessing.util
 import os
 import signal
@@ -91,20 +92,20 @@ def in_processes(job: dict[str, Any], size: int, folder: Path, forks: bool) -> s
     first: str | None = None
     end = float("inf")
     while running:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid == 0:
-            if time.time() > end:
-                for left in running:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(left, signal.SIGKILL)
-                end = float("inf")
-            time.sleep(0.05)
-            continue
-        report = running.pop(pid, folder / "none")
-        code = os.waitstatus_to_exitcode(status)
-        if code and first is None:
-            first = report.read_text() if report.exists() else f"its process ended with {code}"
-            end = time.time() + GRACE
+        for pid in list(running):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if not ended:
+                continue
+            report = running.pop(pid)
+            code = os.waitstatus_to_exitcode(status)
+            if code and first is None:
+                first = report.read_text() if report.exists() else f"its process ended with {code}"
+                end = time.time() + GRACE
+        if time.time() > end:
+            for pid in running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
     return first
 
 
@@ -125,7 +126,10 @@ def environment_of(rank: int, size: int, port: int) -> dict[str, str]:
 def work(job: dict[str, Any], place: dict[str, str], report: Path) -> NoReturn:
     """What one process does, to its end."""
     os.environ.update(place)
-    code = 0
+    # of the process that this one was forked from: not this one's to end
+    multiprocessing.process._children = set()  # type: ignore[attr-defined]
+    multiprocessing.util._finalizer_registry.clear()  # type: ignore[attr-defined]
+    code = 1
     try:
         from longfactory import cli
 
@@ -134,11 +138,12 @@ def work(job: dict[str, Any], place: dict[str, str], report: Path) -> NoReturn:
     except BaseException as error:
         traceback.print_exc()
         report.write_text(f"{type(error).__name__}: {error}".splitlines()[0][:300])
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    multiprocessing.util._exit_function()  # type: ignore[attr-defined]  # loaders of this process
-    os._exit(code)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with contextlib.suppress(Exception):  # ends loaders
+            multiprocessing.util._exit_function()  # type: ignore[attr-defined]
+        os._exit(code)
 
 
 if __name__ == "__main__":
