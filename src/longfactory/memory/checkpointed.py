@@ -184,7 +184,8 @@ def _checkpoint_bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:
 
 def stored_of_a_token(job: TrainingJob, kind: LayerKind) -> float:
     """Bytes that autograd stores of one token in one of transformers' layers: what the backward of
-    its norms (in fp32), linear maps, attention, activation and experts reads.
+    its norms (in fp32, but for models with recurrent layers), linear maps, attention, activation
+    and experts reads.
     """
     shape, hidden, width = job.shape, kind.hidden, job.shape.width
     if shape.adapters:  # frozen norms store their input; each adapted map the input of its adapter
@@ -196,6 +197,8 @@ def stored_of_a_token(job: TrainingJob, kind: LayerKind) -> float:
     else:
         norms, maps = (6.0 + width) * kind.norms, 0.0
         around_heads = 4.0 + width
+    if any(k.recurrent_flop for k in shape.kinds):  # norms in one kernel store their input alone
+        norms, around_heads = norms / 2, around_heads / 2
     stored = (norms + maps) * hidden
     stored += width * (kind.queries + kind.keys_values + kind.outputs) + 4.0 * kind.heads
     if shape.adapters:

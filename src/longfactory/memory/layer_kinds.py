@@ -262,6 +262,8 @@ def recurrent_bytes(mixer: Mixer) -> float:
     values = mixer.heads * mixer.value_dim
     # a scan's output is in fp32, and so is what a layer adds to it
     stored = 6.0 * mixer.channels + (26.0 if mixer.kind == "plain" else 18.0) * values
+    if mixer.gated_norm:  # in one kernel, it stores its inputs alone (`norms`)
+        stored -= 11.0 * values
     if mixer.per_channel:
         stored += 17.2 * mixer.heads * mixer.key_dim
     return stored + 18.0 * mixer.heads

@@ -416,6 +416,7 @@ class Mixer:
         key_heads, heads, key_dim, value_dim: of the recurrence.
         per_channel: each key channel has a decay of its own.
         channels, width: of the convolution.
+        gated_norm: its output goes through a norm with a gate.
     """
 
     kind: Kind | None
@@ -426,6 +427,7 @@ class Mixer:
     per_channel: bool
     channels: int
     width: int
+    gated_norm: bool = False
 
 
 def mixer_of(layer: nn.Module) -> Mixer | None:
@@ -442,15 +444,16 @@ def mixer_of(layer: nn.Module) -> Mixer | None:
         if _WRITTEN.get(type(m).__name__) is _griffin:
             return Mixer("plain", 1, m.lru_width, 1, 1, False, *sizes)
         used = _own_forward(type(module)).__code__.co_names
+        gated = any("RMSNormGated" in type(child).__name__ for child in m.children())
         if "torch_chunk_gated_delta_rule" in used:
             dims = m.num_k_heads, m.num_v_heads, m.head_k_dim, m.head_v_dim
-            return Mixer("delta", *dims, False, *sizes)
+            return Mixer("delta", *dims, False, *sizes, gated)
         if "chunk_kimi_delta_attention" in used:
             dims = m.num_heads, m.num_heads, m.head_dim, m.head_dim
-            return Mixer("delta", *dims, True, *sizes)
+            return Mixer("delta", *dims, True, *sizes, gated)
         if "mamba2_chunk_scan" in used:
             dims = m.n_groups, m.num_heads, m.ssm_state_size, m.head_dim
-            return Mixer("plain", *dims, False, *sizes)
+            return Mixer("plain", *dims, False, *sizes, gated)
         if "mamba_selective_scan" in used:
             return Mixer("plain", 1, m.intermediate_size, m.ssm_state_size, 1, True, *sizes)
         return Mixer(None, 0, 0, 0, 0, False, *sizes)
