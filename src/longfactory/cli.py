@@ -30,6 +30,7 @@ LongFactory {version}: post-train language models on sequences of any length.
   longfactory train  run.yaml [key=value ...]    train, evaluate
   longfactory plan   run.yaml [--gpus 8 ...]     predict the memory and time of a run, without a GPU
   longfactory verify run.yaml [key=value ...]    prove on the run's own model and data that splitting changes no gradient
+  longfactory teach  run.yaml [key=value ...]    the pass of a run's teacher or reference alone, kept for its training
   longfactory eval   run.yaml [lengths=...]      what the model finds in long texts, by length and depth; its loss by position
   longfactory export run.yaml [key=value ...]    merge LoRA adapters, write a plain model, push it
   longfactory expand model_name_or_path=... export_dir=... num_expand=8    add layers for use_llama_pro
@@ -269,6 +270,22 @@ def verify(argv: list[str], watch: Watch | None = None) -> int:
     return 0 if report.exact else 1
 
 
+def teach(argv: list[str], watch: Watch | None = None) -> int:
+    """`longfactory teach`: computes what a run's teacher or reference says of its data, and keeps
+    it where the run will find it.
+    """
+    from longfactory.config import load_config
+
+    cfg = load_config(argv)
+    if (status := _start("teach", cfg, argv)) is not None:
+        return status
+    from longfactory.train.run import teach as compute
+
+    with _watched(watch) as mine:
+        compute(cfg, mine)
+    return 0
+
+
 def evaluate_long(argv: list[str], watch: Watch | None = None) -> int:
     """`longfactory eval`: prints a table and writes `long_context.json` and `.png`."""
     from longfactory.config import load_config
@@ -449,6 +466,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "train": train,
     "plan": plan,
     "verify": verify,
+    "teach": teach,
     "eval": evaluate_long,
     "export": export,
     "expand": expand,
@@ -460,8 +478,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "completion": completion,
     "version": version,
 }
-READS_KEYS = ("train", "verify", "eval", "export", "chat", "api")
-WATCHED = ("train", "verify", "eval")
+READS_KEYS = ("train", "verify", "teach", "eval", "export", "chat", "api")
+WATCHED = ("train", "verify", "teach", "eval")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

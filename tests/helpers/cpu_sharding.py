@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 from longfactory.testing import RankPool
 
@@ -56,7 +57,10 @@ def training_arguments(sharding: str, output_dir: str, **given: Any) -> Any:
     }
     if sharding == "fsdp2":
         keys |= settings.fsdp2_arguments(efficient_loading=False)
-    args = transformers.TrainingArguments(output_dir=output_dir, **keys | given)
+    # DeepSpeed on a CPU is not `use_cpu`, without which transformers looks for a GPU that has bf16
+    has_bf16 = "transformers.training_args.is_torch_bf16_gpu_available"
+    with mock.patch(has_bf16, return_value=True):
+        args = transformers.TrainingArguments(output_dir=output_dir, **keys | given)
     args.device  # noqa: B018
     return args
 

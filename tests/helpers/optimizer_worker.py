@@ -83,6 +83,18 @@ def nudge(optimizer: torch.optim.Optimizer) -> None:
                 p.grad.mul_(1 + 1e-7 * torch.randn(p.shape, generator=g).sign())
 
 
+def nudge_whole(optimizer: torch.optim.Optimizer) -> None:
+    """1e-7 of each gradient's norm, spread over its entries, up or down: what sums in another order
+    differ by, where an entry is a difference of larger ones.
+    """
+    g = torch.Generator().manual_seed(17)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None:
+                size = 1e-7 * float(p.grad.norm()) / p.numel() ** 0.5
+                p.grad.add_(torch.randn(p.shape, generator=g).sign(), alpha=size)
+
+
 def memory() -> Any:
     from longfactory.train.memory_plan import Memory
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +136,29 @@ def test_two_processes_measure_what_one_measures(home: Path) -> None:
                 for key, value in a.items():
                     expected = value if isinstance(value, str) else pytest.approx(value, rel=1e-4)
                     assert b[key] == expected, key
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_stretched_positions_are_measured_as_they_are_trained(home: Path) -> None:
+    """`rope_scaling: yarn` is that of a run whose rows are as long as the longest text, on one
+    process and on two.
+    """
+    draw_ = random.Random(1)
+    path = home / "long.jsonl"
+    row = {"input_ids": [draw_.randrange(3, 250) for _ in range(900)]}
+    path.write_text(json.dumps(row) + "\n")
+    config = json.loads((home / "model" / "config.json").read_text())
+    short = home / "short positions"
+    shutil.copytree(home / "model", short, dirs_exist_ok=True)
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 256}))
+    curves = {}
+    for name, size in (("none", 1), ("yarn", 1), ("yarn, shared", 2)):
+        given = keys(home, "eval", sequence_parallel_size=size, dataset="unused", packing=None)
+        given |= {"model_name_or_path": short}
+        given |= {} if name == "none" else {"rope_scaling": "yarn"}
+        argv = [f"{k}={v}" for k, v in given.items()]
+        found = POOLS[size].run(measured, argv, ["needle"], [str(path)], str(home / "cache"))[0]
+        curves[name] = [point["loss"] for point in found["curve"]]
+    assert curves["yarn, shared"] == pytest.approx(curves["yarn"], rel=1e-4)
+    assert curves["yarn"][-1] != pytest.approx(curves["none"][-1], rel=1e-4)

@@ -12,7 +12,7 @@ import torch
 
 from cpu_sharding import on_ranks_of_their_own
 from longfactory import sp
-from optimizer_worker import made, nudge, on_a_rank, run_config, train
+from optimizer_worker import made, nudge_whole, on_a_rank, run_config, train
 
 pytestmark = pytest.mark.processes
 
@@ -68,7 +68,7 @@ def test_two_ranks_change_the_weights_as_one_process(sharding: str) -> None:
         assert max(float((alone[n] - before[n]).abs().max()) for n in before) > 1e-2, name
         response = 0.0
         if distance > 1e-4:  # Adam's first steps are signs: where a gradient is near nothing, noise
-            nudged = of_names(train(keys, 1, "none", watch=nudge), before)
+            nudged = of_names(train(keys, 1, "none", watch=nudge_whole), before)
             response = far(nudged, alone) / change
         print(f"{sharding} {name}: {distance:.1e}; a nudge of 1e-7: {response:.1e}")
         assert distance <= max(1e-4, 2 * response), name

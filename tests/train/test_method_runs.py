@@ -5,13 +5,15 @@ sequence, from a configuration to saved files.
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from small_runs import STEPS, home, steps, train
+from longfactory.testing import RankError
+from small_runs import POOLS, STEPS, home, keys, steps, train
 
 pytestmark = pytest.mark.processes
 
@@ -149,3 +151,33 @@ def test_two_processes_learn_from_a_teacher_what_one_learns(home: Path, name: st
     again = train(home, f"distill {name}2", 2, home / f"cache {name}2", **changes)
     assert steps(again)[-1]["loss"] == steps(two)[-1]["loss"]
     assert files[0].stat().st_mtime_ns == written
+
+
+def teach_on_ranks(argv: list[str], cache: str) -> None:
+    """`longfactory teach` in a process of a pool."""
+    os.environ["LONGFACTORY_CACHE"] = cache
+    from longfactory.config import load_config
+    from longfactory.train.run import teach
+
+    teach(load_config(argv))
+
+
+def test_a_run_finds_what_teach_has_computed(home: Path) -> None:
+    """On two processes that share each sequence; the run makes no pass of its own."""
+    cache, changes = home / "cache taught", {"stage": "distill", "teacher_model": home / "other"}
+    given = keys(home, "taught", sequence_parallel_size=2, **changes, **DISTILL["forward"])
+    words = [f"{k}={v}" for k, v in given.items()]
+    POOLS[2].run(teach_on_ranks, words, str(cache))
+    assert not (home / "taught").exists()
+    files = sorted(cache.rglob("part-*.safetensors"))
+    assert len(files) == 2
+    times = [file.stat().st_mtime_ns for file in files]
+    found = train(home, "taught", 2, cache, **changes, **DISTILL["forward"])
+    assert sorted(cache.rglob("part-*.safetensors")) == files
+    assert [file.stat().st_mtime_ns for file in files] == times
+    own = train(home, "own pass", 2, home / "cache own", **changes, **DISTILL["forward"])
+    assert [h["loss"] for h in steps(found)] == [h["loss"] for h in steps(own)]
+    with pytest.raises(RankError, match="This run keeps neither"):
+        POOLS[2].run(
+            teach_on_ranks, [f"{k}={v}" for k, v in keys(home, "none").items()], str(cache)
+        )

@@ -42,7 +42,7 @@ complete -c longfactory -n "__fish_seen_subcommand_from init" -a "{stages}"
 complete -c longfactory -n "__fish_seen_subcommand_from completion" -a "{shells}"
 complete -c longfactory -n "__fish_seen_subcommand_from {with_keys}" -a "{equals}"
 """
-WITH_KEYS = ("train", "verify", "plan", "eval", "export", "chat")
+WITH_KEYS = ("train", "verify", "plan", "teach", "eval", "export", "chat")
 
 
 def script(shell: str, commands: Sequence[str], stages: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import logging
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -280,6 +281,38 @@ def _run(cfg: RunConfig, watch: Watch | None, store: Any) -> dict[str, float]:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return metrics
+
+
+def teach(cfg: RunConfig, watch: Watch | None = None) -> None:
+    """What a run's teacher or reference says of its data, computed and kept on disk
+    (`LONGFACTORY_CACHE`); the training finds it there. Every process calls it; nothing is written
+    into output_dir.
+
+    Args:
+        cfg: the run.
+        watch: over this process, where there is one.
+    Raises:
+        UserError: the run keeps nothing of that kind, or as `assemble`.
+    """
+    if cfg.method.stage != "distill" and not cfg.method.precompute_ref_log_probs:
+        raise UserError(
+            "longfactory teach computes what is kept before training: of a teacher (stage: distill,"
+            " teacher_model) or of a reference (precompute_ref_log_probs: true). This run keeps"
+            " neither."
+        )
+    store, _ = meet(cfg, watch, writes=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        cfg = decided(cfg, store)
+        apart = {
+            **cfg.hf,
+            "output_dir": scratch,
+            "report_to": "none",
+            "resume_from_checkpoint": None,
+        }
+        trainer = assemble(dataclasses.replace(cfg, hf=apart), store=store).trainer
+        trainer.shard_model()
+        attach_reference(trainer, cfg)
+    from_all(None)
 
 
 def same_loss_on_every_rank(loss_path: str) -> None:
