@@ -53,12 +53,11 @@ def loaded(folder: str) -> Any:
     return load.load_model(args, config, torch.float32, attention=hf.ATTENTION)
 
 
-def made(cfg: Any, ctx: Any, dtype: torch.dtype = torch.float32, base: str | None = None) -> Any:
+def made(cfg: Any, ctx: Any, trained: Any) -> Any:
     """What a run trains: the model, or it with its adapters, ready for the engine."""
     from longfactory.model import adapters
     from longfactory.sp import hf
 
-    trained = model().to(dtype) if base is None else loaded(base)
     trained.set_attn_implementation(hf.ATTENTION)
     hf.prepare(trained, ctx)
     if cfg.method.finetuning_type == "full":
@@ -83,11 +82,11 @@ def nudge(optimizer: torch.optim.Optimizer) -> None:
                 p.grad.mul_(1 + 1e-7 * torch.randn(p.shape, generator=g).sign())
 
 
-def nudge_whole(optimizer: torch.optim.Optimizer) -> None:
+def nudge_whole(optimizer: torch.optim.Optimizer, seed: int) -> None:
     """1e-7 of each gradient's norm, spread over its entries, up or down: what sums in another order
     differ by, where an entry is a difference of larger ones.
     """
-    g = torch.Generator().manual_seed(17)
+    g = torch.Generator().manual_seed(seed)
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p.grad is not None:
@@ -140,6 +139,7 @@ def train(
 
     cpu_sharding.reset()
     cfg = run_config(keys)
+    fresh = model().to(dtype)  # before the arguments, by which ZeRO-3 would shard its drawing
     extra: dict[str, Any] = {}
     if sharding == "fsdp2" and efficient_loading:
         extra = settings.fsdp2_arguments(efficient_loading=True)
@@ -164,7 +164,7 @@ def train(
             **extra,
         )
         ctx = sp.SequenceParallel.create(size)
-        trained = made(cfg, ctx, dtype, base)
+        trained = made(cfg, ctx, fresh if base is None else loaded(base))
         trainer = RowTrainer(
             trained,
             args,

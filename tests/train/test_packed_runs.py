@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import packed_checkpoints
 from longfactory.errors import UserError
-from longfactory.model import load
+from longfactory.model import adapters, load
 from longfactory.testing import tiny_model
 from small_runs import LORA, STEPS, home, steps, train, write_tokenizer
 
@@ -117,6 +117,13 @@ def hqq_model(home: Path, bits: int) -> tuple[Any, Path]:
     return model, whole
 
 
+def with_adapters(model: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return get_peft_model(model, LoraConfig(r=4, target_modules=names))
+
+
 @pytest.mark.parametrize("bits", [4, 3, 8])
 def test_hqq_trains_as_the_weights_that_it_makes(home: Path, bits: int) -> None:
     needs("hqq")
@@ -126,6 +133,8 @@ def test_hqq_trains_as_the_weights_that_it_makes(home: Path, bits: int) -> None:
         w.numel() for n, w in load_file(whole / "model.safetensors").items() if "proj" in n
     )
     assert f"Quantised: {numbers:,} parameters" in line
+    lines = "".join(line for _, line in adapters.describe_trained(with_adapters(model)))
+    assert f"on {numbers:,} of the model's" in lines and "W_q" not in lines
     changes = {"quantization_bit": bits, "quantization_method": "hqq"}
     folder = home / f"hqq{bits}"
     trains_alike(home, f"hqq{bits}", whole, {**changes, "model_name_or_path": folder}, 1e-4)

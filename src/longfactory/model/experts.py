@@ -65,9 +65,11 @@ def expert_maps(model: nn.Module, parts: Idle) -> list[str]:
 
 
 def whole_shape(parameter: Any) -> tuple[int, ...]:
-    """The shape of the numbers that a parameter stands for, which four-bit weights do not have and
-    those under ZeRO-3 have between their uses alone.
+    """The shape of the numbers that a parameter stands for, which packed weights do not have
+    (hqq's say it: `model.hqq`) and those under ZeRO-3 have between their uses alone.
     """
+    if hasattr(parameter, "stands_for"):
+        return tuple(parameter.stands_for)
     state = getattr(parameter, "quant_state", None)
     shape = parameter.shape if state is None else getattr(state, "shape", parameter.shape)
     return tuple(getattr(parameter, "ds_shape", shape))

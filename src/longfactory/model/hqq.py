@@ -92,10 +92,10 @@ def install(model: Any, quantization: Hqq, device: torch.device) -> int:
                 f" groups of {GROUP} do not divide. Use quantization_method: bnb."
             )
         count += module.weight.numel()
-        layers.set_submodule(
-            name,
-            HQQLinear(module, settings, compute_dtype=quantization.dtype, device=str(device)),
-        )
+        shape = tuple(module.weight.shape)
+        layer = HQQLinear(module, settings, compute_dtype=quantization.dtype, device=str(device))
+        layer.W_q.stands_for = shape
+        layers.set_submodule(name, layer)
     model.to(device)
     return count
 

@@ -451,8 +451,7 @@ def describe_quantised(model: Any) -> str:
     for name, p in model.named_parameters():
         by_hqq = hqq.layer_of(model, name)
         packed = hasattr(p, "quant_state") or p.dtype == torch.int8 or by_hqq is not None
-        shape = experts.whole_shape(p) if by_hqq is None else by_hqq.meta["shape"]
-        count = math.prod(shape)
+        count = math.prod(experts.whole_shape(p))
         numbers[packed] += count
         size += hqq.bytes_of_scales(by_hqq)
         size += p.numel() * p.element_size()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -75,7 +76,7 @@ def _describe_adapters(inner: nn.Module, parts: Idle) -> list[tuple[int, str]]:
     bare: dict[str, int] = {}
     for name, p in inner.named_parameters():
         owner, _, own = name.replace(".base_layer", "").rpartition(".")
-        matrix = owner if own == "weight" else f"{owner}.{own}"
+        matrix = owner if own in ("weight", "W_q") else f"{owner}.{own}"  # W_q: a layer of hqq
         if _OF_ADAPTER.search(name) or "modules_to_save" in name:
             continue
         if matrix in adapted:
@@ -149,6 +150,8 @@ def _numbers_of(p: Any) -> int:
     """How many numbers a parameter stands for: four-bit weights hold two in a byte; under ZeRO-3 a
     parameter is empty between its uses.
     """
+    if hasattr(p, "stands_for"):
+        return math.prod(p.stands_for)
     n = int(getattr(p, "ds_numel", p.numel()))
     if p.__class__.__name__ == "Params4bit":
         n *= 2 * p.element_size() if hasattr(p, "element_size") else 2
