@@ -160,5 +160,6 @@ def test_stretched_positions_are_measured_as_they_are_trained(home: Path) -> Non
         argv = [f"{k}={v}" for k, v in given.items()]
         found = POOLS[size].run(measured, argv, ["needle"], [str(path)], str(home / "cache"))[0]
         curves[name] = [point["loss"] for point in found["curve"]]
-    assert curves["yarn, shared"] == pytest.approx(curves["yarn"], rel=1e-4)
-    assert curves["yarn"][-1] != pytest.approx(curves["none"][-1], rel=1e-4)
+    one, two, none = (curves[name][-1] for name in ("yarn", "yarn, shared", "none"))
+    assert abs(one - none) > 3e-6, "a random model's loss hardly depends on positions, but it does"
+    assert abs(two - one) < 0.2 * abs(one - none)
