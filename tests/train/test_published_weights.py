@@ -167,6 +167,7 @@ def write_eight_bits(folder: Path, whole: Path, block: int) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.slow
 def test_fsdp2_trains_them_as_one_process(tmp_path: Path) -> None:
     """Also where the first process alone reads the files, which a run chooses."""
     write_eight_bits(tmp_path / "stored", tmp_path / "meant", 2)
