@@ -134,7 +134,7 @@ def test_updates_in_the_backward_pass_are_those_without_clipping(name: str, tmp_
 @pytest.mark.slow
 def test_zero3_in_pure_bf16_has_no_float32() -> None:
     """Weights and the optimizer's states are bf16, and change as those of one process do but for
-    the rounding: bf16's sums in another order.
+    the rounding: bf16's sums in another order, as copies (DDP) have it too.
     """
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     keys: dict[str, Any] = {"pure_bf16": True}
@@ -143,9 +143,12 @@ def test_zero3_in_pure_bf16_has_no_float32() -> None:
     before = model().to(torch.bfloat16).state_dict()
     alone = train(keys, 1, "none", dtype=torch.bfloat16)
     change = moved(alone, before)
-    far = float((moved(shared, before) - change).norm() / change.norm())
-    print(f"zero3, pure bf16: {far:.1e}")
-    assert float(change.abs().max()) > 1e-2 and far < 0.1
+    copies, _ = on_ranks_of_their_own(2, 250, with_types, "ddp", keys)[0]
+    far, of_copies = (
+        float((moved(found, before) - change).norm() / change.norm()) for found in (shared, copies)
+    )
+    print(f"pure bf16, zero3: {far:.1e}; ddp: {of_copies:.1e}")
+    assert float(change.abs().max()) > 1e-2 and far <= 2 * of_copies < 0.4
     _, types = on_ranks_of_their_own(2, 250, with_types, "zero3", {})[0]
     assert types == {"torch.float32"}  # masters and states, where a run does not ask for it
 
