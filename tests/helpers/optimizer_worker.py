@@ -156,6 +156,7 @@ def train(
             gradient_accumulation_steps=cfg.trainer.gradient_accumulation_steps,
             max_steps=steps,
             learning_rate=cfg.trainer.learning_rate,
+            adam_epsilon=cfg.trainer.adam_epsilon,
             weight_decay=0.1,
             lr_scheduler_type="linear",
             max_grad_norm=1.0,

@@ -26,7 +26,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "pissa": {**LORA, "pissa_init": True},
     "pissa, randomised": {**LORA, "pissa_init": True, "pissa_iter": 4},
     "olora": {**LORA, "init_lora_weights": "olora"},
-    "orthogonal": {**LORA, "init_lora_weights": "orthogonal"},
+    # A's and B's gradients cancel to nothing in places, where a step of Adam would be a sign
+    "orthogonal": {**LORA, "init_lora_weights": "orthogonal", "adam_epsilon": 1e-5},
     "gaussian": {**LORA, "init_lora_weights": "gaussian"},
     "more modules": {**LORA, "lora_target": "q_proj", "additional_target": "norm,lm_head"},
     "oft": {"finetuning_type": "oft", "oft_block_size": 2, "oft_target": "all"},

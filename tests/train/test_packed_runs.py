@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import packed_checkpoints
 from longfactory.errors import UserError
-from longfactory.model import adapters, load
+from longfactory.model import load, trained_parameters
 from longfactory.testing import tiny_model
 from small_runs import LORA, STEPS, home, steps, train, write_tokenizer
 
@@ -133,7 +133,7 @@ def test_hqq_trains_as_the_weights_that_it_makes(home: Path, bits: int) -> None:
         w.numel() for n, w in load_file(whole / "model.safetensors").items() if "proj" in n
     )
     assert f"Quantised: {numbers:,} parameters" in line
-    lines = "".join(line for _, line in adapters.describe_trained(with_adapters(model)))
+    lines = "".join(line for _, line in trained_parameters.describe_trained(with_adapters(model)))
     assert f"on {numbers:,} of the model's" in lines and "W_q" not in lines
     changes = {"quantization_bit": bits, "quantization_method": "hqq"}
     folder = home / f"hqq{bits}"
