@@ -70,7 +70,7 @@ def test_plan_takes_its_words_as_they_are(monkeypatch: pytest.MonkeyPatch) -> No
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["trian"]) == 2
     assert (
-        "no command 'trian'. It has init, train, plan, verify, eval, export"
+        "no command 'trian'. It has init, train, plan, verify, teach, eval, export"
         in capsys.readouterr().err
     )
 
