@@ -120,8 +120,10 @@ def check(name: str, contexts: list[Any], device: Any, seeds: int) -> dict[str, 
         }
         for layout, lengths in LAYOUTS.items():
             alone = reference == "row"
-            exact, choices = by_itself(wide, lengths, seed, alone, None)
-            own = distances(by_itself(narrow, lengths, seed, alone, choices)[0], exact)
+            # copies: rotary frequencies of dynamic NTK stay those of the longest row so far
+            exact, choices = by_itself(copy.deepcopy(wide), lengths, seed, alone, None)
+            apart = copy.deepcopy(narrow)
+            own = distances(by_itself(apart, lengths, seed, alone, choices)[0], exact)
             for ctx in contexts:
                 ours = distances(through_engine(narrow, ctx, lengths, seed, choices), exact)
                 for what, error in ours.items():
