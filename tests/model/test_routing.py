@@ -20,7 +20,7 @@ from longfactory.memory.settings import MemorySettings
 from longfactory.model.routing import Routing, router_loss_coefficient
 from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.sp import hf
-from longfactory.sp.recurrent.layers import mixers, widen
+from longfactory.sp.recurrent.layers import as_reference, mixers
 from longfactory.sp.text_model import decoder_layers
 from longfactory_dev.tiny_models import tiny_config, tiny_model
 
@@ -41,7 +41,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def specified(family: str) -> tuple[Tensor, dict[str, Tensor]]:
     """transformers' loss of the tokens alone, and its gradients."""
     model: Any = copy.deepcopy(base(family))
-    widen(model)
+    as_reference(model)
     out = model(input_ids=IDS[None], output_router_logits=True)
     (out.aux_loss * COEFFICIENT + out.logits.log_softmax(-1)[0, :, 7].sum()).backward()
     return out.aux_loss.detach(), gradients(model)
