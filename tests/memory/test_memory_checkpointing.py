@@ -244,7 +244,6 @@ def run_without_gradient(model):
     ("keys", "reason"),
     [
         ({"lora_dropout": 0.1}, "its q_proj has lora_dropout"),
-        ({"use_dora": True}, "its q_proj has DoraLinearVariant"),
         ({"lora_bias": True}, "its q_proj has lora_bias"),
     ],
 )

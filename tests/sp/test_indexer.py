@@ -294,9 +294,9 @@ def test_indexer_without_a_choice_is_refused() -> None:
 
 def test_indexer_of_another_kind_is_refused() -> None:
     reasons = {
-        "qwen4_exp": "its sparse attention chooses keys",
-        "glm5_next": "its sparse attention chooses keys",
-        "deepseek_v4": "its attention reads a compressed copy",
+        "qwen4_exp": "its indexer scores means of several keys",
+        "glm5_next": "its indexer scores pools of several keys",
+        "deepseek_v4": "its attention reads, beside a window, one compressed key",
     }
     for family, reason in reasons.items():
         found = hf.unsupported(CONFIG_MAPPING[family]())

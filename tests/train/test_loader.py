@@ -4,7 +4,9 @@ micro-batch.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import multiprocessing
 import pickle
 import shutil
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from torch.utils.data import IterableDataset
 
 from longfactory.data.row import IGNORE, TokenizedDocument, make_row
+from longfactory.errors import DataError
 from longfactory.train.loader import (
     MEDIA_WORKERS,
     Collate,
@@ -24,8 +27,10 @@ from longfactory.train.loader import (
     RowSampler,
     RowStream,
     empty_row,
+    end_processes,
     make_loader,
     media_workers,
+    skip_first_batches,
 )
 from longfactory.train.survival.signals import ignore_in_loader
 
@@ -181,6 +186,41 @@ def test_a_reference_cache_made_after_the_loader_is_used() -> None:
     assert [item["row"] for item in loader] != ["attached"]
     caches.append(Cache())
     assert [item["row"] for item in loader] == ["attached"]
+
+
+def test_an_epoch_that_goes_on_has_its_references_and_stops_at_a_row_that_is_wrong() -> None:
+    """transformers continues an epoch with a loader of accelerate's own class."""
+
+    class Numbers:
+        def attach(self, row: object) -> str:
+            return "attached"
+
+    def wrong(row: object) -> object:
+        raise DataError("the image of row 3 is cut off")
+
+    common = {"batch": 1, "groups": 1, "group": 0, "workers": 0, "pin": False, "prefetch": None}
+    rows = Collate(collate, 8, 3, empty_row)
+    loader = make_loader([1, 2, 3], RowSampler(3, 1), rows, **common, reference=Numbers)
+    rest = skip_first_batches(loader, 2)
+    assert [item["row"] for item in rest] == ["attached"]
+    with_image = lambda *args: dataclasses.replace(collate(*args), media=(object(),))  # noqa: E731
+    rows = Collate(with_image, 8, 3, empty_row, wrong)  # type: ignore[arg-type]
+    loader = make_loader([1, 2, 3], RowSampler(3, 1), rows, **common)
+    with pytest.raises(DataError, match="the image of row 3"):
+        list(skip_first_batches(loader, 2))
+
+
+@pytest.mark.processes
+def test_processes_of_an_epoch_that_goes_on_are_ended() -> None:
+    common = {"batch": 1, "groups": 1, "group": 0, "workers": 1, "pin": False, "prefetch": None}
+    rows = Collate(collate, 8, 3, empty_row)
+    loader = make_loader(list(range(7)), RowSampler(7, 1), rows, **common)
+    batches = iter(skip_first_batches(loader, 2))
+    assert next(d.sample for d in next(batches)["row"].documents) == 2
+    (process,) = multiprocessing.active_children()
+    end_processes()
+    process.join(20)
+    assert not process.is_alive()
 
 
 def test_what_a_loader_sends_to_its_processes_is_data_alone() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 
 import transformers
+import transformers.trainer
 
 from longfactory.errors import UserError
 
@@ -96,6 +97,8 @@ def check_trainer(trainer_class: type) -> None:
             problems.append(f"Trainer.{name} is missing, expected Trainer.{name}({expected})")
         elif (found := signature_of(method)) != expected:
             problems.append(f"got Trainer.{name}({found}), expected Trainer.{name}({expected})")
+    if not hasattr(transformers.trainer, "skip_first_batches"):
+        problems.append("got no transformers.trainer.skip_first_batches, by which a run resumes")
     if problems:
         raise UserError(
             f"transformers {transformers.__version__} has another Trainer than LongFactory"

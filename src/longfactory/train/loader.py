@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import accelerate
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
@@ -238,14 +239,44 @@ class RowLoader(DataLoader):
         self.reference = reference
 
     def __iter__(self) -> Any:
+        return self.rows(super().__iter__)
+
+    def rows(self, begin: Callable[[], Any]) -> Any:
+        """What `begin` gives, batch by batch: iterators of this loader, or of one that begins later
+        in the epoch.
+        """
         self.collate_fn.reference = self.reference()
-        batches = super().__iter__()
+        batches = begin()
         if self.num_workers:
             _with_processes.add(batches)
         for batch in batches:
             if isinstance(batch, dict) and "problem" in batch:
                 raise DataError(batch["problem"])
             yield batch
+
+
+class _Rest:
+    """A `RowLoader` from some batch on. accelerate makes a loader of its own class for that, which
+    knows nothing of references, of images that cannot be decoded, and of `end_processes`.
+    """
+
+    def __init__(self, loader: RowLoader, rest: DataLoader) -> None:
+        self.loader, self.rest = loader, rest
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rest, name)
+
+    def __len__(self) -> int:
+        return len(self.rest)
+
+    def __iter__(self) -> Any:
+        return self.loader.rows(self.rest.__iter__)
+
+
+def skip_first_batches(loader: Any, num_batches: int = 0) -> Any:
+    """accelerate's function of this name, with which transformers resumes within an epoch."""
+    rest = accelerate.skip_first_batches(loader, num_batches)
+    return _Rest(loader, rest) if isinstance(loader, RowLoader) else rest
 
 
 MEDIA_WORKERS = 2

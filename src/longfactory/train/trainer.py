@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import transformers.trainer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
@@ -46,7 +47,13 @@ from longfactory.train.checkpoint.facts import RunFacts
 from longfactory.train.checkpoint.trainer import ResumableTrainer
 from longfactory.train.contracts import check_trainer
 from longfactory.train.embedding_noise import noisy_embeddings, token_keys, token_scales
-from longfactory.train.loader import Collate, RowSampler, empty_row, make_loader
+from longfactory.train.loader import (
+    Collate,
+    RowSampler,
+    empty_row,
+    make_loader,
+    skip_first_batches,
+)
 from longfactory.train.meter import Meter, TokensLeft
 from longfactory.train.numbers import Numbers
 from longfactory.train.optimizers import one_dtype_each
@@ -57,6 +64,7 @@ from longfactory.train.reference import Reference, as_reference
 log = logging.getLogger("longfactory")
 
 check_trainer(Trainer)
+transformers.trainer.skip_first_batches = skip_first_batches  # type: ignore[attr-defined]
 
 
 class RowTrainer(ResumableTrainer):
