@@ -187,7 +187,8 @@ def difference_of_one_pass(device: torch.device) -> float:
     if not torch.equal(split(found)[0], ours.weight):
         return math.inf
     pairs = ((found, master), (ours.m, m), (ours.v, v))
-    return max(float(((a - b).abs() / b.abs().clamp(min=1.0)).max()) for a, b in pairs)
+    far = [((a - b).abs() / b.abs().clamp(min=1.0)).max() for a, b in pairs]
+    return float(torch.stack(far).max())  # NaN where one of them is, unlike Python's max
 
 
 def _adamw(master: Tensor, grad: Tensor, part: Block) -> None:
