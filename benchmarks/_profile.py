@@ -9,12 +9,23 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+RECORDED = {
+    "enable_torch_profiler": "true",
+    "profiler_warmup_steps": 1,
+    "profiler_active_steps": 1,
+    "profiler_with_stack": "false",
+    "profiler_record_shapes": "false",
+    "profiler_profile_memory": "false",
+}
+"""Keys of a run of which one step is recorded, without what makes a trace large."""
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 ROWS = 45  # of the list of kernels
 
 PARTS: tuple[tuple[str, str, str], ...] = (
     # (part, what the host's operations are called, what the kernel is called)
+    ("images: tower", r"images: tower", r""),
+    ("images: exchange", r"images: exchange", r""),
     ("optimizer", r"Optimizer\.step|adamw|clip_grad|_foreach_|aten::linalg_vector_norm", r""),
     ("messages", r"", r"nccl"),
     ("attention", r"", r"flash_(fwd|bwd)|fmha|sdpa|cudnn_generated"),
@@ -96,6 +107,13 @@ def busy(found: Iterable[Found]) -> float:
         total += max(0.0, stop - max(end, work.start))
         end = max(end, stop)
     return total
+
+
+def print_traces(name: str, folder: Path) -> None:
+    """Where the recorded step of a run spent its time, on each GPU."""
+    for trace in sorted(folder.glob("trace_rank*.json")):
+        rank = trace.stem.split("_")[1].removeprefix("rank")
+        print(f"\n{name}, one step on GPU {rank}:\n{table(trace)}\n", flush=True)
 
 
 def table(trace: Path) -> str:

@@ -107,16 +107,6 @@ UPDATE_BYTES, SPLIT_UPDATE_BYTES = 32, 28
 three of them, in float32; clipping reads the gradient. Split masters: gradients have 2 bytes."""
 
 
-RECORDED = {
-    "enable_torch_profiler": "true",
-    "profiler_warmup_steps": 1,
-    "profiler_active_steps": 1,
-    "profiler_with_stack": "false",
-    "profiler_record_shapes": "false",
-    "profiler_profile_memory": "false",
-}
-
-
 def ours(
     name: str, at: Setting, gpus: int, steps: int, home: Path, limit: float, profile: bool = False
 ) -> dict[str, Any]:
@@ -126,7 +116,7 @@ def ours(
     whole = whole_row(at, gpus)
     steps = steps_of(whole, steps)
     if profile:
-        whole = whole._replace(keys=whole.keys | RECORDED | {"profiler_wait_steps": steps})
+        whole = whole._replace(keys=whole.keys | _profile.RECORDED | {"profiler_wait_steps": steps})
     about = about_ours(name, at, gpus)
     try:
         more = 2 if profile else 0
@@ -209,7 +199,9 @@ def ours_together(
             whole = whole_row(rows[name], gpus)
             ran = steps_of(whole, steps)
             if profile and ran == steps:
-                whole = whole._replace(keys=whole.keys | RECORDED | {"profiler_wait_steps": steps})
+                whole = whole._replace(
+                    keys=whole.keys | _profile.RECORDED | {"profiler_wait_steps": steps}
+                )
                 ran += 2
             keys = keys_of(name, whole, gpus, ran, home)
             found.append(Job(name, {key: str(value) for key, value in keys.items()}))

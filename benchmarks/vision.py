@@ -48,6 +48,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 sys.path.insert(0, str(ROOT / "src"))
+import _profile  # noqa: E402
 import _vision_rows  # noqa: E402
 from _table import LEAST, Clock, command_line, machine_name  # noqa: E402
 from longfactory.testing import RankError, RankPool  # noqa: E402
@@ -270,7 +271,7 @@ def words_of(job: Job, args: argparse.Namespace, home: Path) -> list[str]:
         "nproc_per_node": job.gpus,
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": 1,
-        "max_steps": args.steps,
+        "max_steps": args.steps + (2 if args.profile else 0),
         "learning_rate": "1e-5",
         "logging_steps": 1,
         "save_strategy": "no",
@@ -280,6 +281,7 @@ def words_of(job: Job, args: argparse.Namespace, home: Path) -> list[str]:
         "report_to": "none",
         "preprocessing_num_workers": 1 if args.smoke else args.steps,
         **({} if args.workers < 0 else {"dataloader_num_workers": args.workers}),
+        **(_profile.RECORDED | {"profiler_wait_steps": args.steps} if args.profile else {}),
         **({} if args.smoke else {"bf16": "true"}),
         **({"sharding": "ddp" if args.smoke else "fsdp2"} if job.gpus > 1 else {}),
         **dict(word.split("=", 1) for word in args.keys),
@@ -317,6 +319,7 @@ def _run_in(
             text, after = pool.run(_vision_rows.train, words, cache, turns, timeout=limit)[0]
         said = "; ".join(f"{seconds:.0f} s {line}" for seconds, line in after)
         print(f"{job.name}, {job.gpus} GPUs: {said}", flush=True)
+        _profile.print_traces(job.name, home / job.out / "profiler")
     except RankError as error:
         print(str(error)[-2500:], flush=True)
         left = limit - (time.time() - begun)
@@ -353,7 +356,7 @@ def logged(job: Job, args: argparse.Namespace, home: Path, text: str) -> dict[st
     """What a run's log says of the steps after the first."""
     log = home / job.out / "trainer_log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    lines = [line for line in lines if "loss" in line]
+    lines = [line for line in lines if "loss" in line][: args.steps]
     timed = lines[1:]
     if not timed:
         return {"error": _reason(text)}
@@ -672,6 +675,11 @@ def main() -> int:
         action="store_true",
         help="the run of all GPUs makes its first step while the one of one GPU does, and waits"
         " for its turn then: both are in memory (--keys keep_mlp=0.5)",
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="two steps more, of which one is recorded: where each GPU's time goes",
     )
     parser.add_argument("--render", type=Path, help="only write the table of a file of results")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")

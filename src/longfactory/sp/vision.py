@@ -380,7 +380,8 @@ def _merge(
     features = _features(model, media, embeddings)
     if features is None:
         return args, kwargs
-    arrived = media.route.exchange(features).to(embeddings.dtype)
+    with torch.profiler.record_function("images: exchange"):
+        arrived = media.route.exchange(features).to(embeddings.dtype)
     hidden = embeddings.shape[-1]
     level, *deeper = arrived.split(hidden, dim=-1)
     places = media.route.places
@@ -417,7 +418,8 @@ def _features(model: PreTrainedModel, media: Media, embeddings: Tensor) -> Tenso
 
 def features_of(model: PreTrainedModel, images: Sequence[Images], device: torch.device) -> Tensor:
     """[tokens, levels * hidden] that the tower and the projector make of images, in their order."""
-    return _installed[model].family.features(base_of(model), images, device)
+    with torch.profiler.record_function("images: tower"):
+        return _installed[model].family.features(base_of(model), images, device)
 
 
 def is_trained(model: PreTrainedModel) -> bool:
