@@ -247,6 +247,8 @@ def real_heads(family: str) -> dict[str, Any]:
     if "mamba_d_head" in values and "hidden_size" in fields:
         inner = _TINY["mamba_expand"] * fields["hidden_size"]
         fields["mamba_d_head"] = inner // _TINY["mamba_n_heads"]
+    if "attention_multiplier" in values:  # 1.0 by default, which no trained model has
+        fields["attention_multiplier"] = 1 / dim
     rope = values.get("rope_parameters") or {}
     tiny = getattr(tiny_config(family).get_text_config(), "rope_parameters", None) or {}
     if "mrope_section" in rope:
@@ -317,10 +319,19 @@ def _shrunk(
 
 
 def tiny_model(
-    family: str, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides: Any
+    family: str,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    fan_in: int = 64,
+    **overrides: Any,
 ) -> PreTrainedModel:
     """Random weights, large enough that attention changes the logits by more than a rounding error.
     The same on every rank.
+
+    Args:
+        fan_in: weights of maps of more inputs are as large as those of this many. In a wider model
+            scores grow with the square of what is left out, until attention sees one key alone and
+            bf16 tells nothing: such a model needs its width here.
     """
     config = tiny_config(family, **overrides)
     torch.manual_seed(seed)
@@ -340,7 +351,7 @@ def tiny_model(
             if p.dim() >= 2:
                 p.copy_(
                     torch.randn(p.shape, generator=generator, dtype=torch.float64)
-                    / math.sqrt(min(p.shape[-1], 64))
+                    / math.sqrt(min(p.shape[-1], fan_in))
                 )
             else:
                 p.add_(0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64))

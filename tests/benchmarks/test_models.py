@@ -18,6 +18,7 @@ import family_sweep
 import kernels
 import models
 import plan_accuracy
+from longfactory import sp
 from longfactory.memory.layer_kinds import kinds_of
 from longfactory.sp.text_model import model_class
 from longfactory_dev import families
@@ -259,6 +260,26 @@ def test_heads_that_a_family_runs_with(family: str, found: dict[str, int]) -> No
     """Tiny ones, and why, where the family's own do not run."""
     fields, why = family_sweep.with_real_heads(family, {}, torch.device("cpu"))
     assert fields == found and why.startswith("tiny head dims: ") is (not found)
+
+
+def test_a_family_whose_bf16_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores so large that a query sees one key: the model itself is far from float32, and a ratio
+    of two such distances is noise. With the multiplier of trained models it is near.
+    """
+    monkeypatch.setattr(family_sweep, "LAYOUTS", {"one document": (96,)})
+    monkeypatch.setattr(family_sweep, "TOTAL", 96)
+    one, cpu = [sp.SequenceParallel.create(1)], torch.device("cpu")
+    near = family_sweep.check("granite", one, cpu, 1)
+    assert near["own"] < 0.03 and near["ratio"] < 1.5
+    own = family_sweep.with_real_heads
+
+    def hot(*args: Any) -> tuple[dict[str, Any], str]:
+        fields, note = own(*args)
+        return {**fields, "attention_multiplier": 30.0}, note
+
+    monkeypatch.setattr(family_sweep, "with_real_heads", hot)
+    found = family_sweep.check("granite", one, cpu, 1)
+    assert "tells nothing" in found["failed"] and "ratio" not in found
 
 
 def test_gpu_time_of_a_step_by_parts(tmp_path: Path) -> None:
