@@ -75,6 +75,11 @@ def test_train_resume_and_refuse(small: list[str], tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (out / "trainer_log.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines if "loss" in line] and lines[-1]["current_steps"] == 2
+    start = lines[0]["startup"]
+    assert {"launcher", "imports", "data", "model", "guard", "first step"} <= start.keys()
+    (told,) = re.findall(r"end of the first step: ([0-9.]+) s: launcher", done.stderr)
+    assert float(told) == pytest.approx(sum(start.values()), abs=0.1)
+    assert not any("startup" in line for line in lines[1:])
     assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-2"]
     for name in (
         "model.safetensors",

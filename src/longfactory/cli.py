@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from longfactory import __version__, launch, terminal
+from longfactory import __version__, launch, startup, terminal
 from longfactory.errors import PEER_LOST, STOPPED, Stopped, UserError, disk_sentence
 from longfactory.processes import die_with_parent
 from longfactory.train.survival import launched
@@ -98,6 +98,7 @@ def train(argv: list[str], watch: Watch | None = None) -> int:
     from longfactory.config.show import processes as planned_processes
 
     worker = launch.is_worker()
+    startup.begin(launcher=worker)
     cfg = load_config(argv)
     if not worker or (_rank() == 0 and launched.TOLD not in os.environ):
         for note in cfg.notes:  # once: our own launcher has told them

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from longfactory.errors import PEER_LOST, STALLED, STOPPED, USER_ERROR, UserError
 from longfactory.processes import children_of, state_of
+from longfactory.startup import BEGAN, begun
 from longfactory.train.survival import launched
 from longfactory.train.survival.board import ATTEMPT
 from longfactory.train.survival.lock import HOLDER
@@ -222,6 +223,8 @@ def start(
             store = None
             for attempt in range(restarts + 1):
                 os.environ[ATTEMPT] = str(attempt)
+                counted = begun() if attempt == 0 else None
+                os.environ[BEGAN] = str(time.time() if counted is None else counted.began)
                 if not elastic and (store is None or "MASTER_PORT" not in os.environ):
                     store = host_store()
                 launcher.clear()
@@ -245,7 +248,7 @@ def start(
             return status
         finally:
             launcher.close()
-            for name in (launched.TOLD, ATTEMPT, HOLDER):
+            for name in (launched.TOLD, ATTEMPT, HOLDER, BEGAN):
                 os.environ.pop(name, None)
 
 

@@ -1,5 +1,5 @@
-"""What a run tells while it goes: the LLaMA-Factory log file, the start-up proof, the data order's
-epoch.
+"""What a run tells while it goes: the LLaMA-Factory log file, the start-up proof, where the time
+until the first step's end went, the data order's epoch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from longfactory import startup
 from longfactory.config.folder import write_whole
 from longfactory.train.meter import Rates
 
@@ -31,20 +32,24 @@ class LogFile(TrainerCallback):
     right (or of tokens, for sft). A run that begins replaces an older file; one that goes on keeps
     the lines up to its checkpoint, so that no step stands there twice.
 
-    Rates (`meter.Rates`), where they are known, have names of our own.
+    Rates (`meter.Rates`), where they are known, have names of our own. The first line has
+    `startup`: seconds of the parts of the time from the command to the end of the first step.
 
     Args:
         output_dir: its folder.
         remaining: gives the seconds from the end of a step to that of the last one; without it, or
             where it does not know, steps are taken to last alike.
+        start: gives `startup`, once.
     """
 
     def __init__(
         self,
         output_dir: str,
         remaining: Callable[[int, int], float | None] = lambda step, last: None,
+        start: Callable[[], dict[str, float]] = dict,
     ):
         self.path, self.remaining = Path(output_dir) / LOG_FILE, remaining
+        self.start = start
         self.started = time.time()
         self.first_step = 0
         self.first_tokens = 0
@@ -117,6 +122,7 @@ class LogFile(TrainerCallback):
             "remaining_time": str(timedelta(seconds=int(remaining))),
         }
         line |= {name: logs[name] for name in Rates.__dataclass_fields__ if name in logs}
+        line["startup"] = self.start() or None
         means = ("rewards/chosen", "rewards/rejected", "rewards/margins")
         line |= {name: logs[name] for name in means if name in logs}
         # With eval_on_each_dataset every set has a loss of its own.
@@ -179,6 +185,27 @@ class AtStart(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for function in self.functions:
             function()
+
+
+class ToldStartup(TrainerCallback):
+    """Says where the time from the command to the end of the first step went, of this process."""
+
+    def __init__(self) -> None:
+        self._row: dict[str, float] = {}
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        startup.done("evaluation")  # eval_on_start
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        found = startup.end("first step")
+        if found is not None and state.is_world_process_zero:
+            self._row = found.row()
+            log.info(found.line())
+
+    def row(self) -> dict[str, float]:
+        """Seconds of each part, the first time that it is asked for after the first step."""
+        found, self._row = self._row, {}
+        return found
 
 
 class Reported(TrainerCallback):

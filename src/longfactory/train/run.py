@@ -18,7 +18,7 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, Seq2SeqTrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
-from longfactory import hub, progress, sp, terminal
+from longfactory import hub, progress, sp, startup, terminal
 from longfactory.config import RunConfig, checks, folder
 from longfactory.config.adapter_facts import trains_adapters
 from longfactory.config.loss_facts import split_loss_path
@@ -46,7 +46,7 @@ from longfactory.stages.base import Stage
 from longfactory.stages.make import make_stage
 from longfactory.stages.user_loss import digest_of
 from longfactory.train import auto, output
-from longfactory.train.callbacks import AtStart, LogFile, report_failures
+from longfactory.train.callbacks import AtStart, LogFile, ToldStartup, report_failures
 from longfactory.train.checkpoint.choose import Start, choose_start
 from longfactory.train.checkpoint.facts import RunFacts
 from longfactory.train.checkpoint.place import check_place
@@ -137,16 +137,21 @@ def assemble(cfg: RunConfig, *, wide_weights: bool = False, store: Any = None) -
     """
     processes = read_processes(cfg)
     _set_up_log(processes.main)
+    if processes.cuda:
+        startup.watch_compilers()
     prepared = prepare(cfg, processes, wide_weights=wide_weights)
     memory, sharding = prepared.memory, prepared.sharding
+    startup.done("memory plan")
 
     args, ctx = init_distributed(cfg, prepared, store)
     start = choose_start(cfg) if args.do_train and not wide_weights else None
     model_config, stage, tokenizer = prepared.model_config, prepared.stage, prepared.tokenizer
+    startup.done("process group")
     for line in describe(cfg, ctx, args, sharding, prepared.datasets):
         log.info(line)
     for line in kernels(cfg, model_config, ctx, args, memory):
         log.info(line)
+    startup.done("attention kernels")
     images = prepared.datasets.processing is not None
     model, head, source = build_model(
         cfg, model_config, tokenizer, ctx, args, stage, memory.split, images=images
@@ -157,6 +162,7 @@ def assemble(cfg: RunConfig, *, wide_weights: bool = False, store: Any = None) -
     activations = apply_memory(
         model, memory.plan.settings, args.device, longest=aligned // ctx.size
     )
+    startup.done("model")
     if args.do_train:
         output.prove_writable(args, source)
     trainer = make_trainer(
@@ -195,9 +201,12 @@ def prepare_training(assembled: Assembled, cfg: RunConfig, watch: Watch | None =
         )
     trainer.add_callback(
         AtStart(
+            lambda: startup.done("optimizer and sharding"),
             lambda: prove_exact(trainer),
+            lambda: startup.done("guard"),
             lambda: refuse_unused(trainer),
             lambda: attach_reference(trainer, cfg),
+            lambda: startup.done("reference"),
         )
     )
     trainer.add_callback(ReportUnused(trainer))
@@ -227,7 +236,9 @@ def run(cfg: RunConfig, watch: Watch | None = None) -> dict[str, float]:
         UserError: something that the user can put right; nothing half-written is left behind.
         Stopped: a signal asked for a stop, and a checkpoint is saved.
     """
+    startup.done("imports")
     store, lock = meet(cfg, watch, writes=True)
+    startup.done("meeting")
     try:
         return _run(decided(cfg, store), watch, store)
     finally:
@@ -387,6 +398,7 @@ def prepare(cfg: RunConfig, processes: Processes, *, wide_weights: bool) -> Prep
     except ValueError as error:
         raise UserError(str(error)) from error
     datasets = load_data(cfg, tokenizer)
+    startup.done("data")
     if datasets.processing is not None:
         counts = count_parameters(cfg, model_config, images=True)
     memory = plan_memory(cfg, model_config, counts, datasets, sharding, world, cuda)
@@ -767,6 +779,7 @@ def make_trainer(
             " weighted as their losses are."
         )
     meter = run_meter(cfg, args, memory, datasets)
+    told = ToldStartup()
     trainer = RowTrainer(
         model,
         args,
@@ -787,7 +800,7 @@ def make_trainer(
         eval_dataset=eval_sets,
         processing_class=tokenizer,
         meter=meter,
-        callbacks=[LogFile(args.output_dir, meter.remaining)],
+        callbacks=[told, LogFile(args.output_dir, meter.remaining, told.row)],
     )
     if cfg.output.enable_torch_profiler:
         trainer.add_callback(Profiler.of_run(cfg))

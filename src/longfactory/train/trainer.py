@@ -28,7 +28,7 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_init
 from transformers.trainer_utils import EvalLoopOutput
 
-from longfactory import sp
+from longfactory import sp, startup
 from longfactory.data.media.load import MediaLoading
 from longfactory.data.row import Row
 from longfactory.errors import UserError
@@ -279,7 +279,8 @@ class RowTrainer(ResumableTrainer):
         elif row.media:
             raise RuntimeError("A row has images, and the model was prepared for text alone.")
         if self.measure is not None:
-            self.measure(len(row), segments)
+            with startup.within(startup.SCHEDULES):
+                self.measure(len(row), segments)
         plan = sp.plan(len(row), segments, self.ctx)
         tensors = {
             name: x.to(self.args.device, non_blocking=True)
