@@ -239,6 +239,14 @@ def test_refused(folder: Path, tmp_path: Path) -> None:
         ),
         ({"export_dir": tmp_path / "o", "adapter_name_or_path": folder / "wider"}, "does not fit"),
         ({"export_dir": tmp_path / "o", "adapter_name_or_path": folder / "absent" / "x"}, "x"),
+        (
+            {
+                "export_dir": tmp_path / "o",
+                "adapter_name_or_path": folder / "wider",
+                "train_from_scratch": True,
+            },
+            "makes new random weights",
+        ),
     ]
     for keys, expected in cases:
         with pytest.raises(UserError) as e:

@@ -60,3 +60,11 @@ def test_nothing_is_said_of_what_is_not_there() -> None:
     keys = {"model_name_or_path": "base", "dataset": "d", "output_dir": "nowhere/out"}
     assert closing_lines(from_mapping({**keys, "save_final_model": False})) == []
     assert len(closing_lines(from_mapping({**keys, "plot_loss": True}))) == 2
+
+
+def test_no_command_is_given_for_an_adapter_of_random_weights() -> None:
+    keys = {"model_name_or_path": "base", "dataset": "d", "output_dir": "nowhere/out"}
+    keys |= {"train_from_scratch": True}
+    assert closing_lines(from_mapping({**keys, "finetuning_type": "full"}))[-1].startswith("Next: ")
+    (made, said) = closing_lines(from_mapping({**keys, "finetuning_type": "lora"}))
+    assert made == "The adapter is in nowhere/out." and "not saved" in said

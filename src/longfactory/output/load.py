@@ -33,6 +33,12 @@ def load_with_source(cfg: RunConfig, device: torch.device) -> tuple[Any, Any, So
     """
     from longfactory.model import load as models
 
+    if cfg.model.train_from_scratch and cfg.model.adapter_name_or_path:
+        raise UserError(
+            "train_from_scratch makes new random weights, and adapter_name_or_path names an adapter"
+            " of others: a run's random weights are not saved beside its adapter. Train with"
+            " finetuning_type: full, or name a model with weights."
+        )
     tokenizer = load_tokenizer(cfg)
     config = models.load_config(cfg.model, cfg.known_cutoff_len)
     dtype = DTYPES.get(cfg.model.infer_dtype) or getattr(config, "dtype", None) or torch.float32

@@ -412,7 +412,14 @@ def closing_lines(cfg: RunConfig) -> list[str]:
     pictures = [folder / f"training_{name.replace('/', '_')}.png" for name in curves(cfg)]
     if drawn := [str(path) for path in pictures if cfg.method.plot_loss and path.exists()]:
         lines.append(f"Pictures: {', '.join(drawn)}.")
-    if cfg.output.save_final_model:
+    if not cfg.output.save_final_model:
+        return lines
+    if cfg.model.train_from_scratch and cfg.method.finetuning_type == "lora":
+        lines.append(
+            "Its base model's random weights (train_from_scratch) are not saved: the adapter shows"
+            " that the run works, and can be used with no model."
+        )
+    else:
         lines.append(f"Next: {next_command(cfg)}")
     return lines
 
