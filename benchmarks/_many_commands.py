@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from _many_table import Row
-from _table import MARK, end_marked
+from _table import MARK, end_marked, of_visible
 from plan_accuracy import TOO_LONG, ended_in_time
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -180,12 +180,12 @@ def words_of(command: str, keys: Row) -> list[str]:
 
 
 def environment(home: Path, devices: Sequence[int | str]) -> dict[str, str]:
-    """Of a run on some GPUs: no network, a cache of its own."""
+    """Of a run on some GPUs, of those that are visible: no network, a cache of its own."""
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     own = {
         "RECORD_VRAM": "1",
         "LONGFACTORY_CACHE": str(home / "cache"),
-        "CUDA_VISIBLE_DEVICES": ",".join(map(str, devices)),
+        "CUDA_VISIBLE_DEVICES": of_visible(devices),
         "PYTHONPATH": path,
         "HF_HUB_OFFLINE": "1",
     }

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +212,12 @@ def _about(job: dict[str, Any], gpus: int) -> dict[str, Any]:
         "gpus": gpus,
         **variant(job),
     }
+
+
+def of_visible(numbers: Iterable[int | str]) -> str:
+    """CUDA_VISIBLE_DEVICES for some of the GPUs that this process may use, counted from 0."""
+    shown = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
+    return ",".join(shown[int(number)] if shown else str(number) for number in numbers)
 
 
 def command_line() -> str:

@@ -48,6 +48,7 @@ from _matrix_reference import (  # noqa: E402
     STEP_SAMPLES,
     STEPS,
 )
+from _table import of_visible  # noqa: E402
 
 FACTOR = 3.0
 """Times the plain loop's own error. Two computations in one precision, of equal quality, differ by
@@ -302,7 +303,7 @@ def environment(home: Path, gpus: Sequence[int], cpu: bool) -> dict[str, str]:
         "TQDM_DISABLE": "1",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1" if cpu else "4"),
         "TOKENIZERS_PARALLELISM": "false",
-        "CUDA_VISIBLE_DEVICES": "" if cpu else ",".join(map(str, sorted(gpus))),
+        "CUDA_VISIBLE_DEVICES": "" if cpu else of_visible(sorted(gpus)),
     }
     given.setdefault("NCCL_NVLS_ENABLE", "0")
     return given

@@ -7,7 +7,7 @@ random weights, beside transformers alone and beside a roofline that is measured
     python benchmarks/models.py --render DIR/models.json PRINTED.log ... --out benchmarks/results
 
 A row is a shape, a method and the tokens that each GPU holds; with several GPUs
-(`--gpus 0,1`; by default the visible ones) they share one row of so many times the length
+(`--gpus 0,1`, counted among the visible ones) they share one row of so many times the length
 (sequence_parallel_size). Systems:
 
     ours       longfactory train, memory: auto; `--sharding` as by default of the command, or fsdp2, ddp
@@ -59,6 +59,7 @@ from _table import (  # noqa: E402
     job,
     log_file,
     machine_name,
+    of_visible,
     run_row,
     write,
 )
@@ -178,7 +179,7 @@ SHOWN = r"^(Imported in|\[[0-9:]+\] (Training data|Attention kernel|Trainable pa
 def ours_together(
     names: Sequence[str],
     rows: dict[str, Setting],
-    devices: Sequence[str],
+    devices: Sequence[int | str],
     steps: int,
     home: Path,
     clock: Clock,
@@ -390,11 +391,12 @@ def measure(args: argparse.Namespace, home: Path) -> int:
         for name, at in (SMOKE if args.smoke else ROWS).items()
     }
     names = args.rows or list(rows)
-    gpus = args.gpus.split(",")
+    numbers = args.gpus.split(",")
+    gpus = range(len(numbers))
     clock, log = Clock(args.limit), log_file("models")
     about = {"machine": machine_name()}
     if not args.smoke:
-        os.environ["CUDA_VISIBLE_DEVICES"] = args.gpus
+        os.environ["CUDA_VISIBLE_DEVICES"] = of_visible(numbers)
     failed = False
 
     def keep(found: dict[str, Any], show: bool = True) -> None:
@@ -496,8 +498,8 @@ def main() -> int:
     )
     parser.add_argument(
         "--gpus",
-        default=os.environ.get("CUDA_VISIBLE_DEVICES") or "0",
-        help="numbers of the GPUs that share a row: 0 or 0,1; by default those that are visible",
+        default="0",
+        help="those that share a row, of the visible GPUs, counted from 0: 0 or 0,1",
     )
     parser.add_argument("--rows", nargs="+", choices=[*ROWS, *SMOKE], default=None)
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))

@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from _table import MARK, command_line, end_marked, machine_name  # noqa: E402
+from _table import MARK, command_line, end_marked, machine_name, of_visible  # noqa: E402
 from make_model import QWEN, SHAPES, make_model  # noqa: E402
 
 FURTHER: dict[str, dict[str, Any]] = {
@@ -634,7 +634,7 @@ def main() -> int:
     groups = max(1, torch.cuda.device_count() // args.gpus)
     for group in range(groups):
         devices = range(group * args.gpus, (group + 1) * args.gpus)
-        free.put(",".join(map(str, devices)))
+        free.put(of_visible(devices))
 
     def one(name: str) -> dict[str, Any] | None:
         devices = free.get()

@@ -18,6 +18,8 @@ import family_sweep
 import kernels
 import models
 import plan_accuracy
+from _many_commands import environment
+from _table import of_visible
 from longfactory import sp
 from longfactory.memory.layer_kinds import kinds_of
 from longfactory.sp.text_model import model_class
@@ -41,6 +43,22 @@ RATES: dict[str, Any] = {
     "head_parameters": 3,
 }
 SAVED = "every layer recomputed; attention outputs saved in 50% of layers; optimizer on the gpu"
+
+
+@pytest.mark.parametrize(
+    ("shown", "numbers", "want"),
+    [("2,3", [0], "2"), ("2,3", ["1", "0"], "3,2"), ("", [0, 1], "0,1"), (None, ["3"], "3")],
+)
+def test_gpus_are_counted_among_the_visible_ones(
+    shown: str | None, numbers: list[Any], want: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command that is given a part of a machine stays on it."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if shown is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    assert of_visible(numbers) == want
+    got = environment(Path("home"), numbers)["CUDA_VISIBLE_DEVICES"]
+    assert got == want
 
 
 def test_the_roofline_counts_what_a_run_computes_twice() -> None:
