@@ -302,9 +302,9 @@ def measure(name: str, smoke: bool) -> dict[str, Any]:
 
 def _forget() -> None:
     """Of a row's memory, and of what was compiled for it."""
-    from longfactory.memory import layer_ops
+    from longfactory.memory import compiled
 
-    layer_ops._compiled.clear()
+    compiled._compiled.clear()
     torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_available():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longfactory.memory import layer_ops
+from longfactory.memory import compiled
 from longfactory.model import logit_ops
 
 pytestmark = [
@@ -29,11 +29,11 @@ def test_compiled_functions_of_logits(rows: int, scale: float, softcap: float | 
     logps = logits.log_softmax(1).gather(1, labels[:, None])[:, 0]
     (want,) = torch.autograd.grad(logps, exact, g.double())
     lse, label, most = logit_ops.statistics(z, labels, scale, softcap)
-    assert "statistics" not in layer_ops._failed
+    assert "statistics" not in compiled._failed
     torch.testing.assert_close((label - lse).double(), logps.detach(), rtol=1e-5, atol=1e-5)
     assert (label >= most)[: rows // 2].all()
     found = logit_ops.label_gradient(z, lse, labels, g, scale, softcap)
-    assert "_softmax_gradient" not in layer_ops._failed
+    assert "_softmax_gradient" not in compiled._failed
     # of a label that is nearly certain, 1 - softmax has the rounding of a log-sum-exp around 30,
     # 1e-6, times g
     torch.testing.assert_close(found.double(), want, rtol=2**-8, atol=1e-6 * float(g.abs().max()))

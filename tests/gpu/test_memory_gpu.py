@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from longfactory import sp
-from longfactory.memory import layer_ops
+from longfactory.memory import compiled, layer_ops
 from longfactory.memory.apply import apply_memory
 from longfactory.memory.optimizer import SplitAdamW
 from longfactory.memory.settings import MemorySettings
@@ -355,7 +355,7 @@ def test_kernels_are_as_fast_after_other_lengths_and_widths() -> None:
     def milliseconds() -> dict[str, float]:
         found = {}
         for name, call in calls(16384, 3584).items():
-            for _ in range(layer_ops.OFTEN + 1):
+            for _ in range(compiled.OFTEN + 1):
                 call()
             least = []
             for _ in range(5):
@@ -370,7 +370,7 @@ def test_kernels_are_as_fast_after_other_lengths_and_widths() -> None:
         return found
 
     def forget() -> None:
-        layer_ops._compiled.clear()
+        compiled._compiled.clear()
         torch._dynamo.reset()
 
     forget()

@@ -1,28 +1,21 @@
 """The elementwise mathematics of the hand-written decoder layer, forward and backward: norms,
 rotary embedding, gated activations.
 
-Plain functions of tensors. On a GPU each is compiled into one or two kernels at its first use (5 to
-7 s in all, once a process); where the compiler is missing or fails they run as they are, three to
-four times slower, which is some 10 % of a step at 32k tokens. Sums and squares are fp32 for 16-bit
-types (float64 for float64), rounded once at the end.
+Plain functions of tensors. On a GPU each is compiled into one or two kernels (`compiled.fused`);
+where it is not they run as they are, three to four times slower, which is some 10 % of a step at
+32k tokens. Sums and squares are fp32 for 16-bit types (float64 for float64), rounded once at the
+end.
 """
 
 from __future__ import annotations
 
-import collections
 import functools
-import logging
-import os
-import types
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from longfactory.sp import probe
-
-log = logging.getLogger(__name__)
+from longfactory.memory.compiled import fused
 
 
 def autocast_as_now(device: str) -> Callable[[], torch.autocast]:
@@ -42,122 +35,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-_failed: set[str] = set()
-
-
-FORMS = 64
-"""Forms of arguments for which a function is compiled by itself. Beyond them one compiled function
-serves all others, of any widths, with slower kernels."""
-FIRST_LENGTHS, LENGTHS, OFTEN = 2, 8, 64
-"""Numbers of tokens for which a form is compiled by itself: the first that come, and others once
-they have come often. The kernels of all lengths are slower, a gate's 1.8 times (H200)."""
-
-
-def _raise_limit() -> None:
-    import torch._dynamo.config as dynamo
-
-    dynamo.recompile_limit = max(dynamo.recompile_limit, FORMS)
-    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 64 * FORMS)
-
-
-def compiles(x: Tensor) -> bool:
-    """Whether `fused` functions of x are compiled, as long as the compiler does not fail."""
-    return x.is_cuda and os.environ.get("LONGFACTORY_COMPILE", "1") != "0"
-
-
-def form_of(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a compiled function may take for constant: all but the first size of tensors, which
-    counts tokens.
-    """
-    return tuple(
-        (a.dtype, a.shape[1:], a.stride()) if isinstance(a, Tensor) else a for a in arguments
-    )
-
-
-def _compile(fn: Callable[..., Any], name: str, dynamic: bool | None) -> Callable[..., Any]:
-    """A compiled copy of `fn` under a name of its own, by which torch remembers what sizes it has
-    seen.
-    """
-    _raise_limit()
-    code = fn.__code__.replace(co_name=name)
-    copy = types.FunctionType(code, fn.__globals__, name, fn.__defaults__, fn.__closure__)
-    return torch.compile(copy, dynamic=dynamic)
-
-
-class _Form:
-    """A function compiled for one form of arguments.
-
-    torch takes a size for variable that it has seen with two values. Norms of hidden states and of
-    heads, layers and models of other widths would make widths variable, and kernels slow. So each
-    form has copies of the function: of several numbers of tokens, and one of all others.
-
-    Args:
-        most: copies for a number of tokens at most.
-    """
-
-    def __init__(self, fn: Callable[..., Any], name: str, most: int) -> None:
-        self.fn, self.name, self.most = fn, name, most
-        self.own: dict[int, Callable[..., Any]] = {}
-        self.others: Callable[..., Any] | None = None
-        self.came: collections.Counter[int] = collections.Counter()
-
-    def for_length(self, length: int) -> Callable[..., Any]:
-        """The copy for this many tokens."""
-        if length in self.own:
-            return self.own[length]
-        self.came[length] += 1
-        often = len(self.own) < FIRST_LENGTHS or self.came[length] > OFTEN
-        if often and len(self.own) < self.most:
-            name = f"{self.name}_{len(self.own)}"
-            self.own[length] = _compile(self.fn, name, dynamic=False)
-            return self.own[length]
-        if self.others is None:
-            self.others = _compile(self.fn, f"{self.name}_any", dynamic=None)
-        return self.others
-
-
-_compiled: dict[tuple[Any, ...], _Form] = {}
-
-
-def _compiled_for(fn: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[..., Any]:
-    """`fn`, compiled for the form of these arguments. The start-up guard has copies of its own for
-    its short row.
-    """
-    name = fn.__name__ if probe.current() is None else f"{fn.__name__}_in_guard"
-    key = (name, *form_of(arguments))
-    if key not in _compiled:
-        number = sum(other[0] == name for other in _compiled)
-        most = LENGTHS
-        if number >= FORMS:
-            key, most = (name, "all others"), 0
-        if key not in _compiled:
-            _compiled[key] = _Form(fn, f"{name}_{number}", most)
-    return _compiled[key].for_length(len(arguments[0]))
-
-
-def fused(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles `fn` where its first argument is on a GPU. LONGFACTORY_COMPILE=0 turns it off."""
-
-    @functools.wraps(fn)
-    def call(*arguments: Any) -> Any:
-        if not compiles(arguments[0]) or fn.__name__ in _failed:
-            return fn(*arguments)
-        try:
-            return _compiled_for(fn, arguments)(*arguments)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # the compiler's many errors have no common type
-            _failed.add(fn.__name__)
-            reason = (
-                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            )
-            log.warning("%s runs uncompiled: %s", fn.__name__, reason)
-            return fn(*arguments)
-
-    return call
-
-
-@fused
+@fused("x")
 def norm(
     x: Tensor,
     weight: Tensor | None,
@@ -186,7 +64,7 @@ def norm(
     return (unit * (1.0 + factor if zero_centred else factor)).to(x.dtype)
 
 
-@fused
+@fused("dy", "x", "other")
 def norm_backward(
     dy: Tensor,
     x: Tensor,
@@ -220,27 +98,27 @@ def norm_backward(
     return dx.to(x.dtype), dweight
 
 
-@fused
+@fused("weight", "low")
 def row_norms(weight: Tensor, low: Tensor, scale: float) -> Tensor:
     """|weight + scale * low| of each row, [out, in] both -> [out], in the weight's type."""
     whole = weight.to(wide(weight.dtype)) + scale * low.to(wide(low.dtype))
     return whole.pow(2).sum(1).sqrt().to(weight.dtype)
 
 
-@fused
+@fused("y")
 def scaled(y: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
     """y * factor + bias, of each output: [C, out]."""
     made = y.to(factor.dtype) * factor
     return (made if bias is None else made + bias.to(factor.dtype)).to(y.dtype)
 
 
-@fused
+@fused("g")
 def scaled_gradient(g: Tensor, factor: Tensor) -> Tensor:
     """The gradient of `scaled`'s y."""
     return (g.to(factor.dtype) * factor).to(g.dtype)
 
 
-@fused
+@fused("g", "y")
 def column_products(g: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
     """The sum over tokens of g * (y - bias): [C, out] -> [out], in the wide type."""
     made = y.to(wide(y.dtype))
@@ -258,7 +136,7 @@ def _grouped(x: Tensor, eps: float, groups: int) -> tuple[Tensor, Tensor]:
     return parts * factor, factor
 
 
-@fused
+@fused("x", "gate")
 def gated_norm(
     x: Tensor,
     gate: Tensor,
@@ -285,7 +163,7 @@ def gated_norm(
     return (y if gate_first else y * value).to(x.dtype)
 
 
-@fused
+@fused("dy", "x", "gate")
 def gated_norm_backward(
     dy: Tensor,
     x: Tensor,
@@ -331,7 +209,7 @@ def _joined(first: Tensor, second: Tensor, pairs: str) -> Tensor:
     return torch.cat((first, second), -1)
 
 
-@fused
+@fused("x", "cos", "sin")
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, pairs: str = HALVES, last: bool = False) -> Tensor:
     """Rotary embedding of [T, heads, D] by the angles of R/2 pairs of dims: cos, sin [T, R/2].
 
@@ -351,7 +229,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, pairs: str = HALVES, last: bool 
     return y.to(x.dtype)
 
 
-@fused
+@fused("dy", "cos", "sin")
 def rotate_backward(
     dy: Tensor, cos: Tensor, sin: Tensor, pairs: str = HALVES, last: bool = False
 ) -> Tensor:
@@ -397,14 +275,14 @@ def _activated(g: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     return g * half, slope
 
 
-@fused
+@fused("gate", "up")
 def gated(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     """activation(gate) * up."""
     value, _ = _activated(gate.to(wide(gate.dtype)), activation)
     return (value * up.to(value.dtype)).to(gate.dtype)
 
 
-@fused
+@fused("dy", "gate", "up")
 def gated_backward(
     dy: Tensor, gate: Tensor, up: Tensor, activation: str = "silu"
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -418,13 +296,13 @@ def gated_backward(
     )
 
 
-@fused
+@fused("x", "gate")
 def sigmoid_gated(x: Tensor, gate: Tensor) -> Tensor:
     """x * sigmoid(gate)."""
     return (x.to(wide(x.dtype)) * torch.sigmoid(gate.to(wide(x.dtype)))).to(x.dtype)
 
 
-@fused
+@fused("dy", "x", "gate")
 def sigmoid_gated_backward(dy: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """dx and dgate."""
     d, s = dy.to(wide(x.dtype)), torch.sigmoid(gate.to(wide(x.dtype)))

@@ -1,7 +1,7 @@
 """What stands around the grouped products of routed experts, forward and backward: gate, sums over
 a token's experts, weights.
 
-Plain functions of tensors, compiled into one or two kernels on a GPU (`layer_ops.fused`). Sums and
+Plain functions of tensors, compiled into one or two kernels on a GPU (`memory.compiled`). Sums and
 products are float32 for 16-bit types, rounded once at the end.
 
 Letters in shapes: T tokens, K experts of each, S = T K pairs sorted by expert. `order` [S] is the
@@ -13,17 +13,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longfactory.memory.layer_ops import fused, wide
+from longfactory.memory.compiled import fused
+from longfactory.memory.layer_ops import wide
 
 
-@fused
+@fused("back", unit="picks")
 def sum_over_picks(y: Tensor, back: Tensor, picks: int, dtype: torch.dtype) -> Tensor:
     """[S, H] -> [T, H] in `dtype`: the sum over each token's experts."""
     # [S, H] -> [T, K, H]
     return y[back].view(-1, picks, y.shape[1]).to(wide(y.dtype)).sum(1).to(dtype)
 
 
-@fused
+@fused("weights", "back")
 def weighted_sum(y: Tensor, weights: Tensor, back: Tensor, like: Tensor) -> Tensor:
     """[S, H] and weights [T, K] -> [T, H] in the type of `like`."""
     inner = torch.promote_types(wide(y.dtype), wide(weights.dtype))
@@ -32,7 +33,7 @@ def weighted_sum(y: Tensor, weights: Tensor, back: Tensor, like: Tensor) -> Tens
     return (found * weights.to(inner).unsqueeze(-1)).sum(1).to(like.dtype)
 
 
-@fused
+@fused("y", "order")
 def weighted_sum_backward(
     dout: Tensor, y: Tensor, weights: Tensor, order: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -45,14 +46,14 @@ def weighted_sum_backward(
     return (sent * own.unsqueeze(-1)).to(y.dtype), (sent * y.to(inner)).sum(-1)
 
 
-@fused
+@fused("x")
 def gated(x: Tensor) -> Tensor:
     """[S, 2 I] -> [S, I]: silu of the first half times the second."""
     gate, up = x.to(wide(x.dtype)).chunk(2, -1)
     return (gate * torch.sigmoid(gate) * up).to(x.dtype)
 
 
-@fused
+@fused("dy", "x")
 def gated_backward(dy: Tensor, x: Tensor) -> Tensor:
     """[S, 2 I], the gradient of x."""
     gate, up = x.to(wide(x.dtype)).chunk(2, -1)
@@ -62,7 +63,7 @@ def gated_backward(dy: Tensor, x: Tensor) -> Tensor:
     return torch.cat((g * up * (s + silu * (1 - s)), g * silu), -1).to(x.dtype)
 
 
-@fused
+@fused("x")
 def clamped(x: Tensor, alpha: float, limit: float) -> Tensor:
     """[S, 2 I] -> [S, I] as gpt-oss: gate and up stand side by side, both are clamped, and
     (up + 1) gate sigmoid(alpha gate).
@@ -73,7 +74,7 @@ def clamped(x: Tensor, alpha: float, limit: float) -> Tensor:
     return ((up + 1) * gate * torch.sigmoid(alpha * gate)).to(x.dtype)
 
 
-@fused
+@fused("dy", "x")
 def clamped_backward(dy: Tensor, x: Tensor, alpha: float, limit: float) -> Tensor:
     """[S, 2 I], the gradient of x; none of what was cut off."""
     gate, up = x.to(wide(x.dtype)).unflatten(-1, (-1, 2)).unbind(-1)
@@ -86,7 +87,7 @@ def clamped_backward(dy: Tensor, x: Tensor, alpha: float, limit: float) -> Tenso
     return torch.stack((dgate, dup), -1).flatten(-2).to(x.dtype)
 
 
-@fused
+@fused("y", "expert")
 def biased(y: Tensor, bias: Tensor, expert: Tensor) -> Tensor:
     """[S, out] + [E, out] of each token's expert, in the tokens' type."""
     return y + bias.to(y.dtype)[expert]

@@ -1,6 +1,6 @@
 """What is made of a chunk of logits, forward and backward, in one or two passes over it.
 
-Plain functions of tensors, compiled on a GPU (`layer_ops.fused`). Numbers are float32 for 16-bit
+Plain functions of tensors, compiled on a GPU (`memory.compiled`). Numbers are float32 for 16-bit
 logits (the type itself for the others), rounded once. Letters: n tokens, V vocabulary. `scale` and
 `softcap` are those of `LogitTransform`: what a model does to its logits after the output layer.
 """
@@ -13,7 +13,8 @@ import logging
 import torch
 from torch import Tensor
 
-from longfactory.memory.layer_ops import fused, wide
+from longfactory.memory.compiled import fused
+from longfactory.memory.layer_ops import wide
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ def transformed(z: Tensor, scale: float, softcap: float | None) -> Tensor:
     return softcap * torch.tanh(z / softcap) if softcap else z
 
 
-@fused
+@fused("z", "labels")
 def statistics(
     z: Tensor, labels: Tensor, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,7 +52,7 @@ def label_gradient(
     return p.scatter_(1, labels[:, None], own.to(p.dtype))
 
 
-@fused
+@fused("z", "lse", "g")
 def _softmax_gradient(
     z: Tensor, lse: Tensor, g: Tensor, scale: float, softcap: float | None
 ) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longfactory.errors import UserError
-from longfactory.memory.layer_ops import compiles
+from longfactory.memory.compiled import compiles
 from longfactory.model import logit_ops
 from longfactory.model.outputs import TokenOutputs
 from longfactory.sp.distance import difference

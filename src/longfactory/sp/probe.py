@@ -88,6 +88,25 @@ def probe(installed: bool = False) -> Iterator[Probe]:
         _open = before
 
 
+_proving = False
+
+
+def proving() -> bool:
+    """Whether the start-up guard runs in this process: on few tokens, with lengths of its own."""
+    return _proving
+
+
+@contextlib.contextmanager
+def proof() -> Iterator[None]:
+    """The block is the start-up guard's."""
+    global _proving
+    before, _proving = _proving, True
+    try:
+        yield
+    finally:
+        _proving = before
+
+
 def settings(
     scale: float,
     window: int | None,

@@ -9,7 +9,7 @@ import torch
 from longfactory import sp
 from longfactory.errors import UserError
 from longfactory.model.token_logprobs import TokenLogprobs, check_head
-from longfactory.sp import hf
+from longfactory.sp import hf, probe
 from longfactory.sp.guard import guard
 from longfactory.train.trainer import RowTrainer
 
@@ -26,7 +26,7 @@ def prove_exact(trainer: RowTrainer) -> None:
     try:
         guard(model, trainer.ctx)
         model.eval()
-        with torch.no_grad(), trainer.compute_loss_context_manager():
+        with probe.proof(), torch.no_grad(), trainer.compute_loss_context_manager():
             if isinstance(trainer.head, TokenLogprobs):
                 length = sp.alignment(trainer.ctx)
                 while length < 16:

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from .. import hf, vision
 from ..compare import LayerRun
 from ..context import SequenceParallel
-from ..probe import Probe, probe
+from ..probe import Probe, probe, proof
 from . import images
 from .alone import layers_differ
 from .arrival import Executed, differently_installed, not_arrived, not_reached
@@ -59,7 +59,7 @@ def guard(model: nn.Module, ctx: SequenceParallel) -> None:
     device = _device(inner)
     training = {m: m.training for m in model.modules()}
     try:
-        with nothing_random(model), no_random_trace(device), unsaid(ctx):
+        with proof(), nothing_random(model), no_random_trace(device), unsaid(ctx):
             reason, seen = _prove(model, inner, ctx, device)
             if vision.has_images(inner) and not _anyone(reason is not None, device):
                 model.eval()

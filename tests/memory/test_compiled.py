@@ -1,0 +1,203 @@
+"""For what elementwise functions are compiled (forms of arguments, not lengths), and that a wrong
+kernel is seen at its first call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from longfactory.memory import compiled, layer_ops
+from longfactory.model import expert_ops, logit_ops
+from longfactory.sp import probe
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the copies that were handed to the compiler."""
+    names: list[str] = []
+
+    def compile(fn: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
+        names.append(fn.__code__.co_name)
+        assert (dynamic is None) == names[-1].endswith("_any")
+        return fn
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(compiled, "compiles", lambda x: True)
+    monkeypatch.setattr(compiled, "_compiled", {})
+    monkeypatch.setattr(compiled, "_failed", set())
+    return names
+
+
+def normed(*shape: int) -> None:
+    x, weight = torch.randn(*shape), torch.randn(shape[-1])
+    found = layer_ops.norm(x, weight, 1e-6)
+    torch.testing.assert_close(found, torch.nn.functional.rms_norm(x, shape[-1:], weight, 1e-6))
+
+
+def test_copies_for_each_width_and_for_lengths_that_come_often(
+    copies: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a guard's short row comes between, for which nothing is compiled."""
+    monkeypatch.setattr(compiled, "OFTEN", 3)
+    for shape in ((12, 8), (20, 8), (12, 8), (12, 3, 8), (12, 6)):
+        normed(*shape)
+    assert copies == ["norm_0_0", "norm_0_1", "norm_1_0", "norm_2_0"]
+    with probe.proof():
+        normed(5, 8)
+    layer_ops.norm(torch.randn(4, 8), torch.randn(8), 1e-5)  # another number
+    assert copies[4:] == ["norm_3_0"]
+    copies.clear()
+    for length in (9, 12, 10, 9, 9, 11, 20):
+        normed(length, 8)
+    assert copies == ["norm_0_any"]
+    normed(9, 8)
+    normed(9, 8)
+    assert copies == ["norm_0_any", "norm_0_2"]
+
+
+def test_many_forms_share_one(copies: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "FORMS", 2)
+    for width in (4, 5, 6, 7, 4, 6):
+        normed(3, width)
+    assert copies == ["norm_0_0", "norm_1_0", "norm_2_any"]
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(
+    copies: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(fn: Callable[..., Any], dynamic: Any) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            raise ValueError("no compiler")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", fails)
+    normed(12, 8)
+    normed(12, 6)
+    assert [r.getMessage() for r in caplog.records] == ["norm runs uncompiled: no compiler"]
+
+
+def calls() -> dict[str, Callable[[], Any]]:
+    """A call of each function, of more tokens than are compared; widths are no multiples of them."""
+    tokens, width, picks, experts = 150, 24, 3, 4
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.bfloat16)
+
+    x, y, dy = (draw(tokens, width) for _ in range(3))
+    weight = draw(width)
+    heads, angles = draw(tokens, 2, 12), torch.randn(2, tokens, 4)
+    of_heads, biases = draw(12), draw(experts, width)
+    expert = torch.randint(experts, (tokens * picks,)).sort().values
+    order = torch.randperm(tokens * picks)
+    back = order.argsort()
+    pairs, chosen = draw(tokens * picks, width), torch.rand(tokens, picks)
+    logits, labels = draw(tokens, 200), torch.randint(200, (tokens,))
+    lse = torch.full((tokens,), 6.0)
+    ops, mixed = layer_ops, expert_ops
+    return {
+        "norm": lambda: ops.norm(x, weight, 1e-6, True),
+        "norm_backward": lambda: ops.norm_backward(dy, x, weight, 1e-6, False, False, y),
+        "norm_backward of heads": lambda: ops.norm_backward(heads, heads, of_heads, 1e-6),
+        "norm_backward without weight": lambda: ops.norm_backward(dy, x, None, 1e-6),
+        "row_norms": lambda: ops.row_norms(x, y, 0.5),
+        "scaled": lambda: ops.scaled(x, weight, None),
+        "scaled_gradient": lambda: ops.scaled_gradient(x, weight),
+        "column_products": lambda: ops.column_products(dy, x, weight),
+        "gated_norm": lambda: ops.gated_norm(x, y, weight, 1e-6),
+        "gated_norm_backward": lambda: ops.gated_norm_backward(dy, x, y, weight, 1e-6),
+        "rotate": lambda: ops.rotate(heads, *angles),
+        "rotate_backward": lambda: ops.rotate_backward(heads, *angles),
+        "gated": lambda: ops.gated(x, y),
+        "gated_backward": lambda: ops.gated_backward(dy, x, y),
+        "sigmoid_gated": lambda: ops.sigmoid_gated(x, y),
+        "sigmoid_gated_backward": lambda: ops.sigmoid_gated_backward(dy, x, y),
+        "sum_over_picks": lambda: mixed.sum_over_picks(pairs, back, picks, torch.bfloat16),
+        "weighted_sum": lambda: mixed.weighted_sum(pairs, chosen, back, x),
+        "weighted_sum_backward": lambda: mixed.weighted_sum_backward(dy, pairs, chosen, order),
+        "expert gated": lambda: mixed.gated(pairs),
+        "expert gated_backward": lambda: mixed.gated_backward(pairs[:, :12], pairs),
+        "clamped": lambda: mixed.clamped(pairs, 1.7, 7.0),
+        "clamped_backward": lambda: mixed.clamped_backward(pairs[:, :12], pairs, 1.7, 7.0),
+        "biased": lambda: mixed.biased(pairs, biases, expert),
+        "statistics": lambda: logit_ops.statistics(logits, labels, 1.0, None),
+        "_softmax_gradient": lambda: logit_ops._softmax_gradient(logits, lse, lse, 1.0, None),
+    }
+
+
+@pytest.mark.parametrize("name", calls())
+def test_a_wrong_kernel_is_seen_at_its_first_call(
+    name: str,
+    copies: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Of each function, in each of its results: in rows everywhere, of sums in all."""
+    torch.manual_seed(0)
+    call = calls()[name]
+    monkeypatch.setattr(compiled, "PART", 1000)  # sums in several parts
+    right = call()
+    count = len(copies)
+    assert count == 1 and caplog.text == ""
+    call()
+    assert len(copies) == 1
+    results = right if isinstance(right, tuple) else (right,)
+    for place, result in enumerate(results):
+        if result is None:
+            continue
+
+        def wrong(fn: Callable[..., Any], dynamic: Any, place: int = place) -> Callable[..., Any]:
+            def run(*arguments: Any) -> Any:
+                found = fn(*arguments)
+                every = list(found) if isinstance(found, tuple) else [found]
+                every[place] = every[place] * 1.05
+                return tuple(every) if isinstance(found, tuple) else every[0]
+
+            return run
+
+        monkeypatch.setattr(torch, "compile", wrong)
+        compiled._compiled.clear()
+        caplog.clear()
+        again = call()
+        again = again if isinstance(again, tuple) else (again,)
+        assert "compiled it is" in caplog.text and "times as far off" in caplog.text, place
+        torch.testing.assert_close(again[place], result)
+        compiled._failed.clear()
+
+
+def test_a_wrong_kernel_that_writes_over_its_argument_ends_the_run(
+    copies: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    z, lse = torch.randn(100, 200), torch.full((100,), 6.0)
+    before = z.clone()
+    found = logit_ops._softmax_gradient(z, lse, lse, 1.0, None)
+    torch.testing.assert_close(found, -(before - 6).exp() * 6)
+    assert found is z
+    monkeypatch.setattr(torch, "compile", lambda fn, dynamic: lambda z, *others: z.mul_(2.0))
+    compiled._compiled.clear()
+    with pytest.raises(
+        RuntimeError, match="times as far off as tolerated, and it has written over"
+    ):
+        logit_ops._softmax_gradient(before, lse, lse, 1.0, None)
+
+
+def test_a_kernel_that_gives_no_numbers_is_seen(
+    copies: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda fn, dynamic: lambda *a: fn(*a).fill_(float("nan")))
+    normed(100, 8)
+    assert "norm runs uncompiled" in caplog.text
+
+
+def test_no_tokens_and_numbers_that_are_no_numbers_themselves(
+    copies: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    normed(0, 8)
+    x = torch.randn(100, 8)
+    x[::2] = float("inf")
+    layer_ops.norm(x, torch.randn(8), 1e-6)
+    assert caplog.text == ""
