@@ -21,6 +21,7 @@ from _attention_setting import (
 )
 from longfactory import sp
 from longfactory.sp import backends
+from longfactory.sp.distance import worst
 from longfactory.sp.tiles import Tile
 from per_document_zigzag import PerDocumentZigzag
 
@@ -146,10 +147,10 @@ def sharded_error(
 
     shared, again = ([everywhere(x) for x in forward_backward(attention, *mine)] for _ in range(2))  # type: ignore[arg-type]
     many = relative(shared, exact)
-    worst = max(a / b for a, b in zip(many, single, strict=True))
+    over_one = worst(a / b for a, b in zip(many, single, strict=True))
     names = ("out", "dq", "dk", "dv")
     return {
         **dict(zip(names, many, strict=True)),
-        "over one GPU": worst,
+        "over one GPU": over_one,
         "same twice": str(torch.equal(shared[0], again[0])),
     }

@@ -60,7 +60,7 @@ def length(a: argparse.Namespace) -> int:
         kinds = {f"{at.shape} {at.keys}": name for name, at in left.items()}
         tokens = 1024 if a.smoke else 128
         left = {
-            name: at._replace(layers=1, tokens=at.tokens // tokens, steps=2)
+            name: at._replace(layers=1, tokens=at.tokens // tokens)
             for name, at in left.items()
             if name in kinds.values()
         }

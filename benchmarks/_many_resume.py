@@ -26,6 +26,7 @@ from _many_commands import (
 from _many_models import model_folder, on_gpus
 from _many_table import Row, earlier, keep
 from _table import MARK, end_marked
+from longfactory.sp.distance import worst
 from sp_training import make_data
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,7 +74,7 @@ def resume(a: argparse.Namespace) -> int:
             after = {x["current_steps"]: x["loss"] for x in logged(home / "out-killed")}
             expected = straight.get("losses", [])
             if len(expected) == len(after) == steps:
-                row["largest relative difference of losses"] = max(
+                row["largest relative difference of losses"] = worst(
                     abs(after[i + 1] - loss) / abs(loss) for i, loss in enumerate(expected)
                 )
             else:

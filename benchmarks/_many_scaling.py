@@ -17,6 +17,7 @@ from _many_commands import (
 from _many_models import model_folder, on_gpus
 from _many_table import Row, earlier, keep
 from longfactory import sp
+from longfactory.sp.distance import worst
 from longfactory.sp.measure import forward_backward
 from make_model import SHAPES
 from sp_training import make_data
@@ -83,7 +84,7 @@ def scaling(a: argparse.Namespace) -> int:
     for at in spread.values():
         row = found.get(at.name, {})
         if "losses" in row and "losses" in first:
-            row["largest relative difference of losses"] = max(
+            row["largest relative difference of losses"] = worst(
                 abs(x - y) / abs(y) for x, y in zip(row["losses"], first["losses"], strict=True)
             )
             keep(a, {"row": at.name, **row}, rows)

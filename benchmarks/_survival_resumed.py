@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import _survival_runs as runs
+from longfactory.sp.distance import worst
 
 TOLERANCE = 1e-6
 AT = 2
@@ -180,8 +181,8 @@ def _judge(
         found = [r["step"] for r in rows]
         return [] if found == wanted else [f"rows of steps {found}, expected {wanted}"]
     names = ("loss", "grad_norm")
-    worst = max(_off(r[n], b[n]) for r, b in zip(rows, before, strict=True) for n in names)
-    return [] if worst <= wanted else [f"losses or norms differ by {worst:.1e}, allowed {wanted}"]
+    off = worst(_off(r[n], b[n]) for r, b in zip(rows, before, strict=True) for n in names)
+    return [] if off <= wanted else [f"losses or norms differ by {off:.1e}, allowed {wanted}"]
 
 
 def _after(name: str, at: int) -> bool:

@@ -23,6 +23,7 @@ import argparse
 import copy
 import datetime
 import json
+import math
 import os
 import re
 import statistics
@@ -140,7 +141,7 @@ def check(name: str, contexts: list[Any], device: Any, seeds: int) -> dict[str, 
                     ratios.setdefault(key, []).append(error / own[what] if own[what] else 1.0)
                     raw.setdefault(key, []).append(error)
     medians = {key: statistics.median(found) for key, found in ratios.items()}
-    worst = max(medians, key=lambda key: medians[key])
+    worst = max(medians, key=lambda key: (math.isnan(medians[key]), medians[key]))
     relative = max(statistics.median(found) for found in apart_of.values())
     if not relative <= TELLS:
         return {"failed": f"in bf16 the model itself is {relative:.0%} from float32: tells nothing"}

@@ -43,6 +43,7 @@ from _table import command_line, machine_name  # noqa: E402
 from longfactory import sp  # noqa: E402
 from longfactory.sp import backends  # noqa: E402
 from longfactory.sp.backends.selftest import TOLERANCE  # noqa: E402
+from longfactory.sp.distance import worst  # noqa: E402
 from longfactory.sp.tiles import Tile  # noqa: E402
 
 
@@ -292,9 +293,7 @@ def with_sinks(case: Case, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> lis
 
 def error_of(both: Both, case: Case, length: int, device: str, expected: list[Tensor]) -> float:
     found = both(*inputs(case, length, device))
-    return max(
-        ((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)
-    )
+    return worst((a.double() - b).norm() / b.norm() for a, b in zip(found, expected, strict=True))
 
 
 def candidates(case: Case, length: int, device: str) -> dict[str, Callable[[int], Both]]:

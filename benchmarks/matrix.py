@@ -49,6 +49,7 @@ from _matrix_reference import (  # noqa: E402
     STEPS,
 )
 from _table import of_visible  # noqa: E402
+from longfactory.sp.distance import worst  # noqa: E402
 
 FACTOR = 3.0
 """Times the plain loop's own error. Two computations in one precision, of equal quality, differ by
@@ -376,7 +377,7 @@ def compare(
     """
     if "error" in exact or "error" in same:
         return "no reference: " + exact.get("error", same.get("error", "")), math.nan
-    worst, compared = 0.0, STEPS
+    largest, compared = 0.0, STEPS
     for name in ("grad_norm", "loss"):
         if len(row[name]) != STEPS:
             return f"{len(row[name])} steps logged", math.nan
@@ -404,10 +405,10 @@ def compare(
             : compared + (name == "loss")
         ]:
             allowed = FACTOR * max(errors) + ROUNDING[row["precision"]] * max(abs(true), 1e-3)
-            worst = max(worst, abs(ours - true) / allowed)
-    if worst > 1:
-        return "DIFFERENT", worst
-    return ("same" if compared == STEPS else f"{OVERFLOW} {compared + 1}"), worst
+            largest = worst((largest, abs(ours - true) / allowed))
+    if not largest <= 1:  # NaN, too
+        return "DIFFERENT", largest
+    return ("same" if compared == STEPS else f"{OVERFLOW} {compared + 1}"), largest
 
 
 def good(row: dict[str, Any]) -> bool:

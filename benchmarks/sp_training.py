@@ -24,6 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
+from longfactory.sp.distance import worst  # noqa: E402
 from make_model import make_model  # noqa: E402
 
 
@@ -131,10 +132,8 @@ def table(rows: list[dict[str, Any]], header: str) -> str:
             )
             continue
         same = base.get(r["length"], [])
-        difference = max(
-            (abs(a - b) / abs(b) for a, b in zip(r["losses"], same, strict=False)),
-            default=float("nan"),
-        )
+        far = [abs(a - b) / abs(b) for a, b in zip(r["losses"], same, strict=False)]
+        difference = worst(far) if far else float("nan")
         losses = ", ".join(f"{x:.4f}" for x in r["losses"])
         numbers = [
             f"{r['length']:,}",

@@ -175,11 +175,13 @@ def summary(runs: dict[str, Curves]) -> dict[str, Any]:
         size: {k: [v for _, v in points] for k, points in curves.items()}
         for size, curves in runs.items()
     }
+    from longfactory.sp.distance import worst
+
     one, two = values["sp1"], values["sp2"]
     out: dict[str, Any] = {
         "first": sum(one["loss"][:4]) / 4,
         "last": sum(one["loss"][-4:]) / 4,
-        "largest_difference": max(
+        "largest_difference": worst(
             abs(a - b) for a, b in zip(one["loss"], two["loss"], strict=True)
         ),
     }

@@ -23,6 +23,7 @@ from torch import nn
 
 import cpu_sharding
 from longfactory.data.row import IGNORE, Row, TokenizedDocument, make_row
+from longfactory.sp.distance import worst
 
 STEPS = 3
 SEED = 5
@@ -371,12 +372,11 @@ def run_case(sharding: str, case: dict[str, str]) -> dict[str, float | str]:
         batch,
     )
     return {
-        "loss": max(abs(a["loss"] - b) for a, b in zip(logs, losses, strict=True)),
-        "grad_norm": max(abs(a["grad_norm"] - b) for a, b in zip(logs, norms, strict=True)),
-        "param": max((state[n].float().cpu() - p).abs().max().item() for n, p in params.items()),
-        "moved": max(
-            (dict(plain.named_parameters())[n].detach() - p).abs().max().item()
-            for n, p in params.items()
+        "loss": worst(abs(a["loss"] - b) for a, b in zip(logs, losses, strict=True)),
+        "grad_norm": worst(abs(a["grad_norm"] - b) for a, b in zip(logs, norms, strict=True)),
+        "param": worst((state[n].float().cpu() - p).abs().max() for n, p in params.items()),
+        "moved": worst(
+            (dict(plain.named_parameters())[n].detach() - p).abs().max() for n, p in params.items()
         ),
         "eval": evaluated,
     }

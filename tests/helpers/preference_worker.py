@@ -40,6 +40,7 @@ from longfactory.model.value_head import TokenValues
 from longfactory.shard import settings
 from longfactory.shard.export import full_state_dict
 from longfactory.sp import hf
+from longfactory.sp.distance import worst
 from longfactory.stages.base import Stage
 from longfactory.stages.kto import KTOStage
 from longfactory.stages.losses import LossOptions
@@ -299,15 +300,13 @@ def run_case(sharding: str, case: dict[str, str], shared: str) -> dict[str, floa
     start = dict(plain.named_parameters())
     return {
         "first": logs[0]["loss"],
-        "loss": max(abs(a["loss"] - b) for a, b in zip(logs, want["losses"], strict=True)),
-        "grad_norm": max(abs(a["grad_norm"] - b) for a, b in zip(logs, want["norms"], strict=True)),
-        "param": max(
-            (state[n].float().cpu() - p).abs().max().item() for n, p in want["params"].items()
+        "loss": worst(abs(a["loss"] - b) for a, b in zip(logs, want["losses"], strict=True)),
+        "grad_norm": worst(
+            abs(a["grad_norm"] - b) for a, b in zip(logs, want["norms"], strict=True)
         ),
-        "moved": max(
-            (start[n].detach() - p).abs().max().item()
-            for n, p in want["params"].items()
-            if n in start
+        "param": worst((state[n].float().cpu() - p).abs().max() for n, p in want["params"].items()),
+        "moved": worst(
+            (start[n].detach() - p).abs().max() for n, p in want["params"].items() if n in start
         ),
     }
 

@@ -23,6 +23,7 @@ from longfactory.model.source import read_source
 from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.shard import settings
 from longfactory.sp import hf
+from longfactory.sp.distance import worst
 from longfactory.stages.tokens import TokenStage
 from longfactory.train import output
 from longfactory.train.trainer import RowTrainer
@@ -136,7 +137,7 @@ def save_and_go_on(sharding: str, path: str) -> None:
             "losses": [
                 [h["loss"] for h in t.state.log_history if "loss" in h] for t in (first, again)
             ],
-            "resumed": max((resumed[n] - trained[n]).abs().max().item() for n in trained),
+            "resumed": worst((resumed[n] - trained[n]).abs().max() for n in trained),
             "sharded": any(
                 n != t.numel() for n, t in zip(held(first), trained.values(), strict=True)
             ),
@@ -171,7 +172,7 @@ def go_on_with_another_sharding(first: str, then: str, adapter: bool, path: str)
             "losses": [
                 [h["loss"] for h in t.state.log_history if "loss" in h] for t in (once, again)
             ],
-            "differ": max((resumed[n] - trained[n]).abs().max().item() for n in trained),
+            "differ": worst((resumed[n] - trained[n]).abs().max() for n in trained),
         }
         (folder / "result.json").write_text(json.dumps(result))
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longfactory import sp
 from longfactory.sp import Segment
+from longfactory.sp.distance import worst
 from longfactory.sp.recurrent import chunked, layers
 from longfactory.sp.recurrent.chunked import Rule, inverse, recurrence
 from longfactory.sp.recurrent.convolution import convolution
@@ -64,9 +65,9 @@ def with_gradients(out: Tensor, x: Inputs) -> list[Tensor]:
     return [out, *torch.autograd.grad(out, x, slope)]
 
 
-def worst(found: list[Tensor], expected: list[Tensor]) -> float:
+def farthest(found: list[Tensor], expected: list[Tensor]) -> float:
     pairs = zip(found, expected, strict=True)
-    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+    return worst((a - b).abs().max() / b.abs().max() for a, b in pairs)
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -76,7 +77,7 @@ def test_recurrent_chunks_are_the_recurrence(kind: str, per_channel: bool, row: 
     expected = with_gradients(token_by_token(x, kind, 0.3, ROWS[row]), x)
     plan = sp.plan(160, ROWS[row], sp.SequenceParallel())
     out = recurrence(*x, Rule(kind, 0.3), fragments_of(plan))
-    assert worst(with_gradients(out, x), expected) < 1e-12
+    assert farthest(with_gradients(out, x), expected) < 1e-12
 
 
 @pytest.mark.parametrize("keys", [1, 2, 4])
@@ -88,7 +89,7 @@ def test_recurrent_heads_in_parts(keys: int, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(chunked, "WORKSPACE", bytes_)
         out = recurrence(*x, Rule("delta", 0.3), fragments_of(plan))
         found.append(with_gradients(out, x))
-    assert worst(*found) < 1e-13
+    assert farthest(*found) < 1e-13
 
 
 def test_recurrent_decays_that_would_overflow_if_undone() -> None:
@@ -100,7 +101,7 @@ def test_recurrent_decays_that_would_overflow_if_undone() -> None:
     wide = [t.detach().double().requires_grad_() for t in x]
     expected = with_gradients(token_by_token(wide, "delta", 0.3, ROWS["one"]), wide)
     # The sums of logarithms in a chunk are near 3,000, of which float32 holds 2e-4.
-    assert worst([t.double() for t in with_gradients(out, x)], expected) < 5e-4
+    assert farthest([t.double() for t in with_gradients(out, x)], expected) < 5e-4
 
 
 def test_recurrent_inverse_of_a_matrix_whose_powers_grow() -> None:
@@ -150,7 +151,7 @@ def test_recurrent_delta_rules_are_those_of_transformers(family: str, per_channe
     out, _ = layers._delta_rule(
         plan, *(t[None] for t in x), use_qk_l2norm_in_kernel=True, unknown=None
     )
-    assert worst(with_gradients(out[0], x), expected) < 1e-12
+    assert farthest(with_gradients(out[0], x), expected) < 1e-12
 
 
 @pytest.mark.parametrize("family", ["nemotron_h", "granitemoehybrid", "mamba2"])
@@ -167,7 +168,7 @@ def test_recurrent_scan_of_mamba_2_is_that_of_transformers(family: str) -> None:
         expected = code.mamba2_chunk_scan(x, dt, a, b, c, chunk_size=32, **settings)
     plan = sp.plan(160, None, sp.SequenceParallel())
     out = layers._mamba2(plan, x, dt, a, b, c, chunk_size=32, **settings)
-    assert worst(with_gradients(out, leaves), with_gradients(expected, leaves)) < 1e-12
+    assert farthest(with_gradients(out, leaves), with_gradients(expected, leaves)) < 1e-12
 
 
 def test_recurrent_states_of_a_cache_are_refused() -> None:
@@ -208,7 +209,7 @@ def test_recurrent_convolution_resets_at_documents(row: str) -> None:
     plan = sp.plan(160, ROWS[row], sp.SequenceParallel())
     out = convolution(*x, "silu", fragments_of(plan))
     expected = with_gradients(plain_convolution(*x, ROWS[row]), x)
-    assert worst(with_gradients(out, x), expected) < 1e-12
+    assert farthest(with_gradients(out, x), expected) < 1e-12
 
 
 # ---- over ranks
@@ -227,13 +228,13 @@ def over_ranks(size: int, rows: list[str], cheap: list[bool]) -> float:
             patch.setattr(layers, "exchange_is_cheaper", lambda *_, yes=exchange: yes)
             out = layers.over_ranks(*mine, Rule(kind, 0.3), plan, torch.float64)
         out = sp.gather(out, plan)
-        errors.append(worst(_over_all(out, x, size), expected))
+        errors.append(farthest(_over_all(out, x, size), expected))
     for row in rows:
         x = convolution_inputs()
         expected = with_gradients(plain_convolution(*x, ROWS[row]), x)
         plan = sp.plan(160, ROWS[row], ctx)
         out = convolution(sp.shard(x[0], plan), *x[1:], "silu", fragments_of(plan), ctx.group)
-        errors.append(worst(_over_all(sp.gather(out, plan), x, size), expected))
+        errors.append(farthest(_over_all(sp.gather(out, plan), x, size), expected))
     return max(errors) if not any(map(math.isnan, errors)) else math.nan
 
 

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longfactory.sp.distance import worst
+
 split_update: Callable[..., None] | None
 try:
     from longfactory.memory.split_kernel import update as split_update
@@ -187,8 +189,7 @@ def difference_of_one_pass(device: torch.device) -> float:
     if not torch.equal(split(found)[0], ours.weight):
         return math.inf
     pairs = ((found, master), (ours.m, m), (ours.v, v))
-    far = [((a - b).abs() / b.abs().clamp(min=1.0)).max() for a, b in pairs]
-    return float(torch.stack(far).max())  # NaN where one of them is, unlike Python's max
+    return worst(((a - b).abs() / b.abs().clamp(min=1.0)).max() for a, b in pairs)
 
 
 def _adamw(master: Tensor, grad: Tensor, part: Block) -> None:

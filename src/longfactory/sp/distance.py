@@ -30,6 +30,14 @@ def largest(found: Tensor, expected: Tensor) -> Tensor:
     return difference(found, expected).abs().max()
 
 
+def worst(errors: Iterable[float | Tensor]) -> float:
+    """The largest of at least one; NaN where one of them is, which Python's `max` passes over
+    unless it comes first.
+    """
+    found = [float(e) for e in errors]
+    return math.nan if any(map(math.isnan, found)) else max(found)
+
+
 def norm(tensors: Iterable[Tensor]) -> float:
     """The 2-norm of all of them as one vector."""
     return math.sqrt(sum(float((t.double() ** 2).sum()) for t in tensors))
