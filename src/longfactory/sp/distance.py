@@ -34,7 +34,7 @@ def worst(errors: Iterable[float | Tensor]) -> float:
     """The largest of at least one; NaN where one of them is, which Python's `max` passes over
     unless it comes first.
     """
-    found = [float(e) for e in errors]
+    found = [float(e.detach()) if isinstance(e, Tensor) else float(e) for e in errors]
     return math.nan if any(map(math.isnan, found)) else max(found)
 
 
