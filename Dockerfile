@@ -1,5 +1,5 @@
 # docker build -t longfactory .
-# docker run --gpus all --ipc host -v "$PWD:/work" longfactory train run.yaml
+# docker run --gpus all --ipc host -v "$PWD:/work" -v longfactory-cache:/root/.cache longfactory train run.yaml
 #
 # PyTorch brings its own CUDA libraries: the host needs a driver of NVIDIA, and the container toolkit.
 FROM python:3.12-slim
@@ -25,6 +25,10 @@ RUN if [ "$DEEPSPEED" = 1 ]; then \
       pip install --no-cache-dir setuptools wheel ninja py-cpuinfo && \
       DS_BUILD_OPS=0 pip install --no-cache-dir -c constraints.txt --no-build-isolation deepspeed; \
     fi
+
+# What torch and Triton compile, beside tokenised data and models of the hub: a volume at /root/.cache
+# keeps it for the next run, which else compiles anew.
+ENV TORCHINDUCTOR_CACHE_DIR=/root/.cache/torchinductor TRITON_CACHE_DIR=/root/.cache/triton
 
 WORKDIR /work
 ENTRYPOINT ["longfactory"]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from fused_calls import calls
 from longfactory import sp
 from longfactory.memory import compiled, layer_ops
 from longfactory.memory.apply import apply_memory
@@ -330,6 +331,18 @@ def test_adamw_of_split_masters_in_one_pass() -> None:
         master = split.master(q)
         torch.testing.assert_close(master, p.detach(), rtol=5e-6, atol=5e-6)
         assert torch.equal(q.detach(), split_masters.split(master)[0])
+
+
+def test_compiled_functions_give_what_they_give_uncompiled() -> None:
+    """Of all functions: none is refused at its first call."""
+    compiled._compiled.clear()
+    compiled._failed.clear()
+    torch.manual_seed(0)
+    for name, call in calls("cuda").items():
+        call()
+        assert not compiled._failed, name
+        assert any(form.own for form in compiled._compiled.values()), name
+        compiled._compiled.clear()
 
 
 def test_kernels_are_as_fast_after_other_lengths_and_widths() -> None:
