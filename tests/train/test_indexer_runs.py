@@ -7,28 +7,15 @@ import pytest
 from test_verify import ZERO, sharded, verified
 
 from longfactory.testing import RankPool, run_ranks
-from longfactory_dev.tiny_models import tiny_config
-from make_model import make_model
+from tiny_folders import with_tiny
 
 
 def with_family(sft_keys: dict[str, Any], family: str) -> dict[str, Any]:
-    """With a tiny model's configuration and a tokenizer."""
-    folder = Path(sft_keys["output_dir"]).parent / family
-    if not folder.exists():
-        make_model("tiny", folder, vocabulary=600)
-        tiny_config(
-            family,
-            vocab_size=1024,
-            max_position_embeddings=4096,
-            initializer_range=0.1,
-            bos_token_id=0,
-            eos_token_id=0,
-            pad_token_id=1,
-            # Many heads, so that few scores are equal: among equal ones `topk` may choose by the
-            # length of the document, and a shared prompt belongs to two.
-            **({} if "minimax" in family else {"index_n_heads": 16}),
-        ).save_pretrained(folder)
-    return {**sft_keys, "model_name_or_path": str(folder)}
+    """Many heads, so that few scores are equal: among equal ones `topk` may choose by the length of
+    the document, and a shared prompt belongs to two.
+    """
+    heads = {} if "minimax" in family else {"index_n_heads": 16}
+    return with_tiny(sft_keys, family, **heads)
 
 
 CASES = {
