@@ -447,7 +447,8 @@ def run_command(a: argparse.Namespace, clock: float) -> list[dict[str, Any]]:
                 try:
                     row |= train(model, tokens, documents, keys, a, clock, at)
                     print(f"{model}: {row['tokens/s a GPU']:.0f} tokens/s a GPU", flush=True)
-                    if documents == 1 and (tokens >= 32768 or a.smoke):
+                    show_parts(at / "trace")
+                    if documents == 1 and (tokens >= 32768 or a.smoke) and not a.steps_only:
                         share = against_roofline if a.gpus == 1 else against_ideal
                         try:
                             row |= share(row, at, tokens, clock, a)
@@ -457,12 +458,16 @@ def run_command(a: argparse.Namespace, clock: float) -> list[dict[str, Any]]:
                     row["error"] = f"{type(error).__name__}: {error}"[-1500:]
                 rows.append(row)
                 print(shown(row), flush=True)
-                for trace in sorted((at / "trace").glob("*.json"))[:1]:
-                    try:
-                        print(parts_table(trace), flush=True)
-                    except Exception as error:
-                        print(f"the trace: {type(error).__name__}: {error}", flush=True)
     return rows
+
+
+def show_parts(folder: Path) -> None:
+    """Prints where the time of the first process's profiled step went."""
+    for trace in sorted(folder.glob("*.json"))[:1]:
+        try:
+            print(parts_table(trace), flush=True)
+        except Exception as error:
+            print(f"the trace: {type(error).__name__}: {error}", flush=True)
 
 
 def train(
@@ -747,6 +752,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=6, help="with 5 or more, one is profiled")
     parser.add_argument("--models", nargs="+", choices=[*MODELS], default=None)
     parser.add_argument("--only", nargs="+", help="parts of rows' names, as 8192 or 4x8192")
+    parser.add_argument("--steps-only", action="store_true", help="no roofline and no ideal")
     parser.add_argument("--alone", type=Path, help="the file of `--gpus 1` for the ideal")
     parser.add_argument("--packages", nargs="+", type=Path, help="folders of `fla` packages")
     parser.add_argument("--limit", type=float, default=200, help="seconds (default 200)")
