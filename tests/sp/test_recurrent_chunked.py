@@ -13,7 +13,7 @@ from torch import Tensor
 from longfactory import sp
 from longfactory.sp import Segment
 from longfactory.sp.distance import worst
-from longfactory.sp.recurrent import chunked, layers
+from longfactory.sp.recurrent import chunked, exchange, layers
 from longfactory.sp.recurrent.chunked import Rule, inverse, recurrence
 from longfactory.sp.recurrent.convolution import convolution
 from longfactory.sp.recurrent.fragments import fragments_of
@@ -219,14 +219,14 @@ def over_ranks(size: int, rows: list[str], cheap: list[bool]) -> float:
     """The largest error of recurrences and convolutions over ranks."""
     ctx = sp.SequenceParallel.create(size)
     errors = []
-    for row, (kind, per_channel), exchange in itertools.product(rows, KINDS, cheap):
+    for row, (kind, per_channel), way in itertools.product(rows, KINDS, cheap):
         x = draw(per_channel, keys=4)
         expected = with_gradients(token_by_token(x, kind, 0.3, ROWS[row]), x)
         plan = sp.plan(160, ROWS[row], ctx)
         mine = [sp.shard(t, plan) for t in x]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(layers, "exchange_is_cheaper", lambda *_, yes=exchange: yes)
-            out = layers.over_ranks(*mine, Rule(kind, 0.3), plan, torch.float64)
+            patch.setattr(exchange, "exchange_is_cheaper", lambda *_, yes=way: yes)
+            out = exchange.over_ranks(*mine, Rule(kind, 0.3), plan, torch.float64)
         out = sp.gather(out, plan)
         errors.append(farthest(_over_all(out, x, size), expected))
     for row in rows:
@@ -248,15 +248,36 @@ def _over_all(out: Tensor, x: Inputs, size: int) -> list[Tensor]:
 
 
 @pytest.mark.processes
-def test_recurrent_states_travel_over_two_ranks() -> None:
-    for error in run_ranks(2, over_ranks, 2, ["branches"], [False]):
+def test_recurrent_states_and_heads_travel_over_two_ranks() -> None:
+    for error in run_ranks(2, over_ranks, 2, ["branches"], [False, True]):
         assert error < 1e-11
+
+
+def chosen(heads: int, lengths: list[int], size: int = 2, flop_per_byte: float = 2850.0) -> bool:
+    """Whether heads are exchanged for a gated delta net of Qwen3.5's kind."""
+    ends = list(itertools.accumulate(lengths))
+    segments = [Segment(end - n, end) for n, end in zip(lengths, ends, strict=True)]
+    ctx = sp.SequenceParallel(size=size, flop_per_byte=flop_per_byte)
+    plan = sp.plan(ends[-1], segments, ctx)
+    with torch.device("meta"):
+        q = torch.empty(ends[-1] // size, heads // 2, 128, dtype=torch.bfloat16)
+        v = torch.empty(ends[-1] // size, heads, 128, dtype=torch.bfloat16)
+        g = torch.empty(ends[-1] // size, heads)
+    return exchange.exchange_is_cheaper(q, v, g, Rule("delta", 1.0), plan)
+
+
+def test_recurrent_states_are_passed_or_heads_exchanged_by_their_cost() -> None:
+    assert not chosen(32, [65536]), "half of the heads would take as many programs twice as long"
+    assert not chosen(32, [131072], size=4)
+    assert chosen(128, [65536]), "many heads fill the GPU, and states would be gone over again"
+    assert not chosen(128, [65536], flop_per_byte=28500.0), "slow links"
+    assert not chosen(122, [65536]), "61 key heads do not divide"
 
 
 @pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("exchange", [False, True])
-def test_recurrent_states_or_heads_over_ranks(size: int, exchange: bool) -> None:
-    for error in run_ranks(size, over_ranks, size, list(ROWS), [exchange]):
+@pytest.mark.parametrize("heads", [False, True])
+def test_recurrent_states_or_heads_over_ranks(size: int, heads: bool) -> None:
+    for error in run_ranks(size, over_ranks, size, list(ROWS), [heads]):
         assert error < 1e-11

@@ -95,10 +95,11 @@ def chunk_reverse(  # type: ignore[no-untyped-def]
     BV: tl.constexpr,
     DELTA: tl.constexpr,
     CHANNELS: tl.constexpr,
+    KEEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """In place: `d_states` becomes the gradients of the states after the chunks, `d_written` those
-    of all that is written.
+    """KEEP: in place, `d_states` becomes the gradients of the states after the chunks, `d_written`
+    those of all that is written.
     """
     fragment, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i, dk = tl.arange(0, C), tl.arange(0, BK)
@@ -119,10 +120,11 @@ def chunk_reverse(  # type: ignore[no-untyped-def]
         given = tl.load(values, mask=columns, other=0.0)
         given += product(keys, slope, PRECISION)
         before = tl.load(d_states + at * size + place, mask=both, other=0.0)
-        # Written over what other warps may not have read yet.
-        tl.debug_barrier()
-        tl.store(values, given, mask=columns)
-        tl.store(d_states + at * size + place, slope, mask=both)
+        if KEEP:
+            # Written over what other warps may not have read yet.
+            tl.debug_barrier()
+            tl.store(values, given, mask=columns)
+            tl.store(d_states + at * size + place, slope, mask=both)
         slope = before + slope * whole
         if DELTA:
             reads = of_chunk(w, at, i, dk, DK, C)

@@ -213,9 +213,11 @@ class Job:
         )  # fmt: skip
         return d_states, d_written
 
-    def reverse(self, d_states: Tensor, d_written: Tensor, d_ends: Tensor) -> Tensor:
+    def reverse(
+        self, d_states: Tensor, d_written: Tensor, d_ends: Tensor, keep: bool = True
+    ) -> Tensor:
         """Makes them, in place, gradients of the states after the chunks and of all that is
-        written. Returns those of the fragments' first states.
+        written; without `keep` they stay. Returns those of the fragments' first states.
         """
         d_start = torch.empty_like(d_ends)
         settings = self._settings("reverse")
@@ -224,7 +226,7 @@ class Job:
             self.k, *self._chunk_rows, self.sums, self.w, d_states, d_written, d_ends, d_start,
             self.chunks.step_starts, self.chunks.step_counts,
             *self.k.stride()[:2], *self._sizes, **settings, DELTA=self.delta,
-            CHANNELS=self.channels,
+            CHANNELS=self.channels, KEEP=keep,
         )  # fmt: skip
         return d_start
 
@@ -277,17 +279,17 @@ class Job:
         [F, h, Dk, Dv], and the matrix [F, h, Dk, Dk] or number [F, h, 1, 1] before it.
         """
         every, h = len(self.chunks.order), self.heads
-        device = self.v.device
-        counts = torch.zeros_like(self.chunks.step_counts)
-        index = torch.tensor(chosen, device=device)
-        counts[index] = self.chunks.step_counts[index]
+        index = self.chunks.index(chosen)
+        chosen_counts = self.chunks.step_counts.index_select(0, index)
+        counts = torch.zeros_like(self.chunks.step_counts).index_copy_(0, index, chosen_counts)
         zero = self._new(every, h, self.key_dim, self.value_dim).zero_()
-        state = self.scan(zero, keep=False, counts=counts)[2][index]
+        state = self.scan(zero, keep=False, counts=counts)[2].index_select(0, index)
         if not self.delta:
             fragment = self.chunks.fragment_of
             last = self.sums[:, :, -1].reshape(len(self.sums), h, -1)
             whole = self._new(every, *last.shape[1:]).zero_()
             whole.index_add_(0, fragment, last)
-            return state, whole[index].exp()[..., None]
-        eye = torch.eye(self.key_dim, device=device).expand(every, h, -1, -1).contiguous()
-        return state, self.scan(eye, keep=False, counts=counts, values=False)[2][index]
+            return state, whole.index_select(0, index).exp()[..., None]
+        eye = torch.eye(self.key_dim, device=self.v.device).expand(every, h, -1, -1).contiguous()
+        matrix = self.scan(eye, keep=False, counts=counts, values=False)[2]
+        return state, matrix.index_select(0, index)

@@ -22,7 +22,7 @@ import dataclasses
 import functools
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -411,7 +411,8 @@ def last_gradients(
             total[number[before]] += applied(
                 matrix[fragments.place[i]], total[number[i]], transposed=True
             )
-    return total[[number[i] for i in fragments.open_local]]
+    mine = [total[number[i]] for i in fragments.open_local]
+    return torch.stack(mine) if mine else total[:0]
 
 
 def _needed(fragments: Fragments) -> list[int]:
@@ -513,15 +514,15 @@ class _Recurrence(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             kernels = by_kernels(inputs, rule)
             parts = list(_parts_of(inputs, rule, chunks, kernels, False))
+            made = _made_once(inputs, rule, chunks, kernels, len(parts) == 1)
             if fragments.open:
-                mine = _changes(inputs, rule, fragments, chunks, parts, kernels)
+                mine = _changes(inputs, rule, fragments, chunks, parts, made)
                 every = gathered(mine, fragments, group)
                 start, matrix = first_states(every, fragments), every.matrix
             out = v.new_empty(v.shape, dtype=dtype)
             for part in parts:
                 first = _start(start, part, chunks, inputs)
-                mine_out = out[:, part.start : part.stop]
-                _forward(part.inputs(inputs), rule, chunks, first, mine_out, kernels)
+                _forward(made(part), chunks, first, out[:, part.start : part.stop])
         ctx.save_for_backward(*inputs, start, matrix)
         ctx.settings = rule, fragments, group, kernels
         return out
@@ -534,14 +535,20 @@ class _Recurrence(torch.autograd.Function):
         grad = grad if grad.stride(2) == 1 else grad.contiguous()
         with torch.autocast(grad.device.type, enabled=False):
             parts = list(_parts_of(inputs, rule, chunks, kernels, True))
-            ends = None
+            # By PyTorch, the gradients make their own.
+            alone = kernels and len(parts) == 1
+            made = _made_once(inputs, rule, chunks, kernels, alone)
+            ends, slopes = None, None
             if fragments.open:
                 d_first = torch.empty_like(start)
                 for part in parts:
-                    mine = grad[:, part.start : part.stop]
-                    found = _first_gradients(part.inputs(inputs), rule, chunks, mine, kernels)
-                    d_first[chunks.order, part.start : part.stop] = found
+                    slopes = _slopes(made(part), chunks, grad[:, part.start : part.stop])
+                    found = _first_gradients(made(part), chunks, *slopes)
+                    mine = d_first[:, part.start : part.stop]
+                    mine.index_copy_(0, chunks.index(chunks.order), found)
                 ends = last_gradients(d_first, matrix, fragments, group)
+            if not alone:
+                slopes = None
             grads: list[Tensor] = []
             if len(parts) > 1:
                 grads = [torch.zeros_like(x) for x in inputs]
@@ -549,11 +556,12 @@ class _Recurrence(torch.autograd.Function):
                 first = _start(start, part, chunks, inputs)
                 d_after = torch.zeros_like(first)
                 if ends is not None and fragments.open_local:
-                    at = [chunks.rank_of[i] for i in fragments.open_local]
-                    d_after[at] = ends[:, part.start : part.stop].to(d_after.dtype)
-                mine = grad[:, part.start : part.stop]
-                given = first, mine, d_after
-                found = _gradients(part.inputs(inputs), rule, chunks, *given, kernels)
+                    at = chunks.index([chunks.rank_of[i] for i in fragments.open_local])
+                    mine = ends[:, part.start : part.stop].to(d_after.dtype)
+                    d_after.index_copy_(0, at, mine)
+                given = first, grad[:, part.start : part.stop], d_after
+                job = made(part) if kernels else None
+                found = _gradients(part.inputs(inputs), rule, chunks, *given, job, slopes)
                 if len(parts) == 1:
                     grads = [one.to(x.dtype) for one, x in zip(found, inputs, strict=True)]
                     break
@@ -578,13 +586,31 @@ def _parts_of(
     return _parts(heads, k.shape[1], -(-heads // parts))
 
 
+def _made_once(
+    inputs: list[Tensor], rule: Rule, chunks: Chunks, kernels: bool, alone: bool
+) -> Callable[[_Heads], Any]:
+    """Makes what the chunks of a part need of their own tokens: a job of the kernels, or `Within`.
+
+    Args:
+        alone: the part has all heads, and what is made is kept. Several parts' would not fit: it
+            is made anew each time.
+    """
+
+    @functools.lru_cache(maxsize=int(alone))
+    def made(part: _Heads) -> Any:
+        given = part.inputs(inputs)
+        return _job(given, rule, chunks) if kernels else _within(given, rule, chunks)
+
+    return made
+
+
 def _start(start: Tensor | None, part: _Heads, chunks: Chunks, inputs: list[Tensor]) -> Tensor:
     """[F, h, Dk, Dv] in the order of the chunks' fragments."""
     _, k, v, _, _ = inputs
     if start is None:
         heads = part.stop - part.start
         return v.new_zeros(len(chunks.order), heads, k.shape[2], v.shape[2], dtype=_wide(v))
-    return start[chunks.order, part.start : part.stop].contiguous()
+    return start[:, part.start : part.stop].index_select(0, chunks.index(chunks.order))
 
 
 def _changes(
@@ -593,7 +619,7 @@ def _changes(
     fragments: Fragments,
     chunks: Chunks,
     parts: list[_Heads],
-    kernels: bool,
+    made: Callable[[_Heads], Any],
 ) -> Changes:
     """Of this rank's open fragments, in the order of `open_local`."""
     _, k, v, g, _ = inputs
@@ -607,11 +633,11 @@ def _changes(
         return Changes(state, matrix)
     at = [chunks.rank_of[i] for i in fragments.open_local]
     chosen = sorted(at)
-    order = [chosen.index(place) for place in at]
+    order = chunks.index([chosen.index(place) for place in at])
     for part in parts:
-        found = _changes_of(part.inputs(inputs), rule, chunks, chosen, kernels)
-        state[:, part.start : part.stop] = found.state[order]
-        matrix[:, part.start : part.stop] = found.matrix[order]
+        found = _changes_of(made(part), chunks, chosen)
+        state[:, part.start : part.stop] = found.state.index_select(0, order)
+        matrix[:, part.start : part.stop] = found.matrix.index_select(0, order)
     return Changes(state, matrix)
 
 
@@ -698,10 +724,13 @@ def _results(
     kernels: bool,
 ) -> list[Tensor]:
     out = torch.empty_like(inputs[2])
-    _forward(inputs, rule, chunks, first, out, kernels)
-    found = _changes_of(inputs, rule, chunks, [0, 1], kernels)
-    gradients = _gradients(inputs, rule, chunks, first, slope, after.clone(), kernels)
-    start = _first_gradients(inputs, rule, chunks, slope, kernels)
+    made = _job(inputs, rule, chunks) if kernels else _within(inputs, rule, chunks)
+    _forward(made, chunks, first, out)
+    found = _changes_of(made, chunks, [0, 1])
+    slopes = _slopes(made, chunks, slope)
+    start = _first_gradients(made, chunks, *slopes)
+    job = made if kernels else None
+    gradients = _gradients(inputs, rule, chunks, first, slope, after.clone(), job, slopes)
     return [out, found.state, found.matrix, *gradients, start]
 
 
@@ -733,47 +762,41 @@ def normalized(x: Tensor, rule: Rule) -> Tensor:
     return x
 
 
-def _forward(
-    inputs: list[Tensor], rule: Rule, chunks: Chunks, first: Tensor, out: Tensor, kernels: bool
-) -> None:
+def _forward(made: Any, chunks: Chunks, first: Tensor, out: Tensor) -> None:
     """Writes the outputs [T/n, h, Dv]."""
-    if kernels:
-        job = _job(inputs, rule, chunks)
-        states, written, _ = job.scan(first)
-        job.outputs(states, written, out)
+    if not isinstance(made, Within):
+        states, written, _ = made.scan(first)
+        made.outputs(states, written, out)
         return
-    x = _within(inputs, rule, chunks)
-    states, written, _ = scan(x, chunks.steps, first)
-    out.copy_(_outputs(x, states, written, chunks))
+    states, written, _ = scan(made, chunks.steps, first)
+    out.copy_(_outputs(made, states, written, chunks))
 
 
-def _changes_of(
-    inputs: list[Tensor], rule: Rule, chunks: Chunks, chosen: list[int], kernels: bool
-) -> Changes:
-    if kernels:
-        return Changes(*_job(inputs, rule, chunks).changes(chosen))
-    return changes(_within(inputs, rule, chunks), chunks, chosen)
+def _changes_of(made: Any, chunks: Chunks, chosen: list[int]) -> Changes:
+    if not isinstance(made, Within):
+        return Changes(*made.changes(chosen))
+    return changes(made, chunks, chosen)
 
 
-def _first_gradients(
-    inputs: list[Tensor], rule: Rule, chunks: Chunks, grad: Tensor, kernels: bool
-) -> Tensor:
+def _slopes(made: Any, chunks: Chunks, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the states before the chunks and of what they write, by their outputs alone."""
+    if not isinstance(made, Within):
+        found: tuple[Tensor, Tensor] = made.output_gradients(grad)
+        return found
+    d_out = chunks.laid_out(grad).unflatten(0, (chunks.count, chunks.size))
+    d_out = d_out.transpose(1, 2).to(made.u.dtype)
+    return made.qd.transpose(-1, -2) @ d_out, made.p.transpose(-1, -2) @ d_out
+
+
+def _first_gradients(made: Any, chunks: Chunks, d_states: Tensor, d_written: Tensor) -> Tensor:
     """[F, h, Dk, Dv] gradients of the states from which fragments start, by their own outputs, in
     the order of the chunks' fragments.
     """
-    if kernels:
-        job = _job(inputs, rule, chunks)
-        d_states, d_written = job.output_gradients(grad)
-        d_ends = d_states.new_zeros(len(chunks.order), *d_states.shape[1:])
-        found: Tensor = job.reverse(d_states, d_written, d_ends)
-        return found
-    x = _within(inputs, rule, chunks)
-    d_out = chunks.laid_out(grad).unflatten(0, (chunks.count, chunks.size))
-    d_out = d_out.transpose(1, 2).to(x.u.dtype)
-    d_states = x.qd.transpose(-1, -2) @ d_out
-    d_written = x.p.transpose(-1, -2) @ d_out
     d_ends = d_states.new_zeros(len(chunks.order), *d_states.shape[1:])
-    return reverse(x.kd, x.w, x.decay, d_states, d_written, d_ends, chunks.steps)[2]
+    if not isinstance(made, Within):
+        found: Tensor = made.reverse(d_states, d_written, d_ends, keep=False)
+        return found
+    return reverse(made.kd, made.w, made.decay, d_states, d_written, d_ends, chunks.steps)[2]
 
 
 def _gradients(
@@ -783,17 +806,22 @@ def _gradients(
     first: Tensor,
     grad: Tensor,
     d_after: Tensor,
-    kernels: bool,
+    job: Any,
+    slopes: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, ...]:
-    """Of the inputs, from those of the outputs and of the states after the fragments."""
-    if kernels:
+    """Of the inputs, from those of the outputs and of the states after the fragments.
+
+    Args:
+        job: of the kernels, which cannot be used again after it; None: by PyTorch.
+        slopes: `_slopes`, if they are known; written over.
+    """
+    if job is not None:
         from . import unit_kernels
 
         q, k = inputs[:2]
         eps = rule.eps if rule.normalize else None
-        job = _job(inputs, rule, chunks)
         states, written, _ = job.scan(first)
-        d_states, d_written = job.output_gradients(grad)
+        d_states, d_written = job.output_gradients(grad) if slopes is None else slopes
         job.reverse(d_states, d_written, d_after)
         dq, dk, *others = job.input_gradients(grad, states, written, d_states, d_written)
         dq = unit_kernels.scaled_gradients(q, dq, rule.scale, eps)

@@ -155,10 +155,18 @@ class Chunks:
         self.rows = rows.to(device)
         self.filled = None if bool(filled.all()) else filled[:, None].to(device)
         self.places = places.to(device)
+        self._indices: dict[tuple[int, ...], Tensor] = {}
 
     def of(self, at: int) -> Tensor:
         """Chunks of the fragment order[at], in its order."""
         return torch.tensor([self.steps[s][0] + at for s in range(self.counts[at])])
+
+    def index(self, values: list[int]) -> Tensor:
+        """[len(values)] as a tensor on the device, copied there once: a copy waits for the GPU."""
+        key = tuple(values)
+        if key not in self._indices:
+            self._indices[key] = torch.tensor(values, dtype=torch.int64).to(self.places.device)
+        return self._indices[key]
 
     def part(self, chosen: list[int]) -> tuple[Tensor, list[tuple[int, int]]]:
         """The chunks of some fragments (places in `order`, ascending), step by step, and where

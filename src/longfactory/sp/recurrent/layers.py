@@ -39,12 +39,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from .. import indexer, probe
-from ..collectives import all_to_all
 from ..context import SequenceParallel
 from ..hooks import ModelHooks
 from ..plan import RowPlan
-from .chunked import Kind, Rule, recurrence
+from .chunked import Kind, Rule
 from .convolution import convolution
+from .exchange import over_ranks
 from .fragments import fragments_of
 
 log = logging.getLogger(__name__)
@@ -620,102 +620,3 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "mamba_inner_fn": _nothing,
 }
 """Functions of transformers' modules, by their names there."""
-
-
-# ---- states over ranks, or heads over ranks
-
-
-MEMORY_PER_LINK = 15.0
-"""Bytes that a rank reads or writes in its memory in the time of a byte between ranks: 3 TB/s,
-200 GB/s."""
-STATE_PASSES = 8.0
-"""How often state passing goes once more over a recurrence's keys and values."""
-
-
-def over_ranks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    rule: Rule,
-    plan: RowPlan,
-    dtype: torch.dtype,
-) -> Tensor:
-    """See `chunked.recurrence`: by passing states along the ranks, or by exchanging tokens for
-    heads, whichever moves less. Collective.
-    """
-    group = plan.ctx.group
-    if group is None or not exchange_is_cheaper(q, v, g, rule, plan):
-        return recurrence(q, k, v, g, beta, rule, fragments_of(plan), group, dtype)
-    n = plan.ctx.size
-    kinds = (q, k, v), (g, beta)
-    mine: list[Tensor] = []
-    # The ranks' shares of the heads of several tensors, side by side: one exchange carries all.
-    for tensors in kinds:
-        # [T/n, H, D] or [T/n, H] -> [n, T/n, H/n * D]
-        parts = [x.unflatten(1, (n, -1)).flatten(2).transpose(0, 1) for x in tensors]
-        received = _to_heads(torch.cat(parts, -1), plan).split([x.shape[2] for x in parts], 1)
-        shapes = [(x.shape[1] // n, *x.shape[2:]) for x in tensors]
-        mine += [x.unflatten(1, shape) for x, shape in zip(received, shapes, strict=True)]
-    q, k, v, g, beta = mine
-    out = recurrence(q, k, v, g, beta, rule, fragments_of(plan, whole=True), None, dtype)
-    return _to_rows(out, plan)
-
-
-def exchange_is_cheaper(q: Tensor, v: Tensor, g: Tensor, rule: Rule, plan: RowPlan) -> bool:
-    """Whether each rank should run a share of the heads over the whole row. The same on every rank
-    of the group.
-    """
-    n, (tokens, keys, dim), (_, heads, value_dim) = plan.ctx.size, q.shape, v.shape
-    if keys % n:
-        return False
-    fragments = fragments_of(plan)
-    if not fragments.open:
-        return False
-    exchanged = tokens * (2 * keys * dim + 2 * heads * value_dim) * v.element_size()
-    exchanged += 4 * (g.numel() + tokens * heads)
-    square = dim if rule.kind == "delta" else 0
-    states = fragments.width * n * heads * dim * (value_dim + square) * 4
-    again = tokens * heads * (dim + value_dim) * 4 * STATE_PASSES / MEMORY_PER_LINK
-    return exchanged * (n - 1) / n < states + again
-
-
-def _order(plan: RowPlan, device: torch.device) -> tuple[Tensor, Tensor]:
-    """[T] positions of the ranks' tokens laid end to end, and the inverse. Copied to the device
-    once for all layers.
-    """
-    held = fragments_of(plan).orders
-    if device not in held:
-        stretches = [torch.arange(a, b) for runs in plan.layout.intervals for a, b in runs]
-        order = torch.cat(stretches)
-        held[device] = (order.to(device), order.argsort().to(device))
-    return held[device]
-
-
-class _Permuted(torch.autograd.Function):
-    """Rows in another order. index_select's own backward adds up rows by atomic operations."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return x.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.index_select(0, ctx.saved_tensors[0]), None, None
-
-
-def _to_heads(x: Tensor, plan: RowPlan) -> Tensor:
-    """[n, T/n, C] -> [T, C]: part r of each token goes to rank r; rows in natural order."""
-    order, inverse = _order(plan, x.device)
-    received: Tensor = all_to_all(x, plan.ctx.group).flatten(0, 1)
-    return _Permuted.apply(received, inverse, order)  # type: ignore[no-any-return]
-
-
-def _to_rows(x: Tensor, plan: RowPlan) -> Tensor:
-    """[T, H/n, D] -> [T/n, H, D]: the way back."""
-    n, (order, inverse) = plan.ctx.size, _order(plan, x.device)
-    sent = _Permuted.apply(x, order, inverse).unflatten(0, (n, plan.local_length))
-    # [n, T/n, H/n, D] -> [T/n, n * H/n, D]
-    return all_to_all(sent, plan.ctx.group).transpose(0, 1).flatten(1, 2)
