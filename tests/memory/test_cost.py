@@ -426,7 +426,7 @@ def test_a_model_that_fits_many_times_over_stays_as_it_is():
         TrainingJob(ModelShape.of(small), machine("H100", 8, 2**40), 512, sp=8)
     )
     # where all wait for what starts their kernels, the MLPs' products may be saved or not
-    assert ok and dataclasses.replace(settings, keep_mlp=0.0) in (
+    assert ok and dataclasses.replace(settings, keep_mlp=0.0, keep_weights=False) in (
         MemorySettings(checkpoint="none"),
         saved(),
     )
@@ -467,7 +467,8 @@ def test_a_group_that_spans_hosts_pays_for_its_messages():
 
     assert step(8, 8, 1e9) == step(8, 8, 1e12), "nothing leaves the host"
     assert step(8, 4, 2e9) > 1.5 * step(8, 8, 2e9)
-    assert step(8, 4, 1e12) == pytest.approx(step(8, 8, 1e12))
+    # but for what kernels lose beside messages that wait longer
+    assert step(8, 4, 1e12) == pytest.approx(step(8, 8, 1e12), rel=0.002)
 
 
 def test_what_zero_shards():

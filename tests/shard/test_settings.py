@@ -125,6 +125,23 @@ def test_gradients_are_reduced_in_fp32(
     )
 
 
+@pytest.mark.parametrize(("world", "want"), [(2, torch.bfloat16), (4, torch.float32)])
+def test_two_processes_reduce_gradients_of_split_weights_in_bf16(
+    world: int, want: torch.dtype
+) -> None:
+    """There the sum has two terms, and is rounded to bf16 anyway; of more, each hop would round."""
+    plugin = types.SimpleNamespace(mixed_precision_policy=None, transformer_cls_names_to_wrap=None)
+    accelerator = types.SimpleNamespace(
+        state=types.SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no"
+    )
+    settings.fix_fsdp2_plugin(accelerator, tiny_model(), split=True, world=world)
+    assert plugin.mixed_precision_policy.reduce_dtype == want
+    settings.fix_fsdp2_plugin(accelerator, tiny_model(), split=False, world=2)
+    accelerator.mixed_precision = "bf16"
+    settings.fix_fsdp2_plugin(accelerator, tiny_model(), split=False, world=2)
+    assert plugin.mixed_precision_policy.reduce_dtype == torch.float32
+
+
 def test_quantised_weights_are_gathered_without_a_cast() -> None:
     """What a float type holds there are bits: a cast would change those that look like NaN."""
     plugin = types.SimpleNamespace(mixed_precision_policy=None, transformer_cls_names_to_wrap=None)

@@ -26,7 +26,7 @@ from longfactory.memory.shapes import TrainingJob
 log = logging.getLogger(__name__)
 
 GiB = 2**30
-SPLIT_IS_WORTH = 0.95
+SPLIT_IS_WORTH = 0.98
 """Of the time with fp32 masters: where split ones take less than that, they are taken. fp32 masters
 are what other trainers hold, and their checkpoints can be gone on from elsewhere.
 """
@@ -173,18 +173,18 @@ def _with_pool(settings: MemorySettings, pool: int) -> MemorySettings:
 
 def user_keys(arguments: Any) -> dict[str, Any]:
     """The memory keys of a configuration that are not "auto", as `choose_memory` takes them."""
+    keys: dict[str, Any] = {}
+    for technique in techniques():
+        if technique.fixed is not None:
+            keys |= technique.fixed(arguments)
     if arguments.disable_gradient_checkpointing:
-        return {
+        keys |= {
             "checkpoint": "none",
             "keep_attention": 0.0,
             "keep_mlp": 0.0,
             "offload": "none",
             "segment_layers": 1,
         }
-    keys: dict[str, Any] = {}
-    for technique in techniques():
-        if technique.fixed is not None:
-            keys |= technique.fixed(arguments)
     return keys
 
 

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from longfactory.memory import exchange
+from longfactory.memory.gathered import are_gathered, kept_weights
 from longfactory.memory.layer_kinds import LayerKind
 from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import ModelShape, TrainingJob
@@ -285,6 +286,7 @@ def seconds(job: TrainingJob, settings: MemorySettings) -> float:
     compute += job.local * scoring * (1.0 + work.again_projections)
     compute += (CAST_PASSES + 3 * work.again_mlp) * job.cast_bytes / machine.memory
     compute += _chunked_experts_bytes(job, settings) / machine.memory
+    compute += staged_bytes(job, settings) / machine.memory
     if job.reference_passes:
         once = sum(count * _products(job, kind, ONCE) for kind, count in shape.layers_of_kinds)
         reference = once / LINEAR_SHARE + ahead / machine.memory
@@ -296,8 +298,12 @@ def seconds(job: TrainingJob, settings: MemorySettings) -> float:
     between = machine.between(machine.gpus)
     sent = [
         received / between + messages * machine.waits(machine.gpus)
-        for received, messages in zip(sent_bytes(job), sent_messages(job), strict=True)
+        for received, messages in zip(
+            sent_bytes(job, settings), sent_messages(job, settings), strict=True
+        )
     ]
+    if are_gathered(job):
+        compute += BESIDE_MESSAGES * sum(sent)
     forward = compute * 0.3
     backward_seconds = max(compute - forward, copied, sent[1])
     step = max(forward, copied, sent[0]) + backward_seconds
@@ -477,19 +483,21 @@ def backward_products(shape: ModelShape) -> float:
     return 1.0 if shape.adapters else 1.0 + shape.trainable / shape.parameters
 
 
-def sent_bytes(job: TrainingJob) -> tuple[float, float]:
+def sent_bytes(job: TrainingJob, settings: MemorySettings) -> tuple[float, float]:
     """Bytes of parameters and gradients that one GPU receives in forward and in backward."""
-    shape = job.shape
-    if job.machine.gpus == 1:
+    shape, gpus = job.shape, job.machine.gpus
+    if gpus == 1:
         return 0.0, 0.0
+    of_others = (gpus - 1) / gpus
     gradients = shape.width * shape.trainable
     if job.weight_shards == 1:
-        return 0.0, 2.0 * gradients
+        return 0.0, of_others * 2.0 * gradients
     weights = shape.frozen_bytes + gradients
-    return weights, weights + gradients
+    again = 0.0 if kept_weights(job, settings) else weights
+    return of_others * weights, of_others * (again + job.reduced_width * shape.trainable)
 
 
-def sent_messages(job: TrainingJob) -> tuple[int, int]:
+def sent_messages(job: TrainingJob, settings: MemorySettings) -> tuple[int, int]:
     """Messages, one after the other, in which these come: each layer's parameters in forward and
     again in backward, and its gradients, each in a ring over all GPUs (NCCL's trees take fewer).
     """
@@ -499,7 +507,28 @@ def sent_messages(job: TrainingJob) -> tuple[int, int]:
     hops = min(gpus - 1, 2 * (gpus - 1).bit_length())
     if job.weight_shards == 1:
         return 0, hops
-    return layers * hops, 2 * layers * hops
+    return layers * hops, (1 if kept_weights(job, settings) else 2) * layers * hops
+
+
+# Of the time of FSDP2's messages, what the layers' kernels beside them lose: experts' products and
+# order take 70 ms where one GPU's take 53, beside 87 ms of messages (moe-6-layers-16k on two H200,
+# benchmarks/results/step_parts.md).
+BESIDE_MESSAGES = 0.2
+
+
+def staged_bytes(job: TrainingJob, settings: MemorySettings) -> float:
+    """Bytes that FSDP2 reads and writes on each GPU around its messages: a shard of fp32 masters is
+    cast before it is sent, and copied; each gathered weight is copied out of the buffer that it
+    came in, each gradient into the one that is reduced.
+    """
+    if not are_gathered(job):
+        return 0.0
+    shape, width = job.shape, job.shape.width
+    times = 1 if settings.keep_weights else 2
+    cast = shape.trained_layer_parameters * (job.master + width if job.master != width else 0)
+    held = 2 * shape.layer_bytes
+    gathers = times * shape.layers * (held + (held + cast) / job.weight_shards)
+    return gathers + (width + job.reduced_width) * shape.trainable
 
 
 def exchanged_bytes(job: TrainingJob, forward_runs: float = 1.0) -> float:

@@ -519,9 +519,10 @@ def _placement_update(job: TrainingJob, settings: MemorySettings, backward: floa
     trained, machine = job.shape.trainable, job.machine
     if settings.optimizer == "gpu":
         rate = UPDATE * machine.memory  # split masters move two bytes less
-        # the norm of the gradients, and clipping them
-        clipped = 3 * job.gradient_bytes / machine.memory
-        return 28.0 * trained / job.shards / rate + clipped
+        # the norm of the gradients, and clipping them: of split masters within their update
+        split = job.master == 2
+        clipped = (1 if split else 3) * job.gradient_bytes / machine.memory
+        return (26.0 if split else 28.0) * trained / job.shards / rate + clipped
     update = (
         28.0 * trained / job.shards * machine.on_host / machine.host_memory
         + 4.0 * trained / job.shards / machine.copies

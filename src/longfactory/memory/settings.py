@@ -50,6 +50,8 @@ class MemorySettings:
         optimizer: where AdamW's fp32 states live and are updated.
         gradients: where they wait for that; "host", which needs the optimizer there, takes them off
             the GPU during backward.
+        keep_weights: under FSDP2, whether layers keep their gathered weights from forward until
+            their backward, in place of gathering them again.
     """
 
     checkpoint: Literal["none", "full"] = _field("full", "checkpointed.CHECKPOINTING")
@@ -65,6 +67,7 @@ class MemorySettings:
     late_prefetch: bool = _field(False, "offload.LATE_PREFETCH")
     optimizer: Literal["gpu", "host"] = _field("gpu", "optimizer.PLACEMENT")
     gradients: Literal["gpu", "host"] = _field("gpu", "optimizer.GRADIENTS")
+    keep_weights: bool = _field(False, "gathered.KEPT")
 
     def __post_init__(self) -> None:
         if self.checkpoint not in ("none", "full"):
@@ -172,6 +175,11 @@ class MemoryArguments:
     )
     optimizer_overlap: bool = _key(
         False, "AdamW on the host updates weights while backward runs. Needs max_grad_norm: 0."
+    )
+    reshard_after_forward: bool | Literal["auto"] = _key(
+        "auto",
+        "FSDP2: a layer's gathered weights are given up after its forward pass and gathered again"
+        " for its backward.",
     )
     logprob_chunk: int | Literal["auto"] = _key(
         "auto", "Tokens whose logits exist at once.", low=1, high=10**9

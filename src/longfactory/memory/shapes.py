@@ -634,6 +634,13 @@ class TrainingJob:
         return self.shape.width if self.zero or self.pure else self.master
 
     @property
+    def reduced_width(self) -> int:
+        """Bytes of a gradient on its way between GPUs that shard it: fp32, or bf16 between two of
+        split masters (`shard.settings.fix_fsdp2_plugin`).
+        """
+        return 2 if self.master == 2 and self.machine.gpus == 2 and not self.zero else 4
+
+    @property
     def gradient_bytes(self) -> float:
         """Of all gradients on one GPU."""
         return self.gradient_width * self.shape.trainable / (1 if self.zero == 1 else self.shards)

@@ -40,6 +40,8 @@ def chosen_keys(cfg: RunConfig, found: Way) -> dict[str, Any]:
         }
         if settings.keep_mlp:
             keys["keep_mlp"] = settings.keep_mlp
+    if found.memory.plan.job.weight_shards > 1 and not found.memory.deepspeed:
+        keys["reshard_after_forward"] = not settings.keep_weights
     # "host" asks for split masters wherever these can be had
     if not found.memory.deepspeed and (settings.optimizer == "gpu" or found.memory.split):
         keys["optimizer_placement"] = settings.optimizer

@@ -147,12 +147,14 @@ def wrap_classes(model: Any) -> list[str]:
     return found
 
 
-def fix_fsdp2_plugin(accelerator: Any, model: Any, split: bool = False) -> None:
+def fix_fsdp2_plugin(accelerator: Any, model: Any, split: bool = False, world: int = 0) -> None:
     """After the Trainer exists and before the model is wrapped: the mixed-precision policy and the
     layers to wrap.
 
     `split`: the weights are bf16 by themselves (split masters); their gradients are reduced in fp32
-    all the same.
+    all the same, and then rounded to bf16. Of two processes (`world`) the reduction is one sum of
+    two bf16 numbers, halved: in bf16 it rounds the same sum once, to the same bits, and the
+    messages have half the bytes.
 
     Quantised weights stay as they are stored while they are gathered, and with them all others:
     what a float type holds there are bits, and a cast changes those that look like NaN. The layers
@@ -168,8 +170,9 @@ def fix_fsdp2_plugin(accelerator: Any, model: Any, split: bool = False) -> None:
     )
     if dtype is not None:
         gathered = None if any(hasattr(p, "quant_state") for p in model.parameters()) else dtype
+        reduced = dtype if split and world == 2 else torch.float32
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=gathered, reduce_dtype=torch.float32, output_dtype=None
+            param_dtype=gathered, reduce_dtype=reduced, output_dtype=None
         )
 
 

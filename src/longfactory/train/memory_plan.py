@@ -18,7 +18,7 @@ from longfactory.config.adapter_facts import trains_adapters
 from longfactory.config.stage_facts import STAGES
 from longfactory.data.module import Datasets
 from longfactory.errors import UserError
-from longfactory.memory import calibration
+from longfactory.memory import calibration, gathered
 from longfactory.memory.choose import (
     MemoryPlan,
     choose_masters,
@@ -331,6 +331,8 @@ def plan_run(
     fixed = user_keys(cfg.memory)
     if not exact:
         fixed.setdefault("optimizer", "gpu")  # no other optimizer computes on the host
+    if sharding != "fsdp2" and fixed.pop("keep_weights", None) is not None:
+        log.warning("reshard_after_forward has no effect: weights are not sharded by FSDP2 here.")
     overlaps, fp16 = cfg.memory.optimizer_overlap, bool(cfg.trainer.fp16)
     if overlaps and float(cfg.trainer.max_grad_norm) > 0:
         raise UserError(
@@ -573,4 +575,5 @@ class FitMemory(TrainerCallback):
         settings, line = corrected(self.plan, int(peak))
         if line is not None:
             self.activations.change(settings)
+            gathered.keep_weights(kwargs["model"], settings.keep_weights)
             log.info(line)

@@ -27,6 +27,7 @@ from longfactory.data import module as data
 from longfactory.data.fingerprint import data_fingerprint
 from longfactory.data.templates import get_template
 from longfactory.errors import UserError
+from longfactory.memory import gathered
 from longfactory.memory.apply import apply_memory
 from longfactory.memory.choose import explain_out_of_memory
 from longfactory.memory.offload import Activations
@@ -201,6 +202,7 @@ def prepare_training(assembled: Assembled, cfg: RunConfig, watch: Watch | None =
         )
     trainer.add_callback(
         AtStart(
+            lambda: gathered.begin(trainer.model_wrapped, memory.plan.settings),
             lambda: startup.done("optimizer and sharding"),
             lambda: prove_exact(trainer),
             lambda: startup.done("guard"),
@@ -527,7 +529,7 @@ def parallelize(trainer: RowTrainer, sharding: str, world: int, *, split: bool) 
     """
     shard.check_sharding(trainer.accelerator, sharding, world)
     if sharding == "fsdp2":
-        shard.fix_fsdp2_plugin(trainer.accelerator, trainer.model, split=split)
+        shard.fix_fsdp2_plugin(trainer.accelerator, trainer.model, split=split, world=world)
 
 
 def decided(cfg: RunConfig, store: Any) -> RunConfig:

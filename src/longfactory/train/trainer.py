@@ -32,6 +32,7 @@ from longfactory import sp, startup
 from longfactory.data.media.load import MediaLoading
 from longfactory.data.row import Row
 from longfactory.errors import UserError
+from longfactory.memory.gathered import give_up_weights
 from longfactory.model.outputs import TokenOutputs
 from longfactory.model.routing import Routing
 from longfactory.model.source import Source
@@ -566,6 +567,7 @@ class RowTrainer(ResumableTrainer):
         """
         self._eval_metrics = MetricSums()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        give_up_weights(self.model_wrapped)
         assert output.metrics is not None
         for name, value in self._eval_metrics.means(self._sum_over_groups).items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
