@@ -553,6 +553,7 @@ def measure(args: argparse.Namespace, home: Path) -> int:
     shown = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(args.gpus)))
     every = cases(args.smoke, args.frames)
     chosen = [every[name] for name in args.cases]
+    of_pairs = [every[name] for name in args.dpo_cases or args.cases]
     visible = len(shown.split(","))
     # Each case has a GPU of its own; where GPUs are left, what is measured beside it another one.
     lanes: list[list[Job]] = []
@@ -571,7 +572,7 @@ def measure(args: argparse.Namespace, home: Path) -> int:
     if {"all", "dpo"} & set(args.parts):
         together.start()
     write_model(home / "model", args.layers, args.smoke)
-    wanted = {case.name: case for case in chosen}
+    wanted = {case.name: case for case in [*chosen, *of_pairs]}
     write_data(home / "data", wanted, tuple({1, args.gpus}), args.steps)
     print(
         f"{args.seconds - clock.left:.0f} s: model and data written; /dev/shm {shared:.0f} GiB,"
@@ -621,12 +622,11 @@ def measure(args: argparse.Namespace, home: Path) -> int:
             one(job, pool)
         pool.stop()
 
-    stages = {"all": "sft", "dpo": "dpo"}
     shared_rows = [
         Job(case, args.gpus, 1, stage)
-        for part, stage in stages.items()
+        for part, stage, of_part in (("all", "sft", chosen), ("dpo", "dpo", of_pairs))
         if part in args.parts
-        for case in chosen
+        for case in of_part
     ]
 
     def before() -> None:
@@ -663,6 +663,7 @@ def main() -> int:
     parser.add_argument("--frames", type=int, default=512, help="of the video")
     parser.add_argument("--cases", nargs="+", default=["images", "video"])
     parser.add_argument("--parts", nargs="+", default=["one", "all", "beside", "dpo"])
+    parser.add_argument("--dpo-cases", nargs="+", help="of the part dpo; as --cases if not given")
     parser.add_argument("--peers", nargs="*", default=["images", "video"])
     parser.add_argument("--keys", nargs="*", default=[], help="further keys of the runs, key=value")
     parser.add_argument(

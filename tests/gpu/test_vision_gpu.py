@@ -84,6 +84,8 @@ def start(home: Path, names: Sequence[str]) -> Started:
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
         "LONGFACTORY_CACHE": str(home / f"cache_{names[0]}"),
         "TQDM_DISABLE": "1",
+        # Compiling takes nearly all of a first step, and what it makes is compared elsewhere.
+        "LONGFACTORY_COMPILE": "0",
         # DeepSpeed would want CUDA's compiler, which it does not need here.
         "DS_IGNORE_CUDA_DETECTION": "1",
     }
