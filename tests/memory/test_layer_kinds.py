@@ -16,7 +16,7 @@ from longfactory import sp
 from longfactory.memory import norms
 from longfactory.memory.apply import apply_memory
 from longfactory.memory.checkpointed import stored_of_a_token
-from longfactory.memory.cost import bare_layer, seconds
+from longfactory.memory.cost import bare_layer, moved_bytes, seconds
 from longfactory.memory.layer_kinds import LayerKind, kinds_of
 from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import CHOSEN, ModelShape, TrainingJob, machine
@@ -237,6 +237,29 @@ def test_what_autograd_stores_of_a_recurrent_layer(family: str) -> None:
         model.model(**hf.inputs(row, plan))
     found = sum(t.untyped_storage().nbytes() for t in held.values()) / tokens
     assert kinds_of(model, config)[number].recurrent_bytes == pytest.approx(found, rel=0.08)
+
+
+def test_what_norms_in_one_kernel_move() -> None:
+    """In models with recurrent layers a norm reads its input and writes its output; beside an fp32
+    embedding both are fp32, and what each of six linear maps is given is cast.
+    """
+    config = tiny_config("qwen3_next")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    layers = kinds_of(model, config)
+    recurrent = next(kind for kind in layers if kind.recurrent_flop)
+    job = TrainingJob(
+        ModelShape.of(config, layers=layers), machine("H100", 1, 2**40), 64, sharded=False
+    )
+    stored = MemorySettings(checkpoint="none")
+    found = {m: moved_bytes(dataclasses.replace(job, master=m), stored, recurrent) for m in (2, 4)}
+    assert recurrent.norms == 2
+    more = [wide - narrow for wide, narrow in zip(found[4], found[2], strict=True)]
+    assert more == [recurrent.hidden * (8 + 36 + 8), recurrent.hidden * (2 * (8 + 36) + 8)]
+    other = dataclasses.replace(recurrent, recurrent_flop=0.0)
+    plain = dataclasses.replace(job, master=2, shape=ModelShape.of(config, layers=(other,)))
+    norms_in_parts = moved_bytes(plain, stored, other)[0] - found[2][0]
+    assert norms_in_parts == recurrent.hidden * 2 * (36 - 4)
 
 
 def test_indexer_layers_are_counted() -> None:

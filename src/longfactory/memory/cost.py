@@ -445,10 +445,14 @@ def moved_bytes(job: TrainingJob, settings: MemorySettings, kind: LayerKind) -> 
         # experts run again before they are differentiated, where they are not saved
         again = (1.0 - settings.keep_mlp) * dispatch
         return width * forward + dispatch, width * backward + again + gradients
-    if job.wide_hidden and width == 2:  # fp32 norms; a cast for each linear map
-        norms, residuals, rotary = 28.0 * kind.norms + 30, 20.0, 40.0
+    wide = job.wide_hidden and width == 2
+    residuals, rotary = (20.0, 40.0) if wide else (12.0, 20.0)
+    if any(k.recurrent_flop for k in job.shape.kinds):  # norms in one kernel
+        norms = (8.0 if wide else 4.0) * kind.norms
     else:
-        norms, residuals, rotary = 36.0 * kind.norms, 12.0, 20.0
+        norms = (28.0 if wide else 36.0) * kind.norms
+    if wide:  # a cast for each linear map but those behind attention and the MLP's gate
+        norms += 36 if kind.recurrent_flop else 30
     turned *= 2 if kind.head_norms else 1
     forward = (norms + residuals) * hidden + rotary * turned + 4 * width * kind.queries
     forward += 5 * width * kind.dense_width
