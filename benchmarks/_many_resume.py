@@ -83,6 +83,13 @@ def resume(a: argparse.Namespace) -> int:
     return int("error" in row)
 
 
+RESUME_NOTE = (
+    "Qwen2.5-0.5B's shape, two layers, random weights, all parameters, rows of 1,024 tokens a GPU, 8"
+    " steps, a checkpoint every two. The process of the last rank is sent SIGKILL after the third"
+    " step. Losses of all steps beside those of a run that nothing ended."
+)
+
+
 def killed(home: Path, devices: Sequence[int], keys: Row, step: int, limit: float) -> Row:
     """A run whose process of the last rank is sent SIGKILL when `step` steps are done."""
     out = home / "out-killed"

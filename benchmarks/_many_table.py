@@ -31,18 +31,23 @@ def keep(a: argparse.Namespace, row: Row, rows: list[Row]) -> None:
 
 
 def write(a: argparse.Namespace, rows: list[Row]) -> None:
-    """The table of a part, where there is a folder for it."""
+    """The table of a part, where there is a folder for it; with the remarks that somebody wrote into
+    its .json.
+    """
     if a.out is None:
         return
     path = stem(a)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"part": a.part, "rows": rows}, indent=1) + "\n"
+    before = json.loads(path.with_suffix(".json").read_text()) if earlier(a) else {}
+    remarks = before.get("remarks", [])
+    whole = {"part": a.part, "rows": rows} | ({"remarks": remarks} if remarks else {})
+    text = json.dumps(whole, indent=1) + "\n"
     path.with_suffix(".json").write_text(text)
     made = dict.fromkeys(
         f"`{m['command']}` ({m['date']}, {m['machine']}, {m['versions']})"
         for m in (r["made"] for r in rows)
     )
-    parts = [f"# {a.title}", table(rows), *a.notes, "\n".join(made)]
+    parts = [f"# {a.title}", table(rows), *a.notes, "\n".join(made), *remarks]
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/many_gpus.py --gpus 4 --part attention --out benchmarks/results
     python benchmarks/many_gpus.py --gpus 4 --part length --only "7B, 1,048,576" --out benchmarks/results
+    python benchmarks/many_gpus.py --gpus 8 --part length --only "7B, 1,572,864"   # see EIGHT below
     python benchmarks/many_gpus.py --gpus 4 --check             # every part at once, small, a minute
     python benchmarks/many_gpus.py --smoke --part attention     # two CPU processes, tiny shapes
 
@@ -23,6 +24,34 @@ peers      DeepSpeed ALST beside LongFactory (`_peers.py`), and where a step's t
 parity     20 steps of a 0.5B shape in bf16: SP's distance from the float32 curve beside one GPU's.
            Nothing is timed: all runs share the GPUs
 resume     a run over all GPUs whose process of one rank is killed, resumed over half of them
+
+Commands that have not run yet, in order of value, each less than 10 minutes with `--out
+benchmarks/results`. FOUR GPUs, with their seconds (those of the whole models need H200):
+
+    many_gpus.py --gpus 4 --part scaling --layers 8 --limit 130                                # 140
+    many_gpus.py --gpus 4 --part length --only "B-A3B, 131,072" "4 of 48" "2 of 28" --limit 320    # 330
+    many_gpus.py --gpus 4 --part length --only "7B, 1,048,576" --limit 550     # 560: a step of 396
+    many_gpus.py --gpus 4 --part peers --limit 390       # 400, with the package deepspeed (0.19.8)
+    many_gpus.py --gpus 4 --part parity --only "seed 4"                                         # 90
+    length.py --gpus 4 --probe 524288 --limit 60; length.py --gpus 4 --probe 2097152 --limit 170
+    many_gpus.py --gpus 4 --part attention --only "32k, 28/4"    # 60, with ring-flash-attn, yunchang
+
+EIGHT; the rows of the part `length` are then others (`_many_length.WIDE`):
+
+    many_gpus.py --gpus 8 --part length --only "7B, 1,572,864"
+    many_gpus.py --gpus 8 --part length --only "14B, 983,040"
+    many_gpus.py --gpus 8 --part length --only "7B, 786,432"
+    many_gpus.py --gpus 8 --part length --only "Qwen3-8B"
+    many_gpus.py --gpus 8 --part length --only "Llama-3-8B"
+    many_gpus.py --gpus 8 --part length --only "B-A3B, 131,072" "B-A3B, 1,048,576"
+    many_gpus.py --gpus 8 --part length --only "2,097,152" "1,310,720"
+    many_gpus.py --gpus 8 --part length --only "5,242,880"
+    many_gpus.py --gpus 8 --part scaling
+    many_gpus.py --gpus 8 --part attention --only "of 128k" "of 256k" "long mix" "chat mix"
+    many_gpus.py --gpus 8 --part parity
+    many_gpus.py --gpus 8 --part peers
+    length.py --gpus 8 --probe 2097152
+    seed_table.py                                # 72B on 32 GPUs: the plan's answer
 """
 
 from __future__ import annotations
@@ -45,7 +74,7 @@ from _many_length import LENGTH_NOTE, length  # noqa: E402
 from _many_packed import PACKED_NOTE, packed  # noqa: E402
 from _many_parity import PARITY_NOTE, parity  # noqa: E402
 from _many_peers import PEERS_NOTE, peers  # noqa: E402
-from _many_resume import resume  # noqa: E402
+from _many_resume import RESUME_NOTE, resume  # noqa: E402
 from _many_scaling import SCALING_NOTE, scaling  # noqa: E402
 from _many_table import from_log, wanted  # noqa: E402
 from plan_accuracy import ended_in_time  # noqa: E402
@@ -75,6 +104,7 @@ def main() -> int:
     a.title, a.notes = TITLES.get(a.part), NOTES.get(a.part, [])
     if a.log is not None:
         return from_log(a)
+    a.gpus_asked_for = a.gpus  # a table of rows is for so many, with --smoke too
     if a.smoke:
         a.gpus = 2
     if a.smoke or a.small:
@@ -142,6 +172,7 @@ NOTES = {
     "length": [LENGTH_NOTE],
     "peers": [PEERS_NOTE],
     "parity": [PARITY_NOTE],
+    "resume": [RESUME_NOTE],
 }
 
 

@@ -18,6 +18,7 @@ import _many_parity
 import _many_peers
 import _many_table
 
+MADE = {"machine": "2 x H200", "command": "c", "date": "2026-11-27", "versions": "torch 2"}
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -138,6 +139,7 @@ def test_parity_keeps_a_row_when_its_three_runs_have_ended(
     given = argparse.Namespace(
         part="parity", out=None, gpus=2, small=False, smoke=False, end=0.0, after=None, repeats=5
     )
+    given.only = None
     assert _many_parity.parity(given) == 1, "a run failed"
     printed = capsys.readouterr().out.splitlines()
     rows = {row["row"]: row for row in map(json.loads, printed)}
@@ -147,6 +149,20 @@ def test_parity_keeps_a_row_when_its_three_runs_have_ended(
     assert rows["seed 1, 20 steps of 4,096 tokens"]["error"] == "out of memory"
     assert rows["float32, usp: gradients"]["worst gradient"] == 2e-7
     assert rows["median of 4"]["ratio"] == pytest.approx(2.0)
+
+    # a seed that an earlier command did not finish, alone: the median is of all
+    given.out, given.title, given.notes = tmp_path, "T", []
+    (tmp_path / "many_gpus_parity_2xH200.json").write_text(
+        json.dumps({"rows": [*({**row, "made": MADE} for row in rows.values())], "remarks": ["R."]})
+    )
+    losses["all"], given.only = [2.1, 1.1], ["seed 3"]
+    monkeypatch.setattr(_many_table, "_ABOUT", MADE)
+    assert _many_parity.parity(given) == 0
+    printed = capsys.readouterr().out.splitlines()
+    rows = {row["row"]: row for row in map(json.loads, printed)}
+    assert len(rows) == 2 and rows["median of 4"]["ratio"] == pytest.approx(2.0)
+    page = (tmp_path / "many_gpus_parity_2xH200.md").read_text()
+    assert page.count("median") == 1 and page.endswith("R.\n") and page.count("| seed") == 5
 
 
 @pytest.mark.slow
