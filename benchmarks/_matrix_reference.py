@@ -35,11 +35,11 @@ def documents(yaml: str) -> list[list[Any]]:
     """The samples of a run: lists of TokenizedDocument, each a sequence of its own."""
     from longfactory.config import load_config
     from longfactory.model import load
-    from longfactory.train import run
+    from longfactory.train.prepare import load_data
 
     cfg = load_config([yaml, "pref_share_prompt=false"])
     tokenizer = load.load_tokenizer(cfg.model)
-    data = run.load_data(cfg, tokenizer).train
+    data = load_data(cfg, tokenizer).train
     return [list(data[i]) for i in range(STEPS * STEP_SAMPLES)]
 
 

@@ -96,7 +96,7 @@ def tokenise(words: list[str], cache: str) -> str:
 
     from longfactory.config import load_config
     from longfactory.model import load
-    from longfactory.train.run import load_data
+    from longfactory.train.prepare import load_data
 
     _prepare()
     os.environ["LONGFACTORY_CACHE"] = cache

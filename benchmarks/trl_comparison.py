@@ -69,7 +69,7 @@ def trl(options: argparse.Namespace, folder: str) -> list[dict[str, float]]:
 
     from longfactory.config import load_config
     from longfactory.model import load
-    from longfactory.train import run
+    from longfactory.train.prepare import load_data
 
     class SameTokens(DPOTrainer):
         def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
@@ -80,7 +80,7 @@ def trl(options: argparse.Namespace, folder: str) -> list[dict[str, float]]:
 
     cfg = load_config([*keys(options, folder), "pref_share_prompt=false"])
     tokenizer = load.load_tokenizer(cfg.model)
-    pairs = run.load_data(cfg, tokenizer).train
+    pairs = load_data(cfg, tokenizer).train
     rows = []
     for i in range(len(pairs)):
         documents = {d.role: d for d in pairs[i]}

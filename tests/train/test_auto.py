@@ -21,7 +21,7 @@ from longfactory.model import load
 from longfactory.train import auto
 from longfactory.train.auto import Decision, Planned, decide_on, longest_row, of_checkpoint, way
 from longfactory.train.memory_plan import count_parameters
-from longfactory.train.run import load_data
+from longfactory.train.prepare import load_data
 from qwen_7b import qwen_7b
 from small_runs import home, keys, run_keys  # noqa: F401
 

@@ -42,6 +42,7 @@ def train(keys: dict[str, Any], sharding: str = "none") -> tuple[list[dict[str, 
 
     import cpu_sharding
     from longfactory.config import from_mapping
+    from longfactory.train import prepare
     from longfactory.train import run as module
 
     # FSDP is asked for through the environment, and this process serves other tests
@@ -53,7 +54,7 @@ def train(keys: dict[str, Any], sharding: str = "none") -> tuple[list[dict[str, 
     torch.manual_seed(0)
     seen: list[Any] = []
     left: set[str] = set()
-    make, choose = module.make_trainer, module.choose_sharding
+    make, choose = module.make_trainer, prepare.choose_sharding
     leave = SplitAdamW._leave
 
     def watched(self: SplitAdamW, p: Any, group: Any, last: bool) -> None:
@@ -68,11 +69,11 @@ def train(keys: dict[str, Any], sharding: str = "none") -> tuple[list[dict[str, 
 
     SplitAdamW._leave = watched  # type: ignore[method-assign]
     module.make_trainer = lambda *a, **k: seen.append(make(*a, **k)) or seen[-1]
-    module.choose_sharding = lambda *a, **k: sharding
+    prepare.choose_sharding = lambda *a, **k: sharding
     try:
         module.run(from_mapping({k: v for k, v in keys.items() if k != "cache"}))
     finally:
-        module.make_trainer, module.choose_sharding = make, choose
+        module.make_trainer, prepare.choose_sharding = make, choose
         SplitAdamW._leave = leave  # type: ignore[method-assign]
         os.environ.clear()
         os.environ.update(before)

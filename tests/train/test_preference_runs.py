@@ -322,7 +322,7 @@ def test_lengths_are_those_of_the_documents(home: Path, monkeypatch: pytest.Monk
     """
     from longfactory.config import load_config
     from longfactory.model import load
-    from longfactory.train import run
+    from longfactory.train.prepare import load_data
 
     monkeypatch.setenv("LONGFACTORY_CACHE", str(home / "cache_lengths"))
     shared = 0
@@ -344,7 +344,7 @@ def test_lengths_are_those_of_the_documents(home: Path, monkeypatch: pytest.Monk
                 f"output_dir={home / 'none'}",
             ]
         )
-        data = run.load_data(cfg, load.load_tokenizer(cfg.model)).train
+        data = load_data(cfg, load.load_tokenizer(cfg.model)).train
         assert data is not None
         for i in range(len(data)):
             assert int(data.lengths[i]) == sum(len(d.input_ids) for d in data[i])

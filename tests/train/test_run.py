@@ -377,7 +377,7 @@ def test_the_saved_folder_is_a_plain_checkpoint(base: dict[str, Any], tmp_path: 
 
     # The evaluation under sequence parallelism is the token mean that plain transformers computes.
     from longfactory.config import from_mapping
-    from longfactory.train.run import load_data
+    from longfactory.train.prepare import load_data
 
     cfg = from_mapping({k: v for k, v in keys.items() if k != "cache"})
     model = AutoModelForCausalLM.from_pretrained(out)
@@ -479,6 +479,6 @@ def test_the_environment_is_written_where_processes_start_alone() -> None:
         "data/prepare.py",
         "data/stream.py",
         "shard/settings.py",
-        "train/run.py",
+        "train/groups.py",
         "webui/preview.py",  # a process of its own
     }

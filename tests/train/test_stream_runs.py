@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from longfactory.config import load_config
-from longfactory.train.run import load_data
+from longfactory.train.prepare import load_data
 from small_runs import home, keys, steps, train
 
 pytestmark = pytest.mark.processes

@@ -60,12 +60,12 @@ def sharded(
 
     import cpu_sharding
     from longfactory.config import from_mapping
-    from longfactory.train import run
+    from longfactory.train import prepare
     from longfactory.train.verify import verify
     from planted import planted
 
     cpu_sharding.start("fsdp2" if sharding == "fsdp2" else "zero")
-    run.choose_sharding = lambda *args: sharding  # type: ignore[assignment]
+    prepare.choose_sharding = lambda *args: sharding  # type: ignore[assignment]
     os.environ["LONGFACTORY_CACHE"] = keys["cache"]
     reports = []
     for changes in more:

@@ -17,7 +17,7 @@ from longfactory.model.generate import stop_tokens
 from longfactory.output.serve import check_vllm, vllm_arguments
 from longfactory.train.output import write_metrics
 from longfactory.train.predict import answers_file, scores_of, split_last_answer, written
-from longfactory.train.run import load_data
+from longfactory.train.prepare import load_data
 
 log = logging.getLogger("longfactory")
 

@@ -443,7 +443,7 @@ def plan(a: argparse.Namespace, run: list[str], command: str) -> int:
 def read_data(cfg: RunConfig) -> Datasets:
     """The run's data, tokenised as training does, or from its cache."""
     from longfactory.model import load
-    from longfactory.train.run import load_data
+    from longfactory.train.prepare import load_data
 
     if not cfg.data.dataset and not cfg.data.tokenized_path:
         raise UserError("--read-data: the run names no data.")

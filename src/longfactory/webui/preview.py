@@ -39,7 +39,7 @@ def preview(cfg: RunConfig, folders: Folders) -> dict[str, Any]:
     from longfactory.data.samples import decoded_samples
     from longfactory.data.sources import read_sources
     from longfactory.model import load
-    from longfactory.train.run import load_data
+    from longfactory.train.prepare import load_data
 
     if cfg.known_cutoff_len == 0:
         raise UserError("cutoff_len: auto: the preview needs a number.")
