@@ -30,6 +30,7 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(compiled, "compiles", lambda x: True)
     monkeypatch.setattr(compiled, "_compiled", {})
     monkeypatch.setattr(compiled, "_failed", set())
+    monkeypatch.setattr(compiled, "_lengths_vary", False)
     return names
 
 
@@ -52,12 +53,69 @@ def test_copies_for_each_width_and_for_lengths_that_come_often(
     layer_ops.norm(torch.randn(4, 8), torch.randn(8), 1e-5)  # another number
     assert copies[4:] == ["norm_3_0"]
     copies.clear()
-    for length in (9, 12, 10, 9, 9, 11, 20):
+    for length in (9, 12, 10, 9, 9, 9, 9, 11, 9, 20):
         normed(length, 8)
     assert copies == ["norm_0_any"]
     normed(9, 8)
-    normed(9, 8)
     assert copies == ["norm_0_any", "norm_0_2"]
+
+
+def test_a_length_that_comes_in_every_layer_of_one_row_has_not_come_often(
+    copies: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until it has for long."""
+    monkeypatch.setattr(compiled, "IN_A_ROW", 200)
+    for length in (12, 20, 9):
+        for _ in range(150):
+            normed(length, 8)
+    assert copies == ["norm_0_0", "norm_0_1", "norm_0_any"]
+    for _ in range(51):
+        normed(9, 8)
+    assert copies[3:] == ["norm_0_2"]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([4, 4, 4, 3], ["norm_0_0", "norm_0_1"]),
+        ([1, 2, 3, 4, 4], ["norm_0_any"]),
+        ([], ["norm_0_0", "norm_0_1"]),
+    ],
+)
+def test_rows_of_many_lengths_are_served_by_one_copy(
+    copies: list[str], lengths: list[int], expected: list[str]
+) -> None:
+    compiled.expect(lengths)
+    for length in (12, 20, 12):
+        normed(length, 8)
+    assert copies == expected
+
+
+@pytest.mark.slow
+def test_what_serves_all_lengths_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the compiler itself (half a minute)."""
+    from torch._dynamo.callback import callback_handler
+
+    monkeypatch.setattr(compiled, "compiles", lambda x: True)
+    monkeypatch.setattr(compiled, "_compiled", {})
+    monkeypatch.setattr(compiled, "_lengths_vary", True)
+    count = 0
+
+    def begins(_: Any) -> None:
+        nonlocal count
+        count += 1
+
+    callback_handler.register_start_callback(begins)
+    try:
+        for tokens in (100, 130, 77, 500):
+            x, weight = torch.randn(tokens, 24), torch.randn(24)
+            layer_ops.norm(x, weight, 1e-6)
+            layer_ops.norm_backward(x, x, weight, 1e-6)
+            layer_ops.gated(x, x)
+            assert count == 3, tokens
+    finally:
+        callback_handler.remove_start_callback(begins)
+    assert not compiled._failed
 
 
 def test_many_forms_share_one(copies: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

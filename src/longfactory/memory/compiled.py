@@ -15,7 +15,7 @@ import inspect
 import logging
 import os
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,9 +28,13 @@ log = logging.getLogger(__name__)
 FORMS = 64
 """Forms of arguments for which a function is compiled by itself. Beyond them one compiled function
 serves all others, of any widths, with slower kernels."""
-FIRST_LENGTHS, LENGTHS, OFTEN = 2, 8, 64
-"""Numbers of tokens for which a form is compiled by itself: the first that come, and others once
-they have come often. The kernels of all lengths are slower, a gate's 1.8 times (H200)."""
+FIRST_LENGTHS, LENGTHS = 2, 8
+"""Numbers of tokens for which a form is compiled by itself: the first that come (of rows that are
+alike), and others once they have come often, so many at most. The kernels of all lengths are
+slower, a gate's 1.8 times (H200), and each that is compiled takes about half a second."""
+OFTEN, IN_A_ROW = 64, 1024
+"""A length has come often when it came back so many times after another one, or in so many calls
+one after the other: a row calls a function once or a few times for each layer."""
 SAMPLE = 61
 """Tokens, spread over all, on which a compiled function is compared; sums over tokens: on all, a
 part at a time. No tensor's other sizes are equal to it, by which sums are told from rows."""
@@ -67,6 +71,8 @@ def fused(*rows: str, unit: str | None = None) -> Callable[..., Callable[..., An
                 return fn(*arguments)
             try:
                 copy = _copy_for(fn, arguments)
+                if copy.any_length:
+                    _mark_lengths(arguments, places)
                 if copy.checked or not len(arguments[0]):
                     return copy.run(*arguments)
                 each = 1 if unit_place is None else arguments[unit_place]
@@ -156,6 +162,17 @@ class _Expected:
         return None if worst <= 1 else f"compiled it is {worst:.1f} times as far off as tolerated"
 
 
+def _mark_lengths(arguments: tuple[Any, ...], places: tuple[int, ...]) -> None:
+    """Tells torch that the first size varies: else it compiles for the first one that it sees, and
+    anew for the second.
+    """
+    import torch._dynamo as dynamo
+
+    for i in places:
+        if i < len(arguments) and isinstance(arguments[i], Tensor):
+            dynamo.maybe_mark_dynamic(arguments[i], 0)
+
+
 def _versions(arguments: tuple[Any, ...]) -> list[int]:
     """Numbers that a write into an argument raises."""
     return [x._version for x in arguments if isinstance(x, Tensor)]
@@ -188,6 +205,7 @@ class _Copy:
         code = fn.__code__.replace(co_name=name)
         copy = types.FunctionType(code, fn.__globals__, name, fn.__defaults__, fn.__closure__)
         self.run = torch.compile(copy, dynamic=dynamic)
+        self.any_length = dynamic is None
         self.checked = False
 
 
@@ -214,20 +232,37 @@ class _Form:
         self.own: dict[int, _Copy] = {}
         self.others: _Copy | None = None
         self.came: collections.Counter[int] = collections.Counter()
+        self.last, self.repeated = -1, 0
 
     def for_length(self, length: int) -> _Copy:
         """The copy for this many tokens."""
+        self.repeated = self.repeated + 1 if length == self.last else 1
+        if length != self.last:
+            self.came[length] += 1
+            self.last = length
         if length in self.own:
             return self.own[length]
-        self.came[length] += 1
-        often = len(self.own) < FIRST_LENGTHS or self.came[length] > OFTEN
-        if often and len(self.own) < self.most:
+        first = not _lengths_vary and len(self.own) < FIRST_LENGTHS
+        often = self.came[length] > OFTEN or self.repeated > IN_A_ROW
+        if (first or often) and len(self.own) < self.most:
             name = f"{self.name}_{len(self.own)}"
             self.own[length] = _Copy(self.fn, name, dynamic=False)
             return self.own[length]
         if self.others is None:
             self.others = _Copy(self.fn, f"{self.name}_any", dynamic=None)
         return self.others
+
+
+_lengths_vary = False
+
+
+def expect(lengths: Sequence[int]) -> None:
+    """Says which rows will come in this process, by their numbers of tokens. Where no length is
+    that of half of them, functions are not compiled for the first ones by themselves.
+    """
+    global _lengths_vary
+    found = collections.Counter(lengths)
+    _lengths_vary = 2 * max(found.values(), default=0) < len(lengths)
 
 
 _compiled: dict[tuple[Any, ...], _Form] = {}

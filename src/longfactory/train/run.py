@@ -22,7 +22,7 @@ from longfactory.config import RunConfig, folder
 from longfactory.config.loss_facts import split_loss_path
 from longfactory.data import module as data
 from longfactory.errors import UserError
-from longfactory.memory import gathered
+from longfactory.memory import compiled, gathered
 from longfactory.memory.apply import apply_memory
 from longfactory.memory.choose import explain_out_of_memory
 from longfactory.memory.offload import Activations
@@ -145,6 +145,9 @@ def prepare_training(assembled: Assembled, cfg: RunConfig, watch: Watch | None =
     """
     trainer, memory = assembled.trainer, assembled.memory
     args, ctx = trainer.args, trainer.ctx
+    if hasattr(trainer.train_dataset, "lengths"):
+        unit = sp.alignment(ctx)
+        compiled.expect([-(-int(n) // unit) for n in trainer.train_dataset.lengths])
     dims = max(hf.head_dims(hf.unwrap(trainer.model).config), default=None)
     if ctx.mode == "auto" and ctx.size > 1 and args.device.type == "cuda" and dims is not None:
         trainer.measure = Measure(
