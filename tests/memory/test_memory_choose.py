@@ -45,6 +45,27 @@ def test_table_adds_up():
     assert sum(items) == pytest.approx(float(lines[end].split()[1]), abs=0.06 * len(items))
 
 
+def test_the_plan_says_how_masters_are_held():
+    wide = plan()
+    narrow = choose_memory(dataclasses.replace(wide.job, master=2))
+    assert "fp32 masters" in wide.table and "split masters" in narrow.table
+    assert "masters" not in plan(lora=True).table
+
+
+def test_a_layer_s_gathered_weights_are_the_user_s_or_the_plan_s_choice():
+    """Kept where they fit; and what the user says holds without checkpointing too."""
+    short, long = plan(16384), plan(1 << 20)
+    assert short.fits and short.settings.keep_weights
+    assert "gathered once a step" in short.table and not plan(gpus=1).settings.keep_weights
+    assert not choose_memory(long.job, mode="long").settings.keep_weights
+    again = MemoryArguments(reshard_after_forward=True, disable_gradient_checkpointing=True)
+    keys = user_keys(again)
+    assert keys["keep_weights"] is False and keys["checkpoint"] == "none"
+    assert not plan(16384, fixed=keys).settings.keep_weights
+    placed = MemoryArguments(optimizer_placement="host", disable_gradient_checkpointing=True)
+    assert user_keys(placed)["optimizer"] == "host"
+
+
 def test_host_memory_share_is_not_exceeded():
     for tokens in (262144, 524288, 786432):
         p = plan(tokens)

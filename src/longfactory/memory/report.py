@@ -27,7 +27,7 @@ def table(job: TrainingJob, settings: MemorySettings, b: Budget, ok: bool, mode:
             f" ({s.trainable / 1e9:.2f} B trained), rows of {job.tokens:,} tokens, {job.local:,} on"
             f" each of {job.sp} GPU{'s' if job.sp > 1 else ''} of a group, {m.gpus} in all"
         ),
-        f"  {describe(settings)}",
+        f"  {'; '.join(filter(None, (describe(settings), _masters(job))))}",
         f"  {'one GPU, when most is there':<44}{'GiB':>8}",
     ]
     lines += [f"    {name:<42}{value / GiB:>8.1f}" for name, value in b.gpu.items() if value > 0]
@@ -50,6 +50,13 @@ def table(job: TrainingJob, settings: MemorySettings, b: Budget, ok: bool, mode:
     if not ok:
         lines.append("  " + does_not_fit(job, settings, b))
     return "\n".join(lines)
+
+
+def _masters(job: TrainingJob) -> str | None:
+    """How trained weights are held beside those that layers compute with, where they differ."""
+    if job.shape.width == 4 or job.shape.adapters or job.zero or job.pure:
+        return None
+    return "split masters" if job.master == 2 else "fp32 masters"
 
 
 def float32_is_slow(job: TrainingJob) -> str:
