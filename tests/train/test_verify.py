@@ -90,12 +90,12 @@ def verified(keys: dict[str, Any], broken: str = "") -> tuple[bool, str, dict[st
     from longfactory.config import from_mapping
     from longfactory.sp import hf, routers
     from longfactory.train import trainer as trainer_module
-    from longfactory.train.verify import Comparison, verify
+    from longfactory.train.verify import Comparison, verify, watch
 
     os.environ["LONGFACTORY_CACHE"] = keys["cache"]
     cpu_sharding.reset()
     cfg = from_mapping({k: v for k, v in keys.items() if k != "cache"})
-    engine, plan, choices = hf.engine, trainer_module.sp.plan, Comparison._row_choices
+    engine, plan, choices = hf.engine, trainer_module.sp.plan, watch.row_choices
     own_report = Comparison.report
 
     def report_of_a_clean_trainer(self: Comparison) -> Any:
@@ -115,12 +115,12 @@ def verified(keys: dict[str, Any], broken: str = "") -> tuple[bool, str, dict[st
                 length, (sp.Segment(0, length),), ctx
             )
         if broken == "routers":
-            Comparison._row_choices = lambda self, row: routers.Choices({})  # type: ignore[method-assign]
+            watch.row_choices = lambda row, choices: routers.Choices({})
         Comparison.report = report_of_a_clean_trainer  # type: ignore[method-assign]
         report = verify(cfg, rows=2, tokens=160)
     finally:
         Comparison.report = own_report  # type: ignore[method-assign]
-        hf.engine, trainer_module.sp.plan, Comparison._row_choices = engine, plan, choices  # type: ignore[method-assign]
+        hf.engine, trainer_module.sp.plan, watch.row_choices = engine, plan, choices
     return (
         report.exact,
         report.table(),

@@ -22,7 +22,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from longfactory import sp
 from longfactory.config import RunConfig
 from longfactory.data.row import Row
 from longfactory.data.samples import DecodedSample, decoded_samples
@@ -53,27 +52,16 @@ from longfactory.train.verify.probes import (
     ROWS_OF_DATA,
     SAVED,
     WINDOW,
-    Leak,
     Reason,
-    TrainedPlaces,
-    counted_layers,
-    layer_reason,
     leak_check,
-    leaks,
-    mask_reason,
-    watch_outputs,
-    watched_hidden,
 )
 from longfactory.train.verify.report import (
     FLOOR,
-    SMALLEST_SCORE,
     Check,
     Deviation,
     RowShape,
     State,
-    TokenDistances,
     VerifyReport,
-    measured,
     relative,
 )
 from longfactory.train.verify.rows import (
@@ -84,10 +72,11 @@ from longfactory.train.verify.rows import (
     lengthened,
     mask_reasons,
     padded,
-    row_reason,
     row_shape,
     windows_of,
 )
+from longfactory.train.verify.scores import compare_scores, loss_deviation, scores_of
+from longfactory.train.verify.watch import Seen, probe_leaks, row_reasons, watch_step
 
 UNDECIDED = 0.3
 """From here on the own gradients' relative error says that a model's gradients are rounding."""
@@ -109,21 +98,6 @@ class _References:
             for d in row.documents
         ]
         return dataclasses.replace(row, documents=tuple(documents))
-
-
-@dataclasses.dataclass
-class _Seen:
-    """What this process saw of the step."""
-
-    rows: list[Row] = dataclasses.field(default_factory=list)
-    outputs: list[Tensor] = dataclasses.field(default_factory=list)
-    """[T] of each row: what the loss was given."""
-    local: list[int] = dataclasses.field(default_factory=list)
-    """Tokens of each row that went into the model here."""
-    layers: list[dict[int, set[int]]] = dataclasses.field(default_factory=list)
-    """Of each row how many tokens the decoder layers were called with."""
-    trained: list[TrainedPlaces] = dataclasses.field(default_factory=list)
-    leaks: list[tuple[int, Leak | None, Leak]] = dataclasses.field(default_factory=list)
 
 
 class Comparison(TrainerCallback):
@@ -161,7 +135,7 @@ class Comparison(TrainerCallback):
         self.data = Chosen([item for row in self.items for item in row])
         self.trainer.train_dataset = self.data
         self.trainer.shuffle = False
-        self.seen = _Seen()
+        self.seen = Seen()
         self.gradients: dict[str, Tensor] = {}
         self.unreduced: dict[str, float] = {}
         self.finished = False
@@ -171,7 +145,7 @@ class Comparison(TrainerCallback):
         self.own: Step | None = None
         self.choices: dict[Text, routers.Choices] = {}
         self.installed = contextlib.ExitStack()
-        """Takes away what `_watch` put on the trainer and its model."""
+        """Takes away what `watch_step` put on the trainer and its model."""
 
     # What is compared.
 
@@ -298,7 +272,9 @@ class Comparison(TrainerCallback):
         if trainer.stage.needs_reference and not adapter_off:
             numbers = {(text.role, text.sample): number for text, number in references.items()}
             trainer.reference = Reference(computed=((self.data, _References(numbers)),))
-        self._watch()
+        watch_step(trainer, self.seen, self.choices, self.installed)
+        if self.run.sharding == "deepspeed":
+            self.installed.callback(zero.before_step(trainer.model_wrapped, self._take))
 
     def _specify(self, model: nn.Module, dtypes: dict[str, torch.dtype], adapter_off: bool) -> None:
         """The step in a wider precision, and in the run's, by transformers' own model."""
@@ -374,80 +350,8 @@ class Comparison(TrainerCallback):
 
     # The step.
 
-    def _watch(self) -> None:
-        """Notes rows, the model's inputs and what the loss was given; and replays the experts of
-        the specification.
-        """
-        trainer, inner = self.trainer, hf.unwrap(self.trainer.model_wrapped)
-        training_step, token_outputs = trainer.training_step, trainer.token_outputs
-        step: list[tuple[Row, contextlib.ExitStack]] = []
-
-        def watched_step(
-            model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
-        ) -> Tensor:
-            self.seen.rows.append(inputs["row"])
-            self.seen.trained.append(TrainedPlaces())
-            with contextlib.ExitStack() as stack:
-                step.append((inputs["row"], stack))
-                try:
-                    return training_step(model, inputs, *args, **kwargs)
-                finally:
-                    step.pop()
-
-        def watched_outputs(*args: Any, **kwargs: Any) -> Any:
-            outputs = token_outputs(*args, **kwargs)
-            if step and torch.is_grad_enabled() and len(self.seen.outputs) < len(self.seen.rows):
-                self.seen.outputs.append(outputs.logps.detach().cpu())
-                watch_outputs(outputs.logps, self.seen.trained[-1])
-            return outputs
-
-        def before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            if not step or len(self.seen.local) == len(self.seen.rows):
-                return
-            row, stack = step[-1]
-            self.seen.local.append(kwargs["input_ids"].shape[1])
-            self.seen.layers.append({})
-            stack.enter_context(counted_layers(module, self.seen.layers[-1]))
-            # A pass of the reference may come first: it notes nothing, for want of gradients.
-            index, head = kwargs["sp_plan"].index, module.get_output_embeddings()
-            stack.enter_context(watched_hidden(head, index, self.seen.trained[-1]))
-            choices = self._row_choices(row)
-            if choices.tokens is not None:
-                stack.enter_context(routers.replay(module, choices.take(kwargs["sp_plan"].index)))
-
-        trainer.training_step = watched_step  # type: ignore[method-assign]
-        trainer.token_outputs = watched_outputs  # type: ignore[method-assign]
-        self.installed.callback(trainer.__dict__.pop, "training_step")
-        self.installed.callback(trainer.__dict__.pop, "token_outputs")
-        hook = inner.register_forward_pre_hook(before_forward, with_kwargs=True)
-        self.installed.callback(hook.remove)
-        if self.run.sharding == "deepspeed":
-            self.installed.callback(zero.before_step(trainer.model_wrapped, self._take))
-
-    def _row_choices(self, row: Row) -> routers.Choices:
-        """Which experts the tokens of a row chose, by what their documents hold."""
-        known = {(text.tokens, text.before): choices for text, choices in self.choices.items()}
-        parts: list[routers.Choices | int] = []
-        for d in row.documents:
-            chain = [d]
-            while chain[0].parent >= 0:
-                chain.insert(0, row.documents[chain[0].parent])
-            tokens = tuple(
-                int(token)
-                for part in chain
-                for token in row.input_ids[part.start : part.stop].tolist()
-            )
-            before = len(tokens) - (d.stop - d.start)
-            choices = known.get((tokens, before))
-            parts.append(
-                d.stop - d.start
-                if choices is None or choices.tokens is None
-                else choices.take(slice(before, None))
-            )
-        return routers.join(parts)
-
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seen = _Seen()
+        self.seen.clear()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.run.sharding != "deepspeed":  # its engine has made its step by now
@@ -467,18 +371,7 @@ class Comparison(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_training_stop = control.should_training_stop or self.finished
         if control.should_training_stop:
-            self._probe()
-
-    def _probe(self) -> None:
-        """What log-probabilities depend on: of the row with most documents, on every group."""
-        number = max(
-            range(len(self.seen.rows)), key=lambda i: (len(self.seen.rows[i].documents), -i)
-        )
-        row, ctx = self.seen.rows[number], self.trainer.ctx
-        held = sp.plan(len(row), row.segments, ctx).layout.intervals
-        borders = sorted({a for intervals in held for a, _ in intervals} - {0})
-        found = leaks(self.trainer, row, borders)
-        self.seen.leaks.append((number * self.groups + ctx.dp_rank + 1, *found))
+            probe_leaks(self.trainer, self.seen, self.groups)
 
     # After it.
 
@@ -487,28 +380,10 @@ class Comparison(TrainerCallback):
         trainer, cfg = self.trainer, self.cfg
         size, ctx = cfg.sequence_parallel_size, trainer.ctx
         mine = [m * self.groups + ctx.dp_rank for m in range(len(self.seen.rows))]
-        reasons: list[Reason] = []
-        for j, i in enumerate(mine):
-            if j >= len(self.seen.local):
-                break
-            row, local = self.seen.rows[j], self.seen.local[j]
-            if (reason := row_reason(row, self.texts[i], i + 1)) is not None:
-                reasons.append((ROWS_OF_DATA, reason))
-            if local * size != len(row):
-                told = (
-                    f"Sequence parallelism is off: each process computed {local} of the {len(row)}"
-                    f" tokens of a row; with sequence_parallel_size: {size} it is"
-                    f" {len(row) // size}."
-                )
-                reasons.append((LAYERS, told))
-            elif (reason := layer_reason(self.seen.layers[j], len(row), size, i + 1)) is not None:
-                reasons.append((LAYERS, reason))
-            values = trainer.stage.output == "values"
-            reason = mask_reason(self.seen.trained[j], row, self.texts[i], i + 1, values)
-            if reason is not None:
-                reasons.append((MASK, reason))
+        values = trainer.stage.output == "values"
+        reasons = row_reasons(self.seen, mine, self.texts, size, values)
         outputs = {
-            i: self._outputs_of(row, out, i)
+            i: scores_of(row, out, self.texts[i], values)
             for i, row, out in zip(mine, self.seen.rows, self.seen.outputs, strict=False)
         }
         shapes = {i: row_shape(row, ctx) for i, row in zip(mine, self.seen.rows, strict=False)}
@@ -516,25 +391,6 @@ class Comparison(TrainerCallback):
         unsaved = incomplete_save(trainer, self.folder)
         report = self._compared(parts, unsaved) if self.main else None
         return from_main(report)
-
-    def _outputs_of(self, row: Row, outputs: Tensor, number: int) -> list[Tensor] | None:
-        """What the loss was given of each text of a row that has scores; None where the row is not
-        the expected one.
-        """
-        documents = [d for d in row.documents if d.role != "pad"]
-        texts = self.texts[number]
-        if [d.stop - d.start for d in documents] != [
-            len(text.tokens) - text.before for text in texts
-        ]:
-            return None
-        values = self.trainer.stage.output == "values"
-        found = []
-        for d, text in zip(documents, texts, strict=True):
-            if text.role == "prompt" or not (text.places or values):
-                continue
-            places = [d.stop - 1] if values else [d.start + t - text.before for t in text.places]
-            found.append(outputs[places])
-        return found
 
     def _compared(
         self,
@@ -554,8 +410,18 @@ class Comparison(TrainerCallback):
         logs: dict[str, float] = next(
             (entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {}
         )
-        losses = _loss_deviation(float(logs.get("loss", math.nan)), spec, own)
-        logps, where, distances = self._logps(outputs, spec, own)
+        losses = loss_deviation(float(logs.get("loss", math.nan)), spec, own)
+        logps, where, distances = compare_scores(
+            outputs,
+            self.texts,
+            self.groups,
+            spec,
+            own,
+            values=trainer.stage.output == "values",
+            window=getattr(
+                hf.unwrap(trainer.model).config.get_text_config(), "sliding_window", None
+            ),
+        )
         parameters, total = gradient_deviations(self.gradients, spec.gradients, own.gradients)
         logged = float(logs.get("grad_norm", math.nan))
         grad_norm = dataclasses.replace(
@@ -627,68 +493,6 @@ class Comparison(TrainerCallback):
                 " left out of the reduction."
             )
 
-    def _logps(
-        self, outputs: dict[int, Any], spec: Step, own: Step
-    ) -> tuple[Deviation, list[str], list[TokenDistances]]:
-        """All log-probabilities (values), where they begin to differ, and the distance of each."""
-        values = self.trainer.stage.output == "values"
-        found, expected, ours, places = [], [], [], []
-        for i in range(len(self.texts)):
-            scored = [
-                (k, t)
-                for k, t in enumerate(self.texts[i])
-                if t.role != "prompt" and (t.places or values)
-            ]
-            batch, first = i // self.groups, 0
-            for other in range(batch * self.groups, i):
-                first += sum(
-                    t.role != "prompt" and bool(t.places or values) for t in self.texts[other]
-                )
-            if outputs.get(i) is None:
-                continue
-            for j, (k, text) in enumerate(scored):
-                found.append(outputs[i][j])
-                expected.append(spec.logps[batch][first + j])
-                ours.append(own.logps[batch][first + j])
-                places.append((i, k, text))
-        if not found:
-            return Deviation(math.nan, math.nan, math.nan, 0.0, 0.0), [], []
-        mine, rounding = alone.rms([found], [expected]), alone.rms([ours], [expected])
-        norms = [math.sqrt(float((torch.cat(x).double() ** 2).mean())) for x in (found, expected)]
-        measure = measured(norms[0], norms[1], mine, rounding, SMALLEST_SCORE * max(norms[1], 1.0))
-        reasons = []
-        if not measure.exact:
-            for a, b, (i, k, text) in zip(found, expected, places, strict=True):
-                off = ((a.double() - b.double()).abs() > 2 * measure.allowed).nonzero().flatten()
-                if len(off):
-                    token = (text.places[int(off[0])] if not values else len(text.tokens) - 1) + 1
-                    agree = f"; {int(off[0])} before it agree" if off[0] else ""
-                    window = getattr(
-                        hf.unwrap(self.trainer.model).config.get_text_config(),
-                        "sliding_window",
-                        None,
-                    )
-                    beyond = (
-                        f" (its sliding window is {window})"
-                        if isinstance(window, int) and token > window
-                        else ""
-                    )
-                    reasons.append(
-                        f"{'Values' if values else 'Log-probabilities'} differ in document {k + 1}"
-                        f" of row {i + 1} from token {token} of {len(text.tokens)}"
-                        f" on{beyond}{agree}."
-                    )
-        distances = [
-            TokenDistances(
-                i,
-                k,
-                (len(text.tokens) - 1,) if values else tuple(text.places),
-                tuple((a.double() - b.double()).abs().tolist()),
-            )
-            for a, b, (i, k, text) in zip(found, expected, places, strict=True)
-        ]
-        return measure, reasons[:3], distances
-
     def _notes(self) -> list[str]:
         notes = []
         inner = hf.unwrap(self.trainer.model)
@@ -713,18 +517,6 @@ class Comparison(TrainerCallback):
 
 def _texts(row: Sequence[alone.Item]) -> list[Text]:
     return [text for item in row for text in alone.texts_of(item)]
-
-
-def _loss_deviation(loss: float, spec: Step, own: Step) -> Deviation:
-    """The run's loss against the specification's, and what the model's own arithmetic explains."""
-    # A sum of errors may be near zero by chance: so far off is the loss if they all add up.
-    bound = sum(
-        float((slope.double().abs() * (a.double() - b.double()).abs()).sum())
-        for slopes, x, y in zip(spec.sensitivity, own.logps, spec.logps, strict=True)
-        for slope, a, b in zip(slopes, x, y, strict=True)
-    )
-    own_loss = max(relative(own.loss, spec.loss), bound / max(abs(spec.loss), 1e-12))
-    return measured(loss, spec.loss, relative(loss, spec.loss), own_loss)
 
 
 def _first_line(error: Exception) -> str:
