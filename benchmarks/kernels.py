@@ -316,7 +316,7 @@ def candidates(case: Case, length: int, device: str) -> dict[str, Callable[[int]
         backend = backends.BACKENDS[name]
         if name != "cudnn" or case.shares is None:
             found[name] = functools.partial(of_backend, backend, case)
-        elif case.window is None:
+        elif case.window is None and case.softcap is None:  # it has neither
             found[f"{name}, a call each"] = functools.partial(a_call_each, backend, case)
     if device == "cuda" and not case.few:
         found["flex_attention"] = functools.partial(of_flex, case, device=device)
