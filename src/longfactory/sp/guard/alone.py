@@ -104,7 +104,7 @@ def _own_calls(
             )
         )
     try:
-        with torch.no_grad():
+        with torch.no_grad(), recurrent.without_packages():
             model(input_ids=ids[None], use_cache=False)
     finally:
         for hook in hooks:

@@ -29,7 +29,7 @@ import inspect
 import logging
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -236,6 +236,8 @@ def _with_plan(self: Any, *args: Any, sp_plan: RowPlan | None = None, **kwargs: 
 def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Replaces the forward of a mixer on the instance. Without a plan: that of its class."""
     plan: RowPlan | None = kwargs.get("sp_plan", _current.get())
+    if plan is None and _no_packages.get():
+        return _reference_forward(self, hidden_states, *args, **kwargs)
     if plan is None:
         return type(self).forward(self, hidden_states, *args, **kwargs)
     _check(self, plan, hidden_states, args, kwargs)
@@ -396,6 +398,21 @@ def as_reference(model: nn.Module) -> None:
     for module in model.modules():
         if _exchanged(type(module)):
             module.forward = types.MethodType(_reference_forward, module)
+
+
+_no_packages: contextvars.ContextVar[bool] = contextvars.ContextVar("no packages", default=False)
+
+
+@contextlib.contextmanager
+def without_packages() -> Iterator[None]:
+    """Mixers that are called without a plan compute as `as_reference` has it, and transformers does
+    not say that they run slowly: none of it is training.
+    """
+    token = _no_packages.set(True)
+    try:
+        yield
+    finally:
+        _no_packages.reset(token)
 
 
 def _reference_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
