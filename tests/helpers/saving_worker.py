@@ -19,6 +19,8 @@ from torch import Tensor
 import cpu_sharding
 from invariance_worker import Samples, collate, samples, tiny
 from longfactory import sp
+from longfactory.memory import gathered
+from longfactory.memory.settings import MemorySettings
 from longfactory.model.source import read_source
 from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.shard import settings
@@ -26,6 +28,7 @@ from longfactory.sp import hf
 from longfactory.sp.distance import worst
 from longfactory.stages.tokens import TokenStage
 from longfactory.train import output
+from longfactory.train.callbacks import AtStart
 from longfactory.train.trainer import RowTrainer
 
 
@@ -91,6 +94,8 @@ def make(sharding: str, folder: Path, size: int, adapter: bool = False) -> RowTr
     output.prove_saveable(trainer)
     if sharding == "fsdp2":
         settings.fix_fsdp2_plugin(trainer.accelerator, model)
+        kept = MemorySettings(keep_weights=True)  # gathered weights must never be what is saved
+        trainer.add_callback(AtStart(lambda: gathered.begin(trainer.model_wrapped, kept)))
     return trainer
 
 

@@ -25,6 +25,7 @@ from longfactory.config import RunConfig
 from longfactory.data.module import Datasets
 from longfactory.data.row import IGNORE, TokenizedDocument
 from longfactory.errors import UserError
+from longfactory.memory.gathered import give_up_weights
 from longfactory.model.generate import attention_with_cache, generation_arguments, stop_tokens
 from longfactory.train.output import save_metrics
 
@@ -95,6 +96,7 @@ def _one_set(
                 mine += zip(places, answers, strict=True)
     finally:
         model.train(training)
+        give_up_weights(model)
     everyone: list[Any] = [mine]
     if groups > 1:
         everyone = [None] * groups
