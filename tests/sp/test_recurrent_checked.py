@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from longfactory.sp.recurrent.checked import are_right
 
@@ -18,3 +20,21 @@ def test_recurrent_kernels_whose_results_are_not_numbers_are_not_right(wrong: in
     broken = [x.clone() for x in results]
     broken[wrong][1] = math.nan
     assert not are_right("A recurrence runs", lambda: broken, lambda: expected, torch.float32)
+
+
+def test_a_self_test_in_a_checkpointed_layer_is_not_counted_among_what_it_saves() -> None:
+    """It comes at the first call alone, not in the recomputation."""
+    tried: list[bool] = []
+
+    def example() -> list[Tensor]:
+        x = torch.ones(3, requires_grad=True)
+        return list(torch.autograd.grad((x * x).exp().sum(), x))
+
+    def layer(x: Tensor) -> Tensor:
+        if not tried:
+            tried.append(are_right("A recurrence runs", example, example, torch.float32))
+        return (x * x).sin()
+
+    x = torch.ones(5, requires_grad=True)
+    checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert tried == [True] and x.grad is not None

@@ -38,20 +38,20 @@ FILE_TYPES = {
     "arrow": "arrow",
     "txt": "text",
 }
-_KNOWN = {
-    *(
-        "hf_hub_url",
-        "ms_hub_url",
-        "om_hub_url",
-        "script_url",
-        "cloud_file_name",
-        "file_name",
-        "formatting",
-        "ranking",
-        "subset",
-    ),
-    *("split", "folder", "num_samples", "columns", "tags", "file_sha1", "openai_quirks"),
-}
+_TEXTS = (
+    "hf_hub_url",
+    "ms_hub_url",
+    "om_hub_url",
+    "script_url",
+    "cloud_file_name",
+    "file_name",
+    "formatting",
+    "subset",
+    "split",
+    "folder",
+)
+_FLAGS = ("ranking", "openai_quirks")
+_KNOWN = {*_TEXTS, *_FLAGS, "num_samples", "columns", "tags", "file_sha1"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -597,20 +597,6 @@ def _source(name: str, info: dict[str, Any], folder: str, warn: Any) -> DataSour
     return source
 
 
-_TEXTS = (
-    "hf_hub_url",
-    "ms_hub_url",
-    "om_hub_url",
-    "script_url",
-    "cloud_file_name",
-    "file_name",
-    "formatting",
-    "subset",
-    "split",
-    "folder",
-)
-
-
 def _check_values(name: str, entry: dict[str, Any]) -> None:
     """Raises DataError where a value of an entry is of the wrong kind. null stands for a key that
     is not given.
@@ -626,7 +612,7 @@ def _check_values(name: str, entry: dict[str, Any]) -> None:
     for key in _TEXTS:
         value = entry.get(key)
         check(key, value, isinstance(value, str) and value.strip() != "", "a text")
-    for key in ("ranking", "openai_quirks"):
+    for key in _FLAGS:
         check(key, entry.get(key), isinstance(entry.get(key), bool), "true or false")
     count = entry.get("num_samples")
     check(

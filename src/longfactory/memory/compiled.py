@@ -253,6 +253,19 @@ class _Form:
         return self.others
 
 
+def start_workers() -> None:
+    """Starts torch's compile workers. They import torch, for seconds, while the run is prepared;
+    until they are ready this process compiles by itself.
+    """
+    if os.environ.get("LONGFACTORY_COMPILE", "1") == "0":
+        return
+    try:
+        from torch._inductor.async_compile import maybe_warm_pool
+    except ImportError:
+        return  # of another release: they start at the first function
+    maybe_warm_pool()
+
+
 _lengths_vary = False
 
 

@@ -13,9 +13,11 @@ default leaves open.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -265,3 +267,21 @@ def deepspeed_config(
     if isinstance(zero, dict) and zero.get("stage") == 3:
         zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
     return config
+
+
+@contextlib.contextmanager
+def whole_models(args: Any) -> Iterator[None]:
+    """Inside the block transformers loads and makes models whole. Under ZeRO-3 it would partition
+    them, and only an engine could gather them again. `args`: its TrainingArguments.
+    """
+    hf_config = getattr(args, "hf_deepspeed_config", None)
+    if hf_config is None:
+        yield
+        return
+    from transformers.integrations import deepspeed
+
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed.set_hf_deepspeed_config(hf_config)

@@ -7,6 +7,7 @@ dL/d(output) and every gradient that leaves is dL/d(input).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from .plan import RowPlan
 
 Group: TypeAlias = dist.ProcessGroup | None
+_Run: TypeAlias = Callable[[Tensor, dist.ProcessGroup], Tensor]
 
 # torch 2.13 renames these two.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -24,26 +26,34 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 def all_gather(x: Tensor, group: Group) -> Tensor:
     """[m, ...] of every rank -> [n * m, ...]. Backward: reduce_scatter."""
-    return x if group is None else _AllGather.apply(x, group)
+    if group is None:
+        return x
+    return _Collective.apply(x, group, raw_all_gather, raw_reduce_scatter)  # type: ignore[no-any-return]
 
 
 def reduce_scatter(x: Tensor, group: Group) -> Tensor:
     """Sum over ranks of [n * m, ...], of which rank r keeps the r-th part [m, ...]. Backward:
     all_gather.
     """
-    return x if group is None else _ReduceScatter.apply(x, group)
+    if group is None:
+        return x
+    return _Collective.apply(x, group, raw_reduce_scatter, raw_all_gather)  # type: ignore[no-any-return]
 
 
 def all_reduce(x: Tensor, group: Group) -> Tensor:
     """Sum over ranks. Backward: the sum over ranks of the gradients."""
-    return x if group is None else _AllReduce.apply(x, group)
+    if group is None:
+        return x
+    return _Collective.apply(x, group, _summed, _summed)  # type: ignore[no-any-return]
 
 
 def all_to_all(x: Tensor, group: Group) -> Tensor:
     """[n, ...]: x[d] goes to rank d, and the result's [s] came from rank s. Backward: the same
     exchange.
     """
-    return x if group is None else _AllToAll.apply(x, group)
+    if group is None:
+        return x
+    return _Collective.apply(x, group, raw_all_to_all, raw_all_to_all)  # type: ignore[no-any-return]
 
 
 def shard(x: Tensor, plan: RowPlan) -> Tensor:
@@ -116,48 +126,17 @@ def raw_all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return out
 
 
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return raw_all_gather(x, group)
+class _Collective(torch.autograd.Function):
+    """`run(x, group)`, whose adjoint is `adjoint(grad, group)`."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return raw_reduce_scatter(grad, ctx.group), None
-
-
-class _ReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return raw_reduce_scatter(x, group)
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, run: _Run, adjoint: _Run) -> Tensor:  # type: ignore[override]
+        ctx.group, ctx.adjoint = group, adjoint
+        return run(x, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return raw_all_gather(grad, ctx.group), None
-
-
-class _AllReduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _summed(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _summed(grad, ctx.group), None
-
-
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return raw_all_to_all(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return raw_all_to_all(grad, ctx.group), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return ctx.adjoint(grad, ctx.group), None, None, None
 
 
 def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:

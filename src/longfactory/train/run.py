@@ -90,6 +90,7 @@ def assemble(cfg: RunConfig, *, wide_weights: bool = False, store: Any = None) -
     _set_up_log(processes.main)
     if processes.cuda:
         startup.watch_compilers()
+        compiled.start_workers()
     prepared = prepare(cfg, processes, wide_weights=wide_weights)
     memory, sharding = prepared.memory, prepared.sharding
     startup.done("memory plan")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..tiles import Tile
-from . import operators
+from . import by_document, operators
 from .request import Request
 
 
@@ -31,10 +31,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """out [Sq, H, Dv] and lse [H, Sq] of a tile; see `backends`."""
     if tile.kind == "varlen":
-        parts = [
-            forward(q[a:b], k[a:b], v[a:b], t, scale, softcap) for (a, b), t in _documents(tile)
-        ]
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts], 1)
+        return by_document.forward(forward, q, k, v, tile, scale, softcap)
     out, lse = operators.forward(
         "_scaled_dot_product_flash_attention_for_cpu",
         query=_bhsd(q),
@@ -61,12 +58,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of a tile, from the out and lse of the whole row; see `backends`."""
     if tile.kind == "varlen":
-        parts = [
-            backward(dout[a:b], q[a:b], k[a:b], v[a:b], out[a:b], lse[:, a:b], t, scale, softcap)
-            for (a, b), t in _documents(tile)
-        ]
-        dq, dk, dv = (torch.cat(x) for x in zip(*parts, strict=True))
-        return dq, dk, dv
+        return by_document.backward(backward, dout, q, k, v, out, lse, tile, scale, softcap)
     grads = operators.backward(
         "_scaled_dot_product_flash_attention_for_cpu",
         grad_out=_bhsd(dout),
@@ -87,15 +79,6 @@ def backward(
 def _bhsd(x: Tensor) -> Tensor:
     # [S, H, D] -> [1, H, S, D]
     return x.transpose(0, 1).unsqueeze(0)
-
-
-def _documents(tile: Tile) -> list[tuple[tuple[int, int], Tile]]:
-    assert tile.cu_seqlens is not None
-    out = []
-    for a, b in zip(tile.cu_seqlens, tile.cu_seqlens[1:], strict=False):
-        window = tile.window if tile.window is not None and tile.window < b - a - 1 else None
-        out.append(((a, b), Tile(slice(0, b - a), slice(0, b - a), "causal", window=window)))
-    return out
 
 
 def _causal(tile: Tile) -> bool:

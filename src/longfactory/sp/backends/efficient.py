@@ -8,14 +8,13 @@ release. Products of float32 are made of three TF32 products each, which is floa
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import torch
 from torch import Tensor
 
 from ..tiles import Tile
-from . import operators
+from . import by_document, operators
 from .padding import cut_head, pad_head
 from .request import Request
 
@@ -46,11 +45,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """out [Sq, H, Dv] and lse [H, Sq] of a tile; see `backends`."""
     if tile.kind == "varlen":
-        parts = [
-            forward(q[a:b], k[a:b], v[a:b], document, scale, softcap)
-            for a, b, document in _documents(tile)
-        ]
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts], 1)
+        return by_document.forward(forward, q, k, v, tile, scale, softcap)
     group, dim = q.shape[1] // k.shape[1], v.shape[-1]
     q, k, v = (
         pad_head(x) for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
@@ -86,14 +81,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of a tile, from the out and lse of the whole row; see `backends`."""
     if tile.kind == "varlen":
-        parts = [
-            backward(
-                dout[a:b], q[a:b], k[a:b], v[a:b], out[a:b], lse[:, a:b], document, scale, softcap
-            )
-            for a, b, document in _documents(tile)
-        ]
-        dq, dk, dv = (torch.cat(x) for x in zip(*parts, strict=True))
-        return dq, dk, dv
+        return by_document.backward(backward, dout, q, k, v, out, lse, tile, scale, softcap)
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
     dims = q.shape[-1], k.shape[-1], v.shape[-1]
     q, k, v = (
@@ -136,11 +124,3 @@ def backward(
 
 def _mask_type(tile: Tile) -> int:
     return 0 if tile.kind == "full" else CAUSAL_FROM_TOP_LEFT
-
-
-def _documents(tile: Tile) -> list[tuple[int, int, Tile]]:
-    assert tile.cu_seqlens is not None
-    return [
-        (a, b, Tile(slice(0, b - a), slice(0, b - a), "causal"))
-        for a, b in itertools.pairwise(tile.cu_seqlens)
-    ]

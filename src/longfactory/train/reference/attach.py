@@ -34,6 +34,7 @@ from longfactory.memory.apply import apply_memory
 from longfactory.memory.checkpointed import CheckpointedLayer
 from longfactory.model import adapters, load
 from longfactory.model.token_logprobs import TokenLogprobs
+from longfactory.shard.settings import whole_models
 from longfactory.sp import hf, vision
 from longfactory.sp.text_model import decoder_layers
 from longfactory.train import reference
@@ -311,7 +312,7 @@ def load_reference(
             " ref_model_quantization_bit: 4 with quantization_method: bnb, or sharding: ddp."
         )
     quantization = load.quantization_config(named, dtype, sharded=sharded)
-    with _not_partitioned(args):
+    with whole_models(args):
         model = load.load_model(
             named, config, dtype, attention=hf.ATTENTION, quantization=quantization
         )
@@ -354,23 +355,6 @@ def shard_frozen(model: nn.Module, **kwargs: Any) -> None:
     for layer in decoder_layers(model)[1]:
         fully_shard(layer, reshard_after_forward=True, **kwargs)
     fully_shard(model, reshard_after_forward=False, **kwargs)
-
-
-@contextlib.contextmanager
-def _not_partitioned(args: Any) -> Iterator[None]:
-    """While open, models are loaded whole: under ZeRO-3 transformers would partition them, and only
-    an engine could gather them again.
-    """
-    if not args.deepspeed:
-        yield
-        return
-    from transformers.integrations import deepspeed
-
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed.set_hf_deepspeed_config(args.hf_deepspeed_config)
 
 
 __all__ = [

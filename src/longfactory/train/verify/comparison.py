@@ -28,7 +28,7 @@ from longfactory.data.samples import DecodedSample, decoded_samples
 from longfactory.errors import UserError
 from longfactory.memory.chunked import runs_in_chunks
 from longfactory.model.routing import router_loss_coefficient
-from longfactory.shard.settings import in_words
+from longfactory.shard.settings import in_words, whole_models
 from longfactory.sp import hf, routers, vision
 from longfactory.train.ranks import everywhere, from_all, from_main, is_distributed
 from longfactory.train.reference import Reference, adapter_is_reference, disable_dropout
@@ -228,7 +228,7 @@ class Comparison(TrainerCallback):
         model, failure = None, None
         if self.main:
             try:
-                with zero.plain_models(getattr(args, "hf_deepspeed_config", None)):
+                with whole_models(args):
                     longest = max(len(text.tokens) for row in self.texts for text in row)
                     model = alone.build(
                         self.cfg,

@@ -47,21 +47,6 @@ def count(p: Tensor) -> int:
     return int(getattr(p, "ds_numel", p.numel()))
 
 
-@contextlib.contextmanager
-def plain_models(hf_config: Any) -> Iterator[None]:
-    """Inside the block transformers makes models as without DeepSpeed, not partitioned."""
-    from transformers.integrations import deepspeed
-
-    if hf_config is None:
-        yield
-        return
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed.set_hf_deepspeed_config(hf_config)
-
-
 def before_step(engine: Any, take: Callable[[], None]) -> Callable[[], None]:
     """Calls `take` before every step of DeepSpeed's engine, which uses the gradients up. Returns
     what ends it.
