@@ -172,7 +172,10 @@ def measured(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-SHOWN = r"^(Imported in|\[[0-9:]+\] (Training data|Attention kernel|Trainable parameters|step ))"
+SHOWN = (
+    r"^(Imported in|\[[0-9:]+\] (Training data|Attention kernel|Trainable parameters|From the command"
+    r"|step ))"
+)
 """Of a run's lines, those that say how far it is."""
 
 
