@@ -17,6 +17,7 @@ pixels that stay on the host: what a step holds does not grow with the length of
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from . import hf, text_model
+from . import hf, text_model, tower
 from .hooks import ModelHooks
 from .media import Route
 from .plan import RowPlan
@@ -254,6 +255,8 @@ def install(model: nn.Module) -> None:
     for index, layer in enumerate(_deepstack_layers(inner)):
         hooks.after(layer, functools.partial(_add_deeper, index), with_kwargs=True)
     _installed[inner] = Installed(family, hooks)
+    if family.features is _grid_features:
+        tower.install(base_of(inner).visual.config)
 
 
 def let_in(model: PreTrainedModel) -> Family:
@@ -271,8 +274,19 @@ def let_in(model: PreTrainedModel) -> Family:
 
 def release(model: nn.Module) -> None:
     """Takes off what `install` has put on."""
-    if (installed := _installed.pop(hf.unwrap(model), None)) is not None:
+    inner = hf.unwrap(model)
+    if (installed := _installed.pop(inner, None)) is not None:
         installed.hooks.remove()
+        if installed.family.features is _grid_features:
+            tower.release(base_of(inner).visual.config)
+
+
+def own_tower(model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
+    """Inside the block the tower's attention is transformers' own."""
+    installed = _installed.get(model)
+    if installed is None or installed.family.features is not _grid_features:
+        return contextlib.nullcontext()
+    return tower.released(base_of(model).visual.config)
 
 
 def has_images(model: nn.Module) -> bool:

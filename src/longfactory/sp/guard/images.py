@@ -76,7 +76,8 @@ def differences(
     with torch.no_grad(), _captured(inner) as seen:
         model(**hf.inputs(row, plan), sp_media=media)
     found = _gathered(seen, plan, len(ids))
-    with torch.no_grad(), hf.own_attention(inner), _captured(inner) as seen:
+    own = hf.own_attention(inner), vision.own_tower(inner)
+    with torch.no_grad(), own[0], own[1], _captured(inner) as seen:
         whole = vision.own_inputs(inner.config, ids, kinds, images)
         model(**{k: x.to(device) if isinstance(x, Tensor) else x for k, x in whole.items()})
     return _compared(found, _own(seen, kinds.to(device)), kinds.to(device))
