@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from transformers import Seq2SeqTrainingArguments
 from transformers.utils import logging as transformers_logging
@@ -147,8 +148,8 @@ def prepare_training(assembled: Assembled, cfg: RunConfig, watch: Watch | None =
     trainer, memory = assembled.trainer, assembled.memory
     args, ctx = trainer.args, trainer.ctx
     if hasattr(trainer.train_dataset, "lengths"):
-        unit = sp.alignment(ctx)
-        compiled.expect([-(-int(n) // unit) for n in trainer.train_dataset.lengths])
+        lengths = np.asarray(trainer.train_dataset.lengths)
+        compiled.expect((-(-lengths // sp.alignment(ctx))).tolist())
     dims = max(hf.head_dims(hf.unwrap(trainer.model).config), default=None)
     if ctx.mode == "auto" and ctx.size > 1 and args.device.type == "cuda" and dims is not None:
         trainer.measure = Measure(
