@@ -32,9 +32,9 @@ FIRST_LENGTHS, LENGTHS = 2, 8
 """Numbers of tokens for which a form is compiled by itself: the first that come (of rows that are
 alike), and others once they have come often, so many at most. The kernels of all lengths are
 slower, a gate's 1.8 times (H200), and each that is compiled takes about half a second."""
-OFTEN, IN_A_ROW = 64, 1024
+OFTEN, IN_A_ROW = 256, 1024
 """A length has come often when it came back so many times after another one, or in so many calls
-one after the other: a row calls a function once or a few times for each layer."""
+one after the other: more than one row has calls, in each layer or in each layer's chunks."""
 SAMPLE = 61
 """Tokens, spread over all, on which a compiled function is compared; sums over tokens: on all, a
 part at a time. No tensor's other sizes are equal to it, by which sums are told from rows."""
