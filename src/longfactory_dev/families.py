@@ -353,7 +353,7 @@ ON_GPUS = "bf16 on GPUs"
 ABOUT_GPUS = """
 The last column of the exact families is of GPUs in bf16 (`benchmarks/family_sweep.py`): tiny models with the head dims of the family's default
 configuration, a row of one document and one of two. It is how far logits and gradients are from float32, over how far the model's own attention in bf16 (sdpa, or eager
-where it has no other) is: root mean squares, the largest of the medians of five seeds. 1 is as near as the model's own.
+where it has no other) is: root mean squares, the largest of the medians of five seeds. 1 is as near as the model's own; nothing: not measured.
 """
 
 
@@ -362,7 +362,7 @@ def on_gpus(path: pathlib.Path) -> dict[str, str]:
     cells = {}
     for found in json.loads(path.read_text())["families"]:
         if "ratio" in found:
-            degrees = sorted({k.partition(",")[0].removeprefix("SP ") for k in found["medians"]})
+            degrees = map(str, found["sp"])
             heads = ", ".join(found["dims"]) or "none"
             cell = f"{found['ratio']:.2f} (heads of {heads}; SP {', '.join(degrees)})"
         else:
