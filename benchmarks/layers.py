@@ -71,6 +71,22 @@ _LATENT = {
     "first_k_dense_replace": 0,
 }
 _QWEN_7B = {**_widths(3584, 18944), "num_attention_heads": 28, "num_key_value_heads": 4}
+_V2_LITE = {
+    **_widths(2048, 10944),
+    **_LATENT,
+    **_experts(64, 6, 1408),
+    "q_lora_rank": None,
+    "n_shared_experts": 2,
+}
+_GLM_AIR = {
+    **_widths(4096, 10944),
+    **_heads(96, 8),
+    **_experts(128, 8, 1408),
+    "first_k_dense_replace": 0,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+}
 LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma-3-12B, window": ("gemma3_text", {**_GEMMA3, **_SLIDING}),
     "Qwen3-30B-A3B": (
@@ -100,18 +116,17 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "Seed-OSS-36B": (
         "seed_oss",
-        {**_widths(5120, 27648), **_heads(80, 8), "residual_dropout": 0.0},
+        {**_widths(5120, 27648), **_heads(80, 8), "residual_dropout": 0.0}
+        | {"attention_dropout": 0.0},
     ),
-    "GLM-4.5-Air": (
-        "glm4_moe",
-        {**_widths(4096, 10944), **_heads(96, 8), **_experts(128, 8, 1408)}
-        | {"first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
-    ),
+    "GLM-4.5-Air": ("glm4_moe", _GLM_AIR),
+    "GLM-4.5-Air, experts saved": ("glm4_moe", {**_GLM_AIR, "keep_mlp": 1.0}),
     "DeepSeek-V2-Lite's sizes in V3's code": (
         "deepseek_v3",
-        {**_widths(2048, 10944), **_LATENT, **_experts(64, 6, 1408)}
-        | {"q_lora_rank": None, "n_shared_experts": 2},
+        _V2_LITE,
     ),
+    "DeepSeek-V2-Lite": ("deepseek_v2", _V2_LITE),
+    "DeepSeek-V2-Lite, experts saved": ("deepseek_v2", {**_V2_LITE, "keep_mlp": 1.0}),
     "Gemma-3-12B, full": ("gemma3_text", {**_GEMMA3, **_FULL}),
     "Qwen3-Next-80B-A3B, full": (
         "qwen3_next",

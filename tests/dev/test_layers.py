@@ -56,5 +56,5 @@ def test_the_page_is_true_of_every_family(family: str) -> None:
 
 def test_every_family_of_the_recogniser_is_on_the_page() -> None:
     yes, _ = page()
-    missing = {f for f in FAMILIES if f not in yes and f"{f}_text" not in yes}
+    missing = {f for f in FAMILIES if not yes.keys() & {f, f"{f}_text", f"{f}_thinker"}}
     assert not missing

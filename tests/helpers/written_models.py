@@ -18,6 +18,7 @@ from longfactory.memory.layer.recognise import FAMILIES
 from longfactory.memory.settings import MemorySettings
 from longfactory.sp import hf
 from longfactory.sp.layout import Segment
+from longfactory.sp.recurrent.layers import mixer_of
 from longfactory.sp.text_model import decoder_layers
 from longfactory_dev.tiny_models import tiny_model
 from memory_models import gradients
@@ -33,13 +34,42 @@ SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe": ("glm4_moe", {"use_qk_norm": True}),
     "cohere": ("cohere", {"use_qk_norm": True}),
     "granite": ("granite", {"residual_multiplier": 0.3, "attention_multiplier": 0.2}),
+    "granitemoeshared": (
+        "granitemoeshared",
+        {"residual_multiplier": 0.3, "attention_multiplier": 0.2},
+    ),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        {"residual_multiplier": 0.3, "position_embedding_type": "rope"},
+    ),
     "qwen3_5": ("qwen3_5_text", {}),
     "qwen3_5_moe": ("qwen3_5_moe_text", {}),
     "aria": ("aria_text", {}),
+    "cohere_compass": ("cohere_compass_text", {}),
+    "gemma4_unified": ("gemma4_unified_text", {"hidden_size_per_layer_input": 0}),
+    "jamba": ("jamba", {"attn_layer_period": 2, "attn_layer_offset": 1}),
+    "qwen2_5_omni": ("qwen2_5_omni_thinker", {}),
+    "qwen3_omni_moe": ("qwen3_omni_moe_thinker", {}),
     "qwen3_vl": ("qwen3_vl", {}),
     "qwen3_vl_moe": ("qwen3_vl_moe", {}),
 }
 MODELS = {name: SPECIAL.get(name, (name, {})) for name in FAMILIES}
+MODELS |= {
+    "gemma4 with experts": (
+        "gemma4_text",
+        {
+            "hidden_size_per_layer_input": 0,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+        },
+    ),
+    "granitemoehybrid without experts": (
+        "granitemoehybrid",
+        {"num_local_experts": 0, "position_embedding_type": None},
+    ),
+}
 """Family -> its model type, and fields of its tiny configuration."""
 
 
@@ -109,7 +139,11 @@ def run(model: nn.Module, segments: Any, rounds: int = 1, ctx: sp.SequenceParall
 def full_attention(model: nn.Module) -> list[int]:
     """The layers that are not of a linear recurrence."""
     layers = decoder_layers(model)[1]
-    return [i for i, layer in enumerate(layers) if hasattr(layer, "self_attn")]
+    return [
+        i
+        for i, layer in enumerate(layers)
+        if getattr(layer, "self_attn", None) is not None and mixer_of(layer) is None
+    ]
 
 
 Case = tuple[str, bool, int, str]

@@ -132,7 +132,9 @@ def test_in_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert far(found, own, own) <= max(1e-6, 1.5 * far(own, exact, own))
     for n in exact:
         if float(exact[n].abs().max()) > 1e-9:
-            assert far(found, exact, [n]) <= 2 * far(own, exact, [n]) + 5e-7, n
+            # a few numbers' distance is one draw of rounding
+            times = 2 if exact[n].numel() > 16 else 4
+            assert far(found, exact, [n]) <= times * far(own, exact, [n]) + 5e-7, n
 
 
 @pytest.mark.parametrize("name", some(("gemma3", "phi3", "deepseek_v3")))

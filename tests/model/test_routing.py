@@ -75,7 +75,7 @@ def found(family: str, settings: MemorySettings | None) -> tuple[Routing, dict[s
     return routing, gradients(model)
 
 
-NOT_WRITTEN = ("phimoe", "granitemoe", "dbrx")
+NOT_WRITTEN = ("phimoe", "dbrx")
 """Their layers run as transformers wrote them."""
 SETTINGS = {
     "stored": None,

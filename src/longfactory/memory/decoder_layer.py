@@ -62,6 +62,17 @@ def _active(linear: Any) -> str | None:
     return name
 
 
+def cos_sin(embedding: Any) -> tuple[Tensor, Tensor] | None:
+    """What a layer is given to turn queries and keys by: cos and sin, [1, T, R] or, where it was
+    one complex number an angle (DeepSeek-V2), [1, T, R/2]; None where the model turns nothing.
+    """
+    if isinstance(embedding, Tensor) and embedding.is_complex():
+        return embedding.real, embedding.imag
+    if isinstance(embedding, (tuple, list)) and len(embedding) == 2:
+        return embedding[0], embedding[1]
+    return None
+
+
 def _facts(module: nn.Module) -> frozenset[tuple[str, Any]]:
     """The numbers and flags that a module's code may look at: layers of one class differ in them
     (windows, which of them turn queries and keys).
@@ -105,42 +116,49 @@ class DecoderLayer(CheckpointedLayer):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs.get("hidden_states")
         plan = kwargs.get("sp_plan")
-        embedding = kwargs.get("position_embeddings")
+        embedding = cos_sin(kwargs.get("position_embeddings"))
         if (
             plan is None
-            or embedding is None
+            or (embedding is None and self.shape.rotary is not None)
+            or (self.shape.query_scale is not None and kwargs.get("position_ids") is None)
             or probe.steps_aside()
             or not isinstance(x, Tensor)
-            or not self._fits(x, embedding[0])
+            or not self._fits(x, None if embedding is None else embedding[0])
             or not self._proved(x, args, kwargs)
         ):
             return super().__call__(*args, **kwargs)
-        call = self.call(plan, embedding)
+        call = self.call(plan, kwargs)
         record = self.store.record
         if not torch.is_grad_enabled():
             y, out, lse = forward(x[0], call)
             if record is not None:  # a segment is being run forward again
                 record.append((out, lse))
-            return y[None]
+            return (y[None], None) if self.shape.pair else y[None]
         if not self.layer.training:
             return super().__call__(*args, **kwargs)
         rest = args[1:]
         kwargs.pop("hidden_states", None)
 
         def again(x: Tensor) -> Tensor:
-            return self.layer(x, *rest, **kwargs)
+            y = self.layer(x, *rest, **kwargs)
+            return y[0] if isinstance(y, tuple) else y
 
         own = [call.weights[name] for name in self.names]
-        return _Layer.apply(call, again, len(own), x, *own, *call.mlp_weights())
+        y = _Layer.apply(call, again, len(own), x, *own, *call.mlp_weights())
+        return (y, None) if self.shape.pair else y
 
-    def call(self, plan: Any, embedding: Any) -> LayerCall:
+    def call(self, plan: Any, given: dict[str, Any]) -> LayerCall:
         """What the passes over a row share.
 
         Args:
-            embedding: cos and sin, [1, T, R].
+            given: the arguments of the layer's call.
         """
-        cos = sin = None
+        cos = sin = positions = None
+        embedding = cos_sin(given.get("position_embeddings"))
+        if self.shape.query_scale is not None:
+            positions = given["position_ids"].view(-1)
         if self.shape.rotary is not None:
+            assert embedding is not None
             cos, sin = (
                 self.shape.rotary.table(t.view(-1, t.shape[-1]).detach()) for t in embedding
             )
@@ -165,6 +183,7 @@ class DecoderLayer(CheckpointedLayer):
             None if self.mlp is None else self._run_mlp,
             self._mlp_weights,
             self.layer.layer_scalar if self.shape.scalar else None,
+            positions,
             self,
         )
 
@@ -182,15 +201,13 @@ class DecoderLayer(CheckpointedLayer):
             made = self.mlp(n[None])
         return (made[0] if isinstance(made, tuple) else made)[0]
 
-    def _fits(self, x: Tensor, cos: Tensor) -> bool:
+    def _fits(self, x: Tensor, cos: Tensor | None) -> bool:
         shape = self.shape
-        turned = cos.shape[-1] * (2 if shape.rotary and shape.rotary.angles == "once" else 1)
         device = x.device.type
         return (
             x.dim() == 3
             and x.shape[0] == 1
-            and turned <= shape.head_dim
-            and cos.numel() == x.shape[1] * cos.shape[-1]
+            and (cos is None or self._turns_by(x, cos))
             and all(
                 m.weight.dtype == x.dtype
                 for m in self.norms.values()
@@ -211,6 +228,11 @@ class DecoderLayer(CheckpointedLayer):
             and not hasattr(next(self.attention.parameters()), "ds_id")
             and self._adapters_fit(x)
         )
+
+    def _turns_by(self, x: Tensor, cos: Tensor) -> bool:
+        rotary = self.shape.rotary
+        turned = cos.shape[-1] * (2 if rotary and rotary.angles == "once" else 1)
+        return turned <= self.shape.head_dim and cos.numel() == x.shape[1] * cos.shape[-1]
 
     def _weight_fits(self, linear: Any, x: Tensor) -> bool:
         """It has x's type, or four bits that are made whole in x's type."""

@@ -28,15 +28,19 @@ from longfactory.memory.layer_ops import (
 )
 
 
-def turned(y: Tensor, s: slice, c: LayerCall) -> Tensor:
-    """Rotary embedding of the tokens `s`: [C, heads, D] -> the same."""
-    if c.shape.rotary is None or c.cos is None or c.sin is None:
-        return y
-    return rotate(y, c.cos[s], c.sin[s], c.shape.rotary.pairs, c.shape.rotary.last)
+def turned(y: Tensor, s: slice, c: LayerCall, name: str) -> Tensor:
+    """Rotary embedding of the tokens `s`, for queries ("q") or keys ("k"), and queries' growth:
+    [C, heads, D] -> the same.
+    """
+    if c.shape.rotary is not None and c.cos is not None and c.sin is not None:
+        y = rotate(y, c.cos[s], c.sin[s], c.shape.rotary.pairs, c.shape.rotary.last)
+    return y if c.growth is None or name != "q" else y * c.growth[s]
 
 
-def turned_backward(g: Tensor, s: slice, c: LayerCall) -> Tensor:
+def turned_backward(g: Tensor, s: slice, c: LayerCall, name: str) -> Tensor:
     """The adjoint of `turned`."""
+    if c.growth is not None and name == "q":
+        g = g * c.growth[s]
     if c.shape.rotary is None or c.cos is None or c.sin is None:
         return g
     return rotate_backward(g, c.cos[s], c.sin[s], c.shape.rotary.pairs, c.shape.rotary.last)
@@ -74,13 +78,13 @@ def _made(n: Tensor, s: slice, c: LayerCall, name: str, heads: slice = ALL) -> T
         if c.before_norm is not None and c.shape.norm(f"{name}_norm") is not None:
             c.before_norm[name] = y
         y = normed(y, c, f"{name}_norm", heads)
-    return y if name == "v" else turned(y, s, c)
+    return y if name == "v" else turned(y, s, c, name)
 
 
 def _made_backward(g: Tensor, n: Tensor, s: slice, c: LayerCall, name: str, sums: Sums) -> Tensor:
     """[C, heads, D] -> the gradient of the projection's output, [C, heads * D]."""
     if name != "v":
-        g = turned_backward(g, s, c)
+        g = turned_backward(g, s, c, name)
     if c.shape.norm(f"{name}_norm") is not None:
         y = None if c.before_norm is None else c.before_norm.pop(name, None)
         if y is None:
@@ -98,7 +102,7 @@ def queries(x: Tensor, c: LayerCall, heads: slice) -> Tensor:
     for s in c.chunks(x.shape[0]):
         n = normed(x[s], c, "norm1")
         if c.shape.latent is not None:
-            q[s] = turned(latent.query_heads(n, c, heads), s, c)
+            q[s] = turned(latent.query_heads(n, c, heads), s, c, "q")
         else:
             q[s] = _made(n, s, c, "q", heads)
     return q
@@ -113,7 +117,7 @@ def keys_values(x: Tensor, c: LayerCall) -> tuple[Tensor, Tensor]:
         n = normed(x[s], c, "norm1")
         if shape.latent is not None:
             keys, v[s] = latent.keys_values(n, c)
-            k[s] = turned(keys, s, c)
+            k[s] = turned(keys, s, c, "k")
         else:
             k[s] = _made(n, s, c, "k")
             v[s] = _made(n, s, c, "v")
@@ -232,7 +236,8 @@ def projections_backward(
         n = normed(x[s], c, "norm1")
         dn = None if pending is None else pending[s]
         if c.shape.latent is not None:
-            gq, gk = turned_backward(dq[s], s, c), turned_backward(dk[s], s, c)
+            gq = turned_backward(dq[s], s, c, "q")
+            gk = turned_backward(dk[s], s, c, "k")
             dn = latent.projections_backward(gq, gk, dv[s], n, c, sums, dn)
         else:
             dn = _plain_backward(dq[s], dk[s], dv[s], dgate, n, s, c, sums, dn)

@@ -83,6 +83,8 @@ class LayerDescription:
         residual: r above.
         rows: projections that are some rows of a wider linear: name -> (linear, first row, last).
         scalar: the layer has s, a buffer.
+        query_scale: b and n: a query at position p is multiplied by 1 + b log(1 + floor(p / n)).
+        pair: the layer returns attention's weights, None, beside its output.
     """
 
     heads: int
@@ -101,6 +103,8 @@ class LayerDescription:
     residual: float = 1.0
     rows: tuple[tuple[str, str, int, int], ...] = ()
     scalar: bool = False
+    query_scale: tuple[float, float] | None = None
+    pair: bool = False
 
     def norm(self, name: str) -> Norm | None:
         """The norm of this name, where there is one."""

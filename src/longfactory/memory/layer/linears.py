@@ -68,6 +68,7 @@ class LayerCall:
         mlp: runs the MLP that is a module of its own: (tokens [C, H], first token) -> [C, H].
         mlp_weights: its trained parameters, asked for in each pass.
         scalar: s of the description, [1].
+        positions: [T], of a layer whose queries grow with them.
         owner: the `DecoderLayer`.
     """
 
@@ -88,6 +89,7 @@ class LayerCall:
         mlp: Any = None,
         mlp_weights: Any = tuple,
         scalar: Tensor | None = None,
+        positions: Tensor | None = None,
         owner: Any = None,
     ) -> None:
         self.owner = owner
@@ -105,6 +107,8 @@ class LayerCall:
         self.before_norm: dict[str, Tensor] | None = None
         """In a backward pass over whole rows: the queries and keys that attention's backward makes
         again, before their norm, for the norm's own backward."""
+        self.growth = None if positions is None else self._growth(positions)
+        """[T, 1, 1]: what queries are multiplied by, where they grow with their position."""
         self._rows = {name: (linear, slice(i, j)) for name, linear, i, j in shape.rows}
         self.set_weights(weights)
 
@@ -156,6 +160,12 @@ class LayerCall:
     def rows(self, name: str) -> tuple[str, slice]:
         """The linear that makes a projection, and which of its outputs."""
         return self._rows.get(name, (name, ALL))
+
+    def _growth(self, positions: Tensor) -> Tensor:
+        assert self.shape.query_scale is not None
+        beta, step = self.shape.query_scale
+        factor = 1 + beta * torch.log(1 + torch.floor(positions / step))
+        return factor.to(self.dtype)[:, None, None]
 
     def sinks(self, heads: slice) -> dict[str, Any]:
         """The argument of attention for some heads."""

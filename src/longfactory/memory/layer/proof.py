@@ -67,7 +67,7 @@ def difference(owner: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
         return _results(y, point, grads[0], slope, dict(zip(trained, grads[1:], strict=True)))
 
     def written(point: Tensor) -> dict[str, Tensor]:
-        call = owner.call(plan, named["position_embeddings"])
+        call = owner.call(plan, named)
         y, out, lse = forward(point[0], call)
         needed = [n in trained for n in call.names]
         dx = torch.empty_like(point[0])

@@ -20,8 +20,10 @@ from longfactory.memory.layer.description import (
     Norm,
     Rotary,
 )
+from longfactory.memory.layer.mixtures import MixtureBeside, Sum
 from longfactory.memory.layer_ops import ACTIVATIONS, GATHERED, INTERLEAVED
 from longfactory.sp.hf import layer_types
+from longfactory.sp.recurrent.layers import LAYERS
 
 PLAIN = {"mean": False, "zero_centred": False, "wide_weight": False}
 WIDE = {**PLAIN, "wide_weight": True}
@@ -46,6 +48,18 @@ def _by_flag(attention: Any) -> bool:
     return bool(attention.use_rope)
 
 
+def _never(attention: Any) -> bool:
+    return False
+
+
+def _where_the_model_has_angles(attention: Any) -> bool:
+    return getattr(attention.config, "rope_parameters", None) is not None
+
+
+def _where_the_model_says_rope(attention: Any) -> bool:
+    return getattr(attention.config, "position_embedding_type", None) == "rope"
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """What the code of a family's modules does and no module shows.
@@ -59,6 +73,9 @@ class Family:
         softcap: its attention is given `attn_logit_softcapping`.
         output_gate: see `LayerDescription`.
         whole_norm: see `LayerDescription`.
+        activation: of its MLP, where no configuration says it.
+        query_scale: its queries grow with their position (`llama_4_scaling_beta`).
+        pair: see `LayerDescription`.
     """
 
     norm: dict[str, bool] = dataclasses.field(default_factory=lambda: PLAIN)
@@ -69,6 +86,9 @@ class Family:
     softcap: bool = False
     output_gate: bool = False
     whole_norm: bool = False
+    activation: str | None = None
+    query_scale: bool = False
+    pair: bool = False
 
 
 FAMILIES: dict[str, Family] = {
@@ -96,30 +116,59 @@ FAMILIES: dict[str, Family] = {
     ),
     "granite": Family(),
     "seed_oss": Family(),
+    "deepseek_v2": Family(pairs=INTERLEAVED, angles="once"),
     "deepseek_v3": Family(),
     "qwen3_next": Family(ZERO_CENTRED, output_gate=True),
     "qwen3_5": Family(ZERO_CENTRED, output_gate=True),
     "qwen3_5_moe": Family(ZERO_CENTRED, output_gate=True),
     "aria": Family(),
     "axk1": Family(),
+    "bamba": Family(pair=True),
+    "cohere2_moe": Family(
+        LAYER_NORM, pairs=INTERLEAVED, angles="repeated", turns=_only_in_windows, window="module"
+    ),
+    "cohere_compass": Family(LAYER_NORM, window="module"),
     "cwm": Family(window="module"),
     "dots1": Family(window="module"),
     "ernie4_5": Family(pairs=INTERLEAVED),
     "ernie4_5_moe": Family(pairs=INTERLEAVED),
     "exaone4": Family(window="module", turns=_but_beside_windows),
+    "exaone_moe": Family(window="module", turns=_but_beside_windows),
     "flex_olmo": Family(WIDE, whole_norm=True),
+    "flint": Family(WIDE, window="module", turns=_only_in_windows),
     "gemma": Family(ZERO_CENTRED),
+    "gemma4_unified": Family(WIDE, window="module"),
     "glm": Family(pairs=INTERLEAVED),
     "glm4_moe_lite": Family(),
+    "granite_docling": Family(),
     "granite_swa": Family(window="module"),
+    "granitemoe": Family(),
+    "granitemoe_swa": Family(window="module"),
+    "granitemoehybrid": Family(turns=_where_the_model_says_rope),
+    "granitemoeshared": Family(),
     "helium": Family(WIDE, pairs=INTERLEAVED),
     "hy_v3": Family(),
+    "jamba": Family(turns=_never),
+    "kimi_linear": Family(turns=_never),
+    "kolibri1": Family(window="module", turns=_but_beside_windows),
+    "lfm2": Family(activation="silu"),
+    "lfm2_moe": Family(activation="silu"),
     "mellum": Family(window="module"),
+    "minicpm3": Family(),
     "minimax_m2": Family(whole_norm=True),
     "ministral": Family(window="module"),
+    "ministral3": Family(window="config", query_scale=True),
     "mixtral": Family(window="config"),
+    "mllama": Family(),
+    "olmo_hybrid": Family(WIDE, whole_norm=True, turns=_where_the_model_has_angles),
     "olmoe": Family(window="config", whole_norm=True),
+    "paddleocr_vl": Family(),
+    "phi4_multimodal": Family(window="config"),
+    "qwen2_5_omni": Family(window="module"),
+    "qwen2_5_vl": Family(window="module"),
     "qwen2_moe": Family(window="type"),
+    "qwen2_vl": Family(window="module"),
+    "qwen3_omni_moe": Family(window="module"),
     "qwen3_vl": Family(),
     "qwen3_vl_moe": Family(),
     "smollm3": Family(window="module", turns=_by_flag),
@@ -144,13 +193,32 @@ _NORMS = (
         "norm2_after": "post_mlp_layernorm",
     },
     {"norm1": "input_layernorm"},  # parallel
+    {"norm1": "operator_norm", "norm2": "ffn_norm"},
+    {"norm1": "input_layernorm", "norm2": "pre_ff_layernorm"},
 )
 """The norms of a layer, by our names and transformers'."""
+_MLPS = (
+    ("mlp",),
+    ("feed_forward",),
+    ("block_sparse_moe",),
+    ("shared_mlp",),
+    ("block_sparse_moe", "shared_mlp"),
+)
+"""The children of a layer whose sum is what its MLP gives."""
+_BESIDE = {
+    "norm1": "input_layernorm",
+    "norm1_after": "post_attention_layernorm",
+    "norm2_after": "post_feedforward_layernorm",
+}
+"""The norms of a layer with experts beside its MLP (`MixtureBeside`), which has others inside."""
 _HEADS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
+_OUT_HEADS = {**_HEADS, "o": "out_proj"}
 _JOINT_HEADS = {"qkv": "qkv_proj", "o": "o_proj"}
 _LATENT = {"kv_a": "kv_a_proj_with_mqa", "kv_b": "kv_b_proj", "o": "o_proj"}
 _GATED = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+_NUMBERED_GATED = {"gate": "w1", "up": "w3", "down": "w2"}
 _JOINT_GATED = {"gate_up": "gate_up_proj", "down": "down_proj"}
+_INPUT_GATED = {"gate_up": "input_linear", "down": "output_linear"}
 
 
 class Unknown(Exception):
@@ -186,12 +254,13 @@ def _recognise(layer: nn.Module) -> LayerParts:
     if family is None:
         raise Unknown(f"{name} is of no family that is hand-written")
     children = {n for n, m in layer.named_children() if not isinstance(m, nn.Dropout)}
-    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
-    if attention is None or mlp is None:
+    attention: Any = getattr(layer, "self_attn", None)
+    if attention is None or getattr(layer, "block_type", "") in LAYERS:
         raise Unknown(f"{name} has no softmax attention")
-    places = next((p for p in _NORMS if children == {"self_attn", "mlp", *p.values()}), None)
-    if places is None:
+    found = _places(layer, children - {"self_attn"})
+    if found is None:
         raise Unknown(f"{name} has other parts than expected ({', '.join(sorted(children))})")
+    mlp, places = found
     _no_dropout(layer, name)
     for module in layer.modules():
         if type(module).__module__.startswith("peft.utils"):  # a copy that is trained, beside it
@@ -199,7 +268,7 @@ def _recognise(layer: nn.Module) -> LayerParts:
     norms = {ours: getattr(layer, theirs) for ours, theirs in places.items()}
     linears: dict[str, Any] = {}
     fields = _attention(attention, family, linears, norms)
-    fields |= _mlp(mlp, name, linears)
+    fields |= _mlp(mlp, name, family, attention.config, linears)
     for part, linear in linears.items():
         if (reason := unknown_linear(linear)) is not None:
             raise Unknown(f"its {_theirs(part)} {reason}")
@@ -209,13 +278,33 @@ def _recognise(layer: nn.Module) -> LayerParts:
         raise Unknown(f"{name} holds weights that are no parameters")
     shape = LayerDescription(
         parallel=len(places) == 1,
-        residual=float(getattr(layer, "residual_multiplier", 1.0)),
+        residual=_residual(layer),
         scalar=scalar,
+        pair=family.pair,
         **fields,
     )
     opaque = mlp if shape.activation is None else None
     window = _window(attention, family)
     return LayerParts(shape, linears, norms, opaque, attention, float(attention.scaling), window)
+
+
+def _residual(layer: Any) -> float:
+    given = getattr(layer, "residual_multiplier", None)
+    return float(getattr(layer, "residual_scale", 1.0) if given is None else given)
+
+
+def _places(layer: nn.Module, children: set[str]) -> tuple[nn.Module, dict[str, str]] | None:
+    """A layer's MLP and its norms by our names, where these are all of its children but for
+    attention.
+    """
+    for names in _MLPS:
+        for norms in _NORMS:
+            if children == {*names, *norms.values()}:
+                parts = [getattr(layer, n) for n in names]
+                return (parts[0] if len(parts) == 1 else Sum(*parts)), norms
+    if children == {*MixtureBeside.PARTS, *_BESIDE.values()}:
+        return MixtureBeside(layer), _BESIDE
+    return None
 
 
 def _window(attention: Any, family: Family) -> int | None:
@@ -258,7 +347,7 @@ def _attention(
     module: Any, family: Family, linears: dict[str, Any], norms: dict[str, nn.Module]
 ) -> dict[str, Any]:
     if getattr(module, "kv_lora_rank", None):
-        return _latent_attention(module, linears, norms)
+        return _latent_attention(module, family, linears, norms)
     if getattr(module, "is_kv_shared_layer", False) or getattr(
         module, "store_full_length_kv", False
     ):
@@ -267,7 +356,7 @@ def _attention(
         raise Unknown("its queries, keys and values are clipped")
     dim = int(module.head_dim)
     rows: tuple[tuple[str, str, int, int], ...] = ()
-    found = _take(module, _HEADS)
+    found = _take(module, _HEADS) or _take(module, _OUT_HEADS)
     joint = None if found is not None else _take(module, _JOINT_HEADS)
     if found is not None:
         kv_heads = _outputs(found["k"]) // dim
@@ -287,9 +376,10 @@ def _attention(
         rows = (("v", "k", 0, kv_heads * dim),)
     linears |= found
     fields: dict[str, Any] = {}
-    for name in ("q_norm", "k_norm"):
-        if getattr(module, name, None) is not None:
-            norms[name] = getattr(module, name)
+    for name, other in (("q_norm", "q_layernorm"), ("k_norm", "k_layernorm")):
+        norm = getattr(module, name, None) or getattr(module, other, None)
+        if norm is not None:
+            norms[name] = norm
     if (v_norm := getattr(module, "v_norm", None)) is not None:
         if getattr(v_norm, "with_scale", True):
             raise Unknown("its values have a norm")
@@ -307,11 +397,18 @@ def _attention(
         "output_gate": family.output_gate,
         "whole_norm": family.whole_norm,
         "rows": rows,
+        "query_scale": _query_scale(module.config) if family.query_scale else None,
     }
 
 
+def _query_scale(config: Any) -> tuple[float, float] | None:
+    rope = config.rope_parameters
+    beta = rope.get("llama_4_scaling_beta")
+    return None if beta is None else (float(beta), float(rope["original_max_position_embeddings"]))
+
+
 def _latent_attention(
-    module: Any, linears: dict[str, Any], norms: dict[str, nn.Module]
+    module: Any, family: Family, linears: dict[str, Any], norms: dict[str, nn.Module]
 ) -> dict[str, Any]:
     found = _take(module, _LATENT)
     if found is None:
@@ -324,28 +421,38 @@ def _latent_attention(
     else:
         linears["q"] = module.q_proj
     norms["kv_a_norm"] = module.kv_a_layernorm
-    interleaved = bool(getattr(module.config, "rope_interleave", False))
+    gathered = bool(getattr(module.config, "rope_interleave", False))
+    turns = Rotary(GATHERED if gathered else family.pairs, True, family.angles)
     plain, rotary = int(module.qk_nope_head_dim), int(module.qk_rope_head_dim)
     return {
         "heads": int(module.num_heads),
         "kv_heads": int(module.num_heads),
         "head_dim": plain + rotary,
         "value_dim": int(module.v_head_dim),
-        "rotary": Rotary(GATHERED if interleaved else "halves", True),
+        "rotary": turns if family.turns(module) else None,
         "latent": Latent(int(module.kv_lora_rank), plain, rotary, query_rank),
     }
 
 
-def _mlp(module: Any, name: str, linears: dict[str, Any]) -> dict[str, Any]:
-    if any("experts" in n or "router" in n for n, _ in module.named_children()):
+def _mlp(
+    module: Any, name: str, family: Family, config: Any, linears: dict[str, Any]
+) -> dict[str, Any]:
+    if isinstance(module, (Sum, MixtureBeside)) or any(
+        "experts" in n or "router" in n for n, _ in module.named_children()
+    ):
         if any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.modules()):
             raise Unknown(f"{name} has dropout")
         return {"activation": None}
-    found = _take(module, _GATED) or _take(module, _JOINT_GATED)
+    forms = (_GATED, _JOINT_GATED, _NUMBERED_GATED, _INPUT_GATED)
+    found = next((f for form in forms if (f := _take(module, form))), None)
     if found is None:
         raise Unknown(f"{name} has an MLP of another shape")
-    config = module.config
-    given = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    config = getattr(module, "config", config)
+    given = (
+        family.activation
+        or getattr(config, "hidden_activation", None)
+        or getattr(config, "hidden_act", None)
+    )
     if given not in ACTIVATIONS:
         raise Unknown(f"its activation is {given}")
     linears |= found
