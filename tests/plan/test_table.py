@@ -134,9 +134,13 @@ def test_context_and_disk(seven: str):
     scaled = planned(seven, cutoff_len=100000, rope_scaling="yarn")
     own = load.load_config(dataclasses.replace(scaled.cfg.model, rope_scaling=None), 0)
     assert "stretches its positions 4 times" in facts.context(scaled.cfg, own)
-    # weights in fp32, AdamW's two states, and each process's shards of the weights
+    # weights, AdamW's states (of split masters, remainders too), and each process's shards of the
+    # weights
+    for split, bytes_of_all in ((False, 4 + 8 + 4), (True, 2 + 10 + 2)):
+        memory = dataclasses.replace(found.memory, split=split)
+        one, model = facts.checkpoint_bytes(run, dataclasses.replace(found, memory=memory))
+        assert (one, model) == (bytes_of_all * 7615616512, (2 if split else 4) * 7615616512)
     one, model = facts.checkpoint_bytes(run, found)
-    assert (one, model) == (16 * 7615616512, 4 * 7615616512)
     assert f"{(3 * one + model) / GiB:,.1f} GiB: 2 checkpoints" in facts.disk(run, found, None)
     assert "tokenised data 4.00 GiB" in facts.disk(run, found, GiB)
     lora = planned(seven, finetuning_type="lora", lora_rank=8, sequence_parallel_size=2)
