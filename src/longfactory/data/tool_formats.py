@@ -166,15 +166,21 @@ def _glm4_moe_tools(tools: Tools) -> str:
     )
 
 
+def _tagged(calls: list[Call], call: str, argument: str) -> str:
+    """Calls whose arguments stand in tags.
+
+    Args:
+        call: of a name and its arguments. argument: of its name and value.
+    """
+    return "\n".join(
+        call.format(name, "".join(argument.format(k, _value(v)) for k, v in arguments.items()))
+        for name, arguments in calls
+    )
+
+
 def _glm4_moe_calls(calls: list[Call]) -> str:
-    texts = []
-    for name, arguments in calls:
-        body = "".join(
-            f"\n<arg_key>{k}</arg_key>\n<arg_value>{_value(v)}</arg_value>"
-            for k, v in arguments.items()
-        )
-        texts.append(f"\n<tool_call>{name}{body}")
-    return "\n".join(texts)
+    argument = "\n<arg_key>{}</arg_key>\n<arg_value>{}</arg_value>"
+    return _tagged(calls, "\n<tool_call>{}{}", argument)
 
 
 # -- Qwen 3.5 and other XML calls ------------------------------------------------------------------
@@ -194,13 +200,8 @@ def _qwen3_5_tools(tools: Tools) -> str:
 
 
 def _qwen3_5_calls(calls: list[Call]) -> str:
-    texts = []
-    for name, arguments in calls:
-        body = "".join(
-            f"\n<parameter={k}>\n{_value(v)}\n</parameter>" for k, v in arguments.items()
-        )
-        texts.append(f"<tool_call>\n<function={name}>{body}\n</function>\n</tool_call>")
-    return "\n".join(texts)
+    call = "<tool_call>\n<function={}>{}\n</function>\n</tool_call>"
+    return _tagged(calls, call, "\n<parameter={}>\n{}\n</parameter>")
 
 
 def _seed_tools(tools: Tools) -> str:
@@ -217,12 +218,9 @@ def _seed_tools(tools: Tools) -> str:
 
 
 def _seed_calls(calls: list[Call]) -> str:
-    texts = []
-    for name, arguments in calls:
-        body = "".join(f"\n<parameter={k}>{_value(v)}</parameter>" for k, v in arguments.items())
-        # The bracket after the name is missing in 0.9.5 too.
-        texts.append(f"\n<seed:tool_call>\n<function={name}{body}\n</function>\n</seed:tool_call>")
-    return "\n".join(texts)
+    # The bracket after the name is missing in 0.9.5 too.
+    call = "\n<seed:tool_call>\n<function={}{}\n</function>\n</seed:tool_call>"
+    return _tagged(calls, call, "\n<parameter={}>{}</parameter>")
 
 
 # -- single families -------------------------------------------------------------------------------
@@ -301,13 +299,8 @@ def _minimax2_tools(tools: Tools) -> str:
 
 
 def _minimax2_calls(calls: list[Call]) -> str:
-    texts = []
-    for name, arguments in calls:
-        body = "".join(
-            f'\n<parameter name="{k}">{_value(v)}</parameter>' for k, v in arguments.items()
-        )
-        texts.append(f'<invoke name="{name}">{body}\n</invoke>')
-    return "\n".join(texts)
+    argument = '\n<parameter name="{}">{}</parameter>'
+    return _tagged(calls, '<invoke name="{}">{}\n</invoke>', argument)
 
 
 def _lfm2_tools(tools: Tools) -> str:

@@ -141,6 +141,16 @@ def router_names(inner: nn.Module) -> list[str]:
     return sorted(names)
 
 
+def router_modules(inner: nn.Module) -> set[int]:
+    """`id`s of the routers and of what is in them."""
+    routers = router_names(inner)
+    return {
+        id(module)
+        for name, module in inner.named_modules()
+        if any(name == router or name.startswith(f"{router}.") for router in routers)
+    }
+
+
 def freeze_idle(model: nn.Module) -> Idle:
     """Freezes what a row of text does not pass through, adapters in it too, and returns its names
     in the unwrapped model.

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from longfactory.errors import UserError
-from longfactory.model.adapters import router_names
+from longfactory.model.adapters import router_modules
 from longfactory.sp import hf
 from longfactory.sp.text_model import decoder_layers
 
@@ -60,12 +60,7 @@ def install(model: Any, device: torch.device) -> tuple[int, int]:
     config = Float8LinearConfig(**(fields | {"emulate": device.type != "cuda"}))
 
     inner = hf.unwrap(model)
-    routers = router_names(inner)
-    kept = {
-        id(m)
-        for name, m in inner.named_modules()
-        if any(name == r or name.startswith(f"{r}.") for r in routers)
-    }
+    kept = router_modules(inner)
 
     def takes(module: nn.Module, name: str) -> bool:
         if type(module) is not nn.Linear or any(part in name for part in ("lora_", "oft_")):

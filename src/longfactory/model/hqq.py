@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from longfactory.errors import UserError
-from longfactory.model.adapters import router_names
+from longfactory.model.adapters import router_modules
 from longfactory.sp import hf
 from longfactory.sp.text_model import decoder_layers
 
@@ -67,12 +67,7 @@ def install(model: Any, quantization: Hqq, device: torch.device) -> int:
     model.requires_grad_(False)
     settings = BaseQuantizeConfig(nbits=quantization.bits, group_size=GROUP, axis=AXIS)
     inner = hf.unwrap(model)
-    routers = router_names(inner)
-    kept = {
-        id(module)
-        for name, module in inner.named_modules()
-        if any(name == router or name.startswith(f"{router}.") for router in routers)
-    }
+    kept = router_modules(inner)
     layers = decoder_layers(inner)[1]
     found = {
         name: module

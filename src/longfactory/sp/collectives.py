@@ -26,34 +26,26 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 def all_gather(x: Tensor, group: Group) -> Tensor:
     """[m, ...] of every rank -> [n * m, ...]. Backward: reduce_scatter."""
-    if group is None:
-        return x
-    return _Collective.apply(x, group, raw_all_gather, raw_reduce_scatter)  # type: ignore[no-any-return]
+    return _with_adjoint(x, group, raw_all_gather, raw_reduce_scatter)
 
 
 def reduce_scatter(x: Tensor, group: Group) -> Tensor:
     """Sum over ranks of [n * m, ...], of which rank r keeps the r-th part [m, ...]. Backward:
     all_gather.
     """
-    if group is None:
-        return x
-    return _Collective.apply(x, group, raw_reduce_scatter, raw_all_gather)  # type: ignore[no-any-return]
+    return _with_adjoint(x, group, raw_reduce_scatter, raw_all_gather)
 
 
 def all_reduce(x: Tensor, group: Group) -> Tensor:
     """Sum over ranks. Backward: the sum over ranks of the gradients."""
-    if group is None:
-        return x
-    return _Collective.apply(x, group, _summed, _summed)  # type: ignore[no-any-return]
+    return _with_adjoint(x, group, _summed, _summed)
 
 
 def all_to_all(x: Tensor, group: Group) -> Tensor:
     """[n, ...]: x[d] goes to rank d, and the result's [s] came from rank s. Backward: the same
     exchange.
     """
-    if group is None:
-        return x
-    return _Collective.apply(x, group, raw_all_to_all, raw_all_to_all)  # type: ignore[no-any-return]
+    return _with_adjoint(x, group, raw_all_to_all, raw_all_to_all)
 
 
 def shard(x: Tensor, plan: RowPlan) -> Tensor:
@@ -124,6 +116,10 @@ def raw_all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     out = _new(x, *x.shape)
     dist.all_to_all_single(out.view(-1), x.view(-1), group=group)
     return out
+
+
+def _with_adjoint(x: Tensor, group: Group, run: _Run, adjoint: _Run) -> Tensor:
+    return x if group is None else _Collective.apply(x, group, run, adjoint)  # type: ignore[no-any-return]
 
 
 class _Collective(torch.autograd.Function):
