@@ -149,6 +149,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 
 OVERRIDES |= {
+    "mistral4": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 1.0,
+            "llama_4_scaling_beta": 0.3,
+            "original_max_position_embeddings": 8,
+        },
+    },
     "glm_moe_dsa": {"indexer_types": ["full", "shared", "full", "shared"]},
     "dots3_note_text": {
         "shared_experts_intermediate_size": 32,

@@ -158,6 +158,7 @@ FAMILIES: dict[str, Family] = {
     "minimax_m2": Family(whole_norm=True),
     "ministral": Family(window="module"),
     "ministral3": Family(window="config", query_scale=True),
+    "mistral4": Family(query_scale=True),
     "mixtral": Family(window="config"),
     "mllama": Family(),
     "olmo_hybrid": Family(WIDE, whole_norm=True, turns=_where_the_model_has_angles),
@@ -431,6 +432,7 @@ def _latent_attention(
         "value_dim": int(module.v_head_dim),
         "rotary": turns if family.turns(module) else None,
         "latent": Latent(int(module.kv_lora_rank), plain, rotary, query_rank),
+        "query_scale": _query_scale(module.config) if family.query_scale else None,
     }
 
 
