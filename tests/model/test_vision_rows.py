@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import vision_models as tiny
@@ -200,6 +200,43 @@ def test_vision_gradients_when_wrapped(
 ) -> None:
     for found in run_ranks(4, on_rank, family, names, wrap, size, frozen):
         assert found["value"] < 1e-6, found
+
+
+def pixels_under_fsdp2() -> list[bool]:
+    """Whether the tower gets the very pixels that the loader gave, where FSDP2 casts to bf16."""
+    ctx = sp.SequenceParallel.create(2, mode="zigzag-ring")
+    model = tiny.model("qwen3_vl", torch.float32, attention="sdpa")
+    hf.prepare(model, ctx)
+    vision.install(model)
+    images = RowImages(model, ctx)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)), mp_policy=policy)
+    documents = rows("qwen3_vl")["long"]
+    row = row_of(documents, ctx)
+    row = load(row, documents, images.dealing(row))
+    plan = sp.plan(len(row), images.segments(row), ctx)
+    inputs = hf.inputs({"input_ids": row.input_ids, "position_ids": images.positions(row)}, plan)
+    given = images.media(row, plan, torch.device("cpu"))
+    assert given is not None
+    seen: list[Tensor] = []
+    features_of = vision.features_of
+
+    def seeing(model: Any, batch: Any, device: torch.device) -> Tensor:
+        seen.extend(image.pixels for image in batch)
+        return features_of(model, batch, device)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(vision, "features_of", seeing)
+        model(**inputs, sp_media=given)
+    vision.release(model)
+    hf.release(model)
+    asked = [i.pixels for batch in (*given.batches, given.empty) for i in batch]
+    return [a is b for a, b in zip(asked, seen, strict=True)]
+
+
+def test_vision_fsdp2_leaves_pixels_on_the_host_as_they_are() -> None:
+    for same in run_ranks(2, pixels_under_fsdp2):
+        assert same and all(same)
 
 
 def test_vision_dealing_names_every_step_once() -> None:

@@ -336,20 +336,26 @@ def _deepstack_layers(model: PreTrainedModel) -> list[nn.Module]:
 # ---- a row's images ------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
 class Media:
     """What one rank computes of a row's images. An argument of the model, `sp_media`.
 
-    Attributes:
+    No dataclass: FSDP2 looks for tensors in these among a model's arguments, and would cast the
+    pixels on the host, out of pinned memory.
+
+    Args:
         route: where the features go, on the device.
         batches: this rank's parts, in the row's order, in batches.
         empty: further batches of one image each, whose features go nowhere: of a rank that has no
             parts where the tower or the projector is trained, since every rank must run them.
     """
 
-    route: Route
-    batches: tuple[tuple[Images, ...], ...]
-    empty: tuple[Images, ...] = ()
+    def __init__(
+        self,
+        route: Route,
+        batches: tuple[tuple[Images, ...], ...],
+        empty: tuple[Images, ...] = (),
+    ) -> None:
+        self.route, self.batches, self.empty = route, batches, empty
 
 
 def batches_of(
