@@ -25,6 +25,7 @@ from longfactory.data.media.load import MediaLoading
 from longfactory.data.row import Row
 from longfactory.data.stream import StreamedDataset
 from longfactory.errors import DataError
+from longfactory.train.host_threads import one_thread
 from longfactory.train.reference import Numbers
 from longfactory.train.survival.signals import ignore_in_loader
 
@@ -249,7 +250,11 @@ class RowLoader(DataLoader):
         batches = begin()
         if self.num_workers:
             _with_processes.add(batches)
-        for batch in batches:
+        while True:
+            with one_thread():
+                batch = next(batches, None)
+            if batch is None:
+                return
             if isinstance(batch, dict) and "problem" in batch:
                 raise DataError(batch["problem"])
             yield batch

@@ -48,6 +48,7 @@ from longfactory.train.checkpoint.facts import RunFacts
 from longfactory.train.checkpoint.trainer import ResumableTrainer
 from longfactory.train.contracts import check_trainer
 from longfactory.train.embedding_noise import noisy_embeddings, token_keys, token_scales
+from longfactory.train.host_threads import one_thread
 from longfactory.train.loader import (
     Collate,
     RowSampler,
@@ -312,14 +313,15 @@ class RowTrainer(ResumableTrainer):
             routed: this is the trained model's pass, whose routers are watched.
         """
         layer: Any = self.head if head is None else head
-        plan, inputs = self._model_inputs(row)
-        labels = row.labels[plan.index]
         more: dict[str, Any] = {} if reference is None else {"reference": reference}
-        if head is None and "candidates" in self.stage.needs and "teacher_ids" in row.numbers:
-            more["candidates"] = row.numbers["teacher_ids"][plan.index]
         watched: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if routed:
-            watched = self.routing.row(plan.index < row.real_tokens, self.args.device)
+        with one_thread():
+            plan, inputs = self._model_inputs(row)
+            labels = row.labels[plan.index]
+            if head is None and "candidates" in self.stage.needs and "teacher_ids" in row.numbers:
+                more["candidates"] = row.numbers["teacher_ids"][plan.index]
+            if routed:
+                watched = self.routing.row(plan.index < row.real_tokens, self.args.device)
         with (
             self._noise(model, row, plan),
             layer.labels(labels, **more),
@@ -359,8 +361,10 @@ class RowTrainer(ResumableTrainer):
         """What a reference's output layer is given for this rank's trained tokens of a row, under
         `as_reference`.
         """
-        plan, inputs = self._model_inputs(row)
-        with head.hidden(row.labels[plan.index]) as result:
+        with one_thread():
+            plan, inputs = self._model_inputs(row)
+            labels = row.labels[plan.index]
+        with head.hidden(labels) as result:
             model(**inputs, **self.routing.arguments)
             return result()
 
@@ -386,7 +390,7 @@ class RowTrainer(ResumableTrainer):
         outputs, ctx = self._outputs_with_reference(model, row), self.ctx
         loss_sum, metrics = self.stage.loss_sum(
             outputs,
-            dataclasses.replace(row, pixels=()).to(self.args.device),
+            dataclasses.replace(row, pixels=()).to(self.args.device, non_blocking=True),
             dp_sum=self._sum_over_groups,
             dp_rank=ctx.dp_rank,
             dp_size=ctx.dp_size,

@@ -1,0 +1,37 @@
+"""What the host does for a row runs on one thread; what comes after it on as many as before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from longfactory.train.host_threads import one_thread
+from longfactory.train.loader import RowLoader
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_one_thread_is_put_back_also_after_an_error() -> None:
+    with pytest.raises(ValueError), one_thread():
+        assert torch.get_num_threads() == 1
+        raise ValueError
+    assert torch.get_num_threads() == 2
+
+
+def test_rows_are_made_on_one_thread() -> None:
+    def collate(samples: list[int]) -> int:
+        return torch.get_num_threads()
+
+    loader = RowLoader([1, 2], collate_fn=collate, batch_size=1, reference=lambda: None)
+    found = []
+    for threads in loader:
+        found.append((threads, torch.get_num_threads()))
+    assert found == [(1, 2), (1, 2)]
