@@ -64,6 +64,7 @@ def test_a_command_that_a_launcher_began(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (found := startup.end("imports")) is not None and "launcher" not in found.parts
 
 
+@pytest.mark.processes
 def test_the_begin_of_a_process_is_from_before_its_imports() -> None:
     program = (
         "import time; time.sleep(0.5); from longfactory.processes import begin_of_process;"
