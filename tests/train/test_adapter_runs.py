@@ -89,12 +89,20 @@ def experts(home: Path) -> Path:
         for i in range(12)
     ]
     (home / "pairs.json").write_text(json.dumps(pairs))
+    judged = [
+        {"prompt": text(12 + i), "answer": text(15 - i), "label": i % 3 > 0} for i in range(12)
+    ]
+    (home / "judged.json").write_text(json.dumps(judged))
     info: dict[str, Any] = {
         "talks": {"file_name": "talks.json"},
         "pairs": {
             "file_name": "pairs.json",
             "ranking": True,
             "columns": {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"},
+        },
+        "judged": {
+            "file_name": "judged.json",
+            "columns": {"prompt": "prompt", "response": "answer", "kto_tag": "label"},
         },
     }
     (home / "dataset_info.json").write_text(json.dumps(info))
@@ -109,6 +117,7 @@ EXPERT_RUNS: dict[str, dict[str, Any]] = {
     "full": {"moe_aux_loss_coef": 0.5},
     "dpo, full": {"moe_aux_loss_coef": 0.5, **DPO},
     "rm": {**ON_EXPERTS, **DPO, "stage": "rm"},
+    "kto": {**ON_EXPERTS, **DPO, "stage": "kto", "dataset": "judged"},
 }
 EXPERT_GRID = [
     pytest.param(
