@@ -239,10 +239,12 @@ def real_heads(family: str) -> dict[str, Any]:
         dim = default.hidden_size // heads
     fields = {
         key: values[key]
-        for key in (*_LATENT, "swa_head_dim", "swa_v_head_dim", "global_head_dim", "d_kv")
+        for key in (*_LATENT, *_LINEAR, "swa_head_dim", "swa_v_head_dim", "global_head_dim", "d_kv")
         if isinstance(values.get(key), int)
     }
     if "qk_rope_head_dim" in fields:
+        if family in OVERRIDES and "rope_parameters" in OVERRIDES[family]:
+            return {**fields, "head_dim": fields["qk_rope_head_dim"]}  # all of it turns there
         return {**fields, **({"head_dim": values["head_dim"]} if "head_dim" in values else {})}
     if "head_dim" in values or "kv_channels" in values or "attention_head_dim" in values:
         named = ("head_dim", "kv_channels", "attention_head_dim")
@@ -268,6 +270,8 @@ def real_heads(family: str) -> dict[str, Any]:
     return fields
 
 
+_LINEAR = ("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim")
+"""Of recurrences: the norm of a narrow head's output divides by what may be nearly nothing."""
 _LATENT = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "index_head_dim")
 
 

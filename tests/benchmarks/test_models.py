@@ -259,6 +259,8 @@ def test_distances_want_every_gradient() -> None:
         ("mamba", {(0, 0)}),
         ("bamba", {(0, 0), (128, 128)}),
         ("qwen2_vl", {(128, 128)}),
+        ("mistral4", {(128, 128)}),
+        ("qwen3_next", {(0, 0), (256, 256)}),
     ],
 )
 def test_tiny_models_with_real_heads(family: str, dims: set[tuple[int, int]]) -> None:
@@ -268,6 +270,8 @@ def test_tiny_models_with_real_heads(family: str, dims: set[tuple[int, int]]) ->
     kinds = kinds_of(model, config)
     assert {(kind.head_dim, kind.value_dim) for kind in kinds} == dims
     assert sum(p.numel() for p in model.parameters()) < 6_000_000
+    widths = {m.head_v_dim for m in model.modules() if hasattr(m, "head_v_dim")}
+    assert widths == ({128} if family == "qwen3_next" else set())
 
 
 @pytest.mark.parametrize(
