@@ -40,6 +40,7 @@ from longfactory.model.token_logprobs import ReferenceHidden, TokenLogprobs
 from longfactory.model.value_head import TokenValues
 from longfactory.model.vision import RowImages
 from longfactory.sp import hf
+from longfactory.sp.threads import one_thread
 from longfactory.stages.base import Stage
 from longfactory.stages.metrics import Metrics, MetricSums
 from longfactory.train.block_adamw import BlockAdamW
@@ -239,11 +240,13 @@ class RowTrainer(ResumableTrainer):
         """
         batches = []
         self.meter.begin()
-        for _ in range(num_batches):
-            try:
-                batches.append(next(epoch_iterator))
-            except StopIteration:
-                break
+        # Images that this process decodes are many more numbers than a row's tokens.
+        with one_thread() if self.images is None else contextlib.nullcontext():
+            for _ in range(num_batches):
+                try:
+                    batches.append(next(epoch_iterator))
+                except StopIteration:
+                    break
         rows = [b["row"] for b in batches]
         self.numbers.begin(rows)
         if self.numbers.on_nan == "skip":
@@ -283,12 +286,13 @@ class RowTrainer(ResumableTrainer):
         if self.measure is not None:
             with startup.within(startup.SCHEDULES):
                 self.measure(len(row), segments)
-        plan = sp.plan(len(row), segments, self.ctx)
-        tensors = {
-            name: x.to(self.args.device, non_blocking=True)
-            for name, x in (("input_ids", row.input_ids), ("position_ids", positions))
-        }
-        inputs = hf.inputs(tensors, plan)
+        with one_thread():
+            plan = sp.plan(len(row), segments, self.ctx)
+            tensors = {
+                name: x.to(self.args.device, non_blocking=True)
+                for name, x in (("input_ids", row.input_ids), ("position_ids", positions))
+            }
+            inputs = hf.inputs(tensors, plan)
         if self.images is not None:
             inputs["sp_media"] = self.images.media(row, plan, self.args.device)
         return plan, inputs

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..collectives import all_to_all
 from ..plan import RowPlan
+from ..threads import one_thread
 from .chunked import CHUNK, Rule, recurrence
 from .fragments import fragments_of
 
@@ -112,9 +113,10 @@ def _order(plan: RowPlan, device: torch.device) -> tuple[Tensor, Tensor]:
     """
     held = fragments_of(plan).orders
     if device not in held:
-        stretches = [torch.arange(a, b) for runs in plan.layout.intervals for a, b in runs]
-        order = torch.cat(stretches)
-        held[device] = (order.to(device), order.argsort().to(device))
+        with one_thread():
+            stretches = [torch.arange(a, b) for runs in plan.layout.intervals for a, b in runs]
+            order = torch.cat(stretches)
+            held[device] = (order.to(device), order.argsort().to(device))
     return held[device]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..plan import RowPlan
+from ..threads import one_thread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,14 +86,16 @@ class Fragments:
         """This rank's fragments in chunks of `size` tokens. Copied to the device once."""
         key = (size, device)
         if key not in self._chunks:
-            self._chunks[key] = Chunks(self, size, device)
+            with one_thread():
+                self._chunks[key] = Chunks(self, size, device)
         return self._chunks[key]
 
     def halo(self, width: int, device: torch.device) -> Halo:
         """For a convolution that reads `width` tokens before each. Copied to the device once."""
         key = (width, device)
         if key not in self._halo:
-            self._halo[key] = Halo(self, width, device)
+            with one_thread():
+                self._halo[key] = Halo(self, width, device)
         return self._halo[key]
 
     def before(self, index: int, count: int) -> list[tuple[int, int]]:
