@@ -25,7 +25,7 @@ from longfactory.data.media.load import MediaLoading
 from longfactory.data.row import Row
 from longfactory.data.stream import StreamedDataset
 from longfactory.errors import DataError
-from longfactory.train.host_threads import one_thread
+from longfactory.sp.threads import one_thread
 from longfactory.train.reference import Numbers
 from longfactory.train.survival.signals import ignore_in_loader
 

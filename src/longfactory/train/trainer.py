@@ -49,7 +49,6 @@ from longfactory.train.checkpoint.facts import RunFacts
 from longfactory.train.checkpoint.trainer import ResumableTrainer
 from longfactory.train.contracts import check_trainer
 from longfactory.train.embedding_noise import noisy_embeddings, token_keys, token_scales
-from longfactory.train.host_threads import one_thread
 from longfactory.train.loader import (
     Collate,
     RowSampler,
@@ -240,13 +239,11 @@ class RowTrainer(ResumableTrainer):
         """
         batches = []
         self.meter.begin()
-        # Images that this process decodes are many more numbers than a row's tokens.
-        with one_thread() if self.images is None else contextlib.nullcontext():
-            for _ in range(num_batches):
-                try:
-                    batches.append(next(epoch_iterator))
-                except StopIteration:
-                    break
+        for _ in range(num_batches):
+            try:
+                batches.append(next(epoch_iterator))
+            except StopIteration:
+                break
         rows = [b["row"] for b in batches]
         self.numbers.begin(rows)
         if self.numbers.on_nan == "skip":
@@ -286,13 +283,12 @@ class RowTrainer(ResumableTrainer):
         if self.measure is not None:
             with startup.within(startup.SCHEDULES):
                 self.measure(len(row), segments)
-        with one_thread():
-            plan = sp.plan(len(row), segments, self.ctx)
-            tensors = {
-                name: x.to(self.args.device, non_blocking=True)
-                for name, x in (("input_ids", row.input_ids), ("position_ids", positions))
-            }
-            inputs = hf.inputs(tensors, plan)
+        plan = sp.plan(len(row), segments, self.ctx)
+        tensors = {
+            name: x.to(self.args.device, non_blocking=True)
+            for name, x in (("input_ids", row.input_ids), ("position_ids", positions))
+        }
+        inputs = hf.inputs(tensors, plan)
         if self.images is not None:
             inputs["sp_media"] = self.images.media(row, plan, self.args.device)
         return plan, inputs

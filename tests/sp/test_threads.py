@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from longfactory.train.host_threads import one_thread
+from longfactory.sp.threads import one_thread
 from longfactory.train.loader import RowLoader
 
 
