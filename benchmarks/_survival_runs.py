@@ -96,6 +96,7 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
 RUNTIMES = (
     *("runtime", "per_second", "elapsed", "remaining_time", "throughput", "per_step"),
     *("mfu", "peak_memory", "data_wait", "padding", "packing"),  # of the steps since the start
+    "startup",
 )
 
 
