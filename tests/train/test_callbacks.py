@@ -183,6 +183,7 @@ def test_smoothing() -> None:
 def test_a_log_file_that_cannot_be_written_does_not_end_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.WARNING, "longfactory")
     log = LogFile(str(tmp_path))
     log.on_train_begin(None, state(0), None)
     (tmp_path / LOG_FILE).mkdir()  # as a full disk would, opening it raises OSError
@@ -209,6 +210,7 @@ def test_a_tracker_that_fails_ends_the_run_before_its_first_step_alone(
                 raise OSError("the network is gone")
             return "control"
 
+    caplog.set_level(logging.WARNING, "longfactory")
     Board.__module__ = "transformers.integrations.board"
     own = AtStart()
     handler = types.SimpleNamespace(callbacks=[Board(), own])
