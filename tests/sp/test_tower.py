@@ -37,6 +37,16 @@ def test_vision_attention_in_groups(lengths: list[int]) -> None:
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
 
 
+def test_vision_attention_of_a_tower_drops_weights_and_refuses_masks() -> None:
+    module, x = torch.nn.Identity(), torch.ones(1, 2, 6, 8)
+    ends = torch.tensor([0, 4, 6])
+    kept, _ = tower.attention(module, x, x, x, cu_seq_lens_q=ends)
+    dropped, _ = tower.attention(module, x, x, x, dropout=1.0, cu_seq_lens_q=ends)
+    assert (kept == 1).all() and (dropped == 0).all()
+    with pytest.raises(ValueError, match="got a mask"):
+        tower.attention(module, x, x, x, torch.ones(1, 1, 6, 6))
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "glm4v"])
 def test_vision_tower_calls_attention_once_for_images_of_one_size(
     family: str, monkeypatch: pytest.MonkeyPatch

@@ -12,10 +12,10 @@ import torch
 def one_thread() -> Iterator[None]:
     """PyTorch's operations on the CPU in this thread alone.
 
-    It divides those of more than 32,768 numbers among all threads, and waking these takes longer
-    than a row's work: a row of 64,418 tokens is made in 22 ms in one thread and in 90 in two (two
-    cores); beside other processes on the cores an operation takes 12 ms, and 0.02 in one thread.
-    AdamW on the host needs all threads, so they are put back.
+    It divides those of more than 32,768 numbers among all threads. Of a row that gains nothing
+    where the cores are idle, and where other processes have them waiting for the threads takes
+    longer than the work (`benchmarks/row_threads.py`). AdamW on the host needs all threads, so they
+    are put back.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
