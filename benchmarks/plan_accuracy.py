@@ -505,9 +505,10 @@ def again(row: dict[str, Any], home: Path) -> dict[str, float] | None:
     them among those that it says fit.
     """
     from longfactory.config import load_config
+    from longfactory.memory.budget import budget, fits
     from longfactory.memory.choose import choose_memory
-    from longfactory.memory.cost import HOST_SHARE, budget, candidates, fits
     from longfactory.memory.report import describe
+    from longfactory.memory.search import HOST_SHARE, candidates
     from longfactory.memory.shapes import machine
     from longfactory.model import load
     from longfactory.train.memory_plan import choose_sharding, count_parameters, plan_run

@@ -134,7 +134,8 @@ def with_masters(job: Any, split: bool) -> Any:
 
 def fitting(job: Any, split: bool) -> Iterator[Combination]:
     """All combinations that the plan enumerates and says fit."""
-    from longfactory.memory.cost import HOST_SHARE, budget, candidates, fits
+    from longfactory.memory.budget import budget, fits
+    from longfactory.memory.search import HOST_SHARE, candidates
 
     job = with_masters(job, split)
     for settings in candidates(job, "auto"):

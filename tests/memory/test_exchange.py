@@ -6,8 +6,9 @@ import dataclasses
 
 import pytest
 
-from longfactory.memory.cost import ATTENTION_SHARE, budget, seconds
+from longfactory.memory.budget import budget
 from longfactory.memory.exchange import Schedule, held_bytes, schedule, schedules
+from longfactory.memory.seconds import ATTENTION_SHARE, seconds
 from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import ModelShape, TrainingJob, machine
 from longfactory.sp import SequenceParallel

@@ -15,11 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from longfactory import sp
 from longfactory.memory import norms
 from longfactory.memory.apply import apply_memory
+from longfactory.memory.budget import bare_layer
 from longfactory.memory.checkpointed import stored_of_a_token
-from longfactory.memory.cost import bare_layer, moved_bytes, seconds
 from longfactory.memory.layer_kinds import LayerKind, kinds_of
+from longfactory.memory.seconds import seconds
 from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import CHOSEN, ModelShape, TrainingJob, machine
+from longfactory.memory.traffic import moved_bytes
 from longfactory.model import experts
 from longfactory.sp import hf
 from longfactory.sp.layout import Segment

@@ -16,8 +16,8 @@ from longfactory.memory.choose import (
     host_memory,
     user_keys,
 )
-from longfactory.memory.cost import HOST_SHARE, TrainingJob
-from longfactory.memory.shapes import ModelShape, machine
+from longfactory.memory.search import HOST_SHARE
+from longfactory.memory.shapes import ModelShape, TrainingJob, machine
 from qwen_7b import qwen_7b
 
 GiB = 2**30

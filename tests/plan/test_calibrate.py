@@ -11,7 +11,7 @@ import torch
 from longfactory.errors import UserError
 from longfactory.memory import calibration
 from longfactory.memory.calibration import IN_A_STEP, Calibration
-from longfactory.memory.cost import seconds
+from longfactory.memory.seconds import seconds
 from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import ModelShape, TrainingJob, machine
 from longfactory.plan import calibrate, command

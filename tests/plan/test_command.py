@@ -10,7 +10,9 @@ from transformers import DeepseekV32Config
 
 from longfactory.config import load_config
 from longfactory.errors import ConfigError, UserError
-from longfactory.memory.cost import budget, candidates, fits, seconds
+from longfactory.memory.budget import budget, fits
+from longfactory.memory.search import candidates
+from longfactory.memory.seconds import seconds
 from longfactory.plan.command import (
     DOES_NOT_FIT,
     FITS,
@@ -146,7 +148,7 @@ def test_masters_are_split_where_that_is_faster(tmp_path, capsys):
 def test_no_setting_that_fits_is_faster(tokens, gib, run, monkeypatch):
     """Of all that can be enumerated, with fp32 masters and with split ones."""
     from longfactory.memory.choose import SPLIT_IS_WORTH
-    from longfactory.memory.cost import HOST_SHARE
+    from longfactory.memory.search import HOST_SHARE
     from longfactory.memory.shapes import machine
     from longfactory.train.memory_plan import count_parameters, plan_run
 

@@ -11,7 +11,8 @@ import pytest
 
 from longfactory.config import from_mapping, load_config
 from longfactory.errors import UserError
-from longfactory.memory.cost import document_flop, seconds
+from longfactory.memory.products import document_flop
+from longfactory.memory.seconds import seconds
 from longfactory.memory.shapes import GPUS, machine
 from longfactory.model import load
 from longfactory.plan import facts

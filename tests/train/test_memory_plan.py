@@ -17,8 +17,10 @@ from longfactory.config import from_mapping
 from longfactory.data.module import Datasets
 from longfactory.errors import UserError
 from longfactory.memory import host_jobs, optimizer
-from longfactory.memory.cost import budget, choose, longest, moments, seconds
+from longfactory.memory.budget import budget, moments
 from longfactory.memory.optimizer import LEAVING
+from longfactory.memory.search import choose, longest
+from longfactory.memory.seconds import seconds
 from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import ModelShape, machine
 from longfactory.model import adapters

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from longfactory.data.row import TokenizedDocument, make_row
-from longfactory.memory.cost import document_flop
 from longfactory.memory.layer_kinds import LayerKind
+from longfactory.memory.products import document_flop
 from longfactory.memory.shapes import ModelShape
 from longfactory.train import meter as module
 from longfactory.train.loader import RowSampler

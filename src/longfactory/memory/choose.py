@@ -12,16 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from longfactory.memory.cost import (
-    HOST_SHARE,
-    MARGIN,
-    Budget,
-    choose,
-    techniques,
-)
+from longfactory.memory.budget import MARGIN, Budget
 from longfactory.memory.report import advice, describe, table
+from longfactory.memory.search import HOST_SHARE, choose
 from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import TrainingJob
+from longfactory.memory.technique import techniques
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +105,7 @@ def choose_memory(
 def _chosen(
     job: TrainingJob, mode: str, fixed: tuple[tuple[str, Any], ...]
 ) -> tuple[MemorySettings, Budget, bool]:
-    """`cost.choose`, once for each job: `longfactory plan` asks for some several times."""
+    """`search.choose`, once for each job: `longfactory plan` asks for some several times."""
     return choose(job, mode, HOST_SHARE, dict(fixed))
 
 

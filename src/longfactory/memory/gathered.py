@@ -77,7 +77,7 @@ def _fixed(arguments: Any) -> dict[str, Any]:
 
 def _bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:
     """Of all layers, from the end of forward on; two of them are counted in a layer's backward
-    anyway (`cost.bare_model`).
+    anyway (`budget.bare_model`).
     """
     if not kept_weights(job, settings):
         return Bytes()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from longfactory.memory.cost import MARGIN, Budget, budget, roofline, techniques
+from longfactory.memory.budget import MARGIN, Budget, budget
+from longfactory.memory.seconds import roofline
 from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import ModelShape, TrainingJob
+from longfactory.memory.technique import techniques
 
 GiB = 2**30
 

@@ -1,5 +1,5 @@
 """What a technique of the memory engine states of itself, beside its code: its key, its bytes and
-its seconds. `cost` sums what all of them state, and knows none by name.
+its seconds. `budget` and `seconds` sum what all of them state, and know none by name.
 
 A field of `MemorySettings` names the object ("chunked.CHUNKS"). docs/adding_a_technique.md shows
 how one is added.
@@ -8,6 +8,8 @@ how one is added.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -101,3 +103,14 @@ class Technique:
     advice: Callable[[TrainingJob, MemorySettings], tuple[int, str] | None] | None = None
     leaner: Callable[[TrainingJob, MemorySettings], Any] | None = None
     ordered: bool = False
+
+
+@functools.cache
+def techniques() -> tuple[Technique, ...]:
+    """The objects that the fields of MemorySettings name, in the order of the fields."""
+    names = [field.metadata.get("technique") for field in dataclasses.fields(MemorySettings)]
+    found = []
+    for name in filter(None, names):
+        module, variable = name.split(".")
+        found.append(getattr(importlib.import_module(f"longfactory.memory.{module}"), variable))
+    return tuple(found)

@@ -7,7 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from longfactory.errors import UserError
-from longfactory.memory.cost import MARGIN, techniques
+from longfactory.memory.budget import MARGIN
+from longfactory.memory.technique import techniques
 from longfactory.train.auto import Planned, Way, longest_row, way
 
 GiB = 2**30

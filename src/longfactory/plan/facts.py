@@ -14,7 +14,7 @@ from longfactory.data.dataset import TokenizedDataset
 from longfactory.data.module import Datasets
 from longfactory.data.rollouts import RolloutDataset
 from longfactory.errors import UserError
-from longfactory.memory.cost import seconds
+from longfactory.memory.seconds import seconds
 from longfactory.model import load
 from longfactory.train.auto import Planned, Way
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from longfactory.memory.cost import HOST_SHARE, MARGIN, document_flop, seconds, starting_seconds
+from longfactory.memory.budget import MARGIN
 from longfactory.memory.exchange import schedule
+from longfactory.memory.products import document_flop
+from longfactory.memory.search import HOST_SHARE
+from longfactory.memory.seconds import seconds, starting_seconds
 from longfactory.memory.shapes import Machine
 from longfactory.plan.curve import number
 from longfactory.train.auto import WORTH, Planned, Way, best, longest_row, way

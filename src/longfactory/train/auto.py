@@ -19,8 +19,9 @@ from longfactory.data.dataset import TokenizedDataset
 from longfactory.data.module import Datasets
 from longfactory.data.saved import is_saved
 from longfactory.errors import UserError
-from longfactory.memory.cost import longest, techniques
+from longfactory.memory.search import longest
 from longfactory.memory.shapes import Machine
+from longfactory.memory.technique import techniques
 from longfactory.model import load
 from longfactory.train.memory_plan import (
     Counts,

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from longfactory.data.row import Row
-from longfactory.memory.cost import document_flop
+from longfactory.memory.products import document_flop
 from longfactory.memory.shapes import GPUS, ModelShape, kind_of
 from longfactory.train.loader import RowSampler
 
