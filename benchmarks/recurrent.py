@@ -416,8 +416,15 @@ MODELS: dict[str, list[tuple[int, int, dict[str, Any]]]] = {
     "tiny-hybrid": [(256, 1, {}), (64, 4, {})],
 }
 """Shapes of `make_model`, and (tokens of a document, documents of a row, further keys)."""
-PROFILED = 5
-"""The optimizer step of which a trace is made; the ones after the second and before it are timed."""
+LEAST_PROFILED = 5
+"""Steps of a run from which on the last but one is profiled."""
+
+
+def timed_steps(steps: int) -> slice:
+    """Places of the steps that are timed. The first one compiles; from `LEAST_PROFILED` steps on
+    the one before the profiled one warms the profiler up.
+    """
+    return slice(1, steps if steps < LEAST_PROFILED else max(steps - 3, 2))
 
 
 def run_command(a: argparse.Namespace, clock: float) -> list[dict[str, Any]]:
@@ -516,11 +523,11 @@ def train(
         "use_cpu": str(a.smoke).lower(),
         **further,
     }
-    if a.steps >= PROFILED:
+    if a.steps >= LEAST_PROFILED:
         keys |= {
             "enable_torch_profiler": "true",
             "profiler_output_dir": at / "trace",
-            "profiler_wait_steps": PROFILED - 2,
+            "profiler_wait_steps": a.steps - 3,
             "profiler_warmup_steps": 1,
             "profiler_record_shapes": "false",
             "profiler_profile_memory": "false",
@@ -530,8 +537,7 @@ def train(
     words = ["train", *(f"{key}={value}" for key, value in keys.items())]
     started = time.time()
     # What comes after the last step is not waited for: writing the model takes up to 20 s.
-    last = "" if a.steps >= PROFILED else f"step {a.steps}/{a.steps}:"
-    status, text = forked(words, visible_gpus(a.gpus), clock, last)
+    status, text = forked(words, visible_gpus(a.gpus), clock, f"step {a.steps}/{a.steps}:")
     log = at / "out" / "trainer_log.jsonl"
     lines = log.read_text().splitlines() if log.is_file() else []
     if status is None or status or not lines:
@@ -539,11 +545,12 @@ def train(
         raise RuntimeError(f"{why}, after {len(lines)} lines of its log: {text[-1500:]}")
     lines = [json.loads(line) for line in lines]
     plan = re.search(r"Memory plan.*\n +(.*)", text)
-    # The step that warms the profiler up, and the one it records, are not timed.
-    speeds = [x["tokens_per_second_per_gpu"] for x in lines if "loss" in x][1 : PROFILED - 2]
+    timed = [x for x in lines if "loss" in x][timed_steps(a.steps)]
+    speeds = [x["tokens_per_second_per_gpu"] for x in timed]
     return {
         "tokens/s a GPU": statistics.median(speeds),
         "of steps": len(speeds),
+        "waited for rows": statistics.median(x.get("data_wait", 0.0) for x in timed),
         "seconds of the command": time.time() - started,
         "settings": plan[1] if plan else "",
         "last line": lines[-1],
@@ -688,7 +695,7 @@ def against_ideal(
         rows = json.loads(a.alone.read_text())["rows"]
         one = next(r for r in rows if r["model"] == row["model"] and r["tokens"] == tokens)
         return of_ideal(row, tokens, a.gpus, one, {"attention": one["attention"]})
-    alone = argparse.Namespace(gpus=1, steps=min(a.steps, PROFILED - 1), smoke=a.smoke)
+    alone = argparse.Namespace(gpus=1, steps=min(a.steps, LEAST_PROFILED - 1), smoke=a.smoke)
     keys = {k: v for k, v in row.items() if k == "pure_bf16"}
     with concurrent.futures.ThreadPoolExecutor() as pool:
         rates = pool.submit(measured_rates, at, tokens, clock, a.gpus, a.gpus - 1)
@@ -749,7 +756,9 @@ def main() -> int:
     )
     parser.add_argument("part", choices=["kernels", "tune", "command", "fla"])
     parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=6, help="with 5 or more, one is profiled")
+    parser.add_argument(
+        "--steps", type=int, default=6, help="with 5 or more, the last but one is profiled"
+    )
     parser.add_argument("--models", nargs="+", choices=[*MODELS], default=None)
     parser.add_argument("--only", nargs="+", help="parts of rows' names, as 8192 or 4x8192")
     parser.add_argument("--steps-only", action="store_true", help="no roofline and no ideal")
