@@ -115,6 +115,47 @@ def test_a_stage_gives_the_same_curves_with_and_without_sequence_parallelism(
     assert split[0]["grad_norm"] > 0
 
 
+def compiled_for(keys: dict[str, Any]) -> tuple[set[int], set[int]]:
+    """Body of a rank: one run; the numbers of tokens for which functions would be compiled, while
+    parameters without a gradient are looked for, and otherwise.
+    """
+    from unittest import mock
+
+    from longfactory.memory import compiled
+    from longfactory.train import run as module
+
+    tried: set[int] = set()
+    others: set[int] = set()
+    lengths = others
+    own = module.refuse_unused
+
+    def copy_for(fn: Any, arguments: tuple[Any, ...]) -> Any:
+        lengths.add(len(arguments[0]))
+        return types.SimpleNamespace(run=fn, checked=True, any_length=False)
+
+    def refuse_unused(trainer: Any) -> None:
+        nonlocal lengths
+        lengths = tried
+        own(trainer)
+        lengths = others
+
+    with (
+        mock.patch.object(compiled, "compiles", lambda x: True),
+        mock.patch.object(compiled, "_copy_for", copy_for),
+        mock.patch.object(module, "refuse_unused", refuse_unused),
+    ):
+        train(keys)
+    return tried, others
+
+
+def test_nothing_is_compiled_before_the_first_row(base: dict[str, Any], tmp_path: Path) -> None:
+    """Under DDP a row of other tokens is tried before it."""
+    keys = {**base, "dataset": DATA["sft"], "output_dir": str(tmp_path / "run"), "max_steps": 1}
+    for tried, others in run_ranks(2, compiled_for, {**keys, "sequence_parallel_size": 2}):
+        assert not tried
+        assert others
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("resumed_size", [2, 1])
 def test_resume_goes_on_at_the_exact_sample(
