@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from longfactory import sp
 from longfactory.errors import UserError
-from longfactory.sp import hf
+from longfactory.sp import hf, probe
 from longfactory.train.ranks import from_all
 from longfactory.train.trainer import RowTrainer
 
@@ -59,6 +59,7 @@ def refuse_unused(trainer: RowTrainer) -> None:
     model.train()
     try:
         with (
+            probe.proof(),  # nothing is compiled for a row of this length
             torch.random.fork_rng(devices=devices),
             model.no_sync(),
             trainer.compute_loss_context_manager(),
