@@ -25,7 +25,7 @@ def peers(a: argparse.Namespace) -> int:
     for what, lengths, layers in cases:
         ours: dict[int, Row] = {}
         for name, system in (("ours", "LongFactory"), ("alst", "DeepSpeed ALST")):
-            keys: Row = {"layers": layers, "steps": 1, "warm": max(lengths) < 256 * K}
+            keys: Row = {"layers": layers, "steps": int(a.smoke)}
             keys |= {"shape": "tiny", "kernel": "cpu"} if a.smoke else {"shape": "7b"}
             if name == "ours":
                 keys["mode"] = "auto"
@@ -63,8 +63,8 @@ def peer_row(fact: Row, tokens: int, gpus: int, ours: Row | None) -> Row:
 
 PEERS_NOTE = (
     "Complete training steps (`_peers.py`): full parameters, AdamW with exact fp32 weights and states"
-    " sharded over the GPUs, random tokens. Milliseconds are of one further step on the first rank,"
-    " under the profiler: sums of kernels by kind, messages (with waiting for other ranks), of these"
+    " sharded over the GPUs, random tokens. A step that compiles is followed by the"
+    " one that is timed, under the profiler. Milliseconds are of the first rank: sums of kernels by kind, messages (with waiting for other ranks), of these"
     " what no other kernel hides (exposed), and the time in which nothing runs (idle). `more than"
     " LongFactory` divides the difference: attention is what is computed a second time, exposed the"
     " exchange, the rest norms, copies and casts."

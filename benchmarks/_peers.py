@@ -89,14 +89,15 @@ class Job:
     shape: str = "7b"
     layers: int | None = None  # fewer layers than the shape has; said in the result
     kernel: str = "auto"  # attention backend: auto (cuDNN on Hopper), flash (FlashAttention 2), cpu
-    steps: int = 2  # timed steps at each length, the fastest counts; one from 100,000 tokens up
+    steps: int = 2  # timed steps at each length, the fastest counts; at most one from 100,000
+    # tokens up; 0: that of `profile` alone
     warm: bool = True  # one more step at each length before them
     memory: str = "auto"  # auto, fast, long
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     optimizer: bool = True
     host_share: float = 1.0  # of the host's memory, as if the machine had less
     mode: str = "zigzag-ring"
-    profile: bool = False  # one further step under the profiler: where its time goes
+    profile: bool = False  # one further timed step under the profiler: where its time goes
     name: str = ""  # what the table calls it, where rows differ in their settings alone
 
 
@@ -205,24 +206,31 @@ class Bench:
             if self.cuda:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            times, loss = [], math.nan
-            timed = self.job.steps if tokens < 100_000 else 1
-            for i in range(timed + self.job.warm):
+            times: list[tuple[float, dict[str, float]]] = []
+            loss = math.nan
+
+            def timed_step(tokens: int = tokens, times: list[Any] = times) -> None:
+                nonlocal loss
                 if self.world > 1:
                     dist.barrier()
                 start = self.sync()
                 loss, parts = step(tokens)
                 times.append((self.sync() - start, parts))
                 self.log(
-                    f"{self.job.row} {tokens} tokens, step {i}: {times[-1][0]:.2f} s, loss"
-                    f" {loss:.4f}, {parts}"
+                    f"{self.job.row} {tokens} tokens, step {len(times) - 1}: {times[-1][0]:.2f} s,"
+                    f" loss {loss:.4f}, {parts}"
                 )
+
+            profiled = self.job.profile and self.cuda
+            steps = self.job.steps if tokens < 100_000 else min(1, self.job.steps)
+            for _ in range(steps + self.job.warm):
+                timed_step()
+            if profiled:
+                facts["device_ms"] = divided(timed_step)
             seconds, parts = min(times[1:] if self.job.warm else times, key=lambda t: t[0])
             peak = torch.cuda.max_memory_allocated() if self.cuda else 0
             reserved = torch.cuda.max_memory_reserved() if self.cuda else 0
             facts |= {"kernels": sorted(self.kernels), **after(), "versions": versions}
-            if self.job.profile and self.cuda:
-                facts["device_ms"] = divided(lambda tokens=tokens: step(tokens))
             if self.rank == 0:
                 self.say(
                     seconds=seconds,
