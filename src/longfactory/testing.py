@@ -20,9 +20,11 @@ import os
 import queue
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -197,6 +199,16 @@ def _end_groups() -> None:
             dist.destroy_process_group(group)
 
 
+def _end_with_the_caller() -> None:
+    """Ends this process when the one that made the pool is gone. It waits for tasks else, or for
+    other ranks, with threads of gloo that take time of the cores.
+    """
+    caller = mp.parent_process()  # not the parent where a server forked this process
+    if caller is not None:
+        wait([caller.sentinel])
+        os._exit(1)
+
+
 def _serve(
     rank: int,
     size: int,
@@ -212,6 +224,7 @@ def _serve(
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_the_caller, daemon=True).start()
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size)
     )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from longfactory.processes import state_of
 from longfactory.testing import RankError, RankPool, assert_matches_single_process
 
 
@@ -40,6 +43,29 @@ def test_a_pool_goes_on_after_every_failure() -> None:
             pool.run(sleep, timeout=0.5)
     finally:
         pool.stop()
+
+
+CALLER = """
+import os, signal
+from longfactory import testing
+testing.IMPORTED = ()
+pool = testing.RankPool(2)
+print(*pool.run(os.getpid), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60)
+@pytest.mark.processes
+def test_ranks_end_with_a_caller_that_is_killed() -> None:
+    done = subprocess.run([sys.executable, "-c", CALLER], capture_output=True, text=True)
+    ranks = [int(each) for each in done.stdout.split()]
+    assert len(ranks) == 2, done.stderr
+    late = time.monotonic() + 10
+    while left := [rank for rank in ranks if state_of(rank) not in (None, "Z", "X")]:
+        assert time.monotonic() < late, left
+        time.sleep(0.05)
 
 
 def make_group() -> int:
