@@ -15,6 +15,7 @@ import _many_runs
 import _model_rows
 import _profile
 import family_sweep
+import first_step
 import kernels
 import models
 import plan_accuracy
@@ -345,3 +346,41 @@ def test_gpu_time_of_a_step_by_parts(tmp_path: Path) -> None:
     assert "| experts: products | 0.0 | 1.0 | 0.0 |" in text
     assert "| optimizer | 0.0 | 0.0 | 0.5 |" in text
     assert "| experts: products | GroupedMmBackward0 | aten::_grouped_mm |" in text
+
+
+LINE = (
+    "[16:04:16] From the command to the end of the first step: 37.1 s: imports 0.3, guard 2.3,"
+    " first step 30.3 (of these 23.3 compiling). Compiled: 19 functions by torch, 2 Triton kernels{}."
+)
+
+
+def test_what_a_start_compiled_is_read_from_its_line() -> None:
+    """Kernels that came from their cache are counted apart, with and without others."""
+    more = ", 3 more Triton kernels from their cache"
+    for line, made, stored in (
+        (LINE.format(""), 2, 0),
+        (LINE.format(more), 2, 3),
+        (LINE.format(more).replace("2 Triton kernels, ", ""), 0, 3),
+        ("no such line", 0, 0),
+    ):
+        found = first_step.counted(f"before\n{line}\nafter")
+        assert (found["kernels"], found["stored"]) == (made, stored)
+        assert found["functions"] == (19 if "19" in line else 0)
+
+
+def test_a_start_is_shown_by_its_parts() -> None:
+    row = {"name": "moe-6-layers-16k", "gpus": 1, "kernel": "auto", "tokens": 16384}
+    parts = {"launcher": 1.0, "imports": 4.0, "data": 0.5, "guard": 2.0, "first step": 30.0}
+    results = [
+        {**row, "row": "again", "error": "ended with 1 after 3 s"},
+        {
+            **row,
+            "row": "empty caches",
+            "startup": {**parts, "of these compiling": 21.5},
+            **{"functions": 19, "kernels": 2, "stored": 0},
+        },
+    ]
+    lines = first_step.render(results).splitlines()[2:]
+    start = "| moe-6-layers-16k | 1 |"
+    assert lines[0] == f"{start} empty caches | 37.5 | 5.0 | 2.0 | 30.0 | 0.5 | 21.5 | 19 | 2, 0 |"
+    assert lines[1].startswith(f"{start} again | ended with 1 after 3 s |")
