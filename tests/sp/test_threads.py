@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -26,12 +27,27 @@ def test_one_thread_is_put_back_also_after_an_error() -> None:
     assert torch.get_num_threads() == 2
 
 
-def test_rows_are_made_on_one_thread() -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_rows_are_made_on_one_thread(ahead: bool) -> None:
     def collate(samples: list[int]) -> int:
         return torch.get_num_threads()
 
-    loader = RowLoader([1, 2], collate_fn=collate, batch_size=1, reference=lambda: None)
+    loader = RowLoader(
+        [1, 2], collate_fn=collate, batch_size=1, reference=lambda: None, ahead=ahead
+    )
     found = []
     for threads in loader:
         found.append((threads, torch.get_num_threads()))
     assert found == [(1, 2), (1, 2)]
+
+
+def test_threads_that_begin_after_the_one_that_makes_rows_compute_on_as_many_as_before() -> None:
+    def collate(samples: list[int]) -> int:
+        return len(samples)
+
+    found = []
+    for _ in RowLoader([1], collate_fn=collate, batch_size=1, reference=lambda: None, ahead=True):
+        later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+    assert found == [2]

@@ -9,6 +9,7 @@ import itertools
 import multiprocessing
 import pickle
 import shutil
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -304,3 +305,56 @@ def test_vision_loader_processes_by_cores_and_shared_memory(
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     assert media_workers(pixels * 2**30, ranks) == expected
+
+
+class Told:
+    """Samples that tell when they are read."""
+
+    def __init__(self, length: int) -> None:
+        self.length, self.read = length, [threading.Event() for _ in range(length)]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> int:
+        self.read[index].set()
+        if index == 3:
+            raise DataError("Sample 3 is broken.")
+        return index
+
+
+def made_rows(samples: Told, **kwargs: Any) -> Any:
+    """A loader of rows of one sample each."""
+
+    def collate(given: list[int], multiple: int, pad_id: int) -> Any:
+        return make_row([TokenizedDocument([i, i], [i, i], sample=i) for i in given])
+
+    sampler = RowSampler(len(samples), 1)
+    made = Collate(collate, 2, 0, empty_row)
+    given = {"batch": 1, "groups": 1, "group": 0, "workers": 0, "pin": False, "prefetch": None}
+    return make_loader(samples, sampler, made, **{**given, **kwargs})
+
+
+def test_the_next_row_is_made_while_one_is_trained_on_and_none_after_it() -> None:
+    samples = Told(3)
+    rows = iter(made_rows(samples))
+    next(rows)
+    assert samples.read[1].wait(20)
+    assert not samples.read[2].is_set()
+    assert [int(b["row"].input_ids[0]) for b in rows] == [1, 2]
+    assert not any(t.name.startswith("rows") for t in threading.enumerate())
+
+
+def test_what_fails_in_the_thread_that_makes_rows_is_raised_where_they_are_read() -> None:
+    rows = iter(made_rows(Told(5)))
+    assert [int(next(rows)["row"].input_ids[0]) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(DataError, match="Sample 3 is broken"):
+        next(rows)
+
+
+def test_the_thread_that_makes_rows_ends_with_the_last_row_that_is_asked_for() -> None:
+    rows = iter(made_rows(Told(3)))
+    next(rows)
+    assert any(t.name.startswith("rows") for t in threading.enumerate())
+    rows.close()
+    assert not any(t.name.startswith("rows") for t in threading.enumerate())

@@ -10,6 +10,7 @@ at the exact sample. Every rank of a sequence-parallel group reads the same samp
 from __future__ import annotations
 
 import atexit
+import concurrent.futures
 import dataclasses
 import os
 import shutil
@@ -231,13 +232,20 @@ class RowLoader(DataLoader):
         reference: the numbers that `Collate` attaches. Called whenever the loader begins, in this
             process: they may be made after the loader is, and what computes them (a model) is not
             sent to the loader's processes, however these start.
+        ahead: a thread makes the next row while this one is trained on.
     Raises:
         DataError: while it is iterated: images or videos of a row cannot be decoded.
     """
 
-    def __init__(self, *args: Any, reference: Callable[[], Numbers | None], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        reference: Callable[[], Numbers | None],
+        ahead: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.reference = reference
+        self.reference, self.ahead = reference, ahead
 
     def __iter__(self) -> Any:
         return self.rows(super().__iter__)
@@ -250,14 +258,46 @@ class RowLoader(DataLoader):
         batches = begin()
         if self.num_workers:
             _with_processes.add(batches)
-        while True:
-            with one_thread():
-                batch = next(batches, None)
-            if batch is None:
-                return
+        for batch in made_ahead(batches) if self.ahead else made_when_asked(batches):
             if isinstance(batch, dict) and "problem" in batch:
                 raise DataError(batch["problem"])
             yield batch
+
+
+def made_when_asked(batches: Iterator[Any]) -> Iterator[Any]:
+    """Each batch while the caller waits."""
+    while True:
+        with one_thread():
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
+def made_ahead(batches: Iterator[Any]) -> Iterator[Any]:
+    """Each batch in a thread of its own, while the caller works on the one before it. A GPU that
+    has done its step would wait for all that the host does between two steps.
+    """
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    threads = torch.get_num_threads()
+    with concurrent.futures.ThreadPoolExecutor(1, "rows") as maker:
+        maker.submit(_begin_making, gpu).result()
+        # The number belongs to a thread, but threads that begin later take the last one given.
+        torch.set_num_threads(threads)
+        coming = maker.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = maker.submit(next, batches, None)
+            yield batch
+
+
+def _begin_making(gpu: int | None) -> None:
+    """In the thread that makes rows."""
+    # A thread's first question or operation takes the number last given in any thread.
+    torch.get_num_threads()
+    torch.set_num_threads(1)
+    if gpu is not None:
+        # Memory is pinned by a thread's own GPU, which would be the first one.
+        torch.cuda.set_device(gpu)
 
 
 class _Rest:
@@ -326,7 +366,9 @@ def make_loader(
     they begin again where they end. `reference`: see `RowLoader`.
 
     A `StreamedDataset` uses `workers` by itself: processes of a DataLoader would each read and
-    tokenise the whole stream.
+    tokenise the whole stream. Without workers, rows of text are made ahead; those of a stream are
+    not, as its next sample may be long in coming, and the end of the run would wait for it; those
+    of images neither, as a row of pixels more would be held.
     """
     if isinstance(dataset, StreamedDataset):
         dataset, workers = dataclasses.replace(dataset, workers=workers, prefetch=prefetch or 2), 0
@@ -344,4 +386,5 @@ def make_loader(
             batch_size=None,
             **common,
         )
-    return RowLoader(dataset, batch_sampler=sampler, **common)
+    ahead = not workers and collate.media is None
+    return RowLoader(dataset, batch_sampler=sampler, ahead=ahead, **common)
