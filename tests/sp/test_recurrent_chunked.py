@@ -17,7 +17,7 @@ from torch import Tensor
 from longfactory import sp
 from longfactory.sp import Segment
 from longfactory.sp.distance import worst
-from longfactory.sp.recurrent import chunked, exchange, fragments, layers
+from longfactory.sp.recurrent import chunked, exchange, layers
 from longfactory.sp.recurrent.chunked import Rule, inverse, recurrence
 from longfactory.sp.recurrent.convolution import convolution
 from longfactory.sp.recurrent.fragments import Fragment, Fragments, fragments_of
@@ -265,25 +265,6 @@ def test_recurrent_convolution_resets_at_documents(row: str) -> None:
     out = convolution(*x, "silu", fragments_of(plan))
     expected = with_gradients(plain_convolution(*x, ROWS[row]), x)
     assert farthest(with_gradients(out, x), expected) < 1e-12
-
-
-def test_recurrent_rows_are_laid_out_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-
-    def counted(*args: Any) -> Any:
-        seen.append(torch.get_num_threads())
-
-    monkeypatch.setattr(fragments, "Chunks", counted)
-    monkeypatch.setattr(fragments, "Halo", counted)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        held = fragments_of(sp.plan(160, None, sp.SequenceParallel()))
-        held.chunks(64, torch.device("cpu"))
-        held.halo(3, torch.device("cpu"))
-        assert seen == [1, 1] and torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
 
 
 # ---- over ranks

@@ -65,9 +65,10 @@ def _by_pytorch(
     x: Tensor, given: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, halo: Halo
 ) -> Tensor:
     # [T/n + what comes before each stretch, C] -> [1, C, ...]
-    rows = torch.cat([x, given, x.new_zeros(1, x.shape[1])]).index_select(0, halo.table)
+    table, begins = halo.laid_out
+    rows = torch.cat([x, given, x.new_zeros(1, x.shape[1])]).index_select(0, table)
     out = F.conv1d(rows.t()[None].to(weight.dtype), weight[:, None], bias, groups=weight.shape[0])
-    out = out[0].t().index_select(0, halo.outputs)
+    out = out[0].t().index_select(0, begins)
     return F.silu(out) if silu else out
 
 

@@ -250,9 +250,9 @@ class _Convolution(torch.autograd.Function):
         if len(halo.readers):
             # Few: rows that are read from before their stretch.
             reads = slope[halo.readers].float() * weight.t().float()[halo.reader_taps]
-            near = halo.read < rows
-            dx.index_add_(0, halo.read[near], reads[near].to(dx.dtype))
-            d_given.index_add_(0, halo.read[~near] - rows, reads[~near].to(given.dtype))
+            own = halo.own
+            dx.index_add_(0, halo.read[:own], reads[:own].to(dx.dtype))
+            d_given.index_add_(0, halo.read[own:] - rows, reads[own:].to(given.dtype))
         d_weight = parts.sum(0).to(weight.dtype)
         d_bias = None if bias is None else bias_parts.sum(0).to(bias.dtype)
         return dx, d_given, d_weight, d_bias, None, None

@@ -14,7 +14,7 @@ from ..collectives import all_to_all
 from ..plan import RowPlan
 from ..threads import one_thread
 from .chunked import CHUNK, Rule, recurrence
-from .fragments import fragments_of
+from .fragments import copied, fragments_of
 
 ATTENTION = 5.7e14
 """FLOP of attention a second, beside which a context's `flop_per_byte` says how fast links are."""
@@ -116,7 +116,7 @@ def _order(plan: RowPlan, device: torch.device) -> tuple[Tensor, Tensor]:
         with one_thread():
             stretches = [torch.arange(a, b) for runs in plan.layout.intervals for a, b in runs]
             order = torch.cat(stretches)
-            held[device] = (order.to(device), order.argsort().to(device))
+            held[device] = (copied(order, device), copied(order.argsort(), device))
     return held[device]
 
 

@@ -115,60 +115,55 @@ class Chunks:
     out step by step: the first chunks of all fragments, then the second ones, and so on, longer
     fragments first. So the chunks of one step lie side by side.
 
+    A GPU waits for what is made here: nothing is made token by token but for `laid_out` and
+    `taken_back`.
+
     Attributes:
         size: tokens of a chunk.
         order: this rank's fragments, the longest first: positions in `Fragments.local`.
         steps: [start, stop) of each step's chunks. Step s has the fragments order[: stop - start].
-        rows: [N * size] the local row of each place; what is left of a last chunk names row 0.
-        filled: [N * size, 1] which places hold a token; None where all do.
-        places: [rows] where each local row lies.
+        counts: chunks of each fragment, in `order`.
+        count: N, of all.
+        in_order: the chunks' tokens are all rows, one after another.
         first_rows, lengths: [N] of the chunks' tokens, which are consecutive local rows.
         step_starts: [S] the first chunk of each step.
-        step_counts: [F] chunks of each fragment, in `order`.
+        step_counts: [F] `counts`.
         fragment_of: [N] the fragment of each chunk, as a place in `order`.
     """
 
     def __init__(self, fragments: Fragments, size: int, device: torch.device) -> None:
         local = [fragments.every[i] for i in fragments.local]
-        self.size = size
+        self.size, self.device = size, device
         counts = [-(-f.length // size) for f in local]
         self.order = sorted(range(len(local)), key=lambda i: -counts[i])
         self.rank_of = {fragments.local[i]: at for at, i in enumerate(self.order)}
         self.counts = [counts[i] for i in self.order]
         self.steps = steps_of(self.counts)
-        rows = torch.zeros(sum(counts), size, dtype=torch.int64)
-        filled = torch.zeros(sum(counts), size, dtype=torch.bool)
-        for at, i in enumerate(self.order):
-            f, mine = local[i], self.of(at)
-            stretch = torch.zeros(counts[i] * size, dtype=torch.int64)
-            stretch[: f.length] = torch.arange(f.start, f.start + f.length)
-            rows[mine] = stretch.view(-1, size)
-            filled[mine] = (torch.arange(counts[i] * size) < f.length).view(-1, size)
-        rows, filled = rows.flatten(), filled.flatten()
-        places = torch.empty(fragments.rows, dtype=torch.int64)
-        places[rows[filled]] = filled.nonzero()[:, 0]
         self.count = sum(counts)
-        self.in_order = bool(filled.all()) and bool((rows == torch.arange(len(rows))).all())
-        self.first_rows = rows.view(-1, size)[:, 0].to(torch.int32).to(device)
-        self.lengths = filled.view(-1, size).sum(1).to(torch.int32).to(device)
-        self.step_starts = torch.tensor([a for a, _ in self.steps], dtype=torch.int32).to(device)
-        self.step_counts = torch.tensor(self.counts, dtype=torch.int32).to(device)
-        fragment_of = [at for a, b in self.steps for at in range(b - a)]
-        self.fragment_of = torch.tensor(fragment_of, dtype=torch.int64).to(device)
-        self.rows = rows.to(device)
-        self.filled = None if bool(filled.all()) else filled[:, None].to(device)
-        self.places = places.to(device)
+        bounds = torch.tensor(self.steps, dtype=torch.int64).view(-1, 2)
+        starts, widths = bounds[:, 0], bounds[:, 1] - bounds[:, 0]
+        step_of = torch.arange(len(bounds)).repeat_interleave(widths)
+        fragment_of = torch.arange(self.count) - starts[step_of]
+        first = torch.tensor([local[i].start for i in self.order], dtype=torch.int64)
+        tokens = torch.tensor([local[i].length for i in self.order], dtype=torch.int64)
+        before = step_of * size
+        self._first = first[fragment_of] + before
+        self._length = (tokens[fragment_of] - before).clamp(max=size)
+        self.in_order = self.count * size == fragments.rows and bool(
+            (self._first == size * torch.arange(self.count)).all()
+        )
+        self.first_rows = copied(self._first.to(torch.int32), device)
+        self.lengths = copied(self._length.to(torch.int32), device)
+        self.step_starts = copied(starts.to(torch.int32), device)
+        self.step_counts = copied(torch.tensor(self.counts, dtype=torch.int32), device)
+        self.fragment_of = copied(fragment_of, device)
         self._indices: dict[tuple[int, ...], Tensor] = {}
 
-    def of(self, at: int) -> Tensor:
-        """Chunks of the fragment order[at], in its order."""
-        return torch.tensor([self.steps[s][0] + at for s in range(self.counts[at])])
-
     def index(self, values: list[int]) -> Tensor:
-        """[len(values)] as a tensor on the device, copied there once: a copy waits for the GPU."""
+        """[len(values)] as a tensor on the device, copied there once."""
         key = tuple(values)
         if key not in self._indices:
-            self._indices[key] = torch.tensor(values, dtype=torch.int64).to(self.places.device)
+            self._indices[key] = copied(torch.tensor(values, dtype=torch.int64), self.device)
         return self._indices[key]
 
     def part(self, chosen: list[int]) -> tuple[Tensor, list[tuple[int, int]]]:
@@ -182,18 +177,46 @@ class Chunks:
         ]
         return torch.tensor(index), steps
 
+    @functools.cached_property
+    def _laid(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """[N * size] the local row of each place, row 0 where there is no token; [N * size, 1]
+        which places hold a token, None where all do; [rows] where each local row lies.
+        """
+        with one_thread():
+            place = torch.arange(self.size)
+            filled = (place < self._length[:, None]).flatten()
+            rows = (self._first[:, None] + place).flatten() * filled
+            places = torch.empty(int(filled.sum()), dtype=torch.int64)
+            places[rows[filled]] = filled.nonzero()[:, 0]
+            every = bool(filled.all())
+        return (
+            copied(rows, self.device),
+            None if every else copied(filled[:, None], self.device),
+            copied(places, self.device),
+        )
+
     def laid_out(self, x: Tensor) -> Tensor:
         """[rows, ...] -> [N * size, ...], zero where there is no token."""
         if self.in_order:
             return x
-        x = x.index_select(0, self.rows)
-        if self.filled is None:
+        rows, filled, _ = self._laid
+        x = x.index_select(0, rows)
+        if filled is None:
             return x
-        return x * self.filled.view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
+        return x * filled.view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
 
     def taken_back(self, x: Tensor) -> Tensor:
         """[N * size, ...] -> [rows, ...]."""
-        return x if self.in_order else x.index_select(0, self.places)
+        return x if self.in_order else x.index_select(0, self._laid[2])
+
+
+def copied(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device. Nothing waits for the GPU: it comes from pinned memory,
+    which PyTorch keeps until it is read.
+    """
+    if device.type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def steps_of(counts: list[int]) -> list[tuple[int, int]]:
@@ -213,13 +236,12 @@ class Halo:
     Attributes:
         sent: [S] local rows that this rank gives to all, padded to the same number on each rank;
             empty where no rank needs any.
-        table: [rows + halo rows] of what is convolved: indices into this rank's rows, then the
-            rows given by all ranks, then one row of zeros.
-        outputs: [rows] where each local row's window begins in what is convolved.
-        taps: [rows, width + 1] the entries of `table` in each local row's window.
+        taps: [rows, width + 1] in each local row's window the rows that are read: this rank's,
+            then those given by all ranks, then one row of zeros.
         stops: [rows] the local row at which each row's fragment ends.
         readers, reader_taps, read: [P] the local rows and their taps that read from before their
-            fragment, and what they read.
+            fragment, and what they read; those that read this rank's own rows come first.
+        own: how many of them do.
     """
 
     def __init__(self, fragments: Fragments, width: int, device: torch.device) -> None:
@@ -241,34 +263,57 @@ class Halo:
             for at, row in enumerate(rows)
         }
         zero = fragments.rows + most * fragments.ranks
-        table, outputs, at = [], torch.empty(fragments.rows, dtype=torch.int64), 0
+        # [F, width] what comes before each fragment, the nearest last
+        listed = []
         for i in fragments.local:
-            f = fragments.every[i]
-            before = [
-                row if rank == fragments.rank else place[rank, row] for rank, row in needed[i]
-            ]
-            before += [zero] * (width - len(before))
-            table += [torch.tensor(before[::-1], dtype=torch.int64)]
-            table += [torch.arange(f.start, f.start + f.length)]
-            outputs[f.start : f.start + f.length] = torch.arange(at, at + f.length)
-            at += f.length + width
-        first, stops = torch.empty_like(outputs), torch.empty_like(outputs)
-        for i in fragments.local:
-            f = fragments.every[i]
-            first[f.start : f.start + f.length] = f.start
-            stops[f.start : f.start + f.length] = f.start + f.length
-        whole = torch.cat(table)
-        taps = whole[outputs[:, None] + torch.arange(width + 1)]
-        own = (taps >= first[:, None]) & (taps < stops[:, None])
-        pairs = ((taps < zero) & ~own).nonzero()
-        self.taps = taps.to(torch.int32).to(device)
-        self.stops = stops.to(torch.int32).to(device)
-        self.readers, self.reader_taps = pairs[:, 0].to(device), pairs[:, 1].to(device)
-        self.read = taps[pairs[:, 0], pairs[:, 1]].to(device)
+            near = [row if rank == fragments.rank else place[rank, row] for rank, row in needed[i]]
+            listed.append([zero] * (width - len(near)) + near[::-1])
+        before = torch.tensor(listed, dtype=torch.int64).view(len(listed), width)
+        self.device, self.rows, self.width = device, fragments.rows, width
+        local = [fragments.every[i] for i in fragments.local]
+        starts = torch.tensor([f.start for f in local], dtype=torch.int64)
+        lengths = torch.tensor([f.length for f in local], dtype=torch.int64)
+        self._fragment_of = torch.arange(len(local)).repeat_interleave(lengths)
+        self._before, self._starts = before, starts
+        row = torch.arange(fragments.rows)
+        taps = row[:, None] + torch.arange(-width, 1)
+        # The first rows of fragments read from before them.
+        first = torch.arange(max(width, 1))
+        rows = starts[:, None] + first
+        inside = first < lengths[:, None]
+        reads = torch.cat([before, rows], 1).unfold(1, width + 1, 1)
+        taps[rows[inside]] = reads[inside]
+        # Row i of a fragment reads from before it by its first `width - i` taps.
+        outside = inside[..., None] & (torch.arange(width + 1) < width - first[:, None])
+        at, of, tap = (outside & (reads < zero)).nonzero().unbind(1)
+        readers, read = rows[at, of], reads[at, of, tap]
+        order = torch.argsort((read >= fragments.rows).long(), stable=True)
+        self.own = int((read < fragments.rows).sum())
+        self.taps = copied(taps.to(torch.int32), device)
+        stops = (starts + lengths)[self._fragment_of]
+        self.stops = copied(stops.to(torch.int32), device)
+        self.readers, self.reader_taps, self.read = (
+            copied(x[order], device) for x in (readers, tap, read)
+        )
         mine = given[fragments.rank]
-        self.sent = torch.tensor(mine + [0] * (most - len(mine)), dtype=torch.int64).to(device)
-        self.table = whole.to(device)
-        self.outputs = outputs.to(device)
+        sent = torch.tensor(mine + [0] * (most - len(mine)), dtype=torch.int64)
+        self.sent = copied(sent, device)
+
+    @functools.cached_property
+    def laid_out(self) -> tuple[Tensor, Tensor]:
+        """For a convolution by PyTorch: [rows + F * width] the rows (as in `taps`) of all fragments
+        one after another, each behind what comes before it; [rows] where each local row's window
+        begins there.
+        """
+        with one_thread():
+            row = torch.arange(self.rows)
+            begins = row + self.width * self._fragment_of
+            table = torch.empty(self.rows + self._before.numel(), dtype=torch.int64)
+            table[begins + self.width] = row
+            fragments = torch.arange(len(self._before))[:, None]
+            at = self._starts[:, None] + self.width * fragments + torch.arange(self.width)
+            table[at] = self._before
+        return copied(table, self.device), copied(begins, self.device)
 
 
 _of_plans: weakref.WeakKeyDictionary[RowPlan, dict[bool, Fragments]] = weakref.WeakKeyDictionary()
