@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import builtins
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +29,7 @@ from longfactory.config import load_config
 from longfactory.errors import UserError
 from longfactory.output.chat import chat
 from longfactory.output.export import export
+from longfactory_dev.tiny_models import tiny_model
 
 WORDS = [
     "<s>",
@@ -78,10 +79,12 @@ def tiny(hidden: int = 16, seed: int = 0) -> LlamaForCausalLM:
     )
 
 
-def adapt(model: Any, path: Path, seed: int, target: str = "q_proj") -> None:
+def adapt(
+    model: Any, path: Path, seed: int, targets: Sequence[str] = ("q_proj", "down_proj")
+) -> None:
     torch.manual_seed(seed)
     get_peft_model(
-        model, LoraConfig(r=2, target_modules=[target, "down_proj"], init_lora_weights=False)
+        model, LoraConfig(r=2, target_modules=list(targets), init_lora_weights=False)
     ).save_pretrained(path)
 
 
@@ -91,7 +94,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny().save_pretrained(root / "base")
     tokenizer().save_pretrained(root / "base")
     adapt(tiny(), root / "a", 1)
-    adapt(tiny(), root / "b", 2, "v_proj")
+    adapt(tiny(), root / "b", 2, ("v_proj", "down_proj"))
     adapt(tiny(hidden=32), root / "wider", 3)
     return root
 
@@ -308,6 +311,27 @@ def test_a_conversation(
         answers[0].strip()
         == tokenizer().decode(want[0, ids.shape[1] :], skip_special_tokens=True).strip()
     )
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma2"])
+def test_families_that_pytorch_s_attention_cannot_compute(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sinks and soft-caps: the model's own attention answers, and exporting loads it too."""
+    model = tiny_model(family, dtype=torch.float32)
+    assert not model._supports_sdpa
+    model.save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    adapt(model, tmp_path / "a", 1, ("q_proj", "o_proj"))
+    trained = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "a"
+    )
+    named = words(tmp_path, adapter_name_or_path=tmp_path / "a")
+    assert cli.main(["export", *named, f"export_dir={tmp_path / 'out'}"]) == 0
+    got = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(got), logits(trained), rtol=0, atol=1e-5)
+    talk(tmp_path, monkeypatch, ["hello"], adapter_name_or_path=tmp_path / "a")
+    assert "Assistant: " in capsys.readouterr().out
 
 
 def asked(folder: Path, monkeypatch: pytest.MonkeyPatch, **keys: Any) -> dict[str, Any]:

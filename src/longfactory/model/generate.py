@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from longfactory.data.template_table import TABLE
 from longfactory.errors import UserError
 from longfactory.sp import hf
@@ -67,17 +69,18 @@ def generation_arguments(
 
 @contextlib.contextmanager
 def attention_with_cache(model: Any) -> Iterator[None]:
-    """While open, a model that was prepared for rows uses PyTorch's attention, which has masks and
-    a cache of keys and values.
+    """While open, a model that was prepared for rows uses PyTorch's attention, or its own where it
+    takes no other; both have masks and a cache of keys and values.
 
     Args:
         model: a transformers model, perhaps inside PEFT.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = inner.config._attn_implementation
-    inner.set_attn_implementation(
-        hf.of_text(inner.config, "sdpa" if inner._supports_sdpa else "eager")
-    )
+    text = inner.config.get_text_config()
+    decoders = [m for m in inner.modules() if isinstance(m, PreTrainedModel) and m.config is text]
+    name = "sdpa" if all(m._supports_sdpa for m in decoders) else "eager"
+    inner.set_attn_implementation(hf.of_text(inner.config, name))
     try:
         yield
     finally:

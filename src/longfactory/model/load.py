@@ -239,17 +239,18 @@ def load_model(
     config: Any,
     dtype: torch.dtype,
     *,
-    attention: str,
+    attention: str | None,
     device: torch.device | None = None,
     quantization: Any = None,
 ) -> Any:
-    """The checkpoint as the class that it is, with the engine's attention.
+    """The checkpoint as the class that it is, with an attention by name.
 
     Args:
         args: the model arguments (`model_name_or_path`, `train_from_scratch`, ...).
         config: from `load_config`.
         dtype: of the weights.
-        attention: the registered attention name, for the text decoder; towers have their own.
+        attention: the registered attention name, for the text decoder; towers have their own. None:
+            the one that transformers takes for this family, which for some is not "sdpa".
         device: where random weights are made (`train_from_scratch`); pretrained weights are loaded
             on the host.
         quantization: from `quantization_config`, or None.
@@ -258,7 +259,7 @@ def load_model(
     """
     path, extra = resolve(args.model_name_or_path)
     kind = class_of(args, config)
-    implementation = hf.of_text(kind.config, attention)
+    implementation = None if attention is None else hf.of_text(kind.config, attention)
     if args.train_from_scratch:
         with torch.device(device or "cpu"):
             model = kind.from_config(dtype=dtype, attn_implementation=implementation)

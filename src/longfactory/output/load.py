@@ -43,7 +43,7 @@ def load_with_source(cfg: RunConfig, device: torch.device) -> tuple[Any, Any, So
     config = models.load_config(cfg.model, cfg.known_cutoff_len)
     dtype = DTYPES.get(cfg.model.infer_dtype) or getattr(config, "dtype", None) or torch.float32
     quantization = models.quantization_config(cfg.model, dtype)
-    model = models.load_model(cfg.model, config, dtype, attention="sdpa", quantization=quantization)
+    model = models.load_model(cfg.model, config, dtype, attention=None, quantization=quantization)
     source = models.source_of(model, cfg.model)
     if cfg.model.resize_vocab or (
         cfg.model.adapter_name_or_path
