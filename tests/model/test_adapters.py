@@ -22,6 +22,7 @@ from longfactory.model.saved import adapter_name
 from longfactory.model.trained_parameters import count_parameters, describe_trained
 from longfactory.sp.text_model import decoder_layers
 from longfactory.testing import tiny_model
+from longfactory_dev.tiny_models import tiny_model as tiny_family
 
 IDS = torch.randint(3, 97, (1, 9), generator=torch.Generator().manual_seed(0))
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -93,6 +94,16 @@ def test_freeze_trains_named_modules_and_others_beside_the_layers() -> None:
         "model.layers.1.self_attn.q_proj.weight"
     }
     assert trained(model) == want | {"model.embed_tokens.weight", "model.norm.weight"}
+
+
+def test_a_name_beside_the_layers_does_not_reach_into_them() -> None:
+    """A recurrent layer has a `norm` of its own, which the frozen layers keep as it is."""
+    model = tiny_family("qwen3_next")
+    assert "model.layers.0.linear_attn.norm.weight" in dict(model.named_parameters())
+    apply(model, "freeze", freeze_trainable_layers=1, freeze_extra_modules=("norm",))
+    prefix = f"model.layers.{model.config.num_hidden_layers - 1}."
+    others = {name for name in trained(model) if not name.startswith(prefix)}
+    assert others == {"model.norm.weight"}
 
 
 @pytest.mark.parametrize(

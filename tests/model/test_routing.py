@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from longfactory import sp
+from longfactory.data.row import Row, TokenizedDocument, make_row
 from longfactory.errors import UserError
 from longfactory.memory.apply import apply_memory
 from longfactory.memory.decoder_layer import DecoderLayer
@@ -49,6 +50,15 @@ def specified(family: str) -> tuple[Tensor, dict[str, Tensor]]:
 
 def found(family: str, settings: MemorySettings | None) -> tuple[Routing, dict[str, Tensor]]:
     """Ours, with padding behind the tokens."""
+    row = make_row([TokenizedDocument(IDS, IDS)]).padded(len(IDS) + PADDING, 0)
+    labels = torch.full((len(row),), -100)
+    labels[: len(IDS)] = 7
+    return of_row(family, settings, row, labels)
+
+
+def of_row(
+    family: str, settings: MemorySettings | None, row: Row, labels: Tensor
+) -> tuple[Routing, dict[str, Tensor]]:
     model: Any = copy.deepcopy(base(family))
     model.set_attn_implementation(hf.ATTENTION)
     ctx = sp.SequenceParallel.create(1)
@@ -56,16 +66,10 @@ def found(family: str, settings: MemorySettings | None) -> tuple[Routing, dict[s
     if settings is not None:
         apply_memory(model.train(), settings)
     head, routing = TokenLogprobs(model, chunk=5), Routing(model, ctx, COEFFICIENT)
-    length = len(IDS) + PADDING
-    plan = sp.plan(length, (sp.Segment(0, len(IDS)), sp.Segment(len(IDS), length)), ctx)
-    row = {
-        "input_ids": torch.cat([IDS, torch.zeros(PADDING, dtype=torch.long)]),
-        "position_ids": torch.cat([torch.arange(len(IDS)), torch.arange(PADDING)]),
-    }
-    labels = torch.full((length,), -100)
-    labels[: len(IDS)] = 7
-    with head.labels(labels), routing.row(torch.arange(length) < len(IDS), torch.device("cpu")):
-        out = head.outputs(model(**hf.inputs(row, plan), **routing.arguments).logits)
+    plan = sp.plan(len(row), row.segments, ctx)
+    given = {"input_ids": row.input_ids, "position_ids": row.position_ids}
+    with head.labels(labels), routing.row(row.sequences(plan.index), IDS.device):
+        out = head.outputs(model(**hf.inputs(given, plan), **routing.arguments).logits)
     out = routing.join(out)
     (out.logps.sum() + routing.loss_sum(3) / 3).backward()
     written = [f for layer in decoder_layers(model)[1] if type(f := layer.forward) is DecoderLayer]
@@ -100,7 +104,12 @@ def test_the_loss_is_that_of_transformers(family: str, settings: str) -> None:
     routing, ours = found(family, SETTINGS[settings])
     # The norms of recurrent layers round to float32, and along the row what they round grows; those
     # of hand-written layers beside them do not.
-    error = 3e-5 if mixers(base(family)) else 3e-6
+    # Granite's scores are not divided by the heads' width, and the softmax enlarges their rounding.
+    error = 3e-6
+    if mixers(base(family)):
+        error = 3e-5
+    elif family == "granitemoe":
+        error = 1e-5
     assert float(aux) > 1
     assert float(routing.metrics(3)["router_aux_loss"][0]) == pytest.approx(
         3 * float(aux), rel=1e-6
@@ -109,6 +118,28 @@ def test_the_loss_is_that_of_transformers(family: str, settings: str) -> None:
     for name, g in expected.items():
         assert float((ours[name] - g).abs().max()) <= error * float(g.abs().max()), name
     assert routing._row is None, "the hooks still inject after the backward pass"
+
+
+@pytest.mark.parametrize("settings", [None, MemorySettings(mlp_chunk=5)])
+def test_a_shared_prompt_counts_once_for_each_answer(settings: MemorySettings | None) -> None:
+    """[prompt | answer | answer] has the loss of two sequences, and its gradient."""
+    prompt, answers = IDS[:10], (IDS[10:17], IDS[17:24])
+    model: Any = copy.deepcopy(base("qwen3_moe"))
+    out = model(
+        input_ids=torch.stack([torch.cat([prompt, answer]) for answer in answers]),
+        output_router_logits=True,
+    )
+    (out.aux_loss * COEFFICIENT + out.logits.log_softmax(-1)[:, 10:, 7].sum()).backward()
+    documents = [TokenizedDocument(prompt, prompt, "prompt")]
+    documents += [TokenizedDocument(x, x, "chosen", parent=0) for x in answers]
+    row = make_row(documents).padded(len(IDS) + PADDING, 0)
+    labels = torch.tensor([-100] * 10 + [7] * 14 + [-100] * PADDING)
+    routing, ours = of_row("qwen3_moe", settings, row, labels)
+    assert float(routing.metrics(1)["router_aux_loss"][0]) == pytest.approx(
+        float(out.aux_loss.detach())
+    )
+    for name, g in gradients(model).items():
+        assert float((ours[name] - g).abs().max()) <= 3e-6 * float(g.abs().max()), name
 
 
 @pytest.mark.parametrize("settings", [None, MemorySettings(mlp_chunk=5)])
@@ -131,7 +162,7 @@ def test_a_row_of_padding_alone_counts_for_nothing() -> None:
     ctx = sp.SequenceParallel.create(1)
     head, routing = TokenLogprobs(model), Routing(model, ctx, COEFFICIENT)
     labels = torch.full((PADDING,), -100)
-    with head.labels(labels), routing.row(torch.zeros(PADDING, dtype=torch.bool), IDS.device):
+    with head.labels(labels), routing.row(torch.zeros(PADDING, dtype=torch.int64), IDS.device):
         out = head.outputs(model(input_ids=IDS[None, :PADDING]).logits)
     routing.join(out)
     assert float(routing.loss_sum(0)) == 0

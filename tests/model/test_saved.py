@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from longfactory.errors import UserError
 from longfactory.model import saved
 from longfactory.model.source import in_words, read_source, stored_tensors, targets_of
+from longfactory.model.value_head import TokenValues
 from longfactory.sp import text_model
 from longfactory.testing import tiny_model
 from longfactory_dev.tiny_models import tiny_config
@@ -150,6 +151,28 @@ def test_targets_know_which_tensors_the_model_has_taken(bases: Path) -> None:
         "model.layers.0.mlp.experts.gate_up_proj",
     )
     assert in_words(EXTRA) == "mtp.* (2), model.layers.2.* (1)"
+
+
+def test_a_reward_model_is_trained_again(bases: Path, tmp_path: Path) -> None:
+    """The folder of a reward model holds the value head among its weights, and the model that is
+    loaded from it has none until it is given one.
+    """
+
+    def with_head() -> Any:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+        source = read_source(model, str(tmp_path / "first"))
+        TokenValues(model)
+        return model, source
+
+    shutil.copytree(bases / "plain", tmp_path / "first")
+    with_head()[0].save_pretrained(tmp_path / "once")
+    shutil.copytree(tmp_path / "once", tmp_path / "first", dirs_exist_ok=True)
+    model, source = with_head()
+    assert {"v_head.weight", "v_head.bias"} <= source.tensors.keys()
+    saved.check_saveable(model, source)
+    model.save_pretrained(tmp_path / "again")
+    saved.complete(tmp_path / "again", source, model)
+    assert saved.check_saved(tmp_path / "again", model, source) == []
 
 
 def test_a_whole_model_that_is_not_all_saved(bases: Path, tmp_path: Path) -> None:

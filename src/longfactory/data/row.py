@@ -105,6 +105,18 @@ class Row:
         """Number of tokens that are not padding."""
         return sum(d.stop - d.start for d in self.documents if d.role != "pad")
 
+    def sequences(self, index: Tensor) -> Tensor:
+        """In how many of the row's sequences each token at `index` is, int64: a shared prompt is in
+        one for each document that goes on from it, padding in none.
+        """
+        counts = [0] * len(self.documents)
+        for number, document in reversed(list(enumerate(self.documents))):  # branches come later
+            if document.role != "pad":
+                counts[number] = counts[number] or 1
+            if document.parent >= 0:
+                counts[document.parent] += counts[number]
+        return torch.tensor(counts)[self.document_ids[index]]
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Row:
         move = {
             f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)

@@ -219,7 +219,8 @@ def _freeze(model: nn.Module, method: Any) -> None:
         in_layer = any(name.startswith(s) for s in picked) and (
             "all" in names or any(m in name.split(".") for m in names)
         )
-        p.requires_grad_(in_layer or any(m in name.split(".") for m in extra))
+        beside = not name.startswith(prefix + ".") and any(m in name.split(".") for m in extra)
+        p.requires_grad_(in_layer or beside)
 
 
 @contextlib.contextmanager

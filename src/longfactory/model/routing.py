@@ -7,16 +7,18 @@ of all layers' routers,
     aux = E * sum_e (C_e / R) (P_e / R)
 
 C_e how often expert e is among the K most probable, P_e the sum of its probabilities, R tokens
-times layers. A row that is sharded has them on several ranks, in several chunks of each, and in
-layers that are computed twice. So nothing is taken from the model's outputs. In the row's one
-forward pass the routers' hooks add up C and P, the group reduces them, and aux is joined to the
-outputs that the loss is made from. Its gradient is
+times layers. A prompt that several answers share is computed once and counts once for each. A row
+that is sharded has them on several ranks, in several chunks of each, and in layers that are
+computed twice. So nothing is taken from the model's outputs. In the row's one forward pass the
+routers' hooks add up C and P, the group reduces them, and aux is joined to the outputs that the
+loss is made from. Its gradient is
 
     d aux / d probability of e = E * C_e / R^2          (C_e is a count and has none)
 
-the same for each token: in the backward pass, when C is known, it is put into each router's logits
-where its scores leave it, be it in a first or a recomputed forward pass. The sum over ranks of what
-ranks differentiate is the group's loss, taken `ctx.size` times, hence that factor.
+the same for each token, as often as it counts: in the backward pass, when C is known, it is put
+into each router's logits where its scores leave it, be it in a first or a recomputed forward pass.
+The sum over ranks of what ranks differentiate is the group's loss, taken `ctx.size` times, hence
+that factor.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ class _RowState:
 
     Attributes:
         tokens: of this rank.
-        real: [T/n] bool on the device, False at padding; None where there is none.
+        times: [T/n] int64 on the device, how many sequences a token is part of: 0 at padding, the
+            number of answers in a prompt that they share; None where all are 1.
+        several: the numbers in it, 0 left out, on the host.
         open: the one forward pass that is counted.
         counts, probabilities: [E], C and P of this rank, then of the group.
         load: [layers, E] how many of this rank's, then the group's, tokens went to an expert.
@@ -58,7 +62,8 @@ class _RowState:
     """
 
     tokens: int
-    real: Tensor | None
+    times: Tensor | None
+    several: tuple[int, ...] = (1,)
     open: bool = True
     counts: Tensor | None = None
     probabilities: Tensor | None = None
@@ -107,15 +112,19 @@ class Routing:
     # ---- a row -----------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def row(self, real: Tensor, device: torch.device) -> Iterator[None]:
+    def row(self, times: Tensor, device: torch.device) -> Iterator[None]:
         """While open, the model's forward pass over a row is counted.
 
         Args:
-            real: [T/n] bool on the host, False at this rank's padding.
+            times: [T/n] int64 on the host, in how many of the row's sequences each of this rank's
+                tokens is (`Row.sequences`): 0 at padding.
             device: where the model computes.
         """
-        mask = None if bool(real.all()) else real.to(device, non_blocking=True)
-        self._row = state = _RowState(len(real), mask)
+        several = tuple(n for n in times.unique().tolist() if n)
+        whole = several == (1,) and bool((times == 1).all())
+        self._row = state = _RowState(
+            len(times), None if whole else times.to(device, non_blocking=True), several
+        )
         try:
             yield
         except BaseException:
@@ -135,10 +144,10 @@ class Routing:
                 f"Of {state.tokens} tokens the {self._routers} routers have seen"
                 f" {sorted(set(state.seen.values()))}: the auxiliary loss would be of another row."
             )
-        real = float(state.tokens if state.real is None else 0)
-        sums = [torch.full((1,), real, dtype=torch.float64, device=device)]
-        if state.real is not None:
-            sums[0] += state.real.sum()
+        tokens_of_one = float(state.tokens if state.times is None else 0)
+        sums = [torch.full((1,), tokens_of_one, dtype=torch.float64, device=device)]
+        if state.times is not None:
+            sums[0] += state.times.sum()
         if self.coefficient:
             assert state.counts is not None and state.probabilities is not None
             sums += [state.counts, state.probabilities]
@@ -214,10 +223,15 @@ class Routing:
     def _count(self, state: _RowState, number: int, start: int, logits: Tensor) -> None:
         probabilities = _softmax(logits)
         chosen = probabilities.topk(self._picks, dim=-1).indices
-        mask = _part(state.real, start, len(logits))
-        if mask is not None:
-            probabilities = probabilities * mask[:, None]
-        counts, sums = _histogram(chosen, mask, self._experts), probabilities.sum(0)
+        times = _part(state.times, start, len(logits))
+        if times is None:
+            counts = _histogram(chosen, None, self._experts)
+        else:
+            probabilities = probabilities * times[:, None]
+            counts = chosen.new_zeros(self._experts, dtype=torch.float32)
+            for n in state.several:
+                counts = counts + n * _histogram(chosen, times == n, self._experts)
+        sums = probabilities.sum(0)
         state.counts = counts if state.counts is None else state.counts + counts
         state.probabilities = sums if state.probabilities is None else state.probabilities + sums
         state.seen[number] = state.seen.get(number, 0) + len(logits)
@@ -228,7 +242,8 @@ class Routing:
         if state is None or start is None or not state.open:
             return
         chosen = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
-        counts = _histogram(chosen, _part(state.real, start, len(chosen)), width)
+        times = _part(state.times, start, len(chosen))
+        counts = _histogram(chosen, None if times is None else times > 0, width)
         state.load[number] = state.load[number] + counts if number in state.load else counts
 
     def _over(self, state: _RowState) -> None:
@@ -306,8 +321,8 @@ def _softmax(logits: Tensor) -> Tensor:
     return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
-def _part(real: Tensor | None, start: int, length: int) -> Tensor | None:
-    return None if real is None else real[start : start + length]
+def _part(times: Tensor | None, start: int, length: int) -> Tensor | None:
+    return None if times is None else times[start : start + length]
 
 
 def _histogram(chosen: Tensor, mask: Tensor | None, width: int) -> Tensor:
@@ -369,7 +384,7 @@ class _Inject(torch.autograd.Function):
         each = (state.counts * state.slope).to(probabilities.dtype)
         inner = (probabilities * each).sum(-1, keepdim=True)
         g = probabilities * (each - inner)
-        mask = _part(state.real, ctx.start, len(logits))
-        if mask is not None:
-            g = g * mask[:, None]
+        times = _part(state.times, ctx.start, len(logits))
+        if times is not None:
+            g = g * times[:, None]
         return gradient, g.to(logits.dtype), None, None

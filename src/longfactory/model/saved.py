@@ -491,7 +491,8 @@ def check_saved(
     }
     changed = []
     for name, entry in source.tensors.items():
-        if name not in stored or not trained.isdisjoint(source.targets[name]):
+        # A value head came after the model was loaded, which had no such name then.
+        if name not in stored or not trained.isdisjoint({name, *source.targets[name]}):
             continue
         before, after = first_values(entry, COMPARED), first_values(stored[name], COMPARED)
         if (

@@ -321,7 +321,7 @@ class RowTrainer(ResumableTrainer):
             if head is None and "candidates" in self.stage.needs and "teacher_ids" in row.numbers:
                 more["candidates"] = row.numbers["teacher_ids"][plan.index]
             if routed:
-                watched = self.routing.row(plan.index < row.real_tokens, self.args.device)
+                watched = self.routing.row(row.sequences(plan.index), self.args.device)
         with (
             self._noise(model, row, plan),
             layer.labels(labels, **more),
