@@ -515,6 +515,18 @@ def test_oft_turns_the_inputs_of_linear_layers(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(again.merge_and_unload()), moved, rtol=1e-3, atol=1e-4)
 
 
+def test_modules_that_are_trained_whole_are_counted_once() -> None:
+    """PEFT keeps their originals beside them, which are no part of the model."""
+    model = tiny_model(tie_word_embeddings=True)
+    numbers = sum(p.numel() for p in model.parameters())
+    adapted = apply(
+        model, "lora", lora_target=("q_proj",), additional_target=("embed_tokens", "lm_head")
+    )
+    _, (_, with_adapter), (_, bare) = describe_trained(adapted)
+    assert f"of the model's {numbers:,} parameters" in with_adapter
+    assert "original_module" not in bare and "embed_tokens" not in bare
+
+
 def test_oft_takes_layers_and_not_stacked_experts() -> None:
     model = tiny_model("qwen3_moe")
     with pytest.raises(UserError, match="OFT has no adapters for parameters"):

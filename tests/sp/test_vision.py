@@ -5,6 +5,7 @@ are those of transformers' own forward in one process.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -271,6 +272,19 @@ def text_alone() -> list[str]:
     found = sharded("qwen3_vl", documents, 2, "zigzag-ring", torch.float64)
     tower = [n for n, _ in tiny.model("qwen3_vl").named_parameters() if ".visual." in n]
     return [n for n in tower if n not in found or found[n].abs().max() > 0]
+
+
+def test_vision_frames_of_a_video_are_images_to_internvl() -> None:
+    """Its own forward, which answers and `verify` call, takes both in one tensor."""
+    model = tiny.model("internvl")
+    document = tiny.document("internvl", [3, "image", 2, "image", 4])
+    first, second = document.images
+    ids, kinds = document.ids, document.kinds
+    images = [dataclasses.replace(first, kind="video"), second]
+    found = vision.own_inputs(model.config, ids, kinds, images)
+    with torch.no_grad():
+        want = model(**tiny.whole_inputs("internvl", document)).logits
+        assert torch.equal(model(**found).logits, want)
 
 
 def test_vision_dealing_is_balanced() -> None:

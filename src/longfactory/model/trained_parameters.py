@@ -16,8 +16,8 @@ from longfactory.sp import hf, indexer
 from longfactory.sp.routers import is_router
 from longfactory.sp.text_model import Idle, idle
 
-_OF_ADAPTER = re.compile(r"lora_|\.oft_R\.")
-"""In the names of an adapter's own parameters."""
+_OF_ADAPTER = re.compile(r"lora_|\.oft_R\.|\.modules_to_save\.")
+"""In the names of what PEFT adds to a model: adapters, and copies of modules that are trained."""
 
 
 def describe_trained(model: nn.Module) -> list[tuple[int, str]]:
@@ -77,7 +77,8 @@ def _describe_adapters(inner: nn.Module, parts: Idle) -> list[tuple[int, str]]:
     for name, p in inner.named_parameters():
         owner, _, own = name.replace(".base_layer", "").rpartition(".")
         matrix = owner if own in ("weight", "W_q") else f"{owner}.{own}"  # W_q: a layer of hqq
-        if _OF_ADAPTER.search(name) or "modules_to_save" in name:
+        # PEFT keeps the original of a module that is trained whole
+        if _OF_ADAPTER.search(name) or ".original_module." in name:
             continue
         if matrix in adapted:
             numbers += _numbers_of(p)

@@ -573,6 +573,10 @@ def own_inputs(
     """
     out: dict[str, Any] = {"input_ids": ids[None], "use_cache": False}
     family = family_of(config)
+    if config.model_type == "internvl":  # it takes frames for images, in the order of the text
+        if images:
+            out["pixel_values"] = torch.cat([image.pixels for image in images])
+        return out
     on_grid = family is not None and family.features is _grid_features
     for kind, name in (("image", ""), ("video", "_videos")):
         chosen = [image for image in images if image.kind == kind]
