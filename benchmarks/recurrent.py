@@ -46,10 +46,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 from _parts import table as parts_table
 from _table import command_line, machine_name
 from longfactory import cli, sp
-from longfactory.sp.recurrent import chunked
-from longfactory.sp.recurrent.chunked import Rule, recurrence
+from longfactory.sp.recurrent import computed
+from longfactory.sp.recurrent.chunked import recurrence
 from longfactory.sp.recurrent.convolution import convolution
 from longfactory.sp.recurrent.fragments import fragments_of
+from longfactory.sp.recurrent.rule import Rule
 from make_model import make_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -344,12 +345,12 @@ def first(shapes: dict[str, Any]) -> tuple[str, tuple[Any, ...]]:
 
 def by_pytorch(name: str, shape: tuple[Any, ...], device: str, tokens: int) -> dict[str, Any]:
     """The same without Triton."""
-    held = chunked.by_kernels
-    chunked.by_kernels = lambda *_: False  # type: ignore[assignment]
+    held = computed.by_kernels
+    computed.by_kernels = lambda *_: False  # type: ignore[assignment]
     try:
         return speed(name, shape, device, tokens, 1, own=False) | {"who": "ours, PyTorch"}
     finally:
-        chunked.by_kernels = held
+        computed.by_kernels = held
 
 
 VARIANTS = [None, (8, 1, 64), (4, 2, 16), (8, 2, 32), (4, 1, 64), (4, 1, 16)]

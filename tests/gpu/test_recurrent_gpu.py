@@ -14,10 +14,11 @@ from torch import Tensor
 
 from longfactory import sp
 from longfactory.sp import Segment
-from longfactory.sp.recurrent import chunked
-from longfactory.sp.recurrent.chunked import Rule, recurrence
+from longfactory.sp.recurrent import computed
+from longfactory.sp.recurrent.chunked import recurrence
 from longfactory.sp.recurrent.convolution import convolution
 from longfactory.sp.recurrent.fragments import fragments_of
+from longfactory.sp.recurrent.rule import Rule
 
 pytestmark = [
     pytest.mark.gpu,
@@ -75,7 +76,7 @@ def test_recurrent_kernels(name: str, dtype: torch.dtype) -> None:
         return recurrence(*x, rule, fragments, None, None)
 
     exact = graded(run, [t.double() for t in x], slope.double())
-    assert chunked.by_kernels(x, rule)
+    assert computed.by_kernels(x, rule)
     found = errors(graded(run, x, slope), exact)
     assert max(found) < (4e-3 if dtype == torch.bfloat16 else 1e-5), found
 

@@ -3,11 +3,6 @@
 import importlib
 import itertools
 import math
-import os
-import subprocess
-import sys
-import types
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +12,11 @@ from torch import Tensor
 from longfactory import sp
 from longfactory.sp import Segment
 from longfactory.sp.distance import worst
-from longfactory.sp.recurrent import chunked, exchange, layers
-from longfactory.sp.recurrent.chunked import Rule, inverse, recurrence
+from longfactory.sp.recurrent import exchange, heads, layers
+from longfactory.sp.recurrent.chunked import recurrence
 from longfactory.sp.recurrent.convolution import convolution
-from longfactory.sp.recurrent.fragments import Fragment, Fragments, fragments_of
+from longfactory.sp.recurrent.fragments import fragments_of
+from longfactory.sp.recurrent.rule import Rule
 from longfactory.testing import run_ranks
 
 ROWS = {
@@ -90,7 +86,7 @@ def test_recurrent_heads_in_parts(keys: int, monkeypatch: pytest.MonkeyPatch) ->
     plan = sp.plan(160, ROWS["branches"], sp.SequenceParallel())
     found = []
     for bytes_ in (1 << 40, 1):
-        monkeypatch.setattr(chunked, "WORKSPACE", bytes_)
+        monkeypatch.setattr(heads, "WORKSPACE", bytes_)
         out = recurrence(*x, Rule("delta", 0.3), fragments_of(plan))
         found.append(with_gradients(out, x))
     assert farthest(*found) < 1e-13
@@ -106,78 +102,6 @@ def test_recurrent_decays_that_would_overflow_if_undone() -> None:
     expected = with_gradients(token_by_token(wide, "delta", 0.3, ROWS["one"]), wide)
     # The sums of logarithms in a chunk are near 3,000, of which float32 holds 2e-4.
     assert farthest([t.double() for t in with_gradients(out, x)], expected) < 5e-4
-
-
-def test_recurrent_inverse_of_a_matrix_whose_powers_grow() -> None:
-    lower = torch.ones(3, 64, 64, dtype=torch.float64).tril(-1).requires_grad_()
-    out = inverse(lower)
-    exact = torch.linalg.inv(lower + torch.eye(64, dtype=torch.float64))
-    assert (out - exact).abs().max() < 1e-12
-    slope = torch.randn_like(out)
-    mine, theirs = (torch.autograd.grad(x, lower, slope)[0] for x in (out, exact))
-    assert (mine - theirs.tril(-1)).abs().max() < 1e-10
-
-
-def test_recurrent_heads_that_are_too_wide_for_the_kernels_say_so(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    kernels = types.SimpleNamespace(runs_on=lambda device: True)
-    monkeypatch.setattr(chunked, "_kernels", lambda: kernels)
-    narrow, wide = torch.zeros(4, 1, 8), torch.zeros(4, 1, chunked.WIDEST + 1)
-    gates = torch.zeros(2, 4, 1).unbind()
-    assert not chunked.by_kernels([narrow, narrow, wide, *gates], Rule("delta", 1.0))
-    assert "keys of 8 and values of 257 runs in PyTorch, slowly" in caplog.text
-
-
-SHAPES = {
-    "delta": ("delta", 1, 2, 16, 20, False),
-    "delta, a decay of each channel": ("delta", 1, 1, 16, 16, True),
-    "plain": ("plain", 1, 2, 16, 16, False),
-    "plain, a decay of each channel": ("plain", 1, 2, 16, 1, True),
-}
-"""Kind, key heads, heads, and dims of keys and values."""
-
-
-@pytest.mark.processes
-def test_recurrent_kernels_are_the_formulas_where_they_are_interpreted() -> None:
-    """Outputs, every gradient, and what fragments change. Triton looks at the environment when it is
-    imported; with its versions before 3.8 it cannot interpret beside numpy 2.4.
-    """
-    triton = pytest.importorskip("triton")
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):
-        pytest.skip("Triton before 3.8")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-c", "import test_recurrent_chunked as t; t.interpreted()"]
-    done = subprocess.run(
-        command,
-        env=environment,
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-def interpreted() -> None:
-    """Compares, in a process in which Triton interprets; raises where something differs."""
-    cpu = torch.device("cpu")
-    both = (Fragment(0, 0, 70, 0, -1), Fragment(0, 70, 26, 70, -1))
-    chunks = Fragments(both, 0, 1, 96).chunks(chunked.CHUNK, cpu)
-    for name, (kind, keys, heads, dim, value_dim, per_channel) in SHAPES.items():
-        torch.manual_seed(0)
-        rule = Rule(kind, dim**-0.5, normalize=kind == "delta")
-        q, k = torch.randn(2, 96, keys, dim)
-        v, slope = torch.randn(2, 96, heads, value_dim)
-        g = -0.2 * torch.randn(96, heads, *([dim] if per_channel else [])).square()
-        inputs = [q, k, v, g, torch.randn(96, heads).sigmoid()]
-        first, after = torch.randn(2, 2, heads, dim, value_dim)
-        found = chunked._results(inputs, rule, chunks, first, slope, after, True)
-        wide = [x.double() for x in inputs]
-        given = first.double(), slope.double(), after.double()
-        expected = chunked._results(wide, rule, chunks, *given, False)
-        for a, b in zip(found, expected, strict=True):
-            assert float((a.double() - b).norm()) <= 1e-5 * float(b.norm()), name
 
 
 # ---- transformers' own functions

@@ -19,7 +19,7 @@ from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import ModelShape, TrainingJob
 from longfactory.memory.technique import Bytes, LayerMoments, StepMoments, techniques
 from longfactory.sp import sparse
-from longfactory.sp.recurrent.chunked import WORKSPACE
+from longfactory.sp.recurrent.heads import WORKSPACE
 
 HEAD_CHUNK_NUMBERS = 2**28  # logits that exist at once (model/token_logprobs.py)
 CONTEXT = 1.5e9  # CUDA context, cuBLAS and NCCL workspaces

@@ -16,8 +16,9 @@ from torch import nn
 
 from longfactory.memory.layer.recognise import FAMILIES, recognise
 from longfactory.sp.hf import layer_types, values_of_layers
-from longfactory.sp.recurrent.chunked import CHUNK, head_bytes
+from longfactory.sp.recurrent.heads import head_bytes
 from longfactory.sp.recurrent.layers import Mixer, mixer_of
+from longfactory.sp.recurrent.rule import CHUNK
 from longfactory.sp.text_model import decoder_layers
 
 WINDOW_TILE = 128

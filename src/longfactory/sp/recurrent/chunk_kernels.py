@@ -1,4 +1,4 @@
-"""Chunks of a recurrence in Triton: what `chunked` computes with PyTorch.
+"""Chunks of a recurrence in Triton: what `within` and `states` compute with PyTorch.
 
 Tokens are read where they lie; nothing is laid out in chunks but what is computed. Products are of
 TF32, rounded to the nearest, with sums in fp32; the inverse is of three TF32 products. A bf16

@@ -13,8 +13,9 @@ from torch import Tensor
 from ..collectives import all_to_all
 from ..plan import RowPlan
 from ..threads import one_thread
-from .chunked import CHUNK, Rule, recurrence
+from .chunked import recurrence
 from .fragments import copied, fragments_of
+from .rule import CHUNK, Rule
 
 ATTENTION = 5.7e14
 """FLOP of attention a second, beside which a context's `flop_per_byte` says how fast links are."""

@@ -42,10 +42,10 @@ from .. import indexer, probe
 from ..context import SequenceParallel
 from ..hooks import ModelHooks
 from ..plan import RowPlan
-from .chunked import Kind, Rule
 from .convolution import convolution
 from .exchange import over_ranks
 from .fragments import fragments_of
+from .rule import Kind, Rule, wide
 
 log = logging.getLogger(__name__)
 
@@ -255,7 +255,7 @@ def _lightning(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> A
     x = hidden_states[0]
     qkv = self.act_fn(self.qkv_proj(x)).unflatten(-1, (self.num_attention_heads, -1))
     q, k, v = qkv.split(self.head_dim, dim=-1)
-    g = -self.slope_rate.to(_wide(x)).flatten().expand(len(x), -1)
+    g = -self.slope_rate.to(wide(x)).flatten().expand(len(x), -1)
     out = over_ranks(q, k, v, g, torch.ones_like(g), Rule("plain", 1.0), plan, x.dtype)
     out = self.norm(out.flatten(1)) * self.output_gate(x).sigmoid()
     return self.out_proj(out)[None], None
@@ -289,8 +289,7 @@ def _griffin(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any
         """[1, T/n, W] each -> [1, T/n, W]: every channel is a state of one number. Where a document
         begins there is none, whatever the gate.
         """
-        wide = _wide(hidden_states)
-        g = recurrent_gate[0].to(wide).log()
+        g = recurrent_gate[0].to(wide(hidden_states)).log()
         v = hidden_states[0][..., None]
         one = v.new_ones(len(v), 1, 1)
         rule = Rule("plain", 1.0)
@@ -311,10 +310,6 @@ _WRITTEN_NAMES = {
     "MiniMaxLightningAttention": "lightning attention",
     "RecurrentGemmaRecurrentBlock": "gated linear recurrent unit",
 }
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _check(
@@ -541,11 +536,11 @@ def _mamba2(
     if dt_softplus:
         dt = F.softplus(dt)
     dt = dt.clamp(dt_limit[0], dt_limit[1])[0]
-    wide = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
-    x, dt = hidden_states[0], dt.to(wide)
-    out = over_ranks(C[0], B[0], x, A.to(wide) * dt, dt, Rule("plain", 1.0), plan, wide)
+    dtype = wide(hidden_states)
+    x, dt = hidden_states[0], dt.to(dtype)
+    out = over_ranks(C[0], B[0], x, A.to(dtype) * dt, dt, Rule("plain", 1.0), plan, dtype)
     if D is not None:
-        out = out + D[:, None] * x.to(wide)
+        out = out + D[:, None] * x.to(dtype)
     return out[None]
 
 
@@ -572,15 +567,15 @@ def _mamba1(
         dt = dt + delta_bias.to(dt.dtype)[:, None]
     if delta_softplus:
         dt = F.softplus(dt)
-    wide = _wide(hidden_states)
+    dtype = wide(hidden_states)
     # [1, I, T/n] -> [T/n, I]; [1, N, T/n] -> [T/n, 1, N]
-    x, dt = hidden_states[0].t(), dt[0].t().to(wide)
+    x, dt = hidden_states[0].t(), dt[0].t().to(dtype)
     keys, queries = B[0].t()[:, None], C[0].t()[:, None]
 
     def some(x: Tensor, dt: Tensor, A: Tensor, keys: Tensor, queries: Tensor) -> Tensor:
-        g = dt[..., None] * A.to(wide)
+        g = dt[..., None] * A.to(dtype)
         rule = Rule("plain", 1.0)
-        return over_ranks(queries, keys, x[..., None], g, dt, rule, plan, wide)[..., 0]
+        return over_ranks(queries, keys, x[..., None], g, dt, rule, plan, dtype)[..., 0]
 
     # The decays are as many numbers as all states of all tokens: those of some channels at a time.
     parts = zip(x.split(CHANNELS, 1), dt.split(CHANNELS, 1), A.split(CHANNELS), strict=True)

@@ -1,0 +1,76 @@
+"""What Triton computes of some heads, beside PyTorch."""
+
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from longfactory.sp.recurrent import computed
+from longfactory.sp.recurrent.fragments import Fragment, Fragments
+from longfactory.sp.recurrent.rule import CHUNK, Rule
+
+
+def test_recurrent_heads_that_are_too_wide_for_the_kernels_say_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kernels = types.SimpleNamespace(runs_on=lambda device: True)
+    monkeypatch.setattr(computed, "_kernels", lambda: kernels)
+    narrow, wide = torch.zeros(4, 1, 8), torch.zeros(4, 1, computed.WIDEST + 1)
+    gates = torch.zeros(2, 4, 1).unbind()
+    assert not computed.by_kernels([narrow, narrow, wide, *gates], Rule("delta", 1.0))
+    assert "keys of 8 and values of 257 runs in PyTorch, slowly" in caplog.text
+
+
+SHAPES = {
+    "delta": ("delta", 1, 2, 16, 20, False),
+    "delta, a decay of each channel": ("delta", 1, 1, 16, 16, True),
+    "plain": ("plain", 1, 2, 16, 16, False),
+    "plain, a decay of each channel": ("plain", 1, 2, 16, 1, True),
+}
+"""Kind, key heads, heads, and dims of keys and values."""
+
+
+@pytest.mark.processes
+def test_recurrent_kernels_are_the_formulas_where_they_are_interpreted() -> None:
+    """Outputs, every gradient, and what fragments change. Triton looks at the environment when it is
+    imported; with its versions before 3.8 it cannot interpret beside numpy 2.4.
+    """
+    triton = pytest.importorskip("triton")
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):
+        pytest.skip("Triton before 3.8")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", "import test_recurrent_computed as t; t.interpreted()"]
+    done = subprocess.run(
+        command,
+        env=environment,
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def interpreted() -> None:
+    """Compares, in a process in which Triton interprets; raises where something differs."""
+    cpu = torch.device("cpu")
+    both = (Fragment(0, 0, 70, 0, -1), Fragment(0, 70, 26, 70, -1))
+    chunks = Fragments(both, 0, 1, 96).chunks(CHUNK, cpu)
+    for name, (kind, keys, heads, dim, value_dim, per_channel) in SHAPES.items():
+        torch.manual_seed(0)
+        rule = Rule(kind, dim**-0.5, normalize=kind == "delta")
+        q, k = torch.randn(2, 96, keys, dim)
+        v, slope = torch.randn(2, 96, heads, value_dim)
+        g = -0.2 * torch.randn(96, heads, *([dim] if per_channel else [])).square()
+        inputs = [q, k, v, g, torch.randn(96, heads).sigmoid()]
+        first, after = torch.randn(2, 2, heads, dim, value_dim)
+        found = computed.results(inputs, rule, chunks, first, slope, after, True)
+        wide = [x.double() for x in inputs]
+        given = first.double(), slope.double(), after.double()
+        expected = computed.results(wide, rule, chunks, *given, False)
+        for a, b in zip(found, expected, strict=True):
+            assert float((a.double() - b).norm()) <= 1e-5 * float(b.norm()), name
