@@ -15,6 +15,8 @@ from launcher import without_launcher
 from longfactory import __version__, cli, launch
 from longfactory.errors import ConfigError, UserError
 
+pytestmark = pytest.mark.usefixtures("as_a_command")
+
 RUN = ["model_name_or_path=m", "dataset=d", "output_dir=nowhere/out"]
 
 

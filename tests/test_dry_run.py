@@ -16,6 +16,8 @@ from launcher import without_launcher
 from longfactory import cli
 from small_runs import write_model
 
+pytestmark = pytest.mark.usefixtures("as_a_command")
+
 ADAPTER = {
     "peft_type": "LORA",
     "base_model_name_or_path": "m",

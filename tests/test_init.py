@@ -18,6 +18,8 @@ from longfactory.config.schema import schema
 from longfactory.errors import UserError
 from longfactory.init import DEMO_MODEL, STAGES, most_tokens
 
+pytestmark = pytest.mark.usefixtures("as_a_command")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -61,6 +61,7 @@ def test_a_pair_over_two_processes_is_the_pair_in_one(tmp_path: Path) -> None:
         assert r["seconds"] > 0 and r["parts"]["update"] > 0
 
 
+@pytest.mark.usefixtures("as_a_command")
 @pytest.mark.parametrize(
     ("row", "offload"),
     [("ours", "inputs"), ("ours", "inputs+attention"), ("dpo", "inputs+attention")],

@@ -194,7 +194,9 @@ def test_a_signal_leaves_no_process_and_loses_no_result(
         import json, sys
         from pathlib import Path
         sys.path.insert(0, {str(BENCHMARKS)!r})
+        import _table
         from _table import Clock, run_row
+        _table.GRACE = 0.5
         clock, log, script = Clock(150), Path({str(tmp_path / "log")!r}), Path({str(script)!r})
         found = run_row({job!r}, 2, clock, log, script) + run_row({job!r}, 2, clock, log, script)
         Path({str(out)!r}).write_text(json.dumps(found))
@@ -231,6 +233,7 @@ def test_a_row_that_is_out_of_time_leaves_no_process(
     script, pids = tmp_path / "hanging.py", tmp_path / "pids"
     script.write_text(HANGING)
     job = {"row": "hang", "tokens": [100, 200], "pids": str(pids)}
+    before = signal.getsignal(signal.SIGTERM)
     found = _table.run_row(job, 1, _table.Clock(3.0), tmp_path / "log", script)
     started = wait_for(pids, 2)
     assert [pid for pid in started if alive(pid)] == []
@@ -238,11 +241,14 @@ def test_a_row_that_is_out_of_time_leaves_no_process(
         (100, 1.0),
         (200, "stopped: the time of this command is up"),
     ]
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.processes
-def test_what_a_row_leaves_behind_is_ended_with_it(tmp_path: Path) -> None:
+def test_what_a_row_leaves_behind_is_ended_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_table, "GRACE", 0.5)
     script, pids = tmp_path / "leaving.py", tmp_path / "pids"
     script.write_text(HANGING.rpartition("time.sleep(600)")[0])
     job = {"row": "hang", "tokens": [100], "pids": str(pids)}

@@ -53,6 +53,7 @@ def test_the_expanded_model_is_the_model(family: str, tmp_path: Path) -> None:
     assert zero and {n.split("layers.")[1].split(".")[0] for n in zero} == {"2", "5"}
 
 
+@pytest.mark.usefixtures("as_a_command")
 def test_the_command_says_how_the_layers_are_trained(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

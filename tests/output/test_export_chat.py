@@ -108,6 +108,7 @@ def logits(model: Any) -> torch.Tensor:
         return model.eval()(torch.arange(len(WORDS))[None]).logits
 
 
+@pytest.mark.usefixtures("as_a_command")
 def test_exported_weights_are_the_merged_ones(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert (

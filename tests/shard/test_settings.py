@@ -69,6 +69,7 @@ def arguments(tmp_path: Path, **extra: Any) -> Any:
     return TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **extra)
 
 
+@pytest.mark.usefixtures("as_a_command")
 def test_accelerate_takes_our_fsdp2_settings(tmp_path: Path) -> None:
     from accelerate.utils import FullyShardedDataParallelPlugin
 

@@ -12,6 +12,7 @@ from longfactory.data.readers import read_file
 from longfactory.errors import DataError
 
 
+@pytest.mark.usefixtures("as_a_command")
 def test_part(tmp_path: Path) -> None:
     result = part.run_case({"kind": "files", "seed": 0, "number": 0}, tmp_path)
     assert result["ok"], result["end"]

@@ -127,6 +127,7 @@ def test_ranks_agree_on_a_step_whenever_they_hear_of_the_stop() -> None:
     assert len(found) > 3 and all(step >= 0 for step in found)
 
 
+@pytest.mark.usefixtures("as_a_command")
 def test_signals_are_counted_once_when_they_come_together() -> None:
     signals = StopSignals(("SIGUSR1",))
     try:
@@ -142,6 +143,7 @@ def test_signals_are_counted_once_when_they_come_together() -> None:
         signals.close()
 
 
+@pytest.mark.usefixtures("as_a_command")
 def test_the_main_thread_leaves_what_it_waits_in() -> None:
     signals = StopSignals(("SIGUSR1",))
     timer = threading.Timer(0.1, signals.unwind)
@@ -154,6 +156,7 @@ def test_the_main_thread_leaves_what_it_waits_in() -> None:
         signals.close()
 
 
+@pytest.mark.usefixtures("as_a_command")
 def test_a_handler_that_a_library_has_put_in_place_of_ours() -> None:
     """LLVM does so in a process in which Triton compiles, and swallows SIGUSR1."""
     swallow = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: None)

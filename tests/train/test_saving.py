@@ -24,7 +24,7 @@ from cpu_sharding import on_ranks_of_their_own  # noqa: E402
 from saving_worker import save_and_go_on  # noqa: E402
 from small_runs import LORA, keys, run_on_ranks, text, write_model  # noqa: E402
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("as_a_command")]
 
 MTP = {
     "mtp.layers.0.proj.weight": torch.arange(12.0).view(3, 4),

@@ -27,7 +27,7 @@ from longfactory.testing import RankError
 from small_runs import POOLS, keys, run_on_ranks, steps, train
 from vision_runs import FAMILIES, TRAINED, of_run, write_data, write_model
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("as_a_command")]
 slow = pytest.mark.slow
 
 

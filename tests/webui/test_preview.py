@@ -65,6 +65,7 @@ def test_data_outside_of_the_folders_are_not_shown(home: Path) -> None:
         preview(cfg, Folders([home / "chosen"]))
 
 
+@pytest.mark.usefixtures("as_a_command")
 def test_the_process(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = home / "run.yaml"
     run.write_text("".join(w.replace("=", ": ", 1) + "\n" for w in words(home, packing="true")))

@@ -86,7 +86,7 @@ def named_template(cfg: RunConfig, tokenizer: Any) -> Any:
     """The template of `template:`, without the advice for training."""
     from longfactory.data.templates import get_template
 
-    quiet = logging.getLogger("longfactory.output")
+    quiet = logging.Logger("longfactory.output")  # of this call alone
     quiet.disabled = True
     data: Any = cfg.data
     return get_template(data, tokenizer, quiet)
