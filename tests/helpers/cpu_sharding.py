@@ -5,6 +5,7 @@ silently trains copies (DDP).
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -85,13 +86,24 @@ def install_fsdp() -> None:
     state.AcceleratorState.__init__ = init
 
 
-def install_deepspeed() -> None:
+def init_deepspeed() -> None:
+    """DeepSpeed's process group on CPUs. Its own collectives over shared memory are left out: they
+    are for inference, and would be compiled, for minutes.
+    """
     os.environ["DS_ACCELERATOR"] = "cpu"
-    import accelerate.state as state
     import deepspeed
+
+    its_groups: Any = sys.modules["deepspeed.comm.torch"]  # deepspeed.comm.torch is torch itself
+    assert its_groups.build_shm_op
+    its_groups.build_shm_op = lambda: None
+    deepspeed.init_distributed("gloo")
+
+
+def install_deepspeed() -> None:
+    import accelerate.state as state
     from accelerate.utils import DistributedType
 
-    deepspeed.init_distributed("gloo")
+    init_deepspeed()
     original = state.PartialState._prepare_backend
 
     def prepare(self: Any, cpu: bool = False, *args: Any, **kwargs: Any) -> Any:

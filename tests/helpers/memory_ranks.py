@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cpu_sharding import init_deepspeed
 from longfactory import sp
 from longfactory.memory.apply import apply_memory
 from longfactory.memory.decoder_layer import DecoderLayer
@@ -304,9 +305,6 @@ def zero_gradients(
     """Gradients in fp32 as DeepSpeed applies them: the change of each weight in a step of SGD with
     learning rate 1.
     """
-    import os
-
-    os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
     def whole(p: Tensor) -> Tensor:
@@ -315,7 +313,7 @@ def zero_gradients(
         with deepspeed.zero.GatheredParameters([p]):
             return p.detach().clone()
 
-    deepspeed.init_distributed("gloo")
+    init_deepspeed()
     world = dist.get_world_size()
     ctx = sp.SequenceParallel.create(world)
     with pytest.MonkeyPatch.context() as monkeypatch:
