@@ -30,18 +30,23 @@ FIXED = {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2}
 
 
 def fix_autotuning() -> None:
-    """Every kernel keeps one of its settings: the one nearest to FIXED."""
-    own = triton.autotune
+    """Every kernel keeps one of its settings: the one nearest to FIXED.
 
-    def one(configs: list[Any], *args: Any, **kwargs: Any) -> Any:
-        def away(config: Any) -> int:
-            found = {**config.kwargs, "num_warps": config.num_warps}
-            found["num_stages"] = config.num_stages
-            return sum(abs(found.get(k, v) - v) for k, v in FIXED.items())
+    Versions from 0.5 on have a decorator of their own (`fla_cache_autotune`), which makes a class
+    that is derived from Triton's.
+    """
+    kind = triton.runtime.autotuner.Autotuner
+    own = kind.__init__
 
-        return own([min(configs, key=away)] if configs else configs, *args, **kwargs)
+    def away(config: Any) -> int:
+        found = {**config.kwargs, "num_warps": config.num_warps, "num_stages": config.num_stages}
+        return sum(abs(found.get(k, v) - v) for k, v in FIXED.items())
 
-    triton.autotune = one
+    def one(self: Any, fn: Any, names: Any, configs: Any, *args: Any, **kwargs: Any) -> None:
+        kept = [min(configs, key=away)] if configs else configs
+        own(self, fn, names, kept, *args, **kwargs)
+
+    kind.__init__ = one
 
 
 def take_check_out() -> list[str]:

@@ -39,12 +39,15 @@ PARTS = {
 
 
 class Item(NamedTuple):
-    """A kernel: its name, when it was launched and on which thread, and its milliseconds."""
+    """A kernel: its name, when it was launched and on which thread, its milliseconds, and when it
+    began on the device.
+    """
 
     name: str
     at: float
     thread: Any
     ms: float
+    began: float = 0.0
 
 
 class Range(NamedTuple):
@@ -86,7 +89,7 @@ def read(path: Path) -> tuple[list[Item], dict[Any, list[Range]], float]:
     for found in ranges.values():
         found.sort(key=lambda r: (r.start, -r.stop))
     items = [
-        Item(e["name"], *launches[e["args"]["correlation"]], e["dur"] / 1e3)
+        Item(e["name"], *launches[e["args"]["correlation"]], e["dur"] / 1e3, e["ts"])
         for e in kernels
         if e.get("args", {}).get("correlation") in launches
     ]
@@ -157,8 +160,31 @@ def placed(items: list[Item], ranges: dict[Any, list[Range]]) -> list[tuple[Item
     return rows
 
 
+def waits(rows: list[tuple[Item, str, str, str]], most: int = 16) -> list[str]:
+    """Where the device waits between two kernels, and how long after the end of the first one the
+    host launched the second.
+    """
+    found, total, end, before = [], 0.0, None, ""
+    for item, module, phase, operation in sorted(rows, key=lambda row: row[0].began):
+        if end is not None and item.began > end:
+            idle = (item.began - end) / 1e3
+            total += idle
+            late = (item.at - end) / 1e3
+            name = f"{module}, {phase}, {operation[:28]}, {item.name[:40]}"
+            found.append((idle, late, before, name))
+        stop = item.began + 1e3 * item.ms
+        if end is None or stop > end:
+            end, before = stop, item.name[:40]
+    found.sort(reverse=True)
+    lines = [f"the device waits {total:.1f} ms between kernels; the longest: ms, launched ms late"]
+    lines += [f"  {idle:8.2f} {late:8.2f}  {a} -> {b}" for idle, late, a, b in found[:most]]
+    return lines
+
+
 def table(path: Path, most: int = 24) -> str:
-    """Three tables: by phase and kind, by module, and the single kernels that take longest."""
+    """Four tables: by phase and kind, by module, the single kernels that take longest, and where
+    the device waits longest.
+    """
     items, ranges, busy = read(path)
     rows = placed(items, ranges)
     total = sum(item.ms for item in items) or 1.0
@@ -185,6 +211,7 @@ def table(path: Path, most: int = 24) -> str:
     lines.append("single kernels: ms, calls, module, phase, operation, kernel")
     for key, ms in single.most_common(most):
         lines.append(f"  {ms:8.1f} {calls[key]:5d}  {', '.join(key)}")
+    lines += waits(rows)
     return "\n".join(lines)
 
 

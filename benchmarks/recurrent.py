@@ -60,6 +60,7 @@ SHAPES: dict[str, tuple[str, int, int, int, int, int]] = {
     "Kimi Linear": ("channels", 32, 32, 128, 128, 12288),
     "Nemotron-H-8B Mamba 2": ("plain", 8, 128, 128, 64, 10240),
     "Granite-4-H-small Mamba 2": ("plain", 1, 128, 128, 64, 8448),
+    "Granite-4-H-tiny Mamba 2": ("plain", 1, 48, 128, 64, 3328),
 }
 TINY: dict[str, tuple[str, int, int, int, int, int]] = {
     "tiny delta": ("delta", 1, 2, 16, 32, 64),

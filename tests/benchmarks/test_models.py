@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import _many_runs
 import _model_rows
+import _parts
 import _profile
 import family_sweep
 import first_step
@@ -346,6 +347,23 @@ def test_gpu_time_of_a_step_by_parts(tmp_path: Path) -> None:
     assert "| experts: products | 0.0 | 1.0 | 0.0 |" in text
     assert "| optimizer | 0.0 | 0.0 | 0.5 |" in text
     assert "| experts: products | GroupedMmBackward0 | aten::_grouped_mm |" in text
+
+
+def test_where_the_gpu_waits_between_kernels() -> None:
+    """Of two kernels that overlap and one after a wait, launched 0.4 ms after the device had ended."""
+
+    def row(name: str, at: float, began: float, ms: float) -> Any:
+        return _parts.Item(name, at, 1, ms, began), "Norm", "forward", "mul"
+
+    rows = [
+        row("late", 2900.0, 3000.0, 1.0),
+        row("a", 0.0, 1000.0, 1.0),
+        row("b", 1.0, 1500.0, 1.0),
+    ]
+    assert _parts.waits(rows) == [
+        "the device waits 0.5 ms between kernels; the longest: ms, launched ms late",
+        "      0.50     0.40  b -> Norm, forward, mul, late",
+    ]
 
 
 LINE = (
