@@ -84,11 +84,12 @@ def test_recurrent_chunks_are_the_recurrence(kind: str, per_channel: bool, row: 
 def test_recurrent_heads_in_parts(keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x = draw(False, keys=keys)
     plan = sp.plan(160, ROWS["branches"], sp.SequenceParallel())
+    skip = torch.arange(4, dtype=torch.float64).requires_grad_()
     found = []
     for bytes_ in (1 << 40, 1):
         monkeypatch.setattr(heads, "WORKSPACE", bytes_)
-        out = recurrence(*x, Rule("delta", 0.3), fragments_of(plan))
-        found.append(with_gradients(out, x))
+        out = recurrence(*x, Rule("delta", 0.3), fragments_of(plan), skip=skip)
+        found.append(with_gradients(out, [*x, skip]))
     assert farthest(*found) < 1e-13
 
 
@@ -200,14 +201,16 @@ def over_ranks(size: int, rows: list[str], cheap: list[bool]) -> float:
     errors = []
     for row, (kind, per_channel), way in itertools.product(rows, KINDS, cheap):
         x = draw(per_channel, keys=4)
-        expected = with_gradients(token_by_token(x, kind, 0.3, ROWS[row]), x)
+        skip = torch.arange(4, dtype=torch.float64).requires_grad_()
+        expected = token_by_token(x, kind, 0.3, ROWS[row]) + skip[:, None] * x[2]
+        expected = with_gradients(expected, [*x, skip])
         plan = sp.plan(160, ROWS[row], ctx)
         mine = [sp.shard(t, plan) for t in x]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(exchange, "exchange_is_cheaper", lambda *_, yes=way: yes)
-            out = exchange.over_ranks(*mine, Rule(kind, 0.3), plan, torch.float64)
+            out = exchange.over_ranks(*mine, Rule(kind, 0.3), plan, torch.float64, skip)
         out = sp.gather(out, plan)
-        errors.append(farthest(_over_all(out, x, size), expected))
+        errors.append(farthest(_over_all(out, [*x, skip], size), expected))
     for row in rows:
         x = convolution_inputs()
         expected = with_gradients(plain_convolution(*x, ROWS[row]), x)

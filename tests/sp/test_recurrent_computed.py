@@ -68,9 +68,10 @@ def interpreted() -> None:
         g = -0.2 * torch.randn(96, heads, *([dim] if per_channel else [])).square()
         inputs = [q, k, v, g, torch.randn(96, heads).sigmoid()]
         first, after = torch.randn(2, 2, heads, dim, value_dim)
-        found = computed.results(inputs, rule, chunks, first, slope, after, True)
+        skip = torch.randn(heads)
+        found = computed.results(inputs, rule, chunks, first, slope, after, True, skip)
         wide = [x.double() for x in inputs]
         given = first.double(), slope.double(), after.double()
-        expected = computed.results(wide, rule, chunks, *given, False)
+        expected = computed.results(wide, rule, chunks, *given, False, skip.double())
         for a, b in zip(found, expected, strict=True):
             assert float((a.double() - b).norm()) <= 1e-5 * float(b.norm()), name

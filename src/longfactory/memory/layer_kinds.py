@@ -261,10 +261,13 @@ def recurrent_bytes(mixer: Mixer) -> float:
     counts of its stored tensors.
     """
     values = mixer.heads * mixer.value_dim
+    plain = mixer.kind == "plain"
     # a scan's output is in fp32, and so is what a layer adds to it
-    stored = 6.0 * mixer.channels + (26.0 if mixer.kind == "plain" else 18.0) * values
-    if mixer.gated_norm:  # in one kernel, it stores its inputs alone (`norms`)
-        stored -= 11.0 * values
+    stored = 6.0 * mixer.channels + (26.0 if plain else 18.0) * values
+    if mixer.gated_norm:
+        # In one kernel, it stores its inputs alone (`norms`), and Mamba 2's scan adds what passes
+        # it by.
+        stored -= (15.0 if plain else 11.0) * values
     if mixer.per_channel:
         stored += 17.2 * mixer.heads * mixer.key_dim
     return stored + 18.0 * mixer.heads

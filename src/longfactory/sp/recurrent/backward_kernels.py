@@ -144,10 +144,12 @@ def chunk_value_gradients(  # type: ignore[no-untyped-def]
     written,
     after,
     d_written,
+    skip,
     dq,
     dk_out,
     dv_out,
     d_beta,
+    d_skip_out,
     d_w_out,
     d_scores_out,
     d_solved_out,
@@ -166,6 +168,7 @@ def chunk_value_gradients(  # type: ignore[no-untyped-def]
     BV: tl.constexpr,
     DELTA: tl.constexpr,
     CHANNELS: tl.constexpr,
+    SKIP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Gradients of values, and by them of what the other inputs make: queries and keys as they are
@@ -182,6 +185,7 @@ def chunk_value_gradients(  # type: ignore[no-untyped-def]
     d_solved = tl.zeros([C, C], dtype=tl.float32)
     d_rate = tl.zeros([C], dtype=tl.float32)
     d_last = tl.zeros([BK], dtype=tl.float32)
+    d_skip = tl.zeros([C], dtype=tl.float32)
     if DELTA:
         solved = tl.load(t + square(at, i, i, C))
     for begin in range(0, DV, BV):
@@ -207,9 +211,13 @@ def chunk_value_gradients(  # type: ignore[no-untyped-def]
             d_solved += product(d_values, tl.trans(value * rate[:, None]), PRECISION)
             d_values = product(tl.trans(solved), d_values, PRECISION)
         d_rate += tl.sum(d_values * value, 1)
+        d_value = d_values * rate[:, None]
+        if SKIP:
+            d_skip += tl.sum(slope * value, 1)
+            d_value += slope * tl.load(skip + head).to(tl.float32)
         tl.store(
             dv_out + (row[:, None] * HEADS + head) * DV + dv[None, :],
-            (d_values * rate[:, None]).to(dv_out.dtype.element_ty),
+            d_value.to(dv_out.dtype.element_ty),
             mask=inside,
         )
     results = (row[:, None] * HEADS + head) * DK + dk[None, :]
@@ -219,6 +227,8 @@ def chunk_value_gradients(  # type: ignore[no-untyped-def]
     tl.store(dk_out + results, d_kd, mask=inside)
     tl.store(d_beta + row * HEADS + head, d_rate, mask=here)
     tl.store(d_scores_out + pairs, d_scores)
+    if SKIP:
+        tl.store(d_skip_out + at, tl.sum(d_skip, 0))
     if CHANNELS:
         tl.store(d_last_out + at * DK + dk, d_last, mask=dk < DK)
     else:

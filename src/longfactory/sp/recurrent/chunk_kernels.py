@@ -192,13 +192,20 @@ class Job:
         )  # fmt: skip
         return states, written, ends
 
-    def outputs(self, states: Tensor, written: Tensor, out: Tensor) -> None:
-        """Writes [T, h, Dv]."""
+    def outputs(
+        self, states: Tensor, written: Tensor, out: Tensor, skip: Tensor | None = None
+    ) -> None:
+        """Writes [T, h, Dv].
+
+        Args:
+            skip: [h], times which values are added.
+        """
         forward_kernels.chunk_outputs[(self.chunks.count, self.heads)](
             self.q, self.k, self.v, self.beta, *self._chunk_rows, self.sums, self.p, states,
-            written, out, *self.k.stride()[:2], *self.v.stride()[:2], self.beta.stride(0),
-            *out.stride()[:2], *self._sizes, **self._settings("outputs"), DELTA=self.delta,
-            CHANNELS=self.channels,
+            written, self.beta if skip is None else skip, out, *self.k.stride()[:2],
+            *self.v.stride()[:2], self.beta.stride(0), *out.stride()[:2], *self._sizes,
+            **self._settings("outputs"), DELTA=self.delta, CHANNELS=self.channels,
+            SKIP=skip is not None,
         )  # fmt: skip
 
     def output_gradients(self, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,9 +238,17 @@ class Job:
         return d_start
 
     def input_gradients(
-        self, grad: Tensor, states: Tensor, written: Tensor, after: Tensor, d_written: Tensor
+        self,
+        grad: Tensor,
+        states: Tensor,
+        written: Tensor,
+        after: Tensor,
+        d_written: Tensor,
+        skip: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """Of q, k [T, h, Dk], v [T, h, Dv], g (of its shape), beta [T, h], fp32 but for v's."""
+        """Of q, k [T, h, Dk], v [T, h, Dv], g (of its shape), beta [T, h], skip [h], fp32 but for
+        v's. That of `skip` is left out where there is none.
+        """
         tokens, h = self.v.shape[:2]
         dq, dk = self._new(tokens, h, self.key_dim), self._new(tokens, h, self.key_dim)
         dv = self.v.new_empty(tokens, h, self.value_dim)
@@ -243,12 +258,14 @@ class Job:
         d_solved = torch.empty_like(self.t)
         # What is taken out of the states is not read any more.
         d_w = self.w
+        d_skip = d_last if skip is None else self._new(n, h)
+        more = () if skip is None else (d_skip,)
         backward_kernels.chunk_value_gradients[(n, h)](
             self.v, self.beta, grad, *self._chunk_rows, self.t, states, written, after, d_written,
-            dq, dk, dv, d_beta, d_w, d_scores, d_solved, d_last,
-            *self.v.stride()[:2], self.beta.stride(0), *grad.stride()[:2],
+            self.beta if skip is None else skip, dq, dk, dv, d_beta, d_skip, d_w, d_scores,
+            d_solved, d_last, *self.v.stride()[:2], self.beta.stride(0), *grad.stride()[:2],
             *self._sizes, **self._settings("value_gradients"), DELTA=self.delta,
-            CHANNELS=self.channels,
+            CHANNELS=self.channels, SKIP=skip is not None,
         )  # fmt: skip
         strides = *self.k.stride()[:2], self.beta.stride(0)
         shared = {"C": c, "DELTA": self.delta, "PRECISION": self.precision}
@@ -258,7 +275,7 @@ class Job:
                 d_beta, d_w, d_scores, d_solved, d_last, *strides, *self._sizes[:3],
                 **self._columns("key_gradients"), **shared,
             )  # fmt: skip
-            return dq, dk, dv, dg, d_beta
+            return dq, dk, dv, dg, d_beta, *(x.sum(0) for x in more)
         channel_kernels.channel_squares[(n, h)](
             self.k, self.beta, *self._chunk_rows, self.sums, self.t, dk, d_w, d_solved, d_last,
             *strides, *self._sizes[:3], **self._columns("channel_squares"), **shared,
@@ -272,7 +289,7 @@ class Job:
         channel_kernels.channel_decays[(n, h, triton.cdiv(self.key_dim, settings["BD"]))](
             dg, d_last, *self._chunk_rows, h, self.key_dim, C=c, **settings
         )
-        return dq, dk, dv, dg, d_beta
+        return dq, dk, dv, dg, d_beta, *(x.sum(0) for x in more)
 
     def changes(self, chosen: list[int]) -> tuple[Tensor, Tensor]:
         """How the fragments at these places of `chunks.order` change a state: what they add to it

@@ -44,6 +44,7 @@ def recurrence(
     fragments: Fragments,
     group: dist.ProcessGroup | None = None,
     dtype: torch.dtype | None = None,
+    skip: Tensor | None = None,
 ) -> Tensor:
     """The recurrence over this rank's tokens. Differentiable. Collective where a document crosses
     ranks.
@@ -54,13 +55,15 @@ def recurrence(
         g: [T/n, H] or [T/n, H, Dk]: logarithms of decays, at most 0.
         beta: [T/n, H]; None for 1.
         dtype: of the output; by default that of q.
+        skip: [H], times which values are added to the outputs.
 
     Returns:
         [T/n, H, Dv].
     """
     if beta is None:
         beta = torch.ones_like(g[..., 0] if g.dim() == 3 else g)
-    out: Tensor = _Recurrence.apply(q, k, v, g, beta, rule, fragments, group, dtype or q.dtype)
+    settings = rule, fragments, group, dtype or q.dtype
+    out: Tensor = _Recurrence.apply(q, k, v, g, beta, skip, *settings)
     return out
 
 
@@ -75,6 +78,7 @@ class _Recurrence(torch.autograd.Function):
         v: Tensor,
         g: Tensor,
         beta: Tensor,
+        skip: Tensor | None,
         rule: Rule,
         fragments: Fragments,
         group: dist.ProcessGroup | None,
@@ -94,14 +98,16 @@ class _Recurrence(torch.autograd.Function):
             out = v.new_empty(v.shape, dtype=dtype)
             for part in parts:
                 first = _start(start, part, chunks, inputs)
-                computed.forward(made(part), chunks, first, out[:, part.start : part.stop])
-        ctx.save_for_backward(*inputs, start, matrix)
+                heads = slice(part.start, part.stop)
+                added = None if skip is None else skip[heads]
+                computed.forward(made(part), chunks, first, out[:, heads], v[:, heads], added)
+        ctx.save_for_backward(*inputs, skip, start, matrix)
         ctx.settings = rule, fragments, group, kernels
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, start, matrix = ctx.saved_tensors
+        *inputs, skip, start, matrix = ctx.saved_tensors
         rule, fragments, group, kernels = ctx.settings
         chunks = fragments.chunks(CHUNK, grad.device)
         grad = grad if grad.stride(2) == 1 else grad.contiguous()
@@ -122,6 +128,7 @@ class _Recurrence(torch.autograd.Function):
             if not alone:
                 slopes = None
             grads: list[Tensor] = []
+            d_skips: list[Tensor] = []
             if len(parts) > 1:
                 grads = [torch.zeros_like(x) for x in inputs]
             for part in parts:
@@ -133,13 +140,18 @@ class _Recurrence(torch.autograd.Function):
                     d_after.index_copy_(0, at, mine)
                 given = first, grad[:, part.start : part.stop], d_after
                 job = made(part) if kernels else None
-                found = computed.gradients(part.inputs(inputs), rule, chunks, *given, job, slopes)
+                added = None if skip is None else skip[part.start : part.stop]
+                found = computed.gradients(
+                    part.inputs(inputs), rule, chunks, *given, job, slopes, added
+                )
+                d_skips += found[5:]
                 if len(parts) == 1:
-                    grads = [one.to(x.dtype) for one, x in zip(found, inputs, strict=True)]
+                    grads = [one.to(x.dtype) for one, x in zip(found, inputs, strict=False)]
                     break
-                for total, one in zip(part.inputs(grads), found, strict=True):
+                for total, one in zip(part.inputs(grads), found, strict=False):
                     total.add_(one)
-        return (*grads, None, None, None, None)
+        d_skip = None if skip is None else torch.cat(d_skips).to(skip.dtype)
+        return (*grads, d_skip, None, None, None, None)
 
 
 def _made_once(

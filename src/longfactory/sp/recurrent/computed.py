@@ -77,14 +77,15 @@ def _are_right(
     inputs = [*(x.to(dtype) for x in low), *gates]
     first, after = normal(2, 2, heads, key_dim, value_dim)
     slope = normal(tokens, heads, value_dim).to(dtype)
+    skip = normal(heads) if kind == "plain" else None
 
     def kernels() -> list[Tensor]:
-        return results(inputs, rule, chunks, first, slope, after, True)
+        return results(inputs, rule, chunks, first, slope, after, True, skip)
 
     def expected() -> list[Tensor]:
         wide = [x.double() for x in inputs]
         given = first.double(), slope.double(), after.double()
-        return results(wide, rule, chunks, *given, False)
+        return results(wide, rule, chunks, *given, False, None if skip is None else skip.double())
 
     what = f"A {kind} recurrence with keys of {key_dim} and values of {value_dim} runs"
     if per_channel:
@@ -100,16 +101,17 @@ def results(
     slope: Tensor,
     after: Tensor,
     kernels: bool,
+    skip: Tensor | None = None,
 ) -> list[Tensor]:
     """All that is computed of some heads, and every gradient: what `_are_right` compares."""
     out = torch.empty_like(inputs[2])
     made = make(inputs, rule, chunks, kernels)
-    forward(made, chunks, first, out)
+    forward(made, chunks, first, out, inputs[2], skip)
     found = changes_of(made, chunks, [0, 1])
     own = slopes(made, chunks, slope)
     start = first_gradients(made, chunks, *own)
     job = made if kernels else None
-    rest = gradients(inputs, rule, chunks, first, slope, after.clone(), job, own)
+    rest = gradients(inputs, rule, chunks, first, slope, after.clone(), job, own, skip)
     return [out, found.state, found.matrix, *rest, start]
 
 
@@ -138,14 +140,16 @@ def _job(inputs: list[Tensor], rule: Rule, chunks: Chunks) -> Any:
     return _kernels().Job(q, k, v, g, beta, chunks, rule.kind == "delta", precision)
 
 
-def forward(made: Any, chunks: Chunks, first: Tensor, out: Tensor) -> None:
+def forward(
+    made: Any, chunks: Chunks, first: Tensor, out: Tensor, v: Tensor, skip: Tensor | None
+) -> None:
     """Writes the outputs [T/n, h, Dv]."""
     if not isinstance(made, Within):
         states, written, _ = made.scan(first)
-        made.outputs(states, written, out)
+        made.outputs(states, written, out, skip)
         return
     states, written, _ = scan(made, chunks.steps, first)
-    out.copy_(_outputs(made, states, written, chunks))
+    out.copy_(_outputs(made, states, written, chunks, v, skip))
 
 
 def changes_of(made: Any, chunks: Chunks, chosen: list[int]) -> Changes:
@@ -184,8 +188,10 @@ def gradients(
     d_after: Tensor,
     job: Any,
     slopes: tuple[Tensor, Tensor] | None,
+    skip: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """Of the inputs, from those of the outputs and of the states after the fragments.
+    """Of the inputs, and of `skip` where there is one, from those of the outputs and of the states
+    after the fragments.
 
     Args:
         job: of the kernels, which cannot be used again after it; None: by PyTorch.
@@ -199,15 +205,16 @@ def gradients(
         states, written, _ = job.scan(first)
         d_states, d_written = job.output_gradients(grad) if slopes is None else slopes
         job.reverse(d_states, d_written, d_after)
-        dq, dk, *others = job.input_gradients(grad, states, written, d_states, d_written)
+        dq, dk, *others = job.input_gradients(grad, states, written, d_states, d_written, skip)
         dq = unit_kernels.scaled_gradients(q, dq, rule.scale, eps)
         dk = unit_kernels.scaled_gradients(k, dk, 1.0, eps)
         return (dq, dk, *others)
-    leaves = [x.detach().requires_grad_() for x in inputs]
+    more = [] if skip is None else [skip]
+    leaves = [x.detach().requires_grad_() for x in (*inputs, *more)]
     with torch.enable_grad():
-        x = _within(leaves, rule, chunks)
+        x = _within(leaves[:5], rule, chunks)
         states, written, after = scan(x, chunks.steps, first)
-        out = _outputs(x, states, written, chunks)
+        out = _outputs(x, states, written, chunks, leaves[2], leaves[5] if more else None)
     return torch.autograd.grad([out, after], leaves, [grad.to(out.dtype), d_after])
 
 
@@ -218,7 +225,10 @@ def _within(inputs: list[Tensor], rule: Rule, chunks: Chunks) -> Within:
     return within(q, k, v, g, beta, rule)
 
 
-def _outputs(x: Within, states: Tensor, written: Tensor, chunks: Chunks) -> Tensor:
+def _outputs(
+    x: Within, states: Tensor, written: Tensor, chunks: Chunks, v: Tensor, skip: Tensor | None
+) -> Tensor:
     """-> [T/n, h, Dv]."""
     out = x.qd @ states + x.p @ written
-    return chunks.taken_back(out.transpose(1, 2).flatten(0, 1))
+    out = chunks.taken_back(out.transpose(1, 2).flatten(0, 1))
+    return out if skip is None else out + skip[:, None] * v.to(out.dtype)

@@ -38,13 +38,14 @@ def over_ranks(
     rule: Rule,
     plan: RowPlan,
     dtype: torch.dtype,
+    skip: Tensor | None = None,
 ) -> Tensor:
     """See `chunked.recurrence`: by passing states along the ranks, or by exchanging tokens for
     heads, whichever moves less. Collective.
     """
     group = plan.ctx.group
     if group is None or not exchange_is_cheaper(q, v, g, rule, plan):
-        return recurrence(q, k, v, g, beta, rule, fragments_of(plan), group, dtype)
+        return recurrence(q, k, v, g, beta, rule, fragments_of(plan), group, dtype, skip)
     n = plan.ctx.size
     kinds = (q, k, v), (g, beta)
     mine: list[Tensor] = []
@@ -56,7 +57,9 @@ def over_ranks(
         shapes = [(x.shape[1] // n, *x.shape[2:]) for x in tensors]
         mine += [x.unflatten(1, shape) for x, shape in zip(received, shapes, strict=True)]
     q, k, v, g, beta = mine
-    out = recurrence(q, k, v, g, beta, rule, fragments_of(plan, whole=True), None, dtype)
+    if skip is not None:
+        skip = skip.unflatten(0, (n, -1))[plan.ctx.rank]
+    out = recurrence(q, k, v, g, beta, rule, fragments_of(plan, whole=True), None, dtype, skip)
     return _to_rows(out, plan)
 
 

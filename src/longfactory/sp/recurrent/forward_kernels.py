@@ -251,6 +251,7 @@ def chunk_outputs(  # type: ignore[no-untyped-def]
     p,
     states,
     written,
+    skip,
     out,
     k_row,
     k_head,
@@ -268,8 +269,10 @@ def chunk_outputs(  # type: ignore[no-untyped-def]
     BV: tl.constexpr,
     DELTA: tl.constexpr,
     CHANNELS: tl.constexpr,
+    SKIP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """SKIP: values times their head's number are added."""
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at, i, dk = chunk * HEADS + head, tl.arange(0, C), tl.arange(0, BK)
     row, here = tokens(row_of, length_of, chunk, i)
@@ -292,6 +295,9 @@ def chunk_outputs(  # type: ignore[no-untyped-def]
         )
         result = product(queries, state, PRECISION)
         result += product(pairs, values, PRECISION)
+        if SKIP:
+            given = rows(v, row, v_row, v_head, head, dv, here, DV)
+            result += given * tl.load(skip + head).to(tl.float32)
         tl.store(
             out + row[:, None] * out_row + head * out_head + dv[None, :],
             result.to(out.dtype.element_ty),

@@ -538,9 +538,7 @@ def _mamba2(
     dt = dt.clamp(dt_limit[0], dt_limit[1])[0]
     dtype = wide(hidden_states)
     x, dt = hidden_states[0], dt.to(dtype)
-    out = over_ranks(C[0], B[0], x, A.to(dtype) * dt, dt, Rule("plain", 1.0), plan, dtype)
-    if D is not None:
-        out = out + D[:, None] * x.to(dtype)
+    out = over_ranks(C[0], B[0], x, A.to(dtype) * dt, dt, Rule("plain", 1.0), plan, dtype, D)
     return out[None]
 
 
