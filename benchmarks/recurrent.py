@@ -422,11 +422,11 @@ LEAST_PROFILED = 5
 """Steps of a run from which on the last but one is profiled."""
 
 
-def timed_steps(steps: int) -> slice:
-    """Places of the steps that are timed. The first one compiles; from `LEAST_PROFILED` steps on
-    the one before the profiled one warms the profiler up.
+def timed_steps(steps: int, traced: bool) -> slice:
+    """Places of the steps that are timed. The first one compiles; the one before a profiled one
+    warms the profiler up.
     """
-    return slice(1, steps if steps < LEAST_PROFILED else max(steps - 3, 2))
+    return slice(1, max(steps - 3, 2) if traced else steps)
 
 
 def run_command(a: argparse.Namespace, clock: float) -> list[dict[str, Any]]:
@@ -525,7 +525,8 @@ def train(
         "use_cpu": str(a.smoke).lower(),
         **further,
     }
-    if a.steps >= LEAST_PROFILED:
+    traced = a.trace and a.steps >= LEAST_PROFILED
+    if traced:
         keys |= {
             "enable_torch_profiler": "true",
             "profiler_output_dir": at / "trace",
@@ -547,7 +548,7 @@ def train(
         raise RuntimeError(f"{why}, after {len(lines)} lines of its log: {text[-1500:]}")
     lines = [json.loads(line) for line in lines]
     plan = re.search(r"Memory plan.*\n +(.*)", text)
-    timed = [x for x in lines if "loss" in x][timed_steps(a.steps)]
+    timed = [x for x in lines if "loss" in x][timed_steps(a.steps, traced)]
     speeds = [x["tokens_per_second_per_gpu"] for x in timed]
     return {
         "tokens/s a GPU": statistics.median(speeds),
@@ -697,7 +698,7 @@ def against_ideal(
         rows = json.loads(a.alone.read_text())["rows"]
         one = next(r for r in rows if r["model"] == row["model"] and r["tokens"] == tokens)
         return of_ideal(row, tokens, a.gpus, one, {"attention": one["attention"]})
-    alone = argparse.Namespace(gpus=1, steps=min(a.steps, LEAST_PROFILED - 1), smoke=a.smoke)
+    alone = argparse.Namespace(gpus=1, steps=a.steps, smoke=a.smoke, trace=False)
     keys = {k: v for k, v in row.items() if k == "pure_bf16"}
     with concurrent.futures.ThreadPoolExecutor() as pool:
         rates = pool.submit(measured_rates, at, tokens, clock, a.gpus, a.gpus - 1)
@@ -761,6 +762,7 @@ def main() -> int:
     parser.add_argument(
         "--steps", type=int, default=6, help="with 5 or more, the last but one is profiled"
     )
+    parser.add_argument("--no-trace", dest="trace", action="store_false", help="none is profiled")
     parser.add_argument("--models", nargs="+", choices=[*MODELS], default=None)
     parser.add_argument("--only", nargs="+", help="parts of rows' names, as 8192 or 4x8192")
     parser.add_argument("--steps-only", action="store_true", help="no roofline and no ideal")
