@@ -72,11 +72,15 @@ def test_recurrent_kernels(name: str, dtype: torch.dtype) -> None:
     x, slope, rule = draw(name, dtype)
     fragments = fragments_of(sp.plan(ROW[-1].stop, ROW, sp.SequenceParallel(device_type="cuda")))
 
-    def run(*x: Tensor) -> Tensor:
-        return recurrence(*x, rule, fragments, None, None)
+    if rule.kind == "plain":
+        x.append(torch.randn(x[2].shape[1], device="cuda"))
+
+    def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *skip: Tensor) -> Tensor:
+        added = skip[0] if skip else None
+        return recurrence(q, k, v, g, beta, rule, fragments, None, None, added)
 
     exact = graded(run, [t.double() for t in x], slope.double())
-    assert computed.by_kernels(x, rule)
+    assert computed.by_kernels(x[:5], rule)
     found = errors(graded(run, x, slope), exact)
     assert max(found) < (4e-3 if dtype == torch.bfloat16 else 1e-5), found
 
