@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+import vision_models
 from longfactory.config.arguments import FinetuningArguments, ModelArguments
 from longfactory.errors import UserError
 from longfactory.model import pissa
@@ -20,6 +21,7 @@ from longfactory.model.adapter_targets import linear_names
 from longfactory.model.adapters import apply_finetuning, cast_trainable, load_adapter
 from longfactory.model.saved import adapter_name
 from longfactory.model.trained_parameters import count_parameters, describe_trained
+from longfactory.sp import vision
 from longfactory.sp.text_model import decoder_layers
 from longfactory.testing import tiny_model
 from longfactory_dev.tiny_models import tiny_model as tiny_family
@@ -183,8 +185,11 @@ def test_names_for_lora_are_those_of_linear_layers_alone(family: str, names: set
     assert family == "gemma3n_text" or found == names
     linear = [
         m
-        for m in model.modules()
-        if type(m) is nn.Linear and m is not model.get_output_embeddings()
+        for name, m in model.named_modules()
+        if type(m) is nn.Linear
+        and m is not model.get_output_embeddings()
+        # whose weights transformers reads without calling it
+        and not name.endswith("altup.correction_coefs")
     ]
     wrapped = apply(model, "lora", lora_rank=2, lora_experts=False)
     assert {id(m.base_layer) for m in wrapped.modules() if hasattr(m, "base_layer")} == {
@@ -421,6 +426,22 @@ def test_a_tower_is_frozen(gemma3: Any, keys: dict[str, Any]) -> None:
         f"model.vision_tower, model.multi_modal_projector: {idle:,} parameters are frozen"
         in lines[1]
     )
+
+
+def test_freeze_trains_a_projector_that_is_not_frozen() -> None:
+    """Its own layers are counted; the keys of the other parts are not ignored beside them."""
+    model = vision_models.model("qwen2_5_vl", torch.float32)
+    vision.let_in(model)
+    keys: dict[str, Any] = {"freeze_trainable_layers": 1, "freeze_multi_modal_projector": False}
+    names = trained(apply(model, "freeze", **keys))
+    layer = {n for n in names if "language_model.layers.3." in n}
+    assert layer and names - layer == {
+        n for n, _ in model.named_parameters() if n.startswith("model.visual.merger.")
+    }
+    with pytest.raises(UserError, match=r"nothing of the tower \(model.visual\) would be trained"):
+        apply(model, "freeze", **keys, freeze_vision_tower=False)
+    keys |= {"freeze_vision_tower": False, "freeze_extra_modules": ("patch_embed",)}
+    assert "model.visual.patch_embed.proj.weight" in trained(apply(model, "freeze", **keys))
 
 
 @pytest.mark.parametrize("target", [("all",), ("q_proj", "v_proj")])

@@ -223,7 +223,11 @@ def lora_targets(model: Any, method: Any, parts: Idle) -> Targets:
     maps = experts.expert_maps(model, parts)
     if named == ["all"]:
         every = linear_names(model, parts)
-        modules = [name for name in every if not _refused_by_peft(name, model)]
+        modules = [
+            name
+            for name in every
+            if not (_refused_by_peft(name, model) or _read_by_weight(name, model))
+        ]
         chosen = set(maps if method.lora_experts else ())
     else:
         modules, chosen = _resolved(named, model, method, maps)
@@ -322,6 +326,20 @@ def _refused_by_peft(target: str, model: Any) -> bool:
     except ValueError:
         return True
     return False
+
+
+_READ_BY_WEIGHT = {
+    "dt_proj": ("falcon_mamba", "jamba", "mamba"),
+    "correction_coefs": ("gemma3n", "gemma3n_text"),
+}
+"""Linear layers whose weights transformers multiplies by itself, in the families that do. PEFT puts
+adapters on them, which nothing calls: they would have no gradient.
+"""
+
+
+def _read_by_weight(target: str, model: Any) -> bool:
+    """Whether an adapter on layers of this name would do nothing in this family."""
+    return model.config.model_type in _READ_BY_WEIGHT.get(target.rpartition(".")[2], ())
 
 
 def _taken_for_experts(targets: list[str], model: Any) -> set[str]:

@@ -72,24 +72,29 @@ def apply_finetuning(
     return model
 
 
-def _frozen_names(inner: Any, method: Any) -> set[str]:
-    """Names of the parameters of an unwrapped model that the keys of its parts freeze; none of a
-    model that text alone passes through.
-    """
-    if not text_model.enters_more_than_text(inner):
-        return set()
+def _parts_of(inner: Any) -> dict[str, set[int]]:
+    """`id`s of the parameters of a model's tower, projector and language part."""
     modules = vision.modules_of(inner)
     held = {
         part: {id(p) for m in modules[part] for p in m.parameters()}
         for part in ("tower", "projector")
     }
     held["projector"] |= {id(p) for p in vision.own_parameters(inner)}
-    of: dict[str, set[int]] = {
+    language = [text_model.decoder(inner), inner.get_output_embeddings()]
+    return {
         "projector": held["projector"],
         "tower": held["tower"] - held["projector"],
+        "language": {id(p) for m in language if m is not None for p in m.parameters()},
     }
-    language = [text_model.decoder(inner), inner.get_output_embeddings()]
-    of["language"] = {id(p) for m in language if m is not None for p in m.parameters()}
+
+
+def _frozen_names(inner: Any, method: Any) -> set[str]:
+    """Names of the parameters of an unwrapped model that the keys of its parts freeze; none of a
+    model that text alone passes through.
+    """
+    if not text_model.enters_more_than_text(inner):
+        return set()
+    of = _parts_of(inner)
     frozen = set().union(*(of[part] for part in frozen_parts(method)))
     frozen |= {id(p) for p in vision.unused_parameters(inner)}
     return {n for n, p in inner.named_parameters(remove_duplicate=False) if id(p) in frozen}
@@ -221,6 +226,36 @@ def _freeze(model: nn.Module, method: Any) -> None:
         )
         beside = not name.startswith(prefix + ".") and any(m in name.split(".") for m in extra)
         p.requires_grad_(in_layer or beside)
+    _train_parts(model, method)
+
+
+def _train_parts(model: nn.Module, method: Any) -> None:
+    """What `freeze_multi_modal_projector: false` and `freeze_vision_tower: false` train beside the
+    text model's layers.
+
+    Raises:
+        UserError: of the tower nothing was named, and the layers that are counted are the text
+            model's.
+    """
+    inner = hf.unwrap(model)
+    if not text_model.enters_more_than_text(inner):
+        return
+    of, frozen = _parts_of(inner), frozen_parts(method)
+    if "projector" not in frozen:
+        for p in inner.parameters():
+            if id(p) in of["projector"]:
+                p.requires_grad_(True)
+    if "tower" in frozen or any(
+        p.requires_grad for p in inner.parameters() if id(p) in of["tower"]
+    ):
+        return
+    names = ", ".join(n for n, m in inner.named_modules() if m in vision.modules_of(inner)["tower"])
+    raise UserError(
+        "freeze_vision_tower: false, and finetuning_type: freeze trains layers of the text model:"
+        f" nothing of the tower ({names}) would be trained. Name its modules in"
+        " freeze_extra_modules, set freeze_vision_tower: true, or use finetuning_type: full or"
+        " lora."
+    )
 
 
 @contextlib.contextmanager
