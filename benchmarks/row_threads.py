@@ -3,7 +3,9 @@
     python benchmarks/row_threads.py
 
 On two idle cores both take as long (64,418 tokens: 8 to 9 ms and 7 to 8). With two other processes
-that compute all the time: 8 to 18 ms in one thread, 29 to 33 in two (PyTorch 2.13, CPU).
+that compute all the time: 8 to 18 ms in one thread, 29 to 33 in two. With some fifteen: 17 to 34 ms,
+and 200 to 480; 32,210 tokens, which PyTorch does not divide, take as long either way (PyTorch 2.13,
+CPU).
 """
 
 from __future__ import annotations
