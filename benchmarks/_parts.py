@@ -61,6 +61,8 @@ def kind_of(kernel: str) -> str:
     for kind, names in KINDS.items():
         if kernel in names:
             return kind
+    if kernel.startswith("triton_"):  # by torch.compile; its names tell all that is in it
+        return "compiled"
     low = kernel.lower()
     for kind, names in PARTS.items():
         if any(name in low for name in names):
