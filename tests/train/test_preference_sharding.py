@@ -26,10 +26,8 @@ QUICK = {"ddp": CASES[:3], "fsdp2": list(CASES), "zero3": list(CASES)}
 QUICK["zero3"] += [
     "sharding=zero1 stage=dpo tune=full sp=2",
     "sharding=zero1 stage=kto tune=lora sp=2",
-    "sharding=zero1 stage=rm tune=full sp=2",
     "sharding=zero2 stage=dpo tune=lora sp=2",
     "sharding=zero2 stage=kto tune=full sp=2",
-    "sharding=zero2 stage=rm tune=full sp=2",
 ]
 GRID = [
     f"stage={stage} tune={tune} sp={sp}"
