@@ -84,7 +84,7 @@ def test_words_alone_are_a_run(run, capsys):
 
 
 def test_quantised_and_adapted_weights_are_counted(run, capsys):
-    words = [run, "--gpus", "1xH100", "sequence_parallel_size=1"]
+    words = [run, "--gpus", "1xH100", "sequence_parallel_size=1", "memory=fast"]
     lora = planned(capsys, *words, "finetuning_type=lora", "lora_rank=8")
     four = planned(capsys, *words, "finetuning_type=lora", "lora_rank=8", "quantization_bit=4")
     assert "0.02 B trained" in lora
@@ -94,7 +94,7 @@ def test_quantised_and_adapted_weights_are_counted(run, capsys):
 
 
 def test_freeze_trains_what_it_says(run, capsys):
-    out = planned(capsys, run, "finetuning_type=freeze", "freeze_trainable_layers=4")
+    out = planned(capsys, run, "finetuning_type=freeze", "freeze_trainable_layers=4", "memory=fast")
     assert "(0.93 B trained)" in out
 
 
@@ -102,6 +102,7 @@ def test_deepspeed_is_counted_as_its_file_says(run, capsys):
     pytest.importorskip("deepspeed")
     files = ROOT / "examples" / "deepspeed"
     words = [run, "--gpus", "8xH200", "sequence_parallel_size=1", "cutoff_len=4096"]
+    words += ["memory=fast"]
     two = planned(capsys, *words, f"deepspeed={files / 'ds_z2_config.json'}")
     three = planned(capsys, *words, f"deepspeed={files / 'ds_z3_config.json'}")
     away = planned(
@@ -177,6 +178,7 @@ def test_a_kind_that_is_not_known_is_asked_for(model, capsys):
     out = planned(
         capsys,
         *[model, "--gpus", "8xX1", "--gpu-tflops", "989", "--gpu-gib", "80", "--tokens", "8k"],
+        "memory=fast",
     )
     assert "8 x X1" in out and "of 80.0" in out
     with pytest.raises(UserError, match="name two kinds"):
@@ -210,7 +212,7 @@ def test_what_does_not_fit_has_its_status(model, capsys):
 
 
 def test_what_is_not_priced_is_named(run, capsys):
-    out = planned(capsys, run, "optim=adafactor", status=NOT_ALL_PRICED)
+    out = planned(capsys, run, "optim=adafactor", "memory=fast", status=NOT_ALL_PRICED)
     assert "not counted: optim: adafactor" in out
 
 

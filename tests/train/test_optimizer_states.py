@@ -121,6 +121,18 @@ def alone() -> Iterator[Callable[[dict[str, Any]], Any]]:
         yield lambda keys: pool.submit(train, keys).result(timeout=300)
 
 
+@pytest.fixture(scope="module")
+def shared_rows(
+    base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], list[dict[str, float]], list[str]]:
+    """A run whose two ranks share each row, from its first step to its last: its keys, its log and
+    its kinds. Several tests go on from its checkpoints.
+    """
+    sharding, world, changes = CASES[SHARED_ROWS]
+    keys = {**base, **changes, "output_dir": str(tmp_path_factory.mktemp("shared") / "a")}
+    return (keys, *run_ranks(world, train, keys, sharding, timeout=300)[0])
+
+
 def losses(log: list[dict[str, float]]) -> list[float]:
     return [h["loss"] for h in log if "loss" in h]
 
@@ -160,9 +172,10 @@ def nearly_same_moments(a: Path, b: Path) -> None:
             assert float((one[name] - two[name]).norm()) < 0.05 * float(one[name].norm()), name
 
 
+SHARED_ROWS = "split, fsdp2, two ranks a row, accumulated"
 CASES = {
     "split, fsdp2": ("fsdp2", 2, {}),
-    "split, fsdp2, two ranks a row, accumulated": (
+    SHARED_ROWS: (
         "fsdp2",
         2,
         {"sequence_parallel_size": 2, "gradient_accumulation_steps": 2},
@@ -176,9 +189,12 @@ CASES = {
 
 @pytest.mark.processes
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=[pytest.mark.slow] * (c == "split, fsdp2")) for c in CASES],
+)
 def test_a_resumed_run_is_the_uninterrupted_one_in_every_bit(
-    case: str, base: dict[str, Any], tmp_path: Path, alone: Any
+    case: str, base: dict[str, Any], shared_rows: Any, tmp_path: Path, alone: Any
 ) -> None:
     sharding, world, changes = CASES[case]
 
@@ -187,14 +203,18 @@ def test_a_resumed_run_is_the_uninterrupted_one_in_every_bit(
             alone(keys) if world == 1 else run_ranks(world, train, keys, sharding, timeout=300)[0]
         )
 
-    keys = {**base, **changes, "output_dir": str(tmp_path / "a")}
-    log, kinds = started(keys)
+    if case == SHARED_ROWS:
+        keys, log, kinds = shared_rows
+    else:
+        keys = {**base, **changes, "output_dir": str(tmp_path / "a")}
+        log, kinds = started(keys)
+    whole = Path(keys["output_dir"])
     assert (
         "SplitAdamW" in kinds
         and {"fsdp2": "FSDP", "ddp": "MULTI_CPU", "none": "NO"}[sharding] in kinds
     )
     assert ("bfloat16" in kinds) == case.startswith("split")
-    shutil.copytree(tmp_path / "a" / "checkpoint-3", tmp_path / "b" / "checkpoint-3")
+    shutil.copytree(whole / "checkpoint-3", tmp_path / "b" / "checkpoint-3")
     resumed = {
         **keys,
         "output_dir": str(tmp_path / "b"),
@@ -204,11 +224,12 @@ def test_a_resumed_run_is_the_uninterrupted_one_in_every_bit(
     assert losses(again) == losses(log) and len(losses(log)) == 6
     if case.startswith("lora"):
         one, two = (
-            load_file(tmp_path / x / "checkpoint-6" / "adapter_model.safetensors") for x in "ab"
+            load_file(folder / "checkpoint-6" / "adapter_model.safetensors")
+            for folder in (whole, tmp_path / "b")
         )
         assert all(torch.equal(one[n], two[n]) for n in one)
     else:
-        same_files(tmp_path / "a" / "checkpoint-6", tmp_path / "b" / "checkpoint-6")
+        same_files(whole / "checkpoint-6", tmp_path / "b" / "checkpoint-6")
     names = {p.name for p in (tmp_path / "b" / "checkpoint-6").iterdir()}
     writers = world if sharding == "fsdp2" else 1
     assert {INDEX, "scheduler.pt", *(states_file(r, writers) for r in range(writers))} <= names
@@ -220,7 +241,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_in_every_bit(
 @pytest.mark.parametrize(
     "case",
     [
-        "split, fsdp2, two ranks a row, accumulated",
+        SHARED_ROWS,
         *(pytest.param(c, marks=pytest.mark.slow) for c in ("lora, fsdp2", "split, one process")),
     ],
 )
@@ -277,45 +298,41 @@ def test_gradients_that_leave_during_backward_change_no_bit(
 @pytest.mark.processes
 @pytest.mark.timeout(600)
 def test_another_sequence_parallel_size_resumes_the_same_states(
-    base: dict[str, Any], tmp_path: Path
+    shared_rows: Any, tmp_path: Path
 ) -> None:
     """Two ranks a row, then one: the same samples a step, the same shards; sums come in another
     order, which bf16 weights show.
     """
+    keys, log, _ = shared_rows
+    whole = Path(keys["output_dir"])
     keys = {
-        **base,
-        "sequence_parallel_size": 2,
-        "gradient_accumulation_steps": 2,
-        "output_dir": str(tmp_path / "a"),
-    }
-    log, _ = run_ranks(2, train, keys, "fsdp2", timeout=300)[0]
-    keys |= {
+        **keys,
         "sequence_parallel_size": 1,
         "gradient_accumulation_steps": 1,
         "output_dir": str(tmp_path / "b"),
     }
-    keys |= {"resume_from_checkpoint": str(tmp_path / "a" / "checkpoint-3")}
+    keys |= {"resume_from_checkpoint": str(whole / "checkpoint-3")}
     again, _ = run_ranks(2, train, keys, "fsdp2", timeout=300)[0]
     assert losses(again)[:3] == losses(log)[:3]
     assert losses(again) == pytest.approx(losses(log), rel=3e-3)
-    nearly_same_moments(tmp_path / "a" / "checkpoint-6", tmp_path / "b" / "checkpoint-6")
+    nearly_same_moments(whole / "checkpoint-6", tmp_path / "b" / "checkpoint-6")
 
 
 @pytest.mark.processes
 @pytest.mark.timeout(600)
-def test_twice_as_many_ranks_go_on(base: dict[str, Any], tmp_path: Path) -> None:
-    """Two ranks, then four that share rows in pairs: the same samples a step, every parameter cut
+def test_twice_as_many_ranks_go_on(shared_rows: Any, tmp_path: Path) -> None:
+    """Two ranks, then four, that share rows in pairs: the same samples a step, every parameter cut
     anew.
     """
-    keys = {**base, "gradient_accumulation_steps": 2, "output_dir": str(tmp_path / "a")}
-    log, _ = run_ranks(2, train, keys, "fsdp2", timeout=300)[0]
-    keys |= {"sequence_parallel_size": 2, "output_dir": str(tmp_path / "b")}
-    keys |= {"resume_from_checkpoint": str(tmp_path / "a" / "checkpoint-3")}
+    keys, log, _ = shared_rows
+    whole = Path(keys["output_dir"])
+    keys = {**keys, "gradient_accumulation_steps": 1, "output_dir": str(tmp_path / "b")}
+    keys |= {"resume_from_checkpoint": str(whole / "checkpoint-3")}
     again, _ = run_ranks(4, train, keys, "fsdp2", timeout=300)[0]
     assert losses(again)[:3] == losses(log)[:3]
     assert losses(again) == pytest.approx(losses(log), rel=3e-3)
     assert (tmp_path / "b" / "checkpoint-6" / states_file(3, 4)).is_file()
-    nearly_same_moments(tmp_path / "a" / "checkpoint-6", tmp_path / "b" / "checkpoint-6")
+    nearly_same_moments(whole / "checkpoint-6", tmp_path / "b" / "checkpoint-6")
 
 
 @pytest.mark.processes
