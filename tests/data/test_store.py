@@ -91,7 +91,10 @@ def test_one_process_builds_and_all_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.processes
-def test_if_the_builder_dies_another_builds(tmp_path: Path) -> None:
+def test_if_the_builder_dies_another_builds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "HEAD_START", 1.0)
     assert _run(tmp_path / "s", tmp_path / "log", die=True) == [1, 0, 0, 0]
     builders = (tmp_path / "log").read_text().split()
     assert builders[0] == "0" and len(builders) == 2

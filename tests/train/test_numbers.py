@@ -112,9 +112,22 @@ def test_the_run_ends_before_the_update(case: str, what: str, home: Path) -> Non
     assert not (home / f"stop_{case}_{what}" / "model.safetensors").exists()
 
 
+# Each of both where one process skips, one of them in each other way.
+SKIPPED = [(case, what) for case in ("one", "sp", "ddp", "host") for what in ("loss", "gradient")]
+QUICK = {
+    ("one", "loss"),
+    ("one", "gradient"),
+    ("sp", "loss"),
+    ("ddp", "gradient"),
+    ("host", "loss"),
+}
+
+
 @pytest.mark.processes
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-@pytest.mark.parametrize("case", ["one", "sp", "ddp", "host"])
+@pytest.mark.parametrize(
+    ("case", "what"),
+    [pytest.param(*each, marks=[pytest.mark.slow] * (each not in QUICK)) for each in SKIPPED],
+)
 def test_a_skipped_update_is_no_update(case: str, what: str, home: Path) -> None:  # noqa: F811
     """Weights, states and log are those of a run that leaves the same update out."""
     ranks, changes = CASES[case]

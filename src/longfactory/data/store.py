@@ -35,6 +35,7 @@ from longfactory.data.media.units import MediaUnit
 from longfactory.errors import DataError
 
 FORMAT = 2
+HEAD_START = 5.0  # seconds in which the others leave the building to the first process
 TOKENS, ARRAYS = "tokens.i32", ("part_start.npy", "first_part.npy", "flags.npy", "rows.npy")
 
 # flags of a sample
@@ -378,7 +379,7 @@ def open_or_build(
         return Store(path)
     private_folder(path.parent)
     if not first:
-        _wait(lambda: exists(path), 5.0)
+        _wait(lambda: exists(path), HEAD_START)
     with written(path.parent):
         opened = _lock_file(path).open("a+")
     with opened as lock:
