@@ -48,12 +48,21 @@ def calls(device: str) -> dict[str, Callable[[], Any]]:
         "sigmoid_gated_backward": lambda: ops.sigmoid_gated_backward(dy, x, y),
         "sum_over_picks": lambda: mixed.sum_over_picks(pairs, back, picks, torch.bfloat16),
         "weighted_sum": lambda: mixed.weighted_sum(pairs, chosen, back, x),
+        "weighted_sum and bias": lambda: mixed.weighted_sum(
+            pairs, chosen, back, x, biases, expert.view(tokens, picks)
+        ),
         "weighted_sum_backward": lambda: mixed.weighted_sum_backward(dy, pairs, chosen, order),
+        "weighted_sum_backward and bias": lambda: mixed.weighted_sum_backward(
+            dy, pairs, chosen, order, biases, expert
+        ),
         "expert gated": lambda: mixed.gated(pairs),
         "expert gated_backward": lambda: mixed.gated_backward(pairs[:, :12], pairs),
         "clamped": lambda: mixed.clamped(pairs, 1.7, 7.0),
+        "clamped and bias": lambda: mixed.clamped(pairs, 1.7, 7.0, biases, expert),
         "clamped_backward": lambda: mixed.clamped_backward(pairs[:, :12], pairs, 1.7, 7.0),
-        "biased": lambda: mixed.biased(pairs, biases, expert),
+        "clamped_backward and bias": lambda: mixed.clamped_backward(
+            pairs[:, :12], pairs, 1.7, 7.0, biases, expert
+        ),
         "statistics": lambda: logit_ops.statistics(logits, labels, 1.0, None),
         "_softmax_gradient": lambda: logit_ops._softmax_gradient(logits, lse, lse, 1.0, None),
     }

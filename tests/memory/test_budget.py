@@ -64,10 +64,12 @@ def test_groups_of_heads_shrink_the_working_set():
 
 
 def test_saved_mlp_products_take_bytes_and_spare_products():
-    """4 bytes a number of the MLP's width, token and layer in bf16; and time, by share."""
+    """4 bytes a number of the MLP's width and 2 of the layer's, token and layer in bf16; and time,
+    by share.
+    """
     shares = (0.0, 0.5, 1.0)
     found = [budget(TWO, saved(keep_mlp=share)) for share in shares]
-    whole = 4 * SHAPE.ffn * TWO.local * SHAPE.layers
+    whole = (4 * SHAPE.ffn + 2 * SHAPE.hidden) * TWO.local * SHAPE.layers
     item = "saved MLP products"
     assert [b.gpu.get(item, 0.0) / whole for b in found] == pytest.approx(shares, rel=0.01)
     assert found[0].seconds > found[1].seconds > found[2].seconds

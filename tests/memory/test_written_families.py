@@ -235,23 +235,36 @@ def test_gate_and_up_saved(
     compare(name, settings, PACKED, monkeypatch, lora)
 
 
-def test_what_is_saved_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And nothing is left of it when backward is over."""
+@pytest.mark.parametrize(
+    ("name", "again"),
+    [("qwen2", ["gate", "o", "up"]), ("qwen3_moe", ["o"]), ("cohere", ["gate", "up"])],
+)
+def test_what_is_saved_is_not_computed_again(
+    name: str, again: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`again`: what backward computes of a layer whose products are not saved. A parallel layer
+    asks for no output projection there.
+    """
     from longfactory.memory.layer import mlp_half
 
-    counts: dict[float, int] = {}
-    calls: list[int] = []
-    own = mlp_half._gate_up
+    calls: list[str] = []
+    own = mlp_half.linear
+
+    def linear(x: Tensor, c: Any, part: str, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append(part)
+        return own(x, c, part, *args, **kwargs)
+
+    monkeypatch.setattr(mlp_half, "linear", linear)
     for share in (0.0, 0.5, 1.0):
-        model = make("qwen2")
+        model = make(name)
         apply_memory(model, MemorySettings(keep_mlp=share))
         run(model, PACKED)  # the first call compares the layer with its own code
         calls.clear()
-        monkeypatch.setattr(mlp_half, "_gate_up", lambda *a: calls.append(1) or own(*a))
         run(model, PACKED)
-        monkeypatch.setattr(mlp_half, "_gate_up", own)
-        counts[share] = len(calls)
-    assert counts == {0.0: 8, 0.5: 6, 1.0: 4}
+        layers = len(decoder_layers(model)[1])
+        found = sorted(part for part in calls if part != "down")
+        once = ["o"] if name == "qwen3_moe" else ["gate", "o", "up"]
+        assert found == sorted(layers * once + int(layers * (1 - share)) * again)
 
 
 @pytest.mark.parametrize(

@@ -379,7 +379,8 @@ def test_a_run_trains_through_the_grouped_experts() -> None:
     assert held and all("forward" in vars(m) for m in held)
 
 
-def test_the_gate_of_gpt_oss_is_its_own() -> None:
+@pytest.mark.parametrize("biased", [True, False])
+def test_the_gate_of_gpt_oss_is_its_own(biased: bool) -> None:
     """Values and gradients, inside and beyond the limits, against the module's own gate."""
     model = tiny_model("gpt_oss")
     base: Any = next(m for m in model.modules() if experts.of_interface(m))
@@ -388,11 +389,18 @@ def test_the_gate_of_gpt_oss_is_its_own() -> None:
     x[0, :4] = torch.tensor([base.limit, -base.limit, -base.limit, base.limit])
     assert (x.abs() > base.limit).any()
     dy = torch.randn(40, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    leaves = [x.clone().requires_grad_() for _ in range(2)]
-    want = base._apply_gate(leaves[0])
-    got = experts._Clamped.apply(leaves[1], float(base.alpha), float(base.limit))
-    torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
-    gradients = [
-        torch.autograd.grad(y, leaf, dy)[0] for y, leaf in zip((want, got), leaves, strict=True)
-    ]
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-13)
+    expert = torch.arange(40) // 15  # three experts, and a fourth without tokens
+    bias = torch.randn(4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    bias[0] = 0.0
+    results = []
+    for own in (True, False):
+        given, added = (t.clone().requires_grad_() for t in (x, bias))
+        if own:
+            y = base._apply_gate(given + added[expert] if biased else given)
+        else:
+            limits = float(base.alpha), float(base.limit)
+            y = experts._Clamped.apply(given, added if biased else None, expert, *limits)
+        leaves = [given, added] if biased else [given]
+        results.append([y, *torch.autograd.grad(y, leaves, dy)])
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)

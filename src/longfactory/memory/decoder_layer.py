@@ -7,7 +7,8 @@ attention and MLP).
 Everything but attention works on each token alone and is done in chunks of the sequence, in both
 directions. Stored between them: the layer's input, and attention's output and log-sum-exp if they
 are saved. What backward computes again: q, k, v, Wo, the norms and two of the MLP's three products
-(all three where a norm comes after them); nothing twice. An MLP that is a module of its own, a
+(all three where a norm comes after them), but for those that are saved (`keep_mlp`: Wo's and the
+MLP's); nothing twice. An MLP that is a module of its own, a
 mixture of experts, runs as it is; in backward each chunk of it runs again once and is
 differentiated by autograd. In bytes a local token, h = 2 * hidden (bf16), a = 2 * heads * D, kv = 2
 * key heads * D:
@@ -331,10 +332,8 @@ class _Layer(torch.autograd.Function):
         store, chain = owner.store, owner.chain
         handle = store.layer_input(owner.index, x.detach(), again)
         if store.saves_mlp(owner.index) and handle.last_in_segment:
-            if owner.mlp is None:
-                call.products = room_for_products(x[0], call)
-            else:
-                call.kept = {}
+            call.products = room_for_products(x[0], call)
+            call.kept = None if owner.mlp is None else {}
         y, out, lse = forward(x.detach()[0], call)
         ctx.products, call.products = call.products, None
         ctx.kept, call.kept = call.kept, None
@@ -447,12 +446,14 @@ def _mlp_fixed(arguments: Any) -> dict[str, Any]:
 
 
 def _mlp_of_a_token(job: TrainingJob, kind: LayerKind) -> float:
-    """Bytes: what gate and up give; of a mixture of experts what autograd stores of it."""
+    """Bytes: what the output projection, gate and up give; of a mixture of experts what autograd
+    stores of it.
+    """
     width = job.shape.width
     if not kind.experts:
-        return 2.0 * width * kind.dense_width
+        return float(width * (kind.hidden + 2 * kind.dense_width))
     # what experts are given and make; gate, up and their product; the order, and the router's
-    numbers = 2 * kind.used * kind.hidden + 3 * kind.expert_width + kind.hidden
+    numbers = 2 * kind.used * kind.hidden + 3 * kind.expert_width + 2 * kind.hidden
     numbers += 4 * kind.dense_width
     return width * numbers + 20.0 * kind.used + 8.0 * kind.experts
 
@@ -469,8 +470,10 @@ def _mlp_bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:
 def _mlp_work(job: TrainingJob, settings: MemorySettings) -> Work:
     if settings.keep_mlp == 0:
         return Work()
-    saved = sum(1.0 if k.experts else 2 / 3 for k in _mlp_layers(job, settings.keep_mlp))
-    return Work(again_mlp=-saved / job.shape.layers)
+    layers = _mlp_layers(job, settings.keep_mlp)
+    saved = sum(1.0 if kind.experts else 2 / 3 for kind in layers)
+    count = job.shape.layers
+    return Work(again_mlp=-saved / count, again_output=-len(layers) / count)
 
 
 def _mlp_words(settings: MemorySettings) -> str | None:

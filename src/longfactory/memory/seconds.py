@@ -140,6 +140,8 @@ def _products(job: TrainingJob, kind: LayerKind, work: Work | None) -> float:
         recurrences += 2 + work.again_projections + work.again_forward
     recurrent = recurrences * kind.recurrent_flop
     plain = 2.0 * (kind.mixer_parameters * projections + kind.dense_parameters * mlp) + recurrent
+    if work is not None:
+        plain += 2.0 * work.again_output * kind.outputs * kind.hidden
     if not kind.experts:
         return plain / machine.gemm
     rate = machine.gemm * (GROUPED if width == 2 else 1.0)

@@ -28,8 +28,9 @@ class MemorySettings:
             log-sum-exp are saved, so that their attention kernel never runs twice. 0 saves none, 1
             all.
         keep_mlp: fraction of the layers (the last ones) of which the hand-written function saves
-            what gate and up give, or all that autograd stores of a mixture of experts, so that
-            backward does not compute these products again.
+            what gate and up give, or all that autograd stores of a mixture of experts, and what
+            attention's output projection gives, so that backward does not compute these products
+            again.
         offload: what goes to pinned host memory between forward and backward: nothing, the
             layer inputs, or the layer inputs and the saved attention outputs.
         pool_bytes: upper bound of that host memory for this process. What does not fit stays on the
@@ -150,7 +151,8 @@ class MemoryArguments:
     keep_mlp: float | Literal["auto"] = _key(
         "auto",
         "Share of the layers whose MLPs' gate and up outputs (of experts: all that autograd stores)"
-        " are saved, so that these products are not computed again (hand-written layers).",
+        " and attention's projected output are saved, so that these products are not computed again"
+        " (hand-written layers).",
         low=0.0,
         high=1.0,
     )

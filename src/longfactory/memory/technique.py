@@ -56,12 +56,14 @@ class Work(NamedTuple):
     Attributes:
         again_projections, again_mlp, again_attention: forward passes of a layer's parts that its
             own backward computes again.
+        again_output: the same of the last of the projections, behind attention, beside them.
         again_forward: forward passes of whole layers but for attention, before their backward.
         slower: share of the time of linear layers.
         copied_bytes: to the host in forward, and back in backward, for one GPU.
     """
 
     again_projections: float = 0.0
+    again_output: float = 0.0
     again_mlp: float = 0.0
     again_attention: float = 0.0
     again_forward: float = 0.0

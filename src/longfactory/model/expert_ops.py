@@ -24,26 +24,50 @@ def sum_over_picks(y: Tensor, back: Tensor, picks: int, dtype: torch.dtype) -> T
     return y[back].view(-1, picks, y.shape[1]).to(wide(y.dtype)).sum(1).to(dtype)
 
 
-@fused("weights", "back")
-def weighted_sum(y: Tensor, weights: Tensor, back: Tensor, like: Tensor) -> Tensor:
-    """[S, H] and weights [T, K] -> [T, H] in the type of `like`."""
+@fused("weights", "back", "chosen")
+def weighted_sum(
+    y: Tensor,
+    weights: Tensor,
+    back: Tensor,
+    like: Tensor,
+    bias: Tensor | None = None,
+    chosen: Tensor | None = None,
+) -> Tensor:
+    """[S, H] and weights [T, K] -> [T, H] in the type of `like`.
+
+    Args:
+        bias, chosen: [E, H], added to y, of each token's experts [T, K].
+    """
     inner = torch.promote_types(wide(y.dtype), wide(weights.dtype))
     # [S, H] -> [T, K, H]
     found = y[back].view(*weights.shape, y.shape[1]).to(inner)
+    if bias is not None and chosen is not None:
+        found = found + bias[chosen].to(inner)
     return (found * weights.to(inner).unsqueeze(-1)).sum(1).to(like.dtype)
 
 
-@fused("y", "order")
+@fused("y", "order", "expert")
 def weighted_sum_backward(
-    dout: Tensor, y: Tensor, weights: Tensor, order: Tensor
+    dout: Tensor,
+    y: Tensor,
+    weights: Tensor,
+    order: Tensor,
+    bias: Tensor | None = None,
+    expert: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Of dout [T, H]: the gradient of y [S, H], and [S] those of the weights, in the pairs' order
     and the wide type.
+
+    Args:
+        bias, expert: [E, H], added to y, of each pair's expert [S].
     """
     inner = torch.promote_types(wide(y.dtype), wide(weights.dtype))
     sent = dout[order // weights.shape[1]].to(inner)
     own = weights.reshape(-1)[order].to(inner)
-    return (sent * own.unsqueeze(-1)).to(y.dtype), (sent * y.to(inner)).sum(-1)
+    found = y.to(inner)
+    if bias is not None and expert is not None:
+        found = found + bias[expert].to(inner)
+    return (sent * own.unsqueeze(-1)).to(y.dtype), (sent * found).sum(-1)
 
 
 @fused("x")
@@ -63,21 +87,46 @@ def gated_backward(dy: Tensor, x: Tensor) -> Tensor:
     return torch.cat((g * up * (s + silu * (1 - s)), g * silu), -1).to(x.dtype)
 
 
-@fused("x")
-def clamped(x: Tensor, alpha: float, limit: float) -> Tensor:
-    """[S, 2 I] -> [S, I] as gpt-oss: gate and up stand side by side, both are clamped, and
-    (up + 1) gate sigmoid(alpha gate).
+def _gate_and_up(x: Tensor, bias: Tensor | None, expert: Tensor | None) -> tuple[Tensor, Tensor]:
+    """gpt-oss's [S, 2 I], where gate and up stand side by side, and the bias [E, 2 I] of each
+    pair's expert [S] -> [S, I] and [S, I], in the wide type.
     """
-    # [S, 2 I] -> [S, I, 2]
-    gate, up = x.to(wide(x.dtype)).unflatten(-1, (-1, 2)).unbind(-1)
+    both = x.to(wide(x.dtype))
+    if bias is not None and expert is not None:
+        both = both + bias[expert].to(both.dtype)
+    gate, up = both.unflatten(-1, (-1, 2)).unbind(-1)
+    return gate, up
+
+
+@fused("x", "expert")
+def clamped(
+    x: Tensor,
+    alpha: float,
+    limit: float,
+    bias: Tensor | None = None,
+    expert: Tensor | None = None,
+) -> Tensor:
+    """[S, 2 I] -> [S, I] as gpt-oss: gate and up are clamped, (up + 1) gate sigmoid(alpha gate).
+
+    Args:
+        bias, expert: see `_gate_and_up`.
+    """
+    gate, up = _gate_and_up(x, bias, expert)
     gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
     return ((up + 1) * gate * torch.sigmoid(alpha * gate)).to(x.dtype)
 
 
-@fused("dy", "x")
-def clamped_backward(dy: Tensor, x: Tensor, alpha: float, limit: float) -> Tensor:
+@fused("dy", "x", "expert")
+def clamped_backward(
+    dy: Tensor,
+    x: Tensor,
+    alpha: float,
+    limit: float,
+    bias: Tensor | None = None,
+    expert: Tensor | None = None,
+) -> Tensor:
     """[S, 2 I], the gradient of x; none of what was cut off."""
-    gate, up = x.to(wide(x.dtype)).unflatten(-1, (-1, 2)).unbind(-1)
+    gate, up = _gate_and_up(x, bias, expert)
     g = dy.to(gate.dtype)
     inside = (gate <= limit, (up >= -limit) & (up <= limit))
     gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
@@ -85,9 +134,3 @@ def clamped_backward(dy: Tensor, x: Tensor, alpha: float, limit: float) -> Tenso
     dgate = g * (up + 1) * (s + alpha * gate * s * (1 - s)) * inside[0]
     dup = g * gate * s * inside[1]
     return torch.stack((dgate, dup), -1).flatten(-2).to(x.dtype)
-
-
-@fused("y", "expert")
-def biased(y: Tensor, bias: Tensor, expert: Tensor) -> Tensor:
-    """[S, out] + [E, out] of each token's expert, in the tokens' type."""
-    return y + bias.to(y.dtype)[expert]

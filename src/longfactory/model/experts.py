@@ -224,27 +224,34 @@ def _experts(
             weight = in_autocast(weight)
             x = x.to(weight.dtype)
             y = grouped_mm(x, weight if base.is_transposed else weight.transpose(1, 2), offsets)
-        if name in wrappers:
-            y = y + low_rank(wrappers[name], adapter, x, offsets)
-        if not base.has_bias:
-            return y
-        return _Biased.apply(y, in_autocast(getattr(base, f"{name}_bias")), expert)
+        return y + low_rank(wrappers[name], adapter, x, offsets) if name in wrappers else y
+
+    def bias(name: str) -> Tensor | None:
+        """[E, out]"""
+        return in_autocast(getattr(base, f"{name}_bias")) if base.has_bias else None
 
     back = torch.empty_like(order)
     back[order] = torch.arange(order.numel(), device=order.device)
     first = "gate_up_proj" if base.has_gate else "up_proj"
     x = _Sent.apply(hidden_states, order, back, picks, _computed_in(getattr(base, first)))
     x = product(x, first)
-    if _gates_plainly(base):
-        x = _Gated.apply(x)
-    elif _gates_clamped(base):
-        x = _Clamped.apply(x, float(base.alpha), float(base.limit))
+    if _gates_clamped(base):
+        x = _Clamped.apply(x, bias(first), expert, float(base.alpha), float(base.limit))
     else:
-        x = base._apply_gate(x) if base.has_gate else base.act_fn(x)
-    x = product(x, "down_proj")
+        x = _plus(x, bias(first), expert)
+        if _gates_plainly(base):
+            x = _Gated.apply(x)
+        else:
+            x = base._apply_gate(x) if base.has_gate else base.act_fn(x)
+    x, last = product(x, "down_proj"), bias("down_proj")
     if getattr(base, "has_post_expert_norm", False):  # transformers 5.17 has none
-        x = base.post_expert_norm(x)
-    return _Combined.apply(x, top_k_weights, order, back, hidden_states)
+        x, last = base.post_expert_norm(_plus(x, last, expert)), None
+    return _Combined.apply(x, top_k_weights, last, top_k_index, expert, order, back, hidden_states)
+
+
+def _plus(y: Tensor, bias: Tensor | None, expert: Tensor) -> Tensor:
+    """[S, out] + [E, out] of each pair's expert [S]."""
+    return y if bias is None else y + bias[expert]
 
 
 def _gates_plainly(base: Any) -> bool:
@@ -283,31 +290,6 @@ class _Sent(torch.autograd.Function):
         return dx, None, None, None, None
 
 
-class _Biased(torch.autograd.Function):
-    """[S, out] + [E, out] of each token's expert, in the tokens' type.
-
-    The bias' gradient is a product with a matrix of ones; autograd's own adds up by index, one
-    token after the other where experts are few.
-    """
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, y: Tensor, bias: Tensor, expert: Tensor
-    ) -> Tensor:
-        ctx.experts, ctx.dtype = len(bias), bias.dtype
-        ctx.save_for_backward(expert)
-        return expert_ops.biased(y, bias, expert)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        (expert,) = ctx.saved_tensors
-        if not ctx.needs_input_grad[1]:
-            return dy, None, None
-        # [E, S]
-        sent = torch.arange(ctx.experts, device=expert.device).unsqueeze(1) == expert
-        return dy, (sent.to(dy.dtype) @ dy).to(ctx.dtype), None
-
-
 class _Gated(torch.autograd.Function):
     """silu(gate) * up of [S, 2 I]; the input alone is stored."""
 
@@ -322,39 +304,67 @@ class _Gated(torch.autograd.Function):
         return expert_ops.gated_backward(dy, x)  # type: ignore[no-any-return]
 
 
+def _bias_gradient(dy: Tensor, expert: Tensor, experts: int) -> Tensor:
+    """Of [S, out] and each pair's expert [S]: [E, out], the sums over each expert's pairs.
+
+    A product with a matrix of ones: autograd's own adds up by index, one pair after the other where
+    experts are few.
+    """
+    # [E, S]
+    sent = torch.arange(experts, device=expert.device).unsqueeze(1) == expert
+    return sent.to(dy.dtype) @ dy
+
+
 class _Clamped(torch.autograd.Function):
-    """gpt-oss's gate of [S, 2 I]; the input alone is stored."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, alpha: float, limit: float) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(x)
-        ctx.alpha, ctx.limit = alpha, limit
-        return expert_ops.clamped(x, alpha, limit)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        (x,) = ctx.saved_tensors
-        return expert_ops.clamped_backward(dy, x, ctx.alpha, ctx.limit), None, None
-
-
-class _Combined(torch.autograd.Function):
-    """[S, H] sorted by expert -> [tokens, H]: the weighted sum over each token's experts, in the
-    type of `like`.
+    """gpt-oss's gate of [S, 2 I] and the bias [E, 2 I] of each pair's expert [S]; the input without
+    the bias is stored.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weights: Tensor, order: Tensor, back: Tensor, like: Tensor
+        ctx: Any, x: Tensor, bias: Tensor | None, expert: Tensor, alpha: float, limit: float
     ) -> Tensor:
-        ctx.save_for_backward(x, weights, order, back)
-        return expert_ops.weighted_sum(x, weights, back, like)  # type: ignore[no-any-return]
+        ctx.save_for_backward(x, bias, expert)
+        ctx.alpha, ctx.limit = alpha, limit
+        return expert_ops.clamped(x, alpha, limit, bias, expert)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        x, bias, expert = ctx.saved_tensors
+        dx = expert_ops.clamped_backward(dy, x, ctx.alpha, ctx.limit, bias, expert)
+        own = _bias_gradient(dx, expert, len(bias)) if ctx.needs_input_grad[1] else None
+        return dx, own, None, None, None
+
+
+class _Combined(torch.autograd.Function):
+    """[S, H] sorted by expert -> [T, H]: the weighted sum over each token's experts, with the bias
+    [E, H] of each, in the type of `like`.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor,
+        bias: Tensor | None,
+        chosen: Tensor,
+        expert: Tensor,
+        order: Tensor,
+        back: Tensor,
+        like: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weights, bias, expert, order, back)
+        return expert_ops.weighted_sum(x, weights, back, like, bias, chosen)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x, weights, order, back = ctx.saved_tensors
-        dx, own = expert_ops.weighted_sum_backward(dout.contiguous(), x, weights, order)
+        x, weights, bias, expert, order, back = ctx.saved_tensors
+        dx, own = expert_ops.weighted_sum_backward(
+            dout.contiguous(), x, weights, order, bias, expert
+        )
         dweights = own[back].view_as(weights).to(weights.dtype)
-        return dx, dweights, None, None, None
+        dbias = _bias_gradient(dx, expert, len(bias)) if ctx.needs_input_grad[2] else None
+        return dx, dweights, dbias, None, None, None, None, None
 
 
 def low_rank(wrapper: Any, adapter: str, x: Tensor, offsets: Tensor) -> Tensor:

@@ -99,8 +99,8 @@ class LayerCall:
         self.chunk, self.groups, self.mlp, self.mlp_weights = chunk, groups, mlp, mlp_weights
         self.scalar = scalar
         self.products: dict[str, Tensor] | None = None
-        """What gate and up give for all tokens, [T, out] by linear, where they are saved: written
-        in the forward pass, read in the backward pass."""
+        """What the output projection, gate and up give for all tokens, [T, out] by linear, where
+        they are saved: written in the forward pass, read in the backward pass."""
         self.kept: dict[int, tuple[Tensor, Tensor]] | None = None
         """Of an MLP that is a module of its own, where what it stores is kept for the backward
         pass: what each chunk gave it and what it made of that, by the chunk's first token."""

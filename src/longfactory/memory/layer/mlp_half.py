@@ -28,22 +28,22 @@ def mlp_forward(x: Tensor, out: Tensor, y: Tensor, s: slice, c: LayerCall) -> No
     Args:
         out: attention's, [T, heads * Dv].
     """
-    _, x2 = _after_attention(x, attended(x, out, s, c), s, c)
+    into = {} if c.products is None else saved_rows(c.products, s)
+    x2 = _after_attention(x, linear(attended(x, out, s, c), c, "o", out=into.get("o")), s, c)
     n = _mlp_input(x, x2, s, c)
     if c.mlp is not None:
         m = _module_forward(n, s, c)
     else:
         assert c.shape.activation is not None
-        gate, up = _gate_up(n, c, None if c.products is None else saved_rows(c.products, s))
+        gate, up = _gate_up(n, c, into)
         m = linear(gated(gate, up, c.shape.activation), c, "down")
     m = normed(m, c, "norm2_after")
     torch.add(x2, m, alpha=c.shape.residual, out=y[s])
 
 
-def _after_attention(x: Tensor, given: Tensor, s: slice, c: LayerCall) -> tuple[Tensor, Tensor]:
-    """The output projection of the tokens `s`, and x2, [C, H] both."""
-    a = linear(given, c, "o")
-    return a, torch.add(x[s], normed(a, c, "norm1_after"), alpha=c.shape.residual)
+def _after_attention(x: Tensor, a: Tensor, s: slice, c: LayerCall) -> Tensor:
+    """x2 of the tokens `s`, from what the output projection gives: [C, H] both."""
+    return torch.add(x[s], normed(a, c, "norm1_after"), alpha=c.shape.residual)
 
 
 def _mlp_input(x: Tensor, x2: Tensor, s: slice, c: LayerCall) -> Tensor:
@@ -56,15 +56,17 @@ def saved_rows(products: dict[str, Tensor], s: slice) -> dict[str, Tensor]:
 
 
 def room_for_products(x: Tensor, c: LayerCall) -> dict[str, Tensor]:
-    """For what gate and up give for all tokens."""
-    names = ("gate_up",) if "gate_up" in c.weights else ("gate", "up")
+    """For what the output projection, gate and up give for all tokens, but for those that the layer
+    has not, or that backward does not ask for.
+    """
+    names = [name for name in ("gate_up", "gate", "up") if name in c.weights]
+    if not c.shape.parallel:
+        names.append("o")
     return {name: x.new_empty(x.shape[0], c.width(name)) for name in names}
 
 
-def _gate_up(
-    n: Tensor, c: LayerCall, into: dict[str, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    into = into or {}
+def _gate_up(n: Tensor, c: LayerCall, into: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """What gate and up give, written to `into` where it has room for that."""
     if "gate_up" not in c.weights:
         gate, up = (linear(n, c, name, out=into.get(name)) for name in ("gate", "up"))
         return gate, up
@@ -99,28 +101,35 @@ def mlp_backward(
     """
     for s in c.chunks(x.shape[0]):
         given = attended(x, out, s, c)
-        a, x2 = _after_attention(x, given, s, c)
-        n = _mlp_input(x, x2, s, c)
+        a = None if c.products is None else saved_rows(c.products, s).get("o")
+        x2 = x[s]
+        if not c.shape.parallel:
+            a = linear(given, c, "o") if a is None else a
+            x2 = _after_attention(x, a, s, c)
         slope = dy[s] if c.scalar is None else dy[s] * c.scalar
         g = slope if c.shape.residual == 1.0 else slope * c.shape.residual
-        if c.mlp is not None:
-            dn = _module_backward(g, n, s, c, sums)
+        if c.kept is not None:
+            dn = _module_backward(g, *c.kept.pop(s.start), c, sums)
+        elif c.mlp is not None:
+            run = _differentiable(_mlp_input(x, x2, s, c), s, c)
+            dn = _module_backward(g, *run, c, sums)
+            del run
         else:
-            dn = _gated_backward(g, n, s, c, sums)
+            dn = _gated_backward(g, _mlp_input(x, x2, s, c), s, c, sums)
         if pending is not None:
             pending[s], dx2[s] = dn, slope
         else:
             dx2[s] = normed_backward(dn, x2, c, "norm2", sums, slope)
-        del dn, n, x2, slope, g
+        del dn, x2, slope, g
         if c.shape.separate_gradient:
             g = dx2[s] if c.shape.residual == 1.0 else dx2[s] * c.shape.residual
-            da[s] = normed_backward(g, a, c, "norm1_after", sums)
+            da[s] = g if a is None else normed_backward(g, a, c, "norm1_after", sums)
         sums.outer("o", da[s], given, low_gradient(da[s], c, "o"), a)
 
 
 def _gated_backward(dm: Tensor, n: Tensor, s: slice, c: LayerCall, sums: Sums) -> Tensor:
     """The gradient at the MLP's input, from that of what its norm gives. [C, H]"""
-    gate, up = _gate_up(n, c) if c.products is None else _saved(c.products, s)
+    gate, up = _gate_up(n, c, {}) if c.products is None else _saved(c.products, s)
     assert c.shape.activation is not None
     made = None
     if c.shape.norm("norm2_after") is not None:
@@ -158,11 +167,13 @@ def _differentiable(n: Tensor, s: slice, c: LayerCall) -> tuple[Tensor, Tensor]:
         return given, c.mlp(given, s.start)
 
 
-def _module_backward(dm: Tensor, n: Tensor, s: slice, c: LayerCall, sums: Sums) -> Tensor:
-    """The same through a module of its own, which autograd differentiates."""
+def _module_backward(dm: Tensor, given: Tensor, made: Tensor, c: LayerCall, sums: Sums) -> Tensor:
+    """The same through a module of its own, which autograd differentiates.
+
+    Args:
+        given, made: of `_differentiable`.
+    """
     weights = list(c.mlp_weights())
-    kept = None if c.kept is None else c.kept.pop(s.start, None)
-    given, made = kept or _differentiable(n, s, c)
     dm = normed_backward(dm, made.detach(), c, "norm2_after", sums)
     dn, *gradients = torch.autograd.grad(made, [given, *weights], dm, allow_unused=True)
     for place, g in enumerate(gradients):
