@@ -4,9 +4,10 @@ the layer's own code, recomputed in chunks as it trains where it is not hand-wri
     python benchmarks/layers.py --out benchmarks/results           # all GPUs of the host, 3 min on two
     python benchmarks/layers.py --smoke --out results         # CPU, tiny shapes: does it run?
 
-A row is a layer in bf16 on one document of 32,768 tokens, attention outputs saved, chunks of 8,192
-tokens: seconds of forward and backward (median of five, both ways by turns), their ratio, the peak
-of memory. `errors`: of the input's gradient and of each weight's in bf16 on 2,048 tokens, from the
+A row is a layer in bf16 on one document of 32,768 tokens, attention outputs saved, in chunks of
+8,192 tokens, or, with experts, all tokens at once (each chunk adds to the gradients of all
+experts): seconds of forward and backward (median of five, both ways by turns), their ratio, the
+peak of memory. Experts run as they train, both ways (`model/experts.py`). `errors`: of the input's gradient and of each weight's in bf16 on 2,048 tokens, from the
 layer's own code in fp32 with the same experts chosen, those of the hand-written function over those
 of the layer's own code: median and largest. Each GPU has a process, which takes its share of the
 rows one after the other, and another one for those behind a row that kills it.
@@ -272,13 +273,18 @@ def measure(name: str, smoke: bool) -> dict[str, Any]:
     from longfactory.memory.apply import apply_memory
     from longfactory.memory.decoder_layer import DecoderLayer
     from longfactory.memory.settings import MemorySettings
+    from longfactory.model import experts
 
     device = torch.device("cpu" if smoke else "cuda")
     tokens = 128 if smoke else TOKENS
     model = _model(name, device, smoke)
     layer, args, kwargs = _call(model, tokens, device)
-    kept = LAYERS[name][1].get("keep_mlp", 0.0)
+    experts.install_grouped(model)
+    fields = LAYERS[name][1]
+    kept = fields.get("keep_mlp", 0.0)
     chunk = 32 if smoke else CHUNK
+    if "num_experts" in fields:
+        chunk = None
     settings = MemorySettings(keep_attention=1.0, keep_mlp=kept, mlp_chunk=chunk)
     apply_memory(model, settings)
     installed: Any = layer.forward
@@ -291,7 +297,7 @@ def measure(name: str, smoke: bool) -> dict[str, Any]:
     }
     width = model.config.get_text_config().hidden_size
     dtype = next(model.parameters()).dtype
-    row: dict[str, Any] = {"name": name, "kind": LAYERS[name][0]}
+    row: dict[str, Any] = {"name": name, "kind": LAYERS[name][0], "chunk": chunk}
     x, dy = (torch.randn(1, tokens, width, device=device).to(dtype) for _ in range(2))
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for turn in range(ROUNDS + 1):  # the first compiles
@@ -408,7 +414,10 @@ def write(out: Path, rows: list[dict[str, Any]], machine: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(ordered, indent=1) + "\n")
     machines = "; ".join(sorted({row["machine"] for row in ordered if "machine" in row}))
-    about = f"One layer on {machines}; {TOKENS:,} tokens, bf16. Rows without numbers: not measured."
+    about = (
+        f"One layer on {machines}; {TOKENS:,} tokens, bf16, in chunks of {CHUNK:,}, of experts all at"
+        " once. Rows without numbers: not measured."
+    )
     table = "\n".join([HEAD, *map(_line, ordered)])
     (out / "layers.md").write_text(
         f"# The hand-written layer beside the generic one\n\n{about}\n\n{table}\n"

@@ -200,7 +200,8 @@ class DecoderLayer(CheckpointedLayer):
         assert self.mlp is not None
         with chunked.whole(start):
             made = self.mlp(n[None])
-        return (made[0] if isinstance(made, tuple) else made)[0]
+        # a view: backward of `[0]` would copy the gradient into zeros
+        return (made[0] if isinstance(made, tuple) else made).flatten(0, 1)
 
     def _fits(self, x: Tensor, cos: Tensor | None) -> bool:
         shape = self.shape

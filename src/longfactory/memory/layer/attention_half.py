@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,32 +96,44 @@ def _made_backward(g: Tensor, n: Tensor, s: slice, c: LayerCall, name: str, sums
     return g.reshape(g.shape[0], -1)
 
 
+def _whole(
+    length: int, c: LayerCall, make: Callable[[slice], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """What `make` gives of each chunk, [C, ...], for all tokens; of one chunk without a copy."""
+    first, *rest = c.chunks(length)
+    parts = make(first)
+    if not rest:
+        return tuple(part.contiguous() for part in parts)
+    whole = tuple(part.new_empty(length, *part.shape[1:]) for part in parts)
+    for s in (first, *rest):
+        for all_tokens, part in zip(whole, parts if s == first else make(s), strict=True):
+            all_tokens[s] = part
+    return whole
+
+
 def queries(x: Tensor, c: LayerCall, heads: slice) -> Tensor:
     """[T, H] -> [T, heads, D] queries of some heads."""
-    count = c.shape.heads if heads == ALL else heads.stop - heads.start
-    q = x.new_empty(x.shape[0], count, c.shape.head_dim)
-    for s in c.chunks(x.shape[0]):
+
+    def make(s: slice) -> tuple[Tensor]:
         n = normed(x[s], c, "norm1")
         if c.shape.latent is not None:
-            q[s] = turned(latent.query_heads(n, c, heads), s, c, "q")
-        else:
-            q[s] = _made(n, s, c, "q", heads)
-    return q
+            return (turned(latent.query_heads(n, c, heads), s, c, "q"),)
+        return (_made(n, s, c, "q", heads),)
+
+    return _whole(x.shape[0], c, make)[0]
 
 
 def keys_values(x: Tensor, c: LayerCall) -> tuple[Tensor, Tensor]:
     """[T, H] -> keys [T, key heads, D] and values [T, key heads, Dv]."""
-    T, shape = x.shape[0], c.shape
-    k = x.new_empty(T, shape.kv_heads, shape.head_dim)
-    v = x.new_empty(T, shape.kv_heads, shape.value_dim)
-    for s in c.chunks(T):
+
+    def make(s: slice) -> tuple[Tensor, Tensor]:
         n = normed(x[s], c, "norm1")
-        if shape.latent is not None:
-            keys, v[s] = latent.keys_values(n, c)
-            k[s] = turned(keys, s, c, "k")
-        else:
-            k[s] = _made(n, s, c, "k")
-            v[s] = _made(n, s, c, "v")
+        if c.shape.latent is not None:
+            k, v = latent.keys_values(n, c)
+            return turned(k, s, c, "k"), v
+        return _made(n, s, c, "k"), _made(n, s, c, "v")
+
+    k, v = _whole(x.shape[0], c, make)
     return k, v
 
 
