@@ -44,8 +44,12 @@ def calls(device: str) -> dict[str, Callable[[], Any]]:
         "rotate_backward": lambda: ops.rotate_backward(heads, *angles),
         "gated": lambda: ops.gated(x, y),
         "gated_backward": lambda: ops.gated_backward(dy, x, y),
-        "sigmoid_gated": lambda: ops.sigmoid_gated(x, y),
-        "sigmoid_gated_backward": lambda: ops.sigmoid_gated_backward(dy, x, y),
+        "output_gated": lambda: ops.output_gated(x, y),
+        "output_gated of heads": lambda: ops.output_gated(heads, heads[..., :1], "softplus"),
+        "output_gated_backward": lambda: ops.output_gated_backward(dy, x, y),
+        "output_gated_backward of heads": lambda: ops.output_gated_backward(
+            heads, heads, heads[..., :1], "softplus"
+        ),
         "sum_over_picks": lambda: mixed.sum_over_picks(pairs, back, picks, torch.bfloat16),
         "weighted_sum": lambda: mixed.weighted_sum(pairs, chosen, back, x),
         "weighted_sum and bias": lambda: mixed.weighted_sum(

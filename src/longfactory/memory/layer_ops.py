@@ -266,6 +266,8 @@ def _activated(g: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     if activation == "sigmoid":
         s = torch.sigmoid(g)
         return s, s * (1 - s)
+    if activation == "softplus":
+        return torch.nn.functional.softplus(g), torch.sigmoid(g)
     if activation == "gelu":
         share = 0.5 * (1 + torch.erf(g * 0.7071067811865476))
         return g * share, share + g * torch.exp(-0.5 * g * g) * 0.3989422804014327
@@ -297,14 +299,20 @@ def gated_backward(
 
 
 @fused("x", "gate")
-def sigmoid_gated(x: Tensor, gate: Tensor) -> Tensor:
-    """x * sigmoid(gate)."""
-    return (x.to(wide(x.dtype)) * torch.sigmoid(gate.to(wide(x.dtype)))).to(x.dtype)
+def output_gated(x: Tensor, gate: Tensor, activation: str = "sigmoid") -> Tensor:
+    """x * activation(gate): [C, heads, D] and [C, heads, D or 1]."""
+    value, _ = _activated(gate.to(wide(x.dtype)), activation)
+    return (x.to(value.dtype) * value).to(x.dtype)
 
 
 @fused("dy", "x", "gate")
-def sigmoid_gated_backward(dy: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """dx and dgate."""
-    d, s = dy.to(wide(x.dtype)), torch.sigmoid(gate.to(wide(x.dtype)))
-    dgate = d * x.to(d.dtype) * s * (1 - s)
-    return (d * s).to(x.dtype), dgate.to(x.dtype)
+def output_gated_backward(
+    dy: Tensor, x: Tensor, gate: Tensor, activation: str = "sigmoid"
+) -> tuple[Tensor, Tensor]:
+    """dx and dgate of `output_gated`."""
+    value, slope = _activated(gate.to(wide(x.dtype)), activation)
+    d = dy.to(value.dtype)
+    dgate = d * x.to(d.dtype) * slope
+    if gate.shape[-1] == 1:
+        dgate = dgate.sum(-1, keepdim=True)
+    return (d * value).to(x.dtype), dgate.to(x.dtype)

@@ -22,10 +22,10 @@ from longfactory.memory.layer.linears import (
     through,
 )
 from longfactory.memory.layer_ops import (
+    output_gated,
+    output_gated_backward,
     rotate,
     rotate_backward,
-    sigmoid_gated,
-    sigmoid_gated_backward,
 )
 
 
@@ -48,12 +48,12 @@ def turned_backward(g: Tensor, s: slice, c: LayerCall, name: str) -> Tensor:
 
 
 def _head_rows(c: LayerCall, name: str, heads: slice, part: int = 0) -> tuple[str, Rows]:
-    """The linear and its outputs that make some heads of a projection. With an output gate the
-    query (part 0) and the gate (part 1) of a head stand beside each other.
+    """The linear and its outputs that make some heads of a projection. Where it makes an output
+    gate too, the query (part 0) and the gate (part 1) of a head stand beside each other.
     """
     source, rows = c.rows(name)
     dim = c.shape.head_dim
-    if name == "q" and c.shape.output_gate:
+    if name == "q" and c.gate_beside_queries:
         every = torch.arange(2 * c.shape.heads * dim, device=c.weights["q"].device)
         # [heads * 2 * D] -> [heads, 2, D]
         return source, every.view(c.shape.heads, 2, dim)[heads, part].reshape(-1)
@@ -71,7 +71,9 @@ def _projected(n: Tensor, c: LayerCall, name: str, heads: slice = ALL) -> Tensor
 
 def _made(n: Tensor, s: slice, c: LayerCall, name: str, heads: slice = ALL) -> Tensor:
     """[C, H] normed hidden -> [C, heads, D] queries, keys or values."""
-    if c.shape.whole_norm and name != "v":
+    if name != "v" and c.shape.norm_of_turned:
+        return normed(turned(_projected(n, c, name, heads), s, c, name), c, f"{name}_norm")
+    if name != "v" and c.shape.whole_norm:
         y = normed(_projected(n, c, name).flatten(1), c, f"{name}_norm")
         y = y.view(n.shape[0], -1, c.shape.head_dim)[:, heads]
     else:
@@ -84,6 +86,10 @@ def _made(n: Tensor, s: slice, c: LayerCall, name: str, heads: slice = ALL) -> T
 
 def _made_backward(g: Tensor, n: Tensor, s: slice, c: LayerCall, name: str, sums: Sums) -> Tensor:
     """[C, heads, D] -> the gradient of the projection's output, [C, heads * D]."""
+    if name != "v" and c.shape.norm_of_turned:
+        y = turned(_projected(n, c, name), s, c, name)
+        g = normed_backward(g, y, c, f"{name}_norm", sums)
+        return turned_backward(g, s, c, name).flatten(1)
     if name != "v":
         g = turned_backward(g, s, c, name)
     if c.shape.norm(f"{name}_norm") is not None:
@@ -154,31 +160,46 @@ def attention(x: Tensor, k: Tensor, v: Tensor, c: LayerCall) -> tuple[Tensor, Te
 
 
 def gate_of(x: Tensor, s: slice, c: LayerCall, heads: slice = ALL) -> Tensor:
-    """[C, heads * D]: the output gate of the tokens `s`, for some heads."""
-    source, rows = _head_rows(c, "q", heads, 1)
-    return linear(normed(x[s], c, "norm1"), c, source, rows)
+    """[C, heads, D or 1]: the output gate of the tokens `s`, for some heads."""
+    n = normed(x[s], c, "norm1")
+    if c.gate_beside_queries:
+        made = linear(n, c, *_head_rows(c, "q", heads, 1))
+        return made.view(n.shape[0], -1, c.shape.head_dim)
+    each = c.width("g") // c.shape.heads
+    made = linear(n, c, "g", _columns(heads, each))
+    return made.view(n.shape[0], -1, each)
+
+
+def _columns(heads: slice, each: int) -> slice:
+    """The numbers of some heads, `each` for one of them."""
+    return heads if heads == ALL else slice(heads.start * each, heads.stop * each)
 
 
 def attended(x: Tensor, out: Tensor, s: slice, c: LayerCall) -> Tensor:
     """What the output projection gets of the tokens `s`: [C, heads * Dv]."""
-    return sigmoid_gated(out[s], gate_of(x, s, c)) if c.shape.output_gate else out[s]
+    if c.shape.output_gate is None:
+        return out[s]
+    by_head = out[s].unflatten(1, (c.shape.heads, -1))
+    return output_gated(by_head, gate_of(x, s, c), c.shape.output_gate).flatten(1)
 
 
 def _ungated(
     x: Tensor, out: Tensor, da: Tensor, dgate: Tensor | None, c: LayerCall, heads: slice
 ) -> Tensor:
-    """The gradient of attention's output for some heads, [T, heads * Dv]; and into `dgate` that of
+    """The gradient of attention's output for some heads, [T, heads, Dv]; and into `dgate` that of
     their gates, where there are some.
     """
     dim = c.shape.value_dim
-    columns = heads if heads == ALL else slice(heads.start * dim, heads.stop * dim)
+    columns = _columns(heads, dim)
     if dgate is None:
-        return linear_backward(da, c, "o", columns=columns)[0]
-    dout = x.new_empty(x.shape[0], dgate[:, columns].shape[1])
+        return linear_backward(da, c, "o", columns=columns)[0].unflatten(1, (-1, dim))
+    count = len(range(c.shape.heads)[heads])
+    dout = x.new_empty(x.shape[0], count, dim)
     for s in c.chunks(x.shape[0]):
-        g = linear_backward(da[s], c, "o", columns=columns)[0]
+        g = linear_backward(da[s], c, "o", columns=columns)[0].unflatten(1, (-1, dim))
+        of_heads = out[s, columns].unflatten(1, (-1, dim))
         gate = gate_of(x, s, c, heads)
-        dout[s], dgate[s, columns] = sigmoid_gated_backward(g, out[s, columns], gate)
+        dout[s], dgate[s, heads] = output_gated_backward(g, of_heads, gate, c.shape.output_gate)
     return dout
 
 
@@ -186,17 +207,20 @@ def attention_backward(
     x: Tensor, out: Tensor, lse: Tensor, da: Tensor, k: Tensor, v: Tensor, c: LayerCall, sums: Sums
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The gradients of queries [T, heads, D] (with several groups of heads as wide as values:
-    written over out), keys, values, and of the output gate [T, heads * D], where there is one.
+    written over out), keys, values, and of the output gate [T, heads, D or 1], where there is one.
 
     Args:
         out: [T, heads * Dv].
         da: gradient of the output projection, [T, H].
     """
     T, shape = x.shape[0], c.shape
-    dgate = torch.empty_like(out) if shape.output_gate else None
+    dgate = None
+    if shape.output_gate is not None:
+        numbers = shape.heads * shape.head_dim if c.gate_beside_queries else c.width("g")
+        dgate = x.new_empty(T, shape.heads, numbers // shape.heads)
     whole = out.view(T, shape.heads, shape.value_dim)
     if c.groups == 1:
-        dout = _ungated(x, out, da, dgate, c, ALL).view(whole.shape)
+        dout = _ungated(x, out, da, dgate, c, ALL)
         q = queries(x, c, ALL)
         dq, dk, dv, dsinks = sp.attention_backward(
             dout, q, k, v, whole, lse, c.plan, **c.options, **c.sinks(ALL)
@@ -209,7 +233,7 @@ def attention_backward(
         dqs = x.new_empty(T, shape.heads, shape.head_dim)
     all_sinks: list[Any] = []
     for mine, keys in c.group_slices():
-        dout = _ungated(x, out, da, dgate, c, mine).view(T, -1, shape.value_dim)
+        dout = _ungated(x, out, da, dgate, c, mine)
         kg, vg, og, lg = (
             k[:, keys].contiguous(),
             v[:, keys].contiguous(),
@@ -254,6 +278,8 @@ def projections_backward(
             dn = latent.projections_backward(gq, gk, dv[s], n, c, sums, dn)
         else:
             dn = _plain_backward(dq[s], dk[s], dv[s], dgate, n, s, c, sums, dn)
+        if dgate is not None and not c.gate_beside_queries:
+            dn = through(dgate[s].flatten(1), n, c, "g", sums, dn)
         dx[s] = normed_backward(dn, x[s], c, "norm1", sums, dx[s])
 
 
@@ -270,10 +296,9 @@ def _plain_backward(
 ) -> Tensor:
     """The gradient at the projections' input, [C, H], added to `dn` if it is given."""
     gq = _made_backward(dq, n, s, c, "q", sums)
-    if dgate is not None:
-        # [C, heads * D] twice -> [C, heads, 2, D] -> [C, heads * 2 * D]
-        wide = (n.shape[0], c.shape.heads, c.shape.head_dim)
-        gq = torch.stack((gq.view(wide), dgate[s].view(wide)), 2).flatten(1)
+    if dgate is not None and c.gate_beside_queries:
+        # [C, heads, D] twice -> [C, heads, 2, D] -> [C, heads * 2 * D]
+        gq = torch.stack((gq.view(dgate[s].shape), dgate[s]), 2).flatten(1)
     gk = _made_backward(dk, n, s, c, "k", sums)
     gv = _made_backward(dv, n, s, c, "v", sums)
     if c.rows("q")[0] == "qkv":

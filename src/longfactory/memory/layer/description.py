@@ -71,12 +71,15 @@ class LayerDescription:
         rotary: None: nothing turns.
         softcap: of attention's scores.
         sinks: each head has one more score, without a value.
-        output_gate: attention's output is multiplied by the sigmoid of a gate, which `q` makes
-            beside each head's query.
+        output_gate: the activation of a gate that attention's output is multiplied by
+            (`layer_ops.output_gated`); None for no gate. A linear of its own, `g`, makes it, for
+            each head or for each number of a head; where there is no `g`, `q` makes it, beside each
+            head's query.
         latent: see `Latent`.
         norms: by name: norm1, norm1_after, norm2, norm2_after, see above; q_norm, k_norm and v_norm
             of heads; q_a_norm and kv_a_norm of the narrow vectors of latent attention.
         whole_norm: q_norm and k_norm are of all heads together.
+        norm_of_turned: q_norm and k_norm come after rotary embedding, not before it.
         parallel: see above.
         activation: of the gated MLP (`layer_ops.ACTIVATIONS`); None: the MLP is a module of its own
             (a mixture of experts), which runs as it is and is differentiated by autograd.
@@ -94,10 +97,11 @@ class LayerDescription:
     rotary: Rotary | None
     softcap: float | None = None
     sinks: bool = False
-    output_gate: bool = False
+    output_gate: str | None = None
     latent: Latent | None = None
     norms: tuple[tuple[str, Norm], ...] = ()
     whole_norm: bool = False
+    norm_of_turned: bool = False
     parallel: bool = False
     activation: str | None = "silu"
     residual: float = 1.0
@@ -122,7 +126,7 @@ class LayerParts(NamedTuple):
     Attributes:
         shape: what it computes.
         linears: by our names: q, k, v, o, gate, up, down; qkv and gate_up where they are one; q_a,
-            q_b, kv_a, kv_b of latent attention.
+            q_b, kv_a, kv_b of latent attention; g of attention's output gate.
         norms: by the names in the description.
         mlp: the module that runs as it is, or None.
         attention: the attention module.

@@ -157,6 +157,11 @@ class LayerCall:
             return int(self.quantised[name].out_features)
         return int(self.weights[name].shape[0])
 
+    @property
+    def gate_beside_queries(self) -> bool:
+        """Whether `q` makes attention's output gate too."""
+        return self.shape.output_gate is not None and "g" not in self.weights
+
     def rows(self, name: str) -> tuple[str, slice]:
         """The linear that makes a projection, and which of its outputs."""
         return self._rows.get(name, (name, ALL))

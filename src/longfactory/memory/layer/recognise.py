@@ -8,6 +8,7 @@ first call `proof` compares the function that is made from it with the layer's o
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -71,8 +72,8 @@ class Family:
         window: where the window comes from that its attention is given: the "module", the "config",
             the config by the layer's "type", or None.
         softcap: its attention is given `attn_logit_softcapping`.
-        output_gate: see `LayerDescription`.
-        whole_norm: see `LayerDescription`.
+        output_gate, whole_norm, norm_of_turned: see `LayerDescription`. The gate is there where one
+            of `_GATES` is, too.
         activation: of its MLP, where no configuration says it.
         query_scale: its queries grow with their position (`llama_4_scaling_beta`).
         pair: see `LayerDescription`.
@@ -84,8 +85,9 @@ class Family:
     turns: Callable[[Any], bool] = _always
     window: str | None = None
     softcap: bool = False
-    output_gate: bool = False
+    output_gate: str | None = None
     whole_norm: bool = False
+    norm_of_turned: bool = False
     activation: str | None = None
     query_scale: bool = False
     pair: bool = False
@@ -118,11 +120,13 @@ FAMILIES: dict[str, Family] = {
     "seed_oss": Family(),
     "deepseek_v2": Family(pairs=INTERLEAVED, angles="once"),
     "deepseek_v3": Family(),
-    "qwen3_next": Family(ZERO_CENTRED, output_gate=True),
-    "qwen3_5": Family(ZERO_CENTRED, output_gate=True),
-    "qwen3_5_moe": Family(ZERO_CENTRED, output_gate=True),
+    "qwen3_next": Family(ZERO_CENTRED, output_gate="sigmoid"),
+    "qwen3_5": Family(ZERO_CENTRED, output_gate="sigmoid"),
+    "qwen3_5_moe": Family(ZERO_CENTRED, output_gate="sigmoid"),
+    "afmoe": Family(WIDE, window="module", turns=_only_in_windows),
     "aria": Family(),
     "axk1": Family(),
+    "bailing_hybrid": Family(pairs=GATHERED),
     "bamba": Family(pair=True),
     "cohere2_moe": Family(
         LAYER_NORM, pairs=INTERLEAVED, angles="repeated", turns=_only_in_windows, window="module"
@@ -147,12 +151,18 @@ FAMILIES: dict[str, Family] = {
     "granitemoehybrid": Family(turns=_where_the_model_says_rope),
     "granitemoeshared": Family(),
     "helium": Family(WIDE, pairs=INTERLEAVED),
+    "hunyuan_v1_dense": Family(norm_of_turned=True),
+    "hunyuan_v1_moe": Family(norm_of_turned=True),
+    "hunyuan_vl": Family(norm_of_turned=True),
     "hy_v3": Family(),
+    "hyperclovax": Family(),
     "jamba": Family(turns=_never),
     "kimi_linear": Family(turns=_never),
     "kolibri1": Family(window="module", turns=_but_beside_windows),
+    "laguna": Family(window="module", output_gate="softplus"),
     "lfm2": Family(activation="silu"),
     "lfm2_moe": Family(activation="silu"),
+    "lfm3": Family(window="module", activation="silu"),
     "mellum": Family(window="module"),
     "minicpm3": Family(),
     "minimax_m2": Family(whole_norm=True),
@@ -174,6 +184,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl_moe": Family(),
     "smollm3": Family(window="module", turns=_by_flag),
     "solar_open": Family(),
+    "step3p7": Family(ZERO_CENTRED, window="module"),
+    "vaultgemma": Family(ZERO_CENTRED, window="module", softcap=True),
     "youtu": Family(),
 }
 """By the name of transformers' module, `transformers.models.NAME.modeling_NAME`."""
@@ -195,6 +207,25 @@ _NORMS = (
     },
     {"norm1": "input_layernorm"},  # parallel
     {"norm1": "operator_norm", "norm2": "ffn_norm"},
+    {
+        "norm1": "operator_norm",
+        "norm1_after": "post_operator_norm",
+        "norm2": "ffn_norm",
+        "norm2_after": "post_ffn_norm",
+    },
+    {"norm1": "input_layernorm", "norm2": "pre_feedforward_layernorm"},
+    {
+        "norm1": "input_layernorm",
+        "norm1_after": "post_attention_layernorm",
+        "norm2": "pre_mlp_layernorm",
+        "norm2_after": "post_mlp_layernorm",
+    },
+    {
+        "norm1": "input_layernorm",
+        "norm1_after": "post_norm1",
+        "norm2": "post_attention_layernorm",
+        "norm2_after": "post_norm2",
+    },
     {"norm1": "input_layernorm", "norm2": "pre_ff_layernorm"},
 )
 """The norms of a layer, by our names and transformers'."""
@@ -212,8 +243,14 @@ _BESIDE = {
     "norm2_after": "post_feedforward_layernorm",
 }
 """The norms of a layer with experts beside its MLP (`MixtureBeside`), which has others inside."""
+_GATES = ("g_proj", "gate_proj")
+"""What an attention module calls the linear of its output gate."""
 _HEADS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 _OUT_HEADS = {**_HEADS, "o": "out_proj"}
+_HEAD_NORMS = {
+    "q_norm": ("q_norm", "q_layernorm", "query_layernorm"),
+    "k_norm": ("k_norm", "k_layernorm", "key_layernorm"),
+}
 _JOINT_HEADS = {"qkv": "qkv_proj", "o": "o_proj"}
 _LATENT = {"kv_a": "kv_a_proj_with_mqa", "kv_b": "kv_b_proj", "o": "o_proj"}
 _GATED = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -254,7 +291,8 @@ def _recognise(layer: nn.Module) -> LayerParts:
     family = FAMILIES.get(family_of(layer) or "")
     if family is None:
         raise Unknown(f"{name} is of no family that is hand-written")
-    children = {n for n, m in layer.named_children() if not isinstance(m, nn.Dropout)}
+    nothing = (nn.Dropout, nn.Identity)
+    children = {n for n, m in layer.named_children() if not isinstance(m, nothing)}
     attention: Any = getattr(layer, "self_attn", None)
     if attention is None or getattr(layer, "block_type", "") in LAYERS:
         raise Unknown(f"{name} has no softmax attention")
@@ -356,12 +394,14 @@ def _attention(
     if getattr(module.config, "clip_qkv", None):
         raise Unknown("its queries, keys and values are clipped")
     dim = int(module.head_dim)
+    gate = _gate(module, family, linears)
+    beside = gate is not None and "g" not in linears
     rows: tuple[tuple[str, str, int, int], ...] = ()
     found = _take(module, _HEADS) or _take(module, _OUT_HEADS)
     joint = None if found is not None else _take(module, _JOINT_HEADS)
     if found is not None:
         kv_heads = _outputs(found["k"]) // dim
-        heads = _outputs(found["q"]) // dim // (2 if family.output_gate else 1)
+        heads = _outputs(found["q"]) // dim // (2 if beside else 1)
     elif joint is not None:
         found, heads = joint, int(module.config.num_attention_heads)
         kv_heads = int(module.num_key_value_heads)
@@ -377,9 +417,9 @@ def _attention(
         rows = (("v", "k", 0, kv_heads * dim),)
     linears |= found
     fields: dict[str, Any] = {}
-    for name, other in (("q_norm", "q_layernorm"), ("k_norm", "k_layernorm")):
-        norm = getattr(module, name, None) or getattr(module, other, None)
-        if norm is not None:
+    for name, others in _HEAD_NORMS.items():
+        found_norms = (getattr(module, other, None) for other in others)
+        if (norm := next((n for n in found_norms if n is not None), None)) is not None:
             norms[name] = norm
     if (v_norm := getattr(module, "v_norm", None)) is not None:
         if getattr(v_norm, "with_scale", True):
@@ -395,11 +435,21 @@ def _attention(
         "rotary": rotary,
         "softcap": softcap,
         "sinks": getattr(module, "sinks", None) is not None,
-        "output_gate": family.output_gate,
+        "output_gate": gate,
         "whole_norm": family.whole_norm,
+        "norm_of_turned": family.norm_of_turned,
         "rows": rows,
         "query_scale": _query_scale(module.config) if family.query_scale else None,
     }
+
+
+def _gate(module: Any, family: Family, linears: dict[str, Any]) -> str | None:
+    """`LayerDescription.output_gate`; a linear of its own is put to the others."""
+    for name in _GATES:
+        if getattr(module, name, None) is not None:
+            linears["g"] = getattr(module, name)
+            return family.output_gate or "sigmoid"
+    return family.output_gate
 
 
 def _query_scale(config: Any) -> tuple[float, float] | None:
@@ -415,7 +465,8 @@ def _latent_attention(
     if found is None:
         raise Unknown(f"{type(module).__name__} has other projections than expected")
     linears |= found
-    query_rank = int(module.q_lora_rank or 0)
+    gate = _gate(module, family, linears)
+    query_rank = int(getattr(module, "q_lora_rank", None) or 0)
     if query_rank:
         linears |= {"q_a": module.q_a_proj, "q_b": module.q_b_proj}
         norms["q_a_norm"] = module.q_a_layernorm
@@ -431,6 +482,7 @@ def _latent_attention(
         "head_dim": plain + rotary,
         "value_dim": int(module.v_head_dim),
         "rotary": turns if family.turns(module) else None,
+        "output_gate": gate,
         "latent": Latent(int(module.kv_lora_rank), plain, rotary, query_rank),
         "query_scale": _query_scale(module.config) if family.query_scale else None,
     }
@@ -449,6 +501,8 @@ def _mlp(
     found = next((f for form in forms if (f := _take(module, form))), None)
     if found is None:
         raise Unknown(f"{name} has an MLP of another shape")
+    if getattr(module, "limit", math.inf) != math.inf:
+        raise Unknown(f"{name} has an MLP that cuts large numbers off")
     config = getattr(module, "config", config)
     given = (
         family.activation
