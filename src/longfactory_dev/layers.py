@@ -33,7 +33,6 @@ from longfactory_dev.tiny_models import tiny_model
 LENGTH = 48
 SETTINGS: dict[str, dict[str, Any]] = {
     "glm4_moe": {"use_qk_norm": True},
-    "gemma4_text": {"hidden_size_per_layer_input": 0},
     "granite": {"residual_multiplier": 0.3, "attention_multiplier": 0.2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
 }

@@ -30,7 +30,7 @@ PACKED = (Segment(0, 17), Segment(17, 40), Segment(40, LENGTH))
 DENSE = (Segment(0, LENGTH),)
 SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {}),
-    "gemma4": ("gemma4_text", {"hidden_size_per_layer_input": 0}),
+    "gemma4": ("gemma4_text", {}),
     "glm4_moe": ("glm4_moe", {"use_qk_norm": True}),
     "cohere": ("cohere", {"use_qk_norm": True}),
     "granite": ("granite", {"residual_multiplier": 0.3, "attention_multiplier": 0.2}),
@@ -46,7 +46,7 @@ SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5_moe": ("qwen3_5_moe_text", {}),
     "aria": ("aria_text", {}),
     "cohere_compass": ("cohere_compass_text", {}),
-    "gemma4_unified": ("gemma4_unified_text", {"hidden_size_per_layer_input": 0}),
+    "gemma4_unified": ("gemma4_unified_text", {}),
     "jamba": ("jamba", {"attn_layer_period": 2, "attn_layer_offset": 1}),
     "qwen2_5_omni": ("qwen2_5_omni_thinker", {}),
     "qwen3_omni_moe": ("qwen3_omni_moe_thinker", {}),

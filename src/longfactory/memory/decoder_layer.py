@@ -114,21 +114,31 @@ class DecoderLayer(CheckpointedLayer):
             *(name + end for name in self.linears for end in ENDS),
         )
 
+    def token_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a call gives the layer as its own input for each token, [1, T, P]; None for a layer
+        that has none.
+        """
+        if self.shape.token_input is None:
+            return None
+        return args[1] if len(args) > 1 else kwargs.get("per_layer_input")
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs.get("hidden_states")
+        own_input = self.token_input(args, kwargs)
         plan = kwargs.get("sp_plan")
         embedding = cos_sin(kwargs.get("position_embeddings"))
         if (
             plan is None
             or (embedding is None and self.shape.rotary is not None)
             or (self.shape.query_scale is not None and kwargs.get("position_ids") is None)
+            or (self.shape.token_input is not None and own_input is None)
             or probe.steps_aside()
             or not isinstance(x, Tensor)
             or not self._fits(x, None if embedding is None else embedding[0])
             or not self._proved(x, args, kwargs)
         ):
             return super().__call__(*args, **kwargs)
-        call = self.call(plan, kwargs)
+        call = self.call(plan, kwargs, own_input)
         record = self.store.record
         if not torch.is_grad_enabled():
             y, out, lse = forward(x[0], call)
@@ -145,14 +155,15 @@ class DecoderLayer(CheckpointedLayer):
             return y[0] if isinstance(y, tuple) else y
 
         own = [call.weights[name] for name in self.names]
-        y = _Layer.apply(call, again, len(own), x, *own, *call.mlp_weights())
+        y = _Layer.apply(call, again, len(own), x, own_input, *own, *call.mlp_weights())
         return (y, None) if self.shape.pair else y
 
-    def call(self, plan: Any, given: dict[str, Any]) -> LayerCall:
+    def call(self, plan: Any, given: dict[str, Any], own_input: Tensor | None) -> LayerCall:
         """What the passes over a row share.
 
         Args:
-            given: the arguments of the layer's call.
+            given: the named arguments of the layer's call.
+            own_input: see `token_input`.
         """
         cos = sin = positions = None
         embedding = cos_sin(given.get("position_embeddings"))
@@ -185,6 +196,7 @@ class DecoderLayer(CheckpointedLayer):
             self._mlp_weights,
             self.layer.layer_scalar if self.shape.scalar else None,
             positions,
+            None if own_input is None else own_input.detach()[0],
             self,
         )
 
@@ -327,7 +339,13 @@ class Chain:
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, call: LayerCall, again: Any, own: int, x: Tensor, *weights: Tensor | None
+        ctx: Any,
+        call: LayerCall,
+        again: Any,
+        own: int,
+        x: Tensor,
+        own_input: Tensor | None,
+        *weights: Tensor | None,
     ) -> Tensor:  # type: ignore[override]
         owner = call.owner
         store, chain = owner.store, owner.chain
@@ -368,10 +386,14 @@ class _Layer(torch.autograd.Function):
         own = chain.gradient == (owner.index, dy.data_ptr()) and dy.is_contiguous()
         dx = dy[0] if own else torch.empty_like(x)
         late = store.prefetch if store.settings.late_prefetch else None
-        gradients = backward(x, dy[0], dx, saved, call, ctx.needs_input_grad[4:], late)
+        if ctx.needs_input_grad[4] and call.token_input is not None:
+            call.token_gradient = torch.empty_like(call.token_input)
+        gradients = backward(x, dy[0], dx, saved, call, ctx.needs_input_grad[5:], late)
         call.set_weights(None)
+        of_own_input = None if call.token_gradient is None else call.token_gradient[None]
         chain.gradient = (owner.index - 1, dx.data_ptr()) if ctx.chained else (-1, 0)
-        return None, None, None, dx[None] if ctx.needs_input_grad[3] else None, *gradients
+        of_x = dx[None] if ctx.needs_input_grad[3] else None
+        return None, None, None, of_x, of_own_input, *gradients
 
 
 # ---- what the planner needs to know --------------------------------------------------------------

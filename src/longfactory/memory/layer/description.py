@@ -3,7 +3,8 @@
     a = attention(norm1(x)) Wo              x2 = x + r norm1_after(a)
     m = mlp(norm2(x2))                      y = s (x2 + r norm2_after(m))
 
-Where a norm is None it is left out. Parallel layers have one norm, y = x + attention(n) + mlp(n)
+Where a norm is None it is left out; s, and an input that a layer has of its own for each token
+(`token_input`), come last. Parallel layers have one norm, y = x + attention(n) + mlp(n)
 with n = norm1(x).
 """
 
@@ -77,7 +78,8 @@ class LayerDescription:
             head's query.
         latent: see `Latent`.
         norms: by name: norm1, norm1_after, norm2, norm2_after, see above; q_norm, k_norm and v_norm
-            of heads; q_a_norm and kv_a_norm of the narrow vectors of latent attention.
+            of heads; q_a_norm and kv_a_norm of the narrow vectors of latent attention; input_norm
+            of a token's own input.
         whole_norm: q_norm and k_norm are of all heads together.
         norm_of_turned: q_norm and k_norm come after rotary embedding, not before it.
         parallel: see above.
@@ -87,6 +89,8 @@ class LayerDescription:
         rows: projections that are some rows of a wider linear: name -> (linear, first row, last).
         scalar: the layer has s, a buffer.
         query_scale: b and n: a query at position p is multiplied by 1 + b log(1 + floor(p / n)).
+        token_input: the activation of the gate of a token's own input (`layer.token_input`); None:
+            there is none.
         pair: the layer returns attention's weights, None, beside its output.
     """
 
@@ -108,6 +112,7 @@ class LayerDescription:
     rows: tuple[tuple[str, str, int, int], ...] = ()
     scalar: bool = False
     query_scale: tuple[float, float] | None = None
+    token_input: str | None = None
     pair: bool = False
 
     def norm(self, name: str) -> Norm | None:
@@ -126,7 +131,8 @@ class LayerParts(NamedTuple):
     Attributes:
         shape: what it computes.
         linears: by our names: q, k, v, o, gate, up, down; qkv and gate_up where they are one; q_a,
-            q_b, kv_a, kv_b of latent attention; g of attention's output gate.
+            q_b, kv_a, kv_b of latent attention; g of attention's output gate; input_gate and
+            input_up of a token's own input.
         norms: by the names in the description.
         mlp: the module that runs as it is, or None.
         attention: the attention module.

@@ -69,6 +69,7 @@ class LayerCall:
         mlp_weights: its trained parameters, asked for in each pass.
         scalar: s of the description, [1].
         positions: [T], of a layer whose queries grow with them.
+        token_input: [T, P], of a layer that has an input of its own for each token.
         owner: the `DecoderLayer`.
     """
 
@@ -90,6 +91,7 @@ class LayerCall:
         mlp_weights: Any = tuple,
         scalar: Tensor | None = None,
         positions: Tensor | None = None,
+        token_input: Tensor | None = None,
         owner: Any = None,
     ) -> None:
         self.owner = owner
@@ -97,7 +99,9 @@ class LayerCall:
         self.scales, self.quantised, self.dtype = scales, quantised, dtype
         self.options = {**options, "softcap": shape.softcap}
         self.chunk, self.groups, self.mlp, self.mlp_weights = chunk, groups, mlp, mlp_weights
-        self.scalar = scalar
+        self.scalar, self.token_input = scalar, token_input
+        self.token_gradient: Tensor | None = None
+        """[T, P], that of the token's own input, where it is asked for."""
         self.products: dict[str, Tensor] | None = None
         """What the output projection, gate and up give for all tokens, [T, out] by linear, where
         they are saved: written in the forward pass, read in the backward pass."""

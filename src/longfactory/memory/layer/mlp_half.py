@@ -19,6 +19,7 @@ from longfactory.memory.layer.linears import (
     normed_backward,
     through,
 )
+from longfactory.memory.layer.token_input import token_input_backward, with_token_input
 from longfactory.memory.layer_ops import gated, gated_backward
 
 
@@ -37,13 +38,20 @@ def mlp_forward(x: Tensor, out: Tensor, y: Tensor, s: slice, c: LayerCall) -> No
         assert c.shape.activation is not None
         gate, up = _gate_up(n, c, into)
         m = linear(gated(gate, up, c.shape.activation), c, "down")
-    m = normed(m, c, "norm2_after")
-    torch.add(x2, m, alpha=c.shape.residual, out=y[s])
+    if c.token_input is None:
+        torch.add(x2, normed(m, c, "norm2_after"), alpha=c.shape.residual, out=y[s])
+    else:
+        y[s] = with_token_input(_after_mlp(x2, m, c), s, c)
 
 
 def _after_attention(x: Tensor, a: Tensor, s: slice, c: LayerCall) -> Tensor:
     """x2 of the tokens `s`, from what the output projection gives: [C, H] both."""
     return torch.add(x[s], normed(a, c, "norm1_after"), alpha=c.shape.residual)
+
+
+def _after_mlp(x2: Tensor, m: Tensor, c: LayerCall) -> Tensor:
+    """What the layer gives but for a token's input, from x2 and what the MLP gives: [C, H]."""
+    return torch.add(x2, normed(m, c, "norm2_after"), alpha=c.shape.residual)
 
 
 def _mlp_input(x: Tensor, x2: Tensor, s: slice, c: LayerCall) -> Tensor:
@@ -107,33 +115,53 @@ def mlp_backward(
             a = linear(given, c, "o") if a is None else a
             x2 = _after_attention(x, a, s, c)
         slope = dy[s] if c.scalar is None else dy[s] * c.scalar
+        run = _again(x, x2, s, c)
+        if c.token_input is not None:
+            z = _after_mlp(x2, run["made"].detach(), c)
+            slope = token_input_backward(slope, z, s, c, sums)
+            del z
         g = slope if c.shape.residual == 1.0 else slope * c.shape.residual
-        if c.kept is not None:
-            dn = _module_backward(g, *c.kept.pop(s.start), c, sums)
-        elif c.mlp is not None:
-            run = _differentiable(_mlp_input(x, x2, s, c), s, c)
-            dn = _module_backward(g, *run, c, sums)
-            del run
-        else:
-            dn = _gated_backward(g, _mlp_input(x, x2, s, c), s, c, sums)
+        dn = (
+            _gated_backward(g, run, c, sums) if c.mlp is None else _module_backward(g, run, c, sums)
+        )
         if pending is not None:
             pending[s], dx2[s] = dn, slope
         else:
             dx2[s] = normed_backward(dn, x2, c, "norm2", sums, slope)
-        del dn, x2, slope, g
+        del dn, x2, slope, g, run
         if c.shape.separate_gradient:
             g = dx2[s] if c.shape.residual == 1.0 else dx2[s] * c.shape.residual
             da[s] = g if a is None else normed_backward(g, a, c, "norm1_after", sums)
         sums.outer("o", da[s], given, low_gradient(da[s], c, "o"), a)
 
 
-def _gated_backward(dm: Tensor, n: Tensor, s: slice, c: LayerCall, sums: Sums) -> Tensor:
-    """The gradient at the MLP's input, from that of what its norm gives. [C, H]"""
+def _again(x: Tensor, x2: Tensor, s: slice, c: LayerCall) -> dict[str, Tensor]:
+    """What the MLP is given ("n") and what it makes of that ("made"), for the tokens `s`, as
+    backward needs them: of a gated MLP "gate" and "up" too, and "made" where something follows it;
+    of a module with a graph.
+    """
+    if c.mlp is not None:
+        kept = None if c.kept is None else c.kept.pop(s.start)
+        n, made = kept or _differentiable(_mlp_input(x, x2, s, c), s, c)
+        return {"n": n, "made": made}
+    n = _mlp_input(x, x2, s, c)
     gate, up = _gate_up(n, c, {}) if c.products is None else _saved(c.products, s)
-    assert c.shape.activation is not None
-    made = None
-    if c.shape.norm("norm2_after") is not None:
-        made = linear(gated(gate, up, c.shape.activation), c, "down")
+    run = {"n": n, "gate": gate, "up": up}
+    if c.token_input is not None or c.shape.norm("norm2_after") is not None:
+        assert c.shape.activation is not None
+        run["made"] = linear(gated(gate, up, c.shape.activation), c, "down")
+    return run
+
+
+def _gated_backward(dm: Tensor, run: dict[str, Tensor], c: LayerCall, sums: Sums) -> Tensor:
+    """The gradient at the MLP's input, from that of what its norm gives. [C, H]
+
+    Args:
+        run: of `_again`; emptied, so that each tensor is gone where it is needed no more.
+    """
+    n, gate, up, made = (run.pop(name, None) for name in ("n", "gate", "up", "made"))
+    assert c.shape.activation is not None and n is not None
+    if made is not None:
         dm = normed_backward(dm, made, c, "norm2_after", sums)
     if c.factor("down") is None:
         made = None
@@ -167,15 +195,12 @@ def _differentiable(n: Tensor, s: slice, c: LayerCall) -> tuple[Tensor, Tensor]:
         return given, c.mlp(given, s.start)
 
 
-def _module_backward(dm: Tensor, given: Tensor, made: Tensor, c: LayerCall, sums: Sums) -> Tensor:
-    """The same through a module of its own, which autograd differentiates.
-
-    Args:
-        given, made: of `_differentiable`.
-    """
+def _module_backward(dm: Tensor, run: dict[str, Tensor], c: LayerCall, sums: Sums) -> Tensor:
+    """The same through a module of its own, which autograd differentiates."""
+    n, made = run.pop("n"), run.pop("made")
     weights = list(c.mlp_weights())
     dm = normed_backward(dm, made.detach(), c, "norm2_after", sums)
-    dn, *gradients = torch.autograd.grad(made, [given, *weights], dm, allow_unused=True)
+    dn, *gradients = torch.autograd.grad(made, [n, *weights], dm, allow_unused=True)
     for place, g in enumerate(gradients):
         sums.add(mlp_name(place), g)
     return dn

@@ -31,6 +31,8 @@ of transformers are computed in float32, and products in TF32 on GPUs."""
 MOVED_WIDE = {"cpu": 1e-5, "cuda": 1e-3}
 TIMES = 10.0
 """So many times as far as the moved input's results is tolerated."""
+TOKEN_INPUT = "the token's own input"
+"""Its name among the gradients."""
 
 
 def difference(owner: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
@@ -57,6 +59,12 @@ def difference(owner: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
     moved = MOVED.get(x.dtype, MOVED_WIDE.get(x.device.type, 1e-3))
     weights, _ = owner.weights()
     trained = {n: w for n, w in weights.items() if w is not None and w.requires_grad}
+    own_input = owner.token_input((x, *rest), named)
+    if own_input is not None:
+        own_input = own_input.detach().clone().requires_grad_()
+        rest = [own_input, *rest[1:]]
+        named.pop("per_layer_input", None)
+        trained[TOKEN_INPUT] = own_input
 
     def own(point: Tensor) -> dict[str, Tensor]:
         with torch.enable_grad(), chunked.whole():
@@ -67,12 +75,14 @@ def difference(owner: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
         return _results(y, point, grads[0], slope, dict(zip(trained, grads[1:], strict=True)))
 
     def written(point: Tensor) -> dict[str, Tensor]:
-        call = owner.call(plan, named)
+        call = owner.call(plan, named, own_input)
+        if own_input is not None:
+            call.token_gradient = torch.empty_like(own_input[0])
         y, out, lse = forward(point[0], call)
         needed = [n in trained for n in call.names]
         dx = torch.empty_like(point[0])
         grads = backward(point[0], slope[0], dx, [(out, lse)], call, needed)
-        every = dict(zip(call.names, grads, strict=True))
+        every = dict(zip(call.names, grads, strict=True)) | {TOKEN_INPUT: call.token_gradient}
         return _results(y[None], point, dx[None], slope, {n: every[n] for n in trained})
 
     try:

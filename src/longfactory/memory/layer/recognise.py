@@ -245,6 +245,12 @@ _BESIDE = {
 """The norms of a layer with experts beside its MLP (`MixtureBeside`), which has others inside."""
 _GATES = ("g_proj", "gate_proj")
 """What an attention module calls the linear of its output gate."""
+_TOKEN_INPUT = {
+    "input_gate": "per_layer_input_gate",
+    "input_up": "per_layer_projection",
+    "input_norm": "post_per_layer_input_norm",
+}
+"""What belongs to a token's own input."""
 _HEADS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 _OUT_HEADS = {**_HEADS, "o": "out_proj"}
 _HEAD_NORMS = {
@@ -296,6 +302,9 @@ def _recognise(layer: nn.Module) -> LayerParts:
     attention: Any = getattr(layer, "self_attn", None)
     if attention is None or getattr(layer, "block_type", "") in LAYERS:
         raise Unknown(f"{name} has no softmax attention")
+    own_input = _take(layer, _TOKEN_INPUT) or {}
+    if own_input:
+        children -= {*_TOKEN_INPUT.values(), "act_fn"}
     found = _places(layer, children - {"self_attn"})
     if found is None:
         raise Unknown(f"{name} has other parts than expected ({', '.join(sorted(children))})")
@@ -308,13 +317,15 @@ def _recognise(layer: nn.Module) -> LayerParts:
     linears: dict[str, Any] = {}
     fields = _attention(attention, family, linears, norms)
     fields |= _mlp(mlp, name, family, attention.config, linears)
+    if own_input:
+        fields["token_input"] = _activation(family, attention.config)
+        norms["input_norm"] = own_input.pop("input_norm")
+        linears |= own_input
     for part, linear in linears.items():
         if (reason := unknown_linear(linear)) is not None:
             raise Unknown(f"its {_theirs(part)} {reason}")
     fields["norms"] = tuple((ours, _norm(norm, family)) for ours, norm in norms.items())
     scalar = getattr(layer, "layer_scalar", None) is not None
-    if scalar and _differs_from_one(layer):
-        raise Unknown(f"{name} holds weights that are no parameters")
     shape = LayerDescription(
         parallel=len(places) == 1,
         residual=_residual(layer),
@@ -355,11 +366,6 @@ def _window(attention: Any, family: Family) -> int | None:
     if family.window == "type" and layer_types(config)[attention.layer_idx] != "sliding_attention":
         return None
     return getattr(config, "sliding_window", None)
-
-
-def _differs_from_one(layer: Any) -> bool:
-    """Gemma 4's layers with an input of their own for each token."""
-    return bool(getattr(layer, "hidden_size_per_layer_input", 0))
 
 
 def _no_dropout(layer: nn.Module, name: str) -> None:
@@ -503,7 +509,11 @@ def _mlp(
         raise Unknown(f"{name} has an MLP of another shape")
     if getattr(module, "limit", math.inf) != math.inf:
         raise Unknown(f"{name} has an MLP that cuts large numbers off")
-    config = getattr(module, "config", config)
+    linears |= found
+    return {"activation": _activation(family, getattr(module, "config", config))}
+
+
+def _activation(family: Family, config: Any) -> str:
     given = (
         family.activation
         or getattr(config, "hidden_activation", None)
@@ -511,12 +521,11 @@ def _mlp(
     )
     if given not in ACTIVATIONS:
         raise Unknown(f"its activation is {given}")
-    linears |= found
-    return {"activation": ACTIVATIONS[given]}
+    return ACTIVATIONS[given]
 
 
 def _theirs(part: str) -> str:
-    names = {**_HEADS, **_JOINT_HEADS, **_LATENT, **_GATED, **_JOINT_GATED}
+    names = {**_HEADS, **_JOINT_HEADS, **_LATENT, **_GATED, **_JOINT_GATED, **_TOKEN_INPUT}
     return names.get(part, f"{part}_proj")
 
 
