@@ -46,7 +46,7 @@ class Found(NamedTuple):
         written: layers that ran by the hand-written function.
         layers: of the tiny model.
         why: why the others did not.
-        code: the entry of `recognise.FAMILIES`, or None.
+        code: the entry of `families.FAMILIES`, or None.
     """
 
     family: str
@@ -122,7 +122,8 @@ def table(found: Sequence[Found], speeds: dict[str, list[dict[str, Any]]]) -> st
     others: dict[str, list[str]] = collections.defaultdict(list)
     for f in found:
         if not f.written:
-            others[re.sub(r"^\w+ (?=is of no family)", "its layer ", f.why)].append(f.family)
+            reasons = {re.sub(r"^\w+: ", "", reason) for reason in f.why.split("; ")}
+            others["; ".join(sorted(reasons))].append(f.family)
     why = [f"| {', '.join(names)} | {reason} |" for reason, names in sorted(others.items())]
     head = f"""# Hand-written layers
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from longfactory.memory.layer.recognise import FAMILIES
+from longfactory.memory.layer.families import FAMILIES
 from longfactory_dev.layers import exact_families, look
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"

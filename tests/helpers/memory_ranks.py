@@ -15,7 +15,7 @@ from cpu_sharding import init_deepspeed
 from longfactory import sp
 from longfactory.memory.apply import apply_memory
 from longfactory.memory.decoder_layer import DecoderLayer
-from longfactory.memory.layer.recognise import FAMILIES
+from longfactory.memory.layer.families import FAMILIES
 from longfactory.memory.settings import MemorySettings
 from longfactory.sp import hf
 from longfactory.sp.text_model import decoder_layers

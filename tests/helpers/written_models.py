@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from longfactory import sp
 from longfactory.memory.apply import apply_memory
 from longfactory.memory.decoder_layer import DecoderLayer
-from longfactory.memory.layer.recognise import FAMILIES
+from longfactory.memory.layer.families import FAMILIES
 from longfactory.memory.settings import MemorySettings
 from longfactory.sp import hf
 from longfactory.sp.layout import Segment

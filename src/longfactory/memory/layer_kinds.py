@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from longfactory.memory.layer.recognise import FAMILIES, recognise
+from longfactory.memory.layer.families import FAMILIES
+from longfactory.memory.layer.recognise import recognise
 from longfactory.sp.hf import layer_types, values_of_layers
 from longfactory.sp.recurrent.heads import head_bytes
 from longfactory.sp.recurrent.layers import Mixer, mixer_of

@@ -1,15 +1,13 @@
 """Reads a decoder layer of transformers: a `LayerParts`, or why it has no hand-written function.
 
 What can be read from the modules is read there: which norms there are and where, biases, widths,
-heads, experts. What only the code says stands in `FAMILIES`. Nothing of this is believed: at the
+heads, experts. What only the code says stands in `families`. Nothing of this is believed: at the
 first call `proof` compares the function that is made from it with the layer's own code.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -21,174 +19,11 @@ from longfactory.memory.layer.description import (
     Norm,
     Rotary,
 )
+from longfactory.memory.layer.families import FAMILIES, OTHERS, Family
 from longfactory.memory.layer.mixtures import MixtureBeside, Sum
-from longfactory.memory.layer_ops import ACTIVATIONS, GATHERED, INTERLEAVED
+from longfactory.memory.layer_ops import ACTIVATIONS, GATHERED
 from longfactory.sp.hf import layer_types
 from longfactory.sp.recurrent.layers import LAYERS
-
-PLAIN = {"mean": False, "zero_centred": False, "wide_weight": False}
-WIDE = {**PLAIN, "wide_weight": True}
-ZERO_CENTRED = {**WIDE, "zero_centred": True}
-LAYER_NORM = {**WIDE, "mean": True}
-
-
-def _always(attention: Any) -> bool:
-    return True
-
-
-def _only_in_windows(attention: Any) -> bool:
-    return attention.sliding_window is not None
-
-
-def _but_beside_windows(attention: Any) -> bool:
-    """Everywhere but in the full layers of a model that has windows."""
-    return attention.sliding_window is None or attention.is_sliding
-
-
-def _by_flag(attention: Any) -> bool:
-    return bool(attention.use_rope)
-
-
-def _never(attention: Any) -> bool:
-    return False
-
-
-def _where_the_model_has_angles(attention: Any) -> bool:
-    return getattr(attention.config, "rope_parameters", None) is not None
-
-
-def _where_the_model_says_rope(attention: Any) -> bool:
-    return getattr(attention.config, "position_embedding_type", None) == "rope"
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """What the code of a family's modules does and no module shows.
-
-    Attributes:
-        norm: how its norms multiply by their weight.
-        pairs, angles: see `Rotary`.
-        turns: whether an attention module turns queries and keys.
-        window: where the window comes from that its attention is given: the "module", the "config",
-            the config by the layer's "type", or None.
-        softcap: its attention is given `attn_logit_softcapping`.
-        output_gate, whole_norm, norm_of_turned: see `LayerDescription`. The gate is there where one
-            of `_GATES` is, too.
-        activation: of its MLP, where no configuration says it.
-        query_scale: its queries grow with their position (`llama_4_scaling_beta`).
-        pair: see `LayerDescription`.
-    """
-
-    norm: dict[str, bool] = dataclasses.field(default_factory=lambda: PLAIN)
-    pairs: str = "halves"
-    angles: str = "twice"
-    turns: Callable[[Any], bool] = _always
-    window: str | None = None
-    softcap: bool = False
-    output_gate: str | None = None
-    whole_norm: bool = False
-    norm_of_turned: bool = False
-    activation: str | None = None
-    query_scale: bool = False
-    pair: bool = False
-
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family(),
-    "mistral": Family(window="config"),
-    "qwen2": Family(window="module"),
-    "qwen3": Family(window="module"),
-    "gemma2": Family(ZERO_CENTRED, window="module", softcap=True),
-    "gemma3": Family(ZERO_CENTRED, window="module"),
-    "gemma4": Family(WIDE, window="module"),
-    "qwen3_moe": Family(window="module"),
-    "gpt_oss": Family(WIDE, angles="once", window="module"),
-    "glm4": Family(pairs=INTERLEAVED),
-    "glm4_moe": Family(),
-    "phi3": Family(window="config"),
-    "olmo2": Family(WIDE, whole_norm=True),
-    "olmo3": Family(WIDE, whole_norm=True, window="module"),
-    "cohere": Family(LAYER_NORM, pairs=INTERLEAVED, angles="repeated"),
-    "cohere2": Family(
-        LAYER_NORM,
-        pairs=INTERLEAVED,
-        angles="repeated",
-        turns=_only_in_windows,
-        window="module",
-    ),
-    "granite": Family(),
-    "seed_oss": Family(),
-    "deepseek_v2": Family(pairs=INTERLEAVED, angles="once"),
-    "deepseek_v3": Family(),
-    "qwen3_next": Family(ZERO_CENTRED, output_gate="sigmoid"),
-    "qwen3_5": Family(ZERO_CENTRED, output_gate="sigmoid"),
-    "qwen3_5_moe": Family(ZERO_CENTRED, output_gate="sigmoid"),
-    "afmoe": Family(WIDE, window="module", turns=_only_in_windows),
-    "aria": Family(),
-    "axk1": Family(),
-    "bailing_hybrid": Family(pairs=GATHERED),
-    "bamba": Family(pair=True),
-    "cohere2_moe": Family(
-        LAYER_NORM, pairs=INTERLEAVED, angles="repeated", turns=_only_in_windows, window="module"
-    ),
-    "cohere_compass": Family(LAYER_NORM, window="module"),
-    "cwm": Family(window="module"),
-    "dots1": Family(window="module"),
-    "ernie4_5": Family(pairs=INTERLEAVED),
-    "ernie4_5_moe": Family(pairs=INTERLEAVED),
-    "exaone4": Family(window="module", turns=_but_beside_windows),
-    "exaone_moe": Family(window="module", turns=_but_beside_windows),
-    "flex_olmo": Family(WIDE, whole_norm=True),
-    "flint": Family(WIDE, window="module", turns=_only_in_windows),
-    "gemma": Family(ZERO_CENTRED),
-    "gemma4_unified": Family(WIDE, window="module"),
-    "glm": Family(pairs=INTERLEAVED),
-    "glm4_moe_lite": Family(),
-    "granite_docling": Family(),
-    "granite_swa": Family(window="module"),
-    "granitemoe": Family(),
-    "granitemoe_swa": Family(window="module"),
-    "granitemoehybrid": Family(turns=_where_the_model_says_rope),
-    "granitemoeshared": Family(),
-    "helium": Family(WIDE, pairs=INTERLEAVED),
-    "hunyuan_v1_dense": Family(norm_of_turned=True),
-    "hunyuan_v1_moe": Family(norm_of_turned=True),
-    "hunyuan_vl": Family(norm_of_turned=True),
-    "hy_v3": Family(),
-    "hyperclovax": Family(),
-    "jamba": Family(turns=_never),
-    "kimi_linear": Family(turns=_never),
-    "kolibri1": Family(window="module", turns=_but_beside_windows),
-    "laguna": Family(window="module", output_gate="softplus"),
-    "lfm2": Family(activation="silu"),
-    "lfm2_moe": Family(activation="silu"),
-    "lfm3": Family(window="module", activation="silu"),
-    "mellum": Family(window="module"),
-    "minicpm3": Family(),
-    "minimax_m2": Family(whole_norm=True),
-    "ministral": Family(window="module"),
-    "ministral3": Family(window="config", query_scale=True),
-    "mistral4": Family(query_scale=True),
-    "mixtral": Family(window="config"),
-    "mllama": Family(),
-    "olmo_hybrid": Family(WIDE, whole_norm=True, turns=_where_the_model_has_angles),
-    "olmoe": Family(window="config", whole_norm=True),
-    "paddleocr_vl": Family(),
-    "phi4_multimodal": Family(window="config"),
-    "qwen2_5_omni": Family(window="module"),
-    "qwen2_5_vl": Family(window="module"),
-    "qwen2_moe": Family(window="type"),
-    "qwen2_vl": Family(window="module"),
-    "qwen3_omni_moe": Family(window="module"),
-    "qwen3_vl": Family(),
-    "qwen3_vl_moe": Family(),
-    "smollm3": Family(window="module", turns=_by_flag),
-    "solar_open": Family(),
-    "step3p7": Family(ZERO_CENTRED, window="module"),
-    "vaultgemma": Family(ZERO_CENTRED, window="module", softcap=True),
-    "youtu": Family(),
-}
-"""By the name of transformers' module, `transformers.models.NAME.modeling_NAME`."""
 
 _NORMS = (
     {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"},
@@ -283,20 +118,26 @@ def recognise(layer: nn.Module) -> LayerParts | str:
 
 def family_of(layer: nn.Module) -> str | None:
     """The family in `FAMILIES` that a decoder layer's code is of."""
-    for kind in type(layer).__mro__:
-        if kind.__module__.startswith("torch.distributed"):  # FSDP2 makes a subclass
-            continue
-        parts = kind.__module__.split(".")
-        found = parts[-2] if parts[:2] == ["transformers", "models"] else None
-        return found if found in FAMILIES else None
-    return None
+    code = _code_of(layer)
+    return code if code in FAMILIES else None
+
+
+def _code_of(layer: nn.Module) -> str:
+    """NAME of the module of transformers that a layer's class stands in,
+    `transformers.models.NAME.modeling_NAME`; empty where it stands elsewhere.
+    """
+    # FSDP2 makes a subclass
+    kinds = (k for k in type(layer).__mro__ if not k.__module__.startswith("torch.distributed"))
+    parts = next(kinds).__module__.split(".")
+    return parts[-2] if parts[:2] == ["transformers", "models"] else ""
 
 
 def _recognise(layer: nn.Module) -> LayerParts:
     name = type(layer).__name__.removeprefix("FSDP")
-    family = FAMILIES.get(family_of(layer) or "")
+    code = _code_of(layer)
+    family = FAMILIES.get(code)
     if family is None:
-        raise Unknown(f"{name} is of no family that is hand-written")
+        raise Unknown(f"{name}: {OTHERS.get(code, 'its family has no hand-written layer')}")
     nothing = (nn.Dropout, nn.Identity)
     children = {n for n, m in layer.named_children() if not isinstance(m, nothing)}
     attention: Any = getattr(layer, "self_attn", None)
@@ -422,7 +263,6 @@ def _attention(
         kv_heads, heads = _outputs(found["k"]) // dim, _outputs(found["q"]) // dim
         rows = (("v", "k", 0, kv_heads * dim),)
     linears |= found
-    fields: dict[str, Any] = {}
     for name, others in _HEAD_NORMS.items():
         found_norms = (getattr(module, other, None) for other in others)
         if (norm := next((n for n in found_norms if n is not None), None)) is not None:
@@ -433,7 +273,7 @@ def _attention(
         norms["v_norm"] = v_norm
     rotary = Rotary(family.pairs, False, family.angles) if family.turns(module) else None
     softcap = module.attn_logit_softcapping if family.softcap else None
-    return fields | {
+    return {
         "heads": heads,
         "kv_heads": kv_heads,
         "head_dim": dim,
