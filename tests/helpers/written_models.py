@@ -110,7 +110,7 @@ def make(
         targets = r".*layers\.\d+\.(self_attn|mlp|mlp\.shared_experts?)\.\w+_proj(_with_mqa)?"
         if dora and any(name.endswith("experts") for name, _ in model.named_modules()):
             # in some of these families PEFT takes names of the MLP's maps for those of experts
-            targets = r".*layers\.\d+\.self_attn\.\w+_proj(_with_mqa)?"
+            targets = r".*layers\.\d+\.self_attn\.(?!gate_proj)\w+_proj(_with_mqa)?"
         model = with_lora(model, targets, use_dora=dora).to(dtype)
     return model.train()
 
