@@ -123,3 +123,28 @@ def test_one_run_each_on_two_gpus(sharding: str, tmp_path: Path) -> None:
     }
     assert {"ddp": "ddp", "fsdp2": "fsdp2", "zero3": "deepspeed"}[sharding] in report["title"]
     assert "<svg" in files["html"].read_text()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_checkpoint_that_one_process_reads(tmp_path: Path) -> None:
+    """Under FSDP2 the other process is sent weights and buffers (the correction of a router's
+    scores); the comparison reads the files by itself.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from verify_ratios import make_folder
+
+    for family, keys in (
+        ("glm4_moe", {}),
+        ("qwen3_moe", {"finetuning_type": "lora"}),
+        ("qwen2", {"pure_bf16": True}),
+    ):
+        folder = make_folder(tmp_path / family, family, 0.1, hidden_size=256, head_dim=64)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.1)
+        model.save_pretrained(folder)
+        keys = {"sharding": "fsdp2", "bf16": True, "train_from_scratch": False, **keys}
+        done = verified(tmp_path, family, 2, **keys)
+        assert done.returncode == 0, done.stdout + done.stderr[-2000:]

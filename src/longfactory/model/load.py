@@ -8,14 +8,13 @@ import dataclasses
 import functools
 import importlib.util
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from longfactory import hub
 from longfactory.config.data_arguments import DataSettings
@@ -242,6 +241,7 @@ def load_model(
     attention: str | None,
     device: torch.device | None = None,
     quantization: Any = None,
+    receives: bool = False,
 ) -> Any:
     """The checkpoint as the class that it is, with an attention by name.
 
@@ -254,6 +254,8 @@ def load_model(
         device: where random weights are made (`train_from_scratch`); pretrained weights are loaded
             on the host.
         quantization: from `quantization_config`, or None.
+        receives: another process sends this one its weights and buffers
+            (`shard.settings.receives_weights`): they are not read, and have no values.
     Raises:
         UserError: the weights cannot be loaded.
     """
@@ -281,6 +283,9 @@ def load_model(
         kwargs["quantization_config"] = quantization
         if torch.cuda.is_available():
             kwargs["device_map"] = {"": torch.cuda.current_device()}
+    receives = receives and "quantization_config" not in kwargs and "gguf_file" not in extra
+    if receives:
+        kwargs["device_map"] = {"": "meta"}
     try:
         four = getattr(quantization, "load_in_4bit", False)
         with experts.experts_in_four_bits() if four else contextlib.nullcontext():
@@ -291,8 +296,11 @@ def load_model(
         raise UserError(
             f"{args.model_name_or_path} could not be loaded: {reason(error, path)}"
         ) from error
-    _refuse_missing(args, model, found)
-    refuse_no_numbers(model.named_parameters(), args.model_name_or_path)
+    if receives:
+        _without_values(model)
+    else:
+        _refuse_missing(args, model, found)
+        refuse_no_numbers(model.named_parameters(), args.model_name_or_path)
     if widening is not None:
         # By these a save would round the weights to the published format again.
         model.__dict__.pop("_weight_conversions", None)
@@ -315,6 +323,28 @@ def load_model(
         model.name_or_path = EMBEDDED
     model.config.use_cache = False
     return model
+
+
+def _without_values(model: Any) -> None:
+    """Gives parameters and buffers of the meta device memory of their own that nothing writes to.
+    The host does not provide it before something does; accelerate tells parameters apart by their
+    addresses.
+    """
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, given in held.items():
+                if given is None or not given.is_meta:
+                    continue
+                if id(given) not in made:  # tied weights stay one
+                    empty = torch.empty_like(given, device="cpu")
+                    parameter = isinstance(given, nn.Parameter)
+                    made[id(given)] = (
+                        nn.Parameter(empty, given.requires_grad) if parameter else empty
+                    )
+                held[name] = made[id(given)]
+    # By this the Trainer would take it for one that is spread over devices.
+    model.__dict__.pop("hf_device_map", None)
 
 
 def class_of(args: Any, config: Any) -> text_model.ModelClass:
@@ -368,8 +398,6 @@ def _refuse_missing(args: Any, model: Any, found: Any) -> None:
     Raises:
         UserError: there are such weights. Names them.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        return  # under FSDP2 the first process of a host reads the files, and the others receive
     weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     missing = sorted(weights & set(found["missing_keys"]))
     if missing:

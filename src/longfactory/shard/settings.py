@@ -104,6 +104,20 @@ def fsdp2_arguments(*, cpu_offload: bool = False, efficient_loading: bool = True
     }
 
 
+def loads_for_all(args: Any) -> bool:
+    """Whether the first process sends the others their weights, as FSDP2 shards the model.
+
+    Args:
+        args: transformers' TrainingArguments.
+    """
+    return bool(args.fsdp and (args.fsdp_config or {}).get("cpu_ram_efficient_loading"))
+
+
+def receives_weights(args: Any) -> bool:
+    """Whether this process is sent its weights. (The first one of each host reads the files.)"""
+    return loads_for_all(args) and args.local_process_index != 0
+
+
 def accelerator_arguments() -> dict[str, Any]:
     """`accelerator_config` for TrainingArguments: gradients are reduced after every micro-batch."""
     return {

@@ -43,9 +43,7 @@ def init_distributed(
     os.environ.update(cfg.reporting_environment())
     if store is not None and prepared.sharding != "none":
         open_process_group(cfg, store)  # else transformers does so, when the arguments are made
-    args = training_arguments(
-        cfg, prepared.sharding, prepared.memory, buffers=prepared.counts.buffers
-    )
+    args = training_arguments(cfg, prepared.sharding, prepared.memory)
     device = args.device
     decode_beside(cfg, args, prepared)
     shard.train_as_one_device(args)
@@ -96,15 +94,8 @@ def group_timeout(cfg: RunConfig) -> float:
     return max(cfg.trainer.ddp_timeout, cfg.longest_timeout + 60.0)
 
 
-def training_arguments(
-    cfg: RunConfig, sharding: str, memory: Memory, *, buffers: bool = False
-) -> Seq2SeqTrainingArguments:
-    """transformers' TrainingArguments with the settings that keep gradients exact.
-
-    Args:
-        buffers: the model's checkpoints hold buffers. accelerate's loading by the first process
-            alone takes every entry for a sharded parameter: then each process reads the files.
-    """
+def training_arguments(cfg: RunConfig, sharding: str, memory: Memory) -> Seq2SeqTrainingArguments:
+    """transformers' TrainingArguments with the settings that keep gradients exact."""
     extra: dict[str, Any] = {
         "accelerator_config": shard.accelerator_arguments(),
         "ddp_find_unused_parameters": bool(cfg.trainer.ddp_find_unused_parameters),
@@ -118,9 +109,7 @@ def training_arguments(
         extra |= shard.fsdp2_arguments(
             # Random weights are made on each device; loading them by rank 0 alone would only send
             # them round.
-            efficient_loading=not (
-                cfg.model.train_from_scratch or cfg.model.quantization_bit or buffers
-            ),
+            efficient_loading=not (cfg.model.train_from_scratch or cfg.model.quantization_bit),
         )
     if sharding == "deepspeed":
         assert cfg.trainer.deepspeed is not None  # by choose_sharding

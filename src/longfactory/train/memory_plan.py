@@ -63,8 +63,7 @@ class Counts:
     """Parameters of the run's model. `trained` and `head` (the output layer is trained) are None
     where only the weights would tell.
 
-    `buffers`: its checkpoints hold buffers beside parameters (the correction of a router's scores,
-    say). `linear`: parameters of linear layers but the output layer, which quantisation reaches.
+    `linear`: parameters of linear layers but the output layer, which quantisation reaches.
     `routed`: parameters of experts, which four bits reach where weights are not sharded. `layers`:
     the kind of each decoder layer. `adapted_experts`: routed experts have adapters.
     `tower`: of a run whose rows have images. `state_bytes`: of a trained
@@ -74,7 +73,6 @@ class Counts:
     total: int
     trained: int | None
     head: bool | None
-    buffers: bool = False
     linear: int = 0
     routed: int = 0
     layers: tuple[LayerKind, ...] | None = None
@@ -100,7 +98,6 @@ def count_parameters(cfg: RunConfig, model_config: Any, *, images: bool = False)
             vision.let_in(model)
         except ValueError as error:
             raise UserError(f"dataset: {error}") from error
-    buffers = bool(model.state_dict().keys() & {name for name, _ in model.named_buffers()})
     linear = sum(
         module.weight.numel()
         for module in model.modules()
@@ -117,7 +114,7 @@ def count_parameters(cfg: RunConfig, model_config: Any, *, images: bool = False)
     with torch.device("meta"):
         total = trained_parameters.count_parameters(model)[1]
         if given and not cfg.method.create_new_adapter:
-            return Counts(total, None, None, buffers, linear, routed, layers)
+            return Counts(total, None, None, linear, routed, layers)
         if trains_adapters(cfg.method):
             adapter_targets.check_targets(model, cfg.method)
         # both compute with weights
@@ -137,9 +134,7 @@ def count_parameters(cfg: RunConfig, model_config: Any, *, images: bool = False)
     )
     tower = tower_of(model, int(cfg.data.image_max_pixels)) if images else None
     states = states_of_method(cfg, model, trained)
-    return Counts(
-        total, trained, head_trained, buffers, linear, routed, layers, adapted, tower, states
-    )
+    return Counts(total, trained, head_trained, linear, routed, layers, adapted, tower, states)
 
 
 def tower_of(model: Any, pixels: int) -> Tower:

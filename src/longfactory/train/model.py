@@ -12,7 +12,7 @@ from transformers import Seq2SeqTrainingArguments
 
 from longfactory import sp
 from longfactory.config import RunConfig
-from longfactory.config.adapter_facts import trains_adapters
+from longfactory.config.adapter_facts import moves_base_weights, trains_adapters
 from longfactory.errors import UserError
 from longfactory.model import adapters, fp8, load, trained_parameters
 from longfactory.model.liger import apply_liger
@@ -20,6 +20,8 @@ from longfactory.model.source import Source
 from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.model.value_head import FILE as VALUE_HEAD
 from longfactory.model.value_head import TokenValues, load_value_head
+from longfactory.shard import settings as shard
+from longfactory.shard.buffers import send_buffers
 from longfactory.sp import hf, vision
 from longfactory.sp.backends import start
 from longfactory.stages.base import Stage
@@ -48,6 +50,8 @@ def build_model(
     dtype = computing_dtype(cfg, args, split)
     quantization = load.quantization_config(cfg.model, dtype, sharded=bool(args.fsdp))
     on_device = args.device if cfg.model.train_from_scratch else None
+    # PiSSA and its kin compute with the weights before they are sent.
+    receives = shard.receives_weights(args) and not moves_base_weights(cfg.method)
     model = load.load_model(
         cfg.model,
         model_config,
@@ -55,7 +59,10 @@ def build_model(
         attention=hf.ATTENTION,
         device=on_device,
         quantization=quantization,
+        receives=receives,
     )
+    if shard.loads_for_all(args):
+        send_buffers(model, args.device)
     if quantization is not None:
         log.info(load.describe_quantised(model))
     elif load.widened(model_config) is not None:
@@ -120,7 +127,7 @@ def build_model(
         and args.hf_deepspeed_config.is_zero3()
     )
     if not cfg.method.pure_bf16 and not zero3 and not split:
-        adapters.cast_trainable(model)
+        adapters.cast_trainable(model, values=not receives)
     if zero3 and isinstance(head, TokenValues):
         # ZeRO-3 takes trained parameters of one type; its own copies of them are float32.
         trained_types = {

@@ -29,6 +29,7 @@ from longfactory.memory.choose import explain_out_of_memory
 from longfactory.memory.offload import Activations
 from longfactory.model import load, pissa
 from longfactory.shard import settings as shard
+from longfactory.shard.buffers import keep_buffers_apart
 from longfactory.sp import hf
 from longfactory.sp.measure import Measure
 from longfactory.stages.user_loss import digest_of
@@ -315,6 +316,8 @@ def parallelize(trainer: RowTrainer, sharding: str, world: int, *, split: bool) 
     shard.check_sharding(trainer.accelerator, sharding, world)
     if sharding == "fsdp2":
         shard.fix_fsdp2_plugin(trainer.accelerator, trainer.model, split=split, world=world)
+        if shard.loads_for_all(trainer.args):
+            keep_buffers_apart(trainer.accelerator)
 
 
 def decided(cfg: RunConfig, store: Any) -> RunConfig:
