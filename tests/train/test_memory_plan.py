@@ -95,17 +95,6 @@ def test_counts_are_those_of_the_model_that_is_trained(name: str, model: str) ->
     )
 
 
-@pytest.mark.parametrize(("family", "buffers"), [("llama", False), ("deepseek_v3", True)])
-def test_buffers_of_checkpoints_are_seen(family: str, buffers: bool, tmp_path: Path) -> None:
-    """accelerate's loading by one process takes every entry of a state dict for a sharded
-    parameter.
-    """
-    tiny_config(family).save_pretrained(tmp_path)
-    cfg = configured(str(tmp_path))
-    counts = count_parameters(cfg, AutoConfig.from_pretrained(tmp_path))
-    assert counts.buffers == buffers
-
-
 def test_an_adapter_that_goes_on_is_estimated(model: str, tmp_path: Path) -> None:
     cfg = configured(model, finetuning_type="lora", adapter_name_or_path=str(tmp_path))
     counts = count_parameters(cfg, AutoConfig.from_pretrained(model))
