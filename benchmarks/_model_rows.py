@@ -43,6 +43,11 @@ def say(job: dict[str, Any], **facts: Any) -> None:
     print("RESULT " + json.dumps({**about, "tokens": job["tokens"][0], **facts}), flush=True)
 
 
+def note(job: dict[str, Any], text: str) -> None:
+    """Says how far a measurement is: one that is cut off then shows where."""
+    print(f"NOTE {job.get('name', '')}, {job['row']}: {text}", flush=True)
+
+
 def make_config(folder: str) -> Any:
     from transformers import AutoConfig
 
@@ -60,6 +65,7 @@ def transformers_alone(job: dict[str, Any]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config, lora = make_config(job["model"]), job["lora"]
     torch.manual_seed(0)
+    begun = time.perf_counter()
     with device:
         model = AutoModelForCausalLM.from_config(
             config,
@@ -75,6 +81,7 @@ def transformers_alone(job: dict[str, Any]) -> None:
         if lora:
             model.enable_input_require_grads()
     liger_version = ["liger-kernel"] if liger else []
+    note(job, f"model after {now(device) - begun:.1f} s")
     train(job, model, config, device, {"liger": liger}, liger_version)
 
 
@@ -103,6 +110,7 @@ def train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds.append(now(device) - start)
+        note(job, f"step {len(seconds)}, {seconds[-1]:.2f} s")
     say(
         job,
         seconds=sum(seconds[1:]) / len(seconds[1:]),

@@ -72,7 +72,8 @@ def run_row(
     """The results of one row; an entry with `error` for what did not run. `tell` is called with each
     that is measured as it comes.
 
-    Its output goes to `log`, its results to the screen as they come. When the time is up, or
+    Its output goes to `log`, its results, and lines that begin with NOTE, to the screen as they
+    come. When the time is up, or
     SIGTERM, SIGINT or SIGHUP reaches this process, every process of the row is ended, also those
     that its launcher put into sessions of their own; what was measured is returned.
     """
@@ -122,6 +123,8 @@ def run_row(
         for line in process.stdout:
             out.write(line)
             out.flush()
+            if line.startswith("NOTE "):
+                print("       " + line[5:], end="", flush=True)
             if line.startswith("RESULT "):
                 fact = json.loads(line[7:])
                 found.append(fact)
