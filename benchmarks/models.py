@@ -14,7 +14,8 @@ A row is a shape, a method and the tokens that each GPU holds; with several GPUs
     rates      seconds of the row's products, grouped products and attention on one GPU, each at its
                own shape (`_model_rows.py`)
     hf         transformers alone with sdpa and gradient checkpointing, hf-stored without it; with
-               Liger's kernels where they are installed and know the family
+               Liger's kernels where they are installed and know the family (its experts' are tuned
+               in the first step of a mixture, some 240 kernels: minutes)
     unsloth    LoRA of dense models by Unsloth, where it can be imported; rows of one model share a
                process
 
