@@ -386,24 +386,27 @@ def _start(
 
 def _line(row: dict[str, Any]) -> str:
     if "error" in row:
-        return f"| {row['name']} | | | | | | {row['error']} |"
+        return f"| {row['name']} | | | | | | | {row['error']} |"
     peaks = [
         f"{row[f'{way} GiB']:.1f}" if f"{way} GiB" in row else "" for way in ("own", "written")
     ]
+    chunk = row.get("chunk", CHUNK)
     return (
-        f"| {row['name']} | {row['own ms']:.1f} | {row['written ms']:.1f} | {row['speed']:.2f}"
+        f"| {row['name']} | {'all' if chunk is None else f'{chunk:,}'} | {row['own ms']:.1f} | {row['written ms']:.1f} | {row['speed']:.2f}"
         f" | {peaks[0]} | {peaks[1]} | {row['errors']:.2f}, {row['worst error']:.2f} |"
     )
 
 
 HEAD = (
-    "| layer | own code, ms | hand-written, ms | speed | own code, GiB | hand-written, GiB"
-    " | errors: median, largest |\n|---|---|---|---|---|---|---|"
+    "| layer | tokens at once | own code, ms | hand-written, ms | speed | own code, GiB |"
+    " hand-written, GiB | errors: median, largest |\n|---|---|---|---|---|---|---|---|"
 )
 
 
 def write(out: Path, rows: list[dict[str, Any]], machine: str) -> None:
-    """The results as JSON and as a table. Earlier rows stay, unless they were measured again."""
+    """The results as JSON and as a table. Earlier rows stay, unless they were measured again, and
+    so does what is written below the table.
+    """
     path = out / "layers.json"
     earlier = json.loads(path.read_text()) if path.is_file() else []
     found = {row["name"]: row for row in earlier}
@@ -414,13 +417,14 @@ def write(out: Path, rows: list[dict[str, Any]], machine: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(ordered, indent=1) + "\n")
     machines = "; ".join(sorted({row["machine"] for row in ordered if "machine" in row}))
-    about = (
-        f"One layer on {machines}; {TOKENS:,} tokens, bf16, in chunks of {CHUNK:,}, of experts all at"
-        " once. Rows without numbers: not measured."
-    )
+    about = f"One layer on {machines}; {TOKENS:,} tokens, bf16. Rows without numbers: not measured."
     table = "\n".join([HEAD, *map(_line, ordered)])
-    (out / "layers.md").write_text(
-        f"# The hand-written layer beside the generic one\n\n{about}\n\n{table}\n"
+    page = out / "layers.md"
+    _, _, notes = (page.read_text() if page.is_file() else "").partition("|---|")
+    _, _, notes = notes.partition("\n\n")
+    page.write_text(
+        f"# The hand-written layer beside the generic one\n\n{about}\n\n{table}\n\n{notes}".rstrip()
+        + "\n"
     )
 
 

@@ -172,7 +172,8 @@ def attention(
         softcap=softcap or None,
         sinks=s_aux,
     )
-    return out[None], None
+    # part of a wider tensor where kernels pad heads, which a model may not take (AFMoE's `view`)
+    return out[None].contiguous(), None
 
 
 def _carried(module: nn.Module, kwargs: Mapping[str, Any]) -> RowPlan | None:

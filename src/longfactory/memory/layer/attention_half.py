@@ -15,6 +15,7 @@ from longfactory.memory.layer.linears import (
     LayerCall,
     Rows,
     Sums,
+    columns_of,
     linear,
     linear_backward,
     normed,
@@ -106,14 +107,16 @@ def _whole(
     length: int, c: LayerCall, make: Callable[[slice], tuple[Tensor, ...]]
 ) -> tuple[Tensor, ...]:
     """What `make` gives of each chunk, [C, ...], for all tokens; of one chunk without a copy."""
-    first, *rest = c.chunks(length)
-    parts = make(first)
-    if not rest:
-        return tuple(part.contiguous() for part in parts)
-    whole = tuple(part.new_empty(length, *part.shape[1:]) for part in parts)
-    for s in (first, *rest):
-        for all_tokens, part in zip(whole, parts if s == first else make(s), strict=True):
+    chunks = list(c.chunks(length))
+    if len(chunks) == 1:
+        return tuple(part.contiguous() for part in make(chunks[0]))
+    whole: tuple[Tensor, ...] = ()
+    for s in chunks:
+        parts = make(s)
+        whole = whole or tuple(part.new_empty(length, *part.shape[1:]) for part in parts)
+        for all_tokens, part in zip(whole, parts, strict=True):
             all_tokens[s] = part
+        del parts, part
     return whole
 
 
@@ -166,13 +169,8 @@ def gate_of(x: Tensor, s: slice, c: LayerCall, heads: slice = ALL) -> Tensor:
         made = linear(n, c, *_head_rows(c, "q", heads, 1))
         return made.view(n.shape[0], -1, c.shape.head_dim)
     each = c.width("g") // c.shape.heads
-    made = linear(n, c, "g", _columns(heads, each))
+    made = linear(n, c, "g", columns_of(heads, each))
     return made.view(n.shape[0], -1, each)
-
-
-def _columns(heads: slice, each: int) -> slice:
-    """The numbers of some heads, `each` for one of them."""
-    return heads if heads == ALL else slice(heads.start * each, heads.stop * each)
 
 
 def attended(x: Tensor, out: Tensor, s: slice, c: LayerCall) -> Tensor:
@@ -190,7 +188,7 @@ def _ungated(
     their gates, where there are some.
     """
     dim = c.shape.value_dim
-    columns = _columns(heads, dim)
+    columns = columns_of(heads, dim)
     if dgate is None:
         return linear_backward(da, c, "o", columns=columns)[0].unflatten(1, (-1, dim))
     count = len(range(c.shape.heads)[heads])

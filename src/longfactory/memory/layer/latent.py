@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from longfactory.memory.layer.linears import (
-    ALL,
     LayerCall,
     Sums,
+    columns_of,
     linear,
     normed,
     normed_backward,
@@ -26,7 +26,7 @@ from longfactory.memory.layer_ops import wide
 def query_heads(n: Tensor, c: LayerCall, heads: slice) -> Tensor:
     """[C, H] -> [C, heads, D] of some heads."""
     dim = c.shape.head_dim
-    rows = heads if heads == ALL else slice(heads.start * dim, heads.stop * dim)
+    rows = columns_of(heads, dim)
     if c.shape.latent is not None and c.shape.latent.query_rank:
         narrow = normed(linear(n, c, "q_a"), c, "q_a_norm")
         return linear(narrow, c, "q_b", rows).view(n.shape[0], -1, dim)

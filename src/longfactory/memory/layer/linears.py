@@ -195,6 +195,11 @@ class LayerCall:
             yield slice(g * heads, (g + 1) * heads), slice(g * kv, (g + 1) * kv)
 
 
+def columns_of(heads: slice, each: int) -> slice:
+    """The numbers of some heads, `each` for one of them."""
+    return heads if heads == ALL else slice(heads.start * each, heads.stop * each)
+
+
 def mlp_name(place: int) -> str:
     """What a trained parameter of the MLP's module is called among a call's names."""
     return f"mlp.{place}"
