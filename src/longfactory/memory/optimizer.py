@@ -134,7 +134,7 @@ class SplitAdamW(torch.optim.Optimizer):
                 if p.grad is not None or p in self._away:
                     self.prepare(p)
                     self.state[p]["step"] += 1
-        self._do([job for block in self._work() for job in _update_jobs(block)])
+        self._do(job for block in self._work() for job in _update_jobs(block))
         self._scale = 1.0
         self._left.clear()
         self._away.clear()
@@ -338,13 +338,15 @@ class SplitAdamW(torch.optim.Optimizer):
         if last:
             self._summed.clear()
 
-    def _do(self, jobs: list[HostJob]) -> None:
+    def _do(self, jobs: Iterable[HostJob]) -> None:
         """Jobs in any order; those on GPU tensors with states on the host by way of pinned
-        memory.
+        memory. The others are begun as they come: a GPU would wait for a list of all.
         """
-        streamed = [j for j in jobs if self._streamed(j.tensors[0])]
+        streamed = []
         for job in jobs:
-            if not self._streamed(job.tensors[0]):
+            if self._streamed(job.tensors[0]):
+                streamed.append(job)
+            else:
                 job.compute(*job.tensors)
         if streamed:
             self._stream(streamed)
