@@ -31,6 +31,8 @@ from longfactory.output.chat import chat
 from longfactory.output.export import export
 from longfactory_dev.tiny_models import tiny_model
 
+pytestmark = pytest.mark.usefixtures("as_a_command")
+
 WORDS = [
     "<s>",
     "</s>",
@@ -108,7 +110,6 @@ def logits(model: Any) -> torch.Tensor:
         return model.eval()(torch.arange(len(WORDS))[None]).logits
 
 
-@pytest.mark.usefixtures("as_a_command")
 def test_exported_weights_are_the_merged_ones(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert (
