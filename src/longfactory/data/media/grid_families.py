@@ -18,6 +18,11 @@ from longfactory.errors import DataError
 
 TEMPORAL_PATCH = 2
 """Frames that Qwen's towers and their kin take together."""
+OF_CLIP = {
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+"""Colours as CLIP's tower takes them."""
 
 
 class GridFamily(Family):
@@ -28,6 +33,10 @@ class GridFamily(Family):
     widens = True
     even_frames = True
     video_defaults: ClassVar[dict[str, Any]]
+    image_word: ClassVar[str]
+    """The image token of a tokenizer that does not name it."""
+    frame: ClassVar[tuple[str, str]]
+    """What stands around the tokens of an image."""
 
     def __init__(self, processor: Any, facts: Facts, keys: MediaKeys):
         super().__init__(processor, facts, keys)
@@ -50,6 +59,34 @@ class GridFamily(Family):
         self.video_patch, self.video_merge = int(found["patch_size"]), int(found["merge_size"])
         self.video_size = (int(size["shortest_edge"]), int(size["longest_edge"]))
         self.video_settings = found
+
+    @property
+    def image_token(self) -> str:
+        return self.facts.tokens.get("image_token", self.image_word)
+
+    @property
+    def written_image(self) -> str:
+        return self._framed(self.image_token)
+
+    def _framed(self, text: str) -> str:
+        return text.join(self.frame)
+
+    def image(self, size: Size) -> Measured:
+        grid = self.image_grid(size)
+        tokens = math.prod(grid) // self.merge**2
+        return Measured(self._framed(self.image_token * tokens), self.image_token, (tokens,), grid)
+
+    def _video(
+        self, frames: Frames, text: str, token: str, tokens: tuple[int, ...], grid: Any
+    ) -> Measured:
+        return Measured(
+            text,
+            token,
+            tokens,
+            grid,
+            steps=grid[0],
+            seconds_per_step=TEMPORAL_PATCH / frames.rate,
+        )
 
     @abc.abstractmethod
     def image_resize(self, height: int, width: int) -> tuple[int, int]:
@@ -114,34 +151,23 @@ class Qwen2VL(GridFamily):
     """qwen2_vl, qwen2_5_vl."""
 
     name = "qwen2_vl"
+    image_word = "<|image_pad|>"
+    frame = ("<|vision_start|>", "<|vision_end|>")
     video_defaults: ClassVar[dict[str, Any]] = {
         "patch_size": 14,
         "temporal_patch_size": 2,
         "merge_size": 2,
         "size": {"shortest_edge": 128 * 28 * 28, "longest_edge": 28 * 28 * 768},
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        **OF_CLIP,
     }
-
-    @property
-    def image_token(self) -> str:
-        return self.facts.tokens.get("image_token", "<|image_pad|>")
 
     @property
     def video_token(self) -> str:
         return self.facts.tokens.get("video_token", "<|video_pad|>")
 
     @property
-    def written_image(self) -> str:
-        return self._framed(self.image_token)
-
-    @property
     def written_video(self) -> str:
         return self._framed(self.video_token)
-
-    @staticmethod
-    def _framed(text: str) -> str:
-        return f"<|vision_start|>{text}<|vision_end|>"
 
     def image_resize(self, height: int, width: int) -> tuple[int, int]:
         least, most = _edges(self.processor)
@@ -151,22 +177,11 @@ class Qwen2VL(GridFamily):
         least, most = self.video_size
         return resize_to_grid(height, width, self.video_patch * self.video_merge, least, most)
 
-    def image(self, size: Size) -> Measured:
-        grid = self.image_grid(size)
-        tokens = math.prod(grid) // self.merge**2
-        return Measured(self._framed(self.image_token * tokens), self.image_token, (tokens,), grid)
-
     def video(self, frames: Frames) -> Measured:
         grid = self.video_grid(frames)
         tokens = math.prod(grid) // self.merge**2
-        return Measured(
-            self._framed(self.video_token * tokens),
-            self.video_token,
-            (tokens,),
-            grid,
-            steps=grid[0],
-            seconds_per_step=TEMPORAL_PATCH / frames.rate,
-        )
+        text = self._framed(self.video_token * tokens)
+        return self._video(frames, text, self.video_token, (tokens,), grid)
 
 
 class Qwen3VL(Qwen2VL):
@@ -192,45 +207,28 @@ class Qwen3VL(Qwen2VL):
         placeholders = self._framed(self.video_token * tokens)
         times = list(frames.times) + [frames.times[-1]] * (-len(frames.times) % TEMPORAL_PATCH)
         middle = [(a + b) / 2 for a, b in zip(times[::2], times[1::2], strict=True)]
-        return Measured(
-            "".join(f"<{seconds:.1f} seconds>{placeholders}" for seconds in middle),
-            self.video_token,
-            (tokens,) * grid[0],
-            grid,
-            steps=grid[0],
-            seconds_per_step=TEMPORAL_PATCH / frames.rate,
-        )
+        text = "".join(f"<{seconds:.1f} seconds>{placeholders}" for seconds in middle)
+        return self._video(frames, text, self.video_token, (tokens,) * grid[0], grid)
 
 
 class GLM4V(GridFamily):
     """glm4v, glm4v_moe."""
 
     name = "glm4v"
+    image_word = "<|image|>"
+    frame = ("<|begin_of_image|>", "<|end_of_image|>")
     video_defaults: ClassVar[dict[str, Any]] = {
         "patch_size": 14,
         "temporal_patch_size": 2,
         "merge_size": 2,
         "size": {"shortest_edge": 112 * 112, "longest_edge": 28 * 28 * 2 * 30000},
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        **OF_CLIP,
     }
-
-    @property
-    def image_token(self) -> str:
-        return self.facts.tokens.get("image_token", "<|image|>")
-
-    @property
-    def written_image(self) -> str:
-        return self._framed(self.image_token)
 
     @property
     def written_video(self) -> str:
         token = self.facts.tokens.get("video_token", "<|video|>")
         return f"<|begin_of_video|>{token}<|end_of_video|>"
-
-    @staticmethod
-    def _framed(text: str) -> str:
-        return f"<|begin_of_image|>{text}<|end_of_image|>"
 
     def image_resize(self, height: int, width: int) -> tuple[int, int]:
         least, most = _edges(self.processor)
@@ -241,11 +239,6 @@ class GLM4V(GridFamily):
         factor = self.video_patch * self.video_merge
         return resize_to_volume(count, height, width, factor, *self.video_size)
 
-    def image(self, size: Size) -> Measured:
-        grid = self.image_grid(size)
-        tokens = math.prod(grid) // self.merge**2
-        return Measured(self._framed(self.image_token * tokens), self.image_token, (tokens,), grid)
-
     def video(self, frames: Frames) -> Measured:
         grid = self.video_grid(frames)
         tokens = grid[1] * grid[2] // self.video_merge**2
@@ -253,14 +246,8 @@ class GLM4V(GridFamily):
         times = list(frames.times[::2]) or [0.0]
         times += [times[-1]] * (grid[0] - len(times))
         parts = "".join(f"{placeholders}{int(seconds)}" for seconds in times[: grid[0]])
-        return Measured(
-            f"<|begin_of_video|>{parts}<|end_of_video|>",
-            self.image_token,
-            (tokens,) * grid[0],
-            grid,
-            steps=grid[0],
-            seconds_per_step=TEMPORAL_PATCH / frames.rate,
-        )
+        text = f"<|begin_of_video|>{parts}<|end_of_video|>"
+        return self._video(frames, text, self.image_token, (tokens,) * grid[0], grid)
 
 
 def _edges(processor: Any) -> tuple[int, int]:

@@ -8,6 +8,7 @@ saw nothing with lse +inf; here it is -inf, as in every other backend.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def forward(
     """out [Sq, H, Dv] and lse [H, Sq] of a tile; see `backends`."""
     dim = v.shape[-1]
     q, k, v = _padded(q, k, v)
-    cu, q_len, k_len = _lengths(tile, q.device)
+    cu = tile.cu_seqlens_on(q.device) if tile.kind == "varlen" else None
     if cu is None:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
     out, lse, *_ = operators.forward(
@@ -47,16 +48,9 @@ def forward(
         query=q,
         key=k,
         value=v,
-        cum_seq_q=cu,
-        cum_seq_k=cu,
-        max_q=q_len,
-        max_k=k_len,
-        dropout_p=0.0,
-        is_causal=tile.kind != "full",
         return_debug_mask=False,
+        **_mask(tile, cu),
         scale=scale,
-        window_size_left=-1 if tile.window is None else tile.window,
-        window_size_right=_right(tile),
     )
     if cu is None:
         out, lse = out[0], lse[0]
@@ -79,7 +73,7 @@ def backward(
     q, k, v, out, dout = _padded(q, k, v, out, dout)
     lse = torch.where(lse == -math.inf, math.inf, lse).contiguous()
     out, dout = out.contiguous(), dout.contiguous()
-    cu, q_len, k_len = _lengths(tile, q.device)
+    cu = tile.cu_seqlens_on(q.device) if tile.kind == "varlen" else None
     if cu is None:
         dout, q, k, v, out, lse = (x.unsqueeze(0) for x in (dout, q, k, v, out, lse))
     # Without dropout these two are never read, but the operator wants them.
@@ -93,17 +87,10 @@ def backward(
         value=v,
         out=out,
         logsumexp=lse,
-        cum_seq_q=cu,
-        cum_seq_k=cu,
-        max_q=q_len,
-        max_k=k_len,
-        dropout_p=0.0,
-        is_causal=tile.kind != "full",
         rng_state=rng,
         unused=unused,
+        **_mask(tile, cu),
         scale=scale,
-        window_size_left=-1 if tile.window is None else tile.window,
-        window_size_right=_right(tile),
     )
     dq, dk, dv = (
         cut_head(g if cu is not None else g[0], d) for g, d in zip(grads, dims, strict=True)
@@ -116,10 +103,19 @@ def _padded(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(pad_head(x, 8, widest) for x in tensors)
 
 
-def _lengths(tile: Tile, device: torch.device) -> tuple[Tensor | None, int, int]:
-    if tile.kind == "varlen":
-        return tile.cu_seqlens_on(device), tile.max_seqlen, tile.max_seqlen
-    return None, tile.q_len, tile.k_len
+def _mask(tile: Tile, cu: Tensor | None) -> dict[str, Any]:
+    """The operator's lengths and mask. `cu`: where documents begin, of a tile of several."""
+    varlen = tile.kind == "varlen"
+    return {
+        "cum_seq_q": cu,
+        "cum_seq_k": cu,
+        "max_q": tile.max_seqlen if varlen else tile.q_len,
+        "max_k": tile.max_seqlen if varlen else tile.k_len,
+        "dropout_p": 0.0,
+        "is_causal": tile.kind != "full",
+        "window_size_left": -1 if tile.window is None else tile.window,
+        "window_size_right": _right(tile),
+    }
 
 
 def _right(tile: Tile) -> int:
