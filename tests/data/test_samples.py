@@ -82,6 +82,8 @@ def test_the_sample_that_a_run_shows_has_at_most_40_lines_however_long_it_is() -
     lines = preview(long, tokenizer).splitlines()
     assert len(lines) <= 40 and max(map(len, lines)) < 120
     assert lines[0] == "10 of 200,000 tokens are trained, [[like this]]:"
+    scored = "10 of 200,000 tokens are answers, scored at their last token, [[like this]]:"
+    assert preview(long, Words(), "rm").splitlines()[0] == scored
     assert lines[1].strip() == "line" and lines[-1].endswith("w18 w19 ]]")
     assert tokenizer.decoded == 2 * ENDS
 

@@ -536,6 +536,22 @@ def test_oft_turns_the_inputs_of_linear_layers(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(again.merge_and_unload()), moved, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("copied", [("embed_tokens",), ("embed_tokens", "lm_head")])
+def test_a_trained_copy_of_a_tied_embedding_stays_apart(copied: tuple[str, ...]) -> None:
+    """accelerate ties weights again while it shards for FSDP2."""
+    model = apply(
+        tiny_model(tie_word_embeddings=True),
+        "lora",
+        lora_target=("q_proj",),
+        additional_target=copied,
+    )
+    before = {n: p for n, p in model.named_parameters(remove_duplicate=False)}
+    model.tie_weights()
+    after = {n: p for n, p in model.named_parameters(remove_duplicate=False)}
+    assert before.keys() == after.keys()
+    assert all(p is after[n] for n, p in before.items())
+
+
 def test_modules_that_are_trained_whole_are_counted_once() -> None:
     """PEFT keeps their originals beside them, which are no part of the model."""
     model = tiny_model(tie_word_embeddings=True)

@@ -125,7 +125,9 @@ def load_datasets(
         )
     if saved.is_saved(args.tokenized_path):
         assert args.tokenized_path is not None
-        return _load_saved(Path(args.tokenized_path), kind, rules, packed, tokenizer, log, media)
+        return _load_saved(
+            Path(args.tokenized_path), kind, rules, packed, tokenizer, stage, log, media
+        )
 
     request = _Request(args, stage, kind, template, pieces, rules, packed, seed, log, media)
     train: TokenizedDataset | StreamedDataset | None = None
@@ -138,7 +140,7 @@ def load_datasets(
         data = _finished(request, *_own_stores(stores, entries), what)
         if name == "train":
             train = data
-            log.info("Training example: " + preview(data[0], tokenizer))
+            log.info("Training example: " + preview(data[0], tokenizer, stage))
         else:
             evaluation[name] = data
     if args.tokenized_path is not None and splits:
@@ -348,7 +350,7 @@ def stream_dataset(
         mix=check_mix(args) if len(sources) > 1 else "concat",
         probabilities=probabilities(args, len(sources)) if len(sources) > 1 else None,
         seed=seed,
-        describe=functools.partial(preview, tokenizer=pieces.tokenizer),
+        describe=functools.partial(preview, tokenizer=pieces.tokenizer, stage=stage),
         log=log,
     )
 
@@ -359,6 +361,7 @@ def _load_saved(
     rules: Rules,
     packed: bool,
     tokenizer: Any,
+    stage: str,
     log: logging.Logger,
     media: Processing | None,
 ) -> Datasets:
@@ -378,7 +381,7 @@ def _load_saved(
         log.info(f"{name}: {made[name].report.describe()}.")
     train = made.pop("train", None)
     if train is not None:
-        log.info("Training example: " + preview(train[0], tokenizer))
+        log.info("Training example: " + preview(train[0], tokenizer, stage))
     return Datasets(train, made, _used(media, (train, *made.values())))
 
 

@@ -94,13 +94,17 @@ def _text(tokenizer: Any, tokens: Sequence[int]) -> str:
 # -- on a terminal ---------------------------------------------------------------------------------
 
 
-def preview(item: Sequence[TokenizedDocument], tokenizer: Any) -> str:
-    """The first training sample for the log of a run, with trained text in `[[ ]]`: at most 40
-    lines, its head and its tail. No more of it is decoded than is shown.
+def preview(item: Sequence[TokenizedDocument], tokenizer: Any, stage: str = "sft") -> str:
+    """The first training sample for the log of a run, with trained text in `[[ ]]`, or what a
+    reward model scores: at most 40 lines, its head and its tail. No more of it is decoded than is
+    shown.
     """
     tokens = sum(len(d.input_ids) for d in item)
     trained = sum(int(label) != IGNORE for d in item for label in d.labels)
-    lines = [f"{trained:,} of {tokens:,} tokens are trained, [[like this]]:"]
+    what = "trained"
+    if stage == "rm":
+        what = "answers, scored at their last token"
+    lines = [f"{trained:,} of {tokens:,} tokens are {what}, [[like this]]:"]
     if tokens <= 2 * ENDS:
         shown = list(_lines(_decoded(item, tokenizer, "first", 0), "[[", "]]"))
         if len(shown) > 2 * LINES_OF_AN_END:

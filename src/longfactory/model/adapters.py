@@ -63,6 +63,7 @@ def apply_finetuning(
         _freeze(model, method)
     elif kind in ADAPTERS:
         model = _adapter(model, method, adapters, is_trainable, resized)
+        _leave_copies_untied(model)
     else:
         raise UserError(f"finetuning_type: {kind} is not supported. Use full, freeze, lora or oft.")
     if method.train_routers is not None and is_trainable:
@@ -70,6 +71,24 @@ def apply_finetuning(
     freeze_idle(model)
     _freeze_parts(model, method)
     return model
+
+
+def _leave_copies_untied(model: nn.Module) -> None:
+    """Where PEFT trains a copy of an embedding that is tied to the output layer, or of that layer,
+    no tie is made again: accelerate ties weights once more while it shards a model for FSDP2, and
+    would tie the other one to the copy, or end with an error. What is frozen stays equal untied.
+    """
+    from peft.utils.other import ModulesToSaveWrapper
+
+    inner: Any = hf.unwrap(model)
+    tied = getattr(inner, "all_tied_weights_keys", None) or {}
+    modules = {name.rpartition(".")[0] for pair in tied.items() for name in pair}
+    if any(isinstance(inner.get_submodule(name), ModulesToSaveWrapper) for name in modules):
+        inner.tie_weights = _tie_nothing
+
+
+def _tie_nothing(*_: Any, **__: Any) -> None:
+    pass
 
 
 def _parts_of(inner: Any) -> dict[str, set[int]]:
