@@ -105,6 +105,22 @@ def test_with_other_settings(
     compare(name, SETTINGS[settings], segments, monkeypatch, rounds=2)
 
 
+def test_beside_layers_that_share_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 4 E2B and E4B: the last layers use keys of two earlier ones."""
+    types = ["sliding_attention", "full_attention"] * 3
+    fields = {"num_hidden_layers": 6, "num_kv_shared_layers": 2, "layer_types": types}
+    monkeypatch.setitem(MODELS, "gemma4 that shares keys", ("gemma4_text", fields))
+    model = make("gemma4 that shares keys")
+    loss = run(model, PACKED)
+    wanted = gradients(model)
+    model.zero_grad()
+    apply_memory(model, SETTINGS["segments"])
+    ran = written_layers(model, monkeypatch)
+    assert run(model, PACKED) == pytest.approx(loss, abs=1e-9, rel=1e-9)
+    assert_same_gradients(gradients(model), wanted, 1e-9)
+    assert sorted(ran) == [0, 1]
+
+
 @pytest.mark.parametrize("name", some(("gemma3", "qwen3_moe")))
 def test_in_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss and gradient are those of the family's own code to 1e-6, or as near as that is to
