@@ -10,6 +10,7 @@ import importlib
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longfactory import sp
 from longfactory.errors import ConfigError
@@ -198,6 +199,40 @@ def test_lora_in_the_written_layer(what, name, kind, monkeypatch):
     assert float((again - loss).abs()) < 1e-12
     assert_same_gradients(gradients(model), wanted)
     assert len(layers) == (0 if what == "norms too" else 4)
+
+
+class Casts(TorchDispatchMode):
+    """Counts copies into another type: of single tensors with a side of 3, the rank, and of lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.single = self.lists = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        if name == "aten._to_copy.default" and 3 in args[0].shape:
+            self.single += (kwargs or {}).get("dtype", args[0].dtype) != args[0].dtype
+        self.lists += name == "aten._foreach_copy_.default"
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_layer_s_adapters_are_cast_at_once(monkeypatch):
+    """fp32 adapters of bf16 layers: one kernel for all in each pass, and one for the gradients of
+    each half; of 14 tensors it would be 42.
+    """
+    model = with_lora(make_model("llama", monkeypatch), "all-linear")
+    for name, p in model.named_parameters():
+        p.data = p.data.to(torch.float32 if "lora_" in name else torch.bfloat16)
+    apply(model, WRITTEN["kept"], "auto")
+    layers = written_backwards(monkeypatch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        run(model)  # compares the layer with its own code
+        model.zero_grad()
+        with Casts() as casts:
+            run(model)
+    assert len(layers) == 8
+    assert (casts.single, casts.lists) == (0, 4 * 4)
+    assert all(p.grad.dtype == p.dtype for n, p in model.named_parameters() if "lora_" in n)
 
 
 def test_adapters_that_are_off_or_merged_or_two(monkeypatch):

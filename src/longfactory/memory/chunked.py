@@ -68,8 +68,13 @@ class GradientSum:
         else:
             self._sum += g
 
-    def total(self, like: Tensor) -> Tensor | None:
+    def take(self) -> Tensor | None:
+        """The sum, as wide as it is; None where nothing was added."""
         total, self._sum = self._sum, None
+        return total
+
+    def total(self, like: Tensor) -> Tensor | None:
+        total = self.take()
         return None if total is None else total.to(like.dtype).view(like.shape)
 
 

@@ -126,9 +126,11 @@ class LayerCall:
             return
         weights |= {mlp_name(i): p for i, p in enumerate(self.mlp_weights())}
         with torch.no_grad():
-            for name, scale in self.scales.items():
-                a, b, m = (weights[f"{name}{end}"] for end in ("_a", "_b", "_m"))
-                self.adapters[name] = Adapter(a.to(self.dtype), b.to(self.dtype), scale, m)
+            factors = [weights[f"{name}{end}"] for name in self.scales for end in ("_a", "_b")]
+            cast = in_types(factors, [self.dtype] * len(factors))
+        for place, (name, scale) in enumerate(self.scales.items()):
+            a, b = cast[2 * place : 2 * place + 2]
+            self.adapters[name] = Adapter(a, b, scale, weights[f"{name}_m"])
 
     def weight(self, name: str) -> Tensor:
         """[out, in] of a linear, in the type that the layer computes in."""
@@ -198,6 +200,28 @@ class LayerCall:
 def columns_of(heads: slice, each: int) -> slice:
     """The numbers of some heads, `each` for one of them."""
     return heads if heads == ALL else slice(heads.start * each, heads.stop * each)
+
+
+def in_types(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Each in its type: one kernel for all that are cast alike. Adapters are many small tensors,
+    and a kernel for each takes longer to begin than to run.
+    """
+    made = [
+        t if t.dtype == dtype else torch.empty_like(t, dtype=dtype)
+        for t, dtype in zip(tensors, dtypes, strict=True)
+    ]
+    alike: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
+    for i, (t, dtype) in enumerate(zip(tensors, dtypes, strict=True)):
+        if t.dtype != dtype:
+            alike.setdefault((t.dtype, dtype), []).append(i)
+    for places in alike.values():
+        torch._foreach_copy_([made[i] for i in places], [tensors[i] for i in places])
+    return made
+
+
+def _scaled_product(scale: float, a: Tensor, b: Tensor) -> Tensor:
+    """scale * a b, in one kernel."""
+    return a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=scale)
 
 
 def mlp_name(place: int) -> str:
@@ -350,9 +374,9 @@ class Sums:
             return
         a, _, scale, _ = self._adapters[name]
         if f"{name}_b" in self._sums:
-            self._sums[f"{name}_b"].add(scale * (g.t() @ (x @ a.t())))
+            self._sums[f"{name}_b"].add(_scaled_product(scale, g.t(), x @ a.t()))
         if f"{name}_a" in self._sums:
-            self._sums[f"{name}_a"].add(scale * (gb.t() @ x))
+            self._sums[f"{name}_a"].add(_scaled_product(scale, gb.t(), x))
 
     def add(self, name: str, g: Tensor | None) -> None:
         if name in self._sums:
@@ -360,11 +384,13 @@ class Sums:
 
     def settle(self) -> None:
         """Round what is complete: the fp32 sums of the MLP need not outlive it."""
-        for name in list(self._sums):
-            total = self._sums[name].total(self._weights[name])
-            if total is not None:
-                self._done[name] = total
-                del self._sums[name]
+        taken = {name: total.take() for name, total in self._sums.items()}
+        ready = {name: t for name, t in taken.items() if t is not None}
+        likes = [self._weights[name] for name in ready]
+        rounded = in_types(list(ready.values()), [like.dtype for like in likes])
+        for name, total, like in zip(ready, rounded, likes, strict=True):
+            self._done[name] = total.view(like.shape)
+            del self._sums[name]
 
     def result(self) -> list[Tensor | None]:
         """By the call's names. Zeros of a weight that no chunk used, as an expert that no token
