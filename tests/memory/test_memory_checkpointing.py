@@ -21,6 +21,7 @@ from longfactory.memory.layer.recognise import recognise
 from longfactory.memory.settings import MemorySettings
 from longfactory.sp import hf
 from longfactory.sp.layout import Segment
+from longfactory_dev.tiny_models import tiny_model as tiny_family
 from memory_models import SEGMENTS, assert_same_gradients, gradients, make_model, run
 from memory_ranks import with_lora
 
@@ -446,3 +447,15 @@ def test_a_parameter_that_no_token_uses_has_a_gradient_of_zeros() -> None:
     chunked.run_in_chunks(lambda piece: piece * used, x, lambda: [used, unused], 4).sum().backward()
     torch.testing.assert_close(used.grad, x.sum((0, 1)))
     assert unused.grad is not None and not unused.grad.any()
+
+
+def test_several_sequences_are_computed_whole() -> None:
+    """Generation before anything was trained: a chunk of two sequences lies apart, and experts call
+    `view`.
+    """
+    model = tiny_family("qwen3_moe", torch.float32)
+    ids = torch.randint(3, 250, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        apply_memory(model, MemorySettings(mlp_chunk=4))
+        assert torch.equal(model(input_ids=ids).logits, expected)

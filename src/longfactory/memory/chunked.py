@@ -249,6 +249,8 @@ class _Chunked:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         plain = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and args[0].dim() == 3
+        # Of several sequences (generation) a chunk lies apart, which modules with a `view` refuse.
+        plain = plain and len(args[0]) == 1
         if plain and self.fits is None and args[0].shape[1] > 1 and not _inside.get():
             self.fits = self._token_wise(args[0])
         if not plain or not self.fits or _inside.get():
