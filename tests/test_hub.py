@@ -156,6 +156,7 @@ def test_what_is_on_this_machine_asks_nobody(
     ]
 
 
+@pytest.mark.usefixtures("as_a_command")
 def test_a_run_that_would_end_by_uploading_does_not_begin(
     local: socket.socket, waits: list[float], tmp_path: Path
 ) -> None:

@@ -134,8 +134,9 @@ def test_when_torchrun_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch.needs_torchrun(config(), 1)
 
 
-@pytest.mark.usefixtures("as_a_command")
 def test_environment_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")  # so that it is put back
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
     launch.set_environment(1)
     assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "mine")
