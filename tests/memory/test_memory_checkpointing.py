@@ -412,8 +412,17 @@ def test_settings_change_between_steps(monkeypatch):
         store.change(MemorySettings(checkpoint="none"))
 
 
-@pytest.mark.parametrize("layer", ["auto", "generic"])
-@pytest.mark.parametrize("name", ["offload all", "segments of 3, offload, kept", "pieces"])
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("offload all", "auto"),
+        ("offload all", "generic"),
+        ("segments of 3, offload, kept", "auto"),
+        ("pieces", "auto"),
+        pytest.param("segments of 3, offload, kept", "generic", marks=pytest.mark.slow),
+        pytest.param("pieces", "generic", marks=pytest.mark.slow),
+    ],
+)
 def test_no_activation_is_left_to_the_garbage_collector(name, layer):
     """A tensor in a circle of references stays in memory long after the layer that made it."""
     model = make_model("qwen2")

@@ -131,7 +131,7 @@ DISTILL: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", list(DISTILL))
+@pytest.mark.parametrize("name", ["forward", pytest.param("js", marks=pytest.mark.slow)])
 def test_two_processes_learn_from_a_teacher_what_one_learns(home: Path, name: str) -> None:
     """The teacher's numbers are made by each run's own pass (caches are apart), and read again."""
     changes = {"stage": "distill", "teacher_model": home / "other", **DISTILL[name]}

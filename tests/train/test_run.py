@@ -157,7 +157,8 @@ def test_nothing_is_compiled_before_the_first_row(base: dict[str, Any], tmp_path
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("resumed_size", [2, 1])
+# with the same size: test_optimizer_states.py, by default
+@pytest.mark.parametrize("resumed_size", [pytest.param(2, marks=pytest.mark.slow), 1])
 def test_resume_goes_on_at_the_exact_sample(
     resumed_size: int, base: dict[str, Any], tmp_path: Path
 ) -> None:

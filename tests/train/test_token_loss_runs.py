@@ -43,7 +43,10 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", list(RUNS))
+# With frozen layers the reference is a second model too.
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "asft, freeze")) for n in RUNS]
+)
 def test_two_processes_train_what_one_trains(home: Path, name: str) -> None:
     changes: dict[str, Any] = {
         "val_size": 3,
