@@ -15,6 +15,10 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SI
 OF_LIBRARIES = {
     "PYTEST_CURRENT_TEST",
     "PYTORCH_NVML_BASED_CUDA_CHECK",  # accelerate sets it for good, at the first trainer
+    # torch, when it first compiles or starts CUDA
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TRITON_CACHE_DIR",
+    "CUDA_MODULE_LOADING",
 }
 """Environment variables that tests cannot help."""
 OWN = "longfactory"
