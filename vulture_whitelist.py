@@ -95,3 +95,6 @@ _.pre_tokenizer
 
 # Indexers of transformers call a cache.
 _.update_index
+
+# transformers and accelerate call it.
+_.tie_weights
