@@ -4,6 +4,7 @@ memory that loading took.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,17 @@ def config_of(folder: str, keys: dict[str, Any]) -> Any:
     return load_config([f"{name}={value}" for name, value in words.items()])
 
 
-def on_a_rank(folder: str, keys: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
+def on_a_rank(
+    folder: str, keys: dict[str, Any], noise: bool = False
+) -> tuple[dict[str, Tensor], int]:
     """Body of a rank of a pool of its own: parameters and buffers of the sharded model, whole, and
     the bytes of its own that this process got while it loaded them.
+
+    Args:
+        noise: memory that nothing was written to holds NaN, which else it does now and then.
     """
+    if noise:
+        load._without_values = _with_nan(load._without_values)
     cpu_sharding.start("fsdp2")
     cpu_sharding.reset()
     cfg = config_of(folder, keys)
@@ -72,6 +80,16 @@ def on_a_rank(folder: str, keys: dict[str, Any]) -> tuple[dict[str, Tensor], int
     assert {n for n, _ in sharded.named_parameters()} <= kept
     found |= {f"in state: {n}": torch.tensor(n in kept) for n, _ in sharded.named_buffers()}
     return found, taken
+
+
+def _with_nan(without_values: Callable[[Any], None]) -> Callable[[Any], None]:
+    def filled(model: Any) -> None:
+        without_values(model)
+        for given in (*model.parameters(), *model.buffers()):
+            if given.is_floating_point():
+                given.detach().fill_(float("nan"))
+
+    return filled
 
 
 def own_memory() -> int:

@@ -37,6 +37,21 @@ def write(folder: Path, kind: str, **changes: Any) -> str:
     return str(folder)
 
 
+def adapter(folder: str, path: Path, start: Any) -> str:
+    """LoRA on a checkpoint, `start` its init_lora_weights."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(3)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=start)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data += 0.02 * torch.randn_like(p)
+    model.save_pretrained(path)
+    return str(path)
+
+
 def alone(folder: str, keys: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The same of one process that reads the files."""
     from transformers import TrainingArguments
@@ -79,6 +94,26 @@ def test_each_rank_has_what_one_process_has(
         for name in wanted:
             assert found[name].dtype == wanted[name].dtype, name
             assert torch.equal(found[name], wanted[name]), name
+
+
+@pytest.mark.parametrize(
+    ("start", "keys"),
+    [(True, {"create_new_adapter": True, "use_dora": True}), ("pissa_niter_4", {})],
+    ids=["DoRA beside a merged adapter", "PiSSA of before"],
+)
+def test_what_a_rank_does_not_hold_ends_no_run(
+    start: Any, keys: dict[str, Any], tmp_path: Path
+) -> None:
+    """Memory that nothing was written to, which may hold NaN, is not taken for damaged weights and
+    not decomposed.
+    """
+    folder = write(tmp_path / "model", "llama")
+    keys = LORA | keys | {"adapter_name_or_path": adapter(folder, tmp_path / "adapter", start)}
+    wanted = alone(folder, keys)
+    ranks = on_ranks_of_their_own(2, 200, loading_ranks.on_a_rank, folder, keys, True)
+    for found, _ in ranks:
+        assert found.keys() == wanted.keys()
+        assert not [name for name in wanted if not torch.equal(found[name], wanted[name])]
 
 
 @pytest.mark.parametrize("keys", [FULL, LORA], ids=["full", "lora"])

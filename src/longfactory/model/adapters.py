@@ -8,7 +8,7 @@ import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +301,22 @@ def _parameters_of_adapter(path: str | Path) -> Iterable[str]:
     from peft import PeftConfig
 
     return getattr(PeftConfig.from_pretrained(str(path)), "target_parameters", None) or ()
+
+
+def start_from_weights(paths: str | Sequence[str] | None) -> bool:
+    """Whether an adapter of these folders or names is loaded by way of the base weights: one that
+    began as a part of them (PiSSA and its kin) is taken out of them again. What cannot be read is
+    left to `load_adapter`, which says why.
+    """
+    from peft import PeftConfig
+
+    starts = []
+    for path in listed(paths):
+        folder = Path(path).expanduser()
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            config = PeftConfig.from_pretrained(str(folder) if folder.exists() else path)
+            starts.append(getattr(config, "init_lora_weights", None))
+    return any(isinstance(s, str) and s not in ("gaussian", "orthogonal") for s in starts)
 
 
 def load_adapter(

@@ -51,7 +51,10 @@ def build_model(
     quantization = load.quantization_config(cfg.model, dtype, sharded=bool(args.fsdp))
     on_device = args.device if cfg.model.train_from_scratch else None
     # PiSSA and its kin compute with the weights before they are sent.
-    receives = shard.receives_weights(args) and not moves_base_weights(cfg.method)
+    receives = shard.receives_weights(args) and not (
+        moves_base_weights(cfg.method)
+        or adapters.start_from_weights(cfg.model.adapter_name_or_path)
+    )
     model = load.load_model(
         cfg.model,
         model_config,
@@ -101,7 +104,7 @@ def build_model(
             f"fp8: {count} linear layers of the decoder, {weights:,} weights ({fp8.RECIPE})."
             f" {fp8.SPEED}"
         )
-    if cfg.model.adapter_name_or_path:
+    if cfg.model.adapter_name_or_path and not receives:
         read = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
         load.refuse_no_numbers(read, ", ".join(cfg.model.adapter_name_or_path))
     chunk = None if cfg.memory.logprob_chunk == "auto" else cfg.memory.logprob_chunk
