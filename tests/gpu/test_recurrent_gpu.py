@@ -67,12 +67,15 @@ def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("name", SHAPES)
-def test_recurrent_kernels(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("name", "skips"),
+    [(name, False) for name in SHAPES] + [(n, True) for n in SHAPES if n.startswith("plain")],
+)
+def test_recurrent_kernels(name: str, skips: bool, dtype: torch.dtype) -> None:
     x, slope, rule = draw(name, dtype)
     fragments = fragments_of(sp.plan(ROW[-1].stop, ROW, sp.SequenceParallel(device_type="cuda")))
 
-    if rule.kind == "plain":
+    if skips:
         x.append(torch.randn(x[2].shape[1], device="cuda"))
 
     def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *skip: Tensor) -> Tensor:
@@ -80,7 +83,7 @@ def test_recurrent_kernels(name: str, dtype: torch.dtype) -> None:
         return recurrence(q, k, v, g, beta, rule, fragments, None, None, added)
 
     exact = graded(run, [t.double() for t in x], slope.double())
-    assert computed.by_kernels(x[:5], rule)
+    assert computed.by_kernels(x[:5], rule, skips)
     found = errors(graded(run, x, slope), exact)
     assert max(found) < (4e-3 if dtype == torch.bfloat16 else 1e-5), found
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,27 @@ def test_recurrent_heads_that_are_too_wide_for_the_kernels_say_so(
     gates = torch.zeros(2, 4, 1).unbind()
     assert not computed.by_kernels([narrow, narrow, wide, *gates], Rule("delta", 1.0))
     assert "keys of 8 and values of 257 runs in PyTorch, slowly" in caplog.text
+
+
+def test_recurrent_kernels_are_proved_as_the_run_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With values that are added to the outputs, and without: kernels of their own."""
+    asked: list[bool] = []
+
+    def results(*given: Any) -> list[torch.Tensor]:
+        asked.append(given[-1] is not None)
+        return [torch.ones(1)]
+
+    monkeypatch.setattr(
+        computed, "_kernels", lambda: types.SimpleNamespace(runs_on=lambda device: True)
+    )
+    monkeypatch.setattr(computed, "results", results)
+    q, v = torch.zeros(4, 1, 8), torch.zeros(4, 1, 8)
+    inputs = [q, q, v, *torch.zeros(2, 4, 1).unbind()]
+    computed._are_right.cache_clear()
+    for skip in (True, False):
+        assert computed.by_kernels(inputs, Rule("plain", 1.0), skip)
+    computed._are_right.cache_clear()
+    assert asked == [True, True, False, False]
 
 
 SHAPES = {
@@ -68,10 +90,11 @@ def interpreted() -> None:
         g = -0.2 * torch.randn(96, heads, *([dim] if per_channel else [])).square()
         inputs = [q, k, v, g, torch.randn(96, heads).sigmoid()]
         first, after = torch.randn(2, 2, heads, dim, value_dim)
-        skip = torch.randn(heads)
-        found = computed.results(inputs, rule, chunks, first, slope, after, True, skip)
         wide = [x.double() for x in inputs]
         given = first.double(), slope.double(), after.double()
-        expected = computed.results(wide, rule, chunks, *given, False, skip.double())
-        for a, b in zip(found, expected, strict=True):
-            assert float((a.double() - b).norm()) <= 1e-5 * float(b.norm()), name
+        for skip in (torch.randn(heads), None):
+            found = computed.results(inputs, rule, chunks, first, slope, after, True, skip)
+            factors = None if skip is None else skip.double()
+            expected = computed.results(wide, rule, chunks, *given, False, factors)
+            for a, b in zip(found, expected, strict=True):
+                assert float((a.double() - b).norm()) <= 1e-5 * float(b.norm()), (name, skip)

@@ -88,7 +88,7 @@ class _Recurrence(torch.autograd.Function):
         chunks = fragments.chunks(CHUNK, q.device)
         start, matrix = None, None
         with torch.autocast(q.device.type, enabled=False):
-            kernels = computed.by_kernels(inputs, rule)
+            kernels = computed.by_kernels(inputs, rule, skip is not None)
             parts = list(parts_of(inputs, rule, chunks, kernels, False))
             made = _made_once(inputs, rule, chunks, kernels, len(parts) == 1)
             if fragments.open:

@@ -22,8 +22,12 @@ WIDEST = 256
 """Channels of keys, and of values, of a head that kernels take."""
 
 
-def by_kernels(inputs: list[Tensor], rule: Rule) -> bool:
-    """Whether Triton computes a recurrence of these: it can, and is right on this device."""
+def by_kernels(inputs: list[Tensor], rule: Rule, skip: bool = False) -> bool:
+    """Whether Triton computes a recurrence of these: it can, and is right on this device.
+
+    Args:
+        skip: values are added to the outputs, by kernels of their own.
+    """
     _, k, v, g, _ = inputs
     kernels = _kernels()
     if kernels is None or not kernels.runs_on(v.device) or v.dtype == torch.float64:
@@ -31,7 +35,7 @@ def by_kernels(inputs: list[Tensor], rule: Rule) -> bool:
     if max(k.shape[2], v.shape[2]) > WIDEST:
         _say_too_wide(k.shape[2], v.shape[2])
         return False
-    return _are_right(v.device, v.dtype, rule.kind, k.shape[2], v.shape[2], g.dim() == 3)
+    return _are_right(v.device, v.dtype, rule.kind, k.shape[2], v.shape[2], g.dim() == 3, skip)
 
 
 @functools.cache
@@ -54,6 +58,7 @@ def _are_right(
     key_dim: int,
     value_dim: int,
     per_channel: bool,
+    skip: bool,
 ) -> bool:
     """Computes two short documents by the kernels, forward and backward, and compares. Once a
     process for each kind of call.
@@ -77,15 +82,17 @@ def _are_right(
     inputs = [*(x.to(dtype) for x in low), *gates]
     first, after = normal(2, 2, heads, key_dim, value_dim)
     slope = normal(tokens, heads, value_dim).to(dtype)
-    skip = normal(heads) if kind == "plain" else None
+    factors = normal(heads) if skip else None
 
     def kernels() -> list[Tensor]:
-        return results(inputs, rule, chunks, first, slope, after, True, skip)
+        return results(inputs, rule, chunks, first, slope, after, True, factors)
 
     def expected() -> list[Tensor]:
         wide = [x.double() for x in inputs]
         given = first.double(), slope.double(), after.double()
-        return results(wide, rule, chunks, *given, False, None if skip is None else skip.double())
+        return results(
+            wide, rule, chunks, *given, False, None if factors is None else factors.double()
+        )
 
     what = f"A {kind} recurrence with keys of {key_dim} and values of {value_dim} runs"
     if per_channel:
