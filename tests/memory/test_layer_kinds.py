@@ -17,6 +17,7 @@ from longfactory.memory import norms
 from longfactory.memory.apply import apply_memory
 from longfactory.memory.budget import bare_layer
 from longfactory.memory.checkpointed import stored_of_a_token
+from longfactory.memory.decoder_layer import DecoderLayer, _mlp_of_a_token
 from longfactory.memory.layer_kinds import LayerKind, kinds_of
 from longfactory.memory.seconds import seconds
 from longfactory.memory.settings import MemorySettings
@@ -200,6 +201,43 @@ def test_what_autograd_stores(family: str, mode: str) -> None:
     assert job.autocast == (mode == "autocast")
     found = stored(config, mode)
     assert stored_of_a_token(job, shape.kinds[0]) == pytest.approx(found, rel=0.05)
+
+
+def test_what_a_saved_mixture_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a hand-written layer whose products are saved: what autograd stores of its experts, what
+    they are given and make, and what the output projection gives.
+    """
+    config = AutoConfig.for_model("qwen3_moe", **SIZES, **EXPERTS)
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
+    model.set_experts_implementation("grouped_mm")
+    experts.install_grouped(model)
+    inputs = one_row(model)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    # one expert's matrix, as the product for CPUs takes it
+    shapes = {p[0].t().shape for p in model.parameters() if p.dim() == 3}
+    held: dict[int, Any] = {}
+
+    def hold(t: Any) -> Any:
+        if t.untyped_storage().data_ptr() not in weights and t.shape not in shapes:
+            held[t.untyped_storage().data_ptr()] = t
+        return t
+
+    def run_mlp(self: DecoderLayer, n: Any, start: int) -> Any:
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda t: t):
+            return hold(own(self, hold(n), start))
+
+    apply_memory(model, MemorySettings(keep_mlp=1.0))
+    model.model(**inputs)  # the first call compares the layers with their own code
+    own = DecoderLayer._run_mlp
+    monkeypatch.setattr(DecoderLayer, "_run_mlp", run_mlp)
+    model.model(**inputs)
+    shape = ModelShape.of(config, layers=kinds_of(model, config))
+    job = TrainingJob(shape, machine("H100", 1, 2**40), TOKENS, sharded=False, master=2)
+    (kind,) = set(shape.kinds)
+    found = sum(t.untyped_storage().nbytes() for t in held.values()) / TOKENS / shape.layers
+    projected = job.shape.width * kind.hidden
+    assert _mlp_of_a_token(job, kind) == pytest.approx(found + projected, rel=0.02)
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "nemotron_h"])

@@ -475,10 +475,11 @@ def _mlp_of_a_token(job: TrainingJob, kind: LayerKind) -> float:
     width = job.shape.width
     if not kind.experts:
         return float(width * (kind.hidden + 2 * kind.dense_width))
-    # what experts are given and make; gate, up and their product; the order, and the router's
-    numbers = 2 * kind.used * kind.hidden + 3 * kind.expert_width + 2 * kind.hidden
+    # what experts are given and make; gate, up and their product; what the output projection gives,
+    # the mixture's input and its output; the order, and the router's
+    numbers = 2 * kind.used * kind.hidden + 3 * kind.expert_width + 3 * kind.hidden
     numbers += 4 * kind.dense_width
-    return width * numbers + 20.0 * kind.used + 8.0 * kind.experts
+    return width * numbers + 40.0 * kind.used + 8.0 * kind.experts
 
 
 def _mlp_bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:
