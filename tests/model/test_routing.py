@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longfactory import sp
 from longfactory.data.row import Row, TokenizedDocument, make_row
@@ -142,6 +143,24 @@ def test_a_shared_prompt_counts_once_for_each_answer(settings: MemorySettings | 
         assert float((ours[name] - g).abs().max()) <= 3e-6 * float(g.abs().max()), name
 
 
+class Operations(TorchDispatchMode):
+    """Counts those of each time that it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: list[int] = []
+
+    def __enter__(self) -> Any:
+        self.counts.append(0)
+        return super().__enter__()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.counts[-1] += 1
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("settings", [None, MemorySettings(mlp_chunk=5)])
 def test_how_evenly_experts_are_used(settings: MemorySettings | None) -> None:
     routing, _ = found("qwen3_moe", settings)
@@ -154,6 +173,13 @@ def test_how_evenly_experts_are_used(settings: MemorySettings | None) -> None:
     assert metrics["expert_max_load"] == pytest.approx(float(shares.max(1).values.mean()) * 4)
     assert metrics["expert_entropy"] == pytest.approx(float(entropy.mean()))
     assert metrics["expert_dead"] == pytest.approx(float((shares == 0).double().mean()))
+    operations = Operations()
+    for more in (0, 4):  # of more layers no more are begun
+        state.load |= {place + more: x for place, x in list(state.load.items())}
+        with operations:
+            routing.metrics(1)
+    first, second = operations.counts
+    assert first == second < 40
 
 
 def test_a_row_of_padding_alone_counts_for_nothing() -> None:

@@ -193,14 +193,17 @@ class Routing:
         out: dict[str, tuple[Tensor, Tensor | float]] = {}
         if state.aux is not None:
             out["router_aux_loss"] = (state.aux.detach() * items, float(items))
-        layers = [x for x in state.load.values() if len(x) > 1]
-        if layers:
-            shares = [x / x.sum().clamp(min=1) for x in layers]
-            even = [torch.special.entr(s).sum() / math.log(len(s)) for s in shares]
-            dead = [(x == 0).double().mean() * state.filled for x in layers]
-            out["expert_max_load"] = (_mean([s.max() * len(s) for s in shares]), state.filled)
-            out["expert_entropy"] = (_mean(even), state.filled)
-            out["expert_dead"] = (_mean(dead), state.filled)
+        widths = sorted({len(x) for x in state.load.values() if len(x) > 1})
+        if widths:
+            # [layers, E]: all layers at once, whose kernels take longer to begin than to run
+            loads = [torch.stack([x for x in state.load.values() if len(x) == w]) for w in widths]
+            shares = [x / x.sum(1, keepdim=True).clamp(min=1) for x in loads]
+            busiest = torch.cat([s.amax(1) * s.shape[1] for s in shares]).mean()
+            even = [torch.special.entr(s).sum(1) / math.log(s.shape[1]) for s in shares]
+            dead = torch.cat([(x == 0).double().mean(1) for x in loads]).mean()
+            out["expert_max_load"] = (busiest, state.filled)
+            out["expert_entropy"] = (torch.cat(even).mean(), state.filled)
+            out["expert_dead"] = (dead * state.filled, state.filled)
         return out
 
     # ---- hooks -----------------------------------------------------------------------------------
@@ -334,10 +337,6 @@ def _histogram(chosen: Tensor, mask: Tensor | None, width: int) -> Tensor:
         chosen = torch.where(mask[:, None], chosen, width)
     chosen = chosen.to(torch.int32 if chosen.is_cuda else torch.float32)
     return torch.histc(chosen, bins=width, min=0, max=width - 1)
-
-
-def _mean(values: list[Tensor]) -> Tensor:
-    return torch.stack(values).mean()
 
 
 class _Join(torch.autograd.Function):
