@@ -52,7 +52,9 @@ def on_a_rank(
     cpu_sharding.reset()
     cfg = config_of(folder, keys)
     shards = settings.fsdp2_arguments()
-    args = cpu_sharding.training_arguments("fsdp2", f"{folder}-out", max_steps=1, **shards)
+    args = cpu_sharding.training_arguments(
+        "fsdp2", f"{folder}-out", do_train=True, max_steps=1, **shards
+    )
     ctx = sp.SequenceParallel.create(dist.get_world_size())
     config = load.load_config(cfg.model, 64)
     tokenizer = load.load_tokenizer(cfg.model)

@@ -57,7 +57,9 @@ def alone(folder: str, keys: dict[str, Any]) -> dict[str, torch.Tensor]:
     from transformers import TrainingArguments
 
     cfg = loading_ranks.config_of(folder, keys)
-    args = TrainingArguments(output_dir=f"{folder}-out", use_cpu=True, report_to="none")
+    args = TrainingArguments(
+        output_dir=f"{folder}-out", use_cpu=True, do_train=True, report_to="none"
+    )
     torch.manual_seed(5)
     model, _, _ = build_model(
         cfg,
@@ -91,6 +93,7 @@ def test_each_rank_has_what_one_process_has(
     ranks = on_ranks_of_their_own(2, 200, loading_ranks.on_a_rank, folder, keys)
     for found, _ in ranks:
         assert found.keys() == wanted.keys()
+        assert any("lora_A" in name for name in found) == (keys is LORA)
         for name in wanted:
             assert found[name].dtype == wanted[name].dtype, name
             assert torch.equal(found[name], wanted[name]), name
