@@ -120,8 +120,9 @@ class Routing:
                 tokens is (`Row.sequences`): 0 at padding.
             device: where the model computes.
         """
-        several = tuple(n for n in times.unique().tolist() if n)
-        whole = several == (1,) and bool((times == 1).all())
+        tokens = times.bincount().tolist()  # by how often they count
+        several = tuple(n for n, count in enumerate(tokens) if n and count)
+        whole = several == (1,) and not tokens[0]
         self._row = state = _RowState(
             len(times), None if whole else times.to(device, non_blocking=True), several
         )
