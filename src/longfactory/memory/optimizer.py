@@ -99,10 +99,7 @@ class SplitAdamW(torch.optim.Optimizer):
         )
         self.placement, self.gradients, self.overlap = placement, gradients, overlap
         self._stages: list[PinnedBuffers] = []
-        self._scale = 1.0  # of the gradients of the step
-        # The norm and its limit, of the gradients of the next step: read when it begins. A GPU
-        # would have nothing to do after its backward while a caller looks at the norm.
-        self._clipped: tuple[Tensor, float] | None = None
+        self._scale = 1.0  # of the gradients of the next step
         # parameter -> fp32 sum of this rank's part of its gradient, where the states live
         self._sums: dict[Tensor, Tensor] = {}
         self._summed: set[Tensor] = set()  # those with something of this step in it
@@ -137,11 +134,8 @@ class SplitAdamW(torch.optim.Optimizer):
                 if p.grad is not None or p in self._away:
                     self.prepare(p)
                     self.state[p]["step"] += 1
-        if self._clipped is not None:
-            norm, most = self._clipped
-            self._scale = min(1.0, most / (float(norm) + 1e-6))
         self._do(job for block in self._work() for job in _update_jobs(block))
-        self._scale, self._clipped = 1.0, None
+        self._scale = 1.0
         self._left.clear()
         self._away.clear()
         return loss
@@ -299,7 +293,7 @@ class SplitAdamW(torch.optim.Optimizer):
         if sharded:
             torch.distributed.all_reduce(total, group=sharded[0].device_mesh.get_group())
         norm = (total + self._square(whole)).sqrt().float()
-        self._clipped = norm, max_norm
+        self._scale = min(1.0, max_norm / (float(norm) + 1e-6))
         return norm
 
     def _square(self, params: list[Any]) -> Tensor:
