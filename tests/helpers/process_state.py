@@ -17,6 +17,7 @@ OF_LIBRARIES = {
     "PYTORCH_NVML_BASED_CUDA_CHECK",  # accelerate sets it for good, at the first trainer
     # torch, when it first compiles or starts CUDA
     "TORCHINDUCTOR_CACHE_DIR",
+    "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",
     "TRITON_CACHE_DIR",
     "CUDA_MODULE_LOADING",
 }

@@ -118,6 +118,38 @@ def test_what_serves_all_lengths_is_compiled_once(monkeypatch: pytest.MonkeyPatc
     assert not compiled._failed
 
 
+def test_a_tensor_that_comes_again_is_of_one_length_for_its_own_copy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A copy for all lengths has seen it before. By torch's compiler, up to the graph."""
+    monkeypatch.setattr(compiled, "compiles", lambda x: True)
+    monkeypatch.setattr(compiled, "_compiled", {})
+    monkeypatch.setattr(compiled, "_lengths_vary", True)
+    monkeypatch.setattr(compiled, "IN_A_ROW", 2)
+    sizes: dict[str, list[torch.Size]] = {}
+    compile_with = torch.compile
+
+    def compile(fn: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
+        def backend(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+            values = [node.meta.get("example_value") for node in graph.graph.nodes]
+            shapes = [value.shape for value in values if isinstance(value, torch.Tensor)]
+            sizes[fn.__code__.co_name] = shapes
+            return graph.forward
+
+        return compile_with(fn, dynamic=dynamic, backend=backend)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    x, (cos, sin) = torch.randn(100, 2, 8), torch.randn(2, 100, 4)
+    for _ in range(3):
+        layer_ops.rotate(x, cos, sin)
+    assert not compiled._failed
+    assert list(sizes) == ["rotate_0_any", "rotate_0_0"]
+    varies = {
+        name: not all(type(n) is int for n in sum(found, ())) for name, found in sizes.items()
+    }
+    assert varies == {"rotate_0_any": True, "rotate_0_0": False}
+
+
 def test_many_forms_share_one(copies: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "FORMS", 2)
     for width in (4, 5, 6, 7, 4, 6):
