@@ -27,6 +27,7 @@ PARTS: tuple[tuple[str, str, str], ...] = (
     ("images: tower", r"images: tower", r""),
     ("images: exchange", r"images: exchange", r""),
     ("optimizer", r"Optimizer\.step|adamw|clip_grad|_foreach_|aten::linalg_vector_norm", r""),
+    ("optimizer", r"", r"^_update$"),  # of split masters: a kernel without an operation of the host
     ("messages", r"", r"nccl"),
     ("attention", r"", r"flash_(fwd|bwd)|fmha|sdpa|cudnn_generated"),
     ("attention", r"_flash_attention|cudnn_attention|_efficient_attention", r""),
