@@ -130,8 +130,18 @@ class Model:
             and not in_tower(name)
             and module is not model.get_output_embeddings()
         ]
+        # [experts, in, out] or [experts, out, in]: the routed experts, of which each is adapted
+        stacked = {
+            ".".join(name.split(".")[-2:])
+            for name, parameter in model.named_parameters()
+            if parameter.dim() == 3 and ".experts." in name
+        }
         config = LoraConfig(
-            task_type=TaskType.CAUSAL_LM, r=RANK, lora_alpha=2 * RANK, target_modules=targets
+            task_type=TaskType.CAUSAL_LM,
+            r=RANK,
+            lora_alpha=2 * RANK,
+            target_modules=targets,
+            target_parameters=sorted(stacked) or None,
         )
         return get_peft_model(model, config)
 
