@@ -52,6 +52,13 @@ def compute_dtype(precision: str) -> torch.dtype:
     return torch.float16 if precision == "fp16" else torch.bfloat16
 
 
+def stacked_experts(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of routed experts, of all experts in one parameter: [experts, in, out] or
+    [experts, out, in].
+    """
+    return {n: p for n, p in model.named_parameters() if p.dim() == 3 and ".experts." in n}
+
+
 class Model:
     """A plain model, what is trained of it, and its value head in the stage rm."""
 
@@ -78,6 +85,8 @@ class Model:
         self.model, self.value = model, None
         self.adapted = finetuning in ("lora", "qlora")
         self._choose(model, finetuning)
+        if finetuning == "qlora":
+            self._round_experts(model)
         if self.adapted:
             self.model = self._adapt(model)
         if stage == "rm":
@@ -120,6 +129,15 @@ class Model:
                 parameter.requires_grad_(trained)
 
     @staticmethod
+    def _round_experts(model: nn.Module) -> None:
+        """To the numbers that four bits keep of them: transformers quantises linear layers alone."""
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        for parameter in stacked_experts(model).values():
+            kept = quantize_4bit(parameter.data, quant_type="nf4", compress_statistics=True)
+            parameter.data = dequantize_4bit(*kept)
+
+    @staticmethod
     def _adapt(model: Any) -> Any:
         from peft import LoraConfig, TaskType, get_peft_model
 
@@ -130,12 +148,7 @@ class Model:
             and not in_tower(name)
             and module is not model.get_output_embeddings()
         ]
-        # [experts, in, out] or [experts, out, in]: the routed experts, of which each is adapted
-        stacked = {
-            ".".join(name.split(".")[-2:])
-            for name, parameter in model.named_parameters()
-            if parameter.dim() == 3 and ".experts." in name
-        }
+        stacked = {".".join(name.split(".")[-2:]) for name in stacked_experts(model)}
         config = LoraConfig(
             task_type=TaskType.CAUSAL_LM,
             r=RANK,
