@@ -49,19 +49,11 @@ def on_a_rank(
     if noise:
         load._without_values = _with_nan(load._without_values)
     cpu_sharding.start("fsdp2")
-    cpu_sharding.reset()
-    cfg = config_of(folder, keys)
-    shards = settings.fsdp2_arguments()
-    args = cpu_sharding.training_arguments(
-        "fsdp2", f"{folder}-out", do_train=True, max_steps=1, **shards
-    )
-    ctx = sp.SequenceParallel.create(dist.get_world_size())
-    config = load.load_config(cfg.model, 64)
-    tokenizer = load.load_tokenizer(cfg.model)
-    stage = TokenStage()
+    given = arguments(folder, keys)
+    *_, ctx, args, stage = given
     torch.manual_seed(5)
     before = own_memory()
-    model, head, _ = build_model(cfg, config, tokenizer, ctx, args, stage, False)
+    model, head, _ = build_model(*given, False)
     taken = own_memory() - before
     trainer = RowTrainer(
         model,
@@ -82,6 +74,34 @@ def on_a_rank(
     assert {n for n, _ in sharded.named_parameters()} <= kept
     found |= {f"in state: {n}": torch.tensor(n in kept) for n, _ in sharded.named_buffers()}
     return found, taken
+
+
+def arguments(folder: str, keys: dict[str, Any]) -> tuple[Any, ...]:
+    """What `build_model` of a run under FSDP2 is called with."""
+    cpu_sharding.reset()
+    cfg = config_of(folder, keys)
+    args = cpu_sharding.training_arguments(
+        "fsdp2", f"{folder}-out", do_train=True, max_steps=1, **settings.fsdp2_arguments()
+    )
+    ctx = sp.SequenceParallel.create(dist.get_world_size())
+    config, tokenizer = load.load_config(cfg.model, 64), load.load_tokenizer(cfg.model)
+    return cfg, config, tokenizer, ctx, args, TokenStage()
+
+
+def refusals(folders: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Body of a rank of a pool of its own: what ends the run for each folder and keys, on this
+    rank.
+    """
+    cpu_sharding.start("fsdp2")
+    found = []
+    for folder, keys in folders:
+        try:
+            build_model(*arguments(folder, keys), False)
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}")
+        else:
+            found.append("nothing")
+    return found
 
 
 def _with_nan(without_values: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -128,3 +128,36 @@ def test_one_rank_holds_the_weights(keys: dict[str, Any], tmp_path: Path) -> Non
     (_, reads), (_, receives) = on_ranks_of_their_own(2, 200, loading_ranks.on_a_rank, folder, keys)
     assert reads > 0.9 * size
     assert receives < 0.3 * size
+
+
+def test_what_the_reading_rank_refuses_ends_every_rank(tmp_path: Path) -> None:
+    """Before a collective, in which the others would wait for it."""
+    from safetensors.torch import load_file, save_file
+
+    name = "model.layers.1.mlp.up_proj.weight"
+    folders = {}
+    for fault in ("shape", "missing", "damaged", "no numbers", "adapter"):
+        folders[fault] = write(tmp_path / fault, "llama")
+        file = tmp_path / fault / "model.safetensors"
+        weights = load_file(file)
+        if fault == "shape":
+            weights[name] = weights[name][:-1].clone()
+        elif fault == "missing":
+            del weights[name]
+        elif fault == "no numbers":
+            weights[name][0, 0] = float("nan")
+        if fault == "damaged":
+            file.write_bytes(file.read_bytes()[:-100])
+        else:
+            save_file(weights, file, metadata={"format": "pt"})
+    tuned = adapter(folders["adapter"], tmp_path / "tuned", True)
+    file = Path(tuned) / "adapter_model.safetensors"
+    save_file({k: v * float("nan") for k, v in load_file(file).items()}, file)
+
+    cases = [(folder, FULL) for folder in folders.values()]
+    cases[-1] = (folders["adapter"], LORA | {"adapter_name_or_path": tuned})
+    reads, receives = on_ranks_of_their_own(2, 100, loading_ranks.refusals, cases)
+    words = ("could not be loaded", f"no weights for {name}", "could not be loaded", name, "NaN")
+    for said, told, word in zip(reads, receives, words, strict=True):
+        assert said.startswith("UserError: ") and word in said
+        assert told in (said, said.replace("UserError: ", "UserError: Process 0: "))

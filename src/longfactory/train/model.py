@@ -4,6 +4,7 @@ kernels that attention will run on.
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -26,6 +27,7 @@ from longfactory.sp import hf, vision
 from longfactory.sp.backends import start
 from longfactory.stages.base import Stage
 from longfactory.train.memory_plan import Memory
+from longfactory.train.ranks import or_all_fail
 
 log = logging.getLogger("longfactory")
 
@@ -44,6 +46,9 @@ def build_model(
     """The model with the engine's attention, what is trained of it, and its output layer taken
     over; and the files that it came from.
 
+    Collective. Where one process fails (the one that reads the files for all, or one whose machine
+    has others) all end with its sentence; but for DeepSpeed, whose loading communicates itself.
+
     Args:
         images: the run's rows have images, which pass through the model's tower.
     """
@@ -55,7 +60,8 @@ def build_model(
         moves_base_weights(cfg.method)
         or adapters.start_from_weights(cfg.model.adapter_name_or_path)
     )
-    model = load.load_model(
+    read = functools.partial(
+        load.load_model,
         cfg.model,
         model_config,
         dtype,
@@ -64,14 +70,36 @@ def build_model(
         quantization=quantization,
         receives=receives,
     )
+    make = functools.partial(
+        _make_trainable, cfg, model_config, tokenizer, ctx, args, stage, split, images, receives
+    )
+    if args.deepspeed:
+        return make(read())
+    model = or_all_fail(read)
     if shard.loads_for_all(args):
         send_buffers(model, args.device)
-    if quantization is not None:
+    return or_all_fail(lambda: make(model))
+
+
+def _make_trainable(
+    cfg: RunConfig,
+    model_config: Any,
+    tokenizer: Any,
+    ctx: sp.SequenceParallel,
+    args: Seq2SeqTrainingArguments,
+    stage: Stage,
+    split: bool,
+    images: bool,
+    receives: bool,
+    model: Any,
+) -> tuple[Any, TokenLogprobs | TokenValues, Source]:
+    """`build_model` once the weights are loaded; without communication, but for DeepSpeed's."""
+    if cfg.model.quantization_bit:
         log.info(load.describe_quantised(model))
     elif load.widened(model_config) is not None:
         log.info(
             "The checkpoint's weights are stored in fewer bits; they are read, and trained, as"
-            f" {str(dtype).removeprefix('torch.')}."
+            f" {str(computing_dtype(cfg, args, split)).removeprefix('torch.')}."
         )
     source = load.source_of(model, cfg.model)
     if cfg.model.enable_liger_kernel:

@@ -4,10 +4,15 @@ nothing where there is one process.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from longfactory.errors import UserError
+
+Result = TypeVar("Result")
 
 
 def is_distributed() -> bool:
@@ -40,3 +45,29 @@ def from_all(x: Any) -> list[Any]:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, x)
     return found
+
+
+def or_all_fail(function: Callable[[], Result]) -> Result:
+    """Calls a function that does not communicate on every process, and where it failed on one, ends
+    the run on all: the others would wait for the failed one in the next collective. Collective.
+
+    Raises:
+        UserError: on the processes where it did not fail, with what the first failed one says.
+        Exception: what it raised, on the processes where it did.
+    """
+    try:
+        result = function()
+    except Exception as error:
+        from_all(_in_words(error))
+        raise
+    failed = [(rank, words) for rank, words in enumerate(from_all(None)) if words is not None]
+    if failed:
+        rank, words = failed[0]
+        raise UserError(f"Process {rank}: {words}")
+    return result
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
