@@ -287,7 +287,7 @@ def measure(name: str, smoke: bool) -> dict[str, Any]:
     experts.install_grouped(model)
     fields = LAYERS[name][1]
     kept = fields.get("keep_mlp", 0.0)
-    chunk = 32 if smoke else CHUNK
+    chunk: int | None = 32 if smoke else CHUNK
     if "num_experts" in fields:
         chunk = None
     settings = MemorySettings(keep_attention=1.0, keep_mlp=kept, mlp_chunk=chunk)
