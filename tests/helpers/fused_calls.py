@@ -24,7 +24,7 @@ def calls(device: str) -> dict[str, Callable[[], Any]]:
     of_heads, biases = draw(12), draw(experts, width)
     expert = torch.randint(experts, (tokens * picks,), device=device).sort().values
     order = torch.randperm(tokens * picks, device=device)
-    back = order.argsort()
+    back, of_tokens = order.argsort(), expert.view(tokens, picks)
     pairs, chosen = draw(tokens * picks, width), torch.rand(tokens, picks, device=device)
     logits, labels = draw(tokens, 200), torch.randint(200, (tokens,), device=device)
     lse = torch.full((tokens,), 6.0, device=device)
@@ -51,21 +51,23 @@ def calls(device: str) -> dict[str, Callable[[], Any]]:
             heads, heads, heads[..., :1], "softplus"
         ),
         "sum_over_picks": lambda: mixed.sum_over_picks(pairs, back, picks, torch.bfloat16),
-        "weighted_sum": lambda: mixed.weighted_sum(pairs, chosen, back, x),
+        "weighted_sum": lambda: mixed.weighted_sum(pairs, chosen, back, x, of_tokens),
         "weighted_sum and bias": lambda: mixed.weighted_sum(
-            pairs, chosen, back, x, biases, expert.view(tokens, picks)
+            pairs, chosen, back, x, of_tokens, biases
         ),
-        "weighted_sum_backward": lambda: mixed.weighted_sum_backward(dy, pairs, chosen, order),
+        "weighted_sum_backward": lambda: mixed.weighted_sum_backward(
+            dy, pairs, chosen, order, expert
+        ),
         "weighted_sum_backward and bias": lambda: mixed.weighted_sum_backward(
-            dy, pairs, chosen, order, biases, expert
+            dy, pairs, chosen, order, expert, biases
         ),
         "expert gated": lambda: mixed.gated(pairs),
         "expert gated_backward": lambda: mixed.gated_backward(pairs[:, :12], pairs),
-        "clamped": lambda: mixed.clamped(pairs, 1.7, 7.0),
-        "clamped and bias": lambda: mixed.clamped(pairs, 1.7, 7.0, biases, expert),
-        "clamped_backward": lambda: mixed.clamped_backward(pairs[:, :12], pairs, 1.7, 7.0),
+        "clamped": lambda: mixed.clamped(pairs, expert, 1.7, 7.0),
+        "clamped and bias": lambda: mixed.clamped(pairs, expert, 1.7, 7.0, biases),
+        "clamped_backward": lambda: mixed.clamped_backward(pairs[:, :12], pairs, expert, 1.7, 7.0),
         "clamped_backward and bias": lambda: mixed.clamped_backward(
-            pairs[:, :12], pairs, 1.7, 7.0, biases, expert
+            pairs[:, :12], pairs, expert, 1.7, 7.0, biases
         ),
         "statistics": lambda: logit_ops.statistics(logits, labels, 1.0, None),
         "_softmax_gradient": lambda: logit_ops._softmax_gradient(logits, lse, lse, 1.0, None),

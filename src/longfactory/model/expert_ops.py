@@ -30,18 +30,19 @@ def weighted_sum(
     weights: Tensor,
     back: Tensor,
     like: Tensor,
+    chosen: Tensor,
     bias: Tensor | None = None,
-    chosen: Tensor | None = None,
 ) -> Tensor:
     """[S, H] and weights [T, K] -> [T, H] in the type of `like`.
 
     Args:
-        bias, chosen: [E, H], added to y, of each token's experts [T, K].
+        chosen: [T, K], each token's experts.
+        bias: [E, H] of each expert, added to y.
     """
     inner = torch.promote_types(wide(y.dtype), wide(weights.dtype))
     # [S, H] -> [T, K, H]
     found = y[back].view(*weights.shape, y.shape[1]).to(inner)
-    if bias is not None and chosen is not None:
+    if bias is not None:
         found = found + bias[chosen].to(inner)
     return (found * weights.to(inner).unsqueeze(-1)).sum(1).to(like.dtype)
 
@@ -52,20 +53,21 @@ def weighted_sum_backward(
     y: Tensor,
     weights: Tensor,
     order: Tensor,
+    expert: Tensor,
     bias: Tensor | None = None,
-    expert: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Of dout [T, H]: the gradient of y [S, H], and [S] those of the weights, in the pairs' order
     and the wide type.
 
     Args:
-        bias, expert: [E, H], added to y, of each pair's expert [S].
+        expert: [S], each pair's expert.
+        bias: [E, H] of each expert, added to y.
     """
     inner = torch.promote_types(wide(y.dtype), wide(weights.dtype))
     sent = dout[order // weights.shape[1]].to(inner)
     own = weights.reshape(-1)[order].to(inner)
     found = y.to(inner)
-    if bias is not None and expert is not None:
+    if bias is not None:
         found = found + bias[expert].to(inner)
     return (sent * own.unsqueeze(-1)).to(y.dtype), (sent * found).sum(-1)
 
@@ -87,12 +89,12 @@ def gated_backward(dy: Tensor, x: Tensor) -> Tensor:
     return torch.cat((g * up * (s + silu * (1 - s)), g * silu), -1).to(x.dtype)
 
 
-def _gate_and_up(x: Tensor, bias: Tensor | None, expert: Tensor | None) -> tuple[Tensor, Tensor]:
-    """gpt-oss's [S, 2 I], where gate and up stand side by side, and the bias [E, 2 I] of each
-    pair's expert [S] -> [S, I] and [S, I], in the wide type.
+def _gate_and_up(x: Tensor, expert: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """gpt-oss's [S, 2 I], where gate and up stand side by side, each pair's expert [S] and the
+    bias [E, 2 I] of each -> [S, I] and [S, I], in the wide type.
     """
     both = x.to(wide(x.dtype))
-    if bias is not None and expert is not None:
+    if bias is not None:
         both = both + bias[expert].to(both.dtype)
     gate, up = both.unflatten(-1, (-1, 2)).unbind(-1)
     return gate, up
@@ -101,17 +103,17 @@ def _gate_and_up(x: Tensor, bias: Tensor | None, expert: Tensor | None) -> tuple
 @fused("x", "expert")
 def clamped(
     x: Tensor,
+    expert: Tensor,
     alpha: float,
     limit: float,
     bias: Tensor | None = None,
-    expert: Tensor | None = None,
 ) -> Tensor:
     """[S, 2 I] -> [S, I] as gpt-oss: gate and up are clamped, (up + 1) gate sigmoid(alpha gate).
 
     Args:
-        bias, expert: see `_gate_and_up`.
+        expert, bias: see `_gate_and_up`.
     """
-    gate, up = _gate_and_up(x, bias, expert)
+    gate, up = _gate_and_up(x, expert, bias)
     gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
     return ((up + 1) * gate * torch.sigmoid(alpha * gate)).to(x.dtype)
 
@@ -120,13 +122,13 @@ def clamped(
 def clamped_backward(
     dy: Tensor,
     x: Tensor,
+    expert: Tensor,
     alpha: float,
     limit: float,
     bias: Tensor | None = None,
-    expert: Tensor | None = None,
 ) -> Tensor:
     """[S, 2 I], the gradient of x; none of what was cut off."""
-    gate, up = _gate_and_up(x, bias, expert)
+    gate, up = _gate_and_up(x, expert, bias)
     g = dy.to(gate.dtype)
     inside = (gate <= limit, (up >= -limit) & (up <= limit))
     gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)

@@ -326,12 +326,12 @@ class _Clamped(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, bias, expert)
         ctx.alpha, ctx.limit = alpha, limit
-        return expert_ops.clamped(x, alpha, limit, bias, expert)  # type: ignore[no-any-return]
+        return expert_ops.clamped(x, expert, alpha, limit, bias)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, bias, expert = ctx.saved_tensors
-        dx = expert_ops.clamped_backward(dy, x, ctx.alpha, ctx.limit, bias, expert)
+        dx = expert_ops.clamped_backward(dy, x, expert, ctx.alpha, ctx.limit, bias)
         own = _bias_gradient(dx, expert, len(bias)) if ctx.needs_input_grad[1] else None
         return dx, own, None, None, None
 
@@ -354,13 +354,13 @@ class _Combined(torch.autograd.Function):
         like: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x, weights, bias, expert, order, back)
-        return expert_ops.weighted_sum(x, weights, back, like, bias, chosen)  # type: ignore[no-any-return]
+        return expert_ops.weighted_sum(x, weights, back, like, chosen, bias)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, weights, bias, expert, order, back = ctx.saved_tensors
         dx, own = expert_ops.weighted_sum_backward(
-            dout.contiguous(), x, weights, order, bias, expert
+            dout.contiguous(), x, weights, order, expert, bias
         )
         dweights = own[back].view_as(weights).to(weights.dtype)
         dbias = _bias_gradient(dx, expert, len(bias)) if ctx.needs_input_grad[2] else None
