@@ -268,14 +268,18 @@ def test_a_grown_vocabulary_is_trained_and_saved() -> None:
 
 
 @pytest.mark.parametrize(
-    "keys", [{"lora_target": ("q_prj",)}, {"additional_target": ("embeddings",)}]
+    ("kind", "key", "name", "there"),
+    [
+        ("lora", "lora_target", "q_prj", "Linear layers: down_proj, gate_proj"),
+        ("oft", "oft_target", "q_prj", "Linear layers: down_proj, gate_proj"),
+        ("lora", "additional_target", "embeddings", "Modules with weights: down_proj, embed_tok"),
+    ],
 )
-def test_an_unknown_target_is_refused_with_those_that_there_are(keys: dict[str, Any]) -> None:
-    with pytest.raises(
-        UserError,
-        match=r"(q_prj|embeddings) not found in the model. Linear layers: down_proj, gate_proj",
-    ):
-        apply(tiny_model(), "lora", **keys)
+def test_an_unknown_target_is_refused_with_those_that_there_are(
+    kind: str, key: str, name: str, there: str
+) -> None:
+    with pytest.raises(UserError, match=f"{key}: {name} not found in the model. {there}"):
+        apply(tiny_model(), kind, **{key: (name,)})
 
 
 def test_an_adapter_needs_lora() -> None:

@@ -187,7 +187,11 @@ def test_what_a_target_means(family: str, keys: dict[str, Any], expected: set[st
         ({"lora_dropout": 0.1, "pissa_init": True}, "lora_dropout and pissa_init: .* lora_experts"),
         ({"lora_target": ("gate_proj",)}, "is one parameter with up_proj .* Name both"),
         ({"lora_target": ("experts",), "lora_experts": False}, "experts names routed experts, and"),
-        ({"lora_target": ("expert",)}, "expert not found in the model"),
+        (
+            {"lora_target": ("expert",)},
+            "expert not found in the model. Linear layers: k_proj, .*"
+            r" Routed experts: mlp.experts.down_proj, mlp.experts.gate_up_proj\.",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(keys: dict[str, Any], message: str) -> None:

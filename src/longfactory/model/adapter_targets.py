@@ -165,30 +165,47 @@ def _named_by(target: str, names: list[str]) -> list[str]:
     return [n for n in names if n == target or n.endswith("." + target)]
 
 
-def refuse_unknown(targets: list[str], model: Any, parts: Idle) -> None:
-    """Refuses targets of LoRA, and modules to save, that are nowhere, or only where text does not
-    pass.
+def refuse_unknown(key: str, targets: list[str], model: Any, parts: Idle) -> None:
+    """Refuses targets of LoRA or OFT, and modules to save, that are nowhere, or only where text
+    does not pass.
 
+    Args:
+        key: where the user named them.
+        parts: what text does not pass through.
     Raises:
-        UserError: with the linear layers that there are.
+        UserError: with the names that there are.
     """
     names = [name for name, _ in model.named_modules()]
     found = {t: _named_by(t, names) for t in targets}
-    there = f"Linear layers: {', '.join(linear_names(model))}."
     if unknown := [t for t, at in found.items() if not at]:
         raise UserError(
-            f"lora_target or additional_target: {', '.join(unknown)} not found in the model."
-            f" {there}"
+            f"{key}: {', '.join(unknown)} not found in the model. {_there(key, model, parts)}"
         )
     frozen = ""
     if text_model.enters_more_than_text(model):
         frozen = " or which freeze_vision_tower and its kin freeze"
     if unpassed := [t for t, at in found.items() if all(n in parts for n in at)]:
         raise UserError(
-            f"lora_target or additional_target: {', '.join(unpassed)} cannot be trained on text: it"
-            f" lies in {', '.join(parts.modules)}, which text does not pass through{frozen}."
-            f" {there}"
+            f"{key}: {', '.join(unpassed)} cannot be trained on text: it lies in"
+            f" {', '.join(parts.modules)}, which text does not pass through{frozen}."
+            f" {_there(key, model, parts)}"
         )
+
+
+def _there(key: str, model: Any, parts: Idle) -> str:
+    """What a key may name in this model."""
+    if key == "additional_target":
+        own = {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if name not in parts and next(module.parameters(recurse=False), None) is not None
+        }
+        return f"Modules with weights: {', '.join(sorted(n for n in own if not n.isdigit()))}."
+    words = f"Linear layers: {', '.join(linear_names(model))}."
+    if key == "lora_target" and (maps := experts.expert_maps(model, parts)):
+        parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        words += f" Routed experts: {', '.join(clear_ends(set(maps), parameters))}."
+    return words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +248,7 @@ def lora_targets(model: Any, method: Any, parts: Idle) -> Targets:
         chosen = set(maps if method.lora_experts else ())
     else:
         modules, chosen = _resolved(named, model, method, maps)
-        refuse_unknown(modules, model, parts)
+        refuse_unknown(f"{method.finetuning_type}_target", modules, model, parts)
     taken = _taken_for_experts(modules, model)
     layers = [name for name, _ in model.named_modules() if name not in parts]
     for target in taken:

@@ -444,8 +444,7 @@ def _adapter(
             }
         )
     linear = ", ".join(linear_names(model))  # afterwards they are wrapped
-    refuse_unknown(targets.modules, model, parts)
-    refuse_unknown(saved or [], model, idle(model))
+    refuse_unknown("additional_target", saved or [], model, idle(model))
     saved = whole_where_unclear(saved, model, idle(model)) if saved else None
     options = {
         "exclude_modules": excluded(targets.modules, model, parts),
