@@ -126,24 +126,30 @@ def test_one_run_each_on_two_gpus(sharding: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_checkpoint_that_one_process_reads(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [
+        ("glm4_moe", {}),
+        ("qwen3_moe", {"finetuning_type": "lora"}),
+        ("qwen2", {"pure_bf16": True}),
+    ],
+    ids=["glm4_moe", "qwen3_moe lora", "qwen2 pure_bf16"],
+)
+def test_a_checkpoint_that_one_process_reads(
+    family: str, keys: dict[str, Any], tmp_path: Path
+) -> None:
     """Under FSDP2 the other process is sent weights and buffers (the correction of a router's
     scores); the comparison reads the files by itself.
     """
     from longfactory.testing import tiny_model
     from small_runs import write_tokenizer
 
-    for family, keys in (
-        ("glm4_moe", {}),
-        ("qwen3_moe", {"finetuning_type": "lora"}),
-        ("qwen2", {"pure_bf16": True}),
-    ):
-        vocabulary = write_tokenizer(tmp_path / family)
-        model = tiny_model(family, seed=1, vocab_size=vocabulary, hidden_size=256, head_dim=64)
-        for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
-                buffer.normal_(0.0, 0.1)
-        model.save_pretrained(tmp_path / family)
-        keys = {"sharding": "fsdp2", "bf16": True, "train_from_scratch": False, **keys}
-        done = verified(tmp_path, family, 2, **keys)
-        assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    vocabulary = write_tokenizer(tmp_path / family)
+    model = tiny_model(family, seed=1, vocab_size=vocabulary, hidden_size=256, head_dim=64)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(0.0, 0.1)
+    model.save_pretrained(tmp_path / family)
+    keys = {"sharding": "fsdp2", "bf16": True, "train_from_scratch": False, **keys}
+    done = verified(tmp_path, family, 2, **keys)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
