@@ -153,3 +153,22 @@ def test_a_checkpoint_that_one_process_reads(
     keys = {"sharding": "fsdp2", "bf16": True, "train_from_scratch": False, **keys}
     done = verified(tmp_path, family, 2, **keys)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_what_the_reading_process_refuses_ends_both(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from longfactory.testing import tiny_model
+    from small_runs import write_tokenizer
+
+    vocabulary = write_tokenizer(tmp_path / "qwen2")
+    tiny_model("qwen2", vocab_size=vocabulary, hidden_size=256).save_pretrained(tmp_path / "qwen2")
+    file, lost = tmp_path / "qwen2" / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    weights = load_file(file)
+    del weights[lost]
+    save_file(weights, file, metadata={"format": "pt"})
+    keys = {"sharding": "fsdp2", "bf16": True, "train_from_scratch": False}
+    done = verified(tmp_path, "qwen2", 2, **keys)
+    assert done.returncode == 2, done.stdout + done.stderr[-2000:]
+    assert done.stderr.count(f"its files have no weights for {lost}") == 1
