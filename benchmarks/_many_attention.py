@@ -16,7 +16,7 @@ import _attention_published as others
 import _attention_rows as mixes
 import _attention_setting as bench
 import published
-from _device_time import divided
+from _device_time import divided, kernels_of
 from _many_table import K, Row, earlier, keep, wanted
 from longfactory import sp
 from longfactory.sp.layout import dealt
@@ -150,7 +150,7 @@ def attention_row(
     for (schedule, seconds), step in zip(times.items(), steps, strict=True):
         text = f"{flop / seconds:.0f} ({flop / seconds / base:.2f}"
         if setting.device.type == "cuda" and not slow:
-            parts[schedule] = divided(step)
+            parts[schedule] = divided(kernels_of(step))
             message, exposed = (parts[schedule][k] for k in ("messages", "exposed"))
             text += f"; {message:.1f} ms, exposed {exposed:.1f}"
         row[schedule] = text + ")"

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import _attention_rows as mixes
 import _attention_setting as bench
-from _device_time import divided
+from _device_time import divided, kernels_of
 from _many_attention import attempt, inputs
 from _many_table import K, Row, earlier, keep, wanted
 from longfactory import sp
@@ -282,7 +282,7 @@ def together(
     parts = ""
     if setting.device.type == "cuda":
         dist.barrier()
-        parts = ", ".join(f"{k} {v:.2f}" for k, v in divided(step).items())
+        parts = ", ".join(f"{k} {v:.2f}" for k, v in divided(kernels_of(step)).items())
     return 1e3 * seconds / passes, parts
 
 

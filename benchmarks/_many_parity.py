@@ -10,12 +10,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from _many_commands import (
-    Job,
-    in_one_group,
-    side_by_side,
-    workplace,
-)
+from _many_commands import Job, in_one_group, side_by_side, workplace
 from _many_models import BYTES, model_folder
 from _many_table import Row, earlier, keep, wanted
 from longfactory.sp.distance import worst
@@ -80,9 +75,9 @@ def parity(a: argparse.Namespace) -> int:
             (every, [run("all", s, every) for s in seeds]),
             (every, [gradients(a, home, mode) for mode in modes]),
         ]
+        alone = [(kind, seed) for seed in seeds for kind in ("float32", "one GPU")]
         for i in every:
-            mine = seeds[i :: a.gpus]
-            groups.append(([i], [run(k, s, [i]) for s in mine for k in ("float32", "one GPU")]))
+            groups.append(([i], [run(*each, [i]) for each in alone[i :: a.gpus]]))
         calls = [
             functools.partial(in_one_group, home, devices, jobs, a.end - 5, tell, a.after)
             for devices, jobs in groups

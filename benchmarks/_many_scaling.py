@@ -9,13 +9,9 @@ from collections.abc import Sequence
 import torch
 
 from _many_attention import ONE_GPU_AT
-from _many_commands import (
-    Job,
-    in_one_group,
-    workplace,
-)
+from _many_commands import Job, in_one_group, workplace
 from _many_models import model_folder, on_gpus
-from _many_table import Row, earlier, keep
+from _many_table import Row, earlier, keep, wanted
 from longfactory import sp
 from longfactory.sp.distance import worst
 from longfactory.sp.measure import forward_backward
@@ -59,7 +55,8 @@ def scaling(a: argparse.Namespace) -> int:
         spread = {n: job(n, local, n) for n in sizes[1:]}
         # the widest first after SP 1, should time end
         widest = sorted(by_size, key=lambda n: (n > 1, -n))
-        jobs = [*(by_size[n] for n in widest), *reversed(spread.values())]
+        every = [*(by_size[n] for n in widest), *reversed(spread.values())]
+        jobs = [each for each in every if wanted(a, each.name)]
 
         def tell(name: str, row: Row) -> None:
             if "step s" in row:
@@ -69,7 +66,8 @@ def scaling(a: argparse.Namespace) -> int:
         found = in_one_group(home, range(a.gpus), jobs, a.end - 10, tell, a.after)
     first = found.get(by_size[1].name, {})
     rate: dict[int, float] = {}
-    if not a.smoke and "step s" in first:
+    longer = any(by_size[n].name in found for n in sizes[1:])
+    if not a.smoke and "step s" in first and longer:
         config = {**SHAPES["qwen2.5-7b"], "num_hidden_layers": layers}
         rate = kernel_seconds(config, [local * n for n in sizes])
     for n, at in by_size.items():
@@ -84,11 +82,13 @@ def scaling(a: argparse.Namespace) -> int:
     for at in spread.values():
         row = found.get(at.name, {})
         if "losses" in row and "losses" in first:
-            row["largest relative difference of losses"] = worst(
-                abs(x - y) / abs(y) for x, y in zip(row["losses"], first["losses"], strict=True)
-            )
+            pairs = zip(row["losses"], first["losses"], strict=True)
+            row[DIFFERENCE] = worst(abs(x - y) / abs(y) for x, y in pairs)
             keep(a, {"row": at.name, **row}, rows)
     return int(len(found) < len(jobs) or any("error" in r for r in found.values()))
+
+
+DIFFERENCE = "largest relative difference of losses"
 
 
 SCALING_NOTE = (

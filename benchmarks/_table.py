@@ -98,8 +98,7 @@ def run_row(
     found: list[dict[str, Any]] = []
     begun = time.time()
     print(f"--- {job['row']} ({job.get('kernel', 'auto')}), {clock.left:.0f} s left", flush=True)
-    over = threading.Event()  # the row must end
-    with open(log, "a") as out, _signals(clock, over):
+    with open(log, "a") as out, ended_by_signals(clock):
         out.write(f"--- {json.dumps(job)}\n")
         process = subprocess.Popen(
             command,
@@ -111,9 +110,8 @@ def run_row(
         )
 
         def end() -> None:
-            late = time.monotonic() + max(1.0, clock.left)
-            while process.poll() is None and time.monotonic() < late and not over.wait(0.2):
-                pass
+            while process.poll() is None and clock.left > 0:
+                time.sleep(0.1)
             end_marked(mark, process.pid)
 
         # A thread: this one reads until the last process that holds the pipe is gone.
@@ -148,9 +146,9 @@ def run_row(
 
 
 @contextlib.contextmanager
-def _signals(clock: Clock, over: threading.Event) -> Iterator[None]:
-    """While open, signals that would end this process end the row and the clock instead, so that
-    nothing is left behind or lost.
+def ended_by_signals(clock: Clock) -> Iterator[None]:
+    """While open, signals that would end this process stop the clock instead, which ends its rows, so
+    that nothing is left behind or lost. Only the main thread may hold it; in others it does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -158,7 +156,6 @@ def _signals(clock: Clock, over: threading.Event) -> Iterator[None]:
 
     def stop(signum: int, frame: Any) -> None:
         clock.stop(signum)
-        over.set()
 
     before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:

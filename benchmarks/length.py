@@ -30,7 +30,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-from _peers import SHAPES, make_config
+from _peer_bench import SHAPES, make_config
 from _table import Clock, GiB, job, log_file, machine_name, run_row, settings_line, write
 from longfactory.memory.shapes import ModelShape
 from throughput import system

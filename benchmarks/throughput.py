@@ -27,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-from _peers import DEEPSPEED, SHAPES, make_config
+from _peer_bench import DEEPSPEED, SHAPES, make_config
 from _table import Clock, GiB, job, log_file, machine_name, run_row, settings_line, variant, write
 from longfactory.memory.seconds import roofline
 from longfactory.memory.shapes import ModelShape, TrainingJob, machine

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import _many_length
 import _many_parity
 import _many_peers
 import _many_table
+from _table import Clock
 
 MADE = {"machine": "2 x H200", "command": "c", "date": "2026-11-27", "versions": "torch 2"}
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,6 +108,52 @@ def test_what_another_system_needs_more_is_divided() -> None:
     assert _many_peers.peer_row({"error": "out of memory"}, 1000, 2, first) == {
         "error": "out of memory"
     }
+
+
+def test_rows_that_start_at_once_take_their_steps_in_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No steps before both are ready, and those of one after the other; a row that fails before it
+    is ready does not hold the other.
+    """
+    steps: list[str] = []
+
+    def row(job, gpus, clock, log):  # type: ignore[no-untyped-def]
+        if job["row"] == "broken":
+            return [{"error": "no package"}]
+        folder, name = Path(job["turn"]), job["row"]
+        time.sleep(0.3 if name == "second" else 0.0)
+        (folder / f"{name}-ready").touch()
+        while not (folder / f"{name}-begins").exists():
+            time.sleep(0.01)
+        steps.append(f"{name}, {len(list(folder.glob('*-ready')))} ready")
+        time.sleep(0.2)
+        steps.append(f"{name} ended")
+        return [{"seconds": 1.0}]
+
+    monkeypatch.setattr(_many_peers, "run_row", row)
+
+    def names(rows: list[str]) -> list[str]:
+        jobs = [{"row": row} for row in rows]
+        return [name for name, _ in _many_peers.in_turn(jobs, 2, Clock(60.0), tmp_path)]
+
+    assert names(["first", "second"]) == ["first", "second"]
+    assert steps == ["first, 2 ready", "first ended", "second, 2 ready", "second ended"]
+    assert names(["broken", "second"]) == ["broken", "second"]
+
+
+def test_what_messages_expose_is_said_by_operation() -> None:
+    kernels = [
+        _device_time.Kernel("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", 0, 4000),
+        _device_time.Kernel("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgs)", 3000, 9000),
+        _device_time.Kernel("nvjet_sm90_tst_192x192", 2000, 6000),
+        _device_time.Kernel("void at::native::vectorized_elementwise_kernel<4>", 10000, 12000),
+    ]
+    assert _device_time.exposed_by_operation(kernels) == {"AllGather": 3.0, "SendRecv": 2.0}
+    found = _device_time.divided(kernels)
+    assert (found["messages"], found["exposed"], found["idle"]) == (9.0, 5.0, 1.0)
+    assert (found["products"], found["rest"], found["attention"]) == (4.0, 2.0, 0.0)
+    assert _device_time.longest(kernels, "products") == {"nvjet_sm90_tst_192x192": 4.0}
 
 
 def test_parity_keeps_a_row_when_its_three_runs_have_ended(

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-import _peers  # noqa: E402
+import _peer_ours  # noqa: E402
+from _peer_bench import SHAPES, Bench, Job  # noqa: E402
 from _table import Clock, job, run_row  # noqa: E402
 from longfactory.data.row import IGNORE  # noqa: E402
 from longfactory.memory import choose as auto  # noqa: E402
@@ -24,7 +25,7 @@ KEYS: dict[str, Any] = {"shape": "tiny", "kernel": "cpu", "steps": 1, "warm": Fa
 
 def test_a_pair_is_prompt_chosen_rejected_of_as_many_tokens_as_asked() -> None:
     for tokens, multiple in ((512, 4), (1000, 16)):
-        row = _peers.preference_row(tokens, 512, multiple)
+        row = _peer_ours.preference_row(tokens, 512, multiple)
         prompt, chosen, rejected, *rest = row.documents
         assert len(row) == -(-tokens // multiple) * multiple and [d.role for d in rest] in (
             [],
@@ -73,20 +74,22 @@ def test_host_bytes_are_those_of_this_length(
     settings = auto.MemorySettings(
         keep_attention=1.0, offload=offload, pool_bytes=2**30, last_layers_on_gpu=1
     )  # type: ignore[arg-type]
-    real = auto.choose_memory
+    real = _peer_ours.choose_memory
     monkeypatch.setattr(
-        auto, "choose_memory", lambda *a, **k: dataclasses.replace(real(*a, **k), settings=settings)
+        _peer_ours,
+        "choose_memory",
+        lambda *a, **k: dataclasses.replace(real(*a, **k), settings=settings),
     )
     torch.manual_seed(0)
-    bench = _peers.Bench(_peers.Job(row, [1024, 512], **KEYS))
-    _peers.ours(bench)
+    bench = Bench(Job(row, [1024, 512], **KEYS))
+    _peer_ours.ours(bench)
     results = [
         json.loads(line[7:])
         for line in capsys.readouterr().out.splitlines()
         if line.startswith("RESULT ")
     ]
     assert [r["tokens"] for r in results] == [1024, 512]
-    shape = _peers.SHAPES["tiny"]
+    shape = SHAPES["tiny"]
     inputs = 2 * shape["hidden_size"]
     attention = 2 * shape["hidden_size"] + 4 * shape["num_attention_heads"]
     for r in results:
