@@ -16,7 +16,7 @@ from longfactory import sp
 from longfactory.sp import Segment
 from longfactory.sp.recurrent import computed
 from longfactory.sp.recurrent.chunked import recurrence
-from longfactory.sp.recurrent.convolution import convolution
+from longfactory.sp.recurrent.convolution import convolution, kernels_on
 from longfactory.sp.recurrent.fragments import fragments_of
 from longfactory.sp.recurrent.rule import Rule
 
@@ -149,4 +149,6 @@ def test_recurrent_convolution_kernels(activation: str | None) -> None:
         return convolution(x, weight, bias, activation, fragments)
 
     exact = graded(run, [t.double() for t in (x, weight, bias)], slope.double())
+    for given in (False, True):  # rows of other ranks
+        assert kernels_on(x, 4, given) is not None
     assert max(errors(graded(run, [x, weight, bias], slope), exact)) < 4e-3

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from longfactory.sp.recurrent import computed
+from longfactory.sp.recurrent import computed, convolution
 from longfactory.sp.recurrent.fragments import Fragment, Fragments
 from longfactory.sp.recurrent.rule import CHUNK, Rule
 
@@ -80,6 +80,9 @@ def test_recurrent_kernels_are_the_formulas_where_they_are_interpreted() -> None
 def interpreted() -> None:
     """Compares, in a process in which Triton interprets; raises where something differs."""
     cpu = torch.device("cpu")
+    for given in (False, True):
+        assert convolution.kernels_on(torch.zeros(1, 16), 4, given) is not None, given
+    assert convolution.kernels_on(torch.zeros(1, 16), 5, False) is None  # too wide
     both = (Fragment(0, 0, 70, 0, -1), Fragment(0, 70, 26, 70, -1))
     chunks = Fragments(both, 0, 1, 96).chunks(CHUNK, cpu)
     for name, (kind, keys, heads, dim, value_dim, per_channel) in SHAPES.items():

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 from typing import Any
 
 import torch
@@ -18,45 +19,73 @@ from ..collectives import all_gather
 from .checked import are_right
 from .fragments import Fragment, Fragments, Halo
 
+log = logging.getLogger(__name__)
 
-def kernels_on(x: Tensor, width: int) -> Any:
+
+def kernels_on(x: Tensor, width: int, given: bool) -> Any:
     """The module of Triton kernels where it computes what `x` is, and is right on its device, or
     None.
+
+    Args:
+        given: rows of other ranks are read too, by kernels of their own.
     """
     if x.dtype == torch.float64 or importlib.util.find_spec("triton") is None:
         return None
     from . import chunk_kernels, convolution_kernels
 
-    runs = chunk_kernels.runs_on(x.device) and _is_right(x.device, x.dtype, width)
-    return convolution_kernels if runs else None
+    if not chunk_kernels.runs_on(x.device):
+        return None
+    if width > convolution_kernels.WIDEST:
+        _say_too_wide(width, convolution_kernels.WIDEST)
+        return None
+    return convolution_kernels if _is_right(x.device, x.dtype, width, given) else None
 
 
 @functools.cache
-def _is_right(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+def _say_too_wide(width: int, widest: int) -> None:
+    """Once a process."""
+    log.warning(
+        "Short convolutions of %d tokens run in PyTorch, slowly: LongFactory's Triton kernels take"
+        " at most %d.",
+        width,
+        widest,
+    )
+
+
+@functools.cache
+def _is_right(device: torch.device, dtype: torch.dtype, width: int, given: bool) -> bool:
     """Computes two short documents by the kernels, forward and backward, and compares with
     PyTorch in float64. Once a process for each kind of call.
     """
     from . import convolution_kernels
 
     draw = torch.Generator().manual_seed(0)
-    stretches = Fragment(0, 0, 40, 0, -1), Fragment(0, 40, 30, 40, -1)
-    halo = Fragments(stretches, 0, 1, 70).halo(width - 1, device)
-    x, weight, bias, slope = (
+    if given:  # the first document begins on another rank
+        stretches = [Fragment(0, 0, 40, 0, -1), Fragment(1, 0, 40, 40, 0)]
+    else:
+        stretches = [Fragment(0, 0, 40, 0, -1)]
+    rows = 300  # of two programs that sum
+    last = Fragment(stretches[-1].rank, 40, rows - 40, 40, -1)
+    fragments = Fragments((*stretches, last), last.rank, len(stretches), rows)
+    halo = fragments.halo(width - 1, device)
+    sent = len(halo.sent) * fragments.ranks
+    x, others, weight, bias, slope = (
         torch.randn(*size, generator=draw).to(device, dtype)
-        for size in ((70, 16), (16, width), (16,), (70, 16))
+        for size in ((rows, 16), (sent, 16), (16, width), (16,), (rows, 16))
     )
 
     def graded(run: Any, given: list[Tensor], slope: Tensor) -> list[Tensor]:
         leaves = [t.detach().requires_grad_() for t in given]
         with torch.enable_grad():
-            out = run(leaves[0], leaves[0][:0], leaves[1], leaves[2], True, halo)
-        return [out.detach(), *torch.autograd.grad(out, leaves, slope)]
+            out = run(*leaves, True, halo)
+        slopes = torch.autograd.grad(out, leaves, slope)
+        return [out.detach(), *(x for x in slopes if x.numel())]
 
     def kernels() -> list[Tensor]:
-        return graded(convolution_kernels.convolved, [x, weight, bias], slope)
+        return graded(convolution_kernels.convolved, [x, others, weight, bias], slope)
 
     def expected() -> list[Tensor]:
-        return graded(_by_pytorch, [t.double() for t in (x, weight, bias)], slope.double())
+        return graded(_by_pytorch, [t.double() for t in (x, others, weight, bias)], slope.double())
 
     return are_right("Short convolutions run", kernels, expected, x.dtype)
 
@@ -96,7 +125,7 @@ def convolution(
     given = x[:0]
     if len(halo.sent):
         given = all_gather(x.index_select(0, halo.sent), group)
-    kernels = kernels_on(x, weight.shape[1])
+    kernels = kernels_on(x, weight.shape[1], len(given) > 0)
     if kernels is not None and activation in kernels.ACTIVATIONS:
         out: Tensor = kernels.convolved(x, given, weight, bias, activation is not None, halo)
         return out

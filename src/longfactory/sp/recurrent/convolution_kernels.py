@@ -15,32 +15,20 @@ from .fragments import Halo
 
 ROWS = 32
 COLUMNS = 128
+SUMMED_ROWS, SUMMED_BLOCKS, SUMMED_WARPS = 16, 16, 8
+"""Rows, blocks of rows and warps of a program of `_slopes`, whose sums take registers."""
+WIDEST = 4
+"""Taps of a convolution that kernels take."""
 ACTIVATIONS = frozenset({None, "silu", "swish"})
 """What is applied to the result here; swish is another name of silu."""
 
 
 @triton.jit
-def _tap(x, given, source, rows, zero, column, inside, x_row, given_row):  # type: ignore[no-untyped-def]
-    """[R, C] what the rows' taps read: this rank's rows, then given ones, then zeros."""
-    here, there = source < rows, (source >= rows) & (source < zero)
-    near = tl.load(
-        x + source[:, None] * x_row + column[None, :], mask=here[:, None] & inside, other=0.0
-    )
-    far = tl.load(
-        given + (source - rows)[:, None] * given_row + column[None, :],
-        mask=there[:, None] & inside,
-        other=0.0,
-    )
-    return near.to(tl.float32) + far.to(tl.float32)
-
-
-@triton.jit
-def _sum_of_taps(  # type: ignore[no-untyped-def]
+def _tap(  # type: ignore[no-untyped-def]
     x,
     given,
-    weight,
-    bias,
     taps,
+    tap: tl.constexpr,
     row,
     column,
     rows,
@@ -49,21 +37,30 @@ def _sum_of_taps(  # type: ignore[no-untyped-def]
     x_row,
     given_row,
     WIDTH: tl.constexpr,
-    BIAS: tl.constexpr,
-    R: tl.constexpr,
-    C: tl.constexpr,
+    GIVEN: tl.constexpr,
 ):
-    """[R, C] the convolution before its activation."""
+    """[R, C] what a tap of the rows reads: this rank's rows, then given ones, then zeros."""
     inside = (column < columns)[None, :]
-    total = tl.zeros([R, C], dtype=tl.float32)
-    for tap in tl.static_range(WIDTH):
-        source = tl.load(taps + row * WIDTH + tap, mask=row < rows, other=0).to(tl.int64)
-        factor = tl.load(weight + column * WIDTH + tap, mask=column < columns, other=0.0)
-        read = _tap(x, given, source, rows, zero, column, inside, x_row, given_row)
-        total += factor.to(tl.float32)[None, :] * read
-    if BIAS:
-        total += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
-    return total
+    source = tl.load(taps + row * WIDTH + tap, mask=row < rows, other=0).to(tl.int64)
+    here = source < rows
+    found = tl.load(
+        x + source[:, None] * x_row + column[None, :], mask=here[:, None] & inside, other=0.0
+    )
+    if GIVEN:
+        there = (source >= rows) & (source < zero)
+        found += tl.load(  # one of both is zero
+            given + (source - rows)[:, None] * given_row + column[None, :],
+            mask=there[:, None] & inside,
+            other=0.0,
+        )
+    return found
+
+
+@triton.jit
+def _factor(weight, tap: tl.constexpr, column, columns):  # type: ignore[no-untyped-def]
+    """[1, C] of a tap."""
+    factor = tl.load(weight + tap * columns + column, mask=column < columns, other=0.0)
+    return factor.to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -83,21 +80,26 @@ def _forward(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     BIAS: tl.constexpr,
     SILU: tl.constexpr,
+    GIVEN: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     column = tl.program_id(1) * C + tl.arange(0, C)
-    inside = (column < columns)[None, :]
-    total = _sum_of_taps(
-        x, given, weight, bias, taps, row, column, rows, zero, columns, x_row, given_row,
-        WIDTH, BIAS, R, C,
-    )  # fmt: skip
+    total = tl.zeros([R, C], dtype=tl.float32)
+    for tap in tl.static_range(WIDTH):
+        read = _tap(
+            x, given, taps, tap, row, column, rows, zero, columns, x_row, given_row, WIDTH, GIVEN
+        )
+        total += _factor(weight, tap, column, columns) * read.to(tl.float32)
+    if BIAS:
+        total += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
     if SILU:
         total = total / (1 + tl.exp(-total))
-    both = (row < rows)[:, None] & inside
     tl.store(
-        out + row[:, None] * out_row + column[None, :], total.to(out.dtype.element_ty), mask=both
+        out + row[:, None] * out_row + column[None, :],
+        total.to(out.dtype.element_ty),
+        mask=(row < rows)[:, None] & (column < columns)[None, :],
     )
 
 
@@ -121,40 +123,77 @@ def _slopes(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     BIAS: tl.constexpr,
     SILU: tl.constexpr,
+    GIVEN: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
-    """Gradients before the activation, and these rows' part of those of the weight and the bias."""
-    block = tl.program_id(0).to(tl.int64)
-    row = block * R + tl.arange(0, R)
+    """Gradients before the activation, and these rows' part of those of the weight and the bias.
+    A program has BLOCKS blocks of rows, whose sums it makes at its end: each costs a barrier.
+    """
+    tl.static_assert(WIDTH <= 4)  # WIDEST
+    part = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * C + tl.arange(0, C)
-    inside = (column < columns)[None, :]
-    both = (row < rows)[:, None] & inside
-    given_slope = tl.load(
-        grad + row[:, None] * grad_row + column[None, :], mask=both, other=0.0
-    ).to(tl.float32)
-    if SILU:
-        total = _sum_of_taps(
-            x, given, weight, bias, taps, row, column, rows, zero, columns, x_row, given_row,
-            WIDTH, BIAS, R, C,
-        )  # fmt: skip
-        share = 1 / (1 + tl.exp(-total))
-        given_slope = given_slope * share * (1 + total * (1 - share))
-    tl.store(
-        slope + row[:, None] * columns + column[None, :],
-        given_slope.to(slope.dtype.element_ty),
-        mask=both,
-    )
-    for tap in tl.static_range(WIDTH):
-        source = tl.load(taps + row * WIDTH + tap, mask=row < rows, other=0).to(tl.int64)
-        read = _tap(x, given, source, rows, zero, column, inside, x_row, given_row)
-        tl.store(
-            d_weight + (block * columns + column) * WIDTH + tap,
-            tl.sum(given_slope * read, 0),
-            mask=column < columns,
+    here = column < columns
+    d_0 = tl.zeros([R, C], dtype=tl.float32)
+    d_1 = tl.zeros([R, C], dtype=tl.float32)
+    d_2 = tl.zeros([R, C], dtype=tl.float32)
+    d_3 = tl.zeros([R, C], dtype=tl.float32)
+    d_total = tl.zeros([R, C], dtype=tl.float32)
+    for block in range(BLOCKS):
+        row = (part * BLOCKS + block) * R + tl.arange(0, R)
+        both = (row < rows)[:, None] & here[None, :]
+        given_slope = tl.load(
+            grad + row[:, None] * grad_row + column[None, :], mask=both, other=0.0
+        ).to(tl.float32)
+        read_0 = _tap(
+            x, given, taps, 0, row, column, rows, zero, columns, x_row, given_row, WIDTH, GIVEN
         )
+        total = _factor(weight, 0, column, columns) * read_0.to(tl.float32)
+        if WIDTH > 1:
+            read_1 = _tap(
+                x, given, taps, 1, row, column, rows, zero, columns, x_row, given_row, WIDTH, GIVEN
+            )
+            total += _factor(weight, 1, column, columns) * read_1.to(tl.float32)
+        if WIDTH > 2:
+            read_2 = _tap(
+                x, given, taps, 2, row, column, rows, zero, columns, x_row, given_row, WIDTH, GIVEN
+            )
+            total += _factor(weight, 2, column, columns) * read_2.to(tl.float32)
+        if WIDTH > 3:
+            read_3 = _tap(
+                x, given, taps, 3, row, column, rows, zero, columns, x_row, given_row, WIDTH, GIVEN
+            )
+            total += _factor(weight, 3, column, columns) * read_3.to(tl.float32)
+        if BIAS:
+            total += tl.load(bias + column, mask=here, other=0.0).to(tl.float32)[None, :]
+        if SILU:
+            share = 1 / (1 + tl.exp(-total))
+            given_slope = given_slope * share * (1 + total * (1 - share))
+        tl.store(
+            slope + row[:, None] * columns + column[None, :],
+            given_slope.to(slope.dtype.element_ty),
+            mask=both,
+        )
+        d_0 += given_slope * read_0.to(tl.float32)
+        if WIDTH > 1:
+            d_1 += given_slope * read_1.to(tl.float32)
+        if WIDTH > 2:
+            d_2 += given_slope * read_2.to(tl.float32)
+        if WIDTH > 3:
+            d_3 += given_slope * read_3.to(tl.float32)
+        if BIAS:
+            d_total += given_slope
+    out = d_weight + part * WIDTH * columns + column
+    tl.store(out, tl.sum(d_0, 0), mask=here)
+    if WIDTH > 1:
+        tl.store(out + columns, tl.sum(d_1, 0), mask=here)
+    if WIDTH > 2:
+        tl.store(out + 2 * columns, tl.sum(d_2, 0), mask=here)
+    if WIDTH > 3:
+        tl.store(out + 3 * columns, tl.sum(d_3, 0), mask=here)
     if BIAS:
-        tl.store(d_bias + block * columns + column, tl.sum(given_slope, 0), mask=column < columns)
+        tl.store(d_bias + part * columns + column, tl.sum(d_total, 0), mask=here)
 
 
 @triton.jit
@@ -177,13 +216,12 @@ def _inputs(  # type: ignore[no-untyped-def]
     total = tl.zeros([R, C], dtype=tl.float32)
     for tap in tl.static_range(WIDTH):
         reader = row + (WIDTH - 1 - tap)
-        factor = tl.load(weight + column * WIDTH + tap, mask=column < columns, other=0.0)
         given = tl.load(
             slope + reader[:, None] * columns + column[None, :],
             mask=(reader < stop)[:, None] & inside,
             other=0.0,
         )
-        total += factor.to(tl.float32)[None, :] * given.to(tl.float32)
+        total += _factor(weight, tap, column, columns) * given.to(tl.float32)
     tl.store(
         dx + row[:, None] * columns + column[None, :],
         total.to(dx.dtype.element_ty),
@@ -216,12 +254,13 @@ class _Convolution(torch.autograd.Function):
         halo: Halo,
     ) -> Tensor:
         x = x if x.stride(1) == 1 else x.contiguous()
-        given, weight = given.contiguous(), weight.contiguous()
+        given, by_tap = given.contiguous(), weight.t().contiguous()
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         _forward[_grid(x)](
-            x, given, weight, weight if bias is None else bias, halo.taps, out,
+            x, given, by_tap, by_tap if bias is None else bias, halo.taps, out,
             len(x), len(x) + len(given), x.shape[1], x.stride(0), given.stride(0), out.stride(0),
-            WIDTH=weight.shape[1], BIAS=bias is not None, SILU=silu, R=ROWS, C=COLUMNS,
+            WIDTH=weight.shape[1], BIAS=bias is not None, SILU=silu, GIVEN=len(given) > 0,
+            R=ROWS, C=COLUMNS,
         )  # fmt: skip
         ctx.save_for_backward(x, given, weight, bias)
         ctx.settings = silu, halo
@@ -232,28 +271,31 @@ class _Convolution(torch.autograd.Function):
         x, given, weight, bias = ctx.saved_tensors
         silu, halo = ctx.settings
         rows, columns = x.shape
-        width = weight.shape[1]
+        width, by_tap = weight.shape[1], weight.t().contiguous()
         grad = grad if grad.stride(1) == 1 else grad.contiguous()
-        grid = _grid(x)
         slope = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        parts = torch.empty(grid[0], columns, width, dtype=torch.float32, device=x.device)
-        bias_parts = parts if bias is None else parts.new_empty(grid[0], columns)
-        _slopes[grid](
-            x, given, weight, weight if bias is None else bias, halo.taps, grad, slope, parts,
+        programs = triton.cdiv(rows, SUMMED_ROWS * SUMMED_BLOCKS)
+        parts = torch.empty(programs, width, columns, dtype=torch.float32, device=x.device)
+        bias_parts = parts if bias is None else parts.new_empty(programs, columns)
+        _slopes[programs, triton.cdiv(columns, COLUMNS)](
+            x, given, by_tap, by_tap if bias is None else bias, halo.taps, grad, slope, parts,
             bias_parts, rows, rows + len(given), columns, x.stride(0), given.stride(0),
             grad.stride(0),
-            WIDTH=width, BIAS=bias is not None, SILU=silu, R=ROWS, C=COLUMNS,
+            WIDTH=width, BIAS=bias is not None, SILU=silu, GIVEN=len(given) > 0,
+            R=SUMMED_ROWS, C=COLUMNS, BLOCKS=SUMMED_BLOCKS, num_warps=SUMMED_WARPS,
         )  # fmt: skip
         dx = torch.empty_like(slope)
-        _inputs[grid](slope, weight, halo.stops, dx, rows, columns, WIDTH=width, R=ROWS, C=COLUMNS)
+        _inputs[_grid(x)](
+            slope, by_tap, halo.stops, dx, rows, columns, WIDTH=width, R=ROWS, C=COLUMNS
+        )
         d_given = torch.zeros_like(given)
         if len(halo.readers):
             # Few: rows that are read from before their stretch.
-            reads = slope[halo.readers].float() * weight.t().float()[halo.reader_taps]
+            reads = slope[halo.readers].float() * by_tap.float()[halo.reader_taps]
             own = halo.own
             dx.index_add_(0, halo.read[:own], reads[:own].to(dx.dtype))
             d_given.index_add_(0, halo.read[own:] - rows, reads[own:].to(given.dtype))
-        d_weight = parts.sum(0).to(weight.dtype)
+        d_weight = parts.sum(0).t().to(weight.dtype)
         d_bias = None if bias is None else bias_parts.sum(0).to(bias.dtype)
         return dx, d_given, d_weight, d_bias, None, None
 
