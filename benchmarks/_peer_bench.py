@@ -18,27 +18,15 @@ from torch import Tensor
 
 from _device_time import divided, exposed_by_operation, kernels_of, longest
 from _table import variant
+from longfactory.plan.sizes import SIZES
 
 GiB = 2**30
 DEEPSPEED = ("ulysses", "alst", "alst-bf16")
 SHAPES: dict[str, dict[str, Any]] = {
-    "7b": {  # Qwen2.5-7B
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-    },
-    "14b": {  # Qwen2.5-14B
-        "hidden_size": 5120,
-        "intermediate_size": 13824,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 8,
-        "vocab_size": 152064,
-    },
+    "7b": SIZES["7b"][1],
+    "14b": SIZES["14b"][1],
     "tiny": {
+        "model_type": "qwen2",
         "hidden_size": 64,
         "intermediate_size": 160,
         "num_hidden_layers": 3,
@@ -73,12 +61,14 @@ def make_config(shape: str, layers: int | None = None) -> Any:
     """The transformers configuration of a shape, with another number of layers if asked."""
     from transformers import AutoConfig
 
-    keys = dict(SHAPES[shape])
+    keys = SHAPES[shape] | {
+        "max_position_embeddings": 1 << 22,
+        "tie_word_embeddings": False,
+        "rope_theta": 1e6,
+    }
     if layers is not None:
         keys["num_hidden_layers"] = layers
-    config = AutoConfig.for_model(
-        "qwen2", **keys, max_position_embeddings=1 << 22, tie_word_embeddings=False, rope_theta=1e6
-    )
+    config = AutoConfig.for_model(**keys)
     config.use_cache = False
     return config
 

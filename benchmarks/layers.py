@@ -37,6 +37,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+from longfactory.plan.sizes import SIZES
+
 TOKENS, CHUNK, ROUNDS = 32_768, 8_192, 5
 MARK = "ROW "
 
@@ -59,9 +62,24 @@ def _experts(experts: int, picks: int, width: int) -> dict[str, int]:
     }
 
 
+def _of_plan(name: str) -> dict[str, Any]:
+    """A layer of a model whose sizes the plan knows."""
+    of_the_model = (
+        "model_type",
+        "architectures",
+        "num_hidden_layers",
+        "vocab_size",
+        "sliding_window_pattern",
+    )
+    return {k: v for k, v in SIZES[name][1].items() if k not in of_the_model}
+
+
 _FULL = {"layer_types": ["full_attention"]}
 _SLIDING = {"layer_types": ["sliding_attention"]}
-_GEMMA3 = {**_widths(3840, 15360), **_heads(16, 8, 256), "sliding_window": 1024}
+_GEMMA3 = _of_plan("gemma-3-12b")
+_GPT_OSS = _of_plan("gpt-oss-20b")
+_QWEN3_MOE = _of_plan("qwen3-30b-a3b")
+_QWEN_7B = _of_plan("7b")
 _LATENT = {
     "kv_lora_rank": 512,
     "qk_nope_head_dim": 128,
@@ -73,7 +91,6 @@ _LATENT = {
     "topk_group": 1,
     "first_k_dense_replace": 0,
 }
-_QWEN_7B = {**_widths(3584, 18944), "num_attention_heads": 28, "num_key_value_heads": 4}
 _V2_LITE = {
     **_widths(2048, 10944),
     **_LATENT,
@@ -94,12 +111,11 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma-3-12B, window": ("gemma3_text", {**_GEMMA3, **_SLIDING}),
     "Qwen3-30B-A3B": (
         "qwen3_moe",
-        {**_widths(2048, 6144), **_heads(32, 4), **_experts(128, 8, 768)},
+        _QWEN3_MOE,
     ),
     "gpt-oss-20b, window": (
         "gpt_oss",
-        {**_widths(2880, 2880), **_heads(64, 8, 64), **_experts(32, 4, 2880), **_SLIDING}
-        | {"sliding_window": 128},
+        {**_GPT_OSS, **_SLIDING},
     ),
     "Gemma-2-9B, full": (
         "gemma2",
@@ -138,12 +154,11 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "Qwen3-30B-A3B, experts saved": (
         "qwen3_moe",
-        {**_widths(2048, 6144), **_heads(32, 4), **_experts(128, 8, 768), "keep_mlp": 1.0},
+        {**_QWEN3_MOE, "keep_mlp": 1.0},
     ),
     "gpt-oss-20b, window, experts saved": (
         "gpt_oss",
-        {**_widths(2880, 2880), **_heads(64, 8, 64), **_experts(32, 4, 2880), **_SLIDING}
-        | {"sliding_window": 128, "keep_mlp": 1.0},
+        {**_GPT_OSS, **_SLIDING, "keep_mlp": 1.0},
     ),
     "Qwen2.5-7B": ("qwen2", _QWEN_7B),
     "Qwen2.5-7B, LoRA on all linears": ("qwen2", {**_QWEN_7B, "lora": True}),

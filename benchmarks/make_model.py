@@ -14,54 +14,31 @@ import sys
 from pathlib import Path
 from typing import Any
 
-QWEN = {
-    "model_type": "qwen2",
-    "architectures": ["Qwen2ForCausalLM"],
-    "vocab_size": 152064,
-    "max_position_embeddings": 1 << 21,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+from longfactory.plan.sizes import SIZES
+
+LONG = {"max_position_embeddings": 1 << 21}
+"""In place of a model's own."""
+COMMON = LONG | {
     "tie_word_embeddings": False,
     "attention_dropout": 0.0,
     "initializer_range": 0.02,
-    "use_sliding_window": False,
     "bos_token_id": 0,
     "eos_token_id": 0,
     "pad_token_id": 1,
     "torch_dtype": "bfloat16",
 }
-COMMON = {
-    "max_position_embeddings": 1 << 21,
-    "tie_word_embeddings": False,
-    "attention_dropout": 0.0,
-    "initializer_range": 0.02,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 1,
-    "torch_dtype": "bfloat16",
+QWEN = COMMON | {
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "use_sliding_window": False,
 }
 """Slices of hybrid models: 8 layers, in the whole model's proportion of kinds."""
 SHAPES: dict[str, dict[str, Any]] = {
-    "qwen2.5-7b": (
-        QWEN
-        | {
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-        }
-    ),
-    "qwen2.5-14b": (
-        QWEN
-        | {
-            "hidden_size": 5120,
-            "intermediate_size": 13824,
-            "num_hidden_layers": 48,
-            "num_attention_heads": 40,
-            "num_key_value_heads": 8,
-        }
-    ),
+    "qwen2.5-7b": QWEN | SIZES["7b"][1] | LONG,
+    "qwen2.5-14b": QWEN | SIZES["14b"][1] | LONG,
     "qwen3-8b": COMMON
     | {
         "model_type": "qwen3",
@@ -76,31 +53,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "head_dim": 128,
     },
-    "llama-3-8b": COMMON
-    | {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": 128256,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-    "qwen2.5-0.5b": (
-        QWEN
-        | {
-            "hidden_size": 896,
-            "intermediate_size": 4864,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 14,
-            "num_key_value_heads": 2,
-            "vocab_size": 151936,
-            "tie_word_embeddings": True,
-        }
-    ),
+    "llama-3-8b": COMMON | SIZES["8b"][1] | LONG | {"rms_norm_eps": 1e-5, "rope_theta": 500000.0},
+    "qwen2.5-0.5b": QWEN | SIZES["0.5b"][1] | LONG,
     "qwen3.5-9b": (
         COMMON
         | {

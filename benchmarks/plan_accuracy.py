@@ -40,45 +40,15 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from _table import MARK, command_line, end_marked, machine_name, of_visible  # noqa: E402
-from make_model import QWEN, SHAPES, make_model  # noqa: E402
+from longfactory.plan.sizes import SIZES  # noqa: E402
+from make_model import LONG, QWEN, SHAPES, make_model  # noqa: E402
 
 FURTHER: dict[str, dict[str, Any]] = {
-    "qwen2.5-1.5b": QWEN
+    "qwen2.5-1.5b": QWEN | SIZES["1.5b"][1] | LONG,
+    "qwen3-30b-a3b": QWEN | SIZES["qwen3-30b-a3b"][1] | LONG,
+    "gemma-3-12b": SIZES["gemma-3-12b"][1]
+    | LONG
     | {
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-    },
-    "qwen3-30b-a3b": QWEN
-    | {
-        "model_type": "qwen3_moe",
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "vocab_size": 151936,
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "moe_intermediate_size": 768,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-    },
-    "gemma-3-12b": {
-        "model_type": "gemma3_text",
-        "architectures": ["Gemma3ForCausalLM"],
-        "vocab_size": 262208,
-        "max_position_embeddings": 1 << 21,
-        "hidden_size": 3840,
-        "intermediate_size": 15360,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 256,
-        "sliding_window": 1024,
         "query_pre_attn_scalar": 256,
         "tie_word_embeddings": True,
         "bos_token_id": 0,
@@ -86,20 +56,8 @@ FURTHER: dict[str, dict[str, Any]] = {
         "pad_token_id": 1,
         "torch_dtype": "bfloat16",
     },
-    "gpt-oss-20b": {
-        "model_type": "gpt_oss",
-        "architectures": ["GptOssForCausalLM"],
-        "vocab_size": 201088,
-        "hidden_size": 2880,
-        "intermediate_size": 2880,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "num_local_experts": 32,
-        "num_experts_per_tok": 4,
-        "sliding_window": 128,
-        "max_position_embeddings": 131072,
+    "gpt-oss-20b": SIZES["gpt-oss-20b"][1]
+    | {
         "rope_parameters": {
             "rope_type": "yarn",
             "rope_theta": 150000.0,

@@ -17,6 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from known_sizes import of_size
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -242,16 +244,12 @@ def test_thirty_billion_parameters_in_four_bits(tmp_path: Path) -> None:
     while it is loaded.
     """
     pytest.importorskip("bitsandbytes")
-    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+    from transformers import AutoModelForCausalLM
 
     from longfactory.config.arguments import ModelArguments
     from longfactory.model import load
 
-    config = Qwen3MoeConfig(
-        hidden_size=2048, num_hidden_layers=4, num_attention_heads=32, num_key_value_heads=4,
-        head_dim=128, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
-        intermediate_size=6144, vocab_size=32000,
-    )  # fmt: skip
+    config = of_size("qwen3-30b-a3b", num_hidden_layers=4, vocab_size=32000)
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
@@ -283,17 +281,13 @@ def test_time_and_memory_of_a_layer() -> None:
     """
     import time
 
-    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+    from transformers import AutoModelForCausalLM
 
     from longfactory.config.arguments import FinetuningArguments, ModelArguments
     from longfactory.model import experts
     from longfactory.model.adapters import apply_finetuning
 
-    config = Qwen3MoeConfig(
-        hidden_size=2048, num_hidden_layers=1, num_attention_heads=32, num_key_value_heads=4,
-        head_dim=128, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
-        intermediate_size=6144, vocab_size=1024,
-    )  # fmt: skip
+    config = of_size("qwen3-30b-a3b", num_hidden_layers=1, vocab_size=1024)
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.requires_grad_(False)

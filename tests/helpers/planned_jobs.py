@@ -7,39 +7,20 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from known_sizes import of_size, qwen_7b
 from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import ModelShape, TrainingJob, machine
-from qwen_7b import qwen_7b
 
 GiB = 2**30
 SHAPE = ModelShape.of(qwen_7b())
 TWO = TrainingJob(SHAPE, machine("H200", 2, 256 * GiB), 131072, sp=2)
-SHAPE_14B = ModelShape.of(
-    qwen_7b(
-        hidden_size=5120,
-        intermediate_size=13824,
-        num_hidden_layers=48,
-        num_attention_heads=40,
-        num_key_value_heads=8,
-    )
-)
+SHAPE_14B = ModelShape.of(of_size("14b"))
 ONE = TrainingJob(SHAPE, machine("H100", 1, 128 * GiB), 262144, sp=1, sharded=False, master=2)
-SMALL_7B = {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12}
-MIXTURE = {
-    "hidden_size": 2048,
-    "moe_intermediate_size": 768,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-}
 SHAPES = {
     "7B": qwen_7b(),
-    "1.5B": qwen_7b(**SMALL_7B, num_key_value_heads=2, tie_word_embeddings=True),
+    "1.5B": of_size("1.5b"),
     "generic layer": AutoConfig.for_model("phi3", num_hidden_layers=32),
-    "mixture": AutoConfig.for_model("qwen3_moe", **MIXTURE),
+    "mixture": of_size("qwen3-30b-a3b"),
 }
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from known_sizes import QWEN_7B, qwen_7b
 from longfactory.memory.budget import WHOLE, bare_model, budget, fits, moments, working_set
 from longfactory.memory.offload import stored_bytes
 from longfactory.memory.seconds import seconds
 from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import ModelShape, TrainingJob, machine
 from planned_jobs import ONE, SHAPE, SHAPE_14B, TWO, GiB, saved
-from qwen_7b import QWEN_7B, qwen_7b
 
 
 def test_states_of_one_and_of_two_gpus():

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from known_sizes import qwen_7b
 from longfactory.memory.budget import budget
 from longfactory.memory.exchange import Schedule, held_bytes, schedule, schedules
 from longfactory.memory.seconds import ATTENTION_SHARE, seconds
@@ -13,7 +14,6 @@ from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import ModelShape, TrainingJob, machine
 from longfactory.sp import SequenceParallel
 from longfactory.sp.schedules import choose as real
-from qwen_7b import qwen_7b
 
 SHAPE = ModelShape.of(qwen_7b())  # 28 heads, 4 key heads
 SAVED = MemorySettings(keep_attention=1.0)

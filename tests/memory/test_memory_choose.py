@@ -8,6 +8,7 @@ import dataclasses
 
 import pytest
 
+from known_sizes import qwen_7b
 from longfactory.config.arguments import MemoryArguments
 from longfactory.memory.choose import (
     choose_memory,
@@ -18,7 +19,6 @@ from longfactory.memory.choose import (
 )
 from longfactory.memory.search import HOST_SHARE
 from longfactory.memory.shapes import ModelShape, TrainingJob, machine
-from qwen_7b import qwen_7b
 
 GiB = 2**30
 

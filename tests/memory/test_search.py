@@ -7,6 +7,7 @@ import types
 
 import pytest
 
+from known_sizes import QWEN_7B
 from longfactory.memory.budget import MARGIN, budget, fits
 from longfactory.memory.report import advice
 from longfactory.memory.search import CAREFUL, candidates, choose, longest
@@ -15,7 +16,6 @@ from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import ModelShape, TrainingJob, machine
 from longfactory.memory.technique import techniques
 from planned_jobs import ONE, SHAPES, TWO, GiB, jobs_of, saved
-from qwen_7b import QWEN_7B
 
 
 def test_every_technique_is_a_field_with_its_default_among_the_values():

@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 
+from known_sizes import qwen_7b
 from longfactory.memory.seconds import ATTENTION_SHARE, seconds, tower_seconds
 from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import ModelShape, Tower, TrainingJob, machine
 from longfactory.sp import SequenceParallel
 from planned_jobs import ONE, SHAPE, TWO, GiB, saved
-from qwen_7b import qwen_7b
 
 
 def test_seconds_of_a_vision_tower():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from known_sizes import qwen_7b
 from longfactory.errors import UserError
 from longfactory.memory import calibration
 from longfactory.memory.calibration import IN_A_STEP, Calibration
@@ -17,7 +18,6 @@ from longfactory.memory.shapes import ModelShape, TrainingJob, machine
 from longfactory.plan import calibrate, command
 from longfactory.train import memory_plan
 from longfactory.train.survival import agreement
-from qwen_7b import qwen_7b
 
 MEASURED = Calibration(
     host_memory=20e9,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import DeepseekV32Config
 
+from known_sizes import qwen_7b
 from longfactory.config import load_config
 from longfactory.errors import ConfigError, UserError
 from longfactory.memory.budget import budget, fits
@@ -21,7 +22,6 @@ from longfactory.plan.command import (
     main,
     make_parser,
 )
-from qwen_7b import qwen_7b
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from known_sizes import qwen_7b
 from longfactory.config import from_mapping, load_config
 from longfactory.errors import UserError
 from longfactory.memory.products import document_flop
@@ -22,7 +23,6 @@ from longfactory.plan.sizes import SIZES, model_folder
 from longfactory.plan.table import bound_by, compare, row, table, too_short, utilisation
 from longfactory.train.auto import WORTH, Planned, decide_on, way
 from longfactory.train.memory_plan import count_parameters
-from qwen_7b import qwen_7b
 
 ROOT = Path(__file__).resolve().parents[2]
 GiB = 2**30

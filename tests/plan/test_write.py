@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from known_sizes import qwen_7b
 from longfactory.config import load_config
 from longfactory.config.read import read_file
 from longfactory.errors import UserError
 from longfactory.plan.command import DOES_NOT_FIT, FITS, main
 from longfactory.plan.write import changed, write
 from make_model import make_model
-from qwen_7b import qwen_7b
 from small_runs import POOLS, home, keys, run_on_ranks  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from known_sizes import qwen_7b
 from longfactory.config import RunConfig, from_mapping
 from longfactory.config.folder import MANIFEST, configuration_digest
 from longfactory.errors import ConfigError, UserError
@@ -22,7 +23,6 @@ from longfactory.train import auto
 from longfactory.train.auto import Decision, Planned, decide_on, longest_row, of_checkpoint, way
 from longfactory.train.memory_plan import count_parameters
 from longfactory.train.prepare import load_data
-from qwen_7b import qwen_7b
 from small_runs import home, keys, run_keys  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from known_sizes import qwen_7b
 from longfactory.config import from_mapping
 from longfactory.data.module import Datasets
 from longfactory.errors import UserError
@@ -27,7 +28,6 @@ from longfactory.model import adapters
 from longfactory.train import memory_plan, optimizer_names
 from longfactory.train.memory_plan import Memory, count_parameters, plan_memory
 from longfactory_dev.tiny_models import tiny_config
-from qwen_7b import qwen_7b
 
 ROOT = Path(__file__).resolve().parents[2]
 from make_model import make_model  # noqa: E402
