@@ -38,7 +38,12 @@ def peers(a: argparse.Namespace) -> int:
             continue
         keys: Row = {"layers": case.layers, "steps": int(a.smoke), "profile": True}
         keys |= {"shape": "tiny", "kernel": "cpu"} if a.smoke else {"shape": "7b"}
-        jobs = [job("ours", [case.tokens], mode="auto", **keys), job("alst", [case.tokens], **keys)]
+        # what the plan takes where there is room, as on four H200
+        saved = {"settings": {"keep_mlp": 1.0}} if a.smoke else {}
+        jobs = [
+            job("ours", [case.tokens], mode="auto", **keys, **saved),
+            job("alst", [case.tokens], **keys),
+        ]
         # the whole model is beside itself on no GPU
         results = in_turn if case.layers is not None else one_by_one
         ours: Row | None = None
@@ -115,6 +120,8 @@ def peer_row(fact: Row, tokens: int, gpus: int, ours: Row | None) -> Row:
         if spent:
             more = {k: v - ours[k] for k, v in spent.items() if k in ours and k != "messages ms"}
             row["more than LongFactory"] = ", ".join(f"{k} {v:+.0f}" for k, v in more.items())
+    if "passes" in fact:
+        row["passes"] = ", ".join(f"{part} {times:.2f}" for part, times in fact["passes"].items())
     for key, column in (("exposed_ms", "exposed by operation"), ("rest_ms", "most of the rest")):
         if key in fact:
             row[column] = ", ".join(f"{name} {ms:.0f}" for name, ms in fact[key].items())

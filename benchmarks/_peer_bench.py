@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from _device_time import divided, exposed_by_operation, kernels_of, longest
+from _peer_passes import passes
 from _table import variant
 from longfactory.plan.sizes import SIZES
 
@@ -52,7 +53,8 @@ class Job:
     optimizer: bool = True
     host_share: float = 1.0  # of the host's memory, as if the machine had less
     mode: str = "zigzag-ring"
-    profile: bool = False  # one further timed step under the profiler: where its time goes
+    profile: bool = False  # one further timed step under the profiler: where its time goes. Without
+    # a GPU its products are counted
     turn: str = ""  # a folder in which the row says that it is ready, and is told to begin
     name: str = ""  # what the table calls it, where rows differ in their settings alone
 
@@ -191,6 +193,9 @@ class Bench:
             profiled["device_ms"] = divided(kernels)
             profiled["exposed_ms"] = exposed_by_operation(kernels)
             profiled["rest_ms"] = longest(kernels, "rest")
+        elif job.profile:
+            config = make_config(job.shape, job.layers)
+            profiled["passes"] = passes(timed_step, config, tokens // self.world)
         seconds, parts = min(times[1:] if job.warm else times, key=lambda t: t[0])
         return {
             "seconds": seconds,

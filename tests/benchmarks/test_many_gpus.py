@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import _device_time
 import _many_commands
@@ -18,6 +19,8 @@ import _many_length
 import _many_parity
 import _many_peers
 import _many_table
+from _peer_bench import make_config
+from _peer_passes import passes
 from _table import Clock
 
 MADE = {"machine": "2 x H200", "command": "c", "date": "2026-11-27", "versions": "torch 2"}
@@ -154,6 +157,27 @@ def test_what_messages_expose_is_said_by_operation() -> None:
     assert (found["messages"], found["exposed"], found["idle"]) == (9.0, 5.0, 1.0)
     assert (found["products"], found["rest"], found["attention"]) == (4.0, 2.0, 0.0)
     assert _device_time.longest(kernels, "products") == {"nvjet_sm90_tst_192x192": 4.0}
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_products_of_a_step_are_counted(checkpoint: bool) -> None:
+    """A forward and a backward are three passes; with layers computed again four of theirs, less the
+    MLP's last product, which no gradient needs.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = make_config("tiny", 2)
+    model = AutoModelForCausalLM.from_config(config).train()
+    if checkpoint:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = torch.randint(0, config.vocab_size, (1, 96))
+
+    def step() -> None:
+        model(input_ids=ids).logits.float().logsumexp(-1).sum().backward()
+
+    found = passes(step, config, 96)
+    assert found["MLP"] == pytest.approx(11 / 3 if checkpoint else 3)
+    assert (found["projections"], found["output layer"]) == (4.0 if checkpoint else 3.0, 3.0)
 
 
 def test_parity_keeps_a_row_when_its_three_runs_have_ended(
