@@ -10,14 +10,21 @@ import pytest
 ROOT = Path(__file__).parents[2]
 NUMBER = re.compile(r"(?<![\w.,-])\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")
 LINK = re.compile(r"\]\((benchmarks/results/[^)#]+\.(?:md|json))\)")
+NAMED = re.compile(r"\]\(benchmarks/results/[^)]+\)(?:, \[[^\]]+\]\(benchmarks/results/[^)]+\))*")
+"""One page or several, named one after the other."""
 
 
-def blocks() -> list[str]:
-    """Tables with the sentence after them, sentences, and points of a list."""
+def claims() -> list[str]:
+    """Tables; of sentences and points of a list each part that ends with its pages."""
     text = (ROOT / "README.md").read_text()
     section = text[text.index("\n## Measured\n") :].split("\n## ")[1]
-    found = re.split(r"\n\n|\n(?=- )", section.split("\n", 1)[1])
-    return [block for block in found if NUMBER.search(block)]
+    found = []
+    for block in re.split(r"\n\n|\n(?=- )", section.split("\n", 1)[1]):
+        ends = [] if block.startswith("|") else [match.end() for match in NAMED.finditer(block)]
+        for start, end in zip([0, *ends], [*ends, len(block)], strict=True):
+            if measured(block[start:end]):
+                found.append(block[start:end])
+    return found
 
 
 def values(text: str) -> list[tuple[float, int]]:
@@ -32,40 +39,50 @@ def values(text: str) -> list[tuple[float, int]]:
     return found
 
 
-def unknown(block: str, pages: str) -> list[float]:
-    """Numbers of a block that are on none of its pages, to the block's decimals, and that are no
-    ratio of two others of the block ("1.43x"). Small whole numbers count things.
+def measured(claim: str) -> list[tuple[float, int]]:
+    """The numbers of a text that a page must hold; small whole numbers count things, and versions
+    are no measurements.
     """
+    plain = re.sub(r"\]\([^)]*\)|`[^`]*`|PyTorch [\d.]+", " ", claim)
+    return [
+        (value, decimals)
+        for value, decimals in values(plain)
+        if not (value == int(value) and value < 32 and decimals == 0)
+    ]
+
+
+def unknown(claim: str, pages: str) -> list[float]:
+    """Numbers of a claim that are on none of its pages, to the claim's decimals."""
     known = [value for value, _ in values(pages)]
     known += [1024 * int(thousands) for thousands in re.findall(r"\b(\d+)k\b", pages)]
-    plain = re.sub(r"\]\([^)]*\)|`[^`]*`", " ", block)
-    own = [value for value, _ in values(plain) if value]
-    missing = []
-    for value, decimals in values(plain):
-        if value == int(value) and value < 32 and decimals == 0:
-            continue
-        if any(round(k, decimals) == value for k in known):
-            continue
-        if decimals == 2 and any(round(a / b, 2) == value for a in own for b in own):
-            continue
-        missing.append(value)
-    return missing
+    return [
+        value
+        for value, decimals in measured(claim)
+        if not any(round(k, decimals) == value for k in known)
+    ]
 
 
-@pytest.mark.parametrize("block", blocks(), ids=lambda block: block[:40].strip("-|* "))
-def test_numbers_stand_on_the_pages_that_are_linked(block: str) -> None:
-    pages = [ROOT / link for link in LINK.findall(block)]
-    assert pages, f"no page of benchmarks/results is linked beside these numbers: {block}"
+@pytest.mark.parametrize("claim", claims(), ids=lambda claim: claim[:40].strip("-|* \n"))
+def test_numbers_stand_on_the_pages_that_are_linked(claim: str) -> None:
+    pages = [ROOT / link for link in LINK.findall(claim)]
+    assert pages, f"no page of benchmarks/results is linked after these numbers: {claim}"
     text = "\n".join(
         path.read_text()
         for page in pages
         for path in (page, page.with_suffix(".json"))
         if path.is_file()
     )
-    assert not unknown(block, text), f"on none of {[page.name for page in pages]}"
+    assert not unknown(claim, text), f"on none of {[page.name for page in pages]}"
 
 
 def test_a_number_that_was_not_measured_is_seen() -> None:
-    page = "| tokens/s | 3,819 | 2,667 | 86.94 GiB | 2.31e-05 |"
+    page = "| tokens/s | 3,819 | 2,667 | 1.43x | 86.94 GiB | 2.31e-05 |"
     assert not unknown("3,819 (1.43x of 2,667), 86.9 GiB, 2.3e-5, 4 of 28 layers", page)
-    assert unknown("3,820 and 86.8 GiB, 2.4e-5", page) == [3820.0, 86.8, 2.4e-05]
+    assert unknown("3,820 (1.44x) and 86.8 GiB, 2.4e-5", page) == [3820.0, 1.44, 86.8, 2.4e-05]
+
+
+def test_pages_that_are_linked_name_their_commands() -> None:
+    text = (ROOT / "README.md").read_text()
+    links = set(LINK.findall(text[text.index("\n## Measured\n") :]))
+    for link in (link for link in links if link.endswith(".md")):
+        assert re.search(r"benchmarks/\w+\.py|\bpytest\b", (ROOT / link).read_text()), link
