@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from launcher import without_launcher
 from longfactory import cli
@@ -32,7 +34,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(home / "model", 0)
     (home / "adapter").mkdir()
     (home / "adapter" / "adapter_config.json").write_text(json.dumps(ADAPTER))
-    (home / "adapter" / "adapter_model.safetensors").write_bytes(b"")
+    save_file({"a": torch.ones(1)}, home / "adapter" / "adapter_model.safetensors")
     rows = [{"instruction": "a", "output": "b"}] * 3
     (home / "talks.json").write_text(json.dumps(rows))
     (home / "half.json").write_text(json.dumps([*rows, {"instruction": "a", "output": None}]))
@@ -170,6 +172,8 @@ def test_weights_that_are_not_all_there(
         in dry(capsys, model_name_or_path=folder)[2]
     )
     (folder / "part-2.safetensors").write_bytes(b"")
+    assert "is cut short or no safetensors file" in dry(capsys, model_name_or_path=folder)[2]
+    shutil.copy(folder / "part-1.safetensors", folder / "part-2.safetensors")
     assert dry(capsys, model_name_or_path=folder)[0] == 0
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 ROWS = 20
 """Rows of each data set that are read and tokenised."""
-ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclasses.dataclass
@@ -139,29 +137,16 @@ def _model(cfg: RunConfig, found: Found) -> Any:
 
 
 def _weights(key: str, folder: Path, found: Found) -> None:
-    """Whether the files of a model's weights are there, all that its index names."""
-    for file in WEIGHTS:
-        index = folder / f"{file}.index.json"
-        if (folder / file).is_file():
-            return
-        if index.is_file():
-            try:
-                parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            except (ValueError, KeyError, AttributeError, TypeError):
-                found.problem(f"{key}: {index} is no index of weights.")
-                return
-            missing = sorted(p for p in parts if not (folder / p).is_file())
-            if missing:
-                more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-                found.problem(
-                    f"{key}: {folder} lacks {', '.join(missing[:3])}{more}, which {index.name}"
-                    " names."
-                )
-            return
-    found.problem(f"{key}: {folder} holds no weights ({', '.join(WEIGHTS)}, or their index).")
+    """Whether the files of a model's weights are there and whole, all that its index names."""
+    from longfactory.model import damaged
+
+    if (wrong := damaged.found(folder)) is not None:
+        found.problem(f"{key}: {wrong}")
 
 
 def _adapters(cfg: RunConfig, found: Found) -> None:
+    from longfactory.model import damaged
+
     for key, names in (
         ("adapter_name_or_path", cfg.model.adapter_name_or_path),
         ("ref_model_adapters", cfg.method.ref_model_adapters),
@@ -185,8 +170,8 @@ def _adapters(cfg: RunConfig, found: Found) -> None:
                 continue
             if kind != "LORA":
                 found.problem(f"{key}: {name} holds an adapter of type {kind}; LORA is supported.")
-            if not any((folder / file).is_file() for file in ADAPTER_WEIGHTS):
-                found.problem(f"{key}: {name} holds no weights ({' or '.join(ADAPTER_WEIGHTS)}).")
+            if (wrong := damaged.found(folder, damaged.ADAPTER)) is not None:
+                found.problem(f"{key}: {wrong}")
 
 
 def _data(cfg: RunConfig, tokenizer: Any, found: Found) -> None:

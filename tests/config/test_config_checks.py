@@ -115,6 +115,14 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
         },
         "Set metric_for_best_model: eval_a_loss",
     ),
+    *(
+        ({"val_size": 2, "eval_strategy": "steps", "metric_for_best_model": name}, message)
+        for name, message in (
+            ("eval_rouge-l", "metric_for_best_model: eval_rouge-l is of generated answers"),
+            ("accuracy", "metric_for_best_model: accuracy needs compute_accuracy: true"),
+            ("eval_los", "metric_for_best_model: no evaluation computes eval_los"),
+        )
+    ),
     ({"stage": "rm", "load_best_model_at_end": True}, "not supported with stage: rm"),
     ({"early_stopping_steps": 2}, "Set eval_strategy"),
     ({"bf16": True, "fp16": True}, "Keep one of them"),
@@ -267,6 +275,8 @@ def test_each_problem_is_named_at_once() -> None:
         ("lerning_rate", "learning_rate"),
         ("sequence_paralel_size", "sequence_parallel_size"),
         ("lora_ranks", "lora_rank"),
+        ("LoRA_rank", "lora_rank"),
+        ("Per-Device-Train-Batch-Size", "per_device_train_batch_size"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(written: str, near: str) -> None:

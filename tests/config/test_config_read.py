@@ -68,6 +68,17 @@ def test_json_file(tmp_path: Path) -> None:
     assert read([written(tmp_path, '{"seed": 3}', "run.json")], is_switch) == {"seed": 3}
 
 
+def test_a_file_whose_name_has_an_equals_sign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("lr=1e-4.yaml", str(tmp_path / "lora_rank=8.json"), "sft, a = 1.yml"):
+        written(tmp_path, '{"stage": "dpo"}', Path(name).name)
+        assert read([name], is_switch) == {"stage": "dpo"}
+    assert read(["deepspeed=zero3.json"], is_switch) == {"deepspeed": "zero3.json"}
+    assert read(["deepspeed=/else/zero3.json"], is_switch) == {"deepspeed": "/else/zero3.json"}
+
+
 def test_environment_in_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAVES", "/data")
     assert read_file(Path(written(tmp_path, "output_dir: ${oc.env:SAVES}/run\n"))) == {

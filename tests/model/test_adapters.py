@@ -14,14 +14,21 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import vision_models
+from longfactory import sp
 from longfactory.config.arguments import FinetuningArguments, ModelArguments
 from longfactory.errors import UserError
 from longfactory.model import pissa
 from longfactory.model.adapter_targets import linear_names
-from longfactory.model.adapters import apply_finetuning, cast_trainable, load_adapter
-from longfactory.model.saved import adapter_name
+from longfactory.model.adapters import (
+    apply_finetuning,
+    cast_trainable,
+    load_adapter,
+    merge_adapter,
+)
+from longfactory.model.saved import adapter_name, check_saveable
 from longfactory.model.trained_parameters import count_parameters, describe_trained
-from longfactory.sp import vision
+from longfactory.sp import hf, vision
+from longfactory.sp.guard import guard
 from longfactory.sp.text_model import decoder_layers
 from longfactory.testing import tiny_model
 from longfactory_dev.tiny_models import tiny_model as tiny_family
@@ -576,3 +583,61 @@ def test_oft_takes_layers_and_not_stacked_experts() -> None:
     assert not any("experts" in n for n in trained(adapted))
     said = [line for _, line in describe_trained(adapted)]
     assert any("routed experts carry no adapter" in line for line in said)
+
+
+def written_adapter(folder: Path, **keys: Any) -> Any:
+    """An adapter that PEFT saved, of random numbers, on a model with tied embeddings."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    config = LoraConfig(r=4, task_type="CAUSAL_LM", **keys)
+    model = get_peft_model(tiny_model(tie_word_embeddings=True), config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p)) if p.requires_grad else None
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize(
+    "targets", [["embed_tokens"], ["q_proj", "lm_head"], ["embed_tokens", "lm_head"]]
+)
+def test_lora_on_one_of_two_tied_weights_is_merged_into_that_one(
+    targets: list[str], keep: bool, tmp_path: Path
+) -> None:
+    """PEFT adds it to both. The merged model is saved and loads with two weights, or with one
+    where the adapter keeps them equal.
+    """
+    adapted = written_adapter(
+        tmp_path / "adapter", target_modules=targets, ensure_weight_tying=keep
+    )
+    merged = merge_adapter(
+        tiny_model(tie_word_embeddings=True), str(tmp_path / "adapter"), safe_merge=True
+    )
+    torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-3, atol=1e-4)
+    assert (merged.lm_head.weight is merged.get_input_embeddings().weight) == keep
+    merged.save_pretrained(tmp_path / "merged")
+    again = type(merged).from_pretrained(tmp_path / "merged")
+    assert again.config.tie_word_embeddings == keep
+    torch.testing.assert_close(logits(again), logits(merged), rtol=1e-5, atol=1e-6)
+
+
+def test_an_adapter_that_trains_single_tokens_goes_on(tmp_path: Path) -> None:
+    """PEFT's `trainable_token_indices`."""
+    adapted = written_adapter(
+        tmp_path / "adapter", target_modules=["q_proj"], trainable_token_indices=[5, 6]
+    )
+    model = apply(
+        tiny_model(tie_word_embeddings=True, attn=hf.ATTENTION),
+        "lora",
+        (str(tmp_path / "adapter"),),
+    )
+    check_saveable(model, None)
+    ctx = sp.SequenceParallel.create(1)
+    hf.prepare(model, ctx)
+    guard(model, ctx)
+    model.save_pretrained(tmp_path / "again")
+    merged = merge_adapter(tiny_model(tie_word_embeddings=True), str(tmp_path / "again"))
+    torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-3, atol=1e-4)

@@ -460,17 +460,6 @@ def test_the_saved_folder_is_a_plain_checkpoint(base: dict[str, Any], tmp_path: 
             "dataloader_drop_last leaves no step: 3 samples",
         ),
         (
-            {
-                "max_samples": 3,
-                "val_size": 1,
-                "eval_strategy": "steps",
-                "eval_steps": 1,
-                "metric_for_best_model": "no",
-                "save_strategy": "best",
-            },
-            "eval_no",
-        ),
-        (
             {"lr_scheduler_type": "cosine_with_min_lr"},
             "lr_scheduler_type: cosine_with_min_lr cannot be made.*min_lr",
         ),

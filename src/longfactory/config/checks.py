@@ -250,10 +250,37 @@ def _best_checkpoint(cfg: RunConfig) -> Iterator[str]:
                 " checkpoint is chosen by one. Set metric_for_best_model:"
                 f" eval_{cfg.data.eval_dataset[0]}_loss (or another's)."
             )
+    if trainer.metric_for_best_model and trainer.eval_strategy != "no":
+        yield from _metric(cfg, trainer.metric_for_best_model)
     if trainer.save_strategy == "best" and not trainer.metric_for_best_model:
         yield (
             "save_strategy: best compares evaluations. Set metric_for_best_model, for example loss."
         )
+
+
+OF_TOKENS = ("loss", "accuracy", "kl", "router_aux_loss")
+"""What evaluations of pt and sft may compute."""
+
+
+def _metric(cfg: RunConfig, given: str) -> Iterator[str]:
+    """A metric that no evaluation computes would end the run after its first one."""
+    name = given.removeprefix("eval_")
+    for data_set in cfg.data.eval_dataset if cfg.data.eval_on_each_dataset else ():
+        name = name.removeprefix(f"{data_set}_")
+    if name.startswith(("rouge-", "bleu-")):
+        yield (
+            f"metric_for_best_model: {given} is of generated answers, and an evaluation while"
+            " training generates none. Set loss, or compare saved checkpoints by do_predict with"
+            " predict_with_generate."
+        )
+    elif cfg.method.stage in ("pt", "sft"):
+        if name == "accuracy" and not cfg.method.compute_accuracy:
+            yield f"metric_for_best_model: {given} needs compute_accuracy: true."
+        elif name not in OF_TOKENS:
+            yield (
+                f"metric_for_best_model: no evaluation computes {given}. Choose loss, or accuracy"
+                " with compute_accuracy: true."
+            )
 
 
 def _steps(cfg: RunConfig) -> Iterator[str]:

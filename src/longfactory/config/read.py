@@ -37,12 +37,7 @@ def read(argv: Sequence[str], is_switch: Callable[[str], bool]) -> dict[str, Any
     # DeepSpeed's launcher puts this before what the user wrote; the environment says the same.
     if words and words[0].startswith("--local_rank="):
         words.pop(0)
-    if (
-        words
-        and words[0].lower().endswith(FILES)
-        and "=" not in words[0]
-        and not words[0].startswith("-")
-    ):
+    if words and _is_file(words[0]):
         values = read_file(Path(words.pop(0)))
     while words:
         word = words.pop(0)
@@ -58,6 +53,13 @@ def read(argv: Sequence[str], is_switch: Callable[[str], bool]) -> dict[str, Any
                 " key=value, nor --key value."
             )
     return values
+
+
+def _is_file(word: str) -> bool:
+    """Whether the first word names a file. `key=value.json` does, too, where that is one."""
+    if not word.lower().endswith(FILES) or word.startswith("-"):
+        return False
+    return "=" not in word or not OVERRIDE.match(word) or Path(word).is_file()
 
 
 def _flag(name: str, words: list[str], is_switch: Callable[[str], bool]) -> dict[str, Any]:

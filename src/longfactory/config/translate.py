@@ -139,7 +139,8 @@ def known(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[st
         if name.lower() in ELSEWHERE:
             lines.append(f"There is no key {name}. Use {ELSEWHERE[name.lower()]}.")
             continue
-        near = difflib.get_close_matches(name[:SHOWN], sorted(KNOWN), n=1, cutoff=0.7)
+        plainly = name[:SHOWN].lower().replace("-", "_")
+        near = difflib.get_close_matches(plainly, sorted(KNOWN), n=1, cutoff=0.7)
         lines.append(
             f"There is no key {plain(name)}." + (f" Did you mean {near[0]}?" if near else "")
         )

@@ -17,7 +17,7 @@ from torch import nn
 
 from longfactory.config.adapter_facts import ADAPTERS, moves_base_weights
 from longfactory.errors import UserError
-from longfactory.model import experts
+from longfactory.model import damaged, experts
 from longfactory.model.adapter_targets import (
     Targets,
     check_targets,
@@ -356,6 +356,9 @@ def load_adapter(
         ) from warning
     except (OSError, ValueError, RuntimeError, KeyError) as e:
         words = " ".join((str(e).strip().splitlines() or [type(e).__name__])[:2])
+        wrong = damaged.found(folder, damaged.ADAPTER) if folder.exists() else None
+        if wrong is not None:
+            raise UserError(f"{key}: {wrong}") from e
         if folder.exists():
             raise UserError(
                 f"{key}: {path} does not fit {model.config.name_or_path}: {words}"
@@ -365,6 +368,63 @@ def load_adapter(
         ) from e
     experts.install(model)
     return model
+
+
+def merge_adapter(
+    model: Any, path: str, *, key: str = "adapter_name_or_path", safe_merge: bool = False
+) -> Any:
+    """The model with the adapter of a folder or a name merged.
+
+    Where an embedding is tied to the output layer and LoRA is on one of them, PEFT adds its product
+    to both, and where it is on both, twice. Here the two get weights of their own first. An adapter
+    that was made with `ensure_weight_tying` has them tied again.
+
+    Args:
+        key: where the user named it.
+        safe_merge: PEFT looks for NaN before it changes a weight.
+    Raises:
+        UserError: there is no adapter, or it was trained on another model.
+        ValueError: it cannot be merged.
+    """
+    adapted = load_adapter(model, path, key=key)
+    inner: Any = hf.unwrap(adapted)
+    stay_tied = any(getattr(c, "ensure_weight_tying", False) for c in adapted.peft_config.values())
+    pairs = _tied_with_lora(inner)
+    for name, _ in pairs:
+        layer = _base(inner.get_submodule(name))
+        layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True`")
+        merged = adapted.merge_and_unload(safe_merge=safe_merge)
+    for name, source in pairs:
+        if stay_tied:
+            merged.get_submodule(name).weight = merged.get_submodule(source).weight
+        else:
+            merged.all_tied_weights_keys.pop(f"{name}.weight")
+        for config in (merged.config, merged.config.get_text_config()):
+            config.tie_word_embeddings = stay_tied
+    return merged
+
+
+def _tied_with_lora(inner: Any) -> list[tuple[str, str]]:
+    """The names of the modules of each tied pair of which LoRA is on one or both, the one that
+    transformers ties to the other first.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    pairs = []
+    for target, source in (getattr(inner, "all_tied_weights_keys", None) or {}).items():
+        names = target.rpartition(".")[0], source.rpartition(".")[0]
+        one, other = (inner.get_submodule(name) for name in names)
+        lora = isinstance(one, BaseTunerLayer) or isinstance(other, BaseTunerLayer)
+        if lora and _base(one).weight is _base(other).weight:
+            pairs.append(names)
+    return pairs
+
+
+def _base(module: Any) -> Any:
+    """The layer itself, without its adapter."""
+    return getattr(module, "base_layer", module)
 
 
 def _lora_config(method: Any, targets: Targets, options: dict[str, Any]) -> Any:
@@ -418,7 +478,7 @@ def _adapter(
             )
         last = adapters.pop() if not method.create_new_adapter and is_trainable else None
         for path in adapters:  # all but the last are merged into the weights
-            model = load_adapter(model, path).merge_and_unload()
+            model = merge_adapter(model, path)
         resume = last
     if resume is not None:
         return load_adapter(model, resume, is_trainable=is_trainable)

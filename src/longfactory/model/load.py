@@ -21,7 +21,7 @@ from longfactory.config.data_arguments import DataSettings
 from longfactory.data.media.process import Processing, make_processing
 from longfactory.errors import UserError
 from longfactory.memory.optimizer import local
-from longfactory.model import experts, hqq
+from longfactory.model import damaged, experts, hqq
 from longfactory.model.source import Source, read_source
 from longfactory.sp import hf, text_model
 
@@ -94,6 +94,20 @@ def reason(error: BaseException, path: str) -> str:
         " on this machine does not hold it. Give the path of a folder, or download the model where"
         " there is a network."
     )
+
+
+def refuse_damaged(args: Any) -> None:
+    """Refuses files of weights that are missing or cut short, where the model is a folder: before
+    its data are tokenised, which may take hours.
+
+    Raises:
+        UserError: what is wrong with them.
+    """
+    path, extra = resolve(args.model_name_or_path)
+    if extra or args.train_from_scratch or not Path(path).is_dir():
+        return
+    if (wrong := damaged.found(Path(path))) is not None:
+        raise UserError(f"model_name_or_path: {wrong}")
 
 
 def load_tokenizer(args: Any) -> Any:
@@ -293,8 +307,9 @@ def load_model(
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        wrong = damaged.found(Path(path)) if Path(path).is_dir() else None
         raise UserError(
-            f"{args.model_name_or_path} could not be loaded: {reason(error, path)}"
+            f"{args.model_name_or_path} could not be loaded: {wrong or reason(error, path)}"
         ) from error
     if receives:
         _without_values(model)

@@ -506,11 +506,22 @@ def check_saved(
     )
 
 
+ADAPTED = (
+    "lora_A",
+    "lora_B",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "oft_R",
+    "trainable_tokens_delta",
+)
+"""What PEFT holds by the adapter's name, and saves without it."""
+
+
 def adapter_name(name: str, adapter: str = "default") -> str:
     """A trained parameter's name in a PEFT model -> its name in `adapter_model.safetensors`."""
     name = name.replace(f".modules_to_save.{adapter}.", ".")
     name = name.replace(f".lora_magnitude_vector.{adapter}.weight", ".lora_magnitude_vector")
-    for kind in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "oft_R"):
+    for kind in ADAPTED:
         name = name.replace(f".{kind}.{adapter}", f".{kind}")
     return name
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from longfactory.errors import UserError
-from longfactory.model.adapters import load_adapter
+from longfactory.model.adapters import merge_adapter
 from longfactory.model.source import Source
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def merge(model: Any, path: str) -> Any:
         UserError: there is no adapter in the folder, or it was trained on another model.
     """
     try:
-        return load_adapter(model, path).merge_and_unload(safe_merge=True)
+        return merge_adapter(model, path, safe_merge=True)
     except (ValueError, RuntimeError) as e:
         if isinstance(e, UserError):
             raise

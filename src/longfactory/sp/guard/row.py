@@ -82,8 +82,9 @@ def draw_documents(
 def _tokens(n: int, seed: int, model: PreTrainedModel, device: torch.device) -> Tensor:
     """Away from both ends of the vocabulary, where special tokens are."""
     embedding = model.get_input_embeddings()
-    # it may have an adapter
-    vocabulary = getattr(embedding, "base_layer", embedding).num_embeddings
+    for inner in ("original_module", "base_layer"):  # with an adapter, or with trained tokens
+        embedding = getattr(embedding, inner, embedding)
+    vocabulary = embedding.num_embeddings
     draw = torch.Generator().manual_seed(seed)
     first, end = vocabulary // 8, max(vocabulary // 8 + 2, vocabulary // 2)
     return torch.randint(first, end, (n,), generator=draw).to(device)

@@ -318,7 +318,7 @@ def load_reference(
         )
         key = "ref_model_adapters" if cfg.method.ref_model else "adapter_name_or_path"
         for path in named.adapter_name_or_path:
-            model = adapters.load_adapter(model, path, key=key).merge_and_unload()
+            model = adapters.merge_adapter(model, path, key=key)
     model.requires_grad_(False)
     hf.prepare(model, copy.copy(trainer.ctx))
     if trainer.images is not None:
