@@ -15,6 +15,7 @@ import yaml
 
 from longfactory import hub
 from longfactory.config.fields import plain
+from longfactory.data.on_disk import saved_files
 from longfactory.errors import DataError
 
 COLUMNS = [
@@ -97,7 +98,7 @@ class DataSource:
     dataset_dir: str = ""
 
     def files(self) -> list[Path]:
-        """The local files, in order of name.
+        """The local files, in order of name; of a folder of datasets' `save_to_disk`, in its order.
 
         Raises:
             DataError: no such file, an empty folder, a file type that is not known, or files of
@@ -106,6 +107,8 @@ class DataSource:
         path = Path(self.dataset_dir, self.location)
         try:
             if path.is_dir():
+                if (saved := saved_files(path, self.split, self.name)) is not None:
+                    return saved
                 files = (p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
                 found = sorted(files)
             elif path.is_file():
@@ -120,16 +123,22 @@ class DataSource:
                 f"Data set {self.name!r}: file_name cannot be read: {error.strerror or error}"
                 f" ({plain(str(path))})."
             ) from error
-        kinds = {FILE_TYPES.get(p.suffix[1:].lower()) for p in found}
-        if not found or None in kinds:
+        kinds = {p: FILE_TYPES.get(p.suffix[1:].lower()) for p in found}
+        other = [p.name for p, kind in kinds.items() if kind is None]
+        if len(other) == len(found):
             raise DataError(
                 f"Data set {self.name!r}: {path} holds no file of a known type"
                 f" ({', '.join(FILE_TYPES)})."
             )
-        if len(kinds) > 1:
+        if other:
             raise DataError(
-                f"Data set {self.name!r}: the folder {path} mixes file types; keep one type in a"
-                " folder."
+                f"Data set {self.name!r}: of the folder {path}, {other[0]} is of no known type"
+                f" ({', '.join(FILE_TYPES)}). Keep files of rows alone in it."
+            )
+        if len(set(kinds.values())) > 1:
+            raise DataError(
+                f"Data set {self.name!r}: the folder {path} mixes file types ({found[0].name},"
+                f" {found[-1].name}); keep one type in a folder."
             )
         return found
 

@@ -319,6 +319,12 @@ def start_from_weights(paths: str | Sequence[str] | None) -> bool:
     return any(isinstance(s, str) and s not in ("gaussian", "orthogonal") for s in starts)
 
 
+GROWN = (
+    " If its run made the vocabulary larger, set resize_vocab: true here too, with the add_tokens or"
+    " add_special_tokens of that run."
+)
+
+
 def load_adapter(
     model: Any, path: str, *, key: str = "adapter_name_or_path", **options: Any
 ) -> Any:
@@ -360,8 +366,10 @@ def load_adapter(
         if wrong is not None:
             raise UserError(f"{key}: {wrong}") from e
         if folder.exists():
+            grown = ".original_module.weight" in words and "size mismatch" in words
             raise UserError(
                 f"{key}: {path} does not fit {model.config.name_or_path}: {words}"
+                + (GROWN if grown else "")
             ) from e
         raise UserError(
             f"{key}: there is no folder {path}, and the hub gave no adapter of that name: {words}"
