@@ -320,8 +320,8 @@ def start_from_weights(paths: str | Sequence[str] | None) -> bool:
 
 
 GROWN = (
-    " If its run made the vocabulary larger, set resize_vocab: true here too, with the add_tokens or"
-    " add_special_tokens of that run."
+    " If its run made the vocabulary larger, set resize_vocab: true here too, with the add_tokens"
+    " or add_special_tokens of that run."
 )
 
 
