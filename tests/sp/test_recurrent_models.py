@@ -4,6 +4,7 @@ import copy
 import functools
 import importlib
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -212,3 +213,24 @@ def test_guard_counts_linear_layers() -> None:
     del layer.forward  # that of its class again
     with pytest.raises(ValueError, match="1 of its 2 recurrent layers"):
         guard(model, ctx)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_text", "olmo_hybrid"])
+def test_recurrences_are_given_the_key_heads_as_they_are(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some versions of transformers repeat them for all heads that share them."""
+    model = tiny_model(family, linear_num_key_heads=2, linear_num_value_heads=4)
+    ctx = sp.SequenceParallel.create(1)
+    hf.prepare(model, ctx)
+    given: list[tuple[int, int]] = []
+    own = layers.over_ranks
+
+    def over_ranks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> torch.Tensor:
+        given.extend([(q.shape[1], v.shape[1]), (k.shape[1], v.shape[1])])
+        return own(q, k, v, *rest)
+
+    monkeypatch.setattr(layers, "over_ranks", over_ranks)
+    row = {"input_ids": torch.arange(16) + 3, "position_ids": torch.arange(16)}
+    model(**hf.inputs(row, sp.plan(16, None, ctx)))
+    assert set(given) == {(2, 4)}

@@ -243,6 +243,10 @@ def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any
     _check(self, plan, hidden_states, args, kwargs)
     own = _own_forward(type(self))
     engine = {name: _bound(make, plan) for name, make in _FUNCTIONS.items()}
+    if set(own.__code__.co_names) >= {"num_k_heads", "num_v_heads", "repeat_interleave"}:
+        # transformers 5.17 repeats queries and keys for all heads that share them, and reads
+        # num_k_heads for nothing else here; the recurrence takes them as they are.
+        self = _StandIn(self, num_k_heads=self.num_v_heads)
     return _exchanged_in(own, engine)(self, hidden_states, **kwargs)
 
 
