@@ -23,7 +23,9 @@ import torch
 import triton
 from torch import Tensor
 
-from recurrent import SHAPES, errors, graded, inputs, milliseconds, ours, plan_of
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+
+from _recurrent_kernels import SHAPES, errors, graded, inputs, milliseconds, ours, plan_of
 
 FIXED = {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2}
 """What is preferred among a kernel's settings."""
