@@ -82,6 +82,8 @@ def chunk_reverse(  # type: ignore[no-untyped-def]
     d_written,
     d_ends,
     d_start,
+    after,
+    d_values,
     step_of,
     count_of,
     k_row,
@@ -98,8 +100,8 @@ def chunk_reverse(  # type: ignore[no-untyped-def]
     KEEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """KEEP: in place, `d_states` becomes the gradients of the states after the chunks, `d_written`
-    those of all that is written.
+    """KEEP: store gradients of the states after the chunks, and of all that is written. Not in
+    place: that takes a barrier, with which Triton loads no chunk ahead.
     """
     fragment, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i, dk = tl.arange(0, C), tl.arange(0, BK)
@@ -115,16 +117,13 @@ def chunk_reverse(  # type: ignore[no-untyped-def]
         row, here = tokens(row_of, length_of, chunk, i)
         keys = rows(k, row, k_row, k_head, head // SHARE, dk, here, DK)
         keys, whole = left(keys, sums, at, i, dk, DK, C, CHANNELS)
-        values = d_written + (at * C + i[:, None]) * DV + dv[None, :]
-        columns = (dv < DV)[None, :]
-        given = tl.load(values, mask=columns, other=0.0)
+        given = of_chunk(d_written, at, i, dv, DV, C)
         given += product(keys, slope, PRECISION)
         before = tl.load(d_states + at * size + place, mask=both, other=0.0)
         if KEEP:
-            # Written over what other warps may not have read yet.
-            tl.debug_barrier()
-            tl.store(values, given, mask=columns)
-            tl.store(d_states + at * size + place, slope, mask=both)
+            values = (at * C + i[:, None]) * DV + dv[None, :]
+            tl.store(d_values + values, given, mask=(dv < DV)[None, :])
+            tl.store(after + at * size + place, slope, mask=both)
         slope = before + slope * whole
         if DELTA:
             reads = of_chunk(w, at, i, dk, DK, C)

@@ -222,20 +222,25 @@ class Job:
 
     def reverse(
         self, d_states: Tensor, d_written: Tensor, d_ends: Tensor, keep: bool = True
-    ) -> Tensor:
-        """Makes them, in place, gradients of the states after the chunks and of all that is
-        written; without `keep` they stay. Returns those of the fragments' first states.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the states after the chunks, of all that is written, and of the fragments'
+        first states; without `keep` the last alone.
         """
         d_start = torch.empty_like(d_ends)
+        after, d_values = d_start, d_start
+        if keep:
+            after = torch.empty_like(d_states)
+            # Of deltas what the tokens write without the state is not read any more.
+            d_values = self.u if self.delta else torch.empty_like(d_written)
         settings = self._settings("reverse")
         columns = triton.cdiv(self.value_dim, settings["BV"])
         backward_kernels.chunk_reverse[(len(d_ends), self.heads, columns)](
             self.k, *self._chunk_rows, self.sums, self.w, d_states, d_written, d_ends, d_start,
-            self.chunks.step_starts, self.chunks.step_counts,
+            after, d_values, self.chunks.step_starts, self.chunks.step_counts,
             *self.k.stride()[:2], *self._sizes, **settings, DELTA=self.delta,
             CHANNELS=self.channels, KEEP=keep,
         )  # fmt: skip
-        return d_start
+        return after, d_values, d_start
 
     def input_gradients(
         self,

@@ -165,14 +165,13 @@ def changes_of(made: Any, chunks: Chunks, chosen: list[int]) -> Changes:
     return changes(made, chunks, chosen)
 
 
-def slopes(made: Any, chunks: Chunks, grad: Tensor) -> tuple[Tensor, Tensor]:
+def slopes(made: Any, chunks: Chunks, grad: Tensor) -> list[Tensor]:
     """Gradients of the states before the chunks and of what they write, by their outputs alone."""
     if not isinstance(made, Within):
-        found: tuple[Tensor, Tensor] = made.output_gradients(grad)
-        return found
+        return list(made.output_gradients(grad))
     d_out = chunks.laid_out(grad).unflatten(0, (chunks.count, chunks.size))
     d_out = d_out.transpose(1, 2).to(made.u.dtype)
-    return made.qd.transpose(-1, -2) @ d_out, made.p.transpose(-1, -2) @ d_out
+    return [made.qd.transpose(-1, -2) @ d_out, made.p.transpose(-1, -2) @ d_out]
 
 
 def first_gradients(made: Any, chunks: Chunks, d_states: Tensor, d_written: Tensor) -> Tensor:
@@ -181,7 +180,7 @@ def first_gradients(made: Any, chunks: Chunks, d_states: Tensor, d_written: Tens
     """
     d_ends = d_states.new_zeros(len(chunks.order), *d_states.shape[1:])
     if not isinstance(made, Within):
-        found: Tensor = made.reverse(d_states, d_written, d_ends, keep=False)
+        found: Tensor = made.reverse(d_states, d_written, d_ends, keep=False)[2]
         return found
     return reverse(made.kd, made.w, made.decay, d_states, d_written, d_ends, chunks.steps)[2]
 
@@ -194,7 +193,7 @@ def gradients(
     grad: Tensor,
     d_after: Tensor,
     job: Any,
-    slopes: tuple[Tensor, Tensor] | None,
+    slopes: list[Tensor] | None,
     skip: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Of the inputs, and of `skip` where there is one, from those of the outputs and of the states
@@ -202,7 +201,8 @@ def gradients(
 
     Args:
         job: of the kernels, which cannot be used again after it; None: by PyTorch.
-        slopes: `slopes`, if they are known; written over.
+        slopes: `slopes`, if they are known; taken out of the list, so that their memory is free
+            for the inputs' gradients.
     """
     if job is not None:
         from . import unit_kernels
@@ -210,9 +210,10 @@ def gradients(
         q, k = inputs[:2]
         eps = rule.eps if rule.normalize else None
         states, written, _ = job.scan(first)
-        d_states, d_written = job.output_gradients(grad) if slopes is None else slopes
-        job.reverse(d_states, d_written, d_after)
-        dq, dk, *others = job.input_gradients(grad, states, written, d_states, d_written, skip)
+        if slopes is None:
+            slopes = list(job.output_gradients(grad))
+        after, d_values, _ = job.reverse(slopes.pop(0), slopes.pop(0), d_after)
+        dq, dk, *others = job.input_gradients(grad, states, written, after, d_values, skip)
         dq = unit_kernels.scaled_gradients(q, dq, rule.scale, eps)
         dk = unit_kernels.scaled_gradients(k, dk, 1.0, eps)
         return (dq, dk, *others)
