@@ -17,7 +17,7 @@ from longfactory.errors import UserError
 
 if TYPE_CHECKING:
     from longfactory.config import RunConfig
-    from longfactory.data.kinds import Kind
+    from longfactory.data.kind import Kind
     from longfactory.data.sources import DataSource
 
 ROWS = 20

@@ -9,7 +9,7 @@ import numpy as np
 
 from longfactory.data.assemble import Rules
 from longfactory.data.collate import Sample
-from longfactory.data.kinds import Kind
+from longfactory.data.kind import Kind
 from longfactory.data.packing import pack
 from longfactory.data.report import Report
 from longfactory.data.row import TokenizedDocument

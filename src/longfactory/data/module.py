@@ -30,7 +30,8 @@ from longfactory.data.collate import Sample, collate
 from longfactory.data.dataset import TokenizedDataset
 from longfactory.data.derive import ChatTemplate
 from longfactory.data.errors import bad_row_sentence
-from longfactory.data.kinds import KINDS, Kind
+from longfactory.data.kind import Kind
+from longfactory.data.kinds import KINDS
 from longfactory.data.media.process import Processing
 from longfactory.data.prepare import Preparer
 from longfactory.data.readers import Raw, read

@@ -19,7 +19,7 @@ import numpy as np
 from longfactory.data.derive import ChatTemplate
 from longfactory.data.errors import BadRow, BadRows, bad_row_sentence
 from longfactory.data.formats import Conversation, convert
-from longfactory.data.kinds import Kind, PartOptions
+from longfactory.data.kind import Kind, PartOptions
 from longfactory.data.media import text
 from longfactory.data.media.measure import Found
 from longfactory.data.media.process import Processing

@@ -19,7 +19,8 @@ import numpy as np
 from longfactory.data import store
 from longfactory.data.assemble import Rules
 from longfactory.data.errors import BadRows
-from longfactory.data.kinds import Kind, SavedKind
+from longfactory.data.kind import Kind
+from longfactory.data.kinds import SavedKind
 from longfactory.data.row import IGNORE
 from longfactory.data.store import Store
 from longfactory.errors import DataError
