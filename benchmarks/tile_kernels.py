@@ -67,7 +67,7 @@ def pairs(length: int, window: int | None) -> float:
 def measure(case: Case, length: int, smoke: bool, until: float) -> None:
     import torch
 
-    from longfactory.sp.backends import tile_kernels as kernels
+    from longfactory.sp.backends import tile_calls as kernels
     from longfactory.sp.tiles import Tile
 
     device, dtype = ("cpu", torch.float16) if smoke else ("cuda", torch.bfloat16)

@@ -74,7 +74,7 @@ def test_triton_kernels_are_the_formulas_where_they_are_interpreted() -> None:
     not. Triton looks at the environment when it is imported.
     """
     pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", "import test_backends; test_backends.interpreted()"]
     folder = Path(__file__).parent
     done = subprocess.run(
@@ -85,7 +85,7 @@ def test_triton_kernels_are_the_formulas_where_they_are_interpreted() -> None:
 
 def interpreted() -> None:
     """Compares, in a process in which Triton interprets; raises where something differs."""
-    from longfactory.sp.backends import tile_kernels as kernels
+    from longfactory.sp.backends import tile_calls as kernels
 
     small = {"forward": (16, 16), "keys": (16, 16), "queries": (16, 32)}
     for kernel, (m, n) in small.items():

@@ -1,4 +1,4 @@
-"""The engine's own kernels in Triton (`tile_kernels`): what no other kernel of a plain installation
+"""The engine's own kernels in Triton (`tile_calls`): what no other kernel of a plain installation
 computes in 16 bits, a soft-cap above all (Gemma 2).
 """
 
@@ -35,17 +35,17 @@ def _installed() -> bool:
 
 
 @functools.cache
-def _kernels() -> Any:
-    from . import tile_kernels
+def _calls() -> Any:
+    from . import tile_calls
 
-    return tile_kernels
+    return tile_calls
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """out [Sq, H, Dv] and lse [H, Sq] of a tile; see `backends`."""
-    return _kernels().forward(q, k, v, tile, scale, softcap)  # type: ignore[no-any-return]
+    return _calls().forward(q, k, v, tile, scale, softcap)  # type: ignore[no-any-return]
 
 
 def backward(
@@ -60,6 +60,6 @@ def backward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of a tile, from the out and lse of the whole row; see `backends`."""
-    return _kernels().backward(  # type: ignore[no-any-return]
+    return _calls().backward(  # type: ignore[no-any-return]
         dout, q, k, v, out, lse, tile, scale, softcap
     )
