@@ -356,3 +356,22 @@ def test_a_run_is_frozen_with_all_its_keys() -> None:
     assert cfg.trainer.seed == 42 and "seed" not in cfg.hf
     again = dataclasses.replace(cfg, hf={**cfg.hf, "seed": 7})
     assert (again.trainer.seed, cfg.trainer.seed) == (7, 42)
+
+
+def test_variables_of_llamafactory_that_are_not_read_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hubs(model: object) -> list[str]:
+        cfg = from_mapping({**BASE, "model_name_or_path": str(model)})
+        return [note for note in cfg.notes if "is not read" in note]
+
+    monkeypatch.setenv("IMAGE_PLACEHOLDER", "<image>")
+    monkeypatch.setenv("USE_MODELSCOPE_HUB", "0")
+    assert hubs("Qwen/Qwen3-8B") == []
+    monkeypatch.setenv("USE_MODELSCOPE_HUB", "1")
+    assert hubs(tmp_path) == []
+    (note,) = hubs("Qwen/Qwen3-8B")
+    assert note.startswith("USE_MODELSCOPE_HUB is not read: 'Qwen/Qwen3-8B' is looked up on")
+    monkeypatch.setenv("IMAGE_PLACEHOLDER", "[img]")
+    with pytest.raises(ConfigError, match=r"sets IMAGE_PLACEHOLDER to '\[img\]'.* mark is <image>"):
+        hubs(tmp_path)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,13 @@ def test_a_folder_without_weights_or_tokenizer_is_a_letter(folder: Path, tmp_pat
 
 def test_an_adapter_in_the_place_of_a_model_is_a_letter(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds an adapter, not a model"):
+        load.load_config(arguments(tmp_path), 128)
+    # transformers would load the adapter, too
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    with pytest.raises(UserError, match="holds a model and an adapter"):
+        load.load_config(arguments(tmp_path), 128)
+    (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match="holds an adapter, not a model"):
         load.load_config(arguments(tmp_path), 128)
 

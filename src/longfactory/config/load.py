@@ -15,6 +15,7 @@ from longfactory.config import (
     folder,
     megatron_keys,
     translate,
+    unread,
     v1_keys,
 )
 from longfactory.config.adapter_facts import trains_adapters
@@ -70,10 +71,11 @@ def from_mapping(
 
     given = set(values)
     groups, hf, wrong = _parsed(values)
-    if problems := [*problems, *wrong]:
+    if problems := [*problems, *wrong, *unread.problems(os.environ)]:
         raise ConfigError("\n".join(problems))
 
     cfg = RunConfig(**groups, hf=hf, notes=())
+    notes += unread.notes(os.environ, cfg.model.model_name_or_path)
     if command == "train":
         cfg = dataclasses.replace(cfg, hf=_finished(cfg))
         problems, missing = _problems_of_training(cfg, world_size)

@@ -11,6 +11,7 @@ from pathlib import Path
 POINTER = b"version https://git-lfs"
 """How the text begins that stands for a file in a clone made without git-lfs."""
 MODEL = ("model.safetensors", "pytorch_model.bin")
+INDICES = tuple(f"{name}.index.json" for name in MODEL)
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 ZIP, BEFORE_1_6 = b"PK", b"\x80"
 """The first bytes of what torch saves: of an archive, and of a pickle."""

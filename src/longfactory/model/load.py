@@ -146,9 +146,14 @@ def load_config(args: Any, cutoff_len: int) -> Any:
     from transformers import AutoConfig
 
     path, extra = resolve(args.model_name_or_path)
-    if (Path(path) / "adapter_config.json").is_file() and not (
-        Path(path) / "config.json"
-    ).is_file():
+    if (Path(path) / "adapter_config.json").is_file():
+        if any((Path(path) / file).is_file() for file in (*damaged.MODEL, *damaged.INDICES)):
+            raise UserError(
+                f"model_name_or_path: {args.model_name_or_path} holds a model and an adapter"
+                " (adapter_config.json), and transformers loads them as one. Move the adapter's"
+                " files into a folder of their own, and name it in adapter_name_or_path if it is"
+                " meant."
+            )
         raise UserError(
             f"model_name_or_path: {args.model_name_or_path} holds an adapter, not a model. Give its"
             " base model there, and this folder in adapter_name_or_path."
