@@ -149,7 +149,7 @@ def attention_row(
     parts: dict[str, dict[str, float]] = {}
     for (schedule, seconds), step in zip(times.items(), steps, strict=True):
         text = f"{flop / seconds:.0f} ({flop / seconds / base:.2f}"
-        if setting.device.type == "cuda" and not slow:
+        if setting.device.type == "cuda":
             parts[schedule] = divided(kernels_of(step))
             message, exposed = (parts[schedule][k] for k in ("messages", "exposed"))
             text += f"; {message:.1f} ms, exposed {exposed:.1f}"

@@ -26,15 +26,14 @@ parity     20 steps of a 0.5B shape in bf16: SP's distance from the float32 curv
 resume     a run over all GPUs whose process of one rank is killed, resumed over half of them
 
 Commands that have not run yet, in order of value, each less than 10 minutes with `--out
-benchmarks/results`. FOUR GPUs, with their seconds (those of the whole models need H200):
+benchmarks/results`. FOUR GPUs, with their seconds (those of whole models need H200):
 
-    many_gpus.py --gpus 4 --part scaling --layers 8 --limit 130                                # 140
-    many_gpus.py --gpus 4 --part length --only "B-A3B, 131,072" "4 of 48" "2 of 28" --limit 320    # 330
-    many_gpus.py --gpus 4 --part length --only "7B, 1,048,576" --limit 550     # 560: a step of 396
-    many_gpus.py --gpus 4 --part peers --limit 390       # 400, with the package deepspeed (0.19.8)
-    many_gpus.py --gpus 4 --part parity --only "seed 4"                                         # 90
-    length.py --gpus 4 --probe 524288 --limit 60; length.py --gpus 4 --probe 2097152 --limit 170
+    many_gpus.py --gpus 4 --part peers --only "524,288" --limit 160     # 140, with deepspeed 0.19.8
+    many_gpus.py --gpus 4 --part scaling --only "SP 1, 4 rows" ", 1 rows" "2 rows" --limit 200  # 150
+    many_gpus.py --gpus 4 --part attention --only "of 256k" "of 512k"     # 75: messages of long rows
     many_gpus.py --gpus 4 --part attention --only "32k, 28/4"    # 60, with ring-flash-attn, yunchang
+    many_gpus.py --gpus 4 --part length --only "14B, 524,288" --limit 400      # the whole model: 330
+    length.py --gpus 4 --probe 524288 --limit 60; length.py --gpus 4 --probe 2097152 --limit 170
 
 EIGHT; the rows of the part `length` are then others (`_many_length.WIDE`):
 
