@@ -139,3 +139,14 @@ def test_a_file_in_the_folder_s_place(out: Path) -> None:
 def test_evaluation_alone_never_resumes(out: Path) -> None:
     leave_checkpoints(out, 5)
     assert run(out, do_eval=True, eval_dataset="a", dataset=None).checkpoints == ()
+
+
+def test_an_adapter_is_not_written_beside_a_whole_model(out: Path) -> None:
+    """transformers would load it onto that model."""
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    assert run(out, finetuning_type="lora", overwrite_output_dir=True).checkpoints == ()
+    (out / "model.safetensors.index.json").write_text("{}")
+    assert run(out, finetuning_type="full", overwrite_output_dir=True).checkpoints == ()
+    with pytest.raises(ConfigError, match="holds a whole model"):
+        run(out, finetuning_type="lora", overwrite_output_dir=True)

@@ -377,3 +377,19 @@ def test_every_family_is_saved_under_the_names_that_it_was_loaded_from(
     assert not changes.elsewhere and not changes.missing
     assert saved.check_saved(out, model, source) == []
     assert stored_tensors(out).keys() == stored_tensors(source_folder).keys()
+
+
+def test_an_adapter_of_before_is_not_loaded_onto_new_weights(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from longfactory.testing import tiny_model as text_model
+
+    before = get_peft_model(
+        text_model(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
+    before.save_pretrained(tmp_path)
+    saved.remove_weights(tmp_path)
+    text_model().save_pretrained(tmp_path)
+    names = {name for name, _ in AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters()}
+    assert names == {name for name, _ in text_model().named_parameters()}

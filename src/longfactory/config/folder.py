@@ -15,6 +15,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from longfactory.config.adapter_facts import trains_adapters
 from longfactory.config.read import read_file
 from longfactory.config.run import RunConfig
 from longfactory.config.show import resolved
@@ -189,6 +190,12 @@ def find_checkpoints(cfg: RunConfig) -> tuple[tuple[str, ...], list[str]]:
     out = cfg.output_dir
     if out.exists() and not out.is_dir():
         raise ConfigError(f"output_dir: {out} is a file, expected a folder.")
+    if cfg.trainer.do_train and trains_adapters(cfg.method) and _holds_a_model(out):
+        raise ConfigError(
+            f"output_dir: {out} holds a whole model (config.json and its weights), and who loads"
+            " the adapter from there would load it with that. Choose another folder, or remove"
+            " the model."
+        )
     begun = _begun(cfg, out) if cfg.trainer.do_train else None
     if begun is not None and (own := _candidates(out, begun)):
         notes = [f"The run in {out} was stopped; resuming from {own[0]}. {_anew(cfg)}"]
@@ -236,6 +243,12 @@ def find_checkpoints(cfg: RunConfig) -> tuple[tuple[str, ...], list[str]]:
     if any((out / name).is_file() for name in WEIGHTS) and not unfinished:
         raise ConfigError(f"output_dir: {out} holds a finished run without checkpoints. {REMEDY}")
     return (), notes
+
+
+def _holds_a_model(out: Path) -> bool:
+    """Whether a whole model was saved there; transformers loads an adapter beside one onto it."""
+    whole = [name for name in WEIGHTS if "adapter" not in name]
+    return (out / "config.json").is_file() and any((out / name).is_file() for name in whole)
 
 
 def _begun(cfg: RunConfig, out: Path) -> RunRecord | None:

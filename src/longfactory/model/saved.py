@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from longfactory.errors import UserError
-from longfactory.model import value_head
+from longfactory.model import damaged, value_head
 from longfactory.model.source import (
     BIN_FILE,
     BIN_INDEX,
@@ -251,10 +251,10 @@ def _text(path: Path) -> str:
 
 def remove_weights(folder: str | Path) -> None:
     """Removes the weights of an earlier save: a single file of before would be read in place of the
-    new ones, which are several.
+    new ones, which are several, and an adapter of before would be loaded onto them.
     """
     folder = Path(folder)
-    for name in (FILE, INDEX, BIN_FILE, BIN_INDEX):
+    for name in (FILE, INDEX, BIN_FILE, BIN_INDEX, "adapter_config.json", *damaged.ADAPTER):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -127,6 +127,9 @@ class ResumableTrainer(Trainer):
         output_dir = output_dir or self.args.output_dir
         if self.args.should_save and not hasattr(self.model, "peft_config"):
             remove_weights(output_dir)
+        if self.args.should_save and self.stage.output != "values":
+            # of an earlier run; a reward model that begins from this one would begin with it
+            Path(output_dir, VALUE_HEAD).unlink(missing_ok=True)
         # what is collective comes first: a process whose disk is full must not leave others in it
         value_head = value_head_tensors(self) if self.stage.output == "values" else None
         if self.is_fsdp_enabled:
