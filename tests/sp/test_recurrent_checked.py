@@ -22,6 +22,16 @@ def test_recurrent_kernels_whose_results_are_not_numbers_are_not_right(wrong: in
     assert not are_right("A recurrence runs", lambda: broken, lambda: expected, torch.float32)
 
 
+def test_a_self_test_that_fails_names_what_is_wrong(caplog: pytest.LogCaptureFixture) -> None:
+    results = [torch.ones(3), 2 * torch.ones(3), torch.ones(3)]
+    expected = [torch.ones(3, dtype=torch.float64) for _ in results]
+    names = ("output", "gradient of q", "gradient of k")
+    assert not are_right(
+        "A recurrence runs", lambda: results, lambda: expected, torch.float32, names
+    )
+    assert "is 1.0e+00 from float64 (gradient of q 1.0e+00) on this device" in caplog.text
+
+
 def test_a_self_test_in_a_checkpointed_layer_is_not_counted_among_what_it_saves() -> None:
     """It comes at the first call alone, not in the recomputation."""
     tried: list[bool] = []

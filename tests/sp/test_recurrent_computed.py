@@ -47,6 +47,20 @@ def test_recurrent_kernels_are_proved_as_the_run_has_them(monkeypatch: pytest.Mo
     assert asked == [True, True, False, False]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "dims", "precision"),
+    [
+        (torch.bfloat16, (16, 1), "tf32"),
+        (torch.float32, (16, 1), "ieee"),  # by tf32x3 gradients of q were 5e-1 from float64
+        (torch.float32, (64, 100), "tf32x3"),
+    ],
+)
+def test_recurrent_kernels_multiply_narrow_heads_without_tensor_cores_in_float32(
+    dtype: torch.dtype, dims: tuple[int, int], precision: str
+) -> None:
+    assert computed.precision_of(dtype, *dims) == precision
+
+
 SHAPES = {
     "delta": ("delta", 1, 2, 16, 20, False),
     "delta, a decay of each channel": ("delta", 1, 1, 16, 16, True),

@@ -54,7 +54,8 @@ class Job:
         q, k: [T, hk, Dk], normalised and scaled.
         v: [T, h, Dv]. g: [T, h] or [T, h, Dk]. beta: [T, h].
         delta: the kind of recurrence.
-        precision: of products: tf32, or tf32x3, which is near that of float32.
+        precision: of products: tf32, tf32x3, which is near that of float32, or ieee, which is that
+            of float32, without tensor cores.
     """
 
     q: Tensor

@@ -21,6 +21,13 @@ log = logging.getLogger(__name__)
 WIDEST = 256
 """Channels of keys, and of values, of a head that kernels take."""
 
+NARROW = 16
+"""Channels up to which a head's products in float32 are without tensor cores."""
+
+_INPUTS = ("first state", "q", "k", "v", "g", "beta", "skip")
+RESULTS = ("output", "state", "matrix", *(f"gradient of {name}" for name in _INPUTS))
+"""The names of `results`."""
+
 
 def by_kernels(inputs: list[Tensor], rule: Rule, skip: bool = False) -> bool:
     """Whether Triton computes a recurrence of these: it can, and is right on this device.
@@ -97,7 +104,7 @@ def _are_right(
     what = f"A {kind} recurrence with keys of {key_dim} and values of {value_dim} runs"
     if per_channel:
         what = what.replace(" with", " with a decay of each channel,")
-    return are_right(what, kernels, expected, dtype)
+    return are_right(what, kernels, expected, dtype, RESULTS)
 
 
 def results(
@@ -119,7 +126,7 @@ def results(
     start = first_gradients(made, chunks, *own)
     job = made if kernels else None
     rest = gradients(inputs, rule, chunks, first, slope, after.clone(), job, own, skip)
-    return [out, found.state, found.matrix, *rest, start]
+    return [out, found.state, found.matrix, start, *rest]
 
 
 def make(inputs: list[Tensor], rule: Rule, chunks: Chunks, kernels: bool) -> Any:
@@ -143,8 +150,21 @@ def _job(inputs: list[Tensor], rule: Rule, chunks: Chunks) -> Any:
     q, k, v, g, beta = inputs
     eps = rule.eps if rule.normalize else None
     q, k = unit_kernels.scaled(q, rule.scale, eps), unit_kernels.scaled(k, 1.0, eps)
-    precision = "tf32x3" if v.dtype == torch.float32 else "tf32"
+    precision = precision_of(v.dtype, k.shape[2], v.shape[2])
     return _kernels().Job(q, k, v, g, beta, chunks, rule.kind == "delta", precision)
+
+
+def precision_of(dtype: torch.dtype, key_dim: int, value_dim: int) -> str:
+    """Of the kernels' products, in Triton's words.
+
+    Three products of TF32 have nearly float32's precision. Of heads as narrow as Mamba 1's (keys of
+    16, values of 1) ptxas 12.8, the assembler that Triton 3.6 brings, makes wrong code for sm_90:
+    `chunk_value_gradients` reads a product's shared memory at an address that was never set. Those
+    are multiplied without tensor cores, which would compute mostly padding.
+    """
+    if dtype != torch.float32:
+        return "tf32"
+    return "tf32x3" if min(key_dim, value_dim) > NARROW else "ieee"
 
 
 def forward(
