@@ -5,6 +5,7 @@ by torch's counter, heads and windows by what reaches the attention engine.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from longfactory.memory import norms
 from longfactory.memory.apply import apply_memory
 from longfactory.memory.budget import bare_layer
 from longfactory.memory.checkpointed import stored_of_a_token
-from longfactory.memory.decoder_layer import DecoderLayer, _mlp_of_a_token
+from longfactory.memory.decoder_layer import DecoderLayer, _group_bytes, _mlp_of_a_token
+from longfactory.memory.layer import passes
 from longfactory.memory.layer_kinds import LayerKind, kinds_of
 from longfactory.memory.seconds import seconds
 from longfactory.memory.settings import MemorySettings
@@ -181,14 +183,27 @@ SIZES = {
     "head_dim": 24,
     "vocab_size": 128,
 }
-EXPERTS = {"moe_intermediate_size": 80, "num_experts": 8, "num_experts_per_tok": 3}
+EXPERTS = {
+    "moe_intermediate_size": 80,
+    "num_experts": 8,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 0,
+    "topk_group": 1,
+    "n_group": 1,
+}
 
 
-@pytest.mark.parametrize("mode", ["bf16", "autocast", "lora"])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [
+        *itertools.product(("qwen2", "qwen3", "qwen3_moe"), ("bf16", "autocast", "lora")),
+        *itertools.product(("glm4_moe",), ("bf16", "autocast")),
+    ],
+)
 def test_what_autograd_stores(family: str, mode: str) -> None:
     """Of a layer that is not recomputed. Adapters of rank 2 store 4 bytes each besides."""
-    config = AutoConfig.for_model(family, **SIZES, **(EXPERTS if family == "qwen3_moe" else {}))
+    config = AutoConfig.for_model(family, **SIZES, **(EXPERTS if "moe" in family else {}))
     model = AutoModelForCausalLM.from_config(config)
     shape = ModelShape.of(config, lora=mode == "lora", layers=kinds_of(model, config))
     job = TrainingJob(
@@ -203,11 +218,13 @@ def test_what_autograd_stores(family: str, mode: str) -> None:
     assert stored_of_a_token(job, shape.kinds[0]) == pytest.approx(found, rel=0.05)
 
 
-def test_what_a_saved_mixture_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe"])
+def test_what_a_saved_mixture_holds(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a hand-written layer whose products are saved: what autograd stores of its experts, what
-    they are given and make, and what the output projection gives.
+    they are given and make, and what the output projection gives. GLM's router has a copy of its
+    input in fp32.
     """
-    config = AutoConfig.for_model("qwen3_moe", **SIZES, **EXPERTS)
+    config = AutoConfig.for_model(family, **SIZES, **EXPERTS)
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
     model.set_experts_implementation("grouped_mm")
@@ -238,6 +255,38 @@ def test_what_a_saved_mixture_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     found = sum(t.untyped_storage().nbytes() for t in held.values()) / TOKENS / shape.layers
     projected = job.shape.width * kind.hidden
     assert _mlp_of_a_token(job, kind) == pytest.approx(found + projected, rel=0.02)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "laguna", "glm4_moe"])
+def test_the_gradient_of_attention_s_gate(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the queries (Qwen3-Next), by a linear of its own (Laguna), none (GLM): the plan has the
+    numbers of it that the hand-written layer holds while attention's backward runs.
+    """
+    config = tiny_config(family)
+    model: Any = tiny_model(family, torch.float32).train()
+    model.set_attn_implementation(hf.ATTENTION)
+    inputs = one_row(model)
+    apply_memory(model, MemorySettings())
+    held: list[int] = []
+
+    def attention_backward(*given: Any) -> Any:
+        found = real(*given)
+        held.append(0 if found[3] is None else found[3].numel() // TOKENS)
+        return found
+
+    real = passes.attention_backward
+    monkeypatch.setattr(passes, "attention_backward", attention_backward)
+    model(**inputs).logits.sum().backward()
+    kinds = [kind for kind in kinds_of(model, config) if kind.written]
+    assert held[-len(kinds) :] == [kind.gates for kind in reversed(kinds)]
+    assert any(held) == (family != "glm4_moe")
+    shape = ModelShape.of(config, layers=kinds)
+    job = TrainingJob(shape, machine("H100", 1, 2**40), TOKENS, sharded=False, master=2)
+    bare = tuple(dataclasses.replace(kind, gates=0) for kind in shape.kinds)
+    without = dataclasses.replace(job, shape=dataclasses.replace(shape, kinds=bare))
+    settings = MemorySettings(attention_groups=2)
+    found, less = (_group_bytes(j, settings).layer.attention for j in (job, without))
+    assert found - less == 2 * TOKENS * max(held)
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "nemotron_h"])

@@ -215,7 +215,7 @@ def stored_of_a_token(job: TrainingJob, kind: LayerKind) -> float:
         sides, parts = (1, 2) if frozen else (2, 3)
         numbers = sides * kind.used * hidden + parts * kind.expert_width
         stored += width * numbers + 20.0 * kind.used + 4.0 * kind.experts
-    return stored
+    return stored + job.router_bytes(kind)
 
 
 def _checkpoint_work(job: TrainingJob, settings: MemorySettings) -> Work:

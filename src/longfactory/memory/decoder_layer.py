@@ -408,10 +408,13 @@ def _group_values(job: TrainingJob, mode: str, settings: MemorySettings) -> list
 
 
 def _group_bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:
-    """Of one group of heads: q, dq, dout, and the kernel's fp32 dq. The generic layer has none."""
+    """Of one group of heads: q, dq, dout, and the kernel's fp32 dq; of all heads the gradient of
+    their output gate. The generic layer has none.
+    """
     if not job.written_layer:
         return Bytes()
     of_a_token = 5 * job.shape.attention_bytes / settings.attention_groups
+    of_a_token += job.shape.width * max(kind.gates for kind in job.shape.kinds)
     return Bytes(layer=LayerMoments(attention=of_a_token * job.local))
 
 
@@ -479,7 +482,7 @@ def _mlp_of_a_token(job: TrainingJob, kind: LayerKind) -> float:
     # the mixture's input and its output; the order, and the router's
     numbers = 2 * kind.used * kind.hidden + 3 * kind.expert_width + 3 * kind.hidden
     numbers += 4 * kind.dense_width
-    return width * numbers + 40.0 * kind.used + 8.0 * kind.experts
+    return width * numbers + 40.0 * kind.used + 8.0 * kind.experts + job.router_bytes(kind)
 
 
 def _mlp_bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:

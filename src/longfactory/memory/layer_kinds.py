@@ -9,17 +9,20 @@ chunks, and how many experts a token passes.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from typing import Any
 
 from torch import nn
 
+from longfactory.memory.layer.description import LayerParts
 from longfactory.memory.layer.families import FAMILIES
 from longfactory.memory.layer.recognise import recognise
 from longfactory.sp.hf import layer_types, values_of_layers
 from longfactory.sp.recurrent.heads import head_bytes
 from longfactory.sp.recurrent.layers import Mixer, mixer_of
 from longfactory.sp.recurrent.rule import CHUNK
+from longfactory.sp.routers import routers
 from longfactory.sp.text_model import decoder_layers
 
 WINDOW_TILE = 128
@@ -28,6 +31,7 @@ and half of one is masked at each end."""
 
 _MIXERS = re.compile(r"attn|attention|conv|mamba|ssm|mixer|recurrent|temporal|linear")
 _EXPERTS = re.compile(r"(^|\.)experts?(\.|$)")
+_IN_FLOAT32 = re.compile(r"hidden_states\.(float\(\)|(type|to)\(torch\.float32\))")
 _USED = (
     "num_experts_per_tok",
     "num_experts_per_token",
@@ -68,6 +72,9 @@ class LayerKind:
         chosen: keys that an indexer chooses for a query; 0 without one. Attention is computed over
             all keys, with the others masked.
         scored: FLOP of an indexer for a query and a key.
+        wide_router: the router computes with its input in fp32: where its weight is trained,
+            autograd stores that copy.
+        gates: numbers of one token's gate on attention's output, in the hand-written function.
     """
 
     heads: int
@@ -93,6 +100,8 @@ class LayerKind:
     norms_after: bool = False
     chosen: int = 0
     scored: float = 0.0
+    wide_router: bool = False
+    gates: int = 0
 
     @property
     def active_expert_parameters(self) -> int:
@@ -213,7 +222,27 @@ def _kind(layer: nn.Module, config: Any, index: int) -> LayerKind:
         shape is not None,
         shape is not None and shape.norm("norm2_after") is not None,
         *_choice(layer),
+        bool(experts) and _wide_router(layer),
+        0 if isinstance(parts, str) else _gates(parts),
     )
+
+
+def _wide_router(layer: nn.Module) -> bool:
+    """Whether a router that holds its weight casts what it is given to fp32, by its code."""
+    return any(
+        any(p.dim() == 2 for p in router.parameters(recurse=False))
+        and _IN_FLOAT32.search(inspect.getsource(type(router).forward)) is not None
+        for router in routers(layer).values()
+    )
+
+
+def _gates(parts: LayerParts) -> int:
+    """Numbers of one token's gate on attention's output: of its own linear, or of the queries'."""
+    shape = parts.shape
+    if shape.output_gate is None:
+        return 0
+    own = parts.linears.get("g")
+    return shape.heads * shape.head_dim if own is None else int(own.out_features)
 
 
 def _choice(layer: nn.Module) -> tuple[int, float]:

@@ -586,13 +586,20 @@ class TrainingJob:
             return 0.0
         return self.cast_bytes - self.shape.width * self.shape.routed_parameters
 
+    def router_bytes(self, kind: LayerKind) -> int:
+        """Of one token's hidden state in fp32, which autograd stores for a trained router that
+        computes with it; none where hidden states are fp32 themselves.
+        """
+        copies = kind.wide_router and not self.shape.adapters and not self.wide_hidden
+        return 4 * kind.hidden if copies else 0
+
     def temporary_bytes(self, kind: LayerKind) -> int:
         """Of one token's temporaries in the MLP, projections and norms of one layer: six MLP-wide
         and eight hidden-wide numbers (three in the hand-written layer, which holds no part of a
         norm; two more there where norms follow attention and the MLP), three more for each norm
         beyond two; of each expert that it passes, its input and output and their gradients, and
-        seven numbers of its width. PEFT's adapters compute with wide copies of what they are given,
-        two MLP-wide numbers more.
+        seven numbers of its width; what its router stores. PEFT's adapters compute with wide copies
+        of what they are given, two MLP-wide numbers more.
         """
         wide = 4 * kind.used * kind.hidden + 7 * kind.expert_width
         written = self.written(kind)
@@ -600,7 +607,7 @@ class TrainingJob:
         dense = inner * self.shape.width * kind.dense_width
         around = 3 + 2 * kind.norms_after if written else 8 + 3 * max(0, kind.norms - 2)
         dense += around * self.hidden_bytes
-        return dense + self.shape.width * wide
+        return dense + self.shape.width * wide + self.router_bytes(kind)
 
     @property
     def local(self) -> int:

@@ -161,8 +161,10 @@ def attention(
             )
         scale = q.shape[2] ** -0.5 if scaling is None else scaling
         return sparse.attention(q, k, v, plan, chosen, scale=scale, sinks=s_aux)[None], None
+    # Kernels give their output in the layout of the queries. Of partly turned ones (`cat` of two
+    # parts of all heads) it would be copied for the output projection, and be stored twice.
     out = engine(
-        q,
+        q.contiguous(),
         k,
         v,
         plan,
