@@ -144,6 +144,9 @@ class Job:
 
     def _settings(self, kernel: str) -> dict[str, Any]:
         warps, stages, columns = SETTINGS[kernel]
+        exact, wide = self.precision == "tf32x3", self.key_dim > 128
+        if (kernel == "reverse" and (exact or wide)) or (kernel == "scan" and exact and wide):
+            stages = 1  # two chunks would not fit in the shared memory
         return {
             "C": self.chunks.size,
             "BK": max(16, triton.next_power_of_2(self.key_dim)),
