@@ -12,7 +12,7 @@ from torch import Tensor
 from longfactory import sp
 from longfactory.sp import Segment
 from longfactory.sp.distance import worst
-from longfactory.sp.recurrent import exchange, heads, layers
+from longfactory.sp.recurrent import exchange, functions, heads, layers
 from longfactory.sp.recurrent.chunked import recurrence
 from longfactory.sp.recurrent.convolution import convolution
 from longfactory.sp.recurrent.fragments import fragments_of
@@ -128,7 +128,7 @@ def test_recurrent_delta_rules_are_those_of_transformers(family: str, per_channe
     with layers._Widened():
         expected = with_gradients(delta_rule(code, x), x)
     plan = sp.plan(160, None, sp.SequenceParallel())
-    out, _ = layers._delta_rule(
+    out, _ = functions.delta_rule(
         plan, *(t[None] for t in x), use_qk_l2norm_in_kernel=True, unknown=None
     )
     assert farthest(with_gradients(out[0], x), expected) < 1e-12
@@ -147,7 +147,7 @@ def test_recurrent_scan_of_mamba_2_is_that_of_transformers(family: str) -> None:
     with layers._Widened():
         expected = code.mamba2_chunk_scan(x, dt, a, b, c, chunk_size=32, **settings)
     plan = sp.plan(160, None, sp.SequenceParallel())
-    out = layers._mamba2(plan, x, dt, a, b, c, chunk_size=32, **settings)
+    out = functions.mamba2(plan, x, dt, a, b, c, chunk_size=32, **settings)
     assert farthest(with_gradients(out, leaves), with_gradients(expected, leaves)) < 1e-12
 
 
@@ -155,7 +155,7 @@ def test_recurrent_states_of_a_cache_are_refused() -> None:
     x = draw(False)
     plan = sp.plan(160, None, sp.SequenceParallel())
     with pytest.raises(ValueError, match="cached state"):
-        layers._delta_rule(plan, *(t[None] for t in x), output_final_state=True)
+        functions.delta_rule(plan, *(t[None] for t in x), output_final_state=True)
 
 
 # ---- short convolutions

@@ -14,7 +14,7 @@ from longfactory.memory.apply import apply_memory
 from longfactory.memory.settings import MemorySettings
 from longfactory.sp import hf
 from longfactory.sp.guard import guard
-from longfactory.sp.recurrent import layers
+from longfactory.sp.recurrent import functions, layers
 from longfactory.testing import run_ranks
 from longfactory_dev.families import check_on_rank
 from longfactory_dev.tiny_models import tiny_model
@@ -224,13 +224,13 @@ def test_recurrences_are_given_the_key_heads_as_they_are(
     ctx = sp.SequenceParallel.create(1)
     hf.prepare(model, ctx)
     given: list[tuple[int, int]] = []
-    own = layers.over_ranks
+    own = functions.over_ranks
 
     def over_ranks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> torch.Tensor:
         given.extend([(q.shape[1], v.shape[1]), (k.shape[1], v.shape[1])])
         return own(q, k, v, *rest)
 
-    monkeypatch.setattr(layers, "over_ranks", over_ranks)
+    monkeypatch.setattr(functions, "over_ranks", over_ranks)
     row = {"input_ids": torch.arange(16) + 3, "position_ids": torch.arange(16)}
     model(**hf.inputs(row, sp.plan(16, None, ctx)))
     assert set(given) == {(2, 4)}

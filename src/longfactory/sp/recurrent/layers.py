@@ -33,24 +33,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
 
 from .. import indexer, probe
 from ..context import SequenceParallel
 from ..hooks import ModelHooks
 from ..plan import RowPlan
-from .convolution import convolution
 from .exchange import over_ranks
-from .fragments import fragments_of
+from .functions import FUNCTIONS, NAMES, convolved
 from .rule import Kind, Rule, wide
 
 log = logging.getLogger(__name__)
-
-CHANNELS = 512
-"""Channels of a Mamba layer that are computed at once."""
 
 LAYERS = frozenset({"linear_attention", "conv", "hybrid"})
 """Layer types that are computed here, in the models below."""
@@ -242,7 +236,7 @@ def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any
         return type(self).forward(self, hidden_states, *args, **kwargs)
     _check(self, plan, hidden_states, args, kwargs)
     own = _own_forward(type(self))
-    engine = {name: _bound(make, plan) for name, make in _FUNCTIONS.items()}
+    engine = {name: _bound(make, plan) for name, make in FUNCTIONS.items()}
     if set(own.__code__.co_names) >= {"num_k_heads", "num_v_heads", "repeat_interleave"}:
         # transformers 5.17 repeats queries and keys for all heads that share them, and reads
         # num_k_heads for nothing else here; the recurrence takes them as they are.
@@ -286,8 +280,8 @@ def _griffin(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any
     _check(self, plan, hidden_states, args, kwargs)
     weights = self.conv_1d
 
-    def convolved(x: Tensor) -> Tensor:
-        return _convolution(plan, x, weights.weight[:, 0], weights.bias)
+    def of_row(x: Tensor) -> Tensor:
+        return convolved(plan, x, weights.weight[:, 0], weights.bias)
 
     def scanned(hidden_states: Tensor, recurrent_gate: Tensor, **_: Any) -> tuple[Tensor, None]:
         """[1, T/n, W] each -> [1, T/n, W]: every channel is a state of one number. Where a document
@@ -301,7 +295,7 @@ def _griffin(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any
         return out[None, ..., 0], None
 
     unit = _StandIn(self.rg_lru, _rnn_scan=scanned)
-    block = _StandIn(self, conv_1d=convolved, rg_lru=unit)
+    block = _StandIn(self, conv_1d=of_row, rg_lru=unit)
     return block(hidden_states, **{**kwargs, "use_cache": False, "attention_mask": None})
 
 
@@ -361,7 +355,7 @@ def _exchanged(kind: type[nn.Module]) -> bool:
         return True
     forward = inspect.unwrap(kind.forward)
     return isinstance(forward, types.FunctionType) and any(
-        name in _FUNCTIONS and name in forward.__globals__ for name in forward.__code__.co_names
+        name in FUNCTIONS and name in forward.__globals__ for name in forward.__code__.co_names
     )
 
 
@@ -416,7 +410,7 @@ def without_packages() -> Iterator[None]:
 
 def _reference_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     own = _own_forward(type(self))
-    names = [name for name in own.__code__.co_names if name in _FUNCTIONS]
+    names = [name for name in own.__code__.co_names if name in FUNCTIONS]
     plain = {name: inspect.unwrap(own.__globals__[name]) for name in names}
     widened = next(self.parameters()).dtype == torch.float64
     with _Widened() if widened else contextlib.nullcontext():
@@ -476,142 +470,6 @@ def mixer_of(layer: nn.Module) -> Mixer | None:
     return None
 
 
-# ---- the functions, as transformers calls them
-
-
-def _convolution(
-    plan: RowPlan,
-    hidden_states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    **_: Any,
-) -> Tensor:
-    """[1, C, T/n] -> [1, C, T/n]."""
-    out = convolution(
-        hidden_states[0].t(), weight, bias, activation, fragments_of(plan), plan.ctx.group
-    )
-    return out.t()[None]
-
-
-def _delta_rule(
-    plan: RowPlan,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    *,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """[1, T/n, H, D] -> [1, T/n, H, Dv]."""
-    _no_state(initial_state, output_final_state)
-    rule = Rule("delta", query.shape[-1] ** -0.5, use_qk_l2norm_in_kernel)
-    out = over_ranks(query[0], key[0], value[0], g[0], beta[0], rule, plan, query.dtype)
-    return out[None], None
-
-
-def _mamba2(
-    plan: RowPlan,
-    hidden_states: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    initial_states: Tensor | None = None,
-    dt_softplus: bool = False,
-    dt_limit: tuple[float, float] = (0.0, float("inf")),
-    return_final_states: bool = False,
-    **_: Any,
-) -> Tensor:
-    """[1, T/n, H, P] -> [1, T/n, H, P] in the wide type, as transformers' own."""
-    _no_state(initial_states, return_final_states)
-    if z is not None:
-        raise ValueError("a Mamba 2 layer gates inside its scan, which is not implemented.")
-    if dt_bias is not None:
-        dt = dt + dt_bias.to(dt.dtype)
-    if dt_softplus:
-        dt = F.softplus(dt)
-    dt = dt.clamp(dt_limit[0], dt_limit[1])[0]
-    dtype = wide(hidden_states)
-    x, dt = hidden_states[0], dt.to(dtype)
-    out = over_ranks(C[0], B[0], x, A.to(dtype) * dt, dt, Rule("plain", 1.0), plan, dtype, D)
-    return out[None]
-
-
-def _mamba1(
-    plan: RowPlan,
-    hidden_states: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    return_last_state: bool = False,
-    **_: Any,
-) -> Tensor:
-    """[1, I, T/n] -> [1, I, T/n]: every channel is a head of one value, with a decay of each number
-    of its state.
-    """
-    _no_state(None, return_last_state)
-    if delta_bias is not None:
-        dt = dt + delta_bias.to(dt.dtype)[:, None]
-    if delta_softplus:
-        dt = F.softplus(dt)
-    dtype = wide(hidden_states)
-    # [1, I, T/n] -> [T/n, I]; [1, N, T/n] -> [T/n, 1, N]
-    x, dt = hidden_states[0].t(), dt[0].t().to(dtype)
-    keys, queries = B[0].t()[:, None], C[0].t()[:, None]
-
-    def some(x: Tensor, dt: Tensor, A: Tensor, keys: Tensor, queries: Tensor) -> Tensor:
-        g = dt[..., None] * A.to(dtype)
-        rule = Rule("plain", 1.0)
-        return over_ranks(queries, keys, x[..., None], g, dt, rule, plan, dtype)[..., 0]
-
-    # The decays are as many numbers as all states of all tokens: those of some channels at a time.
-    parts = zip(x.split(CHANNELS, 1), dt.split(CHANNELS, 1), A.split(CHANNELS), strict=True)
-    outputs = [
-        checkpoint(some, *part, keys, queries, use_reentrant=False, preserve_rng_state=False)
-        for part in parts
-    ]
-    out = torch.cat(outputs, 1)
-    if D is not None:
-        out = out + x * D
-    out = out.t()[None]
-    return out if z is None else out * F.silu(z)
-
-
-def _no_state(initial: Tensor | None, final: bool) -> None:
-    if initial is not None or final:
-        raise ValueError(
-            "a recurrence is asked to start from a cached state or to return one. Call the model"
-            " with hf.inputs(row, plan)."
-        )
-
-
-def _nothing(plan: RowPlan, *args: Any, **kwargs: Any) -> None:
-    """A fused form, which mixers try first in training: None lets them go on with their parts."""
-
-
-_NAMES = {
-    "torch_chunk_gated_delta_rule": "gated delta net",
-    "chunk_kimi_delta_attention": "Kimi delta attention",
-    "mamba2_chunk_scan": "Mamba 2",
-    "mamba_selective_scan": "Mamba",
-}
-
-
 def names(model: nn.Module) -> list[str]:
     """What the recurrent layers of a model are called."""
     found: dict[str, None] = {}
@@ -619,18 +477,6 @@ def names(model: nn.Module) -> list[str]:
         if kind.__name__ in _WRITTEN:
             found[_WRITTEN_NAMES[kind.__name__]] = None
             continue
-        used = [_NAMES[n] for n in _own_forward(kind).__code__.co_names if n in _NAMES]
+        used = [NAMES[n] for n in _own_forward(kind).__code__.co_names if n in NAMES]
         found |= dict.fromkeys(used or ["short convolution"])
     return sorted(found)
-
-
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "causal_conv1d_fn": _convolution,
-    "torch_chunk_gated_delta_rule": _delta_rule,
-    "chunk_kimi_delta_attention": _delta_rule,
-    "mamba2_chunk_scan": _mamba2,
-    "mamba_selective_scan": _mamba1,
-    "mamba2_split_conv1d_scan_combined": _nothing,
-    "mamba_inner_fn": _nothing,
-}
-"""Functions of transformers' modules, by their names there."""
