@@ -104,6 +104,33 @@ def test_text_files_folders_and_hub_data_sets(
         assert texts(data, tokenizer) == [line + tokenizer.eos_token for line in expected]
 
 
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        (
+            "hy_dense_1_8b",
+            "S<｜hy_place▁holder▁no▁3｜><｜hy_User｜>Q<｜hy_Assistant｜>A<｜hy_User｜>R<｜hy_Assistant｜>B",
+        ),
+        ("hy_dense_7b", "S<|extra_4|>Q<|extra_0|>AR<|extra_0|>B"),
+    ],
+)
+def test_templates_of_llamafactory_after_0_9_5(
+    name: str, written: str, tokenizer: Any, write_data: Any
+) -> None:
+    """The wheel that others are compared with does not have them."""
+    columns = {
+        "prompt": "instruction",
+        "response": "output",
+        "system": "system",
+        "history": "history",
+    }
+    row = {"instruction": "R", "output": "B", "system": "S", "history": [["Q", "A"]]}
+    folder = write_data(d=({"columns": columns}, [row]))
+    data = load(tokenizer, folder, template=name, dataset="d").train
+    begin = tokenizer.bos_token or ""
+    assert texts(data, tokenizer) == [begin + written + tokenizer.eos_token]
+
+
 def test_missing_files_and_names(tokenizer: Any, write_data: Any) -> None:
     folder = write_data(
         gone=({"file_name": "gone.json"}, None),

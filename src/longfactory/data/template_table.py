@@ -375,6 +375,23 @@ TABLE: dict[str, Template] = {
         assistant=("{{content}}<｜hy_place▁holder▁no▁2｜>",),
         stop_words=("<｜hy_place▁holder▁no▁2｜>",),
     ),
+    # of 0.9.6.dev
+    "hy_dense_1_8b": plain(
+        "<｜hy_User｜>{{content}}",
+        prefix=(BOS,),
+        system=("{{content}}<｜hy_place▁holder▁no▁3｜>",),
+        assistant=("<｜hy_Assistant｜>{{content}}",),
+        stop_words=("<｜hy_place▁holder▁no▁2｜>",),
+        eos_after_answer=True,
+    ),
+    "hy_dense_7b": plain(
+        "{{content}}<|extra_0|>",
+        prefix=(BOS,),
+        system=("{{content}}<|extra_4|>",),
+        assistant=("{{content}}",),
+        stop_words=("<|eos|>",),
+        eos_after_answer=True,
+    ),
     "hy3": plain(
         "<｜hy_User｜>{{content}}<｜hy_Assistant｜>",
         prefix=(BOS,),
