@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from longfactory.sp.measure import (
     repeated,
 )
 from longfactory.sp.plan import RowPlan
-from longfactory.sp.schedules.choose import candidates, choice_of
+from longfactory.sp.schedules.choose import Candidate, candidates, choice_of
 from per_document_zigzag import attention_pairs
 
 SHAPES_OF_HEADS: dict[str, tuple[int, int, int, int]] = {
@@ -155,15 +155,8 @@ def attention_row(
             text += f"; {message:.1f} ms, exposed {exposed:.1f}"
         row[schedule] = text + ")"
     times.pop(DEALT, None)
-    choice = sp.plan(length, segments, ctx).choice
-    taken = next(
-        n for n, c in names.items() if (c.ulysses, c.exchange) == (choice.ulysses, choice.exchange)
-    )
-    by_rule = dataclasses.replace(ctx, measured={})
-    ruled = sp.plan(length, segments, by_rule).choice
-    by_the_rule = next(
-        n for n, c in names.items() if (c.ulysses, c.exchange) == (ruled.ulysses, ruled.exchange)
-    )
+    taken = taken_by(ctx, names, length, segments)
+    by_the_rule = taken_by(dataclasses.replace(ctx, measured={}), names, length, segments)
     best = min(times.values())
     if taken in parts:
         row["auto's ms"] = ", ".join(f"{k} {v:.1f}" for k, v in parts[taken].items())
@@ -181,6 +174,18 @@ def attention_row(
         for peer in others.peers(setting, sizes):
             row[peer.name] = beside(setting, peer, (heads, kv_heads, dim), flop, best)
     return row
+
+
+def taken_by(
+    ctx: sp.SequenceParallel,
+    names: Mapping[str, Candidate],
+    length: int,
+    segments: Sequence[sp.Segment],
+) -> str:
+    """The schedule that a context takes for a row, by name."""
+    choice = sp.plan(length, segments, ctx).choice
+    key = (choice.ulysses, choice.exchange)
+    return next(name for name, c in names.items() if (c.ulysses, c.exchange) == key)
 
 
 DEALT = "llama3, chunks dealt by work"

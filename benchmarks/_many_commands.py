@@ -80,16 +80,8 @@ def in_one_group(
     timer = threading.Timer(max(1.0, end - time.time()), end_marked, (mark, process.pid))
     timer.daemon = True
     timer.start()
-    listed = []
     made = jobs() if callable(jobs) else jobs
-    for each in made:
-        keys = {"output_dir": home / f"out-{each.name}", **each.keys}
-        keys = {**PLAIN, **keys} if each.command == "train" else keys
-        words = [f"{key}={value}" for key, value in keys.items()] + list(each.words)
-        listed.append({"name": each.name, "command": each.command, "words": words})
-    beside = file.with_suffix(".new")
-    beside.write_text(json.dumps(listed))
-    beside.rename(file)
+    write_jobs(file, home, made)
     found: dict[str, Row] = {}
     text: list[str] = []
     assert process.stdout is not None
@@ -122,6 +114,19 @@ def in_one_group(
         found[name] = row | timed(home / f"out-{name}")
         tell(name, found[name])
     return found
+
+
+def write_jobs(file: Path, home: Path, jobs: Sequence[Job]) -> None:
+    """The jobs as `_many_runs.py` reads them; the file is there when it is complete."""
+    listed = []
+    for each in jobs:
+        keys = {"output_dir": home / f"out-{each.name}", **each.keys}
+        keys = {**PLAIN, **keys} if each.command == "train" else keys
+        words = [f"{key}={value}" for key, value in keys.items()] + list(each.words)
+        listed.append({"name": each.name, "command": each.command, "words": words})
+    beside = file.with_suffix(".new")
+    beside.write_text(json.dumps(listed))
+    beside.rename(file)
 
 
 def timed(out: Path) -> Row:

@@ -14,15 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _many_commands import (
-    PLAIN,
-    environment,
-    logged,
-    side_by_side,
-    train,
-    words_of,
-    workplace,
-)
+from _many_commands import PLAIN, environment, logged, side_by_side, train, words_of, workplace
 from _many_models import model_folder, on_gpus
 from _many_table import Row, earlier, keep
 from _table import MARK, end_marked
