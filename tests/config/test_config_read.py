@@ -114,7 +114,8 @@ def test_bad_files(tmp_path: Path, text: str, words: str) -> None:
 
 def test_bad_words(tmp_path: Path) -> None:
     for words, expected in (
-        (["absent.yaml"], "There is no file absent.yaml"),
+        (["absent.yaml"], "There is no file absent.yaml. `longfactory init sft"),
+        (["absent/run.yaml"], "There is no file absent/run.yaml. There is no folder absent either"),
         (["learning_rate"], "'learning_rate' is neither"),
         (["--learning_rate"], "--learning_rate needs a value"),
         (["a=[1"], "a=[1 cannot be read"),
@@ -122,6 +123,13 @@ def test_bad_words(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as e:
             read(words, is_switch)
         assert expected in str(e.value)
+
+
+def test_a_file_of_a_similar_name_is_named(tmp_path: Path) -> None:
+    written(tmp_path, "a: 1")
+    (there,) = tmp_path.iterdir()
+    with pytest.raises(ConfigError, match=f"Did you mean {there}"):
+        read_file(tmp_path / f"x{there.name}")
 
 
 def test_bytes_that_are_not_text(tmp_path: Path) -> None:

@@ -549,6 +549,8 @@ def test_the_cutoff_len_that_is_named_keeps_all_and_one_less_does_not(
     for length, lost in ((keeps_all, False), (keeps_all - 1, True)):
         found = load(tokenizer, folder, stage=stage, dataset=name, cutoff_len=length).train
         assert (found.report.lost_tokens > 0) == lost
+        documents = [len(d.input_ids) for i in range(len(found)) for d in found[i]]
+        assert found.longest_document() == max(documents)
 
 
 def test_the_first_sample_is_shown(

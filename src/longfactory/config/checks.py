@@ -561,7 +561,7 @@ def extras(cfg: RunConfig) -> Iterator[str]:
         yield 'fp8: torchao is not installed. Run: pip install "longfactory[fp8]"'
     if cfg.model.enable_liger_kernel and missing("liger_kernel"):
         yield (
-            "enable_liger_kernel: the package is not installed. Run: pip install"
+            "enable_liger_kernel: liger-kernel is not installed. Run: pip install"
             ' "longfactory[liger]"'
         )
     yield from _optimizer(cfg)

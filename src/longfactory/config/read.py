@@ -4,6 +4,7 @@ it, or `--key value` flags.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -86,6 +87,18 @@ def _flag(name: str, words: list[str], is_switch: Callable[[str], bool]) -> dict
     return {key: taken[0] if len(taken) == 1 else taken}
 
 
+def _instead_of(path: Path) -> str:
+    """What the user may have meant by a file that is not there."""
+    try:
+        there = [f.name for f in path.parent.iterdir() if f.name.lower().endswith(FILES)]
+    except OSError:
+        return f" There is no folder {plain(str(path.parent))} either."
+    close = difflib.get_close_matches(path.name, there, n=3)
+    if close:
+        return f" Did you mean {' or '.join(plain(str(path.parent / name)) for name in close)}?"
+    return " `longfactory init sft --data FILE` writes one."
+
+
 def read_file(path: Path) -> dict[str, Any]:
     """The mapping in a YAML or JSON file. `${oc.env:NAME}` and the like are resolved as OmegaConf
     does.
@@ -99,7 +112,7 @@ def read_file(path: Path) -> dict[str, Any]:
     content: Any = None
     try:
         if not path.is_file():
-            raise ConfigError(f"There is no file {plain(str(path))}.")
+            raise ConfigError(f"There is no file {plain(str(path))}.{_instead_of(path)}")
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix.lower() == ".json" else _yaml(text, path)
         if content is None:

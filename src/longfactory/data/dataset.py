@@ -41,6 +41,7 @@ class TokenizedDataset:
         self.entries = entries
         self.report.samples = len(entries)
         self.report.tokens = int(sizes.sum())
+        self._largest = int(sizes.argmax()) if len(sizes) else None
         self.lengths = sizes
         if packed and not kind.final and len(entries):
             done = pack(sizes, rules.cutoff)
@@ -72,6 +73,12 @@ class TokenizedDataset:
         if self.bins is None:
             return self._sample(i)
         return [d for e in self.bins[i].tolist() for d in self._sample(e)]
+
+    def longest_document(self) -> int:
+        """Tokens of the longest document of the largest sample, as it is trained on."""
+        if self._largest is None:
+            return 0
+        return max((len(d.input_ids) for d in self._sample(self._largest)), default=0)
 
     def longest_uncut(self) -> int:
         """The smallest cutoff_len by which no sample is cut: the tokens of the longest one, or of

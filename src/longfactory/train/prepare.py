@@ -15,6 +15,7 @@ from longfactory import hub, startup
 from longfactory.config import RunConfig, checks
 from longfactory.config.adapter_facts import trains_adapters
 from longfactory.data import module as data
+from longfactory.data.dataset import TokenizedDataset
 from longfactory.data.templates import get_template
 from longfactory.errors import UserError
 from longfactory.model import load
@@ -108,6 +109,10 @@ def prepare(cfg: RunConfig, processes: Processes, *, wide_weights: bool) -> Prep
     except ValueError as error:
         raise UserError(str(error)) from error
     datasets = load_data(cfg, tokenizer)
+    if isinstance(datasets.train, TokenizedDataset):
+        words = beyond_positions(model_config, datasets.train.longest_document())
+        if words is not None:
+            log.warning(words)
     startup.done("data")
     if datasets.processing is not None:
         counts = count_parameters(cfg, model_config, images=True)
@@ -122,6 +127,31 @@ def prepare(cfg: RunConfig, processes: Processes, *, wide_weights: bool) -> Prep
             " dataset_info.json."
         )
     return Prepared(model_config, counts, sharding, stage, tokenizer, datasets, memory)
+
+
+def beyond_positions(model_config: Any, longest: int) -> str | None:
+    """What to say where the longest document has more tokens than the model has positions; None
+    where it has not.
+
+    Args:
+        model_config: with the run's rope_scaling.
+    """
+    text = model_config.get_text_config()
+    own = getattr(text, "max_position_embeddings", None)
+    if not own or longest <= own:
+        return None
+    says = (
+        f"The longest training sample has {longest:,} tokens, and the model was made for {own:,}"
+        " (max_position_embeddings in its config.json):"
+    )
+    if getattr(text, "rope_parameters", None):
+        return (
+            f"{says} it has not seen later positions. Set rope_scaling: yarn, or lower cutoff_len."
+        )
+    return (
+        f"{says} if it has a table of positions, as GPT-2 and OPT, the run ends with an index that"
+        f" is out of range. Set cutoff_len: {own}, or take another model."
+    )
 
 
 def load_data(cfg: RunConfig, tokenizer: Any, *, quiet: bool = False) -> data.Datasets:
