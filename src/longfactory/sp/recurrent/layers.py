@@ -14,9 +14,9 @@ stay transformers', and what a version of transformers computes is what is train
 Two classes call none: MiniMax's lightning attention is written here, and RecurrentGemma's recurrent
 block runs on a stand-in, whose convolution and scan are the engine's.
 
-The decoder layers of Jamba, Mamba, Mamba 2 and Falcon Mamba are not given all arguments of the
-model's call, or do not give them to their mixers: a hook hands the plan to each of these layers,
-and its mixer knows it while the layer's forward runs.
+The decoder layers of Jamba, Mamba, Mamba 2, Falcon Mamba and (under transformers 5.17) LFM2 are not
+given all arguments of the model's call, or do not give them to their mixers: a hook hands the plan
+to each of these layers, and its mixer knows it while the layer's forward runs.
 """
 
 from __future__ import annotations
@@ -82,6 +82,8 @@ NOT_REACHED = (
 )
 _CARRIED = frozenset({"jamba", "mamba", "mamba2", "falcon_mamba"})
 """Of these, models on the way to whose mixers arguments of the call are lost."""
+_CARRIED_IN_5_17 = frozenset({"lfm2", "lfm2_moe"})
+"""The same where their layers hand on `kwargs.get("seq_idx")`, and not all arguments."""
 
 _KNOWN = frozenset(
     {
@@ -160,7 +162,7 @@ def prepare(model: nn.Module, ctx: SequenceParallel, hooks: ModelHooks) -> None:
     found = mixers(model)
     for module in found:
         hooks.replace_forward(module, _WRITTEN.get(type(module).__name__, _forward))
-    if getattr(model.config, "model_type", None) in _CARRIED:
+    if _loses_the_plan(model):
         hooks.before(model, _hold)
         for block in _blocks(model):
             hooks.before(block, _hand_over)
@@ -192,6 +194,14 @@ _current: contextvars.ContextVar[RowPlan | None] = contextvars.ContextVar("plan"
 def _blocks(model: nn.Module) -> list[nn.Module]:
     """Modules that hold a mixer as their own child."""
     return [m for m in model.modules() if any(_exchanged(type(child)) for child in m.children())]
+
+
+def _loses_the_plan(model: nn.Module) -> bool:
+    kind = getattr(model.config, "model_type", None)
+    if kind in _CARRIED_IN_5_17:
+        forwards = {_own_forward(type(block)) for block in _blocks(model)}
+        return any("seq_idx" in forward.__code__.co_consts for forward in forwards)
+    return kind in _CARRIED
 
 
 def _hold(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
