@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -67,13 +68,23 @@ def test_safetensors_that_are_cut_short(tmp_path: Path) -> None:
         assert "is cut short or no safetensors file" in str(damaged.found(tmp_path))
 
 
-def test_a_run_says_so_before_it_reads_its_data(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["a pointer", "a package"])
+def test_a_run_says_so_before_it_reads_its_data(what: str, tmp_path: Path) -> None:
     from longfactory.testing import tiny_model
 
     tiny_model("llama").save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").write_text(POINTER)
+    if what == "a pointer":
+        (tmp_path / "model.safetensors").write_text(POINTER)
+        message = r"model_name_or_path: .*Git LFS's pointer"
+    else:
+        if importlib.util.find_spec("gptqmodel") is not None:
+            pytest.skip("GPTQModel is installed")
+        config = json.loads((tmp_path / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        message = r"quantised \(gptq\), and gptqmodel"
     keys = {"model_name_or_path": tmp_path, "output_dir": tmp_path / "out", "template": "empty"}
     argv = [f"{k}={v}" for k, v in keys.items()]
-    cfg = load_config([*argv, "dataset=absent", "do_train=true", "finetuning_type=full"])
-    with pytest.raises(UserError, match=r"model_name_or_path: .*Git LFS's pointer"):
+    cfg = load_config([*argv, "dataset=absent", "do_train=true", "finetuning_type=lora"])
+    with pytest.raises(UserError, match=message):
         prepare(cfg, Processes(1, True, False), wide_weights=False)

@@ -98,6 +98,8 @@ def prepare(cfg: RunConfig, processes: Processes, *, wide_weights: bool) -> Prep
     world, cuda = processes.world, processes.cuda
     model_config = load.load_config(cfg.model, cfg.cutoff_len)
     load.refuse_damaged(cfg.model)
+    if not cfg.model.train_from_scratch:
+        load.trainable_kernels(model_config)  # names packages that are missing
     if cfg.trainer.do_train and not trains_adapters(cfg.method):
         load.refuse_training_packed(model_config)
     check_ref_model(cfg, model_config)
