@@ -24,6 +24,7 @@ from longfactory.model.adapters import (
     cast_trainable,
     load_adapter,
     merge_adapter,
+    refuse_sharded_ties,
 )
 from longfactory.model.saved import adapter_name, check_saveable
 from longfactory.model.trained_parameters import count_parameters, describe_trained
@@ -547,15 +548,17 @@ def test_oft_turns_the_inputs_of_linear_layers(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(again.merge_and_unload()), moved, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("copied", [("embed_tokens",), ("embed_tokens", "lm_head")])
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("copied", [("embed_tokens",), ("embed_tokens", "lm_head"), ()])
 def test_a_trained_copy_of_a_tied_embedding_stays_apart(copied: tuple[str, ...]) -> None:
-    """accelerate ties weights again while it shards for FSDP2."""
+    """And LoRA on one of the two: accelerate ties weights again while it shards for FSDP2."""
     model = apply(
         tiny_model(tie_word_embeddings=True),
         "lora",
-        lora_target=("q_proj",),
+        lora_target=("q_proj",) if copied else ("lm_head",),
         additional_target=copied,
     )
+    refuse_sharded_ties(model)
     before = {n: p for n, p in model.named_parameters(remove_duplicate=False)}
     model.tie_weights()
     after = {n: p for n, p in model.named_parameters(remove_duplicate=False)}
@@ -635,6 +638,8 @@ def test_an_adapter_that_trains_single_tokens_goes_on(tmp_path: Path) -> None:
         (str(tmp_path / "adapter"),),
     )
     check_saveable(model, None)
+    with pytest.raises(UserError, match=r"trainable_token_indices trains .* Use sharding: ddp"):
+        refuse_sharded_ties(model)
     ctx = sp.SequenceParallel.create(1)
     hf.prepare(model, ctx)
     guard(model, ctx)

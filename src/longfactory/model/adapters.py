@@ -63,7 +63,7 @@ def apply_finetuning(
         _freeze(model, method)
     elif kind in ADAPTERS:
         model = _adapter(model, method, adapters, is_trainable, resized)
-        _leave_copies_untied(model)
+        _leave_adapted_untied(model)
     else:
         raise UserError(f"finetuning_type: {kind} is not supported. Use full, freeze, lora or oft.")
     if method.train_routers is not None and is_trainable:
@@ -73,18 +73,38 @@ def apply_finetuning(
     return model
 
 
-def _leave_copies_untied(model: nn.Module) -> None:
-    """Where PEFT trains a copy of an embedding that is tied to the output layer, or of that layer,
-    no tie is made again: accelerate ties weights once more while it shards a model for FSDP2, and
-    would tie the other one to the copy, or end with an error. What is frozen stays equal untied.
+def _leave_adapted_untied(model: nn.Module) -> None:
+    """Where PEFT trains a copy or some tokens of an embedding that is tied to the output layer, or
+    of that layer, or has an adapter on one of them, no tie is made again: accelerate ties weights
+    once more while it shards a model for FSDP2, and would tie the other one to the copy, or end
+    with an error. What is frozen stays equal untied.
     """
-    from peft.utils.other import ModulesToSaveWrapper
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
     inner: Any = hf.unwrap(model)
     tied = getattr(inner, "all_tied_weights_keys", None) or {}
     modules = {name.rpartition(".")[0] for pair in tied.items() for name in pair}
-    if any(isinstance(inner.get_submodule(name), ModulesToSaveWrapper) for name in modules):
+    wrapped = (AuxiliaryTrainingWrapper, BaseTunerLayer)
+    if any(isinstance(inner.get_submodule(name), wrapped) for name in modules):
         inner.tie_weights = _tie_nothing
+
+
+def refuse_sharded_ties(model: nn.Module) -> None:
+    """Refuses for FSDP2 an adapter that has parameters in two places: it shards each by itself.
+
+    Raises:
+        UserError: the key of the adapter, and what to use.
+    """
+    if not getattr(hf.unwrap(model), "all_tied_weights_keys", None):
+        return
+    for config in getattr(model, "peft_config", {}).values():
+        for key in ("ensure_weight_tying", "trainable_token_indices"):
+            if getattr(config, key, None):
+                raise UserError(
+                    f"The adapter's {key} trains the same numbers in the embedding and in the"
+                    " output layer, which are tied: FSDP2 cannot shard them. Use sharding: ddp."
+                )
 
 
 def _tie_nothing(*_: Any, **__: Any) -> None:

@@ -126,6 +126,8 @@ def _make_trainable(
         is_trainable=not (bare and trains_adapters(cfg.method)),
         resized=grew,
     )
+    if args.fsdp:
+        adapters.refuse_sharded_ties(model)
     if cfg.model.fp8:
         count, weights = fp8.install(model, args.device)
         log.info(
