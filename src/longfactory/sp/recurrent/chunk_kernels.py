@@ -27,7 +27,7 @@ SETTINGS: dict[str, tuple[int, int, int]] = {
     "scan": (8, 2, 32),
     "outputs": (4, 1, 32),
     "output_gradients": (4, 1, 64),
-    "reverse": (4, 2, 32),
+    "reverse": (4, 1, 32),
     "value_gradients": (8, 1, 32),
     "key_gradients": (4, 2, 16),
     "channel_sums": (4, 1, 32),
@@ -37,7 +37,9 @@ SETTINGS: dict[str, tuple[int, int, int]] = {
     "channel_decays": (4, 1, 32),
 }
 """Warps and stages of each kernel, and the columns of values (from key_gradients on: of keys) that
-it takes at once: the fastest of those that `benchmarks/recurrent.py tune` tried on a H200.
+it takes at once: the fastest of those that `benchmarks/recurrent.py tune` tried on a H200. With two
+stages `reverse` would load a chunk ahead, as `scan` does (not timed; 121 KB of shared memory in
+place of 56, so that a multiprocessor has one program, not two).
 """
 
 
@@ -144,8 +146,7 @@ class Job:
 
     def _settings(self, kernel: str) -> dict[str, Any]:
         warps, stages, columns = SETTINGS[kernel]
-        exact, wide = self.precision == "tf32x3", self.key_dim > 128
-        if (kernel == "reverse" and (exact or wide)) or (kernel == "scan" and exact and wide):
+        if kernel == "scan" and self.precision == "tf32x3" and self.key_dim > 128:
             stages = 1  # two chunks would not fit in the shared memory
         return {
             "C": self.chunks.size,
