@@ -32,6 +32,30 @@ STORED = {
 }
 
 
+def write_eight_bits(model: Any, folder: Path, whole: Path, block: int) -> None:
+    """A model whose linear weights are FP8 in blocks into `folder`, and into `whole` what they
+    mean.
+    """
+    for place in (folder, whole):
+        model.save_pretrained(place)
+    stored, meant = {}, {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        stored[name] = meant[name] = weight
+        if name.endswith("proj.weight"):
+            rows, columns = (n // block for n in weight.shape)
+            blocks = weight.reshape(rows, block, columns, block)  # [O, I] -> [O/B, B, I/B, B]
+            scale = blocks.abs().amax((1, 3)) / MOST
+            eight = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+            stored[name] = eight.reshape(weight.shape)
+            stored[f"{name}_scale_inv"] = scale
+            meant[name] = (eight.float() * scale[:, None, :, None]).reshape(weight.shape)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(meant, whole / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {**STORED, "weight_block_size": [block, block]}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 @pytest.fixture(scope="module")
 def published(home: Path) -> Path:
     """A tiny model whose linear weights are eight bits; beside it, in `whole`, what they mean."""
@@ -40,24 +64,7 @@ def published(home: Path) -> Path:
         size = write_tokenizer(place)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
     model = tiny_model("llama", seed=0, vocab_size=size, tie_word_embeddings=False, **sizes)
-    for place in (folder, whole):
-        model.save_pretrained(place)
-    stored, meant = {}, {}
-    for name, weight in load_file(folder / "model.safetensors").items():
-        stored[name] = meant[name] = weight
-        if not name.endswith("proj.weight"):
-            continue
-        rows, columns = (n // BLOCK for n in weight.shape)
-        blocks = weight.reshape(rows, BLOCK, columns, BLOCK)  # [O, I] -> [O/B, B, I/B, B]
-        scale = blocks.abs().amax((1, 3)) / MOST
-        eight = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
-        stored[name] = eight.reshape(weight.shape)
-        stored[f"{name}_scale_inv"] = scale
-        meant[name] = (eight.float() * scale[:, None, :, None]).reshape(weight.shape)
-    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    save_file(meant, whole / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": STORED}))
+    write_eight_bits(model, folder, whole, BLOCK)
     return folder
 
 
@@ -145,32 +152,10 @@ def test_mxfp4_trains_as_what_it_means(home: Path, changes: dict[str, Any]) -> N
             assert found == pytest.approx([h[key] for h in logs["one"]], rel=1e-4), (other, key)
 
 
-def write_eight_bits(folder: Path, whole: Path, block: int) -> None:
-    """The model of `optimizer_worker` as FP8 in blocks, and beside it what that means."""
-    for place in (folder, whole):
-        optimizer_worker.model().save_pretrained(place)
-    stored, meant = {}, {}
-    for name, weight in load_file(folder / "model.safetensors").items():
-        stored[name] = meant[name] = weight
-        if name.endswith("proj.weight"):
-            rows, columns = (n // block for n in weight.shape)
-            blocks = weight.reshape(rows, block, columns, block)  # [O, I] -> [O/B, B, I/B, B]
-            scale = blocks.abs().amax((1, 3)) / MOST
-            eight = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
-            stored[name] = eight.reshape(weight.shape)
-            stored[f"{name}_scale_inv"] = scale
-            meant[name] = (eight.float() * scale[:, None, :, None]).reshape(weight.shape)
-    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    save_file(meant, whole / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {**STORED, "weight_block_size": [block, block]}
-    (folder / "config.json").write_text(json.dumps(config))
-
-
 @pytest.mark.slow
 def test_fsdp2_trains_them_as_one_process(tmp_path: Path) -> None:
     """Also where the first process alone reads the files, which a run chooses."""
-    write_eight_bits(tmp_path / "stored", tmp_path / "meant", 2)
+    write_eight_bits(optimizer_worker.model(), tmp_path / "stored", tmp_path / "meant", 2)
     before = optimizer_worker.loaded(str(tmp_path / "meant")).state_dict()
     keys: dict[str, Any] = {"learning_rate": 0.02}
     alone = optimizer_worker.train(keys, 1, "none", base=str(tmp_path / "meant"))
