@@ -18,6 +18,8 @@ from longfactory.train.output import read_log
 from longfactory.train.plots import overlay, plot_history, smooth
 from longfactory.train.profiler import Profiler
 
+EVALUATES = types.SimpleNamespace(do_eval=True)
+
 
 def state(
     step: int, total: int = 8, tokens: int = 0, main: bool = True, **more: Any
@@ -42,7 +44,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 def test_a_line_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = clock(monkeypatch)
     log = LogFile(str(tmp_path))
-    log.on_train_begin(None, state(0), None)
+    log.on_train_begin(EVALUATES, state(0), None)
     now.t += 4000
     logs = {
         "loss": 1.5,
@@ -72,7 +74,7 @@ def test_a_line_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_rewards_of_pairs_stand_in_the_line(tmp_path: Path) -> None:
     log = LogFile(str(tmp_path))
-    log.on_train_begin(None, state(0), None)
+    log.on_train_begin(EVALUATES, state(0), None)
     rewards = {"rewards/chosen": 0.5, "rewards/rejected": 0.25, "rewards/margins": 0.25}
     log.on_log(None, state(1), None, logs={"loss": 1.0, **rewards, "logps/chosen": -3.0})
     (line,) = read_log(tmp_path)
@@ -95,7 +97,7 @@ def test_names_of_the_measures(
     logs: dict[str, float], fields: dict[str, float], tmp_path: Path
 ) -> None:
     log = LogFile(str(tmp_path))
-    log.on_train_begin(None, state(0), None)
+    log.on_train_begin(EVALUATES, state(0), None)
     log.on_log(None, state(1), None, logs=logs)
     (line,) = read_log(tmp_path)
     measures = {
@@ -122,7 +124,9 @@ def test_a_resumed_run_reckons_from_where_it_began(
     (tmp_path / LOG_FILE).write_text(text)
     log = LogFile(str(tmp_path))
     # the checkpoint of step 6 was saved before that step's evaluation, which comes again
-    log.on_train_begin(None, state(6, tokens=6000, log_history=[{"step": 6, "loss": 1.0}]), None)
+    log.on_train_begin(
+        EVALUATES, state(6, tokens=6000, log_history=[{"step": 6, "loss": 1.0}]), None
+    )
     now.t += 10
     log.on_log(None, state(7), None, logs={"loss": 1.0, "num_input_tokens_seen": 7000})
     first, line = read_log(tmp_path)
@@ -134,17 +138,28 @@ def test_a_resumed_run_reckons_from_where_it_began(
     )
 
 
+def test_the_evaluation_after_the_last_step_stands_once(tmp_path: Path) -> None:
+    """Of a run that was killed after its last checkpoint: it evaluates again."""
+    lines = [{"current_steps": 6}, {"current_steps": 9}, {"current_steps": 9, "eval_a_loss": 1.0}]
+    history = [{"step": 6}, {"step": 9}, {"step": 9}]
+    for evaluates, kept in ((True, lines[:2]), (False, lines)):
+        (tmp_path / LOG_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        args = types.SimpleNamespace(do_eval=evaluates)
+        LogFile(str(tmp_path)).on_train_begin(args, state(9, total=9, log_history=history), None)
+        assert read_log(tmp_path) == kept
+
+
 def test_a_run_that_begins_replaces_an_old_file(tmp_path: Path) -> None:
     (tmp_path / LOG_FILE).write_text('{"current_steps": 6}\n')
     log = LogFile(str(tmp_path))
-    log.on_train_begin(None, state(0), None)
+    log.on_train_begin(EVALUATES, state(0), None)
     log.on_log(None, state(1), None, logs={"loss": 1.0})
     assert [line["current_steps"] for line in read_log(tmp_path)] == [1]
 
 
 def test_other_processes_and_the_closing_summary_write_nothing(tmp_path: Path) -> None:
     log = LogFile(str(tmp_path))
-    log.on_train_begin(None, state(0, main=False), None)
+    log.on_train_begin(EVALUATES, state(0, main=False), None)
     log.on_log(None, state(1, main=False), None, logs={"loss": 1.0})
     log.on_log(None, state(1), None, logs={"train_loss": 1.0})
     assert not (tmp_path / LOG_FILE).exists()
@@ -185,7 +200,7 @@ def test_a_log_file_that_cannot_be_written_does_not_end_the_run(
 ) -> None:
     caplog.set_level(logging.WARNING, "longfactory")
     log = LogFile(str(tmp_path))
-    log.on_train_begin(None, state(0), None)
+    log.on_train_begin(EVALUATES, state(0), None)
     (tmp_path / LOG_FILE).mkdir()  # as a full disk would, opening it raises OSError
     logger = logging.getLogger("longfactory")
     logger.addHandler(caplog.handler)

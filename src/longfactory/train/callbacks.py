@@ -64,31 +64,34 @@ class LogFile(TrainerCallback):
         if state.is_world_process_zero:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._keep_lines(state)
+                self._keep_lines(state, args.do_eval)
             except OSError as error:
                 self._cannot(error)
 
-    def _keep_lines(self, state: Any) -> None:
+    def _keep_lines(self, state: Any, evaluates: bool) -> None:
         if not self.path.exists():
             return
         if state.global_step == 0:
             self.path.unlink()
             return
         # Of the checkpoint's own step: what was logged before it was saved. An evaluation at the
-        # end of the epoch may come after it, and comes again.
+        # end of the epoch may come after it, and comes again; that after the last step does, too.
+        evaluated_again = evaluates and state.global_step >= state.max_steps
         logged = [h for h in state.log_history if "train_loss" not in h]
         at_step = sum(h.get("step") == state.global_step for h in logged)
         kept = []
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                step = json.loads(line)["current_steps"]
+                found = json.loads(line)
+                step = found["current_steps"]
             except (ValueError, KeyError, TypeError):
                 continue  # cut by a kill
             if step < state.global_step:
                 kept.append(line)
             elif step == state.global_step and at_step > 0:
-                kept.append(line)
                 at_step -= 1
+                if not (evaluated_again and any(key.startswith("eval_") for key in found)):
+                    kept.append(line)
         write_whole(self.path, "".join(f"{line}\n" for line in kept))
 
     def on_log(
