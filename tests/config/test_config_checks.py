@@ -115,6 +115,24 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
         },
         "Set metric_for_best_model: eval_a_loss",
     ),
+    (
+        {
+            "eval_dataset": "a,b",
+            "eval_on_each_dataset": True,
+            "metric_for_best_model": "loss",
+            "eval_strategy": "steps",
+        },
+        "Set metric_for_best_model: eval_a_loss",
+    ),
+    (
+        {
+            "eval_dataset": "a",
+            "eval_on_each_dataset": True,
+            "metric_for_best_model": "a_loss",
+            "eval_strategy": "steps",
+        },
+        "no evaluation computes a_loss",
+    ),
     *(
         ({"val_size": 2, "eval_strategy": "steps", "metric_for_best_model": name}, message)
         for name, message in (
@@ -258,6 +276,22 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("keys", "words"), REFUSALS, ids=[" ".join(k) for k, _ in REFUSALS])
 def test_refused(keys: dict[str, Any], words: str) -> None:
     assert words in problem(**keys)
+
+
+@pytest.mark.parametrize(
+    ("metric", "keys"),
+    [
+        ("eval_loss", {}),
+        ("accuracy", {"compute_accuracy": True}),
+        ("eval_rewards/accuracies", {"stage": "dpo"}),
+        ("eval_math_hard_loss", {"eval_dataset": "math,math_hard", "eval_on_each_dataset": True}),
+        ("eval_new_loss", {"eval_dataset": "a/old.json,a/new.json", "eval_on_each_dataset": True}),
+    ],
+)
+def test_metrics_that_evaluations_compute(metric: str, keys: dict[str, Any]) -> None:
+    if "eval_dataset" not in keys:
+        keys = {**keys, "val_size": 2}
+    from_mapping({**BASE, "eval_strategy": "steps", "metric_for_best_model": metric, **keys})
 
 
 def test_each_problem_is_named_at_once() -> None:

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_arguments import make_args
-from longfactory.data.module import load_datasets, short_names
+from longfactory.config.data_names import short_names
+from longfactory.data.module import load_datasets
 from longfactory.data.sources import detect, read_sources
 from longfactory.data.templates import get_template
 from longfactory.errors import DataError

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from longfactory.config import adapter_facts, optimizer_facts
+from longfactory.config.data_names import short_names
 from longfactory.config.fields import plain
 from longfactory.config.run import RunConfig
 from longfactory.config.stage_facts import STAGE_KEYS, STAGES
@@ -242,13 +243,15 @@ def _best_checkpoint(cfg: RunConfig) -> Iterator[str]:
         or trainer.save_strategy == "best"
         or m.early_stopping_steps is not None
     )
-    if judged and cfg.data.eval_on_each_dataset and len(cfg.data.eval_dataset) > 1:
+    compared = trainer.metric_for_best_model and trainer.eval_strategy != "no"
+    each = _evaluated_alone(cfg)
+    if each and (judged or compared):
         metric = str(trainer.metric_for_best_model or "loss").removeprefix("eval_")
-        if not any(metric.startswith(f"{name}_") for name in cfg.data.eval_dataset):
+        if not any(metric.startswith(f"{name}_") for name in each):
             yield (
                 "With eval_on_each_dataset each data set has a loss of its own, and the best"
                 " checkpoint is chosen by one. Set metric_for_best_model:"
-                f" eval_{cfg.data.eval_dataset[0]}_loss (or another's)."
+                f" eval_{each[0]}_loss (or another's)."
             )
     if trainer.metric_for_best_model and trainer.eval_strategy != "no":
         yield from _metric(cfg, trainer.metric_for_best_model)
@@ -258,6 +261,14 @@ def _best_checkpoint(cfg: RunConfig) -> Iterator[str]:
         )
 
 
+def _evaluated_alone(cfg: RunConfig) -> list[str]:
+    """The data sets that have metrics of their own, by the names in these; none where one
+    evaluation is of all.
+    """
+    several = cfg.data.eval_on_each_dataset and len(cfg.data.eval_dataset) > 1
+    return short_names(cfg.data.eval_dataset) if several else []
+
+
 OF_TOKENS = ("loss", "accuracy", "kl", "router_aux_loss")
 """What evaluations of pt and sft may compute."""
 
@@ -265,18 +276,23 @@ OF_TOKENS = ("loss", "accuracy", "kl", "router_aux_loss")
 def _metric(cfg: RunConfig, given: str) -> Iterator[str]:
     """A metric that no evaluation computes would end the run after its first one."""
     name = given.removeprefix("eval_")
-    for data_set in cfg.data.eval_dataset if cfg.data.eval_on_each_dataset else ():
-        name = name.removeprefix(f"{data_set}_")
-    if name.startswith(("rouge-", "bleu-")):
+    each = _evaluated_alone(cfg)
+    # one data set's name may begin with another's
+    names = [name.removeprefix(f"{of}_") for of in each if name.startswith(f"{of}_")]
+    if each and not names:
+        return  # it is told that each has its own
+    names = names or [name]
+    if all(n.startswith(("rouge-", "bleu-")) for n in names):
         yield (
             f"metric_for_best_model: {given} is of generated answers, and an evaluation while"
             " training generates none. Set loss, or compare saved checkpoints by do_predict with"
             " predict_with_generate."
         )
     elif cfg.method.stage in ("pt", "sft"):
-        if name == "accuracy" and not cfg.method.compute_accuracy:
+        computed = [n for n in names if n in OF_TOKENS]
+        if computed == ["accuracy"] and not cfg.method.compute_accuracy:
             yield f"metric_for_best_model: {given} needs compute_accuracy: true."
-        elif name not in OF_TOKENS:
+        elif not computed:
             yield (
                 f"metric_for_best_model: no evaluation computes {given}. Choose loss, or accuracy"
                 " with compute_accuracy: true."

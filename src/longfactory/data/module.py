@@ -23,6 +23,7 @@ from longfactory.config.data_arguments import (
     packs,
     probabilities,
 )
+from longfactory.config.data_names import short_names
 from longfactory.config.stage_facts import STAGES
 from longfactory.data import prepare, saved, store
 from longfactory.data.assemble import Rules
@@ -38,7 +39,7 @@ from longfactory.data.readers import Raw, read
 from longfactory.data.report import Report, of_truncation
 from longfactory.data.rollouts import RolloutDataset, load_rollouts
 from longfactory.data.samples import preview
-from longfactory.data.sources import DataSource, name_is_path, read_sources
+from longfactory.data.sources import DataSource, read_sources
 from longfactory.data.store import Store, flags_of
 from longfactory.data.stream import StreamedDataset
 from longfactory.data.templates import AnyTemplate
@@ -306,17 +307,6 @@ def _used(media: Processing | None, sets: Sequence[Any]) -> Processing | None:
         for data in sets
     )
     return media if found else None
-
-
-def short_names(data_sets: Sequence[str]) -> list[str]:
-    """Names of data sets for metrics and files: a path's last part without its ending; all of it
-    where two would be alike.
-    """
-    stems = [Path(name).stem if name_is_path(name) else name for name in data_sets]
-    return [
-        s if stems.count(s) == 1 or s == n else n.replace("/", "_")
-        for s, n in zip(stems, data_sets, strict=True)
-    ]
 
 
 def stream_dataset(

@@ -15,7 +15,8 @@ from typing import Any
 
 from longfactory import hub
 from longfactory.data.errors import BadRow
-from longfactory.data.sources import FILE_TYPES, DataSource
+from longfactory.config.data_names import FILE_TYPES
+from longfactory.data.sources import DataSource
 from longfactory.errors import DataError
 
 # A raw row: a parsed row, a line of JSON that a worker parses, or a row that could not be read.

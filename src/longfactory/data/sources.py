@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from longfactory import hub
+from longfactory.config.data_names import FILE_TYPES, name_is_path
 from longfactory.config.fields import plain
 from longfactory.data.on_disk import saved_files
 from longfactory.errors import DataError
@@ -31,14 +32,6 @@ TAGS = [
     "function_tag",
     "system_tag",
 ]
-FILE_TYPES = {
-    "json": "json",
-    "jsonl": "json",
-    "csv": "csv",
-    "parquet": "parquet",
-    "arrow": "arrow",
-    "txt": "text",
-}
 _TEXTS = (
     "hf_hub_url",
     "ms_hub_url",
@@ -483,13 +476,6 @@ def _of_remote(source: DataSource, repository: str) -> DataSource:
             " no name. Give a dataset_dir of your own."
         )
     return source
-
-
-def name_is_path(name: str) -> bool:
-    """Whether a data set's name can be no other than a path: it has a slash, or the ending of a
-    known file type, or of a YAML file that names data sets.
-    """
-    return "/" in name or name.rpartition(".")[2].lower() in (*FILE_TYPES, "yaml", "yml")
 
 
 def _is_file(name: str, folder: str) -> bool:

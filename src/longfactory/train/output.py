@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from longfactory.config import RunConfig, resolved
+from longfactory.config.data_names import short_names
 from longfactory.config.folder import write_whole
 from longfactory.data.module import Datasets
 from longfactory.errors import UserError
@@ -42,8 +43,9 @@ CURVES = ("loss", "eval_loss", "eval_accuracy", "rewards/accuracies")
 
 def curves(cfg: RunConfig) -> list[str]:
     """What is drawn of a run, where it was logged: LLaMA-Factory's pictures."""
+    names = short_names(cfg.data.eval_dataset)
     each = (
-        [f"eval_{name}_{what}" for name in cfg.data.eval_dataset for what in ("loss", "accuracy")]
+        [f"eval_{name}_{what}" for name in names for what in ("loss", "accuracy")]
         if cfg.data.eval_on_each_dataset
         else []
     )

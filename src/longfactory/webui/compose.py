@@ -249,7 +249,7 @@ def _check_path(name: str, part: str, values: dict[str, Any], folders: Folders) 
     if name in MODELS and not _is_path(part):
         return
     if name in ("dataset", "eval_dataset"):
-        from longfactory.data.sources import name_is_path
+        from longfactory.config.data_names import name_is_path
 
         folder = str(values.get("dataset_dir") or "data")
         if not name_is_path(part) or folder == "ONLINE":
