@@ -551,6 +551,9 @@ def test_the_cutoff_len_that_is_named_keeps_all_and_one_less_does_not(
         assert (found.report.lost_tokens > 0) == lost
         documents = [len(d.input_ids) for i in range(len(found)) for d in found[i]]
         assert found.longest_document() == max(documents)
+    keys = {"pref_share_prompt": True} if stage == "dpo" else {}
+    shared = load(tokenizer, folder, stage=stage, dataset=name, cutoff_len=length, **keys).train
+    assert shared.longest_document() == max(documents), "a branch goes on from its prompt"
 
 
 def test_the_first_sample_is_shown(

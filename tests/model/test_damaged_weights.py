@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +55,22 @@ def test_an_old_bin_file_and_one_of_another_program(tmp_path: Path) -> None:
     assert damaged.found(tmp_path) is None
     file.write_bytes(b"<html>not found</html>")
     assert "is no file that torch saved" in str(damaged.found(tmp_path))
+
+
+@pytest.mark.parametrize("end", ["00002.safetensors", ".index.json"])
+def test_files_that_may_not_be_read(
+    end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards(tmp_path)
+    opened = Path.open
+
+    def refuse(self: Path, *args: Any, **keys: Any) -> Any:
+        if self.name.endswith(end):
+            raise PermissionError(13, "Permission denied", str(self))
+        return opened(self, *args, **keys)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert f"{end} cannot be read: Permission denied." in str(damaged.found(tmp_path))
 
 
 def test_safetensors_that_are_cut_short(tmp_path: Path) -> None:

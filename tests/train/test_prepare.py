@@ -11,6 +11,27 @@ from longfactory.train.prepare import beyond_positions
 
 
 @pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+        {"rope_type": "dynamic", "factor": 4.0},
+        {"rope_type": "linear", "factor": 4.0},
+    ],
+    ids=lambda scaling: scaling["rope_type"],
+)
+def test_positions_that_the_checkpoint_has_stretched(scaling: dict[str, object]) -> None:
+    config = AutoConfig.for_model(
+        "qwen2",
+        max_position_embeddings=128,
+        rope_parameters={"rope_theta": 1e6, **scaling},
+    )
+    assert beyond_positions(config, 512) is None
+    assert "was made for 512 (max_position_embeddings and rope_parameters" in str(
+        beyond_positions(config, 513)
+    )
+
+
+@pytest.mark.parametrize(
     ("kind", "longest", "said"),
     [
         ("qwen2", 128, None),

@@ -75,10 +75,15 @@ class TokenizedDataset:
         return [d for e in self.bins[i].tolist() for d in self._sample(e)]
 
     def longest_document(self) -> int:
-        """Tokens of the longest document of the largest sample, as it is trained on."""
+        """Tokens of the longest document of the largest sample, as it is trained on: with the
+        prompt that it shares with another.
+        """
         if self._largest is None:
             return 0
-        return max((len(d.input_ids) for d in self._sample(self._largest)), default=0)
+        ends: list[int] = []
+        for d in self._sample(self._largest):  # a prompt comes before what goes on from it
+            ends.append(len(d.input_ids) + (ends[d.parent] if d.parent >= 0 else 0))
+        return max(ends, default=0)
 
     def longest_uncut(self) -> int:
         """The smallest cutoff_len by which no sample is cut: the tokens of the longest one, or of

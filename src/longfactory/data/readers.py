@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from longfactory import hub
-from longfactory.data.errors import BadRow
 from longfactory.config.data_names import FILE_TYPES
+from longfactory.data.errors import BadRow
 from longfactory.data.sources import DataSource
 from longfactory.errors import DataError
 

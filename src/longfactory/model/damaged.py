@@ -53,7 +53,7 @@ def _names_its_file(config: Path) -> bool:
 def _of_index(index: Path) -> str | None:
     try:
         parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return of_file(index) or f"{index} is no index of weights."
     folder = index.parent
     missing = [part for part in parts if not (folder / part).is_file()]
@@ -71,6 +71,13 @@ def _of_index(index: Path) -> str | None:
 
 def of_file(file: Path) -> str | None:
     """What is wrong with a file, or None."""
+    try:
+        return _in_file(file)
+    except OSError as error:
+        return f"{file} cannot be read: {error.strerror or error}."
+
+
+def _in_file(file: Path) -> str | None:
     size = file.stat().st_size
     with file.open("rb") as opened:
         start = opened.read(len(POINTER))

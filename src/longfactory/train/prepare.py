@@ -140,11 +140,12 @@ def beyond_positions(model_config: Any, longest: int) -> str | None:
     """
     text = model_config.get_text_config()
     own = getattr(text, "max_position_embeddings", None)
-    if not own or longest <= own:
+    if not own or longest <= (reach := max(own, _stretched(text, own))):
         return None
+    why = "max_position_embeddings" + (" and rope_parameters" if reach > own else "")
     says = (
-        f"The longest training sample has {longest:,} tokens, and the model was made for {own:,}"
-        " (max_position_embeddings in its config.json):"
+        f"The longest training sample has {longest:,} tokens, and the model was made for {reach:,}"
+        f" ({why} in its config.json):"
     )
     if getattr(text, "rope_parameters", None):
         return (
@@ -154,6 +155,16 @@ def beyond_positions(model_config: Any, longest: int) -> str | None:
         f"{says} if it has a table of positions, as GPT-2 and OPT, the run ends with an index that"
         f" is out of range. Set cutoff_len: {own}, or take another model."
     )
+
+
+def _stretched(text: Any, own: int) -> int:
+    """To how many positions rotary parameters stretch a model. Checkpoints differ in whether
+    `max_position_embeddings` counts that: Qwen's model cards add YaRN and leave it.
+    """
+    rope = getattr(text, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    before = rope.get("original_max_position_embeddings") or own
+    return int(before * (rope.get("factor") or 1))
 
 
 def load_data(cfg: RunConfig, tokenizer: Any, *, quiet: bool = False) -> data.Datasets:
