@@ -150,3 +150,16 @@ def test_an_adapter_is_not_written_beside_a_whole_model(out: Path) -> None:
     assert run(out, finetuning_type="full", overwrite_output_dir=True).checkpoints == ()
     with pytest.raises(ConfigError, match="holds a whole model"):
         run(out, finetuning_type="lora", overwrite_output_dir=True)
+
+
+def test_an_adapter_is_not_replaced_by_a_whole_model_unasked(out: Path) -> None:
+    leave_checkpoints(out.parent / "other", 5)
+    out.mkdir()
+    (out / "adapter_config.json").write_text("{}")
+    begins: tuple[Any, ...] = (False, str(out.parent / "other" / "checkpoint-5"))
+    for begin in begins:
+        keys = {"finetuning_type": "full", "resume_from_checkpoint": begin}
+        with pytest.raises(ConfigError, match="holds an adapter, which the model"):
+            run(out, **keys)
+        run(out, **keys, overwrite_output_dir=True)
+        run(out, **{**keys, "finetuning_type": "lora"})

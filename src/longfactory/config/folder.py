@@ -202,6 +202,8 @@ def find_checkpoints(cfg: RunConfig) -> tuple[tuple[str, ...], list[str]]:
         if isinstance(asked, str) and str(Path(asked)) not in own:
             own.append(asked)
         return tuple(own), notes
+    if asked is False or isinstance(asked, str):
+        _refuse_to_replace_an_adapter(cfg, out)
     if isinstance(asked, str):
         if not Path(asked).is_dir():
             raise ConfigError(f"resume_from_checkpoint: there is no folder {asked}.")
@@ -249,6 +251,20 @@ def _holds_a_model(out: Path) -> bool:
     """Whether a whole model was saved there; transformers loads an adapter beside one onto it."""
     whole = [name for name in WEIGHTS if "adapter" not in name]
     return (out / "config.json").is_file() and any((out / name).is_file() for name in whole)
+
+
+def _refuse_to_replace_an_adapter(cfg: RunConfig, out: Path) -> None:
+    """Where a run begins without a look at the folder: a whole model that is saved there removes
+    the adapter beside it.
+    """
+    replaces = cfg.trainer.do_train and not trains_adapters(cfg.method)
+    if not replaces or cfg.output.overwrite_output_dir:
+        return
+    if (out / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"output_dir: {out} holds an adapter, which the model that is saved there replaces."
+            f" {REMEDY}"
+        )
 
 
 def _begun(cfg: RunConfig, out: Path) -> RunRecord | None:
