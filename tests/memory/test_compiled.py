@@ -150,6 +150,35 @@ def test_a_tensor_that_comes_again_is_of_one_length_for_its_own_copy(
     assert varies == {"rotate_0_any": True, "rotate_0_0": False}
 
 
+@pytest.mark.parametrize("graded", [False, True])
+def test_trained_tensors_are_compiled_for_once_and_have_gradients(
+    monkeypatch: pytest.MonkeyPatch, graded: bool
+) -> None:
+    """As functions of autograd see them: their inputs require gradients while none are recorded. By
+    torch's compiler, up to the graph.
+    """
+    monkeypatch.setattr(compiled, "compiles", lambda x: True)
+    monkeypatch.setattr(compiled, "_compiled", {})
+    monkeypatch.setattr(compiled, "_lengths_vary", True)
+    made: list[str] = []
+    compile_with = torch.compile
+
+    def compile(fn: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
+        def backend(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+            made.append(fn.__code__.co_name)
+            return graph.forward
+
+        return compile_with(fn, dynamic=dynamic, backend=backend)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    with torch.set_grad_enabled(graded):
+        for tokens in (100, 100, 120, 77):
+            x, (cos, sin) = torch.randn(tokens, 2, 8), torch.randn(2, tokens, 4)
+            assert layer_ops.rotate(x.requires_grad_(), cos, sin).requires_grad == graded
+    assert not compiled._failed
+    assert made == ["rotate_0_any"]
+
+
 def test_many_forms_share_one(copies: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "FORMS", 2)
     for width in (4, 5, 6, 7, 4, 6):

@@ -176,11 +176,21 @@ def _of_any_length(arguments: tuple[Any, ...], places: tuple[int, ...]) -> tuple
         for a in (arguments[i] for i in places if i < len(arguments))
         if isinstance(a, Tensor)
     }
-    aliases = {number: x.detach() for number, x in tensors.items()}
+    aliases = {number: _alias(x) for number, x in tensors.items()}
     for alias in aliases.values():
         dynamo.maybe_mark_dynamic(alias, 0)
     # Two that are one stay one: torch compiles for that, too.
     return tuple(aliases.get(id(a), a) for a in arguments)
+
+
+def _alias(x: Tensor) -> Tensor:
+    """Of the same memory, and as trained: for others than it has seen torch compiles anew. A weight
+    is itself, as torch takes its sizes for constant whatever is marked; so is what has a gradient,
+    which an alias would lose.
+    """
+    if isinstance(x, torch.nn.Parameter) or (x.requires_grad and torch.is_grad_enabled()):
+        return x
+    return x.detach().requires_grad_(x.requires_grad)
 
 
 def _versions(arguments: tuple[Any, ...]) -> list[int]:
