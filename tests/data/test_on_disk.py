@@ -47,7 +47,11 @@ def test_folders_of_save_to_disk(tokenizer: Any, tmp_path: Path) -> None:
         two={"file_name": "two", **entry},
         test={"file_name": "two", "split": "test", **entry},
         none={"file_name": "two", "split": "validation", **entry},
+        empty={"file_name": "empty", **entry},
     )
+    rows.select([]).save_to_disk(tmp_path / "empty")
+    with pytest.raises(DataError, match="empty holds no rows"):
+        texts(tokenizer, tmp_path, "empty")
     every = [row["text"] for row in ROWS]
     assert texts(tokenizer, tmp_path, "one") == every
     assert texts(tokenizer, tmp_path, "two") == every
@@ -73,3 +77,5 @@ def test_another_file_in_a_folder_is_named(tokenizer: Any, tmp_path: Path) -> No
         texts(tokenizer, tmp_path, "d")
     shutil.move(tmp_path / "d" / "README.md", tmp_path)
     assert texts(tokenizer, tmp_path, "d") == ["a"]
+    (tmp_path / "d" / "state.json").write_text('[{"text": "b"}]')
+    assert texts(tokenizer, tmp_path, "d") == ["a", "b"]

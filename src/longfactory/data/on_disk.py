@@ -7,7 +7,7 @@ from pathlib import Path
 
 from longfactory.errors import DataError
 
-SPLITS, STATE = "dataset_dict.json", "state.json"
+SPLITS, STATE, INFO = "dataset_dict.json", "state.json", "dataset_info.json"
 
 
 def saved_files(folder: Path, split: str, name: str) -> list[Path] | None:
@@ -32,7 +32,8 @@ def saved_files(folder: Path, split: str, name: str) -> list[Path] | None:
             folder, listed = folder / split, folder / split / STATE
         else:
             listed = folder / STATE
-            if not listed.is_file():
+            # a file of rows may have that name; save_to_disk writes both
+            if not (listed.is_file() and (folder / INFO).is_file()):
                 return None
         state = json.loads(listed.read_text(encoding="utf-8"))
         files = [folder / entry["filename"] for entry in state["_data_files"]]
@@ -44,9 +45,11 @@ def saved_files(folder: Path, split: str, name: str) -> list[Path] | None:
             " again."
         ) from error
     missing = [file.name for file in files if not file.is_file()]
-    if missing or not files:
+    if not files:
+        raise DataError(f"Data set {name!r}: {folder} holds no rows.")
+    if missing:
         raise DataError(
-            f"Data set {name!r}: {folder} lacks {', '.join(missing[:3]) or 'files of rows'}. Copy"
-            " or save the data again."
+            f"Data set {name!r}: {folder} lacks {', '.join(missing[:3])}. Copy or save the data"
+            " again."
         )
     return files

@@ -52,18 +52,21 @@ def or_all_fail(function: Callable[[], Result]) -> Result:
     the run on all: the others would wait for the failed one in the next collective. Collective.
 
     Raises:
-        UserError: on the processes where it did not fail, with what the first failed one says.
-        Exception: what it raised, on the processes where it did.
+        Exception: what it raised, on the processes where it failed.
+        UserError: on the others, where the first failed one raised one, with its sentence.
+        RuntimeError: on the others, where that was another error, with what it says. As a
+            UserError it would end the run before the failed process has written its traceback, and
+            the launcher would not start the run again.
     """
     try:
         result = function()
     except Exception as error:
-        from_all(_in_words(error))
+        from_all((_in_words(error), isinstance(error, UserError)))
         raise
-    failed = [(rank, words) for rank, words in enumerate(from_all(None)) if words is not None]
+    failed = [(rank, told) for rank, told in enumerate(from_all(None)) if told is not None]
     if failed:
-        rank, words = failed[0]
-        raise UserError(f"Process {rank}: {words}")
+        rank, (words, is_users) = failed[0]
+        raise (UserError if is_users else RuntimeError)(f"Process {rank}: {words}")
     return result
 
 
