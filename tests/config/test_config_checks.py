@@ -283,6 +283,7 @@ def test_refused(keys: dict[str, Any], words: str) -> None:
     [
         ("eval_loss", {}),
         ("accuracy", {"compute_accuracy": True}),
+        ("expert_entropy", {}),
         ("eval_rewards/accuracies", {"stage": "dpo"}),
         ("eval_math_hard_loss", {"eval_dataset": "math,math_hard", "eval_on_each_dataset": True}),
         ("eval_new_loss", {"eval_dataset": "a/old.json,a/new.json", "eval_on_each_dataset": True}),

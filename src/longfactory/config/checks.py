@@ -269,7 +269,10 @@ def _evaluated_alone(cfg: RunConfig) -> list[str]:
     return short_names(cfg.data.eval_dataset) if several else []
 
 
-OF_TOKENS = ("loss", "accuracy", "kl", "router_aux_loss")
+OF_TOKENS = (
+    *("loss", "accuracy", "kl"),
+    *("router_aux_loss", "expert_max_load", "expert_entropy", "expert_dead"),
+)
 """What evaluations of pt and sft may compute."""
 
 
