@@ -150,5 +150,5 @@ def test_recurrent_convolution_kernels(activation: str | None) -> None:
 
     exact = graded(run, [t.double() for t in (x, weight, bias)], slope.double())
     for given in (False, True):  # rows of other ranks
-        assert kernels_on(x, 4, given) is not None
+        assert kernels_on(x, 4, given, True, activation is not None) is not None
     assert max(errors(graded(run, [x, weight, bias], slope), exact)) < 4e-3

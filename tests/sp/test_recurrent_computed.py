@@ -1,5 +1,6 @@
 """What Triton computes of some heads, beside PyTorch."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from longfactory.sp.recurrent import computed, convolution
 from longfactory.sp.recurrent.fragments import Fragment, Fragments
@@ -70,6 +72,19 @@ SHAPES = {
 """Kind, key heads, heads, and dims of keys and values."""
 
 
+@pytest.mark.parametrize("bias", [None, torch.zeros(16)])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_kernels_of_a_convolution_are_proved_as_they_are_called(
+    monkeypatch: pytest.MonkeyPatch, bias: Tensor | None, activation: str | None
+) -> None:
+    """Triton makes others without a bias, and without silu."""
+    asked: list[tuple[bool, ...]] = []
+    monkeypatch.setattr(convolution, "kernels_on", lambda x, width, *call: asked.append(call))
+    fragments = Fragments((Fragment(0, 0, 30, 0, -1),), 0, 1, 30)
+    convolution.convolution(torch.ones(30, 16), torch.ones(16, 4), bias, activation, fragments)
+    assert asked == [(False, bias is not None, activation is not None)]
+
+
 @pytest.mark.processes
 def test_recurrent_kernels_are_the_formulas_where_they_are_interpreted() -> None:
     """Outputs, every gradient, and what fragments change. Triton looks at the environment when it is
@@ -94,8 +109,8 @@ def test_recurrent_kernels_are_the_formulas_where_they_are_interpreted() -> None
 def interpreted() -> None:
     """Compares, in a process in which Triton interprets; raises where something differs."""
     cpu = torch.device("cpu")
-    for given in (False, True):
-        assert convolution.kernels_on(torch.zeros(1, 16), 4, given) is not None, given
+    for call in itertools.product((False, True), repeat=3):
+        assert convolution.kernels_on(torch.zeros(1, 16), 4, *call) is not None, call
     assert convolution.kernels_on(torch.zeros(1, 16), 5, False) is None  # too wide
     both = (Fragment(0, 0, 70, 0, -1), Fragment(0, 70, 26, 70, -1))
     chunks = Fragments(both, 0, 1, 96).chunks(CHUNK, cpu)

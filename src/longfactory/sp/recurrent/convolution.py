@@ -22,12 +22,13 @@ from .fragments import Fragment, Fragments, Halo
 log = logging.getLogger(__name__)
 
 
-def kernels_on(x: Tensor, width: int, given: bool) -> Any:
+def kernels_on(x: Tensor, width: int, given: bool, bias: bool = True, silu: bool = True) -> Any:
     """The module of Triton kernels where it computes what `x` is, and is right on its device, or
     None.
 
     Args:
-        given: rows of other ranks are read too, by kernels of their own.
+        given, bias, silu: rows of other ranks are read too, a bias is added, and silu is applied:
+            by kernels of their own.
     """
     if x.dtype == torch.float64 or importlib.util.find_spec("triton") is None:
         return None
@@ -38,7 +39,8 @@ def kernels_on(x: Tensor, width: int, given: bool) -> Any:
     if width > convolution_kernels.WIDEST:
         _say_too_wide(width, convolution_kernels.WIDEST)
         return None
-    return convolution_kernels if _is_right(x.device, x.dtype, width, given) else None
+    right = _is_right(x.device, x.dtype, width, given, bias, silu)
+    return convolution_kernels if right else None
 
 
 @functools.cache
@@ -53,7 +55,9 @@ def _say_too_wide(width: int, widest: int) -> None:
 
 
 @functools.cache
-def _is_right(device: torch.device, dtype: torch.dtype, width: int, given: bool) -> bool:
+def _is_right(
+    device: torch.device, dtype: torch.dtype, width: int, given: bool, bias: bool, silu: bool
+) -> bool:
     """Computes two short documents by the kernels, forward and backward, and compares with
     PyTorch in float64. Once a process for each kind of call.
     """
@@ -69,25 +73,23 @@ def _is_right(device: torch.device, dtype: torch.dtype, width: int, given: bool)
     fragments = Fragments((*stretches, last), last.rank, len(stretches), rows)
     halo = fragments.halo(width - 1, device)
     sent = len(halo.sent) * fragments.ranks
-    x, others, weight, bias, slope = (
-        torch.randn(*size, generator=draw).to(device, dtype)
-        for size in ((rows, 16), (sent, 16), (16, width), (16,), (rows, 16))
-    )
+    sizes = [(rows, 16), (rows, 16), (sent, 16), (16, width), *([(16,)] if bias else [])]
+    slope, *inputs = (torch.randn(*size, generator=draw).to(device, dtype) for size in sizes)
 
     def graded(run: Any, given: list[Tensor], slope: Tensor) -> list[Tensor]:
         leaves = [t.detach().requires_grad_() for t in given]
         with torch.enable_grad():
-            out = run(*leaves, True, halo)
+            out = run(*leaves, *([] if bias else [None]), silu, halo)
         slopes = torch.autograd.grad(out, leaves, slope)
         return [out.detach(), *(x for x in slopes if x.numel())]
 
     def kernels() -> list[Tensor]:
-        return graded(convolution_kernels.convolved, [x, others, weight, bias], slope)
+        return graded(convolution_kernels.convolved, inputs, slope)
 
     def expected() -> list[Tensor]:
-        return graded(_by_pytorch, [t.double() for t in (x, others, weight, bias)], slope.double())
+        return graded(_by_pytorch, [t.double() for t in inputs], slope.double())
 
-    return are_right("Short convolutions run", kernels, expected, x.dtype)
+    return are_right("Short convolutions run", kernels, expected, dtype)
 
 
 def _by_pytorch(
@@ -125,9 +127,10 @@ def convolution(
     given = x[:0]
     if len(halo.sent):
         given = all_gather(x.index_select(0, halo.sent), group)
-    kernels = kernels_on(x, weight.shape[1], len(given) > 0)
+    silu = activation is not None
+    kernels = kernels_on(x, weight.shape[1], len(given) > 0, bias is not None, silu)
     if kernels is not None and activation in kernels.ACTIVATIONS:
-        out: Tensor = kernels.convolved(x, given, weight, bias, activation is not None, halo)
+        out: Tensor = kernels.convolved(x, given, weight, bias, silu, halo)
         return out
     out = _by_pytorch(x, given, weight, bias, False, halo)
     if activation is not None:
