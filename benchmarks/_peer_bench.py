@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import math
 import os
+import runpy
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,11 @@ from torch import Tensor
 from _device_time import divided, exposed_by_operation, kernels_of, longest
 from _peer_passes import passes
 from _table import variant
-from longfactory.plan.sizes import SIZES
 
+# The file alone: its package imports the engine, and DeepSpeed's processes import none of it.
+SIZES = runpy.run_path(
+    str(Path(__file__).resolve().parent.parent / "src/longfactory/plan/sizes.py")
+)["SIZES"]
 GiB = 2**30
 DEEPSPEED = ("ulysses", "alst", "alst-bf16")
 SHAPES: dict[str, dict[str, Any]] = {

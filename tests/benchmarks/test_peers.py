@@ -7,6 +7,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,17 @@ from longfactory.data.row import IGNORE  # noqa: E402
 from longfactory.memory import choose as auto  # noqa: E402
 
 KEYS: dict[str, Any] = {"shape": "tiny", "kernel": "cpu", "steps": 1, "warm": False}
+
+
+@pytest.mark.processes
+def test_processes_of_deepspeed_import_nothing_of_the_engine() -> None:
+    look = "import sys, _peers, _peer_deepspeed; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", look], cwd=BENCHMARKS, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = {name for name in done.stdout.split() if name.startswith("longfactory.")}
+    assert found == {"longfactory.errors"}
 
 
 def test_a_pair_is_prompt_chosen_rejected_of_as_many_tokens_as_asked() -> None:
