@@ -114,6 +114,8 @@ def peer_row(fact: Row, tokens: int, gpus: int, ours: Row | None) -> Row:
         "peak GiB": fact["peak"] / GiB,
         "kernels": ", ".join(fact.get("kernels", [])),
     }
+    if "deepspeed" in (versions := fact.get("versions", {})):
+        row["version"] = versions["deepspeed"]
     spent = {f"{k} ms": v for k, v in fact.get("device_ms", {}).items()}
     if ours is not None:
         row["LongFactory is"] = f"{fact['seconds'] / ours['step s']:.2f}x"

@@ -101,10 +101,12 @@ def test_what_another_system_needs_more_is_divided() -> None:
     spent = {"attention": 100.0, "products": 50.0, "messages": 9.0, "exposed": 1.0, "idle": 0.0}
     ours = {"seconds": 1.0, "peak": 2**30, "kernels": ["cudnn"], "device_ms": spent}
     theirs = {**ours, "seconds": 1.5, "device_ms": {**spent, "attention": 135.0, "exposed": 5.0}}
+    theirs["versions"] = {"torch": "2", "deepspeed": "0.19"}
     first = _many_peers.peer_row(ours, 1000, 2, None)
     row = _many_peers.peer_row(theirs, 1000, 2, first)
     assert (first["tokens/s a GPU"], first["peak GiB"]) == (500.0, 1.0)
     assert row["LongFactory is"] == "1.50x"
+    assert row["version"] == "0.19" and "version" not in first
     assert row["more than LongFactory"] == (
         "attention ms +35, products ms +0, exposed ms +4, idle ms +0"
     )
