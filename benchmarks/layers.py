@@ -288,6 +288,11 @@ def _float(value: Any) -> Any:
     return value.float() if floating else value
 
 
+def has_experts(fields: dict[str, Any]) -> bool:
+    """Families name the number of experts differently."""
+    return "num_experts_per_tok" in fields
+
+
 def measure(name: str, smoke: bool) -> dict[str, Any]:
     """One row."""
     from longfactory.memory.apply import apply_memory
@@ -303,7 +308,7 @@ def measure(name: str, smoke: bool) -> dict[str, Any]:
     fields = LAYERS[name][1]
     kept = fields.get("keep_mlp", 0.0)
     chunk: int | None = 32 if smoke else CHUNK
-    if "num_experts" in fields:
+    if has_experts(fields):
         chunk = None
     settings = MemorySettings(keep_attention=1.0, keep_mlp=kept, mlp_chunk=chunk)
     apply_memory(model, settings)

@@ -18,12 +18,21 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 import _table  # noqa: E402
+import layers  # noqa: E402
 from length import length_table  # noqa: E402
 from throughput import system  # noqa: E402
 
 
 def fact(row: str, tokens: int, **keys: Any) -> dict[str, Any]:
     return {"row": row, "kernel": "auto", "tokens": tokens, "gpus": 2, **keys}
+
+
+def test_layers_with_experts_take_all_tokens_at_once() -> None:
+    with_experts = [name for name, (_, keys) in layers.LAYERS.items() if layers.has_experts(keys)]
+    for part in ("GLM-4.5", "DeepSeek-V2", "Qwen3-30B", "Qwen3-Next", "gpt-oss"):
+        with_part = [name for name in layers.LAYERS if name.startswith(part)]
+        assert with_part and set(with_part) <= set(with_experts), part
+    assert "Qwen2.5-7B" not in with_experts
 
 
 def test_a_measurement_replaces_and_an_error_does_not() -> None:
