@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longfactory import sp
-from longfactory.memory import norms
+from longfactory.memory import layer_kinds, norms
 from longfactory.memory.apply import apply_memory
 from longfactory.memory.budget import bare_layer
 from longfactory.memory.checkpointed import stored_of_a_token
@@ -255,6 +255,18 @@ def test_what_a_saved_mixture_holds(family: str, monkeypatch: pytest.MonkeyPatch
     found = sum(t.untyped_storage().nbytes() for t in held.values()) / TOKENS / shape.layers
     projected = job.shape.width * kind.hidden
     assert _mlp_of_a_token(job, kind) == pytest.approx(found + projected, rel=0.02)
+
+
+def test_a_router_whose_code_is_in_no_file_is_planned_as_one_that_casts() -> None:
+    code = """class ARouter(nn.Module):
+    def forward(self, hidden_states):
+        return hidden_states @ self.weight
+"""
+    space: dict[str, Any] = {"nn": torch.nn}
+    exec(code, space)
+    router = space["ARouter"]()
+    router.weight = torch.nn.Parameter(torch.ones(4, 4))
+    assert layer_kinds._wide_router(torch.nn.Sequential(router))
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "laguna", "glm4_moe"])

@@ -231,9 +231,17 @@ def _wide_router(layer: nn.Module) -> bool:
     """Whether a router that holds its weight casts what it is given to fp32, by its code."""
     return any(
         any(p.dim() == 2 for p in router.parameters(recurse=False))
-        and _IN_FLOAT32.search(inspect.getsource(type(router).forward)) is not None
+        and _IN_FLOAT32.search(_source(type(router))) is not None
         for router in routers(layer).values()
     )
+
+
+def _source(kind: type[nn.Module]) -> str:
+    """Of its forward; of code that stands in no file as if its router cast, which plans more."""
+    try:
+        return inspect.getsource(kind.forward)
+    except (OSError, TypeError):
+        return "hidden_states.float()"
 
 
 def _gates(parts: LayerParts) -> int:
