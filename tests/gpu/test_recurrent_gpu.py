@@ -5,6 +5,7 @@ functions in the same precision.
 from __future__ import annotations
 
 import importlib
+import itertools
 import statistics
 from typing import Any
 
@@ -149,6 +150,6 @@ def test_recurrent_convolution_kernels(activation: str | None) -> None:
         return convolution(x, weight, bias, activation, fragments)
 
     exact = graded(run, [t.double() for t in (x, weight, bias)], slope.double())
-    for given in (False, True):  # rows of other ranks
-        assert kernels_on(x, 4, given, True, activation is not None) is not None
+    for call in itertools.product((False, True), repeat=2):  # rows of other ranks, a bias
+        assert kernels_on(x, 4, *call, activation is not None) is not None, call
     assert max(errors(graded(run, [x, weight, bias], slope), exact)) < 4e-3
