@@ -135,8 +135,9 @@ def test_when_torchrun_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_environment_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")  # so that it is put back
-    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
     launch.set_environment(1)
     assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "mine")

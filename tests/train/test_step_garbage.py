@@ -79,7 +79,8 @@ def test_no_tensor_of_a_step_is_left_in_a_circle(
         "pairs": {"file_name": "pairs.json", "ranking": True, "columns": columns},
     }
     (home / "dataset_info.json").write_text(json.dumps(info))
+    folder = changes.get("finetuning_type", "full")  # an adapter is not saved beside a whole model
     words = [
-        f"{k}={v}" for k, v in keys(home, "garbage", sequence_parallel_size=size, **changes).items()
+        f"{k}={v}" for k, v in keys(home, folder, sequence_parallel_size=size, **changes).items()
     ]
     assert POOLS[size].run(left_in_circles, words, str(home / "cache")) == [[]] * size
