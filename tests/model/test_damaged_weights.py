@@ -85,6 +85,16 @@ def test_safetensors_that_are_cut_short(tmp_path: Path) -> None:
         assert "is cut short or no safetensors file" in str(damaged.found(tmp_path))
 
 
+def test_a_length_that_no_header_has_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged file of many gigabytes may begin with any number."""
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(100)}, file)
+    monkeypatch.setattr(damaged, "LONGEST_HEADER", 10)
+    assert "is cut short or no safetensors file" in str(damaged.found(tmp_path))
+
+
 @pytest.mark.parametrize("what", ["a pointer", "a package"])
 def test_a_run_says_so_before_it_reads_its_data(what: str, tmp_path: Path) -> None:
     from longfactory.testing import tiny_model

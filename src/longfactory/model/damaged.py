@@ -13,6 +13,8 @@ POINTER = b"version https://git-lfs"
 MODEL = ("model.safetensors", "pytorch_model.bin")
 INDICES = tuple(f"{name}.index.json" for name in MODEL)
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
+LONGEST_HEADER = 100_000_000
+"""Bytes; safetensors reads no longer one. A damaged file's first bytes may say any length."""
 ZIP, BEFORE_1_6 = b"PK", b"\x80"
 """The first bytes of what torch saves: of an archive, and of a pickle."""
 
@@ -94,7 +96,7 @@ def _in_file(file: Path) -> str | None:
         opened.seek(0)
         length = int.from_bytes(opened.read(8), "little")
         try:
-            if size < 8 or length > size - 8:
+            if size < 8 or length > min(size - 8, LONGEST_HEADER):
                 raise ValueError
             header = json.loads(opened.read(length))
             ends = [entry["data_offsets"][1] for k, entry in header.items() if k != "__metadata__"]
