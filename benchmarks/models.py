@@ -50,6 +50,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 sys.path.insert(0, str(ROOT / "src"))
+import _parts  # noqa: E402
 import _profile  # noqa: E402
 from _many_commands import Job, in_one_group  # noqa: E402
 from _table import (  # noqa: E402
@@ -135,7 +136,9 @@ def ours(
 def print_trace(name: str, home: Path) -> None:
     """Where the recorded step of a run spent its time, if one was recorded."""
     for trace in sorted((home / f"out-{name}" / "profiler").glob("trace_rank0_*.json"))[:1]:
-        print(f"\n{name}, one step on GPU 0:\n{_profile.table(trace)}\n", flush=True)
+        items, ranges, _ = _parts.read(trace)
+        waits = "\n".join(_parts.waits(_parts.placed(items, ranges)))
+        print(f"\n{name}, one step on GPU 0:\n{_profile.table(trace)}\n\n{waits}\n", flush=True)
 
 
 def about_ours(name: str, at: Setting, gpus: int) -> dict[str, Any]:
