@@ -126,13 +126,18 @@ def table(trace: Path) -> str:
     span = max(w.start + w.seconds for w in found) - min(w.start for w in found)
     host = sum(e["dur"] for e in steps)
     waits: collections.Counter[str] = collections.Counter()
+    calls: collections.Counter[str] = collections.Counter()
     for e in events:
-        if e.get("cat") == "cuda_runtime" and e["name"].startswith(WAITS):
-            waits[e["name"]] += 1
+        if e.get("cat") in ("cuda_runtime", "cuda_driver"):
+            calls[e["name"]] += e["dur"] / 1e3
+            if e["name"].startswith(WAITS):
+                waits[e["name"]] += 1
     syncs = ", ".join(f"{count} {name}" for name, count in waits.most_common())
+    longest = ", ".join(f"{name} {ms:.1f}" for name, ms in calls.most_common(6))
     lines = [
         f"GPU busy {busy(found) / 1e3:.1f} ms of {span / 1e3:.1f} ms (the host's step"
         f" {host / 1e3:.1f} ms), {len(found):,} kernels and copies; {syncs or 'no waits'}",
+        f"The host in calls of CUDA, ms: {longest or 'none'}",
         "",
         "| part | forward, ms | backward, ms | optimizer, ms |",
         "|---|---|---|---|",

@@ -335,13 +335,16 @@ def test_gpu_time_of_a_step_by_parts(tmp_path: Path) -> None:
         event("kernel", "cutlass_device_kernel", 2500, 1000, 2),
         event("gpu_memcpy", "Memcpy DtoD", 4000, 500, 3),
         event("cuda_runtime", "cudaStreamSynchronize", 600, 10),
+        event("cuda_runtime", "cudaMemcpyAsync", 620, 150),
+        event("cuda_runtime", "cudaMemcpyAsync", 800, 250),
     ]
     trace = tmp_path / "trace_rank0_step3.json"
     trace.write_text(json.dumps({"traceEvents": events}))
     text = _profile.table(trace)
     assert text.startswith(
         "GPU busy 3.0 ms of 3.5 ms (the host's step 5.0 ms), 3 kernels and copies;"
-        " 1 cudaStreamSynchronize"
+        " 2 cudaMemcpyAsync, 1 cudaStreamSynchronize\n"
+        "The host in calls of CUDA, ms: cudaMemcpyAsync 0.4, cudaStreamSynchronize 0.0\n"
     )
     assert "| attention | 2.0 | 0.0 | 0.0 |" in text
     assert "| experts: products | 0.0 | 1.0 | 0.0 |" in text

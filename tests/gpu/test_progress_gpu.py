@@ -1,18 +1,24 @@
-"""The numbers of the progress line on a GPU, through the command: MFU, peak and tokens a second."""
+"""The numbers of the progress line on a GPU, through the command: MFU, peak and tokens a second;
+and that a row of the log does not wait for the update.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from longfactory.memory.shapes import kind_of
+from longfactory.train.trainer import RowTrainer
 from make_model import make_model
+from small_runs import POOLS, home, keys, run_on_ranks  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
@@ -68,3 +74,44 @@ def test_numbers_of_a_run(gpus: int, tmp_path: Path) -> None:
         assert least < last["mfu"] < 0.7
     assert 4 < last["peak_memory_gib"] < torch.cuda.get_device_properties(0).total_memory / 2**30
     assert f"{last['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU, MFU" in done.stderr
+
+
+def row_beside_the_update(words: list[str], cache: str, beside: bool) -> list[bool]:
+    """Whether the GPU was done with the update, made 0.1 s longer, as each row was logged."""
+    norm, log, update = RowTrainer._get_grad_norm, RowTrainer.log, torch.cuda.Event()
+    own, done = RowTrainer._beside_the_update, []
+
+    def then_sleep(self: RowTrainer, *args: Any, **kwargs: Any) -> Any:
+        result = norm(self, *args, **kwargs)
+        torch.cuda._sleep(200_000_000)
+        update.record()
+        return result
+
+    def logged(self: RowTrainer, logs: dict[str, float], *args: Any) -> None:
+        log(self, logs, *args)
+        if "grad_norm" in logs:
+            done.append(update.query())
+
+    RowTrainer._get_grad_norm, RowTrainer.log = then_sleep, logged  # type: ignore[method-assign]
+    if not beside:
+        RowTrainer._beside_the_update = lambda self: contextlib.nullcontext()  # type: ignore
+    try:
+        run_on_ranks(words, cache)
+    finally:
+        RowTrainer._get_grad_norm, RowTrainer.log = norm, log  # type: ignore[method-assign]
+        RowTrainer._beside_the_update = own  # type: ignore[method-assign]
+    return done
+
+
+def test_a_row_of_the_log_does_not_wait_for_the_update(home: Path) -> None:  # noqa: F811
+    """The same rows, in every bit, as where each waits."""
+    rows = []
+    for beside in (True, False):
+        given = keys(home, f"beside_{beside}", use_cpu=False, bf16=True)
+        words = [f"{k}={v}" for k, v in given.items()]
+        assert POOLS[1].run(row_beside_the_update, words, str(home / "cache"), beside) == [
+            [not beside] * 4
+        ]
+        log = json.loads((Path(given["output_dir"]) / "trainer_state.json").read_text())
+        rows.append([(x["loss"], x["grad_norm"]) for x in log["log_history"] if "loss" in x])
+    assert rows[0] == rows[1] and len(rows[0]) == 4

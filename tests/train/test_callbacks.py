@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import re
 import types
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,14 @@ import pytest
 import torch
 from transformers import TrainerCallback, TrainerState
 
-from longfactory.train.callbacks import LOG_FILE, AtStart, LogFile, Reported, report_failures
+from longfactory.train.callbacks import (
+    LOG_FILE,
+    AtStart,
+    LogFile,
+    Reported,
+    objects_frozen,
+    report_failures,
+)
 from longfactory.train.output import read_log
 from longfactory.train.plots import overlay, plot_history, smooth
 from longfactory.train.profiler import Profiler
@@ -277,3 +286,40 @@ def test_the_profiler_writes_a_trace_of_the_steps_it_was_asked_for(tmp_path: Pat
     assert len(products) == 2 and products[0]["args"]["Input Dims"][:2] == [[7, 3], [3, 5]]
     (tmp_path / "file").write_text("")
     run(tmp_path / "file" / "inside")
+
+
+class Node:
+    """An object that refers to itself: the collector alone can find it."""
+
+    def __init__(self) -> None:
+        self.own = self
+
+
+def test_the_collector_leaves_alone_what_is_there_after_the_first_step() -> None:
+    added: list[TrainerCallback] = []
+    with objects_frozen(types.SimpleNamespace(add_callback=added.append)):
+        (freeze,) = added
+        garbage, kept = weakref.ref(Node()), Node()
+        freeze.on_step_end(None, state(1), None)
+        frozen = gc.get_freeze_count()
+        assert garbage() is None and frozen > 10_000
+        later, of_start = weakref.ref(Node()), weakref.ref(kept)
+        del kept
+        freeze.on_step_end(None, state(2), None)
+        gc.collect()
+        assert later() is None and of_start() is not None
+        assert gc.get_freeze_count() <= frozen
+    assert gc.get_freeze_count() == 0
+    gc.collect()
+    assert of_start() is None
+
+
+def test_objects_are_thawed_when_a_run_fails() -> None:
+    added: list[TrainerCallback] = []
+    with (
+        pytest.raises(ValueError),
+        objects_frozen(types.SimpleNamespace(add_callback=added.append)),
+    ):
+        added[0].on_step_end(None, state(1), None)
+        raise ValueError
+    assert gc.get_freeze_count() == 0

@@ -1,17 +1,22 @@
-"""A step of training leaves no tensor to Python's garbage collector: on a GPU that is memory which
-the next step does not have.
+"""Python's garbage collector: a step of training leaves no tensor to it, which on a GPU is memory
+that the next step does not have; and after the first step it looks at new objects alone.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from longfactory.config import load_config
+from longfactory.train.run import run
+from longfactory.train.survival.start import begin
 from longfactory.train.trainer import RowTrainer
 from small_runs import LORA, POOLS, home, keys, run_on_ranks  # noqa: F401
 
@@ -84,3 +89,42 @@ def test_no_tensor_of_a_step_is_left_in_a_circle(
         f"{k}={v}" for k, v in keys(home, folder, sequence_parallel_size=size, **changes).items()
     ]
     assert POOLS[size].run(left_in_circles, words, str(home / "cache")) == [[]] * size
+
+
+def frozen_at_steps(words: list[str], cache: str, watched: bool) -> list[int]:
+    """How many objects the collector leaves alone in each micro-batch of a run, and after it."""
+    os.environ["LONGFACTORY_CACHE"] = cache
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
+    original, counts = RowTrainer.training_step, []
+
+    def counted(self: RowTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        counts.append(gc.get_freeze_count())
+        return original(self, *args, **kwargs)
+
+    RowTrainer.training_step = counted  # type: ignore[method-assign]
+    gc.unfreeze()
+    watch = begin() if watched else None
+    try:
+        run(load_config(words), watch)
+    finally:
+        if watch is not None:
+            watch.close()
+        RowTrainer.training_step = original  # type: ignore[method-assign]
+    return [*counts, gc.get_freeze_count()]
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_run_of_its_own_process_freezes_what_is_there_after_its_first_step(
+    watched: bool,
+    home: Path,  # noqa: F811
+) -> None:
+    """One that is called in another program's process leaves its collector as it is."""
+    given = keys(home, f"frozen_{watched}", sequence_parallel_size=1, max_steps=2)
+    words = [f"{k}={v}" for k, v in given.items()]
+    (counts,) = POOLS[1].run(frozen_at_steps, words, str(home / "cache"), watched)
+    *first, third, fourth, after = counts
+    assert first == [0, 0] and after == 0
+    assert (min(third, fourth) > 100_000) if watched else third == fourth == 0

@@ -27,9 +27,11 @@ class MetricSums:
     def add(self, metrics: Metrics) -> None:
         for name, (total, count) in metrics.items():
             total = total.detach().to(torch.float64)
-            entry = torch.stack(
-                [total, torch.as_tensor(count, dtype=torch.float64, device=total.device)]
+            # a number is written by a kernel: a copy from the host would wait for the device
+            counted = (
+                count.to(total) if isinstance(count, Tensor) else torch.full_like(total, count)
             )
+            entry = torch.stack([total, counted])
             self._sums[name] = self._sums[name] + entry if name in self._sums else entry
 
     def copy(self) -> MetricSums:

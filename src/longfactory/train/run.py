@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -34,7 +35,7 @@ from longfactory.sp import hf
 from longfactory.sp.measure import Measure
 from longfactory.stages.user_loss import digest_of
 from longfactory.train import auto, output
-from longfactory.train.callbacks import AtStart
+from longfactory.train.callbacks import AtStart, objects_frozen
 from longfactory.train.checkpoint.choose import Start, choose_start
 from longfactory.train.checkpoint.place import check_place
 from longfactory.train.checkpoint.prune import remove_leftovers
@@ -188,8 +189,8 @@ def run(cfg: RunConfig, watch: Watch | None = None) -> dict[str, float]:
 
     Args:
         cfg: the run.
-        watch: over this process (`survival.start.begin`); None: signals and time limits are not
-            this run's.
+        watch: over this process (`survival.start.begin`); None: signals, time limits and the
+            garbage collector are not this run's.
     Raises:
         UserError: something that the user can put right; nothing half-written is left behind.
         Stopped: a signal asked for a stop, and a checkpoint is saved.
@@ -217,8 +218,10 @@ def _run(cfg: RunConfig, watch: Watch | None, store: Any) -> dict[str, float]:
             same_loss_on_every_rank(cfg.method.loss_path)
         if checkpoint:
             trainer.check_resume(checkpoint, assembled.start.manifest)
+        own_process = contextlib.nullcontext() if watch is None else objects_frozen(trainer)
         try:
-            result = trainer.train(resume_from_checkpoint=checkpoint)
+            with own_process:
+                result = trainer.train(resume_from_checkpoint=checkpoint)
         except torch.OutOfMemoryError as error:
             raise UserError(explain_out_of_memory(assembled.memory.plan, error)) from error
         if trainer.finished:

@@ -128,6 +128,9 @@ class RowTrainer(ResumableTrainer):
         self._evaluation: tuple[int, dict[str, float]] | None = None
         self.meter = Meter() if meter is None else meter
         self._sums = torch.zeros(0)
+        # Of a GPU: the end of the last step's backward pass, and where log rows are read after it.
+        self._backward_ended: torch.cuda.Event | None = None
+        self._log_stream: torch.cuda.Stream | None = None
         self.routing = Routing(model, ctx) if routing is None else routing
         super().__init__(
             model, args, ctx=ctx, stage=stage, head=head, shuffle=shuffle, facts=facts, **kwargs
@@ -486,7 +489,34 @@ class RowTrainer(ResumableTrainer):
         self.meter.summed(self._sums.tolist())
         if not may_update:
             self._skip_update()
+        if self.args.device.type == "cuda":
+            self._backward_ended = torch.cuda.Event()
+            self._backward_ended.record()
         return grad_norm
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        with self._beside_the_update():
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _beside_the_update(self) -> Iterator[None]:
+        """What is only logged was computed before the update of the weights. It is read on a stream
+        of its own, which does not wait for the update: while the GPU updates, the host writes the
+        row and prepares the next step, for which the GPU would wait.
+
+        An evaluation or a save uses the new weights, on the stream that makes them.
+        """
+        ended, control = self._backward_ended, self.control
+        only_logs = control.should_log and not (control.should_evaluate or control.should_save)
+        if ended is None or not only_logs:
+            yield
+            return
+        if self._log_stream is None:
+            self._log_stream = torch.cuda.Stream(self.args.device)
+        self._log_stream.wait_event(ended)
+        with torch.cuda.stream(self._log_stream):
+            yield
+        torch.cuda.current_stream(self.args.device).wait_stream(self._log_stream)
 
     def _skip_update(self) -> None:
         """Leaves out the update of this step: without gradients no optimizer changes a weight or a
