@@ -379,7 +379,10 @@ def test_every_family_is_saved_under_the_names_that_it_was_loaded_from(
     assert stored_tensors(out).keys() == stored_tensors(source_folder).keys()
 
 
-def test_an_adapter_of_before_is_not_loaded_onto_new_weights(tmp_path: Path) -> None:
+def test_a_new_save_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
+    """Of an adapter, of one file and of parts, which would all be read with the new weights or in
+    place of them.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -389,7 +392,37 @@ def test_an_adapter_of_before_is_not_loaded_onto_new_weights(tmp_path: Path) -> 
         text_model(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
     )
     before.save_pretrained(tmp_path)
-    saved.remove_weights(tmp_path)
     text_model().save_pretrained(tmp_path)
+    text_model().save_pretrained(tmp_path / "parts", max_shard_size="50KB")
+    parts = {path.name for path in (tmp_path / "parts").glob("model-*")}
+    for name in parts:
+        (tmp_path / name.replace("-of-0", "-of-9")).touch()
+    (tmp_path / "value_head.safetensors").touch()
+    (tmp_path / "README.md").write_text("by hand")
+    (tmp_path / "parts" / "README.md").write_text("by a program")
+    saved.put_in_place(tmp_path / "parts", tmp_path)
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors.index.json",
+        *parts,
+    }
+    assert (tmp_path / "README.md").read_text() == "by hand"
     names = {name for name, _ in AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters()}
     assert names == {name for name, _ in text_model().named_parameters()}
+
+
+def test_an_adapter_leaves_what_it_was_trained_on(tmp_path: Path) -> None:
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    for path in (tmp_path / "model.safetensors", tmp_path / "adapter_model.bin"):
+        path.touch()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (beside / name).touch()
+    saved.put_in_place(beside, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "model.safetensors",
+    ]

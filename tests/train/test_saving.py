@@ -4,6 +4,7 @@ that fails keeps it from being saved.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import random
@@ -147,6 +148,30 @@ def test_what_fails_after_the_save_loses_nothing(
     assert "the model card, could not be written or sent" in told.text
 
 
+def test_a_save_that_fails_leaves_the_model_of_before(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what was written of the new one is removed."""
+    from longfactory.train.checkpoint import trainer as module
+
+    def fails(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out = tmp_path / "out"
+    out.mkdir()
+    before = {"model.safetensors": b"weights of before", "config.json": b"{}"}
+    for name, content in before.items():
+        (out / name).write_bytes(content)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "finish_save", fails)
+        with pytest.raises(UserError, match="could not be saved .*No space left"):
+            run(home, out)
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert not list(out.glob("tmp-*"))
+    run(home, out)
+    assert stored_tensors(out).keys() == stored_tensors(home / "model").keys()
+
+
 def test_an_upload_that_fails_is_told_when_all_is_written(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,7 +240,7 @@ def test_a_rank_without_the_gathered_weights_writes_nothing(
 
     saved: list[dict] = []
     rank = types.SimpleNamespace(
-        args=types.SimpleNamespace(output_dir=str(tmp_path), should_save=writes),
+        args=types.SimpleNamespace(should_save=writes),
         model=types.SimpleNamespace(peft_config={}),
         is_fsdp_enabled=True,
         stage=types.SimpleNamespace(output="logps"),
@@ -224,7 +249,7 @@ def test_a_rank_without_the_gathered_weights_writes_nothing(
     state = {"weight": torch.ones(1)} if writes else {}
     monkeypatch.setattr(module.export, "full_state_dict", lambda model: state)
     monkeypatch.setattr(module, "finish_save", lambda *_: None)
-    module.ResumableTrainer.save_model(rank)  # type: ignore[arg-type]
+    module.ResumableTrainer._write_model(rank, str(tmp_path))  # type: ignore[arg-type]
     assert saved == ([state] if writes else [])
 
 

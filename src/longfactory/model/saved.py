@@ -16,7 +16,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,6 @@ import torch
 from longfactory.errors import UserError
 from longfactory.model import damaged, value_head
 from longfactory.model.source import (
-    BIN_FILE,
-    BIN_INDEX,
     DTYPES,
     FILE,
     INDEX,
@@ -45,6 +43,7 @@ from longfactory.model.source import (
 ADAPTER_FILE = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 COMPARED = 1024  # numbers of each tensor
+WEIGHTS_PART = re.compile(r"(pytorch_)?model-\d{5}-of-\d{5}\.(safetensors|bin)")
 
 # Files beside the weights that processors and tokenizers of other programs read, and that no part
 # of the trained model writes.
@@ -249,12 +248,37 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
-def remove_weights(folder: str | Path) -> None:
-    """Removes the weights of an earlier save: a single file of before would be read in place of the
-    new ones, which are several, and an adapter of before would be loaded onto them.
+def put_in_place(beside: Path, folder: Path) -> None:
+    """Moves a complete save into the folder above it, in place of an earlier one. A README.md that
+    is there stays: its author may be a person.
     """
-    folder = Path(folder)
-    for name in (FILE, INDEX, BIN_FILE, BIN_INDEX, "adapter_config.json", *damaged.ADAPTER):
+    new = {path.name for path in beside.iterdir()}
+    # both saves are whole until here, and what follows takes no longer than renaming does
+    remove_earlier(folder, kept=new)
+    for name in sorted(new):
+        there = folder / name
+        if name == "README.md" and there.exists():
+            continue
+        if there.is_dir():
+            shutil.rmtree(there)
+        os.replace(beside / name, there)
+
+
+def remove_earlier(folder: Path, *, kept: Collection[str]) -> None:
+    """Removes what an earlier save has left beside a new one: a single file of before would be read
+    in place of new ones, which are several, an adapter would be loaded onto them, and a reward
+    model would begin with the value head.
+
+    Args:
+        kept: names of the new save's files. Of an adapter they have `adapter_config.json`: it is
+            saved beside no whole model (`config.folder`), so no weights of one are looked for.
+    """
+    names = {value_head.FILE, *damaged.ADAPTER}
+    if "adapter_config.json" not in kept:
+        parts = (path.name for path in folder.glob("*-of-*"))
+        names |= {"adapter_config.json", *damaged.MODEL, *damaged.INDICES}
+        names |= {name for name in parts if WEIGHTS_PART.fullmatch(name)}
+    for name in names - set(kept):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -325,9 +325,7 @@ def finish_save(trainer: Any, folder: str) -> None:
     """
     model, source = trainer.model, trainer.source
     whole = not hasattr(model, "peft_config")
-    if whole and trainer.is_deepspeed_enabled and not saved.weight_files(Path(folder)):
-        # ZeRO-3 with stage3_gather_16bit_weights_on_model_save: false, which is the user's own
-        # wish.
+    if whole and trainer.writes_shards():
         log.warning(
             "%s holds DeepSpeed's own files, and no safetensors: make them by its zero_to_fp32.py.",
             folder,

@@ -13,13 +13,19 @@ from longfactory.train.checkpoint import manifest as manifests
 
 log = logging.getLogger("longfactory")
 TEMPORARY = "tmp-checkpoint-"
+MODEL = "tmp-model-"
 SCRATCH = ".longfactory-dry-save-"
-_LEFT = re.compile(rf"({TEMPORARY}\d+-[0-9a-f]{{12}}|{re.escape(SCRATCH)}.*)")
+_LEFT = re.compile(rf"({TEMPORARY}\d+-[0-9a-f]{{12}}|{MODEL}[0-9a-f]{{12}}|{re.escape(SCRATCH)}.*)")
 
 
 def temporary_name(step: int) -> str:
     """A name beside `checkpoint-N` that nothing takes for a checkpoint."""
     return f"{TEMPORARY}{step}-{uuid.uuid4().hex[:12]}"
+
+
+def unfinished_model() -> str:
+    """A name for the trained model, while it is being written into the output folder."""
+    return f"{MODEL}{uuid.uuid4().hex[:12]}"
 
 
 def remove_leftovers(output_dir: Path) -> list[str]:

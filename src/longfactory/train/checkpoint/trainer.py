@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,13 @@ from longfactory import sp
 from longfactory.config import folder
 from longfactory.errors import UserError
 from longfactory.memory.optimizer import SplitAdamW
-from longfactory.model.saved import bytes_to_save, check_saved, names_for_peft, remove_weights
+from longfactory.model.saved import (
+    bytes_to_save,
+    check_saved,
+    names_for_peft,
+    put_in_place,
+    remove_earlier,
+)
 from longfactory.model.source import tied_duplicates
 from longfactory.model.value_head import FILE as VALUE_HEAD
 from longfactory.model.value_head import load_value_head
@@ -41,7 +48,7 @@ from longfactory.train.checkpoint.progress import (
     read_state,
     write_state,
 )
-from longfactory.train.checkpoint.prune import prune
+from longfactory.train.checkpoint.prune import prune, unfinished_model
 from longfactory.train.checkpoint.save import Part, optimizer_bytes, save_checkpoint
 from longfactory.train.numbers import LoggedSteps, Numbers
 from longfactory.train.output import (
@@ -123,13 +130,48 @@ class ResumableTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Plain Hugging Face safetensors, whole, whatever the sharding. Collective: every rank
         calls it. Uploads nothing: `output.push`.
+
+        Args:
+            output_dir: a folder that holds no other model. None: the run's own, where an earlier
+                model stays until this one is complete.
         """
-        output_dir = output_dir or self.args.output_dir
-        if self.args.should_save and not hasattr(self.model, "peft_config"):
-            remove_weights(output_dir)
-        if self.args.should_save and self.stage.output != "values":
-            # of an earlier run; a reward model that begins from this one would begin with it
-            Path(output_dir, VALUE_HEAD).unlink(missing_ok=True)
+        if output_dir is not None:
+            self._write_model(output_dir)
+        elif self.writes_shards():
+            # every process into the folder itself: DeepSpeed's files have names of their own
+            self._write_model(self.args.output_dir)
+            if self.args.should_save:
+                head = {VALUE_HEAD} if self.stage.output == "values" else set()
+                remove_earlier(Path(self.args.output_dir), kept=head)
+        else:
+            self._replace_model(Path(self.args.output_dir))
+
+    def _replace_model(self, folder: Path) -> None:
+        """The model into the output folder, whole or not at all: written beside, and only then put
+        in place of an earlier one. Collective.
+        """
+        beside = folder / unfinished_model()
+        try:
+            self._write_model(str(beside))
+            if self.args.should_save:
+                put_in_place(beside, folder)
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(beside, ignore_errors=True)
+
+    def writes_shards(self) -> bool:
+        """Whether each process of ZeRO-3 saves its part of a whole model, as DeepSpeed's file asks
+        for.
+        """
+        return (
+            self.is_deepspeed_enabled
+            and not hasattr(self.model, "peft_config")
+            and self.deepspeed.zero_optimization_stage() == 3
+            and not self.deepspeed.zero_gather_16bit_weights_on_model_save()
+        )
+
+    def _write_model(self, output_dir: str) -> None:
+        """Writes into a folder, whatever it holds. Collective."""
         # what is collective comes first: a process whose disk is full must not leave others in it
         value_head = value_head_tensors(self) if self.stage.output == "values" else None
         if self.is_fsdp_enabled:
