@@ -152,6 +152,18 @@ def test_an_adapter_is_not_written_beside_a_whole_model(out: Path) -> None:
         run(out, finetuning_type="lora", overwrite_output_dir=True)
 
 
+def test_the_model_s_own_folder_is_refused_before_anything_is_read(out: Path) -> None:
+    """However it is named. Evaluation writes no model."""
+    out.mkdir()
+    (out.parent / "link").symlink_to(out)
+    for name in (out, out.parent / "link"):
+        keys = {"model_name_or_path": str(name), "overwrite_output_dir": True}
+        with pytest.raises(ConfigError, match="is the folder that the model is read from"):
+            run(out, **keys)
+        run(out.parent / "other", **keys)
+        run(out, **keys, do_eval=True, eval_dataset="a", dataset=None)
+
+
 def test_an_adapter_is_not_replaced_by_a_whole_model_unasked(out: Path) -> None:
     leave_checkpoints(out.parent / "other", 5)
     out.mkdir()

@@ -118,65 +118,66 @@ def test_what_serves_all_lengths_is_compiled_once(monkeypatch: pytest.MonkeyPatc
     assert not compiled._failed
 
 
-def test_a_tensor_that_comes_again_is_of_one_length_for_its_own_copy(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A copy for all lengths has seen it before. By torch's compiler, up to the graph."""
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[torch.Size]]]:
+    """What torch's compiler makes of functions, up to the graph: a copy's name and the sizes of its
+    tensors.
+    """
+    made: list[tuple[str, list[torch.Size]]] = []
     monkeypatch.setattr(compiled, "compiles", lambda x: True)
     monkeypatch.setattr(compiled, "_compiled", {})
     monkeypatch.setattr(compiled, "_lengths_vary", True)
-    monkeypatch.setattr(compiled, "IN_A_ROW", 2)
-    sizes: dict[str, list[torch.Size]] = {}
     compile_with = torch.compile
 
     def compile(fn: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
         def backend(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
             values = [node.meta.get("example_value") for node in graph.graph.nodes]
             shapes = [value.shape for value in values if isinstance(value, torch.Tensor)]
-            sizes[fn.__code__.co_name] = shapes
+            made.append((fn.__code__.co_name, shapes))
             return graph.forward
 
         return compile_with(fn, dynamic=dynamic, backend=backend)
 
     monkeypatch.setattr(torch, "compile", compile)
+    return made
+
+
+def test_a_tensor_that_comes_again_is_of_one_length_for_its_own_copy(
+    graphs: list[tuple[str, list[torch.Size]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy for all lengths has seen it before."""
+    monkeypatch.setattr(compiled, "IN_A_ROW", 2)
     x, (cos, sin) = torch.randn(100, 2, 8), torch.randn(2, 100, 4)
     for _ in range(3):
         layer_ops.rotate(x, cos, sin)
     assert not compiled._failed
-    assert list(sizes) == ["rotate_0_any", "rotate_0_0"]
-    varies = {
-        name: not all(type(n) is int for n in sum(found, ())) for name, found in sizes.items()
-    }
+    assert [name for name, _ in graphs] == ["rotate_0_any", "rotate_0_0"]
+    varies = {name: not all(type(n) is int for n in sum(found, ())) for name, found in graphs}
     assert varies == {"rotate_0_any": True, "rotate_0_0": False}
 
 
 @pytest.mark.parametrize("graded", [False, True])
 def test_trained_tensors_are_compiled_for_once_and_have_gradients(
-    monkeypatch: pytest.MonkeyPatch, graded: bool
+    graphs: list[tuple[str, list[torch.Size]]], graded: bool
 ) -> None:
-    """As functions of autograd see them: their inputs require gradients while none are recorded. By
-    torch's compiler, up to the graph.
-    """
-    monkeypatch.setattr(compiled, "compiles", lambda x: True)
-    monkeypatch.setattr(compiled, "_compiled", {})
-    monkeypatch.setattr(compiled, "_lengths_vary", True)
-    made: list[str] = []
-    compile_with = torch.compile
-
-    def compile(fn: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
-        def backend(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-            made.append(fn.__code__.co_name)
-            return graph.forward
-
-        return compile_with(fn, dynamic=dynamic, backend=backend)
-
-    monkeypatch.setattr(torch, "compile", compile)
+    """As functions of autograd see them: their inputs require gradients while none are recorded."""
     with torch.set_grad_enabled(graded):
         for tokens in (100, 100, 120, 77):
             x, (cos, sin) = torch.randn(tokens, 2, 8), torch.randn(2, tokens, 4)
             assert layer_ops.rotate(x.requires_grad_(), cos, sin).requires_grad == graded
     assert not compiled._failed
-    assert made == ["rotate_0_any"]
+    assert [name for name, _ in graphs] == ["rotate_0_any"]
+
+
+def test_weights_of_many_sizes_share_what_is_compiled(
+    graphs: list[tuple[str, list[torch.Size]]],
+) -> None:
+    """DoRA takes the norms of each linear's rows."""
+    for outputs in (24, 40, 16, 56):
+        weight = torch.nn.Parameter(torch.randn(outputs, 8))
+        layer_ops.row_norms(weight, torch.randn(outputs, 8), 0.5)
+    assert not compiled._failed
+    assert [name for name, _ in graphs] == ["_row_norms_0_any"]
 
 
 def test_many_forms_share_one(copies: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,6 @@ from longfactory.train.prepare import beyond_positions
     [
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
         {"rope_type": "dynamic", "factor": 4.0},
-        {"rope_type": "linear", "factor": 4.0},
     ],
     ids=lambda scaling: scaling["rope_type"],
 )
@@ -28,6 +27,22 @@ def test_positions_that_the_checkpoint_has_stretched(scaling: dict[str, object])
     assert beyond_positions(config, 512) is None
     assert "was made for 512 (max_position_embeddings and rope_parameters" in str(
         beyond_positions(config, 513)
+    )
+
+
+def test_positions_that_may_count_a_linear_stretch() -> None:
+    """Gemma 3's 131,072 are eight times those of its pretraining."""
+    stretched = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+    windows = {"rope_type": "default", "rope_theta": 1e4}
+    config = AutoConfig.for_model(
+        "gemma3_text",
+        max_position_embeddings=1024,
+        rope_parameters={"full_attention": stretched, "sliding_attention": windows},
+    )
+    assert beyond_positions(config, 1024) is None
+    assert (
+        "was made for 1,024 (max_position_embeddings in its config.json; 8,192 if that does not"
+        " count rope_parameters)" in str(beyond_positions(config, 1025))
     )
 
 

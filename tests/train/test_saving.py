@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from longfactory.errors import UserError
 from longfactory.model.source import stored_tensors
+from longfactory.train import output
 
 HERE = Path(__file__).parent
 from cpu_sharding import on_ranks_of_their_own  # noqa: E402
@@ -164,7 +165,7 @@ def test_a_save_that_fails_leaves_the_model_of_before(
         (out / name).write_bytes(content)
     with monkeypatch.context() as patched:
         patched.setattr(module, "finish_save", fails)
-        with pytest.raises(UserError, match="could not be saved .*No space left"):
+        with pytest.raises(UserError, match=r"could not be saved .*No space left"):
             run(home, out)
     assert {name: (out / name).read_bytes() for name in before} == before
     assert not list(out.glob("tmp-*"))
@@ -204,7 +205,15 @@ def test_an_upload_that_fails_is_told_when_all_is_written(
         assert (tmp_path / "out" / name).exists(), name
 
 
-@pytest.mark.parametrize("case", ["tokenizer", "below a file", "its own source"])
+def test_the_hub_s_folder_of_the_model_is_not_written(tmp_path: Path) -> None:
+    """Which is known when the model is loaded; of a folder the configuration tells."""
+    source = types.SimpleNamespace(folder=tmp_path)
+    for out, refused in ((tmp_path, True), (tmp_path / "out", False)):
+        said = output._not_writable(types.SimpleNamespace(output_dir=str(out)), source)
+        assert (said is not None and "is read from" in said) == refused
+
+
+@pytest.mark.parametrize("case", ["tokenizer", "below a file"])
 def test_a_run_that_could_not_save_does_not_begin(
     case: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,11 +224,9 @@ def test_a_run_that_could_not_save_does_not_begin(
             raise TypeError("it holds a tensor")
 
         monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", refuses)
-    elif case == "below a file":
+    else:
         (tmp_path / "file").write_text("")
         out, expected = tmp_path / "file" / "out", "cannot be written: Not a directory"
-    else:
-        out, expected = home / "model", "is the folder that the model is read from"
     before = sorted(path.name for path in (home / "model").iterdir())
     with pytest.raises(
         UserError, match="This run could not save its model, so nothing was trained:"
@@ -227,7 +234,7 @@ def test_a_run_that_could_not_save_does_not_begin(
         run(home, out)
     assert expected in str(error.value)
     assert sorted(path.name for path in (home / "model").iterdir()) == before
-    assert case == "its own source" or not out.exists()
+    assert not out.exists()
     assert not list(tmp_path.glob(".longfactory*"))
 
 

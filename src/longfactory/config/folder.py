@@ -190,6 +190,10 @@ def find_checkpoints(cfg: RunConfig) -> tuple[tuple[str, ...], list[str]]:
     out = cfg.output_dir
     if out.exists() and not out.is_dir():
         raise ConfigError(f"output_dir: {out} is a file, expected a folder.")
+    if cfg.trainer.do_train and _holds_the_model_of(cfg, out):
+        raise ConfigError(
+            f"output_dir: {out} is the folder that the model is read from. Choose another."
+        )
     if cfg.trainer.do_train and trains_adapters(cfg.method) and _holds_a_model(out):
         raise ConfigError(
             f"output_dir: {out} holds a whole model (config.json and its weights), and who loads"
@@ -245,6 +249,14 @@ def find_checkpoints(cfg: RunConfig) -> tuple[tuple[str, ...], list[str]]:
     if any((out / name).is_file() for name in WEIGHTS) and not unfinished:
         raise ConfigError(f"output_dir: {out} holds a finished run without checkpoints. {REMEDY}")
     return (), notes
+
+
+def _holds_the_model_of(cfg: RunConfig, out: Path) -> bool:
+    """Whether the run would write into the folder of the model that it reads; of a name on the hub
+    that is seen when the model is loaded (`train.output`).
+    """
+    model = Path(cfg.model.model_name_or_path or "").expanduser()
+    return out.is_dir() and model != Path() and model.is_dir() and model.samefile(out)
 
 
 def _holds_a_model(out: Path) -> bool:

@@ -98,9 +98,16 @@ def norm_backward(
     return dx.to(x.dtype), dweight
 
 
-@fused("weight", "low")
 def row_norms(weight: Tensor, low: Tensor, scale: float) -> Tensor:
-    """|weight + scale * low| of each row, [out, in] both -> [out], in the weight's type."""
+    """|weight + scale * low| of each row, [out, in] both -> [out], in the weight's type. Without a
+    gradient.
+    """
+    # of a Parameter torch takes the sizes for constant, and would compile for each linear's
+    return _row_norms(weight.detach(), low, scale)
+
+
+@fused("weight", "low")
+def _row_norms(weight: Tensor, low: Tensor, scale: float) -> Tensor:
     whole = weight.to(wide(weight.dtype)) + scale * low.to(wide(low.dtype))
     return whole.pow(2).sum(1).sqrt().to(weight.dtype)
 

@@ -28,7 +28,7 @@ from longfactory.model import pissa, saved, value_head
 from longfactory.model.generate import make_generation_config_valid
 from longfactory.model.source import Source, in_words
 from longfactory.train.checkpoint.prune import SCRATCH
-from longfactory.train.checkpoint.save import together
+from longfactory.train.checkpoint.save import size_in_words, together
 from longfactory.train.plots import plot_history
 from longfactory.train.ranks import from_all
 
@@ -257,12 +257,12 @@ def _tell_of_space(args: Any, model: Any) -> None:
     needed, free = saved.bytes_to_save(model), shutil.disk_usage(_existing(args.output_dir)).free
     if needed > free:
         log.warning(
-            "output_dir: %s has %.1f GB of free space, and the model that is saved there needs %.1f"
-            " GB (with save_strategy, each checkpoint needs them too, and optimizer states beside)."
+            "output_dir: %s has %s of free space, and the model that is saved there needs %s"
+            " (with save_strategy, each checkpoint needs that too, and optimizer states beside)."
             " Make room before the run ends.",
             args.output_dir,
-            free / 1e9,
-            needed / 1e9,
+            size_in_words(free),
+            size_in_words(needed),
         )
 
 

@@ -140,12 +140,16 @@ def beyond_positions(model_config: Any, longest: int) -> str | None:
     """
     text = model_config.get_text_config()
     own = getattr(text, "max_position_embeddings", None)
-    if not own or longest <= (reach := max(own, _stretched(text, own))):
+    if not own:
+        return None
+    reach, most = _stretched(text, own)
+    if longest <= reach:
         return None
     why = "max_position_embeddings" + (" and rope_parameters" if reach > own else "")
+    perhaps = f"; {most:,} if that does not count rope_parameters" if most > reach else ""
     says = (
         f"The longest training sample has {longest:,} tokens, and the model was made for {reach:,}"
-        f" ({why} in its config.json):"
+        f" ({why} in its config.json{perhaps}):"
     )
     if getattr(text, "rope_parameters", None):
         return (
@@ -157,14 +161,18 @@ def beyond_positions(model_config: Any, longest: int) -> str | None:
     )
 
 
-def _stretched(text: Any, own: int) -> int:
-    """To how many positions rotary parameters stretch a model. Checkpoints differ in whether
-    `max_position_embeddings` counts that: Qwen's model cards add YaRN and leave it.
+def _stretched(text: Any, own: int) -> tuple[int, int]:
+    """To how many positions rotary parameters stretch a model, at the least and at the most.
+
+    Checkpoints differ in whether `max_position_embeddings` counts that: Qwen's model cards add YaRN
+    and leave it, Gemma 3 counts its linear factor, which does not say from where it stretches.
     """
     rope = getattr(text, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)
-    before = rope.get("original_max_position_embeddings") or own
-    return int(before * (rope.get("factor") or 1))
+    before = rope.get("original_max_position_embeddings")
+    most = max(own, int((before or own) * (rope.get("factor") or 1)))
+    unknown = before is None and rope.get("rope_type") == "linear"
+    return own if unknown else most, most
 
 
 def load_data(cfg: RunConfig, tokenizer: Any, *, quiet: bool = False) -> data.Datasets:

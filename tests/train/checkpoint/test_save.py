@@ -67,6 +67,9 @@ def test_free_space_is_looked_at_before(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(UserError, match=r"1\.00 GB are free, and a checkpoint needs about 2\.00"):
         save_checkpoint(arguments(tmp_path), 4, [], FACTS, bytes_needed=2 * 10**9)
     assert list(tmp_path.iterdir()) == []
+    usage.free = 1000
+    with pytest.raises(UserError, match=r"1\.00 KB are free, .* needs about 0\.12 MB"):
+        save_checkpoint(arguments(tmp_path), 4, [], FACTS, bytes_needed=123_456)
 
 
 def test_a_fault_of_the_program_is_no_sentence(tmp_path: Path) -> None:

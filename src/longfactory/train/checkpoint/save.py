@@ -83,7 +83,7 @@ def save_checkpoint(
         manifests.sync_folder(output_dir)
 
     step_of_it(MANIFEST, seal)
-    log.info(f"{final}: {size / 1e9:.2f} GB saved in {time.monotonic() - begun:.1f} s.")
+    log.info(f"{final}: {size_in_words(size)} saved in {time.monotonic() - begun:.1f} s.")
     return final
 
 
@@ -159,8 +159,16 @@ def _check_space(output_dir: Path, bytes_needed: int, writes: bool) -> None:
     free = shutil.disk_usage(there).free
     if needed > free:
         raise UserError(
-            f"{free / 1e9:.2f} GB are free, and a checkpoint needs about {needed / 1e9:.2f} GB"
+            f"{size_in_words(free)} are free, and a checkpoint needs about {size_in_words(needed)}"
         )
+
+
+def size_in_words(count: float) -> str:
+    """Bytes: `14.20 GB`, of a small model `3.20 MB` or `0.51 KB`."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size / 10:
+            return f"{count / size:.2f} {unit}"
+    return f"{count / 1e3:.2f} KB"
 
 
 def optimizer_bytes(optimizer: Any) -> int:
