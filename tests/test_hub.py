@@ -156,6 +156,28 @@ def test_what_is_on_this_machine_asks_nobody(
     ]
 
 
+def test_an_adapter_in_a_repository_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a model, onto which transformers would load it, and in the place of one."""
+    from longfactory.testing import tiny_model
+
+    monkeypatch.setattr(hub, "unreachable", lambda: "no network")
+    args = ModelArguments(model_name_or_path="someone/model", cache_dir=str(tmp_path))
+    repository = tmp_path / "models--someone--model"
+    snapshot = repository / "snapshots" / "0123"
+    tiny_model("llama").save_pretrained(snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123")
+    assert load.load_config(args, 128).model_type == "llama"
+    (snapshot / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="someone/model holds a model and an adapter"):
+        load.load_config(args, 128)
+    (snapshot / "config.json").unlink()
+    with pytest.raises(UserError, match="someone/model holds an adapter, not a model"):
+        load.load_config(args, 128)
+
+
 @pytest.mark.usefixtures("as_a_command")
 def test_a_run_that_would_end_by_uploading_does_not_begin(
     local: socket.socket, waits: list[float], tmp_path: Path

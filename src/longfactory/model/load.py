@@ -146,18 +146,8 @@ def load_config(args: Any, cutoff_len: int) -> Any:
     from transformers import AutoConfig
 
     path, extra = resolve(args.model_name_or_path)
-    if (Path(path) / "adapter_config.json").is_file():
-        if any((Path(path) / file).is_file() for file in (*damaged.MODEL, *damaged.INDICES)):
-            raise UserError(
-                f"model_name_or_path: {args.model_name_or_path} holds a model and an adapter"
-                " (adapter_config.json), and transformers loads them as one. Move the adapter's"
-                " files into a folder of their own, and name it in adapter_name_or_path if it is"
-                " meant."
-            )
-        raise UserError(
-            f"model_name_or_path: {args.model_name_or_path} holds an adapter, not a model. Give its"
-            " base model there, and this folder in adapter_name_or_path."
-        )
+    if "gguf_file" not in extra:
+        _refuse_adapters(args, path)
     try:
         if "gguf_file" in extra:
             config = copy.deepcopy(_embedded_config(path))
@@ -180,6 +170,42 @@ def load_config(args: Any, cutoff_len: int) -> Any:
     if args.rope_scaling:
         _scale_rope(config, args.rope_scaling, cutoff_len)
     return config
+
+
+def _refuse_adapters(args: Any, path: str) -> None:
+    """Refuses an adapter in the place of a model, and one beside a model, which transformers would
+    load onto it: in a folder or in a repository of the hub.
+
+    Raises:
+        UserError: what to do instead.
+    """
+    from transformers.utils import cached_file
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    given = _hub_arguments(args, path)
+    del given["trust_remote_code"]
+    try:
+        if find_adapter_config_file(path, **given) is None:
+            return
+        if Path(path).is_dir():
+            beside = any((Path(path) / f).is_file() for f in (*damaged.MODEL, *damaged.INDICES))
+        else:
+            found = cached_file(
+                path, "config.json", _raise_exceptions_for_missing_entries=False, **given
+            )
+            beside = found is not None
+    except (OSError, ValueError):
+        return  # no model either, which is told when its configuration is read
+    if beside:
+        raise UserError(
+            f"model_name_or_path: {args.model_name_or_path} holds a model and an adapter"
+            " (adapter_config.json), and transformers loads them as one. Move the adapter's files"
+            " into a folder of their own, and name it in adapter_name_or_path if it is meant."
+        )
+    raise UserError(
+        f"model_name_or_path: {args.model_name_or_path} holds an adapter, not a model. Give its"
+        " base model there, and this name in adapter_name_or_path."
+    )
 
 
 @functools.lru_cache(1)
