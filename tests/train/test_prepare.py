@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from transformers import AutoConfig
 
 from longfactory.train.prepare import beyond_positions
+from longfactory_dev.layers import exact_families
+from longfactory_dev.tiny_models import tiny_config
 
 
 @pytest.mark.parametrize(
@@ -62,3 +65,12 @@ def test_rows_that_are_longer_than_the_model_was_made_for(
     words = beyond_positions(AutoConfig.for_model(kind, **positions), longest)
     assert (words is None) == (said is None)
     assert said is None or re.search(said, str(words))
+
+
+def test_positions_of_every_family_are_read() -> None:
+    """Beam's full attention has no rotary parameters, where its windows have some."""
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    for family in exact_families(page):
+        config = tiny_config(family)
+        counted = getattr(config.get_text_config(), "max_position_embeddings", None)
+        assert (beyond_positions(config, 1 << 40) is None) == (not counted), family

@@ -168,7 +168,7 @@ def _stretched(text: Any, own: int) -> tuple[int, int]:
     and leave it, Gemma 3 counts its linear factor, which does not say from where it stretches.
     """
     rope = getattr(text, "rope_parameters", None) or {}
-    rope = rope.get("full_attention", rope)
+    rope = rope.get("full_attention", rope) or {}  # None where no positions are turned
     before = rope.get("original_max_position_embeddings")
     most = max(own, int((before or own) * (rope.get("factor") or 1)))
     unknown = before is None and rope.get("rope_type") == "linear"
