@@ -75,8 +75,16 @@ def longest(kernels: Sequence[Kernel], of_kind: str, most: int = 6) -> dict[str,
     sums: collections.Counter[str] = collections.Counter()
     for kernel in kernels:
         if kind(kernel.name) == of_kind:
-            sums[kernel.name[:120]] += (kernel.stop - kernel.start) / 1e3
+            sums[short_name(kernel.name)] += (kernel.stop - kernel.start) / 1e3
     return dict(sums.most_common(most))
+
+
+def short_name(name: str) -> str:
+    """Without namespaces and templates; with the operation of PyTorch's elementwise kernels."""
+    plain = re.sub(r"\(anonymous namespace\)::|at::native::|^void ", "", name)
+    operation = re.search(r"CUDAFunctor_\w+|\w+_kernel_cuda|BinaryFunctor", plain)
+    short = re.split(r"[<(]", plain)[0]
+    return f"{short} ({operation[0]})" if operation else short
 
 
 def sent_and_busy(kernels: Sequence[Kernel]) -> tuple[list[Span], list[Span]]:

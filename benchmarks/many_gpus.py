@@ -28,11 +28,10 @@ resume     a run over all GPUs whose process of one rank is killed, resumed over
 Commands that have not run yet, in order of value, each less than 10 minutes with `--out
 benchmarks/results`. FOUR GPUs, with their seconds (those of whole models need H200):
 
-    many_gpus.py --gpus 4 --part peers --only "524,288" --limit 160     # 140, with deepspeed 0.19.8
     many_gpus.py --gpus 4 --part scaling --only "SP 1, 4 rows" ", 1 rows" "2 rows" --limit 200  # 150
     many_gpus.py --gpus 4 --part attention --only "of 256k" "of 512k"     # 75: messages of long rows
     many_gpus.py --gpus 4 --part attention --only "32k, 28/4"    # 60, with ring-flash-attn, yunchang
-    many_gpus.py --gpus 4 --part length --only "14B, 524,288" --limit 400      # the whole model: 330
+    many_gpus.py --gpus 4 --part length --only "14B, 524,288" --limit 500      # the whole model: 350 is too little
     length.py --gpus 4 --probe 524288 --limit 60; length.py --gpus 4 --probe 2097152 --limit 170
 
 EIGHT; the rows of the part `length` are then others (`_many_length.WIDE`):

@@ -159,6 +159,10 @@ def test_what_messages_expose_is_said_by_operation() -> None:
     assert (found["messages"], found["exposed"], found["idle"]) == (9.0, 5.0, 1.0)
     assert (found["products"], found["rest"], found["attention"]) == (4.0, 2.0, 0.0)
     assert _device_time.longest(kernels, "products") == {"nvjet_sm90_tst_192x192": 4.0}
+    assert _device_time.longest(kernels, "rest") == {"vectorized_elementwise_kernel": 2.0}
+    add = "void at::native::unrolled_elementwise_kernel<at::native::CUDAFunctor_add<float>, 4>(int)"
+    short = _device_time.short_name(add)
+    assert short == "unrolled_elementwise_kernel (CUDAFunctor_add)"
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
