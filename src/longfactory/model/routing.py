@@ -40,6 +40,7 @@ from longfactory.errors import UserError
 from longfactory.model import experts
 from longfactory.model.outputs import TokenOutputs
 from longfactory.sp import hf
+from longfactory.sp.pinned import copied
 from longfactory.sp.position import position
 from longfactory.sp.routers import is_router
 
@@ -123,9 +124,7 @@ class Routing:
         tokens = times.bincount().tolist()  # by how often they count
         several = tuple(n for n, count in enumerate(tokens) if n and count)
         whole = several == (1,) and not tokens[0]
-        self._row = state = _RowState(
-            len(times), None if whole else times.to(device, non_blocking=True), several
-        )
+        self._row = state = _RowState(len(times), None if whole else copied(times, device), several)
         try:
             yield
         except BaseException:

@@ -29,6 +29,7 @@ from longfactory.memory.compiled import compiles
 from longfactory.model import logit_ops
 from longfactory.model.outputs import TokenOutputs
 from longfactory.sp.distance import difference
+from longfactory.sp.pinned import copied
 
 MADE = {"top1", "entropy", "mean_logit", "mean_logp", "reference_kl", "candidates"}
 """Fields of `TokenOutputs` that are made here."""
@@ -437,16 +438,16 @@ class TokenLogprobs:
             # A rank without a trained token still takes part in the graph and in every collective
             # of the layer: one token, weight zero.
             trained, labels = trained.new_zeros(1), labels.new_zeros(1)
-        trained = trained.to(h.device, non_blocking=True)
+        trained = copied(trained, h.device)
         if self._picking:
             self._picked = h.detach().index_select(0, trained)
             return h.new_zeros(*hidden.shape[:-1], 1)
-        labels = labels.to(h.device, non_blocking=True)
+        labels = copied(labels, h.device)
         candidates = self._candidates
         if candidates is not None:
             if nothing:
                 candidates = candidates.new_zeros(1, candidates.shape[1])
-            candidates = candidates.to(h.device, non_blocking=True)
+            candidates = copied(candidates, h.device)
         wanted = Wanted("mean_logit" in self.needs, "mean_logp" in self.needs, candidates)
         rows = None if trained.numel() == h.shape[0] else trained
         made = self._logps(h, labels, rows, wanted)

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .layout import Interval
+from .pinned import copied
 from .plan import RowPlan
 
 BALANCED = 0.95
@@ -173,7 +174,7 @@ class Route:
     def to(self, device: torch.device | str) -> Route:
         """The indices on a device, without waiting for it."""
         moved = {
-            name: _moved(getattr(self, name), torch.device(device)) for name in ("send", "places")
+            name: copied(getattr(self, name), torch.device(device)) for name in ("send", "places")
         }
         return dataclasses.replace(self, **moved)
 
@@ -209,11 +210,6 @@ def _held(where: Tensor, plan: RowPlan) -> tuple[Tensor, Tensor]:
     starts, ranks, offsets = (torch.tensor(x) for x in zip(*runs, strict=True))
     run = torch.searchsorted(starts, where, right=True) - 1
     return ranks[run], offsets[run] + where - starts[run]
-
-
-def _moved(index: Tensor, device: torch.device) -> Tensor:
-    pinned = index.pin_memory() if device.type == "cuda" else index
-    return pinned.to(device, non_blocking=True)
 
 
 class _Exchange(torch.autograd.Function):

@@ -15,6 +15,7 @@ from torch import Tensor
 from .bulk import bulk_tiles
 from .context import Axes, SequenceParallel, alignment
 from .layout import Interval, Layout, Segment, balanced, contiguous, zigzag
+from .pinned import copied
 from .schedules.choose import Choice, choose
 from .tiles import Mask, Run, Tile, intersect, runs
 
@@ -172,13 +173,9 @@ class MaskPlan:
     def halo_index(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(rows to send, order of the received rows) on the device. Copied once for all layers."""
         if device not in self._device:
-            send, order = (
-                t.pin_memory() if device.type == "cuda" else t
-                for t in (self.halo.send_index, self.halo.order)
-            )
             self._device[device] = (
-                send.to(device, non_blocking=True),
-                order.to(device, non_blocking=True),
+                copied(self.halo.send_index, device),
+                copied(self.halo.order, device),
             )
         return self._device[device]
 

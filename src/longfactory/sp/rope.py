@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import probe
 from .hooks import ModelHooks
 from .layout import ancestors_length
+from .pinned import copied
 from .plan import RowPlan
 
 _positions: weakref.WeakKeyDictionary[RowPlan, dict[torch.device, Tensor]] = (
@@ -46,7 +47,7 @@ def positions(plan: RowPlan, device: torch.device) -> Tensor:
         # An empty segment begins where the next one does: the last that begins at or before the
         # token holds it.
         segment = torch.searchsorted(starts, plan.index, right=True) - 1
-        held[device] = (plan.index + first[segment]).to(device)
+        held[device] = copied(plan.index + first[segment], device)
     return held[device]
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .layout import Interval, Segment, ancestors_length, join
+from .pinned import copied
 
 Kind = Literal["full", "causal", "varlen"]
 
@@ -69,9 +70,7 @@ class Tile:
         """int32 boundaries on the device. Copied once for all layers."""
         if device not in self._device:
             host = torch.tensor(self.cu_seqlens, dtype=torch.int32)
-            if device.type == "cuda":
-                host = host.pin_memory()
-            self._device[device] = host.to(device, non_blocking=True)
+            self._device[device] = copied(host, device)
         return self._device[device]
 
     def mask(self) -> Tensor:

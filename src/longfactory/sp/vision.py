@@ -33,6 +33,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from . import hf, text_model, tower
 from .hooks import ModelHooks
 from .media import Route
+from .pinned import copied
 from .plan import RowPlan
 
 BATCH = 16384
@@ -129,9 +130,9 @@ def _grid_features(model: Any, images: Sequence[Images], device: torch.device) -
     on_host = {"cu_seqlens", "cu_window_seqlens"} - set(
         made if hasattr(visual, "embeddings") else ()
     )
-    kwargs = {k: v if k in on_host else _to(v, device) for k, v in made.items()}
+    kwargs = {k: v if k in on_host else copied(v, device) for k, v in made.items()}
     if hasattr(visual, "embeddings"):
-        grid = _to(grid, device)
+        grid = copied(grid, device)
     out = model.get_image_features(_pixels(images, device), grid, return_dict=True, **kwargs)
     levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or ())]
     # A level is one tensor of all images, or one for each of them.
@@ -163,10 +164,6 @@ def _anyres_features(model: Any, images: Sequence[Images], device: torch.device)
         )
         out += list(features.pooler_output)
     return torch.cat(out)
-
-
-def _to(x: Tensor, device: torch.device) -> Tensor:
-    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 def _pixels(images: Sequence[Images], device: torch.device) -> Tensor:

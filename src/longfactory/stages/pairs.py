@@ -17,6 +17,7 @@ from torch import Tensor
 
 from longfactory.data.row import IGNORE, Row
 from longfactory.errors import UserError
+from longfactory.sp.pinned import copied
 
 
 def document_sums(x: Tensor, row: Row) -> Tensor:
@@ -53,7 +54,8 @@ def document_logps(logps: Tensor, row: Row, ld_alpha: float | None = None) -> Te
     for d in row.documents:
         before.append(seen)
         seen += d.trained
-    end = torch.tensor([b + n for b, n in zip(before, limit, strict=True)], device=logps.device)
+    ends = torch.tensor([b + n for b, n in zip(before, limit, strict=True)])
+    end = copied(ends, logps.device)
     place = torch.cumsum(row.labels != IGNORE, 0)  # 1 at the row's first trained token
     return document_sums(torch.where(place <= end[row.document_ids], logps, logps * ld_alpha), row)
 
@@ -90,7 +92,7 @@ def pick(x: Tensor, indices: Sequence[int]) -> Tensor:
     """`x[indices]` for indices that are known on the host; an empty choice stays attached to the
     graph of `x`.
     """
-    return x[torch.tensor(indices, dtype=torch.int64, device=x.device)]
+    return x[copied(torch.tensor(indices, dtype=torch.int64), x.device)]
 
 
 def reference_logps(
@@ -114,7 +116,7 @@ def reference_logps(
             " true`, name a `ref_model`, or train with LoRA (its reference is the model without"
             " adapter)."
         )
-    return torch.tensor(numbers, dtype=torch.float64, device=like.device)
+    return copied(torch.tensor(numbers, dtype=torch.float64), like.device)
 
 
 @dataclasses.dataclass(frozen=True)

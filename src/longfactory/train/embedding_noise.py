@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from longfactory.data.row import Row
+from longfactory.sp.pinned import copied
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of the splitmix64 generator
@@ -84,8 +85,8 @@ def noisy_embeddings(embedding: nn.Module, keys: Tensor, scales: Tensor) -> Iter
         noise = torch.empty_like(output)
         dim = output.shape[-1]
         size = max(1, _ELEMENTS_AT_ONCE // dim)
-        bounds = scales.to(output.device) / math.sqrt(dim)
-        parts = noise[0].split(size), keys.to(output.device).split(size), bounds.split(size)
+        bounds = copied(scales, output.device) / math.sqrt(dim)
+        parts = noise[0].split(size), copied(keys, output.device).split(size), bounds.split(size)
         for out, k, b in zip(*parts, strict=True):
             out.copy_(uniform(k, dim) * b[:, None])
         return output + noise

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ..collectives import all_to_all
+from ..pinned import copied
 from ..plan import RowPlan
 from ..threads import one_thread
 from .chunked import recurrence
-from .fragments import copied, fragments_of
+from .fragments import fragments_of
 from .rule import CHUNK, Rule
 
 ATTENTION = 5.7e14

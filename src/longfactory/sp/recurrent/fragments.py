@@ -12,6 +12,7 @@ import weakref
 import torch
 from torch import Tensor
 
+from ..pinned import copied
 from ..plan import RowPlan
 from ..threads import one_thread
 
@@ -208,15 +209,6 @@ class Chunks:
     def taken_back(self, x: Tensor) -> Tensor:
         """[N * size, ...] -> [rows, ...]."""
         return x if self.in_order else x.index_select(0, self._laid[2])
-
-
-def copied(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on the device. Nothing waits for the GPU: it comes from pinned memory,
-    which PyTorch keeps until it is read.
-    """
-    if device.type != "cuda":
-        return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)
 
 
 def steps_of(counts: list[int]) -> list[tuple[int, int]]:
