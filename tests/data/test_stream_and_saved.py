@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from longfactory.data.stream import StreamedDataset, interleave
 from longfactory.data.templates import get_template
 from longfactory.errors import DataError
 from longfactory.train.loader import Collate, empty_row, make_loader
+from small_tokenizers import metaspace
 
 ROWS = [
     {"instruction": f"Question {i}?", "input": "", "output": f"Answer {i}. " * (i % 5 + 1)}
@@ -375,6 +377,27 @@ def test_saved_data_are_read_without_the_files(
     )
     with pytest.raises(DataError, match="tokenised for sft; this stage needs pair"):
         load(tokenizer, folder, "dpo", tokenized_path=str(path))
+
+
+def test_saved_data_of_another_tokenizer_are_refused(
+    tokenizer: Any, write_data: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its numbers are other tokens there; a token that was added since changes none of them."""
+    folder, path = write_data(d=({}, ROWS)), str(tmp_path / "saved")
+    load(tokenizer, folder, tokenized_path=path)
+    grown = copy.deepcopy(tokenizer)
+    grown.add_tokens(["<new>"])
+    load(grown, folder, tokenized_path=path, template="llama3")
+    assert "tokenised with the template chatml; that of this run, llama3" in caplog.text
+    with pytest.raises(DataError, match="tokenised by another tokenizer"):
+        load(metaspace(), folder, tokenized_path=path)
+    # LLaMA-Factory does not write it down
+    saved = datasets.Dataset.from_dict(
+        {"input_ids": [[1, 2, 999_999]], "labels": [[-100, 2, 999_999]]}
+    )
+    datasets.DatasetDict({"train": saved}).save_to_disk(str(tmp_path / "theirs"))
+    with pytest.raises(DataError, match=r"have the token 999999, and this model's tokenizer has"):
+        load(tokenizer, folder, dataset=None, tokenized_path=str(tmp_path / "theirs"))
 
 
 def test_a_folder_of_other_things_is_not_overwritten(

@@ -128,7 +128,15 @@ def load_datasets(
     if saved.is_saved(args.tokenized_path):
         assert args.tokenized_path is not None
         return _load_saved(
-            Path(args.tokenized_path), kind, rules, packed, tokenizer, stage, log, media
+            Path(args.tokenized_path),
+            kind,
+            rules,
+            packed,
+            tokenizer,
+            stage,
+            log,
+            media,
+            args.template,
         )
 
     request = _Request(args, stage, kind, template, pieces, rules, packed, seed, log, media)
@@ -146,7 +154,7 @@ def load_datasets(
         else:
             evaluation[name] = data
     if args.tokenized_path is not None and splits:
-        _save(Path(args.tokenized_path), stores, splits, kind, rules, log, args, media)
+        _save(Path(args.tokenized_path), stores, splits, kind, rules, log, args, media, tokenizer)
     return Datasets(train, evaluation, _used(media, (train, *evaluation.values())))
 
 
@@ -355,12 +363,19 @@ def _load_saved(
     stage: str,
     log: logging.Logger,
     media: Processing | None,
+    template: str | None,
 ) -> Datasets:
     log.warning(
         f"The data are read from tokenized_path ({path}): dataset, template and their kin have no"
         " effect."
     )
-    found = saved.load(path, kind, cache_root(), None if media is None else media.facts())
+    facts = None if media is None else media.facts()
+    found = saved.load(path, kind, cache_root(), facts, tokenizer)
+    if None not in (found.template, template) and found.template != template:
+        log.warning(
+            f"They were tokenised with the template {found.template}; that of this run, {template},"
+            " is the one that is saved with the model."
+        )
     rules = found.apply(rules)
     made = {}
     for name, entries in found.splits.items():
@@ -385,10 +400,12 @@ def _save(
     log: logging.Logger,
     args: DataSettings,
     media: Processing | None,
+    tokenizer: Any,
 ) -> None:
     if _rank(args) == 0 and not saved.is_saved(str(path)):
         facts = None if media is None else media.facts()
-        saved.save(path, stores, splits, kind, rules, facts)
+        vocabulary = saved.vocabulary_of(tokenizer)
+        saved.save(path, stores, splits, kind, rules, facts, vocabulary, args.template)
         log.info(f"The tokenised data are saved at {path}.")
 
 

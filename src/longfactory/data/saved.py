@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from longfactory.data import store
 from longfactory.data.assemble import Rules
@@ -38,6 +39,8 @@ class Saved:
     splits: dict[str, np.ndarray]
     kind: Kind
     rules: dict[str, Any]
+    template: str | None = None
+    """Its name, where it is known."""
 
     def apply(self, rules: Rules) -> Rules:
         return dataclasses.replace(rules, **self.rules)
@@ -70,10 +73,14 @@ def save(
     kind: Kind,
     rules: Rules,
     media: dict[str, Any] | None = None,
+    vocabulary: str | None = None,
+    template: str | None = None,
 ) -> None:
     """Copies the stores into `path`, whole or not at all.
 
     Args:
+        vocabulary: of the tokenizer (`vocabulary_of`).
+        template: its name.
         media: what the tokens of their images and videos depend on (`Processing.facts`).
     Raises:
         DataError: there is something else, or the folder cannot be written.
@@ -88,7 +95,7 @@ def save(
             np.save(beside / f"{name}.npy", entries)
         facts = {k: getattr(rules, k) for k in _TEMPLATE_RULES}
         about = {"kind": kind.name, "stores": len(stores), "splits": list(splits), "rules": facts}
-        about["media"] = _plain(media)
+        about |= {"media": _plain(media), "vocabulary": vocabulary, "template": template}
         (beside / _FILE).write_text(json.dumps(about, indent=1), encoding="utf-8")
         if path.exists():
             path.rmdir()
@@ -113,17 +120,35 @@ def _plain(media: dict[str, Any] | None) -> dict[str, Any] | None:
     return json.loads(json.dumps(kept, default=str))
 
 
-def load(path: Path, kind: Kind, cache: Path, media: dict[str, Any] | None = None) -> Saved:
+def vocabulary_of(tokenizer: Any) -> str:
+    """A digest of which token each number stands for, without tokens that were added: those of a
+    template, of add_tokens or of a later model of the same family come after the others.
+    """
+    tokens = tokenizer.convert_ids_to_tokens(range(tokenizer.vocab_size))
+    return xxhash.xxh3_128_hexdigest("\n".join(map(str, tokens)).encode("utf-8", "surrogatepass"))
+
+
+def load(
+    path: Path,
+    kind: Kind,
+    cache: Path,
+    media: dict[str, Any] | None = None,
+    tokenizer: Any = None,
+) -> Saved:
     """The data set saved at `path`.
 
     Args:
         media: as this run would process images and videos; None where it would not.
+        tokenizer: the run's; None: nothing is known of it.
     Raises:
-        DataError: it was made for another kind of stage, has images that this run would process
-            otherwise, or cannot be used without mixing documents.
+        DataError: it was made for another kind of stage, by another tokenizer, has images that this
+            run would process otherwise, or cannot be used without mixing documents.
     """
     if not (path / _FILE).exists():
-        return _from_llamafactory(path, kind, cache)
+        found = _from_llamafactory(path, kind, cache)
+        if tokenizer is not None:
+            _check_tokens(path, found, tokenizer)
+        return found
     try:
         about = json.loads((path / _FILE).read_text(encoding="utf-8"))
         count, rules = int(about["stores"]), dict(about["rules"])
@@ -145,10 +170,29 @@ def load(path: Path, kind: Kind, cache: Path, media: dict[str, Any] | None = Non
             f"The data at {path} were tokenised for {made_for}; this stage needs {kind.name}."
             " Name another tokenized_path."
         )
+    vocabulary = about.get("vocabulary")  # of older folders not known
+    if None not in (vocabulary, tokenizer) and vocabulary != vocabulary_of(tokenizer):
+        raise DataError(
+            f"The data at {path} (tokenized_path) were tokenised by another tokenizer: its numbers"
+            " stand for other tokens than this model's. Name another tokenized_path."
+        )
     stores = [Store(path / f"store_{i}") for i in range(count)]
     if any(s.has_media().any() for s in stores):
         _check_media(path, about.get("media"), _plain(media))
-    return Saved(stores, splits, kind, rules)
+    return Saved(stores, splits, kind, rules, about.get("template"))
+
+
+def _check_tokens(path: Path, found: Saved, tokenizer: Any) -> None:
+    """Raises DataError where the data have a token that the tokenizer has not: LLaMA-Factory does
+    not write down which tokenizer made them.
+    """
+    largest = max((int(s.tokens.max()) for s in found.stores if len(s.tokens)), default=0)
+    if largest >= len(tokenizer):
+        raise DataError(
+            f"The data at {path} (tokenized_path) have the token {largest}, and this model's"
+            f" tokenizer has {len(tokenizer)}: they were tokenised by another one. Name another"
+            " tokenized_path."
+        )
 
 
 def _check_media(path: Path, made: dict[str, Any] | None, media: dict[str, Any] | None) -> None:
