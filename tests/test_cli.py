@@ -75,6 +75,8 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
         "no command 'trian'. It has init, train, plan, verify, teach, eval, export"
         in capsys.readouterr().err
     )
+    assert cli.main(["dpo", "run.yaml"]) == 2  # a command of LLaMA-Factory's v1
+    assert "To train so: longfactory train ... stage=dpo." in capsys.readouterr().err
 
 
 def test_dry_run_prints_the_run_and_stops(

@@ -496,8 +496,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         words[0] = "version"
     command, rest = words[0], words[1:]
     if command not in COMMANDS:
+        from longfactory.config.stage_facts import STAGES
+
+        as_stage = f" To train so: longfactory train ... stage={command}."
         print(
-            f"longfactory has no command {command!r}. It has {', '.join(COMMANDS)}.",
+            f"longfactory has no command {command!r}. It has {', '.join(COMMANDS)}."
+            + (as_stage if command in STAGES else ""),
             file=sys.stderr,
         )
         return launch.USER_ERROR

@@ -362,6 +362,7 @@ def test_every_name_of_another_tool_leads_to_a_key() -> None:
             {"train_batch_size": "auto", "zero_optimization": {"stage": 2}},
             "DeepSpeed's own configuration",
         ),
+        ({"task": "mmlu_test", "lang": "en", "n_shot": 5}, "LLaMA-Factory's own `eval`"),
     ],
 )
 def test_files_of_other_programs_are_recognised(keys: dict[str, Any], words: str) -> None:

@@ -71,6 +71,11 @@ def test_what_there_is_not(changes: dict[str, Any], message: str) -> None:
         from_mapping({**BASE, **changes})
 
 
+def test_media_are_opened_from_the_working_folder() -> None:
+    assert from_mapping(BASE).data.media_dir == "."
+    assert from_mapping({**BASE, "media_dir": "pictures"}).data.media_dir == "pictures"
+
+
 def test_entries_of_parts_are_refused_or_named() -> None:
     values = {"model": "m", "train_dataset": "d", "stage": "sft"}
     sharding = {"name": "fsdp2", "ep_size": 2}

@@ -85,3 +85,71 @@ def test_pairs_of_whole_conversations() -> None:
     other = {**PAIR, "rejected": [{"role": "user", "content": "Other"}, PAIR["rejected"][-1]]}
     with pytest.raises(BadRow, match="differ before their last message"):
         convert(other, source)
+
+
+def test_the_parts_of_v1(tmp_path: Path) -> None:
+    """Its own rows, which need no converter: thoughts, calls and media are parts of a content."""
+    image = {"type": "image_url", "value": "data/1.jpg"}
+    call = {"name": "weather", "arguments": {"city": "Paris"}}
+    parts = [
+        {"type": "reasoning", "value": "Look it up."},
+        {"type": "text", "value": "One moment."},
+        {"type": "tool_call", "value": json.dumps(call)},
+    ]
+    row = {
+        "messages": [
+            {"role": "user", "content": [image, {"type": "text", "value": "Which weather?"}]},
+            {"role": "assistant", "content": parts, "loss_weight": 0.0},
+            {"role": "tool", "content": [{"type": "text", "value": "Rain."}]},
+            {"role": "assistant", "content": [{"type": "text", "value": "It rains."}]},
+        ],
+        "tools": json.dumps([{"name": "weather"}]),
+    }
+    (source,) = read_sources(["d"], {"d": {"file_name": "d.json", **(detect([row]) or {})}})
+    found = convert(row, source)
+    assert found.images == ("data/1.jpg",) and found.prompt[0].content == "<image>Which weather?"
+    asked = found.prompt[1]
+    assert (asked.role, json.loads(asked.content)) == ("function", [call])
+    assert (asked.before, asked.thought, asked.trained) == ("One moment.", "Look it up.", False)
+    assert found.prompt[2].content == "Rain." and found.tools and not found.unread
+    # as a chat template sees it
+    assert asked.shown[0]["reasoning_content"] == "Look it up."
+    assert asked.shown[0]["tool_calls"] == [{"type": "function", "function": call}]
+    assert asked.shown[0]["content"] == [{"type": "text", "text": "One moment."}]
+    parts[2]["value"] = "[]"
+    with pytest.raises(BadRow, match="must be an object with name and arguments"):
+        convert(row, source)
+
+
+def test_v1_names_pairs_otherwise(tmp_path: Path) -> None:
+    shown = {"type": "image_url", "value": "1.jpg"}
+    opening = [{"role": "user", "content": [shown, {"type": "text", "value": "Hi"}]}]
+    row = {
+        f"{which}_messages": [*opening, {"role": "assistant", "content": text}]
+        for which, text in (("chosen", "Ho"), ("rejected", "Hm"))
+    }
+    told: list[str] = []
+    entry = {"file_name": "d.json", **(detect([row]) or {})}
+    (source,) = read_sources(["d"], {"d": entry}, told.append)
+    found = convert(row, source)
+    assert [m.content for m in found.answers] == ["Ho", "Hm"] and found.images == ("1.jpg",)
+    assert not told
+
+
+def test_the_converters_of_v1_read_tools_and_media(tmp_path: Path) -> None:
+    rows = {
+        "alpaca": {"instruction": "<image>What?", "output": "A dog.", "images": ["1.jpg"]},
+        "sharegpt": {**SHAREGPT[0], "tools": '[{"name": "f"}]'},
+        "pair": {
+            "chosen": [{"role": "user", "content": "<image>?"}, PAIR["chosen"][-1]],
+            "rejected": [{"role": "user", "content": "<image>?"}, PAIR["rejected"][-1]],
+            "images": ["1.jpg"],
+        },
+    }
+    (tmp_path / "v1.yaml").write_text(
+        "\n".join(f"{name}: {{path: someone/data, converter: {name}}}" for name in rows)
+    )
+    sources = read_sources(["v1.yaml"], str(tmp_path))
+    alpaca, sharegpt, pair = (convert(rows[s.name], s) for s in sources)
+    assert alpaca.images == pair.images == ("1.jpg",)
+    assert sharegpt.tools == '[{"name": "f"}]'

@@ -492,4 +492,10 @@ OTHER_FILES: tuple[OtherFile, ...] = (
         2,
         "DeepSpeed's own configuration, not a run. Name it in the run's file: deepspeed: <this file>",
     ),
+    OtherFile(
+        frozenset(("task", "task_dir", "lang", "n_shot")),
+        2,
+        "a file for LLaMA-Factory's own `eval` (MMLU, C-Eval, CMMLU), which is not here. Export the model and give the folder to "
+        "lm-evaluation-harness: lm_eval --model hf --model_args pretrained=<folder> --tasks mmlu",
+    ),
 )

@@ -40,8 +40,11 @@ DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.01,
     "logging_steps": 1,
     "bf16": True,
+    "media_dir": ".",
 }
-"""What v1 does where its file says nothing, and LLaMA-Factory's usual keys another thing."""
+"""What v1 does where its file says nothing, and LLaMA-Factory's usual keys another thing. It opens
+media from the working folder.
+"""
 LORA = {
     "r": "lora_rank",
     "lora_alpha": "lora_alpha",

@@ -19,7 +19,7 @@ from longfactory.data.sources import DataSource, parsed
 from longfactory.data.template import Message, MessageRole
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-TRAINED = ("weight", "loss", "train")
+TRAINED = ("weight", "loss", "train", "loss_weight")
 # Fields that say which call a result belongs to; results are put into the order of their calls.
 _LINKS = ("id", "type", "index", "tool_call_id", "call_id")
 
@@ -57,6 +57,9 @@ def convert(row: dict[str, Any], source: DataSource, open_end: bool = False) -> 
         "image": _media(row, source.images),
         "video": _media(row, source.videos),
     }
+    if source.ranking and source.messages is None and source.formatting == "openai":
+        row = _apart(row, source)
+        source = dataclasses.replace(source, messages="messages")
     if source.formatting != "alpaca":
         row, columns_of_media = without_media(row, source, columns_of_media)
     conversation = (
@@ -233,9 +236,6 @@ class _Rows:
         self.unread: set[str] = set()
 
     def conversation(self, row: dict[str, Any], open_end: bool) -> Conversation:
-        if self.source.ranking and self.source.messages is None and self.openai:
-            row = _apart(row, self.source)
-            self.source = dataclasses.replace(self.source, messages="messages")
         source = self.source
         if not source.messages or source.messages not in row:
             raise BadRow(_missing(row, source.messages, "messages"))
@@ -312,7 +312,10 @@ class _Rows:
     def _object(self, message: Any) -> dict[str, Any]:
         if not isinstance(message, dict):
             raise BadRow(f"not a message: found a {type(message).__name__}")
-        return message if self.quirks else {k: without_nulls(v) for k, v in message.items()}
+        if self.quirks:
+            return message
+        message = {k: without_nulls(v) for k, v in message.items()}
+        return _without_parts_of_v1(message, self.source.content_tag) if self.openai else message
 
     def _is_system(self, message: dict[str, Any]) -> bool:
         tag = message.get(self.source.role_tag)  # type: ignore[arg-type]
@@ -539,7 +542,48 @@ def _part(part: Any) -> str:
         return _text(part.get("refusal"), "a refusal part")
     if kind not in ("text", "input_text", "output_text"):
         raise BadRow(f"unknown part: a message has a part of the type {kind!r}, expected text")
-    return _text(part.get("text", part.get("value")), "a text part")  # "value": LLaMA-Factory's v1
+    return _text(part.get("text", part.get("value")), "a text part")
+
+
+def _without_parts_of_v1(message: dict[str, Any], content_tag: str | None) -> dict[str, Any]:
+    """The message with its thought and its calls beside its content, and texts by their usual name.
+    LLaMA-Factory's v1 has them as parts of the content: {"type": "reasoning", "value": "..."},
+    {"type": "tool_call", "value": "{...}"}, {"type": "text", "value": "..."}.
+
+    Raises:
+        BadRow: a call is no JSON object with a name and arguments.
+    """
+    content = message.get(content_tag or "")
+    if not isinstance(content, list):
+        return message
+    kept: list[Any] = []
+    thoughts: list[str] = []
+    calls: list[Any] = []
+    for part in content:
+        if not isinstance(part, dict) or "value" not in part:
+            kept.append(part)
+            continue
+        kind, value = part.get("type", "text"), part["value"]
+        if kind == "reasoning":
+            thoughts.append(_text(value, "a reasoning part"))
+        elif kind == "tool_call":
+            call = parsed(value)
+            if not isinstance(call, dict) or not {"name", "arguments"} <= call.keys():
+                raise BadRow(
+                    "a tool call is not JSON: the value of a tool_call part must be an object with"
+                    " name and arguments"
+                )
+            calls.append({"type": "function", "function": call})
+        elif kind == "text" and "text" not in part:
+            kept.append({"type": "text", "text": value})
+        else:
+            kept.append(part)
+    found = {**message, str(content_tag): kept}
+    if thoughts:
+        found["reasoning_content"] = "".join(thoughts)
+    if calls:
+        found["tool_calls"] = [*(parsed(message.get("tool_calls")) or ()), *calls]
+    return found
 
 
 def _thought(message: dict[str, Any]) -> str:

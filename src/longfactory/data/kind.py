@@ -98,8 +98,8 @@ class Kind(abc.ABC):
                 else "cannot use pairs (ranking: true)"
             )
             raise DataError(
-                f"Stage {stage} {need}; data set {source.name!r} says otherwise in"
-                " dataset_info.json."
+                f"Stage {stage} {need}; the entry of data set {source.name!r} says otherwise."
+                + ("" if self.ranking else " Pairs are for stage: dpo and stage: rm.")
             )
 
     def options(

@@ -167,10 +167,14 @@ def detect(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
                 [m for row in rows for m in _listed(row.get(column)) if isinstance(m, dict)],
             )
             return None if entry is None else _with_answers(entry, seen, (dict, list))
-    ends = [parsed(seen.get(c)) for c in ("chosen", "rejected")]
-    if all(isinstance(p, list) and p and isinstance(p[0], dict) and "role" in p[0] for p in ends):
+    for suffix in ("", "_messages"):  # the second: as LLaMA-Factory's v1 names them
+        columns = {c: c + suffix for c in ("chosen", "rejected")}
+        ends = [parsed(seen.get(c)) for c in columns.values()]
+        if not all(
+            isinstance(p, list) and p and isinstance(p[0], dict) and "role" in p[0] for p in ends
+        ):
+            continue
         # whole conversations, which begin with the same messages
-        columns = {"chosen": "chosen", "rejected": "rejected"}
         columns |= {c: c for c in ("system", "tools") if c in seen}
         return {
             "formatting": "openai",
@@ -361,13 +365,22 @@ def read_sources(
     return sources
 
 
+_MEDIA = {"images": "images", "videos": "videos", "audios": "audios"}
 _CONVERTERS: dict[str, dict[str, Any]] = {
-    "alpaca": {},
-    "sharegpt": {"formatting": "sharegpt"},
+    "alpaca": {
+        "columns": {
+            **{"prompt": "instruction", "query": "input", "response": "output"},
+            **{"system": "system", **_MEDIA},
+        }
+    },
+    "sharegpt": {
+        "formatting": "sharegpt",
+        "columns": {"messages": "conversations", "tools": "tools", **_MEDIA},
+    },
     "pair": {
         "formatting": "openai",
         "ranking": True,
-        "columns": {"chosen": "chosen", "rejected": "rejected", "tools": "tools"},
+        "columns": {"chosen": "chosen", "rejected": "rejected", "tools": "tools", **_MEDIA},
     },
 }
 """Of LLaMA-Factory's v1, the forms of rows -> the entry of dataset_info.json that says the same."""
@@ -634,6 +647,8 @@ def _warn_unset(source: DataSource, entry: dict[str, Any], warn: Any) -> None:
                 f"Data set {source.name!r}: columns names no response, so its rows have no answer"
                 " (right for pre-training only)."
             )
+        if source.formatting == "openai" and source.ranking and source.chosen and source.rejected:
+            need = []  # pairs of whole conversations
         for key in need:
             if getattr(source, key) is None:
                 warn(

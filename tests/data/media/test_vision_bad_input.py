@@ -112,6 +112,19 @@ def test_vision_bad_images_are_counted_with_file_and_row(
         assert "Traceback" not in reason
 
 
+def test_vision_a_path_from_the_working_folder_is_told(
+    tmp_path: Path, write_data: Any, media: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LLaMA-Factory takes what media_dir lacks from there."""
+    (media / "data").mkdir()
+    (media / "data" / "here.png").write_bytes((media / "good.png").read_bytes())
+    monkeypatch.chdir(media)
+    rows = [row(images=["data/here.png"]), row("?", images=[])]
+    data, _ = load(tmp_path, write_data, media / "data", SHAREGPT, rows)
+    reason = data.report.bad_rows["d"]["places"][0][1]
+    assert reason.endswith("; the working folder has it: set media_dir: .")
+
+
 def test_vision_unusual_images_are_used(tmp_path: Path, write_data: Any, media: Path) -> None:
     names = ["cmyk.jpg", "deep.png", "wide.png", "moves.gif"]
     data, processing = load(

@@ -19,7 +19,8 @@ _TYPES = {
     "input_video": "video",
 }
 _AUDIO = ("audio", "audio_url", "input_audio")
-_FIELDS = ("image", "video", "image_url", "video_url", "url", "path", "bytes", "file")
+_FIELDS = ("image", "video", "image_url", "video_url", "url", "path", "bytes", "file", "value")
+"""Where a part holds its media; "value" is the name of LLaMA-Factory's v1."""
 
 
 def without_media(
@@ -81,7 +82,7 @@ def _message(
         if isinstance(part, dict) and part.get("type") in _AUDIO:
             raise BadRow("audio: a message has a part with audio, which is not supported")
         if kind is None:
-            text = part if isinstance(part, str) else part.get("text")
+            text = part if isinstance(part, str) else part.get("text", part.get("value"))
             _take_placeholders(text if isinstance(text, str) else "", left, found)
             changed.append(part)
             continue

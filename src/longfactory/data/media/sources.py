@@ -85,9 +85,11 @@ def _of_path(path: str, processing: Processing) -> MediaReference:
         real = os.path.realpath(full, strict=True)
         size = os.stat(real).st_size
     except OSError as error:
+        # LLaMA-Factory would take it from there
+        elsewhere = "; the working folder has it: set media_dir: ." if os.path.exists(path) else ""
         raise BadRow(
             f"missing media: {path} cannot be opened in media_dir ({processing.media_dir}):"
-            f" {error.strerror or error}"
+            f" {error.strerror or error}{elsewhere}"
         ) from None
     if OUTSIDE not in processing.allow and not Path(real).is_relative_to(folder):
         link = "" if os.path.normpath(full) == real else f", which leads to {real}"
