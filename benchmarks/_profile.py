@@ -26,6 +26,7 @@ PARTS: tuple[tuple[str, str, str], ...] = (
     # (part, what the host's operations are called, what the kernel is called)
     ("images: tower", r"images: tower", r""),
     ("images: exchange", r"images: exchange", r""),
+    ("copies and casts", r"FSDP::.*aten::_foreach_copy_", r""),  # for messages
     ("optimizer", r"Optimizer\.step|adamw|clip_grad|_foreach_|aten::linalg_vector_norm", r""),
     ("optimizer", r"", r"^_update$"),  # of split masters: a kernel without an operation of the host
     ("messages", r"", r"nccl"),

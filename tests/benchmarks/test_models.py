@@ -331,9 +331,12 @@ def test_gpu_time_of_a_step_by_parts(tmp_path: Path) -> None:
         host("aten::_grouped_mm", 120, 30, 2),
         {**event("user_annotation", "Optimizer.step#SplitAdamW.step", 300, 200), "tid": 1},
         host("aten::copy_", 310, 20, 3),
+        host("FSDP::pre_forward (model.layers.0)", 700, 90),
+        host("aten::_foreach_copy_", 710, 20, 4),
         event("kernel", "cudnn_generated_fort_native_sdpa", 1000, 2000, 1),
         event("kernel", "cutlass_device_kernel", 2500, 1000, 2),
         event("gpu_memcpy", "Memcpy DtoD", 4000, 500, 3),
+        event("kernel", "multi_tensor_apply_kernel", 4500, 300, 4),
         event("cuda_runtime", "cudaStreamSynchronize", 600, 10),
         event("cuda_runtime", "cudaMemcpyAsync", 620, 150),
         event("cuda_runtime", "cudaMemcpyAsync", 800, 250),
@@ -342,13 +345,14 @@ def test_gpu_time_of_a_step_by_parts(tmp_path: Path) -> None:
     trace.write_text(json.dumps({"traceEvents": events}))
     text = _profile.table(trace)
     assert text.startswith(
-        "GPU busy 3.0 ms of 3.5 ms (the host's step 5.0 ms), 3 kernels and copies;"
+        "GPU busy 3.3 ms of 3.8 ms (the host's step 5.0 ms), 4 kernels and copies;"
         " 2 cudaMemcpyAsync, 1 cudaStreamSynchronize\n"
         "The host in calls of CUDA, ms: cudaMemcpyAsync 0.4, cudaStreamSynchronize 0.0\n"
     )
     assert "| attention | 2.0 | 0.0 | 0.0 |" in text
     assert "| experts: products | 0.0 | 1.0 | 0.0 |" in text
     assert "| optimizer | 0.0 | 0.0 | 0.5 |" in text
+    assert "| copies and casts | 0.3 | 0.0 | 0.0 |" in text
     assert "| experts: products | GroupedMmBackward0 | aten::_grouped_mm |" in text
 
 
