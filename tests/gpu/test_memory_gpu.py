@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -303,6 +303,28 @@ def test_bytes_a_token_of_the_7b_layer(settings, most):
     slope = (peaks[3] - peaks[2]) / 32768 - waiting
     print(f"working set {slope:.0f} bytes a token; pool {store.pool.locked_bytes / GiB:.1f} GiB")
     assert slope <= most
+
+
+def test_adamw_in_one_call_is_that_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every bit, of a parameter of three blocks and a rest."""
+    from longfactory.memory import optimizer
+
+    def in_blocks(block: Any) -> Iterator[Any]:
+        for a in range(0, block.weight.numel(), optimizer.BLOCK):
+            part = block.cut(a, a + optimizer.BLOCK)
+            yield optimizer.HostJob((part.weight, part.grad), part.update_at, 1)
+
+    n, found = 3 * optimizer.BLOCK + 5, []
+    for jobs in (optimizer._update_jobs, in_blocks):
+        monkeypatch.setattr(optimizer, "_update_jobs", jobs)
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(n, device="cuda").bfloat16())
+        adamw = optimizer.SplitAdamW([p], lr=1e-3, weight_decay=0.1, placement="gpu")
+        for _ in range(2):
+            p.grad = torch.randn(n, device="cuda").bfloat16()
+            adamw.step()
+        found.append((p.detach(), adamw.state[p]["low"], adamw.state[p]["exp_avg_sq"]))
+    assert all(map(torch.equal, *found))
 
 
 def test_adamw_of_split_masters_in_one_pass() -> None:

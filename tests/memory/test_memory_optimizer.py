@@ -159,6 +159,22 @@ def test_streaming_blocks_of_gpu_parameters(monkeypatch):
     assert torch.equal(*results)
 
 
+def test_a_kernel_of_one_pass_is_called_once_for_each_parameter(monkeypatch):
+    """Whatever its length; where there is no such kernel, for each block."""
+    monkeypatch.setattr(optimizer, "BLOCK", 100)
+    updated = []
+    monkeypatch.setattr(Block, "update", lambda self: updated.append(len(self.weight)))
+    params = [nn.Parameter(torch.ones(n).bfloat16()) for n in (370, 0, 100)]
+    for one_pass, lengths in ((True, [370, 100]), (False, [100, 100, 100, 70, 100])):
+        monkeypatch.setattr(Block, "is_one_pass", lambda self, found=one_pass: found)
+        opt = SplitAdamW(params, lr=1e-2)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        opt.step()
+        assert updated == lengths
+        updated.clear()
+
+
 def micro_gradients(shape, number, parts):
     g = torch.Generator().manual_seed(number)
     return [torch.randn(shape, generator=g).bfloat16() for _ in range(parts)]

@@ -444,9 +444,14 @@ def _norm(t: Tensor) -> Tensor:
 
 
 def _update_jobs(block: Block) -> Iterator[HostJob]:
-    """One AdamW step, a job for each `BLOCK` numbers."""
-    for a in range(0, block.weight.numel(), BLOCK):
-        part = block.cut(a, a + BLOCK)
+    """One AdamW step, a job for each `BLOCK` numbers; one job where a kernel makes it in one pass.
+    The kernel needs no block's scratch, and each call keeps the host some 0.05 ms from the next
+    step.
+    """
+    numbers = block.weight.numel()
+    size = numbers if numbers and block.is_one_pass() else BLOCK
+    for a in range(0, numbers, size):
+        part = block.cut(a, a + size)
         if part.away:
             yield HostJob((part.weight,), functools.partial(part.update_at, grad=part.grad), 1)
         else:

@@ -108,7 +108,7 @@ class Block:
                 f"SplitAdamW: states are on {self.m.device}, the parameter is on"
                 f" {self.weight.device}."
             )
-        if self.low is not None and self.weight.is_cuda and _one_pass(self.weight.device):
+        if self.is_one_pass():
             self.update_in_one_pass()
             return
         n = self.weight.numel()
@@ -129,6 +129,11 @@ class Block:
             _adamw(master, grad, part)
             if part.low is not None:
                 split_into(part.weight, part.low, master, spare[:here])
+
+    def is_one_pass(self) -> bool:
+        """Whether the kernel makes the update: of any length, without scratch."""
+        at = self.weight.device
+        return self.low is not None and at.type == "cuda" and self.m.device == at and _one_pass(at)
 
     def update_in_one_pass(self) -> None:
         """`update` of a split master, by the kernel."""
