@@ -261,6 +261,16 @@ def test_vision_no_rank_holds_the_whole_row_or_all_features() -> None:
     assert most >= tokens > features
 
 
+@pytest.mark.parametrize("placeholders", [5, 7])
+def test_vision_more_or_fewer_features_than_placeholders(placeholders: int) -> None:
+    """Those of the next image would stand in the wrong places."""
+    document = tiny.document("qwen2_5_vl", [3, (2, 3), 9])
+    ((start, _),) = document.places[0]
+    document.places[0] = [(start, start + placeholders)]
+    with pytest.raises(ValueError, match=f"gave 6 features for {placeholders} placeholders"):
+        sharded("qwen2_5_vl", [document], 1, "zigzag-ring", torch.float64)
+
+
 def test_vision_text_alone_in_a_row_that_trains_the_tower() -> None:
     for found in run_ranks(2, text_alone):
         assert found == []

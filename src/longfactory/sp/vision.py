@@ -430,6 +430,12 @@ def _features(model: PreTrainedModel, media: Media, embeddings: Tensor) -> Tenso
             with torch.no_grad():
                 features = run(batch, embeddings.device)
         out.append(features)
+    found = sum(len(x) for x in out[: len(media.batches)])
+    if found != media.route.rows:
+        raise ValueError(
+            f"The tower gave {found} features for {media.route.rows} placeholders: the processor"
+            " belongs to another model."
+        )
     return torch.cat(out)
 
 

@@ -14,6 +14,7 @@ import tiny_media
 from data_arguments import make_args
 from longfactory.data.media import images
 from longfactory.data.media.load import load_unit
+from longfactory.data.media.process import make_processing
 from longfactory.data.module import load_datasets
 from longfactory.data.templates import get_template
 from longfactory.errors import DataError
@@ -252,3 +253,29 @@ def test_vision_bad_videos_are_counted(tmp_path: Path, write_data: Any, media: P
     reasons = [reason for _, reason in data.report.bad_rows["d"]["places"]]
     for reason, (_, expected) in zip(reasons, bad, strict=True):
         assert reason.startswith(expected), (reason, expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "message"),
+    [
+        ("qwen2_vl", {"patch_size": 16}, "patch_size 14, and the model 16"),
+        ("qwen3_vl", {"spatial_merge_size": 4}, "spatial_merge_size 2, and the model 4"),
+        ("glm4v", {"patch_size": 16}, "patch_size 14, and the model 16"),
+        ("gemma3", {"image_size": 112}, r"the size \(56, 56\), and the model \(112, 112\)"),
+        ("llava_onevision", {"image_size": [28, 56]}, r"and the model \(28, 56\)"),
+        ("intern_vl", {"patch_size": 28}, "tokens for a tile: 4, and the model 1"),
+    ],
+)
+def test_vision_a_processor_of_another_model_is_refused(
+    tmp_path: Path, family: str, model: dict[str, Any], message: str
+) -> None:
+    """Before anything is tokenised: the tower would end the run in its own words, or find another
+    number of features than placeholders.
+    """
+    folder = tiny_media.folder(tmp_path / "model", family)
+    args, tokens = make_args(template=None), tiny_media.tokenizer(family)
+    config = tiny_media.config(family) | {"downsample_ratio": 0.5}
+    assert make_processing(str(folder), config, args, tokens) is not None
+    config["vision_config"] = config["vision_config"] | model
+    with pytest.raises(DataError, match=message):
+        make_processing(str(folder), config, args, tokens)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from longfactory.data.errors import BadRow
 from longfactory.data.media.images import Size, steps_to_size
+from longfactory.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +108,16 @@ class Family(abc.ABC):
     def __init__(self, processor: Any, facts: Facts, keys: MediaKeys):
         self.processor, self.facts, self.keys = processor, facts, keys
 
+    def check(self, config: dict[str, Any]) -> None:
+        """Compares the processor with the model that is to see its images.
+
+        Args:
+            config: of config.json, whole.
+        Raises:
+            DataError: the processor's files belong to another model.
+        """
+        del config
+
     # -- tokens ------------------------------------------------------------------------------------
 
     @property
@@ -173,6 +184,14 @@ class Family(abc.ABC):
 
     def _plain_image(self, image: Image.Image, **options: Any) -> dict[str, Any]:
         return dict(self.processor(images=[image], return_tensors="pt", **options))
+
+
+def disagree(what: str, processor: Any, model: Any) -> DataError:
+    """The error for a size that the processor and the model must agree on."""
+    return DataError(
+        f"The model's image processor has {what} {processor}, and the model {model}. Copy the"
+        " processor's files that belong to the model."
+    )
 
 
 def normal(frame: Image.Image, size: Size, settings: dict[str, Any]) -> Tensor:

@@ -12,7 +12,15 @@ from PIL import Image
 from torch import Tensor
 
 from longfactory.data.errors import BadRow
-from longfactory.data.media.family import Facts, Family, Frames, Measured, MediaKeys, normal
+from longfactory.data.media.family import (
+    Facts,
+    Family,
+    Frames,
+    Measured,
+    MediaKeys,
+    disagree,
+    normal,
+)
 from longfactory.data.media.images import Size, in_threads
 from longfactory.errors import DataError
 
@@ -59,6 +67,17 @@ class GridFamily(Family):
         self.video_patch, self.video_merge = int(found["patch_size"]), int(found["merge_size"])
         self.video_size = (int(size["shortest_edge"]), int(size["longest_edge"]))
         self.video_settings = found
+
+    def check(self, config: dict[str, Any]) -> None:
+        vision = config.get("vision_config") or {}
+        found = {"patch_size": [self.patch], "spatial_merge_size": [self.merge]}
+        if self.facts.video:
+            found["patch_size"].append(self.video_patch)
+            found["spatial_merge_size"].append(self.video_merge)
+        for name, sizes in found.items():
+            for size in sizes:
+                if vision.get(name) not in (None, size):
+                    raise disagree(name, size, vision[name])
 
     @property
     def image_token(self) -> str:

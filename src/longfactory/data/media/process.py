@@ -120,6 +120,7 @@ def make_processing(
         },
     )
     family = FAMILIES[name](processor, facts, media_keys(args))
+    family.check(config)
     image = _token_id(tokenizer, family.image_token)
     video = _token_id(tokenizer, family.video_token) if family.videos else image
     return Processing(family, media_dir(args), frozenset(option(args, "media_allow")), image, video)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from longfactory.data.media.family import Facts, Family, Frames, Measured, normal
+from longfactory.data.media.family import Facts, Family, Frames, Measured, disagree, normal
 from longfactory.data.media.images import Size
 from longfactory.errors import DataError
 
@@ -20,6 +20,14 @@ class TileFamily(Family):
     """Families whose tower takes images of one size: an image is one of them, or is cut into
     several.
     """
+
+    def check(self, config: dict[str, Any]) -> None:
+        found = (config.get("vision_config") or {}).get("image_size")
+        if found is None:
+            return
+        sides = tuple(found) if isinstance(found, (list, tuple)) else (found, found)
+        if sides != _sides(self.processor):
+            raise disagree("the size", _sides(self.processor), sides)
 
     def tile(self) -> tuple[int, int]:
         """(patches down, patches across) of a tile."""
@@ -130,6 +138,13 @@ class InternVL(TileFamily):
         return _agreed(
             self.facts, "image_seq_length", self.facts.config.get("image_seq_length"), 256
         )
+
+    def check(self, config: dict[str, Any]) -> None:
+        """Its tower takes any size; the tokens of a tile follow from it."""
+        ratio = config.get("downsample_ratio")
+        made = None if ratio is None else round(math.prod(self.tile()) * float(ratio) ** 2)
+        if made not in (None, self.length):
+            raise disagree("tokens for a tile:", self.length, made)
 
     def options(self) -> dict[str, Any]:
         if not self.keys.crop_to_patches:
