@@ -334,6 +334,8 @@ def run_tune(a: argparse.Namespace, clock: float) -> list[dict[str, Any]]:
     """Each kernel of some recurrences with other settings, the others unchanged."""
     from longfactory.sp.recurrent import chunk_kernels
 
+    # What does not fit is said, and nothing else takes its place.
+    chunk_kernels.SMALLER.update(dict.fromkeys(chunk_kernels.SMALLER, ()))
     rows: list[dict[str, Any]] = []
     names = [name for name in SHAPES if not a.only or any(part in name for part in a.only)]
     for words, name in itertools.product(a.variants, names):

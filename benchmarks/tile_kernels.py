@@ -86,7 +86,7 @@ def measure(case: Case, length: int, smoke: bool, until: float) -> None:
     }
     size = 2 * pairs(length, case.window) * case.heads * case.dim
     for kernel, call in calls.items():
-        own = kernels.SETTINGS[kernel][case.dim]
+        own, smaller = kernels.SETTINGS[kernel][case.dim], kernels.SMALLER[kernel]
         for tried in TRIED[case.dim][kernel]:
             blocks = kernels.Blocks(*tried)
             if time.monotonic() > until:
@@ -94,7 +94,8 @@ def measure(case: Case, length: int, smoke: bool, until: float) -> None:
                     f"| {case.name} | {kernel} | {blocks} | not started: time is up |", flush=True
                 )
                 continue
-            kernels.SETTINGS[kernel][case.dim] = blocks
+            # no others where these do not fit
+            kernels.SETTINGS[kernel][case.dim] = kernels.SMALLER[kernel] = blocks
             try:
                 least = min(_seconds(call, smoke) for _ in range(2 if smoke else 6))
                 found = f"{1000 * least:.2f} | {PRODUCTS[kernel] * size / least / 1e12:.0f}"
@@ -103,7 +104,7 @@ def measure(case: Case, length: int, smoke: bool, until: float) -> None:
             mark = " *" if blocks == own else ""
             shown = ", ".join(map(str, tried))
             print(f"| {case.name} | {kernel} | {shown}{mark} | {found} |", flush=True)
-        kernels.SETTINGS[kernel][case.dim] = own
+        kernels.SETTINGS[kernel][case.dim], kernels.SMALLER[kernel] = own, smaller
 
 
 def _seconds(call: Any, smoke: bool) -> float:

@@ -4,12 +4,15 @@ them, memory for their results.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
+from ..shared_memory import run_what_fits
 from ..tiles import Tile
 from . import tile_kernels
 
@@ -29,6 +32,15 @@ SETTINGS: dict[str, dict[int, Blocks]] = {
     "queries": {64: Blocks(64, 64, 4, 2), 128: Blocks(128, 64, 8, 2), 256: Blocks(128, 32, 8, 2)},
 }
 """By the larger head dim, up to the next of these."""
+
+SMALLER: dict[str, Blocks] = {
+    "forward": Blocks(64, 32, 4, 2),
+    "keys": Blocks(32, 32, 4, 2),
+    "queries": Blocks(64, 32, 4, 1),
+}
+"""For GPUs whose shared memory is too small for `SETTINGS`: at most 96 KB for head dims up to 256,
+by what Triton 3.6 makes for sm_89 and sm_120 (tests/sp/test_shared_memory.py). Not timed.
+"""
 
 
 class _Mask(NamedTuple):
@@ -74,13 +86,22 @@ def _shape(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
     }
 
 
-def _blocks(kernel: str, shape: dict[str, int]) -> Blocks:
+def _launch(
+    kernel: str, q: Tensor, shape: dict[str, int], mask: _Mask, run: Callable[..., object]
+) -> None:
+    """Runs with the blocks that the GPU has room for, and with the options of the launch."""
     widest = max(shape["D"], shape["E"])
-    return next(blocks for dim, blocks in SETTINGS[kernel].items() if widest <= dim)
+    own = next(blocks for dim, blocks in SETTINGS[kernel].items() if widest <= dim)
 
+    def launch(blocks: Blocks) -> None:
+        sizes = {"M": blocks.m, "N": blocks.n}
+        options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+        run(blocks, **shape, **mask.flags, **sizes, **options)
 
-def _launch(blocks: Blocks, **sizes: int) -> dict[str, int]:
-    return {**sizes, "num_warps": blocks.warps, "num_stages": blocks.stages}
+    compiled_for = (q.device, q.dtype, *shape.values(), *mask.flags.values())
+    run_what_fits(
+        (f"attention's {kernel}", *compiled_for), (own, SMALLER[kernel]), launch, OutOfResources
+    )
 
 
 def _contiguous_head(x: Tensor) -> Tensor:
@@ -102,12 +123,14 @@ def forward(
     out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
     shape, mask = _shape(q, k, v), _mask(tile, q, softcap)
-    blocks = _blocks("forward", shape)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], lse.stride(0))
-    grid = (triton.cdiv(q.shape[0], blocks.m), q.shape[1])
     lengths = (q.shape[0], k.shape[0], mask.reach, *_factors(scale, softcap))
-    options: dict[str, Any] = {**shape, **mask.flags, **_launch(blocks, M=blocks.m, N=blocks.n)}
-    tile_kernels._forward[grid](q, k, v, out, lse, mask.begins, *lengths, *strides, **options)
+
+    def run(blocks: Blocks, **options: Any) -> None:
+        grid = (triton.cdiv(q.shape[0], blocks.m), q.shape[1])
+        tile_kernels._forward[grid](q, k, v, out, lse, mask.begins, *lengths, *strides, **options)
+
+    _launch("forward", q, shape, mask, run)
     return out, lse
 
 
@@ -160,39 +183,41 @@ class Backward:
 
     def keys(self) -> tuple[Tensor, Tensor]:
         """dk and dv."""
-        _, k, v, *_ = self.given
+        q, k, v, *_ = self.given
         dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-        blocks = _blocks("keys", self.shape)
-        tile_kernels._keys_backward[(triton.cdiv(k.shape[0], blocks.n), k.shape[1])](
-            *self.given,
-            dk,
-            dv,
-            self.mask.begins,
-            self.mask.ends,
-            *self.lengths,
-            *self.strides,
-            *dk.stride()[:2],
-            *dv.stride()[:2],
-            **self._options(blocks),
-        )
+
+        def run(blocks: Blocks, **options: Any) -> None:
+            tile_kernels._keys_backward[(triton.cdiv(k.shape[0], blocks.n), k.shape[1])](
+                *self.given,
+                dk,
+                dv,
+                self.mask.begins,
+                self.mask.ends,
+                *self.lengths,
+                *self.strides,
+                *dk.stride()[:2],
+                *dv.stride()[:2],
+                **options,
+            )
+
+        _launch("keys", q, self.shape, self.mask, run)
         return dk, dv
 
     def queries(self) -> Tensor:
         """dq."""
         q = self.given[0]
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        blocks = _blocks("queries", self.shape)
-        tile_kernels._queries_backward[(triton.cdiv(q.shape[0], blocks.m), q.shape[1])](
-            *self.given,
-            dq,
-            self.mask.begins,
-            *self.lengths,
-            *self.strides,
-            *dq.stride()[:2],
-            **self._options(blocks),
-        )
-        return dq
 
-    def _options(self, blocks: Blocks) -> dict[str, Any]:
-        launch = _launch(blocks, M=blocks.m, N=blocks.n)
-        return {**self.shape, **self.mask.flags, **launch}
+        def run(blocks: Blocks, **options: Any) -> None:
+            tile_kernels._queries_backward[(triton.cdiv(q.shape[0], blocks.m), q.shape[1])](
+                *self.given,
+                dq,
+                self.mask.begins,
+                *self.lengths,
+                *self.strides,
+                *dq.stride()[:2],
+                **options,
+            )
+
+        _launch("queries", q, self.shape, self.mask, run)
+        return dq

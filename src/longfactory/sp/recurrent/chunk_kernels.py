@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from longfactory.sp.shared_memory import run_what_fits
 
 from . import backward_kernels, channel_kernels, forward_kernels
 from .fragments import Chunks
@@ -40,6 +44,16 @@ SETTINGS: dict[str, tuple[int, int, int]] = {
 it takes at once: the fastest of those that `benchmarks/recurrent.py tune` tried on a H200. With two
 stages `reverse` would load a chunk ahead, as `scan` does (not timed; 121 KB of shared memory in
 place of 56, so that a multiprocessor has one program, not two).
+"""
+
+SMALLER: dict[str, tuple[tuple[int, int, int], ...]] = {
+    "scan": ((8, 1, 32), (8, 1, 16)),
+    "outputs": ((4, 1, 16),),
+    "output_gradients": ((4, 1, 16),),
+    "reverse": ((4, 1, 16),),
+}
+"""The same for GPUs whose shared memory is too small for `SETTINGS`, from the fastest on. Of the
+other kernels those of every head fit in 99 KB (tests/sp/test_shared_memory.py compiles them).
 """
 
 
@@ -145,17 +159,32 @@ class Job:
         return self.heads, self.heads // self.k.shape[1], self.key_dim, self.value_dim
 
     def _settings(self, kernel: str) -> dict[str, Any]:
-        warps, stages, columns = SETTINGS[kernel]
-        if kernel == "scan" and self.precision == "tf32x3" and self.key_dim > 128:
-            stages = 1  # two chunks would not fit in the shared memory
+        return self._options(SETTINGS[kernel], self.precision)
+
+    def _options(self, settings: tuple[int, int, int], precision: str) -> dict[str, Any]:
+        warps, stages, columns = settings
         return {
             "C": self.chunks.size,
             "BK": max(16, triton.next_power_of_2(self.key_dim)),
             "BV": min(max(16, triton.next_power_of_2(self.value_dim)), columns),
-            "PRECISION": self.precision,
+            "PRECISION": precision,
             "num_warps": warps,
             "num_stages": stages,
         }
+
+    def _fitting(self, kernel: str, launch: Callable[[dict[str, Any]], None]) -> None:
+        """Launches with the fastest settings that the GPU has room for. Three products of TF32
+        hold their factors twice: in float32 the last choice is without tensor cores.
+        """
+        every = (SETTINGS[kernel], *SMALLER[kernel])
+        if kernel == "scan" and self.precision == "tf32x3" and self.key_dim > 128:
+            every = every[1:]  # two chunks of a delta rule would fit in no GPU's shared memory
+        choices = [(settings, self.precision) for settings in every]
+        if self.precision == "tf32x3":
+            choices.append((every[-1], "ieee"))
+        compiled_for = (self.v.device, self.v.dtype, self.key_dim, self.value_dim)
+        call = (f"chunk_{kernel}", *compiled_for, self.delta, self.channels)
+        run_what_fits(call, choices, lambda chosen: launch(self._options(*chosen)), OutOfResources)
 
     def _columns(self, kernel: str) -> dict[str, int]:
         """Of kernels that take some columns of keys at once."""
@@ -186,15 +215,18 @@ class Job:
         states = self._new(n, h, self.key_dim, wide) if keep else start
         written = self._new(n, h, c, wide) if keep and self.delta else start
         ends = torch.empty_like(start)
-        settings = self._settings("scan")
-        forward_kernels.chunk_scan[(len(start), h, triton.cdiv(wide, settings["BV"]))](
-            self.k, self.v, self.beta, *self._chunk_rows, self.sums, self.w, self.u, start, states,
-            written, ends, self.chunks.step_starts,
-            self.chunks.step_counts if counts is None else counts,
-            *self.k.stride()[:2], *self.v.stride()[:2], self.beta.stride(0),
-            *self._sizes[:3], wide, **settings, DELTA=self.delta,
-            CHANNELS=self.channels, KEEP=keep, VALUES=values,
-        )  # fmt: skip
+
+        def launch(options: dict[str, Any]) -> None:
+            forward_kernels.chunk_scan[(len(start), h, triton.cdiv(wide, options["BV"]))](
+                self.k, self.v, self.beta, *self._chunk_rows, self.sums, self.w, self.u, start,
+                states, written, ends, self.chunks.step_starts,
+                self.chunks.step_counts if counts is None else counts,
+                *self.k.stride()[:2], *self.v.stride()[:2], self.beta.stride(0),
+                *self._sizes[:3], wide, **options, DELTA=self.delta,
+                CHANNELS=self.channels, KEEP=keep, VALUES=values,
+            )  # fmt: skip
+
+        self._fitting("scan", launch)
         return states, written, ends
 
     def outputs(
@@ -205,24 +237,31 @@ class Job:
         Args:
             skip: [h], times which values are added.
         """
-        forward_kernels.chunk_outputs[(self.chunks.count, self.heads)](
-            self.q, self.k, self.v, self.beta, *self._chunk_rows, self.sums, self.p, states,
-            written, self.beta if skip is None else skip, out, *self.k.stride()[:2],
-            *self.v.stride()[:2], self.beta.stride(0), *out.stride()[:2], *self._sizes,
-            **self._settings("outputs"), DELTA=self.delta, CHANNELS=self.channels,
-            SKIP=skip is not None,
-        )  # fmt: skip
+
+        def launch(options: dict[str, Any]) -> None:
+            forward_kernels.chunk_outputs[(self.chunks.count, self.heads)](
+                self.q, self.k, self.v, self.beta, *self._chunk_rows, self.sums, self.p, states,
+                written, self.beta if skip is None else skip, out, *self.k.stride()[:2],
+                *self.v.stride()[:2], self.beta.stride(0), *out.stride()[:2], *self._sizes,
+                **options, DELTA=self.delta, CHANNELS=self.channels, SKIP=skip is not None,
+            )  # fmt: skip
+
+        self._fitting("outputs", launch)
 
     def output_gradients(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Of the states before the chunks and of what is written, by the outputs alone."""
         n, h, c = self.chunks.count, self.heads, self.chunks.size
         d_states = self._new(n, h, self.key_dim, self.value_dim)
         d_written = self._new(n, h, c, self.value_dim)
-        backward_kernels.chunk_output_gradients[(n, h)](
-            self.q, self.k, grad, *self._chunk_rows, self.sums, self.p, d_states, d_written,
-            *self.k.stride()[:2], *grad.stride()[:2],
-            *self._sizes, **self._settings("output_gradients"), CHANNELS=self.channels,
-        )  # fmt: skip
+
+        def launch(options: dict[str, Any]) -> None:
+            backward_kernels.chunk_output_gradients[(n, h)](
+                self.q, self.k, grad, *self._chunk_rows, self.sums, self.p, d_states, d_written,
+                *self.k.stride()[:2], *grad.stride()[:2], *self._sizes, **options,
+                CHANNELS=self.channels,
+            )  # fmt: skip
+
+        self._fitting("output_gradients", launch)
         return d_states, d_written
 
     def reverse(
@@ -237,14 +276,17 @@ class Job:
             after = torch.empty_like(d_states)
             # Of deltas what the tokens write without the state is not read any more.
             d_values = self.u if self.delta else torch.empty_like(d_written)
-        settings = self._settings("reverse")
-        columns = triton.cdiv(self.value_dim, settings["BV"])
-        backward_kernels.chunk_reverse[(len(d_ends), self.heads, columns)](
-            self.k, *self._chunk_rows, self.sums, self.w, d_states, d_written, d_ends, d_start,
-            after, d_values, self.chunks.step_starts, self.chunks.step_counts,
-            *self.k.stride()[:2], *self._sizes, **settings, DELTA=self.delta,
-            CHANNELS=self.channels, KEEP=keep,
-        )  # fmt: skip
+
+        def launch(options: dict[str, Any]) -> None:
+            columns = triton.cdiv(self.value_dim, options["BV"])
+            backward_kernels.chunk_reverse[(len(d_ends), self.heads, columns)](
+                self.k, *self._chunk_rows, self.sums, self.w, d_states, d_written, d_ends, d_start,
+                after, d_values, self.chunks.step_starts, self.chunks.step_counts,
+                *self.k.stride()[:2], *self._sizes, **options, DELTA=self.delta,
+                CHANNELS=self.channels, KEEP=keep,
+            )  # fmt: skip
+
+        self._fitting("reverse", launch)
         return after, d_values, d_start
 
     def input_gradients(
