@@ -4,14 +4,10 @@ the clock of an allocator.
 
 from __future__ import annotations
 
-import weakref
-from typing import Any
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from helpers.live_tensors import Peak
 from longfactory import sp
 from longfactory.data.row import IGNORE, Row, TokenizedDocument, make_row
 from longfactory.model.outputs import TokenOutputs
@@ -27,38 +23,6 @@ from longfactory.train.reference import as_reference
 pytestmark = pytest.mark.processes
 
 CHUNK = 8
-
-
-class Peak(TorchDispatchMode):
-    """The largest number of bytes of tensors that were made inside and alive at one time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        known = {
-            t.untyped_storage()._cdata
-            for t in tree_leaves((args, kwargs))
-            if isinstance(t, torch.Tensor)
-        }
-        for t in tree_leaves(out):
-            if not isinstance(t, torch.Tensor):
-                continue
-            storage = t.untyped_storage()
-            if storage._cdata in known or storage._cdata in self.seen:
-                continue
-            self.seen.add(storage._cdata)
-            self.live += storage.nbytes()
-            weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.live)
-        return out
-
-    def free(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.live -= size
 
 
 def a_row(kind: str, length: int) -> Row:

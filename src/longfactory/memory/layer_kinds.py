@@ -315,7 +315,10 @@ def recurrent_workspace(mixer: Mixer) -> float:
     """Bytes of one token in the chunks of a recurrence, all heads at once, by the kernels."""
     if mixer.kind is None:
         return 0.0
-    one = head_bytes(mixer.kind, mixer.key_dim, mixer.value_dim, mixer.per_channel, kernels=True)
+    share = max(1, mixer.heads // mixer.key_heads)
+    one = head_bytes(
+        mixer.kind, mixer.key_dim, mixer.value_dim, mixer.per_channel, share, kernels=True
+    )
     return mixer.heads * one
 
 

@@ -52,29 +52,34 @@ def head_bytes(
     key_dim: int,
     value_dim: int,
     per_channel: bool,
+    share: int,
     kernels: bool,
     backward: bool = True,
 ) -> float:
     """That a pass takes of a token and a head while it computes them.
 
     Args:
+        share: heads that one of the keys has.
         kernels: whether Triton computes it, which stores no more than it must.
     """
     states = key_dim * value_dim / CHUNK
     if not kernels:
         numbers = 14 * key_dim + 10 * value_dim + 12 * CHUNK + 4 * states
         return 4.0 * (numbers + 8 * BLOCK * key_dim if per_channel else numbers)
+    delta = kind == "delta"
     numbers = states
-    if kind == "delta":
-        numbers += key_dim + 2 * value_dim + CHUNK
+    if delta:  # of queries and keys copies in fp32, over their lengths
+        numbers += 2 * key_dim / share + key_dim + 2 * value_dim + CHUNK
     if per_channel:
         numbers += key_dim + CHUNK
     if backward:
-        numbers += states + 2 * key_dim + 1.5 * value_dim + CHUNK
-    if backward and kind == "delta":
-        numbers += CHUNK
-    if backward and per_channel:
-        numbers += key_dim
+        # Gradients of what the outputs read, and of the states and values by all that follows
+        # (those of a delta rule's values take the place of other tensors); then the latter, and
+        # gradients of the inputs and of the products of a chunk's tokens.
+        after = states if delta else states + value_dim
+        read = states + value_dim
+        inputs = (3 if per_channel else 2) * key_dim + value_dim / 2
+        numbers += after + max(read, inputs + (2 * CHUNK if delta else CHUNK))
     return 4.0 * numbers
 
 
@@ -84,7 +89,8 @@ def parts_of(
     """All heads, in equal parts whose chunks fit in the workspace."""
     _, k, v, g, _ = inputs
     heads = v.shape[1]
-    one = head_bytes(rule.kind, k.shape[2], v.shape[2], g.dim() == 3, kernels, backward)
+    share = heads // k.shape[1]
+    one = head_bytes(rule.kind, k.shape[2], v.shape[2], g.dim() == 3, share, kernels, backward)
     most = max(1, int(WORKSPACE / (chunks.count * chunks.size * one)))
     count = -(-heads // most)
     return parts(heads, k.shape[1], -(-heads // count))
