@@ -4,6 +4,7 @@ functions in the same precision.
 
 from __future__ import annotations
 
+import collections
 import importlib
 import itertools
 import statistics
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from longfactory import sp
-from longfactory.sp import Segment
+from longfactory.sp import Segment, shared_memory
 from longfactory.sp.recurrent import computed
 from longfactory.sp.recurrent.chunked import recurrence
 from longfactory.sp.recurrent.convolution import convolution, kernels_on
@@ -89,6 +90,47 @@ def test_recurrent_kernels(name: str, skips: bool, dtype: torch.dtype) -> None:
     exact = graded(run, [t.double() for t in x], slope.double())
     assert computed.by_kernels(x[:5], rule, skips)
     found = errors(graded(run, x, slope), exact)
+    assert max(found) < (4e-3 if dtype == torch.bfloat16 else 1e-5), found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["delta 128", "delta 128, a decay of each channel"])
+def test_recurrent_kernels_in_the_shared_memory_of_a_smaller_gpu(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the blocks that an RTX 4090 would take: Triton is told of 99 KB. The machine code is
+    this GPU's.
+    """
+    from triton.compiler import compiler
+
+    from longfactory.sp.recurrent import backward_kernels, forward_kernels
+
+    refused: collections.Counter[Any] = collections.Counter()
+    monkeypatch.setattr(shared_memory, "_refused", refused)
+    monkeypatch.setattr(compiler, "max_shared_mem", lambda device: 99 << 10)
+
+    def clear() -> None:
+        """What is loaded is not compared again, and what was refused stays so."""
+        computed._are_right.cache_clear()
+        for module in (forward_kernels, backward_kernels):
+            for kernel in vars(module).values():
+                if hasattr(kernel, "device_caches"):
+                    kernel.device_caches.clear()
+
+    x, slope, rule = draw(name, dtype)
+    fragments = fragments_of(sp.plan(ROW[-1].stop, ROW, sp.SequenceParallel(device_type="cuda")))
+
+    def run(*x: Tensor) -> Tensor:
+        return recurrence(*x, rule, fragments, None, None)
+
+    clear()
+    try:
+        exact = graded(run, [t.double() for t in x], slope.double())
+        found = errors(graded(run, x, slope), exact)
+        assert computed.by_kernels(x, rule)
+    finally:
+        clear()
+    assert any(call[0][0] == "chunk_scan" for call in refused)
     assert max(found) < (4e-3 if dtype == torch.bfloat16 else 1e-5), found
 
 
