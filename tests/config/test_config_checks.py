@@ -582,11 +582,29 @@ def test_missing_packages(
         ({"warmup_ratio": 0.1, "warmup_steps": 10}, "warmup_ratio: 0.1 has no effect"),
         ({"fsdp": "hybrid_shard"}, "full sharding over all devices"),
         ({"buffer_size": 5}, "buffer_size has no effect: streaming is off"),
+        (
+            {"stage": "dpo", "ref_model_adapters": "a"},
+            "ref_model_adapters has no effect: ref_model is not given",
+        ),
+        ({"create_new_adapter": True}, "adapter_name_or_path is not given"),
+        ({"double_quantization": False}, "has no effect: quantization_bit is not given"),
+        ({"pissa_iter": 4}, "pissa_iter has no effect: pissa_init is off"),
+        ({"loraplus_lr_embedding": 1e-3}, "has no effect: loraplus_lr_ratio is not given"),
+        ({"profiler_active_steps": 9}, "has no effect: enable_torch_profiler is off"),
+        ({"stage": "pt", "default_system": "x"}, "whose texts go through no template"),
         ({"max_length": 4096}, "the length of training samples is cutoff_len (2048)"),
     ],
 )
 def test_what_has_no_effect_is_said(keys: dict[str, Any], note: str) -> None:
     assert any(note in n for n in from_mapping({**BASE, **keys}).notes)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "oft"])
+def test_expanded_layers_are_trained_by_freeze_alone(kind: str) -> None:
+    """LLaMA-Factory refuses it with full, and puts adapters on these layers alone."""
+    given = {**BASE, "finetuning_type": kind, "use_llama_pro": True}
+    with pytest.raises(ConfigError, match=f"with finetuning_type: freeze; this run's is {kind}"):
+        from_mapping(given)
 
 
 def test_defaults_pass_without_a_word() -> None:

@@ -693,6 +693,34 @@ def idle(cfg: RunConfig, given: set[str]) -> list[str]:
         ),
         (lambda k: k == "buffer_size", cfg.data.streaming, "streaming is off"),
         (
+            lambda k: k in ("quantization_method", "quantization_type", "double_quantization"),
+            bool(cfg.model.quantization_bit or cfg.method.ref_model_quantization_bit),
+            "quantization_bit is not given",
+        ),
+        (
+            lambda k: k == "create_new_adapter",
+            bool(cfg.model.adapter_name_or_path),
+            "adapter_name_or_path is not given",
+        ),
+        (lambda k: k == "pissa_iter", cfg.method.pissa_init, "pissa_init is off"),
+        (
+            lambda k: k == "loraplus_lr_embedding",
+            cfg.method.loraplus_lr_ratio is not None,
+            "loraplus_lr_ratio is not given",
+        ),
+        (
+            lambda k: k.startswith("profiler_"),
+            cfg.output.enable_torch_profiler,
+            "enable_torch_profiler is off",
+        ),
+        (
+            lambda k: (
+                k in ("default_system", "tool_format", "enable_thinking", "preserve_thinking")
+            ),
+            STAGES[cfg.method.stage].samples != "pt",
+            f"stage is {cfg.method.stage}, whose texts go through no template",
+        ),
+        (
             lambda k: k == "max_length",
             cfg.trainer.do_predict,
             (
@@ -712,7 +740,7 @@ def idle(cfg: RunConfig, given: set[str]) -> list[str]:
 
 
 def _is_default(cfg: RunConfig, name: str) -> bool:
-    groups = (cfg.model, cfg.data, cfg.method, cfg.parallel, cfg.generating)
+    groups = (cfg.model, cfg.data, cfg.method, cfg.parallel, cfg.generating, cfg.output)
     return (
         next((getattr(g, name) for g in groups if hasattr(g, name)), None) == OWN_KEYS[name].default
     )

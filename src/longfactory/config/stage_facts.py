@@ -72,7 +72,11 @@ class StageFacts:
     def unread(self, key: str, method: FinetuningArguments) -> str | None:
         """Why this run does not read one of the stages' keys; None where it does."""
         if key in REFERENCE_KEYS:
-            return None if self.needs_reference(method) else "this run has no reference model"
+            if not self.needs_reference(method):
+                return "this run has no reference model"
+            if key.startswith("ref_model_") and method.ref_model is None:
+                return "ref_model is not given"
+            return None
         return None if key in self.keys else f"stage is {self.name}"
 
     def problems(self, method: FinetuningArguments, from_scratch: bool = False) -> Iterator[str]:
