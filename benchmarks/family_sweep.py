@@ -543,8 +543,10 @@ def main() -> int:
         while thread.is_alive():
             thread.join(5.0)
             write()
+    from longfactory_dev.families import NOT_REACHED
+
     seen = {r["family"] for r in results}
-    results += [{"family": f, "failed": "not reached in time"} for f in names if f not in seen]
+    results += [{"family": f, "failed": NOT_REACHED} for f in names if f not in seen]
     write()
     over = [r["family"] for r in results if r.get("ratio", 0) > LIMIT]
     failed = [r["family"] for r in results if "failed" in r]

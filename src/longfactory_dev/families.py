@@ -357,6 +357,10 @@ where it has no other) is: root mean squares, the largest of the medians of five
 """
 
 
+NOT_REACHED = "not reached in time"
+"""What the sweep writes of a family that its time was too short for."""
+
+
 def on_gpus(path: pathlib.Path) -> dict[str, str]:
     """What that column says of each family, by the file that the sweep on GPUs wrote."""
     cells = {}
@@ -365,6 +369,8 @@ def on_gpus(path: pathlib.Path) -> dict[str, str]:
             degrees = map(str, found["sp"])
             heads = ", ".join(found["dims"]) or "none"
             cell = f"{found['ratio']:.2f} (heads of {heads}; SP {', '.join(degrees)})"
+        elif found.get("failed") == NOT_REACHED:
+            cell = ""
         else:
             cell = found.get("skipped") or "failed"
         cells[found["family"]] = cell

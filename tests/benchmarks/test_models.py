@@ -234,6 +234,9 @@ def test_a_column_of_the_page(tmp_path: Path) -> None:
         assert row.endswith(" | 1.03 (heads of 64, 128; SP 1, 2) |")
         assert family_sweep.exact_families(page) == names
         assert text.count("\n") == before.count("\n") + families.ABOUT_GPUS.count("\n")
+    late = {"family": "qwen2", "failed": families.NOT_REACHED}
+    results.write_text(json.dumps({"families": [{"family": "llama", **found}, late]}))
+    assert families.on_gpus(results)["qwen2"] == ""  # not measured, which is no failure
     made = families.table([families.Result("llama", "exact", "")], 2, families.on_gpus(results))
     assert families.ABOUT_GPUS in made and row.rpartition(" | ")[2] in made
     after = text.partition("\n## Refused")[2]

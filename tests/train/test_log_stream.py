@@ -38,7 +38,7 @@ def order_of(
         yield
         told.append("end")
 
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("log", told))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: Stream("log", told))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main", told))
     monkeypatch.setattr(torch.cuda, "stream", on)
     names = ("should_log", "should_evaluate", "should_save")

@@ -512,7 +512,8 @@ class RowTrainer(ResumableTrainer):
             yield
             return
         if self._log_stream is None:
-            self._log_stream = torch.cuda.Stream(self.args.device)
+            # first served: a small kernel would else wait for the whole of one of the update's
+            self._log_stream = torch.cuda.Stream(self.args.device, priority=-1)
         self._log_stream.wait_event(ended)
         with torch.cuda.stream(self._log_stream):
             yield
