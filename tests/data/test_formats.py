@@ -335,7 +335,8 @@ def test_images_and_unfit_messages_are_sentences(tokenizer: Any, write_data: Any
     bad = [
         (
             [user([{"type": "image_url", "image_url": {"url": "x"}}]), answer("A")],
-            "media: the row has images, and the model takes text alone, or its folder has no"
+            "media: the row has images, and the model takes text alone here: it has no tower, one"
+            " of a family that is not read (the log names those that are), or its folder has no"
             " preprocessor_config.json or processor_config.json",
         ),
         ([user([3]), answer("A")], "not text: a part of a message is a int"),

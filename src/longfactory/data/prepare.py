@@ -143,8 +143,9 @@ class Preparer:
             if conversation.images or conversation.videos:
                 what = "images" if conversation.images else "videos"
                 raise BadRow(
-                    f"media: the row has {what}, and the model takes text alone, or its folder has"
-                    " no preprocessor_config.json or processor_config.json"
+                    f"media: the row has {what}, and the model takes text alone here: it has no"
+                    " tower, one of a family that is not read (the log names those that are), or"
+                    " its folder has no preprocessor_config.json or processor_config.json"
                 )
             return *self.kind.parts(conversation, self.template, self.options), None
         marked = text.mark(conversation, self.media, place)

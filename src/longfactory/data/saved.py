@@ -200,7 +200,8 @@ def _check_media(path: Path, made: dict[str, Any] | None, media: dict[str, Any] 
     if media is None:
         raise DataError(
             f"The data at {path} (tokenized_path) have images or videos, and the model takes text"
-            " alone, or its folder has no preprocessor_config.json or processor_config.json."
+            " alone here: it has no tower, one of a family that is not read (the log names those"
+            " that are), or its folder has no preprocessor_config.json or processor_config.json."
         )
     if made is None or made == media:
         return

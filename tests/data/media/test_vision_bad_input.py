@@ -279,3 +279,13 @@ def test_vision_a_processor_of_another_model_is_refused(
     config["vision_config"] = config["vision_config"] | model
     with pytest.raises(DataError, match=message):
         make_processing(str(folder), config, args, tokens)
+
+
+def test_vision_a_family_that_is_not_read_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tiny_media.folder(tmp_path / "model", "llava_onevision")
+    config = {"model_type": "llava", "vision_config": {"patch_size": 14}}
+    args, tokens = make_args(template=None), tiny_media.tokenizer("llava_onevision")
+    assert make_processing(str(folder), config, args, tokens) is None
+    assert "Images of models of type llava are not read here, those of gemma3," in caplog.text

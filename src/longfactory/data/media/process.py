@@ -77,8 +77,9 @@ class Processing:
 def make_processing(
     folder: str, config: dict[str, Any], args: DataSettings, tokenizer: Any
 ) -> Processing | None:
-    """The processing of a model's media; None for a model that takes text alone, and for a folder
-    without a processor, which trains on text: its rows with media are bad rows.
+    """The processing of a model's media; None for a model that takes text alone, and, said in the
+    log, for a family that is not known and a folder without a processor, which train on text: their
+    rows with media are bad rows.
 
     Args:
         folder: the model's, or its name on the hub.
@@ -101,6 +102,11 @@ def make_processing(
     model_type = str(config.get("model_type"))
     name = OF_MODEL.get(model_type)
     if name is None:
+        log.warning(
+            f"Images of models of type {model_type} are not read here, those of"
+            f" {', '.join(sorted(OF_MODEL))} are: the model is trained on text alone, and a row"
+            " with images or videos is a bad row."
+        )
         return None
     _check_template(args.template, name, model_type)
     if getattr(tokenizer, "split_special_tokens", False):
