@@ -59,7 +59,7 @@ def longfactory(
 
 
 @pytest.mark.timeout(600)
-def test_train_resume_and_refuse(small: list[str], tmp_path: Path) -> None:
+def test_train_and_refuse(small: list[str], tmp_path: Path) -> None:
     cache, out = tmp_path / "cache", tmp_path / "out"
     words = [
         "train",
@@ -91,19 +91,25 @@ def test_train_resume_and_refuse(small: list[str], tmp_path: Path) -> None:
     ):
         assert (out / name).is_file(), name
 
-    # torchrun with one process: no group is opened, and nothing is averaged over nobody
-    alone = ["sequence_parallel_size=1", "nproc_per_node=1"]
-    again = longfactory(*words, "max_steps=3", *alone, cache=cache, FORCE_TORCHRUN="1")
-    assert again.returncode == 0, again.stderr
-    assert "parameters: whole (one process)" in again.stderr
-    assert "Resuming from" in again.stderr
-    assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 3
-
-    # what two workers find is told once
+    # what the workers would find is told once, before they are started
     other = longfactory(*words, "stage=pt", "dataset=manual_pt", cache=cache)
     assert other.returncode == 2
     assert other.stderr.count("holds another run (its stage is sft, this run's pt") == 1
     assert "Traceback" not in other.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_with_one_process_goes_on(small: list[str], tmp_path: Path) -> None:
+    """No group is opened, and nothing is averaged over nobody."""
+    cache, out = tmp_path / "cache", tmp_path / "out"
+    words = ["train", str(ROOT / "examples" / "sft_full.yaml"), *small, f"output_dir={out}"]
+    words += ["overwrite_output_dir=false", "save_steps=1", "eval_strategy=no"]
+    for steps in (2, 3):
+        done = longfactory(*words, f"max_steps={steps}", cache=cache, FORCE_TORCHRUN="1")
+        assert done.returncode == 0, done.stderr
+        assert "parameters: whole (one process)" in done.stderr
+        assert ("Resuming from" in done.stderr) == (steps == 3)
+        assert json.loads((out / "trainer_state.json").read_text())["global_step"] == steps
 
 
 @pytest.mark.slow
@@ -255,7 +261,7 @@ def test_a_reference_of_weights_that_zero3_has_taken_apart_without_training(
             ["model_name_or_path=./absent"], "the folder ./absent does not exist", id="model"
         ),
         pytest.param(["lora_target=q_prj"], "q_prj not found in the model", id="modules"),
-        pytest.param(["train_from_scratch=false"], "could not be loaded", id="weights"),
+        pytest.param(["train_from_scratch=false"], "holds no weights", id="weights"),
     ],
 )
 def test_what_only_the_workers_can_find_is_told_once(

@@ -216,8 +216,9 @@ def test_every_key_arrives_and_survives_being_written(name: str) -> None:
     assert got == key.parse(value) or got == value or name == "resume_from_checkpoint"
     if name in ("dry_run", "hub_token", "hf_hub_token", "swanlab_api_key"):
         return
-    again = from_mapping({**_yaml(resolved(cfg)), "dry_run": True})
-    assert same(again, cfg)
+    # what stands below is read with each example
+    chosen = resolved(cfg).partition("# Defaults\n")[0]
+    assert same(from_mapping({**_yaml(chosen), "dry_run": True}), cfg)
 
 
 def _yaml(text: str) -> dict[str, Any]:
