@@ -11,6 +11,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -204,3 +205,28 @@ def ratio(found: Sequence[Row | None], base: Row | None, name: str) -> None:
         for row in found:
             if row is not None and "both" in row:
                 row[name] = row["both"] / base["both"]  # type: ignore[operator]
+
+
+def about(setting: Setting) -> dict[str, Any]:
+    """What was measured on, for the head of a page."""
+    cuda = setting.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if cuda else "CPU",
+        "processes": setting.ranks,
+        "dtype": str(setting.dtype),
+        "head dim": setting.dim,
+        "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+    }
+
+
+def table(measured: Sequence[Row]) -> list[str]:
+    """Rows as lines of a table, with a column for each key that one of them has."""
+    columns = list(dict.fromkeys(k for r in measured for k in r))
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for r in measured:
+        cells = [r.get(c, "") for c in columns]
+        lines.append(
+            "| " + " | ".join(f"{x:.3g}" if isinstance(x, float) else str(x) for x in cells) + " |"
+        )
+    return lines

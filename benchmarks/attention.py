@@ -34,6 +34,7 @@ from _attention_rows import MIXES, documents, mixed, segments_of, varlen_kernel
 from _attention_setting import (
     Row,
     Setting,
+    about,
     attempt,
     context,
     ratio,
@@ -41,6 +42,7 @@ from _attention_setting import (
     speed,
     speed_of,
     start,
+    table,
 )
 from _table import command_line
 from longfactory import sp
@@ -226,25 +228,19 @@ SECTIONS: dict[str, Callable[[Setting], None]] = {
 
 def report(setting: Setting, folder: Path, seconds: float) -> str:
     folder.mkdir(parents=True, exist_ok=True)
-    cuda = setting.device.type == "cuda"
-    about = {
-        "device": torch.cuda.get_device_name() if cuda else "CPU",
-        "processes": setting.ranks,
-        "dtype": str(setting.dtype),
-        "head dim": setting.dim,
-        "torch": torch.__version__,
-        "cudnn": torch.backends.cudnn.version() if cuda else None,
+    head = {
+        **about(setting),
         **{package: published.version(package) for package in ("flash-attn-4", *published.MODULES)},
         "command": command_line(),
         "seconds": round(seconds, 1),
     }
     (folder / "attention.json").write_text(
-        json.dumps({"about": about, "rows": rows}, indent=1) + "\n"
+        json.dumps({"about": head, "rows": rows}, indent=1) + "\n"
     )
     lines = [
         "# Attention",
         "",
-        ", ".join(f"{k}: {v}" for k, v in about.items() if v is not None),
+        ", ".join(f"{k}: {v}" for k, v in head.items() if v is not None),
         "",
     ]
     lines += ["Speeds are TFLOP/s for each GPU: forward alone, and forward with backward.", ""]
@@ -257,15 +253,7 @@ def report(setting: Setting, folder: Path, seconds: float) -> str:
         chosen = [
             r for r in rows if next(p for p in tables if str(r["row"]).startswith(p)) == prefix
         ]
-        columns = list(dict.fromkeys(k for r in chosen for k in r))
-        lines += [f"## {title}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-        for r in chosen:
-            cells = [r.get(c, "") for c in columns]
-            lines.append(
-                "| "
-                + " | ".join(f"{x:.3g}" if isinstance(x, float) else str(x) for x in cells)
-                + " |"
-            )
+        lines += [f"## {title}", "", *table(chosen)]
         lines.append("")
     (folder / "attention.md").write_text("\n".join(lines))
     return "\n".join(lines)

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from _attention_setting import table
 from _table import command_line
 from longfactory.sp import backends
 from longfactory.sp.tiles import Tile
@@ -200,14 +201,8 @@ def write(rows: list[Row], device: torch.device, folder: Path) -> None:
     (folder / "attention_fp32.json").write_text(
         json.dumps({"about": about, "rows": rows}, indent=1) + "\n"
     )
-    columns = list(dict.fromkeys(k for r in rows for k in r))
     lines = ["# Attention in float32", "", ", ".join(f"{k}: {v}" for k, v in about.items()), ""]
-    lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for r in rows:
-        cells = [r.get(c, "") for c in columns]
-        lines.append(
-            "| " + " | ".join(f"{x:.3g}" if isinstance(x, float) else str(x) for x in cells) + " |"
-        )
+    lines += table(rows)
     (folder / "attention_fp32.md").write_text("\n".join([*lines, ""]))
 
 

@@ -153,20 +153,10 @@ def row(
 
 def write(rows: list[Row], setting: bench.Setting, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    cuda = setting.device.type == "cuda"
-    about = {
-        "device": torch.cuda.get_device_name() if cuda else "CPU",
-        "processes": setting.ranks,
-        "dtype": str(setting.dtype),
-        "head dim": setting.dim,
-        "torch": torch.__version__,
-        "cudnn": torch.backends.cudnn.version() if cuda else None,
-        "command": command_line(),
-    }
+    about = {**bench.about(setting), "command": command_line()}
     (folder / "auto_choice.json").write_text(
         json.dumps({"about": about, "rows": rows}, indent=1) + "\n"
     )
-    columns = list(dict.fromkeys(k for r in rows for k in r))
     lines = [
         "# What auto chooses",
         "",
@@ -174,12 +164,7 @@ def write(rows: list[Row], setting: bench.Setting, folder: Path) -> None:
         "",
     ]
     lines += ["Speeds are TFLOP/s for each GPU, forward with backward.", ""]
-    lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for r in rows:
-        cells = [r.get(c, "") for c in columns]
-        lines.append(
-            "| " + " | ".join(f"{x:.3g}" if isinstance(x, float) else str(x) for x in cells) + " |"
-        )
+    lines += bench.table(rows)
     (folder / "auto_choice.md").write_text("\n".join([*lines, ""]))
 
 
