@@ -108,13 +108,17 @@ def test_recurrent_kernels_are_the_formulas_where_they_are_interpreted() -> None
 
 def interpreted() -> None:
     """Compares, in a process in which Triton interprets; raises where something differs."""
+    from longfactory.sp.recurrent import chunk_kernels
+
     cpu = torch.device("cpu")
     for call in itertools.product((False, True), repeat=3):
         assert convolution.kernels_on(torch.zeros(1, 16), 4, *call) is not None, call
     assert convolution.kernels_on(torch.zeros(1, 16), 5, False) is None  # too wide
     both = (Fragment(0, 0, 70, 0, -1), Fragment(0, 70, 26, 70, -1))
     chunks = Fragments(both, 0, 1, 96).chunks(CHUNK, cpu)
-    for name, (kind, keys, heads, dim, value_dim, per_channel) in SHAPES.items():
+    for (name, shape), in_parts in itertools.product(SHAPES.items(), (False, True)):
+        chunk_kernels.from_registers = lambda device, parts=in_parts: parts  # type: ignore[assignment]
+        kind, keys, heads, dim, value_dim, per_channel = shape
         torch.manual_seed(0)
         rule = Rule(kind, dim**-0.5, normalize=kind == "delta")
         q, k = torch.randn(2, 96, keys, dim)

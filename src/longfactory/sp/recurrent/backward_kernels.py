@@ -168,10 +168,14 @@ def chunk_value_gradients(  # type: ignore[no-untyped-def]
     DELTA: tl.constexpr,
     CHANNELS: tl.constexpr,
     SKIP: tl.constexpr,
+    PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Gradients of values, and by them of what the other inputs make: queries and keys as they are
     decayed, scores, the inverse, and what is taken out of states.
+
+    PARTS: 1, or 3 for values that are read three times and sums that are made one after another,
+    so that they fit in registers.
     """
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at, i, dk = chunk * HEADS + head, tl.arange(0, C), tl.arange(0, BK)
@@ -187,38 +191,42 @@ def chunk_value_gradients(  # type: ignore[no-untyped-def]
     d_skip = tl.zeros([C], dtype=tl.float32)
     if DELTA:
         solved = tl.load(t + square(at, i, i, C))
-    for begin in range(0, DV, BV):
-        dv = begin + tl.arange(0, BV)
-        columns = (dv < DV)[None, :]
-        inside = here[:, None] & columns
-        state_place = at * DK * DV + dk[:, None] * DV + dv[None, :]
-        both = (dk < DK)[:, None] & columns
-        state = tl.load(states + state_place, mask=both, other=0.0)
-        slope_after = tl.load(after + state_place, mask=both, other=0.0)
-        d_values = of_chunk(d_written, at, i, dv, DV, C)
-        slope = rows(grad, row, grad_row, grad_head, head, dv, here, DV)
-        value = rows(v, row, v_row, v_head, head, dv, here, DV)
-        values = value * rate[:, None]
-        if DELTA:
-            values = of_chunk(written, at, i, dv, DV, C)
-        d_last += tl.sum(slope_after * state, 1)
-        d_qd += product(slope, tl.trans(state), PRECISION)
-        d_kd += product(values, tl.trans(slope_after), PRECISION)
-        d_scores += product(slope, tl.trans(values), PRECISION)
-        if DELTA:
-            d_w -= product(d_values, tl.trans(state), PRECISION)
-            d_solved += product(d_values, tl.trans(value * rate[:, None]), PRECISION)
-            d_values = product(tl.trans(solved), d_values, PRECISION)
-        d_rate += tl.sum(d_values * value, 1)
-        d_value = d_values * rate[:, None]
-        if SKIP:
-            d_skip += tl.sum(slope * value, 1)
-            d_value += slope * tl.load(skip + head).to(tl.float32)
-        tl.store(
-            dv_out + (row[:, None] * HEADS + head) * DV + dv[None, :],
-            d_value.to(dv_out.dtype.element_ty),
-            mask=inside,
-        )
+    for part in tl.static_range(PARTS):
+        for begin in range(0, DV, BV):
+            dv = begin + tl.arange(0, BV)
+            columns = (dv < DV)[None, :]
+            inside = here[:, None] & columns
+            state_place = at * DK * DV + dk[:, None] * DV + dv[None, :]
+            both = (dk < DK)[:, None] & columns
+            state = tl.load(states + state_place, mask=both, other=0.0)
+            slope_after = tl.load(after + state_place, mask=both, other=0.0)
+            d_values = of_chunk(d_written, at, i, dv, DV, C)
+            slope = rows(grad, row, grad_row, grad_head, head, dv, here, DV)
+            value = rows(v, row, v_row, v_head, head, dv, here, DV)
+            values = value * rate[:, None]
+            if DELTA:
+                values = of_chunk(written, at, i, dv, DV, C)
+            if part == 0:
+                d_last += tl.sum(slope_after * state, 1)
+                d_qd += product(slope, tl.trans(state), PRECISION)
+            if part == PARTS // 2:
+                d_kd += product(values, tl.trans(slope_after), PRECISION)
+                d_scores += product(slope, tl.trans(values), PRECISION)
+            if part == PARTS - 1:
+                if DELTA:
+                    d_w -= product(d_values, tl.trans(state), PRECISION)
+                    d_solved += product(d_values, tl.trans(value * rate[:, None]), PRECISION)
+                    d_values = product(tl.trans(solved), d_values, PRECISION)
+                d_rate += tl.sum(d_values * value, 1)
+                d_value = d_values * rate[:, None]
+                if SKIP:
+                    d_skip += tl.sum(slope * value, 1)
+                    d_value += slope * tl.load(skip + head).to(tl.float32)
+                tl.store(
+                    dv_out + (row[:, None] * HEADS + head) * DV + dv[None, :],
+                    d_value.to(dv_out.dtype.element_ty),
+                    mask=inside,
+                )
     results = (row[:, None] * HEADS + head) * DK + dk[None, :]
     inside = here[:, None] & (dk < DK)[None, :]
     pairs = square(at, i, i, C)

@@ -9,6 +9,7 @@ are `channel_kernels`; the others serve both.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -57,9 +58,24 @@ other kernels those of every head fit in 99 KB (tests/sp/test_shared_memory.py c
 """
 
 
+IN_PARTS = (8, 1, 16), 3
+"""Settings of `value_gradients`, and the parts that it takes its sums in, where products are
+`from_registers`: at once the sums take more registers than there are (what ptxas makes of it for
+compute capability 8.9 keeps 6 KB of each thread in local memory, in three parts 0.4 KB; not timed).
+"""
+
+
 def runs_on(device: torch.device) -> bool:
     """Whether Triton computes on this device: a CUDA device, or any where it interprets."""
     return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def from_registers(device: torch.device) -> bool:
+    """Whether tensor cores take all that they multiply from registers: those of Ampere, Ada and RTX
+    50; Hopper's read shared memory.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (8, 12)
 
 
 @dataclasses.dataclass
@@ -312,12 +328,15 @@ class Job:
         d_w = self.w
         d_skip = d_last if skip is None else self._new(n, h)
         more = () if skip is None else (d_skip,)
+        settings, parts = SETTINGS["value_gradients"], 1
+        if from_registers(self.v.device):
+            settings, parts = IN_PARTS
         backward_kernels.chunk_value_gradients[(n, h)](
             self.v, self.beta, grad, *self._chunk_rows, self.t, states, written, after, d_written,
             self.beta if skip is None else skip, dq, dk, dv, d_beta, d_skip, d_w, d_scores,
             d_solved, d_last, *self.v.stride()[:2], self.beta.stride(0), *grad.stride()[:2],
-            *self._sizes, **self._settings("value_gradients"), DELTA=self.delta,
-            CHANNELS=self.channels, SKIP=skip is not None,
+            *self._sizes, **self._options(settings, self.precision), DELTA=self.delta,
+            CHANNELS=self.channels, SKIP=skip is not None, PARTS=parts,
         )  # fmt: skip
         strides = *self.k.stride()[:2], self.beta.stride(0)
         shared = {"C": c, "DELTA": self.delta, "PRECISION": self.precision}
