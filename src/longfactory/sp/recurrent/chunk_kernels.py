@@ -328,14 +328,14 @@ class Job:
         d_w = self.w
         d_skip = d_last if skip is None else self._new(n, h)
         more = () if skip is None else (d_skip,)
-        settings, parts = SETTINGS["value_gradients"], 1
+        taken, parts = SETTINGS["value_gradients"], 1
         if from_registers(self.v.device):
-            settings, parts = IN_PARTS
+            taken, parts = IN_PARTS
         backward_kernels.chunk_value_gradients[(n, h)](
             self.v, self.beta, grad, *self._chunk_rows, self.t, states, written, after, d_written,
             self.beta if skip is None else skip, dq, dk, dv, d_beta, d_skip, d_w, d_scores,
             d_solved, d_last, *self.v.stride()[:2], self.beta.stride(0), *grad.stride()[:2],
-            *self._sizes, **self._options(settings, self.precision), DELTA=self.delta,
+            *self._sizes, **self._options(taken, self.precision), DELTA=self.delta,
             CHANNELS=self.channels, SKIP=skip is not None, PARTS=parts,
         )  # fmt: skip
         strides = *self.k.stride()[:2], self.beta.stride(0)
