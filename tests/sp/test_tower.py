@@ -73,3 +73,17 @@ def test_vision_tower_calls_attention_once_for_images_of_one_size(
     vision.release(model)
     assert model.config.vision_config._attn_implementation == "sdpa"
     hf.release(model)
+
+
+@pytest.mark.parametrize(("family", "layer"), [("llava_onevision", -1), ("llava_onevision", -2)])
+def test_what_no_feature_passes_through(family: str, layer: int) -> None:
+    """Under DDP such parameters would leave others unsummed, so they are not trained."""
+    model = tiny.model(family)
+    model.config.vision_feature_layer = layer
+    (image,) = tiny.document(family, ["tiles"]).images
+    model.get_image_features(
+        image.pixels, torch.tensor([image.size]), return_dict=True
+    ).pooler_output[0].sum().backward()
+    towers = vision.modules_of(model)["tower"]
+    without = {id(p) for t in towers for p in t.parameters() if p.grad is None}
+    assert {id(p) for p in vision.unused_parameters(model)} == without != set()

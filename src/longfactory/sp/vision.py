@@ -455,15 +455,25 @@ def is_trained(model: PreTrainedModel) -> bool:
 
 def unused_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
     """Parameters of a tower that no feature passes through: the pooling head of SigLIP, whose
-    output no text model reads.
+    output no text model reads; of LLaVA-OneVision, which reads hidden states, what comes behind
+    them.
     """
-    if family_of(model.config) is None or model.config.vision_config.model_type != _SIGLIP:
+    family = family_of(model.config)
+    if family is None or model.config.vision_config.model_type != _SIGLIP:
         return []
+    unused = ["head."]
+    if family.features is _anyres_features:
+        count, read = (
+            model.config.vision_config.num_hidden_layers,
+            model.config.vision_feature_layer,
+        )
+        last = max(i % (count + 1) for i in ([read] if isinstance(read, int) else read))
+        unused += ["post_layernorm.", *(f"encoder.layers.{i}." for i in range(last, count))]
     return [
         p
         for tower in modules_of(model)["tower"]
         for name, p in tower.named_parameters()
-        if "head" in name.split(".")
+        if any(f".{part}" in f".{name}" for part in unused)
     ]
 
 
