@@ -107,3 +107,27 @@ def test_where_a_gpu_has_no_room_fewer_columns_are_taken() -> None:
     assert taken["chunk_reverse"] == ((1, HEADS, 8), 16)
     assert taken["chunk_scan"] == ((1, HEADS, 4), 32)
     assert taken["chunk_outputs"][1] == 16
+
+
+def test_each_form_of_a_kernel_keeps_the_columns_that_were_compared() -> None:
+    """On an RTX 4090 `reverse` of Mamba 2 has no room for 32 columns where it keeps the states
+    between, and has it where it does not: what was refused to one is not taken from the other,
+    whose smaller form nothing has compared.
+    """
+    inputs, rule, chunks, given = drawn("plain", 1, 256, 64, False)
+    taken: list[set[tuple[bool, int]]] = []
+
+    def small(name: str, grid: tuple[int, ...], options: dict[str, Any]) -> None:
+        if name == "chunk_reverse":
+            if options["KEEP"] and options["BV"] > 16:
+                raise OutOfResources
+            taken[-1].add((options["KEEP"], options["BV"]))
+
+    with computes_nothing(small):
+        for _ in range(2):
+            taken.append(set())
+            job = computed.make(inputs, rule, chunks, True)
+            own = computed.slopes(job, chunks, given[1])
+            computed.first_gradients(job, chunks, *own)
+            computed.gradients(inputs, rule, chunks, *given, job, own, None)
+    assert taken == [{(False, 32), (True, 16)}] * 2

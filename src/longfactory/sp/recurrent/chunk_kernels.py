@@ -188,9 +188,13 @@ class Job:
             "num_stages": stages,
         }
 
-    def _fitting(self, kernel: str, launch: Callable[[dict[str, Any]], None]) -> None:
+    def _fitting(self, kernel: str, launch: Callable[[dict[str, Any]], None], *form: bool) -> None:
         """Launches with the fastest settings that the GPU has room for. Three products of TF32
         hold their factors twice: in float32 the last choice is without tensor cores.
+
+        Args:
+            form: flags that the kernel is compiled for besides. Each form has its own choice: it
+                runs with the settings with which it was compared before the first step.
         """
         every = (SETTINGS[kernel], *SMALLER[kernel])
         if kernel == "scan" and self.precision == "tf32x3" and self.key_dim > 128:
@@ -199,7 +203,7 @@ class Job:
         if self.precision == "tf32x3":
             choices.append((every[-1], "ieee"))
         compiled_for = (self.v.device, self.v.dtype, self.key_dim, self.value_dim)
-        call = (f"chunk_{kernel}", *compiled_for, self.delta, self.channels)
+        call = (f"chunk_{kernel}", *compiled_for, self.delta, self.channels, *form)
         run_what_fits(call, choices, lambda chosen: launch(self._options(*chosen)), OutOfResources)
 
     def _columns(self, kernel: str) -> dict[str, int]:
@@ -242,7 +246,7 @@ class Job:
                 CHANNELS=self.channels, KEEP=keep, VALUES=values,
             )  # fmt: skip
 
-        self._fitting("scan", launch)
+        self._fitting("scan", launch, keep, values)
         return states, written, ends
 
     def outputs(
@@ -262,7 +266,7 @@ class Job:
                 **options, DELTA=self.delta, CHANNELS=self.channels, SKIP=skip is not None,
             )  # fmt: skip
 
-        self._fitting("outputs", launch)
+        self._fitting("outputs", launch, skip is not None)
 
     def output_gradients(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Of the states before the chunks and of what is written, by the outputs alone."""
@@ -302,7 +306,7 @@ class Job:
                 CHANNELS=self.channels, KEEP=keep,
             )  # fmt: skip
 
-        self._fitting("reverse", launch)
+        self._fitting("reverse", launch, keep)
         return after, d_values, d_start
 
     def input_gradients(
