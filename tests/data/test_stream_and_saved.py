@@ -396,8 +396,33 @@ def test_saved_data_of_another_tokenizer_are_refused(
         {"input_ids": [[1, 2, 999_999]], "labels": [[-100, 2, 999_999]]}
     )
     datasets.DatasetDict({"train": saved}).save_to_disk(str(tmp_path / "theirs"))
-    with pytest.raises(DataError, match=r"have the token 999999, and this model's tokenizer has"):
+    with pytest.raises(DataError, match=r"have the token 999999, and the last one of this model's"):
         load(tokenizer, folder, dataset=None, tokenized_path=str(tmp_path / "theirs"))
+
+
+def test_saved_data_with_a_token_that_was_added_need_it(
+    tokenizer: Any, write_data: Any, tmp_path: Path
+) -> None:
+    grown = copy.deepcopy(tokenizer)
+    grown.add_tokens(["<new>"])
+    folder, path = write_data(d=({}, [r | {"output": "<new>"} for r in ROWS])), str(tmp_path / "s")
+    load(grown, folder, tokenized_path=path)
+    load(grown, folder, tokenized_path=path)
+    with pytest.raises(DataError, match=rf"have the token {len(tokenizer)}, .*add_tokens"):
+        load(tokenizer, folder, tokenized_path=path)
+
+
+def test_numbers_that_no_token_has_refuse_no_saved_data(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some vocabularies have holes: their last token's number is beyond their size."""
+    last = len(tokenizer) + 5
+    vocabulary = tokenizer.get_vocab() | {"<last>": last}
+    monkeypatch.setattr(tokenizer, "get_vocab", lambda: vocabulary)
+    saved = datasets.Dataset.from_dict({"input_ids": [[1, 2, last]], "labels": [[-100, 2, last]]})
+    datasets.DatasetDict({"train": saved}).save_to_disk(str(tmp_path / "theirs"))
+    found = load(tokenizer, tmp_path, dataset=None, tokenized_path=str(tmp_path / "theirs"))
+    assert list(found.train[0][0].input_ids) == [1, 2, last]
 
 
 def test_a_folder_of_other_things_is_not_overwritten(

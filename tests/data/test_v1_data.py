@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from longfactory.data.errors import BadRow
 from longfactory.data.formats import convert
 from longfactory.data.sources import detect, read_sources
+from longfactory.data.store import FORMAT
 from longfactory.errors import DataError
 
 ALPACA = [{"instruction": "Two plus two?", "input": "", "output": "Four."}]
@@ -153,3 +155,26 @@ def test_the_converters_of_v1_read_tools_and_media(tmp_path: Path) -> None:
     alpaca, sharegpt, pair = (convert(rows[s.name], s) for s in sources)
     assert alpaca.images == pair.images == ("1.jpg",)
     assert sharegpt.tools == '[{"name": "f"}]'
+
+
+def test_rows_that_are_read_otherwise_have_another_format(tmp_path: Path) -> None:
+    """Caches are named by FORMAT and not by the code that reads rows: where this fails because rows
+    come to be read otherwise, raise FORMAT and write down the new digest.
+    """
+    parts = [
+        {"type": "reasoning", "value": "Hm."},
+        {"type": "text", "value": "Ho"},
+        {"type": "tool_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+    ]
+    first = {"role": "assistant", "content": parts, "loss_weight": 0.0}
+    result = {"role": "tool", "content": "1"}
+    last = {"role": "assistant", "content": "Ho", "weight": 1, "reasoning_content": "So."}
+    rows = [{"messages": [*OPENING, first, result, last]}, PAIR, ALPACA[0], SHAREGPT[0], OWN[0]]
+    found = []
+    for i, row in enumerate(rows):
+        (tmp_path / f"{i}.json").write_text(json.dumps([row]))
+        source = read_sources([f"{i}.json"], str(tmp_path), lambda text: None)[0]
+        read = convert(row, source)
+        found.append(repr((read.prompt, read.answers, read.system, read.tools)))
+    digest = hashlib.sha256("\n".join(found).encode()).hexdigest()[:12]
+    assert (FORMAT, digest) == (3, "44fa7f045589")

@@ -146,8 +146,7 @@ def load(
     """
     if not (path / _FILE).exists():
         found = _from_llamafactory(path, kind, cache)
-        if tokenizer is not None:
-            _check_tokens(path, found, tokenizer)
+        _check_tokens(path, found.stores, tokenizer)
         return found
     try:
         about = json.loads((path / _FILE).read_text(encoding="utf-8"))
@@ -177,20 +176,26 @@ def load(
             " stand for other tokens than this model's. Name another tokenized_path."
         )
     stores = [Store(path / f"store_{i}") for i in range(count)]
+    _check_tokens(path, stores, tokenizer)
     if any(s.has_media().any() for s in stores):
         _check_media(path, about.get("media"), _plain(media))
     return Saved(stores, splits, kind, rules, about.get("template"))
 
 
-def _check_tokens(path: Path, found: Saved, tokenizer: Any) -> None:
-    """Raises DataError where the data have a token that the tokenizer has not: LLaMA-Factory does
-    not write down which tokenizer made them.
+def _check_tokens(path: Path, stores: Sequence[Store], tokenizer: Any) -> None:
+    """Raises DataError where the data have a token that the tokenizer has not: of a tokenizer that
+    had more tokens added, and of LLaMA-Factory's, which does not write down which one it was.
     """
-    largest = max((int(s.tokens.max()) for s in found.stores if len(s.tokens)), default=0)
-    if largest >= len(tokenizer):
+    if tokenizer is None:
+        return
+    largest = max((int(s.tokens.max()) for s in stores if len(s.tokens)), default=0)
+    # there may be numbers that no token has, so their count is not the last one
+    last = max(len(tokenizer) - 1, *tokenizer.get_vocab().values())
+    if largest > last:
         raise DataError(
-            f"The data at {path} (tokenized_path) have the token {largest}, and this model's"
-            f" tokenizer has {len(tokenizer)}: they were tokenised by another one. Name another"
+            f"The data at {path} (tokenized_path) have the token {largest}, and the last one of"
+            f" this model's tokenizer is {last}: they were tokenised by another one, or with tokens"
+            " added (add_tokens, add_special_tokens). Give the same tokens, or name another"
             " tokenized_path."
         )
 

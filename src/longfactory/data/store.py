@@ -34,7 +34,10 @@ from longfactory.data.media import records
 from longfactory.data.media.units import MediaUnit
 from longfactory.errors import DataError
 
-FORMAT = 2
+FORMAT = 3
+"""Part of a cache's name: to be raised where the files change, and where rows come to be read
+otherwise, since a cache of before would go on being used.
+"""
 HEAD_START = 5.0  # seconds in which the others leave the building to the first process
 TOKENS, ARRAYS = "tokens.i32", ("part_start.npy", "first_part.npy", "flags.npy", "rows.npy")
 
