@@ -5,6 +5,7 @@ missing or wrong is found.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -411,6 +412,64 @@ def test_a_new_save_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
     assert (tmp_path / "README.md").read_text() == "by hand"
     names = {name for name, _ in AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters()}
     assert names == {name for name, _ in text_model().named_parameters()}
+
+
+WHOLE = ("config.json", "generation_config.json", "model.safetensors")
+PARTS = ("config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors")
+PARTS = (*PARTS, "model-00002-of-00002.safetensors", "tokenizer.json")
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "value_head.safetensors")
+READ_FIRST = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("before", "new"),
+    [(WHOLE, WHOLE), (PARTS, PARTS), (WHOLE, PARTS), (PARTS, WHOLE), (ADAPTER, ADAPTER)],
+)
+def test_a_kill_while_a_save_takes_its_place_mixes_nothing(
+    before: tuple[str, ...], new: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between every two changes of the disk: no weights load that are of two saves, and the same
+    call finishes what was left.
+    """
+    steps_left = 0
+    replace, unlink = os.replace, Path.unlink
+
+    def counted(change: Any) -> Any:
+        def changes(*args: Any, **kwargs: Any) -> Any:
+            nonlocal steps_left
+            if not steps_left:
+                raise KeyboardInterrupt
+            steps_left -= 1
+            return change(*args, **kwargs)
+
+        return changes
+
+    for steps in range(40):
+        folder = tmp_path / str(steps)
+        beside = folder / "beside"
+        beside.mkdir(parents=True)
+        for place, names, content in ((folder, before, "before"), (beside, new, "new")):
+            for name in names:
+                (place / name).write_text(content)
+        steps_left, ended = steps, True
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", counted(replace))
+            patched.setattr(Path, "unlink", counted(unlink))
+            try:
+                saved.put_in_place(beside, folder)
+            except KeyboardInterrupt:
+                ended = False
+        contents = {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
+        if set(READ_FIRST) & contents.keys():
+            assert len({contents[name] for name in contents.keys() & set(new)}) == 1, contents
+        if not ended:
+            saved.put_in_place(beside, folder)
+        assert all((folder / name).read_text() == "new" for name in new)
+        weights = {path.name for path in folder.glob("*.safetensors*")}
+        assert weights == {name for name in new if "safetensors" in name} and not beside.exists()
+        if ended:
+            return
+    raise AssertionError("it did not end")
 
 
 def test_an_adapter_leaves_what_it_was_trained_on(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import random
 import shutil
 import types
@@ -171,6 +172,30 @@ def test_a_save_that_fails_leaves_the_model_of_before(
     assert not list(out.glob("tmp-*"))
     run(home, out)
     assert stored_tensors(out).keys() == stored_tensors(home / "model").keys()
+
+
+def test_a_model_that_was_not_put_in_its_place_is_not_lost(
+    home: Path, tmp_path: Path, told: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the disk refuses after the model was written, a later start finishes it."""
+    from longfactory.train.checkpoint.prune import remove_leftovers
+
+    replace, out = os.replace, tmp_path / "out"
+
+    def fails(source: Any, target: Any) -> None:
+        if Path(target).parent == out and Path(target).name.startswith("model"):
+            raise OSError(errno.EIO, "Input/output error")
+        replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("longfactory.model.saved.os.replace", fails)
+        with pytest.raises(UserError, match=r"could not be saved .*Input/output error"):
+            run(home, out)
+    assert not list(out.glob("model*"))
+    remove_leftovers(out)
+    assert "is a trained model, complete" in told.text
+    assert stored_tensors(out).keys() == stored_tensors(home / "model").keys()
+    assert not [path for path in out.iterdir() if path.name.startswith(("tmp-", "new-"))]
 
 
 def test_an_upload_that_fails_is_told_when_all_is_written(

@@ -43,6 +43,9 @@ from longfactory.model.source import (
 ADAPTER_FILE = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 COMPARED = 1024  # numbers of each tensor
+SETTINGS = ("adapter_config.json", "config.json")
+_READ_FIRST = (*damaged.MODEL, *damaged.INDICES, *damaged.ADAPTER)
+"""Files without which a folder's weights do not load."""
 WEIGHTS_PART = re.compile(r"(pytorch_)?model-\d{5}-of-\d{5}\.(safetensors|bin)")
 
 # Files beside the weights that processors and tokenizers of other programs read, and that no part
@@ -249,32 +252,39 @@ def _text(path: Path) -> str:
 
 
 def put_in_place(beside: Path, folder: Path) -> None:
-    """Moves a complete save into the folder above it, in place of an earlier one. A README.md that
-    is there stays: its author may be a person.
+    """Moves a complete save into the folder above it, in place of an earlier one, and removes its
+    own. A README.md that is there stays: its author may be a person.
+
+    It may be called again after it was ended at any place. Until then the folder holds no weights
+    that load: never those of one save with the settings or the parts of another.
     """
-    new = {path.name for path in beside.iterdir()}
-    # both saves are whole until here, and what follows takes no longer than renaming does
-    remove_earlier(folder, kept=new)
-    for name in sorted(new):
+    left = {path.name for path in beside.iterdir()}
+    # which is moved first: while it is here, nothing that was moved can be taken for earlier
+    settings = next((name for name in SETTINGS if name in left), None)
+    if settings is not None:
+        remove_earlier(folder, adapter=settings == "adapter_config.json")
+    for name in sorted(left, key=lambda name: (name != settings, name in _READ_FIRST, name)):
         there = folder / name
         if name == "README.md" and there.exists():
             continue
         if there.is_dir():
             shutil.rmtree(there)
         os.replace(beside / name, there)
+    shutil.rmtree(beside, ignore_errors=True)
 
 
-def remove_earlier(folder: Path, *, kept: Collection[str]) -> None:
-    """Removes what an earlier save has left beside a new one: a single file of before would be read
-    in place of new ones, which are several, an adapter would be loaded onto them, and a reward
-    model would begin with the value head.
+def remove_earlier(folder: Path, *, adapter: bool, kept: Collection[str] = ()) -> None:
+    """Removes the weights of an earlier save: a single file of before would be read in place of
+    new ones, which are several, an adapter would be loaded onto them, and a reward model would
+    begin with the value head.
 
     Args:
-        kept: names of the new save's files. Of an adapter they have `adapter_config.json`: it is
-            saved beside no whole model (`config.folder`), so no weights of one are looked for.
+        adapter: what takes its place. It is saved beside no whole model (`config.folder`), so no
+            weights of one are looked for.
+        kept: names of files that stay.
     """
     names = {value_head.FILE, *damaged.ADAPTER}
-    if "adapter_config.json" not in kept:
+    if not adapter:
         parts = (path.name for path in folder.glob("*-of-*"))
         names |= {"adapter_config.json", *damaged.MODEL, *damaged.INDICES}
         names |= {name for name in parts if WEIGHTS_PART.fullmatch(name)}

@@ -9,13 +9,16 @@ import uuid
 from pathlib import Path
 
 from longfactory.config import folder
+from longfactory.model import saved
 from longfactory.train.checkpoint import manifest as manifests
 
 log = logging.getLogger("longfactory")
 TEMPORARY = "tmp-checkpoint-"
 MODEL = "tmp-model-"
+COMPLETE = "new-model-"
 SCRATCH = ".longfactory-dry-save-"
 _LEFT = re.compile(rf"({TEMPORARY}\d+-[0-9a-f]{{12}}|{MODEL}[0-9a-f]{{12}}|{re.escape(SCRATCH)}.*)")
+_COMPLETE = re.compile(rf"{COMPLETE}[0-9a-f]{{12}}")
 
 
 def temporary_name(step: int) -> str:
@@ -28,12 +31,29 @@ def unfinished_model() -> str:
     return f"{MODEL}{uuid.uuid4().hex[:12]}"
 
 
+def put_model_in_place(beside: Path) -> None:
+    """The trained model, which is complete in a folder of `unfinished_model`, takes the place of an
+    earlier one in the folder above. What a kill interrupts is finished by `remove_leftovers`.
+    """
+    complete = beside.with_name(beside.name.replace(MODEL, COMPLETE))
+    beside.rename(complete)
+    saved.put_in_place(complete, complete.parent)
+
+
 def remove_leftovers(output_dir: Path) -> list[str]:
-    """Removes what saves of killed runs have left in an output folder, and returns their names.
-    Only folders with names that this room and the dry save give.
+    """Removes what saves of killed runs have left in an output folder, and returns their names; a
+    model that was complete is put in place. Only folders with names that this room and the dry save
+    give.
     """
     if not output_dir.is_dir():
         return []
+    for p in sorted(output_dir.iterdir()):
+        if _COMPLETE.fullmatch(p.name) and p.is_dir():
+            log.info(f"{p} is a trained model, complete: it is put in its place in {output_dir}.")
+            try:
+                saved.put_in_place(p, output_dir)
+            except OSError as error:
+                log.warning(f"{p} could not be put in its place: {error.strerror or error}.")
     left = [p for p in output_dir.iterdir() if _LEFT.fullmatch(p.name) and p.is_dir()]
     for p in left:
         shutil.rmtree(p, ignore_errors=True)

@@ -30,7 +30,6 @@ from longfactory.model.saved import (
     bytes_to_save,
     check_saved,
     names_for_peft,
-    put_in_place,
     remove_earlier,
 )
 from longfactory.model.source import tied_duplicates
@@ -48,7 +47,7 @@ from longfactory.train.checkpoint.progress import (
     read_state,
     write_state,
 )
-from longfactory.train.checkpoint.prune import prune, unfinished_model
+from longfactory.train.checkpoint.prune import prune, put_model_in_place, unfinished_model
 from longfactory.train.checkpoint.save import Part, optimizer_bytes, save_checkpoint
 from longfactory.train.numbers import LoggedSteps, Numbers
 from longfactory.train.output import (
@@ -142,7 +141,7 @@ class ResumableTrainer(Trainer):
             self._write_model(self.args.output_dir)
             if self.args.should_save:
                 head = {VALUE_HEAD} if self.stage.output == "values" else set()
-                remove_earlier(Path(self.args.output_dir), kept=head)
+                remove_earlier(Path(self.args.output_dir), adapter=False, kept=head)
         else:
             self._replace_model(Path(self.args.output_dir))
 
@@ -153,11 +152,12 @@ class ResumableTrainer(Trainer):
         beside = folder / unfinished_model()
         try:
             self._write_model(str(beside))
-            if self.args.should_save:
-                put_in_place(beside, folder)
-        finally:
+        except BaseException:
             if self.args.should_save:
                 shutil.rmtree(beside, ignore_errors=True)
+            raise
+        if self.args.should_save:
+            put_model_in_place(beside)
 
     def writes_shards(self) -> bool:
         """Whether each process of ZeRO-3 saves its part of a whole model, as DeepSpeed's file asks
