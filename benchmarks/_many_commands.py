@@ -202,7 +202,7 @@ def planned(text: str) -> Row:
     row: Row = {}
     if (settings := re.search(r"Memory plan.*\n +(.*)", text)) is not None:
         row["settings"] = settings[1]
-    if (seconds := re.search(r"predicted: ([0-9.,]+) s a row", text)) is not None:
+    if (seconds := re.search(r"predicted: ([0-9.,]+) s (?:a|per) row", text)) is not None:
         row["predicted s"] = float(seconds[1].replace(",", ""))
     if (schedule := re.findall(r"sequence parallelism, rows like .*", text)) != []:
         row["schedule"] = schedule[-1][-120:]

@@ -267,7 +267,7 @@ def passes(settings: str) -> tuple[float, float]:
 
 def saved_mlps(settings: str) -> float:
     """The share of layers whose MLP a run does not compute again, by what its plan said."""
-    saved = re.search(r"MLP products saved in (\d+)%", settings)
+    saved = re.search(r"MLP (?:products|activations) saved in (\d+)%", settings)
     return int(saved[1]) / 100 if saved else 0.0
 
 

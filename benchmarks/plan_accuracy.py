@@ -386,7 +386,7 @@ def of_run(text: str, out: Path, timed: int | None = None) -> dict[str, Any]:
     """
     total = re.search(r"^ +total +([0-9.]+) +of", text, re.MULTILINE)
     runtime = re.search(r"^ +runtime +([0-9.]+)$", text, re.MULTILINE)
-    step = re.search(r"predicted: ([0-9.]+) s a row", text)
+    step = re.search(r"predicted: ([0-9.]+) s (?:a|per) row", text)
     logged = (out / "trainer_log.jsonl").read_text().splitlines()
     lines = [json.loads(line) for line in logged if '"loss"' in line]
     predicted: dict[str, Any] = {}

@@ -363,7 +363,7 @@ def logged(job: Job, args: argparse.Namespace, home: Path, text: str) -> dict[st
     at = [line["elapsed_seconds"] for line in lines]
     seconds = (at[-1] - at[0]) / len(timed)
     plan = re.search(r"Memory plan.*\n +(.*)", text)
-    said = re.search(r"predicted: ([\d.]+) s a row", text)
+    said = re.search(r"predicted: ([\d.]+) s (?:a|per) row", text)
     # Tokens of documents a second of each GPU, while a step runs: of a step, its tokens.
     steps = [x["tokens_per_second_per_gpu"] * x["seconds_per_step"] * job.gpus for x in timed]
     tokens = sum(steps) / len(steps)

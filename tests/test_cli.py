@@ -76,7 +76,7 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
         in capsys.readouterr().err
     )
     assert cli.main(["dpo", "run.yaml"]) == 2  # a command of LLaMA-Factory's v1
-    assert "To train so: longfactory train ... stage=dpo." in capsys.readouterr().err
+    assert "To train this stage: longfactory train ... stage=dpo." in capsys.readouterr().err
 
 
 def test_dry_run_prints_the_run_and_stops(
@@ -95,7 +95,7 @@ def test_dry_run_prints_the_run_and_stops(
     out, err = capsys.readouterr()
     assert "# processes: 4 = 2 groups x sequence_parallel_size 2" in out
     assert yaml.safe_load(out)["model_name_or_path"] == "m"
-    assert out.splitlines()[-1].startswith("# Nothing was found that stops this run")
+    assert out.splitlines()[-1].startswith("# No problem was found.")
     assert err.startswith("note: flash_attn: fa2 has no effect")
     assert not Path("nowhere").exists()
     assert cli.main([*words, "nproc_per_node=3"]) == 2

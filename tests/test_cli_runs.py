@@ -226,7 +226,7 @@ def test_deepspeed_s_launcher_with_a_hostfile(small: list[str], tmp_path: Path) 
     ]
     said = [process.communicate(timeout=280)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
-    assert "Processes: 2 (sequence) x 1 (data) = 2" in said[0]
+    assert "World size: 2 (sequence parallel) x 1 (data parallel) = 2" in said[0]
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 

@@ -79,7 +79,7 @@ def test_a_run_that_has_all_it_needs(home: Path, capsys: pytest.CaptureFixture[s
     status, out, err = dry(capsys, adapter_name_or_path="adapter", eval_dataset="talks")
     assert status == 0 and "model_name_or_path: model" in out
     assert (
-        err == "not checked: Rows of the data beyond the first 20 of each set are read when the run"
+        err == "not checked: Rows beyond the first 20 of each data set; they are read when the run"
         " starts.\n"
     )
     assert not (home / "out").exists() and not (home / "cache").exists()
@@ -188,7 +188,7 @@ def test_what_could_not_be_looked_at_is_told(capsys: pytest.CaptureFixture[str])
         in err
     )
     assert "not checked: Data set 'far' is on the hub (someone/rows)" in err
-    assert "not checked: The template and the first rows were not tokenised" in err
+    assert "not checked: Tokenisation of the first rows" in err
     status, _, err = dry(capsys, dataset="half")
     assert status == 0 and "note: Data set 'half', first 4 rows: 1 bad rows" in err
 

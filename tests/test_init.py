@@ -100,7 +100,7 @@ def test_tokens_of_a_text_are_estimated_from_above(text: str, tokens: int) -> No
         ("dpo", [{"instruction": "a", "output": "b"}], "Stage dpo needs pairs"),
         ("sft", [{"prompt": "a", "chosen": "b", "rejected": "c"}], "`longfactory init dpo`"),
         ("pt", [{"instruction": "a", "output": "b"}], "Stage pt needs texts"),
-        ("sft", [{"x": 1}], "the form of its rows is not known (columns: x)"),
+        ("sft", [{"x": 1}], "the format of its rows was not recognised (columns: x)"),
         ("sft", None, "there is no such file, and no data set of this name"),
     ],
 )
@@ -142,7 +142,7 @@ def test_the_quickstart_finds_its_data_where_others_are(
     after, ours = json.loads(listed.read_text()), resources.data_sets()
     assert after == ours | before and set(before) == {"mine", "manual_sft", "manual_dpo"}
     assert "Added to data/dataset_info.json: manual_sft_eval, manual_sft_eval_2" in said
-    assert "the name of the demo data's, which stay: manual_dpo." in said
+    assert "the names of the demo data, which are kept: manual_dpo." in said
     cfg = load_config(["examples/quickstart.yaml"])
     assert {*cfg.data.dataset, *cfg.data.eval_dataset} <= set(after)
     assert cli.main(["init", "examples"]) == 0
@@ -232,7 +232,7 @@ def test_the_command_is_shown_again_without_secrets() -> None:
 
 def test_a_name_on_the_hub(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["init", "sft", "--data", "someone/chats"]) == 0
-    assert "were not looked at" in capsys.readouterr().out
+    assert "were not inspected" in capsys.readouterr().out
     info = json.loads((tmp_path / "data" / "dataset_info.json").read_text())
     assert info == {"chats": {"hf_hub_url": "someone/chats"}}
     assert load_config(["sft.yaml"]).cutoff_len == 8192

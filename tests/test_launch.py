@@ -117,7 +117,7 @@ def test_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "device_count", lambda: 8)
     assert launch.local_processes(config()) == 8
     assert launch.local_processes(config(use_cpu=True)) == 1
-    with pytest.raises(UserError, match="this machine shows 8"):
+    with pytest.raises(UserError, match="this machine has 8 visible"):
         launch.local_processes(config(nproc_per_node=9))
 
 

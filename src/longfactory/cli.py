@@ -29,9 +29,9 @@ LongFactory {version}: post-train language models on sequences of any length.
   longfactory init   sft|dpo|kto|rm|pt           write a run's YAML with comments; --model, --data, --lora
   longfactory train  run.yaml [key=value ...]    train, evaluate
   longfactory plan   run.yaml [--gpus 8 ...]     predict the memory and time of a run, without a GPU
-  longfactory verify run.yaml [key=value ...]    prove on the run's own model and data that splitting changes no gradient
-  longfactory teach  run.yaml [key=value ...]    the pass of a run's teacher or reference alone, kept for its training
-  longfactory eval   run.yaml [lengths=...]      what the model finds in long texts, by length and depth; its loss by position
+  longfactory verify run.yaml [key=value ...]    prove on the run's own model and data that sharding changes no gradient
+  longfactory teach  run.yaml [key=value ...]    run the teacher or reference model alone and cache what training needs of it
+  longfactory eval   run.yaml [lengths=...]      long-context evaluation: retrieval by length and depth, loss by position
   longfactory export run.yaml [key=value ...]    merge LoRA adapters, write a plain model, push it
   longfactory expand model_name_or_path=... export_dir=... num_expand=8    add layers for use_llama_pro
   longfactory chat   run.yaml [key=value ...]    talk to a model
@@ -42,10 +42,10 @@ LongFactory {version}: post-train language models on sequences of any length.
   longfactory completion bash|zsh|fish           a script that completes commands and keys
   longfactory version
 
-  longfactory train run.yaml --dry_run           resolve a run, check all of it that is on this machine, print it, stop
-  longfactory train --help [word]                every key, or those that match a word
+  longfactory train run.yaml --dry_run           resolve and check a run, print it, and stop
+  longfactory train --help [word]                list every key, or those that match a word
 
-Keys have LLaMA-Factory's names; --key value works as well as key=value. One line makes a sequence span devices:
+Keys have LLaMA-Factory's names; --key value works as well as key=value. One line shards a sequence over devices:
   sequence_parallel_size: 8
 """
 # What comes before a command's own list of options or keys.
@@ -53,31 +53,32 @@ ABOVE = {
     "plan": (
         """\
 longfactory plan run.yaml [key=value ...] [--gpus 8xH200 ...]
-  Everything is as the run's file and words say; an option below takes the place of its key (docs/planning.md).
+  The run is taken from its file and key=value words; each option below overrides the matching key (docs/planning.md).
 """
     ),
     "eval": (
         """\
-Its own keys, which no file holds (docs/long_context.md)
+Keys of this command, given on the command line only (docs/long_context.md)
   lengths=4096,16384  depths=0,0.25,0.5,0.75,1  samples=3
-      Tokens of the texts, shares of a text before what is to be found, and texts of each.
+      Lengths of the texts in tokens, depth of the needle as a fraction of the text, and
+      number of texts for each combination.
   tasks=needle,needles,chain,common
-      Which texts are made.
+      Kinds of texts to generate.
   documents=a.txt,b.jsonl
-      Long texts, of which the loss by position is measured.
+      Long texts whose loss by position is measured.
   report_dir=.
-      Folder of long_context.json and long_context.png.
+      Folder that long_context.json and long_context.png are written to.
 
 """
     ),
     "verify": (
         """\
-Its own keys, which no file holds (docs/verify.md)
+Keys of this command, given on the command line only (docs/verify.md)
   verify_rows=2
-      Micro-batches of each data-parallel group in the step that is compared.
+      Micro-batches per data-parallel group in the step that is compared.
   verify_tokens=2048
-      Longest row (on a CPU by default as long as takes about a minute); of a longer one each
-      document keeps its last tokens.
+      Longest row; longer ones are shortened to the last tokens of each document.
+      (On a CPU the default is a length that takes about a minute.)
   --json FILE, --html FILE
       The report as JSON, and as one page with pictures.
 
@@ -116,9 +117,7 @@ def train(argv: list[str], watch: Watch | None = None) -> int:
             print(f"note: {note}", file=sys.stderr)
         if _rank() == 0:
             print(resolved(cfg))
-            print(
-                "# Nothing was found that stops this run; without --dry_run the command starts it."
-            )
+            print("# No problem was found. Run the same command without --dry_run to start.")
         return 0
     if cfg.model.infer_backend == "vllm":  # which starts processes of its own
         from longfactory.output.predict_vllm import predict
@@ -498,7 +497,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         from longfactory.config.stage_facts import STAGES
 
-        as_stage = f" To train so: longfactory train ... stage={command}."
+        as_stage = f" To train this stage: longfactory train ... stage={command}."
         print(
             f"longfactory has no command {command!r}. It has {', '.join(COMMANDS)}."
             + (as_stage if command in STAGES else ""),

@@ -99,7 +99,7 @@ def _folder(cfg: RunConfig, key: str, name: str, found: Found) -> Path | None:
             return None
         if isinstance(cached, str):
             found.unchecked.append(
-                f"{key}: {name} was looked at in this machine's cache, not on the hub."
+                f"{key}: {name} was checked in this machine's cache, not on the hub."
             )
             return Path(cached).parent
     found.unchecked.append(
@@ -202,7 +202,7 @@ def _data(cfg: RunConfig, tokenizer: Any, found: Found) -> None:
             found.problem(error)
     if names:
         found.unchecked.append(
-            f"Rows of the data beyond the first {ROWS} of each set are read when the run starts."
+            f"Rows beyond the first {ROWS} of each data set; they are read when the run starts."
         )
 
 
@@ -217,9 +217,7 @@ def _template(cfg: RunConfig, options: Any, tokenizer: Any, found: Found) -> Any
         return templates.get_template(options, tokenizer, quiet)
     if cfg.data.template is not None:
         templates.named(options, quiet)
-    found.unchecked.append(
-        "The template and the first rows were not tokenised: there is no tokenizer on this machine."
-    )
+    found.unchecked.append("Tokenisation of the first rows: the tokenizer is not on this machine.")
     return None
 
 
@@ -268,9 +266,7 @@ def _source(
     kind.check_source(source, cfg.method.stage)
     if source.load_from != "file":
         where = "the hub" if source.load_from == "hub" else "another machine"
-        found.unchecked.append(
-            f"Data set {name!r} is on {where} ({source.location}) and was not looked up."
-        )
+        found.unchecked.append(f"Data set {name!r} is on {where} ({source.location}).")
         return
     source.files()
     rows = list(islice(read(source), ROWS))

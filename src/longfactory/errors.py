@@ -68,7 +68,7 @@ def disk_sentence(error: BaseException) -> str | None:
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in DISK:
             where = f"{seen.filename}: " if seen.filename is not None else ""
-            return f"{where}{seen.strerror or seen}. Make room, or name another place."
+            return f"{where}{seen.strerror or seen}. Free up space, or choose another location."
         if "(os error 28)" in str(seen) or "No space left on device" in str(seen):
             return f"No space left on device ({' '.join(str(seen).split())[:200]}). Make room."
         seen = seen.__cause__

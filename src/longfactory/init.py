@@ -30,11 +30,11 @@ ESTIMATED = 16
 PIECES = re.compile(r"(?P<word>[A-Z]?[a-z]+)|(?P<capitals>[A-Z]+)|(?P<space>\s+)|[^\sA-Za-z]")
 
 WHAT = {
-    "sft": "Supervised fine-tuning: the answers of conversations are learnt.",
+    "sft": "Supervised fine-tuning on the answers of conversations.",
     "dpo": "Direct preference optimisation: of two answers the chosen one becomes more likely.",
     "kto": "Kahneman-Tversky optimisation: answers that are labelled true or false.",
     "rm": "A reward model: of two answers the chosen one gets the higher value.",
-    "pt": "Continued pretraining: every token of plain texts is learnt.",
+    "pt": "Continued pretraining on every token of plain texts.",
 }
 NEEDS = {
     "sft": "conversations, or prompts with answers",
@@ -63,8 +63,8 @@ def main(argv: Sequence[str]) -> int:
     print(f"Wrote {target}, and the data set {name!r} in {folder / 'dataset_info.json'}.")
     if longest is None:
         print(
-            "Its rows were not looked at. Name their columns in dataset_info.json where they are"
-            " not instruction, input and output, and set cutoff_len."
+            "Its rows were not inspected. If their columns are not instruction, input and "
+            "output, name them in dataset_info.json; and set cutoff_len."
         )
     print(f"Next: longfactory train {target}")
     return 0
@@ -111,12 +111,12 @@ def examples(target: Path) -> int:
         kept = [name for name in ours if known.get(name, ours[name]) != ours[name]]
         if kept:
             print(
-                f"{listed.relative_to(target)} has other data sets by the name of the demo data's,"
-                f" which stay: {', '.join(kept)}."
+                f"{listed.relative_to(target)} already has data sets with the names of the "
+                f"demo data, which are kept: {', '.join(kept)}."
             )
     stay = [str(path.relative_to(target)) for path in others if path != listed]
     if stay:
-        print(f"These are there already and stay as they are: {', '.join(stay)}.")
+        print(f"These files already exist and were not changed: {', '.join(stay)}.")
     print("Next: python examples/quickstart.py")
     return 0
 
@@ -237,9 +237,9 @@ def entry_of_file(path: Path, folder: Path) -> dict[str, Any]:
     if entry is None:
         columns = ", ".join(dict.fromkeys(c for row in rows for c in row)) or "none"
         raise UserError(
-            f"--data {path}: the form of its rows is not known (columns: {columns}). Expected"
-            " messages with role and content, or from and value; a prompt with an answer; chosen"
-            " and rejected; or text. docs/your_data.md has an example of each."
+            f"--data {path}: the format of its rows was not recognised (columns: {columns}). "
+            "Expected messages with role and content, or from and value; a prompt with an "
+            "answer; chosen and rejected; or text. docs/your_data.md has an example of each."
         )
     return {"file_name": os.path.relpath(path.resolve(), folder.resolve())} | entry
 
@@ -309,7 +309,7 @@ def run_file(
         key("model_name_or_path", quoted(model), where),
         *template,
         "",
-        "# ---- what is learnt, and of what",
+        "# ---- what to train, and on what",
         key("stage", stage),
         key("finetuning_type", "lora" if lora else "full", "full, lora or freeze"),
         *([key("lora_rank", "8"), key("lora_target", "all")] if lora else []),
@@ -322,20 +322,24 @@ def run_file(
         *cut_and_pack(stage),
         key("val_size", "0.1", "a tenth of the samples is held out for evaluation"),
         "",
-        "# ---- devices: a row of tokens is sharded over so many of them",
+        "# ---- devices that share one sequence",
         key("sequence_parallel_size", "1", "or auto: what `longfactory plan` would choose"),
         "# sequence_parallel_mode: zigzag-ring  # ulysses, llama3, usp, auto",
         "",
         "# ---- training",
         key("per_device_train_batch_size", "1"),
-        key("gradient_accumulation_steps", "4", "an update takes 4 samples a device group"),
+        key(
+            "gradient_accumulation_steps",
+            "4",
+            "4 samples per optimizer step and data-parallel group",
+        ),
         key("learning_rate", (LORA_RATE if lora else RATE)[stage]),
         key("lr_scheduler_type", "cosine"),
         key("warmup_ratio", "0.1"),
         key("num_train_epochs", "1"),
         "# bf16: true  # on GPUs: half the memory, several times the speed",
         "",
-        "# ---- what is written",
+        "# ---- output",
         key("output_dir", quoted(f"outputs/{out.stem}")),
         key("logging_steps", "1"),
         key("save_steps", "100"),
@@ -372,7 +376,7 @@ def extra_of_stage(stage: str) -> list[str]:
     if stage == "dpo":
         return [
             key("pref_loss", "sigmoid", "or ipo, orpo, simpo, ...: docs/stages.md"),
-            key("pref_beta", "0.1", "how far the model may go from its reference"),
+            key("pref_beta", "0.1", "a higher beta keeps the model closer to its reference"),
         ]
     return [key("pref_beta", "0.1")] if stage == "kto" else []
 
@@ -380,10 +384,20 @@ def extra_of_stage(stage: str) -> list[str]:
 def cut_and_pack(stage: str) -> list[str]:
     """How rows are made."""
     if stage == "pt":
-        return [key("packing", "true", "rows are filled with several texts, which do not mix")]
-    lines = [key("cutoff_strategy", "keep_tail", "the end of a prompt, its question, stays")]
+        return [
+            key(
+                "packing",
+                "true",
+                "several texts share a row, isolated from each other",
+            )
+        ]
+    lines = [key("cutoff_strategy", "keep_tail", "keeps the end of a long prompt (the question)")]
     if stage == "sft":
         lines.append(
-            key("packing", "false", "true: rows are filled with several samples, which do not mix")
+            key(
+                "packing",
+                "false",
+                "true: several samples share a row, isolated from each other",
+            )
         )
     return lines

@@ -72,8 +72,8 @@ def local_processes(cfg: RunConfig) -> int:
     devices = 0 if cfg.trainer.use_cpu else device_count()
     if asked and devices and asked > devices:
         raise UserError(
-            f"nproc_per_node: {asked} processes need a device each, and this machine shows"
-            f" {devices}. Lower it, or use_cpu: true."
+            f"nproc_per_node: {asked} processes need one device each, and this machine has "
+            f"{devices} visible. Lower it, or set use_cpu: true."
         )
     return asked or max(devices, 1)
 
@@ -378,8 +378,7 @@ class Launcher:
         if self.ended is None and launched.read_status(self.folder) is None:
             why = "A second signal" if again else "signal_grace is over"
             print(
-                f"longfactory: {why}: the run ends now. Nothing is saved of the steps since the"
-                " last checkpoint.",
+                f"longfactory: {why}: the run ends now. Steps since the last checkpoint are lost.",
                 file=sys.stderr,
                 flush=True,
             )

@@ -63,8 +63,8 @@ def test_samples_have_the_tokens_that_are_asked_for(tmp_path: Path) -> None:
 def test_the_log_of_a_run_is_read() -> None:
     text = (
         "[08:00:00] Memory plan (memory: auto): 7.62 B parameters, rows of 1,048,576 tokens\n"
-        "  every layer recomputed; optimizer on the gpu\n  one GPU, when most is there\n"
-        "  predicted: 1,396.4 s a row, 661 tokens/s a GPU (95% of the roofline)\n"
+        "  every layer recomputed; optimizer on the gpu\n  peak memory of one GPU\n"
+        "  predicted: 1,396.4 s per row, 661 tokens/s per GPU (95% of the roofline)\n"
     )
     row = _many_commands.planned(text)
     assert row == {

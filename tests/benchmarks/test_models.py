@@ -76,7 +76,7 @@ def test_the_roofline_counts_what_a_run_computes_twice() -> None:
     }
     again = models.roofline(at, 1, RATES, SAVED)
     assert again["products"] == 8.0 and again["attention"] == 35.0
-    kept = f"{SAVED}; MLP products saved in 50% of layers"
+    kept = f"{SAVED}; MLP activations saved in 50% of layers"
     rates = RATES | {"experts": ONE, "mlp_forward": 0.5, "norms_after": True}
     saved = models.roofline(at, 1, rates, kept, split=True)
     assert saved["products"] == 8.0 - 0.25 and saved["experts"] == 7.5 and saved["optimizer"] == 7.0

@@ -43,12 +43,12 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"stage": "kto", "mask_history": True}, "mask_history is for stage: sft"),
     ({"packing": False, "neat_packing": True}, "contradict"),
     ({"val_size": 0.1, "eval_dataset": "e"}, "eval_dataset and val_size were both given"),
-    ({"eval_strategy": "steps"}, "Give eval_dataset, or val_size above 0"),
-    ({"do_eval": True, "do_train": True}, "Give eval_dataset, or val_size above 0"),
-    ({"eval_on_start": True}, "Give eval_dataset, or val_size above 0"),
+    ({"eval_strategy": "steps"}, "Set eval_dataset, or val_size above 0"),
+    ({"do_eval": True, "do_train": True}, "Set eval_dataset, or val_size above 0"),
+    ({"eval_on_start": True}, "Set eval_dataset, or val_size above 0"),
     (
         {"train_from_scratch": True, "quantization_bit": 4, "finetuning_type": "lora"},
-        "train_from_scratch reads none",
+        "train_from_scratch loads none",
     ),
     ({"val_size": 2.5}, "whole number of samples"),
     ({"max_steps": 0}, "max_steps: 0 trains nothing"),
@@ -60,7 +60,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"optim_args": "a=1,b"}, "optim_args: b is not name=value"),
     ({"seed": -1}, "seed: got -1, expected >= 0"),
     ({"optim": "galore_adamw"}, "optim_target_modules"),
-    ({"streaming": True}, "Give max_steps"),
+    ({"streaming": True}, "Set max_steps"),
     ({"streaming": True, "max_steps": 5, "max_samples": 3}, "max_samples and streaming"),
     ({"streaming": True, "max_steps": 5, "val_size": 0.1}, "val_size as a number of samples"),
     ({"streaming": True, "max_steps": 5, "save_strategy": "epoch"}, "Set save_strategy: steps"),
@@ -75,7 +75,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"stage": "dpo", "pref_loss": "ipo", "dpo_label_smoothing": 0.1},
-        "means nothing to pref_loss: ipo",
+        "has no effect with pref_loss: ipo",
     ),
     ({"stage": "dpo", "pref_loss": "exo_pair"}, "Give one, for example 0.001"),
     ({"stage": "dpo", "pref_beta": 0}, "pref_beta must be above 0"),
@@ -85,7 +85,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"stage": "dpo", "pref_loss": "sft", "ld_alpha": 0.5},
-        "ld_alpha means nothing to pref_loss: sft",
+        "ld_alpha has no effect with pref_loss: sft",
     ),
     ({"use_dft_loss": True, "use_asft_loss": True}, "A run has one loss"),
     (
@@ -136,7 +136,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     *(
         ({"val_size": 2, "eval_strategy": "steps", "metric_for_best_model": name}, message)
         for name, message in (
-            ("eval_rouge-l", "metric_for_best_model: eval_rouge-l is of generated answers"),
+            ("eval_rouge-l", "metric_for_best_model: eval_rouge-l measures generated answers"),
             ("accuracy", "metric_for_best_model: accuracy needs compute_accuracy: true"),
             ("eval_los", "metric_for_best_model: no evaluation computes eval_los"),
         )
@@ -187,7 +187,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"ddp_backend": "ncll"}, "ddp_backend: ncll is not a choice. Choose from nccl, gloo"),
     ({"ddp_backend": "nccl", "use_cpu": True}, "ddp_backend: nccl needs GPUs, and use_cpu"),
-    ({"on_nan": "skip", "optimizer_overlap": True, "max_grad_norm": 0}, "on_nan: skip leaves an"),
+    ({"on_nan": "skip", "optimizer_overlap": True, "max_grad_norm": 0}, "on_nan: skip drops an"),
     (
         {"on_nan": "skip", "optim": "galore_adamw_layerwise", "optim_target_modules": "q"},
         "layerwise",
@@ -202,7 +202,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
             "eval_dataset": "e",
             "deepspeed": {"zero_optimization": {"stage": 2}},
         },
-        "do_predict without training has nothing for DeepSpeed to do",
+        "do_predict without training does not use DeepSpeed",
     ),
     (
         {
@@ -211,7 +211,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
             "eval_dataset": "e",
             "deepspeed": {"zero_optimization": {"stage": 2}},
         },
-        "do_eval without training shards nothing with DeepSpeed below ZeRO-3",
+        "do_eval without training uses DeepSpeed only with ZeRO-3",
     ),
     ({"deepspeed": "absent.json"}, "there is no file absent.json"),
     (
@@ -254,7 +254,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"pissa_init": True, "init_lora_weights": "olora"}, "Keep one of them"),
     (
         {"pissa_init": True, "pissa_convert": True, "adapter_name_or_path": "x"},
-        "goes on with a trained one",
+        "continues from a trained one",
     ),
     ({"init_lora_weights": "olora", "quantization_bit": 4}, "olora decomposes the full weights"),
     ({"mixture_of_depths": "convert"}, "those that come later included"),
@@ -507,7 +507,7 @@ def test_deepspeed_files(tmp_path: Path) -> None:
     bad.write_text("{")
     assert "is not valid JSON" in problem(deepspeed=str(bad))
     bad.write_text("[]")
-    assert "holds no mapping" in problem(deepspeed=str(bad))
+    assert "is not a JSON object" in problem(deepspeed=str(bad))
 
 
 @pytest.mark.parametrize("name", ["z0", "z2", "z2_offload", "z3", "z3_offload"])

@@ -65,7 +65,7 @@ def test_an_incomplete_checkpoint_is_ignored(out: Path) -> None:
 def test_overwriting_begins_anew(out: Path) -> None:
     leave_checkpoints(out, 5)
     cfg = run(out, overwrite_output_dir=True)
-    assert cfg.checkpoints == () and "keeps the checkpoints of an earlier run" in cfg.notes[0]
+    assert cfg.checkpoints == () and "still has checkpoints of an earlier run" in cfg.notes[0]
     assert run(out, resume_from_checkpoint=False).checkpoints == ()
     assert run(out, overwrite_output_dir=True, resume_from_checkpoint=True).checkpoints[0] == str(
         out / "checkpoint-5"
@@ -171,7 +171,7 @@ def test_an_adapter_is_not_replaced_by_a_whole_model_unasked(out: Path) -> None:
     begins: tuple[Any, ...] = (False, str(out.parent / "other" / "checkpoint-5"))
     for begin in begins:
         keys = {"finetuning_type": "full", "resume_from_checkpoint": begin}
-        with pytest.raises(ConfigError, match="holds an adapter, which the model"):
+        with pytest.raises(ConfigError, match="holds an adapter, which this run"):
             run(out, **keys)
         run(out, **keys, overwrite_output_dir=True)
         run(out, **{**keys, "finetuning_type": "lora"})

@@ -374,5 +374,7 @@ def test_variables_of_llamafactory_that_are_not_read_are_told(
     (note,) = hubs("Qwen/Qwen3-8B")
     assert note.startswith("USE_MODELSCOPE_HUB is not read: 'Qwen/Qwen3-8B' is looked up on")
     monkeypatch.setenv("IMAGE_PLACEHOLDER", "[img]")
-    with pytest.raises(ConfigError, match=r"sets IMAGE_PLACEHOLDER to '\[img\]'.* mark is <image>"):
+    with pytest.raises(
+        ConfigError, match=r"sets IMAGE_PLACEHOLDER to '\[img\]'.* placeholder is always <image>"
+    ):
         hubs(tmp_path)

@@ -116,7 +116,7 @@ def test_bad_words(tmp_path: Path) -> None:
     for words, expected in (
         (["absent.yaml"], "There is no file absent.yaml. `longfactory init sft"),
         (["absent/run.yaml"], "There is no file absent/run.yaml. There is no folder absent either"),
-        (["learning_rate"], "'learning_rate' is neither"),
+        (["learning_rate"], "'learning_rate' is not understood"),
         (["--learning_rate"], "--learning_rate needs a value"),
         (["a=[1"], "a=[1 cannot be read"),
     ):

@@ -97,7 +97,7 @@ def test_a_template_that_rewrites_history_trains_the_last_answer(
     data = load(
         tokenizer, [{"conversations": TWO_TURNS}, {"conversations": TWO_TURNS[:2]}], write_data
     )
-    assert "only the last answer is trained" in caplog.text
+    assert "only the last answer of a multi-turn conversation is trained" in caplog.text
     assert data.report.last_answer_only == 1
     messages = as_messages(TWO_TURNS)
     assert tokenizer.decode(data[0][0].input_ids) == tokenizer.apply_chat_template(
@@ -157,14 +157,14 @@ def test_warnings_and_refusals(tokenizer: Any) -> None:
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
         + CHATML
     )
-    assert "no place for a system message" in " ".join(check(ChatTemplate(tokenizer)))
+    assert "does not support a system message" in " ".join(check(ChatTemplate(tokenizer)))
     # An answer that begins with a blank: "Assistant:" + " A" is one piece of text to the model's
     # own tokenisation.
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
         + "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    assert "merges across that border" in " ".join(check(ChatTemplate(tokenizer)))
+    assert "merges tokens across the border" in " ".join(check(ChatTemplate(tokenizer)))
     tokenizer.chat_template = "{{ raise_exception('broken') }}"
     with pytest.raises(
         UserError,

@@ -390,9 +390,9 @@ def test_cutoff_strategies_report_what_they_lose(
             for i in range(len(data))
         )
         told = next(m for m in reversed(caplog.messages) if "longer than cutoff_len" in m)
-        assert f"cutoff_len: {full.lengths.max()} keeps all" in told
+        assert f"set cutoff_len: {full.lengths.max()}" in told
         assert ("the question itself" in told) == (strategy == "llamafactory")
-        assert ("keep_tail keeps the end of prompts" in told) == (strategy == "llamafactory")
+        assert ("cutoff_strategy: keep_tail" in told) == (strategy == "llamafactory")
     dropped = load(tokenizer, folder, dataset="d", cutoff_len=cutoff, cutoff_strategy="drop").train
     assert (
         dropped.report.dropped == len(over)

@@ -116,8 +116,8 @@ def test_a_file_by_its_path(
     path = tmp_path / "some rows.jsonl"
     path.write_text((json.dumps(row) + "\n") * 2)
     found = load(tokenizer, tmp_path / "nothing here", stage, dataset=str(path), packing=False)
-    told = next(m for m in caplog.messages if "by its first rows" in m)
-    entry = json.loads("{" + told.split("says so: ", 1)[1] + "}")
+    told = next(m for m in caplog.messages if "judging by its first rows" in m)
+    entry = json.loads("{" + told.split("dataset_info.json: ", 1)[1] + "}")
     assert entry == {"some rows": {"file_name": str(path)} | expected}
     (tmp_path / "dataset_info.json").write_text(json.dumps(entry))
     named = load(tokenizer, tmp_path, stage, dataset="some rows", packing=False)
@@ -152,7 +152,10 @@ def test_paths_that_cannot_be_used(tokenizer: Any, write_data: Any, tmp_path: Pa
     (folder / "odd.jsonl").write_text(json.dumps({"a": 1, "b": "x"}) + "\n")
     (folder / "broken.jsonl").write_text("{\n")
     for name, message in (
-        ("odd.jsonl", r"form of odd.jsonl is not known by its first rows \(columns: 'a', 'b'\)"),
+        (
+            "odd.jsonl",
+            r"format of odd.jsonl cannot be inferred from its first rows \(columns: 'a', 'b'\)",
+        ),
         (
             "broken.jsonl",
             r"broken.jsonl holds no row that can be read. First: broken.jsonl:1: invalid JSON",

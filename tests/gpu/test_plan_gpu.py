@@ -73,7 +73,7 @@ def test_rates_are_measured_in_a_minute(tmp_path: Path, capsys: pytest.CaptureFi
 
 def step_of(text: str) -> float:
     """Seconds of a row that a plan predicts."""
-    found = re.search(r"predicted: ([0-9.]+) s a row", text)
+    found = re.search(r"predicted: ([0-9.]+) s (?:a|per) row", text)
     assert found, text
     return float(found[1])
 

@@ -520,7 +520,7 @@ FOUND_FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     "an adapter's A without gradients": ("Only the gradients of lora_A are wrong", LORA),
     "the last micro-batch lost": (f"{COUNTED}1 times, row 2 0 times", {}),
     "references of the answers swapped": (
-        "Log-probabilities agree and the loss does not: what the stage makes of them",
+        "Log-probabilities agree but the loss does not: the stage computes it wrongly",
         PAIRS,
     ),
     "slow rotary frequencies dropped": (

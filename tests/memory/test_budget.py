@@ -70,7 +70,7 @@ def test_saved_mlp_products_take_bytes_and_spare_products():
     shares = (0.0, 0.5, 1.0)
     found = [budget(TWO, saved(keep_mlp=share)) for share in shares]
     whole = (4 * SHAPE.ffn + 2 * SHAPE.hidden) * TWO.local * SHAPE.layers
-    item = "saved MLP products"
+    item = "saved MLP activations"
     assert [b.gpu.get(item, 0.0) / whole for b in found] == pytest.approx(shares, rel=0.01)
     assert found[0].seconds > found[1].seconds > found[2].seconds
     generic = dataclasses.replace(SHAPE, written_layer=False)

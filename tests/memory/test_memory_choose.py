@@ -56,7 +56,7 @@ def test_a_layer_s_gathered_weights_are_the_user_s_or_the_plan_s_choice():
     """Kept where they fit; and what the user says holds without checkpointing too."""
     short, long = plan(16384), plan(1 << 20)
     assert short.fits and short.settings.keep_weights
-    assert "gathered once a step" in short.table and not plan(gpus=1).settings.keep_weights
+    assert "gathered once per step" in short.table and not plan(gpus=1).settings.keep_weights
     assert not choose_memory(long.job, mode="long").settings.keep_weights
     again = MemoryArguments(reshard_after_forward=True, disable_gradient_checkpointing=True)
     keys = user_keys(again)
@@ -120,7 +120,7 @@ def test_out_of_memory_says_what_to_change():
         dataclasses.replace(p), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
     )
     assert (
-        "What makes room" in text
+        "To make room" in text
         and "Tried to allocate" in text
         and "more" not in text.splitlines()[-2]
     )

@@ -81,7 +81,7 @@ def test_rows_too_short_for_what_is_counted(tmp_path: Path):
         run = dataclasses.replace(narrow, sharding="ddp")
         return "\n".join(table(run, compare(run, tokens), 989e12, [], []))
 
-    said = "not counted: starting the kernels of layers whose parameters are whole."
+    said = "Not counted: kernel launches where parameters are not sharded."
     assert said in lines(2048) and said not in lines(2**20)
     two = planned(str(tmp_path), 2, sequence_parallel_size=2)
     assert not too_short(way(two, 2048, 2)), "FSDP2's starts are counted"
@@ -117,7 +117,7 @@ def test_a_peak_that_falls_is_explained(seven: str):
     peaks = [each.memory.plan.budget.gpu_total for each in ways]
     lines = falls(ways)
     fallen = [i for i in range(1, len(peaks)) if peaks[i] < 0.99 * peaks[i - 1]]
-    assert len(lines) == len(fallen) > 0 and any("on the host" in line for line in lines)
+    assert len(lines) == len(fallen) > 0 and any("the host" in line for line in lines)
     assert all(each.fits for each in ways) and changed(ways[0], ways[0]) == ""
 
 
@@ -125,7 +125,7 @@ def test_context_and_disk(seven: str):
     run = planned(seven, sequence_parallel_size=2, save_total_limit=2)
     found = way(run, 32768, 2)
     text = facts.context(run.cfg, run.model_config)
-    assert text == "context: the model's own is 32,768 tokens."
+    assert text == "context: the model supports 32,768 tokens."
     longer = planned(seven, cutoff_len=100000)
     assert "rope_scaling: yarn (factor 4)" in facts.context(longer.cfg, longer.model_config)
     with model_folder("gemma-3-12b") as folder:
@@ -154,7 +154,7 @@ def test_an_epoch_is_the_sum_of_its_rows(seven: str):
     alike = facts.Lengths(np.full(10, 32768.0), np.full(10, 32768.0**2), "")
     passes = found.memory.plan.budget.seconds - found.update
     assert facts.epoch_seconds(found, alike, 1, 1) == pytest.approx(10 * passes, rel=1e-6)
-    assert "10 rows, 327,680 tokens, longest 32,768; 10 steps" in facts.epoch(run, found, alike)
+    assert "10 rows, 327,680 tokens, longest row 32,768; 10 steps" in facts.epoch(run, found, alike)
     # shorter ones, and many documents in a row, take less
     short = facts.Lengths(np.full(10, 8192.0), np.full(10, 8192.0**2), "")
     plan = found.memory.plan
@@ -167,7 +167,7 @@ def test_an_epoch_is_the_sum_of_its_rows(seven: str):
     mixed = facts.Lengths(np.r_[alike.rows, short.rows], np.r_[alike.squares, short.squares], "")
     both = facts.epoch_seconds(found, mixed, 1, 1)
     assert both / 2 < facts.epoch_seconds(found, mixed, 1, 2) < both
-    assert "data not read" in facts.epoch(run, found, None)
+    assert "data were not read" in facts.epoch(run, found, None)
 
 
 @pytest.mark.parametrize("name", list(SIZES))

@@ -132,7 +132,7 @@ def test_data_are_read_and_a_picture_is_drawn(tmp_path: Path, capsys, monkeypatc
     assert main([*words, "--read-data", "--picture", str(picture)]) == FITS
     out = capsys.readouterr().out
     longest = re.search(r"cutoff_len: auto is ([0-9,]+), the longest sample of the data", out)
-    rows = re.search(r"epoch: 12 rows, [0-9,]+ tokens, longest ([0-9,]+); (\d+) steps", out)
+    rows = re.search(r"epoch: 12 rows, [0-9,]+ tokens, longest row ([0-9,]+); (\d+) steps", out)
     assert longest is not None and rows is not None and longest[1] == rows[1]
     assert "sequence_parallel_size: auto is 1" in out and rows[2] == str(-(-12 // 8))
     assert picture.read_text().lstrip().startswith("<?xml")

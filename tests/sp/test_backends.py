@@ -734,7 +734,7 @@ def test_a_cudnn_that_is_not_pytorchs_own_is_named(
     )
     assert (
         found == "cuDNN 9.1.0 is loaded from /usr/local/cuda/lib64, not PyTorch's own (9.19.0.56 in"
-        f" {own}): attention may run at half its speed. Take that folder out of LD_LIBRARY_PATH."
+        f" {own}): attention may run at half speed. Remove that folder from LD_LIBRARY_PATH."
     )
     monkeypatch.setattr(start.importlib.util, "find_spec", lambda name: None)
     assert start.foreign_cudnn(mine, None, None) is None, "a PyTorch without cuDNN"

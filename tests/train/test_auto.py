@@ -59,7 +59,7 @@ def test_the_size_is_the_fastest_that_fits(seven: Path):
     fastest = max(w.rate for w in ways)
     chosen = next(w for w in ways if w.size == found.sequence_parallel_size)
     assert chosen.fits and chosen.rate >= auto.WORTH * fastest
-    assert found.cutoff_len is None and "tokens/s a GPU by size" in found.lines[0]
+    assert found.cutoff_len is None and "tokens/s per GPU, by size" in found.lines[0]
     # One GPU cannot hold such a row, several can.
     far = longest_row(run, 1) + 8192
     assert not way(run, far, 1).fits

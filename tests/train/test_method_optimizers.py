@@ -278,12 +278,12 @@ def test_contradictions_are_sentences() -> None:
         },
         "use_muon and optim: sgd": {"use_muon": True, "optim": "sgd"},
         "GaLore decomposes whole gradient matrices": {"use_galore": True, "sharding": "fsdp2"},
-        "nothing can be accumulated": {
+        "gradients cannot be accumulated": {
             "use_apollo": True,
             "apollo_layerwise": True,
             "gradient_accumulation_steps": 2,
         },
-        "before its gradient is summed over devices": {
+        "before its gradient is reduced over devices": {
             "use_galore": True,
             "galore_layerwise": True,
             "sequence_parallel_size": 2,
@@ -305,7 +305,7 @@ def test_contradictions_are_sentences() -> None:
         },
         "four times the states' own memory": {"use_badam": True, "badam_mask_mode": "scatter"},
         "Give badam_start_block": {"use_badam": True, "badam_switch_mode": "fixed"},
-        "DeepSpeed lays parameters end to end": {
+        "DeepSpeed flattens parameters": {
             "use_muon": True,
             "deepspeed": str(Path(__file__).parents[2] / "examples/deepspeed/ds_z2_config.json"),
         },

@@ -385,12 +385,12 @@ def test_the_best_model_is_loaded_and_old_checkpoints_go(
     [
         ({}, {"optimizer_placement": "gpu"}, "Set optimizer_placement: host"),
         ({"optimizer_placement": "gpu"}, {}, f"holds no {INDEX}"),
-        ({"save_only_model": True}, {}, "holds weights alone"),
+        ({"save_only_model": True}, {}, "holds only weights"),
         ({}, {"bf16": False}, "the other fp32 weights"),
         (
             {},
             {"finetuning_type": "freeze"},
-            "trained something else than this run: finetuning_type",
+            "trained something different from this run: finetuning_type",
         ),
     ],
 )

@@ -164,9 +164,9 @@ def test_what_is_not_usual_is_in_the_log(
     )
     optimizer_factory(configured(), memory("host", True, overlaps=True))
     assert said() == [
-        "AdamW states in 8 bit (bitsandbytes): not the exact fp32 trajectory.",
-        "AdamW states in bf16 (pure_bf16): not the exact fp32 trajectory.",
-        "Nothing is clipped (max_grad_norm: 0): the host updates weights while backward goes on.",
+        "AdamW states in 8 bit (bitsandbytes): training does not follow the exact fp32 trajectory.",
+        "AdamW states in bf16 (pure_bf16): training does not follow the exact fp32 trajectory.",
+        "No gradient clipping (max_grad_norm: 0): the host updates weights during the backward pass.",
     ]
     caplog.clear()
     optimizer_factory(configured(), memory("host", True, gradients="host"))
@@ -174,8 +174,8 @@ def test_what_is_not_usual_is_in_the_log(
     optimizer_factory(configured(), memory("gpu", False, overlaps=True))
     optimizer_factory(configured(), memory("gpu", True, gradients="host"))
     assert [m.split(":")[0] for m in said()] == [
-        "optimizer_overlap does nothing here",
-        "offload_gradients does nothing here",
+        "optimizer_overlap has no effect",
+        "offload_gradients has no effect",
     ]
 
 

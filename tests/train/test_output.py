@@ -40,7 +40,7 @@ def test_the_next_command_is_one(
     what = "adapter" if kind == "lora" else "model"
     assert lines == [
         f"The {what} is in out.",
-        "Pictures: out/training_loss.png.",
+        "Plots: out/training_loss.png.",
         f"Next: {next_command(cfg)}",
     ]
     command = next_command(cfg)

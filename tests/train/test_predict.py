@@ -193,7 +193,7 @@ def test_refusals(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, one)
     trainer.ctx = SimpleNamespace(size=2)
     with pytest.raises(
-        UserError, match=r"not split over 2 processes\. Set sequence_parallel_size: 1"
+        UserError, match=r"cannot be sharded over 2 processes\. Set sequence_parallel_size: 1"
     ):
         predict(trainer, None, None, SimpleNamespace(eval={}))
     with pytest.raises(UserError, match="Set eval_dataset or val_size"):

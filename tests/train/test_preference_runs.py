@@ -285,7 +285,7 @@ def test_a_run_goes_on_at_another_size(home: Path) -> None:
     # rewards of all pairs seen, not only of those since
     assert state["stage"]["rewards"][1] == 2 * 3 * STEPS
     with pytest.raises(
-        RankError, match="the reference log-probabilities of its beginning are not in the cache"
+        RankError, match="the reference log-probabilities of the initial model are not in the cache"
     ):
         train(home, "late", 1, cache=home / "cache_gone", **bco, **resumed)
 

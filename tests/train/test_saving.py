@@ -254,7 +254,8 @@ def test_a_run_that_could_not_save_does_not_begin(
         out, expected = tmp_path / "file" / "out", "cannot be written: Not a directory"
     before = sorted(path.name for path in (home / "model").iterdir())
     with pytest.raises(
-        UserError, match="This run could not save its model, so nothing was trained:"
+        UserError,
+        match="This run would not be able to save its model, so training was not started:",
     ) as error:
         run(home, out)
     assert expected in str(error.value)

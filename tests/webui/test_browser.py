@@ -188,7 +188,7 @@ def test_a_run_is_followed_by_two_viewers_and_compared(
     second.click("nav button[data-tab=compare]")
     second.wait_for_selector("#board .chart path.line")
     titles = second.locator("#board .chart h4").all_text_contents()
-    assert titles[0] == "Loss" and "Norm of the gradient" in titles and "Learning rate" in titles
+    assert titles[0] == "Loss" and "Gradient norm" in titles and "Learning rate" in titles
     loss = second.locator("#board .chart").first.locator("path.line")
     assert sorted(loss.evaluate_all("all => all.map((p) => p.dataset.run)")) == [
         *("out/one", "out/two"),

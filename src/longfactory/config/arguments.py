@@ -40,13 +40,13 @@ class ModelArguments:
     resize_vocab: bool = arg(False, "Enlarge the embedding and the head to the tokenizer's size.")
     rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | None = arg(
         None,
-        "Stretch the rotary positions to cutoff_len: factor = ceil(cutoff_len / the model's own"
-        " length).",
+        "Scale the rotary positions to cutoff_len: factor = ceil(cutoff_len / the model's "
+        "maximum length).",
     )
     train_from_scratch: bool = arg(False, "Random weights instead of the pretrained ones.")
     attention_dropout: float | None = arg(
         None,
-        "In place of the model's own dropout of attention weights; 0 is what can be trained.",
+        "Overrides the model's attention dropout; only 0 can be trained.",
         low=0.0,
         high=1.0,
     )
@@ -55,7 +55,7 @@ class ModelArguments:
     )
     quantization_bit: Literal[1, 2, 3, 4, 5, 6, 8] | None = arg(
         None,
-        "Load the frozen weights in so many bits (QLoRA; bnb: 4 or 8; extra: quantization, hqq).",
+        "Load the frozen weights in this many bits (QLoRA; bnb: 4 or 8; extra: quantization, hqq).",
     )
     quantization_method: Literal["bnb", "hqq"] = arg(
         "bnb", "Which library quantises: bitsandbytes or hqq."
@@ -64,21 +64,23 @@ class ModelArguments:
     double_quantization: bool = arg(True, "Quantise the quantisation constants too.")
     fp8: bool = arg(
         False,
-        "Linear layers of the decoder multiply numbers of eight bits, a scale for each token (Ada,"
-        " Hopper and later; extra: fp8).",
+        "Linear layers of the decoder compute in FP8, with a scale for each token (Ada, Hopper "
+        "and later; extra: fp8).",
     )
     infer_dtype: Literal["auto", "float16", "bfloat16", "float32"] = arg(
         "auto", "Number format for chat, export and api."
     )
     infer_backend: Literal["huggingface", "vllm"] = arg(
-        "huggingface", "What answers in do_predict and api: transformers, or vLLM."
+        "huggingface", "Generation engine of do_predict and api: transformers, or vLLM."
     )
-    vllm_maxlen: int = arg(4096, "vLLM: longest prompt with its answer.", low=1, high=10**9)
+    vllm_maxlen: int = arg(
+        4096, "vLLM: maximum length of a prompt plus its answer.", low=1, high=10**9
+    )
     vllm_gpu_util: float = arg(0.7, "vLLM: share of a GPU's memory.", above=0.0, high=1.0)
     vllm_enforce_eager: bool = arg(False, "vLLM: without CUDA graphs.")
     vllm_max_lora_rank: int = arg(32, "vLLM: largest rank of an adapter.", low=1, high=4096)
     vllm_config: dict | None = arg(  # noqa: RUF009  ruff trusts `str | None` alone
-        None, "vLLM: further arguments of its engine, by their names there."
+        None, "vLLM: further engine arguments, under vLLM's own names."
     )
 
 
@@ -102,7 +104,7 @@ class DataArguments:
         None, "Chat template by name; default the one derived from the tokenizer's own."
     )
     template_compat: Literal["0.9.5", "0.9.1"] = arg(
-        "0.9.5", "Whose tokens: LLaMA-Factory 0.9.5, or 0.9.1 (and its 360 fork)."
+        "0.9.5", "Tokenise like LLaMA-Factory 0.9.5, or like 0.9.1 (and its 360 fork)."
     )
     cutoff_len: int | Literal["auto"] = arg(
         2048,
@@ -113,18 +115,18 @@ class DataArguments:
     )
     cutoff_strategy: Literal["llamafactory", "drop", "error", "keep_tail"] = arg(
         "llamafactory",
-        "A sample longer than cutoff_len: shortened by LLaMA-Factory's rule, dropped, refused, or"
-        " its beginning is cut.",
+        "What happens to a sample longer than cutoff_len: truncated by LLaMA-Factory's rule, "
+        "dropped, refused, or truncated at the beginning.",
     )
     on_bad_row: Literal["skip", "error"] = arg(
-        "skip", "A row that cannot be read: counted and skipped, or the end of the run."
+        "skip", "What happens to a row that cannot be read: skip it and count it, or end the run."
     )
     train_on_prompt: bool = arg(False, "Train on the prompt's tokens too (sft).")
     mask_history: bool = arg(False, "Train on the last answer alone (sft).")
     packing: bool | None = arg(
         None,
-        "Fill rows of cutoff_len with several documents, which never see each other. Default: for"
-        " pt only.",
+        "Pack several documents into rows of cutoff_len; they never attend to each other. "
+        "Default: for pt only.",
     )
     neat_packing: bool = arg(
         False, "The same as packing: true (packed documents are always isolated)."
@@ -150,19 +152,20 @@ class DataArguments:
         1000, "Samples tokenised at a time. The result does not depend on it.", low=1, high=10**7
     )
     max_samples: int | None = arg(
-        None, "At most so many samples of each data set.", low=1, high=10**12
+        None, "Use at most this many samples of each data set.", low=1, high=10**12
     )
     val_size: float = arg(
         0.0,
-        "Part of the training data kept for evaluation: below 1 a share, else a number of samples.",
+        "Part of the training data held out for evaluation: a fraction if below 1, else a "
+        "number of samples.",
         low=0.0,
         high=10**12,
     )
     eval_on_each_dataset: bool = arg(False, "Evaluate on each data set by itself.")
     media_dir: str | None = arg(
         None,
-        "Folder that paths of images and videos are seen from, and must not leave; default"
-        " dataset_dir.",
+        "Folder that paths of images and videos are relative to and must not leave; default "
+        "dataset_dir.",
         path=True,
     )
     media_allow: tuple[Literal["outside", "url"], ...] = arg(
@@ -171,27 +174,27 @@ class DataArguments:
         " that leave it), url (fetched when the data are tokenised).",
     )
     image_max_pixels: int = arg(
-        768 * 768, "Larger images are made smaller before their processor.", low=1, high=10**9
+        768 * 768, "Larger images are downscaled before preprocessing.", low=1, high=10**9
     )
     image_min_pixels: int = arg(
-        32 * 32, "Smaller images are made larger before their processor.", low=1, high=10**9
+        32 * 32, "Smaller images are upscaled before preprocessing.", low=1, high=10**9
     )
     image_do_pan_and_scan: bool = arg(False, "Show long images as crops too (gemma3).")
     crop_to_patches: bool = arg(False, "Cut images into tiles (internvl).")
-    video_max_pixels: int = arg(
-        256 * 256, "Larger frames of videos are made smaller.", low=1, high=10**9
+    video_max_pixels: int = arg(256 * 256, "Larger video frames are downscaled.", low=1, high=10**9)
+    video_min_pixels: int = arg(16 * 16, "Smaller video frames are upscaled.", low=1, high=10**9)
+    video_fps: float = arg(2.0, "Frames sampled per second of video.", above=0.0, high=1000)
+    video_maxlen: int = arg(
+        128, "Maximum number of frames sampled from a video.", low=1, high=10**6
     )
-    video_min_pixels: int = arg(
-        16 * 16, "Smaller frames of videos are made larger.", low=1, high=10**9
-    )
-    video_fps: float = arg(2.0, "Frames of a video that are used, a second.", above=0.0, high=1000)
-    video_maxlen: int = arg(128, "Frames of a video that are used, at most.", low=1, high=10**6)
-    tool_format: str | None = arg(None, "How tools are written; default the template's way.")
+    tool_format: str | None = arg(None, "Tool-calling format; default the template's.")
     default_system: str | None = arg(
-        None, "System message where the data have none; default the template's."
+        None, "System message for samples without one; default the template's."
     )
     enable_thinking: bool | None = arg(
-        True, "Thoughts: train an empty one (true), mask it (false), as each sample is (null)."
+        True,
+        "Thinking: train on an empty thought (true), mask it (false), or keep each "
+        "sample as it is (null).",
     )
     preserve_thinking: bool = arg(False, "Keep the thoughts of earlier turns.")
 
@@ -208,8 +211,8 @@ class FinetuningArguments:
 
     on_nan: Literal["stop", "skip"] = arg(
         "stop",
-        "A loss or gradient that is NaN or Inf, on any device: the end of the run before its update"
-        " (stop), or the step makes no update and is counted (skip).",
+        "What happens when a loss or gradient is NaN or Inf on any device: end the run before "
+        "the update (stop), or skip the update and count it (skip).",
     )
     lora_rank: int = arg(8, "Rank of the adapters.", low=1, high=65536)
     lora_alpha: int | None = arg(
@@ -218,11 +221,11 @@ class FinetuningArguments:
     lora_dropout: float = arg(0.0, "Dropout before the adapters.", low=0.0, below=1.0)
     lora_target: tuple[str, ...] = arg(
         ("all",),
-        "Modules that get an adapter; all = every linear map of the layers, routed experts"
-        " included, routers not.",
+        "Modules that get an adapter; all = every linear layer of the decoder layers, "
+        "including routed experts but not routers.",
     )
     lora_experts: bool = arg(
-        True, "Whether routed experts get adapters where lora_target means them; false: none."
+        True, "Whether routed experts get adapters when lora_target includes them; false: none."
     )
     moe_aux_loss_coef: float | None = arg(
         None,
@@ -233,21 +236,23 @@ class FinetuningArguments:
     )
     train_routers: bool | None = arg(
         None,
-        "Whether routers of experts are trained: false in no case, true beside adapters too; by"
-        " default as finetuning_type says.",
+        "Whether MoE routers are trained: false never, true also with LoRA; by default "
+        "finetuning_type decides.",
     )
     additional_target: tuple[str, ...] = arg(
-        (), "Other modules that are trained whole and saved with the adapter."
+        (), "Other modules to train in full and save with the adapter."
     )
     use_rslora: bool = arg(False, "Scale by alpha / sqrt(rank).")
     use_dora: bool = arg(False, "Weight-decomposed adapters.")
     loraplus_lr_ratio: float | None = arg(
-        None, "LoRA+: learning rate of B over that of A.", low=0.0, high=10**6
+        None, "LoRA+: ratio of the learning rate of B to that of A.", low=0.0, high=10**6
     )
     loraplus_lr_embedding: float = arg(
         1e-6, "LoRA+: learning rate of embedding adapters.", low=0.0, high=100
     )
-    pissa_init: bool = arg(False, "PiSSA: adapters begin as the principal part of the weights.")
+    pissa_init: bool = arg(
+        False, "PiSSA: initialise adapters with the principal components of the weights."
+    )
     pissa_iter: int = arg(
         16, "Iterations of PiSSA's fast decomposition; -1 for the exact one.", low=-1, high=10**4
     )
@@ -257,7 +262,7 @@ class FinetuningArguments:
         " pissa_converted/.",
     )
     init_lora_weights: Literal["gaussian", "orthogonal", "olora"] | None = arg(
-        None, "How LoRA begins, by PEFT's names; default B = 0. pissa_init is another way."
+        None, "LoRA initialisation, by PEFT's names; default B = 0. See also pissa_init."
     )
     oft_rank: int = arg(
         0, "oft: number of blocks of a rotation; 0: it follows from the size.", low=0, high=65536
@@ -283,12 +288,12 @@ class FinetuningArguments:
         False, "freeze: train only the layers that block expansion has added."
     )
     freeze_extra_modules: tuple[str, ...] = arg(
-        (), "freeze: modules outside the layers that are trained too."
+        (), "freeze: modules outside the layers to train as well."
     )
 
     freeze_vision_tower: bool = arg(True, "Rows with images: the vision tower is not trained.")
     freeze_multi_modal_projector: bool = arg(
-        True, "Rows with images: what maps the tower's features to the text model is not trained."
+        True, "Rows with images: the projector (vision features to text model) is not trained."
     )
     freeze_language_model: bool = arg(False, "Rows with images: the text model is not trained.")
     train_mm_proj_only: bool = arg(False, "Rows with images: the projector alone is trained.")
@@ -308,10 +313,13 @@ class FinetuningArguments:
         0.0, "dpo: weight of the BCO loss beside the chosen loss.", low=0.0, high=10**6
     )
     pref_share_prompt: bool | Literal["auto"] = arg(
-        "auto", "Compute a prompt that both answers share once; exact."
+        "auto", "Compute the prompt that both answers share only once; exact."
     )
     dpo_label_smoothing: float = arg(
-        0.0, "dpo: probability that a pair is labelled the wrong way round.", low=0.0, high=0.5
+        0.0,
+        "dpo: label smoothing: the probability that a pair is labelled the wrong way round.",
+        low=0.0,
+        high=0.5,
     )
     simpo_gamma: float = arg(0.5, "simpo: target margin.", low=-(10**4), high=10**4)
     ld_alpha: float | None = arg(
@@ -336,15 +344,20 @@ class FinetuningArguments:
     rl_ratio: Literal["token", "sequence"] = arg(
         "token", "rl: ratios of tokens, or the geometric mean of a rollout's (GSPO)."
     )
-    rl_clip_low: float = arg(0.2, "rl, clip: a ratio counts down to 1 minus this.", low=0.0, high=1)
+    rl_clip_low: float = arg(
+        0.2, "rl, clip: lower clipping bound is 1 minus this.", low=0.0, high=1
+    )
     rl_clip_high: float | None = arg(
         None,
-        "rl, clip: a ratio counts up to 1 plus this; default rl_clip_low.",
+        "rl, clip: upper clipping bound is 1 plus this; default rl_clip_low.",
         low=0.0,
         high=10**6,
     )
     rl_dual_clip: float | None = arg(
-        None, "rl, clip: greatest ratio where the advantage is negative.", above=1.0, high=10**6
+        None,
+        "rl, clip: maximum ratio where the advantage is negative (dual clip).",
+        above=1.0,
+        high=10**6,
     )
     rl_is_cap: float | None = arg(
         None,
@@ -359,15 +372,15 @@ class FinetuningArguments:
         high=10**4,
     )
     rl_share_prompt: bool = arg(
-        True, "rl: compute the prompt that neighbouring rollouts of a group share once; exact."
+        True, "rl: compute the prompt that neighbouring rollouts of a group share only once; exact."
     )
     teacher_model: str | None = arg(
         None,
-        "distill: the teacher, of the same tokenizer: a folder or a name on the hub.",
+        "distill: the teacher, with the same tokenizer: a folder or a name on the hub.",
         path=True,
     )
     distill_top_k: int = arg(
-        64, "distill: entries that are stored of the teacher at each token.", low=1, high=4096
+        64, "distill: number of teacher log-probabilities stored per token.", low=1, high=4096
     )
     distill_loss: Literal["forward", "reverse", "js"] = arg(
         "forward", "distill: KL(teacher || student), KL(student || teacher), or Jensen-Shannon."
@@ -377,7 +390,7 @@ class FinetuningArguments:
     )
     distill_alpha: float = arg(
         1.0,
-        "distill: share of the divergence; the rest is the label's own loss.",
+        "distill: weight of the divergence; the rest is the cross-entropy of the label.",
         low=0.0,
         high=1.0,
     )
@@ -390,11 +403,11 @@ class FinetuningArguments:
         (), "Adapters merged into the reference model.", path=True
     )
     ref_model_quantization_bit: Literal[4, 8] | None = arg(
-        None, "Load the reference model in so many bits."
+        None, "Load the reference model in this many bits."
     )
     precompute_ref_log_probs: bool = arg(
         False,
-        "Compute the reference's log-probabilities once, before training, and keep them on disk.",
+        "Compute the reference's log-probabilities once, before training, and cache them on disk.",
     )
 
     use_muon: bool = arg(
@@ -411,14 +424,15 @@ class FinetuningArguments:
     )
     galore_rank: int = arg(16, "GaLore: rank of the gradients.", low=1, high=65536)
     galore_update_interval: int = arg(
-        200, "GaLore: updates after which the projection is made anew.", low=1, high=10**9
+        200, "GaLore: number of updates between new projections.", low=1, high=10**9
     )
     galore_scale: float = arg(2.0, "GaLore: factor of the update.", low=0.0, high=10**4)
     galore_proj_type: Literal["std", "reverse_std", "right", "left", "full"] = arg(
         "std", "GaLore: which side is projected."
     )
     galore_layerwise: bool = arg(
-        False, "GaLore: update each matrix in the backward pass (one process, nothing is clipped)."
+        False,
+        "GaLore: update each matrix during the backward pass (one process, no gradient clipping).",
     )
     use_apollo: bool = arg(
         False, "APOLLO: the learning rate of a channel from a random projection (apollo-torch)."
@@ -428,7 +442,7 @@ class FinetuningArguments:
     )
     apollo_rank: int = arg(16, "APOLLO: rank of the projection.", low=1, high=65536)
     apollo_update_interval: int = arg(
-        200, "APOLLO: updates after which the projection is made anew.", low=1, high=10**9
+        200, "APOLLO: number of updates between new projections.", low=1, high=10**9
     )
     apollo_scale: float = arg(32.0, "APOLLO: factor of the update.", low=0.0, high=10**6)
     apollo_proj: Literal["svd", "random"] = arg("random", "APOLLO: how the projection is made.")
@@ -439,7 +453,8 @@ class FinetuningArguments:
         "channel", "APOLLO: one learning rate for each channel, or for each matrix."
     )
     apollo_layerwise: bool = arg(
-        False, "APOLLO: update each matrix in the backward pass (one process, nothing is clipped)."
+        False,
+        "APOLLO: update each matrix during the backward pass (one process, no gradient clipping).",
     )
     apollo_scale_front: bool = arg(
         False, "APOLLO: scale before the growth of the norm is limited, not after."
@@ -457,7 +472,7 @@ class FinetuningArguments:
     )
     badam_switch_interval: int = arg(
         50,
-        "BAdam: updates of a layer before the next one's turn; -1: none ever.",
+        "BAdam: number of updates before switching to the next layer; -1: never switch.",
         low=-1,
         high=10**9,
     )
@@ -477,7 +492,7 @@ class FinetuningArguments:
     compute_accuracy: bool = arg(False, "Report the accuracy of the tokens in evaluation.")
     disable_shuffling: bool = arg(False, "Keep the order of the data.")
     early_stopping_steps: int | None = arg(
-        None, "Stop after so many evaluations without a better result.", low=1, high=10**9
+        None, "Stop after this many evaluations without improvement.", low=1, high=10**9
     )
     plot_loss: bool = arg(False, "Draw training_loss.png at the end.")
     include_effective_tokens_per_second: bool = arg(
@@ -491,15 +506,15 @@ class ParallelArguments:
 
     sequence_parallel_size: int | Literal["auto"] = arg(
         1,
-        "Devices that share one sequence. Divides the number of processes; auto: the fastest that"
-        " fits (longfactory plan).",
+        "Devices that share one sequence. Must divide the number of processes; auto: the "
+        "fastest size that fits (longfactory plan).",
         low=1,
         high=65536,
     )
     sequence_parallel_mode: Literal["zigzag-ring", "ulysses", "llama3", "usp", "auto"] = arg(
         "zigzag-ring",
-        "How they share it: by blocks in a ring, by heads, by gathering keys and values, by heads"
-        " inside and a ring outside.",
+        "How they share it: zigzag-ring passes blocks around a ring, ulysses splits heads, "
+        "llama3 gathers keys and values, usp combines heads (inside) and a ring (outside).",
     )
     sequence_parallel_ulysses_degree: int | None = arg(
         None, "usp: devices that share by heads.", low=1, high=65536
@@ -514,7 +529,7 @@ class ParallelArguments:
         None, "Processes on this machine; default one for each device.", low=1, high=4096
     )
     ray_num_workers: int = arg(
-        1, "USE_RAY=1: processes of the run, for which Ray reserves room.", low=1, high=65536
+        1, "USE_RAY=1: number of processes, for which Ray reserves resources.", low=1, high=65536
     )
     resources_per_worker: dict | None = arg(  # noqa: RUF009  ruff trusts `str | None` alone
         None, "USE_RAY=1: what Ray reserves for each; default one GPU (with use_cpu one CPU)."
@@ -527,8 +542,8 @@ class ParallelArguments:
     )
     sharding: Literal["auto", "fsdp2", "ddp"] = arg(
         "auto",
-        "How parameters are kept: sharded (fsdp2) or copied to each device (ddp). The key deepspeed"
-        " selects ZeRO instead.",
+        "How parameters are held: sharded (fsdp2) or replicated (ddp). The key deepspeed "
+        "selects ZeRO instead.",
     )
 
 
@@ -541,12 +556,12 @@ class LimitArguments:
 
     stop_signals: tuple[Signal, ...] = arg(
         ("SIGTERM", "SIGINT", "SIGUSR1"),
-        "Signals that stop the run: a checkpoint after this step, then exit status 75. A second one"
-        " ends it at once.",
+        "Signals that stop the run: it saves a checkpoint after the current step and exits "
+        "with status 75. A second signal ends it at once.",
     )
     signal_grace: int = arg(
         300,
-        "Seconds from such a signal to the end of the run, whatever it is doing.",
+        "Seconds after such a signal until the run is ended, whatever it is doing.",
         low=1,
         high=10**9,
     )
@@ -572,7 +587,7 @@ class LimitArguments:
     )
     heartbeat_timeout: int = arg(
         300,
-        "Longest time without a sign of life from a process: stopped, or its machine is lost.",
+        "Longest time without a heartbeat from a process (it is stopped, or its machine is lost).",
         low=2,
         high=10**9,
     )
@@ -582,20 +597,28 @@ class LimitArguments:
 class GeneratingArguments:
     """How text is generated (chat)."""
 
-    do_sample: bool = arg(True, "Draw from the distribution; false takes the most probable token.")
+    do_sample: bool = arg(True, "Sample; false takes the most probable token (greedy).")
     temperature: float = arg(
         0.95, "Flattens the distribution above 1, sharpens it below.", low=0.0, high=10**3
     )
     top_p: float = arg(
-        0.7, "Draw from the most probable tokens that make up this much.", low=0.0, high=1.0
+        0.7,
+        "Sample from the most probable tokens with this total probability (top-p).",
+        low=0.0,
+        high=1.0,
     )
-    top_k: int = arg(50, "Draw from so many tokens.", low=0, high=10**7)
+    top_k: int = arg(
+        50, "Sample from this many of the most probable tokens (top-k).", low=0, high=10**7
+    )
     num_beams: int = arg(1, "Beams.", low=1, high=1000)
     max_length: int = arg(
-        1024, "Most tokens with the prompt; max_new_tokens comes before it.", low=1, high=10**9
+        1024,
+        "Maximum tokens including the prompt; max_new_tokens takes precedence.",
+        low=1,
+        high=10**9,
     )
     max_new_tokens: int = arg(
-        1024, "Most new tokens; 0 leaves it to max_length.", low=0, high=10**9
+        1024, "Maximum new tokens; 0 leaves it to max_length.", low=0, high=10**9
     )
     repetition_penalty: float = arg(
         1.0, "Above 1 makes repetition less probable.", above=0.0, high=10**3
@@ -611,7 +634,7 @@ class OutputArguments:
     """What is written."""
 
     overwrite_output_dir: bool = arg(
-        False, "Begin anew in an output folder that has checkpoints, instead of resuming."
+        False, "Start over in an output folder that has checkpoints, instead of resuming."
     )
     save_final_model: bool = arg(
         True, "Write the model to output_dir at the end of training; false for a trial run."
@@ -629,18 +652,20 @@ class OutputArguments:
         None, "Folder of the traces; default profiler/ in output_dir.", path=True
     )
     profiler_wait_steps: int = arg(
-        1, "Profiler: steps before each recording that are not looked at.", low=0, high=10**9
+        1, "Profiler: steps to skip before each recording.", low=0, high=10**9
     )
     profiler_warmup_steps: int = arg(
-        1, "Profiler: steps that are recorded and thrown away.", low=0, high=10**9
+        1, "Profiler: warm-up steps, recorded and discarded.", low=0, high=10**9
     )
-    profiler_active_steps: int = arg(1, "Profiler: steps that are kept.", low=1, high=10**6)
+    profiler_active_steps: int = arg(
+        1, "Profiler: active steps, recorded and kept.", low=1, high=10**6
+    )
     profiler_repeat: int = arg(
-        1, "Profiler: recordings; 0: until the end of the run.", low=0, high=10**6
+        1, "Profiler: number of recordings; 0: until the end of the run.", low=0, high=10**6
     )
-    profiler_record_shapes: bool = arg(True, "Profiler: shapes of operations' inputs.")
-    profiler_profile_memory: bool = arg(True, "Profiler: memory that is taken and freed.")
-    profiler_with_stack: bool = arg(True, "Profiler: lines of source code.")
+    profiler_record_shapes: bool = arg(True, "Profiler: record input shapes.")
+    profiler_profile_memory: bool = arg(True, "Profiler: record memory allocations.")
+    profiler_with_stack: bool = arg(True, "Profiler: record source lines (stacks).")
     use_swanlab: bool = arg(False, "Report to SwanLab; the same as report_to: swanlab.")
     swanlab_project: str | None = arg("llamafactory", "Project in SwanLab.")
     swanlab_workspace: str | None = arg(None, "Workspace in SwanLab.")
@@ -651,8 +676,10 @@ class OutputArguments:
     swanlab_api_key: str | None = arg(None, "Key for SwanLab.", secret=True)
     swanlab_logdir: str | None = arg(None, "Folder of SwanLab's files.", path=True)
     export_dir: str | None = arg(None, "export: folder to write the merged model to.", path=True)
-    export_size: int = arg(5, "export: largest file, in GB.", low=1, high=10**6)
-    export_device: Literal["cpu", "auto"] = arg("cpu", "export: where adapters are merged.")
+    export_size: int = arg(5, "export: maximum shard size, in GB.", low=1, high=10**6)
+    export_device: Literal["cpu", "auto"] = arg(
+        "cpu", "export: device on which adapters are merged."
+    )
     export_hub_model_id: str | None = arg(None, "export: name on the hub to push to.")
 
 

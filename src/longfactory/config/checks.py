@@ -105,8 +105,8 @@ def _data(cfg: RunConfig) -> Iterator[str]:
         )
     if data.train_on_prompt and data.mask_history:
         yield (
-            "train_on_prompt trains every token, mask_history the last answer alone. Keep one of"
-            " them."
+            "train_on_prompt trains on every token, mask_history on the last answer only. Keep "
+            "one of them."
         )
     for name in ("train_on_prompt", "mask_history"):
         if getattr(data, name) and name not in STAGES[cfg.method.stage].keys:
@@ -125,8 +125,8 @@ def _data(cfg: RunConfig) -> Iterator[str]:
     wants_eval = trainer.do_eval or trainer.eval_strategy != "no" or trainer.do_predict
     if wants_eval and not data.eval_dataset and data.val_size == 0 and data.tokenized_path is None:
         yield (
-            "do_eval, do_predict, eval_strategy or eval_on_start asks for an evaluation without"
-            " data. Give eval_dataset, or val_size above 0."
+            "do_eval, do_predict, eval_strategy or eval_on_start is set, but there are no "
+            "evaluation data. Set eval_dataset, or val_size above 0."
         )
     if data.val_size > 1 and data.val_size != int(data.val_size):
         yield f"val_size: {data.val_size} is neither a share below 1 nor a whole number of samples."
@@ -136,7 +136,7 @@ def _data(cfg: RunConfig) -> Iterator[str]:
         yield "num_train_epochs: 0 trains nothing. Give a number above 0, or max_steps."
     if data.streaming:
         if cfg.trainer.max_steps <= 0:
-            yield "streaming does not know how long the data are. Give max_steps."
+            yield "With streaming the length of the data is unknown. Set max_steps."
         if data.max_samples is not None:
             yield (
                 "max_samples and streaming cannot be used together. Leave max_samples out;"
@@ -145,8 +145,8 @@ def _data(cfg: RunConfig) -> Iterator[str]:
         for name in ("logging_strategy", "eval_strategy", "save_strategy"):
             if getattr(cfg.trainer, name) == "epoch":
                 yield (
-                    f"{name}: epoch has no meaning with streaming: a stream is read on and on until"
-                    f" max_steps. Set {name}: steps."
+                    f"{name}: epoch has no meaning with streaming: a stream is repeated until "
+                    f"max_steps. Set {name}: steps."
                 )
         if 0 < data.val_size < 1:
             yield (
@@ -182,13 +182,14 @@ def _method(cfg: RunConfig) -> Iterator[str]:
     yield from facts.problems(m, cfg.model.train_from_scratch)
     if cfg.model.train_from_scratch and cfg.model.quantization_bit is not None:
         yield (
-            "quantization_bit quantises weights as they are read, and train_from_scratch reads"
-            " none. Leave out one of them."
+            "quantization_bit quantises weights as they are loaded, and train_from_scratch "
+            "loads none. Leave out one of them."
         )
     if cfg.trainer.neftune_noise_alpha and m.pref_share_prompt is True and facts.shares_prompts:
         yield (
-            "neftune_noise_alpha draws noise for each answer's own sequence, and pref_share_prompt:"
-            " true computes a prompt once for both. Leave pref_share_prompt out."
+            "neftune_noise_alpha adds different noise to each answer's sequence, and "
+            "pref_share_prompt: true computes the prompt once for both. Leave "
+            "pref_share_prompt out."
         )
     yield from _predicting(cfg)
     yield from _best_checkpoint(cfg)
@@ -212,8 +213,8 @@ def _predicting(cfg: RunConfig) -> Iterator[str]:
         not trainer.do_predict or trainer.do_train or trainer.do_eval
     ):
         yield (
-            "infer_backend: vllm writes the answers of a saved model: do_predict: true with"
-            " do_train: false and do_eval: false. Leave it out of a training run."
+            "infer_backend: vllm generates with a saved model: use do_predict: true with "
+            "do_train: false and do_eval: false. Leave it out of a training run."
         )
     if trainer.do_predict and not predicts:
         yield "do_predict writes generated answers. Set predict_with_generate: true."
@@ -249,9 +250,9 @@ def _best_checkpoint(cfg: RunConfig) -> Iterator[str]:
         metric = str(trainer.metric_for_best_model or "loss").removeprefix("eval_")
         if not any(metric.startswith(f"{name}_") for name in each):
             yield (
-                "With eval_on_each_dataset each data set has a loss of its own, and the best"
-                " checkpoint is chosen by one. Set metric_for_best_model:"
-                f" eval_{each[0]}_loss (or another's)."
+                "With eval_on_each_dataset each data set has its own loss, and the best "
+                "checkpoint is chosen by one of them. Set metric_for_best_model: "
+                f"eval_{each[0]}_loss (or another's)."
             )
     if trainer.metric_for_best_model and trainer.eval_strategy != "no":
         yield from _metric(cfg, trainer.metric_for_best_model)
@@ -287,9 +288,9 @@ def _metric(cfg: RunConfig, given: str) -> Iterator[str]:
     names = names or [name]
     if all(n.startswith(("rouge-", "bleu-")) for n in names):
         yield (
-            f"metric_for_best_model: {given} is of generated answers, and an evaluation while"
-            " training generates none. Set loss, or compare saved checkpoints by do_predict with"
-            " predict_with_generate."
+            f"metric_for_best_model: {given} measures generated answers, and evaluation during "
+            "training generates none. Set loss, or compare saved checkpoints with do_predict "
+            "and predict_with_generate."
         )
     elif cfg.method.stage in ("pt", "sft"):
         computed = [n for n in names if n in OF_TOKENS]
@@ -348,8 +349,8 @@ def _memory(cfg: RunConfig) -> Iterator[str]:
     m = cfg.memory
     if cfg.method.on_nan == "skip" and (key := _updates_in_backward(cfg)) is not None:
         yield (
-            f"on_nan: skip leaves an update out, and {key} updates weights before the whole"
-            " gradient is known. Use on_nan: stop, or leave the other out."
+            f"on_nan: skip drops an update, but {key} updates weights before the whole "
+            "gradient is known. Use on_nan: stop, or leave the other key out."
         )
     if not m.disable_gradient_checkpointing:
         return
@@ -373,11 +374,11 @@ def adapters(cfg: RunConfig) -> Iterator[str]:
     yield from adapter_facts.problems(m)
     if m.pissa_convert and model.adapter_name_or_path and not m.create_new_adapter:
         yield (
-            "pissa_convert needs the adapter that PiSSA began with, and adapter_name_or_path goes"
-            " on with a trained one. Leave one of them out."
+            "pissa_convert needs the initial PiSSA adapter, and adapter_name_or_path continues "
+            "from a trained one. Leave one of them out."
         )
     if model.fp8 and not (cfg.trainer.bf16 or m.pure_bf16):
-        yield "fp8: true multiplies bf16 numbers in eight bits. Set bf16 or pure_bf16: true."
+        yield "fp8: true needs a bf16 run. Set bf16: true or pure_bf16: true."
     if model.fp8 and model.quantization_bit is not None:
         yield "fp8 and quantization_bit are two formats of the same weights. Leave one of them out."
     if model.quantization_bit is None:
@@ -453,8 +454,9 @@ def _parallel(cfg: RunConfig) -> Iterator[str]:
         for name, degree in (("ulysses", ulysses), ("ring", ring)):
             if degree is not None:
                 yield (
-                    f"sequence_parallel_{name}_degree: {degree} is of a sequence_parallel_size that"
-                    " is known, and this run's is auto. Give the size, or leave the degree out."
+                    f"sequence_parallel_{name}_degree: {degree} needs a fixed "
+                    "sequence_parallel_size, and this run's is auto. Give the size, or leave "
+                    "the degree out."
                 )
     elif p.sequence_parallel_mode == "usp":
         if ulysses is not None and ring is not None and ulysses * ring != size:
@@ -501,20 +503,17 @@ def _deepspeed(given: str | dict, cfg: RunConfig) -> Iterator[str]:
             yield f"deepspeed: {path} is not valid JSON ({e})."
             return
     if not isinstance(config, dict):
-        yield f"deepspeed: {given} holds no mapping; DeepSpeed's own JSON is needed."
+        yield f"deepspeed: {given} is not a JSON object; expected a DeepSpeed configuration."
         return
     if cfg.trainer.do_predict and not cfg.trainer.do_train:
-        yield "do_predict without training has nothing for DeepSpeed to do. Leave deepspeed out."
+        yield "do_predict without training does not use DeepSpeed. Leave deepspeed out."
     zero = config.get("zero_optimization")
     if (
         cfg.trainer.do_eval
         and not cfg.trainer.do_train
         and not (isinstance(zero, dict) and zero.get("stage") == 3)
     ):
-        yield (
-            "do_eval without training shards nothing with DeepSpeed below ZeRO-3. Leave deepspeed"
-            " out."
-        )
+        yield ("do_eval without training uses DeepSpeed only with ZeRO-3. Leave deepspeed out.")
     if isinstance(zero, dict) and zero.get("stage") == 3:
         if cfg.trainer.predict_with_generate:
             yield (
@@ -533,8 +532,8 @@ def _deepspeed(given: str | dict, cfg: RunConfig) -> Iterator[str]:
             )
         if cfg.method.pissa_init:
             yield (
-                "pissa_init needs whole weights, which ZeRO-3 never has. Use a ZeRO-2 JSON or"
-                " sharding: fsdp2."
+                "pissa_init needs unsharded weights, which ZeRO-3 never has. Use a ZeRO-2 JSON "
+                "or sharding: fsdp2."
             )
 
 
@@ -545,9 +544,9 @@ def processes(cfg: RunConfig, world_size: int) -> Iterator[str]:
         return
     if world_size < size:
         yield (
-            f"sequence_parallel_size: {size} needs {size} processes or a multiple, and {world_size}"
-            f" would start. Set sequence_parallel_size: {world_size}, or nproc_per_node: {size} (on"
-            " a machine without GPUs)."
+            f"sequence_parallel_size: {size} needs {size} processes or a multiple, and "
+            f"{world_size} would start. Set sequence_parallel_size: {world_size}, or "
+            f"nproc_per_node: {size} (on a machine without GPUs)."
         )
     else:
         fit = max(d for d in range(1, size + 1) if world_size % d == 0)

@@ -196,9 +196,9 @@ def find_checkpoints(cfg: RunConfig) -> tuple[tuple[str, ...], list[str]]:
         )
     if cfg.trainer.do_train and trains_adapters(cfg.method) and _holds_a_model(out):
         raise ConfigError(
-            f"output_dir: {out} holds a whole model (config.json and its weights), and who loads"
-            " the adapter from there would load it with that. Choose another folder, or remove"
-            " the model."
+            f"output_dir: {out} holds a whole model (config.json and its weights), and loading "
+            "the adapter from there would also load that model. Choose another folder, or "
+            "remove the model."
         )
     begun = _begun(cfg, out) if cfg.trainer.do_train else None
     if begun is not None and (own := _candidates(out, begun)):
@@ -213,9 +213,9 @@ def find_checkpoints(cfg: RunConfig) -> tuple[tuple[str, ...], list[str]]:
             raise ConfigError(f"resume_from_checkpoint: there is no folder {asked}.")
         if not _seems_whole(Path(asked)):
             raise ConfigError(
-                f"resume_from_checkpoint: {asked} holds no {TRAINER_STATE}, so it is no checkpoint."
-                " Give a folder checkpoint-<step>; to start from weights, name them in"
-                " model_name_or_path."
+                f"resume_from_checkpoint: {asked} holds no {TRAINER_STATE}, so it is not a "
+                "checkpoint. Give a folder checkpoint-<step>; to start from weights only, set "
+                "model_name_or_path."
             )
         return (asked,), []
     if not cfg.trainer.do_train or asked is False:
@@ -232,8 +232,8 @@ def find_checkpoints(cfg: RunConfig) -> tuple[tuple[str, ...], list[str]]:
         if last is None or begun is not None:
             return (), []
         return (), [
-            f"{out} keeps the checkpoints of an earlier run, up to {last.name}. Remove them, or a"
-            " later start may resume from there."
+            f"{out} still has checkpoints of an earlier run, up to {last.name}. Remove them, "
+            "or a later run may resume from them."
         ]
     other = _differences(cfg, out)
     if other:
@@ -244,7 +244,7 @@ def find_checkpoints(cfg: RunConfig) -> tuple[tuple[str, ...], list[str]]:
         for name in incomplete
     ]
     if found:
-        return tuple(found), [*notes, f"Resuming from {found[0]}. To begin anew: {REMEDY}"]
+        return tuple(found), [*notes, f"Resuming from {found[0]}. To start over: {REMEDY}"]
     unfinished = _died_at_its_end(out) if record is None else not record.finished
     if any((out / name).is_file() for name in WEIGHTS) and not unfinished:
         raise ConfigError(f"output_dir: {out} holds a finished run without checkpoints. {REMEDY}")
@@ -274,8 +274,7 @@ def _refuse_to_replace_an_adapter(cfg: RunConfig, out: Path) -> None:
         return
     if (out / "adapter_config.json").is_file():
         raise ConfigError(
-            f"output_dir: {out} holds an adapter, which the model that is saved there replaces."
-            f" {REMEDY}"
+            f"output_dir: {out} holds an adapter, which this run's model would replace. {REMEDY}"
         )
 
 
@@ -318,8 +317,8 @@ def _lost_its_manifest(checkpoint: Path) -> bool:
 
 def _anew(cfg: RunConfig) -> str:
     if cfg.output.overwrite_output_dir or isinstance(cfg.trainer.resume_from_checkpoint, str):
-        return "To begin anew: choose another folder, or set resume_from_checkpoint: false."
-    return f"To begin anew: {REMEDY}"
+        return "To start over: choose another folder, or set resume_from_checkpoint: false."
+    return f"To start over: {REMEDY}"
 
 
 def _died_at_its_end(out: Path) -> bool:

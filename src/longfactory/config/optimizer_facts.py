@@ -30,7 +30,7 @@ class OptimizerFacts:
     prefix: str = ""
 
 
-_ROWS = "FSDP2 gives each device some rows of a matrix"
+_ROWS = "FSDP2 gives each device only some rows of a matrix"
 METHOD_OPTIMIZERS = {
     facts.name: facts
     for facts in (
@@ -117,8 +117,8 @@ def problems(cfg: RunConfig) -> Iterator[str]:
         yield f"{name} and loraplus_lr_ratio were given. A run has one optimizer: keep one."
     if cfg.trainer.deepspeed is not None:
         yield (
-            f"{name} and deepspeed: DeepSpeed lays parameters end to end in one buffer, where they"
-            " are no matrices any more. Leave deepspeed out"
+            f"{name} needs whole matrices, and DeepSpeed flattens parameters into one buffer. "
+            "Leave deepspeed out"
             + ("; sharding: fsdp2 shards the run." if facts.fsdp2 is None else ".")
         )
     if facts.fsdp2 is not None and cfg.parallel.sharding == "fsdp2":
@@ -134,12 +134,12 @@ def problems(cfg: RunConfig) -> Iterator[str]:
     if layerwise is not None:
         if cfg.trainer.gradient_accumulation_steps > 1:
             yield (
-                f"{layerwise} updates a matrix as soon as a micro-batch has its gradient, so that"
-                " nothing can be accumulated. Set gradient_accumulation_steps: 1, or leave"
-                f" {layerwise} out."
+                f"{layerwise} updates a matrix as soon as its gradient is there, so gradients "
+                "cannot be accumulated. Set gradient_accumulation_steps: 1, or leave "
+                f"{layerwise} out."
             )
         if cfg.trainer.fp16:
-            yield f"{layerwise} needs gradients as they are, and fp16's are scaled. Use bf16."
+            yield f"{layerwise} needs unscaled gradients, and those of fp16 are scaled. Use bf16."
         if cfg.parallel.sequence_parallel_size not in (1, "auto"):
             yield layerwise_refusal(layerwise)
     if cfg.method.badam_mode == "ratio" and cfg.method.badam_start_block is not None:
@@ -155,6 +155,7 @@ def problems(cfg: RunConfig) -> Iterator[str]:
 def layerwise_refusal(layerwise: str) -> str:
     """Why a run of several processes cannot update in the backward pass."""
     return (
-        f"{layerwise} updates a matrix before its gradient is summed over devices: each would train"
-        f" other weights. Leave {layerwise} out with more than one process."
+        f"{layerwise} updates a matrix before its gradient is reduced over devices, so each "
+        f"device would end up with different weights. Leave {layerwise} out with more than one "
+        "process."
     )

@@ -50,8 +50,8 @@ def read(argv: Sequence[str], is_switch: Callable[[str], bool]) -> dict[str, Any
             # What stands here may be the value of a secret's key.
             secret = any(is_secret(name) for name in values)
             raise ConfigError(
-                f"{'A word' if secret else shown(word)} is neither a YAML file in first place, nor"
-                " key=value, nor --key value."
+                f"{'A word' if secret else shown(word)} is not understood: expected a YAML "
+                "file as the first argument, then key=value or --key value."
             )
     return values
 

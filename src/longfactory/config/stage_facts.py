@@ -120,9 +120,9 @@ class SupervisedFacts(StageFacts):
             yield f"{' and '.join(given)} were given. A run has one loss: keep one."
         if method.use_asft_loss and method.precompute_ref_log_probs:
             yield (
-                "precompute_ref_log_probs keeps one number a document, and use_asft_loss compares"
-                " with the reference's whole distribution at every token. Leave"
-                " precompute_ref_log_probs out."
+                "precompute_ref_log_probs keeps one number a document, and use_asft_loss needs "
+                "the reference's full distribution at every token. Leave "
+                "precompute_ref_log_probs out."
             )
         # Else the reference is a model by itself, or the model without its adapter.
         adapted = adapter_is_start(method)
@@ -248,7 +248,7 @@ def preference_problems(
         yield f"pref_beta must be above 0, not {beta}."
     if label_smoothing and facts.smoothing == "unread":
         readers = [name for name, f in PREFERENCE_FACTS.items() if f.smoothing != "unread"]
-        yield f"dpo_label_smoothing means nothing to {loss}. It is read by {', '.join(readers)}."
+        yield f"dpo_label_smoothing has no effect with {loss}. It is used by {', '.join(readers)}."
     if not 0 <= label_smoothing < 0.5:
         yield f"dpo_label_smoothing must lie in [0, 0.5), not {label_smoothing}."
     if not label_smoothing and facts.smoothing == "needed":
@@ -262,7 +262,7 @@ def preference_problems(
             " out."
         )
     if ld_alpha is not None and not facts.ld_alpha:
-        yield f"ld_alpha means nothing to {loss}. Leave it out."
+        yield f"ld_alpha has no effect with {loss}. Leave it out."
 
 
 _TOKEN_KEYS = frozenset(

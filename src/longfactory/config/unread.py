@@ -20,8 +20,8 @@ def problems(environment: Mapping[str, str]) -> Iterator[str]:
     for name, mark in MARKS.items():
         if environment.get(name, mark) != mark:
             yield (
-                f"The environment sets {name} to {shown(environment[name])}; here the mark is"
-                f" {mark}. Write {mark} in the data, and unset {name}."
+                f"The environment sets {name} to {shown(environment[name])}; LongFactory's "
+                f"placeholder is always {mark}. Write {mark} in the data, and unset {name}."
             )
 
 

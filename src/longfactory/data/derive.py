@@ -514,26 +514,27 @@ def check(template: ChatTemplate) -> list[str]:
     found = []
     if last_only:
         found.append(
-            "The model's chat template rewrites earlier answers: of a conversation of several turns"
-            " only the last answer is trained. A template from the table (template: ...) trains"
-            " every turn."
+            "The model's chat template rewrites earlier answers, so only the last answer of a "
+            "multi-turn conversation is trained. A named template (template: ...) trains every "
+            "turn."
         )
     question, answer = _PROBE[:2]
     header = template.render([question], None, None, True)
     asked, _ = template.answered([question], answer, None, None)
     if len(asked) < len(header):
         found.append(
-            f"The chat template's generation prompt ends with {header[len(asked) :]!r}, which it"
-            " does not write in front of the answers of a conversation: training has the tokens of"
-            " the conversation, so such a model begins its answers otherwise than it was trained."
+            f"The chat template's generation prompt ends with {header[len(asked) :]!r}, which "
+            "it does not write before the answers in a conversation. Training uses the tokens "
+            "of the conversation, so at generation time the prompt will end differently than "
+            "in training."
         )
     tokenizer = PieceTokenizer(template.tokenizer)
     ids = [i for group in tokenizer.pieces(pieces) for i in group.tolist()]
     if ids != template.tokenizer.encode(whole, add_special_tokens=False):
         found.append(
-            "Tokens differ where an answer meets its header: this tokenizer merges across that"
-            " border. Training uses the tokens that the model sees when it answers (header and"
-            " answer tokenised apart)."
+            "This tokenizer merges tokens across the border between an answer's header and the "
+            "answer. Training tokenises them separately, as the model sees them at generation "
+            "time."
         )
     try:
         system = template.render((Message("user", "x"),), "a system text", None, True)
@@ -541,7 +542,7 @@ def check(template: ChatTemplate) -> list[str]:
         system = ""
     if "a system text" not in system:
         found.append(
-            "The model's chat template has no place for a system message: rows with a system text"
-            " lose it or are refused."
+            "The model's chat template does not support a system message: rows with one lose "
+            "it or are refused."
         )
     return found

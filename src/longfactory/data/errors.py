@@ -146,4 +146,4 @@ class BadRows:
                     f"{field} ({self.unread[field][0]} rows, first {self.unread[field][1]})"
                     for field in fields
                 ]
-                log.log(level, f"Data set {name!r}: nothing reads {', '.join(found)}.")
+                log.log(level, f"Data set {name!r}: these fields are not used: {', '.join(found)}.")

@@ -374,8 +374,8 @@ class LabelledKind(Kind):
         good = int(((flags & DESIRED) > 0).sum())
         if good in (0, len(flags)):
             log.warning(
-                f"All {len(flags)} KTO samples are {'desired' if good else 'undesired'}: KTO learns"
-                " from both kinds."
+                f"All {len(flags)} KTO samples are {'desired' if good else 'undesired'}: KTO "
+                "needs both kinds."
             )
 
     def prompt_places(

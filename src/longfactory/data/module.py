@@ -190,8 +190,8 @@ def _streamed(request: _Request) -> tuple[StreamedDataset, dict[str, TokenizedDa
     args, log = request.args, request.log
     if args.tokenized_path is not None:
         raise DataError(
-            "streaming does not tokenise beforehand, so it cannot fill tokenized_path: turn one"
-            " of them off."
+            "streaming does not tokenise the data in advance, so it cannot write "
+            "tokenized_path: turn one of them off."
         )
     train = stream_dataset(
         args,
@@ -294,8 +294,8 @@ def _finished(
     log.info(f"{what}: {report.describe()}.")
     if option(request.args, "do_eval") and report.unanswered == report.samples:
         raise DataError(
-            f"None of the {report.samples} {what} samples has an answer: they can be answered"
-            " (do_predict), not evaluated. Leave out do_eval and eval_strategy."
+            f"None of the {report.samples} {what} samples has an answer: they can be used for "
+            "do_predict, but not evaluated. Leave out do_eval and eval_strategy."
         )
     kind.check(what, flags_of(data.stores, data.entries), report, rules, log)
     if report.truncated or report.untrained:
@@ -366,15 +366,15 @@ def _load_saved(
     template: str | None,
 ) -> Datasets:
     log.warning(
-        f"The data are read from tokenized_path ({path}): dataset, template and their kin have no"
-        " effect."
+        f"The data are read from tokenized_path ({path}): dataset, template and related keys "
+        "have no effect."
     )
     facts = None if media is None else media.facts()
     found = saved.load(path, kind, cache_root(), facts, tokenizer)
     if None not in (found.template, template) and found.template != template:
         log.warning(
-            f"They were tokenised with the template {found.template}; that of this run, {template},"
-            " is the one that is saved with the model."
+            f"They were tokenised with template {found.template}, but this run's template, "
+            f"{template}, will be saved with the model."
         )
     rules = found.apply(rules)
     made = {}

@@ -117,9 +117,9 @@ def _read_array(path: Path) -> Iterator[tuple[str, Raw]]:
             row, end = decode(text, at)
         except json.JSONDecodeError as e:
             raise DataError(
-                f"{path.name} is broken at row {number}: {e.msg} in line {e.lineno}. Nothing after"
-                " it can be read: repair the file, or write it as JSON Lines, where one bad line"
-                " spoils one row."
+                f"{path.name} is broken at row {number}: {e.msg} in line {e.lineno}. Nothing "
+                "after it can be read: repair the file, or convert it to JSON Lines, where a "
+                "bad line costs only one row."
             ) from None
         if not isinstance(row, dict):
             yield (

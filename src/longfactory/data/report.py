@@ -56,8 +56,8 @@ class Report:
             text += f"; {self.bad} of {self.rows_read} rows were bad"
         if self.truncated:
             text += (
-                f"; {self.truncated} samples were cut at cutoff_len and lost {self.lost_tokens}"
-                " tokens"
+                f"; {self.truncated} samples were truncated to cutoff_len and lost "
+                f"{self.lost_tokens} tokens"
             )
         if self.dropped:
             text += (
@@ -95,9 +95,9 @@ def of_truncation(what: str, report: Report, cutoff: int, strategy: str, keeps_a
     if not report.truncated:
         return f"{report.untrained} {what} samples have no trained token."
     lost = {
-        "llamafactory": " of their ends. In a long prompt that is the part next to the answer,"
-        " often the question itself",
-        "keep_tail": " of the middle of their prompts",
+        "llamafactory": " from their ends. In a long prompt that is the part next to the "
+        "answer, often the question itself",
+        "keep_tail": " from the middle of their prompts",
     }.get(strategy, "")
     text = (
         f"{report.truncated} {what} samples are longer than cutoff_len ({cutoff}) and lost"
@@ -105,7 +105,7 @@ def of_truncation(what: str, report: Report, cutoff: int, strategy: str, keeps_a
     )
     if report.untrained:
         text += f" {report.untrained} of them have no trained token left."
-    text += f" cutoff_len: {keeps_all} keeps all"
+    text += f" To keep all of them, set cutoff_len: {keeps_all}"
     if strategy == "llamafactory":
-        text += "; cutoff_strategy: keep_tail keeps the end of prompts and cuts their middle"
+        text += ", or keep the end of each prompt and cut its middle: cutoff_strategy: keep_tail"
     return f"{text}."

@@ -507,13 +507,13 @@ def _source_of_file(name: str, folder: str, warn: Any) -> DataSource:
     if entry is None:
         found = ", ".join(repr(c) for c in dict.fromkeys(c for row in rows for c in row)) or "none"
         raise DataError(
-            f"The form of {name} is not known by its first rows (columns: {found}). Describe it in"
-            " dataset_info.json: formatting, columns, tags."
+            f"The format of {name} cannot be inferred from its first rows (columns: {found}). "
+            "Describe it in dataset_info.json: formatting, columns, tags."
         )
     entry = {"file_name": bare.location} | entry
     warn(
-        f"{name} is read as {entry.get('formatting', 'alpaca')}, by its first rows. The entry of"
-        " dataset_info.json that says so: "
+        f"{name} is read as {entry.get('formatting', 'alpaca')}, judging by its first rows. "
+        "The matching entry in dataset_info.json: "
         + json.dumps({where.stem: entry}, ensure_ascii=False)[1:-1]
     )
     return _source(name, {name: entry}, "", warn)
@@ -652,13 +652,13 @@ def _warn_unset(source: DataSource, entry: dict[str, Any], warn: Any) -> None:
         for key in need:
             if getattr(source, key) is None:
                 warn(
-                    f"Data set {source.name!r}: columns is given without {key!r}, which unsets it."
-                    " Name every column that is used."
+                    f"Data set {source.name!r}: columns is given without {key!r}, which is "
+                    "therefore not used. Name every column that is used."
                 )
     if "tags" in entry and source.formatting != "alpaca":
         for key in ("role_tag", "content_tag", "user_tag", "assistant_tag"):
             if getattr(source, key) is None:
                 warn(
-                    f"Data set {source.name!r}: tags is given without {key!r}, which unsets it."
-                    " Name every tag that is used."
+                    f"Data set {source.name!r}: tags is given without {key!r}, which is "
+                    "therefore not used. Name every tag that is used."
                 )

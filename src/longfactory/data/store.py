@@ -325,7 +325,7 @@ def damage(path: Path) -> str | None:
             if size != expected[0]:
                 return f"{name} has {size} bytes, expected {expected[0]}"
             if _size_and_digest(path / name)[1] != expected[1]:
-                return f"{name} has another checksum than when it was written"
+                return f"{name} has a different checksum than when it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
@@ -357,7 +357,7 @@ def exists(path: Path) -> bool:
         _looked_at[key] = problem is None
         if problem is not None:
             logging.getLogger("longfactory.data").warning(
-                f"The cached data {path} are damaged ({problem}) and are made again."
+                f"The cached data {path} are damaged ({problem}) and will be tokenised again."
             )
     return _looked_at[key]
 

@@ -345,8 +345,8 @@ def fix_tokenizer(template: Template, tokenizer: Any, log: Callable[[str], None]
             )
     if len(tokenizer) > size:
         log(
-            f"{len(tokenizer) - size} tokens were added to the tokenizer. Set resize_vocab: true if"
-            " the model has no rows for them."
+            f"{len(tokenizer) - size} tokens were added to the tokenizer. Set resize_vocab: "
+            "true if the model's embedding has no rows for them."
         )
     if tokenizer.chat_template is None or template.replace_chat_template:
         written = chat_template(template, tokenizer)

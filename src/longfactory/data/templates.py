@@ -52,9 +52,9 @@ def get_template(
         )
         if args.enable_thinking:
             log.warning(
-                f"Template {template.name!r} is for a reasoning model: answers without a thought"
-                " are trained with an empty one. For a model that does not reason use the template"
-                " whose name ends with _nothink, or enable_thinking: false."
+                f"Template {template.name!r} is for a reasoning model: answers without a "
+                "thought are trained with an empty one. For a non-reasoning model use the "
+                "template whose name ends in _nothink, or enable_thinking: false."
             )
     fix_tokenizer(template, tokenizer, log.info)
     return template
@@ -69,8 +69,8 @@ def named(args: DataSettings, log: logging.Logger) -> Template:
     name = args.template
     if name is None:
         log.warning(
-            "The tokenizer has no chat template and `template` is not set: texts are joined as they"
-            " are (template: empty)."
+            "The tokenizer has no chat template and `template` is not set: texts are "
+            "concatenated without any markup (template: empty)."
         )
         name = "empty"
     compat = option(args, "template_compat")

@@ -88,9 +88,7 @@ def apply_memory(
             settings.keep_mlp,
         )
     if reasons:
-        log.info(
-            "Layers run as transformers wrote them, in chunks: %s.", "; ".join(sorted(reasons))
-        )
+        log.info("Layers run transformers' own code, in chunks: %s.", "; ".join(sorted(reasons)))
     return store
 
 

@@ -147,9 +147,9 @@ def _without_gpu(job: TrainingJob, fixed: dict[str, Any]) -> MemoryPlan:
         fixed = {"keep_attention": 1.0, **fixed}
     settings = _with_pool(MemorySettings(**fixed), 0)
     share = f"{settings.keep_attention:.0%}"
-    done = f"layers are recomputed, attention outputs are saved in {share} of them"
+    done = f"every layer recomputed; attention outputs saved in {share} of layers"
     if settings.checkpoint == "none":
-        done = "every activation is stored"
+        done = "every activation stored"
     line = f"Memory plan: no GPU; {done}."
     ways = advice(dataclasses.replace(job, leavable=False), settings)
     return MemoryPlan(settings, job, fixed, Budget({}, {}, 0.0), True, line, ways)
@@ -201,8 +201,8 @@ def corrected(plan: MemoryPlan, peak: int) -> tuple[MemorySettings, str | None]:
         new = dataclasses.replace(s, **leaner)
         return (
             new,
-            f"The first step's peak was {peak / GiB:.1f} of {total / GiB:.1f} GiB. From now on:"
-            f" {describe(new)}.",
+            f"Peak memory of the first step: {peak / GiB:.1f} of {total / GiB:.1f} GiB. "
+            f"Settings from now on: {describe(new)}.",
         )
     free = MARGIN * total - peak
     if s.offload != "none" and s.segment_layers == 1:
@@ -216,8 +216,9 @@ def corrected(plan: MemoryPlan, peak: int) -> tuple[MemorySettings, str | None]:
             return (
                 new,
                 (
-                    f"The first step's peak was {peak / GiB:.1f} of {total / GiB:.1f} GiB: the last"
-                    f" {stay} layers stay on the GPU from now on."
+                    f"Peak memory of the first step: {peak / GiB:.1f} of {total / GiB:.1f} "
+                    f"GiB. From now on the activations of the last {stay} layers stay on the "
+                    "GPU."
                 ),
             )
     return s, None
@@ -227,6 +228,9 @@ def explain_out_of_memory(plan: MemoryPlan, error: BaseException) -> str:
     """The message that ends a run whose GPU or host memory is exhausted."""
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
-        f"Memory ran out on rows of up to {plan.job.tokens:,} tokens ({plan.job.local:,} a"
-        f" GPU).\n{plan.table}\nThe device said: {first[:200]}\n{plan.advice}"
+        f"Out of memory on rows of up to {plan.job.tokens:,} tokens ({plan.job.local:,} per "
+        "GPU).\n"
+        f"{plan.table}\n"
+        f"The device's error: {first[:200]}\n"
+        f"{plan.advice}"
     )

@@ -334,7 +334,7 @@ def _work(job: TrainingJob, settings: MemorySettings) -> Work:
 def _words(settings: MemorySettings) -> str | None:
     if settings.checkpoint == "none" or settings.mlp_chunk is None:
         return None
-    return f"chunks of {settings.mlp_chunk:,} tokens"
+    return f"layers in chunks of {settings.mlp_chunk:,} tokens"
 
 
 def _advice(job: TrainingJob, settings: MemorySettings) -> tuple[int, str] | None:

@@ -93,8 +93,8 @@ def fused(*rows: str, unit: str | None = None) -> Callable[..., Callable[..., An
                 return found
             if written:
                 raise RuntimeError(
-                    f"{fn.__name__}: {reason}, and it has written over what it was given. Set"
-                    " LONGFACTORY_COMPILE=0."
+                    f"{fn.__name__}: {reason}, and it has overwritten its inputs. Set "
+                    "LONGFACTORY_COMPILE=0."
                 )
             _failed.add(fn.__name__)
             log.warning("%s runs uncompiled: %s", fn.__name__, reason)

@@ -295,7 +295,7 @@ class DecoderLayer(CheckpointedLayer):
             self.chain.proved[key] = reason is None
             if reason is not None:
                 log.warning(
-                    "%s: %s, so these layers run as transformers wrote them.",
+                    "%s: %s, so these layers run transformers' own code.",
                     type(self.layer).__name__,
                     reason,
                 )
@@ -447,7 +447,7 @@ ATTENTION_GROUPS = Technique(
 )
 
 
-MLP_PRODUCTS = "saved MLP products"  # item of the budget
+MLP_PRODUCTS = "saved MLP activations"  # item of the budget
 
 
 def _mlp_layers(job: TrainingJob, share: float) -> list[LayerKind]:
@@ -506,7 +506,7 @@ def _mlp_work(job: TrainingJob, settings: MemorySettings) -> Work:
 def _mlp_words(settings: MemorySettings) -> str | None:
     if settings.checkpoint == "none" or settings.keep_mlp == 0:
         return None
-    return f"MLP products saved in {settings.keep_mlp:.0%} of layers"
+    return f"MLP activations saved in {settings.keep_mlp:.0%} of layers"
 
 
 def _mlp_advice(job: TrainingJob, settings: MemorySettings) -> tuple[int, str] | None:

@@ -88,7 +88,7 @@ def _bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:
 def _words(settings: MemorySettings) -> str | None:
     if not settings.keep_weights:
         return None
-    return "each layer's weights gathered once a step"
+    return "each layer's weights gathered once per step"
 
 
 def _advice(job: TrainingJob, settings: MemorySettings) -> tuple[int, str] | None:

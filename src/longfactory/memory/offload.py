@@ -389,7 +389,10 @@ def _offload_words(settings: MemorySettings) -> str | None:
     if settings.offload == "none":
         return None
     what = STORED if settings.offload == "inputs+attention" else "layer inputs"
-    return f"{what} on the host except the last {settings.last_layers_on_gpu} layers'"
+    return (
+        f"{what} offloaded to the host, except those of the last {settings.last_layers_on_gpu} "
+        "layers"
+    )
 
 
 def _offload_advice(job: TrainingJob, settings: MemorySettings) -> tuple[int, str] | None:
@@ -486,7 +489,7 @@ def _segment_words(settings: MemorySettings) -> str | None:
         return None
     if settings.segment_layers == 1:
         return "every layer recomputed"
-    return f"a checkpoint every {settings.segment_layers} layers"
+    return f"activation checkpoint every {settings.segment_layers} layers"
 
 
 def _segment_advice(job: TrainingJob, settings: MemorySettings) -> tuple[int, str] | None:

@@ -619,7 +619,9 @@ def _gradient_update(job: TrainingJob, settings: MemorySettings, backward: float
 
 def _gradient_words(settings: MemorySettings) -> str | None:
     leave = settings.optimizer == "host" and settings.gradients == "host"
-    return "gradients go there during backward" if leave and settings.checkpoint == "full" else None
+    return (
+        "gradients offloaded during backward" if leave and settings.checkpoint == "full" else None
+    )
 
 
 def _gradient_advice(job: TrainingJob, settings: MemorySettings) -> tuple[int, str] | None:

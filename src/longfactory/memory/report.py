@@ -25,27 +25,29 @@ def table(job: TrainingJob, settings: MemorySettings, b: Budget, ok: bool, mode:
     m, s = job.machine, job.shape
     lines = [
         (
-            f"Memory plan (memory: {mode}): {s.parameters / 1e9:.2f} B parameters"
-            f" ({s.trainable / 1e9:.2f} B trained), rows of {job.tokens:,} tokens, {job.local:,} on"
-            f" each of {job.sp} GPU{'s' if job.sp > 1 else ''} of a group, {m.gpus} in all"
+            f"Memory plan (memory: {mode}): {s.parameters / 1e9:.2f} B parameters "
+            f"({s.trainable / 1e9:.2f} B trained), rows of {job.tokens:,} tokens, "
+            f"{job.local:,} per GPU (sequence_parallel_size {job.sp}), {m.gpus} "
+            f"GPU{'s' if m.gpus > 1 else ''} in total"
         ),
         f"  {'; '.join(filter(None, (describe(settings), _masters(job))))}",
-        f"  {'one GPU, when most is there':<44}{'GiB':>8}",
+        f"  {'peak memory of one GPU':<44}{'GiB':>8}",
     ]
     lines += [f"    {name:<42}{value / GiB:>8.1f}" for name, value in b.gpu.items() if value > 0]
     lines.append(
-        f"    {'total':<42}{b.gpu_total / GiB:>8.1f}   of {m.gpu_bytes / GiB:.1f}, {MARGIN:.0%} of"
-        " which may be planned"
+        f"    {'total':<42}{b.gpu_total / GiB:>8.1f}   of {m.gpu_bytes / GiB:.1f}; the plan "
+        f"may use {MARGIN:.0%}"
     )
     if b.host:
-        lines.append(f"  {f'host, {m.on_host} GPU(s)':<44}{'GiB':>8}")
+        host = f"host memory for {m.on_host} GPU{'s' if m.on_host > 1 else ''}"
+        lines.append(f"  {host:<44}{'GiB':>8}")
         lines += [f"    {name:<42}{value / GiB:>8.1f}" for name, value in b.host.items()]
         lines.append(f"    {'total':<42}{b.host_total / GiB:>8.1f}   of {m.host_bytes / GiB:.1f}")
     rate = job.local / b.seconds
     seconds = f"{b.seconds:.2f}" if b.seconds < 10 else f"{b.seconds:.1f}"
     lines.append(
-        f"  predicted: {seconds} s a row, {rate:,.0f} tokens/s a GPU"
-        f" ({roofline(job) / b.seconds:.0%} of the roofline)"
+        f"  predicted: {seconds} s per row, {rate:,.0f} tokens/s per GPU "
+        f"({roofline(job) / b.seconds:.0%} of the roofline)"
     )
     if s.width == 4:
         lines.append("  " + float32_is_slow(job))
@@ -67,10 +69,10 @@ def float32_is_slow(job: TrainingJob) -> str:
     wide, narrow = job.machine.computing(4), job.machine
     times = roofline(job) / roofline(half)
     return (
-        f"This run computes in fp32: products at about {wide.gemm / 1e12:.0f} TFLOP/s and attention"
-        f" at about {wide.attention_backward / 1e12:.0f}, where bf16 has {narrow.gemm / 1e12:.0f}"
-        f" and {narrow.attention_backward / 1e12:.0f} ({times:.0f} times the time), and activations"
-        " of twice the size. Set bf16: true."
+        f"This run computes in fp32: matrix multiplications at about {wide.gemm / 1e12:.0f} "
+        f"TFLOP/s and attention at about {wide.attention_backward / 1e12:.0f}. bf16 would give "
+        f"{narrow.gemm / 1e12:.0f} and {narrow.attention_backward / 1e12:.0f} (fp32 takes "
+        f"{times:.0f} times as long), with activations of half the size. Set bf16: true."
     )
 
 
@@ -79,7 +81,7 @@ def does_not_fit(job: TrainingJob, settings: MemorySettings, b: Budget) -> str:
     m = job.machine
     short = []
     if b.gpu_total > MARGIN * m.gpu_bytes:
-        short.append(f"{(b.gpu_total - MARGIN * m.gpu_bytes) / GiB:.1f} GiB a GPU")
+        short.append(f"{(b.gpu_total - MARGIN * m.gpu_bytes) / GiB:.1f} GiB per GPU")
     if b.host_total > 0.85 * m.host_bytes:
         short.append(f"{(b.host_total - 0.85 * m.host_bytes) / GiB:.1f} GiB of host memory")
     missing = (
@@ -109,7 +111,7 @@ def advice(job: TrainingJob, settings: MemorySettings) -> str:
         if _takes_less(job, four, settings):
             ways.append("quantization_bit: 4")
     ways.append("a smaller cutoff_len")
-    return "What makes room: " + ", ".join(ways) + "."
+    return "To make room, try: " + ", ".join(ways) + "."
 
 
 def _takes_less(job: TrainingJob, shape: ModelShape, settings: MemorySettings) -> bool:

@@ -111,8 +111,8 @@ class MemorySettings:
             or self.keep_mlp > 0
         ):
             raise ConfigError(
-                "memory: offload, segments, saved attention outputs and saved MLP products are"
-                " parts of checkpointing. Set checkpoint: full."
+                "memory: offload, segments, saved attention outputs and saved MLP activations "
+                "are parts of activation checkpointing. Set checkpoint: full."
             )
 
 
@@ -136,53 +136,55 @@ class MemoryArguments:
     """What is saved, recomputed or offloaded. Nothing here changes the result."""
 
     memory: Literal["auto", "fast", "long"] = _key(
-        "auto", "What fits best, what is fastest, or what reaches the longest sequence."
+        "auto",
+        "auto: the fastest settings that fit; fast: nothing is offloaded; long: "
+        "settings for the longest sequences.",
     )
     disable_gradient_checkpointing: bool = _key(
         False, "Keep every activation instead of recomputing layers in the backward pass."
     )
     keep_attention: float | Literal["auto"] = _key(
         "auto",
-        "Share of each layer's attention outputs saved, so that attention is not recomputed"
-        " (selective checkpointing).",
+        "Fraction of layers whose attention outputs are saved, so that attention is not "
+        "recomputed (selective checkpointing).",
         low=0.0,
         high=1.0,
     )
     keep_mlp: float | Literal["auto"] = _key(
         "auto",
-        "Share of the layers whose MLPs' gate and up outputs (of experts: all that autograd stores)"
-        " and attention's projected output are saved, so that these products are not computed again"
-        " (hand-written layers).",
+        "Fraction of layers whose MLP activations (gate and up outputs; for experts all that "
+        "autograd stores) and attention output projections are saved instead of recomputed "
+        "(hand-written layers).",
         low=0.0,
         high=1.0,
     )
     offload_activations: bool | Literal["auto"] = _key(
         "auto",
-        "Activation offloading: layer inputs (and saved attention outputs, where it helps) are in"
-        " host memory until the backward pass needs them.",
+        "Activation offloading: layer inputs (and saved attention outputs, where it helps) "
+        "wait in host memory for the backward pass.",
     )
     mlp_chunk: int | Literal["auto"] = _key(
-        "auto", "Tokens of a sequence that pass an MLP at once; 0 for all.", low=0, high=10**9
+        "auto", "Tokens that go through an MLP at a time; 0 for all.", low=0, high=10**9
     )
     segment_layers: int | Literal["auto"] = _key(
-        "auto", "Layers between two checkpoints.", low=1, high=10**4
+        "auto", "Layers between two activation checkpoints.", low=1, high=10**4
     )
     optimizer_placement: Literal["auto", "gpu", "host"] = _key(
-        "auto", "Where the optimizer's state lives."
+        "auto", "Where the optimizer states are kept."
     )
     offload_gradients: bool | Literal["auto"] = _key(
         "auto",
-        "Offload gradients to host memory during the backward pass, where the optimizer's state is"
-        " there.",
+        "Offload gradients to host memory during the backward pass, when the optimizer states "
+        "are there.",
     )
     optimizer_overlap: bool = _key(
         False, "AdamW on the host updates weights while backward runs. Needs max_grad_norm: 0."
     )
     reshard_after_forward: bool | Literal["auto"] = _key(
         "auto",
-        "FSDP2: a layer's gathered weights are given up after its forward pass and gathered again"
-        " for its backward.",
+        "FSDP2: free a layer's gathered weights after its forward pass and gather them again "
+        "for its backward.",
     )
     logprob_chunk: int | Literal["auto"] = _key(
-        "auto", "Tokens whose logits exist at once.", low=1, high=10**9
+        "auto", "Number of tokens whose logits are computed at a time.", low=1, high=10**9
     )

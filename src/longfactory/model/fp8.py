@@ -49,8 +49,8 @@ def install(model: Any, device: torch.device) -> tuple[int, int]:
         raise UserError('fp8: torchao is not installed. Run: pip install "longfactory[fp8]"')
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < LOWEST:
         raise UserError(
-            f"fp8: {torch.cuda.get_device_name(device)} does not multiply numbers of eight bits"
-            " (GPUs of compute capability 8.9 and later do). Use bf16: true alone."
+            f"fp8: {torch.cuda.get_device_name(device)} has no FP8 matrix multiplication "
+            "(compute capability 8.9 or later is needed). Use bf16: true alone."
         )
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     from torchao.float8.float8_linear import Float8Linear

@@ -541,7 +541,7 @@ def describe_quantised(model: Any) -> str:
     )
     routed = [name for name in wide if ".experts." in name]
     if routed:
-        line += f" Routed experts are not quantised here ({routed[0]})."
+        line += f" Routed experts are not quantised ({routed[0]})."
     return line
 
 

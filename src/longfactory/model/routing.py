@@ -297,9 +297,9 @@ def _routers_with_loss(inner: Any) -> list[nn.Module]:
     ]
     if getattr(recorded, "index", None) != 0 or not found or not all(map(is_router, found)):
         raise UserError(
-            f"moe_aux_loss_coef: the routers of models of type {kind} do not give their logits and"
-            " scores in the usual order, and their auxiliary loss is not computed. Leave it out,"
-            " or set it to 0."
+            f"moe_aux_loss_coef: the routers of models of type {kind} do not return their "
+            "logits and scores in the usual order, so their auxiliary loss cannot be computed. "
+            "Leave it out, or set it to 0."
         )
     return found
 

@@ -45,8 +45,8 @@ def describe_trained(model: nn.Module) -> list[tuple[int, str]]:
         lines.append((logging.INFO, line))
     if chooses:
         line = (
-            f"{len(chooses)} indexers choose the keys of each query, and no gradient comes to them:"
-            f" {_inside(inner, chooses):,} parameters are frozen."
+            f"{len(chooses)} indexers choose the keys of each query and get no gradient: "
+            f"{_inside(inner, chooses):,} parameters are frozen."
         )
         lines.append((logging.INFO, line))
     lines += _describe_adapters(inner, parts)
@@ -98,8 +98,8 @@ def _describe_adapters(inner: nn.Module, parts: Idle) -> list[tuple[int, str]]:
         lines.append(
             (
                 logging.INFO,
-                f"No adapter on: {_counted(bare)} ({share:.2f} % of the parameters). They stay as"
-                " they are.",
+                f"No adapter on: {_counted(bare)} ({share:.2f} % of the parameters). They are "
+                "frozen.",
             )
         )
     routers = {m for r in inner.modules() if is_router(r) for m in r.modules()}
@@ -116,8 +116,7 @@ def _describe_adapters(inner: nn.Module, parts: Idle) -> list[tuple[int, str]]:
         lines.append(
             (
                 logging.WARNING,
-                f"The routed experts carry no adapter: {share:.0f} % of the parameters stay as they"
-                " are.",
+                f"The routed experts carry no adapter: {share:.0f} % of the parameters are frozen.",
             )
         )
     return lines

@@ -410,7 +410,7 @@ def plan(a: argparse.Namespace, run: list[str], command: str) -> int:
     more = with_other_memory(planned, cfg.longest_row, found) if found else []
     print("\n".join(table(planned, compared, peak, more, far)))
     if curve:
-        print(f"Growing rows, SP {curve[0].size}, memory: {cfg.memory.memory}:")
+        print(f"Longer and longer rows, SP {curve[0].size}, memory: {cfg.memory.memory}:")
         print("\n".join([*chart(curve), *falls(curve)]))
     print(compared.own.memory.plan.table)
     lines = [
@@ -499,7 +499,7 @@ def advice(compared: Compared) -> str:
     """What to set for the best way, where the run is another."""
     own, found = compared.own, compared.best
     if found is None:
-        return "No way of spreading these rows fits."
+        return "No setting fits these rows."
     if found is own or (own.fits and own.rate >= WORTH * found.rate):
         return ""
     keys = f"sequence_parallel_size: {found.size}"

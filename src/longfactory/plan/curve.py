@@ -35,7 +35,7 @@ def chart(ways: Sequence[Way]) -> list[str]:
     on, where that is another.
     """
     machine = ways[0].memory.plan.job.machine
-    lines = [f"    {'tokens':>11} {'GPU GiB':>8} {'':<{WIDTH}} {'s a row':>9}"]
+    lines = [f"    {'tokens':>11} {'GPU GiB':>8} {'':<{WIDTH}} {'s per row':>9}"]
     before: Way | None = None
     for each in ways:
         plan = each.memory.plan
@@ -49,9 +49,9 @@ def chart(ways: Sequence[Way]) -> list[str]:
         )
         before = each
     lines.append(
-        f"    {'':>11} {'':>8} bars: of {machine.gpu_bytes / GiB:.1f} GiB, {MARGIN:.0%} of"
+        f"    {'':>11} {'':>8} bars: share of {machine.gpu_bytes / GiB:.1f} GiB; the plan may "
+        f"use {MARGIN:.0%}"
     )
-    lines[-1] += " which may be planned"
     return lines
 
 
@@ -133,7 +133,7 @@ def picture(ways: Sequence[Way], path: Path, title: str) -> None:
     bottom.set_yscale("log")
     bottom.set_xscale("log", base=2)
     bottom.set_xlabel("tokens of a row")
-    bottom.set_ylabel("predicted seconds of a row")
+    bottom.set_ylabel("predicted seconds per row")
     for before, after in pairwise(ways):
         if changed(before, after):
             for axes in (top, bottom):

@@ -44,23 +44,23 @@ def context(cfg: RunConfig, model_config: Any) -> str:
     text = model_config.get_text_config()
     own = getattr(text, "max_position_embeddings", None)
     if not own:
-        return "context: the model's configuration names no longest position."
+        return "context: the model's configuration sets no maximum length."
     cutoff = cfg.cutoff_len
     if cutoff <= own:
-        return f"context: the model's own is {own:,} tokens."
+        return f"context: the model supports {own:,} tokens."
     factor = -(-cutoff // own)
     if cfg.model.rope_scaling is not None:
         return (
-            f"context: the model's own is {own:,} tokens; rope_scaling: {cfg.model.rope_scaling}"
-            f" stretches its positions {factor} times."
+            f"context: the model supports {own:,} tokens; rope_scaling: "
+            f"{cfg.model.rope_scaling} stretches its positions {factor} times."
         )
     kind = stretching(cfg, model_config)
     remedy = f"Set rope_scaling: {kind} (factor {factor})."
     if kind is None:
         remedy = "rope_scaling cannot stretch them: lower cutoff_len, or edit its config.json."
     return (
-        f"context: the model's own is {own:,} tokens, and cutoff_len is {cutoff:,}: later positions"
-        f" are ones that it has not seen. {remedy}"
+        f"context: the model was trained on {own:,} tokens and cutoff_len is {cutoff:,}: it "
+        f"has never seen the later positions. {remedy}"
     )
 
 
@@ -95,8 +95,8 @@ def disk(planned: Planned, found: Way, tokens: int | None) -> str:
     limit = cfg.trainer.save_total_limit
     if not limit:
         return (
-            f"disk: {one / GiB:,.1f} GiB a checkpoint, each of which is kept (set"
-            f" save_total_limit), and the model {model / GiB:,.1f} GiB{cache}."
+            f"disk: {one / GiB:,.1f} GiB per checkpoint, all of which are kept (set "
+            f"save_total_limit to keep fewer), and the model {model / GiB:,.1f} GiB{cache}."
         )
     # a new one is whole before the oldest goes
     total = (limit + 1) * one + model
@@ -149,7 +149,9 @@ def lengths_of(datasets: Datasets, documents: int) -> Lengths | None:
 def epoch(planned: Planned, found: Way, data: Lengths | None) -> str:
     """Steps and time of an epoch, and of the run, of the data that were read."""
     if data is None:
-        return "epoch: data not read (--read-data reads and tokenises them as training does)."
+        return (
+            "epoch: the data were not read (--read-data reads and tokenises them as training does)."
+        )
     trainer = planned.cfg.trainer
     batch, steps_of = int(trainer.per_device_train_batch_size), found.accumulation
     groups = planned.machine.gpus // found.size
@@ -160,8 +162,8 @@ def epoch(planned: Planned, found: Way, data: Lengths | None) -> str:
     longest = int(data.rows.max())
     run = duration(taken / steps * whole)
     return (
-        f"epoch: {len(data.rows):,} rows, {data.tokens:,} tokens, longest {longest:,}; {steps:,}"
-        f" steps, {duration(taken)}; the run's {whole:,.0f} steps: {run}."
+        f"epoch: {len(data.rows):,} rows, {data.tokens:,} tokens, longest row {longest:,}; "
+        f"{steps:,} steps, {duration(taken)}; the run's {whole:,.0f} steps: {run}."
     )
 
 

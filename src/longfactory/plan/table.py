@@ -215,13 +215,13 @@ def table(
     for each, name in zip(more, [m for m in ("fast", "auto", "long") if m != memory], strict=False):
         lines.append(row(each, peak, name))
     lines.append(
-        f" *  the run as it is   >  the best (the plan does not tell ways apart that are within"
-        f" {1 - WORTH:.0%}); sequence_parallel_size: auto takes its size"
+        f" *  this run's settings   >  the best (differences below {1 - WORTH:.0%} are not "
+        "significant); sequence_parallel_size: auto would choose its size"
     )
     if any(too_short(each) for each in (*compared.ways, *more)):
         lines.append(
-            "not counted: starting the kernels of layers whose parameters are whole. Rows that take"
-            f" less than {1000 * SHORT:.0f} ms a layer take longer than planned here."
+            "Not counted: kernel launches where parameters are not sharded. Rows that take "
+            f"less than {1000 * SHORT:.0f} ms per layer take longer than predicted."
         )
     lines.append("The longest rows that fit:" if far else "No rows fit, however short.")
     for each, short in far:

@@ -35,10 +35,10 @@ def in_words(sharding: str) -> str:
         sharding: none, ddp, fsdp2 or deepspeed.
     """
     words = {
-        "none": "whole (one process)",
-        "ddp": "whole in each process (ddp)",
+        "none": "not sharded (one process)",
+        "ddp": "replicated (ddp)",
         "fsdp2": "sharded (fsdp2)",
-        "deepspeed": "as DeepSpeed's file says",
+        "deepspeed": "sharded by DeepSpeed, as its JSON says",
     }
     return words[sharding]
 

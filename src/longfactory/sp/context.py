@@ -215,16 +215,16 @@ def over_machines(size: int, ulysses: int | None, device_type: str) -> list[str]
     interfaces = {i.strip().lstrip("=") for i in os.environ.get(name, "").split(",")}
     if interfaces == {"lo"}:
         raise ValueError(
-            f"sequence_parallel_size {size} spreads a row over machines of {local} processes, but"
-            f" {name}={os.environ[name]} reaches no other machine. Name the network's interface"
-            f" there, or lower the size to {near}."
+            f"sequence_parallel_size {size} shards a row over several machines of {local} "
+            f"processes, but {name}={os.environ[name]} reaches no other machine. Set it to the "
+            f"network interface between machines, or lower the size to {near}."
         )
     out = []
     if near < min(size, local):
         out.append(
-            f"sequence_parallel_size {size} neither divides the {local} processes of a machine nor"
-            " is a multiple of them, so that groups begin in the middle of machines. Use a divisor"
-            f" or a multiple of {local}."
+            f"sequence_parallel_size {size} neither divides the {local} processes of a machine "
+            "nor is a multiple of them, so groups would straddle machines. Use a divisor or a "
+            f"multiple of {local}."
         )
     if ulysses is not None and near % ulysses:
         degree = (
@@ -238,8 +238,8 @@ def over_machines(size: int, ulysses: int | None, device_type: str) -> list[str]
         )
     if device_type == "cuda" and os.environ.get("NCCL_IB_DISABLE") == "1":
         out.append(
-            f"NCCL_IB_DISABLE=1: what the {size} ranks of a row exchange goes over TCP from machine"
-            " to machine."
+            f"NCCL_IB_DISABLE=1: communication between the {size} ranks of a row uses TCP "
+            "between machines."
         )
     return out
 

@@ -83,7 +83,8 @@ class Measure:
                 for c, t in sorted(times.items(), key=lambda item: item[1])
             )
             log.info(
-                "sequence parallelism, rows like this one of %d tokens: measured for a layer: %s",
+                "sequence parallelism, rows like this one of %d tokens: measured time per "
+                "layer: %s",
                 length,
                 found,
             )

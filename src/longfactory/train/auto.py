@@ -321,13 +321,15 @@ def decide_on(planned: Planned, sample: int | None) -> Decision:
         lines.append(f"cutoff_len: auto is {cutoff:,}, {of}{other}.")
     if open_size and planned.machine.gpu_bytes == 0:
         size = 1
-        lines.append("sequence_parallel_size: auto is 1: there is no GPU whose memory binds.")
+        lines.append("sequence_parallel_size: auto is 1: without a GPU, memory sets no limit.")
     elif open_size:
         ways = [way(planned, cutoff * each, n) for n in sizes]
         found = best(ways)
         size = ways[-1].size if found is None else found.size
         if found is None:
-            lines.append(f"sequence_parallel_size: auto is {size}, the largest: none fits.")
+            lines.append(
+                f"sequence_parallel_size: auto is {size}, the largest possible: no size fits."
+            )
         else:
             rates = ", ".join(
                 f"{w.size}: {w.rate / planned.machine.gpus:,.0f}"
@@ -336,8 +338,8 @@ def decide_on(planned: Planned, sample: int | None) -> Decision:
                 for w in ways
             )
             lines.append(
-                f"sequence_parallel_size: auto is {size}, for rows of {cutoff * each:,} tokens"
-                f" (predicted tokens/s a GPU by size: {rates})."
+                f"sequence_parallel_size: auto is {size}, for rows of {cutoff * each:,} tokens "
+                f"(predicted tokens/s per GPU, by size: {rates})."
             )
     return Decision(size, cutoff if "cutoff_len" in cfg.undecided else None, tuple(lines))
 

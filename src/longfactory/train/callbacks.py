@@ -154,7 +154,7 @@ class LogFile(TrainerCallback):
     def _cannot(self, error: OSError) -> None:
         if not self.failed:
             log.error(
-                "%s cannot be written (%s). The run goes on; lines are missing there.",
+                "%s cannot be written (%s). The run continues; lines will be missing there.",
                 self.path,
                 error.strerror or error,
             )
@@ -275,8 +275,8 @@ class Reported(TrainerCallback):
                     raise
                 if not self._failed:
                     log.error(
-                        "report_to: %s failed (%s: %s). The run goes on; what the tracker has is"
-                        " not complete.",
+                        "report_to: %s failed (%s: %s). The run continues; the tracker's "
+                        "record is incomplete.",
                         type(self.tracker).__name__,
                         type(error).__name__,
                         error,

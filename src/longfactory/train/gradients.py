@@ -75,10 +75,10 @@ def refuse_unused(trainer: RowTrainer) -> None:
         model.train(training)
     if unused := sorted({name for names in from_all(mine) for name in names}):
         raise UserError(
-            f"{len(unused)} trainable parameters get no gradient from text: {_some(unused)}. DDP"
-            " would leave gradients of other parameters unsummed beside them. Leave them out of"
-            " what is trained (finetuning_type: freeze or lora), use one process or sharding:"
-            " fsdp2, or set ddp_find_unused_parameters: true."
+            f"{len(unused)} trainable parameters get no gradient from text: {_some(unused)}. "
+            "With DDP, gradients of other parameters would then not be reduced. Do not train "
+            "them (finetuning_type: freeze or lora), use one process or sharding: fsdp2, or "
+            "set ddp_find_unused_parameters: true."
         )
 
 

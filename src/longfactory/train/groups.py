@@ -64,9 +64,9 @@ def init_distributed(
         raise UserError(str(error)) from error
     if ctx.size != size:
         raise UserError(
-            f"Sequence parallelism is off: sequence_parallel_size is {size}, and the group that was"
-            f" made has {ctx.size} processes. Each would compute a whole row. Something has"
-            " replaced a part of longfactory; install it anew."
+            f"Sequence parallelism is off: sequence_parallel_size is {size}, and the group "
+            f"that was made has {ctx.size} processes. Each would compute a whole row. A part "
+            "of longfactory was replaced; reinstall it."
         )
     return args, ctx
 
@@ -148,7 +148,8 @@ def decode_beside(cfg: RunConfig, args: Seq2SeqTrainingArguments, prepared: Prep
         )
     else:
         log.warning(
-            f"Images are decoded between steps: a rank's part of the longest row has {size}, and"
-            " there are too few cores or too little shared memory (/dev/shm) for loader processes."
-            " Enlarge /dev/shm (docker run --shm-size), or set dataloader_num_workers."
+            "Images are decoded between steps, without loader processes: a rank's part of the "
+            f"longest row has {size}, and there are too few CPU cores or too little shared "
+            "memory (/dev/shm). Enlarge /dev/shm (docker run --shm-size), or set "
+            "dataloader_num_workers."
         )

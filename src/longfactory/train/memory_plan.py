@@ -264,8 +264,8 @@ def this_machine(cfg: RunConfig, world: int, cuda: bool) -> Machine:
     gpu = torch.cuda.get_device_properties(0) if cuda else None
     if gpu is not None and kind_of(gpu.name) is None:
         log.warning(
-            f"{gpu.name} is not a kind of GPU that the memory plan knows: its bytes are right, its"
-            " seconds are those of an A100."
+            f"{gpu.name} is not in the memory plan's list of GPUs: predicted memory is right, "
+            "predicted times are those of an A100."
         )
     here = machine(
         gpu.name if gpu else "cpu",
@@ -293,11 +293,12 @@ def with_calibration(here: Machine, gpu: str | None, world: int) -> Machine:
     measured = calibration.read(path)
     if not measured.is_of(gpu):
         log.warning(
-            f"{path} was measured on {measured.gpu}, and this GPU is {gpu}: the memory plan takes"
-            " the rates of its kind. Measure this one with longfactory plan --calibrate."
+            f"{path} was measured on {measured.gpu}, and this GPU is {gpu}: the memory plan "
+            "uses the built-in rates of this GPU. To measure it, run longfactory plan "
+            "--calibrate."
         )
         return here
-    log.info(f"The memory plan takes the rates that were measured here ({path}).")
+    log.info(f"The memory plan uses the rates measured on this machine ({path}).")
     return measured.of_machine(here)
 
 
@@ -331,9 +332,9 @@ def plan_run(
     overlaps, fp16 = cfg.memory.optimizer_overlap, bool(cfg.trainer.fp16)
     if overlaps and float(cfg.trainer.max_grad_norm) > 0:
         raise UserError(
-            "optimizer_overlap updates weights before the norm of all gradients is known, and"
-            f" max_grad_norm is {cfg.trainer.max_grad_norm}. Set max_grad_norm: 0, or"
-            " offload_gradients: true instead of optimizer_overlap."
+            "optimizer_overlap updates weights before the gradient norm is known, and "
+            f"max_grad_norm is {cfg.trainer.max_grad_norm}. Set max_grad_norm: 0, or "
+            "offload_gradients: true instead of optimizer_overlap."
         )
     for key, wanted in (
         ("optimizer_overlap", overlaps),
@@ -514,7 +515,7 @@ def check_leaving(key: str, sharding: str, fp16: bool) -> None:
             f"{key} works with FSDP2 or one process; this run has sharding: {sharding}."
         )
     if fp16:
-        raise UserError(f"{key} needs gradients as they are, and fp16's are scaled. Use bf16.")
+        raise UserError(f"{key} needs unscaled gradients, and those of fp16 are scaled. Use bf16.")
 
 
 def _state_bytes(narrow: Narrow | None, model_config: Any, counts: Counts) -> float:

@@ -98,8 +98,8 @@ def _make_trainable(
         log.info(load.describe_quantised(model))
     elif load.widened(model_config) is not None:
         log.info(
-            "The checkpoint's weights are stored in fewer bits; they are read, and trained, as"
-            f" {str(computing_dtype(cfg, args, split)).removeprefix('torch.')}."
+            "The checkpoint's weights are stored in fewer bits; they are dequantised and "
+            f"trained in {str(computing_dtype(cfg, args, split)).removeprefix('torch.')}."
         )
     source = load.source_of(model, cfg.model)
     if cfg.model.enable_liger_kernel:

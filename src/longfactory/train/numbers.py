@@ -103,12 +103,12 @@ class Numbers:
         what = self._describe(bad_losses > 0, model)
         if not left_out:
             raise UserError(
-                f"Step {step}: {what} The weights were not saved after it. Look at these rows;"
-                " lower learning_rate; or set on_nan: skip to leave such updates out."
+                f"Step {step}: {what} The weights were not saved after it. Check these rows, "
+                "lower learning_rate, or set on_nan: skip to skip such updates."
             )
         self.skipped += 1
         log.warning(
-            f"Step {step}: {what} Its update is left out (on_nan: skip; {self.skipped} so far)."
+            f"Step {step}: {what} The update is skipped (on_nan: skip; {self.skipped} so far)."
         )
         return False
 
@@ -162,7 +162,7 @@ class Numbers:
             return f"the loss is {kind} ({places})."
         names = [n for n, p in model.named_parameters() if not _finite_gradient(p)][:NAMED]
         them = f" of {', '.join(names)}" if names else ""
-        return f"the gradient{them} holds NaN or Inf, and the loss does not ({places})."
+        return f"the gradient{them} holds NaN or Inf, although the loss is finite ({places})."
 
     def _too_many(self, step: int, scaler: bool, model: nn.Module) -> str:
         if scaler:

@@ -47,24 +47,25 @@ def optimizer_factory(
     if memory.narrow is not None and not ours:
         source = memory.narrow.package or "pure_bf16"
         log.info(
-            f"AdamW states in {memory.narrow.width} ({source}): not the exact fp32 trajectory."
+            f"AdamW states in {memory.narrow.width} ({source}): training does not follow the "
+            "exact fp32 trajectory."
         )
     overlap = placement == "host" and memory.plan.job.overlaps
     if overlap:
         log.info(
-            "Nothing is clipped (max_grad_norm: 0): the host updates weights while backward"
-            " goes on."
+            "No gradient clipping (max_grad_norm: 0): the host updates weights during the "
+            "backward pass."
         )
     elif memory.plan.job.overlaps:
         log.warning(
-            "optimizer_overlap does nothing here: AdamW's states fit on the GPU. For the host:"
-            " optimizer_placement: host."
+            "optimizer_overlap has no effect: AdamW's states fit on the GPU. To keep them on "
+            "the host, set optimizer_placement: host."
         )
     elsewhere = memory.plan.fixed.get("gradients") == "host" and placement == "gpu"
     if elsewhere:
         log.warning(
-            "offload_gradients does nothing here: AdamW's states fit on the GPU. For the host:"
-            " optimizer_placement: host."
+            "offload_gradients has no effect: AdamW's states fit on the GPU. To keep them on "
+            "the host, set optimizer_placement: host."
         )
     settings = {
         "placement": placement,
@@ -85,8 +86,8 @@ def _method_optimizer(
     """The optimizer that a switch of the run names."""
     if (layerwise := in_backward(cfg)) is not None:
         log.info(
-            f"{layerwise}: weights are updated in the backward pass; nothing is clipped, and"
-            " grad_norm is 0 in the log."
+            f"{layerwise}: weights are updated during the backward pass, without gradient "
+            "clipping; grad_norm is logged as 0."
         )
     make = {"use_muon": _muon, "use_badam": _badam, "use_adam_mini": _adam_mini}
     return functools.partial(make.get(facts.name, _low_rank), cfg, facts.name)

@@ -142,7 +142,7 @@ def reported(write: Callable[[], Any], what: str) -> None:
         write()
     except Exception as error:
         log.error(
-            "%s could not be written or sent (%s: %s). The run goes on without.",
+            "%s could not be written or sent (%s: %s). The run continues without it.",
             what,
             type(error).__name__,
             first_line(error),
@@ -219,7 +219,7 @@ def _agree(problems: list[str | None]) -> None:
     lines = list(dict.fromkeys(p for each in found for p in each))
     if lines:
         raise UserError(
-            "This run could not save its model, so nothing was trained:\n"
+            "This run would not be able to save its model, so training was not started:\n"
             + "\n".join(f"- {line}" for line in lines)
         )
 
@@ -350,9 +350,9 @@ def _tell(trainer: Any, source: Source, changes: saved.Changes) -> None:
     stale = [name for name in changes.copied if not saved.CONSTANTS.search(name)]
     if stale:
         log.warning(
-            "%d tensors of the checkpoint that transformers does not load are saved as they were:"
-            " %s. They were not trained with the rest, so that next-token prediction heads among"
-            " them are stale.",
+            "%d tensors of the checkpoint that transformers does not load are saved as they "
+            "were: %s. They were not trained, so any multi-token-prediction heads among them "
+            "are stale.",
             len(stale),
             in_words(stale),
         )
@@ -411,13 +411,13 @@ def closing_lines(cfg: RunConfig) -> list[str]:
         lines.append(f"The {what} is in {folder}.")
     pictures = [folder / f"training_{name.replace('/', '_')}.png" for name in curves(cfg)]
     if drawn := [str(path) for path in pictures if cfg.method.plot_loss and path.exists()]:
-        lines.append(f"Pictures: {', '.join(drawn)}.")
+        lines.append(f"Plots: {', '.join(drawn)}.")
     if not cfg.output.save_final_model:
         return lines
     if cfg.model.train_from_scratch and cfg.method.finetuning_type == "lora":
         lines.append(
-            "Its base model's random weights (train_from_scratch) are not saved: the adapter shows"
-            " that the run works, and can be used with no model."
+            "The random weights of its base model (train_from_scratch) are not saved: this "
+            "adapter cannot be used with any model."
         )
     else:
         lines.append(f"Next: {next_command(cfg)}")

@@ -40,9 +40,9 @@ def predict(trainer: Any, cfg: RunConfig, tokenizer: Any, datasets: Datasets) ->
     """
     if trainer.ctx.size > 1:
         raise UserError(
-            "Answers are generated on one device or data-parallel, not split over"
-            f" {trainer.ctx.size} processes. Set sequence_parallel_size: 1 for do_predict, or"
-            " generate from the saved model."
+            "Answers are generated on one device or data-parallel; a sequence cannot be "
+            f"sharded over {trainer.ctx.size} processes. Set sequence_parallel_size: 1 for "
+            "do_predict, or generate from the saved model."
         )
     if not datasets.eval:
         raise UserError("do_predict needs evaluation data. Set eval_dataset or val_size.")

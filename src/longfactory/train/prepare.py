@@ -125,8 +125,8 @@ def prepare(cfg: RunConfig, processes: Processes, *, wide_weights: bool) -> Prep
         log.info(memory.plan.table)
     if cfg.trainer.do_train and datasets.train is None:
         raise UserError(
-            "There are no training data, which do_train and verify need. Set dataset: to names in"
-            " dataset_info.json."
+            "There are no training data, which do_train and verify need. Set dataset: to names "
+            "from dataset_info.json."
         )
     return Prepared(model_config, counts, sharding, stage, tokenizer, datasets, memory)
 

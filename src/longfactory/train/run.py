@@ -225,7 +225,7 @@ def _run(cfg: RunConfig, watch: Watch | None, store: Any) -> dict[str, float]:
         except torch.OutOfMemoryError as error:
             raise UserError(explain_out_of_memory(assembled.memory.plan, error)) from error
         if trainer.finished:
-            log.info(f"{checkpoint} has made the last step of this run: nothing was left to train.")
+            log.info(f"{checkpoint} is of this run's last step: there is nothing left to train.")
         metrics.update(result.metrics)
         over = trainer.finished and assembled.start.was_finished
         with progress.within("save", "saving the trained model"):
@@ -360,20 +360,20 @@ def describe(
     b, ga = args.per_device_train_batch_size, args.gradient_accumulation_steps
     lines = [
         (
-            f"Processes: {ctx.size} (sequence) x {ctx.dp_size} (data) = {ctx.size * ctx.dp_size};"
-            f" parameters: {shard.in_words(sharding)}; sequence parallel:"
-            f" {cfg.parallel.sequence_parallel_mode if ctx.size > 1 else 'off'}"
+            f"World size: {ctx.size} (sequence parallel) x {ctx.dp_size} (data parallel) = "
+            f"{ctx.size * ctx.dp_size}; parameters: {shard.in_words(sharding)}; sequence "
+            f"parallel: {cfg.parallel.sequence_parallel_mode if ctx.size > 1 else 'off'}"
         ),
         (
-            f"Samples in an optimizer step: {b} (micro-batch) x {ga} (accumulation) x {ctx.dp_size}"
-            f" (data) = {b * ga * ctx.dp_size}"
+            f"Samples per optimizer step: {b} (micro-batch) x {ga} (gradient accumulation) x "
+            f"{ctx.dp_size} (data parallel) = {b * ga * ctx.dp_size}"
         ),
     ]
     if datasets.train is not None and hasattr(datasets.train, "__len__"):
         lengths = datasets.train.lengths
         longest = int(max(lengths)) if len(lengths) else 0
         lines.append(
-            f"Training data: {len(datasets.train)} rows, {int(sum(lengths)):,} tokens, longest"
-            f" {longest:,} ({-(-longest // ctx.size):,} a device)"
+            f"Training data: {len(datasets.train)} rows, {int(sum(lengths)):,} tokens, longest "
+            f"row {longest:,} tokens ({-(-longest // ctx.size):,} per device)"
         )
     return lines

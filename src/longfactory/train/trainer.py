@@ -200,9 +200,9 @@ class RowTrainer(ResumableTrainer):
         source: Any = loader.dataset if loader.batch_sampler is None else loader.batch_sampler
         if isinstance(source, RowSampler) and not len(source):
             raise UserError(
-                f"dataloader_drop_last leaves no step: {source.length} samples are less than the"
-                f" {source.step} of an optimizer step. Leave it out, or lower"
-                " per_device_train_batch_size or gradient_accumulation_steps."
+                f"dataloader_drop_last leaves no step: {source.length} samples are fewer than "
+                f"the {source.step} of one optimizer step. Leave it out, or lower "
+                "per_device_train_batch_size or gradient_accumulation_steps."
             )
         loader.set_epoch = source.set_epoch  # type: ignore[attr-defined]
         if isinstance(source, RowSampler):

@@ -30,16 +30,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--host",
         default="127.0.0.1",
-        help="address to listen at (default 127.0.0.1, this machine alone); any other one asks"
-        f" everybody for a token: that of the variable {TOKEN}, else a new one",
+        help="address to listen on (default 127.0.0.1, this machine only); with any other "
+        f"address visitors need a token: that of the variable {TOKEN}, else a new one",
     )
     parser.add_argument("--port", type=int, default=PORT, help=f"port (default {PORT}; 0: any)")
     parser.add_argument(
         "--folder",
         action="append",
         metavar="FOLDER",
-        help="a folder that the page may read and write, several times for several (default: the"
-        " one that the command is started in)",
+        help="a folder that the page may read and write; may be given several times (default: "
+        "the current folder)",
     )
     parser.add_argument(
         "--allow_host",

@@ -27,7 +27,7 @@ def test_a_run_s_keys_are_plain_and_without_secrets() -> None:
 
 
 REFUSED = [
-    ({}, {"lora_rank": 16}, "something else than this run: lora_rank: 8 -> 16"),
+    ({}, {"lora_rank": 16}, "something different from this run: lora_rank: 8 -> 16"),
     ({}, {"lora_alpha": 64}, "lora_alpha: "),
     ({}, {"finetuning_type": "full"}, "finetuning_type: lora -> full"),
     ({}, {"optim": "adafactor"}, "optim: adamw_torch_fused -> adafactor"),

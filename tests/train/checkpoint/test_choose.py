@@ -103,7 +103,7 @@ def test_one_without_a_manifest_is_looked_at_as_far_as_it_goes(
     make(out, 2, run=None), make(out, 4, run=None)
     with caplog.at_level(logging.WARNING, "longfactory"):
         assert chosen(out) == "checkpoint-4"
-    assert "was written without" in caplog.text
+    assert "checkpoint-4 has no" in caplog.text
     damage(out / "checkpoint-4" / name, how)
     assert chosen(out) == "checkpoint-2"
 
@@ -123,8 +123,8 @@ def test_weights_alone_are_no_place_to_go_on_from(
     make(out, 2), make(out, 4, resumable=False), make(out, 6, run=None, resumable=False)
     with caplog.at_level(logging.WARNING, "longfactory"):
         assert chosen(out) == "checkpoint-2"
-    assert caplog.text.count("holds weights alone") == 2
-    with pytest.raises(UserError, match="holds weights alone"):
+    assert caplog.text.count("holds only weights") == 2
+    with pytest.raises(UserError, match="holds only weights"):
         choose_start(config(out, resume_from_checkpoint=str(out / "checkpoint-4")))
 
 
@@ -135,7 +135,7 @@ def test_where_none_is_left_the_run_begins_anew_unless_it_must_resume(
     with caplog.at_level(logging.WARNING, "longfactory"):
         assert chosen(out) is None
     assert "the run begins anew" in caplog.text
-    with pytest.raises(UserError, match="needs a whole checkpoint"):
+    with pytest.raises(UserError, match="needs an intact checkpoint"):
         choose_start(config(out, resume_from_checkpoint=True))
 
 

@@ -56,7 +56,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     with pytest.raises(UserError) as e:
         save_checkpoint(arguments(tmp_path), 4, [write("a"), ("states", full)], FACTS)
     assert "checkpoint-4 could not be saved (states: No space left on device)" in str(e.value)
-    assert "checkpoint-2 is as it was" in str(e.value)
+    assert "checkpoint-2 is intact" in str(e.value)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"]
     save_checkpoint(arguments(tmp_path), 4, [write("a")], FACTS)
 
@@ -64,11 +64,11 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
 def test_free_space_is_looked_at_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = types.SimpleNamespace(free=10**9)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"1\.00 GB are free, and a checkpoint needs about 2\.00"):
+    with pytest.raises(UserError, match=r"1\.00 GB free, and a checkpoint needs about 2\.00"):
         save_checkpoint(arguments(tmp_path), 4, [], FACTS, bytes_needed=2 * 10**9)
     assert list(tmp_path.iterdir()) == []
     usage.free = 1000
-    with pytest.raises(UserError, match=r"1\.00 KB are free, .* needs about 0\.12 MB"):
+    with pytest.raises(UserError, match=r"1\.00 KB free, .* needs about 0\.12 MB"):
         save_checkpoint(arguments(tmp_path), 4, [], FACTS, bytes_needed=123_456)
 
 

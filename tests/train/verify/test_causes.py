@@ -76,5 +76,7 @@ def test_the_conclusion_names_what_the_difference_follows() -> None:
     lora, memory = Cause("LoRA", False), Cause("memory techniques", None, "too large")
     assert conclusion([packing, lora]) == ("The difference follows packing: it is gone without it.")
     assert conclusion([packing, window]).endswith("and the window: it is gone without either.")
-    assert conclusion([lora, memory]).startswith("The difference stays without each of LoRA: look")
-    assert conclusion([memory]).startswith("No part of the run could be left out")
+    assert conclusion([lora, memory]).startswith(
+        "The difference remains without each of LoRA: look"
+    )
+    assert conclusion([memory]).startswith("No part of the run could be switched off")

@@ -96,7 +96,7 @@ def make_processing(
     if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in files):
         log.warning(
             f"{folder} has neither {files[0]} nor {files[1]}: the model is trained on text alone,"
-            " and a row with images or videos is a bad row."
+            " and a row with images or videos counts as a bad row."
         )
         return None
     model_type = str(config.get("model_type"))
@@ -105,7 +105,7 @@ def make_processing(
         log.warning(
             f"Images of models of type {model_type} are not read here, those of"
             f" {', '.join(sorted(OF_MODEL))} are: the model is trained on text alone, and a row"
-            " with images or videos is a bad row."
+            " with images or videos counts as a bad row."
         )
         return None
     _check_template(args.template, name, model_type)

@@ -178,7 +178,7 @@ def foreign_cudnn(
         packages[0].name.removesuffix(".dist-info").split("-")[1] if packages else "another version"
     )
     return (
-        f"cuDNN {version // 10000}.{version % 10000 // 100}.{version % 100} is loaded from"
-        f" {', '.join(strange)}, not PyTorch's own ({shipped} in {own}): attention may run at half"
-        " its speed. Take that folder out of LD_LIBRARY_PATH."
+        f"cuDNN {version // 10000}.{version % 10000 // 100}.{version % 100} is loaded from "
+        f"{', '.join(strange)}, not PyTorch's own ({shipped} in {own}): attention may run at "
+        "half speed. Remove that folder from LD_LIBRARY_PATH."
     )

@@ -66,9 +66,9 @@ def guard(model: nn.Module, ctx: SequenceParallel) -> None:
                 reason = images.differences(model, inner, ctx, device)
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(
-            f"The start-up guard ran out of memory: it trains on a row of"
-            f" {sum(compared_lengths(ctx))} tokens"
-            f" and computes single layers in a wider type, before the first step. {error}"
+            "The start-up guard ran out of memory: before the first step it trains on a row of "
+            f"{sum(compared_lengths(ctx))} tokens and computes single layers in a wider dtype. "
+            f"{error}"
         ) from error
     # whatever a model does without the mask, the cache or the arguments that it expects
     except Exception as error:

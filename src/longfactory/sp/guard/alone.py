@@ -119,8 +119,8 @@ def ratios(
     own, reference = _own_and_reference(run, calls, lengths, device)
     if not compare.is_finite(own):
         log.warning(
-            "transformers' own %s is not finite in %s on the start-up guard's tokens: what it has"
-            " no number for was not compared. Train in bf16, or expect steps without an update.",
+            "transformers' own %s is not finite in %s on the start-up guard's tokens, so those "
+            "values were not compared. Train in bf16, or expect skipped updates.",
             type(run.layer).__name__,
             short(run.dtype),
         )

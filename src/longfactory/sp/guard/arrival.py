@@ -107,7 +107,10 @@ def differently_installed(seen: Probe, trained: Probe, layers: Layers) -> str | 
                 f"its attention asks for {different[0]} and the engine is called with"
                 f" {different[1]}"
             )
-            return f"{name_of(layers, index)}, as it is trained, is another layer: {what}"
+            return (
+                f"{name_of(layers, index)}, as it is trained, differs from transformers' "
+                f"layer: {what}"
+            )
     every = set().union(*asked.values())
     if extra := {a for a in trained.arrived[-1] if _rounded(a) not in {_rounded(e) for e in every}}:
         return f"the backward pass calls the engine with {text_of(extra)}, which no layer asks for"

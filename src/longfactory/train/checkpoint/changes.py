@@ -123,8 +123,8 @@ def refuse_other_states(
     other = {n: changes[n] for n in names if n in changes}
     if other:
         raise UserError(
-            f"The checkpoint {checkpoint} trained something else than this run:"
-            f" {in_words(other)}. Use the same values. {weights}"
+            f"The checkpoint {checkpoint} trained something different from this run: "
+            f"{in_words(other)}. Use the same values. {weights}"
         )
     if "optim" in changes and _family(changes["optim"][0]) != _family(changes["optim"][1]):
         raise UserError(
@@ -141,9 +141,9 @@ def refuse_other_states(
     kinds = changes.get("lr_scheduler_type", (now.get("lr_scheduler_type"),) * 2)
     if schedule and any(kind in BY_ITS_STATE for kind in kinds):
         raise UserError(
-            f"The learning rate of lr_scheduler_type: {kinds[0]} follows from what it has seen, so"
-            f" that a changed schedule cannot be applied: {in_words(schedule)}. Use the same"
-            f" values. {weights}"
+            f"The learning rate of lr_scheduler_type: {kinds[0]} depends on its history, so a "
+            f"changed schedule cannot be applied: {in_words(schedule)}. Use the same values. "
+            f"{weights}"
         )
     old, new = sharding
     if old and new and (old == "deepspeed") != (new == "deepspeed"):

@@ -56,14 +56,15 @@ def choose_start(cfg: RunConfig) -> Start:
                 log.warning(line)
             if found is None:
                 log.warning(
-                    f"{name} was written without {folder.MANIFEST}: it is resumed from, but not"
-                    " all damage could be found."
+                    f"{name} has no {folder.MANIFEST}: resuming from it, but damage can be "
+                    "detected only in part."
                 )
             return Start(name, found, _record(cfg, name, found), was_finished)
         if weights_alone and not problems:
             passed.append(
-                f"{name} holds weights alone (save_only_model): no run can go on from it. To start"
-                f" from its weights: model_name_or_path: {name}, or adapter_name_or_path."
+                f"{name} holds only weights (save_only_model), so it cannot be resumed from. "
+                f"To start from its weights: model_name_or_path: {name}, or "
+                "adapter_name_or_path."
             )
         else:
             passed.append(f"{name} is damaged and is passed over: {'; '.join(problems[:3])}.")
@@ -72,7 +73,7 @@ def choose_start(cfg: RunConfig) -> Start:
     for line in passed:
         log.warning(line)
     if passed:
-        log.warning("No checkpoint is left to go on from: the run begins anew.")
+        log.warning("No checkpoint is left to resume from: the run begins anew.")
     return Start(None, None, _record(cfg, None, None))
 
 
@@ -102,8 +103,8 @@ def _here(cfg: RunConfig, places: list[tuple[str, str]]) -> list[str]:
 def _advice(asked: str | bool) -> str:
     if asked is True:
         return (
-            "resume_from_checkpoint: true needs a whole checkpoint, and there is none. Leave the"
-            " key out to begin anew."
+            "resume_from_checkpoint: true needs an intact checkpoint, and there is none. Leave "
+            "the key out to start over."
         )
     others = [
         p

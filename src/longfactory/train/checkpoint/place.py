@@ -41,8 +41,8 @@ def check_place(args: Any, *, sharded: bool, saves: bool) -> None:
     shared = _is_shared(Path(args.output_dir))
     if shared and args.save_on_each_node:
         log.warning(
-            "save_on_each_node is turned off: all machines see the same output_dir"
-            f" ({args.output_dir}), and would write the same files at once."
+            "save_on_each_node is turned off: all machines see the same output_dir "
+            f"({args.output_dir}), and would write the same files at the same time."
         )
         args.save_on_each_node = False
     if shared or not saves:
@@ -55,9 +55,9 @@ def check_place(args: Any, *, sharded: bool, saves: bool) -> None:
         )
     if not args.save_on_each_node:
         raise UserError(
-            f"output_dir: {args.output_dir} is not on a file system that all machines share, so"
-            " that no run could go on from its checkpoints. Choose a shared folder, or set"
-            " save_on_each_node: true, or save_only_model: true."
+            f"output_dir: {args.output_dir} is not on a file system that all machines share, "
+            "so its checkpoints could not be resumed from. Choose a shared folder, or set "
+            "save_on_each_node: true, or save_only_model: true."
         )
 
 

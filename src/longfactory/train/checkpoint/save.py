@@ -121,10 +121,10 @@ def together(
     rank, words = failed[0]
     who = f"Process {rank}: " if len(found) > 1 else ""
     last = next(iter(checkpoints(output_dir)), None)
-    kept = "There is no earlier checkpoint." if last is None else f"{last} is as it was."
+    kept = "There is no earlier checkpoint." if last is None else f"{last} is intact."
     raise UserError(
-        f"{who}{goal} could not be saved ({what}: {words}). {kept} Make room or mend the disk, and"
-        " start the same command again: it goes on from the last checkpoint."
+        f"{who}{goal} could not be saved ({what}: {words}). {kept} Free up or repair the disk "
+        "and run the same command again: it resumes from the last checkpoint."
     ) from error
 
 
@@ -159,7 +159,7 @@ def _check_space(output_dir: Path, bytes_needed: int, writes: bool) -> None:
     free = shutil.disk_usage(there).free
     if needed > free:
         raise UserError(
-            f"{size_in_words(free)} are free, and a checkpoint needs about {size_in_words(needed)}"
+            f"{size_in_words(free)} free, and a checkpoint needs about {size_in_words(needed)}"
         )
 
 

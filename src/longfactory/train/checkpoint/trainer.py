@@ -655,23 +655,23 @@ class ResumableTrainer(Trainer):
             log.info(f"Changed since {checkpoint}, and applied: {changes.in_words(changed)}.")
         if arithmetic := {k: v for k, v in changed.items() if k in changes.ARITHMETIC}:
             log.warning(
-                f"{changes.in_words(arithmetic)}: numbers are rounded in another way than before"
-                f" {checkpoint}."
+                f"{changes.in_words(arithmetic)}: results will be rounded differently than "
+                f"before {checkpoint}."
             )
         if manifest is None:
             return
         packages = changes.changed_keys(manifest["versions"], changes.versions())
         if packages:
             log.warning(
-                f"Other versions than those of {checkpoint} ({changes.in_words(packages)}): the"
-                " last bits of numbers may differ."
+                f"Other versions than those of {checkpoint} ({changes.in_words(packages)}): "
+                "the last bits of results may differ."
             )
         world = manifest["world"]
         if world["processes"] != self.args.world_size:
             log.warning(
-                f"{checkpoint} was made by {world['processes']} processes, this run has"
-                f" {self.args.world_size}. The steps take the same samples; sums are rounded in"
-                " another order, and random numbers (dropout) are drawn anew."
+                f"{checkpoint} was made by {world['processes']} processes, this run has "
+                f"{self.args.world_size}. The steps take the same samples; sums are rounded in "
+                "another order, and dropout draws new random numbers."
             )
         elif world["sequence_parallel_size"] != self.ctx.size:
             log.info(

@@ -145,9 +145,9 @@ def _numbers(
     agreed = functools.partial(everywhere, device=trainer.args.device)
     if started and not agreed(_file(folder, parts, trainer).exists()):
         raise UserError(
-            "The run resumes, and the reference log-probabilities of its beginning are not"
-            f" in the cache ({folder}): the model is no longer the reference. Begin anew"
-            " (overwrite_output_dir: true), or name a ref_model."
+            "The run resumes, and the reference log-probabilities of the initial model are not "
+            f"in the cache ({folder}): the model has changed since. Start over "
+            "(overwrite_output_dir: true), or name a ref_model."
         )
     cache, _ = reference.load_or_precompute(
         folder,

@@ -265,7 +265,7 @@ def damage(file: Path) -> str | None:
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         return f"it cannot be read ({error})"
     if about.get("sha256", _digest(tensors)) != _digest(tensors):
-        return "its checksum is another than when it was written"
+        return "its checksum has changed since it was written"
     return None
 
 
@@ -276,7 +276,8 @@ def _is_there(file: Path) -> bool:
     problem = damage(file)
     if problem is not None:
         log.warning(
-            "The cached reference log-probabilities %s are damaged (%s) and are computed again.",
+            "The cached reference log-probabilities %s are damaged (%s) and will be computed "
+            "again.",
             file,
             problem,
         )

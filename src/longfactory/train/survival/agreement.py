@@ -145,7 +145,7 @@ def differences(every: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> lis
 def refusal(lines: Sequence[str]) -> str:
     """What the user reads."""
     return (
-        "The processes of this run do not agree, so nothing was loaded:\n"
+        "The processes of this run were started differently, so nothing was loaded:\n"
         + "\n".join(f"- {line}" for line in lines)
         + "\nStart every machine with the same file, keys, data and versions."
     )

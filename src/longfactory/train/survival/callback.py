@@ -84,8 +84,8 @@ class Survive(TrainerCallback):
         assert self.watch is not None
         saved = f"{self.trainer.args.output_dir}/checkpoint-{state.global_step}"
         raise Stopped(
-            f"Stopped by {name_of(self.watch.stop)} after step {state.global_step}: {saved} is"
-            " saved. The same command goes on from there."
+            f"Stopped by {name_of(self.watch.stop)} after step {state.global_step}: {saved} is "
+            "saved. Run the same command again to resume."
         )
 
 

@@ -62,8 +62,8 @@ class FolderLock:
                 if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                     raise
                 self.note = (
-                    f"output_dir: the file system of {folder} has no locks"
-                    f" ({error.strerror}): nothing keeps a second run out of it."
+                    f"output_dir: the file system of {folder} does not support locks "
+                    f"({error.strerror}): a second run in the same folder would not be noticed."
                 )
             # Whoever held it last may have removed the file between our open and our lock.
             if self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat()):

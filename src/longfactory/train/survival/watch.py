@@ -198,8 +198,8 @@ class Watch:
             return
         if progress.NOW.step:
             _say(
-                f"{name_of(signum)}: a checkpoint is saved after this step, then the run ends, in"
-                f" at most {self.limits.grace:g} s. A second signal ends it at once."
+                f"{name_of(signum)}: saving a checkpoint after this step, then ending the run, "
+                f"within {self.limits.grace:g} s. A second signal ends it at once."
             )
         else:
             _say(f"{name_of(signum)}: the run ends before its first step.")
@@ -214,8 +214,8 @@ class Watch:
             self._leave_before_training()
         if time.monotonic() - self._stop_at > self.limits.grace:
             self._end_all(
-                f"{name_of(self.stop)}: signal_grace, {self.limits.grace:g} s, is over before"
-                f" {progress.NOW.detail or progress.NOW.phase} was. {self._kept()}"
+                f"{name_of(self.stop)}: signal_grace, {self.limits.grace:g} s, ran out during "
+                f"{progress.NOW.detail or progress.NOW.phase}. {self._kept()}"
             )
 
     def _leave_before_training(self) -> None:
@@ -229,7 +229,7 @@ class Watch:
             self._leave(STOPPED)
 
     def _kept(self) -> str:
-        return "Nothing is saved of the steps since the last checkpoint."
+        return "Steps since the last checkpoint are lost."
 
     def _end_all(self, words: str) -> None:
         """The run ends without a save: a second signal, or the grace is over."""
@@ -453,8 +453,8 @@ def report(
     if lost:
         names = ", ".join(map(str, lost))
         lines.append(
-            f"No sign of life from rank {names} for {limits.heartbeat:g} s (heartbeat_timeout):"
-            " the process is stopped, or its machine is lost. The run ends."
+            f"No sign of life from rank {names} for {limits.heartbeat:g} s (heartbeat_timeout): "
+            "the process is stopped, or its machine is lost. The run ends."
         )
     else:
         worst = max(found.values(), key=lambda f: f["age"])

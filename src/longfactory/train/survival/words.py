@@ -8,8 +8,8 @@ from longfactory.train.survival.signals import name_of
 def stopped_before_training(signum: int | None) -> str:
     """The end of a run that a signal stopped early."""
     return (
-        f"Stopped by {name_of(signum)} before the first step: nothing was trained. The same"
-        " command starts again."
+        f"Stopped by {name_of(signum)} before the first step: nothing was trained. Run the "
+        "same command to start again."
     )
 
 

@@ -62,15 +62,15 @@ def verify(
         )
     if cfg.method.stage == "sft" and cfg.method.use_asft_loss:
         raise UserError(
-            "verify compares log-probabilities of labels, and use_asft_loss also needs whole"
-            " distributions of a reference. Verify the run with use_asft_loss=false"
-            " use_dft_loss=true: the same passes through the same model."
+            "verify compares log-probabilities of labels, and use_asft_loss also needs the "
+            "reference's full distributions. Verify the run with use_asft_loss=false "
+            "use_dft_loss=true: the same passes through the same model."
         )
     if cfg.method.stage in ("pt", "sft") and cfg.method.loss_path is not None:
         raise UserError(
-            "verify must know of which numbers a loss takes no gradient, and does not know it of"
-            f" loss_path: {cfg.method.loss_path}. Verify the run without loss_path: the same passes"
-            " through the same model."
+            "verify must know which values a loss detaches, and cannot know it for loss_path: "
+            f"{cfg.method.loss_path}. Verify the run without loss_path: the same passes "
+            "through the same model."
         )
     store, _ = meet(cfg, watch, writes=False)
     cfg = decided(cfg, store)

@@ -251,9 +251,9 @@ class Comparison(TrainerCallback):
                 self._specify(model, dtypes, adapter_off)
             except torch.OutOfMemoryError as error:
                 failure = (
-                    "The first device has no room for the model in a wider precision beside the"
-                    " run, with the attention of a whole document at once. Lower verify_tokens, or"
-                    f" verify on larger devices ({_first_line(error)})."
+                    "The first device cannot hold, next to the run, the model in a wider "
+                    "precision and the attention of a whole document. Lower verify_tokens, or "
+                    f"verify on larger devices ({_first_line(error)})."
                 )
             except Exception as error:  # whatever the model's own code does in this precision
                 told = _first_line(error)
@@ -430,9 +430,9 @@ class Comparison(TrainerCallback):
 
         if total.own > UNDECIDED and not all(m.exact for m in parameters.values()):
             reasons.append(
-                "In this precision the gradients of transformers' own model are"
-                f" {100 * total.own:.0f} % off as well: rounding decides them, and they cannot be"
-                " compared. Verify in float32 (bf16=false fp16=false pure_bf16=false)."
+                "In this precision the gradients of transformers' own model are "
+                f"{100 * total.own:.0f} % off as well: they are dominated by rounding and "
+                "cannot be compared. Verify in float32 (bf16=false fp16=false pure_bf16=false)."
             )
         seen, sentences = leak_check([leaked[number] for number in sorted(leaked)])
         reasons += sentences
@@ -448,8 +448,8 @@ class Comparison(TrainerCallback):
             tagged.append((SAVED, unsaved))
         if logps.exact and not losses.exact and not scaled:
             reasons.append(
-                "Log-probabilities agree and the loss does not: what the stage makes of them is"
-                " wrong (its sum, its count of items, or the reference's numbers)."
+                "Log-probabilities agree but the loss does not: the stage computes it wrongly "
+                "from them (its sum, its number of items, or the reference's values)."
             )
         if logps.exact and losses.exact and not scaled:
             reasons += kind_reasons(parameters)
@@ -504,13 +504,13 @@ class Comparison(TrainerCallback):
         experts = any("Experts" in type(m).__name__ for m in self.trainer.model.modules())
         if experts and all(choices.tokens is None for choices in self.choices.values()):
             notes.append(
-                "The routers of this model are unknown: where they are undecided, other experts may"
-                " make a difference."
+                "The routers of this model are not known: near ties, a different choice of "
+                "experts may cause differences."
             )
         if not hasattr(self.run.datasets.train, "stores"):
             notes.append(
-                "The data are a stream: that the prompt is not trained was read from the documents,"
-                " not from their parts."
+                "The data are streamed: prompt masking was checked on the documents, not on "
+                "their parts."
             )
         return notes
 
@@ -551,9 +551,9 @@ def _title(cfg: RunConfig, run: Assembled) -> str:
         else "the engine on one rank"
     )
     return (
-        f"{cfg.model.model_name_or_path}, stage {cfg.method.stage}: {mode}, parameters"
-        f" {in_words(run.sharding)}; an optimizer step against documents alone"
-        f" ({str(_precision(run.trainer)).rsplit('.', 1)[-1]})"
+        f"{cfg.model.model_name_or_path}, stage {cfg.method.stage}: {mode}, parameters "
+        f"{in_words(run.sharding)}; one optimizer step, compared with each document alone "
+        f"({str(_precision(run.trainer)).rsplit('.', 1)[-1]})"
     )
 
 

@@ -137,8 +137,8 @@ class VerifyReport:
         lines = [self.title]
         for i, row in enumerate(self.rows):
             lines.append(
-                f"row {i + 1}: {row.tokens} tokens, {row.documents} documents, {row.crossing} of"
-                " them on several ranks"
+                f"row {i + 1}: {row.tokens} tokens, {row.documents} documents, {row.crossing} "
+                "of them sharded over several ranks"
             )
         lines.append(
             f"{'':32}{'split':>14}{'alone':>14}{'difference':>12}{'own':>10}{'allowed':>10}"
@@ -163,8 +163,8 @@ class VerifyReport:
         lines += told(self.samples, colour)
         if self.dtype != torch.float32:
             lines.append(
-                "Half precision rounds. For the sharp proof add bf16=false fp16=false"
-                " pure_bf16=false."
+                "This comparison includes half-precision rounding. For a strict one add "
+                "bf16=false fp16=false pure_bf16=false."
             )
         return "\n".join(lines)
 
@@ -190,10 +190,10 @@ def conclusion(causes: Sequence[Cause]) -> str:
         return f"The difference follows {' and '.join(gone)}: it is gone without {without}."
     if tried:
         return (
-            f"The difference stays without each of {', '.join(tried)}: look at the model, the data,"
-            " the loss or the reduction of gradients."
+            f"The difference remains without each of {', '.join(tried)}: look at the model, "
+            "the data, the loss or the gradient reduction."
         )
-    return "No part of the run could be left out to find what the difference follows."
+    return "No part of the run could be switched off to find the cause of the difference."
 
 
 def _line(name: str, m: Deviation, width: int) -> str:

@@ -270,7 +270,7 @@ function progressOf(job) {
   const parts = [`step ${row.current_steps} of ${row.total_steps}`];
   if (row.loss !== undefined) parts.push(`loss ${shortNumber(row.loss)}`);
   const rate = row.tokens_per_second_per_gpu ?? row.throughput;
-  if (rate !== undefined) parts.push(`${shortNumber(rate)} tokens/s a GPU`);
+  if (rate !== undefined) parts.push(`${shortNumber(rate)} tokens/s per GPU`);
   return parts.join(", ");
 }
 
@@ -286,7 +286,7 @@ async function showJobs() {
       button.append(make("progress", { max: job.last.total_steps, value: job.last.current_steps }));
     return button;
   }));
-  if (!jobs.length) by("jobs").replaceChildren(make("p", { className: "pale", textContent: "Nothing was started yet." }));
+  if (!jobs.length) by("jobs").replaceChildren(make("p", { className: "pale", textContent: "Nothing has been started yet." }));
   if (chosenJob !== null) await showJob();
 }
 

@@ -2,12 +2,12 @@
 // Runs side by side: a table, curves, keys in which they differ, what verify has found. The page and
 // the exported file draw with the same functions.
 
-const TITLES = { loss: "Loss", eval_loss: "Loss of the evaluation", reward: "Reward", accuracy: "Accuracy",
-  eval_accuracy: "Accuracy of the evaluation", lr: "Learning rate", grad_norm: "Norm of the gradient",
+const TITLES = { loss: "Loss", eval_loss: "Evaluation loss", reward: "Reward", accuracy: "Accuracy",
+  eval_accuracy: "Evaluation accuracy", lr: "Learning rate", grad_norm: "Gradient norm",
   throughput: "Tokens/s since the start",
-  tokens_per_second_per_gpu: "Tokens/s of one GPU", mfu: "MFU", peak_memory_gib: "Peak of memory, GiB",
-  data_wait: "Share of the time that waits for data", padding: "Padding, share of the tokens",
-  packing: "Packed rows: share that is filled", seconds_per_step: "Seconds of a step", vram_allocated: "Memory allocated, GiB", vram_reserved: "Memory reserved, GiB" };
+  tokens_per_second_per_gpu: "Tokens/s of one GPU", mfu: "MFU", peak_memory_gib: "Peak memory, GiB",
+  data_wait: "Share of time spent waiting for data", padding: "Padding, share of the tokens",
+  packing: "Packing: share of each row that is filled", seconds_per_step: "Seconds of a step", vram_allocated: "Memory allocated, GiB", vram_reserved: "Memory reserved, GiB" };
 const ORDER = ["loss", "eval_loss", "reward", "accuracy", "eval_accuracy", "grad_norm", "lr", "tokens_per_second_per_gpu", "throughput",
   "peak_memory_gib", "mfu"];
 const AXES = [["steps", 0], ["seconds", 2], ["tokens", 3]];
@@ -42,7 +42,7 @@ function runTable(runs, colours) {
     ["eval loss", (r) => shortNumber(last(r.curves.eval_loss))], ["reward", (r) => shortNumber(last(r.curves.reward))],
     ["accuracy", (r) => shortNumber(last(r.curves.accuracy))], ["grad norm", (r) => shortNumber(last(r.curves.grad_norm))],
     ["lr", (r) => shortNumber(last(r.curves.lr))],
-    ["tokens/s a GPU", (r) => shortNumber(last(r.curves.tokens_per_second_per_gpu ?? r.curves.throughput))],
+    ["tokens/s per GPU", (r) => shortNumber(last(r.curves.tokens_per_second_per_gpu ?? r.curves.throughput))],
     ["memory, GiB", (r) => shortNumber(last(r.curves[memory(r)]))]];
   const shown = columns.filter(([, value]) => runs.some((run) => value(run) !== ""));
   const table = make("table", { className: "summary" });
@@ -100,7 +100,7 @@ function drawBoard(parent, data) {
   const runs = data.runs, colours = runs.map((_, i) => COLOURS[i % COLOURS.length]);
   parent.replaceChildren();
   if (!runs.length) {
-    parent.append(make("p", { className: "pale", textContent: "No run is chosen." }));
+    parent.append(make("p", { className: "pale", textContent: "No run is selected." }));
     return;
   }
   const again = () => drawBoard(parent, data);
@@ -126,9 +126,9 @@ function drawBoard(parent, data) {
   }
   parent.append(charts);
   if (runs.length > 1) {
-    parent.append(make("h3", { textContent: "Keys in which they differ" }));
+    parent.append(make("h3", { textContent: "Keys that differ" }));
     parent.append(data.differences.length ? differenceTable(runs, colours, data.differences)
-      : make("p", { className: "pale", textContent: "None that their longfactory.yaml has." }));
+      : make("p", { className: "pale", textContent: "None in their longfactory.yaml." }));
   }
   const verified = runs.map((run, i) => run.verify && verifyReport(run, colours[i])).filter(Boolean);
   if (verified.length) parent.append(make("h3", { textContent: "longfactory verify" }), ...verified);
