@@ -107,7 +107,7 @@ def test_torchrun_with_one_process_goes_on(small: list[str], tmp_path: Path) -> 
     for steps in (2, 3):
         done = longfactory(*words, f"max_steps={steps}", cache=cache, FORCE_TORCHRUN="1")
         assert done.returncode == 0, done.stderr
-        assert "parameters: whole (one process)" in done.stderr
+        assert "parameters: not sharded (one process)" in done.stderr
         assert ("Resuming from" in done.stderr) == (steps == 3)
         assert json.loads((out / "trainer_state.json").read_text())["global_step"] == steps
 

@@ -164,7 +164,7 @@ class MemoryArguments:
         "wait in host memory for the backward pass.",
     )
     mlp_chunk: int | Literal["auto"] = _key(
-        "auto", "Tokens that go through an MLP at a time; 0 for all.", low=0, high=10**9
+        "auto", "Tokens per chunk of a layer (MLP, norms, projections); 0: all.", low=0, high=10**9
     )
     segment_layers: int | Literal["auto"] = _key(
         "auto", "Layers between two activation checkpoints.", low=1, high=10**4
