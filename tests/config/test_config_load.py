@@ -268,7 +268,8 @@ def test_arithmetic_of_a_run() -> None:
     assert "131072 / sequence_parallel_size 4 = 32768" in text
     assert "processes: 16 = 4 groups x sequence_parallel_size 4" in text
     assert (
-        "samples a step: 4 groups x batch 1 x accumulation 2 = 8, at most 1,048,576 tokens" in text
+        "samples per step: 4 groups x batch 1 x accumulation 2 = 8, at most 1,048,576 tokens"
+        in text
     )
 
 

@@ -302,7 +302,9 @@ def test_check_head_refuses_an_unknown_transform() -> None:
     model.config.final_logit_softcapping = None  # not known to the head
     head = TokenLogprobs(model, 5)
     model.config.final_logit_softcapping = 0.2  # but done by the model
-    with pytest.raises(ValueError, match="does more to its logits than LongFactory knows of"):
+    with pytest.raises(
+        ValueError, match="transforms its logits in a way that LongFactory does not know"
+    ):
         check_head(model, head, {"input_ids": IDS}, some_labels())
 
 
@@ -325,7 +327,7 @@ def test_check_head_in_half_precision(dtype: torch.dtype, autocast: bool, known:
     refused = (
         contextlib.nullcontext()
         if known
-        else pytest.raises(ValueError, match="does more to its logits")
+        else pytest.raises(ValueError, match="transforms its logits in a way")
     )
     with refused, torch.no_grad(), torch.autocast("cpu", dtype, enabled=autocast):
         assert check_head(model, head, {"input_ids": IDS}, some_labels()) < 1e-3

@@ -115,7 +115,7 @@ def arithmetic(cfg: RunConfig, world_size: int | None = None) -> list[str]:
     kind = "packed rows" if cfg.packing else STAGES[cfg.method.stage].items
     if world is None:
         lines.append(
-            f"{kind} a step: (processes / sequence_parallel_size {size}) x "
+            f"{kind} per step: (processes / sequence_parallel_size {size}) x "
             f"per_device_train_batch_size {batch} x gradient_accumulation_steps {steps}"
         )
     else:
@@ -123,7 +123,7 @@ def arithmetic(cfg: RunConfig, world_size: int | None = None) -> list[str]:
         lines.append(f"processes: {world} = {groups} groups x sequence_parallel_size {size}")
         total = groups * batch * steps
         lines.append(
-            f"{kind} a step: {groups} groups x batch {batch} x accumulation {steps} = {total}, at"
+            f"{kind} per step: {groups} groups x batch {batch} x accumulation {steps} = {total}, at"
             f" most {total * cfg.longest_sample:,} tokens"
         )
     return lines

@@ -29,21 +29,20 @@ def apply_memory(
     device: torch.device | str | None = None,
     longest: int = 0,
 ) -> Activations:
-    """Installs checkpointing, saved attention outputs, offload and chunks on every decoder layer.
-    Once a model.
+    """Installs activation checkpointing, saved attention outputs, offloading and chunking on every
+    decoder layer. Call it once per model.
 
-    Call it after PEFT has added its adapters and after `sp.hf.prepare`, before or after FSDP2 and
-    DDP wrap the model (it replaces the `forward` of instances, inside their hooks), and before
-    DeepSpeed does.
-    transformers' own gradient checkpointing must stay off.
+    Call it after PEFT has added its adapters, after `sp.hf.prepare`, and before DeepSpeed wraps the
+    model; FSDP2 and DDP may wrap it before or after (the `forward` of instances is replaced, inside
+    their hooks). Leave transformers' own gradient checkpointing off.
 
     Args:
-        device: where the model computes; by default where its parameters are.
-        longest: this rank's tokens of the longest row, for which host memory is locked when the
-            first row comes; 0 if unknown.
+        device: device that the model computes on; by default that of its parameters.
+        longest: this rank's number of tokens of the longest row, for which host memory is pinned
+            when the first row arrives; 0 if unknown.
 
     Raises:
-        ConfigError: settings that this model cannot have; says which and what to change.
+        ConfigError: settings that this model does not support; says which, and what to change.
     """
     _, layers = decoder_layers(model)
     device = torch.device(device) if device is not None else next(model.parameters()).device

@@ -389,10 +389,11 @@ def _offload_words(settings: MemorySettings) -> str | None:
     if settings.offload == "none":
         return None
     what = STORED if settings.offload == "inputs+attention" else "layer inputs"
-    return (
-        f"{what} offloaded to the host, except those of the last {settings.last_layers_on_gpu} "
-        "layers"
-    )
+    count = settings.last_layers_on_gpu
+    if count == 0:
+        return f"{what} offloaded to the host"
+    last = "layer" if count == 1 else f"{count} layers"
+    return f"{what} offloaded to the host, except those of the last {last}"
 
 
 def _offload_advice(job: TrainingJob, settings: MemorySettings) -> tuple[int, str] | None:

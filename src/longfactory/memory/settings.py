@@ -27,19 +27,17 @@ class MemorySettings:
         keep_attention: fraction of the layers (the last ones) whose attention output and
             log-sum-exp are saved, so that their attention kernel never runs twice. 0 saves none, 1
             all.
-        keep_mlp: fraction of the layers (the last ones) of which the hand-written function saves
-            what gate and up give, or all that autograd stores of a mixture of experts, and what
-            attention's output projection gives, so that backward does not compute these products
-            again.
-        offload: what goes to pinned host memory between forward and backward: nothing, the
+        keep_mlp: fraction of the layers (the last ones) for which the hand-written function saves
+            the outputs of gate and up (for a mixture of experts all that autograd stores) and of
+            attention's output projection, so that backward does not recompute them.
+        offload: what is offloaded to pinned host memory between forward and backward: nothing, the
             layer inputs, or the layer inputs and the saved attention outputs.
-        pool_bytes: upper bound of that host memory for this process. What does not fit stays on the
-            GPU.
-        last_layers_on_gpu: layers at the end of the model whose tensors are not worth a round trip
-            to the host.
-        layer: "auto" uses one hand-written function a decoder layer where the architecture is known
-            (`layer.recognise`) and its linears are plain, and the Hugging Face layer elsewhere;
-            "generic" is the Hugging Face layer everywhere.
+        pool_bytes: limit of that host memory for this process. What does not fit stays on the GPU.
+        last_layers_on_gpu: number of last layers whose tensors stay on the GPU, because a round
+            trip to the host is not worthwhile.
+        layer: "auto" uses one hand-written function per decoder layer if the architecture is known
+            (`layer.recognise`) and its linear layers are plain, else the Hugging Face layer;
+            "generic" always uses the Hugging Face layer.
         mlp_chunk: tokens in one chunk of the layer (MLP, norms, projections); None is the whole
             local sequence at once.
         attention_groups: the hand-written layer's backward runs attention this many groups of heads
@@ -48,11 +46,11 @@ class MemorySettings:
             once more. 1 stores all.
         late_prefetch: fetch the tensors of the next layer only when this layer's attention is done:
             less memory, a little time.
-        optimizer: where AdamW's fp32 states live and are updated.
-        gradients: where they wait for that; "host", which needs the optimizer there, takes them off
-            the GPU during backward.
+        optimizer: where AdamW's fp32 states are kept and updated.
+        gradients: where they wait for the update; "host" (only with the optimizer on the host)
+            offloads them during backward.
         keep_weights: under FSDP2, whether layers keep their gathered weights from forward until
-            their backward, in place of gathering them again.
+            backward instead of gathering them again.
     """
 
     checkpoint: Literal["none", "full"] = _field("full", "checkpointed.CHECKPOINTING")

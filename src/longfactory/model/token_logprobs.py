@@ -679,8 +679,8 @@ def check_head(model: Any, head: TokenLogprobs, inputs: dict[str, Any], labels: 
     # which a median does not see.
     if not error <= HEAD_TOLERANCE:
         raise ValueError(
-            f"{type(model).__name__} does more to its logits than LongFactory knows of:"
-            f" log-probabilities differ by {error:.3g} from the model's own on a short text. This"
-            " model cannot be trained exactly here; please report its name."
+            f"{type(model).__name__} transforms its logits in a way that LongFactory does not "
+            f"know: log-probabilities differ by {error:.3g} from the model's own on a short "
+            "text. This model cannot be trained exactly here; please report its name."
         )
     return error

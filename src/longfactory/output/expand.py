@@ -87,8 +87,9 @@ def expand(folder: str | Path, target: str | Path, added: int, shard_bytes: int 
         if file.is_file() and other and file.name != "config.json":
             shutil.copy2(file, target / file.name)
     log.info(
-        f"{target}: {count + added} layers, a copy behind every {stride} ({weights} tensors). Train"
-        f" it with finetuning_type: freeze, use_llama_pro: true, freeze_trainable_layers: {added}."
+        f"{target}: {count + added} layers, a copy after every {stride} ({weights} tensors). "
+        "Train it with finetuning_type: freeze, use_llama_pro: true, freeze_trainable_layers: "
+        f"{added}."
     )
     return count + added
 

@@ -91,29 +91,32 @@ def make_parser() -> argparse.ArgumentParser:
         "run",
         nargs="*",
         metavar="RUN",
-        help="a run's file, and key=value words that change it; or a model, as --model takes it",
+        help=(
+            "a run's file, with key=value words that override its keys; or a model, as for --model"
+        ),
     )
     parser.add_argument(
         "--model",
-        help="in place of the run's: a folder, a hub id in this machine's cache, a config.json, or"
-        f" a size: {', '.join(SIZES)}",
+        help="overrides the run's model: a folder, a hub id in this machine's cache, a "
+        f"config.json, or a size: {', '.join(SIZES)}",
     )
     parser.add_argument("--tokens", type=count, help="cutoff_len: 131072 or 128k")
     _machine_options(parser)
     parser.add_argument(
-        "--sequence-parallel-size", help="GPUs that share a row, or auto (a model: auto)"
+        "--sequence-parallel-size",
+        help=("GPUs that share a row, or auto (default without a run's file: auto)"),
     )
     parser.add_argument("--memory", choices=["auto", "fast", "long"])
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the code that comes with the model"
     )
     parser.add_argument(
-        "--lora", type=whole, metavar="RANK", default=0, help="train adapters of this rank"
+        "--lora", type=whole, metavar="RANK", default=0, help="plan LoRA with this rank"
     )
     parser.add_argument(
         "--precision",
         choices=["bf16", "fp32", "tf32"],
-        help="what layers compute in (a model: bf16)",
+        help="precision of the layers (default without a run's file: bf16)",
     )
     _further_options(parser)
     return parser
@@ -124,14 +127,14 @@ def _machine_options(parser: argparse.ArgumentParser) -> None:
         "--gpus",
         type=several,
         default=(None, None),
-        help="GPUs of the run, 8 or 8xH100 (default 8, or as many as a row is spread over)",
+        help="number of GPUs, 8 or 8xH100 (default 8, or as many as share a row)",
     )
     parser.add_argument("--gpu", help=f"kind of GPU: {', '.join(GPUS)} (default H100)")
     parser.add_argument(
-        "--gpus-per-host", type=whole, default=None, help="GPUs of one host (default: up to 8)"
+        "--gpus-per-host", type=whole, default=None, help="GPUs per host (default: up to 8)"
     )
     parser.add_argument(
-        "--gpu-gib", type=positive, help="memory of one GPU in GiB, where it is not the usual one"
+        "--gpu-gib", type=positive, help="memory per GPU in GiB, if it differs from the usual"
     )
     parser.add_argument(
         "--gpu-tflops",
@@ -142,20 +145,20 @@ def _machine_options(parser: argparse.ArgumentParser) -> None:
         "--host-gib",
         type=positive,
         default=1024.0,
-        help="memory of one host in GiB (default 1024)",
+        help="memory per host in GiB (default 1024)",
     )
     parser.add_argument(
         "--network-gbit",
         type=positive,
         default=400.0,
-        help="Gbit/s of a GPU to other hosts (default 400)",
+        help="network bandwidth per GPU to other hosts in Gbit/s (default 400)",
     )
     parser.add_argument(
         "--network-latency-us",
         type=positive,
         default=1e6 * NETWORK_LATENCY,
-        help="microseconds until a message from another host arrives: InfiniBand some 25 (default),"
-        " Ethernet some 60",
+        help="latency of a message between hosts in microseconds: InfiniBand about 25 "
+        "(default), Ethernet about 60",
     )
 
 
@@ -166,22 +169,26 @@ def _further_options(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="",
         metavar="FILE",
-        help="measure this machine's rates, and write them where training looks for them, or here",
+        help=(
+            "measure this machine's speed and save the rates to FILE (default: where training "
+            "looks for them)"
+        ),
     )
-    parser.add_argument(
-        "--calibrated", metavar="FILE", help="plan with the rates that --calibrate wrote"
-    )
+    parser.add_argument("--calibrated", metavar="FILE", help="plan with rates saved by --calibrate")
     parser.add_argument(
         "--read-data",
         action="store_true",
-        help="tokenise the run's data, as training does, for the time of an epoch and cutoff_len:"
-        " auto",
+        help="tokenise the run's data, as training does; needed for the time of an epoch and "
+        "for cutoff_len: auto",
     )
     parser.add_argument(
-        "--picture", type=Path, metavar="FILE", help="peak and seconds over length: png, svg or pdf"
+        "--picture",
+        type=Path,
+        metavar="FILE",
+        help=("plot peak memory and seconds over length: png, svg or pdf"),
     )
     parser.add_argument(
-        "--write", type=Path, metavar="FILE", help="the run's file with the best way's keys"
+        "--write", type=Path, metavar="FILE", help="write the run's file with the best settings"
     )
 
 
@@ -286,7 +293,7 @@ def not_priced(cfg: RunConfig) -> list[str]:
     found = []
     name = str(cfg.trainer.optim)
     if name not in EXACT and name not in NARROW:
-        found.append(f"optim: {name} (its states are counted as AdamW's, 8 bytes a weight)")
+        found.append(f"optim: {name} (its states are counted like AdamW's, 8 bytes per weight)")
     if cfg.model.enable_liger_kernel:
         found.append("enable_liger_kernel (its savings)")
     if cfg.trainer.deepspeed is not None:
@@ -312,10 +319,10 @@ def masked(job: TrainingJob) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compares the ways of spreading a run's longest row over its GPUs, and prints the budget of
-    the run as it is, the longest rows that fit, and what else it needs. Needs no GPU and no
-    weights. Exit status: 0 the run fits, 1 it does not, 2 a mistake in the run, 3 it fits but for
-    what could not be counted.
+    """Compares ways of sharding a run's longest row over its GPUs, and prints the memory budget of
+    this run's settings, the longest rows that fit, and disk and time. Needs no GPU and no weights.
+    Exit status: 0 the run fits, 1 it does not, 2 an error in the run, 3 it fits, except for what
+    could not be counted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     a = make_parser().parse_intermixed_args(words)

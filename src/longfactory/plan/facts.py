@@ -59,8 +59,8 @@ def context(cfg: RunConfig, model_config: Any) -> str:
     if kind is None:
         remedy = "rope_scaling cannot stretch them: lower cutoff_len, or edit its config.json."
     return (
-        f"context: the model was trained on {own:,} tokens and cutoff_len is {cutoff:,}: it "
-        f"has never seen the later positions. {remedy}"
+        f"context: the model's is {own:,} tokens, and cutoff_len is {cutoff:,}: it has not "
+        f"been trained on later positions. {remedy}"
     )
 
 

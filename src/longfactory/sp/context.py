@@ -82,26 +82,26 @@ class SequenceParallel:
         flop_per_byte: float = 2850.0,
         timeout: float | None = None,
     ) -> SequenceParallel:
-        """Makes the process groups. Collective: every process of the world calls it with the same
-        arguments.
+        """Creates the process groups. Collective: every process of the world must call it with the
+        same arguments.
 
         Args:
-            size: processes that share one row. Divides the world size.
+            size: number of processes that share one row. Must divide the world size.
             mode: the schedule. `usp` is ulysses inside a ring; `auto` chooses for each row.
-            ulysses_degree, ring_degree: for `usp`, their product is `size`. One given is enough.
+            ulysses_degree, ring_degree: for `usp`; their product is `size`. Giving one is enough.
             backend: the attention kernel by one of its names (`kernel_names`), or `auto` (see
                 `sp.backends`).
             heads, kv_heads: query and key heads of the model, for `auto` and for `usp` without a
                 degree. See `set_heads`.
-            device_type: where tensors live; by default `cuda` where the process group speaks NCCL.
+            device_type: device of the tensors; by default `cuda` if the process group uses NCCL.
             flop_per_byte: see the field.
-            timeout: seconds that a collective of these groups may take; by default those of the
-                backend (NCCL: 10 minutes), whatever the world's group was opened with.
+            timeout: time limit of the groups' collectives in seconds; by default the backend's
+                (NCCL: 10 minutes), independent of the world group's.
 
         Raises:
-            ValueError: a size that does not divide the world, an unknown mode or backend, degrees
-                whose product is not `size`, or a group over several machines whose processes are
-                told to speak to their own machine only.
+            ValueError: a size that does not divide the world size, an unknown mode or backend,
+                degrees whose product is not `size`, or a group that spans machines although the
+                network settings reach only the own machine.
         """
         if mode not in MODES:
             raise ValueError(

@@ -292,11 +292,11 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 
 
 def inputs(row: Mapping[str, Tensor], plan: RowPlan) -> dict[str, Any]:
-    """Keyword arguments for the model: this rank's tokens of a row of `input_ids` [T] and
+    """Keyword arguments for the model: this rank's tokens of a row with `input_ids` [T] and
     `position_ids` [T].
 
-    Any order of ranks' tokens is right: positions travel with the tokens. Logits come back as [1,
-    T/n, V] in the order of `plan.index`. Positions of images in several dimensions are [4, T],
+    Tokens may be distributed in any order, since each keeps its position. Logits are returned as
+    [1, T/n, V] in the order of `plan.index`. Multi-dimensional positions (images) are [4, T], with
     those of text first.
     """
     ids = shard(row["input_ids"], plan)[None]

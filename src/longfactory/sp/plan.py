@@ -223,14 +223,14 @@ class Halo:
 
 
 def plan(length: int, segments: Sequence[Segment] | None, ctx: SequenceParallel) -> RowPlan:
-    """How the row's tokens and its attention are sharded over the sequence-parallel group. Host
-    only: no communication.
+    """Plans how a row's tokens and attention are sharded over the sequence-parallel group. Runs on
+    the host, without communication.
 
     Args:
-        length: T, tokens of the row. A multiple of `alignment(ctx)`: pad the row beforehand, with a
-            document of its own.
-        segments: the documents, ascending and without gaps from 0 to T. None: one document. Empty
-            ones are allowed.
+        length: T, the number of tokens of the row. Must be a multiple of `alignment(ctx)`: pad the
+            row beforehand, and make the padding a separate document.
+        segments: the documents, in order and without gaps from 0 to T. None: one document. Empty
+            documents are allowed.
         ctx: the process groups.
 
     Raises:

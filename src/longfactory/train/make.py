@@ -60,8 +60,8 @@ def make_trainer(
     coefficient = router_loss_coefficient(cfg.method.moe_aux_loss_coef, hf.unwrap(model).config)
     if coefficient:
         log.info(
-            f"Routers: {coefficient:g} x the auxiliary loss of each row is added to the loss, rows"
-            " weighted as their losses are."
+            f"Routers: {coefficient:g} x the auxiliary loss of each row is added to the loss, "
+            "with rows weighted as in the loss."
         )
     meter = run_meter(cfg, args, memory, datasets)
     told = ToldStartup()

@@ -41,12 +41,12 @@ from .trained import train_once
 
 
 def guard(model: nn.Module, ctx: SequenceParallel) -> None:
-    """Proves on a few tokens that the sharded model is the model. Collective: every process of the
-    world calls it.
+    """Checks on a few tokens that the sharded model equals the unsharded one. Collective: every
+    process of the world must call it.
 
-    At size 1 too, where it proves that documents are isolated and that hand-written layers are
-    exact. Leaves no trace: gradients, random numbers, the model's mode and settings are as before.
-    Call it outside autocast: the model's own wrapper turns it on.
+    Useful at size 1, too, where it checks that documents are isolated and that hand-written layers
+    are exact. Has no side effects: gradients, random numbers, the model's mode and settings are
+    restored. Call it outside autocast: the model's own wrapper turns autocast on.
 
     Raises:
         ValueError: an attention layer was not reached, an argument is lost on the way, or a layer's
