@@ -376,7 +376,7 @@ class Launcher:
     def _end_workers(self, again: bool) -> None:
         assert self.asked is not None
         if self.ended is None and launched.read_status(self.folder) is None:
-            why = "A second signal" if again else "signal_grace is over"
+            why = "A second signal" if again else "signal_grace ran out"
             print(
                 f"longfactory: {why}: the run ends now. Steps since the last checkpoint are lost.",
                 file=sys.stderr,

@@ -91,9 +91,9 @@ def start_on_ray(cfg: RunConfig, argv: Sequence[str]) -> int:
     try:
         if not group.wait(WAIT):
             raise UserError(
-                f"Ray has no room for {keys.ray_num_workers} workers of {each}"
-                f" ({keys.placement_strategy}); it has {ray.cluster_resources()}. Set"
-                " ray_num_workers or resources_per_worker."
+                f"Ray has no resources for {keys.ray_num_workers} workers of {each} "
+                f"({keys.placement_strategy}); it has {ray.cluster_resources()}. Set "
+                "ray_num_workers or resources_per_worker."
             )
         kind = ray.remote(Place)
         places = [

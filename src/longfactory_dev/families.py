@@ -351,9 +351,9 @@ ON_GPUS = "bf16 on GPUs"
 
 
 ABOUT_GPUS = """
-The last column of the exact families is of GPUs in bf16 (`benchmarks/family_sweep.py`): tiny models with the head dims of the family's default
-configuration, a row of one document and one of two. It is how far logits and gradients are from float32, over how far the model's own attention in bf16 (sdpa, or eager
-where it has no other) is: root mean squares, the largest of the medians of five seeds. 1 is as near as the model's own; nothing: not measured.
+The last column of the exact families was measured on GPUs in bf16 (`benchmarks/family_sweep.py`): tiny models with the head dims of the family's default
+configuration, a row of one document and one of two. It is the distance of logits and gradients from float32, divided by that of the model's own attention in bf16 (sdpa, or eager
+if it has no other): root mean squares, the largest of the medians of five seeds. 1 means as close as the model's own; empty: not measured.
 """
 
 
@@ -390,14 +390,14 @@ def table(results: Sequence[Result], size: int, measured: Mapping[str, str] | No
 Written by `python -m longfactory_dev.families --write docs/models.md` with transformers {transformers.__version__} and
 torch {torch.__version__.split("+")[0]}: every family that `AutoModelForCausalLM` or `AutoModelForMultimodalLM` knows.
 
-Families with a vision or an audio tower are trained on text, through their text decoder. They are loaded and saved as the class that the
-checkpoint is. What text does not pass through is frozen (the column "checked with" names it), carries no adapter and is saved as it was.
+Families with a vision or an audio tower are trained on text, through their text decoder. They are loaded and saved with the checkpoint's
+own class. Parts that text does not pass through are frozen (the column "checked with" names them), get no adapter and are saved unchanged.
 
-A family is built tiny, with random weights, and with windows, chunks and lengths short enough to matter. A row of two documents
+For each family a tiny model with random weights is built, with windows, chunks and lengths short enough to take effect. A row of two documents
 ({lengths} tokens) is sharded over {size} processes. Logits and the gradient of every parameter are compared with those of the
-unsharded model with its own eager attention, on each document alone (on the whole row where rotary frequencies depend on the row's
-length: longrope and dynamic NTK). The errors are the largest difference over the largest value, in float64; what is left comes from
-the models' own float32 norms and rotary angles. At the start of every run the guard compares the layers of the model at hand, as they will
+unsharded model with its own eager attention, on each document alone (on the whole row if rotary frequencies depend on the row's
+length: longrope and dynamic NTK). Errors are the largest difference divided by the largest value, in float64; the remaining errors come from
+the models' own float32 norms and rotary angles. At the start of every run the guard compares the layers of your model, as they will
 be trained, with transformers' own, forward and backward, on a few tokens.
 {"" if measured is None else ABOUT_GPUS}
 {len(by["exact"])} exact, {len(by["wrong"])} wrong, {len(by["refused"])} refused, {len(by["not built"])} not checked.
@@ -417,7 +417,7 @@ be trained, with transformers' own, forward and backward, on a few tokens.
     aux = ", ".join(r.family for r in by["exact"] if r.aux_loss)
     return f"""{head}## Refused
 
-Before training, with this reason.
+Refused before training, with this reason.
 
 | model type | reason |
 |---|---|
@@ -425,7 +425,7 @@ Before training, with this reason.
 
 ## Not checked
 
-The sweep could not build a tiny one. The guard decides when a run starts.
+The sweep could not build a tiny model. The guard decides when a run starts.
 
 | model type | why |
 |---|---|
@@ -433,7 +433,7 @@ The sweep could not build a tiny one. The guard decides when a run starts.
 
 ## Router losses
 
-These have an auxiliary loss of their routers (`moe_aux_loss_coef`, [experts.md](experts.md#router-losses)): {aux}.
+These families have an auxiliary loss for their routers (`moe_aux_loss_coef`, [experts.md](experts.md#router-losses)): {aux}.
 """
 
 

@@ -129,21 +129,21 @@ def table(found: Sequence[Found], speeds: dict[str, list[dict[str, Any]]]) -> st
 
 Written by `python -m longfactory_dev.layers --write docs/layers.md` with transformers
 {transformers.__version__}: of the families that [models.md](models.md) calls exact, those whose
-decoder layer runs by one hand-written function ([memory.md](memory.md#the-techniques)), with full
-weights, LoRA, rsLoRA or DoRA. A tiny model of each is built and trained for one step; "all" are its
-layers that ran so. Layers of a linear recurrence run as transformers wrote them, beside
-hand-written ones.
+decoder layer runs as one hand-written function ([memory.md](memory.md#the-techniques)), with full
+weights, LoRA, rsLoRA or DoRA. A tiny model of each is built and trained for one step; the second
+column says how many of its layers were hand-written. Layers with a linear recurrence run
+transformers' code.
 
-Speed: forward and backward of one layer of the real size, hand-written over the layer's own code
+Speed: speedup over transformers' code, forward and backward of one layer of the real size
 (`benchmarks/layers.py`, 32,768 tokens, bf16).
 
-| model type | layers | the others | speed |
+| model type | layers | other layers | speed |
 |---|---|---|---|
 """
     return (
         head
         + "\n".join(rows)
-        + "\n\n## As transformers wrote them\n\n| model type | why |\n|---|---|\n"
+        + "\n\n## Layers that run transformers' code\n\n| model type | why |\n|---|---|\n"
         + "\n".join(why)
         + "\n"
     )

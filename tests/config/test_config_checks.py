@@ -262,7 +262,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"quantization_bit": 3, "finetuning_type": "lora"}, "got 3, expected 4 or 8 for"),
     (
         {"quantization_bit": 4, "quantization_method": "hqq", "sharding": "fsdp2"},
-        "HQQ keeps a layer's scales beside its weights",
+        "HQQ keeps a layer's scales separately from its weights",
     ),
     ({"label_smoothing_factor": 0.1, "use_dft_loss": True}, "A run has one loss"),
     ({"label_smoothing_factor": 1.0}, "expected >= 0 and < 1"),

@@ -148,7 +148,7 @@ def test_an_adapter_is_not_written_beside_a_whole_model(out: Path) -> None:
     assert run(out, finetuning_type="lora", overwrite_output_dir=True).checkpoints == ()
     (out / "model.safetensors.index.json").write_text("{}")
     assert run(out, finetuning_type="full", overwrite_output_dir=True).checkpoints == ()
-    with pytest.raises(ConfigError, match="holds a whole model"):
+    with pytest.raises(ConfigError, match="holds a full model"):
         run(out, finetuning_type="lora", overwrite_output_dir=True)
 
 

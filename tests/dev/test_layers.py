@@ -16,7 +16,7 @@ DOCS = pathlib.Path(__file__).parents[2] / "docs"
 def page() -> tuple[dict[str, str], str]:
     """The hand-written families and which of their layers; and the table of the others."""
     text = (DOCS / "layers.md").read_text()
-    yes, _, no = text.partition("\n## As transformers wrote them\n")
+    yes, _, no = text.partition("\n## Layers that run transformers' code\n")
     return dict(re.findall(r"^\| ([a-z0-9_]+) \| ([^|]+) \|", yes, re.MULTILINE)), no
 
 

@@ -250,7 +250,7 @@ def test_refused(folder: Path, tmp_path: Path) -> None:
                 "adapter_name_or_path": folder / "wider",
                 "train_from_scratch": True,
             },
-            "makes new random weights",
+            "creates new random weights",
         ),
     ]
     for keys, expected in cases:

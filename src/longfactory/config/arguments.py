@@ -161,7 +161,7 @@ class DataArguments:
         low=0.0,
         high=10**12,
     )
-    eval_on_each_dataset: bool = arg(False, "Evaluate on each data set by itself.")
+    eval_on_each_dataset: bool = arg(False, "Evaluate each data set separately.")
     media_dir: str | None = arg(
         None,
         "Folder that paths of images and videos are relative to and must not leave; default "
@@ -170,8 +170,8 @@ class DataArguments:
     )
     media_allow: tuple[Literal["outside", "url"], ...] = arg(
         (),
-        "Images and videos that may be read beside those inside media_dir: outside (paths and links"
-        " that leave it), url (fetched when the data are tokenised).",
+        "Where images and videos may be read from in addition to media_dir: outside (paths and "
+        "links that leave it), url (fetched when the data are tokenised).",
     )
     image_max_pixels: int = arg(
         768 * 768, "Larger images are downscaled before preprocessing.", low=1, high=10**9
@@ -310,7 +310,7 @@ class FinetuningArguments:
         0.0, "dpo, kto: weight of the chosen answer's own sft loss.", low=0.0, high=10**6
     )
     pref_bco_weight: float = arg(
-        0.0, "dpo: weight of the BCO loss beside the chosen loss.", low=0.0, high=10**6
+        0.0, "dpo: weight of the BCO loss, which is added to the chosen loss.", low=0.0, high=10**6
     )
     pref_share_prompt: bool | Literal["auto"] = arg(
         "auto", "Compute the prompt that both answers share only once; exact."

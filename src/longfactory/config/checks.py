@@ -129,7 +129,10 @@ def _data(cfg: RunConfig) -> Iterator[str]:
             "evaluation data. Set eval_dataset, or val_size above 0."
         )
     if data.val_size > 1 and data.val_size != int(data.val_size):
-        yield f"val_size: {data.val_size} is neither a share below 1 nor a whole number of samples."
+        yield (
+            f"val_size: {data.val_size} is neither a fraction below 1 nor a whole number of "
+            "samples."
+        )
     if cfg.trainer.max_steps == 0:
         yield "max_steps: 0 trains nothing. Give a number above 0, or -1 for num_train_epochs."
     if cfg.trainer.num_train_epochs == 0 and cfg.trainer.max_steps < 0 and cfg.trainer.do_train:
@@ -415,8 +418,9 @@ def _quantisation(cfg: RunConfig) -> Iterator[str]:
     if model.quantization_method == "hqq":
         if sharded:
             yield (
-                "HQQ keeps a layer's scales beside its weights, where FSDP2 does not shard them."
-                " Use sharding: ddp, or quantization_method: bnb with quantization_bit: 4."
+                "HQQ keeps a layer's scales separately from its weights, and FSDP2 does not "
+                "shard them. Use sharding: ddp, or quantization_method: bnb with "
+                "quantization_bit: 4."
             )
     elif model.quantization_bit not in (4, 8):
         yield (
@@ -591,8 +595,8 @@ def extras(cfg: RunConfig) -> Iterator[str]:
     remedy = not_installed(backend)
     if remedy is not None:
         yield (
-            f"attention_backend: {backend} is not installed. {remedy}, or use attention_backend:"
-            " auto, which needs nothing beside torch."
+            f"attention_backend: {backend} is not installed. {remedy}, or use "
+            "attention_backend: auto, which needs only torch."
         )
 
 

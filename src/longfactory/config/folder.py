@@ -196,7 +196,7 @@ def find_checkpoints(cfg: RunConfig) -> tuple[tuple[str, ...], list[str]]:
         )
     if cfg.trainer.do_train and trains_adapters(cfg.method) and _holds_a_model(out):
         raise ConfigError(
-            f"output_dir: {out} holds a whole model (config.json and its weights), and loading "
+            f"output_dir: {out} holds a full model (config.json and its weights), and loading "
             "the adapter from there would also load that model. Choose another folder, or "
             "remove the model."
         )

@@ -374,7 +374,7 @@ class _Rows:
                 self._note(message, role, read=())
                 return Message(role, self._content(message))
             if message.get(str(self.source.content_tag)):
-                self.unread.add("assistant's content beside tool_calls")
+                self.unread.add("assistant's content next to tool_calls")
             self._note(message, role, read=("tool_calls",))
             return Message("function", calls)
         self._note(

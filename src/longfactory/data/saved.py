@@ -161,8 +161,8 @@ def load(
         problem = f"{_FILE} or a split cannot be read ({type(error).__name__}: {error})"
     if problem is not None:
         raise DataError(
-            f"The data at {path} (tokenized_path) are damaged: {problem}. Remove the folder to"
-            " tokenise again, or copy it anew."
+            f"The data at {path} (tokenized_path) are damaged: {problem}. Remove the folder to "
+            "tokenise again, or copy it again."
         )
     if made_for != kind.name:
         raise DataError(

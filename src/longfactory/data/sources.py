@@ -627,7 +627,7 @@ def _check_values(name: str, entry: dict[str, Any]) -> None:
         "num_samples",
         count,
         isinstance(count, int) and not isinstance(count, bool) and 0 < count <= 10**12,
-        "a whole number from 1 on",
+        "a whole number of at least 1",
     )
     for group in ("columns", "tags"):
         for key, value in (entry.get(group) or {}).items():

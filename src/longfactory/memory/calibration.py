@@ -116,7 +116,7 @@ def read(path: Path) -> Calibration:
     UserError: the file cannot be read, or is not one that `plan --calibrate` wrote.
     """
     fields = {field.name: field for field in dataclasses.fields(Calibration)}
-    again = "Write it anew with longfactory plan --calibrate."
+    again = "Create it again with longfactory plan --calibrate."
     try:
         values = json.loads(path.read_text())
     except OSError as error:

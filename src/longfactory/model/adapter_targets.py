@@ -183,7 +183,7 @@ def refuse_unknown(key: str, targets: list[str], model: Any, parts: Idle) -> Non
         )
     frozen = ""
     if text_model.enters_more_than_text(model):
-        frozen = " or which freeze_vision_tower and its kin freeze"
+        frozen = " or which freeze_vision_tower and similar keys freeze"
     if unpassed := [t for t, at in found.items() if all(n in parts for n in at)]:
         raise UserError(
             f"{key}: {', '.join(unpassed)} cannot be trained on text: it lies in"

@@ -284,9 +284,9 @@ def _routers_with_loss(inner: Any) -> list[nn.Module]:
     whole = all(isinstance(getattr(inner, name, None), int) for name in names)
     if not hasattr(module, "load_balancing_loss_func") or recorded is None or not whole:
         raise UserError(
-            f"moe_aux_loss_coef: models of type {kind} have no auxiliary loss in transformers."
-            " Leave it out, or set it to 0. (A bias on the scores, which balances experts in some"
-            " families, stays as it is.)"
+            f"moe_aux_loss_coef: models of type {kind} have no auxiliary loss in transformers. "
+            "Leave it out, or set it to 0. (The score bias that balances experts in some "
+            "families is not changed.)"
         )
     target = getattr(recorded, "target_class", None)
     # of a router that is trained beside adapters PEFT keeps the original too

@@ -35,9 +35,9 @@ def load_with_source(cfg: RunConfig, device: torch.device) -> tuple[Any, Any, So
 
     if cfg.model.train_from_scratch and cfg.model.adapter_name_or_path:
         raise UserError(
-            "train_from_scratch makes new random weights, and adapter_name_or_path names an adapter"
-            " of others: a run's random weights are not saved beside its adapter. Train with"
-            " finetuning_type: full, or name a model with weights."
+            "train_from_scratch creates new random weights, and the adapter in "
+            "adapter_name_or_path belongs to other weights (random weights are not saved with "
+            "an adapter). Train with finetuning_type: full, or name a model with weights."
         )
     tokenizer = load_tokenizer(cfg)
     config = models.load_config(cfg.model, cfg.known_cutoff_len)

@@ -104,10 +104,10 @@ def load_states(
     path = Path(folder) / INDEX
     if not path.is_file():
         raise UserError(
-            f"The checkpoint {folder} holds no {INDEX}: it was saved with save_only_model, or by"
-            " AdamW with all its states on the GPU. This run keeps them on the host or beside"
-            " split weights. Resume with optimizer_placement: gpu where that fits, or begin anew"
-            " from its weights (model_name_or_path)."
+            f"The checkpoint {folder} holds no {INDEX}: it was saved with save_only_model, or "
+            "by AdamW with all its states on the GPU. This run keeps them on the host or with "
+            "split master weights. Resume with optimizer_placement: gpu if that fits, or start "
+            "a new run from its weights (model_name_or_path)."
         )
     index = json.loads(path.read_text())
     names = _names(optimizer, parameters)

@@ -258,7 +258,7 @@ def plan(length: int, segments: Sequence[Segment] | None, ctx: SequenceParallel)
         end = s.stop
     if end != length:
         raise ValueError(
-            f"Segments end at {end}, the row at {length}. Give the padding a segment of its own."
+            f"Segments end at {end}, the row at {length}. Make the padding a separate segment."
         )
     return RowPlan(length, segments, ctx, choose(ctx, length, segments))
 

@@ -167,9 +167,9 @@ def _badam(cfg: RunConfig, name: str, model: Any, trainer: Any) -> torch.optim.O
     interval = sys.maxsize if interval < 1 else interval
     if method.badam_mode == "ratio":
         log.info(
-            f"BAdam trains {100 * method.badam_update_ratio:g} % of the entries of each matrix in"
-            f" the decoder's layers at a time, for {method.badam_switch_interval} updates, then the"
-            " next ones. Embeddings, output layer and last norm stay as they are."
+            f"BAdam trains {100 * method.badam_update_ratio:g} % of the entries of each matrix "
+            f"in the decoder's layers at a time, for {method.badam_switch_interval} updates, "
+            "then the next ones. Embeddings, output layer and last norm are frozen."
         )
         for group in groups:
             del group["block"]
@@ -181,9 +181,9 @@ def _badam(cfg: RunConfig, name: str, model: Any, trainer: Any) -> torch.optim.O
             interval=interval,
         )
     log.info(
-        f"BAdam trains one of {blocks} decoder layers at a time, each for"
-        f" {method.badam_switch_interval} updates ({method.badam_switch_mode}). Embeddings, output"
-        " layer and last norm stay as they are."
+        f"BAdam trains one of {blocks} decoder layers at a time, each for "
+        f"{method.badam_switch_interval} updates ({method.badam_switch_mode}). Embeddings, "
+        "output layer and last norm are frozen."
     )
     return BlockAdamW(
         groups,

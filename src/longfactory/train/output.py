@@ -257,9 +257,9 @@ def _tell_of_space(args: Any, model: Any) -> None:
     needed, free = saved.bytes_to_save(model), shutil.disk_usage(_existing(args.output_dir)).free
     if needed > free:
         log.warning(
-            "output_dir: %s has %s of free space, and the model that is saved there needs %s"
-            " (with save_strategy, each checkpoint needs that too, and optimizer states beside)."
-            " Make room before the run ends.",
+            "output_dir: %s has %s of free space, and the model that is saved there needs %s "
+            "(with save_strategy, each checkpoint needs that too, plus optimizer states). Free "
+            "up space before the run ends.",
             args.output_dir,
             size_in_words(free),
             size_in_words(needed),

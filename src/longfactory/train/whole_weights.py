@@ -44,8 +44,8 @@ def load_renamed(model: Any, folder: str | Path) -> list[str]:
     absent = sorted({*missing} & {*found["missing_keys"]} | {*missing} - {*whole.state_dict()})
     if absent:
         raise UserError(
-            f"The checkpoint {folder} does not hold {', '.join(absent[:3])}: it is of another"
-            " model. Start anew."
+            f"The checkpoint {folder} does not hold {', '.join(absent[:3])}: it belongs to "
+            "another model. Start over."
         )
     theirs = whole.state_dict()
     with torch.no_grad():

@@ -181,4 +181,4 @@ def serve(a: argparse.Namespace, folders: Folders, token: str | None, port: sock
     uvicorn.Server(settings).run(sockets=[port])
     running = [job.name for job in page.jobs.all() if job.ended is None]
     if running:
-        print(f"The page is closed. {len(running)} runs go on: {', '.join(running)}.")
+        print(f"The page is closed. {len(running)} runs continue: {', '.join(running)}.")

@@ -113,7 +113,7 @@ def recognise(layer: nn.Module) -> LayerParts | str:
     except Unknown as reason:
         return str(reason)
     except AttributeError as error:  # another version of transformers
-        return f"{type(layer).__name__} is not as it is known: {error}"
+        return f"{type(layer).__name__} does not have the expected structure: {error}"
 
 
 def family_of(layer: nn.Module) -> str | None:

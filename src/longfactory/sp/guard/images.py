@@ -226,5 +226,5 @@ def _compared(found: Given, own: Given, kinds: Tensor) -> str | None:
             )
     error = (found.embeddings - own.embeddings).double()[kinds == 0].abs().max()
     if error > 0:
-        return f"the embeddings of text beside images differ by {error:.1e}"
+        return f"the embeddings of text next to images differ by {error:.1e}"
     return None

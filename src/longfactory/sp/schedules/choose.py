@@ -146,7 +146,7 @@ def _auto(ctx: SequenceParallel, length: int, segments: Sequence[Segment], node:
             1,
             "gather",
             "zigzag",
-            f"llama3: one document, two merges in place of the {n - 1} of a ring",
+            f"llama3: one document, two merges instead of the {n - 1} of a ring",
         )
     why = "messages are hidden behind the tiles" if hidden else "fewest elements to send"
     return Choice(1, "ring", "zigzag", f"zigzag-ring: one document, {why}")

@@ -551,9 +551,10 @@ class ResumableTrainer(Trainer):
             and (names := names_for_peft(self.model))
         ):
             raise UserError(
-                f"PEFT does not find {len(names)} tensors of this model's adapter in a sharded"
-                f" checkpoint ({next(iter(names))}), so that the run cannot go on from it. Start"
-                " from the saved adapter instead (adapter_name_or_path: the checkpoint's folder)."
+                f"PEFT does not find {len(names)} tensors of this model's adapter in a sharded "
+                f"checkpoint ({next(iter(names))}), so the run cannot resume from it. Start "
+                "from the saved adapter instead (adapter_name_or_path: the checkpoint's "
+                "folder)."
             )
 
     def run_state(self) -> dict[str, Any]:
@@ -596,8 +597,8 @@ class ResumableTrainer(Trainer):
         # The weights of a whole model hold the head; those of an adapter do not.
         if headless and os.path.isfile(os.path.join(checkpoint, "adapter_config.json")):
             raise UserError(
-                f"The checkpoint {checkpoint} has no {VALUE_HEAD}, without which it is no reward"
-                " model. Start anew."
+                f"The checkpoint {checkpoint} has no {VALUE_HEAD}, so it is not a reward "
+                "model. Start over."
             )
         then = read_state(checkpoint)
         if then is not None:
@@ -631,10 +632,10 @@ class ResumableTrainer(Trainer):
         for key in names:
             if then.get(key, now[key]) != now[key]:
                 raise UserError(
-                    f"The checkpoint {checkpoint} was made with {key} = {then[key]}, this run has"
-                    f" {now[key]}: it would go on with other samples."
-                    f"{changes.of_the_data(changed)} Use the same data and seed, or set"
-                    " ignore_data_skip: true."
+                    f"The checkpoint {checkpoint} was made with {key} = {then[key]}, this run "
+                    f"has {now[key]}: it would continue with other "
+                    f"samples.{changes.of_the_data(changed)} Use the same data and seed, or "
+                    "set ignore_data_skip: true."
                 )
         if None not in (then.get("data"), now["data"]) and then["data"] != now["data"]:
             what = changes.of_the_data(changed) or " Files of the data sets were changed."

@@ -172,7 +172,7 @@ class Comparison(TrainerCallback):
                 i = next(i for i, item in enumerate(last) if any(t.places for t in _texts([item])))
                 last[i] = lengthened(last[i], size, self.run.datasets.train)
                 made = f"; row {len(self.items)} was made longer for it"
-            words = f"tokens are trained whose first keys it hides ({key}){made}"
+            words = f"trained tokens have keys that it hides ({key}){made}"
             checks.append(Check(f"window {size}", "passed", words))
         return checks
 
@@ -197,15 +197,15 @@ class Comparison(TrainerCallback):
         words = "each row holds its documents' tokens, positions and shifted labels"
         yield check(ROWS_OF_DATA, words)
         padding = sum(row.padding for row in rows)
-        yield check(MASK, f"no gradient comes from them, nor from {padding} of padding")
+        yield check(MASK, f"they get no gradient, and neither do {padding} tokens of padding")
         yield leak
         for window in self.window_checks:
             wrong = WINDOW in failed and window.state == "passed"
             yield Check(window.name, "failed", failed[WINDOW]) if wrong else window
         if self.stirred:
             words = (
-                f"{self.stirred} matrices that begin at zero got small random numbers, so that"
-                " both of a pair have gradients"
+                f"{self.stirred} matrices that start at zero got small random values, so that "
+                "both matrices of each pair have gradients"
             )
             yield check(SAVED, words)
 

@@ -150,8 +150,8 @@ def share_reasons(
     counted = zip(rows, shares.tolist(), strict=True)
     told = ", ".join(f"row {row + 1} {round(share, 3) + 0:g} times" for row, share in counted)
     return [
-        f"Rows count wrongly in the gradient: {told}. They are divided by other numbers of items"
-        " than those of the whole step (a mean of means), or one is lost."
+        f"Rows count wrongly in the gradient: {told}. They are not divided by the number of "
+        "items of the whole step (a mean of means), or one is lost."
     ]
 
 

@@ -258,7 +258,7 @@ def leak_check(found: Sequence[tuple[int, Leak | None, Leak]]) -> tuple[Check, l
     if reasons:
         return Check(LEAK, "failed", reasons[0]), reasons
     if not exercised[1]:
-        return Check(LEAK, "not exercised", "a changed token moves nothing in this model"), []
+        return Check(LEAK, "not exercised", "changing a token has no effect in this model"), []
     if not exercised[0]:
         return Check(LEAK, "passed", "later tokens move no earlier ones (one document a row)"), []
     largest = max(leak.others for _, a, b in found for leak in (a, b) if leak is not None)
@@ -267,8 +267,8 @@ def leak_check(found: Sequence[tuple[int, Leak | None, Leak]]) -> tuple[Check, l
         Check(
             LEAK,
             "passed",
-            f"changed, they move a log-probability of others by {largest:.1e}, of their own by"
-            f" {own:.1e}",
+            f"changing them moves log-probabilities of other tokens by {largest:.1e}, of their "
+            f"own by {own:.1e}",
         ),
         [],
     )
