@@ -99,7 +99,7 @@ def test_the_quirks_are_the_tokens_of_0_9_5_and_say_what_they_leave_out(
             and list(data[0][0].labels) == expected["labels"][0]
         )
     assert (
-        "nothing reads assistant's content beside tool_calls (1 rows, first d.json row 1),"
+        "these fields are not used: assistant's content next to tool_calls (1 rows, first d.json row 1),"
         " assistant's reasoning_content" in caplog.text
     )
 

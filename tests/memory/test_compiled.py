@@ -252,9 +252,7 @@ def test_a_wrong_kernel_that_writes_over_its_argument_ends_the_run(
     assert found is z
     monkeypatch.setattr(torch, "compile", lambda fn, dynamic: lambda z, *others: z.mul_(2.0))
     compiled._compiled.clear()
-    with pytest.raises(
-        RuntimeError, match="times as far off as tolerated, and it has written over"
-    ):
+    with pytest.raises(RuntimeError, match="times as far off as tolerated, and it has overwritten"):
         logit_ops._softmax_gradient(before, lse, lse, 1.0, None)
 
 
