@@ -189,22 +189,29 @@ def _refuse_adapters(args: Any, path: str) -> None:
             return
         if Path(path).is_dir():
             beside = any((Path(path) / f).is_file() for f in (*damaged.MODEL, *damaged.INDICES))
-        else:
+        else:  # whether there are weights, too, is not asked: they would be downloaded
             found = cached_file(
                 path, "config.json", _raise_exceptions_for_missing_entries=False, **given
             )
             beside = found is not None
     except (OSError, ValueError):
         return  # no model either, which is told when its configuration is read
-    if beside:
+    name = f"model_name_or_path: {args.model_name_or_path}"
+    if not beside:
         raise UserError(
-            f"model_name_or_path: {args.model_name_or_path} holds a model and an adapter"
-            " (adapter_config.json), and transformers loads them as one. Move the adapter's files"
-            " into a folder of their own, and name it in adapter_name_or_path if it is meant."
+            f"{name} holds an adapter, not a model. Give its base model there, and this name in"
+            " adapter_name_or_path."
+        )
+    if not Path(path).is_dir():
+        raise UserError(
+            f"{name} holds an adapter (adapter_config.json) beside a config.json, and transformers"
+            " would load it onto the model. If the adapter is meant, give its base model there, and"
+            " this name in adapter_name_or_path; otherwise a folder with the model's files alone."
         )
     raise UserError(
-        f"model_name_or_path: {args.model_name_or_path} holds an adapter, not a model. Give its"
-        " base model there, and this name in adapter_name_or_path."
+        f"{name} holds a model and an adapter (adapter_config.json), and transformers loads them as"
+        " one. Move the adapter's files into a folder of their own, and name it in"
+        " adapter_name_or_path if it is meant."
     )
 
 
