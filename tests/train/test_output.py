@@ -19,6 +19,7 @@ from longfactory.train.output import closing_lines, next_command
         ("dpo", "lora", "longfactory chat model_name_or_path=base adapter_name_or_path=out"),
         ("rm", "full", "longfactory train out/longfactory.yaml model_name_or_path=out"),
         ("rm", "lora", "longfactory export model_name_or_path=base adapter_name_or_path=out"),
+        ("sft", "oft", "longfactory chat model_name_or_path=base adapter_name_or_path=out"),
         ("pt", "full", "longfactory init sft --model out"),
         ("pt", "lora", "longfactory export model_name_or_path=base adapter_name_or_path=out"),
     ],
@@ -37,7 +38,7 @@ def test_the_next_command_is_one(
     (tmp_path / "out" / "training_loss.png").touch()
 
     lines = closing_lines(cfg)
-    what = "adapter" if kind == "lora" else "model"
+    what = "model" if kind == "full" else "adapter"
     assert lines == [
         f"The {what} is in out.",
         "Plots: out/training_loss.png.",
@@ -68,3 +69,12 @@ def test_no_command_is_given_for_an_adapter_of_random_weights() -> None:
     assert closing_lines(from_mapping({**keys, "finetuning_type": "full"}))[-1].startswith("Next: ")
     (made, said) = closing_lines(from_mapping({**keys, "finetuning_type": "lora"}))
     assert made == "The adapter is in nowhere/out." and "not saved" in said
+
+
+def test_what_makes_a_model_of_shards_comes_before_a_chat_with_it(tmp_path: Path) -> None:
+    keys = {"model_name_or_path": "base", "dataset": "d", "output_dir": str(tmp_path)}
+    cfg = from_mapping({**keys, "finetuning_type": "full"})
+    (tmp_path / "zero_to_fp32.py").touch()
+    assert closing_lines(cfg)[-1].startswith(f"Next: python {tmp_path}/zero_to_fp32.py {tmp_path} ")
+    (tmp_path / "model.safetensors").touch()
+    assert closing_lines(cfg)[-1].startswith("Next: longfactory ")

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from longfactory.config import RunConfig, resolved
+from longfactory.config.adapter_facts import trains_adapters
 from longfactory.config.data_names import short_names
 from longfactory.config.folder import write_whole
 from longfactory.data.module import Datasets
@@ -407,18 +408,24 @@ def closing_lines(cfg: RunConfig) -> list[str]:
     folder = cfg.output_dir
     lines = []
     if cfg.output.save_final_model:
-        what = "adapter" if cfg.method.finetuning_type == "lora" else "model"
+        what = "adapter" if trains_adapters(cfg.method) else "model"
         lines.append(f"The {what} is in {folder}.")
     pictures = [folder / f"training_{name.replace('/', '_')}.png" for name in curves(cfg)]
     if drawn := [str(path) for path in pictures if cfg.method.plot_loss and path.exists()]:
         lines.append(f"Plots: {', '.join(drawn)}.")
     if not cfg.output.save_final_model:
         return lines
-    if cfg.model.train_from_scratch and cfg.method.finetuning_type == "lora":
+    if cfg.model.train_from_scratch and trains_adapters(cfg.method):
         lines.append(
             "The random weights of its base model (train_from_scratch) are not saved: this "
             "adapter cannot be used with any model."
         )
+        return lines
+    shards = folder / "zero_to_fp32.py"
+    if shards.is_file() and not trains_adapters(cfg.method) and not saved.weight_files(folder):
+        # DeepSpeed's own files, as its configuration asks for
+        words = ["python", str(shards), str(folder), str(folder), "--safe_serialization"]
+        lines.append(f"Next: {shlex.join(words)}")
     else:
         lines.append(f"Next: {next_command(cfg)}")
     return lines
@@ -429,7 +436,7 @@ def next_command(cfg: RunConfig) -> str:
     whole where it is an adapter; a pretrained one is fine-tuned.
     """
     folder, model = str(cfg.output_dir), str(cfg.model.model_name_or_path)
-    adapter = cfg.method.finetuning_type == "lora"
+    adapter = trains_adapters(cfg.method)
     words = [f"model_name_or_path={folder}"]
     if adapter:
         words = [f"model_name_or_path={model}", f"adapter_name_or_path={folder}"]
