@@ -14,6 +14,7 @@ from longfactory.memory.layer_kinds import LayerKind
 from longfactory.memory.products import document_flop
 from longfactory.memory.shapes import ModelShape
 from longfactory.train import meter as module
+from longfactory.train.display import Measured
 from longfactory.train.loader import RowSampler
 from longfactory.train.meter import Cost, Meter, TokensLeft, own_peak, peak_rate, row_flop
 
@@ -92,6 +93,7 @@ def test_rates(monkeypatch: pytest.MonkeyPatch) -> None:
         meter.summed(sums)
         meter.end()
         now.t += 10.0  # an evaluation
+        meter.interrupted()
     rates = meter.rates(meter.since_log)
     flop = row_flop(shape(), row(60, 64)) + row_flop(shape(), row(90, 64))
     assert rates.tokens_per_second_per_gpu == 150 / 4 / 2
@@ -103,6 +105,30 @@ def test_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     # 14 s and 150 tokens since the first step's end, 10 of them of an evaluation that comes again
     assert meter.seconds_left(300) == pytest.approx(300 * 24 / 150)
     assert meter.remaining(2, 4) == pytest.approx(300 * 24 / 150)  # steps like those before
+
+
+@pytest.mark.parametrize("other", ["on_evaluate", "on_save", "on_epoch_begin"])
+def test_what_is_between_two_steps_counts_if_it_is_training(
+    other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a row of the log is written a GPU still updates the weights."""
+    now = types.SimpleNamespace(t=100.0)
+    monkeypatch.setattr(module.time, "monotonic", lambda: now.t)
+    meter, seconds, waited = Meter(), [], []
+    for between in (30.0, 0.25, 20.0, 0.25, 0.0):
+        meter.begin()
+        now.t += 1.0
+        meter.summed(meter.fetched([row(60, 64)], 1))
+        now.t += 3.0
+        meter.end()
+        seconds.append(meter.since_log.seconds)
+        waited.append(meter.since_log.waited)
+        meter.logged()
+        now.t += between
+        if between == 20.0:
+            getattr(Measured(meter), other)(None, None, None)
+    assert seconds == [4.0, 4.0, 4.25, 4.0, 4.25]  # compilers are put away after the first step
+    assert waited == [1.0] * 5
 
 
 def test_what_is_not_known_is_left_out() -> None:

@@ -86,7 +86,9 @@ class Rates:
 class Meter:
     """Counts a run's steps.
 
-    A step: `begin`, `fetched` with its rows, `summed` with their sums, `end`.
+    A step: `begin`, `fetched` with its rows, `summed` with their sums, `end`. Its time goes from
+    the end of the step before to its own: while the row of the log is written between them, a GPU
+    still updates the weights. What is between them and no training is `interrupted`.
 
     Args:
         world: processes of the run.
@@ -109,14 +111,16 @@ class Meter:
         self.peak_memory = 0.0
         """GiB, of all processes, as it was found when they last compared."""
         self.left = TokensLeft(None)
-        self._begun = self._waited = 0.0
+        self._begun = self._asked = self._waited = 0.0
+        self._ended: float | None = None  # the step before, if nothing came between
         self._sums: Sequence[float] = (0.0,) * len(SUMS)
         self._first_ended: float | None = None
         self._tokens_of_first = 0.0
 
     def begin(self) -> None:
         """A step begins: its rows are asked for."""
-        self._begun = time.monotonic()
+        self._asked = time.monotonic()
+        self._begun = self._asked if self._ended is None else self._ended
 
     def fetched(self, rows: Sequence[Row], samples: int) -> list[float]:
         """The rows have come.
@@ -127,7 +131,7 @@ class Meter:
         Returns:
             What is to be summed over data-parallel groups (`SUMS`).
         """
-        self._waited = time.monotonic() - self._begun
+        self._waited = time.monotonic() - self._asked
         return [
             float(sum(row.real_tokens for row in rows)),
             float(sum(len(row) for row in rows)),
@@ -148,6 +152,14 @@ class Meter:
         self.total += cost
         if self._first_ended is None:
             self._first_ended, self._tokens_of_first = now, cost.tokens
+        else:  # what is done once comes behind the first step
+            self._ended = now
+
+    def interrupted(self) -> None:
+        """An evaluation, a save or a new epoch comes before the next step, whose time begins with
+        it.
+        """
+        self._ended = None
 
     def logged(self) -> None:
         """What follows belongs to the next row of the log."""
