@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from _log import step_seconds
+
 ROWS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "muon": {"use_muon": True},
@@ -135,12 +137,11 @@ def as_command(argv: list[str], gpus: int, limit: float) -> None:
 def read_out(out: Path) -> dict[str, Any]:
     """What a run's files say of it."""
     log = [json.loads(line) for line in (out / "trainer_log.jsonl").read_text().splitlines()]
-    seconds = [line["seconds_per_step"] for line in log if "seconds_per_step" in line]
     peak = [line["peak_memory_gib"] for line in log if "peak_memory_gib" in line]
     return {
         "losses": [line["loss"] for line in log if "loss" in line],
         "norms": [line["grad_norm"] for line in log if "grad_norm" in line],
-        "seconds": min(seconds, default=None),
+        "seconds": min(step_seconds(log), default=None),
         "peak_gib": max(peak, default=None),
     }
 

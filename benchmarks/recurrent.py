@@ -39,6 +39,7 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
+from _log import step_speeds
 from _parts import table as parts_table
 from _recurrent_kernels import VARIANTS, run_kernels, run_tune, shown
 from _table import command_line, machine_name
@@ -186,12 +187,13 @@ def train(
         raise RuntimeError(f"{why}, after {len(lines)} lines of its log: {text[-1500:]}")
     lines = [json.loads(line) for line in lines]
     plan = re.search(r"Memory plan.*\n +(.*)", text)
-    timed = [x for x in lines if "loss" in x][timed_steps(a.steps, traced)]
-    speeds = [x["tokens_per_second_per_gpu"] for x in timed]
+    timed = timed_steps(a.steps, traced)
+    speeds = step_speeds(lines)[timed.start - 1 : timed.stop - 1]
+    rows = [x for x in lines if "loss" in x][timed]
     return {
         "tokens/s a GPU": statistics.median(speeds),
         "of steps": len(speeds),
-        "waited for rows": statistics.median(x.get("data_wait", 0.0) for x in timed),
+        "waited for rows": statistics.median(x.get("data_wait", 0.0) for x in rows),
         "seconds of the command": time.time() - started,
         "settings": plan[1] if plan else "",
         "last line": lines[-1],

@@ -28,6 +28,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "src")]
 
+from _log import step_seconds  # noqa: E402
 from longfactory.config import load_config  # noqa: E402
 from longfactory.train.run import run  # noqa: E402
 from make_model import make_model  # noqa: E402
@@ -67,8 +68,7 @@ def one(layers: int, tokens: int, steps: int, home: Path) -> float:
         keys["use_cpu"] = True
     run(load_config([f"{name}={value}" for name, value in keys.items()]))
     lines = (home / f"out-{layers}" / "trainer_log.jsonl").read_text().splitlines()
-    seconds = [json.loads(line)["seconds_per_step"] for line in lines if '"loss"' in line]
-    return statistics.median(seconds[FIRST:])
+    return statistics.median(step_seconds([json.loads(line) for line in lines])[FIRST - 1 :])
 
 
 def main() -> None:

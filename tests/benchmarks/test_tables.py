@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+import _log  # noqa: E402
 import _table  # noqa: E402
 import layers  # noqa: E402
 from length import length_table  # noqa: E402
@@ -265,3 +266,12 @@ def test_what_a_row_leaves_behind_is_ended_with_it(
     found = _table.run_row(job, 1, _table.Clock(60.0), tmp_path / "log", script)
     assert [r["tokens"] for r in found] == [100] and time.time() - begun < 50
     assert [pid for pid in wait_for(pids, 2) if alive(pid)] == []
+
+
+def test_speeds_are_by_the_clock_between_rows_of_the_log() -> None:
+    """A step of the log's own seconds ends before its row is written."""
+    rates = {"tokens_per_second_per_gpu": 1000.0, "seconds_per_step": 1.0, "loss": 2.0}
+    lines = [{**rates, "elapsed_seconds": at} for at in (30.0, 31.0, 32.25)]
+    lines.insert(2, {"eval_loss": 2.0, "elapsed_seconds": 31.5})
+    assert _log.step_seconds(lines) == [1.0, 1.25]
+    assert _log.step_speeds(lines) == [1000.0, 800.0]
