@@ -388,7 +388,7 @@ def test_saved_data_of_another_tokenizer_are_refused(
     grown = copy.deepcopy(tokenizer)
     grown.add_tokens(["<new>"])
     load(grown, folder, tokenized_path=path, template="llama3")
-    assert "tokenised with the template chatml; that of this run, llama3" in caplog.text
+    assert "tokenised with template chatml, but this run's template, llama3" in caplog.text
     with pytest.raises(DataError, match="tokenised by another tokenizer"):
         load(metaspace(), folder, tokenized_path=path)
     # LLaMA-Factory does not write it down

@@ -88,7 +88,7 @@ def test_routers_heads_and_odd_widths_stay() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "Set bf16 or pure_bf16: true"),
+        ({}, "Set bf16: true or pure_bf16: true"),
         ({"bf16": True, "quantization_bit": 4, "finetuning_type": "lora"}, "two formats"),
         ({"bf16": True, "fp8_backend": "te"}, "Transformer Engine replaces whole layers"),
     ],

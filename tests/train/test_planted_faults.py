@@ -35,7 +35,7 @@ FOLLOWS = {
     "the hand-written layer's window dropped": "the window and memory techniques: it is gone without either.",
     "a mean of means over micro-batches": "follows accumulation: it is gone without it.",
     "an adapter that is not saved": "follows LoRA: it is gone without it.",
-    "references of the answers swapped": "The difference stays without each of sequence",
+    "references of the answers swapped": "The difference remains without each of sequence",
 }
 
 
