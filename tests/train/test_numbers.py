@@ -144,7 +144,7 @@ def test_a_skipped_update_is_no_update(case: str, what: str, home: Path) -> None
             [h["train_loss"] for h in log if "train_loss" in h],
         )
         if name == "skip":
-            told = [line for line in results[0]["told"] if "left out" in line]
+            told = [line for line in results[0]["told"] if "The update is skipped" in line]
             assert len(told) == 1 and "data set 'talks', row" in told[0]
             assert [h["skipped_updates"] for h in log if "learning_rate" in h] == [1]
     assert found["skip"] == found["reference"]
