@@ -178,3 +178,18 @@ def test_rows_that_are_read_otherwise_have_another_format(tmp_path: Path) -> Non
         found.append(repr((read.prompt, read.answers, read.system, read.tools)))
     digest = hashlib.sha256("\n".join(found).encode()).hexdigest()[:12]
     assert (FORMAT, digest) == (3, "44fa7f045589")
+
+
+def test_a_thought_in_a_part_and_another_in_a_field_are_a_bad_row(tmp_path: Path) -> None:
+    answer = {
+        "role": "assistant",
+        "content": [{"type": "reasoning", "value": "Hm."}, {"type": "text", "value": "Ho"}],
+    }
+    (tmp_path / "d.json").write_text(json.dumps([{"messages": [*OPENING, answer]}]))
+    source = read_sources(["d.json"], str(tmp_path), lambda text: None)[0]
+    same = {"messages": [*OPENING, answer | {"thinking": "Hm."}]}
+    assert convert(same, source).answers[0].thought == "Hm."
+    with pytest.raises(BadRow, match="two thoughts"):
+        convert({"messages": [*OPENING, answer | {"thinking": "No."}]}, source)
+    with pytest.raises(BadRow, match="two thoughts"):
+        convert({"messages": [*OPENING, answer | {"reasoning_content": "No."}]}, source)

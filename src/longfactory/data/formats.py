@@ -580,7 +580,10 @@ def _without_parts_of_v1(message: dict[str, Any], content_tag: str | None) -> di
             kept.append(part)
     found = {**message, str(content_tag): kept}
     if thoughts:
-        found["reasoning_content"] = "".join(thoughts)
+        thought = "".join(thoughts)
+        if _thought(message) not in ("", thought):
+            raise BadRow("two thoughts: a reasoning part and a field of an answer differ")
+        found["reasoning_content"] = thought
     if calls:
         found["tool_calls"] = [*(parsed(message.get("tool_calls")) or ()), *calls]
     return found
