@@ -169,7 +169,7 @@ def test_what_the_own_template_does_not_write_is_told_or_refused(
     ]
     load(tokenizer, write_data(d=(OPENAI, rows)), template=None)
     assert (
-        "nothing reads assistant's reasoning_content (1 rows, first d.json row 1), tools (1 rows"
+        "these fields are not used: assistant's reasoning_content (1 rows, first d.json row 1), tools (1 rows"
         in caplog.text
     )
     assert "user's name (1 rows, first d.json row 1)" in caplog.text
