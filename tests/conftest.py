@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+
+# As in the Makefile, for a `pytest tests` without it: torch sums what it computes in float32 in
+# another order on another number of threads, and the processes of a test have one each.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import process_state
 

@@ -288,10 +288,7 @@ def test_a_generation_prompt_that_opens_a_thought(
     data = load(tokenizer, write_data(d=(OPENAI, [{"messages": messages}])), template=None)
     assert whole(data, tokenizer) == tokenizer.apply_chat_template(messages, tokenize=False)
     assert trained(data, tokenizer) == "A1<|im_end|>\nT\n</think>\n\nA2<|im_end|>\n"
-    assert (
-        "generation prompt ends with '<think>\\n', which it does not write in front of the answers"
-        in caplog.text
-    )
+    assert "generation prompt ends with '<think>\\n', which it does not write" in caplog.text
 
 
 def test_calls_that_the_own_template_loses_are_a_bad_row(tokenizer: Any, write_data: Any) -> None:
