@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gzip
 import json
 import os
 import re
@@ -111,10 +112,10 @@ three of them, in float32; clipping reads the gradient. Split masters: gradients
 
 
 def ours(
-    name: str, at: Setting, gpus: int, steps: int, home: Path, limit: float, profile: bool = False
+    name: str, at: Setting, gpus: int, steps: int, home: Path, limit: float, profile: Path | None
 ) -> dict[str, Any]:
     """One run of the command, in the form of `_table.py`'s results. `profile`: a step more is
-    recorded after those that are timed, and printed by its parts.
+    recorded after those that are timed, printed by its parts, and kept in this folder.
     """
     whole = whole_row(at, gpus)
     steps = steps_of(whole, steps)
@@ -129,13 +130,20 @@ def ours(
     if "error" in found:
         print(found["log"], flush=True)
         return {**about, "error": found["error"]}
-    print_trace(name, home)
+    if profile:
+        print_trace(name, home, profile)
     return {**about, **measured(found)}
 
 
-def print_trace(name: str, home: Path) -> None:
-    """Where the recorded step of a run spent its time, if one was recorded."""
-    for trace in sorted((home / f"out-{name}" / "profiler").glob("trace_rank0_*.json"))[:1]:
+def print_trace(name: str, home: Path, keep: Path) -> None:
+    """Where the recorded step of a run spent its time, if one was recorded. The traces of all its
+    processes go into the folder `keep`, compressed.
+    """
+    traces = sorted((home / f"out-{name}" / "profiler").glob("trace_rank*.json"))
+    for trace in traces:
+        keep.mkdir(parents=True, exist_ok=True)
+        (keep / f"{name}-{trace.name}.gz").write_bytes(gzip.compress(trace.read_bytes()))
+    for trace in [trace for trace in traces if trace.name.startswith("trace_rank0_")][:1]:
         items, ranges, _ = _parts.read(trace)
         waits = "\n".join(_parts.waits(_parts.placed(items, ranges)))
         print(f"\n{name}, one step on GPU 0:\n{_profile.table(trace)}\n\n{waits}\n", flush=True)
@@ -191,7 +199,7 @@ def ours_together(
     home: Path,
     clock: Clock,
     after: Path | None,
-    profile: bool,
+    profile: Path | None,
 ) -> Iterator[dict[str, Any]]:
     """Runs of several rows, Python started once.
 
@@ -222,7 +230,8 @@ def ours_together(
         found = row if "error" in row else measured(row)
         done.append({**about_ours(name, rows[name], gpus), **found})
         print(json.dumps(done[-1]), flush=True)
-        print_trace(name, home)
+        if profile:
+            print_trace(name, home, profile)
 
     def read(text: str, out: Path) -> dict[str, Any]:
         return of_run(text, out, steps)
@@ -401,6 +410,7 @@ def measure(args: argparse.Namespace, home: Path) -> int:
     numbers = args.gpus.split(",")
     gpus = range(len(numbers))
     clock, log = Clock(args.limit), log_file("models")
+    profile = args.out if args.profile else None
     about = {"machine": machine_name()}
     if not args.smoke:
         os.environ["CUDA_VISIBLE_DEVICES"] = of_visible(numbers)
@@ -415,9 +425,7 @@ def measure(args: argparse.Namespace, home: Path) -> int:
         write(args.out, "models", TITLE, render, [found], about)
 
     if "ours" in args.systems and args.together:
-        for found in ours_together(
-            names, rows, gpus, args.steps, home, clock, args.after, args.profile
-        ):
+        for found in ours_together(names, rows, gpus, args.steps, home, clock, args.after, profile):
             keep(found, show=False)
     jobs = []
     for system in args.systems:  # of each row the first before the second of any
@@ -430,7 +438,7 @@ def measure(args: argparse.Namespace, home: Path) -> int:
                     print(f"{name}, {system}: not started, the time of this command is up")
                     continue
                 limit = min(args.each, clock.left)
-                keep(ours(name, at, len(gpus), args.steps, home, limit, args.profile))
+                keep(ours(name, at, len(gpus), args.steps, home, limit, profile))
             elif runs_beside(system, name, at, len(gpus)):
                 model = write_shape(at.shape, at.layers, home / f"model-{at.shape}-{at.layers}")
                 jobs.append(beside(system, name, at, model, args.steps))
@@ -517,7 +525,9 @@ def main() -> int:
         help="the first is not timed; two of whole models in rows over 100,000 tokens",
     )
     parser.add_argument(
-        "--profile", action="store_true", help="where a step's GPU time goes (system ours)"
+        "--profile",
+        action="store_true",
+        help="where a step's GPU time goes (system ours); its traces go to --out",
     )
     parser.add_argument("--together", action="store_true", help="Python starts once for all rows")
     parser.add_argument("--after", type=Path, help="begin when there is such a file (--together)")
