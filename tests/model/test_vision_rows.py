@@ -34,7 +34,9 @@ def units(doc: tiny.Document) -> tuple[MediaUnit, ...]:
     out, places = [], iter(doc.places)
     seconds = iter(doc.seconds)
     for number, image in enumerate(doc.images):
-        spans = tuple((a, b - a) for _ in range(image.grid[0]) for a, b in next(places))
+        whole = bool(image.size)
+        parts = 1 if whole else image.grid[0]
+        spans = tuple((a, b - a) for _ in range(parts) for a, b in next(places))
         joined: list[tuple[int, int]] = []
         for start, count in spans:
             if joined and sum(joined[-1]) == start:
@@ -48,6 +50,8 @@ def units(doc: tiny.Document) -> tuple[MediaUnit, ...]:
                 image.grid,
                 tuple(joined),
                 steps=image.grid[0],
+                even=not whole,
+                sizes=image.size,
                 seconds_per_step=next(seconds) if image.kind == "video" else None,
             )
         )
@@ -334,3 +338,44 @@ def test_vision_guard_accepts(family: str) -> None:
 def test_vision_guard_refuses(fault: str) -> None:
     for message in run_ranks(2, guarded, "qwen3_vl", fault):
         assert "images" in message
+
+
+def refused(family: str) -> str:
+    """What a rank says of a row with an image of two tokens too many, which the last rank
+    computes.
+    """
+    ctx = sp.SequenceParallel.create(dist.get_world_size(), mode="zigzag-ring")
+    model = tiny.model(family, torch.float32, attention="sdpa")
+    hf.prepare(model, ctx)
+    vision.install(model)
+    images = RowImages(model, ctx)
+    documents = [
+        tiny.document(family, [4, (3, 3), 5, (3, 3), 6], dtype=torch.float32)
+        if family == "qwen3_vl"
+        else tiny.document(family, [4, "tiles", 5, "tiles", 6], dtype=torch.float32)
+    ]
+    row = row_of(documents, ctx)
+    *first, last = row.media
+    start, count = last.spans[0]
+    row = dataclasses.replace(
+        row, media=(*first, dataclasses.replace(last, spans=((start, count + 2),)))
+    )
+    row = load(row, documents, images.dealing(row))
+    plan = sp.plan(len(row), images.segments(row), ctx)
+    try:
+        inputs = {"input_ids": row.input_ids, "position_ids": images.positions(row)}
+        given = images.media(row, plan, torch.device("cpu"))
+        model(**hf.inputs(inputs, plan), sp_media=given)
+    except ValueError as error:
+        return str(error).partition(" has ")[2]
+    finally:
+        vision.release(model)
+        hf.release(model)
+    return ""
+
+
+@pytest.mark.parametrize(("family", "made"), [("qwen3_vl", 9), ("llava_onevision", 44)])
+def test_vision_every_rank_says_that_a_tower_makes_other_features(family: str, made: int) -> None:
+    said = run_ranks(2, refused, family)
+    assert said[0] == said[1]
+    assert f"{made + 2} placeholder tokens, and the model makes {made} features" in said[0]

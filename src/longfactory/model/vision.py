@@ -21,6 +21,7 @@ from longfactory import sp
 from longfactory.data.media.load import load_unit
 from longfactory.data.media.units import Dealt, MediaUnit
 from longfactory.data.row import Row, TokenizedDocument
+from longfactory.errors import DataError
 from longfactory.sp import hf, vision
 from longfactory.sp.layout import Interval, with_blocks
 from longfactory.sp.media import Part, Route, deal
@@ -210,7 +211,14 @@ class RowImages:
         return with_blocks(row.segments, spans)
 
     def positions(self, row: Row) -> Tensor:
-        """[T], or [4, T] with those of text first, where images have three dimensions."""
+        """[T], or [4, T] with those of text first, where images have three dimensions.
+
+        Raises:
+            DataError: the model makes another number of features of an image than it has
+                placeholders. On every rank of the group, before the tower runs: a rank that found
+                it in its own tower would leave the others waiting in the exchange.
+        """
+        self._check_tokens(row)
         if self.rule is None or not row.media:
             return row.position_ids
         return torch.cat([row.position_ids[None], self._three(row)])
@@ -270,6 +278,17 @@ class RowImages:
         parts = [Part(s.places, self.dealing.cost(s), s.copies) for s in steps]
         route = Route.make(parts, owner, plan).to(device)
         return vision.Media(route, batches, self._empty(len(batches), device))
+
+    def _check_tokens(self, row: Row) -> None:
+        for unit in row.media:
+            made = vision.tokens_of(self.model.config, unit.kind, unit.grid, unit.sizes)
+            if made != unit.tokens:
+                where = f" ({unit.place})" if unit.place else ""
+                raise DataError(
+                    f"{unit.reference.describe()}{where} has {unit.tokens} placeholder tokens, and"
+                    f" the model makes {made} features of it. The files of its processor belong to"
+                    " another model: copy those that belong to it, and set overwrite_cache: true."
+                )
 
     def none(self, plan: sp.RowPlan, device: torch.device) -> vision.Media | None:
         """Of a row without images: nothing, or where the tower or the projector is trained an empty

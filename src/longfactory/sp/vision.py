@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
@@ -534,20 +535,47 @@ def two_images(config: PreTrainedConfig) -> list[Images]:
     return out
 
 
-def tokens_of(config: PreTrainedConfig, image: Images) -> int:
-    """Placeholders of an image, or of a video without the text between its parts."""
-    number, height, width = image.grid
+def tokens_of(
+    config: PreTrainedConfig,
+    kind: Literal["image", "video"],
+    grid: tuple[int, int, int],
+    size: Sequence[int] = (),
+) -> int:
+    """Features that a model makes of an image, or of a video: its placeholders, without the text
+    between a video's parts. Host only.
+
+    Args:
+        kind, grid, size: as of `Images`.
+    """
+    number, height, width = grid
     if config.model_type == "gemma3":
         return number * config.mm_tokens_per_image
     if config.model_type == "internvl":
         return number * int(height * config.downsample_ratio) * int(width * config.downsample_ratio)
     if config.model_type == "llava_onevision":
-        if image.kind == "video":
+        if kind == "video":
             return number * -(-height // 2) * -(-width // 2) + 1
-        if number > 1:
-            raise ValueError("The tokens of an image in tiles depend on its own shape.")
-        return height * width + 1
+        return _tiled_tokens(config, size) if number > 1 else height * width + 1
     return number * height * width // config.vision_config.spatial_merge_size**2
+
+
+def _tiled_tokens(config: PreTrainedConfig, size: Sequence[int]) -> int:
+    """Of LLaVA-OneVision: an image in tiles, by the steps of its `pack_image_features`."""
+    from transformers.models.llava_onevision import modeling_llava_onevision as llava
+
+    tower = config.vision_config
+    side = tower.image_size // tower.patch_size
+    given = torch.tensor(list(size))
+    down, across = llava.get_anyres_image_grid_shape(
+        given, config.image_grid_pinpoints, tower.image_size
+    )
+    canvas = torch.empty(1, side * down, side * across, device="meta")
+    rows, columns = llava.unpad_image(canvas, given).shape[1:]
+    most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
+    ratio = math.sqrt(rows * columns / (most * side**2))
+    if ratio > 1.1:
+        rows, columns = int(rows // ratio), int(columns // ratio)
+    return side**2 + rows * (columns + 1)
 
 
 def patch_size(tower: Any) -> int:

@@ -169,7 +169,7 @@ def tower_of(model: Any, pixels: int) -> Tower:
         trained,
         linear=2.0 * depth * (4 * hidden**2 + 2 * hidden * inside),
         attention=4.0 * hidden * attending,
-        patches=smallest.patches / vision.tokens_of(inner.config, smallest),
+        patches=smallest.patches / vision.tokens_of(inner.config, smallest.kind, smallest.grid),
         seen=seen,
     )
 

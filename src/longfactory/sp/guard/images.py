@@ -55,7 +55,7 @@ def differences(
         inner: the transformers model in it, with `vision.install`.
     """
     images = vision.two_images(inner.config)
-    counts = [vision.tokens_of(inner.config, image) for image in images]
+    counts = [vision.tokens_of(inner.config, i.kind, i.grid, i.size) for i in images]
     blocks = vision.has_blocks(inner.config)
     ids, kinds, places = _document(inner, counts, text_lengths(counts, ctx, blocks))
     plan = _plan(len(ids), places, ctx, blocks)
