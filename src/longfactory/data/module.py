@@ -33,7 +33,7 @@ from longfactory.data.derive import ChatTemplate
 from longfactory.data.errors import bad_row_sentence
 from longfactory.data.kind import Kind
 from longfactory.data.kinds import KINDS
-from longfactory.data.media.process import Processing
+from longfactory.data.media.process import Processing, Unusable
 from longfactory.data.prepare import Preparer
 from longfactory.data.readers import Raw, read
 from longfactory.data.report import Report, of_truncation
@@ -96,7 +96,7 @@ def load_datasets(
     template: AnyTemplate | None,
     seed: int,
     log: logging.Logger | None = None,
-    media: Processing | None = None,
+    media: Processing | Unusable | None = None,
 ) -> Datasets:
     """The training and evaluation data of a run.
 
@@ -182,7 +182,7 @@ class _Request:
     packed: bool
     seed: int
     log: logging.Logger
-    media: Processing | None
+    media: Processing | Unusable | None
 
 
 def _streamed(request: _Request) -> tuple[StreamedDataset, dict[str, TokenizedDataset]]:
@@ -304,8 +304,10 @@ def _finished(
     return data
 
 
-def _used(media: Processing | None, sets: Sequence[Any]) -> Processing | None:
+def _used(media: Processing | Unusable | None, sets: Sequence[Any]) -> Processing | None:
     """The processing where a sample has images or videos; of a stream, where one may."""
+    if isinstance(media, Unusable):  # a sample with one would have ended the run
+        return None
     found = any(
         isinstance(data, StreamedDataset)
         or (
@@ -326,7 +328,7 @@ def stream_dataset(
     packed: bool,
     seed: int,
     log: logging.Logger,
-    media: Processing | None = None,
+    media: Processing | Unusable | None = None,
 ) -> StreamedDataset:
     """The training data as a stream."""
     if args.max_samples is not None:
@@ -362,15 +364,16 @@ def _load_saved(
     tokenizer: Any,
     stage: str,
     log: logging.Logger,
-    media: Processing | None,
+    media: Processing | Unusable | None,
     template: str | None,
 ) -> Datasets:
     log.warning(
         f"The data are read from tokenized_path ({path}): dataset, template and related keys "
         "have no effect."
     )
-    facts = None if media is None else media.facts()
-    found = saved.load(path, kind, cache_root(), facts, tokenizer)
+    facts = media.facts() if isinstance(media, Processing) else None
+    why = media.reason if isinstance(media, Unusable) else None
+    found = saved.load(path, kind, cache_root(), facts, tokenizer, why)
     if None not in (found.template, template) and found.template != template:
         log.warning(
             f"They were tokenised with template {found.template}, but this run's template, "
@@ -399,11 +402,11 @@ def _save(
     rules: Rules,
     log: logging.Logger,
     args: DataSettings,
-    media: Processing | None,
+    media: Processing | Unusable | None,
     tokenizer: Any,
 ) -> None:
     if _rank(args) == 0 and not saved.is_saved(str(path)):
-        facts = None if media is None else media.facts()
+        facts = media.facts() if isinstance(media, Processing) else None
         vocabulary = saved.vocabulary_of(tokenizer)
         saved.save(path, stores, splits, kind, rules, facts, vocabulary, args.template)
         log.info(f"The tokenised data are saved at {path}.")
@@ -440,7 +443,7 @@ def make_preparer(
     template: AnyTemplate | None,
     pieces: PieceTokenizer,
     questions: bool = False,
-    media: Processing | None = None,
+    media: Processing | Unusable | None = None,
 ) -> Preparer:
     """What tokenises the rows of one data set. `questions`: conversations without a last answer are
     for the model to answer.
@@ -451,7 +454,7 @@ def make_preparer(
         raise DataError("This stage needs a template.")
     options = kind.options(args, template, pieces.tokenizer, questions)
     strict = option(args, "on_bad_row") == "error"
-    if media is not None and isinstance(template, ChatTemplate):
+    if isinstance(media, Processing) and isinstance(template, ChatTemplate):
         written = {"image": media.family.written_image, "video": media.family.written_video}
         template.show_media(written)
     return Preparer(kind, source, template, pieces, options, strict, media)
@@ -466,7 +469,7 @@ def _tokenised(
     seed: int,
     log: logging.Logger,
     questions: bool = False,
-    media: Processing | None = None,
+    media: Processing | Unusable | None = None,
 ) -> Part:
     """The store of one data set, and which of its samples are used, in order."""
     preparer = make_preparer(source, args, kind, template, pieces, questions, media)

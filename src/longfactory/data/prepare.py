@@ -22,7 +22,7 @@ from longfactory.data.formats import Conversation, convert
 from longfactory.data.kind import Kind, PartOptions
 from longfactory.data.media import text
 from longfactory.data.media.measure import Found
-from longfactory.data.media.process import Processing
+from longfactory.data.media.process import Processing, Unusable
 from longfactory.data.media.units import MediaUnit
 from longfactory.data.readers import Raw, parse_line
 from longfactory.data.sources import DataSource, hint
@@ -58,8 +58,8 @@ class _Media:
 @dataclasses.dataclass
 class Preparer:
     """Everything that turns rows of one data set into parts. Made once and handed to the tokenising
-    processes. `strict`: a bad row is an error. `media`: how images and videos are processed; None
-    for a model that takes text alone.
+    processes. `strict`: a bad row is an error. `media`: how images and videos are processed, or
+    why they cannot be; None for a model that takes text alone.
     """
 
     kind: Kind
@@ -68,7 +68,7 @@ class Preparer:
     tokenizer: PieceTokenizer
     options: PartOptions
     strict: bool = False
-    media: Processing | None = None
+    media: Processing | Unusable | None = None
 
     def chunk(self, rows: list[tuple[int, str, Raw]]) -> Chunk:
         """[(row number, place, raw row)] -> the stored parts.
@@ -138,9 +138,12 @@ class Preparer:
 
         Raises:
             BadRow: the row holds no such sample, or media that cannot be used.
+            DataError: it has media, and the run as it stands cannot process any.
         """
-        if self.media is None:
+        if not isinstance(self.media, Processing):
             if conversation.images or conversation.videos:
+                if self.media is not None:
+                    raise DataError(f"{place} has images or videos. {self.media.reason}")
                 what = "images" if conversation.images else "videos"
                 raise BadRow(
                     f"media: the row has {what}, and the model takes text alone here: it has no"
@@ -323,8 +326,10 @@ def key(preparer: Preparer, limit: int | None, content: str | None = None) -> st
         ),
         hashlib.sha256(vocabulary.encode()).hexdigest(),
     ]
-    if preparer.media is not None:
+    if isinstance(preparer.media, Processing):
         facts.append(preparer.media.facts())
+    elif preparer.media is not None:  # no row has media: where it is None, such rows were left out
+        facts.append("text alone")
     return hashlib.sha256(json.dumps(facts, ensure_ascii=False, default=str).encode()).hexdigest()[
         :32
     ]

@@ -134,12 +134,14 @@ def load(
     cache: Path,
     media: dict[str, Any] | None = None,
     tokenizer: Any = None,
+    why: str | None = None,
 ) -> Saved:
     """The data set saved at `path`.
 
     Args:
         media: as this run would process images and videos; None where it would not.
         tokenizer: the run's; None: nothing is known of it.
+        why: why a model that has images could not process any.
     Raises:
         DataError: it was made for another kind of stage, by another tokenizer, has images that this
             run would process otherwise, or cannot be used without mixing documents.
@@ -178,7 +180,7 @@ def load(
     stores = [Store(path / f"store_{i}") for i in range(count)]
     _check_tokens(path, stores, tokenizer)
     if any(s.has_media().any() for s in stores):
-        _check_media(path, about.get("media"), _plain(media))
+        _check_media(path, about.get("media"), _plain(media), why)
     return Saved(stores, splits, kind, rules, about.get("template"))
 
 
@@ -200,8 +202,12 @@ def _check_tokens(path: Path, stores: Sequence[Store], tokenizer: Any) -> None:
         )
 
 
-def _check_media(path: Path, made: dict[str, Any] | None, media: dict[str, Any] | None) -> None:
+def _check_media(
+    path: Path, made: dict[str, Any] | None, media: dict[str, Any] | None, why: str | None
+) -> None:
     """Raises DataError where the run would make other tokens of the images."""
+    if why is not None:
+        raise DataError(f"The data at {path} (tokenized_path) have images or videos. {why}")
     if media is None:
         raise DataError(
             f"The data at {path} (tokenized_path) have images or videos, and the model takes text"

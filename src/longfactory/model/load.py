@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from longfactory import hub
 from longfactory.config.data_arguments import DataSettings
-from longfactory.data.media.process import Processing, make_processing
+from longfactory.data.media.process import Processing, Unusable, make_processing
 from longfactory.errors import UserError
 from longfactory.memory.optimizer import local
 from longfactory.model import damaged, experts, hqq
@@ -223,16 +223,14 @@ def _embedded_config(folder: str) -> Any:
     return AutoConfig.from_pretrained(folder, gguf_file=_EMBEDDED_FILE)
 
 
-def load_media(args: Any, data: DataSettings, tokenizer: Any) -> Processing | None:
-    """How the images and videos of a run are processed: by the model's own processor. None for a
-    model that takes text alone.
+def load_media(args: Any, data: DataSettings, tokenizer: Any) -> Processing | Unusable | None:
+    """How the images and videos of a run are processed: by the model's own processor, or why they
+    cannot be. None for a model that takes text alone.
 
     Args:
         args: the model's keys.
         data: the data's keys.
         tokenizer: the model's.
-    Raises:
-        DataError: the processor is missing, or does not fit the template.
     """
     path, _ = resolve(args.model_name_or_path)
     config = load_config(args, 1).to_dict()

@@ -45,7 +45,8 @@ def chat(cfg: RunConfig) -> None:
             " chatml."
         )
     data: Any = cfg.data
-    media = load_media(cfg.model, data, tokenizer)
+    found = load_media(cfg.model, data, tokenizer)
+    media = found if isinstance(found, Processing) else None
     if media is not None:
         # Paths are those of the one who types them, seen from where the command was started.
         media = dataclasses.replace(media, media_dir=".", allow=media.allow | {OUTSIDE})

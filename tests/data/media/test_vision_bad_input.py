@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import tiny_media
 from data_arguments import make_args
 from longfactory.data.media import images
 from longfactory.data.media.load import load_unit
-from longfactory.data.media.process import make_processing
+from longfactory.data.media.process import Processing, Unusable, make_processing
 from longfactory.data.module import load_datasets
 from longfactory.data.templates import get_template
 from longfactory.errors import DataError
@@ -266,19 +268,64 @@ def test_vision_bad_videos_are_counted(tmp_path: Path, write_data: Any, media: P
         ("intern_vl", {"patch_size": 28}, "tokens for a tile: 4, and the model 1"),
     ],
 )
-def test_vision_a_processor_of_another_model_is_refused(
+def test_vision_a_processor_of_another_model_is_not_used(
     tmp_path: Path, family: str, model: dict[str, Any], message: str
 ) -> None:
-    """Before anything is tokenised: the tower would end the run in its own words, or find another
-    number of features than placeholders.
+    """The tower would end the run in its own words, or find another number of features than
+    placeholders.
     """
     folder = tiny_media.folder(tmp_path / "model", family)
     args, tokens = make_args(template=None), tiny_media.tokenizer(family)
     config = tiny_media.config(family) | {"downsample_ratio": 0.5}
-    assert make_processing(str(folder), config, args, tokens) is not None
+    assert isinstance(make_processing(str(folder), config, args, tokens), Processing)
     config["vision_config"] = config["vision_config"] | model
-    with pytest.raises(DataError, match=message):
-        make_processing(str(folder), config, args, tokens)
+    found = make_processing(str(folder), config, args, tokens)
+    assert isinstance(found, Unusable) and re.search(message, found.reason)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_vision_a_processor_of_another_model_ends_runs_with_images_alone(
+    tmp_path: Path, write_data: Any, media: Path, streaming: bool
+) -> None:
+    tokens = tiny_media.tokenizer("qwen2_vl")
+    template = get_template(make_args(template="qwen2_vl"), tokens)
+    folder = tiny_media.folder(tmp_path / "model", "qwen2_vl")
+    config = tiny_media.config("qwen2_vl")
+    config["vision_config"] = config["vision_config"] | {"patch_size": 16}
+
+    def read(rows: list[Any], **keys: Any) -> Any:
+        args = make_args(template="qwen2_vl", media_dir=str(media), dataset="d", **keys)
+        args.dataset_dir = str(write_data(d=(SHAREGPT, rows)))
+        found = make_processing(str(folder), config, args, tokens)
+        made = load_datasets(
+            args, stage="sft", tokenizer=tokens, template=template, seed=1, media=found
+        )
+        return made, list(islice(iter(made.train), len(rows)))
+
+    texts = [row("What?"), row("Who?")]
+    made, samples = read(texts, streaming=streaming)
+    assert len(samples) == 2 and made.processing is None
+    with pytest.raises(
+        DataError, match=r"row 3 has images or videos. .*patch_size 14, and the mod"
+    ):
+        read([*texts, row(images=["good.png"])], streaming=streaming)
+
+
+def test_vision_saved_images_need_a_processor_of_the_model(
+    tmp_path: Path, write_data: Any, media: Path
+) -> None:
+    saved = str(tmp_path / "saved")
+    load(tmp_path, write_data, media, SHAREGPT, [row(images=["good.png"])], tokenized_path=saved)
+    tokens, args = tiny_media.tokenizer("qwen2_vl"), make_args(tokenized_path=saved)
+    with pytest.raises(DataError, match=r"have images or videos. The processor is broken."):
+        load_datasets(
+            args,
+            stage="sft",
+            tokenizer=tokens,
+            template=get_template(make_args(template="qwen2_vl"), tokens),
+            seed=1,
+            media=Unusable("The processor is broken."),
+        )
 
 
 def test_vision_a_family_that_is_not_read_is_told(

@@ -74,21 +74,32 @@ class Processing:
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class Unusable:
+    """In the place of a `Processing`: the model has images, and they cannot be processed as the run
+    stands. Data without images or videos are trained on; the first row with one ends the run.
+
+    Attributes:
+        reason: what to put right.
+    """
+
+    reason: str
+
+
 def make_processing(
     folder: str, config: dict[str, Any], args: DataSettings, tokenizer: Any
-) -> Processing | None:
+) -> Processing | Unusable | None:
     """The processing of a model's media; None for a model that takes text alone, and, said in the
     log, for a family that is not known and a folder without a processor, which train on text: their
-    rows with media are bad rows.
+    rows with media are bad rows. `Unusable`, said in the log, where a processor cannot be read or
+    belongs to another model, where the template is another family's, or the tokenizer has no
+    placeholder tokens.
 
     Args:
         folder: the model's, or its name on the hub.
         config: its config.json.
         args: the run's data keys.
         tokenizer: its tokenizer.
-    Raises:
-        DataError: a family that is not known, a processor that cannot be read, a template of
-            another family, or a tokenizer without the placeholder tokens.
     """
     if not config.get("vision_config"):
         return None
@@ -108,7 +119,25 @@ def make_processing(
             " with images or videos counts as a bad row."
         )
         return None
-    _check_template(args.template, name, model_type)
+    try:
+        return _processing(folder, name, config, args, tokenizer)
+    except DataError as error:
+        log.warning(
+            f"{error} Until then the model takes text alone, and a row with images or videos ends"
+            " the run."
+        )
+        return Unusable(str(error))
+
+
+def _processing(
+    folder: str, name: str, config: dict[str, Any], args: DataSettings, tokenizer: Any
+) -> Processing:
+    """Of a model of the family `name`.
+
+    Raises:
+        DataError: what `Unusable` stands for.
+    """
+    _check_template(args.template, name, str(config.get("model_type")))
     if getattr(tokenizer, "split_special_tokens", False):
         raise DataError(
             "split_special_tokens: true would cut the placeholder tokens of images into pieces. Set"
