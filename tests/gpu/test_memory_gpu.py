@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from torch import nn
 
 from fused_calls import calls
 from longfactory import sp
-from longfactory.memory import compiled, layer_ops
+from longfactory.memory import compiled, layer_ops, split_masters
 from longfactory.memory.apply import apply_memory
 from longfactory.memory.optimizer import SplitAdamW
 from longfactory.memory.settings import MemorySettings
@@ -305,36 +305,45 @@ def test_bytes_a_token_of_the_7b_layer(settings, most):
     assert slope <= most
 
 
-def test_adamw_in_one_call_is_that_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In every bit, of a parameter of three blocks and a rest."""
-    from longfactory.memory import optimizer
+def test_adamw_of_all_parameters_in_one_call_is_that_of_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In every bit: of parameters of several programs, of less than a block, of none, of memory
+    that is not aligned; with gradients in bf16 and fp32.
+    """
+    lengths = (3 * 2048 * 8 + 5, 7, 0, 2048, 100_000)
 
-    def in_blocks(block: Any) -> Iterator[Any]:
-        for a in range(0, block.weight.numel(), optimizer.BLOCK):
-            part = block.cut(a, a + optimizer.BLOCK)
-            yield optimizer.HostJob((part.weight, part.grad), part.update_at, 1)
-
-    n, found = 3 * optimizer.BLOCK + 5, []
-    for jobs in (optimizer._update_jobs, in_blocks):
-        monkeypatch.setattr(optimizer, "_update_jobs", jobs)
+    def after_two_steps(dtype: torch.dtype, wrap: Callable[[Any], Any]) -> list[torch.Tensor]:
+        monkeypatch.setattr(split_masters, "update_in_one_pass", wrap(one_call))
         torch.manual_seed(0)
-        p = torch.nn.Parameter(torch.randn(n, device="cuda").bfloat16())
-        adamw = optimizer.SplitAdamW([p], lr=1e-3, weight_decay=0.1, placement="gpu")
+        params = []
+        for i, n in enumerate(lengths):
+            whole = torch.randn(n + i % 2, device="cuda").bfloat16()
+            params.append(torch.nn.Parameter(whole[i % 2 :]))
+        adamw = SplitAdamW(params, lr=1e-3, weight_decay=0.1, placement="gpu")
         for _ in range(2):
-            p.grad = torch.randn(n, device="cuda").bfloat16()
+            for p in params:
+                p.grad_dtype = None  # of another type than the parameter's
+                p.grad = torch.randn(p.shape, device="cuda").to(dtype)
             adamw.step()
-        found.append((p.detach(), adamw.state[p]["low"], adamw.state[p]["exp_avg_sq"]))
-    assert all(map(torch.equal, *found))
+        states = [(adamw.state[p]["low"], adamw.state[p]["exp_avg_sq"]) for p in params]
+        return [*(p.detach() for p in params), *(t for both in states for t in both)]
+
+    def each(call: Any) -> Any:
+        return lambda parameters, *rest: [call([tensors], *rest) for tensors in parameters]
+
+    one_call = split_masters.update_in_one_pass
+    for dtype in (torch.bfloat16, torch.float32):
+        together = after_two_steps(dtype, lambda call: call)
+        assert all(map(torch.equal, together, after_two_steps(dtype, each)))
 
 
 def test_adamw_of_split_masters_in_one_pass() -> None:
     """The kernel follows torch's AdamW in fp32 over twenty steps, with clipping and decay."""
-    from longfactory.memory import split_masters
-
     device = torch.device("cuda", torch.cuda.current_device())
     assert split_masters.split_update is not None
     assert split_masters.difference_of_one_pass(device) < 1e-5
-    assert split_masters._one_pass(device)
+    assert split_masters.is_one_pass(device)
     torch.manual_seed(0)
     start = [torch.randn(n, device=device).bfloat16() for n in (100_003, 7)]
     wide = [torch.nn.Parameter(t.float()) for t in start]

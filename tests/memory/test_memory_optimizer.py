@@ -159,20 +159,39 @@ def test_streaming_blocks_of_gpu_parameters(monkeypatch):
     assert torch.equal(*results)
 
 
-def test_a_kernel_of_one_pass_is_called_once_for_each_parameter(monkeypatch):
-    """Whatever its length; where there is no such kernel, for each block."""
-    monkeypatch.setattr(optimizer, "BLOCK", 100)
-    updated = []
-    monkeypatch.setattr(Block, "update", lambda self: updated.append(len(self.weight)))
-    params = [nn.Parameter(torch.ones(n).bfloat16()) for n in (370, 0, 100)]
-    for one_pass, lengths in ((True, [370, 100]), (False, [100, 100, 100, 70, 100])):
-        monkeypatch.setattr(Block, "is_one_pass", lambda self, found=one_pass: found)
-        opt = SplitAdamW(params, lr=1e-2)
-        for p in params:
-            p.grad = torch.ones_like(p)
-        opt.step()
-        assert updated == lengths
-        updated.clear()
+def test_a_kernel_of_one_pass_is_called_once_for_all_parameters(monkeypatch):
+    """Of a group and of as many steps; the others, and those without a gradient, are left to
+    blocks, or alone.
+    """
+    monkeypatch.setattr(
+        SplitAdamW, "_is_one_pass", lambda self, p: "low" in self.state[p] and len(p) != 4
+    )
+    calls, blocks = [], []
+
+    def kernel(parameters, group, step, scale):
+        for tensors in parameters:
+            assert [t.dtype for t in tensors] == [
+                *(torch.bfloat16, torch.int16, torch.bfloat16, torch.float32, torch.float32)
+            ]
+        calls.append(([len(tensors[0]) for tensors in parameters], group["lr"], step, scale))
+
+    monkeypatch.setattr(split_masters, "update_in_one_pass", kernel)
+    monkeypatch.setattr(Block, "update", lambda self: blocks.append(len(self.weight)))
+    first = [nn.Parameter(torch.ones(n).bfloat16()) for n in (370, 0, 100, 4)]
+    second = [nn.Parameter(torch.ones(50).bfloat16()), nn.Parameter(torch.ones(3))]
+    groups = [{"params": first}, {"params": second, "lr": 0.5}]
+    opt = SplitAdamW(groups, lr=1e-2, placement="gpu")
+    for p in (*first, *second):
+        p.grad = torch.ones_like(p)
+    first[2].grad = None
+    opt._scale = 0.25
+    opt.step()
+    assert calls == [([370, 0], 1e-2, 1.0, 0.25), ([50], 0.5, 1.0, 0.25)]
+    assert blocks == [4, 3]
+    calls.clear()
+    first[2].grad = torch.ones_like(first[2])
+    opt.step()
+    assert calls == [([370, 0], 1e-2, 2.0, 1.0), ([100], 1e-2, 1.0, 1.0), ([50], 0.5, 2.0, 1.0)]
 
 
 def micro_gradients(shape, number, parts):

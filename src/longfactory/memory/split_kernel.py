@@ -1,26 +1,76 @@
 """One AdamW step of split master weights in one pass over memory, 26 bytes a parameter: PyTorch's
 elementwise operations take some sixty (`split_masters.join`, `split_into`).
+
+One call of the kernel updates all parameters: it finds their tensors by their addresses. A call for
+each keeps the host as long as the GPU, which then waits for the host's next work: 15 ms of a step
+of 69 parameters (benchmarks/results/step_parts.md).
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 2048  # numbers of one program
+from longfactory.sp.pinned import copied
+
+BLOCK = 2048  # numbers that are computed together
+BLOCKS = 8  # of one program
+ALIGNED = 16  # bytes: what one load of a thread takes
+
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Of one parameter, of one length: weight (bf16), remainder (int16), gradient (bf16 or fp32), first
+and second moment (fp32).
+"""
+
+
+@triton.jit
+def _at(pointer, SIZE: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[SIZE] pointers from one on."""
+    pointers = pointer + tl.arange(0, SIZE)
+    if ALIGNED:
+        pointers = tl.multiple_of(pointers, 16)
+    return pointers
+
+
+@triton.jit
+def _block(  # type: ignore[no-untyped-def]
+    tensors, count, numbers, SIZE: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """The first `count` of SIZE numbers; without a mask, which would forbid wide loads, of all."""
+    scale, decay, one_minus_beta1, one_minus_beta2, step_size, root_correction, eps = numbers
+    weights, lows = _at(tensors[0], SIZE, ALIGNED), _at(tensors[1], SIZE, ALIGNED)
+    grads = _at(tensors[2], SIZE, ALIGNED)
+    firsts, seconds = _at(tensors[3], SIZE, ALIGNED), _at(tensors[4], SIZE, ALIGNED)
+    valid = None if WHOLE else tl.arange(0, SIZE) < count
+    other = None if WHOLE else 0
+    high = tl.load(weights, mask=valid, other=other).to(tl.int32)
+    bits = (high << 16) + tl.load(lows, mask=valid, other=other).to(tl.int32)
+    master = bits.to(tl.float32, bitcast=True)
+    g = tl.load(grads, mask=valid, other=other).to(tl.float32) * scale
+    m = tl.load(firsts, mask=valid, other=other)
+    v = tl.load(seconds, mask=valid, other=other)
+    master = master - decay * master
+    m = m + (g - m) * one_minus_beta1
+    v = v + (g * g - v) * one_minus_beta2
+    below = tl.div_rn(tl.sqrt_rn(v), root_correction) + eps
+    master = master - tl.div_rn(step_size * m, below)
+    bits = master.to(tl.int32, bitcast=True)
+    tl.store(firsts, m, mask=valid)
+    tl.store(seconds, v, mask=valid)
+    tl.store(weights, ((bits + 0x8000) >> 16).to(tl.int16), mask=valid)
+    tl.store(lows, bits.to(tl.int16), mask=valid)
 
 
 @triton.jit
 def _update(  # type: ignore[no-untyped-def]
-    weight,
-    low,
-    grad,
-    first,
-    second,
-    count,
+    rows,
+    row_of,
     scale,
     decay,
     one_minus_beta1,
@@ -29,33 +79,34 @@ def _update(  # type: ignore[no-untyped-def]
     root_correction,
     eps,
     SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+    WIDE_GRADIENT: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    valid = at < count
-    high = tl.load(weight + at, mask=valid, other=0).to(tl.int32)
-    bits = (high << 16) + tl.load(low + at, mask=valid, other=0).to(tl.int32)
-    master = bits.to(tl.float32, bitcast=True)
-    g = tl.load(grad + at, mask=valid, other=0.0).to(tl.float32) * scale
-    m = tl.load(first + at, mask=valid, other=0.0)
-    v = tl.load(second + at, mask=valid, other=0.0)
-    master = master - decay * master
-    m = m + (g - m) * one_minus_beta1
-    v = v + (g * g - v) * one_minus_beta2
-    below = tl.div_rn(tl.sqrt_rn(v), root_correction) + eps
-    master = master - tl.div_rn(step_size * m, below)
-    bits = master.to(tl.int32, bitcast=True)
-    tl.store(first + at, m, mask=valid)
-    tl.store(second + at, v, mask=valid)
-    tl.store(weight + at, ((bits + 0x8000) >> 16).to(tl.int16), mask=valid)
-    tl.store(low + at, bits.to(tl.int16), mask=valid)
+    program = tl.program_id(0)
+    row = rows + tl.load(row_of + program).to(tl.int64) * 7
+    weight = tl.load(row).to(tl.pointer_type(tl.int16))
+    low = tl.load(row + 1).to(tl.pointer_type(tl.int16))
+    if WIDE_GRADIENT:
+        grad = tl.load(row + 2).to(tl.pointer_type(tl.float32))
+    else:
+        grad = tl.load(row + 2).to(tl.pointer_type(tl.bfloat16))
+    first = tl.load(row + 3).to(tl.pointer_type(tl.float32))
+    second = tl.load(row + 4).to(tl.pointer_type(tl.float32))
+    count = tl.load(row + 5)
+    begin = (program - tl.load(row + 6)) * (SIZE * PARTS)
+    numbers = (scale, decay, one_minus_beta1, one_minus_beta2, step_size, root_correction, eps)
+    for part in range(PARTS):
+        at = begin + part * SIZE
+        tensors = (weight + at, low + at, grad + at, first + at, second + at)
+        if at + SIZE <= count:
+            _block(tensors, SIZE, numbers, SIZE, True, ALIGNED)
+        elif at < count:
+            _block(tensors, count - at, numbers, SIZE, False, ALIGNED)
 
 
 def update(
-    weight: Tensor,
-    low: Tensor,
-    grad: Tensor,
-    first: Tensor,
-    second: Tensor,
+    parameters: Sequence[Tensors],
     *,
     step: float,
     scale: float,
@@ -64,31 +115,48 @@ def update(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """AdamW in fp32, in place, of flat tensors of one length on one GPU.
+    """AdamW in fp32, in place, of parameters on one GPU whose tensors are contiguous in memory.
 
     Args:
-        weight: bf16. low: int16, the remainders of the masters. grad: bf16 or fp32.
-        first, second: fp32, the moments.
         step: the number of this step, from 1. scale: of the gradient.
     """
-    count = weight.numel()
-    if count == 0:
-        return
+    kinds: dict[tuple[bool, bool], list[list[int]]] = {}
+    for tensors in parameters:
+        addresses = [t.data_ptr() for t in tensors]
+        count = tensors[0].numel()
+        if count:
+            aligned = not any(address % ALIGNED for address in addresses)
+            kind = (tensors[2].dtype == torch.float32, aligned)
+            kinds.setdefault(kind, []).append([*addresses, count])
     corrections = [1.0 - beta**step for beta in betas]
-    _update[(triton.cdiv(count, BLOCK),)](
-        weight.view(low.dtype),
-        low,
-        grad,
-        first,
-        second,
-        count,
-        float(scale),
-        lr * weight_decay,
-        1.0 - betas[0],
-        1.0 - betas[1],
-        lr / corrections[0],
-        math.sqrt(corrections[1]),
-        float(eps),
-        SIZE=BLOCK,
-        num_warps=8,
-    )
+    for (wide, aligned), rows in kinds.items():
+        device = parameters[0][0].device
+        begins, row_of = _programs(tuple(row[5] for row in rows), device)
+        table = torch.tensor([[*row, a] for row, a in zip(rows, begins, strict=True)])
+        _update[(len(row_of),)](
+            copied(table, device),
+            row_of,
+            float(scale),
+            lr * weight_decay,
+            1.0 - betas[0],
+            1.0 - betas[1],
+            lr / corrections[0],
+            math.sqrt(corrections[1]),
+            float(eps),
+            SIZE=BLOCK,
+            PARTS=BLOCKS,
+            WIDE_GRADIENT=wide,
+            ALIGNED=aligned,
+            num_warps=8,
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _programs(counts: tuple[int, ...], device: torch.device) -> tuple[list[int], Tensor]:
+    """The first program of each parameter, and the parameter of each program, int32 on the device:
+    a program has `BLOCK * BLOCKS` numbers of one parameter.
+    """
+    programs = torch.tensor([triton.cdiv(count, BLOCK * BLOCKS) for count in counts])
+    begins = (programs.cumsum(0) - programs).tolist()
+    numbers = torch.arange(len(counts), dtype=torch.int32)
+    return begins, copied(torch.repeat_interleave(numbers, programs), device)

@@ -8,8 +8,8 @@ half is kept, as a 16-bit number.
     bf16 = master rounded to nearest (a tie goes up)
 
 So master = join(bf16, low) without loss, and the model computes with a correctly rounded weight.
-The update itself is torch's fused AdamW in fp32 on blocks; on a GPU it is one Triton kernel, in
-one pass over memory (`split_kernel`).
+The update itself is torch's fused AdamW in fp32 on blocks; on a GPU it is one Triton kernel for all
+parameters, in one pass over memory (`split_kernel`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -108,9 +108,6 @@ class Block:
                 f"SplitAdamW: states are on {self.m.device}, the parameter is on"
                 f" {self.weight.device}."
             )
-        if self.is_one_pass():
-            self.update_in_one_pass()
-            return
         n = self.weight.numel()
         inner = min(inner_length(self.weight), n)
         # Scratch is allocated once: fresh memory for each part would cost the host more than the
@@ -130,32 +127,31 @@ class Block:
             if part.low is not None:
                 split_into(part.weight, part.low, master, spare[:here])
 
-    def is_one_pass(self) -> bool:
-        """Whether the kernel makes the update: of any length, without scratch."""
-        at = self.weight.device
-        return self.low is not None and at.type == "cuda" and self.m.device == at and _one_pass(at)
 
-    def update_in_one_pass(self) -> None:
-        """`update` of a split master, by the kernel."""
-        assert split_update is not None
-        group = self.group
-        split_update(
-            self.weight,
-            self.low,
-            self.grad,
-            self.m,
-            self.v,
-            step=float(self.step),
-            scale=self.scale,
-            lr=float(group["lr"]),
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-        )
+def update_in_one_pass(
+    parameters: Sequence[tuple[Tensor, ...]], group: dict[str, Any], step: float, scale: float
+) -> None:
+    """One AdamW step of split masters on one GPU by one call of the kernel.
+
+    Args:
+        parameters: of each its weight, remainder, gradient, first and second moment.
+        group: the optimizer's settings of them.
+        step: its number, from 1. scale: of the gradient.
+    """
+    assert split_update is not None
+    split_update(
+        parameters,
+        step=step,
+        scale=scale,
+        lr=float(group["lr"]),
+        betas=group["betas"],
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+    )
 
 
 @functools.cache
-def _one_pass(device: torch.device) -> bool:
+def is_one_pass(device: torch.device) -> bool:
     """Whether the Triton kernel is there and computes what PyTorch's operations compute: tried once
     a process.
     """
@@ -181,20 +177,27 @@ def difference_of_one_pass(device: torch.device) -> float:
     have their roundings. Infinity where bf16 weights are not the rounded masters.
     """
     generator = torch.Generator().manual_seed(0)
-    n = 5000
-    master, m, v, grad = (torch.randn(n, generator=generator).to(device) for _ in range(4))
-    weight, low = split(master)
     group = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-    v, narrow = v.abs(), grad.bfloat16()
-    step = torch.tensor(3.0)
-    ours = Block(weight, narrow, low, m.clone(), v.clone(), step, group, 0.5)
-    ours.update_in_one_pass()
-    _adamw(master, narrow.float() * 0.5, dataclasses.replace(ours, m=m, v=v))
-    found = join(ours.weight, low)
-    if not torch.equal(split(found)[0], ours.weight):
-        return math.inf
-    pairs = ((found, master), (ours.m, m), (ours.v, v))
-    return worst(((a - b).abs() / b.abs().clamp(min=1.0)).max() for a, b in pairs)
+    step, scale = torch.tensor(3.0), 0.5
+    parameters, expected = [], []
+    for n, begin in ((40_000, 0), (5001, 1), (7, 0)):  # the second's memory is not aligned
+        master, m, v, grad = (torch.randn(n, generator=generator).to(device) for _ in range(4))
+        weight, low = (t[begin:] for t in split(master))
+        m, v, grad = m[begin:], v[begin:].abs(), grad[begin:].bfloat16()
+        parameters.append((weight, low, grad, m.clone(), v.clone()))
+        block = Block(weight, grad, low, m, v, step, group, scale)
+        wide = join(weight, low)
+        _adamw(wide, grad.float() * scale, block)
+        expected.append((wide, m, v))
+    update_in_one_pass(parameters, group, float(step), scale)
+    far = []
+    for (weight, low, _, *moments), wanted in zip(parameters, expected, strict=True):
+        found = join(weight, low)
+        if not torch.equal(split(found)[0], weight):
+            return math.inf
+        for a, b in zip((found, *moments), wanted, strict=True):
+            far.append(((a - b).abs() / b.abs().clamp(min=1.0)).max())
+    return worst(far)
 
 
 def _adamw(master: Tensor, grad: Tensor, part: Block) -> None:
