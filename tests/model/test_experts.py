@@ -370,6 +370,32 @@ def test_grouped_experts_are_those_of_the_model(family: str) -> None:
     assert all(float(t.abs().max()) > 0 for t in found.values())
 
 
+def test_products_beside_messages_leave_processors_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the backward pass, those of the last map: until the gradient of what it is given is there.
+    Values are the same; a pass without gradients changes nothing.
+    """
+    events: list[Any] = []
+    monkeypatch.setattr(
+        torch._C, "_set_sm_carveout_experimental", lambda n: events.append(n), raising=False
+    )
+    block = block_of("qwen3_moe", 0).double()
+    expected = run_block(block, 0, dtype=torch.float64)
+    assert events == []
+    experts.beside_messages(block)
+    held = next(m for m in block.modules() if experts.of_interface(m))
+    for name, p in held.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda p, name=name: events.append(name))
+    assert_equal(run_block(block, 0, dtype=torch.float64), expected)
+    assert events == [experts.PROCESSORS, None]
+    events.clear()
+    x, chosen, shares = routed(0)
+    block(x.double().requires_grad_(), chosen, shares.double()).sum().backward()
+    assert events == [experts.PROCESSORS, "down_proj", None, "gate_up_proj"]
+    with torch.no_grad():
+        block(x.double(), chosen, shares.double())
+    assert len(events) == 4
+
+
 def test_a_run_trains_through_the_grouped_experts() -> None:
     """The model that a run loads has them, from scratch as well as from files."""
     model = tiny_model("qwen3_moe", torch.float32)

@@ -4,11 +4,13 @@ recomputation.
 
 import copy
 import types
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import masking_utils
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
 from longfactory import sp
@@ -113,6 +115,26 @@ def test_masks_are_inspected() -> None:
         )
     with pytest.raises(ValueError, match="bidirectional"):
         create_bidirectional_mask(**arguments, attention_mask=None)
+
+
+def test_documents_are_not_searched_in_positions_that_carry_a_plan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The search waits for the device; models of other attention go on searching."""
+    jumping = torch.tensor([[0, 1, 2, 0, 1]])
+    found = masking_utils.find_packed_sequence_indices(jumping)
+    assert found.tolist() == [[0, 0, 0, 1, 1]]
+    model = tiny_model("llama")
+    hf.prepare(model, ONE)
+    r, segments = row([9, 15])
+
+    def search(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("searched")
+
+    monkeypatch.setattr(torch, "diff", search)
+    model(**hf.inputs(r, sp.plan(24, segments, ONE)))
+    with pytest.raises(AssertionError, match="searched"):
+        masking_utils.find_packed_sequence_indices(jumping)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
+import inspect
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +30,7 @@ from transformers import (
     AttentionMaskInterface,
     PreTrainedConfig,
     PreTrainedModel,
+    masking_utils,
 )
 
 from . import indexer, probe, rope, sparse
@@ -275,8 +278,33 @@ def _lost(function: Callable, found: set[tuple[str, int]]) -> str | None:
     return names.get(maker, maker)
 
 
+def _documents(find: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor | None]:
+    """transformers' search for documents in position ids, which waits for the device in each
+    forward pass, without it where the plan knows them (`inputs`).
+    """
+
+    @functools.wraps(find)
+    def found(position_ids: Tensor) -> Tensor | None:
+        return None if hasattr(position_ids, "sp_plan") else find(position_ids)
+
+    return found
+
+
+def _check_search(find: Callable) -> None:
+    """Raises RuntimeError where transformers' function is not what is expected here."""
+    names = list(inspect.signature(find).parameters)
+    if names != ["position_ids"]:
+        raise RuntimeError(
+            "transformers.masking_utils.find_packed_sequence_indices takes"
+            f" {', '.join(names) or 'nothing'}; LongFactory replaces a function of position_ids."
+            " Install a version of transformers that this version of LongFactory supports."
+        )
+
+
 AttentionInterface.register(ATTENTION, attention)
 AttentionMaskInterface.register(ATTENTION, mask)
+_check_search(masking_utils.find_packed_sequence_indices)
+masking_utils.find_packed_sequence_indices = _documents(masking_utils.find_packed_sequence_indices)
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:

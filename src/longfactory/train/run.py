@@ -29,6 +29,7 @@ from longfactory.memory.apply import apply_memory
 from longfactory.memory.choose import explain_out_of_memory
 from longfactory.memory.offload import Activations
 from longfactory.model import load, pissa
+from longfactory.model.experts import beside_messages
 from longfactory.shard import settings as shard
 from longfactory.shard.buffers import keep_buffers_apart
 from longfactory.sp import hf
@@ -140,6 +141,12 @@ def assemble(cfg: RunConfig, *, wide_weights: bool = False, store: Any = None) -
     )
 
 
+def begin_experts(trainer: RowTrainer) -> None:
+    """Where gradients are summed over GPUs beside the backward pass."""
+    if trainer.args.world_size > 1 and trainer.args.device.type == "cuda":
+        beside_messages(trainer.model_wrapped)
+
+
 def prepare_training(assembled: Assembled, cfg: RunConfig, watch: Watch | None = None) -> None:
     """The last step before training, which `verify` leaves out: what is measured, proved and
     computed before the first step, and the run's own file in the output folder. Collective.
@@ -160,6 +167,7 @@ def prepare_training(assembled: Assembled, cfg: RunConfig, watch: Watch | None =
     trainer.add_callback(
         AtStart(
             lambda: gathered.begin(trainer.model_wrapped, memory.plan.settings),
+            lambda: begin_experts(trainer),
             lambda: startup.done("optimizer and sharding"),
             lambda: prove_exact(trainer),
             lambda: startup.done("guard"),
