@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from longfactory.memory import gathered
+from longfactory.memory import gathered, split_masters
+from longfactory.memory.optimizer import SplitAdamW, local
 from longfactory.memory.settings import MemorySettings
 from longfactory.testing import tiny_model
 
@@ -28,13 +29,13 @@ def loss_of(model: Any, rank: int, step: int) -> Tensor:
     return nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
 
 
-def as_accelerate_shards(model: Any, reduced: torch.dtype) -> None:
+def as_accelerate_shards(model: Any, reduced: torch.dtype, device: str = "cpu") -> None:
     """Layers, embedding, and last norm with output layer are units of their own."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     keys: dict[str, Any] = {
-        "mesh": init_device_mesh("cpu", (dist.get_world_size(),)),
+        "mesh": init_device_mesh(device, (dist.get_world_size(),)),
         "mp_policy": MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=reduced),
     }
     tied = model.lm_head.weight is model.model.embed_tokens.weight
@@ -79,3 +80,84 @@ def gradients_and_gathers(
             gathered.give_up_weights(model)
             assert all(hasattr(p, "full_tensor") for p in model.parameters())
     return found, counts
+
+
+def gathers_and_updates(tied: bool) -> list[list[str]]:
+    """What happens in two steps, in order: units gathered, calls of the kernel with the names of
+    what they update, events recorded and given to FSDP2, waits of its gathers.
+    """
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as of_torch
+
+    model: Any = model_of("llama", torch.bfloat16, tied)
+    as_accelerate_shards(model, torch.bfloat16)
+    names = {local(p).data_ptr(): n for n, p in model.named_parameters()}
+    groups = [[p for n, p in model.named_parameters() if ("norm" in n) == norm] for norm in (0, 1)]
+    optimizer = SplitAdamW([{"params": group} for group in groups], placement="gpu")
+    gathered.begin(model, MemorySettings(keep_weights=True), optimizer)
+    happened: list[str] = []
+    gather = of_torch.foreach_all_gather
+
+    def counted(params: list[Any], *args: Any) -> Any:
+        happened.append(f"gather {params[0]._param_fqn}")
+        return gather(params, *args)
+
+    def kernel(parameters: Any, group: Any, step: float, scale: float) -> None:
+        happened.extend(f"update {names[tensors[0].data_ptr()]}" for tensors in parameters)
+
+    class Event:
+        def record(self, stream: Any = None) -> None:
+            happened.append("event")
+
+    with (
+        mock.patch.object(of_torch, "foreach_all_gather", counted),
+        mock.patch.object(split_masters, "update_in_one_pass", kernel),
+        mock.patch.object(SplitAdamW, "_is_one_pass", lambda self, p: True),
+        mock.patch.object(gathered.torch, "Event", Event),
+        mock.patch.object(
+            torch.cpu.Stream, "wait_event", lambda self, e: happened.append(type(e).__name__)
+        ),
+        mock.patch.object(
+            FSDPModule, "set_post_optim_event", lambda self, event: happened.append("given")
+        ),
+    ):
+        steps = []
+        for step in range(2):
+            loss_of(model, dist.get_rank(), step).backward()
+            optimizer.step()
+            model.zero_grad()
+            steps.append(list(happened))
+            happened.clear()
+    return steps
+
+
+def steps_of_both() -> list[list[str]]:
+    """`gathers_and_updates` of a model whose embedding is a unit of its own, and of one whose
+    embedding is the root's.
+    """
+    return gathers_and_updates(False) + gathers_and_updates(True)
+
+
+def weights_after_steps(beside: bool, steps: int = 4) -> list[Tensor]:
+    """Of a model on GPUs whose update takes longer than a gather: its weights, [numel] each, with
+    the first gathers beside the update or after it.
+    """
+    torch.cuda.set_device(dist.get_rank())
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "vocab_size": 8192}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 128}
+    model: Any = tiny_model("llama", dtype=torch.bfloat16, num_hidden_layers=6, **sizes, **heads)
+    model.set_attn_implementation("eager")
+    as_accelerate_shards(model.cuda().train(), torch.bfloat16, "cuda")
+    optimizer = SplitAdamW(model.parameters(), lr=1e-2, placement="gpu")
+    gathered.begin(model, MemorySettings(keep_weights=True), optimizer if beside else None)
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
+        ids = torch.randint(0, 8192, (1, 64), generator=generator).cuda()
+        logits = model(input_ids=ids).logits.float()
+        nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).backward()
+        optimizer.step()
+        model.zero_grad()
+    assert bool(optimizer._first) is beside
+    gathered.give_up_weights(model)
+    return [p.full_tensor().cpu().flatten() for p in model.parameters()]

@@ -7,22 +7,32 @@ that was gathered is copied once more on the stream that computes.
 
 from __future__ import annotations
 
+import collections
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from longfactory.memory.optimizer import SplitAdamW
 from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import TrainingJob
 from longfactory.memory.technique import Bytes, StepMoments, Technique
 from longfactory.sp.text_model import decoder_layers
 
 
-def begin(model: nn.Module, settings: MemorySettings) -> None:
-    """Before the first step of a model that is sharded."""
+def begin(model: nn.Module, settings: MemorySettings, optimizer: SplitAdamW | None = None) -> None:
+    """Before the first step of a model that is sharded.
+
+    Args:
+        optimizer: of it, if it is of split masters.
+    """
     leave_embedding_sharded(model)
     keep_weights(model, settings.keep_weights)
+    if isinstance(model, FSDPModule) and optimizer is not None and optimizer.placement == "gpu":
+        BesideUpdate(model, optimizer)
 
 
 def keep_weights(model: nn.Module, keep: bool) -> None:
@@ -42,6 +52,84 @@ def leave_embedding_sharded(model: nn.Module) -> None:
     plain = isinstance(inner, nn.Embedding) and not list(inner.children())
     if plain and isinstance(inner, FSDPModule):
         inner.set_unshard_in_backward(False)
+
+
+class BesideUpdate:
+    """What a forward pass gathers first, the embedding and the first decoder layer, is updated
+    first, and its gathers run beside the update of the rest; they would have nothing beside them in
+    the forward pass.
+
+    FSDP2 takes an event of the optimizer that its gathers wait for (`set_post_optim_event`): here
+    that of the first part. All other units wait for the whole update before their forward pass.
+
+    Args:
+        model: sharded, with its parameters not gathered.
+        optimizer: of it; updates on the GPU.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: SplitAdamW) -> None:
+        self.model = weakref.ref(model)  # whose hooks hold this
+        self.updated: torch.Event | None = None
+        unit_of = _units(model)
+        owned: dict[int, list[nn.Parameter]] = collections.defaultdict(list)
+        for module, unit in unit_of.items():
+            owned[unit] += module.parameters(recurse=False)
+        root = unit_of[model]
+        first = _first_gathered(model, unit_of)
+        if not first or (owned[root] and root not in first):
+            return
+        for module in unit_of:
+            if isinstance(module, FSDPModule) and unit_of[module] not in {*first, root}:
+                module.register_forward_pre_hook(self._wait, prepend=True)
+        optimizer.update_first(
+            [p for unit in first for p in owned[unit]], self._first_part, self._whole
+        )
+
+    def _first_part(self) -> None:
+        model: Any = self.model()
+        event = torch.Event()
+        event.record()
+        if model is not None:
+            model.set_post_optim_event(event)
+
+    def _whole(self) -> None:
+        self.updated = torch.Event()
+        self.updated.record()
+
+    def _wait(self, module: nn.Module, args: Any) -> None:
+        """Before FSDP2's own hook, which gathers."""
+        if self.updated is not None:
+            streams = _state(module)._comm_ctx
+            streams.all_gather_copy_in_stream.wait_event(self.updated)
+            streams.all_gather_stream.wait_event(self.updated)
+            self.updated = None
+
+
+def _state(module: nn.Module) -> Any:
+    """FSDP2's, one of all modules that are gathered together."""
+    return module._get_fsdp_state()  # type: ignore[operator]
+
+
+def _units(model: nn.Module) -> dict[nn.Module, int]:
+    """Each module -> what its own parameters are gathered with: the `id` of the state of FSDP2."""
+    units: dict[nn.Module, int] = {}
+
+    def walk(module: nn.Module, unit: int) -> None:
+        units[module] = id(_state(module)) if isinstance(module, FSDPModule) else unit
+        for child in module.children():
+            walk(child, units[module])
+
+    walk(model, 0)
+    return units
+
+
+def _first_gathered(model: nn.Module, unit_of: dict[nn.Module, int]) -> list[int]:
+    """The units of the embedding and of the first decoder layer."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    layers = decoder_layers(model)[1]
+    if embedding not in unit_of or not len(layers):
+        return []
+    return list(dict.fromkeys((unit_of[embedding], unit_of[layers[0]])))
 
 
 def give_up_weights(model: nn.Module) -> None:

@@ -111,6 +111,8 @@ class SplitAdamW(torch.optim.Optimizer):
         self._away: dict[Tensor, Tensor] = {}
         self._rooms: dict[Tensor, Tensor] = {}  # host memory of gradients, kept from step to step
         self._worker: Worker | None = None
+        self._first: set[Any] = set()  # parameters that the kernel updates before others
+        self._after_first = self._after_all = _nothing
         for group in self.param_groups:
             for p in group["params"]:
                 if p.dtype not in (torch.bfloat16, torch.float32, torch.float64):
@@ -140,6 +142,7 @@ class SplitAdamW(torch.optim.Optimizer):
             torch._foreach_add_([self.state[p]["step"] for p in changed], 1)
         self._update_in_one_pass()
         self._do(job for block in self._work() for job in _update_jobs(block))
+        self._after_all()
         self._scale = 1.0
         self._left.clear()
         self._away.clear()
@@ -382,14 +385,31 @@ class SplitAdamW(torch.optim.Optimizer):
         device = local(p).device
         return device.type == "cuda" and split_masters.is_one_pass(device)
 
-    def _update_in_one_pass(self) -> None:
-        """Of parameters with a gradient that the kernel updates: one call for those of a group that
-        have made as many steps.
+    def update_first(
+        self, params: Iterable[Any], then: Callable[[], None], after_all: Callable[[], None]
+    ) -> None:
+        """From now on, where the kernel updates all of them: `params` are updated before the
+        others. In each step `then` is called when their update has been queued, and `after_all`
+        when that of all has.
         """
+        self._first, self._after_first, self._after_all = set(params), then, after_all
+
+    def _update_in_one_pass(self) -> None:
+        """Of parameters with a gradient that the kernel updates."""
+        first = {p for p in self._first if p.grad is not None}
+        if not first or not all(map(self._is_one_pass, first)):
+            self._call_kernel(lambda p: True)
+            return
+        self._call_kernel(lambda p: p in first)
+        self._after_first()
+        self._call_kernel(lambda p: p not in first)
+
+    def _call_kernel(self, chosen: Callable[[Any], bool]) -> None:
+        """One call for those of a group that have made as many steps."""
         for group in self.param_groups:
             alike: dict[tuple[torch.device, float], list[tuple[Tensor, ...]]] = {}
             for p in group["params"]:
-                if p.grad is None or not self._is_one_pass(p):
+                if p.grad is None or not chosen(p) or not self._is_one_pass(p):
                     continue
                 s, weight, grad = self.state[p], local(p), local(p.grad).contiguous()
                 if not weight.is_contiguous():
@@ -458,6 +478,10 @@ class SplitAdamW(torch.optim.Optimizer):
             if low is not None
             else here.to(torch.promote_types(p.dtype, torch.float32)).clone()
         )
+
+
+def _nothing() -> None:
+    pass
 
 
 def _flat(t: Any, what: str) -> Tensor:

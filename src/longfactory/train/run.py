@@ -166,7 +166,9 @@ def prepare_training(assembled: Assembled, cfg: RunConfig, watch: Watch | None =
         )
     trainer.add_callback(
         AtStart(
-            lambda: gathered.begin(trainer.model_wrapped, memory.plan.settings),
+            lambda: gathered.begin(
+                trainer.model_wrapped, memory.plan.settings, trainer._split_adamw()
+            ),
             lambda: begin_experts(trainer),
             lambda: startup.done("optimizer and sharding"),
             lambda: prove_exact(trainer),
