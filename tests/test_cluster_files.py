@@ -4,6 +4,7 @@ they run are words that the command knows.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -21,6 +22,10 @@ from longfactory.config.read import read
 from longfactory.config.translate import is_switch
 
 pytestmark = pytest.mark.processes
+# Not imported here: that sets variables of the environment for good.
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="needs the package ray"
+)
 
 FOLDER = Path(__file__).parents[1] / "examples" / "cluster"
 SBATCH = {
@@ -159,8 +164,8 @@ def on_ray(folder: Path, **changes: Any) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@needs_ray
 def test_ray_runs_two_workers(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
     done = on_ray(tmp_path, placement_strategy="STRICT_PACK")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "runs 2 workers (machine 1 of 1, found by Ray)" in done.stderr
@@ -169,9 +174,9 @@ def test_ray_runs_two_workers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@needs_ray
 def test_ray_gives_the_status_of_a_run_that_fails(tmp_path: Path) -> None:
     """Its reason is in the command's own output."""
-    pytest.importorskip("ray")
     (tmp_path / "bad.jsonl").write_text('{"input_ids": "no ids"}\n')
     done = on_ray(tmp_path, dataset=tmp_path / "bad.jsonl")
     assert done.returncode not in (0, None)
