@@ -41,6 +41,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "apollo_svd": {"use_apollo": True, "apollo_rank": 4, "apollo_proj": "svd"},
     "adam_mini": {"use_adam_mini": True},
 }
+# On two ranks GaLore projects once. At a later projection it takes the moments of the one before as
+# they are, so the sign of a singular vector, which a rounding turns, changes the run by 3e-2.
+ON_TWO_RANKS = {**RUNS, "galore": {**RUNS["galore"], "galore_update_interval": 200}}
 LAYERWISE = {
     "galore": {**RUNS["galore"], "galore_layerwise": True},
     "apollo": {**RUNS["apollo"], "apollo_layerwise": True},
@@ -69,7 +72,7 @@ def alone() -> dict[str, dict[str, torch.Tensor]]:
 
     class Lazy(dict):
         def __missing__(self, name: str) -> dict[str, torch.Tensor]:
-            self[name] = train(RUNS[name], 1, "none")
+            self[name] = train(ON_TWO_RANKS[name], 1, "none")
             return self[name]
 
     return Lazy()
@@ -89,13 +92,13 @@ def test_two_ranks_change_the_weights_as_one_process(
 ) -> None:
     for name in names:
         needs_package(name)
-    runs = [{"keys": RUNS[name]} for name in names]
+    runs = [{"keys": ON_TWO_RANKS[name]} for name in names]
     shared = on_ranks_of_their_own(2, 250, on_a_rank, sharding, runs)[0]
     before = model().state_dict()
     for name, after in zip(names, shared, strict=True):
         change = moved(alone[name], before)
         far = float((moved(after, before) - change).norm() / change.norm())
-        nudged = moved(train(RUNS[name], 1, "none", watch=nudge), before)
+        nudged = moved(train(ON_TWO_RANKS[name], 1, "none", watch=nudge), before)
         response = float((nudged - change).norm() / change.norm())
         print(f"{sharding} {name}: {far:.1e}; a nudge of 1e-7: {response:.1e}")
         assert float(change.abs().max()) > 1e-2, "the weights hardly moved"
