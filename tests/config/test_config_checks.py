@@ -599,12 +599,15 @@ def test_what_has_no_effect_is_said(keys: dict[str, Any], note: str) -> None:
     assert any(note in n for n in from_mapping({**BASE, **keys}).notes)
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "oft"])
-def test_expanded_layers_are_trained_by_freeze_alone(kind: str) -> None:
-    """LLaMA-Factory refuses it with full, and puts adapters on these layers alone."""
+@pytest.mark.parametrize("kind", ["full", "oft"])
+def test_expanded_layers_are_trained_by_freeze_and_lora(kind: str) -> None:
     given = {**BASE, "finetuning_type": kind, "use_llama_pro": True}
-    with pytest.raises(ConfigError, match=f"with finetuning_type: freeze; this run's is {kind}"):
+    with pytest.raises(ConfigError, match=f"adapters on them, with lora; this run's is {kind}"):
         from_mapping(given)
+    keys = {**BASE, "finetuning_type": "lora", "freeze_trainable_layers": 1}
+    assert any("freeze_trainable_layers has no effect" in n for n in from_mapping(keys).notes)
+    notes = from_mapping({**keys, "use_llama_pro": True}).notes
+    assert not any("freeze_trainable_layers" in n for n in notes)
 
 
 def test_defaults_pass_without_a_word() -> None:

@@ -205,6 +205,48 @@ def test_names_for_lora_are_those_of_linear_layers_alone(family: str, names: set
     }
 
 
+@pytest.mark.parametrize("target", [("all",), ("q_proj", "down_proj")])
+def test_lora_of_expanded_layers_is_on_those_that_llamafactory_finds(
+    target: tuple[str, ...],
+) -> None:
+    """Its `find_expanded_modules`, of the names that `all` means there."""
+    model, added = tiny_model(num_hidden_layers=12), 3
+    stride = 12 // added
+    numbers = [f".{i}." for i in range(stride - 1, 12 + stride - 1, stride)]
+    named = LINEAR if target == ("all",) else target
+    want = {
+        name
+        for name, _ in model.named_modules()
+        if any(t in name for t in named) and any(number in name for number in numbers)
+    }
+    model = apply(
+        model, "lora", lora_target=target, use_llama_pro=True, freeze_trainable_layers=added
+    )
+    found = {name.removeprefix("base_model.model.").split(".lora_")[0] for name in trained(model)}
+    assert found == want and len(want) == added * len(named)
+
+
+def test_lora_of_expanded_layers_has_their_experts() -> None:
+    model = apply(
+        tiny_model("qwen3_moe", num_hidden_layers=4),
+        "lora",
+        lora_target=("all",),
+        use_llama_pro=True,
+        freeze_trainable_layers=2,
+    )
+    names = trained(model)
+    assert {n.split("layers.")[1].split(".")[0] for n in names} == {"1", "3"}
+    assert any(".experts." in n for n in names)
+    with pytest.raises(UserError, match="4 layers are not divisible by freeze_trainable_layers: 3"):
+        apply(
+            tiny_model(num_hidden_layers=4),
+            "lora",
+            lora_target=("all",),
+            use_llama_pro=True,
+            freeze_trainable_layers=3,
+        )
+
+
 def test_lora_keys_reach_peft() -> None:
     model = apply(
         tiny_model(), "lora", lora_target=("q_proj", "mlp.down_proj"), lora_alpha=5, lora_rank=3, lora_dropout=0.25,

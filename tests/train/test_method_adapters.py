@@ -37,6 +37,11 @@ KINDS: dict[str, dict[str, Any]] = {
         "freeze_trainable_layers": 1,
         "use_llama_pro": True,
     },
+    "llama pro, adapters": {
+        **LORA,
+        "freeze_trainable_layers": 1,
+        "use_llama_pro": True,
+    },
 }
 """Three steps at a learning rate of 0.02, that of `run_config`."""
 

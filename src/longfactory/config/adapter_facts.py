@@ -41,10 +41,11 @@ def adapter_is_start(method: FinetuningArguments) -> bool:
 
 def problems(method: FinetuningArguments) -> Iterator[str]:
     """Contradictions among keys of adapters: a sentence each."""
-    if method.use_llama_pro and method.finetuning_type != "freeze":
+    if method.use_llama_pro and method.finetuning_type not in ("freeze", "lora"):
         yield (
-            "use_llama_pro trains the layers that were added, with finetuning_type: freeze; this"
-            f" run's is {method.finetuning_type}. Use freeze, or leave it out."
+            "use_llama_pro trains the layers that were added, with finetuning_type: freeze, or"
+            f" adapters on them, with lora; this run's is {method.finetuning_type}. Use one of"
+            " these, or leave it out."
         )
     for name in LORA_KEYS:
         if getattr(method, name) and method.finetuning_type != "lora":

@@ -279,13 +279,16 @@ class FinetuningArguments:
     create_new_adapter: bool = arg(False, "Merge every given adapter and train a new one.")
 
     freeze_trainable_layers: int = arg(
-        2, "freeze: train the last n layers; negative: the first n.", low=-(10**4), high=10**4
+        2,
+        "freeze: train the last n layers; negative: the first n. use_llama_pro: the layers added.",
+        low=-(10**4),
+        high=10**4,
     )
     freeze_trainable_modules: tuple[str, ...] = arg(
         ("all",), "freeze: modules trained in those layers."
     )
     use_llama_pro: bool = arg(
-        False, "freeze: train only the layers that block expansion has added."
+        False, "freeze, lora: train only the layers that block expansion has added."
     )
     freeze_extra_modules: tuple[str, ...] = arg(
         (), "freeze: modules outside the layers to train as well."

@@ -677,7 +677,11 @@ def idle(cfg: RunConfig, given: set[str]) -> list[str]:
         (lambda k: k.startswith("oft_"), kind == "oft", f"finetuning_type is {kind}"),
         (lambda k: k == "module_dropout", kind == "oft", f"finetuning_type is {kind}"),
         (
-            lambda k: k.startswith("freeze_") and k not in FREEZE_PARTS,
+            lambda k: (
+                k.startswith("freeze_")
+                and k not in FREEZE_PARTS
+                and not (k == "freeze_trainable_layers" and cfg.method.use_llama_pro)
+            ),
             kind == "freeze",
             f"finetuning_type is {kind}",
         ),

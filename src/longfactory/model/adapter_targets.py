@@ -415,7 +415,58 @@ def check_targets(model: Any, method: Any) -> Targets:
     if oft:
         return targets
     _refuse_what_parameters_cannot(targets, method, model)
-    return targets
+    return in_expanded_layers(targets, model, method) if method.use_llama_pro else targets
+
+
+def expanded_layers(layers: int, added: int) -> range:
+    """The layers that block expansion has added: the last one of each group.
+
+    Args:
+        layers: of the expanded model.
+        added: of them, `freeze_trainable_layers`.
+    Raises:
+        UserError: the groups would differ in length.
+    """
+    if added <= 0 or layers % added:
+        raise UserError(
+            f"use_llama_pro trains every ({layers}/{added})th layer: {layers} layers are not"
+            f" divisible by freeze_trainable_layers: {added}."
+        )
+    stride = layers // added
+    return range(stride - 1, layers, stride)
+
+
+def in_expanded_layers(targets: Targets, model: Any, method: Any) -> Targets:
+    """The same targets in the layers that block expansion has added, by their whole names.
+
+    Raises:
+        UserError: nothing of them lies there.
+    """
+    prefix, layers = text_model.decoder_layers(model)
+    chosen = tuple(
+        f"{prefix}.{i}." for i in expanded_layers(len(layers), method.freeze_trainable_layers)
+    )
+    if text_model.enters_more_than_text(model) and "tower" not in frozen_parts(method):
+        raise UserError(
+            "use_llama_pro puts adapters on the added layers of the text model alone, and"
+            " freeze_vision_tower: false asks for some in the tower. Leave one of them out."
+        )
+    modules = [name for name, _ in model.named_modules() if name.startswith(chosen)]
+    parameters = [
+        name
+        for name, _ in model.named_parameters(remove_duplicate=False)
+        if name.startswith(chosen)
+    ]
+    found = Targets(
+        sorted({name for target in targets.modules for name in _named_by(target, modules)}),
+        sorted({name for end in targets.parameters for name in _named_by(end, parameters)}),
+    )
+    if not found.modules and not found.parameters:
+        raise UserError(
+            "use_llama_pro: lora_target names nothing in the added layers"
+            f" ({', '.join(name[:-1] for name in chosen)})."
+        )
+    return found
 
 
 def _refuse_what_parameters_cannot(targets: Targets, method: Any, model: Any) -> None:

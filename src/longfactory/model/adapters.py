@@ -23,6 +23,7 @@ from longfactory.model.adapter_targets import (
     check_targets,
     clear_ends,
     excluded,
+    expanded_layers,
     frozen_parts,
     linear_names,
     listed,
@@ -228,13 +229,7 @@ def _freeze(model: nn.Module, method: Any) -> None:
             " freeze_extra_modules."
         )
     if method.use_llama_pro:
-        if count < 0 or n % count:
-            raise UserError(
-                f"use_llama_pro trains every ({n}/{count})th layer: {n} layers are not divisible by"
-                f" freeze_trainable_layers: {count}."
-            )
-        stride = n // count
-        chosen = range(stride - 1, n, stride)
+        chosen = expanded_layers(n, count)
     else:
         chosen = range(max(0, n - count), n) if count >= 0 else range(min(n, -count))
     names = listed(method.freeze_trainable_modules)

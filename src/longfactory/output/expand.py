@@ -1,8 +1,8 @@
 """`longfactory expand`: block expansion (LLaMA Pro, Wu et al., 2024), for `use_llama_pro`.
 
 Behind every n-th layer a copy of it is put whose output projections are zero: the model computes
-what it did, and `finetuning_type: freeze` with `use_llama_pro: true` and `freeze_trainable_layers`
-as many as were added trains the copies alone.
+what it did. `use_llama_pro: true` with `freeze_trainable_layers` as many as were added trains the
+copies alone (`finetuning_type: freeze`) or adapters on them (`lora`).
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def expand(folder: str | Path, target: str | Path, added: int, shard_bytes: int 
             shutil.copy2(file, target / file.name)
     log.info(
         f"{target}: {count + added} layers, a copy after every {stride} ({weights} tensors). "
-        "Train it with finetuning_type: freeze, use_llama_pro: true, freeze_trainable_layers: "
-        f"{added}."
+        "Train it with finetuning_type: freeze (or lora), use_llama_pro: true,"
+        f" freeze_trainable_layers: {added}."
     )
     return count + added
 

@@ -23,6 +23,7 @@ ADAPTER = (
     "train_routers",
     "use_rslora",
     "use_dora",
+    "use_llama_pro",
     "additional_target",
     "oft_rank",
     "oft_block_size",
@@ -31,6 +32,7 @@ ADAPTER = (
 """Keys of what is trained: with other values the checkpoint's weights are of another model."""
 
 TRAINED = (
+    "use_llama_pro",
     "freeze_trainable_layers",
     "freeze_trainable_modules",
     "freeze_extra_modules",
@@ -120,6 +122,8 @@ def refuse_other_states(
     ]
     if now.get("finetuning_type") == "freeze":
         names += TRAINED
+    elif now.get("use_llama_pro"):
+        names.append("freeze_trainable_layers")
     other = {n: changes[n] for n in names if n in changes}
     if other:
         raise UserError(
