@@ -152,6 +152,36 @@ def test_an_adapter_is_not_written_beside_a_whole_model(out: Path) -> None:
         run(out, finetuning_type="lora", overwrite_output_dir=True)
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_model_that_a_kill_left_beside_its_place_is_seen(out: Path, moved: bool) -> None:
+    """The next run that trains there puts it in place, and would put an adapter beside it."""
+    write(run(out, finetuning_type="full"))
+    beside = out / "new-model-0123456789ab"
+    beside.mkdir()
+    (beside / "model.safetensors").touch()
+    ((out if moved else beside) / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"holds a full model .* in new-model-0123456789ab/"):
+        run(out, finetuning_type="lora", overwrite_output_dir=True)
+    with pytest.raises(ConfigError, match="holds another run"):
+        run(out, finetuning_type="full", stage="kto")
+    run(out, finetuning_type="full", stage="kto", overwrite_output_dir=True)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_an_adapter_that_a_kill_left_beside_its_place_is_seen(out: Path, moved: bool) -> None:
+    write(run(out, finetuning_type="lora"))
+    beside = out / "new-model-0123456789ab"
+    beside.mkdir()
+    (beside / "adapter_model.safetensors").touch()
+    ((out if moved else beside) / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="holds another run"):
+        run(out, finetuning_type="full")
+    with pytest.raises(ConfigError, match="holds an adapter, which this run"):
+        run(out, finetuning_type="full", resume_from_checkpoint=False)
+    run(out, finetuning_type="full", overwrite_output_dir=True)
+    assert run(out, finetuning_type="lora", overwrite_output_dir=True).checkpoints == ()
+
+
 def test_the_model_s_own_folder_is_refused_before_anything_is_read(out: Path) -> None:
     """However it is named. Evaluation writes no model."""
     out.mkdir()

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ entry `format` there is a manifest beside it.
 MANIFEST = "longfactory_manifest.json"
 """What LongFactory writes last into a checkpoint: its files with sizes and checksums."""
 
+COMPLETE = "new-model-"
+"""Begins the name of a folder in the output folder: a trained model, complete, whose run was killed
+while it was put in place. The next run that trains there puts it in place.
+"""
+
 RESULTS = "train_results.json"
 """Of a run that came to its end."""
 
@@ -51,6 +57,8 @@ WEIGHTS = (
     "adapter_model.safetensors",
     "adapter_model.bin",
 )
+_MODEL = (("config.json",), tuple(name for name in WEIGHTS if "adapter" not in name))
+"""Of a whole model; transformers loads an adapter beside one onto it."""
 IDENTITY = (
     "stage",
     "finetuning_type",
@@ -194,11 +202,12 @@ def find_checkpoints(cfg: RunConfig) -> tuple[tuple[str, ...], list[str]]:
         raise ConfigError(
             f"output_dir: {out} is the folder that the model is read from. Choose another."
         )
-    if cfg.trainer.do_train and trains_adapters(cfg.method) and _holds_a_model(out):
+    if cfg.trainer.do_train and trains_adapters(cfg.method) and _saved(out, *_MODEL):
+        left = ", ".join(f"{p.name}/" for p in _saved_in(out)[1:])
         raise ConfigError(
-            f"output_dir: {out} holds a full model (config.json and its weights), and loading "
-            "the adapter from there would also load that model. Choose another folder, or "
-            "remove the model."
+            f"output_dir: {out} holds a full model (config.json and its weights"
+            f"{', in ' + left if left else ''}), and loading the adapter from there would also load"
+            " that model. Choose another folder, or remove the model."
         )
     begun = _begun(cfg, out) if cfg.trainer.do_train else None
     if begun is not None and (own := _candidates(out, begun)):
@@ -246,7 +255,7 @@ def find_checkpoints(cfg: RunConfig) -> tuple[tuple[str, ...], list[str]]:
     if found:
         return tuple(found), [*notes, f"Resuming from {found[0]}. To start over: {REMEDY}"]
     unfinished = _died_at_its_end(out) if record is None else not record.finished
-    if any((out / name).is_file() for name in WEIGHTS) and not unfinished:
+    if _saved(out, WEIGHTS) and not unfinished:
         raise ConfigError(f"output_dir: {out} holds a finished run without checkpoints. {REMEDY}")
     return (), notes
 
@@ -259,10 +268,19 @@ def _holds_the_model_of(cfg: RunConfig, out: Path) -> bool:
     return out.is_dir() and model != Path() and model.is_dir() and model.samefile(out)
 
 
-def _holds_a_model(out: Path) -> bool:
-    """Whether a whole model was saved there; transformers loads an adapter beside one onto it."""
-    whole = [name for name in WEIGHTS if "adapter" not in name]
-    return (out / "config.json").is_file() and any((out / name).is_file() for name in whole)
+def _saved_in(out: Path) -> list[Path]:
+    """Where a run may have saved its trained model: the output folder, and what a kill has left in
+    it complete.
+    """
+    return [out, *sorted(p for p in out.glob(f"{COMPLETE}*") if p.is_dir())]
+
+
+def _saved(out: Path, *kinds: Sequence[str]) -> bool:
+    """Whether a file of each kind is in the output folder or in what a kill has left in it: one
+    that moved a model into its place has moved a part of it.
+    """
+    places = _saved_in(out)
+    return all(any((p / name).is_file() for p in places for name in names) for names in kinds)
 
 
 def _refuse_to_replace_an_adapter(cfg: RunConfig, out: Path) -> None:
@@ -272,7 +290,7 @@ def _refuse_to_replace_an_adapter(cfg: RunConfig, out: Path) -> None:
     replaces = cfg.trainer.do_train and not trains_adapters(cfg.method)
     if not replaces or cfg.output.overwrite_output_dir:
         return
-    if (out / "adapter_config.json").is_file():
+    if _saved(out, ("adapter_config.json",)):
         raise ConfigError(
             f"output_dir: {out} holds an adapter, which this run's model would replace. {REMEDY}"
         )
@@ -333,9 +351,7 @@ def _differences(cfg: RunConfig, out: Path) -> list[str]:
     none that wrote its file.
     """
     path = out / RUN_FILE
-    if not path.is_file() or (
-        last_checkpoint(out) is None and not any((out / name).is_file() for name in WEIGHTS)
-    ):
+    if not path.is_file() or (last_checkpoint(out) is None and not _saved(out, WEIGHTS)):
         return []
     old = read_file(path)
     found = []

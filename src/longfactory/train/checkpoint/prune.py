@@ -15,10 +15,9 @@ from longfactory.train.checkpoint import manifest as manifests
 log = logging.getLogger("longfactory")
 TEMPORARY = "tmp-checkpoint-"
 MODEL = "tmp-model-"
-COMPLETE = "new-model-"
 SCRATCH = ".longfactory-dry-save-"
 _LEFT = re.compile(rf"({TEMPORARY}\d+-[0-9a-f]{{12}}|{MODEL}[0-9a-f]{{12}}|{re.escape(SCRATCH)}.*)")
-_COMPLETE = re.compile(rf"{COMPLETE}[0-9a-f]{{12}}")
+_COMPLETE = re.compile(rf"{folder.COMPLETE}[0-9a-f]{{12}}")
 
 
 def temporary_name(step: int) -> str:
@@ -35,7 +34,7 @@ def put_model_in_place(beside: Path) -> None:
     """The trained model, which is complete in a folder of `unfinished_model`, takes the place of an
     earlier one in the folder above. What a kill interrupts is finished by `remove_leftovers`.
     """
-    complete = beside.with_name(beside.name.replace(MODEL, COMPLETE))
+    complete = beside.with_name(beside.name.replace(MODEL, folder.COMPLETE))
     beside.rename(complete)
     saved.put_in_place(complete, complete.parent)
 
