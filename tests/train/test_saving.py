@@ -359,3 +359,24 @@ def test_an_adapter_that_was_not_loaded_whole_ends_the_resume(tmp_path: Path) ->
     trainer.is_fsdp_enabled = True  # its own files have today's names
     with pytest.raises(UserError, match=r"PEFT does not find 6 tensors .*adapter_name_or_path"):
         RowTrainer.refuse_renamed_adapter(trainer)
+
+
+def test_a_checkpoint_of_another_program_is_of_the_run_s_kind(home: Path, tmp_path: Path) -> None:
+    """Without a manifest its files alone say whether it is an adapter or a model."""
+    kinds: dict[str, dict[str, Any]] = {"full": {}, "lora": LORA}
+    for kind, given in kinds.items():
+        run(home, tmp_path / kind, **given, save_strategy="steps", save_steps=1)
+        for path in (tmp_path / kind / "checkpoint-1").glob("longfactory_*"):
+            path.unlink()
+    for kind, other in (("full", "lora"), ("lora", "full")):
+        checkpoint = tmp_path / other / "checkpoint-1"
+        holds = "an adapter" if other == "lora" else "a whole model"
+        with pytest.raises(UserError, match=f"holds {holds}, and this run trains"):
+            run(
+                home,
+                tmp_path / "again",
+                **kinds[kind],
+                max_steps=2,
+                resume_from_checkpoint=checkpoint,
+            )
+        assert not (tmp_path / "again" / "model.safetensors").exists()

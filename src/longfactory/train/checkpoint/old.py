@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 from longfactory.config.folder import TRAINER_STATE
+from longfactory.errors import UserError
 
 _WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", "pytorch_model*.bin", "*_model.bin")
 
@@ -37,6 +38,29 @@ def problems_of(folder: Path) -> list[str]:
     if not sharded and not any(p for pattern in _WEIGHTS for p in folder.glob(pattern)):
         found.append("model.safetensors or adapter_model.safetensors is missing")
     return found
+
+
+def refuse_other_kind(folder: Path, *, adapter: bool) -> None:
+    """Refuses a checkpoint of an adapter where all parameters are trained, and of a whole model
+    where an adapter is. Of sharded states nothing is said: their files name no kind.
+
+    Args:
+        adapter: what this run trains.
+    Raises:
+        UserError: it holds the other.
+    """
+    holds_adapter = any(folder.glob("adapter_model.*"))
+    holds_model = any(p for pattern in _WEIGHTS for p in folder.glob(pattern)) and not holds_adapter
+    if not (holds_model if adapter else holds_adapter):
+        return
+    held, trained = (
+        ("a whole model", "an adapter") if adapter else ("an adapter", "the model itself")
+    )
+    key = "model_name_or_path" if adapter else "adapter_name_or_path, with finetuning_type: lora"
+    raise UserError(
+        f"The checkpoint {folder} holds {held}, and this run trains {trained}. Use the same"
+        f" finetuning_type. To start from its weights alone, name it in {key}."
+    )
 
 
 def resumable(folder: Path) -> bool:

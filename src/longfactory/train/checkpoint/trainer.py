@@ -39,7 +39,7 @@ from longfactory.shard import across, export, optimizer_states
 from longfactory.stages.base import Stage
 from longfactory.stages.metrics import MetricSums
 from longfactory.train.callbacks import Resume
-from longfactory.train.checkpoint import changes, settings
+from longfactory.train.checkpoint import changes, old, settings
 from longfactory.train.checkpoint.facts import RunFacts
 from longfactory.train.checkpoint.progress import (
     Progress,
@@ -593,6 +593,8 @@ class ResumableTrainer(Trainer):
             changes.refuse_other_states(
                 checkpoint, changed, self.facts.configuration, sharding=engines
             )
+        else:
+            old.refuse_other_kind(Path(checkpoint), adapter=hasattr(self.model, "peft_config"))
         headless = self.stage.output == "values" and not load_value_head(self.head, checkpoint)
         # The weights of a whole model hold the head; those of an adapter do not.
         if headless and os.path.isfile(os.path.join(checkpoint, "adapter_config.json")):
