@@ -58,19 +58,17 @@ def test_two_shards_reduce_bf16_to_the_same_bits() -> None:
 
 def test_what_is_gathered_first_is_updated_first() -> None:
     """FSDP2 is told of the first part's update, and gathers nothing else before the whole one."""
+    embedding, first, second = (
+        f"gather model.{name}.weight"
+        for name in ("embed_tokens", "layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj")
+    )
     for steps in run_ranks(SIZE, gathered_ranks.steps_of_both):
-        for first in (steps[0], steps[2]):
-            assert [x for x in first if x.startswith("gather")][:2] == [
-                "gather model.embed_tokens.weight",
-                "gather model.layers.0.self_attn.q_proj.weight",
-            ]
-        for step in steps:
+        for step in (steps[0], steps[1], steps[3], steps[4]):
             early, late = " ".join(step).split("event given")
             assert "update model.embed_tokens.weight" in early
             assert ".layers.0." not in late and "update model.layers.1." not in early
             assert late.endswith("event")
-        for second in (steps[1], steps[3]):
-            # FSDP2's own two waits are for the copy of what was gathered before
-            begin = second.index("gather model.layers.0.self_attn.q_proj.weight")
-            end = second.index("gather model.layers.1.self_attn.q_proj.weight")
-            assert second[begin + 1 : end] == ["Event"] * 4
+            # FSDP2's own two waits are for the copy of the embedding
+            assert step[:5] == [embedding, first, "Event", "Event", second]
+        assert steps[2][:3] == ["Event", "Event", first]
+        assert steps[5][:2] == [embedding, first]  # the root, whose unit has the embedding

@@ -8,6 +8,7 @@ that was gathered is copied once more on the stream that computes.
 from __future__ import annotations
 
 import collections
+import itertools
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -38,10 +39,16 @@ def begin(model: nn.Module, settings: MemorySettings, optimizer: SplitAdamW | No
 def keep_weights(model: nn.Module, keep: bool) -> None:
     """Whether the decoder layers of a sharded model keep their gathered weights from forward until
     their backward. Models that FSDP2 does not shard are left alone.
+
+    Of layers that keep them, each begins to gather the next one's before it computes. Attention's
+    kernels occupy every processor until they end: a gather that is begun later comes beside the
+    products of the MLP instead.
     """
-    for layer in decoder_layers(model)[1]:
-        if isinstance(layer, FSDPModule):
-            layer.set_reshard_after_forward(not keep, recurse=False)
+    layers = [layer for layer in decoder_layers(model)[1] if isinstance(layer, FSDPModule)]
+    for layer in layers:
+        layer.set_reshard_after_forward(not keep, recurse=False)
+    for layer, following in itertools.pairwise(layers):
+        layer.set_modules_to_forward_prefetch([following] if keep else [])
 
 
 def leave_embedding_sharded(model: nn.Module) -> None:
@@ -60,7 +67,9 @@ class BesideUpdate:
     the forward pass.
 
     FSDP2 takes an event of the optimizer that its gathers wait for (`set_post_optim_event`): here
-    that of the first part. All other units wait for the whole update before their forward pass.
+    that of the first part. All other units wait for the whole update before their forward pass. One
+    that is gathered earlier, in the first layer's, comes after FSDP2 has waited for the copy of the
+    embedding, which follows the update; where there was none, the first layer waits itself.
 
     Args:
         model: sharded, with its parameters not gathered.
@@ -70,6 +79,7 @@ class BesideUpdate:
     def __init__(self, model: nn.Module, optimizer: SplitAdamW) -> None:
         self.model = weakref.ref(model)  # whose hooks hold this
         self.updated: torch.Event | None = None
+        self.begun = False  # the embedding was gathered after the last update
         unit_of = _units(model)
         owned: dict[int, list[nn.Parameter]] = collections.defaultdict(list)
         for module, unit in unit_of.items():
@@ -78,8 +88,14 @@ class BesideUpdate:
         first = _first_gathered(model, unit_of)
         if not first or (owned[root] and root not in first):
             return
-        for module in unit_of:
-            if isinstance(module, FSDPModule) and unit_of[module] not in {*first, root}:
+        for module, unit in unit_of.items():
+            if not isinstance(module, FSDPModule):
+                continue
+            if unit == first[0]:
+                module.register_forward_pre_hook(self._begin, prepend=True)
+            elif unit == first[-1]:
+                module.register_forward_pre_hook(self._wait_unless_begun, prepend=True)
+            elif unit != root:
                 module.register_forward_pre_hook(self._wait, prepend=True)
         optimizer.update_first(
             [p for unit in first for p in owned[unit]], self._first_part, self._whole
@@ -93,11 +109,20 @@ class BesideUpdate:
             model.set_post_optim_event(event)
 
     def _whole(self) -> None:
+        self.begun = False
         self.updated = torch.Event()
         self.updated.record()
 
+    # before FSDP2's own hooks, which gather
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        self.begun = True
+
+    def _wait_unless_begun(self, module: nn.Module, args: Any) -> None:
+        if not self.begun:
+            self._wait(module, args)
+
     def _wait(self, module: nn.Module, args: Any) -> None:
-        """Before FSDP2's own hook, which gathers."""
         if self.updated is not None:
             streams = _state(module)._comm_ctx
             streams.all_gather_copy_in_stream.wait_event(self.updated)

@@ -138,9 +138,9 @@ class SplitAdamW(torch.optim.Optimizer):
                 if p.grad is not None or p in self._away:
                     self.prepare(p)
                     changed.append(p)
+        self._update_in_one_pass()
         if changed:
             torch._foreach_add_([self.state[p]["step"] for p in changed], 1)
-        self._update_in_one_pass()
         self._do(job for block in self._work() for job in _update_jobs(block))
         self._after_all()
         self._scale = 1.0
@@ -405,7 +405,9 @@ class SplitAdamW(torch.optim.Optimizer):
         self._call_kernel(lambda p: p not in first)
 
     def _call_kernel(self, chosen: Callable[[Any], bool]) -> None:
-        """One call for those of a group that have made as many steps."""
+        """One call for those of a group that have made as many steps. They are counted after it: the
+        GPU waits.
+        """
         for group in self.param_groups:
             alike: dict[tuple[torch.device, float], list[tuple[Tensor, ...]]] = {}
             for p in group["params"]:
@@ -415,7 +417,7 @@ class SplitAdamW(torch.optim.Optimizer):
                 if not weight.is_contiguous():
                     raise RuntimeError("SplitAdamW: a parameter is not contiguous in memory.")
                 tensors = (weight, s["low"], grad, s["exp_avg"], s["exp_avg_sq"])
-                alike.setdefault((weight.device, float(s["step"])), []).append(tensors)
+                alike.setdefault((weight.device, float(s["step"]) + 1), []).append(tensors)
             for (_, step), parameters in alike.items():
                 split_masters.update_in_one_pass(parameters, group, step, self._scale)
 

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from longfactory.sp.pinned import copied
 
-BLOCK = 2048  # numbers that are computed together
-BLOCKS = 8  # of one program
-ALIGNED = 16  # bytes: what one load of a thread takes
+BLOCK = 2048  # numbers of one program
+ALIGNED = 16  # bytes: what one load of a thread takes; and numbers that are masked alike
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """Of one parameter, of one length: weight (bf16), remainder (int16), gradient (bf16 or fp32), first
@@ -30,41 +29,12 @@ and second moment (fp32).
 
 
 @triton.jit
-def _at(pointer, SIZE: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """[SIZE] pointers from one on."""
-    pointers = pointer + tl.arange(0, SIZE)
+def _at(address, at, of: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The pointers of numbers in the memory that begins at what is read from `address`."""
+    pointers = tl.load(address).to(tl.pointer_type(of)) + at
     if ALIGNED:
         pointers = tl.multiple_of(pointers, 16)
     return pointers
-
-
-@triton.jit
-def _block(  # type: ignore[no-untyped-def]
-    tensors, count, numbers, SIZE: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr
-):
-    """The first `count` of SIZE numbers; without a mask, which would forbid wide loads, of all."""
-    scale, decay, one_minus_beta1, one_minus_beta2, step_size, root_correction, eps = numbers
-    weights, lows = _at(tensors[0], SIZE, ALIGNED), _at(tensors[1], SIZE, ALIGNED)
-    grads = _at(tensors[2], SIZE, ALIGNED)
-    firsts, seconds = _at(tensors[3], SIZE, ALIGNED), _at(tensors[4], SIZE, ALIGNED)
-    valid = None if WHOLE else tl.arange(0, SIZE) < count
-    other = None if WHOLE else 0
-    high = tl.load(weights, mask=valid, other=other).to(tl.int32)
-    bits = (high << 16) + tl.load(lows, mask=valid, other=other).to(tl.int32)
-    master = bits.to(tl.float32, bitcast=True)
-    g = tl.load(grads, mask=valid, other=other).to(tl.float32) * scale
-    m = tl.load(firsts, mask=valid, other=other)
-    v = tl.load(seconds, mask=valid, other=other)
-    master = master - decay * master
-    m = m + (g - m) * one_minus_beta1
-    v = v + (g * g - v) * one_minus_beta2
-    below = tl.div_rn(tl.sqrt_rn(v), root_correction) + eps
-    master = master - tl.div_rn(step_size * m, below)
-    bits = master.to(tl.int32, bitcast=True)
-    tl.store(firsts, m, mask=valid)
-    tl.store(seconds, v, mask=valid)
-    tl.store(weights, ((bits + 0x8000) >> 16).to(tl.int16), mask=valid)
-    tl.store(lows, bits.to(tl.int16), mask=valid)
 
 
 @triton.jit
@@ -79,30 +49,34 @@ def _update(  # type: ignore[no-untyped-def]
     root_correction,
     eps,
     SIZE: tl.constexpr,
-    PARTS: tl.constexpr,
-    WIDE_GRADIENT: tl.constexpr,
+    GRADIENT: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     program = tl.program_id(0)
     row = rows + tl.load(row_of + program).to(tl.int64) * 7
-    weight = tl.load(row).to(tl.pointer_type(tl.int16))
-    low = tl.load(row + 1).to(tl.pointer_type(tl.int16))
-    if WIDE_GRADIENT:
-        grad = tl.load(row + 2).to(tl.pointer_type(tl.float32))
-    else:
-        grad = tl.load(row + 2).to(tl.pointer_type(tl.bfloat16))
-    first = tl.load(row + 3).to(tl.pointer_type(tl.float32))
-    second = tl.load(row + 4).to(tl.pointer_type(tl.float32))
-    count = tl.load(row + 5)
-    begin = (program - tl.load(row + 6)) * (SIZE * PARTS)
-    numbers = (scale, decay, one_minus_beta1, one_minus_beta2, step_size, root_correction, eps)
-    for part in range(PARTS):
-        at = begin + part * SIZE
-        tensors = (weight + at, low + at, grad + at, first + at, second + at)
-        if at + SIZE <= count:
-            _block(tensors, SIZE, numbers, SIZE, True, ALIGNED)
-        elif at < count:
-            _block(tensors, count - at, numbers, SIZE, False, ALIGNED)
+    at = (program - tl.load(row + 6)) * SIZE + tl.arange(0, SIZE)
+    valid = at < tl.load(row + 5)
+    if ALIGNED:
+        valid = tl.max_constancy(valid, 16)
+    weight, low = _at(row, at, tl.int16, ALIGNED), _at(row + 1, at, tl.int16, ALIGNED)
+    grad = _at(row + 2, at, GRADIENT, ALIGNED)
+    first, second = _at(row + 3, at, tl.float32, ALIGNED), _at(row + 4, at, tl.float32, ALIGNED)
+    high = tl.load(weight, mask=valid, other=0).to(tl.int32)
+    bits = (high << 16) + tl.load(low, mask=valid, other=0).to(tl.int32)
+    master = bits.to(tl.float32, bitcast=True)
+    g = tl.load(grad, mask=valid, other=0.0).to(tl.float32) * scale
+    m = tl.load(first, mask=valid, other=0.0)
+    v = tl.load(second, mask=valid, other=0.0)
+    master = master - decay * master
+    m = m + (g - m) * one_minus_beta1
+    v = v + (g * g - v) * one_minus_beta2
+    below = tl.div_rn(tl.sqrt_rn(v), root_correction) + eps
+    master = master - tl.div_rn(step_size * m, below)
+    bits = master.to(tl.int32, bitcast=True)
+    tl.store(first, m, mask=valid)
+    tl.store(second, v, mask=valid)
+    tl.store(weight, ((bits + 0x8000) >> 16).to(tl.int16), mask=valid)
+    tl.store(low, bits.to(tl.int16), mask=valid)
 
 
 def update(
@@ -125,7 +99,7 @@ def update(
         addresses = [t.data_ptr() for t in tensors]
         count = tensors[0].numel()
         if count:
-            aligned = not any(address % ALIGNED for address in addresses)
+            aligned = not any(number % ALIGNED for number in (*addresses, count))
             kind = (tensors[2].dtype == torch.float32, aligned)
             kinds.setdefault(kind, []).append([*addresses, count])
     corrections = [1.0 - beta**step for beta in betas]
@@ -144,8 +118,7 @@ def update(
             math.sqrt(corrections[1]),
             float(eps),
             SIZE=BLOCK,
-            PARTS=BLOCKS,
-            WIDE_GRADIENT=wide,
+            GRADIENT=tl.float32 if wide else tl.bfloat16,
             ALIGNED=aligned,
             num_warps=8,
         )
@@ -153,10 +126,10 @@ def update(
 
 @functools.lru_cache(maxsize=64)
 def _programs(counts: tuple[int, ...], device: torch.device) -> tuple[list[int], Tensor]:
-    """The first program of each parameter, and the parameter of each program, int32 on the device:
-    a program has `BLOCK * BLOCKS` numbers of one parameter.
+    """The first program of each parameter, and the parameter of each program, int32 on the
+    device.
     """
-    programs = torch.tensor([triton.cdiv(count, BLOCK * BLOCKS) for count in counts])
+    programs = torch.tensor([triton.cdiv(count, BLOCK) for count in counts])
     begins = (programs.cumsum(0) - programs).tolist()
     numbers = torch.arange(len(counts), dtype=torch.int32)
     return begins, copied(torch.repeat_interleave(numbers, programs), device)
