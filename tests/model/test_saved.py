@@ -472,6 +472,39 @@ def test_a_kill_while_a_save_takes_its_place_mixes_nothing(
     raise AssertionError("it did not end")
 
 
+@pytest.mark.parametrize("before", [WHOLE, PARTS, ADAPTER])
+def test_a_kill_while_room_is_made_leaves_nothing_that_loads(
+    before: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink, left = Path.unlink, [0]
+
+    def counted(path: Path, missing_ok: bool = False) -> None:
+        if path.exists():
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+        unlink(path, missing_ok)
+
+    for steps in range(1, 40):
+        folder = tmp_path / str(steps)
+        folder.mkdir()
+        for name in before:
+            (folder / name).write_text("before")
+        left[0], ended = steps, True
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "unlink", counted)
+            try:
+                saved.make_room(folder, adapter=before is ADAPTER)
+            except KeyboardInterrupt:
+                ended = False
+        names = {path.name for path in folder.iterdir()}
+        assert before[0] not in names, "the settings, without which no weights load, go first"
+        if ended:
+            assert not names & {*READ_FIRST, "value_head.safetensors"}
+            return
+    raise AssertionError("it did not end")
+
+
 def test_an_adapter_leaves_what_it_was_trained_on(tmp_path: Path) -> None:
     beside = tmp_path / "beside"
     beside.mkdir()

@@ -174,6 +174,41 @@ def test_a_save_that_fails_leaves_the_model_of_before(
     assert stored_tensors(out).keys() == stored_tensors(home / "model").keys()
 
 
+def test_where_one_model_has_room_the_earlier_one_goes_first(
+    home: Path, tmp_path: Path, told: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `overwrite_output_dir` allows. It is said at the start."""
+    out = tmp_path / "out"
+    run(home, out)
+
+    def weights() -> dict[str, torch.Tensor]:
+        return {name: t for p in out.glob("*.safetensors") for name, t in load_file(p).items()}
+
+    before = weights()
+    room = sum(p.stat().st_size for p in out.glob("*.safetensors")) * 3 // 2
+
+    def usage(path: Any) -> Any:
+        used = sum(p.stat().st_size for p in out.glob("**/*.safetensors"))
+        return types.SimpleNamespace(total=room, used=used, free=room - used)
+
+    monkeypatch.setattr("longfactory.model.saved.shutil.disk_usage", usage)
+    there = []
+
+    def seen(trainer: Any, folder: str) -> None:
+        there.append(sorted(p.name for p in out.glob("*") if p.name.startswith(("model", "conf"))))
+        finish_save(trainer, folder)
+
+    finish_save = output.finish_save
+    monkeypatch.setattr("longfactory.train.checkpoint.trainer.finish_save", seen)
+    run(home, out, overwrite_output_dir=False, resume_from_checkpoint=False, learning_rate=0.1)
+    assert "config.json" in there[0] and len(there[0]) > 1 and "only without" not in told.text
+    run(home, out, learning_rate=0.2)
+    assert there[1] == [] and "removes that one before this run's is written" in told.text
+    after = weights()
+    assert after.keys() == before.keys()
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+
+
 def test_a_model_that_was_not_put_in_its_place_is_not_lost(
     home: Path, tmp_path: Path, told: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

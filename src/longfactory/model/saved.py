@@ -283,13 +283,40 @@ def remove_earlier(folder: Path, *, adapter: bool, kept: Collection[str] = ()) -
             weights of one are looked for.
         kept: names of files that stay.
     """
+    for path in earlier_files(folder, adapter=adapter):
+        if path.name not in kept:
+            path.unlink(missing_ok=True)
+
+
+def earlier_files(folder: Path, *, adapter: bool) -> list[Path]:
+    """What `remove_earlier` removes, of what is there."""
     names = {value_head.FILE, *damaged.ADAPTER}
     if not adapter:
         parts = (path.name for path in folder.glob("*-of-*"))
         names |= {"adapter_config.json", *damaged.MODEL, *damaged.INDICES}
         names |= {name for name in parts if WEIGHTS_PART.fullmatch(name)}
-    for name in names - set(kept):
+    return [folder / name for name in sorted(names) if (folder / name).is_file()]
+
+
+def fits_alone(folder: Path, needed: int, *, adapter: bool) -> bool:
+    """Whether a save of so many bytes has room in a folder without the earlier save there, and none
+    beside it.
+
+    Args:
+        adapter: what is to be saved.
+    """
+    free = shutil.disk_usage(folder).free
+    earlier = sum(path.stat().st_size for path in earlier_files(folder, adapter=adapter))
+    return free < needed <= free + earlier
+
+
+def make_room(folder: Path, *, adapter: bool) -> None:
+    """Removes an earlier save. What is read first goes first: ended at any place, the folder holds
+    nothing that loads, and no part of the earlier save that could be taken for a whole one.
+    """
+    for name in SETTINGS[:1] if adapter else SETTINGS:
         (folder / name).unlink(missing_ok=True)
+    remove_earlier(folder, adapter=adapter)
 
 
 # ---- before a save -------------------------------------------------------------------------------

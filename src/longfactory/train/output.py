@@ -210,7 +210,7 @@ def prove_saveable(trainer: Any) -> None:
         if any(problems):
             with contextlib.suppress(OSError):  # it is not empty: of a run of before
                 os.rmdir(args.output_dir)
-        _tell_of_space(args, trainer.model)
+        _tell_of_space(trainer)
     _agree(problems)
 
 
@@ -254,9 +254,20 @@ def _not_writable(args: Any, source: Source | None) -> str | None:
     return None
 
 
-def _tell_of_space(args: Any, model: Any) -> None:
-    needed, free = saved.bytes_to_save(model), shutil.disk_usage(_existing(args.output_dir)).free
-    if needed > free:
+def _tell_of_space(trainer: Any) -> None:
+    args, needed = trainer.args, saved.bytes_to_save(trainer.model)
+    free = shutil.disk_usage(_existing(args.output_dir)).free
+    if not trainer.writes_shards() and trainer.replaces_first():
+        log.warning(
+            "output_dir: %s has %s of free space, and the model that is saved there needs %s: room"
+            " for it only without the one that is there. overwrite_output_dir: true removes that"
+            " one before this run's is written; if the save then fails, neither is left. Free up"
+            " space to keep it until then.",
+            args.output_dir,
+            size_in_words(free),
+            size_in_words(needed),
+        )
+    elif needed > free:
         log.warning(
             "output_dir: %s has %s of free space, and the model that is saved there needs %s "
             "(with save_strategy, each checkpoint needs that too, plus optimizer states). Free "

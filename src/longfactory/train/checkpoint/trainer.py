@@ -29,6 +29,8 @@ from longfactory.memory.optimizer import SplitAdamW
 from longfactory.model.saved import (
     bytes_to_save,
     check_saved,
+    fits_alone,
+    make_room,
     names_for_peft,
     remove_earlier,
 )
@@ -147,9 +149,16 @@ class ResumableTrainer(Trainer):
 
     def _replace_model(self, folder: Path) -> None:
         """The model into the output folder, whole or not at all: written beside, and only then put
-        in place of an earlier one. Collective.
+        in place of an earlier one. Where the disk has room for one alone, `overwrite_output_dir`
+        lets the earlier one go first. Collective.
         """
         beside = folder / unfinished_model()
+        if self.args.should_save and self.replaces_first():
+            log.warning(
+                f"{folder} has no room for two models: the one there is removed before this run's"
+                " is written."
+            )
+            make_room(folder, adapter=hasattr(self.model, "peft_config"))
         try:
             self._write_model(str(beside))
         except BaseException:
@@ -158,6 +167,19 @@ class ResumableTrainer(Trainer):
             raise
         if self.args.should_save:
             put_model_in_place(beside)
+
+    def replaces_first(self) -> bool:
+        """Whether an earlier model of the output folder has to go before this run's is written, and
+        may.
+        """
+        folder = Path(self.args.output_dir)
+        return (
+            bool(self.facts.configuration.get("overwrite_output_dir"))
+            and folder.is_dir()
+            and fits_alone(
+                folder, bytes_to_save(self.model), adapter=hasattr(self.model, "peft_config")
+            )
+        )
 
     def writes_shards(self) -> bool:
         """Whether each process of ZeRO-3 saves its part of a whole model, as DeepSpeed's file asks
