@@ -52,11 +52,17 @@ SMALLER: dict[str, tuple[tuple[int, int, int], ...]] = {
     "outputs": ((4, 1, 16),),
     "output_gradients": ((4, 1, 16),),
     "reverse": ((4, 1, 16),),
+    "key_gradients": (),
 }
-"""The same for GPUs whose shared memory is too small for `SETTINGS`, from the fastest on. Of the
-other kernels those of every head fit in 99 KB (tests/sp/test_shared_memory.py compiles them).
+"""The same for GPUs whose shared memory is too small for `SETTINGS`, from the fastest on; in
+float32 the last of all is without tensor cores (`Job._fitting`). `key_gradients` needs that only in
+the machine code of Hopper, whose GPUs have more: 112 KB in float32, and 64 KB without tensor cores
+(68 and 56 KB for compute capability 8.9). Of the other kernels those of every head fit in 99 KB
+(tests/sp/test_shared_memory.py compiles them).
 """
 
+Choice = tuple[tuple[int, int, int], str]
+"""Settings, and the precision of products."""
 
 IN_PARTS = (8, 1, 16), 3
 """Settings of `value_gradients`, and the parts that it takes its sums in, where products are
@@ -175,10 +181,10 @@ class Job:
         return self.heads, self.heads // self.k.shape[1], self.key_dim, self.value_dim
 
     def _settings(self, kernel: str) -> dict[str, Any]:
-        return self._options(SETTINGS[kernel], self.precision)
+        return self._options((SETTINGS[kernel], self.precision))
 
-    def _options(self, settings: tuple[int, int, int], precision: str) -> dict[str, Any]:
-        warps, stages, columns = settings
+    def _options(self, choice: Choice) -> dict[str, Any]:
+        (warps, stages, columns), precision = choice
         return {
             "C": self.chunks.size,
             "BK": max(16, triton.next_power_of_2(self.key_dim)),
@@ -188,7 +194,7 @@ class Job:
             "num_stages": stages,
         }
 
-    def _fitting(self, kernel: str, launch: Callable[[dict[str, Any]], None], *form: bool) -> None:
+    def _fitting(self, kernel: str, launch: Callable[[Choice], None], *form: bool) -> None:
         """Launches with the fastest settings that the GPU has room for. Three products of TF32
         hold their factors twice: in float32 the last choice is without tensor cores.
 
@@ -204,11 +210,14 @@ class Job:
             choices.append((every[-1], "ieee"))
         compiled_for = (self.v.device, self.v.dtype, self.key_dim, self.value_dim)
         call = (f"chunk_{kernel}", *compiled_for, self.delta, self.channels, *form)
-        run_what_fits(call, choices, lambda chosen: launch(self._options(*chosen)), OutOfResources)
+        run_what_fits(call, choices, launch, OutOfResources)
 
     def _columns(self, kernel: str) -> dict[str, int]:
         """Of kernels that take some columns of keys at once."""
-        warps, stages, columns = SETTINGS[kernel]
+        return self._columns_of(SETTINGS[kernel])
+
+    def _columns_of(self, settings: tuple[int, int, int]) -> dict[str, int]:
+        warps, stages, columns = settings
         most = min(columns, max(16, triton.next_power_of_2(self.key_dim)))
         return {"BD": most, "num_warps": warps, "num_stages": stages}
 
@@ -236,7 +245,8 @@ class Job:
         written = self._new(n, h, c, wide) if keep and self.delta else start
         ends = torch.empty_like(start)
 
-        def launch(options: dict[str, Any]) -> None:
+        def launch(choice: Choice) -> None:
+            options = self._options(choice)
             forward_kernels.chunk_scan[(len(start), h, triton.cdiv(wide, options["BV"]))](
                 self.k, self.v, self.beta, *self._chunk_rows, self.sums, self.w, self.u, start,
                 states, written, ends, self.chunks.step_starts,
@@ -258,7 +268,8 @@ class Job:
             skip: [h], times which values are added.
         """
 
-        def launch(options: dict[str, Any]) -> None:
+        def launch(choice: Choice) -> None:
+            options = self._options(choice)
             forward_kernels.chunk_outputs[(self.chunks.count, self.heads)](
                 self.q, self.k, self.v, self.beta, *self._chunk_rows, self.sums, self.p, states,
                 written, self.beta if skip is None else skip, out, *self.k.stride()[:2],
@@ -274,7 +285,8 @@ class Job:
         d_states = self._new(n, h, self.key_dim, self.value_dim)
         d_written = self._new(n, h, c, self.value_dim)
 
-        def launch(options: dict[str, Any]) -> None:
+        def launch(choice: Choice) -> None:
+            options = self._options(choice)
             backward_kernels.chunk_output_gradients[(n, h)](
                 self.q, self.k, grad, *self._chunk_rows, self.sums, self.p, d_states, d_written,
                 *self.k.stride()[:2], *grad.stride()[:2], *self._sizes, **options,
@@ -297,7 +309,8 @@ class Job:
             # Of deltas what the tokens write without the state is not read any more.
             d_values = self.u if self.delta else torch.empty_like(d_written)
 
-        def launch(options: dict[str, Any]) -> None:
+        def launch(choice: Choice) -> None:
+            options = self._options(choice)
             columns = triton.cdiv(self.value_dim, options["BV"])
             backward_kernels.chunk_reverse[(len(d_ends), self.heads, columns)](
                 self.k, *self._chunk_rows, self.sums, self.w, d_states, d_written, d_ends, d_start,
@@ -339,18 +352,23 @@ class Job:
             self.v, self.beta, grad, *self._chunk_rows, self.t, states, written, after, d_written,
             self.beta if skip is None else skip, dq, dk, dv, d_beta, d_skip, d_w, d_scores,
             d_solved, d_last, *self.v.stride()[:2], self.beta.stride(0), *grad.stride()[:2],
-            *self._sizes, **self._options(taken, self.precision), DELTA=self.delta,
+            *self._sizes, **self._options((taken, self.precision)), DELTA=self.delta,
             CHANNELS=self.channels, SKIP=skip is not None, PARTS=parts,
         )  # fmt: skip
         strides = *self.k.stride()[:2], self.beta.stride(0)
-        shared = {"C": c, "DELTA": self.delta, "PRECISION": self.precision}
         if not self.channels:
-            backward_kernels.chunk_key_gradients[(n, h)](
-                self.q, self.k, self.beta, *self._chunk_rows, self.sums, self.t, dq, dk, dg,
-                d_beta, d_w, d_scores, d_solved, d_last, *strides, *self._sizes[:3],
-                **self._columns("key_gradients"), **shared,
-            )  # fmt: skip
+
+            def launch(choice: Choice) -> None:
+                settings, precision = choice
+                backward_kernels.chunk_key_gradients[(n, h)](
+                    self.q, self.k, self.beta, *self._chunk_rows, self.sums, self.t, dq, dk, dg,
+                    d_beta, d_w, d_scores, d_solved, d_last, *strides, *self._sizes[:3], C=c,
+                    DELTA=self.delta, PRECISION=precision, **self._columns_of(settings),
+                )  # fmt: skip
+
+            self._fitting("key_gradients", launch)
             return dq, dk, dv, dg, d_beta, *(x.sum(0) for x in more)
+        shared = {"C": c, "DELTA": self.delta, "PRECISION": self.precision}
         channel_kernels.channel_squares[(n, h)](
             self.k, self.beta, *self._chunk_rows, self.sums, self.t, dk, d_w, d_solved, d_last,
             *strides, *self._sizes[:3], **self._columns("channel_squares"), **shared,
