@@ -98,21 +98,28 @@ def test_recurrent_kernels(name: str, skips: bool, dtype: torch.dtype) -> None:
 def test_recurrent_kernels_in_the_shared_memory_of_a_smaller_gpu(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Triton is told of 99 KB, which an RTX 4090 has. The machine code is this GPU's. Hopper's takes
-    more than an RTX 4090's in some kernels, so that blocks may be smaller here than there.
+    """Triton is told of 99 KB, which an RTX 4090 has, and sums are taken as where tensor cores
+    multiply from registers. The machine code is this GPU's. Hopper's takes more than an RTX 4090's
+    in some kernels, so that blocks may be smaller here than there.
     """
     from triton.compiler import compiler
 
-    from longfactory.sp.recurrent import backward_kernels, forward_kernels
+    from longfactory.sp.recurrent import (
+        backward_kernels,
+        channel_kernels,
+        chunk_kernels,
+        forward_kernels,
+    )
 
     refused: collections.Counter[Any] = collections.Counter()
     monkeypatch.setattr(shared_memory, "_refused", refused)
     monkeypatch.setattr(compiler, "max_shared_mem", lambda device: 99 << 10)
+    monkeypatch.setattr(chunk_kernels, "from_registers", lambda device: True)
 
     def clear() -> None:
         """What is loaded is not compared again, and what was refused stays so."""
         computed._are_right.cache_clear()
-        for module in (forward_kernels, backward_kernels):
+        for module in (forward_kernels, backward_kernels, channel_kernels):
             for kernel in vars(module).values():
                 if hasattr(kernel, "device_caches"):
                     kernel.device_caches.clear()

@@ -64,9 +64,9 @@ def test_recurrent_kernels_multiply_narrow_heads_without_tensor_cores_in_float32
 
 
 SHAPES = {
-    "delta": ("delta", 1, 2, 16, 20, False),
-    "delta, a decay of each channel": ("delta", 1, 1, 16, 16, True),
-    "plain": ("plain", 1, 2, 16, 16, False),
+    "delta": ("delta", 1, 2, 20, 20, False),
+    "delta, a decay of each channel": ("delta", 1, 1, 20, 16, True),
+    "plain": ("plain", 1, 2, 20, 16, False),
     "plain, a decay of each channel": ("plain", 1, 2, 16, 1, True),
 }
 """Kind, key heads, heads, and dims of keys and values."""
@@ -117,6 +117,8 @@ def interpreted() -> None:
         assert convolution.kernels_on(torch.zeros(1, 16), 4, *call) is not None, call
     assert convolution.kernels_on(torch.zeros(1, 16), 5, False) is None  # too wide
     monkeypatch = pytest.MonkeyPatch()
+    # Keys of 20 are in two blocks.
+    monkeypatch.setattr(chunk_kernels, "IN_PARTS", ((8, 1, 16), 3, (16, 16)))
     both = (Fragment(0, 0, 70, 0, -1), Fragment(0, 70, 26, 70, -1))
     chunks = Fragments(both, 0, 1, 96).chunks(CHUNK, cpu)
     for (name, shape), small in itertools.product(SHAPES.items(), (False, True)):

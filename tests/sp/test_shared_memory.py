@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import logging
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,10 @@ RECURRENCES = {
 class Compiler:
     """In place of Triton's launches: what would be launched is compiled for a GPU that need not be
     there, up to its shared memory, and refused as Triton refuses it. Nothing is computed.
+
+    Attributes:
+        whole: kernels that are compiled to the end.
+        local: the bytes of each thread that those keep in local memory.
     """
 
     def __init__(
@@ -71,7 +77,9 @@ class Compiler:
         from triton.backends.nvidia import compiler
         from triton.runtime.jit import JITFunction
 
-        self.triton, self.capability, self.room = triton, capability, room
+        self.triton, self.capability, self.room, self.folder = triton, capability, room, folder
+        self.whole: set[str] = set()
+        self.local: dict[str, int] = {}
         self.taken: dict[str, int] = {}
         self.settings: dict[str, tuple[int, int]] = {}
         monkeypatch.setattr(shared_memory, "_refused", collections.Counter())
@@ -80,12 +88,20 @@ class Compiler:
             JITFunction, "run", lambda fn, *args, **options: self(fn, args, options)
         )
 
-        def no_code(self: Any, source: Any, metadata: dict[str, Any], *_: Any) -> str:
+        backend = compiler.CUDABackend
+        made = backend.make_ptx, backend.make_cubin
+
+        def ptx(own: Any, source: Any, metadata: dict[str, Any], *rest: Any) -> str:
+            if self.name in self.whole:
+                return made[0](own, source, metadata, *rest)
             metadata["name"] = "none"
             return ""
 
-        monkeypatch.setattr(compiler.CUDABackend, "make_ptx", no_code)
-        monkeypatch.setattr(compiler.CUDABackend, "make_cubin", lambda *_: b"")
+        def cubin(own: Any, source: str, *rest: Any) -> bytes:
+            return made[1](own, source, *rest) if source else b""
+
+        monkeypatch.setattr(backend, "make_ptx", ptx)
+        monkeypatch.setattr(backend, "make_cubin", cubin)
 
     def __call__(self, fn: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         from triton.backends.compiler import GPUTarget
@@ -112,12 +128,25 @@ class Compiler:
                 divisible[(place,)] = [["tt.divisibility", 16]]
         source = ASTSource(fn, types, constexprs=constants, attrs=divisible)
         target = GPUTarget("cuda", self.capability, 32)
-        found = self.triton.compile(source, target=target, options=launch).metadata
+        self.name = name = fn.fn.__name__
+        kernel = self.triton.compile(source, target=target, options=launch)
+        found = kernel.metadata
         if found.shared > self.room:
             raise OutOfResources(found.shared, self.room, "shared memory")
-        name = fn.fn.__name__
+        if name in self.whole:
+            self.local[name] = max(self.local_memory(kernel.asm["cubin"]), self.local.get(name, 0))
         self.taken[name] = max(found.shared, self.taken.get(name, 0))
         self.settings[name] = found.num_warps, found.num_stages
+
+    def local_memory(self, code: bytes) -> int:
+        """Bytes of a thread, as the tool that Triton brings reads them."""
+        tool = Path(self.triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        file = self.folder / "kernel.cubin"
+        file.write_bytes(code)
+        words = subprocess.run(
+            [tool, "-res-usage", file], capture_output=True, text=True, check=True
+        ).stdout
+        return int(words.split("STACK:")[1].split()[0])
 
 
 def triton_name(dtype: torch.dtype) -> str:
@@ -126,13 +155,19 @@ def triton_name(dtype: torch.dtype) -> str:
 
 
 def compiled_recurrence(
-    name: str, capability: int, room: int, monkeypatch: pytest.MonkeyPatch, folder: Path
+    name: str,
+    capability: int,
+    room: int,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    whole: Sequence[str] = (),
 ) -> Compiler:
     """All kernels of a recurrence, with the settings that `room` bytes are enough for."""
     compiler = Compiler(monkeypatch, folder, capability, room)
+    compiler.whole.update(whole)
     from longfactory.sp.recurrent import chunk_kernels
 
-    monkeypatch.setattr(chunk_kernels, "from_registers", lambda device: capability != 90)
+    monkeypatch.setattr(chunk_kernels, "from_registers", lambda device: room < ROOM[90])
     monkeypatch.setattr(computed, "are_right", lambda _, kernels, *rest: kernels())
     kind, key_dim, value_dim, per_channel, dtype = RECURRENCES[name]
     cpu = torch.device("cpu")
@@ -167,9 +202,30 @@ def test_recurrences_fit_in_99_kb_as_hopper_would_run_them(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Hopper's machine code takes other amounts of shared memory than that of GPUs with 99 KB, and
-    tests/gpu tells a Hopper GPU of 99 KB.
+    tests/gpu tells a Hopper GPU of 99 KB, and that it multiplies from registers.
     """
     compiled_recurrence(name, 90, ROOM[89], monkeypatch, tmp_path)
+
+
+SUMS = ("chunk_value_gradients", "chunk_key_gradients", "channel_squares")
+"""Kernels that kept 0.8 to 6 KB of each thread in local memory where tensor cores multiply from
+registers, before they took their sums one after another.
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("capability", [89, 120])
+@pytest.mark.parametrize("name", RECURRENCES)
+def test_sums_of_recurrences_are_held_in_registers(
+    name: str, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """But for at most 128 bytes of a thread, and 512 in float32. Compiled, not run."""
+    room = ROOM[capability]
+    compiler = compiled_recurrence(name, capability, room, monkeypatch, tmp_path, SUMS)
+    most = 512 if "float32" in name else 128
+    assert len(compiler.local) == 2, "a decay of each channel has kernels of its own"
+    assert max(compiler.local.values()) <= most, compiler.local
 
 
 @pytest.mark.slow

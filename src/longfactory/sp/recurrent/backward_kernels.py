@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from .chunk_math import (
+    before_inversion,
     decay,
-    exact,
     grown,
     left,
     of_chunk,
@@ -175,74 +175,85 @@ def chunk_value_gradients(  # type: ignore[no-untyped-def]
     decayed, scores, the inverse, and what is taken out of states.
 
     PARTS: 1, or 3 for values that are read three times and sums that are made one after another,
-    so that they fit in registers.
+    so that they fit in registers. BK may be some of the keys for the same reason.
     """
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at, i, dk = chunk * HEADS + head, tl.arange(0, C), tl.arange(0, BK)
     row, here = tokens(row_of, length_of, chunk, i)
     rate = rates(beta, row, beta_row, head, here)
-    d_qd = tl.zeros([C, BK], dtype=tl.float32)
-    d_kd = tl.zeros([C, BK], dtype=tl.float32)
-    d_w = tl.zeros([C, BK], dtype=tl.float32)
-    d_scores = tl.zeros([C, C], dtype=tl.float32)
-    d_solved = tl.zeros([C, C], dtype=tl.float32)
-    d_rate = tl.zeros([C], dtype=tl.float32)
-    d_last = tl.zeros([BK], dtype=tl.float32)
-    d_skip = tl.zeros([C], dtype=tl.float32)
-    if DELTA:
-        solved = tl.load(t + square(at, i, i, C))
-    for part in tl.static_range(PARTS):
-        for begin in range(0, DV, BV):
-            dv = begin + tl.arange(0, BV)
-            columns = (dv < DV)[None, :]
-            inside = here[:, None] & columns
-            state_place = at * DK * DV + dk[:, None] * DV + dv[None, :]
-            both = (dk < DK)[:, None] & columns
-            state = tl.load(states + state_place, mask=both, other=0.0)
-            slope_after = tl.load(after + state_place, mask=both, other=0.0)
-            d_values = of_chunk(d_written, at, i, dv, DV, C)
-            slope = rows(grad, row, grad_row, grad_head, head, dv, here, DV)
-            value = rows(v, row, v_row, v_head, head, dv, here, DV)
-            values = value * rate[:, None]
+    for block in tl.static_range((DK + BK - 1) // BK):
+        d_qd = tl.zeros([C, BK], dtype=tl.float32)
+        d_kd = tl.zeros([C, BK], dtype=tl.float32)
+        d_w = tl.zeros([C, BK], dtype=tl.float32)
+        if block == 0:  # what does not depend on keys is computed beside the first of them
+            d_scores = tl.zeros([C, C], dtype=tl.float32)
+            d_solved = tl.zeros([C, C], dtype=tl.float32)
+            d_rate = tl.zeros([C], dtype=tl.float32)
+        if block == 0 or CHANNELS:
+            d_last = tl.zeros([BK], dtype=tl.float32)
+        if block == 0:
+            d_skip = tl.zeros([C], dtype=tl.float32)
             if DELTA:
-                values = of_chunk(written, at, i, dv, DV, C)
-            if part == 0:
-                d_last += tl.sum(slope_after * state, 1)
-                d_qd += product(slope, tl.trans(state), PRECISION)
-            if part == PARTS // 2:
-                d_kd += product(values, tl.trans(slope_after), PRECISION)
-                d_scores += product(slope, tl.trans(values), PRECISION)
-            if part == PARTS - 1:
+                solved = tl.load(t + square(at, i, i, C))
+        for part in tl.static_range(PARTS):
+            for begin in range(0, DV, BV):
+                dv = begin + tl.arange(0, BV)
+                columns = (dv < DV)[None, :]
+                inside = here[:, None] & columns
+                state_place = at * DK * DV + dk[:, None] * DV + dv[None, :]
+                both = (dk < DK)[:, None] & columns
+                state = tl.load(states + state_place, mask=both, other=0.0)
+                slope_after = tl.load(after + state_place, mask=both, other=0.0)
+                d_values = of_chunk(d_written, at, i, dv, DV, C)
+                slope = rows(grad, row, grad_row, grad_head, head, dv, here, DV)
+                value = rows(v, row, v_row, v_head, head, dv, here, DV)
+                values = value * rate[:, None]
                 if DELTA:
-                    d_w -= product(d_values, tl.trans(state), PRECISION)
-                    d_solved += product(d_values, tl.trans(value * rate[:, None]), PRECISION)
-                    d_values = product(tl.trans(solved), d_values, PRECISION)
-                d_rate += tl.sum(d_values * value, 1)
-                d_value = d_values * rate[:, None]
-                if SKIP:
-                    d_skip += tl.sum(slope * value, 1)
-                    d_value += slope * tl.load(skip + head).to(tl.float32)
-                tl.store(
-                    dv_out + (row[:, None] * HEADS + head) * DV + dv[None, :],
-                    d_value.to(dv_out.dtype.element_ty),
-                    mask=inside,
-                )
-    results = (row[:, None] * HEADS + head) * DK + dk[None, :]
-    inside = here[:, None] & (dk < DK)[None, :]
-    pairs = square(at, i, i, C)
-    tl.store(dq + results, d_qd, mask=inside)
-    tl.store(dk_out + results, d_kd, mask=inside)
-    tl.store(d_beta + row * HEADS + head, d_rate, mask=here)
-    tl.store(d_scores_out + pairs, d_scores)
-    if SKIP:
-        tl.store(d_skip_out + at, tl.sum(d_skip, 0))
-    if CHANNELS:
-        tl.store(d_last_out + at * DK + dk, d_last, mask=dk < DK)
-    else:
-        tl.store(d_last_out + at, tl.sum(d_last, 0))
-    if DELTA:
-        tl.store(d_w_out + (at * C + i[:, None]) * DK + dk[None, :], d_w, mask=(dk < DK)[None, :])
-        tl.store(d_solved_out + pairs, d_solved)
+                    values = of_chunk(written, at, i, dv, DV, C)
+                if part == 0:
+                    d_last += tl.sum(slope_after * state, 1)
+                    d_qd += product(slope, tl.trans(state), PRECISION)
+                if part == PARTS // 2:
+                    d_kd += product(values, tl.trans(slope_after), PRECISION)
+                    if block == 0:
+                        d_scores += product(slope, tl.trans(values), PRECISION)
+                if part == PARTS - 1:
+                    if DELTA:
+                        d_w -= product(d_values, tl.trans(state), PRECISION)
+                    if block == 0:
+                        if DELTA:
+                            rated = value * rate[:, None]
+                            d_solved += product(d_values, tl.trans(rated), PRECISION)
+                            d_values = product(tl.trans(solved), d_values, PRECISION)
+                        d_rate += tl.sum(d_values * value, 1)
+                        d_value = d_values * rate[:, None]
+                        if SKIP:
+                            d_skip += tl.sum(slope * value, 1)
+                            d_value += slope * tl.load(skip + head).to(tl.float32)
+                        tl.store(
+                            dv_out + (row[:, None] * HEADS + head) * DV + dv[None, :],
+                            d_value.to(dv_out.dtype.element_ty),
+                            mask=inside,
+                        )
+        results = (row[:, None] * HEADS + head) * DK + dk[None, :]
+        of_keys = (dk < DK)[None, :]
+        pairs = square(at, i, i, C)
+        tl.store(dq + results, d_qd, mask=here[:, None] & of_keys)
+        tl.store(dk_out + results, d_kd, mask=here[:, None] & of_keys)
+        if block == 0:
+            tl.store(d_beta + row * HEADS + head, d_rate, mask=here)
+            tl.store(d_scores_out + pairs, d_scores)
+            if SKIP:
+                tl.store(d_skip_out + at, tl.sum(d_skip, 0))
+        if CHANNELS:
+            tl.store(d_last_out + at * DK + dk, d_last, mask=dk < DK)
+        elif (block + 1) * BK >= DK:
+            tl.store(d_last_out + at, tl.sum(d_last, 0))
+        if DELTA:
+            tl.store(d_w_out + (at * C + i[:, None]) * DK + dk[None, :], d_w, mask=of_keys)
+            if block == 0:
+                tl.store(d_solved_out + pairs, d_solved)
+        dk += BK
 
 
 @triton.jit(do_not_specialize=["HEADS", "SHARE"])
@@ -271,10 +282,13 @@ def chunk_key_gradients(  # type: ignore[no-untyped-def]
     C: tl.constexpr,
     BD: tl.constexpr,
     DELTA: tl.constexpr,
+    IN_BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """From `chunk_value_gradients`, in place, to the gradients of queries, keys, decays and rates.
     Those of queries and keys are of each head of the values.
+
+    IN_BLOCKS: as in `before_inversion`, which writes over `d_solved_in`.
     """
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at, i = chunk * HEADS + head, tl.arange(0, C)
@@ -307,9 +321,7 @@ def chunk_key_gradients(  # type: ignore[no-untyped-def]
     if DELTA:
         d_solved += tl.load(d_solved_in + pairs)
         solved = tl.load(t + pairs)
-        d_lower = exact(tl.trans(solved), d_solved)
-        d_lower = -exact(d_lower, tl.trans(solved))
-        d_lower = tl.where(i[:, None] > i[None, :], d_lower, 0.0) * falls
+        d_lower = before_inversion(d_solved, solved, t, d_solved_in, at, i, C, IN_BLOCKS) * falls
         raw = alike * d_lower
         d_rate += tl.sum(raw, 1)
         raw = raw * rate[:, None]
@@ -334,6 +346,8 @@ def chunk_key_gradients(  # type: ignore[no-untyped-def]
         d_keys += product(tl.trans(d_scores), queries, PRECISION)
         if DELTA:
             d_w = of_chunk(d_w_in, at, i, dk, DK, C)
+            if IN_BLOCKS:  # read again, which takes registers for a shorter time
+                solved = tl.load(t + pairs)
             d_scaled = product(tl.trans(solved), d_w, PRECISION)
             d_keys += d_scaled * (begun * rate)[:, None]
             along = tl.sum(d_scaled * keys, 1) * begun

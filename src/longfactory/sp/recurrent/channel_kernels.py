@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .chunk_math import exact, of_chunk, of_token, product, rates, rows, square, tokens
+from .chunk_math import before_inversion, of_chunk, of_token, product, rates, rows, square, tokens
 
 
 @triton.jit
@@ -122,11 +122,13 @@ def channel_squares(  # type: ignore[no-untyped-def]
     C: tl.constexpr,
     BD: tl.constexpr,
     DELTA: tl.constexpr,
+    IN_BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """In place, from `chunk_value_gradients`: `d_last` becomes the gradients of the sums at the
     chunk's end by what is decayed to there; for deltas `d_w` those of keys as they are decayed and
-    rated, and `d_solved` those of the products of keys with keys.
+    rated, and `d_solved` those of the products of keys with keys. IN_BLOCKS: as in
+    `before_inversion`.
     """
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at, i = chunk * HEADS + head, tl.arange(0, C)
@@ -157,10 +159,9 @@ def channel_squares(  # type: ignore[no-untyped-def]
             place = (at * C + i[:, None]) * DK + dk[None, :]
             tl.store(d_w + place, given_back, mask=(dk < DK)[None, :])
     if DELTA:
-        d_lower = exact(tl.trans(solved), total_solved)
-        d_lower = -exact(d_lower, tl.trans(solved))
+        d_lower = before_inversion(total_solved, solved, t, d_solved, at, i, C, IN_BLOCKS)
         tl.debug_barrier()
-        tl.store(d_solved + pairs, tl.where(i[:, None] > i[None, :], d_lower, 0.0))
+        tl.store(d_solved + pairs, d_lower)
 
 
 @triton.jit(do_not_specialize=["HEADS", "SHARE"])

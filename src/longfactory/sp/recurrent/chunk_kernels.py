@@ -64,10 +64,11 @@ the machine code of Hopper, whose GPUs have more: 112 KB in float32, and 64 KB w
 Choice = tuple[tuple[int, int, int], str]
 """Settings, and the precision of products."""
 
-IN_PARTS = (8, 1, 16), 3
-"""Settings of `value_gradients`, and the parts that it takes its sums in, where products are
-`from_registers`: at once the sums take more registers than there are (what ptxas makes of it for
-compute capability 8.9 keeps 6 KB of each thread in local memory, in three parts 0.4 KB; not timed).
+IN_PARTS = (8, 1, 16), 3, (128, 64)
+"""Where products are `from_registers`: settings of `value_gradients`, the parts that it takes its
+sums in, and the keys that it takes at once (of a plain recurrence, of a delta rule). Without parts
+the sums take more registers than there are: ptxas kept 6 KB of each thread in local memory (compute
+capability 8.9, bf16, heads of 128), so it is 16 bytes. Not timed.
 """
 
 
@@ -345,14 +346,17 @@ class Job:
         d_w = self.w
         d_skip = d_last if skip is None else self._new(n, h)
         more = () if skip is None else (d_skip,)
-        taken, parts = SETTINGS["value_gradients"], 1
-        if from_registers(self.v.device):
-            taken, parts = IN_PARTS
+        options, parts = self._settings("value_gradients"), 1
+        in_blocks = from_registers(self.v.device)
+        if in_blocks:
+            taken, parts, keys = IN_PARTS
+            options = self._options((taken, self.precision))
+            options["BK"] = min(options["BK"], keys[self.delta])
         backward_kernels.chunk_value_gradients[(n, h)](
             self.v, self.beta, grad, *self._chunk_rows, self.t, states, written, after, d_written,
             self.beta if skip is None else skip, dq, dk, dv, d_beta, d_skip, d_w, d_scores,
             d_solved, d_last, *self.v.stride()[:2], self.beta.stride(0), *grad.stride()[:2],
-            *self._sizes, **self._options((taken, self.precision)), DELTA=self.delta,
+            *self._sizes, **options, DELTA=self.delta,
             CHANNELS=self.channels, SKIP=skip is not None, PARTS=parts,
         )  # fmt: skip
         strides = *self.k.stride()[:2], self.beta.stride(0)
@@ -363,7 +367,8 @@ class Job:
                 backward_kernels.chunk_key_gradients[(n, h)](
                     self.q, self.k, self.beta, *self._chunk_rows, self.sums, self.t, dq, dk, dg,
                     d_beta, d_w, d_scores, d_solved, d_last, *strides, *self._sizes[:3], C=c,
-                    DELTA=self.delta, PRECISION=precision, **self._columns_of(settings),
+                    DELTA=self.delta, IN_BLOCKS=in_blocks, PRECISION=precision,
+                    **self._columns_of(settings),
                 )  # fmt: skip
 
             self._fitting("key_gradients", launch)
@@ -372,6 +377,7 @@ class Job:
         channel_kernels.channel_squares[(n, h)](
             self.k, self.beta, *self._chunk_rows, self.sums, self.t, dk, d_w, d_solved, d_last,
             *strides, *self._sizes[:3], **self._columns("channel_squares"), **shared,
+            IN_BLOCKS=in_blocks,
         )  # fmt: skip
         channel_kernels.channel_gradients[(n, h, c // 16)](
             self.q, self.k, self.beta, *self._chunk_rows, self.sums, dq, dk, dg, d_beta, d_w,

@@ -124,3 +124,39 @@ def scores(  # type: ignore[no-untyped-def]
         total = tl.load(sums + at * C + i)
         found = product(queries, tl.trans(keys), PRECISION) * decay(total, C, 0)
     return found
+
+
+@triton.jit
+def before_inversion(  # type: ignore[no-untyped-def]
+    given, solved, t, room, at, i, C: tl.constexpr, IN_BLOCKS: tl.constexpr
+):
+    """[C, C] gradients of a strictly lower triangular matrix L, by those of the inverse of I + L.
+
+    Args:
+        given: [C, C], of the inverse.
+        solved: the inverse, [C, C], which is stored in t.
+        room: with IN_BLOCKS, what is written over, of the size of t: products are of 16 tokens at
+            once, read from memory. Where tensor cores multiply from registers, whole factors of
+            three products of TF32 need more of them than there are.
+    """
+    if IN_BLOCKS:
+        pairs = square(at, i, i, C)
+        # Written over what other warps may not have read yet, and read by others than wrote it.
+        tl.debug_barrier()
+        tl.store(room + pairs, given)
+        tl.debug_barrier()
+        half = tl.zeros([C, C], dtype=tl.float32)
+        for begin in tl.range(0, C, 16, num_stages=1):
+            some = square(at, begin + tl.arange(0, 16), i, C)
+            half += exact(tl.trans(tl.load(t + some)), tl.load(room + some))
+        tl.debug_barrier()
+        tl.store(room + pairs, half)
+        tl.debug_barrier()
+        lower = tl.zeros([C, C], dtype=tl.float32)
+        for begin in tl.range(0, C, 16, num_stages=1):
+            some = square(at, i, begin + tl.arange(0, 16), C)
+            lower -= exact(tl.load(room + some), tl.trans(tl.load(t + some)))
+    else:
+        lower = exact(tl.trans(solved), given)
+        lower = -exact(lower, tl.trans(solved))
+    return tl.where(i[:, None] > i[None, :], lower, 0.0)
