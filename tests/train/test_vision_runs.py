@@ -148,6 +148,19 @@ def test_vision_runs_of_text_alone_do_not_touch_the_tower(home: Path) -> None:
     check_saved(home, home / "words2", ("language_model", "lm_head"))
 
 
+def test_vision_runs_of_text_alone_need_no_processor_of_the_model(
+    home: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(home / "qwen3_vl", tmp_path / "qwen3_vl")
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if "patch_size" in (text := (model / name).read_text()):
+            (model / name).write_text(text.replace('"patch_size": 16', '"patch_size": 14'))
+    given = {"model_name_or_path": model, "max_steps": 1}
+    assert run(home, "other_processor", 1, dataset="words", **given)
+    with pytest.raises(RankError, match=r"has images or videos. The model's image processor has"):
+        run(home, "other_processor_talks", 1, dataset="talks", **given)
+
+
 def test_vision_runs_refuse_keys_that_leave_nothing_to_train(home: Path) -> None:
     given = keys(
         home,

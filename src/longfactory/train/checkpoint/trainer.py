@@ -153,12 +153,8 @@ class ResumableTrainer(Trainer):
         lets the earlier one go first. Collective.
         """
         beside = folder / unfinished_model()
-        if self.args.should_save and self.replaces_first():
-            log.warning(
-                f"{folder} has no room for two models: the one there is removed before this run's"
-                " is written."
-            )
-            make_room(folder, adapter=hasattr(self.model, "peft_config"))
+        if self.args.should_save:
+            self._make_room(folder)
         try:
             self._write_model(str(beside))
         except BaseException:
@@ -167,6 +163,23 @@ class ResumableTrainer(Trainer):
             raise
         if self.args.should_save:
             put_model_in_place(beside)
+
+    def _make_room(self, folder: Path) -> None:
+        """On the writing process, before what is collective: an error here would leave the others
+        waiting. Where nothing could be removed the save says that the disk is full.
+        """
+        try:
+            if self.replaces_first():
+                log.warning(
+                    f"{folder} has no room for two models: the one there is removed before this"
+                    " run's is written."
+                )
+                make_room(folder, adapter=hasattr(self.model, "peft_config"))
+        except OSError as error:
+            log.warning(
+                f"The earlier model in {folder} could not be removed to make room:"
+                f" {error.strerror or error}."
+            )
 
     def replaces_first(self) -> bool:
         """Whether an earlier model of the output folder has to go before this run's is written, and
