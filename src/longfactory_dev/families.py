@@ -392,6 +392,8 @@ torch {torch.__version__.split("+")[0]}: every family that `AutoModelForCausalLM
 
 Families with a vision or an audio tower are trained on text, through their text decoder. They are loaded and saved with the checkpoint's
 own class. Parts that text does not pass through are frozen (the column "checked with" names them), get no adapter and are saved unchanged.
+Where parameters of other parts get no gradient (zamba2), a run of several processes with DDP is refused before the first step, naming them:
+`ddp_find_unused_parameters: true` trains it as one process does.
 
 For each family a tiny model with random weights is built, with windows, chunks and lengths short enough to take effect. A row of two documents
 ({lengths} tokens) is sharded over {size} processes. Logits and the gradient of every parameter are compared with those of the

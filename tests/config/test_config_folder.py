@@ -111,6 +111,8 @@ def test_another_run_s_folder_is_refused(out: Path, keys: dict[str, Any], words:
         run(out, **keys)
     assert words in str(e.value) and "overwrite_output_dir: true" in str(e.value)
     run(out, **keys, overwrite_output_dir=True)
+    with pytest.raises(ConfigError, match="Leave resume_from_checkpoint out to overwrite it"):
+        run(out, **keys, overwrite_output_dir=True, resume_from_checkpoint=True)
 
 
 def test_a_run_that_never_saved_does_not_hold_its_folder(out: Path) -> None:

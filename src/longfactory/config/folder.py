@@ -246,7 +246,10 @@ def find_checkpoints(cfg: RunConfig) -> tuple[tuple[str, ...], list[str]]:
         ]
     other = _differences(cfg, out)
     if other:
-        raise ConfigError(f"output_dir: {out} holds another run ({'; '.join(other)}). {REMEDY}")
+        remedy = REMEDY
+        if cfg.output.overwrite_output_dir:  # and resume_from_checkpoint: true, which goes before
+            remedy = "Leave resume_from_checkpoint out to overwrite it, or choose another folder."
+        raise ConfigError(f"output_dir: {out} holds another run ({'; '.join(other)}). {remedy}")
     incomplete = [p.name for p in checkpoints(out) if not _seems_whole(p)]
     notes = [
         f"{out}/{name} is incomplete ({TRAINER_STATE} is missing) and will be ignored."
