@@ -7,9 +7,12 @@ import types
 from typing import Any
 
 import pytest
+import torch
 
 from longfactory.errors import UserError
 from longfactory.model.liger import apply_liger
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
 def model_of(kind: str) -> Any:
@@ -48,20 +51,23 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def test_kernels_without_losses(calls: list[dict[str, Any]]) -> None:
     model = model_of("llama")
-    apply_liger(model)
+    apply_liger(model, GPU)
     assert calls == [
         {"rope": True, "cross_entropy": False, "fused_linear_cross_entropy": False, "model": model}
     ]
 
 
 def test_an_architecture_without_a_loss_of_its_own(calls: list[dict[str, Any]]) -> None:
-    apply_liger(model_of("other"))
+    apply_liger(model_of("other"), GPU)
     assert calls[0]["rms_norm"] is True
 
 
 def test_refused(calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="no kernels for gpt_neo"):
-        apply_liger(model_of("gpt_neo"))
+        apply_liger(model_of("gpt_neo"), GPU)
+    with pytest.raises(UserError, match="need a GPU, and this run is on the CPU"):
+        apply_liger(model_of("llama"), CPU)
+    assert calls == []
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", None)
     with pytest.raises(UserError, match="longfactory\\[liger\\]"):
-        apply_liger(model_of("llama"))
+        apply_liger(model_of("llama"), GPU)

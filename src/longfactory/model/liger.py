@@ -7,6 +7,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
+
 from longfactory.errors import UserError
 
 # Liger's fused losses need the whole sequence on one device, and they would take the output layer
@@ -14,13 +16,19 @@ from longfactory.errors import UserError
 LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
 
 
-def apply_liger(model: Any) -> None:
+def apply_liger(model: Any, device: torch.device) -> None:
     """Replaces the kernels of a loaded model, in place. Attention and the output layer are not
     touched.
 
     Raises:
-        UserError: Liger is not installed, or does not know this architecture.
+        UserError: the run is on the CPU, or Liger is not installed, or it does not know this
+            architecture.
     """
+    if device.type == "cpu":
+        raise UserError(
+            "enable_liger_kernel: Liger's kernels need a GPU, and this run is on the CPU. Leave the"
+            " key out."
+        )
     try:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     except ImportError as error:

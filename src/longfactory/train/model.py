@@ -103,7 +103,7 @@ def _make_trainable(
         )
     source = load.source_of(model, cfg.model)
     if cfg.model.enable_liger_kernel:
-        apply_liger(model)
+        apply_liger(model, args.device)
     grew = load.resize_vocabulary(model, tokenizer) if cfg.model.resize_vocab else False
     if len(tokenizer) > load.embedding_rows(model):
         raise UserError(
