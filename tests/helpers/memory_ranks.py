@@ -138,9 +138,11 @@ def split_adamw_sums_on_shards() -> tuple[Tensor, Tensor]:
     return model.weight.grad.full_tensor(), total.bfloat16()  # type: ignore[operator]
 
 
-def split_adamw_norm_of_shards() -> tuple[float, float]:
+def split_adamw_norm_of_shards() -> tuple[float, float, float, list[int]]:
     """Of gradients of a sharded parameter, of one whose second shard is empty, and of one that
-    every rank has whole.
+    every rank has whole: computed after backward; what it is; computed during backward. And the
+    numbers of norms that were computed before `clip`: of one micro-batch, of the last of two, after
+    a step.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -153,12 +155,16 @@ def split_adamw_norm_of_shards() -> tuple[float, float]:
     both = nn.Sequential(model, wide)
     for module in both:
         fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    optimizer = SplitAdamW([*both.parameters(), *other.parameters()], lr=1e-2)
-    (
-        model(torch.ones(4, 6).bfloat16()).sum()
-        + wide(torch.ones(2, 5).bfloat16()).square().sum()
-        + other(torch.ones(3)).sum()
-    ).backward()
+    optimizer = SplitAdamW([*both.parameters(), *other.parameters()], lr=1e-2, placement="gpu")
+
+    def backward() -> None:
+        (
+            model(torch.ones(4, 6).bfloat16()).sum()
+            + wide(torch.ones(2, 5).bfloat16()).square().sum()
+            + other(torch.ones(3)).sum()
+        ).backward()
+
+    backward()
     grads = [p.grad for p in [*both.parameters(), *other.parameters()]]
     expected = (
         sum(
@@ -167,7 +173,22 @@ def split_adamw_norm_of_shards() -> tuple[float, float]:
         )
         ** 0.5
     )  # type: ignore
-    return float(optimizer.clip(1.0)), expected
+    after = float(optimizer.clip(1.0))
+    optimizer.zero_grad()
+    with optimizer.during_backward():
+        backward()
+    early = [len(optimizer._norms)]
+    during = float(optimizer.clip(1.0))
+    optimizer.zero_grad()
+    for last in (False, True):
+        with optimizer.during_backward(last):
+            backward()
+        optimizer.accumulate(last)
+    early.append(len(optimizer._norms))
+    assert float(optimizer.clip(1.0)) > 1.5 * after  # of the sum of both
+    optimizer.step()
+    early.append(len(optimizer._norms))
+    return after, expected, during, early
 
 
 class SmallModel(nn.Module):

@@ -282,8 +282,10 @@ def test_clipping_rounds_nothing(dtype, most):
 
 @pytest.mark.processes
 def test_the_norm_of_sharded_gradients():
-    for norm, expected in run_ranks(2, memory_ranks.split_adamw_norm_of_shards):
-        assert norm == pytest.approx(expected, rel=1e-6)
+    for after, expected, during, early in run_ranks(2, memory_ranks.split_adamw_norm_of_shards):
+        assert after == pytest.approx(expected, rel=1e-6)
+        assert during == after
+        assert early == [4, 0, 0]
 
 
 # ---- gradients that leave during backward --------------------------------------------------------

@@ -40,15 +40,18 @@ def keep_weights(model: nn.Module, keep: bool) -> None:
     """Whether the decoder layers of a sharded model keep their gathered weights from forward until
     their backward. Models that FSDP2 does not shard are left alone.
 
-    Of layers that keep them, each begins to gather the next one's before it computes. Attention's
+    Of layers that keep them, each begins to gather the next one's before it computes, and the
+    embedding the first one's. Attention's
     kernels occupy every processor until they end: a gather that is begun later comes beside the
     products of the MLP instead.
     """
     layers = [layer for layer in decoder_layers(model)[1] if isinstance(layer, FSDPModule)]
     for layer in layers:
         layer.set_reshard_after_forward(not keep, recurse=False)
-    for layer, following in itertools.pairwise(layers):
-        layer.set_modules_to_forward_prefetch([following] if keep else [])
+    inner = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    before = [inner] if isinstance(inner, FSDPModule) else []
+    for unit, following in itertools.pairwise([*before, *layers]):
+        unit.set_modules_to_forward_prefetch([following] if keep else [])
 
 
 def leave_embedding_sharded(model: nn.Module) -> None:

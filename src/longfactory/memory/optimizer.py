@@ -30,7 +30,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -107,6 +107,8 @@ class SplitAdamW(torch.optim.Optimizer):
         # Parameters whose gradient left during this step's backward -> its norm, or norms of its
         # blocks.
         self._left: dict[Tensor, Tensor] = {}
+        # Gradients whose norms were computed during backward, and these.
+        self._norms: dict[Tensor, tuple[Tensor, Tensor]] = {}
         # those of them that are not updated yet -> their gradient on the host, flat
         self._away: dict[Tensor, Tensor] = {}
         self._rooms: dict[Tensor, Tensor] = {}  # host memory of gradients, kept from step to step
@@ -138,26 +140,32 @@ class SplitAdamW(torch.optim.Optimizer):
                 if p.grad is not None or p in self._away:
                     self.prepare(p)
                     changed.append(p)
-        self._update_in_one_pass()
+        by_kernel = {p for p in changed if self._is_one_pass(p)}
+        self._update_in_one_pass(by_kernel)
         if changed:
             torch._foreach_add_([self.state[p]["step"] for p in changed], 1)
-        self._do(job for block in self._work() for job in _update_jobs(block))
+        if len(by_kernel) < len(changed):
+            work = self._work(by_kernel)
+            self._do(job for block in work for job in _update_jobs(block))
         self._after_all()
         self._scale = 1.0
+        self._norms.clear()
         self._left.clear()
         self._away.clear()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
+        self._norms.clear()
         self._left.clear()
         self._away.clear()
 
     @contextlib.contextmanager
     def during_backward(self, last: bool = True) -> Iterator[None]:
         """Around the backward of a micro-batch: gradients leave the device as they become final,
-        and `.grad` is None again, where `gradients="host"` or `overlap` says so. Elsewhere it does
-        nothing.
+        and `.grad` is None again, where `gradients="host"` or `overlap` says so. Elsewhere the
+        norms of gradients that FSDP2 sums are computed, on the stream of its messages: after
+        backward, the next kernel waits for them.
 
         Args:
             last: it is the step's last micro-batch. Of those before it, bf16 gradients leave;
@@ -171,19 +179,25 @@ class SplitAdamW(torch.optim.Optimizer):
                 uses of a parameter before it comes.
         """
         leaves = self.overlap or self.gradients == "host"
-        handles = [
-            p.register_post_accumulate_grad_hook(
-                functools.partial(self._leave, group=group, last=last)
-            )
-            for group in self.param_groups
-            for p in group["params"]
-            if leaves and p.requires_grad and (last or p.dtype == torch.bfloat16)
-        ]
+        hooks = []
+        for group in self.param_groups:
+            for p in group["params"]:
+                if leaves and p.requires_grad and (last or p.dtype == torch.bfloat16):
+                    hooks.append((p, functools.partial(self._leave, group=group, last=last)))
+                elif last and p.requires_grad and hasattr(p, "placements"):
+                    hooks.append((p, self._measure))
+        handles = [p.register_post_accumulate_grad_hook(hook) for p, hook in hooks]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    @torch.no_grad()
+    def _measure(self, p: Any) -> None:
+        """A hook: the gradient of this micro-batch was summed over processes."""
+        if p not in self._summed:  # else `accumulate` changes it
+            self._norms[p] = (p.grad, _norm(local(p.grad)))
 
     @torch.no_grad()
     def _leave(self, p: Any, group: dict[str, Any], last: bool) -> None:
@@ -308,10 +322,14 @@ class SplitAdamW(torch.optim.Optimizer):
         """Sum of the squares of this rank's gradients, in fp64 on their device; 0 on the host for
         none.
         """
-        norms = [
-            _norm(local(p.grad)) if p.grad is not None else _norm(self._left[p]).to(local(p).device)
-            for p in params
-        ]
+        norms = []
+        for p in params:
+            grad, norm = self._norms.get(p, (None, None))
+            if p.grad is None:
+                norm = _norm(self._left[p]).to(local(p).device)
+            elif norm is None or grad is not p.grad:
+                norm = _norm(local(p.grad))
+            norms.append(norm)
         return (
             torch.stack(norms).double().square().sum()
             if norms
@@ -394,24 +412,23 @@ class SplitAdamW(torch.optim.Optimizer):
         """
         self._first, self._after_first, self._after_all = set(params), then, after_all
 
-    def _update_in_one_pass(self) -> None:
-        """Of parameters with a gradient that the kernel updates."""
+    def _update_in_one_pass(self, params: set[Any]) -> None:
+        """Of parameters with a gradient, by the kernel."""
         first = {p for p in self._first if p.grad is not None}
-        if not first or not all(map(self._is_one_pass, first)):
-            self._call_kernel(lambda p: True)
-            return
-        self._call_kernel(lambda p: p in first)
-        self._after_first()
-        self._call_kernel(lambda p: p not in first)
+        if first and first <= params:
+            self._call_kernel(first)
+            self._after_first()
+            params = params - first
+        self._call_kernel(params)
 
-    def _call_kernel(self, chosen: Callable[[Any], bool]) -> None:
-        """One call for those of a group that have made as many steps. They are counted after it: the
-        GPU waits.
+    def _call_kernel(self, params: set[Any]) -> None:
+        """One call for those of a group that have made as many steps. These are counted after it:
+        the GPU waits for it.
         """
         for group in self.param_groups:
             alike: dict[tuple[torch.device, float], list[tuple[Tensor, ...]]] = {}
             for p in group["params"]:
-                if p.grad is None or not chosen(p) or not self._is_one_pass(p):
+                if p not in params:
                     continue
                 s, weight, grad = self.state[p], local(p), local(p.grad).contiguous()
                 if not weight.is_contiguous():
@@ -421,10 +438,11 @@ class SplitAdamW(torch.optim.Optimizer):
             for (_, step), parameters in alike.items():
                 split_masters.update_in_one_pass(parameters, group, step, self._scale)
 
-    def _work(self) -> Iterator[Block]:
+    def _work(self, done: Container[Any] = ()) -> Iterator[Block]:
+        """Of parameters that are not updated yet."""
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None and not self._is_one_pass(p):
+                if p.grad is not None and p not in done:
                     yield self._block(p, group, local(p.grad).contiguous().view(-1))
                 elif p in self._away:
                     yield self._block(p, group, self._away[p], away=True)
