@@ -196,14 +196,13 @@ class ResumableTrainer(Trainer):
 
     def writes_shards(self) -> bool:
         """Whether each process of ZeRO-3 saves its part of a whole model, as DeepSpeed's file asks
-        for.
+        for. From the file: the engine is made after this is first asked.
         """
-        return (
-            self.is_deepspeed_enabled
-            and not hasattr(self.model, "peft_config")
-            and self.deepspeed.zero_optimization_stage() == 3
-            and not self.deepspeed.zero_gather_16bit_weights_on_model_save()
-        )
+        if not self.is_deepspeed_enabled or hasattr(self.model, "peft_config"):
+            return False
+        file = self.accelerator.state.deepspeed_plugin.hf_ds_config
+        gathers = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+        return file.is_zero3() and not file.is_true(gathers)
 
     def _write_model(self, output_dir: str) -> None:
         """Writes into a folder, whatever it holds. Collective."""
