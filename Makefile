@@ -30,12 +30,17 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 quickstart: install
 	$(BIN)/python examples/quickstart.py
 
+# Two workers, each a file of tests at a time: of two cores one is idle while a test of one process runs.
+# More workers need more memory (a test has up to four processes): make test WORKERS=4.
+WORKERS ?= 2
+SIDE_BY_SIDE := --numprocesses=$(WORKERS) --dist=loadfile
+
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(SIDE_BY_SIDE)
 
 # What computes in one process and trains nothing.
 test-fast: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow and not gpu and not processes"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not processes" $(SIDE_BY_SIDE)
 
 test-all: $(VENV)/.installed-dev test-lowest test-wheel audit
 	$(BIN)/python -m pytest -m "not gpu"
