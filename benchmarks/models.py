@@ -356,7 +356,7 @@ def render(results: list[dict[str, Any]]) -> str:
             parts.append(f"- {name}, {gpus} GPU{'s' if gpus > 1 else ''}: {made}")
             one = _of_run(_one(results, name, "ours", 1), r)
             if gpus > 1 and one:
-                of_ideal = f"{speed / ideal(at, gpus, rates, one, r['settings']):.2f}"
+                of_ideal = f"{speed / ideal(at, gpus, rates, one, r['settings']):.3f}"
         lines.append(
             f"{start} {r['seconds']:.3f} | {speed:,.0f} | {over} | {share} | {of_ideal} |"
             f" {r['peak'] / GiB:.1f} | {r.get('settings', '')} |"
