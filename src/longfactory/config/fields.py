@@ -26,6 +26,8 @@ NULL = frozenset({"null", "none", "~", ""})
 
 SHOWN = 80
 """Characters of a value that a message shows."""
+PATH_SHOWN = 1000
+"""Of a path."""
 LONGEST_NAME, LONGEST_PATH = 255, 4095
 """Bytes of a file's name, and of a path: what Linux's file systems take."""
 
@@ -155,10 +157,16 @@ def plain(text: str) -> str:
     return _shortened(text if text.isprintable() else repr(text)[1:-1])
 
 
-def _shortened(text: str) -> str:
-    if len(text) <= SHOWN:
+def whole_path(path: Any) -> str:
+    """A path as a message shows it: whole, as a shortened one names no file."""
+    text = str(path)
+    return _shortened(text if text.isprintable() else repr(text)[1:-1], PATH_SHOWN)
+
+
+def _shortened(text: str, most: int = SHOWN) -> str:
+    if len(text) <= most:
         return text
-    return f"{text[: SHOWN - 30]}... ({len(text)} characters)"
+    return f"{text[: most - 30]}... ({len(text)} characters)"
 
 
 SECRETS = ("token", "api_key", "password", "secret")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from longfactory.config.fields import HIDDEN, is_secret, plain, shown, told
+from longfactory.config.fields import HIDDEN, is_secret, plain, shown, told, whole_path
 from longfactory.errors import ConfigError
 
 FILES = (".yaml", ".yml", ".json")
@@ -92,10 +92,10 @@ def _instead_of(path: Path) -> str:
     try:
         there = [f.name for f in path.parent.iterdir() if f.name.lower().endswith(FILES)]
     except OSError:
-        return f" There is no folder {plain(str(path.parent))} either."
+        return f" There is no folder {whole_path(path.parent)} either."
     close = difflib.get_close_matches(path.name, there, n=3)
     if close:
-        return f" Did you mean {' or '.join(plain(str(path.parent / name)) for name in close)}?"
+        return f" Did you mean {' or '.join(whole_path(path.parent / name) for name in close)}?"
     return " `longfactory init sft --data FILE` writes one."
 
 
@@ -112,7 +112,7 @@ def read_file(path: Path) -> dict[str, Any]:
     content: Any = None
     try:
         if not path.is_file():
-            raise ConfigError(f"There is no file {plain(str(path))}.{_instead_of(path)}")
+            raise ConfigError(f"There is no file {whole_path(path)}.{_instead_of(path)}")
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix.lower() == ".json" else _yaml(text, path)
         if content is None:
@@ -131,7 +131,7 @@ def read_file(path: Path) -> dict[str, Any]:
             f"{path} cannot be read: its lists or mappings are nested too deep."
         ) from e
     except OSError as e:
-        name = plain(str(path))
+        name = whole_path(path)
         raise ConfigError(f"{name} cannot be read: {e.strerror or e}.") from e
     except (OmegaConfBaseException, ValueError) as e:
         raise ConfigError(f"{path} cannot be read: {_one_line(e, content)}") from None

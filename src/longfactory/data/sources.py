@@ -15,7 +15,7 @@ import yaml
 
 from longfactory import hub
 from longfactory.config.data_names import FILE_TYPES, name_is_path
-from longfactory.config.fields import plain
+from longfactory.config.fields import plain, whole_path
 from longfactory.data.on_disk import saved_files
 from longfactory.errors import DataError
 
@@ -114,7 +114,7 @@ class DataSource:
         except OSError as error:
             raise DataError(
                 f"Data set {self.name!r}: file_name cannot be read: {error.strerror or error}"
-                f" ({plain(str(path))})."
+                f" ({whole_path(path)})."
             ) from error
         kinds = {p: FILE_TYPES.get(p.suffix[1:].lower()) for p in found}
         other = [p.name for p, kind in kinds.items() if kind is None]
