@@ -1,4 +1,5 @@
-"""Weights that two GPUs gather beside the update of others are those after it."""
+"""Weights that two GPUs gather beside the update of others, or where they are used, are those after
+it, or copied there."""
 
 from __future__ import annotations
 
@@ -14,11 +15,14 @@ pytestmark = [
 ]
 
 
-def test_gathers_beside_the_update_have_the_bits_of_those_after_it() -> None:
+def test_gathers_beside_the_update_and_without_copies_have_the_bits_of_others() -> None:
     runs = [
-        run_ranks(2, gathered_ranks.weights_after_steps, beside, process_group="nccl")
-        for beside in (False, False, True)
+        run_ranks(2, gathered_ranks.weights_after_steps, *how, process_group="nccl")
+        for how in ((False, True), (False, True), (True, True), (False, False), (True, False))
     ]
-    after, again, beside = runs
-    assert after == again, "this model is not the same twice"
-    assert after == beside
+    copied, again, *others = runs
+    assert copied == again, "this model is not the same twice"
+    beside_the_update, without_copies, both = others
+    assert copied == beside_the_update
+    assert copied == without_copies
+    assert copied == both

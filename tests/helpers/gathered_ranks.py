@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from longfactory.memory import gathered, split_masters
+from longfactory.memory import gathered, split_masters, uncopied
 from longfactory.memory.optimizer import SplitAdamW, local
 from longfactory.memory.settings import MemorySettings
 from longfactory.testing import tiny_model
@@ -143,10 +143,12 @@ def steps_of_both() -> list[list[str]]:
     return gathers_and_updates(False) + gathers_and_updates(True)
 
 
-def weights_after_steps(beside: bool, steps: int = 4) -> list[str]:
+def weights_after_steps(beside: bool, copied: bool, steps: int = 4) -> list[str]:
     """Of a model on GPUs whose update takes longer than a gather: digests of this rank's parts of
-    its weights, with the first gathers beside the update or after it.
+    its weights, with the first gathers beside the update or after it, and with large weights and
+    gradients copied before they are sent, or as messages of their own.
     """
+    uncopied.LEAST_BYTES = 1 << 60 if copied else 16 << 20
     torch.cuda.set_device(dist.get_rank())
     torch.manual_seed(0)
     sizes = {"hidden_size": 2048, "intermediate_size": 8192, "vocab_size": 8192}

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from longfactory.memory import uncopied
 from longfactory.memory.optimizer import SplitAdamW
 from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import TrainingJob
@@ -30,6 +31,8 @@ def begin(model: nn.Module, settings: MemorySettings, optimizer: SplitAdamW | No
     Args:
         optimizer: of it, if it is of split masters.
     """
+    if isinstance(model, FSDPModule):
+        uncopied.begin()
     leave_embedding_sharded(model)
     keep_weights(model, settings.keep_weights)
     if isinstance(model, FSDPModule) and optimizer is not None and optimizer.placement == "gpu":
@@ -43,7 +46,8 @@ def keep_weights(model: nn.Module, keep: bool) -> None:
     Of layers that keep them, each begins to gather the next one's before it computes, and the
     embedding the first one's. Attention's
     kernels occupy every processor until they end: a gather that is begun later comes beside the
-    products of the MLP instead.
+    products of the MLP instead. Large weights are gathered where they are used, except those of the
+    first layer, whose gather runs beside the optimizer's update and so cannot wait for it.
     """
     layers = [layer for layer in decoder_layers(model)[1] if isinstance(layer, FSDPModule)]
     for layer in layers:
@@ -52,6 +56,7 @@ def keep_weights(model: nn.Module, keep: bool) -> None:
     before = [inner] if isinstance(inner, FSDPModule) else []
     for unit, following in itertools.pairwise([*before, *layers]):
         unit.set_modules_to_forward_prefetch([following] if keep else [])
+        uncopied.gather(following, uncopied=keep and unit in layers)
 
 
 def leave_embedding_sharded(model: nn.Module) -> None:
