@@ -225,7 +225,7 @@ def test_a_run_sums_micro_batches_in_fp32_and_clips_without_rounding(
         sums = [sum(g.float() for g in parts).bfloat16() for parts in zip(*micro, strict=True)]
         assert all(torch.equal(a, b) for a, b in zip(sums, gradients(self), strict=True))
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in sums))
-        steps.append((len(micro), norm, self._scale))
+        steps.append((len(micro), norm, self._factor()))
         micro.clear()
         return step(self, closure)
 

@@ -100,7 +100,8 @@ class SplitAdamW(torch.optim.Optimizer):
         )
         self.placement, self.gradients, self.overlap = placement, gradients, overlap
         self._stages: list[PinnedBuffers] = []
-        self._scale = 1.0  # of the gradients of the next step
+        self._scale = 1.0  # of the gradients of this step
+        self._limit: tuple[Tensor, float] | None = None  # their norm, and what it is scaled to
         # parameter -> fp32 sum of this rank's part of its gradient, where the states live
         self._sums: dict[Tensor, Tensor] = {}
         self._summed: set[Tensor] = set()  # those with something of this step in it
@@ -141,6 +142,7 @@ class SplitAdamW(torch.optim.Optimizer):
                     self.prepare(p)
                     changed.append(p)
         by_kernel = {p for p in changed if self._is_one_pass(p)}
+        self._scale = self._factor()
         self._update_in_one_pass(by_kernel)
         if changed:
             torch._foreach_add_([self.state[p]["step"] for p in changed], 1)
@@ -148,7 +150,7 @@ class SplitAdamW(torch.optim.Optimizer):
             work = self._work(by_kernel)
             self._do(job for block in work for job in _update_jobs(block))
         self._after_all()
-        self._scale = 1.0
+        self._scale, self._limit = 1.0, None
         self._norms.clear()
         self._left.clear()
         self._away.clear()
@@ -315,8 +317,16 @@ class SplitAdamW(torch.optim.Optimizer):
         if sharded:
             torch.distributed.all_reduce(total, group=sharded[0].device_mesh.get_group())
         norm = (total + self._square(whole)).sqrt().float()
-        self._scale = min(1.0, max_norm / (float(norm) + 1e-6))
+        # read in `step`: what else is computed of the gradients is queued before the host waits
+        self._limit = (norm, max_norm) if max_norm != math.inf else None
         return norm
+
+    def _factor(self) -> float:
+        """What `clip` multiplies gradients by. Waits for their norm."""
+        if self._limit is None:
+            return 1.0
+        norm, max_norm = self._limit
+        return min(1.0, max_norm / (float(norm) + 1e-6))
 
     def _square(self, params: list[Any]) -> Tensor:
         """Sum of the squares of this rank's gradients, in fp64 on their device; 0 on the host for
