@@ -184,9 +184,10 @@ def test_a_kernel_of_one_pass_is_called_once_for_all_parameters(monkeypatch):
     for p in (*first, *second):
         p.grad = torch.ones_like(p)
     first[2].grad = None
-    opt._scale = 0.25
+    scale = 5.0 / (float(opt.clip(5.0)) + 1e-6)
+    assert scale == pytest.approx(5.0 / math.sqrt(370 + 4 + 50 + 3))
     opt.step()
-    assert calls == [([370, 0], 1e-2, 1.0, 0.25), ([50], 0.5, 1.0, 0.25)]
+    assert calls == [([370, 0], 1e-2, 1.0, scale), ([50], 0.5, 1.0, scale)]
     assert blocks == [4, 3]
     calls.clear()
     first[2].grad = torch.ones_like(first[2])
