@@ -147,7 +147,7 @@ def split_adamw_norm_of_shards() -> tuple[float, float, float, list[int]]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    from longfactory.memory.optimizer import SplitAdamW
+    from longfactory.memory.optimizer import SplitAdamW, local
 
     torch.manual_seed(0)
     model, other = nn.Linear(6, 1, dtype=torch.bfloat16), nn.Linear(3, 3, bias=False)
@@ -179,6 +179,10 @@ def split_adamw_norm_of_shards() -> tuple[float, float, float, list[int]]:
         backward()
     early = [len(optimizer._norms)]
     during = float(optimizer.clip(1.0))
+    for p in [*both.parameters(), *other.parameters()]:
+        local(p.grad).mul_(0.5)
+    optimizer.forget_norms()
+    assert math.isclose(float(optimizer.clip(1.0)), during / 2, rel_tol=1e-6)
     optimizer.zero_grad()
     for last in (False, True):
         with optimizer.during_backward(last):

@@ -34,9 +34,14 @@ from longfactory.testing import process_context, run_ranks
 from manual_runs import manual_run
 
 
-def train(keys: dict[str, Any], sharding: str = "none") -> tuple[list[dict[str, float]], list[str]]:
+def train(
+    keys: dict[str, Any], sharding: str = "none", scaled: bool = False
+) -> tuple[list[dict[str, float]], list[str]]:
     """Body of a rank: one run. The trainer's log; names of its optimizer, its sharding, and the
     types of its trained weights.
+
+    Args:
+        scaled: the loss is scaled as in fp16, which accelerate has on GPUs alone.
     """
     import os
 
@@ -68,7 +73,17 @@ def train(keys: dict[str, Any], sharding: str = "none") -> tuple[list[dict[str, 
         )
 
     SplitAdamW._leave = watched  # type: ignore[method-assign]
-    module.make_trainer = lambda *a, **k: seen.append(make(*a, **k)) or seen[-1]
+
+    def made(*args: Any, **kwargs: Any) -> Any:
+        trainer = make(*args, **kwargs)
+        if scaled:
+            trainer.accelerator.native_amp = True
+            trainer.accelerator.state._mixed_precision = "fp16"
+            trainer.accelerator.scaler = torch.amp.GradScaler("cpu", growth_interval=2)
+        seen.append(trainer)
+        return trainer
+
+    module.make_trainer = made
     prepare.choose_sharding = lambda *a, **k: sharding
     try:
         module.run(from_mapping({k: v for k, v in keys.items() if k != "cache"}))
@@ -115,10 +130,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def alone() -> Iterator[Callable[[dict[str, Any]], Any]]:
+def alone() -> Iterator[Callable[..., Any]]:
     """`train` in a process without a process group."""
     with ProcessPoolExecutor(1, mp_context=process_context()) as pool:
-        yield lambda keys: pool.submit(train, keys).result(timeout=300)
+        yield lambda *given: pool.submit(train, *given).result(timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +308,29 @@ def test_gradients_that_leave_during_backward_change_no_bit(
             assert all(torch.equal(one[n], two[n]) for n in one)
         else:
             same_files(tmp_path / "a" / "checkpoint-6", tmp_path / name / "checkpoint-6")
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("clip", [0.5, 0.0])
+@pytest.mark.parametrize("case", ["fp32, fsdp2", "fp32, ddp", "one process"])
+def test_scaled_gradients_are_clipped_and_logged_as_those_without_a_scale(
+    case: str, clip: float, base: dict[str, Any], tmp_path: Path, alone: Any
+) -> None:
+    """The scale is 65,536 and doubles after two steps. Epsilon shows a gradient that is clipped to
+    a share of it.
+    """
+    sharding, world, changes = CASES.get(case, ("none", 1, {"bf16": False}))
+    keys = {**base, **changes, "max_grad_norm": clip, "adam_epsilon": 1e-5, "max_steps": 4}
+    keys |= {"save_strategy": "no", "output_dir": str(tmp_path / "out")}
+    plain, scaled = (
+        alone(keys, "none", scales)
+        if world == 1
+        else run_ranks(world, train, keys, sharding, scales, timeout=300)[0]
+        for scales in (False, True)
+    )
+    rows = [[(h["loss"], h["grad_norm"]) for h in log if "loss" in h] for log, _ in (plain, scaled)]
+    assert len(rows[0]) == 4 and "SplitAdamW" in scaled[1]
+    torch.testing.assert_close(*map(torch.tensor, rows), rtol=1e-3, atol=0.0)
 
 
 @pytest.mark.processes

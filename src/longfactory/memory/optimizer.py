@@ -174,7 +174,8 @@ class SplitAdamW(torch.optim.Optimizer):
                 others stay in `.grad`, where autograd sums.
 
         `accumulate`, `clip` (of inf alone, with `overlap`) and `step` follow as ever. Everything is
-        what it would be without, in every bit.
+        what it would be without, in every bit. Who changes gradients in place before `clip` calls
+        `forget_norms`.
 
         Raises:
             RuntimeError: in backward, if a gradient comes twice. Autograd and FSDP2 sum over all
@@ -200,6 +201,10 @@ class SplitAdamW(torch.optim.Optimizer):
         """A hook: the gradient of this micro-batch was summed over processes."""
         if p not in self._summed:  # else `accumulate` changes it
             self._norms[p] = (p.grad, _norm(local(p.grad)))
+
+    def forget_norms(self) -> None:
+        """Gradients were changed in place: norms that were computed during backward are others'."""
+        self._norms.clear()
 
     @torch.no_grad()
     def _leave(self, p: Any, group: dict[str, Any], last: bool) -> None:

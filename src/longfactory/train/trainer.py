@@ -33,6 +33,7 @@ from longfactory.data.media.load import MediaLoading
 from longfactory.data.row import Row
 from longfactory.errors import UserError
 from longfactory.memory.gathered import give_up_weights
+from longfactory.memory.optimizer import SplitAdamW
 from longfactory.model.outputs import TokenOutputs
 from longfactory.model.routing import Routing
 from longfactory.model.source import Source
@@ -471,11 +472,18 @@ class RowTrainer(ResumableTrainer):
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         optimizer = self._split_adamw()
         self._drop_inactive()
-        return (
-            super()._clip_grad_norm(model)
-            if optimizer is None
-            else optimizer.clip(self.args.max_grad_norm)
-        )
+        if optimizer is None:
+            return super()._clip_grad_norm(model)
+        return self._clip(optimizer, self.args.max_grad_norm)
+
+    def _clip(self, optimizer: SplitAdamW, max_norm: float) -> Tensor:
+        """As accelerate clips: gradients of fp16, which are scaled, are divided by the scale before
+        their norm is taken. Else the scaler would divide what is clipped already.
+        """
+        if self.accelerator.scaler is not None:
+            self.accelerator.unscale_gradients(self.optimizer)
+            optimizer.forget_norms()
+        return optimizer.clip(max_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         optimizer = self._split_adamw()
@@ -483,7 +491,7 @@ class RowTrainer(ResumableTrainer):
         if optimizer is None or grad_norm is not None:
             grad_norm = super()._get_grad_norm(model, grad_norm)
         else:
-            grad_norm = optimizer.clip(math.inf)
+            grad_norm = self._clip(optimizer, math.inf)
         self._logged.all += 1
         may_update = self.numbers.may_update(self.state.global_step + 1, grad_norm, model)
         self.meter.summed(self._sums.tolist())
