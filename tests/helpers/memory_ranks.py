@@ -77,6 +77,34 @@ def sharded_gradients(
         return found
 
 
+def order_of_backward() -> list[str]:
+    """Of a layer in a ring of two: what is multiplied, and when its messages are waited for."""
+    from longfactory.memory.layer import attention_half
+    from longfactory.sp.schedules import ring
+
+    ctx = sp.SequenceParallel.create(2, mode="zigzag-ring")
+    happened: list[str] = []
+    through, wait = attention_half.through, ring.Exchange.wait
+
+    def multiplied(g: Tensor, n: Tensor, c: Any, name: str, *rest: Any) -> Any:
+        happened.append(name)
+        return through(g, n, c, name, *rest)
+
+    def waited(self: Any) -> Tensor:
+        happened.append("wait")
+        return wait(self)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        model = make_model("qwen2", monkeypatch)
+        hf.prepare(model, ctx)
+        apply_memory(model, MemorySettings(keep_attention=1.0))
+        run(model, ctx)  # the layers are proved
+        monkeypatch.setattr(attention_half, "through", multiplied)
+        monkeypatch.setattr(ring.Exchange, "wait", waited)
+        run(model, ctx)
+    return happened[-5:]
+
+
 def with_lora(model: nn.Module, targets: Any = None, **keys: Any) -> nn.Module:
     """LoRA on some of the linears, B not zero, in float64."""
     from peft import LoraConfig, get_peft_model

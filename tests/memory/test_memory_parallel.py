@@ -76,3 +76,9 @@ def test_other_schedules(settings, kind, mode, monkeypatch):
         2, memory_ranks.sharded_gradients, kind, settings, "fsdp2", "memory", 2, mode=mode
     ):
         assert_same_gradients(found, wanted)
+
+
+def test_queries_are_multiplied_while_gradients_of_keys_travel_home() -> None:
+    for happened in run_ranks(2, memory_ranks.order_of_backward):
+        # the first wait is for keys and values
+        assert happened == ["wait", "q", "wait", "k", "v"]

@@ -16,7 +16,12 @@ project only the list of kernel names.
 The sum over ranks of a parameter's gradients is the gradient of the sum over ranks of their losses.
 """
 
-from .attention import attention, attention_backward, attention_forward
+from .attention import (
+    attention,
+    attention_backward,
+    attention_backward_in_parts,
+    attention_forward,
+)
 from .collectives import all_gather, all_reduce, all_to_all, gather, reduce_scatter, shard
 from .context import MODES, SequenceParallel, alignment
 from .layout import Segment
@@ -34,6 +39,7 @@ __all__ = [
     "all_to_all",
     "attention",
     "attention_backward",
+    "attention_backward_in_parts",
     "attention_forward",
     "gather",
     "keep",

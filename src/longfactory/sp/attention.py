@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -107,6 +108,46 @@ def attention_backward(
     Heads are independent: a call with some of the heads, their share of out and lse, and their key
     heads gives those heads' gradients.
     """
+    dq, of_keys, dsinks = attention_backward_in_parts(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        plan,
+        scale=scale,
+        window=window,
+        chunk=chunk,
+        softcap=softcap,
+        sinks=sinks,
+        dropout_p=dropout_p,
+    )
+    return dq, *of_keys(), dsinks
+
+
+def attention_backward_in_parts(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: RowPlan,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    chunk: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]], Tensor | None]:
+    """`attention_backward` for a caller that has something to compute of dq alone: dk and dv come
+    of a function, to be called once, which waits for the parts that other ranks have computed.
+
+    Heads are independent: a call with some of the heads, their share of out and lse, and their key
+    heads gives those heads' gradients.
+    """
     call = _check(q, k, v, plan, scale, window, chunk, softcap, sinks, dropout_p)
     if (
         lse.shape != (q.shape[1], q.shape[0])
@@ -147,13 +188,13 @@ def _forward(
 
 def _backward(
     dout: Tensor, held: tuple[Tensor, ...], lse: Tensor, sinks: Tensor | None, call: Call
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]], Tensor | None]:
     plan = call.plan
     group = plan.axes.ulysses
     schedule = _schedule(call)
     q, k, v, out = held
     dout = ulysses.to_heads(dout, group)
-    dq, dk, dv = schedule.backward(dout, q, k, v, out, lse, call)
+    dq, of_keys = schedule.backward(dout, q, k, v, out, lse, call)
     dsinks = None
     if sinks is not None:
         mine = _own_sinks(sinks, call).to(lse.dtype).unsqueeze(1)
@@ -161,8 +202,14 @@ def _backward(
         dsinks = torch.zeros_like(sinks)
         _own_sinks(dsinks, call).copy_(-(torch.exp(mine - lse) * delta).sum(1))
     dq = ulysses.to_rows(dq.to(q.dtype), group)
-    dk, dv = (ulysses.to_rows(g, group, call.copies) for g in (dk, dv))
-    return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks
+    dtypes = k.dtype, v.dtype
+
+    @torch.no_grad()
+    def in_rows() -> tuple[Tensor, Tensor]:
+        dk, dv = (ulysses.to_rows(g, group, call.copies) for g in of_keys())
+        return dk.to(dtypes[0]), dv.to(dtypes[1])
+
+    return dq, in_rows, dsinks
 
 
 def _schedule(call: Call) -> ModuleType:
@@ -219,7 +266,8 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse, sinks = ctx.saved_tensors
         held = _to_heads(q, k, v, out, ctx.call) if ctx.local else (q, k, v, out)
         with torch.autocast(q.device.type, enabled=False):
-            dq, dk, dv, dsinks = _backward(dout, held, lse, sinks, ctx.call)
+            dq, of_keys, dsinks = _backward(dout, held, lse, sinks, ctx.call)
+            dk, dv = of_keys()
         return dq, dk, dv, dsinks, None
 
 

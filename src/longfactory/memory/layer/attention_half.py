@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,9 @@ from longfactory.memory.layer_ops import (
     rotate,
     rotate_backward,
 )
+
+KeyGradients = Callable[[], tuple[Tensor, Tensor]]
+"""Waits for dk and dv, [T, heads, D]."""
 
 
 def turned(y: Tensor, s: slice, c: LayerCall, name: str) -> Tensor:
@@ -203,9 +207,10 @@ def _ungated(
 
 def attention_backward(
     x: Tensor, out: Tensor, lse: Tensor, da: Tensor, k: Tensor, v: Tensor, c: LayerCall, sums: Sums
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, KeyGradients, Tensor | None]:
     """The gradients of queries [T, heads, D] (with several groups of heads as wide as values:
-    written over out), keys, values, and of the output gate [T, heads, D or 1], where there is one.
+    written over out), of keys and values, and of the output gate [T, heads, D or 1], where there is
+    one.
 
     Args:
         out: [T, heads * Dv].
@@ -220,11 +225,11 @@ def attention_backward(
     if c.groups == 1:
         dout = _ungated(x, out, da, dgate, c, ALL)
         q = queries(x, c, ALL)
-        dq, dk, dv, dsinks = sp.attention_backward(
+        dq, of_keys, dsinks = sp.attention_backward_in_parts(
             dout, q, k, v, whole, lse, c.plan, **c.options, **c.sinks(ALL)
         )
         sums.add("sinks", dsinks)
-        return dq, dk, dv, dgate
+        return dq, of_keys, dgate
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     dqs = whole
     if shape.value_dim != shape.head_dim:
@@ -248,14 +253,13 @@ def attention_backward(
         del dq, dkg, dvg
     if shape.sinks:
         sums.add("sinks", torch.cat(all_sinks))
-    return dqs, dk, dv, dgate
+    return dqs, lambda: (dk, dv), dgate
 
 
 def projections_backward(
     x: Tensor,
     dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
+    of_keys: KeyGradients,
     dgate: Tensor | None,
     dx: Tensor,
     pending: Tensor | None,
@@ -267,15 +271,17 @@ def projections_backward(
     Args:
         pending: [T, H] of a parallel layer: the gradient that the norm's output has from the MLP.
     """
+    of_keys = functools.cache(of_keys)  # in the first chunk: what needs dq alone comes before
     for s in c.chunks(x.shape[0]):
         n = normed(x[s], c, "norm1")
         dn = None if pending is None else pending[s]
         if c.shape.latent is not None:
             gq = turned_backward(dq[s], s, c, "q")
+            dk, dv = of_keys()
             gk = turned_backward(dk[s], s, c, "k")
             dn = latent.projections_backward(gq, gk, dv[s], n, c, sums, dn)
         else:
-            dn = _plain_backward(dq[s], dk[s], dv[s], dgate, n, s, c, sums, dn)
+            dn = _plain_backward(dq[s], of_keys, dgate, n, s, c, sums, dn)
         if dgate is not None and not c.gate_beside_queries:
             dn = through(dgate[s].flatten(1), n, c, "g", sums, dn)
         dx[s] = normed_backward(dn, x[s], c, "norm1", sums, dx[s])
@@ -283,8 +289,7 @@ def projections_backward(
 
 def _plain_backward(
     dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
+    of_keys: KeyGradients,
     dgate: Tensor | None,
     n: Tensor,
     s: slice,
@@ -297,11 +302,14 @@ def _plain_backward(
     if dgate is not None and c.gate_beside_queries:
         # [C, heads, D] twice -> [C, heads, 2, D] -> [C, heads * 2 * D]
         gq = torch.stack((gq.view(dgate[s].shape), dgate[s]), 2).flatten(1)
-    gk = _made_backward(dk, n, s, c, "k", sums)
-    gv = _made_backward(dv, n, s, c, "v", sums)
-    if c.rows("q")[0] == "qkv":
+    packed = c.rows("q")[0] == "qkv"
+    if not packed:
+        dn = through(gq, n, c, "q", sums, dn)
+    dk, dv = of_keys()
+    gk = _made_backward(dk[s], n, s, c, "k", sums)
+    gv = _made_backward(dv[s], n, s, c, "v", sums)
+    if packed:
         return through(torch.cat((gq, gk, gv), 1), n, c, "qkv", sums, dn)
-    dn = through(gq, n, c, "q", sums, dn)
     if c.rows("v")[0] == "k":
         return through(gk + gv, n, c, "k", sums, dn)
     dn = through(gk, n, c, "k", sums, dn)

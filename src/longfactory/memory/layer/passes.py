@@ -70,10 +70,10 @@ def backward(
         call.before_norm = {}
     if k is None or v is None:
         k, v = keys_values(x, call)
-    dq, dk, dv, dgate = attention_backward(x, flat, lse, da, k, v, call, sums)
+    dq, of_keys, dgate = attention_backward(x, flat, lse, da, k, v, call, sums)
     del k, v, out, flat, lse, da
     if late is not None:
         late()
-    projections_backward(x, dq, dk, dv, dgate, dx, pending, call, sums)
+    projections_backward(x, dq, of_keys, dgate, dx, pending, call, sums)
     call.before_norm = None
     return sums.result()

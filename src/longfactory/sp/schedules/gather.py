@@ -8,6 +8,8 @@ fetch is under way while the rank computes its own rows' tiles.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -36,8 +38,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
 
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq as accumulated, dk and dv in `call.key_gradients`."""
+) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]:
+    """dq as accumulated, and a function that returns dk and dv, in `call.key_gradients`."""
     mask = call.mask
     bulk = kernels.bulk(q, v, call)
     dq = Sum(q, once=mask.merges_once((mask.rank, HALO), bulk))
@@ -55,7 +57,8 @@ def backward(
             dk.add_rows(index, rows_k)
             dv.add_rows(index, rows_v)
     dtype = call.key_gradients(k.dtype)
-    return dq.result(), dk.result().to(dtype), dv.result().to(dtype)
+    grads = dk.result().to(dtype), dv.result().to(dtype)
+    return dq.result(), lambda: grads
 
 
 class Fetch:

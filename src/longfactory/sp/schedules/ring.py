@@ -7,6 +7,7 @@ Zigzag chunks make the work of a causal document equal on every rank and at ever
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -41,9 +42,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
 
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq as accumulated, dk and dv in `call.key_gradients`. Gradients of keys travel with them, in
-    float32, and go home in one step at the end."""
+) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]:
+    """dq as accumulated, and a function that waits for dk and dv, in `call.key_gradients`.
+    Gradients of keys travel with them, in float32, and go home in one step at the end, under way
+    when this returns.
+    """
     plan, mask = call.plan, call.mask
     rank, group = plan.ring_rank, plan.axes.ring
     bulk = kernels.bulk(q, v, call)
@@ -73,13 +76,17 @@ def backward(
             travelling = moving.wait()
             k, v = _unpack(travelling, own_k, own_v)
     own, dtype = (own_dk.result(), own_dv.result()), call.key_gradients(k.dtype)
-    if carried is None:
-        return dq.result(), own[0].to(dtype), own[1].to(dtype)
-    # Added and rounded in one pass over memory.
-    home = _unpack(carried.wait(), own_k, own_v)
-    rounded = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in home)
-    grads = [torch.add(a, b, out=c) for a, b, c in zip(home, own, rounded, strict=True)]
-    return dq.result(), grads[0], grads[1]
+
+    def of_keys() -> tuple[Tensor, Tensor]:
+        if carried is None:
+            return own[0].to(dtype), own[1].to(dtype)
+        # Added and rounded in one pass over memory.
+        home = _unpack(carried.wait(), *own)
+        rounded = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in home)
+        dk, dv = (torch.add(a, b, out=c) for a, b, c in zip(home, own, rounded, strict=True))
+        return dk, dv
+
+    return dq.result(), of_keys
 
 
 class Arriving:
