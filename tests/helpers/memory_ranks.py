@@ -77,22 +77,27 @@ def sharded_gradients(
         return found
 
 
-def order_of_backward() -> list[str]:
-    """Of a layer in a ring of two: what is multiplied, and when its messages are waited for."""
+def order_of_backward(mode: Any) -> list[str]:
+    """Of a layer of two ranks: what is multiplied, and when its messages are waited for."""
     from longfactory.memory.layer import attention_half
-    from longfactory.sp.schedules import ring
+    from longfactory.sp.schedules import gather, ring
 
-    ctx = sp.SequenceParallel.create(2, mode="zigzag-ring")
+    ctx = sp.SequenceParallel.create(2, mode=mode)
     happened: list[str] = []
-    through, wait = attention_half.through, ring.Exchange.wait
+    through = attention_half.through
 
     def multiplied(g: Tensor, n: Tensor, c: Any, name: str, *rest: Any) -> Any:
         happened.append(name)
         return through(g, n, c, name, *rest)
 
-    def waited(self: Any) -> Tensor:
-        happened.append("wait")
-        return wait(self)
+    def waited(own: Any) -> Any:
+        def wait(*args: Any) -> Any:
+            happened.append("wait")
+            return own(*args)
+
+        return wait
+
+    give_back = gather.Fetch.give_back
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         model = make_model("qwen2", monkeypatch)
@@ -100,7 +105,9 @@ def order_of_backward() -> list[str]:
         apply_memory(model, MemorySettings(keep_attention=1.0))
         run(model, ctx)  # the layers are proved
         monkeypatch.setattr(attention_half, "through", multiplied)
-        monkeypatch.setattr(ring.Exchange, "wait", waited)
+        monkeypatch.setattr(ring.Exchange, "wait", waited(ring.Exchange.wait))
+        monkeypatch.setattr(gather.Fetch, "wait", waited(gather.Fetch.wait))
+        monkeypatch.setattr(gather.Fetch, "give_back", lambda *args: waited(give_back(*args)))
         run(model, ctx)
     return happened[-5:]
 

@@ -78,7 +78,8 @@ def test_other_schedules(settings, kind, mode, monkeypatch):
         assert_same_gradients(found, wanted)
 
 
-def test_queries_are_multiplied_while_gradients_of_keys_travel_home() -> None:
-    for happened in run_ranks(2, memory_ranks.order_of_backward):
+@pytest.mark.parametrize("mode", ["zigzag-ring", "llama3"])
+def test_queries_are_multiplied_while_gradients_of_keys_travel_home(mode: str) -> None:
+    for happened in run_ranks(2, memory_ranks.order_of_backward, mode):
         # the first wait is for keys and values
         assert happened == ["wait", "q", "wait", "k", "v"]

@@ -39,7 +39,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]:
-    """dq as accumulated, and a function that returns dk and dv, in `call.key_gradients`."""
+    """dq as accumulated, and a function that waits for dk and dv, in `call.key_gradients`: those of
+    fetched rows are under way when this returns.
+    """
     mask = call.mask
     bulk = kernels.bulk(q, v, call)
     dq = Sum(q, once=mask.merges_once((mask.rank, HALO), bulk))
@@ -53,12 +55,20 @@ def backward(
         far_dk, far_dv = Sum(far_k), Sum(far_v)
         for tile in mask.tiles(HALO, bulk):
             kernels.backward(dout, q, far_k, far_v, out, lse, tile, call, dq, far_dk, far_dv)
-        for index, rows_k, rows_v in fetch.give_back(far_dk.result(), far_dv.result()):
+        of_others = fetch.give_back(far_dk.result(), far_dv.result())
+    dtype = call.key_gradients(k.dtype)
+
+    def of_keys() -> tuple[Tensor, Tensor]:
+        for index, rows_k, rows_v in of_others() if fetch.posted else ():
             dk.add_rows(index, rows_k)
             dv.add_rows(index, rows_v)
-    dtype = call.key_gradients(k.dtype)
-    grads = dk.result().to(dtype), dv.result().to(dtype)
-    return dq.result(), lambda: grads
+        return dk.result().to(dtype), dv.result().to(dtype)
+
+    return dq.result(), of_keys
+
+
+Rows = tuple[Tensor, Tensor, Tensor]
+"""Local rows, their dk and their dv."""
 
 
 class Fetch:
@@ -91,9 +101,11 @@ class Fetch:
         v = self.received[:, width:].index_select(0, self.order).unflatten(1, self.v.shape[1:])
         return k, v
 
-    def give_back(self, dk: Tensor, dv: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Gradients of fetched rows to their owners: (local rows, their dk, their dv) for each rank
-        that used rows of this one.
+    def give_back(self, dk: Tensor, dv: Tensor) -> Callable[[], list[Rows]]:
+        """Gradients of fetched rows to their owners, under way when this returns.
+
+        Returns:
+            A function that waits for those of this rank's rows: for each rank that used some.
         """
         width = self.k.shape[1] * self.k.shape[2]
         sent = torch.empty(
@@ -102,23 +114,28 @@ class Fetch:
         sent[:, :width].index_copy_(0, self.order, dk.flatten(1).to(sent.dtype))
         sent[:, width:].index_copy_(0, self.order, dv.flatten(1).to(sent.dtype))
         received = _rows(sum(self.halo.send_counts), sent)
-        _all_to_all(
+        work = _all_to_all(
             received, sent, self.halo.send_counts, self.halo.receive_counts, self.group
-        ).wait()
-        out, at = [], 0
-        for count in self.halo.send_counts:
-            if count:
-                part = received[at : at + count]
-                index = self.send_index[at : at + count]
-                out.append(
-                    (
-                        index,
-                        part[:, :width].unflatten(1, self.k.shape[1:]),
-                        part[:, width:].unflatten(1, self.v.shape[1:]),
+        )
+
+        def arrived() -> list[Rows]:
+            work.wait()
+            out, at = [], 0
+            for count in self.halo.send_counts:
+                if count:
+                    part = received[at : at + count]
+                    index = self.send_index[at : at + count]
+                    out.append(
+                        (
+                            index,
+                            part[:, :width].unflatten(1, self.k.shape[1:]),
+                            part[:, width:].unflatten(1, self.v.shape[1:]),
+                        )
                     )
-                )
-            at += count
-        return out
+                at += count
+            return out
+
+        return arrived
 
 
 def _rows(count: int, like: Tensor) -> Tensor:
