@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from typing import Any
 from unittest import mock
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import stream_clocks
 from longfactory.memory import gathered, split_masters, uncopied
 from longfactory.memory.optimizer import SplitAdamW, local
 from longfactory.memory.settings import MemorySettings
@@ -23,15 +25,21 @@ def model_of(kind: str, dtype: torch.dtype, tied: bool = False) -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
-def loss_of(model: Any, rank: int, step: int) -> Tensor:
+def loss_of(model: Any, rank: int, step: int, embedded: bool = True) -> Tensor:
+    """`embedded`: the model is given tokens, not what its embedding makes of them."""
     generator = torch.Generator().manual_seed(10 * step + rank)
     ids = torch.randint(0, model.config.vocab_size, (1, 24), generator=generator)
-    logits = model(input_ids=ids).logits.double()
+    row = {"input_ids": ids}
+    if not embedded:
+        row = {"inputs_embeds": torch.ones(1, 24, model.config.hidden_size, dtype=model.dtype)}
+    logits = model(**row).logits.double()
     return nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
 
 
 def as_accelerate_shards(model: Any, reduced: torch.dtype, device: str = "cpu") -> None:
-    """Layers, embedding, and last norm with output layer are units of their own."""
+    """Layers, embedding, and last norm with output layer are units of their own; a tied embedding
+    is of the last one.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -42,9 +50,12 @@ def as_accelerate_shards(model: Any, reduced: torch.dtype, device: str = "cpu") 
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     for layer in model.model.layers:
         fully_shard(layer, reshard_after_forward=True, **keys)
-    if not tied:
+    last = [model.model.norm, model.lm_head]
+    if tied:
+        last.insert(1, model.model.embed_tokens)
+    else:
         fully_shard(model.model.embed_tokens, reshard_after_forward=True, **keys)
-        fully_shard([model.model.norm, model.lm_head], reshard_after_forward=False, **keys)
+    fully_shard(last, reshard_after_forward=False, **keys)
     fully_shard(model, **keys)
 
 
@@ -83,64 +94,90 @@ def gradients_and_gathers(
     return found, counts
 
 
-def gathers_and_updates(tied: bool) -> list[list[str]]:
-    """What happens in two steps, in order: units gathered, calls of the kernel with the names of
-    what they update, events recorded and given to FSDP2, waits of its gathers.
+def races(tied: bool, keep: bool, uncopied_bytes: int) -> tuple[list[str], list[set[str]]]:
+    """Steps whose streams are simulated: races of FSDP2's gathers with the optimizer's updates; and
+    the weights that were gathered beside the update of the step before, of each step.
+
+    The steps are: two plain ones; one without the embedding; a plain one; one of two micro-batches;
+    one after an evaluation; one after another whose update was left out; one after the pass of a
+    reference.
+
+    Args:
+        uncopied_bytes: of weights and gradients that are messages of their own.
     """
-    from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as of_torch
+    from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as groups
+    from torch.distributed.fsdp._fully_shard import _fsdp_state as states
 
-    model: Any = model_of("llama", torch.bfloat16, tied)
-    as_accelerate_shards(model, torch.bfloat16)
-    names = {local(p).data_ptr(): n for n, p in model.named_parameters()}
-    groups = [[p for n, p in model.named_parameters() if ("norm" in n) == norm] for norm in (0, 1)]
-    optimizer = SplitAdamW([{"params": group} for group in groups], placement="gpu")
-    gathered.begin(model, MemorySettings(keep_weights=True), optimizer)
-    happened: list[str] = []
-    gather = of_torch.foreach_all_gather
+    memory, names = stream_clocks.Memory(), dict[int, str]()
+    inputs, gather = collectives._get_param_all_gather_inputs, collectives.DefaultAllGather.__call__
 
-    def counted(params: list[Any], *args: Any) -> Any:
-        happened.append(f"gather {params[0]._param_fqn}")
-        return gather(params, *args)
+    def copied_in(params: list[Any]) -> Any:
+        for param in params:
+            memory.read(names[param.sharded_param._local_tensor.data_ptr()])
+        return inputs(params)
+
+    def message(self: Any, output_tensor: Tensor, input_tensor: Tensor, **keys: Any) -> Any:
+        if input_tensor.data_ptr() in names:  # the shard itself
+            memory.read(names[input_tensor.data_ptr()])
+        return gather(self, output_tensor, input_tensor, **keys)
 
     def kernel(parameters: Any, group: Any, step: float, scale: float) -> None:
-        happened.extend(f"update {names[tensors[0].data_ptr()]}" for tensors in parameters)
+        for weight, *_ in parameters:
+            memory.write(names[weight.data_ptr()])
 
-    class Event:
-        def record(self, stream: Any = None) -> None:
-            happened.append("event")
+    def simulated(device: Any) -> Any:
+        return stream_clocks.Device
 
-    with (
-        mock.patch.object(of_torch, "foreach_all_gather", counted),
-        mock.patch.object(split_masters, "update_in_one_pass", kernel),
-        mock.patch.object(SplitAdamW, "_is_one_pass", lambda self, p: True),
-        mock.patch.object(gathered.torch, "Event", Event),
-        mock.patch.object(
-            torch.cpu.Stream, "wait_event", lambda self, e: happened.append(type(e).__name__)
-        ),
-        mock.patch.object(
-            FSDPModule, "set_post_optim_event", lambda self, event: happened.append("given")
-        ),
-    ):
-        steps = []
-        for step in range(3):
-            if step == 2:  # without the embedding
-                model(inputs_embeds=torch.ones(1, 8, model.config.hidden_size).bfloat16())
-                steps.append(list(happened))
-                break
-            loss_of(model, dist.get_rank(), step).backward()
+    model: Any = model_of("llama", torch.bfloat16, tied)
+    patches: list[tuple[Any, str, Any]] = [
+        (collectives, "_get_param_all_gather_inputs", copied_in),
+        (collectives.DefaultAllGather, "__call__", message),
+        (split_masters, "update_in_one_pass", kernel),
+        (SplitAdamW, "_is_one_pass", lambda self, p: True),
+        (uncopied, "LEAST_BYTES", uncopied_bytes),
+        (torch, "Event", stream_clocks.Event),
+        (torch, "get_device_module", simulated),
+        # where FSDP2 waits for what was gathered in vain: by a pass before it
+        (torch.accelerator, "current_stream", stream_clocks.Device.current_stream),
+        *((m, "_get_device_handle", simulated) for m in (collectives, groups, states)),
+    ]
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(mock.patch.object(*patch))
+        as_accelerate_shards(model, torch.bfloat16)
+        optimizer = SplitAdamW(model.parameters(), placement="gpu")
+        gathered.begin(model, MemorySettings(keep_weights=keep), optimizer)
+        names |= {local(p).data_ptr(): n for n, p in model.named_parameters()}
+        early = []
+
+        def step(number: int, micro_batches: int = 1, embedded: bool = True) -> None:
+            for _ in range(micro_batches):
+                loss_of(model, dist.get_rank(), number, embedded).backward()
+            early.append(set(memory.early))
+            memory.early.clear()
             optimizer.step()
             model.zero_grad()
-            steps.append(list(happened))
-            happened.clear()
-    return steps
 
+        def look() -> None:
+            with torch.no_grad():
+                loss_of(model, dist.get_rank(), 7)
 
-def steps_of_both() -> list[list[str]]:
-    """`gathers_and_updates` of a model whose embedding is a unit of its own, and of one whose
-    embedding is the root's.
-    """
-    return gathers_and_updates(False) + gathers_and_updates(True)
+        step(0)
+        step(1)
+        step(2, embedded=False)
+        step(3)
+        step(4, micro_batches=2)
+        look()
+        gathered.give_up_weights(model)
+        step(5)
+        loss_of(model, dist.get_rank(), 6).backward()
+        optimizer.zero_grad()
+        optimizer.step()
+        step(7)
+        look()
+        step(8)
+    return memory.races, early
 
 
 def weights_after_steps(beside: bool, copied: bool, steps: int = 4) -> list[str]:

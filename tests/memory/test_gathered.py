@@ -56,19 +56,20 @@ def test_two_shards_reduce_bf16_to_the_same_bits() -> None:
             assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_what_is_gathered_first_is_updated_first() -> None:
-    """FSDP2 is told of the first part's update, and gathers nothing else before the whole one."""
-    embedding, first, second = (
-        f"gather model.{name}.weight"
-        for name in ("embed_tokens", "layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj")
-    )
-    for steps in run_ranks(SIZE, gathered_ranks.steps_of_both):
-        for step in (steps[0], steps[1], steps[3], steps[4]):
-            early, late = " ".join(step).split("event given")
-            assert "update model.embed_tokens.weight" in early
-            assert ".layers.0." not in late and "update model.layers.1." not in early
-            assert late.endswith("event")
-            # FSDP2's own two waits are for the copy of the embedding
-            assert step[:5] == [embedding, first, "Event", "Event", second]
-        assert steps[2][:3] == ["Event", "Event", first]
-        assert steps[5][:2] == [embedding, first]  # the root, whose unit has the embedding
+@pytest.mark.parametrize("uncopied_bytes", [1 << 60, 512], ids=["copied", "uncopied"])
+@pytest.mark.parametrize("keep", [False, True], ids=["gathered again", "kept"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_gathers_beside_the_update_are_of_updated_weights(
+    tied: bool, keep: bool, uncopied_bytes: int
+) -> None:
+    """Those of the embedding and the first layer, where the step before updated both."""
+    for races, steps in run_ranks(SIZE, gathered_ranks.races, tied, keep, uncopied_bytes):
+        assert not races
+        first, plain, without, *others = steps
+        assert {name.partition(".layers.0.")[0] for name in plain} == (
+            {"model", "model.embed_tokens.weight"} | ({"model.norm.weight"} if tied else set())
+        )
+        assert sum(".layers.0." in name for name in plain) == 9  # all of them
+        # without the embedding nothing is gathered beside the update
+        assert first == without == set()
+        assert others == [plain] * 5
