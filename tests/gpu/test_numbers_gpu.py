@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from longfactory.train.numbers import Numbers
-from small_runs import POOLS, home, keys  # noqa: F401
+from small_runs import POOLS, home, keys, run_on_ranks  # noqa: F401
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,6 +37,24 @@ def test_a_scaled_gradient_may_be_infinite_and_a_loss_may_not(what: str, home: P
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     losses = [h["loss"] for h in log if "loss" in h]
     assert len(losses) == 4 and all(map(math.isfinite, losses))
+
+
+def test_on_the_host_fp16_is_clipped_without_its_scale(home: Path) -> None:  # noqa: F811
+    """Losses and norms are nearly those of a run in float32: the scale is 65,536 at first."""
+    rows = []
+    for name, fp16 in (("wide", False), ("scaled", True)):
+        placed = {"optimizer_placement": "host", "max_grad_norm": 0.1, "use_cpu": False}
+        given = keys(home, name, fp16=fp16, **placed)
+        words = [f"{k}={v}" for k, v in given.items()]
+        POOLS[1].run(run_on_ranks, words, str(home / "cache"))
+        log = json.loads((Path(given["output_dir"]) / "trainer_state.json").read_text())
+        rows.append([(h["loss"], h["grad_norm"]) for h in log["log_history"] if "loss" in h])
+    wide, scaled = (torch.tensor(each) for each in rows)
+    # the scaler may leave out first steps, to find its scale
+    found = scaled[:, 1].isfinite()
+    assert int(found.sum()) >= 2
+    torch.testing.assert_close(scaled[:, 0], wide[:, 0], rtol=2e-2, atol=0.0)
+    torch.testing.assert_close(scaled[found, 1], wide[found, 1], rtol=0.5, atol=0.0)
 
 
 def test_the_check_waits_once() -> None:
