@@ -540,6 +540,7 @@ def main() -> None:
     parser.add_argument("--qlora", action="store_true", help="quantised bases alone")
     parser.add_argument("--rows", type=int, help="at most so many of the pairwise rows")
     parser.add_argument("--families", nargs="*", help="these alone")
+    parser.add_argument("--only", nargs="*", default=(), help="AXIS=VALUE,VALUE: these alone")
     parser.add_argument("--each", type=int, default=4, help="runs at a time on one GPU")
     parser.add_argument("--time", type=float, default=560, help="seconds for the whole command")
     parser.add_argument("--again", action="store_true", help="run rows again that have results")
@@ -561,6 +562,10 @@ def main() -> None:
         axes |= {"precision": ("fp32", "bf16", "pure_bf16"), "processes": ("one", "ddp")}
     elif options.gpus == 1:
         axes |= {"processes": ("one",), "sp": ("1",)}
+    for axis, _, values in (only.partition("=") for only in options.only):
+        if unknown := set(values.split(",")) - set(axes.get(axis, ())):
+            parser.error(f"--only {axis}: {', '.join(sorted(unknown))}; there are {axes}")
+        axes[axis] = tuple(values.split(","))
     cases = pairwise(axes)
     if options.rows:
         cases = covering(cases, axes, options.rows)

@@ -78,27 +78,27 @@ def test_numbers_of_a_run(gpus: int, tmp_path: Path) -> None:
 
 def row_beside_the_update(words: list[str], cache: str, beside: bool) -> list[bool]:
     """Whether the GPU was done with the update, made 0.1 s longer, as each row was logged."""
-    norm, log, update = RowTrainer._get_grad_norm, RowTrainer.log, torch.cuda.Event()
+    after, log, update = RowTrainer._maybe_log_save_evaluate, RowTrainer.log, torch.cuda.Event()
     own, done = RowTrainer._beside_the_update, []
 
-    def then_sleep(self: RowTrainer, *args: Any, **kwargs: Any) -> Any:
-        result = norm(self, *args, **kwargs)
+    def longer(self: RowTrainer, *args: Any, **kwargs: Any) -> None:
         torch.cuda._sleep(200_000_000)
         update.record()
-        return result
+        after(self, *args, **kwargs)
 
     def logged(self: RowTrainer, logs: dict[str, float], *args: Any) -> None:
         log(self, logs, *args)
         if "grad_norm" in logs:
             done.append(update.query())
 
-    RowTrainer._get_grad_norm, RowTrainer.log = then_sleep, logged  # type: ignore[method-assign]
+    RowTrainer._maybe_log_save_evaluate = longer  # type: ignore[method-assign]
+    RowTrainer.log = logged  # type: ignore[method-assign]
     if not beside:
         RowTrainer._beside_the_update = lambda self: contextlib.nullcontext()  # type: ignore
     try:
         run_on_ranks(words, cache)
     finally:
-        RowTrainer._get_grad_norm, RowTrainer.log = norm, log  # type: ignore[method-assign]
+        RowTrainer._maybe_log_save_evaluate, RowTrainer.log = after, log  # type: ignore
         RowTrainer._beside_the_update = own  # type: ignore[method-assign]
     return done
 
