@@ -18,7 +18,9 @@ from longfactory.testing import tiny_model
 Steps = tuple[list[dict[str, Tensor]], dict[str, int], dict[str, int]]
 
 
-def steps_of(kind: str, dtype: torch.dtype, keep: bool, least: int, device: str = "cpu") -> Steps:
+def steps_of(
+    kind: str, dtype: torch.dtype, keep: bool, least: int, lora: bool = False, device: str = "cpu"
+) -> Steps:
     """Two steps of two micro-batches each, a look at other data between them, with tensors of
     `least` bytes as messages of their own.
 
@@ -31,7 +33,10 @@ def steps_of(kind: str, dtype: torch.dtype, keep: bool, least: int, device: str 
     model: Any = tiny_model(kind, dtype=dtype, tie_word_embeddings=False, vocab_size=65).train()
     model.set_experts_implementation("eager")
     model.to(device)
-    model.model.layers[1].mlp.requires_grad_(False)
+    if lora:
+        model = with_adapters(model)
+    else:
+        model.model.layers[1].mlp.requires_grad_(False)
     gathered_ranks.as_accelerate_shards(model, dtype, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     gathered.begin(model, MemorySettings(keep_weights=keep))
@@ -86,6 +91,22 @@ def loss_of(model: Any, step: int, device: str) -> Tensor:
     return torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
 
 
-def both_ways(kind: str, dtype: torch.dtype, keep: bool) -> tuple[Steps, Steps]:
+def with_adapters(model: Any) -> Any:
+    """LoRA on all linear maps of the layers, routed experts included, B not zero. Returns the model
+    itself, in which they are.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    experts = [n for n, _ in model.named_parameters() if n.endswith(("up_proj", "down_proj"))]
+    config = LoraConfig(r=4, target_modules="all-linear", target_parameters=experts or None)
+    model = inject_adapter_in_model(config, model)
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name)
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+def both_ways(kind: str, dtype: torch.dtype, keep: bool, lora: bool) -> tuple[Steps, Steps]:
     """All tensors copied, and all but the norms messages of their own where that can be."""
-    return steps_of(kind, dtype, keep, 1 << 60), steps_of(kind, dtype, keep, 512)
+    return steps_of(kind, dtype, keep, 1 << 60, lora), steps_of(kind, dtype, keep, 512, lora)

@@ -17,10 +17,15 @@ from longfactory.testing import run_ranks
 @pytest.mark.processes
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "gathered again"])
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [("llama", torch.float32), ("qwen3_moe", torch.bfloat16)]
+    ("kind", "dtype", "lora"),
+    [
+        ("llama", torch.float32, False),
+        ("qwen3_moe", torch.bfloat16, False),
+        ("qwen3_moe", torch.float32, True),
+    ],
 )
-def test_the_same_bits(kind: str, dtype: torch.dtype, keep: bool) -> None:
-    for copied, uncopied_ in run_ranks(2, uncopied_ranks.both_ways, kind, dtype, keep):
+def test_the_same_bits(kind: str, dtype: torch.dtype, lora: bool, keep: bool) -> None:
+    for copied, uncopied_ in run_ranks(2, uncopied_ranks.both_ways, kind, dtype, keep, lora):
         for one, other in zip(copied[0], uncopied_[0], strict=True):
             assert one.keys() == other.keys()
             for name in one:
