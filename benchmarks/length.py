@@ -125,7 +125,7 @@ def slope_table(results: list[dict[str, Any]], shape: ModelShape, layers: int) -
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument(
         "--tokens",

@@ -79,7 +79,7 @@ from plan_accuracy import ended_in_time  # noqa: E402
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--gpus", type=int, default=4)
     parser.add_argument("--part", choices=PARTS)
     parser.add_argument("--check", action="store_true", help="every part at once, small")

@@ -550,7 +550,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--gpus", type=int, default=1, choices=(1, 2))
     parser.add_argument("--only", nargs="*", choices=SETTINGS, default=None)
     parser.add_argument("--steps", type=int, default=4)

@@ -305,7 +305,7 @@ def on_each_gpu(a: argparse.Namespace, names: Sequence[str], gpus: int) -> list[
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", nargs="*", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--share", type=share_of, default=(1, 1), help="1/2: every other setting")
     parser.add_argument("--steps", type=int, default=4, help="at most 3 for rows above 16,384")

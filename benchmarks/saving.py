@@ -129,7 +129,7 @@ def run(tree: Path, shape: str, steps: int, cpu: bool) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--other", type=Path, help="the other checkout")
     parser.add_argument("--shape", default="qwen2.5-0.5b")
     parser.add_argument("--runs", type=int, default=2, help="of each tree")

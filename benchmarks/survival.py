@@ -227,7 +227,7 @@ def _groups(records: Sequence[dict[str, Any]]) -> dict[str, tuple[int, int]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--part", choices=PARTS, action="append", default=[])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=10, help="cases of each part")

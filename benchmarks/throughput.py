@@ -128,7 +128,7 @@ def render(results: list[dict[str, Any]], shape: ModelShape, gpus: int) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 131072])
     parser.add_argument(

@@ -41,7 +41,7 @@ def run(tree: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--other", type=Path, required=True, help="the other checkout")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=32768)

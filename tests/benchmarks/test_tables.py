@@ -275,3 +275,12 @@ def test_speeds_are_by_the_clock_between_rows_of_the_log() -> None:
     lines.insert(2, {"eval_loss": 2.0, "elapsed_seconds": 31.5})
     assert _log.step_seconds(lines) == [1.0, 1.25]
     assert _log.step_speeds(lines) == [1000.0, 800.0]
+
+
+def test_help_describes_a_benchmark_in_whole_sentences() -> None:
+    """Some docstrings go on after their first line."""
+    cut = "description=__doc__.splitlines()"
+    assert [f.name for f in BENCHMARKS.glob("*.py") if cut in f.read_text()] == []
+    words = [sys.executable, str(BENCHMARKS / "throughput.py"), "--help"]
+    told = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert "on the GPUs of one machine." in " ".join(told.split())
