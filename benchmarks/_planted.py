@@ -137,8 +137,13 @@ def _local_positions(model: nn.Module) -> Any:
 def _scaled_dk(model: nn.Module) -> Any:
     def change(backward: Any) -> Any:
         def call(*args: Any) -> Any:
-            dq, dk, *others = backward(*args)
-            return (dq, 1.1 * dk, *others)
+            dq, of_keys, dsinks = backward(*args)
+
+            def scaled() -> Any:
+                dk, dv = of_keys()
+                return 1.1 * dk, dv
+
+            return dq, scaled, dsinks
 
         return call
 

@@ -277,6 +277,7 @@ def test_speeds_are_by_the_clock_between_rows_of_the_log() -> None:
     assert _log.step_speeds(lines) == [1000.0, 800.0]
 
 
+@pytest.mark.processes
 def test_help_describes_a_benchmark_in_whole_sentences() -> None:
     """Some docstrings go on after their first line."""
     cut = "description=__doc__.splitlines()"
