@@ -539,7 +539,6 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--qlora", action="store_true", help="quantised bases alone")
     parser.add_argument("--rows", type=int, help="at most so many of the pairwise rows")
-    parser.add_argument("--families", nargs="*", help="these alone")
     parser.add_argument("--only", nargs="*", default=(), help="AXIS=VALUE,VALUE: these alone")
     parser.add_argument("--each", type=int, default=4, help="runs at a time on one GPU")
     parser.add_argument("--time", type=float, default=560, help="seconds for the whole command")
@@ -550,8 +549,6 @@ def main() -> None:
     options = parser.parse_args()
     end = time.time() + options.time
     axes = dict(AXES)
-    if options.families:
-        axes["family"] = tuple(options.families)
     if options.qlora:
         axes |= {
             "finetuning": ("qlora",),
@@ -564,7 +561,8 @@ def main() -> None:
         axes |= {"processes": ("one",), "sp": ("1",)}
     for axis, _, values in (only.partition("=") for only in options.only):
         if unknown := set(values.split(",")) - set(axes.get(axis, ())):
-            parser.error(f"--only {axis}: {', '.join(sorted(unknown))}; there are {axes}")
+            known = ", ".join(axes.get(axis, axes))
+            parser.error(f"--only {axis}={values}: no {', '.join(sorted(unknown))} among {known}")
         axes[axis] = tuple(values.split(","))
     cases = pairwise(axes)
     if options.rows:

@@ -18,9 +18,7 @@ from longfactory.testing import tiny_model
 Steps = tuple[list[dict[str, Tensor]], dict[str, int], dict[str, int]]
 
 
-def steps_of(
-    kind: str, dtype: torch.dtype, keep: bool, least: int, lora: bool = False, device: str = "cpu"
-) -> Steps:
+def steps_of(kind: str, dtype: torch.dtype, keep: bool, least: int, lora: bool) -> Steps:
     """Two steps of two micro-batches each, a look at other data between them, with tensors of
     `least` bytes as messages of their own.
 
@@ -32,12 +30,11 @@ def steps_of(
     # 65 rows are not divided evenly by two
     model: Any = tiny_model(kind, dtype=dtype, tie_word_embeddings=False, vocab_size=65).train()
     model.set_experts_implementation("eager")
-    model.to(device)
     if lora:
         model = with_adapters(model)
     else:
         model.model.layers[1].mlp.requires_grad_(False)
-    gathered_ranks.as_accelerate_shards(model, dtype, device)
+    gathered_ranks.as_accelerate_shards(model, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     gathered.begin(model, MemorySettings(keep_weights=keep))
     messages: dict[str, int] = collections.Counter()
@@ -65,7 +62,7 @@ def steps_of(
         for step in range(2):
             losses = []
             for micro_batch in range(2):
-                loss = loss_of(model, 2 * step + micro_batch, device)
+                loss = loss_of(model, 2 * step + micro_batch)
                 loss.backward()
                 losses.append(loss.detach())
             values = {"loss": torch.stack(losses)}
@@ -77,16 +74,16 @@ def steps_of(
             optimizer.step()
             optimizer.zero_grad()
             with torch.no_grad():
-                loss_of(model, 7, device)
+                loss_of(model, 7)
             gathered.give_up_weights(model)
             values |= {n: p.full_tensor().clone() for n, p in model.named_parameters()}
-            found.append({n: v.detach().cpu() for n, v in values.items()})
+            found.append({n: v.detach() for n, v in values.items()})
     return found, dict(messages), dict(hooks)
 
 
-def loss_of(model: Any, step: int, device: str) -> Tensor:
+def loss_of(model: Any, step: int) -> Tensor:
     generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
-    ids = torch.randint(0, model.config.vocab_size, (1, 24), generator=generator).to(device)
+    ids = torch.randint(0, model.config.vocab_size, (1, 24), generator=generator)
     logits = model(input_ids=ids).logits.float()
     return torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
 

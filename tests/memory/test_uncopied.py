@@ -37,15 +37,22 @@ def test_the_same_bits(kind: str, dtype: torch.dtype, lora: bool, keep: bool) ->
         assert (uncopied_[1]["weights"] > copied[1]["weights"]) is keep
 
 
+@pytest.mark.parametrize(
+    ("parameters", "told"),
+    [("fsdp_params, grads", "takes fsdp_params grads"), (None, "returns other values")],
+)
 def test_another_fsdp2_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    parameters: str | None,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def foreach_reduce(fsdp_params: Any, grads: Any) -> None: ...
-
+    names = parameters or uncopied.EXPECTED["foreach_reduce"].replace(" ", ", ")
+    foreach_reduce: Any = eval(f"lambda {names}: None")
     gather = _fsdp_param_group.foreach_all_gather
     monkeypatch.setattr(_fsdp_param_group, "foreach_reduce", foreach_reduce)
     with caplog.at_level(logging.WARNING):
         assert not uncopied.begin()
-    assert "FSDP2's foreach_reduce takes fsdp_params grads" in caplog.text
+    assert f"FSDP2's foreach_reduce {told}" in caplog.text
     assert _fsdp_param_group.foreach_reduce is foreach_reduce
     assert _fsdp_param_group.foreach_all_gather is gather

@@ -5,12 +5,15 @@ that a step does not have.
 from __future__ import annotations
 
 import gc
+import weakref
+from typing import Any
 
 import pytest
 import torch
 
 from longfactory import sp
 from longfactory.sp import Segment
+from longfactory.sp.schedules import gather, ring
 from longfactory.testing import run_ranks
 from plain_attention import context, random_inputs
 
@@ -49,3 +52,35 @@ def test_no_tensor_of_a_schedule_is_left_in_a_circle(
     processes: int, mode: str, packed: bool
 ) -> None:
     assert run_ranks(processes, left_in_circles, mode, packed, timeout=120) == [[]] * processes
+
+
+def held_after_the_wait(mode: str) -> int:
+    """Exchanges of a backward that are there when its gradients of keys have been waited for, while
+    the function that waited is held.
+    """
+    ctx = context(mode, heads=4, kv=2)
+    plan = sp.plan(96, None, ctx)
+    q, k, v, dout = (sp.shard(x, plan) for x in random_inputs(96, 4, 2, 8, dtype=torch.float32))
+    out, lse = sp.attention_forward(q, k, v, plan)
+    exchanges: list[weakref.ref[Any]] = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for kind in (ring.Exchange, gather.Fetch):
+
+            def noted(self: Any, *args: Any, make: Any = kind.__init__) -> None:
+                make(self, *args)
+                exchanges.append(weakref.ref(self))
+
+            monkeypatch.setattr(kind, "__init__", noted)
+        _, of_keys, _ = sp.attention_backward_in_parts(dout, q, k, v, out, lse, plan)
+    gc.disable()
+    try:
+        of_keys()
+        assert exchanges
+        return sum(exchange() is not None for exchange in exchanges)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("mode", ["zigzag-ring", "llama3"])
+def test_what_gradients_of_keys_came_in_is_given_up(mode: str) -> None:
+    assert run_ranks(2, held_after_the_wait, mode, timeout=120) == [0, 0]

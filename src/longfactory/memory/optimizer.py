@@ -174,8 +174,8 @@ class SplitAdamW(torch.optim.Optimizer):
                 others stay in `.grad`, where autograd sums.
 
         `accumulate`, `clip` (of inf alone, with `overlap`) and `step` follow as ever. Everything is
-        what it would be without, in every bit. Who changes gradients in place before `clip` calls
-        `forget_norms`.
+        what it would be without, in every bit. What changes gradients in place before `clip` must
+        call `forget_norms`.
 
         Raises:
             RuntimeError: in backward, if a gradient comes twice. Autograd and FSDP2 sum over all
@@ -203,7 +203,7 @@ class SplitAdamW(torch.optim.Optimizer):
             self._norms[p] = (p.grad, _norm(local(p.grad)))
 
     def forget_norms(self) -> None:
-        """Gradients were changed in place: norms that were computed during backward are others'."""
+        """Gradients were changed in place: their norms are computed again in `clip`."""
         self._norms.clear()
 
     @torch.no_grad()

@@ -60,18 +60,15 @@ def begin() -> bool:
     of_torch: Any = _fsdp_param_group
     if getattr(of_torch.foreach_reduce, "uncopied", False):
         return True
-    for name, parameters in EXPECTED.items():
-        found = " ".join(inspect.signature(getattr(of_torch, name)).parameters)
-        if found != parameters:
-            log.warning(
-                "torch %s: FSDP2's %s takes %s; LongFactory knows it with %s. FSDP2 copies weights"
-                " and gradients before it sends them, which takes 1 to 3 %% of a step.",
-                torch.__version__,
-                name,
-                found,
-                parameters,
-            )
-            return False
+    difference = _difference(of_torch)
+    if difference is not None:
+        log.warning(
+            "torch %s: FSDP2's %s. FSDP2 copies weights and gradients before it sends them, which"
+            " takes longer.",
+            torch.__version__,
+            difference,
+        )
+        return False
     replaced = {
         "foreach_all_gather": _gather,
         "foreach_all_gather_copy_out": _copy_out,
@@ -83,6 +80,17 @@ def begin() -> bool:
         replacement.uncopied = True
         setattr(of_torch, name, replacement)
     return True
+
+
+def _difference(of_torch: Any) -> str | None:
+    """What is not as expected of the functions that are replaced."""
+    for name, parameters in EXPECTED.items():
+        found = " ".join(inspect.signature(getattr(of_torch, name)).parameters)
+        if found != parameters:
+            return f"{name} takes {found}; LongFactory knows it with {parameters}"
+    if _results(of_torch.foreach_reduce) not in (6, 7):
+        return "foreach_reduce returns other values than LongFactory knows"
+    return None
 
 
 def gather(module: FSDPModule, uncopied: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import probe, replay
-from .kernels import Call
+from .kernels import Call, KeyGradients
 from .plan import RowPlan
 from .schedules import gather, ring, ulysses
 
@@ -141,9 +140,10 @@ def attention_backward_in_parts(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
-) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]], Tensor | None]:
+) -> tuple[Tensor, KeyGradients, Tensor | None]:
     """`attention_backward` for a caller that has something to compute of dq alone: dk and dv come
-    of a function, to be called once, which waits for the parts that other ranks have computed.
+    of a function, which waits for the parts that other ranks have computed. It is called once: what
+    it needs is given up then.
 
     Heads are independent: a call with some of the heads, their share of out and lse, and their key
     heads gives those heads' gradients.
@@ -188,7 +188,7 @@ def _forward(
 
 def _backward(
     dout: Tensor, held: tuple[Tensor, ...], lse: Tensor, sinks: Tensor | None, call: Call
-) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]], Tensor | None]:
+) -> tuple[Tensor, KeyGradients, Tensor | None]:
     plan = call.plan
     group = plan.axes.ulysses
     schedule = _schedule(call)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,12 @@ from .tiles import Tile
 
 if TYPE_CHECKING:
     from .plan import MaskPlan, RowPlan
+
+
+KeyGradients = Callable[[], tuple[Tensor, Tensor]]
+"""Waits for dk [T/n, Hk, D] and dv [T/n, Hk, Dv], of which other ranks compute a part. It is called
+once, and gives up what it holds.
+"""
 
 
 @dataclasses.dataclass(frozen=True)

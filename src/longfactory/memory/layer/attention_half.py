@@ -29,9 +29,7 @@ from longfactory.memory.layer_ops import (
     rotate,
     rotate_backward,
 )
-
-KeyGradients = Callable[[], tuple[Tensor, Tensor]]
-"""Waits for dk and dv, [T, heads, D]."""
+from longfactory.sp.kernels import KeyGradients
 
 
 def turned(y: Tensor, s: slice, c: LayerCall, name: str) -> Tensor:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import kernels
-from ..kernels import Call
+from ..kernels import Call, KeyGradients
 from ..merge import Output, Sum, accumulator_dtype
 from ..plan import HALO
 
@@ -38,7 +38,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
 
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
-) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]:
+) -> tuple[Tensor, KeyGradients]:
     """dq as accumulated, and a function that waits for dk and dv, in `call.key_gradients`: those of
     fetched rows are under way when this returns.
     """
@@ -47,7 +47,7 @@ def backward(
     dq = Sum(q, once=mask.merges_once((mask.rank, HALO), bulk))
     fetch = Fetch(k, v, call)
     once = not fetch.posted and mask.writes_once(mask.rank, bulk)
-    dk, dv = Sum(k, once), Sum(v, once)
+    dk, dv, arrived = Sum(k, once), Sum(v, once), None
     for tile in mask.tiles(mask.rank, bulk):
         kernels.backward(dout, q, k, v, out, lse, tile, call, dq, dk, dv)
     if fetch.posted:
@@ -55,11 +55,13 @@ def backward(
         far_dk, far_dv = Sum(far_k), Sum(far_v)
         for tile in mask.tiles(HALO, bulk):
             kernels.backward(dout, q, far_k, far_v, out, lse, tile, call, dq, far_dk, far_dv)
-        of_others = fetch.give_back(far_dk.result(), far_dv.result())
+        arrived = fetch.give_back(far_dk.result(), far_dv.result())
     dtype = call.key_gradients(k.dtype)
+    left = [(dk, dv, arrived)]  # the call takes them away
 
     def of_keys() -> tuple[Tensor, Tensor]:
-        for index, rows_k, rows_v in of_others() if fetch.posted else ():
+        dk, dv, arrived = left.pop()
+        for index, rows_k, rows_v in () if arrived is None else arrived():
             dk.add_rows(index, rows_k)
             dv.add_rows(index, rows_v)
         return dk.result().to(dtype), dv.result().to(dtype)

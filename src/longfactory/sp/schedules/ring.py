@@ -7,14 +7,13 @@ Zigzag chunks make the work of a causal document equal on every rank and at ever
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .. import kernels
-from ..kernels import Call
+from ..kernels import Call, KeyGradients
 from ..merge import Output, Sum, accumulator_dtype
 
 
@@ -42,7 +41,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
 
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
-) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]:
+) -> tuple[Tensor, KeyGradients]:
     """dq as accumulated, and a function that waits for dk and dv, in `call.key_gradients`.
     Gradients of keys travel with them, in float32, and go home in one step at the end, under way
     when this returns.
@@ -75,9 +74,11 @@ def backward(
         if moving is not None:
             travelling = moving.wait()
             k, v = _unpack(travelling, own_k, own_v)
-    own, dtype = (own_dk.result(), own_dv.result()), call.key_gradients(k.dtype)
+    dtype = call.key_gradients(k.dtype)
+    left = [((own_dk.result(), own_dv.result()), carried)]  # the call takes them away
 
     def of_keys() -> tuple[Tensor, Tensor]:
+        own, carried = left.pop()
         if carried is None:
             return own[0].to(dtype), own[1].to(dtype)
         # Added and rounded in one pass over memory.
