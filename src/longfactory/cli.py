@@ -95,7 +95,7 @@ def train(argv: list[str], watch: Watch | None = None) -> int:
         watch: of a process that a launcher has started.
     """
     from longfactory.config import load_config, resolved
-    from longfactory.config.checks import processes
+    from longfactory.config.parallel_checks import processes
     from longfactory.config.show import processes as planned_processes
 
     worker = launch.is_worker()
@@ -167,7 +167,7 @@ def _start(command: str, cfg: RunConfig, argv: list[str]) -> int | None:
     that is to do the work itself.
     """
     from longfactory.config import accelerate_launch
-    from longfactory.config.checks import processes
+    from longfactory.config.parallel_checks import processes
 
     launch.quiet_torch()
     if not launch.is_worker():

@@ -12,9 +12,7 @@ from longfactory.config.folder import write
 
 
 @pytest.fixture
-def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
+def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 

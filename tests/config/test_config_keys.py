@@ -17,8 +17,8 @@ from longfactory.config.fields import keys_of
 from longfactory.config.other_keys import ALIASES, NO_EFFECT, REFUSED, REFUSED_VALUES
 from longfactory.config.trainer_keys import TRAINER_KEYS
 from longfactory.config.translate import KNOWN, OWN_KEYS, TURNED
+from smallest_run import BASE
 
-BASE: dict[str, Any] = {"model_name_or_path": "m", "dataset": "d", "output_dir": "nowhere/out"}
 SOURCE = Path(longfactory.__file__).parent
 
 # Fields that transformers adds to TrainingArguments for itself, and that no YAML sets.

@@ -17,6 +17,7 @@ from longfactory.config import ConfigError, RunConfig, from_mapping, load_config
 from longfactory.config.fields import Key
 from longfactory.config.trainer_keys import TRAINER_KEYS
 from longfactory.config.translate import OWN_KEYS
+from smallest_run import BASE
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -28,15 +29,11 @@ OURS = sorted(
 )
 GROUPS = ("model", "data", "method", "parallel", "limits", "memory", "generating", "output")
 
-BASE: dict[str, Any] = {"model_name_or_path": "m", "dataset": "d", "output_dir": "nowhere/out"}
-
 
 @pytest.fixture(autouse=True)
 def _here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The examples name DeepSpeed's files by their path from the repository's root."""
     monkeypatch.chdir(ROOT)
-    for name in ("LOCAL_RANK", "WORLD_SIZE", "NPROC_PER_NODE", "NNODES"):
-        monkeypatch.delenv(name, raising=False)
 
 
 def same(a: RunConfig, b: RunConfig) -> bool:

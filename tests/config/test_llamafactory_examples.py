@@ -33,8 +33,6 @@ REASONS = {
 def _here(monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed's files are named by their path from the repository's root."""
     monkeypatch.chdir(Path(__file__).parents[2])
-    for name in ("LOCAL_RANK", "WORLD_SIZE", "NPROC_PER_NODE", "NNODES", "ALLOW_EXTRA_ARGS"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.mark.parametrize("name", list(EXAMPLES))

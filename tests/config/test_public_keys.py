@@ -29,12 +29,8 @@ BASE: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed's files are named by their path from the repository's root; no launcher's
-    environment is read.
-    """
+    """DeepSpeed's files are named by their path from the repository's root."""
     monkeypatch.chdir(Path(__file__).parents[2])
-    for name in ("LOCAL_RANK", "WORLD_SIZE", "NPROC_PER_NODE", "NNODES", "ALLOW_EXTRA_ARGS"):
-        monkeypatch.delenv(name, raising=False)
 
 
 def run_with(key: str, value: Any) -> dict[str, Any]:

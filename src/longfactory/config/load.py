@@ -14,6 +14,8 @@ from longfactory.config import (
     checks,
     folder,
     megatron_keys,
+    no_effect,
+    packages,
     translate,
     unread,
     v1_keys,
@@ -85,8 +87,8 @@ def from_mapping(
     if problems:
         raise ConfigError("\n".join(problems))
     if command == "train":
-        notes += checks.idle(cfg, given)
-        notes += checks.negative_steps(cfg)
+        notes += no_effect.idle(cfg, given)
+        notes += no_effect.negative_steps(cfg)
         found, more = folder.find_checkpoints(cfg)
         notes += more
         cfg = dataclasses.replace(cfg, checkpoints=found)
@@ -122,7 +124,7 @@ def _problems_of_training(cfg: RunConfig, world_size: int | None) -> tuple[list[
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if problems := list(checks.training(cfg, world_size)):
         return problems, []
-    missing = list(checks.extras(cfg))
+    missing = list(packages.missing(cfg))
     return ([], missing) if cfg.output.dry_run else (missing, [])
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from longfactory import hub, startup
-from longfactory.config import RunConfig, checks
+from longfactory.config import RunConfig, parallel_checks
 from longfactory.config.adapter_facts import trains_adapters
 from longfactory.data import module as data
 from longfactory.data.dataset import TokenizedDataset
@@ -72,7 +72,7 @@ def read_processes(cfg: RunConfig) -> Processes:
         )
     cuda = torch.cuda.is_available() and not cfg.trainer.use_cpu
     asked = cfg.trainer.ddp_backend
-    for name in checks.backends(asked) if asked else ():
+    for name in parallel_checks.backends(asked) if asked else ():
         if not torch.distributed.is_backend_available(name) or (name == "nccl" and not cuda):
             raise UserError(
                 f"ddp_backend: {name} is not on this machine (torch {torch.__version__},"
