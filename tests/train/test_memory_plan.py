@@ -19,7 +19,7 @@ from longfactory.data.module import Datasets
 from longfactory.errors import UserError
 from longfactory.memory import host_jobs, optimizer
 from longfactory.memory.budget import budget, moments
-from longfactory.memory.optimizer import LEAVING
+from longfactory.memory.optimizer_techniques import LEAVING
 from longfactory.memory.search import choose, longest
 from longfactory.memory.seconds import seconds
 from longfactory.memory.settings import MemorySettings

@@ -64,8 +64,8 @@ class MemorySettings:
     mlp_chunk: int | None = _field(None, "chunked.CHUNKS")
     attention_groups: int = _field(1, "decoder_layer.ATTENTION_GROUPS")
     late_prefetch: bool = _field(False, "offload.LATE_PREFETCH")
-    optimizer: Literal["gpu", "host"] = _field("gpu", "optimizer.PLACEMENT")
-    gradients: Literal["gpu", "host"] = _field("gpu", "optimizer.GRADIENTS")
+    optimizer: Literal["gpu", "host"] = _field("gpu", "optimizer_techniques.PLACEMENT")
+    gradients: Literal["gpu", "host"] = _field("gpu", "optimizer_techniques.GRADIENTS")
     keep_weights: bool = _field(False, "gathered.KEPT")
 
     def __post_init__(self) -> None:
