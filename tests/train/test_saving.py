@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from longfactory.errors import UserError
 from longfactory.model.source import stored_tensors
-from longfactory.train import output
+from longfactory.train import output, saved_model
 
 HERE = Path(__file__).parent
 from cpu_sharding import on_ranks_of_their_own  # noqa: E402
@@ -154,7 +154,6 @@ def test_a_save_that_fails_leaves_the_model_of_before(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And what was written of the new one is removed."""
-    from longfactory.train.checkpoint import trainer as module
 
     def fails(*args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -165,7 +164,7 @@ def test_a_save_that_fails_leaves_the_model_of_before(
     for name, content in before.items():
         (out / name).write_bytes(content)
     with monkeypatch.context() as patched:
-        patched.setattr(module, "finish_save", fails)
+        patched.setattr(saved_model, "finish_save", fails)
         with pytest.raises(UserError, match=r"could not be saved .*No space left"):
             run(home, out)
     assert {name: (out / name).read_bytes() for name in before} == before
@@ -198,8 +197,8 @@ def test_where_one_model_has_room_the_earlier_one_goes_first(
         there.append(sorted(p.name for p in out.glob("*") if p.name.startswith(("model", "conf"))))
         finish_save(trainer, folder)
 
-    finish_save = output.finish_save
-    monkeypatch.setattr("longfactory.train.checkpoint.trainer.finish_save", seen)
+    finish_save = saved_model.finish_save
+    monkeypatch.setattr("longfactory.train.saved_model.finish_save", seen)
     run(home, out, overwrite_output_dir=False, resume_from_checkpoint=False, learning_rate=0.1)
     assert "config.json" in there[0] and len(there[0]) > 1 and "only without" not in told.text
     run(home, out, learning_rate=0.2)
@@ -304,8 +303,6 @@ def test_a_rank_without_the_gathered_weights_writes_nothing(
     writes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two ranks wrote one file, and the last one's was empty."""
-    from longfactory.train.checkpoint import trainer as module
-
     saved: list[dict] = []
     rank = types.SimpleNamespace(
         args=types.SimpleNamespace(should_save=writes),
@@ -315,9 +312,9 @@ def test_a_rank_without_the_gathered_weights_writes_nothing(
         _save=lambda folder, state_dict: saved.append(state_dict),
     )
     state = {"weight": torch.ones(1)} if writes else {}
-    monkeypatch.setattr(module.export, "full_state_dict", lambda model: state)
-    monkeypatch.setattr(module, "finish_save", lambda *_: None)
-    module.ResumableTrainer._write_model(rank, str(tmp_path))  # type: ignore[arg-type]
+    monkeypatch.setattr(saved_model.export, "full_state_dict", lambda model: state)
+    monkeypatch.setattr(saved_model, "finish_save", lambda *_: None)
+    saved_model._write_model(rank, str(tmp_path))  # type: ignore[arg-type]
     assert saved == ([state] if writes else [])
 
 

@@ -25,9 +25,10 @@ from longfactory.config.data_names import short_names
 from longfactory.config.folder import write_whole
 from longfactory.data.module import Datasets
 from longfactory.errors import UserError
-from longfactory.model import pissa, saved, value_head
+from longfactory.model import pissa, saved
 from longfactory.model.generate import make_generation_config_valid
-from longfactory.model.source import Source, in_words
+from longfactory.model.source import Source
+from longfactory.train import saved_model
 from longfactory.train.checkpoint.prune import SCRATCH
 from longfactory.train.checkpoint.save import size_in_words, together
 from longfactory.train.plots import plot_history
@@ -257,7 +258,7 @@ def _not_writable(args: Any, source: Source | None) -> str | None:
 def _tell_of_space(trainer: Any) -> None:
     args, needed = trainer.args, saved.bytes_to_save(trainer.model)
     free = shutil.disk_usage(_existing(args.output_dir)).free
-    if not trainer.writes_shards() and trainer.replaces_first():
+    if not saved_model.writes_shards(trainer) and saved_model.replaces_first(trainer):
         log.warning(
             "output_dir: %s has %s of free space, and the model that is saved there needs %s: room"
             " for it only without the one that is there. overwrite_output_dir: true removes that"
@@ -325,57 +326,6 @@ def _failure(what: str, write: Callable[[], Any]) -> str | None:
     return None
 
 
-# ---- after each save -----------------------------------------------------------------------------
-
-
-def finish_save(trainer: Any, folder: str) -> None:
-    """Gives a folder that `save_model` has written all that the loaded checkpoint has, and compares
-    it. On the writing process.
-
-    Raises:
-        UserError: something of the model is not in the folder.
-    """
-    model, source = trainer.model, trainer.source
-    whole = not hasattr(model, "peft_config")
-    if whole and trainer.writes_shards():
-        log.warning(
-            "%s holds DeepSpeed's own files, and no safetensors: make them by its zero_to_fp32.py.",
-            folder,
-        )
-        return
-    if not whole:
-        saved.rename_for_peft(folder, model)
-    if source is not None:
-        if whole:
-            changes = saved.complete(folder, source, model)
-            _tell(trainer, source, changes)
-        saved.copy_side_files(source.folder, folder, whole=whole)
-    if problems := saved.check_saved(folder, model, source):
-        raise UserError(f"{folder} is not a complete save: " + "; ".join(problems))
-
-
-def _tell(trainer: Any, source: Source, changes: saved.Changes) -> None:
-    """Once a run: what was copied, and that it was not trained with the rest."""
-    if trainer.copies_reported:
-        return
-    trainer.copies_reported = True
-    stale = [name for name in changes.copied if not saved.CONSTANTS.search(name)]
-    if stale:
-        log.warning(
-            "%d tensors of the checkpoint that transformers does not load are saved as they "
-            "were: %s. They were not trained, so any multi-token-prediction heads among them "
-            "are stale.",
-            len(stale),
-            in_words(stale),
-        )
-    if changes.elsewhere:
-        log.warning(
-            "%d tensors are saved under other names than in %s.",
-            len(changes.elsewhere),
-            source.folder,
-        )
-
-
 # ---- after the training --------------------------------------------------------------------------
 
 
@@ -385,33 +335,6 @@ def evaluate(trainer: Any, cfg: RunConfig, datasets: Datasets) -> dict[str, floa
     trainer.log_metrics("eval", metrics)
     save_metrics(trainer, "eval", metrics)
     return metrics
-
-
-def value_head_tensors(trainer: Any) -> dict[str, torch.Tensor]:
-    """The whole value head of a reward model, by the names of its file. Collective."""
-    full = [_whole(p) for p in (trainer.head.value.weight, trainer.head.value.bias)]
-    return {
-        value_head.WEIGHT: full[0].cpu().contiguous(),
-        value_head.BIAS: full[1].cpu().contiguous(),
-    }
-
-
-def save_value_head(tensors: dict[str, torch.Tensor], folder: str) -> None:
-    """`value_head.safetensors`, beside the weights of a reward model. On the writing process."""
-    from safetensors.torch import save_file
-
-    path = os.path.join(folder, value_head.FILE)
-    save_file(tensors, path + ".part", metadata={"format": "pt"})
-    os.replace(path + ".part", path)
-
-
-def _whole(p: torch.Tensor) -> torch.Tensor:
-    if hasattr(p, "ds_id"):  # ZeRO-3
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([p]):
-            return p.detach().clone()
-    return p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
 
 
 def closing_lines(cfg: RunConfig) -> list[str]:

@@ -5,6 +5,7 @@ checkpoint's states cannot be loaded or would mean something else, otherwise app
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 from importlib import metadata
 from typing import Any
@@ -13,6 +14,8 @@ from longfactory.config.adapter_facts import ADAPTERS
 from longfactory.config.arguments import DataArguments
 from longfactory.config.optimizer_facts import STATE_KEYS
 from longfactory.errors import UserError
+
+log = logging.getLogger("longfactory")
 
 ADAPTER = (
     "finetuning_type",
@@ -154,6 +157,98 @@ def refuse_other_states(
         raise UserError(
             f"The checkpoint {checkpoint} holds the states of sharding: {old}, this run has"
             f" sharding: {new}, which cannot read them. Set sharding: {old}. {weights}"
+        )
+
+
+def refuse_other_samples(
+    checkpoint: str,
+    changes: dict[str, tuple[Any, Any]],
+    then: dict[str, Any],
+    now: dict[str, Any],
+    *,
+    of_a_step: tuple[int, int, int],
+) -> None:
+    """Refuses a run that would go on with other samples than the checkpoint's.
+
+    Args:
+        changes: of `changed_keys`.
+        then, now: what decides which samples a step takes (`ResumableTrainer.run_state`).
+        of_a_step: samples of a device, micro-batches and data-parallel groups of this run.
+    Raises:
+        UserError: with what differs and what to do.
+    """
+    if then["total_batch_size"] != now["total_batch_size"]:
+        samples, micro_batches, groups = of_a_step
+        raise UserError(
+            f"The checkpoint {checkpoint} was made with {then['total_batch_size']} samples an"
+            f" optimizer step; this run takes {now['total_batch_size']}"
+            " (per_device_train_batch_size x gradient_accumulation_steps x data-parallel"
+            f" groups = {samples} x {micro_batches} x {groups}). Change"
+            " gradient_accumulation_steps so that they agree, or set ignore_data_skip: true to"
+            " start the epoch's data again."
+        )
+    names = (
+        "samples",
+        "data_seed",
+        "shuffle",
+        "train_sampling_strategy",
+        "dataloader_drop_last",
+    )
+    for key in names:
+        if then.get(key, now[key]) != now[key]:
+            raise UserError(
+                f"The checkpoint {checkpoint} was made with {key} = {then[key]}, this run "
+                f"has {now[key]}: it would continue with other "
+                f"samples.{of_the_data(changes)} Use the same data and seed, or "
+                "set ignore_data_skip: true."
+            )
+    if None not in (then.get("data"), now["data"]) and then["data"] != now["data"]:
+        what = of_the_data(changes) or " Files of the data sets were changed."
+        raise UserError(
+            f"The checkpoint {checkpoint} was made with other training data: as many samples,"
+            f" but not the same.{what} Use the same data, cutoff_len and template, or set"
+            " ignore_data_skip: true."
+        )
+
+
+def tell(
+    checkpoint: str,
+    changes: dict[str, tuple[Any, Any]],
+    manifest: dict[str, Any] | None,
+    world: dict[str, Any],
+) -> None:
+    """What is different from the run that wrote the checkpoint, as lines of the log.
+
+    Args:
+        changes: of `changed_keys`.
+        manifest: of the checkpoint, where it has one.
+        world: `processes` and `sequence_parallel_size` of this run, as a manifest says them.
+    """
+    if changes:
+        log.info(f"Changed since {checkpoint}, and applied: {in_words(changes)}.")
+    if arithmetic := {k: v for k, v in changes.items() if k in ARITHMETIC}:
+        log.warning(
+            f"{in_words(arithmetic)}: results will be rounded differently than before {checkpoint}."
+        )
+    if manifest is None:
+        return
+    packages = changed_keys(manifest["versions"], versions())
+    if packages:
+        log.warning(
+            f"Other versions than those of {checkpoint} ({in_words(packages)}): "
+            "the last bits of results may differ."
+        )
+    then = manifest["world"]
+    if then["processes"] != world["processes"]:
+        log.warning(
+            f"{checkpoint} was made by {then['processes']} processes, this run has "
+            f"{world['processes']}. The steps take the same samples; sums are rounded in "
+            "another order, and dropout draws new random numbers."
+        )
+    elif then["sequence_parallel_size"] != world["sequence_parallel_size"]:
+        log.info(
+            f"sequence_parallel_size: {then['sequence_parallel_size']} in {checkpoint},"
+            f" {world['sequence_parallel_size']} now: sums are rounded in another order."
         )
 
 

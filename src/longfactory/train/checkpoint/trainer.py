@@ -6,13 +6,10 @@ a run has seen and not yet logged is part of it (`progress.py`).
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
-import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +23,13 @@ from longfactory import sp
 from longfactory.config import folder
 from longfactory.errors import UserError
 from longfactory.memory.optimizer import SplitAdamW
-from longfactory.model.saved import (
-    bytes_to_save,
-    check_saved,
-    fits_alone,
-    make_room,
-    names_for_peft,
-    remove_earlier,
-)
-from longfactory.model.source import tied_duplicates
+from longfactory.model.saved import bytes_to_save, check_saved, names_for_peft
 from longfactory.model.value_head import FILE as VALUE_HEAD
 from longfactory.model.value_head import load_value_head
-from longfactory.shard import across, export, optimizer_states
+from longfactory.shard import across, optimizer_states
 from longfactory.stages.base import Stage
 from longfactory.stages.metrics import MetricSums
+from longfactory.train import saved_model
 from longfactory.train.callbacks import Resume
 from longfactory.train.checkpoint import changes, old, settings
 from longfactory.train.checkpoint.facts import RunFacts
@@ -49,16 +39,10 @@ from longfactory.train.checkpoint.progress import (
     read_state,
     write_state,
 )
-from longfactory.train.checkpoint.prune import prune, put_model_in_place, unfinished_model
+from longfactory.train.checkpoint.prune import prune
 from longfactory.train.checkpoint.save import Part, optimizer_bytes, save_checkpoint
 from longfactory.train.numbers import LoggedSteps, Numbers
-from longfactory.train.output import (
-    finish_save,
-    first_line,
-    reported,
-    save_value_head,
-    value_head_tensors,
-)
+from longfactory.train.output import first_line, reported
 from longfactory.train.ranks import from_all
 from longfactory.train.whole_weights import load_renamed
 
@@ -129,121 +113,7 @@ class ResumableTrainer(Trainer):
         return inner if isinstance(inner, SplitAdamW) else None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Plain Hugging Face safetensors, whole, whatever the sharding. Collective: every rank
-        calls it. Uploads nothing: `output.push`.
-
-        Args:
-            output_dir: a folder that holds no other model. None: the run's own, where an earlier
-                model stays until this one is complete.
-        """
-        if output_dir is not None:
-            self._write_model(output_dir)
-        elif self.writes_shards():
-            # every process into the folder itself: DeepSpeed's files have names of their own
-            self._write_model(self.args.output_dir)
-            if self.args.should_save:
-                head = {VALUE_HEAD} if self.stage.output == "values" else set()
-                remove_earlier(Path(self.args.output_dir), adapter=False, kept=head)
-        else:
-            self._replace_model(Path(self.args.output_dir))
-
-    def _replace_model(self, folder: Path) -> None:
-        """The model into the output folder, whole or not at all: written beside, and only then put
-        in place of an earlier one. Where the disk has room for one alone, `overwrite_output_dir`
-        lets the earlier one go first. Collective.
-        """
-        beside = folder / unfinished_model()
-        if self.args.should_save:
-            self._make_room(folder)
-        try:
-            self._write_model(str(beside))
-        except BaseException:
-            if self.args.should_save:
-                shutil.rmtree(beside, ignore_errors=True)
-            raise
-        if self.args.should_save:
-            put_model_in_place(beside)
-
-    def _make_room(self, folder: Path) -> None:
-        """On the writing process, before what is collective: an error here would leave the others
-        waiting. Where nothing could be removed the save says that the disk is full.
-        """
-        try:
-            if self.replaces_first():
-                log.warning(
-                    f"{folder} has no room for two models: the one there is removed before this"
-                    " run's is written."
-                )
-                make_room(folder, adapter=hasattr(self.model, "peft_config"))
-        except OSError as error:
-            log.warning(
-                f"The earlier model in {folder} could not be removed to make room:"
-                f" {error.strerror or error}."
-            )
-
-    def replaces_first(self) -> bool:
-        """Whether an earlier model of the output folder has to go before this run's is written, and
-        may.
-        """
-        folder = Path(self.args.output_dir)
-        return (
-            bool(self.facts.configuration.get("overwrite_output_dir"))
-            and folder.is_dir()
-            and fits_alone(
-                folder, bytes_to_save(self.model), adapter=hasattr(self.model, "peft_config")
-            )
-        )
-
-    def writes_shards(self) -> bool:
-        """Whether each process of ZeRO-3 saves its part of a whole model, as DeepSpeed's file asks
-        for. From the file: the engine is made after this is first asked.
-        """
-        if not self.is_deepspeed_enabled or hasattr(self.model, "peft_config"):
-            return False
-        file = self.accelerator.state.deepspeed_plugin.hf_ds_config
-        gathers = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
-        return file.is_zero3() and not file.is_true(gathers)
-
-    def _write_model(self, output_dir: str) -> None:
-        """Writes into a folder, whatever it holds. Collective."""
-        # what is collective comes first: a process whose disk is full must not leave others in it
-        value_head = value_head_tensors(self) if self.stage.output == "values" else None
-        if self.is_fsdp_enabled:
-            # Gathered one by one, tied weights no longer share their memory, by which transformers
-            # would know them.
-            duplicates = (
-                tied_duplicates(self.model) if not hasattr(self.model, "peft_config") else set()
-            )
-            state = {
-                name: t
-                for name, t in export.full_state_dict(self.model).items()
-                if name not in duplicates
-            }
-            # the other ranks have nothing: in transformers 5.17 they would write that
-            if self.args.should_save:
-                self._save(output_dir, state_dict=state)
-        else:
-            with self._writes_here():
-                super().save_model(output_dir, _internal_call=True)  # without its upload
-        if self.args.should_save:
-            if value_head is not None:
-                save_value_head(value_head, output_dir)
-            finish_save(self, output_dir)
-
-    @contextlib.contextmanager
-    def _writes_here(self) -> Iterator[None]:
-        """While open, `save_pretrained` writes on the first process of each machine where
-        `save_on_each_node` asks for it; transformers writes on the run's first process alone.
-        """
-        model = self.accelerator.unwrap_model(self.model)
-        if not self.args.save_on_each_node or hasattr(model, "peft_config"):
-            yield
-            return
-        model.should_save_on_this_rank = lambda is_main_process: is_main_process
-        try:
-            yield
-        finally:
-            del model.should_save_on_this_rank
+        saved_model.save_model(self, output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes `checkpoint-<step>`, whole or not at all, and removes the oldest beyond
@@ -270,11 +140,7 @@ class ResumableTrainer(Trainer):
             "samples": progress.samples,
             "tokens": progress.tokens,
             "resumable": not args.save_only_model,
-            "world": {
-                "processes": args.world_size,
-                "sequence_parallel_size": self.ctx.size,
-                "sharding": self.facts.sharding,
-            },
+            "world": self._world(),
             "data": self.facts.data,
             "versions": changes.versions(),
             "configuration": self.facts.configuration,
@@ -283,6 +149,14 @@ class ResumableTrainer(Trainer):
         self._prune()
         if args.push_to_hub:
             self._push_from_checkpoint(str(final))
+
+    def _world(self) -> dict[str, Any]:
+        """Over what the run is spread, as a manifest says it."""
+        return {
+            "processes": self.args.world_size,
+            "sequence_parallel_size": self.ctx.size,
+            "sharding": self.facts.sharding,
+        }
 
     def _prune(self) -> None:
         """Keeps `save_total_limit`, by the process that writes."""
@@ -641,77 +515,12 @@ class ResumableTrainer(Trainer):
             self.stage.load_state_dict(then.get("stage", {}))
             self.resumed = read_progress(then)
             if not self.args.ignore_data_skip:
-                self._refuse_other_samples(checkpoint, then, changed)
-        self._tell_changes(checkpoint, manifest, changed)
-
-    def _refuse_other_samples(
-        self, checkpoint: str, then: dict[str, Any], changed: dict[str, tuple[Any, Any]]
-    ) -> None:
-        """Raises UserError where the run would go on with other samples than the checkpoint's."""
-        now = self.run_state()
-        if then["total_batch_size"] != now["total_batch_size"]:
-            raise UserError(
-                f"The checkpoint {checkpoint} was made with {then['total_batch_size']} samples an"
-                f" optimizer step; this run takes {now['total_batch_size']}"
-                " (per_device_train_batch_size x gradient_accumulation_steps x data-parallel"
-                f" groups = {self._train_batch_size} x {self.args.gradient_accumulation_steps} x"
-                f" {self.ctx.dp_size}). Change gradient_accumulation_steps so that they agree, or"
-                " set ignore_data_skip: true to start the epoch's data again."
-            )
-        names = (
-            "samples",
-            "data_seed",
-            "shuffle",
-            "train_sampling_strategy",
-            "dataloader_drop_last",
-        )
-        for key in names:
-            if then.get(key, now[key]) != now[key]:
-                raise UserError(
-                    f"The checkpoint {checkpoint} was made with {key} = {then[key]}, this run "
-                    f"has {now[key]}: it would continue with other "
-                    f"samples.{changes.of_the_data(changed)} Use the same data and seed, or "
-                    "set ignore_data_skip: true."
+                samples = (
+                    self._train_batch_size,
+                    self.args.gradient_accumulation_steps,
+                    self.ctx.dp_size,
                 )
-        if None not in (then.get("data"), now["data"]) and then["data"] != now["data"]:
-            what = changes.of_the_data(changed) or " Files of the data sets were changed."
-            raise UserError(
-                f"The checkpoint {checkpoint} was made with other training data: as many samples,"
-                f" but not the same.{what} Use the same data, cutoff_len and template, or set"
-                " ignore_data_skip: true."
-            )
-
-    def _tell_changes(
-        self,
-        checkpoint: str,
-        manifest: dict[str, Any] | None,
-        changed: dict[str, tuple[Any, Any]],
-    ) -> None:
-        """What is different from the run that wrote the checkpoint, as lines of the log."""
-        if changed:
-            log.info(f"Changed since {checkpoint}, and applied: {changes.in_words(changed)}.")
-        if arithmetic := {k: v for k, v in changed.items() if k in changes.ARITHMETIC}:
-            log.warning(
-                f"{changes.in_words(arithmetic)}: results will be rounded differently than "
-                f"before {checkpoint}."
-            )
-        if manifest is None:
-            return
-        packages = changes.changed_keys(manifest["versions"], changes.versions())
-        if packages:
-            log.warning(
-                f"Other versions than those of {checkpoint} ({changes.in_words(packages)}): "
-                "the last bits of results may differ."
-            )
-        world = manifest["world"]
-        if world["processes"] != self.args.world_size:
-            log.warning(
-                f"{checkpoint} was made by {world['processes']} processes, this run has "
-                f"{self.args.world_size}. The steps take the same samples; sums are rounded in "
-                "another order, and dropout draws new random numbers."
-            )
-        elif world["sequence_parallel_size"] != self.ctx.size:
-            log.info(
-                f"sequence_parallel_size: {world['sequence_parallel_size']} in {checkpoint},"
-                f" {self.ctx.size} now: sums are rounded in another order."
-            )
+                changes.refuse_other_samples(
+                    checkpoint, changed, then, self.run_state(), of_a_step=samples
+                )
+        changes.tell(checkpoint, changed, manifest, self._world())
