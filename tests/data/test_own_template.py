@@ -63,10 +63,16 @@ MODERN = (
 )
 
 
-def as_the_template_expects(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Arguments as objects, which is what `apply_chat_template` documents."""
+def as_the_template_expects(
+    messages: list[dict[str, Any]], template: str = ""
+) -> list[dict[str, Any]]:
+    """Arguments as objects, which is what `apply_chat_template` documents. Thoughts as `thinking`
+    where the template reads that name alone: transformers before 5.21 leaves them out otherwise.
+    """
     out = copy.deepcopy(messages)
     for message in out:
+        if "reasoning_content" in message and "reasoning_content" not in template:
+            message["thinking"] = message["reasoning_content"]
         for c in message.get("tool_calls", []):
             if isinstance(c["function"]["arguments"], str):
                 c["function"]["arguments"] = json.loads(c["function"]["arguments"])
@@ -411,7 +417,11 @@ def test_published_chat_templates(
         )
         expected = None
         as_parts = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
-        for given in (as_the_template_expects(messages), messages, as_parts):
+        for given in (
+            as_the_template_expects(messages, tokenizer.chat_template),
+            messages,
+            as_parts,
+        ):
             try:
                 expected = tokenizer.apply_chat_template(given, tools=described, tokenize=False)
             except Exception:  # whatever a template raises

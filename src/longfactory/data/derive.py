@@ -238,7 +238,10 @@ class ChatTemplate:
         return dict(message)
 
     def _names(self, key: str) -> bool:
-        return re.search(rf"\b{re.escape(key)}\b", self.text) is not None
+        """Whether the template reads a field: `.key`, `["key"]`, `"key" in message`. In a sentence
+        that it writes the same word is no field (gpt-oss's: "for internal reasoning").
+        """
+        return re.search(rf"[.'\"]{re.escape(key)}\b", self.text) is not None
 
     def _apply(self, shown: list[dict[str, Any]], tools: Any, answer_next: bool) -> str:
         text = self._limited(
