@@ -249,7 +249,7 @@ def tower(model: str, side: tuple[int, int], video: bool, smoke: bool) -> dict[s
 
     def run() -> None:
         with torch.no_grad():
-            vision._grid_features(vision.base_of(made), images, device)
+            vision.families.grid_features(vision.base_of(made), images, device)
 
     seconds = measured(run, 4, device)[0]
     return {"patches": number * each, "seconds": seconds}

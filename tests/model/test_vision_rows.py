@@ -230,7 +230,7 @@ def pixels_under_fsdp2() -> list[bool]:
         return features_of(model, batch, device)
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(vision, "features_of", seeing)
+        patch.setattr(vision.installed, "features_of", seeing)
         model(**inputs, sp_media=given)
     vision.release(model)
     hf.release(model)
