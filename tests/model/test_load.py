@@ -17,7 +17,7 @@ import torch
 from embedded_model import needs_embedded_model
 from longfactory.config.arguments import ModelArguments
 from longfactory.errors import UserError
-from longfactory.model import load
+from longfactory.model import load, rope
 from longfactory.testing import tiny_model
 
 
@@ -130,6 +130,63 @@ def test_rope_scaling_leaves_alone_what_fits(folder: Path) -> None:
         load.load_config(arguments(folder, rope_scaling="yarn"), 4096),
     )
     assert after.rope_parameters == before.rope_parameters and after.max_position_embeddings == 4096
+    assert rope.in_words(before, after, "yarn", 4096) == (
+        "rope_scaling: yarn has no effect: the model has 4,096 positions, and cutoff_len is 4,096.",
+        True,
+    )
+
+
+def stretched(folder: Path, tmp_path: Path, rope: dict[str, Any], positions: int) -> Path:
+    """The folder's configuration with other positions."""
+    config = load.load_config(arguments(folder), 128)
+    config.rope_parameters = {"rope_theta": 10000.0, **rope}
+    config.max_position_embeddings = positions
+    config.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_positions_that_are_stretched_are_stretched_from_where_they_were_trained(
+    counted: bool, folder: Path, tmp_path: Path
+) -> None:
+    """YaRN from 4,096 to 8,192, whether `max_position_embeddings` counts it (gpt-oss, DeepSeek,
+    models trained here) or not (Qwen's model cards): for 16,384 the factor is 4 over 4,096. 2 over
+    8,192 turns every position otherwise than the model was trained.
+    """
+    own = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 4096}
+    made = stretched(folder, tmp_path, {**own, "beta_fast": 16.0}, 8192 if counted else 4096)
+    config = load.load_config(arguments(made, rope_scaling="yarn"), 16384)
+    want = {**own, "factor": 4.0, "beta_fast": 16.0, "rope_theta": 10000.0}
+    assert config.rope_parameters == want and config.max_position_embeddings == 16384
+    untouched = load.load_config(arguments(made, rope_scaling="yarn"), 8192)
+    assert untouched.rope_parameters["factor"] == 2.0
+
+
+def test_another_kind_takes_the_trained_length_alone(folder: Path, tmp_path: Path) -> None:
+    own = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 512}
+    own |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    made = stretched(folder, tmp_path, own, 4096)
+    config = load.load_config(arguments(made, rope_scaling="yarn"), 8192)
+    want = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 512}
+    assert config.rope_parameters == {**want, "rope_theta": 10000.0}
+    words, warns = rope.in_words(load.load_config(arguments(made), 0), config, "yarn", 8192)
+    assert warns and "in the place of its own llama3, with which it was trained" in words
+
+
+def test_a_stretch_from_an_unknown_length_is_not_stretched_further(
+    folder: Path, tmp_path: Path
+) -> None:
+    made = stretched(folder, tmp_path, {"rope_type": "linear", "factor": 8.0}, 4096)
+    with pytest.raises(
+        UserError, match=r"already stretched 8 times, and its config\.json does not"
+    ):
+        load.load_config(arguments(made, rope_scaling="yarn"), 8192)
+
+
+def test_a_model_without_rotary_positions_is_not_stretched(tmp_path: Path) -> None:
+    tiny_model("gpt2", max_position_embeddings=64).config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"gpt2 have no rotary positions. .* cutoff_len: 64"):
+        load.load_config(arguments(tmp_path, rope_scaling="yarn"), 128)
 
 
 def test_weights_are_loaded_or_made_anew(folder: Path) -> None:

@@ -29,6 +29,7 @@ from longfactory.config import load_config
 from longfactory.errors import UserError
 from longfactory.output.chat import chat
 from longfactory.output.export import export
+from longfactory.output.load import refuse_stretched, with_positions
 from longfactory_dev.tiny_models import tiny_model
 
 pytestmark = pytest.mark.usefixtures("as_a_command")
@@ -130,6 +131,68 @@ def test_exported_weights_are_the_merged_ones(folder: Path, tmp_path: Path) -> N
     assert not torch.allclose(logits(got), logits(tiny()), atol=1e-3)
     assert AutoTokenizer.from_pretrained(out).chat_template == TEMPLATE
     assert not (tmp_path / "out.part").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "keys"),
+    [
+        ("adapter", {}),
+        ("adapter/checkpoint-3", {}),
+        ("adapter", {"rope_scaling": "yarn"}),
+        ("adapter", {"rope_scaling": "yarn", "cutoff_len": 250}),
+    ],
+)
+def test_an_adapter_is_merged_into_the_positions_that_it_was_trained_with(
+    place: str, keys: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    """Its files do not say them; the run's keys, which lie beside it, do."""
+    adapter = tmp_path / place
+    adapt(tiny(), adapter, 1)
+    (tmp_path / "adapter" / "longfactory.yaml").write_text("rope_scaling: yarn\ncutoff_len: 250\n")
+    out = export(
+        load_config(
+            words(folder, adapter_name_or_path=adapter, export_dir=tmp_path / "out", **keys),
+            command="export",
+        )
+    )
+    stretched = AutoModelForCausalLM.from_pretrained(out)
+    assert stretched.config.rope_parameters["factor"] == 4.0
+    config = tiny().config
+    config.rope_parameters |= {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    want = LlamaForCausalLM(config)
+    want.load_state_dict(tiny().state_dict())
+    want = PeftModel.from_pretrained(want, adapter)
+    assert torch.allclose(logits(stretched), logits(want), atol=1e-6)
+    assert not torch.allclose(logits(stretched), logits(PeftModel.from_pretrained(tiny(), adapter)))
+
+
+def test_positions_that_an_adapter_was_trained_with_are_not_lost(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(**keys: Any) -> Any:
+        given = words(folder, adapter_name_or_path=folder / "a", export_dir=tmp_path / "o", **keys)
+        return load_config(given, command="export")
+
+    with pytest.raises(UserError, match=r"yarn has no effect.* that of the run that trained"):
+        export(run(rope_scaling="yarn", cutoff_len=64))
+    with pytest.raises(UserError, match=r"vLLM's server reads the model's own positions, without"):
+        refuse_stretched(run(rope_scaling="yarn", cutoff_len=128), "vLLM's server")
+    refuse_stretched(run(), "vLLM's server")
+    refuse_stretched(run(rope_scaling="yarn", cutoff_len=64), "vLLM's server")
+    adapt(tiny(), tmp_path / "adapter", 1)
+    (tmp_path / "adapter" / "longfactory.yaml").write_text("rope_scaling: yarn\ncutoff_len: 250\n")
+    other = with_positions(
+        load_config(
+            words(folder, adapter_name_or_path=tmp_path / "adapter", rope_scaling="linear"),
+            command="chat",
+        )
+    )
+    assert other.model.rope_scaling == "linear"
+    assert "rope_scaling: linear, but" in caplog.text and "trained with yarn" in caplog.text
 
 
 def test_format_and_template(folder: Path, tmp_path: Path) -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from transformers import AutoConfig
 
-from longfactory.train.prepare import beyond_positions
+from longfactory.data.module import Datasets
+from longfactory.errors import UserError
+from longfactory.train.prepare import beyond_positions, check_evaluation
 from longfactory_dev.layers import exact_families
 from longfactory_dev.tiny_models import tiny_config
 
@@ -74,3 +78,28 @@ def test_positions_of_every_family_are_read() -> None:
         config = tiny_config(family)
         counted = getattr(config.get_text_config(), "max_position_embeddings", None)
         assert (beyond_positions(config, 1 << 40) is None) == (not counted), family
+
+
+@pytest.mark.parametrize(
+    ("keys", "asked"),
+    [
+        ({}, None),
+        ({"do_eval": True}, "do_eval"),
+        ({"do_predict": True}, "do_predict"),
+        ({"do_eval": True, "eval_strategy": "steps"}, "eval_strategy: steps"),
+    ],
+)
+def test_saved_data_without_an_evaluation_are_told_before_the_run(
+    keys: dict[str, Any], asked: str | None
+) -> None:
+    trainer = SimpleNamespace(
+        **{"do_eval": False, "do_predict": False, "eval_strategy": "no"} | keys
+    )
+    cfg: Any = SimpleNamespace(trainer=trainer, data=SimpleNamespace(tokenized_path="tokens"))
+    held_out: Any = {"eval": SimpleNamespace()}
+    check_evaluation(cfg, Datasets(None, held_out, None))
+    if asked is None:
+        check_evaluation(cfg, Datasets(None, {}, None))
+        return
+    with pytest.raises(UserError, match=rf"tokens\) were saved without .* run has {asked}\. Save"):
+        check_evaluation(cfg, Datasets(None, {}, None))

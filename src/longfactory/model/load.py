@@ -21,7 +21,7 @@ from longfactory.config.data_arguments import DataSettings
 from longfactory.data.media.process import Processing, Unusable, make_processing
 from longfactory.errors import UserError
 from longfactory.memory.optimizer import local
-from longfactory.model import damaged, experts, hqq
+from longfactory.model import damaged, experts, hqq, rope
 from longfactory.model.source import Source, read_source
 from longfactory.sp import hf, text_model
 
@@ -168,7 +168,7 @@ def load_config(args: Any, cutoff_len: int) -> Any:
             if hasattr(config.get_text_config(), key):
                 setattr(config.get_text_config(), key, args.attention_dropout)
     if args.rope_scaling:
-        _scale_rope(config, args.rope_scaling, cutoff_len)
+        rope.stretch(config, args.rope_scaling, cutoff_len)
     return config
 
 
@@ -235,45 +235,6 @@ def load_media(args: Any, data: DataSettings, tokenizer: Any) -> Processing | Un
     path, _ = resolve(args.model_name_or_path)
     config = load_config(args, 1).to_dict()
     return make_processing(str(path), config, data, tokenizer)
-
-
-def _scale_rope(config: Any, kind: str, cutoff_len: int) -> None:
-    """LLaMA-Factory's rule: factor = ceil(cutoff_len / trained length); nothing to do where the
-    length already fits.
-
-    Where each kind of layer has its own rotary parameters, those of full attention are stretched; a
-    window does not grow.
-
-    Raises:
-        UserError: this kind is not for this model.
-    """
-    text = config.get_text_config()
-    trained = text.max_position_embeddings
-    if cutoff_len <= trained:
-        return
-    given = dict(getattr(text, "rope_parameters", None) or {})
-    by_layer = any(isinstance(v, dict) for v in given.values())
-    if by_layer and not isinstance(given.get("full_attention"), dict):
-        raise UserError(
-            f"rope_scaling: models of type {config.model_type} have rotary parameters for"
-            f" {', '.join(given)}, of which none is full_attention. Leave rope_scaling out and edit"
-            " the model's config.json."
-        )
-    rope = dict(given["full_attention"]) if by_layer else given
-    rope.update(rope_type=kind, factor=float(math.ceil(cutoff_len / trained)))
-    if kind in ("yarn", "llama3", "dynamic"):
-        rope["original_max_position_embeddings"] = trained
-    if kind == "llama3":
-        rope.update(low_freq_factor=1.0, high_freq_factor=4.0)
-    text.rope_parameters = {**given, "full_attention": rope} if by_layer else rope
-    text.max_position_embeddings = int(trained * rope["factor"])
-    try:
-        text.validate()
-    except Exception as error:  # of huggingface_hub, without a public name
-        why = str(error).strip().splitlines()[-1].strip()
-        raise UserError(
-            f"rope_scaling: {kind} is not for models of type {config.model_type}: {why}"
-        ) from error
 
 
 def compute_dtype(args: Any) -> torch.dtype:

@@ -14,6 +14,7 @@ from longfactory.config.folder import write_whole
 from longfactory.errors import UserError
 from longfactory.model import load
 from longfactory.model.generate import stop_tokens
+from longfactory.output.load import refuse_stretched
 from longfactory.output.serve import check_vllm, vllm_arguments
 from longfactory.train.output import write_metrics
 from longfactory.train.predict import answers_file, scores_of, split_last_answer, written
@@ -30,6 +31,7 @@ def predict(cfg: RunConfig) -> dict[str, float]:
         UserError: vLLM is not installed, or cannot generate as the run asks.
     """
     check_vllm()
+    refuse_stretched(cfg, "infer_backend: vllm")
     tokenizer = load.load_tokenizer(cfg.model)
     datasets = load_data(cfg, tokenizer)
     if not datasets.eval:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longfactory.errors import UserError
-from longfactory.output.load import load_tokenizer
+from longfactory.output.load import load_tokenizer, refuse_stretched
 
 if TYPE_CHECKING:
     from longfactory.config import RunConfig
@@ -81,6 +81,7 @@ def server(
             " folder first: longfactory export model_name_or_path=... export_dir=FOLDER."
         )
     make = _vllm if cfg.model.infer_backend == "vllm" else _transformers
+    refuse_stretched(cfg, f"api: {'vLLM' if make is _vllm else 'transformers'}'s server")
     address = [
         *("--host", environment.get("API_HOST", "127.0.0.1")),
         *("--port", environment.get("API_PORT", "8000")),

@@ -18,7 +18,7 @@ from longfactory.data import module as data
 from longfactory.data.dataset import TokenizedDataset
 from longfactory.data.templates import get_template
 from longfactory.errors import UserError
-from longfactory.model import load
+from longfactory.model import load, rope
 from longfactory.stages.base import Stage
 from longfactory.stages.make import make_stage
 from longfactory.train.memory_plan import (
@@ -97,6 +97,7 @@ def prepare(cfg: RunConfig, processes: Processes, *, wide_weights: bool) -> Prep
         )
     world, cuda = processes.world, processes.cuda
     model_config = load.load_config(cfg.model, cfg.cutoff_len)
+    tell_positions(cfg, model_config)
     load.refuse_damaged(cfg.model)
     if not cfg.model.train_from_scratch:
         load.trainable_kernels(model_config)  # names packages that are missing
@@ -111,6 +112,7 @@ def prepare(cfg: RunConfig, processes: Processes, *, wide_weights: bool) -> Prep
     except ValueError as error:
         raise UserError(str(error)) from error
     datasets = load_data(cfg, tokenizer)
+    check_evaluation(cfg, datasets)
     if isinstance(datasets.train, TokenizedDataset):
         words = beyond_positions(model_config, datasets.train.longest_document())
         if words is not None:
@@ -131,6 +133,48 @@ def prepare(cfg: RunConfig, processes: Processes, *, wide_weights: bool) -> Prep
     return Prepared(model_config, counts, sharding, stage, tokenizer, datasets, memory)
 
 
+def check_evaluation(cfg: RunConfig, datasets: data.Datasets) -> None:
+    """Raises UserError where saved data lack what the run evaluates on: the keys alone do not tell,
+    and without it a run would end at its first evaluation, or never make one.
+    """
+    trainer = cfg.trainer
+    asked = ["do_predict"] if trainer.do_predict else []
+    if trainer.eval_strategy != "no":
+        asked.append(f"eval_strategy: {trainer.eval_strategy}")
+    elif trainer.do_eval:
+        asked.append("do_eval")
+    if asked and not datasets.eval:
+        raise UserError(
+            f"The data at tokenized_path ({cfg.data.tokenized_path}) were saved without samples to"
+            f" evaluate on, and the run has {', '.join(asked)}. Save them in another folder with"
+            " val_size or eval_dataset, or leave the evaluation out."
+        )
+
+
+def tell_positions(cfg: RunConfig, model_config: Any) -> None:
+    """Logs what rope_scaling does, and adapters that were trained with other positions.
+
+    Args:
+        model_config: with the run's rope_scaling.
+    """
+    kind = cfg.model.rope_scaling
+    if kind is not None:
+        before = load.load_config(dataclasses.replace(cfg.model, rope_scaling=None), 0)
+        words, warns = rope.in_words(before, model_config, kind, cfg.cutoff_len)
+        log.log(logging.WARNING if warns else logging.INFO, words)
+    for adapter in cfg.model.adapter_name_or_path:
+        trained = rope.of_adapter(adapter)
+        if trained is None:
+            continue
+        settings = dataclasses.replace(cfg.model, rope_scaling=trained.rope_scaling)
+        if rope.differ(load.load_config(settings, trained.cutoff_len), model_config):
+            log.warning(
+                "%s was trained with rope_scaling: %s and cutoff_len: %d, so with other positions"
+                " than this run's.",
+                *(adapter, trained.rope_scaling or "null", trained.cutoff_len),
+            )
+
+
 def beyond_positions(model_config: Any, longest: int) -> str | None:
     """What to say where the longest document has more tokens than the model has positions; None
     where it has not.
@@ -139,12 +183,10 @@ def beyond_positions(model_config: Any, longest: int) -> str | None:
         model_config: with the run's rope_scaling.
     """
     text = model_config.get_text_config()
-    own = getattr(text, "max_position_embeddings", None)
-    if not own:
+    far = rope.reach(model_config)
+    if far is None or longest <= far[0]:
         return None
-    reach, most = _stretched(text, own)
-    if longest <= reach:
-        return None
+    (reach, most), own = far, text.max_position_embeddings
     why = "max_position_embeddings" + (" and rope_parameters" if reach > own else "")
     perhaps = f"; {most:,} if that does not count rope_parameters" if most > reach else ""
     says = (
@@ -159,20 +201,6 @@ def beyond_positions(model_config: Any, longest: int) -> str | None:
         f"{says} if it has a table of positions, as GPT-2 and OPT, the run ends with an index that"
         f" is out of range. Set cutoff_len: {own}, or take another model."
     )
-
-
-def _stretched(text: Any, own: int) -> tuple[int, int]:
-    """To how many positions rotary parameters stretch a model, at the least and at the most.
-
-    Checkpoints differ in whether `max_position_embeddings` counts that: Qwen's model cards add YaRN
-    and leave it, Gemma 3 counts its linear factor, which does not say from where it stretches.
-    """
-    rope = getattr(text, "rope_parameters", None) or {}
-    rope = rope.get("full_attention", rope) or {}  # None where no positions are turned
-    before = rope.get("original_max_position_embeddings")
-    most = max(own, int((before or own) * (rope.get("factor") or 1)))
-    unknown = before is None and rope.get("rope_type") == "linear"
-    return own if unknown else most, most
 
 
 def load_data(cfg: RunConfig, tokenizer: Any, *, quiet: bool = False) -> data.Datasets:
